@@ -1,0 +1,119 @@
+"""From logits to a token: temperature, top-k, top-p, guidance, and Gumbel noise that belongs to the image.
+
+A token is argmax(logits / temperature + Gumbel noise) (Gumbel 1954), so it is a deterministic function of its logits
+and its image's own noise at its position. The noise is drawn from the image's generator alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+NOISE_BLOCK = 1 << 16  # numbers drawn at a time for one image; a function of nothing else, so that batches agree
+MAX_SEED = (1 << 62) - 1
+
+Generators = torch.Generator | Sequence[torch.Generator] | None
+
+
+@dataclass(frozen=True)
+class Sampler:
+    """How a token is chosen. `temperature` 0 takes the likeliest; `top_k` keeps the k likeliest; `top_p` keeps the
+    likeliest until their mass reaches p (Holtzman et al. 2019); `guidance_scale` s gives uncond + s (cond - uncond)
+    (Ho & Salimans 2022). Raises `ValueError` out of range."""
+
+    temperature: float = 1.0
+    top_k: int | None = None
+    top_p: float | None = None
+    guidance_scale: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.temperature < float("inf"):
+            raise ValueError(f"temperature must be a finite number >= 0 (got {self.temperature})")
+        if self.top_k is not None and (self.top_k != int(self.top_k) or self.top_k < 1):
+            raise ValueError(f"top_k must be a whole number >= 1, or None for all (got {self.top_k})")
+        if self.top_p is not None and not 0 < self.top_p <= 1:
+            raise ValueError(f"top_p must be in (0, 1], or None for all (got {self.top_p})")
+        if not 0 <= self.guidance_scale < float("inf"):
+            raise ValueError(f"guidance_scale must be a finite number >= 0 (got {self.guidance_scale})")
+
+    @property
+    def filters(self) -> bool:
+        """Whether some ids may be ruled out."""
+        return self.top_k is not None or self.top_p is not None
+
+    @property
+    def tolerance(self) -> float:
+        """A lead of the winning score that rounding in the logits (about 1e-6) can not overturn."""
+        return 1e-4 * (1 + self.guidance_scale) / min(1.0, self.temperature or 1.0)
+
+    def guide(self, logits: Tensor) -> Tensor:
+        """Logits `(B, V)` from those of B conditional and then B unconditional rows; as they are when scale is 1."""
+        if self.guidance_scale == 1:
+            return logits
+        conditional, unconditional = logits.chunk(2)
+        return unconditional + self.guidance_scale * (conditional - unconditional)
+
+    def scores(self, logits: Tensor, noise: Tensor) -> Tensor:
+        """Scores `(B, V)` whose argmax is the token, from logits `(B, V)` and Gumbel noise `(B, V)`."""
+        if self.temperature == 0:
+            return logits
+        if self.temperature != 1:
+            logits = logits / self.temperature
+        if self.top_k is not None and self.top_k < logits.shape[-1]:
+            logits = keep_top_k(logits, self.top_k)
+        if self.top_p is not None and self.top_p < 1:
+            logits = keep_top_p(logits, self.top_p)
+        return logits + noise
+
+
+def keep_top_k(logits: Tensor, k: int) -> Tensor:
+    """`logits` (..., V) with all but the k largest at -inf."""
+    smallest_kept = logits.topk(k, dim=-1).values[..., -1:]
+    return logits.masked_fill(logits < smallest_kept, -torch.inf)
+
+
+def keep_top_p(logits: Tensor, p: float) -> Tensor:
+    """`logits` (..., V) with those at -inf that, from the likeliest down, come after a mass of p."""
+    ordered, ids = logits.sort(dim=-1, descending=True, stable=True)
+    probabilities = ordered.double().softmax(-1)
+    dropped = probabilities.cumsum(-1) - probabilities >= p
+    return logits.masked_fill(torch.zeros_like(dropped).scatter(-1, ids, dropped), -torch.inf)
+
+
+def image_generators(generator: Generators, num_images: int) -> list[torch.Generator]:
+    """One generator per image. A single generator (or None, torch's global one) seeds them in turn, so image k is the
+    same however many follow it. Raises `ValueError` when a list has another length."""
+    if isinstance(generator, Sequence):
+        if len(generator) != num_images:
+            raise ValueError(f"got {len(generator)} generators for {num_images} images; one per image is needed")
+        return list(generator)
+    device = generator.device if generator is not None else "cpu"
+    seeds = [int(torch.randint(MAX_SEED, (), generator=generator, device=device)) for _ in range(num_images)]
+    return [torch.Generator(device).manual_seed(seed) for seed in seeds]
+
+
+class GumbelNoise:
+    """The Gumbel noise of a batch of images, drawn block by block as positions are asked for in ascending order.
+
+    Each image's block is `(positions, V)` from its own generator, so it does not depend on the rest of the batch.
+    """
+
+    def __init__(self, generators: list[torch.Generator], num_tokens: int, vocab_size: int, device: torch.device):
+        self.generators, self.num_tokens, self.device = generators, num_tokens, device
+        self.positions = max(1, min(num_tokens, NOISE_BLOCK // vocab_size))
+        source = generators[0].device if generators else device
+        self.buffer = torch.empty(len(generators), self.positions, vocab_size, device=source)
+        self.block: Tensor = self.buffer
+        self.drawn = 0
+
+    def at(self, rank: int) -> Tensor:
+        """Noise `(B, V)` of the `rank`-th token; ranks are asked for in ascending order, none left out."""
+        while rank >= self.drawn:
+            for row, generator in zip(self.buffer, self.generators, strict=True):
+                row.exponential_(generator=generator)  # -log of an exponential variate is a Gumbel variate
+            self.block = self.buffer.clamp_(min=torch.finfo(torch.float32).tiny).log_().neg_().to(self.device)
+            self.drawn += self.positions
+        return self.block[:, rank - (self.drawn - self.positions)]

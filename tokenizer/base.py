@@ -1,0 +1,102 @@
+"""The contract of stage one: images become a grid of ids and come back."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .pretrained import ModelConfig, PretrainedModel
+
+
+@dataclass(frozen=True)
+class TokenGrid:
+    """The shape of an image's tokens and the number of ids each may take; `len(grid)` is the number of tokens."""
+
+    shape: tuple[int, ...]
+    vocab_size: int
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "shape", tuple(self.shape))
+        whole = [*self.shape, self.vocab_size]
+        if not self.shape or any(isinstance(n, bool) or not isinstance(n, int) or n < 1 for n in whole):
+            raise ValueError(f"a grid needs positive whole sizes (got shape {self.shape}, vocab_size {self.vocab_size})")
+        if math.prod(self.shape) > 1 << 20 or self.vocab_size > 1 << 20:
+            raise ValueError(f"a grid holds at most 2^20 tokens of 2^20 ids (got {self.shape}, {self.vocab_size})")
+
+    def __len__(self) -> int:
+        return math.prod(self.shape)
+
+    def check(self, tokens: Tensor) -> None:
+        """Raise `ValueError` unless `tokens` is an integer `(B, *shape)` with ids in `[0, vocab_size)`."""
+        if tokens.dtype.is_floating_point or tuple(tokens.shape[1:]) != self.shape:
+            raise ValueError(f"tokens should be whole numbers of shape (B, {', '.join(map(str, self.shape))}), "
+                             f"got {tokens.dtype} of shape {tuple(tokens.shape)}")  # fmt: skip
+        if tokens.numel() and (int(tokens.min()) < 0 or int(tokens.max()) >= self.vocab_size):
+            raise ValueError(f"token ids should lie in [0, {self.vocab_size}), "
+                             f"got {int(tokens.min())} to {int(tokens.max())}")  # fmt: skip
+
+
+class Reconstruction(NamedTuple):
+    """What `Tokenizer.forward` returns: `images` (B, C, H, W), `tokens` (B, *grid.shape), unweighted scalar `losses`."""
+
+    images: Tensor
+    tokens: Tensor
+    losses: dict[str, Tensor]
+
+
+class Tokenizer(PretrainedModel, family="tokenizer"):
+    """Images `(B, C, H, W)` in [-1, 1] to tokens `(B, *grid.shape)` and back."""
+
+    grid: TokenGrid
+    image_shape: tuple[int, int, int]
+    """(C, H, W), from the configuration."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__(config)
+
+    def encode(self, images: Tensor) -> Tensor:
+        """Tokens of `images`."""
+        raise NotImplementedError
+
+    def decode(self, tokens: Tensor) -> Tensor:
+        """Images of `tokens`, clamped to [-1, 1]."""
+        raise NotImplementedError
+
+    def forward(self, images: Tensor) -> Reconstruction:
+        """The training path."""
+        raise NotImplementedError
+
+    @property
+    def loss_weights(self) -> dict[str, float]:
+        """The weight of each of `forward`'s losses in what is minimised, beside the pixel losses."""
+        return {}
+
+    def known_tokens(self, known: Tensor) -> Tensor:
+        """Which tokens are known, `(B, *grid.shape)`, given which pixels are, bool `(B, H, W)`: those whose whole
+        patch is. Tokens of a two-axis grid are taken to tile the image; a taller grid holds several levels of it."""
+        _, height, width = self.image_shape
+        rows, columns = self.grid.shape
+        levels = max(1, rows * width // (columns * height))
+        rows //= levels
+        patches = known.reshape(-1, rows, height // rows, columns, width // columns)
+        return patches.all(dim=4).all(dim=2).repeat(1, levels, 1)
+
+    def check_images(self, images: Tensor) -> None:
+        """Raise `ValueError` unless `images` is float `(B, C, H, W)` of this tokenizer's size."""
+        if not images.dtype.is_floating_point or tuple(images.shape[1:]) != self.image_shape:
+            raise ValueError(f"images should be floats of shape (B, {', '.join(map(str, self.image_shape))}), "
+                             f"got {images.dtype} of shape {tuple(images.shape)}")  # fmt: skip
+
+
+def codebook_usage(counts: Tensor) -> dict[str, Tensor]:
+    """`usage`, the share of ids that occur, and `perplexity`, exp of the entropy of their frequencies (1 to vocab_size).
+
+    counts: how often each id occurred, `(vocab_size,)`.
+    """
+    p = counts.double() / counts.sum().clamp(min=1)
+    entropy = -(p * p.clamp(min=torch.finfo(p.dtype).tiny).log()).sum()
+    return {"usage": (counts > 0).double().mean(), "perplexity": entropy.exp()}

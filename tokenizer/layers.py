@@ -1,0 +1,76 @@
+"""The convolutional encoder and decoder: a stem that folds patches into channels, then residual blocks per resolution.
+
+Every layer keeps channels-last memory. How much of the down-sampling the stem takes and how much strided stages take
+is what `widths` says: with one width, all arithmetic is at the token resolution (fast for small images); with one
+width per factor of two, it is the network of VQGAN (Esser et al. 2021) and LlamaGen (Sun et al. 2024).
+"""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class ResidualBlock(nn.Module):
+    """Two normalised 3x3 convolutions added to their input `(B, width, H, W)` (He et al. 2016, pre-activation)."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.norm1, self.conv1 = norm(width), nn.Conv2d(width, width, 3, padding=1)
+        self.norm2, self.conv2 = norm(width), nn.Conv2d(width, width, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.conv1(F.silu(self.norm1(x)))
+        return x + self.conv2(F.silu(self.norm2(h)))
+
+
+class SelfAttention(nn.Module):
+    """Every position attends to every other, added to the input `(B, width, H, W)`."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.norm, self.qkv, self.project = norm(width), nn.Conv2d(width, 3 * width, 1), nn.Conv2d(width, width, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.qkv(self.norm(x)).flatten(2).transpose(1, 2).chunk(3, -1)
+        attended = F.scaled_dot_product_attention(q, k, v)
+        return x + self.project(attended.transpose(1, 2).reshape(x.shape))
+
+
+class Upsample(nn.Sequential):
+    """Twice the height and width, then a 3x3 convolution."""
+
+    def __init__(self, width_in: int, width_out: int) -> None:
+        super().__init__(nn.Upsample(scale_factor=2, mode="nearest"), nn.Conv2d(width_in, width_out, 3, padding=1))
+
+
+def norm(width: int) -> nn.GroupNorm:
+    """Group normalisation, eight channels a group."""
+    return nn.GroupNorm(width // 8, width, eps=1e-6)
+
+
+def encoder(channels: int, patch: int, widths: tuple[int, ...], blocks: tuple[int, ...], attention: bool, dim: int
+            ) -> nn.Sequential:  # fmt: skip
+    """`(B, channels, H, W)` to `(B, dim, H / f, W / f)`, f = patch * 2 ** (len(widths) - 1)."""
+    layers: list[nn.Module] = [nn.PixelUnshuffle(patch), nn.Conv2d(channels * patch**2, widths[0], 3, padding=1)]
+    for level, (width, count) in enumerate(zip(widths, blocks, strict=True)):
+        if level:
+            layers.append(nn.Conv2d(widths[level - 1], width, 4, stride=2, padding=1))
+        layers += [ResidualBlock(width) for _ in range(count)]
+    if attention:
+        layers += [SelfAttention(widths[-1]), ResidualBlock(widths[-1])]
+    return nn.Sequential(*layers, norm(widths[-1]), nn.SiLU(), nn.Conv2d(widths[-1], dim, 1))
+
+
+def decoder(channels: int, patch: int, widths: tuple[int, ...], blocks: tuple[int, ...], attention: bool, dim: int
+            ) -> nn.Sequential:  # fmt: skip
+    """The encoder's mirror: `(B, dim, H / f, W / f)` to `(B, channels, H, W)`."""
+    layers: list[nn.Module] = [nn.Conv2d(dim, widths[-1], 3, padding=1)]
+    if attention:
+        layers += [ResidualBlock(widths[-1]), SelfAttention(widths[-1])]
+    for level in reversed(range(len(widths))):
+        layers += [ResidualBlock(widths[level]) for _ in range(blocks[level])]
+        if level:
+            layers.append(Upsample(widths[level], widths[level - 1]))
+    head = nn.Conv2d(widths[0], channels * patch**2, 3, padding=1)
+    return nn.Sequential(*layers, norm(widths[0]), nn.SiLU(), head, nn.PixelShuffle(patch))

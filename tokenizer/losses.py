@@ -1,0 +1,26 @@
+"""What a tokenizer minimises: pixels, and the quantizer's own terms."""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from .base import Reconstruction
+
+
+def pixel_losses(reconstruction: Tensor, images: Tensor) -> dict[str, Tensor]:
+    """`l1` and `l2`, means over elements of images in [-1, 1]."""
+    return {"l1": F.l1_loss(reconstruction, images), "l2": F.mse_loss(reconstruction, images)}
+
+
+def total_loss(output: Reconstruction, images: Tensor, weights: dict[str, float]) -> tuple[Tensor, dict[str, Tensor]]:
+    """The weighted sum, a scalar, and its unweighted terms; a term without a weight raises `KeyError`."""
+    terms = {**pixel_losses(output.images, images), **output.losses}
+    total = sum((weights[name] * term for name, term in terms.items()), start=images.new_zeros(()))
+    return total, terms
+
+
+def psnr(reconstruction: Tensor, images: Tensor) -> Tensor:
+    """Peak signal to noise ratio of each image in dB, `(B,)`: 10 log10(2^2 / mean squared error) on [-1, 1]."""
+    error = (reconstruction - images).square().flatten(1).mean(1)
+    return 10 * (4 / error.clamp(min=1e-10)).log10()

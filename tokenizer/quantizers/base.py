@@ -1,0 +1,56 @@
+"""The contract of quantizers: vectors become ids, and ids become vectors."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from ..pretrained import ModelConfig, Named
+
+
+class Quantized(NamedTuple):
+    """`z_q` (B, D, *spatial), through which gradients reach `z`; `tokens` int64, `(B, levels * rows, ...)`; unweighted
+    scalar `losses`."""
+
+    z_q: Tensor
+    tokens: Tensor
+    losses: dict[str, Tensor]
+
+
+class Quantizer(Named, nn.Module, family="tokenizer.quantizers"):
+    """Vectors to ids and back, always in float32. `quantize` in training mode may also move the codebook."""
+
+    vocab_size: int
+    dim: int
+    levels: int = 1
+    """Ids per position: level `l` of row `r` stands in row `l * rows + r` of the token grid, coarse levels first."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        nn.Module.__init__(self)
+        self.config: Any = config
+
+    @property
+    def loss_weights(self) -> dict[str, float]:
+        """The weight of each of `quantize`'s losses in the training loss."""
+        return {}
+
+    def quantize(self, z: Tensor) -> Quantized:
+        """The codes of `z` `(B, dim, *spatial)`; raises `ValueError` for another number of channels."""
+        if z.shape[1] != self.dim:
+            raise ValueError(f"z should have {self.dim} channels, got {z.shape[1]}")
+        with torch.autocast(z.device.type, enabled=False):
+            return self._quantize(z.float())
+
+    def _quantize(self, z: Tensor) -> Quantized:
+        raise NotImplementedError
+
+    def lookup(self, tokens: Tensor) -> Tensor:
+        """The vectors `(B, dim, *spatial)` of `tokens`."""
+        raise NotImplementedError
+
+
+def straight_through(z: Tensor, codes: Tensor) -> Tensor:
+    """The value of `codes`, to the bit, with the gradient passed on to `z` (Bengio et al. 2013)."""
+    return codes.detach() + (z - z.detach())

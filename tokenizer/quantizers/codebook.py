@@ -1,0 +1,125 @@
+"""What quantizers with a codebook share: nearest-code search, and a first codebook from k-means over all ranks."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..pretrained import ModelConfig, setting
+from .base import Quantized, Quantizer, straight_through
+
+SEARCH_ELEMENTS = 1 << 24  # distances held at a time
+
+
+@dataclass(frozen=True, kw_only=True)
+class CodebookConfig(ModelConfig):
+    """What every codebook is told."""
+
+    codes: int = setting(512, "size of the codebook", ge=2, le=1 << 18)
+    dim: int = setting(64, "width of a code", ge=1, le=4096)
+    beta: float = setting(0.25, "weight of the commitment loss, which pulls the encoder to its codes", ge=0)
+    kmeans_iterations: int = setting(10, "k-means steps over the first batch, from which the codebook starts", ge=0)
+    seed: int = setting(0, "chooses the first codes and the candidates for revival", ge=0)
+
+
+class Codebook(Quantizer):
+    """Nearest of `codes` vectors (van den Oord et al. 2017). Subclasses own `codebook` `(codes, dim)` and its losses."""
+
+    Config = CodebookConfig
+    codebook: Tensor
+    started: Tensor
+
+    def __init__(self, config: CodebookConfig) -> None:
+        super().__init__(config)
+        self.vocab_size, self.dim = config.codes, config.dim
+        self.register_buffer("started", torch.zeros((), dtype=torch.long))  # training steps seen
+
+    def lookup(self, tokens: Tensor) -> Tensor:
+        """The codes `(B, dim, *spatial)` of `tokens` `(B, *spatial)`."""
+        return F.embedding(tokens, self.codebook).movedim(-1, 1)
+
+    def _quantize(self, z: Tensor) -> Quantized:
+        rows = rows_of(z)
+        steps = int(self.started) if self.training else 0
+        if self.training and steps == 0:
+            self.start(rows.detach())
+        tokens = nearest(rows.detach(), self.codebook.detach())
+        codes = F.embedding(tokens, self.codebook)
+        losses = self.losses(rows, codes)
+        if self.training:
+            self.move(rows.detach(), tokens, steps)
+            self.started += 1
+        z_q = straight_through(rows, codes).reshape(z.shape[0], *z.shape[2:], self.dim).movedim(-1, 1)
+        return Quantized(z_q, tokens.reshape(z.shape[0], *z.shape[2:]), losses)
+
+    def losses(self, rows: Tensor, codes: Tensor) -> dict[str, Tensor]:
+        """Unweighted scalars from rows `(n, dim)` and their codes `(n, dim)`."""
+        raise NotImplementedError
+
+    def move(self, rows: Tensor, tokens: Tensor, step: int) -> None:
+        """What changes the codebook besides gradients, once per training step."""
+
+    @torch.no_grad()
+    def start(self, rows: Tensor) -> None:
+        """Set the codebook by k-means over rows of all ranks: run on rank 0, then broadcast."""
+        total = len(rows) * world_size()
+        wanted = min(total, 32 * self.vocab_size)
+        sample = gather_rows(rows, seeded(total, wanted, self.config.seed, 0, rows.device))
+        if len(sample) < self.vocab_size:  # a tiny first batch: repeat its rows, slightly apart
+            repeats = -(-self.vocab_size // len(sample))
+            noise = torch.randn(len(sample) * repeats, self.dim, generator=torch.Generator().manual_seed(self.config.seed))
+            sample = sample.repeat(repeats, 1) + 0.01 * sample.std().clamp(min=1e-3) * noise.to(sample)
+        self.codebook.copy_(kmeans(sample, self.vocab_size, self.config.kmeans_iterations))
+        if world_size() > 1:
+            dist.broadcast(self.codebook.data, 0)
+
+
+def rows_of(z: Tensor) -> Tensor:
+    """`(B, D, *spatial)` to `(B * positions, D)`; a view when `z` is channels-last."""
+    return z.movedim(1, -1).reshape(-1, z.shape[1])
+
+
+def nearest(rows: Tensor, codebook: Tensor) -> Tensor:
+    """Index of the nearest code, `(n,)`, for rows `(n, D)` and codes `(V, D)`: argmin |e|^2 - 2 z.e, as |z|^2 does not
+    matter. At most `SEARCH_ELEMENTS` distances are held at a time."""
+    squares, transposed = codebook.square().sum(1), codebook.t()
+    parts = rows.split(max(1, SEARCH_ELEMENTS // len(codebook)))
+    found = [torch.addmm(squares, part, transposed, alpha=-2).argmin(1) for part in parts]
+    return found[0] if len(found) == 1 else torch.cat(found)
+
+
+def kmeans(rows: Tensor, clusters: int, iterations: int) -> Tensor:
+    """Lloyd's algorithm from the first `clusters` rows; an empty cluster stays where it was. Returns `(clusters, D)`."""
+    centres = rows[:clusters].clone()
+    for _ in range(iterations):
+        tokens = nearest(rows, centres)
+        counts = torch.bincount(tokens, minlength=clusters).unsqueeze(1)
+        sums = torch.zeros_like(centres).index_add_(0, tokens, rows)
+        centres = torch.where(counts > 0, sums / counts.clamp(min=1), centres)
+    return centres
+
+
+def world_size() -> int:
+    """Number of processes that train together."""
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def seeded(total: int, count: int, seed: int, step: int, device: torch.device) -> Tensor:
+    """`count` different whole numbers below `total`, a function of (seed, step) alone."""
+    generator = torch.Generator().manual_seed(seed * 1_000_003 + step)
+    return torch.randperm(total, generator=generator)[:count].to(device)
+
+
+def gather_rows(rows: Tensor, indices: Tensor) -> Tensor:
+    """Rows `(len(indices), D)` of all ranks' rows laid end to end, the same on every rank: each rank fills in its own,
+    and their sum has them all. Every rank holds equally many rows."""
+    if world_size() == 1:
+        return rows[indices]
+    mine = indices // len(rows) == dist.get_rank()
+    filled = torch.where(mine.unsqueeze(1), rows[indices % len(rows)], 0)
+    dist.all_reduce(filled)
+    return filled

@@ -1,0 +1,87 @@
+"""A codebook moved by running means of the vectors it is nearest to (van den Oord et al. 2017, appendix A.1).
+
+Counts and sums are added up over all ranks, so every rank holds the same codebook to the bit. A code that is hardly
+used is revived at a vector of the current batch (Dhariwal et al. 2020, Jukebox).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..pretrained import setting
+from .codebook import Codebook, CodebookConfig, gather_rows, seeded, world_size
+
+
+@dataclass(frozen=True, kw_only=True)
+class EMAConfig(CodebookConfig):
+    """How fast the codebook moves, and when a code counts as dead."""
+
+    decay: float = setting(0.99, "decay of the running counts and sums, per training step", ge=0, lt=1)
+    revive_below: float = setting(0.05, "a code used less than this share of the mean use is revived", ge=0, lt=1)
+    revive_every: int = setting(10, "training steps between looking for dead codes", ge=1)
+
+
+class EMA(Codebook, name="ema"):
+    """Codes are running means: codebook = sums / counts, with Laplace smoothing."""
+
+    Config = EMAConfig
+    counts: Tensor
+    sums: Tensor
+
+    def __init__(self, config: EMAConfig) -> None:
+        super().__init__(config)
+        self.register_buffer("codebook", torch.randn(config.codes, config.dim))
+        self.register_buffer("counts", torch.zeros(config.codes))
+        self.register_buffer("sums", torch.zeros(config.codes, config.dim))
+
+    @property
+    def loss_weights(self) -> dict[str, float]:
+        """beta weighs the commitment; the codebook needs no loss."""
+        return {"commitment": self.config.beta}
+
+    def losses(self, rows: Tensor, codes: Tensor) -> dict[str, Tensor]:
+        """Commitment: |z - sg(e)|^2, mean over elements."""
+        return {"commitment": F.mse_loss(rows, codes)}
+
+    @torch.no_grad()
+    def start(self, rows: Tensor) -> None:
+        """k-means, after which every code counts as used equally often."""
+        super().start(rows)
+        self.counts.fill_(len(rows) * world_size() / self.vocab_size)
+        self.sums.copy_(self.codebook * self.counts.unsqueeze(1))
+
+    @torch.no_grad()
+    def move(self, rows: Tensor, tokens: Tensor, step: int) -> None:
+        """N <- decay N + (1 - decay) n;  m <- decay m + (1 - decay) sum z;  e = m / N."""
+        sums = torch.zeros_like(self.sums).index_add_(0, tokens, rows)
+        counts = torch.bincount(tokens, minlength=self.vocab_size).float()
+        if world_size() > 1:
+            both = torch.cat([sums, counts.unsqueeze(1)], 1)
+            dist.all_reduce(both)
+            sums, counts = both[:, :-1], both[:, -1]
+        weight = 1 - self.config.decay
+        self.counts.lerp_(counts, weight)
+        self.sums.lerp_(sums, weight)
+        total = self.counts.sum()
+        smoothed = (self.counts + 1e-5) * (total / (total + self.vocab_size * 1e-5))
+        torch.div(self.sums, smoothed.unsqueeze(1), out=self.codebook)
+        if (step + 1) % self.config.revive_every == 0:
+            self._revive(rows, step)
+
+    def _revive(self, rows: Tensor, step: int) -> None:
+        """Put each dead code on a vector of the batch (of all ranks), chosen by (seed, step), as if of mean use."""
+        mean = self.counts.mean()
+        dead = (self.counts < self.config.revive_below * mean).nonzero().squeeze(1)
+        total = len(rows) * world_size()
+        dead = dead[:total]
+        if len(dead) == 0:
+            return
+        vectors = gather_rows(rows, seeded(total, len(dead), self.config.seed, step + 1, rows.device))
+        self.codebook[dead] = vectors
+        self.counts[dead] = mean
+        self.sums[dead] = vectors * mean

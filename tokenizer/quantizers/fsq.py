@@ -1,0 +1,59 @@
+"""Finite scalar quantization (Mentzer et al. 2023): round each channel to a few levels; no codebook, no loss."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..pretrained import ModelConfig, setting
+from .base import Quantized, Quantizer, straight_through
+
+
+@dataclass(frozen=True, kw_only=True)
+class FSQConfig(ModelConfig):
+    """The grid of scalars."""
+
+    levels: tuple[int, ...] = setting((8, 8, 8), "levels of each channel; their product is the vocabulary", ge=2, le=256)
+
+    def check(self) -> Iterator[str]:
+        """The vocabulary has to fit a token grid."""
+        if math.prod(self.levels) > 1 << 18:
+            yield f"levels: their product must be at most {1 << 18} (got {math.prod(self.levels)})"
+
+
+class FSQ(Quantizer, name="fsq"):
+    """Each channel is bounded by a tanh and rounded to one of its levels; the id is the mixed-radix number of them."""
+
+    Config = FSQConfig
+    sizes: Tensor
+    radix: Tensor
+
+    def __init__(self, config: FSQConfig) -> None:
+        super().__init__(config)
+        self.dim, self.vocab_size = len(config.levels), math.prod(config.levels)
+        sizes = torch.tensor(config.levels, device="cpu")
+        self.register_buffer("sizes", sizes, persistent=False)
+        self.register_buffer("radix", torch.cumprod(torch.cat([sizes.new_ones(1), sizes[:-1]]), 0), persistent=False)
+
+    def _quantize(self, z: Tensor) -> Quantized:
+        bounded = self._bound(z.movedim(1, -1))
+        rounded = straight_through(bounded, bounded.round())
+        half = self.sizes // 2
+        tokens = ((rounded.detach().long() + half) * self.radix).sum(-1)
+        return Quantized((rounded / half).movedim(-1, 1), tokens, {})
+
+    def _bound(self, z: Tensor) -> Tensor:
+        """Into (-L/2, L/2), shifted by half a level where L is even, so that rounding gives exactly L values."""
+        reach = (self.sizes - 1) * (1 + 1e-3) / 2
+        offset = torch.where(self.sizes % 2 == 0, 0.5, 0.0)
+        return (z + torch.atanh(offset / reach)).tanh() * reach - offset
+
+    def lookup(self, tokens: Tensor) -> Tensor:
+        """The rounded channels of `tokens` `(B, *spatial)`, scaled into [-1, 1]: `(B, dim, *spatial)`."""
+        half = self.sizes // 2
+        digits = tokens.unsqueeze(-1) // self.radix % self.sizes
+        return ((digits - half).float() / half).movedim(-1, 1)
