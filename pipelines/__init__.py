@@ -1,0 +1,22 @@
+"""Everything you run. `ImagePipeline` is both stages in one object; each verb is a module of its own."""
+
+import importlib
+from pathlib import Path
+
+
+def _check_siblings() -> None:
+    """`tokenizer` and `prior` are common names: say so at once if something else has them."""
+    here = Path(__file__).resolve().parent.parent
+    for name in ("tokenizer", "prior"):
+        origin = getattr(importlib.import_module(name), "__file__", None)
+        if origin is None or Path(origin).resolve().parent.parent != here:
+            found = origin or f"a folder called {name!r} without an __init__.py"
+            raise ImportError(f"`{name}` should be Smalti's, beside {here / 'pipelines'}, but Python found {found}; "
+                              "install Smalti into an environment of its own, or start from another folder")  # fmt: skip
+
+
+_check_siblings()
+
+from .generation import ImagePipeline, PipelineOutput  # noqa: E402
+
+__all__ = ["ImagePipeline", "PipelineOutput"]

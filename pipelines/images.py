@@ -435,10 +435,14 @@ def try_decode(payload: Payload, shape: tuple[int, int, int]) -> NDArray[np.uint
 
 
 def decode(payload: Payload, shape: tuple[int, int, int]) -> NDArray[np.uint8]:
+    """The pixels (C, H, W) of an image as its source gives it."""
+    return pixels_of(Image.fromarray(payload) if isinstance(payload, np.ndarray) else open_image(payload), shape)
+
+
+def pixels_of(image: Image.Image, shape: tuple[int, int, int]) -> NDArray[np.uint8]:
     """Pixels (C, H, W): the first frame, upright, on white, resized to cover the shape and cropped at the centre."""
     channels, height, width = shape
-    image = Image.fromarray(payload) if isinstance(payload, np.ndarray) else open_image(payload)
-    image = flatten(image).convert("L" if channels == 1 else "RGB")
+    image = flatten(ImageOps.exif_transpose(image)).convert("L" if channels == 1 else "RGB")
     if image.size != (width, height):
         image = ImageOps.fit(image, (width, height), Image.Resampling.LANCZOS)
     pixels = np.asarray(image)
@@ -446,7 +450,7 @@ def decode(payload: Payload, shape: tuple[int, int, int]) -> NDArray[np.uint8]:
 
 
 def open_image(payload: bytes | Path | None) -> Image.Image:
-    """Open a file of a known format and decode it, unless its size is unreasonable. Raises whatever Pillow raises."""
+    """Open a file of a known format, unless its size is unreasonable. Raises whatever Pillow raises."""
     data = payload.read_bytes() if isinstance(payload, Path) else payload
     if not data:
         raise ValueError("no image" if data is None else "the file is empty")
@@ -457,7 +461,7 @@ def open_image(payload: bytes | Path | None) -> Image.Image:
     width, height = image.size  # from the header: a file of 20 kB may ask for 1 GB
     if width * height > MAX_PIXELS or max(width, height) > MAX_SIDE:
         raise ValueError(f"{width} x {height} pixels; the limit is {MAX_PIXELS} in all and {MAX_SIDE} a side")
-    return ImageOps.exif_transpose(image)
+    return image
 
 
 def flatten(image: Image.Image) -> Image.Image:

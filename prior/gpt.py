@@ -89,6 +89,7 @@ class GPT(Prior, name="gpt"):
         dim, hidden = config.dim, config.hidden or -(-config.dim * 8 // 96) * 32
         self.token_embedding = nn.Embedding(config.grid.vocab_size, dim)
         self.class_embedding = nn.Embedding(config.num_classes + 1, dim)  # the last is the null class
+        self.start_embedding = nn.Parameter(torch.empty(1, dim))
         self.axis_embeddings = nn.ParameterList(nn.Parameter(torch.empty(size, dim)) for size in config.grid.shape)
         self.dropout = nn.Dropout(config.dropout)
         self.blocks = nn.ModuleList(Block(config, hidden) for _ in range(config.depth))
@@ -132,8 +133,9 @@ class GPT(Prior, name="gpt"):
         if labels is None:
             labels = torch.full((len(tokens),), self.num_classes, device=tokens.device)
         walked = tokens.flatten(1)[:, self.order[:-1]].long()
-        inputs = torch.cat([self.class_embedding(labels)[:, None], self.token_embedding(walked)], 1)
-        x = self.dropout(inputs + self._position_embedding())
+        label = self.class_embedding(labels)[:, None]
+        inputs = torch.cat([self.start_embedding.expand_as(label), self.token_embedding(walked)], 1)
+        x = self.dropout(inputs + label + self._position_embedding())
         for block in self.blocks:
             x = block(x, self.rotations)
         return self.head(self.norm(x))[:, self.ranks]
@@ -166,7 +168,7 @@ class Cache:
             return matrix.t().contiguous() if len(labels) < 4 else matrix.t()
 
         self.rank, self.dim = 0, model.config.dim
-        self.class_input = model.class_embedding(labels)
+        self.label, self.start = model.class_embedding(labels), model.start_embedding
         self.token_embedding, self.positions = weight, model._position_embedding()
         turns = torch.view_as_complex(model.rotations)[:, :, None]  # (N, 2, 1, width / 2)
         self.layers = []
@@ -182,8 +184,8 @@ class Cache:
     def step(self, token: Tensor | None) -> Tensor:
         """Logits `(B, vocab_size)` of the next position, given the last one's `token` `(B,)`."""
         rank, shape = self.rank, (self.dim,)
-        x = self.class_input if token is None else F.embedding(token, self.token_embedding)
-        x = x + self.positions[rank]
+        x = self.start if token is None else F.embedding(token, self.token_embedding)
+        x = x + self.label + self.positions[rank]
         for qkv_weight, turns, cache, project, gate_up, down in self.layers:
             qkv = torch.mm(F.rms_norm(x, shape, eps=EPS), qkv_weight).unflatten(1, self.split)
             pairs = F.rms_norm(qkv[:, :2].float(), (self.split[2],), eps=EPS).unflatten(-1, (-1, 2))

@@ -70,6 +70,10 @@ class Tokenizer(PretrainedModel, family="tokenizer"):
         """The training path."""
         raise NotImplementedError
 
+    def pixel_log_prob(self, images: Tensor, tokens: Tensor) -> Tensor | None:
+        """log p(images | tokens) in nats, `(B,)`, of images whose pixels take 256 values; None without a likelihood."""
+        return None
+
     @property
     def loss_weights(self) -> dict[str, float]:
         """The weight of each of `forward`'s losses in what is minimised, beside the pixel losses."""

@@ -36,6 +36,10 @@ class Quantizer(Named, nn.Module, family="tokenizer.quantizers"):
         """The weight of each of `quantize`'s losses in the training loss."""
         return {}
 
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        """Move with the model, but stay float32 when the model changes its type."""
+        return super()._apply(lambda t: t.to(fn(t).device) if t.is_floating_point() else fn(t), recurse)
+
     def quantize(self, z: Tensor) -> Quantized:
         """The codes of `z` `(B, dim, *spatial)`; raises `ValueError` for another number of channels."""
         if z.shape[1] != self.dim:

@@ -17,7 +17,8 @@ from .base import Quantized, Quantizer, straight_through
 class FSQConfig(ModelConfig):
     """The grid of scalars."""
 
-    levels: tuple[int, ...] = setting((8, 8, 8), "levels of each channel; their product is the vocabulary", ge=2, le=256)
+    levels: tuple[int, ...] = setting((8, 8, 8), "levels of each channel, at least 3 (the paper: 5); their product is the "
+                                      "vocabulary", ge=3, le=256)  # fmt: skip
 
     def check(self) -> Iterator[str]:
         """The vocabulary has to fit a token grid."""

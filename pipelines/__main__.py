@@ -1,0 +1,56 @@
+"""The console script `smalti`, or `python -m pipelines`: finds a verb and hands it the rest of the command line."""
+
+from __future__ import annotations
+
+import ast
+import difflib
+import importlib
+import sys
+from pathlib import Path
+
+from .config import WIDTH, UserError, exit_codes, table_row
+
+
+def verbs(folder: Path = Path(__file__).parent) -> dict[str, str]:
+    """The modules in `folder` with a top-level `main`, each with the first line of its docstring; none is imported."""
+    found = {}
+    for path in sorted(folder.glob("[!_]*.py")):
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        if any(isinstance(node, ast.FunctionDef) and node.name == "main" for node in tree.body):
+            found[path.stem] = (ast.get_docstring(tree) or "").split("\n")[0]
+    return found
+
+
+def help_page(found: dict[str, str]) -> str:
+    """What `smalti --help` prints."""
+    width = max(map(len, found), default=0)
+    page = ["usage: smalti VERB [--config FILE ...] [key=value ...] [--dry-run] [--help]", ""]
+    for name, sentence in found.items():
+        page += table_row([name, sentence], [width, WIDTH - width - 4])
+    hint = "`smalti VERB --help` lists the keys of a verb. On several devices: accelerate launch -m pipelines.VERB ..."
+    return "\n".join([*page, "", hint])
+
+
+def find(name: str) -> str:
+    """The verb called `name`, with - for _ allowed; raises `UserError` with the nearest one."""
+    found, verb = verbs(), name.replace("-", "_")
+    if verb not in found:
+        near = difflib.get_close_matches(verb, found, 1, 0.5)
+        hint = f"did you mean '{near[0]}'?" if near else f"there are {', '.join(found)}"
+        raise UserError(f"{name}: no such verb; {hint}")
+    return verb
+
+
+def main(argv: list[str] | None = None) -> None:
+    """The command line. Exits with 2 when there is no such verb."""
+    argv = sys.argv[1:] if argv is None else argv
+    if not argv or argv[0] in ("-h", "--help"):
+        print(help_page(verbs()))
+        raise SystemExit(0 if argv else 2)
+    with exit_codes():
+        verb = find(argv[0])
+    importlib.import_module(f"{__package__}.{verb}").main(argv[1:])  # what it returns is not an exit code
+
+
+if __name__ == "__main__":
+    main()

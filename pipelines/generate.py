@@ -1,0 +1,67 @@
+"""Make images with a pipeline: a grid, or one file per image."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from pydantic import Field
+
+from .config import Config, UserError, run_command
+from .evaluate import choose_device
+from .generation import ImagePipeline, convert_images
+from .pictures import grid_picture, save_picture
+
+SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
+
+
+class GenerateConfig(Config):
+    """How many images of what, and where to."""
+
+    pipeline: str = Field(description="pipeline folder, or a Hub id")
+    out: str = Field("grid.png", description="a picture file for a grid of all images, or a folder for one file each")
+    num_images: int = Field(64, ge=1, description="how many")
+    labels: list[int | str] | None = Field(None, description="classes (ids or names), gone through in turn; default: every "
+                                           "class in turn, or none if the pipeline is unconditional")  # fmt: skip
+    seed: int = Field(0, ge=0, description="image k uses seed + k")
+    temperature: float | None = Field(None, ge=0, description="below 1 is safer, 0 is greedy; default: the pipeline's")
+    top_k: int | None = Field(None, ge=1, description="draw from the k likeliest ids only")
+    top_p: float | None = Field(None, gt=0, le=1, description="draw from the likeliest ids of this mass only")
+    guidance_scale: float | None = Field(None, ge=0, description="above 1 exaggerates the class")
+    columns: int | None = Field(None, ge=1, description="columns of the grid; default: one per class, or 8")
+    batch_size: int = Field(64, ge=1, description="images at a time; the result does not depend on it")
+    device: str = Field("auto", description="cpu, cuda, mps or auto")
+
+
+def run(config: GenerateConfig) -> Path:
+    """Generate and save; returns the file or folder written."""
+    out = Path(config.out)
+    if out.suffix and out.suffix.lower() not in SUFFIXES:
+        raise UserError(f"out: {config.out!r} should end in {', '.join(SUFFIXES)} for a grid, or be a folder")
+    pipeline = ImagePipeline.from_pretrained(config.pipeline, device=choose_device(config.device))
+    classes = config.labels or list(range(pipeline.prior.num_classes)) or None
+    labels = [classes[k % len(classes)] for k in range(config.num_images)] if classes else None
+    try:
+        made = pipeline(config.num_images, labels, seed=config.seed, temperature=config.temperature, top_k=config.top_k,
+                        top_p=config.top_p, guidance_scale=config.guidance_scale, batch_size=config.batch_size,
+                        output_type="pt").images  # fmt: skip
+    except ValueError as error:
+        raise UserError(str(error)) from error
+    if out.suffix:
+        save_picture(grid_picture(made, config.columns or (min(16, len(classes)) if classes else 8)), out)
+        print(f"{config.num_images} images in one grid: {out}")
+    else:
+        out.mkdir(parents=True, exist_ok=True)
+        for index, image in enumerate(convert_images(made, "pil")):
+            image.save(out / f"{index:05d}.png")
+        print(f"{config.num_images} images: {out}/00000.png ...")
+    return out
+
+
+def main(argv: list[str] | None = None) -> Any:
+    """The command line."""
+    return run_command(GenerateConfig, run, argv, verb="generate", description=__doc__)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,393 @@
+"""`ImagePipeline`: a tokenizer and a prior in one folder, from which images are sampled, completed and scored."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+import tempfile
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from prior import Prior
+from prior.sampling import Sampler, image_generators
+from tokenizer import Tokenizer
+from tokenizer.pretrained import resolve_folder
+from tokenizer.storage import (
+    ConfigError,
+    FormatError,
+    IntegrityError,
+    PathError,
+    atomic_folder,
+    read_json,
+    verify_manifest,
+    write_json,
+    write_manifest,
+)
+
+from .card import model_card
+from .pictures import grid_picture, save_picture
+
+if TYPE_CHECKING:
+    from PIL.Image import Image as PILImage
+
+INDEX, PROVENANCE, CARD, GRID = "model_index.json", "provenance.json", "README.md", "samples.png"
+FORMAT_VERSION = 1
+FILES = [INDEX, PROVENANCE, CARD, GRID, "manifest.json"] + [
+    f"{part}/{name}" for part in ("tokenizer", "prior") for name in ("config.json", "model.safetensors", PROVENANCE)
+]
+
+Images = "PILImage | Sequence[PILImage] | Tensor"
+Label = int | str | None
+
+
+@dataclass(frozen=True)
+class PipelineOutput:
+    """`images`: a list of PIL images, uint8 (B, H, W, C), or float (B, C, H, W); `tokens`: (B, *grid.shape)."""
+
+    images: Any
+    tokens: Tensor
+
+
+class LikelihoodError(ValueError):
+    """A density of pixels was asked for, and the tokenizer's decoder has none."""
+
+
+class ImagePipeline:
+    """Both stages of image generation.
+
+    labels: the names of the classes, in the order of their ids. sampler: defaults for `__call__`'s `temperature`,
+    `top_k`, `top_p` and `guidance_scale`. Raises `IntegrityError` when the prior was trained on another tokenizer.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, prior: Prior, *, labels: Sequence[str] = (),
+                 sampler: dict[str, Any] | None = None) -> None:  # fmt: skip
+        if tokenizer.grid != prior.grid:
+            raise IntegrityError(f"prior/config.json: grid: {prior.grid} is not the tokenizer's, {tokenizer.grid}")
+        if prior.config.tokenizer and prior.config.tokenizer != tokenizer.fingerprint():
+            raise IntegrityError("prior/config.json: tokenizer: the prior was trained on the tokens of another tokenizer "
+                                 f"({prior.config.tokenizer[:12]}..., this one is {tokenizer.fingerprint()[:12]}...)")  # fmt: skip
+        if labels and len(labels) != prior.num_classes:
+            raise ConfigError(f"{INDEX}: labels: {len(labels)} names for {prior.num_classes} classes")
+        self.tokenizer, self.prior = tokenizer.eval(), prior.eval()
+        self.labels = list(labels)
+        self.sampler = Sampler(**(sampler or {}))
+        self.provenance: dict[str, Any] = {}
+        self.sample_grid: np.ndarray | None = None
+
+    def __repr__(self) -> str:
+        grid, shape = self.prior.grid, "x".join(map(str, self.tokenizer.image_shape))
+        return (f"ImagePipeline({self.tokenizer.name} + {self.prior.name}, images {shape}, tokens "
+                f"{'x'.join(map(str, grid.shape))} of {grid.vocab_size}, {self.prior.num_classes} classes)")  # fmt: skip
+
+    # Making images
+
+    def __call__(
+        self,
+        num_images: int | None = None,
+        labels: Label | Sequence[Label] = None,
+        *,
+        seed: int | None = None,
+        generator: torch.Generator | Sequence[torch.Generator] | None = None,
+        temperature: float | None = None,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        guidance_scale: float | None = None,
+        tokens: Tensor | None = None,
+        known: Tensor | None = None,
+        cache: bool = True,
+        batch_size: int = 64,
+        output_type: str = "pil",
+        progress: bool = True,
+    ) -> PipelineOutput:
+        """Sample images.
+
+        labels: one class (id or name) for all, or one per image; None is unconditional. seed: image k uses seed + k,
+        whatever `batch_size` is. tokens, known: tokens to keep, as in `Prior.sample`. The sampling settings default to
+        the pipeline's own (`self.sampler`). output_type: "pil", "np" (uint8) or "pt" (float in [-1, 1]).
+        Raises `ValueError` for arguments out of range.
+        """
+        if num_images is None:
+            num_images = len(labels) if isinstance(labels, Sequence) and not isinstance(labels, str) else 1
+        if seed is not None and generator is not None:
+            raise ValueError("give seed or generator, not both")
+        if batch_size < 1:
+            raise ValueError(f"batch_size must be at least 1 (got {batch_size})")
+        ids = self.label_ids(labels, num_images)
+        choices = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "guidance_scale": guidance_scale}
+        settings = dataclasses.asdict(self.sampler) | {k: v for k, v in choices.items() if v is not None}
+        Sampler(**settings)
+        check_output_type(output_type)
+        if seed is not None:
+            generator = [torch.Generator().manual_seed(seed + k) for k in range(num_images)]
+        generators = image_generators(generator, num_images)
+        shape = (num_images, *self.prior.grid.shape)
+        parts = []
+        batches = range(0, num_images, batch_size)
+        for start in progress_over(batches, progress and len(batches) > 1):
+            rows = slice(start, min(start + batch_size, num_images))
+            kept = None if known is None else known.expand(shape)[rows]
+            given = None if tokens is None else tokens.expand(shape)[rows]
+            parts.append(self.prior.sample(
+                rows.stop - rows.start, None if ids is None else ids[rows], generator=generators[rows], tokens=given,
+                known=kept, cache=cache, progress=progress and len(batches) == 1, **settings))  # fmt: skip
+        drawn = torch.cat(parts)
+        return PipelineOutput(self.decode(drawn, output_type=output_type), drawn)
+
+    @torch.inference_mode()
+    def complete(self, images: Any, known: Tensor, labels: Label | Sequence[Label] = None, *,
+                 output_type: str = "pil", **kwargs: Any) -> PipelineOutput:  # fmt: skip
+        """Fill in what is not known: bool `known` `(H, W)` or `(B, H, W)`, True = keep this pixel.
+
+        A token is known when every pixel of its patch is, and only known tokens are looked at; a new token is
+        conditioned on the known and new ones before it in the prior's order. Known pixels come back as they were.
+        `kwargs` as for `__call__`. Raises `ValueError` for a mask of another shape.
+        """
+        batch = self.to_images(images)
+        shape = (len(batch), *batch.shape[2:])
+        known = torch.as_tensor(known, device=batch.device)
+        if known.dtype != torch.bool or tuple(known.shape) not in (shape, shape[1:]):
+            raise ValueError(f"known should be bool of shape {shape[1:]} or {shape}, "
+                             f"got {known.dtype} of {tuple(known.shape)}")  # fmt: skip
+        known = known.expand(shape)
+        mask = known.unsqueeze(1)
+        # What is hidden is painted over before encoding, or it would leak through the encoder's receptive field.
+        mean = (batch * mask).sum((2, 3), keepdim=True) / mask.sum((2, 3), keepdim=True).clamp(min=1)
+        tokens = self.tokenizer.encode(torch.where(mask, batch, mean).to(self.dtype))
+        out = self(len(batch), labels, tokens=tokens, known=self.tokenizer.known_tokens(known), output_type="pt", **kwargs)
+        filled = torch.where(mask, batch, out.images.to(batch.device))
+        return PipelineOutput(convert_images(filled, output_type), out.tokens)
+
+    # Between images and tokens
+
+    @torch.inference_mode()
+    def encode(self, images: Any, *, batch_size: int = 256) -> Tensor:
+        """Tokens `(B, *grid.shape)` of PIL images, a list of them, uint8 `(B, C, H, W)`, or float in [-1, 1]."""
+        batch = self.to_images(images)
+        return torch.cat([self.tokenizer.encode(part.to(self.dtype)) for part in batch.split(batch_size)])
+
+    @torch.inference_mode()
+    def decode(self, tokens: Tensor, *, output_type: str = "pil", batch_size: int = 256) -> Any:
+        """Images of `tokens` `(B, *grid.shape)`. Raises `ValueError` for ids out of range."""
+        parts = tokens.to(self.device).split(batch_size)
+        return convert_images(torch.cat([self.tokenizer.decode(part) for part in parts]), output_type)
+
+    def reconstruct(self, images: Any, *, output_type: str = "pil") -> Any:
+        """`decode(encode(images))`: what the tokenizer keeps of them."""
+        return self.decode(self.encode(images), output_type=output_type)
+
+    # Scoring images
+
+    @torch.inference_mode()
+    def log_prob(self, images: Any, labels: Label | Sequence[Label] = None, *, batch_size: int = 256) -> Tensor:
+        """log p of each image's tokens under the prior, `(B,)` nats (of the class given; else unconditional)."""
+        tokens = self.encode(images)
+        ids = self.label_ids(labels, len(tokens))
+        chunks = range(0, len(tokens), batch_size)
+        return torch.cat([self.prior.log_prob(tokens[i : i + batch_size], None if ids is None else ids[i : i + batch_size])
+                          for i in chunks])  # fmt: skip
+
+    @torch.inference_mode()
+    def bits_per_dim(self, images: Any, labels: Label | Sequence[Label] = None) -> Tensor:
+        """Bits per pixel channel of each image, `(B,)`: those of its tokens under the prior plus those of its pixels
+        given the tokens. Raises `LikelihoodError` when the tokenizer's decoder has no likelihood."""
+        batch = self.to_images(images)
+        pixels = self.tokenizer.pixel_log_prob(batch, self.tokenizer.encode(batch.to(self.dtype)))
+        if pixels is None:
+            raise LikelihoodError(f"bits_per_dim needs a decoder with a likelihood, and {self.tokenizer.name!r} as it was "
+                                  "trained has none; log_prob gives the prior's part alone")  # fmt: skip
+        return -(self.log_prob(batch, labels) + pixels) / (batch[0].numel() * np.log(2))
+
+    # Saving and loading
+
+    def save_pretrained(self, folder: str | Path, *, sample_grid: np.ndarray | None = None) -> None:
+        """Write the pipeline folder, whole or not at all; an older pipeline there is replaced.
+
+        sample_grid: uint8 (H, W, 3), shown on the model card. Raises `PathError` if `folder` holds something else.
+        """
+        self.sample_grid = self.sample_grid if sample_grid is None else sample_grid
+        if self.prior.config.tokenizer != self.tokenizer.fingerprint():  # another dtype has another fingerprint
+            self.prior.config = dataclasses.replace(self.prior.config, tokenizer=self.tokenizer.fingerprint())
+        index = {
+            "_class_name": "ImagePipeline",
+            "format_version": FORMAT_VERSION,
+            "tokenizer": self.tokenizer.name,
+            "prior": self.prior.name,
+            "labels": self.labels,
+            "sampler": dataclasses.asdict(self.sampler),
+        }
+        with atomic_folder(folder, marker=INDEX) as target:
+            self.tokenizer.save_pretrained(target / "tokenizer")
+            self.prior.save_pretrained(target / "prior")
+            write_json(target / INDEX, index)
+            if self.provenance:
+                write_json(target / PROVENANCE, self.provenance)
+            if self.sample_grid is not None:
+                save_picture(self.sample_grid, target / GRID)
+            (target / CARD).write_text(model_card(self), encoding="utf-8")
+            write_manifest(target)
+
+    @classmethod
+    def from_pretrained(cls, source: str | Path, *, revision: str | None = None, token: str | None = None,
+                        cache_dir: str | Path | None = None, local_files_only: bool = False,
+                        dtype: torch.dtype | None = None, device: str | torch.device | None = None
+                        ) -> ImagePipeline:  # fmt: skip
+        """Load from a folder or a Hub id. Raises a `PipelineLoadError` naming file, field, what was found and what is
+        allowed; every file is checked against the manifest first."""
+        folder = resolve_folder(source, FILES, revision=revision, token=token, cache_dir=cache_dir,
+                                local_files_only=local_files_only)  # fmt: skip
+        if not (folder / INDEX).is_file():
+            inner = folder / "pipeline"
+            hint = f"; did you mean {inner}?" if (inner / INDEX).is_file() else ""
+            raise PathError(f"{folder}: not a pipeline folder (no {INDEX}){hint}")
+        index = read_index(folder / INDEX)
+        verify_manifest(folder)
+        tokenizer = Tokenizer.find(index["tokenizer"]).from_pretrained(folder / "tokenizer")
+        prior = Prior.find(index["prior"]).from_pretrained(folder / "prior")
+        pipeline = cls(tokenizer, prior, labels=index["labels"], sampler=index["sampler"])
+        if (folder / PROVENANCE).is_file():
+            pipeline.provenance = read_json(folder / PROVENANCE)
+        if (folder / GRID).is_file():
+            pipeline.sample_grid = np.asarray(Image.open(folder / GRID, formats=("PNG",)).convert("RGB"))
+        return pipeline.to(device=device, dtype=dtype)
+
+    def push_to_hub(self, repo_id: str, *, token: str | None = None, private: bool | None = None,
+                    commit_message: str = "Upload pipeline") -> Any:  # fmt: skip
+        """Create the Hub repository if needed and upload the pipeline folder, model card and sample grid included.
+
+        Returns what `HfApi.upload_folder` does. Errors are huggingface_hub's.
+        """
+        from huggingface_hub import HfApi
+
+        api = HfApi(token=token)
+        with tempfile.TemporaryDirectory() as temporary:
+            folder = Path(temporary) / "pipeline"
+            grid = self.sample_picture() if self.sample_grid is None else self.sample_grid
+            self.save_pretrained(folder, sample_grid=grid)
+            api.create_repo(repo_id, private=private, exist_ok=True)
+            return api.upload_folder(repo_id=repo_id, folder_path=folder, commit_message=commit_message)
+
+    def to(self, device: str | torch.device | None = None, dtype: torch.dtype | None = None) -> ImagePipeline:
+        """Move both stages to `device`, and change the type of their weights; returns itself."""
+        self.tokenizer.to(device=device, dtype=dtype)
+        self.prior.to(device=device, dtype=dtype)
+        return self
+
+    # Conveniences
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return self.prior.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The type of the tokenizer's weights."""
+        return next((p.dtype for p in self.tokenizer.parameters()), torch.float32)
+
+    def label_ids(self, labels: Label | Sequence[Label], count: int) -> Tensor | None:
+        """Class ids `(count,)` of ids and names, or None. Raises `ValueError` naming what there is."""
+        if labels is None:
+            return None
+        values = labels.tolist() if isinstance(labels, (Tensor, np.ndarray)) else labels
+        values = list(values) if isinstance(values, Iterable) and not isinstance(values, str) else [values] * count
+        if len(values) != count:
+            raise ValueError(f"got {len(values)} labels for {count} images; give one, or one per image")
+        return torch.tensor([self._label_id(value) for value in values], device=self.device)
+
+    def _label_id(self, label: Label) -> int:
+        classes = self.prior.num_classes
+        if label is None:
+            return classes
+        if isinstance(label, str) and label in self.labels:
+            return self.labels.index(label)
+        if isinstance(label, (int, np.integer)) and not isinstance(label, bool) and 0 <= label < classes:
+            return int(label)
+        there = f"ids 0 to {classes - 1}" + (f" or names {', '.join(self.labels)}" if self.labels else "")
+        raise ValueError(f"no class is called {label!r}; there are {there if classes else 'none: it is unconditional'}")
+
+    def to_images(self, images: Any) -> Tensor:
+        """Float `(B, C, H, W)` in [-1, 1] on the pipeline's device, from PIL images (resized and cropped to fit),
+        uint8 or float tensors. Raises `ValueError` for another size, type or range."""
+        shape = self.tokenizer.image_shape
+        if isinstance(images, Image.Image):
+            images = [images]
+        if isinstance(images, (list, tuple)) and images and all(isinstance(image, Image.Image) for image in images):
+            from .images import pixels_of
+
+            images = torch.stack([torch.from_numpy(pixels_of(image, shape).copy()) for image in images])
+        if not isinstance(images, Tensor) or tuple(images.shape[1:]) != shape:
+            found = tuple(images.shape) if isinstance(images, Tensor) else type(images).__name__
+            raise ValueError(f"images should be PIL images, or uint8 or float of shape (B, {', '.join(map(str, shape))}); "
+                             f"got {found}")  # fmt: skip
+        if images.dtype == torch.uint8:
+            return images.to(self.device).float() / 127.5 - 1
+        if not images.dtype.is_floating_point or not bool((images.abs() <= 1 + 1e-3).all()):
+            raise ValueError(f"float images should lie in [-1, 1] (uint8 ones in 0 to 255); got {images.dtype}, "
+                             f"{float(images.min())} to {float(images.max())}")  # fmt: skip
+        return images.to(self.device).float().clamp(-1, 1)
+
+    def sample_picture(self, count: int = 80, seed: int = 0) -> np.ndarray:
+        """A grid of samples at the pipeline's settings, one class per column (of at most ten), uint8 (H, W, 3)."""
+        columns = min(10, self.prior.num_classes) or 10
+        labels = [index % columns for index in range(count)] if self.prior.num_classes else None
+        out = self(num_images=count, labels=labels, seed=seed, output_type="pt", progress=False)
+        return grid_picture(out.images, columns)
+
+
+def read_index(path: Path) -> dict[str, Any]:
+    """`model_index.json`, every field checked. Raises `FormatError` or `ConfigError`."""
+    index = read_json(path)
+    if index.get("format_version") != FORMAT_VERSION:
+        raise FormatError(f"{path}: format_version: found {index.get('format_version')!r}, this version of smalti reads "
+                          f"{FORMAT_VERSION}; a newer smalti may read it")  # fmt: skip
+    if index.get("_class_name") != "ImagePipeline":
+        raise FormatError(f"{path}: _class_name: found {index.get('_class_name')!r}, expected 'ImagePipeline'")
+    allowed = {"_class_name", "format_version", "tokenizer", "prior", "labels", "sampler"}
+    if set(index) != allowed:
+        raise FormatError(f"{path}: found the fields {sorted(index)}, expected {sorted(allowed)}")
+    for part, family in (("tokenizer", Tokenizer), ("prior", Prior)):
+        name = index[part]
+        if not isinstance(name, str) or not re.fullmatch(r"[a-z][a-z0-9_]{0,31}", name):
+            raise FormatError(f"{path}: {part}: {str(name)[:80]!r} is not a name (lower case letters, digits, _)")
+        if name not in family.available():
+            raise ConfigError(f"{path}: {part}: no {part} is called {name!r}; there are {', '.join(family.available())}")
+    if not isinstance(index["labels"], list) or not all(isinstance(label, str) for label in index["labels"]):
+        raise FormatError(f"{path}: labels: expected a list of names")
+    try:
+        Sampler(**index["sampler"])
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"{path}: sampler: {error}") from error
+    return index
+
+
+def check_output_type(output_type: str) -> None:
+    """Raise `ValueError` for an unknown output type."""
+    if output_type not in ("pil", "np", "pt"):
+        raise ValueError(f"output_type must be 'pil', 'np' or 'pt' (got {output_type!r})")
+
+
+def convert_images(images: Tensor, output_type: str) -> Any:
+    """Float `(B, C, H, W)` in [-1, 1] as PIL images, uint8 (B, H, W, C), or as they are."""
+    check_output_type(output_type)
+    if output_type == "pt":
+        return images
+    pixels = ((images.float().cpu() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8).movedim(1, -1).numpy()
+    if output_type == "np":
+        return pixels
+    return [Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image) for image in pixels]
+
+
+def progress_over(batches: range, shown: bool) -> Iterable[int]:
+    """`batches`, with a bar on a terminal."""
+    if not shown:
+        return batches
+    from tqdm import tqdm
+
+    return tqdm(batches, desc="generating", unit="batch", leave=False, disable=None)

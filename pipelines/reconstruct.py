@@ -1,0 +1,63 @@
+"""Show what a tokenizer keeps of held-out images: originals above reconstructions, and the PSNR."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from pydantic import Field
+
+from tokenizer import Tokenizer
+from tokenizer.storage import read_json
+
+from .config import Config, UserError, run_command
+from .evaluate import choose_device
+from .generation import INDEX
+from .images import DataConfig, load_images
+from .pictures import save_picture
+from .train_tokenizer import PROVENANCE, evaluate_reconstruction, reconstruction_picture
+
+
+class ReconstructConfig(Config):
+    """Which images, through which tokenizer."""
+
+    tokenizer: str = Field(description="folder of a tokenizer or of a pipeline, or a tokenizer's Hub id")
+    out: str = Field("reconstructions.png", description="the picture to write")
+    data: DataConfig = Field(DataConfig(), description="the images; defaults to those the tokenizer was trained on")
+    num_images: int = Field(32, ge=1, le=1024, description="images in the picture")
+    device: str = Field("auto", description="cpu, cuda, mps or auto")
+
+
+def tokenizer_folder(source: str) -> str:
+    """`source`, or the tokenizer inside it when it is a pipeline folder."""
+    return str(Path(source) / "tokenizer") if (Path(source) / INDEX).is_file() else source
+
+
+def defaults(given: dict[str, Any]) -> dict[str, Any]:
+    """The data source that the tokenizer (or the pipeline around it) was trained on."""
+    source = Path(str(given.get("tokenizer", "")))
+    path = source / PROVENANCE
+    return {"data": read_json(path).get("data", {})} if path.is_file() else {}
+
+
+def run(config: ReconstructConfig) -> dict[str, float]:
+    """Write the picture, print and return PSNR (dB), losses, codebook usage and perplexity on all held-out images."""
+    tokenizer = Tokenizer.from_pretrained(tokenizer_folder(config.tokenizer), device=choose_device(config.device))
+    if config.data.image_shape != tokenizer.image_shape:
+        raise UserError(f"data.image_size, data.channels: the tokenizer takes images of {tokenizer.image_shape} "
+                        f"(channels, height, width), these are {config.data.image_shape}")  # fmt: skip
+    images = load_images(config.data).held_out
+    figures = evaluate_reconstruction(tokenizer, images)
+    save_picture(reconstruction_picture(tokenizer, images, config.num_images), config.out)
+    print(f"{config.out}: PSNR {figures['psnr']:.2f} dB over {len(images):,} held-out images, "
+          f"{figures['codebook_usage']:.1%} of {tokenizer.grid.vocab_size} codes used")  # fmt: skip
+    return figures
+
+
+def main(argv: list[str] | None = None) -> Any:
+    """The command line."""
+    return run_command(ReconstructConfig, run, argv, verb="reconstruct", description=__doc__, defaults=defaults)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,137 @@
+"""Train stage two: a prior over a token dataset; its snapshot is a whole pipeline folder."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from pydantic import Field
+from torch import Tensor, nn
+
+from prior import Prior
+from tokenizer.storage import PathError
+
+from .augment import uniforms
+from .config import Config, ModelNode, UserError, run_command
+from .generation import ImagePipeline
+from .tokens import TokenDataset, TokenSplit, load_tokens
+from .tracking import TrackConfig
+from .training import Task, TrainConfig, train
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+HELD_OUT_ROWS = 2000  # evaluated during training; `smalti evaluate` looks at all
+
+
+class TrainPriorConfig(Config):
+    """A run of stage two."""
+
+    out: str = Field(description="run folder: metrics, previews, resume states, and the pipeline itself")
+    tokens: str = Field(description="token dataset, as `smalti encode` wrote it")
+    model: Annotated[dict[str, Any], ModelNode("prior.base:Prior")] = Field({"kind": "gpt"}, description="the prior")
+    label_dropout: float = Field(0.1, ge=0, le=1, description="share of images trained without their label, which "
+                                 "unconditional sampling and guidance need")  # fmt: skip
+    train: TrainConfig = Field(TrainConfig(), description="how long and how fast")
+    track: TrackConfig = Field(TrackConfig(), description="where the numbers go")
+
+
+class PriorTask(Task):
+    """One player: the prior. The loss is the mean negative log-likelihood per token, in nats."""
+
+    def __init__(self, config: TrainPriorConfig) -> None:
+        self.config, self.data = config, load_tokens(config.tokens)
+        self.train_split, self.held_out = training_splits(self.data)
+        self.model: Prior = build_prior(config.model, self.data)
+        self.model.initialize(self.train_split.tokens, self.train_split.labels)
+        self.nets: dict[str, nn.Module] = {"model": self.model}
+        self.players = {"model": list(self.model.parameters())}
+        self.rows, self.tokens_per_row = len(self.train_split), len(self.data.grid)
+
+    def batch(self, indices: np.ndarray, epochs: np.ndarray, seed: int) -> tuple[Tensor, Tensor]:
+        """Tokens `(B, *grid.shape)` and labels `(B,)`, the null class where dropped or where the data has none."""
+        rows, labels = torch.from_numpy(indices), self.train_split.labels
+        null = torch.full((len(rows),), self.data.num_classes)
+        if labels is None:
+            return self.train_split.tokens[rows].long(), null
+        # Drawn from (seed, epoch, row), so that any number of processes drops the same labels.
+        draws = np.empty(len(rows))
+        for epoch in np.unique(epochs):
+            draws[epochs == epoch] = uniforms(seed, int(epoch), indices[epochs == epoch])[:, 0]
+        dropped = torch.from_numpy(draws < self.config.label_dropout)
+        return self.train_split.tokens[rows].long(), torch.where(dropped, null, labels[rows].long())
+
+    def loss(self, player: str, batch: Any, step: int) -> tuple[Tensor, dict[str, Tensor]]:
+        """Cross-entropy in nats per token."""
+        tokens, labels = batch
+        logits = self.nets["model"](tokens, labels).float()
+        loss = F.cross_entropy(logits.flatten(0, 1), tokens.flatten())
+        return loss, {"bits_per_token": loss.detach() / math.log(2)}
+
+    def preview(self, model: nn.Module) -> dict[str, np.ndarray]:
+        """Samples, a class per column, seeded alike at every step."""
+        return {"samples": self.pipeline(model).sample_picture()}
+
+    def evaluate(self, model: nn.Module) -> dict[str, float]:
+        """Bits per token on the held-out split."""
+        return {"bits_per_token": bits_per_token(model, self.held_out, HELD_OUT_ROWS)}
+
+    def pipeline(self, model: nn.Module) -> ImagePipeline:
+        """Both stages, sharing `model`'s weights."""
+        return ImagePipeline(self.data.tokenizer.to(self.model.device), model, labels=self.data.class_names)  # type: ignore[arg-type]
+
+    def save(self, model: nn.Module, run: Path, facts: dict[str, Any]) -> None:
+        """The pipeline's folder, with where its images came from and a sample grid on its card."""
+        pipeline = self.pipeline(model)
+        pipeline.provenance = {**self.data.source, "prior": facts}
+        pipeline.save_pretrained(run / "pipeline", sample_grid=pipeline.sample_picture())
+
+
+def training_splits(data: TokenDataset) -> tuple[TokenSplit, TokenSplit]:
+    """The split to train on and the one to evaluate on. Raises `UserError` when one is missing or empty."""
+    for name in ("train", "test"):
+        if not len(data.splits.get(name, ())):
+            raise UserError(f"tokens: the dataset has no rows in its {name!r} split; it has {sorted(data.splits)}")
+    return data.splits["train"], data.splits["test"]
+
+
+def build_prior(node: dict[str, Any], data: TokenDataset) -> Prior:
+    """The prior of a checked `{kind: ...}` node for the dataset's grid and classes. Raises `ConfigError`."""
+    choices = {key: value for key, value in node.items() if key != "kind"}
+    return Prior.create(node["kind"], grid=data.grid, num_classes=data.num_classes,
+                        tokenizer=data.tokenizer.fingerprint(), **choices)  # fmt: skip
+
+
+@torch.inference_mode()
+def bits_per_token(model: Any, split: TokenSplit, limit: int | None = None) -> float:
+    """Mean -log2 p per token over the first `limit` rows."""
+    count, total = min(limit or len(split), len(split)), 0.0
+    for start in range(0, count, 256):
+        rows = slice(start, min(start + 256, count))
+        labels = None if split.labels is None else split.labels[rows].to(model.device)
+        total -= float(model.log_prob(split.tokens[rows].long().to(model.device), labels).double().sum())
+    return total / math.log(2) / (count * len(model.grid))
+
+
+def run(config: TrainPriorConfig) -> Path:
+    """Train, and return the run folder; `pipeline/` in it is what `from_pretrained` wants."""
+    if not Path(config.tokens).is_dir():
+        raise PathError(f"tokens: {config.tokens!r} is not a folder; make a token dataset with `smalti encode`")
+
+    def build(accelerator: Accelerator) -> Task:
+        return PriorTask(config)
+
+    return train(build, config)
+
+
+def main(argv: list[str] | None = None) -> Any:
+    """The command line."""
+    return run_command(TrainPriorConfig, run, argv, verb="train_prior", description=__doc__)
+
+
+if __name__ == "__main__":
+    main()

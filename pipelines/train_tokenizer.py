@@ -1,0 +1,154 @@
+"""Train stage one: a tokenizer that turns images into grids of ids and back."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import numpy as np
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from tokenizer import Tokenizer
+from tokenizer.base import codebook_usage
+from tokenizer.losses import pixel_losses, psnr, total_loss
+from tokenizer.storage import write_json
+
+from .config import Config, ModelNode, UserError, run_command
+from .images import DataConfig, ImageDataset, load_images
+from .pictures import grid_picture
+from .tracking import TrackConfig
+from .training import Task, TrainConfig, train
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+PROVENANCE = "provenance.json"
+HELD_OUT_IMAGES = 2000  # evaluated during training; `smalti evaluate` looks at all
+
+
+class LossConfig(Config):
+    """What the tokenizer minimises."""
+
+    l1: float = Field(0.0, ge=0, description="weight of the mean absolute error of pixels in [-1, 1]")
+    l2: float = Field(1.0, ge=0, description="weight of the mean squared error of pixels in [-1, 1]")
+    quantizer: float = Field(1.0, ge=0, description="factor on the quantizer's own terms (which it weighs by its beta)")
+
+
+class TrainTokenizerConfig(Config):
+    """A run of stage one."""
+
+    out: str = Field(description="run folder: metrics, previews, resume states, and the tokenizer itself")
+    data: DataConfig = Field(DataConfig(), description="the images")
+    model: Annotated[dict[str, Any], ModelNode("tokenizer.base:Tokenizer")] = Field(
+        {"kind": "vqvae"}, description="the tokenizer"
+    )
+    loss: LossConfig = Field(LossConfig(), description="what is minimised")
+    train: TrainConfig = Field(TrainConfig(), description="how long and how fast")
+    track: TrackConfig = Field(TrackConfig(), description="where the numbers go")
+
+
+class TokenizerTask(Task):
+    """One player: the whole autoencoder."""
+
+    def __init__(self, config: TrainTokenizerConfig) -> None:
+        self.config = config
+        self.images = load_images(config.data)
+        channels, height, width = self.images.train.image_shape
+        self.model: Tokenizer = build_tokenizer(config.model, (height, width), channels)
+        self.nets: dict[str, nn.Module] = {"model": self.model}
+        self.players = {"model": list(self.model.parameters())}
+        if not self.players["model"]:
+            raise UserError(f"model.kind: a {config.model['kind']!r} tokenizer has nothing to train")
+        self.rows, self.tokens_per_row = len(self.images.train), len(self.model.grid)
+        weights = {name: config.loss.quantizer * weight for name, weight in self.model.loss_weights.items()}
+        self.weights = {"l1": config.loss.l1, "l2": config.loss.l2, **weights}
+
+    def batch(self, indices: np.ndarray, epochs: np.ndarray, seed: int) -> tuple[Tensor]:
+        """Augmented images `(B, C, H, W)`."""
+        parts = [torch.empty(0)] * len(indices)
+        for epoch in np.unique(epochs):
+            here = np.flatnonzero(epochs == epoch)
+            images = self.images.train.batch(indices[here], seed=seed, epoch=int(epoch), augment=True)
+            for position, image in zip(here, images, strict=True):
+                parts[position] = image
+        return (torch.stack(parts),)
+
+    def loss(self, player: str, batch: Any, step: int) -> tuple[Tensor, dict[str, Tensor]]:
+        """Weighted pixel and quantizer losses, and how much of the codebook this batch used."""
+        (images,) = batch
+        output = self.nets["model"](images)
+        loss, terms = total_loss(output, images, self.weights)
+        counts = torch.bincount(output.tokens.flatten(), minlength=self.model.grid.vocab_size)
+        return loss, {**terms, **{f"codebook_{name}": value for name, value in codebook_usage(counts).items()}}
+
+    def preview(self, model: nn.Module) -> dict[str, np.ndarray]:
+        """Held-out images, each row above its reconstructions."""
+        return {"reconstructions": reconstruction_picture(model, self.images.held_out)}
+
+    def evaluate(self, model: nn.Module) -> dict[str, float]:
+        """PSNR in dB, pixel losses, codebook usage and perplexity on the held-out split."""
+        return evaluate_reconstruction(model, self.images.held_out, HELD_OUT_IMAGES)
+
+    def save(self, model: nn.Module, run: Path, facts: dict[str, Any]) -> None:
+        """The tokenizer's folder, with where its images came from."""
+        save_tokenizer(model, run / "tokenizer", {"data": self.config.data.model_dump(mode="json"), "tokenizer": facts})
+
+
+def build_tokenizer(node: dict[str, Any], image_size: tuple[int, int], channels: int) -> Tokenizer:
+    """The tokenizer of a checked `{kind: ...}` node for images of this size. Raises `ConfigError`."""
+    choices = {key: value for key, value in node.items() if key != "kind"}
+    return Tokenizer.create(node["kind"], image_size=image_size, channels=channels, **choices)
+
+
+def save_tokenizer(model: Any, folder: Path, provenance: dict[str, Any]) -> None:
+    """`save_pretrained`, and `provenance.json` beside the weights, from which later stages learn the data source."""
+    model.save_pretrained(folder)
+    write_json(folder / PROVENANCE, provenance)
+
+
+@torch.inference_mode()
+def evaluate_reconstruction(model: Any, images: ImageDataset, limit: int | None = None) -> dict[str, float]:
+    """Means over the first `limit` images of PSNR (dB), l1 and l2, and usage and perplexity of the ids they use."""
+    count = min(limit or len(images), len(images))
+    sums: dict[str, float] = {}
+    ids = torch.zeros(model.grid.vocab_size, dtype=torch.long, device=model.device)
+    for start in range(0, count, 256):
+        batch = images.batch(np.arange(start, min(start + 256, count))).to(model.device)
+        tokens = model.encode(batch)
+        decoded = model.decode(tokens)
+        ids += torch.bincount(tokens.flatten(), minlength=model.grid.vocab_size)
+        for name, value in {"psnr": psnr(decoded, batch).mean(), **pixel_losses(decoded, batch)}.items():
+            sums[name] = sums.get(name, 0.0) + float(value) * len(batch)
+    usage = {f"codebook_{name}": float(value) for name, value in codebook_usage(ids).items()}
+    return {name: total / count for name, total in sums.items()} | usage
+
+
+@torch.inference_mode()
+def reconstruction_picture(model: Any, images: ImageDataset, count: int = 32) -> np.ndarray:
+    """The first `count` images, evenly spread over the set, each row above the row of its reconstructions."""
+    chosen = np.linspace(0, len(images) - 1, min(count, len(images))).astype(np.int64)
+    originals = images.batch(chosen)
+    decoded = model.decode(model.encode(originals.to(model.device))).cpu()
+    columns = min(16, len(chosen))
+    pairs = [part for a, b in zip(originals.split(columns), decoded.split(columns), strict=True) for part in (a, b)]
+    return grid_picture(torch.cat(pairs), columns)
+
+
+def run(config: TrainTokenizerConfig) -> Path:
+    """Train, and return the run folder; `tokenizer/` in it is what the next stage wants."""
+
+    def build(accelerator: Accelerator) -> Task:
+        return TokenizerTask(config)
+
+    return train(build, config)
+
+
+def main(argv: list[str] | None = None) -> Any:
+    """The command line."""
+    return run_command(TrainTokenizerConfig, run, argv, verb="train_tokenizer", description=__doc__)
+
+
+if __name__ == "__main__":
+    main()

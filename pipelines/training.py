@@ -1,0 +1,443 @@
+"""The training loop of both stages: set up, fit, evaluate, save.
+
+It knows a task by its model, its players (each has parameters, an optimizer and a turn), its loss and its preview. The
+batch is a function of (seed, step) and randomness of (seed, rank, step), so an interrupted run that is started again
+with the same command continues to the bit. `accelerate` owns devices, precision and processes.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import sys
+import time
+import warnings
+from collections.abc import Callable, Generator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+import yaml
+from pydantic import Field
+from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel
+
+from .checkpoint import latest_state, load_state, save_state
+from .config import Config, UserError, difference
+from .tracking import TrackConfig, Tracker
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+MAX_SKIPPED = 10
+TWO_PROCESSES = (
+    "ACCELERATE_USE_CPU=true accelerate launch --multi_gpu --num_processes 2 --num_machines 1 "
+    "--mixed_precision no --dynamo_backend no -m ..."
+)
+
+
+class TrainConfig(Config):
+    """How long, how fast, how often. Steps are optimizer steps, batch sizes are global."""
+
+    steps: int | None = Field(2000, ge=1, description="optimizer steps; null leaves the end to `minutes`")
+    minutes: float | None = Field(None, gt=0, description="end after so many minutes of training, if `steps` is not first")
+    batch_size: int = Field(128, ge=1, description="images per step, all processes and micro-batches together")
+    accumulate: int = Field(1, ge=1, description="micro-batches that each process adds up for a step")
+    lr: float = Field(1e-3, gt=0, description="peak learning rate of AdamW")
+    final_lr: float = Field(0.02, ge=0, le=1, description="learning rate at the end, as a share of the peak")
+    warmup_steps: int = Field(100, ge=0, description="steps of linear warm-up; a cosine follows")
+    betas: tuple[float, float] = Field((0.9, 0.95), description="AdamW's decays of the running moments")
+    weight_decay: float = Field(0.02, ge=0, description="AdamW's weight decay, on matrices only")
+    clip: float = Field(1.0, gt=0, description="largest gradient norm; a larger one is scaled down")
+    ema_decay: float = Field(0.999, ge=0, lt=1, description="decay of the averaged weights that are evaluated and saved")
+    seed: int = Field(0, ge=0, description="fixes initial weights, order of the data, augmentation and dropout")
+    log_every: int = Field(50, ge=1, description="steps between lines in metrics.jsonl")
+    preview_every: int = Field(1000, ge=1, description="steps between pictures")
+    evaluate_every: int = Field(1000, ge=1, description="steps between evaluations on the held-out split")
+    save_every: int = Field(1000, ge=1, description="steps between saves: resume state and snapshot")
+
+
+class Task:
+    """What is trained. `nets` holds what DDP wraps; the loop puts the wrapped modules there, and `loss` calls them."""
+
+    model: nn.Module
+    """Saved, averaged and evaluated."""
+    nets: dict[str, nn.Module]
+    players: dict[str, list[nn.Parameter]]
+    """Each takes a turn in every step, with its own optimizer."""
+    rows: int
+    """Size of the training set."""
+    tokens_per_row: int
+
+    def batch(self, indices: np.ndarray, epochs: np.ndarray, seed: int) -> Any:
+        """The training samples at `indices` in their `epochs`, a tuple of tensors; a pure function."""
+        raise NotImplementedError
+
+    def loss(self, player: str, batch: Any, step: int) -> tuple[Tensor, dict[str, Tensor]]:
+        """A scalar to minimise for `player`, and scalars to log."""
+        raise NotImplementedError
+
+    def preview(self, model: nn.Module) -> dict[str, np.ndarray]:
+        """Pictures of what `model` (averaged weights) can do, uint8 (H, W, 3)."""
+        raise NotImplementedError
+
+    def evaluate(self, model: nn.Module) -> dict[str, float]:
+        """Figures of `model` (averaged weights) on the held-out split."""
+        raise NotImplementedError
+
+    def save(self, model: nn.Module, run: Path, facts: dict[str, Any]) -> None:
+        """Write the snapshot for users into `run`; `facts` are steps, minutes and last evaluation."""
+        raise NotImplementedError
+
+
+@dataclass
+class Training:
+    """Everything that changes while a task is trained."""
+
+    task: Task
+    config: TrainConfig
+    run: Path
+    accelerator: Accelerator
+    averaged: AveragedModel
+    optimizers: dict[str, Any]
+    tracker: Tracker
+    step: int = 0
+    minutes: float = 0.0
+    skipped: int = 0
+    skipped_in_a_row: int = 0
+    window: dict[str, float] = field(default_factory=dict)
+    window_steps: int = 0
+    evaluation: dict[str, float] = field(default_factory=dict)
+    saved_step: int = -1
+
+    COUNTERS = ("minutes", "skipped", "skipped_in_a_row", "window", "window_steps", "evaluation")
+
+    def counters(self) -> dict[str, Any]:
+        """What a resumed run needs besides weights and optimizers."""
+        return {name: getattr(self, name) for name in self.COUNTERS}
+
+
+def build_accelerator() -> Accelerator:
+    """An `Accelerator` as `accelerate launch` asked for. Raises `UserError` if it started fewer processes than asked."""
+    from accelerate import Accelerator, DistributedDataParallelKwargs
+
+    warnings.filterwarnings("ignore", category=FutureWarning, module="torch")
+    # Buffers (an EMA codebook) are kept equal by the models themselves; broadcasting them would undo nothing but time.
+    accelerator = Accelerator(kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)])
+    asked = int(os.environ.get("WORLD_SIZE", "1")) > 1 or "MASTER_ADDR" in os.environ
+    if accelerator.num_processes == 1 and asked:
+        raise UserError("several processes were asked for, but only one was started (accelerate's --cpu does that); "
+                        f"on CPU use: {TWO_PROCESSES}")  # fmt: skip
+    if accelerator.mixed_precision == "fp16":
+        raise UserError("fp16 is not supported (its loss scaling hides non-finite steps); use --mixed_precision bf16")
+    return accelerator
+
+
+def train(build: Callable[[Accelerator], Task], config: Any) -> Path:
+    """Run `build`'s task to its end under `config` (with `out`, `train` and `track`); returns the run folder.
+
+    Started again with the same configuration it continues from the newest state. Raises `UserError` for a run folder
+    that belongs to another configuration, a batch size that does not divide, or ten non-finite steps in a row.
+    """
+    accelerator, run = build_accelerator(), Path(config.out)
+    shares = accelerator.num_processes * config.train.accumulate
+    if config.train.batch_size % shares:
+        raise UserError(f"train.batch_size: {config.train.batch_size} is not a multiple of processes x accumulate "
+                        f"({accelerator.num_processes} x {config.train.accumulate})")  # fmt: skip
+    if config.train.steps is None and config.train.minutes is None:
+        raise UserError("train.steps: null needs train.minutes to end the run")
+    claim_folder(run, config, accelerator)
+    torch.manual_seed(config.train.seed)
+    training = set_up(build(accelerator), config, run, accelerator)
+    try:
+        fit(training)
+    finally:
+        training.tracker.close()
+        accelerator.end_training()
+    return run
+
+
+def claim_folder(run: Path, config: Any, accelerator: Accelerator) -> None:
+    """Write `config.yaml` into a new run folder; refuse one that belongs to a different configuration."""
+    path = run / "config.yaml"
+    mine = config.model_dump(mode="json")
+    if path.is_file():
+        theirs = yaml.safe_load(path.read_text())
+        changes = difference({**theirs, "track": None}, {**mine, "track": None})
+        if changes:
+            raise UserError(f"{run}: belongs to a run with another configuration; choose another out=, nothing was "
+                            "overwritten. What differs:\n" + "\n".join(changes))  # fmt: skip
+    accelerator.wait_for_everyone()
+    if accelerator.is_main_process:
+        run.mkdir(parents=True, exist_ok=True)
+        path.write_text(yaml.safe_dump(mine, sort_keys=False))
+    accelerator.wait_for_everyone()
+
+
+def set_up(task: Task, config: Any, run: Path, accelerator: Accelerator) -> Training:
+    """Place the task on the device, average its weights, give players optimizers, and load the newest state."""
+    task.model.to(accelerator.device)
+    averaged = AveragedModel(task.model, multi_avg_fn=ema_update(config.train.ema_decay), use_buffers=False)
+    averaged.requires_grad_(False).eval()
+    optimizers = {name: adamw(parameters, config.train) for name, parameters in task.players.items()}
+    state = latest_state(run)
+    step, counters = load_state(state, model=task.model, ema=averaged, optimizers=optimizers) if state else (0, {})
+    task.nets = {name: accelerator.prepare_model(net.to(accelerator.device)) for name, net in task.nets.items()}
+    optimizers = {name: accelerator.prepare_optimizer(optimizer) for name, optimizer in optimizers.items()}
+    tracker = Tracker(run, config.track, config.model_dump(mode="json"), accelerator=accelerator, resume_step=step)
+    if accelerator.is_main_process:
+        count = sum(p.numel() for p in task.model.parameters())
+        began = f"continuing from step {step}" if state else "starting"
+        print(f"{run}: {began}; {count:,} parameters, {task.rows:,} training rows, {accelerator.num_processes} "
+              f"process(es) on {accelerator.device}, {accelerator.mixed_precision} mixed precision", flush=True)  # fmt: skip
+    return Training(task, config.train, run, accelerator, averaged, optimizers, tracker, step,
+                    saved_step=step if state else -1, **counters)  # fmt: skip
+
+
+def adamw(parameters: list[nn.Parameter], config: TrainConfig) -> torch.optim.AdamW:
+    """AdamW (Loshchilov & Hutter 2017); biases, norms and other vectors do not decay."""
+    matrices, vectors = [p for p in parameters if p.ndim > 1], [p for p in parameters if p.ndim <= 1]
+    groups = [{"params": matrices, "weight_decay": config.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+    fused = all(p.device.type in ("cpu", "cuda") for p in parameters)
+    return torch.optim.AdamW([g for g in groups if g["params"]], lr=config.lr, betas=config.betas, fused=fused)
+
+
+def ema_update(decay: float) -> Callable[[Any, Any, Any], None]:
+    """Average with min(decay, (1 + n) / (10 + n)) after n updates, so that early weights are soon forgotten."""
+
+    @torch.no_grad()
+    def update(averages: Any, current: Any, count: Any) -> None:
+        n = float(count)
+        torch._foreach_lerp_(averages, current, 1 - min(decay, (1 + n) / (10 + n)))
+
+    return update
+
+
+def learning_rate(config: TrainConfig, step: int, progress: float) -> float:
+    """Linear warm-up by steps, then a cosine in `progress` (0 to 1, clamped) down to `final_lr` of the peak."""
+    if step < config.warmup_steps:
+        return config.lr * (step + 1) / config.warmup_steps
+    cosine = 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
+    return config.lr * (config.final_lr + (1 - config.final_lr) * cosine)
+
+
+def samples_of(rows: int, batch_size: int, seed: int, step: int) -> tuple[np.ndarray, np.ndarray]:
+    """Row indices and epochs, each `(batch_size,)`, of one step's global batch: a function of its arguments.
+
+    Every epoch is its own permutation; batches run across their ends, so each row comes once per epoch.
+    """
+    positions = step * batch_size + np.arange(batch_size, dtype=np.int64)
+    epochs, indices = positions // rows, positions % rows
+    for epoch in np.unique(epochs):
+        here = epochs == epoch
+        indices[here] = _permutation(rows, seed, int(epoch))[indices[here]]
+    return indices, epochs
+
+
+_permutations: dict[tuple[int, int, int], np.ndarray] = {}
+
+
+def _permutation(rows: int, seed: int, epoch: int) -> np.ndarray:
+    key = (rows, seed, epoch)
+    if key not in _permutations:
+        if len(_permutations) > 2:
+            _permutations.pop(next(iter(_permutations)))
+        _permutations[key] = np.random.default_rng([seed, epoch]).permutation(rows)
+    return _permutations[key]
+
+
+def batches(training: Training) -> Generator[list[Any], None, None]:
+    """This process's micro-batches of each step, the next step's being made while this one's are used."""
+    config, accelerator, task = training.config, training.accelerator, training.task
+    size = config.batch_size // config.accumulate // accelerator.num_processes
+
+    def make(step: int) -> list[Any]:
+        indices, epochs = samples_of(task.rows, config.batch_size, config.seed, step)
+        shape = (config.accumulate, accelerator.num_processes, size)
+        mine = [part.reshape(shape)[:, accelerator.process_index] for part in (indices, epochs)]
+        return [task.batch(i, e, config.seed) for i, e in zip(*mine, strict=True)]
+
+    with ThreadPoolExecutor(1) as pool:
+        step = training.step
+        following = pool.submit(make, step)
+        while True:
+            ready, step = following.result(), step + 1
+            following = pool.submit(make, step)
+            yield ready
+
+
+def fit(training: Training) -> None:
+    """Report, evaluate, preview and save when due, then step; until the steps or the minutes are used up."""
+    config, tracker, began = training.config, training.tracker, time.monotonic() - 60 * training.minutes
+    bar = progress_bar(training)
+    stream, since = batches(training), (training.step, time.monotonic())
+    training.task.model.train()
+    while True:
+        progress = agreed_progress(training)
+        due = due_now(training, progress >= 1)
+        record: dict[str, float] = {}
+        if "log" in due and training.window_steps:
+            record = report(training, progress, since)
+            since = (training.step, time.monotonic())
+            show(bar, training, record)
+        if "evaluate" in due and training.accelerator.is_main_process:
+            training.evaluation = training.task.evaluate(training.averaged.module)
+            record |= {f"held_out/{name}": value for name, value in training.evaluation.items()}
+        if record:
+            tracker.log(training.step, record)
+        if "preview" in due and training.accelerator.is_main_process:
+            tracker.images(training.step, training.task.preview(training.averaged.module))
+        if "save" in due:
+            save(training)
+        if progress >= 1:
+            break
+        take_step(training, next(stream), learning_rate(config, training.step, progress))
+        training.minutes = (time.monotonic() - began) / 60
+        bar.update(1)
+    stream.close()
+    bar.close()
+
+
+def due_now(training: Training, done: bool) -> set[str]:
+    """Which of log, evaluate, preview and save this step asks for; nothing twice at the step a run was resumed from."""
+    config, step = training.config, training.step
+    if step == training.saved_step:
+        return set()
+    every = {"log": config.log_every, "evaluate": config.evaluate_every, "preview": config.preview_every,
+             "save": config.save_every}  # fmt: skip
+    due = {name for name, steps in every.items() if done or (step and step % steps == 0)}
+    return due | {"preview"} if step == 0 else due
+
+
+def agreed_progress(training: Training) -> float:
+    """How much of the run is done, by steps or by minutes, whichever is more; rank 0's clock decides for all."""
+    config = training.config
+    by_steps = training.step / config.steps if config.steps else 0.0
+    if config.minutes is None:
+        return by_steps
+    progress = torch.tensor([max(by_steps, training.minutes / config.minutes)], dtype=torch.float64)
+    if training.accelerator.num_processes > 1:
+        torch.distributed.broadcast(progress := progress.to(training.accelerator.device), 0)
+    return float(progress)
+
+
+def take_step(training: Training, micro_batches: list[Any], lr: float) -> None:
+    """Every player's turn: gradients over the micro-batches, then an optimizer step if all is finite on all ranks."""
+    task, accelerator = training.task, training.accelerator
+    torch.manual_seed((training.config.seed * 1_000_003 + accelerator.process_index) * 1_000_003 + training.step)
+    healthy = True
+    for player, parameters in task.players.items():
+        buffers = [buffer.clone() for buffer in task.model.buffers()]
+        for name, others in task.players.items():
+            for parameter in others if len(task.players) > 1 else ():
+                parameter.requires_grad_(name == player)
+        terms = accumulate(training, player, micro_batches)
+        norm = accelerator.clip_grad_norm_(parameters, training.config.clip)
+        terms = averaged_over_ranks(training, {**terms, "gradient_norm": torch.as_tensor(norm)})
+        optimizer = training.optimizers[player]
+        if all(math.isfinite(value) for value in terms.values()):
+            for group in optimizer.param_groups:
+                group["lr"] = lr
+            optimizer.step()
+            for name, value in terms.items():
+                key = name if len(task.players) == 1 else f"{player}/{name}"
+                training.window[key] = training.window.get(key, 0.0) + value
+        else:
+            healthy = False
+            culprit = first_non_finite(task.model, terms)
+            for buffer, before in zip(task.model.buffers(), buffers, strict=True):
+                buffer.copy_(before)
+        optimizer.zero_grad()
+    training.step += 1
+    if healthy:
+        training.averaged.update_parameters(task.model)
+        training.window_steps += 1
+        training.skipped_in_a_row = 0
+        return
+    training.skipped += 1
+    training.skipped_in_a_row += 1
+    if training.skipped_in_a_row >= MAX_SKIPPED:
+        raise UserError(f"step {training.step}: {MAX_SKIPPED} steps in a row were not finite; the first such tensor is "
+                        f"{culprit}. The last good state is kept; try a lower train.lr or train.clip")  # fmt: skip
+
+
+def accumulate(training: Training, player: str, micro_batches: list[Any]) -> dict[str, Tensor]:
+    """Add up gradients over the micro-batches (DDP talks only at the last); returns the mean of the logged terms."""
+    task, accelerator, count = training.task, training.accelerator, len(micro_batches)
+    totals: dict[str, Tensor] = {}
+    for index, batch in enumerate(micro_batches):
+        batch = tuple(part.to(accelerator.device) if isinstance(part, Tensor) else part for part in batch)
+        with ExitStack() as stack:
+            if index < count - 1:
+                for net in task.nets.values():
+                    stack.enter_context(accelerator.no_sync(net))
+            loss, terms = task.loss(player, batch, training.step)
+            accelerator.backward(loss / count)
+        for name, value in {"loss": loss, **terms}.items():
+            totals[name] = totals.get(name, 0.0) + value.detach().float() / count
+    return totals
+
+
+def averaged_over_ranks(training: Training, terms: dict[str, Tensor]) -> dict[str, float]:
+    """Means over processes; a value that is not finite on one is not finite on all, so all decide alike."""
+    stacked = torch.stack([value.to(training.accelerator.device).double() for value in terms.values()])
+    if training.accelerator.num_processes > 1:
+        torch.distributed.all_reduce(stacked)
+        stacked /= training.accelerator.num_processes
+    return dict(zip(terms, stacked.tolist(), strict=True))
+
+
+def first_non_finite(model: nn.Module, terms: dict[str, float]) -> str:
+    """The name of the first gradient that is not finite, else of the first such term of the loss."""
+    for name, parameter in model.named_parameters():
+        if parameter.grad is not None and not bool(torch.isfinite(parameter.grad).all()):
+            return f"the gradient of {name}"
+    return next(name for name, value in terms.items() if not math.isfinite(value))
+
+
+def report(training: Training, progress: float, since: tuple[int, float]) -> dict[str, float]:
+    """Means of the logged terms since the last report, speed and learning rate; starts a new window."""
+    record = {name: total / training.window_steps for name, total in training.window.items()}
+    training.window, training.window_steps = {}, 0
+    steps, seconds = training.step - since[0], max(1e-9, time.monotonic() - since[1])
+    images = steps * training.config.batch_size / seconds
+    return record | {
+        "learning_rate": learning_rate(training.config, training.step, progress),
+        "images_per_second": images,
+        "tokens_per_second": images * training.task.tokens_per_row,
+        "minutes": training.minutes,
+        "skipped_steps": training.skipped,
+    }
+
+
+def save(training: Training) -> None:
+    """Write the resume state and the user's snapshot of the averaged weights, on the main process."""
+    training.saved_step = training.step
+    if training.accelerator.is_main_process:
+        facts = {"steps": training.step, "minutes": round(training.minutes, 3), "evaluation": training.evaluation}
+        optimizers = {name: getattr(o, "optimizer", o) for name, o in training.optimizers.items()}
+        training.task.save(training.averaged.module, training.run, facts)
+        save_state(training.run, training.step, model=training.task.model, ema=training.averaged,
+                   optimizers=optimizers, counters=training.counters())  # fmt: skip
+    training.accelerator.wait_for_everyone()
+
+
+def progress_bar(training: Training) -> Any:
+    """A bar on the main process's terminal, with loss, speed and time left; nothing where there is no terminal."""
+    from tqdm import tqdm
+
+    hidden = None if training.accelerator.is_main_process else True
+    return tqdm(total=training.config.steps, initial=training.step, unit="step", dynamic_ncols=True, disable=hidden)
+
+
+def show(bar: Any, training: Training, record: dict[str, float]) -> None:
+    """The report in the bar, or as a line where output goes to a file."""
+    loss = next((value for name, value in record.items() if name.endswith("loss")), math.nan)
+    if training.accelerator.is_main_process and bar.disable:
+        print(f"step {training.step}: loss {loss:.4f}, {record['images_per_second']:.0f} images/s, "
+              f"{training.minutes:.1f} min", file=sys.stderr, flush=True)  # fmt: skip
+    bar.set_postfix_str(f"loss {loss:.4f}")

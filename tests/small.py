@@ -1,0 +1,56 @@
+"""Small models of every registered kind: a new file in a family is tested the moment it exists."""
+
+from typing import Any
+
+import torch
+
+from prior import Prior
+from tokenizer import TokenGrid, Tokenizer
+from tokenizer.quantizers import Quantizer
+
+# Smaller than the defaults, where a model has sizes; a model that is not listed is tested at its defaults.
+SMALL: dict[str, dict[str, Any]] = {
+    "gpt": {"dim": 32, "depth": 2, "heads": 2},
+    "vqvae": {"widths": (16,), "blocks": (1,), "quantizer": {"kind": "ema", "codes": 32, "dim": 8}},
+    "ema": {"codes": 32, "dim": 8},
+    "vq": {"codes": 32, "dim": 8},
+    "fsq": {"levels": (5, 4, 3)},
+}
+QUANTIZERS, TOKENIZERS, PRIORS = Quantizer.available(), Tokenizer.available(), Prior.available()
+ORDERS = ["raster", "column", "snake", "spiral_in", "spiral_out", "z_curve", "hilbert", "subsample", "random:3"]
+
+
+def make_quantizer(name: str, **config: Any) -> Quantizer:
+    """A small quantizer of the family."""
+    return Quantizer.create(name, **{**SMALL.get(name, {}), **config})
+
+
+def make_tokenizer(name: str, image_size: tuple[int, int] = (12, 8), channels: int = 3, **config: Any) -> Tokenizer:
+    """A small tokenizer of the family."""
+    return Tokenizer.create(name, image_size=image_size, channels=channels, **{**SMALL.get(name, {}), **config})
+
+
+def make_prior(name: str, shape: tuple[int, ...] = (3, 4), vocab_size: int = 5, **config: Any) -> Prior:
+    """A small prior of the family with weights large enough that every input matters, in eval mode."""
+    config = {"num_classes": 3, **SMALL.get(name, {}), **config}
+    model = Prior.create(name, grid=TokenGrid(shape, vocab_size), **config)
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    return model.eval()
+
+
+def allows_order(name: str, order: str) -> bool:
+    """Whether the prior takes this order; a model that does not says so on construction."""
+    try:
+        make_prior(name, order=order)
+    except ValueError:
+        return False
+    return True
+
+
+PRIORS_IN_ORDERS = [(name, order) for name in PRIORS for order in ORDERS if allows_order(name, order)]
+
+
+def generators(count: int, seed: int = 0) -> list[torch.Generator]:
+    """One generator per image, as a pipeline seeds them."""
+    return [torch.Generator().manual_seed(seed + k) for k in range(count)]

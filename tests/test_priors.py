@@ -1,0 +1,270 @@
+"""Promises of every registered prior, in every order it takes."""
+
+import itertools
+
+import pytest
+import torch
+from small import ORDERS, PRIORS, PRIORS_IN_ORDERS, generators, make_prior
+from torch.utils.flop_counter import FlopCounterMode
+
+from prior import Prior
+from prior.orders import make_order
+from tokenizer import TokenGrid
+
+every_prior = pytest.mark.parametrize("name", PRIORS)
+every_order = pytest.mark.parametrize(("name", "order"), PRIORS_IN_ORDERS)
+
+
+def looks_at_tokens(name: str) -> bool:
+    model = make_prior(name)
+    a, b = torch.zeros(1, 3, 4, dtype=torch.long), torch.ones(1, 3, 4, dtype=torch.long)
+    return not torch.equal(model(a), model(b))
+
+
+def test_every_model_is_found_and_takes_some_order():
+    assert {"gpt", "marginal"} <= set(PRIORS)
+    assert {name for name, _ in PRIORS_IN_ORDERS} == set(PRIORS)
+    assert {order for name, order in PRIORS_IN_ORDERS if name == "gpt"} == set(ORDERS)
+
+
+@every_order
+def test_logits_see_only_earlier_tokens(name, order):
+    """Changing the token at rank r moves no logits at ranks <= r, and moves those of all later ranks."""
+    model = make_prior(name, order=order)
+    tokens, labels = torch.randint(5, (2, 3, 4)), torch.tensor([0, 2])
+    before = model(tokens, labels)
+    assert before.shape == (2, 12, 5)
+    positions = make_order(order, (3, 4)).tolist()
+    for rank, position in enumerate(positions):
+        changed = tokens.flatten(1).clone()
+        changed[:, position] = (changed[:, position] + 1) % 5
+        moved = (model(changed.reshape(2, 3, 4), labels) - before).abs().amax((0, 2)) > 1e-6
+        assert not moved[positions[: rank + 1]].any(), f"rank {rank} leaks into its past"
+        if looks_at_tokens(name) and not hasattr(model, "receptive_field"):
+            assert moved[positions[rank + 1 :]].all(), f"rank {rank} is not seen by all later ranks"
+
+
+@every_order
+@pytest.mark.parametrize("label", [None, 1])
+def test_probabilities_sum_to_one(name, order, label):
+    model = make_prior(name, shape=(2, 3), vocab_size=3, order=order).double()
+    grids = torch.tensor(list(itertools.product(range(3), repeat=6))).reshape(-1, 2, 3)
+    labels = None if label is None else torch.full((len(grids),), label)
+    token_wise = torch.cat([model.token_log_probs(part, None if labels is None else labels[: len(part)])
+                            for part in grids.split(243)])  # fmt: skip
+    assert token_wise.dtype == torch.float32 and token_wise.shape == grids.shape
+    total = token_wise.detach().double().flatten(1).sum(1).exp().sum()
+    assert abs(float(total) - 1) < 1e-5
+
+
+@every_order
+def test_cached_sampling_equals_uncached(name, order):
+    model = make_prior(name, order=order)
+    labels = torch.arange(6) % 3
+    drawn = [model.sample(6, labels, generator=generators(6), cache=cache) for cache in (True, False)]
+    assert torch.equal(*drawn)
+    guided = [model.sample(6, labels, generator=generators(6), cache=cache, guidance_scale=2.5, top_p=0.9, temperature=0.8)
+              for cache in (True, False)]  # fmt: skip
+    assert torch.equal(*guided)
+
+
+@every_order
+def test_step_logits_equal_forward_logits(name, order):
+    model = make_prior(name, order=order).double()
+    tokens, labels = torch.randint(5, (4, 3, 4)), torch.tensor([0, 1, 2, 3])
+    whole = model(tokens, labels)
+    with torch.no_grad():
+        state, token = model.start(4, labels), None
+        for position in model.order.tolist():
+            step = model.next_logits(state, token)
+            assert (step - whole[:, position]).abs().max() < 1e-9
+            token = tokens.flatten(1)[:, position]
+
+
+@every_prior
+def test_a_second_call_does_not_remember_the_first(name):
+    model = make_prior(name)
+    first = model.sample(4, generator=generators(4))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter))
+    second = model.sample(4, generator=generators(4))
+    assert torch.equal(second, model.sample(4, generator=generators(4), cache=False))
+    assert not torch.equal(first, second)
+
+
+@every_prior
+def test_frequencies_match_log_prob(name):
+    model = make_prior(name, shape=(2, 2), vocab_size=2)
+    count = 20_000
+    labels = torch.full((count,), 1)
+    drawn = model.sample(count, labels, generator=torch.Generator().manual_seed(5)).flatten(1)
+    grids = torch.tensor(list(itertools.product(range(2), repeat=4)))
+    found = torch.bincount((drawn * torch.tensor([8, 4, 2, 1])).sum(1), minlength=16) / count
+    expected = model.log_prob(grids.reshape(-1, 2, 2), torch.full((16,), 1)).exp()
+    deviation = (expected * (1 - expected) / count).sqrt()
+    assert ((found - expected).abs() < 5 * deviation + 1e-4).all()
+
+
+@every_prior
+@pytest.mark.parametrize("settings", [{}, {"top_k": 3}, {"top_p": 0.8}, {"guidance_scale": 2.0}, {"temperature": 0.0}])
+def test_an_image_does_not_depend_on_its_batch(name, settings):
+    model = make_prior(name, shape=(4, 4), vocab_size=17)
+    labels = torch.arange(9) % 3
+    together = model.sample(9, labels, generator=generators(9), **settings)
+    for size in (1, 2, 3, 5):
+        parts = [model.sample(len(part), part, generator=[generators(9)[k] for k in at], **settings)
+                 for part, at in zip(labels.split(size), torch.arange(9).split(size), strict=True)]  # fmt: skip
+        assert torch.equal(torch.cat(parts), together), f"batches of {size}"
+
+
+@every_prior
+def test_one_generator_makes_the_same_first_images(name):
+    model = make_prior(name)
+    few, many = (model.sample(n, generator=torch.Generator().manual_seed(1)) for n in (2, 7))
+    assert torch.equal(few, many[:2])
+
+
+@every_prior
+def test_guidance_scale_one_is_no_guidance(name):
+    model = make_prior(name)
+    labels = torch.arange(4) % 3
+    plain = model.sample(4, labels, generator=generators(4))
+    assert torch.equal(plain, model.sample(4, labels, generator=generators(4), guidance_scale=1.0))
+    assert not torch.equal(plain, model.sample(4, labels, generator=generators(4), guidance_scale=8.0))
+    with pytest.raises(ValueError, match="needs labels"):
+        model.sample(4, guidance_scale=2.0)
+
+
+@every_order
+def test_known_tokens_come_back_and_condition_the_rest(name, order):
+    model = make_prior(name, order=order)
+    known = torch.zeros(3, 4, dtype=torch.bool)
+    known.view(-1)[model.order[:6]] = True
+    tokens = torch.randint(5, (8, 3, 4))
+    drawn = model.sample(8, generator=generators(8), tokens=tokens, known=known)
+    assert torch.equal(drawn[:, known], tokens[:, known])
+    assert torch.equal(drawn, model.sample(8, generator=generators(8), tokens=tokens, known=known, cache=False))
+    own = torch.rand(8, 3, 4) < 0.5
+    drawn = model.sample(8, generator=generators(8), tokens=tokens, known=own)
+    assert torch.equal(drawn[own], tokens[own])
+    everything = model.sample(8, tokens=tokens, known=torch.ones(3, 4, dtype=torch.bool))
+    assert torch.equal(everything, tokens)
+
+
+def attention_by_matmul(q, k, v, is_causal=False, dropout_p=0.0):
+    """What the FLOP counter can see: it misses the fused kernel on CPU."""
+    scores = q @ k.transpose(-1, -2) / q.shape[-1] ** 0.5
+    if is_causal:
+        scores = scores.masked_fill(~torch.ones_like(scores, dtype=torch.bool).tril(), -torch.inf)
+    return scores.softmax(-1) @ v
+
+
+@every_prior
+def test_sampling_costs_one_forward_pass(name, monkeypatch):
+    """FLOPs of all steps, attention included, against those of one forward pass."""
+    model = make_prior(name, shape=(8, 8), vocab_size=16)
+    before = model.sample(4, generator=generators(4))
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", attention_by_matmul)
+    assert torch.equal(model.sample(4, generator=generators(4)), before)
+    tokens = torch.zeros(4, 8, 8, dtype=torch.long)
+    with FlopCounterMode(display=False) as forward, torch.no_grad():
+        model(tokens)
+    with FlopCounterMode(display=False) as sampling:
+        model.sample(4)
+    assert sampling.get_total_flops() <= 1.1 * forward.get_total_flops()
+    with FlopCounterMode(display=False) as slow:
+        model.sample(4, cache=False)
+    if forward.get_total_flops():
+        assert slow.get_total_flops() >= 60 * forward.get_total_flops()
+
+
+@every_prior
+def test_save_and_load(name, tmp_path):
+    model = make_prior(name, order="raster")
+    model.save_pretrained(tmp_path / "prior")
+    loaded = Prior.from_pretrained(tmp_path / "prior")
+    tokens = torch.randint(5, (2, 3, 4))
+    assert type(loaded) is type(model) and torch.equal(loaded(tokens), model(tokens))
+    assert not loaded.training
+
+
+@every_prior
+def test_state_of_training_does_not_change_shapes(name):
+    model = make_prior(name)
+    tokens = torch.randint(5, (2, 3, 4))
+    model.train()
+    logits = model(tokens)
+    assert logits.shape == model.eval()(tokens).shape == (2, 12, 5)
+    logits.square().mean().backward()
+    drawn = model.train().sample(4)
+    assert model.training and not drawn.is_inference()
+
+
+@every_prior
+def test_other_grids(name):
+    for shape in ((1, 1), (1, 6), (5,), (2, 2, 3)):
+        try:
+            model = make_prior(name, shape=shape)
+        except ValueError as error:
+            assert "grid" in str(error)
+            continue
+        drawn = model.sample(4, generator=generators(4))
+        assert drawn.shape == (4, *shape)
+        assert torch.equal(drawn, model.sample(4, generator=generators(4), cache=False))
+
+
+@every_prior
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"temperature": -1.0}, "temperature"),
+        ({"temperature": float("nan")}, "temperature"),
+        ({"top_k": 0}, "top_k"),
+        ({"top_p": 0.0}, "top_p"),
+        ({"top_p": 1.5}, "top_p"),
+        ({"guidance_scale": -1.0}, "guidance_scale"),
+        ({"num_images": 0}, "num_images"),
+        ({"labels": torch.tensor([0, 1, 2, 9])}, "labels"),
+        ({"labels": torch.tensor([0, 1])}, "labels"),
+        ({"generator": [torch.Generator()]}, "generators"),
+        ({"known": torch.ones(3, 4, dtype=torch.bool)}, "tokens"),
+        ({"known": torch.ones(4, 3, dtype=torch.bool), "tokens": torch.zeros(3, 4, dtype=torch.long)}, "known"),
+        ({"known": torch.ones(3, 4, dtype=torch.bool), "tokens": torch.full((3, 4), 9)}, "ids"),
+    ],
+)
+def test_bad_arguments_are_named(name, arguments, message):
+    with pytest.raises(ValueError, match=message):
+        make_prior(name).sample(**{"num_images": 4, **arguments})
+
+
+@every_prior
+def test_bad_tokens_are_named(name):
+    model = make_prior(name)
+    with pytest.raises(ValueError, match="ids should lie"):
+        model.log_prob(torch.full((1, 3, 4), 5))
+    with pytest.raises(ValueError, match="shape"):
+        model.log_prob(torch.zeros(1, 4, 3, dtype=torch.long))
+    with pytest.raises(ValueError, match="labels"):
+        model.log_prob(torch.zeros(1, 3, 4, dtype=torch.long), torch.tensor([7]))
+
+
+def test_unknown_names_list_what_there_is():
+    with pytest.raises(ValueError, match="gpt.*marginal"):
+        Prior.create("gtp", grid=TokenGrid((2, 2), 3))
+    with pytest.raises(ValueError, match="spiral_in"):
+        make_prior("gpt", order="zigzag")
+    with pytest.raises(ValueError, match="two axes"):
+        make_prior("gpt", shape=(2, 2, 2), order="hilbert")
+    with pytest.raises(ValueError, match="heads"):
+        make_prior("gpt", dim=32, heads=5)
+
+
+def test_marginal_is_fitted_by_counting():
+    model = make_prior("marginal", shape=(1, 2), vocab_size=2, num_classes=2)
+    tokens = torch.tensor([[[0, 1]], [[0, 0]], [[1, 1]], [[0, 1]]])
+    model.initialize(tokens, torch.tensor([0, 0, 1, 1]))
+    p = model(tokens[:1], torch.tensor([2])).softmax(-1)[0]
+    assert torch.allclose(p, torch.tensor([[4 / 6, 2 / 6], [2 / 6, 4 / 6]]))
+    p = model(tokens[:1], torch.tensor([0])).softmax(-1)[0]
+    assert torch.allclose(p, torch.tensor([[3 / 4, 1 / 4], [2 / 4, 2 / 4]]))

@@ -1,0 +1,213 @@
+"""Promises of every registered quantizer, and of each idea."""
+
+import itertools
+import math
+
+import pytest
+import torch
+from small import QUANTIZERS, make_quantizer
+
+from tokenizer.quantizers import Quantizer
+from tokenizer.quantizers.codebook import kmeans, nearest
+
+every_quantizer = pytest.mark.parametrize("name", QUANTIZERS)
+
+
+def clusters(count=32, dim=8, points=2048, spread=0.02):
+    """Vectors `(points, dim)` around `count` centres."""
+    centres = torch.randn(count, dim) * 2
+    return centres[torch.randint(count, (points,))] + spread * torch.randn(points, dim)
+
+
+@every_quantizer
+@pytest.mark.parametrize("spatial", [(3, 5), (4,), (2, 3, 2)])
+def test_lookup_of_tokens_is_z_q(name, spatial):
+    quantizer = make_quantizer(name).eval()
+    z = torch.randn(2, quantizer.dim, *spatial)
+    z_q, tokens, _ = quantizer.quantize(z)
+    assert z_q.shape == z.shape and tokens.shape == (2, quantizer.levels * spatial[0], *spatial[1:])
+    assert tokens.dtype == torch.int64 and 0 <= tokens.min() and tokens.max() < quantizer.vocab_size
+    assert torch.equal(z_q, quantizer.lookup(tokens))
+
+
+@every_quantizer
+def test_distinct_ids_are_distinct_codes(name):
+    quantizer = make_quantizer(name).eval()
+    if quantizer.levels == 1:
+        codes = quantizer.lookup(torch.arange(quantizer.vocab_size).reshape(1, -1))[0].t()
+        assert len(codes.unique(dim=0)) == quantizer.vocab_size
+
+
+@every_quantizer
+def test_a_gradient_reaches_every_channel(name):
+    quantizer = make_quantizer(name).train()
+    z = torch.randn(4, quantizer.dim, 4, 4, requires_grad=True)
+    quantizer.quantize(z).z_q.square().sum().backward()
+    assert (z.grad.abs().sum((0, 2, 3)) > 0).all()
+
+
+@every_quantizer
+def test_bf16_autocast_changes_nothing(name):
+    quantizer = make_quantizer(name).eval()
+    z = torch.randn(4, quantizer.dim, 8, 8)
+    with torch.autocast("cpu", torch.bfloat16):
+        inside = quantizer.quantize(z)
+    assert torch.equal(inside.tokens, quantizer.quantize(z).tokens) and inside.z_q.dtype == torch.float32
+
+
+@every_quantizer
+def test_weights_and_losses_have_the_same_names(name):
+    quantizer = make_quantizer(name).train()
+    losses = quantizer.quantize(torch.randn(4, quantizer.dim, 4, 4)).losses
+    assert set(losses) == set(quantizer.loss_weights)
+    assert all(loss.ndim == 0 and loss >= 0 for loss in losses.values())
+
+
+@every_quantizer
+def test_eval_changes_nothing(name):
+    quantizer = make_quantizer(name).eval()
+    before = {key: value.clone() for key, value in quantizer.state_dict().items()}
+    quantizer.quantize(torch.randn(4, quantizer.dim, 4, 4))
+    assert all(torch.equal(value, before[key]) for key, value in quantizer.state_dict().items())
+
+
+@every_quantizer
+def test_wrong_width_is_named(name):
+    quantizer = make_quantizer(name)
+    with pytest.raises(ValueError, match="channels"):
+        quantizer.quantize(torch.randn(1, quantizer.dim + 1, 2, 2))
+
+
+def test_nearest_is_the_nearest(monkeypatch):
+    rows, codes = torch.randn(100, 6), torch.randn(40, 6)
+    expected = torch.cdist(rows, codes).argmin(1)
+    assert torch.equal(nearest(rows, codes), expected)
+    monkeypatch.setattr("tokenizer.quantizers.codebook.SEARCH_ELEMENTS", 400)  # several parts
+    assert torch.equal(nearest(rows, codes), expected)
+
+
+def test_kmeans_finds_clusters():
+    rows = clusters(8, 4, 2000)
+    centres = kmeans(rows, 32, 20)
+    assert (rows - centres[nearest(rows, centres)]).square().mean() < 0.01 * rows.var()
+
+
+def test_beta_is_on_the_commitment():
+    """beta scales the pull on the encoder; the codebook's pull does not depend on it."""
+    pulls = {}
+    for beta in (0.25, 4.0):
+        torch.manual_seed(0)
+        quantizer = make_quantizer("vq", beta=beta, kmeans_iterations=0).train()
+        z = torch.randn(2, 8, 3, 3, requires_grad=True)
+        losses = quantizer.quantize(z).losses
+        sum(quantizer.loss_weights[name] * loss for name, loss in losses.items()).backward()
+        pulls[beta] = (z.grad.clone(), quantizer.codebook.grad.clone())
+    assert torch.allclose(pulls[4.0][0], 16 * pulls[0.25][0]) and pulls[4.0][0].abs().max() > 0
+    assert torch.equal(pulls[4.0][1], pulls[0.25][1]) and pulls[4.0][1].abs().max() > 0
+
+
+def test_ema_is_the_running_mean():
+    """One step against equation 6-8 of the paper, written out."""
+    quantizer = make_quantizer("ema", decay=0.9, revive_below=0.0, kmeans_iterations=0).train()
+    quantizer.quantize(torch.randn(8, 8, 4, 4))
+    counts, sums, codebook = quantizer.counts.clone(), quantizer.sums.clone(), quantizer.codebook.clone()
+    z = torch.randn(8, 8, 4, 4)
+    tokens = quantizer.quantize(z).tokens
+    rows = z.movedim(1, -1).reshape(-1, 8)
+    for code in range(32):
+        mine = rows[tokens.flatten() == code]
+        counts[code] = 0.9 * counts[code] + 0.1 * len(mine)
+        sums[code] = 0.9 * sums[code] + 0.1 * mine.sum(0)
+    assert torch.allclose(quantizer.counts, counts, atol=1e-4) and torch.allclose(quantizer.sums, sums, atol=1e-4)
+    total = counts.sum()
+    smoothed = (counts + 1e-5) / (total + 32e-5) * total
+    assert torch.allclose(quantizer.codebook, sums / smoothed[:, None], atol=1e-4)
+    assert not torch.equal(quantizer.codebook, codebook)
+
+
+def test_ema_codebook_settles_on_the_clusters_without_gradients():
+    rows = clusters(8, 8)
+    quantizer = make_quantizer("ema", decay=0.8).train()
+    quantizer.quantize(rows.t()[None])
+    quantizer.codebook.normal_()
+    quantizer.sums.copy_(quantizer.codebook * quantizer.counts.unsqueeze(1))
+    errors = []
+    for _ in range(60):
+        z = rows[torch.randperm(len(rows))[:512]].t()[None]
+        errors.append(float((quantizer.quantize(z).z_q - z).square().mean()))
+    assert errors[-1] < 0.5 * errors[0] and errors[-1] < 1e-3
+
+
+def test_dead_codes_are_revived():
+    quantizer = make_quantizer("ema", decay=0.5, revive_every=5).train()
+    rows = clusters(32, 8)
+    quantizer.quantize(rows.t()[None])
+    with torch.no_grad():
+        quantizer.codebook[8:] = 1000.0  # nobody's nearest
+        quantizer.sums[8:] = 1000.0 * quantizer.counts[8:, None]
+    for _ in range(60):
+        quantizer.quantize(rows.t()[None])
+    assert quantizer.codebook.abs().max() < 100
+    assert len(nearest(rows, quantizer.codebook).unique()) >= 28
+
+
+def test_the_first_codebook_comes_from_the_data():
+    rows = clusters(32, 8) + 50.0
+    for name in ("ema", "vq"):
+        quantizer = make_quantizer(name).train()
+        error = (quantizer.quantize(rows.t()[None]).z_q - rows.t()[None]).square().mean()
+        assert error < 0.1 * rows.var(0).sum(), name
+        tiny = make_quantizer(name).train()
+        tiny.quantize(torch.randn(1, 8, 2, 2))  # fewer vectors than codes
+        assert torch.isfinite(tiny.codebook).all() and len(tiny.codebook.unique(dim=0)) == 32
+
+
+def test_a_loaded_codebook_is_not_started_again():
+    quantizer = make_quantizer("ema").train()
+    quantizer.quantize(torch.randn(8, 8, 4, 4))
+    other = make_quantizer("ema").train()
+    other.load_state_dict(quantizer.state_dict())
+    before = other.codebook.clone()
+    other.quantize(torch.randn(8, 8, 4, 4) + 1)
+    assert int(other.started) == 2
+    assert (other.codebook - before).abs().max() < 0.5  # a restart would move all by about 1
+
+
+@pytest.mark.parametrize("levels", [(3,), (4,), (8, 5, 5), (4, 3, 7)])
+def test_fsq_reaches_all_of_its_codes(levels):
+    quantizer = Quantizer.create("fsq", levels=levels).eval()
+    axes = [torch.linspace(-2.5, 2.5, 400)] * len(levels)
+    z = torch.stack([axis[torch.randint(400, (20_000,))] for axis in axes])[None]
+    z_q, tokens, losses = quantizer.quantize(z)
+    assert len(tokens.unique()) == math.prod(levels) == quantizer.vocab_size and losses == {}
+    assert z_q.abs().max() <= 1
+    ids = quantizer.lookup(torch.arange(quantizer.vocab_size)[None])[0].t()
+    assert len({tuple(code) for code in ids.tolist()}) == math.prod(levels)
+    for channel, size in enumerate(levels):
+        assert len(ids[:, channel].unique()) == size
+
+
+def test_fsq_ids_are_mixed_radix():
+    quantizer = Quantizer.create("fsq", levels=(3, 4, 5))
+    digits = list(itertools.product(range(5), range(4), range(3)))
+    half = torch.tensor([1, 2, 2])
+    for token, (c, b, a) in enumerate(digits):
+        expected = (torch.tensor([a, b, c]) - half) / half
+        assert torch.equal(quantizer.lookup(torch.tensor([[token]]))[0, :, 0], expected)
+
+
+@pytest.mark.parametrize(
+    ("name", "config", "message"),
+    [
+        ("fsq", {"levels": (1, 5)}, "levels"),
+        ("fsq", {"levels": (256, 256, 256)}, "product"),
+        ("ema", {"codes": 1}, "codes"),
+        ("ema", {"decay": 1.0}, "decay"),
+        ("ema", {"codez": 64}, "did you mean 'codes'"),
+        ("emma", {}, "ema, fsq"),
+        ("vq", {"beta": "much"}, "beta"),
+    ],
+)
+def test_bad_configurations_are_named(name, config, message):
+    with pytest.raises(ValueError, match=message):
+        Quantizer.create(name, **config)
