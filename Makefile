@@ -16,8 +16,32 @@ help:
 	@echo "make test   install, ruff, mypy, pytest"
 	@echo "make slow   the measurements that take longer"
 
-demo: $(READY)
-	@PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pipelines.demo runs=$(RUNS) $(ARGS)
+demo: $(RUNS)/gpt_digits/evaluation/.done
+	@cat $(RUNS)/gpt_digits/evaluation/evaluation.txt
+	@printf '%s\n' '' 'samples          $(RUNS)/gpt_digits/evaluation/samples.png' \
+	  'reconstructions  $(RUNS)/gpt_digits/evaluation/reconstructions.png' \
+	  'pipeline         $(RUNS)/gpt_digits/pipeline' '' 'Load it with $(BIN)/python:' '' \
+	  '  from pipelines import ImagePipeline' \
+	  '  pipe = ImagePipeline.from_pretrained("$(RUNS)/gpt_digits/pipeline")' \
+	  '  pipe(num_images=4, labels=[3, 3, 8, 8], seed=0).images[0].save("three.png")'
+
+# Each stage is a real command, and is not run again once it ended well.
+$(RUNS)/vqvae_digits/.done: | $(READY)
+	$(LAUNCH) pipelines.train_tokenizer --config configs/tokenizer/vqvae_digits.yaml out=$(@D)
+	@touch $@
+
+$(RUNS)/digits_tokens/.done: $(RUNS)/vqvae_digits/.done
+	$(LAUNCH) pipelines.encode tokenizer=$(RUNS)/vqvae_digits/tokenizer out=$(@D) augmentations=4
+	@touch $@
+
+$(RUNS)/gpt_digits/.done: $(RUNS)/digits_tokens/.done
+	$(LAUNCH) pipelines.train_prior --config configs/prior/gpt_digits.yaml tokens=$(RUNS)/digits_tokens out=$(@D)
+	@touch $@
+
+$(RUNS)/gpt_digits/evaluation/.done: $(RUNS)/gpt_digits/.done
+	$(BIN)/smalti generate pipeline=$(RUNS)/gpt_digits/pipeline num_images=100 out=$(RUNS)/gpt_digits/grid.png
+	$(BIN)/smalti evaluate pipeline=$(RUNS)/gpt_digits/pipeline > /dev/null
+	@touch $@
 
 test: $(TESTS) check
 	$(BIN)/python -m pytest $(ARGS)

@@ -11,8 +11,10 @@ def _check_siblings() -> None:
         origin = getattr(importlib.import_module(name), "__file__", None)
         if origin is None or Path(origin).resolve().parent.parent != here:
             found = origin or f"a folder called {name!r} without an __init__.py"
-            raise ImportError(f"`{name}` should be Smalti's, beside {here / 'pipelines'}, but Python found {found}; "
-                              "install Smalti into an environment of its own, or start from another folder")  # fmt: skip
+            raise ImportError(
+                f"`{name}` should be Smalti's, beside {here / 'pipelines'}, but Python found {found}; "
+                "install Smalti into an environment of its own, or start from another folder"
+            )
 
 
 _check_siblings()

@@ -8,7 +8,9 @@ import importlib
 import sys
 from pathlib import Path
 
-from .config import WIDTH, UserError, exit_codes, table_row
+from .arguments import WIDTH, UserError
+from .config import exit_codes
+from .help import table_row
 
 
 def verbs(folder: Path = Path(__file__).parent) -> dict[str, str]:

@@ -25,15 +25,23 @@ def model_card(pipeline: ImagePipeline) -> str:
     shape = " x ".join(map(str, prior.grid.shape))
     counts = [sum(p.numel() for p in part.parameters()) for part in (tokenizer, prior)]
     source = pipeline.provenance.get("data", {}).get("source")
-    header = ["---", "library_name: smalti", "pipeline_tag: unconditional-image-generation", "tags:", "- image-generation",
-              f"- {tokenizer.name}", f"- {prior.name}", "---"]  # fmt: skip
+    header = [
+        "---",
+        "library_name: smalti",
+        "pipeline_tag: unconditional-image-generation",
+        "tags:",
+        "- image-generation",
+        f"- {tokenizer.name}",
+        f"- {prior.name}",
+        "---",
+    ]
     classes = f"{prior.num_classes} classes ({', '.join(pipeline.labels)})" if prior.num_classes else "no classes"
     lines = [
         f"# {tokenizer.name} + {prior.name}",
         "",
         f"Generates {height} x {width} {'grey' if channels == 1 else 'RGB'} images, {classes}. The tokenizer "
-        f"(`{tokenizer.name}`, {counts[0]:,} parameters) turns an image into {shape} ids of {prior.grid.vocab_size}; the "
-        f"prior (`{prior.name}`, {counts[1]:,} parameters) models them.",
+        f"(`{tokenizer.name}`, {counts[0]:,} parameters) turns an image into {shape} ids of {prior.grid.vocab_size}; "
+        f"the prior (`{prior.name}`, {counts[1]:,} parameters) models them.",
         "",
         *([f"Trained on `{source}`.", ""] if source else []),
         *(["![samples](samples.png)", ""] if pipeline.sample_grid is not None else []),

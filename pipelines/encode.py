@@ -29,7 +29,9 @@ class EncodeConfig(Config):
     tokenizer: str = Field(description="folder of the tokenizer, as `train_tokenizer` wrote it, or a Hub id")
     out: str = Field(description="folder of the token dataset")
     data: DataConfig = Field(DataConfig(), description="the images; defaults to those the tokenizer was trained on")
-    augmentations: int = Field(0, ge=0, le=1000, description="extra variants of each training image, made by data.augment")
+    augmentations: int = Field(
+        0, ge=0, le=1000, description="extra variants of each training image, made by data.augment"
+    )
     batch_size: int = Field(256, ge=1, description="images at a time on each process")
     seed: int = Field(0, ge=0, description="chooses the augmentations")
 
@@ -48,14 +50,22 @@ def run(config: EncodeConfig) -> Path:
     accelerator = build_accelerator()
     tokenizer = Tokenizer.from_pretrained(config.tokenizer)
     if config.data.image_shape != tokenizer.image_shape:
-        raise UserError(f"data.image_size, data.channels: the tokenizer takes images of {tokenizer.image_shape} "
-                        f"(channels, height, width), these are {config.data.image_shape}")  # fmt: skip
+        raise UserError(
+            f"data.image_size, data.channels: the tokenizer takes images of {tokenizer.image_shape} "
+            f"(channels, height, width), these are {config.data.image_shape}"
+        )
     if config.augmentations and not any(config.data.augment.model_dump().values()):
-        raise UserError("augmentations: needs a data.augment.* that changes something, for example data.augment.shift=2")
+        raise UserError(
+            "augmentations: needs a data.augment.* that changes something, for example data.augment.shift=2"
+        )
     out = Path(config.out)
     if out.is_dir() and any(out.iterdir()) and not (out / META).is_file():
-        raise UserError(f"out: {out} is not empty and not a token dataset; choose another folder, nothing was overwritten")
+        raise UserError(
+            f"out: {out} is not empty and not a token dataset; choose another folder, nothing was overwritten"
+        )
     images = load_images(config.data)
+    if (images.train.labels is None) != (images.held_out.labels is None):
+        raise UserError("data.label_column: only one of the two splits has labels; null uses both without")
     tokenizer.to(accelerator.device)
     splits = {}
     for name, split in (("train", images.train), ("test", images.held_out)):
@@ -77,8 +87,9 @@ def run(config: EncodeConfig) -> Path:
 
 
 @torch.inference_mode()
-def encode_split(accelerator: Accelerator, tokenizer: Tokenizer, images: ImageDataset, variants: int,
-                 config: EncodeConfig, name: str) -> Tensor:  # fmt: skip
+def encode_split(
+    accelerator: Accelerator, tokenizer: Tokenizer, images: ImageDataset, variants: int, config: EncodeConfig, name: str
+) -> Tensor:
     """Tokens `(variants * n, *grid.shape)`: all images as they are, then each further variant of all images.
 
     Every process encodes a contiguous share; all of them get the whole.
@@ -103,8 +114,10 @@ def encode_split(accelerator: Accelerator, tokenizer: Tokenizer, images: ImageDa
 def variants_of(images: ImageDataset, rows: np.ndarray, seed: int) -> Tensor:
     """Images `(B, C, H, W)` of dataset rows: row = variant * n + index, and variant 0 is the image as it is."""
     which, indices = np.divmod(rows, len(images))
-    parts = [images.batch(indices[which == variant], seed=seed, epoch=int(variant), augment=bool(variant))
-             for variant in np.unique(which)]  # fmt: skip
+    parts = [
+        images.batch(indices[which == variant], seed=seed, epoch=int(variant), augment=bool(variant))
+        for variant in np.unique(which)
+    ]
     return torch.cat(parts)  # rows ascend, so variants do
 
 

@@ -1,4 +1,4 @@
-"""Measure a pipeline on held-out images: reconstruction, codebook use, likelihood, and whether samples look their class."""
+"""Measure a pipeline on held-out images: reconstruction, codebook use, likelihood, whether samples look their class."""
 
 from __future__ import annotations
 
@@ -28,8 +28,9 @@ class EvaluateConfig(Config):
     """What is measured, on what."""
 
     pipeline: str = Field(description="pipeline folder, or a Hub id")
-    out: str | None = Field(None, description="folder for the grids and evaluation.json; default: `evaluation` beside the "
-                            "pipeline folder")  # fmt: skip
+    out: str | None = Field(
+        None, description="folder for the grids and evaluation.json; default: `evaluation` beside the pipeline folder"
+    )
     data: DataConfig = Field(DataConfig(), description="the images; defaults to those the pipeline was trained on")
     num_samples: int = Field(1000, ge=0, description="samples judged by the nearest-neighbour classifier")
     seed: int = Field(0, ge=0, description="sample k uses seed + k")
@@ -47,8 +48,10 @@ def run(config: EvaluateConfig) -> dict[str, float]:
     """Measure, print a table, write grids and `evaluation.json`, and update the model card; returns the figures."""
     pipeline = ImagePipeline.from_pretrained(config.pipeline, device=choose_device(config.device))
     if config.data.image_shape != pipeline.tokenizer.image_shape:
-        raise UserError(f"data.image_size, data.channels: the pipeline's images are {pipeline.tokenizer.image_shape} "
-                        f"(channels, height, width), these are {config.data.image_shape}")  # fmt: skip
+        raise UserError(
+            f"data.image_size, data.channels: the pipeline's images are {pipeline.tokenizer.image_shape} "
+            f"(channels, height, width), these are {config.data.image_shape}"
+        )
     images = load_images(config.data)
     train, held_out = images.train, images.held_out
     figures = evaluate_reconstruction(pipeline.tokenizer, held_out)
@@ -56,7 +59,11 @@ def run(config: EvaluateConfig) -> dict[str, float]:
     if train.labels is not None and pipeline.prior.num_classes and config.num_samples:
         figures |= evaluate_classes(pipeline, train, held_out, config.num_samples, config.seed)
     local = Path(config.pipeline).is_dir()
-    out = Path(config.out) if config.out else (Path(config.pipeline).parent / "evaluation" if local else Path("evaluation"))
+    out = (
+        Path(config.out)
+        if config.out
+        else (Path(config.pipeline).parent / "evaluation" if local else Path("evaluation"))
+    )
     grid = pipeline.sample_picture(seed=config.seed)
     save_picture(grid, out / "samples.png")
     save_picture(reconstruction_picture(pipeline.tokenizer, held_out), out / "reconstructions.png")
@@ -64,9 +71,13 @@ def run(config: EvaluateConfig) -> dict[str, float]:
     if config.update_card and local:
         pipeline.provenance = {**pipeline.provenance, "evaluation": figures}
         pipeline.to(device="cpu").save_pretrained(config.pipeline, sample_grid=grid)
-    print(table(figures, pipeline, held_out))
-    print(f"\nsamples          {out / 'samples.png'}\nreconstructions  {out / 'reconstructions.png'}\n"
-          f"figures          {out / 'evaluation.json'}")  # fmt: skip
+    report = table(figures, pipeline, held_out)
+    (out / "evaluation.txt").write_text(report + "\n", encoding="utf-8")
+    print(report)
+    print(
+        f"\nsamples          {out / 'samples.png'}\nreconstructions  {out / 'reconstructions.png'}\n"
+        f"figures          {out / 'evaluation.json'}"
+    )
     return figures
 
 
@@ -102,8 +113,9 @@ def encode_all(pipeline: ImagePipeline, images: ImageDataset, batch_size: int = 
     return TokenSplit(torch.cat(parts), images.labels)
 
 
-def evaluate_classes(pipeline: ImagePipeline, train: ImageDataset, held_out: ImageDataset, count: int, seed: int
-                     ) -> dict[str, float]:  # fmt: skip
+def evaluate_classes(
+    pipeline: ImagePipeline, train: ImageDataset, held_out: ImageDataset, count: int, seed: int
+) -> dict[str, float]:
     """How often a 1-nearest-neighbour classifier on training pixels gives a sample the class that was asked for, the
     same for real held-out images and for their reconstructions, and samples per second."""
     assert train.labels is not None and held_out.labels is not None
@@ -125,7 +137,7 @@ def evaluate_classes(pipeline: ImagePipeline, train: ImageDataset, held_out: Ima
 
 
 def nearest_label(images: Tensor, known: Tensor, labels: Tensor) -> Tensor:
-    """The label `(B,)` of the nearest of `known` `(n, C, H, W)` to each of `images` `(B, C, H, W)`, by squared error."""
+    """Label `(B,)` of the nearest of `known` `(n, C, H, W)` to each of `images` `(B, C, H, W)`, by squared error."""
     rows, known = images.flatten(1), known.flatten(1)
     squares, transposed = known.square().sum(1), known.t()
     found = [torch.addmm(squares, part, transposed, alpha=-2).argmin(1) for part in rows.split(256)]

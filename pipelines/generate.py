@@ -21,8 +21,11 @@ class GenerateConfig(Config):
     pipeline: str = Field(description="pipeline folder, or a Hub id")
     out: str = Field("grid.png", description="a picture file for a grid of all images, or a folder for one file each")
     num_images: int = Field(64, ge=1, description="how many")
-    labels: list[int | str] | None = Field(None, description="classes (ids or names), gone through in turn; default: every "
-                                           "class in turn, or none if the pipeline is unconditional")  # fmt: skip
+    labels: list[int | str] | None = Field(
+        None,
+        description="classes (ids or names), gone through in turn; default: every "
+        "class in turn, or none if the pipeline is unconditional",
+    )
     seed: int = Field(0, ge=0, description="image k uses seed + k")
     temperature: float | None = Field(None, ge=0, description="below 1 is safer, 0 is greedy; default: the pipeline's")
     top_k: int | None = Field(None, ge=1, description="draw from the k likeliest ids only")

@@ -8,11 +8,12 @@ import tempfile
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
+from PIL.Image import Image as PILImage
 from torch import Tensor
 
 from prior import Prior
@@ -20,6 +21,7 @@ from prior.sampling import Sampler, image_generators
 from tokenizer import Tokenizer
 from tokenizer.pretrained import resolve_folder
 from tokenizer.storage import (
+    MANIFEST,
     ConfigError,
     FormatError,
     IntegrityError,
@@ -32,18 +34,15 @@ from tokenizer.storage import (
 )
 
 from .card import model_card
-from .pictures import grid_picture, save_picture
-
-if TYPE_CHECKING:
-    from PIL.Image import Image as PILImage
+from .pictures import grid_picture, read_picture, save_picture
 
 INDEX, PROVENANCE, CARD, GRID = "model_index.json", "provenance.json", "README.md", "samples.png"
 FORMAT_VERSION = 1
-FILES = [INDEX, PROVENANCE, CARD, GRID, "manifest.json"] + [
+FILES = [INDEX, PROVENANCE, CARD, GRID, MANIFEST] + [
     f"{part}/{name}" for part in ("tokenizer", "prior") for name in ("config.json", "model.safetensors", PROVENANCE)
 ]
 
-Images = "PILImage | Sequence[PILImage] | Tensor"
+Images = PILImage | Sequence[PILImage] | Tensor
 Label = int | str | None
 
 
@@ -66,13 +65,16 @@ class ImagePipeline:
     `top_k`, `top_p` and `guidance_scale`. Raises `IntegrityError` when the prior was trained on another tokenizer.
     """
 
-    def __init__(self, tokenizer: Tokenizer, prior: Prior, *, labels: Sequence[str] = (),
-                 sampler: dict[str, Any] | None = None) -> None:  # fmt: skip
+    def __init__(
+        self, tokenizer: Tokenizer, prior: Prior, *, labels: Sequence[str] = (), sampler: dict[str, Any] | None = None
+    ) -> None:
         if tokenizer.grid != prior.grid:
             raise IntegrityError(f"prior/config.json: grid: {prior.grid} is not the tokenizer's, {tokenizer.grid}")
         if prior.config.tokenizer and prior.config.tokenizer != tokenizer.fingerprint():
-            raise IntegrityError("prior/config.json: tokenizer: the prior was trained on the tokens of another tokenizer "
-                                 f"({prior.config.tokenizer[:12]}..., this one is {tokenizer.fingerprint()[:12]}...)")  # fmt: skip
+            raise IntegrityError(
+                "prior/config.json: tokenizer: the prior was trained on the tokens of another tokenizer "
+                f"({prior.config.tokenizer[:12]}..., this one is {tokenizer.fingerprint()[:12]}...)"
+            )
         if labels and len(labels) != prior.num_classes:
             raise ConfigError(f"{INDEX}: labels: {len(labels)} names for {prior.num_classes} classes")
         self.tokenizer, self.prior = tokenizer.eval(), prior.eval()
@@ -83,8 +85,10 @@ class ImagePipeline:
 
     def __repr__(self) -> str:
         grid, shape = self.prior.grid, "x".join(map(str, self.tokenizer.image_shape))
-        return (f"ImagePipeline({self.tokenizer.name} + {self.prior.name}, images {shape}, tokens "
-                f"{'x'.join(map(str, grid.shape))} of {grid.vocab_size}, {self.prior.num_classes} classes)")  # fmt: skip
+        return (
+            f"ImagePipeline({self.tokenizer.name} + {self.prior.name}, images {shape}, tokens "
+            f"{'x'.join(map(str, grid.shape))} of {grid.vocab_size}, {self.prior.num_classes} classes)"
+        )
 
     # Making images
 
@@ -113,8 +117,9 @@ class ImagePipeline:
         the pipeline's own (`self.sampler`). output_type: "pil", "np" (uint8) or "pt" (float in [-1, 1]).
         Raises `ValueError` for arguments out of range.
         """
-        if num_images is None:
-            num_images = len(labels) if isinstance(labels, Sequence) and not isinstance(labels, str) else 1
+        if isinstance(labels, (Tensor, np.ndarray)):
+            labels = labels.tolist()
+        num_images = count_images(num_images, labels)
         if seed is not None and generator is not None:
             raise ValueError("give seed or generator, not both")
         if batch_size < 1:
@@ -122,13 +127,15 @@ class ImagePipeline:
         ids = self.label_ids(labels, num_images)
         choices = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "guidance_scale": guidance_scale}
         settings = dataclasses.asdict(self.sampler) | {k: v for k, v in choices.items() if v is not None}
+        if guidance_scale is None and (ids is None or bool((ids == self.prior.num_classes).all())):
+            settings["guidance_scale"] = 1.0  # the default guides towards a class, and none was named
         Sampler(**settings)
         check_output_type(output_type)
         if seed is not None:
             generator = [torch.Generator().manual_seed(seed + k) for k in range(num_images)]
         generators = image_generators(generator, num_images)
-        shape = (num_images, *self.prior.grid.shape)
-        parts = []
+        shape, parts = (num_images, *self.prior.grid.shape), []
+        check_shapes(shape, tokens=tokens, known=known)
         batches = range(0, num_images, batch_size)
         for start in progress_over(batches, progress and len(batches) > 1):
             rows = slice(start, min(start + batch_size, num_images))
@@ -140,7 +147,7 @@ class ImagePipeline:
         drawn = torch.cat(parts)
         return PipelineOutput(self.decode(drawn, output_type=output_type), drawn)
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def complete(self, images: Any, known: Tensor, labels: Label | Sequence[Label] = None, *,
                  output_type: str = "pil", **kwargs: Any) -> PipelineOutput:  # fmt: skip
         """Fill in what is not known: bool `known` `(H, W)` or `(B, H, W)`, True = keep this pixel.
@@ -153,26 +160,29 @@ class ImagePipeline:
         shape = (len(batch), *batch.shape[2:])
         known = torch.as_tensor(known, device=batch.device)
         if known.dtype != torch.bool or tuple(known.shape) not in (shape, shape[1:]):
-            raise ValueError(f"known should be bool of shape {shape[1:]} or {shape}, "
-                             f"got {known.dtype} of {tuple(known.shape)}")  # fmt: skip
+            raise ValueError(
+                f"known should be bool of shape {shape[1:]} or {shape}, got {known.dtype} of {tuple(known.shape)}"
+            )
         known = known.expand(shape)
         mask = known.unsqueeze(1)
         # What is hidden is painted over before encoding, or it would leak through the encoder's receptive field.
         mean = (batch * mask).sum((2, 3), keepdim=True) / mask.sum((2, 3), keepdim=True).clamp(min=1)
         tokens = self.tokenizer.encode(torch.where(mask, batch, mean).to(self.dtype))
-        out = self(len(batch), labels, tokens=tokens, known=self.tokenizer.known_tokens(known), output_type="pt", **kwargs)
+        out = self(
+            len(batch), labels, tokens=tokens, known=self.tokenizer.known_tokens(known), output_type="pt", **kwargs
+        )
         filled = torch.where(mask, batch, out.images.to(batch.device))
         return PipelineOutput(convert_images(filled, output_type), out.tokens)
 
     # Between images and tokens
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def encode(self, images: Any, *, batch_size: int = 256) -> Tensor:
         """Tokens `(B, *grid.shape)` of PIL images, a list of them, uint8 `(B, C, H, W)`, or float in [-1, 1]."""
         batch = self.to_images(images)
         return torch.cat([self.tokenizer.encode(part.to(self.dtype)) for part in batch.split(batch_size)])
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def decode(self, tokens: Tensor, *, output_type: str = "pil", batch_size: int = 256) -> Any:
         """Images of `tokens` `(B, *grid.shape)`. Raises `ValueError` for ids out of range."""
         parts = tokens.to(self.device).split(batch_size)
@@ -184,24 +194,30 @@ class ImagePipeline:
 
     # Scoring images
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def log_prob(self, images: Any, labels: Label | Sequence[Label] = None, *, batch_size: int = 256) -> Tensor:
         """log p of each image's tokens under the prior, `(B,)` nats (of the class given; else unconditional)."""
         tokens = self.encode(images)
         ids = self.label_ids(labels, len(tokens))
         chunks = range(0, len(tokens), batch_size)
-        return torch.cat([self.prior.log_prob(tokens[i : i + batch_size], None if ids is None else ids[i : i + batch_size])
-                          for i in chunks])  # fmt: skip
+        return torch.cat(
+            [
+                self.prior.log_prob(tokens[i : i + batch_size], None if ids is None else ids[i : i + batch_size])
+                for i in chunks
+            ]
+        )
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def bits_per_dim(self, images: Any, labels: Label | Sequence[Label] = None) -> Tensor:
         """Bits per pixel channel of each image, `(B,)`: those of its tokens under the prior plus those of its pixels
         given the tokens. Raises `LikelihoodError` when the tokenizer's decoder has no likelihood."""
         batch = self.to_images(images)
         pixels = self.tokenizer.pixel_log_prob(batch, self.tokenizer.encode(batch.to(self.dtype)))
         if pixels is None:
-            raise LikelihoodError(f"bits_per_dim needs a decoder with a likelihood, and {self.tokenizer.name!r} as it was "
-                                  "trained has none; log_prob gives the prior's part alone")  # fmt: skip
+            raise LikelihoodError(
+                f"bits_per_dim needs a decoder with a likelihood, and {self.tokenizer.name!r} as it was "
+                "trained has none; log_prob gives the prior's part alone"
+            )
         return -(self.log_prob(batch, labels) + pixels) / (batch[0].numel() * np.log(2))
 
     # Saving and loading
@@ -240,21 +256,25 @@ class ImagePipeline:
                         ) -> ImagePipeline:  # fmt: skip
         """Load from a folder or a Hub id. Raises a `PipelineLoadError` naming file, field, what was found and what is
         allowed; every file is checked against the manifest first."""
-        folder = resolve_folder(source, FILES, revision=revision, token=token, cache_dir=cache_dir,
-                                local_files_only=local_files_only)  # fmt: skip
+        folder = resolve_folder(
+            source, FILES, revision=revision, token=token, cache_dir=cache_dir, local_files_only=local_files_only
+        )
         if not (folder / INDEX).is_file():
             inner = folder / "pipeline"
             hint = f"; did you mean {inner}?" if (inner / INDEX).is_file() else ""
             raise PathError(f"{folder}: not a pipeline folder (no {INDEX}){hint}")
         index = read_index(folder / INDEX)
-        verify_manifest(folder)
+        listed = verify_manifest(folder)["files"]
+        unlisted = [name for name in FILES if name != MANIFEST and name not in listed and (folder / name).exists()]
+        if unlisted:
+            raise IntegrityError(f"{folder / MANIFEST}: files: does not list {', '.join(unlisted)}")
         tokenizer = Tokenizer.find(index["tokenizer"]).from_pretrained(folder / "tokenizer")
         prior = Prior.find(index["prior"]).from_pretrained(folder / "prior")
         pipeline = cls(tokenizer, prior, labels=index["labels"], sampler=index["sampler"])
         if (folder / PROVENANCE).is_file():
             pipeline.provenance = read_json(folder / PROVENANCE)
         if (folder / GRID).is_file():
-            pipeline.sample_grid = np.asarray(Image.open(folder / GRID, formats=("PNG",)).convert("RGB"))
+            pipeline.sample_grid = read_picture(folder / GRID)
         return pipeline.to(device=device, dtype=dtype)
 
     def push_to_hub(self, repo_id: str, *, token: str | None = None, private: bool | None = None,
@@ -324,13 +344,17 @@ class ImagePipeline:
             images = torch.stack([torch.from_numpy(pixels_of(image, shape).copy()) for image in images])
         if not isinstance(images, Tensor) or tuple(images.shape[1:]) != shape:
             found = tuple(images.shape) if isinstance(images, Tensor) else type(images).__name__
-            raise ValueError(f"images should be PIL images, or uint8 or float of shape (B, {', '.join(map(str, shape))}); "
-                             f"got {found}")  # fmt: skip
+            raise ValueError(
+                f"images should be PIL images, or uint8 or float of shape (B, {', '.join(map(str, shape))}); "
+                f"got {found}"
+            )
         if images.dtype == torch.uint8:
             return images.to(self.device).float() / 127.5 - 1
         if not images.dtype.is_floating_point or not bool((images.abs() <= 1 + 1e-3).all()):
-            raise ValueError(f"float images should lie in [-1, 1] (uint8 ones in 0 to 255); got {images.dtype}, "
-                             f"{float(images.min())} to {float(images.max())}")  # fmt: skip
+            raise ValueError(
+                f"float images should lie in [-1, 1] (uint8 ones in 0 to 255); got {images.dtype}, "
+                f"{float(images.min())} to {float(images.max())}"
+            )
         return images.to(self.device).float().clamp(-1, 1)
 
     def sample_picture(self, count: int = 80, seed: int = 0) -> np.ndarray:
@@ -345,8 +369,10 @@ def read_index(path: Path) -> dict[str, Any]:
     """`model_index.json`, every field checked. Raises `FormatError` or `ConfigError`."""
     index = read_json(path)
     if index.get("format_version") != FORMAT_VERSION:
-        raise FormatError(f"{path}: format_version: found {index.get('format_version')!r}, this version of smalti reads "
-                          f"{FORMAT_VERSION}; a newer smalti may read it")  # fmt: skip
+        raise FormatError(
+            f"{path}: format_version: found {index.get('format_version')!r}, this version of smalti reads "
+            f"{FORMAT_VERSION}; a newer smalti may read it"
+        )
     if index.get("_class_name") != "ImagePipeline":
         raise FormatError(f"{path}: _class_name: found {index.get('_class_name')!r}, expected 'ImagePipeline'")
     allowed = {"_class_name", "format_version", "tokenizer", "prior", "labels", "sampler"}
@@ -357,14 +383,32 @@ def read_index(path: Path) -> dict[str, Any]:
         if not isinstance(name, str) or not re.fullmatch(r"[a-z][a-z0-9_]{0,31}", name):
             raise FormatError(f"{path}: {part}: {str(name)[:80]!r} is not a name (lower case letters, digits, _)")
         if name not in family.available():
-            raise ConfigError(f"{path}: {part}: no {part} is called {name!r}; there are {', '.join(family.available())}")
+            raise ConfigError(
+                f"{path}: {part}: no {part} is called {name!r}; there are {', '.join(family.available())}"
+            )
     if not isinstance(index["labels"], list) or not all(isinstance(label, str) for label in index["labels"]):
         raise FormatError(f"{path}: labels: expected a list of names")
     try:
         Sampler(**index["sampler"])
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, OverflowError) as error:
         raise ConfigError(f"{path}: sampler: {error}") from error
     return index
+
+
+def count_images(num_images: int | None, labels: Any) -> int:
+    """`num_images`, or one per label. Raises `ValueError` below 1."""
+    if num_images is None:
+        num_images = len(labels) if isinstance(labels, Sequence) and not isinstance(labels, str) else 1
+    if num_images < 1:
+        raise ValueError(f"num_images must be at least 1 (got {num_images})")
+    return num_images
+
+
+def check_shapes(shape: tuple[int, ...], **tensors: Tensor | None) -> None:
+    """Raise `ValueError` naming a tensor that has not the shape `(B, *grid.shape)`, or that of one image."""
+    for name, value in tensors.items():
+        if value is not None and tuple(value.shape) not in (shape, shape[1:]):
+            raise ValueError(f"{name} should have shape {shape[1:]} or {shape}, got {tuple(value.shape)}")
 
 
 def check_output_type(output_type: str) -> None:

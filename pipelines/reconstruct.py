@@ -44,13 +44,17 @@ def run(config: ReconstructConfig) -> dict[str, float]:
     """Write the picture, print and return PSNR (dB), losses, codebook usage and perplexity on all held-out images."""
     tokenizer = Tokenizer.from_pretrained(tokenizer_folder(config.tokenizer), device=choose_device(config.device))
     if config.data.image_shape != tokenizer.image_shape:
-        raise UserError(f"data.image_size, data.channels: the tokenizer takes images of {tokenizer.image_shape} "
-                        f"(channels, height, width), these are {config.data.image_shape}")  # fmt: skip
+        raise UserError(
+            f"data.image_size, data.channels: the tokenizer takes images of {tokenizer.image_shape} "
+            f"(channels, height, width), these are {config.data.image_shape}"
+        )
     images = load_images(config.data).held_out
     figures = evaluate_reconstruction(tokenizer, images)
     save_picture(reconstruction_picture(tokenizer, images, config.num_images), config.out)
-    print(f"{config.out}: PSNR {figures['psnr']:.2f} dB over {len(images):,} held-out images, "
-          f"{figures['codebook_usage']:.1%} of {tokenizer.grid.vocab_size} codes used")  # fmt: skip
+    print(
+        f"{config.out}: PSNR {figures['psnr']:.2f} dB over {len(images):,} held-out images, "
+        f"{figures['codebook_usage']:.1%} of {tokenizer.grid.vocab_size} codes used"
+    )
     return figures
 
 

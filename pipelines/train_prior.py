@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import numpy as np
 import torch
@@ -28,6 +28,15 @@ if TYPE_CHECKING:
 HELD_OUT_ROWS = 2000  # evaluated during training; `smalti evaluate` looks at all
 
 
+class SamplerConfig(Config):
+    """The pipeline's default settings."""
+
+    temperature: float = Field(1.0, ge=0, description="below 1 is safer, 0 is greedy")
+    top_k: int | None = Field(None, ge=1, description="draw from the k likeliest ids only")
+    top_p: float | None = Field(None, gt=0, le=1, description="draw from the likeliest ids of this mass only")
+    guidance_scale: float = Field(1.0, ge=0, description="above 1 exaggerates the class")
+
+
 class TrainPriorConfig(Config):
     """A run of stage two."""
 
@@ -36,6 +45,7 @@ class TrainPriorConfig(Config):
     model: Annotated[dict[str, Any], ModelNode("prior.base:Prior")] = Field({"kind": "gpt"}, description="the prior")
     label_dropout: float = Field(0.1, ge=0, le=1, description="share of images trained without their label, which "
                                  "unconditional sampling and guidance need")  # fmt: skip
+    sampler: SamplerConfig = Field(SamplerConfig(), description="default sampling settings of the pipeline")
     train: TrainConfig = Field(TrainConfig(), description="how long and how fast")
     track: TrackConfig = Field(TrackConfig(), description="where the numbers go")
 
@@ -82,7 +92,11 @@ class PriorTask(Task):
 
     def pipeline(self, model: nn.Module) -> ImagePipeline:
         """Both stages, sharing `model`'s weights."""
-        return ImagePipeline(self.data.tokenizer.to(self.model.device), model, labels=self.data.class_names)  # type: ignore[arg-type]
+        settings = self.config.sampler.model_dump()
+        if not self.data.num_classes:  # nothing to guide towards
+            settings["guidance_scale"] = 1.0
+        tokenizer = self.data.tokenizer.to(self.model.device)
+        return ImagePipeline(tokenizer, cast(Prior, model), labels=self.data.class_names, sampler=settings)
 
     def save(self, model: nn.Module, run: Path, facts: dict[str, Any]) -> None:
         """The pipeline's folder, with where its images came from and a sample grid on its card."""
@@ -102,8 +116,9 @@ def training_splits(data: TokenDataset) -> tuple[TokenSplit, TokenSplit]:
 def build_prior(node: dict[str, Any], data: TokenDataset) -> Prior:
     """The prior of a checked `{kind: ...}` node for the dataset's grid and classes. Raises `ConfigError`."""
     choices = {key: value for key, value in node.items() if key != "kind"}
-    return Prior.create(node["kind"], grid=data.grid, num_classes=data.num_classes,
-                        tokenizer=data.tokenizer.fingerprint(), **choices)  # fmt: skip
+    return Prior.create(
+        node["kind"], grid=data.grid, num_classes=data.num_classes, tokenizer=data.tokenizer.fingerprint(), **choices
+    )
 
 
 @torch.inference_mode()

@@ -28,7 +28,7 @@ from torch.optim.swa_utils import AveragedModel
 
 from .checkpoint import latest_state, load_state, save_state
 from .config import Config, UserError, difference
-from .tracking import TrackConfig, Tracker
+from .tracking import Tracker
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -44,7 +44,9 @@ class TrainConfig(Config):
     """How long, how fast, how often. Steps are optimizer steps, batch sizes are global."""
 
     steps: int | None = Field(2000, ge=1, description="optimizer steps; null leaves the end to `minutes`")
-    minutes: float | None = Field(None, gt=0, description="end after so many minutes of training, if `steps` is not first")
+    minutes: float | None = Field(
+        None, gt=0, description="end after so many minutes of training, if `steps` is not first"
+    )
     batch_size: int = Field(128, ge=1, description="images per step, all processes and micro-batches together")
     accumulate: int = Field(1, ge=1, description="micro-batches that each process adds up for a step")
     lr: float = Field(1e-3, gt=0, description="peak learning rate of AdamW")
@@ -53,7 +55,9 @@ class TrainConfig(Config):
     betas: tuple[float, float] = Field((0.9, 0.95), description="AdamW's decays of the running moments")
     weight_decay: float = Field(0.02, ge=0, description="AdamW's weight decay, on matrices only")
     clip: float = Field(1.0, gt=0, description="largest gradient norm; a larger one is scaled down")
-    ema_decay: float = Field(0.999, ge=0, lt=1, description="decay of the averaged weights that are evaluated and saved")
+    ema_decay: float = Field(
+        0.999, ge=0, lt=1, description="decay of the averaged weights that are evaluated and saved"
+    )
     seed: int = Field(0, ge=0, description="fixes initial weights, order of the data, augmentation and dropout")
     log_every: int = Field(50, ge=1, description="steps between lines in metrics.jsonl")
     preview_every: int = Field(1000, ge=1, description="steps between pictures")
@@ -122,7 +126,7 @@ class Training:
 
 
 def build_accelerator() -> Accelerator:
-    """An `Accelerator` as `accelerate launch` asked for. Raises `UserError` if it started fewer processes than asked."""
+    """The `Accelerator` that `accelerate launch` asked for. Raises `UserError` if fewer processes were started."""
     from accelerate import Accelerator, DistributedDataParallelKwargs
 
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch")
@@ -130,8 +134,10 @@ def build_accelerator() -> Accelerator:
     accelerator = Accelerator(kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)])
     asked = int(os.environ.get("WORLD_SIZE", "1")) > 1 or "MASTER_ADDR" in os.environ
     if accelerator.num_processes == 1 and asked:
-        raise UserError("several processes were asked for, but only one was started (accelerate's --cpu does that); "
-                        f"on CPU use: {TWO_PROCESSES}")  # fmt: skip
+        raise UserError(
+            "several processes were asked for, but only one was started (accelerate's --cpu does that); "
+            f"on CPU use: {TWO_PROCESSES}"
+        )
     if accelerator.mixed_precision == "fp16":
         raise UserError("fp16 is not supported (its loss scaling hides non-finite steps); use --mixed_precision bf16")
     return accelerator
@@ -146,8 +152,10 @@ def train(build: Callable[[Accelerator], Task], config: Any) -> Path:
     accelerator, run = build_accelerator(), Path(config.out)
     shares = accelerator.num_processes * config.train.accumulate
     if config.train.batch_size % shares:
-        raise UserError(f"train.batch_size: {config.train.batch_size} is not a multiple of processes x accumulate "
-                        f"({accelerator.num_processes} x {config.train.accumulate})")  # fmt: skip
+        raise UserError(
+            f"train.batch_size: {config.train.batch_size} is not a multiple of processes x accumulate "
+            f"({accelerator.num_processes} x {config.train.accumulate})"
+        )
     if config.train.steps is None and config.train.minutes is None:
         raise UserError("train.steps: null needs train.minutes to end the run")
     claim_folder(run, config, accelerator)
@@ -169,8 +177,10 @@ def claim_folder(run: Path, config: Any, accelerator: Accelerator) -> None:
         theirs = yaml.safe_load(path.read_text())
         changes = difference({**theirs, "track": None}, {**mine, "track": None})
         if changes:
-            raise UserError(f"{run}: belongs to a run with another configuration; choose another out=, nothing was "
-                            "overwritten. What differs:\n" + "\n".join(changes))  # fmt: skip
+            raise UserError(
+                f"{run}: belongs to a run with another configuration; choose another out=, nothing was "
+                "overwritten. What differs:\n" + "\n".join(changes)
+            )
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
         run.mkdir(parents=True, exist_ok=True)
@@ -184,7 +194,7 @@ def set_up(task: Task, config: Any, run: Path, accelerator: Accelerator) -> Trai
     averaged = AveragedModel(task.model, multi_avg_fn=ema_update(config.train.ema_decay), use_buffers=False)
     averaged.requires_grad_(False).eval()
     optimizers = {name: adamw(parameters, config.train) for name, parameters in task.players.items()}
-    state = latest_state(run)
+    state = newest_state(run, accelerator)
     step, counters = load_state(state, model=task.model, ema=averaged, optimizers=optimizers) if state else (0, {})
     task.nets = {name: accelerator.prepare_model(net.to(accelerator.device)) for name, net in task.nets.items()}
     optimizers = {name: accelerator.prepare_optimizer(optimizer) for name, optimizer in optimizers.items()}
@@ -192,10 +202,21 @@ def set_up(task: Task, config: Any, run: Path, accelerator: Accelerator) -> Trai
     if accelerator.is_main_process:
         count = sum(p.numel() for p in task.model.parameters())
         began = f"continuing from step {step}" if state else "starting"
-        print(f"{run}: {began}; {count:,} parameters, {task.rows:,} training rows, {accelerator.num_processes} "
-              f"process(es) on {accelerator.device}, {accelerator.mixed_precision} mixed precision", flush=True)  # fmt: skip
+        print(
+            f"{run}: {began}; {count:,} parameters, {task.rows:,} training rows, {accelerator.num_processes} "
+            f"process(es) on {accelerator.device}, {accelerator.mixed_precision} mixed precision",
+            flush=True,
+        )
     return Training(task, config.train, run, accelerator, averaged, optimizers, tracker, step,
                     saved_step=step if state else -1, **counters)  # fmt: skip
+
+
+def newest_state(run: Path, accelerator: Accelerator) -> Path | None:
+    """The newest good state, as the main process finds it (it also tidies up), told to all."""
+    from accelerate.utils import broadcast_object_list
+
+    found = [latest_state(run) if accelerator.is_main_process else None]
+    return broadcast_object_list(found)[0]
 
 
 def adamw(parameters: list[nn.Parameter], config: TrainConfig) -> torch.optim.AdamW:
@@ -337,18 +358,18 @@ def take_step(training: Training, micro_batches: list[Any], lr: float) -> None:
                 parameter.requires_grad_(name == player)
         terms = accumulate(training, player, micro_batches)
         norm = accelerator.clip_grad_norm_(parameters, training.config.clip)
-        terms = averaged_over_ranks(training, {**terms, "gradient_norm": torch.as_tensor(norm)})
+        means = averaged_over_ranks(training, {**terms, "gradient_norm": torch.as_tensor(norm)})
         optimizer = training.optimizers[player]
-        if all(math.isfinite(value) for value in terms.values()):
+        if all(math.isfinite(value) for value in means.values()):
             for group in optimizer.param_groups:
                 group["lr"] = lr
             optimizer.step()
-            for name, value in terms.items():
+            for name, value in means.items():
                 key = name if len(task.players) == 1 else f"{player}/{name}"
                 training.window[key] = training.window.get(key, 0.0) + value
         else:
             healthy = False
-            culprit = first_non_finite(task.model, terms)
+            culprit = first_non_finite(task.model, means)
             for buffer, before in zip(task.model.buffers(), buffers, strict=True):
                 buffer.copy_(before)
         optimizer.zero_grad()
@@ -361,8 +382,10 @@ def take_step(training: Training, micro_batches: list[Any], lr: float) -> None:
     training.skipped += 1
     training.skipped_in_a_row += 1
     if training.skipped_in_a_row >= MAX_SKIPPED:
-        raise UserError(f"step {training.step}: {MAX_SKIPPED} steps in a row were not finite; the first such tensor is "
-                        f"{culprit}. The last good state is kept; try a lower train.lr or train.clip")  # fmt: skip
+        raise UserError(
+            f"step {training.step}: {MAX_SKIPPED} steps in a row were not finite; the first such tensor is "
+            f"{culprit}. The last good state is kept; try a lower train.lr or train.clip"
+        )
 
 
 def accumulate(training: Training, player: str, micro_batches: list[Any]) -> dict[str, Tensor]:

@@ -148,7 +148,7 @@ class Prior(PretrainedModel, family="prior"):
     def _sample(self, labels: Tensor, sampler: Sampler, generators: list[torch.Generator], given: Tensor, keep: Tensor,
                 cache: bool, progress: bool) -> tuple[Tensor, float]:  # fmt: skip
         """Tokens `(B, N)`, and (for few rows) by how much the closest decision was won."""
-        count, guided = len(given), sampler.guidance_scale != 1
+        guided = sampler.guidance_scale != 1
         noise = GumbelNoise(generators, len(self.grid), self.grid.vocab_size, self.device)
         rows = torch.cat([labels, torch.full_like(labels, self.num_classes)]) if guided else labels
         start, next_logits = (self.start, self.next_logits) if cache else (self.start_slow, self.next_logits_slow)
@@ -200,8 +200,10 @@ class Prior(PretrainedModel, family="prior"):
         if labels.shape != (count,) or labels.dtype.is_floating_point:
             raise ValueError(f"labels should be {count} whole numbers, got {labels.dtype} of {tuple(labels.shape)}")
         if count and (int(labels.min()) < 0 or int(labels.max()) > self.num_classes):
-            raise ValueError(f"labels should lie in [0, {self.num_classes}) (and {self.num_classes} is the null class), "
-                             f"got {int(labels.min())} to {int(labels.max())}")  # fmt: skip
+            raise ValueError(
+                f"labels should lie in [0, {self.num_classes}) (and {self.num_classes} is the null class), "
+                f"got {int(labels.min())} to {int(labels.max())}"
+            )
         return labels.long()
 
     def _known(self, tokens: Tensor | None, known: Tensor | None, count: int) -> tuple[Tensor, Tensor]:
@@ -213,8 +215,9 @@ class Prior(PretrainedModel, family="prior"):
             return empty, empty.bool()
         shape = (count, *self.grid.shape)
         if known.dtype != torch.bool or tuple(known.shape) not in (shape, self.grid.shape):
-            raise ValueError(f"known should be bool of shape {self.grid.shape} or {shape}, "
-                             f"got {known.dtype} of {tuple(known.shape)}")  # fmt: skip
+            raise ValueError(
+                f"known should be bool of shape {self.grid.shape} or {shape}, got {known.dtype} of {tuple(known.shape)}"
+            )
         if tuple(tokens.shape) not in (shape, self.grid.shape):
             raise ValueError(f"tokens should have shape {self.grid.shape} or {shape}, got {tuple(tokens.shape)}")
         known = known.to(self.device).expand(shape).reshape(count, -1)

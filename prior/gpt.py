@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -83,6 +84,8 @@ class GPT(Prior, name="gpt"):
     """Masked self-attention over the tokens in `order`, with a cache for sampling."""
 
     Config = GPTConfig
+    rotations: Tensor
+    ranks: Tensor
 
     def __init__(self, config: GPTConfig) -> None:
         super().__init__(config)
@@ -92,7 +95,7 @@ class GPT(Prior, name="gpt"):
         self.start_embedding = nn.Parameter(torch.empty(1, dim))
         self.axis_embeddings = nn.ParameterList(nn.Parameter(torch.empty(size, dim)) for size in config.grid.shape)
         self.dropout = nn.Dropout(config.dropout)
-        self.blocks = nn.ModuleList(Block(config, hidden) for _ in range(config.depth))
+        self.blocks: Any = nn.ModuleList(Block(config, hidden) for _ in range(config.depth))
         self.norm = nn.RMSNorm(dim, eps=EPS)
         self.head = nn.Linear(dim, config.grid.vocab_size, bias=False)
         self.register_buffer("rotations", self._rotations(), persistent=False)
@@ -126,7 +129,7 @@ class GPT(Prior, name="gpt"):
     def _position_embedding(self) -> Tensor:
         """`(N, dim)` in the order: the sum of each target's embedding along every axis."""
         coordinates = torch.unravel_index(self.order, self.grid.shape)
-        return sum(table[at] for table, at in zip(self.axis_embeddings, coordinates, strict=True))  # type: ignore[return-value]
+        return sum(table[at] for table, at in zip(self.axis_embeddings, coordinates, strict=True))
 
     def forward(self, tokens: Tensor, labels: Tensor | None = None) -> Tensor:
         """Teacher-forced logits `(B, N, vocab_size)`, raster order; `logits[:, i]` sees only tokens ranked before i."""

@@ -12,6 +12,7 @@ import torch  # noqa: E402
 
 torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
 
+
 @pytest.fixture
 def shared_data() -> Path:
     """Real image sets, where they are at hand."""

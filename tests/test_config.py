@@ -17,7 +17,8 @@ from pydantic import Field, ValidationError
 import pipelines
 from pipelines.__main__ import help_page as verb_page
 from pipelines.__main__ import main, verbs
-from pipelines.config import Config, ModelNode, UserError, difference, help_page, merge, parse, run_command, to_yaml
+from pipelines.config import Config, ModelNode, UserError, difference, merge, parse, run_command, to_yaml
+from pipelines.help import help_page
 from tokenizer.pretrained import ModelConfig, Named, PathError, setting
 
 
@@ -395,8 +396,10 @@ def test_help_wins_over_everything_else(capsys: pytest.CaptureFixture[str]) -> N
 def test_difference_names_dotted_keys() -> None:
     old = {"a": 1, "t": {"lr": 0.1, "b": [1, 2]}, "gone": None}
     assert difference(old, {"a": 1.0, "t": {"lr": 0.2, "b": (1, 2)}, "new": {"x": 1}}) == [
-        "t.lr: 0.1 -> 0.2", "gone: null -> (absent)", 'new: (absent) -> {"x": 1}',
-    ]  # fmt: skip
+        "t.lr: 0.1 -> 0.2",
+        "gone: null -> (absent)",
+        'new: (absent) -> {"x": 1}',
+    ]
     assert difference(old, old) == []
     assert difference({"x": "a" * 999 + "b"}, {"x": "a" * 999 + "c"})
 
@@ -482,7 +485,9 @@ def test_an_unknown_verb_suggests_the_near_one(capsys: pytest.CaptureFixture[str
 
 
 def test_the_module_runs_and_imports_nothing_heavy() -> None:
-    code = ("import sys, pipelines.__main__ as m\ntry: m.main(['--help'])\nexcept SystemExit as e: code = e.code\n"
-            "print([n for n in ('accelerate', 'datasets', 'wandb') if n in sys.modules], code)")  # fmt: skip
+    code = (
+        "import sys, pipelines.__main__ as m\ntry: m.main(['--help'])\nexcept SystemExit as e: code = e.code\n"
+        "print([n for n in ('accelerate', 'datasets', 'wandb') if n in sys.modules], code)"
+    )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert result.stdout.splitlines()[-1] == "[] 0" and "train_tokenizer" in result.stdout

@@ -20,8 +20,10 @@ def steps(name, shape):
     return rows.diff().abs() + columns.diff().abs()
 
 
-@pytest.mark.parametrize(("name", "shapes"), [("snake", SHAPES), ("spiral_in", SHAPES), ("spiral_out", SHAPES),
-                                              ("hilbert", [(2, 2), (4, 4), (16, 16)])])  # fmt: skip
+@pytest.mark.parametrize(
+    ("name", "shapes"),
+    [("snake", SHAPES), ("spiral_in", SHAPES), ("spiral_out", SHAPES), ("hilbert", [(2, 2), (4, 4), (16, 16)])],
+)
 def test_walks_without_jumps(name, shapes):
     for shape in shapes:
         assert (steps(name, shape) == 1).all()

@@ -50,8 +50,9 @@ def test_probabilities_sum_to_one(name, order, label):
     model = make_prior(name, shape=(2, 3), vocab_size=3, order=order).double()
     grids = torch.tensor(list(itertools.product(range(3), repeat=6))).reshape(-1, 2, 3)
     labels = None if label is None else torch.full((len(grids),), label)
-    token_wise = torch.cat([model.token_log_probs(part, None if labels is None else labels[: len(part)])
-                            for part in grids.split(243)])  # fmt: skip
+    token_wise = torch.cat(
+        [model.token_log_probs(part, None if labels is None else labels[: len(part)]) for part in grids.split(243)]
+    )
     assert token_wise.dtype == torch.float32 and token_wise.shape == grids.shape
     total = token_wise.detach().double().flatten(1).sum(1).exp().sum()
     assert abs(float(total) - 1) < 1e-5
@@ -63,8 +64,10 @@ def test_cached_sampling_equals_uncached(name, order):
     labels = torch.arange(6) % 3
     drawn = [model.sample(6, labels, generator=generators(6), cache=cache) for cache in (True, False)]
     assert torch.equal(*drawn)
-    guided = [model.sample(6, labels, generator=generators(6), cache=cache, guidance_scale=2.5, top_p=0.9, temperature=0.8)
-              for cache in (True, False)]  # fmt: skip
+    guided = [
+        model.sample(6, labels, generator=generators(6), cache=cache, guidance_scale=2.5, top_p=0.9, temperature=0.8)
+        for cache in (True, False)
+    ]
     assert torch.equal(*guided)
 
 
@@ -113,8 +116,10 @@ def test_an_image_does_not_depend_on_its_batch(name, settings):
     labels = torch.arange(9) % 3
     together = model.sample(9, labels, generator=generators(9), **settings)
     for size in (1, 2, 3, 5):
-        parts = [model.sample(len(part), part, generator=[generators(9)[k] for k in at], **settings)
-                 for part, at in zip(labels.split(size), torch.arange(9).split(size), strict=True)]  # fmt: skip
+        parts = [
+            model.sample(len(part), part, generator=[generators(9)[k] for k in at], **settings)
+            for part, at in zip(labels.split(size), torch.arange(9).split(size), strict=True)
+        ]
         assert torch.equal(torch.cat(parts), together), f"batches of {size}"
 
 

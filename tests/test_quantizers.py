@@ -26,7 +26,7 @@ def test_lookup_of_tokens_is_z_q(name, spatial):
     z = torch.randn(2, quantizer.dim, *spatial)
     z_q, tokens, _ = quantizer.quantize(z)
     assert z_q.shape == z.shape and tokens.shape == (2, quantizer.levels * spatial[0], *spatial[1:])
-    assert tokens.dtype == torch.int64 and 0 <= tokens.min() and tokens.max() < quantizer.vocab_size
+    assert tokens.dtype == torch.int64 and tokens.min() >= 0 and tokens.max() < quantizer.vocab_size
     assert torch.equal(z_q, quantizer.lookup(tokens))
 
 

@@ -101,8 +101,9 @@ def test_wrong_images_and_tokens_are_named(name):
 )
 def test_vqvae_of_every_factor_and_quantizer(kind, size, factor, widths, blocks, attention):
     quantizer = {"kind": kind, **SMALL.get(kind, {})}
-    tokenizer = make_tokenizer("vqvae", size, 1, factor=factor, widths=widths, blocks=blocks, attention=attention,
-                               quantizer=quantizer)  # fmt: skip
+    tokenizer = make_tokenizer(
+        "vqvae", size, 1, factor=factor, widths=widths, blocks=blocks, attention=attention, quantizer=quantizer
+    )
     assert tokenizer.grid.shape == (tokenizer.quantizer.levels * size[0] // factor, size[1] // factor)
     images = images_for(tokenizer)
     tokenizer(images).images.square().mean().backward()

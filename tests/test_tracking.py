@@ -161,8 +161,9 @@ def test_the_mirror_gets_everything_in_order(tmp_path, monkeypatch):
     tracker.close()
     assert [step for step, _ in fake.got] == [1, 1, 2, 2] and fake.finished
     assert fake.got[0][1] == {"loss": 0.5} and Path(fake.got[1][1]["sample"][0]).is_file()
-    assert fake.starts == [{"project": "smalti", "mode": "online", "dir": str(tmp_path), "name": tmp_path.name,
-                            "id": fake.starts[0]["id"]}]  # fmt: skip
+    assert fake.starts == [
+        {"project": "smalti", "mode": "online", "dir": str(tmp_path), "name": tmp_path.name, "id": fake.starts[0]["id"]}
+    ]
 
 
 def test_resumes_share_the_id_and_send_no_step_twice(tmp_path, monkeypatch):

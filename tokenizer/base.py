@@ -23,7 +23,9 @@ class TokenGrid:
         object.__setattr__(self, "shape", tuple(self.shape))
         whole = [*self.shape, self.vocab_size]
         if not self.shape or any(isinstance(n, bool) or not isinstance(n, int) or n < 1 for n in whole):
-            raise ValueError(f"a grid needs positive whole sizes (got shape {self.shape}, vocab_size {self.vocab_size})")
+            raise ValueError(
+                f"a grid needs positive whole sizes (got shape {self.shape}, vocab_size {self.vocab_size})"
+            )
         if math.prod(self.shape) > 1 << 20 or self.vocab_size > 1 << 20:
             raise ValueError(f"a grid holds at most 2^20 tokens of 2^20 ids (got {self.shape}, {self.vocab_size})")
 
@@ -33,15 +35,18 @@ class TokenGrid:
     def check(self, tokens: Tensor) -> None:
         """Raise `ValueError` unless `tokens` is an integer `(B, *shape)` with ids in `[0, vocab_size)`."""
         if tokens.dtype.is_floating_point or tuple(tokens.shape[1:]) != self.shape:
-            raise ValueError(f"tokens should be whole numbers of shape (B, {', '.join(map(str, self.shape))}), "
-                             f"got {tokens.dtype} of shape {tuple(tokens.shape)}")  # fmt: skip
+            raise ValueError(
+                f"tokens should be whole numbers of shape (B, {', '.join(map(str, self.shape))}), "
+                f"got {tokens.dtype} of shape {tuple(tokens.shape)}"
+            )
         if tokens.numel() and (int(tokens.min()) < 0 or int(tokens.max()) >= self.vocab_size):
-            raise ValueError(f"token ids should lie in [0, {self.vocab_size}), "
-                             f"got {int(tokens.min())} to {int(tokens.max())}")  # fmt: skip
+            raise ValueError(
+                f"token ids should lie in [0, {self.vocab_size}), got {int(tokens.min())} to {int(tokens.max())}"
+            )
 
 
 class Reconstruction(NamedTuple):
-    """What `Tokenizer.forward` returns: `images` (B, C, H, W), `tokens` (B, *grid.shape), unweighted scalar `losses`."""
+    """What `Tokenizer.forward` returns: images `(B, C, H, W)`, tokens `(B, *grid.shape)`, unweighted scalar losses."""
 
     images: Tensor
     tokens: Tensor
@@ -92,12 +97,14 @@ class Tokenizer(PretrainedModel, family="tokenizer"):
     def check_images(self, images: Tensor) -> None:
         """Raise `ValueError` unless `images` is float `(B, C, H, W)` of this tokenizer's size."""
         if not images.dtype.is_floating_point or tuple(images.shape[1:]) != self.image_shape:
-            raise ValueError(f"images should be floats of shape (B, {', '.join(map(str, self.image_shape))}), "
-                             f"got {images.dtype} of shape {tuple(images.shape)}")  # fmt: skip
+            raise ValueError(
+                f"images should be floats of shape (B, {', '.join(map(str, self.image_shape))}), "
+                f"got {images.dtype} of shape {tuple(images.shape)}"
+            )
 
 
 def codebook_usage(counts: Tensor) -> dict[str, Tensor]:
-    """`usage`, the share of ids that occur, and `perplexity`, exp of the entropy of their frequencies (1 to vocab_size).
+    """`usage`, the share of ids that occur, and `perplexity` (1 to vocab_size), exp of their frequencies' entropy.
 
     counts: how often each id occurred, `(vocab_size,)`.
     """

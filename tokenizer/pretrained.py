@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import importlib
 import json
+import os
 import pkgutil
 import re
 from pathlib import Path
@@ -102,9 +103,13 @@ class PretrainedModel(Named, nn.Module):
         return next((t.device for t in [*self.parameters(), *self.buffers()]), torch.device("cpu"))
 
     def fingerprint(self) -> str:
-        """sha256 over configuration and weights: two models with the same fingerprint are the same function."""
+        """sha256 over configuration and weights: two models with the same fingerprint are the same function.
+
+        Floats are read as float32, so that weights saved in bfloat16 have the fingerprint of what is loaded from them.
+        """
         digest = hashlib.sha256(json.dumps(self.config.to_dict(), sort_keys=True).encode())
         for key, value in sorted(self.state_dict().items()):
+            value = value.float() if value.is_floating_point() else value
             digest.update(f"{key} {value.dtype} {tuple(value.shape)}".encode())
             digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
         return digest.hexdigest()
@@ -159,8 +164,11 @@ class PretrainedModel(Named, nn.Module):
 
 def _read_weights(path: Path, member: type[PretrainedModel], config: ModelConfig) -> dict[str, Tensor]:
     """The tensors of `path`, checked against what `config` asks for before that much memory is allocated."""
-    with torch.device("meta"):
-        expected = member(config).state_dict()
+    try:
+        with torch.device("meta"):
+            expected = member(config).state_dict()
+    except (ValueError, OverflowError, RuntimeError) as error:  # sizes that are each allowed, but not together
+        raise ConfigError(f"{path.parent / CONFIG}: {error}") from error
     if sum(value.numel() for value in expected.values()) > MAX_PARAMETERS:
         raise LimitError(f"{path.parent / CONFIG}: asks for more than {MAX_PARAMETERS} parameters")
     data = read_bytes(path, MAX_WEIGHT_BYTES)
@@ -178,7 +186,7 @@ def _read_weights(path: Path, member: type[PretrainedModel], config: ModelConfig
             raise WeightsError(f"{path}: {key} has shape {list(found[key].shape)}, expected {list(value.shape)}")
         if found[key].is_floating_point() != value.is_floating_point():
             raise WeightsError(f"{path}: {key} has type {found[key].dtype}, expected {value.dtype}")
-        if found[key].is_floating_point() and not bool(torch.isfinite(found[key]).all()):
+        if found[key].is_floating_point() and not bool(torch.isfinite(found[key].float()).all()):
             raise WeightsError(f"{path}: {key} holds a value that is not finite")
     return found
 
@@ -186,10 +194,10 @@ def _read_weights(path: Path, member: type[PretrainedModel], config: ModelConfig
 def resolve_folder(source: str | Path, patterns: list[str], *, revision: str | None, token: str | None,
                    cache_dir: str | Path | None, local_files_only: bool) -> Path:  # fmt: skip
     """`source` as a local folder, fetched from the Hub when it is a repository id. Raises `PathError`."""
-    if Path(source).is_dir():
+    if os.path.isdir(source):  # unlike Path.is_dir, also False for a name that no folder can have
         return Path(source)
     if not re.fullmatch(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}", str(source)):
-        raise PathError(f"{str(source)!r} is neither an existing folder nor a Hub id of the form 'owner/name'")
+        raise PathError(f"{str(source)[:200]!r} is neither an existing folder nor a Hub id of the form 'owner/name'")
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
@@ -198,5 +206,6 @@ def resolve_folder(source: str | Path, patterns: list[str], *, revision: str | N
                                       local_files_only=local_files_only, allow_patterns=patterns))  # fmt: skip
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise PathError(f"{str(source)!r} is not an existing folder, and as a Hub id it could not be fetched: {reason}"
-                        ) from error  # fmt: skip
+        raise PathError(
+            f"{str(source)!r} is not an existing folder, and as a Hub id it could not be fetched: {reason}"
+        ) from error

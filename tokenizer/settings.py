@@ -119,7 +119,9 @@ def node_problems(family: Any, node: dict[str, Any], *, prefix: str = "", facts:
     if "kind" not in node:
         return [f"{prefix}kind: missing; there are {', '.join(family.available())}"]
     if node["kind"] not in family.available():
-        return [f"{prefix}kind: no {family.__name__} is called {node['kind']!r}; there are {', '.join(family.available())}"]
+        return [
+            f"{prefix}kind: no {family.__name__} is called {node['kind']!r}; there are {', '.join(family.available())}"
+        ]
     return problems_in(family.find(node["kind"]).Config, rest, facts=facts, prefix=prefix)
 
 
@@ -171,7 +173,7 @@ def _scalar(value: Any, hint: type, field: dataclasses.Field[Any]) -> Any:
         except ValueError:
             pass
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
-        value = float(value)
+        value = float(value) if abs(value) < 1 << 1000 else math.inf
     if not isinstance(value, hint) or (isinstance(value, bool) and hint is not bool):
         names = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
         raise ConfigError(f": expected {names.get(hint, hint.__name__)} (got {value!r})")

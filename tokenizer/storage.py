@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import shutil
 import stat
@@ -15,7 +16,7 @@ import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 MAX_JSON_BYTES = 1 << 20
 MANIFEST = "manifest.json"
@@ -78,12 +79,17 @@ def read_json(path: Path) -> dict[str, Any]:
             raise FormatError(f"{path}: a key stands twice in {sorted(keys)[:10]}")
         return dict(pairs)
 
-    def refuse(constant: str) -> None:
+    def refuse(constant: str) -> NoReturn:
         raise FormatError(f"{path}: {constant} is not a JSON number")
 
+    def finite(text: str) -> float:
+        return float(text) if math.isfinite(float(text)) else refuse(text)  # 1e999 would be infinite
+
     try:
-        value = json.loads(data.decode("utf-8"), object_pairs_hook=unique, parse_constant=refuse)
-    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+        value = json.loads(data.decode("utf-8"), object_pairs_hook=unique, parse_constant=refuse, parse_float=finite)
+    except FormatError:
+        raise
+    except (ValueError, RecursionError) as error:  # an integer of thousands of digits is a plain ValueError
         raise FormatError(f"{path}: not valid JSON ({error})") from error
     if not isinstance(value, dict):
         raise FormatError(f"{path}: expected a JSON object, found {type(value).__name__}")
@@ -159,8 +165,8 @@ def verify_manifest(folder: Path) -> dict[str, Any]:
             raise PathError(f"{folder / MANIFEST}: {name!r} leads out of the folder")
         if not isinstance(entry, dict) or set(entry) != {"sha256", "size"}:
             raise FormatError(f"{folder / MANIFEST}: the entry of {name!r} should hold sha256 and size")
-        if not path.is_file():
-            raise PathError(f"{path}: missing, though the manifest lists it")
+        if not os.path.isfile(path):  # unlike Path.is_file, also for a name that no file can have
+            raise PathError(f"{folder}: {name[:200]!r} is missing, though {MANIFEST} lists it")
         size = path.stat().st_size
         if size != entry["size"]:
             raise IntegrityError(f"{path}: {size} bytes, the manifest says {entry['size']}")

@@ -58,7 +58,7 @@ class VQVAE(Tokenizer, name="vqvae"):
         patch = config.factor // 2 ** (len(config.widths) - 1)
         sizes = (config.channels, patch, config.widths, config.blocks, config.attention, self.quantizer.dim)
         self.encoder, self.decoder = encoder(*sizes), decoder(*sizes)
-        self.to(memory_format=torch.channels_last)
+        self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
     def encode(self, images: Tensor) -> Tensor:
         """Tokens `(B, *grid.shape)` of `images`; raises `ValueError` for images of another size."""
@@ -82,8 +82,8 @@ class VQVAE(Tokenizer, name="vqvae"):
         return self.quantizer.loss_weights
 
     def _embed(self, images: Tensor) -> Tensor:
-        dtype = self.decoder[0].weight.dtype
+        dtype = next(self.decoder.parameters()).dtype
         return self.encoder(images.to(dtype=dtype, memory_format=torch.channels_last))
 
     def _paint(self, z_q: Tensor) -> Tensor:
-        return self.decoder(z_q.to(self.decoder[0].weight.dtype)).float()
+        return self.decoder(z_q.to(next(self.decoder.parameters()).dtype)).float()

@@ -27,7 +27,7 @@ class CodebookConfig(ModelConfig):
 
 
 class Codebook(Quantizer):
-    """Nearest of `codes` vectors (van den Oord et al. 2017). Subclasses own `codebook` `(codes, dim)` and its losses."""
+    """Nearest of `codes` vectors (van den Oord et al. 2017). Subclasses own `codebook` (codes, dim) and its losses."""
 
     Config = CodebookConfig
     codebook: Tensor
@@ -71,7 +71,9 @@ class Codebook(Quantizer):
         sample = gather_rows(rows, seeded(total, wanted, self.config.seed, 0, rows.device))
         if len(sample) < self.vocab_size:  # a tiny first batch: repeat its rows, slightly apart
             repeats = -(-self.vocab_size // len(sample))
-            noise = torch.randn(len(sample) * repeats, self.dim, generator=torch.Generator().manual_seed(self.config.seed))
+            noise = torch.randn(
+                len(sample) * repeats, self.dim, generator=torch.Generator().manual_seed(self.config.seed)
+            )
             sample = sample.repeat(repeats, 1) + 0.01 * sample.std().clamp(min=1e-3) * noise.to(sample)
         self.codebook.copy_(kmeans(sample, self.vocab_size, self.config.kmeans_iterations))
         if world_size() > 1:
@@ -93,7 +95,7 @@ def nearest(rows: Tensor, codebook: Tensor) -> Tensor:
 
 
 def kmeans(rows: Tensor, clusters: int, iterations: int) -> Tensor:
-    """Lloyd's algorithm from the first `clusters` rows; an empty cluster stays where it was. Returns `(clusters, D)`."""
+    """Lloyd's algorithm from the first `clusters` rows; an empty cluster stays where it was. Returns (clusters, D)."""
     centres = rows[:clusters].clone()
     for _ in range(iterations):
         tokens = nearest(rows, centres)

@@ -17,8 +17,9 @@ from .base import Quantized, Quantizer, straight_through
 class FSQConfig(ModelConfig):
     """The grid of scalars."""
 
-    levels: tuple[int, ...] = setting((8, 8, 8), "levels of each channel, at least 3 (the paper: 5); their product is the "
-                                      "vocabulary", ge=3, le=256)  # fmt: skip
+    levels: tuple[int, ...] = setting(
+        (8, 8, 8), "levels of each channel, at least 3 (the paper: 5); their product is the vocabulary", ge=3, le=256
+    )
 
     def check(self) -> Iterator[str]:
         """The vocabulary has to fit a token grid."""

@@ -21,7 +21,9 @@ class VQ(Codebook, name="vq"):
 
     def __init__(self, config: CodebookConfig) -> None:
         super().__init__(config)
-        self.codebook = nn.Parameter(torch.empty(config.codes, config.dim).uniform_(-1 / config.codes, 1 / config.codes))
+        self.codebook = nn.Parameter(
+            torch.empty(config.codes, config.dim).uniform_(-1 / config.codes, 1 / config.codes)
+        )
 
     @property
     def loss_weights(self) -> dict[str, float]:

