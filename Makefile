@@ -2,9 +2,10 @@
 PYTHON ?= python3
 VENV   ?= .venv
 RUNS   ?= runs
+CORES  := $(shell nproc 2>/dev/null || echo 1)
 ARGS   ?=
 BIN    := $(VENV)/bin
-LAUNCH := $(BIN)/accelerate launch --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no -m
+LAUNCH := $(BIN)/accelerate launch --config_file configs/accelerate/cpu.yaml --num_cpu_threads_per_process $(CORES) -m
 SUM    := $(shell cksum pyproject.toml | cut -d' ' -f1)
 READY  := $(VENV)/.demo-$(SUM)
 TESTS  := $(VENV)/.dev-$(SUM)

@@ -148,8 +148,9 @@ class PretrainedModel(Named, nn.Module):
         data = read_json(folder / CONFIG)
         kind = data.pop("kind", None)
         try:
-            if not isinstance(kind, str):
-                raise ConfigError(f"kind: expected a name (got {kind!r}); there are {', '.join(cls.available())}")
+            if not isinstance(kind, str) or kind not in cls.available():
+                found, names = repr(kind)[:80], ", ".join(cls.available())
+                raise ConfigError(f"kind: no {cls._package} is called {found}; there are {names}")
             member: Any = cls.find(kind)
             if not issubclass(member, cls):
                 raise ConfigError(f"kind: holds a {kind!r}, not a {cls.name!r}")

@@ -1,0 +1,149 @@
+"""Every preset is a valid run of its verb, short, and builds its model."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from pipelines import encode, evaluate, generate, reconstruct, train_prior, train_tokenizer
+from pipelines.config import Config, parse
+from pipelines.images import DataConfig
+from pipelines.train_tokenizer import TrainTokenizerConfig, build_tokenizer
+from prior import Prior
+
+CONFIGS = Path(__file__).parents[1] / "configs"
+VERBS = {"tokenizer": train_tokenizer, "prior": train_prior, "encode": encode, "evaluate": evaluate, "generate": generate,
+         "reconstruct": reconstruct}  # fmt: skip
+LAUNCHERS = sorted((CONFIGS / "accelerate").glob("*.yaml"))
+PRESETS = sorted(path for path in CONFIGS.rglob("*.yaml") if path not in LAUNCHERS)
+TOKENIZER_PRESETS = [path for path in PRESETS if path.parent.name == "tokenizer"]
+PRIOR_PRESETS = [path for path in PRESETS if path.parent.name == "prior"]
+MOST_LINES = 25
+
+every_preset = pytest.mark.parametrize("path", PRESETS, ids=lambda path: f"{path.parent.name}/{path.stem}")
+
+
+def config_of(path: Path, *overrides: str) -> Config:
+    """The configuration that the preset's verb makes of it."""
+    verb = VERBS[path.parent.name]
+    name = verb.__name__.rpartition(".")[2]
+    cls = next(value for value in vars(verb).values() if isinstance(value, type) and value.__module__ == verb.__name__
+               and issubclass(value, Config) and value.__name__.lower() == name.replace("_", "") + "config")  # fmt: skip
+    return parse(cls, ["--config", str(path), *overrides], verb=name, description="")
+
+
+def preset_tokenizer(path: Path):
+    """The tokenizer of a preset on the meta device, sized by its data."""
+    config = config_of(path)
+    assert isinstance(config, TrainTokenizerConfig)
+    channels, height, width = config.data.image_shape
+    with torch.device("meta"):
+        return build_tokenizer(config.model, (height, width), channels)
+
+
+def test_there_are_presets_to_look_at():
+    assert TOKENIZER_PRESETS and PRIOR_PRESETS
+    assert {path.parent.name for path in PRESETS} <= set(VERBS)
+    assert not [path for path in CONFIGS.rglob("*") if path.is_file() and path.suffix != ".yaml"]
+
+
+@every_preset
+def test_preset_is_short_and_says_what_it_is(path):
+    lines = path.read_text(encoding="utf-8").splitlines()
+    assert len(lines) <= MOST_LINES and max(map(len, lines)) <= 120
+    assert re.match(r"# \S.{20,}", lines[0]), "the first line says what the preset is for"
+
+
+@every_preset
+def test_preset_is_valid_and_named_after_its_folder(path):
+    config = config_of(path).model_dump()
+    assert Path(config["out"]).name in (path.stem, f"{path.stem}_tokens")
+    if path.parent.name == "prior":
+        data = path.stem.partition("_")[2]
+        assert Path(config["tokens"]).name == f"{data}_tokens"
+        assert list((CONFIGS / "tokenizer").glob(f"*_{data}.yaml")), f"no tokenizer preset for {data}"
+
+
+@every_preset
+def test_preset_repeats_no_default(path):
+    """What a preset says differs from what would be so without it."""
+    given = yaml.safe_load(path.read_text(encoding="utf-8"))
+    cls = type(config_of(path))
+
+    def repeated(node, fields, prefix=""):
+        for key, value in node.items():
+            default = fields[key].default if key in fields else None
+            if isinstance(default, Config) and isinstance(value, dict):
+                yield from repeated(value, type(default).model_fields, f"{prefix}{key}.")
+            elif key in fields and not isinstance(default, dict) and default == value and key not in ("source", "steps"):
+                yield f"{prefix}{key}: {value}"
+
+    assert not [line for line in repeated(given, cls.model_fields) if not is_explained(path, line)]
+
+
+def is_explained(path, line):
+    """Whether the preset gives a reason beside the value; a default may be stated for a reason."""
+    key = line.split(":")[0].rpartition(".")[2]
+    return bool(re.search(rf"^\s*{key}:.*#", path.read_text(encoding="utf-8"), re.M))
+
+
+@pytest.mark.parametrize("path", TOKENIZER_PRESETS, ids=lambda path: path.stem)
+def test_tokenizer_preset_builds(path):
+    tokenizer = preset_tokenizer(path)
+    assert tokenizer.image_shape == config_of(path).data.image_shape
+    assert sum(parameter.numel() for parameter in tokenizer.parameters()) < 1e9
+    assert len(tokenizer.grid) <= 4096
+
+
+@pytest.mark.parametrize("path", PRIOR_PRESETS, ids=lambda path: path.stem)
+def test_prior_preset_builds_on_every_tokenizer_of_its_data(path):
+    config = config_of(path)
+    choices = {key: value for key, value in config.model.items() if key != "kind"}
+    data = path.stem.partition("_")[2]
+    tokenizers = sorted((CONFIGS / "tokenizer").glob(f"*_{data}.yaml"))
+    assert any(name.stem.startswith("vqvae_") for name in tokenizers)
+    for name in tokenizers:
+        grid = preset_tokenizer(name).grid
+        with torch.device("meta"):
+            prior = Prior.create(config.model["kind"], grid=grid, num_classes=10, **choices)
+        assert prior.grid == grid and sum(parameter.numel() for parameter in prior.parameters()) < 2e9
+
+
+@every_preset
+def test_a_preset_can_be_overridden(path):
+    config = config_of(path, "out=elsewhere")
+    assert config.out == "elsewhere"
+    if path.parent.name in ("tokenizer", "prior"):
+        assert config_of(path, "train.lr=0.5", "track.wandb=disabled").train.lr == 0.5
+
+
+@pytest.mark.parametrize("path", LAUNCHERS, ids=lambda path: path.stem)
+def test_launcher_config_is_one_of_accelerate(path):
+    from accelerate.commands.config.config_args import load_config_from_file
+
+    lines = path.read_text(encoding="utf-8").splitlines()
+    assert len(lines) <= MOST_LINES and lines[0].startswith("# ")
+    config = load_config_from_file(str(path))  # refuses unknown keys
+    given = yaml.safe_load(path.read_text(encoding="utf-8"))
+    assert given["mixed_precision"] in ("no", "bf16"), "fp16 is not supported"
+    assert config.num_processes == given["num_processes"] >= given["num_machines"] >= 1
+    assert str(config.distributed_type).rpartition(".")[2] == ("NO" if config.num_processes == 1 else "MULTI_GPU")
+
+
+def test_a_preset_that_states_a_fact_is_refused():
+    from pipelines.config import UserError
+
+    for fact in ("model.num_classes=10", "model.grid.vocab_size=16", "model.tokenizer=abc"):
+        with pytest.raises(UserError, match="fact of the data"):
+            config_of(PRIOR_PRESETS[0], fact)
+    with pytest.raises(UserError, match="fact of the data"):
+        config_of(TOKENIZER_PRESETS[0], "model.channels=3")
+
+
+def test_digits_are_the_default_and_need_no_network():
+    assert DataConfig().source == "digits"
+    assert config_of(CONFIGS / "tokenizer" / "vqvae_digits.yaml").data.source == "digits"
