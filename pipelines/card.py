@@ -61,7 +61,7 @@ def measured(provenance: dict[str, Any]) -> list[str]:
     training = [provenance.get(stage, {}) for stage in ("tokenizer", "prior")]
     figures = {name: value for facts in training for name, value in facts.get("evaluation", {}).items()}
     evaluation = provenance.get("evaluation", {})
-    rows = {name: evaluation.get(name, figures.get(name)) for name in FIGURES}
+    rows = {name: (evaluation or figures).get(name) for name in FIGURES}
     lines = [f"| {FIGURES[name]} | {value:.4g} |" for name, value in rows.items() if value is not None]
     lines += [f"| training of the {stage} | {facts['steps']} steps, {facts['minutes']:.1f} minutes |"
               for stage, facts in zip(("tokenizer", "prior"), training, strict=True) if "steps" in facts]  # fmt: skip

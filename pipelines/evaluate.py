@@ -54,9 +54,10 @@ def run(config: EvaluateConfig) -> dict[str, float]:
         )
     images = load_images(config.data)
     train, held_out = images.train, images.held_out
+    check_classes(pipeline, train, held_out)
     figures = evaluate_reconstruction(pipeline.tokenizer, held_out)
     figures |= evaluate_likelihood(pipeline, train, held_out)
-    if train.labels is not None and pipeline.prior.num_classes and config.num_samples:
+    if train.labels is not None and held_out.labels is not None and pipeline.prior.num_classes and config.num_samples:
         figures |= evaluate_classes(pipeline, train, held_out, config.num_samples, config.seed)
     local = Path(config.pipeline).is_dir()
     out = (
@@ -79,6 +80,18 @@ def run(config: EvaluateConfig) -> dict[str, float]:
         f"figures          {out / 'evaluation.json'}"
     )
     return figures
+
+
+def check_classes(pipeline: ImagePipeline, *splits: ImageDataset) -> None:
+    """Raise `UserError` for labelled images of other classes than the pipeline's."""
+    count, names = pipeline.prior.num_classes, pipeline.labels
+    for split in splits:
+        found = split.class_names
+        if split.labels is not None and count and (len(found) != count or (names and names != found)):
+            raise UserError(
+                f"data.label_column: the pipeline's {count} classes are not the {len(found)} of these images "
+                f"({', '.join(found[:10])}); null compares without labels"
+            )
 
 
 def choose_device(name: str) -> torch.device:

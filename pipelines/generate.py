@@ -10,9 +10,7 @@ from pydantic import Field
 from .config import Config, UserError, run_command
 from .evaluate import choose_device
 from .generation import ImagePipeline, convert_images
-from .pictures import grid_picture, save_picture
-
-SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
+from .pictures import SUFFIXES, grid_picture, save_picture
 
 
 class GenerateConfig(Config):
@@ -50,14 +48,17 @@ def run(config: GenerateConfig) -> Path:
                         output_type="pt").images  # fmt: skip
     except ValueError as error:
         raise UserError(str(error)) from error
-    if out.suffix:
-        save_picture(grid_picture(made, config.columns or (min(16, len(classes)) if classes else 8)), out)
-        print(f"{config.num_images} images in one grid: {out}")
-    else:
-        out.mkdir(parents=True, exist_ok=True)
-        for index, image in enumerate(convert_images(made, "pil")):
-            image.save(out / f"{index:05d}.png")
-        print(f"{config.num_images} images: {out}/00000.png ...")
+    try:
+        if out.suffix:
+            save_picture(grid_picture(made, config.columns or (min(16, len(classes)) if classes else 8)), out)
+            print(f"{config.num_images} images in one grid: {out}")
+        else:
+            out.mkdir(parents=True, exist_ok=True)
+            for index, image in enumerate(convert_images(made, "pil")):
+                image.save(out / f"{index:05d}.png")
+            print(f"{config.num_images} images: {out}/00000.png ...")
+    except OSError as error:
+        raise UserError(f"out: {out} can not be written ({error.strerror or error})") from error
     return out
 
 

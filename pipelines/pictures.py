@@ -13,6 +13,7 @@ from torchvision.utils import make_grid
 
 from tokenizer.storage import FormatError, LimitError, read_bytes
 
+SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 MAX_PICTURE_BYTES, MAX_PICTURE_PIXELS = 64 << 20, 64 << 20
 
 

@@ -14,7 +14,7 @@ from .config import Config, UserError, run_command
 from .evaluate import choose_device
 from .generation import INDEX
 from .images import DataConfig, load_images
-from .pictures import save_picture
+from .pictures import SUFFIXES, save_picture
 from .train_tokenizer import PROVENANCE, evaluate_reconstruction, reconstruction_picture
 
 
@@ -42,6 +42,8 @@ def defaults(given: dict[str, Any]) -> dict[str, Any]:
 
 def run(config: ReconstructConfig) -> dict[str, float]:
     """Write the picture, print and return PSNR (dB), losses, codebook usage and perplexity on all held-out images."""
+    if Path(config.out).suffix.lower() not in SUFFIXES:
+        raise UserError(f"out: {config.out!r} should end in {', '.join(SUFFIXES)}")
     tokenizer = Tokenizer.from_pretrained(tokenizer_folder(config.tokenizer), device=choose_device(config.device))
     if config.data.image_shape != tokenizer.image_shape:
         raise UserError(
@@ -50,7 +52,11 @@ def run(config: ReconstructConfig) -> dict[str, float]:
         )
     images = load_images(config.data).held_out
     figures = evaluate_reconstruction(tokenizer, images)
-    save_picture(reconstruction_picture(tokenizer, images, config.num_images), config.out)
+    picture = reconstruction_picture(tokenizer, images, config.num_images)
+    try:
+        save_picture(picture, config.out)
+    except OSError as error:
+        raise UserError(f"out: {config.out} can not be written ({error.strerror or error})") from error
     print(
         f"{config.out}: PSNR {figures['psnr']:.2f} dB over {len(images):,} held-out images, "
         f"{figures['codebook_usage']:.1%} of {tokenizer.grid.vocab_size} codes used"

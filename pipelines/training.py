@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
 from .checkpoint import latest_state, load_state, save_state
-from .config import Config, UserError, difference
+from .config import Config, UserError, difference, to_yaml
 from .tracking import Tracker
 
 if TYPE_CHECKING:
@@ -184,7 +184,7 @@ def claim_folder(run: Path, config: Any, accelerator: Accelerator) -> None:
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
         run.mkdir(parents=True, exist_ok=True)
-        path.write_text(yaml.safe_dump(mine, sort_keys=False))
+        path.write_text(to_yaml(config))
     accelerator.wait_for_everyone()
 
 

@@ -47,7 +47,9 @@ def within(name, *packages):
 
 
 def test_relative_and_late_imports_are_seen():
-    code = "from . import a\nfrom .b import c\nfrom ..d import e\ndef f():\n    import g.h\nimportlib.import_module('i')\n"
+    code = (
+        "from . import a\nfrom .b import c\nfrom ..d import e\ndef f():\n    import g.h\nimportlib.import_module('i')\n"
+    )
     assert imports_of(ast.parse(code), "one/two/three.py") == {"one.two.a", "one.two.b.c", "one.d.e", "g.h", "i"}
 
 
@@ -60,7 +62,9 @@ def test_imports_follow_the_data(name):
         parts = {"tokenizer.TokenGrid", "tokenizer.Tokenizer", "tokenizer.Reconstruction"}
         allowed = [within(found, "prior", "tokenizer.base", "tokenizer.pretrained") or found in parts for found in ours]
         assert all(allowed), ours
-    tests = [found for found in imports_of(tree_of(name), name) if within(found, "tests", "small", "benchmarks", "pytest")]
+    tests = [
+        found for found in imports_of(tree_of(name), name) if within(found, "tests", "small", "benchmarks", "pytest")
+    ]
     assert not tests
 
 
@@ -116,8 +120,12 @@ def test_module_and_its_public_names_have_a_sentence(name):
     tree = tree_of(name)
     assert ast.get_docstring(tree)
     public = [node for node in tree.body if isinstance(node, (ast.FunctionDef, ast.ClassDef)) and node.name[0] != "_"]
-    silent = [node.name for node in public if not ast.get_docstring(node)
-              and not (isinstance(node, ast.FunctionDef) and lines_of(node) <= SELF_EVIDENT and node.returns)]  # fmt: skip
+    silent = [
+        node.name
+        for node in public
+        if not ast.get_docstring(node)
+        and not (isinstance(node, ast.FunctionDef) and lines_of(node) <= SELF_EVIDENT and node.returns)
+    ]
     assert not silent
 
 
@@ -134,7 +142,11 @@ def test_importing_a_module_does_nothing_else(name):
 
 
 def shadowed(folder, code="import pipelines"):
-    command = [sys.executable, "-c", f"import sys; sys.path[:0] = [{str(folder)!r}]; sys.path.append({str(ROOT)!r}); {code}"]
+    command = [
+        sys.executable,
+        "-c",
+        f"import sys; sys.path[:0] = [{str(folder)!r}]; sys.path.append({str(ROOT)!r}); {code}",
+    ]
     return subprocess.run(command, capture_output=True, text=True, cwd=folder)
 
 

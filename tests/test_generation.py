@@ -294,7 +294,7 @@ class HalvesConfig(ModelConfig):
 
 
 class Halves(Tokenizer):
-    """A 2x2 image of 256 grey values: an id says which half a pixel is in, and all 128 values there are equally likely."""
+    """A 2x2 image of 256 grey values: an id says which half a pixel is in, where all 128 values are equally likely."""
 
     Config = HalvesConfig
 
@@ -383,7 +383,7 @@ PARTS = {f"{part}/{name}" for part in ("tokenizer", "prior") for name in ("confi
 PROVENANCE = {
     "data": {"source": "digits", "image_size": 28},
     "tokenizer": {"steps": 1234, "minutes": 1.5, "evaluation": {"psnr": 21.75, "codebook_usage": 0.875}},
-    "prior": {"steps": 5678, "minutes": 2.25, "evaluation": {"bits_per_token": 3.125}},
+    "prior": {"steps": 5678, "minutes": 2.5, "evaluation": {"bits_per_token": 3.125}},
 }
 
 
@@ -513,12 +513,12 @@ def test_card_shows_what_was_measured_and_nothing_else(tmp_path):
     pipe.provenance = PROVENANCE
     card = card_of(pipe, tmp_path / "b")
     numbers = sorted(number for values in figures_in(card).values() for number in values)
-    assert numbers == [0.875, 1.5, 2.2, 3.125, 21.75, 1234, 5678] or numbers == [0.875, 1.5, 2.3, 3.125, 21.75, 1234, 5678]
+    assert numbers == [0.875, 1.5, 2.5, 3.125, 21.75, 1234, 5678]
     assert "`digits`" in card and "By training" in card
     pipe.provenance = {**PROVENANCE, "evaluation": {"psnr": 22.5, "class_agreement": 0.9375}}
     card = card_of(pipe, tmp_path / "c")
     shown = [number for values in figures_in(card).values() for number in values]
-    assert 22.5 in shown and 0.9375 in shown and 21.75 not in shown and "`smalti evaluate`" in card
+    assert sorted(shown) == [0.9375, 1.5, 2.5, 22.5, 1234, 5678] and "`smalti evaluate`" in card
 
 
 def test_card_says_what_the_pipeline_is(tmp_path):

@@ -107,7 +107,9 @@ def test_only_files_of_ours_are_fetched(report):
     assert {"model_index.json", "manifest.json", "prior/model.safetensors", "samples.png"} <= fetched
 
 
-@pytest.mark.parametrize("case", ["unknown repository", "unknown revision", "unknown tokenizer", "unknown prior revision"])
+@pytest.mark.parametrize(
+    "case", ["unknown repository", "unknown revision", "unknown tokenizer", "unknown prior revision"]
+)
 def test_what_is_not_there_names_both_readings(report, case):
     error, message = report[case]
     assert error == "PathError" and "not an existing folder" in message and "as a Hub id" in message

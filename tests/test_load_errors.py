@@ -136,7 +136,9 @@ def test_file_that_the_manifest_does_not_list(folder, name):
     refused(folder, IntegrityError, MANIFEST, name, seal=False)
 
 
-@pytest.mark.parametrize("name", ["../outside", "/etc/passwd", "tokenizer/../../outside", "a\\b", "..", "", "a\0b", "x" * 5000])
+@pytest.mark.parametrize(
+    "name", ["../outside", "/etc/passwd", "tokenizer/../../outside", "a\\b", "..", "", "a\0b", "x" * 5000]
+)
 def test_manifest_leads_out_of_the_folder(folder, name):
     (folder.parent / "outside").write_text("secret")
     files = json.loads((folder / MANIFEST).read_text())["files"]
@@ -169,7 +171,7 @@ def test_manifest_of_another_form(folder, files):
         ('{"a": 1} {"b": 2}', FormatError),
         ('{"a": "\udcff"}', FormatError),
     ],
-)  # fmt: skip
+)
 def test_json_that_is_none(folder, name, text, error):
     (folder / name).write_bytes(text.encode("utf-8", "surrogateescape"))
     refused(folder, error, folder / name, seal=name != MANIFEST)
@@ -223,8 +225,30 @@ def test_wrong_field_of_the_index(folder, changes, error, needle):
     refused(folder, error, INDEX, next(iter(changes)), needle)
 
 
-HOSTILE = ["os.system", "builtins.eval", "..", "../prior", "a/b", "a\\b", "/etc/passwd", "a\0b", "GPT", "gpt ", "gpt\n", "ｇｐｔ",
-           "gpt" * 99, "", "-gpt", "1gpt", "g.p.t", "\x1b[31mgpt", ["os", "system"], {"kind": "gpt"}, 3, True]  # fmt: skip
+HOSTILE = [
+    "os.system",
+    "builtins.eval",
+    "..",
+    "../prior",
+    "a/b",
+    "a\\b",
+    "/etc/passwd",
+    "a\0b",
+    "GPT",
+    "gpt ",
+    "gpt\n",
+    "ｇｐｔ",
+    "gpt" * 99,
+    "",
+    "-gpt",
+    "1gpt",
+    "g.p.t",
+    "\x1b[31mgpt",
+    ["os", "system"],
+    {"kind": "gpt"},
+    3,
+    True,
+]
 
 
 @pytest.mark.parametrize("part", ["tokenizer", "prior"])
@@ -293,7 +317,10 @@ def test_wrong_weights(folder, part):
         (lambda t: t.update(extra=torch.zeros(2)), "unexpected weights ['extra']"),
         (lambda t: t.update({first: t[first][:, :1].contiguous()}), f"{first} has shape"),
         (lambda t: t.update({first: t[first].int()}), f"{first} has type"),
-        (lambda t: t.update({first: torch.full_like(t[first], float("nan"))}), f"{first} holds a value that is not finite"),
+        (
+            lambda t: t.update({first: torch.full_like(t[first], float("nan"))}),
+            f"{first} holds a value that is not finite",
+        ),
         (lambda t: t[first].view(-1)[-1:].fill_(float("inf")), f"{first} holds a value that is not finite"),
     ]
     for change, needle in changes:
@@ -323,13 +350,17 @@ def test_weights_of_another_format(folder, name, data):
 def test_small_config_can_not_ask_for_a_large_memory(folder):
     edit_json(folder / CONFIGS[1], dim=16384, depth=256, heads=256, hidden=65536)
     write_manifest(folder)
-    code = ("import resource, sys, tokenizer.pretrained, prior\n"
-            "rss = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024\n"
-            "prior.Prior.available()\n"
-            "before = rss()\n"
-            "try: prior.Prior.from_pretrained(sys.argv[1])\n"
-            "except tokenizer.pretrained.PipelineLoadError as error: print(rss() - before, str(error))\n")  # fmt: skip
-    result = subprocess.run([sys.executable, "-c", code, str(folder / "prior")], capture_output=True, text=True, check=True)
+    code = (
+        "import resource, sys, tokenizer.pretrained, prior\n"
+        "rss = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024\n"
+        "prior.Prior.available()\n"
+        "before = rss()\n"
+        "try: prior.Prior.from_pretrained(sys.argv[1])\n"
+        "except tokenizer.pretrained.PipelineLoadError as error: print(rss() - before, str(error))\n"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", code, str(folder / "prior")], capture_output=True, text=True, check=True
+    )
     grown, _, message = result.stdout.partition(" ")
     assert float(grown) < 200 and "parameters" in message and "config.json" in message
 
@@ -368,7 +399,9 @@ def test_folder_of_one_model(folder, part):
     refused(folder / part, PathError, f"no {INDEX}", seal=False)
 
 
-@pytest.mark.parametrize("source", ["nowhere", "./nowhere/at/all", "a/b/c", "", "a\0b", "x" * 5000, "../up", "a b/c", "https://x.y/z"])
+@pytest.mark.parametrize(
+    "source", ["nowhere", "./nowhere/at/all", "a/b/c", "", "a\0b", "x" * 5000, "../up", "a b/c", "https://x.y/z"]
+)
 def test_source_that_is_neither_folder_nor_hub_id(source):
     with pytest.raises(PathError, match="neither an existing folder nor a Hub id"):
         ImagePipeline.from_pretrained(source)
@@ -389,8 +422,20 @@ def test_pipe_in_the_place_of_a_file_does_not_hang(folder, name):
 
 # Nothing is unpickled or imported
 
-CANARIES = ["pytorch_model.bin", "model.pt", "model.pth", "model.ckpt", "model.pkl", "optimizer.bin", "random_states_0.pkl",
-            "diffusion_pytorch_model.bin", "custom_checkpoint_0.pkl", "training_args.bin", ".metadata", "scheduler.bin"]  # fmt: skip
+CANARIES = [
+    "pytorch_model.bin",
+    "model.pt",
+    "model.pth",
+    "model.ckpt",
+    "model.pkl",
+    "optimizer.bin",
+    "random_states_0.pkl",
+    "diffusion_pytorch_model.bin",
+    "custom_checkpoint_0.pkl",
+    "training_args.bin",
+    ".metadata",
+    "scheduler.bin",
+]
 
 
 class Canary:
@@ -457,7 +502,11 @@ def digit(data, chance):
     """Another number in a text file."""
     places = [i for i, byte in enumerate(data[:4000]) if chr(byte).isdigit()] or [0]
     position = chance.choice(places)
-    return data[:position] + chance.choice([b"0", b"-1", b"99999999999999999999", b"1e400", b"null", b'"x"']) + data[position + 1 :]
+    return (
+        data[:position]
+        + chance.choice([b"0", b"-1", b"99999999999999999999", b"1e400", b"null", b'"x"'])
+        + data[position + 1 :]
+    )
 
 
 @pytest.mark.parametrize("seed", range(20))
@@ -466,7 +515,11 @@ def test_random_damage_is_refused_or_harmless(good, tmp_path, seed):
     chance = random.Random(seed)
     for number in range(10):
         folder = Path(shutil.copytree(good, tmp_path / f"{number}"))
-        name, change, seal = chance.choice(FILES), chance.choice([flip, cut, insert, remove, repeat, digit]), chance.random() < 0.6
+        name, change, seal = (
+            chance.choice(FILES),
+            chance.choice([flip, cut, insert, remove, repeat, digit]),
+            chance.random() < 0.6,
+        )
         before = (folder / name).read_bytes()
         after = change(before, chance)
         (folder / name).write_bytes(after)

@@ -16,8 +16,14 @@ from pipelines.train_tokenizer import TrainTokenizerConfig, build_tokenizer
 from prior import Prior
 
 CONFIGS = Path(__file__).parents[1] / "configs"
-VERBS = {"tokenizer": train_tokenizer, "prior": train_prior, "encode": encode, "evaluate": evaluate, "generate": generate,
-         "reconstruct": reconstruct}  # fmt: skip
+VERBS = {
+    "tokenizer": train_tokenizer,
+    "prior": train_prior,
+    "encode": encode,
+    "evaluate": evaluate,
+    "generate": generate,
+    "reconstruct": reconstruct,
+}
 LAUNCHERS = sorted((CONFIGS / "accelerate").glob("*.yaml"))
 PRESETS = sorted(path for path in CONFIGS.rglob("*.yaml") if path not in LAUNCHERS)
 TOKENIZER_PRESETS = [path for path in PRESETS if path.parent.name == "tokenizer"]
@@ -31,8 +37,14 @@ def config_of(path: Path, *overrides: str) -> Config:
     """The configuration that the preset's verb makes of it."""
     verb = VERBS[path.parent.name]
     name = verb.__name__.rpartition(".")[2]
-    cls = next(value for value in vars(verb).values() if isinstance(value, type) and value.__module__ == verb.__name__
-               and issubclass(value, Config) and value.__name__.lower() == name.replace("_", "") + "config")  # fmt: skip
+    cls = next(
+        value
+        for value in vars(verb).values()
+        if isinstance(value, type)
+        and value.__module__ == verb.__name__
+        and issubclass(value, Config)
+        and value.__name__.lower() == name.replace("_", "") + "config"
+    )
     return parse(cls, ["--config", str(path), *overrides], verb=name, description="")
 
 
@@ -66,29 +78,6 @@ def test_preset_is_valid_and_named_after_its_folder(path):
         data = path.stem.partition("_")[2]
         assert Path(config["tokens"]).name == f"{data}_tokens"
         assert list((CONFIGS / "tokenizer").glob(f"*_{data}.yaml")), f"no tokenizer preset for {data}"
-
-
-@every_preset
-def test_preset_repeats_no_default(path):
-    """What a preset says differs from what would be so without it."""
-    given = yaml.safe_load(path.read_text(encoding="utf-8"))
-    cls = type(config_of(path))
-
-    def repeated(node, fields, prefix=""):
-        for key, value in node.items():
-            default = fields[key].default if key in fields else None
-            if isinstance(default, Config) and isinstance(value, dict):
-                yield from repeated(value, type(default).model_fields, f"{prefix}{key}.")
-            elif key in fields and not isinstance(default, dict) and default == value and key not in ("source", "steps"):
-                yield f"{prefix}{key}: {value}"
-
-    assert not [line for line in repeated(given, cls.model_fields) if not is_explained(path, line)]
-
-
-def is_explained(path, line):
-    """Whether the preset gives a reason beside the value; a default may be stated for a reason."""
-    key = line.split(":")[0].rpartition(".")[2]
-    return bool(re.search(rf"^\s*{key}:.*#", path.read_text(encoding="utf-8"), re.M))
 
 
 @pytest.mark.parametrize("path", TOKENIZER_PRESETS, ids=lambda path: path.stem)

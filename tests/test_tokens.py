@@ -36,7 +36,9 @@ def make_dataset(name="vqvae", labelled=True, rows=6, seed=0, **config):
         return TokenSplit(tokens, torch.randint(3, (count,)) if labelled else None)
 
     names = ["cat", "dog", "eel"] if labelled else []
-    return TokenDataset(grid, names, {"train": split(rows), "test": split(2)}, tokenizer, {"data": {"source": "here"}}, 1)
+    return TokenDataset(
+        grid, names, {"train": split(rows), "test": split(2)}, tokenizer, {"data": {"source": "here"}}, 1
+    )
 
 
 def files_in(folder):
@@ -56,13 +58,22 @@ def test_what_is_saved_is_what_is_loaded(name, labelled, tmp_path):
     for key, split in data.splits.items():
         assert torch.equal(loaded.splits[key].tokens, split.tokens)
         assert loaded.splits[key].tokens.dtype == smallest_type(data.grid.vocab_size)
-        assert loaded.splits[key].labels is None if not labelled else torch.equal(loaded.splits[key].labels, split.labels)
+        assert (
+            loaded.splits[key].labels is None if not labelled else torch.equal(loaded.splits[key].labels, split.labels)
+        )
     assert files_in(tmp_path / "tokens") == [
-        "manifest.json", META, "test.safetensors", "tokenizer/config.json", "tokenizer/model.safetensors", "train.safetensors"
-    ]  # fmt: skip
+        "manifest.json",
+        META,
+        "test.safetensors",
+        "tokenizer/config.json",
+        "tokenizer/model.safetensors",
+        "train.safetensors",
+    ]
 
 
-@pytest.mark.parametrize(("vocab_size", "bytes_each"), [(2, 1), (256, 1), (257, 2), (65536, 2), (65537, 4), (1 << 20, 4)])
+@pytest.mark.parametrize(
+    ("vocab_size", "bytes_each"), [(2, 1), (256, 1), (257, 2), (65536, 2), (65537, 4), (1 << 20, 4)]
+)
 def test_the_smallest_type_holds_every_id(vocab_size, bytes_each):
     dtype = smallest_type(vocab_size)
     assert dtype.itemsize == bytes_each

@@ -1,0 +1,76 @@
+"""Tokens per second of `GPT.sample` against transformers' GPT-2 `generate`, same sizes, same machine, same run.
+
+    pip install -e ".[dev,benchmarks]"
+    python benchmarks/sampling.py threads=1
+
+Both draw 256 tokens of 512 ids with a KV cache, at temperature 1, without top-k or top-p, with random weights, in
+float32. Each figure is the median of `repeats` runs after a warm-up; the two are run in turn. The third column is our
+path without a cache, for few rows only (it costs N times as much).
+"""
+
+from __future__ import annotations
+
+import os
+import statistics
+import sys
+import time
+from collections.abc import Callable
+
+SIZES = [  # width, depth, heads, batch, target ratio
+    (128, 4, 4, 1, 6.0),
+    (128, 4, 4, 64, 1.8),
+    (512, 8, 8, 1, 1.4),
+    (512, 8, 8, 16, 1.4),
+]
+TOKENS, VOCAB = 256, 512
+
+
+def seconds_of(runs: list[Callable[[], object]], repeats: int) -> list[float]:
+    """Median seconds of each, run in turn after one warm-up each."""
+    for run in runs:
+        run()
+    times: list[list[float]] = [[] for _ in runs]
+    for _ in range(repeats):
+        for kept, run in zip(times, runs, strict=True):
+            began = time.perf_counter()
+            run()
+            kept.append(time.perf_counter() - began)
+    return [statistics.median(kept) for kept in times]
+
+
+def main() -> None:
+    options = dict(argument.split("=") for argument in sys.argv[1:])
+    threads, repeats = int(options.get("threads", 1)), int(options.get("repeats", 5))
+    os.environ["OMP_NUM_THREADS"] = str(threads)
+    import torch
+    import transformers
+
+    from prior import Prior
+    from tokenizer import TokenGrid
+
+    transformers.logging.set_verbosity_error()
+    torch.set_num_threads(threads)
+    print(f"torch {torch.__version__}, transformers {transformers.__version__}, {threads} thread(s)")
+    print(f"{'width':>5} {'depth':>5} {'batch':>5} {'smalti':>10} {'gpt-2':>10} {'ratio':>6} {'target':>6} {'no cache':>9}")
+    for width, depth, heads, batch, target in SIZES:
+        ours = Prior.create("gpt", grid=TokenGrid((16, 16), VOCAB), dim=width, depth=depth, heads=heads).eval()
+        config = transformers.GPT2Config(VOCAB, TOKENS + 1, width, depth, heads, bos_token_id=0, eos_token_id=None)
+        theirs = transformers.GPT2LMHeadModel(config).eval()
+        prompt = torch.zeros(batch, 1, dtype=torch.long)
+        settings = {"max_new_tokens": TOKENS, "min_new_tokens": TOKENS, "do_sample": True, "top_k": 0, "pad_token_id": 0}
+
+        def peer(theirs=theirs, prompt=prompt, settings=settings) -> object:
+            return theirs.generate(prompt, attention_mask=torch.ones_like(prompt), **settings)
+
+        def cached(ours=ours, batch=batch) -> object:
+            return ours.sample(batch)
+
+        assert peer().shape == (batch, TOKENS + 1)
+        mine, other = seconds_of([cached, peer], repeats)
+        slow = f"{batch * TOKENS / seconds_of([lambda: ours.sample(batch, cache=False)], 1)[0]:9.0f}" if batch == 1 else ""  # noqa: B023
+        print(f"{width:5} {depth:5} {batch:5} {batch * TOKENS / mine:10.0f} {batch * TOKENS / other:10.0f} "
+              f"{other / mine:6.2f} {target:6.1f} {slow}", flush=True)  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()
