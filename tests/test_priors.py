@@ -109,6 +109,43 @@ def test_frequencies_match_log_prob(name):
     assert ((found - expected).abs() < 5 * deviation + 1e-4).all()
 
 
+@every_order
+@pytest.mark.parametrize("settings", [{}, {"temperature": 0.7, "top_k": 3}, {"temperature": 1.5, "top_p": 0.7}])
+@pytest.mark.parametrize("part", [0.0, 0.5])
+def test_a_token_is_the_argmax_of_its_own_logits_and_noise(name, order, settings, part):
+    """Against a sampler written again from the definition: whole forwards, one image at a time, its own noise."""
+    model = make_prior(name, order=order)
+    labels, given = torch.tensor([0, 1, 2, 3, 1]), torch.randint(5, (5, 3, 4))
+    known = torch.rand(5, 3, 4) < part
+    drawn = model.sample(5, labels, generator=generators(5), tokens=given, known=known, **settings)
+    for k in range(5):
+        noise = -torch.empty(12, 5).exponential_(generator=generators(5)[k]).log()
+        tokens = torch.zeros(1, 12, dtype=torch.long)
+        for rank, position in enumerate(model.order.tolist()):
+            logits = model(tokens.reshape(1, 3, 4), labels[k : k + 1])[0, position] / settings.get("temperature", 1.0)
+            descending = logits.sort(descending=True)
+            allowed = descending.indices[: settings.get("top_k", 5)].tolist()
+            if "top_p" in settings:
+                mass = descending.values.softmax(0).cumsum(0)
+                allowed = descending.indices[: int((mass < settings["top_p"]).sum()) + 1].tolist()
+            best = max(allowed, key=lambda token: float(logits[token] + noise[rank, token]))  # noqa: B023
+            tokens[0, position] = given[k].flatten()[position] if known[k].flatten()[position] else best
+        assert torch.equal(drawn[k].flatten(), tokens[0])
+
+
+@every_prior
+def test_a_close_call_is_drawn_again_with_more_rows(name, monkeypatch):
+    """A batch of one is multiplied by other kernels than a batch of many; what rounding could turn is drawn again."""
+    model = make_prior(name)
+    expected = model.sample(9, generator=generators(9))[:1]
+    rows = []
+    draw = model._sample
+    monkeypatch.setattr(model, "_sample", lambda labels, *rest: rows.append(len(labels)) or draw(labels, *rest))
+    assert torch.equal(model.sample(1, generator=generators(1)), expected) and rows == [1]
+    monkeypatch.setattr("prior.sampling.Sampler.tolerance", float("inf"))
+    assert torch.equal(model.sample(1, generator=generators(1)), expected) and rows[1:] == [1, 5]
+
+
 @every_prior
 @pytest.mark.parametrize("settings", [{}, {"top_k": 3}, {"top_p": 0.8}, {"guidance_scale": 2.0}, {"temperature": 0.0}])
 def test_an_image_does_not_depend_on_its_batch(name, settings):
