@@ -21,11 +21,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-import yaml
 from pydantic import Field
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
+from .arguments import read_file
 from .checkpoint import latest_state, load_state, save_state
 from .config import Config, UserError, difference, to_yaml
 from .tracking import Tracker
@@ -58,7 +58,9 @@ class TrainConfig(Config):
     ema_decay: float = Field(
         0.999, ge=0, lt=1, description="decay of the averaged weights that are evaluated and saved"
     )
-    seed: int = Field(0, ge=0, description="fixes initial weights, order of the data, augmentation and dropout")
+    seed: int = Field(
+        0, ge=0, lt=1 << 63, description="fixes initial weights, order of the data, augmentation and dropout"
+    )
     log_every: int = Field(50, ge=1, description="steps between lines in metrics.jsonl")
     preview_every: int = Field(1000, ge=1, description="steps between pictures")
     evaluate_every: int = Field(1000, ge=1, description="steps between evaluations on the held-out split")
@@ -174,8 +176,8 @@ def claim_folder(run: Path, config: Any, accelerator: Accelerator) -> None:
     path = run / "config.yaml"
     mine = config.model_dump(mode="json")
     if path.is_file():
-        theirs = yaml.safe_load(path.read_text())
-        changes = difference({**theirs, "track": None}, {**mine, "track": None})
+        free = {"out": None, "track": None}  # a run may be moved, and its numbers sent elsewhere
+        changes = difference({**read_file(str(path)), **free}, {**mine, **free})
         if changes:
             raise UserError(
                 f"{run}: belongs to a run with another configuration; choose another out=, nothing was "
@@ -184,7 +186,9 @@ def claim_folder(run: Path, config: Any, accelerator: Accelerator) -> None:
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
         run.mkdir(parents=True, exist_ok=True)
-        path.write_text(to_yaml(config))
+        temporary = path.with_name(".tmp-config.yaml")
+        temporary.write_text(to_yaml(config))
+        temporary.replace(path)  # killed in between, the run must not lose its configuration
     accelerator.wait_for_everyone()
 
 
@@ -349,7 +353,8 @@ def agreed_progress(training: Training) -> float:
 def take_step(training: Training, micro_batches: list[Any], lr: float) -> None:
     """Every player's turn: gradients over the micro-batches, then an optimizer step if all is finite on all ranks."""
     task, accelerator = training.task, training.accelerator
-    torch.manual_seed((training.config.seed * 1_000_003 + accelerator.process_index) * 1_000_003 + training.step)
+    seed = (training.config.seed * 1_000_003 + accelerator.process_index) * 1_000_003 + training.step
+    torch.manual_seed(seed % (1 << 63))
     healthy = True
     for player, parameters in task.players.items():
         buffers = [buffer.clone() for buffer in task.model.buffers()]

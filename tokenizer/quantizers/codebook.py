@@ -75,6 +75,8 @@ class Codebook(Quantizer):
                 len(sample) * repeats, self.dim, generator=torch.Generator().manual_seed(self.config.seed)
             )
             sample = sample.repeat(repeats, 1) + 0.01 * sample.std().clamp(min=1e-3) * noise.to(sample)
+        if not bool(torch.isfinite(sample).all()):  # alike on all ranks; a codebook of NaN would not recover
+            return
         self.codebook.copy_(kmeans(sample, self.vocab_size, self.config.kmeans_iterations))
         if world_size() > 1:
             dist.broadcast(self.codebook.data, 0)
@@ -112,7 +114,7 @@ def world_size() -> int:
 
 def seeded(total: int, count: int, seed: int, step: int, device: torch.device) -> Tensor:
     """`count` different whole numbers below `total`, a function of (seed, step) alone."""
-    generator = torch.Generator().manual_seed(seed * 1_000_003 + step)
+    generator = torch.Generator().manual_seed((seed * 1_000_003 + step) % (1 << 63))
     return torch.randperm(total, generator=generator)[:count].to(device)
 
 

@@ -1,0 +1,137 @@
+"""Killed and started again, a run ends where it would have ended: every logged figure and every bit of its weights."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import time
+from pathlib import Path
+
+import pytest
+from accelerate.state import AcceleratorState
+from launch import (
+    GPT,
+    VQVAE,
+    assert_equal_tensors,
+    exact,
+    make_tokens,
+    metrics,
+    output_of,
+    prior_arguments,
+    start,
+    states,
+    tensors,
+    tokenizer_arguments,
+    train_prior,
+    train_tokenizer,
+    verb,
+    wait_for,
+)
+
+STEPS, SAVE_EVERY = 30, 5
+HALF = (".tmp-", ".del-")  # what a save that was killed leaves behind
+LONG = {
+    "train__steps": STEPS, "train__save_every": SAVE_EVERY, "train__evaluate_every": 10, "train__preview_every": 15,
+    "train__batch_size": 32,
+}  # fmt: skip
+# Batches run across epochs, images are augmented, codes are revived, dropout draws: all that a resume could lose.
+TOKENIZER = {
+    **LONG, "data__augment__rotate": 8, "data__augment__zoom": 0.1, "train__accumulate": 2,
+    "model": {**VQVAE, "widths": [64], "quantizer": {"kind": "ema", "codes": 64, "dim": 8, "revive_every": 3}},
+}  # fmt: skip
+PRIOR = {**LONG, "model": {**GPT, "dim": 64, "depth": 3, "dropout": 0.2, "attention_dropout": 0.1}}
+
+
+@pytest.fixture(autouse=True)
+def one_process_on_the_cpu(monkeypatch):
+    """The uninterrupted run is made in this process."""
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+class Stage:
+    """A verb, its command line, and the run that nobody interrupts."""
+
+    def __init__(self, name: str, folder: Path) -> None:
+        self.name, self.folder = name, folder
+        self.tokens = make_tokens(folder / "tokens") if name == "train_prior" else None
+
+    def command(self, out: Path) -> list[str]:
+        more = PRIOR if self.tokens else TOKENIZER
+        argv = prior_arguments(out, self.tokens, **more) if self.tokens else tokenizer_arguments(out, **more)
+        return verb(self.name, argv)
+
+    def uninterrupted(self) -> Path:
+        out = self.folder / "whole"
+        return train_prior(out, self.tokens, **PRIOR) if self.tokens else train_tokenizer(out, **TOKENIZER)
+
+
+def kept_lines(run: Path) -> tuple[int, int]:
+    """The identity of `metrics.jsonl`, which a resumed run writes anew, and how many lines it has."""
+    try:
+        with (run / "metrics.jsonl").open("rb") as file:
+            return os.fstat(file.fileno()).st_ino, file.read().count(b"\n")
+    except FileNotFoundError:
+        return 0, 0
+
+
+def kill_once(stage: Stage, run: Path, step: int, delay: float) -> str:
+    """Start the run, kill it `delay` seconds after it has logged `step`, and say where that was."""
+    (before, _), process = kept_lines(run), start(stage.command(run))
+
+    def has_come_to_the_step() -> bool:
+        identity, count = kept_lines(run)
+        return identity != before and count >= step
+
+    logged = wait_for(has_come_to_the_step, process)
+    time.sleep(delay)
+    process.kill()
+    printed, _ = process.communicate(timeout=30)
+    assert logged and process.returncode == -signal.SIGKILL, printed  # neither an error nor the end
+    half_written = [path for path in [*run.iterdir(), *(run / "state").glob("*")] if path.name.startswith(HALF)]
+    return "in a save" if half_written else "in a step"
+
+
+def check(stage: Stage, tmp_path: Path, kills: list[tuple[int, float]]) -> dict[str, int]:
+    """Kill a run at each (step, delay), end it, and compare; returns how often it died where."""
+    run, counts = tmp_path / "killed", {"in a step": 0, "in a save": 0}
+    for step, delay in kills:
+        counts[kill_once(stage, run, step, delay)] += 1
+    printed = output_of(start(stage.command(run)))
+    assert "continuing from step" in printed
+    whole = stage.uninterrupted()
+    assert [line["step"] for line in metrics(whole)] == list(range(1, STEPS + 1))
+    assert exact(run) == exact(whole)  # every figure, to the last digit
+    assert_equal_tensors(tensors(states(run)[-1]), tensors(states(whole)[-1]))
+    for snapshot in ("tokenizer", "pipeline"):
+        if (whole / snapshot).exists():
+            assert_equal_tensors(tensors(run / snapshot), tensors(whole / snapshot))
+    pictures = {path.name: path.read_bytes() for path in (whole / "previews").iterdir()}
+    assert {path.name: path.read_bytes() for path in (run / "previews").iterdir()} == pictures
+    assert sorted(path.name for path in run.iterdir()) == sorted(path.name for path in whole.iterdir())
+    return counts
+
+
+@pytest.mark.timeout(180)
+@pytest.mark.parametrize("name", ["train_tokenizer", "train_prior"])
+def test_killed_twice_equals_uninterrupted(tmp_path, name):
+    draw = random.Random(name)
+    # Once between two states, and once where a state is being written.
+    kills = [(draw.choice([6, 7, 8, 9]), draw.uniform(0, 0.01)), (draw.choice([15, 20]), draw.uniform(0, 0.02))]
+    counts = check(Stage(name, tmp_path), tmp_path, kills)
+    assert sum(counts.values()) == 2
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("name", ["train_tokenizer", "train_prior"])
+def test_killed_ten_times_equals_uninterrupted(tmp_path, name):
+    """Ten kills a run, half of them aimed at saves; a run that starts over from its newest state dies further on."""
+    draw = random.Random(f"{name} slow")
+    steps = sorted(draw.sample([step for step in range(1, STEPS) if step % SAVE_EVERY], 5))
+    saves = [draw.randrange(SAVE_EVERY, STEPS, SAVE_EVERY) for _ in range(5)]
+    kills = sorted([*((step, draw.uniform(0, 0.01)) for step in steps), *((s, draw.uniform(0, 0.03)) for s in saves)])
+    counts = check(Stage(name, tmp_path), tmp_path, kills)
+    print(f"{name}: 10 kills ({', '.join(f'{count} {place}' for place, count in counts.items())}), 0 differences")
+    assert sum(counts.values()) == 10
