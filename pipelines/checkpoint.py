@@ -84,13 +84,9 @@ def latest_state(run: Path) -> Path | None:
     A newer state that does not verify is passed over with a warning on stderr. Call it on the main process only.
     """
     folder = Path(run) / "state"
-    if not folder.is_dir():
-        return None
-    newest = next((path for path in reversed(_states(folder)) if _verifies(path)), None)
-    if newest is None:
-        newest = _restore_set_aside(folder)
-    for pattern in (".tmp-*", ".del-*"):
-        for leftover in folder.glob(pattern):
+    newest = next((path for path in reversed(_states(folder)) if _verifies(path)), None) or _restore_set_aside(folder)
+    for leftover in [path for place in (Path(run), folder) for path in place.glob(".[td]*")]:
+        if leftover.name.startswith((".tmp-", ".del-")):
             shutil.rmtree(leftover, ignore_errors=True)
     return newest
 
@@ -272,7 +268,7 @@ def _require_space(folder: Path, parts: dict[str, Tensors]) -> None:
 
 def _states(folder: Path) -> list[Path]:
     """The step folders, oldest first."""
-    found = [path for path in folder.iterdir() if re.fullmatch(r"step-\d{8,}", path.name) and path.is_dir()]
+    found = [path for path in folder.glob("step-*") if re.fullmatch(r"step-\d{8,}", path.name) and path.is_dir()]
     return sorted(found, key=lambda path: int(path.name.removeprefix("step-")))
 
 

@@ -19,7 +19,7 @@ class GenerateConfig(Config):
     pipeline: str = Field(description="pipeline folder, or a Hub id")
     out: str = Field("grid.png", description="a picture file for a grid of all images, or a folder for one file each")
     num_images: int = Field(64, ge=1, description="how many")
-    labels: list[int | str] | None = Field(
+    labels: int | str | list[int | str] | None = Field(
         None,
         description="classes (ids or names), gone through in turn; default: every "
         "class in turn, or none if the pipeline is unconditional",
@@ -40,7 +40,8 @@ def run(config: GenerateConfig) -> Path:
     if out.suffix and out.suffix.lower() not in SUFFIXES:
         raise UserError(f"out: {config.out!r} should end in {', '.join(SUFFIXES)} for a grid, or be a folder")
     pipeline = ImagePipeline.from_pretrained(config.pipeline, device=choose_device(config.device))
-    classes = config.labels or list(range(pipeline.prior.num_classes)) or None
+    chosen = config.labels if config.labels is None or isinstance(config.labels, list) else [config.labels]
+    classes = chosen or list(range(pipeline.prior.num_classes)) or None
     labels = [classes[k % len(classes)] for k in range(config.num_images)] if classes else None
     try:
         made = pipeline(config.num_images, labels, seed=config.seed, temperature=config.temperature, top_k=config.top_k,

@@ -183,6 +183,8 @@ def claim_folder(run: Path, config: Any, accelerator: Accelerator) -> None:
                 f"{run}: belongs to a run with another configuration; choose another out=, nothing was "
                 "overwritten. What differs:\n" + "\n".join(changes)
             )
+    elif run.is_dir() and any(not entry.name.startswith(".tmp-") for entry in run.iterdir()):
+        raise UserError(f"{run}: not empty and not a run folder; choose another out=, nothing was overwritten")
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
         run.mkdir(parents=True, exist_ok=True)
@@ -468,4 +470,6 @@ def show(bar: Any, training: Training, record: dict[str, float]) -> None:
     if training.accelerator.is_main_process and bar.disable:
         print(f"step {training.step}: loss {loss:.4f}, {record['images_per_second']:.0f} images/s, "
               f"{training.minutes:.1f} min", file=sys.stderr, flush=True)  # fmt: skip
-    bar.set_postfix_str(f"loss {loss:.4f}")
+    minutes = training.config.minutes
+    left = f", {max(0.0, minutes - training.minutes):.1f} of {minutes:g} min left" if minutes else ""
+    bar.set_postfix_str(f"loss {loss:.4f}{left}")

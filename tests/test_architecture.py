@@ -131,7 +131,7 @@ def test_module_and_its_public_names_have_a_sentence(name):
 
 @every_module
 def test_importing_a_module_does_nothing_else(name):
-    """At the top level there are definitions, constants and registrations, but no loops, files or printing."""
+    """At the top level there are definitions, constants and registrations; nothing is opened, printed or run."""
     for node in tree_of(name).body:
         assert not isinstance(node, (ast.While, ast.With, ast.Assert, ast.Delete)), f"line {node.lineno}"
         if isinstance(node, ast.Expr) and isinstance(node.value, ast.Call):

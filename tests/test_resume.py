@@ -76,28 +76,34 @@ def kept_lines(run: Path) -> tuple[int, int]:
         return 0, 0
 
 
-def kill_once(stage: Stage, run: Path, step: int, delay: float) -> str:
-    """Start the run, kill it `delay` seconds after it has logged `step`, and say where that was."""
+def half_written(run: Path) -> bool:
+    """Whether something is being saved, or was when the run died."""
+    return any(
+        path.name.startswith(HALF) for place in (run, run / "state") for path in place.glob(".*") if path.is_dir()
+    )
+
+
+def kill_once(stage: Stage, run: Path, step: int, where: str, delay: float) -> str:
+    """Start the run, kill it `delay` seconds after it has logged `step` or begun to save it; return where it died."""
     (before, _), process = kept_lines(run), start(stage.command(run))
 
-    def has_come_to_the_step() -> bool:
+    def has_come_there() -> bool:
         identity, count = kept_lines(run)
-        return identity != before and count >= step
+        return identity != before and count >= step and (where == "in a step" or half_written(run))
 
-    logged = wait_for(has_come_to_the_step, process)
+    came = wait_for(has_come_there, process)
     time.sleep(delay)
     process.kill()
     printed, _ = process.communicate(timeout=30)
-    assert logged and process.returncode == -signal.SIGKILL, printed  # neither an error nor the end
-    half_written = [path for path in [*run.iterdir(), *(run / "state").glob("*")] if path.name.startswith(HALF)]
-    return "in a save" if half_written else "in a step"
+    assert came and process.returncode == -signal.SIGKILL, printed  # neither an error nor the end
+    return "in a save" if half_written(run) else "in a step"
 
 
-def check(stage: Stage, tmp_path: Path, kills: list[tuple[int, float]]) -> dict[str, int]:
-    """Kill a run at each (step, delay), end it, and compare; returns how often it died where."""
+def check(stage: Stage, tmp_path: Path, kills: list[tuple[int, str, float]]) -> dict[str, int]:
+    """Kill a run at each (step, where, delay), end it, and compare; returns how often it died where."""
     run, counts = tmp_path / "killed", {"in a step": 0, "in a save": 0}
-    for step, delay in kills:
-        counts[kill_once(stage, run, step, delay)] += 1
+    for kill in kills:
+        counts[kill_once(stage, run, *kill)] += 1
     printed = output_of(start(stage.command(run)))
     assert "continuing from step" in printed
     whole = stage.uninterrupted()
@@ -117,8 +123,8 @@ def check(stage: Stage, tmp_path: Path, kills: list[tuple[int, float]]) -> dict[
 @pytest.mark.parametrize("name", ["train_tokenizer", "train_prior"])
 def test_killed_twice_equals_uninterrupted(tmp_path, name):
     draw = random.Random(name)
-    # Once between two states, and once where a state is being written.
-    kills = [(draw.choice([6, 7, 8, 9]), draw.uniform(0, 0.01)), (draw.choice([15, 20]), draw.uniform(0, 0.02))]
+    kills = [(draw.choice([6, 7, 8, 9]), "in a step", draw.uniform(0, 0.01)),
+             (draw.choice([15, 20]), "in a save", draw.uniform(0, 0.01))]  # fmt: skip
     counts = check(Stage(name, tmp_path), tmp_path, kills)
     assert sum(counts.values()) == 2
 
@@ -129,9 +135,10 @@ def test_killed_twice_equals_uninterrupted(tmp_path, name):
 def test_killed_ten_times_equals_uninterrupted(tmp_path, name):
     """Ten kills a run, half of them aimed at saves; a run that starts over from its newest state dies further on."""
     draw = random.Random(f"{name} slow")
-    steps = sorted(draw.sample([step for step in range(1, STEPS) if step % SAVE_EVERY], 5))
-    saves = [draw.randrange(SAVE_EVERY, STEPS, SAVE_EVERY) for _ in range(5)]
-    kills = sorted([*((step, draw.uniform(0, 0.01)) for step in steps), *((s, draw.uniform(0, 0.03)) for s in saves)])
+    steps = [step for step in range(1, STEPS) if step % SAVE_EVERY]
+    kills = [(step, "in a step", draw.uniform(0, 0.01)) for step in draw.sample(steps, 5)]
+    kills += [(step, "in a save", draw.uniform(0, 0.02)) for step in range(SAVE_EVERY, STEPS, SAVE_EVERY)]
+    kills.sort(key=lambda kill: kill[0])
     counts = check(Stage(name, tmp_path), tmp_path, kills)
     print(f"{name}: 10 kills ({', '.join(f'{count} {place}' for place, count in counts.items())}), 0 differences")
-    assert sum(counts.values()) == 10
+    assert sum(counts.values()) == 10 and counts["in a save"] >= 2
