@@ -9,7 +9,6 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from torchvision.utils import make_grid
 
 from tokenizer.storage import FormatError, LimitError, read_bytes
 
@@ -19,6 +18,8 @@ MAX_PICTURE_BYTES, MAX_PICTURE_PIXELS = 64 << 20, 64 << 20
 
 def grid_picture(images: Tensor, columns: int, *, min_side: int = 56) -> np.ndarray:
     """Images `(B, C, H, W)` in [-1, 1] as one uint8 (H, W, 3) array, small ones repeated up to `min_side`."""
+    from torchvision.utils import make_grid  # a second of imports, which loading a pipeline need not wait for
+
     images = ((images.float().cpu().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
     scale = max(1, -(-min_side // images.shape[-1]))
     images = images.repeat_interleave(scale, 2).repeat_interleave(scale, 3)
