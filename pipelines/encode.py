@@ -15,9 +15,9 @@ from tokenizer.storage import read_json
 
 from .config import Config, UserError, run_command
 from .images import DataConfig, ImageDataset, load_images
+from .processes import build_accelerator
 from .tokens import META, TokenDataset, TokenSplit, load_tokens, smallest_type
 from .train_tokenizer import PROVENANCE
-from .training import build_accelerator
 
 if TYPE_CHECKING:
     from accelerate import Accelerator

@@ -16,8 +16,9 @@ from prior import Prior
 from tokenizer.storage import read_json, write_json
 
 from .config import Config, UserError, run_command
-from .generation import PROVENANCE, ImagePipeline
+from .generation import ImagePipeline
 from .images import DataConfig, ImageDataset, load_images
+from .index import PROVENANCE
 from .pictures import save_picture
 from .tokens import TokenSplit
 from .train_prior import bits_per_token

@@ -9,8 +9,8 @@ from pydantic import Field
 
 from .config import Config, UserError, run_command
 from .evaluate import choose_device
-from .generation import ImagePipeline, convert_images
-from .pictures import SUFFIXES, grid_picture, save_picture
+from .generation import ImagePipeline
+from .pictures import SUFFIXES, convert_images, grid_picture, save_picture
 
 
 class GenerateConfig(Config):

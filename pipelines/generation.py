@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import re
 import tempfile
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -12,7 +11,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
 from PIL.Image import Image as PILImage
 from torch import Tensor
 
@@ -23,7 +21,6 @@ from tokenizer.pretrained import resolve_folder
 from tokenizer.storage import (
     MANIFEST,
     ConfigError,
-    FormatError,
     IntegrityError,
     PathError,
     atomic_folder,
@@ -34,13 +31,8 @@ from tokenizer.storage import (
 )
 
 from .card import model_card
-from .pictures import grid_picture, read_picture, save_picture
-
-INDEX, PROVENANCE, CARD, GRID = "model_index.json", "provenance.json", "README.md", "samples.png"
-FORMAT_VERSION = 1
-FILES = [INDEX, PROVENANCE, CARD, GRID, MANIFEST] + [
-    f"{part}/{name}" for part in ("tokenizer", "prior") for name in ("config.json", "model.safetensors", PROVENANCE)
-]
+from .index import CARD, FILES, FORMAT_VERSION, GRID, INDEX, PROVENANCE, read_index
+from .pictures import check_output_type, convert_images, grid_picture, read_picture, save_picture, to_images
 
 Images = PILImage | Sequence[PILImage] | Tensor
 Label = int | str | None
@@ -333,29 +325,8 @@ class ImagePipeline:
         raise ValueError(f"no class is called {label!r}; there are {there if classes else 'none: it is unconditional'}")
 
     def to_images(self, images: Any) -> Tensor:
-        """Float `(B, C, H, W)` in [-1, 1] on the pipeline's device, from PIL images (resized and cropped to fit),
-        uint8 or float tensors. Raises `ValueError` for another size, type or range."""
-        shape = self.tokenizer.image_shape
-        if isinstance(images, Image.Image):
-            images = [images]
-        if isinstance(images, (list, tuple)) and images and all(isinstance(image, Image.Image) for image in images):
-            from .images import pixels_of
-
-            images = torch.stack([torch.from_numpy(pixels_of(image, shape).copy()) for image in images])
-        if not isinstance(images, Tensor) or tuple(images.shape[1:]) != shape:
-            found = tuple(images.shape) if isinstance(images, Tensor) else type(images).__name__
-            raise ValueError(
-                f"images should be PIL images, or uint8 or float of shape (B, {', '.join(map(str, shape))}); "
-                f"got {found}"
-            )
-        if images.dtype == torch.uint8:
-            return images.to(self.device).float() / 127.5 - 1
-        if not images.dtype.is_floating_point or not bool((images.abs() <= 1 + 1e-3).all()):
-            raise ValueError(
-                f"float images should lie in [-1, 1] (uint8 ones in 0 to 255); got {images.dtype}, "
-                f"{float(images.min())} to {float(images.max())}"
-            )
-        return images.to(self.device).float().clamp(-1, 1)
+        """Float `(B, C, H, W)` in [-1, 1] on the pipeline's device; see `pictures.to_images`."""
+        return to_images(images, self.tokenizer.image_shape).to(self.device)
 
     def sample_picture(self, count: int = 80, seed: int = 0) -> np.ndarray:
         """A grid of samples at the pipeline's settings, one class per column (of at most ten), uint8 (H, W, 3)."""
@@ -363,36 +334,6 @@ class ImagePipeline:
         labels = [index % columns for index in range(count)] if self.prior.num_classes else None
         out = self(num_images=count, labels=labels, seed=seed, output_type="pt", progress=False)
         return grid_picture(out.images, columns)
-
-
-def read_index(path: Path) -> dict[str, Any]:
-    """`model_index.json`, every field checked. Raises `FormatError` or `ConfigError`."""
-    index = read_json(path)
-    if index.get("format_version") != FORMAT_VERSION:
-        raise FormatError(
-            f"{path}: format_version: found {index.get('format_version')!r}, this version of smalti reads "
-            f"{FORMAT_VERSION}; a newer smalti may read it"
-        )
-    if index.get("_class_name") != "ImagePipeline":
-        raise FormatError(f"{path}: _class_name: found {index.get('_class_name')!r}, expected 'ImagePipeline'")
-    allowed = {"_class_name", "format_version", "tokenizer", "prior", "labels", "sampler"}
-    if set(index) != allowed:
-        raise FormatError(f"{path}: found the fields {sorted(index)}, expected {sorted(allowed)}")
-    for part, family in (("tokenizer", Tokenizer), ("prior", Prior)):
-        name = index[part]
-        if not isinstance(name, str) or not re.fullmatch(r"[a-z][a-z0-9_]{0,31}", name):
-            raise FormatError(f"{path}: {part}: {str(name)[:80]!r} is not a name (lower case letters, digits, _)")
-        if name not in family.available():
-            raise ConfigError(
-                f"{path}: {part}: no {part} is called {name!r}; there are {', '.join(family.available())}"
-            )
-    if not isinstance(index["labels"], list) or not all(isinstance(label, str) for label in index["labels"]):
-        raise FormatError(f"{path}: labels: expected a list of names")
-    try:
-        Sampler(**index["sampler"])
-    except (TypeError, ValueError, OverflowError) as error:
-        raise ConfigError(f"{path}: sampler: {error}") from error
-    return index
 
 
 def count_images(num_images: int | None, labels: Any) -> int:
@@ -409,23 +350,6 @@ def check_shapes(shape: tuple[int, ...], **tensors: Tensor | None) -> None:
     for name, value in tensors.items():
         if value is not None and tuple(value.shape) not in (shape, shape[1:]):
             raise ValueError(f"{name} should have shape {shape[1:]} or {shape}, got {tuple(value.shape)}")
-
-
-def check_output_type(output_type: str) -> None:
-    """Raise `ValueError` for an unknown output type."""
-    if output_type not in ("pil", "np", "pt"):
-        raise ValueError(f"output_type must be 'pil', 'np' or 'pt' (got {output_type!r})")
-
-
-def convert_images(images: Tensor, output_type: str) -> Any:
-    """Float `(B, C, H, W)` in [-1, 1] as PIL images, uint8 (B, H, W, C), or as they are."""
-    check_output_type(output_type)
-    if output_type == "pt":
-        return images
-    pixels = ((images.float().cpu() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8).movedim(1, -1).numpy()
-    if output_type == "np":
-        return pixels
-    return [Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image) for image in pixels]
 
 
 def progress_over(batches: range, shown: bool) -> Iterable[int]:

@@ -1,9 +1,10 @@
-"""Pictures a person looks at: a grid of images as one array or PNG file."""
+"""Images as people hand them over and look at them: PIL, arrays, and grids of many in one picture."""
 
 from __future__ import annotations
 
 import io
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -46,3 +47,44 @@ def read_picture(path: Path) -> np.ndarray:
         raise FormatError(f"{path}: not a PNG file") from None
     except Exception as error:  # damaged files make Pillow raise almost anything
         raise FormatError(f"{path}: not a readable PNG file ({error})") from error
+
+
+def to_images(images: Any, shape: tuple[int, int, int]) -> Tensor:
+    """Float `(B, C, H, W)` in [-1, 1] of `shape` (C, H, W), from PIL images (resized and cropped to fit), uint8 or
+    float tensors. Raises `ValueError` for another size, type or range."""
+    if isinstance(images, Image.Image):
+        images = [images]
+    if isinstance(images, (list, tuple)) and images and all(isinstance(image, Image.Image) for image in images):
+        from .decoding import pixels_of
+
+        images = torch.stack([torch.from_numpy(pixels_of(image, shape).copy()) for image in images])
+    if not isinstance(images, Tensor) or tuple(images.shape[1:]) != shape:
+        found = tuple(images.shape) if isinstance(images, Tensor) else type(images).__name__
+        raise ValueError(
+            f"images should be PIL images, or uint8 or float of shape (B, {', '.join(map(str, shape))}); got {found}"
+        )
+    if images.dtype == torch.uint8:
+        return images.float() / 127.5 - 1
+    if not images.dtype.is_floating_point or not bool((images.abs() <= 1 + 1e-3).all()):
+        raise ValueError(
+            f"float images should lie in [-1, 1] (uint8 ones in 0 to 255); got {images.dtype}, "
+            f"{float(images.min())} to {float(images.max())}"
+        )
+    return images.float().clamp(-1, 1)
+
+
+def check_output_type(output_type: str) -> None:
+    """Raise `ValueError` for an unknown output type."""
+    if output_type not in ("pil", "np", "pt"):
+        raise ValueError(f"output_type must be 'pil', 'np' or 'pt' (got {output_type!r})")
+
+
+def convert_images(images: Tensor, output_type: str) -> Any:
+    """Float `(B, C, H, W)` in [-1, 1] as PIL images, uint8 (B, H, W, C), or as they are."""
+    check_output_type(output_type)
+    if output_type == "pt":
+        return images
+    pixels = ((images.float().cpu() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8).movedim(1, -1).numpy()
+    if output_type == "np":
+        return pixels
+    return [Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image) for image in pixels]

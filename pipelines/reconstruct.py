@@ -12,8 +12,8 @@ from tokenizer.storage import read_json
 
 from .config import Config, UserError, run_command
 from .evaluate import choose_device
-from .generation import INDEX
 from .images import DataConfig, load_images
+from .index import INDEX
 from .pictures import SUFFIXES, save_picture
 from .train_tokenizer import PROVENANCE, evaluate_reconstruction, reconstruction_picture
 

@@ -218,6 +218,7 @@ def table_rows(table: Any, split: str, config: DataConfig) -> Rows:
 
 
 def read_table(table: Any, column: str, split: str, indices: Sequence[int]) -> list[tuple[str, Payload]]:
+    """(path or row, encoded bytes or path) of each row asked for."""
     named: list[tuple[str, Payload]] = []
     for row, value in zip(indices, table[list(indices)][column], strict=True):
         data, path = (value or {}).get("bytes"), (value or {}).get("path")

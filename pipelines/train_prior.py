@@ -18,9 +18,11 @@ from tokenizer.storage import PathError
 from .augment import uniforms
 from .config import Config, ModelNode, UserError, run_command
 from .generation import ImagePipeline
+from .schedule import TrainConfig
+from .task import Task
 from .tokens import TokenDataset, TokenSplit, load_tokens
 from .tracking import TrackConfig
-from .training import Task, TrainConfig, train
+from .training import train
 
 if TYPE_CHECKING:
     from accelerate import Accelerator

@@ -18,8 +18,10 @@ from tokenizer.storage import write_json
 from .config import Config, ModelNode, UserError, run_command
 from .images import DataConfig, ImageDataset, load_images
 from .pictures import grid_picture
+from .schedule import TrainConfig
+from .task import Task
 from .tracking import TrackConfig
-from .training import Task, TrainConfig, train
+from .training import train
 
 if TYPE_CHECKING:
     from accelerate import Accelerator

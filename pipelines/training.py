@@ -8,10 +8,8 @@ with the same command continues to the bit. `accelerate` owns devices, precision
 from __future__ import annotations
 
 import math
-import os
 import sys
 import time
-import warnings
 from collections.abc import Callable, Generator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
@@ -19,85 +17,22 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
-from pydantic import Field
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
 from .arguments import read_file
 from .checkpoint import latest_state, load_state, save_state
-from .config import Config, UserError, difference, to_yaml
+from .config import UserError, difference, to_yaml
+from .processes import build_accelerator
+from .schedule import TrainConfig, adamw, ema_update, learning_rate, samples_of
+from .task import Task
 from .tracking import Tracker
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
 MAX_SKIPPED = 10
-TWO_PROCESSES = (
-    "ACCELERATE_USE_CPU=true accelerate launch --multi_gpu --num_processes 2 --num_machines 1 "
-    "--mixed_precision no --dynamo_backend no -m ..."
-)
-
-
-class TrainConfig(Config):
-    """How long, how fast, how often. Steps are optimizer steps, batch sizes are global."""
-
-    steps: int | None = Field(2000, ge=1, description="optimizer steps; null leaves the end to `minutes`")
-    minutes: float | None = Field(
-        None, gt=0, description="end after so many minutes of training, if `steps` is not first"
-    )
-    batch_size: int = Field(128, ge=1, description="images per step, all processes and micro-batches together")
-    accumulate: int = Field(1, ge=1, description="micro-batches that each process adds up for a step")
-    lr: float = Field(1e-3, gt=0, description="peak learning rate of AdamW")
-    final_lr: float = Field(0.02, ge=0, le=1, description="learning rate at the end, as a share of the peak")
-    warmup_steps: int = Field(100, ge=0, description="steps of linear warm-up; a cosine follows")
-    betas: tuple[float, float] = Field((0.9, 0.95), description="AdamW's decays of the running moments")
-    weight_decay: float = Field(0.02, ge=0, description="AdamW's weight decay, on matrices only")
-    clip: float = Field(1.0, gt=0, description="largest gradient norm; a larger one is scaled down")
-    ema_decay: float = Field(
-        0.999, ge=0, lt=1, description="decay of the averaged weights that are evaluated and saved"
-    )
-    seed: int = Field(
-        0, ge=0, lt=1 << 63, description="fixes initial weights, order of the data, augmentation and dropout"
-    )
-    log_every: int = Field(50, ge=1, description="steps between lines in metrics.jsonl")
-    preview_every: int = Field(1000, ge=1, description="steps between pictures")
-    evaluate_every: int = Field(1000, ge=1, description="steps between evaluations on the held-out split")
-    save_every: int = Field(1000, ge=1, description="steps between saves: resume state and snapshot")
-
-
-class Task:
-    """What is trained. `nets` holds what DDP wraps; the loop puts the wrapped modules there, and `loss` calls them."""
-
-    model: nn.Module
-    """Saved, averaged and evaluated."""
-    nets: dict[str, nn.Module]
-    players: dict[str, list[nn.Parameter]]
-    """Each takes a turn in every step, with its own optimizer."""
-    rows: int
-    """Size of the training set."""
-    tokens_per_row: int
-
-    def batch(self, indices: np.ndarray, epochs: np.ndarray, seed: int) -> Any:
-        """The training samples at `indices` in their `epochs`, a tuple of tensors; a pure function."""
-        raise NotImplementedError
-
-    def loss(self, player: str, batch: Any, step: int) -> tuple[Tensor, dict[str, Tensor]]:
-        """A scalar to minimise for `player`, and scalars to log."""
-        raise NotImplementedError
-
-    def preview(self, model: nn.Module) -> dict[str, np.ndarray]:
-        """Pictures of what `model` (averaged weights) can do, uint8 (H, W, 3)."""
-        raise NotImplementedError
-
-    def evaluate(self, model: nn.Module) -> dict[str, float]:
-        """Figures of `model` (averaged weights) on the held-out split."""
-        raise NotImplementedError
-
-    def save(self, model: nn.Module, run: Path, facts: dict[str, Any]) -> None:
-        """Write the snapshot for users into `run`; `facts` are steps, minutes and last evaluation."""
-        raise NotImplementedError
 
 
 @dataclass
@@ -127,24 +62,6 @@ class Training:
         return {name: getattr(self, name) for name in self.COUNTERS}
 
 
-def build_accelerator() -> Accelerator:
-    """The `Accelerator` that `accelerate launch` asked for. Raises `UserError` if fewer processes were started."""
-    from accelerate import Accelerator, DistributedDataParallelKwargs
-
-    warnings.filterwarnings("ignore", category=FutureWarning, module="torch")
-    # Buffers (an EMA codebook) are kept equal by the models themselves; broadcasting them would undo nothing but time.
-    accelerator = Accelerator(kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)])
-    asked = int(os.environ.get("WORLD_SIZE", "1")) > 1 or "MASTER_ADDR" in os.environ
-    if accelerator.num_processes == 1 and asked:
-        raise UserError(
-            "several processes were asked for, but only one was started (accelerate's --cpu does that); "
-            f"on CPU use: {TWO_PROCESSES}"
-        )
-    if accelerator.mixed_precision == "fp16":
-        raise UserError("fp16 is not supported (its loss scaling hides non-finite steps); use --mixed_precision bf16")
-    return accelerator
-
-
 def train(build: Callable[[Accelerator], Task], config: Any) -> Path:
     """Run `build`'s task to its end under `config` (with `out`, `train` and `track`); returns the run folder.
 
@@ -160,9 +77,11 @@ def train(build: Callable[[Accelerator], Task], config: Any) -> Path:
         )
     if config.train.steps is None and config.train.minutes is None:
         raise UserError("train.steps: null needs train.minutes to end the run")
-    claim_folder(run, config, accelerator)
+    check_folder(run, config)
     torch.manual_seed(config.train.seed)
-    training = set_up(build(accelerator), config, run, accelerator)
+    task = build(accelerator)
+    claim_folder(run, config, accelerator)
+    training = set_up(task, config, run, accelerator)
     try:
         fit(training)
     finally:
@@ -171,13 +90,12 @@ def train(build: Callable[[Accelerator], Task], config: Any) -> Path:
     return run
 
 
-def claim_folder(run: Path, config: Any, accelerator: Accelerator) -> None:
-    """Write `config.yaml` into a new run folder; refuse one that belongs to a different configuration."""
+def check_folder(run: Path, config: Any) -> None:
+    """Raise `UserError` for a folder that belongs to a run with another configuration, or to something else."""
     path = run / "config.yaml"
-    mine = config.model_dump(mode="json")
     if path.is_file():
         free = {"out": None, "track": None}  # a run may be moved, and its numbers sent elsewhere
-        changes = difference({**read_file(str(path)), **free}, {**mine, **free})
+        changes = difference({**read_file(str(path)), **free}, {**config.model_dump(mode="json"), **free})
         if changes:
             raise UserError(
                 f"{run}: belongs to a run with another configuration; choose another out=, nothing was "
@@ -185,12 +103,16 @@ def claim_folder(run: Path, config: Any, accelerator: Accelerator) -> None:
             )
     elif run.is_dir() and any(not entry.name.startswith(".tmp-") for entry in run.iterdir()):
         raise UserError(f"{run}: not empty and not a run folder; choose another out=, nothing was overwritten")
+
+
+def claim_folder(run: Path, config: Any, accelerator: Accelerator) -> None:
+    """Write `config.yaml` into the run folder, once all processes have found it free."""
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
         run.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(".tmp-config.yaml")
+        temporary = run / ".tmp-config.yaml"
         temporary.write_text(to_yaml(config))
-        temporary.replace(path)  # killed in between, the run must not lose its configuration
+        temporary.replace(run / "config.yaml")  # killed in between, the run must not lose its configuration
     accelerator.wait_for_everyone()
 
 
@@ -223,58 +145,6 @@ def newest_state(run: Path, accelerator: Accelerator) -> Path | None:
 
     found = [latest_state(run) if accelerator.is_main_process else None]
     return broadcast_object_list(found)[0]
-
-
-def adamw(parameters: list[nn.Parameter], config: TrainConfig) -> torch.optim.AdamW:
-    """AdamW (Loshchilov & Hutter 2017); biases, norms and other vectors do not decay."""
-    matrices, vectors = [p for p in parameters if p.ndim > 1], [p for p in parameters if p.ndim <= 1]
-    groups = [{"params": matrices, "weight_decay": config.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
-    fused = all(p.device.type in ("cpu", "cuda") for p in parameters)
-    return torch.optim.AdamW([g for g in groups if g["params"]], lr=config.lr, betas=config.betas, fused=fused)
-
-
-def ema_update(decay: float) -> Callable[[Any, Any, Any], None]:
-    """Average with min(decay, (1 + n) / (10 + n)) after n updates, so that early weights are soon forgotten."""
-
-    @torch.no_grad()
-    def update(averages: Any, current: Any, count: Any) -> None:
-        n = float(count)
-        torch._foreach_lerp_(averages, current, 1 - min(decay, (1 + n) / (10 + n)))
-
-    return update
-
-
-def learning_rate(config: TrainConfig, step: int, progress: float) -> float:
-    """Linear warm-up by steps, then a cosine in `progress` (0 to 1, clamped) down to `final_lr` of the peak."""
-    if step < config.warmup_steps:
-        return config.lr * (step + 1) / config.warmup_steps
-    cosine = 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
-    return config.lr * (config.final_lr + (1 - config.final_lr) * cosine)
-
-
-def samples_of(rows: int, batch_size: int, seed: int, step: int) -> tuple[np.ndarray, np.ndarray]:
-    """Row indices and epochs, each `(batch_size,)`, of one step's global batch: a function of its arguments.
-
-    Every epoch is its own permutation; batches run across their ends, so each row comes once per epoch.
-    """
-    positions = step * batch_size + np.arange(batch_size, dtype=np.int64)
-    epochs, indices = positions // rows, positions % rows
-    for epoch in np.unique(epochs):
-        here = epochs == epoch
-        indices[here] = _permutation(rows, seed, int(epoch))[indices[here]]
-    return indices, epochs
-
-
-_permutations: dict[tuple[int, int, int], np.ndarray] = {}
-
-
-def _permutation(rows: int, seed: int, epoch: int) -> np.ndarray:
-    key = (rows, seed, epoch)
-    if key not in _permutations:
-        if len(_permutations) > 2:
-            _permutations.pop(next(iter(_permutations)))
-        _permutations[key] = np.random.default_rng([seed, epoch]).permutation(rows)
-    return _permutations[key]
 
 
 def batches(training: Training) -> Generator[list[Any], None, None]:

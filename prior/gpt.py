@@ -20,6 +20,7 @@ from tokenizer.pretrained import setting
 from .base import Prior, PriorConfig
 
 EPS = 1e-6
+MAX_ROTATIONS = 1 << 24  # tokens times head width: the table of rotary positions is built before weights are read
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,6 +40,8 @@ class GPTConfig(PriorConfig):
         yield from super().check()
         if self.dim % (2 * self.heads):
             yield f"heads: dim must be a multiple of 2 * heads (got dim {self.dim}, heads {self.heads})"
+        elif len(self.grid) * self.dim // self.heads > MAX_ROTATIONS:
+            yield f"heads: a grid of {len(self.grid)} tokens and heads of width {self.dim // self.heads} are too large"
 
 
 class Block(nn.Module):
@@ -173,7 +176,7 @@ class Cache:
         self.rank, self.dim = 0, model.config.dim
         self.label, self.start = model.class_embedding(labels), model.start_embedding
         self.token_embedding, self.positions = weight, model._position_embedding()
-        turns = torch.view_as_complex(model.rotations)[:, :, None]  # (N, 2, 1, width / 2)
+        turns = torch.view_as_complex(model.rotations.float())[:, :, None]  # (N, 2, 1, width / 2)
         self.layers = []
         for block in model.blocks:
             gains = torch.stack([block.gain, torch.ones_like(block.gain)]).float()  # of queries and keys

@@ -10,7 +10,6 @@ import json
 import math
 import os
 import sys
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +53,7 @@ from tokenizer.quantizers.ema import EMA
 pytestmark = pytest.mark.timeout(150)
 
 STEPS = 20
+TOLERANCE = 1e-4
 BUSY = {"kind": "ema", "codes": 32, "dim": 8, "revive_every": 2, "revive_below": 0.3}  # codes die and rise all the time
 TOKENIZER = {"train__steps": STEPS, "train__save_every": 5, "data__augment__rotate": 8,
              "model": {**VQVAE, "quantizer": BUSY}}  # fmt: skip
@@ -85,15 +85,8 @@ def gathered(value: Any) -> list[Any]:
     return values
 
 
-def leave(folder: Path, found: dict[str, Any]) -> None:
-    if dist.get_rank() == 0:
-        (folder / "found.json").write_text(json.dumps({"world": dist.get_world_size(), **found}))
-    dist.barrier()
-    dist.destroy_process_group()
-
-
 def drive(quantizer: EMA, steps: int, part: slice) -> list[dict[str, Any]]:
-    """Train a codebook on its part of each step's vectors, with codes that are made to die; what it was at each step."""
+    """Train a codebook on its part of each step's vectors, with codes that are made to die; its state at each step."""
     seen = []
     for step in range(steps):
         z = torch.randn(16, quantizer.dim, 4, 4, generator=torch.Generator().manual_seed(step)) * (1 + step / 10)
@@ -110,20 +103,19 @@ def drive(quantizer: EMA, steps: int, part: slice) -> list[dict[str, Any]]:
 
 def new_codebook() -> EMA:
     torch.manual_seed(0)
-    quantizer: Any = Quantizer.create("ema", codes=32, dim=8, revive_every=5, decay=0.9)
+    quantizer: Any = Quantizer.create("ema", codes=32, dim=8, revive_every=5, revive_below=0.3, decay=0.9)
     return quantizer.train()
 
 
-def codebooks(folder: Path) -> None:
+def codebooks(folder: Path) -> dict[str, Any]:
     """Half of the vectors each."""
-    dist.init_process_group("gloo", timeout=timedelta(seconds=60))
     rank, quantizer = dist.get_rank(), new_codebook()
     seen = gathered(drive(quantizer, 40, slice(8 * rank, 8 * rank + 8)))
     learned: Any = Quantizer.create("vq", codes=32, dim=8)
     learned.train().quantize(torch.randn(4, 8, 4, 4, generator=torch.Generator().manual_seed(rank)))
     if rank == 0:
         save_file(quantizer.state_dict(), folder / "codebook.safetensors")
-    leave(folder, {"steps": seen, "learned": gathered(digest([learned.codebook]))})
+    return {"codebooks": seen, "learned": gathered(digest([learned.codebook]))}
 
 
 def trainings(folder: Path) -> None:
@@ -165,12 +157,17 @@ def trainings(folder: Path) -> None:
     watch("sick", lambda: train_tokenizer(folder / "sick", **TOKENIZER))
     sick |= set(range(30))
     watch("dying", lambda: train_tokenizer(folder / "dying", **TOKENIZER))
-    prior = {**PRIOR, "train__accumulate": 2, "model": {**GPT, "dropout": 0.2}}
-    watch("prior", lambda: train_prior(folder / "prior", folder / "tokens", **prior))
+    watch("prior", lambda: train_prior(folder / "prior", folder / "tokens", **PRIOR))
+    dropout = {**PRIOR, "train__accumulate": 2, "model": {**GPT, "dropout": 0.2}}
+    watch("dropout", lambda: train_prior(folder / "dropout", folder / "tokens", **dropout))
     watch("odd batch", lambda: train_tokenizer(folder / "odd", **{**TOKENIZER, "train__batch_size": 15}))
     for rows in (1, 2):
         encode.run(encoding(folder / "tokenizer" / "tokenizer", folder / f"encoded{rows}", rows))
-    leave(folder, found)
+    found |= codebooks(folder)
+    if rank == 0:
+        (folder / "found.json").write_text(json.dumps({"world": dist.get_world_size(), **found}))
+    dist.barrier()
+    dist.destroy_process_group()
 
 
 def encoding(tokenizer: Path, out: Path, rows: int) -> encode.EncodeConfig:
@@ -205,45 +202,39 @@ def in_two_processes(name: str, folder: Path) -> dict[str, Any]:
 
 
 @pytest.fixture(scope="module")
-def codebook_pair(tmp_path_factory) -> tuple[Path, dict[str, Any]]:
-    folder = tmp_path_factory.mktemp("codebooks")
-    return folder, in_two_processes("codebooks", folder)
+def pair(tmp_path_factory) -> tuple[Path, dict[str, Any]]:
+    folder = tmp_path_factory.mktemp("trainings")
+    make_tokens(folder / "tokens")
+    return folder, in_two_processes("trainings", folder)
 
 
-def test_codebooks_are_equal_on_both_at_every_step(codebook_pair):
-    steps = list(zip(*codebook_pair[1]["steps"], strict=True))
+def test_codebooks_are_equal_on_both_at_every_step(pair):
+    steps = list(zip(*pair[1]["codebooks"], strict=True))
     assert len(steps) == 40
     assert all(one["digest"] == two["digest"] and one["revived"] == two["revived"] for one, two in steps)
     assert all(one["input"] != two["input"] for one, two in steps)
     assert len({one["digest"] for one, _ in steps}) == 40  # it moved
 
 
-def test_two_codebooks_learn_what_one_does(codebook_pair):
-    folder, found = codebook_pair
+def test_two_codebooks_learn_what_one_does(pair):
+    folder, found = pair
     quantizer = new_codebook()
     alone = drive(quantizer, 40, slice(None))
-    assert [step["revived"] for step in alone] == [step["revived"] for step in found["steps"][0]]
+    assert [step["revived"] for step in alone] == [step["revived"] for step in found["codebooks"][0]]
     assert set(range(3, 9)) <= set(alone[9]["revived"]) and not alone[8]["revived"]  # those that were made to die
     together = load_file(folder / "codebook.safetensors")
     for name, value in quantizer.state_dict().items():
         torch.testing.assert_close(together[name], value, rtol=1e-5, atol=1e-5)
 
 
-def test_a_learned_codebook_starts_alike(codebook_pair):
-    one, two = codebook_pair[1]["learned"]
+def test_a_learned_codebook_starts_alike(pair):
+    one, two = pair[1]["learned"]
     assert one == two
 
 
-@pytest.fixture(scope="module")
-def training_pair(tmp_path_factory) -> tuple[Path, dict[str, Any]]:
-    folder = tmp_path_factory.mktemp("trainings")
-    make_tokens(folder / "tokens")
-    return folder, in_two_processes("trainings", folder)
-
-
-@pytest.mark.parametrize("name", ["tokenizer", "sick", "prior"])
-def test_both_hold_the_same_model_at_every_step(training_pair, name):
-    steps = training_pair[1][name]
+@pytest.mark.parametrize("name", ["tokenizer", "sick", "prior", "dropout"])
+def test_both_hold_the_same_model_at_every_step(pair, name):
+    steps = pair[1][name]
     assert len(steps) == STEPS
     for one, two in steps:
         assert one["wrapped"] and two["wrapped"]
@@ -252,8 +243,8 @@ def test_both_hold_the_same_model_at_every_step(training_pair, name):
         assert one["batch"] != two["batch"] and one["seed"] != two["seed"]  # each its own images, and its own dropout
 
 
-def test_what_is_sick_on_one_is_skipped_by_both(training_pair):
-    folder, found = training_pair
+def test_what_is_sick_on_one_is_skipped_by_both(pair):
+    folder, found = pair
     steps = [one for one, _ in found["sick"]]
     for step in range(1, STEPS):
         same = [steps[step][part] == steps[step - 1][part] for part in ("weights", "average", "codebook")]
@@ -262,18 +253,18 @@ def test_what_is_sick_on_one_is_skipped_by_both(training_pair):
     assert all(torch.isfinite(value.float()).all() for value in tensors(folder / "sick").values())
 
 
-def test_ten_sick_steps_end_both(training_pair):
-    one, two = training_pair[1]["dying error"]
+def test_ten_sick_steps_end_both(pair):
+    one, two = pair[1]["dying error"]
     assert one == two and "step 10: 10 steps in a row" in one
 
 
-def test_an_odd_batch_is_refused_by_both(training_pair):
-    assert all("15 is not a multiple of processes x accumulate (2 x 1)" in m for m in training_pair[1]["odd batch error"])
+def test_an_odd_batch_is_refused_by_both(pair):
+    assert all("15 is not a multiple of processes x accumulate (2 x 1)" in m for m in pair[1]["odd batch error"])
 
 
 @pytest.mark.parametrize("rows", [1, 2])
-def test_fewer_rows_than_shares(training_pair, tmp_path, rows):
-    folder, _ = training_pair
+def test_fewer_rows_than_shares(pair, tmp_path, rows):
+    folder, _ = pair
     encode.run(encoding(folder / "tokenizer" / "tokenizer", tmp_path / "alone", rows))
     assert_equal_tensors(tensors(folder / f"encoded{rows}"), tensors(tmp_path / "alone"))
 
@@ -292,24 +283,31 @@ def launched(tmp_path_factory) -> Path:
 
 def test_two_train_a_tokenizer_as_one_does(launched, tmp_path):
     alone = train_tokenizer(tmp_path / "alone", **TOKENIZER)
-    for name in ("loss", "l2", "commitment", "gradient_norm"):
-        assert len(losses(launched, name)) == STEPS
-        assert losses(launched, name) == pytest.approx(losses(alone, name), rel=TOLERANCE)
+    assert_same_figures(launched, alone, ["loss", "l2", "commitment", "gradient_norm"])
     assert [line["learning_rate"] for line in metrics(launched)] == [line["learning_rate"] for line in metrics(alone)]
 
 
-def test_two_train_a_prior_as_one_does(tmp_path):
-    tokens = make_tokens(tmp_path / "tokens")
-    argv = prior_arguments(tmp_path / "both", tokens, **PRIOR)
+def assert_same_figures(both: Path, alone: Path, names: list[str]) -> None:
+    for name in names:
+        found, expected = losses(both, name), losses(alone, name)
+        assert len(found) == STEPS and found[0] != found[-1]
+        print(name, max(abs(a / b - 1) for a, b in zip(found, expected, strict=True)))
+        assert found == pytest.approx(expected, rel=TOLERANCE)
+
+
+def test_two_train_a_prior_as_one_does(pair, tmp_path):
+    folder, _ = pair
+    alone = train_prior(tmp_path / "alone", folder / "tokens", **PRIOR)
+    assert_same_figures(folder / "prior", alone, ["loss", "bits_per_token", "gradient_norm"])
+
+
+@pytest.mark.slow
+def test_two_train_a_prior_by_command(pair, tmp_path):
+    folder, _ = pair
+    argv = prior_arguments(tmp_path / "both", folder / "tokens", **PRIOR)
     printed = output_of(start(two_processes("train_prior", argv)))
     assert printed.count("2 process(es) on cpu") == 1, printed
-    alone = train_prior(tmp_path / "alone", tokens, **PRIOR)
-    for name in ("loss", "bits_per_token", "gradient_norm"):
-        assert len(losses(alone, name)) == STEPS
-        assert losses(tmp_path / "both", name) == pytest.approx(losses(alone, name), rel=TOLERANCE)
-
-
-TOLERANCE = 1e-4
+    assert exact(tmp_path / "both") == exact(folder / "prior")
 
 
 def test_two_encode_what_one_does(launched, tmp_path):

@@ -38,10 +38,11 @@ from torch.optim.swa_utils import AveragedModel
 from pipelines import ImagePipeline, training
 from pipelines.config import UserError, parse
 from pipelines.images import DataConfig, load_images
+from pipelines.schedule import TrainConfig, ema_update, learning_rate, samples_of
 from pipelines.tokens import load_tokens
 from pipelines.train_prior import PriorTask, TrainPriorConfig, bits_per_token
 from pipelines.train_tokenizer import TokenizerTask, evaluate_reconstruction
-from pipelines.training import TrainConfig, batches, ema_update, learning_rate, samples_of
+from pipelines.training import batches
 from tokenizer import Tokenizer
 from tokenizer.quantizers import Quantizer
 
@@ -251,7 +252,9 @@ def test_a_sick_step_changes_nothing_and_is_counted(tmp_path, monkeypatch, quant
     def watched(run, *rest):
         step, before = run.step, everything(run)
         take_step(run, *rest)
-        changed[step] = [key for key, value in everything(run).items() if not torch.equal(value, before.get(key, value))]
+        changed[step] = [
+            key for key, value in everything(run).items() if not torch.equal(value, before.get(key, value))
+        ]
 
     monkeypatch.setattr(training, "take_step", watched)
     run = train_tokenizer(tmp_path / "run", model={**VQVAE, "quantizer": QUANTIZERS[quantizer]}, train__save_every=2)

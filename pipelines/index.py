@@ -1,0 +1,48 @@
+"""`model_index.json`: what a pipeline folder holds, every field checked."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+from prior import Prior
+from prior.sampling import Sampler
+from tokenizer import Tokenizer
+from tokenizer.storage import MANIFEST, ConfigError, FormatError, read_json
+
+INDEX, PROVENANCE, CARD, GRID = "model_index.json", "provenance.json", "README.md", "samples.png"
+FORMAT_VERSION = 1
+FILES = [INDEX, PROVENANCE, CARD, GRID, MANIFEST] + [
+    f"{part}/{name}" for part in ("tokenizer", "prior") for name in ("config.json", "model.safetensors", PROVENANCE)
+]
+
+
+def read_index(path: Path) -> dict[str, Any]:
+    """`model_index.json`, every field checked. Raises `FormatError` or `ConfigError`."""
+    index = read_json(path)
+    if index.get("format_version") != FORMAT_VERSION:
+        raise FormatError(
+            f"{path}: format_version: found {index.get('format_version')!r}, this version of smalti reads "
+            f"{FORMAT_VERSION}; a newer smalti may read it"
+        )
+    if index.get("_class_name") != "ImagePipeline":
+        raise FormatError(f"{path}: _class_name: found {index.get('_class_name')!r}, expected 'ImagePipeline'")
+    allowed = {"_class_name", "format_version", "tokenizer", "prior", "labels", "sampler"}
+    if set(index) != allowed:
+        raise FormatError(f"{path}: found the fields {sorted(index)}, expected {sorted(allowed)}")
+    for part, family in (("tokenizer", Tokenizer), ("prior", Prior)):
+        name = index[part]
+        if not isinstance(name, str) or not re.fullmatch(r"[a-z][a-z0-9_]{0,31}", name):
+            raise FormatError(f"{path}: {part}: {str(name)[:80]!r} is not a name (lower case letters, digits, _)")
+        if name not in family.available():
+            raise ConfigError(
+                f"{path}: {part}: no {part} is called {name!r}; there are {', '.join(family.available())}"
+            )
+    if not isinstance(index["labels"], list) or not all(isinstance(label, str) for label in index["labels"]):
+        raise FormatError(f"{path}: labels: expected a list of names")
+    try:
+        Sampler(**index["sampler"])
+    except (TypeError, ValueError, OverflowError) as error:
+        raise ConfigError(f"{path}: sampler: {error}") from error
+    return index

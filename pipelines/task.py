@@ -1,0 +1,42 @@
+"""What the loop knows of what it trains."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from torch import Tensor, nn
+
+
+class Task:
+    """What is trained. `nets` holds what DDP wraps; the loop puts the wrapped modules there, and `loss` calls them."""
+
+    model: nn.Module
+    """Saved, averaged and evaluated."""
+    nets: dict[str, nn.Module]
+    players: dict[str, list[nn.Parameter]]
+    """Each takes a turn in every step, with its own optimizer."""
+    rows: int
+    """Size of the training set."""
+    tokens_per_row: int
+
+    def batch(self, indices: np.ndarray, epochs: np.ndarray, seed: int) -> Any:
+        """The training samples at `indices` in their `epochs`, a tuple of tensors; a pure function."""
+        raise NotImplementedError
+
+    def loss(self, player: str, batch: Any, step: int) -> tuple[Tensor, dict[str, Tensor]]:
+        """A scalar to minimise for `player`, and scalars to log."""
+        raise NotImplementedError
+
+    def preview(self, model: nn.Module) -> dict[str, np.ndarray]:
+        """Pictures of what `model` (averaged weights) can do, uint8 (H, W, 3)."""
+        raise NotImplementedError
+
+    def evaluate(self, model: nn.Module) -> dict[str, float]:
+        """Figures of `model` (averaged weights) on the held-out split."""
+        raise NotImplementedError
+
+    def save(self, model: nn.Module, run: Path, facts: dict[str, Any]) -> None:
+        """Write the snapshot for users into `run`; `facts` are steps, minutes and last evaluation."""
+        raise NotImplementedError
