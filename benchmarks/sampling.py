@@ -47,7 +47,15 @@ def measure(width: int, depth: int, heads: int, batch: int, repeats: int) -> tup
     from tokenizer import TokenGrid
 
     ours = Prior.create("gpt", grid=TokenGrid((16, 16), VOCAB), dim=width, depth=depth, heads=heads).eval()
-    config = transformers.GPT2Config(VOCAB, TOKENS + 1, width, depth, heads, bos_token_id=0, eos_token_id=None)
+    config = transformers.GPT2Config(
+        vocab_size=VOCAB,
+        n_positions=TOKENS + 1,
+        n_embd=width,
+        n_layer=depth,
+        n_head=heads,
+        bos_token_id=0,
+        eos_token_id=None,
+    )
     theirs = transformers.GPT2LMHeadModel(config).eval()
     prompt = torch.zeros(batch, 1, dtype=torch.long)
     mask = torch.ones_like(prompt)

@@ -8,9 +8,11 @@ import socket
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 from safetensors.torch import load_file
 
@@ -110,10 +112,22 @@ def output_of(process: subprocess.Popen[str], seconds: float = 90, code: int | N
     try:
         printed, _ = process.communicate(timeout=seconds)
     except subprocess.TimeoutExpired:
-        process.kill()
+        end(process)
         raise AssertionError(f"no end after {seconds} s: {' '.join(process.args)}") from None  # type: ignore[arg-type]
     assert code is None or process.returncode == code, f"exit code {process.returncode}:\n{printed}"
     return printed
+
+
+def end(process: subprocess.Popen[str]) -> None:
+    """Kill it and what it has started, if they still run."""
+    try:
+        started = psutil.Process(process.pid).children(recursive=True)
+    except psutil.NoSuchProcess:
+        started = []
+    process.kill()
+    for child in started:
+        with suppress(psutil.NoSuchProcess):
+            child.kill()
 
 
 def verb(name: str, argv: list[str]) -> list[str]:
@@ -183,5 +197,5 @@ def wait_for(condition: Any, process: subprocess.Popen[str], seconds: float = 60
         if process.poll() is not None:
             return False
         time.sleep(0.0005)
-    process.kill()
+    end(process)
     raise AssertionError(f"nothing happened in {seconds} s")

@@ -25,6 +25,7 @@ from launch import (
     VQVAE,
     arguments,
     assert_equal_tensors,
+    end,
     exact,
     free_port,
     losses,
@@ -46,6 +47,7 @@ from torch import nn
 
 from pipelines import encode, training
 from pipelines.config import UserError, parse
+from pipelines.processes import TWO_PROCESSES
 from pipelines.train_tokenizer import TokenizerTask
 from tokenizer.quantizers import Quantizer
 from tokenizer.quantizers.ema import EMA
@@ -53,7 +55,7 @@ from tokenizer.quantizers.ema import EMA
 pytestmark = pytest.mark.timeout(150)
 
 STEPS = 20
-TOLERANCE = 1e-4
+TOLERANCE = 1e-5  # relative; 3e-7 was measured, as sums are taken in another order
 BUSY = {"kind": "ema", "codes": 32, "dim": 8, "revive_every": 2, "revive_below": 0.3}  # codes die and rise all the time
 TOKENIZER = {"train__steps": STEPS, "train__save_every": 5, "data__augment__rotate": 8,
              "model": {**VQVAE, "quantizer": BUSY}}  # fmt: skip
@@ -195,7 +197,7 @@ def in_two_processes(name: str, folder: Path) -> dict[str, Any]:
             output_of(process, 90)
     finally:
         for process in pair:
-            process.kill()
+            end(process)
     found = json.loads((folder / "found.json").read_text())
     assert found["world"] == 2
     return found
@@ -291,7 +293,6 @@ def assert_same_figures(both: Path, alone: Path, names: list[str]) -> None:
     for name in names:
         found, expected = losses(both, name), losses(alone, name)
         assert len(found) == STEPS and found[0] != found[-1]
-        print(name, max(abs(a / b - 1) for a, b in zip(found, expected, strict=True)))
         assert found == pytest.approx(expected, rel=TOLERANCE)
 
 
@@ -331,7 +332,7 @@ def test_a_run_of_two_is_killed_and_goes_on(launched, tmp_path):
         second.kill()
         output_of(process, 60, code=None)
     finally:
-        process.kill()
+        end(process)
     assert process.returncode != 0 and not any(worker.is_running() for worker in workers)
     assert 5 <= metrics(tmp_path / "run")[-1]["step"] < STEPS
     printed = output_of(start(two_processes("train_tokenizer", argv)))
@@ -341,11 +342,11 @@ def test_a_run_of_two_is_killed_and_goes_on(launched, tmp_path):
 
 
 def test_the_command_that_starts_one_is_found_out(tmp_path):
-    command = ["accelerate", "launch", "--cpu", "--num_processes", "2", "--num_machines", "1", "--mixed_precision", "no",
-               "--dynamo_backend", "no", "-m", "pipelines.train_tokenizer"]  # fmt: skip
+    options = "--cpu --num_processes 2 --num_machines 1 --mixed_precision no --dynamo_backend no"
+    command = ["accelerate", "launch", *options.split(), "-m", "pipelines.train_tokenizer"]
     printed = output_of(start([*command, *tokenizer_arguments(tmp_path / "run")]), code=None)
     (line,) = [line for line in printed.splitlines() if line.startswith("error:")]
-    assert "only one was started" in line and training.TWO_PROCESSES in line
+    assert "only one was started" in line and TWO_PROCESSES in line
     assert not (tmp_path / "run").exists()
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import random
 import signal
@@ -35,12 +36,17 @@ LONG = {
     "train__steps": STEPS, "train__save_every": SAVE_EVERY, "train__evaluate_every": 10, "train__preview_every": 15,
     "train__batch_size": 32,
 }  # fmt: skip
-# Batches run across epochs, images are augmented, codes are revived, dropout draws: all that a resume could lose.
+# Batches run across epochs, images are augmented, codes are revived, dropout draws, a line of metrics is half
+# gathered when a state is saved: all that a resume could lose.
 TOKENIZER = {
     **LONG, "data__augment__rotate": 8, "data__augment__zoom": 0.1, "train__accumulate": 2,
     "model": {**VQVAE, "widths": [64], "quantizer": {"kind": "ema", "codes": 64, "dim": 8, "revive_every": 3}},
 }  # fmt: skip
-PRIOR = {**LONG, "model": {**GPT, "dim": 64, "depth": 3, "dropout": 0.2, "attention_dropout": 0.1}}
+PRIOR = {
+    **LONG,
+    "train__log_every": 2,
+    "model": {**GPT, "dim": 64, "depth": 3, "dropout": 0.2, "attention_dropout": 0.1},
+}
 
 
 @pytest.fixture(autouse=True)
@@ -67,11 +73,12 @@ class Stage:
         return train_prior(out, self.tokens, **PRIOR) if self.tokens else train_tokenizer(out, **TOKENIZER)
 
 
-def kept_lines(run: Path) -> tuple[int, int]:
-    """The identity of `metrics.jsonl`, which a resumed run writes anew, and how many lines it has."""
+def last_line(run: Path) -> tuple[int, int]:
+    """The identity of `metrics.jsonl`, which a resumed run writes anew, and the last step in it."""
     try:
         with (run / "metrics.jsonl").open("rb") as file:
-            return os.fstat(file.fileno()).st_ino, file.read().count(b"\n")
+            whole = file.read().split(b"\n")[:-1]
+            return os.fstat(file.fileno()).st_ino, json.loads(whole[-1])["step"] if whole else 0
     except FileNotFoundError:
         return 0, 0
 
@@ -85,11 +92,12 @@ def half_written(run: Path) -> bool:
 
 def kill_once(stage: Stage, run: Path, step: int, where: str, delay: float) -> str:
     """Start the run, kill it `delay` seconds after it has logged `step` or begun to save it; return where it died."""
-    (before, _), process = kept_lines(run), start(stage.command(run))
+    (before, _), process = last_line(run), start(stage.command(run))
 
     def has_come_there() -> bool:
-        identity, count = kept_lines(run)
-        return identity != before and count >= step and (where == "in a step" or half_written(run))
+        identity, logged = last_line(run)
+        saving = where == "in a save"
+        return identity != before and logged >= step - saving and (not saving or half_written(run))
 
     came = wait_for(has_come_there, process)
     time.sleep(delay)
@@ -107,7 +115,7 @@ def check(stage: Stage, tmp_path: Path, kills: list[tuple[int, str, float]]) -> 
     printed = output_of(start(stage.command(run)))
     assert "continuing from step" in printed
     whole = stage.uninterrupted()
-    assert [line["step"] for line in metrics(whole)] == list(range(1, STEPS + 1))
+    assert len(metrics(whole)) >= STEPS // 2 and metrics(whole)[-1]["step"] == STEPS
     assert exact(run) == exact(whole)  # every figure, to the last digit
     assert_equal_tensors(tensors(states(run)[-1]), tensors(states(whole)[-1]))
     for snapshot in ("tokenizer", "pipeline"):
