@@ -121,16 +121,24 @@ class Prior(PretrainedModel, family="prior"):
             labels = torch.full((num_images,), self.num_classes, device=self.device)
         given, keep = self._known(tokens, known, num_images)
         generators = image_generators(generator, num_images)
+        images = max(FEW_ROWS, (self.rows_at_once() or num_images) // (1 if guidance_scale == 1 else 2))
+        shares = torch.arange(num_images).chunk(-(-num_images // images))
         with torch.inference_mode(), self._evaluating():
-            rows = num_images * (1 if guidance_scale == 1 else 2)
-            if rows < FEW_ROWS:
-                drawn = self._sample_few(labels, sampler, generators, given, keep, cache, progress)
-            else:
-                drawn, _ = self._sample(labels, sampler, generators, given, keep, cache, progress)
-        return drawn.reshape(num_images, *self.grid.shape).clone()  # a normal tensor, which may be trained on
+            parts = []
+            for share in shares:
+                part = slice(int(share[0]), int(share[-1]) + 1)
+                draw = self._sample_few if len(share) * (1 if guidance_scale == 1 else 2) < FEW_ROWS else self._sample
+                parts.append(draw(labels[part], sampler, generators[part], given[part], keep[part], cache, progress)[0])
+        return (
+            torch.cat(parts).reshape(num_images, *self.grid.shape).clone()
+        )  # no inference tensor: it may be trained on
+
+    def rows_at_once(self) -> int | None:
+        """How many rows to sample together, where that is faster than all at once; None is all at once."""
+        return None
 
     def _sample_few(self, labels: Tensor, sampler: Sampler, generators: list[torch.Generator], given: Tensor,
-                    keep: Tensor, cache: bool, progress: bool) -> Tensor:  # fmt: skip
+                    keep: Tensor, cache: bool, progress: bool) -> tuple[Tensor, float]:  # fmt: skip
         """Fewer than `FEW_ROWS` rows are multiplied by other kernels, whose last bits differ from a large batch's. So
         that image k does not depend on its batch, a draw that was a close call is made again, padded to `FEW_ROWS`."""
         count, padding = len(labels), FEW_ROWS
@@ -138,12 +146,13 @@ class Prior(PretrainedModel, family="prior"):
             states = [generator.get_state() for generator in generators]
             drawn, lead = self._sample(labels, sampler, generators, given, keep, cache, progress)
             if lead > sampler.tolerance:
-                return drawn
+                return drawn, lead
             for generator, generator_state in zip(generators, states, strict=True):
                 generator.set_state(generator_state)
         labels, given, keep = (torch.cat([x, x[:1].expand(padding, *x.shape[1:])]) for x in (labels, given, keep))
         generators = generators + [torch.Generator(generators[0].device).manual_seed(0) for _ in range(padding)]
-        return self._sample(labels, sampler, generators, given, keep, cache, progress)[0][:count]
+        drawn, lead = self._sample(labels, sampler, generators, given, keep, cache, progress)
+        return drawn[:count], lead
 
     def _sample(self, labels: Tensor, sampler: Sampler, generators: list[torch.Generator], given: Tensor, keep: Tensor,
                 cache: bool, progress: bool) -> tuple[Tensor, float]:  # fmt: skip

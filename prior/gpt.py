@@ -19,7 +19,9 @@ from tokenizer.pretrained import setting
 
 from .base import Prior, PriorConfig
 
-EPS = 1e-6
+CPU_CACHE = 16 << 20  # bytes of keys and values sampled together: half of a common last-level cache
+EPS = 1e-12  # only keeps zero from being divided by zero
+TINY = 1e-20
 MAX_ROTATIONS = 1 << 24  # tokens times head width: the table of rotary positions is built before weights are read
 
 
@@ -72,8 +74,8 @@ class Block(nn.Module):
 
 
 def unit(x: Tensor) -> Tensor:
-    """`x` scaled to a root mean square of 1 along its last axis, in float32."""
-    return F.rms_norm(x.float(), x.shape[-1:], eps=EPS)
+    """`x` scaled to a root mean square of 1 along its last axis, at least in float32."""
+    return F.rms_norm(x if x.dtype == torch.float64 else x.float(), x.shape[-1:], eps=EPS)
 
 
 def rotate(x: Tensor, rotation: Tensor) -> Tensor:
@@ -146,6 +148,13 @@ class GPT(Prior, name="gpt"):
             x = block(x, self.rotations)
         return self.head(self.norm(x))[:, self.ranks]
 
+    def rows_at_once(self) -> int | None:
+        """On a CPU, as many rows as have their keys and values in its cache, unless the weights outgrow it anyway."""
+        size = self.head.weight.element_size()
+        if self.device.type != "cpu" or sum(p.numel() for p in self.parameters()) * size > CPU_CACHE // 2:
+            return None
+        return max(1, CPU_CACHE // (2 * self.config.depth * len(self.grid) * self.config.dim * size))
+
     def start(self, num_images: int, labels: Tensor | None) -> Cache:
         """Allocate the cache once, and lay the weights out for one-token steps."""
         if labels is None:
@@ -160,48 +169,52 @@ class GPT(Prior, name="gpt"):
 class Cache:
     """What sampling remembers: keys and values, allocated once, and the weights laid out for one-token steps.
 
-    Norm scales are folded into the matrices that follow them, a head's gain into its rotation. With few rows a step is
-    bound by reading weights, and `(in, out)` contiguous ones read fastest; from four rows on `(out, in)` ones do.
+    A step on few rows is bound by the number of operations, so norm scales are folded into the matrices that follow
+    them, and a head's gain, and the scale of its norm, into its rotation. With few rows `(in, out)` contiguous weights
+    are read fastest; from four rows on `(out, in)` ones are.
     """
 
     def __init__(self, model: GPT, labels: Tensor) -> None:
-        heads, width = model.config.heads, model.config.dim // model.config.heads
-        size = (2, len(labels), heads, len(model.grid), width)
-        weight = model.token_embedding.weight
+        heads, width, weight = model.config.heads, model.config.dim // model.config.heads, model.token_embedding.weight
+        self.exact = torch.float64 if weight.dtype == torch.float64 else torch.float32  # for norms and rotations
+        self.split = (len(labels), 3, heads, width)
 
-        def pack(matrix: Tensor, scale: Tensor | None = None) -> Tensor:
-            matrix = matrix if scale is None else matrix * scale
+        def pack(matrix: Tensor, norm: nn.RMSNorm | None = None) -> Tensor:
+            matrix = matrix if norm is None else matrix * norm.weight * model.config.dim**0.5
             return matrix.t().contiguous() if len(labels) < 4 else matrix.t()
 
-        self.rank, self.dim = 0, model.config.dim
+        self.rank = 0
         self.label, self.start = model.class_embedding(labels), model.start_embedding
         self.token_embedding, self.positions = weight, model._position_embedding()
-        turns = torch.view_as_complex(model.rotations.float())[:, :, None]  # (N, 2, 1, width / 2)
+        turns = torch.view_as_complex(model.rotations.to(self.exact))[:, :, None] * width**0.5  # (N, 2, 1, width / 2)
         self.layers = []
         for block in model.blocks:
-            gains = torch.stack([block.gain, torch.ones_like(block.gain)]).float()  # of queries and keys
-            self.layers.append((
-                pack(block.qkv.weight, block.attention_norm.weight), turns * gains, weight.new_empty(size),
-                pack(block.project.weight), pack(block.gate_up.weight, block.mlp_norm.weight), pack(block.down.weight),
-            ))  # fmt: skip
-        self.head = pack(model.head.weight, model.norm.weight)
-        self.split = (3, heads, width)
+            gains = torch.stack([block.gain, torch.ones_like(block.gain)]).to(self.exact)  # of queries and keys
+            cache = weight.new_empty(len(labels), 2, heads, len(model.grid), width)
+            weights = (pack(block.qkv.weight, block.attention_norm), pack(block.project.weight),
+                       pack(block.gate_up.weight, block.mlp_norm), pack(block.down.weight))  # fmt: skip
+            self.layers.append((turns * gains, cache, *weights))
+        self.head = pack(model.head.weight, model.norm)
+
+    def direction(self, x: Tensor) -> Tensor:
+        """`x` scaled to unit length along its last axis: its RMS norm but for a factor, which the weights hold."""
+        return (x / torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=self.exact).clamp_min_(TINY)).to(x.dtype)
 
     def step(self, token: Tensor | None) -> Tensor:
         """Logits `(B, vocab_size)` of the next position, given the last one's `token` `(B,)`."""
-        rank, shape = self.rank, (self.dim,)
-        x = self.start if token is None else F.embedding(token, self.token_embedding)
+        rank, split = self.rank, self.split
+        x = self.start if token is None else self.token_embedding.index_select(0, token)
         x = x + self.label + self.positions[rank]
-        for qkv_weight, turns, cache, project, gate_up, down in self.layers:
-            qkv = torch.mm(F.rms_norm(x, shape, eps=EPS), qkv_weight).unflatten(1, self.split)
-            pairs = F.rms_norm(qkv[:, :2].float(), (self.split[2],), eps=EPS).unflatten(-1, (-1, 2))
-            turned = torch.view_as_real(torch.view_as_complex(pairs) * turns[rank]).flatten(-2).to(x.dtype)
-            cache[0, :, :, rank] = turned[:, 1]
-            cache[1, :, :, rank] = qkv[:, 2]
-            keys, values = cache[:, :, :, : rank + 1]
-            attended = F.scaled_dot_product_attention(turned[:, 0].unsqueeze(2), keys, values)
-            x = torch.addmm(x, attended.flatten(1), project)
-            gate, up = torch.mm(F.rms_norm(x, shape, eps=EPS), gate_up).chunk(2, 1)
+        for turns, cache, qkv_weight, project, gate_up, down in self.layers:
+            qkv = torch.mm(self.direction(x), qkv_weight).view(split).to(self.exact)
+            both = qkv[:, :2]  # queries and keys, turned in place
+            lengths = torch.linalg.vector_norm(both, dim=-1, keepdim=True).clamp_min_(TINY)
+            torch.view_as_complex(both.view(split[0], 2, split[2], -1, 2)).mul_(turns[rank] / lengths)
+            cache.select(3, rank).copy_(qkv[:, 1:])
+            keys, values = cache.narrow(3, 0, rank + 1).unbind(1)
+            attended = F.scaled_dot_product_attention(qkv[:, 0].unsqueeze(2).to(x.dtype), keys, values)
+            x = torch.addmm(x, attended.view(split[0], -1), project)
+            gate, up = torch.mm(self.direction(x), gate_up).chunk(2, 1)
             x = torch.addmm(x, F.silu(gate).mul_(up), down)
         self.rank += 1
-        return torch.mm(F.rms_norm(x, shape, eps=EPS), self.head)
+        return torch.mm(self.direction(x), self.head)

@@ -119,7 +119,7 @@ def test_a_token_is_the_argmax_of_its_own_logits_and_noise(name, order, settings
     known = torch.rand(5, 3, 4) < part
     drawn = model.sample(5, labels, generator=generators(5), tokens=given, known=known, **settings)
     for k in range(5):
-        noise = -torch.empty(12, 5).exponential_(generator=generators(5)[k]).log()
+        noise = -(-torch.rand(12, 5, generator=generators(5)[k], dtype=torch.float64).log()).float().log()
         tokens = torch.zeros(1, 12, dtype=torch.long)
         for rank, position in enumerate(model.order.tolist()):
             logits = model(tokens.reshape(1, 3, 4), labels[k : k + 1])[0, position] / settings.get("temperature", 1.0)
@@ -158,6 +158,19 @@ def test_an_image_does_not_depend_on_its_batch(name, settings):
             for part, at in zip(labels.split(size), torch.arange(9).split(size), strict=True)
         ]
         assert torch.equal(torch.cat(parts), together), f"batches of {size}"
+
+
+@every_prior
+def test_rows_at_once_do_not_show(name, monkeypatch):
+    """However a batch is cut up, the images are the same, and each is made once."""
+    model = make_prior(name)
+    labels, known, tokens = torch.arange(11) % 3, torch.rand(11, 3, 4) < 0.3, torch.randint(5, (11, 3, 4))
+    settings = {"tokens": tokens, "known": known}
+    whole = [model.sample(11, labels, generator=generators(11), guidance_scale=s, **settings) for s in (1.0, 2.0)]
+    for rows in (1, 4, 5, 8):
+        monkeypatch.setattr(model, "rows_at_once", lambda rows=rows: rows)
+        cut = [model.sample(11, labels, generator=generators(11), guidance_scale=s, **settings) for s in (1.0, 2.0)]
+        assert torch.equal(cut[0], whole[0]) and torch.equal(cut[1], whole[1])
 
 
 @every_prior
