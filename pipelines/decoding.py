@@ -69,6 +69,7 @@ def decode_all(rows: Rows, positions: NDArray[np.int64], shape: Shape, room: int
 
 
 def decode_chunk(rows: Rows, shape: Shape, indices: list[int]) -> list[tuple[str, NDArray[np.uint8] | str]]:
+    """(path or row, pixels or the reason why there are none) of the images at these indices."""
     return [(name, try_decode(payload, shape)) for name, payload in rows.read(indices)]
 
 

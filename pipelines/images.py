@@ -160,6 +160,7 @@ def number_labels(parts: list[Rows]) -> tuple[list[NDArray[np.int64] | None], li
 
 
 def is_label(label: Any) -> bool:
+    """Whether a value can be a class: a name, or a whole number that is not negative."""
     return isinstance(label, str) or (isinstance(label, int) and label >= 0)
 
 

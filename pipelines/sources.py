@@ -120,6 +120,7 @@ def digits() -> dict[str, Rows]:
 
 
 def read_array(images: NDArray[np.uint8], split: str, indices: Sequence[int]) -> list[tuple[str, Payload]]:
+    """(row, pixels) of each image asked for, from an array `(n, H, W)`."""
     return [(f"row {i} of {split}", images[i]) for i in indices]
 
 
@@ -158,10 +159,12 @@ def find_images(folder: Path) -> list[Path]:
 
 
 def is_image_name(name: str) -> bool:
+    """Whether a file is named like an image."""
     return os.path.splitext(name)[1].lower() in SUFFIXES
 
 
 def read_paths(paths: list[Path], indices: Sequence[int]) -> list[tuple[str, Payload]]:
+    """(path, path) of each image asked for."""
     return [(str(paths[i]), paths[i]) for i in indices]
 
 
@@ -169,6 +172,7 @@ def read_paths(paths: list[Path], indices: Sequence[int]) -> list[tuple[str, Pay
 
 
 def is_table(path: Path) -> bool:
+    """Whether a file is a table of images: parquet, or the metadata of a folder."""
     return path.suffix == ".parquet" or path.name in ("metadata.csv", "metadata.jsonl")
 
 
@@ -230,4 +234,5 @@ def read_table(table: Any, column: str, split: str, indices: Sequence[int]) -> l
 
 
 def show_progress() -> bool:
+    """Whether a progress bar would be seen, and by one process only."""
     return is_first_process() and sys.stderr.isatty()

@@ -1,7 +1,8 @@
 """A codebook moved by running means of the vectors it is nearest to (van den Oord et al. 2017, appendix A.1).
 
 Counts and sums are added up over all ranks, so every rank holds the same codebook to the bit. A code that is hardly
-used is revived at a vector of the current batch (Dhariwal et al. 2020, Jukebox).
+used is revived at a vector of the current batch (Dhariwal et al. 2020, Jukebox). The codebook moves at every forward
+pass in training, so with gradient accumulation at every micro-batch.
 """
 
 from __future__ import annotations
