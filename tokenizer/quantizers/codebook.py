@@ -12,7 +12,8 @@ from torch import Tensor
 from ..pretrained import ModelConfig, setting
 from .base import Quantized, Quantizer, straight_through
 
-SEARCH_ELEMENTS = 1 << 24  # distances held at a time
+# Distances held at a time on a CPU, which re-uses small blocks of memory; on a GPU 64 times as many.
+SEARCH_ELEMENTS = 1 << 20
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,9 +90,10 @@ def rows_of(z: Tensor) -> Tensor:
 
 def nearest(rows: Tensor, codebook: Tensor) -> Tensor:
     """Index of the nearest code, `(n,)`, for rows `(n, D)` and codes `(V, D)`: argmin |e|^2 - 2 z.e, as |z|^2 does not
-    matter. At most `SEARCH_ELEMENTS` distances are held at a time."""
+    matter. Only so many distances are held at a time."""
     squares, transposed = codebook.square().sum(1), codebook.t()
-    parts = rows.split(max(1, SEARCH_ELEMENTS // len(codebook)))
+    held = SEARCH_ELEMENTS if rows.device.type == "cpu" else 64 * SEARCH_ELEMENTS
+    parts = rows.split(max(1, held // len(codebook)))
     found = [torch.addmm(squares, part, transposed, alpha=-2).argmin(1) for part in parts]
     return found[0] if len(found) == 1 else torch.cat(found)
 
