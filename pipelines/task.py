@@ -16,10 +16,12 @@ class Task:
     """Saved, averaged and evaluated."""
     nets: dict[str, nn.Module]
     players: dict[str, list[nn.Parameter]]
-    """Each takes a turn in every step, with its own optimizer."""
+    """Each takes a turn in every step, with its own optimizer; without any, the model is saved as it is."""
     rows: int
     """Size of the training set."""
     tokens_per_row: int
+    progress: float = 0.0
+    """Share of training done, in [0, 1], told by the loop before each step."""
 
     def batch(self, indices: np.ndarray, epochs: np.ndarray, seed: int) -> Any:
         """The training samples at `indices` in their `epochs`, a tuple of tensors; a pure function."""

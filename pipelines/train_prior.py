@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
@@ -53,7 +52,7 @@ class TrainPriorConfig(Config):
 
 
 class PriorTask(Task):
-    """One player: the prior. The loss is the mean negative log-likelihood per token, in nats."""
+    """One player: the prior."""
 
     def __init__(self, config: TrainPriorConfig) -> None:
         self.config, self.data = config, load_tokens(config.tokens)
@@ -78,10 +77,10 @@ class PriorTask(Task):
         return self.train_split.tokens[rows].long(), torch.where(dropped, null, labels[rows].long())
 
     def loss(self, player: str, batch: Any, step: int) -> tuple[Tensor, dict[str, Tensor]]:
-        """Cross-entropy in nats per token."""
+        """The prior's own objective in nats per token, on the orders or masks that it draws for this step."""
         tokens, labels = batch
-        logits = self.nets["model"](tokens, labels).float()
-        loss = F.cross_entropy(logits.flatten(0, 1), tokens.flatten())
+        inputs = self.model.training_inputs(tokens, self.progress)
+        loss = self.model.loss(self.nets["model"](tokens, labels, **inputs), tokens, **inputs)
         return loss, {"bits_per_token": loss.detach() / math.log(2)}
 
     def preview(self, model: nn.Module) -> dict[str, np.ndarray]:

@@ -8,22 +8,27 @@ The base class owns the slow, obviously right algorithms; a model writes `forwar
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from tokenizer.base import TokenGrid
 from tokenizer.pretrained import ModelConfig, PretrainedModel, setting
 
 from .orders import make_order, order_problem
+from .parallel import sample_parallel
+from .requests import Order, Rows, check_labels, check_order, choose_walk, known_tokens
 from .sampling import Generators, GumbelNoise, Sampler, image_generators
 
 FEW_ROWS = 4
 """From so many rows on, a row's matrix products are the same whatever the other rows (measured on CPU)."""
+PARALLEL_NUMBERS = 1 << 25  # logits held at once when sampling in parallel
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,6 +53,7 @@ class State:
 
     tokens: Tensor
     labels: Tensor
+    order: Tensor | None = None
     rank: int = 0
 
 
@@ -56,6 +62,8 @@ class Prior(PretrainedModel, family="prior"):
 
     exact: bool = True
     """False where `log_prob` is only a bound."""
+    any_order: bool = False
+    """Whether `forward`, `log_prob` and `sample` take any other `order` than the model's own."""
     order: Tensor
     """(N,) int64; `order[r]` is the raster index of the r-th token."""
 
@@ -69,25 +77,60 @@ class Prior(PretrainedModel, family="prior"):
         """Teacher-forced logits `(B, N, vocab_size)`, raster order; `logits[:, i]` sees only tokens ranked before i.
 
         tokens: `(B, *grid.shape)`; labels: `(B,)`, where `num_classes` is the null class; None is the null class.
+        A model with `any_order` has a third argument, `order`: `(N,)` or `(B, N)`, None for its own.
         """
         raise NotImplementedError
+
+    # Training
 
     def initialize(self, tokens: Tensor, labels: Tensor | None) -> None:  # noqa: B027 (most models need not look)
         """Called once with the whole training set before training, for models that start from its statistics."""
 
-    def token_log_probs(self, tokens: Tensor, labels: Tensor | None = None) -> Tensor:
+    def training_inputs(self, tokens: Tensor, progress: float) -> dict[str, Any]:
+        """What else `forward` and `loss` are given in a training step on `tokens`: here a model draws orders or masks.
+
+        Randomness comes from torch's global generator, which the loop seeds by (seed, rank, step). progress: the share
+        of training that is done, in [0, 1].
+        """
+        return {}
+
+    def loss(self, logits: Tensor, tokens: Tensor, **inputs: Any) -> Tensor:
+        """What training minimises, in nats per token: the mean negative log-likelihood. inputs: `training_inputs`."""
+        return F.cross_entropy(logits.float().flatten(0, 1), tokens.flatten())
+
+    # Likelihood
+
+    def token_log_probs(self, tokens: Tensor, labels: Tensor | None = None, order: Order = None) -> Tensor:
         """log p of each token given those before it, `(B, *grid.shape)` float32 nats. The likelihood, written once.
 
-        Raises `ValueError` for tokens or labels out of range.
+        order: a name, `(N,)` or `(B, N)`, for a model with `any_order`; None is its own. Raises `ValueError` for
+        tokens, labels or an order out of range.
         """
         self.grid.check(tokens)
-        logits = self(tokens, self.check_labels(labels, len(tokens))).float()
+        order, labels = check_order(self, order, len(tokens)), check_labels(self, labels, len(tokens))
+        logits = self(tokens, labels, **_given(order)).float()
         ids = tokens.reshape(len(tokens), -1, 1).long()
         return logits.log_softmax(-1).gather(-1, ids).reshape(tokens.shape)
 
-    def log_prob(self, tokens: Tensor, labels: Tensor | None = None) -> Tensor:
-        """log p(tokens | labels), `(B,)` nats. Raises `ValueError` for tokens or labels out of range."""
-        return self.token_log_probs(tokens, labels).flatten(1).double().sum(1).float()
+    def log_prob(self, tokens: Tensor, labels: Tensor | None = None, order: Order = None,
+                 num_orders: int = 1) -> Tensor:  # fmt: skip
+        """log p(tokens | labels), `(B,)` nats.
+
+        num_orders: K > 1 is the density of a mixture, log (1/K) sum_k p(tokens | order_k): that of `order` and K - 1
+        random ones (`orders`). Needs `any_order`. Raises `ValueError` for tokens, labels or orders out of range.
+        """
+        orders = self.orders(num_orders, order)
+        each = [self.token_log_probs(tokens, labels, one).flatten(1).double().sum(1) for one in orders]
+        return each[0].float() if len(each) == 1 else (torch.stack(each).logsumexp(0) - math.log(len(each))).float()
+
+    def orders(self, num_orders: int, order: Order = None) -> list[Order]:
+        """The orders of a mixture: the given one (None is the model's own), then random:1, random:2, ..."""
+        if num_orders < 1 or (num_orders > 1 and not self.any_order):
+            raise ValueError(f"num_orders: {self.name} as it was made has one order" if num_orders > 1
+                             else f"num_orders must be at least 1 (got {num_orders})")  # fmt: skip
+        return [order, *(f"random:{index}" for index in range(1, num_orders))]
+
+    # Sampling
 
     def sample(
         self,
@@ -101,138 +144,119 @@ class Prior(PretrainedModel, family="prior"):
         generator: Generators = None,
         tokens: Tensor | None = None,
         known: Tensor | None = None,
+        order: Order = None,
+        num_orders: int = 1,
         cache: bool = True,
+        parallel: bool = False,
         progress: bool = False,
     ) -> Tensor:
         """Draw tokens `(num_images, *grid.shape)`, one position of the order at a time.
 
         generator: one, or a list with one per image; image k depends on its own generator alone, not on its batch.
-        tokens, known: where bool `known` (`grid.shape` or `(B, *grid.shape)`) holds, `tokens` is kept; a drawn token
-        is conditioned on the known ones before it in the order. cache: False recomputes everything at every step.
-        Raises `ValueError` for arguments out of range.
+        tokens, known: where bool `known` (`grid.shape` or `(B, *grid.shape)`) holds, `tokens` is kept. A model with
+        `any_order` walks the known tokens first, so that all others are conditioned on all of them; any other model
+        conditions a drawn token on the known ones before it in its order. order, num_orders: as for `log_prob`; each
+        image is drawn in one of the orders. cache: False recomputes everything at every step. parallel: the same
+        tokens from fewer passes over the whole grid (`prior.parallel`). Raises `ValueError` for arguments out of range.
         """
         sampler = Sampler(temperature, top_k, top_p, guidance_scale)
         if num_images < 1:
             raise ValueError(f"num_images must be at least 1 (got {num_images})")
-        labels = self.check_labels(labels, num_images)
+        labels = check_labels(self, labels, num_images)
         if guidance_scale != 1 and (labels is None or bool((labels == self.num_classes).all())):
             raise ValueError("guidance_scale other than 1 needs labels to guide towards")
         if labels is None:
             labels = torch.full((num_images,), self.num_classes, device=self.device)
-        given, keep = self._known(tokens, known, num_images)
+        given, keep = known_tokens(self, tokens, known, num_images)
         generators = image_generators(generator, num_images)
-        images = max(FEW_ROWS, (self.rows_at_once() or num_images) // (1 if guidance_scale == 1 else 2))
-        shares = torch.arange(num_images).chunk(-(-num_images // images))
+        walk = choose_walk(self, order, num_orders, keep, generators)
+        path = (self.order if walk is None else walk).expand(num_images, -1)
+        rows = Rows(labels, generators, given.gather(1, path), keep.gather(1, path), walk)
+        images = self.parallel_rows() if parallel else self.rows_at_once() or num_images
+        images = max(FEW_ROWS, images // sampler.copies)
         with torch.inference_mode(), self._evaluating():
             parts = []
-            for share in shares:
-                part = slice(int(share[0]), int(share[-1]) + 1)
-                draw = self._sample_few if len(share) * (1 if guidance_scale == 1 else 2) < FEW_ROWS else self._sample
-                parts.append(draw(labels[part], sampler, generators[part], given[part], keep[part], cache, progress)[0])
-        return (
-            torch.cat(parts).reshape(num_images, *self.grid.shape).clone()
-        )  # no inference tensor: it may be trained on
+            for share in torch.arange(num_images).chunk(-(-num_images // images)):
+                part = rows[int(share[0]) : int(share[-1]) + 1]
+                parts.append(self._draw(part, sampler, cache, parallel, progress))
+            drawn = torch.empty_like(given).scatter_(1, path, torch.cat(parts))
+        return drawn.reshape(num_images, *self.grid.shape).clone()  # no inference tensor: it may be trained on
 
     def rows_at_once(self) -> int | None:
         """How many rows to sample together, where that is faster than all at once; None is all at once."""
         return None
 
-    def _sample_few(self, labels: Tensor, sampler: Sampler, generators: list[torch.Generator], given: Tensor,
-                    keep: Tensor, cache: bool, progress: bool) -> tuple[Tensor, float]:  # fmt: skip
+    def parallel_rows(self) -> int:
+        """How many rows to sample together in parallel passes: their logits are held whole."""
+        return max(1, PARALLEL_NUMBERS // (len(self.grid) * self.grid.vocab_size))
+
+    def _draw(self, rows: Rows, sampler: Sampler, cache: bool, parallel: bool, progress: bool) -> Tensor:
+        """Tokens `(B, N)` in the order of the walk."""
+        if parallel:
+            return sample_parallel(self, rows, sampler).tokens
+        draw = self._sample_few if len(rows) * sampler.copies < FEW_ROWS else self._sample
+        return draw(rows, sampler, cache, progress)[0]
+
+    def _sample_few(self, rows: Rows, sampler: Sampler, cache: bool, progress: bool) -> tuple[Tensor, float]:
         """Fewer than `FEW_ROWS` rows are multiplied by other kernels, whose last bits differ from a large batch's. So
         that image k does not depend on its batch, a draw that was a close call is made again, padded to `FEW_ROWS`."""
-        count, padding = len(labels), FEW_ROWS
         if not sampler.filters:
-            states = [generator.get_state() for generator in generators]
-            drawn, lead = self._sample(labels, sampler, generators, given, keep, cache, progress)
+            states = [generator.get_state() for generator in rows.generators]
+            drawn, lead = self._sample(rows, sampler, cache, progress)
             if lead > sampler.tolerance:
                 return drawn, lead
-            for generator, generator_state in zip(generators, states, strict=True):
+            for generator, generator_state in zip(rows.generators, states, strict=True):
                 generator.set_state(generator_state)
-        labels, given, keep = (torch.cat([x, x[:1].expand(padding, *x.shape[1:])]) for x in (labels, given, keep))
-        generators = generators + [torch.Generator(generators[0].device).manual_seed(0) for _ in range(padding)]
-        drawn, lead = self._sample(labels, sampler, generators, given, keep, cache, progress)
-        return drawn[:count], lead
+        drawn, lead = self._sample(rows.padded(FEW_ROWS), sampler, cache, progress)
+        return drawn[: len(rows)], lead
 
-    def _sample(self, labels: Tensor, sampler: Sampler, generators: list[torch.Generator], given: Tensor, keep: Tensor,
-                cache: bool, progress: bool) -> tuple[Tensor, float]:  # fmt: skip
-        """Tokens `(B, N)`, and (for few rows) by how much the closest decision was won."""
-        guided = sampler.guidance_scale != 1
-        noise = GumbelNoise(generators, len(self.grid), self.grid.vocab_size, self.device)
-        rows = torch.cat([labels, torch.full_like(labels, self.num_classes)]) if guided else labels
+    def _sample(self, rows: Rows, sampler: Sampler, cache: bool, progress: bool) -> tuple[Tensor, float]:
+        """Tokens `(B, N)` in the order of the walk, and (for few rows) by how much the closest decision was won."""
+        noise = GumbelNoise(rows.generators, len(self.grid), self.grid.vocab_size, self.device)
+        labels, order = sampler.doubled(rows.labels, self.num_classes), sampler.doubled(rows.order)
         start, next_logits = (self.start, self.next_logits) if cache else (self.start_slow, self.next_logits_slow)
-        state: Any = start(len(rows), rows)
-        drawn, token, leads = given.clone(), None, []
-        kept = keep.any(0).tolist()
-        for rank, at in enumerate(_progress(self.order.tolist(), progress)):
+        state: Any = start(len(labels), labels, **_given(order))
+        drawn, token, leads = rows.given.clone(), None, []
+        kept = rows.keep.any(0).tolist()
+        for rank in _progress(len(self.grid), progress):
             scores = sampler.scores(sampler.guide(next_logits(state, token).float()), noise.at(rank))
-            if len(rows) < FEW_ROWS and scores.shape[-1] > 1:
+            if len(labels) < FEW_ROWS and scores.shape[-1] > 1:
                 best, ids = scores.topk(2)
                 chosen = ids[:, 0]
                 leads.append(best[:, 0] - best[:, 1])
             else:
                 chosen = scores.argmax(-1)
-            if kept[at]:
-                chosen = torch.where(keep[:, at], drawn[:, at], chosen)
-            drawn[:, at] = chosen
-            token = torch.cat([chosen, chosen]) if guided else chosen
+            if kept[rank]:
+                chosen = torch.where(rows.keep[:, rank], drawn[:, rank], chosen)
+            drawn[:, rank] = chosen
+            token = torch.cat([chosen] * sampler.copies) if sampler.copies > 1 else chosen
         return drawn, float(torch.stack(leads).min()) if leads else float("inf")
 
-    def start(self, num_images: int, labels: Tensor | None) -> Any:
-        """Begin an incremental pass over `num_images` rows; returns the state that `next_logits` advances."""
-        return self.start_slow(num_images, labels)
+    def start(self, num_images: int, labels: Tensor | None, order: Tensor | None = None) -> Any:
+        """Begin an incremental pass over `num_images` rows; returns the state that `next_logits` advances. order:
+        `(N,)` or `(B, N)` for a model with `any_order`; None is its own."""
+        return self.start_slow(num_images, labels, order)
 
     def next_logits(self, state: Any, token: Tensor | None) -> Tensor:
         """Logits `(B, vocab_size)` of the next position in the order, given the last position's `token` `(B,)` (None
         at the first)."""
         return self.next_logits_slow(state, token)
 
-    def start_slow(self, num_images: int, labels: Tensor | None) -> State:
+    def start_slow(self, num_images: int, labels: Tensor | None, order: Tensor | None = None) -> State:
         """`start` of the path that recomputes everything: right by construction."""
         if labels is None:
             labels = torch.full((num_images,), self.num_classes, device=self.device)
-        return State(torch.zeros(num_images, len(self.grid), dtype=torch.long, device=self.device), labels)
+        return State(torch.zeros(num_images, len(self.grid), dtype=torch.long, device=self.device), labels, order)
 
     def next_logits_slow(self, state: State, token: Tensor | None) -> Tensor:
         """`next_logits` by one forward pass over the whole grid."""
+        count = len(state.tokens)
+        path = (self.order if state.order is None else state.order).expand(count, -1)
         if token is not None:
-            state.tokens[:, self.order[state.rank - 1]] = token
-        logits = self(state.tokens.reshape(-1, *self.grid.shape), state.labels)[:, self.order[state.rank]]
+            state.tokens.scatter_(1, path[:, state.rank - 1, None], token[:, None])
+        logits = self(state.tokens.reshape(-1, *self.grid.shape), state.labels, **_given(state.order))
         state.rank += 1
-        return logits
-
-    def check_labels(self, labels: Tensor | None, count: int) -> Tensor | None:
-        """`labels` as int64 `(count,)` on the model's device. Raises `ValueError` out of `[0, num_classes]`."""
-        if labels is None:
-            return None
-        labels = torch.as_tensor(labels, device=self.device)
-        if labels.shape != (count,) or labels.dtype.is_floating_point:
-            raise ValueError(f"labels should be {count} whole numbers, got {labels.dtype} of {tuple(labels.shape)}")
-        if count and (int(labels.min()) < 0 or int(labels.max()) > self.num_classes):
-            raise ValueError(
-                f"labels should lie in [0, {self.num_classes}) (and {self.num_classes} is the null class), "
-                f"got {int(labels.min())} to {int(labels.max())}"
-            )
-        return labels.long()
-
-    def _known(self, tokens: Tensor | None, known: Tensor | None, count: int) -> tuple[Tensor, Tensor]:
-        """Tokens to start from and which of them to keep, both `(count, N)`."""
-        if (tokens is None) != (known is None):
-            raise ValueError("`tokens` and `known` go together: known says which of the tokens to keep")
-        if tokens is None or known is None:
-            empty = torch.zeros(count, len(self.grid), dtype=torch.long, device=self.device)
-            return empty, empty.bool()
-        shape = (count, *self.grid.shape)
-        if known.dtype != torch.bool or tuple(known.shape) not in (shape, self.grid.shape):
-            raise ValueError(
-                f"known should be bool of shape {self.grid.shape} or {shape}, got {known.dtype} of {tuple(known.shape)}"
-            )
-        if tuple(tokens.shape) not in (shape, self.grid.shape):
-            raise ValueError(f"tokens should have shape {self.grid.shape} or {shape}, got {tuple(tokens.shape)}")
-        known = known.to(self.device).expand(shape).reshape(count, -1)
-        tokens = tokens.to(self.device).expand(shape).reshape(count, -1).long()
-        self.grid.check(torch.where(known, tokens, 0).reshape(shape))
-        return torch.where(known, tokens, 0), known
+        return logits[torch.arange(count, device=logits.device), path[:, state.rank - 1]]
 
     @contextmanager
     def _evaluating(self) -> Iterator[None]:
@@ -244,9 +268,14 @@ class Prior(PretrainedModel, family="prior"):
             self.train(training)
 
 
-def _progress(positions: list[int], shown: bool) -> Any:
+def _given(order: Tensor | None) -> dict[str, Tensor]:
+    """`order` as a keyword argument, for the models that have it."""
+    return {} if order is None else {"order": order}
+
+
+def _progress(count: int, shown: bool) -> Iterable[int]:
     if not shown:
-        return positions
+        return range(count)
     from tqdm import tqdm
 
-    return tqdm(positions, desc="sampling", unit="token", leave=False, disable=None)
+    return tqdm(range(count), desc="sampling", unit="token", leave=False, disable=None)

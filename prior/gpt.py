@@ -1,8 +1,9 @@
-"""The causal transformer over a grid of ids, in any fixed order.
+"""The causal transformer over a grid of ids, in any fixed order, or in every order at once.
 
 GPT (Radford et al. 2018) as image priors use it (LlamaGen, Sun et al. 2024): RMSNorm, SwiGLU, no biases, rotary
 positions on grid coordinates, queries and keys normalised per head. The input at rank r is the token of rank r - 1
-(the class at rank 0) plus the embedding of the position to be predicted, so the model is told where it is going.
+(the class at rank 0) plus the embedding of the position to be predicted, so the model is told where it is going. With
+`any_order` it is trained in random orders that give way to its own one (RAR, Yu et al. 2024).
 """
 
 from __future__ import annotations
@@ -36,6 +37,10 @@ class GPTConfig(PriorConfig):
     dropout: float = setting(0.0, "dropout on the embeddings and on each residual branch", ge=0, lt=1)
     attention_dropout: float = setting(0.0, "dropout on the attention weights", ge=0, lt=1)
     rope_base: float = setting(100.0, "longest wavelength of the rotary positions, in units of 2 pi cells", gt=1)
+    any_order: bool = setting(False, "train in random orders too, to score, sample and complete in every order")
+    anneal: tuple[float, ...] = setting((0.5, 0.75), "with any_order: from all random to random_share, between these "
+                                        "shares of training", ge=0, le=1)  # fmt: skip
+    random_share: float = setting(0.5, "with any_order: share of images in random orders after annealing", ge=0, le=1)
 
     def check(self) -> Iterator[str]:
         """Heads have to be of an even width, and the order has to exist."""
@@ -44,6 +49,8 @@ class GPTConfig(PriorConfig):
             yield f"heads: dim must be a multiple of 2 * heads (got dim {self.dim}, heads {self.heads})"
         elif len(self.grid) * self.dim // self.heads > MAX_ROTATIONS:
             yield f"heads: a grid of {len(self.grid)} tokens and heads of width {self.dim // self.heads} are too large"
+        if len(self.anneal) != 2 or self.anneal[0] > self.anneal[1]:
+            yield f"anneal: expected two ascending shares (got {list(self.anneal)})"
 
 
 class Block(nn.Module):
@@ -61,10 +68,10 @@ class Block(nn.Module):
         self.down = nn.Linear(hidden, config.dim, bias=False)
         self.dropout = nn.Dropout(config.dropout)
 
-    def forward(self, x: Tensor, rotations: Tensor) -> Tensor:  # (B, N, dim), (N, 2, dim / heads / 2, 2)
+    def forward(self, x: Tensor, rotations: Tensor) -> Tensor:  # (B, N, dim), (..., N, 2, dim / heads / 2, 2)
         q, k, v = self.qkv(self.attention_norm(x)).unflatten(-1, (3, self.heads, -1)).unbind(2)  # (B, N, heads, width)
-        q = rotate(unit(q) * self.gain, rotations[:, 0]).to(v.dtype)
-        k = rotate(unit(k), rotations[:, 1]).to(v.dtype)
+        q = rotate(unit(q) * self.gain, rotations[..., 0, :, :]).to(v.dtype)
+        k = rotate(unit(k), rotations[..., 1, :, :]).to(v.dtype)
         dropout = self.attention_dropout if self.training else 0.0
         q, k, v = (t.transpose(1, 2) for t in (q, k, v))
         attended = F.scaled_dot_product_attention(q, k, v, is_causal=True, dropout_p=dropout)
@@ -79,9 +86,10 @@ def unit(x: Tensor) -> Tensor:
 
 
 def rotate(x: Tensor, rotation: Tensor) -> Tensor:
-    """Turn each pair of `x` (B, N, heads, width) by its position's angle; rotation: (N, width / 2, 2), cos and sin."""
+    """Turn each pair of `x` (B, N, heads, width) by its position's angle, of which `rotation` ([B,] N, width / 2, 2)
+    holds cos and sin."""
     a, b = x.unflatten(-1, (-1, 2)).unbind(-1)
-    cos, sin = rotation[:, None].unbind(-1)
+    cos, sin = rotation.unsqueeze(-3).unbind(-1)
     return torch.stack([a * cos - b * sin, a * sin + b * cos], -1).flatten(-2)
 
 
@@ -90,11 +98,11 @@ class GPT(Prior, name="gpt"):
 
     Config = GPTConfig
     rotations: Tensor
-    ranks: Tensor
 
     def __init__(self, config: GPTConfig) -> None:
         super().__init__(config)
         dim, hidden = config.dim, config.hidden or -(-config.dim * 8 // 96) * 32
+        self.any_order = config.any_order
         self.token_embedding = nn.Embedding(config.grid.vocab_size, dim)
         self.class_embedding = nn.Embedding(config.num_classes + 1, dim)  # the last is the null class
         self.start_embedding = nn.Parameter(torch.empty(1, dim))
@@ -104,7 +112,6 @@ class GPT(Prior, name="gpt"):
         self.norm = nn.RMSNorm(dim, eps=EPS)
         self.head = nn.Linear(dim, config.grid.vocab_size, bias=False)
         self.register_buffer("rotations", self._rotations(), persistent=False)
-        self.register_buffer("ranks", torch.argsort(self.order), persistent=False)
         self._reset_parameters()
 
     def _reset_parameters(self) -> None:
@@ -115,38 +122,54 @@ class GPT(Prior, name="gpt"):
             for layer in (block.project, block.down):
                 nn.init.normal_(layer.weight, std=0.02 / (2 * len(self.blocks)) ** 0.5)
 
-    def _coordinates(self) -> Tensor:
-        """Grid coordinates `(N, axes)` of the order's positions."""
-        return torch.stack(torch.unravel_index(self.order, self.grid.shape), -1)
-
     def _rotations(self) -> Tensor:
-        """cos and sin per rank for queries (where the next token goes) and keys (where the last one stands):
-        `(N, 2, width / 2, 2)`, the pairs of a head shared out among the axes (2-D RoPE)."""
-        targets = self._coordinates().float()
-        sources = torch.cat([targets.new_full((1, targets.shape[1]), -1.0), targets[:-1]])
-        pairs = self.config.dim // self.config.heads // 2
-        axis = torch.arange(pairs, device="cpu") % targets.shape[1]
-        step = torch.arange(pairs, device="cpu") // targets.shape[1]
-        frequency = self.config.rope_base ** (-step / max(1, -(-pairs // targets.shape[1])))
-        angles = torch.stack([targets, sources], 1)[..., axis] * frequency
+        """cos and sin per raster position, and at the end those of the start: `(N + 1, width / 2, 2)`, the pairs of a
+        head shared out among the axes (2-D RoPE)."""
+        cells = torch.cartesian_prod(*(torch.arange(size, device="cpu") for size in self.grid.shape))
+        cells = torch.cat([cells.reshape(len(self.grid), -1).float(), cells.new_full((1, len(self.grid.shape)), -1.0)])
+        pairs, axes = self.config.dim // self.config.heads // 2, len(self.grid.shape)
+        axis, step = torch.arange(pairs, device="cpu") % axes, torch.arange(pairs, device="cpu") // axes
+        angles = cells[:, axis] * self.config.rope_base ** (-step / max(1, -(-pairs // axes)))
         return torch.stack([angles.cos(), angles.sin()], -1)
 
-    def _position_embedding(self) -> Tensor:
-        """`(N, dim)` in the order: the sum of each target's embedding along every axis."""
-        coordinates = torch.unravel_index(self.order, self.grid.shape)
+    def turns(self, order: Tensor) -> Tensor:
+        """Rotations per rank of queries (where the next token goes) and keys (where the last one stands):
+        `([B,] N, 2, width / 2, 2)` for an order `([B,] N)`."""
+        sources = torch.cat([order.new_full((*order.shape[:-1], 1), len(self.grid)), order[..., :-1]], -1)
+        return self.rotations[torch.stack([order, sources], -1)]
+
+    def positions(self, order: Tensor) -> Tensor:
+        """`([B,] N, dim)` for an order `([B,] N)`: the sum of each target's embedding along every axis."""
+        coordinates = torch.unravel_index(order, self.grid.shape)
         return sum(table[at] for table, at in zip(self.axis_embeddings, coordinates, strict=True))
 
-    def forward(self, tokens: Tensor, labels: Tensor | None = None) -> Tensor:
-        """Teacher-forced logits `(B, N, vocab_size)`, raster order; `logits[:, i]` sees only tokens ranked before i."""
+    def forward(self, tokens: Tensor, labels: Tensor | None = None, order: Tensor | None = None) -> Tensor:
+        """Teacher-forced logits `(B, N, vocab_size)`, raster order; `logits[:, i]` sees only tokens ranked before i.
+
+        order: `(N,)` or `(B, N)`; None is the model's own.
+        """
         if labels is None:
             labels = torch.full((len(tokens),), self.num_classes, device=tokens.device)
-        walked = tokens.flatten(1)[:, self.order[:-1]].long()
+        order = self.order if order is None else order
+        walked = tokens.flatten(1).long().gather(1, order[..., :-1].expand(len(tokens), -1))
         label = self.class_embedding(labels)[:, None]
         inputs = torch.cat([self.start_embedding.expand_as(label), self.token_embedding(walked)], 1)
-        x = self.dropout(inputs + label + self._position_embedding())
+        x = self.dropout(inputs + label + self.positions(order))
+        turns = self.turns(order)
         for block in self.blocks:
-            x = block(x, self.rotations)
-        return self.head(self.norm(x))[:, self.ranks]
+            x = block(x, turns)
+        raster = order.argsort(-1)[..., None].expand(x.shape)
+        return self.head(self.norm(x.gather(1, raster)))
+
+    def training_inputs(self, tokens: Tensor, progress: float) -> dict[str, Any]:
+        """With `any_order`, an order per image: a random one, or in ever more images the model's own (RAR, eq. 4)."""
+        if not self.any_order:
+            return {}
+        begin, end = self.config.anneal
+        left = 1.0 if progress < begin else max(0.0, (end - progress) / max(end - begin, 1e-9))
+        share = self.config.random_share + (1 - self.config.random_share) * left
+        shuffled = torch.rand(len(tokens), len(self.grid)).argsort(1).to(tokens.device)
+        return {"order": torch.where(torch.rand(len(tokens), 1).to(tokens.device) < share, shuffled, self.order)}
 
     def rows_at_once(self) -> int | None:
         """On a CPU, as many rows as have their keys and values in its cache, unless the weights outgrow it anyway."""
@@ -155,11 +178,11 @@ class GPT(Prior, name="gpt"):
             return None
         return max(1, CPU_CACHE // (2 * self.config.depth * len(self.grid) * self.config.dim * size))
 
-    def start(self, num_images: int, labels: Tensor | None) -> Cache:
+    def start(self, num_images: int, labels: Tensor | None, order: Tensor | None = None) -> Cache:
         """Allocate the cache once, and lay the weights out for one-token steps."""
         if labels is None:
             labels = torch.full((num_images,), self.num_classes, device=self.device)
-        return Cache(self, labels)
+        return Cache(self, labels, self.order if order is None else order)
 
     def next_logits(self, state: Cache, token: Tensor | None) -> Tensor:
         """One token through all blocks, attending to the cached keys and values of those before it."""
@@ -174,7 +197,7 @@ class Cache:
     are read fastest; from four rows on `(out, in)` ones are.
     """
 
-    def __init__(self, model: GPT, labels: Tensor) -> None:
+    def __init__(self, model: GPT, labels: Tensor, order: Tensor) -> None:
         heads, width, weight = model.config.heads, model.config.dim // model.config.heads, model.token_embedding.weight
         self.exact = torch.float64 if weight.dtype == torch.float64 else torch.float32  # for norms and rotations
         self.split = (len(labels), 3, heads, width)
@@ -185,15 +208,18 @@ class Cache:
 
         self.rank = 0
         self.label, self.start = model.class_embedding(labels), model.start_embedding
-        self.token_embedding, self.positions = weight, model._position_embedding()
-        turns = torch.view_as_complex(model.rotations.to(self.exact))[:, :, None] * width**0.5  # (N, 2, 1, width / 2)
+        self.token_embedding, self.positions = weight, model.positions(order).movedim(-2, 0)  # (N, [B,] dim)
+        turns = torch.view_as_complex(model.turns(order).to(self.exact)).unsqueeze(-2) * width**0.5
+        self.turns = turns.movedim(-4, 0).contiguous()  # (N, [B,] 2, 1, width / 2)
         self.layers = []
         for block in model.blocks:
             gains = torch.stack([block.gain, torch.ones_like(block.gain)]).to(self.exact)  # of queries and keys
             cache = weight.new_empty(len(labels), 2, heads, len(model.grid), width)
             weights = (pack(block.qkv.weight, block.attention_norm), pack(block.project.weight),
                        pack(block.gate_up.weight, block.mlp_norm), pack(block.down.weight))  # fmt: skip
-            self.layers.append((turns * gains, cache, *weights))
+            # An order for all is folded in once; an order per image at each step, or the table would fill a cache.
+            self.layers.append((self.turns * gains if order.ndim == 1 else gains, cache, *weights))
+        self.folded = order.ndim == 1
         self.head = pack(model.head.weight, model.norm)
 
     def direction(self, x: Tensor) -> Tensor:
@@ -205,11 +231,12 @@ class Cache:
         rank, split = self.rank, self.split
         x = self.start if token is None else self.token_embedding.index_select(0, token)
         x = x + self.label + self.positions[rank]
-        for turns, cache, qkv_weight, project, gate_up, down in self.layers:
+        for gains, cache, qkv_weight, project, gate_up, down in self.layers:
+            turn = gains[rank] if self.folded else self.turns[rank] * gains
             qkv = torch.mm(self.direction(x), qkv_weight).view(split).to(self.exact)
             both = qkv[:, :2]  # queries and keys, turned in place
             lengths = torch.linalg.vector_norm(both, dim=-1, keepdim=True).clamp_min_(TINY)
-            torch.view_as_complex(both.view(split[0], 2, split[2], -1, 2)).mul_(turns[rank] / lengths)
+            torch.view_as_complex(both.view(split[0], 2, split[2], -1, 2)).mul_(turn / lengths)
             cache.select(3, rank).copy_(qkv[:, 1:])
             keys, values = cache.narrow(3, 0, rank + 1).unbind(1)
             attended = F.scaled_dot_product_attention(qkv[:, 0].unsqueeze(2).to(x.dtype), keys, values)

@@ -43,7 +43,7 @@ class Marginal(Prior, name="marginal"):
             counts.scatter_add_(1, mine.t(), torch.ones_like(mine.t(), dtype=counts.dtype))
             self.table[label] = ((counts + 1) / (len(mine) + self.grid.vocab_size)).log()
 
-    def start(self, num_images: int, labels: Tensor | None) -> list[Tensor]:
+    def start(self, num_images: int, labels: Tensor | None, order: Tensor | None = None) -> list[Tensor]:
         """The remaining positions' logits, each `(B, vocab_size)`."""
         empty = torch.empty(num_images, 0, device=self.device)
         return list(self(empty, labels)[:, self.order].unbind(1))[::-1]

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -45,9 +46,21 @@ class Sampler:
         return self.top_k is not None or self.top_p is not None
 
     @property
+    def copies(self) -> int:
+        """Rows per image: guidance needs a second one, without the label."""
+        return 1 if self.guidance_scale == 1 else 2
+
+    @property
     def tolerance(self) -> float:
         """A lead of the winning score that rounding in the logits (about 1e-6) can not overturn."""
         return 1e-4 * (1 + self.guidance_scale) / min(1.0, self.temperature or 1.0)
+
+    def doubled(self, rows: Tensor | None, null: int | None = None) -> Any:
+        """`rows` (B, ...), a second time below if guidance needs it, filled with `null` if given. What all rows share
+        (an order `(N,)`, None) stays as it is."""
+        if self.copies == 1 or rows is None or (null is None and rows.ndim == 1):
+            return rows
+        return torch.cat([rows, rows if null is None else torch.full_like(rows, null)])
 
     def guide(self, logits: Tensor) -> Tensor:
         """Logits `(B, V)` from those of B conditional and then B unconditional rows; as they are when scale is 1."""
@@ -103,7 +116,7 @@ class GumbelNoise:
     """
 
     def __init__(self, generators: list[torch.Generator], num_tokens: int, vocab_size: int, device: torch.device):
-        self.generators, self.device = generators, device
+        self.generators, self.num_tokens, self.device = generators, num_tokens, device
         self.positions = max(1, min(num_tokens, NOISE_BLOCK // vocab_size))
         self.shape = (self.positions, vocab_size)
         self.block: Tensor = torch.empty(0)
@@ -112,10 +125,18 @@ class GumbelNoise:
     def at(self, rank: int) -> Tensor:
         """Noise `(B, V)` of the `rank`-th token; ranks are asked for in ascending order, none left out."""
         while rank >= self.drawn:
-            rows = [gumbel(self.shape, generator) for generator in self.generators]
-            self.block = torch.stack(rows, 1).to(self.device)
-            self.drawn += self.positions
+            self.block = self._next_block()
         return self.block[rank - (self.drawn - self.positions)]
+
+    def whole(self) -> Tensor:
+        """Noise `(B, N, V)` of all positions at once."""
+        blocks = [self._next_block() for _ in range(-(-self.num_tokens // self.positions))]
+        return torch.cat(blocks)[: self.num_tokens].transpose(0, 1)
+
+    def _next_block(self) -> Tensor:  # (positions, B, V)
+        rows = [gumbel(self.shape, generator) for generator in self.generators]
+        self.drawn += self.positions
+        return torch.stack(rows, 1).to(self.device)
 
 
 def gumbel(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:

@@ -11,11 +11,16 @@ from tokenizer.quantizers import Quantizer
 # Smaller than the defaults, where a model has sizes; a model that is not listed is tested at its defaults.
 SMALL: dict[str, dict[str, Any]] = {
     "gpt": {"dim": 32, "depth": 2, "heads": 2},
+    "masked": {"dim": 32, "depth": 2, "heads": 2},
     "vqvae": {"widths": (16,), "blocks": (1,), "quantizer": {"kind": "ema", "codes": 32, "dim": 8}},
     "ema": {"codes": 32, "dim": 8},
     "vq": {"codes": 32, "dim": 8},
     "fsq": {"levels": (5, 4, 3)},
+    "pixels": {"levels": 5},
+    "palette": {"colors": 12},
 }
+# What makes a prior take every order.
+ANY_ORDER: dict[str, dict[str, Any]] = {"gpt": {"any_order": True}, "made": {"order_agnostic": True}, "masked": {}}
 QUANTIZERS, TOKENIZERS, PRIORS = Quantizer.available(), Tokenizer.available(), Prior.available()
 ORDERS = ["raster", "column", "snake", "spiral_in", "spiral_out", "z_curve", "hilbert", "subsample", "random:3"]
 

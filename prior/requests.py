@@ -1,0 +1,118 @@
+"""What a caller asks of a prior, checked: classes, orders, tokens to keep; and the rows that they become."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from .orders import make_order
+
+if TYPE_CHECKING:
+    from .base import Prior
+
+Order = Tensor | str | None
+"""A name, `(N,)` or `(B, N)` raster indices; None is the model's own."""
+
+
+@dataclass
+class Rows:
+    """What is to be drawn, a row per image: labels `(B,)`, generators, and in the order of the walk the tokens to keep
+    (`given` where bool `keep`), both `(B, N)`. order: `(N,)`, `(B, N)`, or None for the model's own."""
+
+    labels: Tensor
+    generators: list[torch.Generator]
+    given: Tensor
+    keep: Tensor
+    order: Tensor | None
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, at: slice | Sequence[int]) -> Rows:
+        order = self.order if self.order is None or self.order.ndim == 1 else self.order[at]
+        generators = self.generators[at] if isinstance(at, slice) else [self.generators[k] for k in at]
+        return Rows(self.labels[at], generators, self.given[at], self.keep[at], order)
+
+    def padded(self, count: int) -> Rows:
+        """With `count` more rows, copies of the first with noise of their own."""
+        more = self[[0] * count]
+        more.generators = [torch.Generator(g.device).manual_seed(0) for g in more.generators]
+        order = self.order
+        if order is not None and order.ndim == 2:
+            order = torch.cat([order, order[:1].expand(count, -1)])
+        return Rows(torch.cat([self.labels, more.labels]), self.generators + more.generators,
+                    torch.cat([self.given, more.given]), torch.cat([self.keep, more.keep]), order)  # fmt: skip
+
+
+def check_labels(prior: Prior, labels: Tensor | None, count: int) -> Tensor | None:
+    """`labels` as int64 `(count,)` on the model's device. Raises `ValueError` out of `[0, num_classes]`."""
+    if labels is None:
+        return None
+    labels = torch.as_tensor(labels, device=prior.device)
+    if labels.shape != (count,) or labels.dtype.is_floating_point:
+        raise ValueError(f"labels should be {count} whole numbers, got {labels.dtype} of {tuple(labels.shape)}")
+    if count and (int(labels.min()) < 0 or int(labels.max()) > prior.num_classes):
+        raise ValueError(
+            f"labels should lie in [0, {prior.num_classes}) (and {prior.num_classes} is the null class), "
+            f"got {int(labels.min())} to {int(labels.max())}"
+        )
+    return labels.long()
+
+
+def check_order(prior: Prior, order: Order, count: int) -> Tensor | None:
+    """`order` as int64 `(N,)` or `(count, N)`, or None for the model's own. Raises `ValueError` for what is no
+    order of this grid, or one that the model does not take."""
+    if order is None:
+        return None
+    walk = make_order(order, prior.grid.shape) if isinstance(order, str) else torch.as_tensor(order)
+    walk, size = walk.to(prior.device), len(prior.grid)
+    if tuple(walk.shape) not in ((size,), (count, size)) or not bool(
+        (walk.sort(-1).values == torch.arange(size, device=walk.device)).all()
+    ):
+        raise ValueError(f"order should hold each of 0 to {size - 1} once, for all images or for each of {count}")
+    if bool((walk == prior.order).all()):
+        return None
+    if not prior.any_order:
+        raise ValueError(f"order: this {prior.name} goes in one order, {prior.config.order!r}, as it was made")
+    return walk
+
+
+def choose_walk(prior: Prior, order: Order, num_orders: int, keep: Tensor,
+                generators: list[torch.Generator]) -> Tensor | None:  # fmt: skip
+    """The order of each image, `(N,)` or `(B, N)`, None for the model's own: one of several, known tokens first."""
+    orders = [check_order(prior, one, len(keep)) for one in prior.orders(num_orders, order)]
+    walk = orders[0]
+    if len(orders) > 1:
+        every = torch.stack([(prior.order if one is None else one).expand(keep.shape) for one in orders])
+        chosen = [int(torch.randint(len(orders), (), generator=g, device=g.device)) for g in generators]
+        walk = every[chosen, range(len(chosen))]
+    if prior.any_order and bool(keep.any()):
+        walk = (prior.order if walk is None else walk).expand(keep.shape)
+        walk = walk.gather(1, torch.argsort(~keep.gather(1, walk), dim=1, stable=True))
+    if walk is not None and walk.ndim == 2 and bool((walk == walk[:1]).all()):
+        walk = walk[0]
+    return walk
+
+
+def known_tokens(prior: Prior, tokens: Tensor | None, known: Tensor | None, count: int) -> tuple[Tensor, Tensor]:
+    """Tokens to start from and which of them to keep, both `(count, N)`."""
+    if (tokens is None) != (known is None):
+        raise ValueError("`tokens` and `known` go together: known says which of the tokens to keep")
+    if tokens is None or known is None:
+        empty = torch.zeros(count, len(prior.grid), dtype=torch.long, device=prior.device)
+        return empty, empty.bool()
+    shape = (count, *prior.grid.shape)
+    if known.dtype != torch.bool or tuple(known.shape) not in (shape, prior.grid.shape):
+        raise ValueError(
+            f"known should be bool of shape {prior.grid.shape} or {shape}, got {known.dtype} of {tuple(known.shape)}"
+        )
+    if tuple(tokens.shape) not in (shape, prior.grid.shape):
+        raise ValueError(f"tokens should have shape {prior.grid.shape} or {shape}, got {tuple(tokens.shape)}")
+    known = known.to(prior.device).expand(shape).reshape(count, -1)
+    tokens = tokens.to(prior.device).expand(shape).reshape(count, -1).long()
+    prior.grid.check(torch.where(known, tokens, 0).reshape(shape))
+    return torch.where(known, tokens, 0), known

@@ -1,0 +1,193 @@
+"""Priors that take every order: likelihoods, samples and completions in each, and mixtures of them."""
+
+import itertools
+import math
+
+import pytest
+import torch
+from small import ANY_ORDER, ORDERS, PRIORS, generators, make_prior
+
+from prior.orders import make_order
+
+every_model = pytest.mark.parametrize("name", sorted(set(ANY_ORDER) & set(PRIORS)))
+
+
+def make(name, **config):
+    return make_prior(name, **{**ANY_ORDER[name], **config})
+
+
+@pytest.fixture
+def orders():
+    """One per image, all different, over 12 positions."""
+    return torch.rand(5, 12, generator=torch.Generator().manual_seed(1)).argsort(1)
+
+
+@every_model
+def test_a_model_says_whether_it_takes_every_order(name):
+    assert make(name).any_order
+    fixed = make_prior("gpt", order="snake")
+    assert not fixed.any_order
+    tokens = torch.randint(5, (2, 3, 4))
+    assert torch.equal(fixed.log_prob(tokens, order="snake"), fixed.log_prob(tokens))
+    with pytest.raises(ValueError, match="one order, 'snake'"):
+        fixed.log_prob(tokens, order="column")
+    with pytest.raises(ValueError, match="one order, 'snake'"):
+        fixed.sample(2, order="column")
+    with pytest.raises(ValueError, match="num_orders"):
+        fixed.log_prob(tokens, num_orders=2)
+
+
+@every_model
+def test_an_order_per_image_is_causal_in_each(name, orders):
+    model, tokens, labels = make(name), torch.randint(5, (5, 3, 4)), torch.arange(5) % 4
+    before = model(tokens, labels, order=orders)
+    for rank in range(12):
+        changed = tokens.flatten(1).clone()
+        at = orders[:, rank : rank + 1]
+        changed.scatter_(1, at, (changed.gather(1, at) + 1) % 5)
+        moved = (model(changed.reshape(5, 3, 4), labels, order=orders) - before).abs().amax(-1) > 1e-6
+        moved = moved.gather(1, orders)
+        assert not moved[:, : rank + 1].any() and moved[:, rank + 1 :].all()
+
+
+@every_model
+def test_an_order_per_image_equals_one_image_at_a_time(name, orders):
+    model, tokens, labels = make(name), torch.randint(5, (5, 3, 4)), torch.arange(5) % 4
+    together = model.token_log_probs(tokens, labels, orders)
+    for k in range(5):
+        alone = model.token_log_probs(tokens[k : k + 1], labels[k : k + 1], orders[k])
+        assert torch.allclose(together[k], alone[0], atol=1e-5)
+
+
+@every_model
+@pytest.mark.parametrize("order", ORDERS)
+def test_a_named_order_equals_the_model_built_with_it(name, order):
+    model, tokens = make(name), torch.randint(5, (4, 3, 4))
+    built = make(name, order=order)
+    built.load_state_dict(model.state_dict())
+    assert torch.allclose(built.log_prob(tokens), model.log_prob(tokens, order=order), atol=1e-5)
+    drawn = model.sample(6, order=order, generator=generators(6))
+    assert torch.equal(drawn, built.sample(6, generator=generators(6)))
+    assert torch.equal(drawn, model.sample(6, order=make_order(order, (3, 4)), generator=generators(6)))
+
+
+@every_model
+def test_step_logits_equal_forward_logits(name, orders):
+    model = make(name).double()
+    tokens, labels = torch.randint(5, (5, 3, 4)), torch.arange(5) % 4
+    whole = model(tokens, labels, order=orders)
+    with torch.no_grad():
+        state, token = model.start(5, labels, order=orders), None
+        for rank in range(12):
+            step = model.next_logits(state, token)
+            assert (step - whole[torch.arange(5), orders[:, rank]]).abs().max() < 1e-9
+            token = tokens.flatten(1)[torch.arange(5), orders[:, rank]]
+
+
+@every_model
+def test_probabilities_sum_to_one_in_any_order_and_mixed(name):
+    model = make(name, shape=(2, 2), vocab_size=3).double()
+    grids = torch.tensor(list(itertools.product(range(3), repeat=4))).reshape(-1, 2, 2)
+    alone = [model.log_prob(grids, order=order).double() for order in ("column", "random:1", "random:2")]
+    for log_probs in alone:
+        assert abs(float(log_probs.detach().exp().sum()) - 1) < 1e-5
+    mixed = model.log_prob(grids, order="column", num_orders=3).double()
+    assert torch.allclose(mixed, torch.stack(alone).logsumexp(0) - math.log(3), atol=1e-5)
+    assert abs(float(mixed.detach().exp().sum()) - 1) < 1e-5
+    assert not torch.allclose(alone[0], alone[1], atol=1e-3)  # or the mixture would not be one
+
+
+@every_model
+def test_averaged_logits_are_no_density(name):
+    """The mistake the mixture guards against: conditionals averaged over orders do not multiply to a density."""
+    model = make(name, shape=(2, 2), vocab_size=3).double()
+    grids = torch.tensor(list(itertools.product(range(3), repeat=4))).reshape(-1, 2, 2)
+    orders = [make_order(f"random:{k}", (2, 2)) for k in range(6)]
+    logits = torch.stack([model(grids, order=order).detach() for order in orders]).mean(0)
+    total = logits.log_softmax(-1).gather(-1, grids.reshape(-1, 4, 1)).sum((1, 2)).exp().sum()
+    assert abs(float(total) - 1) > 1e-4  # where a density, in float64, is off by 1e-12
+
+
+@every_model
+@pytest.mark.parametrize("cache", [True, False])
+def test_frequencies_of_a_mixture_match_its_log_prob(name, cache):
+    model, count = make(name, shape=(1, 3), vocab_size=2), 20_000 if cache else 4000
+    drawn = model.sample(count, generator=torch.Generator().manual_seed(5), num_orders=3, cache=cache).flatten(1)
+    grids = torch.tensor(list(itertools.product(range(2), repeat=3)))
+    found = torch.bincount((drawn * torch.tensor([4, 2, 1])).sum(1), minlength=8) / count
+    expected = model.log_prob(grids.reshape(-1, 1, 3), num_orders=3).exp()
+    deviation = (expected * (1 - expected) / count).sqrt()
+    assert ((found - expected).abs() < 5 * deviation + 1e-4).all()
+
+
+@every_model
+@pytest.mark.parametrize("path", [{}, {"cache": False}, {"parallel": True}])
+def test_completion_is_conditioned_on_all_known_tokens(name, path):
+    """Frequencies of the missing token against p(token | all others), which a raster order would not see."""
+    model, count = make(name, shape=(1, 3), vocab_size=2), 4000
+    for hole in range(3):
+        known = torch.ones(1, 3, dtype=torch.bool)
+        known[0, hole] = False
+        tokens = torch.tensor([[1, 0, 1]])
+        last = torch.tensor([k for k in range(3) if k != hole] + [hole])
+        expected = model(tokens[None], order=last).detach()[0, hole].softmax(-1)[1]
+        drawn = model.sample(count, generator=torch.Generator().manual_seed(2), tokens=tokens, known=known, **path)
+        assert torch.equal(drawn[:, known], tokens[known].expand(count, -1))
+        found = drawn[:, 0, hole].float().mean()
+        assert abs(found - expected) < 5 * (expected * (1 - expected) / count).sqrt() + 1e-3
+
+
+@every_model
+def test_completion_with_masks_of_different_sizes(name):
+    """Known first in the model's order, each image by its own mask, whatever its batch."""
+    model = make(name, order="snake")
+    tokens, known = torch.randint(5, (9, 3, 4)), torch.rand(9, 3, 4) < torch.linspace(0, 1, 9)[:, None, None]
+    together = model.sample(9, generator=generators(9), tokens=tokens, known=known)
+    assert torch.equal(together[known], tokens[known])
+    for k in range(9):
+        alone = model.sample(
+            1, generator=[generators(9)[k]], tokens=tokens[k], known=known[k], order=_known_first(model, known[k])
+        )
+        assert torch.equal(alone[0], together[k])
+    assert torch.equal(together, model.sample(9, generator=generators(9), tokens=tokens, known=known, parallel=True))
+
+
+def _known_first(model, known):
+    flat = known.flatten()[model.order]
+    return torch.cat([model.order[flat], model.order[~flat]])
+
+
+@every_model
+@pytest.mark.parametrize(
+    ("order", "message"),
+    [
+        ("zigzag", "no order is called"),
+        (torch.zeros(12, dtype=torch.long), "once"),
+        (torch.arange(11), "once"),
+        (torch.arange(12).expand(3, -1), "each of 4"),
+    ],
+)
+def test_bad_orders_are_named(name, order, message):
+    with pytest.raises(ValueError, match=message):
+        make(name).sample(4, order=order)
+    with pytest.raises(ValueError, match=message):
+        make(name).log_prob(torch.zeros(4, 3, 4, dtype=torch.long), order=order)
+    with pytest.raises(ValueError, match="num_orders"):
+        make(name).log_prob(torch.zeros(4, 3, 4, dtype=torch.long), num_orders=0)
+
+
+def test_gpt_anneals_from_random_orders_to_its_own():
+    model = make_prior("gpt", order="spiral_in", any_order=True, anneal=(0.4, 0.8), random_share=0.25)
+    tokens = torch.zeros(4000, 3, 4, dtype=torch.long)
+
+    def share(progress):
+        torch.manual_seed(0)
+        order = model.training_inputs(tokens, progress)["order"]
+        assert order.shape == (4000, 12) and torch.equal(order.sort(1).values, torch.arange(12).expand(4000, -1))
+        return float((order != model.order).any(1).float().mean())
+
+    for progress, expected in ((0.0, 1.0), (0.4, 1.0), (0.6, 0.625), (0.8, 0.25), (1.0, 0.25)):
+        assert abs(share(progress) - expected) < 0.03
+    assert make_prior("gpt").training_inputs(tokens, 0.5) == {}
+    with pytest.raises(ValueError, match="anneal"):
+        make_prior("gpt", anneal=(0.8, 0.4))

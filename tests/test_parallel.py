@@ -1,0 +1,117 @@
+"""Parallel sampling gives the tokens of sequential sampling, in fewer passes."""
+
+import pytest
+import torch
+from small import ORDERS, PRIORS, PRIORS_IN_ORDERS, generators, make_prior
+
+from prior import parallel
+
+EXACT_IN_ORDERS = [(name, order) for name, order in PRIORS_IN_ORDERS if make_prior(name).exact]
+every_order = pytest.mark.parametrize(("name", "order"), EXACT_IN_ORDERS)
+every_prior = pytest.mark.parametrize("name", sorted({name for name, _ in EXACT_IN_ORDERS}))
+
+
+def test_all_exact_priors_are_tested():
+    assert {"gpt", "marginal"} <= {name for name, _ in EXACT_IN_ORDERS} <= set(PRIORS)
+    assert {order for name, order in EXACT_IN_ORDERS if name == "gpt"} == set(ORDERS)
+
+
+@every_order
+def test_parallel_equals_sequential(name, order):
+    model = make_prior(name, order=order)
+    labels, tokens, known = torch.arange(9) % 4, torch.randint(5, (9, 3, 4)), torch.rand(9, 3, 4) < 0.4
+    for settings in (
+        {},
+        {"temperature": 0.7, "top_p": 0.8},
+        {"guidance_scale": 2.0, "top_k": 3},
+        {"temperature": 0.0},
+        {"tokens": tokens, "known": known},
+    ):
+        one, other = (
+            model.sample(9, labels, generator=generators(9), parallel=parallel, **settings)
+            for parallel in (False, True)
+        )
+        assert torch.equal(one, other), settings
+
+
+@every_prior
+def test_an_image_does_not_depend_on_its_batch(name):
+    model = make_prior(name, shape=(4, 4), vocab_size=17)
+    together = model.sample(9, generator=generators(9), parallel=True)
+    assert torch.equal(together, model.sample(9, generator=generators(9)))
+    for size in (1, 2, 5):
+        parts = [
+            model.sample(len(at), generator=[generators(9)[k] for k in at], parallel=True)
+            for at in torch.arange(9).split(size)
+        ]
+        assert torch.equal(torch.cat(parts), together), f"batches of {size}"
+
+
+def drawn_in_parallel(model, count, monkeypatch, **settings):
+    """Tokens, passes per image, images redrawn, and the rows of each forward pass."""
+    results, rows = [], []
+    real, forward = parallel.sample_parallel, type(model).forward
+    monkeypatch.setattr("prior.base.sample_parallel", lambda *given: results.append(real(*given)) or results[-1])
+    monkeypatch.setattr(
+        type(model), "forward", lambda self, tokens, *rest, **more: rows.append(len(tokens))
+        or forward(self, tokens, *rest, **more)
+    )  # fmt: skip
+    tokens = model.sample(count, generator=generators(count), parallel=True, **settings)
+    monkeypatch.undo()
+    return tokens, torch.cat([r.passes for r in results]), sum(r.redrawn for r in results), rows
+
+
+def test_a_pass_finishes_at_least_one_token_and_finished_images_leave(monkeypatch):
+    model = make_prior("gpt", shape=(6, 6), vocab_size=7)
+    _, passes, _, rows = drawn_in_parallel(model, 16, monkeypatch)
+    assert 1 <= passes.min() < passes.max() <= 36
+    assert len(rows) == passes.max()
+    assert rows == [int((passes > step).sum()) for step in range(len(rows))]
+
+
+def test_a_model_that_looks_at_no_token_needs_two_passes(monkeypatch):
+    _, passes, _, _ = drawn_in_parallel(make_prior("marginal", shape=(5, 5)), 8, monkeypatch)
+    assert passes.max() <= 2
+
+
+def test_known_tokens_need_no_pass(monkeypatch):
+    model = make_prior("gpt", shape=(6, 6), vocab_size=7)
+    tokens, known = torch.randint(7, (6, 6)), torch.ones(6, 6, dtype=torch.bool)
+    known[5, 5] = False
+    _, passes, _, _ = drawn_in_parallel(model, 5, monkeypatch, tokens=tokens, known=known)
+    assert passes.max() <= 2
+
+
+def test_a_close_call_is_drawn_again_step_by_step(monkeypatch):
+    model = make_prior("gpt")
+    expected = model.sample(9, generator=generators(9))
+    tokens, _, redrawn, _ = drawn_in_parallel(model, 9, monkeypatch)
+    assert torch.equal(tokens, expected) and redrawn == 0
+    monkeypatch.setattr(parallel, "ROUNDING", float("inf"))
+    results = []
+    real = parallel.sample_parallel
+    monkeypatch.setattr("prior.base.sample_parallel", lambda *given: results.append(real(*given)) or results[-1])
+    assert torch.equal(model.sample(9, generator=generators(9), parallel=True), expected)
+    assert results[0].redrawn == 9
+
+
+def test_the_closest_decision_is_the_one_reported(monkeypatch):
+    """Leads are of final decisions only, and of the image's own."""
+    model = make_prior("gpt")
+    leads = []
+    real = parallel.fixed_point
+    monkeypatch.setattr(parallel, "fixed_point", lambda *given: leads.append(real(*given)) or leads[-1])
+    tokens = model.sample(4, generator=generators(4), parallel=True)
+    for k in range(4):
+        noise = -(-torch.rand(12, 5, generator=generators(4)[k], dtype=torch.float64).log()).float().log()
+        scores = model(tokens[k : k + 1]).detach()[0] + noise
+        best = scores.topk(2).values
+        assert torch.allclose(leads[0][2][k], (best[:, 0] - best[:, 1]).min(), atol=1e-4)
+
+
+def test_large_batches_are_cut(monkeypatch):
+    model = make_prior("gpt")
+    expected = model.sample(11, generator=generators(11))
+    monkeypatch.setattr("prior.base.PARALLEL_NUMBERS", 5 * 12 * 5)
+    tokens, _, _, rows = drawn_in_parallel(model, 11, monkeypatch)
+    assert torch.equal(tokens, expected) and max(rows) <= 5
