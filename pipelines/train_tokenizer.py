@@ -15,10 +15,10 @@ from tokenizer.base import codebook_usage
 from tokenizer.losses import pixel_losses, psnr, total_loss
 from tokenizer.storage import write_json
 
-from .config import Config, ModelNode, UserError, run_command
+from .config import Config, ModelNode, run_command
 from .images import DataConfig, ImageDataset, load_images
 from .pictures import grid_picture
-from .schedule import TrainConfig
+from .schedule import TrainConfig, samples_of
 from .task import Task
 from .tracking import TrackConfig
 from .training import train
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
 PROVENANCE = "provenance.json"
 HELD_OUT_IMAGES = 2000  # evaluated during training; `smalti evaluate` looks at all
+INITIAL_PIXELS, INITIAL_IMAGES = 1 << 20, 64  # what a tokenizer may start from: so many pixels, of no fewer images
 
 
 class LossConfig(Config):
@@ -52,18 +53,20 @@ class TrainTokenizerConfig(Config):
 
 
 class TokenizerTask(Task):
-    """One player: the whole autoencoder."""
+    """One player, the whole autoencoder; none for a tokenizer that is complete once it was initialized."""
 
     def __init__(self, config: TrainTokenizerConfig) -> None:
         self.config = config
         self.images = load_images(config.data)
         channels, height, width = self.images.train.image_shape
         self.model: Tokenizer = build_tokenizer(config.model, (height, width), channels)
-        self.nets: dict[str, nn.Module] = {"model": self.model}
-        self.players = {"model": list(self.model.parameters())}
-        if not self.players["model"]:
-            raise UserError(f"model.kind: a {config.model['kind']!r} tokenizer has nothing to train")
         self.rows, self.tokens_per_row = len(self.images.train), len(self.model.grid)
+        count = min(self.rows, max(INITIAL_IMAGES, INITIAL_PIXELS // (height * width)))
+        sample, _ = samples_of(self.rows, count, config.train.seed, 0)
+        self.model.initialize(self.images.train.batch(sample))
+        parameters = list(self.model.parameters())
+        self.nets: dict[str, nn.Module] = {"model": self.model} if parameters else {}
+        self.players = {"model": parameters} if parameters else {}
         weights = {name: config.loss.quantizer * weight for name, weight in self.model.loss_weights.items()}
         self.weights = {"l1": config.loss.l1, "l2": config.loss.l2, **weights}
 

@@ -129,14 +129,14 @@ def set_up(task: Task, config: Any, run: Path, accelerator: Accelerator) -> Trai
     tracker = Tracker(run, config.track, config.model_dump(mode="json"), accelerator=accelerator, resume_step=step)
     if accelerator.is_main_process:
         count = sum(p.numel() for p in task.model.parameters())
-        began = f"continuing from step {step}" if state else "starting"
+        began = f"continuing from step {step}" if step else "starting"
         print(
             f"{run}: {began}; {count:,} parameters, {task.rows:,} training rows, {accelerator.num_processes} "
             f"process(es) on {accelerator.device}, {accelerator.mixed_precision} mixed precision",
             flush=True,
         )
     return Training(task, config.train, run, accelerator, averaged, optimizers, tracker, step,
-                    saved_step=step if state else -1, **counters)  # fmt: skip
+                    saved_step=step or -1, **counters)  # fmt: skip
 
 
 def newest_state(run: Path, accelerator: Accelerator) -> Path | None:
@@ -192,6 +192,7 @@ def fit(training: Training) -> None:
             save(training)
         if progress >= 1:
             break
+        training.task.progress = progress
         take_step(training, next(stream), learning_rate(config, training.step, progress))
         training.minutes = (time.monotonic() - began) / 60
         bar.update(1)
@@ -213,6 +214,8 @@ def due_now(training: Training, done: bool) -> set[str]:
 def agreed_progress(training: Training) -> float:
     """How much of the run is done, by steps or by minutes, whichever is more; rank 0's clock decides for all."""
     config = training.config
+    if not training.task.players:  # nothing to train: evaluated, previewed and saved at step 0
+        return 1.0
     by_steps = training.step / config.steps if config.steps else 0.0
     if config.minutes is None:
         return by_steps
@@ -330,7 +333,7 @@ def progress_bar(training: Training) -> Any:
     """A bar on the main process's terminal, with loss, speed and time left; nothing where there is no terminal."""
     from tqdm import tqdm
 
-    hidden = None if training.accelerator.is_main_process else True
+    hidden = None if training.accelerator.is_main_process and training.task.players else True
     return tqdm(total=training.config.steps, initial=training.step, unit="step", dynamic_ncols=True, disable=hidden)
 
 

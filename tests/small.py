@@ -11,6 +11,11 @@ from tokenizer.quantizers import Quantizer
 # Smaller than the defaults, where a model has sizes; a model that is not listed is tested at its defaults.
 SMALL: dict[str, dict[str, Any]] = {
     "gpt": {"dim": 32, "depth": 2, "heads": 2},
+    "causal_conv": {"dim": 16, "depth": 4, "max_dilation": 8, "skip": 16},
+    "pixelsnail": {"dim": 8, "depth": 2, "heads": 2, "key": 4, "value": 8, "head": 8},
+    "made": {"hidden": (132, 121)},
+    "pixelcnn": {"dim": 8, "depth": 2, "first_kernel": 3, "head": 8},
+    "gated_pixelcnn": {"dim": 8, "depth": 2, "first_kernel": 3, "head": 8},
     "masked": {"dim": 32, "depth": 2, "heads": 2},
     "vqvae": {"widths": (16,), "blocks": (1,), "quantizer": {"kind": "ema", "codes": 32, "dim": 8}},
     "ema": {"codes": 32, "dim": 8},

@@ -551,9 +551,13 @@ def test_every_tokenizer_trains(tmp_path, name):
 
 
 @pytest.mark.parametrize("name", [name for name in TOKENIZERS if not trained(name)])
-def test_a_tokenizer_without_weights_is_refused(tmp_path, name):
-    with pytest.raises(UserError, match="nothing to train"):
-        train_tokenizer(tmp_path / "run", model=node_of(name))
+def test_every_tokenizer_without_parameters_is_saved_without_a_step(tmp_path, monkeypatch, name):
+    monkeypatch.setattr(training, "take_step", lambda *_: pytest.fail("a step was taken"))
+    run = train_tokenizer(tmp_path / "run", model=node_of(name))
+    assert [line["step"] for line in metrics(run)] == [0] and math.isfinite(metrics(run)[0]["held_out/psnr"])
+    assert Tokenizer.from_pretrained(run / "tokenizer").name == name
+    before = files(run)
+    assert train_tokenizer(tmp_path / "run", model=node_of(name)) == run and files(run) == before
 
 
 @pytest.mark.parametrize("name", QUANTIZERS)

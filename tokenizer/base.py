@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from .pretrained import ModelConfig, PretrainedModel
+from .pretrained import ModelConfig, PretrainedModel, setting
 
 
 @dataclass(frozen=True)
@@ -53,6 +54,19 @@ class Reconstruction(NamedTuple):
     losses: dict[str, Tensor]
 
 
+@dataclass(frozen=True, kw_only=True)
+class TokenizerConfig(ModelConfig):
+    """What every tokenizer of whole images is told."""
+
+    image_size: tuple[int, ...] = setting(help="height and width of the images", ge=1, le=4096, fact=True)
+    channels: int = setting(help="1 for grey, 3 for RGB", choices=(1, 3), fact=True)
+
+    def check(self) -> Iterator[str]:
+        """Images have two sides."""
+        if len(self.image_size) != 2:
+            yield f"image_size: expected [height, width] (got {list(self.image_size)})"
+
+
 class Tokenizer(PretrainedModel, family="tokenizer"):
     """Images `(B, C, H, W)` in [-1, 1] to tokens `(B, *grid.shape)` and back."""
 
@@ -74,6 +88,10 @@ class Tokenizer(PretrainedModel, family="tokenizer"):
     def forward(self, images: Tensor) -> Reconstruction:
         """The training path."""
         raise NotImplementedError
+
+    def initialize(self, images: Tensor) -> None:  # noqa: B027 (most models need not look)
+        """Called once before training with training images `(B, C, H, W)` in [-1, 1], for tokenizers that start from
+        (or consist of) their statistics. Raises `ConfigError` if they do not allow what the configuration asks for."""
 
     def pixel_log_prob(self, images: Tensor, tokens: Tensor) -> Tensor | None:
         """log p(images | tokens) in nats, `(B,)`, of images whose pixels take 256 values; None without a likelihood."""

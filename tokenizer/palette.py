@@ -1,0 +1,127 @@
+"""A palette: one id per pixel, the nearest of some hundred colours that k-means finds in the training images. ImageGPT
+(Chen et al. 2020) models pixels so, with 512 colours in place of 2^24."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .base import Reconstruction, TokenGrid, Tokenizer, TokenizerConfig
+from .pretrained import ConfigError, setting
+from .quantizers.codebook import nearest, rows_of
+
+
+@dataclass(frozen=True, kw_only=True)
+class PaletteConfig(TokenizerConfig):
+    """How many colours, and how they are looked for."""
+
+    colors: int = setting(512, "size of the palette", ge=2, le=1 << 16)
+    iterations: int = setting(50, "k-means steps at most; it ends when no colour moves", ge=0)
+    seed: int = setting(0, "chooses the colours that k-means starts from", ge=0)
+
+
+class Palette(Tokenizer, name="palette"):
+    """Pixels to the nearest colours of `table`, (colors, C) from dark to light; before `initialize`, an even lattice.
+
+    `pixel_log_prob` is None: an id stands for all colours near it, and nothing says how likely each of them is.
+    """
+
+    Config = PaletteConfig
+    table: Tensor
+
+    def __init__(self, config: PaletteConfig) -> None:
+        super().__init__(config)
+        height, width = config.image_size
+        self.image_shape = (config.channels, height, width)
+        self.grid = TokenGrid((height, width), config.colors)
+        self.register_buffer("table", lattice(config.colors, config.channels))
+
+    @torch.no_grad()
+    def initialize(self, images: Tensor) -> None:
+        """Fit the palette to `images` `(B, C, H, W)`. Raises `ConfigError` if they have fewer colours than it."""
+        self.check_images(images)
+        points, counts = distinct_colors(images)
+        if len(points) < self.config.colors:
+            raise ConfigError(
+                f"palette: colors: {self.config.colors} were asked for, and the {len(images)} training images that "
+                f"were looked at have {len(points)} different ones"
+            )
+        found = kmeans(points, counts, self.config.colors, self.config.iterations, self.config.seed)
+        self.table.copy_(found[found.sum(1).argsort(stable=True)])
+
+    def encode(self, images: Tensor) -> Tensor:
+        """Ids of the nearest colours, `(B, H, W)`; raises `ValueError` for images of another size."""
+        self.check_images(images)
+        with torch.autocast(images.device.type, enabled=False):  # bfloat16 can not tell near colours apart
+            found = nearest(rows_of(images.float()), self.table.float())
+        return found.reshape(len(images), *self.grid.shape)
+
+    def decode(self, tokens: Tensor) -> Tensor:
+        """The colours of `tokens`, `(B, C, H, W)`; raises `ValueError` for ids out of range."""
+        self.grid.check(tokens)
+        return F.embedding(tokens.long(), self.table).movedim(-1, 1).float().clamp(-1, 1)
+
+    def forward(self, images: Tensor) -> Reconstruction:
+        """The nearest colours; no gradient has a say in them, so there are no losses."""
+        tokens = self.encode(images)
+        return Reconstruction(self.decode(tokens), tokens, {})
+
+
+def lattice(count: int, channels: int) -> Tensor:
+    """`count` different colours `(count, channels)` in [-1, 1], evenly spread over the smallest even grid of them."""
+    side = next(side for side in range(2, count + 1) if side**channels >= count)
+    axes = torch.linspace(-1, 1, side).expand(channels, side)
+    points = torch.cartesian_prod(*axes).reshape(-1, channels)
+    return points[torch.arange(count) * (len(points) - 1) // (count - 1)]
+
+
+def distinct_colors(images: Tensor) -> tuple[Tensor, Tensor]:
+    """The 8-bit colours that occur in `images`, (n, C) in [-1, 1], and how often each does, `(n,)` float64."""
+    values = ((rows_of(images.float().cpu()) + 1) * 127.5).round().long()
+    places = 256 ** torch.arange(values.shape[1])
+    codes, counts = (values * places).sum(1).unique(return_counts=True)
+    return codes.unsqueeze(1) // places % 256 / 127.5 - 1, counts.double()
+
+
+def kmeans(points: Tensor, counts: Tensor, clusters: int, iterations: int, seed: int) -> Tensor:
+    """Lloyd's algorithm over distinct `points` (n, C), each occurring `counts` (n,) times; (clusters, C).
+
+    A centre that is nearest to no point moves to the point that adds most to the error. This is also the last thing
+    that happens, so that all centres are different: of two equal ones, the second would be nearest to none.
+    """
+    centres = spread(points, counts, clusters, torch.Generator().manual_seed(seed % (1 << 63)))
+    for step in range(iterations + 1):
+        ids = nearest(points, centres)
+        unused = torch.bincount(ids, minlength=clusters) == 0
+        if bool(unused.any()):
+            errors = (points - centres[ids]).square().sum(1) * counts
+            centres[unused] = points[errors.topk(int(unused.sum())).indices]
+        elif step < iterations:
+            before, centres = centres, means(points, counts, ids, clusters)
+            if torch.equal(centres, before):
+                break
+    return centres
+
+
+def means(points: Tensor, counts: Tensor, ids: Tensor, clusters: int) -> Tensor:
+    """The mean of each cluster's points, (clusters, C); no cluster is empty. Sums in float64, in the points' order."""
+    totals = torch.bincount(ids, counts, minlength=clusters)
+    sums = [torch.bincount(ids, counts * column, minlength=clusters) for column in points.unbind(1)]
+    return (torch.stack(sums, 1) / totals.unsqueeze(1)).to(points.dtype)
+
+
+def spread(points: Tensor, counts: Tensor, clusters: int, generator: torch.Generator) -> Tensor:
+    """k-means++ (Arthur & Vassilvitskii 2007): points (clusters, C), all different, each drawn in proportion to its
+    count and to its squared distance from those before it."""
+    columns = points.t().contiguous()
+    chosen: list[Tensor] = []
+    weights, distances = counts, torch.full_like(columns[0], torch.inf)
+    for draw in torch.rand(clusters, dtype=torch.float64, generator=generator):
+        cumulated = weights.cumsum(0)
+        chosen.append(points[torch.searchsorted(cumulated, draw * cumulated[-1], right=True)])
+        distances = torch.minimum(distances, (columns - chosen[-1].unsqueeze(1)).square().sum(0))
+        weights = counts * distances
+    return torch.stack(chosen)

@@ -1,0 +1,76 @@
+"""Pixels as tokens: an id is an intensity, so that a prior over the grid is a pixel model as PixelCNN (van den Oord et
+al. 2016) and MADE (Germain et al. 2015) are: 256 levels are the 8-bit image itself, 2 levels are a binary one."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .base import Reconstruction, TokenGrid, Tokenizer, TokenizerConfig
+from .pretrained import setting
+
+
+@dataclass(frozen=True, kw_only=True)
+class PixelsConfig(TokenizerConfig):
+    """How finely intensity is told apart."""
+
+    levels: int = setting(256, "intensities of each channel; 256 keep an 8-bit image as it is, 2 are a threshold at "
+                               "mid grey", ge=2, le=256)  # fmt: skip
+
+
+class Pixels(Tokenizer, name="pixels"):
+    """Each channel of each pixel to the nearest of `levels` intensities, evenly spaced from black to white.
+
+    Channels are rows of the grid, interleaved: row `C * i + c` holds channel c of image row i. So in raster order the
+    green of a row comes after its red, and all of it before the row below. Nothing is learned.
+    """
+
+    Config = PixelsConfig
+
+    def __init__(self, config: PixelsConfig) -> None:
+        super().__init__(config)
+        height, width = config.image_size
+        self.image_shape = (config.channels, height, width)
+        self.grid = TokenGrid((config.channels * height, width), config.levels)
+        ids = self._nearest(torch.arange(256) / 127.5 - 1)
+        sizes = (ids == torch.arange(config.levels).unsqueeze(1)).sum(1)
+        self.register_buffer("sizes", sizes, persistent=False)
+        self.sizes: Tensor  # (levels,): how many of the 256 values of a byte each id stands for
+
+    def encode(self, images: Tensor) -> Tensor:
+        """Ids `(B, C * H, W)`; halfway between two levels is the brighter one. Raises `ValueError` for another size."""
+        self.check_images(images)
+        return self._nearest(images.float()).transpose(1, 2).flatten(1, 2)
+
+    def decode(self, tokens: Tensor) -> Tensor:
+        """The levels' intensities, `(B, C, H, W)` from -1 to 1; raises `ValueError` for ids out of range."""
+        self.grid.check(tokens)
+        channels, height, _ = self.image_shape
+        return tokens.unflatten(1, (height, channels)).transpose(1, 2).float() * 2 / (self.grid.vocab_size - 1) - 1
+
+    def forward(self, images: Tensor) -> Reconstruction:
+        """The nearest levels; there is nothing to learn, so there are no losses."""
+        tokens = self.encode(images)
+        return Reconstruction(self.decode(tokens), tokens, {})
+
+    def pixel_log_prob(self, images: Tensor, tokens: Tensor) -> Tensor:
+        """log p(images | tokens) in nats, `(B,)`, of 8-bit images: all bytes that an id stands for are equally likely.
+
+        So it is minus the sum of the logs of their numbers, 0 with 256 levels; -inf for tokens of other images. With a
+        prior over tokens this is an exact distribution of 8-bit images, whatever the number of levels.
+        """
+        agree = (self.encode(images) == tokens).flatten(1).all(1)
+        inside = -self.sizes.double().log()[tokens.long()].flatten(1).sum(1)
+        return torch.where(agree, inside, -torch.inf).float()
+
+    def known_tokens(self, known: Tensor) -> Tensor:
+        """A token for each channel of each known pixel, `(B, C * H, W)`, given bool `(B, H, W)`."""
+        channels, height, width = self.image_shape
+        return known.reshape(-1, height, width).repeat_interleave(channels, dim=1)
+
+    def _nearest(self, intensities: Tensor) -> Tensor:
+        """Ids of intensities in [-1, 1], rounded half up. (No byte is halfway, for no number of levels: 255 is odd.)"""
+        top = self.config.levels - 1
+        return ((intensities + 1) * (top / 2) + 0.5).floor().long().clamp(0, top)
