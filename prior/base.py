@@ -148,6 +148,7 @@ class Prior(PretrainedModel, family="prior"):
         num_orders: int = 1,
         cache: bool = True,
         parallel: bool = False,
+        guess: Prior | None = None,
         progress: bool = False,
     ) -> Tensor:
         """Draw tokens `(num_images, *grid.shape)`, one position of the order at a time.
@@ -157,7 +158,8 @@ class Prior(PretrainedModel, family="prior"):
         `any_order` walks the known tokens first, so that all others are conditioned on all of them; any other model
         conditions a drawn token on the known ones before it in its order. order, num_orders: as for `log_prob`; each
         image is drawn in one of the orders. cache: False recomputes everything at every step. parallel: the same
-        tokens from fewer passes over the whole grid (`prior.parallel`). Raises `ValueError` for arguments out of range.
+        tokens from fewer passes over the whole grid (`prior.parallel`), and fewer still with a `guess`, a cheap prior
+        over the same tokens. Raises `ValueError` for arguments out of range.
         """
         sampler = Sampler(temperature, top_k, top_p, guidance_scale)
         if num_images < 1:
@@ -167,19 +169,23 @@ class Prior(PretrainedModel, family="prior"):
             raise ValueError("guidance_scale other than 1 needs labels to guide towards")
         if labels is None:
             labels = torch.full((num_images,), self.num_classes, device=self.device)
+        if guess is not None and (not parallel or (guess.grid, guess.num_classes) != (self.grid, self.num_classes)):
+            raise ValueError("guess should be a prior over the same grid and classes, and goes with parallel=True")
         given, keep = known_tokens(self, tokens, known, num_images)
         generators = image_generators(generator, num_images)
         walk = choose_walk(self, order, num_orders, keep, generators)
-        path = (self.order if walk is None else walk).expand(num_images, -1)
-        rows = Rows(labels, generators, given.gather(1, path), keep.gather(1, path), walk)
+        path = self.order if walk is None else walk
+        wide = path.expand(num_images, -1)
+        rows = Rows(labels, generators, given.gather(1, wide), keep.gather(1, wide), walk, path)
         images = self.parallel_rows() if parallel else self.rows_at_once() or num_images
         images = max(FEW_ROWS, images // sampler.copies)
-        with torch.inference_mode(), self._evaluating():
+        with torch.inference_mode(), self._evaluating(), (guess or self)._evaluating():
             parts = []
             for share in torch.arange(num_images).chunk(-(-num_images // images)):
                 part = rows[int(share[0]) : int(share[-1]) + 1]
-                parts.append(self._draw(part, sampler, cache, parallel, progress))
-            drawn = torch.empty_like(given).scatter_(1, path, torch.cat(parts))
+                parts.append(sample_parallel(self, part, sampler, guess).tokens if parallel
+                             else self._draw(part, sampler, cache, progress))  # fmt: skip
+            drawn = torch.empty_like(given).scatter_(1, wide, torch.cat(parts))
         return drawn.reshape(num_images, *self.grid.shape).clone()  # no inference tensor: it may be trained on
 
     def rows_at_once(self) -> int | None:
@@ -190,10 +196,8 @@ class Prior(PretrainedModel, family="prior"):
         """How many rows to sample together in parallel passes: their logits are held whole."""
         return max(1, PARALLEL_NUMBERS // (len(self.grid) * self.grid.vocab_size))
 
-    def _draw(self, rows: Rows, sampler: Sampler, cache: bool, parallel: bool, progress: bool) -> Tensor:
+    def _draw(self, rows: Rows, sampler: Sampler, cache: bool = True, progress: bool = False) -> Tensor:
         """Tokens `(B, N)` in the order of the walk."""
-        if parallel:
-            return sample_parallel(self, rows, sampler).tokens
         draw = self._sample_few if len(rows) * sampler.copies < FEW_ROWS else self._sample
         return draw(rows, sampler, cache, progress)[0]
 

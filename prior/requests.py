@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -21,31 +21,30 @@ Order = Tensor | str | None
 @dataclass
 class Rows:
     """What is to be drawn, a row per image: labels `(B,)`, generators, and in the order of the walk the tokens to keep
-    (`given` where bool `keep`), both `(B, N)`. order: `(N,)`, `(B, N)`, or None for the model's own."""
+    (`given` where bool `keep`), both `(B, N)`. order: `(N,)`, `(B, N)`, or None for the model's own, which `path` is
+    then."""
 
     labels: Tensor
     generators: list[torch.Generator]
     given: Tensor
     keep: Tensor
     order: Tensor | None
+    path: Tensor
 
     def __len__(self) -> int:
         return len(self.labels)
 
     def __getitem__(self, at: slice | Sequence[int]) -> Rows:
-        order = self.order if self.order is None or self.order.ndim == 1 else self.order[at]
+        path = self.path if self.path.ndim == 1 else self.path[at]
         generators = self.generators[at] if isinstance(at, slice) else [self.generators[k] for k in at]
-        return Rows(self.labels[at], generators, self.given[at], self.keep[at], order)
+        order = None if self.order is None else path
+        return Rows(self.labels[at], generators, self.given[at], self.keep[at], order, path)
 
     def padded(self, count: int) -> Rows:
         """With `count` more rows, copies of the first with noise of their own."""
-        more = self[[0] * count]
-        more.generators = [torch.Generator(g.device).manual_seed(0) for g in more.generators]
-        order = self.order
-        if order is not None and order.ndim == 2:
-            order = torch.cat([order, order[:1].expand(count, -1)])
-        return Rows(torch.cat([self.labels, more.labels]), self.generators + more.generators,
-                    torch.cat([self.given, more.given]), torch.cat([self.keep, more.keep]), order)  # fmt: skip
+        rows = self[[*range(len(self)), *[0] * count]]
+        noise = [torch.Generator(g.device).manual_seed(0) for g in rows.generators[len(self) :]]
+        return replace(rows, generators=self.generators + noise)
 
 
 def check_labels(prior: Prior, labels: Tensor | None, count: int) -> Tensor | None:

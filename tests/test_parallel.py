@@ -47,12 +47,13 @@ def test_an_image_does_not_depend_on_its_batch(name):
         assert torch.equal(torch.cat(parts), together), f"batches of {size}"
 
 
-def drawn_in_parallel(model, count, monkeypatch, **settings):
+def drawn_in_parallel(model, count, monkeypatch, count_forward=True, **settings):
     """Tokens, passes per image, images redrawn, and the rows of each forward pass."""
     results, rows = [], []
     real, forward = parallel.sample_parallel, type(model).forward
     monkeypatch.setattr("prior.base.sample_parallel", lambda *given: results.append(real(*given)) or results[-1])
-    monkeypatch.setattr(
+    if count_forward:
+        monkeypatch.setattr(
         type(model), "forward", lambda self, tokens, *rest, **more: rows.append(len(tokens))
         or forward(self, tokens, *rest, **more)
     )  # fmt: skip
@@ -107,6 +108,48 @@ def test_the_closest_decision_is_the_one_reported(monkeypatch):
         scores = model(tokens[k : k + 1]).detach()[0] + noise
         best = scores.topk(2).values
         assert torch.allclose(leads[0][2][k], (best[:, 0] - best[:, 1]).min(), atol=1e-4)
+
+
+@every_prior
+def test_a_guess_changes_passes_but_no_token(name, monkeypatch):
+    """Whatever the second prior is: one that looks at nothing, one in another order, the model itself."""
+    model = make_prior(name, shape=(4, 5), vocab_size=7)
+    labels, tokens, known = torch.arange(8) % 4, torch.randint(7, (8, 4, 5)), torch.rand(8, 4, 5) < 0.3
+    stranger = make_prior("gpt", shape=(4, 5), vocab_size=7, order="spiral_in", dropout=0.5)
+    guesses = [make_prior("marginal", shape=(4, 5), vocab_size=7).train(), stranger.train(), model]
+    for settings in (
+        {},
+        {"guidance_scale": 2.0, "top_k": 5, "temperature": 0.8},
+        {"tokens": tokens, "known": known},
+    ):
+        expected = model.sample(8, labels, generator=generators(8), **settings)
+        for guess in guesses:
+            drawn = model.sample(8, labels, generator=generators(8), parallel=True, guess=guess, **settings)
+            assert torch.equal(drawn, expected), (settings, guess.name)
+    assert guesses[0].training and guesses[1].training
+
+
+def test_a_good_guess_saves_passes(monkeypatch):
+    """The model as its own guess knows all; a copy with noise on its weights knows much; a stranger nothing."""
+    model = make_prior("gpt", shape=(6, 6), vocab_size=7)
+    near = make_prior("gpt", shape=(6, 6), vocab_size=7)
+    near.load_state_dict(
+        {name: weight + 0.02 * torch.randn_like(weight) for name, weight in model.state_dict().items()}
+    )
+    mean = {}
+    for name, guess in (("none", None), ("itself", model), ("near", near)):
+        _, passes, _, _ = drawn_in_parallel(model, 32, monkeypatch, guess=guess, count_forward=False)
+        mean[name] = float(passes.double().mean())
+    assert mean["itself"] < mean["near"] < 0.8 * mean["none"], mean
+
+
+def test_a_guess_over_other_tokens_is_refused():
+    model = make_prior("gpt")
+    for guess in (make_prior("gpt", shape=(4, 4)), make_prior("gpt", vocab_size=6), make_prior("gpt", num_classes=2)):
+        with pytest.raises(ValueError, match="same grid and classes"):
+            model.sample(2, parallel=True, guess=guess)
+    with pytest.raises(ValueError, match="parallel=True"):
+        model.sample(2, guess=model)
 
 
 def test_large_batches_are_cut(monkeypatch):

@@ -1,0 +1,201 @@
+"""Dilated causal convolutions along the walk over a grid of ids, in any fixed order.
+
+WaveNet (van den Oord et al. 2016): gated residual blocks, tanh(a) * sigmoid(b) of a convolution whose dilation doubles
+from block to block, skip connections from every block into a two-layer head. The input at rank r is the token of rank
+r - 1 (a start vector at rank 0) plus the embedding of the position to be predicted: a walk over a grid has one
+axis, and has to be told where it is on the others.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from tokenizer.pretrained import setting
+
+from .base import Prior, PriorConfig
+from .layers import pack
+
+
+@dataclass(frozen=True, kw_only=True)
+class CausalConvConfig(PriorConfig):
+    """Sizes of the network."""
+
+    dim: int = setting(64, "channels of the residual stream and of a block's gated output", ge=1, le=16384)
+    depth: int = setting(8, "number of gated residual blocks", ge=1, le=256)
+    kernel: int = setting(2, "taps of a convolution, the current rank's included", ge=2, le=16)
+    max_dilation: int = setting(128, "dilations are 1, 2, 4, ... up to this power of 2, then 1 again", ge=1, le=4096)
+    skip: int = setting(64, "channels of the skip connections and of the head", ge=1, le=16384)
+    dropout: float = setting(0.0, "dropout on each block's gated output", ge=0, lt=1)
+
+    def check(self) -> Iterator[str]:
+        """Dilations double, and the order has to exist."""
+        yield from super().check()
+        if self.max_dilation & (self.max_dilation - 1):
+            yield f"max_dilation: must be a power of two (got {self.max_dilation})"
+
+    @property
+    def dilations(self) -> list[int]:
+        """The dilation of each block."""
+        return [1 << block % self.max_dilation.bit_length() for block in range(self.depth)]
+
+
+class Block(nn.Module):
+    """A gated dilated convolution and what it adds: `(B, dim, N)` to the residual stream (the last block: nothing, as
+    no block follows that would read it) and `(B, skip, N)` to the skip connections."""
+
+    def __init__(self, config: CausalConvConfig, dilation: int, last: bool) -> None:
+        super().__init__()
+        self.past, self.sizes = (config.kernel - 1) * dilation, (0 if last else config.dim, config.skip)
+        self.gated = nn.Conv1d(config.dim, 2 * config.dim, config.kernel, dilation=dilation)
+        self.out = nn.Conv1d(config.dim, sum(self.sizes), 1, bias=False)
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(self, x: Tensor, label: Tensor) -> tuple[Tensor, ...]:  # (B, dim, N), (B, 2 dim, 1)
+        content, gate = (self.gated(F.pad(x, (self.past, 0))) + label).chunk(2, 1)
+        return self.out(self.dropout(content.tanh() * gate.sigmoid())).split(self.sizes, 1)
+
+
+class CausalConv(Prior, name="causal_conv"):
+    """WaveNet over the tokens in `order`: rank r sees the `reach` ranks before it.
+
+    `receptive_field`, bool `(N, N)` in raster order, says which logits (row) see which tokens (column). A model whose
+    reach covers the grid has no such attribute: every position sees all earlier ones.
+    """
+
+    Config = CausalConvConfig
+    ranks: Tensor
+
+    def __init__(self, config: CausalConvConfig) -> None:
+        super().__init__(config)
+        dim, depth = config.dim, config.depth
+        self.token_embedding = nn.Embedding(config.grid.vocab_size, dim)
+        self.start_embedding = nn.Parameter(torch.empty(1, dim))
+        self.axis_embeddings = nn.ParameterList(nn.Parameter(torch.empty(size, dim)) for size in config.grid.shape)
+        self.class_embedding = nn.Embedding(config.num_classes + 1, depth * 2 * dim)  # the last is the null class
+        blocks = [Block(config, dilation, at == depth - 1) for at, dilation in enumerate(config.dilations)]
+        self.blocks: Any = nn.ModuleList(blocks)
+        self.reach = 1 + sum(block.past for block in blocks)
+        self.skip_bias = nn.Parameter(torch.zeros(config.skip))
+        self.hidden = nn.Linear(config.skip, config.skip)
+        self.head = nn.Linear(config.skip, config.grid.vocab_size)
+        self.register_buffer("ranks", torch.argsort(self.order), persistent=False)
+        self._reset_parameters()
+
+    def _reset_parameters(self) -> None:
+        for table in (self.token_embedding.weight, self.start_embedding, *self.axis_embeddings):
+            nn.init.normal_(table, std=0.5)
+        nn.init.zeros_(self.class_embedding.weight)
+
+    @property
+    def receptive_field(self) -> Tensor:
+        """bool `(N, N)`, raster order: row i is True at the tokens that `logits[:, i]` sees. `AttributeError` where
+        these are all earlier ones."""
+        if self.reach >= len(self.grid) - 1:
+            raise AttributeError("receptive_field: every position sees all earlier ones")
+        behind = self.ranks[:, None] - self.ranks
+        return (behind > 0) & (behind <= self.reach)
+
+    def positions(self) -> Tensor:
+        """`(N, dim)` in the order: the sum of each target's embedding along every axis."""
+        coordinates = torch.unravel_index(self.order, self.grid.shape)
+        return sum(table[at] for table, at in zip(self.axis_embeddings, coordinates, strict=True))
+
+    def forward(self, tokens: Tensor, labels: Tensor | None = None) -> Tensor:
+        """Teacher-forced logits `(B, N, vocab_size)`, raster order; `logits[:, i]` sees only tokens ranked before i."""
+        if labels is None:
+            labels = torch.full((len(tokens),), self.num_classes, device=tokens.device)
+        walked = tokens.flatten(1)[:, self.order[:-1]].long()
+        start = self.start_embedding.expand(len(tokens), 1, -1)
+        x = (torch.cat([start, self.token_embedding(walked)], 1) + self.positions()).transpose(1, 2)  # (B, dim, N)
+        label_terms = self.class_embedding(labels).unflatten(1, (len(self.blocks), -1, 1)).unbind(1)
+        skips = self.skip_bias[:, None]
+        for block, label_term in zip(self.blocks[:-1], label_terms[:-1], strict=True):
+            residual, skip = block(x, label_term)
+            x, skips = x + residual, skips + skip
+        skips = skips + self.blocks[-1](x, label_terms[-1])[1]
+        hidden = self.hidden(skips.transpose(1, 2)[:, self.ranks].relu())
+        return self.head(hidden.relu())
+
+    def start(self, num_images: int, labels: Tensor | None, order: Tensor | None = None) -> Buffers:
+        """Allocate the buffers once, and lay the weights out for one-token steps."""
+        if labels is None:
+            labels = torch.full((num_images,), self.num_classes, device=self.device)
+        return Buffers(self, labels)
+
+    def next_logits(self, state: Buffers, token: Tensor | None) -> Tensor:
+        """One rank through all blocks, reading the earlier taps of each convolution from its buffer."""
+        return state.step(token)
+
+
+class Layer(NamedTuple):
+    """One block of `Buffers`: what it reads and writes, and its weights."""
+
+    inputs: Tensor  # (1 + N, B, dim), time first
+    earlier: tuple[int, ...]  # how far back its taps reach, the farthest first
+    taps: Tensor  # (kernel * dim, 2 dim)
+    bias: Tensor  # (B, 2 dim)
+    gates: Tensor  # (B, dim)
+    residual: Tensor | None  # (dim, dim), None in the last block
+    outputs: Tensor | None  # the next block's inputs
+
+
+class Buffers:
+    """What sampling remembers: each block's inputs so far, time first behind a row of zeros that stands for all ranks
+    before the first, and the weights laid out for one-token steps.
+
+    A step on few rows is bound by the number of operations, so products are written where they are read next: the
+    residual stream into the next block's inputs, the gated outputs side by side, so that all skip connections are one
+    product. sigmoid(b) = (1 + tanh(b / 2)) / 2 makes a gate one tanh over both halves; the factors go into weights.
+    """
+
+    def __init__(self, model: CausalConv, labels: Tensor) -> None:
+        config, rows, weight = model.config, len(labels), model.token_embedding.weight.detach()
+        self.rank = 0
+        self.token_embedding, self.positions = weight, model.positions().detach()
+        self.start = model.start_embedding.detach().expand(rows, -1)
+        self.pre = weight.new_empty(rows, 2 * config.dim)
+        self.content, self.gate = self.pre.chunk(2, 1)
+        self.gates = weight.new_empty(rows, config.depth * config.dim)
+        inputs = weight.new_zeros(config.depth, 1 + len(model.grid), rows, config.dim)
+        self.layers = self._layers(model, inputs, model.class_embedding(labels).detach())
+        self.inputs = inputs[0]
+        skips = torch.cat([block.out.weight[-config.skip :, :, 0] / 2 for block in model.blocks], 1)
+        self.skips = model.skip_bias.detach(), pack(skips, rows)
+        self.hidden = model.hidden.bias.detach(), pack(model.hidden.weight, rows)
+        self.head = model.head.bias.detach(), pack(model.head.weight, rows)
+
+    def _layers(self, model: CausalConv, inputs: Tensor, label_terms: Tensor) -> list[Layer]:
+        dim, rows, layers = model.config.dim, len(label_terms), []
+        halved = torch.cat([torch.ones_like(self.content[0]), torch.full_like(self.content[0], 0.5)])
+        gates, label_terms = self.gates.split(dim, 1), label_terms.split(2 * dim, 1)
+        for at, (block, dilation) in enumerate(zip(model.blocks, model.config.dilations, strict=True)):
+            taps = block.gated.weight.transpose(1, 2).flatten(1) * halved[:, None]  # a tap after the other
+            bias = (block.gated.bias.detach() + label_terms[at]) * halved
+            last = at == len(model.blocks) - 1
+            residual = None if last else pack(block.out.weight[:dim, :, 0] / 2, rows)
+            outputs = None if last else inputs[at + 1]
+            earlier = tuple(range(block.past, 0, -dilation))
+            layers.append(Layer(inputs[at], earlier, pack(taps, rows), bias, gates[at], residual, outputs))
+        return layers
+
+    def step(self, token: Tensor | None) -> Tensor:
+        """Logits `(B, vocab_size)` of the next position, given the last one's `token` `(B,)`."""
+        at = 1 + self.rank
+        x = self.start if token is None else self.token_embedding.index_select(0, token)
+        x = torch.add(x, self.positions[self.rank], out=self.inputs[at])
+        for inputs, earlier, taps, bias, gates, residual, outputs in self.layers:
+            window = torch.cat([*(inputs[max(0, at - back)] for back in earlier), x], 1)
+            torch.addmm(bias, window, taps, out=self.pre).tanh_()
+            torch.addcmul(self.content, self.content, self.gate, out=gates)
+            if residual is not None and outputs is not None:
+                x = torch.addmm(x, gates, residual, out=outputs[at])
+        self.rank += 1
+        hidden = torch.addmm(self.skips[0], self.gates, self.skips[1]).relu_()
+        hidden = torch.addmm(self.hidden[0], hidden, self.hidden[1]).relu_()
+        return torch.addmm(self.head[0], hidden, self.head[1])

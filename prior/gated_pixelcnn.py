@@ -1,0 +1,198 @@
+"""Gated PixelCNN: two stacks of causal convolutions, which together see every earlier position.
+
+van den Oord et al. 2016, "Conditional Image Generation with PixelCNN Decoders" (arXiv 1606.05328), section 2 and fig.
+2: the vertical stack sees all rows above and no masks are needed; the horizontal stack sees the current row to the left
+and, through a 1x1 convolution, the vertical stack. Units are gated, y = tanh(a) * sigmoid(b), and the class is added
+inside the gates of both stacks (eq. 4). The first layer leaves out the position to be predicted, hence has no residual.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from tokenizer.pretrained import setting
+
+from .base import Prior
+from .layers import CausalConv, RasterConfig, Rows, pack, receptive_field, see
+
+
+@dataclass(frozen=True, kw_only=True)
+class GatedPixelCNNConfig(RasterConfig):
+    """Sizes of the network."""
+
+    dim: int = setting(64, "channels of each stack", ge=1, le=8192)
+    depth: int = setting(10, "number of gated layers after the first", ge=1, le=256)
+    first_kernel: int = setting(7, "side of the first layer's convolutions, odd", ge=3, le=63)
+    kernel: int = setting(3, "side of the other layers' convolutions, odd", ge=3, le=63)
+    head: int = setting(32, "channels between the two last layers", ge=1, le=65536)
+
+    def check(self) -> Iterator[str]:
+        """Kernels are odd, the grid has two axes, the order is raster."""
+        yield from super().check()
+        for name in ("first_kernel", "kernel"):
+            if getattr(self, name) % 2 == 0:
+                yield f"{name}: must be odd (got {getattr(self, name)})"
+
+
+def gate(x: Tensor) -> Tensor:
+    """tanh of the first half of the channels times sigmoid of the second."""
+    a, b = x.chunk(2, -1)
+    return a.tanh() * b.sigmoid()
+
+
+class Layer(nn.Module):
+    """One layer of both stacks, on maps `(B, H, W, C)`. The vertical map's row i knows of rows above i only, so all
+    layers but the first look at its row i, too."""
+
+    def __init__(self, inputs: int, dim: int, size: int, num_classes: int, *, first: bool) -> None:
+        super().__init__()
+        reach, self.first = size // 2, first
+        self.vertical = CausalConv(inputs, 2 * dim, (-reach, -1 if first else 0), (-reach, reach))
+        self.horizontal = CausalConv(inputs, 2 * dim, (0, 0), (-reach, -1 if first else 0))
+        self.across = nn.Linear(2 * dim, 2 * dim, bias=False)
+        self.out = nn.Linear(dim, dim, bias=False)
+        self.vertical_label = nn.Embedding(num_classes + 1, 2 * dim)  # the last is the null class
+        self.horizontal_label = nn.Embedding(num_classes + 1, 2 * dim)
+        nn.init.zeros_(self.vertical_label.weight)
+        nn.init.zeros_(self.horizontal_label.weight)
+
+    def forward(self, vertical: Tensor, horizontal: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """Both stacks' maps to the vertical one before its gate and the horizontal one."""
+        above = self.vertical(vertical) + self.vertical_label(labels)[:, None, None]
+        left = self.horizontal(horizontal) + self.horizontal_label(labels)[:, None, None]
+        out = self.out(gate(left + self.across(above)))
+        return above, out if self.first else horizontal + out
+
+
+class GatedPixelCNN(Prior, name="gated_pixelcnn"):
+    """A vertical and a horizontal stack, with row caches for sampling.
+
+    With depth enough for its grid it sees every earlier token; otherwise it has a `receptive_field`.
+    """
+
+    Config = GatedPixelCNNConfig
+
+    def __init__(self, config: GatedPixelCNNConfig) -> None:
+        super().__init__(config)
+        vocab_size, dim = config.grid.vocab_size, config.dim
+        channels = min(dim, vocab_size)  # more than one per id can not say more
+        self.embedding = nn.Embedding(vocab_size, channels)
+        first = Layer(channels, dim, config.first_kernel, config.num_classes, first=True)
+        rest = [Layer(dim, dim, config.kernel, config.num_classes, first=False) for _ in range(config.depth)]
+        self.layers: Any = nn.ModuleList([first, *rest])
+        self.hidden = nn.Linear(dim, config.head)
+        self.head = nn.Linear(config.head, vocab_size)
+
+    @property
+    def receptive_field(self) -> Tensor:
+        """bool `(N, N)`: whether the logits at i see token j. Where they see every earlier one, as they do once depth
+        allows, it raises `AttributeError`, so that `hasattr` is False."""
+        height, width = self.grid.shape
+        vertical = torch.eye(len(self.grid), dtype=torch.bool, device="cpu").view(height, width, -1)
+        horizontal = vertical
+        for layer in self.layers:
+            vertical = see(vertical, layer.vertical.taps)
+            seen = vertical | see(horizontal, layer.horizontal.taps)
+            horizontal = seen if layer.first else seen | horizontal
+        return receptive_field(horizontal)
+
+    def forward(self, tokens: Tensor, labels: Tensor | None = None) -> Tensor:
+        """Teacher-forced logits `(B, N, vocab_size)`, raster order; `logits[:, i]` sees only tokens before i."""
+        if labels is None:
+            labels = torch.full((len(tokens),), self.num_classes, device=tokens.device)
+        vertical = horizontal = self.embedding(tokens.long())
+        for layer in self.layers:
+            vertical = vertical if layer.first else gate(vertical)
+            vertical, horizontal = layer(vertical, horizontal, labels)
+        return self.head(F.relu(self.hidden(F.relu(horizontal)))).flatten(1, 2)
+
+    @torch.no_grad()
+    def start(self, num_images: int, labels: Tensor | None, order: Tensor | None = None) -> Cache:
+        """Allocate the row caches once, and lay the weights out for steps of one position."""
+        if labels is None:
+            labels = torch.full((num_images,), self.num_classes, device=self.device)
+        return Cache(self, labels)
+
+    def next_logits(self, state: Cache, token: Tensor | None) -> Tensor:
+        """One position through the horizontal stack; at the start of a row, the row through the vertical one."""
+        return state.step(token)
+
+
+class LayerCache:
+    """One layer's packed weights, and the rows it looks at: of the vertical map, and the horizontal map's current one.
+
+    The two stacks of the first layer look at the same embedding, so they share its rows.
+    """
+
+    def __init__(self, layer: Layer, width: int, labels: Tensor) -> None:
+        batch, inputs, wide = len(labels), layer.vertical.weight.shape[1], len(layer.vertical.weight)
+        like, conv = layer.out.weight.new_zeros(batch, inputs), layer.vertical
+        taps = len(layer.horizontal.taps)
+        count = conv.rows[1] - conv.rows[0] + 1
+        self.rows = Rows(like, count, width, conv.columns, taps)
+        self.horizontal = self.rows if layer.first else Rows(like, 1, width, layer.horizontal.columns, taps)
+        self.bias_above = conv.bias + layer.vertical_label(labels)
+        self.bias = layer.horizontal.bias + layer.horizontal_label(labels)
+        self.weight_above, self.across = pack(conv.weight, width * batch), pack(layer.across.weight, width * batch)
+        self.weight, self.out = pack(layer.horizontal.weight, batch), pack(layer.out.weight, batch)
+        self.above = like.new_empty(width, batch, wide)  # what the vertical stack adds to each column of the row
+        self.above_of = self.above.unbind(0)
+
+    def start_row(self, before: Tensor | None) -> Tensor:
+        """This row's vertical map before its gate, `(W, B, 2 * dim)`, given that of the layer `before` (None in the
+        first layer, which looks at finished rows of the embedding)."""
+        if before is not None:
+            self.rows.turn()
+            before[..., : before.shape[-1] // 2].tanh_()
+            self.rows.row.copy_(F.glu(before))  # glu: the first half times sigmoid of the second
+        vertical = torch.mm(self.rows.patches(), self.weight_above).view_as(self.above).add_(self.bias_above)
+        torch.mm(vertical.flatten(0, 1), self.across, out=self.above.flatten(0, 1))
+        self.above += self.bias
+        if before is None:
+            self.rows.turn()
+        return vertical
+
+
+class Cache:
+    """What sampling remembers: the rows that each layer looks at, and the weights laid out for one position.
+
+    The vertical stack never looks at the current row, so it runs once per row, for all columns and layers; it leaves
+    what the horizontal stack adds to, biases and labels included. A step then takes four operations per layer.
+    """
+
+    def __init__(self, model: GatedPixelCNN, labels: Tensor) -> None:
+        rows, dim, self.width, self.rank = len(labels), model.config.dim, model.grid.shape[1], 0
+        self.embedding = model.embedding.weight.detach()
+        self.layers = [LayerCache(layer, self.width, labels) for layer in model.layers]
+        self.nothing, last = self.embedding.new_zeros(2, rows, dim)  # the first layer adds to nothing: no residual
+        self.outputs = [layer.horizontal.cells for layer in self.layers[1:]] + [(last,) * self.width]
+        self.gates = self.embedding.new_empty(rows, 2 * dim)
+        self.tanhs = self.gates[:, :dim]
+        self.hidden = (model.hidden.bias.detach(), pack(model.hidden.weight, rows))
+        self.head = (model.head.bias.detach(), pack(model.head.weight, rows))
+
+    def step(self, token: Tensor | None) -> Tensor:
+        """Logits `(B, vocab_size)` of the next position, given the last one's `token` `(B,)`."""
+        column = self.rank % self.width
+        if token is not None:
+            self.layers[0].horizontal.cells[column - 1].copy_(self.embedding.index_select(0, token))
+        if column == 0:
+            vertical = None
+            for layer in self.layers:
+                vertical = layer.start_row(vertical)
+        x = self.nothing
+        for layer, outputs in zip(self.layers, self.outputs, strict=True):
+            torch.addmm(layer.above_of[column], layer.horizontal.windows[column], layer.weight, out=self.gates)
+            self.tanhs.tanh_()
+            x = torch.addmm(x, F.glu(self.gates), layer.out, out=outputs[column])
+        self.rank += 1
+        bias, hidden = self.hidden
+        x = torch.addmm(bias, x.relu(), hidden).relu_()
+        bias, head = self.head
+        return torch.addmm(bias, x, head)

@@ -1,0 +1,171 @@
+"""Causal convolutions over a grid in raster order, and the rows of their inputs as sampling keeps them.
+
+Maps are channels last, `(B, H, W, C)`, so that a 1x1 convolution is an `nn.Linear`. A k x k kernel (k odd, r = k // 2)
+looks at r rows above and, in its own row, at r columns to the left: van den Oord et al. 2016 ("Pixel Recurrent Neural
+Networks", fig. 2) multiply the rest with zero. Here the rows below are not in the kernel to begin with, and only the
+end of its last row is masked.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .base import FEW_ROWS, PriorConfig
+
+Pair = tuple[int, int]
+
+
+@dataclass(frozen=True, kw_only=True)
+class RasterConfig(PriorConfig):
+    """What priors made of causal convolutions ask of their grid."""
+
+    def check(self) -> Iterator[str]:
+        """The grid has two axes and is walked row by row."""
+        yield from super().check()
+        if self.order != "raster":
+            yield f"order: {self.kind} walks the grid in raster order only (got {self.order!r})"
+        if len(self.grid.shape) != 2:
+            yield f"grid: {self.kind} needs a grid of two axes (got {self.grid.shape})"
+
+
+class CausalConv(nn.Module):
+    """A convolution whose kernel covers `rows` and `columns`, each (first, last) offsets from the position it writes.
+
+    Maps `(B, H, W, inputs)` to `(B, H, W, outputs)`; outside the grid everything is zero. The last `masked` columns of
+    the kernel's last row are multiplied with zero.
+    """
+
+    mask: Tensor | None
+
+    def __init__(self, inputs: int, outputs: int, rows: Pair, columns: Pair, masked: int = 0) -> None:
+        super().__init__()
+        self.rows, self.columns = rows, columns
+        mask = torch.ones(rows[1] - rows[0] + 1, columns[1] - columns[0] + 1)
+        mask[-1, mask.shape[1] - masked :] = 0
+        self.register_buffer("mask", mask if masked else None, persistent=False)
+        bound = (inputs * max(1, mask.numel() - masked)) ** -0.5  # as nn.Linear has it, counting what is seen
+        self.weight = nn.Parameter(torch.empty(outputs, inputs, *mask.shape).uniform_(-bound, bound))
+        self.bias = nn.Parameter(torch.zeros(outputs))
+        offsets = [(row, column) for row in range(rows[0], rows[1] + 1) for column in range(columns[0], columns[1] + 1)]
+        self.taps = offsets[: len(offsets) - masked]
+        """The offsets (row, column) that the kernel looks at."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`(B, H, W, inputs)` to `(B, H, W, outputs)`."""
+        (top, bottom), (left, right) = self.rows, self.columns
+        padded = F.pad(x, (0, 0, -left, right, -top, bottom))  # a negative bottom leaves the last rows out
+        weight = self.weight if self.mask is None else self.weight * self.mask
+        return F.conv2d(padded.movedim(-1, 1), weight, self.bias).movedim(1, -1)
+
+
+class MaskedConv(CausalConv):
+    """PixelCNN's masked k x k convolution: type A, or (with `sees_itself`) type B, which sees its own position too."""
+
+    def __init__(self, inputs: int, outputs: int, size: int, *, sees_itself: bool) -> None:
+        self_and_right = size // 2 + 1
+        reach = (-(size // 2), size // 2)
+        super().__init__(inputs, outputs, (reach[0], 0), reach, masked=self_and_right - sees_itself)
+
+
+def pack(weight: Tensor, rows: int) -> Tensor:
+    """The weights of an `nn.Linear` `(outputs, inputs)`, or a kernel `(outputs, inputs, rows, columns)`, as the matrix
+    `(taps * inputs, outputs)` that multiplies `rows` rows fastest: few want it row by row, many column by column."""
+    matrix = weight.detach()
+    if matrix.ndim == 4:
+        matrix = matrix.flatten(2).transpose(1, 2).flatten(1)
+    return matrix.t().contiguous() if rows < FEW_ROWS else matrix.contiguous().t()
+
+
+class Rows:
+    """The last `count` rows of a map `(B, H, W, C)`, zero outside the grid; allocated once, written in place.
+
+    The current row is `row`, `(W, B, C)`, and `cells[j]` is its column j, `(B, C)`, both to write to. `windows[j]` are
+    its `taps` columns from j - left on, `(B, taps * C)`. All are views. Columns not written yet hold those of an older
+    row: nothing may look at them.
+    """
+
+    def __init__(self, like: Tensor, count: int, width: int, reach: Pair, taps: int) -> None:
+        """like: `(B, C)` zeros; reach: the columns (first, last) that a whole kernel covers, as offsets."""
+        (batch, channels), (left, right) = like.shape, (-reach[0], reach[1])
+        stored = like.new_zeros(count, batch, left + width + right, channels)
+        self.size = left + 1 + right
+        self.row_of = [row[:, left : left + width].transpose(0, 1) for row in stored]
+        self.cells_of = [row.unbind(0) for row in self.row_of]
+        self.windows_of = [row.flatten(1).unfold(1, taps * channels, channels).unbind(1) for row in stored]
+        self.wide_of = [row.unfold(1, self.size, 1).permute(1, 0, 3, 2) for row in stored]  # (W, B, size, C)
+        self.patch = like.new_empty(width, batch, count, self.size, channels)
+        self.current = count - 1
+        self.turn()
+
+    def turn(self) -> None:
+        """Go on to the next row; the oldest is forgotten."""
+        self.current = (self.current + 1) % len(self.cells_of)
+        self.row, self.cells = self.row_of[self.current], self.cells_of[self.current]
+        self.windows = self.windows_of[self.current]
+
+    def patches(self) -> Tensor:
+        """What a kernel of `count` rows sees from each column, oldest row first: `(W * B, count * size * C)`."""
+        oldest = self.current + 1
+        torch.stack(self.wide_of[oldest:] + self.wide_of[:oldest], 2, out=self.patch)
+        return self.patch.view(-1, self.patch[0, 0].numel())
+
+
+class RowCache:
+    """A `MaskedConv` one position at a time, in raster order, for the multiplications of one `forward`.
+
+    The part of its sum that comes from the rows above is known for a whole row before that begins: `start_row` makes
+    it with one matrix product and keeps it. What is left is one product with the columns to the left.
+
+        cache.start_row()               # before each row, the first included
+        cache.cells[column].copy_(x)    # the input `(B, inputs)`: type B before read, type A after it
+        cache.read(column)              # the output `(B, outputs)`
+    """
+
+    def __init__(self, conv: CausalConv, width: int, bias: Tensor) -> None:
+        """bias: `(B, outputs)`, added besides the convolution's own."""
+        batch, inputs, outputs = len(bias), conv.weight.shape[1], len(conv.weight)
+        above = sum(row < 0 for row, _ in conv.taps)
+        taps = len(conv.taps) - above
+        self.bias = (bias + conv.bias).detach()
+        self.weight_above = pack(conv.weight[:, :, :-1], width * batch)
+        self.weight = pack(conv.weight[:, :, -1:, :taps], batch)
+        self.rows = Rows(bias.new_zeros(batch, inputs), -conv.rows[0], width, conv.columns, taps)
+        self.above = bias.new_empty(width, batch, outputs)
+        self.above_of = self.above.unbind(0)
+
+    def start_row(self) -> None:
+        """Go on to the next row."""
+        torch.mm(self.rows.patches(), self.weight_above, out=self.above.flatten(0, 1))
+        self.above += self.bias
+        self.rows.turn()
+        self.cells = self.rows.cells
+
+    def read(self, column: int, out: Tensor | None = None) -> Tensor:
+        """The output `(B, outputs)` at a column of the current row, written to `out` if given."""
+        return torch.addmm(self.above_of[column], self.rows.windows[column], self.weight, out=out)
+
+
+def see(field: Tensor, taps: Iterable[Pair]) -> Tensor:
+    """Which tokens reach a convolution's output, given which reach its input: bool `(H, W, N)` to the same."""
+    height, width = field.shape[:2]
+    seen = torch.zeros_like(field)
+    for row, column in taps:
+        top, left = max(0, -row), max(0, -column)
+        bottom, right = height - max(0, row), width - max(0, column)
+        if top < bottom and left < right:
+            seen[top:bottom, left:right] |= field[top + row : bottom + row, left + column : right + column]
+    return seen
+
+
+def receptive_field(field: Tensor) -> Tensor:
+    """bool `(N, N)`: whether the logits at i see token j, given `(H, W, N)` as `see` makes it. Raises `AttributeError`
+    where every earlier token is seen: then there is nothing to say."""
+    field = field.flatten(0, 1)
+    if bool((field | ~torch.ones_like(field).tril(-1)).all()):
+        raise AttributeError("every earlier token is seen")
+    return field

@@ -1,0 +1,270 @@
+"""The masked autoencoder: a perceptron whose connections are cut so that each output sees only earlier inputs.
+
+MADE (Germain et al. 2015), with a softmax over ids at every position. Every hidden unit has a degree d in 1 .. N - 1:
+it sees the tokens of rank < d, and what is predicted at rank r sees the units of degree <= r. Any choice of degrees
+and any order of the grid gives such masks for the same weights, which is what the agnostic ways of training draw from.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from tokenizer.pretrained import setting
+
+from .base import Prior, PriorConfig
+
+DENSE_WIDTH = 32  # up to so many ids, multiplying one-hot rows is faster than picking rows of weights and adding them
+MAX_DIRECT = 1 << 28  # weights of the direct connections: the square of what the hidden layers need per unit
+
+
+@dataclass(frozen=True, kw_only=True)
+class MADEConfig(PriorConfig):
+    """Sizes and connections of the perceptron."""
+
+    hidden: tuple[int, ...] = setting((512,), "units of each hidden layer", ge=1, le=65536)
+    direct: bool = setting(False, "connect every token straight to all later positions as well")
+    embedding: int | None = setting(None, "width that ids are embedded in before the first layer and after the last; "
+                                    "null: a row of weights for each position and id", ge=1, le=65536)  # fmt: skip
+    dropout: float = setting(0.0, "dropout on the hidden units", ge=0, lt=1)
+    order_agnostic: bool = setting(False, "train in a new random order at every step")
+    connectivity_agnostic: bool = setting(False, "train with new random degrees of the hidden units at every step")
+
+    def check(self) -> Iterator[str]:
+        """The order has to exist, and direct connections have to be few enough."""
+        yield from super().check()
+        outputs = len(self.grid) * (self.embedding or self.grid.vocab_size)
+        if self.direct and outputs**2 > MAX_DIRECT:
+            yield f"direct: needs {outputs} squared weights; set a smaller embedding"
+
+
+class ClassBias(nn.Module):
+    """A bias and what each class (the last is the null class) adds to it: labels `(B,)` to `(B, size)`."""
+
+    def __init__(self, num_classes: int, size: int) -> None:
+        super().__init__()
+        self.shared = nn.Parameter(torch.zeros(size))
+        self.own = nn.Parameter(torch.zeros(num_classes + 1, size)) if num_classes else None
+
+    def forward(self, labels: Tensor) -> Tensor:
+        return self.shared.repeat(len(labels), 1) if self.own is None else self.shared + self.own[labels]
+
+
+def masked_sum(inputs: Tensor, weight: Tensor, visible: Tensor) -> Tensor:
+    """What `(B, U)` units sum over the positions that they see.
+
+    inputs: features `(B, N, width)`, or ids `(B, N)` that stand for one-hot features; weight: `(N, width, U)`;
+    visible: bool `(N, U)`.
+    """
+    if inputs.is_floating_point():
+        return inputs.flatten(1) @ (weight * visible[:, None]).flatten(0, 1)
+    first_rows = torch.arange(len(weight), device=weight.device) * weight.shape[1]
+    return (F.embedding(inputs + first_rows, weight.flatten(0, 1)) * visible).sum(1)
+
+
+def even_degrees(units: int, num_tokens: int) -> Tensor:
+    """Degrees `(units,)`, ascending: each of 1 .. N - 1 equally often, the last unit seeing all but the last token."""
+    steps = torch.arange(1, units + 1, device="cpu") * (num_tokens - 1)
+    return ((steps + units - 1) // units).clamp(min=1)
+
+
+def random_degrees(hidden: Sequence[int], num_tokens: int) -> list[Tensor]:
+    """Degrees of each layer, uniform, none below the smallest of the layer before, so that no unit sees nothing."""
+    degrees, smallest = [], 1
+    for units in hidden:
+        degrees.append(torch.randint(smallest, max(2, num_tokens), (units,), device="cpu"))
+        smallest = int(degrees[-1].min())
+    return degrees
+
+
+class MADE(Prior, name="made"):
+    """Masked hidden layers from all tokens to all logits at once, and running sums for sampling.
+
+    With a row of weights per position and id an input is told apart from one that is masked, which is what the paper
+    conditions on connectivity for. `receptive_field`, bool `(N, N)` in raster order, exists only where hidden layers
+    are so narrow that some degrees are missing, and no direct connections make up for it: logits at i see token j.
+    """
+
+    Config = MADEConfig
+    ranks: Tensor
+
+    def __init__(self, config: MADEConfig) -> None:
+        super().__init__(config)
+        size, vocab, hidden = len(config.grid), config.grid.vocab_size, config.hidden
+        self.any_order, self.width = config.order_agnostic, config.embedding or vocab
+        self.embedding = nn.Parameter(torch.empty(vocab, self.width)) if config.embedding else None
+        self.input = nn.Parameter(torch.empty(size, self.width, hidden[0]))
+        self.hidden = nn.ParameterList(torch.empty(*sizes) for sizes in zip(hidden[1:], hidden, strict=False))
+        self.output = nn.Parameter(torch.empty(size, self.width, hidden[-1]))
+        sizes = [*hidden, size * self.width]
+        self.biases: Any = nn.ModuleList(ClassBias(config.num_classes, units) for units in sizes)
+        self.direct = nn.Parameter(torch.empty(size, self.width, size * self.width)) if config.direct else None
+        self.head = nn.Parameter(torch.empty(vocab, self.width)) if config.embedding else None
+        self.head_bias = nn.Parameter(torch.zeros(size, vocab)) if config.embedding else None
+        self.dropout = nn.Dropout(config.dropout)
+        self.register_buffer("ranks", torch.argsort(self.order), persistent=False)
+        self._reset_parameters()
+
+    def _reset_parameters(self) -> None:
+        """He's variances (2015), for the half of the inputs that a unit sees on average."""
+        active = len(self.grid) * (1 if self.embedding is None else self.width)  # a one-hot row counts once
+        nn.init.normal_(self.input, std=(4 / active) ** 0.5)
+        for weight in self.hidden:
+            nn.init.normal_(weight, std=(4 / weight.shape[1]) ** 0.5)
+        nn.init.normal_(self.output, std=(1 / self.output.shape[-1]) ** 0.5)
+        if self.direct is not None:
+            nn.init.normal_(self.direct, std=(1 / active) ** 0.5)
+        if self.embedding is not None and self.head is not None:
+            nn.init.normal_(self.embedding)
+            nn.init.normal_(self.head, std=self.width**-0.5)
+
+    def degrees(self) -> list[Tensor]:
+        """The degrees `(units,)` of each hidden layer, ascending: those that everything but training uses."""
+        return [even_degrees(units, len(self.grid)) for units in self.config.hidden]
+
+    @property
+    def receptive_field(self) -> Tensor:
+        """See the class; raises `AttributeError` where every later position sees every earlier token."""
+        reach = ranks = torch.arange(len(self.grid), device="cpu")  # of what is predicted at each rank
+        for degrees in self.degrees()[::-1]:
+            below = torch.searchsorted(degrees, reach, right=True)
+            reach = torch.where(below > 0, degrees[below - 1], 0)
+        if self.config.direct or bool((reach == ranks).all()):
+            raise AttributeError("receptive_field: all earlier tokens are seen")
+        return self.ranks < reach.to(self.device)[self.ranks][:, None]
+
+    def training_inputs(self, tokens: Tensor, progress: float) -> dict[str, Any]:
+        """A random order `(N,)` and random degrees, where the model is to be agnostic of them."""
+        inputs: dict[str, Any] = {}
+        if self.config.order_agnostic:
+            inputs["order"] = torch.randperm(len(self.grid), device="cpu").to(tokens.device)
+        if self.config.connectivity_agnostic:
+            inputs["degrees"] = [d.to(tokens.device) for d in random_degrees(self.config.hidden, len(self.grid))]
+        return inputs
+
+    def forward(self, tokens: Tensor, labels: Tensor | None = None, order: Tensor | None = None,
+                degrees: Sequence[Tensor] | None = None) -> Tensor:  # fmt: skip
+        """Teacher-forced logits `(B, N, vocab_size)`, raster order; `logits[:, i]` sees only tokens ranked before i.
+
+        order: `(N,)` or `(B, N)`, None for the model's own; degrees: `(units,)` of each hidden layer, in 1 .. N - 1.
+        """
+        if labels is None:
+            labels = torch.full((len(tokens),), self.num_classes, device=tokens.device)
+        if order is not None and order.ndim == 2:
+            return self._forward_by_order(tokens, labels, order, degrees)
+        ranks = self.ranks if order is None else torch.argsort(order)
+        degrees = [d.to(tokens.device) for d in degrees or self.degrees()]
+        inputs, seen = self._inputs(tokens.flatten(1)), ranks[:, None]
+        x = self._unit(self.biases[0](labels) + masked_sum(inputs, self.input, seen < degrees[0]))
+        for weight, bias, below, own in zip(self.hidden, self.biases[1:], degrees, degrees[1:], strict=False):
+            x = self._unit(torch.addmm(bias(labels), x, (weight * (below <= own[:, None])).t()))
+        output = (self.output * (degrees[-1] <= seen)[:, None]).flatten(0, 1)
+        x = torch.addmm(self.biases[-1](labels), x, output.t())
+        if self.direct is not None:
+            x = x + masked_sum(inputs, self.direct, seen < ranks.repeat_interleave(self.width))
+        return self._logits(x.unflatten(1, (-1, self.width)), self.head_bias)
+
+    def _forward_by_order(self, tokens: Tensor, labels: Tensor, order: Tensor,
+                          degrees: Sequence[Tensor] | None) -> Tensor:  # fmt: skip
+        """`forward` for orders `(B, N)`: images of the same order share their masks."""
+        distinct, which = torch.unique(order, dim=0, return_inverse=True)
+        rows = [torch.nonzero(which == index)[:, 0] for index in range(len(distinct))]
+        parts = [self.forward(tokens[at], labels[at], one, degrees) for at, one in zip(rows, distinct, strict=True)]
+        return torch.cat(parts)[torch.argsort(torch.cat(rows))]
+
+    def _inputs(self, tokens: Tensor) -> Tensor:
+        """What `masked_sum` takes: embedded ids `(B, N, width)`, one-hot ones where there are few ids, else ids."""
+        if self.embedding is not None:
+            return F.embedding(tokens.long(), self.embedding)
+        return F.one_hot(tokens.long(), self.width).to(self.input.dtype) if self.width <= DENSE_WIDTH else tokens.long()
+
+    def _unit(self, x: Tensor) -> Tensor:
+        return self.dropout(F.relu(x))
+
+    def _logits(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        """`x` (..., width) itself, or (where ids are embedded) read out by the table that all positions share."""
+        return x if self.head is None or bias is None else F.linear(x, self.head) + bias
+
+    def start(self, num_images: int, labels: Tensor | None, order: Tensor | None = None) -> Sums:
+        """Allocate the running sums; order: `(N,)`, or `(B, N)` where each image goes its own way."""
+        if labels is None:
+            labels = torch.full((num_images,), self.num_classes, device=self.device)
+        return Sums(self, labels, self.order if order is None else order)
+
+    def next_logits(self, state: Sums, token: Tensor | None) -> Tensor:
+        """Add one token to the running sums, and finish the units that had waited for it."""
+        return state.step(token)
+
+
+class Sums:
+    """What sampling remembers: the first layer's sums over the tokens so far, and the units that are finished.
+
+    Units are sorted by degree, so all masks are prefixes: the token of rank r is added to the units of degree > r,
+    those of degree r + 1 are then finished, and the next position reads all that are. Each weight is used once, those
+    that are masked never.
+    """
+
+    def __init__(self, model: MADE, labels: Tensor, order: Tensor) -> None:
+        self.model, self.rank = model, 0
+        self.walk = order.tolist() if order.ndim == 1 else order.t()  # a position for all images, or for each
+        ranks = torch.arange(len(model.grid), device="cpu")
+        degrees = model.degrees()
+        self.ends = [torch.searchsorted(each, ranks, right=True).tolist() for each in degrees]  # of units finished
+        *self.layers, outputs = [bias(labels) for bias in model.biases]  # sums so far, or activations where finished
+        self.outputs = outputs.unflatten(1, (-1, model.width))
+        self.images = torch.arange(len(labels), device=labels.device)
+
+    def step(self, token: Tensor | None) -> Tensor:
+        """Logits `(B, vocab_size)` of the next position, given the last one's `token` `(B,)`."""
+        model, rank, layers = self.model, self.rank, self.layers
+        if token is not None:
+            self._add(token, self.walk[rank - 1])
+            self._finish(rank)
+        at, end = self.walk[rank], self.ends[-1][rank]
+        outputs = self.outputs[slice(None) if isinstance(at, int) else self.images, at]
+        outputs = outputs + times(layers[-1][:, :end], take(model.output[..., :end], at).mT)
+        self.rank += 1
+        return model._logits(outputs, None if model.head_bias is None else model.head_bias[at])
+
+    def _add(self, token: Tensor, at: Any) -> None:
+        """Add the token at position `at` to all that will see it."""
+        model, begin = self.model, self.ends[0][self.rank - 1]
+        weights = [(self.layers[0][:, begin:], model.input[..., begin:])]
+        if model.direct is not None:
+            weights.append((self.outputs.flatten(1), model.direct))
+        for sums, weight in weights:
+            if model.embedding is None:
+                sums += weight.flatten(0, 1).index_select(0, at * model.width + token)
+            else:
+                sums += times(model.embedding.index_select(0, token), take(weight, at))
+
+    def _finish(self, rank: int) -> None:
+        """Activate the units of degree `rank`, layer by layer."""
+        for depth, (layer, ends) in enumerate(zip(self.layers, self.ends, strict=True)):
+            begin, end = ends[rank - 1], ends[rank]
+            if begin == end:
+                continue
+            if depth:
+                below = self.ends[depth - 1][rank]
+                weight = self.model.hidden[depth - 1][begin:end, :below]
+                layer[:, begin:end] += times(self.layers[depth - 1][:, :below], weight.t())
+            layer[:, begin:end].relu_()
+
+
+def take(weight: Tensor, at: int | Tensor) -> Tensor:
+    """The weights `(...)` of one position, or `(B, ...)` of each image's."""
+    return weight[at] if isinstance(at, int) else weight.index_select(0, at)
+
+
+def times(x: Tensor, weight: Tensor) -> Tensor:
+    """`x` (B, in) times `weight`, (in, out) for all rows or (B, in, out) for each."""
+    if weight.ndim == 3:
+        return torch.bmm(x[:, None], weight)[:, 0]
+    if weight.shape[1] == 1:  # the kernel for a single column rounds a row differently in another batch
+        return (x * weight[:, 0]).sum(1, keepdim=True)
+    return x @ weight

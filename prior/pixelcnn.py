@@ -1,0 +1,141 @@
+"""PixelCNN: masked convolutions over a grid of ids, row by row.
+
+van den Oord et al. 2016, "Pixel Recurrent Neural Networks" (arXiv 1601.06759), section 3.5 and table 1: a large masked
+convolution of type A, then residual blocks of type B (1x1, k x k, 1x1), then two 1x1 layers. A stack of masked k x k
+convolutions never sees a wedge to the upper right of each position, whatever its depth: its blind spot (van den Oord et
+al. 2016b, fig. 1), which `receptive_field` spells out and `gated_pixelcnn` does not have.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from tokenizer.pretrained import setting
+
+from .base import Prior
+from .layers import MaskedConv, RasterConfig, RowCache, pack, receptive_field, see
+
+
+@dataclass(frozen=True, kw_only=True)
+class PixelCNNConfig(RasterConfig):
+    """Sizes of the network. The residual stream is `2 * dim` wide."""
+
+    dim: int = setting(32, "channels inside a block; the residual stream has twice as many", ge=1, le=8192)
+    depth: int = setting(15, "number of residual blocks", ge=1, le=256)
+    first_kernel: int = setting(7, "side of the first (type A) convolution, odd", ge=3, le=63)
+    kernel: int = setting(3, "side of the blocks' (type B) convolutions, odd", ge=3, le=63)
+    head: int = setting(32, "channels between the two last layers", ge=1, le=65536)
+
+    def check(self) -> Iterator[str]:
+        """Kernels are odd, the grid has two axes, the order is raster."""
+        yield from super().check()
+        for name in ("first_kernel", "kernel"):
+            if getattr(self, name) % 2 == 0:
+                yield f"{name}: must be odd (got {getattr(self, name)})"
+
+
+class Block(nn.Module):
+    """A residual block on maps `(B, H, W, 2 * dim)`: narrow, look around, widen."""
+
+    def __init__(self, config: PixelCNNConfig) -> None:
+        super().__init__()
+        self.narrow = nn.Linear(2 * config.dim, config.dim)
+        self.conv = MaskedConv(config.dim, config.dim, config.kernel, sees_itself=True)
+        self.label = nn.Embedding(config.num_classes + 1, config.dim)  # the last is the null class
+        self.widen = nn.Linear(config.dim, 2 * config.dim, bias=False)
+        nn.init.zeros_(self.label.weight)
+
+    def forward(self, x: Tensor, labels: Tensor) -> Tensor:
+        narrow = F.relu(self.narrow(F.relu(x)))
+        return x + self.widen(F.relu(self.conv(narrow) + self.label(labels)[:, None, None]))
+
+
+class PixelCNN(Prior, name="pixelcnn"):
+    """A stack of masked convolutions, with row caches for sampling. It has a blind spot; see `receptive_field`."""
+
+    Config = PixelCNNConfig
+
+    def __init__(self, config: PixelCNNConfig) -> None:
+        super().__init__(config)
+        vocab_size, dim = config.grid.vocab_size, config.dim
+        channels = min(2 * dim, vocab_size)  # more than one per id can not say more
+        self.embedding = nn.Embedding(vocab_size, channels)
+        self.first = MaskedConv(channels, 2 * dim, config.first_kernel, sees_itself=False)
+        self.label = nn.Embedding(config.num_classes + 1, 2 * dim)
+        self.blocks: Any = nn.ModuleList(Block(config) for _ in range(config.depth))
+        self.hidden = nn.Linear(2 * dim, config.head)
+        self.head = nn.Linear(config.head, vocab_size)
+        nn.init.zeros_(self.label.weight)
+
+    @property
+    def receptive_field(self) -> Tensor:
+        """bool `(N, N)`: whether the logits at i see token j. Where they see every earlier one, as on a grid that the
+        first kernel covers, it raises `AttributeError`, so that `hasattr` is False."""
+        height, width = self.grid.shape
+        field = torch.eye(len(self.grid), dtype=torch.bool, device="cpu").view(height, width, -1)
+        field = see(field, self.first.taps)
+        for block in self.blocks:
+            field = field | see(field, block.conv.taps)
+        return receptive_field(field)
+
+    def forward(self, tokens: Tensor, labels: Tensor | None = None) -> Tensor:
+        """Teacher-forced logits `(B, N, vocab_size)`, raster order; `logits[:, i]` sees only tokens before i."""
+        if labels is None:
+            labels = torch.full((len(tokens),), self.num_classes, device=tokens.device)
+        x = self.first(self.embedding(tokens.long())) + self.label(labels)[:, None, None]
+        for block in self.blocks:
+            x = block(x, labels)
+        return self.head(F.relu(self.hidden(F.relu(x)))).flatten(1, 2)
+
+    @torch.no_grad()
+    def start(self, num_images: int, labels: Tensor | None, order: Tensor | None = None) -> Cache:
+        """Allocate the row caches once, and lay the weights out for steps of one position."""
+        if labels is None:
+            labels = torch.full((num_images,), self.num_classes, device=self.device)
+        return Cache(self, labels)
+
+    def next_logits(self, state: Cache, token: Tensor | None) -> Tensor:
+        """One position through all blocks, from the rows cached for each convolution."""
+        return state.step(token)
+
+
+class Cache:
+    """What sampling remembers: for each convolution its last rows, and the weights laid out for one position.
+
+    A step is bound by the number of operations, so biases and labels are folded into what `RowCache` stores, and
+    results are written where the next product reads them.
+    """
+
+    def __init__(self, model: PixelCNN, labels: Tensor) -> None:
+        rows, self.width, self.rank = len(labels), model.grid.shape[1], 0
+        self.embedding = model.embedding.weight.detach()
+        self.first = RowCache(model.first, self.width, model.label(labels))
+        self.blocks = [(block.narrow.bias.detach(), pack(block.narrow.weight, rows),
+                        RowCache(block.conv, self.width, block.label(labels)), pack(block.widen.weight, rows))
+                       for block in model.blocks]  # fmt: skip
+        self.hidden = (model.hidden.bias.detach(), pack(model.hidden.weight, rows))
+        self.head = (model.head.bias.detach(), pack(model.head.weight, rows))
+
+    def step(self, token: Tensor | None) -> Tensor:
+        """Logits `(B, vocab_size)` of the next position, given the last one's `token` `(B,)`."""
+        column = self.rank % self.width
+        if token is not None:
+            self.first.cells[column - 1].copy_(self.embedding.index_select(0, token))
+        if column == 0:
+            for cache in (self.first, *(cache for _, _, cache, _ in self.blocks)):
+                cache.start_row()
+        x = self.first.read(column)
+        for bias, narrow, cache, widen in self.blocks:
+            torch.addmm(bias, x.relu(), narrow, out=cache.cells[column]).relu_()
+            x = torch.addmm(x, cache.read(column).relu_(), widen)
+        self.rank += 1
+        bias, hidden = self.hidden
+        x = torch.addmm(bias, x.relu_(), hidden).relu_()
+        bias, head = self.head
+        return torch.addmm(bias, x, head)

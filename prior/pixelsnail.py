@@ -1,0 +1,249 @@
+"""Causal convolutions with causal attention in every block, over a grid of ids in raster order.
+
+PixelSNAIL (Chen et al. 2018, arXiv 1712.09763, fig. 3): convolutions know the neighbourhood well but not far, attention
+reaches every earlier token but blurs them; a block has both. Gated residual convolutions make features of each
+position; keys and values are made of a token, its features and its coordinates, queries of features and coordinates;
+a gated 1x1 layer joins what was attended to with the features.
+
+Features at a position may hold all tokens before it, as the first convolution (type A) leaves out its own. The key of a
+token is therefore one for later positions only: slot t of the keys holds token t - 1, and slot 0 a learned "nothing",
+so that causal attention (slots <= t) never lacks something to attend to.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from tokenizer.pretrained import setting
+
+from .base import Prior
+from .layers import MaskedConv, RasterConfig, RowCache, pack
+
+
+@dataclass(frozen=True, kw_only=True)
+class PixelSNAILConfig(RasterConfig):
+    """Sizes of the network."""
+
+    dim: int = setting(64, "channels of the features", ge=1, le=8192)
+    depth: int = setting(4, "number of blocks", ge=1, le=256)
+    residual: int = setting(2, "gated residual convolutions in a block", ge=1, le=64)
+    kernel: int = setting(3, "side of the convolutions, odd", ge=3, le=63)
+    heads: int = setting(1, "attention heads", ge=1, le=256)
+    key: int = setting(4, "channels of a head's queries and keys", ge=1, le=8192)
+    value: int = setting(32, "channels of a head's values, no fewer than its keys have", ge=1, le=8192)
+    head: int = setting(64, "channels between the two last layers", ge=1, le=65536)
+    dropout: float = setting(0.0, "dropout inside each gated residual branch", ge=0, lt=1)
+
+    def check(self) -> Iterator[str]:
+        """The kernel is odd, values are as wide as keys, the grid has two axes, the order is raster."""
+        yield from super().check()
+        if self.kernel % 2 == 0:
+            yield f"kernel: must be odd (got {self.kernel})"
+        if self.key > self.value:
+            yield f"key: must be at most value (got key {self.key}, value {self.value})"
+
+
+class Residual(nn.Module):
+    """Two causal convolutions and a gate that hears the class, on maps `(B, H, W, dim)`."""
+
+    def __init__(self, config: PixelSNAILConfig) -> None:
+        super().__init__()
+        self.first = MaskedConv(config.dim, config.dim, config.kernel, sees_itself=True)
+        self.second = MaskedConv(config.dim, 2 * config.dim, config.kernel, sees_itself=True)
+        self.label = nn.Embedding(config.num_classes + 1, 2 * config.dim)  # the last is the null class
+        self.dropout = nn.Dropout(config.dropout)
+        nn.init.zeros_(self.label.weight)
+
+    def forward(self, x: Tensor, labels: Tensor) -> Tensor:
+        inner = self.dropout(F.elu(self.first(F.elu(x))))
+        return x + F.glu(self.second(inner) + self.label(labels)[:, None, None])
+
+
+class Attention(nn.Module):
+    """What each position finds among the earlier tokens, `(B, N, heads * value)`.
+
+    The fused kernel wants keys as wide as values. A slot holds key and value side by side, and a query is zero beyond
+    its width, so whatever the slot's next channels are, they may pass for the rest of the key.
+    """
+
+    def __init__(self, config: PixelSNAILConfig, embedded: int) -> None:
+        super().__init__()
+        self.heads, self.key, self.value = config.heads, config.key, config.value
+        slot = config.heads * (config.key + config.value)
+        self.query = nn.Linear(config.dim, config.heads * config.key, bias=False)
+        self.query_at = nn.Linear(2, config.heads * config.key)
+        self.slot = nn.Linear(embedded + config.dim, slot, bias=False)
+        self.slot_at = nn.Linear(2, slot)
+        self.nothing = nn.Parameter(torch.zeros(slot))
+        self.scale = (config.value / config.key) ** 0.5  # attention divides by the root of the padded width
+
+    def forward(self, embedded: Tensor, x: Tensor, background: Tensor) -> Tensor:  # (B, N, E), (B, N, dim), (N, 2)
+        q = (self.query(x) + self.query_at(background)).unflatten(-1, (self.heads, self.key)) * self.scale
+        slots = self.slot(torch.cat([embedded[:, :-1], x[:, :-1]], -1)) + self.slot_at(background[:-1])
+        slots = torch.cat([self.nothing.expand(len(x), 1, -1), slots], 1)
+        slots = slots.unflatten(-1, (self.heads, -1)).transpose(1, 2)  # (B, heads, N, key + value)
+        q = F.pad(q, (0, self.value - self.key)).transpose(1, 2)
+        k, v = slots[..., : self.value], slots[..., self.key :]
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).flatten(2)
+
+
+class Block(nn.Module):
+    """Residual convolutions, attention, and the gated 1x1 layer that joins them, on maps `(B, H, W, dim)`."""
+
+    def __init__(self, config: PixelSNAILConfig, embedded: int) -> None:
+        super().__init__()
+        self.residuals: Any = nn.ModuleList(Residual(config) for _ in range(config.residual))
+        self.attention = Attention(config, embedded)
+        self.join = nn.Linear(config.dim + config.heads * config.value, config.dim)
+        self.gate = nn.Linear(config.dim, 2 * config.dim)
+        self.label = nn.Embedding(config.num_classes + 1, 2 * config.dim)
+        self.dropout = nn.Dropout(config.dropout)
+        nn.init.zeros_(self.label.weight)
+
+    def forward(self, embedded: Tensor, x: Tensor, background: Tensor, labels: Tensor) -> Tensor:
+        for residual in self.residuals:
+            x = residual(x, labels)
+        attended = self.attention(embedded.flatten(1, 2), x.flatten(1, 2), background).view(*x.shape[:3], -1)
+        joined = self.dropout(F.elu(self.join(F.elu(torch.cat([x, attended], -1)))))
+        return x + F.glu(self.gate(joined) + self.label(labels)[:, None, None])
+
+
+class PixelSNAIL(Prior, name="pixelsnail"):
+    """Blocks of masked convolutions and attention, with row caches and a cache of keys and values for sampling."""
+
+    Config = PixelSNAILConfig
+    background: Tensor
+
+    def __init__(self, config: PixelSNAILConfig) -> None:
+        super().__init__(config)
+        vocab_size, (height, width) = config.grid.vocab_size, config.grid.shape
+        channels = min(config.dim, vocab_size)  # more than one per id can not say more
+        self.embedding = nn.Embedding(vocab_size, channels)
+        self.first = MaskedConv(channels, config.dim, config.kernel, sees_itself=False)
+        self.blocks: Any = nn.ModuleList(Block(config, channels) for _ in range(config.depth))
+        self.hidden = nn.Linear(config.dim, config.head)
+        self.head = nn.Linear(config.head, vocab_size)
+        rows, columns = torch.arange(height) / height - 0.5, torch.arange(width) / width - 0.5
+        self.register_buffer("background", torch.cartesian_prod(rows, columns), persistent=False)  # (N, 2)
+
+    def forward(self, tokens: Tensor, labels: Tensor | None = None) -> Tensor:
+        """Teacher-forced logits `(B, N, vocab_size)`, raster order; `logits[:, i]` sees only tokens before i."""
+        if labels is None:
+            labels = torch.full((len(tokens),), self.num_classes, device=tokens.device)
+        embedded = self.embedding(tokens.long())
+        x = self.first(embedded)
+        for block in self.blocks:
+            x = block(embedded, x, self.background, labels)
+        return self.head(F.elu(self.hidden(F.elu(x)))).flatten(1, 2)
+
+    @torch.no_grad()
+    def start(self, num_images: int, labels: Tensor | None, order: Tensor | None = None) -> Cache:
+        """Allocate the caches once, and lay the weights out for steps of one position."""
+        if labels is None:
+            labels = torch.full((num_images,), self.num_classes, device=self.device)
+        return Cache(self, labels)
+
+    def next_logits(self, state: Cache, token: Tensor | None) -> Tensor:
+        """One position through all blocks, from the cached rows of each convolution and the cached slots."""
+        return state.step(token)
+
+
+class ResidualCache:
+    """A `Residual` one position at a time."""
+
+    def __init__(self, residual: Residual, width: int, labels: Tensor) -> None:
+        label = residual.label(labels)
+        self.first = RowCache(residual.first, width, torch.zeros_like(label[:, : label.shape[1] // 2]))
+        self.second = RowCache(residual.second, width, label)
+
+    def step(self, x: Tensor, column: int, out: Tensor | None) -> Tensor:
+        """`(B, dim)` to `(B, dim)`, written to `out` if given."""
+        first, inner = self.first, self.second.cells[column]
+        first.cells[column].copy_(F.elu(x))
+        F.elu_(torch.addmm(first.above_of[column], first.rows.windows[column], first.weight, out=inner))
+        return torch.add(x, F.glu(self.second.read(column)), out=out)
+
+
+class BlockCache:
+    """A `Block` one position at a time, but for its slots; biases hold coordinates and labels."""
+
+    def __init__(self, block: Block, model: PixelSNAIL, labels: Tensor, features: Tensor) -> None:
+        """features: `(B, dim)`, where the next position finds those of this one."""
+        config, rows, attention = model.config, len(labels), block.attention
+        self.residuals = [ResidualCache(residual, model.grid.shape[1], labels) for residual in block.residuals]
+        self.targets = [*[None] * (config.residual - 1), features]
+        self.padded = features.new_zeros(rows, config.heads, 1, config.value)
+        self.queries = self.padded[:, :, 0, : config.key]
+        self.query_at = attention.query_at(model.background) * attention.scale  # (N, heads * key)
+        self.query = pack(attention.query.weight * attention.scale, rows)
+        self.join = block.join.bias.detach(), pack(block.join.weight, rows)
+        self.gate = block.gate.bias + block.label(labels), pack(block.gate.weight, rows)
+
+    def step(self, x: Tensor, rank: int, column: int, keys: Tensor, values: Tensor) -> Tensor:
+        """`(B, dim)` to `(B, dim)`; keys, values: `(B, heads, rank + 1, value)`."""
+        for residual, target in zip(self.residuals, self.targets, strict=True):
+            x = residual.step(x, column, target)
+        self.queries.copy_(torch.addmm(self.query_at[rank], x, self.query).view_as(self.queries))
+        attended = F.scaled_dot_product_attention(self.padded, keys, values).flatten(1)
+        bias, join = self.join
+        joined = F.elu_(torch.addmm(bias, F.elu_(torch.cat([x, attended], 1)), join))
+        bias, gate = self.gate
+        return x + F.glu(torch.addmm(bias, joined, gate))
+
+
+class Cache:
+    """What sampling remembers: the last rows that each convolution looks at, and the slots of each block's attention.
+
+    The slot of position t is made of the token and the features of position t - 1, which at step t are known in all
+    blocks: one product makes all slots. A step is bound by the number of operations, so products are written where
+    they are read next.
+    """
+
+    def __init__(self, model: PixelSNAIL, labels: Tensor) -> None:
+        config, rows, self.width, self.rank = model.config, len(labels), model.grid.shape[1], 0
+        self.embedding = model.embedding.weight.detach()
+        embedded = self.embedding.shape[1]
+        self.sources = self.embedding.new_zeros(config.depth, rows, embedded + config.dim)
+        self.tokens, features = self.sources.split([embedded, config.dim], 2)
+        self._slots(config, [block.attention for block in model.blocks], model.background)
+        self.first = RowCache(model.first, self.width, torch.zeros_like(features[0]))
+        self.blocks = [BlockCache(block, model, labels, features[at]) for at, block in enumerate(model.blocks)]
+        residuals = [residual for block in self.blocks for residual in block.residuals]
+        self.row_caches = [self.first, *(cache for each in residuals for cache in (each.first, each.second))]
+        self.hidden = model.hidden.bias.detach(), pack(model.hidden.weight, rows)
+        self.head = model.head.bias.detach(), pack(model.head.weight, rows)
+
+    def _slots(self, config: PixelSNAILConfig, attentions: list[Attention], background: Tensor) -> None:
+        depth, rows = self.sources.shape[:2]
+        self.slot_at = torch.stack([a.slot_at(background) for a in attentions], 1)[:, :, None]  # (N, depth, 1, slot)
+        self.slot = torch.stack([pack(a.slot.weight, rows) for a in attentions])
+        self.slots = self.sources.new_zeros(depth, rows, config.heads, len(background), config.key + config.value)
+        self.slots[:, :, :, 0] = torch.stack([a.nothing for a in attentions]).view(depth, 1, config.heads, -1)
+        self.keys, self.values = self.slots[..., : config.value], self.slots[..., config.key :]
+
+    def step(self, token: Tensor | None) -> Tensor:
+        """Logits `(B, vocab_size)` of the next position, given the last one's `token` `(B,)`."""
+        rank, column = self.rank, self.rank % self.width
+        if token is not None:
+            self.tokens.copy_(self.embedding.index_select(0, token))
+            self.first.cells[column - 1].copy_(self.tokens[0])
+            slot, made = self.slots.select(3, rank), torch.baddbmm(self.slot_at[rank - 1], self.sources, self.slot)
+            slot.copy_(made.view_as(slot))
+        if column == 0:
+            for cache in self.row_caches:
+                cache.start_row()
+        keys, values = (part.narrow(3, 0, rank + 1).unbind(0) for part in (self.keys, self.values))
+        x = self.first.read(column)
+        for block, k, v in zip(self.blocks, keys, values, strict=True):
+            x = block.step(x, rank, column, k, v)
+        self.rank += 1
+        bias, hidden = self.hidden
+        x = F.elu_(torch.addmm(bias, F.elu(x), hidden))
+        bias, head = self.head
+        return torch.addmm(bias, x, head)

@@ -1,0 +1,186 @@
+"""What the causal convolutions promise beyond their family: how far they see, and what a step costs."""
+
+import pytest
+import torch
+from small import ORDERS, generators, make_prior
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
+
+VIEWS = {"select", "slice", "view", "unsqueeze", "expand", "t", "detach"}
+
+
+class Operations(TorchDispatchMode):
+    """Names of all operations that do something, in turn."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.overloadpacket.__name__
+        self.names += [name] if name not in VIEWS else []
+        return func(*args, **(kwargs or {}))
+
+
+def seen(model, shape=(3, 4)):
+    """bool (N, N): whether `logits[:, i]` change with token j."""
+    tokens = torch.randint(5, (1, *shape))
+    before, columns = model(tokens), []
+    for at in range(tokens.numel()):
+        changed = tokens.flatten(1).clone()
+        changed[:, at] = (changed[:, at] + 1) % 5
+        columns.append((model(changed.reshape(1, *shape)) - before).abs().amax((0, 2)) > 1e-9)
+    return torch.stack(columns, 1)
+
+
+@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize(
+    ("sizes", "reach"),
+    [
+        ({"depth": 1}, 2),
+        ({"depth": 3, "max_dilation": 2}, 1 + 1 + 2 + 1),
+        ({"depth": 2, "max_dilation": 1, "kernel": 3}, 1 + 2 + 2),
+        ({"depth": 2, "max_dilation": 2, "kernel": 4}, 1 + 3 + 6),
+    ],
+)
+def test_it_sees_as_far_as_its_dilations_reach(sizes, reach, order):
+    model = make_prior("causal_conv", order=order, **sizes).double()
+    ranks = torch.argsort(model.order)
+    expected = torch.tensor([[0 < i - j <= reach for j in ranks.tolist()] for i in ranks.tolist()])
+    assert model.reach == reach and torch.equal(model.receptive_field, expected)
+    assert torch.equal(seen(model), expected)
+
+
+def test_one_that_reaches_the_first_token_sees_everything():
+    """Rank 11 of 12 has to look 11 ranks back."""
+    model = make_prior("causal_conv", depth=3, max_dilation=4, kernel=2)
+    assert model.reach == 8 and hasattr(model, "receptive_field")
+    model = make_prior("causal_conv", depth=5, max_dilation=4, kernel=2).double()
+    assert model.reach == 11 and not hasattr(model, "receptive_field")
+    assert torch.equal(seen(model), torch.ones(12, 12).tril(-1).bool())
+
+
+def test_default_sizes_see_all_of_a_16_by_16_grid():
+    assert not hasattr(make_prior("causal_conv", shape=(16, 16), dim=8, depth=8, max_dilation=128), "receptive_field")
+
+
+def test_forward_is_wavenet_by_definition():
+    """Rank by rank and tap by tap, from the equations of the paper."""
+    model = make_prior("causal_conv", order="snake", depth=3, max_dilation=2, kernel=3).double()
+    tokens, label, walk = torch.randint(5, (1, 3, 4)), 2, model.order.tolist()
+    x = []
+    for rank, at in enumerate(walk):
+        token = model.token_embedding.weight[tokens.flatten()[walk[rank - 1]]] if rank else model.start_embedding[0]
+        x.append(token + model.axis_embeddings[0][at // 4] + model.axis_embeddings[1][at % 4])
+    skips = [model.skip_bias] * 12
+    for block, dilation, term in zip(
+        model.blocks, (1, 2, 1), model.class_embedding.weight[label].chunk(3), strict=True
+    ):
+        width = 16 if block is not model.blocks[-1] else 0
+        gates = []
+        for rank in range(12):
+            total = block.gated.bias + term
+            for tap in range(3):  # the last tap is the current rank's
+                back = rank - (2 - tap) * dilation
+                total = total + (block.gated.weight[:, :, tap] @ x[back] if back >= 0 else 0)
+            gates.append(torch.tanh(total[:16]) * torch.sigmoid(total[16:]))
+        skips = [skip + block.out.weight[width:, :, 0] @ gate for skip, gate in zip(skips, gates, strict=True)]
+        x = [h + block.out.weight[:width, :, 0] @ gate for h, gate in zip(x, gates, strict=True)] if width else x
+    expected = torch.stack([model.head(torch.relu(model.hidden(torch.relu(skip)))) for skip in skips])
+    assert (model(tokens, torch.tensor([label]))[0, walk] - expected).abs().max() < 1e-12
+
+
+@pytest.mark.parametrize("shape", [(8, 8), (16, 16), (5,), (2, 3, 4)])
+@pytest.mark.parametrize("sizes", [{}, {"kernel": 3, "depth": 6}])
+def test_sampling_costs_exactly_one_forward_pass(shape, sizes):
+    model = make_prior("causal_conv", shape=shape, **sizes)
+    with FlopCounterMode(display=False) as forward:
+        model(torch.randint(5, (4, *shape)))
+    with FlopCounterMode(display=False) as sampling:
+        model.sample(4)
+    assert sampling.get_total_flops() == forward.get_total_flops() > 0
+
+
+@pytest.mark.parametrize("rows", [1, 16])
+def test_a_step_is_five_operations_a_block_and_copies_nothing(rows):
+    """Whatever the position: nothing is packed, allocated or moved along the way."""
+    model = make_prior("causal_conv", shape=(8, 8), depth=6)
+    with torch.inference_mode():
+        state, token, counts, names = model.start(rows, None), None, [], set()
+        for _ in range(64):
+            with Operations() as operations:
+                token = model.next_logits(state, token).argmax(-1)
+            counts.append(len(operations.names))
+            names |= set(operations.names)
+    assert max(counts) <= 5 * 6 - 1 + 8
+    assert names == {"index_select", "add", "cat", "addmm", "tanh_", "addcmul", "relu_", "argmax"}
+
+
+def test_buffers_are_allocated_once():
+    model = make_prior("causal_conv")
+    with torch.inference_mode():
+        state = model.start(4, None)
+        where = [layer.inputs.data_ptr() for layer in state.layers]
+        assert len({layer.inputs.untyped_storage().data_ptr() for layer in state.layers}) == 1
+        for rank in range(12):
+            model.next_logits(state, torch.zeros(4, dtype=torch.long) if rank else None)
+        assert where == [layer.inputs.data_ptr() for layer in state.layers]
+
+
+@pytest.mark.parametrize("rows", [1, 3, 4, 9])
+def test_steps_with_any_number_of_rows_and_kernel(rows):
+    """Weights are laid out by the number of rows; labels and the null class are heard from the first position on."""
+    model = make_prior("causal_conv", order="hilbert", depth=3, max_dilation=4, kernel=3).double()
+    tokens, labels = torch.randint(5, (rows, 3, 4)), torch.arange(rows) % 4
+    for given in (labels, None):
+        state, token, whole = model.start(rows, given), None, model(tokens, given)
+        for position in model.order.tolist():
+            logits = model.next_logits(state, token)  # with gradients on: a step is no part of training
+            assert not logits.requires_grad and (logits - whole[:, position]).abs().max() < 1e-9
+            token = tokens.flatten(1)[:, position]
+    firsts = torch.cat([model.next_logits(model.start(1, torch.tensor([label])), None) for label in range(4)])
+    assert (firsts[:, None] - firsts).abs().amax(-1).add(torch.eye(4)).min() > 1e-3
+    assert torch.equal(firsts[3:], model.next_logits(model.start(1, None), None))
+
+
+def test_dropout_is_for_training_only():
+    tokens, model = torch.randint(5, (4, 3, 4)), make_prior("causal_conv", dropout=0.5)
+    assert torch.equal(model(tokens), model(tokens))
+    model.train()
+    assert not torch.equal(model(tokens), model(tokens))
+    drawn = [model.sample(4, generator=generators(4), cache=cache) for cache in (True, False)]
+    assert torch.equal(*drawn) and torch.equal(drawn[0], model.eval().sample(4, generator=generators(4)))
+
+
+def test_it_learns_a_copy_at_a_distance():
+    """Token r repeats token r - 6: after the first six nothing is left to guess."""
+    torch.manual_seed(0)
+    model = make_prior("causal_conv", dropout=0.0)
+    for module in model.modules():
+        if hasattr(module, "reset_parameters"):
+            module.reset_parameters()
+    model._reset_parameters()
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
+    for _ in range(200):
+        tokens = torch.randint(5, (64, 6)).repeat(1, 2).reshape(-1, 3, 4)
+        optimizer.zero_grad()
+        model.loss(model(tokens), tokens).backward()
+        optimizer.step()
+    log_probs = model.token_log_probs(tokens).flatten(1)
+    assert -log_probs[:, :6].mean() > 1.4 and -log_probs[:, 6:].mean() < 0.1
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"max_dilation": 6}, "max_dilation: must be a power of two"),
+        ({"kernel": 1}, "kernel: must be >= 2"),
+        ({"depth": 0}, "depth: must be >= 1"),
+        ({"dropout": 1.0}, "dropout: must be < 1"),
+        ({"order": "zigzag"}, "order: "),
+        ({"shape": (2, 2, 2), "order": "snake"}, "order: .*two axes"),
+    ],
+)
+def test_impossible_settings_are_refused_by_name(settings, message):
+    with pytest.raises(ValueError, match=message):
+        make_prior("causal_conv", **settings)

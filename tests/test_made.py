@@ -1,0 +1,378 @@
+"""The masked autoencoder against its paper's masks, and what being agnostic of orders and connections promises."""
+
+import itertools
+
+import pytest
+import torch
+from small import generators, make_prior
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
+
+from prior import Prior
+from prior.made import DENSE_WIDTH, even_degrees, masked_sum, random_degrees
+from tokenizer import TokenGrid
+
+ROWS = DENSE_WIDTH + 3  # so many ids that rows of weights are picked
+VARIANTS = {
+    "one layer": {"hidden": (99,)},
+    "three layers": {"hidden": (99, 132, 88)},
+    "direct": {"hidden": (99,), "direct": True},
+    "rows": {"hidden": (99, 88), "vocab_size": ROWS},
+    "rows, direct": {"hidden": (99,), "direct": True, "vocab_size": ROWS},
+    "embedded": {"hidden": (99, 88), "embedding": 4},
+    "embedded, direct": {"hidden": (99,), "embedding": 4, "direct": True},
+    "width one": {"hidden": (99,), "embedding": 1, "direct": True},
+    "narrow": {"hidden": (7, 5)},
+    "narrow, direct": {"hidden": (7, 5), "direct": True},
+}
+every_variant = pytest.mark.parametrize("variant", VARIANTS)
+some_orders = pytest.mark.parametrize("order", ["raster", "snake", "random:3"])
+WIDE = [name for name in VARIANTS if not name.startswith("narrow")]
+
+
+def make(variant, **config):
+    return make_prior("made", **{**VARIANTS[variant], **config})
+
+
+def draw_tokens(model, count):
+    return torch.randint(model.grid.vocab_size, (count, *model.grid.shape))
+
+
+def moved_by(model, tokens, labels, **inputs):
+    """bool `(N, N)`: [i, j] where logits at i move, in some image, when token j does."""
+    vocab, size = model.grid.vocab_size, len(model.grid)
+    before, moved = model(tokens, labels, **inputs), torch.zeros(size, size, dtype=torch.bool)
+    for at in range(size):
+        changed = tokens.flatten(1).clone()
+        changed[:, at] = (changed[:, at] + torch.randint(1, vocab, changed[:, at].shape)) % vocab
+        moved[:, at] = (model(changed.view_as(tokens), labels, **inputs) - before).abs().amax((0, 2)) > 1e-9
+    return moved
+
+
+def keep_awake(model):
+    """Weights above zero: no unit is zero, whatever the tokens."""
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.abs_()
+
+
+def earlier(order):
+    """bool `(N, N)`: [i, j] where j comes before i."""
+    ranks = torch.argsort(order)
+    return ranks < ranks[:, None]
+
+
+def by_the_paper(model, tokens, labels, order, degrees):
+    """Logits of one image from the paper's equations, position by position and unit by unit."""
+    ranks, config = torch.argsort(order).tolist(), model.config
+    table = torch.eye(config.grid.vocab_size).double() if model.embedding is None else model.embedding
+    inputs = [table[token] for token in tokens.flatten()]
+    bias = [b.shared + (0 if b.own is None else b.own[labels]) for b in model.biases]
+    # Eq. 12 has m(k) >= d with inputs numbered from 1: here ranks count from 0.
+    below = []
+    for k, degree in enumerate(degrees[0].tolist()):
+        seen = [x @ model.input[n, :, k] for n, x in enumerate(inputs) if degree >= ranks[n] + 1]
+        below.append((bias[0][k] + sum(seen)).clamp(min=0))
+    for depth, weight in enumerate(model.hidden, 1):
+        sums = []
+        for k, degree in enumerate(degrees[depth].tolist()):
+            seen = [weight[k, j] * h for j, h in enumerate(below) if degree >= degrees[depth - 1][j]]
+            sums.append((bias[depth][k] + sum(seen)).clamp(min=0))
+        below = sums
+    rows = []
+    for n, rank in enumerate(ranks):  # eq. 13: d > m(k)
+        x = bias[-1].view(len(ranks), -1)[n]
+        x = x + sum(model.output[n, :, k] * h for k, h in enumerate(below) if rank + 1 > degrees[-1][k])
+        if model.direct is not None:  # section 4.2: strictly lower triangular
+            x = x + sum(y @ model.direct[j].view(len(y), len(ranks), -1)[:, n] for j, y in enumerate(inputs)
+                        if ranks[j] < rank)  # fmt: skip
+        rows.append(x if model.head is None else model.head @ x + model.head_bias[n])
+    return torch.stack(rows)
+
+
+# Masks
+
+
+@every_variant
+def test_logits_are_those_of_the_paper(variant):
+    model = make(variant, shape=(2, 3), order="random:2", num_classes=2, order_agnostic=True).double()
+    tokens, labels = draw_tokens(model, 4), torch.tensor([0, 1, 2, 2])
+    order, degrees = torch.tensor([3, 0, 5, 1, 4, 2]), random_degrees(model.config.hidden, 6)
+    with torch.no_grad():
+        for given in ({}, {"order": order}, {"degrees": degrees}, {"order": order, "degrees": degrees}):
+            logits = model(tokens, labels, **given)
+            settings = (given.get("order", model.order), given.get("degrees", model.degrees()))
+            for k in range(4):
+                expected = by_the_paper(model, tokens[k], int(labels[k]), *settings)
+                assert (logits[k] - expected).abs().max() < 1e-10
+
+
+@every_variant
+@some_orders
+def test_later_logits_see_all_that_the_receptive_field_says(variant, order):
+    model = make(variant, order=order).double()
+    if "narrow" in variant:  # so few units must not rest
+        keep_awake(model)
+    moved = moved_by(model, draw_tokens(model, 64), torch.arange(64) % 4)
+    if variant == "narrow":
+        assert model.receptive_field.dtype == torch.bool
+        assert not model.receptive_field.equal(earlier(model.order))
+        assert moved.equal(model.receptive_field)
+    else:
+        assert not hasattr(model, "receptive_field")
+        assert moved.equal(earlier(model.order))
+
+
+@pytest.mark.parametrize("hidden", [(11,), (11, 11), (23, 11), (200, 40, 17), (10,), (11, 10), (3, 40), (1,)])
+def test_the_receptive_field_is_that_of_the_product_of_masks(hidden):
+    """Paths from input to output, as the paper counts them: the product of all masks."""
+    model = make_prior("made", hidden=hidden, order="z_curve")
+    degrees, ranks = model.degrees(), torch.argsort(model.order)
+    paths = (degrees[0][:, None] > ranks).double()
+    for below, own in itertools.pairwise(degrees):
+        paths = (own[:, None] >= below).double() @ paths
+    paths = (ranks[:, None] >= degrees[-1]).double() @ paths
+    assert not (paths > 0)[~earlier(model.order)].any()
+    field = getattr(model, "receptive_field", earlier(model.order))
+    assert field.equal(paths > 0)
+    assert hasattr(model, "receptive_field") == (min(hidden) < 11)
+
+
+def test_evenly_spread_degrees():
+    for units, size in ((500, 784), (783, 784), (784, 784), (8000, 784), (11, 12), (5, 12), (1, 12), (4, 2), (3, 1)):
+        degrees = even_degrees(units, size)
+        assert degrees.shape == (units,) and degrees.equal(degrees.sort().values)
+        assert degrees.min() >= 1 and degrees.max() == max(1, size - 1)
+        counts = degrees.bincount(minlength=size)[1:]
+        assert size == 1 or counts.max() - counts.min() <= 1
+
+
+def test_random_degrees_leave_no_unit_blind():
+    for _ in range(50):
+        degrees = random_degrees((4, 30, 2, 30), 12)
+        assert [len(each) for each in degrees] == [4, 30, 2, 30]
+        assert all(each.min() >= 1 and each.max() <= 11 for each in degrees)
+        assert all(own.min() >= below.min() for below, own in itertools.pairwise(degrees))
+    assert torch.cat([random_degrees((100,), 12)[0] for _ in range(20)]).unique().tolist() == list(range(1, 12))
+    assert random_degrees((3,), 1)[0].tolist() == [1, 1, 1]
+
+
+def test_summing_rows_equals_multiplying_one_hot_features():
+    ids, weight, visible = torch.randint(6, (5, 4)), torch.randn(4, 6, 9), torch.rand(4, 9) < 0.5
+    features = torch.nn.functional.one_hot(ids, 6).float()
+    assert torch.allclose(masked_sum(ids, weight, visible), masked_sum(features, weight, visible), atol=1e-5)
+
+
+@every_variant
+def test_masks_multiply_and_are_neither_weights_nor_saved(variant):
+    model = make(variant)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    assert all(value.is_floating_point() and (value != 0).all() for value in before.values())
+    model(draw_tokens(model, 2)).sum().backward()
+    model.sample(2)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert set(before) == {name for name, _ in model.named_parameters()}
+
+
+def test_gradients_reach_exactly_what_is_not_masked():
+    model = make("three layers", num_classes=0).double()
+    keep_awake(model)
+    tokens = draw_tokens(model, 500)
+    model.loss(model(tokens), tokens).backward()
+    (first, second, last), ranks = model.degrees(), model.ranks[:, None]
+    assert (model.input.grad != 0).any(1).equal(ranks < first)
+    assert (model.hidden[0].grad != 0).equal(first <= second[:, None])
+    assert (model.output.grad != 0).any(1).equal(last <= ranks)
+
+
+def test_dropout_is_only_trained_with():
+    model = make("three layers", dropout=0.5)
+    tokens = draw_tokens(model, 3)
+    assert torch.equal(model(tokens), model(tokens)) and torch.equal(model(tokens), make_same(model)(tokens))
+    assert not torch.equal(model.train()(tokens), model(tokens))
+
+
+def make_same(model, **config):
+    """The same weights, configured otherwise."""
+    same = Prior.create("made", **{**model.config.__dict__, "dropout": 0.0, **config})
+    same.load_state_dict(model.state_dict())
+    return same.eval()
+
+
+# Densities
+
+
+@every_variant
+@some_orders
+def test_probabilities_sum_to_one(variant, order):
+    shape, vocab = ((1, 2), ROWS) if "rows" in variant else ((2, 3), 3)
+    model = make(variant, shape=shape, vocab_size=vocab, order=order).double()
+    size = shape[0] * shape[1]
+    grids = torch.tensor(list(itertools.product(range(vocab), repeat=size))).reshape(-1, *shape)
+    with torch.no_grad():
+        total = model.log_prob(grids, torch.full((len(grids),), 1)).double().exp().sum()
+    assert abs(float(total) - 1) < 1e-5
+
+
+def test_each_draw_of_orders_and_degrees_is_another_density():
+    """The same weights, each draw normalised and causal in its order; sampling follows the order, too."""
+    model = make_prior("made", shape=(2, 3), vocab_size=3, hidden=(40, 30), order_agnostic=True,
+                       connectivity_agnostic=True).double()  # fmt: skip
+    grids = torch.tensor(list(itertools.product(range(3), repeat=6))).reshape(-1, 2, 3)
+    ids, totals = grids.reshape(-1, 6, 1), []
+    with torch.no_grad():
+        for seed in range(4):
+            torch.manual_seed(seed)
+            drawn = model.training_inputs(grids, 0.5)
+            log_probs = model(grids, **drawn).log_softmax(-1).gather(-1, ids).sum((1, 2))
+            assert abs(float(log_probs.exp().sum()) - 1) < 1e-10
+            totals.append(log_probs)
+            moved = moved_by(model, grids[::7], None, **drawn)
+            assert not moved[~earlier(drawn["order"])].any() and moved.any()
+            fewer = {"degrees": drawn["degrees"]}
+            assert not torch.allclose(model(grids, **fewer), model(grids), atol=1e-2)
+            again = {"degrees": [each.flip(0) for each in drawn["degrees"]]}
+            assert not torch.allclose(model(grids, **fewer), model(grids, **again), atol=1e-2)
+    assert all(not torch.allclose(a, b, atol=1e-2) for a, b in itertools.combinations(totals, 2))
+
+
+def test_training_draws_come_from_the_seed():
+    model = make_prior("made", hidden=(20, 30), order_agnostic=True, connectivity_agnostic=True)
+    tokens = draw_tokens(model, 2)
+
+    def draw(seed, model=model):
+        torch.manual_seed(seed)
+        return model.training_inputs(tokens, 0.3)
+
+    one, other = draw(0), draw(1)
+    assert set(one) == {"order", "degrees"} and [len(each) for each in one["degrees"]] == [20, 30]
+    assert one["order"].sort().values.equal(torch.arange(12))
+    assert one["order"].equal(draw(0)["order"]) and not one["order"].equal(other["order"])
+    for a, b, c in zip(one["degrees"], draw(0)["degrees"], other["degrees"], strict=True):
+        assert a.equal(b) and not a.equal(c)
+    assert set(draw(0, make_same(model, connectivity_agnostic=False))) == {"order"}
+    assert set(draw(0, make_same(model, order_agnostic=False))) == {"degrees"}
+    assert draw(0, make_same(model, order_agnostic=False, connectivity_agnostic=False)) == {}
+    assert not make_same(model, order_agnostic=False).any_order and model.any_order
+    model.loss(model(tokens, **one), tokens, **one).backward()
+    assert all(parameter.grad is not None for parameter in model.parameters())
+
+
+# Sampling
+
+
+@every_variant
+@pytest.mark.parametrize("walk", ["its own", "another", "each its own"])
+def test_steps_equal_a_whole_pass(variant, walk):
+    model = make(variant, order="snake", order_agnostic=True).double()
+    tokens, labels = draw_tokens(model, 5), torch.arange(5) % 4
+    orders = torch.rand(5, 12).argsort(1)
+    given = {"its own": None, "another": orders[0], "each its own": orders}[walk]
+    path = (model.order if given is None else given).expand(5, 12)
+    for rows in (5, 1):
+        order = given if given is None or given.ndim == 1 else given[:rows]
+        with torch.no_grad():
+            whole = model(tokens[:rows], labels[:rows], order=order)
+            state, token, images = model.start(rows, labels[:rows], order=order), None, torch.arange(rows)
+            for rank in range(12):
+                at = path[:rows, rank]
+                assert (model.next_logits(state, token) - whole[images, at]).abs().max() < 1e-9
+                token = tokens.flatten(1)[images, at]
+
+
+@pytest.mark.parametrize("variant", WIDE)
+@pytest.mark.parametrize("walk", ["another", "each its own"])
+def test_cached_sampling_equals_uncached(variant, walk):
+    model, orders = make(variant, order_agnostic=True), torch.rand(6, 12).argsort(1)
+    order = orders[0] if walk == "another" else orders
+    drawn = [model.sample(6, order=order, generator=generators(6), cache=cache) for cache in (True, False)]
+    assert torch.equal(*drawn)
+
+
+def all_steps(model, tokens, labels, order=None):
+    """`(B, N, V)` in the order, from the cache."""
+    path = (model.order if order is None else order[: len(tokens)]).expand(len(tokens), -1)
+    walked, logits = tokens.flatten(1).gather(1, path), []
+    with torch.inference_mode():
+        state = model.start(len(tokens), labels, order=None if order is None else path)
+        for rank in range(walked.shape[1]):
+            logits.append(model.next_logits(state, walked[:, rank - 1] if rank else None))
+    return torch.stack(logits, 1)
+
+
+def flops(function):
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        function()
+    return counter.get_total_flops()
+
+
+@pytest.mark.parametrize(
+    ("config", "bound"),
+    [
+        ({"vocab_size": 2, "hidden": (500,)}, 0.26),  # rows for one-hot products, then half of what is left
+        ({"vocab_size": 2, "hidden": (200, 200)}, 0.4),
+        ({"vocab_size": 2, "hidden": (200,), "direct": True}, 0.2),
+        ({"vocab_size": ROWS, "hidden": (200,)}, 0.51),
+        ({"vocab_size": 16, "hidden": (30, 20)}, 0.3),  # fewer units than positions
+        ({"vocab_size": 100, "hidden": (200, 200), "embedding": 8}, 0.8),
+        ({"vocab_size": 100, "hidden": (200,), "embedding": 8, "direct": True}, 1.0),
+        ({"vocab_size": 2, "hidden": (200,), "num_classes": 0}, 0.26),
+    ],
+)
+def test_sampling_costs_a_share_of_one_pass(config, bound):
+    model = make_prior("made", shape=(8, 8), order_agnostic=True, **config)
+    whole, tokens, labels = flops(lambda: model(draw_tokens(model, 4))), draw_tokens(model, 4), torch.zeros(4).long()
+    for order in (None, torch.rand(4, 64).argsort(1)):
+        steps = flops(lambda order=order: all_steps(model, tokens, labels, order))
+        assert steps <= bound * whole
+
+
+class Operations(TorchDispatchMode):
+    """Counts operations, and the largest tensor that any of them makes."""
+
+    count, largest = 0, 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        self.count += 1
+        given = {each.untyped_storage().data_ptr() for each in args if isinstance(each, torch.Tensor)}
+        for tensor in out if isinstance(out, (tuple, list)) else (out,):
+            if isinstance(tensor, torch.Tensor) and tensor.untyped_storage().data_ptr() not in given:  # not a view
+                self.largest = max(self.largest, tensor.numel())
+        return out
+
+
+def test_a_step_is_few_operations_whatever_the_sizes():
+    counts = set()
+    for shape, rows in (((4, 4), 4), ((16, 16), 32)):
+        model = make_prior("made", shape=shape, hidden=(512, 512), order_agnostic=True)
+        state, token = model.start(rows, torch.zeros(rows).long()), torch.zeros(rows).long()
+        with torch.inference_mode():
+            model.next_logits(state, None)
+            for _ in range(8):
+                with Operations() as step:
+                    model.next_logits(state, token)
+                counts.add(step.count)
+                assert step.largest <= rows * 512, "a step may not copy weights or maps"
+    assert max(counts) <= 40
+
+
+# The published sizes
+
+
+def test_published_size():
+    """784-8000-784 (Germain et al. 2015): two ids are two rows where the paper has one weight and, to condition on
+    connectivity, a second; and two logits where it has one."""
+    with torch.device("meta"):
+        model = Prior.create("made", grid=TokenGrid((28, 28), 2), hidden=(8000,))
+    count = sum(parameter.numel() for parameter in model.parameters())
+    assert count == 2 * 784 * 8000 + 8000 + 2 * 784 * 8000 + 2 * 784 == 25_097_568
+    bernoulli = 784 * 8000 + 8000 + 784 * 8000 + 784  # one weight for each pixel and unit, one logit for each pixel
+    assert count - bernoulli == 2 * 784 * 8000 + 784
+
+
+def test_direct_connections_have_to_be_few():
+    with pytest.raises(ValueError, match="direct: .*embedding"):
+        Prior.create("made", grid=TokenGrid((16, 16), 512), direct=True)
+    with torch.device("meta"):
+        Prior.create("made", grid=TokenGrid((16, 16), 512), direct=True, embedding=16)

@@ -1,0 +1,279 @@
+"""PixelCNN, its blind spot, and the gated one that has none; their causal convolutions and row caches."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from small import make_prior
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
+
+from prior.layers import CausalConv, MaskedConv, RowCache, see
+
+BOTH = ("pixelcnn", "gated_pixelcnn")
+both = pytest.mark.parametrize("name", BOTH)
+
+
+def positive(model):
+    """All weights small and above zero: no unit is dead or saturated and nothing cancels, so gradients are paths."""
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.uniform_(0.02, 0.05)
+    return model.double()
+
+
+def seen_by_gradients(model):
+    """bool `(N, N)`: which token's embedding has a gradient of which position's logits."""
+    height, width = model.grid.shape
+    kept = []
+    hook = model.embedding.register_forward_hook(lambda module, inputs, output: kept.append(output))
+    logits = model(torch.zeros(1, height, width, dtype=torch.long))[0].sum(-1)
+    hook.remove()
+    rows = [torch.autograd.grad(logit, kept[0], retain_graph=True)[0] for logit in logits]
+    return torch.stack([row[0].sum(-1).flatten() != 0 for row in rows])
+
+
+def field_of(model):
+    """`receptive_field`, or all earlier tokens for a model without one."""
+    everything = torch.ones(len(model.grid), len(model.grid), dtype=torch.bool).tril(-1)
+    return getattr(model, "receptive_field", everything)
+
+
+def offsets(height, width):
+    """How many rows token j lies above position i, and how many columns to its right: two `(N, N)`."""
+    rows, columns = torch.arange(height * width) // width, torch.arange(height * width) % width
+    return rows[:, None] - rows, columns - columns[:, None]
+
+
+# What is seen
+
+
+@both
+@pytest.mark.parametrize("depth", [1, 2, 5])
+@pytest.mark.parametrize("shape", [(7, 8), (3, 11), (6, 1)])
+def test_receptive_field_is_what_gradients_reach(name, depth, shape):
+    """With 3x3 kernels, n convolutions see n rows up and n columns aside, and PixelCNN nothing that lies further to the
+    right than up: its blind spot, exactly."""
+    model = positive(make_prior(name, shape=shape, depth=depth))
+    above, right = offsets(*shape)
+    box = (above >= 0) & (above <= depth + 1) & (right.abs() <= depth + 1) & ((above > 0) | (right < 0))
+    expected = box & (right <= above) if name == "pixelcnn" else box
+    assert torch.equal(seen_by_gradients(model), expected)
+    assert torch.equal(field_of(model), expected)
+
+
+@both
+@pytest.mark.parametrize(("first_kernel", "kernel"), [(5, 3), (3, 5), (7, 5)])
+def test_receptive_field_follows_the_kernels(name, first_kernel, kernel):
+    model = make_prior(name, shape=(9, 10), depth=1, first_kernel=first_kernel, kernel=kernel)
+    assert torch.equal(field_of(model), seen_by_gradients(positive(model)))
+
+
+@both
+def test_changed_tokens_move_the_logits_that_see_them(name):
+    model = make_prior(name, shape=(5, 6), depth=1)
+    tokens = torch.randint(5, (1, 5, 6))
+    before, moved = model(tokens), []
+    for position in range(30):
+        changed = tokens.clone().flatten()
+        changed[position] = (changed[position] + 2) % 5
+        moved.append((model(changed.view(1, 5, 6)) - before)[0].abs().amax(-1) > 0)
+    assert torch.equal(torch.stack(moved, 1), field_of(model))
+
+
+def test_only_a_model_that_misses_some_earlier_token_has_a_receptive_field():
+    assert hasattr(make_prior("pixelcnn", shape=(8, 8), depth=20), "receptive_field"), "no depth cures a blind spot"
+    assert not hasattr(make_prior("pixelcnn", shape=(3, 4), first_kernel=7), "receptive_field")
+    assert hasattr(make_prior("gated_pixelcnn", shape=(8, 8), depth=5), "receptive_field")
+    assert not hasattr(make_prior("gated_pixelcnn", shape=(8, 8), depth=6), "receptive_field")
+    assert make_prior("pixelcnn", shape=(8, 8)).double().receptive_field.dtype == torch.bool
+
+
+# The convolutions
+
+
+@pytest.mark.parametrize("sees_itself", [False, True])
+@pytest.mark.parametrize("size", [3, 5, 7])
+def test_masked_conv_is_the_published_one(size, sees_itself):
+    """A k x k kernel multiplied with a mask that is zero from the middle of its middle row on."""
+    conv, half = MaskedConv(2, 3, size, sees_itself=sees_itself).double(), size // 2
+    nn.init.normal_(conv.bias)
+    whole, mask = torch.randn(3, 2, size, size).double(), torch.zeros(size, size)
+    whole[:, :, : half + 1] = conv.weight.detach()
+    mask.view(-1)[: size * half + half + sees_itself] = 1
+    x = torch.randn(2, 5, 6, 2).double()
+    expected = F.conv2d(x.movedim(-1, 1), whole * mask, conv.bias, padding=half).movedim(1, -1)
+    assert torch.allclose(conv(x), expected, atol=1e-12)
+    assert len(conv.taps) == int(mask.sum())
+
+
+def test_weights_behind_the_mask_do_nothing_and_learn_nothing():
+    conv = MaskedConv(2, 3, 5, sees_itself=False)
+    x = torch.randn(1, 4, 4, 2)
+    before = conv(x)
+    before.square().sum().backward()
+    behind = conv.mask.expand_as(conv.weight) == 0
+    assert (
+        behind.sum() == 3 * 2 * 3 and (conv.weight.grad[behind] == 0).all() and (conv.weight.grad[~behind] != 0).all()
+    )
+    with torch.no_grad():
+        conv.weight[behind] += 100
+    assert torch.equal(conv(x), before)
+
+
+@pytest.mark.parametrize(
+    ("rows", "columns"), [((-2, -1), (-1, 1)), ((-2, 0), (-1, 1)), ((0, 0), (-2, -1)), ((0, 0), (0, 0))]
+)
+def test_taps_are_the_offsets_that_a_convolution_sees(rows, columns):
+    conv, field = CausalConv(1, 1, rows, columns), torch.eye(20).view(4, 5, 20)
+    nn.init.ones_(conv.weight)
+    summed = conv(field.movedim(-1, 0)[..., None])[..., 0].movedim(0, -1)  # the basis as a batch
+    assert torch.equal(see(field.bool(), conv.taps), summed > 0)
+    assert set(conv.taps) == {(r, c) for r in range(rows[0], rows[1] + 1) for c in range(columns[0], columns[1] + 1)}
+
+
+@pytest.mark.parametrize("rows", [1, 4])
+@pytest.mark.parametrize(("size", "sees_itself"), [(3, True), (3, False), (7, True), (5, False)])
+def test_row_cache_is_the_convolution(rows, size, sees_itself):
+    """More rows than the kernel is high, and a grid narrower than it."""
+    conv = MaskedConv(2, 3, size, sees_itself=sees_itself).double()
+    nn.init.normal_(conv.bias)
+    for height, width in ((9, 6), (9, 2), (1, 1)):
+        x, bias = torch.randn(rows, height, width, 2).double(), torch.randn(rows, 3).double()
+        cache, read = RowCache(conv, width, bias), torch.empty(rows, height, width, 3).double()
+        for row in range(height):
+            cache.start_row()
+            for column in range(width):
+                if sees_itself:
+                    cache.cells[column].copy_(x[:, row, column])
+                read[:, row, column] = cache.read(column)
+                cache.cells[column].copy_(x[:, row, column])
+        assert (read - conv(x) - bias[:, None, None]).abs().max() < 1e-12
+
+
+# Sampling
+
+
+def steps_of(model, tokens, labels):
+    state, token, logits = model.start(len(tokens), labels), None, []
+    for position in range(len(model.grid)):
+        logits.append(model.next_logits(state, token).clone())
+        token = tokens.flatten(1)[:, position]
+    return torch.stack(logits, 1)
+
+
+@both
+@pytest.mark.parametrize("rows", [1, 4])
+@pytest.mark.parametrize(("first_kernel", "kernel"), [(3, 3), (7, 5), (5, 7)])
+def test_steps_are_the_forward_pass_for_all_kernels(name, rows, first_kernel, kernel):
+    """On more rows than any cache holds; two passes at once do not meet."""
+    model = make_prior(name, shape=(11, 6), first_kernel=first_kernel, kernel=kernel).double()
+    tokens, labels = torch.randint(5, (rows, 11, 6)), torch.arange(rows) % 4
+    other = model.start(rows, labels)
+    assert (steps_of(model, tokens, labels) - model(tokens, labels)).abs().max() < 1e-9
+    assert (steps_of(model, tokens, None) - model(tokens)).abs().max() < 1e-9
+    assert (model.next_logits(other, None) - model(tokens, labels)[:, 0]).abs().max() < 1e-9
+
+
+def weights_in_effect(model):
+    """How many numbers a position is multiplied with."""
+    linear = sum(module.weight.numel() for module in model.modules() if isinstance(module, nn.Linear))
+    convs = [module for module in model.modules() if isinstance(module, CausalConv)]
+    return linear + sum(len(conv.taps) * conv.weight[..., 0, 0].numel() for conv in convs)
+
+
+@both
+@pytest.mark.parametrize("rows", [1, 16])
+def test_steps_multiply_each_weight_once_per_position(name, rows):
+    model = make_prior(name, shape=(6, 5), first_kernel=5)
+    tokens = torch.randint(5, (rows, 6, 5))
+    with FlopCounterMode(display=False) as forward, torch.no_grad():
+        model(tokens)
+    with FlopCounterMode(display=False) as steps, torch.no_grad():
+        steps_of(model, tokens, None)
+    assert steps.get_total_flops() == 2 * rows * 30 * weights_in_effect(model) <= forward.get_total_flops()
+
+
+class Operations(TorchDispatchMode):
+    """Counts what is dispatched, and the numbers in the largest result that is not a view of something kept."""
+
+    count, largest = 0, 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        self.count += 1
+        if not function.is_view and "out" not in (kwargs or {}) and isinstance(result, torch.Tensor):
+            self.largest = max(self.largest, result.numel())
+        return result
+
+
+@both
+def test_a_step_takes_few_operations(name):
+    """Six per block of PixelCNN, four per layer of the gated one: nothing is packed, copied or sliced in a step."""
+    for depth in (1, 6):
+        model = make_prior(name, shape=(4, 5), depth=depth)
+        most = 6 * depth + 7 if name == "pixelcnn" else 4 * (depth + 1) + 6
+        with torch.inference_mode():
+            state, token = model.start(4, None), torch.zeros(4, dtype=torch.long)
+            for position in range(20):
+                with Operations() as operations:
+                    model.next_logits(state, token if position else None)
+                if position % 5:
+                    assert operations.count <= most, f"{operations.count} operations at position {position}"
+                    assert operations.largest <= 4 * 16, "a step makes more than one position's features"
+                else:
+                    assert operations.count <= 25 * (depth + 2), f"{operations.count} operations at a row's start"
+
+
+# Labels
+
+
+@both
+def test_every_label_table_reaches_the_logits(name):
+    """With all other tables at zero: each block's bias, both stacks' gates; in forward and in steps."""
+    tables = [key for key, module in make_prior(name).named_modules() if key.endswith("label")]
+    assert len(tables) == (1 + 2 if name == "pixelcnn" else 2 * 3)
+    for kept in tables:
+        model = make_prior(name).double()
+        with torch.no_grad():
+            for key in tables:
+                if key != kept:
+                    model.get_submodule(key).weight.zero_()
+        tokens, labels = torch.randint(5, (1, 3, 4)).expand(4, 3, 4), torch.arange(4)
+        logits = model(tokens, labels)
+        for label in range(3):
+            assert (logits[label] - logits[3]).abs().amax() > 1e-6, kept
+        assert (steps_of(model, tokens, labels) - logits).abs().max() < 1e-9, kept
+        assert torch.equal(model(tokens), logits[3:].expand_as(logits)), "no label is the null class"
+
+
+# Configurations
+
+
+@both
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"order": "snake"}, "order: {name} walks the grid in raster order only (got 'snake')"),
+        ({"order": "random:3"}, "order: {name} walks the grid in raster order only (got 'random:3')"),
+        ({"shape": (5,)}, "grid: {name} needs a grid of two axes (got (5,))"),
+        ({"shape": (2, 2, 2)}, "grid: {name} needs a grid of two axes (got (2, 2, 2))"),
+        ({"kernel": 4}, "kernel: must be odd (got 4)"),
+        ({"first_kernel": 6}, "first_kernel: must be odd (got 6)"),
+        ({"kernel": 1}, "kernel: must be >= 3 (got 1)"),
+        ({"depth": 0}, "depth: must be >= 1 (got 0)"),
+    ],
+)
+def test_what_they_can_not_do_is_refused(name, config, message):
+    with pytest.raises(ValueError) as caught:
+        make_prior(name, **config)
+    assert str(caught.value) == f"{name}: {message.format(name=name)}"
+
+
+@both
+def test_published_sizes(name):
+    """15 blocks of 16 channels; 10 gated layers of 128 channels: as 28x28 binary pixels have been modelled."""
+    config = {"dim": 16, "depth": 15} if name == "pixelcnn" else {"dim": 128, "depth": 10}
+    model = make_prior(name, shape=(28, 28), vocab_size=2, num_classes=0, first_kernel=7, kernel=3, head=32, **config)
+    count = sum(parameter.numel() for parameter in model.parameters())
+    assert count // 1000 == (42 if name == "pixelcnn" else 3550)

@@ -1,0 +1,211 @@
+"""What PixelSNAIL promises beyond its family: attention that reaches everything, and what a step costs."""
+
+import pytest
+import torch
+from small import generators, make_prior
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
+
+VIEWS = {"select", "slice", "view", "unsqueeze", "expand", "t", "detach", "transpose", "unbind", "_unsafe_view"}
+FUSED = "_scaled_dot_product_flash_attention_for_cpu"
+
+
+class Operations(TorchDispatchMode):
+    """Names of all operations that do something, in turn."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.overloadpacket.__name__
+        self.names += [name] if name not in VIEWS else []
+        return func(*args, **(kwargs or {}))
+
+
+def by_matmul(q, k, v, is_causal=False, dropout_p=0.0):
+    """What the FLOP counter can see: it misses the fused kernel on CPU."""
+    scores = q @ k.transpose(-1, -2) / q.shape[-1] ** 0.5
+    if is_causal:
+        scores = scores.masked_fill(~torch.ones_like(scores, dtype=torch.bool).tril(), -torch.inf)
+    return scores.softmax(-1) @ v
+
+
+@pytest.mark.parametrize("shape", [(8, 8), (2, 9), (9, 2), (6, 1)])
+def test_one_block_sees_every_earlier_token(shape):
+    """Convolutions of one block reach five columns and rows; attention does the rest."""
+    model = make_prior("pixelsnail", shape=shape, depth=1).double()
+    tokens = torch.randint(5, (1, *shape))
+    before, columns = model(tokens), []
+    for at in range(tokens.numel()):
+        changed = tokens.flatten(1).clone()
+        changed[:, at] = (changed[:, at] + 1) % 5
+        columns.append((model(changed.reshape(1, *shape)) - before).abs().amax((0, 2)) > 1e-12)
+    assert torch.equal(torch.stack(columns, 1), torch.ones(len(model.grid), len(model.grid)).tril(-1).bool())
+    assert not hasattr(model, "receptive_field")
+
+
+@pytest.mark.parametrize("sizes", [{"heads": 1, "key": 4, "value": 4}, {"heads": 3, "key": 2, "value": 5}])
+def test_attention_by_definition(sizes):
+    """Position by position and head by head: a softmax over what was made of the tokens before it, and "nothing"."""
+    model = make_prior("pixelsnail", **sizes).double()
+    attention, background = model.blocks[0].attention, model.background
+    embedded, x = torch.randn(1, 12, 5).double(), torch.randn(1, 12, 8).double()
+    found = attention(embedded, x, background)
+    heads, key, value = sizes["heads"], sizes["key"], sizes["value"]
+    slots = [attention.nothing]
+    for t in range(11):
+        slots.append(attention.slot(torch.cat([embedded[0, t], x[0, t]])) + attention.slot_at(background[t]))
+    for t in range(12):
+        query = (attention.query(x[0, t]) + attention.query_at(background[t])).view(heads, key)
+        for head in range(heads):
+            pairs = torch.stack(slots[: t + 1]).view(t + 1, heads, key + value)[:, head]
+            weights = (pairs[:, :key] @ query[head] / key**0.5).softmax(0)
+            expected = weights @ pairs[:, key:]
+            assert (found[0, t, head * value : (head + 1) * value] - expected).abs().max() < 1e-12
+
+
+@pytest.mark.parametrize("kernel", [3, 5])
+def test_residual_layer_by_definition(kernel):
+    """Tap by tap: rows above in full, the own row up to and with the own position, a sigmoid gate with the class."""
+    residual, reach = make_prior("pixelsnail", kernel=kernel).double().blocks[0].residuals[0], kernel // 2
+
+    def convolved(conv, x):
+        y = torch.zeros(3, 4, len(conv.bias)).double() + conv.bias
+        for row in range(-reach, 1):
+            for column in range(-reach, (reach if row else 0) + 1):
+                for i in range(3):
+                    for j in range(4):
+                        if i + row >= 0 and 0 <= j + column < 4:
+                            y[i, j] += conv.weight[:, :, row + reach, column + reach] @ x[i + row, j + column]
+        return y
+
+    x, elu = torch.randn(3, 4, 8).double(), torch.nn.functional.elu
+    inner = elu(convolved(residual.first, elu(x)))
+    content, gate = (convolved(residual.second, inner) + residual.label.weight[1]).chunk(2, -1)
+    found = residual(x[None], torch.tensor([1]))[0]
+    assert (found - (x + content * gate.sigmoid())).abs().max() < 1e-12
+
+
+def test_the_first_position_attends_to_nothing():
+    """It has no token to look at, yet its output is finite, and the same whatever comes later."""
+    model = make_prior("pixelsnail")
+    attention = model.blocks[0].attention
+    found = attention(torch.randn(3, 12, 5), torch.randn(3, 12, 8), model.background)
+    nothing = attention.nothing.view(2, 12)[:, 4:].flatten()
+    assert found.isfinite().all() and torch.allclose(found[:, 0], nothing.expand(3, -1))
+    only = make_prior("pixelsnail", shape=(1, 1))
+    assert only(torch.zeros(2, 1, 1, dtype=torch.long)).isfinite().all()
+    with torch.inference_mode():
+        assert only.next_logits(only.start(1, None), None).isfinite().all()
+
+
+def test_coordinates_are_told_apart():
+    """On a blank grid, and far from its edges, only the background says where a position is."""
+    model = make_prior("pixelsnail", shape=(9, 9), depth=1, residual=1).double()
+    logits = model(torch.zeros(1, 9, 9, dtype=torch.long))[0].view(9, 9, -1)
+    inside = logits[4:, 3:6].flatten(0, 1)
+    assert (inside[:, None] - inside).abs().amax(-1).add(torch.eye(len(inside))).min() > 1e-6
+    assert model.background[0].tolist() == [-0.5, -0.5] and (model.background < 0.5).all()
+    assert model.background[10].tolist() == pytest.approx([1 / 9 - 0.5, 1 / 9 - 0.5])
+
+
+SIZES = [{}, {"residual": 1, "kernel": 5}, {"residual": 3, "heads": 1, "key": 8, "depth": 1}]
+
+
+@pytest.mark.parametrize("rows", [1, 3, 4, 9])
+@pytest.mark.parametrize("shape", [(5, 3), (2, 7), (6, 1), (1, 1)])
+@pytest.mark.parametrize("sizes", SIZES)
+def test_steps_with_any_number_of_rows_and_sizes(rows, shape, sizes):
+    """Weights are laid out by the number of rows; labels and the null class are heard."""
+    model = make_prior("pixelsnail", shape=shape, **sizes).double()
+    tokens, labels = torch.randint(5, (rows, *shape)), torch.arange(rows) % 4
+    for given in (labels, None):
+        state, token, whole = model.start(rows, given), None, model(tokens, given)
+        for position in range(len(model.grid)):
+            logits = model.next_logits(state, token)  # with gradients on: a step is no part of training
+            assert not logits.requires_grad and (logits - whole[:, position]).abs().max() < 1e-9
+            token = tokens.flatten(1)[:, position]
+
+
+@pytest.mark.parametrize("gate", ["residuals.0.label", "residuals.1.label", "label"])
+@pytest.mark.parametrize("block", [0, 1])
+def test_every_gate_hears_the_class(gate, block):
+    """Both in `forward` and in a step, from the first position on."""
+    model = make_prior("pixelsnail").double()
+    for name, parameter in model.named_parameters():
+        if name.endswith("label.weight") and name != f"blocks.{block}.{gate}.weight":
+            torch.nn.init.zeros_(parameter)
+    tokens, labels = torch.zeros(4, 3, 4, dtype=torch.long), torch.arange(4)
+    firsts = model.next_logits(model.start(4, labels), None)
+    assert (firsts[:, None] - firsts).abs().amax(-1).add(torch.eye(4)).min() > 1e-6
+    assert (firsts - model(tokens, labels)[:, 0]).abs().max() < 1e-9
+
+
+@pytest.mark.parametrize("shape", [(8, 8), (16, 16)])
+@pytest.mark.parametrize("sizes", [*SIZES, {"dim": 64, "depth": 1, "heads": 1, "value": 32}])
+def test_sampling_costs_one_forward_pass(shape, sizes, monkeypatch):
+    """Attention included. Masked taps and slots that are not there yet cost nothing, so it is less than one."""
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", by_matmul)
+    model = make_prior("pixelsnail", shape=shape, **sizes)
+    with FlopCounterMode(display=False) as forward, torch.no_grad():
+        model(torch.randint(5, (4, *shape)))
+    with FlopCounterMode(display=False) as sampling:
+        model.sample(4)
+    assert sampling.get_total_flops() <= forward.get_total_flops()
+
+
+@pytest.mark.parametrize("rows", [1, 16])
+def test_operations_of_a_step_are_counted(rows):
+    """Seven for a residual layer, ten for a block's attention and gate, eleven around them; three per convolution at
+    the start of a row. Nothing is packed or grown along the way."""
+    model = make_prior("pixelsnail", shape=(8, 8), depth=3, residual=2)
+    with torch.no_grad():  # which shows what attention is made of; inference mode does not
+        state, token, counts, names = model.start(rows, None), None, [], set()
+        slots = state.slots.data_ptr()
+        for _ in range(64):
+            with Operations() as operations:
+                token = model.next_logits(state, token).argmax(-1)
+            counts.append(len(operations.names))
+            names |= set(operations.names)
+        assert state.slots.data_ptr() == slots
+    inside = [count for at, count in enumerate(counts) if at % 8]
+    assert max(inside) <= 3 * (2 * 7 + 10) + 11
+    assert max(counts) <= max(inside) + 3 * (1 + 3 * 2 * 2)
+    assert names <= {"index_select", "add", "add_", "addmm", "baddbmm", "mm", "stack", "cat", "copy_", "elu", "elu_",
+                     "glu", "argmax", FUSED}  # fmt: skip
+
+
+def test_keys_and_values_go_to_the_fused_kernel():
+    """Keys narrower than values would be multiplied by N x N matrices of scores, the larger part of a pass."""
+    model = make_prior("pixelsnail", key=4, value=8)
+    with Operations() as operations:
+        model(torch.zeros(1, 3, 4, dtype=torch.long))
+    assert operations.names.count(FUSED) == 2
+
+
+def test_dropout_is_for_training_only():
+    tokens, model = torch.randint(5, (4, 3, 4)), make_prior("pixelsnail", dropout=0.5)
+    assert torch.equal(model(tokens), model(tokens))
+    model.train()
+    assert not torch.equal(model(tokens), model(tokens))
+    drawn = [model.sample(4, generator=generators(4), cache=cache) for cache in (True, False)]
+    assert torch.equal(*drawn) and torch.equal(drawn[0], model.eval().sample(4, generator=generators(4)))
+    for block in model.blocks:
+        assert {module.p for module in block.modules() if isinstance(module, torch.nn.Dropout)} == {0.5}
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"order": "snake"}, "order: pixelsnail walks the grid in raster order only .got 'snake'"),
+        ({"shape": (4,)}, "grid: pixelsnail needs a grid of two axes"),
+        ({"shape": (2, 2, 2)}, "grid: pixelsnail needs a grid of two axes"),
+        ({"kernel": 4}, "kernel: must be odd"),
+        ({"key": 16, "value": 8}, "key: must be at most value"),
+        ({"residual": 0}, "residual: must be >= 1"),
+    ],
+)
+def test_impossible_settings_are_refused_by_name(settings, message):
+    with pytest.raises(ValueError, match=message):
+        make_prior("pixelsnail", **settings)
