@@ -22,12 +22,12 @@ from tokenizer.base import TokenGrid
 from tokenizer.pretrained import ModelConfig, PretrainedModel, setting
 
 from .orders import make_order, order_problem
-from .parallel import sample_parallel
+from .parallel import sample_parallel, settled
 from .requests import Order, Rows, check_labels, check_order, choose_walk, known_tokens
 from .sampling import Generators, GumbelNoise, Sampler, image_generators
 
 FEW_ROWS = 4
-"""From so many rows on, a row's matrix products are the same whatever the other rows (measured on CPU)."""
+"""With fewer rows, a matrix product is bound by reading the weights."""
 PARALLEL_NUMBERS = 1 << 25  # logits held at once when sampling in parallel
 
 
@@ -183,8 +183,7 @@ class Prior(PretrainedModel, family="prior"):
             parts = []
             for share in torch.arange(num_images).chunk(-(-num_images // images)):
                 part = rows[int(share[0]) : int(share[-1]) + 1]
-                parts.append(sample_parallel(self, part, sampler, guess).tokens if parallel
-                             else self._draw(part, sampler, cache, progress))  # fmt: skip
+                parts.append(self._draw(part, sampler, cache, parallel, guess, progress))
             drawn = torch.empty_like(given).scatter_(1, wide, torch.cat(parts))
         return drawn.reshape(num_images, *self.grid.shape).clone()  # no inference tensor: it may be trained on
 
@@ -196,26 +195,26 @@ class Prior(PretrainedModel, family="prior"):
         """How many rows to sample together in parallel passes: their logits are held whole."""
         return max(1, PARALLEL_NUMBERS // (len(self.grid) * self.grid.vocab_size))
 
-    def _draw(self, rows: Rows, sampler: Sampler, cache: bool = True, progress: bool = False) -> Tensor:
-        """Tokens `(B, N)` in the order of the walk."""
-        draw = self._sample_few if len(rows) * sampler.copies < FEW_ROWS else self._sample
-        return draw(rows, sampler, cache, progress)[0]
+    def _draw(self, rows: Rows, sampler: Sampler, cache: bool, parallel: bool, guess: Prior | None,
+              progress: bool) -> Tensor:  # fmt: skip
+        """Tokens `(B, N)` in the order of the walk.
 
-    def _sample_few(self, rows: Rows, sampler: Sampler, cache: bool, progress: bool) -> tuple[Tensor, float]:
-        """Fewer than `FEW_ROWS` rows are multiplied by other kernels, whose last bits differ from a large batch's. So
-        that image k does not depend on its batch, a draw that was a close call is made again, padded to `FEW_ROWS`."""
-        if not sampler.filters:
-            states = [generator.get_state() for generator in rows.generators]
-            drawn, lead = self._sample(rows, sampler, cache, progress)
-            if lead > sampler.tolerance:
-                return drawn, lead
-            for generator, generator_state in zip(rows.generators, states, strict=True):
-                generator.set_state(generator_state)
-        drawn, lead = self._sample(rows.padded(FEW_ROWS), sampler, cache, progress)
-        return drawn[: len(rows)], lead
+        Other batches, cached steps and whole passes round otherwise, by about 1e-6, and so might decide otherwise
+        where it is that close. They leave these decisions to one computation: a pass over the image alone.
+        """
+        states = [generator.get_state() for generator in rows.generators]
+        if parallel:
+            tokens, leads, _ = sample_parallel(self, rows, sampler, guess)
+        else:
+            tokens, leads = self._sample(rows, sampler, cache, progress)
+        close = (leads <= sampler.tolerance) & ~rows.keep
+        for k in torch.nonzero(close.any(1)).flatten().tolist():
+            rows.generators[k].set_state(states[k])
+            tokens[k] = settled(self, rows[[k]], sampler, tokens[[k]], close[[k]])
+        return tokens
 
-    def _sample(self, rows: Rows, sampler: Sampler, cache: bool, progress: bool) -> tuple[Tensor, float]:
-        """Tokens `(B, N)` in the order of the walk, and (for few rows) by how much the closest decision was won."""
+    def _sample(self, rows: Rows, sampler: Sampler, cache: bool, progress: bool) -> tuple[Tensor, Tensor]:
+        """Tokens `(B, N)` in the order of the walk, and by how much each was won."""
         noise = GumbelNoise(rows.generators, len(self.grid), self.grid.vocab_size, self.device)
         labels, order = sampler.doubled(rows.labels, self.num_classes), sampler.doubled(rows.order)
         start, next_logits = (self.start, self.next_logits) if cache else (self.start_slow, self.next_logits_slow)
@@ -223,18 +222,13 @@ class Prior(PretrainedModel, family="prior"):
         drawn, token, leads = rows.given.clone(), None, []
         kept = rows.keep.any(0).tolist()
         for rank in _progress(len(self.grid), progress):
-            scores = sampler.scores(sampler.guide(next_logits(state, token).float()), noise.at(rank))
-            if len(labels) < FEW_ROWS and scores.shape[-1] > 1:
-                best, ids = scores.topk(2)
-                chosen = ids[:, 0]
-                leads.append(best[:, 0] - best[:, 1])
-            else:
-                chosen = scores.argmax(-1)
+            chosen, lead = sampler.choose(sampler.guide(next_logits(state, token).float()), noise.at(rank))
             if kept[rank]:
                 chosen = torch.where(rows.keep[:, rank], drawn[:, rank], chosen)
             drawn[:, rank] = chosen
+            leads.append(lead)
             token = torch.cat([chosen] * sampler.copies) if sampler.copies > 1 else chosen
-        return drawn, float(torch.stack(leads).min()) if leads else float("inf")
+        return drawn, torch.stack(leads, 1)
 
     def start(self, num_images: int, labels: Tensor | None, order: Tensor | None = None) -> Any:
         """Begin an incremental pass over `num_images` rows; returns the state that `next_logits` advances. order:

@@ -20,7 +20,6 @@ from tokenizer.pretrained import setting
 
 from .base import Prior, PriorConfig
 
-CPU_CACHE = 16 << 20  # bytes of keys and values sampled together: half of a common last-level cache
 EPS = 1e-12  # only keeps zero from being divided by zero
 TINY = 1e-20
 MAX_ROTATIONS = 1 << 24  # tokens times head width: the table of rotary positions is built before weights are read
@@ -170,13 +169,6 @@ class GPT(Prior, name="gpt"):
         share = self.config.random_share + (1 - self.config.random_share) * left
         shuffled = torch.rand(len(tokens), len(self.grid)).argsort(1).to(tokens.device)
         return {"order": torch.where(torch.rand(len(tokens), 1).to(tokens.device) < share, shuffled, self.order)}
-
-    def rows_at_once(self) -> int | None:
-        """On a CPU, as many rows as have their keys and values in its cache, unless the weights outgrow it anyway."""
-        size = self.head.weight.element_size()
-        if self.device.type != "cpu" or sum(p.numel() for p in self.parameters()) * size > CPU_CACHE // 2:
-            return None
-        return max(1, CPU_CACHE // (2 * self.config.depth * len(self.grid) * self.config.dim * size))
 
     def start(self, num_images: int, labels: Tensor | None, order: Tensor | None = None) -> Cache:
         """Allocate the cache once, and lay the weights out for one-token steps."""

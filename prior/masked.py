@@ -290,7 +290,7 @@ class Masked(Prior, name="masked"):
         for step in _progress(len(steps), progress):
             share, temperature = steps[step]
             logits = sampler.guide(self.predict(sampler.doubled(ids), labels).float())
-            drawn = sampler.scores(logits, noise).argmax(-1)
+            drawn, _ = sampler.choose(logits, noise)
             confidence = logits.log_softmax(-1).gather(-1, drawn[..., None])[..., 0]
             jitter = torch.stack([gumbel((size,), generator) for generator in rows.generators]).to(self.device)
             confidence = (confidence + temperature * jitter).masked_fill(ids != self.mask, torch.inf)

@@ -23,71 +23,60 @@ if TYPE_CHECKING:
     from .base import Prior
     from .requests import Rows
 
-ROUNDING = 0.1
-"""Share of `Sampler.tolerance`: a whole pass and a cached step differ by about 1e-6, both with many rows."""
 CHEAP_PASSES = 4
 """Passes of the guessing prior per pass; more did not help (measured), fewer did less."""
 
 
 class Parallel(NamedTuple):
-    """Tokens `(B, N)` in the order of the walk, and how many passes each image needed, `(B,)`; `redrawn` images had a
-    decision so close that rounding may have turned it, and were drawn again step by step."""
+    """Tokens `(B, N)` in the order of the walk, by how much each was won, and how many passes each image took."""
 
     tokens: Tensor
+    leads: Tensor
     passes: Tensor
-    redrawn: int
 
 
 def sample_parallel(prior: Prior, rows: Rows, sampler: Sampler, guess: Prior | None = None) -> Parallel:
-    """The tokens that `Prior._sample` draws for `rows`, from passes over the whole grid."""
-    states = [generator.get_state() for generator in rows.generators]
-    tokens, passes, leads = fixed_point(prior, rows, sampler, guess)
-    close = torch.nonzero(leads <= ROUNDING * sampler.tolerance).flatten().tolist()
-    if close:
-        again = rows[close]
-        for k, generator in zip(close, again.generators, strict=True):
-            generator.set_state(states[k])
-        tokens[close] = prior._draw(again, sampler)
-    return Parallel(tokens, passes, len(close))
-
-
-def fixed_point(prior: Prior, rows: Rows, sampler: Sampler,
-                guess: Prior | None = None) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """Tokens, passes, and by how much the closest decision of each image was won, `(B,)`."""
+    """The tokens that step by step are drawn for `rows`, from passes over the whole grid."""
     (count, size), device = rows.given.shape, rows.given.device
     noise = GumbelNoise(rows.generators, size, prior.grid.vocab_size, device).whole()  # (B, N, V)
     tokens = torch.where(rows.keep, rows.given, noise.argmax(-1))
+    leads = torch.full(tokens.shape, torch.inf, device=device)
     frontier, passes = tokens.new_zeros(count), torch.zeros(count, dtype=torch.long)
-    leads = torch.full((count,), torch.inf, device=device)
     if guess is not None:
         zero = torch.zeros((), device=device)
         tokens = corrected(guess, rows, sampler, tokens, frontier, zero, zero, noise)
-    active = list(range(count))
+    active, ranks = list(range(count)), torch.arange(size, device=device)
     while active:
         now, began, old = rows[active], frontier[active], tokens[active]
         logits = walked_logits(prior, now, old, sampler)
-        drawn, ended, lead = check(sampler.scores(sampler.guide(logits), noise[active]), now, old, began)
-        leads[active] = torch.minimum(leads[active], lead)
+        drawn, lead = sampler.choose(sampler.guide(logits), noise[active])
+        fresh = ranks >= began[:, None]
+        drawn = torch.where(fresh & ~now.keep, drawn, old)
+        wrong = torch.cat([drawn != old, torch.ones_like(fresh[:, :1])], 1)
+        ended = (wrong.int().argmax(1) + 1).clamp(max=size)  # the first that changed is right by now, too
+        leads[active] = torch.where(fresh & (ranks < ended[:, None]), lead, leads[active])
         if guess is not None:
             cheap = walked_logits(guess, now, old, sampler)
             drawn = corrected(guess, now, sampler, drawn, ended, logits, cheap, noise[active])
         tokens[active], frontier[active] = drawn, ended
         passes[active] += 1
         active = [k for k, end in zip(active, ended.tolist(), strict=True) if end < size]
-    return tokens, passes, leads
+    return Parallel(tokens, leads, passes)
 
 
-def check(scores: Tensor, rows: Rows, tokens: Tensor, began: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """What `scores` (B, N, V) on `tokens` (B, N) say: the tokens now, how many of them are final, and by how much the
-    closest decision among the newly final ones was won."""
-    best, ids = scores.topk(min(2, scores.shape[-1]))
-    fresh = torch.arange(tokens.shape[1], device=tokens.device) >= began[:, None]
-    drawn = torch.where(fresh & ~rows.keep, ids[..., 0], tokens)
-    wrong = torch.cat([drawn != tokens, torch.ones_like(fresh[:, :1])], 1)
-    ended = (wrong.int().argmax(1) + 1).clamp(max=tokens.shape[1])  # the first that changed is right by now, too
-    final = fresh & ~rows.keep & (torch.arange(tokens.shape[1], device=tokens.device) < ended[:, None])
-    lead = best[..., 0] - best[..., -1] if best.shape[-1] > 1 else torch.full_like(best[..., 0], torch.inf)
-    return drawn, ended, lead.masked_fill(~final, torch.inf).amin(1)
+def settled(prior: Prior, row: Rows, sampler: Sampler, tokens: Tensor, close: Tensor) -> Tensor:
+    """`tokens` (1, N) with the decisions that are `close` made by passes over this image alone. If one of them comes
+    out otherwise, so may all after it."""
+    noise = GumbelNoise(row.generators, tokens.shape[1], prior.grid.vocab_size, tokens.device).whole()
+    tokens, open_ = tokens.clone(), close & ~row.keep
+    while True:
+        drawn, _ = sampler.choose(sampler.guide(walked_logits(prior, row, tokens, sampler)), noise)
+        turned = torch.nonzero((drawn != tokens) & open_)
+        if not len(turned):
+            return tokens
+        first = int(turned[0, 1])
+        tokens[:, first:] = torch.where(row.keep, tokens, drawn)[:, first:]
+        open_[:, first + 1 :] = ~row.keep[:, first + 1 :]
 
 
 def corrected(guess: Prior, rows: Rows, sampler: Sampler, tokens: Tensor, ended: Tensor, logits: Tensor, cheap: Tensor,
@@ -95,8 +84,8 @@ def corrected(guess: Prior, rows: Rows, sampler: Sampler, tokens: Tensor, ended:
     """`tokens` (B, N) with those from `ended` on drawn from `logits` + guess(tokens) - `cheap`, a few times over."""
     free = (torch.arange(tokens.shape[1], device=tokens.device) >= ended[:, None]) & ~rows.keep
     for _ in range(CHEAP_PASSES):
-        scores = sampler.scores(sampler.guide(logits + walked_logits(guess, rows, tokens, sampler) - cheap), noise)
-        drawn = torch.where(free, scores.argmax(-1), tokens)
+        better = logits + walked_logits(guess, rows, tokens, sampler) - cheap
+        drawn = torch.where(free, sampler.choose(sampler.guide(better), noise)[0], tokens)
         if torch.equal(drawn, tokens):
             break
         tokens = drawn

@@ -69,31 +69,52 @@ class Sampler:
         conditional, unconditional = logits.chunk(2)
         return unconditional + self.guidance_scale * (conditional - unconditional)
 
-    def scores(self, logits: Tensor, noise: Tensor) -> Tensor:
-        """Scores `(B, V)` whose argmax is the token, from logits `(B, V)` and Gumbel noise `(B, V)`."""
+    def choose(self, logits: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
+        """The tokens `(...)` that logits and Gumbel noise `(..., V)` decide on, and by how much each was won.
+
+        Rounding in the logits can turn a decision only if its lead is within `tolerance`.
+        """
         if self.temperature == 0:
-            return logits
-        if self.temperature != 1:
-            logits = logits / self.temperature
+            return _best(logits)
+        logits = logits if self.temperature == 1 else logits / self.temperature
+        return self._choose_of_some(logits, noise) if self.filters else _best(logits + noise)
+
+    def _choose_of_some(self, logits: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
+        """`choose` among the ids that the filters keep. What nearly was kept competes for the lead, which is 0 where
+        the winner nearly was not."""
+        kept, sure = self._kept(logits)
+        ids = (logits + noise).masked_fill(~kept, -torch.inf).argmax(-1, keepdim=True)
+        lowest = logits.masked_fill(~kept, torch.inf).amin(-1, keepdim=True)
+        highest = logits.masked_fill(kept, -torch.inf).amax(-1, keepdim=True)  # of those left out
+        scores = (logits + noise).masked_fill(logits < lowest - self.tolerance, -torch.inf)
+        rivals = scores.scatter(-1, ids, -torch.inf).amax(-1)
+        sure &= logits.gather(-1, ids)[..., 0] > highest[..., 0] + self.tolerance
+        return ids[..., 0], (scores.gather(-1, ids)[..., 0] - rivals).where(sure, 0)
+
+    def _kept(self, logits: Tensor) -> tuple[Tensor, Tensor]:
+        """bool `(..., V)`: what `top_k` and `top_p` keep; and bool `(...)`: whether rounding in a sum can not change
+        that. Of equal logits `top_k` keeps all, `top_p` the first."""
+        kept, sure = torch.ones_like(logits, dtype=torch.bool), torch.ones_like(logits[..., 0], dtype=torch.bool)
         if self.top_k is not None and self.top_k < logits.shape[-1]:
-            logits = keep_top_k(logits, self.top_k)
+            best = logits.topk(self.top_k + 1).values
+            kept = logits >= best[..., -2, None]
+            if self.top_p is not None:  # another id would change the mass of all
+                sure = best[..., -2] - best[..., -1] > self.tolerance
         if self.top_p is not None and self.top_p < 1:
-            logits = keep_top_p(logits, self.top_p)
-        return logits + noise
+            ordered, ids = logits.masked_fill(~kept, -torch.inf).sort(dim=-1, descending=True, stable=True)
+            probabilities = ordered.double().softmax(-1)
+            before = probabilities.cumsum(-1) - probabilities
+            kept = kept.scatter(-1, ids, (before < self.top_p) & (ordered > -torch.inf))
+            sure &= ((before - self.top_p).abs() > self.tolerance).all(-1)
+        return kept, sure
 
 
-def keep_top_k(logits: Tensor, k: int) -> Tensor:
-    """`logits` (..., V) with all but the k largest at -inf."""
-    smallest_kept = logits.topk(k, dim=-1).values[..., -1:]
-    return logits.masked_fill(logits < smallest_kept, -torch.inf)
-
-
-def keep_top_p(logits: Tensor, p: float) -> Tensor:
-    """`logits` (..., V) with those at -inf that, from the likeliest down, come after a mass of p."""
-    ordered, ids = logits.sort(dim=-1, descending=True, stable=True)
-    probabilities = ordered.double().softmax(-1)
-    dropped = probabilities.cumsum(-1) - probabilities >= p
-    return logits.masked_fill(torch.zeros_like(dropped).scatter(-1, ids, dropped), -torch.inf)
+def _best(scores: Tensor) -> tuple[Tensor, Tensor]:
+    """Ids `(...)` of the highest of `scores` (..., V), and by how much they are."""
+    if scores.shape[-1] == 1:
+        return scores.argmax(-1), torch.full_like(scores[..., 0], torch.inf)
+    best, ids = scores.topk(2)
+    return ids[..., 0], best[..., 0] - best[..., 1]
 
 
 def image_generators(generator: Generators, num_images: int) -> list[torch.Generator]:

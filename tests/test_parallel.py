@@ -48,30 +48,30 @@ def test_an_image_does_not_depend_on_its_batch(name):
 
 
 def drawn_in_parallel(model, count, monkeypatch, count_forward=True, **settings):
-    """Tokens, passes per image, images redrawn, and the rows of each forward pass."""
+    """Tokens, passes per image, and the rows of each forward pass."""
     results, rows = [], []
     real, forward = parallel.sample_parallel, type(model).forward
     monkeypatch.setattr("prior.base.sample_parallel", lambda *given: results.append(real(*given)) or results[-1])
     if count_forward:
         monkeypatch.setattr(
-        type(model), "forward", lambda self, tokens, *rest, **more: rows.append(len(tokens))
-        or forward(self, tokens, *rest, **more)
-    )  # fmt: skip
+            type(model), "forward", lambda self, tokens, *rest, **more: rows.append(len(tokens))
+            or forward(self, tokens, *rest, **more)
+        )  # fmt: skip
     tokens = model.sample(count, generator=generators(count), parallel=True, **settings)
     monkeypatch.undo()
-    return tokens, torch.cat([r.passes for r in results]), sum(r.redrawn for r in results), rows
+    return tokens, torch.cat([r.passes for r in results]), rows
 
 
 def test_a_pass_finishes_at_least_one_token_and_finished_images_leave(monkeypatch):
     model = make_prior("gpt", shape=(6, 6), vocab_size=7)
-    _, passes, _, rows = drawn_in_parallel(model, 16, monkeypatch)
+    _, passes, rows = drawn_in_parallel(model, 16, monkeypatch)
     assert 1 <= passes.min() < passes.max() <= 36
     assert len(rows) == passes.max()
     assert rows == [int((passes > step).sum()) for step in range(len(rows))]
 
 
 def test_a_model_that_looks_at_no_token_needs_two_passes(monkeypatch):
-    _, passes, _, _ = drawn_in_parallel(make_prior("marginal", shape=(5, 5)), 8, monkeypatch)
+    _, passes, _ = drawn_in_parallel(make_prior("marginal", shape=(5, 5)), 8, monkeypatch)
     assert passes.max() <= 2
 
 
@@ -79,35 +79,37 @@ def test_known_tokens_need_no_pass(monkeypatch):
     model = make_prior("gpt", shape=(6, 6), vocab_size=7)
     tokens, known = torch.randint(7, (6, 6)), torch.ones(6, 6, dtype=torch.bool)
     known[5, 5] = False
-    _, passes, _, _ = drawn_in_parallel(model, 5, monkeypatch, tokens=tokens, known=known)
+    _, passes, _ = drawn_in_parallel(model, 5, monkeypatch, tokens=tokens, known=known)
     assert passes.max() <= 2
 
 
-def test_a_close_call_is_drawn_again_step_by_step(monkeypatch):
+def test_a_decision_that_turns_out_otherwise_turns_the_rest(monkeypatch):
+    """All decisions on wrong tokens are called close: what comes out is what step by step is drawn."""
     model = make_prior("gpt")
-    expected = model.sample(9, generator=generators(9))
-    tokens, _, redrawn, _ = drawn_in_parallel(model, 9, monkeypatch)
-    assert torch.equal(tokens, expected) and redrawn == 0
-    monkeypatch.setattr(parallel, "ROUNDING", float("inf"))
+    expected, settled = model.sample(6, generator=generators(6)), []
+    monkeypatch.setattr("prior.sampling.Sampler.tolerance", float("inf"))
+
+    def wrong(prior, rows, sampler, guess):
+        for generator in rows.generators:
+            torch.rand(7, generator=generator)
+        return parallel.Parallel(torch.zeros_like(rows.given), torch.zeros(rows.given.shape), torch.zeros(6))
+
+    monkeypatch.setattr("prior.base.sample_parallel", wrong)
+    monkeypatch.setattr("prior.base.settled", lambda *given: settled.append(len(given[1])) or parallel.settled(*given))
+    assert torch.equal(model.sample(6, generator=generators(6), parallel=True), expected) and settled == [1] * 6
+
+
+def test_leads_are_those_of_the_decisions_that_stand(monkeypatch):
+    model = make_prior("gpt")
     results = []
     real = parallel.sample_parallel
     monkeypatch.setattr("prior.base.sample_parallel", lambda *given: results.append(real(*given)) or results[-1])
-    assert torch.equal(model.sample(9, generator=generators(9), parallel=True), expected)
-    assert results[0].redrawn == 9
-
-
-def test_the_closest_decision_is_the_one_reported(monkeypatch):
-    """Leads are of final decisions only, and of the image's own."""
-    model = make_prior("gpt")
-    leads = []
-    real = parallel.fixed_point
-    monkeypatch.setattr(parallel, "fixed_point", lambda *given: leads.append(real(*given)) or leads[-1])
     tokens = model.sample(4, generator=generators(4), parallel=True)
     for k in range(4):
         noise = -(-torch.rand(12, 5, generator=generators(4)[k], dtype=torch.float64).log()).float().log()
         scores = model(tokens[k : k + 1]).detach()[0] + noise
         best = scores.topk(2).values
-        assert torch.allclose(leads[0][2][k], (best[:, 0] - best[:, 1]).min(), atol=1e-4)
+        assert torch.allclose(results[0].leads[k], best[:, 0] - best[:, 1], atol=1e-4)
 
 
 @every_prior
@@ -138,7 +140,7 @@ def test_a_good_guess_saves_passes(monkeypatch):
     )
     mean = {}
     for name, guess in (("none", None), ("itself", model), ("near", near)):
-        _, passes, _, _ = drawn_in_parallel(model, 32, monkeypatch, guess=guess, count_forward=False)
+        _, passes, _ = drawn_in_parallel(model, 32, monkeypatch, guess=guess, count_forward=False)
         mean[name] = float(passes.double().mean())
     assert mean["itself"] < mean["near"] < 0.8 * mean["none"], mean
 
@@ -156,5 +158,5 @@ def test_large_batches_are_cut(monkeypatch):
     model = make_prior("gpt")
     expected = model.sample(11, generator=generators(11))
     monkeypatch.setattr("prior.base.PARALLEL_NUMBERS", 5 * 12 * 5)
-    tokens, _, _, rows = drawn_in_parallel(model, 11, monkeypatch)
+    tokens, _, rows = drawn_in_parallel(model, 11, monkeypatch)
     assert torch.equal(tokens, expected) and max(rows) <= 5

@@ -141,16 +141,33 @@ def test_a_token_is_the_argmax_of_its_own_logits_and_noise(name, order, settings
 
 
 @every_prior
-def test_a_close_call_is_drawn_again_with_more_rows(name, monkeypatch):
-    """A batch of one is multiplied by other kernels than a batch of many; what rounding could turn is drawn again."""
-    model = make_prior(name)
-    expected = model.sample(9, generator=generators(9))[:1]
-    rows = []
-    draw = model._sample
-    monkeypatch.setattr(model, "_sample", lambda labels, *rest: rows.append(len(labels)) or draw(labels, *rest))
-    assert torch.equal(model.sample(1, generator=generators(1)), expected) and rows == [1]
-    monkeypatch.setattr("prior.sampling.Sampler.tolerance", float("inf"))
-    assert torch.equal(model.sample(1, generator=generators(1)), expected) and rows[1:] == [1, 5]
+@pytest.mark.parametrize("settings", [{}, {"top_k": 3}, {"top_p": 0.8}, {"top_k": 3, "top_p": 0.8},
+                                      {"guidance_scale": 2.0}, {"temperature": 0.0}])  # fmt: skip
+def test_what_rounding_could_turn_is_left_to_one_computation(name, settings, monkeypatch):
+    """Steps and passes that round otherwise (here by far more than they do) make the same images."""
+    model, labels = make_prior(name), torch.arange(40) % 4
+    monkeypatch.setattr("prior.sampling.Sampler.tolerance", 0.2)
+    expected = model.sample(40, labels, generator=generators(40), **settings)
+    step, forward, plain = model.next_logits, type(model).forward, settings.get("guidance_scale", 1.0) == 1
+
+    def rounded(logits):
+        return logits + 0.05 * (2 * torch.rand(logits.shape) - 1) * (1 if plain else 0.3)
+
+    monkeypatch.setattr(model, "next_logits", lambda state, token: rounded(step(state, token)))
+    drawn = [model.sample(40, labels, generator=generators(40), **settings)]
+    monkeypatch.setattr(
+        type(model),
+        "forward",
+        lambda self, tokens, *rest, **given: (rounded if len(tokens) > 2 else torch.clone)(
+            forward(self, tokens, *rest, **given)
+        ),
+    )
+    for path in ({"cache": False}, {"parallel": True}):
+        drawn.append(model.sample(40, labels, generator=generators(40), **path, **settings))
+    monkeypatch.setattr("prior.sampling.Sampler.tolerance", 0.0)
+    turned = model.sample(40, labels, generator=generators(40), **settings)
+    assert all(torch.equal(each, expected) for each in drawn)
+    assert settings.get("temperature") == 0 or not torch.equal(turned, expected), "too little to test anything"
 
 
 @every_prior
