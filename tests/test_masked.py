@@ -1,0 +1,253 @@
+"""The masked-token model: what it sees, its density along an order, its bound over all, decoding in a few passes."""
+
+import itertools
+import math
+
+import pytest
+import torch
+from small import generators, make_prior
+
+from prior import Prior
+from prior.masked import SCHEDULES, bound_masks
+
+
+def make(shape=(2, 3), vocab_size=3, **config):
+    return make_prior("masked", shape=shape, vocab_size=vocab_size, **config)
+
+
+def all_grids(shape, vocab_size):
+    size = math.prod(shape)
+    return torch.tensor(list(itertools.product(range(vocab_size), repeat=size))).reshape(-1, *shape)
+
+
+# What it sees
+
+
+def test_a_pass_sees_what_is_known_and_nothing_else():
+    model, tokens = make(shape=(3, 4), vocab_size=5), torch.randint(5, (4, 3, 4))
+    labels, known = torch.arange(4), torch.rand(4, 3, 4) < 0.5
+    before = model(tokens, labels, known=known)
+    for at in range(12):
+        changed = tokens.flatten(1).clone()
+        changed[:, at] = (changed[:, at] + 1) % 5
+        moved = (model(changed.view(4, 3, 4), labels, known=known) - before).abs().amax(-1) > 1e-6
+        assert moved.equal(known.flatten(1)[:, at, None].expand(4, 12))
+
+
+def test_the_teacher_forced_logits_are_those_of_one_pass_per_token():
+    model, tokens = make(shape=(3, 4), vocab_size=5).double(), torch.randint(5, (3, 3, 4))
+    orders, labels = torch.rand(3, 12).argsort(1), torch.tensor([0, 3, 1])
+    logits = model(tokens, labels, order=orders)
+    for k, order in enumerate(orders.tolist()):
+        for rank, position in enumerate(order):
+            known = torch.zeros(1, 12, dtype=torch.bool)
+            known[0, order[:rank]] = True
+            alone = model(tokens[k : k + 1], labels[k : k + 1], known=known)[0, position]
+            assert (logits[k, position] - alone).abs().max() < 1e-10
+
+
+def test_passes_may_be_cut_anywhere(monkeypatch):
+    model, tokens = make(shape=(3, 4), vocab_size=5), torch.randint(5, (3, 3, 4))
+    whole = model(tokens)
+    for rows in (1, 5, 7, 36):
+        monkeypatch.setattr(model, "rows_of_a_pass", lambda rows=rows: rows)
+        assert torch.allclose(model(tokens), whole, atol=1e-5)
+
+
+# Training
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_masks_follow_the_schedule(schedule):
+    """The share that is masked has the mean that the schedule has, each position alike, and is never nothing."""
+    model = make(shape=(8, 8), schedule=schedule)
+    known = model.training_inputs(torch.zeros(20_000, 8, 8), 0.3)["known"]
+    masked = (~known).double()
+    assert known.shape == (20_000, 64) and masked.sum(1).min() >= 1
+    points = (torch.arange(1000).double() + 0.5) / 1000
+    shares = (SCHEDULES[schedule](points) * 64).ceil().clamp(1, 64) / 64
+    assert abs(masked.mean() - shares.mean()) < 0.01
+    assert (masked.mean(0) - shares.mean()).abs().max() < 0.02
+    assert SCHEDULES[schedule](torch.tensor([0.0, 1.0])).tolist() == pytest.approx([1, 0], abs=1e-6)
+
+
+def test_the_loss_is_the_bound(monkeypatch):
+    """Under the linear schedule its expectation is -E_order log p per token, over all masks enumerated."""
+    model = make(shape=(1, 3), vocab_size=3).double()
+    tokens, label = torch.tensor([[[2, 0, 1]]]), torch.tensor([1])
+    orders = [torch.tensor(order) for order in itertools.permutations(range(3))]
+    expected = -torch.stack([model.log_prob(tokens, label, order).double() for order in orders]).mean() / 3
+    losses, weights = [], []
+    for known in itertools.product([False, True], repeat=3):
+        mask = torch.tensor([known])
+        if (masked := 3 - sum(known)) == 0:
+            continue
+        loss = model.loss(model(tokens, label, known=mask), tokens, known=mask)
+        losses.append(float(loss.detach()))
+        weights.append(1 / 3 / math.comb(3, masked))  # the number is uniform, then the set
+    assert sum(weights) == pytest.approx(1)
+    assert sum(w * loss for w, loss in zip(weights, losses, strict=True)) == pytest.approx(
+        float(expected.detach()), abs=1e-6
+    )
+
+
+def test_other_schedules_weigh_each_masked_token_alike():
+    model = make(shape=(2, 3), schedule="cosine", label_smoothing=0.0)
+    tokens = torch.randint(3, (5, 2, 3))
+    known = model.training_inputs(tokens, 0.0)["known"]
+    logits = model(tokens, known=known)
+    mean = torch.nn.functional.cross_entropy(logits[~known], tokens.flatten(1)[~known])
+    assert float(model.loss(logits, tokens, known=known).detach()) == pytest.approx(float(mean.detach()), abs=1e-5)
+    smooth = make(shape=(2, 3), schedule="cosine", label_smoothing=0.3)
+    assert abs(float((smooth.loss(logits, tokens, known=known) - mean).detach())) > 1e-3
+
+
+# Likelihood
+
+
+def test_exact_says_what_log_prob_is():
+    exact, bound = make(), make(exact=False)
+    bound.load_state_dict(exact.state_dict())
+    grids = all_grids((2, 3), 3)
+    assert exact.exact and not bound.exact
+    assert abs(float(exact.log_prob(grids).detach().double().exp().sum()) - 1) < 1e-5
+    assert abs(float(bound.log_prob(grids).detach().double().exp().sum()) - 1) > 1e-3
+    bound.exact = True
+    assert torch.equal(bound.log_prob(grids[:9]), exact.log_prob(grids[:9]))
+    exact.exact = False
+    with pytest.raises(ValueError, match="order"):
+        exact.log_prob(grids[:9], order="column")
+
+
+def test_the_bound_is_the_mean_over_orders():
+    """Unbiased: over many images' masks it comes to E_order log p, which is below the log of the mixture."""
+    model = make(shape=(1, 4), vocab_size=3, bound_passes=4)
+    grids = all_grids((1, 4), 3)
+    orders = [torch.tensor(order) for order in itertools.permutations(range(4))]
+    with torch.no_grad():
+        each = torch.stack([model.log_prob(grids, order=order).double() for order in orders])
+        mean, mixture = each.mean(0), each.logsumexp(0) - math.log(len(orders))
+        model.exact = False
+        estimate = model.log_prob(grids).double()
+        assert (mean < mixture).all()
+        deviation = (estimate - mean).std() / len(grids) ** 0.5
+        assert abs(float((estimate - mean).mean())) < 4 * float(deviation)
+        model.config = type(model.config)(**{**model.config.__dict__, "bound_passes": 512})
+        assert (model.log_prob(grids).double() - mean).abs().max() < 0.2
+        assert torch.equal(model.log_prob(grids), model.log_prob(grids)), "the masks of an image are its own"
+        assert torch.allclose(model.log_prob(grids[5:7]), model.log_prob(grids)[5:7], atol=1e-5)
+
+
+def test_masks_of_the_bound_cover_all_numbers_evenly():
+    ids = torch.randint(9, (200, 16))
+    known = bound_masks(ids, 8)
+    assert known.shape == (8, 200, 16)
+    visible = known.sum(-1)
+    assert (visible.diff(dim=0) == 2).all() and visible.min() == 0 and visible.max() == 15
+    assert torch.equal(known, bound_masks(ids, 8)) and torch.equal(known[:, 3:4], bound_masks(ids[3:4], 8))
+    assert (known.float().mean((0, 1)) - known.float().mean()).abs().max() < 0.05
+
+
+# Decoding in steps
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("steps", [1, 2, 5, 12])
+def test_steps_are_passes_and_fill_everything(schedule, steps, monkeypatch):
+    model, masked = make(shape=(3, 4), vocab_size=5), []
+    real = model.predict
+    monkeypatch.setattr(
+        model, "predict", lambda ids, *rest: masked.append((ids == model.mask).sum(1)) or real(ids, *rest)
+    )
+    drawn = model.sample(6, generator=generators(6), steps=steps, schedule=schedule)
+    assert drawn.shape == (6, 3, 4) and drawn.min() >= 0 and drawn.max() < 5
+    counts = torch.stack(masked)
+    assert len(counts) == steps and (counts[0] == 12).all() and (counts.diff(dim=0) < 0).all()
+
+
+def test_known_tokens_are_kept_and_seen():
+    model, tokens = make(shape=(3, 4), vocab_size=5), torch.randint(5, (8, 3, 4))
+    known = torch.rand(8, 3, 4) < 0.5
+    drawn = model.sample(8, generator=generators(8), steps=3, tokens=tokens, known=known)
+    assert torch.equal(drawn[known], tokens[known])
+    other = torch.where(known, (tokens + 1) % 5, tokens)
+    seen = model.sample(8, generator=generators(8), steps=3, tokens=other, known=known)
+    assert not torch.equal(drawn[~known], seen[~known])
+    whole = torch.ones(3, 4, dtype=torch.bool)
+    assert torch.equal(model.sample(8, steps=3, tokens=tokens, known=whole), tokens)
+
+
+def test_an_image_does_not_depend_on_its_batch():
+    model, labels = make(shape=(4, 4), vocab_size=7), torch.arange(9) % 3
+    for settings in ({}, {"guidance_scale": 2.0, "top_k": 4}, {"temperature": 0.5}):
+        together = model.sample(9, labels, generator=generators(9), steps=4, **settings)
+        for size in (1, 2, 5):
+            parts = [
+                model.sample(len(at), labels[at], generator=[generators(9)[k] for k in at], steps=4, **settings)
+                for at in torch.arange(9).split(size)
+            ]
+            assert torch.equal(torch.cat(parts), together)
+
+
+@pytest.mark.parametrize("steps", [1, 2, 4])
+def test_where_tokens_are_independent_any_number_of_steps_is_right(steps):
+    model, count = make(shape=(2, 2), vocab_size=2), 20_000
+    with torch.no_grad():
+        for block in model.blocks:
+            block.project.weight.zero_()  # no position hears of another
+    drawn = model.sample(count, torch.ones(count).long(), generator=torch.Generator().manual_seed(5), steps=steps,
+                         confidence_temperature=0.0).flatten(1)  # fmt: skip
+    found = torch.bincount((drawn * torch.tensor([8, 4, 2, 1])).sum(1), minlength=16) / count
+    expected = model.log_prob(all_grids((2, 2), 2), torch.ones(16).long()).detach().exp()
+    assert ((found - expected).abs() < 5 * (expected * (1 - expected) / count).sqrt() + 1e-4).all()
+
+
+def kept_first(model, temperature, monkeypatch):
+    """What the first of three steps keeps, bool `(40, N)`, and how confident it was of each token, `(40, N)`."""
+    given, real = [], model.predict
+    monkeypatch.setattr(model, "predict", lambda ids, *rest: given.append(ids.clone()) or real(ids, *rest))
+    model.sample(40, generator=generators(40), steps=3, confidence_temperature=temperature)
+    monkeypatch.undo()
+    noise = [-(-torch.rand(12, 5, generator=g, dtype=torch.float64).log()).float().log() for g in generators(40)]
+    with torch.no_grad():
+        logits = model.predict(torch.full((40, 12), model.mask), torch.full((40,), 3))
+    ids = (logits + torch.stack(noise)).argmax(-1, keepdim=True)
+    return given[1].clone() != model.mask, logits.log_softmax(-1).gather(-1, ids)[..., 0]
+
+
+def test_confidence_chooses_what_is_kept(monkeypatch):
+    model = make(shape=(3, 4), vocab_size=5)
+    kept, confidence = kept_first(model, 0.0, monkeypatch)
+    count = int(kept[0].sum())
+    assert (kept.sum(1) == count).all() and 0 < count < 12
+    best = confidence.topk(count).indices
+    assert kept.gather(1, best).all()
+    kept, _ = kept_first(model, 1000.0, monkeypatch)  # noise alone decides
+    assert kept.sum(1).unique().tolist() == [count] and 0.3 < kept.gather(1, best).float().mean() / (count / 12) < 1.7
+    assert kept.float().mean(0).min() > 0.3 * count / 12
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"steps": 0}, "steps must be a whole number from 1 to 6"),
+        ({"steps": 7}, "steps must be a whole number from 1 to 6"),
+        ({"steps": 2.5}, "steps must be a whole number"),
+        ({"steps": 2, "confidence_temperature": -1.0}, "confidence_temperature"),
+        ({"steps": 2, "schedule": "square root"}, "schedule must be one of"),
+        ({"steps": 2, "parallel": True}, "do not go with it"),
+        ({"steps": 2, "order": "column"}, "do not go with it"),
+        ({"steps": 2, "cache": False}, "do not go with it"),
+        ({"steps": 2, "guidance_scale": 2.0}, "needs labels"),
+        ({"steps": 2, "labels": torch.tensor([0, 9])}, "labels should lie"),
+    ],
+)
+def test_bad_requests_are_named(settings, message):
+    with pytest.raises(ValueError, match=message):
+        make().sample(2, **settings)
+
+
+def test_the_file_says_what_it_is(tmp_path):
+    make(exact=False, bound_passes=3).save_pretrained(tmp_path / "prior")
+    loaded = Prior.from_pretrained(tmp_path / "prior")
+    assert not loaded.exact and loaded.config.bound_passes == 3
