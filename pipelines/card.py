@@ -51,18 +51,21 @@ def model_card(pipeline: ImagePipeline) -> str:
         f"images = pipe(num_images=4{', labels=0' if prior.num_classes else ''}, seed=0).images",
         "```",
         "",
-        *measured(pipeline.provenance),
+        *measured(pipeline.provenance, exact=prior.exact),
     ]
     return "\n".join([*header, "", *lines])
 
 
-def measured(provenance: dict[str, Any]) -> list[str]:
-    """A table of the figures of `smalti evaluate`, or of those taken during training while there are no others."""
+def measured(provenance: dict[str, Any], *, exact: bool) -> list[str]:
+    """A table of the figures of `smalti evaluate`, or of those taken during training while there are no others. exact:
+    whether the prior's bits per token are more than a bound."""
     training = [provenance.get(stage, {}) for stage in ("tokenizer", "prior")]
     figures = {name: value for facts in training for name, value in facts.get("evaluation", {}).items()}
     evaluation = provenance.get("evaluation", {})
     rows = {name: (evaluation or figures).get(name) for name in FIGURES}
-    lines = [f"| {FIGURES[name]} | {value:.4g} |" for name, value in rows.items() if value is not None]
+    bounds = () if exact else ("bits_per_token",)
+    lines = [f"| {FIGURES[name]} | {'at most ' * (name in bounds)}{value:.4g} |"
+             for name, value in rows.items() if value is not None]  # fmt: skip
     lines += [f"| training of the {stage} | {facts['steps']} steps, {facts['minutes']:.1f} minutes |"
               for stage, facts in zip(("tokenizer", "prior"), training, strict=True) if "steps" in facts]  # fmt: skip
     if not lines:

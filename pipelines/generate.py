@@ -29,6 +29,11 @@ class GenerateConfig(Config):
     top_k: int | None = Field(None, ge=1, description="draw from the k likeliest ids only")
     top_p: float | None = Field(None, gt=0, le=1, description="draw from the likeliest ids of this mass only")
     guidance_scale: float | None = Field(None, ge=0, description="above 1 exaggerates the class")
+    order: str | None = Field(None, description="walk the grid in this order, with a prior that takes any")
+    parallel: bool = Field(False, description="guess the rest and check it in whole passes: the same images")
+    steps: int | None = Field(
+        None, ge=1, description="decode a masked-token prior in so many passes: quicker, not exact"
+    )
     columns: int | None = Field(None, ge=1, description="columns of the grid; default: one per class, or 8")
     batch_size: int = Field(64, ge=1, description="images at a time; the result does not depend on it")
     device: str = Field("auto", description="cpu, cuda, mps or auto")
@@ -43,11 +48,13 @@ def run(config: GenerateConfig) -> Path:
     chosen = config.labels if config.labels is None or isinstance(config.labels, list) else [config.labels]
     classes = chosen or list(range(pipeline.prior.num_classes)) or None
     labels = [classes[k % len(classes)] for k in range(config.num_images)] if classes else None
+    own: dict[str, Any] = {} if config.steps is None else {"steps": config.steps}
     try:
         made = pipeline(config.num_images, labels, seed=config.seed, temperature=config.temperature, top_k=config.top_k,
-                        top_p=config.top_p, guidance_scale=config.guidance_scale, batch_size=config.batch_size,
-                        output_type="pt").images  # fmt: skip
-    except ValueError as error:
+                        top_p=config.top_p, guidance_scale=config.guidance_scale, order=config.order,
+                        parallel=config.parallel, batch_size=config.batch_size, output_type="pt",
+                        **own).images  # fmt: skip
+    except (ValueError, TypeError) as error:
         raise UserError(str(error)) from error
     try:
         if out.suffix:

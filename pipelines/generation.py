@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import tempfile
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -15,7 +16,8 @@ from PIL.Image import Image as PILImage
 from torch import Tensor
 
 from prior import Prior
-from prior.sampling import Sampler, image_generators
+from prior.requests import Order
+from prior.sampling import image_generators
 from tokenizer import Tokenizer
 from tokenizer.pretrained import resolve_folder
 from tokenizer.storage import (
@@ -31,7 +33,7 @@ from tokenizer.storage import (
 )
 
 from .card import model_card
-from .index import CARD, FILES, FORMAT_VERSION, GRID, INDEX, PROVENANCE, read_index
+from .index import CARD, FILES, FORMAT_VERSION, GRID, INDEX, PROVENANCE, SamplerDefaults, read_index
 from .pictures import check_output_type, convert_images, grid_picture, read_picture, save_picture, to_images
 
 Images = PILImage | Sequence[PILImage] | Tensor
@@ -54,7 +56,8 @@ class ImagePipeline:
     """Both stages of image generation.
 
     labels: the names of the classes, in the order of their ids. sampler: defaults for `__call__`'s `temperature`,
-    `top_k`, `top_p` and `guidance_scale`. Raises `IntegrityError` when the prior was trained on another tokenizer.
+    `top_k`, `top_p`, `guidance_scale` and `steps`. Raises `IntegrityError` when the prior was trained on another
+    tokenizer.
     """
 
     def __init__(
@@ -71,7 +74,9 @@ class ImagePipeline:
             raise ConfigError(f"{INDEX}: labels: {len(labels)} names for {prior.num_classes} classes")
         self.tokenizer, self.prior = tokenizer.eval(), prior.eval()
         self.labels = list(labels)
-        self.sampler = Sampler(**(sampler or {}))
+        self.sampler = SamplerDefaults(**(sampler or {}))
+        if self.sampler.steps is not None and "steps" not in self._prior_takes():
+            raise ConfigError(f"{INDEX}: sampler: steps: a {prior.name!r} prior does not decode in steps")
         self.provenance: dict[str, Any] = {}
         self.sample_grid: np.ndarray | None = None
 
@@ -97,18 +102,26 @@ class ImagePipeline:
         guidance_scale: float | None = None,
         tokens: Tensor | None = None,
         known: Tensor | None = None,
+        order: Order = None,
+        num_orders: int = 1,
         cache: bool = True,
+        parallel: bool = False,
         batch_size: int = 64,
         output_type: str = "pil",
         progress: bool = True,
+        **own: Any,
     ) -> PipelineOutput:
         """Sample images.
 
         labels: one class (id or name) for all, or one per image; None is unconditional. seed: image k uses seed + k,
-        whatever `batch_size` is. tokens, known: tokens to keep, as in `Prior.sample`. The sampling settings default to
-        the pipeline's own (`self.sampler`). output_type: "pil", "np" (uint8) or "pt" (float in [-1, 1]).
-        Raises `ValueError` for arguments out of range.
+        whatever `batch_size` is. tokens, known, order, num_orders, cache, parallel: as in `Prior.sample`; own: what
+        else this prior's `sample` takes (`guess`; `steps`, `confidence_temperature` and `schedule` of a masked-token
+        prior). The sampling settings default to the pipeline's own (`self.sampler`), `steps` only where none of
+        `order`, `num_orders`, `cache` and `parallel` is given, as these do not go with it. output_type: "pil", "np"
+        (uint8) or "pt" (float in [-1, 1]). Raises `ValueError` for arguments out of range.
         """
+        if unknown := set(own) - self._prior_takes():
+            raise TypeError(f"{sorted(unknown)[0]!r} is no argument of sampling from a {self.prior.name!r} prior")
         if isinstance(labels, (Tensor, np.ndarray)):
             labels = labels.tolist()
         num_images = count_images(num_images, labels)
@@ -118,10 +131,12 @@ class ImagePipeline:
             raise ValueError(f"batch_size must be at least 1 (got {batch_size})")
         ids = self.label_ids(labels, num_images)
         choices = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "guidance_scale": guidance_scale}
-        settings = dataclasses.asdict(self.sampler) | {k: v for k, v in choices.items() if v is not None}
+        settings = self.sampler.given() | {k: v for k, v in choices.items() if v is not None}
+        if order is not None or num_orders != 1 or parallel or not cache:
+            settings.pop("steps", None)
         if guidance_scale is None and (ids is None or bool((ids == self.prior.num_classes).all())):
             settings["guidance_scale"] = 1.0  # the default guides towards a class, and none was named
-        Sampler(**settings)
+        SamplerDefaults(**settings)
         check_output_type(output_type)
         if seed is not None:
             generator = [torch.Generator().manual_seed(seed + k) for k in range(num_images)]
@@ -135,7 +150,8 @@ class ImagePipeline:
             given = None if tokens is None else tokens.expand(shape)[rows]
             parts.append(self.prior.sample(
                 rows.stop - rows.start, None if ids is None else ids[rows], generator=generators[rows], tokens=given,
-                known=kept, cache=cache, progress=progress and len(batches) == 1, **settings))  # fmt: skip
+                known=kept, order=order_of(order, rows), num_orders=num_orders, cache=cache, parallel=parallel,
+                progress=progress and len(batches) == 1, **settings | own))  # fmt: skip
         drawn = torch.cat(parts)
         return PipelineOutput(self.decode(drawn, output_type=output_type), drawn)
 
@@ -144,9 +160,10 @@ class ImagePipeline:
                  output_type: str = "pil", **kwargs: Any) -> PipelineOutput:  # fmt: skip
         """Fill in what is not known: bool `known` `(H, W)` or `(B, H, W)`, True = keep this pixel.
 
-        A token is known when every pixel of its patch is, and only known tokens are looked at; a new token is
-        conditioned on the known and new ones before it in the prior's order. Known pixels come back as they were.
-        `kwargs` as for `__call__`. Raises `ValueError` for a mask of another shape.
+        A token is known when every pixel of its patch is, and only known tokens are looked at. A prior that takes any
+        order (`prior.any_order`) walks them first, so that a new token is conditioned on all of them; with any other
+        prior it is conditioned on those before it in its order. Known pixels come back as they were. `kwargs` as for
+        `__call__`. Raises `ValueError` for a mask of another shape.
         """
         batch = self.to_images(images)
         shape = (len(batch), *batch.shape[2:])
@@ -187,17 +204,20 @@ class ImagePipeline:
     # Scoring images
 
     @torch.no_grad()
-    def log_prob(self, images: Any, labels: Label | Sequence[Label] = None, *, batch_size: int = 256) -> Tensor:
-        """log p of each image's tokens under the prior, `(B,)` nats (of the class given; else unconditional)."""
+    def log_prob(self, images: Any, labels: Label | Sequence[Label] = None, *, order: Order = None, num_orders: int = 1,
+                 batch_size: int = 256) -> Tensor:  # fmt: skip
+        """log p of each image's tokens under the prior, `(B,)` nats (of the class given; else unconditional).
+
+        order, num_orders: as in `Prior.log_prob`. Where `prior.exact` is False it is a bound.
+        """
         tokens = self.encode(images)
         ids = self.label_ids(labels, len(tokens))
-        chunks = range(0, len(tokens), batch_size)
-        return torch.cat(
-            [
-                self.prior.log_prob(tokens[i : i + batch_size], None if ids is None else ids[i : i + batch_size])
-                for i in chunks
-            ]
-        )
+        parts = []
+        for start in range(0, len(tokens), batch_size):
+            rows = slice(start, start + batch_size)
+            given = None if ids is None else ids[rows]
+            parts.append(self.prior.log_prob(tokens[rows], given, order_of(order, rows), num_orders))
+        return torch.cat(parts)
 
     @torch.no_grad()
     def bits_per_dim(self, images: Any, labels: Label | Sequence[Label] = None) -> Tensor:
@@ -228,7 +248,7 @@ class ImagePipeline:
             "tokenizer": self.tokenizer.name,
             "prior": self.prior.name,
             "labels": self.labels,
-            "sampler": dataclasses.asdict(self.sampler),
+            "sampler": self.sampler.given(),
         }
         with atomic_folder(folder, marker=INDEX) as target:
             self.tokenizer.save_pretrained(target / "tokenizer")
@@ -324,6 +344,9 @@ class ImagePipeline:
         there = f"ids 0 to {classes - 1}" + (f" or names {', '.join(self.labels)}" if self.labels else "")
         raise ValueError(f"no class is called {label!r}; there are {there if classes else 'none: it is unconditional'}")
 
+    def _prior_takes(self) -> set[str]:
+        return {name for sample in (Prior.sample, self.prior.sample) for name in inspect.signature(sample).parameters}
+
     def to_images(self, images: Any) -> Tensor:
         """Float `(B, C, H, W)` in [-1, 1] on the pipeline's device; see `pictures.to_images`."""
         return to_images(images, self.tokenizer.image_shape).to(self.device)
@@ -334,6 +357,11 @@ class ImagePipeline:
         labels = [index % columns for index in range(count)] if self.prior.num_classes else None
         out = self(num_images=count, labels=labels, seed=seed, output_type="pt", progress=False)
         return grid_picture(out.images, columns)
+
+
+def order_of(order: Order, rows: slice) -> Order:
+    """The part of `order` that belongs to `rows`, where there is one per image."""
+    return order[rows] if isinstance(order, Tensor) and order.ndim == 2 else order
 
 
 def count_images(num_images: int | None, labels: Any) -> int:

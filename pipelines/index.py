@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,23 @@ FORMAT_VERSION = 1
 FILES = [INDEX, PROVENANCE, CARD, GRID, MANIFEST] + [
     f"{part}/{name}" for part in ("tokenizer", "prior") for name in ("config.json", "model.safetensors", PROVENANCE)
 ]
+
+
+@dataclass(frozen=True)
+class SamplerDefaults(Sampler):
+    """A pipeline's default settings. `steps`: in how many passes a masked-token prior decodes; None is a token a pass,
+    which alone is exact. Raises `ValueError` out of range."""
+
+    steps: int | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.steps is not None and (type(self.steps) is not int or self.steps < 1):
+            raise ValueError(f"steps must be a whole number >= 1, or None for a token a pass (got {self.steps})")
+
+    def given(self) -> dict[str, Any]:
+        """As `model_index.json` holds them; steps only where there are some."""
+        return {name: value for name, value in asdict(self).items() if name != "steps" or value is not None}
 
 
 def read_index(path: Path) -> dict[str, Any]:
@@ -42,7 +60,7 @@ def read_index(path: Path) -> dict[str, Any]:
     if not isinstance(index["labels"], list) or not all(isinstance(label, str) for label in index["labels"]):
         raise FormatError(f"{path}: labels: expected a list of names")
     try:
-        Sampler(**index["sampler"])
+        SamplerDefaults(**index["sampler"])
     except (TypeError, ValueError, OverflowError) as error:
         raise ConfigError(f"{path}: sampler: {error}") from error
     return index

@@ -36,6 +36,8 @@ class SamplerConfig(Config):
     top_k: int | None = Field(None, ge=1, description="draw from the k likeliest ids only")
     top_p: float | None = Field(None, gt=0, le=1, description="draw from the likeliest ids of this mass only")
     guidance_scale: float = Field(1.0, ge=0, description="above 1 exaggerates the class")
+    steps: int | None = Field(None, ge=1, description="decode a masked-token prior in so many passes; null: a token a "
+                              "pass, which alone is exact")  # fmt: skip
 
 
 class TrainPriorConfig(Config):

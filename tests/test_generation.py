@@ -17,6 +17,7 @@ from PIL import Image
 from small import PRIORS, TOKENIZERS, make_prior, make_tokenizer
 
 from pipelines import ImagePipeline
+from pipelines.evaluate import table
 from pipelines.generation import LikelihoodError
 from tokenizer import TokenGrid, Tokenizer
 from tokenizer.pretrained import ConfigError, IntegrityError, ModelConfig, PathError
@@ -200,6 +201,72 @@ def test_settings_of_the_sampler_are_defaults_that_travel(tmp_path):
 
 def make_like(pipe, sampler):
     return ImagePipeline(pipe.tokenizer, pipe.prior, labels=pipe.labels, sampler=sampler)
+
+
+# What only some priors take
+
+
+def test_orders_reach_the_prior():
+    pipe = make_pipeline(any_order=True)
+    orders = torch.rand(5, 6).argsort(1)
+    own, column, mixed = (pipe(5, seed=0, **given).tokens for given in ({}, {"order": "column"}, {"num_orders": 3}))
+    each = pipe(5, seed=0, order=orders, batch_size=2)
+    assert not torch.equal(own, column) and not torch.equal(own, mixed)
+    for k in range(5):
+        assert torch.equal(pipe(1, seed=k, order=orders[k]).tokens[0], each.tokens[k])
+    pixels = pixels_for(pipe)
+    log_probs = pipe.log_prob(pixels, order=orders, batch_size=2)
+    for k in range(5):
+        assert pipe.log_prob(pixels[k : k + 1], order=orders[k])[0] == pytest.approx(float(log_probs[k]), abs=1e-4)
+    assert not torch.allclose(pipe.log_prob(pixels, num_orders=3), pipe.log_prob(pixels), atol=1e-3)
+    with pytest.raises(ValueError, match="one order"):
+        make_pipeline()(2, order="column")
+
+
+def test_completion_hears_of_all_that_is_known_where_the_prior_takes_any_order():
+    """The lower half is known: an any-order prior looks at it, one in raster order can not."""
+    known = torch.zeros(8, 12, dtype=torch.bool)
+    known[4:] = True
+    for any_order in (False, True):
+        pipe = make_pipeline(any_order=any_order)
+        pixels = torch.randint(0, 256, (2, 1, 8, 12), dtype=torch.uint8)
+        drawn = [pipe.complete(one.expand(12, -1, -1, -1), known, seed=0) for one in pixels]
+        assert torch.equal(drawn[0].tokens[:, :1], drawn[1].tokens[:, :1]) != any_order
+        assert not torch.equal(drawn[0].tokens[:, 1:], drawn[1].tokens[:, 1:])
+
+
+@pytest.mark.parametrize("prior", PRIORS)
+def test_parallel_images_are_the_same(prior):
+    pipe = make_pipeline(prior=prior)
+    assert torch.equal(pipe(5, 1, seed=0, parallel=True).tokens, pipe(5, 1, seed=0).tokens)
+    guess = make_prior("marginal", pipe.prior.grid.shape, pipe.prior.grid.vocab_size)
+    assert torch.equal(pipe(5, 1, seed=0, parallel=True, guess=guess).tokens, pipe(5, 1, seed=0).tokens)
+
+
+def test_steps_of_a_masked_token_prior(tmp_path, monkeypatch):
+    """An argument, a default that travels, and not what orders and parallel passes go with."""
+    pipe = make_pipeline(prior="masked")
+    drawn = {steps: pipe(9, seed=0, steps=steps).tokens for steps in (1, 6)}
+    assert not torch.equal(drawn[1], drawn[6])
+    assert not torch.equal(pipe(9, seed=0, steps=6, confidence_temperature=50.0).tokens, drawn[6])
+    pipe = make_like(pipe, {"steps": 1})
+    pipe.save_pretrained(tmp_path / "pipe")
+    assert json.loads((tmp_path / "pipe" / "model_index.json").read_text())["sampler"]["steps"] == 1
+    loaded = ImagePipeline.from_pretrained(tmp_path / "pipe")
+    assert torch.equal(loaded(9, seed=0).tokens, drawn[1]) and torch.equal(loaded(9, seed=0, steps=6).tokens, drawn[6])
+    exact = make_like(pipe, {})(9, seed=0).tokens
+    for given in ({"order": "raster"}, {"cache": False}, {"parallel": True}):
+        assert torch.equal(loaded(9, seed=0, **given).tokens, exact)
+    with pytest.raises(ConfigError, match="steps: a 'gpt' prior"):
+        make_pipeline(sampler={"steps": 2})
+    with pytest.raises(ValueError, match="steps must be"):
+        make_like(pipe, {"steps": 0})
+    with pytest.raises(ValueError, match="from 1 to 6"):
+        pipe(2, steps=7)
+    with pytest.raises(TypeError, match="'steps' is no argument of sampling from a 'gpt' prior"):
+        make_pipeline()(2, steps=3)
+    with pytest.raises(TypeError, match="'warmth' is no argument"):
+        make_pipeline()(2, warmth=3)
 
 
 # Between images and tokens
@@ -519,6 +586,18 @@ def test_card_shows_what_was_measured_and_nothing_else(tmp_path):
     card = card_of(pipe, tmp_path / "c")
     shown = [number for values in figures_in(card).values() for number in values]
     assert sorted(shown) == [0.9375, 1.5, 2.5, 22.5, 1234, 5678] and "`smalti evaluate`" in card
+
+
+def test_a_bound_is_called_one(tmp_path):
+    for exact in (True, False):
+        pipe = make_pipeline(prior="masked", exact=exact)
+        pipe.provenance = PROVENANCE
+        assert ("| at most 3.125 |" in card_of(pipe, tmp_path / str(exact))) != exact
+        figures = dict.fromkeys(
+            ["psnr", "codebook_usage", "codebook_perplexity", "bits_per_token", "unconditional_bits_per_token",
+             "marginal_bits_per_token", "uniform_bits_per_token"], 3.5
+        )  # fmt: skip
+        assert ("<= 3.500" in table(figures, pipe, range(9))) != exact
 
 
 def test_card_says_what_the_pipeline_is(tmp_path):

@@ -218,6 +218,8 @@ def test_nested_json_where_a_setting_belongs(folder, depth):
         ({"sampler": {"top_k": 0}}, ConfigError, "top_k"),
         ({"sampler": {"top_k": [1]}}, ConfigError, "sampler"),
         ({"sampler": {"top_p": 2}}, ConfigError, "top_p"),
+        ({"sampler": {"steps": 0}}, ConfigError, "steps"),
+        ({"sampler": {"steps": 2}}, ConfigError, "steps"),
     ],
 )
 def test_wrong_field_of_the_index(folder, changes, error, needle):
