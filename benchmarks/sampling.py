@@ -38,6 +38,11 @@ def seconds_of(runs: list[Callable[[], object]], repeats: int) -> list[float]:
     return [statistics.median(kept) for kept in times]
 
 
+def table_head(*names: str) -> str:
+    """The first two lines of a Markdown table."""
+    return f"| {' | '.join(names)} |\n|{'---|' * len(names)}"
+
+
 def measure(width: int, depth: int, heads: int, batch: int, repeats: int) -> tuple[float, float, float | None]:
     """Tokens per second of ours, of theirs, and (for one row) of ours without a cache."""
     import torch

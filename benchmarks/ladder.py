@@ -1,0 +1,214 @@
+"""Every prior on the same tokens for the same time, in one table.
+
+    pip install -e ".[dev]"
+    python benchmarks/ladder.py data=fashion_mnist minutes=6      # 7x7 ids of 256
+    python benchmarks/ladder.py data=fashion_binary minutes=15    # 28x28 black and white pixels, static threshold
+
+Each preset `configs/prior/*_{data}.yaml` is trained by `smalti train_prior` for `minutes`, whatever it says of its end,
+on the tokens of `configs/tokenizer/*_{data}.yaml`. What is done is kept under `out` and not done again.
+
+bits: -log2 p per token of the whole held-out split, given its labels; nats: the same per image. A `<=` is a bound.
+64 samples: seconds for 64 images, one per class in turn, without guidance; the median of three. Uncached is one whole
+pass per token: where that takes over a minute it is worked out from 16 passes. Parallel gives the same images, in the
+passes of the next column (rows through the network / images); with `guess=FOLDER`, a pipeline whose prior guesses.
+Agreement: how many of 1,000 samples a 1-nearest-neighbour classifier on decoded training tokens gives the class that
+was asked for; the last row has it for the held-out images.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from sampling import seconds_of, table_head
+
+ROOT = Path(__file__).parents[1]
+NEIGHBOURS, SAMPLES, TIMED, SLOW = 20_000, 1000, 64, 60.0
+
+
+def smalti(verb: str, *arguments: str) -> None:
+    """Run a verb as a user would."""
+    subprocess.run([sys.executable, "-m", f"pipelines.{verb}", *arguments], check=True, cwd=ROOT)
+
+
+def tokens_of(data: str, source: str | None, out: Path) -> Path:
+    """The token dataset, made by the data's tokenizer preset."""
+    folder, images = out / "tokens", [f"data.source={source}"] if source else []
+    if not (folder / "manifest.json").is_file():
+        (preset,) = (ROOT / "configs" / "tokenizer").glob(f"*_{data}.yaml")
+        smalti("train_tokenizer", "--config", str(preset), f"out={out / 'tokenizer'}", "track.wandb=disabled", *images)
+        smalti("encode", f"tokenizer={out / 'tokenizer' / 'tokenizer'}", f"out={folder}")
+    return folder
+
+
+def train(preset: Path, tokens: Path, minutes: float, run: Path) -> Path:
+    """The pipeline of a preset, trained for `minutes`."""
+    if not (run / "done").is_file():
+        never = [f"train.{what}_every=1000000" for what in ("evaluate", "preview", "save")]
+        smalti("train_prior", "--config", str(preset), f"tokens={tokens}", f"out={run}", "train.steps=null",
+               f"train.minutes={minutes}", "track.wandb=disabled", *never)  # fmt: skip
+        (run / "done").touch()
+    return run / "pipeline"
+
+
+def uncached_seconds(prior: Any, labels: Any) -> tuple[float, bool]:
+    """Seconds of sampling by one whole pass per token, and whether they were worked out from some of the passes."""
+    import torch
+
+    tokens = torch.zeros(len(labels), *prior.grid.shape, dtype=torch.long)
+    with torch.inference_mode():
+        (one_pass,) = seconds_of([lambda: prior(tokens, labels)], 3)
+        if one_pass * len(prior.grid) > SLOW:
+            return len(prior.grid) * seconds_of([lambda: prior(tokens, labels)], 16)[0], True
+    return seconds_of([lambda: prior.sample(len(labels), labels, cache=False)], 1)[0], False
+
+
+def sampling(pipe: Any, guess: Any) -> dict[str, Any]:
+    """Seconds per 64 samples and passes per image."""
+    import torch
+
+    prior, labels = pipe.prior, torch.arange(TIMED) % pipe.prior.num_classes
+    figures: dict[str, Any] = {"steps": pipe.sampler.steps}
+    if pipe.sampler.steps:  # a masked-token prior: every pass is a whole one
+        (figures["cached"],) = seconds_of([lambda: prior.sample(TIMED, labels, steps=pipe.sampler.steps)], 3)
+        return figures
+    (figures["cached"],) = seconds_of([lambda: prior.sample(TIMED, labels)], 3)
+    figures["uncached"], figures["extrapolated"] = uncached_seconds(prior, labels)
+    for name, given in (("parallel", {}), ("guessed", {"guess": guess})):
+        if name == "guessed" and guess is None:
+            continue
+        rows: list[int] = []
+        hook = prior.register_forward_pre_hook(lambda _, inputs, rows=rows: rows.append(len(inputs[0])))
+        (figures[name],) = seconds_of([lambda given=given: prior.sample(TIMED, labels, parallel=True, **given)], 3)
+        hook.remove()
+        figures[f"{name}_passes"] = sum(rows) / TIMED / 4  # of three timed runs and the one before them
+    return figures
+
+
+def likelihood(pipe: Any, split: Any) -> dict[str, Any]:
+    """Held-out bits per token, in the prior's own order and (where it takes any) of a mixture of four orders."""
+    import torch
+
+    from pipelines.train_prior import bits_per_token
+
+    figures: dict[str, Any] = {"bits": bits_per_token(pipe.prior, split), "exact": pipe.prior.exact}
+    if pipe.prior.any_order and pipe.prior.exact:
+        with torch.inference_mode():
+            rows, total = split.tokens[:2000].long(), 0.0
+            for tokens, labels in zip(rows.split(250), split.labels[:2000].split(250), strict=True):
+                total -= float(pipe.prior.log_prob(tokens, labels, num_orders=4).double().sum())
+        figures["mixture_bits"] = total / len(rows) / len(pipe.prior.grid) / torch.tensor(2.0).log().item()
+    return figures
+
+
+def agreement(pipe: Any, data: Any) -> dict[str, float]:
+    """Class agreement of samples, and of the held-out split's decoded tokens."""
+    import torch
+
+    from pipelines.evaluate import nearest_label
+
+    train, test = data.splits["train"], data.splits["test"]
+    known = pipe.decode(train.tokens[:NEIGHBOURS].long(), output_type="pt")
+    real = pipe.decode(test.tokens[:SAMPLES].long(), output_type="pt")
+    wanted = torch.arange(SAMPLES) % pipe.prior.num_classes
+    drawn = pipe(SAMPLES, wanted.tolist(), seed=0, guidance_scale=1.0, output_type="pt", progress=False).images
+    shares = [
+        float((nearest_label(images, known, train.labels[:NEIGHBOURS]) == labels).double().mean())
+        for images, labels in ((drawn, wanted), (real, test.labels[:SAMPLES]))
+    ]
+    return {"agreement": shares[0], "real_agreement": shares[1]}
+
+
+def measure(pipe: Any, data: Any, guess: Any, run: Path) -> dict[str, Any]:
+    """All figures of a pipeline, kept in `run`; and a sheet of samples."""
+    from pipelines.pictures import save_picture
+
+    path = run / "ladder.json"
+    if path.is_file():
+        return json.loads(path.read_text())
+    figures = {"parameters": sum(p.numel() for p in pipe.prior.parameters())}
+    log = run / "metrics.jsonl"
+    if log.is_file():
+        lines = [json.loads(line) for line in log.read_text().splitlines()]
+        figures["training_steps"] = max(line["step"] for line in lines)
+        figures["training_tokens_per_second"] = statistics.median(
+            line["tokens_per_second"] for line in lines if "tokens_per_second" in line
+        )
+    figures |= likelihood(pipe, data.splits["test"]) | sampling(pipe, guess) | agreement(pipe, data)
+    save_picture(pipe.sample_picture(), run / "samples.png")
+    path.write_text(json.dumps(figures, indent=1))
+    return figures
+
+
+def marginal(data: Any, tokenizer: Any) -> Any:
+    """The floor of the table: counted, not trained."""
+    from pipelines import ImagePipeline
+    from prior import Prior
+
+    prior = Prior.create("marginal", grid=data.grid, num_classes=data.num_classes)
+    prior.initialize(data.splits["train"].tokens, data.splits["train"].labels)
+    return ImagePipeline(tokenizer, prior, labels=data.class_names)
+
+
+def line(name: str, f: dict[str, Any], tokens: int) -> str:
+    """A row of the table."""
+    import math
+
+    bound, mixed = "" if f["exact"] else "<= ", f.get("mixture_bits")
+    bits = f"{bound}{f['bits']:.4f}" + (f" ({mixed:.4f} mixed)" if mixed else "")
+    speed = f.get("training_tokens_per_second")
+    rough = "~" if f.get("extrapolated") else ""
+    passes = f.get("parallel_passes")
+    cells = [
+        name,
+        f"{f['parameters']:,}",
+        f"{speed / 1000:.1f} k" if speed else "",
+        bits,
+        f"{bound}{f['bits'] * tokens * math.log(2):.2f}",
+        f"{f['cached']:.2f}" + (f" ({f['steps']} steps)" if f["steps"] else ""),
+        f"{rough}{f['uncached']:.0f}" if "uncached" in f else "",
+        f"{f['parallel']:.2f}" if "parallel" in f else "",
+        f"{passes:.1f} ({passes / tokens:.1%})" if passes else "",
+        f"{f['agreement']:.1%}",
+    ]
+    return f"| {' | '.join(cells)} |"
+
+
+def main() -> None:
+    options = dict(argument.split("=", 1) for argument in sys.argv[1:])
+    data_name, minutes = options.get("data", "fashion_mnist"), float(options.get("minutes", 6))
+    out = Path(options.get("out", "runs/ladder")).absolute() / data_name
+    os.environ.setdefault("OMP_NUM_THREADS", str(os.cpu_count()))
+    tokens = tokens_of(data_name, options.get("source"), out)
+    from pipelines import ImagePipeline
+    from pipelines.tokens import load_tokens
+
+    data = load_tokens(str(tokens))
+    guess = ImagePipeline.from_pretrained(options["guess"]).prior if "guess" in options else None
+    floor = out / "marginal"
+    floor.mkdir(parents=True, exist_ok=True)
+    found = {"marginal": measure(marginal(data, data.tokenizer), data, None, floor)}
+    for preset in sorted((ROOT / "configs" / "prior").glob(f"*_{data_name}.yaml")):
+        name = preset.stem.removesuffix(f"_{data_name}")
+        if options.get("only") and name not in options["only"].split(","):
+            continue
+        run = out / name
+        pipeline = train(preset, tokens, minutes, run)
+        found[name] = measure(ImagePipeline.from_pretrained(pipeline), data, guess, run)
+        print(line(name, found[name], len(data.grid)), flush=True)
+    print(f"\n{data_name}: {len(data.splits['train']):,} training rows of {'x'.join(map(str, data.grid.shape))} ids of "
+          f"{data.grid.vocab_size}, {minutes:g} minutes each, {os.environ['OMP_NUM_THREADS']} threads\n")  # fmt: skip
+    print(table_head("prior", "parameters", "training tokens/s", "bits per token", "nats per image",
+                     "64 samples, s: cached", "uncached", "parallel", "passes per image", "agreement"))  # fmt: skip
+    for name in sorted(found, key=lambda name: -found[name]["bits"]):
+        print(line(name, found[name], len(data.grid)))
+    print(f"| held-out images | | | | | | | | | {found['marginal']['real_agreement']:.1%} |")
+
+
+if __name__ == "__main__":
+    main()
