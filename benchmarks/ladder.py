@@ -5,7 +5,8 @@
     python benchmarks/ladder.py data=fashion_binary minutes=15    # 28x28 black and white pixels, static threshold
 
 Each preset `configs/prior/*_{data}.yaml` is trained by `smalti train_prior` for `minutes`, whatever it says of its end,
-on the tokens of `configs/tokenizer/*_{data}.yaml`. What is done is kept under `out` and not done again.
+on the tokens of `configs/tokenizer/{vqvae,pixels}_{data}.yaml` (`source=FOLDER`: with the images of that folder). What
+is done is kept under `out` and not done again.
 
 bits: -log2 p per token of the whole held-out split, given its labels; nats: the same per image. A `<=` is a bound.
 64 samples: seconds for 64 images, one per class in turn, without guidance; the median of three. Uncached is one whole
@@ -37,10 +38,11 @@ def smalti(verb: str, *arguments: str) -> None:
 
 
 def tokens_of(data: str, source: str | None, out: Path) -> Path:
-    """The token dataset, made by the data's tokenizer preset."""
+    """The token dataset, made by the data's VQ-VAE preset, or the one of its pixels."""
     folder, images = out / "tokens", [f"data.source={source}"] if source else []
     if not (folder / "manifest.json").is_file():
-        (preset,) = (ROOT / "configs" / "tokenizer").glob(f"*_{data}.yaml")
+        presets = [ROOT / "configs" / "tokenizer" / f"{kind}_{data}.yaml" for kind in ("vqvae", "pixels")]
+        preset = next(preset for preset in presets if preset.is_file())
         smalti("train_tokenizer", "--config", str(preset), f"out={out / 'tokenizer'}", "track.wandb=disabled", *images)
         smalti("encode", f"tokenizer={out / 'tokenizer' / 'tokenizer'}", f"out={folder}")
     return folder

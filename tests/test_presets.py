@@ -49,9 +49,9 @@ def config_of(path: Path, *overrides: str) -> Config:
 
 
 def data_of(path: Path) -> str:
-    """The data that a preset is for, the end of its name: `gpt_digits` and `gated_pixelcnn_digits` are for digits."""
-    kind = max((name for name in Prior.available() if path.stem.startswith(f"{name}_")), key=len, default=None)
-    return path.stem.removeprefix(f"{kind}_") if kind else path.stem.partition("_")[2]
+    """The data that a preset is for, the end of its name: `gpt_any_order_imagenet256` is for imagenet256."""
+    data = {preset.stem.partition("_")[2] for preset in TOKENIZER_PRESETS}
+    return max((name for name in data if path.stem.endswith(f"_{name}")), key=len)
 
 
 def preset_tokenizer(path: Path):
