@@ -10,8 +10,9 @@ is done is kept under `out` and not done again.
 
 bits: -log2 p per token of the whole held-out split, given its labels; nats: the same per image. A `<=` is a bound.
 64 samples: seconds for 64 images, one per class in turn, without guidance; the median of three. Uncached is one whole
-pass per token: where that takes over a minute it is worked out from 16 passes. Parallel gives the same images, in the
-passes of the next column (rows through the network / images); with `guess=FOLDER`, a pipeline whose prior guesses.
+pass per token: where that takes over a minute it is worked out from 16 passes. Parallel gives the same images from
+fewer passes: seconds, passes per image (rows through the network / images) and those as a share of the tokens; guessed:
+with `made` of the same ladder as the guessing prior.
 Agreement: how many of 1,000 samples a 1-nearest-neighbour classifier on decoded training tokens gives the class that
 was asked for; the last row has it for the held-out images.
 """
@@ -147,14 +148,21 @@ def measure(pipe: Any, data: Any, guess: Any, run: Path) -> dict[str, Any]:
     return figures
 
 
-def marginal(data: Any, tokenizer: Any) -> Any:
+def marginal(data: Any) -> Any:
     """The floor of the table: counted, not trained."""
     from pipelines import ImagePipeline
     from prior import Prior
 
     prior = Prior.create("marginal", grid=data.grid, num_classes=data.num_classes)
     prior.initialize(data.splits["train"].tokens, data.splits["train"].labels)
-    return ImagePipeline(tokenizer, prior, labels=data.class_names)
+    return ImagePipeline(data.tokenizer, prior, labels=data.class_names)
+
+
+def passes(f: dict[str, Any], name: str, tokens: int) -> str:
+    """Seconds and passes per image of a way to sample in parallel."""
+    if name not in f:
+        return ""
+    return f"{f[name]:.2f}, {f[f'{name}_passes']:.1f} ({f[f'{name}_passes'] / tokens:.1%})"
 
 
 def line(name: str, f: dict[str, Any], tokens: int) -> str:
@@ -165,7 +173,6 @@ def line(name: str, f: dict[str, Any], tokens: int) -> str:
     bits = f"{bound}{f['bits']:.4f}" + (f" ({mixed:.4f} mixed)" if mixed else "")
     speed = f.get("training_tokens_per_second")
     rough = "~" if f.get("extrapolated") else ""
-    passes = f.get("parallel_passes")
     cells = [
         name,
         f"{f['parameters']:,}",
@@ -174,8 +181,8 @@ def line(name: str, f: dict[str, Any], tokens: int) -> str:
         f"{bound}{f['bits'] * tokens * math.log(2):.2f}",
         f"{f['cached']:.2f}" + (f" ({f['steps']} steps)" if f["steps"] else ""),
         f"{rough}{f['uncached']:.0f}" if "uncached" in f else "",
-        f"{f['parallel']:.2f}" if "parallel" in f else "",
-        f"{passes:.1f} ({passes / tokens:.1%})" if passes else "",
+        passes(f, "parallel", tokens),
+        passes(f, "guessed", tokens),
         f"{f['agreement']:.1%}",
     ]
     return f"| {' | '.join(cells)} |"
@@ -183,32 +190,31 @@ def line(name: str, f: dict[str, Any], tokens: int) -> str:
 
 def main() -> None:
     options = dict(argument.split("=", 1) for argument in sys.argv[1:])
-    data_name, minutes = options.get("data", "fashion_mnist"), float(options.get("minutes", 6))
-    out = Path(options.get("out", "runs/ladder")).absolute() / data_name
+    name, minutes = options.get("data", "fashion_mnist"), float(options.get("minutes", 6))
+    out = Path(options.get("out", "runs/ladder")).absolute() / name
     os.environ.setdefault("OMP_NUM_THREADS", str(os.cpu_count()))
-    tokens = tokens_of(data_name, options.get("source"), out)
+    tokens = tokens_of(name, options.get("source"), out)
+    presets = {preset.stem.removesuffix(f"_{name}"): preset
+               for preset in sorted((ROOT / "configs" / "prior").glob(f"*_{name}.yaml"))}  # fmt: skip
+    folders = {kind: train(preset, tokens, minutes, out / kind) for kind, preset in presets.items()}
     from pipelines import ImagePipeline
     from pipelines.tokens import load_tokens
 
     data = load_tokens(str(tokens))
-    guess = ImagePipeline.from_pretrained(options["guess"]).prior if "guess" in options else None
-    floor = out / "marginal"
-    floor.mkdir(parents=True, exist_ok=True)
-    found = {"marginal": measure(marginal(data, data.tokenizer), data, None, floor)}
-    for preset in sorted((ROOT / "configs" / "prior").glob(f"*_{data_name}.yaml")):
-        name = preset.stem.removesuffix(f"_{data_name}")
-        if options.get("only") and name not in options["only"].split(","):
-            continue
-        run = out / name
-        pipeline = train(preset, tokens, minutes, run)
-        found[name] = measure(ImagePipeline.from_pretrained(pipeline), data, guess, run)
-        print(line(name, found[name], len(data.grid)), flush=True)
-    print(f"\n{data_name}: {len(data.splits['train']):,} training rows of {'x'.join(map(str, data.grid.shape))} ids of "
+    pipes = {kind: ImagePipeline.from_pretrained(folder) for kind, folder in folders.items()}
+    pipes["marginal"] = marginal(data)
+    guess = pipes["made"].prior if "made" in pipes else None
+    found = {}
+    for kind, pipe in pipes.items():
+        (out / kind).mkdir(exist_ok=True)
+        found[kind] = measure(pipe, data, None if pipe.prior is guess else guess, out / kind)
+        print(line(kind, found[kind], len(data.grid)), flush=True)
+    print(f"\n{name}: {len(data.splits['train']):,} training rows of {'x'.join(map(str, data.grid.shape))} ids of "
           f"{data.grid.vocab_size}, {minutes:g} minutes each, {os.environ['OMP_NUM_THREADS']} threads\n")  # fmt: skip
     print(table_head("prior", "parameters", "training tokens/s", "bits per token", "nats per image",
-                     "64 samples, s: cached", "uncached", "parallel", "passes per image", "agreement"))  # fmt: skip
-    for name in sorted(found, key=lambda name: -found[name]["bits"]):
-        print(line(name, found[name], len(data.grid)))
+                     "64 samples, s: cached", "uncached", "parallel", "parallel, guessed", "agreement"))  # fmt: skip
+    for kind in sorted(found, key=lambda kind: -found[kind]["bits"]):
+        print(line(kind, found[kind], len(data.grid)))
     print(f"| held-out images | | | | | | | | | {found['marginal']['real_agreement']:.1%} |")
 
 
