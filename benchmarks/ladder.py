@@ -1,8 +1,9 @@
 """Every prior on the same tokens for the same time, in one table.
 
     pip install -e ".[dev]"
-    python benchmarks/ladder.py data=fashion_mnist minutes=6      # 7x7 ids of 256
-    python benchmarks/ladder.py data=fashion_binary minutes=15    # 28x28 black and white pixels, static threshold
+    python benchmarks/ladder.py data=digits augmentations=4 minutes=2     # 7x7 ids of 128; needs no other data
+    python benchmarks/ladder.py data=fashion_mnist minutes=6              # 7x7 ids of 256
+    python benchmarks/ladder.py data=fashion_binary minutes=15            # 28x28 pixels, black or white (static)
 
 Each preset `configs/prior/*_{data}.yaml` is trained by `smalti train_prior` for `minutes`, whatever it says of its end,
 on the tokens of `configs/tokenizer/{vqvae,pixels}_{data}.yaml` (`source=FOLDER`: with the images of that folder). What
@@ -38,14 +39,14 @@ def smalti(verb: str, *arguments: str) -> None:
     subprocess.run([sys.executable, "-m", f"pipelines.{verb}", *arguments], check=True, cwd=ROOT)
 
 
-def tokens_of(data: str, source: str | None, out: Path) -> Path:
+def tokens_of(data: str, source: str | None, variants: str, out: Path) -> Path:
     """The token dataset, made by the data's VQ-VAE preset, or the one of its pixels."""
     folder, images = out / "tokens", [f"data.source={source}"] if source else []
     if not (folder / "manifest.json").is_file():
         presets = [ROOT / "configs" / "tokenizer" / f"{kind}_{data}.yaml" for kind in ("vqvae", "pixels")]
         preset = next(preset for preset in presets if preset.is_file())
         smalti("train_tokenizer", "--config", str(preset), f"out={out / 'tokenizer'}", "track.wandb=disabled", *images)
-        smalti("encode", f"tokenizer={out / 'tokenizer' / 'tokenizer'}", f"out={folder}")
+        smalti("encode", f"tokenizer={out / 'tokenizer' / 'tokenizer'}", f"out={folder}", f"augmentations={variants}")
     return folder
 
 
@@ -193,7 +194,7 @@ def main() -> None:
     name, minutes = options.get("data", "fashion_mnist"), float(options.get("minutes", 6))
     out = Path(options.get("out", "runs/ladder")).absolute() / name
     os.environ.setdefault("OMP_NUM_THREADS", str(os.cpu_count()))
-    tokens = tokens_of(name, options.get("source"), out)
+    tokens = tokens_of(name, options.get("source"), options.get("augmentations", "0"), out)
     presets = {preset.stem.removesuffix(f"_{name}"): preset
                for preset in sorted((ROOT / "configs" / "prior").glob(f"*_{name}.yaml"))}  # fmt: skip
     folders = {kind: train(preset, tokens, minutes, out / kind) for kind, preset in presets.items()}

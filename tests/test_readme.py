@@ -27,12 +27,13 @@ COMMANDS = [line.partition(" #")[0].strip() for block in blocks("sh") for line i
 
 def test_the_pipeline_code_runs(tmp_path, monkeypatch):
     tokenizer = make_tokenizer("vqvae", (28, 28), 1, quantizer={"kind": "fsq", "levels": (4, 4, 4)})
-    prior = make_prior("gpt", shape=(7, 7), vocab_size=64, num_classes=10)
-    pipeline = ImagePipeline(tokenizer, prior, labels=[str(digit) for digit in range(10)])
-    pipeline.save_pretrained(tmp_path / "runs/gpt_digits/pipeline")
+    for name in ("gpt", "gpt_any_order"):
+        prior = make_prior("gpt", shape=(7, 7), vocab_size=64, num_classes=10, any_order=name == "gpt_any_order")
+        pipeline = ImagePipeline(tokenizer, prior, labels=[str(digit) for digit in range(10)])
+        pipeline.save_pretrained(tmp_path / f"runs/{name}_digits/pipeline")
     monkeypatch.chdir(tmp_path)
     code = [block for block in blocks("python") if "pipe" in block]
-    assert len(code) == 2
+    assert len(code) == 3
     exec("\n".join(code), names := {})
     assert Path("three.png").stat().st_size > 0 and Path("my-pipeline/model_index.json").is_file()
     assert len(names["out"].images) == 4 and names["tokens"].shape == (4, 7, 7)
