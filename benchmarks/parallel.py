@@ -1,0 +1,104 @@
+"""Passes per image of parallel sampling, by what is guessed for the tokens after the first wrong one.
+
+    pip install -e ".[dev]"
+    python benchmarks/ladder.py data=fashion_mnist minutes=6
+    python benchmarks/parallel.py ladder=runs/ladder/fashion_mnist prior=gpt guess=made
+
+64 images, one per class in turn, the noise of seeds 0 to 63. `last output`: what the last pass drew there (Jacobi),
+from a start at the likeliest tokens of the noise alone, or of noise and position frequencies (`marginal`). `greedy`:
+the likeliest tokens of the last pass, without noise. `corrected`: what the last pass drew, its logits moved by what the
+guessing prior's logits move by, in so many passes of that prior. All images are compared with those drawn step by step.
+Seconds: median of three, with the guessing prior's passes, against the path with a cache.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+from sampling import seconds_of, table_head
+
+IMAGES = 64
+
+
+def greedy(guess: Any, rows: Any, sampler: Any, tokens: Any, ended: Any, logits: Any, cheap: Any, noise: Any) -> Any:
+    """A guess that ignores the images' noise, in place of `prior.parallel.corrected`."""
+    import torch
+
+    free = (torch.arange(tokens.shape[1]) >= ended[:, None]) & ~rows.keep
+    return tokens if logits.ndim == 0 else torch.where(free, logits.argmax(-1), tokens)
+
+
+def passes_of(prior: Any, draw: Callable[[], Any]) -> tuple[float, int, Any]:
+    """Passes per image, the slowest image's, and the tokens of a draw."""
+    rows: list[int] = []
+    hook = prior.register_forward_pre_hook(lambda _, inputs: rows.append(len(inputs[0])))
+    tokens = draw()
+    hook.remove()
+    return sum(rows) / IMAGES, len(rows), tokens
+
+
+def measure(model: Any, draw: Callable[..., Any], rules: list[tuple[str, Any, dict[str, Any]]]) -> None:
+    """Print a table: a row per rule."""
+    import prior.parallel
+
+    expected, size = draw(), len(model.grid)
+    cached = [seconds_of([lambda n=n: draw(n)], 3)[0] for n in (IMAGES, 1)]
+    print(table_head("guess", "passes per image", "of N", "slowest", f"{IMAGES} images, s", "one image, s", "differ"))
+    print(f"| step by step | | | | {cached[0]:.2f} | {cached[1]:.3f} | |")
+    for name, guess, patches in rules:
+        with mock.patch.multiple(prior.parallel, **patches) if patches else mock.MagicMock():
+            mean, slowest, tokens = passes_of(model, lambda g=guess: draw(parallel=True, guess=g))
+            times = [seconds_of([lambda n=n, g=guess: draw(n, parallel=True, guess=g)], 3)[0] for n in (IMAGES, 1)]
+        wrong = int((tokens != expected).flatten(1).any(1).sum())
+        cells = [
+            name,
+            f"{mean:.1f}",
+            f"{mean / size:.1%}",
+            f"{slowest}",
+            f"{times[0]:.2f}",
+            f"{times[1]:.3f}",
+            f"{wrong}",
+        ]
+        print(f"| {' | '.join(cells)} |", flush=True)
+
+
+def main() -> None:
+    options = dict(argument.split("=", 1) for argument in sys.argv[1:])
+    os.environ.setdefault("OMP_NUM_THREADS", str(os.cpu_count()))
+    import torch
+
+    from pipelines import ImagePipeline
+    from pipelines.tokens import load_tokens
+    from prior import Prior
+
+    folder = Path(options.get("ladder", "runs/ladder/fashion_mnist"))
+    model, cheap = (ImagePipeline.from_pretrained(folder / options.get(role, default) / "pipeline").prior
+                    for role, default in (("prior", "gpt"), ("guess", "made")))  # fmt: skip
+    train = load_tokens(str(folder / "tokens")).splits["train"]
+    marginal = Prior.create("marginal", grid=model.grid, num_classes=model.num_classes)
+    marginal.initialize(train.tokens, train.labels)
+    labels = torch.arange(IMAGES) % model.num_classes if model.num_classes else None
+    rules = [
+        ("last output", None, {}),
+        ("last output, marginal start", marginal, {"CHEAP_PASSES": 1}),
+        ("greedy", marginal, {"corrected": greedy}),
+        *((f"corrected by {cheap.name}, {n} passes", cheap, {"CHEAP_PASSES": n}) for n in (1, 2, 4, 8)),
+    ]
+    for settings in ({}, {"temperature": 0.7}, {"top_p": 0.9}):
+
+        def draw(count: int = IMAGES, settings: dict[str, Any] = settings, **given: Any) -> Any:
+            seeds = [torch.Generator().manual_seed(k) for k in range(count)]
+            return model.sample(count, None if labels is None else labels[:count], generator=seeds, **settings, **given)
+
+        chosen = ", ".join(f"{name} {value}" for name, value in settings.items()) or "temperature 1"
+        print(f"\n{model.name}, {len(model.grid)} tokens of {model.grid.vocab_size}, {chosen}\n")
+        measure(model, draw, rules)
+
+
+if __name__ == "__main__":
+    main()
