@@ -3,15 +3,17 @@
     pip install -e ".[dev]"
     python benchmarks/incremental.py threads=2
 
-Random weights, 16 images. FLOPs: of drawing all N tokens, over those of one forward pass on the same batch, attention
-counted by an explicit product (the counter does not see the fused kernel on a CPU). Cached: the median of three.
-Uncached: N times the median of five forward passes, which is what the path without a cache takes.
+Random weights, 16 images. FLOPs: of `sample` (with the passes over single images that decide close calls) over those of
+one forward pass on the same batch, attention counted by an explicit product (the counter does not see the fused kernel
+on a CPU). Cached: the median of three. Uncached: N times the median of five forward passes, which is what the path
+without a cache takes. Any order: an order of its own for each image.
 """
 
 from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Callable
 from typing import Any
 
 from sampling import seconds_of, table_head
@@ -40,30 +42,38 @@ def attention_by_product(q: Any, k: Any, v: Any, is_causal: bool = False, dropou
     return scores.softmax(-1) @ v
 
 
-def all_steps(model: Any, tokens: Any) -> None:
-    """The incremental path over given tokens: all that sampling computes but for the drawing."""
-    state, token = model.start(len(tokens), None), None
-    for position in model.order.tolist():
-        model.next_logits(state, token)
-        token = tokens.flatten(1)[:, position]
-
-
-def flop_ratio(model: Any, tokens: Any) -> float:
-    """FLOPs of all N steps over those of one forward pass."""
+def flops(run: Callable[[], object]) -> int:
+    """FLOPs of a call."""
     import torch
     from torch.utils.flop_counter import FlopCounterMode
 
     fused = torch.nn.functional.scaled_dot_product_attention
     torch.nn.functional.scaled_dot_product_attention = attention_by_product
     try:
-        counts = []
-        for run in (lambda: all_steps(model, tokens), lambda: model(tokens)):
-            with FlopCounterMode(display=False) as counter, torch.no_grad():
-                run()
-            counts.append(counter.get_total_flops())
+        with FlopCounterMode(display=False) as counter, torch.no_grad():
+            run()
     finally:
         torch.nn.functional.scaled_dot_product_attention = fused
-    return counts[0] / counts[1]
+    return counter.get_total_flops()
+
+
+def measure(model: Any) -> list[str]:
+    """The cells of a row: parameters, FLOPs, seconds with a cache and without, and the ratio of these."""
+    import torch
+
+    size = len(model.grid)
+    tokens = torch.randint(model.grid.vocab_size, (IMAGES, *model.grid.shape))
+    walk = {"order": torch.rand(IMAGES, size).argsort(1)} if model.any_order else {}
+
+    def sample() -> None:
+        model.sample(IMAGES, generator=torch.Generator().manual_seed(0), **walk)
+
+    ratio = flops(sample) / flops(lambda: model(tokens, **walk))
+    (cached,) = seconds_of([sample], 3)
+    with torch.inference_mode():
+        (one_pass,) = seconds_of([lambda: model(tokens, **walk)], 5)
+    count = sum(p.numel() for p in model.parameters())
+    return [f"{count:,}", f"{ratio:.3f}", f"{cached:.2f}", f"{size * one_pass:.1f}", f"{size * one_pass / cached:.0f}"]
 
 
 def main() -> None:
@@ -75,6 +85,7 @@ def main() -> None:
     from tokenizer import TokenGrid
 
     torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+    torch.manual_seed(0)
     print(f"torch {torch.__version__}, {torch.get_num_threads()} thread(s), {IMAGES} images\n")
     print(table_head("grid", "prior", "parameters", "FLOPs / one pass", "cached, s", "uncached, s", "speed-up"))
     for shape, vocab_size in GRIDS:
@@ -83,15 +94,8 @@ def main() -> None:
                 sizes = EMBEDDED[kind]
                 label = f"{kind}, one layer of {sizes['hidden'][0]}, ids embedded in {sizes['embedding']}"
             model = Prior.create(kind, grid=TokenGrid(shape, vocab_size), **sizes).eval()
-            tokens = torch.randint(vocab_size, (IMAGES, *shape))
-            ratio = flop_ratio(model, tokens)
-            (cached,) = seconds_of([lambda model=model: model.sample(IMAGES)], 3)
-            with torch.inference_mode():
-                (one_pass,) = seconds_of([lambda model=model, tokens=tokens: model(tokens)], 5)
-            slow = len(model.grid) * one_pass
-            count = sum(p.numel() for p in model.parameters())
-            print(f"| {'x'.join(map(str, shape))} of {vocab_size} | {label} | {count:,} | {ratio:.3f} | {cached:.2f} "
-                  f"| {slow:.1f} | {slow / cached:.0f} |", flush=True)  # fmt: skip
+            cells = [f"{'x'.join(map(str, shape))} of {vocab_size}", label, *measure(model)]
+            print(f"| {' | '.join(cells)} |", flush=True)
 
 
 if __name__ == "__main__":

@@ -34,6 +34,7 @@ class EvaluateConfig(Config):
     )
     data: DataConfig = Field(DataConfig(), description="the images; defaults to those the pipeline was trained on")
     num_samples: int = Field(1000, ge=0, description="samples judged by the nearest-neighbour classifier")
+    num_orders: int = Field(1, ge=1, description="score a mixture of so many orders, with a prior that takes any")
     seed: int = Field(0, ge=0, description="sample k uses seed + k")
     device: str = Field("auto", description="cpu, cuda, mps or auto")
     update_card: bool = Field(True, description="write the figures into the pipeline's model card")
@@ -53,11 +54,13 @@ def run(config: EvaluateConfig) -> dict[str, float]:
             f"data.image_size, data.channels: the pipeline's images are {pipeline.tokenizer.image_shape} "
             f"(channels, height, width), these are {config.data.image_shape}"
         )
+    if config.num_orders > 1 and not (pipeline.prior.any_order and pipeline.prior.exact):
+        raise UserError(f"num_orders: this {pipeline.prior.name} prior has one density, not one for each order")
     images = load_images(config.data)
     train, held_out = images.train, images.held_out
     check_classes(pipeline, train, held_out)
     figures = evaluate_reconstruction(pipeline.tokenizer, held_out)
-    figures |= evaluate_likelihood(pipeline, train, held_out)
+    figures |= evaluate_likelihood(pipeline, train, held_out, config.num_orders)
     if train.labels is not None and held_out.labels is not None and pipeline.prior.num_classes and config.num_samples:
         figures |= evaluate_classes(pipeline, train, held_out, config.num_samples, config.seed)
     local = Path(config.pipeline).is_dir()
@@ -69,7 +72,7 @@ def run(config: EvaluateConfig) -> dict[str, float]:
     grid = pipeline.sample_picture(seed=config.seed)
     save_picture(grid, out / "samples.png")
     save_picture(reconstruction_picture(pipeline.tokenizer, held_out), out / "reconstructions.png")
-    write_json(out / "evaluation.json", figures)
+    write_json(out / "evaluation.json", figures | ({"num_orders": config.num_orders} if config.num_orders > 1 else {}))
     if config.update_card and local:
         pipeline.provenance = {**pipeline.provenance, "evaluation": figures}
         pipeline.to(device="cpu").save_pretrained(config.pipeline, sample_grid=grid)
@@ -105,16 +108,19 @@ def choose_device(name: str) -> torch.device:
         raise UserError(f"device: {name!r} can not be used here ({str(error).splitlines()[0]})") from error
 
 
-def evaluate_likelihood(pipeline: ImagePipeline, train: ImageDataset, held_out: ImageDataset) -> dict[str, float]:
+def evaluate_likelihood(
+    pipeline: ImagePipeline, train: ImageDataset, held_out: ImageDataset, num_orders: int
+) -> dict[str, float]:
     """Bits per token of the prior on held-out images, beside those of `Marginal` fitted to the training images."""
     rows, test = encode_all(pipeline, train), encode_all(pipeline, held_out)
     classes = pipeline.prior.num_classes if train.labels is not None else 0
     marginal = Prior.create("marginal", grid=pipeline.prior.grid, num_classes=classes)
     marginal.initialize(rows.tokens, rows.labels)
-    known = test if pipeline.prior.num_classes else TokenSplit(test.tokens, None)
+    unlabelled = TokenSplit(test.tokens, None)
+    known = test if pipeline.prior.num_classes else unlabelled
     return {
-        "bits_per_token": bits_per_token(pipeline.prior, known),
-        "unconditional_bits_per_token": bits_per_token(pipeline.prior, TokenSplit(test.tokens, None)),
+        "bits_per_token": bits_per_token(pipeline.prior, known, num_orders=num_orders),
+        "unconditional_bits_per_token": bits_per_token(pipeline.prior, unlabelled, num_orders=num_orders),
         "marginal_bits_per_token": bits_per_token(marginal, test),
         "uniform_bits_per_token": math.log2(pipeline.prior.grid.vocab_size),
     }

@@ -30,6 +30,7 @@ class GenerateConfig(Config):
     top_p: float | None = Field(None, gt=0, le=1, description="draw from the likeliest ids of this mass only")
     guidance_scale: float | None = Field(None, ge=0, description="above 1 exaggerates the class")
     order: str | None = Field(None, description="walk the grid in this order, with a prior that takes any")
+    num_orders: int = Field(1, ge=1, description="draw each image in one of so many orders: from their mixture")
     parallel: bool = Field(False, description="guess the rest and check it in whole passes: the same images")
     steps: int | None = Field(
         None, ge=1, description="decode a masked-token prior in so many passes: quicker, not exact"
@@ -52,6 +53,7 @@ def run(config: GenerateConfig) -> Path:
     try:
         made = pipeline(config.num_images, labels, seed=config.seed, temperature=config.temperature, top_k=config.top_k,
                         top_p=config.top_p, guidance_scale=config.guidance_scale, order=config.order,
+                        num_orders=config.num_orders,
                         parallel=config.parallel, batch_size=config.batch_size, output_type="pt",
                         **own).images  # fmt: skip
     except (ValueError, TypeError) as error:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from prior import Prior
 from prior.requests import Order
-from prior.sampling import image_generators
+from prior.sampling import Generators, image_generators, progress_over
 from tokenizer import Tokenizer
 from tokenizer.pretrained import resolve_folder
 from tokenizer.storage import (
@@ -77,6 +77,10 @@ class ImagePipeline:
         self.sampler = SamplerDefaults(**(sampler or {}))
         if self.sampler.steps is not None and "steps" not in self._prior_takes():
             raise ConfigError(f"{INDEX}: sampler: steps: a {prior.name!r} prior does not decode in steps")
+        if self.sampler.steps is not None and self.sampler.steps > len(prior.grid):
+            raise ConfigError(
+                f"{INDEX}: sampler: steps: {self.sampler.steps} are more than the {len(prior.grid)} tokens"
+            )
         self.provenance: dict[str, Any] = {}
         self.sample_grid: np.ndarray | None = None
 
@@ -95,7 +99,7 @@ class ImagePipeline:
         labels: Label | Sequence[Label] = None,
         *,
         seed: int | None = None,
-        generator: torch.Generator | Sequence[torch.Generator] | None = None,
+        generator: Generators = None,
         temperature: float | None = None,
         top_k: int | None = None,
         top_p: float | None = None,
@@ -125,35 +129,37 @@ class ImagePipeline:
         if isinstance(labels, (Tensor, np.ndarray)):
             labels = labels.tolist()
         num_images = count_images(num_images, labels)
-        if seed is not None and generator is not None:
-            raise ValueError("give seed or generator, not both")
         if batch_size < 1:
             raise ValueError(f"batch_size must be at least 1 (got {batch_size})")
         ids = self.label_ids(labels, num_images)
         choices = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "guidance_scale": guidance_scale}
-        settings = self.sampler.given() | {k: v for k, v in choices.items() if v is not None}
-        if order is not None or num_orders != 1 or parallel or not cache:
-            settings.pop("steps", None)
-        if guidance_scale is None and (ids is None or bool((ids == self.prior.num_classes).all())):
-            settings["guidance_scale"] = 1.0  # the default guides towards a class, and none was named
-        SamplerDefaults(**settings)
+        in_steps = order is None and num_orders == 1 and cache and not parallel
+        own = self._settings(choices, ids, steps=in_steps) | own
         check_output_type(output_type)
-        if seed is not None:
-            generator = [torch.Generator().manual_seed(seed + k) for k in range(num_images)]
-        generators = image_generators(generator, num_images)
+        generators = seeded(seed, generator, num_images)
         shape, parts = (num_images, *self.prior.grid.shape), []
         check_shapes(shape, tokens=tokens, known=known)
         batches = range(0, num_images, batch_size)
-        for start in progress_over(batches, progress and len(batches) > 1):
+        for start in progress_over(batches, progress and len(batches) > 1, unit="batch"):
             rows = slice(start, min(start + batch_size, num_images))
             kept = None if known is None else known.expand(shape)[rows]
             given = None if tokens is None else tokens.expand(shape)[rows]
             parts.append(self.prior.sample(
                 rows.stop - rows.start, None if ids is None else ids[rows], generator=generators[rows], tokens=given,
                 known=kept, order=order_of(order, rows), num_orders=num_orders, cache=cache, parallel=parallel,
-                progress=progress and len(batches) == 1, **settings | own))  # fmt: skip
+                progress=progress and len(batches) == 1, **own))  # fmt: skip
         drawn = torch.cat(parts)
         return PipelineOutput(self.decode(drawn, output_type=output_type), drawn)
+
+    def _settings(self, choices: dict[str, Any], ids: Tensor | None, *, steps: bool) -> dict[str, Any]:
+        """The sampling settings chosen, and the pipeline's own for the others. Raises `ValueError` out of range."""
+        settings = self.sampler.given() | {name: value for name, value in choices.items() if value is not None}
+        if choices["guidance_scale"] is None and (ids is None or bool((ids == self.prior.num_classes).all())):
+            settings["guidance_scale"] = 1.0  # the default guides towards a class, and none was named
+        if not steps:
+            settings.pop("steps", None)
+        SamplerDefaults(**settings)
+        return settings
 
     @torch.no_grad()
     def complete(self, images: Any, known: Tensor, labels: Label | Sequence[Label] = None, *,
@@ -210,9 +216,12 @@ class ImagePipeline:
 
         order, num_orders: as in `Prior.log_prob`. Where `prior.exact` is False it is a bound.
         """
-        tokens = self.encode(images)
-        ids = self.label_ids(labels, len(tokens))
-        parts = []
+        tokens = self.encode(images, batch_size=batch_size)
+        return self._token_log_prob(tokens, labels, order, num_orders, batch_size)
+
+    def _token_log_prob(self, tokens: Tensor, labels: Label | Sequence[Label], order: Order, num_orders: int,
+                        batch_size: int) -> Tensor:  # fmt: skip
+        ids, parts = self.label_ids(labels, len(tokens)), []
         for start in range(0, len(tokens), batch_size):
             rows = slice(start, start + batch_size)
             given = None if ids is None else ids[rows]
@@ -220,17 +229,23 @@ class ImagePipeline:
         return torch.cat(parts)
 
     @torch.no_grad()
-    def bits_per_dim(self, images: Any, labels: Label | Sequence[Label] = None) -> Tensor:
+    def bits_per_dim(self, images: Any, labels: Label | Sequence[Label] = None, *, order: Order = None,
+                     num_orders: int = 1, batch_size: int = 256) -> Tensor:  # fmt: skip
         """Bits per pixel channel of each image, `(B,)`: those of its tokens under the prior plus those of its pixels
-        given the tokens. Raises `LikelihoodError` when the tokenizer's decoder has no likelihood."""
+        given the tokens; an upper bound where `prior.exact` is False. order, num_orders: as in `Prior.log_prob`.
+        Raises `LikelihoodError` when the tokenizer's decoder has no likelihood."""
         batch = self.to_images(images)
-        pixels = self.tokenizer.pixel_log_prob(batch, self.tokenizer.encode(batch.to(self.dtype)))
-        if pixels is None:
-            raise LikelihoodError(
-                f"bits_per_dim needs a decoder with a likelihood, and {self.tokenizer.name!r} as it was "
-                "trained has none; log_prob gives the prior's part alone"
-            )
-        return -(self.log_prob(batch, labels) + pixels) / (batch[0].numel() * np.log(2))
+        tokens, parts = self.encode(batch, batch_size=batch_size), []
+        for part, ids in zip(batch.split(batch_size), tokens.split(batch_size), strict=True):
+            pixels = self.tokenizer.pixel_log_prob(part, ids)
+            if pixels is None:
+                raise LikelihoodError(
+                    f"bits_per_dim needs a decoder with a likelihood, and {self.tokenizer.name!r} as it was "
+                    "trained has none; log_prob gives the prior's part alone"
+                )
+            parts.append(pixels)
+        nats = self._token_log_prob(tokens, labels, order, num_orders, batch_size) + torch.cat(parts)
+        return -nats / (batch[0].numel() * np.log(2))
 
     # Saving and loading
 
@@ -359,9 +374,18 @@ class ImagePipeline:
         return grid_picture(out.images, columns)
 
 
+def seeded(seed: int | None, generator: Generators, count: int) -> list[torch.Generator]:
+    """A generator per image: of seed + k, or from `generator`. Raises `ValueError` if both are given."""
+    if seed is None:
+        return image_generators(generator, count)
+    if generator is not None:
+        raise ValueError("give seed or generator, not both")
+    return [torch.Generator().manual_seed(seed + k) for k in range(count)]
+
+
 def order_of(order: Order, rows: slice) -> Order:
     """The part of `order` that belongs to `rows`, where there is one per image."""
-    return order[rows] if isinstance(order, Tensor) and order.ndim == 2 else order
+    return order if order is None or isinstance(order, str) or np.ndim(order) < 2 else order[rows]
 
 
 def count_images(num_images: int | None, labels: Any) -> int:
@@ -378,12 +402,3 @@ def check_shapes(shape: tuple[int, ...], **tensors: Tensor | None) -> None:
     for name, value in tensors.items():
         if value is not None and tuple(value.shape) not in (shape, shape[1:]):
             raise ValueError(f"{name} should have shape {shape[1:]} or {shape}, got {tuple(value.shape)}")
-
-
-def progress_over(batches: range, shown: bool) -> Iterable[int]:
-    """`batches`, with a bar on a terminal."""
-    if not shown:
-        return batches
-    from tqdm import tqdm
-
-    return tqdm(batches, desc="generating", unit="batch", leave=False, disable=None)

@@ -125,13 +125,14 @@ def build_prior(node: dict[str, Any], data: TokenDataset) -> Prior:
 
 
 @torch.inference_mode()
-def bits_per_token(model: Any, split: TokenSplit, limit: int | None = None) -> float:
-    """Mean -log2 p per token over the first `limit` rows."""
+def bits_per_token(model: Any, split: TokenSplit, limit: int | None = None, num_orders: int = 1) -> float:
+    """Mean -log2 p per token over the first `limit` rows; num_orders: as in `Prior.log_prob`."""
     count, total = min(limit or len(split), len(split)), 0.0
     for start in range(0, count, 256):
         rows = slice(start, min(start + 256, count))
+        tokens = split.tokens[rows].long().to(model.device)
         labels = None if split.labels is None else split.labels[rows].to(model.device)
-        total -= float(model.log_prob(split.tokens[rows].long().to(model.device), labels).double().sum())
+        total -= float(model.log_prob(tokens, labels, num_orders=num_orders).double().sum())
     return total / math.log(2) / (count * len(model.grid))
 
 

@@ -9,7 +9,7 @@ The base class owns the slow, obviously right algorithms; a model writes `forwar
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -23,8 +23,8 @@ from tokenizer.pretrained import ModelConfig, PretrainedModel, setting
 
 from .orders import make_order, order_problem
 from .parallel import sample_parallel, settled
-from .requests import Order, Rows, check_labels, check_order, choose_walk, known_tokens
-from .sampling import Generators, GumbelNoise, Sampler, image_generators
+from .requests import Order, Rows, check_labels, check_order, choose_walk, make_rows
+from .sampling import Generators, GumbelNoise, Sampler, progress_over
 
 FEW_ROWS = 4
 """With fewer rows, a matrix product is bound by reading the weights."""
@@ -49,12 +49,21 @@ class PriorConfig(ModelConfig):
 
 @dataclass
 class State:
-    """What a half-sampled batch remembers. This one serves the slow path: the tokens so far."""
+    """What a half-sampled batch remembers where nothing is cached: the tokens so far `(B, N)`, raster order."""
 
     tokens: Tensor
     labels: Tensor
+    path: Tensor
     order: Tensor | None = None
     rank: int = 0
+
+    def advance(self, token: Tensor | None) -> Tensor:
+        """Write the last position's `token` `(B,)`; the next position's raster indices `(B,)`."""
+        path = self.path.expand(self.tokens.shape)
+        if token is not None:
+            self.tokens.scatter_(1, path[:, self.rank - 1, None], token[:, None])
+        self.rank += 1
+        return path[:, self.rank - 1]
 
 
 class Prior(PretrainedModel, family="prior"):
@@ -80,6 +89,13 @@ class Prior(PretrainedModel, family="prior"):
         A model with `any_order` has a third argument, `order`: `(N,)` or `(B, N)`, None for its own.
         """
         raise NotImplementedError
+
+    @property
+    def receptive_field(self) -> Tensor:
+        """bool `(N, N)`, raster order: row i is True at the tokens that `logits[:, i]` sees, in the model's own order.
+        Here these are all that come before it."""
+        ranks = torch.argsort(self.order)
+        return ranks < ranks[:, None]
 
     # Training
 
@@ -159,32 +175,21 @@ class Prior(PretrainedModel, family="prior"):
         conditions a drawn token on the known ones before it in its order. order, num_orders: as for `log_prob`; each
         image is drawn in one of the orders. cache: False recomputes everything at every step. parallel: the same
         tokens from fewer passes over the whole grid (`prior.parallel`), and fewer still with a `guess`, a cheap prior
-        over the same tokens. Raises `ValueError` for arguments out of range.
+        over the same tokens. That all these agree is promised for float32 and float64 weights. Raises `ValueError` for
+        arguments out of range.
         """
         sampler = Sampler(temperature, top_k, top_p, guidance_scale)
-        if num_images < 1:
-            raise ValueError(f"num_images must be at least 1 (got {num_images})")
-        labels = check_labels(self, labels, num_images)
-        if guidance_scale != 1 and (labels is None or bool((labels == self.num_classes).all())):
-            raise ValueError("guidance_scale other than 1 needs labels to guide towards")
-        if labels is None:
-            labels = torch.full((num_images,), self.num_classes, device=self.device)
+        rows = make_rows(self, num_images, labels, sampler, generator, tokens, known)
         if guess is not None and (not parallel or (guess.grid, guess.num_classes) != (self.grid, self.num_classes)):
             raise ValueError("guess should be a prior over the same grid and classes, and goes with parallel=True")
-        given, keep = known_tokens(self, tokens, known, num_images)
-        generators = image_generators(generator, num_images)
-        walk = choose_walk(self, order, num_orders, keep, generators)
-        path = self.order if walk is None else walk
-        wide = path.expand(num_images, -1)
-        rows = Rows(labels, generators, given.gather(1, wide), keep.gather(1, wide), walk, path)
-        images = self.parallel_rows() if parallel else self.rows_at_once() or num_images
-        images = max(FEW_ROWS, images // sampler.copies)
+        if parallel and not cache:
+            raise ValueError("cache=False does not go with parallel=True: whole passes have no cache")
+        rows = rows.along(choose_walk(self, order, num_orders, rows.keep, rows.generators), self.order)
+        most = self.parallel_rows() if parallel else self.rows_at_once() or num_images
         with torch.inference_mode(), self._evaluating(), (guess or self)._evaluating():
-            parts = []
-            for share in torch.arange(num_images).chunk(-(-num_images // images)):
-                part = rows[int(share[0]) : int(share[-1]) + 1]
-                parts.append(self._draw(part, sampler, cache, parallel, guess, progress))
-            drawn = torch.empty_like(given).scatter_(1, wide, torch.cat(parts))
+            parts = [self._draw(part, sampler, cache, parallel, guess, progress)
+                     for part in rows.cut(max(FEW_ROWS, most // sampler.copies))]  # fmt: skip
+            drawn = torch.empty_like(rows.given).scatter_(1, rows.path.expand(rows.given.shape), torch.cat(parts))
         return drawn.reshape(num_images, *self.grid.shape).clone()  # no inference tensor: it may be trained on
 
     def rows_at_once(self) -> int | None:
@@ -199,15 +204,15 @@ class Prior(PretrainedModel, family="prior"):
               progress: bool) -> Tensor:  # fmt: skip
         """Tokens `(B, N)` in the order of the walk.
 
-        Other batches, cached steps and whole passes round otherwise, by about 1e-6, and so might decide otherwise
-        where it is that close. They leave these decisions to one computation: a pass over the image alone.
+        Other batches, cached steps and whole passes round otherwise, by about 1e-6 in float32, and so might decide
+        otherwise where it is that close. They leave these decisions to one computation: a pass over the image alone.
         """
         states = [generator.get_state() for generator in rows.generators]
         if parallel:
-            tokens, leads, _ = sample_parallel(self, rows, sampler, guess)
+            tokens, leads, _ = sample_parallel(self, rows, sampler, guess, progress)
         else:
             tokens, leads = self._sample(rows, sampler, cache, progress)
-        close = (leads <= sampler.tolerance) & ~rows.keep
+        close = (leads <= sampler.tolerance) & ~rows.keep & self.rounds_finely
         for k in torch.nonzero(close.any(1)).flatten().tolist():
             rows.generators[k].set_state(states[k])
             tokens[k] = settled(self, rows[[k]], sampler, tokens[[k]], close[[k]])
@@ -219,20 +224,28 @@ class Prior(PretrainedModel, family="prior"):
         labels, order = sampler.doubled(rows.labels, self.num_classes), sampler.doubled(rows.order)
         start, next_logits = (self.start, self.next_logits) if cache else (self.start_slow, self.next_logits_slow)
         state: Any = start(len(labels), labels, **_given(order))
-        drawn, token, leads = rows.given.clone(), None, []
-        kept = rows.keep.any(0).tolist()
-        for rank in _progress(len(self.grid), progress):
-            chosen, lead = sampler.choose(sampler.guide(next_logits(state, token).float()), noise.at(rank))
-            if kept[rank]:
-                chosen = torch.where(rows.keep[:, rank], drawn[:, rank], chosen)
-            drawn[:, rank] = chosen
-            leads.append(lead)
+        drawn, token, leads = rows.given.clone(), None, torch.full(rows.given.shape, torch.inf, device=self.device)
+        some, every, won = rows.keep.any(0).tolist(), rows.keep.all(0).tolist(), {}
+        for rank in progress_over(
+            range(1 + max((r for r, kept in enumerate(every) if not kept), default=-1)), progress
+        ):
+            if every[rank] and isinstance(state, State):  # nothing to compute, and nothing to cache
+                state.advance(token)
+                chosen = drawn[:, rank]
+            else:
+                logits = sampler.guide(next_logits(state, token).float())
+                chosen, won[rank] = sampler.choose(logits, noise.at(rank))
+                if some[rank]:
+                    chosen = torch.where(rows.keep[:, rank], drawn[:, rank], chosen)
+                drawn[:, rank] = chosen
             token = torch.cat([chosen] * sampler.copies) if sampler.copies > 1 else chosen
-        return drawn, torch.stack(leads, 1)
+        if won:
+            leads[:, list(won)] = torch.stack(list(won.values()), 1)
+        return drawn, leads
 
     def start(self, num_images: int, labels: Tensor | None, order: Tensor | None = None) -> Any:
         """Begin an incremental pass over `num_images` rows; returns the state that `next_logits` advances. order:
-        `(N,)` or `(B, N)` for a model with `any_order`; None is its own."""
+        `(N,)` or `(B, N)` for a model with `any_order`, None is its own; the others are never given one."""
         return self.start_slow(num_images, labels, order)
 
     def next_logits(self, state: Any, token: Tensor | None) -> Tensor:
@@ -242,38 +255,42 @@ class Prior(PretrainedModel, family="prior"):
 
     def start_slow(self, num_images: int, labels: Tensor | None, order: Tensor | None = None) -> State:
         """`start` of the path that recomputes everything: right by construction."""
-        if labels is None:
-            labels = torch.full((num_images,), self.num_classes, device=self.device)
-        return State(torch.zeros(num_images, len(self.grid), dtype=torch.long, device=self.device), labels, order)
+        tokens = torch.zeros(num_images, len(self.grid), dtype=torch.long, device=self.device)
+        return State(tokens, self.class_ids(labels, num_images), self.order if order is None else order, order)
 
     def next_logits_slow(self, state: State, token: Tensor | None) -> Tensor:
         """`next_logits` by one forward pass over the whole grid."""
-        count = len(state.tokens)
-        path = (self.order if state.order is None else state.order).expand(count, -1)
-        if token is not None:
-            state.tokens.scatter_(1, path[:, state.rank - 1, None], token[:, None])
+        at = state.advance(token)
         logits = self(state.tokens.reshape(-1, *self.grid.shape), state.labels, **_given(state.order))
-        state.rank += 1
-        return logits[torch.arange(count, device=logits.device), path[:, state.rank - 1]]
+        return logits[torch.arange(len(at), device=at.device), at]
+
+    def class_ids(self, labels: Tensor | None, count: int) -> Tensor:
+        """`labels` `(count,)`; without any, the null class for all."""
+        return torch.full((count,), self.num_classes, device=self.device) if labels is None else labels
+
+    @property
+    def rounds_finely(self) -> bool:
+        """Whether logits are precise enough for what is promised of caches and batches: in float32 and float64."""
+        return next((p.dtype for p in self.parameters()), torch.float32) in (torch.float32, torch.float64)
 
     @contextmanager
     def _evaluating(self) -> Iterator[None]:
+        """Eval mode and full precision: neither autocast nor TF32, or steps and whole passes would not agree."""
         training = self.training
+        backends: list[Any] = [torch.backends.cuda.matmul, torch.backends.cudnn]
+        allowed = [backend.allow_tf32 for backend in backends]
         self.eval()
         try:
-            yield
+            for backend in backends:
+                backend.allow_tf32 = False
+            with torch.autocast(self.device.type, enabled=False):
+                yield
         finally:
+            for backend, allow in zip(backends, allowed, strict=True):
+                backend.allow_tf32 = allow
             self.train(training)
 
 
 def _given(order: Tensor | None) -> dict[str, Tensor]:
     """`order` as a keyword argument, for the models that have it."""
     return {} if order is None else {"order": order}
-
-
-def _progress(count: int, shown: bool) -> Iterable[int]:
-    if not shown:
-        return range(count)
-    from tqdm import tqdm
-
-    return tqdm(range(count), desc="sampling", unit="token", leave=False, disable=None)

@@ -62,11 +62,7 @@ class Block(nn.Module):
 
 
 class CausalConv(Prior, name="causal_conv"):
-    """WaveNet over the tokens in `order`: rank r sees the `reach` ranks before it.
-
-    `receptive_field`, bool `(N, N)` in raster order, says which logits (row) see which tokens (column). A model whose
-    reach covers the grid has no such attribute: every position sees all earlier ones.
-    """
+    """WaveNet over the tokens in `order`: rank r sees the `reach` ranks before it."""
 
     Config = CausalConvConfig
     ranks: Tensor
@@ -94,10 +90,7 @@ class CausalConv(Prior, name="causal_conv"):
 
     @property
     def receptive_field(self) -> Tensor:
-        """bool `(N, N)`, raster order: row i is True at the tokens that `logits[:, i]` sees. `AttributeError` where
-        these are all earlier ones."""
-        if self.reach >= len(self.grid) - 1:
-            raise AttributeError("receptive_field: every position sees all earlier ones")
+        """bool `(N, N)`, raster order: of the earlier tokens, the `reach` last ones in the walk."""
         behind = self.ranks[:, None] - self.ranks
         return (behind > 0) & (behind <= self.reach)
 
@@ -108,8 +101,7 @@ class CausalConv(Prior, name="causal_conv"):
 
     def forward(self, tokens: Tensor, labels: Tensor | None = None) -> Tensor:
         """Teacher-forced logits `(B, N, vocab_size)`, raster order; `logits[:, i]` sees only tokens ranked before i."""
-        if labels is None:
-            labels = torch.full((len(tokens),), self.num_classes, device=tokens.device)
+        labels = self.class_ids(labels, len(tokens))
         walked = tokens.flatten(1)[:, self.order[:-1]].long()
         start = self.start_embedding.expand(len(tokens), 1, -1)
         x = (torch.cat([start, self.token_embedding(walked)], 1) + self.positions()).transpose(1, 2)  # (B, dim, N)
@@ -124,8 +116,7 @@ class CausalConv(Prior, name="causal_conv"):
 
     def start(self, num_images: int, labels: Tensor | None, order: Tensor | None = None) -> Buffers:
         """Allocate the buffers once, and lay the weights out for one-token steps."""
-        if labels is None:
-            labels = torch.full((num_images,), self.num_classes, device=self.device)
+        labels = self.class_ids(labels, num_images)
         return Buffers(self, labels)
 
     def next_logits(self, state: Buffers, token: Tensor | None) -> Tensor:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from tokenizer.pretrained import setting
 
 from .base import Prior
-from .layers import CausalConv, RasterConfig, Rows, pack, receptive_field, see
+from .layers import CausalConv2d, MapRows, RasterConfig, odd_kernels, pack, see
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,9 +35,7 @@ class GatedPixelCNNConfig(RasterConfig):
     def check(self) -> Iterator[str]:
         """Kernels are odd, the grid has two axes, the order is raster."""
         yield from super().check()
-        for name in ("first_kernel", "kernel"):
-            if getattr(self, name) % 2 == 0:
-                yield f"{name}: must be odd (got {getattr(self, name)})"
+        yield from odd_kernels(self, "first_kernel", "kernel")
 
 
 def gate(x: Tensor) -> Tensor:
@@ -53,8 +51,8 @@ class Layer(nn.Module):
     def __init__(self, inputs: int, dim: int, size: int, num_classes: int, *, first: bool) -> None:
         super().__init__()
         reach, self.first = size // 2, first
-        self.vertical = CausalConv(inputs, 2 * dim, (-reach, -1 if first else 0), (-reach, reach))
-        self.horizontal = CausalConv(inputs, 2 * dim, (0, 0), (-reach, -1 if first else 0))
+        self.vertical = CausalConv2d(inputs, 2 * dim, (-reach, -1 if first else 0), (-reach, reach))
+        self.horizontal = CausalConv2d(inputs, 2 * dim, (0, 0), (-reach, -1 if first else 0))
         self.across = nn.Linear(2 * dim, 2 * dim, bias=False)
         self.out = nn.Linear(dim, dim, bias=False)
         self.vertical_label = nn.Embedding(num_classes + 1, 2 * dim)  # the last is the null class
@@ -73,7 +71,7 @@ class Layer(nn.Module):
 class GatedPixelCNN(Prior, name="gated_pixelcnn"):
     """A vertical and a horizontal stack, with row caches for sampling.
 
-    With depth enough for its grid it sees every earlier token; otherwise it has a `receptive_field`.
+    With depth enough for its grid it sees every earlier token; `receptive_field` says.
     """
 
     Config = GatedPixelCNNConfig
@@ -91,8 +89,7 @@ class GatedPixelCNN(Prior, name="gated_pixelcnn"):
 
     @property
     def receptive_field(self) -> Tensor:
-        """bool `(N, N)`: whether the logits at i see token j. Where they see every earlier one, as they do once depth
-        allows, it raises `AttributeError`, so that `hasattr` is False."""
+        """bool `(N, N)`: whether the logits at i see token j; all earlier ones, once depth allows."""
         height, width = self.grid.shape
         vertical = torch.eye(len(self.grid), dtype=torch.bool, device="cpu").view(height, width, -1)
         horizontal = vertical
@@ -100,12 +97,11 @@ class GatedPixelCNN(Prior, name="gated_pixelcnn"):
             vertical = see(vertical, layer.vertical.taps)
             seen = vertical | see(horizontal, layer.horizontal.taps)
             horizontal = seen if layer.first else seen | horizontal
-        return receptive_field(horizontal)
+        return horizontal.flatten(0, 1)
 
     def forward(self, tokens: Tensor, labels: Tensor | None = None) -> Tensor:
         """Teacher-forced logits `(B, N, vocab_size)`, raster order; `logits[:, i]` sees only tokens before i."""
-        if labels is None:
-            labels = torch.full((len(tokens),), self.num_classes, device=tokens.device)
+        labels = self.class_ids(labels, len(tokens))
         vertical = horizontal = self.embedding(tokens.long())
         for layer in self.layers:
             vertical = vertical if layer.first else gate(vertical)
@@ -115,8 +111,7 @@ class GatedPixelCNN(Prior, name="gated_pixelcnn"):
     @torch.no_grad()
     def start(self, num_images: int, labels: Tensor | None, order: Tensor | None = None) -> Cache:
         """Allocate the row caches once, and lay the weights out for steps of one position."""
-        if labels is None:
-            labels = torch.full((num_images,), self.num_classes, device=self.device)
+        labels = self.class_ids(labels, num_images)
         return Cache(self, labels)
 
     def next_logits(self, state: Cache, token: Tensor | None) -> Tensor:
@@ -135,8 +130,8 @@ class LayerCache:
         like, conv = layer.out.weight.new_zeros(batch, inputs), layer.vertical
         taps = len(layer.horizontal.taps)
         count = conv.rows[1] - conv.rows[0] + 1
-        self.rows = Rows(like, count, width, conv.columns, taps)
-        self.horizontal = self.rows if layer.first else Rows(like, 1, width, layer.horizontal.columns, taps)
+        self.rows = MapRows(like, count, width, conv.columns, taps)
+        self.horizontal = self.rows if layer.first else MapRows(like, 1, width, layer.horizontal.columns, taps)
         self.bias_above = conv.bias + layer.vertical_label(labels)
         self.bias = layer.horizontal.bias + layer.horizontal_label(labels)
         self.weight_above, self.across = pack(conv.weight, width * batch), pack(layer.across.weight, width * batch)

@@ -33,7 +33,14 @@ class RasterConfig(PriorConfig):
             yield f"grid: {self.kind} needs a grid of two axes (got {self.grid.shape})"
 
 
-class CausalConv(nn.Module):
+def odd_kernels(config: PriorConfig, *names: str) -> Iterator[str]:
+    """A complaint for each of the configuration's kernels whose side is even."""
+    for name in names:
+        if getattr(config, name) % 2 == 0:
+            yield f"{name}: must be odd (got {getattr(config, name)})"
+
+
+class CausalConv2d(nn.Module):
     """A convolution whose kernel covers `rows` and `columns`, each (first, last) offsets from the position it writes.
 
     Maps `(B, H, W, inputs)` to `(B, H, W, outputs)`; outside the grid everything is zero. The last `masked` columns of
@@ -63,7 +70,7 @@ class CausalConv(nn.Module):
         return F.conv2d(padded.movedim(-1, 1), weight, self.bias).movedim(1, -1)
 
 
-class MaskedConv(CausalConv):
+class MaskedConv(CausalConv2d):
     """PixelCNN's masked k x k convolution: type A, or (with `sees_itself`) type B, which sees its own position too."""
 
     def __init__(self, inputs: int, outputs: int, size: int, *, sees_itself: bool) -> None:
@@ -81,7 +88,7 @@ def pack(weight: Tensor, rows: int) -> Tensor:
     return matrix.t().contiguous() if rows < FEW_ROWS else matrix.contiguous().t()
 
 
-class Rows:
+class MapRows:
     """The last `count` rows of a map `(B, H, W, C)`, zero outside the grid; allocated once, written in place.
 
     The current row is `row`, `(W, B, C)`, and `cells[j]` is its column j, `(B, C)`, both to write to. `windows[j]` are
@@ -126,7 +133,7 @@ class RowCache:
         cache.read(column)              # the output `(B, outputs)`
     """
 
-    def __init__(self, conv: CausalConv, width: int, bias: Tensor) -> None:
+    def __init__(self, conv: CausalConv2d, width: int, bias: Tensor) -> None:
         """bias: `(B, outputs)`, added besides the convolution's own."""
         batch, inputs, outputs = len(bias), conv.weight.shape[1], len(conv.weight)
         above = sum(row < 0 for row, _ in conv.taps)
@@ -134,7 +141,7 @@ class RowCache:
         self.bias = (bias + conv.bias).detach()
         self.weight_above = pack(conv.weight[:, :, :-1], width * batch)
         self.weight = pack(conv.weight[:, :, -1:, :taps], batch)
-        self.rows = Rows(bias.new_zeros(batch, inputs), -conv.rows[0], width, conv.columns, taps)
+        self.rows = MapRows(bias.new_zeros(batch, inputs), -conv.rows[0], width, conv.columns, taps)
         self.above = bias.new_empty(width, batch, outputs)
         self.above_of = self.above.unbind(0)
 
@@ -160,12 +167,3 @@ def see(field: Tensor, taps: Iterable[Pair]) -> Tensor:
         if top < bottom and left < right:
             seen[top:bottom, left:right] |= field[top + row : bottom + row, left + column : right + column]
     return seen
-
-
-def receptive_field(field: Tensor) -> Tensor:
-    """bool `(N, N)`: whether the logits at i see token j, given `(H, W, N)` as `see` makes it. Raises `AttributeError`
-    where every earlier token is seen: then there is nothing to say."""
-    field = field.flatten(0, 1)
-    if bool((field | ~torch.ones_like(field).tril(-1)).all()):
-        raise AttributeError("every earlier token is seen")
-    return field

@@ -64,7 +64,7 @@ def masked_sum(inputs: Tensor, weight: Tensor, visible: Tensor) -> Tensor:
     if inputs.is_floating_point():
         return inputs.flatten(1) @ (weight * visible[:, None]).flatten(0, 1)
     first_rows = torch.arange(len(weight), device=weight.device) * weight.shape[1]
-    return (F.embedding(inputs + first_rows, weight.flatten(0, 1)) * visible).sum(1)
+    return F.embedding_bag(inputs + first_rows, (weight * visible[:, None]).flatten(0, 1), mode="sum")
 
 
 def even_degrees(units: int, num_tokens: int) -> Tensor:
@@ -86,12 +86,13 @@ class MADE(Prior, name="made"):
     """Masked hidden layers from all tokens to all logits at once, and running sums for sampling.
 
     With a row of weights per position and id an input is told apart from one that is masked, which is what the paper
-    conditions on connectivity for. `receptive_field`, bool `(N, N)` in raster order, exists only where hidden layers
-    are so narrow that some degrees are missing, and no direct connections make up for it: logits at i see token j.
+    conditions on connectivity for. Every later position sees every earlier token, unless a hidden layer is so narrow
+    that some degrees are missing and no direct connections make up for it: `receptive_field` says.
     """
 
     Config = MADEConfig
     ranks: Tensor
+    all_degrees: Tensor
 
     def __init__(self, config: MADEConfig) -> None:
         super().__init__(config)
@@ -108,6 +109,8 @@ class MADE(Prior, name="made"):
         self.head_bias = nn.Parameter(torch.zeros(size, vocab)) if config.embedding else None
         self.dropout = nn.Dropout(config.dropout)
         self.register_buffer("ranks", torch.argsort(self.order), persistent=False)
+        degrees = torch.cat([even_degrees(units, size) for units in hidden])
+        self.register_buffer("all_degrees", degrees, persistent=False)
         self._reset_parameters()
 
     def _reset_parameters(self) -> None:
@@ -125,18 +128,18 @@ class MADE(Prior, name="made"):
 
     def degrees(self) -> list[Tensor]:
         """The degrees `(units,)` of each hidden layer, ascending: those that everything but training uses."""
-        return [even_degrees(units, len(self.grid)) for units in self.config.hidden]
+        return list(self.all_degrees.split(self.config.hidden))
 
     @property
     def receptive_field(self) -> Tensor:
-        """See the class; raises `AttributeError` where every later position sees every earlier token."""
-        reach = ranks = torch.arange(len(self.grid), device="cpu")  # of what is predicted at each rank
+        """bool `(N, N)`, raster order: row i is True at the tokens that `logits[:, i]` sees."""
+        if self.direct is not None:
+            return super().receptive_field
+        reach = torch.arange(len(self.grid), device=self.device)  # of what is predicted at each rank
         for degrees in self.degrees()[::-1]:
             below = torch.searchsorted(degrees, reach, right=True)
             reach = torch.where(below > 0, degrees[below - 1], 0)
-        if self.config.direct or bool((reach == ranks).all()):
-            raise AttributeError("receptive_field: all earlier tokens are seen")
-        return self.ranks < reach.to(self.device)[self.ranks][:, None]
+        return self.ranks < reach[self.ranks][:, None]
 
     def training_inputs(self, tokens: Tensor, progress: float) -> dict[str, Any]:
         """A random order `(N,)` and random degrees, where the model is to be agnostic of them."""
@@ -151,14 +154,14 @@ class MADE(Prior, name="made"):
                 degrees: Sequence[Tensor] | None = None) -> Tensor:  # fmt: skip
         """Teacher-forced logits `(B, N, vocab_size)`, raster order; `logits[:, i]` sees only tokens ranked before i.
 
-        order: `(N,)` or `(B, N)`, None for the model's own; degrees: `(units,)` of each hidden layer, in 1 .. N - 1.
+        order: `(N,)`, None for the model's own, or `(B, N)`, which takes a pass per different order; degrees:
+        `(units,)` of each hidden layer, in 1 .. N - 1.
         """
-        if labels is None:
-            labels = torch.full((len(tokens),), self.num_classes, device=tokens.device)
+        labels = self.class_ids(labels, len(tokens))
         if order is not None and order.ndim == 2:
             return self._forward_by_order(tokens, labels, order, degrees)
         ranks = self.ranks if order is None else torch.argsort(order)
-        degrees = [d.to(tokens.device) for d in degrees or self.degrees()]
+        degrees = degrees or self.degrees()
         inputs, seen = self._inputs(tokens.flatten(1)), ranks[:, None]
         x = self._unit(self.biases[0](labels) + masked_sum(inputs, self.input, seen < degrees[0]))
         for weight, bias, below, own in zip(self.hidden, self.biases[1:], degrees, degrees[1:], strict=False):
@@ -192,8 +195,7 @@ class MADE(Prior, name="made"):
 
     def start(self, num_images: int, labels: Tensor | None, order: Tensor | None = None) -> Sums:
         """Allocate the running sums; order: `(N,)`, or `(B, N)` where each image goes its own way."""
-        if labels is None:
-            labels = torch.full((num_images,), self.num_classes, device=self.device)
+        labels = self.class_ids(labels, num_images)
         return Sums(self, labels, self.order if order is None else order)
 
     def next_logits(self, state: Sums, token: Tensor | None) -> Tensor:
@@ -213,7 +215,7 @@ class Sums:
         self.model, self.rank = model, 0
         self.walk = order.tolist() if order.ndim == 1 else order.t()  # a position for all images, or for each
         ranks = torch.arange(len(model.grid), device="cpu")
-        degrees = model.degrees()
+        degrees = [each.cpu() for each in model.degrees()]
         self.ends = [torch.searchsorted(each, ranks, right=True).tolist() for each in degrees]  # of units finished
         *self.layers, outputs = [bias(labels) for bias in model.biases]  # sums so far, or activations where finished
         self.outputs = outputs.unflatten(1, (-1, model.width))
@@ -252,7 +254,7 @@ class Sums:
             if depth:
                 below = self.ends[depth - 1][rank]
                 weight = self.model.hidden[depth - 1][begin:end, :below]
-                layer[:, begin:end] += times(self.layers[depth - 1][:, :below], weight.t())
+                layer[:, begin:end].add_(times(self.layers[depth - 1][:, :below], weight.t()))
             layer[:, begin:end].relu_()
 
 
@@ -263,8 +265,4 @@ def take(weight: Tensor, at: int | Tensor) -> Tensor:
 
 def times(x: Tensor, weight: Tensor) -> Tensor:
     """`x` (B, in) times `weight`, (in, out) for all rows or (B, in, out) for each."""
-    if weight.ndim == 3:
-        return torch.bmm(x[:, None], weight)[:, 0]
-    if weight.shape[1] == 1:  # the kernel for a single column rounds a row differently in another batch
-        return (x * weight[:, 0]).sum(1, keepdim=True)
-    return x @ weight
+    return torch.bmm(x[:, None], weight)[:, 0] if weight.ndim == 3 else x @ weight

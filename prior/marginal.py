@@ -27,10 +27,14 @@ class Marginal(Prior, name="marginal"):
         super().__init__(config)
         self.table = nn.Parameter(torch.randn(config.num_classes + 1, len(config.grid), config.grid.vocab_size))
 
+    @property
+    def receptive_field(self) -> Tensor:
+        """bool `(N, N)`, all False."""
+        return torch.zeros(len(self.grid), len(self.grid), dtype=torch.bool, device=self.device)
+
     def forward(self, tokens: Tensor, labels: Tensor | None = None) -> Tensor:
         """Logits `(B, N, vocab_size)`; the tokens are not looked at."""
-        if labels is None:
-            labels = torch.full((len(tokens),), self.num_classes, device=tokens.device)
+        labels = self.class_ids(labels, len(tokens))
         return self.table[labels]
 
     @torch.no_grad()

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,10 +19,10 @@ from torch import Tensor, nn
 
 from tokenizer.pretrained import setting
 
-from .base import FEW_ROWS, Prior, PriorConfig, State, _progress
-from .gpt import EPS, MAX_ROTATIONS, rotate, unit
-from .requests import Order, Rows, check_labels, known_tokens
-from .sampling import Generators, GumbelNoise, Sampler, gumbel, image_generators
+from .base import FEW_ROWS, Prior, State
+from .requests import Order, Rows, check_labels, make_rows
+from .sampling import Generators, GumbelNoise, Sampler, gumbel, progress_over
+from .transformer import EPS, Block, Rotations, TransformerConfig, coordinates, reset
 
 SCHEDULES: dict[str, Callable[[Tensor], Tensor]] = {
     "linear": lambda u: 1 - u,
@@ -37,56 +37,15 @@ GPU_TOKENS = 1 << 16
 
 
 @dataclass(frozen=True, kw_only=True)
-class MaskedConfig(PriorConfig):
+class MaskedConfig(TransformerConfig):
     """Sizes of the transformer, and how it is masked and scored."""
 
-    dim: int = setting(128, "width of the residual stream", ge=8, le=16384)
-    depth: int = setting(4, "number of transformer blocks", ge=1, le=256)
-    heads: int = setting(4, "attention heads; they divide dim", ge=1, le=256)
-    hidden: int | None = setting(None, "width of the SwiGLU layer; default 8/3 dim, rounded up to 32", ge=8, le=65536)
-    dropout: float = setting(0.0, "dropout on the embeddings and on each residual branch", ge=0, lt=1)
-    attention_dropout: float = setting(0.0, "dropout on the attention weights", ge=0, lt=1)
-    rope_base: float = setting(100.0, "longest wavelength of the rotary positions, in units of 2 pi cells", gt=1)
     schedule: str = setting("linear", "how the masked share is drawn in training: linear (all alike) maximises the "
                             "likelihood; cosine, arccos and square mask more", choices=tuple(SCHEDULES))  # fmt: skip
     label_smoothing: float = setting(0.0, "share of a target's mass that is spread over all ids in training", ge=0,
                                      lt=1)  # fmt: skip
     exact: bool = setting(True, "log_prob is exact along `order`, a pass per token; false: a bound over all orders")
     bound_passes: int = setting(8, "passes of that bound; more is closer to its expectation", ge=1, le=65536)
-
-    def check(self) -> Iterator[str]:
-        """Heads have to be of an even width, and the order has to exist."""
-        yield from super().check()
-        if self.dim % (2 * self.heads):
-            yield f"heads: dim must be a multiple of 2 * heads (got dim {self.dim}, heads {self.heads})"
-        elif len(self.grid) * self.dim // self.heads > MAX_ROTATIONS:
-            yield f"heads: a grid of {len(self.grid)} tokens and heads of width {self.dim // self.heads} are too large"
-
-
-class Block(nn.Module):
-    """Attention of all to all and SwiGLU, each normalised before and added to the residual stream `(B, N, dim)`."""
-
-    def __init__(self, config: MaskedConfig) -> None:
-        super().__init__()
-        dim, hidden = config.dim, config.hidden or -(-config.dim * 8 // 96) * 32
-        self.heads, self.attention_dropout = config.heads, config.attention_dropout
-        self.attention_norm, self.mlp_norm = nn.RMSNorm(dim, eps=EPS), nn.RMSNorm(dim, eps=EPS)
-        self.qkv = nn.Linear(dim, 3 * dim, bias=False)
-        self.gain = nn.Parameter(torch.full((config.heads, 1), 1.2))  # how sharp a head may attend
-        self.project = nn.Linear(dim, dim, bias=False)
-        self.gate_up = nn.Linear(dim, 2 * hidden, bias=False)
-        self.down = nn.Linear(hidden, dim, bias=False)
-        self.dropout = nn.Dropout(config.dropout)
-
-    def forward(self, x: Tensor, rotations: Tensor) -> Tensor:  # (B, N, dim), (N, dim / heads / 2, 2)
-        q, k, v = self.qkv(self.attention_norm(x)).unflatten(-1, (3, self.heads, -1)).unbind(2)  # (B, N, heads, width)
-        q, k = rotate(unit(q) * self.gain, rotations).to(v.dtype), rotate(unit(k), rotations).to(v.dtype)
-        dropout = self.attention_dropout if self.training else 0.0
-        q, k, v = (t.transpose(1, 2) for t in (q, k, v))
-        attended = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout)
-        x = x + self.dropout(self.project(attended.transpose(1, 2).flatten(2)))
-        gate, up = self.gate_up(self.mlp_norm(x)).chunk(2, -1)
-        return x + self.dropout(self.down(F.silu(gate) * up))
 
 
 class Masked(Prior, name="masked"):
@@ -95,47 +54,30 @@ class Masked(Prior, name="masked"):
     Config = MaskedConfig
     any_order = True
     coordinates: Tensor
-    rotations: Tensor
 
     def __init__(self, config: MaskedConfig) -> None:
         super().__init__(config)
+        dim, shape = config.dim, config.grid.shape
         self.exact, self.mask = config.exact, config.grid.vocab_size
-        self.token_embedding = nn.Embedding(config.grid.vocab_size + 1, config.dim)  # the last is the mask
-        self.class_embedding = nn.Embedding(config.num_classes + 1, config.dim)  # the last is the null class
-        tables = (nn.Parameter(torch.empty(size, config.dim)) for size in config.grid.shape)
-        self.axis_embeddings: Any = nn.ParameterList(tables)
+        self.token_embedding = nn.Embedding(config.grid.vocab_size + 1, dim)  # the last is the mask
+        self.class_embedding = nn.Embedding(config.num_classes + 1, dim)  # the last is the null class
+        self.axis_embeddings: Any = nn.ParameterList(nn.Parameter(torch.empty(size, dim)) for size in shape)
         self.dropout = nn.Dropout(config.dropout)
-        self.blocks: Any = nn.ModuleList(Block(config) for _ in range(config.depth))
-        self.norm = nn.RMSNorm(config.dim, eps=EPS)
-        self.head = nn.Linear(config.dim, config.grid.vocab_size, bias=False)
-        coordinates = torch.unravel_index(torch.arange(len(config.grid), device="cpu"), config.grid.shape)
-        self.register_buffer("coordinates", torch.stack(coordinates), persistent=False)
-        self.register_buffer("rotations", self._rotations(), persistent=False)
-        self._reset_parameters()
-
-    def _reset_parameters(self) -> None:
-        for parameter in self.parameters():
-            if parameter.ndim == 2 and parameter.shape[1] > 1:
-                nn.init.normal_(parameter, std=0.02)
-        for block in self.blocks:  # branches start small, so that depth does not blow the residual stream up (GPT-2)
-            for layer in (block.project, block.down):
-                nn.init.normal_(layer.weight, std=0.02 / (2 * len(self.blocks)) ** 0.5)
-
-    def _rotations(self) -> Tensor:
-        """cos and sin per position `(N, width / 2, 2)`, the pairs of a head shared out among the axes (2-D RoPE)."""
-        axes, pairs = len(self.grid.shape), self.config.dim // self.config.heads // 2
-        at = torch.arange(pairs, device="cpu")
-        frequency = self.config.rope_base ** (-(at // axes) / max(1, -(-pairs // axes)))
-        angles = self.coordinates.t()[:, at % axes] * frequency
-        return torch.stack([angles.cos(), angles.sin()], -1)
+        self.blocks: Any = nn.ModuleList(Block(config, causal=False) for _ in range(config.depth))
+        self.norm = nn.RMSNorm(dim, eps=EPS)
+        self.head = nn.Linear(dim, config.grid.vocab_size, bias=False)
+        self.register_buffer("coordinates", coordinates(shape).t().contiguous(), persistent=False)
+        self.rotations = Rotations(config, coordinates(shape))
+        reset(self.parameters(), self.blocks)
 
     def predict(self, ids: Tensor, labels: Tensor, at: Tensor | None = None) -> Tensor:
         """Logits `(B, N, V)` from one pass over `ids` (B, N), where `self.mask` is a masked token; with `at` (B,) those
         of one raster index per row, `(B, V)`."""
         places = sum(table[index] for table, index in zip(self.axis_embeddings, self.coordinates, strict=True))
         x = self.dropout(self.token_embedding(ids) + self.class_embedding(labels)[:, None] + places)
+        turns = self.rotations.table[:, None].expand(-1, 2, -1, -1)  # queries and keys stand at the same place
         for block in self.blocks:
-            x = block(x, self.rotations)
+            x = block(x, turns)
         if at is not None:
             x = x[torch.arange(len(x), device=x.device), at]
         return self.head(self.norm(x))
@@ -146,8 +88,7 @@ class Masked(Prior, name="masked"):
         tokens where it holds, and nothing of the others. Without: teacher-forced, `logits[:, i]` sees only tokens
         ranked before i in `order` (`(N,)` or `(B, N)`; None is the model's own), which takes N passes."""
         tokens, (count, size) = tokens.flatten(1).long(), (len(tokens), len(self.grid))
-        if labels is None:
-            labels = torch.full((count,), self.num_classes, device=tokens.device)
+        labels = self.class_ids(labels, count)
         if known is not None:
             return self.predict(torch.where(known.flatten(1), tokens, self.mask), labels)
         path = (self.order if order is None else order).expand(count, size)
@@ -221,11 +162,8 @@ class Masked(Prior, name="masked"):
 
     def next_logits(self, state: State, token: Tensor | None) -> Tensor:
         """Reveal the last position's token, and predict the next."""
-        path = (self.order if state.order is None else state.order).expand(state.tokens.shape)
-        if token is not None:
-            state.tokens.scatter_(1, path[:, state.rank - 1, None], token[:, None])
-        state.rank += 1
-        return self.predict(state.tokens, state.labels, path[:, state.rank - 1])
+        at = state.advance(token)
+        return self.predict(state.tokens, state.labels, at)
 
     def sample(self, num_images: int, labels: Tensor | None = None, *, steps: int | None = None,
                confidence_temperature: float = 4.5, schedule: str = "cosine", order: Order = None, num_orders: int = 1,
@@ -238,6 +176,8 @@ class Masked(Prior, name="masked"):
         before, and what is kept depends on what was drawn, so that the samples' distribution is not that of `log_prob`;
         more steps, and a higher `confidence_temperature` (random orders), come closer. A position has one draw of
         noise for all steps, so where the tokens are independent the distribution is right for any number of steps.
+        Here rounding may let an image depend on its batch. With `parallel` every pass of `Prior.sample` is one of N
+        passes of the network, so that it is of no use for speed.
         Raises `ValueError` for arguments out of range, and for those that `steps` does not go with.
         """
         if steps is None:
@@ -261,34 +201,24 @@ class Masked(Prior, name="masked"):
                          progress: bool = False, **filters: Any) -> Tensor:  # fmt: skip
         """What `Prior.sample` checks and cuts up, for `_fill_in`."""
         sampler = Sampler(**filters)
-        if num_images < 1:
-            raise ValueError(f"num_images must be at least 1 (got {num_images})")
-        labels = check_labels(self, labels, num_images)
-        if sampler.guidance_scale != 1 and (labels is None or bool((labels == self.num_classes).all())):
-            raise ValueError("guidance_scale other than 1 needs labels to guide towards")
-        if labels is None:
-            labels = torch.full((num_images,), self.num_classes, device=self.device)
-        given, keep = known_tokens(self, tokens, known, num_images)
-        raster = torch.arange(len(self.grid), device=self.device)
-        rows = Rows(labels, image_generators(generator, num_images), given, keep, raster, raster)
-        images = max(FEW_ROWS, min(self.rows_at_once() or num_images, self.parallel_rows()) // sampler.copies)
+        rows = make_rows(self, num_images, labels, sampler, generator, tokens, known)
+        most = min(self.rows_at_once() or num_images, self.parallel_rows()) // sampler.copies
         with torch.inference_mode(), self._evaluating():
-            cuts = range(0, num_images, images)
-            drawn = torch.cat([self._fill_in(rows[at : at + images], sampler, steps, progress) for at in cuts])
+            drawn = torch.cat([self._fill_in(r, sampler, steps, progress) for r in rows.cut(max(FEW_ROWS, most))])
         return drawn.reshape(num_images, *self.grid.shape).clone()
 
     def _fill_in(self, rows: Rows, sampler: Sampler, steps: list[tuple[float, float]], progress: bool) -> Tensor:
         """Tokens `(B, N)` in as many passes as there are steps, each the share of the unknown that stays masked, and
         how much the noise counts against confidence."""
-        count, size = rows.given.shape
-        if count * size < FEW_ROWS:  # so that an image's last bits do not depend on how many others there are
-            return self._fill_in(rows.padded(FEW_ROWS), sampler, steps, progress)[:count]
+        size = rows.given.shape[1]
         labels = sampler.doubled(rows.labels, self.num_classes)
         noise = GumbelNoise(rows.generators, size, self.mask, self.device).whole()
         ids = torch.where(rows.keep, rows.given, self.mask)
         left = unknown = (~rows.keep).sum(1)
-        for step in _progress(len(steps), progress):
+        for step in progress_over(range(len(steps)), progress, unit="pass"):
             share, temperature = steps[step]
+            if not bool(left.any()):
+                break
             logits = sampler.guide(self.predict(sampler.doubled(ids), labels).float())
             drawn, _ = sampler.choose(logits, noise)
             confidence = logits.log_softmax(-1).gather(-1, drawn[..., None])[..., 0]

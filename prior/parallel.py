@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
-from .sampling import GumbelNoise, Sampler
+from .sampling import GumbelNoise, Sampler, progress_over
 
 if TYPE_CHECKING:
     from .base import Prior
@@ -35,7 +35,8 @@ class Parallel(NamedTuple):
     passes: Tensor
 
 
-def sample_parallel(prior: Prior, rows: Rows, sampler: Sampler, guess: Prior | None = None) -> Parallel:
+def sample_parallel(prior: Prior, rows: Rows, sampler: Sampler, guess: Prior | None = None,
+                    progress: bool = False) -> Parallel:  # fmt: skip
     """The tokens that step by step are drawn for `rows`, from passes over the whole grid."""
     (count, size), device = rows.given.shape, rows.given.device
     noise = GumbelNoise(rows.generators, size, prior.grid.vocab_size, device).whole()  # (B, N, V)
@@ -45,22 +46,26 @@ def sample_parallel(prior: Prior, rows: Rows, sampler: Sampler, guess: Prior | N
     if guess is not None:
         zero = torch.zeros((), device=device)
         tokens = corrected(guess, rows, sampler, tokens, frontier, zero, zero, noise)
-    active, ranks = list(range(count)), torch.arange(size, device=device)
-    while active:
-        now, began, old = rows[active], frontier[active], tokens[active]
+    active, ranks, now = list(range(count)), torch.arange(size, device=device), rows
+    for _ in progress_over(range(size), progress, unit="pass"):
+        began, old = frontier[active], tokens[active]
         logits = walked_logits(prior, now, old, sampler)
-        drawn, lead = sampler.choose(sampler.guide(logits), noise[active])
+        drawn, lead = sampler.choose(sampler.guide(logits), noise)
         fresh = ranks >= began[:, None]
         drawn = torch.where(fresh & ~now.keep, drawn, old)
         wrong = torch.cat([drawn != old, torch.ones_like(fresh[:, :1])], 1)
         ended = (wrong.int().argmax(1) + 1).clamp(max=size)  # the first that changed is right by now, too
         leads[active] = torch.where(fresh & (ranks < ended[:, None]), lead, leads[active])
-        if guess is not None:
+        left = torch.nonzero(ended < size).flatten().tolist()
+        if guess is not None and left:
             cheap = walked_logits(guess, now, old, sampler)
-            drawn = corrected(guess, now, sampler, drawn, ended, logits, cheap, noise[active])
+            drawn = corrected(guess, now, sampler, drawn, ended, logits, cheap, noise)
         tokens[active], frontier[active] = drawn, ended
         passes[active] += 1
-        active = [k for k, end in zip(active, ended.tolist(), strict=True) if end < size]
+        if not left:
+            break
+        if len(left) < len(active):  # finished images leave
+            active, now, noise = [active[k] for k in left], now[left], noise[left]
     return Parallel(tokens, leads, passes)
 
 
@@ -96,7 +101,12 @@ def walked_logits(prior: Prior, rows: Rows, tokens: Tensor, sampler: Sampler) ->
     """Logits `(B, N, V)` in the order of the walk (guided: of 2 B rows), from one forward pass on `tokens` (B, N)."""
     path = rows.path.expand(tokens.shape)
     raster = torch.empty_like(tokens).scatter_(1, path, tokens).reshape(-1, *prior.grid.shape)
-    labels, order = sampler.doubled(rows.labels, prior.num_classes), sampler.doubled(rows.order)
-    given = {} if order is None or not prior.any_order else {"order": order}
-    logits = prior(torch.cat([raster] * sampler.copies), labels, **given)
-    return logits.gather(1, torch.cat([path] * sampler.copies)[..., None].expand(logits.shape)).float()
+    labels = sampler.doubled(rows.labels, prior.num_classes)
+    order = sampler.doubled(rows.path)  # of a guess, too, that could go its own way
+    given = {"order": order} if prior.any_order else {}
+    logits = prior(torch.cat([raster] * sampler.copies), labels, **given).float()
+    if rows.path.ndim == 1:
+        return (
+            logits if torch.equal(rows.path, torch.arange(len(rows.path), device=path.device)) else logits[:, rows.path]
+        )
+    return logits[torch.arange(len(logits), device=path.device)[:, None], order]

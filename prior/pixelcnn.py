@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from tokenizer.pretrained import setting
 
 from .base import Prior
-from .layers import MaskedConv, RasterConfig, RowCache, pack, receptive_field, see
+from .layers import MaskedConv, RasterConfig, RowCache, odd_kernels, pack, see
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,9 +35,7 @@ class PixelCNNConfig(RasterConfig):
     def check(self) -> Iterator[str]:
         """Kernels are odd, the grid has two axes, the order is raster."""
         yield from super().check()
-        for name in ("first_kernel", "kernel"):
-            if getattr(self, name) % 2 == 0:
-                yield f"{name}: must be odd (got {getattr(self, name)})"
+        yield from odd_kernels(self, "first_kernel", "kernel")
 
 
 class Block(nn.Module):
@@ -75,19 +73,18 @@ class PixelCNN(Prior, name="pixelcnn"):
 
     @property
     def receptive_field(self) -> Tensor:
-        """bool `(N, N)`: whether the logits at i see token j. Where they see every earlier one, as on a grid that the
-        first kernel covers, it raises `AttributeError`, so that `hasattr` is False."""
+        """bool `(N, N)`: whether the logits at i see token j; not all earlier ones, unless the first kernel covers the
+        grid."""
         height, width = self.grid.shape
         field = torch.eye(len(self.grid), dtype=torch.bool, device="cpu").view(height, width, -1)
         field = see(field, self.first.taps)
         for block in self.blocks:
             field = field | see(field, block.conv.taps)
-        return receptive_field(field)
+        return field.flatten(0, 1)
 
     def forward(self, tokens: Tensor, labels: Tensor | None = None) -> Tensor:
         """Teacher-forced logits `(B, N, vocab_size)`, raster order; `logits[:, i]` sees only tokens before i."""
-        if labels is None:
-            labels = torch.full((len(tokens),), self.num_classes, device=tokens.device)
+        labels = self.class_ids(labels, len(tokens))
         x = self.first(self.embedding(tokens.long())) + self.label(labels)[:, None, None]
         for block in self.blocks:
             x = block(x, labels)
@@ -96,8 +93,7 @@ class PixelCNN(Prior, name="pixelcnn"):
     @torch.no_grad()
     def start(self, num_images: int, labels: Tensor | None, order: Tensor | None = None) -> Cache:
         """Allocate the row caches once, and lay the weights out for steps of one position."""
-        if labels is None:
-            labels = torch.full((num_images,), self.num_classes, device=self.device)
+        labels = self.class_ids(labels, num_images)
         return Cache(self, labels)
 
     def next_logits(self, state: Cache, token: Tensor | None) -> Tensor:

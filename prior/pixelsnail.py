@@ -22,8 +22,8 @@ from torch import Tensor, nn
 
 from tokenizer.pretrained import setting
 
-from .base import Prior
-from .layers import MaskedConv, RasterConfig, RowCache, pack
+from .base import FEW_ROWS, Prior
+from .layers import MaskedConv, RasterConfig, RowCache, odd_kernels, pack
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,8 +43,7 @@ class PixelSNAILConfig(RasterConfig):
     def check(self) -> Iterator[str]:
         """The kernel is odd, values are as wide as keys, the grid has two axes, the order is raster."""
         yield from super().check()
-        if self.kernel % 2 == 0:
-            yield f"kernel: must be odd (got {self.kernel})"
+        yield from odd_kernels(self, "kernel")
         if self.key > self.value:
             yield f"key: must be at most value (got key {self.key}, value {self.value})"
 
@@ -134,8 +133,7 @@ class PixelSNAIL(Prior, name="pixelsnail"):
 
     def forward(self, tokens: Tensor, labels: Tensor | None = None) -> Tensor:
         """Teacher-forced logits `(B, N, vocab_size)`, raster order; `logits[:, i]` sees only tokens before i."""
-        if labels is None:
-            labels = torch.full((len(tokens),), self.num_classes, device=tokens.device)
+        labels = self.class_ids(labels, len(tokens))
         embedded = self.embedding(tokens.long())
         x = self.first(embedded)
         for block in self.blocks:
@@ -145,8 +143,7 @@ class PixelSNAIL(Prior, name="pixelsnail"):
     @torch.no_grad()
     def start(self, num_images: int, labels: Tensor | None, order: Tensor | None = None) -> Cache:
         """Allocate the caches once, and lay the weights out for steps of one position."""
-        if labels is None:
-            labels = torch.full((num_images,), self.num_classes, device=self.device)
+        labels = self.class_ids(labels, num_images)
         return Cache(self, labels)
 
     def next_logits(self, state: Cache, token: Tensor | None) -> Tensor:
@@ -222,7 +219,8 @@ class Cache:
     def _slots(self, config: PixelSNAILConfig, attentions: list[Attention], background: Tensor) -> None:
         depth, rows = self.sources.shape[:2]
         self.slot_at = torch.stack([a.slot_at(background) for a in attentions], 1)[:, :, None]  # (N, depth, 1, slot)
-        self.slot = torch.stack([pack(a.slot.weight, rows) for a in attentions])
+        weights = torch.stack([a.slot.weight.detach() for a in attentions])
+        self.slot = weights.mT.contiguous() if rows < FEW_ROWS else weights.mT
         self.slots = self.sources.new_zeros(depth, rows, config.heads, len(background), config.key + config.value)
         self.slots[:, :, :, 0] = torch.stack([a.nothing for a in attentions]).view(depth, 1, config.heads, -1)
         self.keys, self.values = self.slots[..., : config.value], self.slots[..., config.key :]

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from .orders import make_order
+from .sampling import Generators, Sampler, image_generators
 
 if TYPE_CHECKING:
     from .base import Prior
@@ -20,9 +21,8 @@ Order = Tensor | str | None
 
 @dataclass
 class Rows:
-    """What is to be drawn, a row per image: labels `(B,)`, generators, and in the order of the walk the tokens to keep
-    (`given` where bool `keep`), both `(B, N)`. order: `(N,)`, `(B, N)`, or None for the model's own, which `path` is
-    then."""
+    """What is to be drawn, a row per image: labels `(B,)`, generators, and the tokens to keep (`given` where bool
+    `keep`), both `(B, N)` along `path`, `(N,)` or `(B, N)`. order: the path, or None where it is the model's own."""
 
     labels: Tensor
     generators: list[torch.Generator]
@@ -40,11 +40,31 @@ class Rows:
         order = None if self.order is None else path
         return Rows(self.labels[at], generators, self.given[at], self.keep[at], order, path)
 
-    def padded(self, count: int) -> Rows:
-        """With `count` more rows, copies of the first with noise of their own."""
-        rows = self[[*range(len(self)), *[0] * count]]
-        noise = [torch.Generator(g.device).manual_seed(0) for g in rows.generators[len(self) :]]
-        return replace(rows, generators=self.generators + noise)
+    def along(self, walk: Tensor | None, own: Tensor) -> Rows:
+        """In the order of `walk` (None: of the model's `own`), given that they are in raster order."""
+        path = own if walk is None else walk
+        wide = path.expand(self.given.shape)
+        return replace(self, given=self.given.gather(1, wide), keep=self.keep.gather(1, wide), order=walk, path=path)
+
+    def cut(self, most: int) -> list[Rows]:
+        """In parts of at most `most` rows, as alike in size as can be."""
+        parts = -(-len(self) // most)
+        ends = [len(self) * part // parts for part in range(parts + 1)]
+        return [self[begin:end] for begin, end in zip(ends, ends[1:], strict=False)]
+
+
+def make_rows(prior: Prior, num_images: int, labels: Tensor | None, sampler: Sampler, generator: Generators,
+              tokens: Tensor | None, known: Tensor | None) -> Rows:  # fmt: skip
+    """The rows of a request, in raster order. Raises `ValueError` for what is out of range."""
+    if num_images < 1:
+        raise ValueError(f"num_images must be at least 1 (got {num_images})")
+    labels = check_labels(prior, labels, num_images)
+    if sampler.guidance_scale != 1 and (labels is None or bool((labels == prior.num_classes).all())):
+        raise ValueError("guidance_scale other than 1 needs labels to guide towards")
+    given, keep = known_tokens(prior, tokens, known, num_images)
+    raster = torch.arange(len(prior.grid), device=prior.device)
+    generators = image_generators(generator, num_images)
+    return Rows(prior.class_ids(labels, num_images), generators, given, keep, None, raster)
 
 
 def check_labels(prior: Prior, labels: Tensor | None, count: int) -> Tensor | None:
@@ -69,15 +89,16 @@ def check_order(prior: Prior, order: Order, count: int) -> Tensor | None:
         return None
     walk = make_order(order, prior.grid.shape) if isinstance(order, str) else torch.as_tensor(order)
     walk, size = walk.to(prior.device), len(prior.grid)
-    if tuple(walk.shape) not in ((size,), (count, size)) or not bool(
+    whole = not walk.dtype.is_floating_point and walk.dtype != torch.bool
+    if not whole or tuple(walk.shape) not in ((size,), (count, size)) or not bool(
         (walk.sort(-1).values == torch.arange(size, device=walk.device)).all()
-    ):
+    ):  # fmt: skip
         raise ValueError(f"order should hold each of 0 to {size - 1} once, for all images or for each of {count}")
     if bool((walk == prior.order).all()):
         return None
     if not prior.any_order:
         raise ValueError(f"order: this {prior.name} goes in one order, {prior.config.order!r}, as it was made")
-    return walk
+    return walk.long()
 
 
 def choose_walk(prior: Prior, order: Order, num_orders: int, keep: Tensor,

@@ -6,7 +6,7 @@ and its image's own noise at its position. The noise is drawn from the image's g
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -52,8 +52,8 @@ class Sampler:
 
     @property
     def tolerance(self) -> float:
-        """A lead of the winning score that rounding in the logits (about 1e-6) can not overturn."""
-        return 1e-4 * (1 + self.guidance_scale) / min(1.0, self.temperature or 1.0)
+        """A lead of the winning score that rounding can not overturn: float32 logits were off by 6e-6 at most."""
+        return 2e-5 * (1 + self.guidance_scale) / min(1.0, self.temperature or 1.0)
 
     def doubled(self, rows: Tensor | None, null: int | None = None) -> Any:
         """`rows` (B, ...), a second time below if guidance needs it, filled with `null` if given. What all rows share
@@ -80,33 +80,34 @@ class Sampler:
         return self._choose_of_some(logits, noise) if self.filters else _best(logits + noise)
 
     def _choose_of_some(self, logits: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
-        """`choose` among the ids that the filters keep. What nearly was kept competes for the lead, which is 0 where
-        the winner nearly was not."""
-        kept, sure = self._kept(logits)
-        ids = (logits + noise).masked_fill(~kept, -torch.inf).argmax(-1, keepdim=True)
-        lowest = logits.masked_fill(~kept, torch.inf).amin(-1, keepdim=True)
-        highest = logits.masked_fill(kept, -torch.inf).amax(-1, keepdim=True)  # of those left out
-        scores = (logits + noise).masked_fill(logits < lowest - self.tolerance, -torch.inf)
-        rivals = scores.scatter(-1, ids, -torch.inf).amax(-1)
-        sure &= logits.gather(-1, ids)[..., 0] > highest[..., 0] + self.tolerance
-        return ids[..., 0], (scores.gather(-1, ids)[..., 0] - rivals).where(sure, 0)
+        """`choose` among the ids that the filters keep. What is nearly kept competes for the lead, which is 0 where the
+        winner is nearly not kept."""
+        kept, near, certain = self._kept(logits)
+        scores = logits + noise
+        ids = scores.masked_fill(~kept, -torch.inf).argmax(-1, keepdim=True)
+        rivals = scores.masked_fill(~near, -torch.inf).scatter(-1, ids, -torch.inf).amax(-1)
+        lead = scores.gather(-1, ids)[..., 0] - rivals
+        return ids[..., 0], lead.where(certain.gather(-1, ids)[..., 0], 0)
 
-    def _kept(self, logits: Tensor) -> tuple[Tensor, Tensor]:
-        """bool `(..., V)`: what `top_k` and `top_p` keep; and bool `(...)`: whether rounding in a sum can not change
-        that. Of equal logits `top_k` keeps all, `top_p` the first."""
-        kept, sure = torch.ones_like(logits, dtype=torch.bool), torch.ones_like(logits[..., 0], dtype=torch.bool)
+    def _kept(self, logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """bool `(..., V)`: what `top_k` and `top_p` keep; what they might, and what they surely would, if the logits
+        were off by less than `tolerance`. Of equal logits `top_k` keeps all, `top_p` the first."""
+        kept = near = certain = torch.ones_like(logits, dtype=torch.bool)
         if self.top_k is not None and self.top_k < logits.shape[-1]:
-            best = logits.topk(self.top_k + 1).values
-            kept = logits >= best[..., -2, None]
-            if self.top_p is not None:  # another id would change the mass of all
-                sure = best[..., -2] - best[..., -1] > self.tolerance
+            last, first_out = logits.topk(self.top_k + 1).values[..., -2:].split(1, -1)
+            kept, near, certain = logits >= last, logits >= last - self.tolerance, logits > first_out + self.tolerance
         if self.top_p is not None and self.top_p < 1:
             ordered, ids = logits.masked_fill(~kept, -torch.inf).sort(dim=-1, descending=True, stable=True)
             probabilities = ordered.double().softmax(-1)
-            before = probabilities.cumsum(-1) - probabilities
-            kept = kept.scatter(-1, ids, (before < self.top_p) & (ordered > -torch.inf))
-            sure &= ((before - self.top_p).abs() > self.tolerance).all(-1)
-        return kept, sure
+            before = (probabilities.cumsum(-1) - probabilities).masked_fill(ordered == -torch.inf, torch.inf)
+            share = (logits.double() - ordered.double().logsumexp(-1, keepdim=True)).exp()
+            slack = self.tolerance + (share * (near & ~certain)).sum(-1, keepdim=True)  # of ids that may come or go
+            kept, likely, sure = (torch.zeros_like(kept).scatter(-1, ids, before < self.top_p + by)
+                                  for by in (0, slack, -slack))  # fmt: skip
+            lowest = logits.masked_fill(~likely, torch.inf).amin(-1, keepdim=True)
+            highest = logits.masked_fill(sure, -torch.inf).amax(-1, keepdim=True)
+            near, certain = logits >= lowest - self.tolerance, sure & (logits > highest + self.tolerance)
+        return kept, near, certain
 
 
 def _best(scores: Tensor) -> tuple[Tensor, Tensor]:
@@ -119,14 +120,25 @@ def _best(scores: Tensor) -> tuple[Tensor, Tensor]:
 
 def image_generators(generator: Generators, num_images: int) -> list[torch.Generator]:
     """One generator per image. A single generator (or None, torch's global one) seeds them in turn, so image k is the
-    same however many follow it. Raises `ValueError` when a list has another length."""
+    same however many follow it. Raises `ValueError` unless a list holds one for each."""
     if isinstance(generator, Sequence):
-        if len(generator) != num_images:
-            raise ValueError(f"got {len(generator)} generators for {num_images} images; one per image is needed")
+        if len(set(map(id, generator))) != num_images or len(generator) != num_images:
+            raise ValueError(
+                f"got {len(set(map(id, generator)))} generators for {num_images} images; each needs its own"
+            )
         return list(generator)
     device = generator.device if generator is not None else "cpu"
     seeds = [int(torch.randint(MAX_SEED, (), generator=generator, device=device)) for _ in range(num_images)]
     return [torch.Generator(device).manual_seed(seed) for seed in seeds]
+
+
+def progress_over(steps: range, shown: bool, unit: str = "token") -> Iterable[int]:
+    """`steps`, with a bar on a terminal if it is to be shown."""
+    if not shown:
+        return steps
+    from tqdm import tqdm
+
+    return tqdm(steps, desc="sampling", unit=unit, leave=False, disable=None)
 
 
 class GumbelNoise:

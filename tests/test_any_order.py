@@ -98,17 +98,6 @@ def test_probabilities_sum_to_one_in_any_order_and_mixed(name):
 
 
 @every_model
-def test_averaged_logits_are_no_density(name):
-    """The mistake the mixture guards against: conditionals averaged over orders do not multiply to a density."""
-    model = make(name, shape=(2, 2), vocab_size=3).double()
-    grids = torch.tensor(list(itertools.product(range(3), repeat=4))).reshape(-1, 2, 2)
-    orders = [make_order(f"random:{k}", (2, 2)) for k in range(6)]
-    logits = torch.stack([model(grids, order=order).detach() for order in orders]).mean(0)
-    total = logits.log_softmax(-1).gather(-1, grids.reshape(-1, 4, 1)).sum((1, 2)).exp().sum()
-    assert abs(float(total) - 1) > 1e-6  # where a density, in float64, is off by 1e-12
-
-
-@every_model
 @pytest.mark.parametrize("cache", [True, False])
 def test_frequencies_of_a_mixture_match_its_log_prob(name, cache):
     model, count = make(name, shape=(1, 3), vocab_size=2), 20_000 if cache else 4000
@@ -191,3 +180,20 @@ def test_gpt_anneals_from_random_orders_to_its_own():
     assert make_prior("gpt").training_inputs(tokens, 0.5) == {}
     with pytest.raises(ValueError, match="anneal"):
         make_prior("gpt", anneal=(0.8, 0.4))
+
+
+@every_model
+def test_orders_guidance_known_tokens_and_mixtures_go_together(name, orders):
+    model, labels = make(name), torch.arange(5) % 3
+    tokens, known = torch.randint(5, (5, 3, 4)), torch.rand(5, 3, 4) < 0.4
+    for settings in (
+        {"order": orders, "guidance_scale": 2.0},
+        {"order": orders, "tokens": tokens, "known": known, "top_p": 0.9},
+        {"num_orders": 3, "tokens": tokens, "known": known},
+        {"num_orders": 3, "guidance_scale": 0.5},
+    ):
+        drawn = model.sample(5, labels, generator=generators(5), **settings)
+        for path in ({"cache": False}, {"parallel": True}):
+            assert torch.equal(model.sample(5, labels, generator=generators(5), **path, **settings), drawn), settings
+        if "known" in settings:
+            assert torch.equal(drawn[known], tokens[known])

@@ -23,7 +23,9 @@ from tokenizer import TokenGrid, Tokenizer
 from tokenizer.pretrained import ConfigError, IntegrityError, ModelConfig, PathError
 
 LABELS = ["cat", "dog", "eel"]
-every_pair = pytest.mark.parametrize(("tokenizer", "prior"), [(t, p) for t in TOKENIZERS for p in PRIORS])
+# Every tokenizer with a prior, and every prior with a tokenizer: they only meet in a grid of ids.
+PAIRS = [*((tokenizer, "gpt") for tokenizer in TOKENIZERS), *(("vqvae", prior) for prior in PRIORS if prior != "gpt")]
+every_pair = pytest.mark.parametrize(("tokenizer", "prior"), PAIRS)
 every_tokenizer = pytest.mark.parametrize("tokenizer", TOKENIZERS)
 
 
@@ -219,6 +221,7 @@ def test_orders_reach_the_prior():
     for k in range(5):
         assert pipe.log_prob(pixels[k : k + 1], order=orders[k])[0] == pytest.approx(float(log_probs[k]), abs=1e-4)
     assert not torch.allclose(pipe.log_prob(pixels, num_orders=3), pipe.log_prob(pixels), atol=1e-3)
+    assert torch.equal(pipe(5, seed=0, order=orders.numpy(), batch_size=2).tokens, each.tokens)
     with pytest.raises(ValueError, match="one order"):
         make_pipeline()(2, order="column")
 
@@ -261,6 +264,8 @@ def test_steps_of_a_masked_token_prior(tmp_path, monkeypatch):
         make_pipeline(sampler={"steps": 2})
     with pytest.raises(ValueError, match="steps must be"):
         make_like(pipe, {"steps": 0})
+    with pytest.raises(ConfigError, match="steps: 7 are more than the 6 tokens"):
+        make_like(pipe, {"steps": 7})
     with pytest.raises(ValueError, match="from 1 to 6"):
         pipe(2, steps=7)
     with pytest.raises(TypeError, match="'steps' is no argument of sampling from a 'gpt' prior"):

@@ -71,7 +71,7 @@ def test_masks_follow_the_schedule(schedule):
     assert SCHEDULES[schedule](torch.tensor([0.0, 1.0])).tolist() == pytest.approx([1, 0], abs=1e-6)
 
 
-def test_the_loss_is_the_bound(monkeypatch):
+def test_the_loss_is_the_bound():
     """Under the linear schedule its expectation is -E_order log p per token, over all masks enumerated."""
     model = make(shape=(1, 3), vocab_size=3).double()
     tokens, label = torch.tensor([[[2, 0, 1]]]), torch.tensor([1])

@@ -89,7 +89,7 @@ def test_a_decision_that_turns_out_otherwise_turns_the_rest(monkeypatch):
     expected, settled = model.sample(6, generator=generators(6)), []
     monkeypatch.setattr("prior.sampling.Sampler.tolerance", float("inf"))
 
-    def wrong(prior, rows, sampler, guess):
+    def wrong(prior, rows, sampler, guess, progress):
         for generator in rows.generators:
             torch.rand(7, generator=generator)
         return parallel.Parallel(torch.zeros_like(rows.given), torch.zeros(rows.given.shape), torch.zeros(6))
@@ -113,7 +113,7 @@ def test_leads_are_those_of_the_decisions_that_stand(monkeypatch):
 
 
 @every_prior
-def test_a_guess_changes_passes_but_no_token(name, monkeypatch):
+def test_a_guess_changes_passes_but_no_token(name):
     """Whatever the second prior is: one that looks at nothing, one in another order, the model itself."""
     model = make_prior(name, shape=(4, 5), vocab_size=7)
     labels, tokens, known = torch.arange(8) % 4, torch.randint(7, (8, 4, 5)), torch.rand(8, 4, 5) < 0.3

@@ -3,12 +3,11 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from costs import Operations, all_steps, flops
 from small import make_prior
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.flop_counter import FlopCounterMode
 
-from prior.layers import CausalConv, MaskedConv, RowCache, see
+from prior.layers import CausalConv2d, MaskedConv, RowCache, see
 
 BOTH = ("pixelcnn", "gated_pixelcnn")
 both = pytest.mark.parametrize("name", BOTH)
@@ -33,12 +32,6 @@ def seen_by_gradients(model):
     return torch.stack([row[0].sum(-1).flatten() != 0 for row in rows])
 
 
-def field_of(model):
-    """`receptive_field`, or all earlier tokens for a model without one."""
-    everything = torch.ones(len(model.grid), len(model.grid), dtype=torch.bool).tril(-1)
-    return getattr(model, "receptive_field", everything)
-
-
 def offsets(height, width):
     """How many rows token j lies above position i, and how many columns to its right: two `(N, N)`."""
     rows, columns = torch.arange(height * width) // width, torch.arange(height * width) % width
@@ -59,14 +52,14 @@ def test_receptive_field_is_what_gradients_reach(name, depth, shape):
     box = (above >= 0) & (above <= depth + 1) & (right.abs() <= depth + 1) & ((above > 0) | (right < 0))
     expected = box & (right <= above) if name == "pixelcnn" else box
     assert torch.equal(seen_by_gradients(model), expected)
-    assert torch.equal(field_of(model), expected)
+    assert torch.equal(model.receptive_field, expected)
 
 
 @both
 @pytest.mark.parametrize(("first_kernel", "kernel"), [(5, 3), (3, 5), (7, 5)])
 def test_receptive_field_follows_the_kernels(name, first_kernel, kernel):
     model = make_prior(name, shape=(9, 10), depth=1, first_kernel=first_kernel, kernel=kernel)
-    assert torch.equal(field_of(model), seen_by_gradients(positive(model)))
+    assert torch.equal(model.receptive_field, seen_by_gradients(positive(model)))
 
 
 @both
@@ -78,15 +71,16 @@ def test_changed_tokens_move_the_logits_that_see_them(name):
         changed = tokens.clone().flatten()
         changed[position] = (changed[position] + 2) % 5
         moved.append((model(changed.view(1, 5, 6)) - before)[0].abs().amax(-1) > 0)
-    assert torch.equal(torch.stack(moved, 1), field_of(model))
+    assert torch.equal(torch.stack(moved, 1), model.receptive_field)
 
 
-def test_only_a_model_that_misses_some_earlier_token_has_a_receptive_field():
-    assert hasattr(make_prior("pixelcnn", shape=(8, 8), depth=20), "receptive_field"), "no depth cures a blind spot"
-    assert not hasattr(make_prior("pixelcnn", shape=(3, 4), first_kernel=7), "receptive_field")
-    assert hasattr(make_prior("gated_pixelcnn", shape=(8, 8), depth=5), "receptive_field")
-    assert not hasattr(make_prior("gated_pixelcnn", shape=(8, 8), depth=6), "receptive_field")
-    assert make_prior("pixelcnn", shape=(8, 8)).double().receptive_field.dtype == torch.bool
+def test_a_blind_spot_is_cured_by_no_depth_and_the_gated_one_has_none_once_depth_allows():
+    earlier = torch.ones(64, 64).tril(-1).bool()
+    assert not torch.equal(make_prior("pixelcnn", shape=(8, 8), depth=20).receptive_field, earlier)
+    assert not torch.equal(make_prior("gated_pixelcnn", shape=(8, 8), depth=5).receptive_field, earlier)
+    assert torch.equal(make_prior("gated_pixelcnn", shape=(8, 8), depth=6).receptive_field, earlier)
+    covered = make_prior("pixelcnn", shape=(3, 4), first_kernel=7).receptive_field
+    assert torch.equal(covered, torch.ones(12, 12).tril(-1).bool()), "the first kernel covers the grid"
 
 
 # The convolutions
@@ -125,7 +119,7 @@ def test_weights_behind_the_mask_do_nothing_and_learn_nothing():
     ("rows", "columns"), [((-2, -1), (-1, 1)), ((-2, 0), (-1, 1)), ((0, 0), (-2, -1)), ((0, 0), (0, 0))]
 )
 def test_taps_are_the_offsets_that_a_convolution_sees(rows, columns):
-    conv, field = CausalConv(1, 1, rows, columns), torch.eye(20).view(4, 5, 20)
+    conv, field = CausalConv2d(1, 1, rows, columns), torch.eye(20).view(4, 5, 20)
     nn.init.ones_(conv.weight)
     summed = conv(field.movedim(-1, 0)[..., None])[..., 0].movedim(0, -1)  # the basis as a batch
     assert torch.equal(see(field.bool(), conv.taps), summed > 0)
@@ -154,14 +148,6 @@ def test_row_cache_is_the_convolution(rows, size, sees_itself):
 # Sampling
 
 
-def steps_of(model, tokens, labels):
-    state, token, logits = model.start(len(tokens), labels), None, []
-    for position in range(len(model.grid)):
-        logits.append(model.next_logits(state, token).clone())
-        token = tokens.flatten(1)[:, position]
-    return torch.stack(logits, 1)
-
-
 @both
 @pytest.mark.parametrize("rows", [1, 4])
 @pytest.mark.parametrize(("first_kernel", "kernel"), [(3, 3), (7, 5), (5, 7)])
@@ -170,15 +156,15 @@ def test_steps_are_the_forward_pass_for_all_kernels(name, rows, first_kernel, ke
     model = make_prior(name, shape=(11, 6), first_kernel=first_kernel, kernel=kernel).double()
     tokens, labels = torch.randint(5, (rows, 11, 6)), torch.arange(rows) % 4
     other = model.start(rows, labels)
-    assert (steps_of(model, tokens, labels) - model(tokens, labels)).abs().max() < 1e-9
-    assert (steps_of(model, tokens, None) - model(tokens)).abs().max() < 1e-9
+    assert (all_steps(model, tokens, labels) - model(tokens, labels)).abs().max() < 1e-9
+    assert (all_steps(model, tokens, None) - model(tokens)).abs().max() < 1e-9
     assert (model.next_logits(other, None) - model(tokens, labels)[:, 0]).abs().max() < 1e-9
 
 
 def weights_in_effect(model):
     """How many numbers a position is multiplied with."""
     linear = sum(module.weight.numel() for module in model.modules() if isinstance(module, nn.Linear))
-    convs = [module for module in model.modules() if isinstance(module, CausalConv)]
+    convs = [module for module in model.modules() if isinstance(module, CausalConv2d)]
     return linear + sum(len(conv.taps) * conv.weight[..., 0, 0].numel() for conv in convs)
 
 
@@ -187,24 +173,8 @@ def weights_in_effect(model):
 def test_steps_multiply_each_weight_once_per_position(name, rows):
     model = make_prior(name, shape=(6, 5), first_kernel=5)
     tokens = torch.randint(5, (rows, 6, 5))
-    with FlopCounterMode(display=False) as forward, torch.no_grad():
-        model(tokens)
-    with FlopCounterMode(display=False) as steps, torch.no_grad():
-        steps_of(model, tokens, None)
-    assert steps.get_total_flops() == 2 * rows * 30 * weights_in_effect(model) <= forward.get_total_flops()
-
-
-class Operations(TorchDispatchMode):
-    """Counts what is dispatched, and the numbers in the largest result that is not a view of something kept."""
-
-    count, largest = 0, 0
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        result = function(*args, **(kwargs or {}))
-        self.count += 1
-        if not function.is_view and "out" not in (kwargs or {}) and isinstance(result, torch.Tensor):
-            self.largest = max(self.largest, result.numel())
-        return result
+    steps = flops(lambda: all_steps(model, tokens))
+    assert steps == 2 * rows * 30 * weights_in_effect(model) <= flops(lambda: model(tokens))
 
 
 @both
@@ -219,10 +189,12 @@ def test_a_step_takes_few_operations(name):
                 with Operations() as operations:
                     model.next_logits(state, token if position else None)
                 if position % 5:
-                    assert operations.count <= most, f"{operations.count} operations at position {position}"
+                    assert len(operations.names) <= most, f"{len(operations.names)} operations at position {position}"
                     assert operations.largest <= 4 * 16, "a step makes more than one position's features"
                 else:
-                    assert operations.count <= 25 * (depth + 2), f"{operations.count} operations at a row's start"
+                    assert len(operations.names) <= 25 * (depth + 2), (
+                        f"{len(operations.names)} operations at a row's start"
+                    )
 
 
 # Labels
@@ -243,7 +215,7 @@ def test_every_label_table_reaches_the_logits(name):
         logits = model(tokens, labels)
         for label in range(3):
             assert (logits[label] - logits[3]).abs().amax() > 1e-6, kept
-        assert (steps_of(model, tokens, labels) - logits).abs().max() < 1e-9, kept
+        assert (all_steps(model, tokens, labels) - logits).abs().max() < 1e-9, kept
         assert torch.equal(model(tokens), logits[3:].expand_as(logits)), "no label is the null class"
 
 

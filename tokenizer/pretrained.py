@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib
+import itertools
 import json
 import os
 import pkgutil
@@ -100,7 +101,7 @@ class PretrainedModel(Named, nn.Module):
     @property
     def device(self) -> torch.device:
         """Where the weights are."""
-        return next((t.device for t in [*self.parameters(), *self.buffers()]), torch.device("cpu"))
+        return next((t.device for t in itertools.chain(self.parameters(), self.buffers())), torch.device("cpu"))
 
     def fingerprint(self) -> str:
         """sha256 over configuration and weights: two models with the same fingerprint are the same function.

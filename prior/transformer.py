@@ -1,0 +1,125 @@
+"""The transformer that `gpt` and `masked` are made of: its sizes, its block, its positions.
+
+As image priors have it (LlamaGen, Sun et al. 2024): RMSNorm, SwiGLU, no biases, rotary positions on grid coordinates,
+queries and keys normalised per head.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from tokenizer.pretrained import setting
+
+from .base import PriorConfig
+
+EPS = 1e-12  # only keeps zero from being divided by zero
+MAX_ROTATIONS = 1 << 24  # tokens times head width: the table of rotary positions is built before weights are read
+
+
+@dataclass(frozen=True, kw_only=True)
+class TransformerConfig(PriorConfig):
+    """Sizes of the transformer."""
+
+    dim: int = setting(128, "width of the residual stream", ge=8, le=16384)
+    depth: int = setting(4, "number of transformer blocks", ge=1, le=256)
+    heads: int = setting(4, "attention heads; they divide dim", ge=1, le=256)
+    hidden: int | None = setting(None, "width of the SwiGLU layer; default 8/3 dim, rounded up to 32", ge=8, le=65536)
+    dropout: float = setting(0.0, "dropout on the embeddings and on each residual branch", ge=0, lt=1)
+    attention_dropout: float = setting(0.0, "dropout on the attention weights", ge=0, lt=1)
+    rope_base: float = setting(100.0, "longest wavelength of the rotary positions, in units of 2 pi cells", gt=1)
+
+    def check(self) -> Iterator[str]:
+        """Heads have to be of an even width, and the order has to exist."""
+        yield from super().check()
+        if self.dim % (2 * self.heads):
+            yield f"heads: dim must be a multiple of 2 * heads (got dim {self.dim}, heads {self.heads})"
+        elif len(self.grid) * self.dim // self.heads > MAX_ROTATIONS:
+            yield f"heads: a grid of {len(self.grid)} tokens and heads of width {self.dim // self.heads} are too large"
+
+
+class Block(nn.Module):
+    """Attention and SwiGLU, each normalised before and added to the residual stream `(B, N, dim)`.
+
+    causal: whether a position attends to earlier ones and itself, or to all.
+    """
+
+    def __init__(self, config: TransformerConfig, *, causal: bool) -> None:
+        super().__init__()
+        dim, hidden = config.dim, config.hidden or -(-config.dim * 8 // 96) * 32
+        self.causal, self.heads, self.attention_dropout = causal, config.heads, config.attention_dropout
+        self.attention_norm, self.mlp_norm = nn.RMSNorm(dim, eps=EPS), nn.RMSNorm(dim, eps=EPS)
+        self.qkv = nn.Linear(dim, 3 * dim, bias=False)
+        self.gain = nn.Parameter(torch.full((config.heads, 1), 1.2))  # how sharp a head may attend
+        self.project = nn.Linear(dim, dim, bias=False)
+        self.gate_up = nn.Linear(dim, 2 * hidden, bias=False)
+        self.down = nn.Linear(hidden, dim, bias=False)
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(self, x: Tensor, turns: Tensor) -> Tensor:
+        """`(B, N, dim)` to the same; turns: of queries and keys, `([B,] N, 2, dim / heads / 2, 2)`."""
+        q, k, v = self.qkv(self.attention_norm(x)).unflatten(-1, (3, self.heads, -1)).unbind(2)  # (B, N, heads, width)
+        q = rotate(unit(q) * self.gain, turns[..., 0, :, :]).to(v.dtype)
+        k = rotate(unit(k), turns[..., 1, :, :]).to(v.dtype)
+        dropout = self.attention_dropout if self.training else 0.0
+        q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+        attended = F.scaled_dot_product_attention(q, k, v, is_causal=self.causal, dropout_p=dropout)
+        x = x + self.dropout(self.project(attended.transpose(1, 2).flatten(2)))
+        gate, up = self.gate_up(self.mlp_norm(x)).chunk(2, -1)
+        return x + self.dropout(self.down(F.silu(gate) * up))
+
+
+def unit(x: Tensor) -> Tensor:
+    """`x` scaled to a root mean square of 1 along its last axis, at least in float32."""
+    return F.rms_norm(x if x.dtype == torch.float64 else x.float(), x.shape[-1:], eps=EPS)
+
+
+def rotate(x: Tensor, rotation: Tensor) -> Tensor:
+    """Turn each pair of `x` (B, N, heads, width) by its position's angle, of which `rotation` ([B,] N, width / 2, 2)
+    holds cos and sin."""
+    a, b = x.unflatten(-1, (-1, 2)).unbind(-1)
+    cos, sin = rotation.unsqueeze(-3).unbind(-1)
+    return torch.stack([a * cos - b * sin, a * sin + b * cos], -1).flatten(-2)
+
+
+class Rotations(nn.Module):
+    """cos and sin of each cell's angles, `(cells, width / 2, 2)`, the pairs of a head shared out among the axes (2-D
+    RoPE). Never below float32, whatever the weights are."""
+
+    table: Tensor
+
+    def __init__(self, config: TransformerConfig, cells: Tensor) -> None:
+        """cells: coordinates `(cells, axes)`."""
+        super().__init__()
+        pairs, axes = config.dim // config.heads // 2, cells.shape[1]
+        at = torch.arange(pairs, device="cpu")
+        angles = cells.float()[:, at % axes] * config.rope_base ** (-(at // axes) / max(1, -(-pairs // axes)))
+        self.register_buffer("table", torch.stack([angles.cos(), angles.sin()], -1), persistent=False)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Rotations:
+        before = self.table
+        super()._apply(fn, recurse)
+        if self.table.dtype in (torch.bfloat16, torch.float16):
+            self.table = before.to(self.table.device)
+        return self
+
+
+def coordinates(shape: tuple[int, ...]) -> Tensor:
+    """The coordinates `(N, axes)` of a grid's cells, raster order."""
+    return torch.cartesian_prod(*(torch.arange(size, device="cpu") for size in shape)).reshape(-1, len(shape))
+
+
+def reset(parameters: Iterable[nn.Parameter], blocks: Any) -> None:
+    """Normal weights of deviation 0.02. Branches start smaller, so that depth does not blow the residual stream up
+    (GPT-2)."""
+    for parameter in parameters:
+        if parameter.ndim == 2 and parameter.shape[1] > 1:
+            nn.init.normal_(parameter, std=0.02)
+    for block in blocks:
+        for layer in (block.project, block.down):
+            nn.init.normal_(layer.weight, std=0.02 / (2 * len(blocks)) ** 0.5)

@@ -1,0 +1,60 @@
+"""What a piece of code costs: FLOPs, attention included, and operations."""
+
+from collections.abc import Callable
+from unittest import mock
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
+
+VIEWS = {"_unsafe_view", "alias", "as_strided", "detach", "expand", "narrow", "permute", "select", "slice", "split",
+         "split_with_sizes", "squeeze", "t", "transpose", "unbind", "unfold", "unsqueeze", "view", "view_as_complex"
+         }  # fmt: skip
+
+
+class Operations(TorchDispatchMode):
+    """`names` of all operations that do something, in turn, and the numbers in the `largest` new result of any."""
+
+    def __init__(self):
+        super().__init__()
+        self.names, self.largest = [], 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        name = function.overloadpacket.__name__
+        self.names += [name] if name not in VIEWS else []
+        given = {each.untyped_storage().data_ptr() for each in (*args, *(kwargs or {}).values())
+                 if isinstance(each, torch.Tensor)}  # fmt: skip
+        for tensor in out if isinstance(out, (tuple, list)) else (out,):
+            if isinstance(tensor, torch.Tensor) and tensor.untyped_storage().data_ptr() not in given:
+                self.largest = max(self.largest, tensor.numel())
+        return out
+
+
+def attention_by_product(q, k, v, is_causal=False, dropout_p=0.0):
+    """What the FLOP counter can see: it misses the fused kernel on CPU."""
+    scores = q @ k.transpose(-1, -2) / q.shape[-1] ** 0.5
+    if is_causal:
+        scores = scores.masked_fill(~torch.ones_like(scores, dtype=torch.bool).tril(), -torch.inf)
+    return scores.softmax(-1) @ v
+
+
+def flops(run: Callable[[], object]) -> int:
+    """FLOPs of a call, without gradients."""
+    with (
+        mock.patch("torch.nn.functional.scaled_dot_product_attention", attention_by_product),
+        FlopCounterMode(display=False) as counter,
+        torch.no_grad(),
+    ):
+        run()
+    return counter.get_total_flops()
+
+
+def all_steps(model, tokens, labels=None, order=None):
+    """Logits `(B, N, V)` of the incremental path on `tokens`, in the order (given or the model's own)."""
+    path = (model.order if order is None else order).expand(len(tokens), -1)
+    walked, logits = tokens.flatten(1).gather(1, path), []
+    state = model.start(len(tokens), labels, **({} if order is None else {"order": order}))
+    for rank in range(walked.shape[1]):
+        logits.append(model.next_logits(state, walked[:, rank - 1] if rank else None))
+    return torch.stack(logits, 1)
