@@ -64,6 +64,7 @@ class PriorTask(Task):
         self.nets: dict[str, nn.Module] = {"model": self.model}
         self.players = {"model": list(self.model.parameters())}
         self.rows, self.tokens_per_row = len(self.train_split), len(self.data.grid)
+        self.pipeline(self.model)  # what does not go together is found before training
 
     def batch(self, indices: np.ndarray, epochs: np.ndarray, seed: int) -> tuple[Tensor, Tensor]:
         """Tokens `(B, *grid.shape)` and labels `(B,)`, the null class where dropped or where the data has none."""
