@@ -6,8 +6,9 @@
 
 64 images, one per class in turn, the noise of seeds 0 to 63. `last output`: what the last pass drew there (Jacobi),
 from a start at the likeliest tokens of the noise alone, or of noise and position frequencies (`marginal`). `greedy`:
-the likeliest tokens of the last pass, without noise. `corrected`: what the last pass drew, its logits moved by what the
-guessing prior's logits move by, in so many passes of that prior. All images are compared with those drawn step by step.
+the likeliest tokens of the last pass, without noise. `corrected`: drawn from the guessing prior's logits on the new
+tokens plus what the last pass's differed from them on the old, in so many passes of that prior; `all kept`: plus the
+whole difference. All images are compared with those drawn step by step.
 Seconds: median of three, with the guessing prior's passes, against the path with a cache.
 """
 
@@ -88,6 +89,8 @@ def main() -> None:
         ("last output, marginal start", marginal, {"CHEAP_PASSES": 1}),
         ("greedy", marginal, {"corrected": greedy}),
         *((f"corrected by {cheap.name}, {n} passes", cheap, {"CHEAP_PASSES": n}) for n in (1, 2, 4, 8)),
+        (f"corrected by {cheap.name}, all kept", cheap, {"KEPT": 1.0}),
+        (f"corrected by {cheap.name}, 0.6 kept", cheap, {"KEPT": 0.6}),
     ]
     for settings in ({}, {"temperature": 0.7}, {"top_p": 0.9}):
 
