@@ -158,6 +158,23 @@ def marginal(data: Any) -> Any:
     return ImagePipeline(data.tokenizer, prior, labels=data.class_names)
 
 
+def sheet(kinds: list[str], out: Path) -> Path:
+    """Two rows of each prior's samples, a class per column, with its name above."""
+    from PIL import Image, ImageDraw, ImageFont
+
+    grids = [Image.open(out / kind / "samples.png").convert("RGB") for kind in kinds]
+    width, height, title, columns = grids[0].width, grids[0].height // 4, 22, 2
+    rows = -(-len(grids) // columns)
+    picture = Image.new("RGB", (columns * (width + 12) - 12, rows * (height + title)), "white")
+    draw, font = ImageDraw.Draw(picture), ImageFont.load_default(15)
+    for index, (kind, grid) in enumerate(zip(kinds, grids, strict=True)):
+        left, top = index % columns * (width + 12), index // columns * (height + title)
+        draw.text((left, top + 2), kind, fill="black", font=font)
+        picture.paste(grid.crop((0, 0, width, height)), (left, top + title))
+    picture.save(out / "samples.png")
+    return out / "samples.png"
+
+
 def passes(f: dict[str, Any], name: str, tokens: int) -> str:
     """Seconds and passes per image of a way to sample in parallel."""
     if name not in f:
@@ -215,9 +232,11 @@ def main() -> None:
           f"{data.grid.vocab_size}, {minutes:g} minutes each, {found['marginal']['threads']} threads\n")  # fmt: skip
     print(table_head("prior", "parameters", "training tokens/s", "bits per token", "nats per image",
                      "64 samples, s: cached", "uncached", "parallel", "parallel, guessed", "agreement"))  # fmt: skip
-    for kind in sorted(found, key=lambda kind: -found[kind]["bits"]):
+    ranked = sorted(found, key=lambda kind: -found[kind]["bits"])
+    for kind in ranked:
         print(line(kind, found[kind], len(data.grid)))
     print(f"| held-out images | | | | | | | | | {found['marginal']['real_agreement']:.1%} |")
+    print(f"\nsamples of each, two per class: {sheet(ranked, out)}")
 
 
 if __name__ == "__main__":
