@@ -173,13 +173,25 @@ def test_gpt_anneals_from_random_orders_to_its_own():
         torch.manual_seed(0)
         order = model.training_inputs(tokens, progress)["order"]
         assert order.shape == (4000, 12) and torch.equal(order.sort(1).values, torch.arange(12).expand(4000, -1))
-        return float((order != model.order).any(1).float().mean())
+        random = order[(order != model.order).any(1)]
+        assert len(random.unique(dim=0)) > 0.99 * len(random), "an order for each image"
+        return len(random) / len(order)
 
     for progress, expected in ((0.0, 1.0), (0.4, 1.0), (0.6, 0.625), (0.8, 0.25), (1.0, 0.25)):
         assert abs(share(progress) - expected) < 0.03
     assert make_prior("gpt").training_inputs(tokens, 0.5) == {}
     with pytest.raises(ValueError, match="anneal"):
         make_prior("gpt", anneal=(0.8, 0.4))
+
+
+def test_gpt_is_told_where_its_inputs_stand_and_where_they_go():
+    """The query of rank r is turned by the place of the r-th token, the key by that of the one before, the start's at
+    the start."""
+    model, order = make_prior("gpt", any_order=True), torch.tensor([7, 2, 11, 0, 1, 3, 4, 5, 6, 8, 9, 10])
+    table, turns = model.rotations.table, model.turns(order)
+    assert torch.equal(turns[:, 0], table[order])
+    assert torch.equal(turns[:, 1], table[[12, *order[:-1].tolist()]])
+    assert torch.equal(table[:, 0, 0], torch.tensor([row for row in [0, 1, 2] for _ in range(4)] + [-1]).float().cos())
 
 
 @every_model
