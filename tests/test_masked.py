@@ -91,6 +91,15 @@ def test_the_loss_is_the_bound():
     )
 
 
+def test_the_linear_loss_is_a_mean_per_image_and_then_over_images():
+    model, tokens = make(shape=(1, 3)), torch.tensor([[[2, 0, 1]]])
+    masks = [torch.tensor([known]) for known in ([True, False, False], [False, True, True])]
+    apart = [model.loss(model(tokens, known=known), tokens, known=known).detach() for known in masks]
+    pair, known = tokens.expand(2, 1, 3), torch.cat(masks)
+    together = model.loss(model(pair, known=known), pair, known=known).detach()
+    assert torch.allclose(together, torch.stack(apart).mean(), atol=1e-6)
+
+
 def test_other_schedules_weigh_each_masked_token_alike():
     model = make(shape=(2, 3), schedule="cosine", label_smoothing=0.0)
     tokens = torch.randint(3, (5, 2, 3))
