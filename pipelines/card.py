@@ -5,20 +5,41 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .generation import ImagePipeline
+    from .stages import Stages
 
 FIGURES = {
     "psnr": "PSNR of held-out reconstructions (dB)",
+    "ssim": "SSIM of held-out reconstructions",
     "codebook_usage": "codebook use on held-out images",
     "codebook_perplexity": "codebook perplexity on held-out images",
     "bits_per_token": "bits per token, held out",
     "marginal_bits_per_token": "bits per token of position frequencies alone",
+    "bits_per_dim": "bits per dim, held out",
+    "prior_bits_per_dim": "of these, bits of the tokens",
+    "pixel_bits_per_dim": "of these, bits of the pixels given the tokens",
     "class_agreement": "class agreement of samples (1-nearest-neighbour)",
     "real_class_agreement": "the same classifier on real held-out images",
+    "feature_space": "features in which samples are judged",
+    "feature_origin": "made as",
+    "num_compared": "images on each side of the following",
+    "frechet_distance": "Frechet distance [{space}] of samples and held-out images",
+    "train_frechet_distance": "the same of training images",
+    "reconstruction_frechet_distance": "the same of their reconstructions",
+    "precision": "precision [{space}] (k = 3)",
+    "recall": "recall [{space}] (k = 3)",
+    "density": "density [{space}] (k = 5)",
+    "coverage": "coverage [{space}] (k = 5)",
+    "fid": "FID",
+    "train_fid": "FID of training images",
+    "nearest_ratio": "distance to the nearest training image, as a multiple of held-out images'",
+    "nearest_share": "share of samples nearer to one than 99 % of held-out images",
+    "copying_z": "copying C_T (z-score; below -3 suggests copies)",
+    "reconstruction_copying_z": "the same of held-out reconstructions",
 }
+BOUNDS = ("bits_per_token", "bits_per_dim", "prior_bits_per_dim")  # where the prior's likelihood is one
 
 
-def model_card(pipeline: ImagePipeline) -> str:
+def model_card(pipeline: Stages) -> str:
     """Markdown with a metadata header; figures come from `pipeline.provenance`, and none is shown that is not there."""
     tokenizer, prior = pipeline.tokenizer, pipeline.prior
     channels, height, width = tokenizer.image_shape
@@ -58,17 +79,22 @@ def model_card(pipeline: ImagePipeline) -> str:
 
 def measured(provenance: dict[str, Any], *, exact: bool) -> list[str]:
     """A table of the figures of `smalti evaluate`, or of those taken during training while there are no others. exact:
-    whether the prior's bits per token are more than a bound."""
+    whether the prior's bits are more than a bound."""
     training = [provenance.get(stage, {}) for stage in ("tokenizer", "prior")]
     figures = {name: value for facts in training for name, value in facts.get("evaluation", {}).items()}
     evaluation = provenance.get("evaluation", {})
-    rows = {name: (evaluation or figures).get(name) for name in FIGURES}
-    bounds = () if exact else ("bits_per_token",)
-    lines = [f"| {FIGURES[name]} | {'at most ' * (name in bounds)}{value:.4g} |"
-             for name, value in rows.items() if value is not None]  # fmt: skip
+    shown, bounds = evaluation or figures, () if exact else BOUNDS
+    space = shown.get("feature_space")
+    lines = [f"| {label.format(space=space)} | {'at most ' * (name in bounds)}{cell(shown[name])} |"
+             for name, label in FIGURES.items() if shown.get(name) is not None]  # fmt: skip
     lines += [f"| training of the {stage} | {facts['steps']} steps, {facts['minutes']:.1f} minutes |"
               for stage, facts in zip(("tokenizer", "prior"), training, strict=True) if "steps" in facts]  # fmt: skip
     if not lines:
         return []
     by = "`smalti evaluate`" if evaluation else "training"
     return ["## Measured", "", f"By {by}.", "", "| figure | value |", "|---|---|", *lines, ""]
+
+
+def cell(value: float | str) -> str:
+    """A number to four digits, or text that stays within a cell of the table."""
+    return " ".join(value.replace("|", "/").split()) if isinstance(value, str) else f"{value:.4g}"

@@ -1,4 +1,4 @@
-"""Measure a pipeline on held-out images: reconstruction, codebook use, likelihood, whether samples look their class."""
+"""Measure a pipeline on held-out images: what the tokenizer keeps, likelihoods, how good and how new samples are."""
 
 from __future__ import annotations
 
@@ -16,13 +16,17 @@ from prior import Prior
 from tokenizer.storage import read_json, write_json
 
 from .config import Config, UserError, run_command
-from .generation import ImagePipeline
-from .images import DataConfig, ImageDataset, load_images
+from .generation import ImagePipeline, LikelihoodError
+from .images import DataConfig, ImageDataset, Splits, load_images, to_float, to_uint8
 from .index import PROVENANCE
-from .pictures import save_picture
+from .pictures import grid_picture, save_picture
+from .quality import LEAST, FeatureSpace, compare, feature_space, frechet_distance, inception_space, shuffled, ssim
 from .tokens import TokenSplit
 from .train_prior import bits_per_token
 from .train_tokenizer import evaluate_reconstruction, reconstruction_picture
+
+Figures = dict[str, Any]
+SOME = 2000  # held-out images for figures that are averages over images
 
 
 class EvaluateConfig(Config):
@@ -30,10 +34,15 @@ class EvaluateConfig(Config):
 
     pipeline: str = Field(description="pipeline folder, or a Hub id")
     out: str | None = Field(
-        None, description="folder for the grids and evaluation.json; default: `evaluation` beside the pipeline folder"
+        None, description="folder for pictures and evaluation.json; default: `evaluation` beside the pipeline folder"
     )
     data: DataConfig = Field(DataConfig(), description="the images; defaults to those the pipeline was trained on")
-    num_samples: int = Field(1000, ge=0, description="samples judged by the nearest-neighbour classifier")
+    num_samples: int = Field(1000, ge=0, description="samples that are judged; sets of images are compared at this "
+                             "size, or at that of the training or held-out split if it is smaller")  # fmt: skip
+    feature_steps: int = Field(300, ge=0, description="training steps of the small classifier in whose features "
+                               "samples are judged; 0, and data without classes: a net of random weights")  # fmt: skip
+    inception_weights: str | None = Field(None, description="file of torch-fidelity's Inception weights, which add "
+                                          "the true FID; nothing is downloaded")  # fmt: skip
     num_orders: int = Field(1, ge=1, description="score a mixture of so many orders, with a prior that takes any")
     seed: int = Field(0, ge=0, description="sample k uses seed + k")
     device: str = Field("auto", description="cpu, cuda, mps or auto")
@@ -46,9 +55,43 @@ def defaults(given: dict[str, Any]) -> dict[str, Any]:
     return {"data": read_json(path).get("data", {})} if path.is_file() else {}
 
 
-def run(config: EvaluateConfig) -> dict[str, float]:
-    """Measure, print a table, write grids and `evaluation.json`, and update the model card; returns the figures."""
+def run(config: EvaluateConfig) -> Figures:
+    """Measure, print a table, write pictures and `evaluation.json`, and update the model card; returns the figures."""
     pipeline = ImagePipeline.from_pretrained(config.pipeline, device=choose_device(config.device))
+    check_choices(config, pipeline)
+    inception = inception_space(config.inception_weights, pipeline.device) if config.inception_weights else None
+    images = load_images(config.data)
+    check_classes(pipeline, images.train, images.held_out)
+    local = Path(config.pipeline).is_dir()
+    out = Path(config.out or (Path(config.pipeline).parent / "evaluation" if local else "evaluation"))
+    figures = evaluate_reconstruction(pipeline.tokenizer, images.held_out)
+    figures |= evaluate_similarity(pipeline, images.held_out)
+    figures |= evaluate_likelihood(pipeline, images.train, images.held_out, config.num_orders)
+    figures |= evaluate_bits(pipeline, images.held_out, config.num_orders)
+    pictures = {
+        "samples": pipeline.sample_picture(seed=config.seed),
+        "reconstructions": reconstruction_picture(pipeline.tokenizer, images.held_out),
+    }
+    if config.num_samples:
+        found, shown = evaluate_samples(pipeline, images, config, inception)
+        figures, pictures = figures | found, pictures | shown
+    for name, picture in pictures.items():
+        save_picture(picture, out / f"{name}.png")
+    write_json(out / "evaluation.json", figures | ({"num_orders": config.num_orders} if config.num_orders > 1 else {}))
+    if config.update_card and local:
+        pipeline.provenance = {**pipeline.provenance, "evaluation": figures}
+        pipeline.to(device="cpu").save_pretrained(config.pipeline, sample_grid=pictures["samples"])
+    report = table(figures, pipeline, images.held_out)
+    (out / "evaluation.txt").write_text(report + "\n", encoding="utf-8")
+    print(report + "\n")
+    for name in pictures:
+        print(f"{name:<15}  {out / name}.png")
+    print(f"{'figures':<15}  {out / 'evaluation.json'}")
+    return figures
+
+
+def check_choices(config: EvaluateConfig, pipeline: ImagePipeline) -> None:
+    """Raise `UserError` for what does not go with the pipeline."""
     if config.data.image_shape != pipeline.tokenizer.image_shape:
         raise UserError(
             f"data.image_size, data.channels: the pipeline's images are {pipeline.tokenizer.image_shape} "
@@ -56,34 +99,6 @@ def run(config: EvaluateConfig) -> dict[str, float]:
         )
     if config.num_orders > 1 and not (pipeline.prior.any_order and pipeline.prior.exact):
         raise UserError(f"num_orders: this {pipeline.prior.name} prior has one density, not one for each order")
-    images = load_images(config.data)
-    train, held_out = images.train, images.held_out
-    check_classes(pipeline, train, held_out)
-    figures = evaluate_reconstruction(pipeline.tokenizer, held_out)
-    figures |= evaluate_likelihood(pipeline, train, held_out, config.num_orders)
-    if train.labels is not None and held_out.labels is not None and pipeline.prior.num_classes and config.num_samples:
-        figures |= evaluate_classes(pipeline, train, held_out, config.num_samples, config.seed)
-    local = Path(config.pipeline).is_dir()
-    out = (
-        Path(config.out)
-        if config.out
-        else (Path(config.pipeline).parent / "evaluation" if local else Path("evaluation"))
-    )
-    grid = pipeline.sample_picture(seed=config.seed)
-    save_picture(grid, out / "samples.png")
-    save_picture(reconstruction_picture(pipeline.tokenizer, held_out), out / "reconstructions.png")
-    write_json(out / "evaluation.json", figures | ({"num_orders": config.num_orders} if config.num_orders > 1 else {}))
-    if config.update_card and local:
-        pipeline.provenance = {**pipeline.provenance, "evaluation": figures}
-        pipeline.to(device="cpu").save_pretrained(config.pipeline, sample_grid=grid)
-    report = table(figures, pipeline, held_out)
-    (out / "evaluation.txt").write_text(report + "\n", encoding="utf-8")
-    print(report)
-    print(
-        f"\nsamples          {out / 'samples.png'}\nreconstructions  {out / 'reconstructions.png'}\n"
-        f"figures          {out / 'evaluation.json'}"
-    )
-    return figures
 
 
 def check_classes(pipeline: ImagePipeline, *splits: ImageDataset) -> None:
@@ -121,7 +136,7 @@ def evaluate_likelihood(
     return {
         "bits_per_token": bits_per_token(pipeline.prior, known, num_orders=num_orders),
         "unconditional_bits_per_token": bits_per_token(pipeline.prior, unlabelled, num_orders=num_orders),
-        "marginal_bits_per_token": bits_per_token(marginal, test),
+        "marginal_bits_per_token": bits_per_token(marginal, known if classes else unlabelled),
         "uniform_bits_per_token": math.log2(pipeline.prior.grid.vocab_size),
     }
 
@@ -133,27 +148,99 @@ def encode_all(pipeline: ImagePipeline, images: ImageDataset, batch_size: int = 
     return TokenSplit(torch.cat(parts), images.labels)
 
 
-def evaluate_classes(
-    pipeline: ImagePipeline, train: ImageDataset, held_out: ImageDataset, count: int, seed: int
-) -> dict[str, float]:
-    """How often a 1-nearest-neighbour classifier on training pixels gives a sample the class that was asked for, the
-    same for real held-out images and for their reconstructions, and samples per second."""
-    assert train.labels is not None and held_out.labels is not None
-    wanted = torch.arange(count) % pipeline.prior.num_classes
+def reconstruct(pipeline: ImagePipeline, images: Tensor) -> Tensor:
+    """Reconstructions `(B, C, H, W)` as `in_bytes`."""
+    return in_bytes(pipeline.reconstruct(images, output_type="pt"))
+
+
+def in_bytes(images: Tensor) -> Tensor:
+    """Floats in [-1, 1] on the CPU, of 256 levels: what is compared to real images has been an 8-bit image too."""
+    return to_float(to_uint8(images)).cpu()
+
+
+def evaluate_similarity(pipeline: ImagePipeline, held_out: ImageDataset) -> Figures:
+    """Mean SSIM of held-out images and their reconstructions."""
+    parts = [held_out.batch(part) for part in shuffled(len(held_out))[:SOME].split(256)]
+    return {"ssim": float(torch.cat([ssim(part, reconstruct(pipeline, part)) for part in parts]).double().mean())}
+
+
+def evaluate_bits(pipeline: ImagePipeline, held_out: ImageDataset, num_orders: int) -> Figures:
+    """Bits per dim of held-out images, given their labels if there are classes, with the standard error over images;
+    and the parts of it, of the tokens and of the pixels given the tokens. Nothing if the decoder has no likelihood."""
+    some = shuffled(len(held_out))[:SOME]
+    labelled = pipeline.prior.num_classes and held_out.labels is not None
+    totals, priors = [], []
+    for part in some.split(256):
+        labels = held_out.labels[part].tolist() if labelled and held_out.labels is not None else None
+        images = held_out.batch(part)
+        try:
+            totals.append(pipeline.bits_per_dim(images, labels, num_orders=num_orders).cpu().double())
+        except LikelihoodError:
+            return {}
+        nats = pipeline.log_prob(images, labels, num_orders=num_orders).cpu().double()
+        priors.append(-nats / (math.log(2) * images[0].numel()))
+    total, prior = torch.cat(totals), torch.cat(priors)
+    return {
+        "bits_per_dim": float(total.mean()),
+        "bits_per_dim_error": float(total.std(correction=0)) / math.sqrt(len(total)),
+        "prior_bits_per_dim": float(prior.mean()),
+        "pixel_bits_per_dim": float((total - prior).mean()),
+    }
+
+
+def evaluate_samples(
+    pipeline: ImagePipeline, images: Splits, config: EvaluateConfig, inception: FeatureSpace | None
+) -> tuple[Figures, dict[str, np.ndarray]]:
+    """Figures of samples whose classes are as frequent as in the training images; and the picture `nearest`: the most
+    suspicious samples, each row above the row of the training images nearest to them."""
+    train, held_out = images.train, images.held_out
+    labels = wanted_labels(pipeline, train, config.num_samples)
+    given = None if labels is None else labels.tolist()
     began = time.monotonic()
-    samples = pipeline(num_images=count, labels=wanted.tolist(), seed=seed, output_type="pt").images
-    seconds = time.monotonic() - began
-    some = np.linspace(0, len(held_out) - 1, min(len(held_out), 2000)).astype(np.int64)
-    real = held_out.batch(some)
-    truth = held_out.labels[some]
-    kept = pipeline.reconstruct(real, output_type="pt").cpu()
+    drawn = pipeline(num_images=config.num_samples, labels=given, seed=config.seed, output_type="pt").images
+    figures: Figures = {"samples_per_second": config.num_samples / (time.monotonic() - began)}
+    samples = in_bytes(drawn)
+    if labels is not None and train.labels is not None and held_out.labels is not None:
+        figures |= evaluate_classes(pipeline, samples, labels, train, held_out)
+    count = min(len(samples), len(train), len(held_out))
+    if count < LEAST:
+        return figures, {}
+    space = feature_space(train, held_out, config.feature_steps, config.data.source)
+    found, suspects, copied = compare(space, samples, train, held_out, lambda batch: reconstruct(pipeline, batch))
+    figures |= {"feature_space": space.name, "feature_origin": space.origin, **found}
+    if inception is not None:
+        real = inception.of(held_out, shuffled(len(held_out))[:count])
+        figures["fid"] = frechet_distance(inception(samples[:count]), real)
+        figures["train_fid"] = frechet_distance(inception.of(train, shuffled(len(train))[:count]), real)
+    columns = min(8, count)
+    rows = zip(samples[suspects[:16]].split(columns), train.batch(copied[:16]).split(columns), strict=True)
+    return figures, {"nearest": grid_picture(torch.cat([part for pair in rows for part in pair]), columns)}
+
+
+def wanted_labels(pipeline: ImagePipeline, train: ImageDataset, count: int) -> Tensor | None:
+    """The class `(count,)` of each sample: those of training images at random, or all alike where these have none."""
+    if not pipeline.prior.num_classes:
+        return None
+    turns = torch.arange(count)
+    if train.labels is None:
+        return turns % pipeline.prior.num_classes
+    return train.labels[shuffled(len(train))[turns % len(train)]]
+
+
+def evaluate_classes(
+    pipeline: ImagePipeline, samples: Tensor, wanted: Tensor, train: ImageDataset, held_out: ImageDataset
+) -> Figures:
+    """How often a 1-nearest-neighbour classifier on training pixels gives a sample the class that was asked for, the
+    same for real held-out images and for their reconstructions."""
+    assert train.labels is not None and held_out.labels is not None
+    some = shuffled(len(held_out))[:SOME]
+    real, truth = held_out.batch(some), held_out.labels[some]
     known = train.batch(np.arange(len(train)))
-    agreement = {
+    return {
         name: float((nearest_label(images, known, train.labels) == labels).double().mean())
-        for name, images, labels in (("class_agreement", samples.cpu(), wanted), ("real_class_agreement", real, truth),
-                                     ("reconstruction_class_agreement", kept, truth))
+        for name, images, labels in (("class_agreement", samples, wanted), ("real_class_agreement", real, truth),
+                                     ("reconstruction_class_agreement", reconstruct(pipeline, real), truth))
     }  # fmt: skip
-    return {**agreement, "samples_per_second": count / seconds}
 
 
 def nearest_label(images: Tensor, known: Tensor, labels: Tensor) -> Tensor:
@@ -164,24 +251,56 @@ def nearest_label(images: Tensor, known: Tensor, labels: Tensor) -> Tensor:
     return labels[torch.cat(found)]
 
 
-def table(figures: dict[str, float], pipeline: ImagePipeline, held_out: ImageDataset) -> str:
+def table(figures: Figures, pipeline: ImagePipeline, held_out: ImageDataset) -> str:
     """The figures as people read them, each with what it should be compared to."""
     f, vocab, at_most = figures, pipeline.prior.grid.vocab_size, "" if pipeline.prior.exact else "<= "
     rows = [
         ("held-out PSNR", f"{f['psnr']:.2f} dB", f"{len(held_out):,} images"),
+        *([("  SSIM", f"{f['ssim']:.3f}", "")] if "ssim" in f else []),
         ("codebook use", f"{f['codebook_usage']:.1%} of {vocab}", f"perplexity {f['codebook_perplexity']:.0f}"),
         ("bits per token", f"{at_most}{f['bits_per_token']:.3f}",
          f"position frequencies {f['marginal_bits_per_token']:.3f}, uniform {f['uniform_bits_per_token']:.3f}"),
         ("  without labels", f"{at_most}{f['unconditional_bits_per_token']:.3f}", ""),
     ]  # fmt: skip
-    if "class_agreement" in f:
-        rows += [
-            ("class agreement", f"{f['class_agreement']:.1%}", f"real held-out images {f['real_class_agreement']:.1%}, "
-             f"their reconstructions {f['reconstruction_class_agreement']:.1%}"),
-            ("samples per second", f"{f['samples_per_second']:.0f}", f"on {pipeline.device}"),
-        ]  # fmt: skip
+    if "bits_per_dim" in f:
+        rows += [("bits per dim", f"{at_most}{f['bits_per_dim']:.3f}",
+                  f"+- {f['bits_per_dim_error']:.3f}; tokens {f['prior_bits_per_dim']:.3f} + pixels given the tokens "
+                  f"{f['pixel_bits_per_dim']:.3f}")]  # fmt: skip
+    else:
+        rows += [("bits per dim", "none", "this decoder has no likelihood")]
+    rows += sample_rows(f, str(pipeline.device))
     widths = [max(len(row[column]) for row in rows) for column in range(2)]
     return "\n".join(f"{name:<{widths[0]}}  {value:>{widths[1]}}  {beside}".rstrip() for name, value, beside in rows)
+
+
+def sample_rows(f: Figures, device: str) -> list[tuple[str, str, str]]:
+    """The rows of the table about samples."""
+    rows = []
+    if "class_agreement" in f:
+        rows += [("class agreement", f"{f['class_agreement']:.1%}", f"real held-out images "
+                  f"{f['real_class_agreement']:.1%}, their reconstructions {f['reconstruction_class_agreement']:.1%}")
+                 ]  # fmt: skip
+    if "samples_per_second" in f:
+        rows += [("samples per second", f"{f['samples_per_second']:.0f}", f"on {device}")]
+    if "feature_space" not in f:
+        return [*rows, ("Frechet distance", "none", f"needs {LEAST} samples, training images and held-out images")]
+
+    def beside(name: str) -> str:
+        return f"training images {f['train_' + name]:.3f}, their reconstructions {f['reconstruction_' + name]:.3f}"
+
+    rows += [("features", f["feature_space"], f["feature_origin"]),
+             (f"Frechet distance [{f['feature_space']}]", f"{f['frechet_distance']:.3f}",
+              f"{beside('frechet_distance')}; all with {f['num_compared']:,} held-out images")]  # fmt: skip
+    rows += [(f"  {name}", f"{f[name]:.3f}", beside(name)) for name in ("precision", "recall", "density", "coverage")]
+    if "fid" in f:
+        rows += [("FID", f"{f['fid']:.2f}", f"training images {f['train_fid']:.2f}")]
+    return [
+        *rows,
+        ("nearest training image", f"{f['nearest_ratio']:.2f} x", "as far as from held-out images (medians); "
+         f"{f['nearest_share']:.1%} of samples are nearer than 99% of these"),
+        ("copying C_T", f"{f['copying_z']:+.1f}", "below -3 suggests copies, above 3 samples unlike the data; "
+         f"held-out reconstructions {f['reconstruction_copying_z']:+.1f}"),
+    ]  # fmt: skip
 
 
 def main(argv: list[str] | None = None) -> Any:

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import dataclasses
-import inspect
 import tempfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,29 +13,22 @@ import torch
 from PIL.Image import Image as PILImage
 from torch import Tensor
 
-from prior import Prior
 from prior.requests import Order
 from prior.sampling import Generators, image_generators, progress_over
-from tokenizer import Tokenizer
-from tokenizer.pretrained import resolve_folder
-from tokenizer.storage import (
-    MANIFEST,
-    ConfigError,
-    IntegrityError,
-    PathError,
-    atomic_folder,
-    read_json,
-    verify_manifest,
-    write_json,
-    write_manifest,
-)
+from tokenizer.base import LikelihoodError
 
-from .card import model_card
-from .index import CARD, FILES, FORMAT_VERSION, GRID, INDEX, PROVENANCE, SamplerDefaults, read_index
-from .pictures import check_output_type, convert_images, grid_picture, read_picture, save_picture, to_images
+from .anomaly import anomaly_score, calibrate
+from .calibration import Calibration
+from .completion import complete, conditional_log_prob
+from .compression import compress, decompress, exact_pixels
+from .healing import Healed, anomaly_map, heal
+from .index import SamplerDefaults
+from .pictures import check_output_type, convert_images, grid_picture
+from .representation import embed
+from .stages import Images, Label, Stages
+from .streams import DEFAULT_LIMITS, Limits
 
-Images = PILImage | Sequence[PILImage] | Tensor
-Label = int | str | None
+__all__ = ["ImagePipeline", "Images", "Label", "LikelihoodError", "PipelineOutput"]
 
 
 @dataclass(frozen=True)
@@ -48,48 +39,13 @@ class PipelineOutput:
     tokens: Tensor
 
 
-class LikelihoodError(ValueError):
-    """A density of pixels was asked for, and the tokenizer's decoder has none."""
-
-
-class ImagePipeline:
+class ImagePipeline(Stages):
     """Both stages of image generation.
 
     labels: the names of the classes, in the order of their ids. sampler: defaults for `__call__`'s `temperature`,
     `top_k`, `top_p`, `guidance_scale` and `steps`. Raises `IntegrityError` when the prior was trained on another
     tokenizer.
     """
-
-    def __init__(
-        self, tokenizer: Tokenizer, prior: Prior, *, labels: Sequence[str] = (), sampler: dict[str, Any] | None = None
-    ) -> None:
-        if tokenizer.grid != prior.grid:
-            raise IntegrityError(f"prior/config.json: grid: {prior.grid} is not the tokenizer's, {tokenizer.grid}")
-        if prior.config.tokenizer and prior.config.tokenizer != tokenizer.fingerprint():
-            raise IntegrityError(
-                "prior/config.json: tokenizer: the prior was trained on the tokens of another tokenizer "
-                f"({prior.config.tokenizer[:12]}..., this one is {tokenizer.fingerprint()[:12]}...)"
-            )
-        if labels and len(labels) != prior.num_classes:
-            raise ConfigError(f"{INDEX}: labels: {len(labels)} names for {prior.num_classes} classes")
-        self.tokenizer, self.prior = tokenizer.eval(), prior.eval()
-        self.labels = list(labels)
-        self.sampler = SamplerDefaults(**(sampler or {}))
-        if self.sampler.steps is not None and "steps" not in self._prior_takes():
-            raise ConfigError(f"{INDEX}: sampler: steps: a {prior.name!r} prior does not decode in steps")
-        if self.sampler.steps is not None and self.sampler.steps > len(prior.grid):
-            raise ConfigError(
-                f"{INDEX}: sampler: steps: {self.sampler.steps} are more than the {len(prior.grid)} tokens"
-            )
-        self.provenance: dict[str, Any] = {}
-        self.sample_grid: np.ndarray | None = None
-
-    def __repr__(self) -> str:
-        grid, shape = self.prior.grid, "x".join(map(str, self.tokenizer.image_shape))
-        return (
-            f"ImagePipeline({self.tokenizer.name} + {self.prior.name}, images {shape}, tokens "
-            f"{'x'.join(map(str, grid.shape))} of {grid.vocab_size}, {self.prior.num_classes} classes)"
-        )
 
     # Making images
 
@@ -161,51 +117,14 @@ class ImagePipeline:
         SamplerDefaults(**settings)
         return settings
 
-    @torch.no_grad()
-    def complete(self, images: Any, known: Tensor, labels: Label | Sequence[Label] = None, *,
+    def complete(self, images: Any, known: Tensor, labels: Label | Sequence[Label] = None, *, draws: int = 1,
                  output_type: str = "pil", **kwargs: Any) -> PipelineOutput:  # fmt: skip
         """Fill in what is not known: bool `known` `(H, W)` or `(B, H, W)`, True = keep this pixel.
 
-        A token is known when every pixel of its patch is, and only known tokens are looked at. A prior that takes any
-        order (`prior.any_order`) walks them first, so that a new token is conditioned on all of them; with any other
-        prior it is conditioned on those before it in its order. Known pixels come back as they were. `kwargs` as for
-        `__call__`. Raises `ValueError` for a mask of another shape.
+        draws: completions of each image; `kwargs` as for `__call__`. What is conditioned on, and the shapes of several
+        draws, says `completion.complete`. Raises `ValueError` for a mask of another shape.
         """
-        batch = self.to_images(images)
-        shape = (len(batch), *batch.shape[2:])
-        known = torch.as_tensor(known, device=batch.device)
-        if known.dtype != torch.bool or tuple(known.shape) not in (shape, shape[1:]):
-            raise ValueError(
-                f"known should be bool of shape {shape[1:]} or {shape}, got {known.dtype} of {tuple(known.shape)}"
-            )
-        known = known.expand(shape)
-        mask = known.unsqueeze(1)
-        # What is hidden is painted over before encoding, or it would leak through the encoder's receptive field.
-        mean = (batch * mask).sum((2, 3), keepdim=True) / mask.sum((2, 3), keepdim=True).clamp(min=1)
-        tokens = self.tokenizer.encode(torch.where(mask, batch, mean).to(self.dtype))
-        out = self(
-            len(batch), labels, tokens=tokens, known=self.tokenizer.known_tokens(known), output_type="pt", **kwargs
-        )
-        filled = torch.where(mask, batch, out.images.to(batch.device))
-        return PipelineOutput(convert_images(filled, output_type), out.tokens)
-
-    # Between images and tokens
-
-    @torch.no_grad()
-    def encode(self, images: Any, *, batch_size: int = 256) -> Tensor:
-        """Tokens `(B, *grid.shape)` of PIL images, a list of them, uint8 `(B, C, H, W)`, or float in [-1, 1]."""
-        batch = self.to_images(images)
-        return torch.cat([self.tokenizer.encode(part.to(self.dtype)) for part in batch.split(batch_size)])
-
-    @torch.no_grad()
-    def decode(self, tokens: Tensor, *, output_type: str = "pil", batch_size: int = 256) -> Any:
-        """Images of `tokens` `(B, *grid.shape)`. Raises `ValueError` for ids out of range."""
-        parts = tokens.to(self.device).split(batch_size)
-        return convert_images(torch.cat([self.tokenizer.decode(part) for part in parts]), output_type)
-
-    def reconstruct(self, images: Any, *, output_type: str = "pil") -> Any:
-        """`decode(encode(images))`: what the tokenizer keeps of them."""
-        return self.decode(self.encode(images), output_type=output_type)
+        return complete(self, images, known, labels, draws=draws, output_type=output_type, **kwargs)
 
     # Scoring images
 
@@ -228,6 +147,12 @@ class ImagePipeline:
             parts.append(self.prior.log_prob(tokens[rows], given, order_of(order, rows), num_orders))
         return torch.cat(parts)
 
+    def conditional_log_prob(self, images: Any, known: Tensor, labels: Label | Sequence[Label] = None, *,
+                             batch_size: int = 256) -> Tensor:  # fmt: skip
+        """log p of the hidden part's tokens given the known ones, `(B,)` nats, exact; `known` as for `complete`. Raises
+        `ConditionError` where the prior's order does not allow it; see `completion.conditional_log_prob`."""
+        return conditional_log_prob(self, images, known, labels, batch_size=batch_size)
+
     @torch.no_grad()
     def bits_per_dim(self, images: Any, labels: Label | Sequence[Label] = None, *, order: Order = None,
                      num_orders: int = 1, batch_size: int = 256) -> Tensor:  # fmt: skip
@@ -247,62 +172,68 @@ class ImagePipeline:
         nats = self._token_log_prob(tokens, labels, order, num_orders, batch_size) + torch.cat(parts)
         return -nats / (batch[0].numel() * np.log(2))
 
-    # Saving and loading
+    # Finding anomalies
 
-    def save_pretrained(self, folder: str | Path, *, sample_grid: np.ndarray | None = None) -> None:
-        """Write the pipeline folder, whole or not at all; an older pipeline there is replaced.
+    def calibrate(self, images: Any, labels: Label | Sequence[Label] = None, *, false_alarms: float = 0.05,
+                  seed: int = 0, batch_size: int = 256) -> Calibration:  # fmt: skip
+        """Learn what is usual from normal images that were not trained on; saved with the pipeline. See
+        `anomaly.calibrate`."""
+        return calibrate(self, images, labels, false_alarms=false_alarms, seed=seed, batch_size=batch_size)
 
-        sample_grid: uint8 (H, W, 3), shown on the model card. Raises `PathError` if `folder` holds something else.
+    def anomaly_score(self, images: Any, method: str = "joint", labels: Label | Sequence[Label] = None, *,
+                      p_values: bool = False, batch_size: int = 256) -> Tensor:  # fmt: skip
+        """`(B,)` float64, larger is more anomalous, by one of `anomaly.METHODS`; or p-values, smaller is. Raises
+        `CalibrationError` where that needs a calibration; see `anomaly.anomaly_score`."""
+        return anomaly_score(self, images, method, labels, p_values=p_values, batch_size=batch_size)
+
+    def anomaly_map(self, images: Any, labels: Label | Sequence[Label] = None, *, smooth: bool = False,
+                    batch_size: int = 256) -> Tensor:  # fmt: skip
+        """`(B, H, W)`: the bits of each token, spread over its pixels, which sum to those of the image; see
+        `healing.anomaly_map`."""
+        return anomaly_map(self, images, labels, smooth=smooth, batch_size=batch_size)
+
+    def heal(self, images: Any, labels: Label | Sequence[Label] = None, *, quantile: float = 0.98, draws: int = 8,
+             seed: int = 0) -> Healed:  # fmt: skip
+        """`images` with their most surprising tokens drawn again, and where they differ; see `healing.heal`. Raises
+        `CalibrationError` without a calibration."""
+        return heal(self, images, quantile, draws, seed, labels)
+
+    # Representing images
+
+    def embed(self, images: Any, *, layer: str | int | None = None, pool: str | None = None,
+              labels: Label | Sequence[Label] = None, batch_size: int = 64) -> Tensor:  # fmt: skip
+        """A vector per image, `(B, dim)`: of a layer of the prior or of the tokenizer; see `representation.embed`."""
+        return embed(self, images, layer=layer, pool=pool, labels=labels, batch_size=batch_size)
+
+    # Storing images
+
+    def compress(self, images: Any, *, lossless: bool = False, checked: bool = True, progress: bool = True) -> bytes:
+        """A stream from which this pipeline, and no other, gets the images back: in any batch size, on any machine.
+
+        images: PIL images of exactly the pipeline's size, uint8 or float `(B, C, H, W)`. lossless: keep every pixel,
+        by a decoder with a likelihood or a `pixels` tokenizer; else the tokens, whose images `decompress` gives.
+        checked: decode every chunk again, and store what fails as it is. Raises `ValueError` for images of another size
+        (lossless: or of more than 8 bits), `LikelihoodError` where lossless can not be, and `CodecError` without the
+        package constriction.
         """
-        self.sample_grid = self.sample_grid if sample_grid is None else sample_grid
-        if self.prior.config.tokenizer != self.tokenizer.fingerprint():  # another dtype has another fingerprint
-            self.prior.config = dataclasses.replace(self.prior.config, tokenizer=self.tokenizer.fingerprint())
-        index = {
-            "_class_name": "ImagePipeline",
-            "format_version": FORMAT_VERSION,
-            "tokenizer": self.tokenizer.name,
-            "prior": self.prior.name,
-            "labels": self.labels,
-            "sampler": self.sampler.given(),
-        }
-        with atomic_folder(folder, marker=INDEX) as target:
-            self.tokenizer.save_pretrained(target / "tokenizer")
-            self.prior.save_pretrained(target / "prior")
-            write_json(target / INDEX, index)
-            if self.provenance:
-                write_json(target / PROVENANCE, self.provenance)
-            if self.sample_grid is not None:
-                save_picture(self.sample_grid, target / GRID)
-            (target / CARD).write_text(model_card(self), encoding="utf-8")
-            write_manifest(target)
+        several = [images] if isinstance(images, PILImage) else images
+        if isinstance(several, (list, tuple)) and several and all(isinstance(image, PILImage) for image in several):
+            shape = self.tokenizer.image_shape
+            several = torch.stack([exact_pixels(image, shape, lossless) for image in several])
+        return compress(self, self.to_images(several), lossless=lossless, checked=checked, progress=progress)
 
-    @classmethod
-    def from_pretrained(cls, source: str | Path, *, revision: str | None = None, token: str | None = None,
-                        cache_dir: str | Path | None = None, local_files_only: bool = False,
-                        dtype: torch.dtype | None = None, device: str | torch.device | None = None
-                        ) -> ImagePipeline:  # fmt: skip
-        """Load from a folder or a Hub id. Raises a `PipelineLoadError` naming file, field, what was found and what is
-        allowed; every file is checked against the manifest first."""
-        folder = resolve_folder(
-            source, FILES, revision=revision, token=token, cache_dir=cache_dir, local_files_only=local_files_only
-        )
-        if not (folder / INDEX).is_file():
-            inner = folder / "pipeline"
-            hint = f"; did you mean {inner}?" if (inner / INDEX).is_file() else ""
-            raise PathError(f"{folder}: not a pipeline folder (no {INDEX}){hint}")
-        index = read_index(folder / INDEX)
-        listed = verify_manifest(folder)["files"]
-        unlisted = [name for name in FILES if name != MANIFEST and name not in listed and (folder / name).exists()]
-        if unlisted:
-            raise IntegrityError(f"{folder / MANIFEST}: files: does not list {', '.join(unlisted)}")
-        tokenizer = Tokenizer.find(index["tokenizer"]).from_pretrained(folder / "tokenizer")
-        prior = Prior.find(index["prior"]).from_pretrained(folder / "prior")
-        pipeline = cls(tokenizer, prior, labels=index["labels"], sampler=index["sampler"])
-        if (folder / PROVENANCE).is_file():
-            pipeline.provenance = read_json(folder / PROVENANCE)
-        if (folder / GRID).is_file():
-            pipeline.sample_grid = read_picture(folder / GRID)
-        return pipeline.to(device=device, dtype=dtype)
+    def decompress(self, data: bytes, *, output_type: str = "pil", batch_size: int | None = None,
+                   limits: Limits = DEFAULT_LIMITS, progress: bool = True) -> Any:  # fmt: skip
+        """The images of a stream, all of them or an error. batch_size: images evaluated at a time, a whole chunk if
+        None; the result does not depend on it. limits: what a stream may announce.
+
+        Raises a `StreamError`: `ForeignStream`, `TruncatedStream`, `DamagedStream`, `StreamLimit`, `ModelMismatch`.
+        """
+        check_output_type(output_type)
+        images = decompress(self, data, batch_size=batch_size, limits=limits, progress=progress)
+        return convert_images(images, output_type)
+
+    # Sharing
 
     def push_to_hub(self, repo_id: str, *, token: str | None = None, private: bool | None = None,
                     commit_message: str = "Upload pipeline") -> Any:  # fmt: skip
@@ -319,52 +250,6 @@ class ImagePipeline:
             self.save_pretrained(folder, sample_grid=grid)
             api.create_repo(repo_id, private=private, exist_ok=True)
             return api.upload_folder(repo_id=repo_id, folder_path=folder, commit_message=commit_message)
-
-    def to(self, device: str | torch.device | None = None, dtype: torch.dtype | None = None) -> ImagePipeline:
-        """Move both stages to `device`, and change the type of their weights; returns itself."""
-        self.tokenizer.to(device=device, dtype=dtype)
-        self.prior.to(device=device, dtype=dtype)
-        return self
-
-    # Conveniences
-
-    @property
-    def device(self) -> torch.device:
-        """Where the weights are."""
-        return self.prior.device
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """The type of the tokenizer's weights."""
-        return next((p.dtype for p in self.tokenizer.parameters()), torch.float32)
-
-    def label_ids(self, labels: Label | Sequence[Label], count: int) -> Tensor | None:
-        """Class ids `(count,)` of ids and names, or None. Raises `ValueError` naming what there is."""
-        if labels is None:
-            return None
-        values = labels.tolist() if isinstance(labels, (Tensor, np.ndarray)) else labels
-        values = list(values) if isinstance(values, Iterable) and not isinstance(values, str) else [values] * count
-        if len(values) != count:
-            raise ValueError(f"got {len(values)} labels for {count} images; give one, or one per image")
-        return torch.tensor([self._label_id(value) for value in values], device=self.device)
-
-    def _label_id(self, label: Label) -> int:
-        classes = self.prior.num_classes
-        if label is None:
-            return classes
-        if isinstance(label, str) and label in self.labels:
-            return self.labels.index(label)
-        if isinstance(label, (int, np.integer)) and not isinstance(label, bool) and 0 <= label < classes:
-            return int(label)
-        there = f"ids 0 to {classes - 1}" + (f" or names {', '.join(self.labels)}" if self.labels else "")
-        raise ValueError(f"no class is called {label!r}; there are {there if classes else 'none: it is unconditional'}")
-
-    def _prior_takes(self) -> set[str]:
-        return {name for sample in (Prior.sample, self.prior.sample) for name in inspect.signature(sample).parameters}
-
-    def to_images(self, images: Any) -> Tensor:
-        """Float `(B, C, H, W)` in [-1, 1] on the pipeline's device; see `pictures.to_images`."""
-        return to_images(images, self.tokenizer.image_shape).to(self.device)
 
     def sample_picture(self, count: int = 80, seed: int = 0) -> np.ndarray:
         """A grid of samples at the pipeline's settings, one class per column (of at most ten), uint8 (H, W, 3)."""

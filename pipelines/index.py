@@ -13,9 +13,12 @@ from tokenizer import Tokenizer
 from tokenizer.storage import MANIFEST, ConfigError, FormatError, read_json
 
 INDEX, PROVENANCE, CARD, GRID = "model_index.json", "provenance.json", "README.md", "samples.png"
+BACKGROUND, CALIBRATION = "background", "calibration.json"
 FORMAT_VERSION = 1
-FILES = [INDEX, PROVENANCE, CARD, GRID, MANIFEST] + [
-    f"{part}/{name}" for part in ("tokenizer", "prior") for name in ("config.json", "model.safetensors", PROVENANCE)
+FILES = [INDEX, PROVENANCE, CARD, GRID, CALIBRATION, MANIFEST] + [
+    f"{part}/{name}"
+    for part in ("tokenizer", "prior", BACKGROUND)
+    for name in ("config.json", "model.safetensors", PROVENANCE)
 ]
 
 
@@ -47,16 +50,16 @@ def read_index(path: Path) -> dict[str, Any]:
     if index.get("_class_name") != "ImagePipeline":
         raise FormatError(f"{path}: _class_name: found {index.get('_class_name')!r}, expected 'ImagePipeline'")
     allowed = {"_class_name", "format_version", "tokenizer", "prior", "labels", "sampler"}
-    if set(index) != allowed:
+    if set(index) - {BACKGROUND} != allowed:
         raise FormatError(f"{path}: found the fields {sorted(index)}, expected {sorted(allowed)}")
-    for part, family in (("tokenizer", Tokenizer), ("prior", Prior)):
+    families: list[tuple[str, type[Tokenizer] | type[Prior]]] = [("tokenizer", Tokenizer), ("prior", Prior)]
+    for part, family in families + [(BACKGROUND, Prior)] * (BACKGROUND in index):
         name = index[part]
         if not isinstance(name, str) or not re.fullmatch(r"[a-z][a-z0-9_]{0,31}", name):
             raise FormatError(f"{path}: {part}: {str(name)[:80]!r} is not a name (lower case letters, digits, _)")
         if name not in family.available():
-            raise ConfigError(
-                f"{path}: {part}: no {part} is called {name!r}; there are {', '.join(family.available())}"
-            )
+            kind, names = family.__name__.lower(), ", ".join(family.available())
+            raise ConfigError(f"{path}: {part}: no {kind} is called {name!r}; there are {names}")
     if not isinstance(index["labels"], list) or not all(isinstance(label, str) for label in index["labels"]):
         raise FormatError(f"{path}: labels: expected a list of names")
     try:

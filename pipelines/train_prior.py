@@ -48,6 +48,8 @@ class TrainPriorConfig(Config):
     model: Annotated[dict[str, Any], ModelNode("prior.base:Prior")] = Field({"kind": "gpt"}, description="the prior")
     label_dropout: float = Field(0.1, ge=0, le=1, description="share of images trained without their label, which "
                                  "unconditional sampling and guidance need")  # fmt: skip
+    perturb: float = Field(0.0, ge=0, le=1, description="share of tokens replaced by uniform random ids in training, "
+                           "for a background prior, which is to know textures but not shapes (0.1 to 0.3)")  # fmt: skip
     sampler: SamplerConfig = Field(SamplerConfig(), description="default sampling settings of the pipeline")
     train: TrainConfig = Field(TrainConfig(), description="how long and how fast")
     track: TrackConfig = Field(TrackConfig(), description="where the numbers go")
@@ -69,15 +71,18 @@ class PriorTask(Task):
     def batch(self, indices: np.ndarray, epochs: np.ndarray, seed: int) -> tuple[Tensor, Tensor]:
         """Tokens `(B, *grid.shape)` and labels `(B,)`, the null class where dropped or where the data has none."""
         rows, labels = torch.from_numpy(indices), self.train_split.labels
+        tokens = self.train_split.tokens[rows].long()
+        if self.config.perturb:
+            tokens = perturbed(tokens, indices, epochs, seed, self.config.perturb, self.data.grid.vocab_size)
         null = torch.full((len(rows),), self.data.num_classes)
         if labels is None:
-            return self.train_split.tokens[rows].long(), null
+            return tokens, null
         # Drawn from (seed, epoch, row), so that any number of processes drops the same labels.
         draws = np.empty(len(rows))
         for epoch in np.unique(epochs):
             draws[epochs == epoch] = uniforms(seed, int(epoch), indices[epochs == epoch])[:, 0]
         dropped = torch.from_numpy(draws < self.config.label_dropout)
-        return self.train_split.tokens[rows].long(), torch.where(dropped, null, labels[rows].long())
+        return tokens, torch.where(dropped, null, labels[rows].long())
 
     def loss(self, player: str, batch: Any, step: int) -> tuple[Tensor, dict[str, Tensor]]:
         """The prior's own objective in nats per token, on the orders or masks that it draws for this step."""
@@ -123,6 +128,22 @@ def build_prior(node: dict[str, Any], data: TokenDataset) -> Prior:
     return Prior.create(
         node["kind"], grid=data.grid, num_classes=data.num_classes, tokenizer=data.tokenizer.fingerprint(), **choices
     )
+
+
+def perturbed(
+    tokens: Tensor, indices: np.ndarray, epochs: np.ndarray, seed: int, share: float, vocab_size: int
+) -> Tensor:
+    """`tokens` `(B, ...)` of the rows `indices`, each with probability `share` replaced by a uniform id (Ren et al.
+    2019). A function of (seed, epoch, row) alone, so that any batches and processes see the same."""
+    flat, (count, size) = tokens.flatten(1), tokens.flatten(1).shape
+    draws = np.empty((count, size, 2))
+    for epoch in np.unique(epochs):
+        here = epochs == epoch
+        cells = indices[here, None] * size + np.arange(size)
+        # The first column of a cell is some row's label dropout; these two are nobody else's.
+        draws[here] = uniforms(seed, int(epoch), cells.reshape(-1))[:, 1:3].reshape(-1, size, 2)
+    replaced, ids = torch.from_numpy(draws[..., 0] < share), torch.from_numpy(draws[..., 1] * vocab_size).long()
+    return torch.where(replaced, ids, flat).reshape(tokens.shape)
 
 
 @torch.inference_mode()

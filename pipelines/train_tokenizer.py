@@ -36,6 +36,8 @@ class LossConfig(Config):
 
     l1: float = Field(0.0, ge=0, description="weight of the mean absolute error of pixels in [-1, 1]")
     l2: float = Field(1.0, ge=0, description="weight of the mean squared error of pixels in [-1, 1]")
+    nll: float = Field(1.0, ge=0, description="weight of the likelihood's nats per pixel channel, where the model has "
+                       "one; 1, with l1 and l2 0, makes for the fewest bits per dim")  # fmt: skip
     quantizer: float = Field(1.0, ge=0, description="factor on the quantizer's own terms (which it weighs by its beta)")
 
 
@@ -67,8 +69,9 @@ class TokenizerTask(Task):
         parameters = list(self.model.parameters())
         self.nets: dict[str, nn.Module] = {"model": self.model} if parameters else {}
         self.players = {"model": parameters} if parameters else {}
-        weights = {name: config.loss.quantizer * weight for name, weight in self.model.loss_weights.items()}
-        self.weights = {"l1": config.loss.l1, "l2": config.loss.l2, **weights}
+        own, loss = self.model.loss_weights, config.loss
+        terms = {name: weight * (loss.nll if name == "nll" else loss.quantizer) for name, weight in own.items()}
+        self.weights = {"l1": loss.l1, "l2": loss.l2, **terms}
 
     def batch(self, indices: np.ndarray, epochs: np.ndarray, seed: int) -> tuple[Tensor]:
         """Augmented images `(B, C, H, W)`."""

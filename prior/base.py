@@ -9,14 +9,14 @@ The base class owns the slow, obviously right algorithms; a model writes `forwar
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from tokenizer.base import TokenGrid
 from tokenizer.pretrained import ModelConfig, PretrainedModel, setting
@@ -145,6 +145,60 @@ class Prior(PretrainedModel, family="prior"):
             raise ValueError(f"num_orders: {self.name} as it was made has one order" if num_orders > 1
                              else f"num_orders must be at least 1 (got {num_orders})")  # fmt: skip
         return [order, *(f"random:{index}" for index in range(1, num_orders))]
+
+    # Representations
+
+    @property
+    def feature_modules(self) -> list[nn.Module]:
+        """The modules whose outputs `features` gives, in the order in which `forward` calls them; one that it calls
+        twice is here twice. Here none: a model without layers has no features."""
+        return []
+
+    @property
+    def feature_layers(self) -> int:
+        """How many layers `features` can look at."""
+        return len(self.feature_modules)
+
+    def arrange(self, output: Any) -> Tensor:
+        """The output of one of `feature_modules` as `(B, N, dim)`, raster order. Here it is a map or a row in that
+        order with channels last, or `(B, dim)` of the whole grid, which becomes `(B, 1, dim)`."""
+        return output.flatten(1, -2) if output.ndim > 2 else output[:, None]
+
+    def features(self, tokens: Tensor, labels: Tensor | None = None, layer: int | None = None) -> Tensor:
+        """Activations after a layer in the teacher-forced pass, raw, `(B, N, dim)` in raster order.
+
+        Those at i, as `logits[:, i]`, are of tokens ranked before i (in early layers of fewer than `receptive_field`
+        says): pooled over positions, of all but the last in the order. Models in which that is otherwise say so. layer:
+        0 to `feature_layers` - 1; None is the middle one. Raises `ValueError` for another, and for tokens or labels out
+        of range.
+        """
+        return self.layer_features(tokens, labels, [self.feature_layers // 2 if layer is None else layer])[0]
+
+    def layer_features(self, tokens: Tensor, labels: Tensor | None, layers: Sequence[int], **inputs: Any
+                       ) -> list[Tensor]:  # fmt: skip
+        """`features` of each of `layers`, from one pass. inputs: what else `forward` is given."""
+        self.grid.check(tokens)
+        for layer in layers:
+            self._check_layer(layer)
+        calls: list[Tensor | None] = []
+
+        def keep(module: nn.Module, args: Any, output: Any) -> None:
+            calls.append(self.arrange(output) if len(calls) in layers else None)
+
+        hooks = [module.register_forward_hook(keep) for module in dict.fromkeys(self.feature_modules)]
+        try:
+            self(tokens, check_labels(self, labels, len(tokens)), **inputs)
+        finally:
+            for hook in hooks:
+                hook.remove()
+        return [output for layer in layers if (output := calls[layer]) is not None]
+
+    def _check_layer(self, layer: int) -> None:
+        count = self.feature_layers
+        if not count:
+            raise ValueError(f"layer: a {self.name} prior has no layers, hence no features")
+        if type(layer) is not int or not 0 <= layer < count:
+            raise ValueError(f"layer must be a whole number from 0 to {count - 1} of this {self.name} (got {layer!r})")
 
     # Sampling
 

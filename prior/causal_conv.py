@@ -114,6 +114,16 @@ class CausalConv(Prior, name="causal_conv"):
         hidden = self.hidden(skips.transpose(1, 2)[:, self.ranks].relu())
         return self.head(hidden.relu())
 
+    @property
+    def feature_modules(self) -> list[nn.Module]:
+        """Each block's gated output, which the residual stream and the skip connections read; the last block adds to
+        no stream."""
+        return [block.dropout for block in self.blocks]
+
+    def arrange(self, output: Any) -> Tensor:
+        """`(B, dim, N)` in the order as `(B, N, dim)`, raster order."""
+        return output.transpose(1, 2)[:, self.ranks]
+
     def start(self, num_images: int, labels: Tensor | None, order: Tensor | None = None) -> Buffers:
         """Allocate the buffers once, and lay the weights out for one-token steps."""
         labels = self.class_ids(labels, num_images)

@@ -108,6 +108,15 @@ class GatedPixelCNN(Prior, name="gated_pixelcnn"):
             vertical, horizontal = layer(vertical, horizontal, labels)
         return self.head(F.relu(self.hidden(F.relu(horizontal)))).flatten(1, 2)
 
+    @property
+    def feature_modules(self) -> list[nn.Module]:
+        """The layers, of which `arrange` takes the horizontal map: it knows what the vertical one does."""
+        return list(self.layers)
+
+    def arrange(self, output: Any) -> Tensor:
+        """The horizontal map `(B, H, W, dim)` as `(B, N, dim)`."""
+        return super().arrange(output[1])
+
     @torch.no_grad()
     def start(self, num_images: int, labels: Tensor | None, order: Tensor | None = None) -> Cache:
         """Allocate the row caches once, and lay the weights out for steps of one position."""

@@ -88,6 +88,15 @@ class GPT(Prior, name="gpt"):
         raster = order.argsort(-1)[..., None].expand(x.shape)
         return self.head(self.norm(x.gather(1, raster)))
 
+    @property
+    def feature_modules(self) -> list[nn.Module]:
+        """The blocks: their residual stream, `(B, N, dim)` in the order."""
+        return list(self.blocks)
+
+    def arrange(self, output: Any) -> Tensor:
+        """Raster order. What is at i knows of i's place, and of the tokens before it in the order."""
+        return output[:, self.order.argsort()]
+
     def training_inputs(self, tokens: Tensor, progress: float) -> dict[str, Any]:
         """With `any_order`, an order per image: a random one, or in ever more images the model's own (RAR, eq. 4)."""
         if not self.any_order:

@@ -186,6 +186,12 @@ class MADE(Prior, name="made"):
             return F.embedding(tokens.long(), self.embedding)
         return F.one_hot(tokens.long(), self.width).to(self.input.dtype) if self.width <= DENSE_WIDTH else tokens.long()
 
+    @property
+    def feature_modules(self) -> list[nn.Module]:
+        """The hidden layers. Their units belong to no position: features are `(B, 1, units)`, and a unit of degree d
+        sees the tokens of rank < d, in the model's own order."""
+        return [self.dropout] * len(self.config.hidden)
+
     def _unit(self, x: Tensor) -> Tensor:
         return self.dropout(F.relu(x))
 

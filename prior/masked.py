@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -147,6 +147,20 @@ class Masked(Prior, name="masked"):
             weights = ~known / (~known).float().mean(1, keepdim=True) / self.config.bound_passes
             total += log_probs.gather(-1, ids[..., None])[..., 0] * weights
         return total.reshape(tokens.shape)
+
+    # Representations
+
+    @property
+    def feature_modules(self) -> list[nn.Module]:
+        """The blocks: their residual stream, `(B, N, dim)`."""
+        return list(self.blocks)
+
+    def layer_features(self, tokens: Tensor, labels: Tensor | None, layers: Sequence[int], **inputs: Any
+                       ) -> list[Tensor]:  # fmt: skip
+        """One pass over the clean tokens, no mask among them: the features at every position see all tokens, its own
+        included. (Teacher-forced ones would take N passes, and see half as much.)"""
+        known = torch.ones_like(tokens, dtype=torch.bool)
+        return super().layer_features(tokens, labels, layers, **{"known": known, **inputs})
 
     # Sampling
 

@@ -90,6 +90,11 @@ class PixelCNN(Prior, name="pixelcnn"):
             x = block(x, labels)
         return self.head(F.relu(self.hidden(F.relu(x)))).flatten(1, 2)
 
+    @property
+    def feature_modules(self) -> list[nn.Module]:
+        """The blocks: maps `(B, H, W, 2 * dim)`."""
+        return list(self.blocks)
+
     @torch.no_grad()
     def start(self, num_images: int, labels: Tensor | None, order: Tensor | None = None) -> Cache:
         """Allocate the row caches once, and lay the weights out for steps of one position."""

@@ -140,6 +140,11 @@ class PixelSNAIL(Prior, name="pixelsnail"):
             x = block(embedded, x, self.background, labels)
         return self.head(F.elu(self.hidden(F.elu(x)))).flatten(1, 2)
 
+    @property
+    def feature_modules(self) -> list[nn.Module]:
+        """The blocks: maps `(B, H, W, dim)`."""
+        return list(self.blocks)
+
     @torch.no_grad()
     def start(self, num_images: int, labels: Tensor | None, order: Tensor | None = None) -> Cache:
         """Allocate the caches once, and lay the weights out for steps of one position."""

@@ -158,6 +158,8 @@ BAD = [
     (EVALUATE, ["data.image_size=32"], "the pipeline's images are (1, 28, 28)"),
     (EVALUATE, ["data.source={world}/images"], "the pipeline's 10 classes are not the 1 of these images (cat)"),
     (EVALUATE, ["num_orders=2"], "num_orders: this gpt prior has one density, not one for each order"),
+    (EVALUATE, ["inception_weights={world}/nowhere.pth"], "inception_weights: there is no file {world}/nowhere.pth"),
+    (EVALUATE, ["feature_steps=-1"], "feature_steps: must be >= 0"),
     (EVALUATE, ["device=toaster"], "device: 'toaster' can not be used here"),
     (RECONSTRUCT, ["tokenizer={world}/nowhere"], "neither an existing folder nor a Hub id"),
     (RECONSTRUCT, ["data.channels=3"], "these are (3, 28, 28)"),
@@ -245,13 +247,14 @@ def test_folder_of_images_is_what_the_pipeline_makes(world, tmp_path, capsys):
 @needs_digits
 def test_evaluation_is_printed_written_and_put_on_the_card(world, tmp_path, capsys):
     shutil.copytree(world / "run" / "pipeline", tmp_path / "pipeline")
-    main(["evaluate", f"pipeline={tmp_path}/pipeline", "num_samples=10"])
+    main(["evaluate", f"pipeline={tmp_path}/pipeline", "num_samples=10", "feature_steps=5"])
     printed = capsys.readouterr().out
     figures = json.loads((tmp_path / "evaluation" / "evaluation.json").read_text())
     card = (tmp_path / "pipeline" / "README.md").read_text()
     for name, shown in (("psnr", "{:.2f} dB"), ("bits_per_token", "{:.3f}"), ("class_agreement", "{:.1%}")):
         assert shown.format(figures[name]) in printed and f"{figures[name]:.4g}" in card
-    assert {path.name for path in (tmp_path / "evaluation").glob("*.png")} == {"samples.png", "reconstructions.png"}
+    pictures = {"samples.png", "reconstructions.png", "nearest.png"}
+    assert {path.name for path in (tmp_path / "evaluation").glob("*.png")} == pictures
     loaded, before = (
         ImagePipeline.from_pretrained(path) for path in (tmp_path / "pipeline", world / "run" / "pipeline")
     )

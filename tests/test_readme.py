@@ -33,7 +33,7 @@ def test_the_pipeline_code_runs(tmp_path, monkeypatch):
         pipeline.save_pretrained(tmp_path / f"runs/{name}_digits/pipeline")
     monkeypatch.chdir(tmp_path)
     code = [block for block in blocks("python") if "pipe" in block]
-    assert len(code) == 3
+    assert len(code) == 4
     exec("\n".join(code), names := {})
     assert Path("three.png").stat().st_size > 0 and Path("my-pipeline/model_index.json").is_file()
     assert len(names["out"].images) == 4 and names["tokens"].shape == (4, 7, 7)

@@ -46,6 +46,10 @@ class TokenGrid:
             )
 
 
+class LikelihoodError(ValueError):
+    """A density of pixels was asked for, and the tokenizer's decoder has none."""
+
+
 class Reconstruction(NamedTuple):
     """What `Tokenizer.forward` returns: images `(B, C, H, W)`, tokens `(B, *grid.shape)`, unweighted scalar losses."""
 
@@ -93,9 +97,31 @@ class Tokenizer(PretrainedModel, family="tokenizer"):
         """Called once before training with training images `(B, C, H, W)` in [-1, 1], for tokenizers that start from
         (or consist of) their statistics. Raises `ConfigError` if they do not allow what the configuration asks for."""
 
+    @property
+    def has_likelihood(self) -> bool:
+        """Whether there is a p(image | tokens): `pixel_log_probs` and `value_log_probs` need one."""
+        return False
+
+    @property
+    def reversible(self) -> bool:
+        """Whether the tokens alone give an 8-bit image back as it was."""
+        return False
+
     def pixel_log_prob(self, images: Tensor, tokens: Tensor) -> Tensor | None:
-        """log p(images | tokens) in nats, `(B,)`, of images whose pixels take 256 values; None without a likelihood."""
-        return None
+        """log p(images | tokens) of 8-bit images, `(B,)` nats; None without a likelihood."""
+        if not self.has_likelihood:
+            return None
+        return self.pixel_log_probs(images, tokens).double().flatten(1).sum(1).float()
+
+    def pixel_log_probs(self, images: Tensor, tokens: Tensor) -> Tensor:
+        """log p of each pixel channel of 8-bit images, given the tokens and the channels before it: `(B, C, H, W)`
+        nats. Raises `LikelihoodError` without a likelihood."""
+        raise LikelihoodError(f"a {self.name!r} tokenizer has no likelihood of pixels")
+
+    def value_log_probs(self, tokens: Tensor, values: Tensor, channel: int) -> Tensor:
+        """log p of each of the 256 values of one channel, `(B, 256, H, W)` nats, given the tokens and the channels
+        before it of int64 `values` (B, C, H, W). Raises `LikelihoodError` without a likelihood."""
+        raise LikelihoodError(f"a {self.name!r} tokenizer has no likelihood of pixels")
 
     @property
     def loss_weights(self) -> dict[str, float]:

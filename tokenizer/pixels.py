@@ -47,28 +47,46 @@ class Pixels(Tokenizer, name="pixels"):
     def decode(self, tokens: Tensor) -> Tensor:
         """The levels' intensities, `(B, C, H, W)` from -1 to 1; raises `ValueError` for ids out of range."""
         self.grid.check(tokens)
-        channels, height, _ = self.image_shape
-        return tokens.unflatten(1, (height, channels)).transpose(1, 2).float() * 2 / (self.grid.vocab_size - 1) - 1
+        return self._to_channels(tokens).float() * 2 / (self.grid.vocab_size - 1) - 1
 
     def forward(self, images: Tensor) -> Reconstruction:
         """The nearest levels; there is nothing to learn, so there are no losses."""
         tokens = self.encode(images)
         return Reconstruction(self.decode(tokens), tokens, {})
 
-    def pixel_log_prob(self, images: Tensor, tokens: Tensor) -> Tensor:
-        """log p(images | tokens) in nats, `(B,)`, of 8-bit images: all bytes that an id stands for are equally likely.
+    @property
+    def has_likelihood(self) -> bool:
+        """All bytes that an id stands for are equally likely, so with a prior over tokens this is an exact distribution
+        of 8-bit images, whatever the number of levels."""
+        return True
 
-        So it is minus the sum of the logs of their numbers, 0 with 256 levels; -inf for tokens of other images. With a
-        prior over tokens this is an exact distribution of 8-bit images, whatever the number of levels.
-        """
-        agree = (self.encode(images) == tokens).flatten(1).all(1)
-        inside = -self.sizes.double().log()[tokens.long()].flatten(1).sum(1)
-        return torch.where(agree, inside, -torch.inf).float()
+    @property
+    def reversible(self) -> bool:
+        """With 256 levels an id is the byte."""
+        return self.config.levels == 256
+
+    def pixel_log_probs(self, images: Tensor, tokens: Tensor) -> Tensor:
+        """Minus the log of the number of bytes that the id stands for, 0 with 256 levels; -inf for other ids than the
+        image's. `(B, C, H, W)` nats."""
+        inside = -self.sizes.double().log()[tokens.long()]
+        found = torch.where(self.encode(images) == tokens, inside, -torch.inf).float()
+        return self._to_channels(found)
+
+    def value_log_probs(self, tokens: Tensor, values: Tensor, channel: int) -> Tensor:
+        """`(B, 256, H, W)` nats, -inf for bytes of other ids; channels do not depend on each other."""
+        ids = self._to_channels(tokens.long())[:, channel, None]
+        every = self._nearest(torch.arange(256, device=ids.device) / 127.5 - 1)[None, :, None, None]
+        return torch.where(every == ids, -self.sizes.double().log()[ids], -torch.inf)
 
     def known_tokens(self, known: Tensor) -> Tensor:
         """A token for each channel of each known pixel, `(B, C * H, W)`, given bool `(B, H, W)`."""
         channels, height, width = self.image_shape
         return known.reshape(-1, height, width).repeat_interleave(channels, dim=1)
+
+    def _to_channels(self, rows: Tensor) -> Tensor:
+        """`(B, C * H, W)` as `(B, C, H, W)`."""
+        channels, height, _ = self.image_shape
+        return rows.unflatten(1, (height, channels)).transpose(1, 2)
 
     def _nearest(self, intensities: Tensor) -> Tensor:
         """Ids of intensities in [-1, 1], rounded half up. (No byte is halfway, for no number of levels: 255 is odd.)"""

@@ -8,8 +8,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .base import Reconstruction, TokenGrid, Tokenizer
+from .base import LikelihoodError, Reconstruction, TokenGrid, Tokenizer
 from .layers import decoder, encoder
+from .likelihoods import Likelihood
+from .likelihoods.base import to_values
 from .pretrained import ModelConfig, setting
 from .quantizers import Quantizer
 from .quantizers.ema import EMAConfig
@@ -28,6 +30,10 @@ class VQVAEConfig(ModelConfig):
     attention: bool = setting(False, "self-attention at the token resolution")
     quantizer: ModelConfig = setting(EMAConfig(), "how vectors become ids", family="tokenizer.quantizers:Quantizer")
 
+    likelihood: ModelConfig | None = setting(None, "what the decoder says of a pixel's 256 values, which bits per dim "
+                                             "and lossless compression need; null: a point",
+                                             family="tokenizer.likelihoods:Likelihood")  # fmt: skip
+
     def check(self) -> Iterator[str]:
         """Sizes have to divide."""
         if len(self.image_size) != 2:
@@ -44,7 +50,10 @@ class VQVAEConfig(ModelConfig):
 
 
 class VQVAE(Tokenizer, name="vqvae"):
-    """A convolutional autoencoder with a quantizer in the middle."""
+    """A convolutional autoencoder with a quantizer in the middle.
+
+    With a likelihood, `decode` gives the expected image, and `forward` one more loss, `nll`: nats per pixel channel.
+    """
 
     Config = VQVAEConfig
 
@@ -55,9 +64,13 @@ class VQVAE(Tokenizer, name="vqvae"):
         self.quantizer = Quantizer.find(config.quantizer.kind)(config.quantizer)
         rows = self.quantizer.levels * height // config.factor
         self.grid = TokenGrid((rows, width // config.factor), self.quantizer.vocab_size)
+        self.likelihood: Likelihood | None = None
+        if config.likelihood is not None:
+            self.likelihood = Likelihood.find(config.likelihood.kind)(config.likelihood, config.channels)
+        outputs = config.channels if self.likelihood is None else self.likelihood.num_parameters
         patch = config.factor // 2 ** (len(config.widths) - 1)
-        sizes = (config.channels, patch, config.widths, config.blocks, config.attention, self.quantizer.dim)
-        self.encoder, self.decoder = encoder(*sizes), decoder(*sizes)
+        sizes = (patch, config.widths, config.blocks, config.attention, self.quantizer.dim)
+        self.encoder, self.decoder = encoder(config.channels, *sizes), decoder(outputs, *sizes)
         self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
     def encode(self, images: Tensor) -> Tensor:
@@ -68,22 +81,53 @@ class VQVAE(Tokenizer, name="vqvae"):
     def decode(self, tokens: Tensor) -> Tensor:
         """Images of `tokens`, clamped to [-1, 1]; raises `ValueError` for ids out of range."""
         self.grid.check(tokens)
-        return self._paint(self.quantizer.lookup(tokens.long())).clamp(-1, 1)
+        return self._image(self._paint(tokens)).clamp(-1, 1)
 
     def forward(self, images: Tensor) -> Reconstruction:
-        """Reconstruction, tokens and the quantizer's losses; images are clamped in eval mode only."""
+        """Reconstruction, tokens and losses; images are clamped in eval mode only."""
         z_q, tokens, losses = self.quantizer.quantize(self._embed(images))
-        painted = self._paint(z_q)
-        return Reconstruction(painted if self.training else painted.clamp(-1, 1), tokens, losses)
+        painted = self._decoded(z_q)
+        if self.likelihood is not None:
+            losses = {**losses, "nll": -self.likelihood.log_prob(painted, to_values(images)).mean()}
+        reconstruction = self._image(painted)
+        return Reconstruction(reconstruction if self.training else reconstruction.clamp(-1, 1), tokens, losses)
+
+    @property
+    def has_likelihood(self) -> bool:
+        """Whether it was made with one."""
+        return self.likelihood is not None
+
+    def pixel_log_probs(self, images: Tensor, tokens: Tensor) -> Tensor:
+        """log p of each pixel channel given the tokens, `(B, C, H, W)` nats. Raises `LikelihoodError` without a
+        likelihood."""
+        return self._likelihood().log_prob(self._paint(tokens), to_values(images))
+
+    def value_log_probs(self, tokens: Tensor, values: Tensor, channel: int) -> Tensor:
+        """`(B, 256, H, W)` nats: the mixture's whole table."""
+        return self._likelihood().table(self._paint(tokens), values, channel)
+
+    def _likelihood(self) -> Likelihood:
+        if self.likelihood is None:
+            raise LikelihoodError("this vqvae was made without a likelihood (model.likelihood)")
+        return self.likelihood
 
     @property
     def loss_weights(self) -> dict[str, float]:
-        """The quantizer's."""
-        return self.quantizer.loss_weights
+        """The quantizer's, and 1 for the likelihood's."""
+        return {**self.quantizer.loss_weights, **({} if self.likelihood is None else {"nll": 1.0})}
 
     def _embed(self, images: Tensor) -> Tensor:
         dtype = next(self.decoder.parameters()).dtype
         return self.encoder(images.to(dtype=dtype, memory_format=torch.channels_last))
 
-    def _paint(self, z_q: Tensor) -> Tensor:
-        return self.decoder(z_q.to(next(self.decoder.parameters()).dtype)).float()
+    def _paint(self, tokens: Tensor) -> Tensor:
+        return self._decoded(self.quantizer.lookup(tokens.long()))
+
+    def _decoded(self, z_q: Tensor) -> Tensor:
+        """What the decoder puts out, at least in float32: images, or the likelihood's parameters."""
+        dtype = next(self.decoder.parameters()).dtype
+        out = self.decoder(z_q.to(dtype))
+        return out if dtype == torch.float64 else out.float()
+
+    def _image(self, painted: Tensor) -> Tensor:
+        return (painted if self.likelihood is None else self.likelihood.mean(painted)).float()

@@ -1,0 +1,256 @@
+"""How unlike the normal images is an image? Scores from a pipeline's density, and what they are measured against.
+
+A high likelihood alone does not make an image normal: simpler images of another kind are often likelier (Nalisnick et
+al. 2019). The default score therefore takes several statistics of an image, and asks how far they are, together, from
+those of normal images (DoSE, Morningstar et al. 2021). One sign everywhere: a larger score is more anomalous, a smaller
+p-value is.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import math
+import zlib
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .calibration import LEVELS, Calibration, CalibrationError, Floats, Gaussian, rounded
+from .pictures import convert_images
+
+if TYPE_CHECKING:
+    from .stages import Label, Stages
+
+METHODS = {
+    "joint": "how far all statistics are, together, from those of normal images",
+    "nll": "bits of the image under the model",
+    "typicality": "how far these bits are from their mean over normal images",
+    "complexity": "these bits, less those of a general lossless coder",
+    "ratio": "bits of the tokens, less those under the background prior",
+    "reconstruction": "mean |x - decode(encode(x))|",
+    "surprise": "mean bits of the most surprising 5 % of the tokens",
+}
+JOINT = ("token_bits", "pixel_bits", "codec_bits", "error", "surprise")
+"""The statistics of the joint score. Background bits are not among them: a score should not change its meaning when a
+background prior is added."""
+FITTED = ("joint", "typicality")
+"""The methods that are nothing without a calibration."""
+MOST_SURPRISING = 0.05
+GREY_LEVEL = 2 / 255
+KEPT_SCORES, KEPT_POSITIONS, KEPT_SIDE = 2000, 4096, 64  # what of large calibrations is kept
+
+
+class Measured(NamedTuple):
+    """What the models say of some images: `statistics`, each `(B,)` float64; `surprise`, the bits of each token,
+    `(B, N)`; `error`, |x - decode(encode(x))| meaned over channels, `(B, H, W)`."""
+
+    statistics: dict[str, Tensor]
+    surprise: Tensor
+    error: Tensor
+
+
+# Statistics
+
+
+def statistics(pipeline: Stages, images: Any, labels: Label | Sequence[Label] = None,
+               batch_size: int = 256) -> dict[str, Tensor]:  # fmt: skip
+    """Each `(B,)` float64: `token_bits` under the prior (of the class given, else unconditional); `pixel_bits` given
+    the tokens, where the tokenizer has a likelihood; `codec_bits` of a general lossless coder; `error`, the mean over
+    pixels of |x - decode(encode(x))| on a scale of 0 to 2; `surprise`, the mean bits of the most surprising 5 % of the
+    tokens; `background_bits`, token bits under the pipeline's background prior, where it has one."""
+    parts = [part.statistics for part in measured(pipeline, images, labels, batch_size)]
+    return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+
+
+@torch.no_grad()
+def measured(pipeline: Stages, images: Any, labels: Label | Sequence[Label] = None,
+             batch_size: int = 256) -> Iterator[Measured]:  # fmt: skip
+    """Batch by batch, on the CPU. Raises `ValueError` for no images, and for those that the pipeline does not take."""
+    batch = pipeline.to_images(images)
+    if not len(batch):
+        raise ValueError("there should be at least one image")
+    ids = pipeline.label_ids(labels, len(batch))
+    for start in range(0, len(batch), batch_size):
+        rows = slice(start, start + batch_size)
+        part, given = batch[rows], None if ids is None else ids[rows]
+        tokens = pipeline.encode(part)
+        surprise = bits(pipeline.prior.token_log_probs(tokens, given).flatten(1))
+        pixels = pipeline.tokenizer.pixel_log_prob(part, tokens)
+        error = (pipeline.decode(tokens, output_type="pt") - part).abs().mean(1).cpu()
+        most = max(1, math.ceil(MOST_SURPRISING * surprise.shape[1]))
+        found = {"token_bits": surprise.sum(1), **({} if pixels is None else {"pixel_bits": bits(pixels)})}
+        found |= {
+            "codec_bits": codec_bits(convert_images(part, "np")),
+            "error": error.flatten(1).double().mean(1),
+            "surprise": surprise.topk(most, 1).values.mean(1),
+        }
+        if pipeline.background is not None:
+            background = pipeline.background.token_log_probs(tokens, given)
+            found["background_bits"] = bits(background.flatten(1)).sum(1)
+        yield Measured(found, surprise, error)
+
+
+def bits(nats: Tensor) -> Tensor:
+    """Log-probabilities as code lengths, float64 on the CPU."""
+    return -nats.cpu().double() / math.log(2)
+
+
+def codec_bits(pixels: np.ndarray) -> Tensor:
+    """Bits of each uint8 image `(B, H, W, C)` by the best of three: deflate of its bytes, or of their differences down
+    or along rows (two of PNG's filters). Without headers, which are a fifth of a PNG file of 28 x 28."""
+    down, along = (np.diff(pixels, axis=axis, prepend=np.uint8(0)) for axis in (1, 2))
+    variants = zip(pixels, down, along, strict=True)
+    return torch.tensor([8.0 * min(map(deflated, three)) for three in variants], dtype=torch.float64)
+
+
+def deflated(values: np.ndarray) -> int:
+    """Bytes of a raw deflate stream."""
+    coder = zlib.compressobj(9, zlib.DEFLATED, -15)
+    return len(coder.compress(values.tobytes()) + coder.flush())
+
+
+# Scores
+
+
+def anomaly_score(pipeline: Stages, images: Any, method: str = "joint", labels: Label | Sequence[Label] = None, *,
+                  p_values: bool = False, batch_size: int = 256) -> Tensor:  # fmt: skip
+    """Score of each image by one of `METHODS`, `(B,)` float64: larger is more anomalous.
+
+    p_values: instead, the share of normal images that are at least as anomalous, (1 + #{s_i >= s}) / (n + 1), in which
+    smaller is more anomalous: of new normal images, at most a share a has p <= a. Both these and the fitted methods
+    need a calibration. Raises `CalibrationError` (a `ValueError`) where there is none, or not for this.
+    """
+    found = statistics(pipeline, images, labels, batch_size)
+    scores = score_of(method, found, pipeline.calibration, labelled=labels is not None)
+    return p_value_of(method, scores, pipeline.calibration, labelled=labels is not None) if p_values else scores
+
+
+def score_of(method: str, found: dict[str, Tensor], calibration: Calibration | None, *, labelled: bool) -> Tensor:
+    """As `anomaly_score`, from `statistics`."""
+    if method not in METHODS:
+        raise ValueError(f"method: no score is called {method!r}; there are {', '.join(METHODS)}")
+    if method == "ratio" and "background_bits" not in found:
+        raise CalibrationError("method: the ratio needs a background prior: `smalti calibrate background=FOLDER`, or "
+                               "`set_background(prior)`")  # fmt: skip
+    total = found["token_bits"] + found.get("pixel_bits", torch.zeros(()))
+    if method in FITTED:
+        fitted = checked(calibration, method, labelled)
+        return (total - fitted.typical_bits).abs() if method == "typicality" else joint_score(found, fitted)
+    return {
+        "nll": total,
+        "complexity": total - found["codec_bits"],
+        "ratio": found["token_bits"] - found.get("background_bits", torch.zeros(())),
+        "reconstruction": found["error"],
+        "surprise": found["surprise"],
+    }[method]
+
+
+def joint_score(found: dict[str, Tensor], calibration: Calibration) -> Tensor:
+    """The squared Mahalanobis distance of the statistics. Raises `CalibrationError` if they are not those fitted to."""
+    if (names := joint_names(found)) != calibration.statistics:
+        raise CalibrationError(f"the pipeline was calibrated with {', '.join(calibration.statistics)}, and now has "
+                               f"{', '.join(names)}: run `smalti calibrate` again")  # fmt: skip
+    return torch.from_numpy(calibration.joint.distance(joint_rows(found)))
+
+
+def joint_names(found: dict[str, Tensor]) -> list[str]:
+    """Those of `JOINT` that there are."""
+    return [name for name in JOINT if name in found]
+
+
+def joint_rows(found: dict[str, Tensor]) -> Floats:
+    """Logarithms of the statistics `(B, d)`: all are positive, and an image's are in proportion to each other. One bit,
+    or one grey level, is added, as 0 occurs and differences far below that mean nothing."""
+    added = {"error": GREY_LEVEL}
+    return np.stack([np.log(found[name].numpy() + added.get(name, 1.0)) for name in joint_names(found)], axis=1)
+
+
+def p_value_of(method: str, scores: Tensor, calibration: Calibration | None, *, labelled: bool) -> Tensor:
+    """Conformal p-values of scores, ties counted against the image. Raises `CalibrationError`."""
+    normal = checked(calibration, method, labelled).scores[method]
+    below = np.searchsorted(normal, scores.numpy(), side="left")
+    return torch.from_numpy((1 + len(normal) - below) / (len(normal) + 1))
+
+
+def checked(calibration: Calibration | None, method: str, labelled: bool) -> Calibration:
+    """The calibration, if there is one that holds for this. Raises `CalibrationError`."""
+    if calibration is None:
+        raise CalibrationError(f"method: {method} and p-values need a calibrated pipeline: `smalti calibrate`, or "
+                               "`calibrate(images)`, fits it to normal images")  # fmt: skip
+    if method not in calibration.scores:
+        raise CalibrationError(f"method: the pipeline was calibrated without {method}: run `smalti calibrate` again")
+    if calibration.labels != labelled:
+        how = "with" if calibration.labels else "without"
+        raise CalibrationError(f"labels: the pipeline was calibrated {how} them, and scores are not comparable")
+    return calibration
+
+
+# Calibration
+
+
+def calibrate(pipeline: Stages, images: Any, labels: Label | Sequence[Label] = None, *, false_alarms: float = 0.05,
+              seed: int = 0, batch_size: int = 256) -> Calibration:  # fmt: skip
+    """Learn from normal images that were not trained on; returns the calibration, and gives it to the pipeline.
+
+    One half, chosen by `seed`, is fitted to; the other half gives the scores behind p-values and thresholds, which
+    a share `false_alarms` of new normal images is above. Raises `ValueError` for too few images to tell that share.
+    """
+    batch = pipeline.to_images(images)
+    count = len(batch)
+    if not 0 < false_alarms < 1:
+        raise ValueError(f"false_alarms should lie between 0 and 1 (got {false_alarms})")
+    if count < (least := max(10, 2 * math.ceil(1 / false_alarms))):
+        raise ValueError(f"calibrating for a share of {false_alarms:g} false alarms needs at least {least} images "
+                         f"(got {count})")  # fmt: skip
+    parts, error = [], torch.zeros(batch.shape[2:], dtype=torch.float64)
+    for part in measured(pipeline, batch, labels, batch_size):
+        parts.append((part.statistics, part.surprise))
+        error += part.error.double().sum(0)
+    found = {name: torch.cat([part[name] for part, _ in parts]) for name in parts[0][0]}
+    order = torch.from_numpy(np.random.default_rng(seed).permutation(count))
+    fit, held = ({name: v[half] for name, v in found.items()} for half in (order[: count // 2], order[count // 2 :]))
+    total = fit["token_bits"] + fit.get("pixel_bits", torch.zeros(()))
+    blank = Calibration(
+        count=count,
+        data=hashlib.sha256(convert_images(batch, "np").tobytes()).hexdigest(),
+        labels=labels is not None,
+        false_alarms=float(false_alarms),
+        statistics=joint_names(found),
+        typical_bits=float(f"{total.mean().item():.6g}"),
+        joint=Gaussian.fit(joint_rows(fit)),
+        scores={method: np.zeros(1) for method in METHODS if method != "ratio" or pipeline.background is not None},
+        thresholds={},
+        surprise=surprise_quantiles(torch.cat([surprise for _, surprise in parts])),
+        error=coarse(error / count),
+    )
+    pipeline.calibration = with_scores(blank, held)
+    return pipeline.calibration
+
+
+def with_scores(calibration: Calibration, held: dict[str, Tensor]) -> Calibration:
+    """With the scores of the held half, and as thresholds the scores above which p <= `false_alarms`."""
+    scores, thresholds = {}, {}
+    for method in calibration.scores:
+        each = score_of(method, held, calibration, labelled=calibration.labels)[:KEPT_SCORES]
+        scores[method] = rounded(np.sort(each.numpy()))
+        allowed = math.floor(calibration.false_alarms * (len(each) + 1)) - 1  # normal scores that may be higher
+        thresholds[method] = float(scores[method][-1 - allowed])
+    return dataclasses.replace(calibration, scores=scores, thresholds=thresholds)
+
+
+def surprise_quantiles(surprise: Tensor) -> Floats:
+    """`LEVELS` quantiles of `(n, N)` bits at each position, or over all where there are very many."""
+    values = surprise.numpy()
+    values = values if values.shape[1] <= KEPT_POSITIONS else values.reshape(-1, 1)
+    return rounded(np.quantile(values, LEVELS, axis=0))
+
+
+def coarse(error: Tensor) -> Floats:
+    """An error map `(H, W)` of at most 64 pixels along each side."""
+    height, width = (min(side, KEPT_SIDE) for side in error.shape)
+    return rounded(F.adaptive_avg_pool2d(error[None], (height, width))[0].numpy())

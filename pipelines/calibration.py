@@ -1,0 +1,183 @@
+"""What `smalti calibrate` learned of normal images, kept in the pipeline as `calibration.json`."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tokenizer.storage import FormatError
+
+Floats = NDArray[np.float64]
+LEVELS = (0.9, 0.95, 0.98, 0.99, 0.995)
+"""The quantiles of token surprise that are kept, from which `heal` chooses."""
+
+
+class CalibrationError(ValueError):
+    """A score was asked for that this pipeline was not calibrated for."""
+
+
+@dataclass(frozen=True, eq=False)
+class Gaussian:
+    """`mean` (d,), and `whitener` (d, d), which makes rows of this distribution white."""
+
+    mean: Floats
+    whitener: Floats
+
+    def distance(self, rows: Floats) -> Floats:
+        """The squared Mahalanobis distance of each of `rows` (n, d) from the mean, `(n,)`."""
+        return np.square((rows - self.mean) @ self.whitener.T).sum(1)
+
+    @classmethod
+    def fit(cls, rows: Floats) -> Gaussian:
+        """Of `rows` (n, d): the covariance of standardised columns is shrunk towards 1 as far as Ledoit and Wolf (2004)
+        find best. A column that does not vary gets a deviation of 1e-6 of its size, so that a value that stands out is
+        far away, but finitely."""
+        mean = rows.mean(0)
+        scale = np.maximum(rows.std(0), 1e-6 * (1 + np.abs(mean)))
+        values, axes = np.linalg.eigh(shrunk_covariance((rows - mean) / scale))
+        whitener = (axes / np.sqrt(np.maximum(values, 1e-6))).T / scale
+        return cls(rounded(mean), rounded(whitener))
+
+
+def shrunk_covariance(rows: Floats) -> Floats:
+    """Covariance (d, d) of centred `rows` (n, d) after Ledoit and Wolf: (1 - a) S + a tr(S) / d I, with the `a` of the
+    least expected squared error."""
+    count, size = rows.shape
+    covariance = rows.T @ rows / count
+    level = np.trace(covariance) / size
+    distance = np.square(covariance - level * np.eye(size)).sum()
+    noise = (np.square(rows).T @ np.square(rows) / count - np.square(covariance)).sum() / count
+    share = min(1.0, noise / distance) if distance > 0 else 1.0
+    return (1 - share) * covariance + share * level * np.eye(size)
+
+
+@dataclass(frozen=True, eq=False)
+class Calibration:
+    """What is known of held-out normal images. One half of them was fitted to, the other half gave the scores."""
+
+    count: int
+    """Images of both halves."""
+    data: str
+    """sha256 of their pixels."""
+    labels: bool
+    """Whether token bits were those given the images' classes."""
+    false_alarms: float
+    """The share of normal images above a method's threshold."""
+    statistics: list[str]
+    """The columns of `joint`."""
+    typical_bits: float
+    """Mean bits of an image."""
+    joint: Gaussian
+    """Of the logarithms of the statistics."""
+    scores: dict[str, Floats]
+    """Of each method, ascending."""
+    thresholds: dict[str, float]
+    surprise: Floats
+    """`LEVELS` quantiles of the bits of a token, `(5, N)`, or `(5, 1)` for all positions together."""
+    error: Floats
+    """Mean |x - decode(encode(x))| per pixel, on a scale of 0 to 2, `(h, w)`: coarser than large images."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """As `calibration.json` holds it."""
+        return {field.name: plain(getattr(self, field.name)) for field in dataclasses.fields(self)}
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any], path: Path) -> Calibration:
+        """Checked. Raises `FormatError` naming the file and the field."""
+        read = Reader(data, path)
+        read.fields({field.name for field in dataclasses.fields(cls)})
+        names = read.names("statistics")
+        scores = {name: read.array(f"scores.{name}", 1) for name in read.mapping("scores")}
+        for name, values in scores.items():
+            read.check(bool((np.diff(values) >= 0).all()), f"scores.{name}", "should ascend")
+        read.check(bool(scores), "scores", "is empty")
+        thresholds = {name: read.number(f"thresholds.{name}") for name in read.mapping("thresholds")}
+        read.check(set(thresholds) == set(scores), "thresholds", "should be of the same methods as scores")
+        joint = read.gaussian("joint")
+        read.check(len(joint.mean) == len(names), "joint.mean", f"should hold {len(names)} numbers, one per statistic")
+        surprise, error = read.array("surprise", 2), read.array("error", 2)
+        read.check(len(surprise) == len(LEVELS), "surprise", f"should have {len(LEVELS)} rows")
+        read.check(bool((error >= 0).all()), "error", "should not be negative")
+        count, share = read.number("count"), read.number("false_alarms")
+        read.check(type(data["count"]) is int and count >= 2, "count", "should be a whole number of at least 2")
+        read.check(0 < share < 1, "false_alarms", "should lie between 0 and 1")
+        read.check(type(data["labels"]) is bool, "labels", "should be true or false")
+        digest = data["data"]
+        read.check(isinstance(digest, str) and bool(re.fullmatch("[0-9a-f]{64}", digest)), "data", "is no sha256")
+        return cls(int(count), digest, data["labels"], share, names, read.number("typical_bits"), joint, scores,
+                   thresholds, surprise, error)  # fmt: skip
+
+
+def rounded(values: Floats) -> Floats:
+    """To six digits, so that the file is small, and what is read from it is what was written."""
+    return np.array([float(f"{value:.6g}") for value in values.ravel().tolist()]).reshape(values.shape)
+
+
+def plain(value: Any) -> Any:
+    """Arrays as lists, a Gaussian as a mapping."""
+    if isinstance(value, Gaussian):
+        return {"mean": value.mean.tolist(), "whitener": value.whitener.tolist()}
+    if isinstance(value, dict):
+        return {key: plain(item) for key, item in value.items()}
+    return value.tolist() if isinstance(value, np.ndarray) else value
+
+
+@dataclass(frozen=True)
+class Reader:
+    """Reads `data`, the object in the file `path`, by dotted names of fields; what is wrong is a `FormatError`."""
+
+    data: dict[str, Any]
+    path: Path
+
+    def check(self, holds: bool, name: str, problem: str) -> None:
+        if not holds:
+            raise FormatError(f"{self.path}: {name}: {problem}")
+
+    def fields(self, expected: set[str]) -> None:
+        for name in sorted(expected ^ set(self.data)):
+            self.check(False, name, "missing" if name in expected else "no such field")
+
+    def get(self, name: str) -> Any:
+        value: Any = self.data
+        for part in name.split("."):
+            self.check(isinstance(value, dict) and part in value, name, "missing")
+            value = value[part]
+        return value
+
+    def mapping(self, name: str) -> list[str]:
+        value = self.get(name)
+        self.check(isinstance(value, dict), name, "should be a mapping")
+        return list(value)
+
+    def names(self, name: str) -> list[str]:
+        value = self.get(name)
+        right = isinstance(value, list) and all(isinstance(item, str) for item in value)
+        self.check(right, name, "should be a list of names")
+        return value
+
+    def number(self, name: str) -> float:
+        value = self.get(name)
+        self.check(type(value) in (int, float) and bool(np.isfinite(value)), name, "should be a number")
+        return float(value)
+
+    def array(self, name: str, axes: int) -> Floats:
+        found = self.get(name)
+        try:
+            value = np.array(found)
+        except ValueError:  # rows of different lengths
+            value = np.array([None])
+        right = value.dtype.kind in "if" and value.ndim == axes and value.size and bool(np.isfinite(value).all())
+        self.check(bool(right), name, f"should be numbers along {axes} axes")
+        return value.astype(np.float64)
+
+    def gaussian(self, name: str) -> Gaussian:
+        mean, whitener = self.array(f"{name}.mean", 1), self.array(f"{name}.whitener", 2)
+        size = len(mean)
+        self.check(whitener.shape == (size, size), f"{name}.whitener", f"should be {size} x {size}, as mean is {size}")
+        return Gaussian(mean, whitener)

@@ -1,0 +1,106 @@
+"""Put a folder of images into one small file: their tokens, or with lossless=true every pixel."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from pydantic import Field
+from torch import Tensor
+
+from tokenizer.base import LikelihoodError
+
+from .compression import chunk_images, exact_pixels, write_images
+from .config import Config, UserError, run_command
+from .decoding import open_image
+from .evaluate import choose_device
+from .generation import ImagePipeline
+from .images import to_float
+from .sources import find_images, is_image_name
+from .streams import StreamError
+
+
+class CompressConfig(Config):
+    """What is compressed, with what, and where to."""
+
+    pipeline: str = Field(description="pipeline folder, or a Hub id; decompressing needs the very same one")
+    images: str = Field(description="a folder of images of the pipeline's size, or one file; names are kept")
+    out: str = Field("images.smalti", description="the file to write")
+    lossless: bool = Field(False, description="keep every pixel; needs a decoder with a likelihood, or a pixels "
+                           "tokenizer. false keeps what the tokenizer sees")  # fmt: skip
+    checked: bool = Field(
+        True, description="decode every chunk as soon as it is made, and store it plainly if it fails"
+    )
+    device: str = Field("auto", description="cpu, cuda, mps or auto")
+
+
+def run(config: CompressConfig) -> Path:
+    """Compress, and return the file written."""
+    root = Path(config.images)
+    paths, names = named_images(root)
+    pipeline = ImagePipeline.from_pretrained(config.pipeline, device=choose_device(config.device))
+    size = chunk_images(pipeline)
+
+    def parts() -> Iterator[Tensor]:
+        for start in range(0, len(paths), size):
+            yield torch.stack([read_exactly(path, pipeline.tokenizer.image_shape, config.lossless)
+                               for path in paths[start : start + size]]).to(pipeline.device)  # fmt: skip
+
+    out, began = Path(config.out), time.monotonic()
+    half = out.with_name(f".{out.name}.part")
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        with open(half, "wb") as file:
+            written = write_images(pipeline, file, parts(), len(paths), lossless=config.lossless, names=names,
+                                   checked=config.checked)  # fmt: skip
+        half.replace(out)
+    except (StreamError, LikelihoodError) as error:
+        raise UserError(str(error)) from error
+    except OSError as error:
+        raise UserError(f"out: {out} can not be written ({error.strerror or error})") from error
+    finally:
+        half.unlink(missing_ok=True)
+    dims = len(paths) * int(np.prod(pipeline.tokenizer.image_shape))
+    was, seconds = sum(path.stat().st_size for path in paths), time.monotonic() - began
+    what = "every pixel" if config.lossless else "tokens: decompressing gives reconstructions"
+    print(
+        f"{out}: {len(paths):,} images, {written:,} bytes (before: {was:,}), {written / len(paths):.1f} an image, "
+        f"{8 * written / dims:.3f} bits per dim\nkept: {what}; {len(paths) / seconds:.0f} images a second, "
+        f"{'checked by decoding' if config.checked else 'not checked'}"
+    )
+    return out
+
+
+def named_images(root: Path) -> tuple[list[Path], list[str]]:
+    """The images of a folder, or the one that `root` is, with their names in it. Raises `UserError` for none."""
+    if root.is_file() and is_image_name(root.name):
+        return [root], [root.name]
+    if not root.is_dir():
+        raise UserError(f"images: {str(root)!r} is neither a folder nor an image file")
+    named = sorted((path.relative_to(root).as_posix(), path) for path in find_images(root))
+    if not named:
+        raise UserError(f"images: no images in {root}")
+    return [path for _, path in named], [name for name, _ in named]
+
+
+def read_exactly(path: Path, shape: tuple[int, int, int], lossless: bool) -> Tensor:
+    """An image file as it is, float `(C, H, W)`. Raises `UserError` naming a file that is of another size or kind."""
+    try:
+        image: Image.Image = open_image(path)
+        return to_float(exact_pixels(image, shape, lossless))
+    except Exception as error:  # damaged files make Pillow raise almost anything
+        raise UserError(f"images: {path}: {error}") from error
+
+
+def main(argv: list[str] | None = None) -> Any:
+    """The command line."""
+    return run_command(CompressConfig, run, argv, verb="compress", description=__doc__)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,230 @@
+"""Both stages in one folder: a tokenizer, the prior over its ids, and what is known of them."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+from PIL.Image import Image as PILImage
+from torch import Tensor
+
+from prior import Prior
+from tokenizer import Tokenizer
+from tokenizer.pretrained import resolve_folder
+from tokenizer.storage import (
+    MANIFEST,
+    ConfigError,
+    IntegrityError,
+    PathError,
+    atomic_folder,
+    read_json,
+    verify_manifest,
+    write_json,
+    write_manifest,
+)
+
+from .calibration import Calibration
+from .card import model_card
+from .index import (
+    BACKGROUND,
+    CALIBRATION,
+    CARD,
+    FILES,
+    FORMAT_VERSION,
+    GRID,
+    INDEX,
+    PROVENANCE,
+    SamplerDefaults,
+    read_index,
+)
+from .pictures import convert_images, read_picture, save_picture, to_images
+
+Images = PILImage | Sequence[PILImage] | Tensor
+Label = int | str | None
+S = TypeVar("S", bound="Stages")
+
+
+class Stages:
+    """A tokenizer and a prior that fit each other, saved and loaded as one folder; `ImagePipeline` says what for.
+
+    labels: the names of the classes, in the order of their ids. sampler: defaults for sampling. Raises `IntegrityError`
+    when the prior was trained on another tokenizer.
+    """
+
+    def __init__(
+        self, tokenizer: Tokenizer, prior: Prior, *, labels: Sequence[str] = (), sampler: dict[str, Any] | None = None
+    ) -> None:
+        if tokenizer.grid != prior.grid:
+            raise IntegrityError(f"prior/config.json: grid: {prior.grid} is not the tokenizer's, {tokenizer.grid}")
+        if prior.config.tokenizer and prior.config.tokenizer != tokenizer.fingerprint():
+            raise IntegrityError(
+                "prior/config.json: tokenizer: the prior was trained on the tokens of another tokenizer "
+                f"({prior.config.tokenizer[:12]}..., this one is {tokenizer.fingerprint()[:12]}...)"
+            )
+        if labels and len(labels) != prior.num_classes:
+            raise ConfigError(f"{INDEX}: labels: {len(labels)} names for {prior.num_classes} classes")
+        self.tokenizer, self.prior = tokenizer.eval(), prior.eval()
+        self.labels = list(labels)
+        self.sampler = SamplerDefaults(**(sampler or {}))
+        if self.sampler.steps is not None and "steps" not in self._prior_takes():
+            raise ConfigError(f"{INDEX}: sampler: steps: a {prior.name!r} prior does not decode in steps")
+        if self.sampler.steps is not None and self.sampler.steps > len(prior.grid):
+            raise ConfigError(
+                f"{INDEX}: sampler: steps: {self.sampler.steps} are more than the {len(prior.grid)} tokens"
+            )
+        self.provenance: dict[str, Any] = {}
+        self.sample_grid: np.ndarray | None = None
+        self.calibration: Calibration | None = None
+        self.background: Prior | None = None
+
+    def set_background(self, prior: Prior) -> None:
+        """Keep a background prior beside the prior: one trained on perturbed tokens (`method="ratio"`). Raises
+        `IntegrityError` if it is not over the same tokens and classes."""
+        ours, theirs = ((p.grid, p.num_classes, p.config.tokenizer) for p in (self.prior, prior))
+        if ours != theirs:
+            raise IntegrityError("background/config.json: not a prior over the same tokens and classes as prior/")
+        self.background = prior.eval()
+
+    def __repr__(self) -> str:
+        grid, shape = self.prior.grid, "x".join(map(str, self.tokenizer.image_shape))
+        return (
+            f"{type(self).__name__}({self.tokenizer.name} + {self.prior.name}, images {shape}, tokens "
+            f"{'x'.join(map(str, grid.shape))} of {grid.vocab_size}, {self.prior.num_classes} classes)"
+        )
+
+    # Between images and tokens
+
+    @torch.no_grad()
+    def encode(self, images: Any, *, batch_size: int = 256) -> Tensor:
+        """Tokens `(B, *grid.shape)` of PIL images, a list of them, uint8 `(B, C, H, W)`, or float in [-1, 1]."""
+        batch = self.to_images(images)
+        return torch.cat([self.tokenizer.encode(part.to(self.dtype)) for part in batch.split(batch_size)])
+
+    @torch.no_grad()
+    def decode(self, tokens: Tensor, *, output_type: str = "pil", batch_size: int = 256) -> Any:
+        """Images of `tokens` `(B, *grid.shape)`. Raises `ValueError` for ids out of range."""
+        parts = tokens.to(self.device).split(batch_size)
+        return convert_images(torch.cat([self.tokenizer.decode(part) for part in parts]), output_type)
+
+    def reconstruct(self, images: Any, *, output_type: str = "pil") -> Any:
+        """`decode(encode(images))`: what the tokenizer keeps of them."""
+        return self.decode(self.encode(images), output_type=output_type)
+
+    # Saving and loading
+
+    def save_pretrained(self, folder: str | Path, *, sample_grid: np.ndarray | None = None) -> None:
+        """Write the pipeline folder, whole or not at all; an older pipeline there is replaced.
+
+        sample_grid: uint8 (H, W, 3), shown on the model card. Raises `PathError` if `folder` holds something else.
+        """
+        self.sample_grid = self.sample_grid if sample_grid is None else sample_grid
+        fingerprint = self.tokenizer.fingerprint()
+        for prior in filter(None, (self.prior, self.background)):
+            if prior.config.tokenizer != fingerprint:  # another dtype has another fingerprint
+                prior.config = dataclasses.replace(prior.config, tokenizer=fingerprint)
+        index = {
+            "_class_name": "ImagePipeline",
+            "format_version": FORMAT_VERSION,
+            "tokenizer": self.tokenizer.name,
+            "prior": self.prior.name,
+            "labels": self.labels,
+            "sampler": self.sampler.given(),
+            **({} if self.background is None else {"background": self.background.name}),
+        }
+        with atomic_folder(folder, marker=INDEX) as target:
+            self.tokenizer.save_pretrained(target / "tokenizer")
+            self.prior.save_pretrained(target / "prior")
+            if self.background is not None:
+                self.background.save_pretrained(target / BACKGROUND)
+            if self.calibration is not None:
+                write_json(target / CALIBRATION, self.calibration.to_dict())
+            write_json(target / INDEX, index)
+            if self.provenance:
+                write_json(target / PROVENANCE, self.provenance)
+            if self.sample_grid is not None:
+                save_picture(self.sample_grid, target / GRID)
+            (target / CARD).write_text(model_card(self), encoding="utf-8")
+            write_manifest(target)
+
+    @classmethod
+    def from_pretrained(cls: type[S], source: str | Path, *, revision: str | None = None, token: str | None = None,
+                        cache_dir: str | Path | None = None, local_files_only: bool = False,
+                        dtype: torch.dtype | None = None, device: str | torch.device | None = None
+                        ) -> S:  # fmt: skip
+        """Load from a folder or a Hub id. Raises a `PipelineLoadError` naming file, field, what was found and what is
+        allowed; every file is checked against the manifest first."""
+        folder = resolve_folder(
+            source, FILES, revision=revision, token=token, cache_dir=cache_dir, local_files_only=local_files_only
+        )
+        if not (folder / INDEX).is_file():
+            inner = folder / "pipeline"
+            hint = f"; did you mean {inner}?" if (inner / INDEX).is_file() else ""
+            raise PathError(f"{folder}: not a pipeline folder (no {INDEX}){hint}")
+        index = read_index(folder / INDEX)
+        listed = verify_manifest(folder)["files"]
+        unlisted = [name for name in FILES if name != MANIFEST and name not in listed and (folder / name).exists()]
+        if unlisted:
+            raise IntegrityError(f"{folder / MANIFEST}: files: does not list {', '.join(unlisted)}")
+        tokenizer = Tokenizer.find(index["tokenizer"]).from_pretrained(folder / "tokenizer")
+        prior = Prior.find(index["prior"]).from_pretrained(folder / "prior")
+        pipeline = cls(tokenizer, prior, labels=index["labels"], sampler=index["sampler"])
+        if "background" in index:
+            pipeline.set_background(Prior.find(index["background"]).from_pretrained(folder / BACKGROUND))
+        if (folder / CALIBRATION).is_file():
+            pipeline.calibration = Calibration.from_dict(read_json(folder / CALIBRATION), folder / CALIBRATION)
+        if (folder / PROVENANCE).is_file():
+            pipeline.provenance = read_json(folder / PROVENANCE)
+        if (folder / GRID).is_file():
+            pipeline.sample_grid = read_picture(folder / GRID)
+        return pipeline.to(device=device, dtype=dtype)
+
+    def to(self: S, device: str | torch.device | None = None, dtype: torch.dtype | None = None) -> S:
+        """Move all models to `device`, and change the type of their weights; returns itself."""
+        for model in filter(None, (self.tokenizer, self.prior, self.background)):
+            model.to(device=device, dtype=dtype)
+        return self
+
+    # Conveniences
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return self.prior.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The type of the tokenizer's weights."""
+        return next((p.dtype for p in self.tokenizer.parameters()), torch.float32)
+
+    def label_ids(self, labels: Label | Sequence[Label], count: int) -> Tensor | None:
+        """Class ids `(count,)` of ids and names, or None. Raises `ValueError` naming what there is."""
+        if labels is None:
+            return None
+        values = labels.tolist() if isinstance(labels, (Tensor, np.ndarray)) else labels
+        values = list(values) if isinstance(values, Iterable) and not isinstance(values, str) else [values] * count
+        if len(values) != count:
+            raise ValueError(f"got {len(values)} labels for {count} images; give one, or one per image")
+        return torch.tensor([self._label_id(value) for value in values], device=self.device)
+
+    def _label_id(self, label: Label) -> int:
+        classes = self.prior.num_classes
+        if label is None:
+            return classes
+        if isinstance(label, str) and label in self.labels:
+            return self.labels.index(label)
+        if isinstance(label, (int, np.integer)) and not isinstance(label, bool) and 0 <= label < classes:
+            return int(label)
+        there = f"ids 0 to {classes - 1}" + (f" or names {', '.join(self.labels)}" if self.labels else "")
+        raise ValueError(f"no class is called {label!r}; there are {there if classes else 'none: it is unconditional'}")
+
+    def to_images(self, images: Any) -> Tensor:
+        """Float `(B, C, H, W)` in [-1, 1] on the pipeline's device; see `pictures.to_images`."""
+        return to_images(images, self.tokenizer.image_shape).to(self.device)
+
+    def _prior_takes(self) -> set[str]:
+        return {name for sample in (Prior.sample, self.prior.sample) for name in inspect.signature(sample).parameters}

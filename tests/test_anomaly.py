@@ -1,0 +1,623 @@
+"""Anomaly scores: one sign, honest p-values, nothing learned from anomalies; and where in an image they are."""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+import re
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from launch import make_tokens, prior_arguments
+from PIL import Image
+from small import PRIORS, TOKENIZERS, make_prior, make_tokenizer
+
+from pipelines import ImagePipeline
+from pipelines.__main__ import main
+from pipelines.anomaly import FITTED, METHODS, anomaly_score, calibrate, codec_bits, p_value_of, score_of, statistics
+from pipelines.calibration import Calibration, CalibrationError, Gaussian
+from pipelines.config import parse
+from pipelines.healing import anomaly_map, heal, patches
+from pipelines.separation import areas, benjamini_hochberg, separation
+from pipelines.train_prior import PriorTask, TrainPriorConfig, bits_per_token
+from tokenizer.storage import FormatError
+
+SIZE = 16
+
+
+def stripes(count, seed=0, side=SIZE):
+    """Normal images: soft stripes of a random phase, wave length and direction, with a little noise; uint8."""
+    generator = torch.Generator().manual_seed(seed)
+    phase, length = (torch.rand(count, 1, 1, generator=generator) for _ in range(2))
+    upright = torch.rand(count, 1, 1, generator=generator) < 0.5
+    across = torch.arange(side, dtype=torch.float32).expand(side, side)
+    position = torch.where(upright, across, across.t())
+    waves = 70 + 50 * (2 * math.pi * (position / (5 + 4 * length) + phase)).sin()
+    noise = 4 * torch.randn(count, side, side, generator=generator)
+    return (waves + noise).round().clamp(0, 255).to(torch.uint8)[:, None]
+
+
+def constant(side=SIZE):
+    return torch.arange(0, 256, 5, dtype=torch.uint8)[:, None, None, None].repeat(1, 1, side, side)
+
+
+def uniform(count, side=SIZE):
+    generator = torch.Generator().manual_seed(9)
+    return torch.randint(0, 256, (count, 1, side, side), generator=generator, dtype=torch.uint8)
+
+
+def planted(images):
+    """With 6x6 of noise at (4, 4)."""
+    images = images.clone()
+    images[:, :, 4:10, 4:10] = uniform(len(images), 6)
+    return images
+
+
+@pytest.fixture(scope="module")
+def trained():
+    """A small pipeline trained on stripes, and calibrated; tests do not change it."""
+    torch.manual_seed(0)
+    images = stripes(512, seed=1).float() / 127.5 - 1
+    tokenizer = make_tokenizer("vqvae", (SIZE, SIZE), 1).train()
+    optimizer = torch.optim.AdamW(tokenizer.parameters(), 4e-3)
+    for step in range(120):
+        batch = images[torch.arange(64) + 64 * (step % 8)]
+        out = tokenizer(batch)
+        loss = (out.images - batch).square().mean() + sum(
+            weight * out.losses[name] for name, weight in tokenizer.loss_weights.items()
+        )
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    tokens = tokenizer.eval().encode(images)
+    prior = make_prior("gpt", tokenizer.grid.shape, tokenizer.grid.vocab_size, num_classes=0, any_order=True)
+    prior.initialize(tokens, None)
+    for parameter in prior.parameters():
+        torch.nn.init.normal_(parameter, std=0.1)
+    optimizer = torch.optim.AdamW(prior.parameters(), 5e-3)
+    for step in range(150):
+        batch = tokens[torch.arange(64) + 64 * (step % 8)]
+        loss = prior.loss(prior(batch), batch)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    pipe = ImagePipeline(tokenizer, prior)
+    calibrate(pipe, stripes(1000, seed=2))
+    return pipe
+
+
+def small(tokenizer="vqvae", prior="gpt", channels=1, classes=0, size=(8, 12), **config):
+    """An untrained pipeline."""
+    first = make_tokenizer(tokenizer, size, channels, **config).eval()
+    second = make_prior(prior, first.grid.shape, first.grid.vocab_size, num_classes=classes)
+    return ImagePipeline(first, second)
+
+
+def auroc(pipe, normal, anomalous, method="joint"):
+    a, b = (anomaly_score(pipe, images, method) for images in (normal, anomalous))
+    return float(((b[:, None] > a).double() + 0.5 * (b[:, None] == a)).mean())
+
+
+# Statistics and scores
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("tokenizer", TOKENIZERS)
+def test_statistics_do_not_depend_on_the_batch(tokenizer, channels):
+    pipe = small(tokenizer, channels=channels)
+    images = torch.randint(0, 256, (7, *pipe.tokenizer.image_shape), dtype=torch.uint8)
+    together, apart = (statistics(pipe, images, batch_size=size) for size in (256, 2))
+    assert set(together) >= {"token_bits", "codec_bits", "error", "surprise"}
+    assert ("pixel_bits" in together) == pipe.tokenizer.has_likelihood
+    for name, values in together.items():
+        assert values.shape == (7,) and values.dtype == torch.float64 and (values >= 0).all()
+        torch.testing.assert_close(values, apart[name], rtol=1e-5, atol=1e-5)
+    nats = pipe.prior.log_prob(pipe.encode(images)).double()
+    torch.testing.assert_close(together["token_bits"] * math.log(2), -nats, rtol=1e-5, atol=1e-5)
+    assert (together["surprise"] * len(pipe.prior.grid) >= together["token_bits"] - 1e-9).all()
+
+
+def test_simple_images_are_short_for_the_codec_and_noise_is_not():
+    bits = [float(codec_bits(images.movedim(1, -1).numpy()).max()) for images in (constant(), stripes(9), uniform(9))]
+    assert bits[0] < 200 < bits[1] < bits[2] and bits[2] > 8 * SIZE**2
+
+
+@pytest.mark.parametrize(("method", "least"), [("joint", 0.95), ("nll", 0.6), ("surprise", 0.6)])
+def test_a_larger_score_is_more_anomalous(trained, method, least):
+    normal = stripes(200, seed=3)
+    assert auroc(trained, normal, uniform(100), method) > 0.99
+    assert auroc(trained, normal, planted(normal[:100]), method) > least
+
+
+def test_the_joint_score_has_no_blind_side(trained):
+    normal = stripes(200, seed=3)
+    for images in (constant(), uniform(100), 255 - normal, planted(normal)):
+        assert auroc(trained, normal, images) > 0.95
+    assert auroc(trained, normal, stripes(200, seed=4)) == pytest.approx(0.5, abs=0.1)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_score_is_finite_for_constant_images(trained, method):
+    trained.background = trained.prior if method == "ratio" else None
+    try:
+        images = torch.cat([constant()[:1], constant()[-1:]])
+        assert anomaly_score(trained, images, method).isfinite().all()
+    finally:
+        trained.background = None
+
+
+def test_a_background_prior_cancels_itself(trained):
+    pipe = ImagePipeline(trained.tokenizer, trained.prior)
+    with pytest.raises(CalibrationError, match="background"):
+        anomaly_score(pipe, stripes(2), "ratio")
+    pipe.set_background(pipe.prior)
+    assert anomaly_score(pipe, stripes(5), "ratio").abs().max() == 0
+    pipe.calibration = trained.calibration
+    with pytest.raises(CalibrationError, match="without ratio.*calibrate"):
+        anomaly_score(pipe, stripes(5), "ratio", p_values=True)
+    assert torch.equal(anomaly_score(pipe, stripes(5)), anomaly_score(trained, stripes(5)))  # it changes no other
+
+
+def test_methods_fit_their_formulas(trained):
+    found = statistics(trained, stripes(6))
+    score = {
+        method: score_of(method, found, trained.calibration, labelled=False) for method in METHODS if method != "ratio"
+    }
+    assert torch.equal(score["nll"], found["token_bits"])
+    assert torch.equal(score["complexity"], found["token_bits"] - found["codec_bits"])
+    assert torch.equal(score["reconstruction"], found["error"]) and torch.equal(score["surprise"], found["surprise"])
+    assert torch.equal(score["typicality"], (score["nll"] - trained.calibration.typical_bits).abs())
+
+
+def test_a_gaussian_measures_distances_in_its_own_deviations():
+    chance = np.random.default_rng(0)
+    mixing = chance.normal(size=(3, 3)) * [1, 10, 0.01]
+    rows = chance.normal(size=(4000, 3)) @ mixing + 5
+    fitted = Gaussian.fit(rows)
+    white = (rows - fitted.mean) @ fitted.whitener.T
+    assert np.abs(np.cov(white.T) - np.eye(3)).max() < 0.05
+    exact = np.einsum("nd,de,ne->n", rows - 5, np.linalg.inv(mixing.T @ mixing), rows - 5)
+    assert np.abs(fitted.distance(rows) - exact).mean() < 0.1
+    flat = Gaussian.fit(np.column_stack([rows[:, 0], np.full(4000, 3.0)]))
+    near, far = flat.distance(np.array([[5.0, 3.0], [5.0, 3.1]]))
+    assert near < 1 and 1e6 < far < np.inf
+
+
+# p-values
+
+
+@pytest.fixture(scope="module")
+def fresh(trained):
+    """Statistics of normal images that nothing has seen."""
+    return statistics(trained, stripes(1500, seed=11))
+
+
+@pytest.mark.parametrize("method", ["joint", "nll", "typicality", "reconstruction"])
+def test_p_values_of_normal_images_are_uniform(trained, fresh, method):
+    found = score_of(method, fresh, trained.calibration, labelled=False)
+    scores, normal = np.sort(found.numpy()), trained.calibration.scores[method]
+    every = np.sort(np.concatenate([scores, normal]))
+    n, m = len(normal), len(scores)
+    distance = np.abs(np.searchsorted(normal, every, "right") / n - np.searchsorted(scores, every, "right") / m).max()
+    assert distance < 1.95 * math.sqrt((n + m) / (n * m))  # two-sample Kolmogorov-Smirnov, p = 0.001
+    p = p_value_of(method, found, trained.calibration, labelled=False).numpy()
+    assert p.min() >= 1 / (n + 1) and p.max() <= 1
+    rank = math.floor(0.05 * (n + 1))
+    chance = np.random.default_rng(0)  # of the calibration a Beta, of the images given it a binomial
+    rates = chance.binomial(m, chance.beta(rank, n + 1 - rank, 100_000)) / m
+    low, high = np.quantile(rates, [0.0005, 0.9995])
+    assert low <= (p <= 0.05).mean() <= high
+    flagged = scores > trained.calibration.thresholds[method]
+    assert flagged.sum() == (p <= trained.calibration.false_alarms).sum()
+
+
+def test_p_values_count_ties_against_detection_and_fall_with_the_score(trained):
+    images = torch.cat([stripes(30, seed=5), constant(), uniform(9)])
+    scores = anomaly_score(trained, images)
+    p = anomaly_score(trained, images, p_values=True)
+    order = scores.argsort()
+    assert (p[order].diff() <= 0).all()
+    normal = torch.from_numpy(trained.calibration.scores["joint"])
+    expected = (1 + (normal >= scores[:, None]).sum(1)) / (len(normal) + 1)
+    torch.testing.assert_close(p, expected.double())
+    tied = p_value_of("joint", normal[-1:], trained.calibration, labelled=False)
+    assert float(tied) == pytest.approx(2 / (len(normal) + 1))
+
+
+def test_what_is_fitted_is_a_function_of_the_normal_images_alone(trained):
+    pipe, again = (ImagePipeline(trained.tokenizer, trained.prior) for _ in range(2))
+    normal = stripes(300, seed=2)
+    calibrate(pipe, normal)
+    anomaly_score(pipe, uniform(50))
+    before = json.dumps(pipe.calibration.to_dict())
+    anomaly_score(again, uniform(50), "nll")
+    heal(pipe, constant()[:2], draws=1)
+    calibrate(again, normal, batch_size=300)
+    assert json.dumps(pipe.calibration.to_dict()) == before == json.dumps(again.calibration.to_dict())
+    other = calibrate(again, normal, seed=1)
+    assert other.data == pipe.calibration.data and other.typical_bits != pipe.calibration.typical_bits
+    assert calibrate(again, stripes(300, seed=3)).data != other.data
+
+
+def test_a_calibration_needs_images_enough(trained):
+    pipe = ImagePipeline(trained.tokenizer, trained.prior)
+    with pytest.raises(ValueError, match="at least 40 images"):
+        calibrate(pipe, stripes(39))
+    with pytest.raises(ValueError, match="false_alarms"):
+        calibrate(pipe, stripes(40), false_alarms=1.0)
+    assert pipe.calibration is None
+    calibrate(pipe, stripes(40))
+    with pytest.raises(ValueError, match="at least one image"):
+        anomaly_score(pipe, stripes(1)[:0])
+
+
+@pytest.mark.parametrize("what", [*FITTED, "p_values", "heal"])
+def test_without_a_calibration_it_says_how_to_get_one(trained, what):
+    pipe = ImagePipeline(trained.tokenizer, trained.prior)
+    with pytest.raises(CalibrationError, match="smalti calibrate"):
+        if what == "heal":
+            heal(pipe, stripes(2))
+        else:
+            anomaly_score(pipe, stripes(2), "nll" if what == "p_values" else what, p_values=what == "p_values")
+    assert anomaly_score(pipe, stripes(2), "nll").shape == (2,)
+    with pytest.raises(ValueError, match="no score is called 'likelihood'; there are joint"):
+        anomaly_score(pipe, stripes(2), "likelihood")
+
+
+def test_with_labels_is_another_calibration():
+    pipe = small(classes=3, size=(SIZE, SIZE))
+    calibrate(pipe, stripes(60), labels=1)
+    assert anomaly_score(pipe, stripes(4), labels=[0, 1, 2, 0]).shape == (4,)
+    with pytest.raises(CalibrationError, match="labels: the pipeline was calibrated with them"):
+        anomaly_score(pipe, stripes(4))
+
+
+# The file
+
+
+def test_a_saved_pipeline_gives_the_same_scores(trained, tmp_path):
+    trained.save_pretrained(tmp_path / "pipe")
+    loaded = ImagePipeline.from_pretrained(tmp_path / "pipe")
+    images = torch.cat([stripes(20), constant(), uniform(5)])
+    for method in trained.calibration.scores:
+        for p_values in (False, True):
+            a, b = (anomaly_score(pipe, images, method, p_values=p_values) for pipe in (trained, loaded))
+            torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-6)
+    assert loaded.calibration.to_dict() == trained.calibration.to_dict()
+
+
+def broken(path, value):
+    """A change of the value at a dotted path; a function of the old one, or "del"."""
+
+    def change(data):
+        *parents, last = path.split(".")
+        for parent in parents:
+            data = data[parent]
+        if value == "del":
+            del data[last]
+        else:
+            data[last] = value(data.get(last)) if callable(value) else value
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "message"),
+    [
+        ("count", "del", "count: missing"),
+        ("more", 1, "more: no such field"),
+        ("count", 3.5, "count: should be a whole number"),
+        ("count", True, "count: should be a number"),
+        ("false_alarms", 1.0, "false_alarms: should lie between"),
+        ("labels", 1, "labels: should be true or false"),
+        ("data", "abc", "data: is no sha256"),
+        ("statistics", ["token_bits", 3], "statistics: should be a list of names"),
+        ("statistics", ["token_bits"], "joint.mean: should hold 1 numbers"),
+        ("joint", None, "joint.mean: missing"),
+        ("joint.mean", lambda mean: mean[1:], "joint.whitener: should be 3 x 3"),
+        ("joint.whitener", lambda rows: [rows[0], *rows[2:]], "joint.whitener: should be 4 x 4"),
+        ("joint.whitener", lambda rows: [rows[0][1:], *rows[1:]], "joint.whitener: should be numbers along 2 axes"),
+        ("joint.mean", lambda mean: ["a", *mean[1:]], "joint.mean: should be numbers"),
+        ("scores", {}, "scores: is empty"),
+        ("scores", [1], "scores: should be a mapping"),
+        ("scores.nll", lambda values: values[::-1], "scores.nll: should ascend"),
+        ("scores.nll", [], "scores.nll: should be numbers"),
+        ("scores.nll", "much", "scores.nll: should be numbers"),
+        ("thresholds.nll", "del", "thresholds: should be of the same methods"),
+        ("thresholds.nll", None, "thresholds.nll: should be a number"),
+        ("surprise", lambda rows: rows[1:], "surprise: should have 5 rows"),
+        ("error", lambda rows: [[-value for value in row] for row in rows], "error: should not be negative"),
+        ("typical_bits", "none", "typical_bits: should be a number"),
+    ],
+)
+def test_a_damaged_calibration_is_named(trained, path, value, message):
+    data = json.loads(json.dumps(trained.calibration.to_dict()))
+    broken(path, value)(data)
+    file = Path("somewhere/calibration.json")
+    with pytest.raises(FormatError, match=f"^{re.escape(str(file))}: {re.escape(message)}"):
+        Calibration.from_dict(data, file)
+
+
+def test_a_calibration_of_another_grid_is_noticed(trained):
+    pipe = small(size=(SIZE + 4, SIZE + 4))
+    pipe.calibration = trained.calibration
+    with pytest.raises(CalibrationError, match="a grid of 16 tokens, this one has 25"):
+        heal(pipe, stripes(1, side=SIZE + 4))
+
+
+# Where
+
+
+@pytest.mark.parametrize("smooth", [False, True])
+@pytest.mark.parametrize("tokenizer", TOKENIZERS)
+def test_a_map_sums_to_the_bits_of_the_image(tokenizer, smooth):
+    pipe = small(tokenizer, channels=3, size=(12, 8))
+    images = torch.randint(0, 256, (5, 3, 12, 8), dtype=torch.uint8)
+    bits = anomaly_map(pipe, images, smooth=smooth, batch_size=2)
+    assert bits.shape == (5, 12, 8) and (bits >= -1e-5).all()
+    nll = anomaly_score(pipe, images, "nll").float()
+    torch.testing.assert_close(bits.sum((1, 2)), nll, rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize("prior", PRIORS)
+def test_every_prior_has_scores_and_maps(prior):
+    pipe = small("vqvae", prior, classes=2)
+    images = torch.randint(0, 256, (40, 1, 8, 12), dtype=torch.uint8)
+    calibrate(pipe, images)
+    bits = anomaly_map(pipe, images[:3], labels=1)
+    nll = anomaly_score(pipe, images[:3], "nll", labels=1).float()
+    torch.testing.assert_close(bits.sum((1, 2)), nll, rtol=1e-5, atol=1e-4)
+    assert anomaly_score(pipe, images[:3], p_values=True).shape == (3,)
+    assert heal(pipe, images[:2], draws=2).images.shape == (2, 1, 8, 12)
+
+
+@pytest.mark.parametrize("tokenizer", TOKENIZERS)
+def test_a_token_spreads_over_its_own_patch(tokenizer):
+    made = make_tokenizer(tokenizer, (8, 12), 3)
+    rows, columns = patches(made)
+    for index in range(0, len(made.grid), 5):
+        patch = (rows[:, index, None] * columns[None, :, index]) > 0
+        assert made.known_tokens(~patch[None]).flatten()[index] == 0
+        hidden = patch & torch.zeros(8, 12, dtype=torch.bool)
+        assert made.known_tokens(~hidden[None]).all()
+        elsewhere = ~patch  # all of it hidden, the token is still known
+        assert made.known_tokens(~elsewhere[None]).flatten()[index]
+
+
+def test_a_smooth_map_is_smoother(trained):
+    images = planted(stripes(8))
+    sharp, smooth = (anomaly_map(trained, images, smooth=smooth) for smooth in (False, True))
+    assert smooth.diff(dim=2).abs().max() < sharp.diff(dim=2).abs().max() / 2
+
+
+def test_healing_removes_what_was_planted_and_leaves_clean_images_alone(trained):
+    clean = stripes(64, seed=6)
+    marked = planted(clean)
+    inside = torch.zeros(SIZE, SIZE, dtype=torch.bool)
+    inside[4:10, 4:10] = True
+    healed = heal(trained, marked)
+    assert healed.images.shape == (64, 1, SIZE, SIZE) and healed.images.abs().max() <= 1
+    assert healed.resampled.dtype == torch.bool and healed.resampled.shape == (64, *trained.prior.grid.shape)
+    assert float(healed.difference[:, inside].mean() / healed.difference[:, ~inside].mean()) > 3
+    tokens, touched = trained.encode(marked), healed.resampled.flatten(1).any(1)
+    assert torch.equal(tokens[~healed.resampled], healed.tokens[~healed.resampled]) and touched.double().mean() > 0.5
+    gain = (trained.prior.log_prob(healed.tokens) - trained.prior.log_prob(tokens))[touched]
+    assert gain.mean() > 5 and (gain > 0).double().mean() > 0.75
+    torch.testing.assert_close(healed.images, trained.decode(healed.tokens, output_type="pt"))
+    assert heal(trained, clean, draws=1).resampled.float().mean() < 0.04
+    shares = [float(heal(trained, clean, quantile=q, draws=1).resampled.float().mean()) for q in (0.9, 0.98, 0.995)]
+    assert shares == sorted(shares, reverse=True)
+
+
+def test_healing_keeps_the_other_tokens_and_is_a_function_of_the_seed(trained):
+    images = torch.cat([planted(stripes(5, seed=7)), constant()[:1]])
+    one, two = (heal(trained, images, draws=1, seed=3) for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(one, two, strict=True))
+    for k in range(6):
+        alone = heal(trained, images[k : k + 1], draws=1, seed=3 + k)
+        assert torch.equal(alone.tokens[0], one.tokens[k]) and torch.equal(alone.resampled[0], one.resampled[k])
+    untouched = ~one.resampled.flatten(1).any(1)
+    kept = trained.reconstruct(images, output_type="pt")
+    torch.testing.assert_close(one.images[untouched], kept[untouched])
+    with pytest.raises(ValueError, match="quantile should be one of 0.9, 0.95"):
+        heal(trained, images, quantile=0.97)
+
+
+# Measures
+
+
+def test_areas_are_what_pairs_and_ranks_say():
+    chance = np.random.default_rng(0)
+    scores = chance.integers(0, 12, 60).astype(float)  # many ties
+    anomalous = chance.random(60) < 0.3
+    figures = separation(scores, anomalous, draws=200)
+    a, b = scores[anomalous], scores[~anomalous]
+    assert figures["auroc"][0] == pytest.approx(((a[:, None] > b) + 0.5 * (a[:, None] == b)).mean())
+    limits = sorted(set(scores), reverse=True)
+    steps = [((a >= t).mean(), (a >= t).sum() / (scores >= t).sum(), (b >= t).mean()) for t in limits]
+    recalls = [0.0, *(recall for recall, _, _ in steps)]
+    assert figures["auprc"][0] == pytest.approx(
+        sum((r - before) * p for (r, p, _), before in zip(steps, recalls, strict=False))
+    )
+    assert figures["fpr95"][0] == pytest.approx(next(false for recall, _, false in steps if recall >= 0.95))
+    assert figures["prevalence"] == anomalous.mean()
+    assert all(low <= value <= high for value, low, high in (figures[k] for k in ("auroc", "auprc", "fpr95")))
+    assert areas(np.array([0, 3]), np.array([2, 0])) == (1.0, 1.0, 0.0)
+    assert areas(np.ones(100), np.ones(100))[2] == 0.95
+    assert separation(-scores, anomalous, draws=2)["auroc"][0] == pytest.approx(1 - figures["auroc"][0])
+
+
+def test_the_interval_of_the_bootstrap_covers():
+    chance = np.random.default_rng(1)
+    truth, inside = 0.7602, 0  # of two unit normals one apart
+    for seed in range(40):
+        scores = np.concatenate([chance.normal(size=80), chance.normal(1, size=60)])
+        _, low, high = separation(scores, np.arange(140) >= 80, seed, draws=100)["auroc"]
+        inside += low <= truth <= high
+    assert inside >= 33  # 95 % of 40 are 38
+
+
+def test_benjamini_hochberg():
+    p = np.array([0.01, 0.04, 0.03, 0.005, 0.5])
+    assert benjamini_hochberg(p, 0.05).tolist() == [True, True, True, True, False]
+    assert benjamini_hochberg(p, 0.026).tolist() == [True, False, False, True, False]
+    assert not benjamini_hochberg(np.array([0.2, 0.9]), 0.05).any()
+    chance, shares = np.random.default_rng(0), []
+    for _ in range(300):
+        mixed = np.concatenate([chance.random(80), chance.random(20) ** 8])
+        flagged = benjamini_hochberg(mixed, 0.2)
+        shares.append(flagged[:80].sum() / max(1, flagged.sum()))
+    assert np.mean(shares) < 0.2
+
+
+# The background prior's training
+
+
+def task_of(tokens, run, **more):
+    return PriorTask(
+        parse(TrainPriorConfig, prior_arguments(run, tokens, **more), verb="train_prior", description=None)
+    )
+
+
+def test_perturbed_tokens_are_a_function_of_seed_epoch_and_row(tmp_path):
+    tokens = make_tokens(tmp_path / "tokens", rows=2000)
+    rows, zeros = np.arange(2000), np.zeros(2000, np.int64)
+    clean, labels = task_of(tokens, tmp_path / "a").batch(rows, zeros, 0)
+    task = task_of(tokens, tmp_path / "b", perturb=0.3)
+    whole, same_labels = task.batch(rows, zeros, 0)
+    assert torch.equal(labels, same_labels) and whole.dtype == torch.int64
+    vocab = task.data.grid.vocab_size
+    task.data.grid.check(whole)
+    changed = float((whole != clean).double().mean())
+    assert changed == pytest.approx(0.3 * (1 - 1 / vocab), abs=0.005)
+    ids = torch.bincount(whole[whole != clean], minlength=vocab).double()
+    assert (ids / ids.sum()).max() < 2.5 / vocab  # uniform, whatever the tokens are
+    parts = torch.cat([task.batch(part, zeros[: len(part)], 0)[0] for part in np.array_split(rows, 7)])
+    assert torch.equal(parts, whole)
+    assert torch.equal(task.batch(rows[::-1].copy(), zeros, 0)[0].flip(0), whole)
+    epochs = np.arange(2000) % 3
+    mixed = task.batch(rows, epochs, 0)[0]
+    for epoch in range(3):
+        alone = task.batch(rows, zeros + epoch, 0)[0]
+        assert torch.equal(mixed[epochs == epoch], alone[epochs == epoch])
+        assert (epoch == 0) == torch.equal(alone, whole)
+    assert not torch.equal(task.batch(rows, zeros, 1)[0], whole)
+
+
+def test_evaluation_sees_clean_tokens(tmp_path):
+    task = task_of(make_tokens(tmp_path / "tokens"), tmp_path / "run", perturb=1.0)
+    clean = bits_per_token(task.model.eval(), task.data.splits["test"], 2000)
+    assert task.evaluate(task.model.eval()) == {"bits_per_token": clean}
+
+
+# The verbs
+
+
+def write(folder, images):
+    folder.mkdir(parents=True, exist_ok=True)
+    for number, image in enumerate(images[:, 0].numpy()):
+        Image.fromarray(image).save(folder / f"{number:03d}.png")
+
+
+@pytest.fixture(scope="module")
+def world(trained, tmp_path_factory):
+    """A pipeline that is not calibrated yet, and folders of images."""
+    root = tmp_path_factory.mktemp("world")
+    write(root / "normal/train/a", stripes(4))
+    write(root / "normal/test/a", stripes(80, seed=20))
+    write(root / "fresh", stripes(30, seed=21))
+    write(root / "noise", uniform(12))
+    write(root / "classes/stripes", stripes(20, seed=22))
+    write(root / "classes/flat", constant()[:10])
+    pipe = ImagePipeline(trained.tokenizer, trained.prior)
+    pipe.provenance = {"data": {"source": str(root / "normal"), "image_size": SIZE}}
+    pipe.save_pretrained(root / "bare")
+    shutil.copytree(root / "bare", root / "pipe")
+    main(["calibrate", f"pipeline={root}/pipe", "background=" + str(root / "bare")])
+    return root
+
+
+def fails(capsys, *argv):
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as caught:
+        main(list(argv))
+    lines = capsys.readouterr().err.splitlines()
+    assert caught.value.code == 2 and len(lines) == 1 and lines[0].startswith("error: "), lines
+    return lines[0]
+
+
+def rows_of(path):
+    with path.open(encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+def test_calibrating_writes_into_the_folder(world, capsys):
+    loaded = ImagePipeline.from_pretrained(world / "pipe")
+    assert loaded.calibration.count == 80 and loaded.background is not None
+    assert set(loaded.calibration.scores) == set(METHODS)
+    assert (world / "pipe" / "calibration.json").stat().st_size < 1 << 20
+    assert ImagePipeline.from_pretrained(world / "bare").calibration is None
+
+
+def test_detect_two_sources(world, tmp_path, capsys):
+    main(["detect", f"pipeline={world}/pipe", f"images={world}/noise", f"normal={world}/fresh", f"out={tmp_path}/found",
+          "num_shown=3"])  # fmt: skip
+    printed = capsys.readouterr().out
+    rows = rows_of(tmp_path / "found" / "scores.csv")
+    assert len(rows) == 42 and rows[0]["file"].endswith("noise/000.png")
+    assert list(rows[0])[:5] == ["file", "anomalous", "score", "p_value", "flagged"]
+    assert {"token_bits", "codec_bits", "error", "surprise", "background_bits"} <= set(rows[0])
+    assert [row["anomalous"] for row in rows] == ["1"] * 12 + ["0"] * 30
+    assert all(row["flagged"] == "1" for row in rows[:12]) and sum(row["flagged"] == "1" for row in rows[12:]) < 8
+    figures = json.loads((tmp_path / "found" / "figures.json").read_text())
+    assert figures["auroc"][0] > 0.99 and figures["prevalence"] == pytest.approx(12 / 42)
+    assert "AUROC" in printed and "by chance 0.2857" in printed
+    assert Image.open(tmp_path / "found" / "sheet.png").size == (8 * (SIZE * 4 + 2) + 2, 3 * (SIZE * 4 + 2) + 2)
+
+
+def test_detect_classes_and_nothing_known(world, tmp_path, capsys):
+    main(["detect", f"pipeline={world}/pipe", f"images={world}/classes", "normal_labels=[stripes]", f"out={tmp_path}/a",
+          "fdr=0.2"])  # fmt: skip
+    rows = rows_of(tmp_path / "a" / "scores.csv")
+    assert [(row["class"], row["anomalous"]) for row in rows] == [("flat", "1")] * 10 + [("stripes", "0")] * 20
+    capsys.readouterr()
+    main(["detect", f"pipeline={world}/pipe", f"out={tmp_path}/b", "method=nll"])  # the pipeline's own held-out images
+    assert len(rows_of(tmp_path / "b" / "scores.csv")) == 80 and "AUROC" not in capsys.readouterr().out
+    assert not (tmp_path / "b" / "figures.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["detect", "pipeline={world}/bare"], "smalti calibrate pipeline="),
+        (["detect", "data.image_size=20"], "data.image_size, data.channels: the pipeline's images are (1, 16, 16)"),
+        (["detect", "data.channels=3"], "data.image_size, data.channels"),
+        (["detect", "images={world}/nowhere"], "data.source: there is no file or folder"),
+        (["detect", "images={world}/fresh", "normal_labels=[a]"], "these images have no classes"),
+        (
+            ["detect", "images={world}/classes", "normal_labels=[round]"],
+            "normal_labels: none of the images is a 'round'",
+        ),
+        (["detect", "images={world}/classes", "normal_labels=[flat, stripes]"], "nothing to tell apart"),
+        (["detect", "normal={world}/fresh", "normal_labels=[a]"], "give one of the two"),
+        (["detect", "method=guess"], "method: must be one of"),
+        (["detect", "out={world}/fresh/000.png"], "out: "),
+        (["calibrate", "pipeline=some/hub-id"], "is not a folder"),
+        (["calibrate", "data.image_size=20"], "data.image_size, data.channels"),
+        (["calibrate", "data.limit=12"], "data: calibrating for a share of 0.05 false alarms needs at least 40"),
+        (["calibrate", "false_alarms=0"], "false_alarms: must be > 0"),
+        (["calibrate", "background={world}/other"], "background/config.json: not a prior over the same tokens"),
+    ],
+)
+def test_what_is_wrong_is_said_in_a_line(world, capsys, argv, message):
+    if "other" in argv[-1] and not (world / "other").exists():
+        small(size=(SIZE, SIZE)).save_pretrained(world / "other")
+    own = [] if any(part.startswith("pipeline=") for part in argv) else [f"pipeline={world}/pipe"]
+    before = (world / "pipe" / "calibration.json").read_bytes()
+    line = fails(capsys, argv[0], *own, *(part.format(world=world) for part in argv[1:]))
+    assert message in line
+    assert (world / "pipe" / "calibration.json").read_bytes() == before

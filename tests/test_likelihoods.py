@@ -1,0 +1,233 @@
+"""What a decoder says of pixels: distributions over 256 values, trained, saved, and the bits that come of them."""
+
+import itertools
+import math
+
+import pytest
+import torch
+from small import make_prior, make_tokenizer
+
+from pipelines import ImagePipeline
+from tokenizer import Tokenizer
+from tokenizer.base import LikelihoodError
+from tokenizer.likelihoods import Likelihood
+from tokenizer.likelihoods.base import to_intensities, to_values
+
+LIKELIHOODS = Likelihood.available()
+every_likelihood = pytest.mark.parametrize("name", LIKELIHOODS)
+each_channel_count = pytest.mark.parametrize("channels", [1, 3])
+
+
+def likelihood_of(name, channels=1, **config):
+    member = Likelihood.find(name)
+    return member(member.Config(**config), channels)
+
+
+def parameters_of(model, scale=3.0, dtype=torch.float64, size=(3, 4)):
+    generator = torch.Generator().manual_seed(0)
+    return (torch.randn(2, model.num_parameters, *size, generator=generator) * scale).to(dtype)
+
+
+def values_of(channels, size=(3, 4)):
+    return torch.randint(0, 256, (2, channels, *size), generator=torch.Generator().manual_seed(1))
+
+
+def test_there_are_likelihoods():
+    assert {"categorical", "discretized_logistic"} <= set(LIKELIHOODS)
+
+
+@every_likelihood
+@each_channel_count
+@pytest.mark.parametrize("scale", [0.0, 1.0, 5.0, 40.0])
+def test_all_256_values_sum_to_one(name, channels, scale):
+    model, values = likelihood_of(name, channels), values_of(channels)
+    for dtype, tolerance in ((torch.float64, 1e-10), (torch.float32, 5e-4)):
+        parameters = parameters_of(model, scale, dtype)
+        for channel in range(channels):
+            table = model.table(parameters, values, channel)
+            assert table.shape == (2, 256, 3, 4)
+            assert table.dtype == dtype
+            assert table.logsumexp(1).abs().max() < tolerance
+
+
+@pytest.mark.parametrize("components", [1, 5])
+def test_logistics_sum_to_one_at_all_means_and_scales(components):
+    model = likelihood_of("discretized_logistic", components=components)
+    means, scales = torch.meshgrid(torch.linspace(-1.5, 1.5, 13), torch.linspace(-12, 4, 17), indexing="ij")
+    parts = [torch.zeros_like(means), means, scales]
+    parameters = torch.stack([part for part in parts for _ in range(components)])[None].double()
+    table = model.table(parameters, torch.zeros(1, 1, 13, 17, dtype=torch.long), 0)
+    assert table.logsumexp(1).abs().max() < 1e-10
+
+
+@every_likelihood
+@each_channel_count
+def test_log_prob_is_the_tables_entry(name, channels):
+    model, values = likelihood_of(name, channels), values_of(channels)
+    parameters = parameters_of(model)
+    picked = [model.table(parameters, values, c).gather(1, values[:, c, None]) for c in range(channels)]
+    torch.testing.assert_close(model.log_prob(parameters, values), torch.cat(picked, 1))
+
+
+@every_likelihood
+def test_no_pixel_costs_more_than_24_bits(name):
+    model = likelihood_of(name)
+    table = model.table(parameters_of(model, 1000.0), values_of(1), 0)
+    assert -24 - 1e-6 <= float(table.min()) / math.log(2) < -23
+
+
+@every_likelihood
+def test_channels_see_only_those_before_them(name):
+    model, values = likelihood_of(name, 3), values_of(3)
+    parameters = parameters_of(model)
+    before = model.log_prob(parameters, values)
+    for channel in range(3):
+        other = values.clone()
+        other[:, channel] = 255 - other[:, channel]
+        changed = (model.log_prob(parameters, other) != before).flatten(2).any(2).any(0)
+        assert not changed[:channel].any()
+        if name == "discretized_logistic":
+            assert changed[channel:].all()
+
+
+@every_likelihood
+@each_channel_count
+def test_mean_is_that_of_the_distribution(name, channels):
+    """Where it is narrow: the mean of logistics is that of their cells but for the clamping at black and white."""
+    model = likelihood_of(name, channels)
+    parameters = parameters_of(model, 0.3 if name == "discretized_logistic" else 3.0)
+    if name == "discretized_logistic":
+        for part, size in zip(parameters.split(model.sizes, 1), model.sizes, strict=True):
+            count = model.config.components
+            part[:, count : 2 * count] = -model.spread.double() + 0.2
+            part[:, 2 * count : 3 * count] = -2.5
+            part[:, 3 * count : size] = 0
+    intensities = to_intensities(torch.arange(256), torch.float64)[None, :, None, None]
+    values = torch.zeros(2, channels, 3, 4, dtype=torch.long)
+    expected = [(model.table(parameters, values, c).exp() * intensities).sum(1) for c in range(channels)]
+    torch.testing.assert_close(model.mean(parameters).double(), torch.stack(expected, 1), atol=2e-3, rtol=0)
+
+
+def test_values_and_intensities_are_inverse():
+    values = torch.arange(256)
+    assert torch.equal(to_values(to_intensities(values, torch.float32)), values)
+
+
+def test_a_uniform_head_costs_eight_bits_and_a_sure_one_none():
+    model = likelihood_of("categorical")
+    values, parameters = values_of(1), torch.zeros(2, 256, 3, 4, dtype=torch.float64)
+    torch.testing.assert_close(
+        model.log_prob(parameters, values) / math.log(2), torch.full((2, 1, 3, 4), -8.0).double()
+    )
+    parameters.scatter_(1, values, 100.0)
+    assert (model.log_prob(parameters, values).abs() < 1e-3).all()
+
+
+# In the tokenizer
+
+
+def vqvae_with(name, **config):
+    return make_tokenizer("vqvae", (8, 8), 1, likelihood={"kind": name}, **config)
+
+
+def images_of(count=3, size=8, channels=1, seed=0):
+    values = torch.randint(0, 256, (count, channels, size, size), generator=torch.Generator().manual_seed(seed))
+    return values / 127.5 - 1
+
+
+@every_likelihood
+def test_vqvae_trains_its_likelihood(name):
+    model, images = vqvae_with(name).train(), images_of()
+    output = model(images)
+    assert model.loss_weights["nll"] == 1
+    output.losses["nll"].backward()
+    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in model.encoder.parameters())
+    model.eval()
+    with torch.no_grad():
+        each = model.pixel_log_probs(images, model.encode(images))
+        torch.testing.assert_close(model(images).losses["nll"], -each.mean())
+        torch.testing.assert_close(model.pixel_log_prob(images, model.encode(images)), each.flatten(1).sum(1))
+        table = model.value_log_probs(model.encode(images), to_values(images), 0)
+        torch.testing.assert_close(table.gather(1, to_values(images)), each)
+
+
+@every_likelihood
+def test_vqvae_with_a_likelihood_decodes_its_mean_and_is_saved(name, tmp_path):
+    model = vqvae_with(name).eval()
+    tokens = model.encode(images_of())
+    with torch.no_grad():
+        assert torch.equal(model.decode(tokens), model(images_of()).images)
+    model.save_pretrained(tmp_path / "tokenizer")
+    again = Tokenizer.from_pretrained(tmp_path / "tokenizer")
+    assert again.fingerprint() == model.fingerprint()
+    with torch.no_grad():
+        assert torch.equal(again.decode(tokens), model.decode(tokens))
+
+
+def test_a_null_setting_is_not_part_of_a_fingerprint():
+    """So that models made before a setting was added keep theirs."""
+    plain = make_tokenizer("vqvae", (8, 8), 1)
+    before = plain.fingerprint()
+    full = plain.config.to_dict()
+    assert full.pop("likelihood") is None
+
+    class Older:
+        def to_dict(self):
+            return full
+
+    plain.config = Older()
+    assert plain.fingerprint() == before
+
+
+def test_without_a_likelihood_it_says_so():
+    model = make_tokenizer("vqvae", (8, 8), 1).eval()
+    tokens = model.encode(images_of())
+    assert model.pixel_log_prob(images_of(), tokens) is None
+    with pytest.raises(LikelihoodError, match="likelihood"):
+        model.pixel_log_probs(images_of(), tokens)
+    with pytest.raises(LikelihoodError, match="likelihood"):
+        model.value_log_probs(tokens, to_values(images_of()), 0)
+
+
+@pytest.mark.parametrize("levels", [2, 7, 256])
+def test_bytes_of_an_id_are_equally_likely(levels):
+    model, images = make_tokenizer("pixels", (4, 4), 3, levels=levels), images_of(2, 4, 3)
+    tokens, values = model.encode(images), to_values(images)
+    assert model.reversible == (levels == 256)
+    each = torch.stack([model.value_log_probs(tokens, values, c) for c in range(3)], 1)  # (B, C, 256, H, W)
+    torch.testing.assert_close(each.logsumexp(2), torch.zeros(2, 3, 4, 4).double())
+    picked = each.gather(2, values[:, :, None]).squeeze(2)
+    torch.testing.assert_close(picked.float(), model.pixel_log_probs(images, tokens))
+
+
+# In the pipeline
+
+
+def pipeline_of(tokenizer, kind="gpt"):
+    prior = make_prior(kind, tokenizer.grid.shape, tokenizer.grid.vocab_size, tokenizer=tokenizer.fingerprint())
+    return ImagePipeline(tokenizer, prior)
+
+
+def test_pixel_densities_of_all_images_sum_to_one():
+    pipe = pipeline_of(make_tokenizer("pixels", (1, 2), 1, levels=5))
+    values = torch.tensor(list(itertools.product(range(256), repeat=2)), dtype=torch.uint8).reshape(-1, 1, 1, 2)
+    bits = pipe.bits_per_dim(values) * 2
+    assert float(torch.exp2(-bits.double()).sum()) == pytest.approx(1, abs=1e-5)
+
+
+@every_likelihood
+def test_two_parts_are_an_upper_bound_and_the_gap_is_the_posterior(name):
+    tokenizer = make_tokenizer("vqvae", (4, 4), 1, likelihood={"kind": name},
+                               quantizer={"kind": "ema", "codes": 6, "dim": 4})  # fmt: skip
+    pipe, images = pipeline_of(tokenizer), images_of(4, 4)
+    every = torch.arange(6).reshape(6, 1, 1)
+    with torch.no_grad():
+        joint = torch.stack([
+            pipe.prior.log_prob(every) + tokenizer.pixel_log_prob(image.expand(6, 1, 4, 4), every)
+            for image in images
+        ]).double()  # fmt: skip
+    marginal, chosen = joint.logsumexp(1), tokenizer.encode(images).flatten()
+    two_part = -pipe.bits_per_dim(images).double() * 16 * math.log(2)
+    assert (two_part <= marginal + 1e-4).all()
+    posterior = (joint - marginal[:, None]).gather(1, chosen[:, None])[:, 0]
+    torch.testing.assert_close(two_part - marginal, posterior, atol=1e-3, rtol=1e-5)

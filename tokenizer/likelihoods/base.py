@@ -1,0 +1,63 @@
+"""The contract of likelihoods: what the decoder puts out becomes a distribution of 8-bit pixels."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..pretrained import ModelConfig, Named
+
+LEVELS = 256
+FLOOR = 2.0**-16
+"""The share of the mass that is uniform, so that no pixel costs more than 24 bits; it costs 2e-5 bits elsewhere."""
+
+
+class Likelihood(Named, nn.Module, family="tokenizer.likelihoods"):
+    """P(image | parameters) = prod_c P(channel c | channels before c, parameters), pixel by pixel."""
+
+    num_parameters: int
+    """Numbers per pixel that the decoder puts out."""
+
+    def __init__(self, config: ModelConfig, channels: int) -> None:
+        nn.Module.__init__(self)
+        self.config: Any = config
+        self.channels = channels
+
+    def log_prob(self, parameters: Tensor, values: Tensor) -> Tensor:
+        """log P of int64 `values` (B, C, H, W), each given the channels before it: the same shape, nats.
+
+        parameters: (B, num_parameters, H, W); the result is in their type, at least float32.
+        """
+        each = [self._of(parameters, values, channel, values[:, channel, None]) for channel in range(self.channels)]
+        return torch.cat(each, 1)
+
+    def table(self, parameters: Tensor, values: Tensor, channel: int) -> Tensor:
+        """log P of each of the 256 values of one channel, `(B, 256, H, W)`, given the earlier channels of `values`."""
+        every = torch.arange(LEVELS, device=parameters.device)[None, :, None, None]
+        return self._of(parameters, values, channel, every)
+
+    def mean(self, parameters: Tensor) -> Tensor:
+        """The expected image, `(B, C, H, W)` in [-1, 1]."""
+        raise NotImplementedError
+
+    def _of(self, parameters: Tensor, values: Tensor, channel: int, asked: Tensor) -> Tensor:
+        wide = parameters if parameters.dtype == torch.float64 else parameters.float()
+        found = self._channel_log_prob(wide, values, channel, asked)
+        return torch.logaddexp(found + math.log1p(-FLOOR), torch.full_like(found, math.log(FLOOR / LEVELS)))
+
+    def _channel_log_prob(self, parameters: Tensor, values: Tensor, channel: int, asked: Tensor) -> Tensor:
+        """log P `(B, V, H, W)` of the values `asked`, which broadcast to that, before the floor."""
+        raise NotImplementedError
+
+
+def to_values(images: Tensor) -> Tensor:
+    """The nearest of 256 values, int64, of images in [-1, 1]."""
+    return ((images.float() + 1) * 127.5).round().long().clamp(0, LEVELS - 1)
+
+
+def to_intensities(values: Tensor, dtype: torch.dtype) -> Tensor:
+    """The inverse of `to_values`."""
+    return values.to(dtype) / 127.5 - 1

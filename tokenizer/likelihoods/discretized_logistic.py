@@ -1,0 +1,69 @@
+"""A mixture of discretised logistics per pixel (Salimans et al. 2017, PixelCNN++): few numbers, smooth in intensity."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..pretrained import ModelConfig, setting
+from .base import LEVELS, Likelihood, to_intensities
+
+HALF_BIN = 1 / (LEVELS - 1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DiscretizedLogisticConfig(ModelConfig):
+    """How fine the mixture is."""
+
+    components: int = setting(5, "logistics in each channel's mixture", ge=1, le=64)
+    min_log_scale: float = setting(-7.0, "log of the narrowest scale, in units of intensities from -1 to 1", le=0)
+
+
+class DiscretizedLogistic(Likelihood, name="discretized_logistic"):
+    """P(v) = sum_k w_k (cdf_k(v + half a bin) - cdf_k(v - half a bin)); black and white take all of the tails.
+
+    The means of green and blue move with the true values of the channels before them, linearly.
+    """
+
+    Config = DiscretizedLogisticConfig
+
+    def __init__(self, config: DiscretizedLogisticConfig, channels: int) -> None:
+        super().__init__(config, channels)
+        count = config.components
+        self.sizes = [(3 + channel) * count for channel in range(channels)]  # weights, means, scales, coefficients
+        self.num_parameters = sum(self.sizes)
+        spread = torch.linspace(-1, 1, count) if count > 1 else torch.zeros(1)
+        self.register_buffer("spread", spread.reshape(1, -1, 1, 1), persistent=False)
+        self.spread: Tensor
+
+    def mean(self, parameters: Tensor) -> Tensor:
+        """The expected image, `(B, C, H, W)` in [-1, 1]: of green given the mean red, of blue given both."""
+        found: list[Tensor] = []
+        for channel in range(self.channels):
+            weights, means, _ = self._mixture(parameters.float(), channel, found)
+            found.append((weights.softmax(1) * means.clamp(-1, 1)).sum(1))
+        return torch.stack(found, 1)
+
+    def _channel_log_prob(self, parameters: Tensor, values: Tensor, channel: int, asked: Tensor) -> Tensor:
+        before = [to_intensities(values[:, earlier], parameters.dtype) for earlier in range(channel)]
+        weights, means, scales = (part.unsqueeze(2) for part in self._mixture(parameters, channel, before))
+        asked = asked.unsqueeze(1)  # (B, 1, V, H, W) against (B, K, 1, H, W)
+        away = to_intensities(asked, parameters.dtype) - means
+        inverse = (-scales).exp()
+        upper, lower = F.logsigmoid((away + HALF_BIN) * inverse), F.logsigmoid((HALF_BIN - away) * inverse)
+        # cdf(u) - cdf(l) = cdf(u) (1 - cdf(l)) (1 - exp(l - u)), exactly
+        inside = upper + lower + (-torch.expm1(-2 * HALF_BIN * inverse)).log()
+        logs = torch.where(asked == 0, upper, torch.where(asked == LEVELS - 1, lower, inside))
+        return (weights.log_softmax(1) + logs).logsumexp(1)
+
+    def _mixture(self, parameters: Tensor, channel: int, before: list[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+        """Weights, means and log scales `(B, K, H, W)`, given the intensities `(B, H, W)` of the channels before."""
+        own = parameters.split(self.sizes, 1)[channel].unflatten(1, (3 + channel, -1))
+        weights, means, scales, *coefficients = own.unbind(1)
+        means = means + self.spread.to(means.dtype)
+        for coefficient, intensity in zip(coefficients, before, strict=True):
+            means = means + coefficient.tanh() * intensity.unsqueeze(1)
+        return weights, means, (scales - 2).clamp(min=self.config.min_log_scale)
