@@ -13,7 +13,7 @@ from .calibration import Calibration
 from .config import Config, UserError, run_command
 from .evaluate import choose_device, defaults
 from .generation import ImagePipeline
-from .images import DataConfig, load_images
+from .images import DataConfig, check_shape, load_images
 
 
 class CalibrateConfig(Config):
@@ -36,7 +36,7 @@ def run(config: CalibrateConfig) -> Calibration:
     if not Path(config.pipeline).is_dir():
         raise UserError(f"pipeline: {config.pipeline!r} is not a folder, and the calibration is written into it")
     pipeline = ImagePipeline.from_pretrained(config.pipeline, device=choose_device(config.device))
-    check_shape(pipeline, config.data)
+    check_shape(config.data, pipeline.tokenizer.image_shape)
     if config.background is not None:
         pipeline.set_background(ImagePipeline.from_pretrained(config.background, device=pipeline.device).prior)
     images = load_images(config.data).held_out
@@ -49,15 +49,6 @@ def run(config: CalibrateConfig) -> Calibration:
     print(table(calibration))
     print(f"\n{config.pipeline}: calibrated with {calibration.count:,} images of {config.data.source}")
     return calibration
-
-
-def check_shape(pipeline: ImagePipeline, data: DataConfig) -> None:
-    """Raise `UserError` for images that are not of the pipeline's size."""
-    if data.image_shape != pipeline.tokenizer.image_shape:
-        raise UserError(
-            f"data.image_size, data.channels: the pipeline's images are {pipeline.tokenizer.image_shape} "
-            f"(channels, height, width), these are {data.image_shape}"
-        )
 
 
 def table(calibration: Calibration) -> str:

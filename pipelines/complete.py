@@ -16,7 +16,7 @@ from .config import Config, UserError, run_command
 from .decoding import flatten, open_image, try_decode
 from .evaluate import choose_device, defaults
 from .generation import ImagePipeline
-from .images import DataConfig, load_images, to_float
+from .images import DataConfig, check_shape, load_images, to_float
 from .pictures import SUFFIXES, grid_picture, save_picture
 from .sources import find_images
 
@@ -119,11 +119,7 @@ def choose_images(config: CompleteConfig, pipeline: ImagePipeline) -> Tensor:
     indices = [one for one in asked or [] if isinstance(one, int)]
     if names:
         return read_images(names, config.num_images, pipeline.tokenizer.image_shape)
-    if config.data.image_shape != pipeline.tokenizer.image_shape:
-        raise UserError(
-            f"data.image_size, data.channels: the pipeline's images are {pipeline.tokenizer.image_shape} "
-            f"(channels, height, width), these are {config.data.image_shape}"
-        )
+    check_shape(config.data, pipeline.tokenizer.image_shape)
     held_out = load_images(config.data).held_out
     if wrong := [index for index in indices if not 0 <= index < len(held_out)]:
         raise UserError(f"images: there is no held-out image {wrong[0]}; they go from 0 to {len(held_out) - 1}")

@@ -14,14 +14,13 @@ from torch import Tensor
 from tokenizer.storage import write_json
 
 from .anomaly import p_value_of, score_of, statistics
-from .calibrate import check_shape
 from .calibration import CalibrationError
 from .config import Config, UserError, run_command
 from .decoding import decode_all
 from .evaluate import choose_device, defaults
 from .generation import ImagePipeline
 from .healing import anomaly_map, heal
-from .images import DataConfig, judge, to_float
+from .images import DataConfig, check_shape, judge, to_float
 from .pictures import grid_picture, save_picture
 from .separation import benjamini_hochberg, separation
 from .sources import open_source
@@ -76,7 +75,7 @@ class Found(NamedTuple):
 def run(config: DetectConfig) -> dict[str, Any]:
     """Score, write, and print what was found; returns the figures, empty where there is nothing to compare to."""
     pipeline = ImagePipeline.from_pretrained(config.pipeline, device=choose_device(config.device))
-    check_shape(pipeline, config.data)
+    check_shape(config.data, pipeline.tokenizer.image_shape)
     if pipeline.calibration is None:
         raise UserError(f"pipeline: not calibrated; run `smalti calibrate pipeline={config.pipeline}`")
     found, anomalous = choose(config)

@@ -14,7 +14,7 @@ from tokenizer import Tokenizer
 from tokenizer.storage import read_json
 
 from .config import Config, UserError, run_command
-from .images import DataConfig, ImageDataset, load_images
+from .images import DataConfig, ImageDataset, check_shape, load_images
 from .processes import build_accelerator
 from .tokens import META, TokenDataset, TokenSplit, load_tokens, smallest_type
 from .train_tokenizer import PROVENANCE
@@ -49,11 +49,7 @@ def run(config: EncodeConfig) -> Path:
     """
     accelerator = build_accelerator()
     tokenizer = Tokenizer.from_pretrained(config.tokenizer)
-    if config.data.image_shape != tokenizer.image_shape:
-        raise UserError(
-            f"data.image_size, data.channels: the tokenizer takes images of {tokenizer.image_shape} "
-            f"(channels, height, width), these are {config.data.image_shape}"
-        )
+    check_shape(config.data, tokenizer.image_shape, "tokenizer")
     if config.augmentations and not any(config.data.augment.model_dump().values()):
         raise UserError(
             "augmentations: needs a data.augment.* that changes something, for example data.augment.shift=2"

@@ -17,7 +17,7 @@ from tokenizer.storage import read_json, write_json
 
 from .config import Config, UserError, run_command
 from .generation import ImagePipeline, LikelihoodError
-from .images import DataConfig, ImageDataset, Splits, load_images, to_float, to_uint8
+from .images import DataConfig, ImageDataset, Splits, check_shape, load_images, to_float, to_uint8
 from .index import PROVENANCE
 from .pictures import grid_picture, save_picture
 from .quality import LEAST, FeatureSpace, compare, feature_space, frechet_distance, inception_space, shuffled, ssim
@@ -92,11 +92,7 @@ def run(config: EvaluateConfig) -> Figures:
 
 def check_choices(config: EvaluateConfig, pipeline: ImagePipeline) -> None:
     """Raise `UserError` for what does not go with the pipeline."""
-    if config.data.image_shape != pipeline.tokenizer.image_shape:
-        raise UserError(
-            f"data.image_size, data.channels: the pipeline's images are {pipeline.tokenizer.image_shape} "
-            f"(channels, height, width), these are {config.data.image_shape}"
-        )
+    check_shape(config.data, pipeline.tokenizer.image_shape)
     if config.num_orders > 1 and not (pipeline.prior.any_order and pipeline.prior.exact):
         raise UserError(f"num_orders: this {pipeline.prior.name} prior has one density, not one for each order")
 

@@ -23,7 +23,7 @@ from .config import UserError, is_first_process
 from .decoding import WORKERS, Decoded, Report, decode_all, pixels_of, try_decode
 from .sources import DataConfig, Rows, open_source
 
-__all__ = ["DataConfig", "ImageDataset", "Splits", "load_images", "pixels_of", "to_float", "to_uint8"]
+__all__ = ["DataConfig", "ImageDataset", "Splits", "check_shape", "load_images", "pixels_of", "to_float", "to_uint8"]
 
 Indices = Sequence[int] | NDArray[np.int64] | Tensor
 
@@ -110,6 +110,15 @@ def load_images(config: DataConfig) -> Splits:
         for (rows, _), part, labels in zip(parts, decoded, ids, strict=True)
     )
     return Splits(train, held_out)
+
+
+def check_shape(config: DataConfig, shape: tuple[int, int, int], whose: str = "pipeline") -> None:
+    """Raise `UserError` unless the images will have the `shape` (C, H, W) that the tokenizer or pipeline takes."""
+    if config.image_shape != shape:
+        raise UserError(
+            f"data.image_size, data.channels: the {whose}'s images are {shape} (channels, height, width), these are "
+            f"{config.image_shape}"
+        )
 
 
 # splits and labels --------------------------------------------------------------------------------

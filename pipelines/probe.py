@@ -22,7 +22,7 @@ from torch import Tensor
 from .config import Config, UserError, run_command
 from .evaluate import choose_device, defaults
 from .generation import ImagePipeline
-from .images import DataConfig, ImageDataset, Splits, load_images
+from .images import DataConfig, ImageDataset, Splits, check_shape, load_images
 from .pictures import save_picture
 from .representation import choose_layer, embed, embed_layers
 
@@ -112,12 +112,7 @@ def prior_layers(pipeline: ImagePipeline, layers: list[int] | None) -> list[str]
 
 def images_for(pipeline: ImagePipeline, data: DataConfig) -> Splits:
     """The images of `data`. Raises `UserError` if they are of another shape than the pipeline's."""
-    shape = pipeline.tokenizer.image_shape
-    if data.image_shape != shape:
-        raise UserError(
-            f"data.image_size, data.channels: the pipeline's images are {shape} (channels, height, width), "
-            f"these are {data.image_shape}"
-        )
+    check_shape(data, pipeline.tokenizer.image_shape)
     return load_images(data)
 
 

@@ -12,7 +12,7 @@ from tokenizer.storage import read_json
 
 from .config import Config, UserError, run_command
 from .evaluate import choose_device
-from .images import DataConfig, load_images
+from .images import DataConfig, check_shape, load_images
 from .index import INDEX
 from .pictures import SUFFIXES, save_picture
 from .train_tokenizer import PROVENANCE, evaluate_reconstruction, reconstruction_picture
@@ -45,11 +45,7 @@ def run(config: ReconstructConfig) -> dict[str, float]:
     if Path(config.out).suffix.lower() not in SUFFIXES:
         raise UserError(f"out: {config.out!r} should end in {', '.join(SUFFIXES)}")
     tokenizer = Tokenizer.from_pretrained(tokenizer_folder(config.tokenizer), device=choose_device(config.device))
-    if config.data.image_shape != tokenizer.image_shape:
-        raise UserError(
-            f"data.image_size, data.channels: the tokenizer takes images of {tokenizer.image_shape} "
-            f"(channels, height, width), these are {config.data.image_shape}"
-        )
+    check_shape(config.data, tokenizer.image_shape, "tokenizer")
     images = load_images(config.data).held_out
     figures = evaluate_reconstruction(tokenizer, images)
     picture = reconstruction_picture(tokenizer, images, config.num_images)

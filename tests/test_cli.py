@@ -123,7 +123,7 @@ BAD = [
     (ENCODE, ["tokenizer={world}/run/pipeline/prior"], "no tokenizer is called 'gpt'"),
     (ENCODE, ["data.source={world}/empty"], "no images here"),
     (ENCODE, ["data.source={world}/corrupt"], "broken.png"),
-    (ENCODE, ["data.image_size=32"], "the tokenizer takes images of (1, 28, 28)"),
+    (ENCODE, ["data.image_size=32"], "the tokenizer's images are (1, 28, 28)"),
     (ENCODE, ["augmentations=2"], "augmentations: needs a data.augment"),
     (ENCODE, ["out={world}/mine"], "{world}/mine is not empty and not a token dataset"),
     (ENCODE, ["batch_size=0"], "batch_size: must be >= 1 (got 0)"),
