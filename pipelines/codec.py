@@ -35,6 +35,8 @@ STEPS = 16
 GUARD = 1e-9
 """How near a boundary, in nats, a logit may lie: 60,000 times what paths were seen to differ by."""
 SCALE = 1 << 32
+NUMBERS = 1 << 22
+"""How many logits are held in float64 at once; their grid steps are held in 16 bits."""
 KNOWN_ROWS = 8
 CODER_ANSWER = "e910d83e0700f62c"
 
@@ -58,19 +60,19 @@ def exponentials() -> Tensor:
 
 
 def grid_steps(logits: Tensor) -> tuple[Tensor, Tensor]:
-    """How many grid steps each of `logits` (..., V) float64 is below the largest, int64, cut where the table ends; and
+    """How many grid steps each of `logits` (..., V) float64 is below the largest, int16, cut where the table ends; and
     bool `(...)`, whether any of those that count is too near a boundary to be sure of."""
     last = len(exponentials()) - 1
     scaled = logits.nan_to_num(nan=0.0, neginf=-1e9, posinf=1e9).clamp(-1e9, 1e9) * STEPS + 0.5  # 0 is in mid cell
     nearest = scaled.floor().long()
     below = nearest.amax(-1, keepdim=True) - nearest
     unsure = ((scaled - scaled.round()).abs() < GUARD * STEPS) & (below <= last)
-    return below.clamp(max=last), unsure.any(-1)
+    return below.clamp(max=last).short(), unsure.any(-1)
 
 
 def weights_of(steps: Tensor, uniform: Tensor) -> Weights:
     """The coder's numbers `(rows, V)` for `steps` (rows, V), all alike in the rows that are `uniform` (rows,)."""
-    weights = exponentials().to(steps.device)[steps]
+    weights = exponentials().to(steps.device)[steps.long()]
     return torch.where(uniform[:, None], 1, weights).double().cpu().numpy()
 
 
@@ -116,12 +118,12 @@ class Models:
         tokens = ((ids >> 7) % self.grid.vocab_size).reshape(KNOWN_ROWS, *self.grid.shape)
         digest = hashlib.sha256()
         for steps, unsure in self.token_steps(tokens):
-            digest.update(steps.masked_fill(unsure[:, None], 0).short().cpu().numpy().tobytes())
+            digest.update(steps.masked_fill(unsure[:, None], 0).cpu().numpy().tobytes())
         if self.residual:
             values = tokens.new_zeros(KNOWN_ROWS, *self.image_shape)
             for channel in range(self.image_shape[0]):
                 steps, unsure = self.pixel_steps(tokens, values, channel)
-                digest.update(steps.masked_fill(unsure[:, None], 0).short().cpu().numpy().tobytes())
+                digest.update(steps.masked_fill(unsure[:, None], 0).cpu().numpy().tobytes())
         return digest.digest()[:8]
 
     def token_steps(self, tokens: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
@@ -131,9 +133,11 @@ class Models:
             flat = tokens.flatten(1)[:, self.order]
             yield from walk(self.prior, len(tokens), lambda rank, steps, unsure: flat[:, rank])
             return
-        logits = self.prior(tokens)[:, self.order]
+        rows = max(1, NUMBERS // (len(self.grid) * self.grid.vocab_size))
+        parts = [grid_steps(self.prior(some)[:, self.order]) for some in tokens.split(rows)]
+        steps, unsure = (torch.cat(each) for each in zip(*parts, strict=True))
         for rank in range(len(self.grid)):
-            yield grid_steps(logits[:, rank])
+            yield steps[:, rank], unsure[:, rank]
 
     def pixel_steps(self, tokens: Tensor, values: Tensor, channel: int, batch_size: int = 16) -> tuple[Tensor, Tensor]:
         """Grid steps `(n * H * W, 256)` and doubts `(n * H * W,)` of one channel, given tokens and earlier channels."""

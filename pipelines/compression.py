@@ -46,12 +46,12 @@ from .streams import (
 if TYPE_CHECKING:
     from .stages import Stages
 
-CHUNK_IMAGES, CHUNK_NUMBERS = 256, 1 << 24
-"""Images in a chunk: as many as this, but no more logits than that."""
+CHUNK_IMAGES, CHUNK_NUMBERS = 256, 1 << 26
+"""Images in a chunk: as many as this, but no more logits than that, which are held in 16 bits."""
 
 
 def chunk_images(pipeline: Stages) -> int:
-    """How many images a chunk holds: what is in memory at once is a few copies of their logits."""
+    """How many images a chunk holds, which is what is in memory at once."""
     return max(1, min(CHUNK_IMAGES, CHUNK_NUMBERS // (len(pipeline.prior.grid) * pipeline.prior.grid.vocab_size)))
 
 

@@ -209,7 +209,12 @@ def report(config: DetectConfig, found: Found, flagged: np.ndarray, anomalous: n
             value, low, high = figures[name]
             beside = f"; by chance {figures['prevalence']:.4f}" if name == "auprc" else ""
             lines.append(f"{label:<15}  {value:.4f} ({low:.4f} to {high:.4f}{beside})")
-    lines += ["", f"scores           {config.out}/scores.csv", f"sheet            {config.out}/sheet.png"]
+    lines += [
+        "",
+        f"scores           {config.out}/scores.csv",
+        f"sheet            {config.out}/sheet.png: "
+        "the most anomalous left, the least right; image, bits, healed, what healing changed",
+    ]
     return "\n".join(lines)
 
 

@@ -39,4 +39,4 @@ def areas(normal: np.ndarray, anomalous: np.ndarray) -> tuple[float, float, floa
     auroc = float((normal / false[-1] * (before + true / true[-1]) / 2).sum())
     precision = true / np.maximum(true + false, 1)
     auprc = float((anomalous / true[-1] * precision).sum())
-    return auroc, auprc, float(false[np.argmax(true >= 0.95 * true[-1])] / false[-1])
+    return min(auroc, 1.0), min(auprc, 1.0), float(false[np.argmax(true >= 0.95 * true[-1])] / false[-1])
