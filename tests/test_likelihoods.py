@@ -8,6 +8,7 @@ import torch
 from small import make_prior, make_tokenizer
 
 from pipelines import ImagePipeline
+from pipelines.train_tokenizer import TokenizerTask, TrainTokenizerConfig
 from tokenizer import Tokenizer
 from tokenizer.base import LikelihoodError
 from tokenizer.likelihoods import Likelihood
@@ -231,3 +232,18 @@ def test_two_parts_are_an_upper_bound_and_the_gap_is_the_posterior(name):
     assert (two_part <= marginal + 1e-4).all()
     posterior = (joint - marginal[:, None]).gather(1, chosen[:, None])[:, 0]
     torch.testing.assert_close(two_part - marginal, posterior, atol=1e-3, rtol=1e-5)
+
+
+# In training
+
+
+def test_its_weight_is_its_own(tmp_path):
+    """`loss.quantizer` is a factor on the quantizer's terms, not on the likelihood's."""
+    given = {
+        "out": str(tmp_path),
+        "data": {"source": "digits", "limit": 8},
+        "model": {"kind": "vqvae", "widths": [8], "blocks": [0], "likelihood": {"kind": "discretized_logistic"}},
+        "loss": {"nll": 2.0, "quantizer": 3.0, "l2": 0.0},
+    }
+    weights = TokenizerTask(TrainTokenizerConfig(**given)).weights
+    assert weights["nll"] == 2 and weights["commitment"] == pytest.approx(0.75) and weights["l2"] == 0
