@@ -8,14 +8,12 @@ given are whole numbers, exp(-z / 16) for a difference z of grid steps, from a t
 
 from __future__ import annotations
 
-import contextlib
 import copy
-import functools
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from decimal import Decimal, localcontext
 from functools import cache
-from typing import TYPE_CHECKING, Any, TypeVar, cast
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -40,7 +38,6 @@ NUMBERS = 1 << 22
 KNOWN_ROWS = 8
 CODER_ANSWER = "e910d83e0700f62c"
 
-F = TypeVar("F", bound=Callable[..., Any])
 Weights = NDArray[np.float64]
 """Whole numbers `(rows, V)`, up to 2^32, in the type that the coder takes."""
 
@@ -79,22 +76,8 @@ def weights_of(steps: Tensor, uniform: Tensor) -> Weights:
 # The models
 
 
-def in_full_precision(function: F) -> F:
-    """Without gradients and without autocast, which would round what has to be exact."""
-
-    @functools.wraps(function)
-    def wrapped(*arguments: Any, **options: Any) -> Any:
-        kinds = ["cpu"] + ["cuda"] * torch.cuda.is_available()
-        with torch.inference_mode(), contextlib.ExitStack() as stack:
-            for kind in kinds:
-                stack.enter_context(torch.autocast(kind, enabled=False))
-            return function(*arguments, **options)
-
-    return cast(F, wrapped)
-
-
 class Models:
-    """A pipeline's models in float64, and what identifies them.
+    """A pipeline's models in float64, which autocast leaves alone, and what identifies them.
 
     The unconditional prior is used. `residual`: whether pixels are coded beside the tokens. Raises `LikelihoodError`
     if they can not be. On a device without float64 the processor is used.
@@ -110,7 +93,7 @@ class Models:
         self.model_id = hashlib.sha256(" ".join(parts).encode()).digest()[:16]
         self.order = self.prior.order.to(device)
 
-    @in_full_precision
+    @torch.inference_mode()
     def answer(self) -> bytes:
         """8 bytes of the sha256 of the integers that fixed tokens lead to: another value, and no stream of that machine
         can be decoded here."""

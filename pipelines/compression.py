@@ -20,7 +20,7 @@ from prior.sampling import progress_over
 from tokenizer.base import LikelihoodError
 from tokenizer.likelihoods.base import to_values
 
-from .codec import Decoder, Encoder, Models, constriction, grid_steps, in_full_precision, positions, weights_of
+from .codec import Decoder, Encoder, Models, constriction, grid_steps, positions, weights_of
 from .decoding import pixels_of
 from .streams import (
     DEFAULT_LIMITS,
@@ -125,7 +125,7 @@ def write_images(pipeline: Stages, file: BinaryIO, parts: Iterable[Tensor], coun
     return write_stream(file, header, chunks(), names)
 
 
-@in_full_precision
+@torch.inference_mode()
 def encode_chunk(models: Models, library: Any, header: Header, index: int, tokens: Tensor, values: Tensor | None,
                  checked: bool) -> Chunk:  # fmt: skip
     """Tokens `(n, *grid.shape)`, and pixels `(n, C, H, W)` in a lossless stream, as a chunk that decodes here."""
@@ -162,7 +162,7 @@ def decodes(models: Models, library: Any, header: Header, index: int, chunk: Chu
     return True
 
 
-@in_full_precision
+@torch.inference_mode()
 def decode_chunk(models: Models, library: Any, header: Header, index: int, chunk: Chunk,
                  batch_size: int | None = None) -> tuple[Tensor, Tensor | None]:  # fmt: skip
     """Tokens `(n, *grid.shape)` and, in a lossless stream, pixels `(n, C, H, W)`, checked.

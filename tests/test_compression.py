@@ -4,6 +4,7 @@ import io
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +17,7 @@ from pipelines import ImagePipeline, codec, compression
 from pipelines.codec import CodecError, Models, exponentials, grid_steps, weights_of
 from pipelines.compress import main as compress_verb
 from pipelines.decompress import main as decompress_verb
-from pipelines.streams import RAW, ModelMismatch, StreamError, StreamLimit, parse
+from pipelines.streams import RAW, ModelMismatch, StreamError, StreamLimit, parse, write_stream
 from pipelines.streams import Limits as StreamLimits
 from tokenizer.base import LikelihoodError
 
@@ -233,6 +234,30 @@ def test_what_machines_may_disagree_on_is_written_down(monkeypatch):
     monkeypatch.setattr(codec, "GUARD", 0.0)  # the bug: no guard
     with pytest.raises(ModelMismatch):
         decompressed(pipe, compressed(pipe, images, checked=False))
+
+
+def test_doubts_are_counted_through_tokens_and_pixels(monkeypatch):
+    """With a guard so wide that there are many of both, machines may differ by as much less."""
+    monkeypatch.setattr(codec, "GUARD", 1e-3)
+    pipe = pipeline_of("pixels given tokens")
+    images = images_of(pipe)
+    data = compressed(pipe, images, lossless=True)
+    (chunk,) = parse(data)
+    tokens = 9 * 4
+    assert chunk.profile != RAW and chunk.exceptions[0] < tokens <= chunk.exceptions[-1]
+    shaken(monkeypatch, 1e-4)
+    assert torch.equal(decompressed(pipe, data), expected(pipe, images, True))
+
+
+@pytest.mark.parametrize("kind", ["tokens", "pixels given tokens"])
+def test_what_was_decoded_is_checked_itself(kind):
+    """Where nothing else is amiss but what comes out."""
+    pipe, lossless = pipeline_of(kind), KINDS[kind][2]
+    stream = parse(compressed(pipe, images_of(pipe), lossless=lossless))
+    forged = [replace(chunk, digest=chunk.digest ^ 1) for chunk in stream]
+    write_stream(file := io.BytesIO(), stream.header, forged)
+    with pytest.raises(ModelMismatch, match="chunk 0"):
+        decompressed(pipe, file.getvalue())
 
 
 @pytest.mark.parametrize("kind", ["tokens", "pixels given tokens", "bytes"])
