@@ -109,6 +109,18 @@ def test_mean_is_that_of_the_distribution(name, channels):
     torch.testing.assert_close(model.mean(parameters).double(), torch.stack(expected, 1), atol=2e-3, rtol=0)
 
 
+def test_blue_follows_the_channel_that_its_coefficient_names():
+    model = likelihood_of("discretized_logistic", 3, components=1)
+    red, green, blue = parameters_of(model, 0.0).split(model.sizes, 1)
+    for part, mean in ((red, 0.6), (green, -0.6), (blue, 0.0)):
+        part[:, 1], part[:, 2] = mean, -3.0  # scales e^-5
+    blue[:, 3] = 10.0  # tanh: 1 times red, and nothing of green
+    parameters, values = torch.cat([red, green, blue], 1), torch.tensor([200, 50, 0]).reshape(1, 3, 1, 1)
+    likeliest = model.table(parameters, values.expand(2, 3, 3, 4), 2).argmax(1)
+    assert (likeliest - 200).abs().max() <= 1
+    torch.testing.assert_close(model.mean(parameters)[:, 2], torch.full((2, 3, 4), 0.6))
+
+
 def test_values_and_intensities_are_inverse():
     values = torch.arange(256)
     assert torch.equal(to_values(to_intensities(values, torch.float32)), values)
@@ -163,6 +175,13 @@ def test_vqvae_with_a_likelihood_decodes_its_mean_and_is_saved(name, tmp_path):
     assert again.fingerprint() == model.fingerprint()
     with torch.no_grad():
         assert torch.equal(again.decode(tokens), model.decode(tokens))
+
+
+def test_a_double_model_speaks_in_doubles():
+    """Streams need it: float32 would round what machines have to agree on."""
+    model = vqvae_with("discretized_logistic").double().eval()
+    tokens = model.encode(images_of())
+    assert model.value_log_probs(tokens, to_values(images_of()), 0).dtype == torch.float64
 
 
 def test_a_null_setting_is_not_part_of_a_fingerprint():
