@@ -45,7 +45,7 @@ $(RUNS)/gpt_digits/evaluation/.done: $(RUNS)/gpt_digits/.done
 	@touch $@
 
 test: $(TESTS) check
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(CORES) --dist loadfile $(ARGS)
+	$(BIN)/python -m pytest -n $(CORES) --dist loadfile $(ARGS)
 
 check: $(TESTS)
 	$(BIN)/ruff check .

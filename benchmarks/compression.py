@@ -7,7 +7,7 @@
 All held-out images of the pipeline's own data (`source=FOLDER`: of that folder; `count=N`: the first N) as one archive
 on either side. PNG, WebP, JPEG-LS and JPEG XL get the images in sheets of 100 by 100, in which each may look across
 its neighbours, or one below the other, whichever comes out smaller; zlib gets all bytes in a row. "own bits": -log2 p
-of the images under the model, in float32. Images a second: one run; encoding without decoding each chunk again of 512 images.
+of the images under the model, in float32. Images a second: one run; "encoded" alone is of the first 512 images.
 
 routes=N: the first N images are decoded in batches of 1, 7 and 64, on 1 and 2 threads, with the cache and without it
 (uncached: N / 10 images), and with AVX2 alone, and must come back alike. float32=N: the same codec on float32, how many
