@@ -1,9 +1,10 @@
 """How unlike the normal images is an image? Scores from a pipeline's density, and what they are measured against.
 
 A high likelihood alone does not make an image normal: simpler images of another kind are often likelier (Nalisnick et
-al. 2019). The default score therefore takes several statistics of an image, and asks how far they are, together, from
-those of normal images (DoSE, Morningstar et al. 2021). One sign everywhere: a larger score is more anomalous, a smaller
-p-value is.
+al. 2019). The default score therefore asks two things. How far is what the prior makes of the image from what it makes
+of normal ones (nearest neighbours among its features, Sun et al. 2022)? That tells one kind of thing from another. And
+are several statistics of the image, together, beyond those of normal images (DoSE, Morningstar et al. 2021)? That finds
+what is no such thing at all. One sign everywhere: a larger score is more anomalous, a smaller p-value is.
 """
 
 from __future__ import annotations
@@ -20,14 +21,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .calibration import LEVELS, Calibration, CalibrationError, Floats, Gaussian, rounded
+from .calibration import LEVELS, Calibration, CalibrationError, Floats, Gaussian, Neighbours, rounded
 from .pictures import convert_images
 
 if TYPE_CHECKING:
     from .stages import Label, Stages
 
 METHODS = {
-    "joint": "how far all statistics are, together, from those of normal images",
+    "joint": "neighbours, and by how much the statistics are farther out than in 99 of 100 normal images",
+    "neighbours": "how far the prior's features are from those of the nearest normal images",
+    "mahalanobis": "how far all statistics are, together, from those of normal images",
     "nll": "bits of the image under the model",
     "typicality": "how far these bits are from their mean over normal images",
     "complexity": "these bits, less those of a general lossless coder",
@@ -35,18 +38,20 @@ METHODS = {
     "reconstruction": "mean |x - decode(encode(x))|",
     "surprise": "mean bits of the most surprising 5 % of the tokens",
 }
-JOINT = ("token_bits", "pixel_bits", "codec_bits", "error", "surprise")
-"""The statistics of the joint score. Background bits are not among them: a score should not change its meaning when a
-background prior is added."""
-FITTED = ("joint", "typicality")
+TOGETHER = ("token_bits", "pixel_bits", "codec_bits", "error", "surprise")
+"""The statistics that `mahalanobis` takes together. Background bits are not among them: a score should not change its
+meaning when a background prior is added."""
+FITTED = ("joint", "neighbours", "mahalanobis", "typicality")
 """The methods that are nothing without a calibration."""
 MOST_SURPRISING = 0.05
 GREY_LEVEL = 2 / 255
 KEPT_SCORES, KEPT_POSITIONS, KEPT_SIDE = 2000, 4096, 64  # what of large calibrations is kept
+KEPT_POINTS, KEPT_FEATURES = 1000, 512
+USUAL = 0.99
 
 
 class Measured(NamedTuple):
-    """What the models say of some images: `statistics`, each `(B,)` float64; `surprise`, the bits of each token,
+    """What the models say of some images: `statistics`, float64; `surprise`, the bits of each token,
     `(B, N)`; `error`, |x - decode(encode(x))| meaned over channels, `(B, H, W)`."""
 
     statistics: dict[str, Tensor]
@@ -59,10 +64,12 @@ class Measured(NamedTuple):
 
 def statistics(pipeline: Stages, images: Any, labels: Label | Sequence[Label] = None,
                batch_size: int = 256) -> dict[str, Tensor]:  # fmt: skip
-    """Each `(B,)` float64: `token_bits` under the prior (of the class given, else unconditional); `pixel_bits` given
-    the tokens, where the tokenizer has a likelihood; `codec_bits` of a general lossless coder; `error`, the mean over
-    pixels of |x - decode(encode(x))| on a scale of 0 to 2; `surprise`, the mean bits of the most surprising 5 % of the
-    tokens; `background_bits`, token bits under the pipeline's background prior, where it has one."""
+    """Each `(B,)` float64, but for `features`: `token_bits` under the prior (of the class given, else unconditional);
+    `pixel_bits` given the tokens, where the tokenizer has a likelihood; `codec_bits` of a general lossless coder;
+    `error`, the mean over pixels of |x - decode(encode(x))| on a scale of 0 to 2; `surprise`, the mean bits of the most
+    surprising 5 % of the tokens; `background_bits`, token bits under the pipeline's background prior, where it has one;
+    `features` `(B, d)`, the prior's middle layer meaned over positions, where it has layers: at most 512 of its
+    channels, evenly spread."""
     parts = [part.statistics for part in measured(pipeline, images, labels, batch_size)]
     return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
@@ -92,6 +99,9 @@ def measured(pipeline: Stages, images: Any, labels: Label | Sequence[Label] = No
         if pipeline.background is not None:
             background = pipeline.background.token_log_probs(tokens, given)
             found["background_bits"] = bits(background.flatten(1)).sum(1)
+        if pipeline.prior.feature_layers:
+            features = pipeline.prior.features(tokens, given).mean(1).cpu().double()
+            found["features"] = features[:, :: -(-features.shape[1] // KEPT_FEATURES)]
         yield Measured(found, surprise, error)
 
 
@@ -140,7 +150,9 @@ def score_of(method: str, found: dict[str, Tensor], calibration: Calibration | N
     total = found["token_bits"] + found.get("pixel_bits", torch.zeros(()))
     if method in FITTED:
         fitted = checked(calibration, method, labelled)
-        return (total - fitted.typical_bits).abs() if method == "typicality" else joint_score(found, fitted)
+        if method == "typicality":
+            return (total - fitted.typical_bits).abs()
+        return torch.from_numpy(joint(found, fitted) if method == "joint" else distance(method, found, fitted))
     return {
         "nll": total,
         "complexity": total - found["codec_bits"],
@@ -150,24 +162,41 @@ def score_of(method: str, found: dict[str, Tensor], calibration: Calibration | N
     }[method]
 
 
-def joint_score(found: dict[str, Tensor], calibration: Calibration) -> Tensor:
-    """The squared Mahalanobis distance of the statistics. Raises `CalibrationError` if they are not those fitted to."""
-    if (names := joint_names(found)) != calibration.statistics:
+def joint(found: dict[str, Tensor], calibration: Calibration) -> Floats:
+    """Both distances in units of what is usual: that of the features, and what that of the statistics is over."""
+    statistics = distance("mahalanobis", found, calibration) / calibration.usual["mahalanobis"]
+    if calibration.neighbours is None:
+        return statistics
+    features = distance("neighbours", found, calibration) / calibration.usual["neighbours"]
+    return features + np.maximum(0, statistics - 1)
+
+
+def distance(method: str, found: dict[str, Tensor], calibration: Calibration) -> Floats:
+    """That of the features from their neighbours, or the Mahalanobis distance of the statistics. Raises
+    `CalibrationError` if these are not what was fitted to."""
+    names = columns(found)
+    if names != calibration.statistics or (calibration.neighbours is None) == ("features" in found):
         raise CalibrationError(f"the pipeline was calibrated with {', '.join(calibration.statistics)}, and now has "
                                f"{', '.join(names)}: run `smalti calibrate` again")  # fmt: skip
-    return torch.from_numpy(calibration.joint.distance(joint_rows(found)))
+    if method == "mahalanobis" or calibration.neighbours is None:
+        return np.sqrt(calibration.mahalanobis.distance(rows_of(found)))
+    features = found["features"].numpy()
+    if features.shape[1] != len(calibration.neighbours.mean):
+        raise CalibrationError(f"the pipeline was calibrated with {len(calibration.neighbours.mean)} features, and now "
+                               f"has {features.shape[1]}: run `smalti calibrate` again")  # fmt: skip
+    return calibration.neighbours.distance(features)
 
 
-def joint_names(found: dict[str, Tensor]) -> list[str]:
-    """Those of `JOINT` that there are."""
-    return [name for name in JOINT if name in found]
+def columns(found: dict[str, Tensor]) -> list[str]:
+    """Those of `TOGETHER` that there are."""
+    return [name for name in TOGETHER if name in found]
 
 
-def joint_rows(found: dict[str, Tensor]) -> Floats:
+def rows_of(found: dict[str, Tensor]) -> Floats:
     """Logarithms of the statistics `(B, d)`: all are positive, and an image's are in proportion to each other. One bit,
     or one grey level, is added, as 0 occurs and differences far below that mean nothing."""
     added = {"error": GREY_LEVEL}
-    return np.stack([np.log(found[name].numpy() + added.get(name, 1.0)) for name in joint_names(found)], axis=1)
+    return np.stack([np.log(found[name].numpy() + added.get(name, 1.0)) for name in columns(found)], axis=1)
 
 
 def p_value_of(method: str, scores: Tensor, calibration: Calibration | None, *, labelled: bool) -> Tensor:
@@ -215,21 +244,32 @@ def calibrate(pipeline: Stages, images: Any, labels: Label | Sequence[Label] = N
     order = torch.from_numpy(np.random.default_rng(seed).permutation(count))
     fit, held = ({name: v[half] for name, v in found.items()} for half in (order[: count // 2], order[count // 2 :]))
     total = fit["token_bits"] + fit.get("pixel_bits", torch.zeros(()))
+    points = min(KEPT_POINTS, len(total) // 2)  # the rest of this half says how near is usual
+    there = {"ratio": pipeline.background is not None, "neighbours": "features" in found}
     blank = Calibration(
         count=count,
         data=hashlib.sha256(convert_images(batch, "np").tobytes()).hexdigest(),
         labels=labels is not None,
         false_alarms=float(false_alarms),
-        statistics=joint_names(found),
+        statistics=columns(found),
         typical_bits=float(f"{total.mean().item():.6g}"),
-        joint=Gaussian.fit(joint_rows(fit)),
-        scores={method: np.zeros(1) for method in METHODS if method != "ratio" or pipeline.background is not None},
+        mahalanobis=Gaussian.fit(rows_of(fit)),
+        neighbours=Neighbours.fit(fit["features"].numpy()[:points]) if "features" in fit else None,
+        usual={},
+        scores={method: np.zeros(1) for method in METHODS if there.get(method, True)},
         thresholds={},
         surprise=surprise_quantiles(torch.cat([surprise for _, surprise in parts])),
         error=coarse(error / count),
     )
-    pipeline.calibration = with_scores(blank, held)
+    pipeline.calibration = with_scores(with_usual(blank, {name: v[points:] for name, v in fit.items()}), held)
     return pipeline.calibration
+
+
+def with_usual(calibration: Calibration, rest: dict[str, Tensor]) -> Calibration:
+    """With the distances that 99 % of images are below, of images that are not their own neighbours."""
+    methods = ["mahalanobis"] + ["neighbours"] * (calibration.neighbours is not None)
+    found = {method: np.quantile(distance(method, rest, calibration), USUAL) for method in methods}
+    return dataclasses.replace(calibration, usual={name: float(f"{max(v, 1e-9):.6g}") for name, v in found.items()})
 
 
 def with_scores(calibration: Calibration, held: dict[str, Tensor]) -> Calibration:

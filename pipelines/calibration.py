@@ -16,6 +16,9 @@ from tokenizer.storage import FormatError
 Floats = NDArray[np.float64]
 LEVELS = (0.9, 0.95, 0.98, 0.99, 0.995)
 """The quantiles of token surprise that are kept, from which `heal` chooses."""
+NEAREST = 5
+KEPT_AXES = 64
+"""How many principal axes of features are kept."""
 
 
 class CalibrationError(ValueError):
@@ -58,6 +61,36 @@ def shrunk_covariance(rows: Floats) -> Floats:
 
 
 @dataclass(frozen=True, eq=False)
+class Neighbours:
+    """Features of normal images, whitened: `points` (m, k) are (features - `mean` (d,)) @ `axes` (k, d).T."""
+
+    mean: Floats
+    axes: Floats
+    points: Floats
+
+    def distance(self, rows: Floats) -> Floats:
+        """How far each of `rows` (n, d) is from the fifth nearest point, `(n,)`."""
+        found = []
+        for start in range(0, len(rows), 1024):  # the table of all distances would be large
+            away = (rows[start : start + 1024] - self.mean) @ self.axes.T
+            squares = np.square(away).sum(1)[:, None] + np.square(self.points).sum(1) - 2 * away @ self.points.T
+            nearest = min(NEAREST, len(self.points)) - 1
+            found.append(np.sqrt(np.maximum(np.partition(squares, nearest, 1)[:, nearest], 0)))
+        return np.concatenate(found)
+
+    @classmethod
+    def fit(cls, rows: Floats) -> Neighbours:
+        """Of `rows` (n, d): the axes are their principal ones, those of little variance held back from counting as much
+        as the others."""
+        mean = rows.mean(0)
+        _, scales, axes = np.linalg.svd(rows - mean, full_matrices=False)
+        variances, axes = np.square(scales[:KEPT_AXES]) / len(rows), axes[:KEPT_AXES]
+        axes = axes / np.sqrt(variances + 0.01 * variances.max() + 1e-12)[:, None]
+        mean, axes = rounded(mean), rounded(axes)
+        return cls(mean, axes, rounded((rows - mean) @ axes.T))
+
+
+@dataclass(frozen=True, eq=False)
 class Calibration:
     """What is known of held-out normal images. One half of them was fitted to, the other half gave the scores."""
 
@@ -70,11 +103,15 @@ class Calibration:
     false_alarms: float
     """The share of normal images above a method's threshold."""
     statistics: list[str]
-    """The columns of `joint`."""
+    """The columns of `mahalanobis`."""
     typical_bits: float
     """Mean bits of an image."""
-    joint: Gaussian
+    mahalanobis: Gaussian
     """Of the logarithms of the statistics."""
+    neighbours: Neighbours | None
+    """Features of the prior; None for a prior without layers."""
+    usual: dict[str, float]
+    """What 99 % of the images fitted to are below, in distances from both."""
     scores: dict[str, Floats]
     """Of each method, ascending."""
     thresholds: dict[str, float]
@@ -99,19 +136,25 @@ class Calibration:
         read.check(bool(scores), "scores", "is empty")
         thresholds = {name: read.number(f"thresholds.{name}") for name in read.mapping("thresholds")}
         read.check(set(thresholds) == set(scores), "thresholds", "should be of the same methods as scores")
-        joint = read.gaussian("joint")
-        read.check(len(joint.mean) == len(names), "joint.mean", f"should hold {len(names)} numbers, one per statistic")
+        gaussian = read.gaussian("mahalanobis")
+        numbers = f"should hold {len(names)} numbers, one per statistic"
+        read.check(len(gaussian.mean) == len(names), "mahalanobis.mean", numbers)
         surprise, error = read.array("surprise", 2), read.array("error", 2)
         read.check(len(surprise) == len(LEVELS), "surprise", f"should have {len(LEVELS)} rows")
         read.check(bool((error >= 0).all()), "error", "should not be negative")
+        neighbours = None if data["neighbours"] is None else read.neighbours("neighbours")
+        usual = {name: read.number(f"usual.{name}") for name in read.mapping("usual")}
+        expected = {"mahalanobis"} | ({"neighbours"} if neighbours is not None else set())
+        read.check(set(usual) == expected and min(usual.values()) > 0, "usual",
+                   f"should be positive numbers for {', '.join(sorted(expected))}")  # fmt: skip
         count, share = read.number("count"), read.number("false_alarms")
         read.check(type(data["count"]) is int and count >= 2, "count", "should be a whole number of at least 2")
         read.check(0 < share < 1, "false_alarms", "should lie between 0 and 1")
         read.check(type(data["labels"]) is bool, "labels", "should be true or false")
         digest = data["data"]
         read.check(isinstance(digest, str) and bool(re.fullmatch("[0-9a-f]{64}", digest)), "data", "is no sha256")
-        return cls(int(count), digest, data["labels"], share, names, read.number("typical_bits"), joint, scores,
-                   thresholds, surprise, error)  # fmt: skip
+        return cls(int(count), digest, data["labels"], share, names, read.number("typical_bits"), gaussian,
+                   neighbours, usual, scores, thresholds, surprise, error)  # fmt: skip
 
 
 def rounded(values: Floats) -> Floats:
@@ -120,9 +163,9 @@ def rounded(values: Floats) -> Floats:
 
 
 def plain(value: Any) -> Any:
-    """Arrays as lists, a Gaussian as a mapping."""
-    if isinstance(value, Gaussian):
-        return {"mean": value.mean.tolist(), "whitener": value.whitener.tolist()}
+    """Arrays as lists, what holds arrays as a mapping."""
+    if isinstance(value, (Gaussian, Neighbours)):
+        return {field.name: plain(getattr(value, field.name)) for field in dataclasses.fields(value)}
     if isinstance(value, dict):
         return {key: plain(item) for key, item in value.items()}
     return value.tolist() if isinstance(value, np.ndarray) else value
@@ -181,3 +224,9 @@ class Reader:
         size = len(mean)
         self.check(whitener.shape == (size, size), f"{name}.whitener", f"should be {size} x {size}, as mean is {size}")
         return Gaussian(mean, whitener)
+
+    def neighbours(self, name: str) -> Neighbours:
+        mean, axes, points = (self.array(f"{name}.{part}", 1 + (part != "mean")) for part in ("mean", "axes", "points"))
+        self.check(axes.shape[1] == len(mean), f"{name}.axes", f"should have {len(mean)} columns, as mean has numbers")
+        self.check(points.shape[1] == len(axes), f"{name}.points", f"should have {len(axes)} columns, one per axis")
+        return Neighbours(mean, axes, points)

@@ -43,9 +43,9 @@ class DetectConfig(Config):
     normal_labels: list[int | str] | None = Field(
         None, description="the classes of `images` that are normal; it is then measured how well the others are found"
     )
-    method: Literal["joint", "nll", "typicality", "complexity", "ratio", "reconstruction", "surprise"] = Field(
-        "joint", description="the score"
-    )
+    method: Literal[
+        "joint", "neighbours", "mahalanobis", "nll", "typicality", "complexity", "ratio", "reconstruction", "surprise"
+    ] = Field("joint", description="the score")
     fdr: float | None = Field(
         None,
         gt=0,
@@ -88,7 +88,7 @@ def run(config: DetectConfig) -> dict[str, Any]:
     flagged = p <= pipeline.calibration.false_alarms if config.fdr is None else benjamini_hochberg(p, config.fdr)
     figures = {} if anomalous is None else separation(scores.numpy(), anomalous, config.seed)
     columns = {"score": scores.numpy(), "p_value": p, "flagged": flagged.astype(int)}
-    columns |= {name: values.numpy() for name, values in measured.items()}
+    columns |= {name: values.numpy() for name, values in measured.items() if values.ndim == 1}
     out = Path(config.out)
     try:
         out.mkdir(parents=True, exist_ok=True)

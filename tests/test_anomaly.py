@@ -19,7 +19,7 @@ from small import PRIORS, TOKENIZERS, make_prior, make_tokenizer
 from pipelines import ImagePipeline
 from pipelines.__main__ import main
 from pipelines.anomaly import FITTED, METHODS, anomaly_score, calibrate, codec_bits, p_value_of, score_of, statistics
-from pipelines.calibration import Calibration, CalibrationError, Gaussian
+from pipelines.calibration import Calibration, CalibrationError, Gaussian, Neighbours
 from pipelines.config import parse
 from pipelines.healing import anomaly_map, heal, patches
 from pipelines.separation import areas, benjamini_hochberg, separation
@@ -114,7 +114,8 @@ def test_statistics_do_not_depend_on_the_batch(tokenizer, channels):
     assert set(together) >= {"token_bits", "codec_bits", "error", "surprise"}
     assert ("pixel_bits" in together) == pipe.tokenizer.has_likelihood
     for name, values in together.items():
-        assert values.shape == (7,) and values.dtype == torch.float64 and (values >= 0).all()
+        assert len(values) == 7 and values.dtype == torch.float64
+        assert values.ndim == 2 if name == "features" else values.ndim == 1 and (values >= 0).all()
         torch.testing.assert_close(values, apart[name], rtol=1e-5, atol=1e-5)
     nats = pipe.prior.log_prob(pipe.encode(images)).double()
     torch.testing.assert_close(together["token_bits"] * math.log(2), -nats, rtol=1e-5, atol=1e-5)
@@ -126,7 +127,7 @@ def test_simple_images_are_short_for_the_codec_and_noise_is_not():
     assert bits[0] < 200 < bits[1] < bits[2] and bits[2] > 8 * SIZE**2
 
 
-@pytest.mark.parametrize(("method", "least"), [("joint", 0.95), ("nll", 0.6), ("surprise", 0.6)])
+@pytest.mark.parametrize(("method", "least"), [("joint", 0.95), ("mahalanobis", 0.95), ("nll", 0.6), ("surprise", 0.6)])
 def test_a_larger_score_is_more_anomalous(trained, method, least):
     normal = stripes(200, seed=3)
     assert auroc(trained, normal, uniform(100), method) > 0.99
@@ -187,6 +188,56 @@ def test_a_gaussian_measures_distances_in_its_own_deviations():
     assert near < 1 and 1e6 < far < np.inf
 
 
+def test_neighbours_measure_to_the_fifth_nearest_of_white_points():
+    chance = np.random.default_rng(0)
+    rows = chance.normal(size=(300, 4)) @ np.diag([1, 2, 5, 3]) + 7
+    fitted = Neighbours.fit(rows)
+    white = (rows - fitted.mean) @ fitted.axes.T
+    np.testing.assert_allclose(white, fitted.points, atol=1e-4)
+    assert np.abs(np.cov(white.T) - np.diag(np.diag(np.cov(white.T)))).max() < 1e-3
+    others = chance.normal(size=(50, 4)) * 4 + 7
+    away = np.linalg.norm(((others - fitted.mean) @ fitted.axes.T)[:, None] - fitted.points, axis=2)
+    np.testing.assert_allclose(fitted.distance(others), np.sort(away, 1)[:, 4], rtol=1e-6)
+    few = Neighbours.fit(rows[:3])
+    assert np.isfinite(few.distance(rows)).all() and few.distance(rows[:3]).max() > 0
+
+
+def test_few_axes_of_many_features_are_kept():
+    fitted = Neighbours.fit(np.random.default_rng(0).normal(size=(200, 100)))
+    assert fitted.axes.shape == (64, 100) and fitted.points.shape == (200, 64)
+
+
+def test_joint_is_the_neighbours_until_the_statistics_are_unusual(trained):
+    found, usual = statistics(trained, torch.cat([stripes(40, seed=3), constant()])), trained.calibration.usual
+    joint, near, far = (score_of(method, found, trained.calibration, labelled=False)
+                        for method in ("joint", "neighbours", "mahalanobis"))  # fmt: skip
+    inside = far <= usual["mahalanobis"]
+    assert inside[:40].double().mean() > 0.9 and not inside[40:].any()
+    torch.testing.assert_close(joint[inside], near[inside] / usual["neighbours"])
+    over = far / usual["mahalanobis"] - 1
+    torch.testing.assert_close(joint[~inside], (near / usual["neighbours"] + over)[~inside])
+
+
+def test_usual_is_what_new_images_are(trained):
+    """Which it would not be, if images were their own neighbours."""
+    found = statistics(trained, stripes(600, seed=5))
+    for method, limit in trained.calibration.usual.items():
+        beyond = score_of(method, found, trained.calibration, labelled=False) > limit
+        assert 0 < beyond.double().mean() < 0.06
+
+
+def test_a_prior_without_layers_has_no_neighbours():
+    pipe = small("vqvae", "marginal")
+    images = torch.randint(0, 256, (60, *pipe.tokenizer.image_shape), dtype=torch.uint8)
+    fitted = calibrate(pipe, images)
+    assert fitted.neighbours is None and "neighbours" not in fitted.scores
+    assert Calibration.from_dict(json.loads(json.dumps(fitted.to_dict())), Path("file")).neighbours is None
+    distance = anomaly_score(pipe, images, "mahalanobis") / fitted.usual["mahalanobis"]
+    torch.testing.assert_close(anomaly_score(pipe, images), distance)
+    with pytest.raises(CalibrationError, match="without neighbours"):
+        anomaly_score(pipe, images, "neighbours")
+
+
 # p-values
 
 
@@ -196,7 +247,7 @@ def fresh(trained):
     return statistics(trained, stripes(1500, seed=11))
 
 
-@pytest.mark.parametrize("method", ["joint", "nll", "typicality", "reconstruction"])
+@pytest.mark.parametrize("method", ["joint", "neighbours", "nll", "typicality", "reconstruction"])
 def test_p_values_of_normal_images_are_uniform(trained, fresh, method):
     found = score_of(method, fresh, trained.calibration, labelled=False)
     scores, normal = np.sort(found.numpy()), trained.calibration.scores[method]
@@ -316,12 +367,21 @@ def broken(path, value):
         ("labels", 1, "labels: should be true or false"),
         ("data", "abc", "data: is no sha256"),
         ("statistics", ["token_bits", 3], "statistics: should be a list of names"),
-        ("statistics", ["token_bits"], "joint.mean: should hold 1 numbers"),
-        ("joint", None, "joint.mean: missing"),
-        ("joint.mean", lambda mean: mean[1:], "joint.whitener: should be 3 x 3"),
-        ("joint.whitener", lambda rows: [rows[0], *rows[2:]], "joint.whitener: should be 4 x 4"),
-        ("joint.whitener", lambda rows: [rows[0][1:], *rows[1:]], "joint.whitener: should be numbers along 2 axes"),
-        ("joint.mean", lambda mean: ["a", *mean[1:]], "joint.mean: should be numbers"),
+        ("statistics", ["token_bits"], "mahalanobis.mean: should hold 1 numbers"),
+        ("mahalanobis", None, "mahalanobis.mean: missing"),
+        ("mahalanobis.mean", lambda mean: mean[1:], "mahalanobis.whitener: should be 3 x 3"),
+        ("mahalanobis.whitener", lambda rows: [rows[0], *rows[2:]], "mahalanobis.whitener: should be 4 x 4"),
+        (
+            "mahalanobis.whitener",
+            lambda rows: [rows[0][1:], *rows[1:]],
+            "mahalanobis.whitener: should be numbers along 2 axes",
+        ),
+        ("mahalanobis.mean", lambda mean: ["a", *mean[1:]], "mahalanobis.mean: should be numbers"),
+        ("neighbours", "del", "neighbours: missing"),
+        ("neighbours.axes", lambda rows: [row[1:] for row in rows], "neighbours.axes: should have"),
+        ("neighbours.points", lambda rows: [row[1:] for row in rows], "neighbours.points: should have"),
+        ("usual", {}, "usual: should be positive numbers for mahalanobis, neighbours"),
+        ("usual.mahalanobis", 0, "usual: should be positive"),
         ("scores", {}, "scores: is empty"),
         ("scores", [1], "scores: should be a mapping"),
         ("scores.nll", lambda values: values[::-1], "scores.nll: should ascend"),
