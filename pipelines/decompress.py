@@ -17,7 +17,7 @@ from .generation import ImagePipeline
 from .pictures import convert_images
 from .streams import Limits, StreamError, TruncatedStream
 
-ONLY_EMPTY = ".no folder is replaced"
+NO_MARKER = ".never"  # no folder with something in it is replaced
 
 
 class DecompressConfig(Config):
@@ -39,9 +39,12 @@ def run(config: DecompressConfig) -> Path:
     path = Path(config.stream)
     if not path.is_file():
         raise UserError(f"stream: {str(path)!r} is not a file")
+    out = Path(config.out)
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise UserError(f"out: {out} is there and not empty; choose another folder, nothing was overwritten")
     pipeline = ImagePipeline.from_pretrained(config.pipeline, device=choose_device(config.device))
     try:
-        with open(path, "rb") as file, atomic_folder(config.out, marker=ONLY_EMPTY) as folder:
+        with open(path, "rb") as file, atomic_folder(out, marker=NO_MARKER) as folder:
             if not path.stat().st_size:
                 raise TruncatedStream("the file is empty")
             count = write_folder(pipeline, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ), folder, config)
@@ -49,8 +52,8 @@ def run(config: DecompressConfig) -> Path:
         raise UserError(f"stream: {path}: {error}") from error
     except OSError as error:
         raise UserError(f"{error.filename or path}: {error.strerror or error}") from error
-    print(f"{count:,} images: {config.out}")
-    return Path(config.out)
+    print(f"{count:,} images: {out}")
+    return out
 
 
 def write_folder(pipeline: ImagePipeline, data: mmap.mmap, folder: Path, config: DecompressConfig) -> int:
