@@ -195,6 +195,7 @@ def test_neighbours_measure_to_the_fifth_nearest_of_white_points():
     white = (rows - fitted.mean) @ fitted.axes.T
     np.testing.assert_allclose(white, fitted.points, atol=1e-4)
     assert np.abs(np.cov(white.T) - np.diag(np.diag(np.cov(white.T)))).max() < 1e-3
+    assert np.diag(np.cov(white.T)).min() > 0.7 and np.diag(np.cov(white.T)).max() < 1.01
     others = chance.normal(size=(50, 4)) * 4 + 7
     away = np.linalg.norm(((others - fitted.mean) @ fitted.axes.T)[:, None] - fitted.points, axis=2)
     np.testing.assert_allclose(fitted.distance(others), np.sort(away, 1)[:, 4], rtol=1e-6)

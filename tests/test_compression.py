@@ -473,7 +473,7 @@ def test_verbs_say_what_is_wrong(tmp_path, capsys):
         assert word in line and not (tmp_path / "out").exists()
     stream.write_bytes(data)
     again = arguments(tmp_path, f"stream={stream}", f"out={tmp_path / 'images'}")
-    assert "not empty" in failing(decompress_verb, again, capsys)
+    assert "is there and not empty" in failing(decompress_verb, again, capsys)
     few = arguments(tmp_path, f"stream={stream}", f"out={tmp_path / 'out'}", "max_images=3")
     assert "at most 3" in failing(decompress_verb, few, capsys)
     pipeline_of("tokens", "made").save_pretrained(tmp_path / "pipeline")
