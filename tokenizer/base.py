@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .pretrained import ModelConfig, PretrainedModel, setting
 
@@ -122,6 +122,11 @@ class Tokenizer(PretrainedModel, family="tokenizer"):
         """log p of each of the 256 values of one channel, `(B, 256, H, W)` nats, given the tokens and the channels
         before it of int64 `values` (B, C, H, W). Raises `LikelihoodError` without a likelihood."""
         raise LikelihoodError(f"a {self.name!r} tokenizer has no likelihood of pixels")
+
+    @property
+    def last_layer(self) -> nn.Parameter:
+        """Weight of the layer that puts out the pixels. Raises `ValueError` for a tokenizer without a network."""
+        raise ValueError(f"a {self.name!r} tokenizer has no network")
 
     @property
     def loss_weights(self) -> dict[str, float]:

@@ -106,11 +106,10 @@ class PretrainedModel(Named, nn.Module):
     def fingerprint(self) -> str:
         """sha256 over configuration and weights: two models with the same fingerprint are the same function.
 
-        A setting that is null is left out, so that one added later does not change it. Floats are read as float32, so
+        Settings added later do not change it while they have their default. Floats are read as float32, so
         that weights saved in bfloat16 have the fingerprint of what is loaded from them.
         """
-        config = {key: value for key, value in self.config.to_dict().items() if value is not None}
-        digest = hashlib.sha256(json.dumps(config, sort_keys=True).encode())
+        digest = hashlib.sha256(json.dumps(self.config.identity(), sort_keys=True).encode())
         for key, value in sorted(self.state_dict().items()):
             value = value.float() if value.is_floating_point() else value
             digest.update(f"{key} {value.dtype} {tuple(value.shape)}".encode())

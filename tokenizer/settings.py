@@ -28,12 +28,14 @@ def setting(
     choices: tuple[Any, ...] | None = None,
     fact: bool = False,
     family: str | None = None,
+    later: bool = False,
 ) -> Any:
     """One field of a `ModelConfig`.
 
     `ge`, `gt`, `le`, `lt` bound a number (or every number of a tuple); `choices` lists what is allowed. A `fact` comes
     from the data (grid, classes, image size) and is refused in a preset. `family` names the module and class, as in
-    `"tokenizer.quantizers:Quantizer"`, whose members a nested `{kind: ...}` may name.
+    `"tokenizer.quantizers:Quantizer"`, whose members a nested `{kind: ...}` may name. A setting that came `later` than models
+    were saved without it is no part of a fingerprint while it has its default.
     """
     bounds = {"ge": ge, "gt": gt, "le": le, "lt": lt}
     metadata = {
@@ -42,6 +44,7 @@ def setting(
         "choices": choices,
         "fact": fact,
         "family": family,
+        "later": later,
     }
     return dataclasses.field(default=default, metadata=metadata)
 
@@ -75,6 +78,17 @@ class ModelConfig:
         """The configuration as JSON values, `kind` first."""
         values = {field.name: _plain(getattr(self, field.name)) for field in dataclasses.fields(self)}
         return {"kind": self.kind, **values}
+
+    def identity(self) -> dict[str, Any]:
+        """`to_dict` without what makes no difference to models saved before it was there: settings that are null, and
+        those that came later and have their default."""
+        values: dict[str, Any] = {"kind": self.kind}
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if value is None or (field.metadata.get("later") and value == field.default):
+                continue
+            values[field.name] = value.identity() if isinstance(value, ModelConfig) else _plain(value)
+        return values
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> ModelConfig:

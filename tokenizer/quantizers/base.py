@@ -53,18 +53,3 @@ class Quantizer(Named, nn.Module, family="tokenizer.quantizers"):
     def lookup(self, tokens: Tensor) -> Tensor:
         """The vectors `(B, dim, *spatial)` of `tokens`."""
         raise NotImplementedError
-
-
-class _StraightThrough(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, z: Tensor, codes: Tensor) -> Tensor:
-        return codes.detach()
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
-        return gradient, None
-
-
-def straight_through(z: Tensor, codes: Tensor) -> Tensor:
-    """The value of `codes`, to the bit, with the gradient passed on to `z` (Bengio et al. 2013)."""
-    return _StraightThrough.apply(z, codes)

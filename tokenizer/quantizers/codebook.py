@@ -1,4 +1,5 @@
-"""What quantizers with a codebook share: nearest-code search, and a first codebook from k-means over all ranks."""
+"""What quantizers with a codebook share: nearest-code search, a first codebook from k-means over all ranks, and the
+revival of codes that are hardly used (Dhariwal et al. 2020, Jukebox)."""
 
 from __future__ import annotations
 
@@ -10,7 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..pretrained import ModelConfig, setting
-from .base import Quantized, Quantizer, straight_through
+from .base import Quantized, Quantizer
+from .gradients import GRADIENTS, pass_gradient
 
 # Distances held at a time on a CPU, which re-uses small blocks of memory; on a GPU 64 times as many.
 SEARCH_ELEMENTS = 1 << 20
@@ -25,10 +27,16 @@ class CodebookConfig(ModelConfig):
     beta: float = setting(0.25, "weight of the commitment loss, which pulls the encoder to its codes", ge=0)
     kmeans_iterations: int = setting(10, "k-means steps over the first batch, from which the codebook starts", ge=0)
     seed: int = setting(0, "chooses the first codes and the candidates for revival", ge=0)
+    normalize: bool = setting(False, "compare directions: vectors and codes are scaled to length 1, which suits large "
+                              "codebooks of few dimensions (LlamaGen: 16384 x 8)", later=True)  # fmt: skip
+    gradient: str = setting("straight_through", "how gradients pass a code", choices=GRADIENTS, later=True)
 
 
 class Codebook(Quantizer):
-    """Nearest of `codes` vectors (van den Oord et al. 2017). Subclasses own `codebook` (codes, dim) and its losses."""
+    """Nearest of `codes` vectors (van den Oord et al. 2017). Subclasses own `codebook` (codes, dim) and its losses.
+
+    With `normalize` it is the codes' direction that is compared and looked up (Yu et al. 2021, ViT-VQGAN).
+    """
 
     Config = CodebookConfig
     codebook: Tensor
@@ -39,23 +47,33 @@ class Codebook(Quantizer):
         self.vocab_size, self.dim = config.codes, config.dim
         self.register_buffer("started", torch.zeros((), dtype=torch.long))  # training steps seen
 
+    def table(self) -> Tensor:
+        """The codes as they are looked up, (codes, dim)."""
+        return F.normalize(self.codebook, dim=1) if self.config.normalize else self.codebook
+
     def lookup(self, tokens: Tensor) -> Tensor:
         """The codes `(B, dim, *spatial)` of `tokens` `(B, *spatial)`."""
-        return F.embedding(tokens, self.codebook).movedim(-1, 1)
+        return F.embedding(tokens, self.table()).movedim(-1, 1)
 
     def _quantize(self, z: Tensor) -> Quantized:
-        rows = rows_of(z)
+        rows = self.comparable(rows_of(z))
         steps = int(self.started) if self.training else 0
         if self.training and steps == 0:
             self.start(rows.detach())
-        tokens = nearest(rows.detach(), self.codebook.detach())
-        codes = F.embedding(tokens, self.codebook)
+        table = self.table()
+        tokens = nearest(rows.detach(), table.detach())
+        codes = F.embedding(tokens, table)
         losses = self.losses(rows, codes)
+        z_q = pass_gradient(self.config.gradient, rows, codes)
         if self.training:
             self.move(rows.detach(), tokens, steps)
             self.started += 1
-        z_q = straight_through(rows, codes).reshape(z.shape[0], *z.shape[2:], self.dim).movedim(-1, 1)
+        z_q = z_q.reshape(z.shape[0], *z.shape[2:], self.dim).movedim(-1, 1)
         return Quantized(z_q, tokens.reshape(z.shape[0], *z.shape[2:]), losses)
+
+    def comparable(self, rows: Tensor) -> Tensor:
+        """Rows `(n, dim)` as they are compared to the table."""
+        return F.normalize(rows, dim=1) if self.config.normalize else rows
 
     def losses(self, rows: Tensor, codes: Tensor) -> dict[str, Tensor]:
         """Unweighted scalars from rows `(n, dim)` and their codes `(n, dim)`."""
@@ -107,6 +125,24 @@ def kmeans(rows: Tensor, clusters: int, iterations: int) -> Tensor:
         sums = torch.zeros_like(centres).index_add_(0, tokens, rows)
         centres = torch.where(counts > 0, sums / counts.clamp(min=1), centres)
     return centres
+
+
+def all_counts(tokens: Tensor, vocab_size: int) -> Tensor:
+    """How often each id occurs on all ranks together, float `(vocab_size,)`."""
+    counts = torch.bincount(tokens.flatten(), minlength=vocab_size).float()
+    if world_size() > 1:
+        dist.all_reduce(counts)
+    return counts
+
+
+def dead_codes(counts: Tensor, below: float, rows: Tensor, seed: int, step: int) -> tuple[Tensor, Tensor]:
+    """Ids `(k,)` of codes used less than `below` of the mean use, and for each a vector `(k, dim)` of the batch of all
+    ranks, chosen by (seed, step) alone."""
+    total = len(rows) * world_size()
+    dead = (counts < below * counts.mean()).nonzero().squeeze(1)[:total]
+    if len(dead) == 0:
+        return dead, rows[:0]
+    return dead, gather_rows(rows, seeded(total, len(dead), seed, step + 1, rows.device))
 
 
 def world_size() -> int:

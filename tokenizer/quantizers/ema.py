@@ -1,7 +1,7 @@
 """A codebook moved by running means of the vectors it is nearest to (van den Oord et al. 2017, appendix A.1).
 
 Counts and sums are added up over all ranks, so every rank holds the same codebook to the bit. A code that is hardly
-used is revived at a vector of the current batch (Dhariwal et al. 2020, Jukebox). The codebook moves at every forward
+used is revived at a vector of the current batch. The codebook moves at every forward
 pass in training, so with gradient accumulation at every micro-batch.
 """
 
@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..pretrained import setting
-from .codebook import Codebook, CodebookConfig, gather_rows, seeded, world_size
+from .codebook import Codebook, CodebookConfig, dead_codes, world_size
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,14 +75,9 @@ class EMA(Codebook, name="ema"):
             self._revive(rows, step)
 
     def _revive(self, rows: Tensor, step: int) -> None:
-        """Put each dead code on a vector of the batch (of all ranks), chosen by (seed, step), as if of mean use."""
+        """Put each dead code on a vector of the batch, as if of mean use."""
         mean = self.counts.mean()
-        dead = (self.counts < self.config.revive_below * mean).nonzero().squeeze(1)
-        total = len(rows) * world_size()
-        dead = dead[:total]
-        if len(dead) == 0:
-            return
-        vectors = gather_rows(rows, seeded(total, len(dead), self.config.seed, step + 1, rows.device))
+        dead, vectors = dead_codes(self.counts, self.config.revive_below, rows, self.config.seed, step)
         self.codebook[dead] = vectors
         self.counts[dead] = mean
         self.sums[dead] = vectors * mean

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from ..pretrained import ModelConfig, setting
-from .base import Quantized, Quantizer, straight_through
+from .base import Quantized, Quantizer
+from .gradients import straight_through
 
 
 @dataclass(frozen=True, kw_only=True)

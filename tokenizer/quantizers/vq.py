@@ -1,29 +1,44 @@
 """A codebook moved by gradients (van den Oord et al. 2017, equation 3).
 
 The codebook loss |sg(z) - e|^2 pulls codes to vectors with weight 1; beta weighs the commitment |z - sg(e)|^2 that
-pulls vectors to codes. (Several public codebases have beta on the wrong one of the two.)
+pulls vectors to codes. (Several public codebases have beta on the wrong one of the two.) A code that is nobody's
+nearest gets no gradient and would stay where it is for ever, so codes that are hardly used are revived.
 """
 
 from __future__ import annotations
+
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .codebook import Codebook, CodebookConfig
+from ..pretrained import setting
+from .codebook import Codebook, CodebookConfig, all_counts, dead_codes, world_size
+
+
+@dataclass(frozen=True, kw_only=True)
+class VQConfig(CodebookConfig):
+    """When a code counts as dead."""
+
+    decay: float = setting(0.99, "decay of the running counts of use, per training step", ge=0, lt=1, later=True)
+    revive_below: float = setting(0.05, "a code used less than this share of the mean use is revived", ge=0, lt=1,
+                                  later=True)  # fmt: skip
+    revive_every: int = setting(10, "training steps between looking for dead codes", ge=1, later=True)
 
 
 class VQ(Codebook, name="vq"):
     """Codes are parameters."""
 
-    class Config(CodebookConfig):
-        """Nothing beyond a codebook."""
+    Config = VQConfig
+    counts: Tensor
 
-    def __init__(self, config: CodebookConfig) -> None:
+    def __init__(self, config: VQConfig) -> None:
         super().__init__(config)
         self.codebook = nn.Parameter(
             torch.empty(config.codes, config.dim).uniform_(-1 / config.codes, 1 / config.codes)
         )
+        self.register_buffer("counts", torch.zeros(config.codes))
 
     @property
     def loss_weights(self) -> dict[str, float]:
@@ -33,3 +48,19 @@ class VQ(Codebook, name="vq"):
     def losses(self, rows: Tensor, codes: Tensor) -> dict[str, Tensor]:
         """Means over elements of |sg(z) - e|^2 and |z - sg(e)|^2."""
         return {"codebook": F.mse_loss(codes, rows.detach()), "commitment": F.mse_loss(rows, codes.detach())}
+
+    @torch.no_grad()
+    def start(self, rows: Tensor) -> None:
+        """k-means, after which every code counts as used equally often."""
+        super().start(rows)
+        self.counts.fill_(len(rows) * world_size() / self.vocab_size)
+
+    @torch.no_grad()
+    def move(self, rows: Tensor, tokens: Tensor, step: int) -> None:
+        """Put each dead code on a vector of the batch, as if of mean use. (On `data`: the graph of this step holds the
+        codebook, of which a dead code's row is no part.)"""
+        self.counts.lerp_(all_counts(tokens, self.vocab_size), 1 - self.config.decay)
+        if (step + 1) % self.config.revive_every == 0:
+            dead, vectors = dead_codes(self.counts, self.config.revive_below, rows, self.config.seed, step)
+            self.codebook.data[dead] = vectors
+            self.counts[dead] = self.counts.mean()

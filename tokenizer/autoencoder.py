@@ -1,0 +1,113 @@
+"""What tokenizers with a network share: an encoder, a quantizer in the middle, a decoder (van den Oord et al. 2017)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from .base import LikelihoodError, Reconstruction, TokenGrid, Tokenizer, TokenizerConfig
+from .likelihoods import Likelihood
+from .likelihoods.base import to_values
+from .pretrained import ModelConfig, setting
+from .quantizers import Quantizer
+from .quantizers.ema import EMAConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class AutoencoderConfig(TokenizerConfig):
+    """What stands between encoder and decoder, and what the decoder says of pixels."""
+
+    quantizer: ModelConfig = setting(EMAConfig(), "how vectors become ids", family="tokenizer.quantizers:Quantizer")
+    likelihood: ModelConfig | None = setting(None, "what the decoder says of a pixel's 256 values, which bits per dim "
+                                             "and lossless compression need; null: a point",
+                                             family="tokenizer.likelihoods:Likelihood")  # fmt: skip
+
+
+class Autoencoder(Tokenizer):
+    """Subclasses set `encoder`, (B, C, H, W) to (B, quantizer.dim, H / f, W / f), and `decoder`, from there to
+    (B, outputs, H, W).
+
+    With a likelihood, `decode` gives the expected image, and `forward` one more loss, `nll`: nats per pixel channel.
+    """
+
+    encoder: nn.Module
+    decoder: nn.Module
+    outputs: int
+    """Channels of the decoder: the image's, or the likelihood's parameters."""
+
+    def __init__(self, config: AutoencoderConfig, factor: int) -> None:
+        super().__init__(config)
+        height, width = config.image_size
+        self.image_shape = (config.channels, height, width)
+        self.quantizer = Quantizer.find(config.quantizer.kind)(config.quantizer)
+        self.grid = TokenGrid((self.quantizer.levels * height // factor, width // factor), self.quantizer.vocab_size)
+        self.likelihood: Likelihood | None = None
+        if config.likelihood is not None:
+            self.likelihood = Likelihood.find(config.likelihood.kind)(config.likelihood, config.channels)
+        self.outputs = config.channels if self.likelihood is None else self.likelihood.num_parameters
+
+    def encode(self, images: Tensor) -> Tensor:
+        """Tokens `(B, *grid.shape)` of `images`; raises `ValueError` for images of another size."""
+        self.check_images(images)
+        return self.quantizer.quantize(self._embed(images)).tokens
+
+    def decode(self, tokens: Tensor) -> Tensor:
+        """Images of `tokens`, clamped to [-1, 1]; raises `ValueError` for ids out of range."""
+        self.grid.check(tokens)
+        return self._image(self._paint(tokens)).clamp(-1, 1)
+
+    def forward(self, images: Tensor) -> Reconstruction:
+        """Reconstruction, tokens and losses; images are clamped in eval mode only."""
+        z_q, tokens, losses = self.quantizer.quantize(self._embed(images))
+        painted = self._decoded(z_q)
+        if self.likelihood is not None:
+            losses = {**losses, "nll": -self.likelihood.log_prob(painted, to_values(images)).mean()}
+        reconstruction = self._image(painted)
+        return Reconstruction(reconstruction if self.training else reconstruction.clamp(-1, 1), tokens, losses)
+
+    @property
+    def has_likelihood(self) -> bool:
+        """Whether it was made with one."""
+        return self.likelihood is not None
+
+    @property
+    def last_layer(self) -> nn.Parameter:
+        """The decoder's last matrix."""
+        return [parameter for parameter in self.decoder.parameters() if parameter.ndim > 1][-1]
+
+    def pixel_log_probs(self, images: Tensor, tokens: Tensor) -> Tensor:
+        """log p of each pixel channel given the tokens, `(B, C, H, W)` nats. Raises `LikelihoodError` without a
+        likelihood."""
+        return self._likelihood().log_prob(self._paint(tokens), to_values(images))
+
+    def value_log_probs(self, tokens: Tensor, values: Tensor, channel: int) -> Tensor:
+        """`(B, 256, H, W)` nats: the mixture's whole table."""
+        return self._likelihood().table(self._paint(tokens), values, channel)
+
+    def _likelihood(self) -> Likelihood:
+        if self.likelihood is None:
+            raise LikelihoodError(f"this {self.name} was made without a likelihood (model.likelihood)")
+        return self.likelihood
+
+    @property
+    def loss_weights(self) -> dict[str, float]:
+        """The quantizer's, and 1 for the likelihood's."""
+        return {**self.quantizer.loss_weights, **({} if self.likelihood is None else {"nll": 1.0})}
+
+    def _embed(self, images: Tensor) -> Tensor:
+        dtype = next(self.decoder.parameters()).dtype
+        return self.encoder(images.to(dtype=dtype, memory_format=torch.channels_last))
+
+    def _paint(self, tokens: Tensor) -> Tensor:
+        return self._decoded(self.quantizer.lookup(tokens.long()))
+
+    def _decoded(self, z_q: Tensor) -> Tensor:
+        """What the decoder puts out, at least in float32: images, or the likelihood's parameters."""
+        dtype = next(self.decoder.parameters()).dtype
+        out = self.decoder(z_q.to(dtype))
+        return out if dtype == torch.float64 else out.float()
+
+    def _image(self, painted: Tensor) -> Tensor:
+        return (painted if self.likelihood is None else self.likelihood.mean(painted)).float()
