@@ -100,8 +100,9 @@ def sections(cls: type[BaseModel], defaults: Data, prefix: str = "", title: str 
     yield from nested
 
 
-def family_sections(family: Any, key: str, defaults: Data) -> Iterator[Section]:
-    """The keys of every member of a family of models, for a node at `key` that is `defaults` if nothing is said."""
+def family_sections(family: Any, key: str, defaults: Data, outer: tuple[Any, ...] = ()) -> Iterator[Section]:
+    """The keys of every member of a family of models, for a node at `key` that is `defaults` if nothing is said. Members
+    within members of the same family are not listed again."""
     for name in family.available():
         given = defaults if defaults.get("kind") == name else {}
         config = family.find(name).Config
@@ -114,7 +115,8 @@ def family_sections(family: Any, key: str, defaults: Data) -> Iterator[Section]:
             if field.metadata.get("family"):
                 below = default if isinstance(default, dict) else {}
                 rows.append(kind_row(family_of(field), path, below.get("kind"), sentence))
-                nested += family_sections(family_of(field), path, below)
+                if family_of(field) not in (family, *outer):
+                    nested += family_sections(family_of(field), path, below, (family, *outer))
             else:
                 rows.append(Row(path, setting_text(field, hints[field.name]), default_text(default), sentence))
         about = (family.find(name).__doc__ or config.__doc__ or "").strip().split("\n")[0]

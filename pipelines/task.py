@@ -16,7 +16,9 @@ class Task:
     """Saved, averaged and evaluated."""
     nets: dict[str, nn.Module]
     players: dict[str, list[nn.Parameter]]
-    """Each takes a turn in every step, with its own optimizer; without any, the model is saved as it is."""
+    """Each takes turns with an optimizer of its own; without any, the model is saved as it is."""
+    rates: dict[str, float] = {}
+    """Learning rates of players as shares of `train.lr`, where not 1."""
     rows: int
     """Size of the training set."""
     tokens_per_row: int
@@ -26,6 +28,10 @@ class Task:
     def batch(self, indices: np.ndarray, epochs: np.ndarray, seed: int) -> Any:
         """The training samples at `indices` in their `epochs`, a tuple of tensors; a pure function."""
         raise NotImplementedError
+
+    def playing(self, step: int) -> list[str]:
+        """The players that take a turn in this step, in their order: all, unless a task says otherwise."""
+        return list(self.players)
 
     def loss(self, player: str, batch: Any, step: int) -> tuple[Tensor, dict[str, Tensor]]:
         """A scalar to minimise for `player`, and scalars to log."""

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import numpy as np
 import torch
@@ -12,11 +13,16 @@ from torch import Tensor, nn
 
 from tokenizer import Tokenizer
 from tokenizer.base import codebook_usage
+from tokenizer.critic import PatchCritic
 from tokenizer.losses import pixel_losses, psnr, total_loss
-from tokenizer.storage import write_json
+from tokenizer.pretrained import CONFIG
+from tokenizer.storage import read_json, write_json
 
-from .config import Config, ModelNode, run_command
+from .adversary import Adversary, CriticConfig
+from .codebook import CodebookUse
+from .config import Config, ModelNode, UserError, run_command
 from .images import DataConfig, ImageDataset, load_images
+from .perceptual import Perceptual, weights_file
 from .pictures import grid_picture
 from .schedule import TrainConfig, samples_of
 from .task import Task
@@ -39,6 +45,8 @@ class LossConfig(Config):
     nll: float = Field(1.0, ge=0, description="weight of the likelihood's nats per pixel channel, where the model has "
                        "one; 1, with l1 and l2 0, makes for the fewest bits per dim")  # fmt: skip
     quantizer: float = Field(1.0, ge=0, description="factor on the quantizer's own terms (which it weighs by its beta)")
+    perceptual: float = Field(0.0, ge=0, description="weight of LPIPS, the distance of images in a pretrained network")
+    perceptual_net: Literal["vgg", "alex", "squeeze"] = Field("vgg", description="that network")
 
 
 class TrainTokenizerConfig(Config):
@@ -49,29 +57,66 @@ class TrainTokenizerConfig(Config):
     model: Annotated[dict[str, Any], ModelNode("tokenizer.base:Tokenizer")] = Field(
         {"kind": "vqvae"}, description="the tokenizer"
     )
+    init: str | None = Field(
+        None,
+        description="folder or Hub id of a tokenizer to start from, whose model and data are then the defaults; for "
+        "model.kind=posthoc a trained klvae",
+    )
     loss: LossConfig = Field(LossConfig(), description="what is minimised")
+    critic: CriticConfig = Field(CriticConfig(), description="the adversary of VQGAN")
     train: TrainConfig = Field(TrainConfig(), description="how long and how fast")
     track: TrackConfig = Field(TrackConfig(), description="where the numbers go")
 
 
-class TokenizerTask(Task):
-    """One player, the whole autoencoder; none for a tokenizer that is complete once it was initialized."""
+class Stage(nn.Module):
+    """What a run keeps and averages: the tokenizer, which users get, its critic, and how its ids are used."""
 
-    def __init__(self, config: TrainTokenizerConfig) -> None:
+    def __init__(self, tokenizer: Tokenizer, critic: PatchCritic | None) -> None:
+        super().__init__()
+        self.tokenizer, self.critic = tokenizer, critic
+        self.use = CodebookUse(tokenizer.grid.vocab_size, tokenizer.levels)
+
+
+class TokenizerTask(Task):
+    """A player for the whole autoencoder, none for a tokenizer that is complete once it was initialized, and one for
+    the critic if there is one."""
+
+    def __init__(self, config: TrainTokenizerConfig, device: torch.device | str = "cpu") -> None:
         self.config = config
         self.images = load_images(config.data)
         channels, height, width = self.images.train.image_shape
-        self.model: Tokenizer = build_tokenizer(config.model, (height, width), channels)
-        self.rows, self.tokens_per_row = len(self.images.train), len(self.model.grid)
+        self.tokenizer: Tokenizer = build_tokenizer(config.model, (height, width), channels)
+        if config.init:
+            self.tokenizer.start_from(Tokenizer.from_pretrained(config.init))
+        self.rows, self.tokens_per_row = len(self.images.train), len(self.tokenizer.grid)
         count = min(self.rows, max(INITIAL_IMAGES, INITIAL_PIXELS // (height * width)))
         sample, _ = samples_of(self.rows, count, config.train.seed, 0)
-        self.model.initialize(self.images.train.batch(sample))
-        parameters = list(self.model.parameters())
-        self.nets: dict[str, nn.Module] = {"model": self.model} if parameters else {}
+        self.tokenizer.initialize(self.images.train.batch(sample))
+        parameters = [parameter for parameter in self.tokenizer.parameters() if parameter.requires_grad]
+        self.nets = {"model": self.tokenizer} if parameters else {}
         self.players = {"model": parameters} if parameters else {}
-        own, loss = self.model.loss_weights, config.loss
+        self.adversary = self.make_adversary(channels, (height, width)) if parameters and config.critic.weight else None
+        self.model = Stage(self.tokenizer, self.adversary and self.adversary.critic)
+        self.perceptual = Perceptual(config.loss.perceptual_net, device) if config.loss.perceptual else None
+        own, loss = self.tokenizer.loss_weights, config.loss
         terms = {name: weight * (loss.nll if name == "nll" else loss.quantizer) for name, weight in own.items()}
         self.weights = {"l1": loss.l1, "l2": loss.l2, **terms}
+
+    def make_adversary(self, channels: int, image_size: tuple[int, int]) -> Adversary:
+        """The critic, as a player with a learning rate of its own. Raises `UserError` for images too small for it."""
+        given = self.config.critic
+        critic = PatchCritic(channels, given.width, given.layers, given.norm)
+        try:
+            critic.map_size(*image_size)
+        except ValueError as error:
+            raise UserError(f"critic.layers: {error}") from error
+        self.nets["critic"], self.players["critic"] = critic, list(critic.parameters())
+        self.rates = {"critic": given.lr}
+        return Adversary(given, critic)
+
+    def playing(self, step: int) -> list[str]:
+        """The critic only from its first step on."""
+        return [name for name in self.players if name != "critic" or (self.adversary and self.adversary.plays(step))]
 
     def batch(self, indices: np.ndarray, epochs: np.ndarray, seed: int) -> tuple[Tensor]:
         """Augmented images `(B, C, H, W)`."""
@@ -84,24 +129,55 @@ class TokenizerTask(Task):
         return (torch.stack(parts),)
 
     def loss(self, player: str, batch: Any, step: int) -> tuple[Tensor, dict[str, Tensor]]:
-        """Weighted pixel and quantizer losses, and how much of the codebook this batch used."""
+        """The critic's; or the weighted losses of pixels, quantizer, perception and critic, with how much of the
+        codebook the step used."""
         (images,) = batch
+        if player == "critic":
+            assert self.adversary is not None
+            return self.adversary.critic_term(self.nets["critic"], images)
         output = self.nets["model"](images)
         loss, terms = total_loss(output, images, self.weights)
-        counts = torch.bincount(output.tokens.flatten(), minlength=self.model.grid.vocab_size)
-        return loss, {**terms, **{f"codebook_{name}": value for name, value in codebook_usage(counts).items()}}
+        if self.perceptual is not None:
+            terms["perceptual"] = self.perceptual(output.images, images)
+            loss = loss + self.config.loss.perceptual * terms["perceptual"]
+        if self.adversary is not None:
+            added, parts = self.adversary.tokenizer_term(output.images, loss, self.tokenizer.last_layer, step)
+            loss, terms = loss + added, {**terms, **parts}
+        usage = codebook_usage(self.model.use.observe(output.tokens))
+        return loss, {**terms, **{f"codebook_{name}": value for name, value in usage.items()}}
 
     def preview(self, model: nn.Module) -> dict[str, np.ndarray]:
-        """Held-out images, each row above its reconstructions."""
-        return {"reconstructions": reconstruction_picture(model, self.images.held_out)}
+        """Held-out images, each row above its reconstructions, and what the codebook does."""
+        return {
+            "reconstructions": reconstruction_picture(model.tokenizer, self.images.held_out),
+            "codebook": self.model.use.picture(model.tokenizer),
+        }
 
     def evaluate(self, model: nn.Module) -> dict[str, float]:
         """PSNR in dB, pixel losses, codebook usage and perplexity on the held-out split."""
-        return evaluate_reconstruction(model, self.images.held_out, HELD_OUT_IMAGES)
+        return evaluate_reconstruction(model.tokenizer, self.images.held_out, HELD_OUT_IMAGES)
 
     def save(self, model: nn.Module, run: Path, facts: dict[str, Any]) -> None:
         """The tokenizer's folder, with where its images came from."""
-        save_tokenizer(model, run / "tokenizer", {"data": self.config.data.model_dump(mode="json"), "tokenizer": facts})
+        save_tokenizer(
+            model.tokenizer, run / "tokenizer", {"data": self.config.data.model_dump(mode="json"), "tokenizer": facts}
+        )
+
+
+def defaults(given: dict[str, Any]) -> dict[str, Any]:
+    """The model and the data of the tokenizer in the folder `init`."""
+    folder = Path(str(given.get("init") or ""))
+    if not (folder / CONFIG).is_file():
+        return {}
+    family, saved = Tokenizer.available(), read_json(folder / CONFIG)
+    if saved.get("kind") not in family:
+        return {}  # loading it will say so
+    facts = {field.name for field in fields(Tokenizer.find(saved["kind"]).Config) if field.metadata.get("fact")}
+    model = {key: value for key, value in saved.items() if key not in facts}
+    if str(given.get("model", {}).get("kind")) == "posthoc" != model["kind"]:
+        model = {"kind": "posthoc", "vae": model}
+    path = folder / PROVENANCE
+    return {"model": model, "data": read_json(path).get("data", {}) if path.is_file() else {}}
 
 
 def build_tokenizer(node: dict[str, Any], image_size: tuple[int, int], channels: int) -> Tokenizer:
@@ -148,14 +224,18 @@ def run(config: TrainTokenizerConfig) -> Path:
     """Train, and return the run folder; `tokenizer/` in it is what the next stage wants."""
 
     def build(accelerator: Accelerator) -> Task:
-        return TokenizerTask(config)
+        if config.loss.perceptual:
+            with accelerator.local_main_process_first():  # which fetches the file, for the others to find
+                weights_file(config.loss.perceptual_net)
+        return TokenizerTask(config, accelerator.device)
 
     return train(build, config)
 
 
 def main(argv: list[str] | None = None) -> Any:
     """The command line."""
-    return run_command(TrainTokenizerConfig, run, argv, verb="train_tokenizer", description=__doc__)
+    return run_command(TrainTokenizerConfig, run, argv, verb="train_tokenizer", description=__doc__,
+                       defaults=defaults)  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -50,12 +50,12 @@ class Training:
     minutes: float = 0.0
     skipped: int = 0
     skipped_in_a_row: int = 0
-    window: dict[str, float] = field(default_factory=dict)
-    window_steps: int = 0
+    window: dict[str, list[float]] = field(default_factory=dict)
+    """Sum and count of each logged term since the last report: a player that does not play, or is skipped, has fewer."""
     evaluation: dict[str, float] = field(default_factory=dict)
     saved_step: int = -1
 
-    COUNTERS = ("minutes", "skipped", "skipped_in_a_row", "window", "window_steps", "evaluation")
+    COUNTERS = ("minutes", "skipped", "skipped_in_a_row", "window", "evaluation")
 
     def counters(self) -> dict[str, Any]:
         """What a resumed run needs besides weights and optimizers."""
@@ -177,7 +177,7 @@ def fit(training: Training) -> None:
         progress = agreed_progress(training)
         due = due_now(training, progress >= 1)
         record: dict[str, float] = {}
-        if "log" in due and training.window_steps:
+        if "log" in due and training.window:
             record = report(training, progress, since)
             since = (training.step, time.monotonic())
             show(bar, training, record)
@@ -231,7 +231,8 @@ def take_step(training: Training, micro_batches: list[Any], lr: float) -> None:
     seed = (training.config.seed * 1_000_003 + accelerator.process_index) * 1_000_003 + training.step
     torch.manual_seed(seed % (1 << 63))
     healthy = True
-    for player, parameters in task.players.items():
+    for player in task.playing(training.step):
+        parameters = task.players[player]
         buffers = [buffer.clone() for buffer in task.model.buffers()]
         for name, others in task.players.items():
             for parameter in others if len(task.players) > 1 else ():
@@ -242,11 +243,12 @@ def take_step(training: Training, micro_batches: list[Any], lr: float) -> None:
         optimizer = training.optimizers[player]
         if all(math.isfinite(value) for value in means.values()):
             for group in optimizer.param_groups:
-                group["lr"] = lr
+                group["lr"] = lr * task.rates.get(player, 1.0)
             optimizer.step()
             for name, value in means.items():
                 key = name if len(task.players) == 1 else f"{player}/{name}"
-                training.window[key] = training.window.get(key, 0.0) + value
+                total, count = training.window.get(key, (0.0, 0))
+                training.window[key] = [total + value, count + 1]
         else:
             healthy = False
             culprit = first_non_finite(task.model, means)
@@ -256,7 +258,6 @@ def take_step(training: Training, micro_batches: list[Any], lr: float) -> None:
     training.step += 1
     if healthy:
         training.averaged.update_parameters(task.model)
-        training.window_steps += 1
         training.skipped_in_a_row = 0
         return
     training.skipped += 1
@@ -304,8 +305,8 @@ def first_non_finite(model: nn.Module, terms: dict[str, float]) -> str:
 
 def report(training: Training, progress: float, since: tuple[int, float]) -> dict[str, float]:
     """Means of the logged terms since the last report, speed and learning rate; starts a new window."""
-    record = {name: total / training.window_steps for name, total in training.window.items()}
-    training.window, training.window_steps = {}, 0
+    record = {name: total / count for name, (total, count) in training.window.items()}
+    training.window = {}
     steps, seconds = training.step - since[0], max(1e-9, time.monotonic() - since[1])
     images = steps * training.config.batch_size / seconds
     return record | {

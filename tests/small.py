@@ -18,11 +18,19 @@ SMALL: dict[str, dict[str, Any]] = {
     "gated_pixelcnn": {"dim": 8, "depth": 2, "first_kernel": 3, "head": 8},
     "masked": {"dim": 32, "depth": 2, "heads": 2},
     "vqvae": {"widths": (16,), "blocks": (1,), "quantizer": {"kind": "ema", "codes": 32, "dim": 8}},
+    "vit": {"dim": 16, "depth": 1, "heads": 2, "quantizer": {"kind": "ema", "codes": 32, "dim": 8}},
+    "vqgan": {"widths": (8, 16), "blocks": 1, "groups": 4, "quantizer": {"kind": "vq", "codes": 32, "dim": 8}},
     "ema": {"codes": 32, "dim": 8},
     "vq": {"codes": 32, "dim": 8},
+    "simvq": {"codes": 32, "dim": 8},
+    "rvq": {"depth": 3, "book": {"kind": "ema", "codes": 32, "dim": 8}},
     "fsq": {"levels": (5, 4, 3)},
+    "lfq": {"bits": 8, "levels": 2, "group": 3},
+    "bsq": {"bits": 6},
     "pixels": {"levels": 5},
     "palette": {"colors": 12},
+    "klvae": {"widths": (16,), "blocks": (1,), "latent": 3, "bins": 6},
+    "posthoc": {"bins": 7, "vae": {"kind": "klvae", "widths": (16,), "blocks": (1,), "latent": 3}},
 }
 # What makes a prior take every order.
 ANY_ORDER: dict[str, dict[str, Any]] = {"gpt": {"any_order": True}, "made": {"order_agnostic": True}, "masked": {}}

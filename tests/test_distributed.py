@@ -132,7 +132,7 @@ def trainings(folder: Path) -> None:
         take_step(run, *rest)
         weights = [p for net in run.task.nets.values() for p in net.parameters()]
         wrapped = all(isinstance(net, nn.parallel.DistributedDataParallel) for net in run.task.nets.values())
-        quantizer = getattr(run.task.model, "quantizer", None)
+        quantizer = getattr(getattr(run.task, "tokenizer", None), "quantizer", None)
         log.append(gathered({
             "weights": digest(weights), "average": digest(run.averaged.module.parameters()),
             "buffers": digest(run.task.model.buffers()), "seed": torch.initial_seed(), "wrapped": wrapped,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,13 +17,19 @@ from .quantizers.ema import EMAConfig
 
 
 @dataclass(frozen=True, kw_only=True)
-class AutoencoderConfig(TokenizerConfig):
-    """What stands between encoder and decoder, and what the decoder says of pixels."""
+class DecoderConfig(TokenizerConfig):
+    """What the decoder says of pixels."""
 
-    quantizer: ModelConfig = setting(EMAConfig(), "how vectors become ids", family="tokenizer.quantizers:Quantizer")
     likelihood: ModelConfig | None = setting(None, "what the decoder says of a pixel's 256 values, which bits per dim "
                                              "and lossless compression need; null: a point",
                                              family="tokenizer.likelihoods:Likelihood")  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class AutoencoderConfig(DecoderConfig):
+    """What stands between encoder and decoder."""
+
+    quantizer: ModelConfig = setting(EMAConfig(), "how vectors become ids", family="tokenizer.quantizers:Quantizer")
 
 
 class Autoencoder(Tokenizer):
@@ -37,12 +44,14 @@ class Autoencoder(Tokenizer):
     outputs: int
     """Channels of the decoder: the image's, or the likelihood's parameters."""
 
-    def __init__(self, config: AutoencoderConfig, factor: int) -> None:
+    def __init__(self, config: Any, factor: int, quantizer: Quantizer | None = None) -> None:
+        """`factor`: image pixels per position along each side; `quantizer`: instead of the configured one."""
         super().__init__(config)
         height, width = config.image_size
         self.image_shape = (config.channels, height, width)
-        self.quantizer = Quantizer.find(config.quantizer.kind)(config.quantizer)
-        self.grid = TokenGrid((self.quantizer.levels * height // factor, width // factor), self.quantizer.vocab_size)
+        self.quantizer = quantizer or Quantizer.find(config.quantizer.kind)(config.quantizer)
+        self.levels = self.quantizer.levels
+        self.grid = TokenGrid((self.levels * height // factor, width // factor), self.quantizer.vocab_size)
         self.likelihood: Likelihood | None = None
         if config.likelihood is not None:
             self.likelihood = Likelihood.find(config.likelihood.kind)(config.likelihood, config.channels)

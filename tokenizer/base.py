@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .pretrained import ModelConfig, PretrainedModel, setting
+from .pretrained import ConfigError, ModelConfig, PretrainedModel, setting
 
 
 @dataclass(frozen=True)
@@ -77,6 +77,8 @@ class Tokenizer(PretrainedModel, family="tokenizer"):
     grid: TokenGrid
     image_shape: tuple[int, int, int]
     """(C, H, W), from the configuration."""
+    levels: int = 1
+    """Ids per position: the grid holds so many rows for each row of positions."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__(config)
@@ -96,6 +98,15 @@ class Tokenizer(PretrainedModel, family="tokenizer"):
     def initialize(self, images: Tensor) -> None:  # noqa: B027 (most models need not look)
         """Called once before training with training images `(B, C, H, W)` in [-1, 1], for tokenizers that start from
         (or consist of) their statistics. Raises `ConfigError` if they do not allow what the configuration asks for."""
+
+    def start_from(self, other: Tokenizer) -> None:
+        """Take over what `other`, of the same configuration, has learned. Raises `ConfigError` naming what differs."""
+        mine, theirs = self.config.to_dict(), other.config.to_dict()
+        differing = [key for key in {**mine, **theirs} if mine.get(key) != theirs.get(key)]
+        if differing:
+            pairs = ", ".join(f"{key} {theirs.get(key)!r} there, {mine.get(key)!r} here" for key in differing)
+            raise ConfigError(f"{self.name}: can not start from a tokenizer of another configuration: {pairs}")
+        self.load_state_dict(other.state_dict())
 
     @property
     def has_likelihood(self) -> bool:
@@ -137,11 +148,9 @@ class Tokenizer(PretrainedModel, family="tokenizer"):
         """Which tokens are known, `(B, *grid.shape)`, given which pixels are, bool `(B, H, W)`: those whose whole
         patch is. Tokens of a two-axis grid are taken to tile the image; a taller grid holds several levels of it."""
         _, height, width = self.image_shape
-        rows, columns = self.grid.shape
-        levels = max(1, rows * width // (columns * height))
-        rows //= levels
+        rows, columns = self.grid.shape[0] // self.levels, self.grid.shape[1]
         patches = known.reshape(-1, rows, height // rows, columns, width // columns)
-        return patches.all(dim=4).all(dim=2).repeat(1, levels, 1)
+        return patches.all(dim=4).all(dim=2).repeat(1, self.levels, 1)
 
     def check_images(self, images: Tensor) -> None:
         """Raise `ValueError` unless `images` is float `(B, C, H, W)` of this tokenizer's size."""

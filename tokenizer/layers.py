@@ -7,8 +7,42 @@ width per factor of two, it is the network of VQGAN (Esser et al. 2021) and Llam
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from dataclasses import dataclass
+
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from .base import TokenizerConfig
+from .pretrained import setting
+
+
+@dataclass(frozen=True, kw_only=True)
+class ConvolutionsConfig(TokenizerConfig):
+    """Sizes of encoder and decoder."""
+
+    factor: int = setting(4, "image pixels per token along each side", choices=(2, 4, 8, 16))
+    widths: tuple[int, ...] = setting((128,), "channels at each resolution, finest first; one more resolution halves "
+                                      "the patch that the first layer folds", ge=8, le=4096)  # fmt: skip
+    blocks: tuple[int, ...] = setting((2,), "residual blocks at each resolution", ge=0, le=64)
+    attention: bool = setting(False, "self-attention at the token resolution")
+
+    @property
+    def sizes(self) -> tuple[int, tuple[int, ...], tuple[int, ...], bool]:
+        """What `encoder` and `decoder` take between their channels: patch, widths, blocks, attention."""
+        return self.factor // 2 ** (len(self.widths) - 1), self.widths, self.blocks, self.attention
+
+    def check(self) -> Iterator[str]:
+        """Sizes have to divide."""
+        yield from super().check()
+        if any(side % self.factor for side in self.image_size):
+            yield f"factor: {self.factor} does not divide the image size {'x'.join(map(str, self.image_size))}"
+        if len(self.blocks) != len(self.widths):
+            yield f"blocks: one number per width is needed (got {len(self.blocks)} for {len(self.widths)} widths)"
+        if 2 ** (len(self.widths) - 1) > self.factor:
+            yield f"widths: {len(self.widths)} resolutions need a factor of {2 ** (len(self.widths) - 1)} or more"
+        if any(width % 8 for width in self.widths):
+            yield f"widths: must be multiples of 8 (got {list(self.widths)})"
 
 
 class ResidualBlock(nn.Module):

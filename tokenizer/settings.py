@@ -34,8 +34,8 @@ def setting(
 
     `ge`, `gt`, `le`, `lt` bound a number (or every number of a tuple); `choices` lists what is allowed. A `fact` comes
     from the data (grid, classes, image size) and is refused in a preset. `family` names the module and class, as in
-    `"tokenizer.quantizers:Quantizer"`, whose members a nested `{kind: ...}` may name. A setting that came `later` than models
-    were saved without it is no part of a fingerprint while it has its default.
+    `"tokenizer.quantizers:Quantizer"`, whose members a nested `{kind: ...}` may name. A setting that came `later` than
+    models were saved without it is no part of a fingerprint while it has its default.
     """
     bounds = {"ge": ge, "gt": gt, "le": le, "lt": lt}
     metadata = {
@@ -160,7 +160,10 @@ def _convert(value: Any, hint: Any, field: dataclasses.Field[Any]) -> Any:
         problems = node_problems(family_of(field), value, prefix=".", facts=True)
         if problems:
             raise ConfigError("; ".join(problems))
-        return family_of(field).find(value["kind"]).Config(**{k: v for k, v in value.items() if k != "kind"})
+        try:
+            return family_of(field).find(value["kind"]).Config(**{k: v for k, v in value.items() if k != "kind"})
+        except ConfigError as error:
+            raise ConfigError(f": {error}") from error
     if get_origin(hint) is tuple:
         if not isinstance(value, (list, tuple)) or not value:
             raise ConfigError(f": expected a list (got {value!r})")

@@ -137,12 +137,12 @@ def all_counts(tokens: Tensor, vocab_size: int) -> Tensor:
 
 def dead_codes(counts: Tensor, below: float, rows: Tensor, seed: int, step: int) -> tuple[Tensor, Tensor]:
     """Ids `(k,)` of codes used less than `below` of the mean use, and for each a vector `(k, dim)` of the batch of all
-    ranks, chosen by (seed, step) alone."""
+    ranks, chosen by (seed, step) alone. None while the batch holds vectors that are not finite."""
     total = len(rows) * world_size()
     dead = (counts < below * counts.mean()).nonzero().squeeze(1)[:total]
-    if len(dead) == 0:
-        return dead, rows[:0]
-    return dead, gather_rows(rows, seeded(total, len(dead), seed, step + 1, rows.device))
+    vectors = gather_rows(rows, seeded(total, len(dead), seed, step + 1, rows.device)) if len(dead) else rows[:0]
+    finite = torch.isfinite(vectors).all(1)
+    return dead[finite], vectors[finite]
 
 
 def world_size() -> int:

@@ -1,0 +1,184 @@
+"""What a codebook does while it is trained: how often and how lately its codes are used, and how far apart they lie.
+
+A codebook collapses when fewer and fewer codes are nearest to any vector: an unused code gets no gradient and no mean
+to follow, so it stays unused (Kaiser et al. 2018, section 3; Dhariwal et al. 2020, Jukebox, section 3.2). The number of
+dead codes and the perplexity show it long before the reconstructions do.
+"""
+
+from __future__ import annotations
+
+import math
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from tokenizer.quantizers.codebook import Codebook, rows_of, world_size
+
+from .charts import RED, Panel, bars, curves, histogram, number, page
+
+DECAY = 0.99  # of the running counts, at each batch
+WINDOW = 100  # batches that these counts amount to, 1 / (1 - DECAY)
+RARE, MISSED = 0.05, 3.0  # a code of so small a share of the mean use would have been seen so many times
+LEAST = 10  # batches without it, for a code to count as dead
+SEARCHED, HELD = 1 << 25, 1 << 20  # distances computed at most, to the nearest other codes, and of these at a time
+PANEL = (400, 270)
+
+
+class CodebookUse(nn.Module):
+    """Counts of the tokens of all ranks. All state is in buffers, alike on all ranks; it is saved with a run's state so
+    that a resumed run goes on counting. A batch is what `observe` is given, with accumulation a micro-batch.
+
+    uses: `(levels, vocab_size)`, how often each id occurred, decayed by 0.99 at each batch: mostly the last 100.
+    last_used: `(levels, vocab_size)`, the number of the batch, from 1, in which an id last occurred; 0 for none.
+    steps: how many batches were counted.
+    """
+
+    uses: Tensor
+    last_used: Tensor
+    steps: Tensor
+
+    def __init__(self, vocab_size: int, levels: int = 1) -> None:
+        super().__init__()
+        self.register_buffer("uses", torch.zeros(levels, vocab_size))  # float32: some devices have no doubles
+        self.register_buffer("last_used", torch.zeros(levels, vocab_size, dtype=torch.long))
+        self.register_buffer("steps", torch.zeros((), dtype=torch.long))
+
+    @torch.no_grad()
+    def observe(self, tokens: Tensor) -> Tensor:
+        """Count this rank's `tokens` (B, *grid), with levels as rows; all ranks have to call it. Returns how often each
+        id occurred in the batch of all ranks, `(vocab_size,)` int64, all levels together."""
+        counts = count_tokens(tokens, *self.uses.shape)
+        if world_size() > 1:
+            dist.all_reduce(counts)
+        here = counts.to(self.uses.device)
+        self.steps += 1
+        self.uses.mul_(DECAY).add_(here)
+        self.last_used.masked_fill_(here > 0, self.steps)
+        return counts.sum(0)
+
+    def ages(self) -> Tensor:
+        """Batches since each code was last used, `(levels, vocab_size)`; all batches for one that never was."""
+        return self.steps - self.last_used
+
+    def patience(self) -> Tensor:
+        """A code that was not used for more than so many batches counts as dead. Were it used a 20th as often as the
+        mean, it would have occurred 3 times, so of such rare codes 1 in 20 is called dead wrongly, of commoner ones
+        none; and 10 batches at least, as the tokens of one are alike. Infinite before the first batch."""
+        mean = self.uses.mean() * (1 - DECAY) / (1 - torch.pow(DECAY, self.steps.float()))
+        return (MISSED / (RARE * mean)).nan_to_num(nan=torch.inf, posinf=torch.inf).floor().clamp(min=LEAST)
+
+    def dead(self) -> Tensor:
+        """Which codes are dead, bool `(levels, vocab_size)`."""
+        return self.ages() > self.patience()
+
+    def figures(self) -> dict[str, float]:
+        """`usage`, the share of codes used in the last 100 batches; `perplexity` of their decayed counts, the mean over
+        levels; `dead`, the number of dead codes; `oldest`, the batches since the one longest unused was used."""
+        used = self.last_used > (self.steps - WINDOW).clamp(min=0)
+        p = self.uses.cpu().double()
+        p = p / p.sum(1, keepdim=True).clamp(min=1e-300)
+        entropy = -torch.special.xlogy(p, p).sum(1)
+        return {
+            "usage": float(used.cpu().double().mean()),
+            "perplexity": float(entropy.exp().mean()),
+            "dead": float(self.dead().sum()),
+            "oldest": float(self.ages().max()),
+        }
+
+    @torch.no_grad()
+    def picture(self, tokenizer: Any, images: Tensor | None = None) -> np.ndarray:
+        """One picture, uint8 (H, W, 3): use, ages, and for a learned codebook distances; those of vectors to their code
+        too where a batch of `images` (B, C, H, W) is given."""
+        figures, uses = self.figures(), self.uses.cpu().double()
+        dead = self.dead().cpu()
+        alive = (uses / uses.mean().clamp(min=1e-9)).masked_fill(dead, 0).numpy()
+        panels = [partial(usage_panel, alive, int(dead.sum()), low=1e-3, unit="x mean use", word="dead"),
+                  partial(age_panel, self.ages().cpu(), float(self.patience()))]  # fmt: skip
+        distances = code_distances(tokenizer, images)
+        panels += [partial(distance_panel, distances)] if distances else []
+        title = f"Codebook after {int(self.steps):,} batches"
+        lines = [f"{figures['usage']:.1%} of {self.uses.numel():,} codes used in the last {WINDOW} batches, "
+                 f"perplexity {figures['perplexity']:.1f}, {figures['dead']:,.0f} dead"]  # fmt: skip
+        return page(title, lines, [[panel(PANEL).image for panel in panels]])
+
+
+def count_tokens(tokens: Tensor, levels: int, vocab_size: int) -> Tensor:
+    """How often each id occurs at each level, int64 `(levels, vocab_size)`, in `tokens` (B, levels * rows, ...)."""
+    ids = tokens.long().reshape(len(tokens), levels, -1).transpose(0, 1)
+    offsets = torch.arange(levels, device=tokens.device).reshape(-1, 1, 1) * vocab_size
+    return torch.bincount((ids + offsets).flatten(), minlength=levels * vocab_size).reshape(levels, vocab_size)
+
+
+# distances ----------------------------------------------------------------------------------------
+
+
+def code_distances(tokenizer: Any, images: Tensor | None) -> dict[str, np.ndarray]:
+    """Distances for `distance_panel`: of codes to the nearest other code, and of the vectors of `images` to their code
+    (not in training mode, where quantizing moves the codebook). Empty for tokenizers without one learned codebook."""
+    quantizer = getattr(tokenizer, "quantizer", None)
+    if not isinstance(quantizer, Codebook) or quantizer.levels != 1:
+        return {}
+    table = quantizer.table().detach().float()
+    found = {"code to nearest code": nearest_other(table).cpu().numpy()}
+    if images is not None and not quantizer.training:
+        z = tokenizer.encoder(images.to(next(tokenizer.encoder.parameters()))).float()
+        rows, codes = quantizer.comparable(rows_of(z)), table[quantizer.quantize(z).tokens.flatten()]
+        found = {"vector to its code": (rows - codes).norm(dim=1).cpu().numpy(), **found}
+    return found
+
+
+def nearest_other(codes: Tensor) -> Tensor:
+    """Distance of codes `(V, D)` to the nearest other one: of all where this is cheap, else of evenly spaced ones."""
+    count = len(codes)
+    wanted = min(count, max(128, SEARCHED // count))
+    chosen = torch.arange(wanted, device=codes.device) * count // wanted
+    squares, found = codes.square().sum(1), []
+    for ids in chosen.split(max(1, HELD // count)):
+        scores = torch.addmm(squares, codes[ids], codes.t(), alpha=-2)
+        scores[torch.arange(len(ids), device=codes.device), ids] = torch.inf
+        # The scores of codes that nearly coincide are all rounding, so their distance is taken from the difference.
+        found.append((codes[ids] - codes[scores.argmin(1)]).norm(dim=1))
+    return torch.cat(found)
+
+
+# panels -------------------------------------------------------------------------------------------
+
+
+def usage_panel(uses: np.ndarray, useless: int, size: tuple[int, int], *, low: float, unit: str, word: str) -> Panel:
+    """Codes sorted by use, `uses` (levels, V), on a logarithmic axis from `low`; the `useless` ones are a red field."""
+    ordered, mean = -np.sort(-uses, axis=1), float(uses.mean())
+    series = {f"level {n + 1}": values for n, values in enumerate(ordered)}
+    panel = curves("How often each code is used", series, size, labels=("codes, most used first", unit), low=low,
+                   level=(mean, "mean") if mean > low else None)  # fmt: skip
+    if len(uses) == 1 and useless:
+        left = panel.column(uses.size - useless)
+        panel.draw.rectangle((left, panel.top, panel.right, panel.bottom - 1), (*RED, 48))
+        panel.legend({f"{useless:,} of {uses.size:,} {word}": RED})
+    return panel
+
+
+def age_panel(ages: Tensor, patience: float, size: tuple[int, int]) -> Panel:
+    """Codes by the batches since they were last used, in ranges that double; the dead ones are red."""
+    last = int(ages.max()).bit_length()
+    ranges = torch.frexp(ages.double()).exponent.long()  # binary digits: age 0; 1; 2 to 3; 4 to 7; ...
+    names = ["0", "1", *(f"{number(2**n)}+" for n in range(1, last))][: last + 1]
+    all_of, dead_of = (torch.bincount(part.flatten(), minlength=last + 1).tolist()
+                       for part in (ranges, ranges[ages > patience]))  # fmt: skip
+    values = dict(zip(names, map(float, all_of), strict=False))
+    marked = dict(zip(names, map(float, dead_of), strict=False))
+    title = "How long ago each code was used"
+    panel = bars(title, values, size, labels=("batches since then", "codes"), marked=marked)
+    if math.isfinite(patience):
+        panel.legend({f"dead: over {patience:,.0f} batches": RED})
+    return panel
+
+
+def distance_panel(distances: dict[str, np.ndarray], size: tuple[int, int]) -> Panel:
+    """Histograms of distances by name."""
+    title = "How far apart vectors and codes lie" if len(distances) > 1 else "How far apart codes lie"
+    label = "Euclidean distance" if len(distances) > 1 else "distance to the nearest other code"
+    return histogram(title, distances, size, label=label)

@@ -1,0 +1,199 @@
+"""The critic of VQGAN training (Esser et al. 2021): PatchGAN (Isola et al. 2017), what both players minimise, and when.
+
+Logits are high where a patch looks real. All that is summed up over images (running means, the adaptive weight) is
+averaged over ranks, so a run means the same on one process and on several.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.utils.parametrizations import spectral_norm
+
+from .quantizers.codebook import world_size
+
+NORMS = ("spectral", "batch", "none")
+KERNEL = 4  # of every convolution, with one row of zeros around its input
+DECAY = 0.999  # of the running means of logits
+LARGEST_WEIGHT = 1e4
+
+
+class Convolution(nn.Conv2d):
+    """4x4, `(B, width_in, H, W)` to `(B, width_out, h, w)`. A spectrally normalised weight is made in float32, whatever
+    autocast says: its power iteration has to be alike in every precision."""
+
+    def __init__(self, width_in: int, width_out: int, stride: int, bias: bool = True) -> None:
+        super().__init__(width_in, width_out, KERNEL, stride=stride, padding=1, bias=bias)
+        # As pix2pix. Under spectral normalisation only the direction of a weight matters, and biases that do not start
+        # at 0 would drown a signal that no layer amplifies.
+        nn.init.normal_(self.weight, std=0.02)
+        if self.bias is not None:
+            nn.init.zeros_(self.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The convolution, in autocast's precision."""
+        with torch.autocast(x.device.type, enabled=False):
+            weight = self.weight
+        return self._conv_forward(x, weight, self.bias)
+
+
+class PatchCritic(nn.Module):
+    """Images `(B, channels, H, W)` in [-1, 1] to float32 logits `(B, 1, h, w)`, one for each of overlapping patches.
+
+    `layers` convolutions of stride 2 and two of stride 1. `norm`: "spectral" (Miyato et al. 2018) on every convolution;
+    "batch" on the inner ones, whose statistics are always those of the batch at hand (of one process: the larger the
+    batch, the less it matters), so that there are no running ones to differ between ranks; or "none".
+
+    Raises `ValueError` for another norm, and for sizes below 1.
+    """
+
+    real_mean: Tensor
+    fake_mean: Tensor
+    tracked: Tensor
+
+    def __init__(self, channels: int, width: int = 64, layers: int = 3, norm: str = "spectral") -> None:
+        super().__init__()
+        if norm not in NORMS:
+            raise ValueError(f"norm: must be one of {', '.join(NORMS)} (got {norm!r})")
+        if min(channels, width, layers) < 1:
+            raise ValueError(f"a critic's sizes must be >= 1 (got {channels} channels, width {width}, {layers} layers)")
+        self.strides = (2,) * layers + (1, 1)
+        widths = [channels, *(width * min(2**level, 8) for level in range(layers + 1)), 1]
+        body: list[nn.Module] = []
+        for level, stride in enumerate(self.strides):
+            normalised = norm == "batch" and 0 < level < len(self.strides) - 1
+            convolution = Convolution(widths[level], widths[level + 1], stride, bias=not normalised)
+            body.append(spectral_norm(convolution) if norm == "spectral" else convolution)
+            if normalised:
+                body.append(nn.BatchNorm2d(widths[level + 1], track_running_stats=False))
+            body.append(nn.LeakyReLU(0.2, inplace=True))
+        self.body = nn.Sequential(*body[:-1])
+        for name in ("real_mean", "fake_mean"):
+            self.register_buffer(name, torch.zeros(()))
+        self.register_buffer("tracked", torch.zeros((), dtype=torch.long))  # updates of the two
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Logits; raises `ValueError` for images so small that no patch would be left."""
+        self.map_size(*images.shape[2:])
+        return self.body(images).float()
+
+    @property
+    def receptive_field(self) -> int:
+        """Height and width in pixels of the patch that one logit sees: 34, 70, 142 for 2, 3, 4 layers."""
+        field = 1
+        for stride in reversed(self.strides):
+            field = (field - 1) * stride + KERNEL
+        return field
+
+    @property
+    def smallest(self) -> int:
+        """The least height and width of images: there, one logit is left."""
+        side = 1
+        for stride in reversed(self.strides):
+            side = (side - 1) * stride + KERNEL - 2
+        return side
+
+    def map_size(self, height: int, width: int) -> tuple[int, int]:
+        """Height and width of the map of logits of such images. Raises `ValueError` where it would vanish."""
+        if min(height, width) < self.smallest:
+            raise ValueError(
+                f"a critic of {len(self.strides) - 2} layers needs images of at least {self.smallest} pixels a side "
+                f"(got {height} x {width}); with fewer layers it takes smaller ones"
+            )
+        for stride in self.strides:
+            height, width = ((side + 2 - KERNEL) // stride + 1 for side in (height, width))
+        return height, width
+
+    @torch.no_grad()
+    def track(self, real: Tensor, fake: Tensor) -> None:
+        """Move the running means towards those of these logits of all ranks; the first ones set them."""
+        means = mean_over_ranks(torch.stack([real.float().mean(), fake.float().mean()]))
+        share = torch.where(self.tracked == 0, 1.0, 1 - DECAY)  # no look at its value: that would wait for the GPU
+        self.real_mean.lerp_(means[0], share)
+        self.fake_mean.lerp_(means[1], share)
+        self.tracked += 1
+
+
+# What is minimised ----------------------------------------------------------------------------------
+
+
+def hinge_critic_loss(real: Tensor, fake: Tensor) -> Tensor:
+    """Half of E[max(0, 1 - D(x))] + E[max(0, 1 + D(G(z)))] (Lim & Ye 2017). Half, as in VQGAN's code, so that
+    published weights of the regulariser beside it mean the same here."""
+    return 0.5 * (F.relu(1 - real).mean() + F.relu(1 + fake).mean())
+
+
+def hinge_generator_loss(fake: Tensor) -> Tensor:
+    """-E[D(G(z))]."""
+    return -fake.mean()
+
+
+def non_saturating_critic_loss(real: Tensor, fake: Tensor) -> Tensor:
+    """Half of -E[log s(D(x))] - E[log(1 - s(D(G(z))))], s the logistic function (Goodfellow et al. 2014)."""
+    return 0.5 * (F.softplus(-real).mean() + F.softplus(fake).mean())
+
+
+def non_saturating_generator_loss(fake: Tensor) -> Tensor:
+    """-E[log s(D(G(z)))]."""
+    return F.softplus(-fake).mean()
+
+
+class Adversarial(NamedTuple):
+    """What the two players minimise."""
+
+    critic: Callable[[Tensor, Tensor], Tensor]
+    """Of logits of real images and of logits of fake ones, in this order."""
+    generator: Callable[[Tensor], Tensor]
+
+
+LOSSES = {
+    "hinge": Adversarial(hinge_critic_loss, hinge_generator_loss),
+    "non_saturating": Adversarial(non_saturating_critic_loss, non_saturating_generator_loss),
+}
+
+
+def lecam(real: Tensor, fake: Tensor, real_mean: Tensor, fake_mean: Tensor) -> Tensor:
+    """E[|D(x) - a_F|^2] + E[|D(G(z)) - a_R|^2] with running means a of logits (Tseng et al. 2021, equation 5): a critic
+    of few images can not drift away from what it says of the others. Added to the critic's loss."""
+    return (real - fake_mean).square().mean() + (fake - real_mean).square().mean()
+
+
+def adaptive_weight(reconstruction_loss: Tensor, adversarial_loss: Tensor, last_layer: nn.Parameter) -> Tensor:
+    """|grad of the reconstruction loss| / (|grad of the adversarial loss| + 1e-6) at the last layer, from 0 to 1e4 and
+    without a gradient (Esser et al. 2021, equation 7): times it, both losses pull equally hard.
+
+    Gradients are averaged over ranks before they are measured: the weight of the whole batch. Both graphs are kept.
+    Raises `RuntimeError` if a loss does not depend on the layer.
+    """
+    losses = (reconstruction_loss, adversarial_loss)
+    gradients = [torch.autograd.grad(loss, last_layer, retain_graph=True)[0].float() for loss in losses]
+    norms = mean_over_ranks(torch.stack(gradients)).flatten(1).norm(dim=1)
+    return (norms[0] / (norms[1] + 1e-6)).clamp(0, LARGEST_WEIGHT).detach()
+
+
+def mean_over_ranks(value: Tensor) -> Tensor:
+    """`value` averaged over all processes, in place."""
+    if world_size() > 1:
+        dist.all_reduce(value)
+        value /= world_size()
+    return value
+
+
+# When -----------------------------------------------------------------------------------------------
+
+
+def critic_trains(step: int, start: int) -> bool:
+    """Whether the critic has a turn at `step`."""
+    return step >= start
+
+
+def adversarial_factor(step: int, start: int, warmup: int, ramp: int) -> float:
+    """Factor in [0, 1] on the generator's adversarial term. 0 until the critic has been trained for `warmup` steps, as
+    an untrained one pulls the decoder anywhere; then it grows evenly and is 1 from the `ramp`-th step on."""
+    since = step - start - warmup
+    return min(1.0, (since + 1) / max(1, ramp)) if since >= 0 else 0.0

@@ -1,0 +1,94 @@
+"""VAE (Kingma & Welling 2014): Gaussian latents on a grid, as latent diffusion has them (Rombach et al. 2022).
+
+Training decodes a sample of q(z | x) = N(mean, variance) and holds q near N(0, 1). As a tokenizer, it is the means that
+count, each number of them in equally probable bins of N(0, 1); `posthoc` fits the bins to what the latents became.
+
+The loss `kl` is in nats per pixel channel, like `nll`. With a likelihood and `beta` 1, nll + kl is the negative ELBO
+(with `free_bits`, an upper bound of it). Against the squared error `l2`, beta = 2 sigma^2 makes it the ELBO of Gaussian
+pixels of deviation sigma; the best sigma^2 is the squared error that remains (Rybkin et al. 2021).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .autoencoder import Autoencoder, DecoderConfig
+from .base import Reconstruction
+from .bins import Bins
+from .layers import ConvolutionsConfig, decoder, encoder
+from .likelihoods.base import to_values
+from .pretrained import setting
+
+LOG_VARIANCES = (-30.0, 20.0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class KLVAEConfig(DecoderConfig, ConvolutionsConfig):
+    """Sizes of the networks and of the latents, and how strongly they are held."""
+
+    latent: int = setting(4, "numbers in a latent vector, each of which becomes a token", ge=1, le=256)
+    beta: float = setting(0.02, "weight of the KL in nats per pixel channel; 1 beside a likelihood, twice the "
+                          "remaining squared error beside l2", ge=0)  # fmt: skip
+    free_bits: float = setting(0.0, "nats of each number of a latent vector, on average over a batch, that are not "
+                               "punished (Kingma et al. 2016), so that none of them is given up", ge=0)  # fmt: skip
+    bins: int = setting(16, "ids of each number, equally probable under N(0, 1)", ge=2, le=4096)
+
+
+class KLVAE(Autoencoder, name="klvae"):
+    """Continuous Gaussian latents in training, their means in bins of N(0, 1) in use."""
+
+    Config = KLVAEConfig
+    quantizer: Bins
+
+    def __init__(self, config: KLVAEConfig) -> None:
+        super().__init__(config, config.factor, Bins(config.latent, config.bins))
+        self.encoder = encoder(config.channels, *config.sizes, 2 * config.latent)
+        self.decoder = decoder(self.outputs, *config.sizes, config.latent)
+        self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+
+    def forward(self, images: Tensor) -> Reconstruction:
+        """Reconstruction, tokens of the means, and losses `kl` and, with a likelihood, `nll`, both in nats per pixel
+        channel. In training it is a sample that is decoded, with noise from torch's own generator; in eval the binned
+        mean."""
+        mean, log_variance = self.posterior(images)
+        z_q, tokens, _ = self.quantizer.quantize(mean)
+        painted = self._decoded(sample(mean, log_variance) if self.training else z_q)
+        losses = {"kl": self.kl(mean, log_variance)}
+        if self.likelihood is not None:
+            losses["nll"] = -self.likelihood.log_prob(painted, to_values(images)).mean()
+        reconstruction = self._image(painted)
+        return Reconstruction(reconstruction if self.training else reconstruction.clamp(-1, 1), tokens, losses)
+
+    def posterior(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and log variance of q(z | images), `(B, latent, H / f, W / f)` each, at least in float32."""
+        found = super()._embed(images)
+        mean, log_variance = (found if found.dtype == torch.float64 else found.float()).chunk(2, 1)
+        return mean, log_variance.clamp(*LOG_VARIANCES)
+
+    def kl(self, mean: Tensor, log_variance: Tensor) -> Tensor:
+        """KL(q || N(0, 1)), a scalar in nats per pixel channel: each dimension's mean over images and positions, or
+        `free_bits` if it is less, summed over dimensions."""
+        each = gaussian_kl(mean, log_variance).mean((0, 2, 3)).clamp(min=self.config.free_bits)
+        return each.sum() / (self.config.channels * self.config.factor**2)
+
+    @property
+    def loss_weights(self) -> dict[str, float]:
+        """beta weighs the KL; the likelihood counts once."""
+        return {"kl": self.config.beta, **super().loss_weights}
+
+    def _embed(self, images: Tensor) -> Tensor:
+        return self.posterior(images)[0]
+
+
+def gaussian_kl(mean: Tensor, log_variance: Tensor) -> Tensor:
+    """KL(N(mean, variance) || N(0, 1)) of each element, in nats (Kingma & Welling 2014, appendix B)."""
+    return (mean.square() + torch.expm1(log_variance) - log_variance) / 2
+
+
+def sample(mean: Tensor, log_variance: Tensor, generator: torch.Generator | None = None) -> Tensor:
+    """A draw from N(mean, variance), through which gradients reach both; without a generator, of torch's own."""
+    noise = torch.randn(mean.shape, generator=generator, dtype=mean.dtype, device=mean.device)
+    return mean + (log_variance / 2).exp() * noise

@@ -1,0 +1,75 @@
+"""Entropy penalties that keep codes in use (Jansen et al. 2020), for codes made of bits (Yu et al. 2023, section 3.1;
+Zhao et al. 2024, section 4): `entropy`, E[H(p)], small when each row is sure of its code, and `diversity`, log K -
+H(E[p]), small when the rows together use all codes alike.
+
+A row of logits a says p(code) = prod_k sigmoid(+-a_k), + where bit k of the code is 1. The bits of *one* row are
+independent, so the entropy of its code is the sum of its bits', exactly:
+
+    E[H(p)] = E[sum_k h(sigmoid(a_k))],  h(q) = -q log q - (1 - q) log(1 - q).
+
+The mean over rows is a mixture, whose bits depend on each other: H(E[p]) needs E[p] of every code. It is taken for
+groups of bits. In a group of g bits p(code) = p(low half) p(high half), so that E[p] over n rows is one product of
+matrices, (2^(g/2) x n)(n x 2^(g/2)) / n: n x 2^g numbers exist at no time. One group is exact; with more, as entropy is
+subadditive,
+
+    H(E[p]) <= sum over groups of H(E[p of the group's bits]),
+
+so that `diversity`, bits log 2 minus that sum, is at most log K - H(E[p]). What it lacks is what groups say about each
+other: it is 0 when each group by itself uses all of its codes. As n rows that are sure fill at most n codes, that of a
+group with more than log2(n) bits can not become 0.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor
+
+from .codebook import world_size
+from .gradients import straight_through
+
+
+def bit_entropy(logits: Tensor) -> Tensor:
+    """E[H(p)] in nats, a scalar, of logits `(n, bits)`."""
+    each = logits.sigmoid() * F.softplus(-logits) + (-logits).sigmoid() * F.softplus(logits)
+    return each.sum(1).mean()
+
+
+def bit_diversity(logits: Tensor, group: int, *, share: bool = False) -> Tensor:
+    """log K - H(E[p]) in nats, a scalar, of logits `(n, bits)`; exact when `bits <= group`, else a lower bound from
+    groups of nearly equal sizes. `share` is that of `diversity`."""
+    groups = logits.tensor_split(math.ceil(logits.shape[1] / group), dim=1)
+    return torch.stack([diversity(mean_probabilities(part), share=share) for part in groups]).sum()
+
+
+def diversity(mean: Tensor, *, share: bool = False) -> Tensor:
+    """log K - H(mean) in nats, a scalar >= 0, of the mean p over this rank's rows, `(K,)`.
+
+    With `share`, the mean is over the rows of all ranks: equally many on each, and every rank has to call. The gradient
+    reaches a rank's own rows only, and is theirs in the whole times the number of ranks. Averaged over ranks, as DDP
+    does, it is the gradient of one process that has all rows.
+    """
+    if share and world_size() > 1:
+        everyone = mean.detach().clone()
+        dist.all_reduce(everyone)
+        mean = straight_through(mean, everyone / world_size())
+    tiny = torch.finfo(mean.dtype).tiny  # at 0, where saturated bits are, p log p has no slope
+    return (mean * (mean * len(mean)).clamp(min=tiny).log()).sum().clamp(min=0)
+
+
+def mean_probabilities(logits: Tensor) -> Tensor:
+    """The mean over rows of p(code), `(2^g,)`, of logits `(n, g)`; bit k of a code's number belongs to logit k."""
+    half = logits.shape[1] // 2
+    low, high = joint(logits[:, :half]), joint(logits[:, half:])
+    return (high.t() @ low).flatten() / len(logits)
+
+
+def joint(logits: Tensor) -> Tensor:
+    """p of every code of every row, `(n, 2^g)`, of logits `(n, g)`."""
+    p, zero, one = logits.new_ones(len(logits), 1), (-logits).sigmoid(), logits.sigmoid()
+    for bit in range(logits.shape[1]):
+        p = torch.cat([p * zero[:, bit, None], p * one[:, bit, None]], 1)
+    return p

@@ -1,0 +1,99 @@
+"""Lookup-free quantization (Yu et al. 2023, MAGVIT-v2; Luo et al. 2024, Open-MAGVIT2): the id is the channels' signs.
+
+No codebook and no search, so a vocabulary of 2^18 costs nothing. What keeps all of it in use is a pair of losses on
+p(code | z), proportional to exp(-|z - code|^2 / temperature): bit k is 1 with probability sigmoid(4 z_k / temperature).
+`entropy`, E[H(p)], is small when each vector is sure of its code, and `diversity`, log K - H(E[p]), when the batch uses
+all codes alike (see `entropy.py`). E[p] is over the vectors of all ranks, so two processes train as one does; with
+gradient accumulation it is over those of a micro-batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..pretrained import ModelConfig, setting
+from .base import Quantized, Quantizer
+from .entropy import bit_diversity, bit_entropy
+from .gradients import straight_through
+
+LARGEST = 18  # bits of an id, and of a group
+
+
+@dataclass(frozen=True, kw_only=True)
+class LFQConfig(ModelConfig):
+    """How many bits, and what keeps them in use."""
+
+    bits: int = setting(9, "channels, each of which becomes one bit", ge=2, le=256)
+    levels: int = setting(1, "ids per position, which share the bits evenly: 18 bits are 2 ids of 512 rather than one "
+                          "of 262144, which a prior can not hold", ge=1, le=64)  # fmt: skip
+    beta: float = setting(0.25, "weight of the commitment loss, which pulls the encoder to its codes", ge=0)
+    entropy: float = setting(0.02, "weight of the entropy of a vector's code, in nats", ge=0)
+    diversity: float = setting(0.1, "weight of what the codes' entropy over the batch lacks, in nats", ge=0)
+    temperature: float = setting(1.0, "how far from 0 a channel is sure of its bit", gt=0)
+    group: int = setting(10, "bits whose joint use `diversity` sees at a time; exact where there are no more", ge=1,
+                         le=LARGEST)  # fmt: skip
+
+    def check(self) -> Iterator[str]:
+        """The bits of an id are whole, and its vocabulary has to fit a token grid."""
+        if self.bits % self.levels:
+            yield f"levels: must divide the {self.bits} bits (got {self.levels})"
+        elif self.bits // self.levels > LARGEST:
+            yield f"bits: at most {LARGEST} per id, so {self.bits} need more levels (got {self.levels})"
+
+
+class LFQ(Quantizer, name="lfq"):
+    """Channels become +1 where they are positive, else -1 (so 0 is -1). With n = bits / levels, the n channels from
+    channel l n on are the bits of level l's id, the first of them worth 1."""
+
+    Config = LFQConfig
+    places: Tensor
+
+    def __init__(self, config: LFQConfig) -> None:
+        super().__init__(config)
+        self.dim, self.levels = config.bits, config.levels
+        self.vocab_size = 2 ** (config.bits // config.levels)
+        self.size = 1.0  # of a code's channel
+        self.sharpness = 4 / config.temperature  # |z + 1|^2 - |z - 1|^2 = 4 z
+        places = 2 ** torch.arange(config.bits // config.levels, device="cpu")
+        self.register_buffer("places", places, persistent=False)
+
+    @property
+    def loss_weights(self) -> dict[str, float]:
+        """As configured; beta weighs the commitment."""
+        return {"commitment": self.config.beta, "entropy": self.config.entropy, "diversity": self.config.diversity}
+
+    def project(self, z: Tensor) -> Tensor:
+        """`z` (..., bits) to where its nearest code is looked for: as it is."""
+        return z
+
+    def _quantize(self, z: Tensor) -> Quantized:
+        u = self.project(z.movedim(1, -1))
+        positive = u.detach() > 0
+        codes = self._codes(positive)
+        ids = (positive.unflatten(-1, (self.levels, -1)) * self.places).sum(-1)
+        z_q = straight_through(u, codes).movedim(-1, 1)
+        return Quantized(z_q, torch.cat(ids.unbind(-1), 1), self.losses(u.flatten(0, -2), codes.flatten(0, -2)))
+
+    def losses(self, rows: Tensor, codes: Tensor) -> dict[str, Tensor]:
+        """Unweighted scalars from rows `(n, bits)` and their codes: |z - sg(code)|^2, mean over channels in units of a
+        code's, and the entropies in nats. Ranks share E[p] in training only, when all of them are here."""
+        logits = rows * self.sharpness
+        return {
+            "commitment": F.mse_loss(rows / self.size, codes / self.size),
+            "entropy": bit_entropy(logits),
+            "diversity": bit_diversity(logits, self.config.group, share=self.training),
+        }
+
+    def lookup(self, tokens: Tensor) -> Tensor:
+        """The codes `(B, bits, *spatial)` of `tokens` `(B, levels * rows, ...)`."""
+        ids = torch.stack(tokens.chunk(self.levels, dim=1), -1)
+        bits = ids.unsqueeze(-1) // self.places % 2
+        return self._codes(bits.flatten(-2) == 1).movedim(-1, 1)
+
+    def _codes(self, positive: Tensor) -> Tensor:
+        return (positive.float() * 2 - 1) * self.size
