@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import difflib
 import importlib
+import keyword
 import sys
 from pathlib import Path
 
@@ -19,8 +20,13 @@ def verbs(folder: Path = Path(__file__).parent) -> dict[str, str]:
     for path in sorted(folder.glob("[!_]*.py")):
         tree = ast.parse(path.read_text(encoding="utf-8"))
         if any(isinstance(node, ast.FunctionDef) and node.name == "main" for node in tree.body):
-            found[path.stem] = (ast.get_docstring(tree) or "").split("\n")[0]
+            found[path.stem.removesuffix("_")] = (ast.get_docstring(tree) or "").split("\n")[0]
     return found
+
+
+def module_of(verb: str) -> str:
+    """The module of a verb: its name, with a _ after one that Python keeps for itself, as in `import_`."""
+    return f"{verb}_" if keyword.iskeyword(verb) else verb
 
 
 def help_page(found: dict[str, str]) -> str:
@@ -51,7 +57,7 @@ def main(argv: list[str] | None = None) -> None:
         raise SystemExit(0 if argv else 2)
     with exit_codes():
         verb = find(argv[0])
-    importlib.import_module(f"{__package__}.{verb}").main(argv[1:])  # what it returns is not an exit code
+    importlib.import_module(f"{__package__}.{module_of(verb)}").main(argv[1:])  # what it returns is not an exit code
 
 
 if __name__ == "__main__":

@@ -22,6 +22,8 @@ SMALL: dict[str, dict[str, Any]] = {
     "vqgan": {"widths": (8, 16), "blocks": 1, "groups": 4, "quantizer": {"kind": "vq", "codes": 32, "dim": 8}},
     "ema": {"codes": 32, "dim": 8},
     "vq": {"codes": 32, "dim": 8},
+    "ibq": {"codes": 32, "dim": 8},
+    "gumbel": {"codes": 32, "dim": 8},
     "simvq": {"codes": 32, "dim": 8},
     "rvq": {"depth": 3, "book": {"kind": "ema", "codes": 32, "dim": 8}},
     "fsq": {"levels": (5, 4, 3)},

@@ -22,7 +22,7 @@ from PIL import Image
 from small import make_prior, make_tokenizer
 
 from pipelines import ImagePipeline
-from pipelines.__main__ import main, verbs
+from pipelines.__main__ import main, module_of, verbs
 from pipelines.config import Config
 from pipelines.tokens import TokenDataset, TokenSplit, smallest_type
 
@@ -275,7 +275,7 @@ def test_reconstructions_of_a_tokenizer_or_a_pipeline(world, tmp_path, capsys, s
 
 def config_class(verb):
     """The configuration that a verb's module defines or takes."""
-    module = importlib.import_module(f"pipelines.{verb}")
+    module = importlib.import_module(f"pipelines.{module_of(verb)}")
     found = [value for value in vars(module).values() if isinstance(value, type) and issubclass(value, Config)
              and value.__name__.lower() == verb.replace("_", "") + "config"]  # fmt: skip
     assert len(found) == 1, f"pipelines/{verb}.py has no configuration of its name"
@@ -297,7 +297,7 @@ def test_help_shows_every_key_with_a_sentence(verb, capsys):
 
 @pytest.mark.parametrize("verb", VERBS)
 def test_verbs_describe_themselves(verb):
-    path = Path(sys.modules["pipelines"].__file__).parent / f"{verb}.py"
+    path = Path(sys.modules["pipelines"].__file__).parent / f"{module_of(verb)}.py"
     assert len((ast.get_docstring(ast.parse(path.read_text())) or "").split("\n")[0]) > 20
 
 

@@ -39,7 +39,8 @@ from .storage import (
 
 __all__ = [
     "ConfigError", "FormatError", "IntegrityError", "LimitError", "ModelConfig", "Named", "PathError",
-    "PipelineLoadError", "PretrainedModel", "WeightsError", "node_problems", "problems_in", "resolve_folder", "setting",
+    "PipelineLoadError", "PretrainedModel", "WeightsError", "node_problems", "parse_weights", "problems_in",
+    "resolve_folder", "setting",
 ]  # fmt: skip
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
@@ -165,6 +166,17 @@ class PretrainedModel(Named, nn.Module):
         return model.to(device=device, dtype=dtype).eval()
 
 
+def parse_weights(data: bytes, path: Path) -> dict[str, Tensor]:
+    """The tensors in `data`, which is what stands in the safetensors file `path`. Raises `LimitError` for a header that
+    is too large, `WeightsError` for one that can not be read."""
+    if int.from_bytes(data[:8], "little") > MAX_HEADER_BYTES:
+        raise LimitError(f"{path}: not safetensors, or its header is larger than {MAX_HEADER_BYTES} bytes")
+    try:
+        return parse_safetensors(data)
+    except (SafetensorError, KeyError, ValueError, OverflowError, TypeError, RuntimeError) as error:
+        raise WeightsError(f"{path}: not a readable safetensors file ({error})") from error
+
+
 def _read_weights(path: Path, member: type[PretrainedModel], config: ModelConfig) -> dict[str, Tensor]:
     """The tensors of `path`, checked against what `config` asks for before that much memory is allocated."""
     try:
@@ -174,13 +186,7 @@ def _read_weights(path: Path, member: type[PretrainedModel], config: ModelConfig
         raise ConfigError(f"{path.parent / CONFIG}: {error}") from error
     if sum(value.numel() for value in expected.values()) > MAX_PARAMETERS:
         raise LimitError(f"{path.parent / CONFIG}: asks for more than {MAX_PARAMETERS} parameters")
-    data = read_bytes(path, MAX_WEIGHT_BYTES)
-    if int.from_bytes(data[:8], "little") > MAX_HEADER_BYTES:
-        raise LimitError(f"{path}: its header is larger than {MAX_HEADER_BYTES} bytes")
-    try:
-        found = parse_safetensors(data)
-    except (SafetensorError, KeyError, ValueError, OverflowError, TypeError, RuntimeError) as error:
-        raise WeightsError(f"{path}: not a readable safetensors file ({error})") from error
+    found = parse_weights(read_bytes(path, MAX_WEIGHT_BYTES), path)
     missing, extra = sorted(set(expected) - set(found)), sorted(set(found) - set(expected))
     if missing or extra:
         raise WeightsError(f"{path}: missing weights {missing[:5]}, unexpected weights {extra[:5]}")

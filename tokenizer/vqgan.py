@@ -1,0 +1,180 @@
+"""VQGAN (Esser et al. 2021, arXiv:2012.09841): the network of taming-transformers, diffusers' `VQModel` and LlamaGen.
+
+Residual blocks at each resolution, self-attention where it is cheap, twice the pixels per side from one resolution to
+the next. `smalti import` fills it with published weights; the critic that gave it its name is part of its training.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .autoencoder import Autoencoder, AutoencoderConfig
+from .layers import Upsample
+from .pretrained import ModelConfig, setting
+from .quantizers.vq import VQConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class VQGANConfig(AutoencoderConfig):
+    """Sizes of the networks; the defaults are those of the paper's ImageNet model with 16x16 ids."""
+
+    widths: tuple[int, ...] = setting((128, 128, 256, 256, 512), "channels at each level, finest first; one more level "
+                                      "halves the token grid's sides", ge=1, le=4096)  # fmt: skip
+    stem: int | None = setting(None, "channels of the encoder's first convolution; null: those of the finest level",
+                               ge=1, le=4096)  # fmt: skip
+    blocks: int = setting(2, "residual blocks at each level of the encoder; the decoder has one more", ge=1, le=64)
+    encoder_attention: tuple[int, ...] | None = setting((-1,), "levels of the encoder with self-attention after every "
+                                                        "block, 0 the finest, -1 the coarsest; null: none")  # fmt: skip
+    decoder_attention: tuple[int, ...] | None = setting((-1,), "levels of the decoder with self-attention after every "
+                                                        "block, one more than the encoder has; null: none")  # fmt: skip
+    mid_attention: bool = setting(True, "self-attention between the two blocks at the token resolution")
+    z_channels: int = setting(256, "channels between the network and the projection to the quantizer", ge=1, le=4096)
+    groups: int = setting(32, "groups of each group normalisation", ge=1, le=4096)
+    quantizer: ModelConfig = setting(VQConfig(codes=1024, dim=256), "how vectors become ids",
+                                     family="tokenizer.quantizers:Quantizer")  # fmt: skip
+
+    @property
+    def factor(self) -> int:
+        """Image pixels per token along each side."""
+        return 2 ** (len(self.widths) - 1)
+
+    def check(self) -> Iterator[str]:
+        """Sizes have to divide, and levels to exist."""
+        yield from super().check()
+        levels = len(self.widths)
+        if levels > 12 or any(side % self.factor for side in self.image_size):
+            size = "x".join(map(str, self.image_size))
+            yield f"widths: {levels} levels halve {levels - 1} times, which the image size {size} does not allow"
+        for name in ("encoder_attention", "decoder_attention"):
+            if any(not -levels <= level < levels for level in getattr(self, name) or ()):
+                yield f"{name}: the levels are 0 to {levels - 1} (got {list(getattr(self, name))})"
+        wrong = [width for width in (self.stem or self.widths[0], *self.widths) if width % self.groups]
+        if wrong:
+            yield f"groups: {self.groups} does not divide the width {wrong[0]}"
+
+
+class VQGAN(Autoencoder, name="vqgan"):
+    """The published network between pixels and codes, with any quantizer."""
+
+    Config = VQGANConfig
+
+    def __init__(self, config: VQGANConfig) -> None:
+        super().__init__(config, config.factor)
+        self.encoder = encoder(config, self.quantizer.dim)
+        self.decoder = decoder(config, self.quantizer.dim, self.outputs)
+        self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+
+
+def encoder(config: VQGANConfig, dim: int) -> nn.Sequential:
+    """`(B, channels, H, W)` to `(B, dim, H / f, W / f)`."""
+    width, groups, last = config.stem or config.widths[0], config.groups, len(config.widths) - 1
+    stem, levels = conv3(config.channels, width), []
+    for number, wide in enumerate(config.widths):
+        attention = number in levels_of(config.encoder_attention, last + 1)
+        resample = Downsample(wide) if number < last else nn.Identity()
+        levels.append(Level(width, wide, config.blocks, attention, groups, resample))
+        width = wide
+    return named(
+        stem=stem, levels=nn.Sequential(*levels), middle=middle(width, config.mid_attention, groups),
+        norm=norm(width, groups), swish=nn.SiLU(), head=conv3(width, config.z_channels),
+        project=nn.Conv2d(config.z_channels, dim, 1),
+    )  # fmt: skip
+
+
+def decoder(config: VQGANConfig, dim: int, outputs: int) -> nn.Sequential:
+    """`(B, dim, H / f, W / f)` to `(B, outputs, H, W)`; its levels stand in the order they run, coarsest first."""
+    width, groups = config.widths[-1], config.groups
+    project, stem = nn.Conv2d(dim, config.z_channels, 1), conv3(config.z_channels, width)
+    between, levels = middle(width, config.mid_attention, groups), []
+    for number, wide in reversed(list(enumerate(config.widths))):
+        attention = number in levels_of(config.decoder_attention, len(config.widths))
+        resample = Upsample(wide, wide) if number else nn.Identity()
+        levels.append(Level(width, wide, config.blocks + 1, attention, groups, resample))
+        width = wide
+    return named(
+        project=project, stem=stem, middle=between, levels=nn.Sequential(*levels),
+        norm=norm(width, groups), swish=nn.SiLU(), head=conv3(width, outputs),
+    )  # fmt: skip
+
+
+class Level(nn.Module):
+    """Residual blocks of one width, each followed by attention if wanted, then the way to the next resolution."""
+
+    def __init__(self, width: int, wide: int, blocks: int, attention: bool, groups: int, resample: nn.Module) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(Block(wide if number else width, wide, groups) for number in range(blocks))
+        self.attention = nn.ModuleList(Attention(wide, groups) if attention else nn.Identity() for _ in range(blocks))
+        self.resample = resample
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block, attend in zip(self.blocks, self.attention, strict=True):
+            x = attend(block(x))
+        return self.resample(x)
+
+
+class Block(nn.Module):
+    """Two normalised 3x3 convolutions added to their input `(B, width, H, W)`, which a 1x1 convolution widens."""
+
+    def __init__(self, width: int, wide: int, groups: int) -> None:
+        super().__init__()
+        self.norm1, self.conv1 = norm(width, groups), conv3(width, wide)
+        self.norm2, self.conv2 = norm(wide, groups), conv3(wide, wide)
+        self.skip = nn.Identity() if width == wide else nn.Conv2d(width, wide, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.conv1(F.silu(self.norm1(x)))
+        return self.skip(x) + self.conv2(F.silu(self.norm2(h)))
+
+
+class Attention(nn.Module):
+    """Every position attends to every other, with one head, added to the input `(B, width, H, W)`."""
+
+    def __init__(self, width: int, groups: int) -> None:
+        super().__init__()
+        self.norm = norm(width, groups)
+        self.q, self.k, self.v, self.out = (nn.Conv2d(width, width, 1) for _ in range(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.norm(x)
+        q, k, v = (project(h).flatten(2).transpose(1, 2) for project in (self.q, self.k, self.v))
+        attended = F.scaled_dot_product_attention(q, k, v)
+        return x + self.out(attended.transpose(1, 2).reshape(x.shape))
+
+
+class Downsample(nn.Sequential):
+    """Half the height and width: a 3x3 convolution of stride 2, padded below and to the right alone."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__(nn.ZeroPad2d((0, 1, 0, 1)), nn.Conv2d(width, width, 3, stride=2))
+
+
+def levels_of(chosen: tuple[int, ...] | None, levels: int) -> set[int]:
+    """The chosen levels, those counted from the end too, each from 0 to `levels` - 1."""
+    return {level % levels for level in chosen or ()}
+
+
+def middle(width: int, attention: bool, groups: int) -> nn.Sequential:
+    """Block, attention, block at the token resolution."""
+    between = Attention(width, groups) if attention else nn.Identity()
+    return nn.Sequential(Block(width, width, groups), between, Block(width, width, groups))
+
+
+def norm(width: int, groups: int) -> nn.GroupNorm:
+    """Group normalisation."""
+    return nn.GroupNorm(groups, width, eps=1e-6)
+
+
+def conv3(width: int, wide: int) -> nn.Conv2d:
+    """A 3x3 convolution that keeps height and width."""
+    return nn.Conv2d(width, wide, 3, padding=1)
+
+
+def named(**layers: nn.Module) -> nn.Sequential:
+    """The layers one after the other, by name."""
+    return nn.Sequential(OrderedDict(layers))
