@@ -120,7 +120,7 @@ def code_distances(tokenizer: Any, images: Tensor | None) -> dict[str, np.ndarra
     """Distances for `distance_panel`: of codes to the nearest other code, and of the vectors of `images` to their code
     (not in training mode, where quantizing moves the codebook). Empty for tokenizers without one learned codebook."""
     quantizer = getattr(tokenizer, "quantizer", None)
-    if not isinstance(quantizer, Codebook) or quantizer.levels != 1:
+    if not isinstance(quantizer, Codebook):
         return {}
     table = quantizer.table().detach().float()
     found = {"code to nearest code": nearest_other(table).cpu().numpy()}

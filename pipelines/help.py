@@ -101,8 +101,8 @@ def sections(cls: type[BaseModel], defaults: Data, prefix: str = "", title: str 
 
 
 def family_sections(family: Any, key: str, defaults: Data, outer: tuple[Any, ...] = ()) -> Iterator[Section]:
-    """The keys of every member of a family of models, for a node at `key` that is `defaults` if nothing is said. Members
-    within members of the same family are not listed again."""
+    """The keys of every member of a family of models, for a node at `key` that is `defaults` if nothing is said.
+    Members within members of the same family are not listed again."""
     for name in family.available():
         given = defaults if defaults.get("kind") == name else {}
         config = family.find(name).Config

@@ -71,6 +71,8 @@ class TrainTokenizerConfig(Config):
 class Stage(nn.Module):
     """What a run keeps and averages: the tokenizer, which users get, its critic, and how its ids are used."""
 
+    use: CodebookUse
+
     def __init__(self, tokenizer: Tokenizer, critic: PatchCritic | None) -> None:
         super().__init__()
         self.tokenizer, self.critic = tokenizer, critic
@@ -80,6 +82,8 @@ class Stage(nn.Module):
 class TokenizerTask(Task):
     """A player for the whole autoencoder, none for a tokenizer that is complete once it was initialized, and one for
     the critic if there is one."""
+
+    model: Stage
 
     def __init__(self, config: TrainTokenizerConfig, device: torch.device | str = "cpu") -> None:
         self.config = config
@@ -96,7 +100,7 @@ class TokenizerTask(Task):
         self.nets = {"model": self.tokenizer} if parameters else {}
         self.players = {"model": parameters} if parameters else {}
         self.adversary = self.make_adversary(channels, (height, width)) if parameters and config.critic.weight else None
-        self.model = Stage(self.tokenizer, self.adversary and self.adversary.critic)
+        self.model = Stage(self.tokenizer, self.adversary.critic if self.adversary else None)
         self.perceptual = Perceptual(config.loss.perceptual_net, device) if config.loss.perceptual else None
         own, loss = self.tokenizer.loss_weights, config.loss
         terms = {name: weight * (loss.nll if name == "nll" else loss.quantizer) for name, weight in own.items()}
@@ -143,21 +147,23 @@ class TokenizerTask(Task):
         if self.adversary is not None:
             added, parts = self.adversary.tokenizer_term(output.images, loss, self.tokenizer.last_layer, step)
             loss, terms = loss + added, {**terms, **parts}
-        usage = codebook_usage(self.model.use.observe(output.tokens))
+        usage = codebook_usage(self.model.use.observe(output.tokens)) | {"dead": self.model.use.dead().sum()}
         return loss, {**terms, **{f"codebook_{name}": value for name, value in usage.items()}}
 
-    def preview(self, model: nn.Module) -> dict[str, np.ndarray]:
+    def preview(self, model: Any) -> dict[str, np.ndarray]:
         """Held-out images, each row above its reconstructions, and what the codebook does."""
+        held_out = self.images.held_out
+        some = held_out.batch(np.arange(min(64, len(held_out)))).to(model.tokenizer.device)
         return {
-            "reconstructions": reconstruction_picture(model.tokenizer, self.images.held_out),
-            "codebook": self.model.use.picture(model.tokenizer),
+            "reconstructions": reconstruction_picture(model.tokenizer, held_out),
+            "codebook": self.model.use.picture(model.tokenizer, some),
         }
 
-    def evaluate(self, model: nn.Module) -> dict[str, float]:
+    def evaluate(self, model: Any) -> dict[str, float]:
         """PSNR in dB, pixel losses, codebook usage and perplexity on the held-out split."""
         return evaluate_reconstruction(model.tokenizer, self.images.held_out, HELD_OUT_IMAGES)
 
-    def save(self, model: nn.Module, run: Path, facts: dict[str, Any]) -> None:
+    def save(self, model: Any, run: Path, facts: dict[str, Any]) -> None:
         """The tokenizer's folder, with where its images came from."""
         save_tokenizer(
             model.tokenizer, run / "tokenizer", {"data": self.config.data.model_dump(mode="json"), "tokenizer": facts}

@@ -1,5 +1,8 @@
 """The benchmarks run, and their commands are what there is."""
 
+import importlib.util
+import json
+import math
 import os
 import re
 import subprocess
@@ -7,6 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 ROOT = Path(__file__).parents[1]
 BENCHMARKS = sorted((ROOT / "benchmarks").glob("*.py"))
@@ -26,7 +30,8 @@ def test_commands_of_a_benchmark_exist(path):
     commands = re.findall(r"^    python (benchmarks/\w+\.py)(.*)$", path.read_text(), re.M)
     assert any(script == f"benchmarks/{path.name}" for script, _ in commands)
     assert all((ROOT / script).is_file() for script, _ in commands)
-    for data in re.findall(r"data=(\w+)", " ".join(options for script, options in commands if "ladder" in script)):
+    by_preset = [options for script, options in commands if "ladder" in script or "tokenizers" in script]
+    for data in re.findall(r"data=(\w+)", " ".join(by_preset)):
         assert list((ROOT / "configs" / "prior").glob(f"*_{data}.yaml")), f"no presets for data={data}"
         assert [kind for kind in ("vqvae", "pixels") if (ROOT / f"configs/tokenizer/{kind}_{data}.yaml").is_file()]
 
@@ -53,3 +58,70 @@ def test_a_ladder_of_seconds(tmp_path):
     guesses = run("parallel.py", f"ladder={tmp_path / 'digits'}")
     differ = [row.split(" | ")[-1] for row in guesses.splitlines() if " passes | " in row or "output" in row]
     assert len(differ) >= 15 and all(cell.strip(" |") == "0" for cell in differ)
+
+
+@pytest.fixture
+def tokenizers(monkeypatch):
+    """The module benchmarks/tokenizers.py, whose name is that of a package of others."""
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    spec = importlib.util.spec_from_file_location("benchmark_of_tokenizers", ROOT / "benchmarks" / "tokenizers.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize("data", ["digits", "fashion_mnist", "openmoji"])
+def test_contenders_have_equal_bits(tokenizers, data, tmp_path):
+    """To the bit; but for 7 bits a position, which two ids can not share evenly."""
+    presets = tokenizers.read_presets(data, [])
+    bits = {}
+    for name, spec in tokenizers.contenders(presets["tokenizer"], tmp_path).items():
+        if tokenizers.missing(spec) is None:
+            node = tokenizers.tokenizer_node(presets["tokenizer"], spec, None, None, 1, tmp_path / name)
+            with torch.device("meta"):
+                grid = tokenizers.untrained(node, tmp_path).grid
+            bits[name] = len(grid) * math.log2(grid.vocab_size)
+    uneven = {"rvq", "klvae", "posthoc"} if data == "digits" else set()
+    assert {"ema", "fsq", "lfq", "rvq", "posthoc", "critic"} <= set(bits)
+    assert {name for name in bits if bits[name] != bits["ema"]} == uneven
+    assert all(abs(value / bits["ema"] - 1) < 0.02 for value in bits.values())
+
+
+def test_times_of_a_later_pass_are_in_units_of_the_first(tokenizers):
+    first = tokenizers.scaled({}, {"ema": 0.2, "lfq": 0.1}, "ema")
+    assert first == {"ema": 0.2, "lfq": 0.1}
+    assert tokenizers.scaled(first, {"ema": 0.4, "fsq": 0.6}, "ema") == pytest.approx({**first, "fsq": 0.3})
+
+
+def test_the_benchmark_of_tokenizers_does_not_hide_the_package_tokenizers():
+    pytest.importorskip("transformers")
+    code = "import tokenizers; from transformers import PreTrainedTokenizerFast; import sampling; tokenizers.Tokenizer"
+    environment = {**os.environ, "PYTHONPATH": str(ROOT / "benchmarks")}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, text=True, capture_output=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_all_tokenizers_for_seconds(tmp_path):
+    """A few steps of a small one of each; two processes can share the folder; a second call does nothing again."""
+    small = ["limit=64", "augmentations=1", "train.batch_size=8", "model.widths=[16]", "model.blocks=[1]",
+             "gpt.train.batch_size=8", "gpt.model.depth=1", "gpt.model.dim=32"]  # fmt: skip
+    command = ("tokenizers.py", "data=digits", "minutes=0.002", "gpt_minutes=0.002", f"out={tmp_path}", *small)
+    assert "ms per step, gpt: 7x7x128" in run(*command, "only=")
+    times = json.loads((tmp_path / "digits" / "steps.json").read_text())
+    assert "critic" in times["tokenizer"] and "posthoc" not in times["tokenizer"]
+    printed = run(*command, "only=ema,posthoc")
+    assert "posthoc: left out until klvae" in printed and printed.count("starting") == 2
+    printed = run(*command)
+    rows = {row.split(" | ")[0].removeprefix("| "): row for row in printed.splitlines() if row.startswith("| ")}
+    assert set(rows) >= set(times["grids"])
+    for name, seconds in times["tokenizer"].items():
+        figures = json.loads((tmp_path / "digits" / name / "figures.json").read_text())
+        assert figures["steps"] == max(1, round(0.12 / seconds)) and figures["seconds_per_step"] == seconds
+        assert figures["gpt_steps"] == max(1, round(0.12 / times["gpt"][times["grids"][name]]))
+        assert f"{figures['bits_per_token'] * figures['tokens']:.1f} |" in rows[name]
+    again = run(*command)
+    assert again.splitlines()[-8:] == printed.splitlines()[-8:] and "training rows" not in again
+    with pytest.raises(AssertionError, match="was made with gpt_minutes=0.002; choose another out="):
+        run(*command, "gpt_minutes=1")

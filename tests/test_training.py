@@ -41,7 +41,7 @@ from pipelines.images import DataConfig, load_images
 from pipelines.schedule import TrainConfig, ema_update, learning_rate, samples_of
 from pipelines.tokens import load_tokens
 from pipelines.train_prior import PriorTask, TrainPriorConfig, bits_per_token
-from pipelines.train_tokenizer import TokenizerTask, evaluate_reconstruction
+from pipelines.train_tokenizer import Stage, TokenizerTask, evaluate_reconstruction
 from pipelines.training import batches
 from tokenizer import Tokenizer
 from tokenizer.quantizers import Quantizer
@@ -152,7 +152,7 @@ def test_a_run_averages_its_weights_and_copies_its_codebook(tmp_path, monkeypatc
     monkeypatch.setattr(training, "take_step", watched)
     run = train_tokenizer(tmp_path / "run", train__ema_decay=0.3)
     found = load_file(states(run)[-1] / "ema.safetensors")
-    buffers = {name for name, _ in make_tokenizer("vqvae").named_buffers()}
+    buffers = {name for name, _ in Stage(make_tokenizer("vqvae"), None).named_buffers()}
     for key, start in seen[0].items():
         expected = start.double()
         for n, state in enumerate(seen[1:]):
@@ -163,7 +163,7 @@ def test_a_run_averages_its_weights_and_copies_its_codebook(tmp_path, monkeypatc
         else:
             assert torch.allclose(found[f"module.{key}"].double(), expected, atol=1e-6)
             assert not torch.equal(found[f"module.{key}"], seen[-1][key])
-    assert {"quantizer.codebook", "quantizer.counts", "quantizer.sums"} <= buffers
+    assert {f"tokenizer.quantizer.{name}" for name in ("codebook", "counts", "sums")} <= buffers
 
 
 def test_accumulated_gradients_are_those_of_the_whole_batch(tmp_path, tokens):
@@ -284,7 +284,7 @@ def test_the_first_step_may_be_sick(tmp_path, monkeypatch):
 @pytest.mark.parametrize("how", SICK)
 def test_ten_sick_steps_in_a_row_end_the_run(tmp_path, monkeypatch, how):
     poison(monkeypatch, TokenizerTask, set(range(2, 9)) | set(range(12, 99)), SICK[how])
-    tensor = "loss" if how == "infinite loss" else r"the gradient of encoder\S+"
+    tensor = "loss" if how == "infinite loss" else r"the gradient of tokenizer.encoder\S+"
     with pytest.raises(UserError, match=rf"step 22: 10 steps in a row .* {tensor}"):
         train_tokenizer(tmp_path / "run", train__steps=40, train__save_every=4)
     kept = [path.name for path in states(tmp_path / "run")]
@@ -346,7 +346,7 @@ def runs(tmp_path_factory, tokens) -> dict[str, Path]:
 @pytest.mark.parametrize(
     ("stage", "own", "held_out"),
     [
-        ("tokenizer", {"l1", "l2", "commitment", "codebook_usage", "codebook_perplexity"},
+        ("tokenizer", {"l1", "l2", "commitment", "codebook_usage", "codebook_perplexity", "codebook_dead"},
          {"psnr", "l1", "l2", "codebook_usage", "codebook_perplexity"}),
         ("prior", {"bits_per_token"}, {"bits_per_token"}),
     ],
@@ -373,9 +373,12 @@ def test_a_line_is_the_mean_of_its_steps(tmp_path, runs):
     assert losses(runs["tokenizer"]) == pytest.approx([(a + b) / 2 for a, b in zip(every[::2], every[1::2])])  # noqa: B905
 
 
-@pytest.mark.parametrize(("stage", "name", "size"), [("tokenizer", "reconstructions", 400), ("prior", "samples", 80)])
+@pytest.mark.parametrize(
+    ("stage", "name", "size"),
+    [("tokenizer", "reconstructions", 400), ("tokenizer", "codebook", 400), ("prior", "samples", 80)],
+)
 def test_previews_are_pictures(runs, stage, name, size):
-    previews = sorted((runs[stage] / "previews").iterdir())
+    previews = sorted((runs[stage] / "previews").glob(f"{name}-*"))
     assert [path.name for path in previews] == [f"{name}-{step:08d}.png" for step in (0, 6, 12)]
     for path in previews:
         with Image.open(path) as image:
@@ -394,8 +397,8 @@ def test_the_tokenizer_that_is_saved_is_the_one_that_was_evaluated(runs):
         key: value for key, value in last.items() if key.startswith("held_out/")
     }
     average = load_file(states(run)[-1] / "ema.safetensors")
-    assert_equal_tensors({f"module.{k}": v for k, v in sorted(saved.state_dict().items())},
-                         {k: v for k, v in sorted(average.items()) if k != "n_averaged"})  # fmt: skip
+    assert_equal_tensors({f"module.tokenizer.{k}": v for k, v in sorted(saved.state_dict().items())},
+                         {k: v for k, v in sorted(average.items()) if k.startswith("module.tokenizer.")})  # fmt: skip
     facts = json.loads((run / "tokenizer" / "provenance.json").read_text())
     assert facts["tokenizer"]["steps"] == 12 and facts["data"]["limit"] == 72
     assert facts["tokenizer"]["evaluation"] == found
@@ -540,7 +543,12 @@ def test_every_prior_trains(tmp_path, tokens, name):
 
 
 def trained(name: str) -> bool:
-    return any(True for _ in make_tokenizer(name, (28, 28), 1).parameters())
+    return any(parameter.requires_grad for parameter in make_tokenizer(name, (28, 28), 1).parameters())
+
+
+def start_of(name: str, folder: Path) -> dict[str, str]:
+    """What a tokenizer that is made of another one starts from."""
+    return {"init": str(train_tokenizer(folder, model=node_of("klvae")) / "tokenizer")} if name == "posthoc" else {}
 
 
 @pytest.mark.parametrize("name", [name for name in TOKENIZERS if trained(name)])
@@ -552,12 +560,13 @@ def test_every_tokenizer_trains(tmp_path, name):
 
 @pytest.mark.parametrize("name", [name for name in TOKENIZERS if not trained(name)])
 def test_every_tokenizer_without_parameters_is_saved_without_a_step(tmp_path, monkeypatch, name):
+    start = start_of(name, tmp_path / "start")
     monkeypatch.setattr(training, "take_step", lambda *_: pytest.fail("a step was taken"))
-    run = train_tokenizer(tmp_path / "run", model=node_of(name))
+    run = train_tokenizer(tmp_path / "run", model=node_of(name), **start)
     assert [line["step"] for line in metrics(run)] == [0] and math.isfinite(metrics(run)[0]["held_out/psnr"])
     assert Tokenizer.from_pretrained(run / "tokenizer").name == name
     before = files(run)
-    assert train_tokenizer(tmp_path / "run", model=node_of(name)) == run and files(run) == before
+    assert train_tokenizer(tmp_path / "run", model=node_of(name), **start) == run and files(run) == before
 
 
 @pytest.mark.parametrize("name", QUANTIZERS)

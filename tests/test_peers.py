@@ -1,0 +1,222 @@
+"""Where vector-quantize-pytorch (1.20 and later) does the same arithmetic, the same comes out; where not, it is said.
+
+Both get the same codes and the same vectors in training mode: ids, what is looked up, losses, and the gradients that
+reach the vectors (and the codes, where those are learned) are compared.
+
+Not compared: `ibq`, which theirs does not have; `gumbel`, whose ids theirs draws by the distance to codes and ours by a
+linear map, as the dVAE does; what becomes of unused codes, and the first codes, which both choose at random.
+"""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from tokenizer.quantizers import Quantizer
+
+peers = pytest.importorskip("vector_quantize_pytorch")
+
+BATCH, DIM, CODES, SIDE = 2, 6, 20, 5
+
+
+def vectors(dim: int = DIM) -> tuple[Tensor, Tensor]:
+    """The same vectors `(B, dim, 5, 5)` twice, as leaves."""
+    z = torch.randn(BATCH, dim, SIDE, SIDE)
+    return z.clone().requires_grad_(), z.requires_grad_()
+
+
+def weights_like(z: Tensor) -> Tensor:
+    """What the output is weighed with, so that every element of its gradient is another."""
+    return torch.randn(z.shape, generator=torch.Generator().manual_seed(1))
+
+
+def ours(name: str, table: Tensor | None = None, **config):
+    """A quantizer of ours in training, past its first step (k-means would replace the codes of `table`)."""
+    sizes = {} if table is None else {"codes": len(table), "dim": table.shape[1]}
+    quantizer = Quantizer.create(name, **sizes, **config).train()
+    if table is not None:
+        quantizer.codebook.data.copy_(table)
+        quantizer.started.fill_(1)
+    return quantizer
+
+
+def theirs(table: Tensor, **config):
+    """Their quantizer, with the same codes. By itself it would use the rotation trick, and a decay of 0.8."""
+    config = {"rotation_trick": False, "decay": 0.99, **config}
+    quantizer = peers.VectorQuantize(dim=table.shape[1], codebook_size=len(table), accept_image_fmap=True, **config)
+    quantizer._codebook.embed.data.copy_(table)
+    quantizer._codebook.embed_avg.copy_(table)  # their counts start at 1
+    return quantizer.train()
+
+
+def loss_of(quantizer, losses: dict[str, Tensor]) -> Tensor:
+    """The quantizer's part of what is minimised."""
+    return torch.stack([weight * losses[name] for name, weight in quantizer.loss_weights.items()]).sum()
+
+
+def same(a: Tensor, b: Tensor) -> None:
+    """Equal but for rounding."""
+    torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("rotation", [False, True])
+@pytest.mark.parametrize("normalize", [False, True])
+def test_an_ema_codebook(rotation, normalize):
+    """Ids, z_q, commitment, gradient; and the codebook after two steps, with the same Laplace smoothing.
+
+    Theirs keeps a cosine codebook scaled to length 1, ours scales it where it is read. Theirs computes the rotated
+    vector, ours has the value of the code to the bit, so theirs is only near.
+    """
+    codes = torch.randn(CODES, DIM)
+    codes = torch.nn.functional.normalize(codes, dim=1) if normalize else codes
+    gradient = "rotation" if rotation else "straight_through"
+    mine = ours("ema", codes, beta=1.0, normalize=normalize, gradient=gradient, revive_below=0.0)
+    mine.counts.fill_(1)
+    mine.sums.copy_(codes)
+    other = theirs(codes, use_cosine_sim=normalize, rotation_trick=rotation)
+    for _ in range(2):
+        z, z_other = vectors()
+        z_q, tokens, losses = mine.quantize(z)
+        z_q_other, tokens_other, loss_other = other(z_other)
+        assert torch.equal(tokens, tokens_other) and tokens.unique().numel() > 8
+        same(z_q, z_q_other)
+        same(losses["commitment"], loss_other)
+        ((z_q * weights_like(z)).sum() + loss_of(mine, losses)).backward()
+        ((z_q_other * weights_like(z)).sum() + loss_other).backward()
+        same(z.grad, z_other.grad)
+        same(mine.counts, other._codebook.cluster_size[0])
+        same(mine.table(), other.codebook)
+    assert not torch.allclose(mine.table(), codes, atol=1e-3)  # it did move
+
+
+@pytest.mark.parametrize("rotation", [False, True])
+def test_a_learned_codebook(rotation):
+    """Theirs has one mean squared error that pulls codes and vectors alike: ours with beta 1, as two losses of the
+    same value. (With another beta ours follows the paper; theirs can not weigh the two apart.)"""
+    codes = torch.randn(CODES, DIM)
+    gradient = "rotation" if rotation else "straight_through"
+    mine = ours("vq", codes, beta=1.0, gradient=gradient, revive_below=0.0)
+    other = theirs(codes, learnable_codebook=True, ema_update=False, rotation_trick=rotation)
+    z, z_other = vectors()
+    z_q, tokens, losses = mine.quantize(z)
+    z_q_other, tokens_other, loss_other = other(z_other)
+    assert torch.equal(tokens, tokens_other)
+    same(z_q, z_q_other)
+    same(losses["codebook"], loss_other)
+    same(losses["commitment"], loss_other)
+    ((z_q * weights_like(z)).sum() + loss_of(mine, losses)).backward()
+    ((z_q_other * weights_like(z)).sum() + loss_other).backward()
+    same(z.grad, z_other.grad)
+    same(mine.codebook.grad, other._codebook.embed.grad[0])
+
+
+@pytest.mark.parametrize("rotation", [False, True])
+def test_simvq(rotation):
+    """The same frozen codes through the same map. (Theirs has no bias, and starts from random codes.)"""
+    codes, beta = torch.randn(CODES, DIM), 0.25
+    gradient = "rotation" if rotation else "straight_through"
+    mine = ours("simvq", codes, beta=beta, gradient=gradient)
+    other = peers.SimVQ(dim=DIM, codebook_size=CODES, channel_first=True, rotation_trick=rotation,
+                        input_to_quantize_commit_loss_weight=beta).train()  # fmt: skip
+    other.frozen_codebook.copy_(codes)
+    mine.map.weight.data.copy_(other.code_transform.weight)
+    z, z_other = vectors()
+    z_q, tokens, losses = mine.quantize(z)
+    z_q_other, tokens_other, loss_other = other(z_other)
+    assert torch.equal(tokens, tokens_other) and tokens.unique().numel() > 8
+    same(z_q, z_q_other)
+    same(loss_of(mine, losses), loss_other)
+    ((z_q * weights_like(z)).sum() + loss_of(mine, losses)).backward()
+    ((z_q_other * weights_like(z)).sum() + loss_other).backward()
+    same(z.grad, z_other.grad)
+    same(mine.map.weight.grad, other.code_transform.weight.grad)
+
+
+@pytest.mark.parametrize("kind", ["ema", "vq"])
+def test_residual_codebooks(kind):
+    """The same ids level by level, commitments, gradients, and means after a step.
+
+    Theirs passes the output's gradient once for each level, so `depth` times in all; ours once, as the sum of the codes
+    stands for the vector. With the rotation trick theirs rotates each level by itself, ours the vector onto the sum. A
+    shared book of theirs moves at every level in turn, ours once for all of them. (Theirs takes rows here: version 1.32
+    can not add up the shapes of images.)
+    """
+    depth, books = 3, torch.randn(3, CODES, DIM) * torch.tensor([1, 0.5, 0.25]).reshape(3, 1, 1)
+    book = {"kind": kind, "codes": CODES, "dim": DIM, "beta": 1.0, "revive_below": 0.0}
+    mine = ours("rvq", depth=depth, book=book)
+    learned = {"learnable_codebook": True, "ema_update": False} if kind == "vq" else {"decay": 0.99}
+    other = peers.ResidualVQ(dim=DIM, num_quantizers=depth, codebook_size=CODES, rotation_trick=False, **learned)
+    levels = list(zip(mine.books, other.train().layers, books, strict=True))
+    for a, b, codes in levels:
+        for state in (a.codebook, b._codebook.embed[0], b._codebook.embed_avg[0], getattr(a, "sums", None)):
+            if state is not None:
+                state.data.copy_(codes)
+        a.counts.fill_(1)
+        a.started.fill_(1)
+    z, z_other = vectors()
+    z_q, tokens, losses = mine.quantize(z)
+    z_q_other, tokens_other, losses_other = other(z_other.flatten(2).transpose(1, 2))
+    z_q_other = z_q_other.transpose(1, 2).reshape(z.shape)
+    assert torch.equal(torch.stack(tokens.chunk(depth, 1), -1).flatten(1, 2), tokens_other)
+    same(z_q, z_q_other)
+    same(losses["commitment"], losses_other.mean())
+    ((z_q * weights_like(z)).sum() + loss_of(mine, losses)).backward()
+    ((z_q_other * weights_like(z) / depth).sum() + losses_other.mean()).backward()
+    same(z.grad, z_other.grad)
+    for a, b, codes in levels:
+        same(a.table(), b.codebook)
+        if kind == "vq":
+            same(a.codebook.grad, b._codebook.embed.grad[0])
+        else:
+            assert not torch.allclose(a.table(), codes, atol=1e-3)
+
+
+@pytest.mark.parametrize("levels", [(8, 5, 5), (4, 3, 7, 6)])
+def test_fsq(levels):
+    """The same bound, epsilon (1e-3) and order of the id's digits. Theirs with `preserve_symmetry` is another bound
+    (Parker et al. 2024, section 3.2), which ours does not have."""
+    mine, other = ours("fsq", levels=levels), peers.FSQ(list(levels)).train()
+    z, z_other = vectors(len(levels))
+    z_q, tokens, losses = mine.quantize(3 * z)
+    z_q_other, tokens_other = other(3 * z_other)
+    assert not losses and torch.equal(tokens, tokens_other.long())
+    same(z_q, z_q_other)
+    (z_q * weights_like(z)).sum().backward()
+    (z_q_other * weights_like(z)).sum().backward()
+    same(z.grad, z_other.grad)
+    every = torch.arange(math.prod(levels)).reshape(1, 1, -1)
+    same(mine.lookup(every), other.indices_to_codes(every))
+
+
+def reversed_bits(tokens: Tensor, bits: int) -> Tensor:
+    """Ids with their bits in the opposite order."""
+    return sum((tokens >> k & 1) << (bits - 1 - k) for k in range(bits))
+
+
+@pytest.mark.parametrize("name", ["lfq", "bsq"])
+def test_bits(name):
+    """The first channel is the lowest bit of our id and the highest of theirs. Our p(code | z) is proportional to
+    exp(-|z - code|^2 / temperature), or exp(cosine / temperature) on the sphere, theirs to exp(2 z.code
+    inv_temperature). Theirs clamps probabilities inside the logarithm at 1e-5, hence the looser tolerance; and its
+    entropy loss is a difference that may be negative, whose two parts are compared here to our two losses."""
+    bits, temperature = 6, {"lfq": 3.0, "bsq": 0.3}[name]
+    mine = ours(name, bits=bits, temperature=temperature, entropy=0.1, diversity=0.1, beta=0.25)
+    scale = 1.0 if name == "lfq" else bits**-0.5
+    other = peers.LFQ(codebook_size=2**bits, dim=bits, spherical=name == "bsq", entropy_loss_weight=0.1,
+                      commitment_loss_weight=0.25 / scale**2).train()  # fmt: skip
+    sharpness = 1 / temperature if name == "lfq" else 1 / (2 * temperature)
+    z, z_other = vectors(bits)
+    z_q, tokens, losses = mine.quantize(z)
+    (z_q_other, tokens_other, loss_other), parts = other(z_other, inv_temperature=sharpness, return_loss_breakdown=True)
+    assert torch.equal(reversed_bits(tokens, bits), tokens_other.long())
+    same(z_q, z_q_other)
+    # Our commitment of bsq is in units of a code's channel, 1/sqrt(bits), hence their weight above.
+    torch.testing.assert_close(losses["commitment"], parts.commitment / scale**2, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(losses["entropy"], parts.per_sample_entropy, rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(losses["diversity"], bits * math.log(2) - parts.batch_entropy, rtol=1e-3, atol=1e-4)
+    ((z_q * weights_like(z)).sum() + loss_of(mine, losses)).backward()
+    ((z_q_other * weights_like(z)).sum() + loss_other).backward()
+    torch.testing.assert_close(z.grad, z_other.grad, rtol=1e-3, atol=1e-4)
