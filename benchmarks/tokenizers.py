@@ -51,7 +51,7 @@ NEVER = 1_000_000
 VARIANTS = {"digits": 4, "openmoji": 8}  # augmented copies of each image for the GPT, where there are few images
 TIMED_IMAGES, TIMED_STEPS = 512, 20
 SHOWN, SHOWN_SIDE = 10, 96
-CRITIC = {"weight": 0.1, "adaptive": True, "width": 32, "layers": 2}
+CRITIC = {"weight": 0.4, "adaptive": True, "width": 32, "layers": 2, "lr": 2.0}
 OPTIONS = ("data", "source", "limit", "augmentations", "minutes", "gpt_minutes", "only", "threads", "out")
 
 Node = dict[str, Any]

@@ -41,12 +41,12 @@ class TrainConfig(Config):
     save_every: int = Field(1000, ge=1, description="steps between saves: resume state and snapshot")
 
 
-def adamw(parameters: list[nn.Parameter], config: TrainConfig) -> torch.optim.AdamW:
+def adamw(parameters: list[nn.Parameter], config: TrainConfig, betas: tuple[float, float]) -> torch.optim.AdamW:
     """AdamW (Loshchilov & Hutter 2017); biases, norms and other vectors do not decay."""
     matrices, vectors = [p for p in parameters if p.ndim > 1], [p for p in parameters if p.ndim <= 1]
     groups = [{"params": matrices, "weight_decay": config.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
     fused = all(p.device.type in ("cpu", "cuda") for p in parameters)
-    return torch.optim.AdamW([g for g in groups if g["params"]], lr=config.lr, betas=config.betas, fused=fused)
+    return torch.optim.AdamW([g for g in groups if g["params"]], lr=config.lr, betas=betas, fused=fused)
 
 
 def ema_update(decay: float) -> Callable[[Any, Any, Any], None]:

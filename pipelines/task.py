@@ -19,6 +19,8 @@ class Task:
     """Each takes turns with an optimizer of its own; without any, the model is saved as it is."""
     rates: dict[str, float] = {}
     """Learning rates of players as shares of `train.lr`, where not 1."""
+    betas: dict[str, tuple[float, float]] = {}
+    """AdamW's betas of players, where not `train.betas`."""
     rows: int
     """Size of the training set."""
     tokens_per_row: int

@@ -115,7 +115,7 @@ class TokenizerTask(Task):
         except ValueError as error:
             raise UserError(f"critic.layers: {error}") from error
         self.nets["critic"], self.players["critic"] = critic, list(critic.parameters())
-        self.rates = {"critic": given.lr}
+        self.rates, self.betas = {"critic": given.lr}, {"critic": given.betas}
         return Adversary(given, critic)
 
     def playing(self, step: int) -> list[str]:

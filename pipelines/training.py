@@ -121,7 +121,8 @@ def set_up(task: Task, config: Any, run: Path, accelerator: Accelerator) -> Trai
     task.model.to(accelerator.device)
     averaged = AveragedModel(task.model, multi_avg_fn=ema_update(config.train.ema_decay), use_buffers=False)
     averaged.requires_grad_(False).eval()
-    optimizers = {name: adamw(parameters, config.train) for name, parameters in task.players.items()}
+    betas = {name: task.betas.get(name, config.train.betas) for name in task.players}
+    optimizers = {name: adamw(players, config.train, betas[name]) for name, players in task.players.items()}
     state = newest_state(run, accelerator)
     step, counters = load_state(state, model=task.model, ema=averaged, optimizers=optimizers) if state else (0, {})
     task.nets = {name: accelerator.prepare_model(net.to(accelerator.device)) for name, net in task.nets.items()}

@@ -43,6 +43,7 @@ from launch import (
     wait_for,
 )
 from safetensors.torch import load_file, save_file
+from small import QUANTIZERS, SMALL
 from torch import nn
 
 from pipelines import encode, training
@@ -60,6 +61,13 @@ BUSY = {"kind": "ema", "codes": 32, "dim": 8, "revive_every": 2, "revive_below":
 TOKENIZER = {"train__steps": STEPS, "train__save_every": 5, "data__augment__rotate": 8,
              "model": {**VQVAE, "quantizer": BUSY}}  # fmt: skip
 PRIOR = {"train__steps": STEPS}
+KINDS = [name for name in QUANTIZERS if name != "ema"]
+
+
+def with_quantizer(name: str) -> dict[str, Any]:
+    """A short run with a small quantizer of this kind."""
+    node = {"kind": name, **{key: list(v) if isinstance(v, tuple) else v for key, v in SMALL.get(name, {}).items()}}
+    return {"train__steps": 6, "model": {**VQVAE, "quantizer": node}}
 
 
 @pytest.fixture(autouse=True)
@@ -159,6 +167,9 @@ def trainings(folder: Path) -> None:
     watch("sick", lambda: train_tokenizer(folder / "sick", **TOKENIZER))
     sick |= set(range(30))
     watch("dying", lambda: train_tokenizer(folder / "dying", **TOKENIZER))
+    sick.clear()
+    for name in KINDS:
+        watch(name, lambda name=name: train_tokenizer(folder / name, **with_quantizer(name)))
     watch("prior", lambda: train_prior(folder / "prior", folder / "tokens", **PRIOR))
     dropout = {**PRIOR, "train__accumulate": 2, "model": {**GPT, "dropout": 0.2}}
     watch("dropout", lambda: train_prior(folder / "dropout", folder / "tokens", **dropout))
@@ -234,10 +245,10 @@ def test_a_learned_codebook_starts_alike(pair):
     assert one == two
 
 
-@pytest.mark.parametrize("name", ["tokenizer", "sick", "prior", "dropout"])
+@pytest.mark.parametrize("name", ["tokenizer", "sick", "prior", "dropout", *KINDS])
 def test_both_hold_the_same_model_at_every_step(pair, name):
     steps = pair[1][name]
-    assert len(steps) == STEPS
+    assert len(steps) == (6 if name in KINDS else STEPS)
     for one, two in steps:
         assert one["wrapped"] and two["wrapped"]
         for part in ("weights", "average", "buffers", "codebook"):
@@ -262,6 +273,15 @@ def test_ten_sick_steps_end_both(pair):
 
 def test_an_odd_batch_is_refused_by_both(pair):
     assert all("15 is not a multiple of processes x accumulate (2 x 1)" in m for m in pair[1]["odd batch error"])
+
+
+@pytest.mark.parametrize("name", [name for name in KINDS if name != "gumbel"])
+def test_two_train_every_quantizer_as_one_does(pair, tmp_path, name):
+    """All but gumbel, whose noise is each process's own."""
+    alone = train_tokenizer(tmp_path / "alone", **with_quantizer(name))
+    for figure in ("loss", "l2", "gradient_norm", "codebook_usage"):
+        found, expected = losses(pair[0] / name, figure), losses(alone, figure)
+        assert len(found) == 6 and found == pytest.approx(expected, rel=1e-4), figure
 
 
 @pytest.mark.parametrize("rows", [1, 2])

@@ -1,0 +1,94 @@
+"""ViT-VQGAN (Yu et al. 2021, arXiv:2110.04627): an autoencoder of two transformers (Dosovitskiy et al. 2020, ViT).
+
+A linear map of each factor x factor patch, transformer blocks, and a linear map to the quantizer's width; the decoder
+mirrors it and ends in pixels. Every position sees the whole image from the first layer on, and a patch has any side.
+The paper's codes are directions of few dimensions: `quantizer: {kind: vq, codes: 8192, dim: 32, normalize: true}`.
+
+What an untrained transformer puts out varies little and soon varies a lot, so a codebook has to follow quickly: on
+digits, `ema` with a decay of 0.99 left three quarters of 128 codes behind, with 0.9 none.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .autoencoder import Autoencoder, AutoencoderConfig
+from .pretrained import setting
+
+
+@dataclass(frozen=True, kw_only=True)
+class ViTConfig(AutoencoderConfig):
+    """Sizes of the two transformers, which are alike."""
+
+    factor: int = setting(4, "side of a patch in pixels; a patch is one position", choices=(2, 4, 7, 8, 14, 16))
+    dim: int = setting(128, "width of the residual stream", ge=8, le=4096)
+    depth: int = setting(4, "transformer blocks, in the encoder and in the decoder", ge=1, le=64)
+    heads: int = setting(4, "attention heads; they divide dim", ge=1, le=256)
+    mlp: int = setting(4, "width of a block's hidden layer, as a multiple of dim", ge=1, le=16)
+
+    def check(self) -> Iterator[str]:
+        """Sizes have to divide."""
+        yield from super().check()
+        if any(side % self.factor for side in self.image_size):
+            yield f"factor: {self.factor} does not divide the image size {'x'.join(map(str, self.image_size))}"
+        if self.dim % self.heads:
+            yield f"heads: dim must be a multiple of heads (got dim {self.dim}, heads {self.heads})"
+
+
+class ViT(Autoencoder, name="vit"):
+    """Patches to positions, a transformer, the quantizer; and back."""
+
+    Config = ViTConfig
+
+    def __init__(self, config: ViTConfig) -> None:
+        super().__init__(config, config.factor)
+        factor, area, width = config.factor, config.factor**2, self.quantizer.dim
+        self.encoder = nn.Sequential(nn.PixelUnshuffle(factor), Transformer(config, config.channels * area, width))
+        self.decoder = nn.Sequential(Transformer(config, width, self.outputs * area), nn.PixelShuffle(factor))
+
+
+class Transformer(nn.Module):
+    """A map `(B, inputs, h, w)` to `(B, outputs, h, w)` in which every position attends to every other. Positions are
+    learned, as ViT's are. (The paper's head has a hidden layer with a tanh; a linear one learned faster.)"""
+
+    def __init__(self, config: ViTConfig, inputs: int, outputs: int) -> None:
+        super().__init__()
+        height, width = (side // config.factor for side in config.image_size)
+        self.embed = nn.Linear(inputs, config.dim)
+        self.positions = nn.Parameter(torch.empty(height * width, config.dim).normal_(std=0.02))
+        self.blocks = nn.Sequential(*(Block(config) for _ in range(config.depth)))
+        self.norm, self.head = nn.LayerNorm(config.dim), nn.Linear(config.dim, outputs)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`(B, inputs, h, w)` to `(B, outputs, h, w)`."""
+        # Contiguous, whatever the memory format: another layout may be multiplied in another order, to other bits.
+        rows = x.movedim(1, -1).flatten(1, 2).contiguous()
+        rows = self.blocks(self.embed(rows) + self.positions)
+        return self.head(self.norm(rows)).unflatten(1, x.shape[2:]).movedim(-1, 1)
+
+
+class Block(nn.Module):
+    """Attention, then a hidden layer, each normalised before and added to the residual stream `(B, N, dim)`.
+
+    Of our own: `nn.TransformerEncoderLayer` takes another path in eval mode, which gives other bits.
+    """
+
+    def __init__(self, config: ViTConfig) -> None:
+        super().__init__()
+        dim, hidden = config.dim, config.mlp * config.dim
+        self.heads = config.heads
+        self.attention_norm, self.mlp_norm = nn.LayerNorm(dim), nn.LayerNorm(dim)
+        self.qkv, self.project = nn.Linear(dim, 3 * dim), nn.Linear(dim, dim)
+        self.mlp = nn.Sequential(nn.Linear(dim, hidden), nn.GELU(approximate="tanh"), nn.Linear(hidden, dim))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`(B, N, dim)` to the same."""
+        q, k, v = self.qkv(self.attention_norm(x)).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
+        attended = F.scaled_dot_product_attention(q, k, v)
+        x = x + self.project(attended.transpose(1, 2).flatten(2))
+        return x + self.mlp(self.mlp_norm(x))
