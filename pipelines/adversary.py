@@ -33,8 +33,9 @@ class CriticConfig(Config):
     lecam: float = Field(0.0, ge=0, description="weight of LeCam's regulariser of the critic, for few images: 0.001 "
                          "to 0.05 are published")  # fmt: skip
     lr: float = Field(1.0, gt=0, description="the critic's learning rate as a share of train.lr")
-    betas: tuple[float, float] = Field((0.5, 0.9), description="AdamW's decays for the critic; with a long memory it lags "
-                                       "behind what it judges")  # fmt: skip
+    betas: tuple[float, float] = Field(
+        (0.5, 0.9), description="AdamW's decays for the critic; with a long memory it lags behind what it judges"
+    )
     width: int = Field(64, ge=8, le=1024, description="channels of its first layer; they double with each")
     layers: int = Field(3, ge=1, le=6, description="strided layers; each doubles the size of a patch")
     norm: Literal["spectral", "batch", "none"] = Field(

@@ -343,8 +343,8 @@ def build(config: VQGANConfig, weights: dict[str, Tensor], layout: Layout, path:
     with torch.no_grad():
         for key, parameter in model.named_parameters():
             parameter.copy_(fitted(weights[names[key]], parameter, names[key], path))
+        model.quantizer.get_buffer("started").fill_(1)  # the codebook is not to be started anew by further training,
         if isinstance(model.quantizer, VQ):
-            model.quantizer.started.fill_(1)  # the codebook is not to be started anew by further training,
             model.quantizer.counts.fill_(1)  # nor is any of its codes dead yet
     return model.eval(), unused
 

@@ -51,7 +51,7 @@ class Training:
     skipped: int = 0
     skipped_in_a_row: int = 0
     window: dict[str, list[float]] = field(default_factory=dict)
-    """Sum and count of each logged term since the last report; a player that did not play, or was skipped, has fewer."""
+    """Sum and count of each logged term since the last report: who did not play, or was skipped, has fewer."""
     evaluation: dict[str, float] = field(default_factory=dict)
     saved_step: int = -1
 

@@ -17,8 +17,9 @@ from torch import nn
 
 from tokenizer.quantizers import Quantizer, choice
 from tokenizer.quantizers import gumbel as gumbel_module
-from tokenizer.quantizers.choice import How, choose, diversity
+from tokenizer.quantizers.choice import How, choose
 from tokenizer.quantizers.codebook import nearest
+from tokenizer.quantizers.entropy import diversity
 
 ROOT = Path(__file__).parents[1]
 

@@ -17,13 +17,9 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
-
-from .codebook import world_size
-from .gradients import straight_through
 
 # Logits held at a time on a CPU, whose cache they fit; on a GPU 64 times as many. A block needs six such arrays.
 BLOCK_ELEMENTS = 1 << 17
@@ -55,21 +51,6 @@ def choose(rows: Tensor, weight: Tensor, bias: Tensor, values: Tensor, how: How)
     """Choose for each of `rows` (n, width) a code by its logits, rows weight' + bias, of `weight` (codes, width) and
     `bias` (codes,), and look it up in `values` (codes, dim). Gradients reach all four."""
     return Choice(*_Choice.apply(rows, weight, bias, values, how))
-
-
-def diversity(mean: Tensor, *, share: bool) -> Tensor:
-    """log K - H(mean) in nats, a scalar >= 0, of the mean p over this rank's rows, `(codes,)`: 0 when all codes are
-    used alike.
-
-    With `share`, the mean is over the rows of all ranks (equally many on each, and all have to call). Each rank's own
-    rows then get the gradient of the whole times the number of ranks, so that the mean over ranks, which DDP takes, is
-    the gradient of one process that has all rows.
-    """
-    if share and world_size() > 1:
-        everyone = mean.detach().clone()
-        dist.all_reduce(everyone)
-        mean = straight_through(mean, everyone / world_size())
-    return (mean * (mean * len(mean)).log()).sum().clamp(min=0)
 
 
 class _Choice(torch.autograd.Function):

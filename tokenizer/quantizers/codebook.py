@@ -3,6 +3,7 @@ revival of codes that are hardly used (Dhariwal et al. 2020, Jukebox)."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -30,6 +31,11 @@ class CodebookConfig(ModelConfig):
     normalize: bool = setting(False, "compare directions: vectors and codes are scaled to length 1, which suits large "
                               "codebooks of few dimensions (LlamaGen: 16384 x 8)", later=True)  # fmt: skip
     gradient: str = setting("straight_through", "how gradients pass a code", choices=GRADIENTS, later=True)
+
+    def check(self) -> Iterator[str]:
+        """There are two directions of one dimension."""
+        if self.normalize and self.dim < 2:
+            yield f"normalize: needs a dim of 2 or more (got {self.dim})"
 
 
 class Codebook(Quantizer):
@@ -85,9 +91,7 @@ class Codebook(Quantizer):
     @torch.no_grad()
     def start(self, rows: Tensor) -> None:
         """Set the codebook by k-means over rows of all ranks: run on rank 0, then broadcast."""
-        total = len(rows) * world_size()
-        wanted = min(total, 32 * self.vocab_size)
-        sample = gather_rows(rows, seeded(total, wanted, self.config.seed, 0, rows.device))
+        sample = first_rows(rows, 32 * self.vocab_size, self.config.seed)
         if len(sample) < self.vocab_size:  # a tiny first batch: repeat its rows, slightly apart
             repeats = -(-self.vocab_size // len(sample))
             noise = torch.randn(
@@ -154,6 +158,12 @@ def seeded(total: int, count: int, seed: int, step: int, device: torch.device) -
     """`count` different whole numbers below `total`, a function of (seed, step) alone."""
     generator = torch.Generator().manual_seed((seed * 1_000_003 + step) % (1 << 63))
     return torch.randperm(total, generator=generator)[:count].to(device)
+
+
+def first_rows(rows: Tensor, most: int, seed: int) -> Tensor:
+    """At most so many of the rows `(n, D)` of all ranks, chosen by the seed, for a codebook to start from."""
+    total = len(rows) * world_size()
+    return gather_rows(rows, seeded(total, min(total, most), seed, 0, rows.device))
 
 
 def gather_rows(rows: Tensor, indices: Tensor) -> Tensor:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from ..pretrained import ModelConfig, setting
 from .base import Quantized, Quantizer
 from .choice import How, choose
-from .codebook import gather_rows, kmeans, nearest, rows_of, seeded, world_size
+from .codebook import first_rows, kmeans, nearest, rows_of, world_size
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,10 +83,8 @@ class Gumbel(Quantizer, name="gumbel"):
         """Codes are the centres c of k-means over rows of all ranks, and p(code | z) that of a mixture of equal spheres
         around them: logits -|z - c|^2 / (2 s), with s the mean square of z - c per channel. (|z|^2 does not matter to a
         softmax, so this is linear in z.) Random weights stay where there are fewer rows than codes."""
-        total = len(rows) * world_size()
-        wanted = seeded(total, min(total, 32 * self.vocab_size), self.config.seed, 0, rows.device)
-        sample = gather_rows(rows, wanted)
-        if total < self.vocab_size or not bool(torch.isfinite(sample).all()):  # alike on all ranks
+        sample = first_rows(rows, 32 * self.vocab_size, self.config.seed)
+        if len(sample) < self.vocab_size or not bool(torch.isfinite(sample).all()):  # alike on all ranks
             return
         centres = kmeans(sample, self.vocab_size, self.config.kmeans_iterations)
         spread = F.mse_loss(sample, centres[nearest(sample, centres)])

@@ -17,23 +17,24 @@ from torch import Tensor, nn
 
 from ..pretrained import setting
 from .base import Quantized
-from .choice import How, choose, diversity
+from .choice import How, choose
 from .codebook import Codebook, CodebookConfig, rows_of, world_size
+from .entropy import diversity
 
 
 @dataclass(frozen=True, kw_only=True)
 class IBQConfig(CodebookConfig):
     """What keeps all codes in use. (Inner products need no `normalize`; with it they are cosines.)"""
 
-    beta: float = setting(0.25, "weight of the codebook loss, which pulls codes to their vectors; the paper weighs the "
-                          "vectors' pull with 1", ge=0)  # fmt: skip
+    beta: float = setting(0.25, "weight of the codebook loss, which pulls codes to their vectors; the vectors' own two "
+                          "pulls weigh 1", ge=0)  # fmt: skip
     gradient: str = setting("index", "gradients pass through the softmax over indices", choices=("index",))
-    temperature: float = setting(0.1, "of the softmax that gradients pass (the paper: 1); a high one is nearly flat, and "
+    temperature: float = setting(0.1, "of the softmax that gradients pass (the paper: 1); where it is nearly flat, "
                                  "little of the decoder's gradient gets through", gt=0)  # fmt: skip
     entropy_temperature: float = setting(0.01, "of the softmax whose entropies are the two losses below", gt=0)
     entropy: float = setting(0.02, "weight of the entropy of a vector's code, in nats (the paper: 0.05)", ge=0)
-    diversity: float = setting(0.02, "weight of what the codes' entropy over the batch lacks, in nats (the paper: 0.05)",
-                               ge=0)  # fmt: skip
+    diversity: float = setting(0.02, "weight of what the codes' entropy over the batch lacks, in nats (the paper: "
+                               "0.05)", ge=0)  # fmt: skip
 
 
 class IBQ(Codebook, name="ibq"):
