@@ -19,7 +19,8 @@ from safetensors.torch import load_file, save_file
 
 from pipelines import encode, import_, reconstruct
 from pipelines.__main__ import find, main, verbs
-from pipelines.import_ import LLAMAGEN, ImportConfig, describe
+from pipelines.import_ import ImportConfig, describe
+from pipelines.published import LLAMAGEN
 from tokenizer import Tokenizer
 from tokenizer.vqgan import VQGAN
 

@@ -16,7 +16,8 @@ from pipelines.__main__ import main, verbs
 from pipelines.config import parse
 from pipelines.images import DataConfig, load_images
 from pipelines.index import INDEX
-from pipelines.inspect import InspectConfig, Surroundings, alone, examine, fitted, middle, report
+from pipelines.inspect import InspectConfig, fitted, report
+from pipelines.inspection import PLACES, Surroundings, alone, examine, middle
 from pipelines.train_tokenizer import PROVENANCE, evaluate_reconstruction
 from tokenizer.losses import psnr
 from tokenizer.storage import write_json
@@ -195,7 +196,7 @@ def test_around_its_places_is_the_mean_of_what_is_decoded_there(images):
         crops = [padded[n, :, 4 * row : 4 * row + 12, 4 * column : 4 * column + 12] for n, row, column in places]
         if not crops:
             assert mean.isnan().all()
-        elif len(crops) <= inspect.PLACES:
+        elif len(crops) <= PLACES:
             assert torch.allclose(mean, torch.stack(crops).mean(0), atol=1e-5)
 
 
@@ -204,10 +205,10 @@ def test_a_common_code_is_looked_at_in_some_places_all_over_the_images(images):
     tokens = torch.zeros(100, 3, 2, dtype=torch.int32)
     around = Surroundings.of(model, tokens, torch.tensor([0, 3]))
     seen = around.places[:, 0]
-    assert len(seen) == inspect.PLACES and int(seen.min()) < 3 and int(seen.max()) > 96
+    assert len(seen) == PLACES and int(seen.min()) < 3 and int(seen.max()) > 96
     for start in range(0, 100, 7):
         around.add(torch.full((min(7, 100 - start), 3, 12, 8), 0.5), start)
-    assert around.counts.tolist() == [inspect.PLACES, 0]
+    assert around.counts.tolist() == [PLACES, 0]
     means = around.means()
     assert torch.allclose(means[0], torch.tensor(0.5)) and means[1].isnan().all()
 
