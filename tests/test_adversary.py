@@ -99,8 +99,9 @@ def test_two_processes_play_as_one_does(tmp_path):
     assert printed.count("2 process(es) on cpu") == 1
     alone = train_tokenizer(tmp_path / "alone", **more)
     # The bias of the critic's last layer gets a gradient of 0 from a hinge, hence steps of either sign from Adam: its
-    # logits may be shifted as a whole, and only what does not depend on that can be compared.
-    tolerances = {"model/l2": 1e-5, "model/adversarial_weight": 5e-3, "critic/loss": 2e-4, "critic/gradient_norm": 1e-3}
+    # logits may be shifted as a whole, and only what does not depend on that can be compared. (A vector between two
+    # codes may go to either.)
+    tolerances = {"model/l2": 2e-3, "model/adversarial_weight": 5e-3, "critic/loss": 2e-4, "critic/gradient_norm": 1e-3}
     for name, tolerance in tolerances.items():
         found, expected = losses(tmp_path / "both", name), losses(alone, name)
         assert len(found) >= 8 and found == pytest.approx(expected, rel=tolerance), name

@@ -34,24 +34,23 @@ def large(name: str) -> dict[str, Any] | None:
     return {"depth": 2, "book": {"kind": "ema", **SIZES}} if "book" in fields else None
 
 
-def resident() -> float:
-    """MiB of this process in memory now."""
-    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 2**20
+def memory(field: str) -> float:
+    """MiB of this process: `VmRSS` now, `VmHWM` at most. (`ru_maxrss` would begin with what its parent had.)"""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(f"{field}:")) / 2**10
 
 
 def measure(name: str) -> dict[str, float]:
     """One training step, forward and backward: by how many MiB its peak stands above what was there before."""
-    import resource
-
     torch.set_num_threads(1)
     torch.manual_seed(0)
     quantizer = Quantizer.create(name, **large(name)).train()
     z = torch.randn(IMAGES, WIDTH, 16, TOKENS // 16, requires_grad=True)
-    before, since = resident(), time.monotonic()
+    before, since = memory("VmRSS"), time.monotonic()
     z_q, tokens, losses = quantizer.quantize(z)
     loss = (z_q - 1).square().mean() + sum(quantizer.loss_weights[key] * value for key, value in losses.items())
     loss.backward()
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
+    peak = memory("VmHWM")
     assert torch.isfinite(z.grad).all() and z.grad.abs().sum() > 0 and len(tokens.unique()) > 1000
     return {"mib": peak - before, "seconds": time.monotonic() - since}
 

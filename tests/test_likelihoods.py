@@ -184,19 +184,24 @@ def test_a_double_model_speaks_in_doubles():
     assert model.value_log_probs(tokens, to_values(images_of()), 0).dtype == torch.float64
 
 
-def test_a_null_setting_is_not_part_of_a_fingerprint():
-    """So that models made before a setting was added keep theirs."""
-    plain = make_tokenizer("vqvae", (8, 8), 1)
+def test_a_setting_that_came_later_is_not_part_of_a_fingerprint():
+    """While it is null, or has its default: models made before it was there keep theirs."""
+    plain = make_tokenizer("vqvae", (8, 8), 1, quantizer={"kind": "vq", "codes": 16, "dim": 4})
     before = plain.fingerprint()
     full = plain.config.to_dict()
     assert full.pop("likelihood") is None
+    for name in ("normalize", "gradient", "decay", "revive_below", "revive_every"):
+        full["quantizer"].pop(name)
 
     class Older:
-        def to_dict(self):
+        def identity(self):
             return full
 
     plain.config = Older()
     assert plain.fingerprint() == before
+    other = make_tokenizer("vqvae", (8, 8), 1, quantizer={"kind": "vq", "codes": 16, "dim": 4, "normalize": True})
+    other.load_state_dict(plain.state_dict())
+    assert other.fingerprint() != before
 
 
 def test_without_a_likelihood_it_says_so():

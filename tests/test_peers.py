@@ -73,7 +73,7 @@ def test_an_ema_codebook(rotation, normalize):
     codes = torch.randn(CODES, DIM)
     codes = torch.nn.functional.normalize(codes, dim=1) if normalize else codes
     gradient = "rotation" if rotation else "straight_through"
-    mine = ours("ema", codes, beta=1.0, normalize=normalize, gradient=gradient, revive_below=0.0)
+    mine = ours("ema", codes, decay=0.99, beta=1.0, normalize=normalize, gradient=gradient, revive_below=0.0)
     mine.counts.fill_(1)
     mine.sums.copy_(codes)
     other = theirs(codes, use_cosine_sim=normalize, rotation_trick=rotation)
@@ -145,7 +145,7 @@ def test_residual_codebooks(kind):
     can not add up the shapes of images.)
     """
     depth, books = 3, torch.randn(3, CODES, DIM) * torch.tensor([1, 0.5, 0.25]).reshape(3, 1, 1)
-    book = {"kind": kind, "codes": CODES, "dim": DIM, "beta": 1.0, "revive_below": 0.0}
+    book = {"kind": kind, "codes": CODES, "dim": DIM, "beta": 1.0, "revive_below": 0.0, "decay": 0.99}
     mine = ours("rvq", depth=depth, book=book)
     learned = {"learnable_codebook": True, "ema_update": False} if kind == "vq" else {"decay": 0.99}
     other = peers.ResidualVQ(dim=DIM, num_quantizers=depth, codebook_size=CODES, rotation_trick=False, **learned)

@@ -418,8 +418,9 @@ def test_a_run_evaluates_shows_and_saves(tmp_path, model, capsys):
     facts = json.loads((run / "tokenizer" / "provenance.json").read_text())
     assert facts["data"]["limit"] == 72 and facts["tokenizer"]["steps"] == 0
     assert facts["tokenizer"]["evaluation"] == {name: line[f"held_out/{name}"] for name in figures}
-    (preview,) = (run / "previews").iterdir()
-    assert preview.name == "reconstructions-00000000.png"
+    previews = sorted((run / "previews").iterdir())
+    assert [path.name for path in previews] == ["codebook-00000000.png", "reconstructions-00000000.png"]
+    preview = previews[1]
     with Image.open(preview) as picture:
         assert np.asarray(picture).std() > 5
     assert "starting; 0 parameters, 72 training rows" in capsys.readouterr().out

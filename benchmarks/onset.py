@@ -1,0 +1,82 @@
+"""A critic's onset in pictures: curves of a run of stage one through it, and reconstructions before and after.
+
+    accelerate launch -m pipelines.train_tokenizer --config configs/tokenizer/vqgan_openmoji.yaml data.source=FOLDER
+    python benchmarks/onset.py run=runs/vqgan_openmoji out=onset.png
+
+`beside=` another run folder, for example the same one without a critic, whose pixel errors are drawn in grey.
+Everything is read from the runs' `metrics.jsonl`, `config.yaml` and `previews/`.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+SIZE = (400, 260)
+
+
+def curve_of(run: Path, name: str) -> tuple[list[int], list[float]]:
+    """Steps and values of a figure, which is called `model/NAME` where there are two players."""
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    found = [(line["step"], line.get(name, line.get(f"model/{name}"))) for line in lines]
+    return [step for step, value in found if value is not None], [value for _, value in found if value is not None]
+
+
+def panel_of(title: str, curves: dict[str, tuple[list[int], list[float]]], marks: dict[str, int], last: int) -> Any:
+    """Lines over steps; `marks` are steps at which something begins."""
+    import numpy as np
+
+    from pipelines.charts import COLORS, GREY, Axis, Panel
+
+    values = [value for _, ys in curves.values() for value in ys]
+    low, high = min(0.0, *values), max(values) * 1.1
+    panel = Panel(title, SIZE, Axis(0, last, "step", whole=True), Axis(low, high, ""))
+    for name, step in marks.items():
+        column = panel.column(step)
+        panel.draw.line((column, panel.top, column, panel.bottom), GREY)
+        panel.draw.text((column + 3, panel.bottom - 16), name, GREY)
+    colors = {name: GREY if "without" in name else COLORS[n % len(COLORS)] for n, name in enumerate(curves)}
+    for name, (steps, ys) in curves.items():
+        panel.outline(np.array([0, *steps], float), np.array(ys, float), colors[name])
+    panel.legend(colors)
+    return panel.image
+
+
+def main() -> None:
+    options = dict(argument.split("=", 1) for argument in sys.argv[1:])
+    run, out = Path(options["run"]), Path(options.get("out", "onset.png"))
+    beside = Path(options["beside"]) if "beside" in options else None
+    import yaml
+    from PIL import Image
+
+    from pipelines.charts import page
+
+    critic = yaml.safe_load((run / "config.yaml").read_text())["critic"]
+    heard = critic["start"] + critic["warmup"]
+    marks = {"learns": critic["start"], "is heard": heard, "in full": heard + critic["ramp"]}
+    last = curve_of(run, "l2")[0][-1]
+    errors = {"l1": curve_of(run, "l1"), "l2": curve_of(run, "l2")}
+    if beside:
+        errors |= {f"{name} without a critic": curve_of(beside, name) for name in ("l1", "l2")}
+    game = {"critic's accuracy": curve_of(run, "critic/accuracy"), "its loss": curve_of(run, "critic/critic")}
+    weight = {"weight of its loss": curve_of(run, "adversarial_weight")}
+    panels = [panel_of(title, curves, marks, last) for title, curves in
+              (("Pixel errors in training", errors), ("The game", game), ("What it weighs", weight))]  # fmt: skip
+    previews = sorted((run / "previews").glob("reconstructions-*.png"))
+    steps = [int(path.stem.rpartition("-")[2]) for path in previews]
+    before = max((step for step in steps if step <= heard), default=steps[0])
+    psnr = dict(zip(*curve_of(run, "held_out/psnr"), strict=True))
+    rows: list[list[Any]] = [panels]
+    lines = []
+    for step in (before, steps[-1]):
+        rows.append([Image.open(run / "previews" / f"reconstructions-{step:08d}.png")])
+        lines.append(f"step {step}: held-out PSNR {psnr.get(step, float('nan')):.2f} dB")
+    lines.append("below: held-out images above their reconstructions, before the critic is heard and at the end")
+    Image.fromarray(page(f"A critic's onset: {run.name}", lines, rows)).save(out)
+    print(out, *lines, sep="\n")
+
+
+if __name__ == "__main__":
+    main()
