@@ -44,6 +44,26 @@ def test_the_picture_of_the_blind_spot_is_the_one_that_is_drawn(tmp_path):
     assert drawn.size == kept.size
 
 
+def test_the_onset_of_a_critic_is_drawn(tmp_path, monkeypatch):
+    """From what two runs have left, before and after."""
+    from accelerate.state import AcceleratorState
+    from launch import train_tokenizer
+    from PIL import Image
+
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    AcceleratorState._reset_state(reset_partial_state=True)
+    more = {"train__steps": 8, "train__preview_every": 2, "train__evaluate_every": 2}
+    critic = {"critic__weight": 0.5, "critic__start": 1, "critic__warmup": 2, "critic__ramp": 2, "critic__width": 8}
+    runs = [
+        train_tokenizer(tmp_path / "with", **more, **critic, critic__layers=2),
+        train_tokenizer(tmp_path / "w", **more),
+    ]
+    printed = run("onset.py", f"run={runs[0]}", f"beside={runs[1]}", f"out={tmp_path / 'onset.png'}")
+    assert re.search(r"step 2: held-out PSNR \d+\.\d\d dB", printed) and "step 8: held-out PSNR" in printed
+    with Image.open(tmp_path / "onset.png") as picture:
+        assert picture.width > 1200 and picture.height > 600
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
 def test_a_ladder_of_seconds(tmp_path):
