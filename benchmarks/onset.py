@@ -39,7 +39,8 @@ def panel_of(title: str, curves: dict[str, tuple[list[int], list[float]]], marks
         panel.draw.text((column + 3, panel.bottom - 16), name, GREY)
     colors = {name: GREY if "without" in name else COLORS[n % len(COLORS)] for n, name in enumerate(curves)}
     for name, (steps, ys) in curves.items():
-        panel.outline(np.array([0, *steps], float), np.array(ys, float), colors[name])
+        first = max(0, 2 * steps[0] - steps[1]) if len(steps) > 1 else 0  # a value is the mean since the one before
+        panel.outline(np.array([first, *steps], float), np.array(ys, float), colors[name])
     panel.legend(colors)
     return panel.image
 
