@@ -8,6 +8,8 @@ from typing import Any
 import numpy as np
 from torch import Tensor, nn
 
+from .schedule import samples_of
+
 
 class Task:
     """What is trained. `nets` holds what DDP wraps; the loop puts the wrapped modules there, and `loss` calls them."""
@@ -30,6 +32,10 @@ class Task:
     def batch(self, indices: np.ndarray, epochs: np.ndarray, seed: int) -> Any:
         """The training samples at `indices` in their `epochs`, a tuple of tensors; a pure function."""
         raise NotImplementedError
+
+    def samples(self, batch_size: int, seed: int, step: int) -> tuple[np.ndarray, np.ndarray]:
+        """Row indices and epochs, each `(batch_size,)`, of one step's global batch: a function of its arguments."""
+        return samples_of(self.rows, batch_size, seed, step)
 
     def playing(self, step: int) -> list[str]:
         """The players that take a turn in this step, in their order: all, unless a task says otherwise."""

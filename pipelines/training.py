@@ -25,7 +25,7 @@ from .arguments import read_file
 from .checkpoint import latest_state, load_state, save_state
 from .config import UserError, difference, to_yaml
 from .processes import build_accelerator
-from .schedule import TrainConfig, adamw, ema_update, learning_rate, samples_of
+from .schedule import TrainConfig, adamw, ema_update, learning_rate
 from .task import Task
 from .tracking import Tracker
 
@@ -154,7 +154,7 @@ def batches(training: Training) -> Generator[list[Any], None, None]:
     size = config.batch_size // config.accumulate // accelerator.num_processes
 
     def make(step: int) -> list[Any]:
-        indices, epochs = samples_of(task.rows, config.batch_size, config.seed, step)
+        indices, epochs = task.samples(config.batch_size, config.seed, step)
         shape = (config.accumulate, accelerator.num_processes, size)
         mine = [part.reshape(shape)[:, accelerator.process_index] for part in (indices, epochs)]
         return [task.batch(i, e, config.seed) for i, e in zip(*mine, strict=True)]
