@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import sys
+import traceback
 import types
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -20,6 +21,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 from tokenizer.pretrained import PipelineLoadError
 
 from .arguments import Data, UserError, read_arguments, show, write_yaml
+from .heartbeat import ProcessLost
 from .nodes import ModelNode, merge, node_of, plain
 
 __all__ = ["Config", "ModelNode", "UserError", "difference", "merge", "parse", "run_command", "to_yaml"]
@@ -99,9 +101,13 @@ def run_command(
 
 @contextmanager
 def exit_codes(quiet: bool = False) -> Iterator[None]:
-    """A user's mistake becomes `error: ...` lines and exit code 2, Ctrl-C becomes 130; a bug keeps its traceback."""
+    """A user's mistake becomes `error: ...` lines and exit code 2, Ctrl-C becomes 130; a bug keeps its traceback, and a
+    last line says on which process and where in a run it came up."""
     try:
         yield
+    except ProcessLost as error:
+        print(f"error on process {os.environ.get('RANK', '0')}: {error}", file=sys.stderr, flush=True)
+        raise SystemExit(1) from error
     except (UserError, PipelineLoadError) as error:
         label = "error" if is_first_process() else f"error on process {os.environ['RANK']}"
         if not quiet:
@@ -111,6 +117,13 @@ def exit_codes(quiet: bool = False) -> Iterator[None]:
         if is_first_process():
             print("error: interrupted", file=sys.stderr)
         raise SystemExit(130) from error
+    except Exception as error:
+        if not hasattr(error, "place"):  # not while a run was under way
+            raise
+        traceback.print_exc()
+        where = f"error on process {os.environ.get('RANK', '0')}: {error.place}"
+        print(f"{where}: {type(error).__name__}: {error}", file=sys.stderr, flush=True)
+        raise SystemExit(1) from error
 
 
 def is_first_process() -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import warnings
+from datetime import timedelta
 from typing import TYPE_CHECKING
 
 from .config import UserError
@@ -17,13 +18,21 @@ TWO_PROCESSES = (
 )
 
 
-def build_accelerator() -> Accelerator:
-    """The `Accelerator` that `accelerate launch` asked for. Raises `UserError` if fewer processes were started."""
-    from accelerate import Accelerator, DistributedDataParallelKwargs
+TIMEOUT = 1800.0
+GRACE = 15.0  # a heartbeat says who is late; a collective, which would only say that it is late, has so much longer
+
+
+def build_accelerator(timeout: float = TIMEOUT) -> Accelerator:
+    """The `Accelerator` that `accelerate launch` asked for, whose processes wait `timeout` seconds for each other.
+
+    Raises `UserError` if fewer processes were started.
+    """
+    from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
 
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch")
     # Buffers (an EMA codebook) are kept equal by the models themselves; broadcasting them would undo nothing but time.
-    accelerator = Accelerator(kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)])
+    group = InitProcessGroupKwargs(timeout=timedelta(seconds=timeout + GRACE))
+    accelerator = Accelerator(kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False), group])
     asked = int(os.environ.get("WORLD_SIZE", "1")) > 1 or "MASTER_ADDR" in os.environ
     if accelerator.num_processes == 1 and asked:
         raise UserError(

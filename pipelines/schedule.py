@@ -39,6 +39,10 @@ class TrainConfig(Config):
     preview_every: int = Field(1000, ge=1, description="steps between pictures")
     evaluate_every: int = Field(1000, ge=1, description="steps between evaluations on the held-out split")
     save_every: int = Field(1000, ge=1, description="steps between saves: resume state and snapshot")
+    timeout: float = Field(
+        1800.0, ge=1, description="seconds that processes wait for one that is silent, or that evaluates, before the "
+        "run ends"
+    )  # fmt: skip
 
 
 def adamw(parameters: list[nn.Parameter], config: TrainConfig, betas: tuple[float, float]) -> torch.optim.AdamW:

@@ -8,31 +8,33 @@ with the same command continues to the bit. `accelerate` owns devices, precision
 from __future__ import annotations
 
 import math
+import shutil
+import signal
 import sys
 import time
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from safetensors import SafetensorError
 from torch.optim.swa_utils import AveragedModel
 
-from .arguments import read_file
-from .checkpoint import latest_state, load_state, save_state
-from .config import UserError, difference, to_yaml
+from .checkpoint import SPARE, load_state, save_state
+from .config import UserError
+from .heartbeat import Heartbeat, ProcessLost
 from .processes import build_accelerator
+from .run_folder import check_folder, claim_folder, newest_state
 from .schedule import TrainConfig, adamw, ema_update, learning_rate
+from .step import take_step
 from .task import Task
 from .tracking import Tracker
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
-
-MAX_SKIPPED = 10
 
 
 @dataclass
@@ -46,6 +48,7 @@ class Training:
     averaged: AveragedModel
     optimizers: dict[str, Any]
     tracker: Tracker
+    heartbeat: Heartbeat
     step: int = 0
     minutes: float = 0.0
     skipped: int = 0
@@ -53,9 +56,17 @@ class Training:
     window: dict[str, list[float]] = field(default_factory=dict)
     """Sum and count of each logged term since the last report: who did not play, or was skipped, has fewer."""
     evaluation: dict[str, float] = field(default_factory=dict)
+    pending: list[str] = field(default_factory=list)
+    """What was due at the saved step and not done, because the run was told to end."""
     saved_step: int = -1
+    unsaved: str = ""
+    """Why the last save failed, if it did."""
+    stop_asked: bool = False
+    """Whether this process was told to end, by SIGTERM."""
+    stopping: bool = False
+    """Whether any process was, which all learn in the same step."""
 
-    COUNTERS = ("minutes", "skipped", "skipped_in_a_row", "window", "evaluation")
+    COUNTERS = ("minutes", "skipped", "skipped_in_a_row", "window", "evaluation", "pending")
 
     def counters(self) -> dict[str, Any]:
         """What a resumed run needs besides weights and optimizers."""
@@ -65,10 +76,11 @@ class Training:
 def train(build: Callable[[Accelerator], Task], config: Any) -> Path:
     """Run `build`'s task to its end under `config` (with `out`, `train` and `track`); returns the run folder.
 
-    Started again with the same configuration it continues from the newest state. Raises `UserError` for a run folder
-    that belongs to another configuration, a batch size that does not divide, or ten non-finite steps in a row.
+    Started again with the same configuration it continues from the newest state. SIGTERM ends it early, saved. Raises
+    `UserError` for a run folder that belongs to another configuration, a batch size that does not divide, ten
+    non-finite steps in a row, or a last state that could not be saved; `ProcessLost` when another process is.
     """
-    accelerator, run = build_accelerator(), Path(config.out)
+    accelerator, run = build_accelerator(config.train.timeout), Path(config.out)
     shares = accelerator.num_processes * config.train.accumulate
     if config.train.batch_size % shares:
         raise UserError(
@@ -81,42 +93,58 @@ def train(build: Callable[[Accelerator], Task], config: Any) -> Path:
     torch.manual_seed(config.train.seed)
     task = build(accelerator)
     claim_folder(run, config, accelerator)
-    training = set_up(task, config, run, accelerator)
-    try:
-        fit(training)
-    finally:
-        training.tracker.close()
-        accelerator.end_training()
+    heartbeat = Heartbeat(run, accelerator.process_index, accelerator.num_processes, config.train.timeout)
+    with told_where(heartbeat):
+        training = set_up(task, config, run, accelerator, heartbeat)
+        try:
+            require_room(training)
+            with stopped_by_sigterm(training):
+                fit(training)
+        finally:
+            training.tracker.close()
+        accelerator.wait_for_everyone()
+    heartbeat.close(last=accelerator.is_main_process)
+    accelerator.end_training()
+    if training.unsaved:
+        raise UserError(f"the run is not saved: {training.unsaved}")
     return run
 
 
-def check_folder(run: Path, config: Any) -> None:
-    """Raise `UserError` for a folder that belongs to a run with another configuration, or to something else."""
-    path = run / "config.yaml"
-    if path.is_file():
-        free = {"out": None, "track": None}  # a run may be moved, and its numbers sent elsewhere
-        changes = difference({**read_file(str(path)), **free}, {**config.model_dump(mode="json"), **free})
-        if changes:
-            raise UserError(
-                f"{run}: belongs to a run with another configuration; choose another out=, nothing was "
-                "overwritten. What differs:\n" + "\n".join(changes)
-            )
-    elif run.is_dir() and any(not entry.name.startswith(".tmp-") for entry in run.iterdir()):
-        raise UserError(f"{run}: not empty and not a run folder; choose another out=, nothing was overwritten")
+@contextmanager
+def told_where(heartbeat: Heartbeat) -> Iterator[None]:
+    """Tell the other processes of an error, and give it the place where it came up; or say whom it comes from."""
+    try:
+        yield
+    except BaseException as error:
+        lost = heartbeat.explain(error)
+        heartbeat.close(lost or f"{type(error).__name__}: {error}")
+        if lost:
+            raise ProcessLost(f"{heartbeat.sign.place}: {lost}") from error
+        error.place = heartbeat.sign.place  # type: ignore[attr-defined]  # for the last line, see `config.exit_codes`
+        raise
 
 
-def claim_folder(run: Path, config: Any, accelerator: Accelerator) -> None:
-    """Write `config.yaml` into the run folder, once all processes have found it free."""
-    accelerator.wait_for_everyone()
-    if accelerator.is_main_process:
-        run.mkdir(parents=True, exist_ok=True)
-        temporary = run / ".tmp-config.yaml"
-        temporary.write_text(to_yaml(config))
-        temporary.replace(run / "config.yaml")  # killed in between, the run must not lose its configuration
-    accelerator.wait_for_everyone()
+@contextmanager
+def stopped_by_sigterm(training: Training) -> Iterator[None]:
+    """SIGTERM, by which a machine is taken back, lets the step end, saves, and ends the run."""
+
+    def ask(*_: Any) -> None:
+        training.stop_asked = True
+
+    try:
+        before = signal.signal(signal.SIGTERM, ask)
+    except ValueError:  # not the main thread, which alone may
+        yield
+        return
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
-def set_up(task: Task, config: Any, run: Path, accelerator: Accelerator) -> Training:
+def set_up(
+    task: Task, config: Any, run: Path, accelerator: Accelerator, heartbeat: Heartbeat | None = None
+) -> Training:
     """Place the task on the device, average its weights, give players optimizers, and load the newest state."""
     task.model.to(accelerator.device)
     averaged = AveragedModel(task.model, multi_avg_fn=ema_update(config.train.ema_decay), use_buffers=False)
@@ -136,16 +164,20 @@ def set_up(task: Task, config: Any, run: Path, accelerator: Accelerator) -> Trai
             f"process(es) on {accelerator.device}, {accelerator.mixed_precision} mixed precision",
             flush=True,
         )
-    return Training(task, config.train, run, accelerator, averaged, optimizers, tracker, step,
+    heartbeat = heartbeat or Heartbeat(run, 0, 1, config.train.timeout)
+    return Training(task, config.train, run, accelerator, averaged, optimizers, tracker, heartbeat, step,
                     saved_step=step or -1, **counters)  # fmt: skip
 
 
-def newest_state(run: Path, accelerator: Accelerator) -> Path | None:
-    """The newest good state, as the main process finds it (it also tidies up), told to all."""
-    from accelerate.utils import broadcast_object_list
-
-    found = [latest_state(run) if accelerator.is_main_process else None]
-    return broadcast_object_list(found)[0]
+def require_room(training: Training) -> None:
+    """Raise `UserError` before hours of training, if what they are to leave does not fit on the disk."""
+    if not training.accelerator.is_main_process or training.step >= (training.config.steps or math.inf):
+        return
+    weights = [t.nbytes for m in (training.task.model, training.averaged) for t in m.state_dict().values()]
+    moments = [2 * p.nbytes for parameters in training.task.players.values() for p in parameters]
+    needed, free = int(SPARE * sum(weights + moments)), shutil.disk_usage(training.run).free
+    if free < needed:
+        raise UserError(f"{training.run}: a state of this run needs {needed:,} bytes, {free:,} are free")
 
 
 def batches(training: Training) -> Generator[list[Any], None, None]:
@@ -171,41 +203,53 @@ def batches(training: Training) -> Generator[list[Any], None, None]:
 def fit(training: Training) -> None:
     """Report, evaluate, preview and save when due, then step; until the steps or the minutes are used up."""
     config, tracker, began = training.config, training.tracker, time.monotonic() - 60 * training.minutes
+    main, beat = training.accelerator.is_main_process, training.heartbeat.beat
     bar = progress_bar(training)
     stream, since = batches(training), (training.step, time.monotonic())
     training.task.model.train()
     while True:
         progress = agreed_progress(training)
         due = due_now(training, progress >= 1)
+        if training.stopping and progress < 1:
+            training.pending = sorted(due)
+            save(training, snapshot=False)
+            break
         record: dict[str, float] = {}
         if "log" in due and training.window:
             record = report(training, progress, since)
             since = (training.step, time.monotonic())
             show(bar, training, record)
-        if "evaluate" in due and training.accelerator.is_main_process:
+        if "evaluate" in due and main:
+            beat(training.step, "validate")
             training.evaluation = training.task.evaluate(training.averaged.module)
             record |= {f"held_out/{name}": value for name, value in training.evaluation.items()}
         if record:
             tracker.log(training.step, record)
-        if "preview" in due and training.accelerator.is_main_process:
+        if "preview" in due and main:
+            beat(training.step, "preview")
             tracker.images(training.step, training.task.preview(training.averaged.module))
         if "save" in due:
             save(training)
         if progress >= 1:
             break
+        beat(training.step, "train")
         training.task.progress = progress
         take_step(training, next(stream), learning_rate(config, training.step, progress))
         training.minutes = (time.monotonic() - began) / 60
         bar.update(1)
     stream.close()
     bar.close()
+    beat(training.step, "end")
+    if training.stopping and progress < 1 and main:
+        print(f"{training.run}: told to end at step {training.step}; the same command continues", flush=True)
 
 
 def due_now(training: Training, done: bool) -> set[str]:
     """Which of log, evaluate, preview and save this step asks for; nothing twice at the step a run was resumed from."""
     config, step = training.config, training.step
     if step == training.saved_step:
-        return set()
+        left, training.pending = set(training.pending), []
+        return left
     every = {"log": config.log_every, "evaluate": config.evaluate_every, "preview": config.preview_every,
              "save": config.save_every}  # fmt: skip
     due = {name for name, steps in every.items() if done or (step and step % steps == 0)}
@@ -226,84 +270,6 @@ def agreed_progress(training: Training) -> float:
     return float(progress)
 
 
-def take_step(training: Training, micro_batches: list[Any], lr: float) -> None:
-    """Every player's turn: gradients over the micro-batches, then an optimizer step if all is finite on all ranks."""
-    task, accelerator = training.task, training.accelerator
-    seed = (training.config.seed * 1_000_003 + accelerator.process_index) * 1_000_003 + training.step
-    torch.manual_seed(seed % (1 << 63))
-    healthy = True
-    for player in task.playing(training.step):
-        parameters = task.players[player]
-        buffers = [buffer.clone() for buffer in task.model.buffers()]
-        for name, others in task.players.items():
-            for parameter in others if len(task.players) > 1 else ():
-                parameter.requires_grad_(name == player)
-        terms = accumulate(training, player, micro_batches)
-        norm = accelerator.clip_grad_norm_(parameters, training.config.clip)
-        means = averaged_over_ranks(training, {**terms, "gradient_norm": torch.as_tensor(norm)})
-        optimizer = training.optimizers[player]
-        if all(math.isfinite(value) for value in means.values()):
-            for group in optimizer.param_groups:
-                group["lr"] = lr * task.rates.get(player, 1.0)
-            optimizer.step()
-            for name, value in means.items():
-                key = name if len(task.players) == 1 else f"{player}/{name}"
-                total, count = training.window.get(key, (0.0, 0))
-                training.window[key] = [total + value, count + 1]
-        else:
-            healthy = False
-            culprit = first_non_finite(task.model, means)
-            for buffer, before in zip(task.model.buffers(), buffers, strict=True):
-                buffer.copy_(before)
-        optimizer.zero_grad()
-    training.step += 1
-    if healthy:
-        training.averaged.update_parameters(task.model)
-        training.skipped_in_a_row = 0
-        return
-    training.skipped += 1
-    training.skipped_in_a_row += 1
-    if training.skipped_in_a_row >= MAX_SKIPPED:
-        raise UserError(
-            f"step {training.step}: {MAX_SKIPPED} steps in a row were not finite; the first such tensor is "
-            f"{culprit}. The last good state is kept; try a lower train.lr or train.clip"
-        )
-
-
-def accumulate(training: Training, player: str, micro_batches: list[Any]) -> dict[str, Tensor]:
-    """Add up gradients over the micro-batches (DDP talks only at the last); returns the mean of the logged terms."""
-    task, accelerator, count = training.task, training.accelerator, len(micro_batches)
-    totals: dict[str, Tensor] = {}
-    for index, batch in enumerate(micro_batches):
-        batch = tuple(part.to(accelerator.device) if isinstance(part, Tensor) else part for part in batch)
-        with ExitStack() as stack:
-            if index < count - 1:
-                for net in task.nets.values():
-                    stack.enter_context(accelerator.no_sync(net))
-            loss, terms = task.loss(player, batch, training.step)
-            accelerator.backward(loss / count)
-        for name, value in {"loss": loss, **terms}.items():
-            totals[name] = totals.get(name, 0.0) + value.detach().float() / count
-    return totals
-
-
-def averaged_over_ranks(training: Training, terms: dict[str, Tensor]) -> dict[str, float]:
-    """Means over processes; a value that is not finite on one is not finite on all, so all decide alike."""
-    stacked = torch.stack([value.to(training.accelerator.device).double() for value in terms.values()])
-    if training.accelerator.num_processes > 1:
-        torch.distributed.all_reduce(stacked)
-        stacked /= training.accelerator.num_processes
-    return dict(zip(terms, stacked.tolist(), strict=True))
-
-
-def first_non_finite(model: nn.Module, terms: dict[str, float]) -> str:
-    """The name of the first gradient that is not finite, else of the first such term of the loss."""
-    for name, parameter in model.named_parameters():
-        if parameter.grad is not None and not bool(torch.isfinite(parameter.grad).all()):
-            return f"the gradient of {name}"
-    return next(name for name, value in terms.items() if not math.isfinite(value))
-
-
 def report(training: Training, progress: float, since: tuple[int, float]) -> dict[str, float]:
     """Means of the logged terms since the last report, speed and learning rate; starts a new window."""
     record = {name: total / count for name, (total, count) in training.window.items()}
@@ -319,15 +285,25 @@ def report(training: Training, progress: float, since: tuple[int, float]) -> dic
     }
 
 
-def save(training: Training) -> None:
-    """Write the resume state and the user's snapshot of the averaged weights, on the main process."""
-    training.saved_step = training.step
+def save(training: Training, snapshot: bool = True) -> None:
+    """Write the resume state and the user's `snapshot` of the averaged weights, on the main process.
+
+    A disk that is full, or gone, costs a warning: what was saved before stays, and the run goes on to the next save.
+    """
+    training.saved_step, training.unsaved = training.step, ""
+    training.heartbeat.beat(training.step, "save")
     if training.accelerator.is_main_process:
         facts = {"steps": training.step, "minutes": round(training.minutes, 3), "evaluation": training.evaluation}
         optimizers = {name: getattr(o, "optimizer", o) for name, o in training.optimizers.items()}
-        training.task.save(training.averaged.module, training.run, facts)
-        save_state(training.run, training.step, model=training.task.model, ema=training.averaged,
-                   optimizers=optimizers, counters=training.counters())  # fmt: skip
+        try:
+            if snapshot:
+                training.task.save(training.averaged.module, training.run, facts)
+            save_state(training.run, training.step, model=training.task.model, ema=training.averaged,
+                       optimizers=optimizers, counters=training.counters())  # fmt: skip
+        except (OSError, SafetensorError) as error:  # safetensors has its own for a full disk
+            free = shutil.disk_usage(training.run).free
+            training.unsaved = f"step {training.step}: {error} ({free:,} bytes are free in {training.run})"
+            print(f"warning: not saved: {training.unsaved}; older states are kept", file=sys.stderr, flush=True)
     training.accelerator.wait_for_everyone()
 
 

@@ -9,6 +9,7 @@ import re
 import time
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -36,9 +37,11 @@ from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
 from pipelines import ImagePipeline, training
+from pipelines import step as one_step
 from pipelines.config import UserError, parse
 from pipelines.images import DataConfig, load_images
 from pipelines.schedule import TrainConfig, ema_update, learning_rate, samples_of
+from pipelines.task import Task
 from pipelines.tokens import load_tokens
 from pipelines.train_prior import PriorTask, TrainPriorConfig, bits_per_token
 from pipelines.train_tokenizer import Stage, TokenizerTask, evaluate_reconstruction
@@ -91,7 +94,8 @@ def test_the_order_is_a_pure_function():
 @pytest.mark.parametrize("accumulate", [1, 3])
 @pytest.mark.parametrize("processes", [1, 2, 4])
 def test_any_number_of_processes_shares_the_same_batches(processes, accumulate):
-    task = SimpleNamespace(rows=50, batch=lambda indices, epochs, seed: (indices, epochs, seed))
+    task: Any = Task()
+    task.rows, task.batch = 50, lambda indices, epochs, seed: (indices, epochs, seed)
     config = TrainConfig(batch_size=24, accumulate=accumulate, seed=5)
     streams = [
         batches(SimpleNamespace(step=7, config=config, task=task,
@@ -178,14 +182,14 @@ def test_accumulated_gradients_are_those_of_the_whole_batch(tmp_path, tokens):
 
 def test_clipping_bounds_the_norm_that_is_applied(tmp_path, monkeypatch):
     applied = []
-    inspect = training.averaged_over_ranks
+    inspect = one_step.averaged_over_ranks
 
     def watched(run, terms):
         gradients = [p.grad.flatten() for p in run.task.model.parameters() if p.grad is not None]
         applied.append(float(torch.cat(gradients).norm()))
         return inspect(run, terms)
 
-    monkeypatch.setattr(training, "averaged_over_ranks", watched)
+    monkeypatch.setattr(one_step, "averaged_over_ranks", watched)
     run = train_tokenizer(tmp_path / "run", train__clip=0.05)
     assert len(applied) == 12 and max(applied) <= 0.05 * (1 + 1e-4) and max(applied) > 0.049
     assert min(losses(run, "gradient_norm")) > 0.05  # what is logged is the norm before
