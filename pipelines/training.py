@@ -117,7 +117,8 @@ def told_where(heartbeat: Heartbeat) -> Iterator[None]:
         yield
     except BaseException as error:
         lost = heartbeat.explain(error)
-        heartbeat.close(lost or f"{type(error).__name__}: {error}")
+        ended = f"ended early, with exit code {error.code}" if isinstance(error, SystemExit) else None
+        heartbeat.close(lost or ended or f"{type(error).__name__}: {error}")
         if lost:
             raise ProcessLost(f"{heartbeat.sign.place}: {lost}") from error
         error.place = heartbeat.sign.place  # type: ignore[attr-defined]  # for the last line, see `config.exit_codes`
