@@ -7,6 +7,7 @@ batch size or another number of processes sees the same images.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -44,7 +45,8 @@ def augment_images(images: Tensor, indices: NDArray[np.int64], config: AugmentCo
     if config.shift or config.rotate or config.zoom:
         grid = affine_grid(2 * draws[:, 1:] - 1, config, images.shape[-2], images.shape[-1])
         images = F.grid_sample(images, grid, mode="bilinear", padding_mode="border", align_corners=False)
-    return images.clamp(-1, 1)  # interpolation may overshoot by a rounding error
+        images = images.clamp(-1, 1)  # interpolation may overshoot by a rounding error
+    return images
 
 
 def affine_grid(draws: NDArray[np.float64], config: AugmentConfig, height: int, width: int) -> Tensor:
@@ -65,18 +67,22 @@ def affine_grid(draws: NDArray[np.float64], config: AugmentConfig, height: int, 
     return torch.stack([(cos * x - sin * y) * 2 / width, (sin * x + cos * y) * 2 / height], dim=-1)
 
 
-def uniforms(seed: int, epoch: int, indices: NDArray[np.int64]) -> NDArray[np.float64]:
-    """Numbers in [0, 1), (B, 5), that depend on (seed, epoch, index) alone."""
+def uniforms(
+    seed: int, epoch: int, indices: NDArray[np.int64], columns: Sequence[int] = range(DRAWS)
+) -> NDArray[np.float64]:
+    """Numbers in [0, 1), (B, 5), or the columns of it asked for, that depend on (seed, epoch, index) alone."""
     key = splitmix64(np.array([seed % 2**64], dtype=np.uint64))
     key = splitmix64(key ^ np.uint64(epoch % 2**64))
     key = splitmix64(key ^ indices.astype(np.uint64))
-    bits = splitmix64(key[:, None] + np.arange(DRAWS, dtype=np.uint64) * GOLDEN)
+    bits = splitmix64(key[:, None] + np.array(columns, dtype=np.uint64) * GOLDEN)
     return (bits >> np.uint64(11)).astype(np.float64) * 2.0**-53
 
 
 def splitmix64(state: NDArray[np.uint64]) -> NDArray[np.uint64]:
     """Hash every element of an array: the output function of SplitMix64 (Steele, Lea and Flood, 2014)."""
     z = state + GOLDEN
-    z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return z ^ (z >> np.uint64(31))
+    for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
+        z ^= z >> np.uint64(shift)  # in place, without arrays in between
+        z *= np.uint64(factor)
+    z ^= z >> np.uint64(31)
+    return z

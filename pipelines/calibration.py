@@ -211,13 +211,15 @@ class Reader:
 
     def array(self, name: str, axes: int) -> Floats:
         found = self.get(name)
-        try:
-            value = np.array(found)
-        except ValueError:  # rows of different lengths
-            value = np.array([None])
-        right = value.dtype.kind in "if" and value.ndim == axes and value.size and bool(np.isfinite(value).all())
-        self.check(bool(right), name, f"should be numbers along {axes} axes")
-        return value.astype(np.float64)
+        rows = found if axes == 2 and isinstance(found, list) else [found]
+        lengths = {len(row) if isinstance(row, list) else 0 for row in rows}
+        right = (
+            len(lengths) == 1
+            and 0 not in lengths
+            and all(type(number) in (int, float) for row in rows for number in row)
+        )
+        self.check(right, name, f"should be numbers along {axes} axes")  # numpy would make room for any text
+        return np.array(found, np.float64)
 
     def gaussian(self, name: str) -> Gaussian:
         mean, whitener = self.array(f"{name}.mean", 1), self.array(f"{name}.whitener", 2)

@@ -8,6 +8,7 @@ Files merge left to right, then overrides do; a node whose `kind` changes is rep
 from __future__ import annotations
 
 import dataclasses
+import errno
 import os
 import sys
 import traceback
@@ -118,6 +119,10 @@ def exit_codes(quiet: bool = False) -> Iterator[None]:
             print("error: interrupted", file=sys.stderr)
         raise SystemExit(130) from error
     except Exception as error:
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):  # nobody's bug
+            label = "error" if is_first_process() else f"error on process {os.environ['RANK']}"
+            print(f"{label}: {error.filename or 'disk full'}: {error.strerror}", file=sys.stderr, flush=True)
+            raise SystemExit(1) from error
         if not hasattr(error, "place"):  # not while a run was under way
             raise
         traceback.print_exc()

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import io
-import os
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -16,22 +16,32 @@ from PIL import Image, ImageOps
 from torch import Tensor
 from tqdm import tqdm
 
-from .sources import Payload, Rows, show_progress
+from tokenizer.storage import LimitError, PathError, read_bytes
+
+from .sources import MAX_FILE, WORKERS, Payload, Rows, show_progress
 
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF")
 MAX_PIXELS, MAX_SIDE = 64 * 2**20, 16_384
 CHUNK = 64  # images that one thread reads and decodes at a time
-WORKERS = min(16, os.cpu_count() or 1)
 
 Shape = tuple[int, int, int]
 
 
+class Problem(NamedTuple):
+    """A bad image: its path (or shard and name), its row in the split, why, and the path of what it was replaced by."""
+
+    path: str
+    row: int
+    reason: str
+    replaced_by: str | None = None
+
+
 @dataclass(frozen=True)
 class Report:
-    """What the pre-flight found: how many images, and (path or row, reason) for each bad one."""
+    """How many images were looked at, and the bad ones among them."""
 
     found: int
-    problems: list[tuple[str, str]]
+    problems: list[Problem]
 
     @property
     def bad(self) -> int:
@@ -59,7 +69,7 @@ def decode_all(rows: Rows, positions: NDArray[np.int64], shape: Shape, room: int
             for k, (name, image) in enumerate(results, start=number * CHUNK):
                 if isinstance(image, str):
                     good[k] = False
-                    problems.append((name, image))
+                    problems.append(Problem(name, int(positions[k]), image))
                 elif keep:
                     store[k] = image
             bar.update(len(results))
@@ -96,9 +106,22 @@ def pixels_of(image: Image.Image, shape: Shape) -> NDArray[np.uint8]:
     return pixels[None] if channels == 1 else pixels.transpose(2, 0, 1)
 
 
-def open_image(payload: bytes | Path | None) -> Image.Image:
+def read_file(path: Path) -> bytes:
+    """A file's bytes, once. Raises `ValueError` for one that is missing, too large, or no regular file (which may never
+    end)."""
+    try:
+        return read_bytes(path, MAX_FILE)
+    except PathError:
+        raise ValueError("no such file, or not a regular one") from None
+    except LimitError:
+        raise ValueError(f"a file of more than {MAX_FILE} bytes") from None
+
+
+def open_image(payload: bytes | Path | str | None) -> Image.Image:
     """Open a file of a known format, unless its size is unreasonable. Raises whatever Pillow raises."""
-    data = payload.read_bytes() if isinstance(payload, Path) else payload
+    data = read_file(payload) if isinstance(payload, Path) else payload
+    if isinstance(data, str):
+        raise ValueError(data)
     if not data:
         raise ValueError("no image" if data is None else "the file is empty")
     try:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import shutil
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
@@ -13,14 +15,32 @@ from torch import Tensor
 from tokenizer import Tokenizer
 from tokenizer.storage import read_json
 
+from .appending import class_numbers, existing, missing_variants, same_images
 from .config import Config, UserError, run_command
-from .images import DataConfig, ImageDataset, check_shape, load_images
+from .images import DataConfig, ImageDataset, Splits, check_shape, load_images
+from .pieces import (
+    Piece,
+    begin,
+    check_job,
+    cut,
+    drop_if_damaged,
+    entry_of,
+    keep,
+    made,
+    manifest_hash,
+    publish,
+    recover,
+    shards_of,
+    work_folder,
+)
 from .processes import build_accelerator
-from .tokens import META, TokenDataset, TokenSplit, load_tokens, smallest_type
+from .tokens import META, Meta
 from .train_tokenizer import PROVENANCE
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
+
+SPLITS = ("train", "test")
 
 
 class EncodeConfig(Config):
@@ -32,6 +52,11 @@ class EncodeConfig(Config):
     augmentations: int = Field(
         0, ge=0, le=1000, description="extra variants of each training image, made by data.augment"
     )
+    append: bool = Field(False, description="add to the dataset in `out` what it does not have: other images, or "
+                         "further augmentations of the same")  # fmt: skip
+    only: Literal["train", "test"] | None = Field(None, description="with append=true, add to this split alone")
+    rows_per_shard: int | None = Field(None, ge=1, description="rows of a file; null: one file for a split below 64 "
+                                       "MiB, else 16,384 rows")  # fmt: skip
     batch_size: int = Field(256, ge=1, description="images at a time on each process")
     seed: int = Field(0, ge=0, description="chooses the augmentations")
 
@@ -43,68 +68,111 @@ def defaults(given: dict[str, Any]) -> dict[str, Any]:
 
 
 def run(config: EncodeConfig) -> Path:
-    """Encode both splits, every process its share, and write the dataset once; returns its folder.
+    """Encode both splits, every process its share, and give the dataset its name at the end; returns its folder.
 
-    Raises `UserError` for images of another size than the tokenizer's, or augmentations without data.augment.
+    Started again after it was killed, it goes on with what is missing, and the result is the same to the bit. Raises
+    `UserError` for images of another size than the tokenizer's, augmentations without data.augment, a folder of
+    something else or of an unfinished encode with another configuration, and for rows that do not fit those to which
+    they are to be added.
     """
     accelerator = build_accelerator()
-    tokenizer = Tokenizer.from_pretrained(config.tokenizer)
-    check_shape(config.data, tokenizer.image_shape, "tokenizer")
-    if config.augmentations and not any(config.data.augment.model_dump().values()):
-        raise UserError(
-            "augmentations: needs a data.augment.* that changes something, for example data.augment.shift=2"
-        )
-    out = Path(config.out)
-    if out.is_dir() and any(out.iterdir()) and not (out / META).is_file():
-        raise UserError(
-            f"out: {out} is not empty and not a token dataset; choose another folder, nothing was overwritten"
-        )
+    tokenizer, out = Tokenizer.from_pretrained(config.tokenizer), Path(config.out)
+    work = work_folder(out)
+    check_settings(config, tokenizer, out)
+    if accelerator.is_main_process:
+        recover(out)
+    accelerator.wait_for_everyone()
+    old = existing(out, tokenizer) if config.append else None
+    wanted = {"train": 1 + config.augmentations, "test": 1}
+    wanted = {split: count for split, count in wanted.items() if config.only in (None, split)}
+    variants = missing_variants(old, config.data.model_dump(mode="json"), config.seed, wanted)
     images = load_images(config.data)
     if (images.train.labels is None) != (images.held_out.labels is None):
         raise UserError("data.label_column: only one of the two splits has labels; null uses both without")
-    tokenizer.to(accelerator.device)
-    splits = {}
-    for name, split in (("train", images.train), ("test", images.held_out)):
-        variants = 1 + (config.augmentations if name == "train" else 0)
-        tokens = encode_split(accelerator, tokenizer, split, variants, config, name)
-        splits[name] = TokenSplit(tokens, None if split.labels is None else split.labels.repeat(variants))
+    numbers, pieces = class_numbers(images.train, old), plan(config, images, variants)
+    job = job_of(config, tokenizer, pieces, accelerator.device.type)
+    check_job(work, job)
+    accelerator.wait_for_everyone()
     if accelerator.is_main_process:
-        path = Path(config.tokenizer) / PROVENANCE
-        facts = read_json(path) if path.is_file() else {}
-        source = {**facts, "data": config.data.model_dump(mode="json")}
-        names = images.train.class_names if images.train.labels is not None else []
-        TokenDataset(tokenizer.grid, names, splits, tokenizer.cpu(), source, config.augmentations).save(out)
-        written = load_tokens(out)
-        sizes = ", ".join(f"{len(split)} {name}" for name, split in written.splits.items())
-        print(f"{out}: {sizes} rows of {'x'.join(map(str, written.grid.shape))} ids below {written.grid.vocab_size}")
+        begin(work, job)
+    accelerator.wait_for_everyone()
+    encode_missing(accelerator, tokenizer.to(accelerator.device), images, numbers, pieces, config)
+    if accelerator.is_main_process:
+        meta = finish(config, tokenizer.cpu(), images, pieces, old, variants)
+        shutil.rmtree(work)
+        sizes = ", ".join(f"{sum(counts)} {name}" for name, counts in meta.shards.items())
+        print(f"{out}: {sizes} rows of {'x'.join(map(str, meta.grid.shape))} ids below {meta.grid.vocab_size}")
     accelerator.wait_for_everyone()
     accelerator.end_training()
     return out
 
 
-@torch.inference_mode()
-def encode_split(
-    accelerator: Accelerator, tokenizer: Tokenizer, images: ImageDataset, variants: int, config: EncodeConfig, name: str
-) -> Tensor:
-    """Tokens `(variants * n, *grid.shape)`: all images as they are, then each further variant of all images.
+def check_settings(config: EncodeConfig, tokenizer: Tokenizer, out: Path) -> None:
+    """Raise `UserError` for what can be known to be wrong before images are read."""
+    check_shape(config.data, tokenizer.image_shape, "tokenizer")
+    if config.augmentations and not any(config.data.augment.model_dump().values()):
+        raise UserError(
+            "augmentations: needs a data.augment.* that changes something, for example data.augment.shift=2"
+        )
+    if config.only and not config.append:
+        raise UserError("only: a new dataset has both splits; append=true adds to one of them")
+    if out.is_dir() and any(out.iterdir()) and not (out / META).is_file():
+        raise UserError(
+            f"out: {out} is not empty and not a token dataset; choose another folder, nothing was overwritten"
+        )
 
-    Every process encodes a contiguous share; all of them get the whole.
-    """
+
+def plan(config: EncodeConfig, images: Splits, variants: dict[str, tuple[int, int]]) -> list[Piece]:
+    """All pieces to make, in the order of their rows: row = variant * n + index."""
+    sizes = {"train": len(images.train), "test": len(images.held_out)}
+    return [piece for split, (first, end) in variants.items()
+            for piece in cut(split, first * sizes[split], end * sizes[split], config.batch_size,
+                             config.rows_per_shard)]  # fmt: skip
+
+
+def job_of(config: EncodeConfig, tokenizer: Tokenizer, pieces: list[Piece], device: str) -> dict[str, Any]:
+    """All that the rows depend on, to the bit."""
+    settings = config.model_dump(mode="json", exclude={"out", "tokenizer"})
+    rows = [sum(piece.stop - piece.start for piece in pieces if piece.split == split) for split in SPLITS]
+    return {**settings, "tokenizer": tokenizer.fingerprint(), "rows": rows, "device": device,
+            "added_to": manifest_hash(Path(config.out)) if config.append else None}  # fmt: skip
+
+
+def encode_missing(accelerator: Accelerator, tokenizer: Tokenizer, images: Splits, numbers: Tensor | None,
+                   pieces: list[Piece], config: EncodeConfig) -> None:  # fmt: skip
+    """Make the pieces that are not there, every process its share of them."""
     from tqdm import tqdm
 
-    count, world = len(images) * variants, accelerator.num_processes
-    share = -(-count // world)
-    mine = np.arange(accelerator.process_index * share, (accelerator.process_index + 1) * share).clip(max=count - 1)
-    encoded = torch.zeros(share, *tokenizer.grid.shape, dtype=torch.int32)
+    work = work_folder(Path(config.out))
+    mine = slice(accelerator.process_index, None, accelerator.num_processes)
+    for piece in pieces[mine]:
+        drop_if_damaged(work, piece)
+    accelerator.wait_for_everyone()
+    missing = [piece for piece in pieces if entry_of(work, piece) is None]
+    accelerator.wait_for_everyone()  # all have seen the same
     hidden = None if accelerator.is_main_process else True
-    with tqdm(total=share, desc=f"encoding {name}", unit="image", disable=hidden, leave=False) as bar:
-        for start in range(0, share, config.batch_size):
-            rows = mine[start : start + config.batch_size]
-            batch = variants_of(images, rows, config.seed)
-            encoded[start : start + len(rows)] = tokenizer.encode(batch.to(accelerator.device)).cpu().int()
-            bar.update(len(rows))
-    gathered = accelerator.gather(encoded.to(accelerator.device)).cpu() if world > 1 else encoded
-    return gathered[:count].to(smallest_type(tokenizer.grid.vocab_size))
+    if accelerator.is_main_process and len(missing) < len(pieces):
+        print(f"{config.out}: continuing, {len(pieces) - len(missing)} of {len(pieces)} pieces are there", flush=True)
+    total = sum(piece.stop - piece.start for piece in missing[mine])
+    with tqdm(total=total, desc="encoding", unit="image", disable=hidden, leave=False) as bar:
+        for piece in missing[mine]:
+            split = images.train if piece.split == "train" else images.held_out
+            rows = np.arange(piece.start, piece.stop)
+            tokens = encode_rows(tokenizer, split, rows, config, bar)
+            labels = None if split.labels is None else split.labels[rows % len(split)]
+            keep(work, piece, tokens, labels if numbers is None or labels is None else numbers[labels], tokenizer.grid)
+    accelerator.wait_for_everyone()
+
+
+@torch.inference_mode()
+def encode_rows(tokenizer: Tokenizer, images: ImageDataset, rows: np.ndarray, config: EncodeConfig, bar: Any) -> Tensor:
+    """Tokens `(len(rows), *grid.shape)` int32. Batches begin at the piece, so that they do not depend on processes."""
+    parts = []
+    for start in range(0, len(rows), config.batch_size):
+        some = rows[start : start + config.batch_size]
+        parts.append(tokenizer.encode(variants_of(images, some, config.seed).to(tokenizer.device)).cpu().int())
+        bar.update(len(some))
+    return torch.cat(parts)
 
 
 def variants_of(images: ImageDataset, rows: np.ndarray, seed: int) -> Tensor:
@@ -115,6 +183,26 @@ def variants_of(images: ImageDataset, rows: np.ndarray, seed: int) -> Tensor:
         for variant in np.unique(which)
     ]
     return torch.cat(parts)  # rows ascend, so variants do
+
+
+def finish(config: EncodeConfig, tokenizer: Tokenizer, images: Splits, pieces: list[Piece], old: Meta | None,
+           variants: dict[str, tuple[int, int]]) -> Meta:  # fmt: skip
+    """Put the pieces, after the rows that were there, into the dataset; returns what it says of itself."""
+    out, data = Path(config.out), config.data.model_dump(mode="json")
+    shards = shards_of(out, old) if old is not None else {}
+    for piece in pieces:
+        shards.setdefault(piece.split, []).append(made(work_folder(out), piece))
+    part = {"data": data, "seed": config.seed, "variants": {split: end for split, (_, end) in variants.items()},
+            "rows": {name: sum(p.stop - p.start for p in pieces if p.split == name) for name in variants}}  # fmt: skip
+    if old is None:
+        path = Path(config.tokenizer) / PROVENANCE
+        source = {**(read_json(path) if path.is_file() else {}), "data": data}
+        names = images.train.class_names if images.train.labels is not None else []
+        meta = Meta(tokenizer.grid, names, {}, source, config.augmentations, tokenizer.fingerprint(), [part])
+    else:
+        more = config.augmentations if same_images(old.source.get("data") or {}, data) else 0
+        meta = replace(old, augmentations=max(old.augmentations, more), parts=[*old.parts, part])
+    return publish(out, shards, meta, tokenizer, merge=config.rows_per_shard is None)
 
 
 def main(argv: list[str] | None = None) -> Any:

@@ -126,7 +126,7 @@ def evaluate_likelihood(
     rows, test = encode_all(pipeline, train), encode_all(pipeline, held_out)
     classes = pipeline.prior.num_classes if train.labels is not None else 0
     marginal = Prior.create("marginal", grid=pipeline.prior.grid, num_classes=classes)
-    marginal.initialize(rows.tokens, rows.labels)
+    marginal.initialize(rows.tokens[:], rows.labels)
     unlabelled = TokenSplit(test.tokens, None)
     known = test if pipeline.prior.num_classes else unlabelled
     return {

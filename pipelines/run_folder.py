@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import ValidationError
 
+from tokenizer.storage import replace_file
+
 from .arguments import read_file
 from .checkpoint import latest_state
 from .config import UserError, difference, to_yaml
@@ -47,9 +49,7 @@ def claim_folder(run: Path, config: Any, accelerator: Accelerator) -> None:
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
         run.mkdir(parents=True, exist_ok=True)
-        temporary = run / ".tmp-config.yaml"
-        temporary.write_text(to_yaml(config))
-        temporary.replace(run / "config.yaml")  # killed in between, the run must not lose its configuration
+        replace_file(run / "config.yaml", to_yaml(config).encode())
     accelerator.wait_for_everyone()
 
 

@@ -12,6 +12,9 @@ from pydantic import Field
 from torch import nn
 
 from .config import Config
+from .shuffle import permuted
+
+DRAWN = 1 << 20  # rows up to which an epoch's permutation is drawn, in about 30 ms
 
 
 class TrainConfig(Config):
@@ -39,6 +42,13 @@ class TrainConfig(Config):
     preview_every: int = Field(1000, ge=1, description="steps between pictures")
     evaluate_every: int = Field(1000, ge=1, description="steps between evaluations on the held-out split")
     save_every: int = Field(1000, ge=1, description="steps between saves: resume state and snapshot")
+    checkpointing: bool = Field(
+        False, description="keep only the inputs of each block, and compute it again in the backward pass: less memory "
+        "for a third more time, and the same losses"
+    )  # fmt: skip
+    compile: bool = Field(
+        False, description="compile each block with torch.compile: faster steps after a slow first one"
+    )
     timeout: float = Field(
         1800.0, ge=1, description="seconds that processes wait for one that is silent, or that evaluates, before the "
         "run ends"
@@ -75,13 +85,17 @@ def learning_rate(config: TrainConfig, step: int, progress: float) -> float:
 def samples_of(rows: int, batch_size: int, seed: int, step: int) -> tuple[np.ndarray, np.ndarray]:
     """Row indices and epochs, each `(batch_size,)`, of one step's global batch: a function of its arguments.
 
-    Every epoch is its own permutation; batches run across their ends, so each row comes once per epoch.
+    Every epoch is its own permutation; batches run across their ends, so each row comes once per epoch. That of many
+    rows is computed where it is asked for: drawn, it would take memory and stop the training once per epoch.
     """
     positions = step * batch_size + np.arange(batch_size, dtype=np.int64)
     epochs, indices = positions // rows, positions % rows
     for epoch in np.unique(epochs):
         here = epochs == epoch
-        indices[here] = _permutation(rows, seed, int(epoch))[indices[here]]
+        if rows > DRAWN:
+            indices[here] = permuted(indices[here], rows, seed, int(epoch))
+        else:
+            indices[here] = _permutation(rows, seed, int(epoch))[indices[here]]
     return indices, epochs
 
 

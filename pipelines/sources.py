@@ -1,4 +1,7 @@
-"""Where images come from: embedded digits, a local folder, parquet, a Hub id; each split as rows, still encoded."""
+"""Where images come from: embedded digits, a local folder, parquet, a Hub id; each split as rows, still encoded.
+
+(Shards that are too many to be read beforehand are in `shard_sources`.)
+"""
 
 from __future__ import annotations
 
@@ -19,12 +22,17 @@ from pydantic import Field, model_validator
 
 from .augment import AugmentConfig, splitmix64
 from .config import Config, UserError, is_first_process
+from .hub import offline_if_unreachable, reason_of
 
 # Wider than what is decoded, so that an image we do not read is reported and not overlooked.
 SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".heic", ".avif", ".jp2", ".ppm"}
 
 Side = Annotated[int, Field(ge=4, le=4096)]
-Payload = bytes | Path | NDArray[np.uint8] | None
+Payload = bytes | Path | NDArray[np.uint8] | str | None
+"""An encoded image, a file of one, pixels, or (a string) the reason why there is none."""
+MAX_FILE = 256 << 20  # bytes of an encoded image
+WORKERS = min(16, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
+"""Threads that read and decode, which do most of it without Python's lock."""
 
 
 class DataConfig(Config):
@@ -33,6 +41,14 @@ class DataConfig(Config):
     source: str = Field(
         default="digits",
         description="`digits` (5,000 MNIST digits), a folder of images or parquet, a parquet file, or a Hub id.",
+    )
+    streaming: bool = Field(
+        default=False,
+        description="Read images when they are due, from folders or from .parquet and .tar shards in a folder, a "
+        "pattern, a URL or a Hub id; nothing is checked beforehand.",
+    )
+    shuffle_window: int = Field(
+        default=10_000, ge=1, description="Images of shards are shuffled among so many, which `cache_mb` should hold."
     )
     split: str = Field(
         default="train", description="The split to train on; in a folder of images, a folder of that name."
@@ -51,13 +67,16 @@ class DataConfig(Config):
     )
     augment: AugmentConfig = Field(default=AugmentConfig(), description="Random changes of the training images.")
     on_error: Literal["skip", "fail"] = Field(
-        default="fail", description="What to do about images that can not be decoded."
+        default="fail",
+        description="What to do about images that can not be decoded; streaming replaces what it skips.",
     )
     max_bad_fraction: float = Field(
         default=0.01, ge=0, le=1, description="With `skip`, a larger share of bad images is an error."
     )
     limit: int | None = Field(default=None, ge=1, description="Use only the first so many images of each split.")
-    cache_mb: int = Field(default=2048, ge=0, description="Keep decoded images in memory up to this many MiB.")
+    cache_mb: int = Field(
+        default=2048, ge=0, description="Keep decoded images, or parts of shards, in memory up to this many MiB."
+    )
 
     @model_validator(mode="after")
     def _splits_differ(self) -> DataConfig:
@@ -74,16 +93,25 @@ class DataConfig(Config):
 
 @dataclass(frozen=True)
 class Rows:
-    """One split as its source gives it, still encoded. `read` returns (path or row, payload) for each row asked for."""
+    """One split as its source gives it, still encoded. `read` returns (path or row, payload) for each row asked for.
+
+    Where rows are read in blocks, `blocks` holds the first row of each, and the end, and `row_bytes` the mean size.
+    """
 
     size: int
     read: Callable[[Sequence[int]], list[tuple[str, Payload]]]
     labels: list[Any] | None
     class_names: list[str] | None = None
+    blocks: NDArray[np.int64] | None = None
+    row_bytes: float = 0.0
 
 
 def open_source(config: DataConfig) -> dict[str, Rows]:
     """The splits of `config.source` by name. A path that exists wins over a Hub id of the same name."""
+    if config.streaming:
+        from .shard_sources import open_shards
+
+        return open_shards(config)
     path = Path(config.source).expanduser()
     if config.source == "digits":
         return digits()
@@ -186,10 +214,13 @@ def tables(path: Path, config: DataConfig) -> dict[str, Rows]:
     try:
         if path.is_file():
             found = datasets.load_dataset("parquet", data_files=str(path))
+        elif path.exists():
+            found = datasets.load_dataset(str(path))
         else:
-            found = datasets.load_dataset(str(path) if path.exists() else config.source)
+            with offline_if_unreachable():
+                found = datasets.load_dataset(config.source)
     except Exception as error:  # anything from a lost network to a broken file; the first line says which
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        reason = reason_of(error)
         if path.exists():
             raise UserError(f"data.source: {path} can not be read: {reason}") from error
         raise UserError(
@@ -211,7 +242,7 @@ def table_rows(table: Any, split: str, config: DataConfig) -> Rows:
     labels, names, column = None, None, config.label_column
     if column is not None and column in table.column_names:
         labels, names = table[column][:], getattr(table.features[column], "names", None)
-    elif column is not None and "label_column" in config.model_fields_set:
+    elif column not in (None, DataConfig.model_fields["label_column"].default):
         raise UserError(f"data.label_column: no column {column!r}; there are {table.column_names}")
     try:
         images = table.select_columns([config.image_column])

@@ -15,15 +15,14 @@ from torch import Tensor
 
 from prior import Prior
 from tokenizer import Tokenizer
-from tokenizer.pretrained import resolve_folder
+from tokenizer.pretrained import MAX_WEIGHT_BYTES, resolve_folder, warn_of_code
 from tokenizer.storage import (
-    MANIFEST,
     ConfigError,
+    Folder,
     IntegrityError,
+    LimitError,
     PathError,
     atomic_folder,
-    read_json,
-    verify_manifest,
     write_json,
     write_manifest,
 )
@@ -38,11 +37,19 @@ from .index import (
     FORMAT_VERSION,
     GRID,
     INDEX,
+    MAX_GRID_PIXELS,
+    MAX_PICTURE_BYTES,
+    MAX_REST_BYTES,
+    PARTS,
     PROVENANCE,
     SamplerDefaults,
+    check_labels,
+    check_listed,
+    parse_picture,
     read_index,
+    read_provenance,
 )
-from .pictures import convert_images, read_picture, save_picture, to_images
+from .pictures import convert_images, save_picture, to_images
 
 Images = PILImage | Sequence[PILImage] | Tensor
 Label = int | str | None
@@ -68,6 +75,7 @@ class Stages:
             )
         if labels and len(labels) != prior.num_classes:
             raise ConfigError(f"{INDEX}: labels: {len(labels)} names for {prior.num_classes} classes")
+        check_labels(labels)
         self.tokenizer, self.prior = tokenizer.eval(), prior.eval()
         self.labels = list(labels)
         self.sampler = SamplerDefaults(**(sampler or {}))
@@ -120,9 +128,12 @@ class Stages:
     def save_pretrained(self, folder: str | Path, *, sample_grid: np.ndarray | None = None) -> None:
         """Write the pipeline folder, whole or not at all; an older pipeline there is replaced.
 
-        sample_grid: uint8 (H, W, 3), shown on the model card. Raises `PathError` if `folder` holds something else.
+        sample_grid: uint8 (H, W, 3), shown on the model card. Raises `PathError` if `folder` holds something else,
+        `LimitError` for a grid that could not be loaded again.
         """
         self.sample_grid = self.sample_grid if sample_grid is None else sample_grid
+        if self.sample_grid is not None and self.sample_grid[..., 0].size > MAX_GRID_PIXELS:
+            raise LimitError(f"sample_grid: {self.sample_grid.shape} is more than {MAX_GRID_PIXELS} pixels")
         fingerprint = self.tokenizer.fingerprint()
         for prior in filter(None, (self.prior, self.background)):
             if prior.config.tokenizer != fingerprint:  # another dtype has another fingerprint
@@ -154,10 +165,14 @@ class Stages:
     @classmethod
     def from_pretrained(cls: type[S], source: str | Path, *, revision: str | None = None, token: str | None = None,
                         cache_dir: str | Path | None = None, local_files_only: bool = False,
-                        dtype: torch.dtype | None = None, device: str | torch.device | None = None
-                        ) -> S:  # fmt: skip
+                        dtype: torch.dtype | None = None, device: str | torch.device | None = None,
+                        expected_sha256: str | None = None, max_bytes: int = MAX_WEIGHT_BYTES) -> S:  # fmt: skip
         """Load from a folder or a Hub id. Raises a `PipelineLoadError` naming file, field, what was found and what is
-        allowed; every file is checked against the manifest first."""
+        allowed; every file is read once, and is the one of the manifest.
+
+        expected_sha256: of `manifest.json`, hence of every file: nothing but this very pipeline is loaded. max_bytes:
+        of the weights of each part.
+        """
         folder = resolve_folder(
             source, FILES, revision=revision, token=token, cache_dir=cache_dir, local_files_only=local_files_only
         )
@@ -165,22 +180,23 @@ class Stages:
             inner = folder / "pipeline"
             hint = f"; did you mean {inner}?" if (inner / INDEX).is_file() else ""
             raise PathError(f"{folder}: not a pipeline folder (no {INDEX}){hint}")
-        index = read_index(folder / INDEX)
-        listed = verify_manifest(folder)["files"]
-        unlisted = [name for name in FILES if name != MANIFEST and name not in listed and (folder / name).exists()]
-        if unlisted:
-            raise IntegrityError(f"{folder / MANIFEST}: files: does not list {', '.join(unlisted)}")
-        tokenizer = Tokenizer.find(index["tokenizer"]).from_pretrained(folder / "tokenizer")
-        prior = Prior.find(index["prior"]).from_pretrained(folder / "prior")
+        warn_of_code(folder, *(folder / part for part in PARTS))
+        files = Folder.sealed(folder, expected_sha256)
+        index = read_index(files)
+        tokenizer = Tokenizer.find(index["tokenizer"]).read_from(files.part("tokenizer"), max_bytes=max_bytes)
+        prior = Prior.find(index["prior"]).read_from(files.part("prior"), max_bytes=max_bytes)
         pipeline = cls(tokenizer, prior, labels=index["labels"], sampler=index["sampler"])
         if "background" in index:
-            pipeline.set_background(Prior.find(index["background"]).from_pretrained(folder / BACKGROUND))
-        if (folder / CALIBRATION).is_file():
-            pipeline.calibration = Calibration.from_dict(read_json(folder / CALIBRATION), folder / CALIBRATION)
-        if (folder / PROVENANCE).is_file():
-            pipeline.provenance = read_json(folder / PROVENANCE)
-        if (folder / GRID).is_file():
-            pipeline.sample_grid = read_picture(folder / GRID)
+            family = Prior.find(index["background"])
+            pipeline.set_background(family.read_from(files.part(BACKGROUND), max_bytes=max_bytes))
+        if CALIBRATION in files:
+            pipeline.calibration = Calibration.from_dict(files.json(CALIBRATION), files.place(CALIBRATION))
+        if PROVENANCE in files:
+            pipeline.provenance = read_provenance(files)
+        if GRID in files:
+            pipeline.sample_grid = parse_picture(files.read(GRID, MAX_PICTURE_BYTES), files.place(GRID))
+        check_listed(files)
+        files.read_rest(MAX_REST_BYTES)
         return pipeline.to(device=device, dtype=dtype)
 
     def to(self: S, device: str | torch.device | None = None, dtype: torch.dtype | None = None) -> S:

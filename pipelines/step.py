@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from .config import UserError
+from .state_shards import whole
 
 if TYPE_CHECKING:
     from .training import Training
@@ -30,8 +31,8 @@ def take_step(training: Training, micro_batches: list[Any], lr: float) -> None:
             for parameter in others if len(task.players) > 1 else ():
                 parameter.requires_grad_(name == player)
         terms = accumulate(training, player, micro_batches)
-        norm = accelerator.clip_grad_norm_(parameters, training.config.clip)
-        asked = torch.tensor(float(training.stop_asked))
+        norm = whole(accelerator.clip_grad_norm_(parameters, training.config.clip))
+        asked = torch.tensor(float(training.told_to_end()))
         means = averaged_over_ranks(training, {**terms, "gradient_norm": torch.as_tensor(norm), "stop": asked})
         training.stopping |= means.pop("stop") > 0
         optimizer = training.optimizers[player]
@@ -70,7 +71,7 @@ def accumulate(training: Training, player: str, micro_batches: list[Any]) -> dic
     for index, batch in enumerate(micro_batches):
         batch = tuple(part.to(accelerator.device) if isinstance(part, Tensor) else part for part in batch)
         with ExitStack() as stack:
-            if index < count - 1:
+            if index < count - 1 and not training.sharded:  # there, whole gradients are what memory is short of
                 for net in task.nets.values():
                     stack.enter_context(accelerator.no_sync(net))
             loss, terms = task.loss(player, batch, training.step)
@@ -90,8 +91,8 @@ def averaged_over_ranks(training: Training, terms: dict[str, Tensor]) -> dict[st
 
 
 def first_non_finite(model: nn.Module, terms: dict[str, float]) -> str:
-    """The name of the first gradient that is not finite, else of the first such term of the loss."""
+    """The name of the first gradient that is not finite, else of the first such term of the loss; the same on all."""
     for name, parameter in model.named_parameters():
-        if parameter.grad is not None and not bool(torch.isfinite(parameter.grad).all()):
+        if parameter.grad is not None and not bool(torch.isfinite(whole(parameter.grad)).all()):
             return f"the gradient of {name}"
     return next(name for name, value in terms.items() if not math.isfinite(value))

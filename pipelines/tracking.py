@@ -1,112 +1,228 @@
-"""Every number to `metrics.jsonl`, every preview to a PNG, both mirrored to Weights & Biases when asked.
+"""Every number to `metrics.jsonl`, every preview to a PNG, both mirrored to Weights & Biases, TensorBoard and trackio
+when asked.
 
-The local file is the record. W&B is a copy made by a daemon thread behind a bounded queue, so that W&B being slow,
-away or broken costs the run at most a line of warning.
+The local files are the record. Each tracker has a copy, made by a daemon thread behind a bounded queue, so that a
+tracker being slow, away or broken costs the run at most a line of warning.
 """
 
 from __future__ import annotations
 
+import errno
+import heapq
 import json
-import netrc
 import os
-import queue
+import re
+import shutil
 import sys
-import threading
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
-from urllib.parse import urlsplit
 
 import numpy as np
 from PIL import Image
 from pydantic import Field
 
-from tokenizer.storage import PipelineLoadError, read_json, write_json
+from tokenizer.storage import PipelineLoadError, read_json, replace_file
 
+from . import mirror
+from .boards import require_installed, start_tensorboard, start_trackio, trackio_folder
 from .config import Config
+from .mirror import Entry, Mirror
+from .wandb_run import start_wandb, stop_wandb, wandb_folder, wandb_mode
 
-QUEUE_SIZE = 1000
-INIT_SECONDS = 30.0
-CLOSE_SECONDS = 15.0
-WANDB_HOSTS = ("api.wandb.ai", "api.forge.coreweave.com")  # the second is what newer clients call the first
+TRACKERS = "trackers.json"  # who has had what, for the process that resumes
+SNAPSHOTS = ("pipeline", "tokenizer")  # the folders of a run that are for the user
 
 
 class TrackConfig(Config):
     """Where the numbers of a run go besides `metrics.jsonl`."""
 
+    trackers: tuple[Literal["wandb", "tensorboard", "trackio"], ...] = Field(
+        ("wandb",), description="who gets a copy of numbers and previews; the last two need the extra `trackers`"
+    )
     wandb: Literal["online", "offline", "disabled"] | None = Field(
         default=None,
         description="Mirror to Weights & Biases; default: WANDB_MODE if set, else online if an API key is found, "
         "else offline.",
     )
-    project: str = Field(default="smalti", description="The W&B project that the run belongs to.")
-    name: str | None = Field(default=None, description="The name of the run in W&B; default: that of the run folder.")
+    project: str = Field(default="smalti", description="The project of W&B and trackio that the run belongs to.")
+    name: str | None = Field(default=None, description="The name of the run there; default: that of the run folder.")
+    artifact: bool = Field(
+        default=False, description="At the end, send the tokenizer or pipeline to W&B as an artifact of type `model`."
+    )
 
 
 class Tracker:
     """Writes on the main process and does nothing on the others.
 
     With `resume_step` > 0 the lines of `metrics.jsonl` after that step, which the run is about to repeat, are removed,
-    and the same W&B run goes on; with 0 both begin anew. Raises `OSError` if the run folder cannot be written.
+    and the same runs of the trackers go on; with 0 all begin anew. Raises `UserError` for a tracker that is not
+    installed (on every process), and `OSError` if the run folder cannot be written.
     """
 
     def __init__(
         self, run: Path, config: TrackConfig, run_config: dict[str, Any], *, accelerator: Any, resume_step: int
     ) -> None:
-        self.run = Path(run)
+        require_installed(config.trackers)
+        self.run, self.config = Path(run), config
         self.active = bool(accelerator.is_main_process)
-        self._mirror: _Mirror | None = None
+        self._mirrors: dict[str, Mirror] = {}
+        self._last: Callable[[Any], None] | None = None
         if not self.active:
             return
         self.run.mkdir(parents=True, exist_ok=True)
         highest = _rewind(self.run / "metrics.jsonl", resume_step)
-        self._file = (self.run / "metrics.jsonl").open("a", encoding="utf-8")
-        mode, reason = wandb_mode(config)
-        later = f"; sync later with: wandb sync {self.run}/wandb/offline-run-*" if mode == "offline" else ""
-        print(f"W&B: {mode} ({reason}){later}", flush=True)
-        if mode != "disabled":
-            identity, sent = _wandb_run(self.run, resume_step, highest)
-            options = {"dir": str(self.run), "name": config.name or self.run.resolve().name, "id": identity}
-            self._mirror = _Mirror(
-                mode, lambda mode: _start_wandb(config.project, run_config, mode=mode, **options), after=sent
-            )
+        self._path, self._unwritten = self.run / "metrics.jsonl", b""
+        self._file = self._path.open("ab", buffering=0)
+        mode = _announce(self.run, config)
+        names = [name for name in dict.fromkeys(config.trackers) if name != "wandb" or mode != "disabled"]
+        if names or (self.run / TRACKERS).exists():
+            identity, sent = _identify(self.run, names, resume_step, highest)
+            starts = _ways_to_start(self.run, config, run_config, mode, identity, sent, resumed=resume_step > 0)
+            past = partial(_past, self.run, resume_step)
+            self._mirrors = {name: Mirror(**starts[name], past=past) for name in names}
 
     @property
     def dropped(self) -> int:
-        """How many entries W&B did not get because it was too slow; `metrics.jsonl` has them all."""
-        return self._mirror.dropped if self._mirror else 0
+        """How many entries trackers did not get because they were too slow; `metrics.jsonl` has them all."""
+        return sum(mirror.dropped for mirror in self._mirrors.values())
 
     def log(self, step: int, values: dict[str, float]) -> None:
-        """Append one line with `step` and `values`. Raises `OSError` if the disk is full."""
+        """Append one line with `step` and `values`; what a full disk does not take is kept for the next time."""
         if not self.active:
             return
-        line = {"step": step, **{key: _number(value) for key, value in values.items()}}
-        self._file.write(json.dumps(line) + "\n")
-        self._file.flush()
-        if self._mirror:
-            self._mirror.put(step, "log", {key: value for key, value in line.items() if key != "step"})
+        numbers = {key: _number(value) for key, value in values.items()}
+        self._unwritten += (json.dumps({"step": step, **numbers}) + "\n").encode()
+        try:
+            self._write()
+        except OSError as error:
+            print(f"warning: {error}; these lines are kept for later", file=sys.stderr, flush=True)
+        for copy in self._mirrors.values():
+            copy.put(Entry(step, "log", numbers))
+
+    def flush(self) -> None:
+        """Put all lines on the disk, with those that are still to be written. Raises `OSError` (path, needed and free
+        bytes) and writes none, if it is full."""
+        if not self.active:
+            return
+        self._write()
+        os.fsync(self._file.fileno())
+
+    def _write(self) -> None:
+        if not self._unwritten:
+            return
+        size = self._path.stat().st_size
+        try:
+            if self._file.write(self._unwritten) < len(self._unwritten):
+                raise OSError(errno.ENOSPC, "only a part was written")
+        except OSError as error:
+            os.ftruncate(self._file.fileno(), size)  # a line in two parts would be two broken lines
+            needed, free = len(self._unwritten), shutil.disk_usage(self.run).free
+            raise OSError(error.errno, f"{self._path}: {needed:,} bytes are needed, {free:,} are free") from error
+        self._unwritten = b""
 
     def images(self, step: int, images: dict[str, np.ndarray]) -> None:
-        """Write uint8 `(H, W, C)` arrays to `previews/<name>-<step>.png`. Raises `OSError` if the disk is full."""
+        """Write uint8 `(H, W, C)` arrays to `previews/<name>-<step>.png`; a full disk costs the picture and a line."""
         if not self.active:
             return
         paths = {name: self.run / "previews" / f"{name}-{step:08d}.png" for name in images}
-        for name, path in paths.items():
-            path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = self.run / ".tmp-preview.png"  # a kill, or a full disk, must not leave half a picture
+        for name, path in list(paths.items()):
             pixels = images[name]
-            Image.fromarray(pixels[..., 0] if pixels.shape[-1] == 1 else pixels).save(path)
-        if self._mirror:  # paths, not arrays: a full queue must not hold a thousand previews in memory
-            self._mirror.put(step, "log_images", {name: [str(path)] for name, path in paths.items()})
+            try:
+                path.parent.mkdir(parents=True, exist_ok=True)
+                Image.fromarray(pixels[..., 0] if pixels.shape[-1] == 1 else pixels).save(temporary)
+                temporary.replace(path)
+            except OSError as error:
+                temporary.unlink(missing_ok=True)
+                free = shutil.disk_usage(self.run).free
+                print(f"warning: {path} is left out: {error}; {free:,} bytes are free", file=sys.stderr, flush=True)
+                del paths[name]
+        for copy in self._mirrors.values():  # paths, not arrays: a full queue must not hold a thousand previews
+            copy.put(Entry(step, "images", paths))
+
+    def artifact(self, step: int, evaluation: dict[str, float]) -> None:
+        """Have `close` send the run's snapshot to W&B, if `track.artifact` asks for it, with its evaluation.
+
+        Once, at the end of a run: at every save it would fill a project with models that nobody asked for.
+        """
+        if not (self.active and self.config.artifact):
+            return
+        folder = next((self.run / name for name in SNAPSHOTS if (self.run / name).is_dir()), None)
+        if folder is None or "wandb" not in self._mirrors:
+            missing = "there is no snapshot" if "wandb" in self._mirrors else "W&B is disabled"
+            mirror.warn("W&B", f"track.artifact: {missing}, no artifact is made")
+            return
+        name = self.config.name or self.run.resolve().name
+        values = {key: _number(value) for key, value in evaluation.items()}
+        print(f"W&B: {folder} as an artifact, which may take up to {mirror.LAST_SECONDS:.0f} s", flush=True)
+        self._last = lambda target: target.artifact(step, folder, name, values)
 
     def close(self) -> None:
-        """Close the file and give W&B some seconds to receive what is queued."""
+        """Close the file and give the trackers some seconds to receive what is queued; more for an artifact."""
         if not self.active:
             return
         self._file.close()
-        if self._mirror:
-            self._mirror.close(CLOSE_SECONDS)
+        began = time.monotonic()
+        for name, copy in self._mirrors.items():
+            copy.end(self._last if name == "wandb" else None)
+        for name, copy in self._mirrors.items():
+            copy.join(began + (mirror.LAST_SECONDS if self._last and name == "wandb" else mirror.CLOSE_SECONDS))
+
+
+def _announce(run: Path, config: TrackConfig) -> str:
+    """Say where the copies go and how to look at them; returns the mode of W&B."""
+    mode, reason = wandb_mode(config.wandb)
+    if "wandb" not in config.trackers:
+        mode, reason = "disabled", "not in track.trackers"
+    later = f"; sync later with: wandb sync {wandb_folder(run)}/wandb/offline-run-*" if mode == "offline" else ""
+    print(f"W&B: {mode} ({reason}){later}", flush=True)
+    if "tensorboard" in config.trackers:
+        print(f"TensorBoard: tensorboard --logdir {run / 'tensorboard'}", flush=True)
+    if "trackio" in config.trackers:
+        print(f"trackio: TRACKIO_DIR={trackio_folder(run)} trackio show --project {config.project}", flush=True)
+    return mode
+
+
+def _ways_to_start(
+    run: Path,
+    config: TrackConfig,
+    run_config: dict[str, Any],
+    mode: str,
+    identity: str,
+    sent: dict[str, int],
+    *,
+    resumed: bool,
+) -> dict[str, dict[str, Any]]:
+    """What a `Mirror` of each tracker is made of."""
+    name = config.name or run.resolve().name
+    options = {"dir": str(wandb_folder(run)), "name": name, "id": identity}
+    wandb = {
+        mode: partial(start_wandb, config.project, run_config, held=sent.get("wandb", -1), mode=mode, **options)
+        for mode in dict.fromkeys((mode, "offline"))
+    }
+    # Its runs are found by their names, and a folder of several runs may hold others of this one.
+    trackio = partial(start_trackio, config.project, run_config, folder=trackio_folder(run), resumed=resumed,
+                      name=f"{name}-{identity[:6]}", sent=sent.get("trackio", -1))  # fmt: skip
+    return {
+        "wandb": {
+            "label": "W&B",
+            "starts": wandb,
+            "between": stop_wandb,
+            "advice": "`wandb sync` the newest folder in its wandb/ to complete it",
+        },
+        "tensorboard": {
+            "label": "TensorBoard",
+            "starts": {"starting": partial(start_tensorboard, run, run_config, resumed=resumed)},
+        },
+        "trackio": {"label": "trackio", "starts": {"starting": trackio}},
+    }
+
+
+# The record
 
 
 def _number(value: Any) -> int | float:
@@ -119,9 +235,7 @@ def _rewind(path: Path, resume_step: int) -> int:
     steps = [_step_of(line) for line in lines]
     kept = [line + b"\n" for line, step in zip(lines, steps, strict=True) if 0 <= step <= resume_step and resume_step]
     if lines:
-        temporary = path.with_name(".tmp-metrics.jsonl")
-        temporary.write_bytes(b"".join(kept))
-        temporary.replace(path)
+        replace_file(path, b"".join(kept))
     return max(steps, default=-1)
 
 
@@ -133,184 +247,43 @@ def _step_of(line: bytes) -> int:
         return -1
 
 
-# Weights & Biases
+def _past(run: Path, resume_step: int) -> Iterator[Entry]:
+    """What the record holds up to `resume_step`, in the order of steps, numbers before pictures."""
+    if resume_step <= 0:
+        return
+
+    def numbers() -> Iterator[Entry]:
+        with (run / "metrics.jsonl").open(encoding="utf-8") as file:
+            for line in file:
+                values = json.loads(line)
+                if (step := values.pop("step")) > resume_step:  # what follows is being written, and put, now
+                    return
+                yield Entry(step, "log", values)
+
+    pictures: dict[int, dict[str, Path]] = {}
+    for path in sorted((run / "previews").glob("*.png")):
+        if (parts := re.fullmatch(r"(.+)-(\d{8,})", path.stem)) and int(parts[2]) <= resume_step:
+            pictures.setdefault(int(parts[2]), {})[parts[1]] = path
+    shown = (Entry(step, "images", pictures[step]) for step in sorted(pictures))
+    yield from heapq.merge(numbers(), shown, key=lambda entry: entry.step)
 
 
-def wandb_mode(config: TrackConfig) -> tuple[str, str]:
-    """The mode (`online`, `offline`, `disabled`) and, in a few words, why; found without importing wandb."""
-    if config.wandb is not None:
-        return config.wandb, "track.wandb"
-    from_environment = os.environ.get("WANDB_MODE", "")
-    if from_environment in ("online", "offline", "disabled"):
-        return from_environment, "WANDB_MODE"
-    source = _key_source()
-    return ("online", f"API key found in {source}") if source else ("offline", "no API key found")
+def _identify(run: Path, names: Sequence[str], resume_step: int, highest: int) -> tuple[str, dict[str, int]]:
+    """The id that all resumes of this run share, and for each tracker the highest step that it may already have.
 
-
-def _key_source() -> str | None:
-    """Where wandb will find an API key: the environment or a netrc file."""
-    if os.environ.get("WANDB_API_KEY"):
-        return "WANDB_API_KEY"
-    host = urlsplit(os.environ.get("WANDB_BASE_URL", "")).netloc
-    files = [os.environ["NETRC"]] if os.environ.get("NETRC") else ["~/.netrc", "~/_netrc"]
-    for path in (Path(name).expanduser() for name in files):
-        try:
-            entries = netrc.netrc(path)
-        except (OSError, netrc.NetrcParseError, UnicodeDecodeError):
-            continue
-        if any(entries.authenticators(name) for name in ([host] if host else WANDB_HOSTS)):
-            return str(path)
-    return None
-
-
-def _wandb_run(run: Path, resume_step: int, highest: int) -> tuple[str, int]:
-    """The id that all resumes of this run share, and the highest step that W&B may already have.
-
-    W&B refuses steps that it has, so the mirror goes on after the highest step that any earlier process wrote.
+    W&B refuses steps that it has and can not be asked offline: what it may have is what was logged while it was on.
+    `highest` is the highest step that the process before this one has logged.
     """
-    path = run / "wandb_run.json"
-    saved: dict[str, Any] = {}
+    path = run / TRACKERS
+    identity, sent = uuid.uuid4().hex[:16], {}
     if resume_step > 0 and path.exists():
         try:
             saved = read_json(path)
-        except PipelineLoadError as error:
-            print(f"warning: W&B run begins anew: {error}", file=sys.stderr)
-    identity, sent = str(saved.get("id", uuid.uuid4().hex[:16])), saved.get("sent", -1)
-    sent = max(highest, sent if isinstance(sent, int) else -1) if resume_step > 0 else -1
-    temporary = path.with_name(".tmp-wandb_run.json")
-    write_json(temporary, {"id": identity, "sent": sent})
-    temporary.replace(path)
+            sent = {name: max(highest if name in saved["active"] else -1, step) for name, step in saved["sent"].items()}
+            identity = str(saved["id"])
+        except (PipelineLoadError, KeyError, TypeError, AttributeError) as error:
+            print(f"warning: trackers begin anew: {path}: {mirror.short(error)}", file=sys.stderr)
+            sent = {}
+    sent = {name: sent.get(name, -1) for name in dict.fromkeys([*sent, *names])}
+    replace_file(path, json.dumps({"id": identity, "sent": sent, "active": names}, indent=2).encode())
     return identity, sent
-
-
-def _start_wandb(project: str, run_config: dict[str, Any], **options: Any) -> Any:
-    """accelerate's tracker of a running W&B run. Raises whatever wandb raises."""
-    # Silent: wandb would ask a question on the terminal. Error reporting: its exit hook waits 20 s for a dead server.
-    os.environ.setdefault("WANDB_SILENT", "true")
-    os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
-    import wandb
-    from accelerate.tracking import WandBTracker
-
-    # Limits of its own below ours: a start that wandb gives up is cleaner than one that is abandoned.
-    wanted: dict[str, Any] = {
-        "init_timeout": INIT_SECONDS * 2 / 3,
-        "finish_timeout": CLOSE_SECONDS * 2 / 3,
-        "console": "off",
-    }
-    settings = wandb.Settings(**{key: value for key, value in wanted.items() if hasattr(wandb.Settings(), key)})
-    tracker = WandBTracker(project, resume="allow", settings=settings, **options)
-    if hasattr(tracker, "start"):  # older versions of accelerate start in the constructor
-        tracker.start()
-    tracker.store_init_configuration(run_config)
-    return tracker
-
-
-def _stop_wandb() -> None:
-    """End wandb's service, which keeps the id of a run whose start failed and would refuse it offline."""
-    import wandb
-
-    wandb.teardown()
-
-
-class _Mirror:
-    """A daemon thread that starts a tracker and hands it what was put, in order; nothing here blocks or raises."""
-
-    def __init__(self, mode: str, start: Callable[[str], Any], *, after: int) -> None:
-        self.dropped = 0
-        self._next = after + 1
-        self._closing = False
-        self._queue: queue.Queue[tuple[int, str, dict[str, Any]] | None] = queue.Queue(QUEUE_SIZE)
-        self._thread = threading.Thread(target=self._work, args=(mode, start), name="wandb-mirror", daemon=True)
-        self._thread.start()
-
-    def put(self, step: int, method: str, values: dict[str, Any]) -> None:
-        """Queue `tracker.<method>(values, step=step)`, or count it as dropped when the queue is full."""
-        if step < self._next:
-            return
-        self._next = step
-        try:
-            self._queue.put_nowait((step, method, values))
-        except queue.Full:
-            self.dropped += 1
-
-    def close(self, seconds: float) -> None:
-        """Wait at most `seconds` for the queue to drain and the tracker to finish."""
-        deadline = time.monotonic() + seconds
-        try:
-            self._queue.put(None, timeout=seconds)
-        except queue.Full:
-            pass
-        self._thread.join(max(0.0, deadline - time.monotonic()))
-        self._closing = True
-        if self._thread.is_alive():
-            _warn(f"not done after {seconds:.0f} s; `wandb sync` the newest folder in the run's wandb/ to complete it")
-        if self.dropped:
-            _warn(f"{self.dropped} entries were dropped because it was too slow; metrics.jsonl has them all")
-
-    def _work(self, mode: str, start: Callable[[str], Any]) -> None:
-        tracker = self._connect(mode, start)
-        failed = False
-        while (entry := self._queue.get()) is not None:
-            step, method, values = entry
-            try:
-                if tracker is not None:
-                    getattr(tracker, method)(values, step=step)
-            except Exception as error:
-                if not failed:
-                    self._warn(f"step {step} was not logged ({_short(error)}); later failures are not reported")
-                failed = True
-        try:
-            if tracker is not None:
-                tracker.finish()
-        except Exception as error:
-            self._warn(f"the run was not finished ({_short(error)})")
-
-    def _connect(self, mode: str, start: Callable[[str], Any]) -> Any:
-        """A tracker in `mode`, else offline, else None."""
-        try:
-            return _within(INIT_SECONDS, lambda: start(mode))
-        except Exception as error:
-            reason = _short(error)
-        if mode == "online":
-            try:
-                _within(INIT_SECONDS, _stop_wandb)
-                tracker = _within(INIT_SECONDS, lambda: start("offline"))
-                self._warn(f"online failed ({reason}); going on offline")
-                return tracker
-            except Exception as error:
-                reason = f"{reason}; then offline: {_short(error)}"
-        self._warn(f"could not start ({reason}); going on without it, metrics.jsonl has every number")
-        return None
-
-    def _warn(self, message: str) -> None:
-        if not self._closing:  # the interpreter may be going down, and the run is over
-            _warn(message)
-
-
-def _within(seconds: float, function: Callable[[], Any]) -> Any:
-    """The result of `function`, run in a thread that is abandoned after `seconds`; raises what it raised, or
-    `TimeoutError`."""
-    outcome: queue.Queue[tuple[Any, BaseException | None]] = queue.Queue()
-
-    def call() -> None:
-        try:
-            outcome.put((function(), None))
-        except BaseException as error:
-            outcome.put((None, error))
-
-    threading.Thread(target=call, name="wandb-start", daemon=True).start()
-    try:
-        result, error = outcome.get(timeout=seconds)
-    except queue.Empty:
-        raise TimeoutError(f"no answer in {seconds:.0f} s") from None
-    if error is not None:
-        raise error if isinstance(error, Exception) else RuntimeError(repr(error))
-    return result
-
-
-def _warn(message: str) -> None:
-    print(f"warning: W&B: {message}", file=sys.stderr, flush=True)
-
-
-def _short(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [""])[0][:200] or type(error).__name__

@@ -12,12 +12,12 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from prior import Prior
-from tokenizer.storage import PathError
 
 from .augment import uniforms
 from .config import Config, ModelNode, UserError, run_command
 from .generation import ImagePipeline
 from .schedule import TrainConfig
+from .shuffle import permuted_blocks
 from .task import Task
 from .tokens import TokenDataset, TokenSplit, load_tokens
 from .tracking import TrackConfig
@@ -44,7 +44,11 @@ class TrainPriorConfig(Config):
     """A run of stage two."""
 
     out: str = Field(description="run folder: metrics, previews, resume states, and the pipeline itself")
-    tokens: str = Field(description="token dataset, as `smalti encode` wrote it")
+    tokens: str = Field(description="token dataset, as `smalti encode` wrote it, or the id of one on the Hub")
+    revision: str | None = Field(None, description="branch, tag or commit of a token dataset on the Hub")
+    blocks: int | None = Field(None, ge=16, le=4096, description="read blocks of so many rows and mix the rows of so "
+                               "many blocks, for tokens on a slow disk that memory can not hold; null: all rows in a "
+                               "random order")  # fmt: skip
     model: Annotated[dict[str, Any], ModelNode("prior.base:Prior")] = Field({"kind": "gpt"}, description="the prior")
     label_dropout: float = Field(0.1, ge=0, le=1, description="share of images trained without their label, which "
                                  "unconditional sampling and guidance need")  # fmt: skip
@@ -59,10 +63,10 @@ class PriorTask(Task):
     """One player: the prior."""
 
     def __init__(self, config: TrainPriorConfig) -> None:
-        self.config, self.data = config, load_tokens(config.tokens)
+        self.config, self.data = config, load_tokens(config.tokens, revision=config.revision)
         self.train_split, self.held_out = training_splits(self.data)
         self.model: Prior = build_prior(config.model, self.data)
-        self.model.initialize(self.train_split.tokens, self.train_split.labels)
+        self.model.initialize(cast(Tensor, self.train_split.tokens), self.train_split.labels)
         self.nets: dict[str, nn.Module] = {"model": self.model}
         self.players = {"model": list(self.model.parameters())}
         self.rows, self.tokens_per_row = len(self.train_split), len(self.data.grid)
@@ -71,7 +75,7 @@ class PriorTask(Task):
     def batch(self, indices: np.ndarray, epochs: np.ndarray, seed: int) -> tuple[Tensor, Tensor]:
         """Tokens `(B, *grid.shape)` and labels `(B,)`, the null class where dropped or where the data has none."""
         rows, labels = torch.from_numpy(indices), self.train_split.labels
-        tokens = self.train_split.tokens[rows].long()
+        tokens = self.train_split.rows(indices)
         if self.config.perturb:
             tokens = perturbed(tokens, indices, epochs, seed, self.config.perturb, self.data.grid.vocab_size)
         null = torch.full((len(rows),), self.data.num_classes)
@@ -80,9 +84,20 @@ class PriorTask(Task):
         # Drawn from (seed, epoch, row), so that any number of processes drops the same labels.
         draws = np.empty(len(rows))
         for epoch in np.unique(epochs):
-            draws[epochs == epoch] = uniforms(seed, int(epoch), indices[epochs == epoch])[:, 0]
+            draws[epochs == epoch] = uniforms(seed, int(epoch), indices[epochs == epoch], columns=(0,))[:, 0]
         dropped = torch.from_numpy(draws < self.config.label_dropout)
         return tokens, torch.where(dropped, null, labels[rows].long())
+
+    def samples(self, batch_size: int, seed: int, step: int) -> tuple[np.ndarray, np.ndarray]:
+        """The loop's order, or one that a disk can follow; see `permuted_blocks`."""
+        if self.config.blocks is None:
+            return super().samples(batch_size, seed, step)
+        positions = step * batch_size + np.arange(batch_size, dtype=np.int64)
+        epochs, indices = np.divmod(positions, self.rows)
+        for epoch in np.unique(epochs):
+            here = epochs == epoch
+            indices[here] = permuted_blocks(indices[here], self.rows, self.config.blocks, seed, int(epoch))
+        return indices, epochs
 
     def loss(self, player: str, batch: Any, step: int) -> tuple[Tensor, dict[str, Tensor]]:
         """The prior's own objective in nats per token, on the orders or masks that it draws for this step."""
@@ -135,15 +150,17 @@ def perturbed(
 ) -> Tensor:
     """`tokens` `(B, ...)` of the rows `indices`, each with probability `share` replaced by a uniform id (Ren et al.
     2019). A function of (seed, epoch, row) alone, so that any batches and processes see the same."""
-    flat, (count, size) = tokens.flatten(1), tokens.flatten(1).shape
-    draws = np.empty((count, size, 2))
+    found = tokens.flatten(1).numpy().copy()
+    flat, size = found.reshape(-1), found.shape[1]
     for epoch in np.unique(epochs):
-        here = epochs == epoch
-        cells = indices[here, None] * size + np.arange(size)
-        # The first column of a cell is some row's label dropout; these two are nobody else's.
-        draws[here] = uniforms(seed, int(epoch), cells.reshape(-1))[:, 1:3].reshape(-1, size, 2)
-    replaced, ids = torch.from_numpy(draws[..., 0] < share), torch.from_numpy(draws[..., 1] * vocab_size).long()
-    return torch.where(replaced, ids, flat).reshape(tokens.shape)
+        rows = np.flatnonzero(epochs == epoch)
+        for part in np.array_split(rows, -(-len(rows) * size // 16384)):  # cells that fit the cache
+            cells, places = (row[:, None] * size + np.arange(size) for row in (indices[part], part))
+            # The first column of a cell is some row's label dropout; these two are nobody else's.
+            here = np.flatnonzero(uniforms(seed, int(epoch), cells.reshape(-1), columns=(1,))[:, 0] < share)
+            ids = uniforms(seed, int(epoch), cells.reshape(-1)[here], columns=(2,))[:, 0] * vocab_size
+            flat[places.reshape(-1)[here]] = ids
+    return torch.from_numpy(found).reshape(tokens.shape)
 
 
 @torch.inference_mode()
@@ -152,7 +169,7 @@ def bits_per_token(model: Any, split: TokenSplit, limit: int | None = None, num_
     count, total = min(limit or len(split), len(split)), 0.0
     for start in range(0, count, 256):
         rows = slice(start, min(start + 256, count))
-        tokens = split.tokens[rows].long().to(model.device)
+        tokens = split.rows(rows).to(model.device)
         labels = None if split.labels is None else split.labels[rows].to(model.device)
         total -= float(model.log_prob(tokens, labels, num_orders=num_orders).double().sum())
     return total / math.log(2) / (count * len(model.grid))
@@ -160,8 +177,6 @@ def bits_per_token(model: Any, split: TokenSplit, limit: int | None = None, num_
 
 def run(config: TrainPriorConfig) -> Path:
     """Train, and return the run folder; `pipeline/` in it is what `from_pretrained` wants."""
-    if not Path(config.tokens).is_dir():
-        raise PathError(f"tokens: {config.tokens!r} is not a folder; make a token dataset with `smalti encode`")
 
     def build(accelerator: Accelerator) -> Task:
         return PriorTask(config)

@@ -16,7 +16,7 @@ from tokenizer.base import codebook_usage
 from tokenizer.critic import PatchCritic
 from tokenizer.losses import pixel_losses, psnr, total_loss
 from tokenizer.pretrained import CONFIG
-from tokenizer.storage import read_json, write_json
+from tokenizer.storage import atomic_folder, read_json, write_json
 
 from .adversary import Adversary, CriticConfig
 from .codebook import CodebookUse
@@ -24,7 +24,7 @@ from .config import Config, ModelNode, UserError, run_command
 from .images import DataConfig, ImageDataset, load_images
 from .perceptual import Perceptual, weights_file
 from .pictures import grid_picture
-from .schedule import TrainConfig, samples_of
+from .schedule import TrainConfig
 from .task import Task
 from .tracking import TrackConfig
 from .training import train
@@ -94,7 +94,7 @@ class TokenizerTask(Task):
             self.tokenizer.start_from(Tokenizer.from_pretrained(config.init))
         self.rows, self.tokens_per_row = len(self.images.train), len(self.tokenizer.grid)
         count = min(self.rows, max(INITIAL_IMAGES, INITIAL_PIXELS // (height * width)))
-        sample, _ = samples_of(self.rows, count, config.train.seed, 0)
+        sample, _ = self.samples(count, config.train.seed, 0)
         self.tokenizer.initialize(self.images.train.batch(sample))
         parameters = [parameter for parameter in self.tokenizer.parameters() if parameter.requires_grad]
         self.nets = {"model": self.tokenizer} if parameters else {}
@@ -122,15 +122,21 @@ class TokenizerTask(Task):
         """The critic only from its first step on."""
         return [name for name in self.players if name != "critic" or (self.adversary and self.adversary.plays(step))]
 
+    def samples(self, batch_size: int, seed: int, step: int) -> tuple[np.ndarray, np.ndarray]:
+        """The order of the images, which those in shards have from where they lie."""
+        return self.images.train.samples(batch_size, seed, step)
+
     def batch(self, indices: np.ndarray, epochs: np.ndarray, seed: int) -> tuple[Tensor]:
-        """Augmented images `(B, C, H, W)`."""
-        parts = [torch.empty(0)] * len(indices)
-        for epoch in np.unique(epochs):
-            here = np.flatnonzero(epochs == epoch)
-            images = self.images.train.batch(indices[here], seed=seed, epoch=int(epoch), augment=True)
-            for position, image in zip(here, images, strict=True):
-                parts[position] = image
-        return (torch.stack(parts),)
+        """Augmented images `(B, C, H, W)`. Bad ones are noted in the run folder."""
+        places = [np.flatnonzero(epochs == epoch) for epoch in np.unique(epochs)]
+        try:
+            parts = [
+                self.images.train.batch(indices[here], seed=seed, epoch=int(epochs[here[0]]), augment=True)
+                for here in places
+            ]
+        finally:
+            self.images.write_report(Path(self.config.out))
+        return (parts[0] if len(parts) == 1 else torch.cat(parts)[np.argsort(np.concatenate(places))],)
 
     def loss(self, player: str, batch: Any, step: int) -> tuple[Tensor, dict[str, Tensor]]:
         """The critic's; or the weighted losses of pixels, quantizer, perception and critic, with how much of the
@@ -165,6 +171,7 @@ class TokenizerTask(Task):
 
     def save(self, model: Any, run: Path, facts: dict[str, Any]) -> None:
         """The tokenizer's folder, with where its images came from."""
+        self.images.write_report(run)
         save_tokenizer(
             model.tokenizer, run / "tokenizer", {"data": self.config.data.model_dump(mode="json"), "tokenizer": facts}
         )
@@ -194,8 +201,9 @@ def build_tokenizer(node: dict[str, Any], image_size: tuple[int, int], channels:
 
 def save_tokenizer(model: Any, folder: Path, provenance: dict[str, Any]) -> None:
     """`save_pretrained`, and `provenance.json` beside the weights, from which later stages learn the data source."""
-    model.save_pretrained(folder)
-    write_json(folder / PROVENANCE, provenance)
+    with atomic_folder(folder, marker=CONFIG) as target:
+        model.save_pretrained(target)
+        write_json(target / PROVENANCE, provenance)
 
 
 @torch.inference_mode()

@@ -8,7 +8,7 @@ with the same command continues to the bit. `accelerate` owns devices, precision
 from __future__ import annotations
 
 import math
-import shutil
+import os
 import signal
 import sys
 import time
@@ -20,15 +20,19 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors import SafetensorError
+from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
-from .checkpoint import SPARE, load_state, save_state
+from .blocks import prepare_blocks
+from .boards import require_installed
+from .checkpoint import load_state
 from .config import UserError
 from .heartbeat import Heartbeat, ProcessLost
 from .processes import build_accelerator
 from .run_folder import check_folder, claim_folder, newest_state
+from .saving import averaged_model, require_room, save
 from .schedule import TrainConfig, adamw, ema_update, learning_rate
+from .sharding import is_sharding, require_shardable, shard
 from .step import take_step
 from .task import Task
 from .tracking import Tracker
@@ -49,6 +53,10 @@ class Training:
     optimizers: dict[str, Any]
     tracker: Tracker
     heartbeat: Heartbeat
+    sharded: bool = False
+    """Whether each process has only its piece of the weights, of their average and of the moments."""
+    gathered: nn.Module | None = None
+    """Where the average is put together, on the main process of a sharded run."""
     step: int = 0
     minutes: float = 0.0
     skipped: int = 0
@@ -61,12 +69,18 @@ class Training:
     saved_step: int = -1
     unsaved: str = ""
     """Why the last save failed, if it did."""
+    parent: int = field(default_factory=os.getppid)
     stop_asked: bool = False
     """Whether this process was told to end, by SIGTERM."""
     stopping: bool = False
     """Whether any process was, which all learn in the same step."""
 
     COUNTERS = ("minutes", "skipped", "skipped_in_a_row", "window", "evaluation", "pending")
+
+    def told_to_end(self) -> bool:
+        """Whether this process was, or its launcher, which passes SIGTERM on only where it started several."""
+        orphaned = "ACCELERATE_MIXED_PRECISION" in os.environ and os.getppid() != self.parent
+        return self.stop_asked or orphaned
 
     def counters(self) -> dict[str, Any]:
         """What a resumed run needs besides weights and optimizers."""
@@ -89,13 +103,17 @@ def train(build: Callable[[Accelerator], Task], config: Any) -> Path:
         )
     if config.train.steps is None and config.train.minutes is None:
         raise UserError("train.steps: null needs train.minutes to end the run")
+    require_installed(config.track.trackers)
     check_folder(run, config)
     torch.manual_seed(config.train.seed)
+    sharded = is_sharding(accelerator)
     task = build(accelerator)
+    if sharded:
+        require_shardable(task)
     claim_folder(run, config, accelerator)
     heartbeat = Heartbeat(run, accelerator.process_index, accelerator.num_processes, config.train.timeout)
     with told_where(heartbeat):
-        training = set_up(task, config, run, accelerator, heartbeat)
+        training = set_up(task, config, run, accelerator, heartbeat, sharded)
         try:
             require_room(training)
             with stopped_by_sigterm(training):
@@ -143,42 +161,36 @@ def stopped_by_sigterm(training: Training) -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
-def set_up(
-    task: Task, config: Any, run: Path, accelerator: Accelerator, heartbeat: Heartbeat | None = None
-) -> Training:
+def set_up(task: Task, config: Any, run: Path, accelerator: Accelerator, heartbeat: Heartbeat | None = None,
+           sharded: bool = False) -> Training:  # fmt: skip
     """Place the task on the device, average its weights, give players optimizers, and load the newest state."""
-    task.model.to(accelerator.device)
+    if not sharded:
+        task.model.to(accelerator.device)
     averaged = AveragedModel(task.model, multi_avg_fn=ema_update(config.train.ema_decay), use_buffers=False)
     averaged.requires_grad_(False).eval()
+    prepare_blocks(task.nets.values(), config.train)
+    gathered = shard(task, averaged, accelerator) if sharded else None
     betas = {name: task.betas.get(name, config.train.betas) for name in task.players}
     optimizers = {name: adamw(players, config.train, betas[name]) for name, players in task.players.items()}
     state = newest_state(run, accelerator)
     step, counters = load_state(state, model=task.model, ema=averaged, optimizers=optimizers) if state else (0, {})
-    task.nets = {name: accelerator.prepare_model(net.to(accelerator.device)) for name, net in task.nets.items()}
-    optimizers = {name: accelerator.prepare_optimizer(optimizer) for name, optimizer in optimizers.items()}
-    tracker = Tracker(run, config.track, config.model_dump(mode="json"), accelerator=accelerator, resume_step=step)
+    if not sharded:
+        task.nets = {name: accelerator.prepare_model(net.to(accelerator.device)) for name, net in task.nets.items()}
+        optimizers = {name: accelerator.prepare_optimizer(optimizer) for name, optimizer in optimizers.items()}
+    logged = step - ("log" in counters.get("pending", []))  # that line is still to be written, whoever began to
+    tracker = Tracker(run, config.track, config.model_dump(mode="json"), accelerator=accelerator, resume_step=logged)
     if accelerator.is_main_process:
         count = sum(p.numel() for p in task.model.parameters())
         began = f"continuing from step {step}" if step else "starting"
         print(
             f"{run}: {began}; {count:,} parameters, {task.rows:,} training rows, {accelerator.num_processes} "
-            f"process(es) on {accelerator.device}, {accelerator.mixed_precision} mixed precision",
+            f"process(es) on {accelerator.device}, {accelerator.mixed_precision} mixed precision"
+            f"{', weights sharded' if sharded else ''}",
             flush=True,
         )
     heartbeat = heartbeat or Heartbeat(run, 0, 1, config.train.timeout)
-    return Training(task, config.train, run, accelerator, averaged, optimizers, tracker, heartbeat, step,
-                    saved_step=step or -1, **counters)  # fmt: skip
-
-
-def require_room(training: Training) -> None:
-    """Raise `UserError` before hours of training, if what they are to leave does not fit on the disk."""
-    if not training.accelerator.is_main_process or training.step >= (training.config.steps or math.inf):
-        return
-    weights = [t.nbytes for m in (training.task.model, training.averaged) for t in m.state_dict().values()]
-    moments = [2 * p.nbytes for parameters in training.task.players.values() for p in parameters]
-    needed, free = int(SPARE * sum(weights + moments)), shutil.disk_usage(training.run).free
-    if free < needed:
-        raise UserError(f"{training.run}: a state of this run needs {needed:,} bytes, {free:,} are free")
+    return Training(task, config.train, run, accelerator, averaged, optimizers, tracker, heartbeat, sharded, gathered,
+                    step, saved_step=step or -1, **counters)  # fmt: skip
 
 
 def batches(training: Training) -> Generator[list[Any], None, None]:
@@ -213,24 +225,25 @@ def fit(training: Training) -> None:
         due = due_now(training, progress >= 1)
         if training.stopping and progress < 1:
             training.pending = sorted(due)
-            save(training, snapshot=False)
+            save(training, None)
             break
+        average = averaged_model(training) if due - {"log"} else None
         record: dict[str, float] = {}
         if "log" in due and training.window:
             record = report(training, progress, since)
             since = (training.step, time.monotonic())
             show(bar, training, record)
-        if "evaluate" in due and main:
+        if "evaluate" in due and average is not None:
             beat(training.step, "validate")
-            training.evaluation = training.task.evaluate(training.averaged.module)
+            training.evaluation = training.task.evaluate(average)
             record |= {f"held_out/{name}": value for name, value in training.evaluation.items()}
         if record:
             tracker.log(training.step, record)
-        if "preview" in due and main:
+        if "preview" in due and average is not None:
             beat(training.step, "preview")
-            tracker.images(training.step, training.task.preview(training.averaged.module))
+            tracker.images(training.step, training.task.preview(average))
         if "save" in due:
-            save(training)
+            save(training, average)
         if progress >= 1:
             break
         beat(training.step, "train")
@@ -241,7 +254,9 @@ def fit(training: Training) -> None:
     stream.close()
     bar.close()
     beat(training.step, "end")
-    if training.stopping and progress < 1 and main:
+    if progress >= 1:
+        tracker.artifact(training.step, training.evaluation)
+    elif main:
         print(f"{training.run}: told to end at step {training.step}; the same command continues", flush=True)
 
 
@@ -284,28 +299,6 @@ def report(training: Training, progress: float, since: tuple[int, float]) -> dic
         "minutes": training.minutes,
         "skipped_steps": training.skipped,
     }
-
-
-def save(training: Training, snapshot: bool = True) -> None:
-    """Write the resume state and the user's `snapshot` of the averaged weights, on the main process.
-
-    A disk that is full, or gone, costs a warning: what was saved before stays, and the run goes on to the next save.
-    """
-    training.saved_step, training.unsaved = training.step, ""
-    training.heartbeat.beat(training.step, "save")
-    if training.accelerator.is_main_process:
-        facts = {"steps": training.step, "minutes": round(training.minutes, 3), "evaluation": training.evaluation}
-        optimizers = {name: getattr(o, "optimizer", o) for name, o in training.optimizers.items()}
-        try:
-            if snapshot:
-                training.task.save(training.averaged.module, training.run, facts)
-            save_state(training.run, training.step, model=training.task.model, ema=training.averaged,
-                       optimizers=optimizers, counters=training.counters())  # fmt: skip
-        except (OSError, SafetensorError) as error:  # safetensors has its own for a full disk
-            free = shutil.disk_usage(training.run).free
-            training.unsaved = f"step {training.step}: {error} ({free:,} bytes are free in {training.run})"
-            print(f"warning: not saved: {training.unsaved}; older states are kept", file=sys.stderr, flush=True)
-    training.accelerator.wait_for_everyone()
 
 
 def progress_bar(training: Training) -> Any:

@@ -12,6 +12,8 @@ from torch import Tensor, nn
 
 from .base import Prior, PriorConfig
 
+CHUNK = 1 << 14  # rows counted at a time: there may be more than memory holds
+
 
 @dataclass(frozen=True, kw_only=True)
 class MarginalConfig(PriorConfig):
@@ -39,13 +41,21 @@ class Marginal(Prior, name="marginal"):
 
     @torch.no_grad()
     def initialize(self, tokens: Tensor, labels: Tensor | None) -> None:
-        """Set the table to the smoothed log frequencies of `tokens` (n, *grid.shape), per class and overall."""
-        rows = tokens.flatten(1).long().to(self.device)
-        for label in range(self.num_classes + 1):
-            mine = rows if label == self.num_classes or labels is None else rows[labels.to(rows.device) == label]
-            counts = torch.zeros_like(self.table[0])
-            counts.scatter_add_(1, mine.t(), torch.ones_like(mine.t(), dtype=counts.dtype))
-            self.table[label] = ((counts + 1) / (len(mine) + self.grid.vocab_size)).log()
+        """Set the table to the smoothed log frequencies of `tokens` (n, *grid.shape), per class and overall.
+
+        tokens: a tensor, or rows on the disk whose slices are tensors.
+        """
+        counts, size = torch.zeros_like(self.table), self.table[0].numel()
+        places = torch.arange(len(self.grid), device=self.device) * self.grid.vocab_size
+        for start in range(0, len(tokens), CHUNK):
+            rows = tokens[start : start + CHUNK].flatten(1).long().to(self.device) + places
+            ones = torch.ones_like(rows, dtype=counts.dtype).flatten()
+            counts[-1].view(-1).scatter_add_(0, rows.flatten(), ones)
+            if labels is not None and self.num_classes:
+                rows = rows + labels[start : start + CHUNK, None].long().to(self.device) * size
+                counts.view(-1).scatter_add_(0, rows.flatten(), ones)
+        counts = counts[-1:].expand_as(counts) if labels is None else counts
+        self.table.copy_(((counts + 1) / (counts.sum(-1, keepdim=True) + self.grid.vocab_size)).log())
 
     def start(self, num_images: int, labels: Tensor | None, order: Tensor | None = None) -> list[Tensor]:
         """The remaining positions' logits, each `(B, vocab_size)`."""

@@ -63,8 +63,9 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor, turns: Tensor) -> Tensor:
         """`(B, N, dim)` to the same; turns: of queries and keys, `([B,] N, 2, dim / heads / 2, 2)`."""
-        q, k, v = self.qkv(self.attention_norm(x)).unflatten(-1, (3, self.heads, -1)).unbind(2)  # (B, N, heads, width)
-        q = rotate(unit(q) * self.gain, turns[..., 0, :, :]).to(v.dtype)
+        q, k, v = (t.unflatten(-1, (self.heads, -1)) for t in self.qkv(self.attention_norm(x)).chunk(3, -1))
+        turns = turns.unsqueeze(-4)  # ([B,] N, 1, 2, width / 2, 2): alike for all heads, but for the gain
+        q = rotate(unit(q), turns[..., 0, :, :] * self.gain.unsqueeze(-1)).to(v.dtype)
         k = rotate(unit(k), turns[..., 1, :, :]).to(v.dtype)
         dropout = self.attention_dropout if self.training else 0.0
         q, k, v = (t.transpose(1, 2) for t in (q, k, v))
@@ -79,11 +80,13 @@ def unit(x: Tensor) -> Tensor:
     return F.rms_norm(x if x.dtype == torch.float64 else x.float(), x.shape[-1:], eps=EPS)
 
 
-def rotate(x: Tensor, rotation: Tensor) -> Tensor:
-    """Turn each pair of `x` (B, N, heads, width) by its position's angle, of which `rotation` ([B,] N, width / 2, 2)
-    holds cos and sin."""
-    a, b = x.unflatten(-1, (-1, 2)).unbind(-1)
-    cos, sin = rotation.unsqueeze(-3).unbind(-1)
+def rotate(x: Tensor, turns: Tensor) -> Tensor:
+    """Turn each pair of `x` (B, N, heads, width) by its angle, and scale it: `turns` ([B,] N, 1 or heads, width / 2, 2)
+    holds cos and sin times the scale."""
+    pairs = x.unflatten(-1, (-1, 2))
+    if not torch.compiler.is_compiling():  # a complex product is a single pass over memory
+        return torch.view_as_real(torch.view_as_complex(pairs) * torch.view_as_complex(turns)).flatten(-2)
+    (a, b), (cos, sin) = pairs.unbind(-1), turns.unbind(-1)  # which the compiler can not make of it, but of these
     return torch.stack([a * cos - b * sin, a * sin + b * cos], -1).flatten(-2)
 
 

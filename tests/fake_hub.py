@@ -1,10 +1,13 @@
-"""A Hub on this machine: serves `root/<owner>/<name>/<revision>/...` over HTTP, read-only, and remembers who asked."""
+"""A Hub on this machine: serves `root/<owner>/<name>/<revision>/...` over HTTP, datasets from `root/datasets/...`,
+takes uploads of datasets, and remembers who asked."""
 
 from __future__ import annotations
 
+import base64
 import hashlib
 import json
 import re
+import shutil
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -23,6 +26,7 @@ class FakeHub(ThreadingHTTPServer):
         super().__init__(("127.0.0.1", 0), Handler)
         self.root, self.secret = root, secret
         self.requests: list[tuple[str, str | None]] = []
+        self.created: list[dict[str, object]] = []
 
     @property
     def url(self) -> str:
@@ -38,9 +42,10 @@ class Handler(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         path, token = unquote(urlsplit(self.path).path), self.headers.get("Authorization")
         self.server.requests.append((path, token))
-        file = re.fullmatch(r"/([^/]+/[^/]+)/resolve/([^/]+)/(.+)", path)
-        facts = re.fullmatch(r"/api/models/([^/]+/[^/]+)(?:/revision/([^/]+))?", path)
-        tree = re.fullmatch(r"/api/models/([^/]+/[^/]+)/tree/([^/]+)", path)
+        file = re.fullmatch(r"/((?:datasets/)?[^/]+/[^/]+)/resolve/([^/]+)/(.+)", path)
+        path = path.replace("/api/models/", "/api/")
+        facts = re.fullmatch(r"/api/((?:datasets/)?[^/]+/[^/]+)(?:/revision/([^/]+))?", path)
+        tree = re.fullmatch(r"/api/((?:datasets/)?[^/]+/[^/]+)/tree/([^/]+)", path)
         asked = file or tree or facts
         if asked is None:
             return self.answer(404)
@@ -56,11 +61,61 @@ class Handler(BaseHTTPRequestHandler):
         if tree:
             entries = [{"type": "file", "path": n, "oid": "0", "size": (folder / n).stat().st_size} for n in names]
             return self.answer(200, {"Content-Type": "application/json"}, json.dumps(entries).encode())
-        about = {"id": asked[1], "modelId": asked[1], "sha": commit(folder), "private": False, "tags": [],
+        name = asked[1].removeprefix("datasets/")
+        about = {"id": name, "modelId": name, "sha": commit(folder), "private": False, "tags": [],
                  "siblings": [{"rfilename": name} for name in names]}  # fmt: skip
         return self.answer(200, {"Content-Type": "application/json"}, json.dumps(about).encode())
 
     do_HEAD = do_GET
+
+    def do_POST(self) -> None:
+        """What an upload of a dataset asks: make it; is the card in order; a branch; how to send; and the files."""
+        path, body, token = unquote(urlsplit(self.path).path), self.body(), self.headers.get("Authorization")
+        self.server.requests.append((path, token))
+        if self.server.secret not in (None, (token or "").removeprefix("Bearer ")):
+            return self.answer(401)
+        if path == "/api/validate-yaml":
+            return self.say({"errors": [], "warnings": []})
+        if path == "/api/repos/create":
+            asked = json.loads(body)
+            name = f"datasets/{asked['organization']}/{asked['name']}"
+            (self.server.root / name / "main").mkdir(parents=True, exist_ok=True)
+            self.server.created.append(asked)
+            return self.say({"url": f"{self.server.url}/{name}"})
+        found = re.fullmatch(r"/api/(datasets/[^/]+/[^/]+)/(branch|preupload|commit)/([^/]+)", path)
+        if found is None:
+            return self.answer(404)
+        folder = self.server.root / found[1] / found[3]
+        if found[2] == "branch":
+            shutil.copytree(folder.parent / "main", folder, dirs_exist_ok=True)
+            return self.say({})
+        if found[2] == "preupload":
+            names = [entry["path"] for entry in json.loads(body)["files"]]
+            files = [{"path": name, "uploadMode": "regular", "shouldIgnore": False} for name in names]
+            return self.say({"files": files})
+        for line in map(json.loads, body.splitlines()):
+            target = folder / line["value"].get("path", "")
+            if line["key"] == "file":
+                target.parent.mkdir(parents=True, exist_ok=True)
+                target.write_bytes(base64.b64decode(line["value"]["content"]))
+            elif line["key"] == "deletedFile":
+                target.unlink()
+        return self.say({"commitUrl": f"{self.server.url}/{found[1]}/commit/x", "commitOid": commit(folder)})
+
+    def body(self) -> bytes:
+        """What was sent, whole or in chunks."""
+        if self.headers.get("Transfer-Encoding") != "chunked":
+            return self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        parts = []
+        while size := int(self.rfile.readline(), 16):
+            parts.append(self.rfile.read(size))
+            self.rfile.readline()
+        self.rfile.readline()
+        return b"".join(parts)
+
+    def say(self, value: object) -> None:
+        """Answer with JSON."""
+        self.answer(200, {"Content-Type": "application/json"}, json.dumps(value).encode())
 
     def revision(self, repository: Path, name: str) -> Path | None:
         """The folder of a branch, or of a commit."""
@@ -85,8 +140,11 @@ class Handler(BaseHTTPRequestHandler):
 
 
 def commit(folder: Path) -> str:
-    """The commit hash of a revision's folder."""
-    return hashlib.sha1(str(folder).encode()).hexdigest()
+    """The commit hash of a revision's folder and its files."""
+    digest = hashlib.sha1(str(folder).encode())
+    for path in sorted(folder.rglob("*")):
+        digest.update(path.read_bytes() if path.is_file() else b"")
+    return digest.hexdigest()
 
 
 @contextmanager

@@ -142,6 +142,21 @@ def two_processes(name: str, argv: list[str]) -> list[str]:
             *argv]  # fmt: skip
 
 
+def one_launched(name: str, argv: list[str]) -> list[str]:
+    """The command of one process that `accelerate launch` starts."""
+    return ["accelerate", "launch", "--num_processes", "1", "--num_machines", "1", "--mixed_precision", "no",
+            "--dynamo_backend", "no", "-m", f"pipelines.{name}", *argv]  # fmt: skip
+
+
+def faults(folder: Path, **counts: Any) -> dict[str, list[dict[str, Any]]]:
+    """What `benchmarks/faults.py` finds, which forks: so it is a process of its own."""
+    out = folder / "found.json"
+    argv = [f"{key}={value}" for key, value in {**counts, "out": out}.items()]
+    printed = output_of(start([sys.executable, "benchmarks/faults.py", *argv]), 1800, code=None)
+    assert out.exists(), printed
+    return json.loads(out.read_text())
+
+
 def free_port() -> int:
     """A port that nobody listens on."""
     with socket.socket() as probe:

@@ -65,6 +65,23 @@ def test_the_onset_of_a_critic_is_drawn(tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_training_steps_stand_beside_those_of_others():
+    """Tiny ones of both stages: as many parameters as diffusers' network has, and no more kept than by GPT-2."""
+    pytest.importorskip("diffusers")
+    pytest.importorskip("transformers")
+    printed = run("train.py", "threads=1", "repeats=2", "peak=128", "only=gpt tiny, vqgan tiny")
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in printed.splitlines() if line.startswith("| ")]
+    head, gpt, gpt2, vqgan, vq_model = rows
+    assert [row[0] for row in rows[1:]] == ["gpt tiny", "GPT2LMHeadModel", "vqgan tiny", "VQModel"]
+    assert vqgan[1:3] == vq_model[1:3] and float(gpt[5]) < 1.2 * float(gpt2[5])
+    for row in (gpt, vqgan):
+        cells = dict(zip(head, row, strict=True))
+        assert float(cells["step, ms"]) > 0 and float(cells["in the loop, ms"]) > 0 and float(cells["faster"]) > 0
+        assert 0 <= float(cells["data wait"].rstrip("%")) <= 100
+
+
+@pytest.mark.slow
 @pytest.mark.timeout(1800)
 def test_a_ladder_of_seconds(tmp_path):
     """All presets of the digits, trained for a second each; a second call does nothing again; then its guesses."""

@@ -287,7 +287,7 @@ def test_missing_path_is_said_to_be_missing(source):
 @pytest.mark.parametrize("source", ["owner/name", "cifar"])
 def test_unreachable_hub_id_names_both_readings(source, monkeypatch):
     def unreachable(*args, **kwargs):
-        raise ConnectionError("Couldn't reach it\nwith details")
+        raise OSError("Couldn't reach it\nwith details")
 
     monkeypatch.setattr("datasets.load_dataset", unreachable)
     with pytest.raises(UserError, match=f"no such folder here .*{source}.* Hub id '{source}'.*Couldn't reach it$"):
@@ -364,7 +364,7 @@ def test_bad_rows_are_named_by_row(tmp_path):
     )
     splits = load_images(config(path, on_error="skip", max_bad_fraction=1))
     problems = sorted(splits.train.report.problems + splits.held_out.report.problems)
-    assert [name for name, _ in problems] == ["row 12 of train", "row 4 of train", "row 5 of train"]
+    assert [problem.path for problem in problems] == ["row 12 of train", "row 4 of train", "row 5 of train"]
     kept = torch.cat([splits.train.labels, splits.held_out.labels]).tolist()
     assert sorted(kept) == [0, 1, 2, 3, 6, 7, 8, 9, 10, 11]
 
@@ -474,7 +474,7 @@ def test_bad_images_are_skipped_and_counted(tmp_path, capsys, cache_mb):
     reports = [splits.train.report, splits.held_out.report]
     assert sum(r.found for r in reports) == len(good) + len(bad)
     assert sum(r.bad for r in reports) == len(bad)
-    problems = dict(sum((r.problems for r in reports), []))
+    problems = {problem.path: problem.reason for r in reports for problem in r.problems}
     assert problems.keys() == bad.keys()
     assert all(bad[path] in problems[path] for path in bad)
     assert len(splits.train) + len(splits.held_out) == len(good)
@@ -502,7 +502,7 @@ def test_too_many_bad_images_stop_the_run(tmp_path, capsys, monkeypatch):
         load_images(config(tmp_path, on_error="skip"))
     monkeypatch.setenv("RANK", "1")
     splits = load_images(config(tmp_path, on_error="skip", max_bad_fraction=0.02))
-    assert {path for path, _ in splits.train.report.problems + splits.held_out.report.problems} == set(paths)
+    assert {p.path for p in splits.train.report.problems + splits.held_out.report.problems} == set(paths)
     assert capsys.readouterr().err == ""  # only rank 0 speaks
 
 

@@ -6,6 +6,7 @@ import json
 import shutil
 from importlib.util import find_spec
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -198,7 +199,7 @@ def test_split_that_is_no_safetensors_file(folder):
 @pytest.mark.parametrize(
     ("changes", "needle"),
     [
-        ({"format_version": 2}, "format_version"),
+        ({"format_version": 3}, "format_version"),
         ({"format_version": None}, "format_version"),
         ({"grid": None}, "grid"),
         ({"grid": {"shape": [0, 2], "vocab_size": 32}}, "positive"),
@@ -342,33 +343,29 @@ def test_foreign_out_folder_is_refused_before_anything_is_read(tokenizer, tmp_pa
 
 
 @needs_digits
-@pytest.mark.parametrize("place", ["in the middle of encoding", "in the middle of writing", "before the manifest"])
-def test_interrupted_encoding_leaves_nothing_that_loads(tokenizer, tmp_path, monkeypatch, place):
+@pytest.mark.parametrize("place", ["encode.variants_of", "encode.publish", "tokens.write_json", "encode.shutil"])
+def test_interrupted_encoding_leaves_what_was_there(tokenizer, tmp_path, monkeypatch, place):
+    """Nothing that loads, or the older dataset; after the very last step, the new one. The same command ends it."""
+
     def interrupt(*arguments, **options):
         raise KeyboardInterrupt
 
-    batches = []
+    def interrupted(data):
+        last = SimpleNamespace(rmtree=interrupt)  # the dataset is there, the pieces have yet to go
+        monkeypatch.setattr(f"pipelines.{place}", last if place == "encode.shutil" else interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            encoded(tmp_path, data, batch_size=10)
+        monkeypatch.undo()
 
-    def counted(images, rows, seed, real=encode.variants_of):
-        batches.append(rows)
-        return real(images, rows, seed) if len(batches) < 3 else interrupt()
-
-    if place == "in the middle of encoding":
-        monkeypatch.setattr(encode, "variants_of", counted)
-    else:
-        name = "write_json" if place == "in the middle of writing" else "write_manifest"
-        monkeypatch.setattr(f"pipelines.tokens.{name}", interrupt)
-    with pytest.raises(KeyboardInterrupt):
-        encoded(tmp_path, batch_size=10)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["tokenizer"]
-    with pytest.raises(PathError):
-        load_tokens(tmp_path / "tokens")
-    monkeypatch.undo()
-    before = encoded(tmp_path)
-    monkeypatch.setattr("pipelines.tokens.write_manifest", interrupt)
-    with pytest.raises(KeyboardInterrupt):
-        encoded(tmp_path, {**DIGITS, "limit": 10})
-    assert len(load_tokens(tmp_path / "tokens").splits["train"]) == len(before.splits["train"]) == LIMIT
+    interrupted(DIGITS)
+    if place != "encode.shutil":
+        with pytest.raises(PathError):
+            load_tokens(tmp_path / "tokens")
+    assert len(encoded(tmp_path, batch_size=10).splits["train"]) == LIMIT
+    interrupted({**DIGITS, "limit": 10})
+    assert len(load_tokens(tmp_path / "tokens").splits["train"]) == (10 if place == "encode.shutil" else LIMIT)
+    assert len(encoded(tmp_path, {**DIGITS, "limit": 10}, batch_size=10).splits["train"]) == 10
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["tokenizer", "tokens"]
 
 
 def test_paths_are_taken_as_text_or_path(tmp_path):

@@ -67,8 +67,13 @@ class SelfAttention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         q, k, v = self.qkv(self.norm(x)).flatten(2).transpose(1, 2).chunk(3, -1)
-        attended = F.scaled_dot_product_attention(q, k, v)
-        return x + self.project(attended.transpose(1, 2).reshape(x.shape))
+        return x + self.project(one_head_attention(q, k, v).transpose(1, 2).reshape(x.shape))
+
+
+def one_head_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Attention over rows `(B, N, width)`, to the same. Without an axis of heads, torch would not take its fused
+    kernel, but keep all `(B, N, N)` weights for the backward pass."""
+    return F.scaled_dot_product_attention(q.unsqueeze(1), k.unsqueeze(1), v.unsqueeze(1)).squeeze(1)
 
 
 class Upsample(nn.Sequential):

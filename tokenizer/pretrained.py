@@ -13,17 +13,15 @@ import json
 import os
 import pkgutil
 import re
+import warnings
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load as parse_safetensors
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import nn
 
-from .settings import ModelConfig, node_problems, problems_in, setting
-from .storage import (
+from .errors import (
     ConfigError,
     FormatError,
     IntegrityError,
@@ -31,11 +29,12 @@ from .storage import (
     PathError,
     PipelineLoadError,
     WeightsError,
-    atomic_folder,
-    read_bytes,
-    read_json,
-    write_json,
+    shown,
 )
+from .reading import CODE, Folder
+from .settings import ModelConfig, node_problems, problems_in, setting
+from .storage import atomic_folder, write_json
+from .weights import check_header, expected_weights, fill, parse_weights, read_header
 
 __all__ = [
     "ConfigError", "FormatError", "IntegrityError", "LimitError", "ModelConfig", "Named", "PathError",
@@ -45,8 +44,7 @@ __all__ = [
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
 MAX_WEIGHT_BYTES = 16 << 30
-MAX_PARAMETERS = 4_000_000_000
-MAX_HEADER_BYTES = 1 << 20
+MAX_ENTRIES = 10_000
 
 N = TypeVar("N", bound="Named")
 M = TypeVar("M", bound="PretrainedModel")
@@ -60,6 +58,7 @@ class Named:
     name: ClassVar[str] = ""
     _members: ClassVar[dict[str, type]]
     _package: ClassVar[str]
+    _searched: ClassVar[set[str]] = set()
 
     def __init_subclass__(cls, *, name: str | None = None, family: str | None = None, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -72,9 +71,11 @@ class Named:
     @classmethod
     def available(cls) -> list[str]:
         """The names of the family, sorted."""
-        package = importlib.import_module(cls._package)
-        for module in pkgutil.iter_modules(package.__path__):
-            importlib.import_module(f"{cls._package}.{module.name}")
+        if cls._package not in Named._searched:
+            package = importlib.import_module(cls._package)
+            for module in pkgutil.iter_modules(package.__path__):
+                importlib.import_module(f"{cls._package}.{module.name}")
+            Named._searched.add(cls._package)
         return sorted(cls._members)
 
     @classmethod
@@ -82,7 +83,7 @@ class Named:
         """The member called `name`; raises `ConfigError` listing what there is."""
         names = cls.available()
         if name not in names:
-            raise ConfigError(f"no {cls.__name__} is called {name!r}; there are {', '.join(names)}")
+            raise ConfigError(f"no {cls.__name__} is called {shown(name)}; there are {', '.join(names)}")
         return cls._members[name]
 
     @classmethod
@@ -114,7 +115,7 @@ class PretrainedModel(Named, nn.Module):
         for key, value in sorted(self.state_dict().items()):
             value = value.float() if value.is_floating_point() else value
             digest.update(f"{key} {value.dtype} {tuple(value.shape)}".encode())
-            digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+            digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
         return digest.hexdigest()
 
     def save_pretrained(self, folder: str | Path) -> None:
@@ -148,56 +149,45 @@ class PretrainedModel(Named, nn.Module):
         patterns = [f"{subfolder}/{name}" if subfolder else name for name in (CONFIG, WEIGHTS)]
         folder = resolve_folder(source, patterns, revision=revision, token=token, cache_dir=cache_dir,
                                 local_files_only=local_files_only) / subfolder  # fmt: skip
-        data = read_json(folder / CONFIG)
+        warn_of_code(folder)
+        return cls.read_from(Folder.at(folder)).to(device=device, dtype=dtype)
+
+    @classmethod
+    def read_from(cls: type[M], files: Folder, *, max_bytes: int = MAX_WEIGHT_BYTES) -> M:
+        """The model in a folder that is open already, as `from_pretrained`; its weights have `max_bytes` at most."""
+        place, data = files.place(CONFIG), files.json(CONFIG)
         kind = data.pop("kind", None)
         try:
             if not isinstance(kind, str) or kind not in cls.available():
-                found, names = repr(kind)[:80], ", ".join(cls.available())
-                raise ConfigError(f"kind: no {cls._package} is called {found}; there are {names}")
+                raise ConfigError(
+                    f"kind: no {cls._package} is called {shown(kind)}; there are {', '.join(cls.available())}"
+                )
             member: Any = cls.find(kind)
             if not issubclass(member, cls):
                 raise ConfigError(f"kind: holds a {kind!r}, not a {cls.name!r}")
             config = member.Config.from_dict(data)
         except ConfigError as error:
-            raise ConfigError(f"{folder / CONFIG}: {error}") from error
-        weights = _read_weights(folder / WEIGHTS, member, config)
-        model = member(config)
-        model.load_state_dict(weights, strict=True)
-        return model.to(device=device, dtype=dtype).eval()
+            raise ConfigError(f"{place}: {error}") from error
+        expected = expected_weights(lambda: member(config), place)
+        with files.open(WEIGHTS, max_bytes) as file:
+            entries = read_header(file.read, file.size, file.path)
+            check_header(entries, expected, file.path)
+            model: M = member(config)
+            fill(model, file, entries)
+        return model.eval()
 
 
-def parse_weights(data: bytes, path: Path) -> dict[str, Tensor]:
-    """The tensors in `data`, which is what stands in the safetensors file `path`. Raises `LimitError` for a header that
-    is too large, `WeightsError` for one that can not be read."""
-    if int.from_bytes(data[:8], "little") > MAX_HEADER_BYTES:
-        raise LimitError(f"{path}: not safetensors, or its header is larger than {MAX_HEADER_BYTES} bytes")
-    try:
-        return parse_safetensors(data)
-    except (SafetensorError, KeyError, ValueError, OverflowError, TypeError, RuntimeError) as error:
-        raise WeightsError(f"{path}: not a readable safetensors file ({error})") from error
-
-
-def _read_weights(path: Path, member: type[PretrainedModel], config: ModelConfig) -> dict[str, Tensor]:
-    """The tensors of `path`, checked against what `config` asks for before that much memory is allocated."""
-    try:
-        with torch.device("meta"):
-            expected = member(config).state_dict()
-    except (ValueError, OverflowError, RuntimeError) as error:  # sizes that are each allowed, but not together
-        raise ConfigError(f"{path.parent / CONFIG}: {error}") from error
-    if sum(value.numel() for value in expected.values()) > MAX_PARAMETERS:
-        raise LimitError(f"{path.parent / CONFIG}: asks for more than {MAX_PARAMETERS} parameters")
-    found = parse_weights(read_bytes(path, MAX_WEIGHT_BYTES), path)
-    missing, extra = sorted(set(expected) - set(found)), sorted(set(found) - set(expected))
-    if missing or extra:
-        raise WeightsError(f"{path}: missing weights {missing[:5]}, unexpected weights {extra[:5]}")
-    for key, value in expected.items():
-        if found[key].shape != value.shape:
-            raise WeightsError(f"{path}: {key} has shape {list(found[key].shape)}, expected {list(value.shape)}")
-        if found[key].is_floating_point() != value.is_floating_point():
-            raise WeightsError(f"{path}: {key} has type {found[key].dtype}, expected {value.dtype}")
-        if found[key].is_floating_point() and not bool(torch.isfinite(found[key].float()).all()):
-            raise WeightsError(f"{path}: {key} holds a value that is not finite")
-    return found
+def warn_of_code(*folders: Path) -> None:
+    """Say in one line which files of the folders, of which the others are in the first, are of a kind that can hold
+    code: they are never opened."""
+    names = [os.path.relpath(entry.path, folders[0]) for folder in folders if folder.is_dir()
+             for entry in itertools.islice(os.scandir(folder), MAX_ENTRIES)
+             if entry.name.lower().endswith(CODE)]  # fmt: skip
+    if names:
+        more = f" and {len(names) - 1} more" * (len(names) > 1)
+        warnings.warn(
+            f"{folders[0]}: files that may hold code are never opened: {shown(min(names))}{more}", stacklevel=3
+        )
 
 
 def resolve_folder(source: str | Path, patterns: list[str], *, revision: str | None, token: str | None,

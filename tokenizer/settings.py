@@ -8,13 +8,16 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import math
+import re
 import types
 from collections.abc import Iterator
 from typing import Any, ClassVar, Union, get_args, get_origin, get_type_hints
 
-from .storage import ConfigError
+from .errors import ConfigError, shown
 
 REQUIRED = dataclasses.MISSING
+MAX_ITEMS = 64  # of a list
+MAX_PROBLEMS = 20  # of a configuration, which are told
 
 
 def setting(
@@ -109,14 +112,17 @@ def problems_in(cls: type[ModelConfig], data: dict[str, Any], *, facts: bool = F
     fields = {f.name: f for f in dataclasses.fields(cls)}
     hints = get_type_hints(cls)
     allowed = [name for name, f in fields.items() if facts or not f.metadata.get("fact")]
-    problems = []
+    problems: list[str] = []
     for key, value in data.items():
+        if len(problems) >= MAX_PROBLEMS:
+            return [*problems, f"{prefix or 'and '}more"]
         if key in fields and key not in allowed:
             problems.append(f"{prefix}{key}: a fact of the data, it can not be set here")
         elif key not in fields:
-            near = difflib.get_close_matches(str(key), allowed, 1, 0.6)
+            near = difflib.get_close_matches(str(key)[:80], allowed, 1, 0.6)
             hint = f"; did you mean '{prefix}{near[0]}'?" if near else f"; there are {', '.join(allowed)}"
-            problems.append(f"{prefix}{key}: unknown key{hint}")
+            name = key if re.fullmatch(r"[\w.-]{1,64}", str(key)) else shown(key)
+            problems.append(f"{prefix}{name}: unknown key{hint}")
         elif fields[key].metadata.get("family") and isinstance(value, dict):
             problems += node_problems(family_of(fields[key]), value, prefix=f"{prefix}{key}.", facts=facts)
         else:
@@ -133,9 +139,8 @@ def node_problems(family: Any, node: dict[str, Any], *, prefix: str = "", facts:
     if "kind" not in node:
         return [f"{prefix}kind: missing; there are {', '.join(family.available())}"]
     if node["kind"] not in family.available():
-        return [
-            f"{prefix}kind: no {family.__name__} is called {node['kind']!r}; there are {', '.join(family.available())}"
-        ]
+        there = ", ".join(family.available())
+        return [f"{prefix}kind: no {family.__name__} is called {shown(node['kind'])}; there are {there}"]
     return problems_in(family.find(node["kind"]).Config, rest, facts=facts, prefix=prefix)
 
 
@@ -156,7 +161,7 @@ def _convert(value: Any, hint: Any, field: dataclasses.Field[Any]) -> Any:
         if isinstance(value, ModelConfig):
             return value
         if not isinstance(value, dict):
-            raise ConfigError(f": expected a {{kind: ...}} node (got {value!r})")
+            raise ConfigError(f": expected a {{kind: ...}} node (got {shown(value)})")
         problems = node_problems(family_of(field), value, prefix=".", facts=True)
         if problems:
             raise ConfigError("; ".join(problems))
@@ -166,7 +171,9 @@ def _convert(value: Any, hint: Any, field: dataclasses.Field[Any]) -> Any:
             raise ConfigError(f": {error}") from error
     if get_origin(hint) is tuple:
         if not isinstance(value, (list, tuple)) or not value:
-            raise ConfigError(f": expected a list (got {value!r})")
+            raise ConfigError(f": expected a list (got {shown(value)})")
+        if len(value) > MAX_ITEMS:
+            raise ConfigError(f": expected at most {MAX_ITEMS} values (got {len(value)})")
         return tuple(_scalar(item, get_args(hint)[0], field) for item in value)
     if dataclasses.is_dataclass(hint) and isinstance(hint, type):
         return value if isinstance(value, hint) else _nested(value, hint)
@@ -176,7 +183,9 @@ def _convert(value: Any, hint: Any, field: dataclasses.Field[Any]) -> Any:
 def _nested(value: Any, hint: type) -> Any:
     names = {f.name for f in dataclasses.fields(hint)}
     if not isinstance(value, dict) or set(value) != names:
-        raise ConfigError(f": expected the keys {', '.join(sorted(names))} (got {value!r})")
+        raise ConfigError(f": expected the keys {', '.join(sorted(names))} (got {shown(value)})")
+    if any(isinstance(item, list) and len(item) > MAX_ITEMS for item in value.values()):
+        raise ConfigError(f": expected at most {MAX_ITEMS} values in a list")
     try:
         return hint(**value)
     except (TypeError, ValueError) as error:
@@ -193,18 +202,18 @@ def _scalar(value: Any, hint: type, field: dataclasses.Field[Any]) -> Any:
         value = float(value) if abs(value) < 1 << 1000 else math.inf
     if not isinstance(value, hint) or (isinstance(value, bool) and hint is not bool):
         names = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
-        raise ConfigError(f": expected {names.get(hint, hint.__name__)} (got {value!r})")
+        raise ConfigError(f": expected {names.get(hint, hint.__name__)} (got {shown(value)})")
     if isinstance(value, float) and not math.isfinite(value):
-        raise ConfigError(f": must be finite (got {value!r})")
+        raise ConfigError(f": must be finite (got {shown(value)})")
     choices = field.metadata.get("choices")
     if choices and value not in choices:
-        raise ConfigError(f": must be one of {', '.join(map(str, choices))} (got {value!r})")
+        raise ConfigError(f": must be one of {', '.join(map(str, choices))} (got {shown(value)})")
     tests = {"ge": (">=", lambda a, b: a >= b), "gt": (">", lambda a, b: a > b),
              "le": ("<=", lambda a, b: a <= b), "lt": ("<", lambda a, b: a < b)}  # fmt: skip
     for key, bound in (field.metadata.get("bounds") or {}).items():
         sign, holds = tests[key]
         if not holds(value, bound):
-            raise ConfigError(f": must be {sign} {bound} (got {value!r})")
+            raise ConfigError(f": must be {sign} {bound} (got {shown(value)})")
     return value
 
 

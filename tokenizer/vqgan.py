@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .autoencoder import Autoencoder, AutoencoderConfig
-from .layers import Upsample
+from .layers import Upsample, one_head_attention
 from .pretrained import ModelConfig, setting
 from .quantizers.vq import VQConfig
 
@@ -143,7 +143,7 @@ class Attention(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         h = self.norm(x)
         q, k, v = (project(h).flatten(2).transpose(1, 2) for project in (self.q, self.k, self.v))
-        attended = F.scaled_dot_product_attention(q, k, v)
+        attended = one_head_attention(q, k, v)
         return x + self.out(attended.transpose(1, 2).reshape(x.shape))
 
 

@@ -1,0 +1,367 @@
+"""Training steps of both stages against plain references of the same shapes, in one process and in turn.
+
+    pip install -e ".[dev,benchmarks]"
+    python benchmarks/train.py threads=2
+    python benchmarks/train.py threads=2 repeats=3 only="gpt 16x16, vqgan 64x64"    # some of the rows
+    python benchmarks/train.py threads=1 repeats=2 peak=256 only="gpt tiny, vqgan tiny"    # does it run?
+
+Stage two: transformers' `GPT2LMHeadModel` of the same width, depth, heads, vocabulary and length, dropout off; its
+hidden layers are 4 times as wide, where ours are two of 8/3. Stage one: diffusers' `VQModel`, for `vqgan` the same
+network, for `vqvae` one of about as many parameters, with the same grid of ids. Random weights, float32.
+
+model: forward, loss, backward and a fused AdamW step of the bare model; reference: likewise. in the loop: the step that
+the verbs take, with data, augmentation, clipping, checks, averaged weights and counts of codes (`pipelines.step`).
+Medians of `repeats` rounds, in which all are run in turn. faster: the reference's time over the model's.
+
+of peak: FLOPs over time, as a share of the best that a float32 matrix product of side `peak` got, before and in every
+round: by `torch.mm` for stage two, as a 1x1 convolution for stage one. (On x86 these are two libraries, and on some
+processors one is twice as fast; the last line says what each got.) FLOPs are counted by torch; attention, which it does
+not see on a CPU, as its two products forward and twice that backward, and half of it where it is causal. data wait:
+share of the time for which the loop waits for its next batch, in `repeats` steps without a break. saved: what is kept
+for the backward pass. memory: by how much resident memory rises in a step, above weights and moments.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import ctypes
+import gc
+import json
+import os
+import platform
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+from sampling import seconds_of, table_head
+
+ROOT = Path(__file__).parents[1]
+NEVER = 1_000_000
+ROWS = 512  # of the token datasets and images that are made for this
+CHANGES = {"track.wandb": "disabled", "train.save_every": NEVER, "train.preview_every": NEVER,
+           "train.evaluate_every": NEVER, "train.minutes": "null", "train.steps": NEVER}  # fmt: skip
+
+Changes = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Case:
+    """A row: a preset and changes to it, and the reference's sizes."""
+
+    preset: str
+    changes: Changes
+    grid: tuple[int, int] = (0, 0)  # of stage two: side and vocabulary
+    reference: Any = None  # of stage one: widths, blocks, groups
+
+
+def gpt(side: int, vocab_size: int, dim: int, depth: int, batch: int) -> Case:
+    """A GPT of stage two, heads 64 wide."""
+    changes = {"model.dim": dim, "model.depth": depth, "model.heads": max(1, dim // 64), "train.batch_size": batch}
+    return Case("prior/gpt_digits.yaml", changes, (side, vocab_size))
+
+
+def vqgan(size: int, widths: tuple[int, ...], groups: int, codes: int, batch: int) -> Case:
+    """A VQGAN of stage one with a block per level, and attention between the two at the token resolution."""
+    quantizer = {"kind": "vq", "codes": codes, "dim": widths[-1] // 2}
+    model = {"kind": "vqgan", "widths": list(widths), "blocks": 1, "groups": groups, "z_channels": widths[-1] // 2,
+             "encoder_attention": None, "decoder_attention": None, "quantizer": quantizer}  # fmt: skip
+    changes = {"model": model, "data.image_size": size, "data.channels": 3, "train.batch_size": batch}
+    return Case("tokenizer/vqvae_digits.yaml", changes, reference=(widths, 1, groups))
+
+
+CASES = {
+    "gpt digits": Case("prior/gpt_digits.yaml", {}, (7, 128)),
+    "gpt 16x16": gpt(16, 1024, dim=256, depth=6, batch=8),
+    "gpt 16x16 wide": gpt(16, 1024, dim=512, depth=4, batch=8),
+    "vqvae digits": Case("tokenizer/vqvae_digits.yaml", {}, reference=((32, 56, 72), 1, 8)),
+    "vqgan 64x64": vqgan(64, (32, 64, 64, 128), groups=16, codes=512, batch=8),
+    "vqgan 32x32 wide": vqgan(32, (64, 128, 256), groups=32, codes=1024, batch=8),
+}
+TINY = {"gpt tiny": gpt(3, 16, dim=64, depth=1, batch=4), "vqgan tiny": vqgan(8, (8, 16), groups=4, codes=16, batch=4)}
+
+
+# What is trained ----------------------------------------------------------------------------------
+
+
+def configure(case: Case, folder: Path) -> Any:
+    """The checked configuration of the verb."""
+    from pipelines.config import parse
+    from pipelines.train_prior import TrainPriorConfig
+    from pipelines.train_tokenizer import TrainTokenizerConfig
+
+    given = {**CHANGES, **case.changes, "out": str(folder / "run")}
+    if case.grid[0]:
+        given["tokens"] = str(folder / "tokens")
+    else:
+        given |= {"data.limit": ROWS}
+    argv = ["--config", str(ROOT / "configs" / case.preset)]
+    argv += [f"{key}={value if isinstance(value, str) else json.dumps(value)}" for key, value in given.items()]
+    return parse(TrainPriorConfig if case.grid[0] else TrainTokenizerConfig, argv, verb="benchmark", description="")
+
+
+def write_tokens(case: Case, folder: Path) -> None:
+    """A token dataset of random ids, in 10 classes."""
+    import torch
+
+    from pipelines.tokens import TokenDataset, TokenSplit
+    from tokenizer import Tokenizer
+
+    side, vocab_size = case.grid
+    tokenizer = Tokenizer.create("vqvae", image_size=(4 * side, 4 * side), channels=1, widths=(8,), blocks=(1,),
+                                 quantizer={"kind": "ema", "codes": vocab_size, "dim": 8})  # fmt: skip
+    split = TokenSplit(torch.randint(vocab_size, (ROWS, side, side)), torch.randint(10, (ROWS,)))
+    classes, both = [str(k) for k in range(10)], {"train": split, "test": split}
+    TokenDataset(tokenizer.grid, classes, both, tokenizer, {}).save(folder / "tokens")
+
+
+def make_task(case: Case, config: Any, folder: Path) -> Any:
+    """The task of the verb."""
+    from pipelines.train_prior import PriorTask
+    from pipelines.train_tokenizer import TokenizerTask
+
+    if not case.grid[0]:
+        return TokenizerTask(config)
+    write_tokens(case, folder)
+    return PriorTask(config)
+
+
+def loss_of_ours(task: Any, batch: Any) -> Callable[[], Any]:
+    """The bare model's loss on a batch, without what the loop logs."""
+    from tokenizer.losses import total_loss
+
+    if hasattr(task, "tokenizer"):
+        return lambda: total_loss(task.tokenizer(batch[0]), batch[0], task.weights)[0]
+    return lambda: task.model.loss(task.model(*batch), batch[0])
+
+
+def reference(case: Case, task: Any, batch: Any) -> tuple[Any, Callable[[], Any]]:
+    """The other model, and its loss on the same batch."""
+    return gpt2(task.model.config, batch[0]) if case.grid[0] else vq_model(case, task.tokenizer.config, batch[0])
+
+
+def gpt2(sizes: Any, tokens: Any) -> tuple[Any, Callable[[], Any]]:
+    """GPT-2 of the same sizes."""
+    import transformers
+
+    transformers.logging.set_verbosity_error()
+    config = transformers.GPT2Config(
+        vocab_size=sizes.grid.vocab_size, n_positions=len(sizes.grid), n_embd=sizes.dim, n_layer=sizes.depth,
+        n_head=sizes.heads, resid_pdrop=0, embd_pdrop=0, attn_pdrop=0, use_cache=False, bos_token_id=0, eos_token_id=0,
+    )  # fmt: skip
+    model, ids = transformers.GPT2LMHeadModel(config).train(), tokens.flatten(1)
+    return model, lambda: model(ids, labels=ids).loss
+
+
+def vq_model(case: Case, sizes: Any, images: Any) -> tuple[Any, Callable[[], Any]]:
+    """VQGAN as diffusers has it."""
+    import diffusers
+    from torch.nn import functional
+
+    (widths, blocks, groups), quantizer = case.reference, sizes.quantizer
+    model = diffusers.VQModel(
+        in_channels=sizes.channels, out_channels=sizes.channels, block_out_channels=widths, layers_per_block=blocks,
+        down_block_types=("DownEncoderBlock2D",) * len(widths), up_block_types=("UpDecoderBlock2D",) * len(widths),
+        latent_channels=quantizer.dim, vq_embed_dim=quantizer.dim, num_vq_embeddings=quantizer.codes,
+        norm_num_groups=groups, sample_size=sizes.image_size[0],
+    ).train()  # fmt: skip
+
+    def loss() -> Any:
+        output = model(images)
+        return functional.mse_loss(output.sample, images) + output.commit_loss
+
+    return model, loss
+
+
+# What is measured ---------------------------------------------------------------------------------
+
+
+def step_of(model: Any, loss: Callable[[], Any]) -> Callable[[], None]:
+    """Forward, backward and AdamW at each call."""
+    import torch
+
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True)
+
+    def step() -> None:
+        loss().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return step
+
+
+@contextlib.contextmanager
+def loop_of(task: Any, config: Any, folder: Path) -> Iterator[tuple[Callable[[], None], list[float]]]:
+    """A step of the verb at each call, and the seconds for which each waited for its batch."""
+    from pipelines.processes import build_accelerator
+    from pipelines.training import batches, set_up, take_step
+
+    waits: list[float] = []
+    with contextlib.redirect_stdout(None):
+        training = set_up(task, config, folder, build_accelerator())
+    task.model.train()
+    stream = batches(training)
+
+    def step() -> None:
+        began = time.perf_counter()
+        batch = next(stream)
+        waits.append(time.perf_counter() - began)
+        take_step(training, batch, 1e-5)
+
+    try:
+        yield step, waits
+    finally:
+        stream.close()
+        training.tracker.close()
+
+
+class Products:
+    """A float32 matrix product at each call, by `torch.mm` and as a 1x1 convolution; `best` is the most FLOP per second
+    that each got."""
+
+    def __init__(self, side: int) -> None:
+        import torch
+
+        a, b = torch.randn(2, side, side)
+        rows = a.reshape(1, side, 1, side).movedim(-1, 1)  # channels last
+        kernel = b.reshape(side, side, 1, 1).contiguous(memory_format=torch.channels_last)
+        self.flops = 2 * side**3
+        self.runs = {"mm": lambda: torch.mm(a, b), "conv": lambda: torch.conv2d(rows, kernel)}
+        self.best = dict.fromkeys(self.runs, 0.0)
+
+    def __call__(self) -> None:
+        for kind, run in self.runs.items():
+            began = time.perf_counter()
+            run()
+            self.best[kind] = max(self.best[kind], self.flops / (time.perf_counter() - began))
+
+
+def count_flops(loss: Callable[[], Any]) -> float:
+    """FLOPs of a forward and a backward pass."""
+    from torch.nn import functional
+    from torch.utils.flop_counter import FlopCounterMode
+
+    fused, attention = functional.scaled_dot_product_attention, 0.0
+
+    def counted(q: Any, k: Any, v: Any, *args: Any, is_causal: bool = False, **more: Any) -> Any:
+        nonlocal attention
+        attention += 3 * 4 * q.numel() * k.shape[-2] * (0.5 if is_causal else 1.0)
+        return q + k + v  # of the same shape, without a product
+
+    functional.scaled_dot_product_attention = counted
+    try:
+        with FlopCounterMode(display=False) as counter:
+            loss().backward()
+    finally:
+        functional.scaled_dot_product_attention = fused
+    return counter.get_total_flops() + attention
+
+
+def saved_bytes(model: Any, loss: Callable[[], Any]) -> int:
+    """Bytes that one forward pass keeps for the backward pass, besides weights; shared memory counts once."""
+    from torch.autograd.graph import saved_tensors_hooks
+
+    found: dict[int, int] = {}
+    own = {tensor.untyped_storage().data_ptr() for tensor in chain(model.parameters(), model.buffers())}
+
+    def pack(tensor: Any) -> Any:
+        storage = tensor.untyped_storage()
+        found[storage.data_ptr()] = 0 if storage.data_ptr() in own else storage.nbytes()
+        return tensor
+
+    with saved_tensors_hooks(pack, lambda tensor: tensor):
+        kept = loss()  # its graph holds all that was saved, so no address is used twice
+    del kept
+    return sum(found.values())
+
+
+def resident_rise(step: Callable[[], None]) -> float | None:
+    """Bytes by which the resident memory rises in a step; None where Linux does not tell."""
+    try:
+        ctypes.CDLL("libc.so.6").malloc_trim(0)  # or the step would use what others left
+        Path("/proc/self/clear_refs").write_text("5")  # the peak is now what is resident
+        before = resident("VmRSS")
+        step()
+        return resident("VmHWM") - before
+    except (OSError, AttributeError):
+        return None
+
+
+def resident(kind: str) -> int:
+    """Bytes that Linux says of this process."""
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(kind))
+    return int(line.split()[1]) * 1024
+
+
+# The table ----------------------------------------------------------------------------------------
+
+
+def measure(name: str, case: Case, repeats: int, products: Products, folder: Path) -> list[str]:
+    """The two lines of a case: ours and the reference's."""
+    import torch
+
+    torch.manual_seed(0)
+    config = configure(case, folder)
+    task = make_task(case, config, folder)
+    bare, batch = copy.deepcopy(task), task.batch(*task.samples(config.train.batch_size, 0, 0), 0)
+    models = {name: (bare.model, loss_of_ours(bare, batch))}
+    other, loss = reference(case, task, batch)
+    models[type(other).__name__] = (other, loss)
+    steps = [step_of(*pair) for pair in models.values()]
+    with loop_of(task, config, folder / "state") as (looped, waits):
+        *seconds, in_loop, _ = seconds_of([*steps, looped, products], repeats)
+        waits.clear()
+        began = time.perf_counter()
+        for _ in range(repeats):
+            looped()
+        waiting = sum(waits) / (time.perf_counter() - began)
+    peak = products.best["mm" if case.grid[0] else "conv"]
+    lines, ours = [], [f"{seconds[1] / seconds[0]:.2f}", f"{1e3 * in_loop:.1f}", f"{waiting:.2%}"]
+    for (label, (model, loss)), step, taken in zip(models.items(), steps, seconds, strict=True):
+        rise, flops = resident_rise(step), count_flops(loss)
+        cells = [label, f"{sum(p.numel() for p in model.parameters()):,}", f"{flops / 1e9:.2f}", f"{1e3 * taken:.1f}",
+                 f"{flops / taken / peak:.0%}", f"{saved_bytes(model, loss) / 2**20:.1f}",
+                 "" if rise is None else f"{rise / 2**20:.0f}", *ours]  # fmt: skip
+        lines.append(f"| {' | '.join(cells)} |")
+        ours = [""] * len(ours)
+    return lines
+
+
+def main() -> None:
+    options = dict(argument.split("=", 1) for argument in sys.argv[1:])
+    settings = {"threads": 2, "repeats": 15, "peak": 2048, "only": ",".join(CASES)}
+    if strange := [key for key in options if key not in settings]:
+        raise SystemExit(f"{strange[0]}: unknown; there are {', '.join(settings)}")
+    threads, repeats, side = (int(options.get(key, settings[key])) for key in ("threads", "repeats", "peak"))
+    known, only = {**CASES, **TINY}, [part.strip() for part in options.get("only", ",".join(CASES)).split(",")]
+    if strange := [name for name in only if name not in known]:
+        raise SystemExit(f"only={strange[0]}: choose among {', '.join(known)}")
+    os.environ |= {"OMP_NUM_THREADS": str(threads), "ACCELERATE_USE_CPU": "true"}
+    from importlib.metadata import version
+
+    import torch
+
+    torch.set_num_threads(threads)
+    products = Products(side)
+    for _ in range(5):
+        products()
+    print(f"{platform.machine()}, {os.cpu_count()} CPUs, {threads} thread(s), torch {torch.__version__}, transformers "
+          f"{version('transformers')}, diffusers {version('diffusers')}\n")  # fmt: skip
+    print(table_head("model", "parameters", "GFLOP", "step, ms", "of peak", "saved, MiB", "memory, MiB", "faster",
+                     "in the loop, ms", "data wait"))  # fmt: skip
+    for name in only:
+        with tempfile.TemporaryDirectory() as folder:
+            for line in measure(name, known[name], repeats, products, Path(folder)):
+                print(line, flush=True)
+        gc.collect()
+    print(f"\nfloat32 matrix product of side {side}, GFLOP/s: {products.best['mm'] / 1e9:.0f} by torch.mm, "
+          f"{products.best['conv'] / 1e9:.0f} as a convolution")  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()

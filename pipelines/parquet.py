@@ -1,0 +1,271 @@
+"""A token dataset as parquet, which `datasets` reads: written for the Hub, fetched from it, and unpacked once.
+
+README.md                         what `datasets.load_dataset` needs to know, and a card
+data/train-00000-of-00003.parquet columns `tokens` (N ids of an image in raster order) and `label` (a class)
+meta.json  tokenizer/             as in a token dataset, so that nothing is lost on the way
+manifest.json                     sha256 and size of every file, checked when it is unpacked
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from tokenizer import TokenGrid, Tokenizer
+from tokenizer.storage import (
+    MANIFEST,
+    FormatError,
+    IntegrityError,
+    PathError,
+    atomic_folder,
+    read_json,
+    verify_manifest,
+    write_json,
+    write_manifest,
+)
+
+from .config import UserError
+from .hub import is_reachable
+from .shards import ROWS_PER_SHARD, bytes_per_row, chunks, shard_names, smallest_type, spans, write_shard
+
+if TYPE_CHECKING:
+    import datasets
+
+    from .tokens import Meta, TokenDataset
+
+LAYOUT = "parquet"
+FILE_BYTES = 256 << 20  # of tokens in a parquet file, before compression
+HUB_ID = r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}"
+
+Batches = Iterator[tuple[Tensor, Tensor | None]]
+
+
+# Written
+
+
+def features_of(grid: TokenGrid, class_names: list[str]) -> datasets.Features:
+    """The columns: `tokens`, a list of N small unsigned numbers, and `label`, where there are classes."""
+    import datasets
+
+    kind = str(smallest_type(grid.vocab_size)).removeprefix("torch.")
+    columns: dict[str, Any] = {"tokens": datasets.List(datasets.Value(kind), length=len(grid))}
+    if class_names:
+        columns["label"] = datasets.ClassLabel(names=class_names)
+    return datasets.Features(columns)
+
+
+def write_parquet(data: TokenDataset, folder: str | Path) -> None:
+    """Write the dataset as parquet; the folder appears whole or not at all. Raises `PathError` if something else is
+    there, `UserError` for a split whose name `datasets` does not take."""
+    from .tokens import META
+
+    if strange := [name for name in data.splits if not re.fullmatch(r"\w+", name)]:
+        raise UserError(f"splits: the Hub takes names of letters, digits and _, not {strange[0]!r}")
+    shards = {name: [stop - start for start, stop in spans(len(split), data.grid, None)]
+              for name, split in data.splits.items()}  # fmt: skip
+    with atomic_folder(folder, marker=META) as target:
+        (target / "data").mkdir()
+        for name in data.splits:
+            _write_split(target / "data", name, data)
+        data.tokenizer.save_pretrained(target / "tokenizer")
+        write_json(target / META, {**data.meta(shards).to_dict(), "layout": LAYOUT})
+        (target / "README.md").write_text(card(data), encoding="utf-8")
+        write_manifest(target)
+
+
+def _write_split(folder: Path, split: str, data: TokenDataset) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    rows, schema = data.splits[split], features_of(data.grid, data.class_names).arrow_schema
+    per_file = max(1, FILE_BYTES // bytes_per_row(data.grid))
+    count = max(1, -(-len(rows) // per_file))
+    for number in range(count):
+        first, last = number * per_file, min((number + 1) * per_file, len(rows))
+        with pq.ParquetWriter(folder / f"{split}-{number:05d}-of-{count:05d}.parquet", schema) as writer:
+            for part in chunks(last - first):
+                here = slice(first + part.start, first + part.stop)
+                tokens = rows.tokens[here].to(smallest_type(data.grid.vocab_size)).flatten().numpy()
+                columns = [pa.FixedSizeListArray.from_arrays(pa.array(tokens), len(data.grid))]
+                if rows.labels is not None and data.class_names:
+                    columns.append(pa.array(rows.labels[here].long().numpy()))
+                writer.write_table(pa.Table.from_arrays(columns, schema=schema))
+
+
+def card(data: TokenDataset) -> str:
+    """The README of the Hub: which files make which split, what the columns are, how to load them."""
+    files = "\n".join(f"  - split: {name}\n    path: data/{name}-*.parquet" for name in data.splits)
+    sizes = ", ".join(f"{len(split):,} {name}" for name, split in data.splits.items())
+    shape = " x ".join(map(str, data.grid.shape))
+    classes = f"`label` is one of {data.num_classes} classes. " if data.num_classes else ""
+    return f"""---
+configs:
+- config_name: default
+  data_files:
+{files}
+tags:
+- smalti
+---
+
+# Image tokens
+
+{sizes} rows. `tokens` are the {len(data.grid)} ids of an image, below {data.grid.vocab_size}, a grid of {shape} in
+raster order, made by the tokenizer in `tokenizer/`. {classes}`meta.json` says what they were made of.
+
+```python
+from datasets import load_dataset
+rows = load_dataset("OWNER/NAME")  # the columns alone
+
+from pipelines.tokens import load_tokens
+data = load_tokens("OWNER/NAME")  # with the tokenizer; or `smalti train_prior tokens=OWNER/NAME`
+```
+"""
+
+
+def push(data: TokenDataset, repo_id: str, *, token: str | None, private: bool | None, revision: str | None,
+         commit_message: str) -> Any:  # fmt: skip
+    """See `TokenDataset.push_to_hub`. Parquet files of an earlier upload go in the same commit."""
+    from huggingface_hub import HfApi
+
+    api = HfApi(token=token)
+    with tempfile.TemporaryDirectory() as temporary:
+        write_parquet(data, Path(temporary) / "dataset")
+        api.create_repo(repo_id, repo_type="dataset", private=private, exist_ok=True)
+        if revision is not None:
+            api.create_branch(repo_id, branch=revision, repo_type="dataset", exist_ok=True)
+        folder, kind = Path(temporary) / "dataset", "dataset"
+        return api.upload_folder(repo_id=repo_id, repo_type=kind, folder_path=folder, revision=revision,
+                                 delete_patterns="data/*", commit_message=commit_message)  # fmt: skip
+
+
+# Read
+
+
+def local_folder(source: str | Path, *, revision: str | None, token: str | None, cache_dir: str | Path | None,
+                 local_files_only: bool) -> Path:  # fmt: skip
+    """The token dataset `source` as a folder of shards: itself, or what was fetched and unpacked into the cache."""
+    from .tokens import META
+
+    folder = Path(source)
+    if not os.path.isdir(source):
+        if not re.fullmatch(HUB_ID, str(source)):
+            raise PathError(f"{str(source)[:200]!r} is neither a folder nor the id of a dataset on the Hub, "
+                            "owner/name; make a token dataset with `smalti encode`")  # fmt: skip
+        folder = fetch(str(source), revision, token, cache_dir, local_files_only)
+    if not (folder / META).is_file() or read_json(folder / META).get("layout") != LAYOUT:
+        return folder
+    return unpacked(folder, cache_dir)
+
+
+def fetch(repo_id: str, revision: str | None, token: str | None, cache_dir: str | Path | None,
+          local_files_only: bool) -> Path:  # fmt: skip
+    """The files of a token dataset on the Hub, and no others, in the cache. Raises `PathError`."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    local_files_only = local_files_only or not is_reachable()  # who only mistyped a folder's name is not kept waiting
+    patterns = ["meta.json", MANIFEST, "README.md", "tokenizer/*", "data/*.parquet"]
+    try:
+        return Path(snapshot_download(repo_id, repo_type="dataset", revision=revision, token=token, cache_dir=cache_dir,
+                                      local_files_only=local_files_only, allow_patterns=patterns))  # fmt: skip
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise PathError(
+            f"{repo_id!r} is not an existing folder (make a token dataset with `smalti encode`), and as a dataset on "
+            f"the Hub it could not be fetched: {reason}"
+        ) from error
+
+
+def unpacked(folder: Path, cache_dir: str | Path | None) -> Path:
+    """The parquet dataset in `folder` as shards in the cache, written the first time that it is asked for.
+
+    Raises a `PipelineLoadError` for files that are missing, changed or of another form.
+    """
+    from huggingface_hub import constants
+    from huggingface_hub.utils import WeakFileLock
+
+    from .tokens import META
+
+    name = hashlib.sha256((folder / MANIFEST).read_bytes()).hexdigest() if (folder / MANIFEST).is_file() else "unnamed"
+    out = Path(cache_dir or constants.HF_HUB_CACHE) / "smalti-tokens" / name[:32]
+    if (out / META).is_file():
+        return out
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with WeakFileLock(out.with_suffix(".lock")):  # of several processes, one unpacks
+        if not (out / META).is_file():
+            unpack(folder, out)
+    return out
+
+
+def unpack(folder: Path, out: Path) -> None:
+    """Write the parquet dataset in `folder` as shards into `out`, all files checked."""
+    from .tokens import META, check_labels, read_meta, seal
+
+    files, meta = verify_manifest(folder)["files"], read_meta(folder)
+    tokenizer = Tokenizer.from_pretrained(folder / "tokenizer")
+    with atomic_folder(out, marker=META) as target:
+        entries = {}
+        for split, sizes in meta.shards.items():
+            paths = [
+                folder / name for name in sorted(files) if re.fullmatch(rf"data/{split}-\d+-of-\d+\.parquet", name)
+            ]
+            batches = (batch for path in paths for batch in read_parquet(path, meta))
+            groups = regrouped(batches, [*sizes, 1])  # the last one is to be empty
+            for name, size in zip([*shard_names(split, len(sizes)), ""], [*sizes, 0], strict=True):
+                tokens, labels = next(groups)
+                if len(tokens) != size:
+                    raise FormatError(f"{folder / 'data'}: {split}: not the {sum(sizes)} rows that {META} says")
+                if name:
+                    check_labels(folder / "data" / split, labels, len(meta.class_names))
+                    entries[name] = _written(target / name, tokens, labels, meta.grid)
+        seal(target, meta, tokenizer, entries)
+
+
+def _written(path: Path, tokens: Tensor, labels: Tensor | None, grid: TokenGrid) -> dict[str, Any]:
+    try:
+        return write_shard(path, tokens, labels, grid)
+    except ValueError as error:
+        raise IntegrityError(f"{path.name}: {error}") from error
+
+
+def read_parquet(path: Path, meta: Meta) -> Batches:
+    """Tokens `(b, *grid.shape)` and labels `(b,)` of a file, some rows at a time. Raises `FormatError`."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    columns = ["tokens", "label"] if meta.class_names else ["tokens"]
+    try:
+        with pq.ParquetFile(path, pre_buffer=False) as file:  # some rows at a time
+            kinds = [file.schema_arrow.field(name).type for name in columns]
+            lists = pa.types.is_fixed_size_list(kinds[0]) and pa.types.is_integer(kinds[0].value_type)
+            if not lists or kinds[0].list_size != len(meta.grid):
+                raise FormatError(f"{path}: tokens: expected lists of {len(meta.grid)} ids, found {kinds[0]}")
+            if not all(pa.types.is_integer(kind) for kind in kinds[1:]):
+                raise FormatError(f"{path}: label: expected whole numbers, found {kinds[1]}")
+            for batch in file.iter_batches(ROWS_PER_SHARD, columns=columns):
+                if any(column.null_count for column in (*batch.columns, batch.column(0).flatten())):
+                    raise FormatError(f"{path}: a value is missing")
+                tokens = torch.from_numpy(batch.column(0).flatten().to_numpy(zero_copy_only=False).copy())
+                labels = torch.from_numpy(batch.column(1).to_numpy().copy()).long() if meta.class_names else None
+                yield tokens.reshape(len(batch), *meta.grid.shape), labels
+    except (pa.ArrowException, OSError, KeyError, TypeError) as error:
+        raise FormatError(f"{path}: not readable as a parquet file of tokens ({error})") from error
+
+
+def regrouped(batches: Batches, sizes: list[int]) -> Batches:
+    """The same rows in batches of these sizes, as far as there are rows."""
+    tokens, labels = torch.empty(0), None
+    for size in sizes:
+        while len(tokens) < size and (batch := next(batches, None)) is not None:
+            tokens = torch.cat([tokens, batch[0]]) if len(tokens) else batch[0]
+            labels = torch.cat([labels, batch[1]]) if labels is not None and batch[1] is not None else batch[1]
+        yield tokens[:size], None if labels is None else labels[:size]
+        tokens, labels = tokens[size:], None if labels is None else labels[size:]

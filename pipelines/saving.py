@@ -1,0 +1,79 @@
+"""What a run leaves: its resume state, and the snapshot of averaged weights that is for users."""
+
+from __future__ import annotations
+
+import errno
+import math
+import shutil
+import sys
+from typing import TYPE_CHECKING
+
+from safetensors import SafetensorError
+from torch import nn
+
+from .checkpoint import SPARE, save_state
+from .config import UserError
+from .sharding import keeps_on_cpu
+from .state_shards import agreed, gather
+
+if TYPE_CHECKING:
+    from .training import Training
+
+
+def require_room(training: Training) -> None:
+    """Raise `UserError` before hours of training, if what they are to leave does not fit on the disk."""
+    if training.accelerator.is_main_process and training.step < (training.config.steps or math.inf):
+        needed, free = room(training)
+        if free < needed:
+            raise UserError(f"{training.run}: a save of this run needs {needed:,} bytes, {free:,} are free")
+
+
+def room(training: Training) -> tuple[int, int]:
+    """Bytes that a save needs, state and snapshot, by the sizes of tensors or of the last one; and what is free."""
+    weights = [t.nbytes for m in (training.task.model, training.averaged) for t in m.state_dict().values()]
+    moments = [2 * p.nbytes for parameters in training.task.players.values() for p in parameters]
+    last = sorted((training.run / "state").glob("step-*"))[-1:]
+    folders = [*last, training.run / "tokenizer", training.run / "pipeline"]
+    written = sum(512 * path.stat().st_blocks for folder in folders for path in folder.rglob("*"))
+    return int(SPARE * max(written, sum(weights + moments))), shutil.disk_usage(training.run).free
+
+
+def averaged_model(training: Training) -> nn.Module | None:
+    """The averaged weights, whole, on the main process; None on the others, which have to call this, too."""
+    if not training.sharded:
+        return training.averaged.module if training.accelerator.is_main_process else None
+    gather(training.averaged.module, training.gathered)
+    device = "cpu" if keeps_on_cpu() else training.accelerator.device
+    return None if training.gathered is None else training.gathered.to(device)
+
+
+def save(training: Training, average: nn.Module | None) -> None:
+    """Write the resume state and, where averaged weights are given, the user's snapshot of them, on the main process;
+    of shards, every process writes its own.
+
+    A disk that is full, or gone, costs a warning: what was saved before stays, and the run goes on to the next save.
+    """
+    training.saved_step, training.unsaved = training.step, ""
+    training.heartbeat.beat(training.step, "save")
+    main, sharded = training.accelerator.is_main_process, training.sharded
+    facts = {"steps": training.step, "minutes": round(training.minutes, 3), "evaluation": training.evaluation}
+    optimizers = {name: getattr(o, "optimizer", o) for name, o in training.optimizers.items()}
+    needed, free = room(training) if main else (0, 0)
+    try:
+        with agreed(together=sharded):
+            if main:
+                training.tracker.flush()  # a state must not go on where a line is missing
+            if free < needed and average is not None:
+                raise OSError(errno.ENOSPC, "nothing was written")
+            if main and average is not None:
+                training.task.save(average, training.run, facts)
+        if main or sharded:
+            save_state(training.run, training.step, model=training.task.model, ema=training.averaged,
+                       optimizers=optimizers, counters=training.counters())  # fmt: skip
+    except (OSError, SafetensorError) as error:  # safetensors has its own for a full disk
+        if main:
+            training.unsaved = (
+                f"step {training.step}: {training.run}: a save needs {needed:,} bytes, {free:,} are free ({error})"
+            )
+            print(f"warning: not saved: {training.unsaved}; older states are kept", file=sys.stderr, flush=True)
+    training.accelerator.wait_for_everyone()

@@ -1,0 +1,115 @@
+"""Where shards are: a file, a folder, a pattern, a URL or a Hub id becomes the rows of each split."""
+
+from __future__ import annotations
+
+import glob
+import os
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+from .config import UserError
+from .http_files import HttpFiles
+from .hub import offline_if_unreachable, reason_of
+from .image_shards import Shard, attempt, shard_rows
+from .sources import DataConfig, Rows, image_folder
+
+KINDS = (".parquet", ".tar")
+PROTOCOLS = ("hf", "http", "https", "s3", "gs", "az")
+STAMPS = ("ETag", "etag", "blob_id", "Content-MD5", "md5Hash", "Digest", "Last-Modified", "LastModified", "mtime")
+
+
+def open_shards(config: DataConfig) -> dict[str, Rows]:
+    """The splits of `config.source` by name, from shards that are read where they are; or of a folder of images.
+
+    Raises `UserError` for a source that is missing, has other files, or has a damaged shard.
+    """
+    if config.source == "digits":
+        raise UserError("data.streaming: the digits are in memory; it is for shards (.parquet, .tar) and folders")
+    path = Path(config.source).expanduser()
+    if path.is_dir() and not any(entry.suffix in KINDS for entry in path.rglob("*")):
+        return image_folder(path, config)
+    found = {split: files for split, files in find_files(config, path).items() if files}
+    wanted = [split for split in (config.split, config.held_out) if split in found]
+    for split in wanted:
+        kinds = sorted({os.path.splitext(file)[1] for file in found[split]})
+        if len(kinds) > 1 or kinds[0] not in KINDS:
+            raise UserError(
+                f"data.source: the split {split!r} of {config.source} has files of the kind {', '.join(kinds)}; "
+                "data.streaming reads .parquet or .tar (not packed), false reads others"
+            )
+    rows = {split: shard_rows([shard_at(file) for file in found[split]], config) for split in wanted}
+    return rows or {split: Rows(0, lambda rows: [], None) for split in found}  # whose names the error tells
+
+
+def find_files(config: DataConfig, path: Path) -> dict[str, list[str]]:
+    """Paths or URLs of each split's shards, in the order of their names. Raises `UserError` where there are none."""
+    source = config.source
+    if "://" in source:
+        return {config.split: remote_files(source)}
+    if path.is_file():
+        return {config.split: [str(path)]}
+    if glob.has_magic(source):
+        files = sorted(glob.glob(str(path), recursive=True), key=os.fsencode)
+        if not files:
+            raise UserError(f"data.source: no file is called like {source}")
+        return {config.split: files}
+    return resolved(source, path)
+
+
+def remote_files(source: str) -> list[str]:
+    """The files at a URL, which may be a pattern."""
+    protocol = urlsplit(source).scheme
+    if protocol not in PROTOCOLS or "::" in source:
+        raise UserError(f"data.source: {source}: URLs begin with one of {', '.join(PROTOCOLS)}")
+    if protocol.startswith("http"):  # which has no patterns
+        return [source]
+    try:
+        files, path = file_system(source)
+        found = sorted(files.glob(path)) if glob.has_magic(path) else [path]
+    except Exception as error:  # whatever the file system has
+        raise UserError(f"data.source: {source} can not be listed: {reason_of(error)}") from error
+    if not found:
+        raise UserError(f"data.source: no file is called like {source}")
+    return [file if "://" in file else f"{protocol}://{file}" for file in found]
+
+
+def file_system(url: str) -> tuple[Any, str]:
+    """What reads a URL, and what it calls it."""
+    if url.startswith("http"):
+        return HttpFiles(), url
+    import fsspec
+
+    return fsspec.core.url_to_fs(url)
+
+
+def resolved(source: str, path: Path) -> dict[str, list[str]]:
+    """The files of a folder or a Hub id, as `datasets` divides them into splits by their names."""
+    import datasets
+
+    try:
+        if path.exists():
+            builder = datasets.load_dataset_builder(str(path))
+        else:
+            with offline_if_unreachable():
+                builder = datasets.load_dataset_builder(source)
+    except Exception as error:  # see `sources.tables`
+        if path.exists():
+            raise UserError(f"data.source: {path} can not be read: {reason_of(error)}") from error
+        raise UserError(
+            f"data.source={source}: there is no such folder here ({path.absolute()}), and the Hub id '{source}' can "
+            f"not be loaded: {reason_of(error)}"
+        ) from error
+    given: dict[Any, Any] = getattr(builder.config, "data_files", None) or {}
+    return {str(split): sorted(map(str, files), key=os.fsencode) for split, files in given.items()}
+
+
+def shard_at(file: str) -> Shard:
+    """A path or URL with the size and stamp that it has now. Raises `UserError`."""
+    if "://" not in file:
+        facts = attempt(Shard(file, 0), lambda: os.stat(file))
+        return Shard(os.path.abspath(file), facts.st_size, str(facts.st_mtime_ns))
+    files, path = file_system(file)
+    info = attempt(Shard(path, 0, "", files, file), lambda: files.info(path))
+    stamp = " ".join(f"{name}={info[name]}" for name in STAMPS if info.get(name))
+    return Shard(path, int(info["size"]), stamp, files, file)

@@ -1,0 +1,68 @@
+"""Images as files, parquet shards and tar shards, made on the spot."""
+
+from __future__ import annotations
+
+import io
+import tarfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+Row = tuple[str, bytes, Any]
+"""Key, encoded image, label (None for none)."""
+
+
+def noise(*shape: int, seed: int = 0) -> np.ndarray:
+    """Random pixels."""
+    return np.random.default_rng(seed).integers(0, 256, shape, dtype=np.uint8)
+
+
+def encoded(image: Image.Image | np.ndarray, format: str = "PNG", **options: Any) -> bytes:
+    """The file of an image."""
+    file = io.BytesIO()
+    image = image if isinstance(image, Image.Image) else Image.fromarray(image)
+    image.save(file, format, **options)
+    return file.getvalue()
+
+
+def rows_of(count: int, classes: int = 3, size: int = 12) -> list[Row]:
+    """Images that can all be told apart, their classes in turn."""
+    return [(f"{k:05d}", encoded(noise(size, size, seed=k)), k % classes if classes else None) for k in range(count)]
+
+
+def write_tar(path: Path, rows: list[Row], suffix: str = "png", label: str = "cls") -> Path:
+    """A shard as webdataset has it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(path, "w") as tar:
+        for key, data, value in rows:
+            parts = {suffix: data} | ({} if value is None else {label: str(value).encode()})
+            for name, content in parts.items():
+                member = tarfile.TarInfo(f"{key}.{name}")
+                member.size = len(content)
+                tar.addfile(member, io.BytesIO(content))
+    return path
+
+
+def write_parquet(path: Path, rows: list[Row], group: int = 5, names: list[str] | None = None) -> Path:
+    """A shard as `datasets` writes it, with row groups of `group` rows."""
+    import datasets
+    import pyarrow.parquet as pq
+
+    label = datasets.ClassLabel(names=names) if names else datasets.Value("int64")
+    features = datasets.Features({"image": datasets.Image(), "label": label})
+    images = [None if data is None else {"bytes": data, "path": f"{key}.png"} for key, data, _ in rows]
+    table = datasets.Dataset.from_dict({"image": images, "label": [label for _, _, label in rows]}, features=features)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pq.write_table(table.data.table, path, row_group_size=group)
+    return path
+
+
+def write_shards(folder: Path, kind: str, rows: list[Row], shards: int, split: str = "train", **options: Any) -> Path:
+    """Rows in several files, in their order."""
+    for number, part in enumerate(np.array_split(np.arange(len(rows)), shards)):
+        path = folder / f"{split}-{number:05d}-of-{shards:05d}.{kind}"
+        some = [rows[k] for k in part]
+        write_tar(path, some, **options) if kind == "tar" else write_parquet(path, some, **options)
+    return folder

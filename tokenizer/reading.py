@@ -1,0 +1,267 @@
+"""Files that anyone may have made: opened once, where they may be, no larger than they may be, and checked as they are
+read, so that the bytes whose sha256 was verified are the bytes that are parsed."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+import stat
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from io import FileIO
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from .errors import FormatError, IntegrityError, LimitError, PathError, PipelineLoadError, shown
+from .json_text import MAX_JSON_BYTES, parse_json
+
+MANIFEST = "manifest.json"
+BLOCK = 1 << 20
+CODE = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".npy", ".npz", ".zip", ".py")
+
+Roots = tuple[str, ...]
+"""Resolved folders, in one of which a file has to be; none: anywhere."""
+
+
+class ReadOnce:
+    """An open file of `size` bytes, read from front to back; `sha256` is what `finish` compares it to, if not None."""
+
+    def __init__(self, file: FileIO, path: Path, size: int, sha256: str | None) -> None:
+        self.path, self.size = path, size
+        self._file, self._sha256, self._digest, self._position = file, sha256, hashlib.sha256(), 0
+
+    def read(self, count: int) -> bytes:
+        """The next `count` bytes. Raises `IntegrityError` if there are fewer."""
+        data = bytearray(count)
+        self.read_into(memoryview(data))
+        return bytes(data)
+
+    def read_into(self, buffer: memoryview) -> None:
+        """Fill `buffer` with the next bytes. Raises `IntegrityError` if there are fewer."""
+        done = 0
+        while done < len(buffer):  # in blocks, each of which is hashed while it is in the processor's cache
+            part = buffer[done : done + BLOCK]
+            count = self._file.readinto(part)
+            if not count:
+                raise IntegrityError(f"{self.path}: ended after {self._position} of {self.size} bytes")
+            self._take(part[:count])
+            done += count
+
+    def finish(self) -> None:
+        """Raise `IntegrityError` unless the whole file, with what was not read of it, is the one of the manifest."""
+        while (rest := self._file.read(BLOCK)) and self._position <= self.size:
+            self._take(rest)
+        if self._position != self.size:
+            raise IntegrityError(f"{self.path}: {self._position} bytes, {self.size} when it was opened")
+        if self._sha256 is not None and self._digest.hexdigest() != self._sha256:
+            raise IntegrityError(
+                f"{self.path}: its sha256 differs from the manifest; the file was changed after saving"
+            )
+
+    def _take(self, data: bytes | memoryview) -> None:
+        self._position += len(data)
+        if self._sha256 is not None:
+            self._digest.update(data)
+
+
+@dataclass(frozen=True)
+class Folder:
+    """The files of the folder `path`, or of its part `prefix`, by their names in it.
+
+    A link may lead to another file of the folder, or in the Hub's cache to where the cache keeps the repository's
+    files; not elsewhere. `manifest`: what `manifest.json` says; None: there is none, and nothing is compared to it.
+    """
+
+    path: Path
+    roots: Roots
+    manifest: dict[str, Any] | None = None
+    prefix: str = ""
+    unread: set[str] = field(default_factory=set)
+
+    @classmethod
+    def at(cls, path: Path) -> Folder:
+        """A folder without a manifest."""
+        return cls(path, roots_of(path))
+
+    @classmethod
+    def sealed(cls, path: Path, sha256: str | None = None) -> Folder:
+        """A folder with a manifest, which has to have this `sha256` if it is given, and names nothing that is missing
+        or of another size. The files are verified when they are read, the others by `read_rest`.
+
+        Raises `PathError` for a missing file, `IntegrityError` for a changed one, `FormatError` for a bad manifest.
+        """
+        roots, place = roots_of(path), path / MANIFEST
+        with opened(place, MAX_JSON_BYTES, roots) as file:
+            data = file.read(file.size)
+        found = hashlib.sha256(data).hexdigest()
+        if sha256 is not None and found != sha256.lower():
+            raise IntegrityError(f"{place}: its sha256 is {found}, expected {shown(sha256)}")
+        manifest = parse_json(data, place)
+        files = manifest.get("files")
+        if not isinstance(files, dict) or not files:
+            raise FormatError(f"{place}: 'files' should list the files of the folder")
+        for name, entry in files.items():
+            _check_entry(path, name, entry)
+        return cls(path, roots, manifest, unread=set(files))
+
+    def part(self, name: str) -> Folder:
+        """The files below the folder `name`."""
+        return replace(self, prefix=f"{self.prefix}{name}/")
+
+    def place(self, name: str) -> Path:
+        """Where the file `name` is."""
+        return self.path / (self.prefix + name)
+
+    def __contains__(self, name: str) -> bool:
+        return os.path.lexists(self.place(name))
+
+    @contextmanager
+    def open(self, name: str, limit: int) -> Iterator[ReadOnce]:
+        """The file `name` of at most `limit` bytes. At the end of the block, or at a `PipelineLoadError` in it, its
+        sha256 is compared to the manifest's: that a file was damaged says more than what is wrong in it.
+
+        Raises `PathError`, `LimitError` or `IntegrityError`.
+        """
+        place, full, entry = self.place(name), self.prefix + name, None
+        if self.manifest is not None and name in self:
+            entry = self.manifest["files"].get(full)
+            if entry is None:
+                raise IntegrityError(f"{self.path / MANIFEST}: files: does not list {full}")
+        with opened(place, limit, self.roots, entry) as file:
+            yield file
+        self.unread.discard(full)
+
+    def read(self, name: str, limit: int) -> bytes:
+        """The bytes of the file `name`; raises as `open`."""
+        with self.open(name, limit) as file:
+            return file.read(file.size)
+
+    def json(self, name: str) -> dict[str, Any]:
+        """The object in the JSON file `name`; raises as `open`, or `FormatError`."""
+        return parse_json(self.read(name, MAX_JSON_BYTES), self.place(name))
+
+    def read_rest(self, limit: int | None = None) -> None:
+        """Verify the listed files that were not read, of `limit` bytes in all, but for those that may hold code, which
+        are never opened. Raises `IntegrityError`, `PathError` or `LimitError`."""
+        files = self.manifest["files"] if self.manifest else {}
+        sizes = {name: files[name]["size"] for name in sorted(self.unread) if not name.lower().endswith(CODE)}
+        total = sum(sizes.values())
+        if limit is not None and total > limit:
+            raise LimitError(f"{self.path}: {total} bytes in files that are not read, at most {limit} allowed")
+        for name, size in sizes.items():
+            with replace(self, prefix="").open(name, size):
+                pass
+
+
+def verify_manifest(folder: Path) -> dict[str, Any]:
+    """Check every file that `manifest.json` lists; return the manifest.
+
+    Raises `PathError` for a missing file, `IntegrityError` for a changed one, `FormatError` for a bad manifest.
+    """
+    files = Folder.sealed(Path(folder))
+    files.read_rest()
+    return files.manifest or {}
+
+
+def _check_entry(folder: Path, name: str, entry: Any) -> None:
+    """Of the file that the manifest calls `name`: whether it is there, and of its size."""
+    place, pure = folder / MANIFEST, PurePosixPath(name)
+    if pure.is_absolute() or ".." in pure.parts or "\\" in name or re.match("[A-Za-z]:", name):
+        raise PathError(f"{place}: {shown(name)} leads out of the folder")
+    if not isinstance(entry, dict) or set(entry) != {"sha256", "size"}:
+        raise FormatError(f"{place}: the entry of {shown(name)} should hold sha256 and size")
+    sha256, size = entry["sha256"], entry["size"]
+    if not isinstance(sha256, str) or not re.fullmatch("[0-9a-f]{64}", sha256) or type(size) is not int:
+        raise FormatError(f"{place}: the entry of {shown(name)} should hold a sha256 and a whole number of bytes")
+    try:
+        info = os.stat(folder / name)
+    except (OSError, ValueError) as error:
+        raise PathError(f"{folder}: {shown(name)} is missing, though {MANIFEST} lists it") from error
+    if not stat.S_ISREG(info.st_mode) or pure.as_posix() != name:  # "a//b" and "./a/b" are other names of a/b
+        raise PathError(f"{folder}: {shown(name)} is no file, though {MANIFEST} lists it")
+    if info.st_size != size:
+        raise IntegrityError(f"{folder / name}: {info.st_size} bytes, the manifest says {size}")
+
+
+# Opening
+
+
+def roots_of(folder: Path) -> Roots:
+    """Where the files of `folder` may be: in it, and in the Hub's cache among the blobs of the same repository."""
+    real = Path(os.path.realpath(folder))
+    for place in real.parents:
+        if place.name == "snapshots" and place.parent.name.startswith(("models--", "datasets--")):
+            return str(real), str(place.parent / "blobs")
+    return (str(real),)
+
+
+@contextmanager
+def opened(path: Path, limit: int, roots: Roots = (), entry: dict[str, Any] | None = None) -> Iterator[ReadOnce]:
+    """A regular file of at most `limit` bytes, which has the size and in the end the sha256 of the manifest's `entry`.
+
+    Raises `PathError` when it is missing, leads out of the `roots` or is not a regular file (a pipe would block, a
+    device be touched), `LimitError` when it is larger, `IntegrityError` when it changes meanwhile.
+    """
+    try:
+        file = os.fdopen(_descriptor(path, roots), "rb", buffering=0)
+    except ValueError as error:
+        raise error if isinstance(error, PipelineLoadError) else PathError(f"{path}: no such file") from error
+    except OSError as error:
+        missing = isinstance(error, (FileNotFoundError, NotADirectoryError))
+        raise PathError(f"{path}: {'no such file' if missing else error.strerror}") from error
+    with file:
+        info = os.fstat(file.fileno())
+        if not stat.S_ISREG(info.st_mode):
+            raise PathError(f"{path}: not a regular file")
+        if info.st_size > limit:
+            raise LimitError(f"{path}: {info.st_size} bytes, at most {limit} allowed")
+        if entry and info.st_size != entry["size"]:
+            raise IntegrityError(f"{path}: {info.st_size} bytes, the manifest says {entry['size']}")
+        once = ReadOnce(file, path, info.st_size, entry["sha256"] if entry else None)
+        try:
+            try:
+                yield once
+            except PipelineLoadError:
+                if entry:
+                    once.finish()
+                raise
+            once.finish()
+        except OSError as error:
+            raise PathError(f"{path}: can not be read ({error.strerror})") from error
+
+
+def _descriptor(path: Path, roots: Roots) -> int:
+    """Links are resolved once, and what they lead to is opened without following any more."""
+    real = os.path.realpath(path, strict=True)
+    root = next((root for root in roots if real.startswith(os.path.join(root, ""))), None)
+    if roots and root is None:
+        raise PathError(f"{path}: a link that leads out of the folder, to {shown(real)}; `cp -L` makes files of links")
+    if not stat.S_ISREG(os.lstat(real).st_mode):
+        raise PathError(f"{path}: not a regular file")
+    flags = os.O_RDONLY | sum(getattr(os, name, 0) for name in ("O_NOFOLLOW", "O_NONBLOCK", "O_CLOEXEC", "O_BINARY"))
+    if root is None or os.open not in os.supports_dir_fd:
+        return os.open(real, flags)
+    descriptor = os.open(root, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    for name in Path(real).relative_to(root).parts:
+        try:
+            inner = os.open(name, flags, dir_fd=descriptor)
+        finally:
+            os.close(descriptor)
+        descriptor = inner
+    return descriptor
+
+
+def read_bytes(path: Path, limit: int) -> bytes:
+    """Read a regular file of at most `limit` bytes once, so that what was verified is what is parsed.
+
+    Raises `PathError` when it is missing or not a regular file, `LimitError` when it is larger.
+    """
+    with opened(Path(path), limit) as file:
+        return file.read(file.size)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Read a JSON object of at most 1 MiB; see `parse_json`. Raises `PathError`, `LimitError` or `FormatError`."""
+    return parse_json(read_bytes(path, MAX_JSON_BYTES), path)
