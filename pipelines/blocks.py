@@ -44,14 +44,14 @@ def compile_blocks(blocks: Sequence[nn.Module], backend: Any = "inductor") -> No
     """
     torch._dynamo.config.cache_size_limit = max(torch._dynamo.config.cache_size_limit, len(blocks))
     for block in blocks:
-        block.forward = torch.compile(block.forward, dynamic=False, backend=backend)  # type: ignore[method-assign]
+        block.forward = torch.compile(block.forward, dynamic=False, backend=backend)
 
 
 def checkpoint_blocks(blocks: Sequence[nn.Module]) -> None:
     """Keep only the inputs of each block for the backward pass, which runs its forward pass again (Chen et al. 2016).
     Dropout draws the same numbers again; the names of the weights stay as they are. To be called last."""
     for block in blocks:
-        block.forward = partial(checkpoint, block.forward, use_reentrant=False)  # type: ignore[method-assign]
+        block.forward = partial(checkpoint, block.forward, use_reentrant=False)
 
 
 def _blocks(module: nn.Module) -> Iterator[nn.Module]:

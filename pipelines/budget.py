@@ -95,11 +95,11 @@ def sharded(shapes: Iterable[tuple[int, ...]], gpus: int) -> int:
     return sum(-(-shape[0] // gpus) * math.prod(shape[1:]) if shape else 1 for shape in shapes)
 
 
-def memory(sizes: Sizes, turns: list[Turn], gpus: int, fsdp: bool = False) -> dict[str, int]:
+def memory(sizes: Sizes, turns: list[Turn], gpus: int, fsdp: bool = False, accumulate: int = 1) -> dict[str, int]:
     """Bytes on the fullest GPU by what they are for. The sum is what is needed at the worst moment of the worst turn,
     with every gradient there, as with several micro-batches; with one, the first gradients come as activations go."""
     trained, worst = sum(sizes.trained.values()), max(turns, key=lambda turn: sum(turn.parts.values()) + turn.working)
-    gradients = max(sizes.trained.values(), default=0)  # a player's are freed when its turn ends
+    player = max(sizes.trained.values(), default=0)
     if fsdp:
         own = sharded(sizes.shapes, gpus)
         blocks = [sum(map(math.prod, shapes)) for shapes in sizes.blocks]
@@ -109,7 +109,6 @@ def memory(sizes: Sizes, turns: list[Turn], gpus: int, fsdp: bool = False) -> di
             "gradients": FLOAT32 * own,
             "AdamW's two moments": 2 * FLOAT32 * own,
             "averaged weights": FLOAT32 * own + sizes.buffers,
-            "whole average, main process": sizes.weights,
             # What is outside of blocks stays whole; one block is at work, one under way, and one copied from the other.
             "whole weights in bf16": BF16 * (root + 3 * block),
             # One unit's is summed up in float32, while the next one's comes.
@@ -118,8 +117,10 @@ def memory(sizes: Sizes, turns: list[Turn], gpus: int, fsdp: bool = False) -> di
     else:
         kept = {
             "weights": sizes.weights,
-            "gradients": FLOAT32 * gradients,
-            "DDP's buckets": FLOAT32 * trained if gpus > 1 else 0,
+            # DDP keeps those of all players, in the buckets from which they are sent; else a turn's go when it ends.
+            "gradients": FLOAT32 * (trained if gpus > 1 else player),
+            # Until the last micro-batch, whose are sent, they are added up elsewhere.
+            "gradients not yet sent": FLOAT32 * player if gpus > 1 and accumulate > 1 else 0,
             "AdamW's two moments": 2 * FLOAT32 * trained,
             "averaged weights": sizes.weights,
             "weights cast to bf16": worst.casts,
@@ -127,10 +128,13 @@ def memory(sizes: Sizes, turns: list[Turn], gpus: int, fsdp: bool = False) -> di
     return {**kept, **worst.parts, "working memory": worst.working}
 
 
-def at_evaluation(parts: dict[str, int], evaluation: int) -> int:
-    """Bytes on the main process, which evaluates, of `memory`'s parts: those that stay, and the evaluation's own."""
-    stay = ("weights", "DDP's buckets", "AdamW's two moments", "averaged weights", "whole average, main process")
-    return sum(parts.get(name, 0) for name in stay) + evaluation
+def at_evaluation(sizes: Sizes, parts: dict[str, int], evaluation: int, gpus: int, fsdp: bool = False) -> int:
+    """Bytes on the main process, which evaluates: of `memory`'s parts those that stay, with FSDP the whole average,
+    and the evaluation's own."""
+    stay = parts["weights"] + parts["AdamW's two moments"] + parts["averaged weights"]
+    if fsdp:
+        return stay + sizes.weights + evaluation
+    return stay + (parts["gradients"] if gpus > 1 else 0) + evaluation
 
 
 def seconds(flops: float, gpus: int, tflops: float, utilization: float) -> float:

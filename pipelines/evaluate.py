@@ -22,8 +22,8 @@ from .index import PROVENANCE
 from .pictures import grid_picture, save_picture
 from .quality import LEAST, FeatureSpace, compare, feature_space, frechet_distance, inception_space, shuffled, ssim
 from .tokens import TokenSplit
-from .train_prior import bits_per_token
-from .train_tokenizer import evaluate_reconstruction, reconstruction_picture
+from .train_prior import bits_per_token, rows_at_a_time
+from .train_tokenizer import evaluate_reconstruction, images_at_a_time, reconstruction_picture
 
 Figures = dict[str, Any]
 SOME = 2000  # held-out images for figures that are averages over images
@@ -137,10 +137,11 @@ def evaluate_likelihood(
     }
 
 
-def encode_all(pipeline: ImagePipeline, images: ImageDataset, batch_size: int = 256) -> TokenSplit:
+def encode_all(pipeline: ImagePipeline, images: ImageDataset) -> TokenSplit:
     """Tokens and labels of a whole data set."""
-    starts = range(0, len(images), batch_size)
-    parts = [pipeline.encode(images.batch(np.arange(i, min(i + batch_size, len(images))))).cpu() for i in starts]
+    size = images_at_a_time(images.image_shape)
+    starts = range(0, len(images), size)
+    parts = [pipeline.encode(images.batch(np.arange(i, min(i + size, len(images))))).cpu() for i in starts]
     return TokenSplit(torch.cat(parts), images.labels)
 
 
@@ -156,7 +157,7 @@ def in_bytes(images: Tensor) -> Tensor:
 
 def evaluate_similarity(pipeline: ImagePipeline, held_out: ImageDataset) -> Figures:
     """Mean SSIM of held-out images and their reconstructions."""
-    parts = [held_out.batch(part) for part in shuffled(len(held_out))[:SOME].split(256)]
+    parts = map(held_out.batch, shuffled(len(held_out))[:SOME].split(images_at_a_time(held_out.image_shape)))
     return {"ssim": float(torch.cat([ssim(part, reconstruct(pipeline, part)) for part in parts]).double().mean())}
 
 
@@ -166,7 +167,7 @@ def evaluate_bits(pipeline: ImagePipeline, held_out: ImageDataset, num_orders: i
     some = shuffled(len(held_out))[:SOME]
     labelled = pipeline.prior.num_classes and held_out.labels is not None
     totals, priors = [], []
-    for part in some.split(256):
+    for part in some.split(min(images_at_a_time(held_out.image_shape), rows_at_a_time(pipeline.prior.grid))):
         labels = held_out.labels[part].tolist() if labelled and held_out.labels is not None else None
         images = held_out.batch(part)
         try:

@@ -62,10 +62,10 @@ class Forecast:
     @cached_property
     def memory(self) -> dict[str, dict[str, int]]:
         """Bytes on the fullest GPU, by part, for each way to train."""
-        gpus, sizes = self.config.gpus, self.sizes
-        found = {WAYS[0]: memory(sizes, self.turns, gpus)}
+        gpus, sizes, accumulate = self.config.gpus, self.sizes, self.config.train.accumulate
+        found = {WAYS[0]: memory(sizes, self.turns, gpus, accumulate=accumulate)}
         if sizes.blocks:
-            found[WAYS[1]] = memory(sizes, self.again, gpus)
+            found[WAYS[1]] = memory(sizes, self.again, gpus, accumulate=accumulate)
         if sizes.blocks and self.shards and gpus > 1:
             found[WAYS[2]] = memory(sizes, self.turns, gpus, fsdp=True)
             found[WAYS[3]] = memory(sizes, self.again, gpus, fsdp=True)
@@ -89,7 +89,8 @@ class Forecast:
 
     def evaluating(self, way: str) -> int:
         """Bytes on the main process while it evaluates."""
-        return at_evaluation(self.memory[way], self.evaluation)
+        fsdp = way.startswith("FSDP")
+        return at_evaluation(self.sizes, self.memory[way], self.evaluation, self.config.gpus, fsdp)
 
     def needs(self, way: str) -> int:
         """Bytes on the fullest GPU at the worst moment."""
@@ -237,9 +238,10 @@ def remedy(forecast: Forecast) -> str:
     if all(forecast.evaluating(way) > FULL * GB * forecast.gpu_memory for way in forecast.memory):
         return "the evaluation alone is too large for it"
     room, most = FULL * GB * forecast.gpu_memory, {}
-    for way, parts in forecast.memory.items():
+    for way in forecast.memory:
         turns = forecast.again if way.endswith("checkpointed") else forecast.turns
         moving = max(sum(turn.parts.values()) + turn.working for turn in turns)  # grows with the images
+        parts = memory(forecast.sizes, turns, forecast.config.gpus, way.startswith("FSDP"), accumulate=2)
         most[way] = int(0.99 * forecast.images_at_a_time * (room - sum(parts.values()) + moving) // moving)
     way = max(most, key=lambda name: most[name])
     if most[way] < 1:

@@ -47,10 +47,19 @@ def unpack_optimizer(path: Path, tensors: Tensors, document: dict[str, Any], opt
             if index != "group":
                 state.setdefault(int(index), {})[name] = _laid_out_like(value, parameters[int(index)])
         groups = _from_json(document["param_groups"], tensors)
+        _require_kinds(groups, optimizer.param_groups)
         optimizer.load_state_dict({"state": state, "param_groups": groups})
+        _restore_dtypes(optimizer, parameters, state)
     except (KeyError, IndexError, ValueError, TypeError, AttributeError) as error:
         raise WeightsError(f"{path}: not a state of this optimizer ({type(error).__name__}: {error})") from error
-    _restore_dtypes(optimizer, parameters, state)
+
+
+def _require_kinds(found: list[dict[str, Any]], expected: list[dict[str, Any]]) -> None:
+    """Raise `TypeError` for a setting of another kind: torch would take it, and fail at the next step."""
+    for group, ours in zip(found, expected, strict=True):
+        for name, value in ours.items():
+            if type(group[name]) is not type(value) and not {type(group[name]), type(value)} <= {int, float}:
+                raise TypeError(f"{name} is {group[name]!r:.80}, expected a {type(value).__name__}")
 
 
 def parameter_of(optimizer: Optimizer, key: str) -> Tensor | None:

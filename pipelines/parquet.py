@@ -22,11 +22,11 @@ from torch import Tensor
 from tokenizer import TokenGrid, Tokenizer
 from tokenizer.storage import (
     MANIFEST,
+    Folder,
     FormatError,
     IntegrityError,
     PathError,
     atomic_folder,
-    read_json,
     verify_manifest,
     write_json,
     write_manifest,
@@ -160,7 +160,7 @@ def local_folder(source: str | Path, *, revision: str | None, token: str | None,
             raise PathError(f"{str(source)[:200]!r} is neither a folder nor the id of a dataset on the Hub, "
                             "owner/name; make a token dataset with `smalti encode`")  # fmt: skip
         folder = fetch(str(source), revision, token, cache_dir, local_files_only)
-    if not (folder / META).is_file() or read_json(folder / META).get("layout") != LAYOUT:
+    if not (folder / META).is_file() or Folder.at(folder).json(META).get("layout") != LAYOUT:
         return folder
     return unpacked(folder, cache_dir)
 

@@ -40,10 +40,9 @@ from .costs import (
 from .facts import Facts, facts_of, on_meta, tokenizer_of
 from .forecast import Forecast, page_of
 from .shards import bytes_per_row
-from .train_prior import TrainPriorConfig
-from .train_tokenizer import TrainTokenizerConfig
+from .train_prior import TrainPriorConfig, rows_at_a_time
+from .train_tokenizer import TrainTokenizerConfig, images_at_a_time
 
-ROWS_EVALUATED = 256  # at a time, by both training verbs
 NO_MODEL = (
     "model.kind: nothing to plan; give the command line of train_prior or train_tokenizer, as in "
     "`smalti plan --config configs/prior/gpt_imagenet256.yaml`"
@@ -137,7 +136,8 @@ def make_prior(config: PlanPriorConfig, facts: Facts) -> Prior:
 def evaluate(model: Prior) -> None:
     """A batch of `train_prior.bits_per_token`; of a model that takes many passes for it, whose masks depend on the
     data, one pass."""
-    rows, labels = torch.zeros(ROWS_EVALUATED, *model.grid.shape, dtype=torch.long), torch.zeros(ROWS_EVALUATED).long()
+    count = rows_at_a_time(model.grid)
+    rows, labels = torch.zeros(count, *model.grid.shape, dtype=torch.long), torch.zeros(count, dtype=torch.long)
     if isinstance(model, Masked):
         model(rows, labels, known=torch.ones_like(rows, dtype=torch.bool)).log_softmax(-1)
     else:
@@ -171,7 +171,7 @@ def forecast_tokenizer(config: PlanTokenizerConfig) -> Forecast:
     with on_paper(*(module for module in (stage, network) if module is not None)):
         turns = all_turns(recipe, count, bf16)
         flops = flops_of(lambda: all_turns(recipe, 1, bf16))
-        images = (ROWS_EVALUATED, *tokenizer.image_shape)
+        images = (images_at_a_time(tokenizer.image_shape), *tokenizer.image_shape)
         evaluation = evaluation_of(lambda: tokenizer.decode(tokenizer.encode(torch.zeros(images))), tokenizer)
         again, more = turns, flops
         if blocks:

@@ -31,8 +31,10 @@ def build_accelerator(timeout: float = TIMEOUT) -> Accelerator:
 
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch")
     # Buffers (an EMA codebook) are kept equal by the models themselves; broadcasting them would undo nothing but time.
+    # Gradients that are views of the buckets from which they are sent are there once, not twice.
+    ddp = DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)
     group = InitProcessGroupKwargs(timeout=timedelta(seconds=timeout + GRACE))
-    accelerator = Accelerator(kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False), group])
+    accelerator = Accelerator(kwargs_handlers=[ddp, group])
     asked = int(os.environ.get("WORLD_SIZE", "1")) > 1 or "MASTER_ADDR" in os.environ
     if accelerator.num_processes == 1 and asked:
         raise UserError(

@@ -6,7 +6,7 @@ import errno
 import math
 import shutil
 import sys
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError
 from torch import nn
@@ -39,12 +39,23 @@ def room(training: Training) -> tuple[int, int]:
 
 
 def averaged_model(training: Training) -> nn.Module | None:
-    """The averaged weights, whole, on the main process; None on the others, which have to call this, too."""
+    """The averaged weights, whole, on the main process; None on the others, which have to call this, too.
+
+    Those of a sharded run are on the GPU until the model is trained on: they may be larger than all else there.
+    """
     if not training.sharded:
         return training.averaged.module if training.accelerator.is_main_process else None
     gather(training.averaged.module, training.gathered)
-    device = "cpu" if keeps_on_cpu() else training.accelerator.device
-    return None if training.gathered is None else training.gathered.to(device)
+    if training.gathered is None or keeps_on_cpu():
+        return training.gathered
+
+    def put_away(*_: Any) -> None:
+        hook.remove()
+        gathered.to("cpu")
+
+    gathered = training.gathered.to(training.accelerator.device)
+    hook = training.task.model.register_forward_pre_hook(put_away)
+    return gathered
 
 
 def save(training: Training, average: nn.Module | None) -> None:

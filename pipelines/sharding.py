@@ -75,7 +75,7 @@ def shard(task: Task, averaged: AveragedModel, accelerator: Accelerator) -> nn.M
     task.players = {player: [found[names[p]] for p in parameters] for player, parameters in task.players.items()}
     if accelerator.mixed_precision == "bf16":
         precise = torch.autocast(accelerator.device.type, dtype=torch.bfloat16)
-        task.model.forward = precise(task.model.forward)  # type: ignore[method-assign]
+        task.model.forward = precise(task.model.forward)
     return copied
 
 

@@ -5,7 +5,6 @@ The files are those of `torch.distributed.checkpoint`: each holds the pieces of 
 
 from __future__ import annotations
 
-import math
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -84,9 +83,9 @@ def write_shards(folder: Path, tensors: Tensors) -> None:
 
     writer = HuggingFaceStorageWriter(str(folder), save_distributed=True)
     try:
-        # What all have (counts of steps) the first writes, so that the files are a function of the tensors alone.
+        # What all have (counts of steps) the first writes, or a resumed run's files would hold other tensors.
         planner = DefaultSavePlanner(dedup_save_to_lowest_rank=True)
-        save(tensors, storage_writer=writer, planner=planner)  # type: ignore[arg-type]
+        save(tensors, storage_writer=writer, planner=planner)
     except CheckpointException as failed:
         rank, (error, _) = min(failed.failures.items())
         raise OSError(f"process {rank}: {error}") from failed
@@ -103,15 +102,18 @@ def read_shards(folder: Path, like: Like) -> Tensors:
     try:
         reader = HuggingFaceStorageReader(str(folder))
         tensors: Tensors = {}
-        for name, found in reader.read_metadata().state_dict_metadata.items():
-            if sum(math.prod(chunk.sizes) for chunk in found.chunks) != math.prod(found.size):  # type: ignore[union-attr]
+        pieces: dict[str, Any] = reader.read_metadata().state_dict_metadata
+        for name, found in pieces.items():
+            if sum(chunk.sizes.numel() for chunk in found.chunks) != found.size.numel():
                 raise WeightsError(f"{folder}: pieces of {name} are missing")
-            model, shape, dtype = like(name), found.size, found.properties.dtype  # type: ignore[union-attr]
-            in_pieces = isinstance(model, DTensor) and model.shape == shape
-            tensors[name] = torch.empty_like(model, dtype=dtype) if in_pieces else torch.empty(shape, dtype=dtype)
+            model, dtype = like(name), found.properties.dtype
+            if isinstance(model, DTensor) and model.shape == found.size:
+                tensors[name] = torch.empty_like(model, dtype=dtype)
+            else:
+                tensors[name] = torch.empty(found.size, dtype=dtype)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # that it reads alone, which it is to do
-            load(tensors, storage_reader=reader, no_dist=True)  # type: ignore[arg-type]
+            load(tensors, storage_reader=reader, no_dist=True)
         return tensors
     except WeightsError:
         raise

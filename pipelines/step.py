@@ -69,7 +69,9 @@ def accumulate(training: Training, player: str, micro_batches: list[Any]) -> dic
     task, accelerator, count = training.task, training.accelerator, len(micro_batches)
     totals: dict[str, Tensor] = {}
     for index, batch in enumerate(micro_batches):
-        batch = tuple(part.to(accelerator.device) if isinstance(part, Tensor) else part for part in batch)
+        batch = tuple(
+            part.to(accelerator.device, non_blocking=True) if isinstance(part, Tensor) else part for part in batch
+        )
         with ExitStack() as stack:
             if index < count - 1 and not training.sharded:  # there, whole gradients are what memory is short of
                 for net in task.nets.values():

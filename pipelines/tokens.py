@@ -29,7 +29,6 @@ from tokenizer.storage import (
     IntegrityError,
     PathError,
     atomic_folder,
-    read_json,
     write_json,
 )
 
@@ -177,7 +176,7 @@ def read_meta(folder: Path) -> Meta:
     """What `meta.json` says. Raises `PathError` where there is none, `FormatError` for one of another form."""
     if not (folder / META).is_file():
         raise PathError(f"{folder}: not a token dataset (no {META}); make one with `smalti encode`")
-    meta = read_json(folder / META)
+    meta = Folder.at(folder).json(META)
     if meta.get("format_version") not in (ONE_FILE_VERSION, FORMAT_VERSION):
         raise FormatError(
             f"{folder / META}: format_version is {meta.get('format_version')!r}, this version reads {ONE_FILE_VERSION} "
@@ -190,8 +189,8 @@ def read_meta(folder: Path) -> Meta:
                      str(meta.get("tokenizer")), [dict(part) for part in meta.get("parts", [])])  # fmt: skip
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise FormatError(f"{folder / META}: a field is missing or of the wrong kind ({error!r})") from error
-    if not all(isinstance(name, str) for name in found.class_names):
-        raise FormatError(f"{folder / META}: classes: expected a list of names")
+    if not all(isinstance(name, str) and name.isprintable() for name in found.class_names):
+        raise FormatError(f"{folder / META}: classes: expected a list of printable names")
     if strange := [name for name in sizes if not re.fullmatch(r"\w[\w-]*", name)]:
         raise FormatError(f"{folder / META}: splits: {strange[0][:80]!r} is not a name (letters, digits, _ and -)")
     return found
@@ -222,8 +221,8 @@ def load_tokens(source: str | Path, *, verify: bool | None = None, mapped: bool 
     )
     meta = read_meta(folder)
     size = sum(sum(counts) for counts in meta.shards.values()) * bytes_per_row(meta.grid)
-    verify_files(folder, meta, whole=size <= HASHED if verify is None else verify)
-    tokenizer = Tokenizer.from_pretrained(folder / "tokenizer")
+    files = verify_files(folder, meta, whole=size <= HASHED if verify is None else verify)
+    tokenizer: Tokenizer = Tokenizer.read_from(files.part("tokenizer"))
     if tokenizer.fingerprint() != meta.tokenizer:
         raise IntegrityError(
             f"{folder / 'tokenizer'}: not the tokenizer that made these tokens (its fingerprint differs)"
@@ -235,17 +234,16 @@ def load_tokens(source: str | Path, *, verify: bool | None = None, mapped: bool 
     return TokenDataset(meta.grid, meta.class_names, splits, tokenizer, meta.source, meta.augmentations, meta.parts)
 
 
-def verify_files(folder: Path, meta: Meta, *, whole: bool) -> None:
+def verify_files(folder: Path, meta: Meta, *, whole: bool) -> Folder:
     """Compare all files with `manifest.json`: by sha256, or, unless `whole`, the shards by their size alone."""
     files, shards = Folder.sealed(folder), set(meta.files())  # which compares the sizes
     listed = (files.manifest or {})["files"]
     if absent := sorted({META, *shards} - set(listed)):
         raise IntegrityError(f"{folder / absent[0]}: {MANIFEST} does not list it")
-    if whole:
-        files.read_rest()
-    for name in sorted(set(listed) - shards):
-        with files.open(name, listed[name]["size"]):  # whose end compares the sha256
-            pass
+    if not whole:
+        files.unread.difference_update(shards)
+    files.read_rest()
+    return files
 
 
 def _load_split(folder: Path, split: str, meta: Meta, mapped: bool) -> TokenSplit:

@@ -12,6 +12,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from prior import Prior
+from tokenizer import TokenGrid
 
 from .augment import uniforms
 from .config import Config, ModelNode, UserError, run_command
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
 
 HELD_OUT_ROWS = 2000  # evaluated during training; `smalti evaluate` looks at all
+LOGITS = 1 << 28  # numbers, 1 GiB of float32, that an evaluation makes at a time at most
 
 
 class SamplerConfig(Config):
@@ -163,12 +165,18 @@ def perturbed(
     return torch.from_numpy(found).reshape(tokens.shape)
 
 
+def rows_at_a_time(grid: TokenGrid) -> int:
+    """Rows of tokens to evaluate at a time: 256, or as many as have `LOGITS` logits."""
+    return max(1, min(256, LOGITS // (len(grid) * grid.vocab_size)))
+
+
 @torch.inference_mode()
 def bits_per_token(model: Any, split: TokenSplit, limit: int | None = None, num_orders: int = 1) -> float:
     """Mean -log2 p per token over the first `limit` rows; num_orders: as in `Prior.log_prob`."""
     count, total = min(limit or len(split), len(split)), 0.0
-    for start in range(0, count, 256):
-        rows = slice(start, min(start + 256, count))
+    size = rows_at_a_time(model.grid)
+    for start in range(0, count, size):
+        rows = slice(start, min(start + size, count))
         tokens = split.rows(rows).to(model.device)
         labels = None if split.labels is None else split.labels[rows].to(model.device)
         total -= float(model.log_prob(tokens, labels, num_orders=num_orders).double().sum())

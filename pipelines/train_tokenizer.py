@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 
 PROVENANCE = "provenance.json"
 HELD_OUT_IMAGES = 2000  # evaluated during training; `smalti evaluate` looks at all
+EVALUATED_PIXELS = 1 << 20  # that an evaluation reconstructs at a time at most
 INITIAL_PIXELS, INITIAL_IMAGES = 1 << 20, 64  # what a tokenizer may start from: so many pixels, of no fewer images
 
 
@@ -159,7 +160,8 @@ class TokenizerTask(Task):
     def preview(self, model: Any) -> dict[str, np.ndarray]:
         """Held-out images, each row above its reconstructions, and what the codebook does."""
         held_out = self.images.held_out
-        some = held_out.batch(np.arange(min(64, len(held_out)))).to(model.tokenizer.device)
+        count = min(64, len(held_out), images_at_a_time(held_out.image_shape))
+        some = held_out.batch(np.arange(count)).to(model.tokenizer.device)
         return {
             "reconstructions": reconstruction_picture(model.tokenizer, held_out),
             "codebook": self.model.use.picture(model.tokenizer, some),
@@ -206,14 +208,20 @@ def save_tokenizer(model: Any, folder: Path, provenance: dict[str, Any]) -> None
         write_json(target / PROVENANCE, provenance)
 
 
+def images_at_a_time(image_shape: tuple[int, ...]) -> int:
+    """Images `(C, H, W)` to reconstruct at a time without gradients: 256, or as many as have `EVALUATED_PIXELS`."""
+    return max(1, min(256, EVALUATED_PIXELS // (image_shape[1] * image_shape[2])))
+
+
 @torch.inference_mode()
 def evaluate_reconstruction(model: Any, images: ImageDataset, limit: int | None = None) -> dict[str, float]:
     """Means over the first `limit` images of PSNR (dB), l1 and l2, and usage and perplexity of the ids they use."""
     count = min(limit or len(images), len(images))
     sums: dict[str, float] = {}
     ids = torch.zeros(model.grid.vocab_size, dtype=torch.long, device=model.device)
-    for start in range(0, count, 256):
-        batch = images.batch(np.arange(start, min(start + 256, count))).to(model.device)
+    size = images_at_a_time(images.image_shape)
+    for start in range(0, count, size):
+        batch = images.batch(np.arange(start, min(start + size, count))).to(model.device)
         tokens = model.encode(batch)
         decoded = model.decode(tokens)
         ids += torch.bincount(tokens.flatten(), minlength=model.grid.vocab_size)
@@ -228,9 +236,10 @@ def reconstruction_picture(model: Any, images: ImageDataset, count: int = 32) ->
     """The first `count` images, evenly spread over the set, each row above the row of its reconstructions."""
     chosen = np.linspace(0, len(images) - 1, min(count, len(images))).astype(np.int64)
     originals = images.batch(chosen)
-    decoded = model.decode(model.encode(originals.to(model.device))).cpu()
+    parts = originals.split(images_at_a_time(images.image_shape))
+    decoded = torch.cat([model.decode(model.encode(part.to(model.device))).cpu() for part in parts])
     columns = min(16, len(chosen))
-    pairs = [part for a, b in zip(originals.split(columns), decoded.split(columns), strict=True) for part in (a, b)]
+    pairs = [row for a, b in zip(originals.split(columns), decoded.split(columns), strict=True) for row in (a, b)]
     return grid_picture(torch.cat(pairs), columns)
 
 

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
 from .blocks import prepare_blocks
@@ -202,7 +202,10 @@ def batches(training: Training) -> Generator[list[Any], None, None]:
         indices, epochs = task.samples(config.batch_size, config.seed, step)
         shape = (config.accumulate, accelerator.num_processes, size)
         mine = [part.reshape(shape)[:, accelerator.process_index] for part in (indices, epochs)]
-        return [task.batch(i, e, config.seed) for i, e in zip(*mine, strict=True)]
+        micro = [task.batch(i, e, config.seed) for i, e in zip(*mine, strict=True)]
+        if accelerator.device.type == "cuda":  # pinned memory is copied while the GPU computes
+            micro = [tuple(p.pin_memory() if isinstance(p, Tensor) else p for p in batch) for batch in micro]
+        return micro
 
     with ThreadPoolExecutor(1) as pool:
         step = training.step

@@ -12,12 +12,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from pipelines import checkpoint
 from pipelines.checkpoint import latest_state, load_state, save_state
-from tokenizer.storage import PipelineLoadError, WeightsError, verify_manifest
+from tokenizer.storage import MANIFEST, FormatError, PipelineLoadError, WeightsError, verify_manifest, write_manifest
 
 ROOT = Path(__file__).parents[1]
 
@@ -298,6 +299,87 @@ def test_a_state_that_lies_is_a_load_error(tmp_path):
         checkpoint.write_manifest(folder, step=1)
         with pytest.raises(PipelineLoadError, match=name.split(".")[0]):
             Run().load(folder)
+
+
+# Shards
+
+
+def write_pieces(folder: Path, tensors: dict[str, torch.Tensor], count: int) -> None:
+    """Cut tensors along their first axis, as `count` processes hold them, and write a file for each."""
+    folder.mkdir()
+    for number in range(count):
+        pieces, offsets = {}, {}
+        for name, value in tensors.items():
+            if value.ndim == 0 and number:
+                continue  # the first has it
+            size = -(-len(value) // count) if value.ndim else 0
+            piece = value[number * size : (number + 1) * size] if value.ndim else value
+            at = min(number * size, len(value)) if value.ndim else 0
+            pieces[name], offsets[name] = piece.clone(), {"saved_offsets": [at, *[0] * (value.ndim - 1)][: value.ndim]}
+        header = {"DCP_SHARDING_INFO": json.dumps(offsets), "DCP_VERSION": "1.0", "format": "pt"}
+        save_file(pieces, folder / f"shard-{number + 1:05}-model-00001-of-00001.safetensors", metadata=header)
+
+
+def in_shards(state: Path, count: int = 3, **changes) -> Path:
+    """Turn a state into one that `count` processes wrote; `changes` are of the tensors of `model`."""
+    for path in list(state.glob("*.safetensors")):
+        tensors = load_file(path)
+        write_pieces(path.with_suffix(""), {**tensors, **changes} if path.stem == "model" else tensors, count)
+        path.unlink()
+    (state / MANIFEST).unlink()
+    write_manifest(state, step=int(state.name[5:]))
+    return state
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("count", [1, 3])
+def test_shards_are_read_as_what_they_are_pieces_of(tmp_path, kind, count):
+    """Uneven and empty ones, of any optimizer: everything as it was, and it goes on as it would have."""
+    run, other = Run(kind), Run(kind, seed=99)
+    run.advance(0, 4)
+    folder = in_shards(run.save(tmp_path, 4, counters={"epoch": 3}), count)
+    assert latest_state(tmp_path) == folder
+    assert other.load(folder) == (4, {"epoch": 3})
+    assert_same(everything(other), everything(run))
+    assert other.advance(4, 8) == run.advance(4, 8)
+
+
+def test_shards_are_as_strict(tmp_path):
+    """A tensor too many, of another shape or type, a piece that is missing, a file that is damaged, a part too few."""
+    changes = {"head.weight": torch.zeros(7, 4), "extra": torch.zeros(3), "conv.bias": torch.zeros(4).double()}
+    messages = ["head.weight has shape [7, 4], expected [5, 4]", "unexpected tensors ['extra']",
+                "conv.bias has type torch.float64, expected torch.float32"]  # fmt: skip
+    for (name, value), message in zip(changes.items(), messages, strict=True):
+        run = Run()
+        folder = in_shards(run.save(tmp_path / name, 1), **{name: value})
+        with pytest.raises(WeightsError) as error:
+            run.load(folder)
+        assert message in str(error.value) and str(folder / "model") in str(error.value)
+
+    def spoilt(name: str, spoil, kind: type, message: str) -> None:
+        run = Run()
+        folder = in_shards(run.save(tmp_path / name, 1))
+        spoil(folder)
+        (folder / MANIFEST).unlink()
+        write_manifest(folder, step=1)
+        with pytest.raises(kind, match=message):
+            run.load(folder)
+
+    second = "shard-00002-model-00001-of-00001.safetensors"
+    spoilt("gap", lambda state: (state / "model" / second).unlink(), WeightsError, "model: pieces of .* are missing")
+    spoilt("cut", lambda state: (state / "ema" / second).write_bytes(b"cut"), WeightsError, "ema: not readable shards")
+    spoilt("part", lambda state: shutil.rmtree(state / "ema"), FormatError, r"missing \['ema.safetensors'\]")
+
+
+def test_a_missing_or_changed_shard_is_passed_over(tmp_path, capsys):
+    run = Run()
+    run.save(tmp_path, 1)
+    for step, spoil in ((2, Path.unlink), (3, lambda path: path.write_bytes(path.read_bytes()[:-1] + b"x"))):
+        spoil(sorted((in_shards(run.save(tmp_path, step, keep=9)) / "ema").iterdir())[1])
+    assert latest_state(tmp_path).name == "step-00000001"
+    printed = capsys.readouterr().err
+    assert "step-00000002 is passed over" in printed and "step-00000003 is passed over" in printed
+    assert printed.count("shard-00002-model-00001-of-00001.safetensors") == 2
 
 
 KILLED = """

@@ -98,8 +98,10 @@ def test_random_configurations_cost_little(good, place, watch, monkeypatch):
 
 @pytest.mark.parametrize(
     ("make", "load"),
-    [(bases.states, bases.load_a_state), (bases.datasets, bases.load_dataset)],
-    ids=["state", "tokens"],
+    [
+        pytest.param(bases.states, bases.load_a_state, id="state"),
+        pytest.param(bases.datasets, bases.load_dataset, id="tokens"),
+    ],
 )
 def test_damaged_states_and_datasets_are_refused_or_valid(place, watch, make, load):
     good = make(place / make.__name__)
@@ -184,8 +186,7 @@ def test_what_is_forbidden_is_seen(good, place, watch, monkeypatch, does, proble
     assert problem in outcome.problem and bool(problem) == bool(outcome.problem), outcome
 
 
-def test_messages_and_the_manifest_are_all_that_stand_between(good):
-    """The cases do what they say: half of them, of every way, have a manifest that fits."""
+def test_cases_are_of_every_way_and_half_of_them_fit_their_manifest(good):
     cases = [make_case(number, good) for number in range(300)]
     assert 0.3 < sum(case.sealed for case in cases) / 300 < 0.8
     words = Counter(way.split()[0] for case in cases for way in case.ways)

@@ -127,7 +127,7 @@ def test_truncated_file_with_a_manifest_that_fits(folder, name, keep):
     refused(folder, (WeightsError, FormatError), folder / name)
 
 
-@pytest.mark.parametrize("name", [GRID, *CONFIGS, *WEIGHTS])
+@pytest.mark.parametrize("name", [GRID, "README.md", "provenance.json", *CONFIGS, *WEIGHTS])
 def test_file_that_the_manifest_does_not_list(folder, name):
     files = json.loads((folder / MANIFEST).read_text())["files"]
     edit_json(folder / MANIFEST, files={key: value for key, value in files.items() if key != name})
