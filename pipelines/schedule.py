@@ -44,7 +44,7 @@ class TrainConfig(Config):
     save_every: int = Field(1000, ge=1, description="steps between saves: resume state and snapshot")
     checkpointing: bool = Field(
         False, description="keep only the inputs of each block, and compute it again in the backward pass: less memory "
-        "for a third more time, and the same losses"
+        "for a quarter to a third more time, and the same losses"
     )  # fmt: skip
     compile: bool = Field(
         False, description="compile each block with torch.compile: faster steps after a slow first one"

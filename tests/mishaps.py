@@ -57,13 +57,13 @@ DISK = 16 << 20
 def full_disks(case: Case, levels: int) -> Found:
     """A disk that fills up in mid-run, to the end or for some steps, at `levels` levels of free space.
 
-    From none to room for two states and snapshots. The disk is a tmpfs: call `in_own_mounts` first.
+    From none to room for all that the run writes. The disk is a tmpfs: call `in_own_mounts` first.
     """
     size = sum(path.stat().st_size for path in case.whole().rglob("*") if path.is_file())
     found, broken = Counter[str](), []
     lines: dict[str, list[str]] = {}
     for level in range(levels):
-        free = int(0.75 * size * level / levels)
+        free = int(1.25 * size * level / levels)
         for until in (0, FULL_UNTIL) if levels > 3 else (FULL_UNTIL * (1 - level % 2),):
             out = case.folder / f"full-{level}-{until}"
             out.mkdir()
@@ -168,16 +168,22 @@ class Cell:
 
 
 def forked_fault(case: Case, cell: Cell) -> None:
-    """Let the fault happen in forked processes, without a launcher: those left must end by themselves."""
+    """Let the fault happen in forked processes. As launchers do, tell those left to end when one has failed; again and
+    again, as it may find them anywhere."""
     out = case.folder / f"{cell.fault}-{cell.phase}-{cell.rank}"
     place = case.folder / f"{out.name}.struck"
     place.mkdir()
     attempt = case.start(out, partial(faulty.arm, cell.fault, cell.phase, cell.rank, place))
     left = set(range(case.processes)) - {cell.rank}
-    assert attempt.wait(among=left), f"{out.name}: hung"
-    cell.seconds = time.time() - float((place / "struck").read_text())
-    attempt.send(signal.SIGKILL)
+    if cell.fault == "frozen":
+        assert attempt.wait(among=left), f"{out.name}: hung"
+        attempt.send(signal.SIGKILL)
+    elif attempt.wait(among={cell.rank}) and attempt.codes[cell.rank]:
+        while not attempt.wait(0.001) and time.monotonic() < attempt.ended[cell.rank] + 2 * ENDS_WITHIN:
+            attempt.send(signal.SIGTERM)
     attempt.end()
+    ended = time.time() - time.monotonic() + max(attempt.ended[rank] for rank in left)
+    cell.seconds = ended - float((place / "struck").read_text())
     cell.codes, cell.line = [attempt.codes[rank] for rank in left], last_line(out)
 
 

@@ -389,7 +389,10 @@ KILLED = """
     from torch import nn
     torch.set_num_threads(1)
     from pipelines.checkpoint import latest_state, load_state, save_state
+    from tokenizer import storage
 
+    if not EXCHANGE:
+        storage.exchange = lambda *folders: False  # as on a file system that can not
     run = Path(sys.argv[1])
     model = nn.Sequential(*[nn.Linear(256, 256) for _ in range(8)])
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
@@ -402,13 +405,14 @@ KILLED = """
 
     def child(before_rename):
         calls = [0]
-        rename = Path.rename
-        def counted(self, target):
-            calls[0] += 1
-            if calls[0] == before_rename:
-                os.kill(os.getpid(), signal.SIGKILL)
-            return rename(self, target)
-        Path.rename = counted
+        def counted(call):
+            def count(*paths):
+                calls[0] += 1
+                if calls[0] == before_rename:
+                    os.kill(os.getpid(), signal.SIGKILL)
+                return call(*paths)
+            return count
+        Path.rename, storage.exchange = counted(Path.rename), counted(storage.exchange)
         step = STEP
         while True:
             save(step)
@@ -437,9 +441,12 @@ KILLED = """
 """
 
 
-@pytest.mark.parametrize(("stride", "keep"), [(1, 2), (0, 1)], ids=["next-step", "same-step-only-state"])
-def test_kill_leaves_a_verifying_state(tmp_path, stride, keep):
-    code = textwrap.dedent(KILLED).replace("STRIDE", str(stride)).replace("KEEP", str(keep))
+@pytest.mark.parametrize(("stride", "keep", "exchange"), [(1, 2, True), (0, 1, True), (0, 1, False)],
+                         ids=["next-step", "same-step-only-state", "renamed-twice"])  # fmt: skip
+def test_kill_leaves_a_verifying_state(tmp_path, stride, keep, exchange):
+    code = textwrap.dedent(KILLED)
+    for name, value in {"STRIDE": stride, "KEEP": keep, "EXCHANGE": exchange}.items():
+        code = code.replace(name, str(value))
     done = subprocess.run([sys.executable, "-c", code, tmp_path], cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     verify_manifest(latest_state(tmp_path))

@@ -101,7 +101,7 @@ def tokens_of(pipe):
 def test_a_link_out_of_the_folder_is_refused(folder, tmp_path, name):
     (folder / name).rename(tmp_path / "elsewhere")
     (folder / name).symlink_to(tmp_path / "elsewhere")
-    refused(folder, PathError, folder / name, "leads out of the folder", tmp_path / "elsewhere")
+    refused(folder, PathError, folder / name, "leads out of the folder", str(tmp_path)[:40])
 
 
 @pytest.mark.parametrize("part", ["tokenizer", "prior"])

@@ -467,15 +467,16 @@ def test_an_evaluation_takes_as_many_at_a_time_as_fit(monkeypatch, tokens):
     tokenizer = make_tokenizer("vqgan", (16, 8)).eval()
     held_out: Any = Images(torch.rand(11, 3, 16, 8) * 2 - 1)
     found, sizes = [], []
-    monkeypatch.setattr(
-        tokenizer, "encode", lambda batch, real=tokenizer.encode: (sizes.append(len(batch)), real(batch))[1]
-    )
+    for owner, name in ((model, "log_prob"), (tokenizer, "encode")):
+        real = getattr(owner, name)
+        monkeypatch.setattr(owner, name, lambda rows, *rest, real=real, **more: (
+            sizes.append(len(rows)), real(rows, *rest, **more))[1])  # fmt: skip
     for logits, pixels in ((1 << 28, 1 << 20), (5 * 49 * 16, 3 * 128)):
         monkeypatch.setattr("pipelines.train_prior.LOGITS", logits)
         monkeypatch.setattr("pipelines.train_tokenizer.EVALUATED_PIXELS", pixels)
         found.append({"bits": bits_per_token(model, split), **evaluate_reconstruction(tokenizer, held_out),
                       "picture": float(reconstruction_picture(tokenizer, held_out).mean())})  # fmt: skip
-    assert sizes == [11, 11, 3, 3, 3, 2, 3, 3, 3, 2]
+    assert sizes == [24, 11, 11, 5, 5, 5, 5, 4, *(3, 3, 3, 2) * 2]
     assert found[0] == pytest.approx(found[1], rel=1e-5) and found[0]["psnr"] > 0
 
 

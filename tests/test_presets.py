@@ -126,7 +126,9 @@ def test_launcher_config_is_one_of_accelerate(path):
     given = yaml.safe_load(path.read_text(encoding="utf-8"))
     assert given["mixed_precision"] in ("no", "bf16"), "fp16 is not supported"
     assert config.num_processes == given["num_processes"] >= given["num_machines"] >= 1
-    assert str(config.distributed_type).rpartition(".")[2] == ("NO" if config.num_processes == 1 else "MULTI_GPU")
+    assert str(config.distributed_type).rpartition(".")[2] == (
+        "NO" if config.num_processes == 1 else "FSDP" if path.stem == "fsdp" else "MULTI_GPU"
+    )
 
 
 def test_a_preset_that_states_a_fact_is_refused():
