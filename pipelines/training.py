@@ -114,13 +114,13 @@ def train(build: Callable[[Accelerator], Task], config: Any) -> Path:
     heartbeat = Heartbeat(run, accelerator.process_index, accelerator.num_processes, config.train.timeout)
     with told_where(heartbeat):
         training = set_up(task, config, run, accelerator, heartbeat, sharded)
-        try:
-            require_room(training)
-            with stopped_by_sigterm(training):
+        with stopped_by_sigterm(training):
+            try:
+                require_room(training)
                 fit(training)
-        finally:
-            training.tracker.close()
-        accelerator.wait_for_everyone()
+            finally:
+                training.tracker.close()
+            accelerator.wait_for_everyone()
     heartbeat.close(last=accelerator.is_main_process)
     accelerator.end_training()
     if training.unsaved:
@@ -157,8 +157,11 @@ def stopped_by_sigterm(training: Training) -> Iterator[None]:
         return
     try:
         yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
+    except BaseException:
+        if training.heartbeat.world == 1:
+            signal.signal(signal.SIGTERM, before)
+        raise  # the launcher tells those that are left to end: before they do, they must say whom they have lost
+    signal.signal(signal.SIGTERM, before)
 
 
 def set_up(task: Task, config: Any, run: Path, accelerator: Accelerator, heartbeat: Heartbeat | None = None,

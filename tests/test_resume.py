@@ -28,7 +28,7 @@ def broken(rows: list[dict]) -> list[str]:
 @pytest.fixture(scope="module")
 def found(tmp_path_factory) -> dict:
     """A few of each, in runs of 24 steps."""
-    return faults(tmp_path_factory.mktemp("faults"), kills=2, saves=3, stops=1, steps=24)
+    return faults(tmp_path_factory.mktemp("faults"), kills=2, saves=1, stops=1, steps=24)
 
 
 @pytest.mark.timeout(300)
