@@ -29,7 +29,7 @@ def build_accelerator(timeout: float = TIMEOUT) -> Accelerator:
     """
     from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
 
-    warnings.filterwarnings("ignore", category=FutureWarning, module="torch")
+    warnings.filterwarnings("ignore", category=FutureWarning, module="torch|accelerate")
     # Buffers (an EMA codebook) are kept equal by the models themselves; broadcasting them would undo nothing but time.
     # Gradients that are views of the buckets from which they are sent are there once, not twice.
     ddp = DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)

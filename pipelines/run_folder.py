@@ -33,7 +33,8 @@ def check_folder(run: Path, config: Any) -> None:
 
 
 def fixed(given: dict[str, Any], config: Any) -> dict[str, Any]:
-    """What a run may not change: all but where it lies, where its numbers go and how long its processes wait.
+    """What a run may not change: all but where it lies, where its numbers go, how long its processes wait, and
+    whether they save memory by computing twice, which gives the same bits.
 
     Settings that did not exist when the run was begun have their defaults.
     """
@@ -41,7 +42,12 @@ def fixed(given: dict[str, Any], config: Any) -> dict[str, Any]:
         data = type(config).model_validate(given).model_dump(mode="json")
     except ValidationError:  # of another version: the difference will tell
         data = given
-    return {**data, "out": None, "track": None, "train": {**data.get("train", {}), "timeout": None}}
+    return {
+        **data,
+        "out": None,
+        "track": None,
+        "train": {**data.get("train", {}), "timeout": None, "checkpointing": None},
+    }
 
 
 def claim_folder(run: Path, config: Any, accelerator: Accelerator) -> None:

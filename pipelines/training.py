@@ -122,9 +122,12 @@ def train(build: Callable[[Accelerator], Task], config: Any) -> Path:
                 training.tracker.close()
             accelerator.wait_for_everyone()
     heartbeat.close(last=accelerator.is_main_process)
+    unsaved = training.unsaved
+    del training, task
+    accelerator.free_memory()  # what still holds the process group when the interpreter ends may abort it (gloo)
     accelerator.end_training()
-    if training.unsaved:
-        raise UserError(f"the run is not saved: {training.unsaved}")
+    if unsaved:
+        raise UserError(f"the run is not saved: {unsaved}")
     return run
 
 

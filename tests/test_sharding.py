@@ -7,6 +7,7 @@ Most runs are of two processes in which `accelerate launch` starts this file, on
 from __future__ import annotations
 
 import errno
+import gc
 import hashlib
 import json
 import os
@@ -255,6 +256,8 @@ def trainings(name: str, folder: Path) -> None:
     if dist.get_rank() == 0:
         (folder / f"{name}.json").write_text(json.dumps({"world": dist.get_world_size(), **runs.found}))
     dist.barrier()
+    del runs
+    gc.collect()  # as at the end of `train`: what still holds the group when the interpreter ends may abort it
     dist.destroy_process_group()
 
 

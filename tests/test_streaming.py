@@ -106,7 +106,8 @@ def test_any_number_of_processes_shares_the_same_batches(processes):
     config = TrainConfig(batch_size=24, seed=3)
     streams = [
         batches(SimpleNamespace(step=9, config=config, task=task,
-                                accelerator=SimpleNamespace(num_processes=processes, process_index=rank)))
+                                accelerator=SimpleNamespace(num_processes=processes, process_index=rank,
+                                                            device=torch.device("cpu"))))
         for rank in range(processes)
     ]  # fmt: skip
     for step in range(9, 30):
