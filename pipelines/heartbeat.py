@@ -14,6 +14,8 @@ import socket
 import sys
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -163,6 +165,21 @@ class Heartbeat:
                 os.pwrite(self._file, line.encode(), 0)
             except OSError:  # a full disk: the others lose a message, not the run
                 pass
+
+
+@contextmanager
+def told_where(heartbeat: Heartbeat) -> Iterator[None]:
+    """Tell the other processes of an error, and give it the place where it came up; or say whom it comes from."""
+    try:
+        yield
+    except BaseException as error:
+        lost = heartbeat.explain(error)
+        ended = f"ended early, with exit code {error.code}" if isinstance(error, SystemExit) else None
+        heartbeat.close(lost or ended or f"{type(error).__name__}: {error}")
+        if lost:
+            raise ProcessLost(f"{heartbeat.sign.place}: {lost}") from error
+        error.place = heartbeat.sign.place  # type: ignore[attr-defined]  # for the last line, see `config.exit_codes`
+        raise
 
 
 def process_state(pid: int) -> str:

@@ -38,8 +38,8 @@ def build_accelerator(timeout: float = TIMEOUT) -> Accelerator:
     asked = int(os.environ.get("WORLD_SIZE", "1")) > 1 or "MASTER_ADDR" in os.environ
     if accelerator.num_processes == 1 and asked:
         raise UserError(
-            "several processes were asked for, but only one was started (accelerate's --cpu does that); "
-            f"on CPU use: {TWO_PROCESSES}"
+            "several processes were asked for, but only one was started (accelerate's --cpu does that, and a machine "
+            f"without GPUs); on CPU use: {TWO_PROCESSES}"
         )
     if accelerator.mixed_precision == "fp16":
         raise UserError("fp16 is not supported (its loss scaling hides non-finite steps); use --mixed_precision bf16")

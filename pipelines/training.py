@@ -27,7 +27,7 @@ from .blocks import prepare_blocks
 from .boards import require_installed
 from .checkpoint import load_state
 from .config import UserError
-from .heartbeat import Heartbeat, ProcessLost
+from .heartbeat import Heartbeat, told_where
 from .processes import build_accelerator
 from .run_folder import check_folder, claim_folder, newest_state
 from .saving import averaged_model, require_room, save
@@ -129,21 +129,6 @@ def train(build: Callable[[Accelerator], Task], config: Any) -> Path:
     if unsaved:
         raise UserError(f"the run is not saved: {unsaved}")
     return run
-
-
-@contextmanager
-def told_where(heartbeat: Heartbeat) -> Iterator[None]:
-    """Tell the other processes of an error, and give it the place where it came up; or say whom it comes from."""
-    try:
-        yield
-    except BaseException as error:
-        lost = heartbeat.explain(error)
-        ended = f"ended early, with exit code {error.code}" if isinstance(error, SystemExit) else None
-        heartbeat.close(lost or ended or f"{type(error).__name__}: {error}")
-        if lost:
-            raise ProcessLost(f"{heartbeat.sign.place}: {lost}") from error
-        error.place = heartbeat.sign.place  # type: ignore[attr-defined]  # for the last line, see `config.exit_codes`
-        raise
 
 
 @contextmanager
