@@ -288,10 +288,11 @@ def test_a_state_that_lies_is_a_load_error(tmp_path):
     run = Run()
     run.advance(0, 1)
     for number, (name, edit) in enumerate(
-        {
-            "optimizer-model.json": lambda d: {**d, "param_groups": [{"params": {"$tensor": "no"}}]},
-            "state.json": lambda d: {**d, "step": 7},
-        }.items()
+        [
+            ("optimizer-model.json", lambda d: {**d, "param_groups": [{"params": {"$tensor": "no"}}]}),
+            ("optimizer-model.json", lambda d: {**d, "param_groups": [{**g, "lr": "fast"} for g in d["param_groups"]]}),
+            ("state.json", lambda d: {**d, "step": 7}),
+        ]
     ):
         folder = run.save(tmp_path / str(number), 1)
         (folder / name).write_text(json.dumps(edit(json.loads((folder / name).read_text()))))
