@@ -147,7 +147,8 @@ def start_trackio(
     if hasattr(tracker, "start"):
         tracker.start()
     logs = SQLiteStorage.get_logs(project, name) if resumed else []
-    step = max((log["step"] for log in logs), default=sent)  # on a server, or with nothing here, what may have arrived
+    elsewhere = any(os.environ.get(name) for name in ("TRACKIO_SPACE_ID", "TRACKIO_SERVER_URL"))  # can not be asked
+    step = max((log["step"] for log in logs), default=sent if elsewhere else -1)
     return Trackio(tracker, (step, {key for log in logs if log["step"] == step for key in log}))
 
 

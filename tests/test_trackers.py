@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import shutil
 import signal
 import sqlite3
 import struct
@@ -125,6 +126,21 @@ def test_a_killed_run_is_whole_in_tensorboard_and_trackio(tmp_path):
     assert_the_same(tmp_path / "run", in_tensorboard(tmp_path / "run"), number=np.float32)
     assert_the_same(tmp_path / "run", in_trackio(tmp_path / "run"))
     assert not (tmp_path / "run" / "wandb").exists()
+
+
+def test_a_run_killed_before_its_trackers_had_started_is_whole(tmp_path):
+    """A tracker may take seconds to start, and a step less: what it had no time to get, the next process gives it."""
+    choices = {"train__steps": 30, "train__save_every": 10, "track__trackers": ["tensorboard", "trackio"]}
+    command, run = verb("train_tokenizer", tokenizer_arguments(tmp_path / "run", **choices)), tmp_path / "run"
+    process = start(command, HOME=str(tmp_path))
+    assert wait_for(lambda: logged(run) >= 15, process)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    for name in ("tensorboard", "trackio"):
+        shutil.rmtree(run / name, ignore_errors=True)
+    output_of(start(command, HOME=str(tmp_path)), 120)
+    assert_the_same(run, in_tensorboard(run), number=np.float32)
+    assert_the_same(run, in_trackio(run))
 
 
 @pytest.mark.slow
