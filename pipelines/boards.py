@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import struct
 import sys
 from importlib.util import find_spec
@@ -69,8 +68,8 @@ def start_tensorboard(run: Path, run_config: dict[str, Any], *, resumed: bool) -
     from accelerate.tracking import TensorBoardTracker
 
     folder = run / "tensorboard"
-    if not resumed and folder.exists():
-        shutil.rmtree(folder)
+    for path in [] if resumed else folder.glob("events.out.tfevents.*"):
+        path.unlink()
     found = last_step(folder)
     tracker = TensorBoardTracker(folder.name, str(run))
     if hasattr(tracker, "start"):  # older versions of accelerate start in the constructor

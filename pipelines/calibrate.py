@@ -8,12 +8,15 @@ from typing import Any
 import numpy as np
 from pydantic import Field
 
+from tokenizer.ownership import require_ours
+
 from .anomaly import METHODS, calibrate
 from .calibration import Calibration
 from .config import Config, UserError, run_command
 from .evaluate import choose_device, defaults
 from .generation import ImagePipeline
 from .images import DataConfig, check_shape, load_images
+from .index import PIPELINE
 
 
 class CalibrateConfig(Config):
@@ -35,6 +38,7 @@ def run(config: CalibrateConfig) -> Calibration:
     """Calibrate, save, and print a table; returns the calibration."""
     if not Path(config.pipeline).is_dir():
         raise UserError(f"pipeline: {config.pipeline!r} is not a folder, and the calibration is written into it")
+    require_ours(Path(config.pipeline), PIPELINE)
     pipeline = ImagePipeline.from_pretrained(config.pipeline, device=choose_device(config.device))
     check_shape(config.data, pipeline.tokenizer.image_shape)
     if config.background is not None:

@@ -25,12 +25,15 @@ from torch import nn
 from torch.optim import Optimizer
 
 from tokenizer.storage import (
-    MANIFEST,
     FormatError,
+    IntegrityError,
+    Kind,
     PipelineLoadError,
+    UnreadableError,
     WeightsError,
     atomic_folder,
     read_json,
+    shown,
     verify_manifest,
     write_json,
     write_manifest,
@@ -39,7 +42,18 @@ from tokenizer.storage import (
 from .optimizer_state import pack_optimizer, parameter_of, unpack_optimizer
 from .state_shards import Like, Tensors, agreed, is_sharded, piece, read_shards, read_whole, write_shards
 
+FORMAT_VERSION = 2  # 1, which did not say so, had no configuration
 MODEL, EMA, STATE = "model.safetensors", "ema.safetensors", "state.json"
+STATE_FILES = re.compile(
+    r"(model|ema|optimizer-\w+)(\.safetensors|/[\w.-]+)|optimizer-\w+\.json|state\.json|manifest\.json"
+)
+STATE_FOLDER = Kind("a resume state", None, names=lambda name: STATE_FILES.fullmatch(name) is not None)
+"""Known by its files, whatever is in them: a damaged one is replaced, too."""
+LEFT = re.compile(
+    r"\.(tmp|del)-(step-\d{8,}|tokenizer|pipeline|config\.yaml|metrics\.jsonl|trackers\.json|[\w-]+-\d{8,}\.png)"
+    r"-[0-9a-f]{8}(\.png)?"
+)
+"""What a killed process may leave of its own in a run folder."""
 SPARE = 1.2  # a new state may be a little larger than the last, and the disk has other users
 
 
@@ -51,11 +65,13 @@ def save_state(
     ema: nn.Module | None,
     optimizers: Mapping[str, Optimizer],
     counters: dict[str, Any],
+    config: dict[str, Any] | None = None,
     keep: int = 2,
 ) -> Path:
     """Write `<run>/state/step-<step>` atomically, then delete all but the newest `keep` states; return the folder.
 
-    `model` and `ema` are the unwrapped modules; `counters` is any JSON object. Call it on the main process only; where
+    `model` and `ema` are the unwrapped modules; `counters` is any JSON object; `config` is that of the run,
+    by which its states are known. Call it on the main process only; where
     weights are sharded, on all processes, each of which writes its pieces, and raises what one of them raises.
     Raises `WeightsError` naming a tensor that is not finite, and `OSError` (ENOSPC) naming path, needed and free bytes
     if the disk is too full; older states are untouched in both cases.
@@ -63,7 +79,8 @@ def save_state(
     parts: dict[str, Tensors] = {MODEL: model.state_dict()}
     if ema is not None:
         parts[EMA] = ema.state_dict()
-    documents: dict[str, dict[str, Any]] = {STATE: {"step": step, "counters": counters}}
+    state = {"format_version": FORMAT_VERSION, "step": step, "counters": counters, "config": config}
+    documents: dict[str, dict[str, Any]] = {STATE: state}
     for player, optimizer in optimizers.items():
         tensors, document = pack_optimizer(optimizer)
         parts[f"optimizer-{player}.safetensors"], documents[f"optimizer-{player}.json"] = tensors, document
@@ -72,7 +89,7 @@ def save_state(
         _save_together(target, parts, documents, keep)
     else:
         _prepare(target, parts, step)
-        with atomic_folder(target, marker=MANIFEST) as folder:
+        with atomic_folder(target, kind=STATE_FOLDER) as folder:
             for name, tensors in parts.items():
                 save_file(_detached(tensors), folder / name)
             _complete(folder, documents)
@@ -89,7 +106,7 @@ def _save_together(target: Path, parts: dict[str, Tensors], documents: dict[str,
             _require_finite(parts, step)
             if main:
                 _prepare(target, parts, step)
-                places = [stack.enter_context(atomic_folder(target, marker=MANIFEST))]
+                places = [stack.enter_context(atomic_folder(target, kind=STATE_FOLDER))]
         torch.distributed.broadcast_object_list(places)
         for name, tensors in parts.items():
             write_shards(places[0] / Path(name).stem, tensors)
@@ -105,8 +122,6 @@ def _prepare(target: Path, parts: dict[str, Tensors], step: int) -> None:
     target.parent.mkdir(parents=True, exist_ok=True)
     _require_finite(parts, step)
     _require_space(target.parent, parts)
-    if target.exists() and not (target / MANIFEST).exists():
-        _discard(target)  # a damaged state of this very step, which `latest_state` passed over
 
 
 def _complete(folder: Path, documents: dict[str, dict[str, Any]]) -> None:
@@ -116,16 +131,31 @@ def _complete(folder: Path, documents: dict[str, dict[str, Any]]) -> None:
 
 
 def latest_state(run: Path) -> Path | None:
-    """The newest state whose manifest verifies, or None; what killed processes left behind is removed.
+    """The newest state whose manifest verifies, or None where there is none; what killed processes left is removed.
 
-    A newer state that does not verify is passed over with a warning on stderr. Call it on the main process only.
+    A newer state that does not verify is passed over with a warning on stderr. Raises `IntegrityError` where there are
+    states and none verifies, and `UnreadableError` where the system does not let one be read, which may be a good one:
+    nothing begins at zero over good work. Call it on the main process only.
     """
     folder = Path(run) / "state"
-    newest = next((path for path in reversed(_states(folder)) if _verifies(path)), None) or _restore_set_aside(folder)
+    states = _states(folder)
+    newest = next((path for path in reversed(states) if _verifies(path)), None) or _restore_set_aside(folder)
+    if newest is None and states:
+        raise IntegrityError(
+            f"{folder}: none of its {len(states)} states is whole; nothing was changed. To begin again at zero, choose "
+            f"another out=, or delete {run}"
+        )
     for leftover in [path for place in (Path(run), folder) for path in place.glob(".[td]*")]:
-        if leftover.name.startswith((".tmp-", ".del-")):
-            shutil.rmtree(leftover, ignore_errors=True)
+        if LEFT.fullmatch(leftover.name):
+            _remove(leftover)
     return newest
+
+
+def _remove(leftover: Path) -> None:
+    if leftover.is_dir() and not leftover.is_symlink():
+        shutil.rmtree(leftover, ignore_errors=True)
+    else:
+        leftover.unlink(missing_ok=True)
 
 
 def load_state(
@@ -145,9 +175,15 @@ def load_state(
         missing, extra = sorted(expected - parts), sorted(parts - expected)
         raise FormatError(f"{folder}: not a state of this run: missing {missing}, unexpected {extra}")
     state = read_json(folder / STATE)
-    step, counters = state.get("step"), state.get("counters")
-    if not isinstance(step, int) or step != manifest.get("step") or not isinstance(counters, dict):
+    step, counters, version = state.get("step"), state.get("counters"), state.get("format_version", 1)
+    if type(version) is not int or not 1 <= version <= FORMAT_VERSION:
+        raise FormatError(
+            f"{folder / STATE}: format_version: found {shown(version)}, this version reads 1 to {FORMAT_VERSION}"
+        )
+    if type(step) is not int or step != manifest.get("step") or not isinstance(counters, dict):
         raise FormatError(f"{folder / STATE}: expected counters and step {manifest.get('step')}, found step {step!r}")
+    if folder.name != f"step-{step:08d}":
+        raise FormatError(f"{folder}: a state of step {step}, which has another name; nothing was changed")
     _load_module(folder / MODEL, model)
     if ema is not None:
         _load_module(folder / EMA, ema)
@@ -215,7 +251,12 @@ def _verifies(path: Path) -> bool:
     try:
         verify_manifest(path)
         return True
-    except (PipelineLoadError, OSError) as error:
+    except (UnreadableError, OSError) as error:
+        raise UnreadableError(
+            f"{path}: cannot be read, which is not to say that it is damaged; nothing was changed. Try again, or move "
+            f"that state away ({error})"
+        ) from error
+    except PipelineLoadError as error:
         print(f"warning: state {path.name} is passed over: {error}", file=sys.stderr)
         return False
 

@@ -11,12 +11,15 @@ from PIL import ImageOps
 from pydantic import Field
 from torch import Tensor
 
+from tokenizer.storage import Inputs
+
 from .completion import ConditionError, complete, conditional_log_prob, make_mask, sees_all_known
 from .config import Config, UserError, run_command
 from .decoding import flatten, open_image, try_decode
 from .evaluate import choose_device, defaults
 from .generation import ImagePipeline
 from .images import DataConfig, check_shape, load_images, to_float
+from .outputs import check_out_file
 from .pictures import SUFFIXES, grid_picture, save_picture
 from .sources import find_images
 
@@ -58,6 +61,8 @@ def run(config: CompleteConfig) -> dict[str, float]:
     """Draw, write the sheet and print what the draws are given and how near they come; returns the figures."""
     if Path(config.out).suffix.lower() not in SUFFIXES:
         raise UserError(f"out: {config.out!r} should end in {', '.join(SUFFIXES)}")
+    inputs = files_read(config)
+    check_out_file(config.out, inputs)
     pipeline = ImagePipeline.from_pretrained(config.pipeline, device=choose_device(config.device))
     known = read_mask(config.mask, pipeline)
     truth = to_float(choose_images(config, pipeline))
@@ -78,7 +83,7 @@ def run(config: CompleteConfig) -> dict[str, float]:
     else:
         refusal = ""
     try:
-        save_picture(sheet(truth, made, known), config.out)
+        save_picture(sheet(truth, made, known), config.out, inputs=inputs)
     except OSError as error:
         raise UserError(f"out: {config.out} can not be written ({error.strerror or error})") from error
     print(report(config, pipeline, known, figures, refusal))
@@ -86,6 +91,13 @@ def run(config: CompleteConfig) -> dict[str, float]:
 
 
 # What is asked for
+
+
+def files_read(config: CompleteConfig) -> Inputs:
+    """The files and folders that are read: the pipeline, the mask, and the images or the data that they are of."""
+    asked = config.images if isinstance(config.images, list) else [config.images]
+    files = [one for one in asked if isinstance(one, str)]
+    return [config.pipeline, config.mask, *files] if files else [config.pipeline, config.mask, config.data.path]
 
 
 def read_mask(name: str, pipeline: ImagePipeline) -> Tensor:

@@ -14,6 +14,7 @@ from pydantic import Field
 from torch import Tensor
 
 from tokenizer.base import LikelihoodError
+from tokenizer.storage import atomic_file
 
 from .compression import chunk_images, exact_pixels, write_images
 from .config import Config, UserError, run_command
@@ -21,6 +22,7 @@ from .decoding import open_image
 from .evaluate import choose_device
 from .generation import ImagePipeline
 from .images import to_float
+from .outputs import check_out_file
 from .sources import find_images, is_image_name
 from .streams import StreamError
 
@@ -43,6 +45,8 @@ def run(config: CompressConfig) -> Path:
     """Compress, and return the file written."""
     root = Path(config.images)
     paths, names = named_images(root)
+    out, inputs = Path(config.out), [Path(config.pipeline), *paths]
+    check_out_file(out, inputs)
     pipeline = ImagePipeline.from_pretrained(config.pipeline, device=choose_device(config.device))
     size = chunk_images(pipeline)
 
@@ -51,20 +55,15 @@ def run(config: CompressConfig) -> Path:
             yield torch.stack([read_exactly(path, pipeline.tokenizer.image_shape, config.lossless)
                                for path in paths[start : start + size]]).to(pipeline.device)  # fmt: skip
 
-    out, began = Path(config.out), time.monotonic()
-    half = out.with_name(f".{out.name}.part")
+    began = time.monotonic()
     try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        with open(half, "wb") as file:
+        with atomic_file(out, inputs=inputs) as half, open(half, "wb") as file:
             written = write_images(pipeline, file, parts(), len(paths), lossless=config.lossless, names=names,
                                    checked=config.checked)  # fmt: skip
-        half.replace(out)
     except (StreamError, LikelihoodError) as error:
         raise UserError(str(error)) from error
     except OSError as error:
         raise UserError(f"out: {out} can not be written ({error.strerror or error})") from error
-    finally:
-        half.unlink(missing_ok=True)
     dims = len(paths) * int(np.prod(pipeline.tokenizer.image_shape))
     was, seconds = sum(path.stat().st_size for path in paths), time.monotonic() - began
     what = "every pixel" if config.lossless else "tokens: decompressing gives reconstructions"

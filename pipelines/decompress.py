@@ -14,10 +14,9 @@ from .compression import open_stream, read_images
 from .config import Config, UserError, run_command
 from .evaluate import choose_device
 from .generation import ImagePipeline
-from .pictures import convert_images
+from .outputs import check_out_folder
+from .pictures import convert_images, write_image
 from .streams import Limits, StreamError, TruncatedStream
-
-NO_MARKER = ".never"  # no folder with something in it is replaced
 
 
 class DecompressConfig(Config):
@@ -40,11 +39,11 @@ def run(config: DecompressConfig) -> Path:
     if not path.is_file():
         raise UserError(f"stream: {str(path)!r} is not a file")
     out = Path(config.out)
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise UserError(f"out: {out} is there and not empty; choose another folder, nothing was overwritten")
+    inputs = [path, Path(config.pipeline)]
+    check_out_folder(out, None, inputs)
     pipeline = ImagePipeline.from_pretrained(config.pipeline, device=choose_device(config.device))
     try:
-        with open(path, "rb") as file, atomic_folder(out, marker=NO_MARKER) as folder:
+        with open(path, "rb") as file, atomic_folder(out, kind=None, inputs=inputs) as folder:
             if not path.stat().st_size:
                 raise TruncatedStream("the file is empty")
             count = write_folder(pipeline, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ), folder, config)
@@ -67,7 +66,7 @@ def write_folder(pipeline: ImagePipeline, data: mmap.mmap, folder: Path, config:
             file.parent.mkdir(parents=True, exist_ok=True)
             if file.exists():
                 raise StreamError(f"two images are called {name!r}")
-            image.save(file)
+            write_image(image, file)
             count += 1
     return count
 

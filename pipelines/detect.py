@@ -11,7 +11,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from tokenizer.storage import write_json
+from tokenizer.storage import results_folder, write_json
 
 from .anomaly import p_value_of, score_of, statistics
 from .calibration import CalibrationError
@@ -21,6 +21,7 @@ from .evaluate import choose_device, defaults
 from .generation import ImagePipeline
 from .healing import anomaly_map, heal
 from .images import DataConfig, check_shape, judge, to_float
+from .outputs import check_out_results
 from .pictures import grid_picture, save_picture
 from .separation import benjamini_hochberg, separation
 from .sources import open_source
@@ -78,6 +79,9 @@ def run(config: DetectConfig) -> dict[str, Any]:
     check_shape(config.data, pipeline.tokenizer.image_shape)
     if pipeline.calibration is None:
         raise UserError(f"pipeline: not calibrated; run `smalti calibrate pipeline={config.pipeline}`")
+    sources = [config.images or config.data.source, *([config.normal] if config.normal else [])]
+    out, inputs = Path(config.out), [config.pipeline, *(source_at(config.data, source).path for source in sources)]
+    check_out_results(out, ["scores.csv", "sheet.png", "figures.json"], inputs)
     found, anomalous = choose(config)
     try:
         measured = statistics(pipeline, found.pixels)
@@ -89,13 +93,12 @@ def run(config: DetectConfig) -> dict[str, Any]:
     figures = {} if anomalous is None else separation(scores.numpy(), anomalous, config.seed)
     columns = {"score": scores.numpy(), "p_value": p, "flagged": flagged.astype(int)}
     columns |= {name: values.numpy() for name, values in measured.items() if values.ndim == 1}
-    out = Path(config.out)
     try:
-        out.mkdir(parents=True, exist_ok=True)
-        write_table(out / "scores.csv", found, anomalous, columns)
-        save_picture(sheet(pipeline, found.pixels, scores, config.num_shown, config.seed), out / "sheet.png")
-        if figures:
-            write_json(out / "figures.json", figures)
+        with results_folder(out, inputs=inputs) as folder:
+            write_table(folder / "scores.csv", found, anomalous, columns)
+            save_picture(sheet(pipeline, found.pixels, scores, config.num_shown, config.seed), folder / "sheet.png")
+            if figures:
+                write_json(folder / "figures.json", figures)
     except OSError as error:
         raise UserError(f"out: {out} can not be written ({error.strerror or error})") from error
     print(report(config, found, flagged, anomalous, figures))
@@ -119,7 +122,7 @@ def choose(config: DetectConfig) -> tuple[Found, np.ndarray | None]:
 
 def find(data: DataConfig, source: str) -> Found:
     """All images of a source's held-out split, or of its only one. Raises `UserError`."""
-    data = data.model_copy(update={"source": source})
+    data = source_at(data, source)
     splits = open_source(data)
     rows = splits.get(data.held_out, splits.get(data.split))
     if rows is None:
@@ -137,6 +140,11 @@ def find(data: DataConfig, source: str) -> Found:
     called = rows.class_names
     classes = labels and [str(called[labels[i]] if called else labels[i]) for i in decoded.positions]
     return Found(names, decoded.pixels, classes or None)
+
+
+def source_at(data: DataConfig, source: str) -> DataConfig:
+    """How images of another source are read."""
+    return data.model_copy(update={"source": source})
 
 
 def truth(found: Found, normal: list[int | str] | None) -> np.ndarray | None:

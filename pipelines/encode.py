@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -18,9 +19,10 @@ from tokenizer.storage import read_json
 from .appending import class_numbers, existing, missing_variants, same_images
 from .config import Config, UserError, run_command
 from .images import DataConfig, ImageDataset, Splits, check_shape, load_images
+from .outputs import check_out_folder
 from .pieces import (
     Piece,
-    begin,
+    begun,
     check_job,
     cut,
     drop_if_damaged,
@@ -34,7 +36,8 @@ from .pieces import (
     work_folder,
 )
 from .processes import build_accelerator
-from .tokens import META, Meta
+from .run_folder import on_main
+from .tokens import TOKENS, Meta
 from .train_tokenizer import PROVENANCE
 
 if TYPE_CHECKING:
@@ -92,17 +95,15 @@ def run(config: EncodeConfig) -> Path:
     numbers, pieces = class_numbers(images.train, old), plan(config, images, variants)
     job = job_of(config, tokenizer, pieces, accelerator.device.type)
     check_job(work, job)
-    accelerator.wait_for_everyone()
-    if accelerator.is_main_process:
-        begin(work, job)
-    accelerator.wait_for_everyone()
-    encode_missing(accelerator, tokenizer.to(accelerator.device), images, numbers, pieces, config)
-    if accelerator.is_main_process:
-        meta = finish(config, tokenizer.cpu(), images, pieces, old, variants)
-        shutil.rmtree(work)
-        sizes = ", ".join(f"{sum(counts)} {name}" for name, counts in meta.shards.items())
-        print(f"{out}: {sizes} rows of {'x'.join(map(str, meta.grid.shape))} ids below {meta.grid.vocab_size}")
-    accelerator.wait_for_everyone()
+    with ExitStack() as stack:
+        on_main(accelerator, lambda: stack.enter_context(begun(work, job)))
+        encode_missing(accelerator, tokenizer.to(accelerator.device), images, numbers, pieces, config)
+        if accelerator.is_main_process:
+            meta = finish(config, tokenizer.cpu(), images, pieces, old, variants)
+            shutil.rmtree(work)
+            sizes = ", ".join(f"{sum(counts)} {name}" for name, counts in meta.shards.items())
+            print(f"{out}: {sizes} rows of {'x'.join(map(str, meta.grid.shape))} ids below {meta.grid.vocab_size}")
+        accelerator.wait_for_everyone()
     accelerator.end_training()
     return out
 
@@ -116,10 +117,7 @@ def check_settings(config: EncodeConfig, tokenizer: Tokenizer, out: Path) -> Non
         )
     if config.only and not config.append:
         raise UserError("only: a new dataset has both splits; append=true adds to one of them")
-    if out.is_dir() and any(out.iterdir()) and not (out / META).is_file():
-        raise UserError(
-            f"out: {out} is not empty and not a token dataset; choose another folder, nothing was overwritten"
-        )
+    check_out_folder(out, TOKENS, [config.tokenizer, config.data.path])
 
 
 def plan(config: EncodeConfig, images: Splits, variants: dict[str, tuple[int, int]]) -> list[Piece]:

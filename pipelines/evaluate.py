@@ -13,12 +13,14 @@ from pydantic import Field
 from torch import Tensor
 
 from prior import Prior
-from tokenizer.storage import read_json, write_json
+from tokenizer.ownership import require_ours
+from tokenizer.storage import read_json, results_folder, write_json
 
 from .config import Config, UserError, run_command
 from .generation import ImagePipeline, LikelihoodError
 from .images import DataConfig, ImageDataset, Splits, check_shape, load_images, to_float, to_uint8
-from .index import PROVENANCE
+from .index import PIPELINE, PROVENANCE
+from .outputs import check_out_results
 from .pictures import grid_picture, save_picture
 from .quality import LEAST, FeatureSpace, compare, feature_space, frechet_distance, inception_space, shuffled, ssim
 from .tokens import TokenSplit
@@ -26,6 +28,7 @@ from .train_prior import bits_per_token, rows_at_a_time
 from .train_tokenizer import evaluate_reconstruction, images_at_a_time, reconstruction_picture
 
 Figures = dict[str, Any]
+RESULTS = ("samples.png", "reconstructions.png", "nearest.png", "evaluation.json", "evaluation.txt")
 SOME = 2000  # held-out images for figures that are averages over images
 
 
@@ -60,10 +63,14 @@ def run(config: EvaluateConfig) -> Figures:
     pipeline = ImagePipeline.from_pretrained(config.pipeline, device=choose_device(config.device))
     check_choices(config, pipeline)
     inception = inception_space(config.inception_weights, pipeline.device) if config.inception_weights else None
-    images = load_images(config.data)
-    check_classes(pipeline, images.train, images.held_out)
     local = Path(config.pipeline).is_dir()
     out = Path(config.out or (Path(config.pipeline).parent / "evaluation" if local else "evaluation"))
+    inputs = [config.pipeline, config.data.path]
+    check_out_results(out, RESULTS, inputs)
+    if config.update_card and local:
+        require_ours(Path(config.pipeline), PIPELINE)
+    images = load_images(config.data)
+    check_classes(pipeline, images.train, images.held_out)
     figures = evaluate_reconstruction(pipeline.tokenizer, images.held_out)
     figures |= evaluate_similarity(pipeline, images.held_out)
     figures |= evaluate_likelihood(pipeline, images.train, images.held_out, config.num_orders)
@@ -75,14 +82,16 @@ def run(config: EvaluateConfig) -> Figures:
     if config.num_samples:
         found, shown = evaluate_samples(pipeline, images, config, inception)
         figures, pictures = figures | found, pictures | shown
-    for name, picture in pictures.items():
-        save_picture(picture, out / f"{name}.png")
-    write_json(out / "evaluation.json", figures | ({"num_orders": config.num_orders} if config.num_orders > 1 else {}))
+    report = table(figures, pipeline, images.held_out)
+    with results_folder(out, inputs=inputs) as folder:
+        for name, picture in pictures.items():
+            save_picture(picture, folder / f"{name}.png")
+        orders = {"num_orders": config.num_orders} if config.num_orders > 1 else {}
+        write_json(folder / "evaluation.json", figures | orders)
+        (folder / "evaluation.txt").write_text(report + "\n", encoding="utf-8")
     if config.update_card and local:
         pipeline.provenance = {**pipeline.provenance, "evaluation": figures}
         pipeline.to(device="cpu").save_pretrained(config.pipeline, sample_grid=pictures["samples"])
-    report = table(figures, pipeline, images.held_out)
-    (out / "evaluation.txt").write_text(report + "\n", encoding="utf-8")
     print(report + "\n")
     for name in pictures:
         print(f"{name:<15}  {out / name}.png")

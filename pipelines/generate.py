@@ -7,10 +7,13 @@ from typing import Any
 
 from pydantic import Field
 
+from tokenizer.storage import results_folder
+
 from .config import Config, UserError, run_command
 from .evaluate import choose_device
 from .generation import ImagePipeline
-from .pictures import SUFFIXES, convert_images, grid_picture, save_picture
+from .outputs import check_out_file, check_out_results
+from .pictures import SUFFIXES, convert_images, grid_picture, save_picture, write_image
 
 
 class GenerateConfig(Config):
@@ -45,6 +48,11 @@ def run(config: GenerateConfig) -> Path:
     out = Path(config.out)
     if out.suffix and out.suffix.lower() not in SUFFIXES:
         raise UserError(f"out: {config.out!r} should end in {', '.join(SUFFIXES)} for a grid, or be a folder")
+    names = [] if out.suffix else [f"{index:05d}.png" for index in range(config.num_images)]
+    if out.suffix:
+        check_out_file(out, [config.pipeline])
+    else:
+        check_out_results(out, names, [config.pipeline])
     pipeline = ImagePipeline.from_pretrained(config.pipeline, device=choose_device(config.device))
     chosen = config.labels if config.labels is None or isinstance(config.labels, list) else [config.labels]
     classes = chosen or list(range(pipeline.prior.num_classes)) or None
@@ -60,12 +68,13 @@ def run(config: GenerateConfig) -> Path:
         raise UserError(str(error)) from error
     try:
         if out.suffix:
-            save_picture(grid_picture(made, config.columns or (min(16, len(classes)) if classes else 8)), out)
+            columns = config.columns or (min(16, len(classes)) if classes else 8)
+            save_picture(grid_picture(made, columns), out, inputs=[config.pipeline])
             print(f"{config.num_images} images in one grid: {out}")
         else:
-            out.mkdir(parents=True, exist_ok=True)
-            for index, image in enumerate(convert_images(made, "pil")):
-                image.save(out / f"{index:05d}.png")
+            with results_folder(out, inputs=[config.pipeline]) as folder:
+                for name, image in zip(names, convert_images(made, "pil"), strict=True):
+                    write_image(image, folder / name)
             print(f"{config.num_images} images: {out}/00000.png ...")
     except OSError as error:
         raise UserError(f"out: {out} can not be written ({error.strerror or error})") from error

@@ -15,12 +15,14 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
+from tokenizer import Tokenizer
 from tokenizer.pretrained import MAX_WEIGHT_BYTES, parse_weights
 from tokenizer.quantizers.vq import VQ
 from tokenizer.storage import ConfigError, WeightsError, read_bytes, read_json
 from tokenizer.vqgan import VQGAN, VQGANConfig
 
 from .config import Config, UserError, run_command
+from .outputs import check_out_folder
 from .published import DIFFUSERS, Layout, check_settings, modern, recognise, sizes_of
 from .sources import Side
 from .train_tokenizer import save_tokenizer
@@ -49,7 +51,8 @@ class ImportConfig(Config):
 
 def run(config: ImportConfig) -> Path:
     """Convert, write the tokenizer's folder, print what it is, and return the folder."""
-    path = find_weights(config.source)
+    path, out = find_weights(config.source), Path(config.out)
+    check_out_folder(out, Tokenizer.folder_kind(), [path])
     weights, digest = read_weights(path)
     layout = recognise(weights, path)
     if layout is DIFFUSERS:
@@ -59,9 +62,9 @@ def run(config: ImportConfig) -> Path:
     size = model_config.image_size
     data = {"source": UNKNOWN_SOURCE, "image_size": list(size), "channels": model_config.channels}
     facts = {"layout": layout.title, "file": path.name, "sha256": digest}
-    save_tokenizer(model, Path(config.out), {"data": data, "imported": facts})
+    save_tokenizer(model, out, {"data": data, "imported": facts}, [path])
     print(summary(model, layout, path, config, unused))
-    return Path(config.out)
+    return out
 
 
 # files --------------------------------------------------------------------------------------------

@@ -21,6 +21,7 @@ from tokenizer.storage import (
     Folder,
     FormatError,
     IntegrityError,
+    Kind,
     LimitError,
     shown,
 )
@@ -37,6 +38,9 @@ PARTS = ("tokenizer", "prior", BACKGROUND)
 FILES = [INDEX, PROVENANCE, CARD, GRID, CALIBRATION, MANIFEST] + [
     f"{part}/{name}" for part in PARTS for name in ("config.json", "model.safetensors", PROVENANCE)
 ]
+
+
+PIPELINE = Kind("a pipeline", INDEX, lambda index: index.get("_class_name") == "ImagePipeline" and "prior" in index)
 
 
 @dataclass(frozen=True)

@@ -20,6 +20,7 @@ from .config import Config, UserError, run_command
 from .evaluate import choose_device
 from .images import DataConfig, ImageDataset, check_shape, load_images, to_uint8
 from .inspection import Findings, examine
+from .outputs import check_out_file
 from .pictures import SUFFIXES, save_picture
 from .reconstruct import defaults, tokenizer_folder
 
@@ -175,13 +176,15 @@ def run(config: InspectConfig) -> dict[str, Any]:
     """Write the report; print the findings and return them: see `figures_of`, and `l1` and `l2`."""
     if Path(config.out).suffix.lower() not in SUFFIXES:
         raise UserError(f"out: {config.out!r} should end in {', '.join(SUFFIXES)}")
+    inputs = [config.tokenizer, config.data.path]
+    check_out_file(config.out, inputs)
     tokenizer = Tokenizer.from_pretrained(tokenizer_folder(config.tokenizer), device=choose_device(config.device))
     check_shape(config.data, tokenizer.image_shape, "tokenizer")
     images = load_images(config.data).held_out
     found = examine(tokenizer, images, config.num_codes)
     picture = report(tokenizer, images, found, config.num_images, config.data.source)
     try:
-        save_picture(picture, config.out)
+        save_picture(picture, config.out, inputs=inputs)
     except OSError as error:
         raise UserError(f"out: {config.out} can not be written ({error.strerror or error})") from error
     print(f"{config.out}: {len(images):,} held-out images", *sentences(found, tokenizer.reversible), sep="\n  ")

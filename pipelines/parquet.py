@@ -65,13 +65,13 @@ def features_of(grid: TokenGrid, class_names: list[str]) -> datasets.Features:
 def write_parquet(data: TokenDataset, folder: str | Path) -> None:
     """Write the dataset as parquet; the folder appears whole or not at all. Raises `PathError` if something else is
     there, `UserError` for a split whose name `datasets` does not take."""
-    from .tokens import META
+    from .tokens import META, TOKENS
 
     if strange := [name for name in data.splits if not re.fullmatch(r"\w+", name)]:
         raise UserError(f"splits: the Hub takes names of letters, digits and _, not {strange[0]!r}")
     shards = {name: [stop - start for start, stop in spans(len(split), data.grid, None)]
               for name, split in data.splits.items()}  # fmt: skip
-    with atomic_folder(folder, marker=META) as target:
+    with atomic_folder(folder, kind=TOKENS) as target:
         (target / "data").mkdir()
         for name in data.splits:
             _write_split(target / "data", name, data)
@@ -207,11 +207,11 @@ def unpacked(folder: Path, cache_dir: str | Path | None) -> Path:
 
 def unpack(folder: Path, out: Path) -> None:
     """Write the parquet dataset in `folder` as shards into `out`, all files checked."""
-    from .tokens import META, check_labels, read_meta, seal
+    from .tokens import META, TOKENS, check_labels, read_meta, seal
 
     files, meta = verify_manifest(folder)["files"], read_meta(folder)
     tokenizer = Tokenizer.from_pretrained(folder / "tokenizer")
-    with atomic_folder(out, marker=META) as target:
+    with atomic_folder(out, kind=TOKENS) as target:
         entries = {}
         for split, sizes in meta.shards.items():
             paths = [

@@ -8,7 +8,11 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
+
+from tokenizer.ownership import MARK
+from tokenizer.storage import Inputs, atomic_file
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 
@@ -23,10 +27,28 @@ def grid_picture(images: Tensor, columns: int, *, min_side: int = 56) -> np.ndar
     return make_grid(images, nrow=columns, padding=2, pad_value=128).movedim(0, -1).numpy()
 
 
-def save_picture(picture: np.ndarray, path: str | Path) -> None:
-    """Write a uint8 (H, W, 3) array as an image file; its folder is made."""
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(picture).save(path)
+def save_picture(picture: np.ndarray, path: str | Path, *, inputs: Inputs = ()) -> None:
+    """Write a uint8 (H, W, 3) array as an image file, whole or not at all; its folder is made. Raises `PathError` where
+    a file would be overwritten that is not such a picture, or something of the `inputs`."""
+    with atomic_file(path, inputs=inputs) as temporary:
+        write_image(Image.fromarray(picture), temporary)
+
+
+def write_image(image: Image.Image, path: Path) -> None:
+    """Write a new image file that says that it is ours, in a comment of its format; of BMP, which has none, at its
+    end."""
+    comment = PngInfo()
+    comment.add_text("Software", MARK.decode())
+    options: dict[str, dict[str, Any]] = {
+        ".png": {"pnginfo": comment},
+        ".jpg": {"comment": MARK},
+        ".jpeg": {"comment": MARK},
+        ".webp": {"xmp": MARK},
+    }
+    image.save(path, **options.get(path.suffix.lower(), {}))
+    if path.suffix.lower() == ".bmp":
+        with path.open("ab") as file:
+            file.write(MARK)
 
 
 def to_images(images: Any, shape: tuple[int, int, int]) -> Tensor:

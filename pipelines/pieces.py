@@ -11,6 +11,8 @@ import hashlib
 import json
 import os
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,9 +23,10 @@ from torch import Tensor
 from tokenizer import TokenGrid, Tokenizer
 from tokenizer.storage import MANIFEST, PipelineLoadError, atomic_folder, read_json, write_json
 
+from .claims import claimed
 from .config import UserError, difference
 from .shards import ONE_FILE, ROWS_PER_SHARD, bytes_per_row, map_shard, shard_names, write_shard
-from .tokens import META, Meta, check_count, seal
+from .tokens import META, TOKENS, Meta, check_count, seal
 
 JOB = "job.json"
 PIECES = 64  # of a split, if it is not too large or too small: many processes share them, and little is made twice
@@ -70,12 +73,16 @@ def check_job(work: Path, job: dict[str, Any]) -> None:
         )
 
 
-def begin(work: Path, job: dict[str, Any]) -> None:
-    """Make the work folder, which belongs to `job` from now on."""
+@contextmanager
+def begun(work: Path, job: dict[str, Any]) -> Iterator[None]:
+    """Make the work folder, which belongs to `job` from now on, and to no other process while the block lasts. Raises
+    `UserError` if one is at work in it."""
     work.mkdir(parents=True, exist_ok=True)
-    if not (work / JOB).is_file():
-        write_json(work / ".job.json", job)
-        (work / ".job.json").replace(work / JOB)
+    with claimed(work):
+        if not (work / JOB).is_file():
+            write_json(work / ".job.json", job)
+            (work / ".job.json").replace(work / JOB)
+        yield
 
 
 def entry_of(work: Path, piece: Piece) -> dict[str, Any] | None:
@@ -122,7 +129,7 @@ def publish(out: Path, splits: dict[str, list[Shard]], meta: Meta, tokenizer: To
              for name, shards in splits.items()}  # fmt: skip
     check_count(sum(map(len, sizes.values())))
     found = Meta(meta.grid, meta.class_names, sizes, meta.source, meta.augmentations, meta.tokenizer, meta.parts)
-    with atomic_folder(out, marker=META) as target:
+    with atomic_folder(out, kind=TOKENS) as target:
         entries = {}
         for split, shards in splits.items():
             names = shard_names(split, len(sizes[split]))

@@ -19,10 +19,13 @@ from PIL import Image, ImageDraw
 from pydantic import Field
 from torch import Tensor
 
+from tokenizer.storage import results_folder
+
 from .config import Config, UserError, run_command
 from .evaluate import choose_device, defaults
 from .generation import ImagePipeline
 from .images import DataConfig, ImageDataset, Splits, check_shape, load_images
+from .outputs import check_out_results
 from .pictures import save_picture
 from .representation import choose_layer, embed, embed_layers
 
@@ -75,6 +78,10 @@ class Labelled(NamedTuple):
 def run(config: ProbeConfig) -> list[Probe]:
     """Fit the probes, print the table, write `probe.csv` and `probe.png`; returns the rows."""
     need_sklearn()
+    local = Path(config.pipeline).is_dir()
+    out = Path(config.out or (Path(config.pipeline).parent / "probe" if local else "probe"))
+    inputs = [config.pipeline, config.data.path]
+    check_out_results(out, ["probe.png", "probe.csv"], inputs)
     pipeline = ImagePipeline.from_pretrained(config.pipeline, device=choose_device(config.device))
     layers = prior_layers(pipeline, config.layers)
     splits = images_for(pipeline, config.data)
@@ -82,11 +89,10 @@ def run(config: ProbeConfig) -> list[Probe]:
     test = some_of(splits.held_out, config.num_test, config.seed)
     rows = [*compare_to(pipeline, train, test, layers, config), *probe_prior(pipeline, train, test, layers, config)]
     print(table(rows, train, test, len(splits.train.class_names)))
-    local = Path(config.pipeline).is_dir()
-    out = Path(config.out or (Path(config.pipeline).parent / "probe" if local else "probe"))
     try:
-        save_picture(bar_chart(rows), out / "probe.png")
-        write_csv(rows, out / "probe.csv")
+        with results_folder(out, inputs=inputs) as folder:
+            save_picture(bar_chart(rows), folder / "probe.png")
+            write_csv(rows, folder / "probe.csv")
     except OSError as error:
         raise UserError(f"out: {out} can not be written ({error.strerror or error})") from error
     print(f"\npicture  {out / 'probe.png'}\nfigures  {out / 'probe.csv'}")

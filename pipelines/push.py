@@ -9,8 +9,9 @@ from pydantic import Field, model_validator
 
 from .config import Config, UserError, run_command
 from .generation import ImagePipeline
+from .outputs import check_out_folder
 from .parquet import HUB_ID, write_parquet
-from .tokens import META, TokenDataset, load_tokens
+from .tokens import META, TOKENS, TokenDataset, load_tokens
 
 INDEX = "model_index.json"
 
@@ -39,6 +40,8 @@ def run(config: PushConfig) -> str:
         raise UserError(f"folder: {folder} is neither a pipeline (no {INDEX}) nor a token dataset (no {META})")
     if is_pipeline and config.out is not None:
         raise UserError("out: a pipeline is uploaded as it is; copy its folder")
+    if config.out is not None:
+        check_out_folder(config.out, TOKENS, [folder])
     item = ImagePipeline.from_pretrained(folder) if is_pipeline else load_tokens(folder, verify=True)
     where = str(config.out) if config.to is None else upload(item, config.to, config.private)
     if isinstance(item, TokenDataset) and config.out is not None:

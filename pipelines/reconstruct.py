@@ -14,6 +14,7 @@ from .config import Config, UserError, run_command
 from .evaluate import choose_device
 from .images import DataConfig, check_shape, load_images
 from .index import INDEX
+from .outputs import check_out_file
 from .pictures import SUFFIXES, save_picture
 from .train_tokenizer import PROVENANCE, evaluate_reconstruction, reconstruction_picture
 
@@ -44,13 +45,15 @@ def run(config: ReconstructConfig) -> dict[str, float]:
     """Write the picture, print and return PSNR (dB), losses, codebook usage and perplexity on all held-out images."""
     if Path(config.out).suffix.lower() not in SUFFIXES:
         raise UserError(f"out: {config.out!r} should end in {', '.join(SUFFIXES)}")
+    inputs = [config.tokenizer, config.data.path]
+    check_out_file(config.out, inputs)
     tokenizer = Tokenizer.from_pretrained(tokenizer_folder(config.tokenizer), device=choose_device(config.device))
     check_shape(config.data, tokenizer.image_shape, "tokenizer")
     images = load_images(config.data).held_out
     figures = evaluate_reconstruction(tokenizer, images)
     picture = reconstruction_picture(tokenizer, images, config.num_images)
     try:
-        save_picture(picture, config.out)
+        save_picture(picture, config.out, inputs=inputs)
     except OSError as error:
         raise UserError(f"out: {config.out} can not be written ({error.strerror or error})") from error
     print(

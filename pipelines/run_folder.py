@@ -2,20 +2,31 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from pydantic import ValidationError
 
-from tokenizer.storage import replace_file
+from tokenizer import Tokenizer
+from tokenizer.ownership import require_apart, require_ours
+from tokenizer.storage import PipelineLoadError, read_json, replace_file
 
 from .arguments import read_file
-from .checkpoint import latest_state
+from .checkpoint import STATE, latest_state
+from .claims import LOCK, claimed, require_unclaimed
 from .config import UserError, difference, to_yaml
 from .heartbeat import FOLDER as SIGNS
+from .index import PIPELINE
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
+
+T = TypeVar("T")
+BEGUN = (SIGNS, LOCK)
+"""All that a run may leave in its folder before it has written its configuration."""
 
 
 def check_folder(run: Path, config: Any) -> None:
@@ -28,8 +39,16 @@ def check_folder(run: Path, config: Any) -> None:
                 f"{run}: belongs to a run with another configuration; choose another out=, nothing was "
                 "overwritten. What differs:\n" + "\n".join(changes)
             )
-    elif run.is_dir() and any(not entry.name.startswith((".tmp-", SIGNS)) for entry in run.iterdir()):
-        raise UserError(f"{run}: not empty and not a run folder; choose another out=, nothing was overwritten")
+    elif os.path.lexists(run) and not run.is_dir():
+        raise UserError(f"{run}: a folder is to be written here, and something else has this name")
+    elif run.is_dir() and (strange := sorted(entry.name for entry in run.iterdir() if entry.name not in BEGUN)):
+        raise UserError(
+            f"{run}: not empty ({', '.join(strange[:3])}) and not a run folder; choose another out=, nothing was "
+            "overwritten"
+        )
+    else:
+        require_apart(run, [config.data.path] if hasattr(config, "data") else [config.tokens])
+    require_unclaimed(run)
 
 
 def fixed(given: dict[str, Any], config: Any) -> dict[str, Any]:
@@ -50,18 +69,75 @@ def fixed(given: dict[str, Any], config: Any) -> dict[str, Any]:
     }
 
 
-def claim_folder(run: Path, config: Any, accelerator: Accelerator) -> None:
-    """Write `config.yaml` into the run folder, once all processes have found it free."""
+@contextmanager
+def claim_folder(run: Path, config: Any, accelerator: Accelerator) -> Iterator[None]:
+    """Be the only run in this folder while the block lasts.
+
+    The main process writes `config.yaml` into it, once all have found it free. Raises `UserError`, on all processes,
+    where another run is in it, or something that is not ours is where a snapshot is to be.
+    """
     accelerator.wait_for_everyone()
-    if accelerator.is_main_process:
-        run.mkdir(parents=True, exist_ok=True)
-        replace_file(run / "config.yaml", to_yaml(config).encode())
-    accelerator.wait_for_everyone()
+    with ExitStack() as stack:
+
+        def claim() -> None:
+            run.mkdir(parents=True, exist_ok=True)
+            stack.enter_context(claimed(run))
+            require_ours(run / "tokenizer", Tokenizer.folder_kind())
+            require_ours(run / "pipeline", PIPELINE)
+            replace_file(run / "config.yaml", to_yaml(config).encode())
+
+        on_main(accelerator, claim)
+        yield
 
 
-def newest_state(run: Path, accelerator: Accelerator) -> Path | None:
-    """The newest good state, as the main process finds it (it also tidies up), told to all."""
+def newest_state(run: Path, config: Any, accelerator: Accelerator) -> Path | None:
+    """The newest good state, as the main process finds it (it also tidies up), told to all.
+
+    Raises `UserError`, on all processes, where there are states and none can be read, where they are gone although what
+    they led to is there, and for a state of another run.
+    """
+
+    def find() -> Path | None:
+        state = latest_state(run)
+        snapshot = next((run / name for name in ("tokenizer", "pipeline") if (run / name).is_dir()), None)
+        if state is None and snapshot is not None and not (run / "state").is_dir():
+            raise UserError(
+                f"{run}: there is {snapshot.name}/ and no state to continue from; nothing was overwritten. To begin "
+                f"again at zero, choose another out=, or delete {run}"
+            )
+        (run / "state").mkdir(exist_ok=True)  # from now on, its absence tells that somebody removed it
+        if state is not None:
+            require_same_run(state, config)
+        return state
+
+    return on_main(accelerator, find)
+
+
+def require_same_run(state: Path, config: Any) -> None:
+    """Raise `UserError` for a state that a run with another configuration wrote. Early versions did not say whose."""
+    saved = read_json(state / STATE).get("config")
+    if isinstance(saved, dict) and (
+        changes := difference(fixed(saved, config), fixed(config.model_dump(mode="json"), config))
+    ):
+        raise UserError(
+            f"{state}: of a run with another configuration; nothing was changed. What differs:\n" + "\n".join(changes)
+        )
+
+
+def on_main(accelerator: Accelerator, act: Callable[[], T]) -> T:
+    """What `act` gives on the main process, told to all; what it raises, all raise."""
     from accelerate.utils import broadcast_object_list
 
-    found = [latest_state(run) if accelerator.is_main_process else None]
-    return broadcast_object_list(found)[0]
+    told: list[Any] = [None, None]
+    error: Exception | None = None
+    if accelerator.is_main_process:
+        try:
+            told[0] = act()
+        except (UserError, PipelineLoadError, OSError) as caught:
+            error, told[1] = caught, str(caught)
+    found, refused = broadcast_object_list(told)
+    if error is not None:
+        raise error
+    if refused is not None:
+        raise UserError(refused)
+    return found

@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 from safetensors import SafetensorError
 from torch import nn
 
+from tokenizer.storage import PathError
+
 from .checkpoint import SPARE, save_state
 from .config import UserError
 from .sharding import keeps_on_cpu
@@ -70,6 +72,7 @@ def save(training: Training, average: nn.Module | None) -> None:
     facts = {"steps": training.step, "minutes": round(training.minutes, 3), "evaluation": training.evaluation}
     optimizers = {name: getattr(o, "optimizer", o) for name, o in training.optimizers.items()}
     needed, free = room(training) if main else (0, 0)
+    refused = ""
     try:
         with agreed(together=sharded):
             if main:
@@ -77,10 +80,12 @@ def save(training: Training, average: nn.Module | None) -> None:
             if free < needed and average is not None:
                 raise OSError(errno.ENOSPC, "nothing was written")
             if main and average is not None:
-                training.task.save(average, training.run, facts)
+                refused = save_snapshot(training, average, facts)
         if main or sharded:
             save_state(training.run, training.step, model=training.task.model, ema=training.averaged,
-                       optimizers=optimizers, counters=training.counters())  # fmt: skip
+                       optimizers=optimizers, counters=training.counters(), config=training.identity)  # fmt: skip
+        if refused:
+            training.unsaved = f"step {training.step}: {refused}"
     except (OSError, SafetensorError) as error:  # safetensors has its own for a full disk
         if main:
             training.unsaved = (
@@ -88,3 +93,16 @@ def save(training: Training, average: nn.Module | None) -> None:
             )
             print(f"warning: not saved: {training.unsaved}; older states are kept", file=sys.stderr, flush=True)
     training.accelerator.wait_for_everyone()
+
+
+def save_snapshot(training: Training, average: nn.Module, facts: dict[str, Any]) -> str:
+    """Write the user's snapshot; returns why not, if something that is not ours is in its place. The run goes on, and
+    its state tells whoever continues it that the snapshot is still to be written."""
+    training.pending = []
+    try:
+        training.task.save(average, training.run, facts)
+    except PathError as error:
+        training.pending = ["save"]
+        print(f"warning: no snapshot: {error}", file=sys.stderr, flush=True)
+        return str(error)
+    return ""

@@ -16,6 +16,7 @@ from .decoding import try_decode
 from .evaluate import choose_device, defaults
 from .generation import ImagePipeline
 from .images import DataConfig, ImageDataset, to_float
+from .outputs import check_out_file
 from .pictures import SUFFIXES, grid_picture, save_picture
 from .probe import drawn, images_for
 from .representation import choose_layer, choose_pool, embed, nearest
@@ -65,6 +66,9 @@ def run(config: SearchConfig) -> Tensor:
     split."""
     if Path(config.out).suffix.lower() not in SUFFIXES:
         raise UserError(f"out: {config.out!r} should end in {', '.join(SUFFIXES)}")
+    files = config.queries if isinstance(config.queries, list) else [config.queries]
+    inputs = [config.pipeline, config.data.path, *(file for file in files if isinstance(file, str))]
+    check_out_file(config.out, inputs)
     pipeline = ImagePipeline.from_pretrained(config.pipeline, device=choose_device(config.device))
     try:
         choose_pool(choose_layer(pipeline, config.layer)[0], config.pool)
@@ -84,7 +88,7 @@ def run(config: SearchConfig) -> Tensor:
     pairs = zip(queries.images[: config.rows], shown, strict=False)
     sheet = torch.cat([torch.cat([query[None], splits.train.pixels(ids)]) for query, ids in pairs])
     try:
-        save_picture(neighbour_sheet(sheet, config.k), config.out)
+        save_picture(neighbour_sheet(sheet, config.k), config.out, inputs=inputs)
     except OSError as error:
         raise UserError(f"out: {config.out} can not be written ({error.strerror or error})") from error
     print(f"\n{len(shown)} queries, each beside its {config.k} nearest of {len(chosen):,} images: {config.out}")

@@ -85,6 +85,12 @@ class DataConfig(Config):
         return self
 
     @property
+    def path(self) -> Path | None:
+        """Where the source lies on this machine; None for the digits, a Hub id or a URL."""
+        path = Path(self.source).expanduser()
+        return path if self.source != "digits" and path.exists() else None
+
+    @property
     def image_shape(self) -> tuple[int, int, int]:
         """(C, H, W)."""
         size = self.image_size if isinstance(self.image_size, tuple) else (self.image_size, self.image_size)

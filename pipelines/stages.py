@@ -16,6 +16,7 @@ from torch import Tensor
 from prior import Prior
 from tokenizer import Tokenizer
 from tokenizer.pretrained import MAX_WEIGHT_BYTES, resolve_folder, warn_of_code
+from tokenizer.reading import steadily
 from tokenizer.storage import (
     ConfigError,
     Folder,
@@ -41,6 +42,7 @@ from .index import (
     MAX_PICTURE_BYTES,
     MAX_REST_BYTES,
     PARTS,
+    PIPELINE,
     PROVENANCE,
     SamplerDefaults,
     check_labels,
@@ -109,15 +111,28 @@ class Stages:
 
     @torch.no_grad()
     def encode(self, images: Any, *, batch_size: int = 256) -> Tensor:
-        """Tokens `(B, *grid.shape)` of PIL images, a list of them, uint8 `(B, C, H, W)`, or float in [-1, 1]."""
-        batch = self.to_images(images)
-        return torch.cat([self.tokenizer.encode(part.to(self.dtype)) for part in batch.split(batch_size)])
+        """Tokens `(B, *grid.shape)` of PIL images, a list of them, uint8 `(B, C, H, W)`, or float in [-1, 1].
+
+        On a CPU image k has the same ids in any batch; `batch_size`: images at a time on other devices.
+        """
+        batch = self.to_images(images).to(self.dtype)
+        return torch.cat([self.tokenizer.encode(part) for part in self._parts(batch, batch_size)])
 
     @torch.no_grad()
     def decode(self, tokens: Tensor, *, output_type: str = "pil", batch_size: int = 256) -> Any:
-        """Images of `tokens` `(B, *grid.shape)`. Raises `ValueError` for ids out of range."""
-        parts = tokens.to(self.device).split(batch_size)
+        """Images of `tokens` `(B, *grid.shape)`. Raises `ValueError` for ids out of range.
+
+        On a CPU image k has the same pixels in any batch; `batch_size`: images at a time on other devices.
+        """
+        parts = self._parts(tokens.to(self.device), batch_size)
         return convert_images(torch.cat([self.tokenizer.decode(part) for part in parts]), output_type)
+
+    def _parts(self, rows: Tensor, batch_size: int) -> list[Tensor]:
+        """Images or tokens that the tokenizer is given at a time: on a CPU one alone, as the libraries behind torch
+        choose their kernels by the size of the batch, and kernels round differently: an 8-bit pixel could turn."""
+        if self.device.type != "cpu":
+            return list(rows.split(batch_size))
+        return [row.clone() for row in rows.split(1)]  # which begins where memory is aligned, as every image does
 
     def reconstruct(self, images: Any, *, output_type: str = "pil") -> Any:
         """`decode(encode(images))`: what the tokenizer keeps of them."""
@@ -147,7 +162,7 @@ class Stages:
             "sampler": self.sampler.given(),
             **({} if self.background is None else {"background": self.background.name}),
         }
-        with atomic_folder(folder, marker=INDEX) as target:
+        with atomic_folder(folder, kind=PIPELINE) as target:
             self.tokenizer.save_pretrained(target / "tokenizer")
             self.prior.save_pretrained(target / "prior")
             if self.background is not None:
@@ -176,11 +191,16 @@ class Stages:
         folder = resolve_folder(
             source, FILES, revision=revision, token=token, cache_dir=cache_dir, local_files_only=local_files_only
         )
+        warn_of_code(folder, *(folder / part for part in PARTS))
+        pipeline = steadily(folder, lambda: cls._read(folder, expected_sha256, max_bytes))
+        return pipeline.to(device=device, dtype=dtype)
+
+    @classmethod
+    def _read(cls: type[S], folder: Path, expected_sha256: str | None, max_bytes: int) -> S:
         if not (folder / INDEX).is_file():
             inner = folder / "pipeline"
             hint = f"; did you mean {inner}?" if (inner / INDEX).is_file() else ""
             raise PathError(f"{folder}: not a pipeline folder (no {INDEX}){hint}")
-        warn_of_code(folder, *(folder / part for part in PARTS))
         files = Folder.sealed(folder, expected_sha256)
         index = read_index(files)
         tokenizer = Tokenizer.find(index["tokenizer"]).read_from(files.part("tokenizer"), max_bytes=max_bytes)
@@ -197,7 +217,7 @@ class Stages:
             pipeline.sample_grid = parse_picture(files.read(GRID, MAX_PICTURE_BYTES), files.place(GRID))
         check_listed(files)
         files.read_rest(MAX_REST_BYTES)
-        return pipeline.to(device=device, dtype=dtype)
+        return pipeline
 
     def to(self: S, device: str | torch.device | None = None, dtype: torch.dtype | None = None) -> S:
         """Move all models to `device`, and change the type of their weights; returns itself."""

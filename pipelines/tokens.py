@@ -22,11 +22,13 @@ import torch
 from torch import Tensor
 
 from tokenizer import TokenGrid, Tokenizer
+from tokenizer.reading import steadily
 from tokenizer.storage import (
     MANIFEST,
     Folder,
     FormatError,
     IntegrityError,
+    Kind,
     PathError,
     atomic_folder,
     write_json,
@@ -47,6 +49,7 @@ from .shards import (
 __all__ = ["META", "Meta", "TokenDataset", "TokenSplit", "load_tokens", "read_meta", "seal", "smallest_type"]
 
 META, FORMAT_VERSION = "meta.json", 2
+TOKENS = Kind("a token dataset", META, lambda meta: {"format_version", "grid", "splits", "classes"} <= set(meta))
 ONE_FILE_VERSION = 1  # what earlier versions wrote, and what datasets of one file per split still are
 IN_MEMORY = 256 << 20  # bytes of tokens that are read into memory
 HASHED = 2 << 30  # bytes of tokens that are hashed when they are loaded, in about two seconds
@@ -133,7 +136,7 @@ class TokenDataset:
         split below 64 MiB. Raises `PathError` if something else is there, `ValueError` for ids out of range."""
         cuts = {name: spans(len(split), self.grid, rows_per_shard) for name, split in self.splits.items()}
         check_count(sum(map(len, cuts.values())))
-        with atomic_folder(folder, marker=META) as target:
+        with atomic_folder(folder, kind=TOKENS) as target:
             entries = {}
             for split, parts in cuts.items():
                 tokens, labels = self.splits[split].tokens, self.splits[split].labels
@@ -219,6 +222,10 @@ def load_tokens(source: str | Path, *, verify: bool | None = None, mapped: bool 
     folder = local_folder(
         source, revision=revision, token=token, cache_dir=cache_dir, local_files_only=local_files_only
     )
+    return steadily(folder, lambda: _read_dataset(folder, verify, mapped))
+
+
+def _read_dataset(folder: Path, verify: bool | None, mapped: bool | None) -> TokenDataset:
     meta = read_meta(folder)
     size = sum(sum(counts) for counts in meta.shards.values()) * bytes_per_row(meta.grid)
     files = verify_files(folder, meta, whole=size <= HASHED if verify is None else verify)

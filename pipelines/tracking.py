@@ -22,15 +22,15 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-from PIL import Image
 from pydantic import Field
 
-from tokenizer.storage import PipelineLoadError, read_json, replace_file
+from tokenizer.storage import PathError, PipelineLoadError, read_json, replace_file
 
 from . import mirror
 from .boards import require_installed, start_tensorboard, start_trackio, trackio_folder
 from .config import Config
 from .mirror import Entry, Mirror
+from .pictures import save_picture
 from .wandb_run import start_wandb, stop_wandb, wandb_folder, wandb_mode
 
 TRACKERS = "trackers.json"  # who has had what, for the process that resumes
@@ -76,6 +76,8 @@ class Tracker:
         self.run.mkdir(parents=True, exist_ok=True)
         highest = _rewind(self.run / "metrics.jsonl", resume_step)
         self._path, self._unwritten = self.run / "metrics.jsonl", b""
+        if self._path.is_symlink():
+            raise PathError(f"{self._path}: a link, and nothing is written through a link")
         self._file = self._path.open("ab", buffering=0)
         mode = _announce(self.run, config)
         names = [name for name in dict.fromkeys(config.trackers) if name != "wandb" or mode != "disabled"]
@@ -129,15 +131,11 @@ class Tracker:
         if not self.active:
             return
         paths = {name: self.run / "previews" / f"{name}-{step:08d}.png" for name in images}
-        temporary = self.run / ".tmp-preview.png"  # a kill, or a full disk, must not leave half a picture
         for name, path in list(paths.items()):
             pixels = images[name]
             try:
-                path.parent.mkdir(parents=True, exist_ok=True)
-                Image.fromarray(pixels[..., 0] if pixels.shape[-1] == 1 else pixels).save(temporary)
-                temporary.replace(path)
-            except OSError as error:
-                temporary.unlink(missing_ok=True)
+                save_picture(pixels[..., 0] if pixels.shape[-1] == 1 else pixels, path)
+            except (OSError, PathError) as error:
                 free = shutil.disk_usage(self.run).free
                 print(f"warning: {path} is left out: {error}; {free:,} bytes are free", file=sys.stderr, flush=True)
                 del paths[name]

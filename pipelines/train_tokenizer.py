@@ -15,8 +15,8 @@ from tokenizer import Tokenizer
 from tokenizer.base import codebook_usage
 from tokenizer.critic import PatchCritic
 from tokenizer.losses import pixel_losses, psnr, total_loss
-from tokenizer.pretrained import CONFIG
-from tokenizer.storage import atomic_folder, read_json, write_json
+from tokenizer.pretrained import CONFIG, PROVENANCE
+from tokenizer.storage import Inputs, atomic_folder, read_json, write_json
 
 from .adversary import Adversary, CriticConfig
 from .codebook import CodebookUse
@@ -32,7 +32,6 @@ from .training import train
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
-PROVENANCE = "provenance.json"
 HELD_OUT_IMAGES = 2000  # evaluated during training; `smalti evaluate` looks at all
 EVALUATED_PIXELS = 1 << 20  # that an evaluation reconstructs at a time at most
 INITIAL_PIXELS, INITIAL_IMAGES = 1 << 20, 64  # what a tokenizer may start from: so many pixels, of no fewer images
@@ -201,9 +200,9 @@ def build_tokenizer(node: dict[str, Any], image_size: tuple[int, int], channels:
     return Tokenizer.create(node["kind"], image_size=image_size, channels=channels, **choices)
 
 
-def save_tokenizer(model: Any, folder: Path, provenance: dict[str, Any]) -> None:
+def save_tokenizer(model: Any, folder: Path, provenance: dict[str, Any], inputs: Inputs = ()) -> None:
     """`save_pretrained`, and `provenance.json` beside the weights, from which later stages learn the data source."""
-    with atomic_folder(folder, marker=CONFIG) as target:
+    with atomic_folder(folder, kind=Tokenizer.folder_kind(), inputs=inputs) as target:
         model.save_pretrained(target)
         write_json(target / PROVENANCE, provenance)
 

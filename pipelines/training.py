@@ -25,11 +25,12 @@ from torch.optim.swa_utils import AveragedModel
 
 from .blocks import prepare_blocks
 from .boards import require_installed
-from .checkpoint import load_state
+from .checkpoint import STATE, load_state
 from .config import UserError
+from .counters import check_counters
 from .heartbeat import Heartbeat, told_where
 from .processes import build_accelerator
-from .run_folder import check_folder, claim_folder, newest_state
+from .run_folder import check_folder, claim_folder, fixed, newest_state
 from .saving import averaged_model, require_room, save
 from .schedule import TrainConfig, adamw, ema_update, learning_rate
 from .sharding import is_sharding, require_shardable, shard
@@ -69,6 +70,8 @@ class Training:
     saved_step: int = -1
     unsaved: str = ""
     """Why the last save failed, if it did."""
+    identity: dict[str, Any] = field(default_factory=dict)
+    """What of the configuration a run may not change, by which its states are known."""
     parent: int = field(default_factory=os.getppid)
     stop_asked: bool = False
     """Whether this process was told to end, by SIGTERM."""
@@ -110,18 +113,18 @@ def train(build: Callable[[Accelerator], Task], config: Any) -> Path:
     task = build(accelerator)
     if sharded:
         require_shardable(task)
-    claim_folder(run, config, accelerator)
-    heartbeat = Heartbeat(run, accelerator.process_index, accelerator.num_processes, config.train.timeout)
-    with told_where(heartbeat):
-        training = set_up(task, config, run, accelerator, heartbeat, sharded)
-        with stopped_by_sigterm(training):
-            try:
-                require_room(training)
-                fit(training)
-            finally:
-                training.tracker.close()
-            accelerator.wait_for_everyone()
-    heartbeat.close(last=accelerator.is_main_process)
+    with claim_folder(run, config, accelerator):
+        heartbeat = Heartbeat(run, accelerator.process_index, accelerator.num_processes, config.train.timeout)
+        with told_where(heartbeat):
+            training = set_up(task, config, run, accelerator, heartbeat, sharded)
+            with stopped_by_sigterm(training):
+                try:
+                    require_room(training)
+                    fit(training)
+                finally:
+                    training.tracker.close()
+                accelerator.wait_for_everyone()
+        heartbeat.close(last=accelerator.is_main_process)
     unsaved = training.unsaved
     del training, task
     accelerator.free_memory()  # what still holds the process group when the interpreter ends may abort it (gloo)
@@ -163,8 +166,10 @@ def set_up(task: Task, config: Any, run: Path, accelerator: Accelerator, heartbe
     gathered = shard(task, averaged, accelerator) if sharded else None
     betas = {name: task.betas.get(name, config.train.betas) for name in task.players}
     optimizers = {name: adamw(players, config.train, betas[name]) for name, players in task.players.items()}
-    state = newest_state(run, accelerator)
+    state = newest_state(run, config, accelerator)
     step, counters = load_state(state, model=task.model, ema=averaged, optimizers=optimizers) if state else (0, {})
+    if state:
+        check_counters(counters, state / STATE)
     if not sharded:
         task.nets = {name: accelerator.prepare_model(net.to(accelerator.device)) for name, net in task.nets.items()}
         optimizers = {name: accelerator.prepare_optimizer(optimizer) for name, optimizer in optimizers.items()}
@@ -179,9 +184,9 @@ def set_up(task: Task, config: Any, run: Path, accelerator: Accelerator, heartbe
             f"{', weights sharded' if sharded else ''}",
             flush=True,
         )
-    heartbeat = heartbeat or Heartbeat(run, 0, 1, config.train.timeout)
+    heartbeat, identity = heartbeat or Heartbeat(run, 0, 1, config.train.timeout), fixed(config.model_dump(), config)
     return Training(task, config.train, run, accelerator, averaged, optimizers, tracker, heartbeat, sharded, gathered,
-                    step, saved_step=step or -1, **counters)  # fmt: skip
+                    step, saved_step=step or -1, identity=identity, **counters)  # fmt: skip
 
 
 def batches(training: Training) -> Generator[list[Any], None, None]:

@@ -221,7 +221,7 @@ def test_damage_falls_back_to_the_previous_state_and_is_named(tmp_path, capsys, 
 def test_leftovers_are_removed_and_never_chosen(tmp_path):
     assert latest_state(tmp_path) is None
     folder = Run().save(tmp_path, 1)
-    for name in (".tmp-step-00000002-abcd", ".del-step-00000003-abcd"):
+    for name in (".tmp-step-00000002-abcd0123", ".del-step-00000003-abcd4567"):
         shutil.copytree(folder, folder.parent / name)
     assert latest_state(tmp_path) == folder
     assert list(folder.parent.iterdir()) == [folder]

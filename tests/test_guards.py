@@ -576,7 +576,7 @@ def test_nothing_is_saved_over_links_and_strangers(tmp_path, folder):
         with pytest.raises(PathError):
             model.save_pretrained(tmp_path / name)
     assert (tmp_path / "mine" / "thesis.tex").read_text() == "years of work" and verify_manifest(folder)
-    with pytest.raises(ZeroDivisionError), atomic_folder(tmp_path / "half", marker="a") as half:
+    with pytest.raises(ZeroDivisionError), atomic_folder(tmp_path / "half", kind=None) as half:
         (half / "a").write_text("x")
         raise ZeroDivisionError
     assert sorted(p.name for p in tmp_path.iterdir()) == sorted(["mine", "link", "dangling", "disguised", "pipeline"])

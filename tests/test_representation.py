@@ -295,7 +295,7 @@ def test_probe_tells_separable_classes_apart(world, tmp_path, capsys):
     out = tmp_path / "figures"
     main(["probe", f"pipeline={world}/run/pipeline", f"out={out}"])
     printed = capsys.readouterr().out
-    assert files_of(out) == ["probe.csv", "probe.png"]
+    assert files_of(out) == ["manifest.json", "probe.csv", "probe.png"]
     rows = {row["features"]: row for row in csv.DictReader((out / "probe.csv").open())}
     assert list(rows) == ["raw pixels", "bag of codes", "code embeddings", "PCA of pixels", "prior.0", "prior.1"]
     assert [int(row["width"]) for row in rows.values()] == [64, 32, 128, 32, 32, 32]

@@ -226,9 +226,12 @@ def test_wrong_field_of_the_meta_file(folder, changes, needle):
 
 
 def test_older_dataset_is_replaced_and_a_foreign_folder_is_not(folder, tmp_path):
-    (folder / "validation.safetensors").write_bytes(b"stale")
-    make_dataset(rows=9).save(folder)
-    assert len(load_tokens(folder).splits["train"]) == 9 and "validation.safetensors" not in files_in(folder)
+    make_dataset(rows=9).save(folder, rows_per_shard=3)
+    assert len(load_tokens(folder).splits["train"]) == 9 and "train.safetensors" not in files_in(folder)
+    (folder / "validation.safetensors").write_bytes(b"of somebody")
+    with pytest.raises(PathError, match="validation"):
+        make_dataset().save(folder)
+    assert (folder / "validation.safetensors").read_bytes() == b"of somebody"
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.tex").write_text("years of work")
     with pytest.raises(PathError, match="mine"):

@@ -26,6 +26,10 @@ class PathError(PipelineLoadError):
     """A file is missing, or is not where it may be."""
 
 
+class UnreadableError(PathError):
+    """The system did not let a file be read (an error of the disk, no permission): the file itself may be as it was."""
+
+
 class ConfigError(PipelineLoadError):
     """A configuration value is unknown, of the wrong type or out of range."""
 

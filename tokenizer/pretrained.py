@@ -31,9 +31,9 @@ from .errors import (
     WeightsError,
     shown,
 )
-from .reading import CODE, Folder
+from .reading import CODE, Folder, steadily
 from .settings import ModelConfig, node_problems, problems_in, setting
-from .storage import atomic_folder, write_json
+from .storage import Kind, atomic_folder, write_json
 from .weights import check_header, expected_weights, fill, parse_weights, read_header
 
 __all__ = [
@@ -43,6 +43,7 @@ __all__ = [
 ]  # fmt: skip
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
+PROVENANCE = "provenance.json"  # beside a tokenizer, by who trained or imported it
 MAX_WEIGHT_BYTES = 16 << 30
 MAX_ENTRIES = 10_000
 
@@ -119,14 +120,23 @@ class PretrainedModel(Named, nn.Module):
         return digest.hexdigest()
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Write `config.json` and `model.safetensors`; an existing model folder is replaced as a whole.
+        """Write `config.json` and `model.safetensors`; a folder of a model of this family is replaced as a whole.
 
-        Raises `PathError` if `folder` holds something else.
+        Raises `PathError` if `folder` holds anything else, naming it.
         """
-        with atomic_folder(folder, marker=CONFIG) as target:
+        with atomic_folder(folder, kind=self.folder_kind()) as target:
             write_json(target / CONFIG, self.config.to_dict())
             weights = {key: value.detach().cpu().contiguous() for key, value in self.state_dict().items()}
             save_file(weights, target / WEIGHTS, metadata={"format_version": "1"})
+
+    @classmethod
+    def folder_kind(cls) -> Kind:
+        """What a folder of a model of this family is known by."""
+
+        def says(config: dict[str, Any]) -> bool:
+            return config.get("kind") in cls.available()
+
+        return Kind(f"a {cls._package}", CONFIG, says, (CONFIG, WEIGHTS, PROVENANCE).__contains__)
 
     @classmethod
     def from_pretrained(
@@ -150,7 +160,7 @@ class PretrainedModel(Named, nn.Module):
         folder = resolve_folder(source, patterns, revision=revision, token=token, cache_dir=cache_dir,
                                 local_files_only=local_files_only) / subfolder  # fmt: skip
         warn_of_code(folder)
-        return cls.read_from(Folder.at(folder)).to(device=device, dtype=dtype)
+        return steadily(folder, lambda: cls.read_from(Folder.at(folder))).to(device=device, dtype=dtype)
 
     @classmethod
     def read_from(cls: type[M], files: Folder, *, max_bytes: int = MAX_WEIGHT_BYTES) -> M:

@@ -3,24 +3,27 @@ read, so that the bytes whose sha256 was verified are the bytes that are parsed.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 import re
 import stat
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from io import FileIO
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Any, TypeVar
 
-from .errors import FormatError, IntegrityError, LimitError, PathError, PipelineLoadError, shown
+from .errors import FormatError, IntegrityError, LimitError, PathError, PipelineLoadError, UnreadableError, shown
 from .json_text import MAX_JSON_BYTES, parse_json
 
 MANIFEST = "manifest.json"
 BLOCK = 1 << 20
+TRIES = 50  # to read a folder that is replaced again and again
 CODE = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".npy", ".npz", ".zip", ".py")
 
+T = TypeVar("T")
 Roots = tuple[str, ...]
 """Resolved folders, in one of which a file has to be; none: anywhere."""
 
@@ -165,6 +168,30 @@ def verify_manifest(folder: Path) -> dict[str, Any]:
     return files.manifest or {}
 
 
+def steadily(folder: Path, read: Callable[[], T]) -> T:
+    """What `read` gives of a folder that somebody may be replacing, as a whole, by a newer one.
+
+    If it was replaced while it was read, and that failed, it is read again. Raises what `read` raises of one folder.
+    """
+    for _ in range(TRIES):
+        before = _identity(folder)
+        try:
+            return read()
+        except (PipelineLoadError, OSError):
+            if _identity(folder) == before:
+                raise
+    return read()
+
+
+def _identity(folder: Path) -> tuple[int, ...] | None:
+    """What tells a folder from another one that got its name."""
+    try:
+        info = os.stat(folder)
+    except OSError:
+        return None
+    return info.st_dev, info.st_ino, info.st_mtime_ns
+
+
 def _check_entry(folder: Path, name: str, entry: Any) -> None:
     """Of the file that the manifest calls `name`: whether it is there, and of its size."""
     place, pure = folder / MANIFEST, PurePosixPath(name)
@@ -178,11 +205,19 @@ def _check_entry(folder: Path, name: str, entry: Any) -> None:
     try:
         info = os.stat(folder / name)
     except (OSError, ValueError) as error:
+        if _of_the_system(error) is UnreadableError:
+            raise UnreadableError(f"{folder}: {shown(name)}: {error}") from error
         raise PathError(f"{folder}: {shown(name)} is missing, though {MANIFEST} lists it") from error
     if not stat.S_ISREG(info.st_mode) or pure.as_posix() != name:  # "a//b" and "./a/b" are other names of a/b
         raise PathError(f"{folder}: {shown(name)} is no file, though {MANIFEST} lists it")
     if info.st_size != size:
         raise IntegrityError(f"{folder / name}: {info.st_size} bytes, the manifest says {size}")
+
+
+def _of_the_system(error: Exception) -> type[PathError]:
+    """`UnreadableError` if a file may be there all the same, `PathError` if there can be none of its name."""
+    names = (errno.ENOENT, errno.ENOTDIR, errno.ENAMETOOLONG, errno.ELOOP, errno.EISDIR)
+    return UnreadableError if isinstance(error, OSError) and error.errno not in names else PathError
 
 
 # Opening
@@ -209,8 +244,9 @@ def opened(path: Path, limit: int, roots: Roots = (), entry: dict[str, Any] | No
     except ValueError as error:
         raise error if isinstance(error, PipelineLoadError) else PathError(f"{path}: no such file") from error
     except OSError as error:
-        missing = isinstance(error, (FileNotFoundError, NotADirectoryError))
-        raise PathError(f"{path}: {'no such file' if missing else error.strerror}") from error
+        if isinstance(error, (FileNotFoundError, NotADirectoryError)):
+            raise PathError(f"{path}: no such file") from error
+        raise _of_the_system(error)(f"{path}: {error.strerror}") from error
     with file:
         info = os.fstat(file.fileno())
         if not stat.S_ISREG(info.st_mode):
@@ -229,7 +265,7 @@ def opened(path: Path, limit: int, roots: Roots = (), entry: dict[str, Any] | No
                 raise
             once.finish()
         except OSError as error:
-            raise PathError(f"{path}: can not be read ({error.strerror})") from error
+            raise UnreadableError(f"{path}: can not be read ({error.strerror})") from error
 
 
 def _descriptor(path: Path, roots: Roots) -> int:

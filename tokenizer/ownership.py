@@ -1,0 +1,168 @@
+"""Who may write where: one rule, which every writer asks.
+
+A folder or file is ours by what it says, never by a common name. A folder says it in a marker, a JSON file with our own
+words, and in the list of its files: that of its manifest, or the few that a model can have. A file says it in its own
+bytes (`MARK`, or how a stream begins), or the manifest beside it lists it as it is. Only what is ours is replaced,
+nothing is written through a link, and what is read is never written to. Anything else is refused by name.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from .errors import PathError, PipelineLoadError, shown
+from .reading import MANIFEST, read_json
+
+MARK = b"written by smalti"
+"""What a picture of ours holds among its first or last bytes."""
+PICTURES = (b"\x89PNG", b"\xff\xd8", b"RIFF", b"BM")
+BEGINNINGS = (b"VQC1",)
+"""How other files of ours begin: a stream's."""
+ENDS = 4096  # bytes at either end of a file that are looked at
+LITTER = (".DS_Store", "Thumbs.db", "desktop.ini")
+"""What a desktop leaves in every folder that it shows, and nobody misses."""
+EDITED = (".json", ".md")
+"""The files of a sealed folder that people edit: these are replaced only if they are as we wrote them."""
+
+Inputs = Iterable[Any]
+"""What a command reads: paths, and what is none (a Hub id, None)."""
+Names = Mapping[str, str | None]
+"""The files of a folder, each with its sha256 where that is known."""
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A kind of folder that is written as a whole. title: as in "a pipeline". says: whether the object in the JSON file
+    `marker` can only be ours; no marker: where it lies says so. names: the files that the folder may hold; None: those
+    that its manifest lists."""
+
+    title: str
+    marker: str | None
+    says: Callable[[dict[str, Any]], bool] = bool
+    names: Callable[[str], bool] | None = None
+
+    def reason_against(self, folder: Path, found: list[str]) -> str | None:
+        """Why `folder`, which holds the files `found`, is not ours, or None if it is."""
+        try:
+            if self.marker and not self.says(read_json(folder / self.marker)):
+                return f"its {self.marker} is not that of {self.title}"
+            listed = dict.fromkeys(found) if self.names else listed_in(folder)
+        except PipelineLoadError:
+            return f"it has no {self.marker} of {self.title}"
+        allowed = self.names or (listed | {MANIFEST: None}).__contains__
+        if strange := [name for name in found if not allowed(name) or (folder / name).is_symlink()]:
+            return f"it holds {named(strange)}, which smalti did not write"
+        changed = [
+            name for name in found if name.endswith(EDITED) and not is_as_listed(folder / name, listed.get(name))
+        ]
+        return f"{named(changed)} changed since it was written" if changed else None
+
+
+def require_ours(folder: Path, kind: Kind | None, *, called: Path | None = None) -> None:
+    """Raise `PathError` unless there is nothing at `folder`, or an empty folder, or one of this kind and nothing else;
+    None: no kind is replaced. called: how the message calls it."""
+    called = called or folder
+    if not os.path.lexists(folder):
+        return
+    if folder.is_symlink() or not folder.is_dir():
+        what = "a link" if folder.is_symlink() else "a file"
+        raise PathError(f"{called} can not be written: {what} has this name; nothing was overwritten")
+    if not (found := contents(folder)):
+        return
+    reason = kind.reason_against(folder, found) if kind else f"it holds {named(found)}"
+    if reason:
+        what = f"is not empty and not {kind.title}" if kind else "is there and not empty"
+        raise PathError(f"{called} {what}: {reason}; choose another folder, nothing was overwritten")
+
+
+def contents(folder: Path) -> list[str]:
+    """Everything in a folder by its name there: files, links, and folders that hold nothing; no litter."""
+    found = []
+    for parent, folders, files in os.walk(folder):
+        inside = os.path.relpath(parent, folder)
+        links = [name for name in folders if os.path.islink(os.path.join(parent, name))]
+        found += [os.path.normpath(os.path.join(inside, name)) for name in (*files, *links) if name not in LITTER]
+        if not folders and not files and inside != ".":
+            found.append(inside)
+    return sorted(name.replace(os.sep, "/") for name in found)
+
+
+def listed_in(folder: Path) -> dict[str, str | None]:
+    """The files that `manifest.json` lists, with their sha256. Raises a `PipelineLoadError` where it does not."""
+    files = read_json(folder / MANIFEST).get("files")
+    if not isinstance(files, dict):
+        raise PathError(f"{folder / MANIFEST}: 'files' should list the files of the folder")
+    return {name: entry.get("sha256") if isinstance(entry, dict) else None for name, entry in files.items()}
+
+
+def is_as_listed(path: Path, sha256: str | None) -> bool:
+    """Whether a file has this sha256; None: whatever it has."""
+    try:
+        return sha256 is None or hashlib.sha256(path.read_bytes()).hexdigest() == sha256
+    except OSError:
+        return False
+
+
+def named(names: list[str]) -> str:
+    """The first of them, and how many more there are."""
+    more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+    return f"{shown(names[0])}{more}"
+
+
+# Files
+
+
+def require_own_file(path: Path, listed: Names | None = None) -> None:
+    """Raise `PathError` unless there is nothing at `path`, or a file that says itself that it is ours, or that `listed`
+    has as it is."""
+    if not os.path.lexists(path):
+        return
+    if path.is_symlink():
+        raise PathError(f"{path} can not be written: it is a link, and nothing is written through a link")
+    if not path.is_file():
+        raise PathError(f"{path} can not be written: something else has this name")
+    sha256 = (listed or {}).get(path.name)
+    if not says_ours(path) and not (sha256 is not None and is_as_listed(path, sha256)):
+        changed = " as it is now" if listed and path.name in listed else ""
+        raise PathError(f"{path} can not be written: smalti did not write the file that is there{changed}; choose "
+                        "another name, or move it away; nothing was overwritten")  # fmt: skip
+
+
+def says_ours(path: Path) -> bool:
+    """Whether the bytes of a file say that it is ours; of an empty one nobody misses anything."""
+    with path.open("rb") as file:
+        start = file.read(ENDS)
+        file.seek(max(0, path.stat().st_size - ENDS))
+        end = file.read(ENDS)
+    return not start or start.startswith(BEGINNINGS) or (start.startswith(PICTURES) and (MARK in start or MARK in end))
+
+
+def require_apart(out: Path, inputs: Inputs) -> None:
+    """Raise `PathError` if `out` is one of the `inputs`, lies in one, or has one in it. What is no path is passed over:
+    a Hub id, say."""
+    there = os.path.realpath(out)
+    for source in inputs:
+        if source is None or not os.path.exists(source):
+            continue
+        here = os.path.realpath(source)
+        how = (
+            "is" if here == there or (os.path.exists(out) and os.path.samefile(out, source))
+            else "lies in" if is_inside(there, here)
+            else "holds" if is_inside(here, there)
+            else None
+        )  # fmt: skip
+        if how:
+            raise PathError(
+                f"{out} can not be written: it {how} what is read, {source}; choose another place, nothing "
+                "was overwritten"
+            )
+
+
+def is_inside(path: str, folder: str) -> bool:
+    """Whether one resolved path is below another."""
+    return path.startswith(os.path.join(folder, ""))
