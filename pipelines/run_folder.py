@@ -31,6 +31,9 @@ BEGUN = (SIGNS, LOCK)
 
 def check_folder(run: Path, config: Any) -> None:
     """Raise `UserError` for a folder that belongs to a run with another configuration, or to something else."""
+    if os.path.lexists(run) and (run.is_symlink() or not run.is_dir()):
+        what = "a link" if run.is_symlink() else "a file"
+        raise UserError(f"{run}: a run folder is to be here, and {what} has this name; nothing was overwritten")
     path = run / "config.yaml"
     if path.is_file():
         changes = difference(fixed(read_file(str(path)), config), fixed(config.model_dump(mode="json"), config))
@@ -39,8 +42,6 @@ def check_folder(run: Path, config: Any) -> None:
                 f"{run}: belongs to a run with another configuration; choose another out=, nothing was "
                 "overwritten. What differs:\n" + "\n".join(changes)
             )
-    elif os.path.lexists(run) and not run.is_dir():
-        raise UserError(f"{run}: a folder is to be written here, and something else has this name")
     elif run.is_dir() and (strange := sorted(entry.name for entry in run.iterdir() if entry.name not in BEGUN)):
         raise UserError(
             f"{run}: not empty ({', '.join(strange[:3])}) and not a run folder; choose another out=, nothing was "

@@ -50,10 +50,10 @@ class Kind:
         """Why `folder`, which holds the files `found`, is not ours, or None if it is."""
         try:
             if self.marker and not self.says(read_json(folder / self.marker)):
-                return f"its {self.marker} is not that of {self.title}"
+                return f"it holds {named(found)}, and its {self.marker} is not that of {self.title}"
             listed = dict.fromkeys(found) if self.names else listed_in(folder)
         except PipelineLoadError:
-            return f"it has no {self.marker} of {self.title}"
+            return f"it holds {named(found)}, and no {self.marker} of {self.title}"
         allowed = self.names or (listed | {MANIFEST: None}).__contains__
         if strange := [name for name in found if not allowed(name) or (folder / name).is_symlink()]:
             return f"it holds {named(strange)}, which smalti did not write"

@@ -97,9 +97,9 @@ def replace_file(path: Path, data: bytes) -> None:
         raise OSError(error.errno, f"{path} needs {len(data):,} bytes, {free:,} are free ({error.strerror})") from error
 
 
-def beside(path: Path, prefix: str = ".tmp") -> Path:
+def beside(path: Path, prefix: str = ".tmp", suffix: str = "") -> Path:
     """A name of its own in the same folder, for what is to become `path`, or was it."""
-    return path.parent / f"{prefix}-{path.name}-{uuid.uuid4().hex[:8]}"
+    return path.parent / f"{prefix}-{path.name}-{uuid.uuid4().hex[:8]}{suffix}"
 
 
 def fsync(path: Path) -> None:
@@ -190,7 +190,7 @@ def atomic_file(target: Path | str, *, inputs: Inputs = ()) -> Iterator[Path]:
     target = Path(target)
     check_file(target, inputs)
     target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = beside(target).with_suffix(target.suffix)
+    temporary = beside(target, suffix=target.suffix)
     try:
         yield temporary
         place_file(temporary, target)
