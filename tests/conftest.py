@@ -11,6 +11,10 @@ import pytest  # noqa: E402
 import torch  # noqa: E402
 
 torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+if os.environ.get("SMALTI_ROUNDING"):
+    import other_rounding
+
+    other_rounding.install()
 
 
 @pytest.fixture
