@@ -16,9 +16,11 @@ from PIL import Image, ImageOps
 from torch import Tensor
 from tqdm import tqdm
 
-from tokenizer.storage import LimitError, PathError, read_bytes
+from tokenizer.reading import opened
+from tokenizer.storage import LimitError, PathError, PipelineLoadError
 
 from .sources import MAX_FILE, WORKERS, Payload, Rows, show_progress
+from .stamps import FileChanged, KnownFile, Stamp, require_stamp, stamp_at
 
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF")
 MAX_PIXELS, MAX_SIDE = 64 * 2**20, 16_384
@@ -84,9 +86,11 @@ def decode_chunk(rows: Rows, shape: Shape, indices: list[int]) -> list[tuple[str
 
 
 def try_decode(payload: Payload, shape: Shape) -> NDArray[np.uint8] | str:
-    """The pixels (C, H, W), or the reason why there are none."""
+    """The pixels (C, H, W), or the reason why there are none. Raises `FileChanged`: another image is no bad one."""
     try:
         return decode(payload, shape)
+    except FileChanged:
+        raise
     except Exception as error:  # damaged files make Pillow raise almost anything, and each is one bad image
         return str(error) or type(error).__name__
 
@@ -106,20 +110,29 @@ def pixels_of(image: Image.Image, shape: Shape) -> NDArray[np.uint8]:
     return pixels[None] if channels == 1 else pixels.transpose(2, 0, 1)
 
 
-def read_file(path: Path) -> bytes:
+def read_file(path: Path, stamp: Stamp | None = None) -> bytes:
     """A file's bytes, once. Raises `ValueError` for one that is missing, too large, or no regular file (which may never
-    end)."""
+    end); with a `stamp`, `FileChanged` unless the very file that is read has it before and after."""
     try:
-        return read_bytes(path, MAX_FILE)
-    except PathError:
-        raise ValueError("no such file, or not a regular one") from None
-    except LimitError:
-        raise ValueError(f"a file of more than {MAX_FILE} bytes") from None
+        with opened(path, MAX_FILE) as file:
+            require_stamp(path, stamp, file.status())
+            data = file.read(file.size)
+            require_stamp(path, stamp, file.status())
+            return data
+    except PipelineLoadError as error:
+        if stamp is not None and stamp_at(path) != stamp:
+            raise FileChanged(path) from error
+        if isinstance(error, PathError):
+            raise ValueError("no such file, or not a regular one") from None
+        if isinstance(error, LimitError):
+            raise ValueError(f"a file of more than {MAX_FILE} bytes") from None
+        raise
 
 
-def open_image(payload: bytes | Path | str | None) -> Image.Image:
-    """Open a file of a known format, unless its size is unreasonable. Raises whatever Pillow raises."""
-    data = read_file(payload) if isinstance(payload, Path) else payload
+def open_image(payload: bytes | Path | KnownFile | str | None) -> Image.Image:
+    """Open a file of a known format, unless its size is unreasonable. Raises `FileChanged`, and what Pillow raises."""
+    known = KnownFile(payload, None) if isinstance(payload, Path) else payload
+    data = read_file(known.path, known.stamp) if isinstance(known, KnownFile) else known
     if isinstance(data, str):
         raise ValueError(data)
     if not data:

@@ -2,7 +2,7 @@
 
 A block is what is read in one go: a row group of a parquet file, or neighbouring samples of a tar. The index of a shard
 says how many rows it has, what its blocks are and what its labels are; it is made once, from footers or headers, and
-kept in `HF_HOME/smalti/shards`, under a name made of the shard's path, size and date or ETag.
+kept in `HF_HOME/smalti/shards`, under a name made of the shard's path, size and dates or ETag.
 """
 
 from __future__ import annotations
@@ -10,13 +10,14 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import threading
 import time
 import uuid
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -31,6 +32,7 @@ from tqdm import tqdm
 
 from .config import UserError
 from .sources import WORKERS, DataConfig, Payload, Rows, show_progress
+from .stamps import FileChanged, size_and_dates, stamp_told
 
 VERSION = 1  # of the index
 RETRIES, FIRST_PAUSE = 4, 1.0  # of a read from a server; the pauses double
@@ -63,9 +65,38 @@ class Shard:
         if self.files is None:
             return open(self.path, "rb")
         options: dict[str, Any] = {"cache_type": "readahead", "block_size": ahead} if ahead else {"cache_type": "none"}
-        if self.url.startswith("http"):
-            options["size"] = self.size  # it would be asked for again at every opening
         return self.files.open(self.path, "rb", **options)
+
+    @contextmanager
+    def reading(self, ahead: int = 0) -> Iterator[BinaryIO]:
+        """The open file, see `open`. Raises `FileChanged` unless it is the one that was found, at the beginning of the
+        block and at its end, whether what was read in it made sense or not."""
+        with self.open(ahead) as file:
+            if self.files is None:
+                self.check(file)
+            try:
+                yield file
+            except Exception:
+                self.check(file)
+                raise
+            self.check(file)
+
+    def check(self, file: BinaryIO) -> None:
+        """Raise `FileChanged` if the file is another one by now.
+
+        Over http that was seen in each answer, and a commit on the Hub does not change. Other servers (s3, gs, az) are
+        asked once more after each block, which is a request for its headers; what is changed, and back, is not told.
+        """
+        if self.files is None:
+            found = size_and_dates(os.fstat(file.fileno()))
+        elif self.url.startswith("http") or is_commit(self.url):
+            return
+        else:
+            self.files.invalidate_cache(self.path)  # each of them keeps listings, and has another way to ask anew
+            info = self.files.info(self.path, refresh=True)
+            found = int(info["size"]), stamp_told(info, self.url)
+        if found != (self.size, self.stamp):
+            raise FileChanged(self.name)
 
 
 @dataclass(frozen=True)
@@ -167,6 +198,11 @@ class ShardReader:
             while len(self.cache) > 1 and int(self.weights[list(self.cache)].sum()) > self.room:
                 self.cache.popitem(last=False)
         return payloads
+
+
+def is_commit(url: str) -> bool:
+    """Whether a URL names a commit on the Hub, whose files stay as they are."""
+    return re.match(r"hf://[^@]*@[0-9a-f]{40}/", url) is not None
 
 
 def format_of(shard: Shard) -> Any:

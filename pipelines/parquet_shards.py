@@ -10,6 +10,7 @@ import numpy as np
 from .config import UserError
 from .image_shards import Index, Shard
 from .sources import MAX_FILE, DataConfig, Payload
+from .stamps import FileChanged
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -20,7 +21,7 @@ MAX_GROUP = 2 << 30  # bytes of the images of a row group, which is read whole
 
 def make_index(shard: Shard, config: DataConfig) -> Index:
     """Row groups, labels and classes, from the footer and the label column. Raises `UserError`."""
-    with shard.open() as source:
+    with shard.reading() as source:
         file = opened(source, shard)
         leaf, schema = leaf_of(file.schema_arrow, config), file.schema_arrow
         footer = file.metadata
@@ -45,14 +46,14 @@ def make_index(shard: Shard, config: DataConfig) -> Index:
 
 
 def read_block(shard: Shard, index: Index, block: int, column: str) -> list[Payload]:
-    """The encoded images of a row group. Raises what pyarrow raises, and `UserError` if the file has changed."""
-    with shard.open() as source:
+    """The encoded images of a row group. Raises what pyarrow raises, and `FileChanged`."""
+    with shard.reading() as source:
         file = opened(source, shard)
         leaf = "bytes" if is_struct(file.schema_arrow.field(column).type) else ""
         array = file.read_row_group(block, columns=[f"{column}.{leaf}" if leaf else column], use_threads=False)
     payloads = array.column(0).to_pylist()
     if len(payloads) != index.starts[block + 1] - index.starts[block]:
-        raise UserError(f"{shard.name}: it has changed since the run started")
+        raise FileChanged(shard.name)
     return [bounded((value or {}).get("bytes") if leaf else value) for value in payloads]
 
 

@@ -13,10 +13,10 @@ from .http_files import HttpFiles
 from .hub import offline_if_unreachable, reason_of
 from .image_shards import Shard, attempt, shard_rows
 from .sources import DataConfig, Rows, image_folder
+from .stamps import size_and_dates, stamp_told
 
 KINDS = (".parquet", ".tar")
 PROTOCOLS = ("hf", "http", "https", "s3", "gs", "az")
-STAMPS = ("ETag", "etag", "blob_id", "Content-MD5", "md5Hash", "Digest", "Last-Modified", "LastModified", "mtime")
 
 
 def open_shards(config: DataConfig) -> dict[str, Rows]:
@@ -66,12 +66,26 @@ def remote_files(source: str) -> list[str]:
         return [source]
     try:
         files, path = file_system(source)
+        path = at_commit(files, path) if protocol == "hf" else path
         found = sorted(files.glob(path)) if glob.has_magic(path) else [path]
     except Exception as error:  # whatever the file system has
         raise UserError(f"data.source: {source} can not be listed: {reason_of(error)}") from error
     if not found:
         raise UserError(f"data.source: no file is called like {source}")
     return [file if "://" in file else f"{protocol}://{file}" for file in found]
+
+
+def at_commit(files: Any, path: str) -> str:
+    """A path on the Hub at the commit that its branch has now, so that what is pushed later is not read."""
+    from huggingface_hub import HfApi
+
+    place = files.resolve_path(path)
+    if not hasattr(place, "repo_id"):  # a bucket, which has no commits
+        return path
+    api, whole = HfApi(endpoint=files.endpoint, token=files.token), place.unresolve()
+    commit = api.repo_info(place.repo_id, repo_type=place.repo_type, revision=place.revision).sha
+    repository = whole.removesuffix(place.path_in_repo).rstrip("/").partition("@")[0]
+    return f"{repository}@{commit}/{place.path_in_repo}"
 
 
 def file_system(url: str) -> tuple[Any, str]:
@@ -108,8 +122,7 @@ def shard_at(file: str) -> Shard:
     """A path or URL with the size and stamp that it has now. Raises `UserError`."""
     if "://" not in file:
         facts = attempt(Shard(file, 0), lambda: os.stat(file))
-        return Shard(os.path.abspath(file), facts.st_size, str(facts.st_mtime_ns))
+        return Shard(os.path.abspath(file), *size_and_dates(facts))
     files, path = file_system(file)
     info = attempt(Shard(path, 0, "", files, file), lambda: files.info(path))
-    stamp = " ".join(f"{name}={info[name]}" for name in STAMPS if info.get(name))
-    return Shard(path, int(info["size"]), stamp, files, file)
+    return Shard(path, int(info["size"]), stamp_told(info, file), files, file)

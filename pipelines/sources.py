@@ -11,6 +11,7 @@ import os
 import re
 import sys
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -23,13 +24,15 @@ from pydantic import Field, model_validator
 from .augment import AugmentConfig, splitmix64
 from .config import Config, UserError, is_first_process
 from .hub import offline_if_unreachable, reason_of
+from .stamps import KnownFile, Stamp, stamp_at
 
 # Wider than what is decoded, so that an image we do not read is reported and not overlooked.
 SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".heic", ".avif", ".jp2", ".ppm"}
 
 Side = Annotated[int, Field(ge=4, le=4096)]
-Payload = bytes | Path | NDArray[np.uint8] | str | None
+Payload = bytes | Path | KnownFile | NDArray[np.uint8] | str | None
 """An encoded image, a file of one, pixels, or (a string) the reason why there is none."""
+STAMPED = 4096  # files that a thread looks at in one go
 MAX_FILE = 256 << 20  # bytes of an encoded image
 WORKERS = min(16, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
 """Threads that read and decode, which do most of it without Python's lock."""
@@ -176,7 +179,8 @@ def image_folder(root: Path, config: DataConfig) -> dict[str, Rows]:
         inner = [path.relative_to(folder).parts for path in paths]
         labels = [parts[0] if len(parts) > 1 else None for parts in inner]
         has_classes = config.label_column is not None and any(label is not None for label in labels)
-        splits[name] = Rows(len(paths), partial(read_paths, paths), labels if has_classes else None)
+        read = partial(read_paths, paths, stamps_at(paths))
+        splits[name] = Rows(len(paths), read, labels if has_classes else None)
     return splits
 
 
@@ -197,9 +201,30 @@ def is_image_name(name: str) -> bool:
     return os.path.splitext(name)[1].lower() in SUFFIXES
 
 
-def read_paths(paths: list[Path], indices: Sequence[int]) -> list[tuple[str, Payload]]:
-    """(path, path) of each image asked for."""
-    return [(str(paths[i]), paths[i]) for i in indices]
+def stamps_at(paths: Sequence[Path | str]) -> NDArray[np.int64]:
+    """The stamp `(n, 3)` of each file, see `stamps`; to the listing of a local folder it adds some 3 us a file.
+
+    They are taken when files are found and not when they are read first: a link to an older file, or a folder that got
+    another one's name, could not be told by its dates from one that has always been there.
+    """
+
+    def stamps(start: int) -> list[Stamp]:
+        return [stamp_at(path) for path in paths[start : start + STAMPED]]
+
+    with ThreadPoolExecutor(WORKERS) as pool:  # which ask a network file system at the same time
+        parts = pool.map(lambda start: np.array(stamps(start), np.int64), range(0, len(paths), STAMPED))
+        return np.concatenate([np.empty((0, 3), np.int64), *parts])
+
+
+def known_file(path: Path, stamp: NDArray[np.int64]) -> KnownFile:
+    """The file at `path`, to have this stamp `(3,)`."""
+    size, written, changed = stamp.tolist()
+    return KnownFile(path, (size, written, changed))
+
+
+def read_paths(paths: list[Path], stamps: NDArray[np.int64], indices: Sequence[int]) -> list[tuple[str, Payload]]:
+    """(path, file) of each image asked for."""
+    return [(str(paths[i]), known_file(paths[i], stamps[i])) for i in indices]
 
 
 # tables -------------------------------------------------------------------------------------------
@@ -211,7 +236,11 @@ def is_table(path: Path) -> bool:
 
 
 def tables(path: Path, config: DataConfig) -> dict[str, Rows]:
-    """What `datasets` reads: a parquet file, a folder of parquet files or with a metadata file, or a Hub id."""
+    """What `datasets` reads: a parquet file, a folder of parquet files or with a metadata file, or a Hub id.
+
+    It copies tables into a cache of its own and maps that into memory. What is done to the parquet files later does not
+    reach a run, and files of the cache that are replaced or removed stay mapped.
+    """
     import datasets
 
     silent = not show_progress() and not datasets.are_progress_bars_disabled()
@@ -255,16 +284,29 @@ def table_rows(table: Any, split: str, config: DataConfig) -> Rows:
         images = images.cast_column(config.image_column, datasets.Image(decode=False))
     except Exception as error:  # pyarrow has several for a column that can not be cast
         raise UserError(f"data.image_column: {config.image_column!r} does not hold images: {error}") from error
-    return Rows(len(table), partial(read_table, images, config.image_column, split), labels, names)
+    files = files_in(images, config.image_column)
+    stamps = stamps_at(files) if any(files) else None
+    return Rows(len(table), partial(read_table, images, config.image_column, split, stamps), labels, names)
 
 
-def read_table(table: Any, column: str, split: str, indices: Sequence[int]) -> list[tuple[str, Payload]]:
-    """(path or row, encoded bytes or path) of each row asked for."""
+def files_in(table: Any, column: str) -> list[str]:
+    """The path of each row's image, "" where the image itself is in the table."""
+    import pyarrow.compute as pc
+
+    values = table.data.column(column)
+    is_file = pc.is_null(pc.struct_field(values, "bytes"))
+    return pc.if_else(is_file, pc.coalesce(pc.struct_field(values, "path"), ""), "").to_pylist()
+
+
+def read_table(
+    table: Any, column: str, split: str, stamps: NDArray[np.int64] | None, indices: Sequence[int]
+) -> list[tuple[str, Payload]]:
+    """(path or row, encoded bytes or file) of each row asked for. `stamps` `(n, 3)` are those of files."""
     named: list[tuple[str, Payload]] = []
     for row, value in zip(indices, table[list(indices)][column], strict=True):
         data, path = (value or {}).get("bytes"), (value or {}).get("path")
-        if data is None and path:
-            named.append((path, Path(path)))
+        if data is None and path and stamps is not None:
+            named.append((path, known_file(Path(path), stamps[row])))
         else:
             named.append((f"row {row} of {split}" + (f" ({path})" if path else ""), data))
     return named

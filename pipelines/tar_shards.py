@@ -17,6 +17,7 @@ import numpy as np
 from .config import UserError
 from .image_shards import Index, Shard, lines_of, printable
 from .sources import MAX_FILE, SUFFIXES, DataConfig, Payload
+from .stamps import FileChanged
 from .tar_index import Member, TarError, scan
 
 BLOCK_BYTES = 4 << 20  # read in one go, and more only if an image is larger
@@ -30,7 +31,7 @@ Sample = tuple[Member, Any]
 def make_index(shard: Shard, config: DataConfig) -> Index:
     """Places, names and labels of the images. Raises `UserError` for a tar that is damaged or has no images."""
     try:
-        with shard.open(SCAN_AHEAD) as file:
+        with shard.reading(SCAN_AHEAD) as file:
             samples = list(samples_of(file, shard, config))
     except TarError as error:
         raise UserError(f"{shard.name}: not a whole tar file: {error}") from error
@@ -50,17 +51,17 @@ def make_index(shard: Shard, config: DataConfig) -> Index:
 
 
 def read_block(shard: Shard, index: Index, block: int, column: str) -> list[Payload]:
-    """The encoded images of neighbouring samples, read at once. Raises `OSError`, or `UserError` if the file shrank."""
+    """The encoded images of neighbouring samples, read at once. Raises `OSError`, or `FileChanged`."""
     first, end = int(index.starts[block]), int(index.starts[block + 1])
     if end - first == 1 and index.sizes[first] > MAX_FILE:
         return [f"a file of {index.sizes[first]} bytes; the limit is {MAX_FILE}"]
     offsets, sizes = index.offsets[first:end].tolist(), index.sizes[first:end].tolist()
     begin, size = offsets[0], offsets[-1] + sizes[-1] - offsets[0]
-    with shard.open() as file:
+    with shard.reading() as file:
         file.seek(begin)
         data = file.read(size)
     if len(data) != size:
-        raise UserError(f"{shard.name}: it has changed since the run started")
+        raise FileChanged(shard.name)
     return [data[offset - begin : offset - begin + size] for offset, size in zip(offsets, sizes, strict=True)]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 import tarfile
 from pathlib import Path
 from typing import Any
@@ -57,6 +58,28 @@ def write_parquet(path: Path, rows: list[Row], group: int = 5, names: list[str] 
     path.parent.mkdir(parents=True, exist_ok=True)
     pq.write_table(table.data.table, path, row_group_size=group)
     return path
+
+
+CHANGES = ["replaced", "rewritten", "dated", "linked", "touched"]
+"""What may be done to a file while a run reads it, see `change`."""
+
+
+def change(path: Path, other: Path, how: str) -> None:
+    """Put the older file `other` in the place of `path`: under its name, into it, into it with its old date, behind a
+    link. Or only set the date."""
+    before = path.stat()
+    if how == "replaced":
+        other.replace(path)
+    elif how in ("rewritten", "dated"):
+        with open(path, "r+b") as file:
+            file.truncate(file.write(other.read_bytes()))
+        if how == "dated":
+            os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+    elif how == "linked":
+        path.unlink()
+        path.symlink_to(other)
+    else:
+        os.utime(path)
 
 
 def write_shards(folder: Path, kind: str, rows: list[Row], shards: int, split: str = "train", **options: Any) -> Path:

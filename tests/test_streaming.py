@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import http.server
 import io
 import json
@@ -10,6 +11,7 @@ import sys
 import tarfile
 import threading
 import time
+import zlib
 from contextlib import contextmanager, suppress
 from itertools import pairwise
 from pathlib import Path
@@ -22,7 +24,7 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState
 from fake_hub import Handler, commit, serve
-from image_files import noise, rows_of, write_parquet, write_shards, write_tar
+from image_files import CHANGES, change, noise, rows_of, write_parquet, write_shards, write_tar
 from launch import (
     assert_equal_tensors,
     exact,
@@ -36,11 +38,12 @@ from launch import (
 )
 from small import make_tokenizer
 
-from pipelines import image_shards, parquet_shards, tar_shards
+from pipelines import image_shards, parquet_shards, shard_sources, tar_shards
 from pipelines.bad_images import REPORT, read_report
 from pipelines.config import UserError
 from pipelines.images import DataConfig, Splits, load_images, to_float
 from pipelines.schedule import TrainConfig
+from pipelines.stamps import FileChanged
 from pipelines.streaming import ShardOrder, carve_blocks
 from pipelines.tar_index import Member, TarError, scan
 from pipelines.task import Task
@@ -341,29 +344,44 @@ class Ranges(http.server.SimpleHTTPRequestHandler):
         data = (Path(self.directory) / self.path.strip("/")).read_bytes()
         if self.failing and Ranges.count % 3 == 0:
             return self.send_error(503)
-        first, last = 0, len(data) - 1
-        if asked := re.match(r"bytes=(\d+)-(\d*)", self.headers.get("Range", "")):
+        first, last, validators = 0, len(data) - 1, self.validators(data)
+        asked = re.match(r"bytes=(\d+)-(\d*)", self.headers.get("Range", ""))
+        if asked and int(asked[1]) > last:
+            return self.send_error(416)
+        if asked and self.gives_part(validators):
             first, last = int(asked[1]), min(int(asked[2] or last), last)
             self.send_response(206)
-            self.send_header("Content-Range", f"bytes {first}-{last}/{len(data)}")
+            if told := self.range_told(first, last, len(data)):
+                self.send_header("Content-Range", told)
         else:
             self.send_response(200)
         self.send_header("Content-Length", str(last - first + 1))
         self.send_header("Accept-Ranges", "bytes")
-        self.send_header("ETag", f'"{hash(data)}"')
+        for name, value in validators.items():
+            self.send_header(name, value)
         self.end_headers()
         if self.command != "HEAD":
             self.wfile.write(data[first : last + 1])
 
     do_HEAD = do_GET  # type: ignore[assignment]
 
+    def validators(self, data: bytes) -> dict[str, str]:
+        return {"ETag": f'"{hash(data)}"'}
+
+    def gives_part(self, validators: dict[str, str]) -> bool:
+        """Whatever `If-Range` says."""
+        return True
+
+    def range_told(self, first: int, last: int, length: int) -> str | None:
+        return f"bytes {first}-{last}/{length}"
+
     def log_message(self, *arguments: object) -> None:
         """Nothing on stderr."""
 
 
 @contextmanager
-def served(folder: Path, failing: bool = False):
-    handler = type("Handler", (Ranges,), {"failing": failing})
+def served(folder: Path, failing: bool = False, **behaviour: Any):
+    handler = type("Handler", (Ranges,), {"failing": failing, **behaviour})
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), lambda *a: handler(*a, directory=str(folder)))
     threading.Thread(target=server.serve_forever, daemon=True).start()
     try:
@@ -385,6 +403,217 @@ def test_a_shard_on_a_server_is_read_in_parts(tmp_path, kind, monkeypatch):
     found.train._rows.read.__self__.cache.clear()
     with pytest.raises(UserError, match=rf"^http://.*{path.name}: can not be read: "):
         found.train.pixels([0])  # a server that is gone is no bad image
+
+
+# Files that change
+
+
+CHANGED = "it has changed since the run started; start the run again"
+
+
+def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a tar: blocks of a few images."""
+    monkeypatch.setattr(tar_shards, "BLOCK_BYTES", 4000)
+
+
+def two_files(folder: Path, kind: str) -> tuple[Path, Path]:
+    """A shard of the images from 0 to 39, and beside it one that has them the other way round."""
+    rows, write = rows_of(40), write_tar if kind == "tar" else write_parquet
+    (folder / "other").mkdir()
+    return write(folder / f"a.{kind}", rows), write(folder / f"other/b.{kind}", rows[::-1])
+
+
+def read_epochs(train: Any, seed: int) -> None:
+    """Read two epochs, all images of which have to be the right ones; and keep nothing of them."""
+    for step in range(9):
+        indices, _ = train.samples(8, seed, step)
+        assert identities(train.pixels(indices)) == train._positions[indices].tolist()
+    train._rows.read.__self__.cache.clear()  # of the last block, which is kept in any case
+
+
+@pytest.mark.parametrize("how", CHANGES)
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_shard_that_changes_ends_the_run(tmp_path, monkeypatch, kind, how):
+    """Two epochs of blocks that are not kept, and then none of the other file's images. A changed file is no bad image;
+    and a further run has its images."""
+    small_blocks(monkeypatch)
+    path, other = two_files(tmp_path, kind)
+    assert kind == "parquet" or path.stat().st_size == other.stat().st_size
+    train = load(path, cache_mb=0, on_error="skip", max_bad_fraction=1.0).train
+    assert len(train._rows.blocks) > 5
+    read_epochs(train, seed=0)
+    change(path, other, how)
+    for index in (0, 20, 35):
+        with pytest.raises(FileChanged, match=f"^{path}: {CHANGED}$"):
+            train.pixels([index])
+    assert not train.report.problems
+    later = load(path, cache_mb=0).train
+    expected = later._positions if how == "touched" else 39 - later._positions
+    assert identities(later.pixels(range(36))) == expected.tolist()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_shard_that_changes_while_it_is_indexed_ends_the_run(tmp_path, monkeypatch, kind):
+    path, other = two_files(tmp_path, kind)
+    at_first = shard_sources.shard_at
+
+    def found(file: str) -> Any:
+        shard = at_first(file)
+        change(path, other, "replaced")
+        return shard
+
+    monkeypatch.setattr(shard_sources, "shard_at", found)
+    with pytest.raises(FileChanged, match=f"^{path}: {CHANGED}$"):
+        load(path)
+    assert not image_shards.cache_folder().exists()  # no index of one file is kept under the other's stamp
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_shard_that_is_rewritten_during_a_read_ends_the_run(tmp_path, monkeypatch, kind):
+    """The file is opened, found to be the right one, and then written over."""
+    small_blocks(monkeypatch)
+    path, other = two_files(tmp_path, kind)
+    train = load(path, cache_mb=0).train
+
+    class Rewritten(io.FileIO):
+        def read(self, size: int = -1) -> bytes:
+            change(path, other, "rewritten")
+            return super().read(size)
+
+    monkeypatch.setattr(image_shards.Shard, "open", lambda shard, ahead=0: Rewritten(shard.path))
+    with pytest.raises(FileChanged, match=f"^{path}: {CHANGED}$"):
+        train.pixels([0, 1])
+
+
+def test_threads_tell_a_changed_shard_among_others(tmp_path, monkeypatch):
+    """Many blocks are read at once, of which those of one shard are other ones by now."""
+    small_blocks(monkeypatch)
+    monkeypatch.setattr(image_shards, "WORKERS", 8)
+    write_shards(tmp_path, "tar", rows_of(40), 4)
+    train = load(tmp_path, cache_mb=0, on_error="skip").train
+    train.pixels(range(36))
+    train._rows.read.__self__.cache.clear()
+    path = tmp_path / "train-00002-of-00004.tar"
+    write_tar(path, rows_of(20)[:10])
+    assert identities(train.pixels(range(15))) == train._positions[:15].tolist()
+    with pytest.raises(FileChanged, match=f"^{path}: {CHANGED}$"):
+        train.pixels(range(36))
+
+
+def weak(self: Ranges, data: bytes) -> dict[str, str]:
+    return {"ETag": f'W/"{hash(data)}"', "Last-Modified": "Tue, 01 Jul 2025 00:00:00 GMT"}
+
+
+def dated(self: Ranges, data: bytes) -> dict[str, str]:
+    return {"ETag": '"1"', "Last-Modified": f"Tue, 01 Jul 2025 00:00:{zlib.crc32(data) % 60:02} GMT"}
+
+
+def same(self: Ranges, data: bytes) -> dict[str, str]:
+    return {"ETag": '"1"', "Last-Modified": "Tue, 01 Jul 2025 00:00:00 GMT"}
+
+
+def silent(self: Ranges, data: bytes) -> dict[str, str]:
+    return {}
+
+
+def only_when_asked_for_parts(self: Ranges, data: bytes) -> dict[str, str]:
+    return {} if self.command == "HEAD" else {"ETag": f'"{hash(data)}"'}
+
+
+def only_when_asked_for_all(self: Ranges, data: bytes) -> dict[str, str]:
+    return {"ETag": f'"{hash(data)}"'} if self.command == "HEAD" else {}
+
+
+def honest(self: Ranges, validators: dict[str, str]) -> bool:
+    """What RFC 9110 asks for: a part, unless the file has another strong ETag than `If-Range` says."""
+    asked, data = self.headers.get("If-Range"), (Path(self.directory) / self.path.strip("/")).read_bytes()
+    return asked is None or (asked == f'"{hash(data)}"' and validators.get("ETag", asked) == asked)
+
+
+SERVERS: dict[str, dict[str, Any]] = {
+    "ETag, If-Range ignored": {},
+    "ETag, If-Range honoured": {"gives_part": honest},
+    "If-Range alone": {"validators": only_when_asked_for_all, "gives_part": honest},
+    "weak ETag": {"validators": weak, "gives_part": honest},
+    "date": {"validators": dated},
+    "ETag in parts alone": {"validators": only_when_asked_for_parts, "gives_part": honest},
+    "length": {"validators": same},
+    "length, nothing else": {"validators": silent},
+    "length, in no answer": {"validators": silent, "range_told": lambda s, first, last, _: f"bytes {first}-{last}/*"},
+}
+
+
+@pytest.mark.parametrize("server", SERVERS)
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_shard_that_changes_on_a_server_ends_the_run(tmp_path, monkeypatch, kind, server):
+    """And one that stays is read, whatever the server says of it. Other lengths are longer or shorter ones."""
+    small_blocks(monkeypatch)
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    path, other = two_files(tmp_path, kind)
+    if "length" in server:
+        path, other = other.replace(path), path.with_name("c")
+        (write_tar if kind == "tar" else write_parquet)(path, rows_of(40))
+        (write_tar if kind == "tar" else write_parquet)(other, rows_of(48)[8:])
+        if "no answer" in server:
+            other.write_bytes(other.read_bytes()[:1500])
+        else:
+            other.write_bytes(other.read_bytes() + bytes(10240))
+    with served(tmp_path, **SERVERS[server]) as url:
+        train = load(f"{url}/{path.name}", cache_mb=0, on_error="skip", max_bad_fraction=1.0).train
+        read_epochs(train, seed=0)
+        change(path, other, "replaced")
+        seen = CHANGED if (kind, server) != ("parquet", "length, in no answer") else "can not be read: .*"
+        with pytest.raises(UserError, match=f"^{url}/{path.name}: {seen}$"):
+            train.pixels([30])
+    assert not train.report.problems
+
+
+@pytest.mark.parametrize(
+    ("told", "message"),
+    [
+        (lambda s, first, last, length: f"bytes {first + 512}-{last + 512}/{length}", "are those from "),
+        (lambda s, first, last, length: f"bytes {first}-{last - 1}/{length}", "are those from "),
+        (lambda s, first, last, length: f"items {first}-{last}/{length}", "does not say which"),
+        (lambda s, first, last, length: None, "does not say which"),
+    ],
+)
+def test_another_part_than_was_asked_for_is_refused(tmp_path, monkeypatch, told, message):
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    path = write_tar(tmp_path / "a.tar", rows_of(40))
+    with served(tmp_path) as url:
+        train = load(f"{url}/a.tar", cache_mb=0).train
+        train.pixels([0])
+    with served(tmp_path, range_told=told) as url, pytest.raises(UserError) as caught:
+        load(f"{url}/a.tar")
+    assert re.fullmatch(rf"{url}/{path.name}: can not be read: the bytes from 0 to \d+ were asked for, what came "
+                        rf"{message}.*", str(caught.value))  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_shard_that_changes_in_an_object_store_ends_the_run(tmp_path, monkeypatch, kind):
+    """One that keeps listings and answers from them, as those of `fsspec` do; its ETag is asked after each block."""
+    from fsspec.implementations.memory import MemoryFileSystem
+
+    class Store(MemoryFileSystem):
+        cachable, store, pseudo_dirs, listed = False, dict[str, Any](), [""], dict[str, Any]()
+
+        def info(self, path: str, refresh: bool = False, **options: Any) -> dict[str, Any]:
+            if refresh or path not in self.listed:
+                found = super().info(path)
+                self.listed[path] = {**found, "ETag": hashlib.md5(self.cat_file(path)).hexdigest()}
+            return self.listed[path]
+
+    small_blocks(monkeypatch)
+    store = Store()
+    path, other = two_files(tmp_path, kind)
+    store.pipe_file(str(path), path.read_bytes())
+    monkeypatch.setattr(shard_sources, "file_system", lambda url: (store, str(path)))
+    monkeypatch.setattr(shard_sources, "remote_files", lambda url: [url])
+    train = load(f"s3://bucket/a.{kind}", cache_mb=0).train
+    read_epochs(train, seed=0)
+    store.pipe_file(str(path), other.read_bytes())
+    with pytest.raises(FileChanged, match=rf"^s3://bucket/a\.{kind}: {CHANGED}$"):
+        train.pixels([0])
 
 
 # Bad images
@@ -781,5 +1010,7 @@ def test_a_data_set_on_the_hub_is_read_in_parts(tmp_path, kind):
     every, carved = (line for line in done.splitlines() if re.match(r"\d+ \d+ \[", line))
     assert every.startswith("20 4 [0, 1, 2]"), done
     assert carved == f"18 2 [0, 1, 2] {expected.pixels(range(18)).long().sum()}"
-    assert re.search(rf"hf://datasets/me/shards.*/train-00000-of-00002\.{kind}: ", done)
+    # By its id or by a URL, it is read at one commit, and not what is pushed later.
+    places = re.findall(r"hf://datasets/me/shards@(\w+)/train-00000-of-00002", done)
+    assert places == [commit(folder)] * 2
     assert ranges and not list((tmp_path / "home").rglob(f"*.{kind}"))  # read, and not downloaded

@@ -52,6 +52,10 @@ class ReadOnce:
             self._take(part[:count])
             done += count
 
+    def status(self) -> os.stat_result:
+        """What the system says of the open file now."""
+        return os.fstat(self._file.fileno())
+
     def finish(self) -> None:
         """Raise `IntegrityError` unless the whole file, with what was not read of it, is the one of the manifest."""
         while (rest := self._file.read(BLOCK)) and self._position <= self.size:
