@@ -2,6 +2,7 @@
 PYTHON ?= python3
 VENV   ?= .venv
 RUNS   ?= runs
+DONE   := $(RUNS)/.demo
 CORES  := $(shell nproc 2>/dev/null || echo 1)
 ARGS   ?=
 BIN    := $(VENV)/bin
@@ -17,7 +18,7 @@ help:
 	@echo "make test   install, ruff, mypy, pytest"
 	@echo "make slow   the measurements that take longer"
 
-demo: $(RUNS)/gpt_digits/evaluation/.done
+demo: $(DONE)/evaluation
 	@cat $(RUNS)/gpt_digits/evaluation/evaluation.txt
 	@printf '%s\n' '' 'samples          $(RUNS)/gpt_digits/evaluation/samples.png' \
 	  'reconstructions  $(RUNS)/gpt_digits/evaluation/reconstructions.png' \
@@ -26,20 +27,21 @@ demo: $(RUNS)/gpt_digits/evaluation/.done
 	  '  pipe = ImagePipeline.from_pretrained("$(RUNS)/gpt_digits/pipeline")' \
 	  '  pipe(num_images=4, labels=[3, 3, 8, 8], seed=0).images[0].save("three.png")'
 
-# Each stage is a real command, and is not run again once it ended well.
-$(RUNS)/vqvae_digits/.done: | $(READY)
-	$(LAUNCH) pipelines.train_tokenizer --config configs/tokenizer/vqvae_digits.yaml out=$(@D)
+# Each stage is a real command, and is not run again once it ended well. The stamps that say so lie in a folder of their
+# own: what a stage has written is one thing, and nobody else's files belong into it.
+$(DONE)/vqvae_digits: | $(READY)
+	$(LAUNCH) pipelines.train_tokenizer --config configs/tokenizer/vqvae_digits.yaml out=$(RUNS)/vqvae_digits
+	@mkdir -p $(@D) && touch $@
+
+$(DONE)/digits_tokens: $(DONE)/vqvae_digits
+	$(LAUNCH) pipelines.encode tokenizer=$(RUNS)/vqvae_digits/tokenizer out=$(RUNS)/digits_tokens augmentations=4
 	@touch $@
 
-$(RUNS)/digits_tokens/.done: $(RUNS)/vqvae_digits/.done
-	$(LAUNCH) pipelines.encode tokenizer=$(RUNS)/vqvae_digits/tokenizer out=$(@D) augmentations=4
+$(DONE)/gpt_digits: $(DONE)/digits_tokens
+	$(LAUNCH) pipelines.train_prior --config configs/prior/gpt_digits.yaml tokens=$(RUNS)/digits_tokens out=$(RUNS)/gpt_digits
 	@touch $@
 
-$(RUNS)/gpt_digits/.done: $(RUNS)/digits_tokens/.done
-	$(LAUNCH) pipelines.train_prior --config configs/prior/gpt_digits.yaml tokens=$(RUNS)/digits_tokens out=$(@D)
-	@touch $@
-
-$(RUNS)/gpt_digits/evaluation/.done: $(RUNS)/gpt_digits/.done
+$(DONE)/evaluation: $(DONE)/gpt_digits
 	$(BIN)/smalti generate pipeline=$(RUNS)/gpt_digits/pipeline num_images=100 out=$(RUNS)/gpt_digits/grid.png
 	$(BIN)/smalti evaluate pipeline=$(RUNS)/gpt_digits/pipeline > /dev/null
 	@touch $@
