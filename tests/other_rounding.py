@@ -22,8 +22,9 @@ LAYERS = ("conv1d", "conv2d", "linear", "scaled_dot_product_attention")
 @cache
 def pattern(shape: tuple[int, ...], batch: int, dtype: torch.dtype) -> Tensor:
     """Factors near 1 for each value of an image, another for each size of batch."""
-    noise = torch.rand(shape, generator=torch.Generator().manual_seed(batch), dtype=torch.float64) * 2 - 1
-    return (1 + ULPS * torch.finfo(dtype).eps * noise).to(dtype)
+    with torch.inference_mode(False):  # training will use it, too
+        noise = torch.rand(shape, generator=torch.Generator().manual_seed(batch), dtype=torch.float64) * 2 - 1
+        return (1 + ULPS * torch.finfo(dtype).eps * noise).to(dtype)
 
 
 def rounded_otherwise(layer: Callable[..., Tensor]) -> Callable[..., Tensor]:
