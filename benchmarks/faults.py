@@ -1,8 +1,9 @@
-"""What runs go through: kill -9, SIGTERM, full disks, lost processes, bad images, losses that are not finite.
+"""What runs go through: kill -9, SIGTERM, Ctrl-C, full disks, lost processes, bad images, losses that are not finite.
 
     python benchmarks/faults.py kills=200
     python benchmarks/faults.py saves=200
     python benchmarks/faults.py stops=80
+    python benchmarks/faults.py ctrl_c=80
     python benchmarks/faults.py resumes=40
     python benchmarks/faults.py disks=20
     python benchmarks/faults.py matrix=24
@@ -31,7 +32,7 @@ os.environ.update(OMP_NUM_THREADS="1", OPENBLAS_NUM_THREADS="1", ACCELERATE_USE_
 sys.path[0] = str(Path(__file__).parents[1] / "tests")  # not this folder, whose `tokenizers.py` others would import
 
 TIMEOUT, GRACE = 5, 40  # seconds for a frozen process, and what a launcher may take to end it
-COUNTS = ("kills", "saves", "stops", "resumes", "disks", "matrix", "sick", "uneven")
+COUNTS = ("kills", "saves", "stops", "ctrl_c", "resumes", "disks", "matrix", "sick", "uneven")
 
 Row = dict[str, Any]
 
@@ -61,8 +62,8 @@ def campaign(name: str, count: int, steps: int, launched: bool, folder: Path) ->
         return shared(interruptions.kills, cases((1, 2), **every(steps, 15)))
     if name == "saves":
         return shared(interruptions.saves, cases((1,), **every(steps, 30)))
-    if name == "stops":
-        return shared(interruptions.stops, cases((1, 2), **every(steps, 15)))
+    if name in ("stops", "ctrl_c"):
+        return shared(getattr(interruptions, name), cases((1, 2), **every(steps, 15)))
     if name == "resumes":
         return [found(case, interruptions.every_step) for case in cases((1, 2), **every(count, 4))]
     if name == "disks":

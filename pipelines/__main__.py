@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 from .arguments import WIDTH, UserError
-from .config import exit_codes
+from .config import ended_by_ctrl_c, exit_codes
 from .help import table_row
 
 
@@ -51,13 +51,17 @@ def find(name: str) -> str:
 
 def main(argv: list[str] | None = None) -> None:
     """The command line. Exits with 2 when there is no such verb."""
-    argv = sys.argv[1:] if argv is None else argv
+    if argv is None:
+        with ended_by_ctrl_c():
+            main(sys.argv[1:])
+        return
     if not argv or argv[0] in ("-h", "--help"):
         print(help_page(verbs()))
         raise SystemExit(0 if argv else 2)
     with exit_codes():
         verb = find(argv[0])
-    importlib.import_module(f"{__package__}.{module_of(verb)}").main(argv[1:])  # what it returns is not an exit code
+        module = importlib.import_module(f"{__package__}.{module_of(verb)}")  # takes seconds, in which Ctrl-C may come
+    module.main(argv[1:])  # what it returns is not an exit code
 
 
 if __name__ == "__main__":

@@ -14,7 +14,8 @@ import sys
 import traceback
 import types
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from functools import partial
 from typing import Annotated, Any, Literal, NoReturn, TypeVar, Union, get_args, get_origin
 
 from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
@@ -25,10 +26,15 @@ from .arguments import Data, UserError, read_arguments, show, write_yaml
 from .heartbeat import ProcessLost
 from .nodes import ModelNode, merge, node_of, plain
 
-__all__ = ["Config", "ModelNode", "UserError", "difference", "merge", "parse", "run_command", "to_yaml"]
+__all__ = ["Config", "Interrupted", "ModelNode", "UserError", "difference", "merge", "parse", "run_command", "to_yaml"]
 
 C = TypeVar("C", bound="Config")
 R = TypeVar("R")
+CTRL_C = 130  # the exit code by which shells show it
+
+
+class Interrupted(KeyboardInterrupt):
+    """Ctrl-C ended a run, which has saved itself and has said so."""
 
 
 class Config(BaseModel):
@@ -92,16 +98,34 @@ def run_command(
     verb: str,
     description: str | None,
     defaults: Callable[[Data], Data] | None = None,
+    kept: Callable[[C], str] | None = None,
 ) -> R:
-    """Parse, and return `run(config)`. A mistake of the user is told in lines on stderr, with exit code 2."""
-    with exit_codes(quiet=not is_first_process()):  # all processes read the same command line
-        config = parse(cls, argv, verb=verb, description=description, defaults=defaults)
-    with exit_codes():
-        return run(config)
+    """Parse, and return `run(config)`. A mistake of the user is told in lines on stderr, with exit code 2.
+
+    `kept` says what Ctrl-C leaves. With the command line for `argv`, Ctrl-C ends the process: see `ended_by_ctrl_c`.
+    """
+    with ended_by_ctrl_c() if argv is None else nullcontext():
+        with exit_codes(quiet=not is_first_process()):  # all processes read the same command line
+            config = parse(cls, argv, verb=verb, description=description, defaults=defaults)
+        with exit_codes(kept=None if kept is None else partial(kept, config)):
+            return run(config)
 
 
 @contextmanager
-def exit_codes(quiet: bool = False) -> Iterator[None]:
+def ended_by_ctrl_c() -> Iterator[None]:
+    """Let the signal end the process that Ctrl-C ends, as Python itself would: the loop of a shell goes on after any
+    exit code, also after 130, which it shows in either case."""
+    try:
+        yield
+    except SystemExit as error:
+        if error.code != CTRL_C:
+            raise
+        sys.excepthook = lambda *_: None  # all is said
+        raise KeyboardInterrupt from None
+
+
+@contextmanager
+def exit_codes(quiet: bool = False, kept: Callable[[], str] | None = None) -> Iterator[None]:
     """A user's mistake becomes `error: ...` lines and exit code 2, Ctrl-C becomes 130; a bug keeps its traceback, and a
     last line says on which process and where in a run it came up."""
     try:
@@ -115,9 +139,10 @@ def exit_codes(quiet: bool = False) -> Iterator[None]:
             print(*(f"{label}: {line}" for line in str(error).splitlines()), sep="\n", file=sys.stderr)
         raise SystemExit(2) from error
     except KeyboardInterrupt as error:
-        if is_first_process():
-            print("error: interrupted", file=sys.stderr)
-        raise SystemExit(130) from error
+        if is_first_process() and not isinstance(error, Interrupted):
+            below = "\n" if sys.stderr.isatty() else ""  # where ^C stands, and perhaps a progress bar
+            print(f"{below}error: interrupted{f'; {kept()}' if kept else ''}", file=sys.stderr, flush=True)
+        raise SystemExit(CTRL_C) from error
     except Exception as error:
         if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):  # nobody's bug
             label = "error" if is_first_process() else f"error on process {os.environ['RANK']}"

@@ -205,7 +205,8 @@ def finish(config: EncodeConfig, tokenizer: Tokenizer, images: Splits, pieces: l
 
 def main(argv: list[str] | None = None) -> Any:
     """The command line."""
-    return run_command(EncodeConfig, run, argv, verb="encode", description=__doc__, defaults=defaults)
+    return run_command(EncodeConfig, run, argv, verb="encode", description=__doc__, defaults=defaults,
+                       kept=lambda _: "the same command continues")  # fmt: skip
 
 
 if __name__ == "__main__":

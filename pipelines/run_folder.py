@@ -8,8 +8,6 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from pydantic import ValidationError
-
 from tokenizer import Tokenizer
 from tokenizer.ownership import require_apart, require_ours
 from tokenizer.storage import PipelineLoadError, read_json, replace_file
@@ -18,6 +16,7 @@ from .arguments import read_file
 from .checkpoint import STATE, latest_state
 from .claims import LOCK, claimed, require_unclaimed
 from .config import UserError, difference, to_yaml
+from .extending import END, RHYTHM, chosen, fixed, require_ahead, settings, way_on
 from .heartbeat import FOLDER as SIGNS
 from .index import PIPELINE
 
@@ -29,19 +28,25 @@ BEGUN = (SIGNS, LOCK)
 """All that a run may leave in its folder before it has written its configuration."""
 
 
-def check_folder(run: Path, config: Any) -> None:
-    """Raise `UserError` for a folder that belongs to a run with another configuration, or to something else."""
+def check_folder(run: Path, config: Any) -> list[str]:
+    """What `config` changes in the run in the folder, and may, as `train.steps: 1000 -> 2000`.
+
+    Raises `UserError` for a folder that belongs to a run with another configuration, or to something else, and for a
+    new end that the run is past.
+    """
     if os.path.lexists(run) and (run.is_symlink() or not run.is_dir()):
         what = "a link" if run.is_symlink() else "a file"
         raise UserError(f"{run}: a run folder is to be here, and {what} has this name; nothing was overwritten")
-    path = run / "config.yaml"
+    path, changes = run / "config.yaml", list[str]()
     if path.is_file():
-        changes = difference(fixed(read_file(str(path)), config), fixed(config.model_dump(mode="json"), config))
-        if changes:
+        old, new = settings(read_file(str(path)), config), settings(config.model_dump(mode="json"), config)
+        if differing := difference(fixed(old), fixed(new)):
             raise UserError(
-                f"{run}: belongs to a run with another configuration; choose another out=, nothing was "
-                "overwritten. What differs:\n" + "\n".join(changes)
+                f"{run}: belongs to a run with another configuration; nothing was overwritten. "
+                f"{way_on(run, config, differing)}. What differs:\n" + "\n".join(differing)
             )
+        require_ahead(run, config, difference(chosen(old, END), chosen(new, END)))
+        changes = difference(chosen(old, END + RHYTHM), chosen(new, END + RHYTHM))
     elif run.is_dir() and (strange := sorted(entry.name for entry in run.iterdir() if entry.name not in BEGUN)):
         raise UserError(
             f"{run}: not empty ({', '.join(strange[:3])}) and not a run folder; choose another out=, nothing was "
@@ -50,24 +55,7 @@ def check_folder(run: Path, config: Any) -> None:
     else:
         require_apart(run, [config.data.path] if hasattr(config, "data") else [config.tokens])
     require_unclaimed(run)
-
-
-def fixed(given: dict[str, Any], config: Any) -> dict[str, Any]:
-    """What a run may not change: all but where it lies, where its numbers go, how long its processes wait, and
-    whether they save memory by computing twice, which gives the same bits.
-
-    Settings that did not exist when the run was begun have their defaults.
-    """
-    try:
-        data = type(config).model_validate(given).model_dump(mode="json")
-    except ValidationError:  # of another version: the difference will tell
-        data = given
-    return {
-        **data,
-        "out": None,
-        "track": None,
-        "train": {**data.get("train", {}), "timeout": None, "checkpointing": None},
-    }
+    return changes
 
 
 @contextmanager
@@ -117,12 +105,19 @@ def newest_state(run: Path, config: Any, accelerator: Accelerator) -> Path | Non
 def require_same_run(state: Path, config: Any) -> None:
     """Raise `UserError` for a state that a run with another configuration wrote. Early versions did not say whose."""
     saved = read_json(state / STATE).get("config")
-    if isinstance(saved, dict) and (
-        changes := difference(fixed(saved, config), fixed(config.model_dump(mode="json"), config))
-    ):
+    if not isinstance(saved, dict):
+        return
+    # A setting that the state does not know did not exist when it was written.
+    changes = [line for line in difference(saved, identity_of(config)) if ": (absent) -> " not in line]
+    if changes:
         raise UserError(
             f"{state}: of a run with another configuration; nothing was changed. What differs:\n" + "\n".join(changes)
         )
+
+
+def identity_of(config: Any) -> dict[str, Any]:
+    """What a run may not change of its configuration, by which its states are known."""
+    return fixed(settings(config.model_dump(mode="json"), config))
 
 
 def on_main(accelerator: Accelerator, act: Callable[[], T]) -> T:

@@ -32,7 +32,7 @@ def take_step(training: Training, micro_batches: list[Any], lr: float) -> None:
                 parameter.requires_grad_(name == player)
         terms = accumulate(training, player, micro_batches)
         norm = whole(accelerator.clip_grad_norm_(parameters, training.config.clip))
-        asked = torch.tensor(float(training.told_to_end()))
+        asked = torch.tensor(float(training.stop.asked()))
         means = averaged_over_ranks(training, {**terms, "gradient_norm": torch.as_tensor(norm), "stop": asked})
         training.stopping |= means.pop("stop") > 0
         optimizer = training.optimizers[player]

@@ -53,6 +53,14 @@ class Task:
         """Figures of `model` (averaged weights) on the held-out split."""
         raise NotImplementedError
 
+    def quality(self, evaluation: dict[str, float]) -> str:
+        """The figure that matters most of those that `evaluate` gave, in words; empty where there is none."""
+        return ""
+
+    def outcome(self, run: Path) -> str:
+        """Where users find what a finished run has made, and what to do with it next."""
+        return f"all is in {run}"
+
     def save(self, model: nn.Module, run: Path, facts: dict[str, Any]) -> None:
         """Write the snapshot for users into `run`; `facts` are steps, minutes and last evaluation."""
         raise NotImplementedError

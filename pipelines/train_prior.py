@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
+from shlex import quote
 from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import numpy as np
@@ -19,6 +20,7 @@ from .config import Config, ModelNode, UserError, run_command
 from .generation import ImagePipeline
 from .schedule import TrainConfig
 from .shuffle import permuted_blocks
+from .stopping import what_is_saved
 from .task import Task
 from .tokens import TokenDataset, TokenSplit, load_tokens
 from .tracking import TrackConfig
@@ -116,6 +118,16 @@ class PriorTask(Task):
         """Bits per token on the held-out split."""
         return {"bits_per_token": bits_per_token(model, self.held_out, HELD_OUT_ROWS)}
 
+    def quality(self, evaluation: dict[str, float]) -> str:
+        """Of the density; an upper bound, where that is all there is."""
+        bits = evaluation.get("bits_per_token")
+        return "" if bits is None else f"{'' if self.model.exact else 'at most '}{bits:.3f} bits per token"
+
+    def outcome(self, run: Path) -> str:
+        """The pipeline, which makes images."""
+        folder = quote(str(run / "pipeline"))
+        return f"pipeline: {folder}; next: smalti generate pipeline={folder}"
+
     def pipeline(self, model: nn.Module) -> ImagePipeline:
         """Both stages, sharing `model`'s weights."""
         settings = self.config.sampler.model_dump()
@@ -194,7 +206,8 @@ def run(config: TrainPriorConfig) -> Path:
 
 def main(argv: list[str] | None = None) -> Any:
     """The command line."""
-    return run_command(TrainPriorConfig, run, argv, verb="train_prior", description=__doc__)
+    return run_command(TrainPriorConfig, run, argv, verb="train_prior", description=__doc__,
+                       kept=lambda config: what_is_saved(Path(config.out)))  # fmt: skip
 
 
 if __name__ == "__main__":

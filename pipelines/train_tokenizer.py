@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import fields
 from pathlib import Path
+from shlex import quote
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import numpy as np
@@ -25,6 +26,7 @@ from .images import DataConfig, ImageDataset, load_images
 from .perceptual import Perceptual, weights_file
 from .pictures import grid_picture
 from .schedule import TrainConfig
+from .stopping import what_is_saved
 from .task import Task
 from .tracking import TrackConfig
 from .training import train
@@ -170,6 +172,15 @@ class TokenizerTask(Task):
         """PSNR in dB, pixel losses, codebook usage and perplexity on the held-out split."""
         return evaluate_reconstruction(model.tokenizer, self.images.held_out, HELD_OUT_IMAGES)
 
+    def quality(self, evaluation: dict[str, float]) -> str:
+        """Of reconstructions."""
+        return f"PSNR {evaluation['psnr']:.2f} dB" if "psnr" in evaluation else ""
+
+    def outcome(self, run: Path) -> str:
+        """The tokenizer, whose tokens are what a prior is trained on."""
+        folder, tokens = (quote(str(path)) for path in (run / "tokenizer", f"{run}_tokens"))
+        return f"tokenizer: {folder}; next: smalti encode tokenizer={folder} out={tokens}"
+
     def save(self, model: Any, run: Path, facts: dict[str, Any]) -> None:
         """The tokenizer's folder, with where its images came from."""
         self.images.write_report(run)
@@ -257,7 +268,7 @@ def run(config: TrainTokenizerConfig) -> Path:
 def main(argv: list[str] | None = None) -> Any:
     """The command line."""
     return run_command(TrainTokenizerConfig, run, argv, verb="train_tokenizer", description=__doc__,
-                       defaults=defaults)  # fmt: skip
+                       defaults=defaults, kept=lambda config: what_is_saved(Path(config.out)))  # fmt: skip
 
 
 if __name__ == "__main__":

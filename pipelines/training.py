@@ -8,13 +8,10 @@ with the same command continues to the bit. `accelerate` owns devices, precision
 from __future__ import annotations
 
 import math
-import os
-import signal
 import sys
 import time
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,15 +23,17 @@ from torch.optim.swa_utils import AveragedModel
 from .blocks import prepare_blocks
 from .boards import require_installed
 from .checkpoint import STATE, load_state
-from .config import UserError
+from .config import Interrupted, UserError
 from .counters import check_counters
+from .extending import require_alike, told_changes
 from .heartbeat import Heartbeat, told_where
 from .processes import build_accelerator
-from .run_folder import check_folder, claim_folder, fixed, newest_state
+from .run_folder import check_folder, claim_folder, identity_of, newest_state
 from .saving import averaged_model, require_room, save
 from .schedule import TrainConfig, adamw, ema_update, learning_rate
 from .sharding import is_sharding, require_shardable, shard
 from .step import take_step
+from .stopping import Stop, heeded
 from .task import Task
 from .tracking import Tracker
 
@@ -54,6 +53,8 @@ class Training:
     optimizers: dict[str, Any]
     tracker: Tracker
     heartbeat: Heartbeat
+    stop: Stop
+    """Whether this process was told to end."""
     sharded: bool = False
     """Whether each process has only its piece of the weights, of their average and of the moments."""
     gathered: nn.Module | None = None
@@ -72,18 +73,10 @@ class Training:
     """Why the last save failed, if it did."""
     identity: dict[str, Any] = field(default_factory=dict)
     """What of the configuration a run may not change, by which its states are known."""
-    parent: int = field(default_factory=os.getppid)
-    stop_asked: bool = False
-    """Whether this process was told to end, by SIGTERM."""
     stopping: bool = False
     """Whether any process was, which all learn in the same step."""
 
     COUNTERS = ("minutes", "skipped", "skipped_in_a_row", "window", "evaluation", "pending")
-
-    def told_to_end(self) -> bool:
-        """Whether this process was, or its launcher, which passes SIGTERM on only where it started several."""
-        orphaned = "ACCELERATE_MIXED_PRECISION" in os.environ and os.getppid() != self.parent
-        return self.stop_asked or orphaned
 
     def counters(self) -> dict[str, Any]:
         """What a resumed run needs besides weights and optimizers."""
@@ -93,9 +86,10 @@ class Training:
 def train(build: Callable[[Accelerator], Task], config: Any) -> Path:
     """Run `build`'s task to its end under `config` (with `out`, `train` and `track`); returns the run folder.
 
-    Started again with the same configuration it continues from the newest state. SIGTERM ends it early, saved. Raises
-    `UserError` for a run folder that belongs to another configuration, a batch size that does not divide, ten
-    non-finite steps in a row, or a last state that could not be saved; `ProcessLost` when another process is.
+    Started again with the same configuration it continues from the newest state; what may differ says `run_folder`.
+    Signals end it early, saved (see `stopping`). Raises `UserError` for a run folder that belongs to another
+    configuration, a batch size that does not divide, ten non-finite steps in a row, or a last state that could not be
+    saved; `ProcessLost` when another process is; `Interrupted`, a KeyboardInterrupt, after Ctrl-C, saved.
     """
     accelerator, run = build_accelerator(config.train.timeout), Path(config.out)
     shares = accelerator.num_processes * config.train.accumulate
@@ -107,7 +101,8 @@ def train(build: Callable[[Accelerator], Task], config: Any) -> Path:
     if config.train.steps is None and config.train.minutes is None:
         raise UserError("train.steps: null needs train.minutes to end the run")
     require_installed(config.track.trackers)
-    check_folder(run, config)
+    require_alike(config.train)
+    changes = check_folder(run, config)
     torch.manual_seed(config.train.seed)
     sharded = is_sharding(accelerator)
     task = build(accelerator)
@@ -117,42 +112,24 @@ def train(build: Callable[[Accelerator], Task], config: Any) -> Path:
         heartbeat = Heartbeat(run, accelerator.process_index, accelerator.num_processes, config.train.timeout)
         with told_where(heartbeat):
             training = set_up(task, config, run, accelerator, heartbeat, sharded)
-            with stopped_by_sigterm(training):
+            with heeded(training.stop, alone=heartbeat.world == 1):
                 try:
+                    announce(training, changes)
                     require_room(training)
                     fit(training)
                 finally:
                     training.tracker.close()
                 accelerator.wait_for_everyone()
         heartbeat.close(last=accelerator.is_main_process)
-    unsaved = training.unsaved
+    unsaved, interrupted = training.unsaved, training.stop.interrupted is not None
     del training, task
     accelerator.free_memory()  # what still holds the process group when the interpreter ends may abort it (gloo)
     accelerator.end_training()
     if unsaved:
         raise UserError(f"the run is not saved: {unsaved}")
+    if interrupted:
+        raise Interrupted
     return run
-
-
-@contextmanager
-def stopped_by_sigterm(training: Training) -> Iterator[None]:
-    """SIGTERM, by which a machine is taken back, lets the step end, saves, and ends the run."""
-
-    def ask(*_: Any) -> None:
-        training.stop_asked = True
-
-    try:
-        before = signal.signal(signal.SIGTERM, ask)
-    except ValueError:  # not the main thread, which alone may
-        yield
-        return
-    try:
-        yield
-    except BaseException:
-        if training.heartbeat.world == 1:
-            signal.signal(signal.SIGTERM, before)
-        raise  # the launcher tells those that are left to end: before they do, they must say whom they have lost
-    signal.signal(signal.SIGTERM, before)
 
 
 def set_up(task: Task, config: Any, run: Path, accelerator: Accelerator, heartbeat: Heartbeat | None = None,
@@ -175,18 +152,31 @@ def set_up(task: Task, config: Any, run: Path, accelerator: Accelerator, heartbe
         optimizers = {name: accelerator.prepare_optimizer(optimizer) for name, optimizer in optimizers.items()}
     logged = step - ("log" in counters.get("pending", []))  # that line is still to be written, whoever began to
     tracker = Tracker(run, config.track, config.model_dump(mode="json"), accelerator=accelerator, resume_step=logged)
-    if accelerator.is_main_process:
-        count = sum(p.numel() for p in task.model.parameters())
-        began = f"continuing from step {step}" if step else "starting"
-        print(
-            f"{run}: {began}; {count:,} parameters, {task.rows:,} training rows, {accelerator.num_processes} "
-            f"process(es) on {accelerator.device}, {accelerator.mixed_precision} mixed precision"
-            f"{', weights sharded' if sharded else ''}",
-            flush=True,
-        )
-    heartbeat, identity = heartbeat or Heartbeat(run, 0, 1, config.train.timeout), fixed(config.model_dump(), config)
-    return Training(task, config.train, run, accelerator, averaged, optimizers, tracker, heartbeat, sharded, gathered,
-                    step, saved_step=step or -1, identity=identity, **counters)  # fmt: skip
+    heartbeat = heartbeat or Heartbeat(run, 0, 1, config.train.timeout)
+    return Training(task, config.train, run, accelerator, averaged, optimizers, tracker, heartbeat, Stop(run), sharded,
+                    gathered, step, saved_step=step or -1, identity=identity_of(config), **counters)  # fmt: skip
+
+
+def announce(training: Training, changes: list[str]) -> None:
+    """Say that the run begins or goes on, with what, and which settings of it are no longer what they were."""
+    accelerator, task, step = training.accelerator, training.task, training.step
+    if finished(training) or not accelerator.is_main_process:
+        return
+    count = sum(p.numel() for p in task.model.parameters())
+    print(
+        f"{training.run}: {f'continuing from step {step}' if step else 'starting'}; {count:,} parameters, "
+        f"{task.rows:,} training rows, {accelerator.num_processes} process(es) on {accelerator.device}, "
+        f"{accelerator.mixed_precision} mixed precision{', weights sharded' if training.sharded else ''}",
+        flush=True,
+    )
+    if step and changes:
+        print(f"{training.run}: {told_changes(changes)}", flush=True)
+
+
+def finished(training: Training) -> bool:
+    """Whether the run has come to its end already, with nothing left to do."""
+    at_rest = training.step == training.saved_step and not training.pending
+    return at_rest and agreed_progress(training) >= 1
 
 
 def batches(training: Training) -> Generator[list[Any], None, None]:
@@ -216,7 +206,8 @@ def fit(training: Training) -> None:
     """Report, evaluate, preview and save when due, then step; until the steps or the minutes are used up."""
     config, tracker, began = training.config, training.tracker, time.monotonic() - 60 * training.minutes
     main, beat = training.accelerator.is_main_process, training.heartbeat.beat
-    bar = progress_bar(training)
+    before = finished(training)
+    bar = progress_bar(training, hidden=before)
     stream, since = batches(training), (training.step, time.monotonic())
     training.task.model.train()
     while True:
@@ -255,8 +246,19 @@ def fit(training: Training) -> None:
     beat(training.step, "end")
     if progress >= 1:
         tracker.artifact(training.step, training.evaluation)
-    elif main:
-        print(f"{training.run}: told to end at step {training.step}; the same command continues", flush=True)
+    if main and not training.unsaved:
+        print(f"{training.run}: {told_end(training, progress >= 1, before)}", flush=True)
+
+
+def told_end(training: Training, done: bool, before: bool) -> str:
+    """Where the run has come to: what there is of it, and what comes next. before: whether it had come there before."""
+    if not done:
+        return f"told to end at step {training.step}; the same command continues"
+    task, minutes = training.task, f"{training.minutes:.1f} min"
+    trained = f"{training.step:,} steps in {minutes}" if task.players else "nothing to train"
+    quality = task.quality(training.evaluation)
+    begin, nothing = ("already finished", "; nothing to do") if before else ("done", "")
+    return f"{begin}: {trained}{quality and f', {quality}'}{nothing}; {task.outcome(training.run)}"
 
 
 def due_now(training: Training, done: bool) -> set[str]:
@@ -300,12 +302,13 @@ def report(training: Training, progress: float, since: tuple[int, float]) -> dic
     }
 
 
-def progress_bar(training: Training) -> Any:
+def progress_bar(training: Training, hidden: bool) -> Any:
     """A bar on the main process's terminal, with loss, speed and time left; nothing where there is no terminal."""
     from tqdm import tqdm
 
-    hidden = None if training.accelerator.is_main_process and training.task.players else True
-    return tqdm(total=training.config.steps, initial=training.step, unit="step", dynamic_ncols=True, disable=hidden)
+    shown = training.accelerator.is_main_process and training.task.players and not hidden
+    return tqdm(total=training.config.steps, initial=training.step, unit="step", dynamic_ncols=True,
+                disable=None if shown else True)  # fmt: skip
 
 
 def show(bar: Any, training: Training, record: dict[str, float]) -> None:

@@ -186,36 +186,47 @@ def stop_after(steps: int) -> Hook:
     return hook
 
 
-# SIGTERM
+# SIGTERM and Ctrl-C
+
+SIGNALS = {signal.SIGTERM: 0, signal.SIGINT: 130}
+"""With what exit code a run ends that one of them has told to."""
 
 
-def stops(case: Case, count: int) -> Found:
-    """SIGTERM at moments uniform in time, to one process, or all, by turns: each time saved at that step, and rc 0."""
-    draw, found, number, slowest = draws("stops", case.name), Counter[str](), 0, 0.0
+def stops(case: Case, count: int, number: signal.Signals = signal.SIGTERM) -> Found:
+    """A signal at moments uniform in time, to one process, or all, by turns: each time saved at that step.
+
+    Ctrl-C comes to all.
+    """
+    draw, found, runs, slowest = draws("stops", case.name, number), Counter[str](), 0, 0.0
     broken: list[str] = []
     case.whole()
     while found["stops"] < count:
-        out = case.folder / f"stopped-{(number := number + 1)}"
+        out = case.folder / f"stopped-{(runs := runs + 1)}"
         while found["stops"] < count:
-            attempt = case.start(out, record_samples(out))
+            before, attempt = steps_taken(out), case.start(out, record_samples(out))
             if attempt.wait(draw.uniform(0, window(case))):
                 break
-            one = case.processes > 1 and not found["stops"] % 2
+            one = case.processes > 1 and not found["stops"] % 2 and number == signal.SIGTERM
             told = time.monotonic()
-            attempt.send(signal.SIGTERM, [draw.randrange(case.processes)] if one else None)
+            attempt.send(number, [draw.randrange(case.processes)] if one else None)
             codes = attempt.end()
-            if -signal.SIGTERM in codes:
+            if -signal.SIGTERM in codes or steps_taken(out) == before:
                 found["before training"] += 1  # as any process that does nothing about it
                 continue
             found["stops"] += 1
             slowest = max(slowest, *(at - told for at in attempt.ended.values()))
             saved = int(states(out)[-1].name[5:]) if states(out) else 0
-            if set(codes) != {0} or saved != steps_taken(out) or not verifying(out):
+            if set(codes) != {SIGNALS[number]} or saved != steps_taken(out) or not verifying(out):
                 where_at = f"step {steps_taken(out)}, saved {saved}"
                 broken.append(f"{out.name}: exit codes {codes}, {where_at}: {last_line(out)}")
         broken += case.complete(out)
         shutil.rmtree(out)
-    return {**found, "runs compared": number, "slowest end": slowest, "broken": broken}
+    return {**found, "runs compared": runs, "slowest end": slowest, "broken": broken}
+
+
+def ctrl_c(case: Case, count: int) -> Found:
+    """The same of SIGINT."""
+    return stops(case, count, signal.SIGINT)
 
 
 def every_step(case: Case) -> Found:

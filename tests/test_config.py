@@ -17,7 +17,7 @@ from pydantic import Field, ValidationError
 import pipelines
 from pipelines.__main__ import help_page as verb_page
 from pipelines.__main__ import main, module_of, verbs
-from pipelines.config import Config, ModelNode, UserError, difference, merge, parse, run_command, to_yaml
+from pipelines.config import Config, Interrupted, ModelNode, UserError, difference, merge, parse, run_command, to_yaml
 from pipelines.help import help_page
 from tokenizer.pretrained import ModelConfig, Named, PathError, setting
 
@@ -428,6 +428,7 @@ def test_exit_codes(capsys: pytest.CaptureFixture[str]) -> None:
     assert capsys.readouterr().err == "error: no such folder\n"
     assert code_of(fails(KeyboardInterrupt())) == 130
     assert capsys.readouterr().err == "error: interrupted\n"
+    assert code_of(fails(Interrupted())) == 130 and not capsys.readouterr().err  # the run has said all
     assert code_of(fails(AssertionError()), "sed=1", "--bogus") == 2
     assert len(capsys.readouterr().err.splitlines()) == 2
     with pytest.raises(ZeroDivisionError):  # a bug

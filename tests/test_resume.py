@@ -28,14 +28,15 @@ def broken(rows: list[dict]) -> list[str]:
 @pytest.fixture(scope="module")
 def found(tmp_path_factory) -> dict:
     """A few of each, in runs of 24 steps."""
-    return faults(tmp_path_factory.mktemp("faults"), kills=2, saves=1, stops=1, steps=24)
+    return faults(tmp_path_factory.mktemp("faults"), kills=2, saves=1, stops=1, ctrl_c=1, steps=24)
 
 
 @pytest.mark.timeout(300)
-@pytest.mark.parametrize("what", ["kills", "saves", "stops"])
+@pytest.mark.parametrize("what", ["kills", "saves", "stops", "ctrl_c"])
 def test_interrupted_equals_uninterrupted(found, what):
-    """kill -9 at any moment, or within a save, after which a state always verifies; SIGTERM, which saves and ends."""
-    assert all(row["stops" if what == "stops" else "kills"] and row["runs compared"] for row in found[what])
+    """kill -9 at any moment, or within a save, after which a state always verifies; SIGTERM and Ctrl-C, which save and
+    end."""
+    assert all(row["kills" if what in ("kills", "saves") else "stops"] and row["runs compared"] for row in found[what])
     assert not broken(found[what])
 
 
@@ -65,7 +66,7 @@ def test_sigterm_to_the_launcher_saves_and_ends(tmp_path, processes):
 
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
-@pytest.mark.parametrize("what", ["kills=200", "saves=200", "stops=80", "resumes=40"])
+@pytest.mark.parametrize("what", ["kills=200", "saves=200", "stops=80", "ctrl_c=80", "resumes=40"])
 def test_two_hundred_times(tmp_path, what):
     name, count = what.split("=")
     rows = faults(tmp_path, **{name: count})[name]

@@ -143,6 +143,23 @@ def test_a_run_killed_before_its_trackers_had_started_is_whole(tmp_path):
     assert_the_same(run, in_trackio(run))
 
 
+def test_a_finished_run_that_goes_on_is_whole_in_all_trackers(tmp_path):
+    """Its old last step, with numbers and pictures, is nowhere twice, and the same runs go on."""
+    run, choices = tmp_path / "run", {"train__preview_every": 8, "track__trackers": ALL, "track__wandb": "online"}
+    with WandbServer() as server, pytest.MonkeyPatch.context() as patch:
+        patch.setenv("WANDB_BASE_URL", server.url)
+        patch.setenv("WANDB_API_KEY", "x" * 40)
+        for steps in (12, 20):
+            argv = tokenizer_arguments(run, **choices, train__steps=steps)
+            printed = output_of(start(verb("train_tokenizer", argv), HOME=str(tmp_path)), 120)
+            assert "warning" not in printed, printed
+        (history,) = server.history.values()
+    assert [line["step"] for line in metrics(run)] == list(range(1, 21))
+    assert_the_same(run, in_tensorboard(run), number=np.float32)
+    assert_the_same(run, in_trackio(run))
+    assert [line["_step"] for line in history] == list(range(21))
+
+
 @pytest.mark.slow
 def test_five_kills_and_all_trackers(tmp_path):
     """At random points: no step twice anywhere, W&B's server included; and the figures of a run without any of it."""
