@@ -600,3 +600,15 @@ def test_pictures_say_that_they_are_ours_and_open_as_before(tmp_path):
                 suffix not in (".png", ".bmp") or np.array_equal(np.asarray(image), pixels)
             )
     assert issubclass(PathError, PipelineLoadError)
+
+
+def test_results_are_looked_at_before_any_is_replaced(tmp_path):
+    """One that is somebody's by now keeps all of them from being written."""
+    with storage.results_folder(tmp_path / "out") as folder:
+        (folder / "a.csv").write_text("first")
+        (folder / "b.csv").write_text("first")
+    with pytest.raises(PathError, match=r"b\.csv"), storage.results_folder(tmp_path / "out") as folder:
+        (folder / "a.csv").write_text("second")
+        (folder / "b.csv").write_text("second")
+        (tmp_path / "out" / "b.csv").write_text("mine")
+    assert [(tmp_path / "out" / name).read_text() for name in ("a.csv", "b.csv")] == ["first", "mine"]
