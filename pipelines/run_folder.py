@@ -18,9 +18,18 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
 
 
+CONFIG = "config.yaml"
+
+
+def begun_data(run: Path) -> dict[str, Any] | None:
+    """What `data` was when the run in this folder was begun; None where none was. Raises `UserError`."""
+    data = read_file(str(run / CONFIG)).get("data") if (run / CONFIG).is_file() else None
+    return data if isinstance(data, dict) else None
+
+
 def check_folder(run: Path, config: Any) -> None:
     """Raise `UserError` for a folder that belongs to a run with another configuration, or to something else."""
-    path = run / "config.yaml"
+    path = run / CONFIG
     if path.is_file():
         changes = difference(fixed(read_file(str(path)), config), fixed(config.model_dump(mode="json"), config))
         if changes:
@@ -55,7 +64,7 @@ def claim_folder(run: Path, config: Any, accelerator: Accelerator) -> None:
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
         run.mkdir(parents=True, exist_ok=True)
-        replace_file(run / "config.yaml", to_yaml(config).encode())
+        replace_file(run / CONFIG, to_yaml(config).encode())
     accelerator.wait_for_everyone()
 
 

@@ -24,7 +24,9 @@ from .config import Config, ModelNode, UserError, run_command
 from .images import DataConfig, ImageDataset, load_images
 from .perceptual import Perceptual, weights_file
 from .pictures import grid_picture
+from .run_folder import begun_data
 from .schedule import TrainConfig
+from .splits import as_begun
 from .task import Task
 from .tracking import TrackConfig
 from .training import train
@@ -88,7 +90,7 @@ class TokenizerTask(Task):
 
     def __init__(self, config: TrainTokenizerConfig, device: torch.device | str = "cpu") -> None:
         self.config = config
-        self.images = load_images(config.data)
+        self.images = load_images(config.data, begun=begun_data(Path(config.out)) is not None)
         channels, height, width = self.images.train.image_shape
         self.tokenizer: Tokenizer = build_tokenizer(config.model, (height, width), channels)
         if config.init:
@@ -245,6 +247,8 @@ def reconstruction_picture(model: Any, images: ImageDataset, count: int = 32) ->
 
 def run(config: TrainTokenizerConfig) -> Path:
     """Train, and return the run folder; `tokenizer/` in it is what the next stage wants."""
+    data = as_begun(config.data, begun_data(Path(config.out)) or {})
+    config = config.model_copy(update={"data": data})
 
     def build(accelerator: Accelerator) -> Task:
         if config.loss.perceptual:
