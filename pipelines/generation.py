@@ -117,9 +117,17 @@ class ImagePipeline(Stages):
         SamplerDefaults(**settings)
         return settings
 
-    def complete(self, images: Any, known: Tensor, labels: Label | Sequence[Label] = None, *, draws: int = 1,
-                 output_type: str = "pil", **kwargs: Any) -> PipelineOutput:  # fmt: skip
-        """Fill in what is not known: bool `known` `(H, W)` or `(B, H, W)`, True = keep this pixel.
+    def complete(
+        self,
+        images: Any,
+        known: Tensor | np.ndarray,
+        labels: Label | Sequence[Label] = None,
+        *,
+        draws: int = 1,
+        output_type: str = "pil",
+        **kwargs: Any,
+    ) -> PipelineOutput:
+        """Fill in what is not known: bool `known` `(H, W)` or `(B, H, W)`, a tensor or array, True = keep this pixel.
 
         draws: completions of each image; `kwargs` as for `__call__`. What is conditioned on, and the shapes of several
         draws, says `completion.complete`. Raises `ValueError` for a mask of another shape.
@@ -147,8 +155,9 @@ class ImagePipeline(Stages):
             parts.append(self.prior.log_prob(tokens[rows], given, order_of(order, rows), num_orders))
         return torch.cat(parts)
 
-    def conditional_log_prob(self, images: Any, known: Tensor, labels: Label | Sequence[Label] = None, *,
-                             batch_size: int = 256) -> Tensor:  # fmt: skip
+    def conditional_log_prob(
+        self, images: Any, known: Tensor | np.ndarray, labels: Label | Sequence[Label] = None, *, batch_size: int = 256
+    ) -> Tensor:
         """log p of the hidden part's tokens given the known ones, `(B,)` nats, exact; `known` as for `complete`. Raises
         `ConditionError` where the prior's order does not allow it; see `completion.conditional_log_prob`."""
         return conditional_log_prob(self, images, known, labels, batch_size=batch_size)
@@ -160,7 +169,7 @@ class ImagePipeline(Stages):
         given the tokens; an upper bound where `prior.exact` is False. order, num_orders: as in `Prior.log_prob`.
         Raises `LikelihoodError` when the tokenizer's decoder has no likelihood."""
         batch = self.to_images(images)
-        tokens, parts = self.encode(batch, batch_size=batch_size), []
+        tokens, parts = self.encode_batch(batch, batch_size=batch_size), []
         for part, ids in zip(batch.split(batch_size), tokens.split(batch_size), strict=True):
             pixels = self.tokenizer.pixel_log_prob(part, ids)
             if pixels is None:
