@@ -18,6 +18,7 @@ from tokenizer.storage import read_json
 from .appending import class_numbers, existing, missing_variants, same_images
 from .config import Config, UserError, run_command
 from .images import DataConfig, ImageDataset, Splits, check_shape, load_images
+from .origin import is_local
 from .pieces import (
     JOB,
     Piece,
@@ -216,7 +217,8 @@ def finish(config: EncodeConfig, tokenizer: Tokenizer, images: Splits, pieces: l
             "rows": {name: sum(p.stop - p.start for p in pieces if p.split == name) for name in variants}}  # fmt: skip
     if old is None:
         path = Path(config.tokenizer) / PROVENANCE
-        source = {**(read_json(path) if path.is_file() else {}), "data": data}
+        known = read_json(path) if path.is_file() else {}
+        source = {**known, "data": data, "local": is_local(config.data.source)}
         names = images.train.class_names if images.train.labels is not None else []
         meta = Meta(tokenizer.grid, names, {}, source, config.augmentations, tokenizer.fingerprint(), [part])
     else:

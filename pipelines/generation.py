@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -22,7 +23,8 @@ from .calibration import Calibration
 from .completion import complete, conditional_log_prob
 from .compression import compress, decompress, exact_pixels
 from .healing import Healed, anomaly_map, heal
-from .index import SamplerDefaults
+from .index import FILES, SamplerDefaults
+from .origin import shareable
 from .pictures import check_output_type, convert_images, grid_picture
 from .representation import embed
 from .stages import Images, Label, Stages
@@ -246,19 +248,22 @@ class ImagePipeline(Stages):
 
     def push_to_hub(self, repo_id: str, *, token: str | None = None, private: bool | None = None,
                     commit_message: str = "Upload pipeline") -> Any:  # fmt: skip
-        """Create the Hub repository if needed and upload the pipeline folder, model card and sample grid included.
+        """Create the Hub repository if needed and upload the pipeline folder, model card and sample grid included, in
+        one commit, in which files of an earlier pipeline go; those of others stay. Of a folder of images that it was
+        trained on, the name is not told.
 
-        Returns what `HfApi.upload_folder` does. Errors are huggingface_hub's.
+        Returns huggingface_hub's `CommitInfo`. Raises `hub.PushError`, an `OSError`, with the reason in one line.
         """
-        from huggingface_hub import HfApi
+        from .hub import replace_on_hub, require_reachable
 
-        api = HfApi(token=token)
+        require_reachable(repo_id)
         with tempfile.TemporaryDirectory() as temporary:
-            folder = Path(temporary) / "pipeline"
+            folder, shared = Path(temporary) / "pipeline", copy.copy(self)
+            shared.provenance = shareable(self.provenance)
             grid = self.sample_picture() if self.sample_grid is None else self.sample_grid
-            self.save_pretrained(folder, sample_grid=grid)
-            api.create_repo(repo_id, private=private, exist_ok=True)
-            return api.upload_folder(repo_id=repo_id, folder_path=folder, commit_message=commit_message)
+            shared.save_pretrained(folder, sample_grid=grid)
+            return replace_on_hub(folder, repo_id, lambda names, fetch: FILES, token=token, private=private,
+                                  commit_message=commit_message)  # fmt: skip
 
     def sample_picture(self, count: int = 80, seed: int = 0) -> np.ndarray:
         """A grid of samples at the pipeline's settings, one class per column (of at most ten), uint8 (H, W, 3)."""

@@ -23,6 +23,7 @@ from pydantic import Field, model_validator
 from .augment import AugmentConfig, splitmix64
 from .config import Config, UserError, is_first_process
 from .hub import offline_if_unreachable, reason_of
+from .origin import HUB_NAME, REMARK
 
 # Wider than what is decoded, so that an image we do not read is reported and not overlooked.
 SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".heic", ".avif", ".jp2", ".ppm"}
@@ -116,16 +117,18 @@ SplitRows = dict[str, Callable[[], Rows]]
 
 def open_source(config: DataConfig) -> SplitRows:
     """The splits of `config.source` by name. A path that exists wins over a Hub id of the same name."""
+    path = Path(config.source).expanduser()
+    if config.source.startswith(REMARK) and not path.exists():
+        raise UserError(f"data.source: there is no file or folder {config.source}")
     if config.streaming:
         from .shard_sources import open_shards
 
         return open_shards(config)
-    path = Path(config.source).expanduser()
     if config.source == "digits":
         return digits()
     if path.is_dir() and not any(map(is_table, path.rglob("*"))):
         return image_folder(path, config)
-    if not path.exists() and not re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", config.source):
+    if not path.exists() and not re.fullmatch(HUB_NAME, config.source):
         raise UserError(f"data.source: there is no file or folder {config.source}")
     return tables(path, config)
 

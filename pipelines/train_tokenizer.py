@@ -22,6 +22,7 @@ from .adversary import Adversary, CriticConfig
 from .codebook import CodebookUse
 from .config import Config, ModelNode, UserError, run_command
 from .images import DataConfig, ImageDataset, load_images
+from .origin import is_local
 from .perceptual import Perceptual, weights_file
 from .pictures import grid_picture
 from .run_folder import begun_data
@@ -176,9 +177,9 @@ class TokenizerTask(Task):
     def save(self, model: Any, run: Path, facts: dict[str, Any]) -> None:
         """The tokenizer's folder, with where its images came from."""
         self.images.write_report(run)
-        save_tokenizer(
-            model.tokenizer, run / "tokenizer", {"data": self.config.data.model_dump(mode="json"), "tokenizer": facts}
-        )
+        data = self.config.data
+        known = {"data": data.model_dump(mode="json"), "local": is_local(data.source), "tokenizer": facts}
+        save_tokenizer(model.tokenizer, run / "tokenizer", known)
 
 
 def defaults(given: dict[str, Any]) -> dict[str, Any]:

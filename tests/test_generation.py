@@ -745,28 +745,22 @@ def test_sample_grid_is_on_the_card_and_comes_back(tmp_path):
 
 @pytest.mark.parametrize("labels", [LABELS, []])
 def test_push_to_hub_uploads_a_folder_that_loads(labels, monkeypatch):
-    from huggingface_hub import HfApi
-
     calls = []
 
-    def create_repo(api, repo_id, **options):
-        calls.append(("create_repo", repo_id, api.token, options))
-
-    def upload_folder(api, *, repo_id, folder_path, commit_message, **options):
-        loaded = ImagePipeline.from_pretrained(folder_path)
-        calls.append(("upload_folder", repo_id, files_in(folder_path), loaded(2, seed=0).tokens, commit_message))
+    def replace_on_hub(folder, repo_id, ours, **options):
+        loaded = ImagePipeline.from_pretrained(folder)
+        calls.append((repo_id, files_in(folder), loaded(2, seed=0).tokens, options))
         return "a commit"
 
-    monkeypatch.setattr(HfApi, "create_repo", create_repo)
-    monkeypatch.setattr(HfApi, "upload_folder", upload_folder)
+    monkeypatch.setattr("pipelines.hub.require_reachable", lambda repo_id: None)
+    monkeypatch.setattr("pipelines.hub.replace_on_hub", replace_on_hub)
     pipe = make_pipeline(labels=labels)
     pipe.provenance = PROVENANCE
     assert pipe.push_to_hub("me/mosaic", token="hf_secret", private=True, commit_message="first") == "a commit"
-    (create, upload) = calls
-    assert create == ("create_repo", "me/mosaic", "hf_secret", {"private": True, "exist_ok": True})
-    assert upload[:2] == ("upload_folder", "me/mosaic") and upload[4] == "first"
-    assert upload[2] == {"model_index.json", "manifest.json", "README.md", "provenance.json", "samples.png", *PARTS}
-    assert torch.equal(upload[3], pipe(2, seed=0).tokens)
+    ((repo_id, files, tokens, options),) = calls
+    assert (repo_id, options) == ("me/mosaic", {"token": "hf_secret", "private": True, "commit_message": "first"})
+    assert files == {"model_index.json", "manifest.json", "README.md", "provenance.json", "samples.png", *PARTS}
+    assert torch.equal(tokens, pipe(2, seed=0).tokens)
 
 
 # Importing
