@@ -82,16 +82,18 @@ BUGS = (TypeError, AttributeError, NameError, AssertionError)  # of ours: no wor
 class PushError(OSError):
     """Why something could not be written to the Hub, in one line; its cause is what huggingface_hub raised, if any."""
 
-    def __init__(self, repo_id: str, reason: str) -> None:
-        super().__init__(one_line(f"{repo_id} cannot be written to: {reason}"))
+
+def refusal(repo_id: str, reason: str) -> PushError:
+    """The error to raise for a repository."""
+    return PushError(one_line(f"{repo_id} cannot be written to: {reason}"))
 
 
 def require_reachable(repo_id: str) -> None:
     """Raise `PushError`, within seconds, where the Hub may not be asked or cannot be reached."""
     if constants.HF_HUB_OFFLINE:
-        raise PushError(repo_id, "HF_HUB_OFFLINE forbids to ask the Hub")
+        raise refusal(repo_id, "HF_HUB_OFFLINE forbids to ask the Hub")
     if not is_reachable():
-        raise PushError(repo_id, f"{constants.ENDPOINT} cannot be reached")
+        raise refusal(repo_id, f"{constants.ENDPOINT} cannot be reached")
 
 
 def replace_on_hub(
@@ -129,7 +131,7 @@ def replace_on_hub(
     except BUGS:
         raise
     except Exception as error:  # of an HTTP client that is another in each version, and sometimes a KeyError
-        raise PushError(repo_id, said(error)) from error
+        raise refusal(repo_id, said(error)) from error
 
 
 def said(error: Exception) -> str:

@@ -39,7 +39,7 @@ def run(config: PushConfig) -> str:
     if not is_pipeline and not (folder / META).is_file():
         raise UserError(f"folder: {folder} is neither a pipeline (no {INDEX}) nor a token dataset (no {META})")
     if is_pipeline and config.out is not None:
-        raise UserError("out: a pipeline is uploaded as it is; copy its folder")
+        raise UserError("out: is for token datasets; a pipeline is a folder that can be copied")
     try:
         if config.to is not None:
             require_reachable(config.to)  # before gigabytes are read

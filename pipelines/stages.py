@@ -116,8 +116,8 @@ class Stages:
     @torch.no_grad()
     def encode_batch(self, batch: Tensor, *, batch_size: int = 256) -> Tensor:
         """`encode` of what `to_images` made, or of what was made of that: float `(B, C, H, W)` in [-1, 1]."""
-        parts = batch.to(self.device, self.dtype).split(batch_size)
-        return torch.cat([self.tokenizer.encode(part) for part in parts])
+        parts = batch.split(batch_size)
+        return torch.cat([self.tokenizer.encode(part.to(self.device, self.dtype)) for part in parts])
 
     @torch.no_grad()
     def decode(self, tokens: Tensor, *, output_type: str = "pil", batch_size: int = 256) -> Any:
