@@ -20,5 +20,6 @@ def _check_siblings() -> None:
 _check_siblings()
 
 from .generation import ImagePipeline, PipelineOutput  # noqa: E402
+from .pictures import from_unit  # noqa: E402
 
-__all__ = ["ImagePipeline", "PipelineOutput"]
+__all__ = ["ImagePipeline", "PipelineOutput", "from_unit"]

@@ -85,7 +85,7 @@ def measured(pipeline: Stages, images: Any, labels: Label | Sequence[Label] = No
     for start in range(0, len(batch), batch_size):
         rows = slice(start, start + batch_size)
         part, given = batch[rows], None if ids is None else ids[rows]
-        tokens = pipeline.encode(part)
+        tokens = pipeline.encode_batch(part)
         surprise = bits(pipeline.prior.token_log_probs(tokens, given).flatten(1))
         pixels = pipeline.tokenizer.pixel_log_prob(part, tokens)
         error = (pipeline.decode(tokens, output_type="pt") - part).abs().mean(1).cpu()

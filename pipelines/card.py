@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from .origin import shareable, told_on_card
+
 if TYPE_CHECKING:
     from .stages import Stages
 
@@ -45,13 +47,17 @@ def model_card(pipeline: Stages) -> str:
     channels, height, width = tokenizer.image_shape
     shape = " x ".join(map(str, prior.grid.shape))
     counts = [sum(p.numel() for p in part.parameters()) for part in (tokenizer, prior)]
-    source = pipeline.provenance.get("data", {}).get("source")
+    facts = shareable(pipeline.provenance)
+    source = told_on_card(facts)
+    # The Hub has no task of images of a class, and one is not to be found among the unconditional ones.
+    task = [] if prior.num_classes else ["pipeline_tag: unconditional-image-generation"]
     header = [
         "---",
         "library_name: smalti",
-        "pipeline_tag: unconditional-image-generation",
+        *task,
         "tags:",
         "- image-generation",
+        f"- {'class-conditional' if prior.num_classes else 'unconditional'}",
         f"- {tokenizer.name}",
         f"- {prior.name}",
         "---",
@@ -64,7 +70,7 @@ def model_card(pipeline: Stages) -> str:
         f"(`{tokenizer.name}`, {counts[0]:,} parameters) turns an image into {shape} ids of {prior.grid.vocab_size}; "
         f"the prior (`{prior.name}`, {counts[1]:,} parameters) models them.",
         "",
-        *([f"Trained on `{source}`.", ""] if source else []),
+        *([f"Trained on {source}.", ""] if source else []),
         *(["![samples](samples.png)", ""] if pipeline.sample_grid is not None else []),
         "```python",
         "from pipelines import ImagePipeline",
@@ -72,7 +78,7 @@ def model_card(pipeline: Stages) -> str:
         f"images = pipe(num_images=4{', labels=0' if prior.num_classes else ''}, seed=0).images",
         "```",
         "",
-        *measured(pipeline.provenance, exact=prior.exact),
+        *measured(facts, exact=prior.exact),
     ]
     return "\n".join([*header, "", *lines])
 

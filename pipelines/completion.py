@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 import torch.nn.functional as F
+from PIL.Image import Image as Picture
 from torch import Tensor
 
 from prior import Prior
@@ -38,10 +39,18 @@ class ConditionError(ValueError):
 
 
 @torch.no_grad()
-def complete(pipeline: ImagePipeline, images: Images, known: Tensor, labels: Label | Sequence[Label] = None, *,
-             draws: int = 1, output_type: str = "pil", order: Order = None, **settings: Any
-             ) -> PipelineOutput:  # fmt: skip
-    """Fill in what is not known: bool `known` `(H, W)` or `(B, H, W)`, True = keep this pixel.
+def complete(
+    pipeline: ImagePipeline,
+    images: Images,
+    known: Tensor | np.ndarray,
+    labels: Label | Sequence[Label] = None,
+    *,
+    draws: int = 1,
+    output_type: str = "pil",
+    order: Order = None,
+    **settings: Any,
+) -> PipelineOutput:
+    """Fill in what is not known: bool `known` `(H, W)` or `(B, H, W)`, a tensor or array, True = keep this pixel.
 
     Hidden pixels are painted over before encoding, so nothing of them leaks. A token is known when every pixel of its
     patch is, and only known tokens are looked at; near the hole, a tokenizer whose receptive field is wider than a
@@ -78,6 +87,13 @@ def complete(pipeline: ImagePipeline, images: Images, known: Tensor, labels: Lab
 
 def check_mask(known: Any, images: Tensor) -> Tensor:
     """`known` as bool `(B, H, W)` beside `images`. Raises `ValueError` for another shape or type."""
+    several = known if isinstance(known, (list, tuple)) else [known]
+    if any(isinstance(mask, Picture) for mask in several):
+        raise ValueError(
+            "known should be a bool tensor or array, True = keep this pixel, and not a picture, in which white may "
+            'mean either; if it is white where pixels are hidden, give np.asarray(mask.convert("L")) < 128'
+        )
+    known = np.ascontiguousarray(known) if isinstance(known, np.ndarray) else known  # torch takes none that is flipped
     known = torch.as_tensor(known, device=images.device)
     shape = (len(images), *images.shape[2:])
     if known.dtype != torch.bool or tuple(known.shape) not in (shape, shape[1:]):
@@ -90,7 +106,7 @@ def check_mask(known: Any, images: Tensor) -> Tensor:
 def visible_tokens(pipeline: ImagePipeline, images: Tensor, known: Tensor) -> tuple[Tensor, Tensor]:
     """Tokens of `images` with all that is not `known` `(B, H, W)` painted over (or it would leak through the encoder's
     receptive field), and which of them to go by, both `(B, *grid.shape)`."""
-    return pipeline.encode(painted(images, known[:, None])), pipeline.tokenizer.known_tokens(known)
+    return pipeline.encode_batch(painted(images, known[:, None])), pipeline.tokenizer.known_tokens(known)
 
 
 def painted(images: Tensor, known: Tensor) -> Tensor:
@@ -125,8 +141,14 @@ def repeated(pipeline: ImagePipeline, labels: Label | Sequence[Label], count: in
 
 
 @torch.no_grad()
-def conditional_log_prob(pipeline: ImagePipeline, images: Images, known: Tensor, labels: Label | Sequence[Label] = None,
-                         *, batch_size: int = 256) -> Tensor:  # fmt: skip
+def conditional_log_prob(
+    pipeline: ImagePipeline,
+    images: Images,
+    known: Tensor | np.ndarray,
+    labels: Label | Sequence[Label] = None,
+    *,
+    batch_size: int = 256,
+) -> Tensor:
     """log p of each image's hidden tokens given the known ones, `(B,)` nats. known: as for `complete`.
 
     It is the log-probability that `complete`, at temperature 1 and unguided, draws the very tokens that the image has
@@ -141,7 +163,7 @@ def conditional_log_prob(pipeline: ImagePipeline, images: Images, known: Tensor,
     for start in range(0, len(batch), batch_size):
         rows = slice(start, start + batch_size)
         visible, keep = visible_tokens(pipeline, batch[rows], known[rows])
-        tokens = torch.where(keep, visible, pipeline.encode(batch[rows]))
+        tokens = torch.where(keep, visible, pipeline.encode_batch(batch[rows]))
         parts.append(region_log_prob(pipeline.prior, tokens, keep, None if ids is None else ids[rows]))
     return torch.cat(parts)
 

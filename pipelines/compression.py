@@ -118,7 +118,7 @@ def write_images(pipeline: Stages, file: BinaryIO, parts: Iterable[Tensor], coun
         for index, part in zip(steps, parts, strict=False):
             if lossless:
                 check_exact(part)
-            tokens = pipeline.encode(part).to(models.device)
+            tokens = pipeline.encode_batch(part).to(models.device)
             values = to_values(part).to(models.device) if residual else None
             yield encode_chunk(models, library, header, index, tokens, values, checked)
 

@@ -25,6 +25,7 @@ from .outputs import check_out_results
 from .pictures import grid_picture, save_picture
 from .separation import benjamini_hochberg, separation
 from .sources import open_source
+from .splits import held_out_split, tell_splits
 
 NAMES_AT_A_TIME = 256
 
@@ -124,9 +125,11 @@ def find(data: DataConfig, source: str) -> Found:
     """All images of a source's held-out split, or of its only one. Raises `UserError`."""
     data = source_at(data, source)
     splits = open_source(data)
-    rows = splits.get(data.held_out, splits.get(data.split))
-    if rows is None:
+    held_out = held_out_split(splits, data)
+    if (name := held_out or data.split) not in splits:
         raise UserError(f"data.split: {source} has no split {data.split!r}; it has {', '.join(sorted(splits))}")
+    tell_splits(splits, data, held_out, f"all of {data.split!r}", "looked through")
+    rows = splits[name]()
     positions = np.arange(rows.size)[: data.limit]
     decoded = decode_all(rows, positions, data.image_shape, room=1 << 62)
     judge([decoded.report], data)

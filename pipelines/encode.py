@@ -19,8 +19,10 @@ from tokenizer.storage import read_json
 from .appending import class_numbers, existing, missing_variants, same_images
 from .config import Config, UserError, run_command
 from .images import DataConfig, ImageDataset, Splits, check_shape, load_images
+from .origin import is_local
 from .outputs import check_out_folder
 from .pieces import (
+    JOB,
     Piece,
     begun,
     check_job,
@@ -37,6 +39,7 @@ from .pieces import (
 )
 from .processes import build_accelerator
 from .run_folder import on_main
+from .splits import as_begun
 from .tokens import TOKENS, Meta
 from .train_tokenizer import PROVENANCE
 
@@ -86,6 +89,7 @@ def run(config: EncodeConfig) -> Path:
         recover(out)
     accelerator.wait_for_everyone()
     old = existing(out, tokenizer) if config.append else None
+    config = config.model_copy(update={"data": data_as_begun(config.data, begun_with(work, old))})
     wanted = {"train": 1 + config.augmentations, "test": 1}
     wanted = {split: count for split, count in wanted.items() if config.only in (None, split)}
     variants = missing_variants(old, config.data.model_dump(mode="json"), config.seed, wanted)
@@ -106,6 +110,23 @@ def run(config: EncodeConfig) -> Path:
         accelerator.wait_for_everyone()
     accelerator.end_training()
     return out
+
+
+def begun_with(work: Path, old: Meta | None) -> list[dict[str, Any]]:
+    """The configurations of images that this encode may go on with: of an unfinished one, of rows to be added to."""
+    unfinished = [read_json(work / JOB)] if (work / JOB).is_file() else []
+    parts = [*old.parts, old.source] if old is not None else []
+    return [given for part in [*unfinished, *parts] if isinstance(given := part.get("data"), dict)]
+
+
+def data_as_begun(data: DataConfig, befores: list[dict[str, Any]]) -> DataConfig:
+    """`data`, with what was held out of the same images before."""
+    found = (
+        as_begun(data, before)
+        for before in befores
+        if same_images(before, as_begun(data, before).model_dump(mode="json"))
+    )
+    return next(found, data)
 
 
 def check_settings(config: EncodeConfig, tokenizer: Tokenizer, out: Path) -> None:
@@ -194,7 +215,8 @@ def finish(config: EncodeConfig, tokenizer: Tokenizer, images: Splits, pieces: l
             "rows": {name: sum(p.stop - p.start for p in pieces if p.split == name) for name in variants}}  # fmt: skip
     if old is None:
         path = Path(config.tokenizer) / PROVENANCE
-        source = {**(read_json(path) if path.is_file() else {}), "data": data}
+        known = read_json(path) if path.is_file() else {}
+        source = {**known, "data": data, "local": is_local(config.data.source)}
         names = images.train.class_names if images.train.labels is not None else []
         meta = Meta(tokenizer.grid, names, {}, source, config.augmentations, tokenizer.fingerprint(), [part])
     else:

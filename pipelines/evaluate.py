@@ -18,8 +18,10 @@ from tokenizer.storage import read_json, results_folder, write_json
 
 from .config import Config, UserError, run_command
 from .generation import ImagePipeline, LikelihoodError
+from .hub import fetched
 from .images import DataConfig, ImageDataset, Splits, check_shape, load_images, to_float, to_uint8
 from .index import PIPELINE, PROVENANCE
+from .origin import named
 from .outputs import check_out_results
 from .pictures import grid_picture, save_picture
 from .quality import LEAST, FeatureSpace, compare, feature_space, frechet_distance, inception_space, shuffled, ssim
@@ -54,7 +56,10 @@ class EvaluateConfig(Config):
 
 def defaults(given: dict[str, Any]) -> dict[str, Any]:
     """The data source that the pipeline named on the command line was trained on."""
-    path = Path(str(given.get("pipeline", ""))) / PROVENANCE
+    source = str(given.get("pipeline", ""))
+    path = Path(source) / PROVENANCE
+    if not Path(source).is_dir():
+        path = fetched(source, PROVENANCE) or path
     return {"data": read_json(path).get("data", {})} if path.is_file() else {}
 
 
@@ -211,7 +216,7 @@ def evaluate_samples(
     count = min(len(samples), len(train), len(held_out))
     if count < LEAST:
         return figures, {}
-    space = feature_space(train, held_out, config.feature_steps, config.data.source)
+    space = feature_space(train, held_out, config.feature_steps, named(config.data.source))
     found, suspects, copied = compare(space, samples, train, held_out, lambda batch: reconstruct(pipeline, batch))
     figures |= {"feature_space": space.name, "feature_origin": space.origin, **found}
     if inception is not None:

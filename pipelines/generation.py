@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -22,7 +23,8 @@ from .calibration import Calibration
 from .completion import complete, conditional_log_prob
 from .compression import compress, decompress, exact_pixels
 from .healing import Healed, anomaly_map, heal
-from .index import SamplerDefaults
+from .index import FILES, SamplerDefaults
+from .origin import shareable
 from .pictures import check_output_type, convert_images, grid_picture
 from .representation import embed
 from .stages import Images, Label, Stages
@@ -117,9 +119,17 @@ class ImagePipeline(Stages):
         SamplerDefaults(**settings)
         return settings
 
-    def complete(self, images: Any, known: Tensor, labels: Label | Sequence[Label] = None, *, draws: int = 1,
-                 output_type: str = "pil", **kwargs: Any) -> PipelineOutput:  # fmt: skip
-        """Fill in what is not known: bool `known` `(H, W)` or `(B, H, W)`, True = keep this pixel.
+    def complete(
+        self,
+        images: Any,
+        known: Tensor | np.ndarray,
+        labels: Label | Sequence[Label] = None,
+        *,
+        draws: int = 1,
+        output_type: str = "pil",
+        **kwargs: Any,
+    ) -> PipelineOutput:
+        """Fill in what is not known: bool `known` `(H, W)` or `(B, H, W)`, a tensor or array, True = keep this pixel.
 
         draws: completions of each image; `kwargs` as for `__call__`. What is conditioned on, and the shapes of several
         draws, says `completion.complete`. Raises `ValueError` for a mask of another shape.
@@ -147,8 +157,9 @@ class ImagePipeline(Stages):
             parts.append(self.prior.log_prob(tokens[rows], given, order_of(order, rows), num_orders))
         return torch.cat(parts)
 
-    def conditional_log_prob(self, images: Any, known: Tensor, labels: Label | Sequence[Label] = None, *,
-                             batch_size: int = 256) -> Tensor:  # fmt: skip
+    def conditional_log_prob(
+        self, images: Any, known: Tensor | np.ndarray, labels: Label | Sequence[Label] = None, *, batch_size: int = 256
+    ) -> Tensor:
         """log p of the hidden part's tokens given the known ones, `(B,)` nats, exact; `known` as for `complete`. Raises
         `ConditionError` where the prior's order does not allow it; see `completion.conditional_log_prob`."""
         return conditional_log_prob(self, images, known, labels, batch_size=batch_size)
@@ -160,7 +171,7 @@ class ImagePipeline(Stages):
         given the tokens; an upper bound where `prior.exact` is False. order, num_orders: as in `Prior.log_prob`.
         Raises `LikelihoodError` when the tokenizer's decoder has no likelihood."""
         batch = self.to_images(images)
-        tokens, parts = self.encode(batch, batch_size=batch_size), []
+        tokens, parts = self.encode_batch(batch, batch_size=batch_size), []
         for part, ids in zip(batch.split(batch_size), tokens.split(batch_size), strict=True):
             pixels = self.tokenizer.pixel_log_prob(part, ids)
             if pixels is None:
@@ -237,19 +248,22 @@ class ImagePipeline(Stages):
 
     def push_to_hub(self, repo_id: str, *, token: str | None = None, private: bool | None = None,
                     commit_message: str = "Upload pipeline") -> Any:  # fmt: skip
-        """Create the Hub repository if needed and upload the pipeline folder, model card and sample grid included.
+        """Create the Hub repository if needed and upload the pipeline folder, model card and sample grid included, in
+        one commit, in which files of an earlier pipeline go; those of others stay. Of a folder of images that it was
+        trained on, the name is not told.
 
-        Returns what `HfApi.upload_folder` does. Errors are huggingface_hub's.
+        Returns huggingface_hub's `CommitInfo`. Raises `hub.PushError`, an `OSError`, with the reason in one line.
         """
-        from huggingface_hub import HfApi
+        from .hub import replace_on_hub, require_reachable
 
-        api = HfApi(token=token)
+        require_reachable(repo_id)
         with tempfile.TemporaryDirectory() as temporary:
-            folder = Path(temporary) / "pipeline"
+            folder, shared = Path(temporary) / "pipeline", copy.copy(self)
+            shared.provenance = shareable(self.provenance)
             grid = self.sample_picture() if self.sample_grid is None else self.sample_grid
-            self.save_pretrained(folder, sample_grid=grid)
-            api.create_repo(repo_id, private=private, exist_ok=True)
-            return api.upload_folder(repo_id=repo_id, folder_path=folder, commit_message=commit_message)
+            shared.save_pretrained(folder, sample_grid=grid)
+            return replace_on_hub(folder, repo_id, lambda names, fetch: FILES, token=token, private=private,
+                                  commit_message=commit_message)  # fmt: skip
 
     def sample_picture(self, count: int = 80, seed: int = 0) -> np.ndarray:
         """A grid of samples at the pipeline's settings, one class per column (of at most ten), uint8 (H, W, 3)."""

@@ -47,7 +47,7 @@ def anomaly_map(pipeline: Stages, images: Any, labels: Label | Sequence[Label] =
     maps = []
     for start in range(0, len(batch), batch_size):
         part = batch[start : start + batch_size]
-        tokens = pipeline.encode(part)
+        tokens = pipeline.encode_batch(part)
         given = None if ids is None else ids[start : start + batch_size]
         bits = -pipeline.prior.token_log_probs(tokens, given).flatten(1) / math.log(2)
         spread = (bits[:, None] * rows) @ columns.T  # (B, H, N) @ (N, W)
@@ -94,7 +94,7 @@ def heal(pipeline: Stages, images: Any, quantile: float = 0.98, draws: int = 8, 
         raise ValueError(f"quantile should be one of {', '.join(map(str, LEVELS))} and draws at least 1 "
                          f"(got {quantile}, {draws})")  # fmt: skip
     batch = pipeline.to_images(images)
-    ids, tokens = pipeline.label_ids(labels, len(batch)), pipeline.encode(batch)
+    ids, tokens = pipeline.label_ids(labels, len(batch)), pipeline.encode_batch(batch)
     bits = -pipeline.prior.token_log_probs(tokens, ids) / math.log(2)
     limit = torch.from_numpy(calibration.surprise[LEVELS.index(quantile)]).to(bits)
     if len(limit) not in (1, len(pipeline.prior.grid)):

@@ -25,7 +25,8 @@ from .bad_images import append_report
 from .config import UserError, is_first_process
 from .decoding import WORKERS, Decoded, Problem, Report, decode_all, pixels_of, try_decode
 from .schedule import samples_of
-from .sources import DataConfig, Rows, open_source
+from .sources import DataConfig, Rows, SplitRows, open_source
+from .splits import held_out_split, tell_splits
 from .streaming import carve_blocks
 
 __all__ = ["DataConfig", "ImageDataset", "Splits", "check_shape", "load_images", "pixels_of", "to_float", "to_uint8"]
@@ -131,13 +132,14 @@ def to_uint8(images: Tensor) -> Tensor:
     return ((images.float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
 
 
-def load_images(config: DataConfig) -> Splits:
+def load_images(config: DataConfig, *, begun: bool = False) -> Splits:
     """Find the source, decode every image once and return both splits.
 
-    Raises UserError for a source that is missing or empty, for labels that are missing or negative, and for images
-    that can not be decoded (with `on_error=skip`, only if they are more than `max_bad_fraction`).
+    begun: whether a run goes on with them, which is to hold out what it did; see `held_out_split`. Raises UserError for
+    a source that is missing or empty or lacks a split, for labels that are missing or negative, and for images that
+    can not be decoded (with `on_error=skip`, only if they are more than `max_bad_fraction`).
     """
-    parts = choose_splits(open_source(config), config)
+    parts = choose_splits(open_source(config), config, begun)
     ids, class_names = number_labels([rows for rows, _ in parts])
     if config.streaming:
         from .streamed import StreamedImages
@@ -170,19 +172,20 @@ def check_shape(config: DataConfig, shape: tuple[int, int, int], whose: str = "p
 # splits and labels --------------------------------------------------------------------------------
 
 
-def choose_splits(splits: dict[str, Rows], config: DataConfig) -> list[tuple[Rows, NDArray[np.int64]]]:
-    """The training rows and the held-out rows, each with the positions to use."""
+def choose_splits(splits: SplitRows, config: DataConfig, begun: bool = False) -> list[tuple[Rows, NDArray[np.int64]]]:
+    """The training rows and the held-out rows, each with the positions to use. Raises `UserError`."""
     if config.split not in splits:
         raise UserError(f"data.split: the source has no split {config.split!r}; it has {', '.join(splits)}")
-    rows = splits[config.split]
-    if config.held_out in splits:
-        other = splits[config.held_out]
+    fraction, found = config.held_out_fraction, held_out_split(splits, config, begun=begun)
+    tell_splits(splits, config, found, f"{100 * fraction:.3g}% of {config.split!r}", "held out")
+    rows = splits[config.split]()
+    if found is not None:
+        other = splits[found]()
         parts = [(rows, np.arange(rows.size)), (other, np.arange(other.size))]
     else:
-        fraction = config.held_out_fraction
         kept, held_out = carve(rows.size, fraction) if rows.blocks is None else carve_blocks(rows.blocks, fraction)
         parts = [(rows, kept), (rows, held_out)]
-    for (_, positions), name in zip(parts, (config.split, config.held_out), strict=True):
+    for (_, positions), name in zip(parts, (config.split, found or "held_out"), strict=True):
         if not len(positions):
             raise UserError(f"data: no images for {name!r} (the split {config.split!r} has {rows.size})")
     return [(part, positions[: config.limit]) for part, positions in parts]

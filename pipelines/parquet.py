@@ -12,7 +12,8 @@ import hashlib
 import os
 import re
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,14 +27,17 @@ from tokenizer.storage import (
     FormatError,
     IntegrityError,
     PathError,
+    PipelineLoadError,
     atomic_folder,
+    read_json,
     verify_manifest,
     write_json,
     write_manifest,
 )
 
 from .config import UserError
-from .hub import is_reachable
+from .hub import HUB_ID, is_reachable, replace_on_hub, require_reachable
+from .origin import shareable
 from .shards import ROWS_PER_SHARD, bytes_per_row, chunks, shard_names, smallest_type, spans, write_shard
 
 if TYPE_CHECKING:
@@ -43,7 +47,8 @@ if TYPE_CHECKING:
 
 LAYOUT = "parquet"
 FILE_BYTES = 256 << 20  # of tokens in a parquet file, before compression
-HUB_ID = r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}"
+OURS = r"README\.md|meta\.json|tokenizer/[\w.]+\.(json|safetensors)|data/\w+-\d+-of-\d+\.parquet"
+"""Names of the files that `write_parquet` writes, beside the manifest."""
 
 Batches = Iterator[tuple[Tensor, Tensor | None]]
 
@@ -63,8 +68,8 @@ def features_of(grid: TokenGrid, class_names: list[str]) -> datasets.Features:
 
 
 def write_parquet(data: TokenDataset, folder: str | Path) -> None:
-    """Write the dataset as parquet; the folder appears whole or not at all. Raises `PathError` if something else is
-    there, `UserError` for a split whose name `datasets` does not take."""
+    """Write the dataset as parquet, without the names of local folders of images; the folder appears whole or not at
+    all. Raises `PathError` if something else is there, `UserError` for a split whose name `datasets` does not take."""
     from .tokens import META, TOKENS
 
     if strange := [name for name in data.splits if not re.fullmatch(r"\w+", name)]:
@@ -76,9 +81,15 @@ def write_parquet(data: TokenDataset, folder: str | Path) -> None:
         for name in data.splits:
             _write_split(target / "data", name, data)
         data.tokenizer.save_pretrained(target / "tokenizer")
-        write_json(target / META, {**data.meta(shards).to_dict(), "layout": LAYOUT})
+        write_json(target / META, {**shared(data).meta(shards).to_dict(), "layout": LAYOUT})
         (target / "README.md").write_text(card(data), encoding="utf-8")
         write_manifest(target)
+
+
+def shared(data: TokenDataset) -> TokenDataset:
+    """The dataset as it may be uploaded."""
+    told = shareable({**data.source, "parts": data.parts})
+    return replace(data, parts=told.pop("parts"), source=told)
 
 
 def _write_split(folder: Path, split: str, data: TokenDataset) -> None:
@@ -132,18 +143,24 @@ data = load_tokens("OWNER/NAME")  # with the tokenizer; or `smalti train_prior t
 
 def push(data: TokenDataset, repo_id: str, *, token: str | None, private: bool | None, revision: str | None,
          commit_message: str) -> Any:  # fmt: skip
-    """See `TokenDataset.push_to_hub`. Parquet files of an earlier upload go in the same commit."""
-    from huggingface_hub import HfApi
-
-    api = HfApi(token=token)
+    """See `TokenDataset.push_to_hub`."""
+    require_reachable(repo_id)
     with tempfile.TemporaryDirectory() as temporary:
-        write_parquet(data, Path(temporary) / "dataset")
-        api.create_repo(repo_id, repo_type="dataset", private=private, exist_ok=True)
-        if revision is not None:
-            api.create_branch(repo_id, branch=revision, repo_type="dataset", exist_ok=True)
-        folder, kind = Path(temporary) / "dataset", "dataset"
-        return api.upload_folder(repo_id=repo_id, repo_type=kind, folder_path=folder, revision=revision,
-                                 delete_patterns="data/*", commit_message=commit_message)  # fmt: skip
+        folder = Path(temporary) / "dataset"
+        write_parquet(data, folder)
+        return replace_on_hub(folder, repo_id, uploaded, repo_type="dataset", token=token, private=private,
+                              revision=revision, commit_message=commit_message)  # fmt: skip
+
+
+def uploaded(names: list[str], fetch: Callable[[str], str]) -> list[str]:
+    """The files of a repository that an earlier upload of a token dataset put there: its manifest lists them."""
+    if MANIFEST not in names:
+        return []
+    try:
+        listed = read_json(Path(fetch(MANIFEST))).get("files")
+    except PipelineLoadError:  # somebody else's, which is replaced
+        return []
+    return [name for name in names if isinstance(listed, dict) and name in listed and re.fullmatch(OURS, name)]
 
 
 # Read

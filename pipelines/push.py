@@ -9,8 +9,9 @@ from pydantic import Field, model_validator
 
 from .config import Config, UserError, run_command
 from .generation import ImagePipeline
+from .hub import HUB_ID, PushError, require_reachable
 from .outputs import check_out_folder
-from .parquet import HUB_ID, write_parquet
+from .parquet import write_parquet
 from .tokens import META, TOKENS, TokenDataset, load_tokens
 
 INDEX = "model_index.json"
@@ -39,11 +40,16 @@ def run(config: PushConfig) -> str:
     if not is_pipeline and not (folder / META).is_file():
         raise UserError(f"folder: {folder} is neither a pipeline (no {INDEX}) nor a token dataset (no {META})")
     if is_pipeline and config.out is not None:
-        raise UserError("out: a pipeline is uploaded as it is; copy its folder")
+        raise UserError("out: is for token datasets; a pipeline is a folder that can be copied")
     if config.out is not None:
         check_out_folder(config.out, TOKENS, [folder])
-    item = ImagePipeline.from_pretrained(folder) if is_pipeline else load_tokens(folder, verify=True)
-    where = str(config.out) if config.to is None else upload(item, config.to, config.private)
+    try:
+        if config.to is not None:
+            require_reachable(config.to)  # before gigabytes are read
+        item = ImagePipeline.from_pretrained(folder) if is_pipeline else load_tokens(folder, verify=True)
+        where = str(config.out) if config.to is None else upload(item, config.to, config.private)
+    except PushError as error:
+        raise UserError(f"to: {error}") from error
     if isinstance(item, TokenDataset) and config.out is not None:
         write_parquet(item, config.out)
     print(where)
@@ -51,16 +57,10 @@ def run(config: PushConfig) -> str:
 
 
 def upload(item: Any, repo_id: str, private: bool) -> str:
-    """Push a pipeline or token dataset; returns its address. Raises `UserError` for what huggingface_hub raises."""
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
-
-    try:
-        item.push_to_hub(repo_id, private=private)
-    except (HfHubHTTPError, HFValidationError, OSError) as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise UserError(f"to: {repo_id} can not be written to: {reason} (`hf auth login` says who you are)") from error
+    """Push a pipeline or token dataset; returns its address. Raises `PushError`."""
     from huggingface_hub import constants
 
+    item.push_to_hub(repo_id, private=private)
     kind = "" if isinstance(item, ImagePipeline) else "datasets/"
     return f"{constants.ENDPOINT}/{kind}{repo_id}"
 

@@ -15,6 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .pictures import as_batch, to_images
+
 if TYPE_CHECKING:
     from .generation import ImagePipeline
 
@@ -53,13 +55,15 @@ def embed_layers(pipeline: ImagePipeline, images: Any, layers: Sequence[Layer], 
         raise ValueError(f"batch_size must be at least 1 (got {batch_size})")
     if isinstance(images, (Tensor, list, tuple)) and not len(images):
         raise ValueError("images: there are none")
-    if not isinstance(images, (Tensor, list, tuple)):
-        images = pipeline.to_images(images)
-    ids = pipeline.label_ids(labels, len(images))
+    shape = pipeline.tokenizer.image_shape
+    given = as_batch(images, shape)
+    if given.dtype != torch.uint8:
+        given = pipeline.to_images(given)
+    ids = pipeline.label_ids(labels, len(given))
     parts = []
-    for start in range(0, len(images), batch_size):  # as floats, many would not fit into memory at once
+    for start in range(0, len(given), batch_size):  # as floats, many 8-bit ones would not fit into memory at once
         rows = slice(start, start + batch_size)
-        batch = pipeline.to_images(images[rows])
+        batch = to_images(given[rows], shape).to(pipeline.device)
         maps = position_vectors(pipeline, batch, None if ids is None else ids[rows], chosen)
         parts.append([pooled(each, how, pipeline) for each, how in zip(maps, pools, strict=True)])
     return [torch.cat(each) for each in zip(*parts, strict=True)]
@@ -97,7 +101,7 @@ def choose_pool(source: str, pool: str | None) -> str:
 def position_vectors(pipeline: ImagePipeline, images: Tensor, labels: Tensor | None,
                      chosen: Sequence[tuple[str, int]]) -> list[Tensor]:  # fmt: skip
     """For each of `chosen`, `(B, positions, dim)` float32; codes come as their shares, `(B, 1, vocab_size)`."""
-    tokens = pipeline.encode(images)
+    tokens = pipeline.encode_batch(images)
     wanted = [index for source, index in chosen if source == "prior"]
     layers = iter(pipeline.prior.layer_features(tokens, labels, wanted) if wanted else [])
     found = []

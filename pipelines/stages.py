@@ -51,9 +51,9 @@ from .index import (
     read_index,
     read_provenance,
 )
-from .pictures import convert_images, save_picture, to_images
+from .pictures import as_batch, convert_images, save_picture, to_images, warn_if_unit
 
-Images = PILImage | Sequence[PILImage] | Tensor
+Images = PILImage | Tensor | np.ndarray | Sequence[PILImage | Tensor | np.ndarray]
 Label = int | str | None
 S = TypeVar("S", bound="Stages")
 
@@ -111,12 +111,18 @@ class Stages:
 
     @torch.no_grad()
     def encode(self, images: Any, *, batch_size: int = 256) -> Tensor:
-        """Tokens `(B, *grid.shape)` of PIL images, a list of them, uint8 `(B, C, H, W)`, or float in [-1, 1].
+        """Tokens `(B, *grid.shape)` of PIL images, or of uint8 or float in [-1, 1]: tensors `(B, C, H, W)`, arrays
+        `(B, H, W, C)` or `(H, W, C)`, or a list of single ones.
 
         On a CPU image k has the same ids in any batch; `batch_size`: images at a time on other devices.
         """
-        batch = self.to_images(images).to(self.dtype)
-        return torch.cat([self.tokenizer.encode(part) for part in self._parts(batch, batch_size)])
+        return self.encode_batch(self.to_images(images), batch_size=batch_size)
+
+    @torch.no_grad()
+    def encode_batch(self, batch: Tensor, *, batch_size: int = 256) -> Tensor:
+        """`encode` of what `to_images` made, or of what was made of that: float `(B, C, H, W)` in [-1, 1]."""
+        parts = self._parts(batch.to(self.device, self.dtype), batch_size)
+        return torch.cat([self.tokenizer.encode(part) for part in parts])
 
     @torch.no_grad()
     def decode(self, tokens: Tensor, *, output_type: str = "pil", batch_size: int = 256) -> Any:
@@ -259,8 +265,11 @@ class Stages:
         raise ValueError(f"no class is called {label!r}; there are {there if classes else 'none: it is unconditional'}")
 
     def to_images(self, images: Any) -> Tensor:
-        """Float `(B, C, H, W)` in [-1, 1] on the pipeline's device; see `pictures.to_images`."""
-        return to_images(images, self.tokenizer.image_shape).to(self.device)
+        """Float `(B, C, H, W)` in [-1, 1] on the pipeline's device, from what a user hands over; see
+        `pictures.as_batch`. Warns once of floats that look like [0, 1]."""
+        batch = as_batch(images, self.tokenizer.image_shape)
+        warn_if_unit(batch)
+        return to_images(batch, self.tokenizer.image_shape).to(self.device)
 
     def _prior_takes(self) -> set[str]:
         return {name for sample in (Prior.sample, self.prior.sample) for name in inspect.signature(sample).parameters}

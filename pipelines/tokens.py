@@ -150,7 +150,9 @@ class TokenDataset:
                     revision: str | None = None, commit_message: str = "Upload token dataset") -> Any:  # fmt: skip
         """Create the Hub dataset if needed and upload this as parquet, which `datasets` reads too, with the tokenizer.
 
-        revision: the branch to write to. Returns what `HfApi.upload_folder` does. Errors are huggingface_hub's.
+        In one commit, in which files of an earlier token dataset go; those of others stay. revision: the branch to
+        write to. Returns huggingface_hub's `CommitInfo`. Raises `hub.PushError`, an `OSError`, with the reason in one
+        line.
         """
         from .parquet import push
 

@@ -23,9 +23,12 @@ from .adversary import Adversary, CriticConfig
 from .codebook import CodebookUse
 from .config import Config, ModelNode, UserError, run_command
 from .images import DataConfig, ImageDataset, load_images
+from .origin import is_local
 from .perceptual import Perceptual, weights_file
 from .pictures import grid_picture
+from .run_folder import begun_data
 from .schedule import TrainConfig
+from .splits import as_begun
 from .stopping import what_is_saved
 from .task import Task
 from .tracking import TrackConfig
@@ -89,7 +92,7 @@ class TokenizerTask(Task):
 
     def __init__(self, config: TrainTokenizerConfig, device: torch.device | str = "cpu") -> None:
         self.config = config
-        self.images = load_images(config.data)
+        self.images = load_images(config.data, begun=begun_data(Path(config.out)) is not None)
         channels, height, width = self.images.train.image_shape
         self.tokenizer: Tokenizer = build_tokenizer(config.model, (height, width), channels)
         if config.init:
@@ -184,9 +187,9 @@ class TokenizerTask(Task):
     def save(self, model: Any, run: Path, facts: dict[str, Any]) -> None:
         """The tokenizer's folder, with where its images came from."""
         self.images.write_report(run)
-        save_tokenizer(
-            model.tokenizer, run / "tokenizer", {"data": self.config.data.model_dump(mode="json"), "tokenizer": facts}
-        )
+        data = self.config.data
+        known = {"data": data.model_dump(mode="json"), "local": is_local(data.source), "tokenizer": facts}
+        save_tokenizer(model.tokenizer, run / "tokenizer", known)
 
 
 def defaults(given: dict[str, Any]) -> dict[str, Any]:
@@ -255,6 +258,8 @@ def reconstruction_picture(model: Any, images: ImageDataset, count: int = 32) ->
 
 def run(config: TrainTokenizerConfig) -> Path:
     """Train, and return the run folder; `tokenizer/` in it is what the next stage wants."""
+    data = as_begun(config.data, begun_data(Path(config.out)) or {})
+    config = config.model_copy(update={"data": data})
 
     def build(accelerator: Accelerator) -> Task:
         if config.loss.perceptual:

@@ -1,5 +1,5 @@
 """A Hub on this machine: serves `root/<owner>/<name>/<revision>/...` over HTTP, datasets from `root/datasets/...`,
-takes uploads of datasets, and remembers who asked."""
+takes uploads, each commit as a whole or not at all, and remembers who asked."""
 
 from __future__ import annotations
 
@@ -8,12 +8,16 @@ import hashlib
 import json
 import re
 import shutil
+import socket
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
+
+REFUSED = {"stranger": 401, "forbidden": 403, "missing": 404, "broken": 500}
+"""What owners get who may not write."""
 
 
 class FakeHub(ThreadingHTTPServer):
@@ -27,6 +31,7 @@ class FakeHub(ThreadingHTTPServer):
         self.root, self.secret = root, secret
         self.requests: list[tuple[str, str | None]] = []
         self.created: list[dict[str, object]] = []
+        self.commits: list[dict[str, object]] = []
 
     @property
     def url(self) -> str:
@@ -69,20 +74,30 @@ class Handler(BaseHTTPRequestHandler):
     do_HEAD = do_GET
 
     def do_POST(self) -> None:
-        """What an upload of a dataset asks: make it; is the card in order; a branch; how to send; and the files."""
+        """What an upload asks: make the repository; is the card in order; a branch; how to send; and the files."""
         path, body, token = unquote(urlsplit(self.path).path), self.body(), self.headers.get("Authorization")
         self.server.requests.append((path, token))
+        path = path.replace("/api/models/", "/api/")
         if self.server.secret not in (None, (token or "").removeprefix("Bearer ")):
             return self.answer(401)
         if path == "/api/validate-yaml":
             return self.say({"errors": [], "warnings": []})
         if path == "/api/repos/create":
             asked = json.loads(body)
-            name = f"datasets/{asked['organization']}/{asked['name']}"
-            (self.server.root / name / "main").mkdir(parents=True, exist_ok=True)
+            if asked["organization"] == "dropped":
+                self.close_connection = True
+                return self.connection.shutdown(socket.SHUT_RDWR)
+            if status := REFUSED.get(asked["organization"]):
+                return self.answer(status, {"X-Error-Message": f"this is {asked['organization']}"})
+            name = f"{asked['organization']}/{asked['name']}"
+            name = f"datasets/{name}" if asked.get("type") == "dataset" else name
+            main = self.server.root / name / "main"
+            if not main.is_dir():
+                main.mkdir(parents=True)
+                (main / ".gitattributes").write_text("*.safetensors filter=lfs")
             self.server.created.append(asked)
             return self.say({"url": f"{self.server.url}/{name}"})
-        found = re.fullmatch(r"/api/(datasets/[^/]+/[^/]+)/(branch|preupload|commit)/([^/]+)", path)
+        found = re.fullmatch(r"/api/((?:datasets/)?[^/]+/[^/]+)/(branch|preupload|commit)/([^/]+)", path)
         if found is None:
             return self.answer(404)
         folder = self.server.root / found[1] / found[3]
@@ -93,13 +108,23 @@ class Handler(BaseHTTPRequestHandler):
             names = [entry["path"] for entry in json.loads(body)["files"]]
             files = [{"path": name, "uploadMode": "regular", "shouldIgnore": False} for name in names]
             return self.say({"files": files})
-        for line in map(json.loads, body.splitlines()):
+        lines = list(map(json.loads, body.splitlines()))
+        told: dict[str, list[str]] = {key: [] for key in ("header", "file", "deletedFile")}
+        for line in lines:
+            told[line["key"]].append(line["value"].get("path", line["value"].get("summary")))
+        added, deleted = told["file"], told["deletedFile"]
+        if "refuse this" in told["header"] or set(added) & set(deleted) or len(added) > len(set(added)):
+            return self.answer(403, {"X-Error-Message": "not this commit"})
+        if missing := [name for name in deleted if not (folder / name).is_file()]:
+            return self.answer(404, {"X-Error-Code": "EntryNotFound", "X-Error-Message": f"no file {missing[0]}"})
+        for line in lines:
             target = folder / line["value"].get("path", "")
             if line["key"] == "file":
                 target.parent.mkdir(parents=True, exist_ok=True)
                 target.write_bytes(base64.b64decode(line["value"]["content"]))
             elif line["key"] == "deletedFile":
                 target.unlink()
+        self.server.commits.append({"repository": found[1], "added": added, "deleted": deleted})
         return self.say({"commitUrl": f"{self.server.url}/{found[1]}/commit/x", "commitOid": commit(folder)})
 
     def body(self) -> bytes:

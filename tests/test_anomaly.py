@@ -654,6 +654,21 @@ def test_detect_classes_and_nothing_known(world, tmp_path, capsys):
     assert not (tmp_path / "b" / "figures.json").exists()
 
 
+def test_detect_looks_where_the_other_verbs_do(world, tmp_path, capsys):
+    write(tmp_path / "new/train", stripes(4))
+    write(tmp_path / "new/val", stripes(3, seed=23))
+    argv = ["detect", f"pipeline={world}/pipe", f"images={tmp_path}/new", f"out={tmp_path}/found"]
+    main(argv)
+    assert {Path(row["file"]).parent.name for row in rows_of(tmp_path / "found/scores.csv")} == {"val"}
+    assert capsys.readouterr().err == (
+        f"data.held_out: {tmp_path}/new: there is no 'test', so 'val' is looked through\n"
+    )
+    main([*argv, "data.held_out=test"])
+    assert {Path(row["file"]).parent.name for row in rows_of(tmp_path / "found/scores.csv")} == {"train"}
+    assert "so all of 'train' is looked through; not used: val" in capsys.readouterr().err
+    assert "no split 'vla'; it has train, val; did you mean 'val'?" in fails(capsys, *argv, "data.held_out=vla")
+
+
 @pytest.mark.parametrize(
     ("argv", "message"),
     [

@@ -137,6 +137,23 @@ def test_masks_of_another_shape_or_type_are_refused(call, known):
         call(make_pipeline(), torch.zeros(3, 1, *SHAPE), known)
 
 
+@pytest.mark.parametrize("call", [complete, conditional_log_prob])
+def test_masks_are_tensors_or_arrays_and_no_pictures(call):
+    """White is hidden in a mask for `smalti complete`, and kept here: nobody should have to guess."""
+    pipe, pixels = make_pipeline(any_order=True), pixels_for(make_pipeline())
+    picture = Image.fromarray((half().numpy() * 255).astype(np.uint8))
+    for mask in (picture, picture.convert("1"), picture.convert("RGB"), [picture] * 3):
+        with pytest.raises(ValueError, match="not a picture, in which white may mean either") as caught:
+            call(pipe, pixels, mask)
+        assert "\n" not in str(caught.value)
+    torch.manual_seed(0)
+    wanted = call(pipe, pixels, half())
+    for mask in (half().numpy(), half("right").numpy()[:, ::-1], np.asarray(picture) >= 128):
+        torch.manual_seed(0)
+        found = call(pipe, pixels, mask)
+        assert torch.equal(*(getattr(one, "tokens", one) for one in (found, wanted)))
+
+
 @pytest.mark.parametrize(("arguments", "message"), [
     ({"draws": 0}, "draws must be a whole number >= 1"), ({"draws": 1.5}, "draws must be"),
     ({"draws": True}, "draws must be"), ({"output_type": "jpg"}, "output_type must be"),

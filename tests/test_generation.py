@@ -6,6 +6,7 @@ import json
 import re
 import subprocess
 import sys
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,7 +17,7 @@ import yaml
 from PIL import Image
 from small import PRIORS, TOKENIZERS, make_prior, make_tokenizer
 
-from pipelines import ImagePipeline
+from pipelines import ImagePipeline, from_unit, pictures
 from pipelines.evaluate import table
 from pipelines.generation import LikelihoodError
 from tokenizer import TokenGrid, Tokenizer
@@ -294,6 +295,110 @@ def test_images_come_in_four_kinds(tokenizer, channels):
                           if channels == 1 else pipe.decode(tokens, output_type="np")[0])  # fmt: skip
 
 
+@pytest.mark.parametrize("channels", [1, 3])
+def test_images_come_as_arrays_and_in_lists(channels):
+    """What `output_type="np"` gives, above all."""
+    pipe = make_pipeline(channels=channels)
+    drawn = {kind: pipe(3, 1, seed=0, output_type=kind).images for kind in ("pil", "np")}
+    pixels = torch.from_numpy(drawn["np"]).movedim(-1, 1)
+    tokens, array = pipe.encode(drawn["pil"]), drawn["np"]
+    kinds = [array, array / 127.5 - 1, (array / 127.5 - 1).astype(np.float32), list(array), list(pixels), [*pixels[:1],
+             drawn["pil"][1], array[2]], list(pixels / 127.5 - 1), array[::-1][::-1], pixels.contiguous()]  # fmt: skip
+    kinds += [array[..., 0], list(array[..., 0])] if channels == 1 else []
+    for images in kinds:
+        assert torch.equal(pipe.encode(images), tokens)
+        assert torch.equal(pipe.embed(images, batch_size=2), pipe.embed(drawn["pil"]))
+        assert torch.equal(pipe.log_prob(images), pipe.log_prob(drawn["pil"]))
+    for image in [array[0], *([array[0, ..., 0]] if channels == 1 else [])]:
+        assert torch.equal(pipe.encode(image), tokens[:1]) and torch.equal(pipe.embed(image), pipe.embed(array[:1]))
+    array.flags.writeable = False
+    assert torch.equal(pipe.encode(array), tokens)  # and torch does not complain
+    assert pipe.compress(array) == pipe.compress(drawn["pil"])
+
+
+class Watch:
+    """Collects warnings of floats, of which a process gives one."""
+
+    def __init__(self, monkeypatch):
+        self.monkeypatch = monkeypatch
+        self.anew()
+
+    def anew(self):
+        """As if in another process."""
+        self.monkeypatch.setattr(pictures, "_warned", False)
+
+    def __call__(self, call, *arguments, **options):
+        """Where `call` warns, and of what."""
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            call(*arguments, **options)
+        return [(Path(one.filename).name, str(one.message)) for one in caught]
+
+
+@pytest.fixture
+def watch(monkeypatch):
+    return Watch(monkeypatch)
+
+
+@pytest.fixture(scope="module")
+def calibrated():
+    torch.manual_seed(0)
+    pipe = make_pipeline(any_order=True)
+    pipe.calibrate(pixels_for(pipe, 60))
+    return pipe
+
+
+KNOWN = torch.ones(8, 12, dtype=torch.bool)
+KNOWN[2:6, 3:7] = False
+DOORS = {
+    "encode": lambda pipe, images: pipe.encode(images),
+    "reconstruct": lambda pipe, images: pipe.reconstruct(images),
+    "log_prob": lambda pipe, images: pipe.log_prob(images),
+    "complete": lambda pipe, images: pipe.complete(images, KNOWN, seed=0),
+    "conditional_log_prob": lambda pipe, images: pipe.conditional_log_prob(images, KNOWN),
+    "calibrate": lambda pipe, images: pipe.calibrate(images, false_alarms=0.2),
+    "anomaly_score": lambda pipe, images: pipe.anomaly_score(images, "nll", batch_size=5),
+    "anomaly_map": lambda pipe, images: pipe.anomaly_map(images, batch_size=5),
+    "heal": lambda pipe, images: pipe.heal(images, draws=1),
+    "embed": lambda pipe, images: pipe.embed(images, batch_size=5),
+    "compress": lambda pipe, images: pipe.compress(images),
+}
+
+
+@pytest.mark.parametrize("door", DOORS)
+def test_floats_that_look_like_unit_ones_are_told_of_once(calibrated, watch, door):
+    """At the line of the user, through whatever method they come."""
+    unit = pixels_for(calibrated, 12) / 255
+    for images in (unit, unit.movedim(1, -1).numpy(), list(unit), unit.half()):
+        watch.anew()
+        ((file, message),) = watch(DOORS[door], calibrated, images)
+        assert file == Path(__file__).name and "from_unit" in message and "\n" not in message
+        assert watch(DOORS[door], calibrated, images) == []
+
+
+@pytest.mark.parametrize("door", DOORS)
+def test_bright_images_are_not_told_of(calibrated, watch, door):
+    """Nor what is made of them on the way: no pixel is darker than the middle."""
+    bright = torch.randint(128, 256, (12, *calibrated.tokenizer.image_shape), dtype=torch.uint8)
+    floats = bright.float() / 127.5 - 1
+    mixed = torch.cat([pixels_for(calibrated, 10).float() / 127.5 - 1, 0.3 + 0.7 * torch.rand(5, 1, 8, 12)])
+    for images in (bright, as_pil(bright), floats, floats.half(), torch.ones(12, 1, 8, 12), torch.zeros(12, 1, 8, 12)):
+        assert watch(DOORS[door], calibrated, images) == []
+    if door != "compress":
+        assert watch(DOORS[door], calibrated, mixed) == []  # which has slices that alone would be told of
+
+
+def test_from_unit_says_so(watch):
+    pipe = make_pipeline()
+    pixels = pixels_for(pipe)
+    assert torch.equal(pipe.encode(from_unit(pixels / 255)), pipe.encode(pixels))
+    assert torch.equal(pipe.encode(from_unit(pixels.movedim(1, -1).numpy() / 255)), pipe.encode(pixels))
+    assert watch(pipe.encode, from_unit(0.6 + 0.4 * torch.rand(3, 1, 8, 12))) == []
+    for wrong in (pixels, pixels / 1.0, pixels / 127.5 - 1, torch.full((2, 2), torch.nan), [pixels / 255], "x"):
+        with pytest.raises(ValueError, match="from_unit takes"):
+            from_unit(wrong)
+
+
 def test_other_pil_images_are_made_to_fit():
     pipe = make_pipeline()
     large = Image.new("RGB", (60, 40), (255, 255, 255))
@@ -309,16 +414,23 @@ def test_other_pil_images_are_made_to_fit():
         (torch.zeros(2, 1, 8, 12, dtype=torch.int64), "torch.int64"),
         (torch.full((2, 1, 8, 12), 255.0), "[-1, 1]"),
         (torch.full((2, 1, 8, 12), float("nan")), "[-1, 1]"),
-        (np.zeros((2, 1, 8, 12), np.uint8), "ndarray"),
-        ([], "list"),
+        (np.zeros((2, 1, 8, 12), np.uint8), "ndarray of shape (2, 1, 8, 12), uint8"),
+        (np.zeros((8, 12, 3), np.uint8), "(B, 8, 12, 1), (B, 8, 12), (8, 12, 1), (8, 12) as arrays"),
+        (np.zeros((8, 12), np.int64), "int64"),
+        (np.zeros((8, 12), bool), "bool"),
+        (np.full((8, 12), 255.0), "[-1, 1]"),
+        ([np.zeros((8, 12), np.uint8), np.zeros((8, 12))], "list of float64 and uint8"),
+        ([torch.zeros(1, 1, 8, 12)], "(1, 1, 8, 12)"),
+        ([], "list of nothing"),
         ("three.png", "str"),
     ],
 )
 def test_other_images_are_refused(images, message):
     pipe = make_pipeline()
     for method in (pipe.encode, pipe.reconstruct, pipe.log_prob, pipe.bits_per_dim):
-        with pytest.raises(ValueError, match=re.escape(message)):
+        with pytest.raises(ValueError, match=re.escape(message)) as caught:
             method(images)
+        assert "\n" not in str(caught.value)
 
 
 def test_tokens_out_of_range_are_refused():
@@ -632,28 +744,22 @@ def test_sample_grid_is_on_the_card_and_comes_back(tmp_path):
 
 @pytest.mark.parametrize("labels", [LABELS, []])
 def test_push_to_hub_uploads_a_folder_that_loads(labels, monkeypatch):
-    from huggingface_hub import HfApi
-
     calls = []
 
-    def create_repo(api, repo_id, **options):
-        calls.append(("create_repo", repo_id, api.token, options))
-
-    def upload_folder(api, *, repo_id, folder_path, commit_message, **options):
-        loaded = ImagePipeline.from_pretrained(folder_path)
-        calls.append(("upload_folder", repo_id, files_in(folder_path), loaded(2, seed=0).tokens, commit_message))
+    def replace_on_hub(folder, repo_id, ours, **options):
+        loaded = ImagePipeline.from_pretrained(folder)
+        calls.append((repo_id, files_in(folder), loaded(2, seed=0).tokens, options))
         return "a commit"
 
-    monkeypatch.setattr(HfApi, "create_repo", create_repo)
-    monkeypatch.setattr(HfApi, "upload_folder", upload_folder)
+    monkeypatch.setattr("pipelines.hub.require_reachable", lambda repo_id: None)
+    monkeypatch.setattr("pipelines.hub.replace_on_hub", replace_on_hub)
     pipe = make_pipeline(labels=labels)
     pipe.provenance = PROVENANCE
     assert pipe.push_to_hub("me/mosaic", token="hf_secret", private=True, commit_message="first") == "a commit"
-    (create, upload) = calls
-    assert create == ("create_repo", "me/mosaic", "hf_secret", {"private": True, "exist_ok": True})
-    assert upload[:2] == ("upload_folder", "me/mosaic") and upload[4] == "first"
-    assert upload[2] == {"model_index.json", "manifest.json", "README.md", "provenance.json", "samples.png", *PARTS}
-    assert torch.equal(upload[3], pipe(2, seed=0).tokens)
+    ((repo_id, files, tokens, options),) = calls
+    assert (repo_id, options) == ("me/mosaic", {"token": "hf_secret", "private": True, "commit_message": "first"})
+    assert files == {"model_index.json", "manifest.json", "README.md", "provenance.json", "samples.png", *PARTS}
+    assert torch.equal(tokens, pipe(2, seed=0).tokens)
 
 
 # Importing

@@ -180,7 +180,7 @@ def test_folders_that_are_nothing_of_ours(tmp_path):
     with pytest.raises(UserError, match="neither a pipeline .* nor a token dataset"):
         push(PushConfig(folder=str(tmp_path), to="me/it"))
     make_dataset().save(tmp_path / "tokens")
-    with pytest.raises(UserError, match="me/it can not be written to"):  # the network is off
+    with pytest.raises(UserError, match="to: me/it cannot be written to: HF_HUB_OFFLINE"):  # the network is off
         push(PushConfig(folder=str(tmp_path / "tokens"), to="me/it"))
     with pytest.raises(PathError, match="as a dataset on the Hub it could not be fetched"):
         load_tokens("me/it", cache_dir=tmp_path / "cache")

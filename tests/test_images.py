@@ -268,6 +268,101 @@ def test_held_out_part_is_carved_out_deterministically(tmp_path):
     assert len(load_images(config(tmp_path, limit=7)).train) == 7
 
 
+# Which splits
+
+
+def split_set(root, *folders):
+    """A folder of folders, each with as many images as its place says: 10, 3, 4, ..."""
+    for place, name in enumerate(folders):
+        folder_of(root / name, count=10 if place == 0 else 2 + place, classes=("",))
+    return root
+
+
+@pytest.mark.parametrize("name", ["val", "valid", "validation", "dev"])
+def test_a_folder_for_validation_is_held_out_where_there_is_none_for_testing(tmp_path, capsys, name):
+    splits = load_images(config(split_set(tmp_path, "train", name)))
+    assert (len(splits.train), len(splits.held_out)) == (10, 3)
+    told = capsys.readouterr().err
+    assert told == f"data.held_out: {tmp_path}: there is no 'test', so '{name}' is held out\n"
+    load_images(config(tmp_path, held_out=name))
+    assert capsys.readouterr().err == ""  # as was asked
+
+
+def test_only_the_first_process_tells(tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("RANK", "1")
+    assert len(load_images(config(split_set(tmp_path, "train", "val"))).held_out) == 3
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize(
+    ("folders", "options", "sizes", "told"),
+    [
+        (("train", "test"), {}, (10, 3), ""),
+        (("train", "test", "val"), {}, (10, 3), "'test' is held out; not used: val (data.held_out=NAME takes another)"),
+        (("train", "test", "val"), {"held_out": "val"}, (10, 4), ""),
+        (("train", "val", "dev"), {}, (9, 1),
+         "there is no 'test', so 10% of 'train' is held out; not used: val, dev (data.held_out=NAME takes another)"),
+        (("train", "val", "testing"), {}, (10, 3),
+         "there is no 'test', so 'val' is held out; not used: testing (data.held_out=NAME takes another)"),
+        (("train", "val"), {"held_out": "test"}, (9, 1),
+         "there is no 'test', so 10% of 'train' is held out; not used: val (data.held_out=NAME takes another)"),
+        (("val", "train"), {"split": "val"}, (9, 1),
+         "there is no 'test', so 10% of 'val' is held out; not used: train (data.held_out=NAME takes another)"),
+        (("test", "train"), {"split": "test"}, (9, 1),
+         "there is no 'test', so 10% of 'test' is held out; not used: train (data.held_out=NAME takes another)"),
+        (("train", "notes", "cat"), {}, (9, 1), ""),
+        (("my-split", "val"), {"split": "my-split"}, (10, 3), "there is no 'test', so 'val' is held out"),
+    ],
+)  # fmt: skip
+def test_what_is_left_over_is_told_in_a_line(tmp_path, capsys, folders, options, sizes, told):
+    splits = load_images(config(split_set(tmp_path, *folders), **options))
+    assert (len(splits.train), len(splits.held_out)) == sizes
+    assert capsys.readouterr().err == (f"data.held_out: {tmp_path}: {told}\n" if told else "")
+
+
+@pytest.mark.parametrize("classes", [("cat", "dog"), ("val", "dev"), ("valid", "training"), ("validation", "apple")])
+def test_classes_may_be_called_like_splits(tmp_path, capsys, classes):
+    splits = load_images(config(folder_of(tmp_path, classes=classes) and tmp_path))
+    assert splits.train.class_names == sorted(classes) and (len(splits.train), len(splits.held_out)) == (36, 4)
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize(
+    ("folders", "held_out", "message"),
+    [
+        (("train", "val"), "vla", "has no split 'vla'; it has train, val; did you mean 'val'? "
+         "(data.held_out=test holds out part of 'train')"),
+        (("train", "val"), "validation", "it has train, val; did you mean 'val'? (data.held_out=test holds"),
+        (("train", "validation"), "vla", "it has train, validation; did you mean 'validation'? (data"),
+        (("train", "test", "val"), "tset", "it has train, test, val; did you mean 'test'?"),
+        (("train", "val"), "other", "it has train, val (data.held_out=test holds"),
+    ],
+)  # fmt: skip
+def test_a_split_that_is_not_there_is_no_reason_to_carve(tmp_path, folders, held_out, message):
+    with pytest.raises(UserError) as caught:
+        load_images(config(split_set(tmp_path, *folders), held_out=held_out))
+    assert f"data.held_out: {tmp_path} has no split '{held_out}'" in str(caught.value)
+    assert message in str(caught.value) and "\n" not in str(caught.value)
+    assert len(load_images(config(tmp_path, held_out=held_out), begun=True).held_out) == 1  # as it was done before
+
+
+def test_a_name_means_nothing_where_there_is_one_split(tmp_path, capsys):
+    folder_of(tmp_path)
+    assert len(load_images(config(tmp_path, held_out="vla")).held_out) == 4 and capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_tables_have_splits_for_validation(tmp_path, capsys, streaming):
+    """Which `datasets` calls so, whatever their files are called."""
+    parquet(tmp_path / "train-00000-of-00001.parquet", PNGS, [0, 1] * 5)
+    parquet(tmp_path / "val-00000-of-00001.parquet", PNGS[:4], [1, 1, 0, 0])
+    splits = load_images(config(tmp_path, streaming=streaming))
+    assert (len(splits.train), len(splits.held_out)) == (10, 4)
+    assert "there is no 'test', so 'validation' is held out\n" in capsys.readouterr().err
+    with pytest.raises(UserError, match="no split 'val'; it has train, validation; did you mean 'validation'"):
+        load_images(config(tmp_path, streaming=streaming, held_out="val"))
+
+
 @pytest.mark.parametrize("size", [2, 3, 10, 1001])
 @pytest.mark.parametrize("fraction", [0.001, 0.1, 0.5])
 def test_carving_is_a_partition(size, fraction):

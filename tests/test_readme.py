@@ -37,6 +37,14 @@ def test_the_pipeline_code_runs(tmp_path, monkeypatch):
     exec("\n".join(code), names := {})
     assert Path("three.png").stat().st_size > 0 and Path("my-pipeline/model_index.json").is_file()
     assert len(names["out"].images) == 4 and names["tokens"].shape == (4, 7, 7)
+    assert names["digits"].shape == (4, 1, 28, 28)
+
+
+def test_the_anomalies_of_the_example_are_looked_for_in_real_images():
+    """Samples are always found strange, which would look as if the score did not work."""
+    scored = re.findall(r"pipe\.(?:anomaly_score|anomaly_map|heal)\((\w+)", "\n".join(blocks("python")))
+    assert len(scored) >= 4 and set(scored) == {"digits"}
+    assert "digits = held_out.pixels(" in README and "pipe.calibrate(held_out.pixels(" in README
 
 
 def test_the_one_file_model_is_a_prior(monkeypatch):

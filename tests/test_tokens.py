@@ -311,6 +311,26 @@ def test_images_without_classes_have_no_labels(tokenizer, tmp_path):
     assert data.class_names == [] and all(split.labels is None for split in data.splits.values())
 
 
+def test_a_dataset_grows_by_what_was_held_out_of_the_same_images(tokenizer, tmp_path, monkeypatch):
+    """Also one of an earlier version, in which no split stood in for `test`: its test rows never get into training."""
+    for name, count in (("train", 20), ("val", 5)):
+        write_images(tmp_path / "images" / name, count)
+    shift = {"source": str(tmp_path / "images"), "augment": {"shift": 2}}
+    sizes = {}
+    for held_out in ("test", None):
+        out = f"tokens-{held_out}"
+        encoded(tmp_path, {**shift, "held_out": held_out}, out)
+        grown = encoded(tmp_path, shift, out, append=True, augmentations=1)
+        sizes[held_out] = [len(split) for split in grown.splits.values()]
+        assert [part["data"]["held_out"] for part in grown.parts] == [held_out] * 2
+    assert sizes == {"test": [36, 2], None: [40, 5]}
+    monkeypatch.setattr(encode, "publish", lambda *arguments, **options: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        encoded(tmp_path, {**shift, "held_out": "test"}, "killed")
+    monkeypatch.undo()
+    assert len(encoded(tmp_path, shift, "killed").splits["train"]) == 18  # and not: begun with another configuration
+
+
 @pytest.mark.parametrize("labelled", ["train", "test"])
 def test_one_split_with_labels_and_one_without(tokenizer, tmp_path, labelled):
     for name in ("train", "test"):

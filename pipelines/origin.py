@@ -1,0 +1,77 @@
+"""What is told of where images came from: what is shared does not say what the folders of this machine are called."""
+
+from __future__ import annotations
+
+import os
+import re
+from typing import Any
+
+LOCAL = "(a folder of whoever trained this: give data.source)"
+"""What stands for a folder in what was uploaded. Where the images are asked for, it is said not to be there."""
+FOLDER = "a local folder of images"
+HUB_NAME = r"[\w-][\w.-]*(/[\w-][\w.-]*)?"
+REMARK = "("  # begins what is no source but says why there is none
+
+
+def is_local(source: str) -> bool:
+    """Whether a source of images is a path: one that is there, or that can be nothing else."""
+    if source == "digits" or "://" in source:
+        return False
+    there = os.path.lexists(os.path.expanduser(source))
+    return there or not (source.startswith(REMARK) or re.fullmatch(HUB_NAME, source))
+
+
+def public_source(source: str, local: bool = False) -> str:
+    """What may be told of a source: `LOCAL` for a path (`local`: it was one where it was used), and a URL without user,
+    password and query, in which keys may be."""
+    if local or is_local(source):
+        return LOCAL
+    if "://" not in source:
+        return source
+    place = re.sub("://[^/]*@", "://", source, count=1)
+    return place.partition("?")[0] if place.startswith("http") else place  # elsewhere it is part of a pattern
+
+
+def named(source: str) -> str:
+    """A source as a reader is told of it."""
+    told = public_source(source)
+    return FOLDER if told == LOCAL else told
+
+
+def shareable(facts: dict[str, Any]) -> dict[str, Any]:
+    """A copy of a pipeline's provenance, or of a token dataset's `source` and `parts`, that may be uploaded."""
+    private = {source for source in sources_in(facts) if is_local(source)}
+    private |= sources_in(facts.get("data")) if facts.get("local") else set()
+
+    def told(value: Any, key: str = "") -> Any:
+        if isinstance(value, dict):
+            return {name: told(inner, name) for name, inner in value.items()}
+        if isinstance(value, list):
+            return [told(inner) for inner in value]
+        if key == "source" and isinstance(value, str):
+            return public_source(value, value in private)
+        if key == "feature_origin" and isinstance(value, str):
+            for source in private:
+                value = value.replace(f" on {source},", f" on {FOLDER},")
+        return value
+
+    return told(facts)
+
+
+def sources_in(facts: Any) -> set[str]:
+    """All sources of images that are named in provenance."""
+    if isinstance(facts, list):
+        return set().union(*map(sources_in, facts))
+    if not isinstance(facts, dict):
+        return set()
+    own = {facts["source"]} if isinstance(facts.get("source"), str) else set()
+    return own.union(*map(sources_in, facts.values()))
+
+
+def told_on_card(facts: dict[str, Any]) -> str | None:
+    """What a pipeline with this `shareable` provenance was trained on, as its card says it; None where that is not
+    known."""
+    source = facts.get("data", {}).get("source")
+    if source == LOCAL:
+        return FOLDER
+    return f"`{source}`" if source and not source.startswith(REMARK) else None
