@@ -54,6 +54,7 @@ LEFT = re.compile(
     r"-[0-9a-f]{8}(\.png)?"
 )
 """What a killed process may leave of its own in a run folder."""
+NAME = re.compile(r"step-\d{8,}")
 SPARE = 1.2  # a new state may be a little larger than the last, and the disk has other users
 
 
@@ -182,7 +183,7 @@ def load_state(
         )
     if type(step) is not int or step != manifest.get("step") or not isinstance(counters, dict):
         raise FormatError(f"{folder / STATE}: expected counters and step {manifest.get('step')}, found step {step!r}")
-    if folder.name != f"step-{step:08d}":
+    if NAME.fullmatch(folder.name) and folder.name != f"step-{step:08d}":
         raise FormatError(f"{folder}: a state of step {step}, which has another name; nothing was changed")
     _load_module(folder / MODEL, model)
     if ema is not None:
@@ -243,7 +244,7 @@ def _require_space(folder: Path, parts: dict[str, Tensors]) -> None:
 
 def _states(folder: Path) -> list[Path]:
     """The step folders, oldest first."""
-    found = [path for path in folder.glob("step-*") if re.fullmatch(r"step-\d{8,}", path.name) and path.is_dir()]
+    found = [path for path in folder.glob("step-*") if NAME.fullmatch(path.name) and path.is_dir()]
     return sorted(found, key=lambda path: int(path.name.removeprefix("step-")))
 
 

@@ -101,7 +101,7 @@ def newest_state(run: Path, config: Any, accelerator: Accelerator) -> Path | Non
                 f"{run}: there is {snapshot.name}/ and no state to continue from; nothing was overwritten. To begin "
                 f"again at zero, choose another out=, or delete {run}"
             )
-        (run / "state").mkdir(exist_ok=True)  # from now on, its absence tells that somebody removed it
+        (run / "state").mkdir(parents=True, exist_ok=True)  # from now on, its absence tells that somebody removed it
         if state is not None:
             require_same_run(state, config)
         return state

@@ -1,6 +1,7 @@
 """Shared by all tests: no network, no W&B server, one thread, one seed."""
 
 import os
+import signal
 
 os.environ.update(HF_HUB_OFFLINE="1", WANDB_MODE="offline", WANDB_SILENT="true", TOKENIZERS_PARALLELISM="false")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -10,6 +11,10 @@ from pathlib import Path  # noqa: E402
 import pytest  # noqa: E402
 import torch  # noqa: E402
 
+# A job in the background (or under nohup) is deaf to these, and so would be every process that a test starts and stops.
+for number, handler in ((signal.SIGINT, signal.default_int_handler), (signal.SIGHUP, lambda *_: None)):
+    if signal.getsignal(number) == signal.SIG_IGN:
+        signal.signal(number, handler)
 torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
 if os.environ.get("SMALTI_ROUNDING"):
     import other_rounding

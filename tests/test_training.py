@@ -48,6 +48,7 @@ from pipelines.train_tokenizer import Stage, TokenizerTask, evaluate_reconstruct
 from pipelines.training import batches
 from tokenizer import Tokenizer
 from tokenizer.quantizers import Quantizer
+from tokenizer.storage import write_manifest
 
 FSQ = {"kind": "fsq", "levels": [5, 4, 3]}
 QUANTIZERS = {name: {"kind": name, **SMALL.get(name, {})} for name in Quantizer.available()}
@@ -597,7 +598,13 @@ def test_a_run_goes_on_with_what_it_held_out(tmp_path, capsys, saved):
     for path in (run / "config.yaml", run / "tokenizer" / "provenance.json"):
         assert "held_out" in path.read_text()
     (run / "config.yaml").write_text((run / "config.yaml").read_text().replace("held_out: test", f"held_out: {saved}"))
+    for state in states(run):  # which did not say of which run they were
+        document = json.loads((state / "state.json").read_text())
+        (state / "state.json").write_text(json.dumps({key: document[key] for key in ("step", "counters")}))
+        (state / "manifest.json").unlink()
+        write_manifest(state, step=1)
     capsys.readouterr()
+    options["train__steps"] = 2
     train_tokenizer(run, **options, **given)
     told = capsys.readouterr()
     assert "continuing from step 1" in told.out and "18 training rows" in told.out
@@ -607,7 +614,7 @@ def test_a_run_goes_on_with_what_it_held_out(tmp_path, capsys, saved):
         train_tokenizer(run, **options, data__held_out="val")
     if saved == "test":
         fresh = train_tokenizer(tmp_path / "fresh", **options)
-        train_tokenizer(fresh, **options)
+        train_tokenizer(fresh, **{**options, "train__steps": 3})
         assert capsys.readouterr().out.count("20 training rows") == 2
         assert "held_out: null\n" in (fresh / "config.yaml").read_text()
     else:

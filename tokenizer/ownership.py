@@ -25,7 +25,8 @@ BEGINNINGS = (b"VQC1",)
 """How other files of ours begin: a stream's."""
 ENDS = 4096  # bytes at either end of a file that are looked at
 LITTER = (".DS_Store", "Thumbs.db", "desktop.ini")
-"""What a desktop leaves in every folder that it shows, and nobody misses."""
+BOOKKEEPING = ".cache/huggingface/"
+"""What a desktop leaves in a folder that it shows, and the Hub's client in one that it fetched: nobody misses it."""
 EDITED = (".json", ".md")
 """The files of a sealed folder that people edit: these are replaced only if they are as we wrote them."""
 
@@ -89,7 +90,8 @@ def contents(folder: Path) -> list[str]:
         found += [os.path.normpath(os.path.join(inside, name)) for name in (*files, *links) if name not in LITTER]
         if not folders and not files and inside != ".":
             found.append(inside)
-    return sorted(name.replace(os.sep, "/") for name in found)
+    names = sorted(name.replace(os.sep, "/") for name in found)
+    return [name for name in names if not name.startswith(BOOKKEEPING)]
 
 
 def listed_in(folder: Path) -> dict[str, str | None]:
