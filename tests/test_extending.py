@@ -326,6 +326,7 @@ def two(folder: Path, *more: dict[str, Any]) -> list[tuple[int, str]]:
     return [(process.returncode, text) for process, text in zip(started, printed, strict=True)]
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(240)
 def test_two_processes_go_on_together_or_not_at_all(tmp_path):
     run, tokens = tmp_path / "run", make_tokens(tmp_path / "tokens")

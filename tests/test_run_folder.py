@@ -238,6 +238,7 @@ def test_two_processes_are_refused_together_and_at_once(run):
     assert printed.count("one at a time") >= 1 and len(metrics(run)) == 2
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(120)
 def test_one_of_two_commands_at_once_writes_each_step_once(tmp_path):
     """The other one says who is there; what is written is what one alone writes."""

@@ -344,7 +344,7 @@ def test_ctrl_c_in_a_shell_ends_its_loop(tmp_path, command):
 
 
 @pytest.mark.timeout(180)
-@pytest.mark.parametrize("processes", [1, 2])
+@pytest.mark.parametrize("processes", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_ctrl_c_under_accelerate_launch_saves_once(tmp_path, command, processes):
     """The launcher of one ends before it; that of two passes Ctrl-C on, and waits."""
     run, launched = tmp_path / "run", {1: one_launched, 2: two_processes}[processes]
@@ -364,7 +364,8 @@ def test_ctrl_c_under_accelerate_launch_saves_once(tmp_path, command, processes)
 
 @pytest.mark.timeout(180)
 @pytest.mark.parametrize(
-    ("launched", "saved"), [pytest.param("alone", 0, marks=pytest.mark.slow), ("alone", 4), ("two", 4)]
+    ("launched", "saved"),
+    [pytest.param("alone", 0, marks=pytest.mark.slow), ("alone", 4), pytest.param("two", 4, marks=pytest.mark.slow)],
 )
 def test_a_second_ctrl_c_ends_at_once(tmp_path, command, launched, saved):
     """In a step that takes forever; with what is saved as the last word."""

@@ -143,6 +143,7 @@ def test_a_run_killed_before_its_trackers_had_started_is_whole(tmp_path):
     assert_the_same(run, in_trackio(run))
 
 
+@pytest.mark.slow
 def test_a_finished_run_that_goes_on_is_whole_in_all_trackers(tmp_path):
     """Its old last step, with numbers and pictures, is nowhere twice, and the same runs go on."""
     run, choices = tmp_path / "run", {"train__preview_every": 8, "track__trackers": ALL, "track__wandb": "online"}
