@@ -50,8 +50,8 @@ STATE_FILES = re.compile(
 STATE_FOLDER = Kind("a resume state", None, names=lambda name: STATE_FILES.fullmatch(name) is not None)
 """Known by its files, whatever is in them: a damaged one is replaced, too."""
 LEFT = re.compile(
-    r"\.(tmp|del)-(step-\d{8,}|tokenizer|pipeline|config\.yaml|metrics\.jsonl|trackers\.json|[\w-]+-\d{8,}\.png)"
-    r"-[0-9a-f]{8}(\.png)?"
+    r"\.(tmp|del)-(step-\d{8,}|(\.tmp-)?(tokenizer|pipeline)(-[0-9a-f]{8})?|(config|metrics|trackers)\.(yaml|jsonl|json)"
+    r"|\w+-\d{8,}\.png)-[0-9a-f]{8}(\.png)?"
 )
 """What a killed process may leave of its own in a run folder."""
 NAME = re.compile(r"step-\d{8,}")
@@ -146,7 +146,7 @@ def latest_state(run: Path) -> Path | None:
             f"{folder}: none of its {len(states)} states is whole; nothing was changed. To begin again at zero, choose "
             f"another out=, or delete {run}"
         )
-    for leftover in [path for place in (Path(run), folder) for path in place.glob(".[td]*")]:
+    for leftover in [path for place in (Path(run), folder, Path(run) / "previews") for path in place.glob(".[td]*")]:
         if LEFT.fullmatch(leftover.name):
             _remove(leftover)
     return newest

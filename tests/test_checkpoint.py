@@ -221,10 +221,13 @@ def test_damage_falls_back_to_the_previous_state_and_is_named(tmp_path, capsys, 
 def test_leftovers_are_removed_and_never_chosen(tmp_path):
     assert latest_state(tmp_path) is None
     folder = Run().save(tmp_path, 1)
-    for name in (".tmp-step-00000002-abcd0123", ".del-step-00000003-abcd4567"):
+    names = (".tmp-step-00000002-abcd0123", ".del-step-00000003-abcd4567", "../.tmp-.tmp-tokenizer-01234567-89abcdef",
+             "../.tmp-pipeline-01234567", "../previews/.tmp-samples-00000010.png-01234567.png")  # fmt: skip
+    for name in names:
         shutil.copytree(folder, folder.parent / name)
     assert latest_state(tmp_path) == folder
-    assert list(folder.parent.iterdir()) == [folder]
+    assert list(folder.parent.iterdir()) == [folder] and not list((tmp_path / "previews").iterdir())
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["previews", "state"]
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
