@@ -307,7 +307,7 @@ def test_images_come_as_arrays_and_in_lists(channels):
     kinds += [array[..., 0], list(array[..., 0])] if channels == 1 else []
     for images in kinds:
         assert torch.equal(pipe.encode(images), tokens)
-        assert torch.equal(pipe.embed(images, batch_size=2), pipe.embed(drawn["pil"]))
+        torch.testing.assert_close(pipe.embed(images, batch_size=2), pipe.embed(drawn["pil"]))  # rounding may differ
         assert torch.equal(pipe.log_prob(images), pipe.log_prob(drawn["pil"]))
     for image in [array[0], *([array[0, ..., 0]] if channels == 1 else [])]:
         assert torch.equal(pipe.encode(image), tokens[:1]) and torch.equal(pipe.embed(image), pipe.embed(array[:1]))
