@@ -114,7 +114,7 @@ def test_a_saved_state_goes_on_as_if_it_had_not_been(tmp_path):
 
 
 CHILD = """
-import sys, torch, torch.distributed as dist
+import os, sys, torch, torch.distributed as dist
 from safetensors.torch import load_file, save_file
 from pipelines.codebook import CodebookUse
 dist.init_process_group("gloo")
@@ -126,6 +126,7 @@ for tokens in load_file(sys.argv[1] + "/batches.safetensors")["tokens"].chunk(2,
 save_file({**use.state_dict(), "totals": torch.stack(totals)}, f"{sys.argv[1]}/{rank}.safetensors")
 dist.barrier()
 dist.destroy_process_group()
+os._exit(0)  # gloo may abort an interpreter that ends by itself
 """
 
 

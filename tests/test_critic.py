@@ -17,6 +17,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from leaving import leave_group
 from torch import Tensor, nn
 from torch.nn.utils.parametrizations import _SpectralNorm
 
@@ -416,7 +417,7 @@ def one_of_two(folder: Path) -> None:
              "means": means, "turn": critic_turn(wrapped, mine)}  # fmt: skip
     (folder / f"{rank}.json").write_text(json.dumps(found))
     dist.barrier()
-    dist.destroy_process_group()
+    leave_group()
 
 
 @pytest.fixture(scope="module")

@@ -42,6 +42,7 @@ from launch import (
     two_processes,
     wait_for,
 )
+from leaving import leave_group
 from safetensors.torch import load_file, save_file
 from small import QUANTIZERS, SMALL
 from torch import nn
@@ -180,7 +181,7 @@ def trainings(folder: Path) -> None:
     if rank == 0:
         (folder / "found.json").write_text(json.dumps({"world": dist.get_world_size(), **found}))
     dist.barrier()
-    dist.destroy_process_group()
+    leave_group()
 
 
 def encoding(tokenizer: Path, out: Path, rows: int) -> encode.EncodeConfig:

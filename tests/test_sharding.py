@@ -41,6 +41,7 @@ from launch import (
     train_prior,
     wait_for,
 )
+from leaving import leave_group
 from safetensors import safe_open
 from small import PRIORS, SMALL
 from torch import nn
@@ -258,7 +259,7 @@ def trainings(name: str, folder: Path) -> None:
     dist.barrier()
     del runs
     gc.collect()  # as at the end of `train`: what still holds the group when the interpreter ends may abort it
-    dist.destroy_process_group()
+    leave_group()
 
 
 # From outside
