@@ -191,17 +191,31 @@ def test_a_state_of_before_this_was_told_is_taken(run):
     assert_equal_tensors(tensors(run / "tokenizer"), before)
 
 
+FORGED = [
+    ({"step": True}, "step"),
+    ({"step": 7}, "step"),
+    ({"step": 10**12}, "another name"),
+    ({"step": -8}, "step"),
+    ({"format_version": 99}, "format_version"),
+    ({"format_version": "2"}, "format_version"),
+    ({"minutes": -5}, "minutes"),
+    ({"minutes": "x"}, "minutes"),
+    ({"skipped": None}, "skipped"),
+    ({"skipped_in_a_row": True}, "skipped_in_a_row"),
+    ({"evaluation": [1]}, "evaluation"),
+    ({"window": {"loss": [1.0]}}, "window"),
+    ({"pending": ["sing"]}, "pending"),
+    ({"pending": 5}, "pending"),
+    ({"strange": 1}, "'strange' is not known to this version"),
+]
+AT_ONCE = (0, 4, 6, 14)
+"""Which of them are tried every time; the others are among the slow tests."""
+
+
 @pytest.mark.parametrize(
     ("changes", "needle"),
-    [
-        ({"step": True}, "step"), ({"step": 7}, "step"), ({"step": 10**12}, "another name"), ({"step": -8}, "step"),
-        ({"format_version": 99}, "format_version"), ({"format_version": "2"}, "format_version"),
-        ({"minutes": -5}, "minutes"), ({"minutes": "x"}, "minutes"), ({"skipped": None}, "skipped"),
-        ({"skipped_in_a_row": True}, "skipped_in_a_row"), ({"evaluation": [1]}, "evaluation"),
-        ({"window": {"loss": [1.0]}}, "window"), ({"pending": ["sing"]}, "pending"), ({"pending": 5}, "pending"),
-        ({"strange": 1}, "'strange' is not known to this version"),
-    ],
-)  # fmt: skip
+    [pytest.param(*case, marks=() if k in AT_ONCE else pytest.mark.slow) for k, case in enumerate(FORGED)],
+)
 def test_a_state_that_says_what_cannot_be_is_refused(run, changes, needle):
     edit(states(run)[-1], **changes)
     refused(run, "step-", needle, error=PipelineLoadError)

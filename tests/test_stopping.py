@@ -130,8 +130,11 @@ PHASES = {
 }
 
 
-@pytest.mark.parametrize("stage", TASKS)
-@pytest.mark.parametrize("phase", PHASES)
+@pytest.mark.parametrize(
+    ("phase", "stage"),
+    [pytest.param(phase, stage, marks=() if stage == "train_tokenizer" or phase == "a step" else pytest.mark.slow)
+     for phase in PHASES for stage in TASKS],
+)  # fmt: skip
 def test_ctrl_c_saves_and_the_same_command_continues_to_the_bit(
     tmp_path, train, whole, monkeypatch, capsys, stage, phase
 ):
