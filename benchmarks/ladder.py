@@ -1,33 +1,37 @@
 """Every prior on the same tokens for the same time, in one table.
 
     pip install -e ".[dev]"
-    python benchmarks/ladder.py data=digits augmentations=4 minutes=2     # 7x7 ids of 128; needs no other data
-    python benchmarks/ladder.py data=fashion_mnist minutes=6              # 7x7 ids of 256
-    python benchmarks/ladder.py data=fashion_binary minutes=15            # 28x28 pixels, black or white (static)
+    python benchmarks/ladder.py data=digits augmentations=4 minutes=1     # 7x7 ids of 128; needs no other data
+    python benchmarks/ladder.py data=fashion_mnist minutes=2 seeds=3      # 7x7 ids of 256
+    python benchmarks/ladder.py data=fashion_binary minutes=2 seeds=3     # 28x28 pixels, black or white (static)
 
-Each preset `configs/prior/*_{data}.yaml` is trained by `smalti train_prior` for `minutes`, whatever it says of its end,
-on the tokens of `configs/tokenizer/{vqvae,pixels}_{data}.yaml` (`source=FOLDER`: with the images of that folder). What
-is done is kept under `out` and not done again.
+Each preset `configs/prior/*_{data}.yaml` is trained by `smalti train_prior` on the tokens of
+`configs/tokenizer/{vqvae,pixels}_{data}.yaml` (`source=FOLDER`: with the images of that folder), from `seeds` seeds,
+for as many steps as fit into `minutes`, whatever it says of its end. A step of each is timed once, in turn, and kept as
+`steps.json`; so what else the machine does while they train changes no figure. What is done is kept under `out` and not
+done again; `only=gpt,made` looks at these.
 
 bits: -log2 p per token of the whole held-out split, given its labels; nats: the same per image. A `<=` is a bound.
-64 samples: seconds for 64 images, one per class in turn, without guidance; the median of three. Uncached is one whole
-pass per token: where that takes over a minute it is worked out from 16 passes. Parallel gives the same images from
-fewer passes: seconds, passes per image (rows through the network / images) and those as a share of the tokens; guessed:
-with `made` of the same ladder as the guessing prior.
+Means over seeds, +- half of the 95 % t-interval.
 Agreement: how many of 1,000 samples a 1-nearest-neighbour classifier on decoded training tokens gives the class that
 was asked for; the last row has it for the held-out images.
+
+`speed=1` adds a table of what sampling takes, of the first seed. 64 samples: seconds for 64 images, one per class in
+turn, without guidance; the median of three. Uncached is one whole pass per token: where that takes over a minute it is
+worked out from 16 passes. Parallel gives the same images from fewer passes: seconds, passes per image (rows through the
+network / images) and those as a share of the tokens; guessed: with `made` of the same ladder as the guessing prior.
 """
 
 from __future__ import annotations
 
 import json
 import os
-import statistics
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
+from pace import NEVER, prior_presets, prior_seconds, steps_within, with_interval, write_whole
 from sampling import seconds_of, table_head
 
 ROOT = Path(__file__).parents[1]
@@ -50,16 +54,27 @@ def tokens_of(data: str, source: str | None, variants: str, out: Path) -> Path:
     return folder
 
 
-def train(preset: Path, tokens: Path, minutes: float, run: Path) -> Path:
-    """The pipeline of a preset, trained for `minutes`; exits where it was trained for another time."""
-    done = run / "minutes"
+def timed(presets: dict[str, Path], tokens: Path, path: Path) -> dict[str, float]:
+    """Seconds of a training step of each preset, all timed in one pass, kept in `path`."""
+    if not path.is_file():
+        print(f"timing a step of {', '.join(presets)}", file=sys.stderr, flush=True)
+        fixed = [f"tokens={tokens}", f"out={path.parent}", "track.wandb=disabled"]
+        arguments = {kind: ["--config", str(preset), *fixed] for kind, preset in presets.items()}
+        write_whole(prior_seconds(arguments), path)
+    return json.loads(path.read_text())
+
+
+def train(preset: Path, tokens: Path, steps: int, seed: int, run: Path) -> Path:
+    """The pipeline of a preset, trained for so many steps; exits where it was trained for others."""
+    done = run / "steps"
     if not done.is_file():
-        never = [f"train.{what}_every=1000000" for what in ("evaluate", "preview", "save")]
-        smalti("train_prior", "--config", str(preset), f"tokens={tokens}", f"out={run}", "train.steps=null",
-               f"train.minutes={minutes}", "track.wandb=disabled", *never)  # fmt: skip
-        done.write_text(str(minutes))
-    if float(done.read_text()) != minutes:
-        raise SystemExit(f"{run}: was trained for {done.read_text()} minutes; choose another out=")
+        never = [f"train.{what}_every={NEVER}" for what in ("evaluate", "preview", "save")]
+        ends = ["train.minutes=null", f"train.steps={steps}", f"train.seed={seed}"]
+        fixed = [f"tokens={tokens}", f"out={run}", "track.wandb=disabled"]
+        smalti("train_prior", "--config", str(preset), *fixed, *ends, *never)
+        done.write_text(str(steps))
+    if int(done.read_text()) != steps:
+        raise SystemExit(f"{run}: was trained for {done.read_text()} steps; choose another out=")
     return run / "pipeline"
 
 
@@ -80,7 +95,7 @@ def sampling(pipe: Any, guess: Any) -> dict[str, Any]:
     import torch
 
     prior, labels = pipe.prior, torch.arange(TIMED) % pipe.prior.num_classes
-    figures: dict[str, Any] = {"steps": pipe.sampler.steps}
+    figures: dict[str, Any] = {"passes": pipe.sampler.steps}
     if pipe.sampler.steps:  # a masked-token prior: every pass is a whole one
         (figures["cached"],) = seconds_of([lambda: prior.sample(TIMED, labels, steps=pipe.sampler.steps)], 3)
         return figures
@@ -127,25 +142,25 @@ def agreement(pipe: Any, data: Any) -> dict[str, float]:
     return {"agreement": shares[0], "real_agreement": shares[1]}
 
 
-def measure(pipe: Any, data: Any, guess: Any, run: Path) -> dict[str, Any]:
-    """All figures of a pipeline, kept in `run`; and a sheet of samples."""
+def measure(pipe: Any, data: Any, run: Path) -> dict[str, Any]:
+    """Likelihood and agreement of a pipeline, kept in `run`; and a sheet of samples."""
     from pipelines.pictures import save_picture
 
     path = run / "ladder.json"
-    if path.is_file():
-        return json.loads(path.read_text())
-    figures = {"parameters": sum(p.numel() for p in pipe.prior.parameters()), "threads": os.environ["OMP_NUM_THREADS"]}
-    log = run / "metrics.jsonl"
-    if log.is_file():
-        lines = [json.loads(line) for line in log.read_text().splitlines()]
-        figures["training_steps"] = max(line["step"] for line in lines)
-        figures["training_tokens_per_second"] = statistics.median(
-            line["tokens_per_second"] for line in lines if "tokens_per_second" in line
-        )
-    figures |= likelihood(pipe, data.splits["test"]) | sampling(pipe, guess) | agreement(pipe, data)
-    save_picture(pipe.sample_picture(), run / "samples.png")
-    path.write_text(json.dumps(figures, indent=1))
-    return figures
+    if not path.is_file():
+        figures = {"parameters": sum(p.numel() for p in pipe.prior.parameters())}
+        figures |= likelihood(pipe, data.splits["test"]) | agreement(pipe, data)
+        save_picture(pipe.sample_picture(), run / "samples.png")
+        write_whole(figures, path)
+    return json.loads(path.read_text())
+
+
+def measure_speed(pipe: Any, guess: Any, run: Path) -> dict[str, Any]:
+    """What sampling takes, kept in `run`."""
+    path = run / "speed.json"
+    if not path.is_file():
+        write_whole(sampling(pipe, guess), path)
+    return json.loads(path.read_text())
 
 
 def marginal(data: Any) -> Any:
@@ -162,7 +177,7 @@ def sheet(kinds: list[str], out: Path) -> Path:
     """Two rows of each prior's samples, a class per column, with its name above."""
     from PIL import Image, ImageDraw, ImageFont
 
-    grids = [Image.open(out / kind / "samples.png").convert("RGB") for kind in kinds]
+    grids = [Image.open(out / kind / "seed0" / "samples.png").convert("RGB") for kind in kinds]
     width, height, title, columns = grids[0].width, grids[0].height // 4, 22, 2
     rows = -(-len(grids) // columns)
     picture = Image.new("RGB", (columns * (width + 12) - 12, rows * (height + title)), "white")
@@ -182,61 +197,93 @@ def passes(f: dict[str, Any], name: str, tokens: int) -> str:
     return f"{f[name]:.2f}, {f[f'{name}_passes']:.1f} ({f[f'{name}_passes'] / tokens:.1%})"
 
 
-def line(name: str, f: dict[str, Any], tokens: int) -> str:
-    """A row of the table."""
+def line(name: str, runs: list[dict[str, Any]], seconds: float | None, steps: int | None, tokens: int) -> str:
+    """A row of the table: `runs` are the figures of each seed."""
     import math
 
-    bound, gain = "" if f["exact"] else "<= ", f.get("mixture_gain")
-    bits = f"{bound}{f['bits']:.4f}" + (f" ({-gain:+.4f} with four orders mixed)" if gain else "")
-    speed = f.get("training_tokens_per_second")
-    rough = "~" if f.get("extrapolated") else ""
+    bound, gain = "" if runs[0]["exact"] else "<= ", runs[0].get("mixture_gain")
+    mixed = f" ({-gain:+.4f} with four orders mixed)" if gain else ""
+    nats = [run["bits"] * tokens * math.log(2) for run in runs]
     cells = [
         name,
-        f"{f['parameters']:,}",
-        f"{speed / 1000:.1f} k" if speed else "",
-        bits,
-        f"{bound}{f['bits'] * tokens * math.log(2):.2f}",
-        f"{f['cached']:.2f}" + (f" ({f['steps']} steps)" if f["steps"] else ""),
-        f"{rough}{f['uncached']:.0f}" if "uncached" in f else "",
-        passes(f, "parallel", tokens),
-        passes(f, "guessed", tokens),
-        f"{f['agreement']:.1%}",
+        f"{runs[0]['parameters']:,}",
+        f"{1e3 * seconds:.1f}" if seconds else "",
+        f"{steps:,}" if steps else "",
+        bound + with_interval([run["bits"] for run in runs], 4) + mixed,
+        bound + with_interval(nats, 2),
+        with_interval([100 * run["agreement"] for run in runs], 1) + " %",
     ]
     return f"| {' | '.join(cells)} |"
 
 
+def speed_line(name: str, f: dict[str, Any], tokens: int) -> str:
+    """A row of the table of sampling."""
+    rough = "~" if f.get("extrapolated") else ""
+    cells = [
+        name,
+        f"{f['cached']:.2f}" + (f" ({f['passes']} passes)" if f["passes"] else ""),
+        f"{rough}{f['uncached']:.0f}" if "uncached" in f else "",
+        passes(f, "parallel", tokens),
+        passes(f, "guessed", tokens),
+    ]
+    return f"| {' | '.join(cells)} |"
+
+
+def speed_table(pipes: dict[str, Any], tokens: int, out: Path) -> None:
+    """What sampling takes, of each."""
+    guess = pipes["made"].prior if "made" in pipes else None
+    print(f"\n64 samples, seconds, on {os.environ['OMP_NUM_THREADS']} thread(s)\n")
+    print(table_head("prior", "cached", "uncached", "parallel: s, passes", "guessed by `made`"))
+    for kind, pipe in pipes.items():
+        found = measure_speed(pipe, None if pipe.prior is guess else guess, out / kind / "seed0")
+        print(speed_line(kind, found, tokens), flush=True)
+
+
+def compare(data: Any, tokens: Path, presets: dict[str, Path], options: dict[str, str], out: Path) -> None:
+    """Time, train and measure; then the tables."""
+    from pipelines import ImagePipeline
+
+    minutes, seeds = float(options.get("minutes", 2)), int(options.get("seeds", 1))
+    seconds = timed(presets, tokens, out / "steps.json")
+    only = [kind for kind in options.get("only", ",".join(presets)).split(",") if kind]
+    if strange := [kind for kind in only if kind not in seconds]:
+        raise SystemExit(f"only={strange[0]}: choose among {', '.join(seconds)}")
+    steps = {kind: steps_within(minutes, seconds[kind]) for kind in only}
+    pipes, found = {"marginal": marginal(data)}, {}
+    (out / "marginal" / "seed0").mkdir(parents=True, exist_ok=True)
+    found["marginal"] = [measure(pipes["marginal"], data, out / "marginal" / "seed0")]
+    for seed in range(seeds):
+        for kind in only:
+            run = out / kind / f"seed{seed}"
+            pipe = ImagePipeline.from_pretrained(train(presets[kind], tokens, steps[kind], seed, run))
+            pipes.setdefault(kind, pipe)
+            found.setdefault(kind, []).append(measure(pipe, data, run))
+            print(line(kind, found[kind][-1:], seconds[kind], steps[kind], len(data.grid)), flush=True)
+    shape = "x".join(map(str, data.grid.shape))
+    rows = f"{len(data.splits['train']):,} training rows of {shape} ids of {data.grid.vocab_size}"
+    print(f"\n{out.name}: {rows}, {minutes:g} minutes each, {seeds} seed(s)\n")
+    print(table_head("prior", "parameters", "ms per step", "steps", "bits per token", "nats per image", "agreement"))
+    ranked = sorted(found, key=lambda kind: -sum(run["bits"] for run in found[kind]) / len(found[kind]))
+    for kind in ranked:
+        print(line(kind, found[kind], seconds.get(kind), steps.get(kind), len(data.grid)))
+    print(f"| held-out images | | | | | | {100 * found['marginal'][0]['real_agreement']:.1f} % |")
+    if options.get("speed", "0") != "0":
+        speed_table({kind: pipes[kind] for kind in ranked}, len(data.grid), out)
+    print(f"\nsamples of each, two per class: {sheet(ranked, out)}")
+
+
 def main() -> None:
     options = dict(argument.split("=", 1) for argument in sys.argv[1:])
-    name, minutes = options.get("data", "fashion_mnist"), float(options.get("minutes", 6))
+    name = options.get("data", "fashion_mnist")
     out = Path(options.get("out", "runs/ladder")).absolute() / name
-    os.environ.setdefault("OMP_NUM_THREADS", str(os.cpu_count()))
-    tokens = tokens_of(name, options.get("source"), options.get("augmentations", "0"), out)
-    presets = {preset.stem.removesuffix(f"_{name}"): preset
-               for preset in sorted((ROOT / "configs" / "prior").glob(f"*_{name}.yaml"))}  # fmt: skip
+    os.environ["OMP_NUM_THREADS"] = options.get("threads") or os.environ.get("OMP_NUM_THREADS") or str(os.cpu_count())
+    presets = prior_presets(name)
     if not presets:
         raise SystemExit(f"data={name}: there are no presets configs/prior/*_{name}.yaml")
-    folders = {kind: train(preset, tokens, minutes, out / kind) for kind, preset in presets.items()}
-    from pipelines import ImagePipeline
     from pipelines.tokens import load_tokens
 
-    data = load_tokens(str(tokens))
-    pipes = {kind: ImagePipeline.from_pretrained(folder) for kind, folder in folders.items()}
-    pipes["marginal"] = marginal(data)
-    guess = pipes["made"].prior if "made" in pipes else None
-    found = {}
-    for kind, pipe in pipes.items():
-        (out / kind).mkdir(exist_ok=True)
-        found[kind] = measure(pipe, data, None if pipe.prior is guess else guess, out / kind)
-        print(line(kind, found[kind], len(data.grid)), flush=True)
-    print(f"\n{name}: {len(data.splits['train']):,} training rows of {'x'.join(map(str, data.grid.shape))} ids of "
-          f"{data.grid.vocab_size}, {minutes:g} minutes each, {found['marginal']['threads']} threads\n")  # fmt: skip
-    print(table_head("prior", "parameters", "training tokens/s", "bits per token", "nats per image",
-                     "64 samples, s: cached", "uncached", "parallel", "parallel, guessed", "agreement"))  # fmt: skip
-    ranked = sorted(found, key=lambda kind: -found[kind]["bits"])
-    for kind in ranked:
-        print(line(kind, found[kind], len(data.grid)))
-    print(f"| held-out images | | | | | | | | | {found['marginal']['real_agreement']:.1%} |")
-    print(f"\nsamples of each, two per class: {sheet(ranked, out)}")
+    tokens = tokens_of(name, options.get("source"), options.get("augmentations", "0"), out)
+    compare(load_tokens(str(tokens)), tokens, presets, options, out)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """Passes per image of parallel sampling, by what is guessed for the tokens after the first wrong one.
 
     pip install -e ".[dev]"
-    python benchmarks/ladder.py data=fashion_mnist minutes=6
+    python benchmarks/ladder.py data=fashion_mnist minutes=2
     python benchmarks/parallel.py ladder=runs/ladder/fashion_mnist prior=gpt guess=made
 
 64 images, one per class in turn, the noise of seeds 0 to 63. `last output`: what the last pass drew there (Jacobi),
@@ -78,8 +78,10 @@ def main() -> None:
     from prior import Prior
 
     folder = Path(options.get("ladder", "runs/ladder/fashion_mnist"))
-    model, cheap = (ImagePipeline.from_pretrained(folder / options.get(role, default) / "pipeline").prior
-                    for role, default in (("prior", "gpt"), ("guess", "made")))  # fmt: skip
+    model, cheap = (
+        ImagePipeline.from_pretrained(folder / options.get(role, default) / "seed0" / "pipeline").prior
+        for role, default in (("prior", "gpt"), ("guess", "made"))
+    )
     train = load_tokens(str(folder / "tokens")).splits["train"]
     marginal = Prior.create("marginal", grid=model.grid, num_classes=model.num_classes)
     marginal.initialize(train.tokens, train.labels)

@@ -3,7 +3,7 @@
     pip install -e ".[dev]"
     python benchmarks/tokenizers.py data=openmoji only=                      # how long a step takes, on a quiet machine
     python benchmarks/tokenizers.py data=openmoji minutes=4 gpt_minutes=4    # 576 bits: 8x8 ids of 512
-    python benchmarks/tokenizers.py data=fashion_mnist minutes=3             # 392 bits: 7x7 ids of 256
+    python benchmarks/tokenizers.py data=fashion_mnist minutes=3 seeds=3     # 392 bits: 7x7 ids of 256
     python benchmarks/tokenizers.py data=digits minutes=0.02 gpt_minutes=0.02 limit=200 only=ema,fsq  # does it run?
     python benchmarks/tokenizers.py data=digits model.widths=[32] train.batch_size=16 gpt.model.depth=2  # or others
 
@@ -16,10 +16,13 @@ Equal time: first a step of every contender is timed, in turn, in one pass (medi
 Then each trains for as many steps as fit into `minutes`, so it does not matter what else the machine does by then. The
 GPT of `configs/prior/gpt_{data}.yaml` is trained on the tokens of each for `gpt_minutes`, likewise. What is finished
 stays under `out` and is not done again; several processes may share it, with different `only=ema,lfq`, once the steps
-are timed. A contender that is timed later is timed beside `ema`, and scaled by how long that took before.
+are timed. A contender that is timed later is timed beside `ema`, and scaled by how long that took before. With
+`seeds=3` all is trained three times, from other weights and in another order of the images.
 
 PSNR (dB), SSIM, usage and perplexity of ids: over all held-out images. bits per image: what the ids could hold. GPT:
--log2 p of the held-out tokens given their labels, per token and per image.
+-log2 p of the held-out tokens given their labels, per token and per image. Figures are means over seeds, +- half of the
+95 % t-interval. `rate_distortion.png` has the GPT's bits of an image against the PSNR: a tokenizer is better than
+another only if it is above it at no more bits.
 """
 
 from __future__ import annotations
@@ -29,9 +32,9 @@ import json
 import math
 import os
 import platform
+import statistics
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -43,16 +46,16 @@ if __name__ == "tokenizers":  # a script of this folder imports transformers, wh
     del sys.modules["tokenizers"]
     importlib.import_module("tokenizers")
 else:
+    from pace import NEVER, TIMED_STEPS, interval, stepper, steps_within, with_interval, write_whole
     from sampling import seconds_of, table_head
 
 ROOT = HERE.parent
 REFERENCE = "ema"
-NEVER = 1_000_000
 VARIANTS = {"digits": 4, "openmoji": 8}  # augmented copies of each image for the GPT, where there are few images
-TIMED_IMAGES, TIMED_STEPS = 512, 20
+TIMED_IMAGES = 512
 SHOWN, SHOWN_SIDE = 10, 96
 CRITIC = {"weight": 0.4, "adaptive": True, "width": 32, "layers": 2, "lr": 2.0}
-OPTIONS = ("data", "source", "limit", "augmentations", "minutes", "gpt_minutes", "only", "threads", "out")
+OPTIONS = ("data", "source", "limit", "augmentations", "minutes", "gpt_minutes", "seeds", "only", "threads", "out")
 
 Node = dict[str, Any]
 
@@ -172,32 +175,7 @@ def write_node(node: Node, path: Path) -> str:
     return str(path)
 
 
-def write_whole(data: Any, path: Path) -> None:
-    """JSON that is there as a whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(f".{os.getpid()}")
-    temporary.write_text(json.dumps(data, indent=1))
-    temporary.replace(path)
-
-
 # Timing -------------------------------------------------------------------------------------------
-
-
-@contextlib.contextmanager
-def stepper(task: Any, config: Any) -> Iterator[Callable[[], None]]:
-    """A training step of the task at each call, batches and averaged weights included."""
-    from pipelines.processes import build_accelerator
-    from pipelines.training import batches, set_up, take_step
-
-    with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(None):
-        training = set_up(task, config, Path(folder), build_accelerator())
-        task.model.train()
-        stream = batches(training)
-        try:
-            yield lambda: take_step(training, next(stream), config.train.lr / 100)
-        finally:
-            stream.close()
-            training.tracker.close()
 
 
 def tokenizer_times(nodes: dict[str, Node], folder: Path) -> dict[str, float]:
@@ -357,54 +335,93 @@ def contend(name: str, spec: Node, presets: dict[str, Node], times: Node, settin
     if path.is_file():
         return json.loads(path.read_text())
     seconds, gpt_seconds = times["tokenizer"].get(name), times["gpt"][times["grids"][name]]
-    steps = max(1, round(60 * settings["minutes"] / seconds)) if seconds else 1
-    gpt_steps = max(1, round(60 * settings["gpt_minutes"] / gpt_seconds))
+    steps = steps_within(settings["minutes"], seconds) if seconds else 1
+    gpt_steps = steps_within(settings["gpt_minutes"], gpt_seconds)
     print(f"{name}: {steps} steps, then {gpt_steps} of the GPT", file=sys.stderr, flush=True)
     node = tokenizer_node(presets["tokenizer"], spec, settings["source"], settings["limit"], steps, folder / "run")
-    gpt = {**presets["gpt"], "out": str(folder / "gpt"), "track": {"wandb": "disabled"},
-           "train": train_node(presets["gpt"], gpt_steps)}  # fmt: skip
+    gpt_train = train_node(presets["gpt"], gpt_steps)
+    gpt = {**presets["gpt"], "out": str(folder / "gpt"), "track": {"wandb": "disabled"}, "train": gpt_train}
     train(node, gpt, settings["augmentations"], folder)
-    figures = {**measure(folder), "seconds_per_step": seconds, "steps": steps if seconds else None,
-               "gpt_steps": gpt_steps}  # fmt: skip
+    counted = {"seconds_per_step": seconds, "steps": steps if seconds else None, "gpt_steps": gpt_steps}
+    figures = {**measure(folder), **counted}
     write_whole(figures, path)
     return figures
+
+
+def with_seed(presets: dict[str, Node], seed: int) -> dict[str, Node]:
+    """Both presets with another seed."""
+    return {kind: {**preset, "train": {**preset["train"], "seed": seed}} for kind, preset in presets.items()}
 
 
 # The table ----------------------------------------------------------------------------------------
 
 
-def line(name: str, f: Node) -> str:
-    """A row of the table."""
+def line(name: str, runs: list[Node]) -> str:
+    """A row of the table: `runs` are the figures of each seed."""
+    first = runs[0]
+
+    def each(figure: str, digits: int, scale: float = 1.0) -> str:
+        return with_interval([scale * run[figure] for run in runs], digits)
+
     cells = [
         name,
-        f"{f['tokens']} of {f['vocab_size']}",
-        f"{f['bits']:.1f}".removesuffix(".0"),
-        f"{f['psnr']:.2f}",
-        f"{f['ssim']:.4f}",
-        f"{f['usage']:.1%}",
-        f"{f['perplexity']:.1f}",
-        f"{1e3 * f['seconds_per_step']:.1f}" if f["seconds_per_step"] else "",
-        f"{f['steps']:,}" if f["steps"] else "",
-        f"{f['bits_per_token']:.4f}",
-        f"{f['bits_per_token'] * f['tokens']:.1f}",
+        f"{first['tokens']} of {first['vocab_size']}",
+        f"{first['bits']:.1f}".removesuffix(".0"),
+        each("psnr", 2),
+        each("ssim", 4),
+        each("usage", 1, 100) + " %",
+        each("perplexity", 1),
+        f"{1e3 * first['seconds_per_step']:.1f}" if first["seconds_per_step"] else "",
+        f"{first['steps']:,}" if first["steps"] else "",
+        each("bits_per_token", 4),
+        each("bits_per_token", 1, first["tokens"]),
     ]
     return f"| {' | '.join(cells)} |"
 
 
-def show(found: dict[str, Node]) -> None:
-    """The table, best reconstructions first."""
+def ranked(found: dict[str, list[Node]]) -> list[str]:
+    """Names, best reconstructions first."""
+    return sorted(found, key=lambda name: -statistics.mean(run["psnr"] for run in found[name]))
+
+
+def show(found: dict[str, list[Node]]) -> None:
+    """The table."""
     print(table_head("tokenizer", "ids", "bits per image", "PSNR, dB", "SSIM", "usage", "perplexity", "ms per step",
                      "steps", "GPT: bits per token", "GPT: bits per image"))  # fmt: skip
-    for name in sorted(found, key=lambda name: -found[name]["psnr"]):
+    for name in ranked(found):
         print(line(name, found[name]))
+
+
+def rate_distortion(found: dict[str, list[Node]], title: str) -> Any:
+    """The GPT's bits of an image against the PSNR: a dot for each tokenizer, and a cross as wide and as high as the
+    95 % intervals over seeds. Tokenizers that another one beats in both are grey."""
+    from pipelines.charts import BLUE, GREY, INK, Axis, Panel, font
+
+    rates = {name: [run["bits_per_token"] * run["tokens"] for run in runs] for name, runs in found.items()}
+    levels = {name: [run["psnr"] for run in runs] for name, runs in found.items()}
+    at = {name: (statistics.mean(rates[name]), statistics.mean(levels[name])) for name in found}
+    x_values, y_values = zip(*at.values(), strict=True)
+    x = Axis(0.9 * min(x_values), 1.08 * max(x_values), "bits of an image's tokens under the GPT")
+    y = Axis(min(y_values) - 0.4, max(y_values) + 0.4, "held-out PSNR, dB")
+    panel = Panel(title, (760, 480), x, y)
+    for name, (rate, level) in at.items():
+        beaten = any(r <= rate and p >= level for other, (r, p) in at.items() if other != name)
+        wide, high = (0.0 if math.isnan(half) else half for half in (interval(rates[name]), interval(levels[name])))
+        column, row = panel.column(rate), panel.row(level)
+        panel.draw.line((panel.column(rate - wide), row, panel.column(rate + wide), row), GREY)
+        panel.draw.line((column, panel.row(level - high), column, panel.row(level + high)), GREY)
+        panel.draw.ellipse((column - 4, row - 4, column + 4, row + 4), fill=GREY if beaten else BLUE)
+        panel.draw.text((column + 7, row - 7), name, GREY if beaten else INK, font(12), anchor="ls")
+    return panel.image
 
 
 def sheet(names: list[str], out: Path) -> Path:
     """The same held-out images, and under them the reconstructions of each contender, with its name at the left."""
     from PIL import Image, ImageDraw, ImageFont
 
-    paths = {"held-out images": out / names[0] / "originals.png"}
-    paths |= {name: out / name / "reconstructions.png" for name in names}
+    first = {name: next(iter(sorted(out.glob(f"seed*/{name}")))) for name in names}
+    paths = {"held-out images": first[names[0]] / "originals.png"}
+    paths |= {name: folder / "reconstructions.png" for name, folder in first.items()}
     rows, title = {name: Image.open(path).convert("RGB") for name, path in paths.items()}, 150
     width, height = next(iter(rows.values())).size
     picture = Image.new("RGB", (title + width, len(rows) * height), "white")
@@ -451,38 +468,50 @@ def compare(name: str, options: dict[str, str], changes: list[str]) -> None:
     for part, reason in reasons.items():
         print(f"{part}: left out, {reason}", flush=True)
     settings = {
-        "minutes": float(options.get("minutes", 3)), "gpt_minutes": float(options.get("gpt_minutes", 3)),
+        "minutes": float(options.get("minutes", 3)),
+        "gpt_minutes": float(options.get("gpt_minutes", 3)),
         "augmentations": int(options.get("augmentations", VARIANTS.get(name, 0))),
         "limit": int(options["limit"]) if "limit" in options else None,
-        "source": images_of(name, options.get("source")), "changes": changes,
-    }  # fmt: skip
+        "source": images_of(name, options.get("source")),
+        "changes": changes,
+    }
     few = min(TIMED_IMAGES, settings["limit"] or TIMED_IMAGES)
-    nodes = {part: tokenizer_node(presets["tokenizer"], known[part], settings["source"], few, 1, out / part)
-             for part in known if part not in reasons}  # fmt: skip
+    nodes = {
+        part: tokenizer_node(presets["tokenizer"], known[part], settings["source"], few, 1, out / part)
+        for part in known
+        if part not in reasons
+    }
     times = timed(nodes, only, presets["gpt"], out / "steps.json")
-    for part in [part for part in only if part not in reasons]:
-        agreed(settings, out / "settings.json")
-        if not trainable(known[part]) and not (out / "klvae" / "figures.json").is_file():
-            print(f"{part}: left out until klvae, from which it starts, is finished", flush=True)
-            continue
-        print(line(part, contend(part, known[part], presets, times, settings, out)), flush=True)
-    report(known, times, settings, out)
+    for seed in range(int(options.get("seeds", 1))):
+        folder = out / f"seed{seed}"
+        specs, seeded = contenders(presets["tokenizer"], folder), with_seed(presets, seed)
+        for part in [part for part in only if part not in reasons]:
+            agreed(settings, out / "settings.json")
+            if not trainable(specs[part]) and not (folder / "klvae" / "figures.json").is_file():
+                print(f"{part}: left out until klvae, from which it starts, is finished", flush=True)
+                continue
+            print(line(part, [contend(part, specs[part], seeded, times, settings, folder)]), flush=True)
+    report(known, times, out)
 
 
-def report(known: dict[str, Node], times: Node, settings: Node, out: Path) -> None:
-    """Times if nothing is finished yet, else the table and the picture of all that is."""
-    paths = {name: out / name / "figures.json" for name in known}
-    found = {name: json.loads(path.read_text()) for name, path in paths.items() if path.is_file()}
+def report(known: dict[str, Node], times: Node, out: Path) -> None:
+    """Times if nothing is finished yet, else the table and the pictures of all that is."""
+    paths = {name: sorted(out.glob(f"seed*/{name}/figures.json")) for name in known}
+    found = {name: [json.loads(path.read_text()) for path in kept] for name, kept in paths.items() if kept}
     if not found:
         for kind in ("tokenizer", "gpt"):
             print(f"ms per step, {kind}:", ", ".join(f"{n} {1e3 * s:.1f}" for n, s in times[kind].items()))
         return
     kept = json.loads((out / "settings.json").read_text())
-    print(f"\n{out.name}: {kept['minutes']:g} minutes of training each, {kept['gpt_minutes']:g} of the GPT, "
-          f"{times['threads']} threads\n")  # fmt: skip
+    seeds = sorted({len(runs) for runs in found.values()})
+    print(
+        f"\n{out.name}: {kept['minutes']:g} minutes of training each, {kept['gpt_minutes']:g} of the GPT, "
+        f"{times['threads']} threads, {' or '.join(map(str, seeds))} seed(s)\n"
+    )
     show(found)
-    ranked = sorted(found, key=lambda name: -found[name]["psnr"])
-    print(f"\nthe same held-out images by each: {sheet(ranked, out)}")
+    rate_distortion(found, f"{out.name}: rate and distortion").save(out / "rate_distortion.png")
+    print(f"\nthe same held-out images by each: {sheet(ranked(found), out)}")
+    print(f"bits against PSNR: {out / 'rate_distortion.png'}")
 
 
 def main() -> None:

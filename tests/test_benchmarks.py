@@ -85,12 +85,15 @@ def test_training_steps_stand_beside_those_of_others():
 @pytest.mark.timeout(1800)
 def test_a_ladder_of_seconds(tmp_path):
     """All presets of the digits, trained for a second each; a second call does nothing again; then its guesses."""
-    command = ("ladder.py", "data=digits", "minutes=0.02", f"out={tmp_path}")
+    command = ("ladder.py", "data=digits", "minutes=0.02", "seeds=2", "speed=1", f"out={tmp_path}")
     printed = run(*command)
     rows = [line for line in printed.splitlines() if line.startswith("| ")]
     kinds = {path.stem.removesuffix("_digits") for path in (ROOT / "configs/prior").glob("*_digits.yaml")}
     assert {row.split(" | ")[0].removeprefix("| ") for row in rows} >= kinds | {"marginal", "held-out images"}
-    assert "0.02 minutes each" in printed
+    head, _, tables = printed.partition("0.02 minutes each, 2 seed(s)")
+    trained = [line for line in tables.partition("64 samples")[0].splitlines() if line[2:].split(" | ")[0] in kinds]
+    assert len(trained) == len(kinds) and all("+-" in row for row in trained) and "+-" not in head
+    assert {"cached", "uncached"} <= set(json.loads((tmp_path / "digits/gpt/seed0/speed.json").read_text()))
     assert run(*command).splitlines()[-8:] == printed.splitlines()[-8:]
     guesses = run("parallel.py", f"ladder={tmp_path / 'digits'}")
     differ = [row.split(" | ")[-1] for row in guesses.splitlines() if " passes | " in row or "output" in row]
@@ -150,14 +153,17 @@ def test_all_tokenizers_for_seconds(tmp_path):
     assert "critic" in times["tokenizer"] and "posthoc" not in times["tokenizer"]
     printed = run(*command, "only=ema,posthoc")
     assert "posthoc: left out until klvae" in printed and printed.count("starting") == 2
+    command = (*command, "seeds=2")
     printed = run(*command)
     rows = {row.split(" | ")[0].removeprefix("| "): row for row in printed.splitlines() if row.startswith("| ")}
     assert set(rows) >= set(times["grids"])
     for name, seconds in times["tokenizer"].items():
-        figures = json.loads((tmp_path / "digits" / name / "figures.json").read_text())
+        figures = json.loads((tmp_path / "digits" / "seed0" / name / "figures.json").read_text())
         assert figures["steps"] == max(1, round(0.12 / seconds)) and figures["seconds_per_step"] == seconds
         assert figures["gpt_steps"] == max(1, round(0.12 / times["gpt"][times["grids"][name]]))
-        assert f"{figures['bits_per_token'] * figures['tokens']:.1f} |" in rows[name]
+        both = [json.loads(path.read_text())["psnr"] for path in tmp_path.glob(f"digits/seed*/{name}/figures.json")]
+        assert f"| {sum(both) / 2:.2f} +- " in rows[name]
+    assert (tmp_path / "digits" / "rate_distortion.png").is_file()
     again = run(*command)
     assert again.splitlines()[-8:] == printed.splitlines()[-8:] and "training rows" not in again
     with pytest.raises(AssertionError, match="was made with gpt_minutes=0.002; choose another out="):

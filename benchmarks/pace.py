@@ -1,0 +1,110 @@
+"""Equal time counted in steps, and figures of several seeds.
+
+    python benchmarks/pace.py tokens=runs/digits_tokens data=digits    # ms per training step of every prior's preset
+
+A step of every contender is timed in turn, in one pass and on a quiet machine; each then trains for as many steps as
+fit into the time. So what else the machine does while they train changes no figure.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import os
+import statistics
+import sys
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from sampling import seconds_of, table_head
+
+ROOT = Path(__file__).parents[1]
+TIMED_STEPS = 20
+NEVER = 1_000_000  # steps: for what a run is to do only at its end
+
+
+@contextlib.contextmanager
+def stepper(task: Any, config: Any) -> Iterator[Callable[[], None]]:
+    """A training step of the task at each call, batches and averaged weights included."""
+    from pipelines.processes import build_accelerator
+    from pipelines.training import batches, set_up, take_step
+
+    with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(None):
+        training = set_up(task, config, Path(folder), build_accelerator())
+        task.model.train()
+        stream = batches(training)
+        try:
+            yield lambda: take_step(training, next(stream), config.train.lr / 100)
+        finally:
+            stream.close()
+            training.tracker.close()
+
+
+def prior_seconds(arguments: dict[str, list[str]]) -> dict[str, float]:
+    """Median seconds of a training step of each prior, by name; `arguments` are those of `smalti train_prior`."""
+    import torch
+
+    from pipelines.config import parse
+    from pipelines.train_prior import PriorTask, TrainPriorConfig
+
+    with contextlib.ExitStack() as stack:
+        steps = []
+        for argv in arguments.values():
+            config = parse(TrainPriorConfig, argv, verb="train_prior", description="")
+            torch.manual_seed(config.train.seed)
+            steps.append(stack.enter_context(stepper(PriorTask(config), config)))
+        return dict(zip(arguments, seconds_of(steps, TIMED_STEPS), strict=True))
+
+
+def prior_presets(data: str) -> dict[str, Path]:
+    """The presets of a data set, by the prior's kind (and what else its name says)."""
+    found = sorted((ROOT / "configs" / "prior").glob(f"*_{data}.yaml"))
+    return {preset.stem.removesuffix(f"_{data}"): preset for preset in found}
+
+
+def steps_within(minutes: float, seconds: float) -> int:
+    """How many steps of so many seconds fit into the time; at least one."""
+    return max(1, round(60 * minutes / seconds))
+
+
+def write_whole(data: Any, path: Path) -> None:
+    """JSON that is there as a whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_suffix(f".{os.getpid()}")
+    temporary.write_text(json.dumps(data, indent=1))
+    temporary.replace(path)
+
+
+def interval(values: Sequence[float]) -> float:
+    """Half the width of the 95 % t-interval of the mean over seeds; NaN for one seed."""
+    from scipy.stats import t
+
+    if len(values) < 2:
+        return math.nan
+    return float(t.ppf(0.975, len(values) - 1)) * statistics.stdev(values) / math.sqrt(len(values))
+
+
+def with_interval(values: Sequence[float], digits: int = 2) -> str:
+    """`1.23 +- 0.04`, or the value alone where there is one seed."""
+    mean, half = statistics.mean(values), interval(values)
+    return f"{mean:.{digits}f}" + ("" if math.isnan(half) else f" +- {half:.{digits}f}")
+
+
+def main() -> None:
+    options = dict(argument.split("=", 1) for argument in sys.argv[1:])
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    presets = prior_presets(options["data"])
+    arguments = {
+        name: ["--config", str(preset), f"tokens={options['tokens']}", "track.wandb=disabled"]
+        for name, preset in presets.items()
+    }
+    print(table_head("prior", "ms per step"))
+    for name, seconds in prior_seconds(arguments).items():
+        print(f"| {name} | {1e3 * seconds:.1f} |")
+
+
+if __name__ == "__main__":
+    main()
