@@ -7,9 +7,9 @@
 
 Each preset `configs/prior/*_{data}.yaml` is trained by `smalti train_prior` on the tokens of
 `configs/tokenizer/{vqvae,pixels}_{data}.yaml` (`source=FOLDER`: with the images of that folder), from `seeds` seeds,
-for as many steps as fit into `minutes`, whatever it says of its end. A step of each is timed once, in turn, and kept as
-`steps.json`; so what else the machine does while they train changes no figure. What is done is kept under `out` and not
-done again; `only=gpt,made` looks at these.
+for as many steps as fit into `minutes` of CPU time, whatever it says of its end. A step of each is timed once, in turn,
+and kept as `steps.json`; so what else the machine does while they train changes no figure. What is done is kept under
+`out` and not done again; `only=gpt,made` looks at these.
 
 bits: -log2 p per token of the whole held-out split, given its labels; nats: the same per image. A `<=` is a bound.
 Means over seeds, +- half of the 95 % t-interval.
@@ -55,7 +55,7 @@ def tokens_of(data: str, source: str | None, variants: str, out: Path) -> Path:
 
 
 def timed(presets: dict[str, Path], tokens: Path, path: Path) -> dict[str, float]:
-    """Seconds of a training step of each preset, all timed in one pass, kept in `path`."""
+    """CPU seconds of a training step of each preset, all timed in one pass, kept in `path`."""
     if not path.is_file():
         print(f"timing a step of {', '.join(presets)}", file=sys.stderr, flush=True)
         fixed = [f"tokens={tokens}", f"out={path.parent}", "track.wandb=disabled"]
@@ -261,7 +261,7 @@ def compare(data: Any, tokens: Path, presets: dict[str, Path], options: dict[str
             print(line(kind, found[kind][-1:], seconds[kind], steps[kind], len(data.grid)), flush=True)
     shape = "x".join(map(str, data.grid.shape))
     rows = f"{len(data.splits['train']):,} training rows of {shape} ids of {data.grid.vocab_size}"
-    print(f"\n{out.name}: {rows}, {minutes:g} minutes each, {seeds} seed(s)\n")
+    print(f"\n{out.name}: {rows}, {minutes:g} CPU minutes each, {seeds} seed(s)\n")
     print(table_head("prior", "parameters", "ms per step", "steps", "bits per token", "nats per image", "agreement"))
     ranked = sorted(found, key=lambda kind: -sum(run["bits"] for run in found[kind]) / len(found[kind]))
     for kind in ranked:

@@ -2,8 +2,8 @@
 
     python benchmarks/pace.py tokens=runs/digits_tokens data=digits    # ms per training step of every prior's preset
 
-A step of every contender is timed in turn, in one pass and on a quiet machine; each then trains for as many steps as
-fit into the time. So what else the machine does while they train changes no figure.
+A step of every contender is timed in turn, in one pass and in seconds of CPU time; each then trains for as many steps as
+fit into the minutes. So what else the machine does while they train changes no figure, and little while they are timed.
 """
 
 from __future__ import annotations
@@ -15,11 +15,12 @@ import os
 import statistics
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from sampling import seconds_of, table_head
+from sampling import table_head
 
 ROOT = Path(__file__).parents[1]
 TIMED_STEPS = 20
@@ -43,8 +44,20 @@ def stepper(task: Any, config: Any) -> Iterator[Callable[[], None]]:
             training.tracker.close()
 
 
+def cpu_seconds_of(runs: Sequence[Callable[[], object]], repeats: int = TIMED_STEPS) -> list[float]:
+    """Median seconds of CPU time, of all threads, that each takes; run in turn after two calls of each to warm up."""
+    times: list[list[float]] = [[] for _ in runs]
+    for turn in range(repeats + 2):
+        for kept, run in zip(times, runs, strict=True):
+            began = time.process_time()
+            run()
+            if turn > 1:
+                kept.append(time.process_time() - began)
+    return [statistics.median(kept) for kept in times]
+
+
 def prior_seconds(arguments: dict[str, list[str]]) -> dict[str, float]:
-    """Median seconds of a training step of each prior, by name; `arguments` are those of `smalti train_prior`."""
+    """Seconds of CPU time of a training step of each prior, by name; `arguments` are those of `smalti train_prior`."""
     import torch
 
     from pipelines.config import parse
@@ -56,7 +69,7 @@ def prior_seconds(arguments: dict[str, list[str]]) -> dict[str, float]:
             config = parse(TrainPriorConfig, argv, verb="train_prior", description="")
             torch.manual_seed(config.train.seed)
             steps.append(stack.enter_context(stepper(PriorTask(config), config)))
-        return dict(zip(arguments, seconds_of(steps, TIMED_STEPS), strict=True))
+        return dict(zip(arguments, cpu_seconds_of(steps), strict=True))
 
 
 def prior_presets(data: str) -> dict[str, Path]:

@@ -1,7 +1,7 @@
 """Every tokenizer at equal bits and equal training time, and how well the same prior learns its tokens.
 
     pip install -e ".[dev]"
-    python benchmarks/tokenizers.py data=openmoji only=                      # how long a step takes, on a quiet machine
+    python benchmarks/tokenizers.py data=openmoji only=                      # how long a step takes
     python benchmarks/tokenizers.py data=openmoji minutes=4 gpt_minutes=4    # 576 bits: 8x8 ids of 512
     python benchmarks/tokenizers.py data=fashion_mnist minutes=3 seeds=3     # 392 bits: 7x7 ids of 256
     python benchmarks/tokenizers.py data=digits minutes=0.02 gpt_minutes=0.02 limit=200 only=ema,fsq  # does it run?
@@ -12,8 +12,8 @@ Images, networks and optimizer are those of `configs/tokenizer/vqvae_{data}.yaml
 `source=`, or called `data` in the folder SMALTI_DATA or ../shared/data, or where the preset says. A key with a dot
 changes that preset for all contenders, with `gpt.` before it the prior's.
 
-Equal time: first a step of every contender is timed, in turn, in one pass (medians, kept as `steps.json` under `out`).
-Then each trains for as many steps as fit into `minutes`, so it does not matter what else the machine does by then. The
+Equal time: first a step of every contender is timed, in turn, in one pass (medians of CPU seconds, kept as `steps.json`
+under `out`). Then each trains for as many steps as fit into `minutes`, whatever else the machine does by then. The
 GPT of `configs/prior/gpt_{data}.yaml` is trained on the tokens of each for `gpt_minutes`, likewise. What is finished
 stays under `out` and is not done again; several processes may share it, with different `only=ema,lfq`, once the steps
 are timed. A contender that is timed later is timed beside `ema`, and scaled by how long that took before. With
@@ -46,8 +46,8 @@ if __name__ == "tokenizers":  # a script of this folder imports transformers, wh
     del sys.modules["tokenizers"]
     importlib.import_module("tokenizers")
 else:
-    from pace import NEVER, TIMED_STEPS, interval, stepper, steps_within, with_interval, write_whole
-    from sampling import seconds_of, table_head
+    from pace import NEVER, TIMED_STEPS, cpu_seconds_of, interval, stepper, steps_within, with_interval, write_whole
+    from sampling import table_head
 
 ROOT = HERE.parent
 REFERENCE = "ema"
@@ -192,7 +192,7 @@ def tokenizer_times(nodes: dict[str, Node], folder: Path) -> dict[str, float]:
             config = parse(TrainTokenizerConfig, argv, verb="train_tokenizer", description="")
             torch.manual_seed(config.train.seed)
             steps.append(stack.enter_context(stepper(TokenizerTask(config), config)))
-        return dict(zip(nodes, seconds_of(steps, TIMED_STEPS), strict=True))
+        return dict(zip(nodes, cpu_seconds_of(steps), strict=True))
 
 
 def untrained(node: Node, folder: Path) -> Any:
@@ -225,7 +225,7 @@ def gpt_times(tokenizers: dict[str, Any], preset: Node, folder: Path) -> dict[st
             argv = ["--config", write_node(node, folder / f"{name}.yaml")]
             config = parse(TrainPriorConfig, argv, verb="train_prior", description="")
             steps.append(stack.enter_context(stepper(PriorTask(config), config)))
-        return dict(zip(tokenizers, seconds_of(steps, TIMED_STEPS), strict=True))
+        return dict(zip(tokenizers, cpu_seconds_of(steps), strict=True))
 
 
 def scaled(before: dict[str, float], now: dict[str, float], reference: str) -> dict[str, float]:

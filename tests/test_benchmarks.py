@@ -90,7 +90,7 @@ def test_a_ladder_of_seconds(tmp_path):
     rows = [line for line in printed.splitlines() if line.startswith("| ")]
     kinds = {path.stem.removesuffix("_digits") for path in (ROOT / "configs/prior").glob("*_digits.yaml")}
     assert {row.split(" | ")[0].removeprefix("| ") for row in rows} >= kinds | {"marginal", "held-out images"}
-    head, _, tables = printed.partition("0.02 minutes each, 2 seed(s)")
+    head, _, tables = printed.partition("0.02 CPU minutes each, 2 seed(s)")
     trained = [line for line in tables.partition("64 samples")[0].splitlines() if line[2:].split(" | ")[0] in kinds]
     assert len(trained) == len(kinds) and all("+-" in row for row in trained) and "+-" not in head
     assert {"cached", "uncached"} <= set(json.loads((tmp_path / "digits/gpt/seed0/speed.json").read_text()))
