@@ -2,7 +2,7 @@
 
     python benchmarks/pace.py tokens=runs/digits_tokens data=digits    # ms per training step of every prior's preset
 
-A step of every contender is timed in turn, in one pass and in seconds of CPU time; each then trains for as many steps as
+A step of every contender is timed in turn, in one pass and in CPU seconds; each then trains for as many steps as
 fit into the minutes. So what else the machine does while they train changes no figure, and little while they are timed.
 """
 
