@@ -20,6 +20,9 @@ from torch import Tensor, nn
 from tokenizer.pretrained import ModelConfig, setting
 
 from .base import Prior, PriorConfig
+from .orders import make_order
+from .requests import Order, check_labels, check_order, known_tokens
+from .sampling import Generators, image_generators
 
 DENSE_WIDTH = 32  # up to so many ids, multiplying one-hot rows is faster than picking rows of weights and adding them
 MAX_DIRECT = 1 << 28  # weights of the direct connections: the square of what the hidden layers need per unit
@@ -36,8 +39,9 @@ class MADEConfig(PriorConfig):
     dropout: float = setting(0.0, "dropout on the hidden units", ge=0, lt=1)
     order_agnostic: bool = setting(False, "train in a new random order at every step")
     connectivity_agnostic: bool = setting(False, "train with new random degrees of the hidden units at every step")
-    masks: int | None = setting(None, "draw so many orders and degrees to train with once for all, not new ones at "
-                                "every step", ge=1, le=1 << 20)  # fmt: skip
+    masks: int | None = setting(
+        None, "draw so many orders and degrees to train with once for all, not new ones at every step", ge=1, le=1 << 20
+    )
     sigmoid: bool = setting(True, "one logit per token where there are two ids; false: one-hot rows and a softmax")
 
     @property
@@ -130,8 +134,8 @@ class MADE(Prior, name="made"):
     """Masked hidden layers from all tokens to all logits at once, and running sums for sampling.
 
     An input (of two ids -1 or 1, of more a row of weights for each) is told apart from one that is masked, which is
-    what the paper conditions on connectivity for. Every later position sees every earlier token, unless a hidden layer is so narrow
-    that some degrees are missing and no direct connections make up for it: `receptive_field` says.
+    what the paper conditions on connectivity for. Every later position sees every earlier token, unless a hidden layer
+    is so narrow that some degrees are missing and no direct connections make up for it: `receptive_field` says.
     """
 
     Config = MADEConfig
@@ -143,7 +147,8 @@ class MADE(Prior, name="made"):
     def __init__(self, config: MADEConfig) -> None:
         super().__init__(config)
         size, vocab, hidden = len(config.grid), config.grid.vocab_size, config.hidden
-        self.any_order, self.width = config.order_agnostic, 1 if config.binary else config.embedding or vocab
+        self.any_order, self.any_connectivity = config.order_agnostic, config.connectivity_agnostic
+        self.width = 1 if config.binary else config.embedding or vocab
         self.input = nn.Parameter(torch.empty(size, self.width, hidden[0]))
         self.hidden = nn.ParameterList(torch.empty(*sizes) for sizes in zip(hidden[1:], hidden, strict=False))
         self.output = nn.Parameter(torch.empty(size, self.width, hidden[-1]))
@@ -159,8 +164,7 @@ class MADE(Prior, name="made"):
         self.head_bias = nn.Parameter(torch.zeros(size, vocab)) if config.embedding else None
         self.dropout = nn.Dropout(config.dropout)
         self.register_buffer("ranks", torch.argsort(self.order), persistent=False)
-        degrees = torch.cat([even_degrees(units, size) for units in hidden])
-        self.register_buffer("all_degrees", degrees, persistent=False)
+        self.register_buffer("all_degrees", torch.cat(self.numbered_degrees(0)), persistent=False)
         self._masks, self._masked = Kept(), Kept()
         self._reset_parameters()
 
@@ -182,7 +186,7 @@ class MADE(Prior, name="made"):
         return super()._apply(fn, recurse)
 
     def degrees(self) -> list[Tensor]:
-        """The degrees `(units,)` of each hidden layer, ascending: those that everything but training uses."""
+        """The degrees `(units,)` of each hidden layer, ascending, unless `connected`: what all but training uses."""
         return list(self.all_degrees.split(self.config.hidden))
 
     @property
@@ -197,13 +201,35 @@ class MADE(Prior, name="made"):
         return self.ranks < reach[self.ranks][:, None]
 
     def training_inputs(self, tokens: Tensor, progress: float) -> dict[str, Any]:
-        """A random order `(N,)` and random degrees, where the model is to be agnostic of them."""
+        """A random order `(N,)` and random degrees, where the model is to be agnostic of them: new ones, or any of
+        `masks` of each, which are those of a mixture of so many."""
+        size, hidden, masks = len(self.grid), self.config.hidden, self.config.masks
         inputs: dict[str, Any] = {}
         if self.config.order_agnostic:
-            inputs["order"] = torch.randperm(len(self.grid), device="cpu").to(tokens.device)
+            name = self.orders(masks)[int(torch.randint(masks, ()))] if masks else None
+            order = self.order if masks else torch.randperm(size, device="cpu")
+            inputs["order"] = (make_order(name, self.grid.shape) if isinstance(name, str) else order).to(tokens.device)
         if self.config.connectivity_agnostic:
-            inputs["degrees"] = [d.to(tokens.device) for d in random_degrees(self.config.hidden, len(self.grid))]
+            degrees = self.numbered_degrees(int(torch.randint(masks, ()))) if masks else random_degrees(hidden, size)
+            inputs["degrees"] = [each.to(tokens.device) for each in degrees]
         return inputs
+
+    def numbered_degrees(self, number: int) -> list[Tensor]:
+        """The degrees `(units,)` of each layer in connectivity `number`: the model's own, then random ones."""
+        if not number:
+            return [even_degrees(units, len(self.grid)) for units in self.config.hidden]
+        return random_degrees(self.config.hidden, len(self.grid), torch.Generator().manual_seed(number))
+
+    @contextmanager
+    def connected(self, number: int) -> Iterator[None]:
+        """Have the degrees of connectivity `number` while the block lasts."""
+        own = self.all_degrees
+        if number:
+            self.all_degrees = torch.cat(self.numbered_degrees(number)).to(own.device)
+        try:
+            yield
+        finally:
+            self.all_degrees = own
 
     def forward(self, tokens: Tensor, labels: Tensor | None = None, order: Tensor | None = None,
                 degrees: Sequence[Tensor] | None = None) -> Tensor:  # fmt: skip
@@ -289,9 +315,43 @@ class MADE(Prior, name="made"):
         return self.dropout(F.relu(x))
 
     def _logits(self, x: Tensor, bias: Tensor | None) -> Tensor:
-        """`x` (..., width) itself, or (where ids are embedded, or two) read out by the table that all positions share."""
+        """`x` (..., width) itself, or read out by the table that all positions share, of embedded or of two ids."""
         logits = x if self.head is None else F.linear(x, self.head)
         return logits if bias is None else logits + bias
+
+    def sample(
+        self,
+        num_images: int,
+        labels: Tensor | None = None,
+        *,
+        num_masks: int = 1,
+        generator: Generators = None,
+        tokens: Tensor | None = None,
+        known: Tensor | None = None,
+        order: Order = None,
+        **settings: Any,
+    ) -> Tensor:
+        """`Prior.sample`; num_masks: as for `log_prob`, each image is drawn in one of the connectivities."""
+        given: dict[str, Any] = {"generator": generator, "tokens": tokens, "known": known, "order": order, **settings}
+        if len(self.connectivities(num_masks)) == 1 or num_images < 1:
+            return super().sample(num_images, labels, **given)
+        generators = image_generators(generator, num_images)
+        labels, walk = check_labels(self, labels, num_images), check_order(self, order, num_images)
+        kept, keep = (each.view(-1, *self.grid.shape) for each in known_tokens(self, tokens, known, num_images))
+        chosen = torch.tensor([int(torch.randint(num_masks, (), generator=g, device=g.device)) for g in generators])
+        drawn = kept.clone()
+        for number in chosen.unique().tolist():
+            rows = torch.nonzero(chosen == number)[:, 0]
+            own = None if labels is None else labels[rows]
+            given |= {
+                "generator": [generators[row] for row in rows],
+                "tokens": kept[rows],
+                "known": keep[rows],
+                "order": walk[rows] if walk is not None and walk.ndim == 2 else walk,
+            }
+            with self.connected(number):
+                drawn[rows] = super().sample(len(rows), own, **given)
+        return drawn
 
     def start(self, num_images: int, labels: Tensor | None, order: Tensor | None = None) -> Sums:
         """Allocate the running sums; order: `(N,)`, or `(B, N)` where each image goes its own way."""
@@ -306,19 +366,23 @@ class MADE(Prior, name="made"):
 class Sums:
     """What sampling remembers: the first layer's sums over the tokens so far, and the units that are finished.
 
-    Units are sorted by degree, so all masks are prefixes: the token of rank r is added to the units of degree > r,
-    those of degree r + 1 are then finished, and the next position reads all that are. Each weight is used once, those
-    that are masked never.
+    Units are sorted by degree (of a drawn connectivity, in a copy), so all masks are prefixes: the token of rank r is
+    added to the units of degree > r, those of degree r + 1 are then finished, and the next position reads all that are.
+    Each weight is used once, those that are masked never.
     """
 
     def __init__(self, model: MADE, labels: Tensor, order: Tensor) -> None:
         self.model, self.rank = model, 0
         self.walk = order.tolist() if order.ndim == 1 else order.t()  # a position for all images, or for each
         ranks = torch.arange(len(model.grid), device="cpu")
-        degrees = [each.cpu() for each in model.degrees()]
-        self.ends = [torch.searchsorted(each, ranks, right=True).tolist() for each in degrees]  # of units finished
-        biases = [bias(labels).expand(len(labels), -1).clone() for bias in model.biases]
-        *self.layers, outputs = biases  # sums so far, or activations where finished
+        degrees = [each.cpu().sort(stable=True) for each in model.degrees()]
+        finished = [torch.searchsorted(each.values, ranks, right=True) for each in degrees]
+        self.ends, units = [each.tolist() for each in finished], [each.indices for each in degrees]
+        self.input, self.output = taken(model.input, -1, units[0]), taken(model.output, -1, units[-1])
+        steps = zip(model.hidden, units, units[1:], strict=False)
+        self.hidden = [taken(taken(weight, 0, own), 1, below) for weight, below, own in steps]
+        *layers, outputs = [bias(labels).expand(len(labels), -1).clone() for bias in model.biases]
+        self.layers = [taken(sums, 1, own) for sums, own in zip(layers, units, strict=True)]  # sums, then activations
         self.outputs = outputs.unflatten(1, (-1, model.width))
         self.images = torch.arange(len(labels), device=labels.device)
 
@@ -330,14 +394,14 @@ class Sums:
             self._finish(rank)
         at, end = self.walk[rank], self.ends[-1][rank]
         outputs = self.outputs[slice(None) if isinstance(at, int) else self.images, at]
-        outputs = outputs + times(layers[-1][:, :end], take(model.output[..., :end], at).mT)
+        outputs = outputs + times(layers[-1][:, :end], take(self.output[..., :end], at).mT)
         self.rank += 1
         return model._logits(outputs, None if model.head_bias is None else model.head_bias[at])
 
     def _add(self, token: Tensor, at: Any) -> None:
         """Add the token at position `at` to all that will see it."""
         model, begin = self.model, self.ends[0][self.rank - 1]
-        weights = [(self.layers[0][:, begin:], model.input[..., begin:])]
+        weights = [(self.layers[0][:, begin:], self.input[..., begin:])]
         if model.direct is not None:
             weights.append((self.outputs.flatten(1), model.direct))
         for sums, weight in weights:
@@ -354,9 +418,14 @@ class Sums:
                 continue
             if depth:
                 below = self.ends[depth - 1][rank]
-                weight = self.model.hidden[depth - 1][begin:end, :below]
+                weight = self.hidden[depth - 1][begin:end, :below]
                 layer[:, begin:end].add_(times(self.layers[depth - 1][:, :below], weight.t()))
             layer[:, begin:end].relu_()
+
+
+def taken(weight: Tensor, axis: int, units: Tensor) -> Tensor:
+    """`weight` with its `units` in that order, and itself where they are."""
+    return weight if bool((units.diff() > 0).all()) else weight.index_select(axis, units.to(weight.device))
 
 
 def take(weight: Tensor, at: int | Tensor) -> Tensor:
