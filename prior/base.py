@@ -73,6 +73,8 @@ class Prior(PretrainedModel, family="prior"):
     """False where `log_prob` is only a bound."""
     any_order: bool = False
     """Whether `forward`, `log_prob` and `sample` take any other `order` than the model's own."""
+    any_connectivity: bool = False
+    """Whether the model is one of many of the same weights, which `connected` chooses from (MADE's masks)."""
     order: Tensor
     """(N,) int64; `order[r]` is the raster index of the r-th token."""
 
@@ -129,14 +131,18 @@ class Prior(PretrainedModel, family="prior"):
         return logits.log_softmax(-1).gather(-1, ids).reshape(tokens.shape)
 
     def log_prob(self, tokens: Tensor, labels: Tensor | None = None, order: Order = None,
-                 num_orders: int = 1) -> Tensor:  # fmt: skip
+                 num_orders: int = 1, num_masks: int = 1) -> Tensor:  # fmt: skip
         """log p(tokens | labels), `(B,)` nats.
 
-        num_orders: K > 1 is the density of a mixture, log (1/K) sum_k p(tokens | order_k): that of `order` and K - 1
-        random ones (`orders`). Needs `any_order`. Raises `ValueError` for tokens, labels or orders out of range.
+        num_orders, num_masks: K and M > 1 are the density of a mixture, log (1/KM) sum_km p(tokens | order_k, mask_m):
+        of `order` and K - 1 random ones (`orders`), which needs `any_order`, times the model's own connectivity and
+        M - 1 random ones (`connected`), which needs `any_connectivity` (Germain et al. 2015, section 4.2). Raises
+        `ValueError` for tokens, labels, orders or masks out of range.
         """
-        orders = self.orders(num_orders, order)
-        each = [self.token_log_probs(tokens, labels, one).flatten(1).double().sum(1) for one in orders]
+        orders, each = self.orders(num_orders, order), list[Tensor]()
+        for number in self.connectivities(num_masks):
+            with self.connected(number):
+                each += [self.token_log_probs(tokens, labels, one).flatten(1).double().sum(1) for one in orders]
         return each[0].float() if len(each) == 1 else (torch.stack(each).logsumexp(0) - math.log(len(each))).float()
 
     def orders(self, num_orders: int, order: Order = None) -> list[Order]:
@@ -145,6 +151,18 @@ class Prior(PretrainedModel, family="prior"):
             raise ValueError(f"num_orders: {self.name} as it was made has one order" if num_orders > 1
                              else f"num_orders must be at least 1 (got {num_orders})")  # fmt: skip
         return [order, *(f"random:{index}" for index in range(1, num_orders))]
+
+    def connectivities(self, num_masks: int) -> range:
+        """The numbers of a mixture's connectivities; 0 is the model's own."""
+        if num_masks < 1 or (num_masks > 1 and not self.any_connectivity):
+            raise ValueError(f"num_masks: {self.name} as it was made has one connectivity" if num_masks > 1
+                             else f"num_masks must be at least 1 (got {num_masks})")  # fmt: skip
+        return range(num_masks)
+
+    @contextmanager
+    def connected(self, number: int) -> Iterator[None]:
+        """Be the model of this connectivity while the block lasts. Here there is none but the model's own."""
+        yield
 
     # Representations
 

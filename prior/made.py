@@ -1,13 +1,15 @@
 """The masked autoencoder: a perceptron whose connections are cut so that each output sees only earlier inputs.
 
-MADE (Germain et al. 2015), with a softmax over ids at every position. Every hidden unit has a degree d in 1 .. N - 1:
-it sees the tokens of rank < d, and what is predicted at rank r sees the units of degree <= r. Any choice of degrees
-and any order of the grid gives such masks for the same weights, which is what the agnostic ways of training draw from.
+MADE (Germain et al. 2015): of two ids, one number goes in and one logit comes out per token; of more ids, one-hot rows
+and a softmax. Every hidden unit has a degree d in 1 .. N - 1: it sees the tokens of rank < d, and what is predicted at
+rank r sees the units of degree <= r. Any choice of degrees and any order of the grid gives such masks for the same
+weights, which is what the agnostic ways of training draw from, and ensembles at test time.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,9 +17,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tokenizer.pretrained import setting
+from tokenizer.pretrained import ModelConfig, setting
 
 from .base import Prior, PriorConfig
+from .orders import make_order
+from .requests import Order, check_labels, check_order, known_tokens
+from .sampling import Generators, image_generators
 
 DENSE_WIDTH = 32  # up to so many ids, multiplying one-hot rows is faster than picking rows of weights and adding them
 MAX_DIRECT = 1 << 28  # weights of the direct connections: the square of what the hidden layers need per unit
@@ -34,17 +39,38 @@ class MADEConfig(PriorConfig):
     dropout: float = setting(0.0, "dropout on the hidden units", ge=0, lt=1)
     order_agnostic: bool = setting(False, "train in a new random order at every step")
     connectivity_agnostic: bool = setting(False, "train with new random degrees of the hidden units at every step")
+    masks: int | None = setting(
+        None, "draw so many orders and degrees to train with once for all, not new ones at every step", ge=1, le=1 << 20
+    )
+    sigmoid: bool = setting(True, "one logit per token where there are two ids; false: one-hot rows and a softmax")
+
+    @property
+    def binary(self) -> bool:
+        """Whether a token is one number, and so is what is predicted of it."""
+        return self.sigmoid and self.grid.vocab_size == 2 and self.embedding is None
+
+    @classmethod
+    def from_saved(cls, data: dict[str, Any]) -> ModelConfig:
+        """Models that were saved before they had `sigmoid` are without it."""
+        return cls.from_dict({"sigmoid": False, **data})
+
+    def identity(self) -> dict[str, Any]:
+        """Without `sigmoid` where it makes no difference."""
+        return {key: value for key, value in super().identity().items() if key != "sigmoid" or self.binary}
 
     def check(self) -> Iterator[str]:
         """The order has to exist, and direct connections have to be few enough."""
         yield from super().check()
-        outputs = len(self.grid) * (self.embedding or self.grid.vocab_size)
+        if self.masks and not (self.order_agnostic or self.connectivity_agnostic):
+            yield "masks: needs order_agnostic or connectivity_agnostic, which draw them"
+        outputs = len(self.grid) * (1 if self.binary else self.embedding or self.grid.vocab_size)
         if self.direct and outputs**2 > MAX_DIRECT:
             yield f"direct: needs {outputs} squared weights; set a smaller embedding"
 
 
 class ClassBias(nn.Module):
-    """A bias and what each class (the last is the null class) adds to it: labels `(B,)` to `(B, size)`."""
+    """A bias and what each class (the last is the null class) adds to it: labels `(B,)` to `(B, size)`, or `(size,)`
+    where there are no classes."""
 
     def __init__(self, num_classes: int, size: int) -> None:
         super().__init__()
@@ -52,19 +78,41 @@ class ClassBias(nn.Module):
         self.own = nn.Parameter(torch.zeros(num_classes + 1, size)) if num_classes else None
 
     def forward(self, labels: Tensor) -> Tensor:
-        return self.shared.repeat(len(labels), 1) if self.own is None else self.shared + self.own[labels]
+        return self.shared if self.own is None else self.shared + F.embedding(labels, self.own)
 
 
-def masked_sum(inputs: Tensor, weight: Tensor, visible: Tensor) -> Tensor:
-    """What `(B, U)` units sum over the positions that they see.
+class Kept:
+    """What was built last, which is built again only where the tensors that it is made of are others, or have changed.
 
-    inputs: features `(B, N, width)`, or ids `(B, N)` that stand for one-hot features; weight: `(N, width, U)`;
-    visible: bool `(N, U)`.
+    Neither copied nor saved with what it belongs to.
+    """
+
+    def __init__(self) -> None:
+        self.made_of: list[Tensor] = []
+        self.versions: list[int] = []
+        self.built: list[Tensor] = []
+
+    def __reduce__(self) -> tuple[type, tuple[()]]:
+        return Kept, ()
+
+    def get(self, made_of: list[Tensor], build: Callable[[], list[Tensor]]) -> list[Tensor]:
+        """What `build` gives for these tensors."""
+        versions = [-1 if tensor.is_inference() else tensor._version for tensor in made_of]
+        same = len(made_of) == len(self.made_of) and all(a is b for a, b in zip(made_of, self.made_of, strict=True))
+        if not same or versions != self.versions:
+            self.made_of, self.versions, self.built = made_of, versions, build()
+        return self.built
+
+
+def summed(inputs: Tensor, weight: Tensor) -> Tensor:
+    """What `(B, U)` units sum over all positions.
+
+    inputs: features `(B, N, width)`, or ids `(B, N)` that stand for one-hot features; weight: `(N, width, U)`.
     """
     if inputs.is_floating_point():
-        return inputs.flatten(1) @ (weight * visible[:, None]).flatten(0, 1)
+        return inputs.flatten(1) @ weight.flatten(0, 1)
     first_rows = torch.arange(len(weight), device=weight.device) * weight.shape[1]
-    return F.embedding_bag(inputs + first_rows, (weight * visible[:, None]).flatten(0, 1), mode="sum")
+    return F.embedding_bag(inputs + first_rows, weight.flatten(0, 1), mode="sum")
 
 
 def even_degrees(units: int, num_tokens: int) -> Tensor:
@@ -73,11 +121,11 @@ def even_degrees(units: int, num_tokens: int) -> Tensor:
     return ((steps + units - 1) // units).clamp(min=1)
 
 
-def random_degrees(hidden: Sequence[int], num_tokens: int) -> list[Tensor]:
+def random_degrees(hidden: Sequence[int], num_tokens: int, generator: torch.Generator | None = None) -> list[Tensor]:
     """Degrees of each layer, uniform, none below the smallest of the layer before, so that no unit sees nothing."""
     degrees, smallest = [], 1
     for units in hidden:
-        degrees.append(torch.randint(smallest, max(2, num_tokens), (units,), device="cpu"))
+        degrees.append(torch.randint(smallest, max(2, num_tokens), (units,), generator=generator, device="cpu"))
         smallest = int(degrees[-1].min())
     return degrees
 
@@ -85,32 +133,39 @@ def random_degrees(hidden: Sequence[int], num_tokens: int) -> list[Tensor]:
 class MADE(Prior, name="made"):
     """Masked hidden layers from all tokens to all logits at once, and running sums for sampling.
 
-    With a row of weights per position and id an input is told apart from one that is masked, which is what the paper
-    conditions on connectivity for. Every later position sees every earlier token, unless a hidden layer is so narrow
-    that some degrees are missing and no direct connections make up for it: `receptive_field` says.
+    An input (of two ids -1 or 1, of more a row of weights for each) is told apart from one that is masked, which is
+    what the paper conditions on connectivity for. Every later position sees every earlier token, unless a hidden layer
+    is so narrow that some degrees are missing and no direct connections make up for it: `receptive_field` says.
     """
 
     Config = MADEConfig
     ranks: Tensor
     all_degrees: Tensor
+    embedding: Tensor | None
+    head: Tensor | None
 
     def __init__(self, config: MADEConfig) -> None:
         super().__init__(config)
         size, vocab, hidden = len(config.grid), config.grid.vocab_size, config.hidden
-        self.any_order, self.width = config.order_agnostic, config.embedding or vocab
-        self.embedding = nn.Parameter(torch.empty(vocab, self.width)) if config.embedding else None
+        self.any_order, self.any_connectivity = config.order_agnostic, config.connectivity_agnostic
+        self.width = 1 if config.binary else config.embedding or vocab
         self.input = nn.Parameter(torch.empty(size, self.width, hidden[0]))
         self.hidden = nn.ParameterList(torch.empty(*sizes) for sizes in zip(hidden[1:], hidden, strict=False))
         self.output = nn.Parameter(torch.empty(size, self.width, hidden[-1]))
         sizes = [*hidden, size * self.width]
         self.biases: Any = nn.ModuleList(ClassBias(config.num_classes, units) for units in sizes)
         self.direct = nn.Parameter(torch.empty(size, self.width, size * self.width)) if config.direct else None
-        self.head = nn.Parameter(torch.empty(vocab, self.width)) if config.embedding else None
+        if config.binary:  # -1 and 1 go in, and of z come the logits -z/2 and z/2
+            self.register_buffer("embedding", torch.tensor([[-1.0], [1.0]]), persistent=False)
+            self.register_buffer("head", torch.tensor([[-0.5], [0.5]]), persistent=False)
+        else:
+            self.embedding = nn.Parameter(torch.empty(vocab, self.width)) if config.embedding else None
+            self.head = nn.Parameter(torch.empty(vocab, self.width)) if config.embedding else None
         self.head_bias = nn.Parameter(torch.zeros(size, vocab)) if config.embedding else None
         self.dropout = nn.Dropout(config.dropout)
         self.register_buffer("ranks", torch.argsort(self.order), persistent=False)
-        degrees = torch.cat([even_degrees(units, size) for units in hidden])
-        self.register_buffer("all_degrees", degrees, persistent=False)
+        self.register_buffer("all_degrees", torch.cat(self.numbered_degrees(0)), persistent=False)
+        self._masks, self._masked = Kept(), Kept()
         self._reset_parameters()
 
     def _reset_parameters(self) -> None:
@@ -122,12 +177,16 @@ class MADE(Prior, name="made"):
         nn.init.normal_(self.output, std=(1 / self.output.shape[-1]) ** 0.5)
         if self.direct is not None:
             nn.init.normal_(self.direct, std=(1 / active) ** 0.5)
-        if self.embedding is not None and self.head is not None:
+        if isinstance(self.embedding, nn.Parameter) and isinstance(self.head, nn.Parameter):
             nn.init.normal_(self.embedding)
             nn.init.normal_(self.head, std=self.width**-0.5)
 
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        self._masks, self._masked = Kept(), Kept()  # a move keeps the tensors, and changes what is in them
+        return super()._apply(fn, recurse)
+
     def degrees(self) -> list[Tensor]:
-        """The degrees `(units,)` of each hidden layer, ascending: those that everything but training uses."""
+        """The degrees `(units,)` of each hidden layer, ascending, unless `connected`: what all but training uses."""
         return list(self.all_degrees.split(self.config.hidden))
 
     @property
@@ -142,13 +201,35 @@ class MADE(Prior, name="made"):
         return self.ranks < reach[self.ranks][:, None]
 
     def training_inputs(self, tokens: Tensor, progress: float) -> dict[str, Any]:
-        """A random order `(N,)` and random degrees, where the model is to be agnostic of them."""
+        """A random order `(N,)` and random degrees, where the model is to be agnostic of them: new ones, or any of
+        `masks` of each, which are those of a mixture of so many."""
+        size, hidden, masks = len(self.grid), self.config.hidden, self.config.masks
         inputs: dict[str, Any] = {}
         if self.config.order_agnostic:
-            inputs["order"] = torch.randperm(len(self.grid), device="cpu").to(tokens.device)
+            name = self.orders(masks)[int(torch.randint(masks, ()))] if masks else None
+            order = self.order if masks else torch.randperm(size, device="cpu")
+            inputs["order"] = (make_order(name, self.grid.shape) if isinstance(name, str) else order).to(tokens.device)
         if self.config.connectivity_agnostic:
-            inputs["degrees"] = [d.to(tokens.device) for d in random_degrees(self.config.hidden, len(self.grid))]
+            degrees = self.numbered_degrees(int(torch.randint(masks, ()))) if masks else random_degrees(hidden, size)
+            inputs["degrees"] = [each.to(tokens.device) for each in degrees]
         return inputs
+
+    def numbered_degrees(self, number: int) -> list[Tensor]:
+        """The degrees `(units,)` of each layer in connectivity `number`: the model's own, then random ones."""
+        if not number:
+            return [even_degrees(units, len(self.grid)) for units in self.config.hidden]
+        return random_degrees(self.config.hidden, len(self.grid), torch.Generator().manual_seed(number))
+
+    @contextmanager
+    def connected(self, number: int) -> Iterator[None]:
+        """Have the degrees of connectivity `number` while the block lasts."""
+        own = self.all_degrees
+        if number:
+            self.all_degrees = torch.cat(self.numbered_degrees(number)).to(own.device)
+        try:
+            yield
+        finally:
+            self.all_degrees = own
 
     def forward(self, tokens: Tensor, labels: Tensor | None = None, order: Tensor | None = None,
                 degrees: Sequence[Tensor] | None = None) -> Tensor:  # fmt: skip
@@ -160,17 +241,48 @@ class MADE(Prior, name="made"):
         labels = self.class_ids(labels, len(tokens))
         if order is not None and order.ndim == 2:
             return self._forward_by_order(tokens, labels, order, degrees)
-        ranks = self.ranks if order is None else torch.argsort(order)
-        degrees = degrees or self.degrees()
-        inputs, seen = self._inputs(tokens.flatten(1)), ranks[:, None]
-        x = self._unit(self.biases[0](labels) + masked_sum(inputs, self.input, seen < degrees[0]))
-        for weight, bias, below, own in zip(self.hidden, self.biases[1:], degrees, degrees[1:], strict=False):
-            x = self._unit(torch.addmm(bias(labels), x, (weight * (below <= own[:, None])).t()))
-        output = (self.output * (degrees[-1] <= seen)[:, None]).flatten(0, 1)
-        x = torch.addmm(self.biases[-1](labels), x, output.t())
-        if self.direct is not None:
-            x = x + masked_sum(inputs, self.direct, seen < ranks.repeat_interleave(self.width))
+        first, *hidden, last = self._connected(order, degrees)
+        inputs = self._inputs(tokens.flatten(1))
+        x = self._unit(self.biases[0](labels) + summed(inputs, first))
+        direct = hidden.pop() if self.direct is not None else None
+        for weight, bias in zip(hidden, self.biases[1:], strict=False):
+            x = self._unit(torch.addmm(bias(labels), x, weight.t()))
+        x = torch.addmm(self.biases[-1](labels), x, last.flatten(0, 1).t())
+        if direct is not None:
+            x = x + summed(inputs, direct)
         return self._logits(x.unflatten(1, (-1, self.width)), self.head_bias)
+
+    def _connected(self, order: Tensor | None, degrees: Sequence[Tensor] | None) -> list[Tensor]:
+        """The weights of input, hidden layers, direct connections (if any) and output, zero where they are cut.
+
+        Masks are built where order or degrees are others than they were; while nothing is trained, weights are
+        multiplied by them where they have changed. A fused optimizer changes them without a trace, so a pass that may
+        lead to a step forgets what was kept.
+        """
+        weights = [self.input, *self.hidden, *([] if self.direct is None else [self.direct]), self.output]
+        chosen = [self.order if order is None else order, *(degrees or [self.all_degrees])]
+        masks = self._masks.get(chosen, lambda: self._build_masks(order, degrees or self.degrees()))
+
+        def connect() -> list[Tensor]:
+            return [weight * mask for weight, mask in zip(weights, masks, strict=True)]
+
+        if self.training or torch.is_grad_enabled() or any(weight.is_inference() for weight in weights):
+            self._masked = Kept()
+            return connect()
+        return self._masked.get([*weights, *masks], connect)
+
+    @torch.inference_mode(False)
+    @torch.no_grad()
+    def _build_masks(self, order: Tensor | None, degrees: Sequence[Tensor]) -> list[Tensor]:
+        """What `_connected` multiplies by: one where a connection may be, of the weights' type, which is fastest."""
+        ranks = self.ranks if order is None else torch.argsort(order)
+        seen = ranks[:, None]
+        masks = [(seen < degrees[0])[:, None]]
+        masks += [below <= own[:, None] for below, own in zip(degrees, degrees[1:], strict=False)]
+        if self.direct is not None:
+            masks.append((seen < ranks.repeat_interleave(self.width))[:, None])
+        masks.append((degrees[-1] <= seen)[:, None])
+        return [mask.to(self.input.dtype) for mask in masks]
 
     def _forward_by_order(self, tokens: Tensor, labels: Tensor, order: Tensor,
                           degrees: Sequence[Tensor] | None) -> Tensor:  # fmt: skip
@@ -180,8 +292,15 @@ class MADE(Prior, name="made"):
         parts = [self.forward(tokens[at], labels[at], one, degrees) for at, one in zip(rows, distinct, strict=True)]
         return torch.cat(parts)[torch.argsort(torch.cat(rows))]
 
+    def loss(self, logits: Tensor, tokens: Tensor, **inputs: Any) -> Tensor:
+        """The mean negative log-likelihood in nats per token; of two ids by the sigmoid, which is faster."""
+        if not self.config.binary:
+            return super().loss(logits, tokens, **inputs)
+        logit = (logits[..., 1] - logits[..., 0]).float()
+        return F.binary_cross_entropy_with_logits(logit, tokens.flatten(1).float())
+
     def _inputs(self, tokens: Tensor) -> Tensor:
-        """What `masked_sum` takes: embedded ids `(B, N, width)`, one-hot ones where there are few ids, else ids."""
+        """What `summed` takes: embedded ids `(B, N, width)`, one-hot ones where there are few ids, else ids."""
         if self.embedding is not None:
             return F.embedding(tokens.long(), self.embedding)
         return F.one_hot(tokens.long(), self.width).to(self.input.dtype) if self.width <= DENSE_WIDTH else tokens.long()
@@ -196,8 +315,43 @@ class MADE(Prior, name="made"):
         return self.dropout(F.relu(x))
 
     def _logits(self, x: Tensor, bias: Tensor | None) -> Tensor:
-        """`x` (..., width) itself, or (where ids are embedded) read out by the table that all positions share."""
-        return x if self.head is None or bias is None else F.linear(x, self.head) + bias
+        """`x` (..., width) itself, or read out by the table that all positions share, of embedded or of two ids."""
+        logits = x if self.head is None else F.linear(x, self.head)
+        return logits if bias is None else logits + bias
+
+    def sample(
+        self,
+        num_images: int,
+        labels: Tensor | None = None,
+        *,
+        num_masks: int = 1,
+        generator: Generators = None,
+        tokens: Tensor | None = None,
+        known: Tensor | None = None,
+        order: Order = None,
+        **settings: Any,
+    ) -> Tensor:
+        """`Prior.sample`; num_masks: as for `log_prob`, each image is drawn in one of the connectivities."""
+        given: dict[str, Any] = {"generator": generator, "tokens": tokens, "known": known, "order": order, **settings}
+        if len(self.connectivities(num_masks)) == 1 or num_images < 1:
+            return super().sample(num_images, labels, **given)
+        generators = image_generators(generator, num_images)
+        labels, walk = check_labels(self, labels, num_images), check_order(self, order, num_images)
+        kept, keep = (each.view(-1, *self.grid.shape) for each in known_tokens(self, tokens, known, num_images))
+        chosen = torch.tensor([int(torch.randint(num_masks, (), generator=g, device=g.device)) for g in generators])
+        drawn = kept.clone()
+        for number in chosen.unique().tolist():
+            rows = torch.nonzero(chosen == number)[:, 0]
+            own = None if labels is None else labels[rows]
+            given |= {
+                "generator": [generators[row] for row in rows],
+                "tokens": kept[rows],
+                "known": keep[rows],
+                "order": walk[rows] if walk is not None and walk.ndim == 2 else walk,
+            }
+            with self.connected(number):
+                drawn[rows] = super().sample(len(rows), own, **given)
+        return drawn
 
     def start(self, num_images: int, labels: Tensor | None, order: Tensor | None = None) -> Sums:
         """Allocate the running sums; order: `(N,)`, or `(B, N)` where each image goes its own way."""
@@ -212,18 +366,23 @@ class MADE(Prior, name="made"):
 class Sums:
     """What sampling remembers: the first layer's sums over the tokens so far, and the units that are finished.
 
-    Units are sorted by degree, so all masks are prefixes: the token of rank r is added to the units of degree > r,
-    those of degree r + 1 are then finished, and the next position reads all that are. Each weight is used once, those
-    that are masked never.
+    Units are sorted by degree (of a drawn connectivity, in a copy), so all masks are prefixes: the token of rank r is
+    added to the units of degree > r, those of degree r + 1 are then finished, and the next position reads all that are.
+    Each weight is used once, those that are masked never.
     """
 
     def __init__(self, model: MADE, labels: Tensor, order: Tensor) -> None:
         self.model, self.rank = model, 0
         self.walk = order.tolist() if order.ndim == 1 else order.t()  # a position for all images, or for each
         ranks = torch.arange(len(model.grid), device="cpu")
-        degrees = [each.cpu() for each in model.degrees()]
-        self.ends = [torch.searchsorted(each, ranks, right=True).tolist() for each in degrees]  # of units finished
-        *self.layers, outputs = [bias(labels) for bias in model.biases]  # sums so far, or activations where finished
+        degrees = [each.cpu().sort(stable=True) for each in model.degrees()]
+        finished = [torch.searchsorted(each.values, ranks, right=True) for each in degrees]
+        self.ends, units = [each.tolist() for each in finished], [each.indices for each in degrees]
+        self.input, self.output = taken(model.input, -1, units[0]), taken(model.output, -1, units[-1])
+        steps = zip(model.hidden, units, units[1:], strict=False)
+        self.hidden = [taken(taken(weight, 0, own), 1, below) for weight, below, own in steps]
+        *layers, outputs = [bias(labels).expand(len(labels), -1).clone() for bias in model.biases]
+        self.layers = [taken(sums, 1, own) for sums, own in zip(layers, units, strict=True)]  # sums, then activations
         self.outputs = outputs.unflatten(1, (-1, model.width))
         self.images = torch.arange(len(labels), device=labels.device)
 
@@ -235,14 +394,14 @@ class Sums:
             self._finish(rank)
         at, end = self.walk[rank], self.ends[-1][rank]
         outputs = self.outputs[slice(None) if isinstance(at, int) else self.images, at]
-        outputs = outputs + times(layers[-1][:, :end], take(model.output[..., :end], at).mT)
+        outputs = outputs + times(layers[-1][:, :end], take(self.output[..., :end], at).mT)
         self.rank += 1
         return model._logits(outputs, None if model.head_bias is None else model.head_bias[at])
 
     def _add(self, token: Tensor, at: Any) -> None:
         """Add the token at position `at` to all that will see it."""
         model, begin = self.model, self.ends[0][self.rank - 1]
-        weights = [(self.layers[0][:, begin:], model.input[..., begin:])]
+        weights = [(self.layers[0][:, begin:], self.input[..., begin:])]
         if model.direct is not None:
             weights.append((self.outputs.flatten(1), model.direct))
         for sums, weight in weights:
@@ -259,9 +418,14 @@ class Sums:
                 continue
             if depth:
                 below = self.ends[depth - 1][rank]
-                weight = self.model.hidden[depth - 1][begin:end, :below]
+                weight = self.hidden[depth - 1][begin:end, :below]
                 layer[:, begin:end].add_(times(self.layers[depth - 1][:, :below], weight.t()))
             layer[:, begin:end].relu_()
+
+
+def taken(weight: Tensor, axis: int, units: Tensor) -> Tensor:
+    """`weight` with its `units` in that order, and itself where they are."""
+    return weight if bool((units.diff() > 0).all()) else weight.index_select(axis, units.to(weight.device))
 
 
 def take(weight: Tensor, at: int | Tensor) -> Tensor:

@@ -1,0 +1,205 @@
+"""MADE as `smalti train_prior` trains it, against a plain loop of the same network, on one core.
+
+    pip install -e ".[dev]"
+    python benchmarks/made.py minutes=3                  # 784-1000-784 on black and white garments, without classes
+    python benchmarks/made.py steps=200 minutes=0        # the step alone
+
+The images are in `source=`, or in fashion_mnist in the folder SMALTI_DATA or ../shared/data, or come from the Hub.
+
+A step: the whole of one of `train_prior` (its batch is made, gradients clipped, weights averaged, terms logged) against
+bare torch, masks as in the paper (`F.linear(x, weight * mask)`, masks made before) and the same optimizer; both at
+`batch`, in turn, medians of `steps`.
+
+The race: `minutes` of this process's own time (so it does not matter what else the machine does) for each, one after
+the other. Ours is `configs/prior/made_fashion_binary.yaml` without its labels. The plain loop is pytorch-generative's
+recipe: batches of 64, Adam at 1e-3, uniform degrees, weights masked where they are before every pass; its masks are
+kept, not drawn again, and its images lie in memory. Images seen; nats per image of all 10,000 test images.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+from sampling import table_head
+
+ROOT = Path(__file__).parents[1]
+SIZE, HIDDEN, BATCH = 784, 1000, 64
+NEVER = 1_000_000
+
+
+def tokens_without_classes(source: str, folder: Path) -> None:
+    """Write the token dataset of the binary garments, without labels."""
+    from pipelines import encode, train_tokenizer
+    from pipelines.tokens import TokenSplit, load_tokens
+
+    preset = str(ROOT / "configs" / "tokenizer" / "pixels_fashion_binary.yaml")
+    made = folder.parent
+    train_tokenizer.main(["--config", preset, f"out={made / 'tokenizer'}", f"data.source={source}",
+                          "track.wandb=disabled"])  # fmt: skip
+    encode.main([f"tokenizer={made / 'tokenizer' / 'tokenizer'}", f"out={made / 'labelled'}"])
+    data = load_tokens(made / "labelled")
+    splits = {name: TokenSplit(split.tokens, None) for name, split in data.splits.items()}
+    replace(data, class_names=[], splits=splits).save(folder)
+
+
+def our_config(tokens: Path, out: Path, **train: Any) -> Any:
+    """The preset's run, with nothing in between but its log."""
+    import yaml
+
+    from pipelines.train_prior import TrainPriorConfig
+
+    node = yaml.safe_load((ROOT / "configs" / "prior" / "made_fashion_binary.yaml").read_text())
+    never = {f"{what}_every": NEVER for what in ("evaluate", "preview", "save")}
+    node |= {"tokens": str(tokens), "out": str(out), "track": {"wandb": "disabled"}}
+    node["train"] |= {**never, **train}
+    return TrainPriorConfig.model_validate(node)
+
+
+def our_steps(tokens: Path, out: Path, batch: int) -> Iterator[None]:
+    """Steps of a run."""
+    from pipelines.processes import build_accelerator
+    from pipelines.step import take_step
+    from pipelines.train_prior import PriorTask
+    from pipelines.training import batches, set_up
+
+    config = our_config(tokens, out, batch_size=batch)
+    (out / "state").mkdir(parents=True)
+    training = set_up(PriorTask(config), config, out, build_accelerator(60.0))
+    stream = batches(training)
+    training.task.model.train()
+    while True:
+        take_step(training, next(stream), 1e-3)
+        yield
+
+
+def paper_masks() -> tuple[Any, Any]:
+    """Of one hidden layer with uniform degrees, raster order: `(HIDDEN, SIZE)` and `(SIZE, HIDDEN)`."""
+    import torch
+
+    degrees, ranks = torch.randint(1, SIZE, (HIDDEN,)), torch.arange(SIZE)
+    return (ranks < degrees[:, None]).float(), (degrees <= ranks[:, None]).float()
+
+
+def bare_steps(rows: Any, batch: int) -> Iterator[None]:
+    """Steps of masked linear layers, with the loop's own optimizer."""
+    import torch
+    import torch.nn.functional as F
+
+    first, last = torch.nn.Linear(SIZE, HIDDEN), torch.nn.Linear(HIDDEN, SIZE)
+    below, above = paper_masks()
+    parameters = [*first.parameters(), *last.parameters()]
+    optimizer = torch.optim.AdamW(parameters, lr=1e-3, betas=(0.9, 0.95), weight_decay=0.02, fused=True)
+    while True:
+        x = rows[torch.randint(len(rows), (batch,))].float()
+        hidden = F.relu(F.linear(x, first.weight * below, first.bias))
+        logits = F.linear(hidden, last.weight * above, last.bias)
+        F.binary_cross_entropy_with_logits(logits, x).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        yield
+
+
+def compare_steps(tokens: Path, rows: Any, batch: int, count: int) -> None:
+    """Print the medians of both steps, in turn."""
+    contenders = {"ours": our_steps(tokens, tokens.parent / "steps", batch), "bare torch": bare_steps(rows, batch)}
+    times: dict[str, list[float]] = {name: [] for name in contenders}
+    for number in range(count + 10):
+        for name, steps in contenders.items():
+            began = time.process_time()
+            next(steps)
+            if number >= 10:
+                times[name].append(time.process_time() - began)
+    ours, bare = (1000 * statistics.median(times[name]) for name in contenders)
+    print(table_head("a step at batch", "ours, ms", "bare torch, ms", "ratio"))
+    print(f"| {batch} | {ours:.1f} | {bare:.1f} | {ours / bare:.2f} |\n", flush=True)
+
+
+def ours(tokens: Path, out: Path, minutes: float) -> tuple[int, float]:
+    """Images that a run of the preset saw, and its nats per test image. Minutes are of this process."""
+    from pipelines import ImagePipeline, train_prior, training
+    from pipelines.tokens import load_tokens
+
+    clock = training.time
+    training.time = SimpleNamespace(monotonic=time.process_time)
+    try:
+        config = our_config(tokens, out, steps=None, minutes=minutes)
+        train_prior.run(config)
+    finally:
+        training.time = clock
+    steps = max(json.loads(line)["step"] for line in (out / "metrics.jsonl").read_text().splitlines())
+    pipe, test = ImagePipeline.from_pretrained(out / "pipeline"), load_tokens(tokens).splits["test"]
+    bits = train_prior.bits_per_token(pipe.prior, test)
+    return steps * config.train.batch_size, bits * SIZE * 0.6931471805599453
+
+
+def plain(train: Any, test: Any, minutes: float) -> tuple[int, float]:
+    """Images that the plain loop saw, and its nats per test image."""
+    import torch
+    import torch.nn.functional as F
+
+    first, last = torch.nn.Linear(SIZE, HIDDEN), torch.nn.Linear(HIDDEN, SIZE)
+    masks = list(zip((first, last), paper_masks(), strict=True))
+
+    def nats(x: Any) -> Any:
+        with torch.no_grad():
+            for layer, mask in masks:
+                layer.weight *= mask
+        logits = last(F.relu(first(x)))
+        return F.binary_cross_entropy_with_logits(logits, x, reduction="none").sum(1).mean()
+
+    optimizer = torch.optim.Adam([*first.parameters(), *last.parameters()], lr=1e-3)
+    began, images = time.process_time(), 0
+    while time.process_time() - began < 60 * minutes:
+        for rows in torch.randperm(len(train)).split(BATCH):
+            if time.process_time() - began >= 60 * minutes:
+                break
+            optimizer.zero_grad()
+            nats(train[rows].float()).backward()
+            optimizer.step()
+            images += len(rows)
+    with torch.no_grad():
+        return images, float(nats(test.float()))
+
+
+def main() -> None:
+    options = {"minutes": "3", "steps": "60", "batch": "128", "seed": "0", "source": ""}
+    options |= dict(argument.split("=", 1) for argument in sys.argv[1:])
+    os.environ["OMP_NUM_THREADS"] = "1"
+    os.environ["ACCELERATE_USE_CPU"] = "true"
+    import torch
+
+    from pipelines.tokens import load_tokens
+
+    torch.set_num_threads(1)
+    torch.manual_seed(int(options["seed"]))
+    folder = Path(os.environ.get("SMALTI_DATA") or ROOT.parent / "shared" / "data") / "fashion_mnist"
+    source = options["source"] or (str(folder) if folder.is_dir() else "zalando-datasets/fashion_mnist")
+    minutes, steps = float(options["minutes"]), int(options["steps"])
+    with tempfile.TemporaryDirectory() as place:
+        tokens = Path(place) / "tokens"
+        tokens_without_classes(source, tokens)
+        train, test = (load_tokens(tokens).splits[name].tokens.flatten(1) for name in ("train", "test"))
+        print(f"torch {torch.__version__}, 1 thread, {SIZE}-{HIDDEN}-{SIZE}\n", flush=True)
+        if steps:
+            compare_steps(tokens, train, int(options["batch"]), steps)
+        if minutes:
+            print(table_head(f"{minutes:g} minutes of one core", "images", "nats per test image"))
+            for name, (images, nats) in (
+                ("ours", ours(tokens, Path(place) / "run", minutes)),
+                ("plain loop", plain(train, test, minutes)),
+            ):
+                print(f"| {name} | {images:,} | {nats:.2f} |", flush=True)
+
+
+if __name__ == "__main__":
+    main()
