@@ -12,6 +12,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import math
+import warnings
 import zlib
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -21,8 +22,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .calibration import LEVELS, Calibration, CalibrationError, Floats, Gaussian, Neighbours, rounded
-from .pictures import convert_images
+from .calibration import (
+    LEVELS,
+    MOST_IMAGES,
+    Calibration,
+    CalibrationError,
+    Gaussian,
+    Neighbours,
+    digests_of,
+    rounded,
+)
+from .conformal import Floats, kept, least_scores, p_values_of, threshold
+from .pictures import convert_images, level_of_user
 
 if TYPE_CHECKING:
     from .stages import Label, Stages
@@ -31,9 +42,9 @@ METHODS = {
     "joint": "neighbours, and by how much the statistics are farther out than in 99 of 100 normal images",
     "neighbours": "how far the prior's features are from those of the nearest normal images",
     "mahalanobis": "how far all statistics are, together, from those of normal images",
-    "nll": "bits of the image under the model",
+    "nll": "bits of the tokens, and of the pixels given them where the tokenizer has a likelihood of pixels",
     "typicality": "how far these bits are from their mean over normal images",
-    "complexity": "these bits, less those of a general lossless coder",
+    "complexity": "bits of tokens and pixels, less those of a general lossless coder",
     "ratio": "bits of the tokens, less those under the background prior",
     "reconstruction": "mean |x - decode(encode(x))|",
     "surprise": "mean bits of the most surprising 5 % of the tokens",
@@ -41,6 +52,13 @@ METHODS = {
 TOGETHER = ("token_bits", "pixel_bits", "codec_bits", "error", "surprise")
 """The statistics that `mahalanobis` takes together. Background bits are not among them: a score should not change its
 meaning when a background prior is added."""
+NEEDS = {
+    "neighbours": "a prior with layers",
+    "complexity": "a tokenizer with a likelihood of pixels (`model.likelihood`)",
+    "ratio": "a background prior (`smalti calibrate background=FOLDER`, or `set_background(prior)`)",
+}
+"""What some methods are nothing without. `complexity` is the difference of two codes of one image (Serra et al. 2020);
+without the pixels' bits one of them would be that of a part of it, and the score the other one's, negated."""
 FITTED = ("joint", "neighbours", "mahalanobis", "typicality")
 """The methods that are nothing without a calibration."""
 MOST_SURPRISING = 0.05
@@ -132,21 +150,34 @@ def anomaly_score(pipeline: Stages, images: Any, method: str = "joint", labels: 
     """Score of each image by one of `METHODS`, `(B,)` float64: larger is more anomalous.
 
     p_values: instead, the share of normal images that are at least as anomalous, (1 + #{s_i >= s}) / (n + 1), in which
-    smaller is more anomalous: of new normal images, at most a share a has p <= a. Both these and the fitted methods
-    need a calibration. Raises `CalibrationError` (a `ValueError`) where there is none, or not for this.
+    smaller is more anomalous: on average over calibrations, at most a share a of new normal images has p <= a. Both
+    these and the fitted methods need a calibration. They mean nothing for the images that it was made with, of which a
+    warning tells. Raises `CalibrationError` (a `ValueError`) where there is none, or not for this.
     """
-    found = statistics(pipeline, images, labels, batch_size)
+    batch = pipeline.to_images(images)
+    found = statistics(pipeline, batch, labels, batch_size)
     scores = score_of(method, found, pipeline.calibration, labelled=labels is not None)
+    if pipeline.calibration is not None and (p_values or method in FITTED):
+        warn_of_known(pipeline.calibration, batch)
     return p_value_of(method, scores, pipeline.calibration, labelled=labels is not None) if p_values else scores
+
+
+def warn_of_known(calibration: Calibration, batch: Tensor) -> None:
+    """Warn if images `(B, C, H, W)` are among those that the calibration was made with."""
+    if known := int(calibration.includes(convert_images(batch, "np")).sum()):
+        warnings.warn(
+            f"{known} of {len(batch)} images are among those that the pipeline was calibrated with: they look more "
+            "normal than new ones do, and their p-values hold no promise",
+            stacklevel=level_of_user(),
+        )
 
 
 def score_of(method: str, found: dict[str, Tensor], calibration: Calibration | None, *, labelled: bool) -> Tensor:
     """As `anomaly_score`, from `statistics`."""
     if method not in METHODS:
         raise ValueError(f"method: no score is called {method!r}; there are {', '.join(METHODS)}")
-    if method == "ratio" and "background_bits" not in found:
-        raise CalibrationError("method: the ratio needs a background prior: `smalti calibrate background=FOLDER`, or "
-                               "`set_background(prior)`")  # fmt: skip
+    if method not in possible(found):
+        raise CalibrationError(f"method: {method} needs {NEEDS[method]}")
     total = found["token_bits"] + found.get("pixel_bits", torch.zeros(()))
     if method in FITTED:
         fitted = checked(calibration, method, labelled)
@@ -160,6 +191,12 @@ def score_of(method: str, found: dict[str, Tensor], calibration: Calibration | N
         "reconstruction": found["error"],
         "surprise": found["surprise"],
     }[method]
+
+
+def possible(found: dict[str, Tensor]) -> list[str]:
+    """The methods that these statistics allow."""
+    there = {"neighbours": "features", "complexity": "pixel_bits", "ratio": "background_bits"}
+    return [method for method in METHODS if there.get(method, "token_bits") in found]
 
 
 def joint(found: dict[str, Tensor], calibration: Calibration) -> Floats:
@@ -200,10 +237,9 @@ def rows_of(found: dict[str, Tensor]) -> Floats:
 
 
 def p_value_of(method: str, scores: Tensor, calibration: Calibration | None, *, labelled: bool) -> Tensor:
-    """Conformal p-values of scores, ties counted against the image. Raises `CalibrationError`."""
-    normal = checked(calibration, method, labelled).scores[method]
-    below = np.searchsorted(normal, scores.numpy(), side="left")
-    return torch.from_numpy((1 + len(normal) - below) / (len(normal) + 1))
+    """Conformal p-values of scores, ties counted against detection. Raises `CalibrationError`."""
+    fitted = checked(calibration, method, labelled)
+    return torch.from_numpy(p_values_of(scores.numpy(), fitted.scores[method], fitted.ties[method]))
 
 
 def checked(calibration: Calibration | None, method: str, labelled: bool) -> Calibration:
@@ -222,20 +258,27 @@ def checked(calibration: Calibration | None, method: str, labelled: bool) -> Cal
 # Calibration
 
 
-def calibrate(pipeline: Stages, images: Any, labels: Label | Sequence[Label] = None, *, false_alarms: float = 0.05,
-              seed: int = 0, batch_size: int = 256) -> Calibration:  # fmt: skip
+def calibrate(
+    pipeline: Stages,
+    images: Any,
+    labels: Label | Sequence[Label] = None,
+    *,
+    false_alarms: float = 0.05,
+    confidence: float | None = None,
+    seed: int = 0,
+    batch_size: int = 256,
+) -> Calibration:
     """Learn from normal images that were not trained on; returns the calibration, and gives it to the pipeline.
 
-    One half, chosen by `seed`, is fitted to; the other half gives the scores behind p-values and thresholds, which
-    a share `false_alarms` of new normal images is above. Raises `ValueError` for too few images to tell that share.
+    One half, chosen by `seed`, is fitted to; the other half gives the scores behind p-values and thresholds. Of new
+    normal images, at most a share `false_alarms` is above a threshold *on average over calibrations*: in about every
+    second one it is a little more. With a `confidence` of 0.9, the thresholds are so much higher that it is at most
+    this share in 90 % of calibrations; p-values stay as they are. Raises `ValueError` for too few images to tell that
+    share, and for more than 50,000.
     """
     batch = pipeline.to_images(images)
     count = len(batch)
-    if not 0 < false_alarms < 1:
-        raise ValueError(f"false_alarms should lie between 0 and 1 (got {false_alarms})")
-    if count < (least := max(10, 2 * math.ceil(1 / false_alarms))):
-        raise ValueError(f"calibrating for a share of {false_alarms:g} false alarms needs at least {least} images "
-                         f"(got {count})")  # fmt: skip
+    check_promise(count, false_alarms, confidence)
     parts, error = [], torch.zeros(batch.shape[2:], dtype=torch.float64)
     for part in measured(pipeline, batch, labels, batch_size):
         parts.append((part.statistics, part.surprise))
@@ -245,24 +288,40 @@ def calibrate(pipeline: Stages, images: Any, labels: Label | Sequence[Label] = N
     fit, held = ({name: v[half] for name, v in found.items()} for half in (order[: count // 2], order[count // 2 :]))
     total = fit["token_bits"] + fit.get("pixel_bits", torch.zeros(()))
     points = min(KEPT_POINTS, len(total) // 2)  # the rest of this half says how near is usual
-    there = {"ratio": pipeline.background is not None, "neighbours": "features" in found}
+    pixels = convert_images(batch, "np")
     blank = Calibration(
         count=count,
-        data=hashlib.sha256(convert_images(batch, "np").tobytes()).hexdigest(),
+        data=hashlib.sha256(pixels.tobytes()).hexdigest(),
         labels=labels is not None,
         false_alarms=float(false_alarms),
+        confidence=None if confidence is None else float(confidence),
         statistics=columns(found),
         typical_bits=float(f"{total.mean().item():.6g}"),
         mahalanobis=Gaussian.fit(rows_of(fit)),
         neighbours=Neighbours.fit(fit["features"].numpy()[:points]) if "features" in fit else None,
         usual={},
-        scores={method: np.zeros(1) for method in METHODS if there.get(method, True)},
+        scores={method: np.zeros(1) for method in possible(found)},
+        ties={},
         thresholds={},
         surprise=surprise_quantiles(torch.cat([surprise for _, surprise in parts])),
         error=coarse(error / count),
+        digests=np.unique(digests_of(pixels)),
     )
     pipeline.calibration = with_scores(with_usual(blank, {name: v[points:] for name, v in fit.items()}), held)
     return pipeline.calibration
+
+
+def check_promise(count: int, false_alarms: float, confidence: float | None) -> None:
+    """Raise `ValueError` unless `count` images are enough for what is promised, and not too many to remember."""
+    for name, share in (("false_alarms", false_alarms), ("confidence", confidence)):
+        if share is not None and not 0 < share < 1:
+            raise ValueError(f"{name} should lie between 0 and 1 (got {share})")
+    if count < (least := max(10, 2 * least_scores(false_alarms, confidence))):
+        promise = f"a share of {false_alarms:g} false alarms"
+        promise += "" if confidence is None else f" with a confidence of {confidence:g}"
+        raise ValueError(f"calibrating for {promise} needs at least {least} images (got {count})")
+    if count > MOST_IMAGES:
+        raise ValueError(f"a pipeline is calibrated with at most {MOST_IMAGES:,} images (got {count:,})")
 
 
 def with_usual(calibration: Calibration, rest: dict[str, Tensor]) -> Calibration:
@@ -273,14 +332,14 @@ def with_usual(calibration: Calibration, rest: dict[str, Tensor]) -> Calibration
 
 
 def with_scores(calibration: Calibration, held: dict[str, Tensor]) -> Calibration:
-    """With the scores of the held half, and as thresholds the scores above which p <= `false_alarms`."""
-    scores, thresholds = {}, {}
+    """With the scores of the held half, and the thresholds that keep the promise."""
+    scores, ties, thresholds = {}, {}, {}
+    share, confidence = calibration.false_alarms, calibration.confidence
     for method in calibration.scores:
         each = score_of(method, held, calibration, labelled=calibration.labels)[:KEPT_SCORES]
-        scores[method] = rounded(np.sort(each.numpy()))
-        allowed = math.floor(calibration.false_alarms * (len(each) + 1)) - 1  # normal scores that may be higher
-        thresholds[method] = float(scores[method][-1 - allowed])
-    return dataclasses.replace(calibration, scores=scores, thresholds=thresholds)
+        scores[method], ties[method] = kept(each.numpy())
+        thresholds[method] = threshold(scores[method], ties[method], share, confidence)
+    return dataclasses.replace(calibration, scores=scores, ties=ties, thresholds=thresholds)
 
 
 def surprise_quantiles(surprise: Tensor) -> Floats:

@@ -10,7 +10,7 @@ from pydantic import Field
 
 from tokenizer.ownership import require_ours
 
-from .anomaly import METHODS, calibrate
+from .anomaly import METHODS, NEEDS, calibrate, check_promise
 from .calibration import Calibration
 from .config import Config, UserError, run_command
 from .evaluate import choose_device, defaults
@@ -24,12 +24,32 @@ class CalibrateConfig(Config):
 
     pipeline: str = Field(description="pipeline folder; calibration.json is written into it")
     data: DataConfig = Field(
-        DataConfig(), description="normal images, of which the held-out split is used; defaults to those trained on"
+        DataConfig(),
+        description="normal images, of whose held-out split a part is used (see `every`); defaults to those trained on",
+    )
+    every: int = Field(
+        2,
+        ge=1,
+        description="calibrate with the first image of that split and every so-manyth after it; what `smalti detect` "
+        "looks at are the others; 1: with all of them",
     )
     background: str | None = Field(
         None, description="another pipeline folder, over the same tokens, whose prior becomes the background prior"
     )
-    false_alarms: float = Field(0.05, gt=0, lt=1, description="share of normal images that may be flagged")
+    false_alarms: float = Field(
+        0.05,
+        gt=0,
+        lt=1,
+        description="share of new normal images that may be flagged: on average over calibrations, if there is no "
+        "`confidence`",
+    )
+    confidence: float | None = Field(
+        None,
+        gt=0,
+        lt=1,
+        description="the probability, over calibrations, with which at most that share is flagged; 0.9 or 0.95 ask for "
+        "more images and make the thresholds higher",
+    )
     seed: int = Field(0, ge=0, description="chooses the half that is fitted to; the other half gives the scores")
     device: str = Field("auto", description="cpu, cuda, mps or auto")
 
@@ -44,26 +64,38 @@ def run(config: CalibrateConfig) -> Calibration:
     if config.background is not None:
         pipeline.set_background(ImagePipeline.from_pretrained(config.background, device=pipeline.device).prior)
     images = load_images(config.data).held_out
-    pixels = images.pixels(np.arange(len(images)))
+    chosen = np.arange(0, len(images), config.every)
     try:
-        calibration = calibrate(pipeline, pixels, false_alarms=config.false_alarms, seed=config.seed)
+        check_promise(len(chosen), config.false_alarms, config.confidence)
     except ValueError as error:
-        raise UserError(f"data: {error}") from error
+        raise UserError(f"data: {error}; every={config.every} takes these of {len(images):,}") from error
+    calibration = calibrate(
+        pipeline,
+        images.pixels(chosen),
+        false_alarms=config.false_alarms,
+        confidence=config.confidence,
+        seed=config.seed,
+    )
     pipeline.to(device="cpu").save_pretrained(config.pipeline)
     print(table(calibration))
-    print(f"\n{config.pipeline}: calibrated with {calibration.count:,} images of {config.data.source}")
+    print(f"\n{config.pipeline}: calibrated with {len(chosen):,} of {len(images):,} images of {config.data.source}")
     return calibration
 
 
 def table(calibration: Calibration) -> str:
-    """Median and threshold of each method."""
-    rows = [("score", "median", f"threshold ({calibration.false_alarms:g} above)", "")]
+    """Median and threshold of each method; what the thresholds promise; and which methods there are not."""
+    rows = [("score", "median", "threshold", "")]
     for method, scores in calibration.scores.items():
         threshold = calibration.thresholds[method]
         rows.append((method, f"{np.median(scores):.4g}", f"{threshold:.4g}", METHODS.get(method, "")))
     widths = [max(len(row[column]) for row in rows) for column in range(3)]
-    return "\n".join(f"{name:<{widths[0]}}  {median:>{widths[1]}}  {limit:>{widths[2]}}  {what}".rstrip()
-                     for name, median, limit, what in rows)  # fmt: skip
+    lines = [
+        f"{name:<{widths[0]}}  {median:>{widths[1]}}  {limit:>{widths[2]}}  {what}".rstrip()
+        for name, median, limit, what in rows
+    ]
+    lines += ["", f"thresholds: {calibration.promise}"]
+    lines += [f"left out: {name}, which needs {what}" for name, what in NEEDS.items() if name not in calibration.scores]
+    return "\n".join(lines)
 
 
 def main(argv: list[str] | None = None) -> Any:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
+import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +15,15 @@ from numpy.typing import NDArray
 
 from tokenizer.storage import FormatError
 
-Floats = NDArray[np.float64]
+from .conformal import Floats, tie_of_six_digits
+
+Digests = NDArray[np.uint64]
+MAX_CALIBRATION_BYTES = 4 << 20
+"""Of the file: with as much as is kept of large calibrations, it has up to 2.5 MB."""
+MOST_IMAGES = 50_000
+"""How many images a pipeline is calibrated with at most, as the digest of each is kept."""
+LATER = ("confidence", "ties", "digests")
+"""The fields that files did not have at first."""
 LEVELS = (0.9, 0.95, 0.98, 0.99, 0.995)
 """The quantiles of token surprise that are kept, from which `heal` chooses."""
 NEAREST = 5
@@ -102,6 +112,8 @@ class Calibration:
     """Whether token bits were those given the images' classes."""
     false_alarms: float
     """The share of normal images above a method's threshold."""
+    confidence: float | None
+    """With what probability over calibrations it is at most that share; None: it is so on average over them."""
     statistics: list[str]
     """The columns of `mahalanobis`."""
     typical_bits: float
@@ -114,19 +126,42 @@ class Calibration:
     """What 99 % of the images fitted to are below, in distances from both."""
     scores: dict[str, Floats]
     """Of each method, ascending."""
+    ties: dict[str, float]
+    """How far above one of these a score still ties with it; see `conformal.kept`."""
     thresholds: dict[str, float]
     surprise: Floats
     """`LEVELS` quantiles of the bits of a token, `(5, N)`, or `(5, 1)` for all positions together."""
     error: Floats
     """Mean |x - decode(encode(x))| per pixel, on a scale of 0 to 2, `(h, w)`: coarser than large images."""
+    digests: Digests | None
+    """Of the images of both halves, see `digests_of`; None if the calibration is older than these."""
+
+    @property
+    def promise(self) -> str:
+        """What the thresholds are for."""
+        how = "on average over calibrations"
+        how = how if self.confidence is None else f"in {self.confidence:.6g} of calibrations"
+        return f"at most {self.false_alarms:g} of new normal images are above, {how}"
+
+    def includes(self, pixels: NDArray[np.uint8]) -> NDArray[np.bool_]:
+        """Which of the images `(n, H, W, C)` it was fitted to or took scores from, as far as is known, `(n,)`."""
+        known = np.empty(0, np.uint64) if self.digests is None else self.digests
+        return np.isin(digests_of(pixels), known)
 
     def to_dict(self) -> dict[str, Any]:
         """As `calibration.json` holds it."""
         return {field.name: plain(getattr(self, field.name)) for field in dataclasses.fields(self)}
 
+    def to_json(self) -> str:
+        """The text of `calibration.json`: a field a line, as a number a line would make it half as large again."""
+        fields = (f"{json.dumps(name)}: {json.dumps(value, allow_nan=False)}" for name, value in self.to_dict().items())
+        return "{\n" + ",\n".join(fields) + "\n}\n"
+
     @classmethod
     def from_dict(cls, data: dict[str, Any], path: Path) -> Calibration:
         """Checked. Raises `FormatError` naming the file and the field."""
+        older = not set(LATER) & set(data)
+        data = {**dict.fromkeys(LATER), **data} if older else data
         read = Reader(data, path)
         read.fields({field.name for field in dataclasses.fields(cls)})
         names = read.names("statistics")
@@ -134,8 +169,13 @@ class Calibration:
         for name, values in scores.items():
             read.check(bool((np.diff(values) >= 0).all()), f"scores.{name}", "should ascend")
         read.check(bool(scores), "scores", "is empty")
-        thresholds = {name: read.number(f"thresholds.{name}") for name in read.mapping("thresholds")}
-        read.check(set(thresholds) == set(scores), "thresholds", "should be of the same methods as scores")
+        thresholds = read.numbers("thresholds", set(scores))
+        if older:  # rounded to six digits, perhaps downwards
+            ties = {name: tie_of_six_digits(values) for name, values in scores.items()}
+            thresholds = {name: value + ties[name] for name, value in thresholds.items()}
+        else:
+            ties = read.numbers("ties", set(scores))
+        read.check(min(ties.values()) >= 0, "ties", "should not be negative")
         gaussian = read.gaussian("mahalanobis")
         numbers = f"should hold {len(names)} numbers, one per statistic"
         read.check(len(gaussian.mean) == len(names), "mahalanobis.mean", numbers)
@@ -150,11 +190,35 @@ class Calibration:
         count, share = read.number("count"), read.number("false_alarms")
         read.check(type(data["count"]) is int and count >= 2, "count", "should be a whole number of at least 2")
         read.check(0 < share < 1, "false_alarms", "should lie between 0 and 1")
+        confidence = None if data["confidence"] is None else read.number("confidence")
+        read.check(confidence is None or 0 < confidence < 1, "confidence", "should be null, or lie between 0 and 1")
         read.check(type(data["labels"]) is bool, "labels", "should be true or false")
         digest = data["data"]
         read.check(isinstance(digest, str) and bool(re.fullmatch("[0-9a-f]{64}", digest)), "data", "is no sha256")
-        return cls(int(count), digest, data["labels"], share, names, read.number("typical_bits"), gaussian,
-                   neighbours, usual, scores, thresholds, surprise, error)  # fmt: skip
+        return cls(
+            count=int(count),
+            data=digest,
+            labels=data["labels"],
+            false_alarms=share,
+            confidence=confidence,
+            statistics=names,
+            typical_bits=read.number("typical_bits"),
+            mahalanobis=gaussian,
+            neighbours=neighbours,
+            usual=usual,
+            scores=scores,
+            ties=ties,
+            thresholds=thresholds,
+            surprise=surprise,
+            error=error,
+            digests=None if data["digests"] is None else read.digests("digests"),
+        )
+
+
+def digests_of(pixels: NDArray[np.uint8]) -> Digests:
+    """What tells the images `(n, H, W, C)` apart: the first 8 bytes of each one's sha256, `(n,)`."""
+    digests = (hashlib.sha256(image.tobytes()).digest()[:8] for image in pixels)
+    return np.array([int.from_bytes(digest, "big") for digest in digests], np.uint64)
 
 
 def rounded(values: Floats) -> Floats:
@@ -163,11 +227,13 @@ def rounded(values: Floats) -> Floats:
 
 
 def plain(value: Any) -> Any:
-    """Arrays as lists, what holds arrays as a mapping."""
+    """Arrays as lists, digests as one hexadecimal string, what holds arrays as a mapping."""
     if isinstance(value, (Gaussian, Neighbours)):
         return {field.name: plain(getattr(value, field.name)) for field in dataclasses.fields(value)}
     if isinstance(value, dict):
         return {key: plain(item) for key, item in value.items()}
+    if isinstance(value, np.ndarray) and value.dtype == np.uint64:
+        return value.astype(">u8").tobytes().hex()
     return value.tolist() if isinstance(value, np.ndarray) else value
 
 
@@ -208,6 +274,19 @@ class Reader:
         value = self.get(name)
         self.check(type(value) in (int, float) and bool(np.isfinite(value)), name, "should be a number")
         return float(value)
+
+    def numbers(self, name: str, keys: set[str]) -> dict[str, float]:
+        """One per method."""
+        found = {key: self.number(f"{name}.{key}") for key in self.mapping(name)}
+        self.check(set(found) == keys, name, "should be of the same methods as scores")
+        return found
+
+    def digests(self, name: str) -> Digests:
+        value = self.get(name)
+        right = isinstance(value, str) and len(value) % 16 == 0 and bool(re.fullmatch("[0-9a-f]+", value))
+        self.check(right, name, "should be null, or 16 hexadecimal digits for each image")
+        self.check(len(value) <= 16 * MOST_IMAGES, name, f"should be of at most {MOST_IMAGES:,} images")
+        return np.frombuffer(bytes.fromhex(value), ">u8").astype(np.uint64)
 
     def array(self, name: str, axes: int) -> Floats:
         found = self.get(name)

@@ -8,23 +8,24 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from pydantic import Field
 from torch import Tensor
 
 from tokenizer.storage import results_folder, write_json
 
 from .anomaly import p_value_of, score_of, statistics
-from .calibration import CalibrationError
+from .calibration import Calibration, CalibrationError
 from .config import Config, UserError, run_command
 from .decoding import decode_all
 from .evaluate import choose_device, defaults
 from .generation import ImagePipeline
 from .healing import anomaly_map, heal
-from .images import DataConfig, check_shape, judge, to_float
+from .images import DataConfig, check_shape, choose_splits, judge, to_float
 from .outputs import check_out_results
 from .pictures import grid_picture, save_picture
 from .separation import benjamini_hochberg, separation
-from .sources import open_source
+from .sources import Rows, open_source
 from .splits import held_out_split, tell_splits
 
 NAMES_AT_A_TIME = 256
@@ -35,7 +36,9 @@ class DetectConfig(Config):
 
     pipeline: str = Field(description="calibrated pipeline folder, or a Hub id")
     images: str | None = Field(
-        None, description="what to look through: `digits`, a folder, parquet or a Hub id; default: data.source"
+        None,
+        description="what to look through: `digits`, a folder, parquet or a Hub id; default: data.source; images that "
+        "the pipeline was calibrated with are left out",
     )
     normal: str | None = Field(
         None,
@@ -52,8 +55,9 @@ class DetectConfig(Config):
         None,
         gt=0,
         lt=1,
-        description="flag so that at most this share of what is flagged is normal (Benjamini and Hochberg); default: "
-        "flag so that of the normal images the share is flagged that the pipeline was calibrated for",
+        description="flag so that on average at most this share of what is flagged is normal (Benjamini and "
+        "Hochberg); default: flag what is above the calibration's threshold, as `false_alarms` and `confidence` of "
+        "`smalti calibrate` chose it",
     )
     out: str = Field("anomalies", description="folder for scores.csv, sheet.png and, where measured, figures.json")
     num_shown: int = Field(8, ge=1, le=64, description="how many of the most and of the least anomalous are shown")
@@ -61,36 +65,40 @@ class DetectConfig(Config):
     data: DataConfig = Field(
         DataConfig(),
         description="how images are read: of each source the split data.held_out, where it has one, else all of "
-        "data.split; defaults to what the pipeline was trained on",
+        "data.split, or of the source that was trained on what training held out of it; defaults to what the pipeline "
+        "was trained on",
     )
     device: str = Field("auto", description="cpu, cuda, mps or auto")
 
 
 class Found(NamedTuple):
-    """Images of a source: the name of each, uint8 `(n, C, H, W)`, and the name of each one's class, or None."""
+    """Images of a source: the name of each, uint8 `(n, C, H, W)`, and the name of each one's class, or None; and how
+    many there were besides that the pipeline was calibrated with."""
 
     names: list[str]
     pixels: Tensor
     classes: list[str] | None
+    known: int = 0
 
 
 def run(config: DetectConfig) -> dict[str, Any]:
     """Score, write, and print what was found; returns the figures, empty where there is nothing to compare to."""
     pipeline = ImagePipeline.from_pretrained(config.pipeline, device=choose_device(config.device))
     check_shape(config.data, pipeline.tokenizer.image_shape)
-    if pipeline.calibration is None:
+    if (calibration := pipeline.calibration) is None:
         raise UserError(f"pipeline: not calibrated; run `smalti calibrate pipeline={config.pipeline}`")
     sources = [config.images or config.data.source, *([config.normal] if config.normal else [])]
     out, inputs = Path(config.out), [config.pipeline, *(source_at(config.data, source).path for source in sources)]
     check_out_results(out, ["scores.csv", "sheet.png", "figures.json"], inputs)
-    found, anomalous = choose(config)
+    found, anomalous = choose(config, pipeline, calibration)
     try:
         measured = statistics(pipeline, found.pixels)
-        scores = score_of(config.method, measured, pipeline.calibration, labelled=False)
-        p = p_value_of(config.method, scores, pipeline.calibration, labelled=False).numpy()
+        scores = score_of(config.method, measured, calibration, labelled=False)
+        p = p_value_of(config.method, scores, calibration, labelled=False).numpy()
     except CalibrationError as error:
         raise UserError(str(error)) from error
-    flagged = p <= pipeline.calibration.false_alarms if config.fdr is None else benjamini_hochberg(p, config.fdr)
+    above = ~(scores.numpy() <= calibration.thresholds[config.method])  # NaN is, too
+    flagged = above if config.fdr is None else benjamini_hochberg(p, config.fdr)
     figures = {} if anomalous is None else separation(scores.numpy(), anomalous, config.seed)
     columns = {"score": scores.numpy(), "p_value": p, "flagged": flagged.astype(int)}
     columns |= {name: values.numpy() for name, values in measured.items() if values.ndim == 1}
@@ -102,39 +110,68 @@ def run(config: DetectConfig) -> dict[str, Any]:
                 write_json(folder / "figures.json", figures)
     except OSError as error:
         raise UserError(f"out: {out} can not be written ({error.strerror or error})") from error
-    print(report(config, found, flagged, anomalous, figures))
+    print(report(config, calibration, found, flagged, anomalous, figures))
     return figures
 
 
 # Images
 
 
-def choose(config: DetectConfig) -> tuple[Found, np.ndarray | None]:
+def choose(config: DetectConfig, pipeline: ImagePipeline, calibration: Calibration) -> tuple[Found, np.ndarray | None]:
     """The images to look through, and which of them are anomalous, where that is known. Raises `UserError`."""
     if config.normal is not None and config.normal_labels is not None:
         raise UserError("normal, normal_labels: give one of the two")
-    found = find(config.data, config.images or config.data.source)
+    found = find(config.data, config.images or config.data.source, pipeline, calibration)
     if config.normal is None:
         return found, truth(found, config.normal_labels)
-    other = find(config.data, config.normal)
+    other = find(config.data, config.normal, pipeline, calibration)
     names, pixels = found.names + other.names, torch.cat([found.pixels, other.pixels])
-    return Found(names, pixels, None), np.arange(len(names)) < len(found.names)
+    anomalous = np.arange(len(names)) < len(found.names)
+    return Found(names, pixels, None, found.known + other.known), anomalous
 
 
-def find(data: DataConfig, source: str) -> Found:
-    """All images of a source's held-out split, or of its only one. Raises `UserError`."""
-    data = source_at(data, source)
+def find(data: DataConfig, source: str, pipeline: ImagePipeline, calibration: Calibration) -> Found:
+    """The images of a source that the pipeline was neither trained nor calibrated with. Raises `UserError`, also if
+    there are none."""
+    found = read(source_at(data, source), trained_on(pipeline, source))
+    known = calibration.includes(found.pixels.movedim(1, -1).numpy())
+    if known.all():
+        raise UserError(
+            f"{source}: the pipeline was calibrated with all {len(known):,} images; look through others, or calibrate "
+            "with fewer (`smalti calibrate every=2`)"
+        )
+    rest = np.flatnonzero(~known)
+    names, classes = ([each[i] for i in rest] if each else None for each in (found.names, found.classes))
+    return Found(names or [], found.pixels[torch.from_numpy(rest)], classes, int(known.sum()))
+
+
+def trained_on(pipeline: ImagePipeline, source: str) -> bool:
+    """Whether the pipeline says that it learned from this source."""
+    before = pipeline.provenance.get("data", {}).get("source")
+    return before is not None and (source == before or Path(source).absolute() == Path(before).absolute())
+
+
+def held_out_rows(data: DataConfig, trained: bool) -> tuple[Rows, NDArray[np.int64]]:
+    """The source's held-out split, and which of its images. Where it has none: its only one, or what training held out
+    of that. Raises `UserError`."""
     splits = open_source(data)
     held_out = held_out_split(splits, data)
     if (name := held_out or data.split) not in splits:
-        raise UserError(f"data.split: {source} has no split {data.split!r}; it has {', '.join(sorted(splits))}")
+        raise UserError(f"data.split: {data.source} has no split {data.split!r}; it has {', '.join(sorted(splits))}")
+    if trained and held_out is None:
+        return choose_splits(splits, data)[1]
     tell_splits(splits, data, held_out, f"all of {data.split!r}", "looked through")
     rows = splits[name]()
-    positions = np.arange(rows.size)[: data.limit]
+    return rows, np.arange(rows.size)[: data.limit]
+
+
+def read(data: DataConfig, trained: bool) -> Found:
+    """All images of `held_out_rows`. Raises `UserError`."""
+    rows, positions = held_out_rows(data, trained)
     decoded = decode_all(rows, positions, data.image_shape, room=1 << 62)
     judge([decoded.report], data)
     if decoded.pixels is None or not len(decoded.positions):
-        raise UserError(f"{source}: there are no images")
+        raise UserError(f"{data.source}: there are no images")
     names = []
     for start in range(0, len(decoded.positions), NAMES_AT_A_TIME):
         some = decoded.positions[start : start + NAMES_AT_A_TIME].tolist()
@@ -207,10 +244,26 @@ def colored(values: Tensor) -> Tensor:
     return torch.stack([(3 * values - channel).clamp(0, 1) for channel in range(3)], 1) * 2 - 1
 
 
-def report(config: DetectConfig, found: Found, flagged: np.ndarray, anomalous: np.ndarray | None,
-           figures: dict[str, Any]) -> str:  # fmt: skip
+def report(
+    config: DetectConfig,
+    calibration: Calibration,
+    found: Found,
+    flagged: np.ndarray,
+    anomalous: np.ndarray | None,
+    figures: dict[str, Any],
+) -> str:
     """What a person wants to know."""
-    lines = [f"flagged          {flagged.sum():,} of {len(flagged):,} images ({flagged.mean():.1%}) by {config.method}"]
+    lines = []
+    if calibration.digests is None:
+        again = "run `smalti calibrate` again"
+        lines.append(f"calibration      an older one, whose images cannot be told from new ones: {again}")
+    if found.known:
+        lines.append(f"left out         {found.known:,} images that the pipeline was calibrated with")
+    promise = f"on average, at most {config.fdr:g} of these are normal" if config.fdr else calibration.promise
+    lines += [
+        f"flagged          {flagged.sum():,} of {len(flagged):,} images ({flagged.mean():.1%}) by {config.method}",
+        f"  promised       {promise}",
+    ]
     if anomalous is not None:
         lines += [
             f"  of the normal  {flagged[~anomalous].mean():.1%} of {(~anomalous).sum():,}",

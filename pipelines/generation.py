@@ -185,11 +185,22 @@ class ImagePipeline(Stages):
 
     # Finding anomalies
 
-    def calibrate(self, images: Any, labels: Label | Sequence[Label] = None, *, false_alarms: float = 0.05,
-                  seed: int = 0, batch_size: int = 256) -> Calibration:  # fmt: skip
-        """Learn what is usual from normal images that were not trained on; saved with the pipeline. See
-        `anomaly.calibrate`."""
-        return calibrate(self, images, labels, false_alarms=false_alarms, seed=seed, batch_size=batch_size)
+    def calibrate(
+        self,
+        images: Any,
+        labels: Label | Sequence[Label] = None,
+        *,
+        false_alarms: float = 0.05,
+        confidence: float | None = None,
+        seed: int = 0,
+        batch_size: int = 256,
+    ) -> Calibration:
+        """Learn what is usual from normal images that were not trained on; saved with the pipeline. Images are above a
+        threshold, if they are normal, in a share `false_alarms` on average over calibrations; with a `confidence`, in
+        at most that share with this probability. See `anomaly.calibrate`."""
+        return calibrate(
+            self, images, labels, false_alarms=false_alarms, confidence=confidence, seed=seed, batch_size=batch_size
+        )
 
     def anomaly_score(self, images: Any, method: str = "joint", labels: Label | Sequence[Label] = None, *,
                       p_values: bool = False, batch_size: int = 256) -> Tensor:  # fmt: skip

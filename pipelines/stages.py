@@ -24,11 +24,12 @@ from tokenizer.storage import (
     LimitError,
     PathError,
     atomic_folder,
+    parse_json,
     write_json,
     write_manifest,
 )
 
-from .calibration import Calibration
+from .calibration import MAX_CALIBRATION_BYTES, Calibration
 from .card import model_card
 from .index import (
     BACKGROUND,
@@ -174,7 +175,7 @@ class Stages:
             if self.background is not None:
                 self.background.save_pretrained(target / BACKGROUND)
             if self.calibration is not None:
-                write_json(target / CALIBRATION, self.calibration.to_dict())
+                (target / CALIBRATION).write_text(self.calibration.to_json(), encoding="utf-8")
             write_json(target / INDEX, index)
             if self.provenance:
                 write_json(target / PROVENANCE, self.provenance)
@@ -216,7 +217,8 @@ class Stages:
             family = Prior.find(index["background"])
             pipeline.set_background(family.read_from(files.part(BACKGROUND), max_bytes=max_bytes))
         if CALIBRATION in files:
-            pipeline.calibration = Calibration.from_dict(files.json(CALIBRATION), files.place(CALIBRATION))
+            place, text = files.place(CALIBRATION), files.read(CALIBRATION, MAX_CALIBRATION_BYTES)
+            pipeline.calibration = Calibration.from_dict(parse_json(text, place), place)
         if PROVENANCE in files:
             pipeline.provenance = read_provenance(files)
         if GRID in files:

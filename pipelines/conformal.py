@@ -1,0 +1,84 @@
+"""Which scores are too high for a normal image: p-values and thresholds that promise a share of false alarms.
+
+The promise asks nothing of the scores, only that new normal images are like those that gave the scores kept (split
+conformal prediction, Vovk et al. 2005). It comes in two strengths. *On average over calibrations*, at most the share a
+of new normal images has p <= a; a single calibration may be off by about sqrt(a (1 - a) / n). *With a confidence*, the
+share is kept by the calibration at hand with that probability (training-conditional, Vovk 2012): a higher threshold.
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+from numpy.typing import NDArray
+
+Floats = NDArray[np.float64]
+FINENESS = 1e-3
+"""Scores are kept to this part of their spread. More would be rounding errors of the models; less would cost power."""
+
+
+def kept(scores: Floats) -> tuple[Floats, float]:
+    """Normal scores `(n,)` ascending and rounded, and how far above a kept score a new one still ties with it.
+
+    Two images that are alike may differ in score by what one batch or machine rounds otherwise; half of the tie is room
+    for that, the other half for the rounding here. Without it, whether an image is stranger than its own copies among
+    the normal ones would be left to chance.
+    """
+    low, high = np.quantile(scores, [0.25, 0.75])
+    spread = high - low or FINENESS * np.abs(scores).max() or 1.0
+    decimals = -math.floor(math.log10(FINENESS * spread))
+    return np.round(np.sort(scores), decimals), 10.0**-decimals
+
+
+def tie_of_six_digits(scores: Floats) -> float:
+    """The tie that covers scores which were kept to six significant digits, whatever their spread."""
+    largest = float(np.abs(scores).max())
+    return 10.0 ** (math.floor(math.log10(largest)) - 5) if largest else 0.0
+
+
+def p_values_of(scores: Floats, normal: Floats, tie: float) -> Floats:
+    """Of `scores` `(B,)`: (1 + #{normal scores that are higher or tie}) / (n + 1). `normal` `(n,)` ascends."""
+    below = np.searchsorted(normal + tie, scores, side="left")
+    return (1 + len(normal) - below) / (len(normal) + 1)
+
+
+def threshold(normal: Floats, tie: float, share: float, confidence: float | None = None) -> float:
+    """The score above which an image is flagged, so that at most `share` of new normal images are: those with
+    p <= `share`; with a `confidence`, fewer. Raises `ValueError` for fewer normal scores than `least_scores`."""
+    allowed = allowed_above(len(normal), share, confidence)
+    if allowed < 0:
+        raise ValueError(f"{len(normal)} normal scores are too few for a share of {share:g} false alarms")
+    return float(normal[-1 - allowed] + tie)
+
+
+def allowed_above(count: int, share: float, confidence: float | None = None) -> int:
+    """How many of `count` normal scores may lie above the threshold; -1: not even none will do.
+
+    The share of all normal images above the (k + 1)-th highest of n scores is Beta(k + 1, n - k) distributed if no two
+    scores are equal, and smaller if some are. Its mean (k + 1) / (n + 1) is at most `share`, or its probability to be
+    at most `share`, which is P(Binomial(n, share) > k), is at least `confidence`.
+    """
+    if confidence is None:
+        return math.floor(share * (count + 1) + 1e-9) - 1
+    tail = np.cumsum(binomial(count, share))
+    return int(np.searchsorted(tail, 1 - confidence, side="right")) - 1
+
+
+def least_scores(share: float, confidence: float | None = None) -> int:
+    """The fewest normal scores for which there is a threshold: with n of them, all are below a share of (1 - share)^n
+    of calibrations."""
+    least = math.ceil(1 / share)
+    if confidence is not None:
+        least = max(least, math.ceil(math.log1p(-confidence) / math.log1p(-share)))
+        while allowed_above(least, share, confidence) < 0:  # where rounding decides
+            least += 1
+    return least
+
+
+def binomial(count: int, share: float) -> Floats:
+    """The probability of 0 to `count` successes, each of probability `share`."""
+    k = np.arange(count + 1)
+    factorials = np.array([math.lgamma(number + 1) for number in k])  # their logarithms
+    ways = factorials[-1] - factorials - factorials[::-1]
+    return np.exp(ways + k * math.log(share) + (count - k) * math.log1p(-share))
