@@ -212,7 +212,9 @@ def test_weights_with_other_metadata_load(metadata, tmp_path):
     assert Tokenizer.from_pretrained(tmp_path / "model").fingerprint() == model.fingerprint()
 
 
-@pytest.mark.parametrize("subfolder", ["../outside", "inner/../../outside", "{absolute}", "a\\b", "..", "inner//x", "./x"])
+@pytest.mark.parametrize(
+    "subfolder", ["../outside", "inner/../../outside", "{absolute}", "a\\b", "..", "inner//x", "./x"]
+)
 @pytest.mark.parametrize("source", ["{folder}", "owner/name"])
 def test_a_subfolder_lies_in_the_folder(subfolder, source, tmp_path):
     make_tokenizer("vqvae").save_pretrained(tmp_path / "outside")
