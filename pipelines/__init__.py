@@ -19,7 +19,30 @@ def _check_siblings() -> None:
 
 _check_siblings()
 
+from tokenizer.errors import (  # noqa: E402
+    ConfigError,
+    FormatError,
+    IntegrityError,
+    LimitError,
+    PathError,
+    PipelineLoadError,
+    UnreadableError,
+    WeightsError,
+)
+
 from .generation import ImagePipeline, PipelineOutput  # noqa: E402
 from .pictures import from_unit  # noqa: E402
 
-__all__ = ["ImagePipeline", "PipelineOutput", "from_unit"]
+__all__ = [
+    "ConfigError",
+    "FormatError",
+    "ImagePipeline",
+    "IntegrityError",
+    "LimitError",
+    "PathError",
+    "PipelineLoadError",
+    "PipelineOutput",
+    "UnreadableError",
+    "WeightsError",
+    "from_unit",
+]

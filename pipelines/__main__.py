@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 from .arguments import WIDTH, UserError
-from .config import ended_by_ctrl_c, exit_codes
+from .config import at_a_shell, exit_codes
 from .help import table_row
 
 
@@ -52,7 +52,7 @@ def find(name: str) -> str:
 def main(argv: list[str] | None = None) -> None:
     """The command line. Exits with 2 when there is no such verb."""
     if argv is None:
-        with ended_by_ctrl_c():
+        with at_a_shell():
             main(sys.argv[1:])
         return
     if not argv or argv[0] in ("-h", "--help"):

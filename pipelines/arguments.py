@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import difflib
 import json
+import os
 import re
 from collections.abc import Hashable
 from pathlib import Path
@@ -29,7 +31,7 @@ def read_arguments(argv: list[str]) -> tuple[list[Data], bool, list[str]]:
                 path = argument[9:] or next(arguments, "")
                 if not path:
                     raise UserError("--config: expected a file after it")
-                files.append(read_file(path))
+                files.append(read_file(path if is_there(path) else str(find_preset(path))))
             else:
                 overrides.append((kinds_first(argument), read_override(argument)))
         except UserError as error:
@@ -59,6 +61,38 @@ def read_override(argument: str) -> Data:
     for part in reversed(key.split(".")):
         value = {part: value}
     return value
+
+
+# Presets ------------------------------------------------------------------------------------------
+
+
+def presets() -> dict[str, Path]:
+    """The files of the presets by their names, as `prior/gpt_digits`: in the package once it is installed, else beside
+    it, in the checkout."""
+    here = Path(__file__).parent
+    folder = here / "configs" if (here / "configs").is_dir() else here.parent / "configs"
+    return {path.relative_to(folder).with_suffix("").as_posix(): path for path in sorted(folder.glob("*/*.yaml"))}
+
+
+def find_preset(name: str) -> Path:
+    """The preset called `name`: `prior/gpt_digits` or `gpt_digits`, also as `configs/prior/gpt_digits.yaml`. Raises
+    `UserError` with those that may be meant."""
+    wanted = re.sub(r"^configs/|\.ya?ml$", "", name)
+    found = {key: path for key, path in presets().items() if not key.startswith("accelerate/")}
+    named = [key for key in found if wanted in (key, key.partition("/")[2])]
+    if len(named) == 1:
+        return found[named[0]]
+    last_parts = {key.partition("/")[2]: key for key in found}
+    similar = difflib.get_close_matches(wanted.rpartition("/")[2], last_parts, 2, 0.7)
+    near = named or [last_parts[part] for part in similar]
+    hint = f"did you mean {' or '.join(near)}?" if near else "`smalti presets` lists them"
+    reason = "several presets are called so" if named else "no such file, nor a preset"
+    raise UserError(f"{name}: can not be read ({reason}); {hint}")
+
+
+def is_there(path: str) -> bool:
+    """Whether a file can be read here; not a folder, which a run may have left under the name of its preset."""
+    return os.path.exists(path) and not os.path.isdir(path)
 
 
 # YAML ---------------------------------------------------------------------------------------------

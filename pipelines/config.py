@@ -10,13 +10,14 @@ from __future__ import annotations
 import dataclasses
 import errno
 import os
+import select
 import sys
 import traceback
 import types
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from functools import partial
-from typing import Annotated, Any, Literal, NoReturn, TypeVar, Union, get_args, get_origin
+from typing import Annotated, Any, Literal, NoReturn, TextIO, TypeVar, Union, get_args, get_origin
 
 from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 
@@ -30,7 +31,7 @@ __all__ = ["Config", "Interrupted", "ModelNode", "UserError", "difference", "mer
 
 C = TypeVar("C", bound="Config")
 R = TypeVar("R")
-CTRL_C = 130  # the exit code by which shells show it
+CTRL_C, CLOSED_PIPE = 130, 141  # the exit codes by which shells show SIGINT and SIGPIPE
 
 
 class Interrupted(KeyboardInterrupt):
@@ -102,13 +103,45 @@ def run_command(
 ) -> R:
     """Parse, and return `run(config)`. A mistake of the user is told in lines on stderr, with exit code 2.
 
-    `kept` says what Ctrl-C leaves. With the command line for `argv`, Ctrl-C ends the process: see `ended_by_ctrl_c`.
+    `kept` says what Ctrl-C leaves. With the command line for `argv` the process ends as `at_a_shell` says.
     """
-    with ended_by_ctrl_c() if argv is None else nullcontext():
+    with at_a_shell() if argv is None else nullcontext():
         with exit_codes(quiet=not is_first_process()):  # all processes read the same command line
             config = parse(cls, argv, verb=verb, description=description, defaults=defaults)
         with exit_codes(kept=None if kept is None else partial(kept, config)):
             return run(config)
+
+
+@contextmanager
+def at_a_shell() -> Iterator[None]:
+    """A process that ends as shells expect it of the commands that they start."""
+    with ended_by_closed_pipe(), ended_by_ctrl_c():
+        yield
+
+
+@contextmanager
+def ended_by_closed_pipe() -> Iterator[None]:
+    """Say nothing, and exit with the code of SIGPIPE, where nobody reads what is printed any more, after `| head`."""
+    try:
+        try:
+            yield
+        finally:
+            if sys.stdout is not None:
+                sys.stdout.flush()  # at exit, where Python does it, nothing could be caught
+    except BrokenPipeError:
+        if not nobody_reads(sys.stdout):  # but something else: a connection
+            raise
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what is left, as Python exits
+        raise SystemExit(CLOSED_PIPE) from None
+
+
+def nobody_reads(stream: TextIO | None) -> bool:
+    """Whether a stream is a pipe whose other end is closed."""
+    if stream is None:
+        return False
+    poll = select.poll()
+    poll.register(stream.fileno())
+    return any(event & select.POLLERR for _, event in poll.poll(0))
 
 
 @contextmanager

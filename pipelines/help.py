@@ -20,7 +20,7 @@ from .config import Config, models_in
 from .nodes import choices_of, node_of, plain
 
 OPTIONS = (
-    ("--config FILE", "a YAML file; several merge left to right"),
+    ("--config FILE", "a YAML file, or the name of a preset (`smalti presets`); several merge left to right"),
     (
         "key=value",
         "set one key, whatever the files say; the value is YAML, as in train.lr=1e-3 or sizes=[1,2]; "

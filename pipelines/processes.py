@@ -16,8 +16,7 @@ TWO_PROCESSES = (
     "ACCELERATE_USE_CPU=true accelerate launch --multi_gpu --num_processes 2 --num_machines 1 "
     "--mixed_precision no --dynamo_backend no -m ..."
 )
-
-
+ACCUMULATION = "ACCELERATE_GRADIENT_ACCUMULATION_STEPS"  # also of `accelerate launch --gradient_accumulation_steps`
 TIMEOUT = 1800.0
 GRACE = 15.0  # a heartbeat says who is late; a collective, which would only say that it is late, has so much longer
 
@@ -25,8 +24,13 @@ GRACE = 15.0  # a heartbeat says who is late; a collective, which would only say
 def build_accelerator(timeout: float = TIMEOUT) -> Accelerator:
     """The `Accelerator` that `accelerate launch` asked for, whose processes wait `timeout` seconds for each other.
 
-    Raises `UserError` if fewer processes were started.
+    Raises `UserError` if fewer processes were started, or for what the loop does not do as accelerate would.
     """
+    steps = os.environ.get(ACCUMULATION, "1")
+    if steps != "1":
+        raise UserError(
+            f"{ACCUMULATION}={steps}: accelerate would divide gradients by it; unset it, and use train.accumulate="
+        )
     from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
 
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch|accelerate")

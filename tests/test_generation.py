@@ -15,7 +15,7 @@ import pytest
 import torch
 import yaml
 from PIL import Image
-from small import PRIORS, TOKENIZERS, make_prior, make_tokenizer
+from small import PRIORS, QUANTIZERS, SMALL, TOKENIZERS, make_prior, make_tokenizer
 
 from pipelines import ImagePipeline, from_unit, pictures
 from pipelines.evaluate import table
@@ -662,6 +662,28 @@ def test_another_type_can_be_used_saved_and_loaded(tokenizer, prior, dtype, tmp_
     assert torch.equal(loaded(2, 1, seed=0).tokens, pipe(2, 1, seed=0).tokens)
     loaded.save_pretrained(tmp_path / "again")
     ImagePipeline.from_pretrained(tmp_path / "again")
+
+
+@pytest.mark.parametrize("name", QUANTIZERS)
+def test_the_type_is_that_of_the_networks(name):
+    """A codebook stays float32, and may be the first of the tokenizer's parameters."""
+    tokenizer = make_tokenizer("vqvae", quantizer={"kind": name, **SMALL[name]})
+    pipe = ImagePipeline(tokenizer, make_prior("gpt", tokenizer.grid.shape, tokenizer.grid.vocab_size))
+    assert pipe.dtype == torch.float32
+    for dtype in (torch.bfloat16, torch.float16, torch.float64):
+        assert pipe.to(dtype=dtype).dtype == dtype == pipe.prior.dtype == pipe.tokenizer.dtype
+
+
+def test_device_and_type_are_taken_as_torch_takes_them():
+    pipe = make_pipeline()
+    assert pipe.to(torch.bfloat16) is pipe and pipe.dtype == torch.bfloat16
+    assert pipe.to("cpu", torch.float16).dtype == torch.float16
+    assert pipe.to(torch.device("cpu")).dtype == pipe.to(device="cpu").dtype == torch.float16
+    assert pipe.to(None, torch.float32).dtype == pipe.to().dtype == torch.float32
+    assert pipe.to("meta").device == torch.device("meta")
+    for wrong in ((torch.float32, torch.float16), (torch.float32, "cpu")):
+        with pytest.raises(TypeError, match=r"^to\(\) takes a device, a dtype, or a device and then a dtype"):
+            make_pipeline().to(*wrong)
 
 
 def test_parts_that_do_not_belong_together_are_refused():

@@ -14,7 +14,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from small import PRIORS, TOKENIZERS, make_prior, make_tokenizer
 
+import pipelines
 from pipelines import ImagePipeline
+from tokenizer import errors
 from tokenizer.storage import (
     ConfigError,
     FormatError,
@@ -516,6 +518,16 @@ def test_random_damage_is_refused_or_harmless(good, tmp_path, seed):
             assert before == after or seal, f"{change.__name__} of {name} was not noticed"
             assert len(pipe(1, seed=0).images) == 1
         shutil.rmtree(folder)
+
+
+def test_every_error_of_loading_is_at_hand():
+    """Whoever loads a pipeline can say which errors they expect."""
+    tree = [errors.PipelineLoadError]
+    for error in tree:
+        tree += error.__subclasses__()
+    ours = {error.__name__: error for error in tree if error.__module__.partition(".")[0] in ("tokenizer", "prior")}
+    assert len(ours) == 8 and {name: getattr(pipelines, name) for name in ours} == ours
+    assert set(ours) <= set(pipelines.__all__)
 
 
 def test_foreign_files_are_left_alone(folder):

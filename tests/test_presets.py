@@ -9,7 +9,9 @@ import pytest
 import torch
 import yaml
 
-from pipelines import encode, evaluate, generate, reconstruct, train_prior, train_tokenizer
+from pipelines import arguments, encode, evaluate, generate, reconstruct, train_prior, train_tokenizer
+from pipelines.__main__ import main
+from pipelines.arguments import UserError, find_preset
 from pipelines.config import Config, parse
 from pipelines.images import DataConfig
 from pipelines.train_tokenizer import TrainTokenizerConfig, build_tokenizer
@@ -131,9 +133,69 @@ def test_launcher_config_is_one_of_accelerate(path):
     )
 
 
-def test_a_preset_that_states_a_fact_is_refused():
-    from pipelines.config import UserError
+# By name
 
+
+@pytest.mark.parametrize("name", ["{stem}", "{stem}.yaml", "{folder}/{stem}", "configs/{folder}/{stem}.yaml"])
+@pytest.mark.parametrize("path", [TOKENIZER_PRESETS[0], PRIOR_PRESETS[0]], ids=lambda path: path.parent.name)
+def test_a_preset_is_found_by_its_name_from_any_folder(path, name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / path.stem).mkdir()  # as a run leaves one
+    assert config_of(path) == config_of(path, "--config", name.format(stem=path.stem, folder=path.parent.name))
+
+
+def test_a_file_goes_before_a_preset_of_its_name(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "vqvae_digits").write_text("train: {seed: 77}")
+    path = CONFIGS / "tokenizer" / "vqvae_digits.yaml"
+    assert config_of(path, "--config", "vqvae_digits").train.seed == 77 != config_of(path).train.seed
+
+
+@every_preset
+def test_the_name_of_every_preset_is_its_own(path):
+    assert find_preset(path.stem) == find_preset(f"{path.parent.name}/{path.stem}") == path
+
+
+@pytest.mark.parametrize(
+    ("name", "hint"),
+    [
+        ("vqvae_digit", "; did you mean tokenizer/vqvae_digits"),
+        ("prior/gtp_digits.yaml", "; did you mean prior/gpt_digits"),
+        ("tokenizer/gpt_digits", "; did you mean prior/gpt_digits"),
+        ("nowhere/xyzzy.yaml", "(no such file, nor a preset); `smalti presets` lists them"),
+        ("accelerate/fsdp", "(no such file, nor a preset); `smalti presets` lists them"),
+        ("", "--config: expected a file after it"),
+        ("x" * 5000, "(no such file, nor a preset); `smalti presets` lists them"),
+    ],
+)
+def test_what_is_no_preset_names_those_that_are_near(name, hint):
+    with pytest.raises(UserError, match=re.escape(hint)) as caught:
+        config_of(TOKENIZER_PRESETS[0], "--config", name)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_name_of_two_presets_is_refused(monkeypatch):
+    files = {"tokenizer/mine": Path("a.yaml"), "prior/mine": Path("b.yaml")}
+    monkeypatch.setattr(arguments, "presets", lambda: files)
+    with pytest.raises(UserError, match="several presets are called so.; did you mean tokenizer/mine or prior/mine"):
+        find_preset("mine")
+    assert find_preset("prior/mine") == Path("b.yaml")
+
+
+def test_presets_are_listed_with_what_they_are_for(capsys):
+    main(["presets"])
+    page = " ".join(capsys.readouterr().out.split())
+    for path in [*PRESETS, *LAUNCHERS]:
+        comment = path.read_text(encoding="utf-8").partition("\n")[0].removeprefix("# ")
+        assert f"{path.parent.name}/{path.stem} {' '.join(comment.split())}" in page
+    main(["presets", "name=accelerate/", "paths=true"])
+    assert capsys.readouterr().out.splitlines() == [str(path) for path in LAUNCHERS]
+    with pytest.raises(SystemExit):
+        main(["presets", "name=xyzzy"])
+    assert capsys.readouterr().err == "error: name: no preset's name holds 'xyzzy'; without it, all are listed\n"
+
+
+def test_a_preset_that_states_a_fact_is_refused():
     for fact in ("model.num_classes=10", "model.grid.vocab_size=16", "model.tokenizer=abc"):
         with pytest.raises(UserError, match="fact of the data"):
             config_of(PRIOR_PRESETS[0], fact)

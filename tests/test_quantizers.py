@@ -31,6 +31,19 @@ def test_lookup_of_tokens_is_z_q(name, spatial):
 
 
 @every_quantizer
+@pytest.mark.parametrize("wrong", [-1, "vocab_size", 1 << 40])
+def test_ids_out_of_range_are_refused_in_one_line(name, wrong):
+    """Arithmetic on bits or levels would look up some code for any number."""
+    quantizer = make_quantizer(name).eval()
+    tokens = torch.zeros(2, 3 * quantizer.levels, 4, dtype=torch.int64)
+    assert quantizer.lookup(tokens).shape == (2, quantizer.dim, 3, 4)
+    tokens[1, -1, 2] = quantizer.vocab_size if wrong == "vocab_size" else wrong
+    with pytest.raises(ValueError, match=rf"^token ids should lie in \[0, {quantizer.vocab_size}\), got .*$"):
+        quantizer.lookup(tokens)
+    assert quantizer.lookup(tokens[:0]).shape == (0, quantizer.dim, 3, 4)
+
+
+@every_quantizer
 def test_distinct_ids_are_distinct_codes(name):
     quantizer = make_quantizer(name).eval()
     if quantizer.levels == 1:

@@ -4,7 +4,9 @@ import json
 
 import pytest
 import torch
-from small import QUANTIZERS, SMALL, TOKENIZERS, make_tokenizer
+from huggingface_hub import load_state_dict_from_file
+from safetensors.torch import save_file
+from small import QUANTIZERS, SMALL, TOKENIZERS, make_prior, make_tokenizer
 
 from tokenizer import TokenGrid, Tokenizer
 from tokenizer.base import Reconstruction, codebook_usage
@@ -189,6 +191,44 @@ def test_loading_is_strict(tmp_path):
     (tmp_path / "good" / "config.json").write_text('{"kind": "vqvae", "kind": "vqvae"}')
     with pytest.raises(PipelineLoadError, match="twice"):
         Tokenizer.from_pretrained(tmp_path / "good")
+
+
+@pytest.mark.parametrize("family", ["tokenizer", "prior"])
+def test_weights_are_those_of_a_model_to_other_libraries(family, tmp_path):
+    """huggingface_hub's reader, and those of transformers and diffusers, want to be told which framework wrote them."""
+    model = make_tokenizer("vqvae") if family == "tokenizer" else make_prior("gpt")
+    model.save_pretrained(tmp_path / "model")
+    weights = load_state_dict_from_file(tmp_path / "model" / "model.safetensors")
+    assert weights.keys() == model.state_dict().keys()
+    assert all(torch.equal(weights[name], value) for name, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize("metadata", [None, {"format_version": "1"}, {"format": "pt", "by": "another"}])
+def test_weights_with_other_metadata_load(metadata, tmp_path):
+    model = make_tokenizer("vqvae").eval()
+    model.save_pretrained(tmp_path / "model")
+    weights = {name: value.contiguous() for name, value in model.state_dict().items()}
+    save_file(weights, tmp_path / "model" / "model.safetensors", metadata=metadata)
+    assert Tokenizer.from_pretrained(tmp_path / "model").fingerprint() == model.fingerprint()
+
+
+@pytest.mark.parametrize(
+    "subfolder", ["../outside", "inner/../../outside", "{absolute}", "a\\b", "..", "inner//x", "./x"]
+)
+@pytest.mark.parametrize("source", ["{folder}", "owner/name"])
+def test_a_subfolder_lies_in_the_folder(subfolder, source, tmp_path):
+    make_tokenizer("vqvae").save_pretrained(tmp_path / "outside")
+    (tmp_path / "folder" / "inner").mkdir(parents=True)
+    subfolder = subfolder.format(absolute=tmp_path / "outside")
+    with pytest.raises(PathError, match=r"^subfolder: .* names no folder inside .*$"):
+        Tokenizer.from_pretrained(source.format(folder=tmp_path / "folder"), subfolder=subfolder)
+
+
+def test_a_subfolder_may_be_nested(tmp_path):
+    make_tokenizer("vqvae").save_pretrained(tmp_path / "a" / "b")
+    assert Tokenizer.from_pretrained(tmp_path, subfolder="a/b").name == "vqvae"
+    assert Tokenizer.from_pretrained(tmp_path / "a", subfolder="b/").name == "vqvae"
+    assert Tokenizer.from_pretrained(str(tmp_path / "a/b"), subfolder="").name == "vqvae"
 
 
 def test_a_missing_source_names_both_readings(tmp_path):

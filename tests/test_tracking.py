@@ -21,7 +21,7 @@ MAIN = SimpleNamespace(is_main_process=True)
 @pytest.fixture(autouse=True)
 def surroundings(monkeypatch, tmp_path):
     """No key, no settings of the user's; wandb is not touched unless a test asks for it."""
-    for name in ("WANDB_API_KEY", "WANDB_MODE", "WANDB_BASE_URL", "NETRC"):
+    for name in ("WANDB_API_KEY", "WANDB_MODE", "WANDB_BASE_URL", "NETRC", "WANDB_PROJECT", "WANDB_NAME"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     monkeypatch.setattr(tracking, "stop_wandb", lambda: None)
@@ -147,6 +147,31 @@ def test_the_line_that_is_printed(tmp_path, monkeypatch, capsys):
     Tracker(tmp_path, TrackConfig(), {}, accelerator=MAIN, resume_step=0).close()
     expected = f"W&B: offline (no API key found); sync later with: wandb sync {tmp_path}/wandb/offline-run-*\n"
     assert capsys.readouterr() == (expected, "")
+
+
+@pytest.mark.parametrize("config", [{}, {"project": None, "name": None}, {"project": "mine", "name": "first"}])
+@pytest.mark.parametrize("environment", [{}, {"WANDB_PROJECT": "theirs", "WANDB_NAME": "x"}, {"WANDB_PROJECT": ""}])
+def test_project_and_name_are_those_of_the_configuration_then_of_the_environment(
+    tmp_path, monkeypatch, capsys, config, environment
+):
+    for variable, value in environment.items():
+        monkeypatch.setenv(variable, value)
+    fake = FakeWandb(monkeypatch)
+    monkeypatch.setattr(tracking, "require_installed", lambda trackers: None)
+    trackio = []
+    monkeypatch.setattr(tracking, "start_trackio", lambda project, *_, name, **__: trackio.append((project, name)))
+    settings = TrackConfig(wandb="offline", trackers=("wandb", "trackio"), **config)
+    Tracker(tmp_path, settings, {}, accelerator=MAIN, resume_step=0).close()
+    project = config.get("project") or environment.get("WANDB_PROJECT") or "smalti"
+    name = config.get("name") or environment.get("WANDB_NAME") or tmp_path.name
+    assert [(start["project"], start["name"]) for start in fake.starts] == [(project, name)]
+    assert [found[0] for found in trackio] == [project] and trackio[0][1].startswith(f"{name}-")
+    assert f"trackio show --project {project}\n" in capsys.readouterr().out
+
+
+def test_the_configuration_of_an_older_run_loads():
+    """In it the project's default was written out."""
+    assert TrackConfig.model_validate({"wandb": None, "project": "smalti", "name": None}).project == "smalti"
 
 
 def test_the_mirror_gets_everything_in_order(tmp_path, monkeypatch):

@@ -110,7 +110,7 @@ class Autoencoder(Tokenizer):
         return self.encoder(images.to(dtype=dtype, memory_format=torch.channels_last))
 
     def _paint(self, tokens: Tensor) -> Tensor:
-        return self._decoded(self.quantizer.lookup(tokens.long()))
+        return self._decoded(self.quantizer.lookup_checked(tokens.long()))
 
     def _decoded(self, z_q: Tensor) -> Tensor:
         """What the decoder puts out, at least in float32: images, or the likelihood's parameters."""

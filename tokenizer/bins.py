@@ -62,13 +62,13 @@ class Bins(Quantizer):
         rows = z.detach().transpose(0, 1)
         ids = self._ids(rows.reshape(self.dim, -1)).reshape(rows.shape)
         tokens = ids.transpose(0, 1).flatten(1, 2)
-        return Quantized(straight_through(z, self.lookup(tokens)), tokens, {})
+        return Quantized(straight_through(z, self.lookup_checked(tokens)), tokens, {})
 
     def _ids(self, rows: Tensor) -> Tensor:
         """The bins of `rows` (dim, n): how many edges are not above each value."""
         return torch.searchsorted(self.edges, rows.contiguous(), right=True)
 
-    def lookup(self, tokens: Tensor) -> Tensor:
+    def lookup_checked(self, tokens: Tensor) -> Tensor:
         """The centres `(B, dim, *spatial)` of `tokens` `(B, dim * rows, ...)`."""
         ids = tokens.unflatten(1, (self.dim, -1)).transpose(0, 1)
         return self.centres.gather(1, ids.flatten(1)).reshape(ids.shape).transpose(0, 1).contiguous()

@@ -44,6 +44,7 @@ __all__ = [
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
 PROVENANCE = "provenance.json"  # beside a tokenizer, by who trained or imported it
+SUBFOLDER = r"(?!\.\.?(/|$))[^/\\]+(/(?!\.\.?(/|$))[^/\\]+)*"  # no part of it is . or ..
 MAX_WEIGHT_BYTES = 16 << 30
 MAX_ENTRIES = 10_000
 
@@ -106,6 +107,12 @@ class PretrainedModel(Named, nn.Module):
         """Where the weights are."""
         return next((t.device for t in itertools.chain(self.parameters(), self.buffers())), torch.device("cpu"))
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """The type of the weights, float32 if there are none; a quantizer's, which stay float32, do not count."""
+        weights = (p for name, p in self.named_parameters() if "quantizer" not in name.split("."))
+        return next((p.dtype for p in weights), torch.float32)
+
     def fingerprint(self) -> str:
         """sha256 over configuration and weights: two models with the same fingerprint are the same function.
 
@@ -127,7 +134,8 @@ class PretrainedModel(Named, nn.Module):
         with atomic_folder(folder, kind=self.folder_kind()) as target:
             write_json(target / CONFIG, self.config.to_dict())
             weights = {key: value.detach().cpu().contiguous() for key, value in self.state_dict().items()}
-            save_file(weights, target / WEIGHTS, metadata={"format_version": "1"})
+            # Other libraries' readers want the framework named. One key: safetensors writes several in any order.
+            save_file(weights, target / WEIGHTS, metadata={"format": "pt"})
 
     @classmethod
     def folder_kind(cls) -> Kind:
@@ -156,6 +164,9 @@ class PretrainedModel(Named, nn.Module):
         Raises a `PipelineLoadError`: `PathError` (no such folder or file), `ConfigError` (unknown kind or key, bad
         value), `WeightsError` (missing, extra, misshapen or non-finite weight), `FormatError`, `LimitError`.
         """
+        subfolder = subfolder.rstrip("/")
+        if subfolder and not re.fullmatch(SUBFOLDER, subfolder):
+            raise PathError(f"subfolder: {shown(subfolder)} names no folder inside {shown(str(source))}")
         patterns = [f"{subfolder}/{name}" if subfolder else name for name in (CONFIG, WEIGHTS)]
         folder = resolve_folder(source, patterns, revision=revision, token=token, cache_dir=cache_dir,
                                 local_files_only=local_files_only) / subfolder  # fmt: skip

@@ -51,5 +51,13 @@ class Quantizer(Named, nn.Module, family="tokenizer.quantizers"):
         raise NotImplementedError
 
     def lookup(self, tokens: Tensor) -> Tensor:
-        """The vectors `(B, dim, *spatial)` of `tokens`."""
+        """The vectors `(B, dim, *spatial)` of `tokens`; raises `ValueError` for ids out of range."""
+        if tokens.numel():
+            low, high = torch.stack(tokens.aminmax()).tolist()  # a GPU is waited for once
+            if low < 0 or high >= self.vocab_size:
+                raise ValueError(f"token ids should lie in [0, {self.vocab_size}), got {low} to {high}")
+        return self.lookup_checked(tokens)
+
+    def lookup_checked(self, tokens: Tensor) -> Tensor:
+        """`lookup` of ids that were looked at before: for any others it may return anything."""
         raise NotImplementedError

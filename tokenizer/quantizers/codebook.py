@@ -57,7 +57,7 @@ class Codebook(Quantizer):
         """The codes as they are looked up, (codes, dim)."""
         return F.normalize(self.codebook, dim=1) if self.config.normalize else self.codebook
 
-    def lookup(self, tokens: Tensor) -> Tensor:
+    def lookup_checked(self, tokens: Tensor) -> Tensor:
         """The codes `(B, dim, *spatial)` of `tokens` `(B, *spatial)`."""
         return F.embedding(tokens, self.table()).movedim(-1, 1)
 

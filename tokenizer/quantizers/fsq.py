@@ -55,7 +55,7 @@ class FSQ(Quantizer, name="fsq"):
         offset = torch.where(self.sizes % 2 == 0, 0.5, 0.0)
         return (z + torch.atanh(offset / reach)).tanh() * reach - offset
 
-    def lookup(self, tokens: Tensor) -> Tensor:
+    def lookup_checked(self, tokens: Tensor) -> Tensor:
         """The rounded channels of `tokens` `(B, *spatial)`, scaled into [-1, 1]: `(B, dim, *spatial)`."""
         half = self.sizes // 2
         digits = tokens.unsqueeze(-1) // self.radix % self.sizes

@@ -60,7 +60,7 @@ class Gumbel(Quantizer, name="gumbel"):
         share = min(1.0, step / steps) if steps else 1.0
         return last + (first - last) * (1 + math.cos(math.pi * share)) / 2
 
-    def lookup(self, tokens: Tensor) -> Tensor:
+    def lookup_checked(self, tokens: Tensor) -> Tensor:
         """The codes `(B, dim, *spatial)` of `tokens` `(B, *spatial)`."""
         return self.embed(tokens).movedim(-1, 1)
 

@@ -89,7 +89,7 @@ class LFQ(Quantizer, name="lfq"):
             "diversity": bit_diversity(logits, self.config.group, share=self.training),
         }
 
-    def lookup(self, tokens: Tensor) -> Tensor:
+    def lookup_checked(self, tokens: Tensor) -> Tensor:
         """The codes `(B, bits, *spatial)` of `tokens` `(B, levels * rows, ...)`."""
         ids = torch.stack(tokens.chunk(self.levels, dim=1), -1)
         bits = ids.unsqueeze(-1) // self.places % 2

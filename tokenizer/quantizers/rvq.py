@@ -71,7 +71,7 @@ class RVQ(Quantizer, name="rvq"):
         """The codes of each level, `(codes, dim)`."""
         return self._of_levels([book.table() for book in self.books])
 
-    def lookup(self, tokens: Tensor) -> Tensor:
+    def lookup_checked(self, tokens: Tensor) -> Tensor:
         """Sums of codes `(B, dim, *spatial)`, coarse ones first, of `tokens` `(B, levels * rows, ...)`."""
         levels = zip(tokens.chunk(self.levels, 1), self.tables(), strict=True)
         return add_up(F.embedding(ids, table) for ids, table in levels).movedim(-1, 1)
