@@ -1,4 +1,7 @@
-"""Put a folder of images into one small file: their tokens, or with lossless=true every pixel."""
+"""Put a folder of images into one small file: their tokens, or with lossless=true every pixel.
+
+Any machine gets the same tokens back; and every pixel with lossless=true, else pixels to within one grey level.
+"""
 
 from __future__ import annotations
 

@@ -2,7 +2,8 @@
 
 The container is `streams`, the numbers that are coded with come from `codec`. What is coded step by step for a chunk of
 images decodes in any batch size, cached or not, on any processor; a chunk is decoded again as soon as it is made, along
-the other path, and stored as it is should that fail.
+the other path, and stored as it is should that fail. The images of a lossy stream are made of its tokens in float32, so
+that two processors may give a pixel one grey level apart.
 """
 
 from __future__ import annotations
@@ -175,7 +176,8 @@ def decode_chunk(models: Models, library: Any, header: Header, index: int, chunk
         tokens = tokens.reshape(count, *models.grid.shape)
         raw = None if chunk.pixels is None else np.frombuffer(chunk.pixels, np.uint8).reshape(count, *header.image)
         verify(header, index, chunk, tokens.numpy(), raw)
-        return tokens, None if raw is None else torch.from_numpy(raw.astype(np.int64))
+        values = None if raw is None else torch.from_numpy(raw.astype(np.int64)).to(models.device)
+        return tokens.to(models.device), values
     doubtful = torch.zeros(sum(header.symbols_in(count)), dtype=torch.bool, device=models.device)
     doubtful[list(chunk.exceptions)] = True
     tokens, values = decode_tokens(models, library, chunk, doubtful, batch_size or count), None
@@ -251,4 +253,4 @@ def decompress(pipeline: Stages, data: Data, *, limits: Limits = DEFAULT_LIMITS,
     """All images of a stream, float `(B, C, H, W)` in [-1, 1]; all of them or an error. Raises a `StreamError`."""
     stream, models = open_stream(pipeline, data, limits)
     parts = list(read_images(pipeline, stream, models, batch_size=batch_size, progress=progress))
-    return torch.cat(parts) if parts else torch.empty(0, *pipeline.tokenizer.image_shape)
+    return torch.cat(parts) if parts else torch.empty(0, *pipeline.tokenizer.image_shape, device=models.device)

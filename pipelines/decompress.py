@@ -1,4 +1,8 @@
-"""Turn a file that `smalti compress` wrote back into a folder of images."""
+"""Turn a file that `smalti compress` wrote back into a folder of images.
+
+The tokens are those that were compressed, or there is an error. The pixels are, too, if the file is lossless; else they
+are what the decoder makes of the tokens here, to within one grey level of what it makes of them elsewhere.
+"""
 
 from __future__ import annotations
 
@@ -28,8 +32,8 @@ class DecompressConfig(Config):
         "decompressed", description="a new or empty folder for PNG files, which appears whole or not at all"
     )
     max_images: int = Field(1 << 24, ge=1, description="refuse files that announce more images")
-    batch_size: int | None = Field(None, ge=1, description="images evaluated at a time; default: a whole chunk. The "
-                                   "result does not depend on it")  # fmt: skip
+    batch_size: int | None = Field(None, ge=1, description="images evaluated at a time; default: a whole chunk. "
+                                   "Tokens do not depend on it")  # fmt: skip
     device: str = Field("auto", description="cpu, cuda, mps or auto")
 
 

@@ -230,10 +230,11 @@ class ImagePipeline(Stages):
     # Storing images
 
     def compress(self, images: Any, *, lossless: bool = False, checked: bool = True, progress: bool = True) -> bytes:
-        """A stream from which this pipeline, and no other, gets the images back: in any batch size, on any machine.
+        """A stream from which this pipeline, and no other, gets the same tokens back, in any batch, on any machine.
 
         images: PIL images of exactly the pipeline's size, uint8 or float `(B, C, H, W)`. lossless: keep every pixel,
-        by a decoder with a likelihood or a `pixels` tokenizer; else the tokens, whose images `decompress` gives.
+        by a decoder with a likelihood or a `pixels` tokenizer; else the tokens, whose images `decompress` gives: those
+        of two machines differ by one grey level in some pixels, as the decoder's float32 rounds otherwise there.
         checked: decode every chunk again, and store what fails as it is. Raises `ValueError` for images of another size
         (lossless: or of more than 8 bits), `LikelihoodError` where lossless can not be, and `CodecError` without the
         package constriction.
@@ -246,8 +247,9 @@ class ImagePipeline(Stages):
 
     def decompress(self, data: bytes, *, output_type: str = "pil", batch_size: int | None = None,
                    limits: Limits = DEFAULT_LIMITS, progress: bool = True) -> Any:  # fmt: skip
-        """The images of a stream, all of them or an error. batch_size: images evaluated at a time, a whole chunk if
-        None; the result does not depend on it. limits: what a stream may announce.
+        """The images of a stream, all of them or an error: of the same tokens as were compressed, and of the same
+        pixels if it was lossless, else to within one grey level (of float32 weights). batch_size: images evaluated at a
+        time, a whole chunk if None; tokens do not depend on it. limits: what a stream may announce.
 
         Raises a `StreamError`: `ForeignStream`, `TruncatedStream`, `DamagedStream`, `StreamLimit`, `ModelMismatch`.
         """

@@ -148,7 +148,7 @@ def compare_to(pipeline: ImagePipeline, train: Labelled, test: Labelled, layers:
     if layers and math.prod(pipeline.tokenizer.image_shape) <= WIDEST:
         layer = layers[len(layers) // 2]
         width = embed(pipeline, train.images[:1], layer=layer, pool=config.pool).shape[1]
-        pixels, unseen = (embed(pipeline, part.images, layer="pixels") for part in (train, test))
+        pixels, unseen = (embed(pipeline, part.images, layer="pixels").cpu() for part in (train, test))
         a, b = principal_components(pixels, unseen, width, config.seed)
         rows.append(probe("PCA of pixels", a, b, train.labels, test.labels, config.seed))
     return rows
@@ -165,7 +165,7 @@ def probe_prior(pipeline: ImagePipeline, train: Labelled, test: Labelled, layers
 def with_random_prior(pipeline: ImagePipeline, seed: int) -> ImagePipeline:
     """The pipeline with its prior as it was before training."""
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+        torch.default_generator.manual_seed(seed)  # the CPU's, where weights are drawn, and not a GPU's
         prior = type(pipeline.prior)(pipeline.prior.config)
     return ImagePipeline(pipeline.tokenizer, prior.to(pipeline.device))
 
@@ -216,7 +216,7 @@ def accuracies(x: np.ndarray, y: np.ndarray, unseen: np.ndarray, truth: np.ndarr
 def principal_components(pixels: Tensor, unseen: Tensor, width: int, seed: int) -> tuple[Tensor, Tensor]:
     """Both (n, dim) in the first `width` principal components of the former, or in all there are if fewer."""
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)  # the sketch that the components are found from is random
+        torch.default_generator.manual_seed(seed)  # the sketch that the components are found from is random
         directions = torch.pca_lowrank(pixels, min(width, *pixels.shape), niter=4)[2]
     return (pixels - pixels.mean(0)) @ directions, (unseen - pixels.mean(0)) @ directions
 

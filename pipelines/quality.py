@@ -98,7 +98,7 @@ def feature_space(train: ImageDataset, held_out: ImageDataset, steps: int, sourc
 def train_classifier(images: ImageDataset, steps: int) -> Classifier:
     """A classifier of the labels; with 0 steps, random weights. On the CPU, where a seed means the same everywhere."""
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(SEED)
+        torch.default_generator.manual_seed(SEED)  # and not a GPU's, which would stay seeded
         net = Classifier(images.image_shape[0], max(1, len(images.class_names)))
     if steps:
         assert images.labels is not None

@@ -8,7 +8,9 @@ chunk   count u16 | profile u8 | bytes of tokens u32 | bytes of pixels u32 (loss
 names   (length u16 | UTF-8) ... | CRC32C u32
 
 Numbers are little-endian. `parse` believes nothing: bounds, then the exact length, then every checksum, all before a
-payload is decoded or memory is set aside for what the header claims. A CRC finds damage, not malice.
+payload is decoded or memory is set aside for what the header claims. A CRC finds damage, not malice; tokens that decode
+otherwise than they were coded pass it once in 2^32. Of images it says nothing unless the stream is lossless: those are
+made of the tokens afterwards, in float32, and differ by one grey level here and there between machines.
 """
 
 from __future__ import annotations

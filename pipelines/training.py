@@ -189,7 +189,7 @@ def batches(training: Training) -> Generator[list[Any], None, None]:
         shape = (config.accumulate, accelerator.num_processes, size)
         mine = [part.reshape(shape)[:, accelerator.process_index] for part in (indices, epochs)]
         micro = [task.batch(i, e, config.seed) for i, e in zip(*mine, strict=True)]
-        if accelerator.device.type == "cuda":  # pinned memory is copied while the GPU computes
+        if accelerator.device.type == "cuda":  # pinned memory is copied without the host waiting for it
             micro = [tuple(p.pin_memory() if isinstance(p, Tensor) else p for p in batch) for batch in micro]
         return micro
 

@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tokenizer.base import TokenGrid
+from tokenizer.base import TokenGrid, full_float32
 from tokenizer.pretrained import ModelConfig, PretrainedModel, setting
 
 from .orders import make_order, order_problem
@@ -118,16 +118,18 @@ class Prior(PretrainedModel, family="prior"):
 
     # Likelihood
 
+    @full_float32()
     def token_log_probs(self, tokens: Tensor, labels: Tensor | None = None, order: Order = None) -> Tensor:
-        """log p of each token given those before it, `(B, *grid.shape)` float32 nats. The likelihood, written once.
+        """log p of each token given those before it, `(B, *grid.shape)` nats in float32, or in float64 for float64
+        weights. The likelihood, written once.
 
         order: a name, `(N,)` or `(B, N)`, for a model with `any_order`; None is its own. Raises `ValueError` for
         tokens, labels or an order out of range.
         """
         self.grid.check(tokens)
         order, labels = check_order(self, order, len(tokens)), check_labels(self, labels, len(tokens))
-        logits = self(tokens, labels, **_given(order)).float()
-        ids = tokens.reshape(len(tokens), -1, 1).long()
+        logits, ids = self(tokens, labels, **_given(order)), tokens.reshape(len(tokens), -1, 1).long()
+        logits = logits if logits.dtype == torch.float64 else logits.float()
         return logits.log_softmax(-1).gather(-1, ids).reshape(tokens.shape)
 
     def log_prob(self, tokens: Tensor, labels: Tensor | None = None, order: Order = None,
@@ -208,6 +210,7 @@ class Prior(PretrainedModel, family="prior"):
         """
         return self.layer_features(tokens, labels, [self.feature_layers // 2 if layer is None else layer])[0]
 
+    @full_float32()
     def layer_features(self, tokens: Tensor, labels: Tensor | None, layers: Sequence[int], **inputs: Any
                        ) -> list[Tensor]:  # fmt: skip
         """`features` of each of `layers`, from one pass. inputs: what else `forward` is given."""
@@ -363,19 +366,18 @@ class Prior(PretrainedModel, family="prior"):
 
     @contextmanager
     def _evaluating(self) -> Iterator[None]:
-        """Eval mode and full precision: neither autocast nor TF32, or steps and whole passes would not agree."""
-        training = self.training
-        backends: list[Any] = [torch.backends.cuda.matmul, torch.backends.cudnn]
-        allowed = [backend.allow_tf32 for backend in backends]
+        """Eval mode and full precision: neither autocast nor TF32, or steps and whole passes would not agree.
+
+        And not cuDNN's attention, which plans anew, for tens of milliseconds, whenever there is one key more.
+        """
+        training, cudnn = self.training, torch.backends.cuda.cudnn_sdp_enabled()
         self.eval()
+        torch.backends.cuda.enable_cudnn_sdp(False)
         try:
-            for backend in backends:
-                backend.allow_tf32 = False
-            with torch.autocast(self.device.type, enabled=False):
+            with full_float32(), torch.autocast(self.device.type, enabled=False):
                 yield
         finally:
-            for backend, allow in zip(backends, allowed, strict=True):
-                backend.allow_tf32 = allow
+            torch.backends.cuda.enable_cudnn_sdp(cudnn)
             self.train(training)
 
 

@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from tokenizer.base import full_float32
 from tokenizer.pretrained import setting
 
 from .base import FEW_ROWS, Prior, State
@@ -127,6 +128,7 @@ class Masked(Prior, name="masked"):
 
     # Likelihood
 
+    @full_float32()
     def token_log_probs(self, tokens: Tensor, labels: Tensor | None = None, order: Order = None) -> Tensor:
         """As in `Prior` where `exact`. Else each token's share of a bound in `bound_passes` passes, `(B, *grid.shape)`.
 
@@ -143,7 +145,8 @@ class Masked(Prior, name="masked"):
         labels, ids = check_labels(self, labels, len(tokens)), tokens.flatten(1).long()
         total = torch.zeros(ids.shape, device=ids.device)
         for known in bound_masks(ids, self.config.bound_passes):
-            log_probs = self(tokens, labels, known=known).float().log_softmax(-1)
+            logits = self(tokens, labels, known=known)
+            log_probs = (logits if logits.dtype == torch.float64 else logits.float()).log_softmax(-1)
             weights = ~known / (~known).float().mean(1, keepdim=True) / self.config.bound_passes
             total += log_probs.gather(-1, ids[..., None])[..., 0] * weights
         return total.reshape(tokens.shape)

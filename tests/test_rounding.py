@@ -13,7 +13,9 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from small import PRIORS, TOKENIZERS, make_prior, make_tokenizer
@@ -30,17 +32,22 @@ SIZES = (((12, 8), 3), ((28, 28), 1))
 IMAGES, BATCHES = 13, (1, 2, 3, 5, 13)
 
 
-def look(isa: str, capability: str, threads: int) -> dict[str, int]:
-    """What `found` finds in a process with these settings."""
+def run_with(isa: str, capability: str, threads: int, *what: str) -> Any:
+    """What this file, run as a command, tells in a process with these settings."""
     settings = {"ONEDNN_MAX_CPU_ISA": isa, "ATEN_CPU_CAPABILITY": capability, "OMP_NUM_THREADS": str(threads)}
     settings = {name: value for name, value in settings.items() if value not in ("", "pretended")}
     path = os.pathsep.join((str(ROOT), str(ROOT / "tests")))
     kept = {name: value for name, value in os.environ.items() if name not in ("ONEDNN_MAX_CPU_ISA", "SMALTI_ROUNDING")}
-    command = [sys.executable, __file__, capability]
+    command = [sys.executable, __file__, *what]
     result = subprocess.run(command, capture_output=True, text=True, timeout=280,
                             env={**kept, **settings, "PYTHONPATH": path})  # fmt: skip
     assert result.returncode == 0, result.stderr
-    found: dict[str, int] = json.loads(result.stdout.splitlines()[-1])
+    return json.loads(result.stdout.splitlines()[-1])
+
+
+def look(isa: str, capability: str, threads: int) -> dict[str, int]:
+    """What `found` finds in a process with these settings."""
+    found: dict[str, int] = run_with(isa, capability, threads, capability)
     print(f"oneDNN {isa or 'as it is'}, ATen {capability or 'as it is'}, {threads} threads: {found}")
     return found
 
@@ -64,6 +71,37 @@ def test_an_image_does_not_depend_on_its_batch(setting):
 def test_an_image_does_not_depend_on_its_batch_under_any_setting():
     for setting in GRID:
         check(look(*setting))
+
+
+# Streams
+
+OTHER = [("SSE41", "default", 2), ("AVX2", "avx2", 1)]
+"""Settings under which a stream is read that was made as this process is."""
+
+
+@pytest.mark.parametrize("setting", OTHER, ids=map(str, OTHER))
+def test_a_stream_gives_the_same_tokens_and_pixels_to_within_a_grey_level(setting, tmp_path):
+    pytest.importorskip("constriction")
+    pipe = pipeline_of("vqvae", (28, 28), 3)
+    images = torch.rand(40, 3, 28, 28, generator=torch.Generator().manual_seed(1)) * 2 - 1
+    pipe.save_pretrained(tmp_path / "pipeline")
+    (tmp_path / "stream").write_bytes(pipe.compress(images, progress=False))
+    told = run_with(*setting, "stream", str(tmp_path))
+    tokens, pixels = pipe.encode(images), pipe.decode(pipe.encode(images), output_type="np")
+    assert told["tokens"] == tokens.tolist()
+    off = np.abs(np.array(told["pixels"], dtype=np.int16) - pixels.astype(np.int16))
+    print(f"{setting}: {(off > 0).sum()} of {off.size} pixels are off")
+    assert off.max() <= 1 and pixels.max() - pixels.min() > 50
+
+
+def read_stream(folder: Path) -> dict[str, Any]:
+    """The tokens that a stream decodes to here, and its pixels."""
+    pipe = ImagePipeline.from_pretrained(folder / "pipeline")
+    seen: list[torch.Tensor] = []
+    decode = pipe.tokenizer.decode
+    pipe.tokenizer.decode = lambda tokens: seen.append(tokens) or decode(tokens)  # type: ignore[method-assign]
+    pixels = pipe.decompress((folder / "stream").read_bytes(), output_type="np", progress=False)
+    return {"tokens": torch.cat(seen).tolist(), "pixels": pixels.tolist()}
 
 
 # In a process with such a setting
@@ -118,4 +156,4 @@ if __name__ == "__main__":
         import other_rounding
 
         other_rounding.install()
-    print(json.dumps(found()))
+    print(json.dumps(read_stream(Path(sys.argv[2])) if sys.argv[1] == "stream" else found()))

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .base import LikelihoodError, Reconstruction, TokenGrid, Tokenizer, TokenizerConfig
+from .base import LikelihoodError, Reconstruction, TokenGrid, Tokenizer, TokenizerConfig, full_float32
 from .likelihoods import Likelihood
 from .likelihoods.base import to_values
 from .pretrained import ModelConfig, setting
@@ -57,11 +57,13 @@ class Autoencoder(Tokenizer):
             self.likelihood = Likelihood.find(config.likelihood.kind)(config.likelihood, config.channels)
         self.outputs = config.channels if self.likelihood is None else self.likelihood.num_parameters
 
+    @full_float32()
     def encode(self, images: Tensor) -> Tensor:
         """Tokens `(B, *grid.shape)` of `images`; raises `ValueError` for images of another size."""
         self.check_images(images)
         return self.quantizer.quantize(self._embed(images)).tokens
 
+    @full_float32()
     def decode(self, tokens: Tensor) -> Tensor:
         """Images of `tokens`, clamped to [-1, 1]; raises `ValueError` for ids out of range."""
         self.grid.check(tokens)
@@ -86,11 +88,13 @@ class Autoencoder(Tokenizer):
         """The decoder's last matrix."""
         return [parameter for parameter in self.decoder.parameters() if parameter.ndim > 1][-1]
 
+    @full_float32()
     def pixel_log_probs(self, images: Tensor, tokens: Tensor) -> Tensor:
         """log p of each pixel channel given the tokens, `(B, C, H, W)` nats. Raises `LikelihoodError` without a
         likelihood."""
         return self._likelihood().log_prob(self._paint(tokens), to_values(images))
 
+    @full_float32()
     def value_log_probs(self, tokens: Tensor, values: Tensor, channel: int) -> Tensor:
         """`(B, 256, H, W)` nats: the mixture's whole table."""
         return self._likelihood().table(self._paint(tokens), values, channel)

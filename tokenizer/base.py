@@ -10,6 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from .precision import full_float32 as full_float32
 from .pretrained import ConfigError, ModelConfig, PretrainedModel, setting
 
 
@@ -72,7 +73,11 @@ class TokenizerConfig(ModelConfig):
 
 
 class Tokenizer(PretrainedModel, family="tokenizer"):
-    """Images `(B, C, H, W)` in [-1, 1] to tokens `(B, *grid.shape)` and back."""
+    """Images `(B, C, H, W)` in [-1, 1] to tokens `(B, *grid.shape)` and back.
+
+    `encode`, `decode` and the likelihoods compute in `full_float32`: a GPU says what a CPU says, but for rounding.
+    `forward` computes as the user chose for training.
+    """
 
     grid: TokenGrid
     image_shape: tuple[int, int, int]

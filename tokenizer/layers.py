@@ -1,8 +1,9 @@
 """The convolutional encoder and decoder: a stem that folds patches into channels, then residual blocks per resolution.
 
-Every layer keeps channels-last memory. How much of the down-sampling the stem takes and how much strided stages take
-is what `widths` says: with one width, all arithmetic is at the token resolution (fast for small images); with one
-width per factor of two, it is the network of VQGAN (Esser et al. 2021) and LlamaGen (Sun et al. 2024).
+Weights and images have channels-last memory, and convolutions keep it (on a GPU, group normalisation does not). How
+much of the down-sampling the stem takes and how much strided stages take is what `widths` says: with one width, all
+arithmetic is at the token resolution (fast for small images); with one width per factor of two, it is the network of
+VQGAN (Esser et al. 2021) and LlamaGen (Sun et al. 2024).
 """
 
 from __future__ import annotations

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .base import Reconstruction, TokenGrid, Tokenizer, TokenizerConfig
+from .base import Reconstruction, TokenGrid, Tokenizer, TokenizerConfig, full_float32
 from .pretrained import ConfigError, setting
 from .quantizers.codebook import nearest, rows_of
 
@@ -55,7 +55,7 @@ class Palette(Tokenizer, name="palette"):
     def encode(self, images: Tensor) -> Tensor:
         """Ids of the nearest colours, `(B, H, W)`; raises `ValueError` for images of another size."""
         self.check_images(images)
-        with torch.autocast(images.device.type, enabled=False):  # bfloat16 can not tell near colours apart
+        with full_float32(), torch.autocast(images.device.type, enabled=False):  # near colours are still two
             found = nearest(rows_of(images.float()), self.table.float())
         return found.reshape(len(images), *self.grid.shape)
 

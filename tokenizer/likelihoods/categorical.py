@@ -29,7 +29,8 @@ class Categorical(Likelihood, name="categorical"):
         """The expected image, `(B, C, H, W)` in [-1, 1]."""
         shares = parameters.float().unflatten(1, (self.channels, LEVELS)).softmax(2)
         intensities = to_intensities(torch.arange(LEVELS, device=parameters.device), shares.dtype)
-        return torch.einsum("bcvhw,v->bchw", shares, intensities)
+        with torch.autocast(parameters.device.type, enabled=False):  # which would take bfloat16's eight bits of a mean
+            return torch.einsum("bcvhw,v->bchw", shares, intensities)
 
     def _channel_log_prob(self, parameters: Tensor, values: Tensor, channel: int, asked: Tensor) -> Tensor:
         logs = parameters.unflatten(1, (self.channels, LEVELS))[:, channel].log_softmax(1)

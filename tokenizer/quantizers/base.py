@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from ..precision import full_float32
 from ..pretrained import ModelConfig, Named
 
 
@@ -20,7 +21,7 @@ class Quantized(NamedTuple):
 
 
 class Quantizer(Named, nn.Module, family="tokenizer.quantizers"):
-    """Vectors to ids and back, always in float32. `quantize` in training mode may also move the codebook."""
+    """Vectors to ids and back, always in full float32. `quantize` in training mode may also move the codebook."""
 
     vocab_size: int
     dim: int
@@ -44,7 +45,7 @@ class Quantizer(Named, nn.Module, family="tokenizer.quantizers"):
         """The codes of `z` `(B, dim, *spatial)`; raises `ValueError` for another number of channels."""
         if z.shape[1] != self.dim:
             raise ValueError(f"z should have {self.dim} channels, got {z.shape[1]}")
-        with torch.autocast(z.device.type, enabled=False):
+        with full_float32(), torch.autocast(z.device.type, enabled=False):
             return self._quantize(z.float())
 
     def _quantize(self, z: Tensor) -> Quantized:

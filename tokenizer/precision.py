@@ -1,0 +1,42 @@
+"""Full precision where it counts: TF32 and bfloat16 are for training, if anything."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+
+if hasattr(torch.backends.cuda.matmul, "fp32_precision"):
+    SETTINGS: list[tuple[Any, str, Any]] = [
+        (holder, "fp32_precision", "ieee")
+        for holder in (
+            torch.backends,
+            torch.backends.cudnn,
+            torch.backends.cuda.matmul,
+            torch.backends.cudnn.conv,
+            torch.backends.mkldnn.matmul,
+            torch.backends.mkldnn.conv,
+        )
+    ]
+else:  # torch before 2.9
+    SETTINGS = [(torch.backends.cuda.matmul, "allow_tf32", False), (torch.backends.cudnn, "allow_tf32", False)]
+"""What torch rounds the factors of float32 products to, and how to say: to nothing. Later ones inherit from earlier."""
+
+
+@contextmanager
+def full_float32() -> Iterator[None]:
+    """Products and convolutions of float32 numbers in float32, whatever torch was told; afterwards it is told so again.
+
+    By default, cuDNN's convolutions are TF32; `torch.set_float32_matmul_precision` and `fp32_precision` allow it, or
+    bfloat16 on a CPU, for more. A tokenizer's ids, a likelihood and a sample should not depend on that. Autocast is
+    left alone. It is a decorator as well.
+    """
+    with ExitStack() as changed:
+        for holder, name, full in SETTINGS:
+            own = getattr(holder, name)  # an inherited value is `full` by now
+            if own != full:
+                changed.callback(setattr, holder, name, own)
+                setattr(holder, name, full)
+        yield
