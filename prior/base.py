@@ -146,6 +146,22 @@ class Prior(PretrainedModel, family="prior"):
                              else f"num_orders must be at least 1 (got {num_orders})")  # fmt: skip
         return [order, *(f"random:{index}" for index in range(1, num_orders))]
 
+    def order_spread(self, tokens: Tensor, labels: Tensor | None = None, num_orders: int = 8) -> Tensor:
+        """How much log p(tokens | labels) depends on the order, `(B,)` nats: its standard deviation over `orders`.
+
+        It is 0 where all orders' conditionals come from one joint distribution. The larger it is, the less is what
+        is said of one order true of another: `conditional_log_prob` and completions, which walk the known tokens
+        first, against `log_prob`, which walks the model's own order. Exact also where `log_prob` is a bound. Raises
+        `ValueError` for a model of one order, fewer than two orders, and tokens or labels out of range.
+        """
+        if num_orders < 2:
+            raise ValueError(f"num_orders must be at least 2 to see a spread (got {num_orders})")
+        each = [
+            Prior.token_log_probs(self, tokens, labels, order).flatten(1).double().sum(1)
+            for order in self.orders(num_orders)
+        ]
+        return torch.stack(each).std(0).float()
+
     # Representations
 
     @property

@@ -98,6 +98,29 @@ def test_probabilities_sum_to_one_in_any_order_and_mixed(name):
 
 
 @every_model
+def test_the_spread_over_orders_is_that_of_log_prob(name):
+    model, tokens, labels = make(name), torch.randint(5, (6, 3, 4)), torch.arange(6) % 4
+    each = [model.log_prob(tokens, labels, order) for order in (None, "random:1", "random:2", "random:3")]
+    spread = model.order_spread(tokens, labels, num_orders=4)
+    assert spread.shape == (6,) and spread.min() > 0.1
+    torch.testing.assert_close(spread, torch.stack(each).std(0))
+    model.exact = False  # a bound has no order, yet the densities of the orders are as exact as ever
+    torch.testing.assert_close(model.order_spread(tokens, labels, num_orders=4), spread)
+    with pytest.raises(ValueError, match="at least 2"):
+        model.order_spread(tokens, num_orders=1)
+    with pytest.raises(ValueError, match="one order"):
+        make_prior("gpt").order_spread(tokens)
+
+
+def test_where_all_orders_are_of_one_joint_there_is_no_spread():
+    model = make("masked")
+    with torch.no_grad():
+        for block in model.blocks:
+            block.project.weight.zero_()  # no position hears of another: the joint is a product
+    assert model.order_spread(torch.randint(5, (6, 3, 4))).max() < 1e-4
+
+
+@every_model
 @pytest.mark.parametrize("cache", [True, False])
 def test_frequencies_of_a_mixture_match_its_log_prob(name, cache):
     model, count = make(name, shape=(1, 3), vocab_size=2), 20_000 if cache else 4000
