@@ -76,7 +76,8 @@ def save_state(
     `model` and `ema` are the unwrapped modules; `counters` is any JSON object; `config` is that of the run, by which
     its states are known; `best` are the best of the averaged weights so far, whole. Call it on the main process only;
     where weights are sharded, on all processes, each of which writes its pieces (the main one `best`, too), and raises
-    what one of them raises. Raises `WeightsError` naming a tensor that is not finite, and `OSError` (ENOSPC) naming path, needed and free bytes
+    what one of them raises.
+    Raises `WeightsError` naming a tensor that is not finite, and `OSError` (ENOSPC) naming path, needed and free bytes
     if the disk is too full; older states are untouched in both cases.
     """
     parts: dict[str, Tensors] = {MODEL: model.state_dict()}
@@ -183,29 +184,6 @@ def load_state(
     if parts - {BEST} != expected:
         missing, extra = sorted(expected - parts), sorted(parts - expected)
         raise FormatError(f"{folder}: not a state of this run: missing {missing}, unexpected {extra}")
-    step, counters = _read_counters(folder, manifest)
-    if (BEST in parts) != bool(counters.get("best")):
-        raise FormatError(f"{folder}: best: the counters and {BEST} have to be there both, or neither")
-    _load_module(folder / MODEL, model)
-    if ema is not None:
-        _load_module(folder / EMA, ema)
-    for player, optimizer in optimizers.items():
-        path = folder / f"optimizer-{player}.safetensors"
-        tensors = _read_tensors(path, partial(parameter_of, optimizer))
-        unpack_optimizer(path, tensors, read_json(path.with_suffix(".json")), optimizer)
-    return step, counters
-
-
-def load_best(folder: Path, like: nn.Module) -> Tensors:
-    """The best of the averaged weights as a state holds them, whole, on the CPU: those of a module `like` the averaged
-    one, of which each process may hold a piece. Raises `WeightsError` as `load_state` does."""
-    found = _read_tensors(folder / BEST, lambda _: None)
-    _require_like(folder / BEST, found, like.state_dict())
-    return found
-
-
-def _read_counters(folder: Path, manifest: dict[str, Any]) -> tuple[int, dict[str, Any]]:
-    """Step and counters of a state. Raises `FormatError`."""
     state = read_json(folder / STATE)
     step, counters, version = state.get("step"), state.get("counters"), state.get("format_version", 1)
     if type(version) is not int or not 1 <= version <= FORMAT_VERSION:
@@ -216,7 +194,29 @@ def _read_counters(folder: Path, manifest: dict[str, Any]) -> tuple[int, dict[st
         raise FormatError(f"{folder / STATE}: expected counters and step {manifest.get('step')}, found step {step!r}")
     if NAME.fullmatch(folder.name) and folder.name != f"step-{step:08d}":
         raise FormatError(f"{folder}: a state of step {step}, which has another name; nothing was changed")
+    _load_module(folder / MODEL, model)
+    if ema is not None:
+        _load_module(folder / EMA, ema)
+    for player, optimizer in optimizers.items():
+        path = folder / f"optimizer-{player}.safetensors"
+        tensors = _read_tensors(path, partial(parameter_of, optimizer))
+        unpack_optimizer(path, tensors, read_json(path.with_suffix(".json")), optimizer)
     return step, counters
+
+
+def load_best(folder: Path, like: nn.Module, expected: bool) -> Tensors | None:
+    """The best of the averaged weights in a state, whole, on the CPU; None where none are `expected`. like: the module
+    of averages, of which each process may hold a piece. Raises `WeightsError` as `load_state` does, `FormatError`."""
+    path = Path(folder) / BEST
+    if path.is_file() != expected:
+        raise FormatError(
+            f"{path}: {'missing' if expected else 'unexpected'}, by what {STATE} says of the best weights"
+        )
+    if not expected:
+        return None
+    found = _read_tensors(path, lambda _: None)
+    _require_like(path, found, like.state_dict())
+    return found
 
 
 # Tensors

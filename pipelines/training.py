@@ -156,8 +156,8 @@ def set_up(task: Task, config: Any, run: Path, accelerator: Accelerator, heartbe
     best = None
     if state:
         check_counters(counters, state / STATE)
-        if counters.get("best") and accelerator.is_main_process:
-            best = load_best(state, averaged.module)
+        if accelerator.is_main_process:
+            best = load_best(state, averaged.module, expected=bool(counters.get("best")))
     if not sharded:
         task.nets = {name: accelerator.prepare_model(net.to(accelerator.device)) for name, net in task.nets.items()}
         optimizers = {name: accelerator.prepare_optimizer(optimizer) for name, optimizer in optimizers.items()}
