@@ -21,7 +21,7 @@ def keep_if_best(training: Training, average: nn.Module) -> None:
     if not (training.config.keep_best and task.players and task.watched == "validation"):
         return
     score = task.score(training.evaluation)
-    if score is None or not math.isfinite(score) or score <= training.best.get("score", -math.inf):
+    if score is None or score <= training.best.get("score", -math.inf):
         return
     training.best = {"step": training.step, "score": score, "evaluation": training.evaluation}
     training.best_weights = {name: value.detach().to("cpu", copy=True) for name, value in average.state_dict().items()}
