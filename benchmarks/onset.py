@@ -68,7 +68,7 @@ def main() -> None:
     previews = sorted((run / "previews").glob("reconstructions-*.png"))
     steps = [int(path.stem.rpartition("-")[2]) for path in previews]
     before = max((step for step in steps if step <= heard), default=steps[0])
-    psnr = dict(zip(*curve_of(run, "held_out/psnr"), strict=True))
+    psnr = dict(zip(*curve_of(run, "validation/psnr"), strict=True))
     rows: list[list[Any]] = [panels]
     lines = []
     for step in (before, steps[-1]):

@@ -12,6 +12,7 @@ from tokenizer import Tokenizer
 
 from .config import UserError
 from .images import ImageDataset
+from .splits import of_its_time
 from .tokens import Meta, read_meta, verify_files
 
 Data = dict[str, Any]
@@ -51,7 +52,8 @@ def missing_variants(old: Meta | None, data: Data, seed: int, wanted: dict[str, 
 
 def same_images(one: Data, other: Data) -> bool:
     """Whether two data configurations name the same images, before they are augmented."""
-    sides = ({key: value for key, value in data.items() if key not in ("augment", "cache_mb")} for data in (one, other))
+    known = (of_its_time(data) for data in (one, other))
+    sides = ({key: value for key, value in data.items() if key not in ("augment", "cache_mb")} for data in known)
     return next(sides) == next(sides)
 
 

@@ -10,12 +10,15 @@ if TYPE_CHECKING:
     from .stages import Stages
 
 FIGURES = {
+    "validation_psnr": "PSNR of reconstructions, validation images (dB)",
+    "validation_bits_per_token": "bits per token, validation images",
     "psnr": "PSNR of held-out reconstructions (dB)",
     "ssim": "SSIM of held-out reconstructions",
     "codebook_usage": "codebook use on held-out images",
     "codebook_perplexity": "codebook perplexity on held-out images",
     "bits_per_token": "bits per token, held out",
     "marginal_bits_per_token": "bits per token of position frequencies alone",
+    "order_spread": "nats by which log p of an image differs between orders",
     "bits_per_dim": "bits per dim, held out",
     "prior_bits_per_dim": "of these, bits of the tokens",
     "pixel_bits_per_dim": "of these, bits of the pixels given the tokens",
@@ -38,7 +41,16 @@ FIGURES = {
     "copying_z": "copying C_T (z-score; below -3 suggests copies)",
     "reconstruction_copying_z": "the same of held-out reconstructions",
 }
-BOUNDS = ("bits_per_token", "bits_per_dim", "prior_bits_per_dim")  # where the prior's likelihood is one
+BOUNDS = ("validation_bits_per_token", "bits_per_token", "bits_per_dim", "prior_bits_per_dim")
+"""Where the prior's likelihood is one."""
+COUNTS = {
+    **dict.fromkeys(("psnr", "codebook_usage", "codebook_perplexity", "bits_per_token", "bits_per_dim"), "num_images"),
+    "ssim": "ssim_images",
+    "order_spread": "order_spread_images",
+    "class_agreement": "num_samples",
+    "real_class_agreement": "class_agreement_images",
+}
+"""The figures that are means over images, and which figure of `smalti evaluate` says over how many."""
 
 
 def model_card(pipeline: Stages) -> str:
@@ -86,19 +98,38 @@ def model_card(pipeline: Stages) -> str:
 def measured(provenance: dict[str, Any], *, exact: bool) -> list[str]:
     """A table of the figures of `smalti evaluate`, or of those taken during training while there are no others. exact:
     whether the prior's bits are more than a bound."""
-    training = [provenance.get(stage, {}) for stage in ("tokenizer", "prior")]
-    figures = {name: value for facts in training for name, value in facts.get("evaluation", {}).items()}
+    training = {stage: provenance.get(stage, {}) for stage in ("tokenizer", "prior")}
+    figures = {name: value for facts in training.values() for name, value in facts.get("evaluation", {}).items()}
+    counts = {name: count for facts in training.values() for name, count in counts_of(facts).items()}
     evaluation = provenance.get("evaluation", {})
+    if evaluation:
+        counts = {name: evaluation.get(count) for name, count in COUNTS.items()}
     shown, bounds = evaluation or figures, () if exact else BOUNDS
     space = shown.get("feature_space")
-    lines = [f"| {label.format(space=space)} | {'at most ' * (name in bounds)}{cell(shown[name])} |"
-             for name, label in FIGURES.items() if shown.get(name) is not None]  # fmt: skip
-    lines += [f"| training of the {stage} | {facts['steps']} steps, {facts['minutes']:.1f} minutes |"
-              for stage, facts in zip(("tokenizer", "prior"), training, strict=True) if "steps" in facts]  # fmt: skip
+    lines = []
+    for name, label in FIGURES.items():
+        if shown.get(name) is not None:
+            of = f", of {count:,}" if type(count := counts.get(name)) is int else ""
+            bound = "at most " if name in bounds else ""
+            lines.append(f"| {label.format(space=space)} | {bound}{cell(shown[name])}{of} |")
+    for stage, facts in training.items():
+        if "steps" in facts:
+            best = facts.get("best_step")
+            kept = f"; the weights of step {best}, best on validation images" if type(best) is int else ""
+            lines.append(f"| training of the {stage} | {facts['steps']} steps, {facts['minutes']:.1f} minutes{kept} |")
     if not lines:
         return []
     by = "`smalti evaluate`" if evaluation else "training"
     return ["## Measured", "", f"By {by}.", "", "| figure | value |", "|---|---|", *lines, ""]
+
+
+def counts_of(facts: dict[str, Any]) -> dict[str, Any]:
+    """Over how many images each figure is a mean that was taken in the training of a stage, where that says so."""
+    images = facts.get("images", {})
+    if not isinstance(images, dict):
+        return {}
+    validation = {name: images.get("validation") for name in FIGURES if name.startswith("validation_")}
+    return dict.fromkeys(COUNTS, images.get("held_out")) | validation
 
 
 def cell(value: float | str) -> str:

@@ -1,9 +1,9 @@
 """Resume states: `<run>/state/step-00001000/`, written whole or not at all, verified before they are trusted.
 
-A state holds the raw model, its average, every player's optimizer and the counters of the loop, as safetensors and
-JSON; nothing is pickled. Randomness and data order are functions of the step, so they need no saving. Where weights lie
-in pieces on several processes, `model.safetensors` is a folder `model/` with a file from each; either kind is read by
-any number of processes, sharded or not.
+A state holds the raw model, its average, the best of its averages so far, every player's optimizer and the counters of
+the loop, as safetensors and JSON; nothing is pickled. Randomness and data order are functions of the step, so they need
+no saving. Where weights lie in pieces on several processes, `model.safetensors` is a folder `model/` with a file from
+each; either kind is read by any number of processes, sharded or not.
 """
 
 from __future__ import annotations
@@ -43,9 +43,10 @@ from .optimizer_state import pack_optimizer, parameter_of, unpack_optimizer
 from .state_shards import Like, Tensors, agreed, is_sharded, piece, read_shards, read_whole, write_shards
 
 FORMAT_VERSION = 2  # 1, which did not say so, had no configuration
-MODEL, EMA, STATE = "model.safetensors", "ema.safetensors", "state.json"
+MODEL, EMA, BEST, STATE = "model.safetensors", "ema.safetensors", "best.safetensors", "state.json"
 STATE_FILES = re.compile(
-    r"(model|ema|optimizer-\w+)(\.safetensors|/[\w.-]+)|optimizer-\w+\.json|state\.json|manifest\.json"
+    r"(model|ema|optimizer-\w+)(\.safetensors|/[\w.-]+)|best\.safetensors|optimizer-\w+\.json|state\.json"
+    r"|manifest\.json"
 )
 STATE_FOLDER = Kind("a resume state", None, names=lambda name: STATE_FILES.fullmatch(name) is not None)
 """Known by its files, whatever is in them: a damaged one is replaced, too."""
@@ -67,13 +68,15 @@ def save_state(
     optimizers: Mapping[str, Optimizer],
     counters: dict[str, Any],
     config: dict[str, Any] | None = None,
+    best: Tensors | None = None,
     keep: int = 2,
 ) -> Path:
     """Write `<run>/state/step-<step>` atomically, then delete all but the newest `keep` states; return the folder.
 
-    `model` and `ema` are the unwrapped modules; `counters` is any JSON object; `config` is that of the run,
-    by which its states are known. Call it on the main process only; where
-    weights are sharded, on all processes, each of which writes its pieces, and raises what one of them raises.
+    `model` and `ema` are the unwrapped modules; `counters` is any JSON object; `config` is that of the run, by which
+    its states are known; `best` are the best of the averaged weights so far, whole. Call it on the main process only;
+    where weights are sharded, on all processes, each of which writes its pieces (the main one `best`, too), and raises
+    what one of them raises.
     Raises `WeightsError` naming a tensor that is not finite, and `OSError` (ENOSPC) naming path, needed and free bytes
     if the disk is too full; older states are untouched in both cases.
     """
@@ -87,8 +90,10 @@ def save_state(
         parts[f"optimizer-{player}.safetensors"], documents[f"optimizer-{player}.json"] = tensors, document
     target = Path(run) / "state" / f"step-{step:08d}"
     if any(is_sharded(tensors) for tensors in parts.values()):
-        _save_together(target, parts, documents, keep)
+        _save_together(target, parts, best, documents, keep)
     else:
+        if best is not None:
+            parts[BEST] = best
         _prepare(target, parts, step)
         with atomic_folder(target, kind=STATE_FOLDER) as folder:
             for name, tensors in parts.items():
@@ -98,7 +103,9 @@ def save_state(
     return target
 
 
-def _save_together(target: Path, parts: dict[str, Tensors], documents: dict[str, dict[str, Any]], keep: int) -> None:
+def _save_together(
+    target: Path, parts: dict[str, Tensors], best: Tensors | None, documents: dict[str, dict[str, Any]], keep: int
+) -> None:
     """Every process writes its pieces into the folder that the main one makes, completes and renames."""
     main, step = torch.distributed.get_rank() == 0, documents[STATE]["step"]
     places: list[Any] = [None]
@@ -106,13 +113,15 @@ def _save_together(target: Path, parts: dict[str, Tensors], documents: dict[str,
         with agreed():
             _require_finite(parts, step)
             if main:
-                _prepare(target, parts, step)
+                _prepare(target, parts if best is None else {**parts, BEST: best}, step)
                 places = [stack.enter_context(atomic_folder(target, kind=STATE_FOLDER))]
         torch.distributed.broadcast_object_list(places)
         for name, tensors in parts.items():
             write_shards(places[0] / Path(name).stem, tensors)
         with agreed():
             if main:
+                if best is not None:
+                    save_file(_detached(best), Path(places[0]) / BEST)
                 _complete(places[0], documents)
                 stack.close()  # renames it
                 _rotate(target, keep)
@@ -172,7 +181,7 @@ def load_state(
     expected = {MODEL, STATE, *([EMA] if ema is not None else [])}
     expected |= {f"optimizer-{player}.{kind}" for player in optimizers for kind in ("safetensors", "json")}
     parts = {f"{Path(name).parts[0]}.safetensors" if "/" in name else name for name in manifest["files"]}
-    if parts != expected:
+    if parts - {BEST} != expected:
         missing, extra = sorted(expected - parts), sorted(parts - expected)
         raise FormatError(f"{folder}: not a state of this run: missing {missing}, unexpected {extra}")
     state = read_json(folder / STATE)
@@ -195,6 +204,21 @@ def load_state(
     return step, counters
 
 
+def load_best(folder: Path, like: nn.Module, expected: bool) -> Tensors | None:
+    """The best of the averaged weights in a state, whole, on the CPU; None where none are `expected`. like: the module
+    of averages, of which each process may hold a piece. Raises `WeightsError` as `load_state` does, `FormatError`."""
+    path = Path(folder) / BEST
+    if path.is_file() != expected:
+        raise FormatError(
+            f"{path}: {'missing' if expected else 'unexpected'}, by what {STATE} says of the best weights"
+        )
+    if not expected:
+        return None
+    found = _read_tensors(path, lambda _: None)
+    _require_like(path, found, like.state_dict())
+    return found
+
+
 # Tensors
 
 
@@ -211,6 +235,12 @@ def _read_tensors(path: Path, like: Like) -> Tensors:
 def _load_module(path: Path, module: nn.Module) -> None:
     expected = module.state_dict()
     found = _read_tensors(path, expected.get)
+    _require_like(path, found, expected)
+    module.load_state_dict(found, strict=True)
+
+
+def _require_like(path: Path, found: Tensors, expected: Tensors) -> None:
+    """Raise `WeightsError` unless these are tensors of the names, shapes and types that are expected."""
     missing, extra = sorted(set(expected) - set(found)), sorted(set(found) - set(expected))
     if missing or extra:
         raise WeightsError(f"{path}: missing tensors {missing[:5]}, unexpected tensors {extra[:5]}")
@@ -219,7 +249,6 @@ def _load_module(path: Path, module: nn.Module) -> None:
             raise WeightsError(f"{path}: {key} has shape {list(found[key].shape)}, expected {list(value.shape)}")
         if found[key].dtype != value.dtype:
             raise WeightsError(f"{path}: {key} has type {found[key].dtype}, expected {value.dtype}")
-    module.load_state_dict(found, strict=True)
 
 
 def _require_finite(parts: dict[str, Tensors], step: int) -> None:

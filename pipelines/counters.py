@@ -40,12 +40,26 @@ def is_pending(value: Any) -> bool:
     return isinstance(value, list) and all(name in DUE for name in value)
 
 
+def is_best(value: Any) -> bool:
+    """Whether it says of which step weights are the best, how good they are, and what their figures are; or nothing."""
+    return isinstance(value, dict) and (
+        not value
+        or set(value) == {"step", "score", "evaluation"}
+        and is_count(value["step"])
+        and type(value["score"]) in (int, float)
+        and math.isfinite(value["score"])
+        and is_evaluation(value["evaluation"])
+    )
+
+
 KINDS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "minutes": (is_number, "a number from 0"),
     "skipped": (is_count, "a whole number from 0"),
     "skipped_in_a_row": (is_count, "a whole number from 0"),
     "window": (is_window, "the sum and the count of each term"),
     "evaluation": (is_evaluation, "numbers by name"),
+    "reported": (is_evaluation, "numbers by name"),
+    "best": (is_best, "step, score and evaluation"),
     "pending": (is_pending, f"names out of {', '.join(DUE)}"),
 }
 

@@ -6,7 +6,7 @@ import shutil
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import numpy as np
 import torch
@@ -17,6 +17,7 @@ from tokenizer import Tokenizer
 from tokenizer.storage import read_json
 
 from .appending import class_numbers, existing, missing_variants, same_images
+from .arguments import show
 from .config import Config, UserError, run_command
 from .images import DataConfig, ImageDataset, Splits, check_shape, load_images
 from .origin import is_local
@@ -39,14 +40,15 @@ from .pieces import (
 )
 from .processes import build_accelerator
 from .run_folder import on_main
-from .splits import as_begun
+from .splits import as_begun, of_its_time
 from .tokens import TOKENS, Meta
 from .train_tokenizer import PROVENANCE
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
-SPLITS = ("train", "test")
+Split = Literal["train", "validation", "test"]
+SPLITS: tuple[Split, ...] = get_args(Split)
 
 
 class EncodeConfig(Config):
@@ -60,7 +62,7 @@ class EncodeConfig(Config):
     )
     append: bool = Field(False, description="add to the dataset in `out` what it does not have: other images, or "
                          "further augmentations of the same")  # fmt: skip
-    only: Literal["train", "test"] | None = Field(None, description="with append=true, add to this split alone")
+    only: Split | None = Field(None, description="with append=true, add to this split alone")
     rows_per_shard: int | None = Field(None, ge=1, description="rows of a file; null: one file for a split below 64 "
                                        "MiB, else 16,384 rows")  # fmt: skip
     batch_size: int = Field(256, ge=1, description="images at a time on each process")
@@ -70,11 +72,11 @@ class EncodeConfig(Config):
 def defaults(given: dict[str, Any]) -> dict[str, Any]:
     """The data source that the tokenizer named on the command line was trained on."""
     path = Path(str(given.get("tokenizer", ""))) / PROVENANCE
-    return {"data": read_json(path).get("data", {})} if path.is_file() else {}
+    return {"data": of_its_time(read_json(path).get("data", {}))} if path.is_file() else {}
 
 
 def run(config: EncodeConfig) -> Path:
-    """Encode both splits, every process its share, and give the dataset its name at the end; returns its folder.
+    """Encode all splits, every process its share, and give the dataset its name at the end; returns its folder.
 
     Started again after it was killed, it goes on with what is missing, and the result is the same to the bit. Raises
     `UserError` for images of another size than the tokenizer's, augmentations without data.augment, a folder of
@@ -89,13 +91,13 @@ def run(config: EncodeConfig) -> Path:
         recover(out)
     accelerator.wait_for_everyone()
     old = existing(out, tokenizer) if config.append else None
-    config = config.model_copy(update={"data": data_as_begun(config.data, begun_with(work, old))})
-    wanted = {"train": 1 + config.augmentations, "test": 1}
+    config = config.model_copy(update={"data": data_as_begun(config.data, begun_with(work, old), old)})
+    images = load_images(config.data)
+    if len({part.labels is None for part in images.named().values()}) > 1:
+        raise UserError("data.label_column: only one of the two splits has labels; null uses both without")
+    wanted = {split: 1 + config.augmentations * (split == "train") for split in by_split(images)}
     wanted = {split: count for split, count in wanted.items() if config.only in (None, split)}
     variants = missing_variants(old, config.data.model_dump(mode="json"), config.seed, wanted)
-    images = load_images(config.data)
-    if (images.train.labels is None) != (images.held_out.labels is None):
-        raise UserError("data.label_column: only one of the two splits has labels; null uses both without")
     numbers, pieces = class_numbers(images.train, old), plan(config, images, variants)
     job = job_of(config, tokenizer, pieces, accelerator.device.type)
     check_job(work, job)
@@ -119,14 +121,32 @@ def begun_with(work: Path, old: Meta | None) -> list[dict[str, Any]]:
     return [given for part in [*unfinished, *parts] if isinstance(given := part.get("data"), dict)]
 
 
-def data_as_begun(data: DataConfig, befores: list[dict[str, Any]]) -> DataConfig:
-    """`data`, with what was held out of the same images before."""
-    found = (
-        as_begun(data, before)
-        for before in befores
-        if same_images(before, as_begun(data, before).model_dump(mode="json"))
-    )
-    return next(found, data)
+def data_as_begun(data: DataConfig, befores: list[dict[str, Any]], old: Meta | None) -> DataConfig:
+    """`data`, with what was held out of the same images before, and kept for validation.
+
+    Nothing of further images goes to a split for validation that the dataset does not have, unless it was asked for.
+    Raises `UserError` for the same images, divided in another way: what was validated on would be trained on.
+    """
+    for before in befores:
+        begun = as_begun(data, before)
+        fraction = of_its_time(before)["validation_fraction"]
+        alike = begun.model_copy(update={"validation_fraction": fraction})
+        if same_images(before, alike.model_dump(mode="json")):
+            if data.validation_fraction not in (None, fraction):
+                raise UserError(
+                    f"data.validation_fraction: {show(fraction)} of these images before, {data.validation_fraction} "
+                    "now: images for validation would be trained on; give what it was, or another out="
+                )
+            return alike
+    if old is not None and "validation" not in old.shards and data.validation_fraction is None:
+        return data.model_copy(update={"validation_fraction": 0.0})
+    return data
+
+
+def by_split(images: Splits) -> dict[Split, ImageDataset]:
+    """The images of each split of the token dataset, those for validation if there are any."""
+    parts = {"train": images.train, "validation": images.validation, "test": images.held_out}
+    return {split: found for split in SPLITS if (found := parts[split]) is not None}
 
 
 def check_settings(config: EncodeConfig, tokenizer: Tokenizer, out: Path) -> None:
@@ -137,22 +157,26 @@ def check_settings(config: EncodeConfig, tokenizer: Tokenizer, out: Path) -> Non
             "augmentations: needs a data.augment.* that changes something, for example data.augment.shift=2"
         )
     if config.only and not config.append:
-        raise UserError("only: a new dataset has both splits; append=true adds to one of them")
+        raise UserError("only: a new dataset has all splits; append=true adds to one of them")
     check_out_folder(out, TOKENS, [config.tokenizer, config.data.path])
 
 
 def plan(config: EncodeConfig, images: Splits, variants: dict[str, tuple[int, int]]) -> list[Piece]:
     """All pieces to make, in the order of their rows: row = variant * n + index."""
-    sizes = {"train": len(images.train), "test": len(images.held_out)}
-    return [piece for split, (first, end) in variants.items()
-            for piece in cut(split, first * sizes[split], end * sizes[split], config.batch_size,
-                             config.rows_per_shard)]  # fmt: skip
+    sizes = {name: len(part) for name, part in by_split(images).items()}
+    return [
+        piece
+        for split, (first, end) in variants.items()
+        for piece in cut(split, first * sizes[split], end * sizes[split], config.batch_size, config.rows_per_shard)
+    ]
 
 
 def job_of(config: EncodeConfig, tokenizer: Tokenizer, pieces: list[Piece], device: str) -> dict[str, Any]:
     """All that the rows depend on, to the bit."""
     settings = config.model_dump(mode="json", exclude={"out", "tokenizer"})
-    rows = [sum(piece.stop - piece.start for piece in pieces if piece.split == split) for split in SPLITS]
+    rows = [sum(piece.stop - piece.start for piece in pieces if piece.split == split) for split in ("train", "test")]
+    if validation := sum(piece.stop - piece.start for piece in pieces if piece.split == "validation"):
+        rows.append(validation)  # without any, the job is what it was in earlier versions
     return {**settings, "tokenizer": tokenizer.fingerprint(), "rows": rows, "device": device,
             "added_to": manifest_hash(Path(config.out)) if config.append else None}  # fmt: skip
 
@@ -172,10 +196,10 @@ def encode_missing(accelerator: Accelerator, tokenizer: Tokenizer, images: Split
     hidden = None if accelerator.is_main_process else True
     if accelerator.is_main_process and len(missing) < len(pieces):
         print(f"{config.out}: continuing, {len(pieces) - len(missing)} of {len(pieces)} pieces are there", flush=True)
-    total = sum(piece.stop - piece.start for piece in missing[mine])
+    total, parts = sum(piece.stop - piece.start for piece in missing[mine]), by_split(images)
     with tqdm(total=total, desc="encoding", unit="image", disable=hidden, leave=False) as bar:
         for piece in missing[mine]:
-            split = images.train if piece.split == "train" else images.held_out
+            split = parts[piece.split]
             rows = np.arange(piece.start, piece.stop)
             tokens = encode_rows(tokenizer, split, rows, config, bar)
             labels = None if split.labels is None else split.labels[rows % len(split)]

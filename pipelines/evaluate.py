@@ -14,10 +14,11 @@ from pydantic import Field
 from torch import Tensor
 
 from prior import Prior
+from tokenizer import Tokenizer
 from tokenizer.storage import PathError, read_json, results_folder, write_json
 
 from .config import Config, UserError, run_command
-from .generation import ImagePipeline, LikelihoodError
+from .generation import ImagePipeline
 from .hub import fetched
 from .images import DataConfig, ImageDataset, Splits, check_shape, load_images, to_float, to_uint8
 from .index import PROVENANCE
@@ -25,13 +26,16 @@ from .origin import named
 from .outputs import check_out_results
 from .pictures import grid_picture, save_picture
 from .quality import LEAST, FeatureSpace, compare, feature_space, frechet_distance, inception_space, shuffled, ssim
+from .splits import of_its_time
 from .tokens import TokenSplit
-from .train_prior import bits_per_token, rows_at_a_time
+from .train_prior import bits_per_token, log_probs, rows_at_a_time
 from .train_tokenizer import evaluate_reconstruction, images_at_a_time, reconstruction_picture
 
 Figures = dict[str, Any]
 RESULTS = ("samples.png", "reconstructions.png", "nearest.png", "evaluation.json", "evaluation.txt")
-SOME = 2000  # held-out images for figures that are averages over images
+SOME = 2000  # held-out images for the figures that are slow, drawn at random
+FEW = 256  # held-out images that are scored in several orders
+ORDERS = 8
 
 
 class EvaluateConfig(Config):
@@ -60,7 +64,7 @@ def defaults(given: dict[str, Any]) -> dict[str, Any]:
     path = Path(source) / PROVENANCE
     if not Path(source).is_dir():
         path = fetched(source, PROVENANCE) or path
-    return {"data": read_json(path).get("data", {})} if path.is_file() else {}
+    return {"data": of_its_time(read_json(path).get("data", {}))} if path.is_file() else {}
 
 
 def run(config: EvaluateConfig) -> Figures:
@@ -74,10 +78,10 @@ def run(config: EvaluateConfig) -> Figures:
     check_out_results(out, RESULTS, inputs)
     images = load_images(config.data)
     check_classes(pipeline, images.train, images.held_out)
-    figures = evaluate_reconstruction(pipeline.tokenizer, images.held_out)
+    figures: Figures = {"num_images": len(images.held_out)}
+    figures |= evaluate_reconstruction(pipeline.tokenizer, images.held_out)
     figures |= evaluate_similarity(pipeline, images.held_out)
     figures |= evaluate_likelihood(pipeline, images.train, images.held_out, config.num_orders)
-    figures |= evaluate_bits(pipeline, images.held_out, config.num_orders)
     pictures = {
         "samples": pipeline.sample_picture(seed=config.seed),
         "reconstructions": reconstruction_picture(pipeline.tokenizer, images.held_out),
@@ -136,20 +140,59 @@ def choose_device(name: str) -> torch.device:
 
 def evaluate_likelihood(
     pipeline: ImagePipeline, train: ImageDataset, held_out: ImageDataset, num_orders: int
-) -> dict[str, float]:
-    """Bits per token of the prior on held-out images, beside those of `Marginal` fitted to the training images."""
+) -> Figures:
+    """Bits per token of the prior on held-out images, beside those of `Marginal` fitted to the training images; bits
+    per dim, where the decoder has a likelihood; and what the order has to do with it, where the prior takes any."""
     rows, test = encode_all(pipeline, train), encode_all(pipeline, held_out)
-    classes = pipeline.prior.num_classes if train.labels is not None else 0
-    marginal = Prior.create("marginal", grid=pipeline.prior.grid, num_classes=classes)
+    prior, grid = pipeline.prior, pipeline.prior.grid
+    classes = prior.num_classes if train.labels is not None else 0
+    marginal = Prior.create("marginal", grid=grid, num_classes=classes)
     marginal.initialize(rows.tokens[:], rows.labels)
     unlabelled = TokenSplit(test.tokens, None)
-    known = test if pipeline.prior.num_classes else unlabelled
+    known = test if prior.num_classes else unlabelled
+    nats = log_probs(prior, known, np.arange(len(known)), num_orders)
     return {
-        "bits_per_token": bits_per_token(pipeline.prior, known, num_orders=num_orders),
-        "unconditional_bits_per_token": bits_per_token(pipeline.prior, unlabelled, num_orders=num_orders),
+        "bits_per_token": float(-nats.mean()) / (math.log(2) * len(grid)),
+        "unconditional_bits_per_token": bits_per_token(prior, unlabelled, num_orders=num_orders),
         "marginal_bits_per_token": bits_per_token(marginal, known if classes else unlabelled),
-        "uniform_bits_per_token": math.log2(pipeline.prior.grid.vocab_size),
+        "uniform_bits_per_token": math.log2(grid.vocab_size),
+        **evaluate_bits(pipeline.tokenizer, held_out, test, nats),
+        **(evaluate_orders(prior, known) if prior.any_order else {}),
     }
+
+
+@torch.inference_mode()
+def evaluate_bits(tokenizer: Tokenizer, held_out: ImageDataset, test: TokenSplit, nats: Tensor) -> Figures:
+    """Bits per dim of held-out images, with the standard error over images; and the parts of it, of the tokens, whose
+    log p are `nats` `(n,)`, and of the pixels given the tokens. Nothing if the decoder has no likelihood."""
+    pixels = []
+    for rows in np.array_split(np.arange(len(test)), -(-len(test) // images_at_a_time(held_out.image_shape))):
+        images, tokens = held_out.batch(rows).to(tokenizer.device), test.rows(rows).to(tokenizer.device)
+        found = tokenizer.pixel_log_prob(images, tokens)
+        if found is None:
+            return {}
+        pixels.append(found.cpu().double())
+    dims = math.log(2) * math.prod(held_out.image_shape)
+    prior, decoder = -nats / dims, -torch.cat(pixels) / dims
+    total = prior + decoder
+    return {
+        "bits_per_dim": float(total.mean()),
+        "bits_per_dim_error": float(total.std(correction=0)) / math.sqrt(len(total)),
+        "prior_bits_per_dim": float(prior.mean()),
+        "pixel_bits_per_dim": float(decoder.mean()),
+    }
+
+
+@torch.inference_mode()
+def evaluate_orders(prior: Prior, test: TokenSplit) -> Figures:
+    """How much log p of an image differs from order to order, in nats: its standard deviation over `ORDERS` orders,
+    the mean over a few images."""
+    found = []
+    for rows in shuffled(len(test))[:FEW].split(rows_at_a_time(prior.grid)):
+        labels = None if test.labels is None else test.labels[rows].to(prior.device)
+        found.append(prior.order_spread(test.rows(rows).to(prior.device), labels, ORDERS).cpu().double())
+    spread = torch.cat(found)
+    return {"order_spread": float(spread.mean()), "order_spread_images": len(spread)}
 
 
 def encode_all(pipeline: ImagePipeline, images: ImageDataset) -> TokenSplit:
@@ -172,32 +215,10 @@ def in_bytes(images: Tensor) -> Tensor:
 
 def evaluate_similarity(pipeline: ImagePipeline, held_out: ImageDataset) -> Figures:
     """Mean SSIM of held-out images and their reconstructions."""
-    parts = map(held_out.batch, shuffled(len(held_out))[:SOME].split(images_at_a_time(held_out.image_shape)))
-    return {"ssim": float(torch.cat([ssim(part, reconstruct(pipeline, part)) for part in parts]).double().mean())}
-
-
-def evaluate_bits(pipeline: ImagePipeline, held_out: ImageDataset, num_orders: int) -> Figures:
-    """Bits per dim of held-out images, given their labels if there are classes, with the standard error over images;
-    and the parts of it, of the tokens and of the pixels given the tokens. Nothing if the decoder has no likelihood."""
     some = shuffled(len(held_out))[:SOME]
-    labelled = pipeline.prior.num_classes and held_out.labels is not None
-    totals, priors = [], []
-    for part in some.split(min(images_at_a_time(held_out.image_shape), rows_at_a_time(pipeline.prior.grid))):
-        labels = held_out.labels[part].tolist() if labelled and held_out.labels is not None else None
-        images = held_out.batch(part)
-        try:
-            totals.append(pipeline.bits_per_dim(images, labels, num_orders=num_orders).cpu().double())
-        except LikelihoodError:
-            return {}
-        nats = pipeline.log_prob(images, labels, num_orders=num_orders).cpu().double()
-        priors.append(-nats / (math.log(2) * images[0].numel()))
-    total, prior = torch.cat(totals), torch.cat(priors)
-    return {
-        "bits_per_dim": float(total.mean()),
-        "bits_per_dim_error": float(total.std(correction=0)) / math.sqrt(len(total)),
-        "prior_bits_per_dim": float(prior.mean()),
-        "pixel_bits_per_dim": float((total - prior).mean()),
-    }
+    parts = map(held_out.batch, some.split(images_at_a_time(held_out.image_shape)))
+    found = torch.cat([ssim(part, reconstruct(pipeline, part)) for part in parts])
+    return {"ssim": float(found.double().mean()), "ssim_images": len(some)}
 
 
 def evaluate_samples(
@@ -210,8 +231,9 @@ def evaluate_samples(
     given = None if labels is None else labels.tolist()
     began = time.monotonic()
     drawn = pipeline(num_images=config.num_samples, labels=given, seed=config.seed, output_type="pt").images
-    figures: Figures = {"samples_per_second": config.num_samples / (time.monotonic() - began)}
-    samples = in_bytes(drawn)
+    samples = in_bytes(drawn)  # on the CPU: a GPU has still to make the last of them when it is asked for them
+    seconds = time.monotonic() - began
+    figures: Figures = {"num_samples": config.num_samples, "samples_per_second": config.num_samples / seconds}
     if labels is not None and train.labels is not None and held_out.labels is not None:
         figures |= evaluate_classes(pipeline, samples, labels, train, held_out)
     count = min(len(samples), len(train), len(held_out))
@@ -248,11 +270,16 @@ def evaluate_classes(
     some = shuffled(len(held_out))[:SOME]
     real, truth = held_out.batch(some), held_out.labels[some]
     known = train.batch(np.arange(len(train)))
-    return {
+    sets = {
+        "class_agreement": (samples, wanted),
+        "real_class_agreement": (real, truth),
+        "reconstruction_class_agreement": (reconstruct(pipeline, real), truth),
+    }
+    agreement = {
         name: float((nearest_label(images, known, train.labels) == labels).double().mean())
-        for name, images, labels in (("class_agreement", samples, wanted), ("real_class_agreement", real, truth),
-                                     ("reconstruction_class_agreement", reconstruct(pipeline, real), truth))
-    }  # fmt: skip
+        for name, (images, labels) in sets.items()
+    }
+    return agreement | {"class_agreement_images": len(some)}
 
 
 def nearest_label(images: Tensor, known: Tensor, labels: Tensor) -> Tensor:
@@ -266,20 +293,22 @@ def nearest_label(images: Tensor, known: Tensor, labels: Tensor) -> Tensor:
 def table(figures: Figures, pipeline: ImagePipeline, held_out: ImageDataset) -> str:
     """The figures as people read them, each with what it should be compared to."""
     f, vocab, at_most = figures, pipeline.prior.grid.vocab_size, "" if pipeline.prior.exact else "<= "
-    rows = [
-        ("held-out PSNR", f"{f['psnr']:.2f} dB", f"{len(held_out):,} images"),
-        *([("  SSIM", f"{f['ssim']:.3f}", "")] if "ssim" in f else []),
-        ("codebook use", f"{f['codebook_usage']:.1%} of {vocab}", f"perplexity {f['codebook_perplexity']:.0f}"),
-        ("bits per token", f"{at_most}{f['bits_per_token']:.3f}",
-         f"position frequencies {f['marginal_bits_per_token']:.3f}, uniform {f['uniform_bits_per_token']:.3f}"),
-        ("  without labels", f"{at_most}{f['unconditional_bits_per_token']:.3f}", ""),
-    ]  # fmt: skip
+    rows = [("held-out PSNR", f"{f['psnr']:.2f} dB", f"{len(held_out):,} images, as all but where another number is")]
+    if "ssim" in f:
+        rows.append(("  SSIM", f"{f['ssim']:.3f}", f"{f['ssim_images']:,} images"))
+    rows.append(("codebook use", f"{f['codebook_usage']:.1%} of {vocab}", f"perplexity {f['codebook_perplexity']:.0f}"))
+    beside = f"position frequencies {f['marginal_bits_per_token']:.3f}, uniform {f['uniform_bits_per_token']:.3f}"
+    rows.append(("bits per token", f"{at_most}{f['bits_per_token']:.3f}", beside))
+    rows.append(("  without labels", f"{at_most}{f['unconditional_bits_per_token']:.3f}", ""))
+    if "order_spread" in f:
+        beside = f"nats that log p of an image differs by between {ORDERS} orders; {f['order_spread_images']:,} images"
+        rows.append(("  spread over orders", f"{f['order_spread']:.2f}", beside))
     if "bits_per_dim" in f:
-        rows += [("bits per dim", f"{at_most}{f['bits_per_dim']:.3f}",
-                  f"+- {f['bits_per_dim_error']:.3f}; tokens {f['prior_bits_per_dim']:.3f} + pixels given the tokens "
-                  f"{f['pixel_bits_per_dim']:.3f}")]  # fmt: skip
+        parts = f"tokens {f['prior_bits_per_dim']:.3f} + pixels given the tokens {f['pixel_bits_per_dim']:.3f}"
+        beside = f"+- {f['bits_per_dim_error']:.3f}; {parts}"
+        rows.append(("bits per dim", f"{at_most}{f['bits_per_dim']:.3f}", beside))
     else:
-        rows += [("bits per dim", "none", "this decoder has no likelihood")]
+        rows.append(("bits per dim", "none", "this decoder has no likelihood"))
     rows += sample_rows(f, str(pipeline.device))
     widths = [max(len(row[column]) for row in rows) for column in range(2)]
     return "\n".join(f"{name:<{widths[0]}}  {value:>{widths[1]}}  {beside}".rstrip() for name, value, beside in rows)
@@ -289,9 +318,11 @@ def sample_rows(f: Figures, device: str) -> list[tuple[str, str, str]]:
     """The rows of the table about samples."""
     rows = []
     if "class_agreement" in f:
-        rows += [("class agreement", f"{f['class_agreement']:.1%}", f"real held-out images "
-                  f"{f['real_class_agreement']:.1%}, their reconstructions {f['reconstruction_class_agreement']:.1%}")
-                 ]  # fmt: skip
+        beside = (
+            f"of {f['num_samples']:,} samples; {f['class_agreement_images']:,} real held-out images "
+            f"{f['real_class_agreement']:.1%}, their reconstructions {f['reconstruction_class_agreement']:.1%}"
+        )
+        rows.append(("class agreement", f"{f['class_agreement']:.1%}", beside))
     if "samples_per_second" in f:
         rows += [("samples per second", f"{f['samples_per_second']:.0f}", f"on {device}")]
     if "feature_space" not in f:

@@ -12,6 +12,7 @@ from tokenizer.storage import PipelineLoadError, read_json
 
 from .checkpoint import STATE
 from .config import UserError, difference
+from .splits import of_its_time
 
 END, RHYTHM = ("steps", "minutes"), ("log_every", "preview_every", "evaluate_every", "save_every")
 FREE = {"train": (*END, *RHYTHM, "timeout", "checkpointing"), "data": ("cache_mb",)}
@@ -21,7 +22,9 @@ STREAMED = {"data": ("on_error", "max_bad_fraction")}
 
 
 def settings(given: dict[str, Any], config: Any) -> dict[str, Any]:
-    """A configuration with the defaults of settings that did not exist when the run was begun."""
+    """A configuration with what was so, by default, of settings that did not exist when the run was begun."""
+    if isinstance(data := given.get("data"), dict):
+        given = {**given, "data": of_its_time(data)}
     try:
         return type(config).model_validate(given).model_dump(mode="json")
     except ValidationError:  # of another version, or stage: the difference will tell

@@ -26,8 +26,8 @@ from .config import UserError, is_first_process
 from .decoding import WORKERS, Decoded, Problem, Report, decode_all, pixels_of, try_decode
 from .schedule import samples_of
 from .sources import DataConfig, Rows, SplitRows, open_source
-from .splits import held_out_split, tell_splits
-from .streaming import carve_blocks
+from .splits import held_out_split, tell_splits, validation_count
+from .streaming import drawn_by_blocks
 
 __all__ = ["DataConfig", "ImageDataset", "Splits", "check_shape", "load_images", "pixels_of", "to_float", "to_uint8"]
 
@@ -111,14 +111,21 @@ class ImageDataset:
 
 @dataclass(frozen=True)
 class Splits:
-    """The images to train on and the ones to evaluate on; no image is in both."""
+    """The images to train on, the ones to evaluate on, and those by which training chooses, if there are any; no image
+    is in two of them."""
 
     train: ImageDataset
     held_out: ImageDataset
+    validation: ImageDataset | None = None
+
+    def named(self) -> dict[str, ImageDataset]:
+        """Those that there are, by name; the one to train on comes first."""
+        parts = {"train": self.train, "validation": self.validation, "held_out": self.held_out}
+        return {name: images for name, images in parts.items() if images is not None}
 
     def write_report(self, folder: Path) -> None:
         """Add the bad images that were found since the last time to `bad_images.jsonl` in the folder."""
-        for name, images in (("train", self.train), ("held_out", self.held_out)):
+        for name, images in self.named().items():
             images.write_report(folder, name)
 
 
@@ -133,31 +140,39 @@ def to_uint8(images: Tensor) -> Tensor:
 
 
 def load_images(config: DataConfig, *, begun: bool = False) -> Splits:
-    """Find the source, decode every image once and return both splits.
+    """Find the source, decode every image once and return its splits.
 
     begun: whether a run goes on with them, which is to hold out what it did; see `held_out_split`. Raises UserError for
     a source that is missing or empty or lacks a split, for labels that are missing or negative, and for images that
     can not be decoded (with `on_error=skip`, only if they are more than `max_bad_fraction`).
     """
     parts = choose_splits(open_source(config), config, begun)
-    ids, class_names = number_labels([rows for rows, _ in parts])
+    opened = {id(rows): rows for rows, _ in parts.values()}
+    numbered, class_names = number_labels(list(opened.values()))
+    labels = dict(zip(opened, numbered, strict=True))
     if config.streaming:
         from .streamed import StreamedImages
 
-        return Splits(*(
-            StreamedImages(config, rows, positions, None if labels is None else labels[positions], class_names)
-            for (rows, positions), labels in zip(parts, ids, strict=True)
-        ))  # fmt: skip
-    decoded, room = [], config.cache_mb * 2**20
-    for rows, positions in parts:
-        decoded.append(decode_all(rows, positions, config.image_shape, room))
-        room -= decoded[-1].pixels.nbytes if decoded[-1].pixels is not None else 0
-    judge([part.report for part in decoded], config)
-    train, held_out = (
-        ImageDataset(config, rows, part, labels[part.positions] if labels is not None else None, class_names)
-        for (rows, _), part, labels in zip(parts, decoded, ids, strict=True)
-    )
-    return Splits(train, held_out)
+        streamed = {
+            name: StreamedImages(config, rows, positions, chosen(labels[id(rows)], positions), class_names)
+            for name, (rows, positions) in parts.items()
+        }
+        return Splits(**streamed)
+    decoded, room = {}, config.cache_mb * 2**20
+    for name, (rows, positions) in parts.items():
+        decoded[name] = decode_all(rows, positions, config.image_shape, room)
+        room -= part.nbytes if (part := decoded[name].pixels) is not None else 0
+    judge([part.report for part in decoded.values()], config)
+    read = {
+        name: ImageDataset(config, rows, decoded[name], chosen(labels[id(rows)], decoded[name].positions), class_names)
+        for name, (rows, _) in parts.items()
+    }
+    return Splits(**read)
+
+
+def chosen(labels: NDArray[np.int64] | None, positions: NDArray[np.int64]) -> NDArray[np.int64] | None:
+    """The labels of the rows at `positions`, where there are labels."""
+    return None if labels is None else labels[positions]
 
 
 def check_shape(config: DataConfig, shape: tuple[int, int, int], whose: str = "pipeline") -> None:
@@ -172,30 +187,45 @@ def check_shape(config: DataConfig, shape: tuple[int, int, int], whose: str = "p
 # splits and labels --------------------------------------------------------------------------------
 
 
-def choose_splits(splits: SplitRows, config: DataConfig, begun: bool = False) -> list[tuple[Rows, NDArray[np.int64]]]:
-    """The training rows and the held-out rows, each with the positions to use. Raises `UserError`."""
+def choose_splits(
+    splits: SplitRows, config: DataConfig, begun: bool = False
+) -> dict[str, tuple[Rows, NDArray[np.int64]]]:
+    """The rows of `train`, of `validation` where there are any, and of `held_out`, each with the positions to use.
+    Raises `UserError`."""
     if config.split not in splits:
         raise UserError(f"data.split: the source has no split {config.split!r}; it has {', '.join(splits)}")
     fraction, found = config.held_out_fraction, held_out_split(splits, config, begun=begun)
     tell_splits(splits, config, found, f"{100 * fraction:.3g}% of {config.split!r}", "held out")
     rows = splits[config.split]()
+    count = 0 if found is not None else min(max(1, round(rows.size * fraction)), rows.size)
+    positions = carve(rows, count, validation_count(rows.size, config.validation_fraction))
+    parts = {name: (rows, part) for name, part in positions.items()}
     if found is not None:
         other = splits[found]()
-        parts = [(rows, np.arange(rows.size)), (other, np.arange(other.size))]
-    else:
-        kept, held_out = carve(rows.size, fraction) if rows.blocks is None else carve_blocks(rows.blocks, fraction)
-        parts = [(rows, kept), (rows, held_out)]
-    for (_, positions), name in zip(parts, (config.split, found or "held_out"), strict=True):
-        if not len(positions):
+        parts["held_out"] = other, np.arange(other.size)
+    for part, name in (("train", config.split), ("held_out", found or "held_out")):
+        if not len(parts[part][1]):
             raise UserError(f"data: no images for {name!r} (the split {config.split!r} has {rows.size})")
-    return [(part, positions[: config.limit]) for part, positions in parts]
+    return {name: (source, part[: config.limit]) for name, (source, part) in parts.items() if len(part)}
 
 
-def carve(size: int, fraction: float) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Positions below `size`, divided at random but always alike; both parts ascending, the second one held out."""
-    shuffled = np.argsort(splitmix64(np.arange(size, dtype=np.uint64)), kind="stable")
-    count = min(max(1, round(size * fraction)), size)
-    return np.sort(shuffled[count:]), np.sort(shuffled[:count])
+def carve(rows: Rows, held_out: int, validation: int) -> dict[str, NDArray[np.int64]]:
+    """The positions of `rows` divided into `train`, `validation` and `held_out`, at random but always alike; each part
+    ascends. The two that are carved grow from the two ends of one order, so that neither depends on the size of the
+    other. Rows in blocks are divided by whole blocks, but for one that each part cuts.
+    """
+    order = drawn(rows.size) if rows.blocks is None else drawn_by_blocks(rows.blocks)
+    parts = {
+        "train": order[held_out : max(held_out, rows.size - validation)],
+        "validation": order[max(held_out, rows.size - validation) :],
+        "held_out": order[:held_out],
+    }
+    return {name: np.sort(part) for name, part in parts.items()}
+
+
+def drawn(size: int) -> NDArray[np.int64]:
+    """The positions below `size` in an order that is drawn at random but always alike."""
+    return np.argsort(splitmix64(np.arange(size, dtype=np.uint64)), kind="stable")
 
 
 def number_labels(parts: list[Rows]) -> tuple[list[NDArray[np.int64] | None], list[str]]:

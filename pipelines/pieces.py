@@ -26,6 +26,7 @@ from tokenizer.storage import MANIFEST, PipelineLoadError, atomic_folder, read_j
 from .claims import claimed
 from .config import UserError, difference
 from .shards import ONE_FILE, ROWS_PER_SHARD, bytes_per_row, map_shard, shard_names, write_shard
+from .splits import of_its_time
 from .tokens import META, TOKENS, Meta, check_count, seal
 
 JOB = "job.json"
@@ -65,7 +66,8 @@ def check_job(work: Path, job: dict[str, Any]) -> None:
     """Raise `UserError` for a work folder that another job began."""
     if not (work / JOB).is_file():
         return
-    changes = difference(read_json(work / JOB), json.loads(json.dumps(job)))
+    old = read_json(work / JOB)
+    changes = difference({**old, "data": of_its_time(old.get("data", {}))}, json.loads(json.dumps(job)))
     if changes:
         raise UserError(
             f"out: an encode with another configuration was begun here and is not finished; give that one again, or "

@@ -13,6 +13,7 @@ from torch import nn
 
 from tokenizer.storage import PathError
 
+from .best import figures_of
 from .checkpoint import SPARE, save_state
 from .config import UserError
 from .sharding import keeps_on_cpu
@@ -32,7 +33,9 @@ def require_room(training: Training) -> None:
 
 def room(training: Training) -> tuple[int, int]:
     """Bytes that a save needs, state and snapshot, by the sizes of tensors or of the last one; and what is free."""
-    weights = [t.nbytes for m in (training.task.model, training.averaged) for t in m.state_dict().values()]
+    keeps = training.config.keep_best and training.task.watched == "validation"
+    modules = [training.task.model, training.averaged, *([training.averaged] if keeps else [])]
+    weights = [tensor.nbytes for module in modules for tensor in module.state_dict().values()]
     moments = [2 * p.nbytes for parameters in training.task.players.values() for p in parameters]
     last = sorted((training.run / "state").glob("step-*"))[-1:]
     folders = [*last, training.run / "tokenizer", training.run / "pipeline"]
@@ -60,16 +63,16 @@ def averaged_model(training: Training) -> nn.Module | None:
     return gathered
 
 
-def save(training: Training, average: nn.Module | None) -> None:
+def save(training: Training, average: nn.Module | None, done: bool = False) -> None:
     """Write the resume state and, where averaged weights are given, the user's snapshot of them, on the main process;
-    of shards, every process writes its own.
+    of shards, every process writes its own. done: whether the run is, and leaves them.
 
     A disk that is full, or gone, costs a warning: what was saved before stays, and the run goes on to the next save.
     """
     training.saved_step, training.unsaved = training.step, ""
     training.heartbeat.beat(training.step, "save")
     main, sharded = training.accelerator.is_main_process, training.sharded
-    facts = {"steps": training.step, "minutes": round(training.minutes, 3), "evaluation": training.evaluation}
+    facts = {"steps": training.step, "minutes": round(training.minutes, 3), **figures_of(training, done)}
     optimizers = {name: getattr(o, "optimizer", o) for name, o in training.optimizers.items()}
     needed, free = room(training) if main else (0, 0)
     refused = ""
@@ -83,7 +86,8 @@ def save(training: Training, average: nn.Module | None) -> None:
                 refused = save_snapshot(training, average, facts)
         if main or sharded:
             save_state(training.run, training.step, model=training.task.model, ema=training.averaged,
-                       optimizers=optimizers, counters=training.counters(), config=training.identity)  # fmt: skip
+                       optimizers=optimizers, counters=training.counters(), config=training.identity,
+                       best=training.best_weights)  # fmt: skip
         if refused:
             training.unsaved = f"step {training.step}: {refused}"
     except (OSError, SafetensorError) as error:  # safetensors has its own for a full disk

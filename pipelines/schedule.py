@@ -40,8 +40,12 @@ class TrainConfig(Config):
     )
     log_every: int = Field(50, ge=1, description="steps between lines in metrics.jsonl")
     preview_every: int = Field(1000, ge=1, description="steps between pictures")
-    evaluate_every: int = Field(1000, ge=1, description="steps between evaluations on the held-out split")
+    evaluate_every: int = Field(1000, ge=1, description="steps between evaluations on validation images")
     save_every: int = Field(1000, ge=1, description="steps between saves: resume state and snapshot")
+    keep_best: bool = Field(
+        True, description="leave the averaged weights that were best on validation images, by bits per token or PSNR; "
+        "false, and where there is no such image or figure: the newest"
+    )  # fmt: skip
     checkpointing: bool = Field(
         False, description="keep only the inputs of each block, and compute it again in the backward pass: less memory "
         "for a quarter to a third more time, and the same losses"

@@ -65,6 +65,13 @@ class DataConfig(Config):
         "validation, val, valid, dev; where there is none of these either, part of `split` is held out.",
     )
     held_out_fraction: float = Field(default=0.1, gt=0, lt=1, description="How much of `split` that part is.")
+    validation_fraction: float | None = Field(
+        default=None,
+        ge=0,
+        lt=1,
+        description="How much of `split` is kept from training for the figures that choose; null: a twentieth, if that "
+        "is 10 images or more, but at most 2,000; 0: none, and these figures are of the images held out.",
+    )
     image_size: Side | tuple[Side, Side] = Field(
         default=28, description="Height and width, one number or [height, width]; others are resized and cropped."
     )
@@ -157,7 +164,7 @@ def digits() -> SplitRows:
     number = np.empty(len(labels), dtype=np.int64)  # the how-manieth of its class an image is
     for label in range(10):
         number[labels == label] = np.arange(np.count_nonzero(labels == label))
-    # One of each class, then the next of each class, so that every `limit` is balanced.
+    # One of each class, then the next of each class, so that any `limit` is nearly balanced.
     order = np.lexsort((splitmix64(np.arange(len(labels), dtype=np.uint64)), number))
     parts = {"train": order[number[order] % 5 != 4], "test": order[number[order] % 5 == 4]}
     names = [str(label) for label in range(10)]

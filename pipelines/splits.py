@@ -1,4 +1,8 @@
-"""Which splits of a source are used: the one to evaluate on is found by its name, and a line says what is left over."""
+"""Which splits of a source are used: the one to evaluate on is found by its name, and a line says what is left over.
+
+What chooses (figures while training, the best weights) looks at `validation` images, which are carved from the split to
+train on; what is reported looks at those held out.
+"""
 
 from __future__ import annotations
 
@@ -12,6 +16,9 @@ from .sources import DataConfig
 
 STAND_INS = ("validation", "val", "valid", "dev")
 """What a split to evaluate on is called where there is no `test`."""
+SHARE, LEAST, MOST = 0.05, 10, 2000
+"""Of the split to train on, for validation: fewer than 10 images would choose by chance, and figures while training
+look at 2,000 at most."""
 
 
 def held_out_split(names: Collection[str], config: DataConfig, *, begun: bool = False) -> str | None:
@@ -60,11 +67,31 @@ def tell_splits(names: Collection[str], config: DataConfig, found: str | None, p
     print(f"data.held_out: {config.source}: {why}{taken} is {how}{rest}{remedy}", file=sys.stderr, flush=True)
 
 
-def as_begun(data: DataConfig, before: dict[str, Any]) -> DataConfig:
-    """`data` for going on with what was begun with the configuration `before`: the same images are held out.
+def validation_count(size: int, fraction: float | None) -> int:
+    """How many of the `size` images of the split to train on are for validation; see `DataConfig`."""
+    if fraction is None:
+        count = min(round(SHARE * size), MOST)
+        return count if count >= LEAST else 0
+    return max(1, round(fraction * size)) if fraction else 0
 
-    `held_out` was `test` by default, and nothing stood in for it, until it could be null.
+
+def of_its_time(before: dict[str, Any]) -> dict[str, Any]:
+    """A configuration of images as it was written: what could not be said then was not done."""
+    return {"validation_fraction": 0.0, **before} if before else before
+
+
+def as_begun(data: DataConfig, before: dict[str, Any] | None) -> DataConfig:
+    """`data` for going on with what was begun with the configuration `before`, if anything was: the same images are
+    trained on and held out.
+
+    `held_out` was `test` by default, and nothing stood in for it, until it could be null. There were no images for
+    validation until there was `validation_fraction`.
     """
+    if before is None:
+        return data
+    old: dict[str, Any] = {}
     if data.held_out is None and before.get("held_out") == "test":
-        return data.model_copy(update={"held_out": "test"})
-    return data
+        old["held_out"] = "test"
+    if data.validation_fraction is None and before.get("validation_fraction", 0.0) == 0:
+        old["validation_fraction"] = 0.0
+    return data.model_copy(update=old)

@@ -85,16 +85,11 @@ def blocks_among(positions: Indices, blocks: Indices) -> Indices:
     return firsts if len(firsts) else np.array([0])
 
 
-def carve_blocks(blocks: Indices, fraction: float) -> tuple[Indices, Indices]:
-    """Row numbers divided at random but always alike, by whole blocks so that both parts are read in sequence, and at
-    one place inside of a block; both parts ascending, the second one held out."""
-    rows, sizes = int(blocks[-1]), np.diff(blocks)
-    left: int = min(max(1, round(rows * fraction)), rows)
-    held_out = np.zeros(rows, dtype=bool)
-    for block in np.argsort(splitmix64(np.arange(len(sizes), dtype=np.uint64)), kind="stable"):
-        taken = min(left, int(sizes[block]))
-        held_out[blocks[block] : blocks[block] + taken] = True
-        left -= taken
-        if not left:
-            break
-    return np.flatnonzero(~held_out), np.flatnonzero(held_out)
+def drawn_by_blocks(blocks: Indices) -> Indices:
+    """The row numbers below `blocks[-1]`, whole blocks in an order that is drawn at random but always alike: whatever
+    is cut off at either end is read in sequence, and cuts one block at most."""
+    sizes = np.diff(blocks)
+    order = np.argsort(splitmix64(np.arange(len(sizes), dtype=np.uint64)), kind="stable")
+    begins = np.cumsum(sizes[order]) - sizes[order]  # where each block comes to stand
+    found: Indices = np.repeat(blocks[:-1][order] - begins, sizes[order]) + np.arange(blocks[-1])
+    return found

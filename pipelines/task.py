@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from torch import Tensor, nn
 
 from .schedule import samples_of
+
+Split = Literal["validation", "held_out"]
+"""Of images that are not trained on: by the first training chooses, by the second it is judged, once."""
 
 
 class Task:
@@ -25,6 +28,8 @@ class Task:
     """AdamW's betas of players, where not `train.betas`."""
     rows: int
     """Size of the training set."""
+    evaluated: dict[Split, int]
+    """How many images the figures of a split are of; `validation` is there only if there are any."""
     tokens_per_row: int
     progress: float = 0.0
     """Share of training done, in [0, 1], told by the loop before each step."""
@@ -36,6 +41,11 @@ class Task:
     def samples(self, batch_size: int, seed: int, step: int) -> tuple[np.ndarray, np.ndarray]:
         """Row indices and epochs, each `(batch_size,)`, of one step's global batch: a function of its arguments."""
         return samples_of(self.rows, batch_size, seed, step)
+
+    @property
+    def watched(self) -> Split:
+        """The split that figures while training are of. Where nothing is trained, nothing is chosen."""
+        return "validation" if self.players and "validation" in self.evaluated else "held_out"
 
     def playing(self, step: int) -> list[str]:
         """The players that take a turn in this step, in their order: all, unless a task says otherwise."""
@@ -49,9 +59,13 @@ class Task:
         """Pictures of what `model` (averaged weights) can do, uint8 (H, W, 3)."""
         raise NotImplementedError
 
-    def evaluate(self, model: nn.Module) -> dict[str, float]:
-        """Figures of `model` (averaged weights) on the held-out split."""
+    def evaluate(self, model: nn.Module, split: Split) -> dict[str, float]:
+        """Figures of `model` (averaged weights) on a split that is not trained on."""
         raise NotImplementedError
+
+    def score(self, evaluation: dict[str, float]) -> float | None:
+        """How good weights are that have these figures, more is better; None where no figure tells."""
+        return None
 
     def quality(self, evaluation: dict[str, float]) -> str:
         """The figure that matters most of those that `evaluate` gave, in words; empty where there is none."""
@@ -62,5 +76,11 @@ class Task:
         return f"all is in {run}"
 
     def save(self, model: nn.Module, run: Path, facts: dict[str, Any]) -> None:
-        """Write the snapshot for users into `run`; `facts` are steps, minutes and last evaluation."""
+        """Write the snapshot for users into `run`; `facts` are steps, minutes, figures, and how many images they are
+        of."""
         raise NotImplementedError
+
+
+def spread(size: int, limit: int | None) -> np.ndarray:
+    """The rows below `size`, or `limit` of them, evenly spread, as those of a class may lie side by side."""
+    return np.arange(size) if limit is None or limit >= size else np.linspace(0, size - 1, limit).astype(np.int64)

@@ -21,7 +21,7 @@ from .generation import ImagePipeline
 from .schedule import TrainConfig
 from .shuffle import permuted_blocks
 from .stopping import what_is_saved
-from .task import Task
+from .task import Split, Task, spread
 from .tokens import TokenDataset, TokenSplit, load_tokens
 from .tracking import TrackConfig
 from .training import train
@@ -29,7 +29,7 @@ from .training import train
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
-HELD_OUT_ROWS = 2000  # evaluated during training; `smalti evaluate` looks at all
+EVALUATED_ROWS = 2000  # at most, by training; `smalti evaluate` looks at all that are held out
 LOGITS = 1 << 28  # numbers, 1 GiB of float32, that an evaluation makes at a time at most
 
 
@@ -68,12 +68,13 @@ class PriorTask(Task):
 
     def __init__(self, config: TrainPriorConfig) -> None:
         self.config, self.data = config, load_tokens(config.tokens, revision=config.revision)
-        self.train_split, self.held_out = training_splits(self.data)
+        self.train_split, self.judged = training_splits(self.data)
         self.model: Prior = build_prior(config.model, self.data)
         self.model.initialize(cast(Tensor, self.train_split.tokens), self.train_split.labels)
         self.nets: dict[str, nn.Module] = {"model": self.model}
         self.players = {"model": list(self.model.parameters())}
         self.rows, self.tokens_per_row = len(self.train_split), len(self.data.grid)
+        self.evaluated = {split: min(EVALUATED_ROWS, len(rows)) for split, rows in self.judged.items()}
         self.pipeline(self.model)  # what does not go together is found before training
 
     def batch(self, indices: np.ndarray, epochs: np.ndarray, seed: int) -> tuple[Tensor, Tensor]:
@@ -114,9 +115,13 @@ class PriorTask(Task):
         """Samples, a class per column, seeded alike at every step."""
         return {"samples": self.pipeline(model).sample_picture()}
 
-    def evaluate(self, model: nn.Module) -> dict[str, float]:
-        """Bits per token on the held-out split."""
-        return {"bits_per_token": bits_per_token(model, self.held_out, HELD_OUT_ROWS)}
+    def evaluate(self, model: nn.Module, split: Split) -> dict[str, float]:
+        """Bits per token on a split."""
+        return {"bits_per_token": bits_per_token(model, self.judged[split], EVALUATED_ROWS)}
+
+    def score(self, evaluation: dict[str, float]) -> float | None:
+        """Fewer bits are better."""
+        return -evaluation["bits_per_token"]
 
     def quality(self, evaluation: dict[str, float]) -> str:
         """Of the density; an upper bound, where that is all there is."""
@@ -143,12 +148,16 @@ class PriorTask(Task):
         pipeline.save_pretrained(run / "pipeline", sample_grid=pipeline.sample_picture())
 
 
-def training_splits(data: TokenDataset) -> tuple[TokenSplit, TokenSplit]:
-    """The split to train on and the one to evaluate on. Raises `UserError` when one is missing or empty."""
+def training_splits(data: TokenDataset) -> tuple[TokenSplit, dict[Split, TokenSplit]]:
+    """The split to train on, and those to evaluate on: `test`, and `validation` if there are rows in it. Raises
+    `UserError` when one is missing or empty."""
     for name in ("train", "test"):
         if not len(data.splits.get(name, ())):
             raise UserError(f"tokens: the dataset has no rows in its {name!r} split; it has {sorted(data.splits)}")
-    return data.splits["train"], data.splits["test"]
+    judged: dict[Split, TokenSplit] = {"held_out": data.splits["test"]}
+    if len(data.splits.get("validation", ())):
+        judged["validation"] = data.splits["validation"]
+    return data.splits["train"], judged
 
 
 def build_prior(node: dict[str, Any], data: TokenDataset) -> Prior:
@@ -182,17 +191,22 @@ def rows_at_a_time(grid: TokenGrid) -> int:
     return max(1, min(256, LOGITS // (len(grid) * grid.vocab_size)))
 
 
-@torch.inference_mode()
 def bits_per_token(model: Any, split: TokenSplit, limit: int | None = None, num_orders: int = 1) -> float:
-    """Mean -log2 p per token over the first `limit` rows; num_orders: as in `Prior.log_prob`."""
-    count, total = min(limit or len(split), len(split)), 0.0
-    size = rows_at_a_time(model.grid)
-    for start in range(0, count, size):
-        rows = slice(start, min(start + size, count))
-        tokens = split.rows(rows).to(model.device)
-        labels = None if split.labels is None else split.labels[rows].to(model.device)
-        total -= float(model.log_prob(tokens, labels, num_orders=num_orders).double().sum())
-    return total / math.log(2) / (count * len(model.grid))
+    """Mean -log2 p per token over `limit` rows, evenly spread; num_orders: as in `Prior.log_prob`."""
+    nats = log_probs(model, split, spread(len(split), limit), num_orders)
+    return -float(nats.mean()) / (math.log(2) * len(model.grid))
+
+
+@torch.inference_mode()
+def log_probs(model: Any, split: TokenSplit, rows: np.ndarray, num_orders: int = 1) -> Tensor:
+    """log p `(len(rows),)` of the rows asked for, float64 nats on the CPU; num_orders: as in `Prior.log_prob`."""
+    size, found = rows_at_a_time(model.grid), []
+    for start in range(0, len(rows), size):
+        some = rows[start : start + size]
+        tokens = split.rows(some).to(model.device)
+        labels = None if split.labels is None else split.labels[torch.from_numpy(some)].to(model.device)
+        found.append(model.log_prob(tokens, labels, num_orders=num_orders).cpu().double())
+    return torch.cat(found)
 
 
 def run(config: TrainPriorConfig) -> Path:

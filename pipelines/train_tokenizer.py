@@ -28,16 +28,16 @@ from .perceptual import Perceptual, weights_file
 from .pictures import grid_picture
 from .run_folder import begun_data
 from .schedule import TrainConfig
-from .splits import as_begun
+from .splits import as_begun, of_its_time
 from .stopping import what_is_saved
-from .task import Task
+from .task import Split, Task, spread
 from .tracking import TrackConfig
 from .training import train
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
-HELD_OUT_IMAGES = 2000  # evaluated during training; `smalti evaluate` looks at all
+EVALUATED_IMAGES = 2000  # at most, by training; `smalti evaluate` looks at all that are held out
 EVALUATED_PIXELS = 1 << 20  # that an evaluation reconstructs at a time at most
 INITIAL_PIXELS, INITIAL_IMAGES = 1 << 20, 64  # what a tokenizer may start from: so many pixels, of no fewer images
 
@@ -98,6 +98,12 @@ class TokenizerTask(Task):
         if config.init:
             self.tokenizer.start_from(Tokenizer.from_pretrained(config.init))
         self.rows, self.tokens_per_row = len(self.images.train), len(self.tokenizer.grid)
+        judged: dict[Split, ImageDataset | None] = {
+            "validation": self.images.validation,
+            "held_out": self.images.held_out,
+        }
+        self.judged = {split: images for split, images in judged.items() if images is not None}
+        self.evaluated = {split: min(EVALUATED_IMAGES, len(images)) for split, images in self.judged.items()}
         count = min(self.rows, max(INITIAL_IMAGES, INITIAL_PIXELS // (height * width)))
         sample, _ = self.samples(count, config.train.seed, 0)
         self.tokenizer.initialize(self.images.train.batch(sample))
@@ -162,18 +168,22 @@ class TokenizerTask(Task):
         return loss, {**terms, **{f"codebook_{name}": value for name, value in usage.items()}}
 
     def preview(self, model: Any) -> dict[str, np.ndarray]:
-        """Held-out images, each row above its reconstructions, and what the codebook does."""
-        held_out = self.images.held_out
-        count = min(64, len(held_out), images_at_a_time(held_out.image_shape))
-        some = held_out.batch(np.arange(count)).to(model.tokenizer.device)
+        """Images that are not trained on, each row above its reconstructions, and what the codebook does."""
+        images = self.judged[self.watched]
+        count = min(64, len(images), images_at_a_time(images.image_shape))
+        some = images.batch(np.arange(count)).to(model.tokenizer.device)
         return {
-            "reconstructions": reconstruction_picture(model.tokenizer, held_out),
+            "reconstructions": reconstruction_picture(model.tokenizer, images),
             "codebook": self.model.use.picture(model.tokenizer, some),
         }
 
-    def evaluate(self, model: Any) -> dict[str, float]:
-        """PSNR in dB, pixel losses, codebook usage and perplexity on the held-out split."""
-        return evaluate_reconstruction(model.tokenizer, self.images.held_out, HELD_OUT_IMAGES)
+    def evaluate(self, model: Any, split: Split) -> dict[str, float]:
+        """PSNR in dB, pixel losses, codebook usage and perplexity on a split."""
+        return evaluate_reconstruction(model.tokenizer, self.judged[split], EVALUATED_IMAGES)
+
+    def score(self, evaluation: dict[str, float]) -> float | None:
+        """PSNR, if it is pixels that are learned: a critic and LPIPS trade it for looks, which no figure here sees."""
+        return None if self.adversary or self.perceptual else evaluation["psnr"]
 
     def quality(self, evaluation: dict[str, float]) -> str:
         """Of reconstructions."""
@@ -205,7 +215,7 @@ def defaults(given: dict[str, Any]) -> dict[str, Any]:
     if str(given.get("model", {}).get("kind")) == "posthoc" != model["kind"]:
         model = {"kind": "posthoc", "vae": model}
     path = folder / PROVENANCE
-    return {"model": model, "data": read_json(path).get("data", {}) if path.is_file() else {}}
+    return {"model": model, "data": of_its_time(read_json(path).get("data", {})) if path.is_file() else {}}
 
 
 def build_tokenizer(node: dict[str, Any], image_size: tuple[int, int], channels: int) -> Tokenizer:
@@ -228,20 +238,20 @@ def images_at_a_time(image_shape: tuple[int, ...]) -> int:
 
 @torch.inference_mode()
 def evaluate_reconstruction(model: Any, images: ImageDataset, limit: int | None = None) -> dict[str, float]:
-    """Means over the first `limit` images of PSNR (dB), l1 and l2, and usage and perplexity of the ids they use."""
-    count = min(limit or len(images), len(images))
+    """Means of PSNR (dB), l1 and l2, and usage and perplexity of the ids, over `limit` images, evenly spread."""
+    rows = spread(len(images), limit)
     sums: dict[str, float] = {}
     ids = torch.zeros(model.grid.vocab_size, dtype=torch.long, device=model.device)
     size = images_at_a_time(images.image_shape)
-    for start in range(0, count, size):
-        batch = images.batch(np.arange(start, min(start + size, count))).to(model.device)
+    for start in range(0, len(rows), size):
+        batch = images.batch(rows[start : start + size]).to(model.device)
         tokens = model.encode(batch)
         decoded = model.decode(tokens)
         ids += torch.bincount(tokens.flatten(), minlength=model.grid.vocab_size)
         for name, value in {"psnr": psnr(decoded, batch).mean(), **pixel_losses(decoded, batch)}.items():
             sums[name] = sums.get(name, 0.0) + float(value) * len(batch)
     usage = {f"codebook_{name}": float(value) for name, value in codebook_usage(ids).items()}
-    return {name: total / count for name, total in sums.items()} | usage
+    return {name: total / len(rows) for name, total in sums.items()} | usage
 
 
 @torch.inference_mode()
@@ -258,7 +268,7 @@ def reconstruction_picture(model: Any, images: ImageDataset, count: int = 32) ->
 
 def run(config: TrainTokenizerConfig) -> Path:
     """Train, and return the run folder; `tokenizer/` in it is what the next stage wants."""
-    data = as_begun(config.data, begun_data(Path(config.out)) or {})
+    data = as_begun(config.data, begun_data(Path(config.out)))
     config = config.model_copy(update={"data": data})
 
     def build(accelerator: Accelerator) -> Task:

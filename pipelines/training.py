@@ -20,9 +20,10 @@ import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
+from .best import final_weights, keep_if_best
 from .blocks import prepare_blocks
 from .boards import require_installed
-from .checkpoint import STATE, load_state
+from .checkpoint import STATE, load_best, load_state
 from .config import Interrupted, UserError
 from .counters import check_counters
 from .extending import require_alike, told_changes
@@ -32,6 +33,7 @@ from .run_folder import check_folder, claim_folder, identity_of, newest_state
 from .saving import averaged_model, require_room, save
 from .schedule import TrainConfig, adamw, ema_update, learning_rate
 from .sharding import is_sharding, require_shardable, shard
+from .state_shards import Tensors
 from .step import take_step
 from .stopping import Stop, heeded
 from .task import Task
@@ -66,6 +68,12 @@ class Training:
     window: dict[str, list[float]] = field(default_factory=dict)
     """Sum and count of each logged term since the last report: who did not play, or was skipped, has fewer."""
     evaluation: dict[str, float] = field(default_factory=dict)
+    """Figures of the last evaluation."""
+    reported: dict[str, float] = field(default_factory=dict)
+    """Figures of what the run left at its end, on the images held out."""
+    best: dict[str, Any] = field(default_factory=dict)
+    """Step, score and evaluation of the best weights so far, on the main process; see `best`."""
+    best_weights: Tensors | None = None
     pending: list[str] = field(default_factory=list)
     """What was due at the saved step and not done, because the run was told to end."""
     saved_step: int = -1
@@ -76,7 +84,7 @@ class Training:
     stopping: bool = False
     """Whether any process was, which all learn in the same step."""
 
-    COUNTERS = ("minutes", "skipped", "skipped_in_a_row", "window", "evaluation", "pending")
+    COUNTERS = ("minutes", "skipped", "skipped_in_a_row", "window", "evaluation", "reported", "best", "pending")
 
     def counters(self) -> dict[str, Any]:
         """What a resumed run needs besides weights and optimizers."""
@@ -145,8 +153,11 @@ def set_up(task: Task, config: Any, run: Path, accelerator: Accelerator, heartbe
     optimizers = {name: adamw(players, config.train, betas[name]) for name, players in task.players.items()}
     state = newest_state(run, config, accelerator)
     step, counters = load_state(state, model=task.model, ema=averaged, optimizers=optimizers) if state else (0, {})
+    best = None
     if state:
         check_counters(counters, state / STATE)
+        if accelerator.is_main_process:
+            best = load_best(state, averaged.module, expected=bool(counters.get("best")))
     if not sharded:
         task.nets = {name: accelerator.prepare_model(net.to(accelerator.device)) for name, net in task.nets.items()}
         optimizers = {name: accelerator.prepare_optimizer(optimizer) for name, optimizer in optimizers.items()}
@@ -154,7 +165,8 @@ def set_up(task: Task, config: Any, run: Path, accelerator: Accelerator, heartbe
     tracker = Tracker(run, config.track, config.model_dump(mode="json"), accelerator=accelerator, resume_step=logged)
     heartbeat = heartbeat or Heartbeat(run, 0, 1, config.train.timeout)
     return Training(task, config.train, run, accelerator, averaged, optimizers, tracker, heartbeat, Stop(run), sharded,
-                    gathered, step, saved_step=step or -1, identity=identity_of(config), **counters)  # fmt: skip
+                    gathered, step, best_weights=best, saved_step=step or -1, identity=identity_of(config),
+                    **counters)  # fmt: skip
 
 
 def announce(training: Training, changes: list[str]) -> None:
@@ -163,12 +175,16 @@ def announce(training: Training, changes: list[str]) -> None:
     if finished(training) or not accelerator.is_main_process:
         return
     count = sum(p.numel() for p in task.model.parameters())
+    validating = f", {task.evaluated['validation']:,} for validation" if "validation" in task.evaluated else ""
     print(
         f"{training.run}: {f'continuing from step {step}' if step else 'starting'}; {count:,} parameters, "
-        f"{task.rows:,} training rows, {accelerator.num_processes} process(es) on {accelerator.device}, "
+        f"{task.rows:,} training rows{validating}, {accelerator.num_processes} process(es) on {accelerator.device}, "
         f"{accelerator.mixed_precision} mixed precision{', weights sharded' if training.sharded else ''}",
         flush=True,
     )
+    if task.players and task.watched == "held_out":
+        what = "figures while training are of the images held out, and the last weights are kept"
+        print(f"{training.run}: no images for validation: {what}", flush=True)
     if step and changes:
         print(f"{training.run}: {told_changes(changes)}", flush=True)
 
@@ -225,15 +241,19 @@ def fit(training: Training) -> None:
             show(bar, training, record)
         if "evaluate" in due and average is not None:
             beat(training.step, "validate")
-            training.evaluation = training.task.evaluate(average)
-            record |= {f"held_out/{name}": value for name, value in training.evaluation.items()}
+            record |= evaluate(training, average)
+        if progress >= 1 and average is not None:
+            average = final_weights(training, average)
+            if "evaluate" in due:
+                beat(training.step, "validate")
+                record |= judge(training, average)
         if record:
             tracker.log(training.step, record)
         if "preview" in due and average is not None:
             beat(training.step, "preview")
             tracker.images(training.step, training.task.preview(average))
         if "save" in due:
-            save(training, average)
+            save(training, average, progress >= 1)
         if progress >= 1:
             break
         beat(training.step, "train")
@@ -245,9 +265,24 @@ def fit(training: Training) -> None:
     bar.close()
     beat(training.step, "end")
     if progress >= 1:
-        tracker.artifact(training.step, training.evaluation)
+        tracker.artifact(training.step, training.reported)
     if main and not training.unsaved:
         print(f"{training.run}: {told_end(training, progress >= 1, before)}", flush=True)
+
+
+def evaluate(training: Training, average: nn.Module) -> dict[str, float]:
+    """Figures of the averaged weights, by split and name, on validation images if there are any; keeps the best."""
+    split = training.task.watched
+    training.evaluation = training.task.evaluate(average, split)
+    keep_if_best(training, average)
+    return {f"{split}/{name}": value for name, value in training.evaluation.items()}
+
+
+def judge(training: Training, final: nn.Module) -> dict[str, float]:
+    """Figures of what the run leaves, on the images held out, at which nothing has looked while there were others."""
+    known = training.task.watched == "held_out"
+    training.reported = training.evaluation if known else training.task.evaluate(final, "held_out")
+    return {f"held_out/{name}": value for name, value in training.reported.items()}
 
 
 def told_end(training: Training, done: bool, before: bool) -> str:
@@ -256,7 +291,9 @@ def told_end(training: Training, done: bool, before: bool) -> str:
         return f"told to end at step {training.step}; the same command continues"
     task, minutes = training.task, f"{training.minutes:.1f} min"
     trained = f"{training.step:,} steps in {minutes}" if task.players else "nothing to train"
-    quality = task.quality(training.evaluation)
+    if training.best:
+        trained += f", weights of step {training.best['step']:,}"
+    quality = task.quality(training.reported or training.evaluation)
     begin, nothing = ("already finished", "; nothing to do") if before else ("done", "")
     return f"{begin}: {trained}{quality and f', {quality}'}{nothing}; {task.outcome(training.run)}"
 

@@ -85,7 +85,8 @@ def make_tokens(folder: Path, rows: int = 72, kind: str = "vqvae", classes: int 
         return TokenSplit(ids.reshape(count, *grid.shape), labels if classes else None)
 
     names = [f"class {number}" for number in range(classes)]
-    TokenDataset(grid, names, {"train": split(rows), "test": split(24)}, tokenizer, {}).save(folder)
+    splits = {"train": split(rows), "test": split(24), "validation": split(24)}
+    TokenDataset(grid, names, splits, tokenizer, {}).save(folder)
     return folder
 
 

@@ -238,11 +238,13 @@ CHANGED: dict[str, Any] = {
     "steps": 99, "minutes": 5.0, "batch_size": 8, "accumulate": 2, "lr": 0.1, "final_lr": 0.1, "warmup_steps": 1,
     "betas": [0.8, 0.9], "weight_decay": 0.3, "clip": 2.0, "ema_decay": 0.5, "seed": 1, "log_every": 7,
     "preview_every": 7, "evaluate_every": 7, "save_every": 7, "checkpointing": True, "compile": True, "timeout": 5.0,
+    "keep_best": False,
 }  # fmt: skip
 DATA: dict[str, Any] = {
     "source": "elsewhere", "streaming": True, "shuffle_window": 5, "split": "some", "held_out": "others",
     "held_out_fraction": 0.2, "image_size": 14, "channels": 3, "image_column": "picture", "label_column": None,
     "augment": {"shift": 2}, "on_error": "skip", "max_bad_fraction": 0.5, "limit": 60, "cache_mb": 1,
+    "validation_fraction": 0.1,
 }  # fmt: skip
 
 
@@ -282,6 +284,19 @@ def test_what_may_differ_in_the_data(tmp_path, name):
         change = {**base, f"data__{name}": DATA[name] if name != "streaming" else not streaming}
         free = name == "cache_mb" or (streaming and name in ("on_error", "max_bad_fraction"))
         assert refused(tmp_path / "run", config_of(tmp_path / "run", **base), **change) == (not free)
+
+
+def test_a_run_of_an_earlier_version_may_go_on_without_images_for_validation(tmp_path):
+    """And not with them: it was trained on all."""
+    now = config_of(tmp_path / "run", data__validation_fraction=0)
+    (tmp_path / "run").mkdir()
+    then = to_yaml(now).replace("  validation_fraction: 0.0\n", "").replace("  keep_best: true\n", "")
+    assert "validation" not in then and "keep_best" not in then
+    (tmp_path / "run" / "config.yaml").write_text(then)
+    assert check_folder(tmp_path / "run", now) == []
+    for fraction in (0.1, None):
+        with pytest.raises(UserError, match="data.validation_fraction: 0.0 -> "):
+            check_folder(tmp_path / "run", config_of(tmp_path / "run", data__validation_fraction=fraction))
 
 
 def test_a_refused_change_names_the_way_that_there_is(tmp_path, train):

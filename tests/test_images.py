@@ -6,6 +6,7 @@ import shutil
 import struct
 import zlib
 from importlib.util import find_spec
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +19,8 @@ from PIL import Image
 from pipelines.augment import AugmentConfig, affine_grid, augment_images, uniforms
 from pipelines.config import UserError
 from pipelines.images import DataConfig, ImageDataset, carve, load_images, to_float, to_uint8
+from pipelines.sources import Rows
+from pipelines.splits import as_begun, validation_count
 from pipelines.stamps import FileChanged
 from tokenizer.reading import ReadOnce
 
@@ -189,17 +192,15 @@ def test_rotation_and_zoom_reach_their_limits_without_shear():
 
 @needs_digits
 def test_digits_are_divided_balanced_and_disjoint():
-    splits = load_images(DataConfig())
-    assert (len(splits.train), len(splits.held_out)) == (4000, 1000)
+    splits = load_images(DataConfig(validation_fraction=0))
+    assert (len(splits.train), len(splits.held_out), splits.validation) == (4000, 1000, None)
     assert splits.train.labels.bincount().tolist() == [400] * 10
     assert splits.held_out.labels.bincount().tolist() == [100] * 10
-    train, held_out = (
-        {p.numpy().tobytes() for p in part.pixels(range(len(part)))} for part in (splits.train, splits.held_out)
-    )
+    train, held_out = (set(identities(part)) for part in (splits.train, splits.held_out))
     assert not train & held_out
     assert splits.train.class_names == list("0123456789") and splits.train.image_shape == (1, 28, 28)
     assert not torch.equal(splits.train.labels[:10], splits.train.labels[10:20])  # shuffled within each ten
-    small = load_images(DataConfig(limit=50, image_size=[14, 20], channels=3))
+    small = load_images(DataConfig(limit=50, image_size=[14, 20], channels=3, validation_fraction=0))
     assert small.train.labels.bincount().tolist() == [5] * 10 and len(small.held_out) == 50
     assert small.train.pixels([0]).shape == (1, 3, 14, 20)
     assert torch.equal(small.train.labels, splits.train.labels[:50])
@@ -363,12 +364,75 @@ def test_tables_have_splits_for_validation(tmp_path, capsys, streaming):
         load_images(config(tmp_path, streaming=streaming, held_out="val"))
 
 
+def identities(images):
+    """What tells each image from others."""
+    return [pixels.numpy().tobytes() for pixels in images.pixels(range(len(images)))]
+
+
 @pytest.mark.parametrize("size", [2, 3, 10, 1001])
-@pytest.mark.parametrize("fraction", [0.001, 0.1, 0.5])
-def test_carving_is_a_partition(size, fraction):
-    kept, held_out = carve(size, fraction)
-    assert sorted([*kept, *held_out]) == list(range(size))
-    assert len(held_out) == max(1, round(size * fraction))
+def test_carving_is_a_partition(size):
+    rows = Rows(size, lambda _: [], None)
+    counts = [0, 1, size // 3, size - 1, size]
+    alone = {count: carve(rows, count, 0)["held_out"].tolist() for count in counts}
+    for held_out, validation in product(counts, counts):
+        parts = carve(rows, held_out, validation)
+        assert list(parts) == ["train", "validation", "held_out"]
+        assert sorted(np.concatenate(list(parts.values()))) == list(range(size))
+        assert parts["held_out"].tolist() == alone[held_out]  # whatever is kept for validation
+        assert all(np.array_equal(part, np.sort(part)) for part in parts.values())
+        if held_out + validation <= size:
+            assert len(parts["validation"]) == validation
+            assert set(parts["validation"]) <= set(carve(rows, 0, min(size, validation + 1))["validation"])
+
+
+# Images for validation
+
+
+@pytest.mark.parametrize(
+    ("size", "fraction", "expected"),
+    [(4000, None, 200), (60_000, None, 2000), (1_281_167, None, 2000), (200, None, 10), (180, None, 0), (7, None, 0),
+     (60_000, 0.1, 6000), (7, 0.01, 1), (7, 0, 0), (4000, 0.0, 0)],
+)  # fmt: skip
+def test_how_many_images_are_for_validation(size, fraction, expected):
+    assert validation_count(size, fraction) == expected
+
+
+@needs_digits
+def test_images_for_validation_are_training_images_that_are_not_trained_on():
+    every = load_images(DataConfig(validation_fraction=0))
+    splits = load_images(DataConfig())
+    assert (len(splits.train), len(splits.validation), len(splits.held_out)) == (3800, 200, 1000)
+    train, validation, held_out = (identities(splits.named()[name]) for name in ("train", "validation", "held_out"))
+    assert sorted(train + validation) == sorted(identities(every.train)) and not set(train) & set(validation)
+    assert held_out == identities(every.held_out)
+    assert splits.validation.labels.bincount().min() > 5
+    again = load_images(DataConfig(limit=30, augment={"shift": 2}, image_size=28))  # none of which chooses others
+    assert identities(again.validation) == validation[:30] and identities(again.train) == train[:30]
+    more = load_images(DataConfig(validation_fraction=0.1)).validation
+    assert set(validation) <= set(identities(more)) and len(more) == 400
+
+
+def test_images_for_validation_do_not_depend_on_what_is_held_out(tmp_path):
+    split_set(tmp_path, "train", "test")
+    found = [
+        identities(load_images(config(tmp_path, validation_fraction=0.2, **options)).validation)
+        for options in ({}, {"held_out": "test"}, {"limit": 5})
+    ]
+    assert len(found[0]) == 2 and found[1:] == [found[0]] * 2
+    (tmp_path / "test").rename(tmp_path / "other")
+    assert identities(load_images(config(tmp_path, validation_fraction=0.2)).validation) == found[0]
+    assert load_images(config(tmp_path)).validation is None  # of ten images, none is spared
+    with pytest.raises(UserError, match="no images for 'train'"):
+        load_images(config(tmp_path, validation_fraction=0.95))
+
+
+@pytest.mark.parametrize(
+    ("before", "given", "expected"),
+    [({}, None, 0.0), ({"validation_fraction": 0.0}, None, 0.0), ({"validation_fraction": None}, None, None),
+     ({"validation_fraction": 0.1}, None, None), ({}, 0.1, 0.1), (None, None, None)],
+)  # fmt: skip
+def test_what_began_without_images_for_validation_goes_on_without(before, given, expected):
+    assert as_begun(DataConfig(validation_fraction=given), before).validation_fraction == expected
 
 
 def test_one_image_can_not_be_divided(tmp_path):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from importlib.util import find_spec
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,8 +14,10 @@ from PIL import Image
 from small import make_prior, make_tokenizer
 
 from pipelines import ImagePipeline
+from pipelines import evaluate as evaluation
 from pipelines.__main__ import main
-from pipelines.card import FIGURES
+from pipelines.card import COUNTS, FIGURES
+from pipelines.evaluate import EvaluateConfig, evaluate_samples
 from pipelines.images import DataConfig, load_images
 from pipelines.quality import (
     FEATURES,
@@ -354,7 +357,15 @@ def test_all_figures_are_written_printed_and_on_the_card(
         value = figures[name]
         label = FIGURES[name].format(space="classifier-64")
         bound = "at most " * (name in ("bits_per_dim", "prior_bits_per_dim") and not pipe.prior.exact)
-        assert f"| {label} | {bound}{value if isinstance(value, str) else format(value, '.4g')} |" in card
+        count = figures.get(COUNTS.get(name, ""))
+        of = f", of {count:,}" if count else ""
+        assert f"| {label} | {bound}{value if isinstance(value, str) else format(value, '.4g')}{of} |" in card
+    held_out = len(load_images(config).held_out)
+    assert figures["num_images"] == held_out == figures["ssim_images"] and f"{held_out} images" in text
+    assert f"| {FIGURES['psnr']} | {figures['psnr']:.4g}, of {held_out} |" in card
+    assert ("order_spread" in figures) == pipe.prior.any_order == ("spread over orders" in text)
+    if num_classes:
+        assert (figures["num_samples"], figures["class_agreement_images"]) == (30, held_out)
     if tokenizer == "pixels":
         assert figures["bits_per_dim"] == pytest.approx(figures["prior_bits_per_dim"] + figures["pixel_bits_per_dim"])
         assert ("<= " if not pipe.prior.exact else "") + f"{figures['bits_per_dim']:.3f}" in text
@@ -372,6 +383,57 @@ def test_bits_per_dim_is_the_pipelines(tmp_path):
     figures, _, _ = evaluate(tmp_path, "num_samples=0")
     assert figures["bits_per_dim"] == pytest.approx(float(bits.mean()), rel=1e-6)
     assert figures["bits_per_dim_error"] == pytest.approx(float(bits.std()) / len(bits) ** 0.5, rel=0.05)
+
+
+def test_figures_of_some_images_say_of_how_many(tmp_path, monkeypatch):
+    config = write_set(tmp_path / "images")
+    pipe = save_pipeline(tmp_path, config, "pixels", "masked", 2)
+    held_out = load_images(config).held_out
+    monkeypatch.setattr("pipelines.evaluate.SOME", 7)
+    monkeypatch.setattr("pipelines.evaluate.FEW", 5)
+    figures, text, card = evaluate(tmp_path, "num_samples=20")
+    counts = {name: figures[name] for name in set(COUNTS.values())}
+    assert counts == {"num_images": len(held_out), "ssim_images": 7, "class_agreement_images": 7, "num_samples": 20,
+                      "order_spread_images": 5}  # fmt: skip
+    lines = {line.split("  ")[0].strip() or line.split("  ")[1]: line for line in text.splitlines()}
+    assert "7 images" in lines["SSIM"] and "5 images" in lines["spread over orders"]
+    assert "of 20 samples; 7 real held-out images" in lines["class agreement"]
+    assert f", of {len(held_out)} |" in card and ", of 7 |" in card and ", of 20 |" in card and ", of 5 |" in card
+    some = shuffled(len(held_out))[:5]
+    spread = pipe.prior.order_spread(pipe.encode(held_out.batch(some)), held_out.labels[some])
+    assert figures["order_spread"] == pytest.approx(float(spread.double().mean()), rel=1e-6)
+
+
+def test_the_clock_waits_for_the_last_image(tmp_path, monkeypatch):
+    """On a GPU, a call returns before its work is done: it is when its result is fetched."""
+    config = write_set(tmp_path / "images")
+    pipe = save_pipeline(tmp_path, config, "vqvae", "marginal", 0)
+    clock = [0.0]
+
+    class Late(torch.Tensor):
+        """Images that are ready, ten seconds later, on whatever asks for them on the CPU."""
+
+        def cpu(self):
+            clock[0] += 10.0
+            return self.as_subclass(torch.Tensor)
+
+    monkeypatch.setattr("pipelines.evaluate.time.monotonic", lambda: clock[0])
+    drawn = torch.zeros(20, *config.image_shape).as_subclass(Late)
+    monkeypatch.setattr(ImagePipeline, "__call__", lambda self, **_: SimpleNamespace(images=drawn))
+    monkeypatch.setattr("pipelines.evaluate.LEAST", 1000)
+    asked = EvaluateConfig(pipeline="", data=config, num_samples=20)
+    figures, _ = evaluate_samples(pipe, load_images(config), asked, None)
+    assert figures["samples_per_second"] == 2.0
+
+
+def test_the_report_names_the_device_that_was_measured(tmp_path, monkeypatch):
+    """It is made before the weights go to the CPU, for the card."""
+    save_pipeline(tmp_path, write_set(tmp_path / "images"), "vqvae", "marginal", 2)
+    events, to, table = [], ImagePipeline.to, evaluation.table
+    monkeypatch.setattr(ImagePipeline, "to", lambda self, **place: (events.append("moved"), to(self, **place))[1])
+    monkeypatch.setattr(evaluation, "table", lambda *given: (events.append("reported"), table(*given))[1])
+    evaluate(tmp_path, "num_samples=5")
+    assert events[-2:] == ["reported", "moved"]
 
 
 @pytest.mark.parametrize("options", [["num_samples=9"], ["num_samples=0"], ["data.limit=9"]])

@@ -207,8 +207,12 @@ FORGED = [
     ({"pending": ["sing"]}, "pending"),
     ({"pending": 5}, "pending"),
     ({"strange": 1}, "'strange' is not known to this version"),
+    ({"reported": ["psnr"]}, "reported"),
+    ({"best": 3}, "best"),
+    ({"best": {"step": 3, "score": None, "evaluation": {}}}, "best"),
+    ({"best": {}}, "best.safetensors: unexpected"),
 ]
-AT_ONCE = (0, 4, 6, 14)
+AT_ONCE = (0, 4, 6, 14, 17, 18)
 """Which of them are tried every time; the others are among the slow tests."""
 
 

@@ -41,10 +41,11 @@ from small import make_tokenizer
 from pipelines import image_shards, parquet_shards, shard_sources, tar_shards
 from pipelines.bad_images import REPORT, read_report
 from pipelines.config import UserError
-from pipelines.images import DataConfig, Splits, load_images, to_float
+from pipelines.images import DataConfig, Splits, carve, load_images, to_float
 from pipelines.schedule import TrainConfig
+from pipelines.sources import Rows
 from pipelines.stamps import FileChanged
-from pipelines.streaming import ShardOrder, carve_blocks
+from pipelines.streaming import ShardOrder, drawn_by_blocks
 from pipelines.tar_index import Member, TarError, scan
 from pipelines.task import Task
 from pipelines.train_tokenizer import TokenizerTask
@@ -151,13 +152,13 @@ def test_blocks_are_read_once_and_few_at_a_time():
 
 
 def test_resuming_reads_nothing_of_what_came_before(tmp_path, monkeypatch):
-    train = load(write_shards(tmp_path, "parquet", rows_of(200), 4), shuffle_window=20, held_out_fraction=0.001).train
+    train = load(write_shards(tmp_path, "parquet", rows_of(200), 4), shuffle_window=20, held_out_fraction=0.005).train
     read: list[Any] = []
     monkeypatch.setattr(train._rows.read.__self__, "load", lambda number, load=train._rows.read.__self__.load: (
         read.append(number), load(number))[1])  # fmt: skip
     indices, _ = train.samples(8, 0, 15)
     train.pixels(indices)
-    assert len(read) == len(set(read)) <= 8 and len(train) == 199
+    assert len(read) == len(set(read)) <= 8 and len(train) == 189
     train.pixels(indices)
     assert len(read) <= 8  # kept
 
@@ -165,11 +166,33 @@ def test_resuming_reads_nothing_of_what_came_before(tmp_path, monkeypatch):
 @pytest.mark.parametrize("fraction", [0.001, 0.1, 0.5])
 def test_carving_is_a_partition_by_blocks(fraction):
     for blocks in (np.array([0, 7]), np.arange(0, 1001, 10), np.cumsum([0, 3, 1, 200, 40])):
-        kept, held_out = carve_blocks(blocks, fraction)
-        assert sorted([*kept, *held_out]) == list(range(blocks[-1]))
-        assert len(held_out) == max(1, round(blocks[-1] * fraction))
-        cut = [b for a, b in pairwise(blocks) if 0 < np.isin(np.arange(a, b), held_out).sum() < b - a]
-        assert len(cut) <= 1
+        size = int(blocks[-1])
+        count = max(1, round(size * fraction))
+        parts = carve(Rows(size, lambda _: [], None, None, blocks), count, count)
+        assert sorted(np.concatenate(list(parts.values()))) == list(range(size))
+        assert len(parts["held_out"]) == count == len(carve(Rows(size, lambda _: [], None), count, 0)["held_out"])
+        for part in ("held_out", "validation"):
+            assert len(parts[part]) == min(count, size - count * (part == "validation"))
+            cut = [b for a, b in pairwise(blocks) if 0 < np.isin(np.arange(a, b), parts[part]).sum() < b - a]
+            assert len(cut) <= 1
+
+
+def test_blocks_come_whole_in_an_order_of_their_own():
+    blocks = np.cumsum([0, 3, 1, 200, 40, 7])
+    order = drawn_by_blocks(blocks)
+    assert sorted(order) == list(range(251)) and order.tolist() != list(range(251))
+    places = np.argsort(order)
+    assert all((np.diff(places[begin:end]) == 1).all() for begin, end in pairwise(blocks))
+
+
+def test_images_for_validation_are_carved_by_blocks(tmp_path):
+    path = write_shards(tmp_path, "tar", rows_of(60), 6)
+    splits = load(path, validation_fraction=0.25, held_out_fraction=0.2)
+    parts = {name: identities(part.pixels(range(len(part)))) for name, part in splits.named().items()}
+    assert {name: len(part) for name, part in parts.items()} == {"train": 33, "validation": 15, "held_out": 12}
+    assert sorted(sum(parts.values(), [])) == list(range(60))
+    whole = load(path, validation_fraction=0, held_out_fraction=0.2)
+    assert identities(whole.held_out.pixels(range(12))) == parts["held_out"] and whole.validation is None
 
 
 # What is read

@@ -361,7 +361,8 @@ def test_metrics(runs, stage, own, held_out):
     lines = metrics(runs[stage])
     assert [line["step"] for line in lines] == [2, 4, 6, 8, 10, 12]
     for line in lines:
-        evaluated = {f"held_out/{name}" for name in held_out} if line["step"] in (4, 8, 12) else set()
+        evaluated = {f"validation/{name}" for name in held_out} if line["step"] in (4, 8, 12) else set()
+        evaluated |= {f"held_out/{name}" for name in held_out} if line["step"] == 12 else set()
         assert set(line) == {"step"} | KEYS | own | evaluated
         assert all(math.isfinite(value) for value in line.values())
     if stage == "tokenizer":
@@ -407,7 +408,9 @@ def test_the_tokenizer_that_is_saved_is_the_one_that_was_evaluated(runs):
                          {k: v for k, v in sorted(average.items()) if k.startswith("module.tokenizer.")})  # fmt: skip
     facts = json.loads((run / "tokenizer" / "provenance.json").read_text())
     assert facts["tokenizer"]["steps"] == 12 and facts["data"]["limit"] == 72
-    assert facts["tokenizer"]["evaluation"] == found
+    validated = {f"validation_{name}": last[f"validation/{name}"] for name in found}
+    assert facts["tokenizer"]["evaluation"] == found | validated and facts["tokenizer"]["best_step"] == 12
+    assert facts["tokenizer"]["images"] == {"validation": 72, "held_out": 72}
 
 
 def test_the_pipeline_that_is_saved_is_the_one_that_was_evaluated(runs, tokens):
