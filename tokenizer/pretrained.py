@@ -175,7 +175,7 @@ class PretrainedModel(Named, nn.Module):
             member: Any = cls.find(kind)
             if not issubclass(member, cls):
                 raise ConfigError(f"kind: holds a {kind!r}, not a {cls.name!r}")
-            config = member.Config.from_dict(data)
+            config = member.Config.from_saved(data)
         except ConfigError as error:
             raise ConfigError(f"{place}: {error}") from error
         expected = expected_weights(lambda: member(config), place)
