@@ -97,9 +97,10 @@ def task_of_pictures(folder: Path, side: int, levels: int) -> Task:
     def batch(generator: Any) -> Any:
         return learned[torch.randint(len(learned), (16,), generator=generator)]
 
-    figures = {"kept aside": aside, "held out": held_out}
-    return Task(pixels.grid, batch, {name: lambda model, part=part: float(bits(model, part).mean())
-                                     for name, part in figures.items()})  # fmt: skip
+    def mean_bits(tokens: Any) -> Callable[[Any], float]:
+        return lambda model: float(bits(model, tokens).mean())
+
+    return Task(pixels.grid, batch, {"kept aside": mean_bits(aside), "held out": mean_bits(held_out)})
 
 
 def bits(model: Any, tokens: Any) -> Any:

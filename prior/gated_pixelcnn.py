@@ -4,6 +4,9 @@ van den Oord et al. 2016, "Conditional Image Generation with PixelCNN Decoders" 
 2: the vertical stack sees all rows above and no masks are needed; the horizontal stack sees the current row to the left
 and, through a 1x1 convolution, the vertical stack. Units are gated, y = tanh(a) * sigmoid(b), and the class is added
 inside the gates of both stacks (eq. 4). The first layer leaves out the position to be predicted, hence has no residual.
+
+Channels are rows of the grid, and masks between them come out of the order; what differs from the paper's says
+`prior.pixelcnn`. Both stacks are told the row in every gate (`row_embedding`).
 """
 
 from __future__ import annotations
@@ -158,7 +161,8 @@ class LayerCache:
             before[..., : before.shape[-1] // 2].tanh_()
             self.rows.row.copy_(F.glu(before))  # glu: the first half times sigmoid of the second
         row_above, row = next(self.row_biases)
-        vertical = torch.mm(self.rows.patches(), self.weight_above).view_as(self.above).add_(self.bias_above + row_above)
+        vertical = torch.mm(self.rows.patches(), self.weight_above).view_as(self.above)
+        vertical += self.bias_above + row_above
         torch.mm(vertical.flatten(0, 1), self.across, out=self.above.flatten(0, 1))
         self.above += self.bias + row
         if before is None:

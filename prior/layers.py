@@ -40,9 +40,10 @@ class RowsConfig(RasterConfig):
     """What convolutions that have no other notion of where they are may be told."""
 
     row_embedding: bool = setting(
-        True, "tell each layer the row, by a learned vector: where rows are channels or levels, what it paints",
+        True,
+        "tell each layer its row, by a learned bias: what is painted, where rows are channels or levels",
         before=False,
-    )  # fmt: skip
+    )
 
 
 class RowBias(nn.Module):

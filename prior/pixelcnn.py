@@ -4,6 +4,13 @@ van den Oord et al. 2016, "Pixel Recurrent Neural Networks" (arXiv 1601.06759), 
 convolution of type A, then residual blocks of type B (1x1, k x k, 1x1), then two 1x1 layers. A stack of masked k x k
 convolutions never sees a wedge to the upper right of each position, whatever its depth: its blind spot (van den Oord et
 al. 2016b, fig. 1), which `receptive_field` spells out and `gated_pixelcnn` does not have.
+
+The paper has the channels of a pixel side by side and masks the one from the other. Here they are rows of the grid, one
+below the other (`tokenizer.pixels`), and the same dependencies come out of the raster order: green sees the red of its
+pixel, blue sees both. The differences: a whole row is painted in red, then in green, then in blue, so red sees no green
+or blue to its left, and green sees the red to its right; all channels share one kernel, and a bias of each row
+(`row_embedding`, with the label's in every layer) tells them apart; a kernel of k rows covers k / 3 rows of the image,
+so that an image in colour wants deeper stacks or larger kernels than a grey one.
 """
 
 from __future__ import annotations

@@ -16,9 +16,10 @@ from tokenizer.storage import write_json
 ROOT = Path(__file__).parents[1]
 HAVE_A_CHOICE = ("pixelcnn", "gated_pixelcnn")
 both = pytest.mark.parametrize("name", HAVE_A_CHOICE)
+RVQ = {"kind": "rvq", "depth": 2, "book": {"kind": "ema", "codes": 8, "dim": 4}}
 LAYOUTS = {
     "channels": lambda: make_tokenizer("pixels", (6, 4)),
-    "levels": lambda: make_tokenizer("vqvae", (40, 16), quantizer={"kind": "rvq", "depth": 2, "book": {"kind": "ema", "codes": 8, "dim": 4}}),
+    "levels": lambda: make_tokenizer("vqvae", (40, 16), quantizer=RVQ),
 }
 
 
@@ -88,8 +89,14 @@ def test_channels_of_a_pixel_see_those_before_them(name):
 
 SIZES = {"dim": 2, "depth": 1, "first_kernel": 3, "kernel": 3, "head": 2}
 OLD_CONFIG = {"grid": {"shape": [3, 4], "vocab_size": 5}, "num_classes": 2, "tokenizer": "", "order": "raster", **SIZES}
-LAYER = {"across.weight": (4, 4), "horizontal.bias": (4,), "horizontal_label.weight": (3, 4), "out.weight": (2, 2),
-         "vertical.bias": (4,), "vertical_label.weight": (3, 4)}  # fmt: skip
+LAYER = {
+    "across.weight": (4, 4),
+    "horizontal.bias": (4,),
+    "horizontal_label.weight": (3, 4),
+    "out.weight": (2, 2),
+    "vertical.bias": (4,),
+    "vertical_label.weight": (3, 4),
+}
 OLD_WEIGHTS = {
     "pixelcnn": {
         "blocks.0.conv.bias": (2,),
@@ -126,15 +133,39 @@ OLD_FINGERPRINTS = {
     "gated_pixelcnn": "4c52bea2ab2e179af7714234362c406772e468370e83d37093e914eb1dc36da9",
 }
 OLD_LOG_PROBS = {
-    "pixelcnn": [-1.31618, -3.17518, -0.8287, -2.31245, -2.05158, -1.44451, -2.85612, -0.95447, -2.3501, -1.91759,
-                 -1.41454, -3.25517],
-    "gated_pixelcnn": [-2.11067, -1.67375, -1.24306, -1.85384, -1.41106, -2.11296, -1.67388, -1.24211, -1.85865,
-                       -1.41244, -2.11158, -1.67378],
-}  # fmt: skip
+    "pixelcnn": [
+        -1.31618,
+        -3.17518,
+        -0.8287,
+        -2.31245,
+        -2.05158,
+        -1.44451,
+        -2.85612,
+        -0.95447,
+        -2.3501,
+        -1.91759,
+        -1.41454,
+        -3.25517,
+    ],
+    "gated_pixelcnn": [
+        -2.11067,
+        -1.67375,
+        -1.24306,
+        -1.85384,
+        -1.41106,
+        -2.11296,
+        -1.67388,
+        -1.24211,
+        -1.85865,
+        -1.41244,
+        -2.11158,
+        -1.67378,
+    ],
+}
 
 
 def old_folder(name, folder):
-    """A prior's folder as it was written before `row_embedding` was a setting, with weights that are exact fractions."""
+    """A prior's folder as it was written before `row_embedding` was a setting; its weights are exact fractions."""
     folder.mkdir()
     write_json(folder / "config.json", {"kind": name, **OLD_CONFIG})
     weights = {}

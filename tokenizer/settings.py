@@ -97,8 +97,8 @@ class ModelConfig:
 
     @classmethod
     def from_saved(cls, data: dict[str, Any]) -> ModelConfig:
-        """`from_dict` of what `to_dict` gave, maybe before some settings were there. Those nested in a `{kind: ...}` node
-        have their default."""
+        """`from_dict` of what `to_dict` gave, maybe before some settings were there (those of a nested `{kind: ...}`
+        node have their default)."""
         befores = {field.name: field.metadata.get("before", REQUIRED) for field in dataclasses.fields(cls)}
         return cls.from_dict({**{name: was for name, was in befores.items() if was is not REQUIRED}, **data})
 
