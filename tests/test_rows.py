@@ -3,8 +3,10 @@
 import importlib.util
 from pathlib import Path
 
+import launch
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 from costs import all_steps
 from safetensors.torch import save_file
 from small import PRIORS, make_prior, make_tokenizer
@@ -197,6 +199,27 @@ def test_a_new_model_is_told_and_says_so(name, tmp_path):
     loaded, tokens = Prior.from_pretrained(tmp_path / "prior"), torch.randint(5, (2, 3, 4))
     assert loaded.config.row_embedding and torch.equal(loaded(tokens), model(tokens))
     assert loaded.fingerprint() == model.fingerprint()
+
+
+def test_a_run_that_was_begun_before_goes_on_as_it_was(tmp_path, monkeypatch):
+    """Its states have no rows, and its configuration says nothing of them."""
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    run, tokens = tmp_path / "run", launch.make_tokens(tmp_path / "tokens")
+    model = {"kind": "pixelcnn", "dim": 8, "depth": 1}
+
+    def train(steps, **more):
+        AcceleratorState._reset_state(reset_partial_state=True)
+        launch.train_prior(run, tokens, model={**model, **more}, train__steps=steps)
+
+    train(2, row_embedding=False)
+    lines = (run / "config.yaml").read_text().splitlines(keepends=True)
+    then = [line for line in lines if "row_embedding" not in line]
+    assert len(then) == len(lines) - 1
+    (run / "config.yaml").write_text("".join(then))
+    for steps in (4, 6):
+        train(steps)
+        assert launch.states(run)[-1].name == f"step-{steps:08d}"
+        assert not Prior.from_pretrained(run / "pipeline" / "prior").config.row_embedding
 
 
 @pytest.mark.slow

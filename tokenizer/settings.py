@@ -99,8 +99,13 @@ class ModelConfig:
     def from_saved(cls, data: dict[str, Any]) -> ModelConfig:
         """`from_dict` of what `to_dict` gave, maybe before some settings were there (those of a nested `{kind: ...}`
         node have their default)."""
-        befores = {field.name: field.metadata.get("before", REQUIRED) for field in dataclasses.fields(cls)}
-        return cls.from_dict({**{name: was for name, was in befores.items() if was is not REQUIRED}, **data})
+        return cls.from_dict({**cls.befores(), **data})
+
+    @classmethod
+    def befores(cls) -> dict[str, Any]:
+        """What models did before there was a setting, where there is one of which that is known."""
+        known = {field.name: field.metadata.get("before", REQUIRED) for field in dataclasses.fields(cls)}
+        return {name: before for name, before in known.items() if before is not REQUIRED}
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> ModelConfig:

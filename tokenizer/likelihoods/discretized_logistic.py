@@ -46,8 +46,8 @@ class DiscretizedLogistic(Likelihood, name="discretized_logistic"):
     def mean(self, parameters: Tensor) -> Tensor:
         """The mixture's means, clamped, `(B, C, H, W)` in [-1, 1]: of green given that of red, of blue given both.
 
-        Not quite the expected image, as black and white take the tails: of trained decoders, by one grey level at most
-        on average.
+        Not quite the expected image: black and white take the tails, so that wide logistics near them have another
+        mean; and green is linear in the true red, but not once it is clamped.
         """
         found: list[Tensor] = []
         for channel in range(self.channels):
