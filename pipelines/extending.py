@@ -12,6 +12,7 @@ from tokenizer.storage import PipelineLoadError, read_json
 
 from .checkpoint import STATE
 from .config import UserError, difference
+from .nodes import as_saved, node_of
 from .splits import of_its_time
 
 END, RHYTHM = ("steps", "minutes"), ("log_every", "preview_every", "evaluate_every", "save_every")
@@ -22,9 +23,16 @@ STREAMED = {"data": ("on_error", "max_bad_fraction")}
 
 
 def settings(given: dict[str, Any], config: Any) -> dict[str, Any]:
-    """A configuration with what was so, by default, of settings that did not exist when the run was begun."""
+    """A configuration with what was so, by default, before there were settings that it lacks."""
+    marks = {name: node_of(field) for name, field in type(config).model_fields.items()}
+    saved = {
+        name: as_saved(mark.load(), given[name])
+        for name, mark in marks.items()
+        if mark and isinstance(given.get(name), dict)
+    }
     if isinstance(data := given.get("data"), dict):
-        given = {**given, "data": of_its_time(data)}
+        saved["data"] = of_its_time(data)
+    given = {**given, **saved}
     try:
         return type(config).model_validate(given).model_dump(mode="json")
     except ValidationError:  # of another version, or stage: the difference will tell

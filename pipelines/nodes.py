@@ -54,6 +54,13 @@ def node_of(field: FieldInfo) -> ModelNode | None:
     return next((mark for mark in field.metadata if isinstance(mark, ModelNode)), None)
 
 
+def as_saved(family: Any, node: Data) -> Data:
+    """`node`, with what was done before there was a setting where it lacks that; an unknown kind is left as it is."""
+    if node.get("kind") not in family.available():
+        return node
+    return {**family.find(node["kind"]).Config.befores(), **node}
+
+
 def completed(family: Any, node: Data) -> Data:
     """`node` on top of the defaults of its kind, nested nodes too; an unknown kind is left as it is."""
     if node.get("kind") not in family.available():

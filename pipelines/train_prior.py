@@ -18,6 +18,7 @@ from tokenizer import TokenGrid
 from .augment import uniforms
 from .config import Config, ModelNode, UserError, run_command
 from .generation import ImagePipeline
+from .run_folder import begun_data
 from .schedule import TrainConfig
 from .shuffle import permuted_blocks
 from .stopping import what_is_saved
@@ -209,8 +210,22 @@ def log_probs(model: Any, split: TokenSplit, rows: np.ndarray, num_orders: int =
     return torch.cat(found)
 
 
+def as_begun(config: TrainPriorConfig) -> TrainPriorConfig:
+    """The configuration of a run that goes on: its model does what it did before there was a setting.
+
+    A configuration that was read does not tell what was asked for from a default, so the run's own answer holds.
+    """
+    then = begun_data(Path(config.out), "model") or {}
+    if then.get("kind") != config.model["kind"]:  # there is no run, or it will be refused
+        return config
+    befores = Prior.find(config.model["kind"]).Config.befores()
+    answers = {name: then.get(name, before) for name, before in befores.items()}
+    return config.model_copy(update={"model": {**config.model, **answers}})
+
+
 def run(config: TrainPriorConfig) -> Path:
     """Train, and return the run folder; `pipeline/` in it is what `from_pretrained` wants."""
+    config = as_begun(config)
 
     def build(accelerator: Accelerator) -> Task:
         return PriorTask(config)

@@ -4,6 +4,9 @@ van den Oord et al. 2016, "Conditional Image Generation with PixelCNN Decoders" 
 2: the vertical stack sees all rows above and no masks are needed; the horizontal stack sees the current row to the left
 and, through a 1x1 convolution, the vertical stack. Units are gated, y = tanh(a) * sigmoid(b), and the class is added
 inside the gates of both stacks (eq. 4). The first layer leaves out the position to be predicted, hence has no residual.
+
+Channels are rows of the grid, and masks between them come out of the order; what differs from the paper's says
+`prior.pixelcnn`. Both stacks are told the row in every gate (`row_embedding`).
 """
 
 from __future__ import annotations
@@ -19,11 +22,11 @@ from torch import Tensor, nn
 from tokenizer.pretrained import setting
 
 from .base import Prior
-from .layers import CausalConv2d, MapRows, RasterConfig, odd_kernels, pack, see
+from .layers import CausalConv2d, MapRows, RowBias, RowsConfig, odd_kernels, pack, see
 
 
 @dataclass(frozen=True, kw_only=True)
-class GatedPixelCNNConfig(RasterConfig):
+class GatedPixelCNNConfig(RowsConfig):
     """Sizes of the network."""
 
     dim: int = setting(64, "channels of each stack", ge=1, le=8192)
@@ -48,22 +51,23 @@ class Layer(nn.Module):
     """One layer of both stacks, on maps `(B, H, W, C)`. The vertical map's row i knows of rows above i only, so all
     layers but the first look at its row i, too."""
 
-    def __init__(self, inputs: int, dim: int, size: int, num_classes: int, *, first: bool) -> None:
+    def __init__(self, config: GatedPixelCNNConfig, inputs: int, size: int, *, first: bool) -> None:
         super().__init__()
-        reach, self.first = size // 2, first
+        dim, reach, self.first = config.dim, size // 2, first
         self.vertical = CausalConv2d(inputs, 2 * dim, (-reach, -1 if first else 0), (-reach, reach))
         self.horizontal = CausalConv2d(inputs, 2 * dim, (0, 0), (-reach, -1 if first else 0))
         self.across = nn.Linear(2 * dim, 2 * dim, bias=False)
         self.out = nn.Linear(dim, dim, bias=False)
-        self.vertical_label = nn.Embedding(num_classes + 1, 2 * dim)  # the last is the null class
-        self.horizontal_label = nn.Embedding(num_classes + 1, 2 * dim)
+        self.vertical_label = nn.Embedding(config.num_classes + 1, 2 * dim)  # the last is the null class
+        self.horizontal_label = nn.Embedding(config.num_classes + 1, 2 * dim)
+        self.vertical_row, self.horizontal_row = RowBias(config, 2 * dim), RowBias(config, 2 * dim)
         nn.init.zeros_(self.vertical_label.weight)
         nn.init.zeros_(self.horizontal_label.weight)
 
     def forward(self, vertical: Tensor, horizontal: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         """Both stacks' maps to the vertical one before its gate and the horizontal one."""
-        above = self.vertical(vertical) + self.vertical_label(labels)[:, None, None]
-        left = self.horizontal(horizontal) + self.horizontal_label(labels)[:, None, None]
+        above = self.vertical(vertical) + self.vertical_row(self.vertical_label(labels))
+        left = self.horizontal(horizontal) + self.horizontal_row(self.horizontal_label(labels))
         out = self.out(gate(left + self.across(above)))
         return above, out if self.first else horizontal + out
 
@@ -81,8 +85,8 @@ class GatedPixelCNN(Prior, name="gated_pixelcnn"):
         vocab_size, dim = config.grid.vocab_size, config.dim
         channels = min(dim, vocab_size)  # more than one per id can not say more
         self.embedding = nn.Embedding(vocab_size, channels)
-        first = Layer(channels, dim, config.first_kernel, config.num_classes, first=True)
-        rest = [Layer(dim, dim, config.kernel, config.num_classes, first=False) for _ in range(config.depth)]
+        first = Layer(config, channels, config.first_kernel, first=True)
+        rest = [Layer(config, dim, config.kernel, first=False) for _ in range(config.depth)]
         self.layers: Any = nn.ModuleList([first, *rest])
         self.hidden = nn.Linear(dim, config.head)
         self.head = nn.Linear(config.head, vocab_size)
@@ -143,6 +147,7 @@ class LayerCache:
         self.horizontal = self.rows if layer.first else MapRows(like, 1, width, layer.horizontal.columns, taps)
         self.bias_above = conv.bias + layer.vertical_label(labels)
         self.bias = layer.horizontal.bias + layer.horizontal_label(labels)
+        self.row_biases = zip(layer.vertical_row.weight.detach(), layer.horizontal_row.weight.detach(), strict=True)
         self.weight_above, self.across = pack(conv.weight, width * batch), pack(layer.across.weight, width * batch)
         self.weight, self.out = pack(layer.horizontal.weight, batch), pack(layer.out.weight, batch)
         self.above = like.new_empty(width, batch, wide)  # what the vertical stack adds to each column of the row
@@ -155,9 +160,11 @@ class LayerCache:
             self.rows.turn()
             before[..., : before.shape[-1] // 2].tanh_()
             self.rows.row.copy_(F.glu(before))  # glu: the first half times sigmoid of the second
-        vertical = torch.mm(self.rows.patches(), self.weight_above).view_as(self.above).add_(self.bias_above)
+        row_above, row = next(self.row_biases)
+        vertical = torch.mm(self.rows.patches(), self.weight_above).view_as(self.above)
+        vertical += self.bias_above + row_above
         torch.mm(vertical.flatten(0, 1), self.across, out=self.above.flatten(0, 1))
-        self.above += self.bias
+        self.above += self.bias + row
         if before is None:
             self.rows.turn()
         return vertical

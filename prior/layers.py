@@ -15,6 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from tokenizer.pretrained import setting
+
 from .base import FEW_ROWS, PriorConfig
 
 Pair = tuple[int, int]
@@ -31,6 +33,39 @@ class RasterConfig(PriorConfig):
             yield f"order: {self.kind} walks the grid in raster order only (got {self.order!r})"
         if len(self.grid.shape) != 2:
             yield f"grid: {self.kind} needs a grid of two axes (got {self.grid.shape})"
+
+
+@dataclass(frozen=True, kw_only=True)
+class RowsConfig(RasterConfig):
+    """What convolutions that have no other notion of where they are may be told."""
+
+    row_embedding: bool = setting(
+        True,
+        "tell each layer its row, by a learned bias: what is painted, where rows are channels or levels",
+        before=False,
+    )
+
+
+class RowBias(nn.Module):
+    """A learned vector for each row of the grid, `(H, channels)`, which starts at zero; without it, zeros.
+
+    A convolution is the same everywhere, but a grid's rows may be the channels of an image in turn, or one level of a
+    quantizer below the other. A grid does not say which, so the vectors are of rows: they hold for both.
+    """
+
+    weight: Tensor
+
+    def __init__(self, config: RowsConfig, channels: int) -> None:
+        super().__init__()
+        rows = torch.zeros(config.grid.shape[0], channels)
+        if config.row_embedding:
+            self.weight = nn.Parameter(rows)
+        else:
+            self.register_buffer("weight", rows, persistent=False)
+
+    def forward(self, bias: Tensor) -> Tensor:
+        """A bias `(B, channels)` of each image, as one of each of its rows too: `(B, H, 1, channels)`."""
+        return bias[:, None, None] + self.weight[:, None]
 
 
 def odd_kernels(config: PriorConfig, *names: str) -> Iterator[str]:
@@ -133,12 +168,13 @@ class RowCache:
         cache.read(column)              # the output `(B, outputs)`
     """
 
-    def __init__(self, conv: CausalConv2d, width: int, bias: Tensor) -> None:
-        """bias: `(B, outputs)`, added besides the convolution's own."""
+    def __init__(self, conv: CausalConv2d, width: int, bias: Tensor, row_bias: Tensor | None = None) -> None:
+        """bias: `(B, outputs)`, added besides the convolution's own; row_bias: `(H, outputs)`, added in each row."""
         batch, inputs, outputs = len(bias), conv.weight.shape[1], len(conv.weight)
         above = sum(row < 0 for row, _ in conv.taps)
         taps = len(conv.taps) - above
         self.bias = (bias + conv.bias).detach()
+        self.row_bias = None if row_bias is None else iter(row_bias.detach())
         self.weight_above = pack(conv.weight[:, :, :-1], width * batch)
         self.weight = pack(conv.weight[:, :, -1:, :taps], batch)
         self.rows = MapRows(bias.new_zeros(batch, inputs), -conv.rows[0], width, conv.columns, taps)
@@ -148,7 +184,7 @@ class RowCache:
     def start_row(self) -> None:
         """Go on to the next row."""
         torch.mm(self.rows.patches(), self.weight_above, out=self.above.flatten(0, 1))
-        self.above += self.bias
+        self.above += self.bias if self.row_bias is None else self.bias + next(self.row_bias)
         self.rows.turn()
         self.cells = self.rows.cells
 

@@ -4,6 +4,13 @@ van den Oord et al. 2016, "Pixel Recurrent Neural Networks" (arXiv 1601.06759), 
 convolution of type A, then residual blocks of type B (1x1, k x k, 1x1), then two 1x1 layers. A stack of masked k x k
 convolutions never sees a wedge to the upper right of each position, whatever its depth: its blind spot (van den Oord et
 al. 2016b, fig. 1), which `receptive_field` spells out and `gated_pixelcnn` does not have.
+
+The paper has the channels of a pixel side by side and masks the one from the other. Here they are rows of the grid, one
+below the other (`tokenizer.pixels`), and the same dependencies come out of the raster order: green sees the red of its
+pixel, blue sees both. The differences: a whole row is painted in red, then in green, then in blue, so red sees no green
+or blue to its left, and green sees the red to its right; all channels share one kernel, and a bias of each row
+(`row_embedding`, with the label's in every layer) tells them apart; a kernel of k rows covers k / 3 rows of the image,
+so that an image in colour wants deeper stacks or larger kernels than a grey one.
 """
 
 from __future__ import annotations
@@ -19,11 +26,11 @@ from torch import Tensor, nn
 from tokenizer.pretrained import setting
 
 from .base import Prior
-from .layers import MaskedConv, RasterConfig, RowCache, odd_kernels, pack, see
+from .layers import MaskedConv, RowBias, RowCache, RowsConfig, odd_kernels, pack, see
 
 
 @dataclass(frozen=True, kw_only=True)
-class PixelCNNConfig(RasterConfig):
+class PixelCNNConfig(RowsConfig):
     """Sizes of the network. The residual stream is `2 * dim` wide."""
 
     dim: int = setting(32, "channels inside a block; the residual stream has twice as many", ge=1, le=8192)
@@ -46,12 +53,13 @@ class Block(nn.Module):
         self.narrow = nn.Linear(2 * config.dim, config.dim)
         self.conv = MaskedConv(config.dim, config.dim, config.kernel, sees_itself=True)
         self.label = nn.Embedding(config.num_classes + 1, config.dim)  # the last is the null class
+        self.row = RowBias(config, config.dim)
         self.widen = nn.Linear(config.dim, 2 * config.dim, bias=False)
         nn.init.zeros_(self.label.weight)
 
     def forward(self, x: Tensor, labels: Tensor) -> Tensor:
         narrow = F.relu(self.narrow(F.relu(x)))
-        return x + self.widen(F.relu(self.conv(narrow) + self.label(labels)[:, None, None]))
+        return x + self.widen(F.relu(self.conv(narrow) + self.row(self.label(labels))))
 
 
 class PixelCNN(Prior, name="pixelcnn"):
@@ -66,6 +74,7 @@ class PixelCNN(Prior, name="pixelcnn"):
         self.embedding = nn.Embedding(vocab_size, channels)
         self.first = MaskedConv(channels, 2 * dim, config.first_kernel, sees_itself=False)
         self.label = nn.Embedding(config.num_classes + 1, 2 * dim)
+        self.row = RowBias(config, 2 * dim)
         self.blocks: Any = nn.ModuleList(Block(config) for _ in range(config.depth))
         self.hidden = nn.Linear(2 * dim, config.head)
         self.head = nn.Linear(config.head, vocab_size)
@@ -85,7 +94,7 @@ class PixelCNN(Prior, name="pixelcnn"):
     def forward(self, tokens: Tensor, labels: Tensor | None = None) -> Tensor:
         """Teacher-forced logits `(B, N, vocab_size)`, raster order; `logits[:, i]` sees only tokens before i."""
         labels = self.class_ids(labels, len(tokens))
-        x = self.first(self.embedding(tokens.long())) + self.label(labels)[:, None, None]
+        x = self.first(self.embedding(tokens.long())) + self.row(self.label(labels))
         for block in self.blocks:
             x = block(x, labels)
         return self.head(F.relu(self.hidden(F.relu(x)))).flatten(1, 2)
@@ -116,12 +125,15 @@ class Cache:
     def __init__(self, model: PixelCNN, labels: Tensor) -> None:
         rows, self.width, self.rank = len(labels), model.grid.shape[1], 0
         self.embedding = model.embedding.weight.detach()
-        self.first = RowCache(model.first, self.width, model.label(labels))
-        self.blocks = [(block.narrow.bias.detach(), pack(block.narrow.weight, rows),
-                        RowCache(block.conv, self.width, block.label(labels)), pack(block.widen.weight, rows))
-                       for block in model.blocks]  # fmt: skip
+        self.first = RowCache(model.first, self.width, model.label(labels), model.row.weight)
+        self.blocks = [self._block(block, labels) for block in model.blocks]
         self.hidden = (model.hidden.bias.detach(), pack(model.hidden.weight, rows))
         self.head = (model.head.bias.detach(), pack(model.head.weight, rows))
+
+    def _block(self, block: Block, labels: Tensor) -> tuple[Tensor, Tensor, RowCache, Tensor]:
+        cache = RowCache(block.conv, self.width, block.label(labels), block.row.weight)
+        narrow, widen = (pack(layer.weight, len(labels)) for layer in (block.narrow, block.widen))
+        return block.narrow.bias.detach(), narrow, cache, widen
 
     def step(self, token: Tensor | None) -> Tensor:
         """Logits `(B, vocab_size)` of the next position, given the last one's `token` `(B,)`."""

@@ -8,6 +8,13 @@ a gated 1x1 layer joins what was attended to with the features.
 Features at a position may hold all tokens before it, as the first convolution (type A) leaves out its own. The key of a
 token is therefore one for later positions only: slot t of the keys holds token t - 1, and slot 0 a learned "nothing",
 so that causal attention (slots <= t) never lacks something to attend to.
+
+The idea is the paper's; the parts are plainer than those of its authors' code (github.com/neocxi/pixelsnail-public).
+There, keys, values and queries each come from a gated residual network of 1x1 convolutions; activations are concat_elu
+and layers have weight normalisation; shifted convolutions in two streams (the rows above; above and to the left) take
+the place of masks; the output is a mixture of discretised logistics. Here keys, values and queries are linear maps,
+activations are elu, nothing is normalised, one stream of masked k x k convolutions looks at both, and the output is a
+softmax over ids. Published figures are not this model's.
 """
 
 from __future__ import annotations

@@ -64,13 +64,13 @@ def test_receptive_field_follows_the_kernels(name, first_kernel, kernel):
 
 @both
 def test_changed_tokens_move_the_logits_that_see_them(name):
-    model = make_prior(name, shape=(5, 6), depth=1)
-    tokens = torch.randint(5, (1, 5, 6))
+    model = make_prior(name, shape=(5, 6), depth=1).double()
+    tokens = torch.randint(5, (16, 5, 6))
     before, moved = model(tokens), []
     for position in range(30):
-        changed = tokens.clone().flatten()
-        changed[position] = (changed[position] + 2) % 5
-        moved.append((model(changed.view(1, 5, 6)) - before)[0].abs().amax(-1) > 0)
+        changed = tokens.flatten(1).clone()
+        changed[:, position] = (changed[:, position] + 2) % 5
+        moved.append((model(changed.view(16, 5, 6)) - before).abs().amax((0, 2)) > 0)
     assert torch.equal(torch.stack(moved, 1), model.receptive_field)
 
 
@@ -246,6 +246,7 @@ def test_what_they_can_not_do_is_refused(name, config, message):
 def test_published_sizes(name):
     """15 blocks of 16 channels; 10 gated layers of 128 channels: as 28x28 binary pixels have been modelled."""
     config = {"dim": 16, "depth": 15} if name == "pixelcnn" else {"dim": 128, "depth": 10}
-    model = make_prior(name, shape=(28, 28), vocab_size=2, num_classes=0, first_kernel=7, kernel=3, head=32, **config)
+    config |= {"first_kernel": 7, "kernel": 3, "head": 32, "row_embedding": False}
+    model = make_prior(name, shape=(28, 28), vocab_size=2, num_classes=0, **config)
     count = sum(parameter.numel() for parameter in model.parameters())
     assert count // 1000 == (42 if name == "pixelcnn" else 3550)

@@ -36,7 +36,7 @@ class Autoencoder(Tokenizer):
     """Subclasses set `encoder`, (B, C, H, W) to (B, quantizer.dim, H / f, W / f), and `decoder`, from there to
     (B, outputs, H, W).
 
-    With a likelihood, `decode` gives the expected image, and `forward` one more loss, `nll`: nats per pixel channel.
+    With a likelihood, `decode` gives its `mean`, and `forward` one more loss, `nll`: nats per pixel channel.
     """
 
     encoder: nn.Module

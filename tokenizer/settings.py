@@ -32,13 +32,15 @@ def setting(
     fact: bool = False,
     family: str | None = None,
     later: bool = False,
+    before: Any = REQUIRED,
 ) -> Any:
     """One field of a `ModelConfig`.
 
     `ge`, `gt`, `le`, `lt` bound a number (or every number of a tuple); `choices` lists what is allowed. A `fact` comes
     from the data (grid, classes, image size) and is refused in a preset. `family` names the module and class, as in
     `"tokenizer.quantizers:Quantizer"`, whose members a nested `{kind: ...}` may name. A setting that came `later` than
-    models were saved without it is no part of a fingerprint while it has its default.
+    models were saved without it is no part of a fingerprint while it has its default. One whose default is not what
+    these models do says what they do, `before`: a saved configuration that lacks it means that.
     """
     bounds = {"ge": ge, "gt": gt, "le": le, "lt": lt}
     metadata = {
@@ -47,7 +49,7 @@ def setting(
         "choices": choices,
         "fact": fact,
         "family": family,
-        "later": later,
+        "before": default if later else before,
     }
     return dataclasses.field(default=default, metadata=metadata)
 
@@ -84,14 +86,26 @@ class ModelConfig:
 
     def identity(self) -> dict[str, Any]:
         """`to_dict` without what makes no difference to models saved before it was there: settings that are null, and
-        those that came later and have their default."""
+        those that came later and say what was done before."""
         values: dict[str, Any] = {"kind": self.kind}
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
-            if value is None or (field.metadata.get("later") and value == field.default):
+            if value is None or value == field.metadata.get("before", REQUIRED):
                 continue
             values[field.name] = value.identity() if isinstance(value, ModelConfig) else _plain(value)
         return values
+
+    @classmethod
+    def from_saved(cls, data: dict[str, Any]) -> ModelConfig:
+        """`from_dict` of what `to_dict` gave, maybe before some settings were there (those of a nested `{kind: ...}`
+        node have their default)."""
+        return cls.from_dict({**cls.befores(), **data})
+
+    @classmethod
+    def befores(cls) -> dict[str, Any]:
+        """What models did before there was a setting, where there is one of which that is known."""
+        known = {field.name: field.metadata.get("before", REQUIRED) for field in dataclasses.fields(cls)}
+        return {name: before for name, before in known.items() if before is not REQUIRED}
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> ModelConfig:

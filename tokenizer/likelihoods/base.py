@@ -40,7 +40,7 @@ class Likelihood(Named, nn.Module, family="tokenizer.likelihoods"):
         return self._of(parameters, values, channel, every)
 
     def mean(self, parameters: Tensor) -> Tensor:
-        """The expected image, `(B, C, H, W)` in [-1, 1]."""
+        """The image to show, `(B, C, H, W)` in [-1, 1]: the expected one, or what each likelihood says it is."""
         raise NotImplementedError
 
     def _of(self, parameters: Tensor, values: Tensor, channel: int, asked: Tensor) -> Tensor:

@@ -1,4 +1,8 @@
-"""A mixture of discretised logistics per pixel (Salimans et al. 2017, PixelCNN++): few numbers, smooth in intensity."""
+"""A mixture of discretised logistics per channel of a pixel (Salimans et al. 2017): few numbers, smooth in intensity.
+
+PixelCNN++ has one set of mixture weights per pixel, which red, green and blue share, so that the component of one tells
+of the others'. Here each channel has weights of its own, and channels know of each other through their means alone.
+"""
 
 from __future__ import annotations
 
@@ -40,7 +44,11 @@ class DiscretizedLogistic(Likelihood, name="discretized_logistic"):
         self.spread: Tensor
 
     def mean(self, parameters: Tensor) -> Tensor:
-        """The expected image, `(B, C, H, W)` in [-1, 1]: of green given the mean red, of blue given both."""
+        """The mixture's means, clamped, `(B, C, H, W)` in [-1, 1]: of green given that of red, of blue given both.
+
+        Not quite the expected image: black and white take the tails, so that wide logistics near them have another
+        mean; and green is linear in the true red, but not once it is clamped.
+        """
         found: list[Tensor] = []
         for channel in range(self.channels):
             weights, means, _ = self._mixture(parameters.float(), channel, found)

@@ -1,4 +1,10 @@
-"""Finite scalar quantization (Mentzer et al. 2023): round each channel to a few levels; no codebook, no loss."""
+"""Finite scalar quantization (Mentzer et al. 2023): round each channel to a few levels; no codebook, no loss.
+
+For an even number of levels L the bounded channel is shifted by half a level. A shift inside the tanh keeps z = 0 at 0:
+atanh(offset / reach), the inverse, where the paper's code (appendix A) has tan. And reach is (L - 1) (1 + 1e-3) / 2
+here, (L - 1) (1 - 1e-3) / 2 there. So z near the border of two levels may get the other id: an encoder that was trained
+with that code does not give all the ids here that it gave there. What an id stands for is the same.
+"""
 
 from __future__ import annotations
 
