@@ -90,10 +90,9 @@ def heal(pipeline: Stages, images: Any, quantile: float = 0.98, draws: int = 8, 
     for a quantile that it does not hold.
 
     Marimont and Tarroni differ in two things. They go through the tokens in order and measure each one's surprise given
-    the tokens healed so far; here it is measured once, given the image's own, so that tokens are drawn again, too, which
-    are surprising only because of an anomaly before them (one pass for all, and the same tokens in every draw). And they
-    weigh restorations by softmax(3 / mean |x - decoded|), those nearer to the image more; here by exp(-0.1 nats), those
-    that are likelier: an anomaly that is painted again is near to the image, and not likely.
+    the tokens healed so far; here it is measured once, given the image's own. So all draws redraw the same tokens, those
+    among them that are surprising only because of an anomaly before them. And they weigh restorations by
+    softmax(3 / mean |x - decoded|), the nearer to the image the more; here by exp(-0.1 nats), the likelier the more.
     """
     calibration = calibrated(pipeline.calibration)
     if quantile not in LEVELS or draws < 1:
