@@ -90,8 +90,8 @@ def heal(pipeline: Stages, images: Any, quantile: float = 0.98, draws: int = 8, 
     for a quantile that it does not hold.
 
     Marimont and Tarroni differ in two things. They go through the tokens in order and measure each one's surprise given
-    the tokens healed so far; here it is measured once, given the image's own. So all draws redraw the same tokens, those
-    among them that are surprising only because of an anomaly before them. And they weigh restorations by
+    the tokens healed so far; here it is measured once, given the image's own. So all draws redraw the same tokens, also
+    those that are surprising only because of an anomaly before them. And they weigh restorations by
     softmax(3 / mean |x - decoded|), the nearer to the image the more; here by exp(-0.1 nats), the likelier the more.
     """
     calibration = calibrated(pipeline.calibration)
