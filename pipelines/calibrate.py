@@ -30,8 +30,8 @@ class CalibrateConfig(Config):
     every: int = Field(
         2,
         ge=1,
-        description="calibrate with the first image of that split and every so-manyth after it; what `smalti detect` "
-        "looks at are the others; 1: with all of them",
+        description="calibrate with the first held-out image and every so-manyth after it, and leave the others to "
+        "`smalti detect`; 1: with all of them",
     )
     background: str | None = Field(
         None, description="another pipeline folder, over the same tokens, whose prior becomes the background prior"

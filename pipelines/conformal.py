@@ -26,9 +26,9 @@ def kept(scores: Floats) -> tuple[Floats, float]:
     the normal ones would be left to chance.
     """
     low, high = np.quantile(scores, [0.25, 0.75])
-    spread = high - low or FINENESS * np.abs(scores).max() or 1.0
+    spread = high - low or np.ptp(scores) or FINENESS * np.abs(scores).max() or 1.0
     decimals = -math.floor(math.log10(FINENESS * spread))
-    return np.round(np.sort(scores), decimals), 10.0**-decimals
+    return np.asarray(np.round(np.sort(scores), decimals), np.float64), 10.0**-decimals
 
 
 def tie_of_six_digits(scores: Floats) -> float:

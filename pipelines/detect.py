@@ -50,7 +50,11 @@ class DetectConfig(Config):
     )
     method: Literal[
         "joint", "neighbours", "mahalanobis", "nll", "typicality", "complexity", "ratio", "reconstruction", "surprise"
-    ] = Field("joint", description="the score")
+    ] = Field(
+        "joint",
+        description="the score: nll is bits of the tokens, and of the pixels given them where the tokenizer has a "
+        "likelihood of pixels, which complexity needs; `smalti calibrate` says what each of them is",
+    )
     fdr: float | None = Field(
         None,
         gt=0,

@@ -1,7 +1,7 @@
 """Where an image is unlike the normal ones, and what it would look like if it were not.
 
-The map shows the bits of each token on the pixels that it stands for. Healing (Marimont and Tarroni 2021) draws the
-most surprising tokens again, given the others, and decodes.
+The map shows the bits of each token on the pixels that it stands for. Healing (after Marimont and Tarroni 2021) draws
+the most surprising tokens again, given the others, and decodes.
 """
 
 from __future__ import annotations
@@ -88,6 +88,11 @@ def heal(pipeline: Stages, images: Any, quantile: float = 0.98, draws: int = 8, 
     order sees all tokens that are kept; any other one those before the drawn token in its order. Image k uses the seeds
     (seed + k) * draws to (seed + k) * draws + draws - 1. Raises `CalibrationError` without a calibration, `ValueError`
     for a quantile that it does not hold.
+
+    Marimont and Tarroni differ in two things. They go through the tokens in order and measure each one's surprise given
+    the tokens healed so far; here it is measured once, given the image's own. So all draws redraw the same tokens, also
+    those that are surprising only because of an anomaly before them. And they weigh restorations by
+    softmax(3 / mean |x - decoded|), the nearer to the image the more; here by exp(-0.1 nats), the likelier the more.
     """
     calibration = calibrated(pipeline.calibration)
     if quantile not in LEVELS or draws < 1:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import json
 import math
 import re
@@ -20,12 +21,14 @@ from small import PRIORS, TOKENIZERS, make_prior, make_tokenizer
 from pipelines import ImagePipeline
 from pipelines.__main__ import main
 from pipelines.anomaly import FITTED, METHODS, anomaly_score, calibrate, codec_bits, p_value_of, score_of, statistics
-from pipelines.calibration import Calibration, CalibrationError, Gaussian, Neighbours
+from pipelines.calibration import Calibration, CalibrationError, Gaussian, Neighbours, rounded
 from pipelines.config import parse
+from pipelines.conformal import kept, least_scores, p_values_of, threshold, tie_of_six_digits
 from pipelines.healing import anomaly_map, heal, patches
+from pipelines.images import DataConfig, load_images
 from pipelines.separation import areas, auroc_interval, benjamini_hochberg, separation
 from pipelines.train_prior import PriorTask, TrainPriorConfig, bits_per_token
-from tokenizer.storage import FormatError
+from tokenizer.storage import FormatError, write_json, write_manifest
 
 SIZE = 16
 
@@ -56,6 +59,15 @@ def planted(images):
     images = images.clone()
     images[:, :, 4:10, 4:10] = uniform(len(images), 6)
     return images
+
+
+@pytest.fixture(scope="module")
+def likely():
+    """An untrained pipeline with a likelihood of pixels, calibrated; tests do not change it."""
+    torch.manual_seed(0)
+    pipe = small(size=(SIZE, SIZE), likelihood={"kind": "discretized_logistic"})
+    calibrate(pipe, stripes(100, seed=2))
+    return pipe
 
 
 @pytest.fixture(scope="module")
@@ -143,13 +155,13 @@ def test_the_joint_score_has_no_blind_side(trained):
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_every_score_is_finite_for_constant_images(trained, method):
-    trained.background = trained.prior if method == "ratio" else None
+def test_every_score_is_finite_for_constant_images(likely, method):
+    likely.background = likely.prior if method == "ratio" else None
     try:
         images = torch.cat([constant()[:1], constant()[-1:]])
-        assert anomaly_score(trained, images, method).isfinite().all()
+        assert anomaly_score(likely, images, method).isfinite().all()
     finally:
-        trained.background = None
+        likely.background = None
 
 
 def test_a_background_prior_cancels_itself(trained):
@@ -164,15 +176,24 @@ def test_a_background_prior_cancels_itself(trained):
     assert torch.equal(anomaly_score(pipe, stripes(5)), anomaly_score(trained, stripes(5)))  # it changes no other
 
 
-def test_methods_fit_their_formulas(trained):
-    found = statistics(trained, stripes(6))
+def test_methods_fit_their_formulas(likely):
+    found = statistics(likely, stripes(6))
     score = {
-        method: score_of(method, found, trained.calibration, labelled=False) for method in METHODS if method != "ratio"
+        method: score_of(method, found, likely.calibration, labelled=False) for method in METHODS if method != "ratio"
     }
-    assert torch.equal(score["nll"], found["token_bits"])
-    assert torch.equal(score["complexity"], found["token_bits"] - found["codec_bits"])
+    assert torch.equal(score["nll"], found["token_bits"] + found["pixel_bits"]) and found["pixel_bits"].min() > 100
+    assert torch.equal(score["complexity"], score["nll"] - found["codec_bits"])
     assert torch.equal(score["reconstruction"], found["error"]) and torch.equal(score["surprise"], found["surprise"])
-    assert torch.equal(score["typicality"], (score["nll"] - trained.calibration.typical_bits).abs())
+    assert torch.equal(score["typicality"], (score["nll"] - likely.calibration.typical_bits).abs())
+
+
+def test_without_a_likelihood_of_pixels_there_is_no_complexity(trained):
+    """It would be the codec's bits of all pixels, less those of a few tokens: deflate, upside down."""
+    assert "complexity" not in trained.calibration.scores and "complexity" not in trained.calibration.thresholds
+    for p_values in (False, True):
+        with pytest.raises(CalibrationError, match="^method: complexity needs a tokenizer with a likelihood of pixels"):
+            anomaly_score(trained, stripes(3), "complexity", p_values=p_values)
+    assert torch.equal(anomaly_score(trained, stripes(3), "nll"), statistics(trained, stripes(3))["token_bits"])
 
 
 def test_a_gaussian_measures_distances_in_its_own_deviations():
@@ -231,12 +252,12 @@ def test_usual_is_what_new_images_are(trained):
 def test_a_prior_without_layers_has_no_neighbours():
     pipe = small("vqvae", "marginal")
     images = torch.randint(0, 256, (60, *pipe.tokenizer.image_shape), dtype=torch.uint8)
-    fitted = calibrate(pipe, images)
+    fitted = calibrate(pipe, images[20:])
     assert fitted.neighbours is None and "neighbours" not in fitted.scores
     assert Calibration.from_dict(json.loads(json.dumps(fitted.to_dict())), Path("file")).neighbours is None
-    distance = anomaly_score(pipe, images, "mahalanobis") / fitted.usual["mahalanobis"]
-    torch.testing.assert_close(anomaly_score(pipe, images), distance)
-    with pytest.raises(CalibrationError, match="without neighbours"):
+    distance = anomaly_score(pipe, images[:20], "mahalanobis") / fitted.usual["mahalanobis"]
+    torch.testing.assert_close(anomaly_score(pipe, images[:20]), distance)
+    with pytest.raises(CalibrationError, match="neighbours needs a prior with layers"):
         anomaly_score(pipe, images, "neighbours")
 
 
@@ -274,11 +295,116 @@ def test_p_values_count_ties_against_detection_and_fall_with_the_score(trained):
     p = anomaly_score(trained, images, p_values=True)
     order = scores.argsort()
     assert (p[order].diff() <= 0).all()
-    normal = torch.from_numpy(trained.calibration.scores["joint"])
-    expected = (1 + (normal >= scores[:, None]).sum(1)) / (len(normal) + 1)
+    normal, tie = torch.from_numpy(trained.calibration.scores["joint"]), trained.calibration.ties["joint"]
+    expected = (1 + (normal + tie >= scores[:, None]).sum(1)) / (len(normal) + 1)
     torch.testing.assert_close(p, expected.double())
     tied = p_value_of("joint", normal[-1:], trained.calibration, labelled=False)
     assert float(tied) == pytest.approx(2 / (len(normal) + 1))
+
+
+BLANK = torch.full((1, 1, SIZE, SIZE), 255, dtype=torch.uint8)
+
+
+def test_p_values_hold_where_many_normal_images_are_the_same(likely):
+    """8 % of them are a blank page, and no copy of it is stranger than the others are: where it is the strangest image,
+    p is .08, which rounding made 1 / (n + 1) by chance."""
+    pipe, smallest = ImagePipeline(likely.tokenizer, likely.prior), []
+    for seed in range(12):
+        images = torch.cat([stripes(184, seed=seed), BLANK.expand(16, -1, -1, -1)])
+        fitted = calibrate(pipe, images, seed=seed, batch_size=1 + 37 * seed)
+        copies = int((np.random.default_rng(seed).permutation(200)[100:] >= 184).sum())
+        found = statistics(pipe, BLANK)
+        for method in fitted.scores:
+            score = score_of(method, found, fitted, labelled=False)
+            p = float(p_value_of(method, score, fitted, labelled=False))
+            assert p >= (1 + copies) / 101
+            assert (p <= 0.05) == bool(score > fitted.thresholds[method])
+            smallest.append(p == (1 + copies) / 101)
+    assert sum(smallest) >= 24
+
+
+@pytest.mark.parametrize("scale", [(0, 1), (1_234_567.8, 3), (0, 1e-9), (-5e8, 2e4)], ids=str)
+@pytest.mark.parametrize("same", [0, 0.08, 0.7])
+def test_scores_of_any_size_keep_the_promise_and_the_power(scale, same):
+    """New normal images are flagged in 5 % of cases, less what ties take, also if a machine rounds otherwise."""
+    chance, (mean, deviation) = np.random.default_rng(0), scale
+    below, above = [], []
+    for _ in range(300):
+        scores = mean + deviation * chance.normal(size=300)
+        scores[chance.random(300) < same] = mean + 3.3333333 * deviation
+        noise = deviation * 1e-5 * chance.normal(size=200)
+        normal, tie = kept(scores[:100])
+        below.append((p_values_of(scores[100:] + noise, normal, tie) <= 0.05).mean())
+        above.append((scores[100:] + noise > threshold(normal, tie, 0.05)).mean())
+        assert (
+            p_values_of(scores[:100], normal, tie) >= (1 + np.sum(scores[:100] >= scores[:100, None], 1)) / 101
+        ).all()
+    assert below == above
+    if same:
+        assert np.mean(below) < 0.02
+    else:
+        assert np.mean(below) == pytest.approx(5 / 101, abs=0.004)  # a calibration has a deviation of .02
+
+
+def test_discoveries_hold_where_many_normal_images_are_the_same():
+    """Benjamini and Hochberg's share of normal images among what is flagged."""
+    chance, shares = np.random.default_rng(0), []
+    for _ in range(200):
+        scores = chance.normal(size=400)
+        scores[chance.random(400) < 0.08] = 10 / 3
+        flagged = benjamini_hochberg(
+            p_values_of(np.append(scores[200:], 9 + chance.random(20)), *kept(scores[:200])), 0.2
+        )
+        shares.append(flagged[:200].sum() / max(1, flagged.sum()))
+    assert np.mean(shares) < 0.2
+
+
+@pytest.mark.parametrize("digits", [None, 1], ids=["continuous", "tied"])
+@pytest.mark.parametrize("confidence", [0.5, 0.9, 0.95])
+def test_a_confidence_is_the_share_of_calibrations_that_keep_the_promise(confidence, digits):
+    """Of 1,000: the true share above each one's threshold is known. The usual threshold keeps it in about half."""
+    chance, held, usual = np.random.default_rng(0), [], []
+    for _ in range(1000):
+        scores = chance.random(200)
+        scores = scores if digits is None else np.round(scores, digits)
+        normal, tie = kept(scores)
+        for found, sure in ((held, confidence), (usual, None)):
+            limit = threshold(normal, tie, 0.1, sure)
+            above = 1 - limit if digits is None else 1.05 - np.clip(np.ceil(10 * limit) / 10, 0.1, 1.05)
+            found.append(above <= 0.1)
+    margin = 3 * math.sqrt(confidence * (1 - confidence) / 1000)
+    assert np.mean(held) >= confidence - margin
+    if digits is None:
+        assert np.mean(held) < confidence + 0.06 + margin  # and no more than one score of 200 above it
+        assert 0.45 < np.mean(usual) < 0.7 and (confidence == 0.5 or np.mean(usual) < confidence - 0.15)
+
+
+@pytest.mark.parametrize(("share", "confidence", "least"), [(0.05, 0.9, 45), (0.05, 0.95, 59), (0.01, 0.9, 230)])
+def test_the_least_number_of_scores_is_the_least(share, confidence, least):
+    """With n of them all are below the highest share of images in (1 - share)^n of calibrations."""
+    assert (1 - share) ** least <= 1 - confidence < (1 - share) ** (least - 1)
+    assert least_scores(share, confidence) == least
+    normal = np.arange(least, dtype=float)
+    assert threshold(normal, 0, share, confidence) == normal[-1]
+    with pytest.raises(ValueError, match=f"{least - 1} normal scores are too few"):
+        threshold(normal[1:], 0, share, confidence)
+
+
+def test_a_calibration_with_a_confidence_has_higher_thresholds_and_the_same_p_values(trained):
+    pipe = ImagePipeline(trained.tokenizer, trained.prior)
+    usual, sure = (calibrate(pipe, stripes(400, seed=2), confidence=confidence) for confidence in (None, 0.95))
+    assert (usual.confidence, sure.confidence) == (None, 0.95)
+    for method, scores in usual.scores.items():
+        np.testing.assert_array_equal(scores, sure.scores[method])
+        assert (
+            scores > usual.thresholds[method] - 2 * usual.ties[method]
+        ).sum() >= 10  # of 200: 5 % of 201, itself too
+        assert (scores > sure.thresholds[method]).sum() <= 5 < (scores > usual.thresholds[method]).sum()
+    assert "in 0.95 of calibrations" in sure.promise and "on average" in usual.promise
+    with pytest.raises(ValueError, match="with a confidence of 0.95 needs at least 118 images"):
+        calibrate(pipe, stripes(117), confidence=0.95)
+    with pytest.raises(ValueError, match="confidence should lie between 0 and 1"):
+        calibrate(pipe, stripes(40), confidence=1)
 
 
 def test_what_is_fitted_is_a_function_of_the_normal_images_alone(trained):
@@ -309,6 +435,24 @@ def test_a_calibration_needs_images_enough(trained):
     calibrate(pipe, stripes(40))
     with pytest.raises(ValueError, match="at least one image"):
         anomaly_score(pipe, stripes(1)[:0])
+    with pytest.raises(ValueError, match="at most 50,000 images"):
+        calibrate(pipe, stripes(1).expand(50_001, -1, -1, -1))
+
+
+def test_images_of_the_calibration_are_recognised(trained, recwarn):
+    pipe = ImagePipeline(trained.tokenizer, trained.prior)
+    mine, others = stripes(60, seed=2), stripes(30, seed=3)
+    calibrate(pipe, mine)
+    mixed = torch.cat([others, mine[40:], mine[:1]])
+    known = pipe.calibration.includes(mixed.movedim(1, -1).numpy())
+    assert known.tolist() == [False] * 30 + [True] * 21
+    for method, p_values in (("nll", False), ("reconstruction", False)):
+        anomaly_score(pipe, mixed, method, p_values=p_values)
+    anomaly_score(pipe, others, p_values=True)
+    assert not recwarn.list
+    for method, p_values in (("joint", False), ("nll", True)):
+        with pytest.warns(UserWarning, match="^21 of 51 images are among those that the pipeline was calibrated with"):
+            anomaly_score(pipe, mixed.float() / 127.5 - 1, method, p_values=p_values)
 
 
 @pytest.mark.parametrize("what", [*FITTED, "p_values", "heal"])
@@ -369,6 +513,14 @@ def broken(path, value):
         ("count", 3.5, "count: should be a whole number"),
         ("count", True, "count: should be a number"),
         ("false_alarms", 1.0, "false_alarms: should lie between"),
+        ("confidence", 0, "confidence: should be null, or lie between 0 and 1"),
+        ("ties", None, "ties: should be a mapping"),
+        ("ties.nll", "del", "ties: should be of the same methods"),
+        ("ties.nll", -1, "ties: should not be negative"),
+        ("digests", [1], "digests: should be null, or 16 hexadecimal digits"),
+        ("digests", "0" * 17, "digests: should be null, or 16 hexadecimal digits"),
+        ("digests", "", "digests: should be null, or 16 hexadecimal digits"),
+        ("digests", "0" * 16 * 50_001, "digests: should be of at most 50,000 images"),
         ("labels", 1, "labels: should be true or false"),
         ("data", "abc", "data: is no sha256"),
         ("statistics", ["token_bits", 3], "statistics: should be a list of names"),
@@ -407,6 +559,57 @@ def test_a_damaged_calibration_is_named(trained, path, value, message):
         Calibration.from_dict(data, file)
 
 
+def older(calibration):
+    """As it would have been written before there were ties, confidences and digests."""
+    data = json.loads(json.dumps(calibration.to_dict()))
+    for name in ("ties", "confidence", "digests"):
+        del data[name]
+    data["scores"] = {name: [float(f"{v:.6g}") for v in values] for name, values in data["scores"].items()}
+    data["thresholds"] = {name: float(f"{value:.6g}") for name, value in data["thresholds"].items()}
+    return data
+
+
+def test_an_older_calibration_loads_and_holds(trained, fresh, tmp_path):
+    read = Calibration.from_dict(older(trained.calibration), Path("file"))
+    assert read.confidence is None and read.digests is None
+    assert not read.includes(stripes(3, seed=2).movedim(1, -1).numpy()).any()
+    for method in ("joint", "nll", "reconstruction"):
+        new, old = (score_of(method, fresh, c, labelled=False) for c in (trained.calibration, read))
+        torch.testing.assert_close(new, old, rtol=1e-6, atol=1e-6)
+        p, q = (p_value_of(method, new, c, labelled=False) for c in (trained.calibration, read))
+        assert (p - q).abs().max() < 0.01
+    again = Calibration.from_dict(json.loads(read.to_json()), Path("file"))
+    assert again.to_dict() == read.to_dict()
+
+
+def test_scores_that_were_kept_to_six_digits_are_not_compared_as_if_they_were_exact():
+    """Rounded down, an image would be stranger than its own copies."""
+    for score in (1_234_567.8, 1_234_562.3, 0.123456789, 98.76544):
+        normal = np.full(20, float(f"{score:.6g}"))
+        assert p_values_of(np.array([score]), normal, tie_of_six_digits(normal)) == 1
+
+
+def test_a_calibration_of_many_images_can_be_read_again(trained, tmp_path):
+    """With 1,000 points on 64 axes of 512 features, 2,000 scores and the digests of 50,000 images."""
+    chance = np.random.default_rng(0)
+    large = dataclasses.replace(
+        trained.calibration,
+        neighbours=Neighbours.fit(chance.normal(size=(1000, 512))),
+        scores={name: 1e6 + np.sort(chance.normal(size=2000)) for name in METHODS},
+        ties=dict.fromkeys(METHODS, 1e-3),
+        thresholds=dict.fromkeys(METHODS, 1e6),
+        surprise=rounded(chance.random((5, 4096))),
+        error=rounded(chance.random((64, 64))),
+        digests=np.sort(chance.integers(1 << 60, (1 << 64) - 1, 50_000, np.uint64)),
+    )
+    pipe = ImagePipeline(trained.tokenizer, trained.prior)
+    pipe.calibration = large
+    pipe.save_pretrained(tmp_path / "pipe")
+    assert (tmp_path / "pipe/calibration.json").stat().st_size < 3 << 20
+    found = ImagePipeline.from_pretrained(tmp_path / "pipe").calibration
+    assert found.to_json() == large.to_json() and len(found.to_json().splitlines()) == len(large.to_dict()) + 2
+
+
 def test_a_calibration_of_another_grid_is_noticed(trained):
     pipe = small(size=(SIZE + 4, SIZE + 4))
     pipe.calibration = trained.calibration
@@ -431,8 +634,8 @@ def test_a_map_sums_to_the_bits_of_the_image(tokenizer, smooth):
 @pytest.mark.parametrize("prior", PRIORS)
 def test_every_prior_has_scores_and_maps(prior):
     pipe = small("vqvae", prior, classes=2)
-    images = torch.randint(0, 256, (40, 1, 8, 12), dtype=torch.uint8)
-    calibrate(pipe, images)
+    images = torch.randint(0, 256, (43, 1, 8, 12), dtype=torch.uint8)
+    calibrate(pipe, images[3:])
     bits = anomaly_map(pipe, images[:3], labels=1)
     nll = anomaly_score(pipe, images[:3], "nll", labels=1).float()
     torch.testing.assert_close(bits.sum((1, 2)), nll, rtol=1e-5, atol=1e-4)
@@ -637,8 +840,8 @@ def rows_of(path):
 
 def test_calibrating_writes_into_the_folder(world, capsys):
     loaded = ImagePipeline.from_pretrained(world / "pipe")
-    assert loaded.calibration.count == 80 and loaded.background is not None
-    assert set(loaded.calibration.scores) == set(METHODS)
+    assert loaded.calibration.count == 40 and loaded.background is not None
+    assert set(loaded.calibration.scores) == set(METHODS) - {"complexity"}
     assert (world / "pipe" / "calibration.json").stat().st_size < 1 << 20
     assert ImagePipeline.from_pretrained(world / "bare").calibration is None
 
@@ -666,8 +869,92 @@ def test_detect_classes_and_nothing_known(world, tmp_path, capsys):
     assert [(row["class"], row["anomalous"]) for row in rows] == [("flat", "1")] * 10 + [("stripes", "0")] * 20
     capsys.readouterr()
     main(["detect", f"pipeline={world}/pipe", f"out={tmp_path}/b", "method=nll"])  # the pipeline's own held-out images
-    assert len(rows_of(tmp_path / "b" / "scores.csv")) == 80 and "AUROC" not in capsys.readouterr().out
-    assert not (tmp_path / "b" / "figures.json").exists()
+    printed = capsys.readouterr().out
+    names = [Path(row["file"]).name for row in rows_of(tmp_path / "b" / "scores.csv")]
+    assert names == [f"{number:03d}.png" for number in range(1, 80, 2)]  # the others were calibrated with
+    assert "left out         40 images that the pipeline was calibrated with\n" in printed
+    assert "promised       at most 0.05 of new normal images are above, on average over calibrations\n" in printed
+    assert "AUROC" not in printed and not (tmp_path / "b" / "figures.json").exists()
+
+
+def test_no_image_is_scored_by_a_calibration_that_was_fitted_to_it(world, tmp_path, capsys):
+    """Neither as normal nor as one to look through, wherever it lies and whatever it is called."""
+    again = torch.cat([stripes(80, seed=20)[[0, 2, 4]], stripes(6, seed=24)])
+    write(tmp_path / "again", again)
+    main(["detect", f"pipeline={world}/pipe", f"images={world}/noise", f"normal={tmp_path}/again",
+          f"out={tmp_path}/found"])  # fmt: skip
+    assert "left out         3 images" in capsys.readouterr().out
+    rows = rows_of(tmp_path / "found/scores.csv")
+    assert [row["anomalous"] for row in rows] == ["1"] * 12 + ["0"] * 6
+    assert [Path(row["file"]).name for row in rows[12:]] == [f"00{number}.png" for number in range(3, 9)]
+    write(tmp_path / "none", again[:3])
+    for given in (["images={}/none"], ["images={}/again", "normal={}/none"]):
+        line = fails(capsys, "detect", f"pipeline={world}/pipe", f"out={tmp_path}/not",
+                     *(part.format(tmp_path) for part in given))  # fmt: skip
+        assert f"{tmp_path}/none: the pipeline was calibrated with all 3 images" in line
+    assert not (tmp_path / "not").exists()
+
+
+def test_an_older_calibration_is_told_of(world, tmp_path, capsys):
+    shutil.copytree(world / "pipe", tmp_path / "pipe")
+    data = older(ImagePipeline.from_pretrained(world / "pipe").calibration)
+    write_json(tmp_path / "pipe/calibration.json", data)
+    write_manifest(tmp_path / "pipe")
+    main(["detect", f"pipeline={tmp_path}/pipe", f"out={tmp_path}/found"])
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == (
+        "calibration      an older one, whose images cannot be told from new ones: run `smalti calibrate` again"
+    )
+    assert len(rows_of(tmp_path / "found/scores.csv")) == 80 and not any("left out" in line for line in lines)
+
+
+def test_what_was_trained_on_is_not_looked_through(trained, tmp_path, capsys):
+    """Where a source has no held-out split, training took most of the only one; of other sources all is new."""
+    write(tmp_path / "mine", stripes(900, seed=25))
+    pipe = ImagePipeline(trained.tokenizer, trained.prior)
+    pipe.provenance = {"data": {"source": str(tmp_path / "mine"), "image_size": SIZE}}
+    pipe.save_pretrained(tmp_path / "pipe")
+    config = DataConfig(source=str(tmp_path / "mine"), image_size=SIZE)
+    held_out = load_images(config).held_out.pixels(range(90))
+    main(["calibrate", f"pipeline={tmp_path}/pipe"])
+    main(["detect", f"pipeline={tmp_path}/pipe", f"out={tmp_path}/a"])
+    printed = capsys.readouterr().out
+    assert "calibrated with 45 of 90 images" in printed and "left out         45 images" in printed
+    images = torch.stack([torch.from_numpy(np.asarray(Image.open(row["file"])).copy())
+                          for row in rows_of(tmp_path / "a/scores.csv")])[:, None]  # fmt: skip
+    assert torch.equal(images, held_out[1::2])
+    main(["detect", f"pipeline={tmp_path}/pipe", f"images={tmp_path}/mine", f"out={tmp_path}/b"])
+    assert rows_of(tmp_path / "b/scores.csv") == rows_of(tmp_path / "a/scores.csv")
+    (tmp_path / "mine").rename(tmp_path / "moved")
+    main(["detect", f"pipeline={tmp_path}/pipe", f"images={tmp_path}/moved", f"out={tmp_path}/c"])
+    assert len(rows_of(tmp_path / "c/scores.csv")) == 855
+
+
+def test_a_confidence_is_kept_and_told(world, tmp_path, capsys):
+    shutil.copytree(world / "bare", tmp_path / "pipe")
+    line = fails(capsys, "calibrate", f"pipeline={tmp_path}/pipe", "confidence=0.9")
+    assert "a share of 0.05 false alarms with a confidence of 0.9 needs at least 90 images (got 40); every=2" in line
+    main(["calibrate", f"pipeline={tmp_path}/pipe", "confidence=0.9", "false_alarms=0.2"])
+    promise = "at most 0.2 of new normal images are above, in 0.9 of calibrations\n"
+    assert f"thresholds: {promise}" in capsys.readouterr().out
+    main(["detect", f"pipeline={tmp_path}/pipe", f"images={world}/fresh", f"out={tmp_path}/found"])
+    assert f"promised       {promise}" in capsys.readouterr().out
+    fitted = ImagePipeline.from_pretrained(tmp_path / "pipe").calibration
+    flagged = [row["flagged"] == "1" for row in rows_of(tmp_path / "found/scores.csv")]
+    scores = [float(row["score"]) for row in rows_of(tmp_path / "found/scores.csv")]
+    assert fitted.confidence == 0.9 and flagged == [score > fitted.thresholds["joint"] for score in scores]
+    assert fitted.thresholds["joint"] > np.sort(fitted.scores["joint"])[-2]  # of 20 scores, 3 could be above on average
+
+
+def test_methods_that_are_left_out_are_listed(world, tmp_path, capsys):
+    shutil.copytree(world / "bare", tmp_path / "pipe")
+    main(["calibrate", f"pipeline={tmp_path}/pipe"])
+    printed = capsys.readouterr().out
+    assert "left out: complexity, which needs a tokenizer with a likelihood of pixels (`model.likelihood`)\n" in printed
+    assert "left out: ratio, which needs a background prior" in printed and "left out: neighbours" not in printed
+    assert "method: complexity needs a tokenizer with a likelihood of pixels" in fails(
+        capsys, "detect", f"pipeline={tmp_path}/pipe", f"out={tmp_path}/found", "method=complexity"
+    )
 
 
 def test_detect_looks_where_the_other_verbs_do(world, tmp_path, capsys):

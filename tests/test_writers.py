@@ -182,7 +182,10 @@ def world(tmp_path_factory) -> SimpleNamespace:
     found.picture, found.stream = root / "images" / "test" / "a" / "0.png", root / "stream.smalti"
     WRITERS["encode"].write(found, found.tokens)
     WRITERS["compress"].write(found, found.stream)
-    run(calibrate, [f"pipeline={found.calibrated}", f"data.source={found.images}", "data.image_size=8"])
+    run(
+        calibrate,
+        [f"pipeline={found.calibrated}", f"data.source={found.images}", "data.image_size=8", "false_alarms=0.1"],
+    )
     source = make_tokenizer("vqgan", (8, 8), 1, quantizer={"kind": "vq", "codes": 32, "dim": 8})
     published_weights(source, found.source)
     found.before = snapshot(root)
