@@ -10,11 +10,12 @@ from costs import Operations, all_steps, flops
 from safetensors.torch import save_file
 from small import generators, make_prior
 
+from pipelines import ImagePipeline
 from pipelines.schedule import ema_update
 from prior import Prior
 from prior.made import DENSE_WIDTH, Kept, even_degrees, random_degrees, summed
 from prior.orders import make_order
-from tokenizer import TokenGrid
+from tokenizer import TokenGrid, Tokenizer
 
 ROWS = DENSE_WIDTH + 3  # so many ids that rows of weights are picked
 VARIANTS = {
@@ -638,3 +639,14 @@ def test_a_finite_set_of_masks_is_that_of_the_mixture():
     assert orders == {tuple(order.tolist()) for order in names}
     assert degrees == {tuple(torch.cat(model.numbered_degrees(number)).tolist()) for number in range(3)}
     assert len({(tuple(each["order"].tolist()), int(each["degrees"][0].sum())) for each in drawn}) == 9
+
+
+def test_a_pipeline_scores_a_mixture_of_masks():
+    pixels = Tokenizer.create("pixels", image_size=(4, 4), channels=1, levels=2).eval()
+    prior = make_prior(
+        "made", shape=(4, 4), vocab_size=2, num_classes=0, connectivity_agnostic=True, tokenizer=pixels.fingerprint()
+    )
+    pipe, images = ImagePipeline(pixels, prior), torch.rand(3, 1, 4, 4) * 2 - 1
+    scores = pipe.log_prob(images, num_masks=3, batch_size=2)
+    assert scores.tolist() == pytest.approx(prior.log_prob(pipe.encode(images), num_masks=3).tolist(), abs=1e-4)
+    assert not torch.allclose(scores, pipe.log_prob(images), atol=1e-3)
