@@ -12,6 +12,7 @@ from tokenizer.storage import PipelineLoadError, read_json
 
 from .checkpoint import STATE
 from .config import UserError, difference
+from .nodes import as_written, node_of
 
 END, RHYTHM = ("steps", "minutes"), ("log_every", "preview_every", "evaluate_every", "save_every")
 FREE = {"train": (*END, *RHYTHM, "timeout", "checkpointing"), "data": ("cache_mb",)}
@@ -21,9 +22,11 @@ STREAMED = {"data": ("on_error", "max_bad_fraction")}
 
 
 def settings(given: dict[str, Any], config: Any) -> dict[str, Any]:
-    """A configuration with the defaults of settings that did not exist when the run was begun."""
+    """A configuration with what settings that did not exist when the run was begun were by then."""
+    nodes = {name: node for name, field in type(config).model_fields.items() if (node := node_of(field))}
+    written = {name: as_written(node.load(), given[name]) for name, node in nodes.items() if given.get(name)}
     try:
-        return type(config).model_validate(given).model_dump(mode="json")
+        return type(config).model_validate({**given, **written}).model_dump(mode="json")
     except ValidationError:  # of another version, or stage: the difference will tell
         return given
 

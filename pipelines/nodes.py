@@ -65,6 +65,11 @@ def completed(family: Any, node: Data) -> Data:
     return {**node, **{f.name: completed(family_of(f), node[f.name]) for f in nested}}
 
 
+def as_written(family: Any, node: Data) -> Data:
+    """`node` with what it meant when it was written, maybe by an earlier version."""
+    return {**family.find(node["kind"]).Config.older, **node} if node.get("kind") in family.available() else node
+
+
 def merge(old: Data, new: Data) -> Data:
     """`new` on top of `old`, mappings key by key, except that a node whose `kind` changes is replaced."""
     if "kind" in old and new.get("kind", old["kind"]) != old["kind"]:

@@ -29,9 +29,10 @@ BEGUN = (SIGNS, LOCK)
 CONFIG = "config.yaml"
 
 
-def begun_data(run: Path) -> dict[str, Any] | None:
-    """What `data` was when the run in this folder was begun; None where none was. Raises `UserError`."""
-    data = read_file(str(run / CONFIG)).get("data") if (run / CONFIG).is_file() else None
+def begun_data(run: Path, node: str = "data") -> dict[str, Any] | None:
+    """What `data` (or another node) was when the run in this folder was begun; None where none was. Raises
+    `UserError`."""
+    data = read_file(str(run / CONFIG)).get(node) if (run / CONFIG).is_file() else None
     return data if isinstance(data, dict) else None
 
 

@@ -18,6 +18,7 @@ from tokenizer import TokenGrid
 from .augment import uniforms
 from .config import Config, ModelNode, UserError, run_command
 from .generation import ImagePipeline
+from .run_folder import begun_data
 from .schedule import TrainConfig
 from .shuffle import permuted_blocks
 from .stopping import what_is_saved
@@ -151,6 +152,14 @@ def training_splits(data: TokenDataset) -> tuple[TokenSplit, TokenSplit]:
     return data.splits["train"], data.splits["test"]
 
 
+def as_begun(model: dict[str, Any], before: dict[str, Any]) -> dict[str, Any]:
+    """`model` for going on with what was begun with the node `before`: what that did not say is as it was by then."""
+    if before.get("kind") != model["kind"]:
+        return model
+    older = Prior.find(model["kind"]).Config.older
+    return {**model, **{name: value for name, value in older.items() if name not in before}}
+
+
 def build_prior(node: dict[str, Any], data: TokenDataset) -> Prior:
     """The prior of a checked `{kind: ...}` node for the dataset's grid and classes. Raises `ConfigError`."""
     choices = {key: value for key, value in node.items() if key != "kind"}
@@ -197,6 +206,8 @@ def bits_per_token(model: Any, split: TokenSplit, limit: int | None = None, num_
 
 def run(config: TrainPriorConfig) -> Path:
     """Train, and return the run folder; `pipeline/` in it is what `from_pretrained` wants."""
+    model = as_begun(config.model, begun_data(Path(config.out), "model") or {})
+    config = config.model_copy(update={"model": model})
 
     def build(accelerator: Accelerator) -> Task:
         return PriorTask(config)

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tokenizer.pretrained import ModelConfig, setting
+from tokenizer.pretrained import setting
 
 from .base import Prior, PriorConfig
 from .orders import make_order
@@ -31,6 +31,8 @@ MAX_DIRECT = 1 << 28  # weights of the direct connections: the square of what th
 @dataclass(frozen=True, kw_only=True)
 class MADEConfig(PriorConfig):
     """Sizes and connections of the perceptron."""
+
+    older = {"sigmoid": False}
 
     hidden: tuple[int, ...] = setting((512,), "units of each hidden layer", ge=1, le=65536)
     direct: bool = setting(False, "connect every token straight to all later positions as well")
@@ -48,11 +50,6 @@ class MADEConfig(PriorConfig):
     def binary(self) -> bool:
         """Whether a token is one number, and so is what is predicted of it."""
         return self.sigmoid and self.grid.vocab_size == 2 and self.embedding is None
-
-    @classmethod
-    def from_saved(cls, data: dict[str, Any]) -> ModelConfig:
-        """Models that were saved before they had `sigmoid` are without it."""
-        return cls.from_dict({"sigmoid": False, **data})
 
     def identity(self) -> dict[str, Any]:
         """Without `sigmoid` where it makes no difference."""

@@ -58,6 +58,8 @@ class ModelConfig:
     `{kind: ...}` becomes the configuration of that kind); a wrong one raises `ConfigError` naming the field."""
 
     kind: ClassVar[str] = ""
+    older: ClassVar[dict[str, Any]] = {}
+    """What a configuration meant that was written before it had these settings, where that is not their default."""
 
     def __post_init__(self) -> None:
         problems: list[str] = []
@@ -105,8 +107,8 @@ class ModelConfig:
 
     @classmethod
     def from_saved(cls, data: dict[str, Any]) -> ModelConfig:
-        """`from_dict` of what `to_dict` wrote, maybe that of an earlier version, which may have lacked a setting."""
-        return cls.from_dict(data)
+        """`from_dict` of what `to_dict` wrote, this version's or an earlier one's."""
+        return cls.from_dict({**cls.older, **data})
 
 
 def problems_in(cls: type[ModelConfig], data: dict[str, Any], *, facts: bool = False, prefix: str = "") -> list[str]:
