@@ -254,7 +254,7 @@ class MADE(Prior, name="made"):
 
         Masks are built where order or degrees are others than they were; while nothing is trained, weights are
         multiplied by them where they have changed. A fused optimizer changes them without a trace, so a pass that may
-        lead to a step forgets what was kept.
+        lead to a step forgets what was kept, and nothing is kept while there are gradients.
         """
         weights = [self.input, *self.hidden, *([] if self.direct is None else [self.direct]), self.output]
         chosen = [self.order if order is None else order, *(degrees or [self.all_degrees])]
@@ -263,7 +263,8 @@ class MADE(Prior, name="made"):
         def connect() -> list[Tensor]:
             return [weight * mask for weight, mask in zip(weights, masks, strict=True)]
 
-        if self.training or torch.is_grad_enabled() or any(weight.is_inference() for weight in weights):
+        trained = self.training or torch.is_grad_enabled()
+        if trained or any(weight.is_inference() or weight.grad is not None for weight in weights):
             self._masked = Kept()
             return connect()
         return self._masked.get([*weights, *masks], connect)

@@ -496,15 +496,19 @@ def test_masks_are_built_once_and_weights_masked_once_per_change(variant, builds
 
 
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
-@pytest.mark.parametrize("change", ["step", "half", "load", "average"])
+@pytest.mark.parametrize("change", ["step", "step after a look", "half", "load", "average"])
 def test_kept_weights_are_never_stale(mode, change):
     model, tokens = make("three layers", num_classes=0), torch.randint(5, (2, 3, 4))
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.1, fused=True)
     with mode():
         before = model(tokens)
-    if change == "step":
+    if change.startswith("step"):
         model.loss(model.train()(tokens), tokens).backward()  # what was kept in inference mode is not in its way
+        if "look" in change:
+            with mode():
+                model.eval()(tokens)
         optimizer.step()
+        optimizer.zero_grad()
     elif change == "half":
         model.half().float()
     elif change == "load":
