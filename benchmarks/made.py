@@ -3,6 +3,7 @@
     pip install -e ".[dev]"
     python benchmarks/made.py minutes=3                  # 784-1000-784 on black and white garments, without classes
     python benchmarks/made.py steps=200 minutes=0        # the step alone
+    python benchmarks/made.py source=digits minutes=0.01 steps=2     # does it run?
 
 The images are in `source=`, or in fashion_mnist in the folder SMALTI_DATA or ../shared/data, or come from the Hub.
 
@@ -19,6 +20,7 @@ kept, not drawn again, and its images lie in memory. Images seen; nats per image
 from __future__ import annotations
 
 import json
+import math
 import os
 import statistics
 import sys
@@ -137,9 +139,9 @@ def ours(tokens: Path, out: Path, minutes: float) -> tuple[int, float]:
     finally:
         training.time = clock
     steps = max(json.loads(line)["step"] for line in (out / "metrics.jsonl").read_text().splitlines())
-    pipe, test = ImagePipeline.from_pretrained(out / "pipeline"), load_tokens(tokens).splits["test"]
-    bits = train_prior.bits_per_token(pipe.prior, test)
-    return steps * config.train.batch_size, bits * SIZE * 0.6931471805599453
+    prior = ImagePipeline.from_pretrained(out / "pipeline").prior
+    bits = train_prior.bits_per_token(prior, load_tokens(tokens).splits["test"])
+    return steps * config.train.batch_size, bits * SIZE * math.log(2)
 
 
 def plain(train: Any, test: Any, minutes: float) -> tuple[int, float]:

@@ -140,21 +140,21 @@ class ImagePipeline(Stages):
 
     @torch.no_grad()
     def log_prob(self, images: Any, labels: Label | Sequence[Label] = None, *, order: Order = None, num_orders: int = 1,
-                 batch_size: int = 256) -> Tensor:  # fmt: skip
+                 num_masks: int = 1, batch_size: int = 256) -> Tensor:  # fmt: skip
         """log p of each image's tokens under the prior, `(B,)` nats (of the class given; else unconditional).
 
-        order, num_orders: as in `Prior.log_prob`. Where `prior.exact` is False it is a bound.
+        order, num_orders, num_masks: as in `Prior.log_prob`. Where `prior.exact` is False it is a bound.
         """
         tokens = self.encode(images, batch_size=batch_size)
-        return self._token_log_prob(tokens, labels, order, num_orders, batch_size)
+        return self._token_log_prob(tokens, labels, order, num_orders, batch_size, num_masks)
 
     def _token_log_prob(self, tokens: Tensor, labels: Label | Sequence[Label], order: Order, num_orders: int,
-                        batch_size: int) -> Tensor:  # fmt: skip
+                        batch_size: int, num_masks: int = 1) -> Tensor:  # fmt: skip
         ids, parts = self.label_ids(labels, len(tokens)), []
         for start in range(0, len(tokens), batch_size):
             rows = slice(start, start + batch_size)
             given = None if ids is None else ids[rows]
-            parts.append(self.prior.log_prob(tokens[rows], given, order_of(order, rows), num_orders))
+            parts.append(self.prior.log_prob(tokens[rows], given, order_of(order, rows), num_orders, num_masks))
         return torch.cat(parts)
 
     def conditional_log_prob(

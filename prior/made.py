@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tokenizer.pretrained import ModelConfig, setting
+from tokenizer.pretrained import setting
 
 from .base import Prior, PriorConfig
 from .orders import make_order
@@ -42,17 +42,14 @@ class MADEConfig(PriorConfig):
     masks: int | None = setting(
         None, "draw so many orders and degrees to train with once for all, not new ones at every step", ge=1, le=1 << 20
     )
-    sigmoid: bool = setting(True, "one logit per token where there are two ids; false: one-hot rows and a softmax")
+    sigmoid: bool = setting(
+        True, "one logit per token where there are two ids; false: one-hot rows and a softmax", before=False
+    )
 
     @property
     def binary(self) -> bool:
         """Whether a token is one number, and so is what is predicted of it."""
         return self.sigmoid and self.grid.vocab_size == 2 and self.embedding is None
-
-    @classmethod
-    def from_saved(cls, data: dict[str, Any]) -> ModelConfig:
-        """Models that were saved before they had `sigmoid` are without it."""
-        return cls.from_dict({"sigmoid": False, **data})
 
     def identity(self) -> dict[str, Any]:
         """Without `sigmoid` where it makes no difference."""
@@ -257,7 +254,7 @@ class MADE(Prior, name="made"):
 
         Masks are built where order or degrees are others than they were; while nothing is trained, weights are
         multiplied by them where they have changed. A fused optimizer changes them without a trace, so a pass that may
-        lead to a step forgets what was kept.
+        lead to a step forgets what was kept, and nothing is kept while there are gradients.
         """
         weights = [self.input, *self.hidden, *([] if self.direct is None else [self.direct]), self.output]
         chosen = [self.order if order is None else order, *(degrees or [self.all_degrees])]
@@ -266,7 +263,8 @@ class MADE(Prior, name="made"):
         def connect() -> list[Tensor]:
             return [weight * mask for weight, mask in zip(weights, masks, strict=True)]
 
-        if self.training or torch.is_grad_enabled() or any(weight.is_inference() for weight in weights):
+        trained = self.training or torch.is_grad_enabled()
+        if trained or any(weight.is_inference() or weight.grad is not None for weight in weights):
             self._masked = Kept()
             return connect()
         return self._masked.get([*weights, *masks], connect)

@@ -168,3 +168,11 @@ def test_all_tokenizers_for_seconds(tmp_path):
     assert again.splitlines()[-8:] == printed.splitlines()[-8:] and "training rows" not in again
     with pytest.raises(AssertionError, match="was made with gpt_minutes=0.002; choose another out="):
         run(*command, "gpt_minutes=1")
+
+
+@pytest.mark.slow
+def test_made_is_raced():
+    table = run("made.py", "source=digits", "minutes=0.01", "steps=2")
+    rows = re.findall(r"^\| (ours|plain loop) \| ([\d,]+) \| ([\d.]+) \|$", table, re.M)
+    assert [name for name, *_ in rows] == ["ours", "plain loop"] and re.search(r"^\| 128 \|", table, re.M)
+    assert all(int(images.replace(",", "")) > 0 and 0 < float(nats) < 700 for _, images, nats in rows)

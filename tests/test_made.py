@@ -3,18 +3,24 @@
 import copy
 import itertools
 import json
+import shutil
 
 import pytest
 import torch
+import yaml
 from costs import Operations, all_steps, flops
-from safetensors.torch import save_file
+from launch import losses, train_prior
+from safetensors.torch import load_file, save_file
 from small import generators, make_prior
 
+from pipelines import ImagePipeline
 from pipelines.schedule import ema_update
+from pipelines.tokens import TokenDataset, TokenSplit
 from prior import Prior
 from prior.made import DENSE_WIDTH, Kept, even_degrees, random_degrees, summed
 from prior.orders import make_order
-from tokenizer import TokenGrid
+from tokenizer import TokenGrid, Tokenizer
+from tokenizer.storage import write_manifest
 
 ROWS = DENSE_WIDTH + 3  # so many ids that rows of weights are picked
 VARIANTS = {
@@ -490,15 +496,19 @@ def test_masks_are_built_once_and_weights_masked_once_per_change(variant, builds
 
 
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
-@pytest.mark.parametrize("change", ["step", "half", "load", "average"])
+@pytest.mark.parametrize("change", ["step", "step after a look", "half", "load", "average"])
 def test_kept_weights_are_never_stale(mode, change):
     model, tokens = make("three layers", num_classes=0), torch.randint(5, (2, 3, 4))
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.1, fused=True)
     with mode():
         before = model(tokens)
-    if change == "step":
+    if change.startswith("step"):
         model.loss(model.train()(tokens), tokens).backward()  # what was kept in inference mode is not in its way
+        if "look" in change:
+            with mode():
+                model.eval()(tokens)
         optimizer.step()
+        optimizer.zero_grad()
     elif change == "half":
         model.half().float()
     elif change == "load":
@@ -638,3 +648,48 @@ def test_a_finite_set_of_masks_is_that_of_the_mixture():
     assert orders == {tuple(order.tolist()) for order in names}
     assert degrees == {tuple(torch.cat(model.numbered_degrees(number)).tolist()) for number in range(3)}
     assert len({(tuple(each["order"].tolist()), int(each["degrees"][0].sum())) for each in drawn}) == 9
+
+
+def test_a_pipeline_scores_a_mixture_of_masks():
+    pixels = Tokenizer.create("pixels", image_size=(4, 4), channels=1, levels=2).eval()
+    prior = make_prior(
+        "made", shape=(4, 4), vocab_size=2, num_classes=0, connectivity_agnostic=True, tokenizer=pixels.fingerprint()
+    )
+    pipe, images = ImagePipeline(pixels, prior), torch.rand(3, 1, 4, 4) * 2 - 1
+    scores = pipe.log_prob(images, num_masks=3, batch_size=2)
+    assert scores.tolist() == pytest.approx(prior.log_prob(pipe.encode(images), num_masks=3).tolist(), abs=1e-4)
+    assert not torch.allclose(scores, pipe.log_prob(images), atol=1e-3)
+
+
+def without(node, *names):
+    return {key: value for key, value in node.items() if key not in names}
+
+
+def test_an_old_run_of_two_ids_goes_on_to_the_bit(tmp_path, monkeypatch):
+    """Begun when there was no `sigmoid`, stopped halfway, continued by the command that began it."""
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    pixels = Tokenizer.create("pixels", image_size=(4, 4), channels=1, levels=2).eval()
+    rows = torch.randint(2, (64, 4, 4))
+    splits = {name: TokenSplit(rows.byte(), None) for name in ("train", "test")}
+    TokenDataset(pixels.grid, [], splits, pixels, {}).save(tmp_path / "tokens")
+    command = {"train__steps": 8, "train__save_every": 4, "train__lr": 4e-3}
+    run = train_prior(
+        tmp_path / "run", tmp_path / "tokens", model={"kind": "made", "hidden": [20], "sigmoid": False}, **command
+    )
+    before, weights = losses(run), load_file(run / "pipeline/prior/model.safetensors")
+    shutil.rmtree(run / "state" / "step-00000008")
+    state = run / "state" / "step-00000004"
+    written = json.loads((state / "state.json").read_text())
+    written["config"]["model"] = without(written["config"]["model"], "sigmoid", "masks")
+    (state / "state.json").write_text(json.dumps(written))
+    (state / "manifest.json").unlink()
+    write_manifest(state, step=4)
+    config = yaml.safe_load((run / "config.yaml").read_text())
+    (run / "config.yaml").write_text(yaml.safe_dump({**config, "model": without(config["model"], "sigmoid", "masks")}))
+    train_prior(run, tmp_path / "tokens", model={"kind": "made", "hidden": [20]}, **command)
+    assert losses(run) == before and weights["input"].shape == (16, 2, 20)
+    assert all(
+        torch.equal(value, weights[name]) for name, value in load_file(run / "pipeline/prior/model.safetensors").items()
+    )
+    new = train_prior(tmp_path / "new", tmp_path / "tokens", model={"kind": "made", "hidden": [20]}, **command)
+    assert load_file(new / "pipeline/prior/model.safetensors")["input"].shape == (16, 1, 20)

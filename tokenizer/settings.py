@@ -117,11 +117,6 @@ class ModelConfig:
             raise ConfigError(f"{cls.kind}: " + "; ".join(problems))
         return cls(**data)
 
-    @classmethod
-    def from_saved(cls, data: dict[str, Any]) -> ModelConfig:
-        """`from_dict` of what `to_dict` wrote, maybe that of an earlier version, which may have lacked a setting."""
-        return cls.from_dict(data)
-
 
 def problems_in(cls: type[ModelConfig], data: dict[str, Any], *, facts: bool = False, prefix: str = "") -> list[str]:
     """What is wrong with `data` as (part of) a configuration of class `cls`, each problem with its dotted key.
