@@ -11,12 +11,13 @@ SUM    := $(shell cksum pyproject.toml | cut -d' ' -f1)
 READY  := $(VENV)/.demo-$(SUM)
 TESTS  := $(VENV)/.dev-$(SUM)
 
-.PHONY: demo test slow check help
+.PHONY: demo test slow check floors help
 
 help:
 	@echo "make demo   install, train on digits, generate, evaluate (about 5 minutes on two cores)"
 	@echo "make test   install, ruff, mypy, pytest"
 	@echo "make slow   the measurements that take longer"
+	@echo "make floors the tests with the lowest versions of pyproject.toml, then with the newest"
 
 demo: $(DONE)/evaluation
 	@cat $(RUNS)/gpt_digits/evaluation/evaluation.txt
@@ -57,6 +58,10 @@ check: $(TESTS)
 slow: $(TESTS)
 	$(BIN)/python -m pytest -m slow $(ARGS)
 
+# Each in an environment of its own, below build/. The second runs whatever the first has shown.
+floors:
+	$(PYTHON) tests/floors.py lowest $(ARGS); lowest=$$?; $(PYTHON) tests/floors.py newest $(ARGS) && exit $$lowest
+
 # A stamp is made only after everything before it succeeded, so a half-failed install is repaired by the next call.
 $(READY): pyproject.toml
 	$(call install,digits)
@@ -65,7 +70,7 @@ $(TESTS): pyproject.toml
 	$(call install,dev)
 
 define install
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Smalti needs Python 3.10 or newer")'
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Smalti needs Python 3.11 or newer")'
 	@rm -f $(VENV)/.demo-* $(VENV)/.dev-*
 	@test -x $(BIN)/python || $(PYTHON) -m venv --clear $(VENV)
 	@echo "installing into $(VENV)"

@@ -86,7 +86,8 @@ def find_preset(name: str) -> Path:
     similar = difflib.get_close_matches(wanted.rpartition("/")[2], last_parts, 2, 0.7)
     near = named or [last_parts[part] for part in similar]
     hint = f"did you mean {' or '.join(near)}?" if near else "`smalti presets` lists them"
-    reason = "several presets are called so" if named else "no such file, nor a preset"
+    kind = "a folder, no file" if os.path.isdir(name) else "no such file"
+    reason = "several presets are called so" if named else f"{kind}, nor a preset"
     raise UserError(f"{name}: can not be read ({reason}); {hint}")
 
 

@@ -8,7 +8,6 @@ would silently replicate. Sources: Zhao et al. 2023 (FSDP), Rajbhandari et al. 2
 from __future__ import annotations
 
 import copy
-import inspect
 import os
 import warnings
 from typing import TYPE_CHECKING, Any
@@ -31,7 +30,7 @@ def _asked(name: str, default: str = "false") -> str:
 
 def is_sharding(accelerator: Accelerator) -> bool:
     """Whether weights are to be sharded. Raises `UserError` for what this does not do: FSDP 1, other precisions than
-    bf16, accelerate's own compiling and checkpointing, or a torch that is too old."""
+    bf16, and accelerate's own compiling and checkpointing."""
     if _asked("ACCELERATE_USE_FSDP") != "true":
         return False
     if _asked("FSDP_VERSION", "1") != "2":
@@ -42,11 +41,6 @@ def is_sharding(accelerator: Accelerator) -> bool:
         raise UserError("fsdp_activation_checkpointing: use train.checkpointing=true instead")
     if _asked("ACCELERATE_DYNAMO_BACKEND", "no") != "no":
         raise UserError("--dynamo_backend: with FSDP use train.compile=true instead")
-    from torch.distributed import checkpoint
-
-    writer = getattr(checkpoint, "HuggingFaceStorageWriter", None)
-    if writer is None or "save_distributed" not in inspect.signature(writer).parameters:
-        raise UserError(f"FSDP saves shards with torch 2.9 or newer; {torch.__version__} is installed")
     return torch.distributed.is_initialized()  # of one process there is nothing to share out
 
 

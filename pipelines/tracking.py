@@ -208,15 +208,16 @@ def _ways_to_start(
     resumed: bool,
 ) -> dict[str, dict[str, Any]]:
     """What a `Mirror` of each tracker is made of."""
+    project = str(config.project)
     options = {"dir": str(wandb_folder(run)), "name": config.name, "id": identity}
     wandb = {
-        mode: partial(start_wandb, config.project, run_config, held=sent.get("wandb", -1), mode=mode, **options)
+        mode: partial(start_wandb, project, run_config, held=sent.get("wandb", -1), mode=mode, **options)
         for mode in dict.fromkeys((mode, "offline"))
     }
     # Its runs are found by their names, and a folder of several runs may hold others of this one.
     trackio = partial(
         start_trackio,
-        config.project,
+        project,
         run_config,
         folder=trackio_folder(run),
         resumed=resumed,

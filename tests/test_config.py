@@ -308,9 +308,9 @@ def test_a_file_that_can_not_be_used(tmp_path: Path, text: str, problem: str) ->
 
 def test_files_that_can_not_be_read(tmp_path: Path) -> None:
     assert problems("--config", str(tmp_path / "no.yaml")) == [
-        f"{tmp_path / 'no.yaml'}: can not be read (No such file or directory)"
+        f"{tmp_path / 'no.yaml'}: can not be read (no such file, nor a preset); `smalti presets` lists them"
     ]
-    assert "directory" in problems("--config", str(tmp_path))[0]
+    assert "(a folder, no file, nor a preset)" in problems("--config", str(tmp_path))[0]
     (tmp_path / "latin.yaml").write_bytes(b"out: \xe9\n")
     assert "latin.yaml: can not be read" in problems("--config", str(tmp_path / "latin.yaml"))[0]
     assert problems("--config") == ["--config: expected a file after it"]

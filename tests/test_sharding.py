@@ -500,15 +500,6 @@ def test_what_the_project_does_itself_is_said(tmp_path, monkeypatch, name, value
         train_prior(tmp_path / "run", tmp_path / "tokens")
 
 
-def test_a_torch_that_is_too_old_is_named(tmp_path, monkeypatch):
-    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
-    monkeypatch.setenv("FSDP_VERSION", "2")
-    monkeypatch.delattr(torch.distributed.checkpoint, "HuggingFaceStorageWriter")
-    make_tokens(tmp_path / "tokens")
-    with pytest.raises(UserError, match="FSDP saves shards with torch 2.9 or newer; .* is installed"):
-        train_prior(tmp_path / "run", tmp_path / "tokens")
-
-
 def test_a_tokenizer_is_not_sharded(tmp_path):
     config = parse(TrainTokenizerConfig, tokenizer_arguments(tmp_path), verb="train_tokenizer", description=None)
     with pytest.raises(UserError, match="FSDP is for priors: a tokenizer .* is kept whole by every process"):

@@ -3,27 +3,46 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 import sys
 import sysconfig
+import tomllib
 import zipfile
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 
+import floors
 import pytest
 
 ROOT = Path(__file__).parents[1]
 PACKAGES, SOURCES = ("tokenizer", "prior", "pipelines"), ("pyproject.toml", "README.md", "LICENSE")
 
-if int(version("setuptools").partition(".")[0] if find_spec("setuptools") else 0) < 71:
-    pytest.skip("wheels are built by setuptools 71 or newer, which is not installed", allow_module_level=True)
+SETUPTOOLS = int(version("setuptools").partition(".")[0]) if find_spec("setuptools") else 0
+
+
+def test_every_requirement_names_the_version_that_is_tested():
+    """Raises for one that names none, or two."""
+    lowest = floors.lowest()
+    assert len(lowest) == len(floors.requirements()) > 20
+    assert all(re.fullmatch(r"[\w.-]+==\d+(\.\d+)*", line) for line in lowest), lowest
+
+
+def test_the_oldest_python_is_the_same_wherever_it_is_named():
+    minor = floors.oldest_minor()
+    settings = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]
+    assert settings["ruff"]["target-version"] == f"py3{minor}" and settings["mypy"]["python_version"] == f"3.{minor}"
+    assert f"Python 3.{minor} or newer" in (ROOT / "README.md").read_text(encoding="utf-8")
+    assert f"(3, {minor}) and " in (ROOT / "Makefile").read_text(encoding="utf-8")
 
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory):
     """Built as pip builds it, from a copy: nothing is left in the checkout."""
+    if SETUPTOOLS < 71:  # those before it need the package `wheel`
+        pytest.skip("setuptools 71 or newer is not installed")
     source = tmp_path_factory.mktemp("source")
     for name in (*PACKAGES, "configs"):
         shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
