@@ -22,7 +22,7 @@ from tokenizer.pretrained import setting
 from .base import FEW_ROWS, Prior, State
 from .requests import Order, Rows, check_labels, make_rows
 from .sampling import Generators, GumbelNoise, Sampler, gumbel, progress_over
-from .transformer import EPS, Block, Rotations, TransformerConfig, coordinates, reset
+from .transformer import EPS, Block, Rotations, TransformerConfig, coordinates, deep_rounding, reset
 
 SCHEDULES: dict[str, Callable[[Tensor], Tensor]] = {
     "linear": lambda u: 1 - u,
@@ -59,6 +59,7 @@ class Masked(Prior, name="masked"):
         super().__init__(config)
         dim, shape = config.dim, config.grid.shape
         self.exact, self.mask = config.exact, config.grid.vocab_size
+        self.rounding = deep_rounding(config.depth)
         self.token_embedding = nn.Embedding(config.grid.vocab_size + 1, dim)  # the last is the mask
         self.class_embedding = nn.Embedding(config.num_classes + 1, dim)  # the last is the null class
         self.axis_embeddings: Any = nn.ParameterList(nn.Parameter(torch.empty(size, dim)) for size in shape)
@@ -234,7 +235,7 @@ class Masked(Prior, name="masked"):
             if not bool(left.any()):
                 break
             logits = sampler.guide(self.predict(sampler.doubled(ids), labels).float())
-            drawn, _ = sampler.choose(logits, noise)
+            drawn = sampler.choose(logits, noise)
             confidence = logits.log_softmax(-1).gather(-1, drawn[..., None])[..., 0]
             jitter = torch.stack([gumbel((size,), generator) for generator in rows.generators]).to(self.device)
             confidence = (confidence + temperature * jitter).masked_fill(ids != self.mask, torch.inf)
