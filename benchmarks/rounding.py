@@ -21,6 +21,18 @@ from typing import Any
 
 from sampling import table_head
 
+COLUMNS = (
+    "prior",
+    "grid",
+    "sd",
+    "largest",
+    "step - alone",
+    "batch - alone",
+    "of the row",
+    "of the image",
+    "allowed / found",
+    "made again",
+)
 DEVIATIONS = (1.0, 5.0, 15.0)
 BATCH = 4
 GRID, BINARY = ((16, 16), 512), ((28, 28), 2)
@@ -128,9 +140,9 @@ def main() -> None:
     from tokenizer import TokenGrid
 
     torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
-    print(f"torch {torch.__version__}, {torch.get_num_threads()} thread(s), {torch.backends.cpu.get_cpu_capability()}\n")
-    print(table_head("prior", "grid", "sd", "largest", "step - alone", "batch - alone", "of the row", "of the image",
-                     "allowed / found", "made again"))  # fmt: skip
+    capability = torch.backends.cpu.get_cpu_capability()
+    print(f"torch {torch.__version__}, {torch.get_num_threads()} thread(s), {capability}\n")
+    print(table_head(*COLUMNS))
     if folder := options.get("pipeline"):
         model = Prior.from_pretrained(f"{folder}/prior")
         labels = torch.arange(BATCH) % (model.num_classes + 1)

@@ -258,9 +258,9 @@ class Prior(PretrainedModel, family="prior"):
             raise ValueError("guess should be a prior over the same grid and classes, and goes with parallel=True")
         if parallel and not cache:
             raise ValueError("cache=False does not go with parallel=True: whole passes have no cache")
-        rows = rows.along(choose_walk(self, order, num_orders, rows.keep, rows.generators), self.order)
         most = self.parallel_rows() if parallel else self.rows_at_once() or num_images
         with torch.inference_mode(), self._evaluating(), (guess or self)._evaluating():
+            rows = rows.along(choose_walk(self, order, num_orders, rows), self.order)
             parts = [self._draw(part, sampler, cache, parallel, guess, progress)
                      for part in rows.cut(max(FEW_ROWS, most // sampler.copies))]  # fmt: skip
             drawn = torch.empty_like(rows.given).scatter_(1, rows.path.expand(rows.given.shape), torch.cat(parts))

@@ -106,8 +106,8 @@ class Sampler:
         return ids[..., 0], lead.where(certain.gather(-1, ids)[..., 0], 0)
 
     def _kept(self, logits: Tensor, tolerance: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """bool `(..., V)`: what `top_k` and `top_p` keep; what they might, and what they surely would, if differences of
-        logits were off by less than `tolerance` (..., 1). Of equal logits `top_k` keeps all, `top_p` the first."""
+        """bool `(..., V)`: what `top_k` and `top_p` keep; what they might, and what they surely would, if logits could
+        differ by `tolerance` (..., 1) less or more. Of equal logits `top_k` keeps all, `top_p` the first."""
         kept = near = certain = torch.ones_like(logits, dtype=torch.bool)
         if self.top_k is not None and self.top_k < logits.shape[-1]:
             last, first_out = logits.topk(self.top_k + 1).values[..., -2:].split(1, -1)

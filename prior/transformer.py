@@ -32,8 +32,9 @@ class TransformerConfig(PriorConfig):
     hidden: int | None = setting(None, "width of the SwiGLU layer; default 8/3 dim, rounded up to 32", ge=8, le=65536)
     dropout: float = setting(0.0, "dropout on the embeddings and on each residual branch", ge=0, lt=1)
     attention_dropout: float = setting(0.0, "dropout on the attention weights", ge=0, lt=1)
-    rope_base: float = setting(100.0, "the rotary positions' wavelengths, in units of 2 pi cells: with K of them per axis, "
-                               "from 1 to rope_base ** ((K - 1) / K)", gt=1)  # fmt: skip
+    rope_base: float = setting(
+        100.0, "K rotary positions per axis have wavelengths of 2 pi base^(k/K) cells, k from 0 to K - 1", gt=1
+    )
 
     def check(self) -> Iterator[str]:
         """Heads have to be of an even width, and the order has to exist."""
