@@ -19,7 +19,7 @@ from PIL.Image import Image as Picture
 from torch import Tensor
 
 from prior import Prior
-from prior.requests import Order, choose_walk, known_tokens
+from prior.requests import Order, known_first, known_tokens
 
 from .pictures import check_output_type, convert_images
 from .stages import Images, Label
@@ -182,7 +182,7 @@ def region_log_prob(prior: Prior, tokens: Tensor, known: Tensor, labels: Tensor 
             f"{len(tokens)} images known tokens come after hidden ones; it needs all known tokens first, or a prior "
             "that takes any order (masked, gpt with any_order, made with order_agnostic)"
         )
-    walk = choose_walk(prior, None, 1, keep, [])
+    walk = known_first(prior.order, keep) if prior.any_order else None
     each = Prior.token_log_probs(prior, tokens, labels, walk)  # not a masked prior's own, which may be a bound
     return each.flatten(1).double().masked_fill(keep, 0).sum(1).float()
 

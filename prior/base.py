@@ -77,6 +77,10 @@ class Prior(PretrainedModel, family="prior"):
     """Whether the model is one of many of the same weights, which `connected` chooses from (MADE's masks)."""
     order: Tensor
     """(N,) int64; `order[r]` is the raster index of the r-th token."""
+    rounding: float = 4e-6
+    """How far apart two computations of the same float32 logits may be, as a multiple of the image's largest |logit| so
+    far (at least 1: a row's own may be as small as its rounding). At least 2.5 times what
+    `python benchmarks/rounding.py` measures."""
 
     def __init__(self, config: PriorConfig) -> None:
         super().__init__(config)
@@ -275,9 +279,9 @@ class Prior(PretrainedModel, family="prior"):
             raise ValueError("guess should be a prior over the same grid and classes, and goes with parallel=True")
         if parallel and not cache:
             raise ValueError("cache=False does not go with parallel=True: whole passes have no cache")
-        rows = rows.along(choose_walk(self, order, num_orders, rows.keep, rows.generators), self.order)
         most = self.parallel_rows() if parallel else self.rows_at_once() or num_images
         with torch.inference_mode(), self._evaluating(), (guess or self)._evaluating():
+            rows = rows.along(choose_walk(self, order, num_orders, rows), self.order)
             parts = [self._draw(part, sampler, cache, parallel, guess, progress)
                      for part in rows.cut(max(FEW_ROWS, most // sampler.copies))]  # fmt: skip
             drawn = torch.empty_like(rows.given).scatter_(1, rows.path.expand(rows.given.shape), torch.cat(parts))
@@ -295,28 +299,29 @@ class Prior(PretrainedModel, family="prior"):
               progress: bool) -> Tensor:  # fmt: skip
         """Tokens `(B, N)` in the order of the walk.
 
-        Other batches, cached steps and whole passes round otherwise, by about 1e-6 in float32, and so might decide
-        otherwise where it is that close. They leave these decisions to one computation: a pass over the image alone.
+        Other batches, cached steps and whole passes round otherwise, and so might decide otherwise where it is that
+        close. They leave these decisions to one computation: a pass over the image alone.
         """
         states = [generator.get_state() for generator in rows.generators]
         if parallel:
-            tokens, leads, _ = sample_parallel(self, rows, sampler, guess, progress)
+            tokens, close, _ = sample_parallel(self, rows, sampler, guess, progress)
         else:
-            tokens, leads = self._sample(rows, sampler, cache, progress)
-        close = (leads <= sampler.tolerance) & ~rows.keep & self.rounds_finely
+            tokens, close = self._sample(rows, sampler, cache, progress)
+        close = close & ~rows.keep & self.rounds_finely
         for k in torch.nonzero(close.any(1)).flatten().tolist():
             rows.generators[k].set_state(states[k])
             tokens[k] = settled(self, rows[[k]], sampler, tokens[[k]], close[[k]])
         return tokens
 
     def _sample(self, rows: Rows, sampler: Sampler, cache: bool, progress: bool) -> tuple[Tensor, Tensor]:
-        """Tokens `(B, N)` in the order of the walk, and by how much each was won."""
+        """Tokens `(B, N)` in the order of the walk, and which of them rounding could turn."""
         noise = GumbelNoise(rows.generators, len(self.grid), self.grid.vocab_size, self.device)
         labels, order = sampler.doubled(rows.labels, self.num_classes), sampler.doubled(rows.order)
         start, next_logits = (self.start, self.next_logits) if cache else (self.start_slow, self.next_logits_slow)
         state: Any = start(len(labels), labels, **_given(order))
-        drawn, token, leads = rows.given.clone(), None, torch.full(rows.given.shape, torch.inf, device=self.device)
-        some, every, won = rows.keep.any(0).tolist(), rows.keep.all(0).tolist(), {}
+        drawn, token, close = rows.given.clone(), None, {}
+        largest, tolerance = torch.ones(len(rows), device=self.device), sampler.tolerance(self.rounding)
+        some, every = rows.keep.any(0).tolist(), rows.keep.all(0).tolist()
         for rank in progress_over(
             range(1 + max((r for r, kept in enumerate(every) if not kept), default=-1)), progress
         ):
@@ -324,15 +329,17 @@ class Prior(PretrainedModel, family="prior"):
                 state.advance(token)
                 chosen = drawn[:, rank]
             else:
-                logits = sampler.guide(next_logits(state, token).float())
-                chosen, won[rank] = sampler.choose(logits, noise.at(rank))
+                logits = next_logits(state, token).float()
+                largest = torch.maximum(largest, sampler.largest(logits))
+                chosen, close[rank] = sampler.decide(sampler.guide(logits), noise.at(rank), tolerance * largest)
                 if some[rank]:
                     chosen = torch.where(rows.keep[:, rank], drawn[:, rank], chosen)
                 drawn[:, rank] = chosen
             token = torch.cat([chosen] * sampler.copies) if sampler.copies > 1 else chosen
-        if won:
-            leads[:, list(won)] = torch.stack(list(won.values()), 1)
-        return drawn, leads
+        could_turn = torch.zeros_like(rows.keep)
+        if close:
+            could_turn[:, list(close)] = torch.stack(list(close.values()), 1)
+        return drawn, could_turn
 
     def start(self, num_images: int, labels: Tensor | None, order: Tensor | None = None) -> Any:
         """Begin an incremental pass over `num_images` rows; returns the state that `next_logits` advances. order:

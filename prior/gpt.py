@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from tokenizer.pretrained import setting
 
 from .base import FEW_ROWS, Prior
-from .transformer import EPS, Block, Rotations, TransformerConfig, coordinates, reset
+from .transformer import EPS, Block, Rotations, TransformerConfig, coordinates, deep_rounding, reset
 
 TINY = 1e-20
 
@@ -48,6 +48,7 @@ class GPT(Prior, name="gpt"):
         super().__init__(config)
         dim, shape = config.dim, config.grid.shape
         self.any_order = config.any_order
+        self.rounding = deep_rounding(config.depth)
         self.token_embedding = nn.Embedding(config.grid.vocab_size, dim)
         self.class_embedding = nn.Embedding(config.num_classes + 1, dim)  # the last is the null class
         self.start_embedding = nn.Parameter(torch.empty(1, dim))

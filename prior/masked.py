@@ -11,6 +11,7 @@ import math
 import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -23,7 +24,7 @@ from tokenizer.pretrained import setting
 from .base import FEW_ROWS, Prior, State
 from .requests import Order, Rows, check_labels, make_rows
 from .sampling import Generators, GumbelNoise, Sampler, gumbel, progress_over
-from .transformer import EPS, Block, Rotations, TransformerConfig, coordinates, reset
+from .transformer import EPS, Block, Rotations, TransformerConfig, coordinates, deep_rounding, reset
 
 SCHEDULES: dict[str, Callable[[Tensor], Tensor]] = {
     "linear": lambda u: 1 - u,
@@ -33,6 +34,7 @@ SCHEDULES: dict[str, Callable[[Tensor], Tensor]] = {
 }
 """The share of tokens that is masked, from 1 at u = 0 to 0 at u = 1. All are concave, so that K steps of sampling
 reveal a token each."""
+MIDPOINTS = 1 << 12  # over which the schedules' mean is taken
 CPU_TOKENS = 1 << 13  # of one pass on a CPU, in whose cache its activations then fit
 GPU_TOKENS = 1 << 16
 
@@ -45,8 +47,8 @@ class MaskedConfig(TransformerConfig):
                             "likelihood; cosine, arccos and square mask more", choices=tuple(SCHEDULES))  # fmt: skip
     label_smoothing: float = setting(0.0, "share of a target's mass that is spread over all ids in training", ge=0,
                                      lt=1)  # fmt: skip
-    exact: bool = setting(True, "log_prob is exact along `order`, a pass per token; false: a bound over all orders")
-    bound_passes: int = setting(8, "passes of that bound; more is closer to its expectation", ge=1, le=65536)
+    exact: bool = setting(True, "log_prob is exact along `order`, a pass per token; false: estimates a bound")
+    bound_passes: int = setting(8, "passes of that estimate; more is closer to the bound", ge=1, le=65536)
 
 
 class Masked(Prior, name="masked"):
@@ -60,6 +62,7 @@ class Masked(Prior, name="masked"):
         super().__init__(config)
         dim, shape = config.dim, config.grid.shape
         self.exact, self.mask = config.exact, config.grid.vocab_size
+        self.rounding = deep_rounding(config.depth)
         self.token_embedding = nn.Embedding(config.grid.vocab_size + 1, dim)  # the last is the mask
         self.class_embedding = nn.Embedding(config.num_classes + 1, dim)  # the last is the null class
         self.axis_embeddings: Any = nn.ParameterList(nn.Parameter(torch.empty(size, dim)) for size in shape)
@@ -106,10 +109,21 @@ class Masked(Prior, name="masked"):
 
     # Training
 
+    def masked_counts(self, u: Tensor) -> Tensor:
+        """How many tokens the schedule masks at `u` in [0, 1], `(...)` whole numbers from 1 to N."""
+        size = len(self.grid)
+        return (SCHEDULES[self.config.schedule](u) * size).ceil().clamp(1, size)
+
+    @cached_property
+    def mean_masked(self) -> float:
+        """How many tokens the schedule masks on average."""
+        midpoints = (torch.arange(MIDPOINTS, device="cpu") + 0.5) / MIDPOINTS
+        return float(self.masked_counts(midpoints).mean())
+
     def training_inputs(self, tokens: Tensor, progress: float) -> dict[str, Any]:
         """`known` `(B, N)`: per image a share of tokens, drawn by the schedule, is masked; at least one token is."""
         count, size = len(tokens), len(self.grid)
-        masked = (SCHEDULES[self.config.schedule](torch.rand(count, 1)) * size).ceil().clamp(1, size)
+        masked = self.masked_counts(torch.rand(count, 1))
         ranks = torch.rand(count, size).argsort(1).argsort(1)
         return {"known": (ranks >= masked).to(tokens.device)}
 
@@ -118,24 +132,27 @@ class Masked(Prior, name="masked"):
 
         Under the linear schedule the mean over each image's own, which is ARDM's objective: its expectation is the
         negative bound on the log-likelihood per token. Any other schedule gives up likelihood for samples, as MaskGIT
-        does, and takes its mean over all of the batch: fewer masked tokens, less weight.
+        does, and weighs all masked tokens alike: it divides by the number that the schedule masks on average. (Dividing
+        by the number that happens to be masked would make another objective of a batch in parts.)
         """
         masked = ~inputs["known"].flatten(1)
         nats = F.cross_entropy(logits.float().transpose(1, 2), tokens.flatten(1), reduction="none",
                                label_smoothing=self.config.label_smoothing)  # fmt: skip
-        counts = masked.sum(1, keepdim=True) if self.config.schedule == "linear" else masked.sum() / len(masked)
+        counts = masked.sum(1, keepdim=True) if self.config.schedule == "linear" else self.mean_masked
         return (nats * masked / counts).sum(1).mean()
 
     # Likelihood
 
     @full_float32()
     def token_log_probs(self, tokens: Tensor, labels: Tensor | None = None, order: Order = None) -> Tensor:
-        """As in `Prior` where `exact`. Else each token's share of a bound in `bound_passes` passes, `(B, *grid.shape)`.
+        """As in `Prior` where `exact`. Else each token's share of an estimate of a bound, in `bound_passes` passes,
+        `(B, *grid.shape)`.
 
-        It sums to an unbiased estimate of E_order log p(tokens | order) <= log E_order p(tokens | order) (ARDM, eq. 4):
-        passes with n tokens visible, n spread evenly over 0 to N - 1, weigh each masked token N / (N - n). The masks
-        follow from the image's tokens: its value is always the same, and errors average out over a data set. Raises
-        `ValueError` for an order, as the bound is over all of them.
+        It sums to an unbiased estimate of E_order log p(tokens | order) <= log E_order p(tokens | order) (ARDM, eq. 4).
+        An image's own may lie above the right side; the mean over many images bounds. Passes with n tokens visible, n
+        spread evenly over 0 to N - 1, weigh each masked token N / (N - n). The masks follow from the image's tokens:
+        its value is always the same, and errors average out over a data set. Raises `ValueError` for an order, as the
+        bound is over all of them.
         """
         if self.exact:
             return super().token_log_probs(tokens, labels, order)
@@ -237,7 +254,7 @@ class Masked(Prior, name="masked"):
             if not bool(left.any()):
                 break
             logits = sampler.guide(self.predict(sampler.doubled(ids), labels).float())
-            drawn, _ = sampler.choose(logits, noise)
+            drawn = sampler.choose(logits, noise)
             confidence = logits.log_softmax(-1).gather(-1, drawn[..., None])[..., 0]
             jitter = torch.stack([gumbel((size,), generator) for generator in rows.generators]).to(self.device)
             confidence = (confidence + temperature * jitter).masked_fill(ids != self.mask, torch.inf)

@@ -30,10 +30,11 @@ KEPT = 0.8
 
 
 class Parallel(NamedTuple):
-    """Tokens `(B, N)` in the order of the walk, by how much each was won, and how many passes each image took."""
+    """Tokens `(B, N)` in the order of the walk, which of them rounding could turn, and how many passes each image
+    took."""
 
     tokens: Tensor
-    leads: Tensor
+    close: Tensor
     passes: Tensor
 
 
@@ -43,7 +44,7 @@ def sample_parallel(prior: Prior, rows: Rows, sampler: Sampler, guess: Prior | N
     (count, size), device = rows.given.shape, rows.given.device
     noise = GumbelNoise(rows.generators, size, prior.grid.vocab_size, device).whole()  # (B, N, V)
     tokens = torch.where(rows.keep, rows.given, noise.argmax(-1))
-    leads = torch.full(tokens.shape, torch.inf, device=device)
+    close, tolerance = torch.zeros_like(rows.keep), sampler.tolerance(prior.rounding)
     frontier, passes = tokens.new_zeros(count), torch.zeros(count, dtype=torch.long)
     if guess is not None:
         zero = torch.zeros((), device=device)
@@ -52,12 +53,13 @@ def sample_parallel(prior: Prior, rows: Rows, sampler: Sampler, guess: Prior | N
     for _ in progress_over(range(size), progress, unit="pass"):
         began, old = frontier[active], tokens[active]
         logits = walked_logits(prior, now, old, sampler)
-        drawn, lead = sampler.choose(sampler.guide(logits), noise)
+        largest = sampler.largest(logits).cummax(1).values.clamp(min=1)
+        drawn, could_turn = sampler.decide(sampler.guide(logits), noise, tolerance * largest)
         fresh = ranks >= began[:, None]
         drawn = torch.where(fresh & ~now.keep, drawn, old)
         wrong = torch.cat([drawn != old, torch.ones_like(fresh[:, :1])], 1)
         ended = (wrong.int().argmax(1) + 1).clamp(max=size)  # the first that changed is right by now, too
-        leads[active] = torch.where(fresh & (ranks < ended[:, None]), lead, leads[active])
+        close[active] |= could_turn & fresh & (ranks < ended[:, None])
         left = torch.nonzero(ended < size).flatten().tolist()
         if guess is not None and left:
             cheap = walked_logits(guess, now, old, sampler)
@@ -68,7 +70,7 @@ def sample_parallel(prior: Prior, rows: Rows, sampler: Sampler, guess: Prior | N
             break
         if len(left) < len(active):  # finished images leave
             active, now, noise = [active[k] for k in left], now[left], noise[left]
-    return Parallel(tokens, leads, passes)
+    return Parallel(tokens, close, passes)
 
 
 def settled(prior: Prior, row: Rows, sampler: Sampler, tokens: Tensor, close: Tensor) -> Tensor:
@@ -77,7 +79,7 @@ def settled(prior: Prior, row: Rows, sampler: Sampler, tokens: Tensor, close: Te
     noise = GumbelNoise(row.generators, tokens.shape[1], prior.grid.vocab_size, tokens.device).whole()
     tokens, open_ = tokens.clone(), close & ~row.keep
     while True:
-        drawn, _ = sampler.choose(sampler.guide(walked_logits(prior, row, tokens, sampler)), noise)
+        drawn = sampler.choose(sampler.guide(walked_logits(prior, row, tokens, sampler)), noise)
         turned = torch.nonzero((drawn != tokens) & open_)
         if not len(turned):
             return tokens
@@ -94,7 +96,7 @@ def corrected(guess: Prior, rows: Rows, sampler: Sampler, tokens: Tensor, ended:
     difference = KEPT * (logits - cheap)
     for _ in range(CHEAP_PASSES):
         better = walked_logits(guess, rows, tokens, sampler) + difference
-        drawn = torch.where(free, sampler.choose(sampler.guide(better), noise)[0], tokens)
+        drawn = torch.where(free, sampler.choose(sampler.guide(better), noise), tokens)
         if torch.equal(drawn, tokens):
             break
         tokens = drawn

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .orders import make_order
-from .sampling import Generators, Sampler, image_generators
+from .sampling import Generators, Sampler, gumbel, image_generators
 
 if TYPE_CHECKING:
     from .base import Prior
@@ -101,21 +101,44 @@ def check_order(prior: Prior, order: Order, count: int) -> Tensor | None:
     return walk.long()
 
 
-def choose_walk(prior: Prior, order: Order, num_orders: int, keep: Tensor,
-                generators: list[torch.Generator]) -> Tensor | None:  # fmt: skip
-    """The order of each image, `(N,)` or `(B, N)`, None for the model's own: one of several, known tokens first."""
-    orders = [check_order(prior, one, len(keep)) for one in prior.orders(num_orders, order)]
+def choose_walk(prior: Prior, order: Order, num_orders: int, rows: Rows) -> Tensor | None:
+    """The order of each image, `(N,)` or `(B, N)`, None for the model's own: one of several, known tokens first.
+
+    rows: in raster order. Of several orders an image goes in one that its own generator draws, with the probability
+    that the mixture's known tokens have come from it.
+    """
+    orders = [check_order(prior, one, len(rows)) for one in prior.orders(num_orders, order)]
     walk = orders[0]
     if len(orders) > 1:
-        every = torch.stack([(prior.order if one is None else one).expand(keep.shape) for one in orders])
-        chosen = [int(torch.randint(len(orders), (), generator=g, device=g.device)) for g in generators]
-        walk = every[chosen, range(len(chosen))]
-    if prior.any_order and bool(keep.any()):
-        walk = (prior.order if walk is None else walk).expand(keep.shape)
-        walk = walk.gather(1, torch.argsort(~keep.gather(1, walk), dim=1, stable=True))
+        ways = torch.stack([known_first(prior.order if one is None else one, rows.keep) for one in orders])
+        chosen = [draw_order(prior, rows[[k]], ways[:, k]) for k in range(len(rows))]
+        walk = ways[chosen, range(len(chosen))]
+    elif prior.any_order and bool(rows.keep.any()):
+        walk = known_first(prior.order if walk is None else walk, rows.keep)
     if walk is not None and walk.ndim == 2 and bool((walk == walk[:1]).all()):
         walk = walk[0]
     return walk
+
+
+def known_first(walk: Tensor, keep: Tensor) -> Tensor:
+    """`walk` as `(B, N)` with the tokens that are known, by bool `keep` (B, N) in raster order, before all others, so
+    that these are conditioned on all of them; each part in the order that it had."""
+    walk = walk.expand(keep.shape)
+    return walk.gather(1, torch.argsort(~keep.gather(1, walk), dim=1, stable=True))
+
+
+def draw_order(prior: Prior, row: Rows, ways: Tensor) -> int:
+    """Which of `ways` (K, N) one image goes: each as probable as it makes the known tokens, which come first in it
+    (alike where nothing is known). One pass over the image in K orders, so that its batch has no say."""
+    from .base import Prior
+
+    (generator,), (keep,), count = row.generators, row.keep, len(ways)
+    if not bool(keep.any()):
+        return int(torch.randint(count, (), generator=generator, device=generator.device))
+    tokens = row.given.expand(count, -1).reshape(count, *prior.grid.shape)
+    each = Prior.token_log_probs(prior, tokens, row.labels.expand(count), ways)  # not a bound's
+    scores = each.flatten(1)[:, keep].double().sum(1).float()
+    return int((scores + gumbel((count,), generator).to(scores.device)).argmax())
 
 
 def known_tokens(prior: Prior, tokens: Tensor | None, known: Tensor | None, count: int) -> tuple[Tensor, Tensor]:

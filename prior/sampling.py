@@ -2,6 +2,9 @@
 
 A token is argmax(logits / temperature + Gumbel noise) (Gumbel 1954), so it is a deterministic function of its logits
 and its image's own noise at its position. The noise is drawn from the image's generator alone.
+
+Logits depend in their last bits on how they are computed: in which batch, by cached steps or by a whole pass. Each
+decision therefore says whether that could have turned it; `Prior.sample` leaves those to one computation.
 """
 
 from __future__ import annotations
@@ -15,15 +18,18 @@ from torch import Tensor
 
 NOISE_BLOCK = 1 << 16  # numbers drawn at a time for one image; a function of nothing else, so that batches agree
 MAX_SEED = (1 << 62) - 1
+LOW_BITS = (1 << 32) - 1  # what torch's generator on a CPU keeps of a seed
+GREEDY = 1e-6
+"""A temperature below this takes the likeliest id: noise would be lost in the rounding of logits / temperature."""
 
 Generators = torch.Generator | Sequence[torch.Generator] | None
 
 
 @dataclass(frozen=True)
 class Sampler:
-    """How a token is chosen. `temperature` 0 takes the likeliest; `top_k` keeps the k likeliest; `top_p` keeps the
-    likeliest until their mass reaches p (Holtzman et al. 2019); `guidance_scale` s gives uncond + s (cond - uncond)
-    (Ho & Salimans 2022). Raises `ValueError` out of range."""
+    """How a token is chosen. `temperature` 0 (or less than `GREEDY`) takes the likeliest, of equal ones the first;
+    `top_k` keeps the k likeliest; `top_p` keeps the likeliest until their mass reaches p (Holtzman et al. 2019);
+    `guidance_scale` s gives uncond + s (cond - uncond) (Ho & Salimans 2022). Raises `ValueError` out of range."""
 
     temperature: float = 1.0
     top_k: int | None = None
@@ -50,11 +56,6 @@ class Sampler:
         """Rows per image: guidance needs a second one, without the label."""
         return 1 if self.guidance_scale == 1 else 2
 
-    @property
-    def tolerance(self) -> float:
-        """A lead of the winning score that rounding can not overturn: float32 logits were off by 6e-6 at most."""
-        return 2e-5 * (1 + self.guidance_scale) / min(1.0, self.temperature or 1.0)
-
     def doubled(self, rows: Tensor | None, null: int | None = None) -> Any:
         """`rows` (B, ...), a second time below if guidance needs it, filled with `null` if given. What all rows share
         (an order `(N,)`, None) stays as it is."""
@@ -69,53 +70,68 @@ class Sampler:
         conditional, unconditional = logits.chunk(2)
         return unconditional + self.guidance_scale * (conditional - unconditional)
 
-    def choose(self, logits: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
-        """The tokens `(...)` that logits and Gumbel noise `(..., V)` decide on, and by how much each was won.
+    def largest(self, logits: Tensor) -> Tensor:
+        """The largest |logit| of each of `logits` (..., V), `(...)`; guided: of both rows that make one."""
+        sizes = logits.abs().amax(-1)
+        return sizes if self.guidance_scale == 1 else torch.maximum(*sizes.chunk(2))
 
-        Rounding in the logits can turn a decision only if its lead is within `tolerance`.
-        """
-        if self.temperature == 0:
-            return _best(logits)
-        logits = logits if self.temperature == 1 else logits / self.temperature
-        return self._choose_of_some(logits, noise) if self.filters else _best(logits + noise)
+    def tolerance(self, off: float) -> float:
+        """By how much rounding may move a lead if it moves logits by `off` before guidance: two of them are compared,
+        and guidance makes s + |s - 1| times as much of it."""
+        heat = 1.0 if self.temperature < GREEDY else min(1.0, self.temperature)
+        return 2 * (self.guidance_scale + abs(self.guidance_scale - 1)) * off / heat
 
-    def _choose_of_some(self, logits: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
-        """`choose` among the ids that the filters keep. What is nearly kept competes for the lead, which is 0 where the
+    def choose(self, logits: Tensor, noise: Tensor) -> Tensor:
+        """The tokens `(...)` that logits, after guidance, and Gumbel noise `(..., V)` decide on."""
+        return self.decide(logits, noise, logits.new_zeros(()))[0]
+
+    def decide(self, logits: Tensor, noise: Tensor, tolerance: Tensor) -> tuple[Tensor, Tensor]:
+        """What `choose` does, and bool `(...)`: whether its lead is within `tolerance` (...), so that rounding could
+        turn it."""
+        if self.temperature < GREEDY:
+            ids, lead = _best(logits)
+        else:
+            logits = logits if self.temperature == 1 else logits / self.temperature
+            ids, lead = self._best_of_some(logits, noise, tolerance) if self.filters else _best(logits + noise)
+        return ids, lead <= tolerance
+
+    def _best_of_some(self, logits: Tensor, noise: Tensor, tolerance: Tensor) -> tuple[Tensor, Tensor]:
+        """`_best` among the ids that the filters keep. What is nearly kept competes for the lead, which is 0 where the
         winner is nearly not kept."""
-        kept, near, certain = self._kept(logits)
+        kept, near, certain = self._kept(logits, tolerance[..., None])
         scores = logits + noise
         ids = scores.masked_fill(~kept, -torch.inf).argmax(-1, keepdim=True)
         rivals = scores.masked_fill(~near, -torch.inf).scatter(-1, ids, -torch.inf).amax(-1)
         lead = scores.gather(-1, ids)[..., 0] - rivals
         return ids[..., 0], lead.where(certain.gather(-1, ids)[..., 0], 0)
 
-    def _kept(self, logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """bool `(..., V)`: what `top_k` and `top_p` keep; what they might, and what they surely would, if the logits
-        were off by less than `tolerance`. Of equal logits `top_k` keeps all, `top_p` the first."""
+    def _kept(self, logits: Tensor, tolerance: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """bool `(..., V)`: what `top_k` and `top_p` keep; what they might, and what they surely would, if logits could
+        differ by `tolerance` (..., 1) less or more. Of equal logits `top_k` keeps all, `top_p` the first."""
         kept = near = certain = torch.ones_like(logits, dtype=torch.bool)
         if self.top_k is not None and self.top_k < logits.shape[-1]:
             last, first_out = logits.topk(self.top_k + 1).values[..., -2:].split(1, -1)
-            kept, near, certain = logits >= last, logits >= last - self.tolerance, logits > first_out + self.tolerance
+            kept, near, certain = logits >= last, logits >= last - tolerance, logits > first_out + tolerance
         if self.top_p is not None and self.top_p < 1:
             ordered, ids = logits.masked_fill(~kept, -torch.inf).sort(dim=-1, descending=True, stable=True)
             probabilities = ordered.double().softmax(-1)
             before = (probabilities.cumsum(-1) - probabilities).masked_fill(ordered == -torch.inf, torch.inf)
             share = (logits.double() - ordered.double().logsumexp(-1, keepdim=True)).exp()
-            slack = self.tolerance + (share * (near & ~certain)).sum(-1, keepdim=True)  # of ids that may come or go
-            kept, likely, sure = (torch.zeros_like(kept).scatter(-1, ids, before < self.top_p + by)
-                                  for by in (0, slack, -slack))  # fmt: skip
+            slack = tolerance + (share * (near & ~certain)).sum(-1, keepdim=True)  # of ids that may come or go
+            kept, likely, sure = (
+                torch.zeros_like(kept).scatter(-1, ids, before < self.top_p + by) for by in (0, slack, -slack)
+            )
             lowest = logits.masked_fill(~likely, torch.inf).amin(-1, keepdim=True)
             highest = logits.masked_fill(sure, -torch.inf).amax(-1, keepdim=True)
-            near, certain = logits >= lowest - self.tolerance, sure & (logits > highest + self.tolerance)
+            near, certain = logits >= lowest - tolerance, sure & (logits > highest + tolerance)
         return kept, near, certain
 
 
 def _best(scores: Tensor) -> tuple[Tensor, Tensor]:
-    """Ids `(...)` of the highest of `scores` (..., V), and by how much they are."""
-    if scores.shape[-1] == 1:
-        return scores.argmax(-1), torch.full_like(scores[..., 0], torch.inf)
-    best, ids = scores.topk(2)
-    return ids[..., 0], best[..., 0] - best[..., 1]
+    """Ids `(...)` of the highest of `scores` (..., V), of equal ones the first, and by how much they are higher."""
+    ids = scores.argmax(-1, keepdim=True)  # topk may take any that are equal, and takes longer
+    lead = scores.gather(-1, ids) - scores.scatter(-1, ids, -torch.inf).amax(-1, keepdim=True)
+    return ids[..., 0], lead[..., 0]
 
 
 def image_generators(generator: Generators, num_images: int) -> list[torch.Generator]:
@@ -128,8 +144,16 @@ def image_generators(generator: Generators, num_images: int) -> list[torch.Gener
             )
         return list(generator)
     device = generator.device if generator is not None else "cpu"
-    seeds = [int(torch.randint(MAX_SEED, (), generator=generator, device=device)) for _ in range(num_images)]
-    return [torch.Generator(device).manual_seed(seed) for seed in seeds]
+    return [torch.Generator(device).manual_seed(seed) for seed in image_seeds(generator, num_images)]
+
+
+def image_seeds(generator: torch.Generator | None, num_images: int) -> list[int]:
+    """A seed for each image, drawn in turn; one whose low 32 bits another image has is drawn again."""
+    device, seeds = generator.device if generator is not None else "cpu", dict[int, int]()
+    while len(seeds) < num_images:
+        seed = int(torch.randint(MAX_SEED, (), generator=generator, device=device))
+        seeds.setdefault(seed & LOW_BITS, seed)
+    return list(seeds.values())
 
 
 def progress_over(steps: range, shown: bool, unit: str = "token") -> Iterable[int]:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from tokenizer.pretrained import setting
 
-from .base import PriorConfig
+from .base import Prior, PriorConfig
 
 EPS = 1e-12  # only keeps zero from being divided by zero
 MAX_ROTATIONS = 1 << 24  # tokens times head width: the table of rotary positions is built before weights are read
@@ -32,7 +32,9 @@ class TransformerConfig(PriorConfig):
     hidden: int | None = setting(None, "width of the SwiGLU layer; default 8/3 dim, rounded up to 32", ge=8, le=65536)
     dropout: float = setting(0.0, "dropout on the embeddings and on each residual branch", ge=0, lt=1)
     attention_dropout: float = setting(0.0, "dropout on the attention weights", ge=0, lt=1)
-    rope_base: float = setting(100.0, "longest wavelength of the rotary positions, in units of 2 pi cells", gt=1)
+    rope_base: float = setting(
+        100.0, "K rotary positions per axis have wavelengths of 2 pi base^(k/K) cells, k from 0 to K - 1", gt=1
+    )
 
     def check(self) -> Iterator[str]:
         """Heads have to be of an even width, and the order has to exist."""
@@ -110,6 +112,12 @@ class Rotations(nn.Module):
         if self.table.dtype in (torch.bfloat16, torch.float16):
             self.table = before.to(self.table.device)
         return self
+
+
+def deep_rounding(depth: int) -> float:
+    """`Prior.rounding` of a transformer: each block adds to it, most of all by the sums over `dim` terms, one after
+    another, of a step on few rows."""
+    return max(Prior.rounding, 1e-6 * depth)
 
 
 def coordinates(shape: tuple[int, ...]) -> Tensor:

@@ -87,29 +87,35 @@ def test_a_decision_that_turns_out_otherwise_turns_the_rest(monkeypatch):
     """All decisions on wrong tokens are called close: what comes out is what step by step is drawn."""
     model = make_prior("gpt")
     expected, settled = model.sample(6, generator=generators(6)), []
-    monkeypatch.setattr("prior.sampling.Sampler.tolerance", float("inf"))
 
     def wrong(prior, rows, sampler, guess, progress):
         for generator in rows.generators:
             torch.rand(7, generator=generator)
-        return parallel.Parallel(torch.zeros_like(rows.given), torch.zeros(rows.given.shape), torch.zeros(6))
+        return parallel.Parallel(torch.zeros_like(rows.given), torch.ones_like(rows.keep), torch.zeros(6))
 
     monkeypatch.setattr("prior.base.sample_parallel", wrong)
     monkeypatch.setattr("prior.base.settled", lambda *given: settled.append(len(given[1])) or parallel.settled(*given))
     assert torch.equal(model.sample(6, generator=generators(6), parallel=True), expected) and settled == [1] * 6
 
 
-def test_leads_are_those_of_the_decisions_that_stand(monkeypatch):
-    model = make_prior("gpt")
-    results = []
-    real = parallel.sample_parallel
-    monkeypatch.setattr("prior.base.sample_parallel", lambda *given: results.append(real(*given)) or results[-1])
-    tokens = model.sample(4, generator=generators(4), parallel=True)
-    for k in range(4):
-        noise = -(-torch.rand(12, 5, generator=generators(4)[k], dtype=torch.float64).log()).float().log()
-        scores = model(tokens[k : k + 1]).detach()[0] + noise
-        best = scores.topk(2).values
-        assert torch.allclose(results[0].leads[k], best[:, 0] - best[:, 1], atol=1e-4)
+def test_close_are_those_of_the_decisions_that_stand(monkeypatch):
+    """Step by step and in parallel: where the lead is within twice `rounding` of the image's largest |logit| so far."""
+    model, found = make_prior("gpt", shape=(6, 6), vocab_size=7), []
+    real, steps = parallel.sample_parallel, type(model)._sample
+    monkeypatch.setattr(model, "rounding", 0.01)
+    monkeypatch.setattr("prior.base.sample_parallel", lambda *given: found.append(real(*given)) or found[-1])
+    monkeypatch.setattr(type(model), "_sample", lambda *given: found.append(steps(*given)) or found[-1])
+    for way in (True, False):
+        tokens = model.sample(8, generator=generators(8), parallel=way)
+        for k in range(8):
+            noise = -(-torch.rand(36, 7, generator=generators(8)[k], dtype=torch.float64).log()).float().log()
+            logits = model(tokens[k : k + 1]).detach()[0]
+            best = (logits + noise).topk(2).values
+            allowed = 2 * 0.01 * logits.abs().amax(1).cummax(0).values.clamp(min=1)
+            lead = best[:, 0] - best[:, 1]
+            surely = (lead - allowed).abs() > 1e-4
+            assert torch.equal(found[-1][1][k][surely], (lead <= allowed)[surely]) and surely.sum() > 30
+        assert 0 < found[-1][1].float().mean() < 0.3
 
 
 @every_prior

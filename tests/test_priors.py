@@ -150,7 +150,7 @@ def test_a_token_is_the_argmax_of_its_own_logits_and_noise(name, order, settings
 def test_what_rounding_could_turn_is_left_to_one_computation(name, settings, monkeypatch):
     """Steps and passes that round otherwise (here by far more than they do) make the same images."""
     model, labels = make_prior(name), torch.arange(40) % 4
-    monkeypatch.setattr("prior.sampling.Sampler.tolerance", 0.2)
+    monkeypatch.setattr(model, "rounding", 0.1)
     expected = model.sample(40, labels, generator=generators(40), **settings)
     step, forward, plain = model.next_logits, type(model).forward, settings.get("guidance_scale", 1.0) == 1
 
@@ -168,7 +168,7 @@ def test_what_rounding_could_turn_is_left_to_one_computation(name, settings, mon
     )
     for path in ({"cache": False}, {"parallel": True}):
         drawn.append(model.sample(40, labels, generator=generators(40), **path, **settings))
-    monkeypatch.setattr("prior.sampling.Sampler.tolerance", 0.0)
+    monkeypatch.setattr(model, "rounding", 0.0)
     turned = model.sample(40, labels, generator=generators(40), **settings)
     assert all(torch.equal(each, expected) for each in drawn)
     assert settings.get("temperature") == 0 or not torch.equal(turned, expected), "too little to test anything"

@@ -1,0 +1,165 @@
+"""By how much logits of a prior depend on how they are computed, which is what `prior.sampling.ROUNDING` has to cover.
+
+    python benchmarks/rounding.py threads=1
+    python benchmarks/rounding.py threads=1 large=0
+    python benchmarks/rounding.py pipeline=runs/gpt_digits/pipeline
+
+Three computations of the same logits, of the same tokens, in float32: one pass over each image alone (which is what
+decides where a decision is close), one over the batch, and cached steps of the batch and of one image. Weights are
+random, and the output layer is scaled so that logits have standard deviations of 1, 5 and 15 (`pipeline`: the weights
+of a trained one, as they are). Columns: the largest |logit|; the largest |cached step - alone| and |batch - alone|; the
+larger of these as a multiple of the largest |logit| of its own row (position) and, what sampling goes by, of the image
+so far, at least 1; `Prior.rounding`, which allows for so much, over the latter; by how many images of sixteen a pass
+over the image alone was asked to decide, at temperature 1.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from typing import Any
+
+from sampling import table_head
+
+COLUMNS = (
+    "prior",
+    "grid",
+    "sd",
+    "largest",
+    "step - alone",
+    "batch - alone",
+    "of the row",
+    "of the image",
+    "allowed / found",
+    "made again",
+)
+DEVIATIONS = (1.0, 5.0, 15.0)
+BATCH = 4
+GRID, BINARY = ((16, 16), 512), ((28, 28), 2)
+MODELS: list[tuple[str, str, tuple[tuple[int, ...], int], dict[str, Any]]] = [  # label, kind, grid, sizes
+    ("marginal", "marginal", GRID, {}),
+    ("gpt 256 x 6", "gpt", GRID, {"dim": 256, "depth": 6, "heads": 4}),
+    ("gpt 512 x 12", "gpt", GRID, {"dim": 512, "depth": 12, "heads": 8}),
+    ("gpt 512 x 24", "gpt", GRID, {"dim": 512, "depth": 24, "heads": 8}),
+    ("gpt, any order, 256 x 6", "gpt", GRID, {"dim": 256, "depth": 6, "heads": 4, "any_order": True}),
+    ("masked 128 x 4", "masked", ((8, 8), 512), {"dim": 128, "depth": 4, "heads": 4}),
+    ("causal_conv 96 x 12", "causal_conv", GRID, {"dim": 96, "depth": 12}),
+    ("pixelsnail 64 x 4", "pixelsnail", GRID, {"dim": 64, "depth": 4}),
+    ("pixelcnn 32 x 15", "pixelcnn", GRID, {"dim": 32, "depth": 15}),
+    ("gated_pixelcnn 128 x 10", "gated_pixelcnn", GRID, {"dim": 128, "depth": 10}),
+    ("made 4000, ids embedded in 32", "made", GRID, {"hidden": (4000,), "embedding": 32}),
+    ("made 4000", "made", BINARY, {"hidden": (4000,)}),
+    ("made 8000, 8000", "made", BINARY, {"hidden": (8000, 8000)}),
+    ("gpt 256 x 6", "gpt", BINARY, {"dim": 256, "depth": 6, "heads": 4}),
+    ("pixelcnn 32 x 15", "pixelcnn", BINARY, {"dim": 32, "depth": 15}),
+]
+LARGE = ("gpt 768 x 12", "gpt", ((16, 16), 16384), {"dim": 768, "depth": 12, "heads": 12})
+OUTPUT = {  # names of the parameters that make logits, of which these are a linear function
+    "marginal": ("table",),
+    "made": ("output", "biases.1", "biases.2", "head_bias"),
+}
+
+
+def scaled(model: Any, tokens: Any, labels: Any, deviation: float) -> None:
+    """Scale the output layer of `model` so that its logits of `tokens` have that standard deviation."""
+    factor = deviation / float(model(tokens[:2], labels[:2]).std())
+    for name, parameter in model.named_parameters():
+        if name.startswith(OUTPUT.get(model.name, ("head.",))):
+            parameter.mul_(factor)
+
+
+def steps(model: Any, tokens: Any, labels: Any) -> Any:
+    """Logits `(B, N, V)` in the model's order, by cached steps on the batch of `tokens`."""
+    import torch
+
+    state, token, rows, walked = model.start(len(tokens), labels), None, [], tokens.flatten(1)[:, model.order]
+    for rank in range(len(model.grid)):
+        rows.append(model.next_logits(state, token).float())
+        token = walked[:, rank]
+    return torch.stack(rows, 1)
+
+
+def whole(model: Any, tokens: Any, labels: Any) -> Any:
+    """Logits `(B, N, V)` in the model's order, by one pass."""
+    return model(tokens, labels).float()[:, model.order]
+
+
+def measure(model: Any, tokens: Any, labels: Any) -> dict[str, Any]:
+    """The largest differences between computations, absolute and as multiples of rows' largest |logit|."""
+    import torch
+
+    images = [slice(k, k + 1) for k in range(len(tokens))]
+    alone = torch.cat([whole(model, tokens[k], labels[k]) for k in images])
+    batch = (whole(model, tokens, labels) - alone).abs().amax(-1)
+    step = (steps(model, tokens, labels) - alone).abs().amax(-1)
+    step[:1] = step[:1].maximum((steps(model, tokens[:1], labels[:1]) - alone[:1]).abs().amax(-1))
+    largest = alone.abs().amax(-1)
+    off = step.maximum(batch)
+    return {
+        "deviation": float(alone.std()),
+        "largest": float(largest.max()),
+        "step": float(step.max()),
+        "batch": float(batch.max()),
+        "of_row": float((off / largest.clamp(min=1e-30)).max()),
+        "of_image": float((off / largest.cummax(1).values.clamp(min=1)).max()),
+    }
+
+
+def made_again(model: Any, count: int = 16) -> int:
+    """How many of `count` sampled images had a decision made again."""
+    import torch
+
+    from prior import base
+
+    again, settled = [], base.settled
+    base.settled = lambda *given: again.append(given) or given[3]
+    try:
+        model.sample(count, torch.arange(count) % (model.num_classes + 1), generator=torch.Generator().manual_seed(0))
+    finally:
+        base.settled = settled
+    return len(again)
+
+
+def row(label: str, model: Any, tokens: Any, labels: Any) -> str:
+    """A line of the table."""
+    shape = "x".join(map(str, model.grid.shape))
+    found = measure(model, tokens, labels)
+    cells = [label, f"{shape} of {model.grid.vocab_size}", f"{found['deviation']:.2g}", f"{found['largest']:.3g}"]
+    cells += [f"{found[key]:.1e}" for key in ("step", "batch", "of_row", "of_image")]
+    margin = f"{model.rounding / found['of_image']:.1f}" if found["of_image"] else "-"
+    cells += [margin, str(made_again(model)) if model.grid.vocab_size < 10_000 else "-"]
+    return f"| {' | '.join(cells)} |"
+
+
+def main() -> None:
+    options = dict(argument.split("=") for argument in sys.argv[1:])
+    os.environ["OMP_NUM_THREADS"] = options.get("threads", "1")
+    import torch
+
+    from prior import Prior
+    from tokenizer import TokenGrid
+
+    torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+    capability = torch.backends.cpu.get_cpu_capability()
+    print(f"torch {torch.__version__}, {torch.get_num_threads()} thread(s), {capability}\n")
+    print(table_head(*COLUMNS))
+    if folder := options.get("pipeline"):
+        model = Prior.from_pretrained(f"{folder}/prior")
+        labels = torch.arange(BATCH) % (model.num_classes + 1)
+        tokens = model.sample(BATCH, labels, generator=torch.Generator().manual_seed(0))
+        with torch.inference_mode(), model._evaluating():
+            print(row(folder, model, tokens, labels))
+        return
+    for label, kind, (shape, vocab_size), sizes in [*MODELS, *([LARGE] if options.get("large", "1") == "1" else [])]:
+        torch.manual_seed(0)
+        model = Prior.create(kind, grid=TokenGrid(shape, vocab_size), num_classes=10, **sizes).eval()
+        count = 1 if vocab_size > 10_000 else BATCH
+        tokens, labels = torch.randint(vocab_size, (count, *shape)), torch.arange(count)
+        with torch.inference_mode(), model._evaluating():
+            for deviation in DEVIATIONS:
+                scaled(model, tokens, labels, deviation)
+                print(row(label, model, tokens, labels), flush=True)
+
+
+if __name__ == "__main__":
+    main()
