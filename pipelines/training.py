@@ -291,8 +291,8 @@ def told_end(training: Training, done: bool, before: bool) -> str:
         return f"told to end at step {training.step}; the same command continues"
     task, minutes = training.task, f"{training.minutes:.1f} min"
     trained = f"{training.step:,} steps in {minutes}" if task.players else "nothing to train"
-    if training.best:
-        trained += f", weights of step {training.best['step']:,}"
+    if training.best and training.best["step"] != training.step:
+        trained += f", of which step {training.best['step']:,} was best"
     quality = task.quality(training.reported or training.evaluation)
     begin, nothing = ("already finished", "; nothing to do") if before else ("done", "")
     return f"{begin}: {trained}{quality and f', {quality}'}{nothing}; {task.outcome(training.run)}"

@@ -331,6 +331,91 @@ def test_a_dataset_grows_by_what_was_held_out_of_the_same_images(tokenizer, tmp_
     assert len(encoded(tmp_path, shift, "killed").splits["train"]) == 18  # and not: begun with another configuration
 
 
+# Images for validation
+
+
+@needs_digits
+def test_images_for_validation_are_a_split_of_their_own(tokenizer, tmp_path):
+    """As they are: their augmented variants are nowhere, in the dataset as it is made and as it grows."""
+    source = {**DIGITS, "augment": {"shift": 3}}
+    data = encoded(tmp_path, source, augmentations=1)
+    images = load_images(EncodeConfig(tokenizer="", out="", data=source).data)
+    assert {name: len(split) for name, split in data.splits.items()} == {"train": 60, "validation": 30, "test": 30}
+    assert list(json.loads((tmp_path / "tokens" / META).read_text())["splits"]) == ["train", "validation", "test"]
+    expected = tokenizer.encode(images.validation.batch(np.arange(30)))
+    assert torch.equal(data.splits["validation"].tokens.long(), expected)
+    assert torch.equal(data.splits["validation"].labels, images.validation.labels)
+    grown = encoded(tmp_path, source, augmentations=3, append=True)
+    assert {name: len(split) for name, split in grown.splits.items()} == {"train": 120, "validation": 30, "test": 30}
+    every = np.arange(4 * 30)
+    variants = encode.variants_of(images.train, every, 0)
+    assert torch.equal(grown.splits["train"].tokens.long(), tokenizer.encode(variants))
+    assert len(load_tokens(tmp_path / "tokens").splits["validation"]) == 30
+
+
+@needs_digits
+def test_an_encode_that_was_begun_without_images_for_validation_ends_without(tokenizer, tmp_path, monkeypatch):
+    """By an earlier version, whose job did not say so."""
+    monkeypatch.setattr(encode, "publish", lambda *arguments, **options: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        encoded(tmp_path, {**DIGITS, "validation_fraction": 0})
+    monkeypatch.undo()
+    path = tmp_path / ".tmp-tokens-encode" / "job.json"
+    job = json.loads(path.read_text())
+    assert job["data"].pop("validation_fraction") == 0 and job["rows"] == [30, 30]
+    path.write_text(json.dumps(job))
+    monkeypatch.setattr(encode, "encode_rows", lambda *_: pytest.fail("a piece was made again"))
+    data = encoded(tmp_path)
+    assert {name: len(split) for name, split in data.splits.items()} == {"train": 30, "test": 30}
+    assert data.parts[0]["data"]["validation_fraction"] == 0
+
+
+def without_validation(folder):
+    """A dataset as an earlier version wrote it."""
+    meta = json.loads((folder / META).read_text())
+    for data in (meta["source"]["data"], *(part["data"] for part in meta["parts"])):
+        del data["validation_fraction"]
+    (folder / META).write_text(json.dumps(meta))
+    (folder / "manifest.json").unlink()
+    write_manifest(folder)
+
+
+@needs_digits
+def test_a_dataset_without_images_for_validation_grows_without(tokenizer, tmp_path):
+    augmented = {**DIGITS, "augment": {"shift": 3}}
+    before = encoded(tmp_path, {**augmented, "validation_fraction": 0})
+    without_validation(tmp_path / "tokens")
+    grown = encoded(tmp_path, augmented, append=True, augmentations=1)  # the same images
+    assert {name: len(split) for name, split in grown.splits.items()} == {"train": 60, "test": 30}
+    assert torch.equal(grown.splits["train"].tokens[:30], before.splits["train"].tokens)
+    more = encoded(tmp_path, {**DIGITS, "limit": 40}, append=True, only="train")  # and others
+    assert {name: len(split) for name, split in more.splits.items()} == {"train": 100, "test": 30}
+    with pytest.raises(UserError, match=r"data.validation_fraction: 0.0 of these images before, 0.2 now"):
+        encoded(tmp_path, {**augmented, "validation_fraction": 0.2}, append=True, augmentations=2)
+
+
+@needs_digits
+def test_a_dataset_grows_by_what_it_kept_for_validation(tokenizer, tmp_path):
+    augmented = {**DIGITS, "augment": {"shift": 3}}
+    encoded(tmp_path, {**augmented, "validation_fraction": 0.4})
+    grown = encoded(tmp_path, augmented, append=True, augmentations=1)  # not said again
+    assert {name: len(split) for name, split in grown.splits.items()} == {"train": 60, "validation": 30, "test": 30}
+    assert [part["data"]["validation_fraction"] for part in grown.parts] == [0.4, 0.4]
+    with pytest.raises(UserError, match="has these rows already"):
+        encoded(tmp_path, augmented, append=True, only="validation")
+
+
+@needs_digits
+@pytest.mark.parametrize("said", [True, False])
+def test_the_images_for_validation_are_those_of_the_tokenizer(tokenizer, tmp_path, said):
+    """And none, where a tokenizer of an earlier version was trained on all."""
+    facts = {"data": {"source": "digits", "limit": 40, **({"validation_fraction": 0.02} if said else {})}}
+    (tmp_path / "tokenizer" / "provenance.json").write_text(json.dumps(facts))
+    encode.main([f"tokenizer={tmp_path / 'tokenizer'}", f"out={tmp_path / 'tokens'}", "data.limit=100"])
+    data = load_tokens(tmp_path / "tokens")
+    assert [len(split) for split in data.splits.values()] == ([100, 80, 100] if said else [100, 100])
+
+
 @pytest.mark.parametrize("labelled", ["train", "test"])
 def test_one_split_with_labels_and_one_without(tokenizer, tmp_path, labelled):
     for name in ("train", "test"):
