@@ -163,7 +163,7 @@ def held_out_rows(data: DataConfig, trained: bool) -> tuple[Rows, NDArray[np.int
     if (name := held_out or data.split) not in splits:
         raise UserError(f"data.split: {data.source} has no split {data.split!r}; it has {', '.join(sorted(splits))}")
     if trained and held_out is None:
-        return choose_splits(splits, data)[1]
+        return choose_splits(splits, data)["held_out"]
     tell_splits(splits, data, held_out, f"all of {data.split!r}", "looked through")
     rows = splits[name]()
     return rows, np.arange(rows.size)[: data.limit]
