@@ -6,7 +6,7 @@ import shutil
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
@@ -47,9 +47,6 @@ from .train_tokenizer import PROVENANCE
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
-Split = Literal["train", "validation", "test"]
-SPLITS: tuple[Split, ...] = get_args(Split)
-
 
 class EncodeConfig(Config):
     """What is encoded with what."""
@@ -62,7 +59,9 @@ class EncodeConfig(Config):
     )
     append: bool = Field(False, description="add to the dataset in `out` what it does not have: other images, or "
                          "further augmentations of the same")  # fmt: skip
-    only: Split | None = Field(None, description="with append=true, add to this split alone")
+    only: Literal["train", "validation", "test"] | None = Field(
+        None, description="with append=true, add to this split alone"
+    )
     rows_per_shard: int | None = Field(None, ge=1, description="rows of a file; null: one file for a split below 64 "
                                        "MiB, else 16,384 rows")  # fmt: skip
     batch_size: int = Field(256, ge=1, description="images at a time on each process")
@@ -143,10 +142,10 @@ def data_as_begun(data: DataConfig, befores: list[dict[str, Any]], old: Meta | N
     return data
 
 
-def by_split(images: Splits) -> dict[Split, ImageDataset]:
+def by_split(images: Splits) -> dict[str, ImageDataset]:
     """The images of each split of the token dataset, those for validation if there are any."""
     parts = {"train": images.train, "validation": images.validation, "test": images.held_out}
-    return {split: found for split in SPLITS if (found := parts[split]) is not None}
+    return {split: part for split, part in parts.items() if part is not None}
 
 
 def check_settings(config: EncodeConfig, tokenizer: Tokenizer, out: Path) -> None:

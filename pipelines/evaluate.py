@@ -318,11 +318,11 @@ def sample_rows(f: Figures, device: str) -> list[tuple[str, str, str]]:
     """The rows of the table about samples."""
     rows = []
     if "class_agreement" in f:
-        beside = (
+        compared = (
             f"of {f['num_samples']:,} samples; {f['class_agreement_images']:,} real held-out images "
             f"{f['real_class_agreement']:.1%}, their reconstructions {f['reconstruction_class_agreement']:.1%}"
         )
-        rows.append(("class agreement", f"{f['class_agreement']:.1%}", beside))
+        rows.append(("class agreement", f"{f['class_agreement']:.1%}", compared))
     if "samples_per_second" in f:
         rows += [("samples per second", f"{f['samples_per_second']:.0f}", f"on {device}")]
     if "feature_space" not in f:

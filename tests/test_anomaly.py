@@ -794,7 +794,7 @@ def test_perturbed_tokens_are_a_function_of_seed_epoch_and_row(tmp_path):
 def test_evaluation_sees_clean_tokens(tmp_path):
     task = task_of(make_tokens(tmp_path / "tokens"), tmp_path / "run", perturb=1.0)
     clean = bits_per_token(task.model.eval(), task.data.splits["test"], 2000)
-    assert task.evaluate(task.model.eval()) == {"bits_per_token": clean}
+    assert task.evaluate(task.model.eval(), "held_out") == {"bits_per_token": clean}
 
 
 # The verbs

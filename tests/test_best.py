@@ -24,6 +24,7 @@ from launch import (
 from safetensors.torch import load_file
 
 from pipelines import ImagePipeline, training
+from pipelines.best import final_weights
 from pipelines.images import DataConfig, load_images
 from pipelines.tokens import TokenDataset, TokenSplit, load_tokens
 from pipelines.train_prior import PriorTask, bits_per_token
@@ -152,6 +153,18 @@ def test_without_keep_best_it_is_the_newest(tmp_path, tokens, scripted):
     facts = facts_of(run / "pipeline", "prior")
     assert "best_step" not in facts and facts["evaluation"]["validation_bits_per_token"] == 4.0
     assert not list(run.rglob("best.safetensors"))
+
+
+@pytest.mark.parametrize("sharded", [False, True])
+def test_the_average_goes_on_unchanged_but_where_it_is_a_copy(sharded):
+    """Of shards, what is evaluated was put together for that."""
+    average, best = torch.nn.Linear(3, 2), torch.nn.Linear(3, 2)
+    before = average.weight.clone()
+    run: Any = SimpleNamespace(best={"step": 4}, best_weights=best.state_dict(), step=8, sharded=sharded)
+    assert torch.equal(final_weights(run, average).weight, best.weight)
+    assert torch.equal(average.weight, best.weight if sharded else before)
+    run.step = 4
+    assert final_weights(run, average) is average
 
 
 # By itself: rows that are learned by heart

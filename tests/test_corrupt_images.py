@@ -133,7 +133,7 @@ def check(folder: Path, source: str, images: list[tuple[str, int]]) -> Counter[s
     config = DataConfig(source=str(path), image_size=SIDE, channels=3, streaming=SOURCES[source], on_error="skip",
                         max_bad_fraction=1, held_out_fraction=0.2)  # fmt: skip
     splits = load_images(config)
-    found = {part: part.pixels(range(len(part))).numpy() for part in (splits.train, splits.held_out)}
+    found = {part: part.pixels(range(len(part))).numpy() for part in splits.named().values()}
     counts: Counter[str] = Counter()
     problems = {p.row: p for part in found for p in part.report.problems}
     for part, pixels in found.items():
@@ -220,7 +220,7 @@ def test_what_is_no_file_is_a_bad_image_and_not_waited_for(tmp_path, monkeypatch
     config = DataConfig(source=str(tmp_path), image_size=SIDE, channels=3, streaming=streaming, on_error="skip",
                         max_bad_fraction=1, held_out_fraction=0.4)  # fmt: skip
     splits = load_images(config)
-    found = [p for part in (splits.train, splits.held_out)
+    found = [p for part in splits.named().values()
              for p in (part.pixels(range(len(part))), part.report.problems)[1]]  # fmt: skip
     assert {(Path(p.path).name, p.reason) for p in found} == {
         ("fifo.png", "no such file, or not a regular one"),
