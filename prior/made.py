@@ -75,7 +75,8 @@ class ClassBias(nn.Module):
         self.own = nn.Parameter(torch.zeros(num_classes + 1, size)) if num_classes else None
 
     def forward(self, labels: Tensor) -> Tensor:
-        return self.shared if self.own is None else self.shared + F.embedding(labels, self.own)
+        # A copy, for torch's FLOP counter fails at modules that give a parameter.
+        return self.shared.clone() if self.own is None else self.shared + F.embedding(labels, self.own)
 
 
 class Kept:

@@ -325,6 +325,12 @@ def test_sampling_costs_a_share_of_one_pass(config, bound):
         assert steps <= bound * whole
 
 
+@pytest.mark.parametrize("num_classes", [0, 3])
+def test_samples_can_be_counted(num_classes):
+    model = make("two ids", num_classes=num_classes)
+    assert 0 < flops(lambda: model.sample(4)) < flops(lambda: model(draw_tokens(model, 4)))
+
+
 def test_a_step_is_few_operations_whatever_the_sizes():
     counts = set()
     for shape, rows in (((4, 4), 4), ((16, 16), 32)):
