@@ -89,8 +89,14 @@ class Pretended(Tensor):
     @staticmethod
     def __new__(cls, elem: Tensor) -> Pretended:
         out = torch.Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
-            cls, elem.size(), strides=elem.stride(), storage_offset=elem.storage_offset(), dtype=elem.dtype,
-            layout=elem.layout, device=CUDA)  # fmt: skip
+            cls,
+            elem.size(),
+            strides=elem.stride(),
+            storage_offset=elem.storage_offset(),
+            dtype=elem.dtype,
+            layout=elem.layout,
+            device=CUDA,
+        )
         out.elem = elem
         return out  # type: ignore[no-any-return]
 
@@ -185,8 +191,16 @@ class Generator(torch.Generator):
 real_attention = F.scaled_dot_product_attention
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None = None, dropout_p: float = 0.0,
-              is_causal: bool = False, scale: float | None = None, **more: Any) -> Tensor:  # fmt: skip
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    **more: Any,
+) -> Tensor:
     """`F.scaled_dot_product_attention`, which asks a real GPU which kernel to take."""
     given = [q, k, v]
     if not any(isinstance(one, Pretended) for one in given):
@@ -218,8 +232,9 @@ def compiled() -> Path:
         source, made = Path(folder) / "guard.cpp", Path(folder) / "guard.so"
         source.write_text(GUARD)
         flags = ["-shared", "-fPIC", "-std=c++20", "-O0", "-w", f"-I{torch_at}/include", f"-L{torch_at}/lib"]
-        done = subprocess.run([compiler, *flags, str(source), "-o", str(made), "-lc10", "-ltorch_cpu"],
-                              capture_output=True, text=True)  # fmt: skip
+        done = subprocess.run(
+            [compiler, *flags, str(source), "-o", str(made), "-lc10", "-ltorch_cpu"], capture_output=True, text=True
+        )
         if done.returncode:
             raise NoCompiler(done.stderr[-500:])
         os.replace(made, library)
@@ -272,9 +287,10 @@ def run(only: str) -> bool:
 
 def place_of(error: BaseException) -> str:
     """The innermost line of the project."""
-    root = Path(__file__).parents[1]
-    lines = [line for line in traceback.extract_tb(error.__traceback__) if Path(line.filename).is_relative_to(root)]
-    return f"{Path(lines[-1].filename).relative_to(root)}:{lines[-1].lineno}" if lines else "outside"
+    tests, lines = Path(__file__).parent, traceback.extract_tb(error.__traceback__)
+    ours = [(Path(line.filename), line.lineno) for line in lines if Path(line.filename).is_relative_to(tests.parent)]
+    own = [place for place in ours if not place[0].is_relative_to(tests)] or ours
+    return f"{own[-1][0].relative_to(tests.parent)}:{own[-1][1]}" if own else "outside"
 
 
 if __name__ == "__main__":
