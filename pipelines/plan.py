@@ -62,7 +62,7 @@ class PlanConfig(Config):
         0.4,
         gt=0,
         le=1,
-        description="share of the peak that is reached: a guess until it is measured; expect 0.2, or 0.3 with train.compile",
+        description="share of the peak that is reached, a guess until measured; expect 0.2, with compile 0.3",
     )
     precision: Literal["bf16", "float32"] = Field("bf16", description="accelerate's mixed precision, or none, which "
                                                   "needs peak_tflops")  # fmt: skip

@@ -88,7 +88,7 @@ class Pretended(Tensor):
 
     @staticmethod
     def __new__(cls, elem: Tensor) -> Pretended:
-        out = torch.Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
+        out = torch.Tensor._make_wrapper_subclass(
             cls,
             elem.size(),
             strides=elem.stride(),
@@ -98,7 +98,7 @@ class Pretended(Tensor):
             device=CUDA,
         )
         out.elem = elem
-        return out  # type: ignore[no-any-return]
+        return out
 
     def __repr__(self, **_: Any) -> str:
         return f"Pretended({tuple(self.shape)}, {self.dtype})"
@@ -247,20 +247,20 @@ def pretend() -> None:
     torch._C._set_multithreading_enabled(False)  # autograd has no thread for this device
     torch._C._set_only_lift_cpu_tensors(True)  # torch.tensor(x, device="cuda") is a copy, which the mode sees
     torch.__future__.set_swap_module_params_on_conversion(True)  # parameters stay the objects that they are
-    torch.inference_mode = lambda mode=True: torch.no_grad()  # type: ignore  # in which wrappers have no views
-    torch.cuda._lazy_init = lambda: None  # type: ignore[attr-defined]
+    torch.inference_mode = lambda mode=True: torch.no_grad()  # in which wrappers have no views
+    torch.cuda._lazy_init = lambda: None
     torch.cuda.is_bf16_supported = lambda *_, **__: True
-    torch.cuda.current_device = lambda: 0  # type: ignore[assignment]
+    torch.cuda.current_device = lambda: 0
     for name in ("manual_seed", "manual_seed_all", "set_device", "empty_cache", "synchronize"):
         setattr(torch.cuda, name, lambda *_, **__: None)
     torch.cuda.amp.common.amp_definitely_not_available = lambda: False
-    torch.Generator = Generator  # type: ignore
-    torch.Tensor.pin_memory = lambda tensor, device=None: tensor.clone()  # type: ignore[assignment, method-assign]
-    F.scaled_dot_product_attention = attention  # type: ignore[assignment]
+    torch.Generator = Generator
+    torch.Tensor.pin_memory = lambda tensor, device=None: tensor.clone()
+    F.scaled_dot_product_attention = attention
     optimizer._foreach_supported_types.append(Pretended)
-    foreach._foreach_supported_types = optimizer._foreach_supported_types  # type: ignore
+    foreach._foreach_supported_types = optimizer._foreach_supported_types
     several = lambda tensors, device: True  # noqa: E731
-    foreach._has_foreach_support = torch.nn.utils.clip_grad._has_foreach_support = several  # type: ignore
+    foreach._has_foreach_support = torch.nn.utils.clip_grad._has_foreach_support = several
 
 
 def run(only: str) -> bool:
