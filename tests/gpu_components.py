@@ -367,11 +367,16 @@ def two_ranks() -> Iterator[Component]:
 
 
 def try_ranks(name: str) -> None:
+    def sent(tensor: Tensor, *_: Any, **__: Any) -> None:
+        if not isinstance(tensor, Pretended):
+            raise DeviceMix("a CPU's tensor in a collective of GPUs")
+
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=2)
     try:
-        model = make_quantizer(name).to(CUDA).train()
-        for _ in range(12):  # among them one in which dead codes are revived
-            model.quantize(torch.randn(8, model.dim, 4, 4, device=CUDA))
+        with patch.multiple(dist, all_reduce=sent, broadcast=sent):
+            model = make_quantizer(name).to(CUDA).train()
+            for _ in range(12):  # among them one in which dead codes are revived
+                model.quantize(torch.randn(8, model.dim, 4, 4, device=CUDA))
     finally:
         dist.destroy_process_group()
 
@@ -439,7 +444,7 @@ def try_verb(main: Callable[[list[str]], Any], fields: dict[str, Any]) -> None:
         "tokenizer": tokenizer,
         "data": None,
         "images": pictures(),
-        "stream": HERE / "stream",
+        "stream": HERE / "pipelines.compress.smalti",
         "mask": "bottom",
         "num_images": 4,
         "num_samples": 20,
@@ -451,8 +456,9 @@ def try_verb(main: Callable[[list[str]], Any], fields: dict[str, Any]) -> None:
         "num_queries": 20,
         "rows": 2,
     }
-    out = {"compress": HERE / "stream"}.get(main.__module__.rpartition(".")[2], HERE / main.__module__)
-    if unknown := {name for name, field in fields.items() if field.is_required()} - {*settings, "out"}:
+    if "out" in fields:  # a picture, where one is written
+        settings["out"] = HERE / f"{main.__module__}{Path(str(fields['out'].default)).suffix}"
+    if unknown := {name for name, field in fields.items() if field.is_required()} - set(settings):
         raise LookupError(f"say in `settings` what to give {main.__module__} for {unknown}")
-    given = {name: settings[name] for name in settings if name in fields} | ({"out": out} if "out" in fields else {})
+    given = {name: value for name, value in settings.items() if name in fields}
     main(["data.limit=72" if name == "data" else f"{name}={value}" for name, value in given.items()])

@@ -1,8 +1,8 @@
 """A pretended GPU: tensors say `cuda:0` and compute on the CPU, and what a GPU would refuse is an error.
 
-So are tensors of two devices in one operation, a generator of another device, `.numpy()` of a GPU's tensor, attention
-of two types, and a collective (NCCL's) of a CPU's tensor. Real values flow, so whole runs go through it, under torch's
-own rules of CUDA's autocast. It says nothing of kernels, speed or memory.
+So are tensors of two devices in one operation, a generator of another device, `.numpy()` of a GPU's tensor, and
+attention of two types. Real values flow, so whole runs go through it, under torch's own rules of CUDA's autocast. It
+says nothing of kernels, speed or memory.
 
 How: a tensor subclass that wraps a CPU's, a dispatch mode that wraps what is made on `cuda`, and 30 lines of C++, as
 autograd asks for the device's guard. Torch is changed for good, so it takes a process of its own, and comes before the
@@ -137,7 +137,7 @@ def compute(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     if plain.get("pin_memory"):
         plain["pin_memory"] = False
     out = func(*tree_map(unwrapped, args), **plain)
-    if not on_gpu or func.namespace == "c10d":
+    if not on_gpu:
         return out
     out = tree_map_only(Tensor, Pretended, out)
     return return_and_correct_aliasing(func, args, kwargs, out) if ours else out
@@ -150,8 +150,6 @@ def unwrapped(value: Any) -> Any:
 def judge(func: Any, args: Any, ours: list[Tensor], others: list[Tensor]) -> None:
     """Raise `DeviceMix` for an operation on tensors of both devices that no GPU does."""
     name = func._schema.name.partition("::")[2]
-    if func.namespace == "c10d" and others:
-        raise DeviceMix(f"{func}: a CPU's tensor in a collective of GPUs")
     if not (ours and others) or name in COPIES:
         return
     if name in INDEXED:
@@ -289,6 +287,7 @@ def place_of(error: BaseException) -> str:
     """The innermost line of the project."""
     tests, lines = Path(__file__).parent, traceback.extract_tb(error.__traceback__)
     ours = [(Path(line.filename), line.lineno) for line in lines if Path(line.filename).is_relative_to(tests.parent)]
+    ours = [place for place in ours if "site-packages" not in place[0].parts]
     own = [place for place in ours if not place[0].is_relative_to(tests)] or ours
     return f"{own[-1][0].relative_to(tests.parent)}:{own[-1][1]}" if own else "outside"
 
