@@ -32,8 +32,9 @@ class DecompressConfig(Config):
         "decompressed", description="a new or empty folder for PNG files, which appears whole or not at all"
     )
     max_images: int = Field(1 << 24, ge=1, description="refuse files that announce more images")
-    batch_size: int | None = Field(None, ge=1, description="images evaluated at a time; default: a whole chunk. "
-                                   "Tokens do not depend on it")  # fmt: skip
+    batch_size: int | None = Field(
+        None, ge=1, description="images evaluated at a time; default: a whole chunk. Tokens do not depend on it"
+    )
     device: str = Field("auto", description="cpu, cuda, mps or auto")
 
 

@@ -58,8 +58,12 @@ class PlanConfig(Config):
     )
     gpu_memory: float | None = Field(None, gt=0, description="GB of one GPU, for another kind")
     peak_tflops: float | None = Field(None, gt=0, description="peak of one GPU in TFLOP/s, for another kind")
-    utilization: float = Field(0.4, gt=0, le=1, description="share of the peak that is reached, until you measure it "
-                               "a guess: expect 0.2, with train.compile=true 0.3")  # fmt: skip
+    utilization: float = Field(
+        0.4,
+        gt=0,
+        le=1,
+        description="share of the peak that is reached, a guess until measured; expect 0.2, with compile 0.3",
+    )
     precision: Literal["bf16", "float32"] = Field("bf16", description="accelerate's mixed precision, or none, which "
                                                   "needs peak_tflops")  # fmt: skip
     tokenizer: str | None = Field(

@@ -190,12 +190,19 @@ def try_samples(name: str, config: dict[str, Any]) -> None:
     known[:2], known[3, 3] = True, True
     given: dict[str, Any] = {"known": known, "tokens": torch.randint(7, (4, 4, 4))}
     ways: list[dict[str, Any]] = [
-        {}, given, {"cache": False}, {"parallel": True}, {"parallel": True, **given},
+        {},
+        given,
+        {"cache": False},
+        {"parallel": True},
+        {"parallel": True, **given},
         {"parallel": True, "guess": make_prior("marginal", (4, 4), 7).to(CUDA)},
         {"guidance_scale": 2.0, "top_k": 5, "top_p": 0.9, "temperature": 0.8},
-        {"generator": [torch.Generator("cuda").manual_seed(k) for k in range(4)]}, {"generator": torch.Generator()},
-        {"order": "column"}, {"num_orders": 2}, {"order": torch.stack([torch.randperm(16) for _ in range(4)])},
-    ]  # fmt: skip
+        {"generator": [torch.Generator("cuda").manual_seed(k) for k in range(4)]},
+        {"generator": torch.Generator()},
+        {"order": "column"},
+        {"num_orders": 2},
+        {"order": torch.stack([torch.randperm(16) for _ in range(4)])},
+    ]
     model = make_prior(name, (4, 4), 7, **config).to(CUDA)
     if "steps" in inspect.signature(model.sample).parameters:
         ways.append({"steps": 3, "guidance_scale": 2.0, **given})
@@ -232,19 +239,39 @@ def play() -> None:
 LIKELIHOOD = {"likelihood": {"kind": "discretized_logistic"}}
 SKIPPED = {"push_to_hub"}  # nothing is sent anywhere
 OPTIONAL: list[dict[str, Any]] = [  # arguments of methods that have them, tried by themselves
-    {"labels": ["a", None, "b", 2]}, {"output_type": "pt"}, {"output_type": "np"}, {"cache": False}, {"parallel": True},
-    {"guidance_scale": 2.0, "labels": "a", "top_p": 0.9}, {"order": "column"}, {"num_orders": 2}, {"draws": 2},
-    {"lossless": True}, {"p_values": True}, {"smooth": True}, {"batch_size": 2}, {"pool": "last"}, {"seed": 3},
-    *({"method": method} for method in METHODS), *({"layer": layer} for layer in ("pixels", "codes", "embeddings")),
+    {"labels": "a"},
+    {"labels": ["a", None, "b", 2]},
+    {"output_type": "pt"},
+    {"output_type": "np"},
+    {"cache": False},
+    {"parallel": True},
+    {"guidance_scale": 2.0, "labels": "a", "top_p": 0.9},
+    {"order": "column"},
+    {"num_orders": 2},
+    {"draws": 2},
+    {"lossless": True},
+    {"p_values": True},
+    {"smooth": True},
+    {"batch_size": 2},
+    {"pool": "last"},
+    {"seed": 3},
+    *({"method": method} for method in METHODS),
+    *({"layer": layer} for layer in ("pixels", "codes", "embeddings")),
     {"generator": [torch.Generator("cuda").manual_seed(k) for k in range(4)], "labels": ["a", None, "b", 2]},
     {"device": CUDA, "dtype": torch.bfloat16},
-]  # fmt: skip
+]
 
 
 def methods() -> list[str]:
     """What a pipeline can do."""
     public = [name for name, _ in inspect.getmembers(ImagePipeline, callable) if not name.startswith("_")]
     return ["__call__", *(name for name in public if name not in SKIPPED)]
+
+
+def optional(method: str) -> set[str]:
+    """The arguments that a method need not be given."""
+    takes = inspect.signature(getattr(ImagePipeline, method)).parameters
+    return {name for name, one in takes.items() if one.default is not one.empty}
 
 
 def abilities() -> Iterator[Component]:
@@ -254,11 +281,11 @@ def abilities() -> Iterator[Component]:
         main = "main: " if name in ("__call__", "bits_per_dim", "complete", "decode", "log_prob") else ""
         yield f"{main}ability {name}", partial(try_ability, able, name, {})
         for more in OPTIONAL:
-            if set(more) <= set(inspect.signature(getattr(ImagePipeline, name)).parameters):
+            if set(more) <= optional(name):
                 title = ", ".join(f"{key}={value}"[:24] for key, value in more.items())
                 yield f"ability {name}, {title}", partial(try_ability, able, name, more)
     yield "main: ability decompress, with a raw chunk", try_raw_chunk
-    for tokenizer, prior in [*((name, "gpt") for name in TOKENIZERS), *(("pixels", name) for name in PRIORS)]:
+    for tokenizer, prior in [*((name, "marginal") for name in TOKENIZERS), *(("vqvae", name) for name in PRIORS)]:
         yield f"abilities of {tokenizer} + {prior}", partial(try_abilities, tokenizer, prior)
 
 
@@ -302,12 +329,13 @@ def try_ability(able: Callable[[], ImagePipeline], name: str, more: dict[str, An
     method = getattr(pipe, name)
     takes = inspect.signature(method).parameters.values()
     wanted = [one.name for one in takes if one.default is one.empty and one.kind is one.POSITIONAL_OR_KEYWORD]
-    quiet = {"progress": False} if "progress" in inspect.signature(method).parameters else {}
+    quiet = {"progress": False} if "progress" in optional(name) else {}
     with tempfile.TemporaryDirectory() as folder:
         values = required(pipe, name, Path(folder))
         if unknown := set(wanted) - set(values):
             raise LookupError(f"say in `required` what to give ImagePipeline.{name} for {unknown}")
-        method(**{key: values[key]() for key in wanted}, **quiet, **more)
+        with refusals() if more else contextlib.nullcontext():
+            method(**{key: values[key]() for key in wanted}, **quiet, **more)
 
 
 def try_abilities(tokenizer: str, prior: str) -> None:
@@ -339,11 +367,16 @@ def two_ranks() -> Iterator[Component]:
 
 
 def try_ranks(name: str) -> None:
+    def sent(tensor: Tensor, *_: Any, **__: Any) -> None:
+        if not isinstance(tensor, Pretended):
+            raise DeviceMix("a CPU's tensor in a collective of GPUs")
+
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=2)
     try:
-        model = make_quantizer(name).to(CUDA).train()
-        for _ in range(12):  # among them one in which dead codes are revived
-            model.quantize(torch.randn(8, model.dim, 4, 4, device=CUDA))
+        with patch.multiple(dist, all_reduce=sent, broadcast=sent):
+            model = make_quantizer(name).to(CUDA).train()
+            for _ in range(12):  # among them one in which dead codes are revived
+                model.quantize(torch.randn(8, model.dim, 4, 4, device=CUDA))
     finally:
         dist.destroy_process_group()
 
@@ -406,12 +439,26 @@ def try_verb(main: Callable[[list[str]], Any], fields: dict[str, Any]) -> None:
     """A verb, with what it requires and little to do."""
     pipeline, tokenizer = prior_run() / "pipeline", tokenizer_run() / "tokenizer"
     settings = {
-        "device": "cuda:0", "pipeline": pipeline, "tokenizer": tokenizer, "data": None, "images": pictures(),
-        "stream": HERE / "stream", "mask": "bottom", "num_images": 4, "num_samples": 20, "feature_steps": 2,
-        "num_train": 60, "num_test": 40, "draws": 2, "num_shown": 2, "num_queries": 20, "rows": 2,
-    }  # fmt: skip
-    out = {"compress": HERE / "stream"}.get(main.__module__.rpartition(".")[2], HERE / main.__module__)
-    if unknown := {name for name, field in fields.items() if field.is_required()} - {*settings, "out"}:
+        "device": "cuda:0",
+        "pipeline": pipeline,
+        "tokenizer": tokenizer,
+        "data": None,
+        "images": pictures(),
+        "stream": HERE / "pipelines.compress.smalti",
+        "mask": "bottom",
+        "num_images": 4,
+        "num_samples": 20,
+        "feature_steps": 2,
+        "num_train": 60,
+        "num_test": 40,
+        "draws": 2,
+        "num_shown": 2,
+        "num_queries": 20,
+        "rows": 2,
+    }
+    if "out" in fields:  # a picture, where one is written
+        settings["out"] = HERE / f"{main.__module__}{Path(str(fields['out'].default)).suffix}"
+    if unknown := {name for name, field in fields.items() if field.is_required()} - set(settings):
         raise LookupError(f"say in `settings` what to give {main.__module__} for {unknown}")
-    given = {name: settings[name] for name in settings if name in fields} | ({"out": out} if "out" in fields else {})
+    given = {name: value for name, value in settings.items() if name in fields}
     main(["data.limit=72" if name == "data" else f"{name}={value}" for name, value in given.items()])

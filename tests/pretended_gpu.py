@@ -1,8 +1,8 @@
 """A pretended GPU: tensors say `cuda:0` and compute on the CPU, and what a GPU would refuse is an error.
 
-So are tensors of two devices in one operation, a generator of another device, `.numpy()` of a GPU's tensor, attention
-of two types, and a collective (NCCL's) of a CPU's tensor. Real values flow, so whole runs go through it, under torch's
-own rules of CUDA's autocast. It says nothing of kernels, speed or memory.
+So are tensors of two devices in one operation, a generator of another device, `.numpy()` of a GPU's tensor, and
+attention of two types. Real values flow, so whole runs go through it, under torch's own rules of CUDA's autocast. It
+says nothing of kernels, speed or memory.
 
 How: a tensor subclass that wraps a CPU's, a dispatch mode that wraps what is made on `cuda`, and 30 lines of C++, as
 autograd asks for the device's guard. Torch is changed for good, so it takes a process of its own, and comes before the
@@ -88,11 +88,17 @@ class Pretended(Tensor):
 
     @staticmethod
     def __new__(cls, elem: Tensor) -> Pretended:
-        out = torch.Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
-            cls, elem.size(), strides=elem.stride(), storage_offset=elem.storage_offset(), dtype=elem.dtype,
-            layout=elem.layout, device=CUDA)  # fmt: skip
+        out = torch.Tensor._make_wrapper_subclass(
+            cls,
+            elem.size(),
+            strides=elem.stride(),
+            storage_offset=elem.storage_offset(),
+            dtype=elem.dtype,
+            layout=elem.layout,
+            device=CUDA,
+        )
         out.elem = elem
-        return out  # type: ignore[no-any-return]
+        return out
 
     def __repr__(self, **_: Any) -> str:
         return f"Pretended({tuple(self.shape)}, {self.dtype})"
@@ -131,7 +137,7 @@ def compute(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     if plain.get("pin_memory"):
         plain["pin_memory"] = False
     out = func(*tree_map(unwrapped, args), **plain)
-    if not on_gpu or func.namespace == "c10d":
+    if not on_gpu:
         return out
     out = tree_map_only(Tensor, Pretended, out)
     return return_and_correct_aliasing(func, args, kwargs, out) if ours else out
@@ -144,8 +150,6 @@ def unwrapped(value: Any) -> Any:
 def judge(func: Any, args: Any, ours: list[Tensor], others: list[Tensor]) -> None:
     """Raise `DeviceMix` for an operation on tensors of both devices that no GPU does."""
     name = func._schema.name.partition("::")[2]
-    if func.namespace == "c10d" and others:
-        raise DeviceMix(f"{func}: a CPU's tensor in a collective of GPUs")
     if not (ours and others) or name in COPIES:
         return
     if name in INDEXED:
@@ -185,8 +189,16 @@ class Generator(torch.Generator):
 real_attention = F.scaled_dot_product_attention
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None = None, dropout_p: float = 0.0,
-              is_causal: bool = False, scale: float | None = None, **more: Any) -> Tensor:  # fmt: skip
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    **more: Any,
+) -> Tensor:
     """`F.scaled_dot_product_attention`, which asks a real GPU which kernel to take."""
     given = [q, k, v]
     if not any(isinstance(one, Pretended) for one in given):
@@ -218,8 +230,9 @@ def compiled() -> Path:
         source, made = Path(folder) / "guard.cpp", Path(folder) / "guard.so"
         source.write_text(GUARD)
         flags = ["-shared", "-fPIC", "-std=c++20", "-O0", "-w", f"-I{torch_at}/include", f"-L{torch_at}/lib"]
-        done = subprocess.run([compiler, *flags, str(source), "-o", str(made), "-lc10", "-ltorch_cpu"],
-                              capture_output=True, text=True)  # fmt: skip
+        done = subprocess.run(
+            [compiler, *flags, str(source), "-o", str(made), "-lc10", "-ltorch_cpu"], capture_output=True, text=True
+        )
         if done.returncode:
             raise NoCompiler(done.stderr[-500:])
         os.replace(made, library)
@@ -232,20 +245,20 @@ def pretend() -> None:
     torch._C._set_multithreading_enabled(False)  # autograd has no thread for this device
     torch._C._set_only_lift_cpu_tensors(True)  # torch.tensor(x, device="cuda") is a copy, which the mode sees
     torch.__future__.set_swap_module_params_on_conversion(True)  # parameters stay the objects that they are
-    torch.inference_mode = lambda mode=True: torch.no_grad()  # type: ignore  # in which wrappers have no views
-    torch.cuda._lazy_init = lambda: None  # type: ignore[attr-defined]
+    torch.inference_mode = lambda mode=True: torch.no_grad()  # in which wrappers have no views
+    torch.cuda._lazy_init = lambda: None
     torch.cuda.is_bf16_supported = lambda *_, **__: True
-    torch.cuda.current_device = lambda: 0  # type: ignore[assignment]
+    torch.cuda.current_device = lambda: 0
     for name in ("manual_seed", "manual_seed_all", "set_device", "empty_cache", "synchronize"):
         setattr(torch.cuda, name, lambda *_, **__: None)
     torch.cuda.amp.common.amp_definitely_not_available = lambda: False
-    torch.Generator = Generator  # type: ignore
-    torch.Tensor.pin_memory = lambda tensor, device=None: tensor.clone()  # type: ignore[assignment, method-assign]
-    F.scaled_dot_product_attention = attention  # type: ignore[assignment]
+    torch.Generator = Generator
+    torch.Tensor.pin_memory = lambda tensor, device=None: tensor.clone()
+    F.scaled_dot_product_attention = attention
     optimizer._foreach_supported_types.append(Pretended)
-    foreach._foreach_supported_types = optimizer._foreach_supported_types  # type: ignore
+    foreach._foreach_supported_types = optimizer._foreach_supported_types
     several = lambda tensors, device: True  # noqa: E731
-    foreach._has_foreach_support = torch.nn.utils.clip_grad._has_foreach_support = several  # type: ignore
+    foreach._has_foreach_support = torch.nn.utils.clip_grad._has_foreach_support = several
 
 
 def run(only: str) -> bool:
@@ -272,9 +285,11 @@ def run(only: str) -> bool:
 
 def place_of(error: BaseException) -> str:
     """The innermost line of the project."""
-    root = Path(__file__).parents[1]
-    lines = [line for line in traceback.extract_tb(error.__traceback__) if Path(line.filename).is_relative_to(root)]
-    return f"{Path(lines[-1].filename).relative_to(root)}:{lines[-1].lineno}" if lines else "outside"
+    tests, lines = Path(__file__).parent, traceback.extract_tb(error.__traceback__)
+    ours = [(Path(line.filename), line.lineno) for line in lines if Path(line.filename).is_relative_to(tests.parent)]
+    ours = [place for place in ours if "site-packages" not in place[0].parts]
+    own = [place for place in ours if not place[0].is_relative_to(tests)] or ours
+    return f"{own[-1][0].relative_to(tests.parent)}:{own[-1][1]}" if own else "outside"
 
 
 if __name__ == "__main__":

@@ -265,8 +265,9 @@ def in_child(run: Callable[[], Any]) -> Any:
 def test_what_torch_was_told_is_as_it_was_afterwards():
     """By either of its APIs, also what is inherited; and sampling raises nothing, whatever it was."""
     path = os.pathsep.join((str(ROOT), str(ROOT / "tests")))
-    result = subprocess.run([sys.executable, __file__], capture_output=True, text=True, timeout=120,
-                            env={**os.environ, "PYTHONPATH": path})  # fmt: skip
+    result = subprocess.run(
+        [sys.executable, __file__], capture_output=True, text=True, timeout=120, env={**os.environ, "PYTHONPATH": path}
+    )
     assert result.returncode == 0, result.stderr
     for name, (untouched, used) in json.loads(result.stdout).items():
         assert used, f"{name}: {result.stderr}"

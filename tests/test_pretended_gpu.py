@@ -18,8 +18,13 @@ pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GP
 def on_the_gpu(*words: str, seconds: int = 280) -> str:
     """What is said of the components whose names contain `words`; skips where nothing can be pretended."""
     path = os.pathsep.join((str(ROOT), str(ROOT / "tests")))
-    result = subprocess.run([sys.executable, str(ROOT / "tests" / "pretended_gpu.py"), *words], capture_output=True,
-                            text=True, timeout=seconds, env={**os.environ, "PYTHONPATH": path})  # fmt: skip
+    result = subprocess.run(
+        [sys.executable, str(ROOT / "tests" / "pretended_gpu.py"), *words],
+        capture_output=True,
+        text=True,
+        timeout=seconds,
+        env={**os.environ, "PYTHONPATH": path},
+    )
     if result.returncode == 2:
         pytest.skip(result.stdout.strip())
     failed = [line for line in result.stdout.splitlines() if line.startswith("FAIL")]

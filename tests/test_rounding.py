@@ -99,7 +99,7 @@ def read_stream(folder: Path) -> dict[str, Any]:
     pipe = ImagePipeline.from_pretrained(folder / "pipeline")
     seen: list[torch.Tensor] = []
     decode = pipe.tokenizer.decode
-    pipe.tokenizer.decode = lambda tokens: seen.append(tokens) or decode(tokens)  # type: ignore[method-assign]
+    pipe.tokenizer.decode = lambda tokens: seen.append(tokens) or decode(tokens)
     pixels = pipe.decompress((folder / "stream").read_bytes(), output_type="np", progress=False)
     return {"tokens": torch.cat(seen).tolist(), "pixels": pixels.tolist()}
 

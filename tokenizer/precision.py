@@ -8,20 +8,13 @@ from typing import Any
 
 import torch
 
-if hasattr(torch.backends.cuda.matmul, "fp32_precision"):
-    SETTINGS: list[tuple[Any, str, Any]] = [
-        (holder, "fp32_precision", "ieee")
-        for holder in (
-            torch.backends,
-            torch.backends.cudnn,
-            torch.backends.cuda.matmul,
-            torch.backends.cudnn.conv,
-            torch.backends.mkldnn.matmul,
-            torch.backends.mkldnn.conv,
-        )
-    ]
+backends: Any = torch.backends
+cudnn, mkldnn, cublas = backends.cudnn, backends.mkldnn, backends.cuda.matmul
+if hasattr(cublas, "fp32_precision"):
+    HOLDERS = (backends, cudnn, cublas, cudnn.conv, mkldnn.matmul, mkldnn.conv)
+    SETTINGS: list[tuple[Any, str, Any]] = [(holder, "fp32_precision", "ieee") for holder in HOLDERS]
 else:  # torch before 2.9
-    SETTINGS = [(torch.backends.cuda.matmul, "allow_tf32", False), (torch.backends.cudnn, "allow_tf32", False)]
+    SETTINGS = [(cublas, "allow_tf32", False), (cudnn, "allow_tf32", False)]
 """What torch rounds the factors of float32 products to, and how to say: to nothing. Later ones inherit from earlier."""
 
 
