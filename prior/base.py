@@ -77,8 +77,8 @@ class Prior(PretrainedModel, family="prior"):
     """(N,) int64; `order[r]` is the raster index of the r-th token."""
     rounding: float = 4e-6
     """How far apart two computations of the same float32 logits may be, as a multiple of the image's largest |logit| so
-    far (at least 1: a row's own may be as small as its rounding). At least 2.5 times what
-    `python benchmarks/rounding.py` measures."""
+    far (at least 1: a row's own may be as small as its rounding). Well above what `python benchmarks/rounding.py`
+    measures."""
 
     def __init__(self, config: PriorConfig) -> None:
         super().__init__(config)
