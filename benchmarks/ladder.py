@@ -36,6 +36,7 @@ from sampling import seconds_of, table_head
 
 ROOT = Path(__file__).parents[1]
 NEIGHBOURS, SAMPLES, TIMED, SLOW = 20_000, 1000, 64, 60.0
+TOKENIZER_STEPS = 1500
 
 
 def smalti(verb: str, *arguments: str) -> None:
@@ -49,7 +50,8 @@ def tokens_of(data: str, source: str | None, variants: str, out: Path) -> Path:
     if not (folder / "manifest.json").is_file():
         presets = [ROOT / "configs" / "tokenizer" / f"{kind}_{data}.yaml" for kind in ("vqvae", "pixels")]
         preset = next(preset for preset in presets if preset.is_file())
-        smalti("train_tokenizer", "--config", str(preset), f"out={out / 'tokenizer'}", "track.wandb=disabled", *images)
+        ends = ["train.minutes=null", f"train.steps={TOKENIZER_STEPS}", "track.wandb=disabled"]
+        smalti("train_tokenizer", "--config", str(preset), f"out={out / 'tokenizer'}", *ends, *images)
         smalti("encode", f"tokenizer={out / 'tokenizer' / 'tokenizer'}", f"out={folder}", f"augmentations={variants}")
     return folder
 

@@ -2,8 +2,10 @@
 
     log p(hidden | known) = log p(hidden, known) - log p(known)
 
-A chain of conditionals gives this exactly when no known token is conditioned on a hidden one. A prior that takes any
-order walks the known tokens first, so there it always holds; one of a single order needs a mask that goes with it.
+A chain of conditionals gives this exactly when no known token is conditioned on a hidden one. A prior of a single order
+needs a mask that goes with it, and then it is the conditional of `log_prob`. One that takes any order walks the known
+tokens first: each conditional is one of a density, but of that of this walk, which is another joint distribution than
+`log_prob`'s, as far as the prior's orders disagree. `Prior.order_spread` says how far.
 """
 
 from __future__ import annotations
@@ -54,8 +56,9 @@ def complete(
 
     Hidden pixels are painted over before encoding, so nothing of them leaks. A token is known when every pixel of its
     patch is, and only known tokens are looked at; near the hole, a tokenizer whose receptive field is wider than a
-    patch sees paint in them. Any-order priors (`prior.any_order`) condition each new token on all known ones, the
-    others on those before it in their order. Known pixels come back as they were.
+    patch sees paint in them. Any-order priors (`prior.any_order`) condition each new token on all known ones, by the
+    density of the walk that takes these first (not `log_prob`'s); the others on those before it in their order. Known
+    pixels come back as they were.
 
     draws: completions of each image. Draw d of image k uses seed + k * draws + d, whatever the batch. With more than
     one, images are `(B, draws, C, H, W)` ("pt"), `(B, draws, H, W, C)` ("np") or a list of PIL images for each image,
@@ -152,9 +155,10 @@ def conditional_log_prob(
     """log p of each image's hidden tokens given the known ones, `(B,)` nats. known: as for `complete`.
 
     It is the log-probability that `complete`, at temperature 1 and unguided, draws the very tokens that the image has
-    there. The known tokens are those that `complete` sees, so nothing of what is hidden helps to predict it. With a
-    tokenizer that looks beyond a patch they are not quite the image's own, and this is no part of
-    `ImagePipeline.log_prob`; `region_log_prob` of tokens is. It is of tokens only: the pixels' log-probability given
+    there: for a prior of one order log_prob(all) - log p(known), for one of any order that of the walk that takes the
+    known tokens first, so that log_prob(all) less it is no log p(known). The known tokens are those that `complete`
+    sees, so nothing of what is hidden helps to predict it. With a tokenizer that looks beyond a patch they are not
+    quite the image's own, and this is no part of `ImagePipeline.log_prob`; `region_log_prob` of tokens is. It is of tokens only: the pixels' log-probability given
     them (`Tokenizer.pixel_log_prob`), where there is one, is not added. Raises `ConditionError` where the prior has no
     such conditional, `ValueError` for a mask of another shape.
     """
@@ -169,7 +173,7 @@ def conditional_log_prob(
 
 
 def region_log_prob(prior: Prior, tokens: Tensor, known: Tensor, labels: Tensor | None = None) -> Tensor:
-    """log p(tokens where not `known` | those where it is, labels), `(B,)` nats; exact, also where `log_prob` bounds.
+    """log p(tokens where not `known` | those where it is, labels), `(B,)` nats; no estimate, also where `log_prob` is.
 
     tokens: `(B, *grid.shape)`; known: bool, `grid.shape` or `(B, *grid.shape)`. A prior that takes any order is asked
     in the one that `sample` walks: the known tokens first, each part in the prior's own order. Raises `ConditionError`

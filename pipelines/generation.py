@@ -131,8 +131,8 @@ class ImagePipeline(Stages):
     ) -> PipelineOutput:
         """Fill in what is not known: bool `known` `(H, W)` or `(B, H, W)`, a tensor or array, True = keep this pixel.
 
-        draws: completions of each image; `kwargs` as for `__call__`. What is conditioned on, and the shapes of several
-        draws, says `completion.complete`. Raises `ValueError` for a mask of another shape.
+        draws: completions of each image; `kwargs` as for `__call__`. What is conditioned on, by which density, and the
+        shapes of several draws, says `completion.complete`. Raises `ValueError` for a mask of another shape.
         """
         return complete(self, images, known, labels, draws=draws, output_type=output_type, **kwargs)
 
@@ -143,7 +143,8 @@ class ImagePipeline(Stages):
                  num_masks: int = 1, batch_size: int = 256) -> Tensor:  # fmt: skip
         """log p of each image's tokens under the prior, `(B,)` nats (of the class given; else unconditional).
 
-        order, num_orders, num_masks: as in `Prior.log_prob`. Where `prior.exact` is False it is a bound.
+        order, num_orders, num_masks: as in `Prior.log_prob`. Where `prior.exact` is False an image's is an unbiased
+        estimate of a lower bound, and the mean over images bounds.
         """
         tokens = self.encode(images, batch_size=batch_size)
         return self._token_log_prob(tokens, labels, order, num_orders, batch_size, num_masks)
@@ -160,15 +161,18 @@ class ImagePipeline(Stages):
     def conditional_log_prob(
         self, images: Any, known: Tensor | np.ndarray, labels: Label | Sequence[Label] = None, *, batch_size: int = 256
     ) -> Tensor:
-        """log p of the hidden part's tokens given the known ones, `(B,)` nats, exact; `known` as for `complete`. Raises
-        `ConditionError` where the prior's order does not allow it; see `completion.conditional_log_prob`."""
+        """log p of the hidden part's tokens given the known ones, `(B,)` nats; `known` as for `complete`. For a prior of
+        one order it is the conditional of `log_prob`, for one of any order that of the walk that takes the known tokens
+        first, which is another density. Raises `ConditionError` where the prior's order does not allow it; see
+        `completion.conditional_log_prob`."""
         return conditional_log_prob(self, images, known, labels, batch_size=batch_size)
 
     @torch.no_grad()
     def bits_per_dim(self, images: Any, labels: Label | Sequence[Label] = None, *, order: Order = None,
                      num_orders: int = 1, batch_size: int = 256) -> Tensor:  # fmt: skip
         """Bits per pixel channel of each image, `(B,)`: those of its tokens under the prior plus those of its pixels
-        given the tokens; an upper bound where `prior.exact` is False. order, num_orders: as in `Prior.log_prob`.
+        given the tokens; where `prior.exact` is False their mean over images is an upper bound. order, num_orders: as
+        in `Prior.log_prob`.
         Raises `LikelihoodError` when the tokenizer's decoder has no likelihood."""
         batch = self.to_images(images)
         tokens, parts = self.encode_batch(batch, batch_size=batch_size), []

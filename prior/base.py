@@ -70,7 +70,7 @@ class Prior(PretrainedModel, family="prior"):
     """A distribution over grids of ids; `forward` is the only method that trains."""
 
     exact: bool = True
-    """False where `log_prob` is only a bound."""
+    """False where `log_prob` of an image is an unbiased estimate of a lower bound: the mean over images bounds."""
     any_order: bool = False
     """Whether `forward`, `log_prob` and `sample` take any other `order` than the model's own."""
     any_connectivity: bool = False
@@ -79,8 +79,8 @@ class Prior(PretrainedModel, family="prior"):
     """(N,) int64; `order[r]` is the raster index of the r-th token."""
     rounding: float = 4e-6
     """How far apart two computations of the same float32 logits may be, as a multiple of the image's largest |logit| so
-    far (at least 1: a row's own may be as small as its rounding). At least 2.5 times what
-    `python benchmarks/rounding.py` measures."""
+    far (at least 1: a row's own may be as small as its rounding). Well above what `python benchmarks/rounding.py`
+    measures."""
 
     def __init__(self, config: PriorConfig) -> None:
         super().__init__(config)
@@ -268,10 +268,12 @@ class Prior(PretrainedModel, family="prior"):
         tokens, known: where bool `known` (`grid.shape` or `(B, *grid.shape)`) holds, `tokens` is kept. A model with
         `any_order` walks the known tokens first, so that all others are conditioned on all of them; any other model
         conditions a drawn token on the known ones before it in its order. order, num_orders: as for `log_prob`; each
-        image is drawn in one of the orders. cache: False recomputes everything at every step. parallel: the same
-        tokens from fewer passes over the whole grid (`prior.parallel`), and fewer still with a `guess`, a cheap prior
-        over the same tokens. That all these agree is promised for float32 and float64 weights. Raises `ValueError` for
-        arguments out of range.
+        image is drawn in one of the orders, all as likely; where tokens are known, each as likely as it makes these
+        when they come first (at temperature 1, without guidance), for a pass per image: then images are of the
+        mixture of these walks given what is known. cache: False recomputes everything at every step. parallel: the
+        same tokens from fewer passes over the whole grid (`prior.parallel`), and fewer still with a `guess`, a cheap
+        prior over the same tokens. That all these agree, in any batch, is promised for float32 and float64 weights as
+        far as computations differ by no more than `rounding`. Raises `ValueError` for arguments out of range.
         """
         sampler = Sampler(temperature, top_k, top_p, guidance_scale)
         rows = make_rows(self, num_images, labels, sampler, generator, tokens, known)

@@ -117,7 +117,7 @@ class Rotations(nn.Module):
 def deep_rounding(depth: int) -> float:
     """`Prior.rounding` of a transformer: each block adds to it, most of all by the sums over `dim` terms, one after
     another, of a step on few rows."""
-    return max(Prior.rounding, 1e-6 * depth)
+    return max(Prior.rounding, 1.5e-6 * depth)
 
 
 def coordinates(shape: tuple[int, ...]) -> Tensor:

@@ -1,0 +1,203 @@
+"""Which token is chosen, how surely, and with whose noise."""
+
+import itertools
+
+import pytest
+import torch
+from small import ANY_ORDER, PRIORS, generators, make_prior
+
+from prior import Prior
+from prior.orders import make_order
+from prior.sampling import GREEDY, LOW_BITS, Sampler, gumbel, image_generators, image_seeds
+from tokenizer import TokenGrid
+
+# Rounding
+
+
+def sharpened(model, deviation):
+    """`model` with logits of that deviation, by the scale of what makes them."""
+    tokens = torch.randint(model.grid.vocab_size, (2, *model.grid.shape))
+    made_by = {"marginal": ("table",), "made": ("output", "biases.2", "head_bias")}.get(model.name, ("head.",))
+    with torch.no_grad():
+        factor = deviation / model(tokens).std()
+        for name, parameter in model.named_parameters():
+            if name.startswith(made_by):
+                parameter.mul_(factor)
+    return model
+
+
+def ways_to_compute(model, tokens, labels):
+    """Logits `(B, N, V)` in the model's order: by a pass over each image alone, and by steps of few and many rows."""
+
+    def steps(rows):
+        state, token, logits = model.start(len(rows), labels[rows]), None, []
+        for position in model.order.tolist():
+            logits.append(model.next_logits(state, token).float())
+            token = tokens[rows].flatten(1)[:, position]
+        return torch.stack(logits, 1)
+
+    images = torch.arange(len(tokens))
+    with torch.inference_mode():
+        alone = torch.cat([model(tokens[k], labels[k]) for k in images.split(1)])[:, model.order]
+        return alone, [steps(images), torch.cat([steps(k) for k in images.split(1)]),
+                       model(tokens, labels)[:, model.order]]  # fmt: skip
+
+
+def turned(model, sampler, ways, draws):
+    """How many of `draws` decisions per row come out otherwise, and how many of these with a lead above the tolerance.
+    Guided rows are those of twice as many images."""
+    alone, others = ways
+    largest = sampler.largest(alone).cummax(1).values.clamp(min=1)
+    tolerance, found = sampler.tolerance(model.rounding) * largest, [0, 0]
+    for other, _ in itertools.product(others, range(draws)):
+        noise = gumbel(sampler.guide(alone).shape, torch.default_generator)
+        wanted = sampler.choose(sampler.guide(alone), noise)
+        ids, close = sampler.decide(sampler.guide(other), noise, tolerance)
+        found[0] += int((ids != wanted).sum())
+        found[1] += int(((ids != wanted) & ~close).sum())
+    return found
+
+
+@pytest.mark.parametrize("name", PRIORS)
+@pytest.mark.parametrize("deviation", [1.0, 15.0])
+def test_rounding_turns_no_decision_with_a_lead_above_the_tolerance(name, deviation):
+    """No noise whatever could: two logits of a row never differ by more. And in 200,000 draws none."""
+    torch.manual_seed(0)
+    model = sharpened(make_prior(name, shape=(4, 4), vocab_size=17), deviation)
+    tokens, labels = torch.randint(17, (4, 4, 4)).repeat(2, 1, 1), torch.tensor([0, 1, 2, 1, 3, 3, 3, 3])
+    ways = ways_to_compute(model, tokens, labels)
+    for sampler in (Sampler(), Sampler(guidance_scale=4.0), Sampler(guidance_scale=0.3)):
+        allowed = sampler.tolerance(model.rounding) * sampler.largest(ways[0]).cummax(1).values.clamp(min=1)
+        for other in ways[1]:
+            off = sampler.guide(other) - sampler.guide(ways[0])
+            assert (off.amax(-1) - off.amin(-1) <= allowed / 2).all(), "less than half is to spare"
+    for settings in ({}, {"temperature": 0.5, "top_p": 0.9, "top_k": 12}, {"guidance_scale": 4.0}):
+        assert turned(model, Sampler(**settings), ways, 200)[1] == 0
+
+
+@pytest.mark.slow
+def test_rounding_of_a_deep_model_turns_decisions_but_none_above_the_tolerance():
+    """A million of 512 x 12, whose logits have a deviation of 10."""
+    torch.manual_seed(0)
+    model = Prior.create("gpt", grid=TokenGrid((16, 16), 512), num_classes=3, dim=512, depth=12, heads=8).eval()
+    ways = ways_to_compute(sharpened(model, 10.0), torch.randint(512, (2, 16, 16)), torch.arange(2))
+    some, above = turned(model, Sampler(), ways, 660)
+    assert some > 0 and above == 0
+
+
+# Ties, and temperatures next to nothing
+
+
+def flat(vocab_size):
+    """A prior that thinks all ids equally likely, with and without a class."""
+    model = make_prior("marginal", shape=(2, 3), vocab_size=vocab_size)
+    torch.nn.init.constant_(model.table, 0.7)
+    return model
+
+
+PATHS = [{}, {"cache": False}, {"parallel": True}]
+
+
+@pytest.mark.parametrize("vocab_size", [*range(2, 9), 16, 33, 64, 257, 600])
+@pytest.mark.parametrize("temperature", [0.0, 1e-45, 1e-7])
+def test_the_first_of_equal_ids_is_taken(vocab_size, temperature):
+    model, labels = flat(vocab_size), torch.arange(5) % 3
+    for path, more in itertools.product(PATHS, ({}, {"guidance_scale": 2.0}, {"top_k": 2}, {"top_p": 0.5})):
+        drawn = model.sample(5, labels, temperature=temperature, generator=generators(5), **path, **more)
+        assert not drawn.any(), (path, more)
+    logits = torch.zeros(4, vocab_size)
+    logits[:, -1] = logits[:, vocab_size // 2] = 1.0
+    assert (Sampler(temperature=temperature).choose(logits, torch.rand(4, vocab_size)) == vocab_size // 2).all()
+
+
+@pytest.mark.parametrize("temperature", [1e-39, 1e-42, 1e-45, GREEDY / 2, 2 * GREEDY])
+@pytest.mark.parametrize("settings", [{}, {"top_p": 0.3}, {"top_k": 3}, {"top_k": 3, "top_p": 0.9}])
+def test_next_to_no_temperature_takes_the_likeliest(temperature, settings):
+    logits = 10 * torch.randn(50, 40, generator=torch.Generator().manual_seed(1))
+    noise = gumbel(logits.shape, torch.Generator().manual_seed(2))
+    assert torch.equal(Sampler(temperature, **settings).choose(logits, noise), logits.argmax(1))
+    model = make_prior("gpt")
+    likeliest = model.sample(6, temperature=0.0)
+    for path in PATHS:
+        assert torch.equal(model.sample(6, temperature=temperature, **settings, **path), likeliest)
+
+
+# Generators
+
+
+def test_no_two_images_of_one_generator_share_their_noise():
+    """A generator on a CPU keeps the low 32 bits of a seed, of which 200,000 drawn seeds share some."""
+    drawn = [int(torch.randint((1 << 62) - 1, (), generator=g)) for g in [torch.Generator().manual_seed(1)]
+             for _ in range(200_000)]  # fmt: skip
+    assert len({seed & LOW_BITS for seed in drawn}) == 200_000 - 6
+    seeds = image_seeds(torch.Generator().manual_seed(1), 200_000)
+    assert len(seeds) == len({seed & LOW_BITS for seed in seeds}) == 200_000
+    assert len(set(seeds) - set(drawn)) == 6, "all others are as drawn"
+
+
+def test_the_seed_of_an_image_depends_on_those_before_it_alone():
+    few, many = (image_seeds(torch.Generator().manual_seed(3), count) for count in (7, 500))
+    assert few == many[:7]
+    rows = [torch.rand(3, generator=g) for g in image_generators(torch.Generator().manual_seed(3), 7)]
+    assert torch.equal(torch.stack(rows), torch.stack([torch.rand(3, generator=torch.Generator().manual_seed(seed))
+                                                       for seed in few]))  # fmt: skip
+
+
+# Several orders, where something is known
+
+
+def conditional(model, known, given, labels, orders):
+    """p(tokens | known) over all grids of `given` where known, of the mixture of `orders` with known tokens first, and
+    of the mean of each one's own, which does not weigh them."""
+    size, vocab = len(model.grid), model.grid.vocab_size
+    grids = torch.tensor(list(itertools.product(range(vocab), repeat=size)))
+    label, each = torch.full((len(grids),), labels), []
+    for order in orders:
+        walk = model.order if order is None else order
+        first = torch.cat([walk[known[walk]], walk[~known[walk]]])
+        each.append(model.log_prob(grids.reshape(-1, *model.grid.shape), label, first).detach().double().exp())
+    fits = (grids[:, known] == given[known]).all(1)
+    joint = torch.stack(each) * fits
+    return joint.sum(0) / joint.sum(), (joint / joint.sum(1, keepdim=True)).mean(0)
+
+
+@pytest.mark.parametrize(("name", "seed", "hidden"), [("gpt", 5, (0, 2)), ("made", 4, (1, 2))])
+def test_an_order_is_as_likely_as_it_makes_what_is_known(name, seed, hidden):
+    """Frequencies of the mixture's conditional, from all grids. The seeds are of models whose orders disagree much."""
+    torch.manual_seed(seed)
+    model, count = make_prior(name, (1, 4), 3, **ANY_ORDER[name]), 1500
+    if name == "gpt":
+        model.head.weight.data *= 8
+    given, known = torch.tensor([2, 0, 1, 1]), torch.ones(4, dtype=torch.bool)
+    known[list(hidden)] = False
+    orders = [None, *(make_order(f"random:{k}", (1, 4)) for k in (1, 2, 3))]
+    expected, alike = conditional(model, known, given, 1, orders)
+    drawn = model.sample(
+        count,
+        torch.ones(count, dtype=torch.long),
+        generator=torch.Generator().manual_seed(5),
+        tokens=given[None],
+        known=known[None],
+        num_orders=4,
+    ).flatten(1)
+    assert torch.equal(drawn[:, known], given[known].expand(count, -1))
+    found = torch.bincount((drawn * torch.tensor([27, 9, 3, 1])).sum(1), minlength=81).double() / count
+
+    def apart(one, other):
+        return float((one - other).abs().sum() / 2)
+
+    assert apart(expected, alike) > 0.12, "too little to test anything"
+    assert apart(found, expected) < 0.05 < apart(found, alike)
+
+
+def test_where_nothing_is_known_orders_are_drawn_alike_and_as_ever():
+    model = make_prior("gpt", any_order=True)
+    chosen = [int(torch.randint(3, (), generator=g)) for g in generators(8)]
+    own = generators(8)
+    for g in own:
+        torch.randint(3, (), generator=g)
+    orders = torch.stack([model.order, *(make_order(f"random:{k}", (3, 4)) for k in (1, 2))])
+    expected = model.sample(8, order=orders[chosen], generator=own)
+    nothing = {"tokens": torch.zeros(3, 4).long(), "known": torch.zeros(3, 4).bool()}
+    for more in ({}, nothing):
+        assert torch.equal(model.sample(8, num_orders=3, generator=generators(8), **more), expected)
