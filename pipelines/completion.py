@@ -158,7 +158,8 @@ def conditional_log_prob(
     there: for a prior of one order log_prob(all) - log p(known), for one of any order that of the walk that takes the
     known tokens first, so that log_prob(all) less it is no log p(known). The known tokens are those that `complete`
     sees, so nothing of what is hidden helps to predict it. With a tokenizer that looks beyond a patch they are not
-    quite the image's own, and this is no part of `ImagePipeline.log_prob`; `region_log_prob` of tokens is. It is of tokens only: the pixels' log-probability given
+    quite the image's own, and this is no part of `ImagePipeline.log_prob`; `region_log_prob` of tokens is. It is of
+    tokens only: the pixels' log-probability given
     them (`Tokenizer.pixel_log_prob`), where there is one, is not added. Raises `ConditionError` where the prior has no
     such conditional, `ValueError` for a mask of another shape.
     """

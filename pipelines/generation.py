@@ -161,9 +161,9 @@ class ImagePipeline(Stages):
     def conditional_log_prob(
         self, images: Any, known: Tensor | np.ndarray, labels: Label | Sequence[Label] = None, *, batch_size: int = 256
     ) -> Tensor:
-        """log p of the hidden part's tokens given the known ones, `(B,)` nats; `known` as for `complete`. For a prior of
-        one order it is the conditional of `log_prob`, for one of any order that of the walk that takes the known tokens
-        first, which is another density. Raises `ConditionError` where the prior's order does not allow it; see
+        """log p of the hidden part's tokens given the known ones, `(B,)` nats; `known` as for `complete`. For a prior
+        of one order it is the conditional of `log_prob`, for one of any order that of the walk that takes the known
+        tokens first, which is another density. Raises `ConditionError` where the prior's order does not allow it; see
         `completion.conditional_log_prob`."""
         return conditional_log_prob(self, images, known, labels, batch_size=batch_size)
 
