@@ -5,12 +5,14 @@ Nothing is listed by name, so that a component added later is tried, or fails wi
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import dataclasses
 import importlib
 import inspect
 import itertools
 import os
+import shutil
 import tempfile
 import typing
 from collections.abc import Callable, Iterator
@@ -404,6 +406,7 @@ def fresh() -> None:
 CRITIC = {"critic__weight": 0.5, "critic__width": 8, "critic__layers": 1, "critic__warmup": 1, "critic__ramp": 1}
 SHORT = {"train__steps": 12, "train__preview_every": 6, "train__evaluate_every": 6, "train__save_every": 6}
 HERE = Path(tempfile.gettempdir()) / f"pretended-{os.getpid()}"
+atexit.register(shutil.rmtree, HERE, ignore_errors=True)
 
 
 @cache
