@@ -148,8 +148,9 @@ class Prior(PretrainedModel, family="prior"):
         orders, each = self.orders(num_orders, order), list[Tensor]()
         for number in self.connectivities(num_masks):
             with self.connected(number):
-                each += [self.token_log_probs(tokens, labels, one).flatten(1).double().sum(1) for one in orders]
-        return each[0].float() if len(each) == 1 else (torch.stack(each).logsumexp(0) - math.log(len(each))).float()
+                each += [self.token_log_probs(tokens, labels, one).flatten(1) for one in orders]
+        members = torch.stack([nats.double().sum(1) for nats in each])
+        return (members.logsumexp(0) - math.log(len(each))).to(each[0].dtype)
 
     def orders(self, num_orders: int, order: Order = None) -> list[Order]:
         """The orders of a mixture: the given one (None is the model's own), then random:1, random:2, ..."""
