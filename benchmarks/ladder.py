@@ -11,8 +11,8 @@ for as many steps as fit into `minutes` of CPU time, whatever it says of its end
 and kept as `steps.json`; so what else the machine does while they train changes no figure. What is done is kept under
 `out` and not done again; `only=gpt,made` looks at these.
 
-bits: -log2 p per token of the whole held-out split, given its labels; nats: the same per image. A `<=` is a bound.
-Means over seeds, +- half of the 95 % t-interval.
+bits: -log2 p per token of the held-out split (`rows=2000`: of so many of its images, evenly spread), given its labels;
+nats: the same per image. A `<=` is a bound. Means over seeds, +- half of the 95 % t-interval.
 Agreement: how many of 1,000 samples a 1-nearest-neighbour classifier on decoded training tokens gives the class that
 was asked for; the last row has it for the held-out images.
 
@@ -20,6 +20,7 @@ was asked for; the last row has it for the held-out images.
 turn, without guidance; the median of three. Uncached is one whole pass per token: where that takes over a minute it is
 worked out from 16 passes. Parallel gives the same images from fewer passes: seconds, passes per image (rows through the
 network / images) and those as a share of the tokens; guessed: with `made` of the same ladder as the guessing prior.
+Four orders mixed: how many fewer bits per token that takes, of 2,000 images.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ from sampling import seconds_of, table_head
 
 ROOT = Path(__file__).parents[1]
 NEIGHBOURS, SAMPLES, TIMED, SLOW = 20_000, 1000, 64, 60.0
-TOKENIZER_STEPS = 1500
+TOKENIZER_STEPS, MIXED_ROWS = 1500, 2000
 
 
 def smalti(verb: str, *arguments: str) -> None:
@@ -114,16 +115,21 @@ def sampling(pipe: Any, guess: Any) -> dict[str, Any]:
     return figures
 
 
-def likelihood(pipe: Any, split: Any) -> dict[str, Any]:
-    """Held-out bits per token in the prior's own order; and, where it takes any, how many fewer a mixture of four
-    orders needs, over the first 2,000 rows."""
+def likelihood(pipe: Any, split: Any, rows: int | None) -> dict[str, Any]:
+    """Held-out bits per token in the prior's own order; `rows`: of so many images, evenly spread."""
     from pipelines.train_prior import bits_per_token
 
-    figures: dict[str, Any] = {"bits": bits_per_token(pipe.prior, split), "exact": pipe.prior.exact}
-    if pipe.prior.any_order and pipe.prior.exact:
-        one, four = (bits_per_token(pipe.prior, split, 2000, num_orders=count) for count in (1, 4))
-        figures["mixture_gain"] = one - four
-    return figures
+    return {"bits": bits_per_token(pipe.prior, split, rows), "exact": pipe.prior.exact}
+
+
+def mixture_gain(pipe: Any, split: Any) -> float | None:
+    """How many fewer bits per token a mixture of four orders needs than the own order, where the prior takes any."""
+    from pipelines.train_prior import bits_per_token
+
+    if not (pipe.prior.any_order and pipe.prior.exact):
+        return None
+    one, four = (bits_per_token(pipe.prior, split, MIXED_ROWS, num_orders=count) for count in (1, 4))
+    return one - four
 
 
 def agreement(pipe: Any, data: Any) -> dict[str, float]:
@@ -144,24 +150,24 @@ def agreement(pipe: Any, data: Any) -> dict[str, float]:
     return {"agreement": shares[0], "real_agreement": shares[1]}
 
 
-def measure(pipe: Any, data: Any, run: Path) -> dict[str, Any]:
+def measure(pipe: Any, data: Any, rows: int | None, run: Path) -> dict[str, Any]:
     """Likelihood and agreement of a pipeline, kept in `run`; and a sheet of samples."""
     from pipelines.pictures import save_picture
 
     path = run / "ladder.json"
     if not path.is_file():
         figures = {"parameters": sum(p.numel() for p in pipe.prior.parameters())}
-        figures |= likelihood(pipe, data.splits["test"]) | agreement(pipe, data)
+        figures |= likelihood(pipe, data.splits["test"], rows) | agreement(pipe, data)
         save_picture(pipe.sample_picture(), run / "samples.png")
         write_whole(figures, path)
     return json.loads(path.read_text())
 
 
-def measure_speed(pipe: Any, guess: Any, run: Path) -> dict[str, Any]:
-    """What sampling takes, kept in `run`."""
+def measure_speed(pipe: Any, data: Any, guess: Any, run: Path) -> dict[str, Any]:
+    """What sampling takes, and what mixing orders gives, kept in `run`."""
     path = run / "speed.json"
     if not path.is_file():
-        write_whole(sampling(pipe, guess), path)
+        write_whole({**sampling(pipe, guess), "mixture_gain": mixture_gain(pipe, data.splits["test"])}, path)
     return json.loads(path.read_text())
 
 
@@ -203,15 +209,14 @@ def line(name: str, runs: list[dict[str, Any]], seconds: float | None, steps: in
     """A row of the table: `runs` are the figures of each seed."""
     import math
 
-    bound, gain = "" if runs[0]["exact"] else "<= ", runs[0].get("mixture_gain")
-    mixed = f" ({-gain:+.4f} with four orders mixed)" if gain else ""
+    bound = "" if runs[0]["exact"] else "<= "
     nats = [run["bits"] * tokens * math.log(2) for run in runs]
     cells = [
         name,
         f"{runs[0]['parameters']:,}",
         f"{1e3 * seconds:.1f}" if seconds else "",
         f"{steps:,}" if steps else "",
-        bound + with_interval([run["bits"] for run in runs], 4) + mixed,
+        bound + with_interval([run["bits"] for run in runs], 4),
         bound + with_interval(nats, 2),
         with_interval([100 * run["agreement"] for run in runs], 1) + " %",
     ]
@@ -227,18 +232,19 @@ def speed_line(name: str, f: dict[str, Any], tokens: int) -> str:
         f"{rough}{f['uncached']:.0f}" if "uncached" in f else "",
         passes(f, "parallel", tokens),
         passes(f, "guessed", tokens),
+        f"{f['mixture_gain']:+.4f}" if f["mixture_gain"] is not None else "",
     ]
     return f"| {' | '.join(cells)} |"
 
 
-def speed_table(pipes: dict[str, Any], tokens: int, out: Path) -> None:
+def speed_table(pipes: dict[str, Any], data: Any, out: Path) -> None:
     """What sampling takes, of each."""
     guess = pipes["made"].prior if "made" in pipes else None
     print(f"\n64 samples, seconds, on {os.environ['OMP_NUM_THREADS']} thread(s)\n")
-    print(table_head("prior", "cached", "uncached", "parallel: s, passes", "guessed by `made`"))
+    print(table_head("prior", "cached", "uncached", "parallel: s, passes", "guessed by `made`", "four orders mixed"))
     for kind, pipe in pipes.items():
-        found = measure_speed(pipe, None if pipe.prior is guess else guess, out / kind / "seed0")
-        print(speed_line(kind, found, tokens), flush=True)
+        found = measure_speed(pipe, data, None if pipe.prior is guess else guess, out / kind / "seed0")
+        print(speed_line(kind, found, len(data.grid)), flush=True)
 
 
 def compare(data: Any, tokens: Path, presets: dict[str, Path], options: dict[str, str], out: Path) -> None:
@@ -246,6 +252,7 @@ def compare(data: Any, tokens: Path, presets: dict[str, Path], options: dict[str
     from pipelines import ImagePipeline
 
     minutes, seeds = float(options.get("minutes", 2)), int(options.get("seeds", 1))
+    rows = int(options["rows"]) if "rows" in options else None
     seconds = timed(presets, tokens, out / "steps.json")
     only = [kind for kind in options.get("only", ",".join(presets)).split(",") if kind]
     if strange := [kind for kind in only if kind not in seconds]:
@@ -253,24 +260,24 @@ def compare(data: Any, tokens: Path, presets: dict[str, Path], options: dict[str
     steps = {kind: steps_within(minutes, seconds[kind]) for kind in only}
     pipes, found = {"marginal": marginal(data)}, {}
     (out / "marginal" / "seed0").mkdir(parents=True, exist_ok=True)
-    found["marginal"] = [measure(pipes["marginal"], data, out / "marginal" / "seed0")]
+    found["marginal"] = [measure(pipes["marginal"], data, rows, out / "marginal" / "seed0")]
     for seed in range(seeds):
         for kind in only:
             run = out / kind / f"seed{seed}"
             pipe = ImagePipeline.from_pretrained(train(presets[kind], tokens, steps[kind], seed, run))
             pipes.setdefault(kind, pipe)
-            found.setdefault(kind, []).append(measure(pipe, data, run))
+            found.setdefault(kind, []).append(measure(pipe, data, rows, run))
             print(line(kind, found[kind][-1:], seconds[kind], steps[kind], len(data.grid)), flush=True)
     shape = "x".join(map(str, data.grid.shape))
-    rows = f"{len(data.splits['train']):,} training rows of {shape} ids of {data.grid.vocab_size}"
-    print(f"\n{out.name}: {rows}, {minutes:g} CPU minutes each, {seeds} seed(s)\n")
+    of = f"{len(data.splits['train']):,} training rows of {shape} ids of {data.grid.vocab_size}"
+    print(f"\n{out.name}: {of}, {minutes:g} CPU minutes each, {seeds} seed(s)\n")
     print(table_head("prior", "parameters", "ms per step", "steps", "bits per token", "nats per image", "agreement"))
     ranked = sorted(found, key=lambda kind: -sum(run["bits"] for run in found[kind]) / len(found[kind]))
     for kind in ranked:
         print(line(kind, found[kind], seconds.get(kind), steps.get(kind), len(data.grid)))
     print(f"| held-out images | | | | | | {100 * found['marginal'][0]['real_agreement']:.1f} % |")
     if options.get("speed", "0") != "0":
-        speed_table({kind: pipes[kind] for kind in ranked}, len(data.grid), out)
+        speed_table({kind: pipes[kind] for kind in ranked}, data, out)
     print(f"\nsamples of each, two per class: {sheet(ranked, out)}")
 
 
