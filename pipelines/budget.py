@@ -45,7 +45,8 @@ GPUS = {
 @dataclass(frozen=True)
 class Sizes:
     """Of what a run keeps: parameters by part, shapes of all parameters, how many each player trains, bytes of
-    buffers, those of them that are saved, and the shapes of the parameters of each block."""
+    buffers, those of them that are saved, the shapes of the parameters of each block, and whether the best weights so
+    far are in its states."""
 
     parts: dict[str, int]
     shapes: list[tuple[int, ...]]
@@ -53,6 +54,7 @@ class Sizes:
     buffers: int
     saved_buffers: int
     blocks: list[list[tuple[int, ...]]]
+    keeps_best: bool
 
     @property
     def parameters(self) -> int:
@@ -66,12 +68,19 @@ class Sizes:
 
     @property
     def state(self) -> int:
-        """Bytes of a resume state: the model, its average, two moments of each trained weight."""
+        """Bytes of a resume state: the model, its average, maybe the best of these, two moments of each trained
+        weight."""
         saved = FLOAT32 * self.parameters + self.saved_buffers
-        return 2 * saved + 2 * FLOAT32 * sum(self.trained.values())
+        return (2 + self.keeps_best) * saved + 2 * FLOAT32 * sum(self.trained.values())
 
 
-def sizes_of(parts: dict[str, int], model: nn.Module, players: dict[str, nn.Module], blocks: list[nn.Module]) -> Sizes:
+def sizes_of(
+    parts: dict[str, int],
+    model: nn.Module,
+    players: dict[str, nn.Module],
+    blocks: list[nn.Module],
+    keeps_best: bool,
+) -> Sizes:
     """The sizes of `model`, which holds the modules that are `players`."""
     saved = set(model.state_dict())
     buffers = {name: buffer.numel() * buffer.itemsize for name, buffer in model.named_buffers()}
@@ -82,6 +91,7 @@ def sizes_of(parts: dict[str, int], model: nn.Module, players: dict[str, nn.Modu
         sum(buffers.values()),
         sum(size for name, size in buffers.items() if name in saved),
         [shapes_of(block) for block in blocks],
+        keeps_best,
     )
 
 

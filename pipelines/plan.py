@@ -112,7 +112,7 @@ def forecast_prior(config: PlanPriorConfig) -> Forecast:
     facts = facts_of(config)
     model = on_meta(lambda: make_prior(config, facts))
     blocks = repeated_blocks(model)
-    sizes = sizes_of(parts_of_prior(model), model, {"model": model}, blocks)
+    sizes = sizes_of(parts_of_prior(model), model, {"model": model}, blocks, config.train.keep_best)
     count, bf16 = micro_batch(config), config.precision == "bf16"
     with on_paper(model):
         turns, flops = [prior_turn(model, count, bf16)], flops_of(lambda: prior_turn(model, 1, bf16))
@@ -170,7 +170,8 @@ def forecast_tokenizer(config: PlanTokenizerConfig) -> Forecast:
     if not any(parameter.requires_grad for parameter in tokenizer.parameters()):
         raise UserError(f"model.kind: a {tokenizer.name} tokenizer has no weights to train, so it takes no GPU")
     blocks = [block for player in players.values() for block in repeated_blocks(player)]
-    sizes = sizes_of(parts_of_tokenizer(tokenizer, critic), stage, players, blocks)
+    scored = critic is None and network is None  # else no figure tells which weights are best
+    sizes = sizes_of(parts_of_tokenizer(tokenizer, critic), stage, players, blocks, config.train.keep_best and scored)
     count, bf16 = micro_batch(config), config.precision == "bf16"
     with on_paper(*(module for module in (stage, network) if module is not None)):
         turns = all_turns(recipe, count, bf16)

@@ -81,9 +81,9 @@ def slow_validation(seconds: float) -> None:
     """So that it is still going on when another process fails."""
     for task in (TokenizerTask, PriorTask):
 
-        def evaluate(self: Any, model: Any, quick: Any = task.evaluate) -> Any:
+        def evaluate(self: Any, model: Any, split: str, quick: Any = task.evaluate) -> Any:
             time.sleep(seconds)
-            return quick(self, model)
+            return quick(self, model, split)
 
         task.evaluate = evaluate  # type: ignore[method-assign]
 

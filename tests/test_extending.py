@@ -111,8 +111,9 @@ def test_a_finished_run_goes_on(tmp_path, train, capsys, stage):
         "bit as a run that began that way"
     )
     assert metrics(run)[: len(before)] == before and steps(run) == [3, 6, 9, 12, 15, 18, 20]
-    figure = {"train_tokenizer": "held_out/psnr", "train_prior": "held_out/bits_per_token"}[stage]
-    assert steps(run, figure) == [4, 8, 12, 16, 20]
+    figure = {"train_tokenizer": "psnr", "train_prior": "bits_per_token"}[stage]
+    assert steps(run, f"validation/{figure}") == [4, 8, 12, 16, 20]
+    assert steps(run, f"held_out/{figure}") == [12, 20]  # at each end
     assert len(metrics(run)) == len({line["step"] for line in metrics(run)})
     assert files(run / "previews").items() >= pictures.items()
     assert sorted({path.stem[-2:] for path in (run / "previews").iterdir()}) == ["00", "06", "12", "18", "20"]

@@ -97,7 +97,7 @@ def test_labels_are_ids_or_names_one_or_many(tokenizer, prior):
     without = pipe(3, seed=0).tokens
     assert torch.equal(pipe(3, [None] * 3, seed=0).tokens, without)
     assert not torch.equal(pipe(24, seed=0).tokens, pipe(24, 1, seed=0).tokens)
-    assert not torch.equal(pipe(3, "cat", seed=0).tokens, wanted)
+    assert not torch.equal(pipe(24, "cat", seed=0).tokens, pipe(24, 1, seed=0).tokens)
 
 
 def test_labels_say_how_many_images():

@@ -277,7 +277,8 @@ def test_features_do_not_depend_on_labels_where_there_are_none(tmp_path):
     for images in map(load_images, (unlabelled, one)):
         space = feature_space(images.train, images.held_out, 30, "stripes")
         assert space.name == "random-conv-64" and "random weights" in space.origin
-    assert feature_space(*vars(load_images(config)).values(), 0, "stripes").name == "random-conv-64"
+    labelled = load_images(config)
+    assert feature_space(labelled.train, labelled.held_out, 0, "stripes").name == "random-conv-64"
 
 
 def test_comparison_knows_copies_from_samples(tmp_path):
