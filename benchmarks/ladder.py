@@ -71,7 +71,7 @@ def train(preset: Path, tokens: Path, steps: int, seed: int, run: Path) -> Path:
     """The pipeline of a preset, trained for so many steps; exits where it was trained for others."""
     done = run / "steps"
     if not done.is_file():
-        never = [f"train.{what}_every={NEVER}" for what in ("evaluate", "preview", "save")]
+        never = [f"train.{what}_every={NEVER}" for what in ("preview", "save")]
         ends = ["train.minutes=null", f"train.steps={steps}", f"train.seed={seed}"]
         fixed = [f"tokens={tokens}", f"out={run}", "track.wandb=disabled"]
         smalti("train_prior", "--config", str(preset), *fixed, *ends, *never)
