@@ -14,7 +14,7 @@ bare torch, masks as in the paper (`F.linear(x, weight * mask)`, masks made befo
 The race: `minutes` of this process's own time (so it does not matter what else the machine does) for each, one after
 the other. Ours is `configs/prior/made_fashion_binary.yaml` without its labels. The plain loop is pytorch-generative's
 recipe: batches of 64, Adam at 1e-3, a random order, uniform degrees, weights masked where they are before every pass;
-its masks are kept, not drawn again, and its images lie in memory. Images seen; nats per image of all 10,000 test images.
+its masks are kept, not drawn again, and its images lie in memory. Images seen; nats per test image.
 """
 
 from __future__ import annotations
