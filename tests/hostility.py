@@ -6,6 +6,7 @@ of one printable line; watched are the files that are opened, the network, proce
 
 from __future__ import annotations
 
+import ctypes
 import hashlib
 import json
 import os
@@ -16,7 +17,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from random import Random
@@ -171,6 +172,12 @@ def memory(field: str) -> int:
     return int(next(line for line in lines if line.startswith(field)).split()[1]) << 10
 
 
+def give_back() -> None:
+    """Give memory that was freed back to the system, or what is taken next would not be seen."""
+    with suppress(AttributeError, OSError):  # not glibc
+        ctypes.CDLL(None).malloc_trim(0)
+
+
 @contextmanager
 def limits() -> Iterator[None]:
     """At most 2 GiB more of address space, as a bound that holds even for what is not touched."""
@@ -190,6 +197,7 @@ def too_slow(*arguments: Any) -> None:
 
 def attempt(load: Callable[[Path], Any], folder: Path, watch: Watch) -> tuple[Outcome, Any]:
     """Load `folder`: what it ended in, and what was loaded."""
+    give_back()
     Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
     before, start, loaded, problem = memory("VmRSS"), time.process_time(), None, ""
     watch.seen, watch.on = [], True

@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import psutil
 import pytest
+from hostility import give_back
 from image_files import Row, encoded, noise, write_parquet, write_tar
 from PIL import Image
 
@@ -179,6 +180,7 @@ class Watched:
     """The most memory that this process has while a block runs, above what it had before, in bytes."""
 
     def __enter__(self) -> Watched:
+        give_back()
         self.process, self.done, self.most = psutil.Process(), threading.Event(), 0
         self.before = self.process.memory_info().rss
         self.thread = threading.Thread(target=self.watch)

@@ -399,7 +399,7 @@ def test_gradients_of_ddp_are_in_its_buckets_alone():
 
 def test_gradients_of_ddp_stay_and_micro_batches_have_their_own():
     model = on_meta("gpt")
-    sizes = sizes_of({}, model, {"model": model, "again": model}, [])
+    sizes = sizes_of({}, model, {"model": model, "again": model}, [], False)
     player = 4 * sum(p.numel() for p in model.parameters())
     turns = [Turn({"activations": 5}, 3, 2)]
     one, two, parts = memory(sizes, turns, 1), memory(sizes, turns, 2), memory(sizes, turns, 2, accumulate=2)
@@ -431,7 +431,7 @@ def test_the_whole_average_goes_back_when_training_goes_on(monkeypatch):
 
 def test_fsdp_divides_what_is_kept_and_nothing_else():
     model = on_meta("gpt")
-    sizes = sizes_of({}, model, {"model": model}, list(model.blocks))
+    sizes = sizes_of({}, model, {"model": model}, list(model.blocks), False)
     with on_paper(paper := on_meta("gpt")):
         turns = [prior_turn(paper, 8, True)]
     one, four = memory(sizes, turns, 4), memory(sizes, turns, 4, fsdp=True)
