@@ -188,7 +188,7 @@ def region_log_prob(prior: Prior, tokens: Tensor, known: Tensor, labels: Tensor 
             "that takes any order (masked, gpt with any_order, made with order_agnostic)"
         )
     walk = known_first(prior.order, keep) if prior.any_order else None
-    each = Prior.token_log_probs(prior, tokens, labels, walk)  # not a masked prior's own, which may be a bound
+    each = prior.chain_log_probs(tokens, labels, walk)
     return each.flatten(1).double().masked_fill(keep, 0).sum(1).float()
 
 

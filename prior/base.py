@@ -122,10 +122,14 @@ class Prior(PretrainedModel, family="prior"):
 
     # Likelihood
 
-    @full_float32()
     def token_log_probs(self, tokens: Tensor, labels: Tensor | None = None, order: Order = None) -> Tensor:
-        """log p of each token given those before it, `(B, *grid.shape)` nats in float32, or in float64 for float64
-        weights. The likelihood, written once.
+        """log p of each token, `(B, *grid.shape)` nats in float32, or in float64 for float64 weights: that of
+        `chain_log_probs`, where a model does not estimate a bound instead. Raises `ValueError` as that does."""
+        return self.chain_log_probs(tokens, labels, order)
+
+    @full_float32()
+    def chain_log_probs(self, tokens: Tensor, labels: Tensor | None = None, order: Order = None) -> Tensor:
+        """log p of each token given those before it, `(B, *grid.shape)` nats. The likelihood, written once.
 
         order: a name, `(N,)` or `(B, N)`, for a model with `any_order`; None is its own. Raises `ValueError` for
         tokens, labels or an order out of range.
@@ -182,8 +186,7 @@ class Prior(PretrainedModel, family="prior"):
         if num_orders < 2:
             raise ValueError(f"num_orders must be at least 2 to see a spread (got {num_orders})")
         each = [
-            Prior.token_log_probs(self, tokens, labels, order).flatten(1).double().sum(1)
-            for order in self.orders(num_orders)
+            self.chain_log_probs(tokens, labels, order).flatten(1).double().sum(1) for order in self.orders(num_orders)
         ]
         return torch.stack(each).std(0).float()
 

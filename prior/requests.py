@@ -130,13 +130,11 @@ def known_first(walk: Tensor, keep: Tensor) -> Tensor:
 def draw_order(prior: Prior, row: Rows, ways: Tensor) -> int:
     """Which of `ways` (K, N) one image goes: each as probable as it makes the known tokens, which come first in it
     (alike where nothing is known). One pass over the image in K orders, so that its batch has no say."""
-    from .base import Prior
-
     (generator,), (keep,), count = row.generators, row.keep, len(ways)
     if not bool(keep.any()):
         return int(torch.randint(count, (), generator=generator, device=generator.device))
     tokens = row.given.expand(count, -1).reshape(count, *prior.grid.shape)
-    each = Prior.token_log_probs(prior, tokens, row.labels.expand(count), ways)  # not a bound's
+    each = prior.chain_log_probs(tokens, row.labels.expand(count), ways)
     scores = each.flatten(1)[:, keep].double().sum(1).float()
     return int((scores + gumbel((count,), generator).to(scores.device)).argmax())
 

@@ -10,12 +10,8 @@ import torch
 
 backends: Any = torch.backends
 cudnn, mkldnn, cublas = backends.cudnn, backends.mkldnn, backends.cuda.matmul
-if hasattr(cublas, "fp32_precision"):
-    HOLDERS = (backends, cudnn, cublas, cudnn.conv, mkldnn.matmul, mkldnn.conv)
-    SETTINGS: list[tuple[Any, str, Any]] = [(holder, "fp32_precision", "ieee") for holder in HOLDERS]
-else:  # torch before 2.9
-    SETTINGS = [(cublas, "allow_tf32", False), (cudnn, "allow_tf32", False)]
-"""What torch rounds the factors of float32 products to, and how to say: to nothing. Later ones inherit from earlier."""
+HOLDERS = (backends, cudnn, cublas, cudnn.conv, mkldnn.matmul, mkldnn.conv)
+"""Where torch is told what the factors of float32 products are rounded to. Later ones inherit from earlier."""
 
 
 @contextmanager
@@ -27,9 +23,9 @@ def full_float32() -> Iterator[None]:
     left alone. It is a decorator as well.
     """
     with ExitStack() as changed:
-        for holder, name, full in SETTINGS:
-            own = getattr(holder, name)  # an inherited value is `full` by now
-            if own != full:
-                changed.callback(setattr, holder, name, own)
-                setattr(holder, name, full)
+        for holder in HOLDERS:
+            own = holder.fp32_precision  # an inherited value is `ieee` by now
+            if own != "ieee":
+                changed.callback(setattr, holder, "fp32_precision", own)
+                holder.fp32_precision = "ieee"
         yield
