@@ -152,8 +152,7 @@ def score(pipe: Any, sets: dict[str, Any]) -> dict[str, dict[str, Any]]:
     return found
 
 
-def measure(pipe: Any, images: Any, labels: Any, left_out: int | None, limit: int | None,
-            out: Path) -> dict[str, Any]:  # fmt: skip
+def measure(pipe: Any, images: Any, labels: Any, left_out: int | None, limit: int | None, out: Path) -> dict[str, Any]:
     """By method and set of anomalies: AUROC, AUPRC, FPR95 with intervals, prevalence; kept in `out`."""
     import datasets
     import numpy as np
@@ -195,8 +194,10 @@ def model(options: dict[str, str], left_out: int | None, out: Path) -> dict[str,
 
 def with_best(figures: dict[str, Any]) -> dict[str, Any]:
     """Also the best row without a model."""
-    best = {name: max((figures[row][name] for row in NO_MODEL), key=lambda f: f["auroc"][0])
-            for name in figures[NO_MODEL[0]]}  # fmt: skip
+    best = {
+        name: max((figures[row][name] for row in NO_MODEL), key=lambda f: f["auroc"][0])
+        for name in figures[NO_MODEL[0]]
+    }
     return {**figures, BEST: best}
 
 

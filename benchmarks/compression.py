@@ -78,8 +78,10 @@ def rgb(sheet: np.ndarray) -> np.ndarray:
 def own_bits(pipe: Any, images: Any, lossless: bool) -> float:
     """-log2 p of all images, or of their tokens."""
     dims = images[0].numel()
-    bits = [pipe.bits_per_dim(part).double() * dims if lossless else -pipe.log_prob(part).double() / np.log(2)
-            for part in images.split(256)]  # fmt: skip
+    bits = [
+        pipe.bits_per_dim(part).double() * dims if lossless else -pipe.log_prob(part).double() / np.log(2)
+        for part in images.split(256)
+    ]
     return float(sum(part.sum() for part in bits))
 
 
@@ -99,10 +101,14 @@ def compare(pipe: Any, pixels: Any, lossless: bool, with_peers: bool) -> bytes:
     else:
         assert bool((found == pipe.decode(pipe.encode(images), output_type="pt")).all())
     bits = own_bits(pipe, images, lossless)
-    print(f"\n{pipe}\n{len(pixels):,} images, {'every pixel' if lossless else 'tokens'}: own bits {bits / dims:.4f} "
-          f"per dim, stream {8 * len(data) / dims:.4f}: {8 * len(data) / bits - 1:+.2%}")  # fmt: skip
-    print(f"images a second: {len(pixels) / plain:.0f} encoded, {len(images[:512]) / twice:.0f} encoded and checked, "
-          f"{len(pixels) / back:.0f} decoded\n")  # fmt: skip
+    print(
+        f"\n{pipe}\n{len(pixels):,} images, {'every pixel' if lossless else 'tokens'}: own bits {bits / dims:.4f} "
+        f"per dim, stream {8 * len(data) / dims:.4f}: {8 * len(data) / bits - 1:+.2%}"
+    )
+    print(
+        f"images a second: {len(pixels) / plain:.0f} encoded, {len(images[:512]) / twice:.0f} encoded and checked, "
+        f"{len(pixels) / back:.0f} decoded\n"
+    )
     print(table_head("coder", "bytes an image", "bits per dim", "stream / this"))
     rows = {"this pipeline": len(data), **(peers(pixels.numpy()) if with_peers else {})}
     for name, size in rows.items():

@@ -39,8 +39,12 @@ Row = dict[str, Any]
 
 def every(steps: int, save: int) -> dict[str, int]:
     """How often a run of so many steps does what it does, if it is saved `save` times."""
-    return {"train__steps": steps, "train__save_every": max(6, steps // save), "train__evaluate_every": steps // 3,
-            "train__preview_every": steps // 2}  # fmt: skip
+    return {
+        "train__steps": steps,
+        "train__save_every": max(6, steps // save),
+        "train__evaluate_every": steps // 3,
+        "train__preview_every": steps // 2,
+    }
 
 
 def campaign(name: str, count: int, steps: int, launched: bool, folder: Path) -> list[Row]:
@@ -73,8 +77,14 @@ def campaign(name: str, count: int, steps: int, launched: bool, folder: Path) ->
         return [found(case, mishaps.sick_steps, count) for case in cases((2,), **every(3 * count, 3))]
     if name == "uneven":
         return [{"case": "tokenizer, 3 processes", **mishaps.uneven_data(folder, count)}]
-    more = {"train__steps": 20, "train__save_every": 8, "train__evaluate_every": 8, "train__timeout": TIMEOUT,
-            "train__accumulate": 1, "critic": {"weight": 0}}  # fmt: skip
+    more = {
+        "train__steps": 20,
+        "train__save_every": 8,
+        "train__evaluate_every": 8,
+        "train__timeout": TIMEOUT,
+        "train__accumulate": 1,
+        "critic": {"weight": 0},
+    }
     case, happen = new_case(STAGES[0], 2, folder, **more), mishaps.launched_fault if launched else mishaps.forked_fault
     return [fault(case, happen, *place) for place in matrix(count)]
 

@@ -134,15 +134,23 @@ def main() -> None:
     values = {name: type(default)(float(given.get(name, default))) for name, default in numbers.items()}
     values["step"] = float(given.get("step", 0.2))
     if "row" in given:
-        measure(Path(given["folder"]), ROWS[given["row"]], values["size"], values["batch_size"], values["step"],
-                values["seconds"])  # fmt: skip
+        measure(
+            Path(given["folder"]),
+            ROWS[given["row"]],
+            values["size"],
+            values["batch_size"],
+            values["step"],
+            values["seconds"],
+        )
         return
     with tempfile.TemporaryDirectory() as folder:
         size = write_all(Path(folder), values["images"], values["height"], values["width"])
         rate = decoding(values["height"], values["width"], values["size"])
-        print(f"{values['images']} JPEGs of {values['height']} x {values['width']}, {size:.0f} kB each, wanted as "
-              f"{values['size']} x {values['size']}; {len(os.sched_getaffinity(0))} cores, one of which decodes "
-              f"{rate:.0f} images/s")  # fmt: skip
+        print(
+            f"{values['images']} JPEGs of {values['height']} x {values['width']}, {size:.0f} kB each, wanted as "
+            f"{values['size']} x {values['size']}; {len(os.sched_getaffinity(0))} cores, one of which decodes "
+            f"{rate:.0f} images/s"
+        )
         print(f"{'':20}{'ready s':>10}{'images/s':>10}{'per core':>10}{'waiting':>10}{'MiB':>8}")
         for row in ROWS:
             command = [sys.executable, __file__, *sys.argv[1:], f"row={row}", f"folder={folder}"]
@@ -152,8 +160,10 @@ def main() -> None:
             if done.returncode:
                 sys.exit(done.stderr)
             found = json.loads(done.stdout.splitlines()[-1])
-            print(f"{row:20}{found['ready']:10.1f}{found['rate']:10.0f}{found['per_core']:10.0f}{found['waiting']:10.1%}{found['memory']:8.0f}",
-                  flush=True)  # fmt: skip
+            print(
+                f"{row:20}{found['ready']:10.1f}{found['rate']:10.0f}{found['per_core']:10.0f}{found['waiting']:10.1%}{found['memory']:8.0f}",
+                flush=True,
+            )
 
 
 if __name__ == "__main__":

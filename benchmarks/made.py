@@ -46,8 +46,9 @@ def tokens_without_classes(source: str, folder: Path) -> None:
 
     preset = str(ROOT / "configs" / "tokenizer" / "pixels_fashion_binary.yaml")
     made = folder.parent
-    train_tokenizer.main(["--config", preset, f"out={made / 'tokenizer'}", f"data.source={source}",
-                          "track.wandb=disabled"])  # fmt: skip
+    train_tokenizer.main(
+        ["--config", preset, f"out={made / 'tokenizer'}", f"data.source={source}", "track.wandb=disabled"]
+    )
     encode.main([f"tokenizer={made / 'tokenizer' / 'tokenizer'}", f"out={made / 'labelled'}"])
     data = load_tokens(made / "labelled")
     splits = {name: TokenSplit(split.tokens, None) for name, split in data.splits.items()}

@@ -63,8 +63,10 @@ def main() -> None:
         errors |= {f"{name} without a critic": curve_of(beside, name) for name in ("l1", "l2")}
     game = {"critic's accuracy": curve_of(run, "critic/accuracy"), "its loss": curve_of(run, "critic/critic")}
     weight = {"weight of its loss": curve_of(run, "adversarial_weight")}
-    panels = [panel_of(title, curves, marks, last) for title, curves in
-              (("Pixel errors in training", errors), ("The game", game), ("What it weighs", weight))]  # fmt: skip
+    panels = [
+        panel_of(title, curves, marks, last)
+        for title, curves in (("Pixel errors in training", errors), ("The game", game), ("What it weighs", weight))
+    ]
     previews = sorted((run / "previews").glob("reconstructions-*.png"))
     steps = [int(path.stem.rpartition("-")[2]) for path in previews]
     before = max((step for step in steps if step <= heard), default=steps[0])

@@ -44,16 +44,18 @@ def codebooks(codes: int, dim: int) -> dict[str, Pair]:
     deep = {"kind": "ema", **book}
     return {
         "ema": (Quantizer.create("ema", **book), VectorQuantize(**common)),
-        "ema, rotation": (Quantizer.create("ema", **book, gradient="rotation"),
-                          VectorQuantize(**{**common, "rotation_trick": True})),
-        "ema, cosine": (Quantizer.create("ema", **book, normalize=True),
-                        VectorQuantize(**common, use_cosine_sim=True)),
+        "ema, rotation": (
+            Quantizer.create("ema", **book, gradient="rotation"),
+            VectorQuantize(**{**common, "rotation_trick": True}),
+        ),
+        "ema, cosine": (Quantizer.create("ema", **book, normalize=True), VectorQuantize(**common, use_cosine_sim=True)),
         "vq": (Quantizer.create("vq", **book), VectorQuantize(**common, **learned)),
-        "simvq": (Quantizer.create("simvq", codes=codes, dim=dim),
-                  SimVQ(dim=dim, codebook_size=codes, rotation_trick=False, channel_first=True)),
-        f"rvq, {DEPTH} levels": (Quantizer.create("rvq", depth=DEPTH, book=deep),
-                                 ResidualVQ(**deep_common)),
-    }  # fmt: skip
+        "simvq": (
+            Quantizer.create("simvq", codes=codes, dim=dim),
+            SimVQ(dim=dim, codebook_size=codes, rotation_trick=False, channel_first=True),
+        ),
+        f"rvq, {DEPTH} levels": (Quantizer.create("rvq", depth=DEPTH, book=deep), ResidualVQ(**deep_common)),
+    }
 
 
 def lookup_free(bits: int) -> dict[str, Pair]:
@@ -128,8 +130,9 @@ def against_bare(repeats: int) -> None:
     mine, other = codebooks(CODES, DIM)["ema"]
     times = seconds_of([bare(z), ours(mine, z), theirs(other, z)], repeats)
     print(f"\n{BATCH * SIDE**2} x {DIM}, {CODES} codes")
-    for name, seconds in zip(("bare matmul + argmin + index_add", "smalti ema", "vector-quantize-pytorch"), times,
-                             strict=True):  # fmt: skip
+    for name, seconds in zip(
+        ("bare matmul + argmin + index_add", "smalti ema", "vector-quantize-pytorch"), times, strict=True
+    ):
         print(f"{name:34} {seconds * 1e3:8.2f} ms  {seconds / times[0]:6.2f} x bare")
 
 
@@ -139,8 +142,11 @@ def against_peer(pairs: dict[str, Pair], side: int, repeats: int) -> None:
         mine, other = pairs.pop(name)
         z = images_of_vectors(mine.dim, side)
         a, b = seconds_of([ours(mine, z), theirs(other, z)], repeats)
-        print(f"| {name} | {BATCH * side**2:,} x {mine.dim} | {mine.vocab_size:,} | {a * 1e3:.1f} | {b * 1e3:.1f} | "
-              f"{b / a:.1f} |", flush=True)  # fmt: skip
+        print(
+            f"| {name} | {BATCH * side**2:,} x {mine.dim} | {mine.vocab_size:,} | {a * 1e3:.1f} | {b * 1e3:.1f} | "
+            f"{b / a:.1f} |",
+            flush=True,
+        )
 
 
 def main() -> None:
@@ -153,8 +159,9 @@ def main() -> None:
     import torch
 
     torch.set_num_threads(threads)
-    print(f"torch {torch.__version__}, vector-quantize-pytorch {version('vector-quantize-pytorch')}, "
-          f"{threads} thread(s)")  # fmt: skip
+    print(
+        f"torch {torch.__version__}, vector-quantize-pytorch {version('vector-quantize-pytorch')}, {threads} thread(s)"
+    )
     against_bare(repeats)
     print("\nforward + backward, ms\n")
     print(table_head("quantizer", "vectors", "codes", "smalti", "vector-quantize-pytorch", "ratio"))

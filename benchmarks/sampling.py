@@ -89,8 +89,10 @@ def main() -> None:
     for width, depth, heads, batch, target in SIZES:
         mine, other, slow = measure(width, depth, heads, batch, repeats)
         uncached = f"{slow:9.0f}" if slow else ""
-        print(f"{width:5} {depth:5} {batch:5} {mine:10.0f} {other:10.0f} {mine / other:6.2f}  {target:6.1f} {uncached}",
-              flush=True)  # fmt: skip
+        print(
+            f"{width:5} {depth:5} {batch:5} {mine:10.0f} {other:10.0f} {mine / other:6.2f}  {target:6.1f} {uncached}",
+            flush=True,
+        )
 
 
 if __name__ == "__main__":

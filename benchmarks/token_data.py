@@ -43,8 +43,14 @@ def write(folder: Path, rows: int) -> float:
     from pipelines.tokens import TokenDataset, TokenSplit, smallest_type
     from tokenizer import Tokenizer
 
-    tokenizer = Tokenizer.create("vqvae", image_size=(64, 64), channels=1, widths=(8,), blocks=(0,),
-                                 quantizer={"kind": "vq", "codes": VOCAB, "dim": 4})  # fmt: skip
+    tokenizer = Tokenizer.create(
+        "vqvae",
+        image_size=(64, 64),
+        channels=1,
+        widths=(8,),
+        blocks=(0,),
+        quantizer={"kind": "vq", "codes": VOCAB, "dim": 4},
+    )
     assert tokenizer.grid.shape == GRID, tokenizer.grid
     splits = {}
     for name, count in (("train", rows), ("test", 1000)):

@@ -145,8 +145,14 @@ def images_of(name: str, given: str | None) -> str | None:
 def tokenizer_node(preset: Node, spec: Node, source: str | None, limit: int | None, steps: int, run: Path) -> Node:
     """The configuration of `train_tokenizer` for so many steps."""
     data = {**preset["data"], **({"source": source} if source else {}), "limit": limit}
-    return {**preset, "data": data, "out": str(run), "track": {"wandb": "disabled"}, **paced(spec, steps),
-            "train": train_node(preset, steps)}  # fmt: skip
+    return {
+        **preset,
+        "data": data,
+        "out": str(run),
+        "track": {"wandb": "disabled"},
+        **paced(spec, steps),
+        "train": train_node(preset, steps),
+    }
 
 
 def paced(spec: Node, steps: int) -> Node:
@@ -320,13 +326,16 @@ def measure(folder: Path) -> Node:
     picture_row(pipe.tokenizer.decode(pipe.tokenizer.encode(shown))).save(folder / "reconstructions.png")
     found = evaluate_reconstruction(pipe.tokenizer, images)
     return {
-        "vocab_size": data.grid.vocab_size, "tokens": len(data.grid),
+        "vocab_size": data.grid.vocab_size,
+        "tokens": len(data.grid),
         "bits": len(data.grid) * math.log2(data.grid.vocab_size),
-        "psnr": found["psnr"], "ssim": similarity(pipe.tokenizer, images),
-        "usage": found["codebook_usage"], "perplexity": found["codebook_perplexity"],
+        "psnr": found["psnr"],
+        "ssim": similarity(pipe.tokenizer, images),
+        "usage": found["codebook_usage"],
+        "perplexity": found["codebook_perplexity"],
         "parameters": sum(p.numel() for p in pipe.tokenizer.parameters()),
         "bits_per_token": bits_per_token(pipe.prior, data.splits["test"]),
-    }  # fmt: skip
+    }
 
 
 def contend(name: str, spec: Node, presets: dict[str, Node], times: Node, settings: Node, out: Path) -> Node:
@@ -386,8 +395,21 @@ def ranked(found: dict[str, list[Node]]) -> list[str]:
 
 def show(found: dict[str, list[Node]]) -> None:
     """The table."""
-    print(table_head("tokenizer", "ids", "bits per image", "PSNR, dB", "SSIM", "usage", "perplexity", "ms per step",
-                     "steps", "GPT: bits per token", "GPT: bits per image"))  # fmt: skip
+    print(
+        table_head(
+            "tokenizer",
+            "ids",
+            "bits per image",
+            "PSNR, dB",
+            "SSIM",
+            "usage",
+            "perplexity",
+            "ms per step",
+            "steps",
+            "GPT: bits per token",
+            "GPT: bits per image",
+        )
+    )
     for name in ranked(found):
         print(line(name, found[name]))
 

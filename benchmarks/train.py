@@ -44,8 +44,14 @@ from sampling import seconds_of, table_head
 ROOT = Path(__file__).parents[1]
 NEVER = 1_000_000
 ROWS = 512  # of the token datasets and images that are made for this
-CHANGES = {"track.wandb": "disabled", "train.save_every": NEVER, "train.preview_every": NEVER,
-           "train.evaluate_every": NEVER, "train.minutes": "null", "train.steps": NEVER}  # fmt: skip
+CHANGES = {
+    "track.wandb": "disabled",
+    "train.save_every": NEVER,
+    "train.preview_every": NEVER,
+    "train.evaluate_every": NEVER,
+    "train.minutes": "null",
+    "train.steps": NEVER,
+}
 
 Changes = dict[str, Any]
 
@@ -69,8 +75,16 @@ def gpt(side: int, vocab_size: int, dim: int, depth: int, batch: int) -> Case:
 def vqgan(size: int, widths: tuple[int, ...], groups: int, codes: int, batch: int) -> Case:
     """A VQGAN of stage one with a block per level, and attention between the two at the token resolution."""
     quantizer = {"kind": "vq", "codes": codes, "dim": widths[-1] // 2}
-    model = {"kind": "vqgan", "widths": list(widths), "blocks": 1, "groups": groups, "z_channels": widths[-1] // 2,
-             "encoder_attention": None, "decoder_attention": None, "quantizer": quantizer}  # fmt: skip
+    model = {
+        "kind": "vqgan",
+        "widths": list(widths),
+        "blocks": 1,
+        "groups": groups,
+        "z_channels": widths[-1] // 2,
+        "encoder_attention": None,
+        "decoder_attention": None,
+        "quantizer": quantizer,
+    }
     changes = {"model": model, "data.image_size": size, "data.channels": 3, "train.batch_size": batch}
     return Case("tokenizer/vqvae_digits.yaml", changes, reference=(widths, 1, groups))
 
@@ -113,8 +127,14 @@ def write_tokens(case: Case, folder: Path) -> None:
     from tokenizer import Tokenizer
 
     side, vocab_size = case.grid
-    tokenizer = Tokenizer.create("vqvae", image_size=(4 * side, 4 * side), channels=1, widths=(8,), blocks=(1,),
-                                 quantizer={"kind": "ema", "codes": vocab_size, "dim": 8})  # fmt: skip
+    tokenizer = Tokenizer.create(
+        "vqvae",
+        image_size=(4 * side, 4 * side),
+        channels=1,
+        widths=(8,),
+        blocks=(1,),
+        quantizer={"kind": "ema", "codes": vocab_size, "dim": 8},
+    )
     split = TokenSplit(torch.randint(vocab_size, (ROWS, side, side)), torch.randint(10, (ROWS,)))
     classes, both = [str(k) for k in range(10)], {"train": split, "test": split}
     TokenDataset(tokenizer.grid, classes, both, tokenizer, {}).save(folder / "tokens")
@@ -151,9 +171,18 @@ def gpt2(sizes: Any, tokens: Any) -> tuple[Any, Callable[[], Any]]:
 
     transformers.logging.set_verbosity_error()
     config = transformers.GPT2Config(
-        vocab_size=sizes.grid.vocab_size, n_positions=len(sizes.grid), n_embd=sizes.dim, n_layer=sizes.depth,
-        n_head=sizes.heads, resid_pdrop=0, embd_pdrop=0, attn_pdrop=0, use_cache=False, bos_token_id=0, eos_token_id=0,
-    )  # fmt: skip
+        vocab_size=sizes.grid.vocab_size,
+        n_positions=len(sizes.grid),
+        n_embd=sizes.dim,
+        n_layer=sizes.depth,
+        n_head=sizes.heads,
+        resid_pdrop=0,
+        embd_pdrop=0,
+        attn_pdrop=0,
+        use_cache=False,
+        bos_token_id=0,
+        eos_token_id=0,
+    )
     model, ids = transformers.GPT2LMHeadModel(config).train(), tokens.flatten(1)
     return model, lambda: model(ids, labels=ids).loss
 
@@ -165,11 +194,18 @@ def vq_model(case: Case, sizes: Any, images: Any) -> tuple[Any, Callable[[], Any
 
     (widths, blocks, groups), quantizer = case.reference, sizes.quantizer
     model = diffusers.VQModel(
-        in_channels=sizes.channels, out_channels=sizes.channels, block_out_channels=widths, layers_per_block=blocks,
-        down_block_types=("DownEncoderBlock2D",) * len(widths), up_block_types=("UpDecoderBlock2D",) * len(widths),
-        latent_channels=quantizer.dim, vq_embed_dim=quantizer.dim, num_vq_embeddings=quantizer.codes,
-        norm_num_groups=groups, sample_size=sizes.image_size[0],
-    ).train()  # fmt: skip
+        in_channels=sizes.channels,
+        out_channels=sizes.channels,
+        block_out_channels=widths,
+        layers_per_block=blocks,
+        down_block_types=("DownEncoderBlock2D",) * len(widths),
+        up_block_types=("UpDecoderBlock2D",) * len(widths),
+        latent_channels=quantizer.dim,
+        vq_embed_dim=quantizer.dim,
+        num_vq_embeddings=quantizer.codes,
+        norm_num_groups=groups,
+        sample_size=sizes.image_size[0],
+    ).train()
 
     def loss() -> Any:
         output = model(images)
@@ -324,9 +360,16 @@ def measure(name: str, case: Case, repeats: int, products: Products, folder: Pat
     lines, ours = [], [f"{seconds[1] / seconds[0]:.2f}", f"{1e3 * in_loop:.1f}", f"{waiting:.2%}"]
     for (label, (model, loss)), step, taken in zip(models.items(), steps, seconds, strict=True):
         rise, flops = resident_rise(step), count_flops(loss)
-        cells = [label, f"{sum(p.numel() for p in model.parameters()):,}", f"{flops / 1e9:.2f}", f"{1e3 * taken:.1f}",
-                 f"{flops / taken / peak:.0%}", f"{saved_bytes(model, loss) / 2**20:.1f}",
-                 "" if rise is None else f"{rise / 2**20:.0f}", *ours]  # fmt: skip
+        cells = [
+            label,
+            f"{sum(p.numel() for p in model.parameters()):,}",
+            f"{flops / 1e9:.2f}",
+            f"{1e3 * taken:.1f}",
+            f"{flops / taken / peak:.0%}",
+            f"{saved_bytes(model, loss) / 2**20:.1f}",
+            "" if rise is None else f"{rise / 2**20:.0f}",
+            *ours,
+        ]
         lines.append(f"| {' | '.join(cells)} |")
         ours = [""] * len(ours)
     return lines
@@ -350,17 +393,33 @@ def main() -> None:
     products = Products(side)
     for _ in range(5):
         products()
-    print(f"{platform.machine()}, {os.cpu_count()} CPUs, {threads} thread(s), torch {torch.__version__}, transformers "
-          f"{version('transformers')}, diffusers {version('diffusers')}\n")  # fmt: skip
-    print(table_head("model", "parameters", "GFLOP", "step, ms", "of peak", "saved, MiB", "memory, MiB", "faster",
-                     "in the loop, ms", "data wait"))  # fmt: skip
+    print(
+        f"{platform.machine()}, {os.cpu_count()} CPUs, {threads} thread(s), torch {torch.__version__}, transformers "
+        f"{version('transformers')}, diffusers {version('diffusers')}\n"
+    )
+    print(
+        table_head(
+            "model",
+            "parameters",
+            "GFLOP",
+            "step, ms",
+            "of peak",
+            "saved, MiB",
+            "memory, MiB",
+            "faster",
+            "in the loop, ms",
+            "data wait",
+        )
+    )
     for name in only:
         with tempfile.TemporaryDirectory() as folder:
             for line in measure(name, known[name], repeats, products, Path(folder)):
                 print(line, flush=True)
         gc.collect()
-    print(f"\nfloat32 matrix product of side {side}, GFLOP/s: {products.best['mm'] / 1e9:.0f} by torch.mm, "
-          f"{products.best['conv'] / 1e9:.0f} as a convolution")  # fmt: skip
+    print(
+        f"\nfloat32 matrix product of side {side}, GFLOP/s: {products.best['mm'] / 1e9:.0f} by torch.mm, "
+        f"{products.best['conv'] / 1e9:.0f} as a convolution"
+    )
 
 
 if __name__ == "__main__":

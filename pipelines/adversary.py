@@ -30,8 +30,11 @@ class CriticConfig(Config):
     start: int = Field(0, ge=0, description="step from which the critic learns")
     warmup: int = Field(500, ge=0, description="steps for which it learns alone, before its loss reaches the tokenizer")
     ramp: int = Field(500, ge=0, description="steps over which its weight then grows from nothing")
-    lecam: float = Field(0.0, ge=0, description="weight of LeCam's regulariser of the critic, for few images: 0.001 "
-                         "to 0.05 are published")  # fmt: skip
+    lecam: float = Field(
+        0.0,
+        ge=0,
+        description="weight of LeCam's regulariser of the critic, for few images: 0.001 to 0.05 are published",
+    )
     lr: float = Field(1.0, gt=0, description="the critic's learning rate as a share of train.lr")
     betas: tuple[float, float] = Field(
         (0.5, 0.9), description="AdamW's decays for the critic; with a long memory it lags behind what it judges"
@@ -77,8 +80,12 @@ class Adversary:
         fakes = self._shown.pop(0)
         real, fake = critic(torch.cat([images.to(fakes.dtype), fakes])).float().chunk(2)
         loss = self.losses.critic(real, fake)
-        terms = {"critic": loss, "real_logits": real.mean(), "fake_logits": fake.mean(),
-                 "accuracy": ((real > 0).float().mean() + (fake < 0).float().mean()) / 2}  # fmt: skip
+        terms = {
+            "critic": loss,
+            "real_logits": real.mean(),
+            "fake_logits": fake.mean(),
+            "accuracy": ((real > 0).float().mean() + (fake < 0).float().mean()) / 2,
+        }
         if self.config.lecam:
             self.critic.track(real.detach(), fake.detach())  # first, as the means begin at 0
             terms["lecam"] = lecam(real, fake, self.critic.real_mean, self.critic.fake_mean)

@@ -80,8 +80,9 @@ class Measured(NamedTuple):
 # Statistics
 
 
-def statistics(pipeline: Stages, images: Any, labels: Label | Sequence[Label] = None,
-               batch_size: int = 256) -> dict[str, Tensor]:  # fmt: skip
+def statistics(
+    pipeline: Stages, images: Any, labels: Label | Sequence[Label] = None, batch_size: int = 256
+) -> dict[str, Tensor]:
     """Each `(B,)` float64, but for `features`: `token_bits` under the prior (of the class given, else unconditional);
     `pixel_bits` given the tokens, where the tokenizer has a likelihood; `codec_bits` of a general lossless coder;
     `error`, the mean over pixels of |x - decode(encode(x))| on a scale of 0 to 2; `surprise`, the mean bits of the most
@@ -93,8 +94,9 @@ def statistics(pipeline: Stages, images: Any, labels: Label | Sequence[Label] = 
 
 
 @torch.no_grad()
-def measured(pipeline: Stages, images: Any, labels: Label | Sequence[Label] = None,
-             batch_size: int = 256) -> Iterator[Measured]:  # fmt: skip
+def measured(
+    pipeline: Stages, images: Any, labels: Label | Sequence[Label] = None, batch_size: int = 256
+) -> Iterator[Measured]:
     """Batch by batch, on the CPU. Raises `ValueError` for no images, and for those that the pipeline does not take."""
     batch = pipeline.to_images(images)
     if not len(batch):
@@ -145,8 +147,15 @@ def deflated(values: np.ndarray) -> int:
 # Scores
 
 
-def anomaly_score(pipeline: Stages, images: Any, method: str = "joint", labels: Label | Sequence[Label] = None, *,
-                  p_values: bool = False, batch_size: int = 256) -> Tensor:  # fmt: skip
+def anomaly_score(
+    pipeline: Stages,
+    images: Any,
+    method: str = "joint",
+    labels: Label | Sequence[Label] = None,
+    *,
+    p_values: bool = False,
+    batch_size: int = 256,
+) -> Tensor:
     """Score of each image by one of `METHODS`, `(B,)` float64: larger is more anomalous.
 
     p_values: instead, the share of normal images that are at least as anomalous, (1 + #{s_i >= s}) / (n + 1), in which
@@ -213,14 +222,18 @@ def distance(method: str, found: dict[str, Tensor], calibration: Calibration) ->
     `CalibrationError` if these are not what was fitted to."""
     names = columns(found)
     if names != calibration.statistics or (calibration.neighbours is None) == ("features" in found):
-        raise CalibrationError(f"the pipeline was calibrated with {', '.join(calibration.statistics)}, and now has "
-                               f"{', '.join(names)}: run `smalti calibrate` again")  # fmt: skip
+        raise CalibrationError(
+            f"the pipeline was calibrated with {', '.join(calibration.statistics)}, and now has "
+            f"{', '.join(names)}: run `smalti calibrate` again"
+        )
     if method == "mahalanobis" or calibration.neighbours is None:
         return np.sqrt(calibration.mahalanobis.distance(rows_of(found)))
     features = found["features"].numpy()
     if features.shape[1] != len(calibration.neighbours.mean):
-        raise CalibrationError(f"the pipeline was calibrated with {len(calibration.neighbours.mean)} features, and now "
-                               f"has {features.shape[1]}: run `smalti calibrate` again")  # fmt: skip
+        raise CalibrationError(
+            f"the pipeline was calibrated with {len(calibration.neighbours.mean)} features, and now "
+            f"has {features.shape[1]}: run `smalti calibrate` again"
+        )
     return calibration.neighbours.distance(features)
 
 
@@ -245,8 +258,10 @@ def p_value_of(method: str, scores: Tensor, calibration: Calibration | None, *, 
 def checked(calibration: Calibration | None, method: str, labelled: bool) -> Calibration:
     """The calibration, if there is one that holds for this. Raises `CalibrationError`."""
     if calibration is None:
-        raise CalibrationError(f"method: {method} and p-values need a calibrated pipeline: `smalti calibrate`, or "
-                               "`calibrate(images)`, fits it to normal images")  # fmt: skip
+        raise CalibrationError(
+            f"method: {method} and p-values need a calibrated pipeline: `smalti calibrate`, or "
+            "`calibrate(images)`, fits it to normal images"
+        )
     if method not in calibration.scores:
         raise CalibrationError(f"method: the pipeline was calibrated without {method}: run `smalti calibrate` again")
     if calibration.labels != labelled:

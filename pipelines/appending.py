@@ -45,8 +45,10 @@ def missing_variants(old: Meta | None, data: Data, seed: int, wanted: dict[str, 
         if start < count:
             found[split] = (start, count)
     if not found:
-        raise UserError("append: the dataset has these rows already; give other images (data.*), more augmentations or "
-                        "another seed for them")  # fmt: skip
+        raise UserError(
+            "append: the dataset has these rows already; give other images (data.*), more augmentations or "
+            "another seed for them"
+        )
     return found
 
 

@@ -185,8 +185,11 @@ class Calibration:
         neighbours = None if data["neighbours"] is None else read.neighbours("neighbours")
         usual = {name: read.number(f"usual.{name}") for name in read.mapping("usual")}
         expected = {"mahalanobis"} | ({"neighbours"} if neighbours is not None else set())
-        read.check(set(usual) == expected and min(usual.values()) > 0, "usual",
-                   f"should be positive numbers for {', '.join(sorted(expected))}")  # fmt: skip
+        read.check(
+            set(usual) == expected and min(usual.values()) > 0,
+            "usual",
+            f"should be positive numbers for {', '.join(sorted(expected))}",
+        )
         count, share = read.number("count"), read.number("false_alarms")
         read.check(type(data["count"]) is int and count >= 2, "count", "should be a whole number of at least 2")
         read.check(0 < share < 1, "false_alarms", "should lie between 0 and 1")

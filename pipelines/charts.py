@@ -141,8 +141,15 @@ class Panel:
             column -= 27
 
 
-def curves(title: str, series: Mapping[str, Values], size: tuple[int, int], *, labels: tuple[str, str],
-           low: float, level: tuple[float, str] | None = None) -> Panel:  # fmt: skip
+def curves(
+    title: str,
+    series: Mapping[str, Values],
+    size: tuple[int, int],
+    *,
+    labels: tuple[str, str],
+    low: float,
+    level: tuple[float, str] | None = None,
+) -> Panel:
     """Values in their order, `(n,)` each, on a logarithmic y axis from `low` > 0: an area for one series, lines for
     several. `labels` are those of x and y, `level` is a value to mark with a dashed line."""
     length = max(len(values) for values in series.values())
@@ -164,7 +171,7 @@ def curves(title: str, series: Mapping[str, Values], size: tuple[int, int], *, l
     return panel
 
 
-def histogram(title: str, series: Mapping[str, Values], size: tuple[int, int], *, label: str) -> Panel:  # fmt: skip
+def histogram(title: str, series: Mapping[str, Values], size: tuple[int, int], *, label: str) -> Panel:
     """How the values of each series are spread, in percent of it. The x axis is logarmithic where the values, all
     >= 0, differ by orders of magnitude."""
     kept = {name: values[np.isfinite(values)] for name, values in series.items()}
@@ -179,8 +186,10 @@ def histogram(title: str, series: Mapping[str, Values], size: tuple[int, int], *
         low = 0.0 if 0 < low < high / 2 else low
         low, high = (low, high) if high > low else (low - 0.5, low + 0.5)
         edges = np.linspace(low, high, bins + 1)
-    shares = {name: 100 * np.histogram(np.clip(values, low, high), edges)[0] / max(1, len(values))
-              for name, values in kept.items()}  # fmt: skip
+    shares = {
+        name: 100 * np.histogram(np.clip(values, low, high), edges)[0] / max(1, len(values))
+        for name, values in kept.items()
+    }
     top = max(1.0, *(float(share.max()) for share in shares.values()))
     panel = Panel(title, size, Axis(float(edges[0]), float(edges[-1]), label, log=log), Axis(0, top * 1.05, "%"))
     for (_, share), color in zip(shares.items(), COLORS, strict=False):
@@ -198,9 +207,16 @@ def spans_magnitudes(values: Values) -> bool:
     return len(positive) > 0 and values.min() >= 0 and bool(positive.max() > 30 * np.median(positive))
 
 
-def bars(title: str, values: Mapping[str, float], size: tuple[int, int], *, labels: tuple[str, str],
-         marked: Mapping[str, float] | None = None, texts: Mapping[str, str] | None = None,
-         top: float | None = None) -> Panel:  # fmt: skip
+def bars(
+    title: str,
+    values: Mapping[str, float],
+    size: tuple[int, int],
+    *,
+    labels: tuple[str, str],
+    marked: Mapping[str, float] | None = None,
+    texts: Mapping[str, str] | None = None,
+    top: float | None = None,
+) -> Panel:
     """One bar for each name, with `texts` (default: its value) above it; of each bar `marked` is drawn in red."""
     high = top or max([1.0, *values.values()])
     every = -(-len(values) * 34 // (size[0] - LEFT - RIGHT))  # a name takes up to 34 pixels
@@ -217,8 +233,16 @@ def bars(title: str, values: Mapping[str, float], size: tuple[int, int], *, labe
     return panel
 
 
-def mosaic(title: str, images: Sequence[Picture], captions: Sequence[str], columns: int, width: int, *,
-           colors: Sequence[Color] | None = None, subtitle: str = "") -> Picture:  # fmt: skip
+def mosaic(
+    title: str,
+    images: Sequence[Picture],
+    captions: Sequence[str],
+    columns: int,
+    width: int,
+    *,
+    colors: Sequence[Color] | None = None,
+    subtitle: str = "",
+) -> Picture:
     """Small pictures in rows of `columns`, each over its caption, spread over `width` pixels."""
     cell, rows = width / columns, -(-len(images) // columns)
     tallest = max((image.height for image in images), default=0)

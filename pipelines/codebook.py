@@ -96,13 +96,17 @@ class CodebookUse(nn.Module):
         figures, uses = self.figures(), self.uses.cpu().double()
         dead = self.dead().cpu()
         alive = (uses / uses.mean().clamp(min=1e-9)).masked_fill(dead, 0).numpy()
-        panels = [partial(usage_panel, alive, int(dead.sum()), low=1e-3, unit="x mean use", word="dead"),
-                  partial(age_panel, self.ages().cpu(), float(self.patience()))]  # fmt: skip
+        panels = [
+            partial(usage_panel, alive, int(dead.sum()), low=1e-3, unit="x mean use", word="dead"),
+            partial(age_panel, self.ages().cpu(), float(self.patience())),
+        ]
         distances = code_distances(tokenizer, images)
         panels += [partial(distance_panel, distances)] if distances else []
         title = f"Codebook after {int(self.steps):,} batches"
-        lines = [f"{figures['usage']:.1%} of {self.uses.numel():,} codes used in the last {WINDOW} batches, "
-                 f"perplexity {figures['perplexity']:.1f}, {figures['dead']:,.0f} dead"]  # fmt: skip
+        lines = [
+            f"{figures['usage']:.1%} of {self.uses.numel():,} codes used in the last {WINDOW} batches, "
+            f"perplexity {figures['perplexity']:.1f}, {figures['dead']:,.0f} dead"
+        ]
         return page(title, lines, [[panel(PANEL).image for panel in panels]])
 
 
@@ -152,8 +156,14 @@ def usage_panel(uses: np.ndarray, useless: int, size: tuple[int, int], *, low: f
     """Codes sorted by use, `uses` (levels, V), on a logarithmic axis from `low`; the `useless` ones are a red field."""
     ordered, mean = -np.sort(-uses, axis=1), float(uses.mean())
     series = {f"level {n + 1}": values for n, values in enumerate(ordered)}
-    panel = curves("How often each code is used", series, size, labels=("codes, most used first", unit), low=low,
-                   level=(mean, "mean") if mean > low else None)  # fmt: skip
+    panel = curves(
+        "How often each code is used",
+        series,
+        size,
+        labels=("codes, most used first", unit),
+        low=low,
+        level=(mean, "mean") if mean > low else None,
+    )
     if len(uses) == 1 and useless:
         left = panel.column(uses.size - useless)
         panel.draw.rectangle((left, panel.top, panel.right, panel.bottom - 1), (*RED, 48))
@@ -166,8 +176,9 @@ def age_panel(ages: Tensor, patience: float, size: tuple[int, int]) -> Panel:
     last = int(ages.max()).bit_length()
     ranges = torch.frexp(ages.double()).exponent.long()  # binary digits: age 0; 1; 2 to 3; 4 to 7; ...
     names = ["0", "1", *(f"{number(2**n)}+" for n in range(1, last))][: last + 1]
-    all_of, dead_of = (torch.bincount(part.flatten(), minlength=last + 1).tolist()
-                       for part in (ranges, ranges[ages > patience]))  # fmt: skip
+    all_of, dead_of = (
+        torch.bincount(part.flatten(), minlength=last + 1).tolist() for part in (ranges, ranges[ages > patience])
+    )
     values = dict(zip(names, map(float, all_of), strict=False))
     marked = dict(zip(names, map(float, dead_of), strict=False))
     title = "How long ago each code was used"

@@ -69,8 +69,17 @@ def run(config: CompleteConfig) -> dict[str, float]:
     chosen = ("temperature", "top_k", "top_p", "guidance_scale", "steps")
     given = {name: value for name in chosen if (value := getattr(config, name)) is not None}
     try:
-        made = complete(pipeline, truth, known, config.labels, draws=config.draws, seed=config.seed, output_type="pt",
-                        batch_size=config.batch_size, **given).images.cpu()  # fmt: skip
+        made = complete(
+            pipeline,
+            truth,
+            known,
+            config.labels,
+            draws=config.draws,
+            seed=config.seed,
+            output_type="pt",
+            batch_size=config.batch_size,
+            **given,
+        ).images.cpu()
     except (ValueError, TypeError) as error:
         raise UserError(str(error)) from error
     made = made.reshape(len(truth), config.draws, *truth.shape[1:])
@@ -114,8 +123,10 @@ def read_mask(name: str, pipeline: ImagePipeline) -> Tensor:
     except Exception as error:  # damaged files make Pillow raise almost anything
         raise UserError(f"mask: {name}: {getattr(error, 'strerror', None) or error}") from error
     if picture.size != (shape[2], shape[1]):
-        raise UserError(f"mask: {name} has {picture.width} x {picture.height} pixels, the images have "
-                        f"{shape[2]} x {shape[1]}; it should be of their size")  # fmt: skip
+        raise UserError(
+            f"mask: {name} has {picture.width} x {picture.height} pixels, the images have "
+            f"{shape[2]} x {shape[1]}; it should be of their size"
+        )
     known = torch.from_numpy(np.asarray(picture) < 128)
     if bool(known.all()):
         raise UserError(f"mask: {name} hides nothing; it should be white where images are hidden")
@@ -184,13 +195,13 @@ def sheet(truth: Tensor, made: Tensor, known: Tensor) -> np.ndarray:
     stripes = (torch.arange(height)[:, None] + torch.arange(width)) // max(2, width // 14) % 2
     hatching = torch.tensor(TINTS)[stripes].movedim(-1, 0)
     masked = torch.where(known, truth.expand(-1, 3, -1, -1), hatching)
-    rows = torch.cat([truth[:, None].expand(-1, -1, 3, -1, -1), masked[:, None],
-                      made.expand(-1, -1, 3, -1, -1)], 1)  # fmt: skip
+    rows = torch.cat([truth[:, None].expand(-1, -1, 3, -1, -1), masked[:, None], made.expand(-1, -1, 3, -1, -1)], 1)
     return grid_picture(rows.reshape(count * (draws + 2), 3, height, width), draws + 2)
 
 
-def report(config: CompleteConfig, pipeline: ImagePipeline, known: Tensor, figures: dict[str, float],
-           refusal: str) -> str:  # fmt: skip
+def report(
+    config: CompleteConfig, pipeline: ImagePipeline, known: Tensor, figures: dict[str, float], refusal: str
+) -> str:
     """The figures as people read them, with what the draws were conditioned on."""
     keep, prior = pipeline.tokenizer.known_tokens(known[None]).flatten(1).to(pipeline.device), pipeline.prior
     hidden, f = int((~keep).sum()), figures
@@ -207,10 +218,13 @@ def report(config: CompleteConfig, pipeline: ImagePipeline, known: Tensor, figur
         ("hidden", f"{config.mask}: {share:.1%} of the pixels, {hidden} of {keep.numel()} tokens"),
         ("known tokens seen", given),
         ("log p of the truth", score),
-        ("pixel error", f"{f['pixel_error']:.1f} mean, {f['best_pixel_error']:.1f} best of {config.draws}; what the "
-         f"tokenizer alone loses {f['tokenizer_pixel_error']:.1f} (absolute, of 255, where hidden)"),
+        (
+            "pixel error",
+            f"{f['pixel_error']:.1f} mean, {f['best_pixel_error']:.1f} best of {config.draws}; what the "
+            f"tokenizer alone loses {f['tokenizer_pixel_error']:.1f} (absolute, of 255, where hidden)",
+        ),
         ("sheet", f"{config.out}: truth, what is known, {config.draws} draws"),
-    ]  # fmt: skip
+    ]
     width = max(len(name) for name, _ in rows)
     return "\n".join(f"{name:<{width}}  {text}" for name, text in rows)
 

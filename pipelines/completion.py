@@ -74,9 +74,15 @@ def complete(
     tokens, keep = visible_tokens(pipeline, batch, known)
     if order is not None and np.ndim(order) == 2:  # an order per image
         order = torch.as_tensor(order).repeat_interleave(draws, 0)
-    made = pipeline(len(batch) * draws, repeated(pipeline, labels, len(batch), draws), order=order, output_type="pt",
-                    tokens=tokens.repeat_interleave(draws, 0), known=keep.repeat_interleave(draws, 0),
-                    **settings)  # fmt: skip
+    made = pipeline(
+        len(batch) * draws,
+        repeated(pipeline, labels, len(batch), draws),
+        order=order,
+        output_type="pt",
+        tokens=tokens.repeat_interleave(draws, 0),
+        known=keep.repeat_interleave(draws, 0),
+        **settings,
+    )
     mask, given = known[:, None].repeat_interleave(draws, 0), batch.repeat_interleave(draws, 0)
     filled = convert_images(torch.where(mask, given, made.images.to(batch.device)), output_type)
     if draws == 1:

@@ -36,8 +36,11 @@ class CompressConfig(Config):
     pipeline: str = Field(description="pipeline folder, or a Hub id; decompressing needs the very same one")
     images: str = Field(description="a folder of images of the pipeline's size, or one file; names are kept")
     out: str = Field("images.smalti", description="the file to write")
-    lossless: bool = Field(False, description="keep every pixel; needs a decoder with a likelihood, or a pixels "
-                           "tokenizer. false keeps what the tokenizer sees")  # fmt: skip
+    lossless: bool = Field(
+        False,
+        description="keep every pixel; needs a decoder with a likelihood, or a pixels "
+        "tokenizer. false keeps what the tokenizer sees",
+    )
     checked: bool = Field(
         True, description="decode every chunk as soon as it is made, and store it plainly if it fails"
     )
@@ -55,14 +58,19 @@ def run(config: CompressConfig) -> Path:
 
     def parts() -> Iterator[Tensor]:
         for start in range(0, len(paths), size):
-            yield torch.stack([read_exactly(path, pipeline.tokenizer.image_shape, config.lossless)
-                               for path in paths[start : start + size]]).to(pipeline.device)  # fmt: skip
+            yield torch.stack(
+                [
+                    read_exactly(path, pipeline.tokenizer.image_shape, config.lossless)
+                    for path in paths[start : start + size]
+                ]
+            ).to(pipeline.device)
 
     began = time.monotonic()
     try:
         with atomic_file(out, inputs=inputs) as half, open(half, "wb") as file:
-            written = write_images(pipeline, file, parts(), len(paths), lossless=config.lossless, names=names,
-                                   checked=config.checked)  # fmt: skip
+            written = write_images(
+                pipeline, file, parts(), len(paths), lossless=config.lossless, names=names, checked=config.checked
+            )
     except (StreamError, LikelihoodError) as error:
         raise UserError(str(error)) from error
     except OSError as error:

@@ -87,17 +87,41 @@ def has_residual(pipeline: Stages, lossless: bool) -> bool:
     return True
 
 
-def compress(pipeline: Stages, images: Tensor, *, lossless: bool = False, names: Sequence[str] | None = None,
-             checked: bool = True, progress: bool = True) -> bytes:  # fmt: skip
+def compress(
+    pipeline: Stages,
+    images: Tensor,
+    *,
+    lossless: bool = False,
+    names: Sequence[str] | None = None,
+    checked: bool = True,
+    progress: bool = True,
+) -> bytes:
     """A stream of `images`, float `(B, C, H, W)` in [-1, 1]; see `write_images`."""
     file, size = io.BytesIO(), chunk_images(pipeline)
-    write_images(pipeline, file, images.split(size), len(images), lossless=lossless, names=names, checked=checked,
-                 progress=progress)  # fmt: skip
+    write_images(
+        pipeline,
+        file,
+        images.split(size),
+        len(images),
+        lossless=lossless,
+        names=names,
+        checked=checked,
+        progress=progress,
+    )
     return file.getvalue()
 
 
-def write_images(pipeline: Stages, file: BinaryIO, parts: Iterable[Tensor], count: int, *, lossless: bool = False,
-                 names: Sequence[str] | None = None, checked: bool = True, progress: bool = True) -> int:  # fmt: skip
+def write_images(
+    pipeline: Stages,
+    file: BinaryIO,
+    parts: Iterable[Tensor],
+    count: int,
+    *,
+    lossless: bool = False,
+    names: Sequence[str] | None = None,
+    checked: bool = True,
+    progress: bool = True,
+) -> int:
     """Write the `count` images of `parts`, batches of `chunk_images`, as a stream; returns its bytes.
 
     lossless: decoding gives the 8-bit images as they were; else what the tokenizer makes of their tokens. checked:
@@ -109,9 +133,18 @@ def write_images(pipeline: Stages, file: BinaryIO, parts: Iterable[Tensor], coun
         raise ValueError(f"compression takes grids of two axes, these tokens have {len(pipeline.prior.grid.shape)}")
     models = Models(pipeline, residual=residual)
     header = Header(
-        GUARD, RANGE_CODER, residual, names is not None, models.model_id, models.grid.vocab_size,
-        (models.grid.shape[0], models.grid.shape[1]), models.image_shape, count, chunk_images(pipeline), models.answer()
-    )  # fmt: skip
+        GUARD,
+        RANGE_CODER,
+        residual,
+        names is not None,
+        models.model_id,
+        models.grid.vocab_size,
+        (models.grid.shape[0], models.grid.shape[1]),
+        models.image_shape,
+        count,
+        chunk_images(pipeline),
+        models.answer(),
+    )
     library = constriction()
 
     def chunks() -> Iterator[Chunk]:
@@ -127,8 +160,9 @@ def write_images(pipeline: Stages, file: BinaryIO, parts: Iterable[Tensor], coun
 
 
 @torch.inference_mode()
-def encode_chunk(models: Models, library: Any, header: Header, index: int, tokens: Tensor, values: Tensor | None,
-                 checked: bool) -> Chunk:  # fmt: skip
+def encode_chunk(
+    models: Models, library: Any, header: Header, index: int, tokens: Tensor, values: Tensor | None, checked: bool
+) -> Chunk:
     """Tokens `(n, *grid.shape)`, and pixels `(n, C, H, W)` in a lossless stream, as a chunk that decodes here."""
     flat, coder, doubts = tokens.flatten(1)[:, models.order].cpu().numpy(), Encoder(library), []
     for rank, (steps, unsure) in enumerate(models.token_steps(tokens)):
@@ -141,8 +175,14 @@ def encode_chunk(models: Models, library: Any, header: Header, index: int, token
             pixels.add(values[:, channel].flatten().cpu().numpy(), weights_of(steps, unsure))
             doubts.append(unsure)
     ids, bytes_ = as_arrays(tokens, values)
-    chunk = Chunk(len(tokens), GUARD, positions(doubts), coder.bytes(), None if pixels is None else pixels.bytes(),
-                  digest(ids, bytes_))  # fmt: skip
+    chunk = Chunk(
+        len(tokens),
+        GUARD,
+        positions(doubts),
+        coder.bytes(),
+        None if pixels is None else pixels.bytes(),
+        digest(ids, bytes_),
+    )
     if checked and not decodes(models, library, header, index, chunk):
         raw = pack_bits(ids, header.token_bits)
         return Chunk(len(tokens), RAW, (), raw, None if bytes_ is None else bytes_.tobytes(), chunk.digest)
@@ -164,8 +204,9 @@ def decodes(models: Models, library: Any, header: Header, index: int, chunk: Chu
 
 
 @torch.inference_mode()
-def decode_chunk(models: Models, library: Any, header: Header, index: int, chunk: Chunk,
-                 batch_size: int | None = None) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+def decode_chunk(
+    models: Models, library: Any, header: Header, index: int, chunk: Chunk, batch_size: int | None = None
+) -> tuple[Tensor, Tensor | None]:
     """Tokens `(n, *grid.shape)` and, in a lossless stream, pixels `(n, C, H, W)`, checked.
 
     batch_size: images evaluated at a time. Raises `ModelMismatch` where this machine computes other probabilities.
@@ -239,8 +280,9 @@ def open_stream(pipeline: Stages, data: Data, limits: Limits = DEFAULT_LIMITS) -
     return stream, models
 
 
-def read_images(pipeline: Stages, stream: Stream, models: Models, *, batch_size: int | None = None,
-                progress: bool = True) -> Iterator[Tensor]:  # fmt: skip
+def read_images(
+    pipeline: Stages, stream: Stream, models: Models, *, batch_size: int | None = None, progress: bool = True
+) -> Iterator[Tensor]:
     """The images of each chunk in turn, float `(n, C, H, W)` in [-1, 1], each checked before it is handed on."""
     header, library = stream.header, constriction()
     for index in progress_over(range(header.num_chunks), progress and header.num_chunks > 1, unit="chunk"):
@@ -248,8 +290,14 @@ def read_images(pipeline: Stages, stream: Stream, models: Models, *, batch_size:
         yield pipeline.decode(tokens, output_type="pt") if values is None else values.float() / 127.5 - 1
 
 
-def decompress(pipeline: Stages, data: Data, *, limits: Limits = DEFAULT_LIMITS, batch_size: int | None = None,
-               progress: bool = True) -> Tensor:  # fmt: skip
+def decompress(
+    pipeline: Stages,
+    data: Data,
+    *,
+    limits: Limits = DEFAULT_LIMITS,
+    batch_size: int | None = None,
+    progress: bool = True,
+) -> Tensor:
     """All images of a stream, float `(B, C, H, W)` in [-1, 1]; all of them or an error. Raises a `StreamError`."""
     stream, models = open_stream(pipeline, data, limits)
     parts = list(read_images(pipeline, stream, models, batch_size=batch_size, progress=progress))

@@ -32,11 +32,44 @@ from .adversary import Adversary
 from .perceptual import Perceptual
 
 ON_FLOAT32 = frozenset(
-    ["layer_norm", "group_norm", "rms_norm", "norm", "linalg_vector_norm", "vector_norm", "softmax", "log_softmax",
-     "logsumexp", "softplus", "exp", "expm1", "log", "log2", "log1p", "log10", "pow", "rsqrt", "reciprocal", "sinh",
-     "tan", "sum", "prod", "cumsum", "cumprod", "cdist", "cosine_similarity", "l1_loss", "mse_loss", "smooth_l1_loss",
-     "huber_loss", "nll_loss", "kl_div", "binary_cross_entropy_with_logits", "interpolate"]
-)  # fmt: skip
+    [
+        "layer_norm",
+        "group_norm",
+        "rms_norm",
+        "norm",
+        "linalg_vector_norm",
+        "vector_norm",
+        "softmax",
+        "log_softmax",
+        "logsumexp",
+        "softplus",
+        "exp",
+        "expm1",
+        "log",
+        "log2",
+        "log1p",
+        "log10",
+        "pow",
+        "rsqrt",
+        "reciprocal",
+        "sinh",
+        "tan",
+        "sum",
+        "prod",
+        "cumsum",
+        "cumprod",
+        "cdist",
+        "cosine_similarity",
+        "l1_loss",
+        "mse_loss",
+        "smooth_l1_loss",
+        "huber_loss",
+        "nll_loss",
+        "kl_div",
+        "binary_cross_entropy_with_logits",
+        "interpolate",
+    ]
+)
 """What autocast computes in float32 on CUDA (torch's `ATen/autocast_mode.h`); on a CPU it leaves some of it in bf16.
 That matrix products, convolutions and attention are cast to bf16 is alike on both."""
 UNKNOWN_SHAPES: dict[str, Callable[..., Tensor]] = {
@@ -291,5 +324,10 @@ def checkpointed(blocks: list[nn.Module]) -> None:
     """Let each of `blocks` keep its input alone, and run again in the backward pass."""
     for block in blocks:
         # The backward pass does not know of a function mode around it.
-        block.forward = partial(checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False,
-                                context_fn=lambda: (nullcontext(), CUDAKernels()))  # fmt: skip
+        block.forward = partial(
+            checkpoint,
+            block.forward,
+            use_reentrant=False,
+            preserve_rng_state=False,
+            context_fn=lambda: (nullcontext(), CUDAKernels()),
+        )

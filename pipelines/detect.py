@@ -199,8 +199,10 @@ def truth(found: Found, normal: list[int | str] | None) -> np.ndarray | None:
         raise UserError("normal_labels: these images have no classes (data.label_column)")
     wanted = {str(label) for label in normal}
     if unknown := wanted - set(found.classes):
-        raise UserError(f"normal_labels: none of the images is a {sorted(unknown)[0]!r}; there are "
-                        f"{', '.join(sorted(set(found.classes))[:20])}")  # fmt: skip
+        raise UserError(
+            f"normal_labels: none of the images is a {sorted(unknown)[0]!r}; there are "
+            f"{', '.join(sorted(set(found.classes))[:20])}"
+        )
     if wanted == set(found.classes):
         raise UserError("normal_labels: all images are normal, so there is nothing to tell apart")
     return np.array([label not in wanted for label in found.classes])
@@ -238,8 +240,7 @@ def sheet(pipeline: ImagePipeline, pixels: Tensor, scores: Tensor, count: int, s
         healed.images.cpu().expand(-1, 3, -1, -1),
         colored(healed.difference.cpu()),
     ]
-    left, right = (torch.stack([panel[half] for panel in panels], 1)
-                   for half in (slice(count), slice(count, None)))  # fmt: skip
+    left, right = (torch.stack([panel[half] for panel in panels], 1) for half in (slice(count), slice(count, None)))
     return grid_picture(torch.cat([left, right], 1).flatten(0, 1), 2 * len(panels))
 
 

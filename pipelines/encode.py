@@ -57,13 +57,17 @@ class EncodeConfig(Config):
     augmentations: int = Field(
         0, ge=0, le=1000, description="extra variants of each training image, made by data.augment"
     )
-    append: bool = Field(False, description="add to the dataset in `out` what it does not have: other images, or "
-                         "further augmentations of the same")  # fmt: skip
+    append: bool = Field(
+        False,
+        description="add to the dataset in `out` what it does not have: other images, or "
+        "further augmentations of the same",
+    )
     only: Literal["train", "validation", "test"] | None = Field(
         None, description="with append=true, add to this split alone"
     )
-    rows_per_shard: int | None = Field(None, ge=1, description="rows of a file; null: one file for a split below 64 "
-                                       "MiB, else 16,384 rows")  # fmt: skip
+    rows_per_shard: int | None = Field(
+        None, ge=1, description="rows of a file; null: one file for a split below 64 MiB, else 16,384 rows"
+    )
     batch_size: int = Field(256, ge=1, description="images at a time on each process")
     seed: int = Field(0, ge=0, description="chooses the augmentations")
 
@@ -176,12 +180,23 @@ def job_of(config: EncodeConfig, tokenizer: Tokenizer, pieces: list[Piece], devi
     rows = [sum(piece.stop - piece.start for piece in pieces if piece.split == split) for split in ("train", "test")]
     if validation := sum(piece.stop - piece.start for piece in pieces if piece.split == "validation"):
         rows.append(validation)  # without any, the job is what it was in earlier versions
-    return {**settings, "tokenizer": tokenizer.fingerprint(), "rows": rows, "device": device,
-            "added_to": manifest_hash(Path(config.out)) if config.append else None}  # fmt: skip
+    return {
+        **settings,
+        "tokenizer": tokenizer.fingerprint(),
+        "rows": rows,
+        "device": device,
+        "added_to": manifest_hash(Path(config.out)) if config.append else None,
+    }
 
 
-def encode_missing(accelerator: Accelerator, tokenizer: Tokenizer, images: Splits, numbers: Tensor | None,
-                   pieces: list[Piece], config: EncodeConfig) -> None:  # fmt: skip
+def encode_missing(
+    accelerator: Accelerator,
+    tokenizer: Tokenizer,
+    images: Splits,
+    numbers: Tensor | None,
+    pieces: list[Piece],
+    config: EncodeConfig,
+) -> None:
     """Make the pieces that are not there, every process its share of them."""
     from tqdm import tqdm
 
@@ -227,15 +242,25 @@ def variants_of(images: ImageDataset, rows: np.ndarray, seed: int) -> Tensor:
     return torch.cat(parts)  # rows ascend, so variants do
 
 
-def finish(config: EncodeConfig, tokenizer: Tokenizer, images: Splits, pieces: list[Piece], old: Meta | None,
-           variants: dict[str, tuple[int, int]]) -> Meta:  # fmt: skip
+def finish(
+    config: EncodeConfig,
+    tokenizer: Tokenizer,
+    images: Splits,
+    pieces: list[Piece],
+    old: Meta | None,
+    variants: dict[str, tuple[int, int]],
+) -> Meta:
     """Put the pieces, after the rows that were there, into the dataset; returns what it says of itself."""
     out, data = Path(config.out), config.data.model_dump(mode="json")
     shards = shards_of(out, old) if old is not None else {}
     for piece in pieces:
         shards.setdefault(piece.split, []).append(made(work_folder(out), piece))
-    part = {"data": data, "seed": config.seed, "variants": {split: end for split, (_, end) in variants.items()},
-            "rows": {name: sum(p.stop - p.start for p in pieces if p.split == name) for name in variants}}  # fmt: skip
+    part = {
+        "data": data,
+        "seed": config.seed,
+        "variants": {split: end for split, (_, end) in variants.items()},
+        "rows": {name: sum(p.stop - p.start for p in pieces if p.split == name) for name in variants},
+    }
     if old is None:
         path = Path(config.tokenizer) / PROVENANCE
         known = read_json(path) if path.is_file() else {}
@@ -250,8 +275,15 @@ def finish(config: EncodeConfig, tokenizer: Tokenizer, images: Splits, pieces: l
 
 def main(argv: list[str] | None = None) -> Any:
     """The command line."""
-    return run_command(EncodeConfig, run, argv, verb="encode", description=__doc__, defaults=defaults,
-                       kept=lambda _: "the same command continues")  # fmt: skip
+    return run_command(
+        EncodeConfig,
+        run,
+        argv,
+        verb="encode",
+        description=__doc__,
+        defaults=defaults,
+        kept=lambda _: "the same command continues",
+    )
 
 
 if __name__ == "__main__":

@@ -46,12 +46,21 @@ class EvaluateConfig(Config):
         None, description="folder for pictures and evaluation.json; default: `evaluation` beside the pipeline folder"
     )
     data: DataConfig = Field(DataConfig(), description="the images; defaults to those the pipeline was trained on")
-    num_samples: int = Field(1000, ge=0, description="samples that are judged; sets of images are compared at this "
-                             "size, or at that of the training or held-out split if it is smaller")  # fmt: skip
-    feature_steps: int = Field(300, ge=0, description="training steps of the small classifier in whose features "
-                               "samples are judged; 0, and data without classes: a net of random weights")  # fmt: skip
-    inception_weights: str | None = Field(None, description="file of torch-fidelity's Inception weights, which add "
-                                          "the true FID; nothing is downloaded")  # fmt: skip
+    num_samples: int = Field(
+        1000,
+        ge=0,
+        description="samples that are judged; sets of images are compared at this "
+        "size, or at that of the training or held-out split if it is smaller",
+    )
+    feature_steps: int = Field(
+        300,
+        ge=0,
+        description="training steps of the small classifier in whose features "
+        "samples are judged; 0, and data without classes: a net of random weights",
+    )
+    inception_weights: str | None = Field(
+        None, description="file of torch-fidelity's Inception weights, which add the true FID; nothing is downloaded"
+    )
     num_orders: int = Field(1, ge=1, description="score a mixture of so many orders, with a prior that takes any")
     seed: int = Field(0, ge=0, description="sample k uses seed + k")
     device: str = Field("auto", description="cpu, cuda, mps or auto")
@@ -331,19 +340,32 @@ def sample_rows(f: Figures, device: str) -> list[tuple[str, str, str]]:
     def beside(name: str) -> str:
         return f"training images {f['train_' + name]:.3f}, their reconstructions {f['reconstruction_' + name]:.3f}"
 
-    rows += [("features", f["feature_space"], f["feature_origin"]),
-             (f"Frechet distance [{f['feature_space']}]", f"{f['frechet_distance']:.3f}",
-              f"{beside('frechet_distance')}; all with {f['num_compared']:,} held-out images")]  # fmt: skip
+    rows += [
+        ("features", f["feature_space"], f["feature_origin"]),
+        (
+            f"Frechet distance [{f['feature_space']}]",
+            f"{f['frechet_distance']:.3f}",
+            f"{beside('frechet_distance')}; all with {f['num_compared']:,} held-out images",
+        ),
+    ]
     rows += [(f"  {name}", f"{f[name]:.3f}", beside(name)) for name in ("precision", "recall", "density", "coverage")]
     if "fid" in f:
         rows += [("FID", f"{f['fid']:.2f}", f"training images {f['train_fid']:.2f}")]
     return [
         *rows,
-        ("nearest training image", f"{f['nearest_ratio']:.2f} x", "as far as from held-out images (medians); "
-         f"{f['nearest_share']:.1%} of samples are nearer than 99% of these"),
-        ("copying C_T", f"{f['copying_z']:+.1f}", "below -3 suggests copies, above 3 samples unlike the data; "
-         f"held-out reconstructions {f['reconstruction_copying_z']:+.1f}"),
-    ]  # fmt: skip
+        (
+            "nearest training image",
+            f"{f['nearest_ratio']:.2f} x",
+            "as far as from held-out images (medians); "
+            f"{f['nearest_share']:.1%} of samples are nearer than 99% of these",
+        ),
+        (
+            "copying C_T",
+            f"{f['copying_z']:+.1f}",
+            "below -3 suggests copies, above 3 samples unlike the data; "
+            f"held-out reconstructions {f['reconstruction_copying_z']:+.1f}",
+        ),
+    ]
 
 
 def main(argv: list[str] | None = None) -> Any:

@@ -135,13 +135,19 @@ def training(forecast: Forecast) -> list[str]:
     if rows is not None:
         lines.append(row("an epoch", f"{rows:,}", f"images, {rows * tokens:,} tokens"))
     parts = f" in {train.accumulate} parts" if train.accumulate > 1 else ""
-    lines.append(row("a step", f"{train.batch_size:,}", f"images, {forecast.share:,} per GPU{parts}; "
-                                                        f"{train.batch_size * tokens:,} tokens"))  # fmt: skip
+    lines.append(
+        row(
+            "a step",
+            f"{train.batch_size:,}",
+            f"images, {forecast.share:,} per GPU{parts}; {train.batch_size * tokens:,} tokens",
+        )
+    )
     if steps is not None:
         images = steps * train.batch_size
         epochs = "" if rows is None else f", {images / rows:,.1f} epochs"
-        lines.append(row("the run", f"{steps:,}", f"steps{epochs}, {scaled(images)} images, "
-                                                  f"{scaled(images * tokens)} tokens"))  # fmt: skip
+        lines.append(
+            row("the run", f"{steps:,}", f"steps{epochs}, {scaled(images)} images, {scaled(images * tokens)} tokens")
+        )
     return lines
 
 
@@ -191,8 +197,13 @@ def disk(forecast: Forecast) -> list[str]:
     if forecast.dataset is not None:
         lines.append(row("token dataset", f"{forecast.dataset / GB:,.2f} GB", "training rows"))
     state = forecast.sizes.state / GB
-    lines.append(row("a resume state", f"{state:,.2f} GB", f"{STATES} are kept, {STATES + 1} are there while one is "
-                     f"written: {(STATES + 1) * state:,.2f} GB"))  # fmt: skip
+    lines.append(
+        row(
+            "a resume state",
+            f"{state:,.2f} GB",
+            f"{STATES} are kept, {STATES + 1} are there while one is written: {(STATES + 1) * state:,.2f} GB",
+        )
+    )
     lines.append(row("snapshot for users", f"{forecast.snapshot / GB:,.2f} GB"))
     return lines
 

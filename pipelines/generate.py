@@ -59,11 +59,21 @@ def run(config: GenerateConfig) -> Path:
     labels = [classes[k % len(classes)] for k in range(config.num_images)] if classes else None
     own: dict[str, Any] = {} if config.steps is None else {"steps": config.steps}
     try:
-        made = pipeline(config.num_images, labels, seed=config.seed, temperature=config.temperature, top_k=config.top_k,
-                        top_p=config.top_p, guidance_scale=config.guidance_scale, order=config.order,
-                        num_orders=config.num_orders,
-                        parallel=config.parallel, batch_size=config.batch_size, output_type="pt",
-                        **own).images  # fmt: skip
+        made = pipeline(
+            config.num_images,
+            labels,
+            seed=config.seed,
+            temperature=config.temperature,
+            top_k=config.top_k,
+            top_p=config.top_p,
+            guidance_scale=config.guidance_scale,
+            order=config.order,
+            num_orders=config.num_orders,
+            parallel=config.parallel,
+            batch_size=config.batch_size,
+            output_type="pt",
+            **own,
+        ).images
     except (ValueError, TypeError) as error:
         raise UserError(str(error)) from error
     try:

@@ -102,10 +102,21 @@ class ImagePipeline(Stages):
             rows = slice(start, min(start + batch_size, num_images))
             kept = None if known is None else known.expand(shape)[rows]
             given = None if tokens is None else tokens.expand(shape)[rows]
-            parts.append(self.prior.sample(
-                rows.stop - rows.start, None if ids is None else ids[rows], generator=generators[rows], tokens=given,
-                known=kept, order=order_of(order, rows), num_orders=num_orders, cache=cache, parallel=parallel,
-                progress=progress and len(batches) == 1, **own))  # fmt: skip
+            parts.append(
+                self.prior.sample(
+                    rows.stop - rows.start,
+                    None if ids is None else ids[rows],
+                    generator=generators[rows],
+                    tokens=given,
+                    known=kept,
+                    order=order_of(order, rows),
+                    num_orders=num_orders,
+                    cache=cache,
+                    parallel=parallel,
+                    progress=progress and len(batches) == 1,
+                    **own,
+                )
+            )
         drawn = torch.cat(parts)
         return PipelineOutput(self.decode(drawn, output_type=output_type), drawn)
 
@@ -139,8 +150,16 @@ class ImagePipeline(Stages):
     # Scoring images
 
     @torch.no_grad()
-    def log_prob(self, images: Any, labels: Label | Sequence[Label] = None, *, order: Order = None, num_orders: int = 1,
-                 num_masks: int = 1, batch_size: int = 256) -> Tensor:  # fmt: skip
+    def log_prob(
+        self,
+        images: Any,
+        labels: Label | Sequence[Label] = None,
+        *,
+        order: Order = None,
+        num_orders: int = 1,
+        num_masks: int = 1,
+        batch_size: int = 256,
+    ) -> Tensor:
         """log p of each image's tokens under the prior, `(B,)` nats (of the class given; else unconditional).
 
         order, num_orders, num_masks: as in `Prior.log_prob`. Where `prior.exact` is False an image's is an unbiased
@@ -149,8 +168,15 @@ class ImagePipeline(Stages):
         tokens = self.encode(images, batch_size=batch_size)
         return self._token_log_prob(tokens, labels, order, num_orders, batch_size, num_masks)
 
-    def _token_log_prob(self, tokens: Tensor, labels: Label | Sequence[Label], order: Order, num_orders: int,
-                        batch_size: int, num_masks: int = 1) -> Tensor:  # fmt: skip
+    def _token_log_prob(
+        self,
+        tokens: Tensor,
+        labels: Label | Sequence[Label],
+        order: Order,
+        num_orders: int,
+        batch_size: int,
+        num_masks: int = 1,
+    ) -> Tensor:
         ids, parts = self.label_ids(labels, len(tokens)), []
         for start in range(0, len(tokens), batch_size):
             rows = slice(start, start + batch_size)
@@ -168,8 +194,15 @@ class ImagePipeline(Stages):
         return conditional_log_prob(self, images, known, labels, batch_size=batch_size)
 
     @torch.no_grad()
-    def bits_per_dim(self, images: Any, labels: Label | Sequence[Label] = None, *, order: Order = None,
-                     num_orders: int = 1, batch_size: int = 256) -> Tensor:  # fmt: skip
+    def bits_per_dim(
+        self,
+        images: Any,
+        labels: Label | Sequence[Label] = None,
+        *,
+        order: Order = None,
+        num_orders: int = 1,
+        batch_size: int = 256,
+    ) -> Tensor:
         """Bits per pixel channel of each image, `(B,)`: those of its tokens under the prior plus those of its pixels
         given the tokens; where `prior.exact` is False their mean over images is an upper bound. order, num_orders: as
         in `Prior.log_prob`.
@@ -206,28 +239,50 @@ class ImagePipeline(Stages):
             self, images, labels, false_alarms=false_alarms, confidence=confidence, seed=seed, batch_size=batch_size
         )
 
-    def anomaly_score(self, images: Any, method: str = "joint", labels: Label | Sequence[Label] = None, *,
-                      p_values: bool = False, batch_size: int = 256) -> Tensor:  # fmt: skip
+    def anomaly_score(
+        self,
+        images: Any,
+        method: str = "joint",
+        labels: Label | Sequence[Label] = None,
+        *,
+        p_values: bool = False,
+        batch_size: int = 256,
+    ) -> Tensor:
         """`(B,)` float64, larger is more anomalous, by one of `anomaly.METHODS`; or p-values, smaller is. Raises
         `CalibrationError` where that needs a calibration; see `anomaly.anomaly_score`."""
         return anomaly_score(self, images, method, labels, p_values=p_values, batch_size=batch_size)
 
-    def anomaly_map(self, images: Any, labels: Label | Sequence[Label] = None, *, smooth: bool = False,
-                    batch_size: int = 256) -> Tensor:  # fmt: skip
+    def anomaly_map(
+        self, images: Any, labels: Label | Sequence[Label] = None, *, smooth: bool = False, batch_size: int = 256
+    ) -> Tensor:
         """`(B, H, W)`: the bits of each token, spread over its pixels, which sum to those of the image; see
         `healing.anomaly_map`."""
         return anomaly_map(self, images, labels, smooth=smooth, batch_size=batch_size)
 
-    def heal(self, images: Any, labels: Label | Sequence[Label] = None, *, quantile: float = 0.98, draws: int = 8,
-             seed: int = 0) -> Healed:  # fmt: skip
+    def heal(
+        self,
+        images: Any,
+        labels: Label | Sequence[Label] = None,
+        *,
+        quantile: float = 0.98,
+        draws: int = 8,
+        seed: int = 0,
+    ) -> Healed:
         """`images` with their most surprising tokens drawn again, and where they differ; see `healing.heal`. Raises
         `CalibrationError` without a calibration."""
         return heal(self, images, quantile, draws, seed, labels)
 
     # Representing images
 
-    def embed(self, images: Any, *, layer: str | int | None = None, pool: str | None = None,
-              labels: Label | Sequence[Label] = None, batch_size: int = 64) -> Tensor:  # fmt: skip
+    def embed(
+        self,
+        images: Any,
+        *,
+        layer: str | int | None = None,
+        pool: str | None = None,
+        labels: Label | Sequence[Label] = None,
+        batch_size: int = 64,
+    ) -> Tensor:
         """A vector per image, `(B, dim)`: of a layer of the prior or of the tokenizer; see `representation.embed`."""
         return embed(self, images, layer=layer, pool=pool, labels=labels, batch_size=batch_size)
 
@@ -249,8 +304,15 @@ class ImagePipeline(Stages):
             several = torch.stack([exact_pixels(image, shape, lossless) for image in several])
         return compress(self, self.to_images(several), lossless=lossless, checked=checked, progress=progress)
 
-    def decompress(self, data: bytes, *, output_type: str = "pil", batch_size: int | None = None,
-                   limits: Limits = DEFAULT_LIMITS, progress: bool = True) -> Any:  # fmt: skip
+    def decompress(
+        self,
+        data: bytes,
+        *,
+        output_type: str = "pil",
+        batch_size: int | None = None,
+        limits: Limits = DEFAULT_LIMITS,
+        progress: bool = True,
+    ) -> Any:
         """The images of a stream, all of them or an error: of the same tokens as were compressed, and of the same
         pixels if it was lossless, else to within one grey level (of float32 weights). batch_size: images evaluated at a
         time, a whole chunk if None; tokens do not depend on it. limits: what a stream may announce.
@@ -263,8 +325,14 @@ class ImagePipeline(Stages):
 
     # Sharing
 
-    def push_to_hub(self, repo_id: str, *, token: str | None = None, private: bool | None = None,
-                    commit_message: str = "Upload pipeline") -> Any:  # fmt: skip
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        token: str | None = None,
+        private: bool | None = None,
+        commit_message: str = "Upload pipeline",
+    ) -> Any:
         """Create the Hub repository if needed and upload the pipeline folder, model card and sample grid included, in
         one commit, in which files of an earlier pipeline go; those of others stay. Of a folder of images that it was
         trained on, the name is not told.
@@ -279,8 +347,9 @@ class ImagePipeline(Stages):
             shared.provenance = shareable(self.provenance)
             grid = self.sample_picture() if self.sample_grid is None else self.sample_grid
             shared.save_pretrained(folder, sample_grid=grid)
-            return replace_on_hub(folder, repo_id, lambda names, fetch: FILES, token=token, private=private,
-                                  commit_message=commit_message)  # fmt: skip
+            return replace_on_hub(
+                folder, repo_id, lambda names, fetch: FILES, token=token, private=private, commit_message=commit_message
+            )
 
     def sample_picture(self, count: int = 80, seed: int = 0) -> np.ndarray:
         """A grid of samples at the pipeline's settings, one class per column (of at most ten), uint8 (H, W, 3)."""

@@ -36,8 +36,14 @@ class Healed(NamedTuple):
 
 
 @torch.no_grad()
-def anomaly_map(pipeline: Stages, images: Any, labels: Label | Sequence[Label] = None, *, smooth: bool = False,
-                batch_size: int = 256) -> Tensor:  # fmt: skip
+def anomaly_map(
+    pipeline: Stages,
+    images: Any,
+    labels: Label | Sequence[Label] = None,
+    *,
+    smooth: bool = False,
+    batch_size: int = 256,
+) -> Tensor:
     """Bits of each pixel `(B, H, W)`: those of a token are spread evenly over its patch, and those of the pixel given
     the tokens are added where the tokenizer has a likelihood. They sum to the bits of the image. smooth: each patch
     fades into its neighbours, as if interpolated."""
@@ -79,8 +85,14 @@ def blurred(side: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def heal(pipeline: Stages, images: Any, quantile: float = 0.98, draws: int = 8, seed: int = 0,
-         labels: Label | Sequence[Label] = None) -> Healed:  # fmt: skip
+def heal(
+    pipeline: Stages,
+    images: Any,
+    quantile: float = 0.98,
+    draws: int = 8,
+    seed: int = 0,
+    labels: Label | Sequence[Label] = None,
+) -> Healed:
     """Draw again the tokens that are more surprising than that `quantile` of normal ones at their position.
 
     Of `draws` restorations of an image, the likeliest is decoded to `images`. `difference` is the mean of |x - decoded|
@@ -96,15 +108,18 @@ def heal(pipeline: Stages, images: Any, quantile: float = 0.98, draws: int = 8, 
     """
     calibration = calibrated(pipeline.calibration)
     if quantile not in LEVELS or draws < 1:
-        raise ValueError(f"quantile should be one of {', '.join(map(str, LEVELS))} and draws at least 1 "
-                         f"(got {quantile}, {draws})")  # fmt: skip
+        raise ValueError(
+            f"quantile should be one of {', '.join(map(str, LEVELS))} and draws at least 1 (got {quantile}, {draws})"
+        )
     batch = pipeline.to_images(images)
     ids, tokens = pipeline.label_ids(labels, len(batch)), pipeline.encode_batch(batch)
     bits = -pipeline.prior.token_log_probs(tokens, ids) / math.log(2)
     limit = torch.from_numpy(calibration.surprise[LEVELS.index(quantile)]).to(bits)
     if len(limit) not in (1, len(pipeline.prior.grid)):
-        raise CalibrationError(f"the calibration is of a grid of {len(limit)} tokens, this one has "
-                               f"{len(pipeline.prior.grid)}: run `smalti calibrate` again")  # fmt: skip
+        raise CalibrationError(
+            f"the calibration is of a grid of {len(limit)} tokens, this one has "
+            f"{len(pipeline.prior.grid)}: run `smalti calibrate` again"
+        )
     resampled = (bits.flatten(1) > limit).reshape(tokens.shape)
     found, nats = [], []
     for draw in range(draws):
@@ -122,8 +137,9 @@ def heal(pipeline: Stages, images: Any, quantile: float = 0.98, draws: int = 8, 
 def calibrated(calibration: Calibration | None) -> Calibration:
     """What there is, or `CalibrationError`."""
     if calibration is None:
-        raise CalibrationError("this pipeline is not calibrated: `smalti calibrate` or `calibrate(images)` fits it to "
-                               "normal images")  # fmt: skip
+        raise CalibrationError(
+            "this pipeline is not calibrated: `smalti calibrate` or `calibrate(images)` fits it to normal images"
+        )
     return calibration
 
 

@@ -282,8 +282,9 @@ def load_index(path: Path) -> Index | None:
 def save_index(path: Path, index: Index) -> None:
     """Write an index that appears whole or not at all; where it can not be written, it is made again next time."""
     facts = json.dumps({"labels": index.labels, "class_names": index.class_names}).encode()
-    arrays = {name: np.ascontiguousarray(getattr(index, name)) for name in
-              ("starts", "weights", "offsets", "sizes", "names")}  # fmt: skip
+    arrays = {
+        name: np.ascontiguousarray(getattr(index, name)) for name in ("starts", "weights", "offsets", "sizes", "names")
+    }
     temporary = path.with_name(f".tmp-{path.name}-{uuid.uuid4().hex[:8]}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -37,16 +37,28 @@ UNKNOWN_SOURCE = "(not known of imported weights: give data.source)"
 class ImportConfig(Config):
     """What is imported, and what its weights do not say."""
 
-    source: str = Field(description="folder of a diffusers VQModel, or a .safetensors file with the weights of "
-                        "taming-transformers' VQGAN or LlamaGen's VQ, or the folder it is in")  # fmt: skip
+    source: str = Field(
+        description="folder of a diffusers VQModel, or a .safetensors file with the weights of "
+        "taming-transformers' VQGAN or LlamaGen's VQ, or the folder it is in"
+    )
     out: str = Field(description="the tokenizer's folder")
     image_size: Side | tuple[Side, Side] | None = Field(
-        None, description="height and width of the images, one number or [height, width]; default: sample_size of a "
-        f"diffusers model, {IMAGE_SIZE} for the others, whose weights fit every size")  # fmt: skip
-    normalize: bool | None = Field(None, description="whether vectors and codes are compared by direction; default: "
-                                   "true for LlamaGen, whose published models are, false for others")  # fmt: skip
-    groups: int | None = Field(None, ge=1, le=4096, description="groups of each group normalisation; default: "
-                               f"norm_num_groups of a diffusers model, {GROUPS} for the others")  # fmt: skip
+        None,
+        description="height and width of the images, one number or [height, width]; default: sample_size of a "
+        f"diffusers model, {IMAGE_SIZE} for the others, whose weights fit every size",
+    )
+    normalize: bool | None = Field(
+        None,
+        description="whether vectors and codes are compared by direction; default: "
+        "true for LlamaGen, whose published models are, false for others",
+    )
+    groups: int | None = Field(
+        None,
+        ge=1,
+        le=4096,
+        description="groups of each group normalisation; default: "
+        f"norm_num_groups of a diffusers model, {GROUPS} for the others",
+    )
 
 
 def run(config: ImportConfig) -> Path:
@@ -193,17 +205,20 @@ def summary(model: VQGAN, layout: Layout, path: Path, config: ImportConfig, unus
     told = config.image_size is not None or layout is DIFFUSERS
     size = "" if told else "; their size is assumed, weights do not say it: image_size=..."
     rest = f", {len(unused)} weight{'s' * (len(unused) > 1)} that only training needs left out" if unused else ""
-    return "\n".join([
-        f"{path}: {layout.title}{rest}",
-        f"  images   {height} x {width} {'grey' if channels == 1 else 'RGB'}{size}",
-        f"  tokens   {' x '.join(map(str, model.grid.shape))} ids of {model.grid.vocab_size:,}, codes of {codes.dim}"
-        f"{' compared by direction' if getattr(codes, 'normalize', False) else ''}",
-        f"  network  widths {list(model.config.widths)}, blocks {model.config.blocks}, "
-        f"{sum(p.numel() for p in model.parameters()):,} parameters",
-        f"  folder   {config.out}",
-        f"smalti reconstruct tokenizer={config.out} data.source=FOLDER",
-        f"smalti encode tokenizer={config.out} data.source=FOLDER out=TOKENS",
-    ])  # fmt: skip
+    by_direction = " compared by direction" if getattr(codes, "normalize", False) else ""
+    ids = f"{' x '.join(map(str, model.grid.shape))} ids of {model.grid.vocab_size:,}"
+    parameters = sum(p.numel() for p in model.parameters())
+    return "\n".join(
+        [
+            f"{path}: {layout.title}{rest}",
+            f"  images   {height} x {width} {'grey' if channels == 1 else 'RGB'}{size}",
+            f"  tokens   {ids}, codes of {codes.dim}{by_direction}",
+            f"  network  widths {list(model.config.widths)}, blocks {model.config.blocks}, {parameters:,} parameters",
+            f"  folder   {config.out}",
+            f"smalti reconstruct tokenizer={config.out} data.source=FOLDER",
+            f"smalti encode tokenizer={config.out} data.source=FOLDER out=TOKENS",
+        ]
+    )
 
 
 def main(argv: list[str] | None = None) -> Any:

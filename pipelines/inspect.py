@@ -43,8 +43,16 @@ class InspectConfig(Config):
 def report(tokenizer: Any, images: ImageDataset, found: Findings, num_images: int, source: str) -> np.ndarray:
     """The page, uint8 (H, W, 3)."""
     exact = tokenizer.reversible
-    charts: list[Any] = [partial(usage_panel, found.uses.double().numpy(), int((found.uses == 0).sum()), low=0.5,
-                                 unit="times used", word=found.word)]  # fmt: skip
+    charts: list[Any] = [
+        partial(
+            usage_panel,
+            found.uses.double().numpy(),
+            int((found.uses == 0).sum()),
+            low=0.5,
+            unit="times used",
+            word=found.word,
+        )
+    ]
     if len(found.uses) > 1:
         charts.append(partial(level_panel, found.figures["levels"]))
     if found.distances:
@@ -74,10 +82,11 @@ def sentences(found: Findings, exact: bool) -> list[str]:
     """The findings in lines, printed and written on the page."""
     f, vocab = found.figures, found.uses.shape[1]
     lines = [
-        "every image comes back as it was" if exact else
-        f"PSNR {f['psnr']:.2f} dB, from {f['psnr_worst']:.2f} (worst image) to {f['psnr_best']:.2f} (best)",
+        "every image comes back as it was"
+        if exact
+        else f"PSNR {f['psnr']:.2f} dB, from {f['psnr_worst']:.2f} (worst image) to {f['psnr_best']:.2f} (best)",
         f"{f['codebook_usage']:.1%} of {vocab:,} codes used, perplexity {f['codebook_perplexity']:.1f}",
-    ]  # fmt: skip
+    ]
     if len(found.uses) > 1:
         each = [f"{level['usage']:.1%} ({level['perplexity']:.1f})" for level in f["levels"]]
         lines.append(f"used (perplexity) at each level: {listed(each, 'levels')}")
@@ -88,8 +97,10 @@ def sentences(found: Findings, exact: bool) -> list[str]:
     if len(lacking) > LISTED:
         lines.append(f"and {found.word} codes in {len(lacking) - LISTED} more levels")
     if lacking and found.word == "unused":
-        lines.append(f"an unused code may be rare only: {float(found.uses.double().mean()):.1f} tokens for each code "
-                     "were looked at")  # fmt: skip
+        lines.append(
+            f"an unused code may be rare only: {float(found.uses.double().mean()):.1f} tokens for each code "
+            "were looked at"
+        )
     return lines
 
 
@@ -126,8 +137,9 @@ def code_picture(found: Findings) -> Picture:
         about = f"above: {about}; below: what is decoded around its places in images, on average"
     colors = [GREY if used else RED for used in found.uses[0][found.shown].tolist()]
     columns = WIDTH // (max(CODE_SIDE, *(cell.width for cell in cells)) + 4)
-    return mosaic(title, cells, [str(code) for code in found.shown.tolist()], columns, WIDTH, colors=colors,
-                  subtitle=about)  # fmt: skip
+    return mosaic(
+        title, cells, [str(code) for code in found.shown.tolist()], columns, WIDTH, colors=colors, subtitle=about
+    )
 
 
 @torch.inference_mode()

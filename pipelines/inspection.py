@@ -58,8 +58,16 @@ def examine(tokenizer: Any, images: ImageDataset, num_codes: int) -> Findings:
     distances = code_distances(tokenizer, images.batch(some).to(tokenizer.device))
     word = "dead" if RARE * float(uses.double().mean()) >= MISSED else "unused"
     means = {name: total / len(images) for name, total in sums.items()}
-    return Findings(figures_of(uses, decibels, distances) | means, uses, decibels, distances, shown,
-                    alone(tokenizer, shown, uses), around.means() if around is not None else None, word)  # fmt: skip
+    return Findings(
+        figures_of(uses, decibels, distances) | means,
+        uses,
+        decibels,
+        distances,
+        shown,
+        alone(tokenizer, shown, uses),
+        around.means() if around is not None else None,
+        word,
+    )
 
 
 def batch_size(tokenizer: Any) -> int:

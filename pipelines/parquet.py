@@ -74,8 +74,10 @@ def write_parquet(data: TokenDataset, folder: str | Path) -> None:
 
     if strange := [name for name in data.splits if not re.fullmatch(r"\w+", name)]:
         raise UserError(f"splits: the Hub takes names of letters, digits and _, not {strange[0]!r}")
-    shards = {name: [stop - start for start, stop in spans(len(split), data.grid, None)]
-              for name, split in data.splits.items()}  # fmt: skip
+    shards = {
+        name: [stop - start for start, stop in spans(len(split), data.grid, None)]
+        for name, split in data.splits.items()
+    }
     with atomic_folder(folder, kind=TOKENS) as target:
         (target / "data").mkdir()
         for name in data.splits:
@@ -141,15 +143,30 @@ data = load_tokens("OWNER/NAME")  # with the tokenizer; or `smalti train_prior t
 """
 
 
-def push(data: TokenDataset, repo_id: str, *, token: str | None, private: bool | None, revision: str | None,
-         commit_message: str) -> Any:  # fmt: skip
+def push(
+    data: TokenDataset,
+    repo_id: str,
+    *,
+    token: str | None,
+    private: bool | None,
+    revision: str | None,
+    commit_message: str,
+) -> Any:
     """See `TokenDataset.push_to_hub`."""
     require_reachable(repo_id)
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary) / "dataset"
         write_parquet(data, folder)
-        return replace_on_hub(folder, repo_id, uploaded, repo_type="dataset", token=token, private=private,
-                              revision=revision, commit_message=commit_message)  # fmt: skip
+        return replace_on_hub(
+            folder,
+            repo_id,
+            uploaded,
+            repo_type="dataset",
+            token=token,
+            private=private,
+            revision=revision,
+            commit_message=commit_message,
+        )
 
 
 def uploaded(names: list[str], fetch: Callable[[str], str]) -> list[str]:
@@ -166,24 +183,28 @@ def uploaded(names: list[str], fetch: Callable[[str], str]) -> list[str]:
 # Read
 
 
-def local_folder(source: str | Path, *, revision: str | None, token: str | None, cache_dir: str | Path | None,
-                 local_files_only: bool) -> Path:  # fmt: skip
+def local_folder(
+    source: str | Path, *, revision: str | None, token: str | None, cache_dir: str | Path | None, local_files_only: bool
+) -> Path:
     """The token dataset `source` as a folder of shards: itself, or what was fetched and unpacked into the cache."""
     from .tokens import META
 
     folder = Path(source)
     if not os.path.isdir(source):
         if not re.fullmatch(HUB_ID, str(source)):
-            raise PathError(f"{str(source)[:200]!r} is neither a folder nor the id of a dataset on the Hub, "
-                            "owner/name; make a token dataset with `smalti encode`")  # fmt: skip
+            raise PathError(
+                f"{str(source)[:200]!r} is neither a folder nor the id of a dataset on the Hub, "
+                "owner/name; make a token dataset with `smalti encode`"
+            )
         folder = fetch(str(source), revision, token, cache_dir, local_files_only)
     if not (folder / META).is_file() or Folder.at(folder).json(META).get("layout") != LAYOUT:
         return folder
     return unpacked(folder, cache_dir)
 
 
-def fetch(repo_id: str, revision: str | None, token: str | None, cache_dir: str | Path | None,
-          local_files_only: bool) -> Path:  # fmt: skip
+def fetch(
+    repo_id: str, revision: str | None, token: str | None, cache_dir: str | Path | None, local_files_only: bool
+) -> Path:
     """The files of a token dataset on the Hub, and no others, in the cache. Raises `PathError`."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
@@ -191,8 +212,17 @@ def fetch(repo_id: str, revision: str | None, token: str | None, cache_dir: str 
     local_files_only = local_files_only or not is_reachable()  # who only mistyped a folder's name is not kept waiting
     patterns = ["meta.json", MANIFEST, "README.md", "tokenizer/*", "data/*.parquet"]
     try:
-        return Path(snapshot_download(repo_id, repo_type="dataset", revision=revision, token=token, cache_dir=cache_dir,
-                                      local_files_only=local_files_only, allow_patterns=patterns))  # fmt: skip
+        return Path(
+            snapshot_download(
+                repo_id,
+                repo_type="dataset",
+                revision=revision,
+                token=token,
+                cache_dir=cache_dir,
+                local_files_only=local_files_only,
+                allow_patterns=patterns,
+            )
+        )
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise PathError(

@@ -26,13 +26,19 @@ from .arguments import UserError
 
 # Where torchvision has each backbone from, and the sha256 of the file (its name has the first eight digits).
 WEIGHTS = {
-    "vgg": ("https://download.pytorch.org/models/vgg16-397923af.pth",
-            "397923af8e79cdbb6a7127f12361acd7a2f83e06b05044ddf496e83de57a5bf0"),
-    "alex": ("https://download.pytorch.org/models/alexnet-owt-7be5be79.pth",
-             "7be5be791159472b1fbf3c69796f7cb30dca7ad8466c2df70058c37116cdee02"),
-    "squeeze": ("https://download.pytorch.org/models/squeezenet1_1-b8a52dc0.pth",
-                "b8a52dc049b60e4b6ab68ad0df457362afab8b6304b2febdc1650a5dab4d7e7b"),
-}  # fmt: skip
+    "vgg": (
+        "https://download.pytorch.org/models/vgg16-397923af.pth",
+        "397923af8e79cdbb6a7127f12361acd7a2f83e06b05044ddf496e83de57a5bf0",
+    ),
+    "alex": (
+        "https://download.pytorch.org/models/alexnet-owt-7be5be79.pth",
+        "7be5be791159472b1fbf3c69796f7cb30dca7ad8466c2df70058c37116cdee02",
+    ),
+    "squeeze": (
+        "https://download.pytorch.org/models/squeezenet1_1-b8a52dc0.pth",
+        "b8a52dc049b60e4b6ab68ad0df457362afab8b6304b2febdc1650a5dab4d7e7b",
+    ),
+}
 PATIENCE = 5.0  # seconds, for each address of the host and for each part of an answer
 LEAST_SIDE = 64  # pixels; smaller images are enlarged, so that the last layers still see more than one place
 

@@ -125,10 +125,14 @@ def publish(out: Path, splits: dict[str, list[Shard]], meta: Meta, tokenizer: To
 
     Files are linked, not copied, where the disk can. merge: a split below 64 MiB becomes one file. Returns its meta.
     """
-    small = {name: merge and sum(shard.rows for shard in shards) * bytes_per_row(meta.grid) <= ONE_FILE
-             for name, shards in splits.items()}  # fmt: skip
-    sizes = {name: [sum(shard.rows for shard in shards)] if small[name] else [shard.rows for shard in shards]
-             for name, shards in splits.items()}  # fmt: skip
+    small = {
+        name: merge and sum(shard.rows for shard in shards) * bytes_per_row(meta.grid) <= ONE_FILE
+        for name, shards in splits.items()
+    }
+    sizes = {
+        name: [sum(shard.rows for shard in shards)] if small[name] else [shard.rows for shard in shards]
+        for name, shards in splits.items()
+    }
     check_count(sum(map(len, sizes.values())))
     found = Meta(meta.grid, meta.class_names, sizes, meta.source, meta.augmentations, meta.tokenizer, meta.parts)
     with atomic_folder(out, kind=TOKENS) as target:

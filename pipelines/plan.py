@@ -64,8 +64,9 @@ class PlanConfig(Config):
         le=1,
         description="share of the peak that is reached, a guess until measured; expect 0.2, with compile 0.3",
     )
-    precision: Literal["bf16", "float32"] = Field("bf16", description="accelerate's mixed precision, or none, which "
-                                                  "needs peak_tflops")  # fmt: skip
+    precision: Literal["bf16", "float32"] = Field(
+        "bf16", description="accelerate's mixed precision, or none, which needs peak_tflops"
+    )
     tokenizer: str | None = Field(
         None,
         description="for a prior whose token dataset is not there yet: a preset of train_tokenizer, or a tokenizer's "
@@ -125,10 +126,20 @@ def forecast_prior(config: PlanPriorConfig) -> Forecast:
     title = f"{model.name} over {shape} tokens of {facts.grid.vocab_size:,} ids, {facts.classes:,} classes"
     per_row = bytes_per_row(facts.grid) + (8 if facts.classes else 0)
     return Forecast(
-        title, config, sizes, turns, again, flops, more, evaluation, len(facts.grid), facts.rows, shards=True,
+        title,
+        config,
+        sizes,
+        turns,
+        again,
+        flops,
+        more,
+        evaluation,
+        len(facts.grid),
+        facts.rows,
+        shards=True,
         dataset=None if facts.rows is None else per_row * facts.rows,
         snapshot=4 * sizes.parameters + facts.tokenizer_bytes,
-    )  # fmt: skip
+    )
 
 
 def make_prior(config: PlanPriorConfig, facts: Facts) -> Prior:
@@ -188,10 +199,21 @@ def forecast_tokenizer(config: PlanTokenizerConfig) -> Forecast:
     lacking = config.loss.perceptual and recipe.perceptual is None
     notes = ['the perceptual network is not counted; pip install "smalti[perceptual]"'] if lacking else []
     return Forecast(
-        title, config, sizes, turns, again, flops, more, evaluation, len(tokenizer.grid), config.rows, shards=False,
+        title,
+        config,
+        sizes,
+        turns,
+        again,
+        flops,
+        more,
+        evaluation,
+        len(tokenizer.grid),
+        config.rows,
+        shards=False,
         dataset=None,
-        snapshot=sum(value.numel() * value.itemsize for value in tokenizer.state_dict().values()), notes=notes,
-    )  # fmt: skip
+        snapshot=sum(value.numel() * value.itemsize for value in tokenizer.state_dict().values()),
+        notes=notes,
+    )
 
 
 def all_turns(recipe: Recipe, count: int, bf16: bool) -> list[Turn]:

@@ -140,8 +140,9 @@ def drawn(size: int, count: int, seed: int) -> Tensor:
 # probes -------------------------------------------------------------------------------------------
 
 
-def compare_to(pipeline: ImagePipeline, train: Labelled, test: Labelled, layers: list[str], config: ProbeConfig
-               ) -> list[Probe]:  # fmt: skip
+def compare_to(
+    pipeline: ImagePipeline, train: Labelled, test: Labelled, layers: list[str], config: ProbeConfig
+) -> list[Probe]:
     """What needs no prior: pixels, codes and their embeddings, and as many principal components of the pixels as the
     middle one of `layers` has features."""
     rows = probes(pipeline, train, test, list(TITLES), None, config)
@@ -154,8 +155,9 @@ def compare_to(pipeline: ImagePipeline, train: Labelled, test: Labelled, layers:
     return rows
 
 
-def probe_prior(pipeline: ImagePipeline, train: Labelled, test: Labelled, layers: list[str], config: ProbeConfig
-                ) -> list[Probe]:  # fmt: skip
+def probe_prior(
+    pipeline: ImagePipeline, train: Labelled, test: Labelled, layers: list[str], config: ProbeConfig
+) -> list[Probe]:
     """Each of the prior's `layers`, beside the same one of a prior with random weights."""
     untrained = with_random_prior(pipeline, config.seed)
     rows, controls = (probes(pipe, train, test, layers, config.pool, config) for pipe in (pipeline, untrained))
@@ -170,15 +172,19 @@ def with_random_prior(pipeline: ImagePipeline, seed: int) -> ImagePipeline:
     return ImagePipeline(pipeline.tokenizer, prior.to(pipeline.device))
 
 
-def probes(pipeline: ImagePipeline, train: Labelled, test: Labelled, layers: list[str], pool: str | None,
-           config: ProbeConfig) -> list[Probe]:  # fmt: skip
+def probes(
+    pipeline: ImagePipeline, train: Labelled, test: Labelled, layers: list[str], pool: str | None, config: ProbeConfig
+) -> list[Probe]:
     """A probe of each of `layers` that is not too wide. The prior is never told a class."""
     widths = [one.shape[1] for one in embed_layers(pipeline, train.images[:1], layers, pool=pool)]
     layers = [layer for layer, width in zip(layers, widths, strict=True) if width <= WIDEST]
-    fit, held_out = (embed_layers(pipeline, part.images, layers, pool=pool, batch_size=config.batch_size)
-                     for part in (train, test))  # fmt: skip
-    return [probe(TITLES.get(layer, layer), a, b, train.labels, test.labels, config.seed)
-            for layer, a, b in zip(layers, fit, held_out, strict=True)]  # fmt: skip
+    fit, held_out = (
+        embed_layers(pipeline, part.images, layers, pool=pool, batch_size=config.batch_size) for part in (train, test)
+    )
+    return [
+        probe(TITLES.get(layer, layer), a, b, train.labels, test.labels, config.seed)
+        for layer, a, b in zip(layers, fit, held_out, strict=True)
+    ]
 
 
 def probe(name: str, features: Tensor, unseen: Tensor, labels: Tensor, truth: Tensor, seed: int) -> Probe:
@@ -197,8 +203,9 @@ def probe(name: str, features: Tensor, unseen: Tensor, labels: Tensor, truth: Te
     return Probe(name, x.shape[1], best, accuracies(x, y, new, true, (best,))[0])
 
 
-def accuracies(x: np.ndarray, y: np.ndarray, unseen: np.ndarray, truth: np.ndarray, strengths: tuple[float, ...]
-               ) -> list[float]:  # fmt: skip
+def accuracies(
+    x: np.ndarray, y: np.ndarray, unseen: np.ndarray, truth: np.ndarray, strengths: tuple[float, ...]
+) -> list[float]:
     """The share of `unseen` that a probe is right about, for each of the ascending `strengths`; a fit starts where the
     one before it ended."""
     from sklearn.exceptions import ConvergenceWarning
@@ -235,8 +242,10 @@ def table(rows: list[Probe], train: Labelled, test: Labelled, classes: int) -> s
         lines.append(f"{row.features:<{wide}}  {row.width:>6}  {row.accuracy:>8.1%}  {control:>14}{mark}".rstrip())
     error = math.sqrt(best * (1 - best) / len(test.labels))
     most = float(test.labels.bincount().max()) / len(test.labels)
-    lines.append(f"\n* best. Linear probes fitted to {len(train.labels):,} images, measured on {len(test.labels):,}: "
-                 f"standard error {error:.1%}; the commonest of {classes} classes is {most:.1%}")  # fmt: skip
+    lines.append(
+        f"\n* best. Linear probes fitted to {len(train.labels):,} images, measured on {len(test.labels):,}: "
+        f"standard error {error:.1%}; the commonest of {classes} classes is {most:.1%}"
+    )
     return "\n".join(lines)
 
 

@@ -21,8 +21,9 @@ class PushConfig(Config):
     """What is uploaded, and to where."""
 
     folder: str = Field(description="a pipeline (of a run: its `pipeline/`) or a token dataset")
-    to: str | None = Field(None, description="Hub id, owner/name; the repository is made if there is none",
-                           pattern=f"^{HUB_ID}$")  # fmt: skip
+    to: str | None = Field(
+        None, description="Hub id, owner/name; the repository is made if there is none", pattern=f"^{HUB_ID}$"
+    )
     private: bool = Field(True, description="whether a repository that is made is private")
     out: str | None = Field(None, description="instead of uploading it, write here what would be (token datasets)")
 

@@ -30,8 +30,15 @@ POOLS = {
 Layer = str | int | None
 
 
-def embed(pipeline: ImagePipeline, images: Any, *, layer: Layer = None, pool: str | None = None, labels: Any = None,
-          batch_size: int = 64) -> Tensor:  # fmt: skip
+def embed(
+    pipeline: ImagePipeline,
+    images: Any,
+    *,
+    layer: Layer = None,
+    pool: str | None = None,
+    labels: Any = None,
+    batch_size: int = 64,
+) -> Tensor:
     """Vectors `(B, dim)` float32 of images (PIL, uint8 or float in [-1, 1]), on the pipeline's device.
 
     layer: `3` or `"prior.3"` is the prior's layer 3 (`Prior.features`), each position normalised to mean 0 and variance
@@ -46,8 +53,15 @@ def embed(pipeline: ImagePipeline, images: Any, *, layer: Layer = None, pool: st
 
 
 @torch.no_grad()
-def embed_layers(pipeline: ImagePipeline, images: Any, layers: Sequence[Layer], *, pool: str | None = None,
-                 labels: Any = None, batch_size: int = 64) -> list[Tensor]:  # fmt: skip
+def embed_layers(
+    pipeline: ImagePipeline,
+    images: Any,
+    layers: Sequence[Layer],
+    *,
+    pool: str | None = None,
+    labels: Any = None,
+    batch_size: int = 64,
+) -> list[Tensor]:
     """`embed` of each of `layers`, from one pass."""
     chosen = [choose_layer(pipeline, layer) for layer in layers]
     pools = [choose_pool(source, pool) for source, _ in chosen]
@@ -98,8 +112,9 @@ def choose_pool(source: str, pool: str | None) -> str:
     return pool or POOLS[source][0]
 
 
-def position_vectors(pipeline: ImagePipeline, images: Tensor, labels: Tensor | None,
-                     chosen: Sequence[tuple[str, int]]) -> list[Tensor]:  # fmt: skip
+def position_vectors(
+    pipeline: ImagePipeline, images: Tensor, labels: Tensor | None, chosen: Sequence[tuple[str, int]]
+) -> list[Tensor]:
     """For each of `chosen`, `(B, positions, dim)` float32; codes come as their shares, `(B, 1, vocab_size)`."""
     tokens = pipeline.encode_batch(images)
     wanted = [index for source, index in chosen if source == "prior"]

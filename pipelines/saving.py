@@ -85,9 +85,16 @@ def save(training: Training, average: nn.Module | None, done: bool = False) -> N
             if main and average is not None:
                 refused = save_snapshot(training, average, facts)
         if main or sharded:
-            save_state(training.run, training.step, model=training.task.model, ema=training.averaged,
-                       optimizers=optimizers, counters=training.counters(), config=training.identity,
-                       best=training.best_weights)  # fmt: skip
+            save_state(
+                training.run,
+                training.step,
+                model=training.task.model,
+                ema=training.averaged,
+                optimizers=optimizers,
+                counters=training.counters(),
+                config=training.identity,
+                best=training.best_weights,
+            )
         if refused:
             training.unsaved = f"step {training.step}: {refused}"
     except (OSError, SafetensorError) as error:  # safetensors has its own for a full disk

@@ -43,20 +43,23 @@ class TrainConfig(Config):
     evaluate_every: int = Field(1000, ge=1, description="steps between evaluations on validation images")
     save_every: int = Field(1000, ge=1, description="steps between saves: resume state and snapshot")
     keep_best: bool = Field(
-        True, description="leave the averaged weights that were best on validation images, by bits per token or PSNR; "
-        "false, and where there is no such image or figure: the newest"
-    )  # fmt: skip
+        True,
+        description="leave the averaged weights that were best on validation images, by bits per token or PSNR; "
+        "false, and where there is no such image or figure: the newest",
+    )
     checkpointing: bool = Field(
-        False, description="keep only the inputs of each block, and compute it again in the backward pass: less memory "
-        "for a quarter to a third more time, and the same losses"
-    )  # fmt: skip
+        False,
+        description="keep only the inputs of each block, and compute it again in the backward pass: less memory "
+        "for a quarter to a third more time, and the same losses",
+    )
     compile: bool = Field(
         False, description="compile each block with torch.compile: faster steps after a slow first one"
     )
     timeout: float = Field(
-        1800.0, ge=1, description="seconds that processes wait for one that is silent, or that evaluates, before the "
-        "run ends"
-    )  # fmt: skip
+        1800.0,
+        ge=1,
+        description="seconds that processes wait for one that is silent, or that evaluates, before the run ends",
+    )
 
 
 def adamw(parameters: list[nn.Parameter], config: TrainConfig, betas: tuple[float, float]) -> torch.optim.AdamW:

@@ -79,8 +79,10 @@ def run(config: SearchConfig) -> Tensor:
     chosen = drawn(len(splits.train), config.num_index or len(splits.train), config.seed)
     if config.k > len(chosen):
         raise UserError(f"k: {config.k} neighbours of {len(chosen)} images that are searched")
-    vectors, unknown = (embed(pipeline, images, layer=config.layer, pool=config.pool, batch_size=config.batch_size)
-                        for images in (splits.train.pixels(chosen), queries.images))  # fmt: skip
+    vectors, unknown = (
+        embed(pipeline, images, layer=config.layer, pool=config.pool, batch_size=config.batch_size)
+        for images in (splits.train.pixels(chosen), queries.images)
+    )
     found, distances = (each.cpu() for each in nearest(vectors, unknown, config.k))
     found = chosen[found]
     print(report(queries, splits.train, found, distances, config.rows))
@@ -141,8 +143,10 @@ def report(queries: Queries, train: ImageDataset, found: Tensor, distances: Tens
         return "\n".join(lines)
     same = (train.labels[found] == queries.labels[:, None]).double()
     share = (train.labels[:, None] == queries.labels).double().mean()
-    lines.append(f"\nprecision@1 {same[:, 0].mean():.1%}, precision@{found.shape[1]} {same.mean():.1%} over "
-                 f"{len(found):,} queries; of images drawn at random {share:.1%} are of a query's class")  # fmt: skip
+    lines.append(
+        f"\nprecision@1 {same[:, 0].mean():.1%}, precision@{found.shape[1]} {same.mean():.1%} over "
+        f"{len(found):,} queries; of images drawn at random {share:.1%} are of a query's class"
+    )
     return "\n".join(lines)
 
 

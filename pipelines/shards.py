@@ -116,8 +116,10 @@ class MappedRows:
         else:
             found = self._gather(self._positions(rows))
         if found.size and int(found.max()) >= self._vocab_size:
-            raise IntegrityError(f"{self._folder}: an id of {int(found.max())}, ids should lie in [0, "
-                                 f"{self._vocab_size}); a file was changed after writing")  # fmt: skip
+            raise IntegrityError(
+                f"{self._folder}: an id of {int(found.max())}, ids should lie in [0, "
+                f"{self._vocab_size}); a file was changed after writing"
+            )
         return torch.from_numpy(found)
 
     def _positions(self, rows: Any) -> NDArray[np.int64]:

@@ -185,10 +185,19 @@ class Stages:
             write_manifest(target)
 
     @classmethod
-    def from_pretrained(cls: type[S], source: str | Path, *, revision: str | None = None, token: str | None = None,
-                        cache_dir: str | Path | None = None, local_files_only: bool = False,
-                        dtype: torch.dtype | None = None, device: str | torch.device | None = None,
-                        expected_sha256: str | None = None, max_bytes: int = MAX_WEIGHT_BYTES) -> S:  # fmt: skip
+    def from_pretrained(
+        cls: type[S],
+        source: str | Path,
+        *,
+        revision: str | None = None,
+        token: str | None = None,
+        cache_dir: str | Path | None = None,
+        local_files_only: bool = False,
+        dtype: torch.dtype | None = None,
+        device: str | torch.device | None = None,
+        expected_sha256: str | None = None,
+        max_bytes: int = MAX_WEIGHT_BYTES,
+    ) -> S:
         """Load from a folder or a Hub id. Raises a `PipelineLoadError` naming file, field, what was found and what is
         allowed; every file is read once, and is the one of the manifest.
 

@@ -41,8 +41,9 @@ class StreamedImages(ImageDataset):
         self._config, self._seen, self._lock = config, 0, threading.RLock()
         self._problems: dict[int, Problem] = {}
         self._stand_ins: dict[int, int] = {}
-        self._order = None if rows.blocks is None else ShardOrder(
-            blocks_among(positions, rows.blocks), config.shuffle_window)  # fmt: skip
+        self._order = (
+            None if rows.blocks is None else ShardOrder(blocks_among(positions, rows.blocks), config.shuffle_window)
+        )
         window = min(config.shuffle_window, len(positions))
         needed = int(window * rows.row_bytes / 2**20)
         if needed > config.cache_mb and is_first_process():
@@ -96,8 +97,11 @@ class StreamedImages(ImageDataset):
 
     def _next_good(self, index: int) -> tuple[int, str, NDArray[np.uint8]]:
         """Index, name and pixels of the next good image of the same class. Raises `UserError` if there is none."""
-        alike = np.arange(len(self)) if self.labels is None else np.flatnonzero(
-            self.labels.numpy() == int(self.labels[index]))  # fmt: skip
+        alike = (
+            np.arange(len(self))
+            if self.labels is None
+            else np.flatnonzero(self.labels.numpy() == int(self.labels[index]))
+        )
         alike = np.roll(alike, -int(np.searchsorted(alike, index)))[1:]  # those after it, then those before
         for start in range(0, len(alike), TRIED):
             some = alike[start : start + TRIED]

@@ -239,7 +239,7 @@ DEFAULT_LIMITS = Limits()
 
 def expect(
     header: Header, *, model_id: bytes, vocab_size: int, grid: Sequence[int], image: Sequence[int], answer: bytes
-) -> None:  # fmt: skip
+) -> None:
     """Raise `ModelMismatch` naming everything in which the stream's model is not this one."""
     found = [
         (name, theirs, ours)
@@ -319,9 +319,7 @@ def verify(header: Header, index: int, chunk: Chunk, tokens: Ids, pixels: Pixels
     )
 
 
-def _check_sizes(
-    where: str, header: Header, index: int, count: int, profile: int, sizes: Sequence[int]
-) -> int:  # fmt: skip
+def _check_sizes(where: str, header: Header, index: int, count: int, profile: int, sizes: Sequence[int]) -> int:
     """Hold a chunk's fields against the header; return how many exceptions it may have."""
     if count != header.images_in(index):
         raise DamagedStream(f"{where}: holds {count} images, should hold {header.images_in(index)}")
@@ -495,9 +493,7 @@ def _decode_names(encoded: Sequence[bytes]) -> list[str]:
 # writing ------------------------------------------------------------------------------------------
 
 
-def write_stream(
-    file: BinaryIO, header: Header, chunks: Iterable[Chunk], names: Sequence[str] | None = None
-) -> int:  # fmt: skip
+def write_stream(file: BinaryIO, header: Header, chunks: Iterable[Chunk], names: Sequence[str] | None = None) -> int:
     """Write a stream, one chunk in memory at a time, and return its bytes.
 
     Raises a `StreamError` where the chunks or the names do not fit the header or each other; bad names are refused

@@ -36,8 +36,10 @@ def make_index(shard: Shard, config: DataConfig) -> Index:
     except TarError as error:
         raise UserError(f"{shard.name}: not a whole tar file: {error}") from error
     if not samples:
-        raise UserError(f"{shard.name}: no images in it" + ("" if config.image_column == IMAGE else
-                        f" with the suffix .{config.image_column} (data.image_column)"))  # fmt: skip
+        raise UserError(
+            f"{shard.name}: no images in it"
+            + ("" if config.image_column == IMAGE else f" with the suffix .{config.image_column} (data.image_column)")
+        )
     offsets, sizes = (np.array([getattr(m, name) for m, _ in samples], np.int64) for name in ("offset", "size"))
     starts = block_starts(offsets, sizes)
     ends = (offsets + sizes)[starts[1:] - 1]

@@ -128,8 +128,15 @@ class TokenDataset:
 
     def meta(self, shards: dict[str, list[int]]) -> Meta:
         """What `meta.json` is to say of files of these rows."""
-        return Meta(self.grid, self.class_names, shards, self.source, self.augmentations, self.tokenizer.fingerprint(),
-                    self.parts)  # fmt: skip
+        return Meta(
+            self.grid,
+            self.class_names,
+            shards,
+            self.source,
+            self.augmentations,
+            self.tokenizer.fingerprint(),
+            self.parts,
+        )
 
     def save(self, folder: str | Path, rows_per_shard: int | None = None) -> None:
         """Write everything; the folder appears whole or not at all. rows_per_shard: of a file; None: one file for a
@@ -146,8 +153,15 @@ class TokenDataset:
             sizes = {name: [stop - start for start, stop in parts] for name, parts in cuts.items()}
             seal(target, self.meta(sizes), self.tokenizer, entries)
 
-    def push_to_hub(self, repo_id: str, *, token: str | None = None, private: bool | None = None,
-                    revision: str | None = None, commit_message: str = "Upload token dataset") -> Any:  # fmt: skip
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        token: str | None = None,
+        private: bool | None = None,
+        revision: str | None = None,
+        commit_message: str = "Upload token dataset",
+    ) -> Any:
         """Create the Hub dataset if needed and upload this as parquet, which `datasets` reads too, with the tokenizer.
 
         In one commit, in which files of an earlier token dataset go; those of others stay. revision: the branch to
@@ -190,8 +204,15 @@ def read_meta(folder: Path) -> Meta:
     try:
         grid = TokenGrid(tuple(meta["grid"]["shape"]), meta["grid"]["vocab_size"])
         sizes = {str(name): _counts(counts) for name, counts in meta["splits"].items()}
-        found = Meta(grid, list(meta["classes"]), sizes, dict(meta["source"]), int(meta["augmentations"]),
-                     str(meta.get("tokenizer")), [dict(part) for part in meta.get("parts", [])])  # fmt: skip
+        found = Meta(
+            grid,
+            list(meta["classes"]),
+            sizes,
+            dict(meta["source"]),
+            int(meta["augmentations"]),
+            str(meta.get("tokenizer")),
+            [dict(part) for part in meta.get("parts", [])],
+        )
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise FormatError(f"{folder / META}: a field is missing or of the wrong kind ({error!r})") from error
     if not all(isinstance(name, str) and name.isprintable() for name in found.class_names):
@@ -208,9 +229,16 @@ def _counts(value: Any) -> list[int]:
     return counts
 
 
-def load_tokens(source: str | Path, *, verify: bool | None = None, mapped: bool | None = None,
-                revision: str | None = None, token: str | None = None, cache_dir: str | Path | None = None,
-                local_files_only: bool = False) -> TokenDataset:  # fmt: skip
+def load_tokens(
+    source: str | Path,
+    *,
+    verify: bool | None = None,
+    mapped: bool | None = None,
+    revision: str | None = None,
+    token: str | None = None,
+    cache_dir: str | Path | None = None,
+    local_files_only: bool = False,
+) -> TokenDataset:
     """Read and check a token dataset: a folder, or the id of one on the Hub, fetched once and kept in the cache.
 
     verify: hash every file; None hashes all up to 2 GiB of tokens, and only what is small of a larger dataset, whose

@@ -41,8 +41,11 @@ class SamplerConfig(Config):
     top_k: int | None = Field(None, ge=1, description="draw from the k likeliest ids only")
     top_p: float | None = Field(None, gt=0, le=1, description="draw from the likeliest ids of this mass only")
     guidance_scale: float = Field(1.0, ge=0, description="above 1 exaggerates the class")
-    steps: int | None = Field(None, ge=1, description="decode a masked-token prior in so many passes; null: a token a "
-                              "pass, which alone is exact")  # fmt: skip
+    steps: int | None = Field(
+        None,
+        ge=1,
+        description="decode a masked-token prior in so many passes; null: a token a pass, which alone is exact",
+    )
 
 
 class TrainPriorConfig(Config):
@@ -51,14 +54,28 @@ class TrainPriorConfig(Config):
     out: str = Field(description="run folder: metrics, previews, resume states, and the pipeline itself")
     tokens: str = Field(description="token dataset, as `smalti encode` wrote it, or the id of one on the Hub")
     revision: str | None = Field(None, description="branch, tag or commit of a token dataset on the Hub")
-    blocks: int | None = Field(None, ge=16, le=4096, description="read blocks of so many rows and mix the rows of so "
-                               "many blocks, for tokens on a slow disk that memory can not hold; null: all rows in a "
-                               "random order")  # fmt: skip
+    blocks: int | None = Field(
+        None,
+        ge=16,
+        le=4096,
+        description="read blocks of so many rows and mix the rows of so "
+        "many blocks, for tokens on a slow disk that memory can not hold; null: all rows in a "
+        "random order",
+    )
     model: Annotated[dict[str, Any], ModelNode("prior.base:Prior")] = Field({"kind": "gpt"}, description="the prior")
-    label_dropout: float = Field(0.1, ge=0, le=1, description="share of images trained without their label, which "
-                                 "unconditional sampling and guidance need")  # fmt: skip
-    perturb: float = Field(0.0, ge=0, le=1, description="share of tokens replaced by uniform random ids in training, "
-                           "for a background prior, which is to know textures but not shapes (0.1 to 0.3)")  # fmt: skip
+    label_dropout: float = Field(
+        0.1,
+        ge=0,
+        le=1,
+        description="share of images trained without their label, which unconditional sampling and guidance need",
+    )
+    perturb: float = Field(
+        0.0,
+        ge=0,
+        le=1,
+        description="share of tokens replaced by uniform random ids in training, "
+        "for a background prior, which is to know textures but not shapes (0.1 to 0.3)",
+    )
     sampler: SamplerConfig = Field(SamplerConfig(), description="default sampling settings of the pipeline")
     train: TrainConfig = Field(TrainConfig(), description="how long and how fast")
     track: TrackConfig = Field(TrackConfig(), description="where the numbers go")
@@ -235,8 +252,14 @@ def run(config: TrainPriorConfig) -> Path:
 
 def main(argv: list[str] | None = None) -> Any:
     """The command line."""
-    return run_command(TrainPriorConfig, run, argv, verb="train_prior", description=__doc__,
-                       kept=lambda config: what_is_saved(Path(config.out)))  # fmt: skip
+    return run_command(
+        TrainPriorConfig,
+        run,
+        argv,
+        verb="train_prior",
+        description=__doc__,
+        kept=lambda config: what_is_saved(Path(config.out)),
+    )
 
 
 if __name__ == "__main__":

@@ -47,8 +47,12 @@ class LossConfig(Config):
 
     l1: float = Field(0.0, ge=0, description="weight of the mean absolute error of pixels in [-1, 1]")
     l2: float = Field(1.0, ge=0, description="weight of the mean squared error of pixels in [-1, 1]")
-    nll: float = Field(1.0, ge=0, description="weight of the likelihood's nats per pixel channel, where the model has "
-                       "one; 1, with l1 and l2 0, makes for the fewest bits per dim")  # fmt: skip
+    nll: float = Field(
+        1.0,
+        ge=0,
+        description="weight of the likelihood's nats per pixel channel, where the model has "
+        "one; 1, with l1 and l2 0, makes for the fewest bits per dim",
+    )
     quantizer: float = Field(1.0, ge=0, description="factor on the quantizer's own terms (which it weighs by its beta)")
     perceptual: float = Field(0.0, ge=0, description="weight of LPIPS, the distance of images in a pretrained network")
     perceptual_net: Literal["vgg", "alex", "squeeze"] = Field("vgg", description="that network")
@@ -282,8 +286,15 @@ def run(config: TrainTokenizerConfig) -> Path:
 
 def main(argv: list[str] | None = None) -> Any:
     """The command line."""
-    return run_command(TrainTokenizerConfig, run, argv, verb="train_tokenizer", description=__doc__,
-                       defaults=defaults, kept=lambda config: what_is_saved(Path(config.out)))  # fmt: skip
+    return run_command(
+        TrainTokenizerConfig,
+        run,
+        argv,
+        verb="train_tokenizer",
+        description=__doc__,
+        defaults=defaults,
+        kept=lambda config: what_is_saved(Path(config.out)),
+    )
 
 
 if __name__ == "__main__":

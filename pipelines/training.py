@@ -140,8 +140,14 @@ def train(build: Callable[[Accelerator], Task], config: Any) -> Path:
     return run
 
 
-def set_up(task: Task, config: Any, run: Path, accelerator: Accelerator, heartbeat: Heartbeat | None = None,
-           sharded: bool = False) -> Training:  # fmt: skip
+def set_up(
+    task: Task,
+    config: Any,
+    run: Path,
+    accelerator: Accelerator,
+    heartbeat: Heartbeat | None = None,
+    sharded: bool = False,
+) -> Training:
     """Place the task on the device, average its weights, give players optimizers, and load the newest state."""
     if not sharded:
         task.model.to(accelerator.device)
@@ -164,9 +170,24 @@ def set_up(task: Task, config: Any, run: Path, accelerator: Accelerator, heartbe
     logged = step - ("log" in counters.get("pending", []))  # that line is still to be written, whoever began to
     tracker = Tracker(run, config.track, config.model_dump(mode="json"), accelerator=accelerator, resume_step=logged)
     heartbeat = heartbeat or Heartbeat(run, 0, 1, config.train.timeout)
-    return Training(task, config.train, run, accelerator, averaged, optimizers, tracker, heartbeat, Stop(run), sharded,
-                    gathered, step, best_weights=best, saved_step=step or -1, identity=identity_of(config),
-                    **counters)  # fmt: skip
+    return Training(
+        task,
+        config.train,
+        run,
+        accelerator,
+        averaged,
+        optimizers,
+        tracker,
+        heartbeat,
+        Stop(run),
+        sharded,
+        gathered,
+        step,
+        best_weights=best,
+        saved_step=step or -1,
+        identity=identity_of(config),
+        **counters,
+    )
 
 
 def announce(training: Training, changes: list[str]) -> None:
@@ -304,8 +325,12 @@ def due_now(training: Training, done: bool) -> set[str]:
     if step == training.saved_step:
         left, training.pending = set(training.pending), []
         return left
-    every = {"log": config.log_every, "evaluate": config.evaluate_every, "preview": config.preview_every,
-             "save": config.save_every}  # fmt: skip
+    every = {
+        "log": config.log_every,
+        "evaluate": config.evaluate_every,
+        "preview": config.preview_every,
+        "save": config.save_every,
+    }
     due = {name for name, steps in every.items() if done or (step and step % steps == 0)}
     return due | {"preview"} if step == 0 else due
 
@@ -344,16 +369,25 @@ def progress_bar(training: Training, hidden: bool) -> Any:
     from tqdm import tqdm
 
     shown = training.accelerator.is_main_process and training.task.players and not hidden
-    return tqdm(total=training.config.steps, initial=training.step, unit="step", dynamic_ncols=True,
-                disable=None if shown else True)  # fmt: skip
+    return tqdm(
+        total=training.config.steps,
+        initial=training.step,
+        unit="step",
+        dynamic_ncols=True,
+        disable=None if shown else True,
+    )
 
 
 def show(bar: Any, training: Training, record: dict[str, float]) -> None:
     """The report in the bar, or as a line where output goes to a file."""
     loss = next((value for name, value in record.items() if name.endswith("loss")), math.nan)
     if training.accelerator.is_main_process and bar.disable:
-        print(f"step {training.step}: loss {loss:.4f}, {record['images_per_second']:.0f} images/s, "
-              f"{training.minutes:.1f} min", file=sys.stderr, flush=True)  # fmt: skip
+        print(
+            f"step {training.step}: loss {loss:.4f}, {record['images_per_second']:.0f} images/s, "
+            f"{training.minutes:.1f} min",
+            file=sys.stderr,
+            flush=True,
+        )
     minutes = training.config.minutes
     left = f", {max(0.0, minutes - training.minutes):.1f} of {minutes:g} min left" if minutes else ""
     bar.set_postfix_str(f"loss {loss:.4f}{left}")

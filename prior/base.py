@@ -38,8 +38,11 @@ class PriorConfig(ModelConfig):
     grid: TokenGrid = setting(help="shape and vocabulary of the tokens", fact=True)
     num_classes: int = setting(0, "number of classes; 0 is unconditional", ge=0, le=1 << 20, fact=True)
     tokenizer: str = setting("", "fingerprint of the tokenizer whose tokens it was trained on", fact=True)
-    order: str = setting("raster", "how the grid is walked: raster, column, snake, spiral_in, spiral_out, z_curve, "
-                                   "hilbert, subsample or random:SEED")  # fmt: skip
+    order: str = setting(
+        "raster",
+        "how the grid is walked: raster, column, snake, spiral_in, spiral_out, z_curve, "
+        "hilbert, subsample or random:SEED",
+    )
 
     def check(self) -> Iterator[str]:
         """The order has to exist for this grid."""
@@ -140,8 +143,9 @@ class Prior(PretrainedModel, family="prior"):
         logits = logits if logits.dtype == torch.float64 else logits.float()
         return logits.log_softmax(-1).gather(-1, ids).reshape(tokens.shape)
 
-    def log_prob(self, tokens: Tensor, labels: Tensor | None = None, order: Order = None,
-                 num_orders: int = 1, num_masks: int = 1) -> Tensor:  # fmt: skip
+    def log_prob(
+        self, tokens: Tensor, labels: Tensor | None = None, order: Order = None, num_orders: int = 1, num_masks: int = 1
+    ) -> Tensor:
         """log p(tokens | labels), `(B,)` nats.
 
         num_orders, num_masks: K and M > 1 are the density of a mixture, log (1/KM) sum_km p(tokens | order_k, mask_m):
@@ -159,15 +163,21 @@ class Prior(PretrainedModel, family="prior"):
     def orders(self, num_orders: int, order: Order = None) -> list[Order]:
         """The orders of a mixture: the given one (None is the model's own), then random:1, random:2, ..."""
         if num_orders < 1 or (num_orders > 1 and not self.any_order):
-            raise ValueError(f"num_orders: {self.name} as it was made has one order" if num_orders > 1
-                             else f"num_orders must be at least 1 (got {num_orders})")  # fmt: skip
+            raise ValueError(
+                f"num_orders: {self.name} as it was made has one order"
+                if num_orders > 1
+                else f"num_orders must be at least 1 (got {num_orders})"
+            )
         return [order, *(f"random:{index}" for index in range(1, num_orders))]
 
     def connectivities(self, num_masks: int) -> range:
         """The numbers of a mixture's connectivities; 0 is the model's own."""
         if num_masks < 1 or (num_masks > 1 and not self.any_connectivity):
-            raise ValueError(f"num_masks: {self.name} as it was made has one connectivity" if num_masks > 1
-                             else f"num_masks must be at least 1 (got {num_masks})")  # fmt: skip
+            raise ValueError(
+                f"num_masks: {self.name} as it was made has one connectivity"
+                if num_masks > 1
+                else f"num_masks must be at least 1 (got {num_masks})"
+            )
         return range(num_masks)
 
     @contextmanager
@@ -219,8 +229,9 @@ class Prior(PretrainedModel, family="prior"):
         return self.layer_features(tokens, labels, [self.feature_layers // 2 if layer is None else layer])[0]
 
     @full_float32()
-    def layer_features(self, tokens: Tensor, labels: Tensor | None, layers: Sequence[int], **inputs: Any
-                       ) -> list[Tensor]:  # fmt: skip
+    def layer_features(
+        self, tokens: Tensor, labels: Tensor | None, layers: Sequence[int], **inputs: Any
+    ) -> list[Tensor]:
         """`features` of each of `layers`, from one pass. inputs: what else `forward` is given."""
         self.grid.check(tokens)
         for layer in layers:
@@ -288,8 +299,10 @@ class Prior(PretrainedModel, family="prior"):
         most = self.parallel_rows() if parallel else self.rows_at_once() or num_images
         with torch.inference_mode(), self._evaluating(), (guess or self)._evaluating():
             rows = rows.along(choose_walk(self, order, num_orders, rows), self.order)
-            parts = [self._draw(part, sampler, cache, parallel, guess, progress)
-                     for part in rows.cut(max(FEW_ROWS, most // sampler.copies))]  # fmt: skip
+            parts = [
+                self._draw(part, sampler, cache, parallel, guess, progress)
+                for part in rows.cut(max(FEW_ROWS, most // sampler.copies))
+            ]
             drawn = torch.empty_like(rows.given).scatter_(1, rows.path.expand(rows.given.shape), torch.cat(parts))
         return drawn.reshape(num_images, *self.grid.shape).clone()  # no inference tensor: it may be trained on
 
@@ -301,8 +314,9 @@ class Prior(PretrainedModel, family="prior"):
         """How many rows to sample together in parallel passes: their logits are held whole."""
         return max(1, PARALLEL_NUMBERS // (len(self.grid) * self.grid.vocab_size))
 
-    def _draw(self, rows: Rows, sampler: Sampler, cache: bool, parallel: bool, guess: Prior | None,
-              progress: bool) -> Tensor:  # fmt: skip
+    def _draw(
+        self, rows: Rows, sampler: Sampler, cache: bool, parallel: bool, guess: Prior | None, progress: bool
+    ) -> Tensor:
         """Tokens `(B, N)` in the order of the walk.
 
         Other batches, cached steps and whole passes round otherwise, and so might decide otherwise where it is that

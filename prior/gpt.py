@@ -28,8 +28,9 @@ class GPTConfig(TransformerConfig):
     """Sizes of the transformer, and the orders it is trained in."""
 
     any_order: bool = setting(False, "train in random orders too, to score, sample and complete in every order")
-    anneal: tuple[float, ...] = setting((0.5, 0.75), "with any_order: from all random to random_share, between these "
-                                        "shares of training", ge=0, le=1)  # fmt: skip
+    anneal: tuple[float, ...] = setting(
+        (0.5, 0.75), "with any_order: from all random to random_share, between these shares of training", ge=0, le=1
+    )
     random_share: float = setting(0.5, "with any_order: share of images in random orders after annealing", ge=0, le=1)
 
     def check(self) -> Iterator[str]:
@@ -144,8 +145,12 @@ class Cache:
         for block in model.blocks:
             gains = torch.stack([block.gain, torch.ones_like(block.gain)]).to(self.exact)  # of queries and keys
             cache = weight.new_empty(len(labels), 2, heads, len(model.grid), width)
-            weights = (pack(block.qkv.weight, block.attention_norm), pack(block.project.weight),
-                       pack(block.gate_up.weight, block.mlp_norm), pack(block.down.weight))  # fmt: skip
+            weights = (
+                pack(block.qkv.weight, block.attention_norm),
+                pack(block.project.weight),
+                pack(block.gate_up.weight, block.mlp_norm),
+                pack(block.down.weight),
+            )
             # An order for all is folded in once; an order per image at each step, or the table would fill a cache.
             self.layers.append((self.turns * gains if order.ndim == 1 else gains, cache, *weights))
         self.folded = order.ndim == 1

@@ -34,8 +34,13 @@ class MADEConfig(PriorConfig):
 
     hidden: tuple[int, ...] = setting((512,), "units of each hidden layer", ge=1, le=65536)
     direct: bool = setting(False, "connect every token straight to all later positions as well")
-    embedding: int | None = setting(None, "width that ids are embedded in before the first layer and after the last; "
-                                    "null: a row of weights for each position and id", ge=1, le=65536)  # fmt: skip
+    embedding: int | None = setting(
+        None,
+        "width that ids are embedded in before the first layer and after the last; "
+        "null: a row of weights for each position and id",
+        ge=1,
+        le=65536,
+    )
     dropout: float = setting(0.0, "dropout on the hidden units", ge=0, lt=1)
     order_agnostic: bool = setting(False, "train in a new random order at every step")
     connectivity_agnostic: bool = setting(False, "train with new random degrees of the hidden units at every step")
@@ -229,8 +234,13 @@ class MADE(Prior, name="made"):
         finally:
             self.all_degrees = own
 
-    def forward(self, tokens: Tensor, labels: Tensor | None = None, order: Tensor | None = None,
-                degrees: Sequence[Tensor] | None = None) -> Tensor:  # fmt: skip
+    def forward(
+        self,
+        tokens: Tensor,
+        labels: Tensor | None = None,
+        order: Tensor | None = None,
+        degrees: Sequence[Tensor] | None = None,
+    ) -> Tensor:
         """Teacher-forced logits `(B, N, vocab_size)`, raster order; `logits[:, i]` sees only tokens ranked before i.
 
         order: `(N,)`, None for the model's own, or `(B, N)`, which takes a pass per different order; degrees:
@@ -283,8 +293,9 @@ class MADE(Prior, name="made"):
         masks.append((degrees[-1] <= seen)[:, None])
         return [mask.to(self.input.dtype) for mask in masks]
 
-    def _forward_by_order(self, tokens: Tensor, labels: Tensor, order: Tensor,
-                          degrees: Sequence[Tensor] | None) -> Tensor:  # fmt: skip
+    def _forward_by_order(
+        self, tokens: Tensor, labels: Tensor, order: Tensor, degrees: Sequence[Tensor] | None
+    ) -> Tensor:
         """`forward` for orders `(B, N)`: images of the same order share their masks."""
         distinct, which = torch.unique(order, dim=0, return_inverse=True)
         rows = [torch.nonzero(which == index)[:, 0] for index in range(len(distinct))]

@@ -43,10 +43,15 @@ GPU_TOKENS = 1 << 16
 class MaskedConfig(TransformerConfig):
     """Sizes of the transformer, and how it is masked and scored."""
 
-    schedule: str = setting("linear", "how the masked share is drawn in training: linear (all alike) maximises the "
-                            "likelihood; cosine, arccos and square mask more", choices=tuple(SCHEDULES))  # fmt: skip
-    label_smoothing: float = setting(0.0, "share of a target's mass that is spread over all ids in training", ge=0,
-                                     lt=1)  # fmt: skip
+    schedule: str = setting(
+        "linear",
+        "how the masked share is drawn in training: linear (all alike) maximises the "
+        "likelihood; cosine, arccos and square mask more",
+        choices=tuple(SCHEDULES),
+    )
+    label_smoothing: float = setting(
+        0.0, "share of a target's mass that is spread over all ids in training", ge=0, lt=1
+    )
     exact: bool = setting(True, "log_prob is exact along `order`, a pass per token; false: estimates a bound")
     bound_passes: int = setting(8, "passes of that estimate; more is closer to the bound", ge=1, le=65536)
 
@@ -86,8 +91,9 @@ class Masked(Prior, name="masked"):
             x = x[torch.arange(len(x), device=x.device), at]
         return self.head(self.norm(x))
 
-    def forward(self, tokens: Tensor, labels: Tensor | None = None, order: Tensor | None = None,
-                known: Tensor | None = None) -> Tensor:  # fmt: skip
+    def forward(
+        self, tokens: Tensor, labels: Tensor | None = None, order: Tensor | None = None, known: Tensor | None = None
+    ) -> Tensor:
         """Logits `(B, N, V)`, raster order. With bool `known`, `(B, N)` or `(B, *grid.shape)`: one pass that sees the
         tokens where it holds, and nothing of the others. Without: teacher-forced, `logits[:, i]` sees only tokens
         ranked before i in `order` (`(N,)` or `(B, N)`; None is the model's own), which takes N passes."""
@@ -136,8 +142,12 @@ class Masked(Prior, name="masked"):
         by the number that happens to be masked would make another objective of a batch in parts.)
         """
         masked = ~inputs["known"].flatten(1)
-        nats = F.cross_entropy(logits.float().transpose(1, 2), tokens.flatten(1), reduction="none",
-                               label_smoothing=self.config.label_smoothing)  # fmt: skip
+        nats = F.cross_entropy(
+            logits.float().transpose(1, 2),
+            tokens.flatten(1),
+            reduction="none",
+            label_smoothing=self.config.label_smoothing,
+        )
         counts = masked.sum(1, keepdim=True) if self.config.schedule == "linear" else self.mean_masked
         return (nats * masked / counts).sum(1).mean()
 
@@ -175,8 +185,9 @@ class Masked(Prior, name="masked"):
         """The blocks: their residual stream, `(B, N, dim)`."""
         return list(self.blocks)
 
-    def layer_features(self, tokens: Tensor, labels: Tensor | None, layers: Sequence[int], **inputs: Any
-                       ) -> list[Tensor]:  # fmt: skip
+    def layer_features(
+        self, tokens: Tensor, labels: Tensor | None, layers: Sequence[int], **inputs: Any
+    ) -> list[Tensor]:
         """One pass over the clean tokens, no mask among them: the features at every position see all tokens, its own
         included. (Teacher-forced ones would take N passes, and see half as much.)"""
         known = torch.ones_like(tokens, dtype=torch.bool)
@@ -199,9 +210,20 @@ class Masked(Prior, name="masked"):
         at = state.advance(token)
         return self.predict(state.tokens, state.labels, at)
 
-    def sample(self, num_images: int, labels: Tensor | None = None, *, steps: int | None = None,
-               confidence_temperature: float = 4.5, schedule: str = "cosine", order: Order = None, num_orders: int = 1,
-               cache: bool = True, parallel: bool = False, **settings: Any) -> Tensor:  # fmt: skip
+    def sample(
+        self,
+        num_images: int,
+        labels: Tensor | None = None,
+        *,
+        steps: int | None = None,
+        confidence_temperature: float = 4.5,
+        schedule: str = "cosine",
+        order: Order = None,
+        num_orders: int = 1,
+        cache: bool = True,
+        parallel: bool = False,
+        **settings: Any,
+    ) -> Tensor:
         """Draw tokens as `Prior.sample` does, a token per pass; or with `steps` many at a time, as MaskGIT does.
 
         steps: each pass draws all unknown tokens and keeps the most confident ones, by log p plus Gumbel noise times
@@ -215,11 +237,13 @@ class Masked(Prior, name="masked"):
         Raises `ValueError` for arguments out of range, and for those that `steps` does not go with.
         """
         if steps is None:
-            return super().sample(num_images, labels, order=order, num_orders=num_orders, cache=cache,
-                                  parallel=parallel, **settings)  # fmt: skip
+            return super().sample(
+                num_images, labels, order=order, num_orders=num_orders, cache=cache, parallel=parallel, **settings
+            )
         if order is not None or num_orders != 1 or parallel or not cache:
-            raise ValueError("steps finds an order of its own: order, num_orders, parallel and cache=False do not go "
-                             "with it")  # fmt: skip
+            raise ValueError(
+                "steps finds an order of its own: order, num_orders, parallel and cache=False do not go with it"
+            )
         if type(steps) is not int or not 1 <= steps <= len(self.grid):
             raise ValueError(f"steps must be a whole number from 1 to {len(self.grid)} (got {steps})")
         if not 0 <= confidence_temperature < float("inf"):
@@ -230,9 +254,18 @@ class Masked(Prior, name="masked"):
         masked, noise = SCHEDULES[schedule](share).tolist(), (confidence_temperature * (1 - share)).tolist()
         return self._sample_in_steps(num_images, labels, list(zip(masked, noise, strict=True)), **settings)
 
-    def _sample_in_steps(self, num_images: int, labels: Tensor | None, steps: list[tuple[float, float]], *,
-                         generator: Generators = None, tokens: Tensor | None = None, known: Tensor | None = None,
-                         progress: bool = False, **filters: Any) -> Tensor:  # fmt: skip
+    def _sample_in_steps(
+        self,
+        num_images: int,
+        labels: Tensor | None,
+        steps: list[tuple[float, float]],
+        *,
+        generator: Generators = None,
+        tokens: Tensor | None = None,
+        known: Tensor | None = None,
+        progress: bool = False,
+        **filters: Any,
+    ) -> Tensor:
         """What `Prior.sample` checks and cuts up, for `_fill_in`."""
         sampler = Sampler(**filters)
         rows = make_rows(self, num_images, labels, sampler, generator, tokens, known)

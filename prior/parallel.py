@@ -38,8 +38,9 @@ class Parallel(NamedTuple):
     passes: Tensor
 
 
-def sample_parallel(prior: Prior, rows: Rows, sampler: Sampler, guess: Prior | None = None,
-                    progress: bool = False) -> Parallel:  # fmt: skip
+def sample_parallel(
+    prior: Prior, rows: Rows, sampler: Sampler, guess: Prior | None = None, progress: bool = False
+) -> Parallel:
     """The tokens that step by step are drawn for `rows`, from passes over the whole grid."""
     (count, size), device = rows.given.shape, rows.given.device
     noise = GumbelNoise(rows.generators, size, prior.grid.vocab_size, device).whole()  # (B, N, V)
@@ -88,8 +89,16 @@ def settled(prior: Prior, row: Rows, sampler: Sampler, tokens: Tensor, close: Te
         open_[:, first + 1 :] = ~row.keep[:, first + 1 :]
 
 
-def corrected(guess: Prior, rows: Rows, sampler: Sampler, tokens: Tensor, ended: Tensor, logits: Tensor, cheap: Tensor,
-              noise: Tensor) -> Tensor:  # fmt: skip
+def corrected(
+    guess: Prior,
+    rows: Rows,
+    sampler: Sampler,
+    tokens: Tensor,
+    ended: Tensor,
+    logits: Tensor,
+    cheap: Tensor,
+    noise: Tensor,
+) -> Tensor:
     """`tokens` (B, N) with those from `ended` on drawn from the guess's logits, moved by what `logits` differed from
     `cheap` ones on the last pass's tokens; a few times over."""
     free = (torch.arange(tokens.shape[1], device=tokens.device) >= ended[:, None]) & ~rows.keep

@@ -53,8 +53,15 @@ class Rows:
         return [self[begin:end] for begin, end in zip(ends, ends[1:], strict=False)]
 
 
-def make_rows(prior: Prior, num_images: int, labels: Tensor | None, sampler: Sampler, generator: Generators,
-              tokens: Tensor | None, known: Tensor | None) -> Rows:  # fmt: skip
+def make_rows(
+    prior: Prior,
+    num_images: int,
+    labels: Tensor | None,
+    sampler: Sampler,
+    generator: Generators,
+    tokens: Tensor | None,
+    known: Tensor | None,
+) -> Rows:
     """The rows of a request, in raster order. Raises `ValueError` for what is out of range."""
     if num_images < 1:
         raise ValueError(f"num_images must be at least 1 (got {num_images})")
@@ -90,9 +97,11 @@ def check_order(prior: Prior, order: Order, count: int) -> Tensor | None:
     walk = make_order(order, prior.grid.shape) if isinstance(order, str) else torch.as_tensor(order)
     walk, size = walk.to(prior.device), len(prior.grid)
     whole = not walk.dtype.is_floating_point and walk.dtype != torch.bool
-    if not whole or tuple(walk.shape) not in ((size,), (count, size)) or not bool(
-        (walk.sort(-1).values == torch.arange(size, device=walk.device)).all()
-    ):  # fmt: skip
+    if (
+        not whole
+        or tuple(walk.shape) not in ((size,), (count, size))
+        or not bool((walk.sort(-1).values == torch.arange(size, device=walk.device)).all())
+    ):
         raise ValueError(f"order should hold each of 0 to {size - 1} once, for all images or for each of {count}")
     if bool((walk == prior.order).all()):
         return None

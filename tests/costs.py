@@ -7,9 +7,27 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
-VIEWS = {"_unsafe_view", "alias", "as_strided", "detach", "expand", "narrow", "permute", "select", "slice", "split",
-         "split_with_sizes", "squeeze", "t", "transpose", "unbind", "unfold", "unsqueeze", "view", "view_as_complex"
-         }  # fmt: skip
+VIEWS = {
+    "_unsafe_view",
+    "alias",
+    "as_strided",
+    "detach",
+    "expand",
+    "narrow",
+    "permute",
+    "select",
+    "slice",
+    "split",
+    "split_with_sizes",
+    "squeeze",
+    "t",
+    "transpose",
+    "unbind",
+    "unfold",
+    "unsqueeze",
+    "view",
+    "view_as_complex",
+}
 
 
 class Operations(TorchDispatchMode):
@@ -23,8 +41,11 @@ class Operations(TorchDispatchMode):
         out = function(*args, **(kwargs or {}))
         name = function.overloadpacket.__name__
         self.names += [name] if name not in VIEWS else []
-        given = {each.untyped_storage().data_ptr() for each in (*args, *(kwargs or {}).values())
-                 if isinstance(each, torch.Tensor)}  # fmt: skip
+        given = {
+            each.untyped_storage().data_ptr()
+            for each in (*args, *(kwargs or {}).values())
+            if isinstance(each, torch.Tensor)
+        }
         for tensor in out if isinstance(out, (tuple, list)) else (out,):
             if isinstance(tensor, torch.Tensor) and tensor.untyped_storage().data_ptr() not in given:
                 self.largest = max(self.largest, tensor.numel())

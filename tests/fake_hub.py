@@ -67,8 +67,14 @@ class Handler(BaseHTTPRequestHandler):
             entries = [{"type": "file", "path": n, "oid": "0", "size": (folder / n).stat().st_size} for n in names]
             return self.answer(200, {"Content-Type": "application/json"}, json.dumps(entries).encode())
         name = asked[1].removeprefix("datasets/")
-        about = {"id": name, "modelId": name, "sha": commit(folder), "private": False, "tags": [],
-                 "siblings": [{"rfilename": name} for name in names]}  # fmt: skip
+        about = {
+            "id": name,
+            "modelId": name,
+            "sha": commit(folder),
+            "private": False,
+            "tags": [],
+            "siblings": [{"rfilename": name} for name in names],
+        }
         return self.answer(200, {"Content-Type": "application/json"}, json.dumps(about).encode())
 
     do_HEAD = do_GET

@@ -35,10 +35,13 @@ ROWS = 75  # of training data: batches of 16 run across the ends of epochs, and 
 # line of metrics is half gathered when a state is saved: all that a resume could lose.
 RUN = {"train__batch_size": 16, "train__timeout": 20, "train__log_every": 7}
 TOKENIZER = {
-    **RUN, "data__limit": ROWS, "data__augment__rotate": 8, "train__accumulate": 2,
+    **RUN,
+    "data__limit": ROWS,
+    "data__augment__rotate": 8,
+    "train__accumulate": 2,
     "model": {**VQVAE, "quantizer": {"kind": "ema", "codes": 32, "dim": 8, "revive_every": 3, "revive_below": 0.3}},
     "critic": {"weight": 0.5, "start": 4, "warmup": 4, "ramp": 8, "width": 8, "layers": 1},
-}  # fmt: skip
+}
 PRIOR = {**RUN, "model": {"kind": "gpt", "dim": 16, "depth": 2, "heads": 2, "dropout": 0.2, "attention_dropout": 0.1}}
 
 Hook = Callable[[int], None]
@@ -119,8 +122,13 @@ class Case:
         for rank in range(self.processes):
             pids.append(os.fork())
             if not pids[-1]:
-                places = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": self.processes, "MASTER_ADDR": "127.0.0.1",
-                          "MASTER_PORT": port}  # fmt: skip
+                places = {
+                    "RANK": rank,
+                    "LOCAL_RANK": rank,
+                    "WORLD_SIZE": self.processes,
+                    "MASTER_ADDR": "127.0.0.1",
+                    "MASTER_PORT": port,
+                }
                 child(self.verb, argv, log_of(out), places if self.processes > 1 else {}, [*self.hooks, *hooks], rank)
         return Attempt(pids)
 

@@ -16,8 +16,9 @@ from pipelines.checkpoint import load_state, save_state
 from pipelines.tokens import TokenDataset, TokenSplit, load_tokens, smallest_type
 
 
-def save_pipeline(folder: Path, tokenizer_name: str, prior_name: str, *, background: str = "", classes: int = 3,
-                  **more: Any) -> None:  # fmt: skip
+def save_pipeline(
+    folder: Path, tokenizer_name: str, prior_name: str, *, background: str = "", classes: int = 3, **more: Any
+) -> None:
     """With a picture and provenance; with a `background`, also a calibration."""
     torch.manual_seed(0)
     tokenizer = make_tokenizer(tokenizer_name, (8, 8), 1, **more).eval()
@@ -36,8 +37,15 @@ def save_pipeline(folder: Path, tokenizer_name: str, prior_name: str, *, backgro
 def pipelines(folder: Path) -> dict[str, Tree]:
     """By name, as trees."""
     save_pipeline(folder / "plain", "vqvae", "gpt", widths=(8,))
-    save_pipeline(folder / "likely", "vqvae", "masked", classes=0, widths=(8,),
-                  quantizer={"kind": "fsq", "levels": (4, 3)}, likelihood={"kind": "discretized_logistic"})  # fmt: skip
+    save_pipeline(
+        folder / "likely",
+        "vqvae",
+        "masked",
+        classes=0,
+        widths=(8,),
+        quantizer={"kind": "fsq", "levels": (4, 3)},
+        likelihood={"kind": "discretized_logistic"},
+    )
     save_pipeline(folder / "full", "vit", "marginal", background="marginal")
     save_pipeline(folder / "pixels", "pixels", "pixelcnn")
     return {path.name: read_tree(path) for path in sorted(folder.iterdir())}
@@ -45,8 +53,10 @@ def pipelines(folder: Path) -> dict[str, Tree]:
 
 def part_of(trees: dict[str, Tree], part: str) -> dict[str, Tree]:
     """One model of each pipeline."""
-    return {name: {key.removeprefix(part): data for key, data in tree.items() if key.startswith(part)}
-            for name, tree in trees.items()}  # fmt: skip
+    return {
+        name: {key.removeprefix(part): data for key, data in tree.items() if key.startswith(part)}
+        for name, tree in trees.items()
+    }
 
 
 def check_pipeline(case: Case, pipe: ImagePipeline, good: dict[str, Tree]) -> str:

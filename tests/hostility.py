@@ -87,8 +87,11 @@ def content(tree: Tree, name: str, outside: Tree) -> bytes | None:
 def seal(tree: Tree, outside: Tree, facts: dict[str, Any]) -> None:
     """Make the manifest fit."""
     found = {name: content(tree, name, outside) for name in tree if name != MANIFEST}
-    files = {name: {"sha256": hashlib.sha256(data).hexdigest(), "size": len(data)}
-             for name, data in found.items() if data is not None}  # fmt: skip
+    files = {
+        name: {"sha256": hashlib.sha256(data).hexdigest(), "size": len(data)}
+        for name, data in found.items()
+        if data is not None
+    }
     tree[MANIFEST] = json.dumps({**facts, "files": files}).encode()
 
 
@@ -223,8 +226,15 @@ def attempt(load: Callable[[Path], Any], folder: Path, watch: Watch) -> tuple[Ou
     return Outcome(kind, message, seconds, growth, problem), loaded
 
 
-def run(numbers: range, bases: dict[str, Tree], load: Callable[[Path], Any], place: Path, watch: Watch,
-        check: Callable[[Case, Any], str] | None = None, seed: int = 0) -> list[tuple[Case, Outcome]]:  # fmt: skip
+def run(
+    numbers: range,
+    bases: dict[str, Tree],
+    load: Callable[[Path], Any],
+    place: Path,
+    watch: Watch,
+    check: Callable[[Case, Any], str] | None = None,
+    seed: int = 0,
+) -> list[tuple[Case, Outcome]]:
     """The outcome of each case, made in `place`; `check` says what is wrong with what was loaded."""
     found = []
     for base, tree in bases.items():

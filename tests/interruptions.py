@@ -96,9 +96,14 @@ def saves(case: Case, count: int) -> Found:
 
 
 WRITERS = {
-    "fsync": os, "open": os, "rename": Path, "mkdir": Path, "write_text": Path, "rmtree": shutil,
+    "fsync": os,
+    "open": os,
+    "rename": Path,
+    "mkdir": Path,
+    "write_text": Path,
+    "rmtree": shutil,
     "save_file": checkpoint,
-}  # fmt: skip
+}
 
 
 def tell_of_saves(pipe: int, at_call: int, before: bool) -> Hook:

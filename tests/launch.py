@@ -28,9 +28,15 @@ ROOT = Path(__file__).parents[1]
 CLOCK = {"images_per_second", "tokens_per_second", "minutes"}  # what no two runs have in common
 
 COMMON = {
-    "track.wandb": "disabled", "train.steps": 12, "train.batch_size": 16, "train.warmup_steps": 4,
-    "train.log_every": 1, "train.save_every": 1000, "train.evaluate_every": 1000, "train.preview_every": 1000,
-}  # fmt: skip
+    "track.wandb": "disabled",
+    "train.steps": 12,
+    "train.batch_size": 16,
+    "train.warmup_steps": 4,
+    "train.log_every": 1,
+    "train.save_every": 1000,
+    "train.evaluate_every": 1000,
+    "train.preview_every": 1000,
+}
 EMA = {"kind": "ema", "codes": 16, "dim": 8}
 VQVAE = {"kind": "vqvae", "widths": [16], "blocks": [1], "quantizer": EMA}
 GPT = {"kind": "gpt", "dim": 32, "depth": 2, "heads": 2}
@@ -138,15 +144,43 @@ def verb(name: str, argv: list[str]) -> list[str]:
 
 def two_processes(name: str, argv: list[str]) -> list[str]:
     """The documented command of two processes on the CPU."""
-    return ["accelerate", "launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1", "--mixed_precision",
-            "no", "--dynamo_backend", "no", "--main_process_port", str(free_port()), "-m", f"pipelines.{name}",
-            *argv]  # fmt: skip
+    return [
+        "accelerate",
+        "launch",
+        "--multi_gpu",
+        "--num_processes",
+        "2",
+        "--num_machines",
+        "1",
+        "--mixed_precision",
+        "no",
+        "--dynamo_backend",
+        "no",
+        "--main_process_port",
+        str(free_port()),
+        "-m",
+        f"pipelines.{name}",
+        *argv,
+    ]
 
 
 def one_launched(name: str, argv: list[str]) -> list[str]:
     """The command of one process that `accelerate launch` starts."""
-    return ["accelerate", "launch", "--num_processes", "1", "--num_machines", "1", "--mixed_precision", "no",
-            "--dynamo_backend", "no", "-m", f"pipelines.{name}", *argv]  # fmt: skip
+    return [
+        "accelerate",
+        "launch",
+        "--num_processes",
+        "1",
+        "--num_machines",
+        "1",
+        "--mixed_precision",
+        "no",
+        "--dynamo_backend",
+        "no",
+        "-m",
+        f"pipelines.{name}",
+        *argv,
+    ]
 
 
 def faults(folder: Path, **counts: Any) -> dict[str, list[dict[str, Any]]]:

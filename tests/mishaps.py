@@ -216,10 +216,18 @@ def uneven_data(folder: Path, runs: int, images: int = 1000, bad: int = 37) -> F
     assert os.waitpid(made, 0)[1] == 0
     good, broken, began = images - bad, [], time.monotonic()
     for number in range(runs):
-        more = {"data__source": str(source), "data__image_size": 16, "data__channels": 1, "data__limit": None, 
-                "data__max_bad_fraction": 0.05, "data__on_error": "skip",
-                "train__steps": 2 * good // 15 + 1, "train__batch_size": 15,
-                "train__accumulate": 1, "train__seed": number}  # fmt: skip
+        more = {
+            "data__source": str(source),
+            "data__image_size": 16,
+            "data__channels": 1,
+            "data__limit": None,
+            "data__max_bad_fraction": 0.05,
+            "data__on_error": "skip",
+            "train__steps": 2 * good // 15 + 1,
+            "train__batch_size": 15,
+            "train__accumulate": 1,
+            "train__seed": number,
+        }
         case = new_case("train_tokenizer", 3, folder / str(number), **more)
         case.rows = good
         try:

@@ -17,9 +17,20 @@ from typing import Any
 
 Tree = dict[str, Any]
 MANIFEST, CANARY = "manifest.json", "unpickled-canary"
-CANARIES = ["pytorch_model.bin", "model.pt", "model.pth", "model.ckpt", "model.pkl", "optimizer.bin",
-            "random_states_0.pkl", "diffusion_pytorch_model.bin", "custom_checkpoint_0.pkl", "training_args.bin",
-            "scheduler.bin", "weights.npz"]  # fmt: skip
+CANARIES = [
+    "pytorch_model.bin",
+    "model.pt",
+    "model.pth",
+    "model.ckpt",
+    "model.pkl",
+    "optimizer.bin",
+    "random_states_0.pkl",
+    "diffusion_pytorch_model.bin",
+    "custom_checkpoint_0.pkl",
+    "training_args.bin",
+    "scheduler.bin",
+    "weights.npz",
+]
 
 
 @dataclass(frozen=True)
@@ -101,13 +112,75 @@ def damage_bytes(tree: Tree, chance: Random) -> str:
 
 # JSON
 
-TEXTS = ["", " ", "x" * 100_000, "\x1b[31mred\x1b[0m", "a\nb\rc", "\u202egnp", "ｇｐｔ", "../../etc/passwd", "a\0b",
-         "/etc/passwd", "\ud800", "os.system", "random:" + "9" * 30, "random:²", "random:7", "hilbert",
-         "{0.__class__}", "%s%n", "pytorch_model.bin", "gpt", "masked", "vqvae", "ema", "posthoc", "None", "NaN",
-         "1e5", "тest"]  # fmt: skip
-NUMBERS = [0, -1, 1, 2, 3, 7, 8, 16, 64, 255, 256, 4096, 16384, 65536, 1 << 20, (1 << 31) - 1, 1 << 31, 1 << 40,
-           (1 << 53) + 1, (1 << 63) - 1, 1 << 63, (1 << 64) - 1, 1 << 64, 10**30, 10**400, 0.5, -0.5, -0.0,
-           1e-320, 1e-30, 1e10, 1e38, 1e39, 1e308, float("nan"), float("inf"), -float("inf")]  # fmt: skip
+TEXTS = [
+    "",
+    " ",
+    "x" * 100_000,
+    "\x1b[31mred\x1b[0m",
+    "a\nb\rc",
+    "\u202egnp",
+    "ｇｐｔ",
+    "../../etc/passwd",
+    "a\0b",
+    "/etc/passwd",
+    "\ud800",
+    "os.system",
+    "random:" + "9" * 30,
+    "random:²",
+    "random:7",
+    "hilbert",
+    "{0.__class__}",
+    "%s%n",
+    "pytorch_model.bin",
+    "gpt",
+    "masked",
+    "vqvae",
+    "ema",
+    "posthoc",
+    "None",
+    "NaN",
+    "1e5",
+    "тest",
+]
+NUMBERS = [
+    0,
+    -1,
+    1,
+    2,
+    3,
+    7,
+    8,
+    16,
+    64,
+    255,
+    256,
+    4096,
+    16384,
+    65536,
+    1 << 20,
+    (1 << 31) - 1,
+    1 << 31,
+    1 << 40,
+    (1 << 53) + 1,
+    (1 << 63) - 1,
+    1 << 63,
+    (1 << 64) - 1,
+    1 << 64,
+    10**30,
+    10**400,
+    0.5,
+    -0.5,
+    -0.0,
+    1e-320,
+    1e-30,
+    1e10,
+    1e38,
+    1e39,
+    1e308,
+    float("nan"),
+    float("inf"),
+    -float("inf"),
+]
 
 
 def nested(depth: int, kind: type) -> Any:
@@ -124,12 +197,25 @@ def another(now: Any, chance: Random) -> Any:
     if isinstance(now, list) and now and chance.random() < 0.5:
         longer = [[*now, now[-1]], now * 100, now * 3000]
         return chance.choice([*longer, now[:-1], now[::-1], [now], {"a": now}, now[0]])
-    return chance.choice([
-        chance.choice(NUMBERS), chance.choice(NUMBERS), chance.choice(TEXTS), chance.choice(TEXTS), None, True, False,
-        [], {}, [[]], [chance.choice(NUMBERS)] * chance.choice([1, 2, 3, 65, 5000]), {"kind": chance.choice(TEXTS)},
-        nested(chance.choice([5, 15, 17, 300]), chance.choice([dict, list])), ["x" * 50_000, *[""] * 5000],
-        {str(n): n for n in range(chance.choice([1, 30, 11_000]))},
-    ])  # fmt: skip
+    return chance.choice(
+        [
+            chance.choice(NUMBERS),
+            chance.choice(NUMBERS),
+            chance.choice(TEXTS),
+            chance.choice(TEXTS),
+            None,
+            True,
+            False,
+            [],
+            {},
+            [[]],
+            [chance.choice(NUMBERS)] * chance.choice([1, 2, 3, 65, 5000]),
+            {"kind": chance.choice(TEXTS)},
+            nested(chance.choice([5, 15, 17, 300]), chance.choice([dict, list])),
+            ["x" * 50_000, *[""] * 5000],
+            {str(n): n for n in range(chance.choice([1, 30, 11_000]))},
+        ]
+    )
 
 
 def places_in(value: Any) -> list[tuple[Any, Any]]:
@@ -170,13 +256,27 @@ def dumped(value: Any, chance: Random) -> bytes:
     text = json.dumps(value)
     if chance.random() < 0.15:
         first = next(iter(value), "a") if isinstance(value, dict) else "a"
-        text = chance.choice([
-            text.replace("{", f'{{"{first}": 1, ', 1), text.replace('"kind"', '"kind": "gpt", "kind"', 1), text[:-1],
-            "\ufeff" + text, text.replace('"', "'"), text + text, text.replace(":", "::", 1), text.replace("1", "01"),
-            text.replace("1", "+1"), f"[{text}]", f"// {text}", text.replace(",", ",,", 1),
-            text.replace("1", "1e999", 1), text.replace("1", "9" * 5000, 1), text + " " * (1 << 20),
-            '{"a":' * 50_000, "[" * 500_000,
-        ])  # fmt: skip
+        text = chance.choice(
+            [
+                text.replace("{", f'{{"{first}": 1, ', 1),
+                text.replace('"kind"', '"kind": "gpt", "kind"', 1),
+                text[:-1],
+                "\ufeff" + text,
+                text.replace('"', "'"),
+                text + text,
+                text.replace(":", "::", 1),
+                text.replace("1", "01"),
+                text.replace("1", "+1"),
+                f"[{text}]",
+                f"// {text}",
+                text.replace(",", ",,", 1),
+                text.replace("1", "1e999", 1),
+                text.replace("1", "9" * 5000, 1),
+                text + " " * (1 << 20),
+                '{"a":' * 50_000,
+                "[" * 500_000,
+            ]
+        )
     return text.encode("utf-8", "surrogatepass")
 
 
@@ -295,12 +395,18 @@ def damage_files(tree: Tree, chance: Random) -> str:
     name, other = chance.choice(files_of(tree)), chance.choice(files_of(tree))
     inner = os.path.basename(name)
     strange = {
-        "pipe": Special("pipe"), "folder": Special("folder"),
+        "pipe": Special("pipe"),
+        "folder": Special("folder"),
         "sparse": Special("zeros", chance.choice([1 << 20, 1 << 40])),
-        "secret": Link("{foreign}/secret"), "twin": Link(f"{{foreign}}/{name}"), "dangling": Link("nowhere"),
-        "loop": Link(inner), "up": Link("../" * name.count("/") + "."), "device": Link("/dev/zero"),
-        "terminal": Link("/dev/tty"), "inside": Link(f"{inner}.moved"),
-    }  # fmt: skip
+        "secret": Link("{foreign}/secret"),
+        "twin": Link(f"{{foreign}}/{name}"),
+        "dangling": Link("nowhere"),
+        "loop": Link(inner),
+        "up": Link("../" * name.count("/") + "."),
+        "device": Link("/dev/zero"),
+        "terminal": Link("/dev/tty"),
+        "inside": Link(f"{inner}.moved"),
+    }
     way = chance.choice(["delete", "swap", "copy", "folder outside", "name", *strange])
     if way == "delete":
         del tree[name]
@@ -322,8 +428,22 @@ def damage_files(tree: Tree, chance: Random) -> str:
     return f"{way} {name}"
 
 
-LEADING_OUT = ["../outside", "/etc/passwd", "tokenizer/../../outside", "a\\b", "..", "", "a\0b", "x" * 5000, "C:x",
-               "./README.md", "tokenizer//config.json", "prior/", "\x1b[2J", "ＲＥＡＤＭＥ.md"]  # fmt: skip
+LEADING_OUT = [
+    "../outside",
+    "/etc/passwd",
+    "tokenizer/../../outside",
+    "a\\b",
+    "..",
+    "",
+    "a\0b",
+    "x" * 5000,
+    "C:x",
+    "./README.md",
+    "tokenizer//config.json",
+    "prior/",
+    "\x1b[2J",
+    "ＲＥＡＤＭＥ.md",
+]
 
 
 def damage_names(tree: Tree, chance: Random) -> str:
@@ -345,6 +465,15 @@ def plant_pickles(tree: Tree, chance: Random) -> str:
     return f"pickle {name}"
 
 
-WAYS: list[Callable[[Tree, Random], str]] = [damage_bytes, damage_json, damage_json, damage_config, damage_config,
-                                             damage_weights, damage_weights, damage_files, damage_names,
-                                             plant_pickles]  # fmt: skip
+WAYS: list[Callable[[Tree, Random], str]] = [
+    damage_bytes,
+    damage_json,
+    damage_json,
+    damage_config,
+    damage_config,
+    damage_weights,
+    damage_weights,
+    damage_files,
+    damage_names,
+    plant_pickles,
+]

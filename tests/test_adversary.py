@@ -26,8 +26,15 @@ from tokenizer import Tokenizer
 from tokenizer.critic import PatchCritic
 
 START, WARMUP, RAMP = 2, 3, 4
-CRITIC = {"critic__weight": 0.5, "critic__start": START, "critic__warmup": WARMUP, "critic__ramp": RAMP,
-          "critic__width": 8, "critic__layers": 2, "critic__lecam": 0.01}  # fmt: skip
+CRITIC = {
+    "critic__weight": 0.5,
+    "critic__start": START,
+    "critic__warmup": WARMUP,
+    "critic__ramp": RAMP,
+    "critic__width": 8,
+    "critic__layers": 2,
+    "critic__lecam": 0.01,
+}
 STEPS = {"train__steps": 14, "train__save_every": 4}
 
 

@@ -232,8 +232,10 @@ def test_few_axes_of_many_features_are_kept():
 
 def test_joint_is_the_neighbours_until_the_statistics_are_unusual(trained):
     found, usual = statistics(trained, torch.cat([stripes(40, seed=3), constant()])), trained.calibration.usual
-    joint, near, far = (score_of(method, found, trained.calibration, labelled=False)
-                        for method in ("joint", "neighbours", "mahalanobis"))  # fmt: skip
+    joint, near, far = (
+        score_of(method, found, trained.calibration, labelled=False)
+        for method in ("joint", "neighbours", "mahalanobis")
+    )
     inside = far <= usual["mahalanobis"]
     assert inside[:40].double().mean() > 0.9 and not inside[40:].any()
     torch.testing.assert_close(joint[inside], near[inside] / usual["neighbours"])
@@ -847,8 +849,16 @@ def test_calibrating_writes_into_the_folder(world, capsys):
 
 
 def test_detect_two_sources(world, tmp_path, capsys):
-    main(["detect", f"pipeline={world}/pipe", f"images={world}/noise", f"normal={world}/fresh", f"out={tmp_path}/found",
-          "num_shown=3"])  # fmt: skip
+    main(
+        [
+            "detect",
+            f"pipeline={world}/pipe",
+            f"images={world}/noise",
+            f"normal={world}/fresh",
+            f"out={tmp_path}/found",
+            "num_shown=3",
+        ]
+    )
     printed = capsys.readouterr().out
     rows = rows_of(tmp_path / "found" / "scores.csv")
     assert len(rows) == 42 and rows[0]["file"].endswith("noise/000.png")
@@ -863,8 +873,16 @@ def test_detect_two_sources(world, tmp_path, capsys):
 
 
 def test_detect_classes_and_nothing_known(world, tmp_path, capsys):
-    main(["detect", f"pipeline={world}/pipe", f"images={world}/classes", "normal_labels=[stripes]", f"out={tmp_path}/a",
-          "fdr=0.2"])  # fmt: skip
+    main(
+        [
+            "detect",
+            f"pipeline={world}/pipe",
+            f"images={world}/classes",
+            "normal_labels=[stripes]",
+            f"out={tmp_path}/a",
+            "fdr=0.2",
+        ]
+    )
     rows = rows_of(tmp_path / "a" / "scores.csv")
     assert [(row["class"], row["anomalous"]) for row in rows] == [("flat", "1")] * 10 + [("stripes", "0")] * 20
     capsys.readouterr()
@@ -881,16 +899,28 @@ def test_no_image_is_scored_by_a_calibration_that_was_fitted_to_it(world, tmp_pa
     """Neither as normal nor as one to look through, wherever it lies and whatever it is called."""
     again = torch.cat([stripes(80, seed=20)[[0, 2, 4]], stripes(6, seed=24)])
     write(tmp_path / "again", again)
-    main(["detect", f"pipeline={world}/pipe", f"images={world}/noise", f"normal={tmp_path}/again",
-          f"out={tmp_path}/found"])  # fmt: skip
+    main(
+        [
+            "detect",
+            f"pipeline={world}/pipe",
+            f"images={world}/noise",
+            f"normal={tmp_path}/again",
+            f"out={tmp_path}/found",
+        ]
+    )
     assert "left out         3 images" in capsys.readouterr().out
     rows = rows_of(tmp_path / "found/scores.csv")
     assert [row["anomalous"] for row in rows] == ["1"] * 12 + ["0"] * 6
     assert [Path(row["file"]).name for row in rows[12:]] == [f"00{number}.png" for number in range(3, 9)]
     write(tmp_path / "none", again[:3])
     for given in (["images={}/none"], ["images={}/again", "normal={}/none"]):
-        line = fails(capsys, "detect", f"pipeline={world}/pipe", f"out={tmp_path}/not",
-                     *(part.format(tmp_path) for part in given))  # fmt: skip
+        line = fails(
+            capsys,
+            "detect",
+            f"pipeline={world}/pipe",
+            f"out={tmp_path}/not",
+            *(part.format(tmp_path) for part in given),
+        )
         assert f"{tmp_path}/none: the pipeline was calibrated with all 3 images" in line
     assert not (tmp_path / "not").exists()
 
@@ -920,8 +950,9 @@ def test_what_was_trained_on_is_not_looked_through(trained, tmp_path, capsys):
     main(["detect", f"pipeline={tmp_path}/pipe", f"out={tmp_path}/a"])
     printed = capsys.readouterr().out
     assert "calibrated with 45 of 90 images" in printed and "left out         45 images" in printed
-    images = torch.stack([torch.from_numpy(np.asarray(Image.open(row["file"])).copy())
-                          for row in rows_of(tmp_path / "a/scores.csv")])[:, None]  # fmt: skip
+    images = torch.stack(
+        [torch.from_numpy(np.asarray(Image.open(row["file"])).copy()) for row in rows_of(tmp_path / "a/scores.csv")]
+    )[:, None]
     assert torch.equal(images, held_out[1::2])
     main(["detect", f"pipeline={tmp_path}/pipe", f"images={tmp_path}/mine", f"out={tmp_path}/b"])
     assert rows_of(tmp_path / "b/scores.csv") == rows_of(tmp_path / "a/scores.csv")

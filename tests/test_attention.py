@@ -40,8 +40,14 @@ def test_one_head_attends_by_the_formula():
     torch.testing.assert_close(one_head_attention(q, k, v), weights @ v)
 
 
-@pytest.mark.parametrize(("kind", "more"), [("gpt", {}), ("gpt", {"order": torch.tensor([[1, 0, 2, 3], [3, 2, 1, 0]])}),
-                                            ("masked", {"known": torch.eye(2, 4) > 0})])  # fmt: skip
+@pytest.mark.parametrize(
+    ("kind", "more"),
+    [
+        ("gpt", {}),
+        ("gpt", {"order": torch.tensor([[1, 0, 2, 3], [3, 2, 1, 0]])}),
+        ("masked", {"known": torch.eye(2, 4) > 0}),
+    ],
+)
 def test_compiled_models_turn_queries_and_keys_alike(monkeypatch, kind, more):
     """The compiler is given real numbers, where torch itself multiplies complex ones: logits and gradients agree."""
     model = make_prior(kind, (2, 2)).double().train()

@@ -19,8 +19,9 @@ BENCHMARKS = sorted((ROOT / "benchmarks").glob("*.py"))
 def run(script: str, *arguments: str) -> str:
     """What `python benchmarks/script arguments` prints."""
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
-    done = subprocess.run([sys.executable, f"benchmarks/{script}", *arguments], cwd=ROOT, env=environment, text=True,
-                          capture_output=True)  # fmt: skip
+    done = subprocess.run(
+        [sys.executable, f"benchmarks/{script}", *arguments], cwd=ROOT, env=environment, text=True, capture_output=True
+    )
     assert done.returncode == 0, done.stderr[-2000:]
     return done.stdout
 
@@ -145,8 +146,16 @@ def test_the_benchmark_of_tokenizers_does_not_hide_the_package_tokenizers():
 @pytest.mark.timeout(1800)
 def test_all_tokenizers_for_seconds(tmp_path):
     """A few steps of a small one of each; two processes can share the folder; a second call does nothing again."""
-    small = ["limit=64", "augmentations=1", "train.batch_size=8", "model.widths=[16]", "model.blocks=[1]",
-             "gpt.train.batch_size=8", "gpt.model.depth=1", "gpt.model.dim=32"]  # fmt: skip
+    small = [
+        "limit=64",
+        "augmentations=1",
+        "train.batch_size=8",
+        "model.widths=[16]",
+        "model.blocks=[1]",
+        "gpt.train.batch_size=8",
+        "gpt.model.depth=1",
+        "gpt.model.dim=32",
+    ]
     command = ("tokenizers.py", "data=digits", "minutes=0.002", "gpt_minutes=0.002", f"out={tmp_path}", *small)
     assert "ms per step, gpt: 7x7x128" in run(*command, "only=")
     times = json.loads((tmp_path / "digits" / "steps.json").read_text())

@@ -32,8 +32,14 @@ from pipelines.train_tokenizer import TokenizerTask, evaluate_reconstruction
 from tokenizer import Tokenizer
 from tokenizer.storage import FormatError, WeightsError, write_manifest
 
-EVERY = {"train__log_every": 2, "train__evaluate_every": 2, "train__preview_every": 100, "train__save_every": 2,
-         "train__steps": 8, "train__warmup_steps": 0}  # fmt: skip
+EVERY = {
+    "train__log_every": 2,
+    "train__evaluate_every": 2,
+    "train__preview_every": 100,
+    "train__save_every": 2,
+    "train__steps": 8,
+    "train__warmup_steps": 0,
+}
 
 
 @pytest.fixture(autouse=True)
@@ -122,8 +128,10 @@ def test_a_tokenizer_ends_with_the_weights_that_were_best(tmp_path, scripted):
     seen = scripted(TokenizerTask, "psnr", [3.0, 9.0, 5.0, 4.0])
     run = train_tokenizer(tmp_path / "run", **EVERY)
     saved = Tokenizer.from_pretrained(run / "tokenizer")
-    assert_equal_tensors({f"tokenizer.{name}": value for name, value in sorted(saved.state_dict().items())},
-                         {k: v for k, v in sorted(seen[1].items()) if k.startswith("tokenizer.")})  # fmt: skip
+    assert_equal_tensors(
+        {f"tokenizer.{name}": value for name, value in sorted(saved.state_dict().items())},
+        {k: v for k, v in sorted(seen[1].items()) if k.startswith("tokenizer.")},
+    )
     facts = facts_of(run / "tokenizer", "tokenizer")
     found = evaluate_reconstruction(saved, load_images(DataConfig(limit=72)).held_out)
     assert facts["best_step"] == 4 and facts["evaluation"]["validation_psnr"] == 9.0
@@ -133,9 +141,14 @@ def test_a_tokenizer_ends_with_the_weights_that_were_best(tmp_path, scripted):
 def test_while_a_run_goes_on_its_snapshot_is_the_newest(tmp_path, tokens, scripted, monkeypatch):
     seen = scripted(PriorTask, "bits_per_token", [1.0, 2.0, 3.0, 4.0])
     saved, save = [], PriorTask.save
-    monkeypatch.setattr(PriorTask, "save", lambda self, model, run, facts: (
-        saved.append(({name: value.clone() for name, value in model.state_dict().items()}, facts)),
-        save(self, model, run, facts)))  # fmt: skip
+    monkeypatch.setattr(
+        PriorTask,
+        "save",
+        lambda self, model, run, facts: (
+            saved.append(({name: value.clone() for name, value in model.state_dict().items()}, facts)),
+            save(self, model, run, facts),
+        ),
+    )
     train_prior(tmp_path / "run", tokens, **EVERY)
     for number, (weights, facts) in enumerate(saved):
         expected = seen[number if number < 3 else 0]
@@ -169,8 +182,14 @@ def test_the_average_goes_on_unchanged_but_where_it_is_a_copy(sharded):
 
 # By itself: rows that are learned by heart
 
-BY_HEART = {**EVERY, "train__steps": 24, "train__batch_size": 16, "train__lr": 1e-2, "train__ema_decay": 0.5,
-            "label_dropout": 0.0}  # fmt: skip
+BY_HEART = {
+    **EVERY,
+    "train__steps": 24,
+    "train__batch_size": 16,
+    "train__lr": 1e-2,
+    "train__ema_decay": 0.5,
+    "label_dropout": 0.0,
+}
 
 
 @pytest.fixture(scope="module")

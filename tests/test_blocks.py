@@ -33,8 +33,16 @@ from prior import Prior
 from tokenizer import TokenGrid
 from tokenizer.critic import PatchCritic
 
-BLOCKS = {"causal_conv": 4, "gated_pixelcnn": 3, "gpt": 2, "masked": 2, "pixelcnn": 2, "pixelsnail": 2, "made": 0,
-          "marginal": 0}  # fmt: skip
+BLOCKS = {
+    "causal_conv": 4,
+    "gated_pixelcnn": 3,
+    "gpt": 2,
+    "masked": 2,
+    "pixelcnn": 2,
+    "pixelsnail": 2,
+    "made": 0,
+    "marginal": 0,
+}
 DROPOUT = {"causal_conv", "gpt", "masked", "pixelsnail"}
 TOKENIZERS: dict[str, dict[str, Any]] = {
     "vqvae": {"blocks": (2,), "quantizer": {"kind": "rvq", "depth": 2, "book": {"kind": "vq", "codes": 16, "dim": 8}}},
@@ -87,8 +95,13 @@ def test_tokenizers_have_blocks_in_both_halves():
     assert names_of(model_of("vit")) == [f"{half}.blocks.{n}" for half in ("encoder.1", "decoder.0") for n in range(2)]
     assert names_of(model_of("vqvae")) == ["encoder.2", "encoder.3", "decoder.1", "decoder.2"]  # and no codebook
     levels = ["encoder.levels.0", "encoder.levels.1", "encoder.middle.0", "encoder.middle.2"]
-    assert names_of(model_of("vqgan")) == [*levels, "decoder.middle.0", "decoder.middle.2", "decoder.levels.0",
-                                           "decoder.levels.1"]  # fmt: skip
+    assert names_of(model_of("vqgan")) == [
+        *levels,
+        "decoder.middle.0",
+        "decoder.middle.2",
+        "decoder.levels.0",
+        "decoder.levels.1",
+    ]
 
 
 def test_what_keeps_statistics_is_no_block():

@@ -221,8 +221,13 @@ def test_damage_falls_back_to_the_previous_state_and_is_named(tmp_path, capsys, 
 def test_leftovers_are_removed_and_never_chosen(tmp_path):
     assert latest_state(tmp_path) is None
     folder = Run().save(tmp_path, 1)
-    names = (".tmp-step-00000002-abcd0123", ".del-step-00000003-abcd4567", "../.tmp-.tmp-tokenizer-01234567-89abcdef",
-             "../.tmp-pipeline-01234567", "../previews/.tmp-samples-00000010.png-01234567.png")  # fmt: skip
+    names = (
+        ".tmp-step-00000002-abcd0123",
+        ".del-step-00000003-abcd4567",
+        "../.tmp-.tmp-tokenizer-01234567-89abcdef",
+        "../.tmp-pipeline-01234567",
+        "../previews/.tmp-samples-00000010.png-01234567.png",
+    )
     for name in names:
         shutil.copytree(folder, folder.parent / name)
     assert latest_state(tmp_path) == folder
@@ -351,8 +356,11 @@ def test_shards_are_read_as_what_they_are_pieces_of(tmp_path, kind, count):
 def test_shards_are_as_strict(tmp_path):
     """A tensor too many, of another shape or type, a piece that is missing, a file that is damaged, a part too few."""
     changes = {"head.weight": torch.zeros(7, 4), "extra": torch.zeros(3), "conv.bias": torch.zeros(4).double()}
-    messages = ["head.weight has shape [7, 4], expected [5, 4]", "unexpected tensors ['extra']",
-                "conv.bias has type torch.float64, expected torch.float32"]  # fmt: skip
+    messages = [
+        "head.weight has shape [7, 4], expected [5, 4]",
+        "unexpected tensors ['extra']",
+        "conv.bias has type torch.float64, expected torch.float32",
+    ]
     for (name, value), message in zip(changes.items(), messages, strict=True):
         run = Run()
         folder = in_shards(run.save(tmp_path / name, 1), **{name: value})
@@ -445,8 +453,11 @@ KILLED = """
 """
 
 
-@pytest.mark.parametrize(("stride", "keep", "exchange"), [(1, 2, True), (0, 1, True), (0, 1, False)],
-                         ids=["next-step", "same-step-only-state", "renamed-twice"])  # fmt: skip
+@pytest.mark.parametrize(
+    ("stride", "keep", "exchange"),
+    [(1, 2, True), (0, 1, True), (0, 1, False)],
+    ids=["next-step", "same-step-only-state", "renamed-twice"],
+)
 def test_kill_leaves_a_verifying_state(tmp_path, stride, keep, exchange):
     code = textwrap.dedent(KILLED)
     for name, value in {"STRIDE": stride, "KEEP": keep, "EXCHANGE": exchange}.items():

@@ -169,7 +169,7 @@ BAD = [
     (RECONSTRUCT, ["out={out}.xyz"], "should end in .png"),
     (RECONSTRUCT, ["out={out}"], "should end in .png"),
     (RECONSTRUCT, ["out={world}/mine/thesis.tex/picture.png"], "can not be written"),
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize(("command", "wrong", "message"), BAD, ids=[f"{c[0]}-{' '.join(w)}" for c, w, _ in BAD])
@@ -184,8 +184,14 @@ def test_what_is_wrong_is_said_in_lines(world, tmp_path, capsys, command, wrong,
 
 
 def test_every_verb_has_a_bad_command():
-    assert {command[0] for command, _, _ in BAD} >= {"train_tokenizer", "encode", "train_prior", "generate", "evaluate",
-                                                     "reconstruct"}  # fmt: skip
+    assert {command[0] for command, _, _ in BAD} >= {
+        "train_tokenizer",
+        "encode",
+        "train_prior",
+        "generate",
+        "evaluate",
+        "reconstruct",
+    }
     for command in (TRAIN, ENCODE, PRIOR, GENERATE, EVALUATE, RECONSTRUCT):
         assert command[0] in VERBS
 
@@ -278,8 +284,13 @@ def test_reconstructions_of_a_tokenizer_or_a_pipeline(world, tmp_path, capsys, s
 def config_class(verb):
     """The configuration that a verb's module defines or takes."""
     module = importlib.import_module(f"pipelines.{module_of(verb)}")
-    found = [value for value in vars(module).values() if isinstance(value, type) and issubclass(value, Config)
-             and value.__name__.lower() == verb.replace("_", "") + "config"]  # fmt: skip
+    found = [
+        value
+        for value in vars(module).values()
+        if isinstance(value, type)
+        and issubclass(value, Config)
+        and value.__name__.lower() == verb.replace("_", "") + "config"
+    ]
     assert len(found) == 1, f"pipelines/{verb}.py has no configuration of its name"
     return found[0]
 

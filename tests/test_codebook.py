@@ -297,9 +297,18 @@ def test_a_histogram_of_what_lies_orders_of_magnitude_apart_has_a_logarithmic_ax
 
 @pytest.mark.parametrize(
     "axis",
-    [Axis(0, 1), Axis(0, 127, whole=True), Axis(0, 3, whole=True), Axis(-2, 7.3), Axis(1e-3, 9), Axis(11.5, 18.9),
-     Axis(1e-3, 1e6, log=True), Axis(0.5, 40000, log=True), Axis(2, 7, log=True)],
-)  # fmt: skip
+    [
+        Axis(0, 1),
+        Axis(0, 127, whole=True),
+        Axis(0, 3, whole=True),
+        Axis(-2, 7.3),
+        Axis(1e-3, 9),
+        Axis(11.5, 18.9),
+        Axis(1e-3, 1e6, log=True),
+        Axis(0.5, 40000, log=True),
+        Axis(2, 7, log=True),
+    ],
+)
 def test_ticks_are_few_round_and_inside(axis):
     ticks = axis.ticks(4)
     assert 2 <= len(ticks) <= 8 and all(axis.low - 1e-9 <= tick <= axis.high * (1 + 1e-9) for tick in ticks)
@@ -314,8 +323,9 @@ def test_numbers_are_short():
 
 
 def test_a_page_holds_its_rows():
-    small, large = (curves("t", {"": np.ones(3)}, size, labels=("", ""), low=0.5).image
-                    for size in ((300, 200), (600, 250)))  # fmt: skip
+    small, large = (
+        curves("t", {"": np.ones(3)}, size, labels=("", ""), low=0.5).image for size in ((300, 200), (600, 250))
+    )
     found = page("title " * 99, ["line " * 200], [[small, small], [large]])
     width = 300 + 300 + charts.GAP
     assert found.shape[1] == width + 2 * charts.MARGIN and found.shape[0] > 450

@@ -154,11 +154,17 @@ def test_masks_are_tensors_or_arrays_and_no_pictures(call):
         assert torch.equal(*(getattr(one, "tokens", one) for one in (found, wanted)))
 
 
-@pytest.mark.parametrize(("arguments", "message"), [
-    ({"draws": 0}, "draws must be a whole number >= 1"), ({"draws": 1.5}, "draws must be"),
-    ({"draws": True}, "draws must be"), ({"output_type": "jpg"}, "output_type must be"),
-    ({"labels": [0, 1], "draws": 2}, "got 2 labels for 3 images"), ({"labels": "cow"}, "no class is called 'cow'"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"draws": 0}, "draws must be a whole number >= 1"),
+        ({"draws": 1.5}, "draws must be"),
+        ({"draws": True}, "draws must be"),
+        ({"output_type": "jpg"}, "output_type must be"),
+        ({"labels": [0, 1], "draws": 2}, "got 2 labels for 3 images"),
+        ({"labels": "cow"}, "no class is called 'cow'"),
+    ],
+)
 def test_bad_arguments_are_named(arguments, message):
     pipe = make_pipeline()
     with pytest.raises(ValueError, match=message):
@@ -315,8 +321,10 @@ def test_scattered_masks_hide_whole_tokens(tokenizer, share, count):
     assert float(hidden) == pytest.approx(count, abs=1 / 6)
 
 
-@pytest.mark.parametrize("name", ["middle", "scatter", "scatter:", "scatter:half", "scatter:0", "scatter:1.01",
-                                  "scatter:nan", "scatter:-1", ""])  # fmt: skip
+@pytest.mark.parametrize(
+    "name",
+    ["middle", "scatter", "scatter:", "scatter:half", "scatter:0", "scatter:1.01", "scatter:nan", "scatter:-1", ""],
+)
 def test_other_masks_are_refused(name):
     with pytest.raises(ValueError, match="no mask is called|must be above 0 and at most 1"):
         make_mask(name, (1, *SHAPE), (2, 3))
@@ -451,7 +459,7 @@ BAD = [
     (["data.image_size=14"], "data.image_size, data.channels: the pipeline's images are (1, 28, 28)"),
     (["images=1", "data.source={world}/pictures"], "images: there is no held-out image 1; they go from 0 to 0"),
     (["images=-1", "data.source={world}/pictures"], "images: there is no held-out image -1"),
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize(("wrong", "message"), BAD)

@@ -189,8 +189,15 @@ def test_exponentials_are_those_of_the_formula():
 
 
 def test_grid_steps_are_differences_and_doubt_what_is_near_a_boundary():
-    logits = torch.tensor([[0.0, -1.0, -1 / 16], [0.0, 0.0, 0.0], [0.5 / 16, -1.0, -2.0], [0.5 / 16 - 1e-8, -1.0, -2.0],
-                           [0.0, -40.0 - 0.5 / 16, -torch.inf]]).double()  # fmt: skip
+    logits = torch.tensor(
+        [
+            [0.0, -1.0, -1 / 16],
+            [0.0, 0.0, 0.0],
+            [0.5 / 16, -1.0, -2.0],
+            [0.5 / 16 - 1e-8, -1.0, -2.0],
+            [0.0, -40.0 - 0.5 / 16, -torch.inf],
+        ]
+    ).double()
     steps, unsure = grid_steps(logits)
     assert steps[0].tolist() == [0, 16, 1] and steps[1].tolist() == [0, 0, 0]
     assert unsure.tolist() == [False, False, True, False, False]  # what is cut off the table may be anywhere

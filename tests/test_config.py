@@ -93,8 +93,11 @@ class Sgd(Config):
 
 
 class Training(Config):
-    steps: int = Field(100, ge=1, description="how many updates of the weights there are in the whole run of training "
-                       "before it comes to its end")  # fmt: skip
+    steps: int = Field(
+        100,
+        ge=1,
+        description="how many updates of the weights there are in the whole run of training before it comes to its end",
+    )
     lr: float = Field(1e-3, gt=0, le=1, description="learning rate")
     betas: tuple[float, float] = (0.9, 0.95)
     minutes: float | None = Field(None, gt=0, description="a limit")
@@ -369,8 +372,13 @@ def test_the_help_page_has_every_key_with_type_default_range_and_sentence() -> N
         r"optim.nesterov +bool +false +look ahead",
     ]:
         assert re.search(rf"^  {row}", page, re.M), row
-    for title in ["model: the net", "model.kind=plain: A net without.", "model.coder.kind=steps: Codes on a lattice.",
-                  "train: how long", "optim.kind=sgd: The plain one."]:  # fmt: skip
+    for title in [
+        "model: the net",
+        "model.kind=plain: A net without.",
+        "model.coder.kind=steps: Codes on a lattice.",
+        "train: how long",
+        "optim.kind=sgd: The plain one.",
+    ]:
         assert f"\n\n{title}\n" in page
     assert "model.size" not in page and "secret" not in page  # a fact of the data
 

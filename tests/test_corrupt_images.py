@@ -48,8 +48,13 @@ def bomb(seed: int) -> bytes:
     row = b"\0" + bytes(9000 // 8)
     pixels = b"".join(compressor.compress(row) for _ in range(9000)) + compressor.flush()
     header = struct.pack(">IIBBBBB", 9000, 9000, 1, 0, 0, 0, 0)
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"tEXt", b"n\0%d" % seed) + chunk(b"IDAT", pixels) + (
-        chunk(b"IEND", b""))  # fmt: skip
+    return (
+        b"\x89PNG\r\n\x1a\n"
+        + chunk(b"IHDR", header)
+        + chunk(b"tEXt", b"n\0%d" % seed)
+        + chunk(b"IDAT", pixels)
+        + (chunk(b"IEND", b""))
+    )
 
 
 BOMB = bomb(0)
@@ -98,8 +103,12 @@ def make(kind: str, seed: int) -> bytes:
     return fixed.get(kind, encoded(image, ("PNG", "JPEG", "WEBP", "BMP")[seed % 4]))
 
 
-BAD = {"truncated": "truncated|broken|cannot identify|not an image", "empty": "empty", "text": "not an image",
-       "bomb": "9000 x 9000 pixels; the limit is"}  # fmt: skip
+BAD = {
+    "truncated": "truncated|broken|cannot identify|not an image",
+    "empty": "empty",
+    "text": "not an image",
+    "bomb": "9000 x 9000 pixels; the limit is",
+}
 READ = ("cmyk", "16-bit", "animated", "exif")
 
 
@@ -121,8 +130,10 @@ def written(folder: Path, source: str, images: list[tuple[str, int]]) -> tuple[P
         path = write_tar(folder / "a.tar", rows, suffix="jpg")
         return path, [f"{path}: {key}.jpg" for key, _, _ in rows]
     path = write_parquet(folder / "a.parquet", rows, group=50)
-    return path, [f"{path}: row {place}" if source == "parquet" else f"row {place} of train ({key}.png)"
-                  for place, (key, _, _) in enumerate(rows)]  # fmt: skip
+    return path, [
+        f"{path}: row {place}" if source == "parquet" else f"row {place} of train ({key}.png)"
+        for place, (key, _, _) in enumerate(rows)
+    ]
 
 
 SOURCES = {"folder": False, "folder, streamed": True, "parquet read whole": False, "parquet": True, "tar": True}
@@ -131,8 +142,15 @@ SOURCES = {"folder": False, "folder, streamed": True, "parquet read whole": Fals
 def check(folder: Path, source: str, images: list[tuple[str, int]]) -> Counter[str]:
     """Load them, and hold what is found against what was written; returns how many of each kind were read or bad."""
     path, names = written(folder / "data", source.split(",")[0], images)
-    config = DataConfig(source=str(path), image_size=SIDE, channels=3, streaming=SOURCES[source], on_error="skip",
-                        max_bad_fraction=1, held_out_fraction=0.2)  # fmt: skip
+    config = DataConfig(
+        source=str(path),
+        image_size=SIDE,
+        channels=3,
+        streaming=SOURCES[source],
+        on_error="skip",
+        max_bad_fraction=1,
+        held_out_fraction=0.2,
+    )
     splits = load_images(config)
     found = {part: part.pixels(range(len(part))).numpy() for part in splits.named().values()}
     counts: Counter[str] = Counter()
@@ -202,8 +220,9 @@ def test_bombs_take_no_memory(tmp_path):
         np.asarray(Image.open(written(tmp_path / "one", "folder", [("bomb", 0)])[0] / "one/0000.jpg").convert("RGB"))
     assert plain.most > 200e6
     path, _ = written(tmp_path / "all", "tar", [("bomb", k) for k in range(30)] + [("plain", k) for k in range(20)])
-    config = DataConfig(source=str(path), image_size=SIDE, channels=3, streaming=True, on_error="skip",
-                        max_bad_fraction=1)  # fmt: skip
+    config = DataConfig(
+        source=str(path), image_size=SIDE, channels=3, streaming=True, on_error="skip", max_bad_fraction=1
+    )
     with Watched() as all_of_them:
         train = load_images(config).train
         train.pixels(range(len(train)))
@@ -219,11 +238,17 @@ def test_what_is_no_file_is_a_bad_image_and_not_waited_for(tmp_path, monkeypatch
     os.mkfifo(tmp_path / "fifo.png")
     (tmp_path / "gone.png").symlink_to(tmp_path / "nowhere.png")
     (tmp_path / "huge.png").write_bytes(bytes(2001))
-    config = DataConfig(source=str(tmp_path), image_size=SIDE, channels=3, streaming=streaming, on_error="skip",
-                        max_bad_fraction=1, held_out_fraction=0.4)  # fmt: skip
+    config = DataConfig(
+        source=str(tmp_path),
+        image_size=SIDE,
+        channels=3,
+        streaming=streaming,
+        on_error="skip",
+        max_bad_fraction=1,
+        held_out_fraction=0.4,
+    )
     splits = load_images(config)
-    found = [p for part in splits.named().values()
-             for p in (part.pixels(range(len(part))), part.report.problems)[1]]  # fmt: skip
+    found = [p for part in splits.named().values() for p in (part.pixels(range(len(part))), part.report.problems)[1]]
     assert {(Path(p.path).name, p.reason) for p in found} == {
         ("fifo.png", "no such file, or not a regular one"),
         ("gone.png", "no such file, or not a regular one"),

@@ -342,8 +342,10 @@ def test_the_adaptive_weight_balances_the_two():
         reconstruction, adversarial = two_losses(generator, critic, batch())
         last = generator[-1].weight
         weight = adaptive_weight(scale * reconstruction, adversarial, last)
-        pulls = [torch.autograd.grad(loss, last, retain_graph=True)[0].norm()
-                 for loss in (scale * reconstruction, weight * adversarial)]  # fmt: skip
+        pulls = [
+            torch.autograd.grad(loss, last, retain_graph=True)[0].norm()
+            for loss in (scale * reconstruction, weight * adversarial)
+        ]
         assert float(pulls[0]) == pytest.approx(float(pulls[1]), rel=1e-3)
 
 
@@ -413,8 +415,13 @@ def one_of_two(folder: Path) -> None:
         critic.track(critic(mine), critic(-mine))
     means = [float(critic.real_mean), float(critic.fake_mean)]
     wrapped = nn.parallel.DistributedDataParallel(critic.train().requires_grad_(), broadcast_buffers=False)
-    found = {"world": dist.get_world_size(), "weight": float(weight), "gradient": generator[0].weight.grad.tolist(),
-             "means": means, "turn": critic_turn(wrapped, mine)}  # fmt: skip
+    found = {
+        "world": dist.get_world_size(),
+        "weight": float(weight),
+        "gradient": generator[0].weight.grad.tolist(),
+        "means": means,
+        "turn": critic_turn(wrapped, mine),
+    }
     (folder / f"{rank}.json").write_text(json.dumps(found))
     dist.barrier()
     leave_group()
@@ -426,10 +433,11 @@ def pair(tmp_path_factory) -> list[dict]:
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     command = [sys.executable, __file__, str(folder)]
     processes = [
-        subprocess.Popen(command, env={**environment, "RANK": str(rank)}, stdout=subprocess.PIPE,
-                         stderr=subprocess.STDOUT, text=True)
+        subprocess.Popen(
+            command, env={**environment, "RANK": str(rank)}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        )
         for rank in range(2)
-    ]  # fmt: skip
+    ]
     try:
         for process in processes:
             printed, _ = process.communicate(timeout=90)

@@ -59,8 +59,12 @@ pytestmark = pytest.mark.timeout(150)
 STEPS = 20
 TOLERANCE = 1e-5  # relative; 3e-7 was measured, as sums are taken in another order
 BUSY = {"kind": "ema", "codes": 32, "dim": 8, "revive_every": 2, "revive_below": 0.3}  # codes die and rise all the time
-TOKENIZER = {"train__steps": STEPS, "train__save_every": 5, "data__augment__rotate": 8,
-             "model": {**VQVAE, "quantizer": BUSY}}  # fmt: skip
+TOKENIZER = {
+    "train__steps": STEPS,
+    "train__save_every": 5,
+    "data__augment__rotate": 8,
+    "model": {**VQVAE, "quantizer": BUSY},
+}
 PRIOR = {"train__steps": STEPS}
 KINDS = [name for name in QUANTIZERS if name != "ema"]
 
@@ -142,11 +146,19 @@ def trainings(folder: Path) -> None:
         weights = [p for net in run.task.nets.values() for p in net.parameters()]
         wrapped = all(isinstance(net, nn.parallel.DistributedDataParallel) for net in run.task.nets.values())
         quantizer = getattr(getattr(run.task, "tokenizer", None), "quantizer", None)
-        log.append(gathered({
-            "weights": digest(weights), "average": digest(run.averaged.module.parameters()),
-            "buffers": digest(run.task.model.buffers()), "seed": torch.initial_seed(), "wrapped": wrapped,
-            "codebook": digest(quantizer.buffers()) if quantizer else "", "batch": digest(rest[0][0]),
-        }))  # fmt: skip
+        log.append(
+            gathered(
+                {
+                    "weights": digest(weights),
+                    "average": digest(run.averaged.module.parameters()),
+                    "buffers": digest(run.task.model.buffers()),
+                    "seed": torch.initial_seed(),
+                    "wrapped": wrapped,
+                    "codebook": digest(quantizer.buffers()) if quantizer else "",
+                    "batch": digest(rest[0][0]),
+                }
+            )
+        )
 
     def sick_on_rank_one(self: Any, player: str, batch: Any, step: int) -> Any:
         value, terms = loss(self, player, batch, step)
@@ -191,8 +203,9 @@ def encoding(tokenizer: Path, out: Path, rows: int) -> encode.EncodeConfig:
 
 def encode_arguments(tokenizer: Path, out: Path, rows: int) -> list[str]:
     """An odd number of rows, so that the last share is not full; augmented, so that a batch spans variants."""
-    return arguments({"tokenizer": str(tokenizer), "out": str(out), "data.limit": rows, "augmentations": 2,
-                      "batch_size": 8})  # fmt: skip
+    return arguments(
+        {"tokenizer": str(tokenizer), "out": str(out), "data.limit": rows, "augmentations": 2, "batch_size": 8}
+    )
 
 
 # From outside
@@ -200,8 +213,12 @@ def encode_arguments(tokenizer: Path, out: Path, rows: int) -> list[str]:
 
 def in_two_processes(name: str, folder: Path) -> dict[str, Any]:
     """Run a function of this file twice at once; what it left."""
-    where = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": "2",
-             "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")])}  # fmt: skip
+    where = {
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(free_port()),
+        "WORLD_SIZE": "2",
+        "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")]),
+    }
     command = [sys.executable, __file__, name, str(folder)]
     pair = [start(command, RANK=str(rank), LOCAL_RANK=str(rank), **where) for rank in range(2)]
     try:

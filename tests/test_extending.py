@@ -236,17 +236,45 @@ def test_a_tokenizer_without_parameters_is_done_at_once(tmp_path, train, capsys)
 # What else may differ
 
 CHANGED: dict[str, Any] = {
-    "steps": 99, "minutes": 5.0, "batch_size": 8, "accumulate": 2, "lr": 0.1, "final_lr": 0.1, "warmup_steps": 1,
-    "betas": [0.8, 0.9], "weight_decay": 0.3, "clip": 2.0, "ema_decay": 0.5, "seed": 1, "log_every": 7,
-    "preview_every": 7, "evaluate_every": 7, "save_every": 7, "checkpointing": True, "compile": True, "timeout": 5.0,
+    "steps": 99,
+    "minutes": 5.0,
+    "batch_size": 8,
+    "accumulate": 2,
+    "lr": 0.1,
+    "final_lr": 0.1,
+    "warmup_steps": 1,
+    "betas": [0.8, 0.9],
+    "weight_decay": 0.3,
+    "clip": 2.0,
+    "ema_decay": 0.5,
+    "seed": 1,
+    "log_every": 7,
+    "preview_every": 7,
+    "evaluate_every": 7,
+    "save_every": 7,
+    "checkpointing": True,
+    "compile": True,
+    "timeout": 5.0,
     "keep_best": False,
-}  # fmt: skip
+}
 DATA: dict[str, Any] = {
-    "source": "elsewhere", "streaming": True, "shuffle_window": 5, "split": "some", "held_out": "others",
-    "held_out_fraction": 0.2, "image_size": 14, "channels": 3, "image_column": "picture", "label_column": None,
-    "augment": {"shift": 2}, "on_error": "skip", "max_bad_fraction": 0.5, "limit": 60, "cache_mb": 1,
+    "source": "elsewhere",
+    "streaming": True,
+    "shuffle_window": 5,
+    "split": "some",
+    "held_out": "others",
+    "held_out_fraction": 0.2,
+    "image_size": 14,
+    "channels": 3,
+    "image_column": "picture",
+    "label_column": None,
+    "augment": {"shift": 2},
+    "on_error": "skip",
+    "max_bad_fraction": 0.5,
+    "limit": 60,
+    "cache_mb": 1,
     "validation_fraction": 0.1,
-}  # fmt: skip
+}
 
 
 FREE = {"steps", "minutes", "log_every", "preview_every", "evaluate_every", "save_every", "timeout", "checkpointing"}
@@ -330,10 +358,16 @@ def two(folder: Path, *more: dict[str, Any]) -> list[tuple[int, str]]:
     for rank, arguments in enumerate(more):
         places = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
         command = verb("train_prior", prior_arguments(folder / "run", folder / "tokens", **arguments))
-        started.append(subprocess.Popen(
-            command, cwd=ROOT, env=environment(**{key: str(value) for key, value in places.items()}),
-            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-        ))  # fmt: skip
+        started.append(
+            subprocess.Popen(
+                command,
+                cwd=ROOT,
+                env=environment(**{key: str(value) for key, value in places.items()}),
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
+            )
+        )
     try:
         printed = [output_of(process, 60, code=None) for process in started]
     finally:

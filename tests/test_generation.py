@@ -291,8 +291,12 @@ def test_images_come_in_four_kinds(tokenizer, channels):
         assert torch.equal(pipe.log_prob(images), pipe.log_prob(pixels))
     assert torch.equal(pipe.encode(as_pil(pixels)[0]), tokens[:1])
     assert torch.equal(pipe.encode(pixels, batch_size=2), tokens)
-    assert np.array_equal(np.asarray(pipe.decode(tokens)[0]), pipe.decode(tokens, output_type="np")[0].squeeze(-1)
-                          if channels == 1 else pipe.decode(tokens, output_type="np")[0])  # fmt: skip
+    assert np.array_equal(
+        np.asarray(pipe.decode(tokens)[0]),
+        pipe.decode(tokens, output_type="np")[0].squeeze(-1)
+        if channels == 1
+        else pipe.decode(tokens, output_type="np")[0],
+    )
 
 
 @pytest.mark.parametrize("channels", [1, 3])
@@ -302,8 +306,17 @@ def test_images_come_as_arrays_and_in_lists(channels):
     drawn = {kind: pipe(3, 1, seed=0, output_type=kind).images for kind in ("pil", "np")}
     pixels = torch.from_numpy(drawn["np"]).movedim(-1, 1)
     tokens, array = pipe.encode(drawn["pil"]), drawn["np"]
-    kinds = [array, array / 127.5 - 1, (array / 127.5 - 1).astype(np.float32), list(array), list(pixels), [*pixels[:1],
-             drawn["pil"][1], array[2]], list(pixels / 127.5 - 1), array[::-1][::-1], pixels.contiguous()]  # fmt: skip
+    kinds = [
+        array,
+        array / 127.5 - 1,
+        (array / 127.5 - 1).astype(np.float32),
+        list(array),
+        list(pixels),
+        [*pixels[:1], drawn["pil"][1], array[2]],
+        list(pixels / 127.5 - 1),
+        array[::-1][::-1],
+        pixels.contiguous(),
+    ]
     kinds += [array[..., 0], list(array[..., 0])] if channels == 1 else []
     for images in kinds:
         assert torch.equal(pipe.encode(images), tokens)
@@ -732,9 +745,17 @@ def test_a_bound_is_called_one(tmp_path):
         pipe.provenance = PROVENANCE
         assert ("| at most 3.125 |" in card_of(pipe, tmp_path / str(exact))) != exact
         figures = dict.fromkeys(
-            ["psnr", "codebook_usage", "codebook_perplexity", "bits_per_token", "unconditional_bits_per_token",
-             "marginal_bits_per_token", "uniform_bits_per_token"], 3.5
-        )  # fmt: skip
+            [
+                "psnr",
+                "codebook_usage",
+                "codebook_perplexity",
+                "bits_per_token",
+                "unconditional_bits_per_token",
+                "marginal_bits_per_token",
+                "uniform_bits_per_token",
+            ],
+            3.5,
+        )
         assert ("<= 3.500" in table(figures, pipe, range(9))) != exact
 
 

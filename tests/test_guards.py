@@ -260,9 +260,17 @@ def test_only_the_very_pipeline_is_loaded_where_its_sha256_is_given(folder):
 
 
 @pytest.mark.parametrize(
-    "entry", [{"sha256": "0" * 63, "size": 1}, {"sha256": 3, "size": 1}, {"sha256": "0" * 64, "size": 1.0},
-              {"sha256": "0" * 64, "size": True}, {"sha256": "0" * 64, "size": 1, "mode": 0}, None, []],
-)  # fmt: skip
+    "entry",
+    [
+        {"sha256": "0" * 63, "size": 1},
+        {"sha256": 3, "size": 1},
+        {"sha256": "0" * 64, "size": 1.0},
+        {"sha256": "0" * 64, "size": True},
+        {"sha256": "0" * 64, "size": 1, "mode": 0},
+        None,
+        [],
+    ],
+)
 def test_entries_of_another_form(folder, entry):
     manifest = json.loads((folder / MANIFEST).read_text())
     manifest["files"]["README.md"] = entry
@@ -349,7 +357,7 @@ CHANGES = {
     "an object": (lambda h, b: h["bias"].update(dtype="O"), "'O'"),
     "a field": (lambda h, b: h["bias"].update(pickle="x"), "pickle"),
     "no dictionary": (lambda h, b: h.update(bias=3), "should have dtype"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", CHANGES)
@@ -468,10 +476,15 @@ class Greedy(torch.nn.Module):
         self.layers = [torch.nn.Linear(1, 1) for _ in range(layers)]
 
 
-@pytest.mark.parametrize(("sizes", "error", "needle"), [
-    ({"table": 1 << 20, "layers": 100}, None, ""), ({"table": 1 << 40}, LimitError, "tables of"),
-    ({"layers": 100_000}, LimitError, "layers"), ({"table": -1}, ConfigError, "no model has this configuration"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("sizes", "error", "needle"),
+    [
+        ({"table": 1 << 20, "layers": 100}, None, ""),
+        ({"table": 1 << 40}, LimitError, "tables of"),
+        ({"layers": 100_000}, LimitError, "layers"),
+        ({"table": -1}, ConfigError, "no model has this configuration"),
+    ],
+)
 def test_tables_and_layers_are_counted_before_they_are_made(sizes, error, needle):
     path = Path("config.json")
     if error is None:
@@ -586,16 +599,20 @@ def test_nothing_is_saved_over_links_and_strangers(tmp_path, folder):
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_loading_needs_the_memory_of_the_model_and_little_more(tmp_path, dtype):
     """300 million parameters: the file, in float32, has 1.2 GB."""
-    code = ("import sys, torch; from tokenizer import TokenGrid; from prior import Prior\n"
-            "model = Prior.create('gpt', grid=TokenGrid((4, 4), 512), dim=1024, depth=24, heads=16)\n"
-            "model.to(getattr(torch, sys.argv[2])).save_pretrained(sys.argv[1])")  # fmt: skip
+    code = (
+        "import sys, torch; from tokenizer import TokenGrid; from prior import Prior\n"
+        "model = Prior.create('gpt', grid=TokenGrid((4, 4), 512), dim=1024, depth=24, heads=16)\n"
+        "model.to(getattr(torch, sys.argv[2])).save_pretrained(sys.argv[1])"
+    )
     subprocess.run([sys.executable, "-c", code, str(tmp_path / "prior"), dtype], check=True)
-    code = ("import resource, sys, time, torch; from prior import Prior; Prior.available()\n"
-            "rss = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10\n"
-            "before, start = rss(), time.perf_counter()\n"
-            "model = Prior.from_pretrained(sys.argv[1])\n"
-            "size, seconds = sum(p.nbytes for p in model.parameters()), time.perf_counter() - start\n"
-            "print(rss() - before, size, seconds)\n")  # fmt: skip
+    code = (
+        "import resource, sys, time, torch; from prior import Prior; Prior.available()\n"
+        "rss = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10\n"
+        "before, start = rss(), time.perf_counter()\n"
+        "model = Prior.from_pretrained(sys.argv[1])\n"
+        "size, seconds = sum(p.nbytes for p in model.parameters()), time.perf_counter() - start\n"
+        "print(rss() - before, size, seconds)\n"
+    )
     result = subprocess.run(
         [sys.executable, "-c", code, str(tmp_path / "prior")], capture_output=True, text=True, check=True
     )

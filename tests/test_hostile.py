@@ -55,8 +55,11 @@ def good(place):
 
 def nothing_forbidden(found):
     """The outcomes by name, after looking at each."""
-    problems = [f"case {case.number} ({case.base}: {'; '.join(case.ways)}): {outcome.problem}"
-                for case, outcome in found if outcome.problem]  # fmt: skip
+    problems = [
+        f"case {case.number} ({case.base}: {'; '.join(case.ways)}): {outcome.problem}"
+        for case, outcome in found
+        if outcome.problem
+    ]
     assert not problems, "\n".join([f"{len(problems)} of {len(found)}", *problems[:20]])
     return Counter(outcome.kind for _, outcome in found)
 

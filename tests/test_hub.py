@@ -53,9 +53,16 @@ def report(tmp_path_factory):
     (root / "me" / "empty" / "main" / "README.md").write_text("nothing yet")
     cache = tmp_path_factory.mktemp("cache")
     with serve(root, secret=TOKEN) as hub:
-        environment = {**os.environ, "HF_ENDPOINT": hub.url, "HF_HUB_DISABLE_XET": "1", "HF_HUB_OFFLINE": "0",
-                       "HF_HOME": str(cache / "home"), "HF_HUB_DISABLE_TELEMETRY": "1", "NO_PROXY": "127.0.0.1",
-                       "PYTHONPATH": str(Path(__file__).parents[1])}  # fmt: skip
+        environment = {
+            **os.environ,
+            "HF_ENDPOINT": hub.url,
+            "HF_HUB_DISABLE_XET": "1",
+            "HF_HUB_OFFLINE": "0",
+            "HF_HOME": str(cache / "home"),
+            "HF_HUB_DISABLE_TELEMETRY": "1",
+            "NO_PROXY": "127.0.0.1",
+            "PYTHONPATH": str(Path(__file__).parents[1]),
+        }
         environment.pop("HF_TOKEN", None)
         command = [sys.executable, __file__, str(cache / "ours"), commit(root / "me" / "mosaic" / "v2")]
         result = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120)

@@ -209,9 +209,17 @@ def report(tmp_path_factory):
     """What `client` found, what the Hub was asked, and what it has now."""
     root, cache = tmp_path_factory.mktemp("hub"), tmp_path_factory.mktemp("cache")
     with serve(root, secret=SECRET) as hub:
-        environment = {**os.environ, "HF_ENDPOINT": hub.url, "HF_HUB_DISABLE_XET": "1", "HF_HUB_OFFLINE": "0",
-                       "HF_HOME": str(cache / "home"), "HF_HUB_DISABLE_TELEMETRY": "1", "NO_PROXY": "127.0.0.1",
-                       "HF_TOKEN": SECRET, "PYTHONPATH": str(Path(__file__).parents[1])}  # fmt: skip
+        environment = {
+            **os.environ,
+            "HF_ENDPOINT": hub.url,
+            "HF_HUB_DISABLE_XET": "1",
+            "HF_HUB_OFFLINE": "0",
+            "HF_HOME": str(cache / "home"),
+            "HF_HUB_DISABLE_TELEMETRY": "1",
+            "NO_PROXY": "127.0.0.1",
+            "HF_TOKEN": SECRET,
+            "PYTHONPATH": str(Path(__file__).parents[1]),
+        }
         command = [sys.executable, __file__, str(cache)]
         result = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120)
         assert result.returncode == 0, result.stderr

@@ -301,20 +301,40 @@ def test_only_the_first_process_tells(tmp_path, capsys, monkeypatch):
         (("train", "test"), {}, (10, 3), ""),
         (("train", "test", "val"), {}, (10, 3), "'test' is held out; not used: val (data.held_out=NAME takes another)"),
         (("train", "test", "val"), {"held_out": "val"}, (10, 4), ""),
-        (("train", "val", "dev"), {}, (9, 1),
-         "there is no 'test', so 10% of 'train' is held out; not used: val, dev (data.held_out=NAME takes another)"),
-        (("train", "val", "testing"), {}, (10, 3),
-         "there is no 'test', so 'val' is held out; not used: testing (data.held_out=NAME takes another)"),
-        (("train", "val"), {"held_out": "test"}, (9, 1),
-         "there is no 'test', so 10% of 'train' is held out; not used: val (data.held_out=NAME takes another)"),
-        (("val", "train"), {"split": "val"}, (9, 1),
-         "there is no 'test', so 10% of 'val' is held out; not used: train (data.held_out=NAME takes another)"),
-        (("test", "train"), {"split": "test"}, (9, 1),
-         "there is no 'test', so 10% of 'test' is held out; not used: train (data.held_out=NAME takes another)"),
+        (
+            ("train", "val", "dev"),
+            {},
+            (9, 1),
+            "there is no 'test', so 10% of 'train' is held out; not used: val, dev (data.held_out=NAME takes another)",
+        ),
+        (
+            ("train", "val", "testing"),
+            {},
+            (10, 3),
+            "there is no 'test', so 'val' is held out; not used: testing (data.held_out=NAME takes another)",
+        ),
+        (
+            ("train", "val"),
+            {"held_out": "test"},
+            (9, 1),
+            "there is no 'test', so 10% of 'train' is held out; not used: val (data.held_out=NAME takes another)",
+        ),
+        (
+            ("val", "train"),
+            {"split": "val"},
+            (9, 1),
+            "there is no 'test', so 10% of 'val' is held out; not used: train (data.held_out=NAME takes another)",
+        ),
+        (
+            ("test", "train"),
+            {"split": "test"},
+            (9, 1),
+            "there is no 'test', so 10% of 'test' is held out; not used: train (data.held_out=NAME takes another)",
+        ),
         (("train", "notes", "cat"), {}, (9, 1), ""),
         (("my-split", "val"), {"split": "my-split"}, (10, 3), "there is no 'test', so 'val' is held out"),
     ],
-)  # fmt: skip
+)
 def test_what_is_left_over_is_told_in_a_line(tmp_path, capsys, folders, options, sizes, told):
     splits = load_images(config(split_set(tmp_path, *folders), **options))
     assert (len(splits.train), len(splits.held_out)) == sizes
@@ -331,14 +351,17 @@ def test_classes_may_be_called_like_splits(tmp_path, capsys, classes):
 @pytest.mark.parametrize(
     ("folders", "held_out", "message"),
     [
-        (("train", "val"), "vla", "has no split 'vla'; it has train, val; did you mean 'val'? "
-         "(data.held_out=test holds out part of 'train')"),
+        (
+            ("train", "val"),
+            "vla",
+            "has no split 'vla'; it has train, val; did you mean 'val'? (data.held_out=test holds out part of 'train')",
+        ),
         (("train", "val"), "validation", "it has train, val; did you mean 'val'? (data.held_out=test holds"),
         (("train", "validation"), "vla", "it has train, validation; did you mean 'validation'? (data"),
         (("train", "test", "val"), "tset", "it has train, test, val; did you mean 'test'?"),
         (("train", "val"), "other", "it has train, val (data.held_out=test holds"),
     ],
-)  # fmt: skip
+)
 def test_a_split_that_is_not_there_is_no_reason_to_carve(tmp_path, folders, held_out, message):
     with pytest.raises(UserError) as caught:
         load_images(config(split_set(tmp_path, *folders), held_out=held_out))
@@ -390,9 +413,19 @@ def test_carving_is_a_partition(size):
 
 @pytest.mark.parametrize(
     ("size", "fraction", "expected"),
-    [(4000, None, 200), (60_000, None, 2000), (1_281_167, None, 2000), (200, None, 10), (180, None, 0), (7, None, 0),
-     (60_000, 0.1, 6000), (7, 0.01, 1), (7, 0, 0), (4000, 0.0, 0)],
-)  # fmt: skip
+    [
+        (4000, None, 200),
+        (60_000, None, 2000),
+        (1_281_167, None, 2000),
+        (200, None, 10),
+        (180, None, 0),
+        (7, None, 0),
+        (60_000, 0.1, 6000),
+        (7, 0.01, 1),
+        (7, 0, 0),
+        (4000, 0.0, 0),
+    ],
+)
 def test_how_many_images_are_for_validation(size, fraction, expected):
     assert validation_count(size, fraction) == expected
 
@@ -428,9 +461,15 @@ def test_images_for_validation_do_not_depend_on_what_is_held_out(tmp_path):
 
 @pytest.mark.parametrize(
     ("before", "given", "expected"),
-    [({}, None, 0.0), ({"validation_fraction": 0.0}, None, 0.0), ({"validation_fraction": None}, None, None),
-     ({"validation_fraction": 0.1}, None, None), ({}, 0.1, 0.1), (None, None, None)],
-)  # fmt: skip
+    [
+        ({}, None, 0.0),
+        ({"validation_fraction": 0.0}, None, 0.0),
+        ({"validation_fraction": None}, None, None),
+        ({"validation_fraction": 0.1}, None, None),
+        ({}, 0.1, 0.1),
+        (None, None, None),
+    ],
+)
 def test_what_began_without_images_for_validation_goes_on_without(before, given, expected):
     assert as_begun(DataConfig(validation_fraction=given), before).validation_fraction == expected
 

@@ -184,8 +184,15 @@ def test_diffusers_settings_that_mean_another_network_are_named(tmp_path, capsys
     folder = tmp_path / "model"
     folder.mkdir()
     save_file(as_diffusers(random_weights(shapes)), folder / "diffusion_pytorch_model.safetensors")
-    settings = {"_class_name": "VQModel", "_diffusers_version": "0.30.0", "norm_num_groups": 4, "sample_size": 16,
-                "block_out_channels": [8, 16], "latent_channels": 4, "lookup_from_codebook": True}  # fmt: skip
+    settings = {
+        "_class_name": "VQModel",
+        "_diffusers_version": "0.30.0",
+        "norm_num_groups": 4,
+        "sample_size": 16,
+        "block_out_channels": [8, 16],
+        "latent_channels": 4,
+        "lookup_from_codebook": True,
+    }
     (folder / "config.json").write_text(json.dumps(settings))
     imported(folder, tmp_path / "good")
     (folder / "config.json").write_text(json.dumps({**settings, **changes}))
@@ -221,8 +228,12 @@ def as_diffusers(weights):
 
 
 def block_shapes(name, width, wide):
-    shapes = {f"{name}.norm1": (width,), f"{name}.conv1": (wide, width, 3, 3), f"{name}.norm2": (wide,),
-              f"{name}.conv2": (wide, wide, 3, 3)}  # fmt: skip
+    shapes = {
+        f"{name}.norm1": (width,),
+        f"{name}.conv1": (wide, width, 3, 3),
+        f"{name}.norm2": (wide,),
+        f"{name}.conv2": (wide, wide, 3, 3),
+    }
     return shapes | ({} if width == wide else {f"{name}.nin_shortcut": (wide, width, 1, 1)})
 
 
@@ -235,8 +246,11 @@ def attention_shapes(name, width):
 
 def with_biases(layers):
     """`name.weight` and `name.bias` of every layer."""
-    return {f"{name}.{part}": shape if part == "weight" else shape[:1]
-            for name, shape in layers.items() for part in ("weight", "bias")}  # fmt: skip
+    return {
+        f"{name}.{part}": shape if part == "weight" else shape[:1]
+        for name, shape in layers.items()
+        for part in ("weight", "bias")
+    }
 
 
 def taming_shapes(ch, mult, *, blocks=1, attention=(), z=8, codes=32, dim=4, channels=3):
@@ -253,8 +267,13 @@ def taming_shapes(ch, mult, *, blocks=1, attention=(), z=8, codes=32, dim=4, cha
     for part in ("encoder", "decoder"):
         layers |= block_shapes(f"{part}.mid.block_1", width, width) | attention_shapes(f"{part}.mid.attn_1", width)
         layers |= block_shapes(f"{part}.mid.block_2", width, width)
-    layers |= {"encoder.norm_out": (width,), "encoder.conv_out": (z, width, 3, 3), "quant_conv": (dim, z, 1, 1),
-               "post_quant_conv": (z, dim, 1, 1), "decoder.conv_in": (width, z, 3, 3)}  # fmt: skip
+    layers |= {
+        "encoder.norm_out": (width,),
+        "encoder.conv_out": (z, width, 3, 3),
+        "quant_conv": (dim, z, 1, 1),
+        "post_quant_conv": (z, dim, 1, 1),
+        "decoder.conv_in": (width, z, 3, 3),
+    }
     for level in reversed(range(len(mult))):
         for number in range(blocks + 1):
             layers |= block_shapes(f"decoder.up.{level}.block.{number}", width, ch * mult[level])
@@ -341,8 +360,11 @@ class Reference:
         for name in names[0]:
             x = self.level(x, f"encoder.{name}", block)
         z = self.conv(self.out(self.middle(x, *(f"encoder.{name}" for name in middle)), "encoder"), "quant_conv")
-        codes = next(self.weights[f"quantize.{name}.weight"] for name in ("embedding", "embed") if
-                     f"quantize.{name}.weight" in self.weights)  # fmt: skip
+        codes = next(
+            self.weights[f"quantize.{name}.weight"]
+            for name in ("embedding", "embed")
+            if f"quantize.{name}.weight" in self.weights
+        )
         rows = z.movedim(1, -1)
         if normalize:
             codes, rows = (value / value.norm(dim=-1, keepdim=True) for value in (codes, rows))
@@ -452,9 +474,13 @@ def small(tmp_path):
 
 def test_weights_of_training_are_left_out_and_counted(small, tmp_path, capsys):
     weights, write = small
-    more = {"loss.discriminator.main.0.weight": torch.zeros(3), "loss.logvar": torch.zeros(()),
-            "quantize.embedding.cluster_size": torch.zeros(32), "quantize.embedding.embed_avg": torch.zeros(32, 4),
-            "model_ema.num_updates": torch.tensor(3)}  # fmt: skip
+    more = {
+        "loss.discriminator.main.0.weight": torch.zeros(3),
+        "loss.logvar": torch.zeros(()),
+        "quantize.embedding.cluster_size": torch.zeros(32),
+        "quantize.embedding.embed_avg": torch.zeros(32, 4),
+        "model_ema.num_updates": torch.tensor(3),
+    }
     tokenizer = imported(write({**weights, **more}), tmp_path / "out", "groups=4", "image_size=16")
     printed = capsys.readouterr().out
     assert "taming-transformers VQGAN, 5 weights that only training needs left out" in printed
@@ -546,9 +572,15 @@ def test_places_without_weights_are_named(tmp_path, capsys):
     (tmp_path / "two" / "a.safetensors").touch()
     (tmp_path / "two" / "b.safetensors").touch()
     assert "holds 2 files of weights, name one of them (a.safetensors, b.safetensors)" in error_of(tmp_path / "two")
-    save_file({"encoder.down_blocks.0.resnets.0.conv1.weight": torch.zeros(8, 8, 3, 3),
-               "encoder.conv_in.weight": torch.zeros(8, 3, 3, 3), "encoder.conv_out.weight": torch.zeros(4, 8, 3, 3),
-               "quantize.embedding.weight": torch.zeros(8, 4)}, tmp_path / "bare.safetensors")  # fmt: skip
+    save_file(
+        {
+            "encoder.down_blocks.0.resnets.0.conv1.weight": torch.zeros(8, 8, 3, 3),
+            "encoder.conv_in.weight": torch.zeros(8, 3, 3, 3),
+            "encoder.conv_out.weight": torch.zeros(4, 8, 3, 3),
+            "quantize.embedding.weight": torch.zeros(8, 4),
+        },
+        tmp_path / "bare.safetensors",
+    )
     assert f"{tmp_path}/config.json: no such file" in error_of(tmp_path / "bare.safetensors")
 
 
@@ -598,8 +630,14 @@ def test_encode_and_reconstruct_ask_for_images_and_know_their_shape(small, tmp_p
         pixels = np.random.default_rng(number).integers(0, 256, (20, 20, 3), dtype=np.uint8)
         Image.fromarray(pixels).save(tmp_path / "images" / "all" / f"{number}.png")
     for verb, out in commands.items():
-        verb.main([f"tokenizer={tmp_path}/out", f"out={tmp_path}/{out}", f"data.source={tmp_path}/images",
-                   "data.held_out_fraction=0.5"])  # fmt: skip
+        verb.main(
+            [
+                f"tokenizer={tmp_path}/out",
+                f"out={tmp_path}/{out}",
+                f"data.source={tmp_path}/images",
+                "data.held_out_fraction=0.5",
+            ]
+        )
     assert "rows of 8x6 ids below 32" in capsys.readouterr().out
     facts = json.loads((tmp_path / "out" / "provenance.json").read_text())
     assert facts["imported"]["layout"] == "taming-transformers VQGAN" and len(facts["imported"]["sha256"]) == 64

@@ -259,7 +259,12 @@ def test_few_images_are_enough(count, data, drawn):
 
 def test_pictures_fit_their_place():
     assert [fitted(torch.zeros(3, *size), 48).size for size in ((12, 12), (48, 24), (3, 5), (64, 128), (1, 4096))] == [
-        (48, 48), (24, 48), (45, 27), (48, 24), (48, 1)]  # fmt: skip
+        (48, 48),
+        (24, 48),
+        (45, 27),
+        (48, 24),
+        (48, 1),
+    ]
     pixel = np.asarray(fitted(torch.tensor([[[-1.0, 1.0]]]), 4))
     assert pixel[:, :2].max() == 0 and pixel[:, 2:].min() == 255 and pixel.shape == (2, 4, 3)
 
@@ -324,7 +329,7 @@ BAD = [
     (["num_codes=0"], "num_codes: must be >= 1 (got 0)"),
     (["device=toaster"], "device: 'toaster' can not be used here"),
     (["images=3"], "images: unknown key"),
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize(("wrong", "message"), BAD, ids=[" ".join(wrong) for wrong, _ in BAD])

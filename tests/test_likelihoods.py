@@ -242,15 +242,15 @@ def test_pixel_densities_of_all_images_sum_to_one():
 
 @every_likelihood
 def test_two_parts_are_an_upper_bound_and_the_gap_is_the_posterior(name):
-    tokenizer = make_tokenizer("vqvae", (4, 4), 1, likelihood={"kind": name},
-                               quantizer={"kind": "ema", "codes": 6, "dim": 4})  # fmt: skip
+    tokenizer = make_tokenizer(
+        "vqvae", (4, 4), 1, likelihood={"kind": name}, quantizer={"kind": "ema", "codes": 6, "dim": 4}
+    )
     pipe, images = pipeline_of(tokenizer), images_of(4, 4)
     every = torch.arange(6).reshape(6, 1, 1)
     with torch.no_grad():
-        joint = torch.stack([
-            pipe.prior.log_prob(every) + tokenizer.pixel_log_prob(image.expand(6, 1, 4, 4), every)
-            for image in images
-        ]).double()  # fmt: skip
+        joint = torch.stack(
+            [pipe.prior.log_prob(every) + tokenizer.pixel_log_prob(image.expand(6, 1, 4, 4), every) for image in images]
+        ).double()
     marginal, chosen = joint.logsumexp(1), tokenizer.encode(images).flatten()
     two_part = -pipe.bits_per_dim(images).double() * 16 * math.log(2)
     assert (two_part <= marginal + 1e-4).all()

@@ -97,8 +97,9 @@ def by_the_paper(model, tokens, labels, order, degrees):
         x = bias[-1].view(len(ranks), -1)[n]
         x = x + sum(model.output[n, :, k] * h for k, h in enumerate(below) if rank + 1 > degrees[-1][k])
         if model.direct is not None:  # section 4.2: strictly lower triangular
-            x = x + sum(y @ model.direct[j].view(len(y), len(ranks), -1)[:, n] for j, y in enumerate(inputs)
-                        if ranks[j] < rank)  # fmt: skip
+            x = x + sum(
+                y @ model.direct[j].view(len(y), len(ranks), -1)[:, n] for j, y in enumerate(inputs) if ranks[j] < rank
+            )
         x = x if model.head is None else model.head @ x
         rows.append(x if model.head_bias is None else x + model.head_bias[n])
     return torch.stack(rows)
@@ -228,8 +229,9 @@ def test_probabilities_sum_to_one(variant, order):
 
 def test_each_draw_of_orders_and_degrees_is_another_density():
     """The same weights, each draw normalised and causal in its order; sampling follows the order, too."""
-    model = make_prior("made", shape=(2, 3), vocab_size=3, hidden=(40, 30), order_agnostic=True,
-                       connectivity_agnostic=True).double()  # fmt: skip
+    model = make_prior(
+        "made", shape=(2, 3), vocab_size=3, hidden=(40, 30), order_agnostic=True, connectivity_agnostic=True
+    ).double()
     grids = torch.tensor(list(itertools.product(range(3), repeat=6))).reshape(-1, 2, 3)
     ids, totals = grids.reshape(-1, 6, 1), []
     with torch.no_grad():

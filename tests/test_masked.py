@@ -223,8 +223,13 @@ def test_where_tokens_are_independent_any_number_of_steps_is_right(steps):
     with torch.no_grad():
         for block in model.blocks:
             block.project.weight.zero_()  # no position hears of another
-    drawn = model.sample(count, torch.ones(count).long(), generator=torch.Generator().manual_seed(5), steps=steps,
-                         confidence_temperature=0.0).flatten(1)  # fmt: skip
+    drawn = model.sample(
+        count,
+        torch.ones(count).long(),
+        generator=torch.Generator().manual_seed(5),
+        steps=steps,
+        confidence_temperature=0.0,
+    ).flatten(1)
     found = torch.bincount((drawn * torch.tensor([8, 4, 2, 1])).sum(1), minlength=16) / count
     expected = model.log_prob(all_grids((2, 2), 2), torch.ones(16).long()).detach().exp()
     assert ((found - expected).abs() < 5 * (expected * (1 - expected) / count).sqrt() + 1e-4).all()

@@ -134,8 +134,13 @@ def test_a_missing_package_is_told_before_training(tmp_path, monkeypatch):
         with pytest.raises(
             UserError, match=r'^track.trackers: trackio is not installed: pip install "smalti\[trackers\]"$'
         ) as error:
-            Tracker(tmp_path, TrackConfig(trackers=["wandb", "trackio"]), {},
-                    accelerator=SimpleNamespace(is_main_process=active), resume_step=0)  # fmt: skip
+            Tracker(
+                tmp_path,
+                TrackConfig(trackers=["wandb", "trackio"]),
+                {},
+                accelerator=SimpleNamespace(is_main_process=active),
+                resume_step=0,
+            )
         assert str(error.value) == 'track.trackers: trackio is not installed: pip install "smalti[trackers]"'
     with pytest.raises(UserError, match="tensorboard and trackio are not installed"):
         train_tokenizer(tmp_path / "run", track__trackers=["tensorboard", "trackio"])
@@ -211,8 +216,7 @@ def test_slow_trackers_are_waited_for_together(tmp_path, targets, monkeypatch, c
     gate = threading.Event()
     monkeypatch.setattr(mirror, "CLOSE_SECONDS", 0.4)
     monkeypatch.setattr(Remembering, "finish", lambda self: gate.wait(20))
-    tracker = Tracker(tmp_path, TrackConfig(wandb="offline", trackers=ALL), {},
-                      accelerator=MAIN, resume_step=0)  # fmt: skip
+    tracker = Tracker(tmp_path, TrackConfig(wandb="offline", trackers=ALL), {}, accelerator=MAIN, resume_step=0)
     began = threading.Event()
     timer = threading.Timer(1.0, began.set)
     timer.start()

@@ -54,9 +54,10 @@ def drawn_in_parallel(model, count, monkeypatch, count_forward=True, **settings)
     monkeypatch.setattr("prior.base.sample_parallel", lambda *given: results.append(real(*given)) or results[-1])
     if count_forward:
         monkeypatch.setattr(
-            type(model), "forward", lambda self, tokens, *rest, **more: rows.append(len(tokens))
-            or forward(self, tokens, *rest, **more)
-        )  # fmt: skip
+            type(model),
+            "forward",
+            lambda self, tokens, *rest, **more: rows.append(len(tokens)) or forward(self, tokens, *rest, **more),
+        )
     tokens = model.sample(count, generator=generators(count), parallel=True, **settings)
     monkeypatch.undo()
     return tokens, torch.cat([r.passes for r in results]), rows

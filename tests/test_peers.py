@@ -119,8 +119,13 @@ def test_simvq(rotation):
     codes, beta = torch.randn(CODES, DIM), 0.25
     gradient = "rotation" if rotation else "straight_through"
     mine = ours("simvq", codes, beta=beta, gradient=gradient)
-    other = peers.SimVQ(dim=DIM, codebook_size=CODES, channel_first=True, rotation_trick=rotation,
-                        input_to_quantize_commit_loss_weight=beta).train()  # fmt: skip
+    other = peers.SimVQ(
+        dim=DIM,
+        codebook_size=CODES,
+        channel_first=True,
+        rotation_trick=rotation,
+        input_to_quantize_commit_loss_weight=beta,
+    ).train()
     other.frozen_codebook.copy_(codes)
     mine.map.weight.data.copy_(other.code_transform.weight)
     z, z_other = vectors()
@@ -205,8 +210,13 @@ def test_bits(name):
     bits, temperature = 6, {"lfq": 3.0, "bsq": 0.3}[name]
     mine = ours(name, bits=bits, temperature=temperature, entropy=0.1, diversity=0.1, beta=0.25)
     scale = 1.0 if name == "lfq" else bits**-0.5
-    other = peers.LFQ(codebook_size=2**bits, dim=bits, spherical=name == "bsq", entropy_loss_weight=0.1,
-                      commitment_loss_weight=0.25 / scale**2).train()  # fmt: skip
+    other = peers.LFQ(
+        codebook_size=2**bits,
+        dim=bits,
+        spherical=name == "bsq",
+        entropy_loss_weight=0.1,
+        commitment_loss_weight=0.25 / scale**2,
+    ).train()
     sharpness = 1 / temperature if name == "lfq" else 1 / (2 * temperature)
     z, z_other = vectors(bits)
     z_q, tokens, losses = mine.quantize(z)

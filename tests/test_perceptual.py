@@ -225,8 +225,9 @@ def test_a_missing_file_is_fetched_once(empty, server, squeeze_file, monkeypatch
     assert capsys.readouterr().err == ""
 
 
-@pytest.mark.parametrize(("answer", "reason"), [("refusal", "the server says 403"), ("half", "not that file"),
-                                                ("another", "not that file")])  # fmt: skip
+@pytest.mark.parametrize(
+    ("answer", "reason"), [("refusal", "the server says 403"), ("half", "not that file"), ("another", "not that file")]
+)
 def test_what_does_not_come_whole_is_not_kept(empty, server, squeeze_file, monkeypatch, answer, reason):
     server.content = {"refusal": None, "half": squeeze_file.read_bytes(), "another": b"<html>"}[answer]
     server.sent = 10_000 if answer == "half" else None

@@ -483,8 +483,16 @@ def test_from_pixels_to_a_pipeline(tmp_path, model):
 
 
 def test_the_command_line(tmp_path, capfd):
-    main(["train_tokenizer", f"out={tmp_path}/run", "data.limit=50", "track.wandb=disabled", "model.kind=palette",
-          "model.colors=5"])  # fmt: skip
+    main(
+        [
+            "train_tokenizer",
+            f"out={tmp_path}/run",
+            "data.limit=50",
+            "track.wandb=disabled",
+            "model.kind=palette",
+            "model.colors=5",
+        ]
+    )
     main(["encode", f"tokenizer={tmp_path}/run/tokenizer", f"out={tmp_path}/tokens"])
     assert "50 train, 50 validation, 50 test rows of 28x28 ids below 5" in capfd.readouterr().out
 

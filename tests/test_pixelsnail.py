@@ -144,8 +144,22 @@ def test_operations_of_a_step_are_counted(rows):
     inside = [count for at, count in enumerate(counts) if at % 8]
     assert max(inside) <= 3 * (2 * 7 + 10) + 11
     assert max(counts) <= max(inside) + 3 * (1 + 3 * 2 * 2)
-    assert names <= {"index_select", "add", "add_", "addmm", "baddbmm", "mm", "stack", "cat", "copy_", "elu", "elu_",
-                     "glu", "argmax", FUSED}  # fmt: skip
+    assert names <= {
+        "index_select",
+        "add",
+        "add_",
+        "addmm",
+        "baddbmm",
+        "mm",
+        "stack",
+        "cat",
+        "copy_",
+        "elu",
+        "elu_",
+        "glu",
+        "argmax",
+        FUSED,
+    }
 
 
 def test_keys_and_values_go_to_the_fused_kernel():

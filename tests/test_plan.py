@@ -204,8 +204,9 @@ def test_micro_batches_take_less_at_a_time(capsys):
     parts = planned(*TINY, "gpus=2", "train.batch_size=64", "train.accumulate=2")
     assert half.turns == parts.turns and half.hours == parts.hours / 2
     # What else there is, is a copy of the gradients, of DDP.
-    assert half.memory == {way: {**found, "gradients not yet sent": 0} if "DDP" in way else found
-                           for way, found in parts.memory.items()}  # fmt: skip
+    assert half.memory == {
+        way: {**found, "gradients not yet sent": 0} if "DDP" in way else found for way, found in parts.memory.items()
+    }
     assert parts.memory["DDP"]["gradients not yet sent"] == parts.memory["DDP"]["gradients"]
 
 
@@ -296,8 +297,9 @@ def test_memory_and_files_of_a_run_of_stage_two(tokens, tmp_path, monkeypatch):
     gradients = []
     optimizer = training.optimizers["model"]
     real = optimizer.step
-    monkeypatch.setattr(optimizer, "step", lambda: (gradients.append(bytes_of(g.grad for g in task.model.parameters())),
-                                                    real()))  # fmt: skip
+    monkeypatch.setattr(
+        optimizer, "step", lambda: (gradients.append(bytes_of(g.grad for g in task.model.parameters())), real())
+    )
     stream = batches(training)
     take_step(training, next(stream), 1e-3)
     stream.close()
@@ -316,8 +318,14 @@ def test_memory_and_files_of_a_run_of_stage_two(tokens, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("critic", [pytest.param(0.0, marks=pytest.mark.slow), 0.5])
 def test_files_of_a_run_of_stage_one(tmp_path, critic, capsys):
-    more = {"train__steps": 2, "train__save_every": 1, "critic__weight": critic, "critic__width": 8,
-            "critic__layers": 1, "critic__warmup": 0}  # fmt: skip
+    more = {
+        "train__steps": 2,
+        "train__save_every": 1,
+        "critic__weight": critic,
+        "critic__width": 8,
+        "critic__layers": 1,
+        "critic__warmup": 0,
+    }
     forecast = planned(*tokenizer_arguments(tmp_path / "run", **more), "gpus=1")
     assert ("critic" in forecast.sizes.parts) == bool(critic)
     run = train_tokenizer(tmp_path / "run", **more)
@@ -416,9 +424,12 @@ def test_the_whole_average_goes_back_when_training_goes_on(monkeypatch):
     model, average, sent = nn.Linear(2, 2), nn.Linear(2, 2), []
     monkeypatch.setattr(average, "to", lambda device: (sent.append(device), average)[1])
     training: Any = SimpleNamespace(
-        sharded=True, averaged=SimpleNamespace(module=nn.Linear(2, 2)), gathered=average,
-        task=SimpleNamespace(model=model), accelerator=SimpleNamespace(device="gpu"),
-    )  # fmt: skip
+        sharded=True,
+        averaged=SimpleNamespace(module=nn.Linear(2, 2)),
+        gathered=average,
+        task=SimpleNamespace(model=model),
+        accelerator=SimpleNamespace(device="gpu"),
+    )
     for _ in range(2):
         assert averaged_model(training) is average and sent == ["gpu"]
         assert torch.equal(average.weight, training.averaged.module.weight)
@@ -449,8 +460,11 @@ def test_an_evaluation_is_counted(ids, rows, capsys):
     forecast = planned(*TINY, f"vocab_size={ids}", "train.batch_size=2", "gpus=2")
     logits = 4 * rows * 64 * ids
     assert 2 * logits < forecast.evaluation < 2.2 * logits
-    kept = sum(size for part, size in forecast.memory["DDP"].items() if part in (
-        "weights", "gradients", "AdamW's two moments", "averaged weights"))  # fmt: skip
+    kept = sum(
+        size
+        for part, size in forecast.memory["DDP"].items()
+        if part in ("weights", "gradients", "AdamW's two moments", "averaged weights")
+    )
     assert forecast.evaluating("DDP") == kept + forecast.evaluation == forecast.needs("DDP")
     assert f"{forecast.evaluating('DDP') / 1e9:.2f}" in capsys.readouterr().out
 
@@ -467,7 +481,10 @@ class Images(list):
 def test_an_evaluation_takes_as_many_at_a_time_as_fit(monkeypatch, tokens):
     """256 of what is small, as ever; and figures and pictures do not depend on it but for rounding."""
     assert [rows_at_a_time(TokenGrid(s, v)) for s, v in (((7, 7), 64), ((32, 32), 1024), ((16, 16), 16384))] == [
-        256, 256, 64]  # fmt: skip
+        256,
+        256,
+        64,
+    ]
     assert rows_at_a_time(TokenGrid((64, 64), 1 << 18)) == 1
     assert [images_at_a_time((3, s, s)) for s in (28, 64, 96, 256, 2048)] == [256, 256, 113, 16, 1]
     split, model = load_tokens(str(tokens)).splits["test"], make("gpt", grid=TokenGrid((7, 7), 16)).eval()
@@ -476,13 +493,19 @@ def test_an_evaluation_takes_as_many_at_a_time_as_fit(monkeypatch, tokens):
     found, sizes = [], []
     for owner, name in ((model, "log_prob"), (tokenizer, "encode")):
         real = getattr(owner, name)
-        monkeypatch.setattr(owner, name, lambda rows, *rest, real=real, **more: (
-            sizes.append(len(rows)), real(rows, *rest, **more))[1])  # fmt: skip
+        monkeypatch.setattr(
+            owner, name, lambda rows, *rest, real=real, **more: (sizes.append(len(rows)), real(rows, *rest, **more))[1]
+        )
     for logits, pixels in ((1 << 28, 1 << 20), (5 * 49 * 16, 3 * 128)):
         monkeypatch.setattr("pipelines.train_prior.LOGITS", logits)
         monkeypatch.setattr("pipelines.train_tokenizer.EVALUATED_PIXELS", pixels)
-        found.append({"bits": bits_per_token(model, split), **evaluate_reconstruction(tokenizer, held_out),
-                      "picture": float(reconstruction_picture(tokenizer, held_out).mean())})  # fmt: skip
+        found.append(
+            {
+                "bits": bits_per_token(model, split),
+                **evaluate_reconstruction(tokenizer, held_out),
+                "picture": float(reconstruction_picture(tokenizer, held_out).mean()),
+            }
+        )
     assert sizes == [24, 11, 11, 5, 5, 5, 5, 4, *(3, 3, 3, 2) * 2]
     assert found[0] == pytest.approx(found[1], rel=1e-5) and found[0]["psnr"] > 0
 
@@ -498,8 +521,11 @@ def test_parameters_of_llamagen(size, capsys):
     theirs = 1001 * dim + 2 * 16384 * dim + depth * (4 * dim**2 + 3 * dim * hidden + 2 * dim) + dim
     shown = f"{theirs / 1e6:.0f}M" if theirs < 1e9 else f"{theirs / 1e9:.1f}B"
     assert shown == published
-    model = plan.on_meta(lambda: Prior.create("gpt", grid=TokenGrid((16, 16), 16384), num_classes=1000, dim=dim,
-                                              depth=depth, heads=heads, hidden=hidden))  # fmt: skip
+    model = plan.on_meta(
+        lambda: Prior.create(
+            "gpt", grid=TokenGrid((16, 16), 16384), num_classes=1000, dim=dim, depth=depth, heads=heads, hidden=hidden
+        )
+    )
     ours = sum(p.numel() for p in model.parameters())
     assert ours - theirs == dim + (16 + 16) * dim + depth * heads  # start, axes, gains
     table = (ROOT / "docs" / "scaling.md").read_text()
@@ -635,8 +661,16 @@ def lines_of(capsys) -> str:
     return " ".join(line.strip() for line in capsys.readouterr().out.partition("warning: ")[2].splitlines())
 
 
-TINY = ["model.kind=gpt", "model.dim=64", "model.depth=1", "model.heads=4", "grid=[8,8]", "vocab_size=64", "classes=10",
-        "rows=1000"]  # fmt: skip
+TINY = [
+    "model.kind=gpt",
+    "model.dim=64",
+    "model.depth=1",
+    "model.heads=4",
+    "grid=[8,8]",
+    "vocab_size=64",
+    "classes=10",
+    "rows=1000",
+]
 
 
 def test_what_does_not_divide_and_what_does(capsys):

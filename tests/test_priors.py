@@ -115,8 +115,9 @@ def given_order(model, walk):
 
 
 @every_order
-@pytest.mark.parametrize("settings", [{}, {"temperature": 0.7, "top_k": 3}, {"temperature": 1.5, "top_p": 0.7},
-                                      {"guidance_scale": 1.7}])  # fmt: skip
+@pytest.mark.parametrize(
+    "settings", [{}, {"temperature": 0.7, "top_k": 3}, {"temperature": 1.5, "top_p": 0.7}, {"guidance_scale": 1.7}]
+)
 @pytest.mark.parametrize("part", [0.0, 0.5])
 def test_a_token_is_the_argmax_of_its_own_logits_and_noise(name, order, settings, part):
     """Against a sampler written again from the definition: whole forwards, one image at a time, its own noise."""
@@ -130,8 +131,9 @@ def test_a_token_is_the_argmax_of_its_own_logits_and_noise(name, order, settings
         if model.any_order:  # known tokens first, so that all others are conditioned on all of them
             walk = walk[torch.argsort(~known[k].flatten()[walk], stable=True)]
         for rank, position in enumerate(walk.tolist()):
-            pair = model(tokens.expand(2, 12).reshape(2, 3, 4), torch.tensor([int(labels[k]), 3]),
-                         **given_order(model, walk)).detach()[:, position]  # fmt: skip
+            pair = model(
+                tokens.expand(2, 12).reshape(2, 3, 4), torch.tensor([int(labels[k]), 3]), **given_order(model, walk)
+            ).detach()[:, position]
             logits = pair[1] + settings.get("guidance_scale", 1.0) * (pair[0] - pair[1])  # 3 is the null class
             logits = logits / settings.get("temperature", 1.0)
             descending = logits.sort(descending=True)
@@ -145,8 +147,10 @@ def test_a_token_is_the_argmax_of_its_own_logits_and_noise(name, order, settings
 
 
 @every_prior
-@pytest.mark.parametrize("settings", [{}, {"top_k": 3}, {"top_p": 0.8}, {"top_k": 3, "top_p": 0.8},
-                                      {"guidance_scale": 2.0}, {"temperature": 0.0}])  # fmt: skip
+@pytest.mark.parametrize(
+    "settings",
+    [{}, {"top_k": 3}, {"top_p": 0.8}, {"top_k": 3, "top_p": 0.8}, {"guidance_scale": 2.0}, {"temperature": 0.0}],
+)
 def test_what_rounding_could_turn_is_left_to_one_computation(name, settings, monkeypatch):
     """Steps and passes that round otherwise (here by far more than they do) make the same images."""
     model, labels = make_prior(name), torch.arange(40) % 4

@@ -31,9 +31,16 @@ from pipelines.tokens import TokenDataset, load_tokens
 
 SECRET, HOME = "hf_open_sesame", "/home/me/photos of people"
 PLAIN = {
-    ".gitattributes", "README.md", "manifest.json", "model_index.json", "samples.png", "prior/config.json",
-    "prior/model.safetensors", "tokenizer/config.json", "tokenizer/model.safetensors",
-}  # fmt: skip
+    ".gitattributes",
+    "README.md",
+    "manifest.json",
+    "model_index.json",
+    "samples.png",
+    "prior/config.json",
+    "prior/model.safetensors",
+    "tokenizer/config.json",
+    "tokenizer/model.safetensors",
+}
 RICH = PLAIN | {"background/config.json", "background/model.safetensors", "calibration.json", "provenance.json"}
 MINE = {"notes.md", "images/cat.png", "prior/notes.txt", "data/train-00000-of-00001.parquet"}
 
@@ -58,9 +65,17 @@ def report(tmp_path_factory) -> dict[str, Any]:
     """What `client` found, and what the Hub was told."""
     root, cache = tmp_path_factory.mktemp("hub"), tmp_path_factory.mktemp("cache")
     with serve(root, secret=SECRET) as server:
-        environment = {**os.environ, "HF_ENDPOINT": server.url, "HF_HUB_DISABLE_XET": "1", "HF_HUB_OFFLINE": "0",
-                       "HF_HOME": str(cache / "home"), "HF_HUB_DISABLE_TELEMETRY": "1", "NO_PROXY": "127.0.0.1",
-                       "HF_TOKEN": SECRET, "PYTHONPATH": str(Path(__file__).parents[1])}  # fmt: skip
+        environment = {
+            **os.environ,
+            "HF_ENDPOINT": server.url,
+            "HF_HUB_DISABLE_XET": "1",
+            "HF_HUB_OFFLINE": "0",
+            "HF_HOME": str(cache / "home"),
+            "HF_HUB_DISABLE_TELEMETRY": "1",
+            "NO_PROXY": "127.0.0.1",
+            "HF_TOKEN": SECRET,
+            "PYTHONPATH": str(Path(__file__).parents[1]),
+        }
         command = [sys.executable, __file__, str(cache), str(root)]
         result = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120)
         assert result.returncode == 0, result.stderr
@@ -98,8 +113,15 @@ def test_a_repository_that_an_earlier_version_broke_is_mended(report):
 def test_larger_and_smaller_token_datasets_in_turn(report):
     """Files of others stay, whatever they are called, beside data and in it."""
     mine = {"notes.md", "data/mine.parquet", "data/other-00000-of-00001.parquet", "data/notes.txt"}
-    common = {".gitattributes", "README.md", "meta.json", "manifest.json", "tokenizer/config.json",
-              "tokenizer/model.safetensors", "data/test-00000-of-00001.parquet"}  # fmt: skip
+    common = {
+        ".gitattributes",
+        "README.md",
+        "meta.json",
+        "manifest.json",
+        "tokenizer/config.json",
+        "tokenizer/model.safetensors",
+        "data/test-00000-of-00001.parquet",
+    }
     many = common | {f"data/train-{k:05d}-of-00003.parquet" for k in range(3)}
     one = common | {"data/train-00000-of-00001.parquet"}
     assert [set(files) for files in report["token files"]] == [many, one | mine, many | mine]
@@ -321,8 +343,10 @@ def client(cache: str, root: str) -> None:
     found["broken"], found["mended"] = break_and_mend(Path(root), load)
     tokens(found, Path(cache), Path(root))
     found["evaluate"] = list(map(evaluate, ["me/rich", snapshot(cache)]))
-    found["errors"] = {kind: {owner: refusal(item, f"{owner}/it") for owner in (*REFUSING, "a//b")}
-                       for kind, item in (("pipeline", make_pipeline(False)), ("tokens", make_dataset()))}  # fmt: skip
+    found["errors"] = {
+        kind: {owner: refusal(item, f"{owner}/it") for owner in (*REFUSING, "a//b")}
+        for kind, item in (("pipeline", make_pipeline(False)), ("tokens", make_dataset()))
+    }
     print(json.dumps(found))
 
 
@@ -351,8 +375,9 @@ def tokens(found: dict[str, Any], cache: Path, root: Path) -> None:
     for rows in (60, 8, 60):
         data = make_dataset(rows=rows)
         facts = {"data": {"source": HOME}}
-        data = TokenDataset(data.grid, data.class_names, data.splits, data.tokenizer, facts, 0,
-                            [{**facts, "variants": {}}])  # fmt: skip
+        data = TokenDataset(
+            data.grid, data.class_names, data.splits, data.tokenizer, facts, 0, [{**facts, "variants": {}}]
+        )
         data.push_to_hub("me/tokens")
         found["token files"].append(files_of(folder))
         loaded = load_tokens("me/tokens", cache_dir=cache / "ours")

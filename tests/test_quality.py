@@ -305,11 +305,20 @@ def test_a_permutation_is_a_permutation():
 # The verb
 
 KEYS = {
-    "feature_space", "feature_origin", "num_compared", "nearest_ratio", "nearest_share", "copying_z",
-    "reconstruction_copying_z", "samples_per_second",
-    *(f"{of}{name}" for of in ("", "train_", "reconstruction_")
-      for name in ("frechet_distance", "precision", "recall", "density", "coverage")),
-}  # fmt: skip
+    "feature_space",
+    "feature_origin",
+    "num_compared",
+    "nearest_ratio",
+    "nearest_share",
+    "copying_z",
+    "reconstruction_copying_z",
+    "samples_per_second",
+    *(
+        f"{of}{name}"
+        for of in ("", "train_", "reconstruction_")
+        for name in ("frechet_distance", "precision", "recall", "density", "coverage")
+    ),
+}
 BITS = {"bits_per_dim", "bits_per_dim_error", "prior_bits_per_dim", "pixel_bits_per_dim"}
 CLASSES = {"class_agreement", "real_class_agreement", "reconstruction_class_agreement"}
 
@@ -338,9 +347,13 @@ def evaluate(root, *options):
 
 @pytest.mark.parametrize(
     ("tokenizer", "prior", "shape", "channels", "num_classes"),
-    [("vqvae", "marginal", (8, 12), 3, 2), ("pixels", "masked", (4, 4), 1, 2), ("pixels", "made", (8, 6), 1, 0),
-     ("palette", "marginal", (12, 8), 3, 0)],
-)  # fmt: skip
+    [
+        ("vqvae", "marginal", (8, 12), 3, 2),
+        ("pixels", "masked", (4, 4), 1, 2),
+        ("pixels", "made", (8, 6), 1, 0),
+        ("palette", "marginal", (12, 8), 3, 0),
+    ],
+)
 def test_all_figures_are_written_printed_and_on_the_card(
     tmp_path, capsys, tokenizer, prior, shape, channels, num_classes
 ):
@@ -394,8 +407,13 @@ def test_figures_of_some_images_say_of_how_many(tmp_path, monkeypatch):
     monkeypatch.setattr("pipelines.evaluate.FEW", 5)
     figures, text, card = evaluate(tmp_path, "num_samples=20")
     counts = {name: figures[name] for name in set(COUNTS.values())}
-    assert counts == {"num_images": len(held_out), "ssim_images": 7, "class_agreement_images": 7, "num_samples": 20,
-                      "order_spread_images": 5}  # fmt: skip
+    assert counts == {
+        "num_images": len(held_out),
+        "ssim_images": 7,
+        "class_agreement_images": 7,
+        "num_samples": 20,
+        "order_spread_images": 5,
+    }
     lines = {line.split("  ")[0].strip() or line.split("  ")[1]: line for line in text.splitlines()}
     assert "7 images" in lines["SSIM"] and "5 images" in lines["spread over orders"]
     assert "of 20 samples; 7 real held-out images" in lines["class agreement"]
@@ -470,9 +488,14 @@ def test_fid_wants_its_packages_and_its_weights(tmp_path, capsys, monkeypatch):
     save_pipeline(tmp_path, write_set(tmp_path / "images"), "vqvae", "marginal", 2)
     weights = tmp_path / "weights.pth"
     weights.write_bytes(b"other")
-    for found, message in ((None, "FID needs torchmetrics and torch_fidelity: pip install"),
-                           (True, f"{weights} is not torch-fidelity's weights-inception-2015-12-05-6726825d.pth (its "
-                            "sha256 begins with d9298a10)")):  # fmt: skip
+    for found, message in (
+        (None, "FID needs torchmetrics and torch_fidelity: pip install"),
+        (
+            True,
+            f"{weights} is not torch-fidelity's weights-inception-2015-12-05-6726825d.pth (its "
+            "sha256 begins with d9298a10)",
+        ),
+    ):
         monkeypatch.setattr("pipelines.quality.find_spec", lambda name, found=found: found)
         with pytest.raises(SystemExit):
             evaluate(tmp_path, f"inception_weights={weights}")

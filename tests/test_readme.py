@@ -21,8 +21,12 @@ def blocks(language: str) -> list[str]:
     return re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL)
 
 
-COMMANDS = [line.partition(" #")[0].strip() for block in blocks("sh") for line in block.splitlines()
-            if line.strip() and not line.startswith("#")]  # fmt: skip
+COMMANDS = [
+    line.partition(" #")[0].strip()
+    for block in blocks("sh")
+    for line in block.splitlines()
+    if line.strip() and not line.startswith("#")
+]
 
 
 def test_the_pipeline_code_runs(tmp_path, monkeypatch):

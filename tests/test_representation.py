@@ -72,8 +72,10 @@ def test_features_are_the_layers_of_the_forward_pass(name):
         output = model.output * (model.degrees()[-1] <= model.ranks[:, None])[:, None]
         found = (model.biases[-1](labels) + last[:, 0] @ output.flatten(0, 1).t()).view_as(logits)
     elif name == "causal_conv":
-        written = [f @ block.out.weight[-model.config.skip :, :, 0].t()
-                   for f, block in zip(all_layers(model, tokens, labels), model.blocks, strict=True)]  # fmt: skip
+        written = [
+            f @ block.out.weight[-model.config.skip :, :, 0].t()
+            for f, block in zip(all_layers(model, tokens, labels), model.blocks, strict=True)
+        ]
         found = model.head(model.hidden((sum(written) + model.skip_bias).relu()).relu())
     else:
         unit = F.elu if name == "pixelsnail" else F.relu
@@ -90,8 +92,12 @@ def test_layers_of_one_pass_are_those_of_their_own(name):
     assert all(f.shape[:2] == (3, 1 if name == "made" else 12) and f.ndim == 3 for f in together)
     assert all(torch.equal(f, model.features(tokens, labels, layer)) for layer, f in enumerate(together))
     assert torch.equal(model.features(tokens, labels), together[count // 2])
-    assert all(torch.equal(a, b) for a, b in zip(model.layer_features(tokens, labels, [1, 0, 1]),
-                                                 [together[1], together[0], together[1]], strict=True))  # fmt: skip
+    assert all(
+        torch.equal(a, b)
+        for a, b in zip(
+            model.layer_features(tokens, labels, [1, 0, 1]), [together[1], together[0], together[1]], strict=True
+        )
+    )
     assert not torch.equal(together[0], together[1])
     assert not torch.equal(model.features(tokens, labels), model.features(tokens)), "labels are not heard"
 
@@ -157,8 +163,10 @@ def test_vectors_depend_on_their_image_alone(name):
     whole = embed_layers(pipe, images, layers, labels=labels)
     shuffled = torch.randperm(7)
     again = embed_layers(pipe, images[shuffled], layers, labels=labels[shuffled])
-    for other in ([each[shuffled.argsort()] for each in again],
-                  *(embed_layers(pipe, images, layers, labels=labels, batch_size=n) for n in (1, 3))):  # fmt: skip
+    for other in (
+        [each[shuffled.argsort()] for each in again],
+        *(embed_layers(pipe, images, layers, labels=labels, batch_size=n) for n in (1, 3)),
+    ):
         assert all(torch.allclose(a, b, atol=1e-4) for a, b in zip(whole, other, strict=True))
     assert all(len(each) == 7 and each.dtype == torch.float32 for each in whole)
     assert all((each[0] - each[1]).abs().max() > 1e-3 for each in whole)
@@ -385,8 +393,17 @@ def test_search_prints_how_often_classes_agree(world, tmp_path, capsys):
     printed = capsys.readouterr().out
     assert "precision@1 100.0%, precision@5 100.0% over 20 queries" in printed
     assert "drawn at random 50.0%" in printed and printed.count("held-out") == 2
-    main(["search", f"pipeline={world}/run/pipeline", f"out={tmp_path}/near.png", "queries=[3, 0]",
-          "data.label_column=null", "num_index=7", "k=2"])  # fmt: skip
+    main(
+        [
+            "search",
+            f"pipeline={world}/run/pipeline",
+            f"out={tmp_path}/near.png",
+            "queries=[3, 0]",
+            "data.label_column=null",
+            "num_index=7",
+            "k=2",
+        ]
+    )
     printed = capsys.readouterr().out
     assert printed.startswith("held-out 3: ") and "precision" not in printed and "of 7 images" in printed
 

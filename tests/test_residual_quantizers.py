@@ -395,8 +395,12 @@ def pair(tmp_path_factory) -> tuple[Path, dict[str, Any]]:
     from launch import ROOT, end, free_port, output_of, start
 
     folder = tmp_path_factory.mktemp("codebooks")
-    where = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": "2",
-             "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")])}  # fmt: skip
+    where = {
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(free_port()),
+        "WORLD_SIZE": "2",
+        "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")]),
+    }
     command = [sys.executable, __file__, str(folder)]
     processes = [start(command, RANK=str(rank), LOCAL_RANK=str(rank), **where) for rank in range(2)]
     try:

@@ -39,8 +39,9 @@ def run_with(isa: str, capability: str, threads: int, *what: str) -> Any:
     path = os.pathsep.join((str(ROOT), str(ROOT / "tests")))
     kept = {name: value for name, value in os.environ.items() if name not in ("ONEDNN_MAX_CPU_ISA", "SMALTI_ROUNDING")}
     command = [sys.executable, __file__, *what]
-    result = subprocess.run(command, capture_output=True, text=True, timeout=280,
-                            env={**kept, **settings, "PYTHONPATH": path})  # fmt: skip
+    result = subprocess.run(
+        command, capture_output=True, text=True, timeout=280, env={**kept, **settings, "PYTHONPATH": path}
+    )
     assert result.returncode == 0, result.stderr
     return json.loads(result.stdout.splitlines()[-1])
 

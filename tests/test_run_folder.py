@@ -100,9 +100,14 @@ def folder_in_place_of(path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "damage", [lambda s: flip(s / "model.safetensors"), lambda s: (s / "manifest.json").unlink(),
-               lambda s: folder_in_place_of(s / "ema.safetensors")], ids=["flipped", "no manifest", "a folder"]
-)  # fmt: skip
+    "damage",
+    [
+        lambda s: flip(s / "model.safetensors"),
+        lambda s: (s / "manifest.json").unlink(),
+        lambda s: folder_in_place_of(s / "ema.safetensors"),
+    ],
+    ids=["flipped", "no manifest", "a folder"],
+)
 def test_states_of_which_none_is_whole_are_not_trained_over(run, damage):
     for state in states(run):
         damage(state)

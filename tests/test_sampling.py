@@ -39,8 +39,11 @@ def ways_to_compute(model, tokens, labels):
     images = torch.arange(len(tokens))
     with torch.inference_mode():
         alone = torch.cat([model(tokens[k], labels[k]) for k in images.split(1)])[:, model.order]
-        return alone, [steps(images), torch.cat([steps(k) for k in images.split(1)]),
-                       model(tokens, labels)[:, model.order]]  # fmt: skip
+        return alone, [
+            steps(images),
+            torch.cat([steps(k) for k in images.split(1)]),
+            model(tokens, labels)[:, model.order],
+        ]
 
 
 def turned(model, sampler, ways, draws):
@@ -127,8 +130,11 @@ def test_next_to_no_temperature_takes_the_likeliest(temperature, settings):
 
 def test_no_two_images_of_one_generator_share_their_noise():
     """A generator on a CPU keeps the low 32 bits of a seed, of which 200,000 drawn seeds share some."""
-    drawn = [int(torch.randint((1 << 62) - 1, (), generator=g)) for g in [torch.Generator().manual_seed(1)]
-             for _ in range(200_000)]  # fmt: skip
+    drawn = [
+        int(torch.randint((1 << 62) - 1, (), generator=g))
+        for g in [torch.Generator().manual_seed(1)]
+        for _ in range(200_000)
+    ]
     assert len({seed & LOW_BITS for seed in drawn}) == 200_000 - 6
     seeds = image_seeds(torch.Generator().manual_seed(1), 200_000)
     assert len(seeds) == len({seed & LOW_BITS for seed in seeds}) == 200_000
@@ -139,8 +145,9 @@ def test_the_seed_of_an_image_depends_on_those_before_it_alone():
     few, many = (image_seeds(torch.Generator().manual_seed(3), count) for count in (7, 500))
     assert few == many[:7]
     rows = [torch.rand(3, generator=g) for g in image_generators(torch.Generator().manual_seed(3), 7)]
-    assert torch.equal(torch.stack(rows), torch.stack([torch.rand(3, generator=torch.Generator().manual_seed(seed))
-                                                       for seed in few]))  # fmt: skip
+    assert torch.equal(
+        torch.stack(rows), torch.stack([torch.rand(3, generator=torch.Generator().manual_seed(seed)) for seed in few])
+    )
 
 
 # Several orders, where something is known

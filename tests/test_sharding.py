@@ -135,15 +135,28 @@ class Watch:
         def watched(run: Any, *rest: Any) -> None:
             self.take_step(run, *rest)
             weights, average = list(run.task.model.parameters()), list(run.averaged.module.parameters())
-            moments = [o.state[parameter][name] for o in run.optimizers.values() for parameter in weights
-                       for name in ("exp_avg", "exp_avg_sq")]  # fmt: skip
+            moments = [
+                o.state[parameter][name]
+                for o in run.optimizers.values()
+                for parameter in weights
+                for name in ("exp_avg", "exp_avg_sq")
+            ]
             wrapped = any(isinstance(net, nn.parallel.DistributedDataParallel) for net in run.task.nets.values())
-            self.log.append(gathered({
-                "weights": digest(weights), "average": digest(average), "moments": digest(moments),
-                "shares": [share(part) for part in (weights, average, moments)], "wrapped": wrapped,
-                "units": [sum(isinstance(m, FSDPModule) for m in model.modules())
-                          for model in (run.task.model, run.averaged.module)],
-            }))  # fmt: skip
+            self.log.append(
+                gathered(
+                    {
+                        "weights": digest(weights),
+                        "average": digest(average),
+                        "moments": digest(moments),
+                        "shares": [share(part) for part in (weights, average, moments)],
+                        "wrapped": wrapped,
+                        "units": [
+                            sum(isinstance(m, FSDPModule) for m in model.modules())
+                            for model in (run.task.model, run.averaged.module)
+                        ],
+                    }
+                )
+            )
 
         def listed(task: Any, indices: Any, *rest: Any) -> Any:
             self.rows += indices.tolist()
@@ -490,10 +503,13 @@ def test_fsdp_1_is_refused(tmp_path, monkeypatch):
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize(("name", "value", "message"), [
-    ("FSDP_ACTIVATION_CHECKPOINTING", "true", "use train.checkpointing=true instead"),
-    ("ACCELERATE_DYNAMO_BACKEND", "INDUCTOR", "use train.compile=true instead"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("FSDP_ACTIVATION_CHECKPOINTING", "true", "use train.checkpointing=true instead"),
+        ("ACCELERATE_DYNAMO_BACKEND", "INDUCTOR", "use train.compile=true instead"),
+    ],
+)
 def test_what_the_project_does_itself_is_said(tmp_path, monkeypatch, name, value, message):
     for key, given in {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", name: value}.items():
         monkeypatch.setenv(key, given)
@@ -513,8 +529,16 @@ def test_a_tokenizer_is_not_sharded(tmp_path):
 
 def command(tokens: Path, run: Path, options: list[str], **more: Any) -> list[str]:
     """`accelerate launch` of the prior."""
-    return ["accelerate", "launch", *options, "--main_process_port", str(free_port()), "-m", "pipelines.train_prior",
-            *prior_arguments(run, tokens, **{**RUN, **more})]  # fmt: skip
+    return [
+        "accelerate",
+        "launch",
+        *options,
+        "--main_process_port",
+        str(free_port()),
+        "-m",
+        "pipelines.train_prior",
+        *prior_arguments(run, tokens, **{**RUN, **more}),
+    ]
 
 
 @pytest.mark.slow

@@ -132,9 +132,12 @@ PHASES = {
 
 @pytest.mark.parametrize(
     ("phase", "stage"),
-    [pytest.param(phase, stage, marks=() if stage == "train_tokenizer" or phase == "a step" else pytest.mark.slow)
-     for phase in PHASES for stage in TASKS],
-)  # fmt: skip
+    [
+        pytest.param(phase, stage, marks=() if stage == "train_tokenizer" or phase == "a step" else pytest.mark.slow)
+        for phase in PHASES
+        for stage in TASKS
+    ],
+)
 def test_ctrl_c_saves_and_the_same_command_continues_to_the_bit(
     tmp_path, train, whole, monkeypatch, capsys, stage, phase
 ):
@@ -400,9 +403,15 @@ def test_a_closed_terminal_saves(tmp_path):
     run, (master, terminal) = tmp_path / "run", pty.openpty()
     argv = tokenizer_arguments(run, train__steps=20000)
     process = subprocess.Popen(
-        verb("train_tokenizer", argv), cwd=ROOT, env=environment(), stdin=terminal, stdout=terminal, stderr=terminal,
-        start_new_session=True, preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),
-    )  # fmt: skip
+        verb("train_tokenizer", argv),
+        cwd=ROOT,
+        env=environment(),
+        stdin=terminal,
+        stdout=terminal,
+        stderr=terminal,
+        start_new_session=True,
+        preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),
+    )
     os.close(terminal)
 
     def shown() -> bool:

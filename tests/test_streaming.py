@@ -109,11 +109,16 @@ def test_any_number_of_processes_shares_the_same_batches(processes):
     task.rows, task.samples, task.batch = 100, order.samples, lambda indices, epochs, seed: (indices, epochs)
     config = TrainConfig(batch_size=24, seed=3)
     streams = [
-        batches(SimpleNamespace(step=9, config=config, task=task,
-                                accelerator=SimpleNamespace(num_processes=processes, process_index=rank,
-                                                            device=torch.device("cpu"))))
+        batches(
+            SimpleNamespace(
+                step=9,
+                config=config,
+                task=task,
+                accelerator=SimpleNamespace(num_processes=processes, process_index=rank, device=torch.device("cpu")),
+            )
+        )
         for rank in range(processes)
-    ]  # fmt: skip
+    ]
     for step in range(9, 30):
         together = [np.concatenate(parts) for parts in zip(*(next(stream)[0] for stream in streams), strict=True)]
         assert all((a == b).all() for a, b in zip(together, order.samples(24, 3, step), strict=True))
@@ -121,8 +126,10 @@ def test_any_number_of_processes_shares_the_same_batches(processes):
 
 def test_the_order_is_a_shuffle_and_differs_by_epoch_and_seed():
     order = ShardOrder(np.arange(0, 4001, 20), 400)
-    epoch = [np.concatenate([order.samples(100, seed, step)[0] for step in range(first, first + 40)])
-             for seed, first in ((0, 0), (0, 40), (1, 0))]  # fmt: skip
+    epoch = [
+        np.concatenate([order.samples(100, seed, step)[0] for step in range(first, first + 40)])
+        for seed, first in ((0, 0), (0, 40), (1, 0))
+    ]
     for one, other in ((0, 1), (0, 2), (1, 2)):
         assert np.abs(np.corrcoef(epoch[one], epoch[other])[0, 1]) < 0.1
     one_block = ShardOrder(np.array([0, 4000]), 400)  # where delays are all that shuffles
@@ -154,8 +161,11 @@ def test_blocks_are_read_once_and_few_at_a_time():
 def test_resuming_reads_nothing_of_what_came_before(tmp_path, monkeypatch):
     train = load(write_shards(tmp_path, "parquet", rows_of(200), 4), shuffle_window=20, held_out_fraction=0.005).train
     read: list[Any] = []
-    monkeypatch.setattr(train._rows.read.__self__, "load", lambda number, load=train._rows.read.__self__.load: (
-        read.append(number), load(number))[1])  # fmt: skip
+    monkeypatch.setattr(
+        train._rows.read.__self__,
+        "load",
+        lambda number, load=train._rows.read.__self__.load: (read.append(number), load(number))[1],
+    )
     indices, _ = train.samples(8, 0, 15)
     train.pixels(indices)
     assert len(read) == len(set(read)) <= 8 and len(train) == 189
@@ -310,8 +320,11 @@ def test_sources_that_can_not_be_streamed_are_named(tmp_path):
 def test_an_index_is_made_once_for_each_file_as_it_is(tmp_path, monkeypatch, kind):
     made: list[str] = []
     for module in (parquet_shards, tar_shards):
-        monkeypatch.setattr(module, "make_index", lambda shard, config, make=module.make_index: (
-            made.append(Path(shard.path).name), make(shard, config))[1])  # fmt: skip
+        monkeypatch.setattr(
+            module,
+            "make_index",
+            lambda shard, config, make=module.make_index: (made.append(Path(shard.path).name), make(shard, config))[1],
+        )
     folder = write_shards(tmp_path / "data", kind, rows_of(20), 2)
     first = load(folder)
     assert len(made) == 2
@@ -338,8 +351,11 @@ def test_no_place_for_the_index_costs_only_time(tmp_path, monkeypatch):
 def test_memory_is_bounded_by_the_cache(tmp_path, kind):
     """Blocks of some 100 kB; what they hold together never exceeds a mebibyte by more than the block that is read."""
     rows = [(key, data + bytes(50_000), label) for key, data, label in rows_of(60)]
-    train = load(write_shards(tmp_path, kind, rows, 12, **({"group": 2} if kind == "parquet" else {})),
-                 cache_mb=1, shuffle_window=4).train  # fmt: skip
+    train = load(
+        write_shards(tmp_path, kind, rows, 12, **({"group": 2} if kind == "parquet" else {})),
+        cache_mb=1,
+        shuffle_window=4,
+    ).train
     reader = train._rows.read.__self__
     for step in range(20):
         train.pixels(train.samples(8, 0, step)[0])
@@ -608,8 +624,11 @@ def test_another_part_than_was_asked_for_is_refused(tmp_path, monkeypatch, told,
         train.pixels([0])
     with served(tmp_path, range_told=told) as url, pytest.raises(UserError) as caught:
         load(f"{url}/a.tar")
-    assert re.fullmatch(rf"{url}/{path.name}: can not be read: the bytes from 0 to \d+ were asked for, what came "
-                        rf"{message}.*", str(caught.value))  # fmt: skip
+    assert re.fullmatch(
+        rf"{url}/{path.name}: can not be read: the bytes from 0 to \d+ were asked for, what came "
+        rf"{message}.*",
+        str(caught.value),
+    )
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -720,8 +739,14 @@ def test_the_report_has_each_bad_image_once(tmp_path):
 def test_bad_images_found_beforehand_are_reported_too(tmp_path):
     """Of a run that reads all images first: the same file, from the first process alone."""
     data = bad_shards(tmp_path / "data", "parquet")
-    options = {"data__source": str(data), "data__image_size": 12, "data__limit": 60, "train__steps": 2,
-               "data__on_error": "skip", "data__max_bad_fraction": 0.1}  # fmt: skip
+    options = {
+        "data__source": str(data),
+        "data__image_size": 12,
+        "data__limit": 60,
+        "train__steps": 2,
+        "data__on_error": "skip",
+        "data__max_bad_fraction": 0.1,
+    }
     run = train_tokenizer(tmp_path / "run", **options)
     lines = read_report(run)
     assert [(line["row"], line["replaced_by"]) for line in lines] == [(3, None), (6, None), (9, None), (10, None)]
@@ -905,8 +930,15 @@ def test_a_row_group_too_large_is_refused_before_it_is_read(tmp_path, monkeypatc
 
 
 def streamed_options(data: Path, **more: Any) -> dict[str, Any]:
-    return {"data__source": str(data), "data__streaming": True, "data__image_size": 12, "data__limit": 60,
-            "data__shuffle_window": 15, "data__augment__rotate": 8, **more}  # fmt: skip
+    return {
+        "data__source": str(data),
+        "data__streaming": True,
+        "data__image_size": 12,
+        "data__limit": 60,
+        "data__shuffle_window": 15,
+        "data__augment__rotate": 8,
+        **more,
+    }
 
 
 def test_training_does_not_depend_on_the_threads_nor_on_being_resumed(tmp_path, monkeypatch):
@@ -993,8 +1025,11 @@ class DatasetHandler(Handler):
         """What is known of some paths."""
         asked = parse_qs(self.rfile.read(int(self.headers["Content-Length"])).decode())["paths"]
         folder = self.server.root / "me" / "shards" / "main"
-        found = [{"type": "file", "path": p, "oid": "0", "size": (folder / p).stat().st_size} for p in asked
-                 if (folder / p).is_file()]  # fmt: skip
+        found = [
+            {"type": "file", "path": p, "oid": "0", "size": (folder / p).stat().st_size}
+            for p in asked
+            if (folder / p).is_file()
+        ]
         self.answer(200, {"Content-Type": "application/json"}, json.dumps(found).encode())
 
     def send_file(self, folder: Path, name: str) -> None:
@@ -1025,10 +1060,17 @@ def test_a_data_set_on_the_hub_is_read_in_parts(tmp_path, kind):
     write_shards(folder, kind, rows_of(4), 1, split="test")
     with serve(tmp_path / "hub") as hub:
         hub.RequestHandlerClass = DatasetHandler
-        done = output_of(start(
-            [sys.executable, "-c", HUB_CLIENT], HF_ENDPOINT=hub.url, HF_HUB_OFFLINE="0", HF_HUB_DISABLE_XET="1",
-            HF_HOME=str(tmp_path / "home"), NO_PROXY="127.0.0.1", HF_HUB_DISABLE_TELEMETRY="1",
-        ))  # fmt: skip
+        done = output_of(
+            start(
+                [sys.executable, "-c", HUB_CLIENT],
+                HF_ENDPOINT=hub.url,
+                HF_HUB_OFFLINE="0",
+                HF_HUB_DISABLE_XET="1",
+                HF_HOME=str(tmp_path / "home"),
+                NO_PROXY="127.0.0.1",
+                HF_HUB_DISABLE_TELEMETRY="1",
+            )
+        )
         ranges = [path for path, _ in hub.requests if path.startswith("train")]
     every, carved = (line for line in done.splitlines() if re.match(r"\d+ \d+ \[", line))
     assert every.startswith("20 4 [0, 1, 2]"), done

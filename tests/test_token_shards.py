@@ -428,9 +428,14 @@ def test_a_damaged_piece_is_made_again(tokenizer, images, tmp_path, monkeypatch,
 
 @pytest.mark.parametrize(
     ("change", "named"),
-    [({"seed": 1}, "seed: 0 -> 1"), ({"batch_size": 5}, "batch_size"), ({"limit": 29}, "data.limit"),
-     ({"rows_per_shard": 5}, "rows_per_shard"), ({"tokenizer": "other"}, "tokenizer")],
-)  # fmt: skip
+    [
+        ({"seed": 1}, "seed: 0 -> 1"),
+        ({"batch_size": 5}, "batch_size"),
+        ({"limit": 29}, "data.limit"),
+        ({"rows_per_shard": 5}, "rows_per_shard"),
+        ({"tokenizer": "other"}, "tokenizer"),
+    ],
+)
 def test_another_configuration_is_refused(tokenizer, images, tmp_path, monkeypatch, change, named):
     interrupted(monkeypatch, tokenizer, tmp_path / "parts", images)
     if "tokenizer" in change:

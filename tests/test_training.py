@@ -99,11 +99,16 @@ def test_any_number_of_processes_shares_the_same_batches(processes, accumulate):
     task.rows, task.batch = 50, lambda indices, epochs, seed: (indices, epochs, seed)
     config = TrainConfig(batch_size=24, accumulate=accumulate, seed=5)
     streams = [
-        batches(SimpleNamespace(step=7, config=config, task=task,
-                                accelerator=SimpleNamespace(num_processes=processes, process_index=rank,
-                                                            device=torch.device("cpu"))))
+        batches(
+            SimpleNamespace(
+                step=7,
+                config=config,
+                task=task,
+                accelerator=SimpleNamespace(num_processes=processes, process_index=rank, device=torch.device("cpu")),
+            )
+        )
         for rank in range(processes)
-    ]  # fmt: skip
+    ]
     for step in range(7, 20):
         parts = [next(stream) for stream in streams]
         laid_out = [part for micro in zip(*parts, strict=True) for part in micro]  # micro-batch by micro-batch
@@ -352,11 +357,14 @@ def runs(tmp_path_factory, tokens) -> dict[str, Path]:
 @pytest.mark.parametrize(
     ("stage", "own", "held_out"),
     [
-        ("tokenizer", {"l1", "l2", "commitment", "codebook_usage", "codebook_perplexity", "codebook_dead"},
-         {"psnr", "l1", "l2", "codebook_usage", "codebook_perplexity"}),
+        (
+            "tokenizer",
+            {"l1", "l2", "commitment", "codebook_usage", "codebook_perplexity", "codebook_dead"},
+            {"psnr", "l1", "l2", "codebook_usage", "codebook_perplexity"},
+        ),
         ("prior", {"bits_per_token"}, {"bits_per_token"}),
     ],
-)  # fmt: skip
+)
 def test_metrics(runs, stage, own, held_out):
     lines = metrics(runs[stage])
     assert [line["step"] for line in lines] == [2, 4, 6, 8, 10, 12]
@@ -404,8 +412,10 @@ def test_the_tokenizer_that_is_saved_is_the_one_that_was_evaluated(runs):
         key: value for key, value in last.items() if key.startswith("held_out/")
     }
     average = load_file(states(run)[-1] / "ema.safetensors")
-    assert_equal_tensors({f"module.tokenizer.{k}": v for k, v in sorted(saved.state_dict().items())},
-                         {k: v for k, v in sorted(average.items()) if k.startswith("module.tokenizer.")})  # fmt: skip
+    assert_equal_tensors(
+        {f"module.tokenizer.{k}": v for k, v in sorted(saved.state_dict().items())},
+        {k: v for k, v in sorted(average.items()) if k.startswith("module.tokenizer.")},
+    )
     facts = json.loads((run / "tokenizer" / "provenance.json").read_text())
     assert facts["tokenizer"]["steps"] == 12 and facts["data"]["limit"] == 72
     validated = {f"validation_{name}": last[f"validation/{name}"] for name in found}
@@ -419,8 +429,10 @@ def test_the_pipeline_that_is_saved_is_the_one_that_was_evaluated(runs, tokens):
     found = bits_per_token(pipe.prior, load_tokens(tokens).splits["test"])
     assert found == metrics(run)[-1]["held_out/bits_per_token"]
     average = load_file(states(run)[-1] / "ema.safetensors")
-    assert_equal_tensors({f"module.{k}": v for k, v in sorted(pipe.prior.state_dict().items())},
-                         {k: v for k, v in sorted(average.items()) if k != "n_averaged"})  # fmt: skip
+    assert_equal_tensors(
+        {f"module.{k}": v for k, v in sorted(pipe.prior.state_dict().items())},
+        {k: v for k, v in sorted(average.items()) if k != "n_averaged"},
+    )
     assert pipe.tokenizer.fingerprint() == load_tokens(tokens).tokenizer.fingerprint()
     assert len(pipe(num_images=2, labels=["class 1", "class 2"], seed=0, progress=False).images) == 2
 

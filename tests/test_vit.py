@@ -126,8 +126,17 @@ def test_it_learns_digits():
     """A few seconds of one core: the error falls far below that of the mean image, and the codebook is used."""
     data = load_images(DataConfig()).train
     images = data.batch(np.arange(512))
-    tokenizer = Tokenizer.create("vit", image_size=(28, 28), channels=1, factor=7, dim=32, depth=1, heads=2, mlp=2,
-                                 quantizer={"kind": "ema", "codes": 64, "dim": 16, "decay": 0.9})  # fmt: skip
+    tokenizer = Tokenizer.create(
+        "vit",
+        image_size=(28, 28),
+        channels=1,
+        factor=7,
+        dim=32,
+        depth=1,
+        heads=2,
+        mlp=2,
+        quantizer={"kind": "ema", "codes": 64, "dim": 16, "decay": 0.9},
+    )
     optimizer = torch.optim.AdamW(tokenizer.train().parameters(), 4e-3)
     mean = float((images - images.mean(0)).square().mean())
     errors, used = [], 0

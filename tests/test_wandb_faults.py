@@ -211,8 +211,13 @@ def step_seconds(run: Path) -> tuple[float, float]:
 @pytest.mark.timeout(3000)
 def test_step_time_with_every_fault(tmp_path):
     """With the limits as they are: a step takes less than 5 % longer than without W&B, and losses are the same."""
-    choices = {"train__steps": STEPS, "train__log_every": 10, "train__preview_every": 250, "train__batch_size": SIZE,
-               "model": {**VQVAE, "widths": [64]}}  # fmt: skip
+    choices = {
+        "train__steps": STEPS,
+        "train__log_every": 10,
+        "train__preview_every": 250,
+        "train__batch_size": SIZE,
+        "model": {**VQVAE, "widths": [64]},
+    }
     found: dict[str, list[tuple[float, float]]] = {}
     for round_ in range(ROUNDS):
         for fault in (None, healthy_server, *FAULTS):

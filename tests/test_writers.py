@@ -70,7 +70,7 @@ TRAPS: dict[str, dict[str, str]] = {
         "config.yaml": "out: elsewhere",
     },
     "one file": {"thesis.tex": "years of work"},
-}  # fmt: skip
+}
 
 
 @dataclass(frozen=True)
@@ -134,23 +134,20 @@ WRITERS: dict[str, Writer] = {
         verb(evaluate, "pipeline={pipeline}", *DATA, "num_samples=0", "update_card=false"), "results", "pipeline"
     ),
     "generate, a grid": Writer(verb(generate, "pipeline={pipeline}", "num_images=2"), "file", "picture", ".png"),
-    "complete": Writer(
-        verb(complete, "pipeline={pipeline}", "images={picture}", "draws=1"), "file", "picture", ".png"
-    ),
+    "complete": Writer(verb(complete, "pipeline={pipeline}", "images={picture}", "draws=1"), "file", "picture", ".png"),
     "reconstruct": Writer(verb(reconstruct, "tokenizer={tokenizer}", *DATA), "file", "picture", ".jpg"),
     "inspect": Writer(verb(inspect, "tokenizer={tokenizer}", *DATA, "num_images=3"), "file", "picture", ".webp"),
-    "search": Writer(
-        verb(search, "pipeline={pipeline}", *DATA, "queries={picture}", "k=2"), "file", "picture", ".bmp"
-    ),
+    "search": Writer(verb(search, "pipeline={pipeline}", *DATA, "queries={picture}", "k=2"), "file", "picture", ".bmp"),
     "compress": Writer(verb(compress, "pipeline={pipeline}", "images={picture}"), "file", "picture", ".smalti"),
     "train_tokenizer": Writer(
         verb(train_tokenizer, *DATA, *TINY, "model.kind=vqvae", "model.widths=[8]", "model.blocks=[0]"), "run", "images"
     ),
     "train_prior": Writer(
         verb(train_prior, "tokens={tokens}", *TINY, "model.kind=gpt", "model.dim=16", "model.depth=1", "model.heads=1"),
-        "run", "tokens",
+        "run",
+        "tokens",
     ),
-}  # fmt: skip
+}
 
 
 def of_kind(*kinds: str) -> Any:
@@ -376,8 +373,14 @@ def test_a_table_that_somebody_edited_is_never_lost(world, tmp_path, name):
 def test_a_run_saves_its_state_although_its_snapshot_is_not_replaced(world, tmp_path, capsys):
     """What somebody put into the snapshot stays; the run says so, and the same command ends it once that is away."""
     out, longer = tmp_path / "run", "train.save_every=1"
-    arguments = [*(argument.format(**vars(world)) for argument in (*DATA, *TINY)), longer, f"out={out}",
-                 "model.kind=vqvae", "model.widths=[8]", "model.blocks=[0]"]  # fmt: skip
+    arguments = [
+        *(argument.format(**vars(world)) for argument in (*DATA, *TINY)),
+        longer,
+        f"out={out}",
+        "model.kind=vqvae",
+        "model.widths=[8]",
+        "model.blocks=[0]",
+    ]
     save = train_tokenizer.TokenizerTask.save
 
     def disturbed(task: Any, model: Any, run: Path, facts: dict[str, Any]) -> None:
@@ -432,8 +435,11 @@ def test_what_comes_into_the_folder_while_it_works_is_never_lost(world, tmp_path
             patch.setattr(storage, "exchange", swap_late)
             refuses(world, name, out, "arrived.txt")
         assert (out / "arrived.txt").read_text() == "mine"
-        assert not [path for path in out.parent.iterdir() if path.name.startswith((".tmp-", ".del-"))
-                    and not path.name.endswith("-encode")]  # fmt: skip
+        assert not [
+            path
+            for path in out.parent.iterdir()
+            if path.name.startswith((".tmp-", ".del-")) and not path.name.endswith("-encode")
+        ]
 
 
 @of_kind("results", "file")
@@ -563,8 +569,22 @@ WRITING = {
     "pipelines/compress.py": "a stream, under a temporary name",
     "pipelines/decompress.py": "pictures, in a folder that is being made",
 }
-CALLS = {"write_text", "write_bytes", "rmtree", "unlink", "rename", "mkdir", "touch", "copyfile", "copytree",
-         "symlink_to", "ftruncate", "rmdir", "removedirs", "makedirs"}  # fmt: skip
+CALLS = {
+    "write_text",
+    "write_bytes",
+    "rmtree",
+    "unlink",
+    "rename",
+    "mkdir",
+    "touch",
+    "copyfile",
+    "copytree",
+    "symlink_to",
+    "ftruncate",
+    "rmdir",
+    "removedirs",
+    "makedirs",
+}
 
 
 def writes(tree: ast.AST) -> bool:

@@ -73,9 +73,20 @@ class WandbServer:
         lines = self.history.get(run)
         if not lines:
             return None
-        return {"id": "b", "name": run, "displayName": run, "summaryMetrics": "{}", "config": "{}", "tags": [],
-                "logLineCount": 0, "eventsLineCount": 0, "eventsTail": "[]", "historyLineCount": self.offsets[run],
-                "historyTail": json.dumps([json.dumps(lines[-1])]), "wandbConfig": '{"t": 1}'}  # fmt: skip
+        return {
+            "id": "b",
+            "name": run,
+            "displayName": run,
+            "summaryMetrics": "{}",
+            "config": "{}",
+            "tags": [],
+            "logLineCount": 0,
+            "eventsLineCount": 0,
+            "eventsTail": "[]",
+            "historyLineCount": self.offsets[run],
+            "historyTail": json.dumps([json.dumps(lines[-1])]),
+            "wandbConfig": '{"t": 1}',
+        }
 
 
 class Handler(BaseHTTPRequestHandler):

@@ -20,9 +20,12 @@ from .quantizers.ema import EMAConfig
 class DecoderConfig(TokenizerConfig):
     """What the decoder says of pixels."""
 
-    likelihood: ModelConfig | None = setting(None, "what the decoder says of a pixel's 256 values, which bits per dim "
-                                             "and lossless compression need; null: a point",
-                                             family="tokenizer.likelihoods:Likelihood")  # fmt: skip
+    likelihood: ModelConfig | None = setting(
+        None,
+        "what the decoder says of a pixel's 256 values, which bits per dim "
+        "and lossless compression need; null: a point",
+        family="tokenizer.likelihoods:Likelihood",
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -39,8 +39,9 @@ def parse_json(data: bytes, path: Path, *, keys: int = MAX_KEYS) -> dict[str, An
         return int(text)
 
     try:
-        value = json.loads(data.decode("utf-8"), object_pairs_hook=unique, parse_constant=refuse, parse_float=finite,
-                           parse_int=whole)  # fmt: skip
+        value = json.loads(
+            data.decode("utf-8"), object_pairs_hook=unique, parse_constant=refuse, parse_float=finite, parse_int=whole
+        )
     except FormatError:
         raise
     except (ValueError, RecursionError) as error:
@@ -55,8 +56,12 @@ def _check_size(value: Any, path: Path, keys: int) -> None:
     level = [value]
     for _ in range(MAX_DEPTH):
         keys -= sum(len(item) for item in level if isinstance(item, dict))
-        level = [inner for item in level for inner in (item.values() if isinstance(item, dict) else item)
-                 if isinstance(inner, (dict, list))]  # fmt: skip
+        level = [
+            inner
+            for item in level
+            for inner in (item.values() if isinstance(item, dict) else item)
+            if isinstance(inner, (dict, list))
+        ]
     if level:
         raise LimitError(f"{path}: nested more than {MAX_DEPTH} levels deep")
     if keys < 0:

@@ -30,10 +30,18 @@ class KLVAEConfig(DecoderConfig, ConvolutionsConfig):
     """Sizes of the networks and of the latents, and how strongly they are held."""
 
     latent: int = setting(4, "numbers in a latent vector, each of which becomes a token", ge=1, le=256)
-    beta: float = setting(0.02, "weight of the KL in nats per pixel channel; 1 beside a likelihood, twice the "
-                          "remaining squared error beside l2", ge=0)  # fmt: skip
-    free_bits: float = setting(0.0, "nats of each number of a latent vector, on average over a batch, that are not "
-                               "punished (Kingma et al. 2016), so that none of them is given up", ge=0)  # fmt: skip
+    beta: float = setting(
+        0.02,
+        "weight of the KL in nats per pixel channel; 1 beside a likelihood, twice the "
+        "remaining squared error beside l2",
+        ge=0,
+    )
+    free_bits: float = setting(
+        0.0,
+        "nats of each number of a latent vector, on average over a batch, that are not "
+        "punished (Kingma et al. 2016), so that none of them is given up",
+        ge=0,
+    )
     bins: int = setting(16, "ids of each number, equally probable under N(0, 1)", ge=2, le=4096)
 
 

@@ -23,8 +23,12 @@ class ConvolutionsConfig(TokenizerConfig):
     """Sizes of encoder and decoder."""
 
     factor: int = setting(4, "image pixels per token along each side", choices=(2, 4, 8, 16))
-    widths: tuple[int, ...] = setting((128,), "channels at each resolution, finest first; one more resolution halves "
-                                      "the patch that the first layer folds", ge=8, le=4096)  # fmt: skip
+    widths: tuple[int, ...] = setting(
+        (128,),
+        "channels at each resolution, finest first; one more resolution halves the patch that the first layer folds",
+        ge=8,
+        le=4096,
+    )
     blocks: tuple[int, ...] = setting((2,), "residual blocks at each resolution", ge=0, le=64)
     attention: bool = setting(False, "self-attention at the token resolution")
 
@@ -89,8 +93,9 @@ def norm(width: int) -> nn.GroupNorm:
     return nn.GroupNorm(width // 8, width, eps=1e-6)
 
 
-def encoder(channels: int, patch: int, widths: tuple[int, ...], blocks: tuple[int, ...], attention: bool, dim: int
-            ) -> nn.Sequential:  # fmt: skip
+def encoder(
+    channels: int, patch: int, widths: tuple[int, ...], blocks: tuple[int, ...], attention: bool, dim: int
+) -> nn.Sequential:
     """`(B, channels, H, W)` to `(B, dim, H / f, W / f)`, f = patch * 2 ** (len(widths) - 1)."""
     layers: list[nn.Module] = [nn.PixelUnshuffle(patch), nn.Conv2d(channels * patch**2, widths[0], 3, padding=1)]
     for level, (width, count) in enumerate(zip(widths, blocks, strict=True)):
@@ -102,8 +107,9 @@ def encoder(channels: int, patch: int, widths: tuple[int, ...], blocks: tuple[in
     return nn.Sequential(*layers, norm(widths[-1]), nn.SiLU(), nn.Conv2d(widths[-1], dim, 1))
 
 
-def decoder(channels: int, patch: int, widths: tuple[int, ...], blocks: tuple[int, ...], attention: bool, dim: int
-            ) -> nn.Sequential:  # fmt: skip
+def decoder(
+    channels: int, patch: int, widths: tuple[int, ...], blocks: tuple[int, ...], attention: bool, dim: int
+) -> nn.Sequential:
     """The encoder's mirror: `(B, dim, H / f, W / f)` to `(B, channels, H, W)`."""
     layers: list[nn.Module] = [nn.Conv2d(dim, widths[-1], 3, padding=1)]
     if attention:

@@ -131,8 +131,10 @@ def require_own_file(path: Path, listed: Names | None = None) -> None:
     sha256 = (listed or {}).get(path.name)
     if not says_ours(path) and not (sha256 is not None and is_as_listed(path, sha256)):
         changed = " as it is now" if listed and path.name in listed else ""
-        raise PathError(f"{path} can not be written: smalti did not write the file that is there{changed}; choose "
-                        "another name, or move it away; nothing was overwritten")  # fmt: skip
+        raise PathError(
+            f"{path} can not be written: smalti did not write the file that is there{changed}; choose "
+            "another name, or move it away; nothing was overwritten"
+        )
 
 
 def says_ours(path: Path) -> bool:
@@ -153,11 +155,14 @@ def require_apart(out: Path, inputs: Inputs) -> None:
             continue
         here = os.path.realpath(source)
         how = (
-            "is" if here == there or (os.path.exists(out) and os.path.samefile(out, source))
-            else "lies in" if is_inside(there, here)
-            else "holds" if is_inside(here, there)
+            "is"
+            if here == there or (os.path.exists(out) and os.path.samefile(out, source))
+            else "lies in"
+            if is_inside(there, here)
+            else "holds"
+            if is_inside(here, there)
             else None
-        )  # fmt: skip
+        )
         if how:
             raise PathError(
                 f"{out} can not be written: it {how} what is read, {source}; choose another place, nothing "

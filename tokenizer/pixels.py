@@ -16,8 +16,12 @@ from .pretrained import setting
 class PixelsConfig(TokenizerConfig):
     """How finely intensity is told apart."""
 
-    levels: int = setting(256, "intensities of each channel; 256 keep an 8-bit image as it is, 2 are a threshold at "
-                               "mid grey", ge=2, le=256)  # fmt: skip
+    levels: int = setting(
+        256,
+        "intensities of each channel; 256 keep an 8-bit image as it is, 2 are a threshold at mid grey",
+        ge=2,
+        le=256,
+    )
 
 
 class Pixels(Tokenizer, name="pixels"):

@@ -45,8 +45,12 @@ class VAE:
 class PosthocConfig(TokenizerConfig):
     """The VAE, and how finely its latents are binned."""
 
-    bins: int = setting(16, "ids of each number of a latent vector, equally probable over training images, "
-                        "in place of the VAE's own", ge=2, le=4096)  # fmt: skip
+    bins: int = setting(
+        16,
+        "ids of each number of a latent vector, equally probable over training images, in place of the VAE's own",
+        ge=2,
+        le=4096,
+    )
     vae: ModelConfig | None = setting(None, "the VAE; null: of its default sizes", family="tokenizer.posthoc:VAE")
 
     def __post_init__(self) -> None:
@@ -96,8 +100,9 @@ class Posthoc(Tokenizer, name="posthoc"):
         if not isinstance(vae, KLVAE):
             raise ConfigError(f"posthoc: starts from a trained {KLVAE.name}, not from a {other.name!r} tokenizer")
         pairs = {name: [plain(getattr(each.config, name)) for each in (vae, self.vae)] for name in SIZES}
-        differing = [f"vae.{name} {theirs} there, {ours} here" for name, (theirs, ours) in pairs.items()
-                     if theirs != ours]  # fmt: skip
+        differing = [
+            f"vae.{name} {theirs} there, {ours} here" for name, (theirs, ours) in pairs.items() if theirs != ours
+        ]
         if differing:
             raise ConfigError(f"posthoc: can not start from a {KLVAE.name} of other sizes: {', '.join(differing)}")
         bins = {f"quantizer.{key}": value for key, value in self.vae.quantizer.state_dict().items()}

@@ -37,10 +37,22 @@ from .storage import Kind, atomic_folder, write_json
 from .weights import check_header, expected_weights, fill, parse_weights, read_header
 
 __all__ = [
-    "ConfigError", "FormatError", "IntegrityError", "LimitError", "ModelConfig", "Named", "PathError",
-    "PipelineLoadError", "PretrainedModel", "WeightsError", "node_problems", "parse_weights", "problems_in",
-    "resolve_folder", "setting",
-]  # fmt: skip
+    "ConfigError",
+    "FormatError",
+    "IntegrityError",
+    "LimitError",
+    "ModelConfig",
+    "Named",
+    "PathError",
+    "PipelineLoadError",
+    "PretrainedModel",
+    "WeightsError",
+    "node_problems",
+    "parse_weights",
+    "problems_in",
+    "resolve_folder",
+    "setting",
+]
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
 PROVENANCE = "provenance.json"  # beside a tokenizer, by who trained or imported it
@@ -168,8 +180,12 @@ class PretrainedModel(Named, nn.Module):
         if subfolder and not re.fullmatch(SUBFOLDER, subfolder):
             raise PathError(f"subfolder: {shown(subfolder)} names no folder inside {shown(str(source))}")
         patterns = [f"{subfolder}/{name}" if subfolder else name for name in (CONFIG, WEIGHTS)]
-        folder = resolve_folder(source, patterns, revision=revision, token=token, cache_dir=cache_dir,
-                                local_files_only=local_files_only) / subfolder  # fmt: skip
+        folder = (
+            resolve_folder(
+                source, patterns, revision=revision, token=token, cache_dir=cache_dir, local_files_only=local_files_only
+            )
+            / subfolder
+        )
         warn_of_code(folder)
         return steadily(folder, lambda: cls.read_from(Folder.at(folder))).to(device=device, dtype=dtype)
 
@@ -201,9 +217,13 @@ class PretrainedModel(Named, nn.Module):
 def warn_of_code(*folders: Path) -> None:
     """Say in one line which files of the folders, of which the others are in the first, are of a kind that can hold
     code: they are never opened."""
-    names = [os.path.relpath(entry.path, folders[0]) for folder in folders if folder.is_dir()
-             for entry in itertools.islice(os.scandir(folder), MAX_ENTRIES)
-             if entry.name.lower().endswith(CODE)]  # fmt: skip
+    names = [
+        os.path.relpath(entry.path, folders[0])
+        for folder in folders
+        if folder.is_dir()
+        for entry in itertools.islice(os.scandir(folder), MAX_ENTRIES)
+        if entry.name.lower().endswith(CODE)
+    ]
     if names:
         more = f" and {len(names) - 1} more" * (len(names) > 1)
         warnings.warn(
@@ -211,8 +231,15 @@ def warn_of_code(*folders: Path) -> None:
         )
 
 
-def resolve_folder(source: str | Path, patterns: list[str], *, revision: str | None, token: str | None,
-                   cache_dir: str | Path | None, local_files_only: bool) -> Path:  # fmt: skip
+def resolve_folder(
+    source: str | Path,
+    patterns: list[str],
+    *,
+    revision: str | None,
+    token: str | None,
+    cache_dir: str | Path | None,
+    local_files_only: bool,
+) -> Path:
     """`source` as a local folder, fetched from the Hub when it is a repository id. Raises `PathError`."""
     if os.path.isdir(source):  # unlike Path.is_dir, also False for a name that no folder can have
         return Path(source)
@@ -222,8 +249,16 @@ def resolve_folder(source: str | Path, patterns: list[str], *, revision: str | N
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
-        return Path(snapshot_download(str(source), revision=revision, token=token, cache_dir=cache_dir,
-                                      local_files_only=local_files_only, allow_patterns=patterns))  # fmt: skip
+        return Path(
+            snapshot_download(
+                str(source),
+                revision=revision,
+                token=token,
+                cache_dir=cache_dir,
+                local_files_only=local_files_only,
+                allow_patterns=patterns,
+            )
+        )
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise PathError(

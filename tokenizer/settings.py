@@ -222,8 +222,12 @@ def _scalar(value: Any, hint: type, field: dataclasses.Field[Any]) -> Any:
     choices = field.metadata.get("choices")
     if choices and value not in choices:
         raise ConfigError(f": must be one of {', '.join(map(str, choices))} (got {shown(value)})")
-    tests = {"ge": (">=", lambda a, b: a >= b), "gt": (">", lambda a, b: a > b),
-             "le": ("<=", lambda a, b: a <= b), "lt": ("<", lambda a, b: a < b)}  # fmt: skip
+    tests = {
+        "ge": (">=", lambda a, b: a >= b),
+        "gt": (">", lambda a, b: a > b),
+        "le": ("<=", lambda a, b: a <= b),
+        "lt": ("<", lambda a, b: a < b),
+    }
     for key, bound in (field.metadata.get("bounds") or {}).items():
         sign, holds = tests[key]
         if not holds(value, bound):

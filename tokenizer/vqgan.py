@@ -24,20 +24,28 @@ from .quantizers.vq import VQConfig
 class VQGANConfig(AutoencoderConfig):
     """Sizes of the networks; the defaults are those of the paper's ImageNet model with 16x16 ids."""
 
-    widths: tuple[int, ...] = setting((128, 128, 256, 256, 512), "channels at each level, finest first; one more level "
-                                      "halves the token grid's sides", ge=1, le=4096)  # fmt: skip
-    stem: int | None = setting(None, "channels of the encoder's first convolution; null: those of the finest level",
-                               ge=1, le=4096)  # fmt: skip
+    widths: tuple[int, ...] = setting(
+        (128, 128, 256, 256, 512),
+        "channels at each level, finest first; one more level halves the token grid's sides",
+        ge=1,
+        le=4096,
+    )
+    stem: int | None = setting(
+        None, "channels of the encoder's first convolution; null: those of the finest level", ge=1, le=4096
+    )
     blocks: int = setting(2, "residual blocks at each level of the encoder; the decoder has one more", ge=1, le=64)
-    encoder_attention: tuple[int, ...] | None = setting((-1,), "levels of the encoder with self-attention after every "
-                                                        "block, 0 the finest, -1 the coarsest; null: none")  # fmt: skip
-    decoder_attention: tuple[int, ...] | None = setting((-1,), "levels of the decoder with self-attention after every "
-                                                        "block, one more than the encoder has; null: none")  # fmt: skip
+    encoder_attention: tuple[int, ...] | None = setting(
+        (-1,), "levels of the encoder with self-attention after every block, 0 the finest, -1 the coarsest; null: none"
+    )
+    decoder_attention: tuple[int, ...] | None = setting(
+        (-1,), "levels of the decoder with self-attention after every block, one more than the encoder has; null: none"
+    )
     mid_attention: bool = setting(True, "self-attention between the two blocks at the token resolution")
     z_channels: int = setting(256, "channels between the network and the projection to the quantizer", ge=1, le=4096)
     groups: int = setting(32, "groups of each group normalisation", ge=1, le=4096)
-    quantizer: ModelConfig = setting(VQConfig(codes=1024, dim=256), "how vectors become ids",
-                                     family="tokenizer.quantizers:Quantizer")  # fmt: skip
+    quantizer: ModelConfig = setting(
+        VQConfig(codes=1024, dim=256), "how vectors become ids", family="tokenizer.quantizers:Quantizer"
+    )
 
     @property
     def factor(self) -> int:
@@ -81,10 +89,14 @@ def encoder(config: VQGANConfig, dim: int) -> nn.Sequential:
         levels.append(Level(width, wide, config.blocks, attention, groups, resample))
         width = wide
     return named(
-        stem=stem, levels=nn.Sequential(*levels), middle=middle(width, config.mid_attention, groups),
-        norm=norm(width, groups), swish=nn.SiLU(), head=conv3(width, config.z_channels),
+        stem=stem,
+        levels=nn.Sequential(*levels),
+        middle=middle(width, config.mid_attention, groups),
+        norm=norm(width, groups),
+        swish=nn.SiLU(),
+        head=conv3(width, config.z_channels),
         project=nn.Conv2d(config.z_channels, dim, 1),
-    )  # fmt: skip
+    )
 
 
 def decoder(config: VQGANConfig, dim: int, outputs: int) -> nn.Sequential:
@@ -98,9 +110,14 @@ def decoder(config: VQGANConfig, dim: int, outputs: int) -> nn.Sequential:
         levels.append(Level(width, wide, config.blocks + 1, attention, groups, resample))
         width = wide
     return named(
-        project=project, stem=stem, middle=between, levels=nn.Sequential(*levels),
-        norm=norm(width, groups), swish=nn.SiLU(), head=conv3(width, outputs),
-    )  # fmt: skip
+        project=project,
+        stem=stem,
+        middle=between,
+        levels=nn.Sequential(*levels),
+        norm=norm(width, groups),
+        swish=nn.SiLU(),
+        head=conv3(width, outputs),
+    )
 
 
 class Level(nn.Module):

@@ -28,8 +28,12 @@ class CodebookConfig(ModelConfig):
     beta: float = setting(0.25, "weight of the commitment loss, which pulls the encoder to its codes", ge=0)
     kmeans_iterations: int = setting(10, "k-means steps over the first batch, from which the codebook starts", ge=0)
     seed: int = setting(0, "chooses the first codes and the candidates for revival", ge=0)
-    normalize: bool = setting(False, "compare directions: vectors and codes are scaled to length 1, which suits large "
-                              "codebooks of few dimensions (LlamaGen: 16384 x 8)", later=True)  # fmt: skip
+    normalize: bool = setting(
+        False,
+        "compare directions: vectors and codes are scaled to length 1, which suits large "
+        "codebooks of few dimensions (LlamaGen: 16384 x 8)",
+        later=True,
+    )
     gradient: str = setting("straight_through", "how gradients pass a code", choices=GRADIENTS, later=True)
 
     def check(self) -> Iterator[str]:

@@ -22,9 +22,13 @@ from .codebook import Codebook, CodebookConfig, dead_codes, world_size
 class EMAConfig(CodebookConfig):
     """How fast the codebook moves, and when a code counts as dead."""
 
-    decay: float = setting(0.9, "decay of the running counts and sums, per training step; a code that is no longer "
-                           "used is found dead after some 3 / (1 - decay) steps, and long runs may wait (0.99)", ge=0,
-                           lt=1)  # fmt: skip
+    decay: float = setting(
+        0.9,
+        "decay of the running counts and sums, per training step; a code that is no longer "
+        "used is found dead after some 3 / (1 - decay) steps, and long runs may wait (0.99)",
+        ge=0,
+        lt=1,
+    )
     revive_below: float = setting(0.05, "a code used less than this share of the mean use is revived", ge=0, lt=1)
     revive_every: int = setting(10, "training steps between looking for dead codes", ge=1)
 

@@ -26,15 +26,23 @@ from .entropy import diversity
 class IBQConfig(CodebookConfig):
     """What keeps all codes in use. (Inner products need no `normalize`; with it they are cosines.)"""
 
-    beta: float = setting(0.25, "weight of the codebook loss, which pulls codes to their vectors; the vectors' own two "
-                          "pulls weigh 1", ge=0)  # fmt: skip
+    beta: float = setting(
+        0.25,
+        "weight of the codebook loss, which pulls codes to their vectors; the vectors' own two pulls weigh 1",
+        ge=0,
+    )
     gradient: str = setting("index", "gradients pass through the softmax over indices", choices=("index",))
-    temperature: float = setting(0.1, "of the softmax that gradients pass (the paper: 1); where it is nearly flat, "
-                                 "little of the decoder's gradient gets through", gt=0)  # fmt: skip
+    temperature: float = setting(
+        0.1,
+        "of the softmax that gradients pass (the paper: 1); where it is nearly flat, "
+        "little of the decoder's gradient gets through",
+        gt=0,
+    )
     entropy_temperature: float = setting(0.01, "of the softmax whose entropies are the two losses below", gt=0)
     entropy: float = setting(0.02, "weight of the entropy of a vector's code, in nats (the paper: 0.05)", ge=0)
-    diversity: float = setting(0.02, "weight of what the codes' entropy over the batch lacks, in nats (the paper: "
-                               "0.05)", ge=0)  # fmt: skip
+    diversity: float = setting(
+        0.02, "weight of what the codes' entropy over the batch lacks, in nats (the paper: 0.05)", ge=0
+    )
 
 
 class IBQ(Codebook, name="ibq"):

@@ -29,14 +29,20 @@ class LFQConfig(ModelConfig):
     """How many bits, and what keeps them in use."""
 
     bits: int = setting(9, "channels, each of which becomes one bit", ge=2, le=256)
-    levels: int = setting(1, "ids per position, which share the bits evenly: 18 bits are 2 ids of 512 rather than one "
-                          "of 262144, which a prior can not hold", ge=1, le=64)  # fmt: skip
+    levels: int = setting(
+        1,
+        "ids per position, which share the bits evenly: 18 bits are 2 ids of 512 rather than one "
+        "of 262144, which a prior can not hold",
+        ge=1,
+        le=64,
+    )
     beta: float = setting(0.25, "weight of the commitment loss, which pulls the encoder to its codes", ge=0)
     entropy: float = setting(0.02, "weight of the entropy of a vector's code, in nats", ge=0)
     diversity: float = setting(0.1, "weight of what the codes' entropy over the batch lacks, in nats", ge=0)
     temperature: float = setting(1.0, "how far from 0 a channel is sure of its bit", gt=0)
-    group: int = setting(10, "bits whose joint use `diversity` sees at a time; exact where there are no more", ge=1,
-                         le=LARGEST)  # fmt: skip
+    group: int = setting(
+        10, "bits whose joint use `diversity` sees at a time; exact where there are no more", ge=1, le=LARGEST
+    )
 
     def check(self) -> Iterator[str]:
         """The bits of an id are whole, and its vocabulary has to fit a token grid."""

@@ -32,8 +32,11 @@ class RVQConfig(ModelConfig):
 
     depth: int = setting(4, "ids per position: each is the code nearest to what those before it left", ge=1, le=64)
     shared: bool = setting(False, "one codebook for all levels (RQ-VAE), not one for each (SoundStream)")
-    book: ModelConfig = setting(EMAConfig(), f"a level's codebook, one of {', '.join(BOOKS)}; all have its settings",
-                                family="tokenizer.quantizers:Quantizer")  # fmt: skip
+    book: ModelConfig = setting(
+        EMAConfig(),
+        f"a level's codebook, one of {', '.join(BOOKS)}; all have its settings",
+        family="tokenizer.quantizers:Quantizer",
+    )
 
     def check(self) -> Iterator[str]:
         """Levels are nearest-code searches among vectors of any length."""

@@ -22,8 +22,9 @@ class VQConfig(CodebookConfig):
     """When a code counts as dead."""
 
     decay: float = setting(0.9, "decay of the running counts of use, per training step", ge=0, lt=1, later=True)
-    revive_below: float = setting(0.05, "a code used less than this share of the mean use is revived", ge=0, lt=1,
-                                  later=True)  # fmt: skip
+    revive_below: float = setting(
+        0.05, "a code used less than this share of the mean use is revived", ge=0, lt=1, later=True
+    )
     revive_every: int = setting(10, "training steps between looking for dead codes", ge=1, later=True)
 
 
