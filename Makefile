@@ -60,7 +60,7 @@ slow: $(TESTS)
 
 # Each in an environment of its own, below build/. The second runs whatever the first has shown.
 floors:
-	$(PYTHON) tests/floors.py lowest $(ARGS); lowest=$$?; $(PYTHON) tests/floors.py newest $(ARGS) && exit $$lowest
+	$(PYTHON) tests/support/floors.py lowest $(ARGS); lowest=$$?; $(PYTHON) tests/support/floors.py newest $(ARGS) && exit $$lowest
 
 # A stamp is made only after everything before it succeeded, so a half-failed install is repaired by the next call.
 $(READY): pyproject.toml

@@ -133,7 +133,7 @@ def png_bits(pixels: Any) -> Any:
 def score(pipe: Any, sets: dict[str, Any]) -> dict[str, dict[str, Any]]:
     """By method and set: scores `(n,)`. The set `calibration` is what is calibrated with; only methods without a model
     score it, too."""
-    from pipelines.anomaly import calibrate, codec_bits, score_of, statistics
+    from pipelines.anomaly.scores import calibrate, codec_bits, score_of, statistics
 
     fitted = calibrate(pipe, sets["calibration"])
     found: dict[str, dict[str, Any]] = {method: {} for method in (*fitted.scores, *NO_MODEL)}
@@ -158,7 +158,7 @@ def measure(pipe: Any, images: Any, labels: Any, left_out: int | None, limit: in
     import numpy as np
     import torch
 
-    from pipelines.separation import separation
+    from pipelines.anomaly.separation import separation
 
     path = out / "figures.json"
     if path.is_file():

@@ -157,8 +157,10 @@ def elsewhere(folder: Path, data: bytes, expected: Any) -> int:
 
 def control(pipe: Any, pixels: Any, lossless: bool) -> None:
     """Print how many chunks would not decode along the other path in float32."""
-    from pipelines import codec, compression
-    from pipelines.streams import RAW, parse
+    from pipelines.compression import codec
+    from pipelines.compression import coding as compression
+    from pipelines.compression.header import RAW
+    from pipelines.compression.streams import parse
 
     single = mock.patch.object(codec, "doubled", lambda model, device: model.to(device).eval())
     with single, mock.patch.object(compression, "CHUNK_IMAGES", 64):

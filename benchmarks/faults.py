@@ -29,7 +29,9 @@ from pathlib import Path
 from typing import Any
 
 os.environ.update(OMP_NUM_THREADS="1", OPENBLAS_NUM_THREADS="1", ACCELERATE_USE_CPU="true", HF_HUB_OFFLINE="1")
-sys.path[0] = str(Path(__file__).parents[1] / "tests")  # not this folder, whose `tokenizers.py` others would import
+sys.path[0] = str(
+    Path(__file__).parents[1] / "tests" / "support"
+)  # not this folder, whose `tokenizers.py` others would import
 
 TIMEOUT, GRACE = 5, 40  # seconds for a frozen process, and what a launcher may take to end it
 COUNTS = ("kills", "saves", "stops", "ctrl_c", "resumes", "disks", "matrix", "sick", "uneven")

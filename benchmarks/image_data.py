@@ -54,7 +54,7 @@ def make_jpeg(seed: int, height: int, width: int) -> bytes:
 
 def write_all(folder: Path, count: int, height: int, width: int) -> float:
     """The same images as files, as parquet with row groups of 100, and as tar shards; returns kB per image."""
-    sys.path.insert(0, str(ROOT / "tests"))
+    sys.path.insert(0, str(ROOT / "tests" / "support"))
     from image_files import write_parquet, write_tar
 
     rows = [(f"{k:06d}", make_jpeg(k, height, width), k % 10) for k in range(count)]
@@ -117,7 +117,7 @@ def measure(folder: Path, options: dict[str, Any], size: int, batch_size: int, s
 
 def decoding(height: int, width: int, size: int, seconds: float = 2.0) -> float:
     """Images that one thread decodes and resizes in a second of its processor's time."""
-    from pipelines.decoding import decode
+    from pipelines.images.decoding import decode
 
     files, count, began = [make_jpeg(k, height, width) for k in range(8)], 0, time.thread_time()
     while time.thread_time() - began < seconds:

@@ -117,14 +117,14 @@ def sampling(pipe: Any, guess: Any) -> dict[str, Any]:
 
 def likelihood(pipe: Any, split: Any, rows: int | None) -> dict[str, Any]:
     """Held-out bits per token in the prior's own order; `rows`: of so many images, evenly spread."""
-    from pipelines.train_prior import bits_per_token
+    from pipelines.metrics.likelihood import bits_per_token
 
     return {"bits": bits_per_token(pipe.prior, split, rows), "exact": pipe.prior.exact}
 
 
 def mixture_gain(pipe: Any, split: Any) -> float | None:
     """How many fewer bits per token a mixture of four orders needs than the own order, where the prior takes any."""
-    from pipelines.train_prior import bits_per_token
+    from pipelines.metrics.likelihood import bits_per_token
 
     if not (pipe.prior.any_order and pipe.prior.exact):
         return None
@@ -152,7 +152,7 @@ def agreement(pipe: Any, data: Any) -> dict[str, float]:
 
 def measure(pipe: Any, data: Any, rows: int | None, run: Path) -> dict[str, Any]:
     """Likelihood and agreement of a pipeline, kept in `run`; and a sheet of samples."""
-    from pipelines.pictures import save_picture
+    from pipelines.images.pictures import save_picture
 
     path = run / "ladder.json"
     if not path.is_file():

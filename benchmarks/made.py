@@ -70,10 +70,10 @@ def our_config(tokens: Path, out: Path, **train: Any) -> Any:
 
 def our_steps(tokens: Path, out: Path, batch: int) -> Iterator[None]:
     """Steps of a run."""
-    from pipelines.processes import build_accelerator
-    from pipelines.step import take_step
     from pipelines.train_prior import PriorTask
-    from pipelines.training import batches, set_up
+    from pipelines.training.loop import batches, set_up
+    from pipelines.training.processes import build_accelerator
+    from pipelines.training.step import take_step
 
     config = our_config(tokens, out, batch_size=batch)
     (out / "state").mkdir(parents=True)
@@ -129,8 +129,9 @@ def compare_steps(tokens: Path, rows: Any, batch: int, count: int) -> None:
 
 def ours(tokens: Path, out: Path, minutes: float) -> tuple[int, float]:
     """Images that a run of the preset saw, and its nats per test image. Minutes are of this process."""
-    from pipelines import ImagePipeline, train_prior, training
+    from pipelines import ImagePipeline, train_prior
     from pipelines.tokens import load_tokens
+    from pipelines.training import loop as training
 
     clock = training.time
     training.time = SimpleNamespace(monotonic=time.process_time)

@@ -28,7 +28,7 @@ def panel_of(title: str, curves: dict[str, tuple[list[int], list[float]]], marks
     """Lines over steps; `marks` are steps at which something begins."""
     import numpy as np
 
-    from pipelines.charts import COLORS, GREY, Axis, Panel
+    from pipelines.metrics.charts import COLORS, GREY, Axis, Panel
 
     values = [value for _, ys in curves.values() for value in ys]
     low, high = min(0.0, *values), max(values) * 1.1
@@ -52,7 +52,7 @@ def main() -> None:
     import yaml
     from PIL import Image
 
-    from pipelines.charts import page
+    from pipelines.metrics.charts import page
 
     critic = yaml.safe_load((run / "config.yaml").read_text())["critic"]
     heard = critic["start"] + critic["warmup"]

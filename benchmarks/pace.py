@@ -30,8 +30,9 @@ NEVER = 1_000_000  # steps: for what a run is to do only at its end
 @contextlib.contextmanager
 def stepper(task: Any, config: Any) -> Iterator[Callable[[], None]]:
     """A training step of the task at each call, batches and averaged weights included."""
-    from pipelines.processes import build_accelerator
-    from pipelines.training import batches, set_up, take_step
+    from pipelines.training.loop import batches, set_up
+    from pipelines.training.processes import build_accelerator
+    from pipelines.training.step import take_step
 
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(None):
         training = set_up(task, config, Path(folder), build_accelerator())
@@ -60,7 +61,7 @@ def prior_seconds(arguments: dict[str, list[str]]) -> dict[str, float]:
     """Seconds of CPU time of a training step of each prior, by name; `arguments` are those of `smalti train_prior`."""
     import torch
 
-    from pipelines.config import parse
+    from pipelines.config.command import parse
     from pipelines.train_prior import PriorTask, TrainPriorConfig
 
     with contextlib.ExitStack() as stack:

@@ -11,7 +11,7 @@ then 16,384 vectors (64 images of 16x16) and 16,384 codes of 8 channels, without
 25 GB, and half a minute and 6 to 10 GB for one. Medians of `repeats` runs (of `large` runs for the latter), in turn,
 after a warm-up.
 
-`tests/test_peers.py` holds the two to the same results, and says where they are not meant to be the same.
+`tests/project/test_peers.py` holds the two to the same results, and says where they are not meant to be the same.
 """
 
 from __future__ import annotations

@@ -86,7 +86,8 @@ def task_of_pictures(folder: Path, side: int, levels: int) -> Task:
     """Pictures as pixels, 16 a step."""
     import torch
 
-    from pipelines.images import DataConfig, carve, load_images
+    from pipelines.images import DataConfig, load_images
+    from pipelines.images.loading import carve
     from tokenizer import Tokenizer
 
     images = load_images(DataConfig(source=str(folder), image_size=side, channels=3))

@@ -40,7 +40,8 @@ def write(folder: Path, rows: int) -> float:
     """Write a dataset of so many training rows; returns seconds."""
     import torch
 
-    from pipelines.tokens import TokenDataset, TokenSplit, smallest_type
+    from pipelines.tokens import TokenDataset, TokenSplit
+    from pipelines.tokens.shards import smallest_type
     from tokenizer import Tokenizer
 
     tokenizer = Tokenizer.create(
@@ -100,7 +101,8 @@ def measure(folder: Path, label: str, cold: bool) -> dict[str, Any]:
     """Seconds to load, memory, rows per second and the slowest step for each batch size."""
     import torch
 
-    from pipelines import tokens, train_prior
+    from pipelines import train_prior
+    from pipelines.tokens import dataset as tokens
 
     torch.set_num_threads(1)
     options = dict(CASES[label])
@@ -131,7 +133,7 @@ def steps_of(task: Any, size: int, steps: int) -> tuple[float, float, float]:
 
 def verified(folder: Path) -> float:
     """Seconds to hash every file."""
-    from tokenizer.storage import verify_manifest
+    from tokenizer.files.reading import verify_manifest
 
     began = time.perf_counter()
     verify_manifest(folder)
@@ -146,7 +148,7 @@ def in_a_process(*arguments: str) -> Any:
 
 def order_line(rows: int) -> str:
     """What the order of so many rows costs a step."""
-    from pipelines.schedule import samples_of
+    from pipelines.shuffling.epochs import samples_of
 
     cells = []
     for size in SIZES:

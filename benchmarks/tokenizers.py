@@ -174,7 +174,7 @@ def train_node(preset: Node, steps: int) -> Node:
 
 def write_node(node: Node, path: Path) -> str:
     """The configuration as a file for --config."""
-    from pipelines.arguments import write_yaml
+    from pipelines.config.arguments import write_yaml
 
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(write_yaml(node))
@@ -188,7 +188,7 @@ def tokenizer_times(nodes: dict[str, Node], folder: Path) -> dict[str, float]:
     """Median seconds of a training step of each."""
     import torch
 
-    from pipelines.config import parse
+    from pipelines.config.command import parse
     from pipelines.train_tokenizer import TokenizerTask, TrainTokenizerConfig
 
     with contextlib.ExitStack() as stack:
@@ -203,7 +203,7 @@ def tokenizer_times(nodes: dict[str, Node], folder: Path) -> dict[str, float]:
 
 def untrained(node: Node, folder: Path) -> Any:
     """An untrained tokenizer of a configuration: its grid is what counts."""
-    from pipelines.config import parse
+    from pipelines.config.command import parse
     from pipelines.train_tokenizer import TrainTokenizerConfig, build_tokenizer
 
     argv = ["--config", write_node({**node, "init": None}, folder / "grid.yaml")]
@@ -216,7 +216,7 @@ def gpt_times(tokenizers: dict[str, Any], preset: Node, folder: Path) -> dict[st
     """Median seconds of a training step of the GPT on random ids of each tokenizer's grid."""
     import torch
 
-    from pipelines.config import parse
+    from pipelines.config.command import parse
     from pipelines.tokens import TokenDataset, TokenSplit
     from pipelines.train_prior import PriorTask, TrainPriorConfig
 
@@ -290,7 +290,7 @@ def similarity(tokenizer: Any, images: Any) -> float:
     """Mean SSIM of all images and their reconstructions."""
     import torch
 
-    from pipelines.quality import ssim
+    from pipelines.metrics.quality import ssim
 
     found = []
     with torch.inference_mode():
@@ -304,7 +304,7 @@ def picture_row(images: Any) -> Any:
     """Images `(n, C, H, W)` side by side, as a PIL image."""
     from PIL import Image
 
-    from pipelines.pictures import grid_picture
+    from pipelines.images.pictures import grid_picture
 
     return Image.fromarray(grid_picture(images, len(images), min_side=SHOWN_SIDE))
 
@@ -315,9 +315,9 @@ def measure(folder: Path) -> Node:
 
     from pipelines import ImagePipeline
     from pipelines.images import DataConfig, load_images
+    from pipelines.metrics.likelihood import bits_per_token
+    from pipelines.metrics.reconstruction import evaluate_reconstruction
     from pipelines.tokens import load_tokens
-    from pipelines.train_prior import bits_per_token
-    from pipelines.train_tokenizer import evaluate_reconstruction
 
     pipe, data = ImagePipeline.from_pretrained(folder / "gpt" / "pipeline"), load_tokens(folder / "tokens")
     images = load_images(DataConfig.model_validate(data.source["data"])).held_out
@@ -417,7 +417,7 @@ def show(found: dict[str, list[Node]]) -> None:
 def rate_distortion(found: dict[str, list[Node]], title: str) -> Any:
     """The GPT's bits of an image against the PSNR: a dot for each tokenizer, and a cross as wide and as high as the
     95 % intervals over seeds. Tokenizers that another one beats in both are grey."""
-    from pipelines.charts import BLUE, GREY, INK, Axis, Panel, font
+    from pipelines.metrics.charts import BLUE, GREY, INK, Axis, Panel, font
 
     rates = {name: [run["bits_per_token"] * run["tokens"] for run in runs] for name, runs in found.items()}
     levels = {name: [run["psnr"] for run in runs] for name, runs in found.items()}
@@ -466,8 +466,8 @@ def agreed(settings: Node, path: Path) -> None:
 
 def read_presets(name: str, changes: list[str]) -> dict[str, Node]:
     """The two presets of a data set, with `key.path=value` changes; exits where there are none."""
-    from pipelines.arguments import read_file, read_override
-    from pipelines.config import merge
+    from pipelines.config.arguments import read_file, read_override
+    from pipelines.config.nodes import merge
 
     paths = {"tokenizer": f"tokenizer/vqvae_{name}.yaml", "gpt": f"prior/gpt_{name}.yaml"}
     if absent := [path for path in paths.values() if not (ROOT / "configs" / path).is_file()]:
@@ -545,7 +545,7 @@ def main() -> None:
     import torch
 
     from pipelines.config import UserError
-    from tokenizer.pretrained import PipelineLoadError
+    from tokenizer.files.errors import PipelineLoadError
 
     torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
     try:

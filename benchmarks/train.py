@@ -105,7 +105,7 @@ TINY = {"gpt tiny": gpt(3, 16, dim=64, depth=1, batch=4), "vqgan tiny": vqgan(8,
 
 def configure(case: Case, folder: Path) -> Any:
     """The checked configuration of the verb."""
-    from pipelines.config import parse
+    from pipelines.config.command import parse
     from pipelines.train_prior import TrainPriorConfig
     from pipelines.train_tokenizer import TrainTokenizerConfig
 
@@ -234,8 +234,9 @@ def step_of(model: Any, loss: Callable[[], Any]) -> Callable[[], None]:
 @contextlib.contextmanager
 def loop_of(task: Any, config: Any, folder: Path) -> Iterator[tuple[Callable[[], None], list[float]]]:
     """A step of the verb at each call, and the seconds for which each waited for its batch."""
-    from pipelines.processes import build_accelerator
-    from pipelines.training import batches, set_up, take_step
+    from pipelines.training.loop import batches, set_up
+    from pipelines.training.processes import build_accelerator
+    from pipelines.training.step import take_step
 
     waits: list[float] = []
     with contextlib.redirect_stdout(None):

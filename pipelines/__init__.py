@@ -1,4 +1,4 @@
-"""Everything you run. `ImagePipeline` is both stages in one object; each verb is a module of its own."""
+"""Everything you run: the five steps of the method, `ImagePipeline`, and the other verbs in `commands`."""
 
 import importlib
 from pathlib import Path
@@ -19,7 +19,7 @@ def _check_siblings() -> None:
 
 _check_siblings()
 
-from tokenizer.errors import (  # noqa: E402
+from tokenizer.files.errors import (  # noqa: E402
     ConfigError,
     FormatError,
     IntegrityError,
@@ -30,8 +30,9 @@ from tokenizer.errors import (  # noqa: E402
     WeightsError,
 )
 
-from .generation import ImagePipeline, PipelineOutput  # noqa: E402
-from .pictures import from_unit  # noqa: E402
+from .image_pipeline import ImagePipeline  # noqa: E402
+from .images.pictures import from_unit  # noqa: E402
+from .stages.sampling import PipelineOutput  # noqa: E402
 
 __all__ = [
     "ConfigError",

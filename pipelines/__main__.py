@@ -5,28 +5,34 @@ from __future__ import annotations
 import ast
 import difflib
 import importlib
-import keyword
 import sys
 from pathlib import Path
 
-from .arguments import WIDTH, UserError
-from .config import at_a_shell, exit_codes
-from .help import table_row
+from .config import UserError
+from .config.arguments import WIDTH
+from .config.command import at_a_shell, exit_codes
+from .config.help import table_row
+
+HERE = Path(__file__).parent
 
 
-def verbs(folder: Path = Path(__file__).parent) -> dict[str, str]:
-    """The modules in `folder` with a top-level `main`, each with the first line of its docstring; none is imported."""
+def verbs(folder: Path = HERE) -> dict[str, str]:
+    """The modules in `folder` and its `commands` with a top-level `main`, each with the first line of its docstring;
+    none is imported."""
     found = {}
-    for path in sorted(folder.glob("[!_]*.py")):
+    for path in [*folder.glob("[!_]*.py"), *folder.glob("commands/[!_]*.py")]:
         tree = ast.parse(path.read_text(encoding="utf-8"))
         if any(isinstance(node, ast.FunctionDef) and node.name == "main" for node in tree.body):
             found[path.stem.removesuffix("_")] = (ast.get_docstring(tree) or "").split("\n")[0]
-    return found
+    return dict(sorted(found.items()))
 
 
 def module_of(verb: str) -> str:
-    """The module of a verb: its name, with a _ after one that Python keeps for itself, as in `import_`."""
-    return f"{verb}_" if keyword.iskeyword(verb) else verb
+    """The module of a verb, below `pipelines`. A `_` stands after a name that Python keeps for itself or for its own
+    library: `import_`, `inspect_`."""
+    if (HERE / f"{verb}.py").is_file():
+        return verb
+    return f"commands.{verb}" if (HERE / "commands" / f"{verb}.py").is_file() else f"commands.{verb}_"
 
 
 def help_page(found: dict[str, str]) -> str:
@@ -35,7 +41,10 @@ def help_page(found: dict[str, str]) -> str:
     page = ["usage: smalti VERB [--config FILE ...] [key=value ...] [--dry-run] [--help]", ""]
     for name, sentence in found.items():
         page += table_row([name, sentence], [width, WIDTH - width - 4])
-    hint = "`smalti VERB --help` lists the keys of a verb. On several devices: accelerate launch -m pipelines.VERB ..."
+    hint = (
+        "`smalti VERB --help` lists the keys of a verb. On several devices: accelerate launch -m pipelines.STEP ...\n"
+        "with one of the five steps: train_tokenizer, encode, train_prior, generate, evaluate."
+    )
     return "\n".join([*page, "", hint])
 
 

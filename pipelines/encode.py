@@ -14,15 +14,20 @@ from pydantic import Field
 from torch import Tensor
 
 from tokenizer import Tokenizer
-from tokenizer.storage import read_json
+from tokenizer.files.reading import read_json
+from tokenizer.pretrained import PROVENANCE
 
-from .appending import class_numbers, existing, missing_variants, same_images
-from .arguments import show
 from .config import Config, UserError, run_command
+from .config.arguments import show
+from .config.nodes import as_saved
+from .config.outputs import check_out_folder
 from .images import DataConfig, ImageDataset, Splits, check_shape, load_images
-from .origin import is_local
-from .outputs import check_out_folder
-from .pieces import (
+from .images.origin import is_local
+from .images.splits import as_begun
+from .tokens import Meta
+from .tokens.appending import class_numbers, existing, missing_variants, same_images
+from .tokens.meta import TOKENS
+from .tokens.pieces import (
     JOB,
     Piece,
     begun,
@@ -38,11 +43,8 @@ from .pieces import (
     shards_of,
     work_folder,
 )
-from .processes import build_accelerator
-from .run_folder import on_main
-from .splits import as_begun, of_its_time
-from .tokens import TOKENS, Meta
-from .train_tokenizer import PROVENANCE
+from .training.processes import build_accelerator
+from .training.run_folder import on_main
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -75,7 +77,7 @@ class EncodeConfig(Config):
 def defaults(given: dict[str, Any]) -> dict[str, Any]:
     """The data source that the tokenizer named on the command line was trained on."""
     path = Path(str(given.get("tokenizer", ""))) / PROVENANCE
-    return {"data": of_its_time(read_json(path).get("data", {}))} if path.is_file() else {}
+    return {"data": as_saved(DataConfig, read_json(path).get("data", {}))} if path.is_file() else {}
 
 
 def run(config: EncodeConfig) -> Path:
@@ -132,7 +134,7 @@ def data_as_begun(data: DataConfig, befores: list[dict[str, Any]], old: Meta | N
     """
     for before in befores:
         begun = as_begun(data, before)
-        fraction = of_its_time(before)["validation_fraction"]
+        fraction = as_saved(DataConfig, before)["validation_fraction"]
         alike = begun.model_copy(update={"validation_fraction": fraction})
         if same_images(before, alike.model_dump(mode="json")):
             if data.validation_fraction not in (None, fraction):

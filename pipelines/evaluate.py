@@ -15,21 +15,29 @@ from torch import Tensor
 
 from prior import Prior
 from tokenizer import Tokenizer
-from tokenizer.storage import PathError, read_json, results_folder, write_json
+from tokenizer.files.errors import PathError
+from tokenizer.files.writing import results_folder, write_json
 
-from .config import Config, UserError, run_command
-from .generation import ImagePipeline
-from .hub import fetched
+from .config import Config, UserError, choose_device, run_command
+from .config.outputs import check_out_results
+from .image_pipeline import ImagePipeline
 from .images import DataConfig, ImageDataset, Splits, check_shape, load_images, to_float, to_uint8
-from .index import PROVENANCE
-from .origin import named
-from .outputs import check_out_results
-from .pictures import grid_picture, save_picture
-from .quality import LEAST, FeatureSpace, compare, feature_space, frechet_distance, inception_space, shuffled, ssim
-from .splits import of_its_time
+from .images.origin import named
+from .images.pictures import grid_picture, save_picture
+from .metrics.likelihood import bits_per_token, log_probs, rows_at_a_time
+from .metrics.quality import (
+    LEAST,
+    FeatureSpace,
+    compare,
+    feature_space,
+    frechet_distance,
+    inception_space,
+    shuffled,
+    ssim,
+)
+from .metrics.reconstruction import evaluate_reconstruction, images_at_a_time, reconstruction_picture
+from .stages.provenance import defaults
 from .tokens import TokenSplit
-from .train_prior import bits_per_token, log_probs, rows_at_a_time
-from .train_tokenizer import evaluate_reconstruction, images_at_a_time, reconstruction_picture
 
 Figures = dict[str, Any]
 RESULTS = ("samples.png", "reconstructions.png", "nearest.png", "evaluation.json", "evaluation.txt")
@@ -65,15 +73,6 @@ class EvaluateConfig(Config):
     seed: int = Field(0, ge=0, description="sample k uses seed + k")
     device: str = Field("auto", description="cpu, cuda, mps or auto")
     update_card: bool = Field(True, description="write the figures into the pipeline's model card")
-
-
-def defaults(given: dict[str, Any]) -> dict[str, Any]:
-    """The data source that the pipeline named on the command line was trained on."""
-    source = str(given.get("pipeline", ""))
-    path = Path(source) / PROVENANCE
-    if not Path(source).is_dir():
-        path = fetched(source, PROVENANCE) or path
-    return {"data": of_its_time(read_json(path).get("data", {}))} if path.is_file() else {}
 
 
 def run(config: EvaluateConfig) -> Figures:
@@ -135,16 +134,6 @@ def check_classes(pipeline: ImagePipeline, *splits: ImageDataset) -> None:
                 f"data.label_column: the pipeline's {count} classes are not the {len(found)} of these images "
                 f"({', '.join(found[:10])}); null compares without labels"
             )
-
-
-def choose_device(name: str) -> torch.device:
-    """`auto` is the accelerator if there is one. Raises `UserError` for one that is not there."""
-    try:
-        if name == "auto":
-            return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        return torch.zeros((), device=name).device
-    except (RuntimeError, AssertionError) as error:
-        raise UserError(f"device: {name!r} can not be used here ({str(error).splitlines()[0]})") from error
 
 
 def evaluate_likelihood(

@@ -7,13 +7,12 @@ from typing import Any
 
 from pydantic import Field
 
-from tokenizer.storage import results_folder
+from tokenizer.files.writing import results_folder
 
-from .config import Config, UserError, run_command
-from .evaluate import choose_device
-from .generation import ImagePipeline
-from .outputs import check_out_file, check_out_results
-from .pictures import SUFFIXES, convert_images, grid_picture, save_picture, write_image
+from .config import Config, UserError, choose_device, run_command
+from .config.outputs import check_out_file, check_out_results
+from .image_pipeline import ImagePipeline
+from .images.pictures import SUFFIXES, convert_images, grid_picture, save_picture, write_image
 
 
 class GenerateConfig(Config):

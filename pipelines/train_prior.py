@@ -13,25 +13,23 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from prior import Prior
-from tokenizer import TokenGrid
 
-from .augment import uniforms
 from .config import Config, ModelNode, UserError, run_command
-from .generation import ImagePipeline
-from .run_folder import begun_data
-from .schedule import TrainConfig
-from .shuffle import permuted_blocks
-from .stopping import what_is_saved
-from .task import Split, Task, spread
+from .image_pipeline import ImagePipeline
+from .metrics.likelihood import EVALUATED_ROWS, bits_per_token
+from .shuffling.epochs import permuted_blocks
+from .shuffling.hashing import uniforms
+from .stages.index import PIPELINE
 from .tokens import TokenDataset, TokenSplit, load_tokens
 from .tracking import TrackConfig
-from .training import train
+from .training.loop import train
+from .training.run_folder import begun_data
+from .training.schedule import TrainConfig
+from .training.stopping import what_is_saved
+from .training.task import Split, Task
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
-
-EVALUATED_ROWS = 2000  # at most, by training; `smalti evaluate` looks at all that are held out
-LOGITS = 1 << 28  # numbers, 1 GiB of float32, that an evaluation makes at a time at most
 
 
 class SamplerConfig(Config):
@@ -83,6 +81,8 @@ class TrainPriorConfig(Config):
 
 class PriorTask(Task):
     """One player: the prior."""
+
+    snapshots = {"pipeline": PIPELINE}
 
     def __init__(self, config: TrainPriorConfig) -> None:
         self.config, self.data = config, load_tokens(config.tokens, revision=config.revision)
@@ -202,29 +202,6 @@ def perturbed(
             ids = uniforms(seed, int(epoch), cells.reshape(-1)[here], columns=(2,))[:, 0] * vocab_size
             flat[places.reshape(-1)[here]] = ids
     return torch.from_numpy(found).reshape(tokens.shape)
-
-
-def rows_at_a_time(grid: TokenGrid) -> int:
-    """Rows of tokens to evaluate at a time: 256, or as many as have `LOGITS` logits."""
-    return max(1, min(256, LOGITS // (len(grid) * grid.vocab_size)))
-
-
-def bits_per_token(model: Any, split: TokenSplit, limit: int | None = None, num_orders: int = 1) -> float:
-    """Mean -log2 p per token over `limit` rows, evenly spread; num_orders: as in `Prior.log_prob`."""
-    nats = log_probs(model, split, spread(len(split), limit), num_orders)
-    return -float(nats.mean()) / (math.log(2) * len(model.grid))
-
-
-@torch.inference_mode()
-def log_probs(model: Any, split: TokenSplit, rows: np.ndarray, num_orders: int = 1) -> Tensor:
-    """log p `(len(rows),)` of the rows asked for, float64 nats on the CPU; num_orders: as in `Prior.log_prob`."""
-    size, found = rows_at_a_time(model.grid), []
-    for start in range(0, len(rows), size):
-        some = rows[start : start + size]
-        tokens = split.rows(some).to(model.device)
-        labels = None if split.labels is None else split.labels[torch.from_numpy(some)].to(model.device)
-        found.append(model.log_prob(tokens, labels, num_orders=num_orders).cpu().double())
-    return torch.cat(found)
 
 
 def as_begun(config: TrainPriorConfig) -> TrainPriorConfig:

@@ -15,30 +15,31 @@ from torch import Tensor, nn
 from tokenizer import Tokenizer
 from tokenizer.base import codebook_usage
 from tokenizer.critic import PatchCritic
-from tokenizer.losses import pixel_losses, psnr, total_loss
+from tokenizer.files.reading import read_json
+from tokenizer.losses import total_loss
 from tokenizer.pretrained import CONFIG, PROVENANCE
-from tokenizer.storage import Inputs, atomic_folder, read_json, write_json
 
-from .adversary import Adversary, CriticConfig
-from .codebook import CodebookUse
 from .config import Config, ModelNode, UserError, run_command
+from .config.nodes import as_saved
 from .images import DataConfig, ImageDataset, load_images
-from .origin import is_local
-from .perceptual import Perceptual, weights_file
-from .pictures import grid_picture
-from .run_folder import begun_data
-from .schedule import TrainConfig
-from .splits import as_begun, of_its_time
-from .stopping import what_is_saved
-from .task import Split, Task, spread
+from .images.origin import is_local
+from .images.splits import as_begun
+from .metrics.codebook import CodebookUse
+from .metrics.perceptual import Perceptual, weights_file
+from .metrics.reconstruction import evaluate_reconstruction, images_at_a_time, reconstruction_picture
+from .stages.provenance import save_tokenizer
 from .tracking import TrackConfig
-from .training import train
+from .training.adversary import Adversary, CriticConfig
+from .training.loop import train
+from .training.run_folder import begun_data
+from .training.schedule import TrainConfig
+from .training.stopping import what_is_saved
+from .training.task import Split, Task
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
 EVALUATED_IMAGES = 2000  # at most, by training; `smalti evaluate` looks at all that are held out
-EVALUATED_PIXELS = 1 << 20  # that an evaluation reconstructs at a time at most
 INITIAL_PIXELS, INITIAL_IMAGES = 1 << 20, 64  # what a tokenizer may start from: so many pixels, of no fewer images
 
 
@@ -93,6 +94,7 @@ class TokenizerTask(Task):
     the critic if there is one."""
 
     model: Stage
+    snapshots = {"tokenizer": Tokenizer.folder_kind()}
 
     def __init__(self, config: TrainTokenizerConfig, device: torch.device | str = "cpu") -> None:
         self.config = config
@@ -219,55 +221,13 @@ def defaults(given: dict[str, Any]) -> dict[str, Any]:
     if str(given.get("model", {}).get("kind")) == "posthoc" != model["kind"]:
         model = {"kind": "posthoc", "vae": model}
     path = folder / PROVENANCE
-    return {"model": model, "data": of_its_time(read_json(path).get("data", {})) if path.is_file() else {}}
+    return {"model": model, "data": as_saved(DataConfig, read_json(path).get("data", {})) if path.is_file() else {}}
 
 
 def build_tokenizer(node: dict[str, Any], image_size: tuple[int, int], channels: int) -> Tokenizer:
     """The tokenizer of a checked `{kind: ...}` node for images of this size. Raises `ConfigError`."""
     choices = {key: value for key, value in node.items() if key != "kind"}
     return Tokenizer.create(node["kind"], image_size=image_size, channels=channels, **choices)
-
-
-def save_tokenizer(model: Any, folder: Path, provenance: dict[str, Any], inputs: Inputs = ()) -> None:
-    """`save_pretrained`, and `provenance.json` beside the weights, from which later stages learn the data source."""
-    with atomic_folder(folder, kind=Tokenizer.folder_kind(), inputs=inputs) as target:
-        model.save_pretrained(target)
-        write_json(target / PROVENANCE, provenance)
-
-
-def images_at_a_time(image_shape: tuple[int, ...]) -> int:
-    """Images `(C, H, W)` to reconstruct at a time without gradients: 256, or as many as have `EVALUATED_PIXELS`."""
-    return max(1, min(256, EVALUATED_PIXELS // (image_shape[1] * image_shape[2])))
-
-
-@torch.inference_mode()
-def evaluate_reconstruction(model: Any, images: ImageDataset, limit: int | None = None) -> dict[str, float]:
-    """Means of PSNR (dB), l1 and l2, and usage and perplexity of the ids, over `limit` images, evenly spread."""
-    rows = spread(len(images), limit)
-    sums: dict[str, float] = {}
-    ids = torch.zeros(model.grid.vocab_size, dtype=torch.long, device=model.device)
-    size = images_at_a_time(images.image_shape)
-    for start in range(0, len(rows), size):
-        batch = images.batch(rows[start : start + size]).to(model.device)
-        tokens = model.encode(batch)
-        decoded = model.decode(tokens)
-        ids += torch.bincount(tokens.flatten(), minlength=model.grid.vocab_size)
-        for name, value in {"psnr": psnr(decoded, batch).mean(), **pixel_losses(decoded, batch)}.items():
-            sums[name] = sums.get(name, 0.0) + float(value) * len(batch)
-    usage = {f"codebook_{name}": float(value) for name, value in codebook_usage(ids).items()}
-    return {name: total / len(rows) for name, total in sums.items()} | usage
-
-
-@torch.inference_mode()
-def reconstruction_picture(model: Any, images: ImageDataset, count: int = 32) -> np.ndarray:
-    """The first `count` images, evenly spread over the set, each row above the row of its reconstructions."""
-    chosen = np.linspace(0, len(images) - 1, min(count, len(images))).astype(np.int64)
-    originals = images.batch(chosen)
-    parts = originals.split(images_at_a_time(images.image_shape))
-    decoded = torch.cat([model.decode(model.encode(part.to(model.device))).cpu() for part in parts])
-    columns = min(16, len(chosen))
-    pairs = [row for a, b in zip(originals.split(columns), decoded.split(columns), strict=True) for row in (a, b)]
-    return grid_picture(torch.cat(pairs), columns)
 
 
 def run(config: TrainTokenizerConfig) -> Path:

@@ -18,8 +18,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tokenizer.base import TokenGrid, full_float32
-from tokenizer.pretrained import ModelConfig, PretrainedModel, setting
+from tokenizer.base import TokenGrid
+from tokenizer.precision import full_float32
+from tokenizer.pretrained import PretrainedModel
+from tokenizer.settings import ModelConfig, setting
 
 from .orders import make_order, order_problem
 from .parallel import sample_parallel, settled

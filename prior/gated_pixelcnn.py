@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tokenizer.pretrained import setting
+from tokenizer.settings import setting
 
 from .base import Prior
 from .layers import CausalConv2d, MapRows, RowBias, RowsConfig, odd_kernels, pack, see

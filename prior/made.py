@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tokenizer.pretrained import setting
+from tokenizer.settings import setting
 
 from .base import Prior, PriorConfig
 from .orders import make_order

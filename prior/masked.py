@@ -18,8 +18,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tokenizer.base import full_float32
-from tokenizer.pretrained import setting
+from tokenizer.precision import full_float32
+from tokenizer.settings import setting
 
 from .base import FEW_ROWS, Prior, State
 from .requests import Order, Rows, check_labels, make_rows

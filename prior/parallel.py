@@ -12,16 +12,13 @@ the fixed point of that, found in a few cheap passes. The result is the same, wh
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from .requests import Model, Rows
 from .sampling import GumbelNoise, Sampler, progress_over
-
-if TYPE_CHECKING:
-    from .base import Prior
-    from .requests import Rows
 
 CHEAP_PASSES = 8
 """Passes of the guessing prior per pass."""
@@ -39,7 +36,7 @@ class Parallel(NamedTuple):
 
 
 def sample_parallel(
-    prior: Prior, rows: Rows, sampler: Sampler, guess: Prior | None = None, progress: bool = False
+    prior: Model, rows: Rows, sampler: Sampler, guess: Model | None = None, progress: bool = False
 ) -> Parallel:
     """The tokens that step by step are drawn for `rows`, from passes over the whole grid."""
     (count, size), device = rows.given.shape, rows.given.device
@@ -74,7 +71,7 @@ def sample_parallel(
     return Parallel(tokens, close, passes)
 
 
-def settled(prior: Prior, row: Rows, sampler: Sampler, tokens: Tensor, close: Tensor) -> Tensor:
+def settled(prior: Model, row: Rows, sampler: Sampler, tokens: Tensor, close: Tensor) -> Tensor:
     """`tokens` (1, N) with the decisions that are `close` made by passes over this image alone. If one of them comes
     out otherwise, so may all after it."""
     noise = GumbelNoise(row.generators, tokens.shape[1], prior.grid.vocab_size, tokens.device).whole()
@@ -90,7 +87,7 @@ def settled(prior: Prior, row: Rows, sampler: Sampler, tokens: Tensor, close: Te
 
 
 def corrected(
-    guess: Prior,
+    guess: Model,
     rows: Rows,
     sampler: Sampler,
     tokens: Tensor,
@@ -112,7 +109,7 @@ def corrected(
     return tokens
 
 
-def walked_logits(prior: Prior, rows: Rows, tokens: Tensor, sampler: Sampler) -> Tensor:
+def walked_logits(prior: Model, rows: Rows, tokens: Tensor, sampler: Sampler) -> Tensor:
     """Logits `(B, N, V)` in the order of the walk (guided: of 2 B rows), from one forward pass on `tokens` (B, N)."""
     path = rows.path.expand(tokens.shape)
     raster = torch.empty_like(tokens).scatter_(1, path, tokens).reshape(-1, *prior.grid.shape)

@@ -23,7 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tokenizer.pretrained import setting
+from tokenizer.settings import setting
 
 from .base import Prior
 from .layers import MaskedConv, RowBias, RowCache, RowsConfig, odd_kernels, pack, see

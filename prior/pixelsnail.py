@@ -27,7 +27,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tokenizer.pretrained import setting
+from tokenizer.settings import setting
 
 from .base import FEW_ROWS, Prior
 from .layers import MaskedConv, RasterConfig, RowCache, odd_kernels, pack

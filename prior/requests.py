@@ -4,19 +4,41 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor
 
+from tokenizer.base import TokenGrid
+
 from .orders import make_order
 from .sampling import Generators, Sampler, gumbel, image_generators
 
-if TYPE_CHECKING:
-    from .base import Prior
-
 Order = Tensor | str | None
 """A name, `(N,)` or `(B, N)` raster indices; None is the model's own."""
+
+
+class Model(Protocol):
+    """What is asked of a `Prior` here and in `parallel`, both of which `base` imports."""
+
+    name: ClassVar[str]
+    config: Any
+    grid: TokenGrid
+    num_classes: int
+    order: Tensor
+    any_order: bool
+    rounding: float
+
+    @property
+    def device(self) -> torch.device: ...
+
+    def __call__(self, *inputs: Any, **options: Any) -> Any: ...
+
+    def class_ids(self, labels: Tensor | None, count: int) -> Tensor: ...
+
+    def orders(self, num_orders: int, order: Order = None) -> Sequence[Order]: ...
+
+    def chain_log_probs(self, tokens: Tensor, labels: Tensor | None = None, order: Order = None) -> Tensor: ...
 
 
 @dataclass
@@ -54,7 +76,7 @@ class Rows:
 
 
 def make_rows(
-    prior: Prior,
+    prior: Model,
     num_images: int,
     labels: Tensor | None,
     sampler: Sampler,
@@ -74,7 +96,7 @@ def make_rows(
     return Rows(prior.class_ids(labels, num_images), generators, given, keep, None, raster)
 
 
-def check_labels(prior: Prior, labels: Tensor | None, count: int) -> Tensor | None:
+def check_labels(prior: Model, labels: Tensor | None, count: int) -> Tensor | None:
     """`labels` as int64 `(count,)` on the model's device. Raises `ValueError` out of `[0, num_classes]`."""
     if labels is None:
         return None
@@ -89,7 +111,7 @@ def check_labels(prior: Prior, labels: Tensor | None, count: int) -> Tensor | No
     return labels.long()
 
 
-def check_order(prior: Prior, order: Order, count: int) -> Tensor | None:
+def check_order(prior: Model, order: Order, count: int) -> Tensor | None:
     """`order` as int64 `(N,)` or `(count, N)`, or None for the model's own. Raises `ValueError` for what is no
     order of this grid, or one that the model does not take."""
     if order is None:
@@ -110,7 +132,7 @@ def check_order(prior: Prior, order: Order, count: int) -> Tensor | None:
     return walk.long()
 
 
-def choose_walk(prior: Prior, order: Order, num_orders: int, rows: Rows) -> Tensor | None:
+def choose_walk(prior: Model, order: Order, num_orders: int, rows: Rows) -> Tensor | None:
     """The order of each image, `(N,)` or `(B, N)`, None for the model's own: one of several, known tokens first.
 
     rows: in raster order. Of several orders an image goes in one that its own generator draws, with the probability
@@ -136,7 +158,7 @@ def known_first(walk: Tensor, keep: Tensor) -> Tensor:
     return walk.gather(1, torch.argsort(~keep.gather(1, walk), dim=1, stable=True))
 
 
-def draw_order(prior: Prior, row: Rows, ways: Tensor) -> int:
+def draw_order(prior: Model, row: Rows, ways: Tensor) -> int:
     """Which of `ways` (K, N) one image goes: each as probable as it makes the known tokens, which come first in it
     (alike where nothing is known). One pass over the image in K orders, so that its batch has no say."""
     (generator,), (keep,), count = row.generators, row.keep, len(ways)
@@ -148,7 +170,7 @@ def draw_order(prior: Prior, row: Rows, ways: Tensor) -> int:
     return int((scores + gumbel((count,), generator).to(scores.device)).argmax())
 
 
-def known_tokens(prior: Prior, tokens: Tensor | None, known: Tensor | None, count: int) -> tuple[Tensor, Tensor]:
+def known_tokens(prior: Model, tokens: Tensor | None, known: Tensor | None, count: int) -> tuple[Tensor, Tensor]:
     """Tokens to start from and which of them to keep, both `(count, N)`."""
     if (tokens is None) != (known is None):
         raise ValueError("`tokens` and `known` go together: known says which of the tokens to keep")

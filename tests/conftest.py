@@ -8,6 +8,11 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 from pathlib import Path  # noqa: E402
 
+ROOT = Path(__file__).parents[1]
+# For the processes that tests start: this tree before an installed one, and the helpers of the tests.
+PATHS = (str(ROOT), str(ROOT / "tests" / "support"), os.environ.get("PYTHONPATH", ""))
+os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, PATHS))
+
 import pytest  # noqa: E402
 import torch  # noqa: E402
 

@@ -8,12 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .base import LikelihoodError, Reconstruction, TokenGrid, Tokenizer, TokenizerConfig, full_float32
+from .base import LikelihoodError, Reconstruction, TokenGrid, Tokenizer, TokenizerConfig
 from .likelihoods import Likelihood
 from .likelihoods.base import to_values
-from .pretrained import ModelConfig, setting
+from .precision import full_float32
 from .quantizers import Quantizer
 from .quantizers.ema import EMAConfig
+from .settings import ModelConfig, setting
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -10,8 +10,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from .files.errors import ConfigError
 from .precision import full_float32 as full_float32
-from .pretrained import ConfigError, ModelConfig, PretrainedModel, setting
+from .pretrained import PretrainedModel
+from .settings import ModelConfig, setting
 
 
 @dataclass(frozen=True)

@@ -11,10 +11,10 @@ import math
 import torch
 from torch import Tensor
 
-from .pretrained import ModelConfig
 from .quantizers import Quantizer
 from .quantizers.base import Quantized
 from .quantizers.gradients import straight_through
+from .settings import ModelConfig
 
 
 class Bins(Quantizer):

@@ -20,7 +20,7 @@ from .base import Reconstruction
 from .bins import Bins
 from .layers import ConvolutionsConfig, decoder, encoder
 from .likelihoods.base import to_values
-from .pretrained import setting
+from .settings import setting
 
 LOG_VARIANCES = (-30.0, 20.0)
 

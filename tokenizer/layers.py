@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .base import TokenizerConfig
-from .pretrained import setting
+from .settings import setting
 
 
 @dataclass(frozen=True, kw_only=True)

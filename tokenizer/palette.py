@@ -9,9 +9,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .base import Reconstruction, TokenGrid, Tokenizer, TokenizerConfig, full_float32
-from .pretrained import ConfigError, setting
+from .base import Reconstruction, TokenGrid, Tokenizer, TokenizerConfig
+from .files.errors import ConfigError
+from .precision import full_float32
 from .quantizers.codebook import nearest, rows_of
+from .settings import setting
 
 
 @dataclass(frozen=True, kw_only=True)

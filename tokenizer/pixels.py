@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .base import Reconstruction, TokenGrid, Tokenizer, TokenizerConfig
-from .pretrained import setting
+from .settings import setting
 
 
 @dataclass(frozen=True, kw_only=True)

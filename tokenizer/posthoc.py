@@ -18,9 +18,10 @@ import torch
 from torch import Tensor, nn
 
 from .base import Reconstruction, Tokenizer, TokenizerConfig
+from .files.errors import ConfigError
 from .klvae import KLVAE, KLVAEConfig, sample
-from .pretrained import ConfigError, ModelConfig, setting
 from .quantizers.codebook import rows_of
+from .settings import ModelConfig, setting
 
 IMAGES_AT_A_TIME = 64
 FACTS = ("image_size", "channels")

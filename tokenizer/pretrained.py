@@ -21,38 +21,17 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from .errors import (
+from .files.errors import (
     ConfigError,
-    FormatError,
-    IntegrityError,
-    LimitError,
     PathError,
-    PipelineLoadError,
-    WeightsError,
     shown,
 )
-from .reading import CODE, Folder, steadily
-from .settings import ModelConfig, node_problems, problems_in, setting
-from .storage import Kind, atomic_folder, write_json
-from .weights import check_header, expected_weights, fill, parse_weights, read_header
-
-__all__ = [
-    "ConfigError",
-    "FormatError",
-    "IntegrityError",
-    "LimitError",
-    "ModelConfig",
-    "Named",
-    "PathError",
-    "PipelineLoadError",
-    "PretrainedModel",
-    "WeightsError",
-    "node_problems",
-    "parse_weights",
-    "problems_in",
-    "resolve_folder",
-    "setting",
-]
+from .files.hub import resolve_folder
+from .files.ownership import Kind
+from .files.reading import CODE, Folder, steadily
+from .files.weights import check_header, expected_weights, fill, read_header
+from .files.writing import atomic_folder, write_json
+from .settings import ModelConfig
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
 PROVENANCE = "provenance.json"  # beside a tokenizer, by who trained or imported it
@@ -229,38 +208,3 @@ def warn_of_code(*folders: Path) -> None:
         warnings.warn(
             f"{folders[0]}: files that may hold code are never opened: {shown(min(names))}{more}", stacklevel=3
         )
-
-
-def resolve_folder(
-    source: str | Path,
-    patterns: list[str],
-    *,
-    revision: str | None,
-    token: str | None,
-    cache_dir: str | Path | None,
-    local_files_only: bool,
-) -> Path:
-    """`source` as a local folder, fetched from the Hub when it is a repository id. Raises `PathError`."""
-    if os.path.isdir(source):  # unlike Path.is_dir, also False for a name that no folder can have
-        return Path(source)
-    if not re.fullmatch(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}", str(source)):
-        raise PathError(f"{str(source)[:200]!r} is neither an existing folder nor a Hub id of the form 'owner/name'")
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-
-    try:
-        return Path(
-            snapshot_download(
-                str(source),
-                revision=revision,
-                token=token,
-                cache_dir=cache_dir,
-                local_files_only=local_files_only,
-                allow_patterns=patterns,
-            )
-        )
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise PathError(
-            f"{str(source)!r} is not an existing folder, and as a Hub id it could not be fetched: {reason}"
-        ) from error

@@ -13,7 +13,7 @@ import types
 from collections.abc import Iterator
 from typing import Any, ClassVar, Union, get_args, get_origin, get_type_hints
 
-from .errors import ConfigError, shown
+from .files.errors import ConfigError, shown
 
 REQUIRED = dataclasses.MISSING
 MAX_ITEMS = 64  # of a list

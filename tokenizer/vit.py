@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .autoencoder import Autoencoder, AutoencoderConfig
-from .pretrained import setting
+from .settings import setting
 
 
 @dataclass(frozen=True, kw_only=True)

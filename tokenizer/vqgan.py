@@ -16,8 +16,8 @@ from torch import Tensor, nn
 
 from .autoencoder import Autoencoder, AutoencoderConfig
 from .layers import Upsample, one_head_attention
-from .pretrained import ModelConfig, setting
 from .quantizers.vq import VQConfig
+from .settings import ModelConfig, setting
 
 
 @dataclass(frozen=True, kw_only=True)

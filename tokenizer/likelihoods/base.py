@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..pretrained import ModelConfig, Named
+from ..pretrained import Named
+from ..settings import ModelConfig
 
 LEVELS = 256
 FLOOR = 2.0**-16

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..pretrained import ModelConfig
+from ..settings import ModelConfig
 from .base import LEVELS, Likelihood, to_intensities
 
 

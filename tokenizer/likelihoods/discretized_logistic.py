@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..pretrained import ModelConfig, setting
+from ..settings import ModelConfig, setting
 from .base import LEVELS, Likelihood, to_intensities
 
 HALF_BIN = 1 / (LEVELS - 1)

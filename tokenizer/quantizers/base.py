@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from ..precision import full_float32
-from ..pretrained import ModelConfig, Named
+from ..pretrained import Named
+from ..settings import ModelConfig
 
 
 class Quantized(NamedTuple):

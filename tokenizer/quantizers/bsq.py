@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from ..pretrained import setting
+from ..settings import setting
 from .lfq import LFQ, LFQConfig
 
 EPSILON = 1e-6  # of |z|^2: a vector of zeros has no direction, and would have a gradient without bound

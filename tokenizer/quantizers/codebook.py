@@ -11,7 +11,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..pretrained import ModelConfig, setting
+from ..settings import ModelConfig, setting
 from .base import Quantized, Quantizer
 from .gradients import GRADIENTS, pass_gradient
 

@@ -14,7 +14,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..pretrained import setting
+from ..settings import setting
 from .codebook import Codebook, CodebookConfig, dead_codes, world_size
 
 

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..pretrained import ModelConfig, setting
+from ..settings import ModelConfig, setting
 from .base import Quantized, Quantizer
 from .gradients import straight_through
 

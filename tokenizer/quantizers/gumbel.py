@@ -16,7 +16,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..pretrained import ModelConfig, setting
+from ..settings import ModelConfig, setting
 from .base import Quantized, Quantizer
 from .choice import How, choose
 from .codebook import first_rows, kmeans, nearest, rows_of, world_size

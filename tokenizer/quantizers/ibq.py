@@ -15,7 +15,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..pretrained import setting
+from ..settings import setting
 from .base import Quantized
 from .choice import How, choose
 from .codebook import Codebook, CodebookConfig, rows_of, world_size

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..pretrained import ModelConfig, setting
+from ..settings import ModelConfig, setting
 from .base import Quantized, Quantizer
 from .entropy import bit_diversity, bit_entropy
 from .gradients import straight_through

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..pretrained import ModelConfig, setting
+from ..settings import ModelConfig, setting
 from .base import Quantized, Quantizer
 from .codebook import CodebookConfig, nearest, rows_of
 from .ema import EMAConfig

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..pretrained import setting
+from ..settings import setting
 from .codebook import Codebook, CodebookConfig, all_counts, dead_codes, world_size
 
 

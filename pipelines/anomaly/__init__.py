@@ -1,0 +1,1 @@
+"""How unlike the normal images is an image, and where."""

@@ -1,0 +1,149 @@
+"""Where an image is unlike the normal ones, and what it would look like if it were not.
+
+The map shows the bits of each token on the pixels that it stands for. Healing (after Marimont and Tarroni 2021) draws
+the most surprising tokens again, given the others, and decodes.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from tokenizer import Tokenizer
+
+from ..stages.calibration import LEVELS, Calibration, CalibrationError
+
+if TYPE_CHECKING:
+    from ..stages import Label, Stages
+
+SHARPNESS = 0.1
+"""How fast a restoration's weight falls with its nats: exp(-0.1 per nat)."""
+
+
+class Healed(NamedTuple):
+    """images `(B, C, H, W)` in [-1, 1]; which tokens were drawn again, bool `(B, *grid.shape)`; how the pixels differ,
+    `(B, H, W)`; and the healed tokens, `(B, *grid.shape)`."""
+
+    images: Tensor
+    resampled: Tensor
+    difference: Tensor
+    tokens: Tensor
+
+
+@torch.no_grad()
+def anomaly_map(
+    pipeline: Stages,
+    images: Any,
+    labels: Label | Sequence[Label] = None,
+    *,
+    smooth: bool = False,
+    batch_size: int = 256,
+) -> Tensor:
+    """Bits of each pixel `(B, H, W)`: those of a token are spread evenly over its patch, and those of the pixel given
+    the tokens are added where the tokenizer has a likelihood. They sum to the bits of the image. smooth: each patch
+    fades into its neighbours, as if interpolated."""
+    batch = pipeline.to_images(images)
+    ids = pipeline.label_ids(labels, len(batch))
+    rows, columns = (side.to(pipeline.device) for side in patches(pipeline.tokenizer, smooth))
+    maps = []
+    for start in range(0, len(batch), batch_size):
+        part = batch[start : start + batch_size]
+        tokens = pipeline.encode_batch(part)
+        given = None if ids is None else ids[start : start + batch_size]
+        bits = -pipeline.prior.token_log_probs(tokens, given).flatten(1) / math.log(2)
+        spread = (bits[:, None] * rows) @ columns.T  # (B, H, N) @ (N, W)
+        if pipeline.tokenizer.has_likelihood:
+            spread = spread - pipeline.tokenizer.pixel_log_probs(part, tokens).sum(1) / math.log(2)
+        maps.append(spread)
+    return torch.cat(maps)
+
+
+def patches(tokenizer: Tokenizer, smooth: bool = False) -> tuple[Tensor, Tensor]:
+    """How a token's bits are spread over the rows of the image `(H, N)` and over its columns `(W, N)`, each summing to
+    one per token; the pixels of a token are those without which `known_tokens` does not know it."""
+    _, height, width = tokenizer.image_shape
+    along_rows = ~torch.eye(height, dtype=torch.bool)[:, :, None].expand(-1, -1, width)
+    along_columns = ~torch.eye(width, dtype=torch.bool)[:, None, :].expand(-1, height, -1)
+    sides = [(~tokenizer.known_tokens(known)).flatten(1).float() for known in (along_rows, along_columns)]
+    sides = [side / side.sum(0) for side in sides]
+    if smooth:
+        sides = [blurred(side) for side in sides]
+    return sides[0], sides[1]
+
+
+def blurred(side: Tensor) -> Tensor:
+    """A box over each patch `(H, N)` made a tent of the same sum: two boxes convolved are linear interpolation."""
+    length = 2 * (round(float((side > 0).sum(0).float().mean())) // 2) + 1
+    kernel = torch.full((1, 1, length), 1 / length)
+    tent = F.conv1d(side.t()[:, None], kernel, padding=length // 2)[:, 0].t()
+    return tent / tent.sum(0)
+
+
+@torch.no_grad()
+def heal(
+    pipeline: Stages,
+    images: Any,
+    quantile: float = 0.98,
+    draws: int = 8,
+    seed: int = 0,
+    labels: Label | Sequence[Label] = None,
+) -> Healed:
+    """Draw again the tokens that are more surprising than that `quantile` of normal ones at their position.
+
+    Of `draws` restorations of an image, the likeliest is decoded to `images`. `difference` is the mean of |x - decoded|
+    over all of them, likelier ones weighing more, less what the tokenizer is wrong by on normal images. A prior of any
+    order sees all tokens that are kept; any other one those before the drawn token in its order. Image k uses the seeds
+    (seed + k) * draws to (seed + k) * draws + draws - 1. Raises `CalibrationError` without a calibration, `ValueError`
+    for a quantile that it does not hold.
+
+    Marimont and Tarroni differ in two things. They go through the tokens in order and measure each one's surprise given
+    the tokens healed so far; here it is measured once, given the image's own. So all draws redraw the same tokens, also
+    those that are surprising only because of an anomaly before them. And they weigh restorations by
+    softmax(3 / mean |x - decoded|), the nearer to the image the more; here by exp(-0.1 nats), the likelier the more.
+    """
+    calibration = calibrated(pipeline.calibration)
+    if quantile not in LEVELS or draws < 1:
+        raise ValueError(
+            f"quantile should be one of {', '.join(map(str, LEVELS))} and draws at least 1 (got {quantile}, {draws})"
+        )
+    batch = pipeline.to_images(images)
+    ids, tokens = pipeline.label_ids(labels, len(batch)), pipeline.encode_batch(batch)
+    bits = -pipeline.prior.token_log_probs(tokens, ids) / math.log(2)
+    limit = torch.from_numpy(calibration.surprise[LEVELS.index(quantile)]).to(bits)
+    if len(limit) not in (1, len(pipeline.prior.grid)):
+        raise CalibrationError(
+            f"the calibration is of a grid of {len(limit)} tokens, this one has "
+            f"{len(pipeline.prior.grid)}: run `smalti calibrate` again"
+        )
+    resampled = (bits.flatten(1) > limit).reshape(tokens.shape)
+    found, nats = [], []
+    for draw in range(draws):
+        generators = [torch.Generator().manual_seed((seed + k) * draws + draw) for k in range(len(batch))]
+        found.append(pipeline.prior.sample(len(batch), ids, generator=generators, tokens=tokens, known=~resampled))
+        nats.append(-pipeline.prior.log_prob(found[-1], ids))
+    weights = (-SHARPNESS * torch.stack(nats).double()).softmax(0).float()
+    pixels = [pipeline.decode(restored, output_type="pt") for restored in found]
+    difference = torch.stack([(x - batch).abs().mean(1) for x in pixels])
+    difference = (difference * weights[:, :, None, None]).sum(0) - error_map(calibration, batch)
+    best = weights.argmax(0), torch.arange(len(batch), device=batch.device)
+    return Healed(torch.stack(pixels)[best], resampled, difference.clamp(min=0), torch.stack(found)[best])
+
+
+def calibrated(calibration: Calibration | None) -> Calibration:
+    """What there is, or `CalibrationError`."""
+    if calibration is None:
+        raise CalibrationError(
+            "this pipeline is not calibrated: `smalti calibrate` or `calibrate(images)` fits it to normal images"
+        )
+    return calibration
+
+
+def error_map(calibration: Calibration, batch: Tensor) -> Tensor:
+    """The tokenizer's mean error on normal images, `(H, W)`."""
+    error = torch.from_numpy(calibration.error).to(batch)[None, None]
+    return F.interpolate(error, size=tuple(batch.shape[2:]), mode="bilinear", align_corners=False)[0, 0]

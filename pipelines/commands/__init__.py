@@ -1,0 +1,1 @@
+"""The verbs beside the five steps, one file each: `smalti VERB`."""

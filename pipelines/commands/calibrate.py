@@ -1,0 +1,107 @@
+"""Fit anomaly scores to held-out normal images, and keep what was learned in the pipeline folder."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from pydantic import Field
+
+from tokenizer.files.ownership import require_ours
+
+from ..anomaly.scores import METHODS, NEEDS, calibrate, check_promise
+from ..config import Config, UserError, choose_device, run_command
+from ..image_pipeline import ImagePipeline
+from ..images import DataConfig, check_shape, load_images
+from ..stages.calibration import Calibration
+from ..stages.index import PIPELINE
+from ..stages.provenance import defaults
+
+
+class CalibrateConfig(Config):
+    """What is normal, and how often it may be called an anomaly."""
+
+    pipeline: str = Field(description="pipeline folder; calibration.json is written into it")
+    data: DataConfig = Field(
+        DataConfig(),
+        description="normal images, of whose held-out split a part is used (see `every`); defaults to those trained on",
+    )
+    every: int = Field(
+        2,
+        ge=1,
+        description="calibrate with the first held-out image and every so-manyth after it, and leave the others to "
+        "`smalti detect`; 1: with all of them",
+    )
+    background: str | None = Field(
+        None, description="another pipeline folder, over the same tokens, whose prior becomes the background prior"
+    )
+    false_alarms: float = Field(
+        0.05,
+        gt=0,
+        lt=1,
+        description="share of new normal images that may be flagged: on average over calibrations, if there is no "
+        "`confidence`",
+    )
+    confidence: float | None = Field(
+        None,
+        gt=0,
+        lt=1,
+        description="the probability, over calibrations, with which at most that share is flagged; 0.9 or 0.95 ask for "
+        "more images and make the thresholds higher",
+    )
+    seed: int = Field(0, ge=0, description="chooses the half that is fitted to; the other half gives the scores")
+    device: str = Field("auto", description="cpu, cuda, mps or auto")
+
+
+def run(config: CalibrateConfig) -> Calibration:
+    """Calibrate, save, and print a table; returns the calibration."""
+    if not Path(config.pipeline).is_dir():
+        raise UserError(f"pipeline: {config.pipeline!r} is not a folder, and the calibration is written into it")
+    require_ours(Path(config.pipeline), PIPELINE)
+    pipeline = ImagePipeline.from_pretrained(config.pipeline, device=choose_device(config.device))
+    check_shape(config.data, pipeline.tokenizer.image_shape)
+    if config.background is not None:
+        pipeline.set_background(ImagePipeline.from_pretrained(config.background, device=pipeline.device).prior)
+    images = load_images(config.data).held_out
+    chosen = np.arange(0, len(images), config.every)
+    try:
+        check_promise(len(chosen), config.false_alarms, config.confidence)
+    except ValueError as error:
+        raise UserError(f"data: {error}; every={config.every} takes these of {len(images):,}") from error
+    calibration = calibrate(
+        pipeline,
+        images.pixels(chosen),
+        false_alarms=config.false_alarms,
+        confidence=config.confidence,
+        seed=config.seed,
+    )
+    pipeline.to(device="cpu").save_pretrained(config.pipeline)
+    print(table(calibration))
+    print(f"\n{config.pipeline}: calibrated with {len(chosen):,} of {len(images):,} images of {config.data.source}")
+    return calibration
+
+
+def table(calibration: Calibration) -> str:
+    """Median and threshold of each method; what the thresholds promise; and which methods there are not."""
+    rows = [("score", "median", "threshold", "")]
+    for method, scores in calibration.scores.items():
+        threshold = calibration.thresholds[method]
+        rows.append((method, f"{np.median(scores):.4g}", f"{threshold:.4g}", METHODS.get(method, "")))
+    widths = [max(len(row[column]) for row in rows) for column in range(3)]
+    lines = [
+        f"{name:<{widths[0]}}  {median:>{widths[1]}}  {limit:>{widths[2]}}  {what}".rstrip()
+        for name, median, limit, what in rows
+    ]
+    lines += ["", f"thresholds: {calibration.promise}"]
+    lines += [f"left out: {name}, which needs {what}" for name, what in NEEDS.items() if name not in calibration.scores]
+    return "\n".join(lines)
+
+
+def main(argv: list[str] | None = None) -> Any:
+    """The command line."""
+    return run_command(CalibrateConfig, run, argv, verb="calibrate", description=__doc__, defaults=defaults)
+
+
+if __name__ == "__main__":
+    main()

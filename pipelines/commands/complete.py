@@ -1,0 +1,238 @@
+"""Hide a part of images and have a pipeline draw it: a sheet of truth, mask and draws, and how near they come."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import ImageOps
+from pydantic import Field
+from torch import Tensor
+
+from tokenizer.files.ownership import Inputs
+
+from ..config import Config, UserError, choose_device, run_command
+from ..config.outputs import check_out_file
+from ..image_pipeline import ImagePipeline
+from ..images import DataConfig, check_shape, load_images, to_float
+from ..images.decoding import flatten, open_image, try_decode
+from ..images.folders import find_images
+from ..images.pictures import SUFFIXES, grid_picture, save_picture
+from ..stages.completion import ConditionError, complete, conditional_log_prob, make_mask, sees_all_known
+from ..stages.provenance import defaults
+
+TINTS = ((0.15, 0.35, 0.65), (-0.2, 0.0, 0.35))  # of the hatching, RGB in [-1, 1]: no grey image has them
+
+
+class CompleteConfig(Config):
+    """What is hidden of which images, and how it is drawn."""
+
+    pipeline: str = Field(description="pipeline folder, or a Hub id")
+    mask: str = Field(
+        "bottom",
+        description="what is hidden: top, bottom, left, right, box (the middle), scatter:SHARE of the patches, or a "
+        "picture of the images' size, white where they are hidden",
+    )
+    images: int | str | list[int | str] | None = Field(
+        None, description="picture files, a folder of them, or indices of held-out images; default: held-out images"
+    )
+    num_images: int = Field(8, ge=1, le=256, description="how many of a folder or the held-out images, evenly spread")
+    draws: int = Field(4, ge=1, le=64, description="completions of each image")
+    labels: int | str | list[int | str] | None = Field(
+        None, description="classes (ids or names), one for all or one per image; default: the class is not told"
+    )
+    seed: int = Field(0, ge=0, description="draw d of image k uses seed + k * draws + d")
+    out: str = Field("completions.png", description="the picture to write")
+    data: DataConfig = Field(DataConfig(), description="the images; defaults to those the pipeline was trained on")
+    temperature: float | None = Field(None, ge=0, description="below 1 is safer, 0 is greedy; default: the pipeline's")
+    top_k: int | None = Field(None, ge=1, description="draw from the k likeliest ids only")
+    top_p: float | None = Field(None, gt=0, le=1, description="draw from the likeliest ids of this mass only")
+    guidance_scale: float | None = Field(None, ge=0, description="above 1 exaggerates the class")
+    steps: int | None = Field(
+        None, ge=1, description="decode a masked-token prior in so many passes: quicker, not exact"
+    )
+    batch_size: int = Field(64, ge=1, description="completions at a time; the result does not depend on it")
+    device: str = Field("auto", description="cpu, cuda, mps or auto")
+
+
+def run(config: CompleteConfig) -> dict[str, float]:
+    """Draw, write the sheet and print what the draws are given and how near they come; returns the figures."""
+    if Path(config.out).suffix.lower() not in SUFFIXES:
+        raise UserError(f"out: {config.out!r} should end in {', '.join(SUFFIXES)}")
+    inputs = files_read(config)
+    check_out_file(config.out, inputs)
+    pipeline = ImagePipeline.from_pretrained(config.pipeline, device=choose_device(config.device))
+    known = read_mask(config.mask, pipeline)
+    truth = to_float(choose_images(config, pipeline))
+    chosen = ("temperature", "top_k", "top_p", "guidance_scale", "steps")
+    given = {name: value for name in chosen if (value := getattr(config, name)) is not None}
+    try:
+        made = complete(
+            pipeline,
+            truth,
+            known,
+            config.labels,
+            draws=config.draws,
+            seed=config.seed,
+            output_type="pt",
+            batch_size=config.batch_size,
+            **given,
+        ).images.cpu()
+    except (ValueError, TypeError) as error:
+        raise UserError(str(error)) from error
+    made = made.reshape(len(truth), config.draws, *truth.shape[1:])
+    figures = pixel_errors(pipeline, truth, made, known)
+    try:
+        nats = conditional_log_prob(pipeline, truth, known, config.labels)
+        figures["conditional_log_prob"] = float(nats.double().mean())
+    except ConditionError as error:
+        refusal = str(error)
+    else:
+        refusal = ""
+    try:
+        save_picture(sheet(truth, made, known), config.out, inputs=inputs)
+    except OSError as error:
+        raise UserError(f"out: {config.out} can not be written ({error.strerror or error})") from error
+    print(report(config, pipeline, known, figures, refusal))
+    return figures
+
+
+# What is asked for
+
+
+def files_read(config: CompleteConfig) -> Inputs:
+    """The files and folders that are read: the pipeline, the mask, and the images or the data that they are of."""
+    asked = config.images if isinstance(config.images, list) else [config.images]
+    files = [one for one in asked if isinstance(one, str)]
+    return [config.pipeline, config.mask, *files] if files else [config.pipeline, config.mask, config.data.path]
+
+
+def read_mask(name: str, pipeline: ImagePipeline) -> Tensor:
+    """What is known, bool `(H, W)`, under the mask or mask file `name`. Raises `UserError`."""
+    shape, path = pipeline.tokenizer.image_shape, Path(name)
+    if path.suffix.lower() not in SUFFIXES:
+        try:
+            return make_mask(name, shape, pipeline.prior.grid.shape)
+        except ValueError as error:
+            files = "" if name.startswith("scatter:") else f"; a mask of your own ends in {', '.join(SUFFIXES)}"
+            raise UserError(f"mask: {error}{files}") from error
+    try:
+        picture = flatten(ImageOps.exif_transpose(open_image(path))).convert("L")
+    except Exception as error:  # damaged files make Pillow raise almost anything
+        raise UserError(f"mask: {name}: {getattr(error, 'strerror', None) or error}") from error
+    if picture.size != (shape[2], shape[1]):
+        raise UserError(
+            f"mask: {name} has {picture.width} x {picture.height} pixels, the images have "
+            f"{shape[2]} x {shape[1]}; it should be of their size"
+        )
+    known = torch.from_numpy(np.asarray(picture) < 128)
+    if bool(known.all()):
+        raise UserError(f"mask: {name} hides nothing; it should be white where images are hidden")
+    return known
+
+
+def choose_images(config: CompleteConfig, pipeline: ImagePipeline) -> Tensor:
+    """The images to complete, uint8 `(B, C, H, W)`. Raises `UserError`."""
+    asked = config.images if config.images is None or isinstance(config.images, list) else [config.images]
+    if asked is not None and (not asked or len({type(one) for one in asked}) > 1):
+        raise UserError("images: expected files, a folder or indices of held-out images, and not a mixture or none")
+    names = [one for one in asked or [] if isinstance(one, str)]
+    indices = [one for one in asked or [] if isinstance(one, int)]
+    if names:
+        return read_images(names, config.num_images, pipeline.tokenizer.image_shape)
+    check_shape(config.data, pipeline.tokenizer.image_shape)
+    held_out = load_images(config.data).held_out
+    if wrong := [index for index in indices if not 0 <= index < len(held_out)]:
+        raise UserError(f"images: there is no held-out image {wrong[0]}; they go from 0 to {len(held_out) - 1}")
+    return held_out.pixels(indices if indices else evenly(len(held_out), config.num_images))
+
+
+def read_images(names: list[str], most: int, shape: tuple[int, int, int]) -> Tensor:
+    """Pictures, or those of one folder (`most` of them, evenly spread), resized and cropped to `shape`, uint8."""
+    paths = [Path(name) for name in names]
+    if len(paths) == 1 and paths[0].is_dir():
+        found = sorted(find_images(paths[0]))
+        if not found:
+            raise UserError(f"images: no pictures in {paths[0]}")
+        paths = [found[index] for index in evenly(len(found), most)]
+    if missing := [path for path in paths if not path.is_file()]:
+        raise UserError(f"images: there is no file {missing[0]}" + (" (a folder stands alone)" * missing[0].is_dir()))
+    decoded = [(path, try_decode(path, shape)) for path in paths]
+    if problems := [f"images: {path}: {pixels}" for path, pixels in decoded if isinstance(pixels, str)]:
+        raise UserError("\n".join(problems))
+    return torch.from_numpy(np.stack([pixels for _, pixels in decoded if not isinstance(pixels, str)]))
+
+
+def evenly(count: int, most: int) -> list[int]:
+    """At most `most` indices below `count`, evenly spread."""
+    return np.linspace(0, count - 1, min(count, most)).astype(np.int64).tolist()
+
+
+# What comes of it
+
+
+def pixel_errors(pipeline: ImagePipeline, truth: Tensor, made: Tensor, known: Tensor) -> dict[str, float]:
+    """Mean absolute difference of hidden pixels from `truth` `(B, C, H, W)`, in grey levels of 255: over all draws
+    `made` `(B, draws, C, H, W)`, of the best draw of each image, and of what the tokenizer makes of the truth."""
+    decoded = pipeline.reconstruct(truth, output_type="pt").cpu()
+
+    def error(images: Tensor) -> Tensor:
+        return (images - truth[:, None]).abs()[..., ~known].double().mean((-2, -1)) * 127.5
+
+    each = error(made)
+    return {
+        "pixel_error": float(each.mean()),
+        "best_pixel_error": float(each.amin(1).mean()),
+        "tokenizer_pixel_error": float(error(decoded[:, None]).mean()),
+    }
+
+
+def sheet(truth: Tensor, made: Tensor, known: Tensor) -> np.ndarray:
+    """A row per image: the truth, what is known of it (the rest hatched), and the draws. uint8 (H, W, 3)."""
+    count, draws, _, height, width = made.shape
+    stripes = (torch.arange(height)[:, None] + torch.arange(width)) // max(2, width // 14) % 2
+    hatching = torch.tensor(TINTS)[stripes].movedim(-1, 0)
+    masked = torch.where(known, truth.expand(-1, 3, -1, -1), hatching)
+    rows = torch.cat([truth[:, None].expand(-1, -1, 3, -1, -1), masked[:, None], made.expand(-1, -1, 3, -1, -1)], 1)
+    return grid_picture(rows.reshape(count * (draws + 2), 3, height, width), draws + 2)
+
+
+def report(
+    config: CompleteConfig, pipeline: ImagePipeline, known: Tensor, figures: dict[str, float], refusal: str
+) -> str:
+    """The figures as people read them, with what the draws were conditioned on."""
+    keep, prior = pipeline.tokenizer.known_tokens(known[None]).flatten(1).to(pipeline.device), pipeline.prior
+    hidden, f = int((~keep).sum()), figures
+    given = "none: no patch is known whole"
+    if bool(keep.any()):
+        given = f"only those before it in {prior.config.order} order"
+        if bool(sees_all_known(prior, keep).all()):
+            given = "all of them" + (", in any order" if prior.any_order else f", first in {prior.config.order} order")
+    share, score = float((~known).double().mean()), f"not available ({refusal})"
+    if not refusal:
+        nats = f["conditional_log_prob"]
+        score = f"{nats:.2f} nats, {-nats / hidden / np.log(2):.3f} bits per hidden token (mean of the images)"
+    rows = [
+        ("hidden", f"{config.mask}: {share:.1%} of the pixels, {hidden} of {keep.numel()} tokens"),
+        ("known tokens seen", given),
+        ("log p of the truth", score),
+        (
+            "pixel error",
+            f"{f['pixel_error']:.1f} mean, {f['best_pixel_error']:.1f} best of {config.draws}; what the "
+            f"tokenizer alone loses {f['tokenizer_pixel_error']:.1f} (absolute, of 255, where hidden)",
+        ),
+        ("sheet", f"{config.out}: truth, what is known, {config.draws} draws"),
+    ]
+    width = max(len(name) for name, _ in rows)
+    return "\n".join(f"{name:<{width}}  {text}" for name, text in rows)
+
+
+def main(argv: list[str] | None = None) -> Any:
+    """The command line."""
+    return run_command(CompleteConfig, run, argv, verb="complete", description=__doc__, defaults=defaults)
+
+
+if __name__ == "__main__":
+    main()

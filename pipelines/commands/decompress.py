@@ -1,0 +1,84 @@
+"""Turn a file that `smalti compress` wrote back into a folder of images.
+
+The tokens are those that were compressed, or there is an error. The pixels are, too, if the file is lossless; else they
+are what the decoder makes of the tokens here, to within one grey level of what it makes of them elsewhere.
+"""
+
+from __future__ import annotations
+
+import mmap
+from pathlib import Path
+from typing import Any
+
+from pydantic import Field
+
+from tokenizer.files.writing import atomic_folder
+
+from ..compression.coding import open_stream, read_images
+from ..compression.header import Limits, StreamError, TruncatedStream
+from ..config import Config, UserError, choose_device, run_command
+from ..config.outputs import check_out_folder
+from ..image_pipeline import ImagePipeline
+from ..images.pictures import convert_images, write_image
+
+
+class DecompressConfig(Config):
+    """What is decompressed, with what, and where to."""
+
+    pipeline: str = Field(description="the pipeline that compressed: folder or Hub id")
+    stream: str = Field(description="the file that `smalti compress` wrote")
+    out: str = Field(
+        "decompressed", description="a new or empty folder for PNG files, which appears whole or not at all"
+    )
+    max_images: int = Field(1 << 24, ge=1, description="refuse files that announce more images")
+    batch_size: int | None = Field(
+        None, ge=1, description="images evaluated at a time; default: a whole chunk. Tokens do not depend on it"
+    )
+    device: str = Field("auto", description="cpu, cuda, mps or auto")
+
+
+def run(config: DecompressConfig) -> Path:
+    """Decompress, and return the folder written."""
+    path = Path(config.stream)
+    if not path.is_file():
+        raise UserError(f"stream: {str(path)!r} is not a file")
+    out = Path(config.out)
+    inputs = [path, Path(config.pipeline)]
+    check_out_folder(out, None, inputs)
+    pipeline = ImagePipeline.from_pretrained(config.pipeline, device=choose_device(config.device))
+    try:
+        with open(path, "rb") as file, atomic_folder(out, kind=None, inputs=inputs) as folder:
+            if not path.stat().st_size:
+                raise TruncatedStream("the file is empty")
+            count = write_folder(pipeline, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ), folder, config)
+    except StreamError as error:
+        raise UserError(f"stream: {path}: {error}") from error
+    except OSError as error:
+        raise UserError(f"{error.filename or path}: {error.strerror or error}") from error
+    print(f"{count:,} images: {out}")
+    return out
+
+
+def write_folder(pipeline: ImagePipeline, data: mmap.mmap, folder: Path, config: DecompressConfig) -> int:
+    """Write the images of a stream as PNG files, by their names or numbered; returns how many."""
+    stream, models = open_stream(pipeline, data, Limits(max_images=config.max_images))
+    names, count = stream.names, 0
+    for images in read_images(pipeline, stream, models, batch_size=config.batch_size):
+        for image in convert_images(images, "pil"):
+            name = names[count] if names is not None else f"{count:08d}.png"
+            file = folder / (name if name.lower().endswith(".png") else f"{name}.png")
+            file.parent.mkdir(parents=True, exist_ok=True)
+            if file.exists():
+                raise StreamError(f"two images are called {name!r}")
+            write_image(image, file)
+            count += 1
+    return count
+
+
+def main(argv: list[str] | None = None) -> Any:
+    """The command line."""
+    return run_command(DecompressConfig, run, argv, verb="decompress", description=__doc__)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,314 @@
+"""Say what a training run will take before it is started: parameters, memory per GPU, FLOPs, hours, disk.
+
+It takes the command line of `smalti train_prior` or `smalti train_tokenizer` as it is (which, the model's kind says)
+and the keys below: `smalti plan --config configs/prior/gpt_imagenet256.yaml grid=[16,16] vocab_size=16384 classes=1000
+rows=1281167 gpus=8 gpu=a100`. The model is run on paper: nothing is trained, no image is read, no memory is taken.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from pydantic import Field
+from torch import nn
+
+from prior import Prior
+from prior.masked import Masked
+from tokenizer import Tokenizer
+from tokenizer.critic import PatchCritic
+from tokenizer.files.errors import ConfigError
+from tokenizer.files.reading import read_json
+from tokenizer.pretrained import CONFIG
+
+from .. import train_tokenizer
+from ..config import Config, UserError, run_command
+from ..config.arguments import read_arguments
+from ..config.command import parse
+from ..metrics.likelihood import rows_at_a_time
+from ..metrics.reconstruction import images_at_a_time
+from ..planning.budget import sizes_of
+from ..planning.costs import (
+    Recipe,
+    Turn,
+    checkpointed,
+    critic_turn,
+    evaluation_of,
+    flops_of,
+    on_paper,
+    perceptual_network,
+    prior_turn,
+    tokenizer_turn,
+)
+from ..planning.facts import Facts, facts_of, on_meta
+from ..planning.forecast import Forecast, page_of
+from ..tokens.shards import bytes_per_row
+from ..train_prior import TrainPriorConfig
+from ..train_tokenizer import TrainTokenizerConfig, build_tokenizer
+from ..training.adversary import Adversary
+from ..training.blocks import repeated_blocks
+
+NO_MODEL = (
+    "model.kind: nothing to plan; give the command line of train_prior or train_tokenizer, as in "
+    "`smalti plan --config configs/prior/gpt_imagenet256.yaml`"
+)
+
+
+class PlanConfig(Config):
+    """Where it is to run, and what the data will be like."""
+
+    gpus: int = Field(8, ge=1, le=65536, description="GPUs, those of all machines together; a process for each")
+    gpu: Literal["a100", "a100_40", "h100", "h100_pcie", "h200", "b200", "mi300x", "l40s", "l4", "rtx4090"] = Field(
+        "h100", description="their kind, whose memory and peak are as published (dense, bf16)"
+    )
+    gpu_memory: float | None = Field(None, gt=0, description="GB of one GPU, for another kind")
+    peak_tflops: float | None = Field(None, gt=0, description="peak of one GPU in TFLOP/s, for another kind")
+    utilization: float = Field(
+        0.4,
+        gt=0,
+        le=1,
+        description="share of the peak that is reached, a guess until measured; expect 0.2, with compile 0.3",
+    )
+    precision: Literal["bf16", "float32"] = Field(
+        "bf16", description="accelerate's mixed precision, or none, which needs peak_tflops"
+    )
+    tokenizer: str | None = Field(
+        None,
+        description="for a prior whose token dataset is not there yet: a preset of train_tokenizer, or a tokenizer's "
+        "folder, from which grid and vocabulary follow",
+    )
+    grid: tuple[int, ...] | None = Field(None, description="shape of an image's tokens, where nothing says it")
+    vocab_size: int | None = Field(None, ge=1, le=1 << 20, description="number of ids, where nothing says it")
+    classes: int | None = Field(None, ge=0, le=1 << 20, description="number of classes, likewise; 0: no labels")
+    rows: int | None = Field(None, ge=1, description="training rows, likewise; without, there are no epochs")
+
+
+class PlanPriorConfig(PlanConfig, TrainPriorConfig):
+    """A run of stage two."""
+
+    out: str = Field("", description="run folder; not used")
+    tokens: str = Field("", description="token dataset; read where it is there already")
+
+
+class PlanTokenizerConfig(PlanConfig, TrainTokenizerConfig):
+    """A run of stage one."""
+
+    out: str = Field("", description="run folder; not used")
+
+
+def run(config: PlanConfig) -> Forecast:
+    """Print the plan, and return its figures. Raises `UserError` and `ConfigError`."""
+    if config.precision != "bf16" and config.peak_tflops is None:
+        raise UserError("peak_tflops: precision=float32 needs the peak in float32, or in TF32 if that is allowed")
+    if isinstance(config, PlanPriorConfig):
+        forecast = forecast_prior(config)
+    elif isinstance(config, PlanTokenizerConfig):
+        forecast = forecast_tokenizer(config)
+    else:
+        raise UserError(NO_MODEL)
+    print(page_of(forecast))
+    return forecast
+
+
+# Priors -------------------------------------------------------------------------------------------
+
+
+def forecast_prior(config: PlanPriorConfig) -> Forecast:
+    """What training this prior takes."""
+    facts = facts_of(config, stage_one(config))
+    model = on_meta(lambda: make_prior(config, facts))
+    blocks = repeated_blocks(model)
+    sizes = sizes_of(parts_of_prior(model), model, {"model": model}, blocks, config.train.keep_best)
+    count, bf16 = micro_batch(config), config.precision == "bf16"
+    with on_paper(model):
+        turns, flops = [prior_turn(model, count, bf16)], flops_of(lambda: prior_turn(model, 1, bf16))
+        evaluation = evaluation_of(lambda: evaluate(model), model)
+        again, more = turns, flops
+        if blocks:
+            checkpointed(blocks)
+            again, more = [prior_turn(model, count, bf16)], flops_of(lambda: prior_turn(model, 1, bf16))
+    shape = "x".join(map(str, facts.grid.shape))
+    title = f"{model.name} over {shape} tokens of {facts.grid.vocab_size:,} ids, {facts.classes:,} classes"
+    per_row = bytes_per_row(facts.grid) + (8 if facts.classes else 0)
+    return Forecast(
+        title,
+        config,
+        sizes,
+        turns,
+        again,
+        flops,
+        more,
+        evaluation,
+        len(facts.grid),
+        facts.rows,
+        shards=True,
+        dataset=None if facts.rows is None else per_row * facts.rows,
+        snapshot=4 * sizes.parameters + facts.tokenizer_bytes,
+    )
+
+
+def make_prior(config: PlanPriorConfig, facts: Facts) -> Prior:
+    """The prior for these facts. Raises `ConfigError`."""
+    choices = {key: value for key, value in config.model.items() if key != "kind"}
+    return Prior.create(config.model["kind"], grid=facts.grid, num_classes=facts.classes, **choices)
+
+
+def evaluate(model: Prior) -> None:
+    """A batch of `train_prior.bits_per_token`; of a model that takes many passes for it, whose masks depend on the
+    data, one pass."""
+    count = rows_at_a_time(model.grid)
+    rows, labels = torch.zeros(count, *model.grid.shape, dtype=torch.long), torch.zeros(count, dtype=torch.long)
+    if isinstance(model, Masked):
+        model(rows, labels, known=torch.ones_like(rows, dtype=torch.bool)).log_softmax(-1)
+    else:
+        model.log_prob(rows, labels)
+
+
+def parts_of_prior(model: nn.Module) -> dict[str, int]:
+    """Parameters of embeddings, head, and what is between."""
+    parts = {"embeddings": 0, "blocks": 0, "head": 0}
+    for name, parameter in model.named_parameters():
+        first = name.partition(".")[0]
+        part = "embeddings" if "embedding" in first else "head" if first in ("head", "norm", "out") else "blocks"
+        parts[part] += parameter.numel()
+    return parts
+
+
+# Tokenizers ---------------------------------------------------------------------------------------
+
+
+def forecast_tokenizer(config: PlanTokenizerConfig) -> Forecast:
+    """What training this tokenizer takes. Raises `UserError` for one that trains nothing."""
+    recipe, stage = on_meta(lambda: recipe_of(config))
+    network = recipe.perceptual.net if recipe.perceptual else None
+    tokenizer, critic = stage.tokenizer, stage.critic
+    players = {"model": tokenizer, **({"critic": critic} if critic is not None else {})}
+    if not any(parameter.requires_grad for parameter in tokenizer.parameters()):
+        raise UserError(f"model.kind: a {tokenizer.name} tokenizer has no weights to train, so it takes no GPU")
+    blocks = [block for player in players.values() for block in repeated_blocks(player)]
+    scored = critic is None and network is None  # else no figure tells which weights are best
+    sizes = sizes_of(parts_of_tokenizer(tokenizer, critic), stage, players, blocks, config.train.keep_best and scored)
+    count, bf16 = micro_batch(config), config.precision == "bf16"
+    with on_paper(*(module for module in (stage, network) if module is not None)):
+        turns = all_turns(recipe, count, bf16)
+        flops = flops_of(lambda: all_turns(recipe, 1, bf16))
+        images = (images_at_a_time(tokenizer.image_shape), *tokenizer.image_shape)
+        evaluation = evaluation_of(lambda: tokenizer.decode(tokenizer.encode(torch.zeros(images))), tokenizer)
+        again, more = turns, flops
+        if blocks:
+            checkpointed(blocks)
+            again, more = all_turns(recipe, count, bf16), flops_of(lambda: all_turns(recipe, 1, bf16))
+    size = "x".join(map(str, tokenizer.image_shape[1:]))
+    shape, ids = "x".join(map(str, tokenizer.grid.shape)), tokenizer.grid.vocab_size
+    title = f"{tokenizer.name}, images of {size} to {shape} tokens of {ids:,} ids"
+    lacking = config.loss.perceptual and recipe.perceptual is None
+    notes = ['the perceptual network is not counted; pip install "smalti[perceptual]"'] if lacking else []
+    return Forecast(
+        title,
+        config,
+        sizes,
+        turns,
+        again,
+        flops,
+        more,
+        evaluation,
+        len(tokenizer.grid),
+        config.rows,
+        shards=False,
+        dataset=None,
+        snapshot=sum(value.numel() * value.itemsize for value in tokenizer.state_dict().values()),
+        notes=notes,
+    )
+
+
+def all_turns(recipe: Recipe, count: int, bf16: bool) -> list[Turn]:
+    """The turns of a step, both players playing."""
+    turns = [tokenizer_turn(recipe, count, bf16)]
+    return turns if recipe.adversary is None else [*turns, critic_turn(recipe, count, bf16)]
+
+
+def recipe_of(config: TrainTokenizerConfig) -> tuple[Recipe, train_tokenizer.Stage]:
+    """What is trained and with what, and what the run keeps. Raises `ConfigError` and `UserError`."""
+    tokenizer, adversary, given = tokenizer_of(config), None, config.critic
+    if given.weight:
+        critic = PatchCritic(config.data.channels, given.width, given.layers, given.norm)
+        try:
+            critic.map_size(*config.data.image_shape[1:])
+        except ValueError as error:
+            raise UserError(f"critic.layers: {error}") from error
+        adversary = Adversary(given, critic)
+    stage = train_tokenizer.Stage(tokenizer, adversary.critic if adversary else None)
+    network = perceptual_network(config.loss.perceptual_net) if config.loss.perceptual else None
+    weights = {"l1": config.loss.l1, "l2": config.loss.l2, **tokenizer.loss_weights}
+    return Recipe(tokenizer, weights, adversary, network, config.loss.perceptual, [stage]), stage
+
+
+def parts_of_tokenizer(tokenizer: nn.Module, critic: nn.Module | None) -> dict[str, int]:
+    """Parameters of encoder, quantizer, decoder, what else there is, and the critic."""
+    parts = {name: sum(p.numel() for p in child.parameters()) for name, child in tokenizer.named_children()}
+    if critic is not None:
+        parts["critic"] = sum(p.numel() for p in critic.parameters())
+    return {name: count for name, count in parts.items() if count}
+
+
+# The command line ---------------------------------------------------------------------------------
+
+
+def micro_batch(config: Any) -> int:
+    """Images that a GPU works on at a time; rounded up where they do not divide."""
+    return -(-config.train.batch_size // (config.gpus * config.train.accumulate))
+
+
+def config_for(argv: list[str]) -> type[PlanConfig]:
+    """The configuration that the command line is of: a prior's, a tokenizer's, or neither."""
+    given: dict[str, Any] = {}
+    for part in read_arguments(argv)[0]:
+        model = {**_mapping(given.get("model")), **_mapping(part.get("model"))}
+        given = {**given, **part, "model": model}
+    kind = given.get("model", {}).get("kind")
+    if kind in Tokenizer.available() or (kind is None and {"data", "loss", "critic", "init"} & set(given)):
+        return PlanTokenizerConfig
+    return PlanPriorConfig if kind is not None or "tokens" in given else PlanConfig
+
+
+def _mapping(value: Any) -> dict[str, Any]:
+    return value if isinstance(value, dict) else {}
+
+
+def main(argv: list[str] | None = None) -> Any:
+    """The command line."""
+    argv = sys.argv[1:] if argv is None else argv
+    cls = config_for(argv)
+    defaults = train_tokenizer.defaults if cls is PlanTokenizerConfig else None
+    return run_command(cls, run, argv, verb="plan", description=__doc__, defaults=defaults)
+
+
+if __name__ == "__main__":
+    main()
+
+
+def stage_one(config: PlanPriorConfig) -> Tokenizer | None:
+    """The tokenizer that the prior is planned for, without storage, where one is named."""
+    return on_meta(lambda: planned_tokenizer(str(config.tokenizer))) if config.tokenizer else None
+
+
+def planned_tokenizer(source: str) -> Tokenizer:
+    """The tokenizer of a preset, or of a folder. Raises `UserError` and `ConfigError`."""
+    if source.endswith((".yaml", ".yml")):
+        config = parse(TrainTokenizerConfig, ["--config", source], verb="train_tokenizer", description=None)
+        return tokenizer_of(config)
+    if not (Path(source) / CONFIG).is_file():
+        raise UserError(f"tokenizer: {source!r} is neither a preset (.yaml) nor a tokenizer's folder")
+    data = read_json(Path(source) / CONFIG)
+    try:
+        return Tokenizer.create(data.pop("kind", ""), **data)
+    except TypeError as error:
+        raise ConfigError(f"{Path(source) / CONFIG}: {error}") from error
+
+
+def tokenizer_of(config: TrainTokenizerConfig) -> Tokenizer:
+    """The tokenizer of a run. Raises `ConfigError`."""
+    channels, height, width = config.data.image_shape
+    return build_tokenizer(config.model, (height, width), channels)

@@ -1,0 +1,54 @@
+"""List the presets: names that `--config` takes from any folder, and what each is for."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from pydantic import Field
+
+from ..config import Config, UserError, run_command
+from ..config.arguments import WIDTH, presets
+from ..config.help import table_row
+
+
+class PresetsConfig(Config):
+    """Which presets, and what is told of them."""
+
+    name: str = Field("", description="only those whose names hold this text, as name=digits or name=prior/")
+    paths: bool = Field(
+        False,
+        description="print where their files are, and nothing else: "
+        "accelerate launch --config_file $(smalti presets name=accelerate/fsdp paths=true)",
+    )
+
+
+def run(config: PresetsConfig) -> list[Path]:
+    """Print a line for each preset; returns their files. Raises `UserError` if none is called so."""
+    found = {name: path for name, path in presets().items() if config.name in name}
+    if not found:
+        raise UserError(f"name: no preset's name holds {config.name!r}; without it, all are listed")
+    if config.paths:
+        print(*found.values(), sep="\n")
+    else:
+        print(listing(found))
+    return list(found.values())
+
+
+def listing(found: dict[str, Path]) -> str:
+    """The names of presets, each beside the comment that its file begins with."""
+    width = max(map(len, found))
+    lines = []
+    for name, path in found.items():
+        comment = path.read_text(encoding="utf-8").partition("\n")[0].removeprefix("# ")
+        lines += table_row([name, comment], [width, WIDTH - width - 4])
+    return "\n".join(lines)
+
+
+def main(argv: list[str] | None = None) -> Any:
+    """The command line."""
+    return run_command(PresetsConfig, run, argv, verb="presets", description=__doc__)
+
+
+if __name__ == "__main__":
+    main()

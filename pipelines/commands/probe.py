@@ -1,0 +1,288 @@
+"""Say what each layer of a prior knows of the classes: the accuracy of a linear probe, beside pixels and codes.
+
+A probe's figure means something only beside what needs no prior (pixels, their principal components, codes) and the
+same prior with random weights, so all of these are in the table.
+"""
+
+from __future__ import annotations
+
+import csv
+import math
+import warnings
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw
+from pydantic import Field
+from torch import Tensor
+
+from tokenizer.files.writing import results_folder
+
+from ..config import Config, UserError, choose_device, run_command
+from ..config.outputs import check_out_results
+from ..image_pipeline import ImagePipeline
+from ..images import DataConfig, ImageDataset, Splits, check_shape, load_images
+from ..images.pictures import save_picture
+from ..stages.provenance import defaults
+from ..stages.representation import choose_layer, embed, embed_layers
+
+STRENGTHS = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
+"""Of the probe's fit against its L2 penalty, from stiff to loose: scikit-learn's C."""
+MOST_STEPS = 200  # of a fit
+WIDEST = 1 << 14  # features: a probe of more takes too long to be a yardstick, and is left out
+VALIDATION = 5  # one in so many images of the fit split chooses among them
+TITLES = {"pixels": "raw pixels", "codes": "bag of codes", "embeddings": "code embeddings"}
+
+
+class ProbeConfig(Config):
+    """Which pipeline, on what images."""
+
+    pipeline: str = Field(description="pipeline folder, or a Hub id")
+    out: str | None = Field(
+        None, description="folder for probe.csv and probe.png; default: `probe` beside the pipeline folder"
+    )
+    data: DataConfig = Field(DataConfig(), description="the images; defaults to those the pipeline was trained on")
+    num_train: int = Field(5000, ge=10, description="training images that probes are fitted to, or all if fewer")
+    num_test: int = Field(2000, ge=1, description="held-out images that they are measured on, or all if fewer")
+    layers: list[int] | None = Field(None, description="layers of the prior, from 0; default: all")
+    pool: Literal["mean", "flatten", "last"] = Field(
+        "mean", description="how a layer's positions become one vector; what the prior is compared to stays as it is"
+    )
+    seed: int = Field(0, ge=0, description="draws the images, the validation part and the random weights")
+    batch_size: int = Field(64, ge=1, description="images at a time; the result does not depend on it")
+    device: str = Field("auto", description="cpu, cuda, mps or auto")
+
+
+@dataclass(frozen=True)
+class Probe:
+    """A row of the table: accuracies on held-out images, of the features and of those of a prior with random weights;
+    `strength` is the C that the validation part chose."""
+
+    features: str
+    width: int
+    strength: float
+    accuracy: float
+    random_accuracy: float | None = None
+
+
+class Labelled(NamedTuple):
+    """uint8 images `(n, C, H, W)` and their classes `(n,)`."""
+
+    images: Tensor
+    labels: Tensor
+
+
+def run(config: ProbeConfig) -> list[Probe]:
+    """Fit the probes, print the table, write `probe.csv` and `probe.png`; returns the rows."""
+    need_sklearn()
+    local = Path(config.pipeline).is_dir()
+    out = Path(config.out or (Path(config.pipeline).parent / "probe" if local else "probe"))
+    inputs = [config.pipeline, config.data.path]
+    check_out_results(out, ["probe.png", "probe.csv"], inputs)
+    pipeline = ImagePipeline.from_pretrained(config.pipeline, device=choose_device(config.device))
+    layers = prior_layers(pipeline, config.layers)
+    splits = images_for(pipeline, config.data)
+    train = some_of(splits.train, config.num_train, config.seed)
+    test = some_of(splits.held_out, config.num_test, config.seed)
+    rows = [*compare_to(pipeline, train, test, layers, config), *probe_prior(pipeline, train, test, layers, config)]
+    print(table(rows, train, test, len(splits.train.class_names)))
+    try:
+        with results_folder(out, inputs=inputs) as folder:
+            save_picture(bar_chart(rows), folder / "probe.png")
+            write_csv(rows, folder / "probe.csv")
+    except OSError as error:
+        raise UserError(f"out: {out} can not be written ({error.strerror or error})") from error
+    print(f"\npicture  {out / 'probe.png'}\nfigures  {out / 'probe.csv'}")
+    return rows
+
+
+def need_sklearn() -> None:
+    """Raise `UserError` without scikit-learn, before anything takes time."""
+    try:
+        import sklearn.linear_model  # noqa: F401
+    except ImportError as error:
+        raise UserError('smalti probe needs scikit-learn: pip install "smalti[probe]"') from error
+
+
+def prior_layers(pipeline: ImagePipeline, layers: list[int] | None) -> list[str]:
+    """The names of `layers` of the prior, None being all. Raises `UserError` for one that is not there."""
+    wanted = range(pipeline.prior.feature_layers) if layers is None else layers
+    try:
+        return [".".join(map(str, choose_layer(pipeline, layer))) for layer in wanted]
+    except ValueError as error:
+        raise UserError(f"layers: {error}") from error
+
+
+def images_for(pipeline: ImagePipeline, data: DataConfig) -> Splits:
+    """The images of `data`. Raises `UserError` if they are of another shape than the pipeline's."""
+    check_shape(data, pipeline.tokenizer.image_shape)
+    return load_images(data)
+
+
+def some_of(split: ImageDataset, count: int, seed: int) -> Labelled:
+    """Up to `count` images, drawn at random. Raises `UserError` without labels, or if there is one class only."""
+    if split.labels is None:
+        raise UserError("data.label_column: a probe needs images with labels, and these have none")
+    if len(split.labels.unique()) < 2:
+        raise UserError("data.label_column: a probe tells classes apart, and these images are all of one")
+    chosen = drawn(len(split), count, seed)
+    return Labelled(split.pixels(chosen), split.labels[chosen])
+
+
+def drawn(size: int, count: int, seed: int) -> Tensor:
+    """Up to `count` different whole numbers below `size`, at random."""
+    return torch.randperm(size, generator=torch.Generator().manual_seed(seed))[:count]
+
+
+# probes -------------------------------------------------------------------------------------------
+
+
+def compare_to(
+    pipeline: ImagePipeline, train: Labelled, test: Labelled, layers: list[str], config: ProbeConfig
+) -> list[Probe]:
+    """What needs no prior: pixels, codes and their embeddings, and as many principal components of the pixels as the
+    middle one of `layers` has features."""
+    rows = probes(pipeline, train, test, list(TITLES), None, config)
+    if layers and math.prod(pipeline.tokenizer.image_shape) <= WIDEST:
+        layer = layers[len(layers) // 2]
+        width = embed(pipeline, train.images[:1], layer=layer, pool=config.pool).shape[1]
+        pixels, unseen = (embed(pipeline, part.images, layer="pixels").cpu() for part in (train, test))
+        a, b = principal_components(pixels, unseen, width, config.seed)
+        rows.append(probe("PCA of pixels", a, b, train.labels, test.labels, config.seed))
+    return rows
+
+
+def probe_prior(
+    pipeline: ImagePipeline, train: Labelled, test: Labelled, layers: list[str], config: ProbeConfig
+) -> list[Probe]:
+    """Each of the prior's `layers`, beside the same one of a prior with random weights."""
+    untrained = with_random_prior(pipeline, config.seed)
+    rows, controls = (probes(pipe, train, test, layers, config.pool, config) for pipe in (pipeline, untrained))
+    return [replace(row, random_accuracy=control.accuracy) for row, control in zip(rows, controls, strict=True)]
+
+
+def with_random_prior(pipeline: ImagePipeline, seed: int) -> ImagePipeline:
+    """The pipeline with its prior as it was before training."""
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)  # the CPU's, where weights are drawn, and not a GPU's
+        prior = type(pipeline.prior)(pipeline.prior.config)
+    return ImagePipeline(pipeline.tokenizer, prior.to(pipeline.device))
+
+
+def probes(
+    pipeline: ImagePipeline, train: Labelled, test: Labelled, layers: list[str], pool: str | None, config: ProbeConfig
+) -> list[Probe]:
+    """A probe of each of `layers` that is not too wide. The prior is never told a class."""
+    widths = [one.shape[1] for one in embed_layers(pipeline, train.images[:1], layers, pool=pool)]
+    layers = [layer for layer, width in zip(layers, widths, strict=True) if width <= WIDEST]
+    fit, held_out = (
+        embed_layers(pipeline, part.images, layers, pool=pool, batch_size=config.batch_size) for part in (train, test)
+    )
+    return [
+        probe(TITLES.get(layer, layer), a, b, train.labels, test.labels, config.seed)
+        for layer, a, b in zip(layers, fit, held_out, strict=True)
+    ]
+
+
+def probe(name: str, features: Tensor, unseen: Tensor, labels: Tensor, truth: Tensor, seed: int) -> Probe:
+    """A logistic regression on `features` (n, dim), measured on `unseen` (m, dim), both standardised by the former's
+    means and deviations. Part of the former chooses the L2 penalty: the stiffest of those that are right most often."""
+    mean, deviation = features.mean(0), features.std(0, correction=0)
+    scale = torch.where(deviation > 1e-6, deviation, 1)  # what never changes says nothing, and is left at 0
+    x, new = (((each - mean) / scale).cpu().numpy() for each in (features, unseen))
+    y, true = labels.numpy(), truth.numpy()
+    order = drawn(len(y), len(y), seed).numpy()
+    kept, validation = order[len(y) // VALIDATION :], order[: len(y) // VALIDATION]
+    if len(np.unique(y[kept])) < 2:
+        raise UserError(f"num_train: {len(y)} images are too few to tell classes apart")
+    scores = accuracies(x[kept], y[kept], x[validation], y[validation], STRENGTHS)
+    best = STRENGTHS[int(np.argmax(scores))]  # the first of equal ones
+    return Probe(name, x.shape[1], best, accuracies(x, y, new, true, (best,))[0])
+
+
+def accuracies(
+    x: np.ndarray, y: np.ndarray, unseen: np.ndarray, truth: np.ndarray, strengths: tuple[float, ...]
+) -> list[float]:
+    """The share of `unseen` that a probe is right about, for each of the ascending `strengths`; a fit starts where the
+    one before it ended."""
+    from sklearn.exceptions import ConvergenceWarning
+    from sklearn.linear_model import LogisticRegression
+
+    model, found = LogisticRegression(max_iter=MOST_STEPS, tol=1e-3, warm_start=True), []
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ConvergenceWarning)  # a loose fit that stops early is a stiffer one
+        for strength in strengths:
+            model.set_params(C=strength).fit(x, y)
+            found.append(float((model.predict(unseen) == truth).mean()))
+    return found
+
+
+def principal_components(pixels: Tensor, unseen: Tensor, width: int, seed: int) -> tuple[Tensor, Tensor]:
+    """Both (n, dim) in the first `width` principal components of the former, or in all there are if fewer."""
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)  # the sketch that the components are found from is random
+        directions = torch.pca_lowrank(pixels, min(width, *pixels.shape), niter=4)[2]
+    return (pixels - pixels.mean(0)) @ directions, (unseen - pixels.mean(0)) @ directions
+
+
+# what people see ----------------------------------------------------------------------------------
+
+
+def table(rows: list[Probe], train: Labelled, test: Labelled, classes: int) -> str:
+    """The rows as people read them, the best layer marked, and what chance and the number of images leave open."""
+    best = max(row.accuracy for row in rows)
+    wide = max(len(row.features) for row in rows)
+    lines = [f"{'features':<{wide}}  {'width':>6}  {'accuracy':>8}  {'random weights':>14}"]
+    for row in rows:
+        control = "" if row.random_accuracy is None else f"{row.random_accuracy:.1%}"
+        mark = "  *" if row.accuracy == best else ""
+        lines.append(f"{row.features:<{wide}}  {row.width:>6}  {row.accuracy:>8.1%}  {control:>14}{mark}".rstrip())
+    error = math.sqrt(best * (1 - best) / len(test.labels))
+    most = float(test.labels.bincount().max()) / len(test.labels)
+    lines.append(
+        f"\n* best. Linear probes fitted to {len(train.labels):,} images, measured on {len(test.labels):,}: "
+        f"standard error {error:.1%}; the commonest of {classes} classes is {most:.1%}"
+    )
+    return "\n".join(lines)
+
+
+def write_csv(rows: list[Probe], path: Path) -> None:
+    """The rows, a column per field of `Probe`."""
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, list(asdict(rows[0])))
+        writer.writeheader()
+        writer.writerows(map(asdict, rows))
+
+
+def bar_chart(rows: list[Probe]) -> np.ndarray:
+    """Accuracies as bars, those of random weights thin and grey below: uint8 (H, W, 3)."""
+    left, right, top, pitch, full = 150, 60, 40, 30, 480
+    picture = Image.new("RGB", (left + full + right, top + pitch * len(rows) + 30), "white")
+    draw = ImageDraw.Draw(picture)
+    for percent in range(0, 101, 20):
+        at = left + full * percent // 100
+        draw.line([at, top - 6, at, picture.height - 26], fill="#dddddd")
+        draw.text((at, picture.height - 22), f"{percent} %", fill="#666666", font_size=12, anchor="ma")
+    title = "Linear probes on held-out images (grey: random weights)"
+    draw.text((left, 14), title, fill="black", font_size=14, anchor="lm")
+    for row in rows:
+        end = left + full * row.accuracy
+        draw.text((left - 10, top + 9), row.features, fill="black", font_size=14, anchor="rm")
+        draw.rectangle([left, top, end, top + 16], fill="#999966" if row.random_accuracy is None else "#2266aa")
+        draw.text((end + 6, top + 9), f"{row.accuracy:.1%}", fill="black", font_size=12, anchor="lm")
+        if row.random_accuracy is not None:
+            draw.rectangle([left, top + 18, left + full * row.random_accuracy, top + 21], fill="#aaaaaa")
+        top += pitch
+    return np.asarray(picture)
+
+
+def main(argv: list[str] | None = None) -> Any:
+    """The command line."""
+    return run_command(ProbeConfig, run, argv, verb="probe", description=__doc__, defaults=defaults)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,67 @@
+"""Show what a tokenizer keeps of held-out images: originals above reconstructions, and the PSNR."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from pydantic import Field
+
+from tokenizer import Tokenizer
+from tokenizer.files.reading import read_json
+from tokenizer.pretrained import PROVENANCE
+
+from ..config import Config, UserError, choose_device, run_command
+from ..config.outputs import check_out_file
+from ..images import DataConfig, check_shape, load_images
+from ..images.pictures import SUFFIXES, save_picture
+from ..metrics.reconstruction import evaluate_reconstruction, reconstruction_picture
+from ..stages.provenance import tokenizer_folder
+
+
+class ReconstructConfig(Config):
+    """Which images, through which tokenizer."""
+
+    tokenizer: str = Field(description="folder of a tokenizer or of a pipeline, or a tokenizer's Hub id")
+    out: str = Field("reconstructions.png", description="the picture to write")
+    data: DataConfig = Field(DataConfig(), description="the images; defaults to those the tokenizer was trained on")
+    num_images: int = Field(32, ge=1, le=1024, description="images in the picture")
+    device: str = Field("auto", description="cpu, cuda, mps or auto")
+
+
+def defaults(given: dict[str, Any]) -> dict[str, Any]:
+    """The data source that the tokenizer (or the pipeline around it) was trained on."""
+    source = Path(str(given.get("tokenizer", "")))
+    path = source / PROVENANCE
+    return {"data": read_json(path).get("data", {})} if path.is_file() else {}
+
+
+def run(config: ReconstructConfig) -> dict[str, float]:
+    """Write the picture, print and return PSNR (dB), losses, codebook usage and perplexity on all held-out images."""
+    if Path(config.out).suffix.lower() not in SUFFIXES:
+        raise UserError(f"out: {config.out!r} should end in {', '.join(SUFFIXES)}")
+    inputs = [config.tokenizer, config.data.path]
+    check_out_file(config.out, inputs)
+    tokenizer = Tokenizer.from_pretrained(tokenizer_folder(config.tokenizer), device=choose_device(config.device))
+    check_shape(config.data, tokenizer.image_shape, "tokenizer")
+    images = load_images(config.data).held_out
+    figures = evaluate_reconstruction(tokenizer, images)
+    picture = reconstruction_picture(tokenizer, images, config.num_images)
+    try:
+        save_picture(picture, config.out, inputs=inputs)
+    except OSError as error:
+        raise UserError(f"out: {config.out} can not be written ({error.strerror or error})") from error
+    print(
+        f"{config.out}: PSNR {figures['psnr']:.2f} dB over {len(images):,} held-out images, "
+        f"{figures['codebook_usage']:.1%} of {tokenizer.grid.vocab_size} codes used"
+    )
+    return figures
+
+
+def main(argv: list[str] | None = None) -> Any:
+    """The command line."""
+    return run_command(ReconstructConfig, run, argv, verb="reconstruct", description=__doc__, defaults=defaults)
+
+
+if __name__ == "__main__":
+    main()

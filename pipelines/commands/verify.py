@@ -1,0 +1,47 @@
+"""Read every byte of a pipeline or token dataset, and say whether it is what was written."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from pydantic import Field
+
+from tokenizer.files.reading import MANIFEST, verify_manifest
+
+from ..config import Config, run_command
+from ..tokens import load_tokens
+from ..tokens.meta import META
+from ..tokens.shards import chunks
+
+
+class VerifyConfig(Config):
+    """What is read."""
+
+    folder: str = Field(description="a folder with a manifest.json: a token dataset, a pipeline, a resume state")
+
+
+def run(config: VerifyConfig) -> Path:
+    """Hash every file, and look at every id of a token dataset; returns the folder.
+
+    Raises a `PipelineLoadError` that names the first file that is missing or changed.
+    """
+    folder = Path(config.folder)
+    files = verify_manifest(folder)["files"]
+    if (folder / META).is_file():
+        data = load_tokens(folder, verify=False, mapped=True)
+        for split in data.splits.values():
+            for rows in chunks(len(split)):
+                split.tokens[rows]  # which compares ids with the vocabulary
+    size = sum(entry["size"] for entry in files.values())
+    print(f"{folder}: {len(files)} files of {size:,} bytes are as {MANIFEST} says")
+    return folder
+
+
+def main(argv: list[str] | None = None) -> Any:
+    """The command line."""
+    return run_command(VerifyConfig, run, argv, verb="verify", description=__doc__)
+
+
+if __name__ == "__main__":
+    main()

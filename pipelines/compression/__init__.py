@@ -1,0 +1,1 @@
+"""Images as small files: tokens coded under the prior."""

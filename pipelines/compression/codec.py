@@ -1,0 +1,216 @@
+"""An entropy coder's tables from a prior's logits, the same integers on every machine (profile 1 of the container).
+
+A coder needs the same numbers on both sides, and floats differ in their last bits with batch, cache, threads and
+instruction set. So models are evaluated in float64, where they differ by about 1e-14; logits are rounded to a grid of
+1/16; what lies within 1e-9 of a rounding boundary is coded uniformly, and its place is written down. What the coder is
+given are whole numbers, exp(-z / 16) for a difference z of grid steps, from a table made by exact arithmetic.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+from collections.abc import Callable, Iterator, Sequence
+from decimal import Decimal, localcontext
+from functools import cache
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from prior import Prior
+
+from .header import ModelMismatch, StreamError
+
+if TYPE_CHECKING:
+    from ..stages import Stages
+
+VERSION = "smalti codec 1"
+STEPS = 16
+"""Grid steps per nat: rounding costs 0.03 % of the bits."""
+GUARD = 1e-9
+"""How near a boundary, in nats, a logit may lie: 60,000 times what paths were seen to differ by."""
+SCALE = 1 << 32
+NUMBERS = 1 << 22
+"""How many logits are held in float64 at once; their grid steps are held in 16 bits."""
+KNOWN_ROWS = 8
+CODER_ANSWER = "e910d83e0700f62c"
+
+Weights = NDArray[np.float64]
+"""Whole numbers `(rows, V)`, up to 2^32, in the type that the coder takes."""
+
+
+class CodecError(StreamError):
+    """This machine can not code: the coder is not installed, or it is not the one that the format was made with."""
+
+
+@cache
+def exponentials() -> Tensor:
+    """round(2^32 exp(-z / 16)) for z = 0, 1, ... until it is 0: decimal arithmetic, in which no two machines differ."""
+    with localcontext() as context:
+        context.prec, values = 50, [SCALE]
+        while values[-1]:
+            values.append(int((SCALE * (Decimal(-len(values)) / STEPS).exp()).to_integral_value()))
+    return torch.tensor(values)
+
+
+def grid_steps(logits: Tensor) -> tuple[Tensor, Tensor]:
+    """How many grid steps each of `logits` (..., V) float64 is below the largest, int16, cut where the table ends; and
+    bool `(...)`, whether any of those that count is too near a boundary to be sure of."""
+    last = len(exponentials()) - 1
+    scaled = logits.nan_to_num(nan=0.0, neginf=-1e9, posinf=1e9).clamp(-1e9, 1e9) * STEPS + 0.5  # 0 is in mid cell
+    nearest = scaled.floor().long()
+    below = nearest.amax(-1, keepdim=True) - nearest
+    unsure = ((scaled - scaled.round()).abs() < GUARD * STEPS) & (below <= last)
+    return below.clamp(max=last).short(), unsure.any(-1)
+
+
+def weights_of(steps: Tensor, uniform: Tensor) -> Weights:
+    """The coder's numbers `(rows, V)` for `steps` (rows, V), all alike in the rows that are `uniform` (rows,)."""
+    weights = exponentials().to(steps.device)[steps.long()]
+    return torch.where(uniform[:, None], 1, weights).double().cpu().numpy()
+
+
+# The models
+
+
+class Models:
+    """A pipeline's models in float64, which autocast leaves alone, and what identifies them.
+
+    The unconditional prior is used. `residual`: whether pixels are coded beside the tokens. Raises `LikelihoodError`
+    if they can not be. On a device without float64 the processor is used.
+    """
+
+    def __init__(self, pipeline: Stages, *, residual: bool) -> None:
+        device = torch.device("cpu") if pipeline.device.type == "mps" else pipeline.device
+        self.prior = doubled(pipeline.prior, device)
+        self.tokenizer = doubled(pipeline.tokenizer, device) if residual else pipeline.tokenizer
+        self.residual, self.device, self.grid = residual, device, pipeline.prior.grid
+        self.image_shape = pipeline.tokenizer.image_shape
+        parts = (VERSION, pipeline.tokenizer.fingerprint(), pipeline.prior.fingerprint())
+        self.model_id = hashlib.sha256(" ".join(parts).encode()).digest()[:16]
+        self.order = self.prior.order.to(device)
+
+    @torch.inference_mode()
+    def answer(self) -> bytes:
+        """8 bytes of the sha256 of the integers that fixed tokens lead to: another value, and no stream of that machine
+        can be decoded here."""
+        ids = torch.arange(KNOWN_ROWS * len(self.grid), device=self.device) * 2654435761 % (1 << 32)
+        tokens = ((ids >> 7) % self.grid.vocab_size).reshape(KNOWN_ROWS, *self.grid.shape)
+        digest = hashlib.sha256()
+        for steps, unsure in self.token_steps(tokens):
+            digest.update(steps.masked_fill(unsure[:, None], 0).cpu().numpy().tobytes())
+        if self.residual:
+            values = tokens.new_zeros(KNOWN_ROWS, *self.image_shape)
+            for channel in range(self.image_shape[0]):
+                steps, unsure = self.pixel_steps(tokens, values, channel)
+                digest.update(steps.masked_fill(unsure[:, None], 0).cpu().numpy().tobytes())
+        return digest.digest()[:8]
+
+    def token_steps(self, tokens: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+        """Grid steps `(n, V)` and doubts `(n,)` of each rank in turn, for known `tokens` (n, *grid.shape): from one
+        pass where the prior has an exact one, else step by step."""
+        if not self.prior.exact:
+            flat = tokens.flatten(1)[:, self.order]
+            yield from walk(self.prior, len(tokens), lambda rank, steps, unsure: flat[:, rank])
+            return
+        rows = max(1, NUMBERS // (len(self.grid) * self.grid.vocab_size))
+        parts = [grid_steps(self.prior(some)[:, self.order]) for some in tokens.split(rows)]
+        steps, unsure = (torch.cat(each) for each in zip(*parts, strict=True))
+        for rank in range(len(self.grid)):
+            yield steps[:, rank], unsure[:, rank]
+
+    def pixel_steps(self, tokens: Tensor, values: Tensor, channel: int, batch_size: int = 16) -> tuple[Tensor, Tensor]:
+        """Grid steps `(n * H * W, 256)` and doubts `(n * H * W,)` of one channel, given tokens and earlier channels."""
+        parts = []
+        for some, known in zip(tokens.split(batch_size), values.split(batch_size), strict=True):
+            logs = self.tokenizer.value_log_probs(some, known, channel)
+            parts.append(grid_steps(logs.double().movedim(1, -1).flatten(0, 2)))
+        steps, unsure = zip(*parts, strict=True)
+        return torch.cat(steps), torch.cat(unsure)
+
+
+def doubled(model: Any, device: torch.device) -> Any:
+    """A copy in float64, in eval mode."""
+    return copy.deepcopy(model).to(device).double().eval()
+
+
+def walk(prior: Prior, count: int, choose: Callable[[int, Tensor, Tensor], Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
+    """Grid steps and doubts rank by rank, on the incremental path; `choose` says each rank's tokens `(count,)`."""
+    state, token = prior.start(count, None), None
+    for rank in range(len(prior.grid)):
+        steps, unsure = grid_steps(prior.next_logits(state, token))
+        yield steps, unsure
+        token = choose(rank, steps, unsure)
+
+
+# The coder
+
+
+def constriction() -> Any:
+    """The library that codes. Raises `CodecError` if it is missing, or codes otherwise than the format says."""
+    try:
+        import constriction as library
+    except ImportError as error:
+        raise CodecError("compression needs the package constriction: pip install 'smalti[compress]'") from error
+    if coder_answer(library) != CODER_ANSWER:
+        raise CodecError("the installed constriction codes otherwise than the version this format was made with")
+    return library
+
+
+@cache
+def coder_answer(library: Any) -> str:
+    """sha256 of what the coder makes of fixed symbols under fixed tables."""
+    encoder = Encoder(library)
+    for size in (2, 7, 256):
+        ids = np.arange(64 * size).reshape(64, size) * 2654435761 % (1 << 32)
+        encoder.add(ids[:, 0] % size, exponentials().numpy()[ids % len(exponentials())].astype(np.float64))
+    return hashlib.sha256(encoder.bytes()).hexdigest()[:16]
+
+
+class Encoder:
+    """A range coder that takes rows of symbols with the weights of each."""
+
+    def __init__(self, library: Any) -> None:
+        self._coder = library.stream.queue.RangeEncoder()
+        self._family = library.stream.model.Categorical(perfect=False)
+
+    def add(self, symbols: NDArray[np.int64], weights: Weights) -> None:
+        """Code `symbols` (rows,)."""
+        self._coder.encode(np.ascontiguousarray(symbols, dtype=np.int32), self._family, weights)
+
+    def bytes(self) -> bytes:
+        """What was coded."""
+        return self._coder.get_compressed().astype("<u4").tobytes()
+
+
+class Decoder:
+    """The inverse of `Encoder`, asked for the same rows with the same weights."""
+
+    def __init__(self, library: Any, data: bytes) -> None:
+        if len(data) % 4:
+            raise StreamError(f"{len(data)} bytes of coded symbols are no whole number of words")
+        words = np.frombuffer(data, dtype="<u4").astype(np.uint32)
+        self._coder = library.stream.queue.RangeDecoder(words)
+        self._family = library.stream.model.Categorical(perfect=False)
+
+    def take(self, weights: Weights) -> NDArray[np.int64]:
+        """The next symbols `(rows,)`."""
+        try:
+            return np.asarray(self._coder.decode(self._family, weights)).astype(np.int64)
+        except (AssertionError, ValueError) as error:
+            raise ModelMismatch(f"coded bytes make no sense under this machine's probabilities ({error})") from error
+
+    @property
+    def exhausted(self) -> bool:
+        """Whether everything that was coded may have been taken."""
+        return bool(self._coder.maybe_exhausted())
+
+
+def positions(doubts: Sequence[Tensor]) -> tuple[int, ...]:
+    """Where the doubts are, counted through all rows in the order they are coded."""
+    if not doubts:
+        return ()
+    return tuple(torch.nonzero(torch.cat(list(doubts)).cpu()).flatten().tolist())

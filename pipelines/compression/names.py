@@ -1,0 +1,66 @@
+"""The names of the images in a stream: short, relative, and leading nowhere else."""
+
+from __future__ import annotations
+
+import re
+import struct
+from collections.abc import Sequence
+from itertools import pairwise
+
+from .chunks import _Reader
+from .header import _CRC, StreamError, _sealed
+
+MAX_NAME = 1024  # bytes
+_NAME_LENGTH = struct.Struct("<H")
+
+
+def check_names(names: Sequence[str]) -> None:
+    """Raise a `StreamError` unless every name is a file of its own below the folder it will be restored to."""
+    for name in names:
+        if problem := _problem_with(name):
+            raise StreamError(f"name {name[:80]!r}: {problem}")
+    # With the lowest character as separator, a folder is followed at once by what it holds.
+    for name, following in pairwise(sorted(name.replace("/", "\0") for name in names)):
+        if following == name or following.startswith(name + "\0"):
+            problem = "stands twice" if following == name else "is a file and a folder"
+            raise StreamError(f"name {name.replace(chr(0), '/')[:80]!r}: {problem}")
+
+
+def _problem_with(name: str) -> str | None:
+    try:
+        size = len(name.encode())
+    except UnicodeEncodeError:
+        return "cannot be written as UTF-8"
+    if not 1 <= size <= MAX_NAME:
+        return f"takes {size} bytes, allowed are 1 to {MAX_NAME}"
+    if re.search(r"[\\\x00-\x1f\x7f-\x9f]", name):
+        return "holds a backslash or a control character"
+    if name.startswith("/") or re.match("[A-Za-z]:", name):
+        return "should be relative"
+    if {"", ".", ".."} & set(name.split("/")):
+        return "should not hold an empty part, . or .."
+    return None
+
+
+def _pack_names(names: Sequence[str]) -> bytes:
+    encoded = [name.encode() for name in names]
+    return _sealed(b"".join(_NAME_LENGTH.pack(len(name)) + name for name in encoded))
+
+
+def _read_names(reader: _Reader, number: int) -> list[bytes]:
+    """The table of names, its checksum unchecked."""
+    where, encoded = f"names (at byte {reader.at})", []
+    for _ in range(number):
+        (size,) = reader.fields(_NAME_LENGTH, where)
+        encoded.append(bytes(reader.take(size, where)))
+    reader.take(_CRC.size, where)
+    return encoded
+
+
+def _decode_names(encoded: Sequence[bytes]) -> list[str]:
+    try:
+        names = [name.decode() for name in encoded]
+    except UnicodeDecodeError as error:
+        raise StreamError(f"names: {error.object[:80]!r} is not UTF-8") from error
+    check_names(names)
+    return names

@@ -1,0 +1,8 @@
+"""One grammar for every verb: YAML files and `key=value` become a checked configuration."""
+
+from .arguments import UserError
+from .command import choose_device, is_first_process, run_command
+from .nodes import ModelNode
+from .schema import Config
+
+__all__ = ["Config", "ModelNode", "UserError", "choose_device", "is_first_process", "run_command"]

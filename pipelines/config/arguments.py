@@ -1,0 +1,158 @@
+"""What a command line says: YAML files and `key=value`, read into nested mappings."""
+
+from __future__ import annotations
+
+import difflib
+import json
+import os
+import re
+from collections.abc import Hashable
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+Data = dict[str, Any]
+
+WIDTH = 110  # of what is printed
+
+
+class UserError(Exception):
+    """A user's mistake. Each line of the message is a problem of its own."""
+
+
+def read_arguments(argv: list[str]) -> tuple[list[Data], bool, list[str]]:
+    """What files and then overrides say, each a nested mapping; whether this is a dry run; and what is wrong."""
+    files, problems, overrides = [], [], []
+    arguments = iter(argument for argument in argv if argument != "--dry-run")
+    for argument in arguments:
+        try:
+            if argument == "--config" or argument.startswith("--config="):
+                path = argument[9:] or next(arguments, "")
+                if not path:
+                    raise UserError("--config: expected a file after it")
+                files.append(read_file(path if is_there(path) else str(find_preset(path))))
+            else:
+                overrides.append((kinds_first(argument), read_override(argument)))
+        except UserError as error:
+            problems.append(str(error))
+    overrides.sort(key=lambda override: override[0])
+    return files + [data for _, data in overrides], "--dry-run" in argv, problems
+
+
+def kinds_first(argument: str) -> float:
+    """Sorts overrides, so that `a.kind=x` does not throw away the `a.b=1` that stands to its left."""
+    key = argument.partition("=")[0]
+    return key.count(".") if key.split(".")[-1] == "kind" else float("inf")
+
+
+def read_override(argument: str) -> Data:
+    """`a.b=value` as `{"a": {"b": value}}`; raises `UserError`."""
+    key, equals, text = argument.partition("=")
+    if not equals or not re.fullmatch(r"\w[\w-]*(\.\w[\w-]*)*", key):
+        bare = re.fullmatch(r"--?(\w[\w.-]*)(=.*)?", argument)
+        hint = f"; write {bare[1]}{bare[2] or '=value'}" if bare else ""
+        hint = f"; write --config {argument}" if argument.endswith((".yaml", ".yml")) and not equals else hint
+        raise UserError(f"{argument}: expected --config FILE, key=value, --dry-run or --help{hint}")
+    try:
+        value = read_yaml(text)
+    except UserError as error:
+        raise UserError(f"{key}: {error} (got {text!r}; for plain text write {key}='\"...\"')") from error
+    for part in reversed(key.split(".")):
+        value = {part: value}
+    return value
+
+
+# Presets ------------------------------------------------------------------------------------------
+
+
+def presets() -> dict[str, Path]:
+    """The files of the presets by their names, as `prior/gpt_digits`: in the package once it is installed, else beside
+    it, in the checkout."""
+    here = Path(__file__).parents[1]
+    folder = here / "configs" if (here / "configs").is_dir() else here.parent / "configs"
+    return {path.relative_to(folder).with_suffix("").as_posix(): path for path in sorted(folder.glob("*/*.yaml"))}
+
+
+def find_preset(name: str) -> Path:
+    """The preset called `name`: `prior/gpt_digits` or `gpt_digits`, also as `configs/prior/gpt_digits.yaml`. Raises
+    `UserError` with those that may be meant."""
+    wanted = re.sub(r"^configs/|\.ya?ml$", "", name)
+    found = {key: path for key, path in presets().items() if not key.startswith("accelerate/")}
+    named = [key for key in found if wanted in (key, key.partition("/")[2])]
+    if len(named) == 1:
+        return found[named[0]]
+    last_parts = {key.partition("/")[2]: key for key in found}
+    similar = difflib.get_close_matches(wanted.rpartition("/")[2], last_parts, 2, 0.7)
+    near = named or [last_parts[part] for part in similar]
+    hint = f"did you mean {' or '.join(near)}?" if near else "`smalti presets` lists them"
+    kind = "a folder, no file" if os.path.isdir(name) else "no such file"
+    reason = "several presets are called so" if named else f"{kind}, nor a preset"
+    raise UserError(f"{name}: can not be read ({reason}); {hint}")
+
+
+def is_there(path: str) -> bool:
+    """Whether a file can be read here; not a folder, which a run may have left under the name of its preset."""
+    return os.path.exists(path) and not os.path.isdir(path)
+
+
+# YAML ---------------------------------------------------------------------------------------------
+
+
+class Loader(yaml.SafeLoader):
+    """YAML in which 1e-3 is a number, as in YAML 1.2, and a key that stands twice is an error."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
+        """The mapping of `node`; raises `ConstructorError` at a repeated key."""
+        seen: set[str] = set()
+        for key, _ in node.value:
+            if str(key.value) in seen and key.tag != "tag:yaml.org,2002:merge":
+                problem = f"{key.value!r} is here twice"
+                raise yaml.constructor.ConstructorError(problem=problem, problem_mark=key.start_mark)
+            seen.add(str(key.value))
+        return super().construct_mapping(node, deep)
+
+
+class Dumper(yaml.SafeDumper):
+    """What `Loader` reads back: mappings one key a line, lists in brackets."""
+
+
+FLOAT = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$")
+for _yaml in (Loader, Dumper):
+    _yaml.add_implicit_resolver("tag:yaml.org,2002:float", FLOAT, list("-+.0123456789"))
+Dumper.add_representer(list, lambda dumper, items: dumper.represent_sequence("tag:yaml.org,2002:seq", items, True))
+
+
+def write_yaml(data: Data) -> str:
+    """The text of `data`, which `read_yaml` reads back."""
+    return yaml.dump(data, Dumper=Dumper, sort_keys=False, allow_unicode=True, width=WIDTH)
+
+
+def read_yaml(text: str) -> Any:
+    """The value of `text`; raises `UserError` with the line, unless there is only one."""
+    try:
+        return yaml.load(text, Loader)  # a SafeLoader
+    except yaml.MarkedYAMLError as error:
+        line = f"line {error.problem_mark.line + 1}: " if error.problem_mark and "\n" in text.strip() else ""
+        raise UserError(f"{line}not readable as YAML: {error.problem or error.context}") from error
+    except (yaml.YAMLError, ValueError) as error:  # ValueError: a date such as 2024-13-01
+        raise UserError(f"not readable as YAML: {str(error).splitlines()[0]}") from error
+
+
+def read_file(path: str) -> Data:
+    """The mapping in a YAML file; raises `UserError`."""
+    try:
+        data = read_yaml(Path(path).read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: can not be read ({getattr(error, 'strerror', None) or error})") from error
+    except UserError as error:
+        raise UserError(f"{path}, {error}") from error
+    if not isinstance(data, dict | None):
+        raise UserError(f"{path}: expected a mapping of keys at the top level (got {show(data)})")
+    return data or {}
+
+
+def show(value: Any) -> str:
+    """A value as one would write it in YAML, on one line, shortened."""
+    text = repr(value) if isinstance(value, str) else json.dumps(value, default=str, ensure_ascii=False)
+    return text if len(text) <= 200 else f"{text[:197]}..."

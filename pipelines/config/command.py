@@ -1,0 +1,191 @@
+"""From a command line to a run: parse it, run the verb, and end with the exit code that a shell expects."""
+
+from __future__ import annotations
+
+import errno
+import os
+import select
+import sys
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from functools import partial
+from typing import NoReturn, TextIO, TypeVar
+
+import torch
+from pydantic import ValidationError
+
+from tokenizer.files.errors import PipelineLoadError
+
+from .arguments import Data, UserError, read_arguments
+from .nodes import merge
+from .schema import C, complete, default_nodes, to_yaml
+
+R = TypeVar("R")
+CTRL_C, CLOSED_PIPE = 130, 141  # the exit codes by which shells show SIGINT and SIGPIPE
+
+
+class Interrupted(KeyboardInterrupt):
+    """Ctrl-C ended a run, which has saved itself and has said so."""
+
+
+def parse(
+    cls: type[C],
+    argv: list[str] | None = None,
+    *,
+    verb: str,
+    description: str | None,
+    defaults: Callable[[Data], Data] | None = None,
+) -> C:
+    """The configuration that `argv` (default: the command line) asks for; raises `UserError` with all its problems.
+
+    `--help` and `--dry-run` print and raise `SystemExit(0)`. `defaults` maps what was given to further defaults.
+    """
+    argv = sys.argv[1:] if argv is None else argv
+    if "--help" in argv or "-h" in argv:
+        from .help import help_page
+
+        leave_with(help_page(cls, verb, description))
+    parts, dry_run, problems = read_arguments(argv)
+    given: Data = {}
+    for part in parts:
+        given = merge(given, part)
+    data = default_nodes(cls)
+    for part in [defaults(given) if defaults else {}, *parts]:
+        data = complete(cls, merge(data, part))
+    try:
+        config = cls.model_validate(data)
+    except ValidationError as error:
+        from .config_errors import explain
+
+        # What an unreadable file or argument did not say can not be called missing.
+        problems += [line for line in explain(cls, error) if not (problems and line.endswith(": missing"))]
+    if problems:
+        raise UserError("\n".join(problems))
+    if dry_run:
+        leave_with(to_yaml(config))
+    return config
+
+
+def run_command(
+    cls: type[C],
+    run: Callable[[C], R],
+    argv: list[str] | None = None,
+    *,
+    verb: str,
+    description: str | None,
+    defaults: Callable[[Data], Data] | None = None,
+    kept: Callable[[C], str] | None = None,
+) -> R:
+    """Parse, and return `run(config)`. A mistake of the user is told in lines on stderr, with exit code 2.
+
+    `kept` says what Ctrl-C leaves. With the command line for `argv` the process ends as `at_a_shell` says.
+    """
+    with at_a_shell() if argv is None else nullcontext():
+        with exit_codes(quiet=not is_first_process()):  # all processes read the same command line
+            config = parse(cls, argv, verb=verb, description=description, defaults=defaults)
+        with exit_codes(kept=None if kept is None else partial(kept, config)):
+            return run(config)
+
+
+@contextmanager
+def at_a_shell() -> Iterator[None]:
+    """A process that ends as shells expect it of the commands that they start."""
+    with ended_by_closed_pipe(), ended_by_ctrl_c():
+        yield
+
+
+@contextmanager
+def ended_by_closed_pipe() -> Iterator[None]:
+    """Say nothing, and exit with the code of SIGPIPE, where nobody reads what is printed any more, after `| head`."""
+    try:
+        try:
+            yield
+        finally:
+            if sys.stdout is not None:
+                sys.stdout.flush()  # at exit, where Python does it, nothing could be caught
+    except BrokenPipeError:
+        if not nobody_reads(sys.stdout):  # but something else: a connection
+            raise
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what is left, as Python exits
+        raise SystemExit(CLOSED_PIPE) from None
+
+
+def nobody_reads(stream: TextIO | None) -> bool:
+    """Whether a stream is a pipe whose other end is closed."""
+    if stream is None:
+        return False
+    poll = select.poll()
+    poll.register(stream.fileno())
+    return any(event & select.POLLERR for _, event in poll.poll(0))
+
+
+@contextmanager
+def ended_by_ctrl_c() -> Iterator[None]:
+    """Let the signal end the process that Ctrl-C ends, as Python itself would: the loop of a shell goes on after any
+    exit code, also after 130, which it shows in either case."""
+    try:
+        yield
+    except SystemExit as error:
+        if error.code != CTRL_C:
+            raise
+        sys.excepthook = lambda *_: None  # all is said
+        raise KeyboardInterrupt from None
+
+
+@contextmanager
+def exit_codes(quiet: bool = False, kept: Callable[[], str] | None = None) -> Iterator[None]:
+    """A user's mistake becomes `error: ...` lines and exit code 2, Ctrl-C becomes 130; a bug keeps its traceback, and a
+    last line says on which process and where in a run it came up."""
+    try:
+        yield
+    except ProcessLost as error:
+        print(f"error on process {os.environ.get('RANK', '0')}: {error}", file=sys.stderr, flush=True)
+        raise SystemExit(1) from error
+    except (UserError, PipelineLoadError) as error:
+        label = "error" if is_first_process() else f"error on process {os.environ['RANK']}"
+        if not quiet:
+            print(*(f"{label}: {line}" for line in str(error).splitlines()), sep="\n", file=sys.stderr)
+        raise SystemExit(2) from error
+    except KeyboardInterrupt as error:
+        if is_first_process() and not isinstance(error, Interrupted):
+            below = "\n" if sys.stderr.isatty() else ""  # where ^C stands, and perhaps a progress bar
+            print(f"{below}error: interrupted{f'; {kept()}' if kept else ''}", file=sys.stderr, flush=True)
+        raise SystemExit(CTRL_C) from error
+    except Exception as error:
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):  # nobody's bug
+            label = "error" if is_first_process() else f"error on process {os.environ['RANK']}"
+            print(f"{label}: {error.filename or 'disk full'}: {error.strerror}", file=sys.stderr, flush=True)
+            raise SystemExit(1) from error
+        if not hasattr(error, "place"):  # not while a run was under way
+            raise
+        traceback.print_exc()
+        where = f"error on process {os.environ.get('RANK', '0')}: {error.place}"
+        print(f"{where}: {type(error).__name__}: {error}", file=sys.stderr, flush=True)
+        raise SystemExit(1) from error
+
+
+def is_first_process() -> bool:
+    """Whether this process is the one that talks, of those that `accelerate launch` started."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def leave_with(text: str) -> NoReturn:
+    """Print `text`, once however many processes there are, and exit with success."""
+    if is_first_process():
+        print(text.rstrip())
+    raise SystemExit(0)
+
+
+def choose_device(name: str) -> torch.device:
+    """`auto` is the accelerator if there is one. Raises `UserError` for one that is not there."""
+    try:
+        if name == "auto":
+            return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        return torch.zeros((), device=name).device
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"device: {name!r} can not be used here ({str(error).splitlines()[0]})") from error
+
+
+class ProcessLost(Exception):
+    """Another process of the run is gone, frozen or far behind; the message says which, where and why."""

@@ -1,0 +1,323 @@
+"""`ImagePipeline`: a tokenizer and a prior in one folder, from which images are sampled, completed and scored."""
+
+from __future__ import annotations
+
+import copy
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL.Image import Image as PILImage
+from torch import Tensor
+
+from prior.requests import Order
+from prior.sampling import Generators
+from tokenizer.base import LikelihoodError
+
+from .anomaly.healing import Healed, anomaly_map, heal
+from .anomaly.scores import anomaly_score, calibrate
+from .compression.coding import compress, decompress, exact_pixels
+from .compression.header import DEFAULT_LIMITS, Limits
+from .images.origin import shareable
+from .images.pictures import check_output_type, convert_images, grid_picture
+from .stages import Label, Stages
+from .stages.calibration import Calibration
+from .stages.completion import complete, conditional_log_prob
+from .stages.index import FILES
+from .stages.representation import embed
+from .stages.sampling import PipelineOutput, order_of, sample
+
+
+class ImagePipeline(Stages):
+    """Both stages of image generation.
+
+    labels: the names of the classes, in the order of their ids. sampler: defaults for `__call__`'s `temperature`,
+    `top_k`, `top_p`, `guidance_scale` and `steps`. Raises `IntegrityError` when the prior was trained on another
+    tokenizer.
+    """
+
+    # Making images
+
+    def __call__(
+        self,
+        num_images: int | None = None,
+        labels: Label | Sequence[Label] = None,
+        *,
+        seed: int | None = None,
+        generator: Generators = None,
+        temperature: float | None = None,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        guidance_scale: float | None = None,
+        tokens: Tensor | None = None,
+        known: Tensor | None = None,
+        order: Order = None,
+        num_orders: int = 1,
+        cache: bool = True,
+        parallel: bool = False,
+        batch_size: int = 64,
+        output_type: str = "pil",
+        progress: bool = True,
+        **own: Any,
+    ) -> PipelineOutput:
+        """Sample images.
+
+        labels: one class (id or name) for all, or one per image; None is unconditional. seed: image k uses seed + k,
+        whatever `batch_size` is. tokens, known, order, num_orders, cache, parallel: as in `Prior.sample`; own: what
+        else this prior's `sample` takes (`guess`; `steps`, `confidence_temperature` and `schedule` of a masked-token
+        prior). The sampling settings default to the pipeline's own (`self.sampler`), `steps` only where none of
+        `order`, `num_orders`, `cache` and `parallel` is given, as these do not go with it. output_type: "pil", "np"
+        (uint8) or "pt" (float in [-1, 1]). Raises `ValueError` for arguments out of range.
+        """
+        return sample(
+            self,
+            num_images,
+            labels,
+            seed=seed,
+            generator=generator,
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            guidance_scale=guidance_scale,
+            tokens=tokens,
+            known=known,
+            order=order,
+            num_orders=num_orders,
+            cache=cache,
+            parallel=parallel,
+            batch_size=batch_size,
+            output_type=output_type,
+            progress=progress,
+            **own,
+        )
+
+    def complete(
+        self,
+        images: Any,
+        known: Tensor | np.ndarray,
+        labels: Label | Sequence[Label] = None,
+        *,
+        draws: int = 1,
+        output_type: str = "pil",
+        **kwargs: Any,
+    ) -> PipelineOutput:
+        """Fill in what is not known: bool `known` `(H, W)` or `(B, H, W)`, a tensor or array, True = keep this pixel.
+
+        draws: completions of each image; `kwargs` as for `__call__`. What is conditioned on, by which density, and the
+        shapes of several draws, says `completion.complete`. Raises `ValueError` for a mask of another shape.
+        """
+        return complete(self, images, known, labels, draws=draws, output_type=output_type, **kwargs)
+
+    # Scoring images
+
+    @torch.no_grad()
+    def log_prob(
+        self,
+        images: Any,
+        labels: Label | Sequence[Label] = None,
+        *,
+        order: Order = None,
+        num_orders: int = 1,
+        num_masks: int = 1,
+        batch_size: int = 256,
+    ) -> Tensor:
+        """log p of each image's tokens under the prior, `(B,)` nats (of the class given; else unconditional).
+
+        order, num_orders, num_masks: as in `Prior.log_prob`. Where `prior.exact` is False an image's is an unbiased
+        estimate of a lower bound, and the mean over images bounds.
+        """
+        tokens = self.encode(images, batch_size=batch_size)
+        return self._token_log_prob(tokens, labels, order, num_orders, batch_size, num_masks)
+
+    def _token_log_prob(
+        self,
+        tokens: Tensor,
+        labels: Label | Sequence[Label],
+        order: Order,
+        num_orders: int,
+        batch_size: int,
+        num_masks: int = 1,
+    ) -> Tensor:
+        ids, parts = self.label_ids(labels, len(tokens)), []
+        for start in range(0, len(tokens), batch_size):
+            rows = slice(start, start + batch_size)
+            given = None if ids is None else ids[rows]
+            parts.append(self.prior.log_prob(tokens[rows], given, order_of(order, rows), num_orders, num_masks))
+        return torch.cat(parts)
+
+    def conditional_log_prob(
+        self, images: Any, known: Tensor | np.ndarray, labels: Label | Sequence[Label] = None, *, batch_size: int = 256
+    ) -> Tensor:
+        """log p of the hidden part's tokens given the known ones, `(B,)` nats; `known` as for `complete`. For a prior
+        of one order it is the conditional of `log_prob`, for one of any order that of the walk that takes the known
+        tokens first, which is another density. Raises `ConditionError` where the prior's order does not allow it; see
+        `completion.conditional_log_prob`."""
+        return conditional_log_prob(self, images, known, labels, batch_size=batch_size)
+
+    @torch.no_grad()
+    def bits_per_dim(
+        self,
+        images: Any,
+        labels: Label | Sequence[Label] = None,
+        *,
+        order: Order = None,
+        num_orders: int = 1,
+        batch_size: int = 256,
+    ) -> Tensor:
+        """Bits per pixel channel of each image, `(B,)`: those of its tokens under the prior plus those of its pixels
+        given the tokens; where `prior.exact` is False their mean over images is an upper bound. order, num_orders: as
+        in `Prior.log_prob`.
+        Raises `LikelihoodError` when the tokenizer's decoder has no likelihood."""
+        batch = self.to_images(images)
+        tokens, parts = self.encode_batch(batch, batch_size=batch_size), []
+        for part, ids in zip(batch.split(batch_size), tokens.split(batch_size), strict=True):
+            pixels = self.tokenizer.pixel_log_prob(part, ids)
+            if pixels is None:
+                raise LikelihoodError(
+                    f"bits_per_dim needs a decoder with a likelihood, and {self.tokenizer.name!r} as it was "
+                    "trained has none; log_prob gives the prior's part alone"
+                )
+            parts.append(pixels)
+        nats = self._token_log_prob(tokens, labels, order, num_orders, batch_size) + torch.cat(parts)
+        return -nats / (batch[0].numel() * np.log(2))
+
+    # Finding anomalies
+
+    def calibrate(
+        self,
+        images: Any,
+        labels: Label | Sequence[Label] = None,
+        *,
+        false_alarms: float = 0.05,
+        confidence: float | None = None,
+        seed: int = 0,
+        batch_size: int = 256,
+    ) -> Calibration:
+        """Learn what is usual from normal images that were not trained on; saved with the pipeline. Images are above a
+        threshold, if they are normal, in a share `false_alarms` on average over calibrations; with a `confidence`, in
+        at most that share with this probability. See `anomaly.calibrate`."""
+        return calibrate(
+            self, images, labels, false_alarms=false_alarms, confidence=confidence, seed=seed, batch_size=batch_size
+        )
+
+    def anomaly_score(
+        self,
+        images: Any,
+        method: str = "joint",
+        labels: Label | Sequence[Label] = None,
+        *,
+        p_values: bool = False,
+        batch_size: int = 256,
+    ) -> Tensor:
+        """`(B,)` float64, larger is more anomalous, by one of `anomaly.METHODS`; or p-values, smaller is. Raises
+        `CalibrationError` where that needs a calibration; see `anomaly.anomaly_score`."""
+        return anomaly_score(self, images, method, labels, p_values=p_values, batch_size=batch_size)
+
+    def anomaly_map(
+        self, images: Any, labels: Label | Sequence[Label] = None, *, smooth: bool = False, batch_size: int = 256
+    ) -> Tensor:
+        """`(B, H, W)`: the bits of each token, spread over its pixels, which sum to those of the image; see
+        `healing.anomaly_map`."""
+        return anomaly_map(self, images, labels, smooth=smooth, batch_size=batch_size)
+
+    def heal(
+        self,
+        images: Any,
+        labels: Label | Sequence[Label] = None,
+        *,
+        quantile: float = 0.98,
+        draws: int = 8,
+        seed: int = 0,
+    ) -> Healed:
+        """`images` with their most surprising tokens drawn again, and where they differ; see `healing.heal`. Raises
+        `CalibrationError` without a calibration."""
+        return heal(self, images, quantile, draws, seed, labels)
+
+    # Representing images
+
+    def embed(
+        self,
+        images: Any,
+        *,
+        layer: str | int | None = None,
+        pool: str | None = None,
+        labels: Label | Sequence[Label] = None,
+        batch_size: int = 64,
+    ) -> Tensor:
+        """A vector per image, `(B, dim)`: of a layer of the prior or of the tokenizer; see `representation.embed`."""
+        return embed(self, images, layer=layer, pool=pool, labels=labels, batch_size=batch_size)
+
+    # Storing images
+
+    def compress(self, images: Any, *, lossless: bool = False, checked: bool = True, progress: bool = True) -> bytes:
+        """A stream from which this pipeline, and no other, gets the same tokens back, in any batch, on any machine.
+
+        images: PIL images of exactly the pipeline's size, uint8 or float `(B, C, H, W)`. lossless: keep every pixel,
+        by a decoder with a likelihood or a `pixels` tokenizer; else the tokens, whose images `decompress` gives: those
+        of two machines differ by one grey level in some pixels, as the decoder's float32 rounds otherwise there.
+        checked: decode every chunk again, and store what fails as it is. Raises `ValueError` for images of another size
+        (lossless: or of more than 8 bits), `LikelihoodError` where lossless can not be, and `CodecError` without the
+        package constriction.
+        """
+        several = [images] if isinstance(images, PILImage) else images
+        if isinstance(several, (list, tuple)) and several and all(isinstance(image, PILImage) for image in several):
+            shape = self.tokenizer.image_shape
+            several = torch.stack([exact_pixels(image, shape, lossless) for image in several])
+        return compress(self, self.to_images(several), lossless=lossless, checked=checked, progress=progress)
+
+    def decompress(
+        self,
+        data: bytes,
+        *,
+        output_type: str = "pil",
+        batch_size: int | None = None,
+        limits: Limits = DEFAULT_LIMITS,
+        progress: bool = True,
+    ) -> Any:
+        """The images of a stream, all of them or an error: of the same tokens as were compressed, and of the same
+        pixels if it was lossless, else to within one grey level (of float32 weights). batch_size: images evaluated at a
+        time, a whole chunk if None; tokens do not depend on it. limits: what a stream may announce.
+
+        Raises a `StreamError`: `ForeignStream`, `TruncatedStream`, `DamagedStream`, `StreamLimit`, `ModelMismatch`.
+        """
+        check_output_type(output_type)
+        images = decompress(self, data, batch_size=batch_size, limits=limits, progress=progress)
+        return convert_images(images, output_type)
+
+    # Sharing
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        token: str | None = None,
+        private: bool | None = None,
+        commit_message: str = "Upload pipeline",
+    ) -> Any:
+        """Create the Hub repository if needed and upload the pipeline folder, model card and sample grid included, in
+        one commit, in which files of an earlier pipeline go; those of others stay. Of a folder of images that it was
+        trained on, the name is not told.
+
+        Returns huggingface_hub's `CommitInfo`. Raises `hub.PushError`, an `OSError`, with the reason in one line.
+        """
+        from tokenizer.files.hub import replace_on_hub, require_reachable
+
+        require_reachable(repo_id)
+        with tempfile.TemporaryDirectory() as temporary:
+            folder, shared = Path(temporary) / "pipeline", copy.copy(self)
+            shared.provenance = shareable(self.provenance)
+            grid = self.sample_picture() if self.sample_grid is None else self.sample_grid
+            shared.save_pretrained(folder, sample_grid=grid)
+            return replace_on_hub(
+                folder, repo_id, lambda names, fetch: FILES, token=token, private=private, commit_message=commit_message
+            )
+
+    def sample_picture(self, count: int = 80, seed: int = 0) -> np.ndarray:
+        """A grid of samples at the pipeline's settings, one class per column (of at most ten), uint8 (H, W, 3)."""
+        columns = min(10, self.prior.num_classes) or 10
+        labels = [index % columns for index in range(count)] if self.prior.num_classes else None
+        out = self(num_images=count, labels=labels, seed=seed, output_type="pt", progress=False)
+        return grid_picture(out.images, columns)

@@ -1,0 +1,7 @@
+"""An image data set: found, decoded, split, augmented."""
+
+from .base import DataConfig
+from .dataset import ImageDataset, Splits, to_float, to_uint8
+from .loading import check_shape, load_images
+
+__all__ = ["DataConfig", "ImageDataset", "Splits", "check_shape", "load_images", "to_float", "to_uint8"]

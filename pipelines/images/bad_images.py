@@ -1,0 +1,86 @@
+"""The record of images that can not be decoded: `bad_images.jsonl` in the run folder, one line for each."""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from ..config import UserError, is_first_process
+from .base import DataConfig
+
+REPORT = "bad_images.jsonl"
+
+
+def append_report(folder: Path, split: str, problems: list[Problem]) -> None:
+    """Add the lines `{"split", "path", "row", "reason", "replaced_by"}` that are not there yet.
+
+    Processes may add lines at the same time: each is written at once. What can not be written is said on stderr.
+    """
+    path = Path(folder) / REPORT
+    try:
+        known = {(line["split"], line["row"]) for line in read_report(folder)}
+        with open(path, "a", encoding="utf-8") as file:
+            for problem in problems:
+                if (split, problem.row) not in known:
+                    file.write(json.dumps({"split": split, **problem._asdict()}) + "\n")
+                    file.flush()
+    except OSError as error:
+        print(f"warning: {path} is not written: {error}", file=sys.stderr)
+
+
+def read_report(folder: Path) -> list[dict[str, Any]]:
+    """The lines of a report, without one that is half written; none where there is no report."""
+    path, found = Path(folder) / REPORT, []
+    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else []:
+        try:
+            found.append(json.loads(line))
+        except ValueError:
+            continue
+    return found
+
+
+class Problem(NamedTuple):
+    """A bad image: its path (or shard and name), its row in the split, why, and the path of what it was replaced by."""
+
+    path: str
+    row: int
+    reason: str
+    replaced_by: str | None = None
+
+
+@dataclass(frozen=True)
+class Report:
+    """How many images were looked at, and the bad ones among them."""
+
+    found: int
+    problems: list[Problem]
+
+    @property
+    def bad(self) -> int:
+        return len(self.problems)
+
+
+def judge(reports: list[Report], config: DataConfig) -> None:
+    """Stop, or warn, if images are bad."""
+    found, problems = sum(r.found for r in reports), [problem for r in reports for problem in r.problems]
+    if not problems:
+        return
+    counted = f"{len(problems)} of {found} images can not be decoded"
+    if config.on_error == "fail":
+        raise UserError(f"{counted} (data.on_error=skip leaves them out):{listed(problems)}")
+    if len(problems) > config.max_bad_fraction * found or any(r.found == r.bad for r in reports):
+        raise UserError(
+            f"{counted}, more than data.max_bad_fraction={config.max_bad_fraction} allows:{listed(problems)}"
+        )
+    if is_first_process():
+        first = problems[0]
+        print(f"warning: {counted} and are left out; the first is {first.path}: {first.reason}", file=sys.stderr)
+
+
+def listed(problems: list[Problem]) -> str:
+    """A line for each of the first ten, and how many more there are."""
+    more = f"\n  and {len(problems) - 10} more" if len(problems) > 10 else ""
+    return "".join(f"\n  {problem.path}: {problem.reason}" for problem in problems[:10]) + more

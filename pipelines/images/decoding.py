@@ -1,0 +1,137 @@
+"""Files to pixels: known formats of a reasonable size, upright, on white, in one shape; bad ones are noted."""
+
+from __future__ import annotations
+
+import io
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image, ImageOps
+from torch import Tensor
+from tqdm import tqdm
+
+from tokenizer.files.errors import LimitError, PathError, PipelineLoadError
+from tokenizer.files.reading import opened
+
+from .bad_images import Problem, Report
+from .base import MAX_FILE, WORKERS, Payload, Rows, show_progress
+from .stamps import FileChanged, KnownFile, Stamp, require_stamp, stamp_at
+
+FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF")
+MAX_PIXELS, MAX_SIDE = 64 * 2**20, 16_384
+CHUNK = 64  # images that one thread reads and decodes at a time
+
+Shape = tuple[int, int, int]
+
+
+@dataclass(frozen=True)
+class Decoded:
+    """The good images of one split: their rows, and their pixels (n, C, H, W) if they are kept in memory."""
+
+    positions: NDArray[np.int64]
+    pixels: Tensor | None
+    report: Report
+
+
+def decode_all(rows: Rows, positions: NDArray[np.int64], shape: Shape, room: int) -> Decoded:
+    """Decode the images at `positions`; keep the pixels if they fit in `room` bytes, and note the bad ones."""
+    keep = len(positions) * int(np.prod(shape)) <= room
+    store = np.empty((len(positions) if keep else 0, *shape), dtype=np.uint8)
+    good, problems = np.ones(len(positions), dtype=bool), []
+    chunks = [positions[start : start + CHUNK].tolist() for start in range(0, len(positions), CHUNK)]
+    bar = tqdm(total=len(positions), desc="checking images", unit="image", leave=False, disable=not show_progress())
+    with bar, ThreadPoolExecutor(WORKERS) as pool:
+        for number, results in enumerate(pool.map(partial(decode_chunk, rows, shape), chunks)):
+            for k, (name, image) in enumerate(results, start=number * CHUNK):
+                if isinstance(image, str):
+                    good[k] = False
+                    problems.append(Problem(name, int(positions[k]), image))
+                elif keep:
+                    store[k] = image
+            bar.update(len(results))
+    if not good.all() and keep:
+        store = store[good]
+    return Decoded(positions[good], torch.from_numpy(store) if keep else None, Report(len(positions), problems))
+
+
+def decode_chunk(rows: Rows, shape: Shape, indices: list[int]) -> list[tuple[str, NDArray[np.uint8] | str]]:
+    """(path or row, pixels or the reason why there are none) of the images at these indices."""
+    return [(name, try_decode(payload, shape)) for name, payload in rows.read(indices)]
+
+
+def try_decode(payload: Payload, shape: Shape) -> NDArray[np.uint8] | str:
+    """The pixels (C, H, W), or the reason why there are none. Raises `FileChanged`: another image is no bad one."""
+    try:
+        return decode(payload, shape)
+    except FileChanged:
+        raise
+    except Exception as error:  # damaged files make Pillow raise almost anything, and each is one bad image
+        return str(error) or type(error).__name__
+
+
+def decode(payload: Payload, shape: Shape) -> NDArray[np.uint8]:
+    """The pixels (C, H, W) of an image as its source gives it."""
+    return pixels_of(Image.fromarray(payload) if isinstance(payload, np.ndarray) else open_image(payload), shape)
+
+
+def pixels_of(image: Image.Image, shape: Shape) -> NDArray[np.uint8]:
+    """Pixels (C, H, W): the first frame, upright, on white, resized to cover the shape and cropped at the centre."""
+    channels, height, width = shape
+    image = flatten(ImageOps.exif_transpose(image)).convert("L" if channels == 1 else "RGB")
+    if image.size != (width, height):
+        image = ImageOps.fit(image, (width, height), Image.Resampling.LANCZOS)
+    pixels = np.asarray(image)
+    return pixels[None] if channels == 1 else pixels.transpose(2, 0, 1)
+
+
+def read_file(path: Path, stamp: Stamp | None = None) -> bytes:
+    """A file's bytes, once. Raises `ValueError` for one that is missing, too large, or no regular file (which may never
+    end); with a `stamp`, `FileChanged` unless the very file that is read has it before and after."""
+    try:
+        with opened(path, MAX_FILE) as file:
+            require_stamp(path, stamp, file.status())
+            data = file.read(file.size)
+            require_stamp(path, stamp, file.status())
+            return data
+    except PipelineLoadError as error:
+        if stamp is not None and stamp_at(path) != stamp:
+            raise FileChanged(path) from error
+        if isinstance(error, PathError):
+            raise ValueError("no such file, or not a regular one") from None
+        if isinstance(error, LimitError):
+            raise ValueError(f"a file of more than {MAX_FILE} bytes") from None
+        raise
+
+
+def open_image(payload: bytes | Path | KnownFile | str | None) -> Image.Image:
+    """Open a file of a known format, unless its size is unreasonable. Raises `FileChanged`, and what Pillow raises."""
+    known = KnownFile(payload, None) if isinstance(payload, Path) else payload
+    data = read_file(known.path, known.stamp) if isinstance(known, KnownFile) else known
+    if isinstance(data, str):
+        raise ValueError(data)
+    if not data:
+        raise ValueError("no image" if data is None else "the file is empty")
+    try:
+        image = Image.open(io.BytesIO(data), formats=FORMATS)
+    except Image.UnidentifiedImageError:  # its own message names a memory address
+        raise ValueError(f"not an image in one of the formats {', '.join(FORMATS)}") from None
+    width, height = image.size  # from the header: a file of 20 kB may ask for 1 GB
+    if width * height > MAX_PIXELS or max(width, height) > MAX_SIDE:
+        raise ValueError(f"{width} x {height} pixels; the limit is {MAX_PIXELS} in all and {MAX_SIDE} a side")
+    return image
+
+
+def flatten(image: Image.Image) -> Image.Image:
+    """8 bits a channel and no transparency: 16-bit grey is scaled, alpha is composited on white."""
+    if image.mode.startswith("I"):
+        values = np.asarray(image).astype(np.int64).clip(0, 65535)
+        return Image.fromarray(((values * 255 + 32767) // 65535).astype(np.uint8))
+    if image.mode in ("LA", "La", "PA", "RGBA", "RGBa") or "transparency" in image.info:
+        image = image.convert("RGBA")
+        return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+    return image

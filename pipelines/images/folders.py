@@ -1,0 +1,95 @@
+"""Images in a folder: one folder per class, or folders of splits."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..config import UserError
+from .base import WORKERS, DataConfig, Payload, Rows, SplitRows
+from .stamps import KnownFile, Stamp, stamp_at
+
+STAMPED = 4096  # files that a thread looks at in one go
+# Wider than what is decoded, so that an image we do not read is reported and not overlooked.
+SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".heic", ".avif", ".jp2", ".ppm"}
+SPLIT_FOLDERS = ("train", "training", "test", "testing", "held_out", "validation", "val", "valid", "dev")
+
+
+def image_folder(root: Path, config: DataConfig) -> SplitRows:
+    """A folder of images: folders named after the splits, if there are any, and in them one folder for each class.
+
+    Read here and not by `datasets`, which takes `test.png` for a whole split and drops labels when one folder is
+    deeper than the others.
+    """
+    return {name: partial(folder_rows, folder, config) for name, folder in split_folders(root, config).items()}
+
+
+def split_folders(root: Path, config: DataConfig) -> dict[str, Path]:
+    """The folders that are splits: those that are asked for, and beside the one of `split` those with a usual name. A
+    folder of classes, which may be called anything, has none: it is `split` as a whole."""
+    names = [config.split, config.held_out or "test"]
+    if (root / config.split).is_dir():
+        names += SPLIT_FOLDERS
+    found = {name: root / name for name in dict.fromkeys(names) if (root / name).is_dir()}
+    return found or {config.split: root}
+
+
+def folder_rows(folder: Path, config: DataConfig) -> Rows:
+    """One split in a folder. Raises `UserError` for one without images."""
+    paths = sorted(find_images(folder), key=os.fsencode)  # the same order on every file system
+    if not paths:
+        raise UserError(f"{folder}: no images here (looked for {', '.join(sorted(SUFFIXES))})")
+    inner = [path.relative_to(folder).parts for path in paths]
+    labels = [parts[0] if len(parts) > 1 else None for parts in inner]
+    has_classes = config.label_column is not None and any(label is not None for label in labels)
+    read = partial(read_paths, paths, stamps_at(paths))
+    return Rows(len(paths), read, labels if has_classes else None)
+
+
+def find_images(folder: Path) -> list[Path]:
+    """Files that look like images, dotfiles left out. A link to a folder raises UserError: it may lead in circles."""
+    found = []
+    for parent, folders, files in os.walk(folder):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        for name in folders:
+            if (Path(parent) / name).is_symlink():
+                raise UserError(f"{Path(parent) / name}: links to folders are not followed; use the folder itself")
+        found += [Path(parent) / name for name in files if not name.startswith(".") and is_image_name(name)]
+    return found
+
+
+def is_image_name(name: str) -> bool:
+    """Whether a file is named like an image."""
+    return os.path.splitext(name)[1].lower() in SUFFIXES
+
+
+def stamps_at(paths: Sequence[Path | str]) -> NDArray[np.int64]:
+    """The stamp `(n, 3)` of each file, see `stamps`; to the listing of a local folder it adds some 3 us a file.
+
+    They are taken when files are found and not when they are read first: a link to an older file, or a folder that got
+    another one's name, could not be told by its dates from one that has always been there.
+    """
+
+    def stamps(start: int) -> list[Stamp]:
+        return [stamp_at(path) for path in paths[start : start + STAMPED]]
+
+    with ThreadPoolExecutor(WORKERS) as pool:  # which ask a network file system at the same time
+        parts = pool.map(lambda start: np.array(stamps(start), np.int64), range(0, len(paths), STAMPED))
+        return np.concatenate([np.empty((0, 3), np.int64), *parts])
+
+
+def known_file(path: Path, stamp: NDArray[np.int64]) -> KnownFile:
+    """The file at `path`, to have this stamp `(3,)`."""
+    size, written, changed = stamp.tolist()
+    return KnownFile(path, (size, written, changed))
+
+
+def read_paths(paths: list[Path], stamps: NDArray[np.int64], indices: Sequence[int]) -> list[tuple[str, Payload]]:
+    """(path, file) of each image asked for."""
+    return [(str(paths[i]), known_file(paths[i], stamps[i])) for i in indices]

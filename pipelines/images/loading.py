@@ -1,0 +1,129 @@
+"""From a configuration to images: find the source, choose the splits, carve what is missing, number the classes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..config import UserError
+from ..shuffling.hashing import splitmix64
+from ..shuffling.shards import drawn_by_blocks
+from .bad_images import judge
+from .base import DataConfig, Rows, SplitRows
+from .dataset import ImageDataset, Splits
+from .decoding import decode_all
+from .sources import open_source
+from .splits import held_out_split, tell_splits, validation_count
+
+
+def load_images(config: DataConfig, *, begun: bool = False) -> Splits:
+    """Find the source, decode every image once and return its splits.
+
+    begun: whether a run goes on with them, which is to hold out what it did; see `held_out_split`. Raises UserError for
+    a source that is missing or empty or lacks a split, for labels that are missing or negative, and for images that
+    can not be decoded (with `on_error=skip`, only if they are more than `max_bad_fraction`).
+    """
+    parts = choose_splits(open_source(config), config, begun)
+    opened = {id(rows): rows for rows, _ in parts.values()}
+    numbered, class_names = number_labels(list(opened.values()))
+    labels = dict(zip(opened, numbered, strict=True))
+    if config.streaming:
+        from .streamed import StreamedImages
+
+        streamed = {
+            name: StreamedImages(config, rows, positions, chosen(labels[id(rows)], positions), class_names)
+            for name, (rows, positions) in parts.items()
+        }
+        return Splits(**streamed)
+    decoded, room = {}, config.cache_mb * 2**20
+    for name, (rows, positions) in parts.items():
+        decoded[name] = decode_all(rows, positions, config.image_shape, room)
+        room -= part.nbytes if (part := decoded[name].pixels) is not None else 0
+    judge([part.report for part in decoded.values()], config)
+    read = {
+        name: ImageDataset(config, rows, decoded[name], chosen(labels[id(rows)], decoded[name].positions), class_names)
+        for name, (rows, _) in parts.items()
+    }
+    return Splits(**read)
+
+
+def chosen(labels: NDArray[np.int64] | None, positions: NDArray[np.int64]) -> NDArray[np.int64] | None:
+    """The labels of the rows at `positions`, where there are labels."""
+    return None if labels is None else labels[positions]
+
+
+def check_shape(config: DataConfig, shape: tuple[int, int, int], whose: str = "pipeline") -> None:
+    """Raise `UserError` unless the images will have the `shape` (C, H, W) that the tokenizer or pipeline takes."""
+    if config.image_shape != shape:
+        raise UserError(
+            f"data.image_size, data.channels: the {whose}'s images are {shape} (channels, height, width), these are "
+            f"{config.image_shape}"
+        )
+
+
+def choose_splits(
+    splits: SplitRows, config: DataConfig, begun: bool = False
+) -> dict[str, tuple[Rows, NDArray[np.int64]]]:
+    """The rows of `train`, of `validation` where there are any, and of `held_out`, each with the positions to use.
+    Raises `UserError`."""
+    if config.split not in splits:
+        raise UserError(f"data.split: the source has no split {config.split!r}; it has {', '.join(splits)}")
+    fraction, found = config.held_out_fraction, held_out_split(splits, config, begun=begun)
+    tell_splits(splits, config, found, f"{100 * fraction:.3g}% of {config.split!r}", "held out")
+    rows = splits[config.split]()
+    count = 0 if found is not None else min(max(1, round(rows.size * fraction)), rows.size)
+    positions = carve(rows, count, validation_count(rows.size, config.validation_fraction))
+    parts = {name: (rows, part) for name, part in positions.items()}
+    if found is not None:
+        other = splits[found]()
+        parts["held_out"] = other, np.arange(other.size)
+    for part, name in (("train", config.split), ("held_out", found or "held_out")):
+        if not len(parts[part][1]):
+            raise UserError(f"data: no images for {name!r} (the split {config.split!r} has {rows.size})")
+    return {name: (source, part[: config.limit]) for name, (source, part) in parts.items() if len(part)}
+
+
+def carve(rows: Rows, held_out: int, validation: int) -> dict[str, NDArray[np.int64]]:
+    """The positions of `rows` divided into `train`, `validation` and `held_out`, at random but always alike; each part
+    ascends. The two that are carved grow from the two ends of one order, so that neither depends on the size of the
+    other. Rows in blocks are divided by whole blocks, but for one that each part cuts.
+    """
+    order = drawn(rows.size) if rows.blocks is None else drawn_by_blocks(rows.blocks)
+    parts = {
+        "train": order[held_out : max(held_out, rows.size - validation)],
+        "validation": order[max(held_out, rows.size - validation) :],
+        "held_out": order[:held_out],
+    }
+    return {name: np.sort(part) for name, part in parts.items()}
+
+
+def drawn(size: int) -> NDArray[np.int64]:
+    """The positions below `size` in an order that is drawn at random but always alike."""
+    return np.argsort(splitmix64(np.arange(size, dtype=np.uint64)), kind="stable")
+
+
+def number_labels(parts: list[Rows]) -> tuple[list[NDArray[np.int64] | None], list[str]]:
+    """Class ids for every row of every part, and the names of the classes, which all parts share."""
+    names = parts[0].class_names
+    if names is not None:
+        known: list[Any] = list(range(len(names)))
+    else:
+        known = sorted({label for rows in parts for label in rows.labels or [] if is_label(label)})
+    ids = {label: number for number, label in enumerate(known)}
+    for rows in parts:
+        for row, label in enumerate(rows.labels or []):
+            if not is_label(label) or label not in ids:
+                allowed = f"0 to {len(names) - 1}" if names is not None else "a string, or an integer from 0"
+                raise UserError(
+                    f"{rows.read([row])[0][0]}: the label is {label!r}, allowed is {allowed}; "
+                    f"data.label_column=null uses the images without labels"
+                )
+    numbered = [None if r.labels is None else np.array([ids[label] for label in r.labels], np.int64) for r in parts]
+    return numbered, names or [str(label) for label in known]
+
+
+def is_label(label: Any) -> bool:
+    """Whether a value can be a class: a name, or a whole number that is not negative."""
+    return isinstance(label, str) or (isinstance(label, int) and label >= 0)

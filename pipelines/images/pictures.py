@@ -1,0 +1,196 @@
+"""Images as people hand them over and look at them: PIL, arrays, and grids of many in one picture."""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from pathlib import Path
+from typing import Any, NoReturn
+
+import numpy as np
+import torch
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
+from torch import Tensor
+
+from tokenizer.files.ownership import MARK, Inputs
+from tokenizer.files.writing import atomic_file
+
+Shape = tuple[int, int, int]
+ARRAYS = (np.uint8, np.float16, np.float32, np.float64)
+INNER = ("pipelines", "prior", "tokenizer", "torch")  # packages whose lines are not the user's
+_warned = False  # of floats in [0, 1], once is enough
+
+SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
+
+
+def grid_picture(images: Tensor, columns: int, *, min_side: int = 56) -> np.ndarray:
+    """Images `(B, C, H, W)` in [-1, 1] as one uint8 (H, W, 3) array, small ones repeated up to `min_side`."""
+    from torchvision.utils import make_grid  # a second of imports, which loading a pipeline need not wait for
+
+    images = ((images.float().cpu().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
+    scale = max(1, -(-min_side // images.shape[-1]))
+    images = images.repeat_interleave(scale, 2).repeat_interleave(scale, 3)
+    return make_grid(images, nrow=columns, padding=2, pad_value=128).movedim(0, -1).numpy()
+
+
+def save_picture(picture: np.ndarray, path: str | Path, *, inputs: Inputs = ()) -> None:
+    """Write a uint8 (H, W, 3) array as an image file, whole or not at all; its folder is made. Raises `PathError` where
+    a file would be overwritten that is not such a picture, or something of the `inputs`."""
+    with atomic_file(path, inputs=inputs) as temporary:
+        write_image(Image.fromarray(picture), temporary)
+
+
+def write_image(image: Image.Image, path: Path) -> None:
+    """Write a new image file that says that it is ours, in a comment of its format; of BMP, which has none, at its
+    end."""
+    comment = PngInfo()
+    comment.add_text("Software", MARK.decode())
+    options: dict[str, dict[str, Any]] = {
+        ".png": {"pnginfo": comment},
+        ".jpg": {"comment": MARK},
+        ".jpeg": {"comment": MARK},
+        ".webp": {"xmp": MARK},
+    }
+    image.save(path, **options.get(path.suffix.lower(), {}))
+    if path.suffix.lower() == ".bmp":
+        with path.open("ab") as file:
+            file.write(MARK)
+
+
+def to_images(images: Any, shape: Shape) -> Tensor:
+    """Float `(B, C, H, W)` in [-1, 1] of `shape` (C, H, W), from all that `as_batch` takes. Raises `ValueError` for
+    another size, type or range."""
+    batch = as_batch(images, shape)
+    if batch.dtype == torch.uint8:
+        return batch.float() / 127.5 - 1
+    if not batch.dtype.is_floating_point or not bool((batch.abs() <= 1 + 1e-3).all()):
+        raise ValueError(
+            f"float images should lie in [-1, 1] (uint8 ones in 0 to 255); got {batch.dtype}, "
+            f"{float(batch.min())} to {float(batch.max())}"
+        )
+    return batch.float().clamp(-1, 1)
+
+
+def as_batch(images: Any, shape: Shape) -> Tensor:
+    """Images of `shape` (C, H, W) as one tensor `(B, C, H, W)`, in the range and type they came in.
+
+    A PIL image (resized and cropped to fit, as uint8); a tensor `(B, C, H, W)`; an array `(B, H, W, C)` or of one image
+    `(H, W, C)`, of grey ones also `(B, H, W)` or `(H, W)`; or a list of single ones. Raises `ValueError` for all else.
+    """
+    if isinstance(images, (list, tuple)):
+        parts = [one_image(image, shape) for image in images]
+        if len({part.dtype for part in parts}) != 1:
+            refuse(images, shape)
+        return torch.stack(parts)
+    if isinstance(images, np.ndarray):
+        return from_array(images, shape)
+    if isinstance(images, Image.Image):
+        return one_image(images, shape)[None]
+    if not isinstance(images, Tensor) or tuple(images.shape[1:]) != shape:
+        refuse(images, shape)
+    return images
+
+
+def one_image(image: Any, shape: Shape) -> Tensor:
+    """A PIL image, a tensor `(C, H, W)` or an array `(H, W, C)` or `(H, W)` as a tensor `(C, H, W)`."""
+    if isinstance(image, Image.Image):
+        from .decoding import pixels_of
+
+        return torch.from_numpy(pixels_of(image, shape).copy())
+    if isinstance(image, np.ndarray) and image.shape in single_shapes(shape):
+        return from_array(image, shape)[0]
+    if not isinstance(image, Tensor) or tuple(image.shape) != shape:
+        refuse(image, shape)
+    return image
+
+
+def from_array(array: np.ndarray, shape: Shape) -> Tensor:
+    """A copy of `(B, H, W, C)`, `(B, H, W)`, `(H, W, C)` or `(H, W)` as a tensor `(B, C, H, W)`."""
+    singles = single_shapes(shape)
+    batch = array[None] if array.shape in singles else array
+    if batch.shape[1:] not in singles or array.dtype not in ARRAYS:
+        refuse(array, shape)
+    channels, height, width = shape
+    batch = batch.reshape(len(batch), height, width, channels)
+    return torch.from_numpy(np.moveaxis(batch, -1, 1).copy())
+
+
+def single_shapes(shape: Shape) -> list[tuple[int, ...]]:
+    """The shapes that an array of one image may have."""
+    channels, height, width = shape
+    return [(height, width, channels)] + [(height, width)] * (channels == 1)
+
+
+def refuse(images: Any, shape: Shape) -> NoReturn:
+    """Raise `ValueError`, which says what there may be."""
+    found = type(images).__name__
+    if isinstance(images, (list, tuple)):
+        kinds = sorted({str(getattr(image, "dtype", type(image).__name__)) for image in images})
+        found += f" of {' and '.join(kinds)}" if kinds else " of nothing"
+    elif hasattr(images, "shape"):
+        found += f" of shape {tuple(images.shape)}, {images.dtype}"
+    arrays = [("B", *single) for single in single_shapes(shape)] + single_shapes(shape)
+    forms = ", ".join(f"({', '.join(map(str, form))})" for form in arrays)
+    raise ValueError(
+        f"images should be PIL images, or uint8 or float of shape (B, {', '.join(map(str, shape))}) as tensors, or of "
+        f"{forms} as arrays, or a list of single ones; got {found}"
+    )
+
+
+def from_unit(images: Any) -> Any:
+    """Floats in [0, 1], such as torchvision's `ToTensor` makes, as those in [-1, 1] that a pipeline takes: tensors or
+    arrays of any shape. Nothing warns any more of floats that look like these. Raises `ValueError` for another range
+    or type."""
+    global _warned
+    kind = type(images).__name__ if not isinstance(images, (Tensor, np.ndarray)) else str(images.dtype)
+    if "float" not in kind:
+        raise ValueError(f"from_unit takes a tensor or array of floats in [0, 1] (got {kind})")
+    if 0 not in images.shape and not (images.min() >= 0 and images.max() <= 1):
+        raise ValueError(f"from_unit takes floats in [0, 1] (got {float(images.min())} to {float(images.max())})")
+    _warned = True  # who calls this knows of it
+    return images * 2 - 1
+
+
+def warn_if_unit(batch: Tensor) -> None:
+    """Warn, once in a process, of images `(B, C, H, W)` that were handed over as floats in [0, 1], by the look of them:
+    nothing is negative, and not all are 8-bit values in [-1, 1], as those of a bright image are."""
+    global _warned
+    if _warned or not batch.is_floating_point() or not batch.numel():
+        return
+    low, high = (float(value) for value in batch.aminmax())
+    levels = (batch.float() + 1) * 127.5  # those of k/255 lie halfway between where k is even
+    if not (low >= 0 and 2 / 255 < high <= 1) or not bool(((levels - levels.round()).abs() > 0.1).any()):
+        return
+    warnings.warn(
+        "float images are read as [-1, 1], and these look like [0, 1] (ToTensor makes such): hand over "
+        "`pipelines.from_unit(images)`, or uint8",
+        stacklevel=level_of_user(),
+    )
+    _warned = True
+
+
+def level_of_user() -> int:
+    """The `stacklevel` at which the caller of this warns of the line that called into these packages; torch's
+    decorators lie between."""
+    frame, level = sys._getframe(1), 1
+    while frame.f_back is not None and str(frame.f_globals.get("__name__")).partition(".")[0] in INNER:
+        frame, level = frame.f_back, level + 1
+    return level
+
+
+def check_output_type(output_type: str) -> None:
+    """Raise `ValueError` for an unknown output type."""
+    if output_type not in ("pil", "np", "pt"):
+        raise ValueError(f"output_type must be 'pil', 'np' or 'pt' (got {output_type!r})")
+
+
+def convert_images(images: Tensor, output_type: str) -> Any:
+    """Float `(B, C, H, W)` in [-1, 1] as PIL images, uint8 (B, H, W, C), or as they are."""
+    check_output_type(output_type)
+    if output_type == "pt":
+        return images
+    pixels = ((images.float().cpu() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8).movedim(1, -1).numpy()
+    if output_type == "np":
+        return pixels
+    return [Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image) for image in pixels]

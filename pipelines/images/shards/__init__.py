@@ -1,0 +1,1 @@
+"""Images in shards, parquet or tar, here or on a server, read when they are due."""

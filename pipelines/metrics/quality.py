@@ -1,0 +1,268 @@
+"""How good samples are: distances between sets of images in a feature space that has a name.
+
+Frechet distance: Heusel et al. 2017 (arXiv:1706.08500), eq. 6. Precision and recall: Kynkaanniemi et al. 2019
+(arXiv:1904.06991). Density and coverage: Naeem et al. 2020 (arXiv:2002.09797). C_T, a test for copying: Meehan et al.
+2020 (arXiv:2004.05675). SSIM: Wang et al. 2004 (IEEE TIP 13(4)).
+
+Each depends on how many images there are, so both sides have equally many, and beside what samples reach stands what
+as many training images reach: real images that are not the held-out ones.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from importlib.util import find_spec
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..config import UserError
+from ..images import ImageDataset, to_uint8
+from ..shuffling.epochs import samples_of
+
+Change = Callable[[Tensor], Tensor]
+
+FEATURES = 64
+LONGEST_SIDE = 64  # larger images are averaged down to it, or the classifier would take minutes
+BATCH, LEARNING_RATE, SEED = 128, 4e-3, 0
+LEAST = 10  # images on each side; with fewer, a fifth-nearest neighbour says nothing
+INCEPTION_SHA256 = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"
+MOST_TRAINING = 100_000  # training images among which the nearest is looked for
+
+
+class Classifier(nn.Module):
+    """Images `(B, C, H, W)` in [-1, 1] of any size -> features `(B, 64)` -> logits `(B, classes)`."""
+
+    def __init__(self, channels: int, classes: int) -> None:
+        super().__init__()
+        widths = [(channels, 32), (32, FEATURES), (FEATURES, FEATURES)]
+        layers = [part for pair in widths for part in (nn.Conv2d(*pair, 3, stride=2, padding=1), nn.ReLU())]
+        self.body = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(4), nn.Flatten(), nn.Linear(16 * FEATURES, FEATURES))
+        self.head = nn.Sequential(nn.ReLU(), nn.Linear(FEATURES, classes))
+
+    def features(self, images: Tensor) -> Tensor:
+        """What the last layer reads before its nonlinearity: nearer to a Gaussian, and no unit is dead."""
+        side = max(images.shape[2:])
+        if side > LONGEST_SIDE:
+            size = [max(4, n * LONGEST_SIDE // side) for n in images.shape[2:]]
+            images = F.interpolate(images, size, mode="area")
+        return self.body(images)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Logits."""
+        return self.head(self.features(images))
+
+
+@dataclass(frozen=True)
+class FeatureSpace:
+    """Images `(B, C, H, W)` in [-1, 1] -> float64 rows `(B, d)`. name: what distances in it are called after; origin:
+    how it was made."""
+
+    name: str
+    origin: str
+    extract: Change
+    scale: float = 1.0
+
+    @torch.inference_mode()
+    def __call__(self, images: Tensor) -> Tensor:
+        """Rows `(B, d)`, on the CPU."""
+        return torch.cat([self.extract(part).cpu().double() for part in images.split(256)]) * self.scale
+
+    def of(self, images: ImageDataset, chosen: Tensor, through: Change | None = None) -> Tensor:
+        """Rows of the chosen images of a data set, or of what `through` makes of them."""
+        parts = (images.batch(part) for part in chosen.split(256))
+        return torch.cat([self(through(part) if through else part) for part in parts])
+
+
+def feature_space(train: ImageDataset, held_out: ImageDataset, steps: int, source: str) -> FeatureSpace:
+    """A classifier of the training images' labels; random convolutions where there are none, or for no `steps`. Scaled
+    so that a feature of training images has variance 1 on average."""
+    steps = steps if train.labels is not None and len(train.class_names) > 1 else 0
+    net = train_classifier(train, steps)
+    some = shuffled(len(train))[:2000]
+    if steps:
+        epochs = f"{steps} steps ({steps * BATCH / len(train):.1f} epochs) on {source}"
+        origin = f"a small classifier, {epochs}, seed {SEED}, accuracy {accuracy(net, held_out):.1%}"
+    else:
+        origin = f"a small convolutional net with random weights, seed {SEED}"
+    space = FeatureSpace(f"{'classifier' if steps else 'random-conv'}-{FEATURES}", origin, net.features)
+    variance = float(space.of(train, some).var(0, correction=0).mean())
+    return replace(space, scale=variance**-0.5 if variance > 0 else 1.0)
+
+
+def train_classifier(images: ImageDataset, steps: int) -> Classifier:
+    """A classifier of the labels; with 0 steps, random weights. On the CPU, where a seed means the same everywhere."""
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(SEED)  # and not a GPU's, which would stay seeded
+        net = Classifier(images.image_shape[0], max(1, len(images.class_names)))
+    if steps:
+        assert images.labels is not None
+        optimizer = torch.optim.AdamW(net.parameters(), LEARNING_RATE)
+        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, LEARNING_RATE, total_steps=steps)
+        for step in range(steps):
+            rows, _ = samples_of(len(images), BATCH, SEED, step)
+            loss = F.cross_entropy(net(images.batch(rows)), images.labels[rows])
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            schedule.step()
+    return net.eval()
+
+
+@torch.inference_mode()
+def accuracy(net: Classifier, images: ImageDataset) -> float:
+    """Share of (at most 2,000) labelled images that it gives their label."""
+    assert images.labels is not None
+    some = shuffled(len(images))[:2000]
+    right = [net(images.batch(part)).argmax(1) == images.labels[part] for part in some.split(256)]
+    return float(torch.cat(right).double().mean())
+
+
+def inception_space(weights: str, device: torch.device) -> FeatureSpace:
+    """The 2048 features of FID, with torch-fidelity's weights in a local file. Raises `UserError` for another file, as
+    FID is the distance under these weights alone, and torch-fidelity would unpickle it; and without the packages."""
+    path = Path(weights)
+    if not path.is_file():
+        raise UserError(f"inception_weights: there is no file {path}")
+    if missing := [name for name in ("torchmetrics", "torch_fidelity") if find_spec(name) is None]:
+        raise UserError(f'inception_weights: FID needs {" and ".join(missing)}: pip install "smalti[evaluate]"')
+    with path.open("rb") as file:
+        found = hashlib.sha256(file.read(128 << 20)).hexdigest()  # the right file has 91 MiB
+    if found != INCEPTION_SHA256:
+        raise UserError(
+            f"inception_weights: {path} is not torch-fidelity's weights-inception-2015-12-05-"
+            f"{INCEPTION_SHA256[:8]}.pth (its sha256 begins with {found[:8]})"
+        )
+    from torchmetrics.image.fid import NoTrainInceptionV3
+
+    net = NoTrainInceptionV3("inception-v3-compat", ["2048"], str(path)).to(device)
+    return FeatureSpace(
+        "inception-v3-2048", path.name, lambda images: net(to_uint8(images).expand(-1, 3, -1, -1).to(device))
+    )
+
+
+def shuffled(count: int) -> Tensor:
+    """All of `count` positions in an order that is random but always the same: its first n are a fair sample."""
+    return torch.randperm(count, generator=torch.Generator().manual_seed(SEED))
+
+
+# Reconstructions ----------------------------------------------------------------------------------
+
+
+def ssim(images: Tensor, others: Tensor) -> Tensor:
+    """Structural similarity of each pair, `(B,)`, of `(B, C, H, W)` in [-1, 1]: the mean over channels and Gaussian
+    windows (11 x 11, sigma 1.5; the largest odd size that fits smaller images) that lie within the image."""
+    channels, size = images.shape[1], min(11, *images.shape[2:])
+    size -= 1 - size % 2
+    offsets = torch.arange(size, dtype=images.dtype, device=images.device) - size // 2
+    weights = torch.softmax(-(offsets**2) / (2 * 1.5**2), 0).expand(channels, 1, size)
+
+    def mean(values: Tensor) -> Tensor:
+        return F.conv2d(F.conv2d(values, weights[..., None], groups=channels), weights[..., None, :], groups=channels)
+
+    a, b = (images + 1) / 2, (others + 1) / 2
+    mean_a, mean_b = mean(a), mean(b)
+    variances = mean(a * a) - mean_a**2 + mean(b * b) - mean_b**2
+    covariance = mean(a * b) - mean_a * mean_b
+    light = (2 * mean_a * mean_b + 0.01**2) / (mean_a**2 + mean_b**2 + 0.01**2)
+    return (light * (2 * covariance + 0.03**2) / (variances + 0.03**2)).flatten(1).mean(1)
+
+
+# Sets of rows -------------------------------------------------------------------------------------
+
+
+def frechet_distance(a: Tensor, b: Tensor) -> float:
+    """|m_a - m_b|^2 + tr(S_a + S_b - 2 (S_a S_b)^(1/2)) of rows `(n, d)` and `(m, d)`, in float64.
+
+    With S = F'F the last trace is the sum of the singular values of F_a F_b'. Eigenvalues of S_a S_b would need square
+    roots, which turn a rounding error of 1e-16 into 1e-8 wherever a covariance has not full rank.
+    """
+    (mean_a, factor_a), (mean_b, factor_b) = moments(a), moments(b)
+    shared = torch.linalg.svdvals(factor_a @ factor_b.t()).sum()
+    return float((mean_a - mean_b).square().sum() + factor_a.square().sum() + factor_b.square().sum() - 2 * shared)
+
+
+def moments(rows: Tensor) -> tuple[Tensor, Tensor]:
+    """The mean `(d,)` of rows `(n, d)`, and F `(min(n, d), d)` with F'F their covariance, in float64."""
+    rows = rows.double()
+    mean = rows.mean(0)
+    return mean, torch.linalg.qr((rows - mean) / math.sqrt(len(rows) - 1)).R
+
+
+def nearest(rows: Tensor, others: Tensor, k: int = 1) -> tuple[Tensor, Tensor]:
+    """Distances and indices `(n, k)` of the `k` nearest `others` `(m, d)` of each of `rows` `(n, d)`, ascending."""
+    mode = "donot_use_mm_for_euclid_dist" if rows.dtype == torch.float64 else "use_mm_for_euclid_dist"
+    found = [torch.cdist(part, others, compute_mode=mode).topk(k, largest=False) for part in rows.split(256)]
+    return torch.cat([part.values for part in found]), torch.cat([part.indices for part in found])
+
+
+def neighbourhoods(real: Tensor, fake: Tensor) -> dict[str, float]:
+    """precision and recall (balls to the third nearest neighbour), density and coverage (to the fifth), of `fake`
+    `(n, d)` against `real` `(n, d)`. Raises `ValueError` unless both have equally many rows, more than five."""
+    if len(real) != len(fake) or len(real) <= 5:
+        raise ValueError(f"needs equally many rows, more than 5 (got {len(real)} and {len(fake)})")
+    radii, reach = nearest(real, real, 6)[0], nearest(fake, fake, 4)[0][:, 3]  # the first is the row itself
+    return {
+        "precision": float((balls_around(fake, real, radii[:, 3]) > 0).double().mean()),
+        "recall": float((balls_around(real, fake, reach) > 0).double().mean()),
+        "density": float(balls_around(fake, real, radii[:, 5]).double().mean() / 5),
+        "coverage": float((nearest(real, fake)[0][:, 0] <= radii[:, 5]).double().mean()),
+    }
+
+
+def balls_around(rows: Tensor, centres: Tensor, radii: Tensor) -> Tensor:
+    """How many of the balls hold each row, `(n,)`."""
+    mode = "donot_use_mm_for_euclid_dist"
+    return torch.cat([(torch.cdist(part, centres, compute_mode=mode) <= radii).sum(1) for part in rows.split(256)])
+
+
+def copying(samples: Tensor, held_out: Tensor) -> dict[str, float]:
+    """Whether samples are nearer to training images than images never seen are, from the distances `(n,)` and `(m,)` to
+    the nearest one. nearest_ratio: of the medians. nearest_share: of samples nearer than 99 % of held-out images, 0.01
+    if they are alike. copying_z: the Mann-Whitney statistic as a z-score (C_T with one cell); far below 0 is copying,
+    far above is unlike the data."""
+    n, m = len(samples), len(held_out)
+    known = held_out.sort().values
+    sides = [torch.searchsorted(known, samples, right=right).double().sum() for right in (False, True)]
+    wins = float(sides[0] + sides[1]) / 2  # a tie is half a win
+    return {
+        "nearest_ratio": float(samples.median() / held_out.median().clamp(min=1e-12)),
+        "nearest_share": float((samples < held_out.quantile(0.01)).double().mean()),
+        "copying_z": (wins - m * n / 2) / math.sqrt(m * n * (m + n + 1) / 12),
+    }
+
+
+# All of it ----------------------------------------------------------------------------------------
+
+
+def compare(
+    space: FeatureSpace, samples: Tensor, train: ImageDataset, held_out: ImageDataset, reconstruct: Change
+) -> tuple[dict[str, float], Tensor, Tensor]:
+    """The figures; and all samples compared, the likeliest copies first, with the positions of the training images
+    nearest to them, `(n,)` each.
+
+    Held-out images are compared to samples, to training images (prefix `train_`: what a perfect model reaches) and to
+    reconstructions of training images (`reconstruction_`: what a perfect prior reaches with this tokenizer). A decoder
+    blurs, which alone brings images nearer to others: hence also the copying of held-out images' reconstructions.
+    """
+    count = min(len(samples), len(train), len(held_out))
+    seen, unseen = shuffled(len(train))[:MOST_TRAINING], shuffled(len(held_out))[:count]
+    known, real, drawn = space.of(train, seen), space.of(held_out, unseen), space(samples[:count])
+    sets = {"": drawn, "train_": known[:count], "reconstruction_": space.of(train, seen[:count], reconstruct)}
+    figures: dict[str, float] = {"num_compared": count}
+    for prefix, rows in sets.items():
+        found = {"frechet_distance": frechet_distance(rows, real), **neighbourhoods(real, rows)}
+        figures |= {prefix + name: value for name, value in found.items()}
+    distances, indices = nearest(drawn, known)
+    allowed, again = nearest(real, known)[0], nearest(space.of(held_out, unseen, reconstruct), known)[0]
+    figures |= copying(distances[:, 0], allowed[:, 0])
+    figures["reconstruction_copying_z"] = copying(again[:, 0], allowed[:, 0])["copying_z"]
+    # Plain distances would list the simplest images; a copy is nearer to its original than other originals are.
+    spacing = nearest(known[indices[:, 0]], known, 2)[0][:, -1]
+    order = (distances[:, 0] / spacing.clamp(min=1e-12)).argsort(stable=True)
+    return figures, order, seen[indices[order, 0]]

@@ -1,0 +1,52 @@
+"""What a tokenizer keeps of images: PSNR, losses and codebook figures, and a picture of both."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+
+from tokenizer.base import codebook_usage
+from tokenizer.losses import pixel_losses, psnr
+
+from ..images import ImageDataset
+from ..images.pictures import grid_picture
+from ..shuffling.epochs import spread
+
+EVALUATED_PIXELS = 1 << 20  # that an evaluation reconstructs at a time at most
+
+
+def images_at_a_time(image_shape: tuple[int, ...]) -> int:
+    """Images `(C, H, W)` to reconstruct at a time without gradients: 256, or as many as have `EVALUATED_PIXELS`."""
+    return max(1, min(256, EVALUATED_PIXELS // (image_shape[1] * image_shape[2])))
+
+
+@torch.inference_mode()
+def evaluate_reconstruction(model: Any, images: ImageDataset, limit: int | None = None) -> dict[str, float]:
+    """Means of PSNR (dB), l1 and l2, and usage and perplexity of the ids, over `limit` images, evenly spread."""
+    rows = spread(len(images), limit)
+    sums: dict[str, float] = {}
+    ids = torch.zeros(model.grid.vocab_size, dtype=torch.long, device=model.device)
+    size = images_at_a_time(images.image_shape)
+    for start in range(0, len(rows), size):
+        batch = images.batch(rows[start : start + size]).to(model.device)
+        tokens = model.encode(batch)
+        decoded = model.decode(tokens)
+        ids += torch.bincount(tokens.flatten(), minlength=model.grid.vocab_size)
+        for name, value in {"psnr": psnr(decoded, batch).mean(), **pixel_losses(decoded, batch)}.items():
+            sums[name] = sums.get(name, 0.0) + float(value) * len(batch)
+    usage = {f"codebook_{name}": float(value) for name, value in codebook_usage(ids).items()}
+    return {name: total / len(rows) for name, total in sums.items()} | usage
+
+
+@torch.inference_mode()
+def reconstruction_picture(model: Any, images: ImageDataset, count: int = 32) -> np.ndarray:
+    """The first `count` images, evenly spread over the set, each row above the row of its reconstructions."""
+    chosen = np.linspace(0, len(images) - 1, min(count, len(images))).astype(np.int64)
+    originals = images.batch(chosen)
+    parts = originals.split(images_at_a_time(images.image_shape))
+    decoded = torch.cat([model.decode(model.encode(part.to(model.device))).cpu() for part in parts])
+    columns = min(16, len(chosen))
+    pairs = [row for a, b in zip(originals.split(columns), decoded.split(columns), strict=True) for row in (a, b)]
+    return grid_picture(torch.cat(pairs), columns)

@@ -1,0 +1,1 @@
+"""A run on paper: what it costs before it is started."""

@@ -1,0 +1,59 @@
+"""What a planned run is told by data that may not be there yet: grid, classes and rows; and models without storage."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+
+from tokenizer import TokenGrid, Tokenizer
+
+from ..config import UserError
+from ..tokens.meta import META, read_meta
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What a prior is told by its data. `tokenizer_bytes`: of the tokenizer's weights, 0 if not known."""
+
+    grid: TokenGrid
+    classes: int
+    rows: int | None
+    tokenizer_bytes: int = 0
+
+
+def facts_of(config: Any, tokenizer: Tokenizer | None) -> Facts:
+    """The facts that the keys give, else the token dataset, else the tokenizer (on the meta device). Raises `UserError`
+    for missing ones."""
+    shape, ids, classes, rows, size = config.grid, config.vocab_size, config.classes, config.rows, 0
+    if tokenizer is not None:
+        shape, ids = shape or tokenizer.grid.shape, ids or tokenizer.grid.vocab_size
+        size = sum(value.numel() * value.itemsize for value in tokenizer.state_dict().values())
+    elif (Path(config.tokens) / META).is_file():
+        meta = read_meta(Path(config.tokens))
+        shape, ids = shape or meta.grid.shape, ids or meta.grid.vocab_size
+        classes = len(meta.class_names) if classes is None else classes
+        rows = rows or sum(meta.shards.get("train", [])) or None
+        size = sum(path.stat().st_size for path in (Path(config.tokens) / "tokenizer").glob("*.safetensors"))
+    there = {"grid": shape, "vocab_size": ids, "classes": classes}
+    if missing := [name for name, value in there.items() if value is None]:
+        place = f"token dataset {config.tokens!r} is not there yet" if config.tokens else "no token dataset is given"
+        hints = {"classes": "give it (0: no labels)"}
+        lines = [f"{name}: missing, as {place}; {hints.get(name, 'give it, or tokenizer=PRESET')}" for name in missing]
+        raise UserError("\n".join(lines))
+    assert shape is not None and ids is not None and classes is not None
+    try:
+        return Facts(TokenGrid(tuple(shape), ids), classes, rows, size)
+    except ValueError as error:
+        raise UserError(f"grid: {error}") from error
+
+
+def on_meta(build: Callable[[], T]) -> T:
+    """What `build` makes, without storage."""
+    with torch.device("meta"):
+        return build()

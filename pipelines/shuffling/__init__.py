@@ -1,0 +1,1 @@
+"""Which row comes when, as functions of (seed, epoch, index)."""

@@ -1,0 +1,140 @@
+"""The model card: what a pipeline is, what it was trained on, what was measured, and how to load it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from prior import Prior
+from tokenizer import Tokenizer
+
+from ..images.origin import shareable, told_on_card
+
+FIGURES = {
+    "validation_psnr": "PSNR of reconstructions, validation images (dB)",
+    "validation_bits_per_token": "bits per token, validation images",
+    "psnr": "PSNR of held-out reconstructions (dB)",
+    "ssim": "SSIM of held-out reconstructions",
+    "codebook_usage": "codebook use on held-out images",
+    "codebook_perplexity": "codebook perplexity on held-out images",
+    "bits_per_token": "bits per token, held out",
+    "marginal_bits_per_token": "bits per token of position frequencies alone",
+    "order_spread": "nats by which log p of an image differs between orders",
+    "bits_per_dim": "bits per dim, held out",
+    "prior_bits_per_dim": "of these, bits of the tokens",
+    "pixel_bits_per_dim": "of these, bits of the pixels given the tokens",
+    "class_agreement": "class agreement of samples (1-nearest-neighbour)",
+    "real_class_agreement": "the same classifier on real held-out images",
+    "feature_space": "features in which samples are judged",
+    "feature_origin": "made as",
+    "num_compared": "images on each side of the following",
+    "frechet_distance": "Frechet distance [{space}] of samples and held-out images",
+    "train_frechet_distance": "the same of training images",
+    "reconstruction_frechet_distance": "the same of their reconstructions",
+    "precision": "precision [{space}] (k = 3)",
+    "recall": "recall [{space}] (k = 3)",
+    "density": "density [{space}] (k = 5)",
+    "coverage": "coverage [{space}] (k = 5)",
+    "fid": "FID",
+    "train_fid": "FID of training images",
+    "nearest_ratio": "distance to the nearest training image, as a multiple of held-out images'",
+    "nearest_share": "share of samples nearer to one than 99 % of held-out images",
+    "copying_z": "copying C_T (z-score; below -3 suggests copies)",
+    "reconstruction_copying_z": "the same of held-out reconstructions",
+}
+BOUNDS = ("validation_bits_per_token", "bits_per_token", "bits_per_dim", "prior_bits_per_dim")
+"""Where the prior's likelihood is one."""
+COUNTS = {
+    **dict.fromkeys(("psnr", "codebook_usage", "codebook_perplexity", "bits_per_token", "bits_per_dim"), "num_images"),
+    "ssim": "ssim_images",
+    "order_spread": "order_spread_images",
+    "class_agreement": "num_samples",
+    "real_class_agreement": "class_agreement_images",
+}
+"""The figures that are means over images, and which figure of `smalti evaluate` says over how many."""
+
+
+def model_card(
+    tokenizer: Tokenizer, prior: Prior, labels: Sequence[str], provenance: dict[str, Any], has_grid: bool
+) -> str:
+    """Markdown with a metadata header; figures come from `provenance`, and none is shown that is not there. has_grid:
+    whether a picture of samples lies beside the card."""
+    channels, height, width = tokenizer.image_shape
+    shape = " x ".join(map(str, prior.grid.shape))
+    counts = [sum(p.numel() for p in part.parameters()) for part in (tokenizer, prior)]
+    facts = shareable(provenance)
+    source = told_on_card(facts)
+    # The Hub has no task of images of a class, and one is not to be found among the unconditional ones.
+    task = [] if prior.num_classes else ["pipeline_tag: unconditional-image-generation"]
+    header = [
+        "---",
+        "library_name: smalti",
+        *task,
+        "tags:",
+        "- image-generation",
+        f"- {'class-conditional' if prior.num_classes else 'unconditional'}",
+        f"- {tokenizer.name}",
+        f"- {prior.name}",
+        "---",
+    ]
+    classes = f"{prior.num_classes} classes ({', '.join(labels)})" if prior.num_classes else "no classes"
+    lines = [
+        f"# {tokenizer.name} + {prior.name}",
+        "",
+        f"Generates {height} x {width} {'grey' if channels == 1 else 'RGB'} images, {classes}. The tokenizer "
+        f"(`{tokenizer.name}`, {counts[0]:,} parameters) turns an image into {shape} ids of {prior.grid.vocab_size}; "
+        f"the prior (`{prior.name}`, {counts[1]:,} parameters) models them.",
+        "",
+        *([f"Trained on {source}.", ""] if source else []),
+        *(["![samples](samples.png)", ""] if has_grid else []),
+        "```python",
+        "from pipelines import ImagePipeline",
+        'pipe = ImagePipeline.from_pretrained("this folder or Hub id")',
+        f"images = pipe(num_images=4{', labels=0' if prior.num_classes else ''}, seed=0).images",
+        "```",
+        "",
+        *measured(facts, exact=prior.exact),
+    ]
+    return "\n".join([*header, "", *lines])
+
+
+def measured(provenance: dict[str, Any], *, exact: bool) -> list[str]:
+    """A table of the figures of `smalti evaluate`, or of those taken during training while there are no others. exact:
+    whether the prior's bits are more than a bound."""
+    training = {stage: provenance.get(stage, {}) for stage in ("tokenizer", "prior")}
+    figures = {name: value for facts in training.values() for name, value in facts.get("evaluation", {}).items()}
+    counts = {name: count for facts in training.values() for name, count in counts_of(facts).items()}
+    evaluation = provenance.get("evaluation", {})
+    if evaluation:
+        counts = {name: evaluation.get(count) for name, count in COUNTS.items()}
+    shown, bounds = evaluation or figures, () if exact else BOUNDS
+    space = shown.get("feature_space")
+    lines = []
+    for name, label in FIGURES.items():
+        if shown.get(name) is not None:
+            of = f", of {count:,}" if type(count := counts.get(name)) is int else ""
+            bound = "at most " if name in bounds else ""
+            lines.append(f"| {label.format(space=space)} | {bound}{cell(shown[name])}{of} |")
+    for stage, facts in training.items():
+        if "steps" in facts:
+            best = facts.get("best_step")
+            kept = f"; the weights of step {best}, best on validation images" if type(best) is int else ""
+            lines.append(f"| training of the {stage} | {facts['steps']} steps, {facts['minutes']:.1f} minutes{kept} |")
+    if not lines:
+        return []
+    by = "`smalti evaluate`" if evaluation else "training"
+    return ["## Measured", "", f"By {by}.", "", "| figure | value |", "|---|---|", *lines, ""]
+
+
+def counts_of(facts: dict[str, Any]) -> dict[str, Any]:
+    """Over how many images each figure is a mean that was taken in the training of a stage, where that says so."""
+    images = facts.get("images", {})
+    if not isinstance(images, dict):
+        return {}
+    validation = {name: images.get("validation") for name in FIGURES if name.startswith("validation_")}
+    return dict.fromkeys(COUNTS, images.get("held_out")) | validation
+
+
+def cell(value: float | str) -> str:
+    """A number to four digits, or text that stays within a cell of the table."""
+    return " ".join(value.replace("|", "/").split()) if isinstance(value, str) else f"{value:.4g}"

@@ -1,0 +1,252 @@
+"""Completion: the hidden part of an image drawn given the rest of it, and the probability of what is really there.
+
+    log p(hidden | known) = log p(hidden, known) - log p(known)
+
+A chain of conditionals gives this exactly when no known token is conditioned on a hidden one. A prior of a single order
+needs a mask that goes with it, and then it is the conditional of `log_prob`. One that takes any order walks the known
+tokens first: each conditional is one of a density, but of that of this walk, which is another joint distribution than
+`log_prob`'s, as far as the prior's orders disagree. `Prior.order_spread` says how far.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL.Image import Image as Picture
+from torch import Tensor
+
+from prior import Prior
+from prior.requests import Order, known_first, known_tokens
+
+from ..images.pictures import check_output_type, convert_images
+from .base import Images, Label, Stages
+from .sampling import PipelineOutput, sample
+
+MASKS = ("top", "bottom", "left", "right", "box")
+MASK_SEED = 0  # of scattered masks: the same ones for every seed of the draws, so that these can be compared
+
+
+class ConditionError(ValueError):
+    """The prior has no exact conditional given these known tokens."""
+
+
+# Drawing what is hidden
+
+
+@torch.no_grad()
+def complete(
+    pipeline: Stages,
+    images: Images,
+    known: Tensor | np.ndarray,
+    labels: Label | Sequence[Label] = None,
+    *,
+    draws: int = 1,
+    output_type: str = "pil",
+    order: Order = None,
+    **settings: Any,
+) -> PipelineOutput:
+    """Fill in what is not known: bool `known` `(H, W)` or `(B, H, W)`, a tensor or array, True = keep this pixel.
+
+    Hidden pixels are painted over before encoding, so nothing of them leaks. A token is known when every pixel of its
+    patch is, and only known tokens are looked at; near the hole, a tokenizer whose receptive field is wider than a
+    patch sees paint in them. Any-order priors (`prior.any_order`) condition each new token on all known ones, by the
+    density of the walk that takes these first (not `log_prob`'s); the others on those before it in their order. Known
+    pixels come back as they were.
+
+    draws: completions of each image. Draw d of image k uses seed + k * draws + d, whatever the batch. With more than
+    one, images are `(B, draws, C, H, W)` ("pt"), `(B, draws, H, W, C)` ("np") or a list of PIL images for each image,
+    and tokens `(B, draws, *grid.shape)`; with one, there is no axis of draws. labels: one for all, or one per image;
+    order: as in `Prior.sample`, per image too; a list of generators has one per completion. settings: as for
+    `ImagePipeline.__call__`. Raises `ValueError` for a mask of another shape, or arguments out of range.
+    """
+    if type(draws) is not int or draws < 1:
+        raise ValueError(f"draws must be a whole number >= 1 (got {draws!r})")
+    check_output_type(output_type)
+    batch = pipeline.to_images(images)
+    known = check_mask(known, batch)
+    tokens, keep = visible_tokens(pipeline, batch, known)
+    if order is not None and np.ndim(order) == 2:  # an order per image
+        order = torch.as_tensor(order).repeat_interleave(draws, 0)
+    made = sample(
+        pipeline,
+        len(batch) * draws,
+        repeated(pipeline, labels, len(batch), draws),
+        order=order,
+        output_type="pt",
+        tokens=tokens.repeat_interleave(draws, 0),
+        known=keep.repeat_interleave(draws, 0),
+        **settings,
+    )
+    mask, given = known[:, None].repeat_interleave(draws, 0), batch.repeat_interleave(draws, 0)
+    filled = convert_images(torch.where(mask, given, made.images.to(batch.device)), output_type)
+    if draws == 1:
+        return replace(made, images=filled)
+    if output_type == "pil":
+        filled = [filled[start : start + draws] for start in range(0, len(filled), draws)]
+    else:
+        filled = filled.reshape(len(batch), draws, *filled.shape[1:])
+    return replace(made, images=filled, tokens=made.tokens.unflatten(0, (len(batch), draws)))
+
+
+def check_mask(known: Any, images: Tensor) -> Tensor:
+    """`known` as bool `(B, H, W)` beside `images`. Raises `ValueError` for another shape or type."""
+    several = known if isinstance(known, (list, tuple)) else [known]
+    if any(isinstance(mask, Picture) for mask in several):
+        raise ValueError(
+            "known should be a bool tensor or array, True = keep this pixel, and not a picture, in which white may "
+            'mean either; if it is white where pixels are hidden, give np.asarray(mask.convert("L")) < 128'
+        )
+    known = np.ascontiguousarray(known) if isinstance(known, np.ndarray) else known  # torch takes none that is flipped
+    known = torch.as_tensor(known, device=images.device)
+    shape = (len(images), *images.shape[2:])
+    if known.dtype != torch.bool or tuple(known.shape) not in (shape, shape[1:]):
+        raise ValueError(
+            f"known should be bool of shape {shape[1:]} or {shape}, got {known.dtype} of {tuple(known.shape)}"
+        )
+    return known.expand(shape)
+
+
+def visible_tokens(pipeline: Stages, images: Tensor, known: Tensor) -> tuple[Tensor, Tensor]:
+    """Tokens of `images` with all that is not `known` `(B, H, W)` painted over (or it would leak through the encoder's
+    receptive field), and which of them to go by, both `(B, *grid.shape)`."""
+    return pipeline.encode_batch(painted(images, known[:, None])), pipeline.tokenizer.known_tokens(known)
+
+
+def painted(images: Tensor, known: Tensor) -> Tensor:
+    """`images` `(B, C, H, W)`, painted over where not `known` `(B, 1, H, W)`: from the rim of a hole inwards, each
+    pixel the mean of those next to it that are known or painted; grey where nothing is known.
+
+    Against paint of the mean colour, more of the known tokens stay what they are in the whole image (scattered halves
+    of digits: 65 % for 47 %), and the hidden ones are likelier.
+    """
+    paint, there = torch.where(known, images, 0), known.to(images.dtype)
+
+    def sum_around(x: Tensor) -> Tensor:
+        return F.avg_pool2d(x, 3, stride=1, padding=1, divisor_override=1)
+
+    while bool((rim := (there == 0) & (sum_around(there) > 0)).any()):
+        paint = torch.where(rim, sum_around(paint) / sum_around(there).clamp(min=1), paint)
+        there = there + rim
+    return paint
+
+
+def repeated(pipeline: Stages, labels: Label | Sequence[Label], count: int, draws: int) -> Any:
+    """`labels` of `count` images for `draws` completions of each. Raises `ValueError` as `label_ids` does."""
+    values: Any = labels.tolist() if isinstance(labels, (Tensor, np.ndarray)) else labels
+    if not isinstance(values, Iterable) or isinstance(values, str):
+        return values
+    values = list(values)
+    pipeline.label_ids(values, count)  # here, or it would count completions
+    return [value for value in values for _ in range(draws)]
+
+
+# Scoring what is there
+
+
+@torch.no_grad()
+def conditional_log_prob(
+    pipeline: Stages,
+    images: Images,
+    known: Tensor | np.ndarray,
+    labels: Label | Sequence[Label] = None,
+    *,
+    batch_size: int = 256,
+) -> Tensor:
+    """log p of each image's hidden tokens given the known ones, `(B,)` nats. known: as for `complete`.
+
+    It is the log-probability that `complete`, at temperature 1 and unguided, draws the very tokens that the image has
+    there: for a prior of one order log_prob(all) - log p(known), for one of any order that of the walk that takes the
+    known tokens first, so that log_prob(all) less it is no log p(known). The known tokens are those that `complete`
+    sees, so nothing of what is hidden helps to predict it. With a tokenizer that looks beyond a patch they are not
+    quite the image's own, and this is no part of `ImagePipeline.log_prob`; `region_log_prob` of tokens is. It is of
+    tokens only: the pixels' log-probability given
+    them (`Tokenizer.pixel_log_prob`), where there is one, is not added. Raises `ConditionError` where the prior has no
+    such conditional, `ValueError` for a mask of another shape.
+    """
+    batch = pipeline.to_images(images)
+    ids, known, parts = pipeline.label_ids(labels, len(batch)), check_mask(known, batch), []
+    for start in range(0, len(batch), batch_size):
+        rows = slice(start, start + batch_size)
+        visible, keep = visible_tokens(pipeline, batch[rows], known[rows])
+        tokens = torch.where(keep, visible, pipeline.encode_batch(batch[rows]))
+        parts.append(region_log_prob(pipeline.prior, tokens, keep, None if ids is None else ids[rows]))
+    return torch.cat(parts)
+
+
+def region_log_prob(prior: Prior, tokens: Tensor, known: Tensor, labels: Tensor | None = None) -> Tensor:
+    """log p(tokens where not `known` | those where it is, labels), `(B,)` nats; no estimate, also where `log_prob` is.
+
+    tokens: `(B, *grid.shape)`; known: bool, `grid.shape` or `(B, *grid.shape)`. A prior that takes any order is asked
+    in the one that `sample` walks: the known tokens first, each part in the prior's own order. Raises `ConditionError`
+    for a prior of one order in which a known token looks at one that is not, `ValueError` for what is out of range.
+    """
+    _, keep = known_tokens(prior, tokens, known, len(tokens))
+    if blocked := int((~sees_all_known(prior, keep)).sum()):
+        raise ConditionError(
+            f"no exact conditional: this {prior.name} goes in one order, {prior.config.order!r}, and in {blocked} of "
+            f"{len(tokens)} images known tokens come after hidden ones; it needs all known tokens first, or a prior "
+            "that takes any order (masked, gpt with any_order, made with order_agnostic)"
+        )
+    walk = known_first(prior.order, keep) if prior.any_order else None
+    each = prior.chain_log_probs(tokens, labels, walk)
+    return each.flatten(1).double().masked_fill(keep, 0).sum(1).float()
+
+
+def sees_all_known(prior: Prior, keep: Tensor) -> Tensor:
+    """Whether hidden tokens are drawn from the exact conditional given all known ones, bool `(B,)`.
+
+    keep: which are known, bool `(B, N)` in raster order. So it is in any order; in one order, where no known token
+    looks at a hidden one: p(known) is then the product of the known tokens' own factors, and p(hidden | known) is what
+    remains of p(tokens).
+    """
+    if prior.any_order:
+        return keep.new_ones(len(keep))
+    hidden_seen = (~keep).float() @ prior.receptive_field.to(keep.device).float().t()
+    return ~(keep & (hidden_seen > 0)).any(1)
+
+
+# Masks with names
+
+
+def make_mask(name: str, image_shape: tuple[int, int, int], grid_shape: tuple[int, ...]) -> Tensor:
+    """What is known, bool `(H, W)`, when the part of the image called `name` is hidden.
+
+    name: a half (`top`, `bottom`, `left`, `right`), `box` (the middle half of each side), or `scatter:SHARE`, that
+    share of the patches of which the grid's tokens are made (of the pixels, if these are the tokens), at random but
+    always alike. Raises `ValueError` for another name, or a share not in (0, 1].
+    """
+    _, height, width = image_shape
+    kind, colon, share = name.partition(":")
+    if kind == "scatter" and colon:
+        return scattered(share, height, width, width // grid_shape[-1])
+    if name not in MASKS:
+        raise ValueError(f"no mask is called {name!r}; there are {', '.join(MASKS)} and scatter:SHARE, as scatter:0.5")
+    rows, columns = torch.arange(height)[:, None], torch.arange(width)
+    inner = (rows >= height // 4) & (rows < height - height // 4)
+    hidden = {
+        "top": rows < height // 2,
+        "bottom": rows >= height - height // 2,
+        "left": columns < width // 2,
+        "right": columns >= width - width // 2,
+        "box": inner & (columns >= width // 4) & (columns < width - width // 4),
+    }[name]
+    return ~hidden.expand(height, width)
+
+
+def scattered(share: str, height: int, width: int, side: int) -> Tensor:
+    """bool `(height, width)`, False in a `share` of the patches of `side` by `side` pixels; at least in one."""
+    try:
+        fraction = float(share)
+    except ValueError:
+        fraction = float("nan")
+    if not 0 < fraction <= 1:
+        raise ValueError(f"scatter: the share that is hidden must be above 0 and at most 1 (got {share!r})")
+    patches = torch.ones(height // side, width // side, dtype=torch.bool)
+    chosen = torch.randperm(patches.numel(), generator=torch.Generator().manual_seed(MASK_SEED))
+    patches.view(-1)[chosen[: max(1, round(fraction * patches.numel()))]] = False
+    return patches.repeat_interleave(side, 0).repeat_interleave(side, 1)

@@ -1,0 +1,38 @@
+"""Where a model comes from: the data it was trained on, saved beside it, and used as defaults by the verbs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from tokenizer import Tokenizer
+from tokenizer.files.ownership import Inputs
+from tokenizer.files.reading import read_json
+from tokenizer.files.writing import atomic_folder, write_json
+from tokenizer.pretrained import PROVENANCE
+
+from ..config.nodes import as_saved
+from ..images import DataConfig
+from ..images.hub import fetched
+from .index import INDEX
+
+
+def defaults(given: dict[str, Any]) -> dict[str, Any]:
+    """The data source that the pipeline named on the command line was trained on."""
+    source = str(given.get("pipeline", ""))
+    path = Path(source) / PROVENANCE
+    if not Path(source).is_dir():
+        path = fetched(source, PROVENANCE) or path
+    return {"data": as_saved(DataConfig, read_json(path).get("data", {}))} if path.is_file() else {}
+
+
+def tokenizer_folder(source: str) -> str:
+    """`source`, or the tokenizer inside it when it is a pipeline folder."""
+    return str(Path(source) / "tokenizer") if (Path(source) / INDEX).is_file() else source
+
+
+def save_tokenizer(model: Any, folder: Path, provenance: dict[str, Any], inputs: Inputs = ()) -> None:
+    """`save_pretrained`, and `provenance.json` beside the weights, from which later stages learn the data source."""
+    with atomic_folder(folder, kind=Tokenizer.folder_kind(), inputs=inputs) as target:
+        model.save_pretrained(target)
+        write_json(target / PROVENANCE, provenance)

@@ -1,0 +1,165 @@
+"""Images as vectors: activations of the prior, or the tokenizer's codes, or plain pixels, pooled over positions.
+
+iGPT (Chen et al. 2020, "Generative Pretraining from Pixels"): the best features of a model that predicts pixels are in
+the middle of it, normalised at each position and averaged over positions. What they are worth only shows beside the
+codes and the pixels that they are made of.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..images.pictures import as_batch, to_images
+from .base import Stages
+
+POOLS = {
+    "prior": ("mean", "flatten", "last"),
+    "pixels": ("flatten", "mean"),
+    "codes": ("mean",),
+    "embeddings": ("flatten", "mean"),
+}
+"""How each source may be pooled over positions; the first is its default."""
+Layer = str | int | None
+
+
+def embed(
+    pipeline: Stages,
+    images: Any,
+    *,
+    layer: Layer = None,
+    pool: str | None = None,
+    labels: Any = None,
+    batch_size: int = 64,
+) -> Tensor:
+    """Vectors `(B, dim)` float32 of images (PIL, uint8 or float in [-1, 1]), on the pipeline's device.
+
+    layer: `3` or `"prior.3"` is the prior's layer 3 (`Prior.features`), each position normalised to mean 0 and variance
+    1; None is its middle one. `"codes"` is the share of each id among the tokens, `"embeddings"` the tokens' vectors
+    (the colours they are decoded to, where the tokenizer has no quantizer), `"pixels"` the images. pool: `"mean"` over
+    positions, `"flatten"`, or `"last"`: the prior's last position, which alone has seen nearly all; None is `"mean"`
+    for the prior and codes, `"flatten"` for embeddings and pixels. labels: classes that the prior is told; None is the
+    null class. The result does not depend on `batch_size`, but for rounding. Raises `ValueError` for a layer or pool
+    that is not there, naming those that are.
+    """
+    return embed_layers(pipeline, images, [layer], pool=pool, labels=labels, batch_size=batch_size)[0]
+
+
+@torch.no_grad()
+def embed_layers(
+    pipeline: Stages,
+    images: Any,
+    layers: Sequence[Layer],
+    *,
+    pool: str | None = None,
+    labels: Any = None,
+    batch_size: int = 64,
+) -> list[Tensor]:
+    """`embed` of each of `layers`, from one pass."""
+    chosen = [choose_layer(pipeline, layer) for layer in layers]
+    pools = [choose_pool(source, pool) for source, _ in chosen]
+    if batch_size < 1:
+        raise ValueError(f"batch_size must be at least 1 (got {batch_size})")
+    if isinstance(images, (Tensor, list, tuple)) and not len(images):
+        raise ValueError("images: there are none")
+    shape = pipeline.tokenizer.image_shape
+    given = as_batch(images, shape)
+    if given.dtype != torch.uint8:
+        given = pipeline.to_images(given)
+    ids = pipeline.label_ids(labels, len(given))
+    parts = []
+    for start in range(0, len(given), batch_size):  # as floats, many 8-bit ones would not fit into memory at once
+        rows = slice(start, start + batch_size)
+        batch = to_images(given[rows], shape).to(pipeline.device)
+        maps = position_vectors(pipeline, batch, None if ids is None else ids[rows], chosen)
+        parts.append([pooled(each, how, pipeline) for each, how in zip(maps, pools, strict=True)])
+    return [torch.cat(each) for each in zip(*parts, strict=True)]
+
+
+def layer_names(pipeline: Stages) -> list[str]:
+    """All that `embed` takes as `layer`."""
+    return ["pixels", "codes", "embeddings", *(f"prior.{index}" for index in range(pipeline.prior.feature_layers))]
+
+
+def choose_layer(pipeline: Stages, layer: Layer) -> tuple[str, int]:
+    """The source that `layer` names, and which of the prior's layers (0 for another source). Raises `ValueError`."""
+    names, count = layer_names(pipeline), pipeline.prior.feature_layers
+    if layer is None and count:
+        layer = count // 2
+    name = f"prior.{layer}" if type(layer) is int else layer
+    if name not in names:
+        near = difflib.get_close_matches(str(name), names, 1, 0.7) if isinstance(name, str) else []
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        of_prior = f"prior.0 to prior.{count - 1} (or 0 to {count - 1})" if count else "none of this prior"
+        named = "None is the prior's middle one" if layer is None else f"got {layer!r}{hint}"
+        raise ValueError(f"layer should be pixels, codes, embeddings, or {of_prior}; {named}")
+    source, _, index = name.partition(".")
+    return source, int(index or 0)
+
+
+def choose_pool(source: str, pool: str | None) -> str:
+    """How to pool what comes from `source`; None is its default. Raises `ValueError`."""
+    if pool is not None and pool not in POOLS[source]:
+        whose = "a layer of the prior" if source == "prior" else source
+        raise ValueError(f"pool should be {' or '.join(POOLS[source])} for {whose} (got {pool!r})")
+    return pool or POOLS[source][0]
+
+
+def position_vectors(
+    pipeline: Stages, images: Tensor, labels: Tensor | None, chosen: Sequence[tuple[str, int]]
+) -> list[Tensor]:
+    """For each of `chosen`, `(B, positions, dim)` float32; codes come as their shares, `(B, 1, vocab_size)`."""
+    tokens = pipeline.encode_batch(images)
+    wanted = [index for source, index in chosen if source == "prior"]
+    layers = iter(pipeline.prior.layer_features(tokens, labels, wanted) if wanted else [])
+    found = []
+    for source, _ in chosen:
+        if source == "prior":
+            features = next(layers).float()
+            found.append(F.layer_norm(features, features.shape[-1:]))
+        elif source == "codes":
+            found.append(code_shares(tokens, pipeline.tokenizer.grid.vocab_size)[:, None])
+        else:
+            cells = images if source == "pixels" else code_vectors(pipeline, tokens)
+            found.append(cells.flatten(2).transpose(1, 2).float())
+    return found
+
+
+def code_shares(tokens: Tensor, vocab_size: int) -> Tensor:
+    """The bag of codes: the share of each id among an image's tokens, `(B, vocab_size)`; where they are is lost."""
+    ids = tokens.flatten(1).long()
+    counts = torch.zeros(len(ids), vocab_size, device=ids.device)
+    return counts.scatter_add_(1, ids, torch.ones_like(ids, dtype=counts.dtype)) / ids.shape[1]
+
+
+def code_vectors(pipeline: Stages, tokens: Tensor) -> Tensor:
+    """The vectors `(B, dim, *spatial)` that tokens stand for: the quantizer's, else the colours they are decoded to."""
+    quantizer = getattr(pipeline.tokenizer, "quantizer", None)
+    return pipeline.tokenizer.decode(tokens) if quantizer is None else quantizer.lookup(tokens)
+
+
+def pooled(vectors: Tensor, pool: str, pipeline: Stages) -> Tensor:
+    """`(B, positions, dim)` to `(B, dim)`, or to `(B, positions * dim)` with `"flatten"`."""
+    if pool == "flatten":
+        return vectors.flatten(1)
+    if pool == "mean":
+        return vectors.mean(1)
+    # Units that belong to no position (MADE's) come as a single one.
+    return vectors[:, pipeline.prior.order[-1] if vectors.shape[1] > 1 else 0]
+
+
+def nearest(index: Tensor, queries: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """The `k` rows of `index` (n, dim) nearest to each of `queries` (B, dim), nearest first: ids `(B, k)`, and cosine
+    distances `(B, k)` from 0 (the same direction) to 2. Raises `ValueError` unless 1 <= k <= n."""
+    if not 1 <= k <= len(index):
+        raise ValueError(f"k must be from 1 to {len(index)}, the number of images searched (got {k})")
+    index, parts = F.normalize(index, dim=1), []
+    for part in F.normalize(queries, dim=1).split(256):
+        parts.append((part @ index.t()).topk(k))
+    distances = 1 - torch.cat([part.values for part in parts])
+    return torch.cat([part.indices for part in parts]), distances.clamp(0, 2)  # rounding goes a hair beyond

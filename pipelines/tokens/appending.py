@@ -1,0 +1,72 @@
+"""What may be added to a token dataset, and what of it is there already."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tokenizer import Tokenizer
+
+from ..config import UserError
+from ..config.nodes import as_saved
+from ..images import DataConfig, ImageDataset
+from .meta import Meta, read_meta, verify_files
+
+Data = dict[str, Any]
+
+
+def existing(out: Path, tokenizer: Tokenizer) -> Meta:
+    """The dataset that rows are to be added to. Raises `UserError` where another tokenizer made it."""
+    meta = read_meta(out)
+    verify_files(out, meta, whole=False)
+    if meta.tokenizer != tokenizer.fingerprint():
+        raise UserError(f"tokenizer: not the one that made {out} (its fingerprint differs); rows can not be added")
+    return meta
+
+
+def missing_variants(old: Meta | None, data: Data, seed: int, wanted: dict[str, int]) -> dict[str, tuple[int, int]]:
+    """For each split that gets rows, its first variant and the end: 0 is the image as it is, the rest is augmented.
+
+    data: the configuration of the images. wanted: variants of each split. What is there is not made again. Raises
+    `UserError` where nothing would be added.
+    """
+    if old is None:
+        return {split: (0, count) for split, count in wanted.items()}
+    if not old.parts and same_images(old.source.get("data") or {}, data):
+        raise UserError("append: this dataset does not say which augmentations it has; encode it again")
+    found = {}
+    for split, count in wanted.items():
+        same = [part for part in old.parts if split in part["variants"] and same_images(part["data"], data)]
+        alike = [p for p in same if p["seed"] == seed and p["data"].get("augment") == data.get("augment")]
+        start = max([part["variants"][split] for part in alike], default=1 if same else 0)
+        if start < count:
+            found[split] = (start, count)
+    if not found:
+        raise UserError(
+            "append: the dataset has these rows already; give other images (data.*), more augmentations or "
+            "another seed for them"
+        )
+    return found
+
+
+def same_images(one: Data, other: Data) -> bool:
+    """Whether two data configurations name the same images, before they are augmented."""
+    known = (as_saved(DataConfig, data) for data in (one, other))
+    sides = ({key: value for key, value in data.items() if key not in ("augment", "cache_mb")} for data in known)
+    return next(sides) == next(sides)
+
+
+def class_numbers(images: ImageDataset, old: Meta | None) -> Tensor | None:
+    """The dataset's number of each class of `images`, found by its name. Raises `UserError` for one it lacks."""
+    if images.labels is None:
+        if old is not None and old.class_names:
+            raise UserError(f"append: the dataset has {len(old.class_names)} classes, and these images have no labels")
+        return None
+    names = images.class_names if old is None else old.class_names
+    if strange := [name for name in images.class_names if name not in names]:
+        there = f"it has {', '.join(names[:20])}" if names else "it has none; data.label_column=null leaves them out"
+        raise UserError(f"append: {strange[0]!r} is not a class of the dataset, {there}")
+    return torch.tensor([names.index(name) for name in images.class_names])

@@ -1,0 +1,183 @@
+"""A token dataset: the ids of a data set's images, their labels, and the tokenizer that made them, in one folder.
+
+meta.json              grid, vocabulary, classes, rows of each file, source, augmentations, tokenizer fingerprint
+train.safetensors      tokens (n, *grid.shape) in the smallest unsigned type, labels (n,); a large split is many files,
+test.safetensors       train-00000.safetensors and so on
+tokenizer/             the tokenizer, so that ids can become images again
+manifest.json          sha256 and size of every file, written last
+
+A small dataset is read into memory, a large one is mapped: its rows are read from the disk as they are asked for.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tokenizer import TokenGrid, Tokenizer
+from tokenizer.files.errors import FormatError, IntegrityError
+from tokenizer.files.reading import steadily
+from tokenizer.files.writing import atomic_folder
+
+from .meta import META, TOKENS, Meta, check_count, check_labels, read_meta, seal, verify_files
+from .parquet import local_folder, push, write_parquet
+from .shards import (
+    MappedRows,
+    TokenSplit,
+    bytes_per_row,
+    map_shard,
+    shard_names,
+    spans,
+    write_shard,
+)
+
+IN_MEMORY = 256 << 20  # bytes of tokens that are read into memory
+HASHED = 2 << 30  # bytes of tokens that are hashed when they are loaded, in about two seconds
+
+
+@dataclass(frozen=True)
+class TokenDataset:
+    """What `pipelines.encode` wrote and `pipelines.train_prior` reads.
+
+    `parts`: which images became rows, and how, in the order in which they were added.
+    """
+
+    grid: TokenGrid
+    class_names: list[str]
+    splits: dict[str, TokenSplit]
+    tokenizer: Tokenizer
+    source: dict[str, Any]
+    augmentations: int = 0
+    parts: list[dict[str, Any]] = field(default_factory=list)
+
+    @property
+    def num_classes(self) -> int:
+        """0 when the source has no labels."""
+        return len(self.class_names)
+
+    def meta(self, shards: dict[str, list[int]]) -> Meta:
+        """What `meta.json` is to say of files of these rows."""
+        return Meta(
+            self.grid,
+            self.class_names,
+            shards,
+            self.source,
+            self.augmentations,
+            self.tokenizer.fingerprint(),
+            self.parts,
+        )
+
+    def save(self, folder: str | Path, rows_per_shard: int | None = None) -> None:
+        """Write everything; the folder appears whole or not at all. rows_per_shard: of a file; None: one file for a
+        split below 64 MiB. Raises `PathError` if something else is there, `ValueError` for ids out of range."""
+        cuts = self._cuts(rows_per_shard)
+        check_count(sum(map(len, cuts.values())))
+        with atomic_folder(folder, kind=TOKENS) as target:
+            entries = {}
+            for split, parts in cuts.items():
+                tokens, labels = self.splits[split].tokens, self.splits[split].labels
+                for name, (start, stop) in zip(shard_names(split, len(parts)), parts, strict=True):
+                    some = None if labels is None else labels[start:stop]
+                    entries[name] = write_shard(target / name, tokens[start:stop], some, self.grid)
+            seal(target, self.meta(sizes_of(cuts)), self.tokenizer, entries)
+
+    def to_parquet(self, folder: str | Path) -> None:
+        """Write everything as it is uploaded to the Hub; see `parquet.write_parquet`."""
+        write_parquet(self.meta(sizes_of(self._cuts(None))), self.splits, self.tokenizer, folder)
+
+    def _cuts(self, rows_per_shard: int | None) -> dict[str, list[tuple[int, int]]]:
+        return {name: spans(len(split), self.grid, rows_per_shard) for name, split in self.splits.items()}
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        token: str | None = None,
+        private: bool | None = None,
+        revision: str | None = None,
+        commit_message: str = "Upload token dataset",
+    ) -> Any:
+        """Create the Hub dataset if needed and upload this as parquet, which `datasets` reads too, with the tokenizer.
+
+        In one commit, in which files of an earlier token dataset go; those of others stay. revision: the branch to
+        write to. Returns huggingface_hub's `CommitInfo`. Raises `hub.PushError`, an `OSError`, with the reason in one
+        line.
+        """
+        return push(
+            self.meta(sizes_of(self._cuts(None))),
+            self.splits,
+            self.tokenizer,
+            repo_id,
+            token=token,
+            private=private,
+            revision=revision,
+            commit_message=commit_message,
+        )
+
+
+def sizes_of(cuts: dict[str, list[tuple[int, int]]]) -> dict[str, list[int]]:
+    """The number of rows of each file of each split, which goes from row `start` to row `stop`."""
+    return {name: [stop - start for start, stop in parts] for name, parts in cuts.items()}
+
+
+def load_tokens(
+    source: str | Path,
+    *,
+    verify: bool | None = None,
+    mapped: bool | None = None,
+    revision: str | None = None,
+    token: str | None = None,
+    cache_dir: str | Path | None = None,
+    local_files_only: bool = False,
+) -> TokenDataset:
+    """Read and check a token dataset: a folder, or the id of one on the Hub, fetched once and kept in the cache.
+
+    verify: hash every file; None hashes all up to 2 GiB of tokens, and only what is small of a larger dataset, whose
+    files are compared by size and whose ids are checked as they are read (`smalti verify` hashes it).
+    mapped: leave tokens on the disk, shared by all processes; None does from 256 MiB on.
+    revision: a branch, tag or commit of the Hub. Raises a `PipelineLoadError`: a file is missing or changed, the ids do
+    not fit the grid, labels are out of range, or the tokenizer is not the one that made the ids.
+    """
+    folder = local_folder(
+        source, revision=revision, token=token, cache_dir=cache_dir, local_files_only=local_files_only
+    )
+    return steadily(folder, lambda: _read_dataset(folder, verify, mapped))
+
+
+def _read_dataset(folder: Path, verify: bool | None, mapped: bool | None) -> TokenDataset:
+    meta = read_meta(folder)
+    size = sum(sum(counts) for counts in meta.shards.values()) * bytes_per_row(meta.grid)
+    files = verify_files(folder, meta, whole=size <= HASHED if verify is None else verify)
+    tokenizer: Tokenizer = Tokenizer.read_from(files.part("tokenizer"))
+    if tokenizer.fingerprint() != meta.tokenizer:
+        raise IntegrityError(
+            f"{folder / 'tokenizer'}: not the tokenizer that made these tokens (its fingerprint differs)"
+        )
+    if tokenizer.grid != meta.grid:
+        raise IntegrityError(f"{folder / META}: grid {meta.grid} is not the tokenizer's, {tokenizer.grid}")
+    mapped = size > IN_MEMORY if mapped is None else mapped
+    splits = {name: _load_split(folder, name, meta, mapped) for name in meta.shards}
+    return TokenDataset(meta.grid, meta.class_names, splits, tokenizer, meta.source, meta.augmentations, meta.parts)
+
+
+def _load_split(folder: Path, split: str, meta: Meta, mapped: bool) -> TokenSplit:
+    paths = [folder / name for name in shard_names(split, len(meta.shards[split]))]
+    shards, labels = [], []
+    for path, rows in zip(paths, meta.shards[split], strict=True):
+        tokens, some = map_shard(path, rows, meta.grid)
+        check_labels(path, some, len(meta.class_names))
+        if not mapped:
+            try:
+                meta.grid.check(tokens.to(torch.int32))
+            except ValueError as error:
+                raise IntegrityError(f"{path}: {error}") from error
+        shards.append(tokens)
+        labels.append(some)
+    known = [some for some in labels if some is not None]
+    if 0 < len(known) < len(labels):
+        raise FormatError(f"{folder}: labels: some files of {split!r} have them and others have not")
+    found = MappedRows(shards, meta.grid, folder) if mapped else torch.cat(shards)
+    return TokenSplit(found, torch.cat(known) if known else None)

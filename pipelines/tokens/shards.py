@@ -1,0 +1,177 @@
+"""A split's files: safetensors with `tokens` (n, *grid.shape) and `labels` (n,), written whole, read through a map.
+
+A small split is one file, `train.safetensors`; a large one is many, `train-00000.safetensors` and so on, whose rows
+follow each other. Reading a row touches the pages of that row and no others.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import uuid
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor
+
+from tokenizer import TokenGrid
+from tokenizer.files.errors import FormatError, IntegrityError
+from tokenizer.files.writing import fsync
+
+ROWS_PER_SHARD = 1 << 14
+ONE_FILE = 64 << 20  # a split of fewer bytes is one file
+MAX_SHARDS = 4096  # of a dataset: what a manifest of 1 MiB can list
+
+Indices = NDArray[np.int64] | Tensor | slice | list[int]
+
+
+def smallest_type(vocab_size: int) -> torch.dtype:
+    """The smallest unsigned integer type that holds ids below `vocab_size`."""
+    return torch.uint8 if vocab_size <= 1 << 8 else torch.uint16 if vocab_size <= 1 << 16 else torch.uint32
+
+
+def bytes_per_row(grid: TokenGrid) -> int:
+    """What the tokens of an image take on the disk."""
+    return len(grid) * smallest_type(grid.vocab_size).itemsize
+
+
+def shard_names(split: str, count: int) -> list[str]:
+    """The names of a split's files, in the order of their rows."""
+    return [f"{split}.safetensors"] if count == 1 else [f"{split}-{k:05d}.safetensors" for k in range(count)]
+
+
+def spans(rows: int, grid: TokenGrid, rows_per_shard: int | None) -> list[tuple[int, int]]:
+    """First row and end of each file of a split; `rows_per_shard` None: one file if it is small."""
+    if rows_per_shard is None:
+        rows_per_shard = max(1, rows) if rows * bytes_per_row(grid) <= ONE_FILE else ROWS_PER_SHARD
+    return [(start, min(start + rows_per_shard, rows)) for start in range(0, max(1, rows), rows_per_shard)]
+
+
+def write_shard(path: Path, tokens: Tensor, labels: Tensor | None, grid: TokenGrid) -> dict[str, Any]:
+    """Write a file that appears whole or not at all; returns its size and sha256, those of what was to be written.
+
+    tokens: `(n, *grid.shape)` of any integer type. Raises `ValueError` for ids that do not fit the grid.
+    """
+    grid.check(tokens.to(torch.int64))
+    tensors = {"tokens": tokens.to(smallest_type(grid.vocab_size)).contiguous()}
+    if labels is not None:
+        tensors["labels"] = labels.long().contiguous()
+    data = save(tensors)
+    temporary = path.with_name(f".tmp-{path.name}-{uuid.uuid4().hex[:8]}")
+    try:
+        temporary.write_bytes(data)
+        fsync(temporary)
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    return {"sha256": hashlib.sha256(data).hexdigest(), "size": len(data)}
+
+
+def map_shard(path: Path, rows: int, grid: TokenGrid) -> tuple[Tensor, Tensor | None]:
+    """The tokens of a file, mapped and not yet read, and its labels, read.
+
+    The header must account for every byte of the file before anything is mapped, so a truncated one is an error and not
+    a SIGBUS. Raises `FormatError` for another form, `IntegrityError` for another grid.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            tensors = {name: file.get_tensor(name) for name in ("tokens", "labels") if name in file.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError, KeyError, ValueError, TypeError, RuntimeError) as error:
+        raise FormatError(f"{path}: missing, or not a readable safetensors file ({error})") from error
+    tokens, labels = tensors.get("tokens"), tensors.get("labels")
+    if tokens is None or tokens.shape[:1] != (rows,) or tokens.dtype != smallest_type(grid.vocab_size):
+        raise FormatError(f"{path}: tokens: should hold {rows} rows of {smallest_type(grid.vocab_size)}")
+    if tuple(tokens.shape[1:]) != grid.shape:
+        raise IntegrityError(f"{path}: tokens: shape {tuple(tokens.shape)}, the grid says (n, *{grid.shape})")
+    if labels is not None and (labels.shape != (rows,) or labels.dtype != torch.int64):
+        raise FormatError(f"{path}: labels: should be {rows} numbers of type int64, one per row of tokens")
+    return tokens, None if labels is None else labels.clone()
+
+
+class MappedRows:
+    """The tokens of a split on the disk, indexed like a tensor `(n, *grid.shape)`: what is asked for is read.
+
+    Ids are compared with the vocabulary as they are read, since a large dataset is not hashed when it is loaded.
+    """
+
+    def __init__(self, shards: list[Tensor], grid: TokenGrid, folder: Path) -> None:
+        self.shape, self.dtype = (sum(map(len, shards)), *grid.shape), shards[0].dtype
+        self._shards = [shard.numpy() for shard in shards]  # numpy gathers ids of 16 bits ten times as fast as torch
+        self._starts = np.cumsum([0, *map(len, shards)])
+        self._vocab_size, self._folder = grid.vocab_size, folder
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def __getitem__(self, rows: Indices) -> Tensor:
+        """Tokens `(B, *grid.shape)` of the stored type. Raises `IndexError`, or `IntegrityError` for an id that is not
+        in the vocabulary."""
+        if isinstance(rows, slice):
+            start, stop, step = rows.indices(len(self))
+            found = self._between(start, stop) if step == 1 else self._gather(np.arange(start, stop, step))
+        else:
+            found = self._gather(self._positions(rows))
+        if found.size and int(found.max()) >= self._vocab_size:
+            raise IntegrityError(
+                f"{self._folder}: an id of {int(found.max())}, ids should lie in [0, "
+                f"{self._vocab_size}); a file was changed after writing"
+            )
+        return torch.from_numpy(found)
+
+    def _positions(self, rows: Any) -> NDArray[np.int64]:
+        wanted = np.asarray(rows)
+        wanted = np.flatnonzero(wanted) if wanted.dtype == bool else wanted.astype(np.int64).reshape(-1)
+        wanted = np.where(wanted < 0, wanted + len(self), wanted)
+        if len(wanted) and (wanted.min() < 0 or wanted.max() >= len(self)):
+            raise IndexError(f"rows go from {wanted.min()} to {wanted.max()}; there are {len(self)}")
+        return wanted
+
+    def _between(self, start: int, stop: int) -> NDArray[Any]:
+        pairs = zip(self._shards, self._starts, strict=False)
+        parts = [
+            shard[max(0, start - s) : max(0, stop - s)] for shard, s in pairs if s < stop and start < s + len(shard)
+        ]
+        return np.concatenate(parts) if parts else np.empty((0, *self.shape[1:]), self._shards[0].dtype)
+
+    def _gather(self, wanted: NDArray[np.int64]) -> NDArray[Any]:
+        if len(self._shards) == 1 or not len(wanted):
+            return np.take(self._shards[0], wanted, axis=0)
+        found = np.empty((len(wanted), *self.shape[1:]), self._shards[0].dtype)
+        which = np.searchsorted(self._starts, wanted, side="right") - 1
+        local, order = wanted - self._starts[which], np.argsort(which, kind="stable")
+        ends = np.flatnonzero(np.diff(which[order], append=-1)) + 1
+        for start, stop in zip([0, *ends[:-1]], ends, strict=True):
+            here = order[start:stop]
+            found[here] = self._shards[which[here[0]]][local[here]]
+        return found
+
+
+@dataclass(frozen=True)
+class TokenSplit:
+    """Rows of one split: `tokens` (n, *grid.shape) in a small unsigned type, in memory or on the disk; `labels` (n,)
+    int64, or None."""
+
+    tokens: Tensor | MappedRows
+    labels: Tensor | None
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    def rows(self, indices: Indices) -> Tensor:
+        """Tokens `(B, *grid.shape)` int64 of the rows asked for; raises `IndexError` for one that is not there."""
+        if isinstance(self.tokens, MappedRows) or isinstance(indices, slice):
+            return self.tokens[indices].long()
+        if self.tokens.device.type != "cpu":
+            return self.tokens[torch.as_tensor(indices)].long()
+        return torch.from_numpy(self.tokens.numpy()[np.asarray(indices)].astype(np.int64))
+
+
+def chunks(rows: int, size: int = ROWS_PER_SHARD) -> Iterator[slice]:
+    """Slices that cover so many rows, for what can not be held at once."""
+    return (slice(start, min(start + size, rows)) for start in range(0, rows, size))

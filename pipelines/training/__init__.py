@@ -1,0 +1,1 @@
+"""The loop of both stages: set up, fit, evaluate, save."""

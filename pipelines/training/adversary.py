@@ -1,0 +1,93 @@
+"""The critic's part in training a tokenizer (VQGAN, Esser et al. 2021): when it learns, and when it is listened to.
+
+A critic that has learned nothing pushes reconstructions anywhere, and runs fail at the step it is switched on more
+than anywhere else. So it learns alone for `warmup` steps, and its say then grows over `ramp` steps.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from tokenizer.critic import LOSSES, PatchCritic, adaptive_weight, adversarial_factor, critic_trains, lecam
+
+from ..config import Config
+
+
+class CriticConfig(Config):
+    """A critic that learns to tell reconstructions from images, patch by patch."""
+
+    weight: float = Field(0.0, ge=0, description="weight of its loss on the tokenizer; 0: no critic is made")
+    adaptive: bool = Field(
+        False,
+        description="scale that weight, step by step, so that at the decoder's last layer the gradient is as large as "
+        "that of the other losses (VQGAN, equation 7)",
+    )
+    loss: Literal["hinge", "non_saturating"] = Field("hinge", description="of critic and tokenizer")
+    start: int = Field(0, ge=0, description="step from which the critic learns")
+    warmup: int = Field(500, ge=0, description="steps for which it learns alone, before its loss reaches the tokenizer")
+    ramp: int = Field(500, ge=0, description="steps over which its weight then grows from nothing")
+    lecam: float = Field(
+        0.0,
+        ge=0,
+        description="weight of LeCam's regulariser of the critic, for few images: 0.001 to 0.05 are published",
+    )
+    lr: float = Field(1.0, gt=0, description="the critic's learning rate as a share of train.lr")
+    betas: tuple[float, float] = Field(
+        (0.5, 0.9), description="AdamW's decays for the critic; with a long memory it lags behind what it judges"
+    )
+    width: int = Field(64, ge=8, le=1024, description="channels of its first layer; they double with each")
+    layers: int = Field(3, ge=1, le=6, description="strided layers; each doubles the size of a patch")
+    norm: Literal["spectral", "batch", "none"] = Field(
+        "spectral", description="of its layers; batch: over images and reconstructions of one process together"
+    )
+
+
+class Adversary:
+    """The two losses of the game. `critic` is the module itself; what trains may be wrapped."""
+
+    def __init__(self, config: CriticConfig, critic: PatchCritic) -> None:
+        self.config, self.critic = config, critic
+        self.losses = LOSSES[config.loss]
+        self._shown: list[Tensor] = []
+
+    def plays(self, step: int) -> bool:
+        """Whether the critic learns in this step."""
+        return critic_trains(step, self.config.start)
+
+    def tokenizer_term(
+        self, reconstruction: Tensor, other_losses: Tensor, last_layer: nn.Parameter, step: int
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """What the critic adds to the tokenizer's loss, a scalar, and its parts to log; keeps the reconstructions
+        `(B, C, H, W)` for the critic's turn, whose images then are those of this very pass."""
+        if self.plays(step):
+            self._shown.append(reconstruction.detach())
+        share = adversarial_factor(step, self.config.start, self.config.warmup, self.config.ramp)
+        if share == 0:
+            return other_losses.new_zeros(()), {}
+        adversarial = self.losses.generator(self.critic(reconstruction))
+        weight = other_losses.new_tensor(self.config.weight * share)
+        if self.config.adaptive:
+            weight = weight * adaptive_weight(other_losses, adversarial, last_layer)
+        return weight * adversarial, {"adversarial": adversarial, "adversarial_weight": weight}
+
+    def critic_term(self, critic: nn.Module, images: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """The critic's loss, a scalar, and what to log, on images `(B, C, H, W)` and the reconstructions of them that
+        the tokenizer's turn made. One pass for both: DDP may not be called twice before a gradient."""
+        fakes = self._shown.pop(0)
+        real, fake = critic(torch.cat([images.to(fakes.dtype), fakes])).float().chunk(2)
+        loss = self.losses.critic(real, fake)
+        terms = {
+            "critic": loss,
+            "real_logits": real.mean(),
+            "fake_logits": fake.mean(),
+            "accuracy": ((real > 0).float().mean() + (fake < 0).float().mean()) / 2,
+        }
+        if self.config.lecam:
+            self.critic.track(real.detach(), fake.detach())  # first, as the means begin at 0
+            terms["lecam"] = lecam(real, fake, self.critic.real_mean, self.critic.fake_mean)
+            loss = loss + self.config.lecam * terms["lecam"]
+        return loss, terms

@@ -1,0 +1,1 @@
+"""Resume states: exact, atomic, verified."""

@@ -1,0 +1,305 @@
+"""Resume states: `<run>/state/step-00001000/`, written whole or not at all, verified before they are trusted.
+
+A state holds the raw model, its average, the best of its averages so far, every player's optimizer and the counters of
+the loop, as safetensors and JSON; nothing is pickled. Randomness and data order are functions of the step, so they need
+no saving. Where weights lie in pieces on several processes, `model.safetensors` is a folder `model/` with a file from
+each; either kind is read by any number of processes, sharded or not.
+"""
+
+from __future__ import annotations
+
+import errno
+import re
+import shutil
+import sys
+import uuid
+from collections.abc import Mapping
+from contextlib import ExitStack
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import nn
+from torch.optim import Optimizer
+
+from tokenizer.files.errors import FormatError, IntegrityError, PipelineLoadError, UnreadableError, WeightsError, shown
+from tokenizer.files.ownership import Kind
+from tokenizer.files.reading import read_json, verify_manifest
+from tokenizer.files.writing import atomic_folder, write_json, write_manifest
+
+from .optimizers import pack_optimizer, parameter_of, unpack_optimizer
+from .sharded import Like, Tensors, agreed, is_sharded, piece, read_shards, read_whole, write_shards
+
+FORMAT_VERSION = 2  # 1, which did not say so, had no configuration
+MODEL, EMA, BEST, STATE = "model.safetensors", "ema.safetensors", "best.safetensors", "state.json"
+STATE_FILES = re.compile(
+    r"(model|ema|optimizer-\w+)(\.safetensors|/[\w.-]+)|best\.safetensors|optimizer-\w+\.json|state\.json"
+    r"|manifest\.json"
+)
+STATE_FOLDER = Kind("a resume state", None, names=lambda name: STATE_FILES.fullmatch(name) is not None)
+"""Known by its files, whatever is in them: a damaged one is replaced, too."""
+LEFT = re.compile(
+    r"\.(tmp|del)-(step-\d{8,}|(\.tmp-)?(tokenizer|pipeline)(-[0-9a-f]{8})?|(config|metrics|trackers)\.(yaml|jsonl|json)"
+    r"|\w+-\d{8,}\.png)-[0-9a-f]{8}(\.png)?"
+)
+"""What a killed process may leave of its own in a run folder."""
+NAME = re.compile(r"step-\d{8,}")
+SPARE = 1.2  # a new state may be a little larger than the last, and the disk has other users
+
+
+def save_state(
+    run: Path,
+    step: int,
+    *,
+    model: nn.Module,
+    ema: nn.Module | None,
+    optimizers: Mapping[str, Optimizer],
+    counters: dict[str, Any],
+    config: dict[str, Any] | None = None,
+    best: Tensors | None = None,
+    keep: int = 2,
+) -> Path:
+    """Write `<run>/state/step-<step>` atomically, then delete all but the newest `keep` states; return the folder.
+
+    `model` and `ema` are the unwrapped modules; `counters` is any JSON object; `config` is that of the run, by which
+    its states are known; `best` are the best of the averaged weights so far, whole. Call it on the main process only;
+    where weights are sharded, on all processes, each of which writes its pieces (the main one `best`, too), and raises
+    what one of them raises.
+    Raises `WeightsError` naming a tensor that is not finite, and `OSError` (ENOSPC) naming path, needed and free bytes
+    if the disk is too full; older states are untouched in both cases.
+    """
+    parts: dict[str, Tensors] = {MODEL: model.state_dict()}
+    if ema is not None:
+        parts[EMA] = ema.state_dict()
+    state = {"format_version": FORMAT_VERSION, "step": step, "counters": counters, "config": config}
+    documents: dict[str, dict[str, Any]] = {STATE: state}
+    for player, optimizer in optimizers.items():
+        tensors, document = pack_optimizer(optimizer)
+        parts[f"optimizer-{player}.safetensors"], documents[f"optimizer-{player}.json"] = tensors, document
+    target = Path(run) / "state" / f"step-{step:08d}"
+    if any(is_sharded(tensors) for tensors in parts.values()):
+        _save_together(target, parts, best, documents, keep)
+    else:
+        if best is not None:
+            parts[BEST] = best
+        _prepare(target, parts, step)
+        with atomic_folder(target, kind=STATE_FOLDER) as folder:
+            for name, tensors in parts.items():
+                save_file(_detached(tensors), folder / name)
+            _complete(folder, documents)
+        _rotate(target, keep)
+    return target
+
+
+def _save_together(
+    target: Path, parts: dict[str, Tensors], best: Tensors | None, documents: dict[str, dict[str, Any]], keep: int
+) -> None:
+    """Every process writes its pieces into the folder that the main one makes, completes and renames."""
+    main, step = torch.distributed.get_rank() == 0, documents[STATE]["step"]
+    places: list[Any] = [None]
+    with ExitStack() as stack:
+        with agreed():
+            _require_finite(parts, step)
+            if main:
+                _prepare(target, parts if best is None else {**parts, BEST: best}, step)
+                places = [stack.enter_context(atomic_folder(target, kind=STATE_FOLDER))]
+        torch.distributed.broadcast_object_list(places)
+        for name, tensors in parts.items():
+            write_shards(places[0] / Path(name).stem, tensors)
+        with agreed():
+            if main:
+                if best is not None:
+                    save_file(_detached(best), Path(places[0]) / BEST)
+                _complete(places[0], documents)
+                stack.close()  # renames it
+                _rotate(target, keep)
+
+
+def _prepare(target: Path, parts: dict[str, Tensors], step: int) -> None:
+    """Find out what would go wrong before anything is written."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    _require_finite(parts, step)
+    _require_space(target.parent, parts)
+
+
+def _complete(folder: Path, documents: dict[str, dict[str, Any]]) -> None:
+    for name, document in documents.items():
+        write_json(folder / name, document)
+    write_manifest(folder, step=documents[STATE]["step"])
+
+
+def latest_state(run: Path) -> Path | None:
+    """The newest state whose manifest verifies, or None where there is none; what killed processes left is removed.
+
+    A newer state that does not verify is passed over with a warning on stderr. Raises `IntegrityError` where there are
+    states and none verifies, and `UnreadableError` where the system does not let one be read, which may be a good one:
+    nothing begins at zero over good work. Call it on the main process only.
+    """
+    folder = Path(run) / "state"
+    states = _states(folder)
+    newest = next((path for path in reversed(states) if _verifies(path)), None) or _restore_set_aside(folder)
+    if newest is None and states:
+        raise IntegrityError(
+            f"{folder}: none of its {len(states)} states is whole; nothing was changed. To begin again at zero, choose "
+            f"another out=, or delete {run}"
+        )
+    for leftover in [path for place in (Path(run), folder, Path(run) / "previews") for path in place.glob(".[td]*")]:
+        if LEFT.fullmatch(leftover.name):
+            _remove(leftover)
+    return newest
+
+
+def _remove(leftover: Path) -> None:
+    if leftover.is_dir() and not leftover.is_symlink():
+        shutil.rmtree(leftover, ignore_errors=True)
+    else:
+        leftover.unlink(missing_ok=True)
+
+
+def load_state(
+    folder: Path, *, model: nn.Module, ema: nn.Module | None, optimizers: Mapping[str, Optimizer]
+) -> tuple[int, dict[str, Any]]:
+    """Put a state into `model`, `ema` and `optimizers` where they are; return its step and counters.
+
+    Strict: raises a `PipelineLoadError` (`PathError`, `IntegrityError`, `FormatError`, `WeightsError`) naming the file
+    and the tensor, group or player that is missing, superfluous, or of another shape, dtype or kind.
+    """
+    folder = Path(folder)
+    manifest = verify_manifest(folder)
+    expected = {MODEL, STATE, *([EMA] if ema is not None else [])}
+    expected |= {f"optimizer-{player}.{kind}" for player in optimizers for kind in ("safetensors", "json")}
+    parts = {f"{Path(name).parts[0]}.safetensors" if "/" in name else name for name in manifest["files"]}
+    if parts - {BEST} != expected:
+        missing, extra = sorted(expected - parts), sorted(parts - expected)
+        raise FormatError(f"{folder}: not a state of this run: missing {missing}, unexpected {extra}")
+    state = read_json(folder / STATE)
+    step, counters, version = state.get("step"), state.get("counters"), state.get("format_version", 1)
+    if type(version) is not int or not 1 <= version <= FORMAT_VERSION:
+        raise FormatError(
+            f"{folder / STATE}: format_version: found {shown(version)}, this version reads 1 to {FORMAT_VERSION}"
+        )
+    if type(step) is not int or step != manifest.get("step") or not isinstance(counters, dict):
+        raise FormatError(f"{folder / STATE}: expected counters and step {manifest.get('step')}, found step {step!r}")
+    if NAME.fullmatch(folder.name) and folder.name != f"step-{step:08d}":
+        raise FormatError(f"{folder}: a state of step {step}, which has another name; nothing was changed")
+    _load_module(folder / MODEL, model)
+    if ema is not None:
+        _load_module(folder / EMA, ema)
+    for player, optimizer in optimizers.items():
+        path = folder / f"optimizer-{player}.safetensors"
+        tensors = _read_tensors(path, partial(parameter_of, optimizer))
+        unpack_optimizer(path, tensors, read_json(path.with_suffix(".json")), optimizer)
+    return step, counters
+
+
+def load_best(folder: Path, like: nn.Module, expected: bool) -> Tensors | None:
+    """The best of the averaged weights in a state, whole, on the CPU; None where none are `expected`. like: the module
+    of averages, of which each process may hold a piece. Raises `WeightsError` as `load_state` does, `FormatError`."""
+    path = Path(folder) / BEST
+    if path.is_file() != expected:
+        raise FormatError(
+            f"{path}: {'missing' if expected else 'unexpected'}, by what {STATE} says of the best weights"
+        )
+    if not expected:
+        return None
+    found = _read_tensors(path, lambda _: None)
+    _require_like(path, found, like.state_dict())
+    return found
+
+
+# Tensors
+
+
+def _detached(tensors: Tensors) -> Tensors:
+    """Copies on the CPU: safetensors refuses tied weights, which share memory, and strides."""
+    return {key: value.detach().to("cpu", copy=True).contiguous() for key, value in tensors.items()}
+
+
+def _read_tensors(path: Path, like: Like) -> Tensors:
+    """What is in the file, or in the folder of shards in its place; in pieces where `like` is."""
+    return read_whole(path, like) if path.is_file() else read_shards(path.with_suffix(""), like)
+
+
+def _load_module(path: Path, module: nn.Module) -> None:
+    expected = module.state_dict()
+    found = _read_tensors(path, expected.get)
+    _require_like(path, found, expected)
+    module.load_state_dict(found, strict=True)
+
+
+def _require_like(path: Path, found: Tensors, expected: Tensors) -> None:
+    """Raise `WeightsError` unless these are tensors of the names, shapes and types that are expected."""
+    missing, extra = sorted(set(expected) - set(found)), sorted(set(found) - set(expected))
+    if missing or extra:
+        raise WeightsError(f"{path}: missing tensors {missing[:5]}, unexpected tensors {extra[:5]}")
+    for key, value in expected.items():
+        if found[key].shape != value.shape:
+            raise WeightsError(f"{path}: {key} has shape {list(found[key].shape)}, expected {list(value.shape)}")
+        if found[key].dtype != value.dtype:
+            raise WeightsError(f"{path}: {key} has type {found[key].dtype}, expected {value.dtype}")
+
+
+def _require_finite(parts: dict[str, Tensors], step: int) -> None:
+    for file, tensors in parts.items():
+        for key, value in tensors.items():
+            if (value.is_floating_point() or value.is_complex()) and not bool(torch.isfinite(piece(value)).all()):
+                raise WeightsError(f"step {step} is not saved: {key} ({file}) holds a value that is not finite")
+
+
+# Folders
+
+
+def _require_space(folder: Path, parts: dict[str, Tensors]) -> None:
+    """The old states stay until the new one is complete, so there must be room for one more."""
+    states = _states(folder)
+    last = sum(path.stat().st_size for path in states[-1].rglob("*") if path.is_file()) if states else 0
+    coming = sum(value.nbytes for tensors in parts.values() for value in tensors.values())
+    needed, free = int(SPARE * max(last, coming)), shutil.disk_usage(folder).free
+    if free < needed:
+        raise OSError(errno.ENOSPC, f"{folder}: a state needs {needed} bytes, {free} are free; nothing was written")
+
+
+def _states(folder: Path) -> list[Path]:
+    """The step folders, oldest first."""
+    found = [path for path in folder.glob("step-*") if NAME.fullmatch(path.name) and path.is_dir()]
+    return sorted(found, key=lambda path: int(path.name.removeprefix("step-")))
+
+
+def _verifies(path: Path) -> bool:
+    try:
+        verify_manifest(path)
+        return True
+    except (UnreadableError, OSError) as error:
+        raise UnreadableError(
+            f"{path}: cannot be read, which is not to say that it is damaged; nothing was changed. Try again, or move "
+            f"that state away ({error})"
+        ) from error
+    except PipelineLoadError as error:
+        print(f"warning: state {path.name} is passed over: {error}", file=sys.stderr)
+        return False
+
+
+def _rotate(saved: Path, keep: int) -> None:
+    """Delete the oldest states up to `saved`; a later one can only be damaged, and must not push `saved` out."""
+    until = [path for path in _states(saved.parent) if int(path.name[5:]) <= int(saved.name[5:])]
+    for path in until[: -max(keep, 1)]:
+        _discard(path)
+
+
+def _discard(path: Path) -> None:
+    """Rename first: a kill in the middle of deleting must not leave half a state under its name."""
+    discarded = path.parent / f".del-{path.name}-{uuid.uuid4().hex[:8]}"
+    path.rename(discarded)
+    shutil.rmtree(discarded, ignore_errors=True)
+
+
+def _restore_set_aside(folder: Path) -> Path | None:
+    """A kill between the two renames that replace the only state leaves it complete under its `.del-*` name."""
+    for path in folder.glob(".del-step-*"):
+        target = folder / path.name.removeprefix(".del-").rpartition("-")[0]
+        if not target.exists() and _verifies(path):
+            path.rename(target)
+            return target
+    return None

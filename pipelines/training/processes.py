@@ -1,0 +1,50 @@
+"""The processes that `accelerate launch` started, and whether they are those that were asked for."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from datetime import timedelta
+from typing import TYPE_CHECKING
+
+from ..config import UserError
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+TWO_PROCESSES = (
+    "ACCELERATE_USE_CPU=true accelerate launch --multi_gpu --num_processes 2 --num_machines 1 "
+    "--mixed_precision no --dynamo_backend no -m ..."
+)
+ACCUMULATION = "ACCELERATE_GRADIENT_ACCUMULATION_STEPS"  # also of `accelerate launch --gradient_accumulation_steps`
+TIMEOUT = 1800.0
+GRACE = 15.0  # a heartbeat says who is late; a collective, which would only say that it is late, has so much longer
+
+
+def build_accelerator(timeout: float = TIMEOUT) -> Accelerator:
+    """The `Accelerator` that `accelerate launch` asked for, whose processes wait `timeout` seconds for each other.
+
+    Raises `UserError` if fewer processes were started, or for what the loop does not do as accelerate would.
+    """
+    steps = os.environ.get(ACCUMULATION, "1")
+    if steps != "1":
+        raise UserError(
+            f"{ACCUMULATION}={steps}: accelerate would divide gradients by it; unset it, and use train.accumulate="
+        )
+    from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
+
+    warnings.filterwarnings("ignore", category=FutureWarning, module="torch|accelerate")
+    # Buffers (an EMA codebook) are kept equal by the models themselves; broadcasting them would undo nothing but time.
+    # Gradients that are views of the buckets from which they are sent are there once, not twice.
+    ddp = DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)
+    group = InitProcessGroupKwargs(timeout=timedelta(seconds=timeout + GRACE))
+    accelerator = Accelerator(kwargs_handlers=[ddp, group])
+    asked = int(os.environ.get("WORLD_SIZE", "1")) > 1 or "MASTER_ADDR" in os.environ
+    if accelerator.num_processes == 1 and asked:
+        raise UserError(
+            "several processes were asked for, but only one was started (accelerate's --cpu does that, and a machine "
+            f"without GPUs); on CPU use: {TWO_PROCESSES}"
+        )
+    if accelerator.mixed_precision == "fp16":
+        raise UserError("fp16 is not supported (its loss scaling hides non-finite steps); use --mixed_precision bf16")
+    return accelerator

@@ -1,0 +1,148 @@
+"""The folder of a run: whose it is, and the state in it that a run continues from."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from tokenizer.files.claims import LOCK, claimed, require_unclaimed
+from tokenizer.files.errors import PipelineLoadError
+from tokenizer.files.ownership import Kind, require_apart, require_ours
+from tokenizer.files.reading import read_json
+from tokenizer.files.writing import replace_file
+
+from ..config import UserError
+from ..config.arguments import read_file
+from ..config.schema import difference, to_yaml
+from .checkpoints.states import STATE, latest_state
+from .extending import END, RHYTHM, chosen, fixed, require_ahead, settings, way_on
+from .heartbeat import FOLDER as SIGNS
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+T = TypeVar("T")
+BEGUN = (SIGNS, LOCK)
+"""All that a run may leave in its folder before it has written its configuration."""
+CONFIG = "config.yaml"
+
+
+def begun_data(run: Path, node: str = "data") -> dict[str, Any] | None:
+    """What `data` (or another node) was when the run in this folder was begun; None where none was. Raises
+    `UserError`."""
+    found = read_file(str(run / CONFIG)).get(node) if (run / CONFIG).is_file() else None
+    return found if isinstance(found, dict) else None
+
+
+def check_folder(run: Path, config: Any) -> list[str]:
+    """What `config` changes in the run in the folder, and may, as `train.steps: 1000 -> 2000`.
+
+    Raises `UserError` for a folder that belongs to a run with another configuration, or to something else, and for a
+    new end that the run is past.
+    """
+    if os.path.lexists(run) and (run.is_symlink() or not run.is_dir()):
+        what = "a link" if run.is_symlink() else "a file"
+        raise UserError(f"{run}: a run folder is to be here, and {what} has this name; nothing was overwritten")
+    path, changes = run / CONFIG, list[str]()
+    if path.is_file():
+        old, new = settings(read_file(str(path)), config), settings(config.model_dump(mode="json"), config)
+        if differing := difference(fixed(old), fixed(new)):
+            raise UserError(
+                f"{run}: belongs to a run with another configuration; nothing was overwritten. "
+                f"{way_on(run, config, differing)}. What differs:\n" + "\n".join(differing)
+            )
+        require_ahead(run, config, difference(chosen(old, END), chosen(new, END)))
+        changes = difference(chosen(old, END + RHYTHM), chosen(new, END + RHYTHM))
+    elif run.is_dir() and (strange := sorted(entry.name for entry in run.iterdir() if entry.name not in BEGUN)):
+        raise UserError(
+            f"{run}: not empty ({', '.join(strange[:3])}) and not a run folder; choose another out=, nothing was "
+            "overwritten"
+        )
+    else:
+        require_apart(run, [config.data.path] if hasattr(config, "data") else [config.tokens])
+    require_unclaimed(run)
+    return changes
+
+
+@contextmanager
+def claim_folder(run: Path, config: Any, accelerator: Accelerator, snapshots: Mapping[str, Kind]) -> Iterator[None]:
+    """Be the only run in this folder while the block lasts.
+
+    The main process writes `config.yaml` into it, once all have found it free. Raises `UserError`, on all processes,
+    where another run is in it, or something that is not ours is where a snapshot is to be.
+    """
+    accelerator.wait_for_everyone()
+    with ExitStack() as stack:
+
+        def claim() -> None:
+            run.mkdir(parents=True, exist_ok=True)
+            stack.enter_context(claimed(run))
+            for name, kind in snapshots.items():
+                require_ours(run / name, kind)
+            replace_file(run / CONFIG, to_yaml(config).encode())
+
+        on_main(accelerator, claim)
+        yield
+
+
+def newest_state(run: Path, config: Any, accelerator: Accelerator) -> Path | None:
+    """The newest good state, as the main process finds it (it also tidies up), told to all.
+
+    Raises `UserError`, on all processes, where there are states and none can be read, where they are gone although what
+    they led to is there, and for a state of another run.
+    """
+
+    def find() -> Path | None:
+        state = latest_state(run)
+        snapshot = next((run / name for name in ("tokenizer", "pipeline") if (run / name).is_dir()), None)
+        if state is None and snapshot is not None and not (run / "state").is_dir():
+            raise UserError(
+                f"{run}: there is {snapshot.name}/ and no state to continue from; nothing was overwritten. To begin "
+                f"again at zero, choose another out=, or delete {run}"
+            )
+        (run / "state").mkdir(parents=True, exist_ok=True)  # from now on, its absence tells that somebody removed it
+        if state is not None:
+            require_same_run(state, config)
+        return state
+
+    return on_main(accelerator, find)
+
+
+def require_same_run(state: Path, config: Any) -> None:
+    """Raise `UserError` for a state that a run with another configuration wrote. Early versions did not say whose."""
+    saved = read_json(state / STATE).get("config")
+    if not isinstance(saved, dict):
+        return
+    # A setting that the state does not know did not exist when it was written.
+    changes = [line for line in difference(saved, identity_of(config)) if ": (absent) -> " not in line]
+    if changes:
+        raise UserError(
+            f"{state}: of a run with another configuration; nothing was changed. What differs:\n" + "\n".join(changes)
+        )
+
+
+def identity_of(config: Any) -> dict[str, Any]:
+    """What a run may not change of its configuration, by which its states are known."""
+    return fixed(settings(config.model_dump(mode="json"), config))
+
+
+def on_main(accelerator: Accelerator, act: Callable[[], T]) -> T:
+    """What `act` gives on the main process, told to all; what it raises, all raise."""
+    from accelerate.utils import broadcast_object_list
+
+    told: list[Any] = [None, None]
+    error: Exception | None = None
+    if accelerator.is_main_process:
+        try:
+            told[0] = act()
+        except (UserError, PipelineLoadError, OSError) as caught:
+            error, told[1] = caught, str(caught)
+    found, refused = broadcast_object_list(told)
+    if error is not None:
+        raise error
+    if refused is not None:
+        raise UserError(refused)
+    return found

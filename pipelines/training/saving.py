@@ -1,0 +1,119 @@
+"""What a run leaves: its resume state, and the snapshot of averaged weights that is for users."""
+
+from __future__ import annotations
+
+import errno
+import math
+import shutil
+import sys
+from typing import TYPE_CHECKING, Any
+
+from safetensors import SafetensorError
+from torch import nn
+
+from tokenizer.files.errors import PathError
+
+from ..config import UserError
+from .best import figures_of
+from .checkpoints.sharded import agreed, gather
+from .checkpoints.states import SPARE, save_state
+from .sharding import keeps_on_cpu
+
+if TYPE_CHECKING:
+    from .state import Training
+
+
+def require_room(training: Training) -> None:
+    """Raise `UserError` before hours of training, if what they are to leave does not fit on the disk."""
+    if training.accelerator.is_main_process and training.step < (training.config.steps or math.inf):
+        needed, free = room(training)
+        if free < needed:
+            raise UserError(f"{training.run}: a save of this run needs {needed:,} bytes, {free:,} are free")
+
+
+def room(training: Training) -> tuple[int, int]:
+    """Bytes that a save needs, state and snapshot, by the sizes of tensors or of the last one; and what is free."""
+    keeps = training.config.keep_best and training.task.watched == "validation"
+    modules = [training.task.model, training.averaged, *([training.averaged] if keeps else [])]
+    weights = [tensor.nbytes for module in modules for tensor in module.state_dict().values()]
+    moments = [2 * p.nbytes for parameters in training.task.players.values() for p in parameters]
+    last = sorted((training.run / "state").glob("step-*"))[-1:]
+    folders = [*last, training.run / "tokenizer", training.run / "pipeline"]
+    written = sum(512 * path.stat().st_blocks for folder in folders for path in folder.rglob("*"))
+    return int(SPARE * max(written, sum(weights + moments))), shutil.disk_usage(training.run).free
+
+
+def averaged_model(training: Training) -> nn.Module | None:
+    """The averaged weights, whole, on the main process; None on the others, which have to call this, too.
+
+    Those of a sharded run are on the GPU until the model is trained on: they may be larger than all else there.
+    """
+    if not training.sharded:
+        return training.averaged.module if training.accelerator.is_main_process else None
+    gather(training.averaged.module, training.gathered)
+    if training.gathered is None or keeps_on_cpu():
+        return training.gathered
+
+    def put_away(*_: Any) -> None:
+        hook.remove()
+        gathered.to("cpu")
+
+    gathered = training.gathered.to(training.accelerator.device)
+    hook = training.task.model.register_forward_pre_hook(put_away)
+    return gathered
+
+
+def save(training: Training, average: nn.Module | None, done: bool = False) -> None:
+    """Write the resume state and, where averaged weights are given, the user's snapshot of them, on the main process;
+    of shards, every process writes its own. done: whether the run is, and leaves them.
+
+    A disk that is full, or gone, costs a warning: what was saved before stays, and the run goes on to the next save.
+    """
+    training.saved_step, training.unsaved = training.step, ""
+    training.heartbeat.beat(training.step, "save")
+    main, sharded = training.accelerator.is_main_process, training.sharded
+    facts = {"steps": training.step, "minutes": round(training.minutes, 3), **figures_of(training, done)}
+    optimizers = {name: getattr(o, "optimizer", o) for name, o in training.optimizers.items()}
+    needed, free = room(training) if main else (0, 0)
+    refused = ""
+    try:
+        with agreed(together=sharded):
+            if main:
+                training.tracker.flush()  # a state must not go on where a line is missing
+            if free < needed and average is not None:
+                raise OSError(errno.ENOSPC, "nothing was written")
+            if main and average is not None:
+                refused = save_snapshot(training, average, facts)
+        if main or sharded:
+            save_state(
+                training.run,
+                training.step,
+                model=training.task.model,
+                ema=training.averaged,
+                optimizers=optimizers,
+                counters=training.counters(),
+                config=training.identity,
+                best=training.best_weights,
+            )
+        if refused:
+            training.unsaved = f"step {training.step}: {refused}"
+    except (OSError, SafetensorError) as error:  # safetensors has its own for a full disk
+        if main:
+            training.unsaved = (
+                f"step {training.step}: {training.run}: a save needs {needed:,} bytes, {free:,} are free ({error})"
+            )
+            print(f"warning: not saved: {training.unsaved}; older states are kept", file=sys.stderr, flush=True)
+    training.accelerator.wait_for_everyone()
+
+
+def save_snapshot(training: Training, average: nn.Module, facts: dict[str, Any]) -> str:
+    """Write the user's snapshot; returns why not, if something that is not ours is in its place. The run goes on, and
+    its state tells whoever continues it that the snapshot is still to be written."""
+    training.pending = []
+    try:
+        training.task.save(average, training.run, facts)
+    except PathError as error:
+        training.pending = ["save"]
+        print(f"warning: no snapshot: {error}", file=sys.stderr, flush=True)
+        return str(error)
+    return ""

@@ -1,0 +1,85 @@
+"""What a step is a function of: sizes and rates, learning rate, order of the data, average of the weights."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from pydantic import Field
+from torch import nn
+
+from ..config import Config
+
+
+class TrainConfig(Config):
+    """How long, how fast, how often. Steps are optimizer steps, batch sizes are global."""
+
+    steps: int | None = Field(2000, ge=1, description="optimizer steps; null leaves the end to `minutes`")
+    minutes: float | None = Field(
+        None, gt=0, description="end after so many minutes of training, if `steps` is not first"
+    )
+    batch_size: int = Field(128, ge=1, description="images per step, all processes and micro-batches together")
+    accumulate: int = Field(1, ge=1, description="micro-batches that each process adds up for a step")
+    lr: float = Field(1e-3, gt=0, description="peak learning rate of AdamW")
+    final_lr: float = Field(0.02, ge=0, le=1, description="learning rate at the end, as a share of the peak")
+    warmup_steps: int = Field(100, ge=0, description="steps of linear warm-up; a cosine follows")
+    betas: tuple[float, float] = Field((0.9, 0.95), description="AdamW's decays of the running moments")
+    weight_decay: float = Field(0.02, ge=0, description="AdamW's weight decay, on matrices only")
+    clip: float = Field(1.0, gt=0, description="largest gradient norm; a larger one is scaled down")
+    ema_decay: float = Field(
+        0.999, ge=0, lt=1, description="decay of the averaged weights that are evaluated and saved"
+    )
+    seed: int = Field(
+        0, ge=0, lt=1 << 63, description="fixes initial weights, order of the data, augmentation and dropout"
+    )
+    log_every: int = Field(50, ge=1, description="steps between lines in metrics.jsonl")
+    preview_every: int = Field(1000, ge=1, description="steps between pictures")
+    evaluate_every: int = Field(1000, ge=1, description="steps between evaluations on validation images")
+    save_every: int = Field(1000, ge=1, description="steps between saves: resume state and snapshot")
+    keep_best: bool = Field(
+        True,
+        description="leave the averaged weights that were best on validation images, by bits per token or PSNR; "
+        "false, and where there is no such image or figure: the newest",
+    )
+    checkpointing: bool = Field(
+        False,
+        description="keep only the inputs of each block, and compute it again in the backward pass: less memory "
+        "for a quarter to a third more time, and the same losses",
+    )
+    compile: bool = Field(
+        False, description="compile each block with torch.compile: faster steps after a slow first one"
+    )
+    timeout: float = Field(
+        1800.0,
+        ge=1,
+        description="seconds that processes wait for one that is silent, or that evaluates, before the run ends",
+    )
+
+
+def adamw(parameters: list[nn.Parameter], config: TrainConfig, betas: tuple[float, float]) -> torch.optim.AdamW:
+    """AdamW (Loshchilov & Hutter 2017); biases, norms and other vectors do not decay."""
+    matrices, vectors = [p for p in parameters if p.ndim > 1], [p for p in parameters if p.ndim <= 1]
+    groups = [{"params": matrices, "weight_decay": config.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+    fused = all(p.device.type in ("cpu", "cuda") for p in parameters)
+    return torch.optim.AdamW([g for g in groups if g["params"]], lr=config.lr, betas=betas, fused=fused)
+
+
+def ema_update(decay: float) -> Callable[[Any, Any, Any], None]:
+    """Average with min(decay, (1 + n) / (10 + n)) after n updates, so that early weights are soon forgotten."""
+
+    @torch.no_grad()
+    def update(averages: Any, current: Any, count: Any) -> None:
+        n = float(count)
+        torch._foreach_lerp_(averages, current, 1 - min(decay, (1 + n) / (10 + n)))
+
+    return update
+
+
+def learning_rate(config: TrainConfig, step: int, progress: float) -> float:
+    """Linear warm-up by steps, then a cosine in `progress` (0 to 1, clamped) down to `final_lr` of the peak."""
+    if step < config.warmup_steps:
+        return config.lr * (step + 1) / config.warmup_steps
+    cosine = 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
+    return config.lr * (config.final_lr + (1 - config.final_lr) * cosine)

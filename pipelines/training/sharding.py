@@ -1,0 +1,101 @@
+"""FSDP2: each process keeps a piece of every weight, of its gradient, its moments and its average.
+
+What is sharded is what `accelerate` was told, by a configuration or by `accelerate launch --use_fsdp --fsdp_version 2`;
+that it is done is `torch`'s own, so that the same command shards on GPUs (NCCL) and on CPUs (gloo), where accelerate
+would silently replicate. Sources: Zhao et al. 2023 (FSDP), Rajbhandari et al. 2020 (ZeRO).
+"""
+
+from __future__ import annotations
+
+import copy
+import os
+import warnings
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+from torch.optim.swa_utils import AveragedModel
+
+from ..config import UserError
+from .blocks import repeated_blocks
+from .task import Task
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+
+def _asked(name: str, default: str = "false") -> str:
+    return os.environ.get(name, default).lower()
+
+
+def is_sharding(accelerator: Accelerator) -> bool:
+    """Whether weights are to be sharded. Raises `UserError` for what this does not do: FSDP 1, other precisions than
+    bf16, and accelerate's own compiling and checkpointing."""
+    if _asked("ACCELERATE_USE_FSDP") != "true":
+        return False
+    if _asked("FSDP_VERSION", "1") != "2":
+        raise UserError("FSDP 1 is not supported: use --fsdp_version 2, or fsdp_version: 2 in accelerate's settings")
+    if accelerator.mixed_precision not in ("no", "bf16"):
+        raise UserError(f"FSDP goes with --mixed_precision no or bf16 (got {accelerator.mixed_precision})")
+    if _asked("FSDP_ACTIVATION_CHECKPOINTING") == "true":
+        raise UserError("fsdp_activation_checkpointing: use train.checkpointing=true instead")
+    if _asked("ACCELERATE_DYNAMO_BACKEND", "no") != "no":
+        raise UserError("--dynamo_backend: with FSDP use train.compile=true instead")
+    return torch.distributed.is_initialized()  # of one process there is nothing to share out
+
+
+def require_shardable(task: Task) -> None:
+    """Raise `UserError` unless the task trains one model, and that as a whole."""
+    if list(task.nets.values()) != [task.model]:
+        raise UserError(
+            "FSDP is for priors: a tokenizer (its codebook, its critic) is kept whole by every process; launch this "
+            "verb without it, as configs/accelerate/eight_gpus.yaml does"
+        )
+
+
+def shard(task: Task, averaged: AveragedModel, accelerator: Accelerator) -> nn.Module | None:
+    """Shard the task's model and its average in place, from wherever they are to the accelerator's device.
+
+    Returns, on the main process, a whole copy of the average on the CPU, into which `state_shards.gather` puts weights.
+    """
+    # Nothing writes into what a block returns, view or not.
+    warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
+    names = {parameter: name for name, parameter in task.model.named_parameters()}
+    copied = copy.deepcopy(averaged.module) if accelerator.is_main_process else None
+    options = _options(accelerator)
+    for model in (task.model, averaged.module):
+        _shard_blocks(model, options)
+    found = dict(task.model.named_parameters())
+    task.players = {player: [found[names[p]] for p in parameters] for player, parameters in task.players.items()}
+    if accelerator.mixed_precision == "bf16":
+        precise = torch.autocast(accelerator.device.type, dtype=torch.bfloat16)
+        task.model.forward = precise(task.model.forward)
+    return copied
+
+
+def keeps_on_cpu() -> bool:
+    """Whether accelerate was told to keep the pieces in main memory."""
+    return _asked("FSDP_OFFLOAD_PARAMS") == "true"
+
+
+def _options(accelerator: Accelerator) -> dict[str, Any]:
+    """What `fully_shard` is told. Weights are kept, and gradients summed, in float32; with bf16 weights are sent and
+    used in it. Under autocast, which casts what has to be, inputs (positions, say) stay as precise as they are."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy
+
+    options: dict[str, Any] = {"mesh": init_device_mesh(accelerator.device.type, (accelerator.num_processes,))}
+    if accelerator.mixed_precision == "bf16":
+        options["mp_policy"] = MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False)
+    if keeps_on_cpu():
+        options["offload_policy"] = CPUOffloadPolicy(pin_memory=accelerator.device.type != "cpu")
+    return options
+
+
+def _shard_blocks(model: nn.Module, options: dict[str, Any]) -> None:
+    """Gather and free the weights of one block at a time; those outside of blocks stay gathered for the backward."""
+    from torch.distributed.fsdp import fully_shard
+
+    for block in repeated_blocks(model):
+        fully_shard(block, reshard_after_forward=_asked("FSDP_RESHARD_AFTER_FORWARD", "true") == "true", **options)
+    fully_shard(model, **options)

@@ -1,0 +1,66 @@
+"""What a run is made of, and what its loop counts."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from accelerate import Accelerator
+from torch import nn
+from torch.optim.swa_utils import AveragedModel
+
+from ..tracking import Tracker
+from .checkpoints.sharded import Tensors
+from .heartbeat import Heartbeat
+from .schedule import TrainConfig
+from .stopping import Stop
+from .task import Task
+
+
+@dataclass
+class Training:
+    """Everything that changes while a task is trained."""
+
+    task: Task
+    config: TrainConfig
+    run: Path
+    accelerator: Accelerator
+    averaged: AveragedModel
+    optimizers: dict[str, Any]
+    tracker: Tracker
+    heartbeat: Heartbeat
+    stop: Stop
+    """Whether this process was told to end."""
+    sharded: bool = False
+    """Whether each process has only its piece of the weights, of their average and of the moments."""
+    gathered: nn.Module | None = None
+    """Where the average is put together, on the main process of a sharded run."""
+    step: int = 0
+    minutes: float = 0.0
+    skipped: int = 0
+    skipped_in_a_row: int = 0
+    window: dict[str, list[float]] = field(default_factory=dict)
+    """Sum and count of each logged term since the last report: who did not play, or was skipped, has fewer."""
+    evaluation: dict[str, float] = field(default_factory=dict)
+    """Figures of the last evaluation."""
+    reported: dict[str, float] = field(default_factory=dict)
+    """Figures of what the run left at its end, on the images held out."""
+    best: dict[str, Any] = field(default_factory=dict)
+    """Step, score and evaluation of the best weights so far, on the main process; see `best`."""
+    best_weights: Tensors | None = None
+    pending: list[str] = field(default_factory=list)
+    """What was due at the saved step and not done, because the run was told to end."""
+    saved_step: int = -1
+    unsaved: str = ""
+    """Why the last save failed, if it did."""
+    identity: dict[str, Any] = field(default_factory=dict)
+    """What of the configuration a run may not change, by which its states are known."""
+    stopping: bool = False
+    """Whether any process was, which all learn in the same step."""
+
+    COUNTERS = ("minutes", "skipped", "skipped_in_a_row", "window", "evaluation", "reported", "best", "pending")
+
+    def counters(self) -> dict[str, Any]:
+        """What a resumed run needs besides weights and optimizers."""
+        return {name: getattr(self, name) for name in self.COUNTERS}

@@ -1,0 +1,105 @@
+"""Who tells a run to end: Ctrl-C, SIGTERM, a terminal that is closed, a launcher that is gone.
+
+Each lets the step end, saves, and ends the run; Ctrl-C a second time ends it at once. What launchers make of Ctrl-C:
+that of one process gets it as well, and is gone a quarter of a second later; torchrun, whose processes the terminal
+does not reach, passes it on, waits 30 seconds for them (TORCH_ELASTIC_SHUTDOWN_TIMEOUT), and passes a second one on as
+SIGTERM.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from ..config import is_first_process
+
+TWICE = 0.5  # seconds in which a second SIGINT is the same Ctrl-C: a launcher may pass on what the terminal has sent
+
+
+class Stop:
+    """Whether the run in the folder `run` was told to end, as far as this process knows."""
+
+    def __init__(self, run: Path) -> None:
+        self.run, self.parent = run, os.getppid()
+        self.told = False
+        self.interrupted: float | None = None
+        """When Ctrl-C came, if it did."""
+        self._terminals = [number for number in (1, 2) if os.isatty(number)]
+
+    def asked(self) -> bool:
+        """Whether this process was told, or has lost its launcher, which passes SIGTERM on only if it has several."""
+        orphaned = "ACCELERATE_MIXED_PRECISION" in os.environ and os.getppid() != self.parent
+        return self.told or orphaned
+
+    def interrupt(self, number: int, frame: FrameType | None) -> None:
+        """Ctrl-C, the first or the second."""
+        if self.interrupted is None:
+            self.told, self.interrupted = True, time.monotonic()
+            self.say("Ctrl-C: ending as soon as all is saved; Ctrl-C again ends at once")
+        elif time.monotonic() - self.interrupted > TWICE:
+            self.end()
+
+    def terminate(self, number: int, frame: FrameType | None) -> None:
+        """SIGTERM, by which a machine is taken back; after Ctrl-C, torchrun means another one by it."""
+        if self.interrupted is not None and "TORCHELASTIC_RUN_ID" in os.environ:
+            self.end()
+        self.told = True
+
+    def hang_up(self, number: int, frame: FrameType | None) -> None:
+        """The terminal is closed, and what is written there from now on would be an error."""
+        self.told = True
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        for terminal in self._terminals:
+            os.dup2(nowhere, terminal)
+
+    def end(self) -> None:
+        """End this process at once, in the way that shells know Ctrl-C by."""
+        self.say(f"ended at once; {what_is_saved(self.run)}")
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    def say(self, text: str) -> None:
+        """A line on stderr, below the progress bar. Not by `print`, which this signal may have interrupted."""
+        if is_first_process():
+            below = "\n" if 2 in self._terminals else ""
+            with suppress(OSError):
+                os.write(2, f"{below}{self.run}: {text}\n".encode())
+
+
+@contextmanager
+def heeded(stop: Stop, alone: bool) -> Iterator[None]:
+    """Let `stop` know of signals. What is ignored (`nohup`, a job in the background) stays so, but for SIGTERM.
+
+    alone: whether this is the only process of the run.
+    """
+    if threading.current_thread() is not threading.main_thread():  # which alone may
+        yield
+        return
+    handlers = {"SIGINT": stop.interrupt, "SIGTERM": stop.terminate, "SIGHUP": stop.hang_up}
+    numbers = {getattr(signal, name): handler for name, handler in handlers.items() if hasattr(signal, name)}
+    before: dict[int, Any] = {}
+    for number, handler in numbers.items():  # Windows has no SIGHUP
+        if number == signal.SIGTERM or signal.getsignal(number) not in (signal.SIG_IGN, None):
+            before[number] = signal.signal(number, handler)
+    try:
+        yield
+    except BaseException:
+        if not alone:  # a launcher tells those that are left to end: before they do, they must say whom they have lost
+            del before[signal.SIGTERM]
+        raise
+    finally:
+        for number, old in before.items():
+            signal.signal(number, old)
+
+
+def what_is_saved(run: Path) -> str:
+    """What is left of a run that ends now."""
+    steps = [int(path.name[5:]) for path in (run / "state").glob("step-*") if path.name[5:].isdigit()]
+    return f"step {max(steps)} is saved, the same command continues from there" if steps else "nothing was saved yet"

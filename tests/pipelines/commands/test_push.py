@@ -1,0 +1,419 @@
+"""Pushing to the Hub: what a repository holds after each push and before it, what is not told, and errors in a line.
+
+As in test_hub.py, what asks a Hub does so in one process of its own, `client` at the end of this file.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+import time
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from fake_hub import serve
+from small import make_prior, make_tokenizer
+from token_datasets import make_dataset
+
+from pipelines import ImagePipeline
+from pipelines.__main__ import main
+from pipelines.images import hub
+from pipelines.images.origin import LOCAL, is_local, public_source, shareable
+from pipelines.stages.card import model_card
+from pipelines.tokens import TokenDataset, load_tokens, parquet
+from tokenizer.files.hub import PushError
+
+SECRET, HOME = "hf_open_sesame", "/home/me/photos of people"
+PLAIN = {
+    ".gitattributes",
+    "README.md",
+    "manifest.json",
+    "model_index.json",
+    "samples.png",
+    "prior/config.json",
+    "prior/model.safetensors",
+    "tokenizer/config.json",
+    "tokenizer/model.safetensors",
+}
+RICH = PLAIN | {"background/config.json", "background/model.safetensors", "calibration.json", "provenance.json"}
+MINE = {"notes.md", "images/cat.png", "prior/notes.txt", "data/train-00000-of-00001.parquet"}
+
+
+def make_pipeline(rich: bool, classes: int = 2) -> ImagePipeline:
+    """The same models each time, with all that a pipeline may have, or with what it must."""
+    torch.manual_seed(0)
+    tokenizer = make_tokenizer("vqvae", (8, 8), 1).eval()
+    options = {"num_classes": classes, "tokenizer": tokenizer.fingerprint()}
+    priors = [make_prior("gpt", tokenizer.grid.shape, tokenizer.grid.vocab_size, **options) for _ in range(2)]
+    pipe = ImagePipeline(tokenizer, priors[0], labels=["cat", "dog"] if classes else [])
+    if rich:
+        pipe.set_background(priors[1])
+        pipe.calibrate(torch.randint(0, 256, (20, 1, 8, 8), dtype=torch.uint8), false_alarms=0.2)
+        origin = f"a small classifier, 300 steps (2.4 epochs) on {HOME}, seed 0"
+        pipe.provenance = {"data": {"source": HOME, "image_size": 8}, "evaluation": {"feature_origin": origin}}
+    return pipe
+
+
+@pytest.fixture(scope="module")
+def report(tmp_path_factory) -> dict[str, Any]:
+    """What `client` found, and what the Hub was told."""
+    root, cache = tmp_path_factory.mktemp("hub"), tmp_path_factory.mktemp("cache")
+    with serve(root, secret=SECRET) as server:
+        environment = {
+            **os.environ,
+            "HF_ENDPOINT": server.url,
+            "HF_HUB_DISABLE_XET": "1",
+            "HF_HUB_OFFLINE": "0",
+            "HF_HOME": str(cache / "home"),
+            "HF_HUB_DISABLE_TELEMETRY": "1",
+            "NO_PROXY": "127.0.0.1",
+            "HF_TOKEN": SECRET,
+            "PYTHONPATH": os.environ["PYTHONPATH"],
+        }
+        command = [sys.executable, __file__, str(cache), str(root)]
+        result = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120)
+        assert result.returncode == 0, result.stderr
+    return {**json.loads(result.stdout.splitlines()[-1]), "commits": server.commits, "root": root}
+
+
+# What a repository holds
+
+
+def test_richer_and_plainer_pipelines_in_turn(report):
+    """Each can be loaded by its id, and nothing of the one before is left of what it has not."""
+    assert [set(files) for files in report["files"]] == [RICH, PLAIN | MINE, RICH | MINE, PLAIN | MINE]
+    assert report["loaded"] == [[True, True], [False, False], [True, True], [False, False]]
+
+
+def test_each_push_is_one_commit(report):
+    commits = [commit for commit in report["commits"] if commit["repository"] == "me/mosaic"]
+    assert len(commits) == 4
+    assert [set(commit["deleted"]) for commit in commits] == [set(), RICH - PLAIN, set(), RICH - PLAIN]
+
+
+def test_a_push_that_fails_changes_nothing(report):
+    assert report["refused"]["files"] == report["files"][2] and report["refused"]["loaded"] == [True, True]
+    assert report["refused"]["error"] == (
+        "me/mosaic cannot be written to: 403 Forbidden, not this commit; `hf auth whoami` says who you are, "
+        "`hf auth login` changes it"
+    )
+
+
+def test_a_repository_that_an_earlier_version_broke_is_mended(report):
+    """It left what the manifest does not list."""
+    assert "does not list" in report["broken"] and report["mended"] == [False, False]
+
+
+def test_larger_and_smaller_token_datasets_in_turn(report):
+    """Files of others stay, whatever they are called, beside data and in it."""
+    mine = {"notes.md", "data/mine.parquet", "data/other-00000-of-00001.parquet", "data/notes.txt"}
+    common = {
+        ".gitattributes",
+        "README.md",
+        "meta.json",
+        "manifest.json",
+        "tokenizer/config.json",
+        "tokenizer/model.safetensors",
+        "data/test-00000-of-00001.parquet",
+    }
+    many = common | {f"data/train-{k:05d}-of-00003.parquet" for k in range(3)}
+    one = common | {"data/train-00000-of-00001.parquet"}
+    assert [set(files) for files in report["token files"]] == [many, one | mine, many | mine]
+    assert report["token rows"] == [60, 8, 60]
+    assert len([commit for commit in report["commits"] if commit["repository"] == "datasets/me/tokens"]) == 3
+
+
+def test_a_manifest_of_somebody_else_deletes_nothing(tmp_path):
+    names = ["manifest.json", "data/train-00000-of-00001.parquet", "thesis.tex", "tokenizer/config.json"]
+    path = tmp_path / "manifest.json"
+    for text in ("nonsense", "[]", '{"files": ["thesis.tex"]}', '{"files": {"thesis.tex": {}}}', "{}"):
+        path.write_text(text)
+        assert parquet.uploaded(names, lambda name: str(path)) == []
+    path.write_text(json.dumps({"files": dict.fromkeys(names[1:])}))
+    assert parquet.uploaded(names, lambda name: str(path)) == [names[1], names[3]]
+    assert parquet.uploaded(names[1:], lambda name: pytest.fail("there is none")) == []
+
+
+# What is not told
+
+
+def test_what_is_pushed_does_not_tell_the_folder(report):
+    texts = [path.read_text() for path in report["root"].rglob("*") if path.suffix in (".json", ".md")]
+    assert len(texts) > 8 and not any("/home/me" in text or "people" in text for text in texts)
+    assert report["provenance"]["data"] == {"source": LOCAL, "image_size": 8}
+    assert report["provenance"]["evaluation"]["feature_origin"].endswith("on a local folder of images, seed 0")
+    assert report["token source"] == [{"data": {"source": LOCAL}}, [{"data": {"source": LOCAL}, "variants": {}}]]
+
+
+def test_verbs_say_that_they_need_the_images(report):
+    """By the pipeline's id, and in a folder that was downloaded."""
+    for said in report["evaluate"]:
+        last = said.splitlines()[-1]  # after the progress of downloads
+        assert last == f"error: data.source: there is no file or folder {LOCAL}" and said.count("error") == 1
+
+
+def test_the_pipeline_here_still_knows_its_folder(tmp_path):
+    pipe = make_pipeline(rich=True)
+    pipe.save_pretrained(tmp_path / "pipe")
+    assert ImagePipeline.from_pretrained(tmp_path / "pipe").provenance["data"]["source"] == HOME
+    card = (tmp_path / "pipe" / "README.md").read_text()
+    assert "Trained on a local folder of images." in card and "people" not in card
+
+
+@pytest.mark.parametrize(
+    ("source", "local", "told"),
+    [
+        ("digits", False, "Trained on `digits`."),
+        ("ILSVRC/imagenet-1k", False, "Trained on `ILSVRC/imagenet-1k`."),
+        ("mnist", False, "Trained on `mnist`."),
+        ("/data/photos", False, "Trained on a local folder of images."),
+        ("../photos", False, "Trained on a local folder of images."),
+        ("~/photos", False, "Trained on a local folder of images."),
+        ("data/photos/cats", False, "Trained on a local folder of images."),
+        ("data/*.parquet", False, "Trained on a local folder of images."),
+        ("photos", True, "Trained on a local folder of images."),  # seen where it was trained, and no longer here
+        ("here", False, "Trained on a local folder of images."),
+        (LOCAL, False, "Trained on a local folder of images."),
+        ("(not known of imported weights: give data.source)", False, None),
+        ("https://me:key@example.org/a.tar?signature=1", False, "Trained on `https://example.org/a.tar`."),
+        ("hf://datasets/me/x/a-?.tar", False, "Trained on `hf://datasets/me/x/a-?.tar`."),
+    ],
+)
+def test_the_card_names_what_others_can_find(tmp_path, monkeypatch, source, local, told):
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path)
+    pipe = make_pipeline(rich=False)
+    pipe.provenance = {"data": {"source": source, "split": source}, "local": local}
+    card = model_card(pipe)
+    assert (told in card) if told else ("Trained on" not in card)
+    shared = shareable(pipe.provenance)
+    assert shared["data"]["split"] == source and shareable(shared) == shared
+    assert shared["data"]["source"] == public_source(source, local) and not is_local(shared["data"]["source"])
+
+
+@pytest.mark.parametrize("classes", [0, 2])
+def test_the_card_is_found_among_its_like(classes):
+    """The Hub has no task of images of a class."""
+    import yaml
+
+    header = yaml.safe_load(model_card(make_pipeline(rich=False, classes=classes)).split("---")[1])
+    assert header.get("pipeline_tag") == (None if classes else "unconditional-image-generation")
+    assert ("class-conditional" in header["tags"], "unconditional" in header["tags"]) == (bool(classes), not classes)
+
+
+def test_training_notes_that_a_folder_was_one(tmp_path, monkeypatch):
+    """As it may be called like a dataset on the Hub, and be pushed from elsewhere."""
+    from launch import train_tokenizer
+    from PIL import Image
+
+    from pipelines.encode import EncodeConfig
+    from pipelines.encode import run as encode
+
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    for number in range(12):
+        (tmp_path / "photos").mkdir(exist_ok=True)
+        Image.new("L", (28, 28), number).save(tmp_path / "photos" / f"{number}.png")
+    monkeypatch.chdir(tmp_path)
+    run = train_tokenizer(tmp_path / "run", data__source="photos", train__steps=1, train__batch_size=4)
+    facts = json.loads((run / "tokenizer" / "provenance.json").read_text())
+    assert facts["data"]["source"] == "photos"
+    make_tokenizer("vqvae", (28, 28), 1).save_pretrained("elsewhere")  # which says nothing of where it was trained
+    encode(EncodeConfig(tokenizer="elsewhere", out="tokens", data={"source": "photos"}))
+    data = load_tokens("tokens")
+    assert data.source["data"]["source"] == "photos"
+    monkeypatch.chdir("/")
+    data.to_parquet(tmp_path / "parquet")
+    told = [path.read_bytes() for path in (tmp_path / "parquet").rglob("*.*")] + [json.dumps(shareable(facts)).encode()]
+    assert len(told) > 5 and not any(b"photos" in part for part in told)
+
+
+# What goes wrong
+
+
+def failed(call: Any, *arguments: Any) -> str:
+    """What the error says, which is one line."""
+    with pytest.raises(PushError) as caught:
+        call(*arguments)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("item", ["pipeline", "tokens"])
+def test_without_the_hub_it_is_said_at_once(tmp_path, monkeypatch, capsys, item):
+    thing = make_pipeline(rich=False) if item == "pipeline" else make_dataset()
+    thing.save_pretrained(tmp_path / item) if item == "pipeline" else thing.save(tmp_path / item)
+    monkeypatch.setattr(ImagePipeline, "sample_picture", lambda *_: pytest.fail("samples were made for nothing"))
+    cases = [(True, "https://huggingface.co", "HF_HUB_OFFLINE forbids to ask the Hub")]
+    cases += [(False, url, f"{url} cannot be reached") for url in ("http://127.0.0.1:9", "http://nowhere.invalid")]
+    for offline, url, reason in cases:
+        monkeypatch.setattr(hub.constants, "HF_HUB_OFFLINE", offline)
+        monkeypatch.setattr(hub.constants, "ENDPOINT", url)
+        began = time.monotonic()
+        assert failed(thing.push_to_hub, "me/it") == f"me/it cannot be written to: {reason}"
+        with pytest.raises(SystemExit) as ended:
+            main(["push", f"folder={tmp_path / item}", "to=me/it"])
+        assert ended.value.code == 2 and time.monotonic() - began < hub.SECONDS
+        assert capsys.readouterr().err == f"error: to: me/it cannot be written to: {reason}\n"
+
+
+WHO = "; `hf auth whoami` says who you are, `hf auth login` changes it"
+
+
+@pytest.mark.parametrize(
+    ("owner", "reason"),
+    [
+        ("stranger", f"401 Unauthorized, this is stranger{WHO}"),
+        ("forbidden", f"403 Forbidden, this is forbidden{WHO}"),
+        ("missing", f"404 Not Found, this is missing{WHO}"),
+        ("broken", "500 Internal Server Error, this is broken"),
+        ("dropped", r"\w+Error: .*"),
+        ("a//b", "Repo id must .*"),
+    ],
+)
+def test_what_the_hub_says_is_told_in_a_line(report, owner, reason):
+    for kind in ("pipeline", "tokens"):
+        name, error, cause = report["errors"][kind][owner]
+        assert name == "PushError" and cause and "\n" not in error
+        assert re.fullmatch(f"{owner}/it cannot be written to: {reason}", error), error
+
+
+def test_errors_of_any_client_come_to_a_line():
+    """Whichever huggingface_hub uses: with a response, with an empty message, with several lines."""
+
+    class Response:
+        status_code = 429
+
+    class RequestException(OSError):
+        response: Any = None
+
+    with_response = RequestException("429 Client Error\nmore")
+    with_response.response = Response()
+    said = {
+        hub.said(with_response): "429 Too Many Requests",
+        hub.said(RequestException()): "RequestException",
+        hub.said(TimeoutError("timed out\nafter a while")): "TimeoutError: timed out",
+        hub.said(KeyError("url")): "KeyError: 'url'",
+    }
+    assert all(found == wanted for found, wanted in said.items())
+
+
+# In the process whose endpoint is the Hub above
+
+
+def files_of(folder: Path) -> list[str]:
+    """The names of all files."""
+    return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
+
+
+def add(folder: Path, names: set[str]) -> None:
+    """Files of the user's own."""
+    for name in names:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text("mine")
+
+
+def client(cache: str, root: str) -> None:
+    """Push, load, and print what came of it."""
+    found: dict[str, Any] = {"files": [], "loaded": [], "token files": [], "token rows": []}
+    main_branch, grid = Path(root) / "me" / "mosaic" / "main", make_pipeline(rich=False).sample_picture(2)
+    ImagePipeline.sample_picture = lambda *_: grid
+
+    def load(repo_id: str = "me/mosaic") -> list[bool]:
+        pipe = ImagePipeline.from_pretrained(repo_id, cache_dir=Path(cache) / "ours")
+        assert torch.equal(pipe(2, seed=0).tokens, make_pipeline(rich=False)(2, seed=0).tokens)
+        found["provenance"] = pipe.provenance or found.get("provenance")
+        return [pipe.calibration is not None, pipe.background is not None]
+
+    for rich in (True, False, True, False):
+        if len(found["files"]) == 3:
+            try:
+                make_pipeline(rich).push_to_hub("me/mosaic", commit_message="refuse this")
+            except PushError as error:
+                found["refused"] = {"error": str(error), "files": files_of(main_branch), "loaded": load()}
+        make_pipeline(rich).push_to_hub("me/mosaic")
+        found["files"].append(files_of(main_branch))
+        found["loaded"].append(load())
+        add(main_branch, MINE)
+    found["broken"], found["mended"] = break_and_mend(Path(root), load)
+    tokens(found, Path(cache), Path(root))
+    found["evaluate"] = list(map(evaluate, ["me/rich", snapshot(cache)]))
+    found["errors"] = {
+        kind: {owner: refusal(item, f"{owner}/it") for owner in (*REFUSING, "a//b")}
+        for kind, item in (("pipeline", make_pipeline(False)), ("tokens", make_dataset()))
+    }
+    print(json.dumps(found))
+
+
+REFUSING = ("stranger", "forbidden", "missing", "broken", "dropped")
+
+
+def break_and_mend(root: Path, load: Any) -> tuple[str, list[bool]]:
+    """A repository as `upload_folder` alone leaves it, and after a push."""
+    from huggingface_hub import HfApi
+
+    make_pipeline(True).push_to_hub("me/rich")
+    make_pipeline(True).push_to_hub("me/broken")
+    make_pipeline(False).save_pretrained(root / "plain")
+    HfApi().upload_folder(repo_id="me/broken", folder_path=root / "plain")
+    try:
+        load("me/broken")
+    except ValueError as error:
+        make_pipeline(False).push_to_hub("me/broken")
+        return str(error), load("me/broken")
+    return "it could be loaded", []
+
+
+def tokens(found: dict[str, Any], cache: Path, root: Path) -> None:
+    """Token datasets of more and fewer files in turn."""
+    parquet.FILE_BYTES, folder = 100, root / "datasets" / "me" / "tokens" / "main"
+    for rows in (60, 8, 60):
+        data = make_dataset(rows=rows)
+        facts = {"data": {"source": HOME}}
+        data = TokenDataset(
+            data.grid, data.class_names, data.splits, data.tokenizer, facts, 0, [{**facts, "variants": {}}]
+        )
+        data.push_to_hub("me/tokens")
+        found["token files"].append(files_of(folder))
+        loaded = load_tokens("me/tokens", cache_dir=cache / "ours")
+        found["token rows"].append(len(loaded.splits["train"]))
+        found["token source"] = [loaded.source, loaded.parts]
+        add(folder, {"notes.md", "data/mine.parquet", "data/other-00000-of-00001.parquet", "data/notes.txt"})
+
+
+def snapshot(cache: str) -> str:
+    """A pipeline as it is downloaded into a folder."""
+    from huggingface_hub import snapshot_download
+
+    return snapshot_download("me/rich", local_dir=f"{cache}/downloaded")
+
+
+def evaluate(pipeline: str) -> str:
+    """What the verb says to stderr."""
+    import contextlib
+    import io
+
+    from pipelines.evaluate import main as verb
+
+    said = io.StringIO()
+    with contextlib.redirect_stderr(said), suppress(SystemExit):
+        verb([f"pipeline={pipeline}", "data.channels=1"])
+    return said.getvalue()
+
+
+def refusal(item: Any, repo_id: str) -> tuple[str, str, bool]:
+    """Name and message of the error that a push raises, and whether it has a cause."""
+    try:
+        item.push_to_hub(repo_id)
+    except Exception as error:
+        return type(error).__name__, str(error), error.__cause__ is not None
+    return "nothing was raised", "", False
+
+
+if __name__ == "__main__":
+    client(*sys.argv[1:])

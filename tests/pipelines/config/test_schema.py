@@ -1,0 +1,508 @@
+"""The grammar of every verb: what is read, what is refused and how it is said, and what the help page shows."""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import pytest
+import yaml
+from pydantic import Field, ValidationError
+
+import pipelines
+from pipelines.__main__ import help_page as verb_page
+from pipelines.__main__ import main, module_of, verbs
+from pipelines.config import Config, ModelNode, UserError, run_command
+from pipelines.config.command import Interrupted, parse
+from pipelines.config.help import help_page
+from pipelines.config.nodes import merge
+from pipelines.config.schema import difference, to_yaml
+from tokenizer.files.errors import PathError
+from tokenizer.pretrained import Named
+from tokenizer.settings import ModelConfig, setting
+
+
+class Coder(Named, family="tokenizer.quantizers"):
+    """A family of two, found where the quantizers are."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class BookConfig(ModelConfig):
+    codes: int = setting(512, "how many codes", ge=2)
+    beta: float = setting(0.25, "how they are pulled", ge=0)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class StepsConfig(ModelConfig):
+    levels: tuple[int, ...] = setting((8, 8), "levels of each channel", ge=2)
+
+
+class Book(Coder, name="book"):
+    """Codes in a book."""
+
+    Config = BookConfig
+
+
+class Steps(Coder, name="steps"):
+    """Codes on a lattice."""
+
+    Config = StepsConfig
+
+
+class Net(Named, family="tokenizer.quantizers"):
+    """A family whose members hold a coder."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ConvConfig(ModelConfig):
+    size: tuple[int, ...] = setting(help="secret of the data", fact=True)
+    width: int = setting(64, "how wide the net is", ge=8, le=4096)
+    act: str = setting("silu", "the nonlinearity", choices=("silu", "gelu"))
+    coder: ModelConfig = setting(BookConfig(codes=256), "vectors to ids", family=f"{__name__}:Coder")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PlainConfig(ModelConfig):
+    depth: int = setting(2, "how deep the net is")
+
+
+class Conv(Net, name="conv"):
+    """A net with a coder."""
+
+    Config = ConvConfig
+
+
+class Plain(Net, name="plain"):
+    """A net without."""
+
+    Config = PlainConfig
+
+
+class Adam(Config):
+    """The usual."""
+
+    kind: Literal["adam"] = "adam"
+    beta: float = Field(0.9, ge=0, lt=1, description="decay of the moment")
+
+
+class Sgd(Config):
+    """The plain one."""
+
+    kind: Literal["sgd"] = "sgd"
+    nesterov: bool = Field(False, description="look ahead")
+
+
+class Training(Config):
+    steps: int = Field(
+        100,
+        ge=1,
+        description="how many updates of the weights there are in the whole run of training before it comes to its end",
+    )
+    lr: float = Field(1e-3, gt=0, le=1, description="learning rate")
+    betas: tuple[float, float] = (0.9, 0.95)
+    minutes: float | None = Field(None, gt=0, description="a limit")
+
+
+Side = Annotated[int, Field(ge=4)]
+
+
+class Run(Config):
+    out: str = Field(description="where to")
+    seed: int = Field(0, ge=0, description="chooses the noise")
+    fast: bool = False
+    mode: Literal["a", "b"] | None = None
+    side: Side | tuple[Side, Side] = 8
+    labels: list[int | str] | None = None
+    model: Annotated[dict[str, Any], ModelNode(f"{__name__}:Net")] = Field({"kind": "conv"}, description="the net")
+    train: Training = Field(Training(steps=7), description="how long")
+    optim: Annotated[Adam | Sgd, Field(discriminator="kind")] = Field(Adam(), description="how")
+
+
+def read(*argv: str, **options: Any) -> Run:
+    return parse(Run, ["out=x", *argv], verb="try", description="Try.", **options)
+
+
+def problems(*argv: str) -> list[str]:
+    with pytest.raises(UserError) as caught:
+        read(*argv)
+    return str(caught.value).splitlines()
+
+
+def write(path: Path, text: str) -> str:
+    path.write_text(text)
+    return str(path)
+
+
+@pytest.fixture(autouse=True)
+def _one_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("RANK", raising=False)
+
+
+# What is read
+
+
+def test_files_merge_left_to_right_and_overrides_come_last(tmp_path: Path) -> None:
+    a = write(tmp_path / "a.yaml", "seed: 1\ntrain: {steps: 1, lr: 0.1}\n")
+    b = write(tmp_path / "b.yaml", "train: {steps: 2}\n")
+    assert read("--config", a, f"--config={b}").train == Training(steps=2, lr=0.1)
+    assert read("--config", b, "--config", a).train.steps == 1
+    config = read("train.steps=3", "--config", a, "seed=4", "seed=5")
+    assert (config.train.steps, config.train.lr, config.seed) == (3, 0.1, 5)
+
+
+def test_an_override_keeps_the_rest_of_a_default_node() -> None:
+    assert read("train.lr=1").train == Training(steps=7, lr=1)
+    assert read("model.width=32").model == {**read().model, "width": 32}
+    assert read("model.coder.beta=1").model["coder"] == {"kind": "book", "codes": 256, "beta": 1}
+
+
+@pytest.mark.parametrize("text", ["1e-3", "'\"1e-3\"'", "1.0e-3", "0.001", "1E-3", ".1e-2"])
+def test_every_spelling_of_a_float(text: str) -> None:
+    assert read(f"train.lr={text.strip(chr(39))}").train.lr == 1e-3
+
+
+def test_floats_in_model_nodes_and_files_are_numbers(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.yaml", "model: {coder: {beta: 1e-3}}\n")
+    assert read("--config", path).model["coder"]["beta"] == 1e-3
+    assert read("labels=[1e3x, 3]").labels == ["1e3x", 3]
+
+
+def test_values_are_yaml() -> None:
+    config = read("side=[8,16]", "fast=true", "mode=null", "train.betas=[0, 0.5]", "out=a=b")
+    assert (config.side, config.fast, config.mode, config.train.betas, config.out) == (
+        (8, 16),
+        True,
+        None,
+        (0, 0.5),
+        "a=b",
+    )
+
+
+def test_an_override_of_kind_replaces_the_node(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.yaml", "model: {coder: {codes: 9}}\n")  # its kind is the default one
+    config = read("--config", path, "model.coder.kind=steps", "model.coder.levels=[8,5,5]")
+    assert config.model["coder"] == {"kind": "steps", "levels": [8, 5, 5]}
+    assert read("--config", path, "model.kind=plain").model == {"kind": "plain", "depth": 2}
+    assert read("--config", path, "model.coder.kind=book").model["coder"]["codes"] == 9
+    other = write(tmp_path / "b.yaml", "model: {coder: {kind: steps}}\n")
+    assert read("--config", path, "--config", other).model["coder"] == {"kind": "steps", "levels": [8, 8]}
+    plain = write(tmp_path / "c.yaml", "model: {kind: plain}\n")
+    back = write(tmp_path / "d.yaml", "model: {kind: conv, coder: {codes: 9}}\n")  # again a kind left to its default
+    assert read("--config", plain, "--config", back, "--config", other).model["coder"]["kind"] == "steps"
+
+
+def test_a_kind_does_not_throw_away_what_stands_to_its_left() -> None:
+    config = read("model.coder.levels=[3,3]", "model.coder.kind=steps", "model.width=32", "model.kind=conv")
+    assert config.model["coder"] == {"kind": "steps", "levels": [3, 3]} and config.model["width"] == 32
+
+
+def test_unions_by_kind() -> None:
+    assert read("optim.beta=0.5").optim == Adam(beta=0.5)
+    assert read("optim.kind=sgd", "optim.nesterov=true").optim == Sgd(nesterov=True)
+    assert problems("optim.kind=zzz") == ["optim.kind: must be one of 'adam', 'sgd' (got 'zzz')"]
+    assert problems("optim.kind=sgd", "optim.beta=0.5")[0].startswith("optim.beta: not a key of this kind")
+    assert problems("optim.beta=2") == ["optim.beta: must be < 1 (got 2)"]
+
+
+def test_merge_leaves_its_arguments_alone() -> None:
+    old, new = {"a": {"b": 1}}, {"a": {"c": 2}}
+    assert merge(old, new) == {"a": {"b": 1, "c": 2}}
+    assert (old, new) == ({"a": {"b": 1}}, {"a": {"c": 2}})
+
+
+def test_defaults_that_depend_on_what_was_given() -> None:
+    def defaults(given: dict[str, Any]) -> dict[str, Any]:
+        return {"train": {"steps": 50 if given["out"] == "x" else 60, "lr": 0.5}}
+
+    assert read("train.lr=0.25", defaults=defaults).train == Training(steps=50, lr=0.25)
+
+
+def test_a_configuration_is_frozen_and_checked_without_a_command_line() -> None:
+    with pytest.raises(ValidationError):
+        read().seed = 3  # type: ignore[misc]
+    for wrong in ({"seed": True}, {"seed": "5"}, {"fast": 1}, {"model": {"kind": "no"}}):
+        with pytest.raises(ValidationError):
+            Run(out="x", **wrong)
+    with pytest.raises(ValidationError, match="coder.codse: unknown key"):
+        Run(out="x", model={"kind": "conv", "coder": {"codse": 3}})
+    assert Run(out="x", model={"kind": "conv", "coder": {"codes": 3}}).model["coder"]["codes"] == 3
+
+
+# What is refused
+
+
+@pytest.mark.parametrize(
+    ("argument", "problem"),
+    [
+        ("train.stesp=3", "train.stesp: unknown key; did you mean 'train.steps'?"),
+        ("trian.steps=3", "trian.steps: unknown key; did you mean 'train.steps'?"),
+        ("lr=3", "lr: unknown key; did you mean 'train.lr'?"),
+        ("zzzzz=3", "zzzzz: unknown key; --help lists what there is"),
+        ("train.lr=-1", "train.lr: must be > 0 (got -1)"),
+        ("train.lr=2", "train.lr: must be <= 1 (got 2)"),
+        ("train.lr=abc", "train.lr: expected a number (got 'abc')"),
+        ("train.lr=true", "train.lr: expected a number (got true)"),
+        ("train.lr=.nan", "train.lr: must be finite (got NaN)"),
+        ("seed=true", "seed: expected a whole number (got true)"),
+        ("seed=1.5", "seed: expected a whole number (got 1.5)"),
+        ('seed="5"', "seed: expected a whole number (got '5')"),
+        ("seed=", "seed: expected a whole number (got null)"),
+        ("seed.x=1", "seed.x: seed has no keys of its own, it is a whole number"),
+        ("fast=1", "fast: expected true or false (got 1)"),
+        ("out=5", "out: expected text (got 5; text that looks like something else needs quotes)"),
+        ("mode=c", "mode: must be one of 'a', 'b' (got 'c')"),
+        ("side=2", "side: must be >= 4 (got 2)"),
+        ("side=[8,2]", "side: must be >= 4 (got 2)"),
+        ("side=x", "side: expected a whole number or a list (got 'x')"),
+        ("train=3", "train: expected a mapping of keys (got 3)"),
+        ("model=3", "model: expected a mapping of keys (got 3)"),
+        ("train.betas=[1]", "train.betas: too few values (got [1])"),
+        ("train.betas=[1,2,3]", "train.betas: expected at most 2 values (got [1, 2, 3])"),
+        ("model.kind=cnv", "model.kind: no Net is called 'cnv'; there are conv, plain"),
+        ("model.widht=9", "model.widht: unknown key; did you mean 'model.width'?"),
+        ("model.width=4", "model.width: must be >= 8 (got 4)"),
+        ("model.act=tanh", "model.act: must be one of silu, gelu (got 'tanh')"),
+        ("model.size=[8]", "model.size: a fact of the data, it can not be set here"),
+        ("model.coder.coeds=4", "model.coder.coeds: unknown key; did you mean 'model.coder.codes'?"),
+        ("model.coder.codes=1", "model.coder.codes: must be >= 2 (got 1)"),
+        ("model.coder.kind=vq", "model.coder.kind: no Coder is called 'vq'; there are book, steps"),
+    ],
+)
+def test_one_line_says_what_is_wrong(argument: str, problem: str) -> None:
+    assert problems(argument) == [problem]
+
+
+@pytest.mark.parametrize("argument", ["train", "--train.steps=3", "-x", "a..b=1", "=3", ".a=1", "a.=1", "a.yaml"])
+def test_an_argument_that_is_neither(argument: str) -> None:
+    (line,) = problems(argument)
+    assert line.startswith(f"{argument}: expected --config FILE, key=value")
+
+
+def test_hints_for_what_other_programs_take() -> None:
+    assert problems("--train.steps=3")[0].endswith("write train.steps=3")
+    assert problems("a.yaml")[0].endswith("write --config a.yaml")
+
+
+def test_all_problems_are_told_at_once(tmp_path: Path) -> None:
+    lines = problems("--config", str(tmp_path / "no.yaml"), "junk", "seed=-1", "train.stesp=1", "model.width=x")
+    assert [line.split(":")[0] for line in lines] == [
+        str(tmp_path / "no.yaml"),
+        "junk",
+        "seed",
+        "model.width",
+        "train.stesp",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("text", "problem"),
+    [
+        ("seed: 1\ntrain: [1\nfast: true\n", r"a.yaml, line [23]: not readable as YAML"),
+        ("seed: 1\nseed: 2\n", r"a.yaml, line 2: not readable as YAML: 'seed' is here twice"),
+        ("- 1\n- 2\n", r"a.yaml: expected a mapping of keys at the top level \(got \[1, 2\]\)"),
+        ("train.lr: 0.1\n", r"train.lr: not a key .* nested"),
+        ("\0", "a.yaml, not readable as YAML"),
+    ],
+)
+def test_a_file_that_can_not_be_used(tmp_path: Path, text: str, problem: str) -> None:
+    (line,) = problems("--config", write(tmp_path / "a.yaml", text))
+    assert re.search(problem, line)
+
+
+def test_files_that_can_not_be_read(tmp_path: Path) -> None:
+    assert problems("--config", str(tmp_path / "no.yaml")) == [
+        f"{tmp_path / 'no.yaml'}: can not be read (no such file, nor a preset); `smalti presets` lists them"
+    ]
+    assert "(a folder, no file, nor a preset)" in problems("--config", str(tmp_path))[0]
+    (tmp_path / "latin.yaml").write_bytes(b"out: \xe9\n")
+    assert "latin.yaml: can not be read" in problems("--config", str(tmp_path / "latin.yaml"))[0]
+    assert problems("--config") == ["--config: expected a file after it"]
+    assert read("--config", write(tmp_path / "empty.yaml", "# nothing\n")) == read()
+
+
+def test_a_missing_key_is_told_unless_its_file_could_not_be_read(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="^out: missing$"):
+        parse(Run, [], verb="try", description="")
+    with pytest.raises(UserError) as caught:
+        parse(Run, ["--config", "no.yaml"], verb="try", description="")
+    assert "out" not in str(caught.value)
+
+
+def test_an_unreadable_value_names_its_key() -> None:
+    (line,) = problems("labels=[1")
+    assert line.startswith("labels: not readable as YAML")
+
+
+# What is printed
+
+
+def test_a_dry_run_prints_what_a_file_may_hold(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    argv = ["train.lr=1e-5", "model.coder.kind=steps", "optim.kind=sgd", 'out="1e3"', "labels=[3, '1e3', 'yes', é]"]
+    config = read(*argv)
+    with pytest.raises(SystemExit) as caught:
+        read(*argv, "--dry-run")
+    printed = capsys.readouterr().out
+    assert caught.value.code == 0
+    again = parse(Run, ["--config", write(tmp_path / "a.yaml", printed)], verb="try", description="")
+    assert again == config and config.out == "1e3" and config.labels == [3, "1e3", "yes", "é"]
+    assert printed.strip() == to_yaml(config).strip()
+    assert yaml.safe_load(printed) == config.model_dump(mode="json")  # plain YAML for everyone else
+
+
+def test_the_help_page_has_every_key_with_type_default_range_and_sentence() -> None:
+    page = help_page(Run, "try", "Try things.\n\nAnd more.")
+    assert page.startswith("usage: smalti try [--config FILE ...] [key=value ...]") and "Try things. And more." in page
+    for row in [
+        r"out +text +required +where to",
+        r"seed +int >= 0 +0 +chooses the noise",
+        r"side +int >= 4 or \[int >= 4, +8",
+        r"mode +a \| b or null +null",
+        r"train.steps +int >= 1 +7 +how many updates",
+        r"train.lr +float > 0, <= 1 +0.001 +learning rate",
+        r"train.betas +\[float, float\] +\[0.9, 0.95\]",
+        r"train.minutes +float > 0 or null +null +a limit",
+        r"model.kind +conv \| plain +conv",
+        r"model.width +int 8..4096 +64 +how wide the net is",
+        r"model.act +silu \| gelu +silu +the nonlinearity",
+        r"model.coder.kind +book \| steps +book +vectors to ids",
+        r"model.coder.codes +int >= 2 +256 +how many codes",  # the net's default, not the coder's
+        r"model.coder.levels +\[int >= 2, ...\] +\[8, 8\] +levels of each channel",
+        r"model.depth +int +2 +how deep",
+        r"optim.kind +adam \| sgd +adam +how",
+        r"optim.nesterov +bool +false +look ahead",
+    ]:
+        assert re.search(rf"^  {row}", page, re.M), row
+    for title in [
+        "model: the net",
+        "model.kind=plain: A net without.",
+        "model.coder.kind=steps: Codes on a lattice.",
+        "train: how long",
+        "optim.kind=sgd: The plain one.",
+    ]:
+        assert f"\n\n{title}\n" in page
+    assert "model.size" not in page and "secret" not in page  # a fact of the data
+
+
+def test_the_help_page_fits_and_lines_up() -> None:
+    lines = help_page(Run, "try", "Try. " * 50).splitlines()
+    assert max(map(len, lines)) <= 110
+    sentences = ("where to", "chooses the noise", "learning rate", "how wide the net is", "how many updates")
+    starts = {line.index(sentence) for line in lines for sentence in sentences if line.endswith(sentence)}
+    first = next(number for number, line in enumerate(lines) if "how many updates" in line)
+    starts.add(lines[first].index("how many"))
+    starts.add(len(lines[first + 1]) - len(lines[first + 1].lstrip()))  # the sentence goes on below itself
+    assert len(starts) == 1
+
+
+def test_help_wins_over_everything_else(capsys: pytest.CaptureFixture[str]) -> None:
+    for flag in ("--help", "-h"):
+        with pytest.raises(SystemExit) as caught:
+            parse(Run, ["nonsense", flag], verb="try", description="Try.")
+        assert caught.value.code == 0 and "train.steps" in capsys.readouterr().out
+
+
+def test_difference_names_dotted_keys() -> None:
+    old = {"a": 1, "t": {"lr": 0.1, "b": [1, 2]}, "gone": None}
+    assert difference(old, {"a": 1.0, "t": {"lr": 0.2, "b": (1, 2)}, "new": {"x": 1}}) == [
+        "t.lr: 0.1 -> 0.2",
+        "gone: null -> (absent)",
+        'new: (absent) -> {"x": 1}',
+    ]
+    assert difference(old, old) == []
+    assert difference({"x": "a" * 999 + "b"}, {"x": "a" * 999 + "c"})
+
+
+# How it ends
+
+
+def fails(error: BaseException) -> Any:
+    def run(config: Run) -> None:
+        raise error
+
+    return run
+
+
+def code_of(run: Any, *argv: str) -> Any:
+    with pytest.raises(SystemExit) as caught:
+        run_command(Run, run, ["out=x", *argv], verb="try", description="")
+    return caught.value.code
+
+
+def test_exit_codes(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run_command(Run, lambda config: config.out * 2, ["out=x"], verb="try", description="") == "xx"
+    assert code_of(fails(UserError("one: a\ntwo: b"))) == 2
+    assert capsys.readouterr().err == "error: one: a\nerror: two: b\n"
+    assert code_of(fails(PathError("no such folder"))) == 2
+    assert capsys.readouterr().err == "error: no such folder\n"
+    assert code_of(fails(KeyboardInterrupt())) == 130
+    assert capsys.readouterr().err == "error: interrupted\n"
+    assert code_of(fails(Interrupted())) == 130 and not capsys.readouterr().err  # the run has said all
+    assert code_of(fails(AssertionError()), "sed=1", "--bogus") == 2
+    assert len(capsys.readouterr().err.splitlines()) == 2
+    with pytest.raises(ZeroDivisionError):  # a bug
+        run_command(Run, fails(ZeroDivisionError()), ["out=x"], verb="try", description="")
+
+
+def test_one_process_of_several_talks(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setenv("RANK", "1")
+    assert [code_of(fails(AssertionError()), last) for last in ("--help", "--dry-run", "junk")] == [0, 0, 2]
+    assert capsys.readouterr() == ("", "")
+    assert code_of(fails(UserError("mine alone"))) == 2  # other processes may not have met it
+    assert capsys.readouterr().err == "error on process 1: mine alone\n"
+    monkeypatch.setenv("RANK", "0")
+    assert code_of(fails(AssertionError()), "junk") == 2 and capsys.readouterr().err
+
+
+# Verbs
+
+
+def test_verbs_are_the_modules_with_a_main() -> None:
+    folder = Path(pipelines.__file__).parent
+    with_main = {path.stem for path in folder.glob("*.py") if re.search(r"^def main\(", path.read_text(), re.M)}
+    found = verbs()
+    assert {module_of(name) for name in found} == with_main - {"__main__"}
+    assert {"train_tokenizer", "train_prior", "import"} <= set(found)
+    for name, sentence in found.items():
+        assert sentence.endswith(".") and sentence in (
+            ast.get_docstring(ast.parse((folder / f"{module_of(name)}.py").read_text())) or ""
+        )
+        assert re.search(rf"^  {name} +{re.escape(sentence[:30])}", verb_page(found), re.M)
+
+
+def test_finding_verbs_imports_nothing(tmp_path: Path) -> None:
+    write(tmp_path / "good.py", '"""Does good.\n\nMore."""\nraise ImportError\ndef main(): ...\n')
+    write(tmp_path / "library.py", '"""No verb."""\nclass A:\n    def main(self): ...\n')
+    write(tmp_path / "__main__.py", "def main(): ...\n")
+    assert verbs(tmp_path) == {"good": "Does good."}
+
+
+def test_a_verb_gets_the_rest_of_the_line(capsys: pytest.CaptureFixture[str]) -> None:
+    for name in ("train_tokenizer", "train-tokenizer"):
+        with pytest.raises(SystemExit) as caught:
+            main([name, "--help"])
+        assert caught.value.code == 0 and "usage: smalti train_tokenizer" in capsys.readouterr().out
+
+
+def test_an_unknown_verb_suggests_the_near_one(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        main(["train_piror"])
+    assert caught.value.code == 2
+    assert capsys.readouterr().err == "error: train_piror: no such verb; did you mean 'train_prior'?\n"
+    for argv, code in ([], 2), (["--help"], 0):
+        with pytest.raises(SystemExit) as caught:
+            main(argv)
+        assert caught.value.code == code and "train_prior" in capsys.readouterr().out
+
+
+def test_the_module_runs_and_imports_nothing_heavy() -> None:
+    code = (
+        "import sys, pipelines.__main__ as m\ntry: m.main(['--help'])\nexcept SystemExit as e: code = e.code\n"
+        "print([n for n in ('accelerate', 'datasets', 'wandb') if n in sys.modules], code)"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert result.stdout.splitlines()[-1] == "[] 0" and "train_tokenizer" in result.stdout

@@ -1,0 +1,1085 @@
+"""Images read from shards when they are due: their order, where they come from, and what bad and hostile ones do."""
+
+from __future__ import annotations
+
+import hashlib
+import http.server
+import io
+import json
+import re
+import sys
+import tarfile
+import threading
+import time
+import zlib
+from contextlib import contextmanager, suppress
+from itertools import pairwise
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+from urllib.parse import parse_qs
+
+import numpy as np
+import pytest
+import torch
+from accelerate.state import AcceleratorState
+from fake_hub import Handler, commit, serve
+from image_files import CHANGES, change, noise, rows_of, write_parquet, write_shards, write_tar
+from launch import (
+    assert_equal_tensors,
+    exact,
+    losses,
+    output_of,
+    start,
+    tensors,
+    tokenizer_arguments,
+    train_tokenizer,
+    two_processes,
+)
+from small import make_tokenizer
+
+from pipelines.config import UserError
+from pipelines.images import DataConfig, Splits, load_images, to_float
+from pipelines.images.bad_images import REPORT, read_report
+from pipelines.images.base import Rows
+from pipelines.images.loading import carve
+from pipelines.images.shards import parquet as parquet_shards
+from pipelines.images.shards import places as shard_sources
+from pipelines.images.shards import reader as image_shards
+from pipelines.images.shards import tar as tar_shards
+from pipelines.images.shards.tar_index import Member, TarError, scan
+from pipelines.images.stamps import FileChanged
+from pipelines.shuffling.shards import ShardOrder, drawn_by_blocks
+from pipelines.train_tokenizer import TokenizerTask
+from pipelines.training.loop import batches
+from pipelines.training.schedule import TrainConfig
+from pipelines.training.task import Task
+
+KINDS = ["parquet", "tar"]
+TEXT = b"this is not an image"
+
+
+@pytest.fixture(autouse=True)
+def private_caches(tmp_path_factory, monkeypatch):
+    """Neither indices nor copies of tables in the user's cache; and accelerate is set up anew."""
+    import datasets
+
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.mktemp("datasets"))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HOME", str(tmp_path_factory.mktemp("home")))
+    monkeypatch.setattr(image_shards, "FIRST_PAUSE", 0.001)
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+def load(source: Any, **options: Any) -> Splits:
+    return load_images(DataConfig(**{"source": str(source), "image_size": 12, "streaming": True, **options}))
+
+
+def identities(pixels: torch.Tensor) -> list[int]:
+    """Which of `rows_of` each image is."""
+    known = {noise(12, 12, seed=k).tobytes(): k for k in range(200)}
+    return [known[image.numpy().tobytes()] for image in pixels]
+
+
+# The order
+
+
+def random_order(rng: np.random.Generator) -> ShardOrder:
+    starts = np.cumsum([0, *rng.integers(1, 12, rng.integers(1, 40))])
+    return ShardOrder(starts, int(rng.integers(1, starts[-1] + 3)))
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_every_image_comes_once_per_epoch_whatever_is_resumed(seed):
+    """Steps are asked for at random, by orders that know nothing of each other's."""
+    rng = np.random.default_rng(seed)
+    order = random_order(rng)
+    size = int(rng.integers(1, 2 * order.rows))
+    steps = -(-3 * order.rows // size)
+    found = {}
+    for step in rng.permutation(steps).tolist():
+        fresh = order if rng.random() < 0.7 else ShardOrder(order.starts, order.window)
+        found[step] = fresh.samples(size, seed, step)
+    indices, epochs = (np.concatenate([found[step][part] for step in range(steps)]) for part in (0, 1))
+    for epoch in range(3):
+        assert sorted(indices[epochs == epoch]) == list(range(order.rows))
+    assert all(set(np.diff(np.sort(np.unique(found[step][1])))) <= {1} for step in range(steps))
+
+
+@pytest.mark.parametrize("processes", [1, 2, 4])
+def test_any_number_of_processes_shares_the_same_batches(processes):
+    order = ShardOrder(np.arange(0, 101, 5), 20)
+    task: Any = Task()
+    task.rows, task.samples, task.batch = 100, order.samples, lambda indices, epochs, seed: (indices, epochs)
+    config = TrainConfig(batch_size=24, seed=3)
+    streams = [
+        batches(
+            SimpleNamespace(
+                step=9,
+                config=config,
+                task=task,
+                accelerator=SimpleNamespace(num_processes=processes, process_index=rank, device=torch.device("cpu")),
+            )
+        )
+        for rank in range(processes)
+    ]
+    for step in range(9, 30):
+        together = [np.concatenate(parts) for parts in zip(*(next(stream)[0] for stream in streams), strict=True)]
+        assert all((a == b).all() for a, b in zip(together, order.samples(24, 3, step), strict=True))
+
+
+def test_the_order_is_a_shuffle_and_differs_by_epoch_and_seed():
+    order = ShardOrder(np.arange(0, 4001, 20), 400)
+    epoch = [
+        np.concatenate([order.samples(100, seed, step)[0] for step in range(first, first + 40)])
+        for seed, first in ((0, 0), (0, 40), (1, 0))
+    ]
+    for one, other in ((0, 1), (0, 2), (1, 2)):
+        assert np.abs(np.corrcoef(epoch[one], epoch[other])[0, 1]) < 0.1
+    one_block = ShardOrder(np.array([0, 4000]), 400)  # where delays are all that shuffles
+    first, second = (np.concatenate([one_block.samples(100, 0, step)[0] for step in range(k, k + 40)]) for k in (0, 40))
+    assert (first != second).mean() > 0.9 and (first != np.arange(4000)).mean() > 0.9
+    for images in epoch:
+        assert np.abs(np.corrcoef(images, np.arange(4000))[0, 1]) < 0.15
+        of_a_block = [len(set(batch // 20)) for batch in images.reshape(40, 100)]
+        assert np.mean(of_a_block) > 14  # of the 20 that stand in a window, though a block holds 20 images
+
+
+def test_blocks_are_read_once_and_few_at_a_time():
+    """Within an epoch a block is open only while a window passes; eight processes share the reading."""
+    order = ShardOrder(np.arange(0, 100_001, 100), 2000)
+    blocks = np.concatenate([order.samples(250, 0, step)[0] for step in range(400)]).reshape(400, 250) // 100
+    begun, ended = {}, {}
+    for step, some in enumerate(blocks):
+        for block in some:
+            begun.setdefault(block, step)
+            ended[block] = step
+    open_at = [sum(begun[block] <= step <= ended[block] for block in begun) for step in range(400)]
+    assert len(begun) == 1000 and max(open_at) <= 2000 / 100 + 4
+    new = np.bincount(list(begun.values()), minlength=400)[20:380]
+    assert new.max() <= 8  # of 2.5 on average: nothing is read in bursts
+    shares = [len(set(blocks[:, 31 * k : 31 * k + 31].flatten())) for k in range(8)]
+    assert sum(shares) < 3 * 1000  # and not 8
+
+
+def test_resuming_reads_nothing_of_what_came_before(tmp_path, monkeypatch):
+    train = load(write_shards(tmp_path, "parquet", rows_of(200), 4), shuffle_window=20, held_out_fraction=0.005).train
+    read: list[Any] = []
+    monkeypatch.setattr(
+        train._rows.read.__self__,
+        "load",
+        lambda number, load=train._rows.read.__self__.load: (read.append(number), load(number))[1],
+    )
+    indices, _ = train.samples(8, 0, 15)
+    train.pixels(indices)
+    assert len(read) == len(set(read)) <= 8 and len(train) == 189
+    train.pixels(indices)
+    assert len(read) <= 8  # kept
+
+
+@pytest.mark.parametrize("fraction", [0.001, 0.1, 0.5])
+def test_carving_is_a_partition_by_blocks(fraction):
+    for blocks in (np.array([0, 7]), np.arange(0, 1001, 10), np.cumsum([0, 3, 1, 200, 40])):
+        size = int(blocks[-1])
+        count = max(1, round(size * fraction))
+        parts = carve(Rows(size, lambda _: [], None, None, blocks), count, count)
+        assert sorted(np.concatenate(list(parts.values()))) == list(range(size))
+        assert len(parts["held_out"]) == count == len(carve(Rows(size, lambda _: [], None), count, 0)["held_out"])
+        for part in ("held_out", "validation"):
+            assert len(parts[part]) == min(count, size - count * (part == "validation"))
+            cut = [b for a, b in pairwise(blocks) if 0 < np.isin(np.arange(a, b), parts[part]).sum() < b - a]
+            assert len(cut) <= 1
+
+
+def test_blocks_come_whole_in_an_order_of_their_own():
+    blocks = np.cumsum([0, 3, 1, 200, 40, 7])
+    order = drawn_by_blocks(blocks)
+    assert sorted(order) == list(range(251)) and order.tolist() != list(range(251))
+    places = np.argsort(order)
+    assert all((np.diff(places[begin:end]) == 1).all() for begin, end in pairwise(blocks))
+
+
+def test_images_for_validation_are_carved_by_blocks(tmp_path):
+    path = write_shards(tmp_path, "tar", rows_of(60), 6)
+    splits = load(path, validation_fraction=0.25, held_out_fraction=0.2)
+    parts = {name: identities(part.pixels(range(len(part)))) for name, part in splits.named().items()}
+    assert {name: len(part) for name, part in parts.items()} == {"train": 33, "validation": 15, "held_out": 12}
+    assert sorted(sum(parts.values(), [])) == list(range(60))
+    whole = load(path, validation_fraction=0, held_out_fraction=0.2)
+    assert identities(whole.held_out.pixels(range(12))) == parts["held_out"] and whole.validation is None
+
+
+# What is read
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_shards_hold_what_they_were_written_with(tmp_path, kind):
+    write_shards(tmp_path, kind, rows_of(23), 3)
+    write_shards(tmp_path, kind, rows_of(31)[23:], 1, split="test")
+    splits = load(tmp_path, shuffle_window=7)
+    assert (len(splits.train), len(splits.held_out)) == (23, 8)
+    for images, first in ((splits.train, 0), (splits.held_out, 23)):
+        assert identities(images.pixels(range(len(images)))) == list(range(first, first + len(images)))
+        assert images.labels.tolist() == [k % 3 for k in range(first, first + len(images))]
+    assert splits.train.class_names == ["0", "1", "2"]
+    indices, epochs = splits.train.samples(10, 0, 4)
+    assert torch.equal(splits.train.batch(indices), load(tmp_path).train.batch(indices)) and epochs.min() == 1
+
+
+def test_streamed_equals_read_whole(tmp_path):
+    """The other way to read parquet, which keeps pixels, is the reference; labels have their names."""
+    names = ["cat", "dog", "eel"]
+    write_shards(tmp_path, "parquet", rows_of(23), 2, names=names)
+    write_shards(tmp_path, "parquet", rows_of(9), 1, split="test", names=names)
+    options = {"channels": 3, "image_size": [10, 14], "limit": 20, "augment": {"flip": True, "rotate": 9.0}}
+    streamed, whole = load(tmp_path, **options), load(tmp_path, streaming=False, **options)
+    for a, b in ((streamed.train, whole.train), (streamed.held_out, whole.held_out)):
+        assert len(a) == len(b) and torch.equal(a.labels, b.labels) and a.class_names == b.class_names == names
+        choice = [3, 1, 8, 1]
+        assert torch.equal(
+            a.batch(choice, seed=2, epoch=3, augment=True), b.batch(choice, seed=2, epoch=3, augment=True)
+        )
+
+
+def test_a_folder_of_files_is_streamed_without_being_checked(tmp_path):
+    for key, data, label in rows_of(20):
+        path = tmp_path / f"class{label}" / f"{key}.png"
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(data)
+    streamed, whole = load(tmp_path), load(tmp_path, streaming=False)
+    assert torch.equal(streamed.train.batch(range(18)), whole.train.batch(range(18)))
+    assert torch.equal(streamed.train.labels, whole.train.labels)
+    assert all(
+        (a == b).all() for a, b in zip(streamed.train.samples(7, 1, 2), whole.train.samples(7, 1, 2), strict=True)
+    )
+
+
+@pytest.mark.parametrize(
+    ("label", "value", "options", "expected"),
+    [
+        ("cls", "7", {}, 7),
+        ("cls", " owl\n", {}, "owl"),
+        ("json", '{"label": 3, "x": 1}', {}, 3),
+        ("json", '{"cls": "owl"}', {}, "owl"),
+        ("json", '{"x": 5, "label": 3}', {"label_column": "x"}, 5),
+        ("species", "owl", {"label_column": "species"}, "owl"),
+        ("json", "{broken", {}, None),
+        ("json", "[" * 100_000, {}, None),
+        ("cls", "x" * (2 << 20), {}, None),
+        ("cls", "7", {"label_column": None}, None),
+    ],
+)
+def test_labels_of_a_tar(tmp_path, label, value, options, expected):
+    rows = [(key, data, value) for key, data, _ in rows_of(4)]
+    train = load(write_tar(tmp_path / "a.tar", rows, label=label), **options).train
+    assert train.class_names == ([] if expected is None else [str(expected)])
+    assert (train.labels is None) == (expected is None)
+
+
+def test_the_image_of_a_sample_is_chosen_by_its_suffix(tmp_path):
+    path = tmp_path / "a.tar"
+    with tarfile.open(path, "w") as tar:
+        for key, data, _ in rows_of(10):
+            for name in (f"x/{key}.PNG", f"x/{key}.seg.png", f"x/{key}.txt", f"x/.{key}.png"):
+                member = tarfile.TarInfo(name)
+                member.size = len(data)
+                tar.addfile(member, io.BytesIO(data))
+    assert len(load(path).train) == len(load(path, image_column="seg.png").train) == 9
+    with pytest.raises(UserError, match=r"a\.tar: no images in it with the suffix \.jpg"):
+        load(path, image_column="jpg")
+    two = write_tar(tmp_path / "b.tar", [(key, data, "x") for key, data, _ in rows_of(3)], label="webp")
+    with pytest.raises(UserError, match=r"00000 has the images png, webp; data\.image_column chooses one"):
+        load(two)
+
+
+def test_sources_that_can_not_be_streamed_are_named(tmp_path):
+    write_tar(tmp_path / "mixed/train/a.tar", rows_of(3))
+    write_parquet(tmp_path / "mixed/train/b.parquet", rows_of(3))
+    (tmp_path / "packed").mkdir()
+    (tmp_path / "packed/a.tar.gz").write_bytes(b"")
+    for source, message in (
+        ("digits", "digits are in memory"),
+        (tmp_path / "nothing-*.tar", "no file is called like"),
+        (tmp_path / "absent", "there is no such folder here|HFValidationError|no file or folder"),
+        ("ftp://somewhere/a.tar", "URLs begin with one of hf, http"),
+        ("simplecache::http://somewhere/a.tar", "URLs begin with one of hf, http"),
+        (tmp_path / "packed/a.tar.gz", r"kind \.gz.*reads \.parquet or \.tar"),
+    ):
+        with pytest.raises(UserError, match=message):
+            load(source)
+    with pytest.raises(UserError, match="no split 'validation'; it has train"):
+        load(write_shards(tmp_path / "a", "tar", rows_of(9), 1), split="validation")
+    with pytest.raises(UserError, match=r"no column 'pixels'; there are \['image', 'label'\]"):
+        load(write_parquet(tmp_path / "c.parquet", rows_of(3)), image_column="pixels")
+    with pytest.raises(UserError, match="'label' does not hold images"):
+        load(tmp_path / "c.parquet", image_column="label")
+    with pytest.raises(UserError, match="label_column: 'image' holds struct.*strings or whole numbers"):
+        load(tmp_path / "c.parquet", label_column="image")
+
+
+# The index
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_index_is_made_once_for_each_file_as_it_is(tmp_path, monkeypatch, kind):
+    made: list[str] = []
+    for module in (parquet_shards, tar_shards):
+        monkeypatch.setattr(
+            module,
+            "make_index",
+            lambda shard, config, make=module.make_index: (made.append(Path(shard.path).name), make(shard, config))[1],
+        )
+    folder = write_shards(tmp_path / "data", kind, rows_of(20), 2)
+    first = load(folder)
+    assert len(made) == 2
+    again = load(folder)
+    assert len(made) == 2 and torch.equal(again.train.pixels(range(18)), first.train.pixels(range(18)))
+    assert torch.equal(again.train.labels, first.train.labels) and again.train.class_names == first.train.class_names
+    load(folder, label_column=None)
+    assert len(made) == 4  # other choices, another index
+    changed = sorted(folder.iterdir())[1]
+    (write_tar if kind == "tar" else write_parquet)(changed, rows_of(13)[:9])
+    assert len(load(folder).train) == 17 and made[4:] == [changed.name]
+    for path in image_shards.cache_folder().iterdir():
+        path.write_bytes(path.read_bytes()[:-7])  # as a disk leaves it that is full
+    assert len(load(folder).train) == 17 and len(made) == 7
+
+
+def test_no_place_for_the_index_costs_only_time(tmp_path, monkeypatch):
+    (tmp_path / "home").write_bytes(b"a file")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HOME", str(tmp_path / "home"))
+    assert len(load(write_shards(tmp_path / "data", "tar", rows_of(20), 2)).train) == 18
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_memory_is_bounded_by_the_cache(tmp_path, kind):
+    """Blocks of some 100 kB; what they hold together never exceeds a mebibyte by more than the block that is read."""
+    rows = [(key, data + bytes(50_000), label) for key, data, label in rows_of(60)]
+    train = load(
+        write_shards(tmp_path, kind, rows, 12, **({"group": 2} if kind == "parquet" else {})),
+        cache_mb=1,
+        shuffle_window=4,
+    ).train
+    reader = train._rows.read.__self__
+    for step in range(20):
+        train.pixels(train.samples(8, 0, step)[0])
+        assert sum(reader.weights[number] for number in reader.cache) <= 2**20
+        assert sum(len(image) for block in reader.cache.values() for image in block) <= 2**20
+    assert len(reader.cache) > 1
+
+
+def test_a_window_that_does_not_fit_is_announced(tmp_path, capsys):
+    rows = [(key, data + bytes(100_000), label) for key, data, label in rows_of(30)]
+    load(write_shards(tmp_path, "tar", rows, 2), cache_mb=1)
+    assert re.search(r"shuffle_window: 27 of these images take 2 MiB.*cache_mb=1", capsys.readouterr().err)
+
+
+# Servers
+
+
+class Ranges(http.server.SimpleHTTPRequestHandler):
+    """Files of a folder, or parts of them; every third answer is an error."""
+
+    failing, count = False, 0
+
+    def do_GET(self) -> None:
+        Ranges.count += 1
+        data = (Path(self.directory) / self.path.strip("/")).read_bytes()
+        if self.failing and Ranges.count % 3 == 0:
+            return self.send_error(503)
+        first, last, validators = 0, len(data) - 1, self.validators(data)
+        asked = re.match(r"bytes=(\d+)-(\d*)", self.headers.get("Range", ""))
+        if asked and int(asked[1]) > last:
+            return self.send_error(416)
+        if asked and self.gives_part(validators):
+            first, last = int(asked[1]), min(int(asked[2] or last), last)
+            self.send_response(206)
+            if told := self.range_told(first, last, len(data)):
+                self.send_header("Content-Range", told)
+        else:
+            self.send_response(200)
+        self.send_header("Content-Length", str(last - first + 1))
+        self.send_header("Accept-Ranges", "bytes")
+        for name, value in validators.items():
+            self.send_header(name, value)
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(data[first : last + 1])
+
+    do_HEAD = do_GET  # type: ignore[assignment]
+
+    def validators(self, data: bytes) -> dict[str, str]:
+        return {"ETag": f'"{hash(data)}"'}
+
+    def gives_part(self, validators: dict[str, str]) -> bool:
+        """Whatever `If-Range` says."""
+        return True
+
+    def range_told(self, first: int, last: int, length: int) -> str | None:
+        return f"bytes {first}-{last}/{length}"
+
+    def log_message(self, *arguments: object) -> None:
+        """Nothing on stderr."""
+
+
+@contextmanager
+def served(folder: Path, failing: bool = False, **behaviour: Any):
+    handler = type("Handler", (Ranges,), {"failing": failing, **behaviour})
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), lambda *a: handler(*a, directory=str(folder)))
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    try:
+        yield f"http://127.0.0.1:{server.server_port}"
+    finally:
+        server.shutdown()
+        server.server_close()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_shard_on_a_server_is_read_in_parts(tmp_path, kind, monkeypatch):
+    path = write_shards(tmp_path, kind, rows_of(40), 1) / f"train-00000-of-00001.{kind}"
+    expected = load(path)
+    with served(tmp_path, failing=True) as url:  # which is tried again
+        monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+        found = load(f"{url}/{path.name}")
+        assert torch.equal(found.train.pixels(range(36)), expected.train.pixels(range(36)))
+        assert torch.equal(found.train.labels, expected.train.labels)
+    found.train._rows.read.__self__.cache.clear()
+    with pytest.raises(UserError, match=rf"^http://.*{path.name}: can not be read: "):
+        found.train.pixels([0])  # a server that is gone is no bad image
+
+
+# Files that change
+
+
+CHANGED = "it has changed since the run started; start the run again"
+
+
+def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a tar: blocks of a few images."""
+    monkeypatch.setattr(tar_shards, "BLOCK_BYTES", 4000)
+
+
+def two_files(folder: Path, kind: str) -> tuple[Path, Path]:
+    """A shard of the images from 0 to 39, and beside it one that has them the other way round."""
+    rows, write = rows_of(40), write_tar if kind == "tar" else write_parquet
+    (folder / "other").mkdir()
+    return write(folder / f"a.{kind}", rows), write(folder / f"other/b.{kind}", rows[::-1])
+
+
+def read_epochs(train: Any, seed: int) -> None:
+    """Read two epochs, all images of which have to be the right ones; and keep nothing of them."""
+    for step in range(9):
+        indices, _ = train.samples(8, seed, step)
+        assert identities(train.pixels(indices)) == train._positions[indices].tolist()
+    train._rows.read.__self__.cache.clear()  # of the last block, which is kept in any case
+
+
+@pytest.mark.parametrize("how", CHANGES)
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_shard_that_changes_ends_the_run(tmp_path, monkeypatch, kind, how):
+    """Two epochs of blocks that are not kept, and then none of the other file's images. A changed file is no bad image;
+    and a further run has its images."""
+    small_blocks(monkeypatch)
+    path, other = two_files(tmp_path, kind)
+    assert kind == "parquet" or path.stat().st_size == other.stat().st_size
+    train = load(path, cache_mb=0, on_error="skip", max_bad_fraction=1.0).train
+    assert len(train._rows.blocks) > 5
+    read_epochs(train, seed=0)
+    change(path, other, how)
+    for index in (0, 20, 35):
+        with pytest.raises(FileChanged, match=f"^{path}: {CHANGED}$"):
+            train.pixels([index])
+    assert not train.report.problems
+    later = load(path, cache_mb=0).train
+    expected = later._positions if how == "touched" else 39 - later._positions
+    assert identities(later.pixels(range(36))) == expected.tolist()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_shard_that_changes_while_it_is_indexed_ends_the_run(tmp_path, monkeypatch, kind):
+    path, other = two_files(tmp_path, kind)
+    at_first = shard_sources.shard_at
+
+    def found(file: str) -> Any:
+        shard = at_first(file)
+        change(path, other, "replaced")
+        return shard
+
+    monkeypatch.setattr(shard_sources, "shard_at", found)
+    with pytest.raises(FileChanged, match=f"^{path}: {CHANGED}$"):
+        load(path)
+    assert not image_shards.cache_folder().exists()  # no index of one file is kept under the other's stamp
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_shard_that_is_rewritten_during_a_read_ends_the_run(tmp_path, monkeypatch, kind):
+    """The file is opened, found to be the right one, and then written over."""
+    small_blocks(monkeypatch)
+    path, other = two_files(tmp_path, kind)
+    train = load(path, cache_mb=0).train
+
+    class Rewritten(io.FileIO):
+        def read(self, size: int = -1) -> bytes:
+            change(path, other, "rewritten")
+            return super().read(size)
+
+    monkeypatch.setattr(image_shards.Shard, "open", lambda shard, ahead=0: Rewritten(shard.path))
+    with pytest.raises(FileChanged, match=f"^{path}: {CHANGED}$"):
+        train.pixels([0, 1])
+
+
+def test_threads_tell_a_changed_shard_among_others(tmp_path, monkeypatch):
+    """Many blocks are read at once, of which those of one shard are other ones by now."""
+    small_blocks(monkeypatch)
+    monkeypatch.setattr(image_shards, "WORKERS", 8)
+    write_shards(tmp_path, "tar", rows_of(40), 4)
+    train = load(tmp_path, cache_mb=0, on_error="skip").train
+    train.pixels(range(36))
+    train._rows.read.__self__.cache.clear()
+    path = tmp_path / "train-00002-of-00004.tar"
+    write_tar(path, rows_of(20)[:10])
+    assert identities(train.pixels(range(15))) == train._positions[:15].tolist()
+    with pytest.raises(FileChanged, match=f"^{path}: {CHANGED}$"):
+        train.pixels(range(36))
+
+
+def weak(self: Ranges, data: bytes) -> dict[str, str]:
+    return {"ETag": f'W/"{hash(data)}"', "Last-Modified": "Tue, 01 Jul 2025 00:00:00 GMT"}
+
+
+def dated(self: Ranges, data: bytes) -> dict[str, str]:
+    return {"ETag": '"1"', "Last-Modified": f"Tue, 01 Jul 2025 00:00:{zlib.crc32(data) % 60:02} GMT"}
+
+
+def same(self: Ranges, data: bytes) -> dict[str, str]:
+    return {"ETag": '"1"', "Last-Modified": "Tue, 01 Jul 2025 00:00:00 GMT"}
+
+
+def silent(self: Ranges, data: bytes) -> dict[str, str]:
+    return {}
+
+
+def only_when_asked_for_parts(self: Ranges, data: bytes) -> dict[str, str]:
+    return {} if self.command == "HEAD" else {"ETag": f'"{hash(data)}"'}
+
+
+def only_when_asked_for_all(self: Ranges, data: bytes) -> dict[str, str]:
+    return {"ETag": f'"{hash(data)}"'} if self.command == "HEAD" else {}
+
+
+def honest(self: Ranges, validators: dict[str, str]) -> bool:
+    """What RFC 9110 asks for: a part, unless the file has another strong ETag than `If-Range` says."""
+    asked, data = self.headers.get("If-Range"), (Path(self.directory) / self.path.strip("/")).read_bytes()
+    return asked is None or (asked == f'"{hash(data)}"' and validators.get("ETag", asked) == asked)
+
+
+SERVERS: dict[str, dict[str, Any]] = {
+    "ETag, If-Range ignored": {},
+    "ETag, If-Range honoured": {"gives_part": honest},
+    "If-Range alone": {"validators": only_when_asked_for_all, "gives_part": honest},
+    "weak ETag": {"validators": weak, "gives_part": honest},
+    "date": {"validators": dated},
+    "ETag in parts alone": {"validators": only_when_asked_for_parts, "gives_part": honest},
+    "length": {"validators": same},
+    "length, nothing else": {"validators": silent},
+    "length, in no answer": {"validators": silent, "range_told": lambda s, first, last, _: f"bytes {first}-{last}/*"},
+}
+
+
+@pytest.mark.parametrize("server", SERVERS)
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_shard_that_changes_on_a_server_ends_the_run(tmp_path, monkeypatch, kind, server):
+    """And one that stays is read, whatever the server says of it. Other lengths are longer or shorter ones."""
+    small_blocks(monkeypatch)
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    path, other = two_files(tmp_path, kind)
+    if "length" in server:
+        path, other = other.replace(path), path.with_name("c")
+        (write_tar if kind == "tar" else write_parquet)(path, rows_of(40))
+        (write_tar if kind == "tar" else write_parquet)(other, rows_of(48)[8:])
+        if "no answer" in server:
+            other.write_bytes(other.read_bytes()[:1500])
+        else:
+            other.write_bytes(other.read_bytes() + bytes(10240))
+    with served(tmp_path, **SERVERS[server]) as url:
+        train = load(f"{url}/{path.name}", cache_mb=0, on_error="skip", max_bad_fraction=1.0).train
+        read_epochs(train, seed=0)
+        change(path, other, "replaced")
+        seen = CHANGED if (kind, server) != ("parquet", "length, in no answer") else "can not be read: .*"
+        with pytest.raises(UserError, match=f"^{url}/{path.name}: {seen}$"):
+            train.pixels([30])
+    assert not train.report.problems
+
+
+@pytest.mark.parametrize(
+    ("told", "message"),
+    [
+        (lambda s, first, last, length: f"bytes {first + 512}-{last + 512}/{length}", "are those from "),
+        (lambda s, first, last, length: f"bytes {first}-{last - 1}/{length}", "are those from "),
+        (lambda s, first, last, length: f"items {first}-{last}/{length}", "does not say which"),
+        (lambda s, first, last, length: None, "does not say which"),
+    ],
+)
+def test_another_part_than_was_asked_for_is_refused(tmp_path, monkeypatch, told, message):
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    path = write_tar(tmp_path / "a.tar", rows_of(40))
+    with served(tmp_path) as url:
+        train = load(f"{url}/a.tar", cache_mb=0).train
+        train.pixels([0])
+    with served(tmp_path, range_told=told) as url, pytest.raises(UserError) as caught:
+        load(f"{url}/a.tar")
+    assert re.fullmatch(
+        rf"{url}/{path.name}: can not be read: the bytes from 0 to \d+ were asked for, what came "
+        rf"{message}.*",
+        str(caught.value),
+    )
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_shard_that_changes_in_an_object_store_ends_the_run(tmp_path, monkeypatch, kind):
+    """One that keeps listings and answers from them, as those of `fsspec` do; its ETag is asked after each block."""
+    from fsspec.implementations.memory import MemoryFileSystem
+
+    class Store(MemoryFileSystem):
+        cachable, store, pseudo_dirs, listed = False, dict[str, Any](), [""], dict[str, Any]()
+
+        def info(self, path: str, refresh: bool = False, **options: Any) -> dict[str, Any]:
+            if refresh or path not in self.listed:
+                found = super().info(path)
+                self.listed[path] = {**found, "ETag": hashlib.md5(self.cat_file(path)).hexdigest()}
+            return self.listed[path]
+
+    small_blocks(monkeypatch)
+    store = Store()
+    path, other = two_files(tmp_path, kind)
+    store.pipe_file(str(path), path.read_bytes())
+    monkeypatch.setattr(shard_sources, "file_system", lambda url: (store, str(path)))
+    monkeypatch.setattr(shard_sources, "remote_files", lambda url: [url])
+    train = load(f"s3://bucket/a.{kind}", cache_mb=0).train
+    read_epochs(train, seed=0)
+    store.pipe_file(str(path), other.read_bytes())
+    with pytest.raises(FileChanged, match=rf"^s3://bucket/a\.{kind}: {CHANGED}$"):
+        train.pixels([0])
+
+
+# Bad images
+
+
+def damaged(rows, *which):
+    return [(key, TEXT if k in which else data, label) for k, (key, data, label) in enumerate(rows)]
+
+
+def bad_shards(folder: Path, kind: str) -> Path:
+    """60 images in 3 classes, of which 3, 6, 9 and 10 are bad."""
+    write_shards(folder, kind, rows_of(20), 1, split="test")
+    return write_shards(folder, kind, damaged(rows_of(60), 3, 6, 9, 10), 3)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_bad_image_is_replaced_by_the_next_good_one_of_its_class(tmp_path, kind, capsys):
+    train = load(bad_shards(tmp_path, kind), on_error="skip").train
+    expected = list(range(60))
+    for bad, good in ((3, 12), (6, 12), (9, 12), (10, 13)):
+        expected[bad] = good
+    for order in (range(60), [10, 9, 3, 6], [9, 9, 10]):  # what was met before makes no difference
+        fresh = load(tmp_path, on_error="skip").train
+        assert identities(fresh.pixels(order)) == [expected[k] for k in order]
+        assert identities(fresh.pixels(order)) == [expected[k] for k in order]
+    assert all(k % 3 == train.labels[j] for j, k in enumerate(expected))
+    capsys.readouterr()
+    train.pixels(range(60))
+    shard = tmp_path / f"train-00000-of-00003.{kind}"
+    called = {k: f"{shard}: " + (f"{k:05d}.png" if kind == "tar" else f"row {k}") for k in (3, 6, 9, 10, 12, 13)}
+    found = [(p.path, p.row, p.replaced_by) for p in sorted(train.report.problems, key=lambda p: p.row)]
+    assert found == [(called[b], b, called[g]) for b, g in ((3, 12), (6, 12), (9, 12), (10, 13))]
+    assert all("not an image" in problem.reason for problem in train.report.problems)
+    warning = capsys.readouterr().err
+    assert warning.count("\n") == 1 and called[3] in warning
+
+
+def test_the_last_of_a_class_goes_round_and_a_class_of_bad_ones_ends(tmp_path):
+    write_tar(tmp_path / "train.tar", damaged(rows_of(60), 57, 59, *range(1, 60, 3)))
+    write_tar(tmp_path / "test.tar", rows_of(3))
+    train = load(tmp_path, on_error="skip", max_bad_fraction=0.5).train
+    assert identities(train.pixels([57, 59])) == [0, 2]
+    with pytest.raises(UserError, match=r"00001\.png: not an image.*no other image of its class"):
+        train.pixels([1])
+
+
+def test_a_bad_image_ends_the_run_by_default(tmp_path):
+    train = load(bad_shards(tmp_path, "tar")).train
+    assert identities(train.pixels([0, 1, 2])) == [0, 1, 2]
+    with pytest.raises(UserError, match=r"train-00000-of-00003\.tar: 00003\.png: not an image.*data\.on_error=skip"):
+        train.pixels([4, 3])
+
+
+def test_too_many_bad_images_end_the_run(tmp_path, monkeypatch):
+    monkeypatch.setattr("pipelines.images.streamed.FEW", 30)
+    options = {"on_error": "skip", "max_bad_fraction": 0.1}
+    train = load(bad_shards(tmp_path, "parquet"), **options).train
+    train.pixels([3, 6, 9])  # three of thirty
+    with pytest.raises(UserError, match=r"4 of \d+ images so far.*max_bad_fraction=0.1(.|\n)*row 3: not an image"):
+        train.pixels([10])
+    train = load(tmp_path, **options).train
+    train.pixels(range(11, 60))
+    train.pixels([3, 6, 9, 10])  # four of more than forty
+    assert train.report.found >= 53 and train.report.bad == 4
+
+
+def test_the_report_has_each_bad_image_once(tmp_path):
+    data = bad_shards(tmp_path / "data", "tar")
+    for _ in range(2):  # as two processes, or two lives of a run
+        splits = load(data, on_error="skip")
+        splits.train.pixels(range(20))
+        splits.write_report(tmp_path)
+        splits.train.pixels(range(60))
+        splits.write_report(tmp_path)
+    lines = read_report(tmp_path)
+    assert sorted(line["row"] for line in lines) == [3, 6, 9, 10]
+    assert all(set(line) == {"split", "path", "row", "reason", "replaced_by"} for line in lines)
+    assert json.loads((tmp_path / REPORT).read_text().splitlines()[0])["split"] == "train"
+
+
+def test_bad_images_found_beforehand_are_reported_too(tmp_path):
+    """Of a run that reads all images first: the same file, from the first process alone."""
+    data = bad_shards(tmp_path / "data", "parquet")
+    options = {
+        "data__source": str(data),
+        "data__image_size": 12,
+        "data__limit": 60,
+        "train__steps": 2,
+        "data__on_error": "skip",
+        "data__max_bad_fraction": 0.1,
+    }
+    run = train_tokenizer(tmp_path / "run", **options)
+    lines = read_report(run)
+    assert [(line["row"], line["replaced_by"]) for line in lines] == [(3, None), (6, None), (9, None), (10, None)]
+    assert lines[0]["path"].startswith("row 3 of train") and lines[0]["reason"].startswith("not an image")
+
+
+def test_a_token_dataset_is_encoded_from_shards(tmp_path):
+    """Each row has the tokens of its image, or of the one that stands in for it, and the label of both."""
+    from pipelines.encode import EncodeConfig
+    from pipelines.encode import run as encode
+    from pipelines.tokens import load_tokens
+
+    tokenizer = make_tokenizer("vqvae", (12, 12), 1).eval()
+    tokenizer.save_pretrained(tmp_path / "tokenizer")
+    data = {
+        "source": str(bad_shards(tmp_path / "data", "tar")),
+        "streaming": True,
+        "image_size": 12,
+        "on_error": "skip",
+    }
+    folder = encode(
+        EncodeConfig(tokenizer=str(tmp_path / "tokenizer"), out=str(tmp_path / "t"), data=data, batch_size=7)
+    )
+    split, expected = load_tokens(folder).splits["train"], list(range(60))
+    for bad, good in ((3, 12), (6, 12), (9, 12), (10, 13)):
+        expected[bad] = good
+    images = to_float(torch.from_numpy(np.stack([noise(1, 12, 12, seed=k) for k in expected])))
+    found = torch.as_tensor(np.asarray(split.tokens[:])).long()
+    assert torch.equal(found, tokenizer.encode(images)) and len(found.unique()) > 1
+    assert torch.as_tensor(np.asarray(split.labels[:])).tolist() == [k % 3 for k in range(60)]
+
+
+# Hostile tars
+
+
+def header(name: bytes, size: int, kind: bytes = b"0", sparse: bytes = b"") -> bytes:
+    block = bytearray(512)
+    block[: len(name)] = name
+    block[100:108], block[108:116], block[116:124] = b"0000644\0", b"0000000\0", b"0000000\0"
+    block[124:136] = size.to_bytes(12, "big") if size >= 8**11 else b"%011o\0" % size
+    if size >= 8**11:
+        block[124] |= 0x80
+    block[136:148], block[156:157], block[257:263] = b"00000000000\0", kind, b"ustar\0"
+    block[482 : 482 + len(sparse)] = sparse
+    block[148:156] = b" " * 8
+    block[148:156] = b"%06o\0 " % sum(block)
+    return bytes(block)
+
+
+def padded(data: bytes) -> bytes:
+    return data + bytes(-len(data) % 512)
+
+
+END = bytes(1024)
+PNG = rows_of(1)[0][1]
+
+
+def members(data: bytes) -> list[Member]:
+    return list(scan(io.BytesIO(data), len(data)))
+
+
+def test_names_that_lead_out_are_only_names(tmp_path):
+    names = ["../../escape.png", "/etc/passwd.png", "a/../../b.png", "c\x1b[31m\nred.png", "d" * 90 + ".png", "ok.png"]
+    path = tmp_path / "in" / "a.tar"
+    path.parent.mkdir()
+    path.write_bytes(b"".join(header(name.encode(), len(PNG)) + padded(PNG) for name in names) + END)
+    before = sorted(tmp_path.rglob("*"))
+    train = load(path, held_out_fraction=0.01).train
+    assert len(train) == 5 and set(identities(train.pixels(range(5)))) == {0}
+    assert sorted(tmp_path.rglob("*")) == before and not Path("/etc/passwd.png").exists()
+    told = [train._rows.read([row])[0][0] for row in range(6)]
+    assert told[0] == f"{path}: ../../escape.png" and told[3] == f"{path}: c\\x1b[31m\\nred.png"
+
+
+@pytest.mark.parametrize("kind", [b"1", b"2", b"3", b"4", b"5", b"6", b"V", b"S"])
+def test_what_is_not_a_file_is_passed_over(kind):
+    """Links, devices, folders, FIFOs, volume labels and sparse files, whose map may go on."""
+    size = 1024 if kind in (b"1", b"V", b"S") else 0  # a link may have the size of what it leads to, and no data
+    extra = bytes(504) + b"\1" + bytes(7) + bytes(512) if kind == b"S" else b""
+    odd = header(b"a.png", size, kind, sparse=b"\1" if extra else b"") + extra + bytes(size if kind > b"9" else 0)
+    found = members(odd + header(b"b.png", len(PNG)) + padded(PNG) + END)
+    assert found == [Member("b.png", len(odd) + 512, len(PNG))]
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        (b"", "without an end mark"),
+        (b"\1" * 1024, "no header of a tar at byte 0"),
+        (header(b"a.png", 10**15) + END, "inside a file that goes on to byte"),
+        (header(b"a.png", 5000) + bytes(1024), "inside a file"),
+        (b"b" + header(b"a.png", 0)[1:] + END, "no header of a tar at byte 0"),
+        (header(b"a.png", 512) + bytes(512), "without an end mark"),
+        (header(b"x", 1 << 40, b"L") + END, "a header of 1099511627776 bytes"),
+        (header(b"x", 1 << 33, b"x") + END, "a header of 8589934592 bytes"),
+        (header(b"a.png", 512)[:124] + b"-0000000001\0" + header(b"a.png", 512)[136:] + END, "no header"),
+        (header(b"a.png", 100, b"S", sparse=b"\1") + END[:512], "it ends at byte 1024"),
+    ],
+)
+def test_damaged_tars_say_where(data, message):
+    with pytest.raises(TarError, match=message):
+        members(data)
+
+
+def test_every_cut_of_a_tar_is_noticed(tmp_path):
+    data = write_tar(tmp_path / "a.tar", rows_of(4)).read_bytes()
+    whole = members(data)
+    end = max(member.offset + member.size for member in whole)
+    end += -end % 512
+    for cut in [*range(0, end, 97), end]:
+        with pytest.raises(TarError):
+            members(data[:cut])
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_any_change_of_a_tar_gives_members_inside_of_it_or_an_error(tmp_path, seed):
+    rng = np.random.default_rng(seed)
+    data = bytearray(write_tar(tmp_path / "a.tar", rows_of(3)).read_bytes())
+    outcomes = set()
+    for _ in range(300):
+        changed = bytearray(data)
+        for place in rng.integers(0, len(data), rng.integers(1, 4)):
+            changed[place] = rng.integers(256)
+        try:
+            found = members(bytes(changed))
+        except TarError:
+            outcomes.add("error")
+            continue
+        outcomes.add("members")
+        assert all(m.offset >= 0 and m.offset + m.size <= len(data) for m in found) and len(found) <= len(data) // 512
+    assert outcomes == {"error", "members"}
+
+
+@pytest.mark.parametrize("format", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
+def test_tars_of_every_dialect_are_read_as_tarfile_reads_them(tmp_path, format):
+    path, rng = tmp_path / "a.tar", np.random.default_rng(0)
+    names = ["a.png", "b/c.png", "x" * 60 + "/" + "y" * 90 + ".png", "ü/ä.png"]
+    names += ["z" * 150 + "/" + "w" * 120 + ".png"] if format != tarfile.USTAR_FORMAT else []
+    with tarfile.open(path, "w", format=format, pax_headers={"comment": "all"}) as tar:
+        for number, name in enumerate(names):
+            folder = tarfile.TarInfo(f"folder{number}")
+            folder.type = tarfile.DIRTYPE
+            tar.addfile(folder)
+            member = tarfile.TarInfo(name)
+            member.size = int(rng.integers(0, 2000))
+            member.mtime = 1.5  # which pax writes down
+            tar.addfile(member, io.BytesIO(bytes(member.size)))
+    with tarfile.open(path) as tar:
+        expected = [Member(m.name, m.offset_data, m.size) for m in tar if m.isreg()]
+    assert members(path.read_bytes()) == expected and len(expected) == len(names)
+
+
+def test_a_huge_member_is_not_read(tmp_path, monkeypatch):
+    monkeypatch.setattr(tar_shards, "MAX_FILE", 3000)
+    path = write_tar(tmp_path / "test.tar", rows_of(3)).with_name("train.tar")
+    parts = [(b"a.png", PNG), (b"b.png", bytes(9000)), (b"c.png", PNG), *((b"%d.png" % k, PNG) for k in range(7))]
+    path.write_bytes(b"".join(header(name, len(data)) + padded(data) for name, data in parts) + END)
+    train = load(tmp_path, on_error="skip", max_bad_fraction=0.5).train
+    assert len(train) == 10 and set(identities(train.pixels(range(10)))) == {0}
+    assert [(p.row, p.reason) for p in train.report.problems] == [(1, "a file of 9000 bytes; the limit is 3000")]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_damaged_shard_ends_the_run_with_its_path(tmp_path, kind):
+    write_shards(tmp_path, kind, rows_of(20), 2)
+    path = tmp_path / f"train-00001-of-00002.{kind}"
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    with pytest.raises(UserError, match=f"{path}: (not a whole (tar|parquet) file|can not be read)") as caught:
+        load(tmp_path, on_error="skip")
+    assert "\n" not in str(caught.value)
+
+
+def test_a_row_group_too_large_is_refused_before_it_is_read(tmp_path, monkeypatch):
+    monkeypatch.setattr(parquet_shards, "MAX_GROUP", 1000)
+    path = write_parquet(tmp_path / "a.parquet", rows_of(20), group=20)
+    with pytest.raises(UserError, match=r"a\.parquet: a row group with \d+ bytes of images; the limit is 1000"):
+        load(path)
+
+
+# Training
+
+
+def streamed_options(data: Path, **more: Any) -> dict[str, Any]:
+    return {
+        "data__source": str(data),
+        "data__streaming": True,
+        "data__image_size": 12,
+        "data__limit": 60,
+        "data__shuffle_window": 15,
+        "data__augment__rotate": 8,
+        **more,
+    }
+
+
+def test_training_does_not_depend_on_the_threads_nor_on_being_resumed(tmp_path, monkeypatch):
+    data = bad_shards(tmp_path / "data", "tar")
+    options = streamed_options(data, data__on_error="skip", train__steps=9, train__save_every=4)
+    whole = train_tokenizer(tmp_path / "whole", **options)
+    assert len(set(losses(whole))) == 9 and len(read_report(whole)) == 4
+    for workers in (1, 2, 4):
+        for module in ("images", "image_shards"):
+            monkeypatch.setattr(f"pipelines.{module}.WORKERS", workers)
+        run = tmp_path / f"workers{workers}"
+        with monkeypatch.context() as patch, suppress(KeyboardInterrupt):
+            patch.setattr(TokenizerTask, "loss", interrupted(TokenizerTask.loss, step=6 if workers > 1 else 99))
+            AcceleratorState._reset_state(reset_partial_state=True)
+            train_tokenizer(run, **options)
+        AcceleratorState._reset_state(reset_partial_state=True)
+        train_tokenizer(run, **options)  # goes on from step 4
+        assert exact(run) == exact(whole)
+        assert_equal_tensors(tensors(run / "tokenizer"), tensors(whole / "tokenizer"))
+
+
+def interrupted(loss: Any, step: int) -> Any:
+    """The loss, but for Ctrl-C at a step."""
+
+    def interrupt(task: TokenizerTask, player: str, batch: Any, now: int) -> Any:
+        if now == step:
+            raise KeyboardInterrupt
+        return loss(task, player, batch, now)
+
+    return interrupt
+
+
+def test_two_processes_meet_bad_images_and_end(tmp_path):
+    """Both really run; the one that meets a bad image does not leave the other waiting."""
+    data = bad_shards(tmp_path / "data", "tar")
+    options = streamed_options(data, train__steps=6, train__evaluate_every=3)
+    argv = tokenizer_arguments(tmp_path / "run", **options, data__on_error="skip")
+    printed = output_of(start(two_processes("train_tokenizer", argv), HF_HOME=str(tmp_path / "home")))
+    assert "2 process(es)" in printed
+    assert sorted(line["row"] for line in read_report(tmp_path / "run")) == [3, 6, 9, 10]
+    alone = train_tokenizer(tmp_path / "alone", **options, data__on_error="skip")
+    assert losses(tmp_path / "run") == pytest.approx(losses(alone), rel=1e-4)
+
+
+@pytest.mark.slow
+def test_two_processes_end_when_one_meets_a_bad_image(tmp_path):
+    data = bad_shards(tmp_path / "data", "tar")
+    argv = tokenizer_arguments(tmp_path / "run", **streamed_options(data, train__steps=50), train__timeout=20)
+    printed = output_of(start(two_processes("train_tokenizer", argv), HF_HOME=str(tmp_path / "home")), 120, code=None)
+    assert re.search(r"error.*train-00000-of-00003\.tar: 000\d\d\.png: not an image", printed), printed
+
+
+# The Hub
+
+
+@pytest.mark.parametrize("streaming", [True, False])
+@pytest.mark.parametrize("offline", [True, False])
+def test_an_unknown_id_fails_at_once_where_there_is_no_hub(monkeypatch, offline, streaming):
+    """For `datasets` it takes 23 seconds of retries. Nobody listens on port 9 of this machine."""
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", offline)
+    monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", offline)
+    monkeypatch.setattr("pipelines.images.hub.getproxies", lambda: {})
+    began = time.monotonic()
+    with pytest.raises(UserError) as caught:
+        load("nobody/nothing", streaming=streaming)
+    assert time.monotonic() - began < 3
+    why = "HF_HUB_OFFLINE forbids to ask the Hub" if offline else "http://127.0.0.1:9 can not be reached"
+    assert str(caught.value).startswith("data.source=nobody/nothing: ") and str(caught.value).endswith(why)
+
+
+class DatasetHandler(Handler):
+    """Data sets instead of models, and parts of files."""
+
+    def do_GET(self) -> None:
+        self.path = self.path.replace("/api/datasets/", "/api/models/").replace("/datasets/", "/")
+        if re.search(r"/tree/[^/?]+/", self.path):
+            return self.answer(404, {"X-Error-Code": "EntryNotFound"})  # there are no folders
+        super().do_GET()
+
+    do_HEAD = do_GET  # type: ignore[assignment]
+
+    def do_POST(self) -> None:
+        """What is known of some paths."""
+        asked = parse_qs(self.rfile.read(int(self.headers["Content-Length"])).decode())["paths"]
+        folder = self.server.root / "me" / "shards" / "main"
+        found = [
+            {"type": "file", "path": p, "oid": "0", "size": (folder / p).stat().st_size}
+            for p in asked
+            if (folder / p).is_file()
+        ]
+        self.answer(200, {"Content-Type": "application/json"}, json.dumps(found).encode())
+
+    def send_file(self, folder: Path, name: str) -> None:
+        asked = re.match(r"bytes=(\d+)-(\d+)", self.headers.get("Range", ""))
+        if not asked or not (folder / name).is_file():
+            return super().send_file(folder, name)
+        part = (folder / name).read_bytes()[int(asked[1]) : int(asked[2]) + 1]
+        self.server.requests.append((f"{name} {len(part)}", None))
+        self.answer(206, {"X-Repo-Commit": commit(folder), "ETag": '"1"'}, part)
+
+
+HUB_CLIENT = """
+import sys
+from pipelines.images import DataConfig, load_images
+for source in ("me/shards", "hf://datasets/me/shards/train*"):
+    images = load_images(DataConfig(source=source, image_size=12, streaming=True))
+    print(len(images.train), len(images.held_out), images.train.labels.tolist()[:3],
+          images.train.pixels(range(18)).long().sum().item())
+    print(images.train._rows.read([0])[0][0], file=sys.stderr)
+"""
+
+
+@pytest.mark.parametrize("kind", ["parquet", pytest.param("tar", marks=pytest.mark.slow)])
+def test_a_data_set_on_the_hub_is_read_in_parts(tmp_path, kind):
+    """huggingface_hub reads its endpoint when it is imported, so this has a process of its own."""
+    folder = write_shards(tmp_path / "hub" / "me" / "shards" / "main", kind, rows_of(20), 2)
+    expected = load(folder / "train*").train
+    write_shards(folder, kind, rows_of(4), 1, split="test")
+    with serve(tmp_path / "hub") as hub:
+        hub.RequestHandlerClass = DatasetHandler
+        done = output_of(
+            start(
+                [sys.executable, "-c", HUB_CLIENT],
+                HF_ENDPOINT=hub.url,
+                HF_HUB_OFFLINE="0",
+                HF_HUB_DISABLE_XET="1",
+                HF_HOME=str(tmp_path / "home"),
+                NO_PROXY="127.0.0.1",
+                HF_HUB_DISABLE_TELEMETRY="1",
+            )
+        )
+        ranges = [path for path, _ in hub.requests if path.startswith("train")]
+    every, carved = (line for line in done.splitlines() if re.match(r"\d+ \d+ \[", line))
+    assert every.startswith("20 4 [0, 1, 2]"), done
+    assert carved == f"18 2 [0, 1, 2] {expected.pixels(range(18)).long().sum()}"
+    # By its id or by a URL, it is read at one commit, and not what is pushed later.
+    places = re.findall(r"hf://datasets/me/shards@(\w+)/train-00000-of-00002", done)
+    assert places == [commit(folder)] * 2
+    assert ranges and not list((tmp_path / "home").rglob(f"*.{kind}"))  # read, and not downloaded

@@ -1,0 +1,87 @@
+"""Orders that are computed: each row once per epoch, whatever is asked for at a time, and no time lost at its end."""
+
+import tracemalloc
+
+import numpy as np
+import pytest
+
+from pipelines.shuffling.epochs import permuted, permuted_blocks, samples_of
+from pipelines.training import schedule
+
+ROWS = [1, 2, 3, 5, 10, 97, 1000]
+
+
+@pytest.mark.parametrize("rows", ROWS)
+@pytest.mark.parametrize("block", [None, 4, 16])
+def test_every_row_comes_once(rows, block):
+    for key in range(3):
+        positions = np.arange(rows)
+        found = permuted(positions, rows, key) if block is None else permuted_blocks(positions, rows, block, key)
+        assert np.array_equal(np.sort(found), positions)
+
+
+def test_a_few_are_those_of_all():
+    whole, blocks = permuted(np.arange(1000), 1000, 5, 2), permuted_blocks(np.arange(1000), 1000, 8, 5, 2)
+    some = np.array([999, 0, 17, 17, 500])
+    assert np.array_equal(permuted(some, 1000, 5, 2), whole[some])
+    assert np.array_equal(permuted_blocks(some, 1000, 8, 5, 2), blocks[some])
+
+
+def test_all_orders_are_equally_likely():
+    """All 24 orders of four rows, over keys: chi-square of 23 degrees of freedom, and of where row 0 of 1,000 goes."""
+    counts = np.zeros(4**4)
+    for key in range(4800):
+        counts[int(permuted(np.arange(4), 4, key, 1) @ 4 ** np.arange(4))] += 1
+    counts = counts[counts > 0]
+    assert len(counts) == 24 and ((counts - 200) ** 2 / 200).sum() < 60  # 0.004 % of fair ones are above
+    first = np.array([permuted(np.array([0]), 1000, key, 1)[0] for key in range(4000)])
+    places = np.histogram(first, 20, (0, 1000))[0]
+    assert ((places - 200) ** 2 / 200).sum() < 55  # 19 degrees of freedom
+
+
+def test_neighbours_part():
+    found = permuted(np.arange(100_000), 100_000, 7)
+    jumps = np.abs(np.diff(found))
+    assert jumps.mean() / 100_000 == pytest.approx(1 / 3, abs=0.005) and (jumps == 1).sum() < 12  # 2 are expected
+    assert abs(np.corrcoef(np.arange(100_000), found)[0, 1]) < 0.015
+
+
+def test_blocks_keep_the_disk_to_few_places():
+    """A window of block^2 rows touches its own blocks alone, whole, and mixes all of them."""
+    found = permuted_blocks(np.arange(16 * 16 * 10), 16 * 16 * 10, 16, 3)
+    seen, orders = set(), set()
+    for window in found.reshape(10, 256):
+        blocks = np.unique(window // 16)
+        assert len(blocks) == 16 and not seen & set(blocks)
+        assert len(np.unique(window[:16] // 16)) > 5  # not one block after the other
+        seen |= set(blocks)
+        orders.add(tuple(window % 16))
+    assert len(orders) == 10  # each window is mixed in its own way
+    assert np.abs(np.diff(sorted(found[:256] // 16))).max() > 16  # the blocks are from all over
+
+
+@pytest.mark.parametrize("drawn", [0, 1 << 20])
+def test_both_orders_give_each_row_once_per_epoch(monkeypatch, drawn):
+    monkeypatch.setattr(schedule, "DRAWN", drawn)
+    parts = [samples_of(50, 16, 3, step) for step in range(25)]
+    indices, epochs = (np.concatenate(side) for side in zip(*parts, strict=True))
+    orders = [indices[epochs == epoch] for epoch in range(8)]
+    assert all(np.array_equal(np.sort(order), np.arange(50)) for order in orders)
+    assert not any(np.array_equal(one, other) for one, other in zip(orders, orders[1:], strict=False))
+
+
+def test_order_of_small_sets_is_the_one_it_always_was():
+    """A run that an earlier version began goes on in the same order."""
+    indices, _ = samples_of(50, 50, 7, 2)
+    assert np.array_equal(indices, np.random.default_rng([7, 2]).permutation(50))
+
+
+def test_order_of_a_large_set_is_not_held():
+    rows = 12_811_670
+    tracemalloc.start()
+    for step in range(rows // 256 - 2, rows // 256 + 2):  # into the second epoch
+        indices, _ = samples_of(rows, 256, 0, step)
+        assert indices.min() >= 0 and indices.max() < rows
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 1 << 20

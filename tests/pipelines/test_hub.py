@@ -1,0 +1,183 @@
+"""Loading by Hub id, from a Hub on this machine.
+
+huggingface_hub reads its endpoint when it is imported, so everything is loaded in one process of its own, by `client`
+at the end of this file; the tests look at what it reports.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from contextlib import suppress
+from pathlib import Path
+from urllib.error import HTTPError
+from urllib.request import urlopen
+
+import pytest
+import torch
+from fake_hub import commit, serve
+from small import make_prior, make_tokenizer
+
+from pipelines import ImagePipeline
+from prior import Prior
+from tokenizer import Tokenizer
+from tokenizer.files.errors import PipelineLoadError
+
+TOKEN, MARK = "hf_open_sesame", "/mark"
+
+
+def save_small(folder, seed):
+    torch.manual_seed(seed)
+    tokenizer = make_tokenizer("vqvae", (8, 8), 1).eval()
+    grid = tokenizer.grid
+    prior = make_prior("gpt", grid.shape, grid.vocab_size, num_classes=2, tokenizer=tokenizer.fingerprint())
+    pipe = ImagePipeline(tokenizer, prior, labels=["cat", "dog"])
+    pipe.provenance = {"data": {"source": "digits"}}
+    pipe.save_pretrained(folder, sample_grid=pipe.sample_picture(2))
+    return pipe
+
+
+@pytest.fixture(scope="module")
+def report(tmp_path_factory):
+    """What `client` found, with the tokens that the pipelines make here, and what the Hub was asked."""
+    root = tmp_path_factory.mktemp("hub")
+    pipes = {name: save_small(root / "me" / "mosaic" / name, seed) for seed, name in enumerate(["main", "v2"])}
+    (root / "me" / "mosaic" / "main" / ".gitattributes").write_text("*.safetensors filter=lfs")
+    (root / "me" / "mosaic" / "main" / "pytorch_model.bin").write_bytes(b"a pickle, for all we know")
+    for part in ("tokenizer", "prior"):
+        shutil.copytree(root / "me" / "mosaic" / "main" / part, root / "me" / part / "main")
+    (root / "me" / "empty" / "main").mkdir(parents=True)
+    (root / "me" / "empty" / "main" / "README.md").write_text("nothing yet")
+    cache = tmp_path_factory.mktemp("cache")
+    with serve(root, secret=TOKEN) as hub:
+        environment = {
+            **os.environ,
+            "HF_ENDPOINT": hub.url,
+            "HF_HUB_DISABLE_XET": "1",
+            "HF_HUB_OFFLINE": "0",
+            "HF_HOME": str(cache / "home"),
+            "HF_HUB_DISABLE_TELEMETRY": "1",
+            "NO_PROXY": "127.0.0.1",
+            "PYTHONPATH": os.environ["PYTHONPATH"],
+        }
+        environment.pop("HF_TOKEN", None)
+        command = [sys.executable, __file__, str(cache / "ours"), commit(root / "me" / "mosaic" / "v2")]
+        result = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120)
+        assert result.returncode == 0, result.stderr
+        found = json.loads(result.stdout.splitlines()[-1])
+    found["here"] = {name: sample(pipe) for name, pipe in pipes.items()}
+    found["fingerprints here"] = [pipes["main"].tokenizer.fingerprint(), pipes["main"].prior.fingerprint()]
+    found["requests"], found["home"] = hub.requests, cache / "home"
+    return found
+
+
+def test_pipeline_by_hub_id_is_the_one_that_was_saved(report):
+    assert report["main"] == report["here"]["main"]
+    assert report["labels"] == ["cat", "dog"] and report["source"] == "digits" and report["has grid"]
+
+
+def test_revision_is_a_branch_or_a_commit(report):
+    assert report["v2"] == report["commit"] == report["here"]["v2"] != report["main"]
+
+
+def test_single_models_by_hub_id_or_in_a_subfolder(report):
+    assert report["fingerprints"] == report["subfolder fingerprints"] == report["fingerprints here"]
+
+
+def test_token_arrives_as_bearer_and_opens_the_repository(report):
+    ours = [token for path, token in report["requests"] if "mosaic" in path]
+    assert f"Bearer {TOKEN}" in ours and set(ours) <= {None, f"Bearer {TOKEN}"}
+    assert report["without token"][0] == "PathError"
+    assert all(token == f"Bearer {TOKEN}" for path, token in report["requests"] if "/me/tokenizer/resolve" in path)
+
+
+def test_cache_dir_holds_what_was_fetched(report):
+    assert any(name.startswith("models--me--mosaic") for name in report["cached"])
+    assert not list(report["home"].rglob("model.safetensors")), "something was fetched into the default cache"
+
+
+def test_second_load_needs_no_network(report):
+    assert report["local"] == report["here"]["main"]
+    paths = [path for path, _ in report["requests"]]
+    first = paths.index(MARK)
+    assert paths[first + 1] == MARK, "a request was made between the marks"
+    error, message = report["local elsewhere"]
+    assert error == "PathError" and "'me/mosaic'" in message
+
+
+def test_only_files_of_ours_are_fetched(report):
+    fetched = {path.split("/resolve/")[1].split("/", 1)[1] for path, _ in report["requests"] if "/resolve/" in path}
+    assert "pytorch_model.bin" not in fetched and ".gitattributes" not in fetched
+    assert {"model_index.json", "manifest.json", "prior/model.safetensors", "samples.png"} <= fetched
+
+
+@pytest.mark.parametrize(
+    "case", ["unknown repository", "unknown revision", "unknown tokenizer", "unknown prior revision"]
+)
+def test_what_is_not_there_names_both_readings(report, case):
+    error, message = report[case]
+    assert error == "PathError" and "not an existing folder" in message and "as a Hub id" in message
+    assert ("nobody/nothing" if case in ("unknown repository", "unknown tokenizer") else "me/") in message
+
+
+def test_repository_without_a_pipeline_says_what_is_missing(report):
+    error, message = report["empty"]
+    assert error == "PathError" and "model_index.json" in message
+
+
+# In the process whose endpoint is the Hub above
+
+
+def sample(pipe):
+    """Tokens, as lists."""
+    return pipe(3, 1, seed=0).tokens.tolist()
+
+
+def failure(load, *arguments, **options):
+    """Name and message of the error that `load` raises."""
+    try:
+        load(*arguments, **options)
+    except PipelineLoadError as error:
+        return type(error).__name__, str(error)
+    return "nothing was raised", ""
+
+
+def mark():
+    """Leave a line in the Hub's list of requests."""
+    with suppress(HTTPError):
+        urlopen(os.environ["HF_ENDPOINT"] + MARK)
+
+
+def client(cache, commit_of_v2):
+    """Load everything there is, and print what came of it."""
+    options = {"token": TOKEN, "cache_dir": cache}
+    load = ImagePipeline.from_pretrained
+    pipe = load("me/mosaic", **options)
+    found = {"main": sample(pipe), "labels": pipe.labels, "source": pipe.provenance["data"]["source"]}
+    found |= {"has grid": pipe.sample_grid is not None, "cached": os.listdir(cache)}
+    found["v2"] = sample(load("me/mosaic", revision="v2", **options))
+    found["commit"] = sample(load("me/mosaic", revision=commit_of_v2, **options))
+    models = [Tokenizer.from_pretrained("me/tokenizer", **options), Prior.from_pretrained("me/prior", **options)]
+    found["fingerprints"] = [model.fingerprint() for model in models]
+    parts = [(Tokenizer, "tokenizer"), (Prior, "prior")]
+    models = [family.from_pretrained("me/mosaic", subfolder=part, **options) for family, part in parts]
+    found["subfolder fingerprints"] = [model.fingerprint() for model in models]
+    found["without token"] = failure(load, "me/mosaic", cache_dir=Path(cache) / "other")
+    found["unknown repository"] = failure(load, "nobody/nothing", **options)
+    found["unknown revision"] = failure(load, "me/mosaic", revision="v9", **options)
+    found["unknown tokenizer"] = failure(Tokenizer.from_pretrained, "nobody/nothing", **options)
+    found["unknown prior revision"] = failure(Prior.from_pretrained, "me/prior", revision="v9", **options)
+    found["empty"] = failure(load, "me/empty", **options)
+    elsewhere = {**options, "cache_dir": Path(cache) / "elsewhere"}
+    found["local elsewhere"] = failure(load, "me/mosaic", local_files_only=True, **elsewhere)
+    mark()
+    found["local"] = sample(load("me/mosaic", local_files_only=True, **options))
+    mark()
+    print(json.dumps(found))
+
+
+if __name__ == "__main__":
+    client(*sys.argv[1:])

@@ -1,0 +1,671 @@
+"""Token datasets larger than memory: mapped shards, encodes that are killed and shared, rows that are added."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import threading
+import time
+from contextlib import suppress
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from launch import output_of, start, two_processes, verb, wait_for
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from small import make_prior, make_tokenizer
+from token_datasets import edit_split, files_in, make_dataset, refused
+
+from pipelines import encode, train_prior
+from pipelines.commands.verify import VerifyConfig
+from pipelines.commands.verify import run as verify
+from pipelines.config import UserError
+from pipelines.encode import EncodeConfig, run
+from pipelines.shuffling.hashing import uniforms
+from pipelines.tokens import TokenSplit, load_tokens, pieces, shards
+from pipelines.tokens import dataset as tokens
+from pipelines.tokens.meta import META
+from pipelines.train_prior import PriorTask, TrainPriorConfig, perturbed
+from tokenizer.files.errors import FormatError, IntegrityError, PathError, PipelineLoadError
+from tokenizer.files.writing import write_manifest
+
+SHIFT = {"augment": {"shift": 3}}
+
+
+def everything(folder: Path) -> dict[str, bytes]:
+    """Every file of a folder, to the bit."""
+    return {name: (folder / name).read_bytes() for name in files_in(folder)}
+
+
+# Shards
+
+
+@pytest.fixture
+def sharded(tmp_path):
+    """A dataset of 50 training rows in files of 7, and what it was made of."""
+    data = make_dataset(rows=50)
+    data.save(tmp_path / "tokens", rows_per_shard=7)
+    return tmp_path / "tokens", data
+
+
+def test_files_of_a_large_split(sharded):
+    folder, data = sharded
+    assert [name for name in files_in(folder) if name.startswith("train")] == [
+        f"train-{k:05d}.safetensors" for k in range(8)
+    ]
+    parts = [load_file(folder / f"train-{k:05d}.safetensors") for k in range(8)]
+    assert torch.equal(torch.cat([part["tokens"] for part in parts]), data.splits["train"].tokens)
+    assert [len(part["labels"]) for part in parts] == [7] * 7 + [1]
+
+
+@pytest.mark.parametrize("size", [1, 7, 50, 1000, None])
+@pytest.mark.parametrize("mapped", [True, False])
+@pytest.mark.parametrize("labelled", [True, False])
+def test_rows_are_the_same_however_they_are_kept(tmp_path, size, mapped, labelled):
+    data = make_dataset(rows=50, labelled=labelled)
+    data.save(tmp_path / "tokens", rows_per_shard=size)
+    split, whole = load_tokens(tmp_path / "tokens", mapped=mapped).splits["train"], data.splits["train"].tokens.long()
+    assert isinstance(split.tokens, torch.Tensor) != mapped and len(split) == 50
+    generator = np.random.default_rng(0)
+    for count in (0, 1, 200):
+        rows = generator.integers(0, 50, count)
+        for asked in (rows, torch.from_numpy(rows)):
+            found = split.rows(asked)
+            assert found.dtype == torch.int64 and torch.equal(found, whole[torch.from_numpy(rows)])
+    for rows in (slice(None), slice(5, 23), slice(48, 90), slice(9, 9), slice(3, 40, 5)):
+        assert torch.equal(split.rows(rows), whole[rows]) and torch.equal(split.tokens[rows].long(), whole[rows])
+    with pytest.raises(IndexError):
+        split.rows(np.array([3, 50]))
+    assert split.labels is None if not labelled else torch.equal(split.labels, data.splits["train"].labels)
+
+
+def test_what_is_indexed_like_a_tensor(sharded):
+    folder, data = sharded
+    rows, whole = load_tokens(folder, mapped=True).splits["train"].tokens, data.splits["train"].tokens
+    assert rows.shape == tuple(whole.shape) and rows.dtype == whole.dtype and len(rows) == 50
+    for asked in ([-1, 0, -50], torch.arange(50) % 3 == 0, np.arange(50) > 30):
+        assert torch.equal(rows[asked], whole[asked])
+    for wrong in ([50], [-51]):
+        with pytest.raises(IndexError, match="50"):
+            rows[wrong]
+
+
+def test_a_mapped_row_costs_its_own_pages(tmp_path):
+    """64 MiB are opened; neither that nor reading some rows takes memory of that size."""
+    path, grid = tmp_path / "big.safetensors", make_tokenizer("vqvae", (8, 8), 1).grid
+    save_file({"tokens": torch.zeros(1 << 24, *grid.shape, dtype=torch.uint8)}, path)
+
+    def resident() -> int:
+        status = Path("/proc/self/status").read_text()
+        return sum(int(status.split(name)[1].split()[0]) for name in ("RssAnon:", "RssFile:")) << 10
+
+    if not Path("/proc/self/status").is_file():
+        pytest.skip("memory is measured on Linux")
+    before = resident()
+    tokens_, _ = shards.map_shard(path, 1 << 24, grid)
+    rows = shards.MappedRows([tokens_], grid, tmp_path)
+    assert rows[[5, 1 << 23, -1]].sum() == 0  # three rows, and what the system reads around them
+    assert resident() - before < 16 << 20
+
+
+def test_an_earlier_dataset_of_one_file_is_read(tmp_path):
+    """Byte for byte what version 1 wrote: no lists in `splits`, no `parts`."""
+    data = make_dataset()
+    data.save(tmp_path / "tokens")
+    meta = json.loads((tmp_path / "tokens" / META).read_text())
+    assert meta["format_version"] == 1 and meta["splits"] == {"train": 6, "test": 2} and "parts" not in meta
+    for mapped in (True, False):
+        loaded = load_tokens(tmp_path / "tokens", mapped=mapped)
+        assert torch.equal(loaded.splits["train"].tokens[:], data.splits["train"].tokens)
+
+
+def test_small_is_in_memory_and_large_is_mapped(sharded, monkeypatch):
+    assert isinstance(load_tokens(sharded[0]).splits["train"].tokens, torch.Tensor)
+    monkeypatch.setattr(tokens, "IN_MEMORY", 200)  # 52 rows of 4 bytes
+    assert isinstance(load_tokens(sharded[0]).splits["train"].tokens, shards.MappedRows)
+    monkeypatch.setattr(shards, "ONE_FILE", 10)
+    monkeypatch.setattr(shards, "ROWS_PER_SHARD", 20)
+    sharded[1].save(sharded[0])
+    assert "train-00002.safetensors" in files_in(sharded[0]) and "test.safetensors" in files_in(sharded[0])
+
+
+def test_more_files_than_a_manifest_lists(tmp_path, monkeypatch):
+    monkeypatch.setattr(tokens, "MAX_SHARDS", 9)
+    with pytest.raises(ValueError, match=r"rows_per_shard: makes 52 files, at most 9"):
+        make_dataset(rows=50).save(tmp_path / "tokens", rows_per_shard=1)
+    assert not (tmp_path / "tokens").exists()
+
+
+def test_ids_are_checked_when_they_are_written(tmp_path):
+    data = make_dataset()
+    data.splits["train"].tokens[3, 0, 1] = 32
+    with pytest.raises(ValueError, match=r"\[0, 32\)"):
+        data.save(tmp_path / "tokens")
+    assert not list(tmp_path.iterdir())
+
+
+# Damage
+
+
+@pytest.mark.parametrize("mapped", [True, False])
+@pytest.mark.parametrize("keep", [0, 5, 60, -1])
+def test_a_truncated_file_is_an_error_and_no_signal(sharded, mapped, keep):
+    """Even where the manifest says that this is its size, and nothing is hashed."""
+    path = sharded[0] / "train-00003.safetensors"
+    path.write_bytes(path.read_bytes()[:keep])
+    for seal in (False, True):
+        if seal:
+            write_manifest(sharded[0])
+        with pytest.raises((FormatError, IntegrityError), match=path.name):
+            load_tokens(sharded[0], mapped=mapped, verify=False)
+
+
+def test_what_is_noticed_without_hashing(sharded):
+    """A large dataset's files are compared by size, what is small by hash, and ids as they are read."""
+    folder, _ = sharded
+    path = folder / "train-00002.safetensors"
+    good = path.read_bytes()
+    position = len(good) - 2  # an id of its last row
+    path.write_bytes(good[:position] + bytes([good[position] ^ 1]) + good[position + 1 :])
+    assert len(load_tokens(folder, verify=False, mapped=True).splits["train"]) == 50
+    refused(folder, IntegrityError, path.name, seal=False)
+    with pytest.raises(IntegrityError, match=path.name):
+        verify(VerifyConfig(folder=str(folder)))
+    path.write_bytes(good)
+    assert verify(VerifyConfig(folder=str(folder))) == folder
+    path.write_bytes(good[:position] + b"\xff" + good[position + 1 :])
+    split = load_tokens(folder, verify=False, mapped=True).splits["train"]
+    assert len(split.rows([0, 49]))
+    for rows in (np.array([0, 20]), slice(None)):
+        with pytest.raises(IntegrityError, match=r"an id of 255.*\[0, 32\)"):
+            split.rows(rows)
+    write_manifest(folder)
+    with pytest.raises(IntegrityError, match="an id of 255"):
+        verify(VerifyConfig(folder=str(folder)))
+    path.write_bytes(good + b"\0")
+    with pytest.raises(IntegrityError, match="bytes, the manifest says"):
+        load_tokens(folder, verify=False)
+    path.unlink()
+    with pytest.raises(PathError, match=path.name):
+        load_tokens(folder, verify=False)
+
+
+@pytest.mark.parametrize(
+    ("name", "old", "new"),
+    [(META, b"here", b"hero"), ("tokenizer/config.json", b"1", b"2"), ("tokenizer/model.safetensors", b"F32", b"I32")],
+)
+def test_what_is_small_is_always_hashed(sharded, name, old, new):
+    path = sharded[0] / name
+    path.write_bytes(path.read_bytes().replace(old, new))
+    with pytest.raises(IntegrityError, match="sha256"):
+        load_tokens(sharded[0], verify=False)
+
+
+@pytest.mark.parametrize(
+    ("splits", "needle"),
+    [
+        ({"train": [7] * 7, "test": [2]}, None),  # a file that is not used does no harm
+        ({"train": [7] * 6 + [8], "test": [2]}, "should hold 8 rows"),
+        ({"train": [7] * 9, "test": [2]}, "train-00008.safetensors: manifest.json does not list it"),
+        ({"train": [], "test": [2]}, META),
+        ({"train": [7, -1], "test": [2]}, META),
+        ({"train": [7, True], "test": [2]}, META),
+        ({"train": [7.0], "test": [2]}, META),
+    ],
+)
+def test_wrong_rows_of_files(sharded, splits, needle):
+    meta = json.loads((sharded[0] / META).read_text())
+    (sharded[0] / META).write_text(json.dumps({**meta, "splits": splits}))
+    if needle:
+        refused(sharded[0], PipelineLoadError, needle)
+    else:
+        write_manifest(sharded[0])
+        assert len(load_tokens(sharded[0]).splits["train"]) == 49
+
+
+def test_a_file_without_labels_among_those_with_them(tmp_path):
+    data = make_dataset(rows=10, labelled=False)
+    data.save(tmp_path / "tokens", rows_per_shard=5)
+    (tmp_path / "tokens" / "train-00000.safetensors").rename(tmp_path / "tokens" / "train.safetensors")
+    edit_split(tmp_path / "tokens", labels=torch.zeros(5, dtype=torch.int64))
+    (tmp_path / "tokens" / "train.safetensors").rename(tmp_path / "tokens" / "train-00000.safetensors")
+    refused(tmp_path / "tokens", IntegrityError, "labels")
+
+
+def test_a_reader_keeps_what_it_mapped(sharded):
+    """The dataset is replaced under it, as append and encode do."""
+    folder, data = sharded
+    split = load_tokens(folder, mapped=True).splits["train"]
+    make_dataset(rows=9, seed=1).save(folder)
+    assert torch.equal(split.tokens[:], data.splits["train"].tokens)
+
+
+# Training on it
+
+
+def test_batches_are_the_same_from_memory_and_from_disk(sharded, monkeypatch):
+    folder, _ = sharded
+    model = {"kind": "gpt", "dim": 16, "depth": 1, "heads": 1}
+    found = []
+    for limit in (1 << 30, 0):
+        monkeypatch.setattr(tokens, "IN_MEMORY", limit)
+        task = PriorTask(TrainPriorConfig(out="", tokens=str(folder), model=model, perturb=0.3, label_dropout=0.5))
+        assert isinstance(task.train_split.tokens, torch.Tensor) == bool(limit)
+        found.append([task.batch(*task.samples(16, 3, step), 3) for step in range(9)])
+    for one, other in zip(*found, strict=True):
+        assert torch.equal(one[0], other[0]) and torch.equal(one[1], other[1])
+    assert len({tuple(labels.tolist()) for _, labels in found[0]}) == 9
+
+
+def test_blocks_are_an_order_of_the_same_rows(tmp_path):
+    make_dataset(rows=1000).save(tmp_path / "tokens")
+    model = {"kind": "marginal"}
+    task = PriorTask(TrainPriorConfig(out="", tokens=str(tmp_path / "tokens"), model=model, blocks=16))
+    parts = [task.samples(64, 0, step) for step in range(32)]
+    indices, epochs = (np.concatenate(side) for side in zip(*parts, strict=True))
+    for epoch in (0, 1):
+        assert np.array_equal(np.sort(indices[epochs == epoch]), np.arange(1000))
+    assert len(np.unique(indices[:256] // 16)) == 16 and (indices[:1000] != indices[1000:2000]).any()
+
+
+def test_a_prior_that_counts_reads_what_is_on_the_disk(sharded, monkeypatch):
+    monkeypatch.setattr("prior.marginal.CHUNK", 16)
+    folder, data = sharded
+    split, whole = load_tokens(folder, mapped=True).splits["train"], data.splits["train"]
+    ids, labels = whole.tokens.flatten(1).long(), whole.labels
+    model = make_prior("marginal", data.grid.shape, data.grid.vocab_size)
+    for given in (labels, None):
+        model.initialize(split.tokens, given)
+        for label in range(4):
+            mine = ids if label == 3 or given is None else ids[labels == label]
+            counts = torch.nn.functional.one_hot(mine, 32).sum(0)
+            assert torch.allclose(model.table[label], ((counts + 1) / (len(mine) + 32)).log())
+
+
+def test_perturbed_cells_are_drawn_as_they_always_were():
+    """Column 1 of a cell's draws says whether, column 2 says by what."""
+    ids, indices = torch.randint(50, (40, 9, 60)), np.random.default_rng(0).integers(0, 1000, 40)
+    epochs, size = np.arange(40) // 25, 540
+    found = perturbed(ids, indices, epochs, 3, 0.3, 50).flatten(1)
+    for row in range(40):
+        draws = uniforms(3, int(epochs[row]), indices[row] * size + np.arange(size))
+        expected = torch.where(
+            torch.from_numpy(draws[:, 1] < 0.3), torch.from_numpy(draws[:, 2] * 50).long(), ids[row].flatten()
+        )
+        assert torch.equal(found[row], expected)
+    assert np.array_equal(uniforms(3, 1, indices, columns=(4, 0)), uniforms(3, 1, indices)[:, [4, 0]])
+
+
+def test_training_says_what_can_not_be_found(tmp_path):
+    for name in (str(tmp_path / "nowhere"), "nobody/nothing"):
+        with pytest.raises(PathError, match="make .* with `smalti encode`"):
+            train_prior.run(TrainPriorConfig(out=str(tmp_path / "run"), tokens=name))
+    assert not (tmp_path / "run").exists()
+
+
+# Encoding in pieces
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory):
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("tokenizer") / "tokenizer"
+    make_tokenizer("vqvae", (28, 28), 1).eval().save_pretrained(folder)
+    return folder
+
+
+def write_images(folder, names, count=3, seed=0):
+    for split in ("train", "test"):
+        for number, name in enumerate(names):
+            (folder / split / name).mkdir(parents=True)
+            for index in range(count):
+                pixels = np.random.default_rng([seed, number, index, len(split)]).integers(
+                    0, 256, (28, 28), dtype=np.uint8
+                )
+                Image.fromarray(pixels).save(folder / split / name / f"{index}.png")
+    return {"source": str(folder)}
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory):
+    """30 training images and 30 others, of three classes."""
+    return write_images(tmp_path_factory.mktemp("images"), ["cat", "dog", "eel"], 10)
+
+
+def config(tokenizer, out, data, **options):
+    return EncodeConfig(tokenizer=str(tokenizer), out=str(out), data=data, **{"batch_size": 4, **options})
+
+
+@pytest.fixture
+def counted(monkeypatch):
+    """The rows of every batch of images that is encoded."""
+    rows, real = [], encode.variants_of
+    monkeypatch.setattr(encode, "variants_of", lambda images, some, seed: rows.append(some) or real(images, some, seed))
+    return rows
+
+
+@pytest.mark.parametrize("size", [None, 7])
+def test_begun_and_killed_it_makes_what_is_missing(tokenizer, images, tmp_path, monkeypatch, counted, size):
+    """Interrupted at every third batch until it is done: each row once, but for the batches that were lost."""
+    options = {"augmentations": 2, "rows_per_shard": size}
+    run(config(tokenizer, tmp_path / "whole", {**images, **SHIFT}, **options))
+    batches, seen, real = len(counted), [], encode.variants_of
+    counted.clear()
+
+    def lost(images, rows, seed):
+        if len(seen) % 4 == 3:
+            seen.append(None)
+            raise KeyboardInterrupt
+        seen.append(rows)
+        return real(images, rows, seed)
+
+    monkeypatch.setattr(encode, "variants_of", lost)
+    attempt = 0
+    while attempt < 100 and not (tmp_path / "parts").exists():
+        with suppress(KeyboardInterrupt):
+            run(config(tokenizer, tmp_path / "parts", {**images, **SHIFT}, **options))
+        attempt += 1
+    assert attempt > 4 and everything(tmp_path / "parts") == everything(tmp_path / "whole")
+    assert batches <= len(counted) <= batches + attempt * (1 if size is None else 2)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["parts", "whole"]
+
+
+def test_a_process_is_killed_and_another_goes_on(tokenizer, tmp_path, counted):
+    """kill -9 while it writes its pieces; what it has made is not made again."""
+    many = write_images(tmp_path / "images", ["cat"], 40)
+    argv = [f"tokenizer={tokenizer}", f"out={tmp_path / 'killed'}", f"data.source={many['source']}", "batch_size=2"]
+    process, work = start(verb("encode", [*argv, "rows_per_shard=2"])), tmp_path / ".tmp-killed-encode"
+    assert wait_for(lambda: len(list(work.glob("*[0-9].json"))) >= 5, process)
+    process.kill()
+    process.communicate()
+    there = len(list(work.glob("*[0-9].json")))
+    assert 5 <= there < 40 and not (tmp_path / "killed").exists()
+    options = {"batch_size": 2, "rows_per_shard": 2}
+    run(config(tokenizer, tmp_path / "killed", many, **options))
+    assert len(counted) == 40 - there
+    run(config(tokenizer, tmp_path / "whole", many, **options))
+    assert everything(tmp_path / "killed") == everything(tmp_path / "whole")
+
+
+def interrupted(monkeypatch, *arguments, after=4, **options):
+    """An encode that is interrupted before its fifth batch."""
+    calls, real = [], encode.variants_of
+
+    def stop(*given):
+        calls.append(given)
+        if len(calls) > after:
+            raise KeyboardInterrupt
+        return real(*given)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(encode, "variants_of", stop)
+        with pytest.raises(KeyboardInterrupt):
+            run(config(*arguments, **options))
+
+
+@pytest.mark.parametrize("damage", ["flip", "truncate", "delete", "entry", "half"])
+def test_a_damaged_piece_is_made_again(tokenizer, images, tmp_path, monkeypatch, counted, damage):
+    interrupted(monkeypatch, tokenizer, tmp_path / "parts", images)
+    work = tmp_path / ".tmp-parts-encode"
+    path = work / "train-00001.safetensors"
+    data = path.read_bytes()
+    if damage == "flip":
+        path.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
+    elif damage == "truncate":
+        path.write_bytes(data[:-1])
+    elif damage == "delete":
+        path.unlink()
+    elif damage == "entry":
+        path.with_suffix(".json").unlink()
+    else:
+        path.with_suffix(".json").write_text('{"sha')
+    counted.clear()
+    run(config(tokenizer, tmp_path / "parts", images))
+    assert [rows[0] for rows in counted[:2]] == [4, 16]  # that one, and then those that were not there
+    run(config(tokenizer, tmp_path / "whole", images))
+    assert everything(tmp_path / "parts") == everything(tmp_path / "whole")
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"seed": 1}, "seed: 0 -> 1"),
+        ({"batch_size": 5}, "batch_size"),
+        ({"limit": 29}, "data.limit"),
+        ({"rows_per_shard": 5}, "rows_per_shard"),
+        ({"tokenizer": "other"}, "tokenizer"),
+    ],
+)
+def test_another_configuration_is_refused(tokenizer, images, tmp_path, monkeypatch, change, named):
+    interrupted(monkeypatch, tokenizer, tmp_path / "parts", images)
+    if "tokenizer" in change:
+        torch.manual_seed(9)
+        make_tokenizer("vqvae", (28, 28), 1).eval().save_pretrained(tmp_path / "other")
+        change = {"tokenizer": tmp_path / "other"}
+    if "limit" in change:
+        change = {"data": {**images, **change}}
+    with pytest.raises(UserError, match=rf"delete .*\.tmp-parts-encode[\s\S]*{named}"):
+        run(config(**{"tokenizer": tokenizer, "out": tmp_path / "parts", "data": images, **change}))
+    run(config(tokenizer, tmp_path / "parts", images))
+    assert len(load_tokens(tmp_path / "parts").splits["train"]) == 30
+
+
+class Side:
+    """One of several that encode together, each in a thread."""
+
+    def __init__(self, barrier, index, count):
+        self.process_index, self.num_processes, self.is_main_process = index, count, index == 0
+        self.device, self.wait_for_everyone = torch.device("cpu"), barrier.wait
+
+    def end_training(self):
+        """Nothing to end."""
+
+
+def together(monkeypatch, count, settings):
+    """Run an encode in so many threads; returns the rows that each encoded."""
+    barrier, local, rows, real = (
+        threading.Barrier(count, timeout=60),
+        threading.local(),
+        [[] for _ in range(count)],
+        encode.variants_of,
+    )
+
+    def variants_of(images, some, seed):
+        rows[local.side.process_index].extend(some.tolist())
+        return real(images, some, seed)
+
+    def entry_of(work, piece, look=encode.entry_of):  # the others are slower to see what there is
+        time.sleep(0.004 * local.side.process_index)
+        return look(work, piece)
+
+    def work(index):
+        local.side = Side(barrier, index, count)
+        try:
+            run(settings)
+        except BaseException:
+            barrier.abort()
+            raise
+
+    with monkeypatch.context() as patch:
+        patch.setattr(encode, "build_accelerator", lambda: local.side)
+        patch.setattr(encode, "variants_of", variants_of)
+        patch.setattr(encode, "entry_of", entry_of)
+        threads = [threading.Thread(target=work, args=(index,)) for index in range(count)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    return rows
+
+
+@pytest.mark.parametrize("size", [None, 7])
+def test_any_number_of_processes_writes_the_same_files(tokenizer, images, tmp_path, monkeypatch, size):
+    for count in (1, 2, 3):
+        settings = config(tokenizer, tmp_path / str(count), {**images, **SHIFT}, augmentations=2, rows_per_shard=size)
+        rows = together(monkeypatch, count, settings)
+        assert sum(map(len, rows)) == 120 and max(map(len, rows)) - min(map(len, rows)) <= 16
+        assert everything(tmp_path / str(count)) == everything(tmp_path / "1")
+    data = load_tokens(tmp_path / "3")
+    assert len(data.splits["train"]) == 90 and len(data.splits["test"]) == 30
+
+
+def test_others_go_on_with_what_one_began(tokenizer, images, tmp_path, monkeypatch):
+    """One process was interrupted; three end it."""
+    interrupted(monkeypatch, tokenizer, tmp_path / "parts", images, after=6)
+    rows = together(monkeypatch, 3, config(tokenizer, tmp_path / "parts", images))
+    assert sum(map(len, rows)) == 60 - 24 and all(rows)
+    run(config(tokenizer, tmp_path / "whole", images))
+    assert everything(tmp_path / "parts") == everything(tmp_path / "whole")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("count", ["2", "3"])
+def test_processes_that_are_launched_write_the_same_files(tokenizer, images, tmp_path, count):
+    argv = [f"tokenizer={tokenizer}", f"data.source={images['source']}", "batch_size=4", "rows_per_shard=7"]
+    command = two_processes("encode", [*argv, f"out={tmp_path / 'several'}"])
+    command[command.index("--num_processes") + 1] = count
+    output_of(start(command))
+    run(config(tokenizer, tmp_path / "alone", images, rows_per_shard=7))
+    assert everything(tmp_path / "several") == everything(tmp_path / "alone")
+
+
+# Adding rows
+
+
+def test_augmentations_are_added_as_if_they_had_been_asked_for_at_once(tokenizer, images, tmp_path, counted):
+    run(config(tokenizer, tmp_path / "grown", {**images, **SHIFT}, augmentations=1))
+    counted.clear()
+    run(config(tokenizer, tmp_path / "grown", {**images, **SHIFT}, augmentations=3, append=True))
+    assert min(map(min, counted)) == 60 and sum(map(len, counted)) == 60  # what is there is not encoded again
+    run(config(tokenizer, tmp_path / "whole", {**images, **SHIFT}, augmentations=3))
+    grown, whole = load_tokens(tmp_path / "grown"), load_tokens(tmp_path / "whole")
+    for name in ("train", "test"):
+        assert torch.equal(grown.splits[name].tokens, whole.splits[name].tokens)
+        assert torch.equal(grown.splits[name].labels, whole.splits[name].labels)
+    assert whole.splits["train"].labels.tolist() == 4 * [k // 10 for k in range(30)]
+    assert grown.augmentations == 3 and [part["rows"] for part in grown.parts] == [
+        {"train": 60, "test": 30},
+        {"train": 60},
+    ]
+    for asked in (1, 3):
+        with pytest.raises(UserError, match="has these rows already"):
+            run(config(tokenizer, tmp_path / "grown", {**images, **SHIFT}, augmentations=asked, append=True))
+    run(config(tokenizer, tmp_path / "grown", {**images, **SHIFT}, augmentations=1, append=True, seed=5))
+    data = load_tokens(tmp_path / "grown").splits["train"]
+    assert len(data) == 150 and not torch.equal(data.tokens[120:], data.tokens[30:60])
+
+
+@pytest.mark.parametrize("size", [None, 2])
+def test_other_images_are_added_under_the_names_of_their_classes(tokenizer, tmp_path, monkeypatch, size):
+    first, second = (
+        write_images(tmp_path / "a", ["cat", "dog", "eel"]),
+        write_images(tmp_path / "b", ["dog", "eel"], 4, 1),
+    )
+    run(config(tokenizer, tmp_path / "tokens", first, rows_per_shard=size))
+    before = load_tokens(tmp_path / "tokens")
+    run(config(tokenizer, tmp_path / "alone", second))
+    alone = load_tokens(tmp_path / "alone").splits
+    interrupted(monkeypatch, tokenizer, tmp_path / "tokens", second, after=1, append=True, rows_per_shard=size)
+    assert torch.equal(load_tokens(tmp_path / "tokens").splits["train"].tokens, before.splits["train"].tokens)
+    run(config(tokenizer, tmp_path / "tokens", second, append=True, rows_per_shard=size))
+    after = load_tokens(tmp_path / "tokens", verify=True)
+    for name, rows in (("train", 9), ("test", 9)):
+        assert torch.equal(after.splits[name].tokens[:rows], before.splits[name].tokens)
+        assert torch.equal(after.splits[name].labels[:rows], before.splits[name].labels)
+        assert torch.equal(after.splits[name].tokens[rows:], alone[name].tokens)
+        assert torch.equal(after.splits[name].labels[rows:], alone[name].labels + 1)  # dog and eel
+    assert after.class_names == ["cat", "dog", "eel"] and after.source == before.source and len(after.parts) == 2
+    names = [name for name in files_in(tmp_path / "tokens") if name.startswith("train")]
+    assert len(names) == (1 if size is None else 5 + 4)
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_rows_are_added_to_one_split_alone(tokenizer, tmp_path):
+    first, second = write_images(tmp_path / "a", ["cat"]), write_images(tmp_path / "b", ["cat"], 4, 1)
+    run(config(tokenizer, tmp_path / "tokens", first))
+    run(config(tokenizer, tmp_path / "tokens", second, append=True, only="train"))
+    assert [len(split) for split in load_tokens(tmp_path / "tokens").splits.values()] == [7, 3]
+    run(config(tokenizer, tmp_path / "tokens", second, append=True))  # what is missing of it
+    assert [len(split) for split in load_tokens(tmp_path / "tokens").splits.values()] == [7, 7]
+    with pytest.raises(UserError, match="append=true"):
+        run(config(tokenizer, tmp_path / "new", first, only="train"))
+
+
+def test_what_can_not_be_added(tokenizer, tmp_path):
+    first = write_images(tmp_path / "a", ["cat", "dog"])
+    run(config(tokenizer, tmp_path / "tokens", first))
+    before = everything(tmp_path / "tokens")
+    torch.manual_seed(9)
+    make_tokenizer("vqvae", (28, 28), 1).eval().save_pretrained(tmp_path / "other")
+    other = write_images(tmp_path / "b", ["dog", "fox"])
+    for options, needle in (
+        ({"tokenizer": tmp_path / "other"}, "tokenizer: not the one that made"),
+        ({"data": other}, "'fox' is not a class of the dataset, it has cat, dog"),
+        ({"data": {**other, "label_column": None}}, "2 classes, and these images have no labels"),
+        ({}, "has these rows already"),
+        ({"out": tmp_path / "nowhere"}, "not a token dataset"),
+    ):
+        with pytest.raises((UserError, PathError), match=needle):
+            run(
+                config(**{"tokenizer": tokenizer, "out": tmp_path / "tokens", "data": first, "append": True, **options})
+            )
+    assert everything(tmp_path / "tokens") == before and not list(tmp_path.glob(".*"))
+    run(config(tokenizer, tmp_path / "plain", {**first, "label_column": None}))
+    with pytest.raises(UserError, match="it has none; data.label_column=null"):
+        run(config(tokenizer, tmp_path / "plain", other, append=True))
+
+
+def test_killed_after_its_last_step_rows_are_not_added_twice(tokenizer, tmp_path, monkeypatch):
+    """The dataset has them, and the pieces are still there; nor do they stand in the way of others."""
+    first, second, third = (write_images(tmp_path / n, ["cat"], 3, k) for k, n in enumerate("abc"))
+    run(config(tokenizer, tmp_path / "tokens", first))
+
+    def interrupt(path):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(encode, "shutil", SimpleNamespace(rmtree=interrupt))
+        with pytest.raises(KeyboardInterrupt):
+            run(config(tokenizer, tmp_path / "tokens", second, append=True))
+    with pytest.raises(UserError, match="has these rows already"):
+        run(config(tokenizer, tmp_path / "tokens", second, append=True))
+    run(config(tokenizer, tmp_path / "tokens", third, append=True))
+    assert len(load_tokens(tmp_path / "tokens").splits["train"]) == 9
+
+
+def test_killed_while_the_names_change_the_dataset_is_found_again(tokenizer, tmp_path, monkeypatch):
+    """Between the old one's leaving its name and the new one's taking it."""
+    first, second = (write_images(tmp_path / n, ["cat"], 3, k) for k, n in enumerate("ab"))
+    run(config(tokenizer, tmp_path / "tokens", first))
+    (tmp_path / "tokens").rename(tmp_path / ".del-tokens-0123abcd")
+    run(config(tokenizer, tmp_path / "tokens", second, append=True))
+    assert len(load_tokens(tmp_path / "tokens").splits["train"]) == 6
+
+
+def test_files_are_copied_where_they_can_not_be_linked(tokenizer, tmp_path, monkeypatch):
+    def no_links(*paths):
+        raise OSError("not on this disk")
+
+    images = write_images(tmp_path / "a", ["cat"], 5)
+    run(config(tokenizer, tmp_path / "linked", images, rows_per_shard=2))
+    monkeypatch.setattr(pieces.os, "link", no_links)
+    run(config(tokenizer, tmp_path / "copied", images, rows_per_shard=2))
+    assert everything(tmp_path / "copied") == everything(tmp_path / "linked")
+
+
+def test_a_split_is_what_it_was():
+    """Callers that make one of tensors alone."""
+    split = TokenSplit(torch.arange(12).reshape(3, 2, 2), None)
+    assert len(split) == 3 and torch.equal(split.rows([2, 0]), torch.arange(12).reshape(3, 2, 2)[[2, 0]])
+    assert torch.equal(split.rows(slice(1, 3)), split.tokens[1:])
+
+
+@pytest.mark.slow
+def test_the_benchmark_measures_every_case(tmp_path):
+    command = [sys.executable, "benchmarks/token_data.py", f"out={tmp_path / 'tokens'}", "rows=70000", "times=20"]
+    printed = output_of(start(command, PYTHONPATH=os.environ["PYTHONPATH"]))
+    assert printed.count("\n| ") == 6 and "order of 1,400,000 rows" in printed

@@ -1,0 +1,469 @@
+"""Resume states: exact, atomic under kill -9, verified, rotated."""
+
+import errno
+import json
+import pickle
+import shutil
+import subprocess
+import sys
+import textwrap
+from collections import namedtuple
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+from pipelines.training.checkpoints import states as checkpoint
+from pipelines.training.checkpoints.states import latest_state, load_state, save_state
+from tokenizer.files.errors import FormatError, PipelineLoadError, WeightsError
+from tokenizer.files.reading import MANIFEST, verify_manifest
+from tokenizer.files.writing import write_manifest
+
+ROOT = Path(__file__).parents[4]
+
+
+class Net(nn.Module):
+    """Batch norm for buffers, a convolution for strides, tied weights for shared memory."""
+
+    def __init__(self, width: int = 4) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, width, 3).to(memory_format=torch.channels_last)
+        self.norm = nn.BatchNorm2d(width)
+        self.head, self.tied = nn.Linear(width, 5, bias=False), nn.Linear(width, 5, bias=False)
+        self.tied.weight = self.head.weight
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        h = self.norm(self.conv(x)).mean((2, 3))
+        return self.head(h) - self.tied(h * h)
+
+
+KINDS = {
+    "foreach": lambda p: torch.optim.AdamW(p, lr=1e-2, foreach=True),
+    "loop": lambda p: torch.optim.AdamW(p, lr=1e-2, foreach=False),
+    "fused": lambda p: torch.optim.AdamW(p, lr=1e-2, fused=True),
+    "amsgrad": lambda p: torch.optim.AdamW(p, lr=torch.tensor(1e-2), amsgrad=True, capturable=False, foreach=False),
+    "momentum": lambda p: torch.optim.SGD(p, lr=1e-2, momentum=0.9),
+    "no-momentum": lambda p: torch.optim.SGD(p, lr=1e-2),
+}
+
+
+class Run:
+    """A small run whose batch is a function of the step."""
+
+    def __init__(self, kind: str = "foreach", width: int = 4, seed: int = 0) -> None:
+        torch.manual_seed(seed)
+        self.model = Net(width)
+        self.ema = AveragedModel(self.model, multi_avg_fn=get_ema_multi_avg_fn(0.9), use_buffers=True)
+        decayed = [p for p in self.model.parameters() if p.ndim > 1]
+        rest = [p for p in self.model.parameters() if p.ndim <= 1]
+        self.optimizers = {"model": KINDS[kind]([{"params": decayed}, {"params": rest, "weight_decay": 0.0}])}
+
+    def advance(self, start: int, stop: int) -> list[float]:
+        losses = []
+        for step in range(start, stop):
+            x = torch.randn(8, 3, 6, 6, generator=torch.Generator().manual_seed(step))
+            loss = self.model(x).square().mean()
+            self.optimizers["model"].zero_grad()
+            loss.backward()
+            for group in self.optimizers["model"].param_groups:
+                if not isinstance(group["lr"], torch.Tensor):
+                    group["lr"] = 1e-2 / (1 + step)
+            self.optimizers["model"].step()
+            self.ema.update_parameters(self.model)
+            losses.append(loss.item())
+        return losses
+
+    def save(self, run: Path, step: int, **more) -> Path:
+        return save_state(
+            run, step, model=self.model, ema=self.ema, optimizers=self.optimizers, **{"counters": {}, **more}
+        )
+
+    def load(self, folder: Path) -> tuple[int, dict]:
+        return load_state(folder, model=self.model, ema=self.ema, optimizers=self.optimizers)
+
+
+def assert_same(a, b, path: str = "") -> None:
+    """Same types, dtypes, shapes, devices and bits, all the way down."""
+    assert type(a) is type(b), f"{path}: {type(a)} and {type(b)}"
+    if isinstance(a, torch.Tensor):
+        assert (a.dtype, a.shape, a.device, a.stride()) == (b.dtype, b.shape, b.device, b.stride()), path
+        assert torch.equal(a, b), path
+    elif isinstance(a, dict):
+        assert list(a) == list(b), path
+        for key in a:
+            assert_same(a[key], b[key], f"{path}.{key}")
+    elif isinstance(a, (list, tuple)):
+        assert len(a) == len(b), path
+        for i, (x, y) in enumerate(zip(a, b, strict=True)):
+            assert_same(x, y, f"{path}[{i}]")
+    else:
+        assert a == b, path
+
+
+def everything(run: Run) -> list:
+    optimizers = [o.state_dict() for o in run.optimizers.values()]
+    for saved in optimizers:
+        saved["state"] = {i: dict(sorted(saved["state"][i].items())) for i in sorted(saved["state"])}
+    return [dict(run.model.state_dict()), dict(run.ema.state_dict()), optimizers]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_interrupted_equals_uninterrupted(tmp_path, kind):
+    whole = Run(kind)
+    losses = whole.advance(0, 12)
+    for at in (0, 1, 5, 11):
+        first = Run(kind)
+        first.advance(0, at)
+        first.save(tmp_path / str(at), at, counters={"epoch": 3, "best": 0.1, "seen": [1, 2]})
+        resumed = Run(kind, seed=99)
+        step, counters = resumed.load(latest_state(tmp_path / str(at)))
+        assert (step, counters) == (at, {"epoch": 3, "best": 0.1, "seen": [1, 2]})
+        assert_same(everything(resumed), everything(first), "loaded")
+        assert resumed.advance(at, 12) == losses[at:]
+        assert_same(everything(resumed), everything(whole), "final")
+        assert resumed.model.tied.weight is resumed.model.head.weight
+
+
+def test_loaded_state_survives_the_deletion_of_its_files(tmp_path):
+    run = Run()
+    run.advance(0, 3)
+    folder = run.save(tmp_path, 3)
+    resumed = Run(seed=1)
+    resumed.load(folder)
+    for path in folder.iterdir():
+        path.write_bytes(b"\0" * path.stat().st_size)
+    assert_same(everything(resumed), everything(run))
+
+
+def test_float32_moments_of_bfloat16_weights_stay_float32(tmp_path):
+    model = nn.Linear(3, 2).bfloat16()
+    optimizer = torch.optim.AdamW(model.parameters())
+    for p in model.parameters():
+        optimizer.state[p] = {
+            "step": torch.tensor(7.0),
+            "exp_avg": torch.randn(p.shape),
+            "exp_avg_sq": torch.rand(p.shape),
+        }
+    folder = save_state(tmp_path, 1, model=model, ema=None, optimizers={"a": optimizer}, counters={})
+    other = nn.Linear(3, 2).bfloat16()
+    loaded = torch.optim.AdamW(other.parameters())
+    load_state(folder, model=other, ema=None, optimizers={"a": loaded})
+    for p, q in zip(model.parameters(), other.parameters(), strict=True):
+        assert_same(dict(sorted(loaded.state[q].items())), dict(sorted(optimizer.state[p].items())))
+
+
+def test_nothing_is_pickled(tmp_path, monkeypatch):
+    def refuse(*args, **kwargs):
+        raise AssertionError("pickle")
+
+    run = Run()
+    run.advance(0, 2)
+    for module, names in ((torch, ("load", "save")), (pickle, ("load", "loads", "dump", "dumps", "Unpickler"))):
+        for name in names:
+            monkeypatch.setattr(module, name, refuse)
+    run.save(tmp_path, 2)
+    folder = latest_state(tmp_path)
+    Run(seed=1).load(folder)
+    assert {path.suffix for path in folder.iterdir()} == {".json", ".safetensors"}
+
+
+def test_rotation_keeps_the_newest(tmp_path):
+    run = Run()
+    for step in (1, 2, 3, 10, 100_000_000):
+        run.save(tmp_path, step, keep=2)
+    assert sorted(path.name for path in (tmp_path / "state").iterdir()) == ["step-00000010", "step-100000000"]
+    assert latest_state(tmp_path).name == "step-100000000"
+
+
+def test_rotation_never_deletes_what_was_just_saved(tmp_path):
+    run = Run()
+    (run.save(tmp_path, 9) / "state.json").write_text("{}")
+    for step in (5, 6):
+        run.save(tmp_path, step, keep=1)
+        assert latest_state(tmp_path).name == f"step-{step:08d}"
+
+
+def damage_byte(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+
+
+DAMAGE = {
+    "flipped": damage_byte,
+    "missing": Path.unlink,
+    "truncated": lambda path: path.write_bytes(path.read_bytes()[:-2]),
+    "empty": lambda path: path.write_bytes(b""),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_damage_falls_back_to_the_previous_state_and_is_named(tmp_path, capsys, damage):
+    run = Run()
+    run.advance(0, 2)
+    run.save(tmp_path, 1)
+    names = [path.name for path in run.save(tmp_path, 2).iterdir()]
+    assert len(names) == 6
+    for name in names:
+        shutil.copytree(tmp_path, tmp_path / "copies" / name / "run", ignore=shutil.ignore_patterns("copies"))
+        broken = tmp_path / "copies" / name / "run"
+        DAMAGE[damage](broken / "state" / "step-00000002" / name)
+        assert latest_state(broken).name == "step-00000001"
+        warning = capsys.readouterr().err
+        assert warning.count("\n") == 1 and "step-00000002" in warning and name in warning
+        with pytest.raises(PipelineLoadError):
+            run.load(broken / "state" / "step-00000002")
+        run.save(broken, 2)  # the run comes by that step again
+        assert latest_state(broken).name == "step-00000002" and not capsys.readouterr().err
+
+
+def test_leftovers_are_removed_and_never_chosen(tmp_path):
+    assert latest_state(tmp_path) is None
+    folder = Run().save(tmp_path, 1)
+    names = (
+        ".tmp-step-00000002-abcd0123",
+        ".del-step-00000003-abcd4567",
+        "../.tmp-.tmp-tokenizer-01234567-89abcdef",
+        "../.tmp-pipeline-01234567",
+        "../previews/.tmp-samples-00000010.png-01234567.png",
+    )
+    for name in names:
+        shutil.copytree(folder, folder.parent / name)
+    assert latest_state(tmp_path) == folder
+    assert list(folder.parent.iterdir()) == [folder] and not list((tmp_path / "previews").iterdir())
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["previews", "state"]
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_non_finite_tensor_is_refused_by_name(tmp_path, value):
+    run = Run()
+    run.advance(0, 1)
+    kept = run.save(tmp_path, 1)
+    with torch.no_grad():
+        run.model.norm.running_var[2] = value
+    with pytest.raises(WeightsError, match=r"norm\.running_var"):
+        run.save(tmp_path, 2)
+    assert list(kept.parent.iterdir()) == [kept]
+
+
+def test_a_full_disk_is_noticed_before_writing(tmp_path, monkeypatch):
+    run = Run()
+    kept = run.save(tmp_path, 1)
+    size = sum(path.stat().st_size for path in kept.iterdir())
+    usage = namedtuple("usage", "total used free")
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(10**9, 10**9, int(1.2 * size) - 1))
+    with pytest.raises(OSError, match=rf"{kept.parent}.*{int(1.2 * size)} bytes.*{int(1.2 * size) - 1}") as caught:
+        run.save(tmp_path, 2)
+    assert caught.value.errno == errno.ENOSPC
+    assert list(kept.parent.iterdir()) == [kept]
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(10**9, 0, int(1.2 * size)))
+    run.save(tmp_path, 2)
+
+
+def test_an_error_while_writing_leaves_the_old_states(tmp_path, monkeypatch):
+    run = Run()
+    kept = run.save(tmp_path, 1, keep=1)
+    monkeypatch.setattr(
+        checkpoint, "write_manifest", lambda *a, **k: (_ for _ in ()).throw(OSError(errno.ENOSPC, "full"))
+    )
+    with pytest.raises(OSError, match="full"):
+        run.save(tmp_path, 2, keep=1)
+    assert list(kept.parent.iterdir()) == [kept] and latest_state(tmp_path) == kept
+
+
+def test_mismatches_are_named(tmp_path):
+    run = Run()
+    run.advance(0, 2)
+    folder = run.save(tmp_path, 2)
+
+    def load(message: str, model=None, ema=run.ema, optimizers=None) -> None:
+        with pytest.raises(PipelineLoadError, match=message):
+            load_state(folder, model=model or Run().model, ema=ema, optimizers=optimizers or run.optimizers)
+
+    load(r"conv\.weight has shape \[4, 3, 3, 3\], expected \[6, 3, 3, 3\]", model=Net(6))
+    load(r"conv\.weight has type torch\.float32, expected torch\.float64", model=Net().double())
+    load(r"missing tensors .*0\.weight", model=nn.Sequential(nn.Linear(2, 2)))
+    load(r"unexpected \['ema\.safetensors'\]", ema=None)
+    load(r"missing \['optimizer-critic\.json'", optimizers={**run.optimizers, "critic": run.optimizers["model"]})
+    load(r"parameters\[0\] is .*4, 3, 3, 3.*6, 3, 3, 3", optimizers=Run(width=6).optimizers)
+    load(r"kind is 'AdamW', expected 'SGD'", optimizers=Run("momentum").optimizers)
+    load(r"groups", optimizers={"model": torch.optim.AdamW(run.model.parameters())})
+
+
+def test_a_state_that_lies_is_a_load_error(tmp_path):
+    """Consistent manifest, wrong content: what a hash cannot catch must still not escape as another exception."""
+    run = Run()
+    run.advance(0, 1)
+    for number, (name, edit) in enumerate(
+        [
+            ("optimizer-model.json", lambda d: {**d, "param_groups": [{"params": {"$tensor": "no"}}]}),
+            ("optimizer-model.json", lambda d: {**d, "param_groups": [{**g, "lr": "fast"} for g in d["param_groups"]]}),
+            ("state.json", lambda d: {**d, "step": 7}),
+        ]
+    ):
+        folder = run.save(tmp_path / str(number), 1)
+        (folder / name).write_text(json.dumps(edit(json.loads((folder / name).read_text()))))
+        (folder / "manifest.json").unlink()
+        checkpoint.write_manifest(folder, step=1)
+        with pytest.raises(PipelineLoadError, match=name.split(".")[0]):
+            Run().load(folder)
+
+
+# Shards
+
+
+def write_pieces(folder: Path, tensors: dict[str, torch.Tensor], count: int) -> None:
+    """Cut tensors along their first axis, as `count` processes hold them, and write a file for each."""
+    folder.mkdir()
+    for number in range(count):
+        pieces, offsets = {}, {}
+        for name, value in tensors.items():
+            if value.ndim == 0 and number:
+                continue  # the first has it
+            size = -(-len(value) // count) if value.ndim else 0
+            piece = value[number * size : (number + 1) * size] if value.ndim else value
+            at = min(number * size, len(value)) if value.ndim else 0
+            pieces[name], offsets[name] = piece.clone(), {"saved_offsets": [at, *[0] * (value.ndim - 1)][: value.ndim]}
+        header = {"DCP_SHARDING_INFO": json.dumps(offsets), "DCP_VERSION": "1.0", "format": "pt"}
+        save_file(pieces, folder / f"shard-{number + 1:05}-model-00001-of-00001.safetensors", metadata=header)
+
+
+def in_shards(state: Path, count: int = 3, **changes) -> Path:
+    """Turn a state into one that `count` processes wrote; `changes` are of the tensors of `model`."""
+    for path in list(state.glob("*.safetensors")):
+        tensors = load_file(path)
+        write_pieces(path.with_suffix(""), {**tensors, **changes} if path.stem == "model" else tensors, count)
+        path.unlink()
+    (state / MANIFEST).unlink()
+    write_manifest(state, step=int(state.name[5:]))
+    return state
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("count", [1, 3])
+def test_shards_are_read_as_what_they_are_pieces_of(tmp_path, kind, count):
+    """Uneven and empty ones, of any optimizer: everything as it was, and it goes on as it would have."""
+    run, other = Run(kind), Run(kind, seed=99)
+    run.advance(0, 4)
+    folder = in_shards(run.save(tmp_path, 4, counters={"epoch": 3}), count)
+    assert latest_state(tmp_path) == folder
+    assert other.load(folder) == (4, {"epoch": 3})
+    assert_same(everything(other), everything(run))
+    assert other.advance(4, 8) == run.advance(4, 8)
+
+
+def test_shards_are_as_strict(tmp_path):
+    """A tensor too many, of another shape or type, a piece that is missing, a file that is damaged, a part too few."""
+    changes = {"head.weight": torch.zeros(7, 4), "extra": torch.zeros(3), "conv.bias": torch.zeros(4).double()}
+    messages = [
+        "head.weight has shape [7, 4], expected [5, 4]",
+        "unexpected tensors ['extra']",
+        "conv.bias has type torch.float64, expected torch.float32",
+    ]
+    for (name, value), message in zip(changes.items(), messages, strict=True):
+        run = Run()
+        folder = in_shards(run.save(tmp_path / name, 1), **{name: value})
+        with pytest.raises(WeightsError) as error:
+            run.load(folder)
+        assert message in str(error.value) and str(folder / "model") in str(error.value)
+
+    def spoilt(name: str, spoil, kind: type, message: str) -> None:
+        run = Run()
+        folder = in_shards(run.save(tmp_path / name, 1))
+        spoil(folder)
+        (folder / MANIFEST).unlink()
+        write_manifest(folder, step=1)
+        with pytest.raises(kind, match=message):
+            run.load(folder)
+
+    second = "shard-00002-model-00001-of-00001.safetensors"
+    spoilt("gap", lambda state: (state / "model" / second).unlink(), WeightsError, "model: pieces of .* are missing")
+    spoilt("cut", lambda state: (state / "ema" / second).write_bytes(b"cut"), WeightsError, "ema: not readable shards")
+    spoilt("part", lambda state: shutil.rmtree(state / "ema"), FormatError, r"missing \['ema.safetensors'\]")
+
+
+def test_a_missing_or_changed_shard_is_passed_over(tmp_path, capsys):
+    run = Run()
+    run.save(tmp_path, 1)
+    for step, spoil in ((2, Path.unlink), (3, lambda path: path.write_bytes(path.read_bytes()[:-1] + b"x"))):
+        spoil(sorted((in_shards(run.save(tmp_path, step, keep=9)) / "ema").iterdir())[1])
+    assert latest_state(tmp_path).name == "step-00000001"
+    printed = capsys.readouterr().err
+    assert "step-00000002 is passed over" in printed and "step-00000003 is passed over" in printed
+    assert printed.count("shard-00002-model-00001-of-00001.safetensors") == 2
+
+
+KILLED = """
+    import os, random, signal, sys, time
+    from pathlib import Path
+    import torch
+    from torch import nn
+    torch.set_num_threads(1)
+    from pipelines.checkpoint import latest_state, load_state, save_state
+    from tokenizer import storage
+
+    if not EXCHANGE:
+        storage.exchange = lambda *folders: False  # as on a file system that can not
+    run = Path(sys.argv[1])
+    model = nn.Sequential(*[nn.Linear(256, 256) for _ in range(8)])
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+
+    def save(step):
+        with torch.no_grad():
+            for p in model.parameters():
+                p.fill_(step)
+        save_state(run, step, model=model, ema=None, optimizers={"m": optimizer}, counters={}, keep=KEEP)
+
+    def child(before_rename):
+        calls = [0]
+        def counted(call):
+            def count(*paths):
+                calls[0] += 1
+                if calls[0] == before_rename:
+                    os.kill(os.getpid(), signal.SIGKILL)
+                return call(*paths)
+            return count
+        Path.rename, storage.exchange = counted(Path.rename), counted(storage.exchange)
+        step = STEP
+        while True:
+            save(step)
+            step += STRIDE
+
+    save(1)
+    STEP = LAST = 1
+    inside = 0
+    plans = [(0, random.uniform(0.0, 0.15)) for _ in range(8)] + [(n, 10.0) for n in range(1, 9)]
+    for kill_at, delay in plans:
+        pid = os.fork()
+        if pid == 0:
+            child(kill_at)
+        if kill_at == 0:
+            time.sleep(delay)
+            os.kill(pid, signal.SIGKILL)
+        os.waitpid(pid, 0)
+        inside += any(p.name.startswith((".tmp", ".del")) for p in (run / "state").iterdir())
+        folder = latest_state(run)
+        assert folder is not None, "no state left"
+        step, _ = load_state(folder, model=model, ema=None, optimizers={"m": optimizer})
+        assert step >= LAST and all((p == step).all() for p in model.parameters()), "a state of two steps"
+        LAST, STEP = step, step + STRIDE
+    assert inside >= 3, f"only {inside} kills hit a save"
+    assert LAST > 1 or STRIDE == 0
+"""
+
+
+@pytest.mark.parametrize(
+    ("stride", "keep", "exchange"),
+    [(1, 2, True), (0, 1, True), (0, 1, False)],
+    ids=["next-step", "same-step-only-state", "renamed-twice"],
+)
+def test_kill_leaves_a_verifying_state(tmp_path, stride, keep, exchange):
+    code = textwrap.dedent(KILLED)
+    for name, value in {"STRIDE": stride, "KEEP": keep, "EXCHANGE": exchange}.items():
+        code = code.replace(name, str(value))
+    done = subprocess.run([sys.executable, "-c", code, tmp_path], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    verify_manifest(latest_state(tmp_path))

@@ -1,0 +1,248 @@
+"""Blocks: which modules they are, and that checkpointing and compiling them changes no more than it says."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from launch import (
+    GPT,
+    VQVAE,
+    assert_equal_tensors,
+    losses,
+    make_tokens,
+    metrics,
+    states,
+    tensors,
+    train_prior,
+    train_tokenizer,
+)
+from small import PRIORS, make_prior, make_tokenizer
+from torch import nn
+from torch._inductor.compile_fx import compile_fx
+from torch.autograd.graph import saved_tensors_hooks
+from torch.utils.checkpoint import checkpoint as recompute
+
+from pipelines.config import UserError
+from pipelines.training import blocks
+from pipelines.training.blocks import checkpoint_blocks, compile_blocks, prepare_blocks, repeated_blocks
+from pipelines.training.schedule import TrainConfig
+from prior import Prior
+from tokenizer import TokenGrid
+from tokenizer.critic import PatchCritic
+
+BLOCKS = {
+    "causal_conv": 4,
+    "gated_pixelcnn": 3,
+    "gpt": 2,
+    "masked": 2,
+    "pixelcnn": 2,
+    "pixelsnail": 2,
+    "made": 0,
+    "marginal": 0,
+}
+DROPOUT = {"causal_conv", "gpt", "masked", "pixelsnail"}
+TOKENIZERS: dict[str, dict[str, Any]] = {
+    "vqvae": {"blocks": (2,), "quantizer": {"kind": "rvq", "depth": 2, "book": {"kind": "vq", "codes": 16, "dim": 8}}},
+    "vit": {"depth": 2},
+    "vqgan": {"blocks": 2, "encoder_attention": (1,)},
+}
+MODELS = [*(name for name, count in BLOCKS.items() if count), *TOKENIZERS]
+
+
+def model_of(name: str) -> nn.Module:
+    """A small model, with dropout where it has any."""
+    torch.manual_seed(0)
+    if name in TOKENIZERS:
+        return make_tokenizer(name, **TOKENIZERS[name]).train()
+    return make_prior(name, **({"dropout": 0.3} if name in DROPOUT else {})).train()
+
+
+def step(model: Any) -> dict[str, torch.Tensor]:
+    """A training step's loss, gradients, and buffers after it."""
+    torch.manual_seed(5)
+    if isinstance(model, Prior):
+        tokens, labels = torch.randint(5, (6, 3, 4)), torch.randint(3, (6,))
+        inputs = model.training_inputs(tokens, 0.1)
+        loss = model.loss(model(tokens, labels, **inputs), tokens, **inputs)
+    else:
+        images = torch.rand(3, 3, 12, 8) * 2 - 1
+        output = model(images)
+        loss = (output.images - images).square().mean() + sum(output.losses.values())
+    loss.backward()
+    gradients = {f"gradient of {name}": p.grad for name, p in model.named_parameters() if p.grad is not None}
+    return {"loss": loss.detach(), **gradients, **dict(model.named_buffers())}
+
+
+def names_of(model: nn.Module) -> list[str]:
+    """Where its blocks are."""
+    found = {id(block) for block in repeated_blocks(model)}
+    return [name for name, module in model.named_modules() if id(module) in found]
+
+
+# Which they are
+
+
+def test_every_prior_has_the_blocks_that_it_repeats():
+    assert {name: len(repeated_blocks(make_prior(name))) for name in PRIORS} == BLOCKS
+    assert names_of(make_prior("gpt", depth=3)) == ["blocks.0", "blocks.1", "blocks.2"]
+    assert names_of(make_prior("pixelsnail")) == ["blocks.0", "blocks.1"]  # not what is in them
+
+
+def test_tokenizers_have_blocks_in_both_halves():
+    assert names_of(model_of("vit")) == [f"{half}.blocks.{n}" for half in ("encoder.1", "decoder.0") for n in range(2)]
+    assert names_of(model_of("vqvae")) == ["encoder.2", "encoder.3", "decoder.1", "decoder.2"]  # and no codebook
+    levels = ["encoder.levels.0", "encoder.levels.1", "encoder.middle.0", "encoder.middle.2"]
+    assert names_of(model_of("vqgan")) == [
+        *levels,
+        "decoder.middle.0",
+        "decoder.middle.2",
+        "decoder.levels.0",
+        "decoder.levels.1",
+    ]
+
+
+def test_what_keeps_statistics_is_no_block():
+    """A forward pass that is run again would count twice."""
+
+    def block(norm: nn.Module) -> nn.Module:
+        layers = nn.Module()
+        layers.norm, layers.conv = norm, nn.Conv2d(4, 4, 1)
+        return layers
+
+    assert names_of(nn.ModuleList([block(nn.BatchNorm2d(4)), block(nn.GroupNorm(2, 4))])) == ["1"]
+    assert names_of(PatchCritic(3, 8, 3, "batch")) == []
+
+
+# Checkpointing
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_checkpointing_changes_no_bit(name):
+    """Of the loss, of any gradient and any buffer, dropout included; and no name of a weight."""
+    model = model_of(name)
+    expected, other = step(copy.deepcopy(model)), copy.deepcopy(model)
+    checkpoint_blocks(repeated_blocks(other))
+    assert list(other.state_dict()) == list(model.state_dict())
+    found = step(other)
+    assert list(found) == list(expected)
+    assert [key for key, value in expected.items() if not torch.equal(found[key], value)] == []
+    if name in DROPOUT:  # that there is any
+        assert not torch.equal(step(copy.deepcopy(model).eval())["loss"], expected["loss"])
+
+
+def held_for_backward(model: Any, tokens: torch.Tensor) -> int:
+    """Bytes that the forward pass keeps, beside the weights."""
+    kept, own = {}, {p.untyped_storage().data_ptr() for p in model.parameters()}
+
+    def note(value: torch.Tensor) -> torch.Tensor:
+        storage = value.untyped_storage()
+        if storage.data_ptr() not in own:
+            kept[storage.data_ptr()] = (storage.nbytes(), value)
+        return value
+
+    with saved_tensors_hooks(note, lambda value: value):
+        loss = model.loss(model(tokens), tokens)
+    return sum(size for size, _ in kept.values()) + 0 * int(loss.ndim)
+
+
+@pytest.mark.parametrize("depth", [4, 8])
+def test_checkpointing_keeps_the_inputs_of_blocks_alone(depth):
+    """So a block more costs one activation more, not some thirty."""
+    tokens, sizes = torch.randint(64, (4, 8, 8)), []
+    for checkpointed in (False, True):
+        model = Prior.create("gpt", grid=TokenGrid((8, 8), 64), dim=64, depth=depth, heads=2)
+        if checkpointed:
+            checkpoint_blocks(repeated_blocks(model))
+        sizes.append(held_for_backward(model, tokens))
+    activation = 4 * 4 * 64 * 64
+    assert sizes[1] < sizes[0] / 3
+    assert sizes[1] <= activation * (depth + 8)
+
+
+@pytest.mark.parametrize("stage", ["prior", "tokenizer"])
+def test_a_checkpointed_run_is_the_same_run(tmp_path, monkeypatch, stage):
+    """Figures, weights and what is saved: bit for bit, under the same names."""
+    calls: list[Any] = []
+
+    def counted(run: Any, *rest: Any, **how: Any) -> Any:
+        calls.append(run)
+        return recompute(run, *rest, **how)
+
+    monkeypatch.setattr(blocks, "checkpoint", counted)
+    settings: dict[str, Any] = {"train__steps": 4}
+    tokens = make_tokens(tmp_path / "tokens") if stage == "prior" else None
+    runs = []
+    for checkpointing in (False, True):
+        settings["train__checkpointing"], out = checkpointing, tmp_path / str(checkpointing)
+        if tokens:
+            runs.append(train_prior(out, tokens, model={**GPT, "dropout": 0.2}, **settings))
+        else:
+            runs.append(train_tokenizer(out, model={**VQVAE, "blocks": [2]}, **settings))
+        assert len(calls) == (4 * (2 if tokens else 4) if checkpointing else 0)  # blocks of four steps
+    plain, checkpointed = runs
+    assert losses(plain) == losses(checkpointed) and len(losses(plain)) == 4
+    assert_equal_tensors(tensors(states(checkpointed)[-1]), tensors(states(plain)[-1]))
+    snapshot = "pipeline" if tokens else "tokenizer"
+    assert_equal_tensors(tensors(checkpointed / snapshot), tensors(plain / snapshot))
+
+
+@pytest.mark.parametrize("name", ["checkpointing", "compile"])
+def test_a_model_without_blocks_is_refused(tmp_path, name):
+    made = make_prior("made")
+    with pytest.raises(UserError, match=f"train.{name}: this model has no repeated blocks; leave it false"):
+        prepare_blocks([made], TrainConfig(**{name: True}))
+    prepare_blocks([made], TrainConfig())
+
+
+# Compiling
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["gpt", "gated_pixelcnn", "vit", "vqgan"])
+def test_a_compiled_model_computes_the_same(name):
+    """But for rounding, and for the numbers that dropout draws; checkpointed or not."""
+    model = model_of(name)
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        if hasattr(module, "attention_dropout"):
+            module.attention_dropout = 0.0
+    expected = step(copy.deepcopy(model))
+    for checkpointed in (False, True):
+        torch._dynamo.reset()
+        graphs: list[Any] = []
+
+        def counted(graph: Any, inputs: Any, graphs: list[Any] = graphs) -> Any:
+            graphs.append(graph)
+            return compile_fx(graph, inputs)
+
+        other = copy.deepcopy(model)
+        parts = repeated_blocks(other)
+        compile_blocks(parts, backend=counted)
+        if checkpointed:
+            checkpoint_blocks(parts)
+        assert list(other.state_dict()) == list(model.state_dict())
+        found = step(other)
+        for key, value in expected.items():
+            torch.testing.assert_close(found[key], value, rtol=1e-3, atol=1e-5, msg=lambda m, k=key: f"{k}: {m}")
+        assert 0 < len(graphs) <= len(parts)
+        if name in ("gpt", "vit"):
+            assert len(graphs) < len(parts)  # those that are alike share their code
+
+
+@pytest.mark.slow
+def test_a_compiled_run_learns_and_goes_on(tmp_path):
+    """Its weights have their names, so that a run is loaded, and continued, as any other."""
+    tokens = make_tokens(tmp_path / "tokens")
+    settings = {"train__steps": 8, "train__save_every": 4}
+    plain = train_prior(tmp_path / "plain", tokens, **settings)
+    compiled = train_prior(tmp_path / "compiled", tokens, train__compile=True, **settings)
+    assert losses(compiled) == pytest.approx(losses(plain), rel=1e-4)
+    assert list(tensors(compiled / "pipeline")) == list(tensors(plain / "pipeline"))
+    assert list(tensors(states(compiled)[-1])) == list(tensors(states(plain)[-1]))
+    assert metrics(compiled)[-1]["held_out/bits_per_token"] == pytest.approx(
+        metrics(plain)[-1]["held_out/bits_per_token"], rel=1e-3
+    )

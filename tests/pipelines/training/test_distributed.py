@@ -1,0 +1,403 @@
+"""Two processes train as one does: the same losses, the same codebook on both at every step, the same tokens.
+
+What needs no launcher runs in two processes that this file starts of itself (`python test_distributed.py NAME FOLDER`).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import torch
+import torch.distributed as dist
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+from launch import (
+    GPT,
+    VQVAE,
+    arguments,
+    assert_equal_tensors,
+    end,
+    exact,
+    free_port,
+    losses,
+    make_tokens,
+    metrics,
+    output_of,
+    prior_arguments,
+    start,
+    states,
+    tensors,
+    tokenizer_arguments,
+    train_prior,
+    train_tokenizer,
+    two_processes,
+    wait_for,
+)
+from leaving import leave_group
+from safetensors.torch import load_file, save_file
+from small import QUANTIZERS, SMALL
+from torch import nn
+
+from pipelines import encode
+from pipelines.config import UserError
+from pipelines.config.command import parse
+from pipelines.train_tokenizer import TokenizerTask
+from pipelines.training import loop as training
+from pipelines.training.processes import TWO_PROCESSES, build_accelerator
+from tokenizer.quantizers import Quantizer
+from tokenizer.quantizers.ema import EMA
+
+pytestmark = pytest.mark.timeout(150)
+
+STEPS = 20
+TOLERANCE = 1e-5  # relative; 3e-7 was measured, as sums are taken in another order
+BUSY = {"kind": "ema", "codes": 32, "dim": 8, "revive_every": 2, "revive_below": 0.3}  # codes die and rise all the time
+TOKENIZER = {
+    "train__steps": STEPS,
+    "train__save_every": 5,
+    "data__augment__rotate": 8,
+    "model": {**VQVAE, "quantizer": BUSY},
+}
+PRIOR = {"train__steps": STEPS}
+KINDS = [name for name in QUANTIZERS if name != "ema"]
+
+
+def with_quantizer(name: str) -> dict[str, Any]:
+    """A short run with a small quantizer of this kind."""
+    node = {"kind": name, **{key: list(v) if isinstance(v, tuple) else v for key, v in SMALL.get(name, {}).items()}}
+    return {"train__steps": 6, "model": {**VQVAE, "quantizer": node}}
+
+
+@pytest.fixture(autouse=True)
+def one_process_here(monkeypatch):
+    """This process is the one that two are compared with."""
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+# In each of two processes
+
+
+def digest(values: Any) -> str:
+    """A hash of the bits of tensors."""
+    state = hashlib.sha256()
+    for value in values:
+        state.update(value.detach().contiguous().numpy().tobytes())
+    return state.hexdigest()
+
+
+def gathered(value: Any) -> list[Any]:
+    """`value` of every process."""
+    values = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
+def drive(quantizer: EMA, steps: int, part: slice) -> list[dict[str, Any]]:
+    """Train a codebook on its part of each step's vectors, with codes that are made to die; its state at each step."""
+    seen = []
+    for step in range(steps):
+        z = torch.randn(16, quantizer.dim, 4, 4, generator=torch.Generator().manual_seed(step)) * (1 + step / 10)
+        if step == 9:
+            quantizer.counts[3:9] = 0.0
+            quantizer.sums[3:9] = 0.0
+        quantizer.quantize(z[part])
+        rows = z.movedim(1, -1).reshape(-1, quantizer.dim)
+        revived = [code for code, row in enumerate(quantizer.codebook) if (rows == row).all(1).any()]
+        buffers = (quantizer.codebook, quantizer.counts, quantizer.sums)
+        seen.append({"digest": digest(buffers), "input": digest([z[part]]), "revived": revived})
+    return seen
+
+
+def new_codebook() -> EMA:
+    torch.manual_seed(0)
+    quantizer: Any = Quantizer.create("ema", codes=32, dim=8, revive_every=5, revive_below=0.3, decay=0.9)
+    return quantizer.train()
+
+
+def codebooks(folder: Path) -> dict[str, Any]:
+    """Half of the vectors each."""
+    rank, quantizer = dist.get_rank(), new_codebook()
+    seen = gathered(drive(quantizer, 40, slice(8 * rank, 8 * rank + 8)))
+    learned: Any = Quantizer.create("vq", codes=32, dim=8)
+    learned.train().quantize(torch.randn(4, 8, 4, 4, generator=torch.Generator().manual_seed(rank)))
+    if rank == 0:
+        save_file(quantizer.state_dict(), folder / "codebook.safetensors")
+    return {"codebooks": seen, "learned": gathered(digest([learned.codebook]))}
+
+
+def trainings(folder: Path) -> None:
+    """Several runs in one process group, each watched after every step."""
+    rank = int(os.environ["RANK"])
+    Accelerator.end_training = lambda self: None  # type: ignore[method-assign]
+    take_step, loss, found = training.take_step, TokenizerTask.loss, {}
+    log: list[Any] = []
+    sick: set[int] = set()
+
+    def watched(run: Any, *rest: Any) -> None:
+        take_step(run, *rest)
+        weights = [p for net in run.task.nets.values() for p in net.parameters()]
+        wrapped = all(isinstance(net, nn.parallel.DistributedDataParallel) for net in run.task.nets.values())
+        quantizer = getattr(getattr(run.task, "tokenizer", None), "quantizer", None)
+        log.append(
+            gathered(
+                {
+                    "weights": digest(weights),
+                    "average": digest(run.averaged.module.parameters()),
+                    "buffers": digest(run.task.model.buffers()),
+                    "seed": torch.initial_seed(),
+                    "wrapped": wrapped,
+                    "codebook": digest(quantizer.buffers()) if quantizer else "",
+                    "batch": digest(rest[0][0]),
+                }
+            )
+        )
+
+    def sick_on_rank_one(self: Any, player: str, batch: Any, step: int) -> Any:
+        value, terms = loss(self, player, batch, step)
+        return value * (math.nan if rank == 1 and step in sick else 1.0), terms
+
+    training.take_step = watched
+    TokenizerTask.loss = sick_on_rank_one  # type: ignore[method-assign]
+
+    def watch(name: str, run: Any) -> None:
+        log.clear()
+        try:
+            run()
+        except UserError as error:
+            found[f"{name} error"] = gathered(str(error))
+        found[name] = list(log)
+
+    watch("tokenizer", lambda: train_tokenizer(folder / "tokenizer", **TOKENIZER))
+    sick |= {0, 5, 6, 11}
+    watch("sick", lambda: train_tokenizer(folder / "sick", **TOKENIZER))
+    sick |= set(range(30))
+    watch("dying", lambda: train_tokenizer(folder / "dying", **TOKENIZER))
+    sick.clear()
+    for name in KINDS:
+        watch(name, lambda name=name: train_tokenizer(folder / name, **with_quantizer(name)))
+    watch("prior", lambda: train_prior(folder / "prior", folder / "tokens", **PRIOR))
+    dropout = {**PRIOR, "train__accumulate": 2, "model": {**GPT, "dropout": 0.2}}
+    watch("dropout", lambda: train_prior(folder / "dropout", folder / "tokens", **dropout))
+    watch("odd batch", lambda: train_tokenizer(folder / "odd", **{**TOKENIZER, "train__batch_size": 15}))
+    for rows in (1, 2):
+        encode.run(encoding(folder / "tokenizer" / "tokenizer", folder / f"encoded{rows}", rows))
+    found |= codebooks(folder)
+    if rank == 0:
+        (folder / "found.json").write_text(json.dumps({"world": dist.get_world_size(), **found}))
+    dist.barrier()
+    leave_group()
+
+
+def encoding(tokenizer: Path, out: Path, rows: int) -> encode.EncodeConfig:
+    argv = encode_arguments(tokenizer, out, rows)
+    return parse(encode.EncodeConfig, argv, verb="encode", description=None, defaults=encode.defaults)
+
+
+def encode_arguments(tokenizer: Path, out: Path, rows: int) -> list[str]:
+    """An odd number of rows, so that the last share is not full; augmented, so that a batch spans variants."""
+    return arguments(
+        {"tokenizer": str(tokenizer), "out": str(out), "data.limit": rows, "augmentations": 2, "batch_size": 8}
+    )
+
+
+# From outside
+
+
+def in_two_processes(name: str, folder: Path) -> dict[str, Any]:
+    """Run a function of this file twice at once; what it left."""
+    where = {
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(free_port()),
+        "WORLD_SIZE": "2",
+        "PYTHONPATH": os.environ["PYTHONPATH"],
+    }
+    command = [sys.executable, __file__, name, str(folder)]
+    pair = [start(command, RANK=str(rank), LOCAL_RANK=str(rank), **where) for rank in range(2)]
+    try:
+        for process in pair:
+            output_of(process, 90)
+    finally:
+        for process in pair:
+            end(process)
+    found = json.loads((folder / "found.json").read_text())
+    assert found["world"] == 2
+    return found
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory) -> tuple[Path, dict[str, Any]]:
+    folder = tmp_path_factory.mktemp("trainings")
+    make_tokens(folder / "tokens")
+    return folder, in_two_processes("trainings", folder)
+
+
+def test_codebooks_are_equal_on_both_at_every_step(pair):
+    steps = list(zip(*pair[1]["codebooks"], strict=True))
+    assert len(steps) == 40
+    assert all(one["digest"] == two["digest"] and one["revived"] == two["revived"] for one, two in steps)
+    assert all(one["input"] != two["input"] for one, two in steps)
+    assert len({one["digest"] for one, _ in steps}) == 40  # it moved
+
+
+def test_two_codebooks_learn_what_one_does(pair):
+    folder, found = pair
+    quantizer = new_codebook()
+    alone = drive(quantizer, 40, slice(None))
+    assert [step["revived"] for step in alone] == [step["revived"] for step in found["codebooks"][0]]
+    assert set(range(3, 9)) <= set(alone[9]["revived"]) and not alone[8]["revived"]  # those that were made to die
+    together = load_file(folder / "codebook.safetensors")
+    for name, value in quantizer.state_dict().items():
+        torch.testing.assert_close(together[name], value, rtol=1e-5, atol=1e-5)
+
+
+def test_a_learned_codebook_starts_alike(pair):
+    one, two = pair[1]["learned"]
+    assert one == two
+
+
+@pytest.mark.parametrize("name", ["tokenizer", "sick", "prior", "dropout", *KINDS])
+def test_both_hold_the_same_model_at_every_step(pair, name):
+    steps = pair[1][name]
+    assert len(steps) == (6 if name in KINDS else STEPS)
+    for one, two in steps:
+        assert one["wrapped"] and two["wrapped"]
+        for part in ("weights", "average", "buffers", "codebook"):
+            assert one[part] == two[part]
+        assert one["batch"] != two["batch"] and one["seed"] != two["seed"]  # each its own images, and its own dropout
+
+
+def test_what_is_sick_on_one_is_skipped_by_both(pair):
+    folder, found = pair
+    steps = [one for one, _ in found["sick"]]
+    for step in range(1, STEPS):
+        same = [steps[step][part] == steps[step - 1][part] for part in ("weights", "average", "codebook")]
+        assert same == [step in (5, 6, 11)] * 3
+    assert metrics(folder / "sick")[-1]["skipped_steps"] == 4
+    assert all(torch.isfinite(value.float()).all() for value in tensors(folder / "sick").values())
+
+
+def test_ten_sick_steps_end_both(pair):
+    one, two = pair[1]["dying error"]
+    assert one == two and "step 10: 10 steps in a row" in one
+
+
+def test_an_odd_batch_is_refused_by_both(pair):
+    assert all("15 is not a multiple of processes x accumulate (2 x 1)" in m for m in pair[1]["odd batch error"])
+
+
+@pytest.mark.parametrize("name", [name for name in KINDS if name != "gumbel"])
+def test_two_train_every_quantizer_as_one_does(pair, tmp_path, name):
+    """All but gumbel, whose noise is each process's own."""
+    alone = train_tokenizer(tmp_path / "alone", **with_quantizer(name))
+    for figure in ("loss", "l2", "gradient_norm", "codebook_usage"):
+        found, expected = losses(pair[0] / name, figure), losses(alone, figure)
+        assert len(found) == 6 and found == pytest.approx(expected, rel=1e-4), figure
+
+
+@pytest.mark.parametrize("rows", [1, 2])
+def test_fewer_rows_than_shares(pair, tmp_path, rows):
+    folder, _ = pair
+    encode.run(encoding(folder / "tokenizer" / "tokenizer", tmp_path / "alone", rows))
+    assert_equal_tensors(tensors(folder / f"encoded{rows}"), tensors(tmp_path / "alone"))
+
+
+# The documented command
+
+
+@pytest.fixture(scope="module")
+def launched(tmp_path_factory) -> Path:
+    """A tokenizer that two processes trained."""
+    run = tmp_path_factory.mktemp("launched") / "run"
+    printed = output_of(start(two_processes("train_tokenizer", tokenizer_arguments(run, **TOKENIZER))))
+    assert printed.count("2 process(es) on cpu") == 1, printed
+    return run
+
+
+def test_two_train_a_tokenizer_as_one_does(launched, tmp_path):
+    alone = train_tokenizer(tmp_path / "alone", **TOKENIZER)
+    assert_same_figures(launched, alone, ["loss", "l2", "commitment", "gradient_norm"])
+    assert [line["learning_rate"] for line in metrics(launched)] == [line["learning_rate"] for line in metrics(alone)]
+
+
+def assert_same_figures(both: Path, alone: Path, names: list[str]) -> None:
+    for name in names:
+        found, expected = losses(both, name), losses(alone, name)
+        assert len(found) == STEPS and found[0] != found[-1]
+        assert found == pytest.approx(expected, rel=TOLERANCE)
+
+
+def test_two_train_a_prior_as_one_does(pair, tmp_path):
+    folder, _ = pair
+    alone = train_prior(tmp_path / "alone", folder / "tokens", **PRIOR)
+    assert_same_figures(folder / "prior", alone, ["loss", "bits_per_token", "gradient_norm"])
+
+
+@pytest.mark.slow
+def test_two_train_a_prior_by_command(pair, tmp_path):
+    folder, _ = pair
+    argv = prior_arguments(tmp_path / "both", folder / "tokens", **PRIOR)
+    printed = output_of(start(two_processes("train_prior", argv)))
+    assert printed.count("2 process(es) on cpu") == 1, printed
+    assert exact(tmp_path / "both") == exact(folder / "prior")
+
+
+def test_two_encode_what_one_does(launched, tmp_path):
+    argv = encode_arguments(launched / "tokenizer", tmp_path / "both", 37)
+    output_of(start(two_processes("encode", argv)))
+    encode.run(encoding(launched / "tokenizer", tmp_path / "alone", 37))
+    for name in ("train.safetensors", "test.safetensors", "meta.json", "manifest.json"):
+        assert (tmp_path / "both" / name).read_bytes() == (tmp_path / "alone" / name).read_bytes()
+    assert load_file(tmp_path / "both" / "train.safetensors")["tokens"].shape == (111, 7, 7)
+
+
+def test_a_run_of_two_is_killed_and_goes_on(launched, tmp_path):
+    """One of them dies; the other ends too, and the same command ends where the uninterrupted run did."""
+    argv = tokenizer_arguments(tmp_path / "run", **TOKENIZER)
+    process = start(two_processes("train_tokenizer", argv))
+    file = tmp_path / "run" / "metrics.jsonl"
+    try:
+        assert wait_for(lambda: file.exists() and file.read_bytes().count(b"\n") >= 7, process)
+        workers = psutil.Process(process.pid).children(recursive=True)
+        (second,) = [worker for worker in workers if worker.environ().get("RANK") == "1"]
+        second.kill()
+        output_of(process, 60, code=None)
+    finally:
+        end(process)
+    assert process.returncode != 0 and not any(worker.is_running() for worker in workers)
+    assert 5 <= metrics(tmp_path / "run")[-1]["step"] < STEPS
+    printed = output_of(start(two_processes("train_tokenizer", argv)))
+    assert "continuing from step" in printed and "2 process(es)" in printed
+    assert exact(tmp_path / "run") == exact(launched)
+    assert_equal_tensors(tensors(states(tmp_path / "run")[-1]), tensors(states(launched)[-1]))
+
+
+@pytest.mark.parametrize("steps", ["2", "auto", ""])
+def test_accumulation_that_accelerate_was_asked_for_is_refused(steps, monkeypatch):
+    """Accelerate would divide every loss by it, and the loop, which accumulates by itself, would not know."""
+    monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "1")
+    assert build_accelerator().gradient_accumulation_steps == 1
+    monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", steps)
+    with pytest.raises(UserError, match=r"^ACCELERATE_GRADIENT_ACCUMULATION_STEPS=\w*: .*train\.accumulate=.*$"):
+        build_accelerator()
+
+
+def test_the_command_that_starts_one_is_found_out(tmp_path):
+    options = "--cpu --num_processes 2 --num_machines 1 --mixed_precision no --dynamo_backend no"
+    command = ["accelerate", "launch", *options.split(), "-m", "pipelines.train_tokenizer"]
+    printed = output_of(start([*command, *tokenizer_arguments(tmp_path / "run")]), code=None)
+    (line,) = [line for line in printed.splitlines() if line.startswith("error:")]
+    assert "only one was started" in line and TWO_PROCESSES in line
+    assert not (tmp_path / "run").exists()
+
+
+if __name__ == "__main__":
+    globals()[sys.argv[1]](Path(sys.argv[2]))

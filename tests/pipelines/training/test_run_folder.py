@@ -1,0 +1,378 @@
+"""Nothing begins at zero over good work, no run goes on from a state of another, and a folder has one run at a time."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import shutil
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from accelerate.state import AcceleratorState
+from launch import (
+    assert_equal_tensors,
+    exact,
+    make_tokens,
+    metrics,
+    output_of,
+    start,
+    states,
+    tensors,
+    tokenizer_arguments,
+    train_prior,
+    train_tokenizer,
+    two_processes,
+)
+from small import make_prior, make_tokenizer
+
+from pipelines import ImagePipeline
+from pipelines.config import UserError
+from pipelines.training import loop as training
+from pipelines.training.checkpoints import states as checkpoint
+from pipelines.training.checkpoints.states import latest_state
+from prior import Prior
+from tokenizer import Tokenizer
+from tokenizer.files import reading
+from tokenizer.files.claims import claimed, require_unclaimed
+from tokenizer.files.errors import IntegrityError, PipelineLoadError, UnreadableError
+from tokenizer.files.writing import write_manifest
+
+
+@pytest.fixture(autouse=True)
+def one_process_on_the_cpu(monkeypatch):
+    """Each test sets up accelerate anew."""
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    AcceleratorState._reset_state(reset_partial_state=True)
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+EVERY = {"train__steps": 8, "train__save_every": 4, "train__log_every": 4, "train__evaluate_every": 4}
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory) -> Path:
+    """A run with the states 4 and 8."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("ACCELERATE_USE_CPU", "true")
+        AcceleratorState._reset_state(reset_partial_state=True)
+        run = train_tokenizer(tmp_path_factory.mktemp("trained") / "run", **EVERY)
+        AcceleratorState._reset_state(reset_partial_state=True)
+    assert [state.name for state in states(run)] == ["step-00000004", "step-00000008"]
+    return run
+
+
+@pytest.fixture
+def run(trained, tmp_path) -> Path:
+    """A copy of it."""
+    return Path(shutil.copytree(trained, tmp_path / "run"))
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    """Everything below a folder, but for its configuration, in which the place of a copied run is another."""
+    found = [path for path in sorted(folder.rglob("*")) if path.is_file() and path.name != "config.yaml"]
+    return {str(path): path.read_bytes() for path in found}
+
+
+def refused(run: Path, *needles: str, error: type[Exception] = UserError, **more: Any) -> None:
+    """The run does not start, says so in a line, and everything is as it was."""
+    before = files(run)
+    with pytest.raises((error, PipelineLoadError)) as caught:
+        train_tokenizer(run, **{**EVERY, **more})
+    assert all(needle in str(caught.value) for needle in needles), str(caught.value)
+    assert files(run) == before
+
+
+def flip(path: Path) -> None:
+    """Damage one byte in the middle."""
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+
+
+def folder_in_place_of(path: Path) -> None:
+    """A folder where a file was."""
+    path.unlink()
+    path.mkdir()
+
+
+# Never from zero over good work
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda s: flip(s / "model.safetensors"),
+        lambda s: (s / "manifest.json").unlink(),
+        lambda s: folder_in_place_of(s / "ema.safetensors"),
+    ],
+    ids=["flipped", "no manifest", "a folder"],
+)
+def test_states_of_which_none_is_whole_are_not_trained_over(run, damage):
+    for state in states(run):
+        damage(state)
+    refused(run, str(run), "none of its 2 states is whole", "choose another out=")
+
+
+def test_a_damaged_state_is_still_passed_over_for_the_one_before(run, capsys):
+    flip(states(run)[-1] / "model.safetensors")
+    train_tokenizer(run, **EVERY)
+    assert "step-00000008 is passed over" in capsys.readouterr().err
+    assert latest_state(run) == states(run)[-1] and states(run)[-1].name == "step-00000008"
+
+
+@pytest.mark.parametrize("where", ["manifest", "stat", "read"])
+def test_an_error_of_the_disk_is_not_damage(run, monkeypatch, where):
+    """Whether it comes up when the newest state is opened, looked at or read: it may be a good one."""
+    newest, before = str(states(run)[-1]), files(run)
+
+    def broken(function: Any) -> Any:
+        def fails(path: Any, *rest: Any, **more: Any) -> Any:
+            if str(path).startswith(newest) and (where != "stat" or str(path).endswith("model.safetensors")):
+                raise OSError(errno.EIO, os.strerror(errno.EIO))
+            return function(path, *rest, **more)
+
+        return fails
+
+    if where == "manifest":
+        monkeypatch.setattr(checkpoint, "verify_manifest", broken(checkpoint.verify_manifest))
+    elif where == "stat":
+        monkeypatch.setattr(reading.os, "stat", broken(os.stat))
+    else:
+        monkeypatch.setattr(reading, "_descriptor", broken(reading._descriptor))
+    with pytest.raises(UnreadableError, match=r"step-00000008: cannot be read.*Input/output error"):
+        latest_state(run)
+    with pytest.raises((UserError, PipelineLoadError), match="cannot be read"):
+        train_tokenizer(run, **EVERY)
+    monkeypatch.undo()
+    assert files(run) == before
+
+
+def test_a_snapshot_without_the_states_that_led_to_it_is_not_trained_over(run):
+    shutil.rmtree(run / "state")
+    refused(run, "tokenizer/", "no state to continue from")
+
+
+def test_a_run_killed_at_its_first_save_begins_again(run, tmp_path):
+    """Its snapshot is there and its state is not yet: its `state` folder, which is empty, tells."""
+    for state in states(run):
+        shutil.rmtree(state)
+    train_tokenizer(run, **EVERY)
+    assert_equal_tensors(
+        tensors(run / "tokenizer"), tensors(train_tokenizer(tmp_path / "whole", **EVERY) / "tokenizer")
+    )
+
+
+# A state of another run, or none
+
+
+def edit(state: Path, **changes: Any) -> None:
+    """Change what a state says, and seal it again."""
+    document = json.loads((state / "state.json").read_text())
+    for name, value in changes.items():
+        (document["counters"] if name in document["counters"] or name == "strange" else document)[name] = value
+    (state / "state.json").write_text(json.dumps(document))
+    manifest = json.loads((state / "manifest.json").read_text())
+    (state / "manifest.json").unlink()
+    write_manifest(state, step=changes.get("step", manifest["step"]))
+
+
+def test_a_state_of_another_run_is_refused(run, tmp_path):
+    other = train_tokenizer(tmp_path / "other", **EVERY, train__seed=1)
+    shutil.rmtree(states(run)[-1])
+    shutil.copytree(states(other)[-1], run / "state" / "step-00000008")
+    refused(run, "another configuration", "train.seed: 1 -> 0")
+
+
+def test_a_state_of_before_this_was_told_is_taken(run):
+    """Format 1 had no configuration in it."""
+    state = states(run)[-1]
+    document = json.loads((state / "state.json").read_text())
+    (state / "state.json").write_text(json.dumps({key: document[key] for key in ("step", "counters")}))
+    (state / "manifest.json").unlink()
+    write_manifest(state, step=8)
+    before = tensors(run / "tokenizer")
+    train_tokenizer(run, **EVERY)
+    assert_equal_tensors(tensors(run / "tokenizer"), before)
+
+
+FORGED = [
+    ({"step": True}, "step"),
+    ({"step": 7}, "step"),
+    ({"step": 10**12}, "another name"),
+    ({"step": -8}, "step"),
+    ({"format_version": 99}, "format_version"),
+    ({"format_version": "2"}, "format_version"),
+    ({"minutes": -5}, "minutes"),
+    ({"minutes": "x"}, "minutes"),
+    ({"skipped": None}, "skipped"),
+    ({"skipped_in_a_row": True}, "skipped_in_a_row"),
+    ({"evaluation": [1]}, "evaluation"),
+    ({"window": {"loss": [1.0]}}, "window"),
+    ({"pending": ["sing"]}, "pending"),
+    ({"pending": 5}, "pending"),
+    ({"strange": 1}, "'strange' is not known to this version"),
+    ({"reported": ["psnr"]}, "reported"),
+    ({"best": 3}, "best"),
+    ({"best": {"step": 3, "score": None, "evaluation": {}}}, "best"),
+    ({"best": {}}, "best.safetensors: unexpected"),
+]
+AT_ONCE = (0, 4, 6, 14, 17, 18)
+"""Which of them are tried every time; the others are among the slow tests."""
+
+
+@pytest.mark.parametrize(
+    ("changes", "needle"),
+    [pytest.param(*case, marks=() if k in AT_ONCE else pytest.mark.slow) for k, case in enumerate(FORGED)],
+)
+def test_a_state_that_says_what_cannot_be_is_refused(run, changes, needle):
+    edit(states(run)[-1], **changes)
+    refused(run, "step-", needle, error=PipelineLoadError)
+
+
+def test_a_state_under_the_name_of_another_step_is_refused(run):
+    states(run)[-1].rename(run / "state" / "step-00000099")
+    refused(run, "step-00000099", "of step 8")
+
+
+# One run at a time
+
+
+def test_a_second_run_in_the_same_folder_is_refused_while_the_first_goes_on(run, monkeypatch):
+    """In its first moments (before data is read), and when the folder is claimed; then the folder is free again."""
+    with claimed(run):
+        with pytest.raises(UserError, match=rf"{run}: process {os.getpid()} on .* since 2"):
+            require_unclaimed(run)
+        monkeypatch.setattr(training, "build_accelerator", training.build_accelerator)
+        with pytest.raises(UserError, match="one at a time"):
+            train_tokenizer(run, **EVERY)
+        monkeypatch.setattr("pipelines.training.run_folder.require_unclaimed", lambda folder: None)
+        with pytest.raises(UserError, match="one at a time"):
+            train_tokenizer(run, **EVERY)
+    assert not (run / ".lock").exists()
+    train_tokenizer(run, **EVERY)
+
+
+@pytest.mark.timeout(120)
+def test_two_processes_are_refused_together_and_at_once(run):
+    with claimed(run):
+        job = start(two_processes("train_tokenizer", tokenizer_arguments(run, **EVERY)))
+        printed = output_of(job, 60, code=1)
+    assert printed.count("one at a time") >= 1 and len(metrics(run)) == 2
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(120)
+def test_one_of_two_commands_at_once_writes_each_step_once(tmp_path):
+    """The other one says who is there; what is written is what one alone writes."""
+    argv = tokenizer_arguments(tmp_path / "run", **{**EVERY, "train__steps": 40})
+    command = [os.sys.executable, "-m", "pipelines.train_tokenizer", *argv]
+    jobs = [start(command), start(command)]
+    printed = [job.communicate(timeout=90)[0] for job in jobs]
+    assert sorted(job.returncode for job in jobs) in ([0, 2], [0, 0])  # the second may find a finished run
+    if 2 in [job.returncode for job in jobs]:
+        assert "one at a time" in "".join(printed)
+    steps = [line["step"] for line in metrics(tmp_path / "run")]
+    assert steps == sorted(set(steps)) and steps[-1] == 40
+    AcceleratorState._reset_state(reset_partial_state=True)
+    alone = train_tokenizer(tmp_path / "alone", **{**EVERY, "train__steps": 40})
+    assert exact(tmp_path / "run") == exact(alone)
+
+
+def test_a_lock_that_a_killed_process_left_is_nobodys(run):
+    (run / ".lock").write_text('{"pid": 1, "host": "gone", "since": "2020"}')
+    train_tokenizer(run, **EVERY)
+    assert not (run / ".lock").exists()
+
+
+# Where a run may lie
+
+
+def test_a_run_does_not_lie_in_its_data(tmp_path):
+    """Its previews would be images to train on."""
+    from PIL import Image
+
+    for number in range(20):
+        (tmp_path / "images").mkdir(exist_ok=True)
+        Image.new("L", (28, 28), number).save(tmp_path / "images" / f"{number}.png")
+    with pytest.raises(PipelineLoadError, match="lies in what is read"):
+        train_tokenizer(tmp_path / "images" / "run", data__source=str(tmp_path / "images"))
+    tokens = make_tokens(tmp_path / "tokens")
+    with pytest.raises(PipelineLoadError, match="lies in what is read"):
+        train_prior(tokens / "run", tokens)
+
+
+# Loads while a run saves
+
+
+def pipelines_of(count: int) -> list[ImagePipeline]:
+    """Small pipelines that differ."""
+    found = []
+    for vocabulary in range(count):
+        tokenizer = make_tokenizer("pixels", (8, 8), 1, levels=2 + vocabulary)
+        grid = tokenizer.grid
+        prior = make_prior("marginal", grid.shape, grid.vocab_size, num_classes=0, tokenizer=tokenizer.fingerprint())
+        found.append(ImagePipeline(tokenizer, prior))
+    return found
+
+
+@pytest.mark.parametrize("loads", [300, pytest.param(10_000, marks=[pytest.mark.slow, pytest.mark.timeout(1800)])])
+def test_no_load_fails_while_a_run_saves(tmp_path, loads):
+    """Saved without a pause, in turn two pipelines of which no part goes with the other's."""
+    pipes, saves, stop = pipelines_of(2), 0, threading.Event()
+    pipes[0].save_pretrained(tmp_path / "pipe")
+
+    def save() -> None:
+        nonlocal saves
+        while not stop.is_set():
+            saves += 1
+            pipes[saves % 2].save_pretrained(tmp_path / "pipe")
+
+    thread, again = threading.Thread(target=save), 0
+    read_again = reading._identity
+
+    def counted(folder: Path) -> Any:
+        nonlocal again
+        again += 1
+        return read_again(folder)
+
+    began = time.monotonic()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(reading, "_identity", counted)
+        thread.start()
+        try:
+            for number in range(loads):
+                pipe = ImagePipeline.from_pretrained(tmp_path / "pipe")
+                assert pipe.tokenizer.grid == pipe.prior.grid
+                if number % 3 == 0:
+                    Tokenizer.from_pretrained(tmp_path / "pipe", subfolder="tokenizer")
+                    Prior.from_pretrained(tmp_path / "pipe" / "prior")
+        finally:
+            stop.set()
+            thread.join()
+    print(f"{loads} loads, {saves} saves, {(again - loads) // 2} read again, {time.monotonic() - began:.0f} s")
+    assert saves > loads / 20
+
+
+def test_a_load_that_meets_a_save_reads_again_and_one_that_does_not_fails_at_once(tmp_path, monkeypatch):
+    pipes = pipelines_of(2)
+    pipes[0].save_pretrained(tmp_path / "pipe")
+    sealed, seen = reading.Folder.sealed, []
+
+    def saved_meanwhile(path: Path, sha256: str | None = None) -> Any:
+        found = sealed(path, sha256)
+        if not seen:
+            pipes[1].save_pretrained(tmp_path / "pipe")
+        seen.append(path)
+        return found
+
+    monkeypatch.setattr(reading.Folder, "sealed", saved_meanwhile)
+    assert ImagePipeline.from_pretrained(tmp_path / "pipe").tokenizer.grid.vocab_size == 3 and len(seen) == 2
+    flip(tmp_path / "pipe" / "prior" / "model.safetensors")
+    with pytest.raises(IntegrityError):
+        ImagePipeline.from_pretrained(tmp_path / "pipe")
+    assert len(seen) == 3

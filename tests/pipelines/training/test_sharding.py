@@ -1,0 +1,603 @@
+"""Two processes that share the weights out train as two that copy them do, and as one does; and any of them goes on
+where another one stopped.
+
+Most runs are of two processes in which `accelerate launch` starts this file, once (`test_sharding.py basic FOLDER`).
+"""
+
+from __future__ import annotations
+
+import errno
+import gc
+import hashlib
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+import pytest
+import torch
+import torch.distributed as dist
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+from launch import (
+    GPT,
+    ROOT,
+    assert_equal_tensors,
+    end,
+    exact,
+    free_port,
+    losses,
+    make_tokens,
+    metrics,
+    output_of,
+    prior_arguments,
+    start,
+    states,
+    tensors,
+    tokenizer_arguments,
+    train_prior,
+    wait_for,
+)
+from leaving import leave_group
+from safetensors import safe_open
+from small import PRIORS, SMALL
+from torch import nn
+from torch.distributed.checkpoint import HuggingFaceStorageWriter
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
+
+from pipelines import ImagePipeline
+from pipelines.config import UserError
+from pipelines.config.command import parse
+from pipelines.metrics.likelihood import bits_per_token
+from pipelines.tokens import load_tokens
+from pipelines.train_prior import PriorTask
+from pipelines.train_tokenizer import TokenizerTask, TrainTokenizerConfig
+from pipelines.training import loop as training
+from pipelines.training.checkpoints.sharded import piece
+from pipelines.training.sharding import require_shardable
+from pipelines.training.task import Task
+from tokenizer.files.reading import verify_manifest
+
+pytestmark = pytest.mark.timeout(200)
+
+STEPS = 12
+TOLERANCE = 1e-5  # relative; 3e-7 was measured, as sums are taken in another order
+FIGURES = ("loss", "bits_per_token", "gradient_norm", "validation/bits_per_token", "held_out/bits_per_token")
+RUN = {"train__steps": STEPS, "train__save_every": 4, "train__evaluate_every": 6}
+BUSY = {**RUN, "train__accumulate": 2, "model": {**GPT, "dropout": 0.2, "any_order": True}}
+OTHERS = [name for name in PRIORS if name not in ("gpt", "marginal")]
+MACHINE = ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
+TWO = ["--use_fsdp", "--fsdp_version", "2", "--num_processes", "2", *MACHINE]
+
+
+class Interrupted(Exception):
+    """The end of a run that is to be continued."""
+
+
+@pytest.fixture(autouse=True)
+def one_process_here(monkeypatch):
+    """This process is the one that two are compared with."""
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+def until(step: int, run: Any) -> None:
+    """Run something that trains, and interrupt it before this step."""
+    take_step = training.take_step
+
+    def interrupted(now: Any, *rest: Any) -> None:
+        if now.step == step:
+            raise Interrupted
+        take_step(now, *rest)
+
+    training.take_step = interrupted
+    try:
+        run()
+    except Interrupted:
+        pass
+    finally:
+        training.take_step = take_step
+
+
+# In each of two processes
+
+
+def digest(values: Any) -> str:
+    """A hash of the bits of tensors, or of this process's pieces of them."""
+    state = hashlib.sha256()
+    for value in values:
+        state.update(piece(value).detach().contiguous().numpy().tobytes())
+    return state.hexdigest()
+
+
+def gathered(value: Any) -> list[Any]:
+    """`value` of every process."""
+    values = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
+def share(values: list[Any]) -> float:
+    """The part of all numbers that this process holds, if all are in pieces."""
+    held = sum(piece(value).numel() for value in values) / sum(value.numel() for value in values)
+    return held if all(isinstance(value, DTensor) for value in values) else -1.0
+
+
+class Watch:
+    """Notes what both processes have after every step."""
+
+    def __init__(self) -> None:
+        self.log: list[Any] = []
+        self.take_step, self.batch = training.take_step, PriorTask.batch
+        self.rows: list[int] = []
+
+        def watched(run: Any, *rest: Any) -> None:
+            self.take_step(run, *rest)
+            weights, average = list(run.task.model.parameters()), list(run.averaged.module.parameters())
+            moments = [
+                o.state[parameter][name]
+                for o in run.optimizers.values()
+                for parameter in weights
+                for name in ("exp_avg", "exp_avg_sq")
+            ]
+            wrapped = any(isinstance(net, nn.parallel.DistributedDataParallel) for net in run.task.nets.values())
+            self.log.append(
+                gathered(
+                    {
+                        "weights": digest(weights),
+                        "average": digest(average),
+                        "moments": digest(moments),
+                        "shares": [share(part) for part in (weights, average, moments)],
+                        "wrapped": wrapped,
+                        "units": [
+                            sum(isinstance(m, FSDPModule) for m in model.modules())
+                            for model in (run.task.model, run.averaged.module)
+                        ],
+                    }
+                )
+            )
+
+        def listed(task: Any, indices: Any, *rest: Any) -> Any:
+            self.rows += indices.tolist()
+            return self.batch(task, indices, *rest)
+
+        training.take_step, PriorTask.batch = watched, listed  # type: ignore[method-assign]
+
+    def take(self) -> dict[str, Any]:
+        """What was noted since the last time; the rows of the first two steps, as both of them saw them."""
+        log, rows = list(self.log), gathered(self.rows[:16])
+        self.log.clear()
+        self.rows.clear()
+        return {"steps": log, "rows": rows}
+
+
+def with_prior(name: str) -> dict[str, Any]:
+    """A short run of a small prior of another kind."""
+    small = {key: list(value) if isinstance(value, tuple) else value for key, value in SMALL.get(name, {}).items()}
+    return {"train__steps": 3, "model": {"kind": name, **small}}
+
+
+def replicated(run: Any) -> None:
+    """Run something that trains without sharding."""
+    os.environ["ACCELERATE_USE_FSDP"] = "false"
+    try:
+        run()
+    finally:
+        os.environ["ACCELERATE_USE_FSDP"] = "true"
+
+
+def full_disk(folder: Path, tokens: Path) -> None:
+    """A run during which the disk of the second process is full at step 4, and the main one's at step 8."""
+    write, save = HuggingFaceStorageWriter.write_data, PriorTask.save
+
+    def no_room(writer: Any, *rest: Any) -> Any:
+        if dist.get_rank() == 1 and "step-00000004" in str(writer.path):
+            raise OSError(errno.ENOSPC, "no room for shards")
+        return write(writer, *rest)
+
+    def no_snapshot(task: Any, model: Any, run: Path, facts: dict[str, Any]) -> None:
+        if facts["steps"] == 8:
+            raise OSError(errno.ENOSPC, "no room for a snapshot")
+        save(task, model, run, facts)
+
+    HuggingFaceStorageWriter.write_data, PriorTask.save = no_room, no_snapshot  # type: ignore[method-assign]
+    try:
+        train_prior(folder, tokens, **RUN)
+    finally:
+        HuggingFaceStorageWriter.write_data, PriorTask.save = write, save  # type: ignore[method-assign]
+
+
+def corrupt(state: Path) -> str:
+    """Change one byte of the second process's shard; its name."""
+    (path,) = state.glob("ema/shard-00002*")
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+    return path.name
+
+
+class Runs:
+    """Runs in one process group, below a folder, and what was noted of them."""
+
+    def __init__(self, folder: Path) -> None:
+        Accelerator.end_training = lambda self: None  # type: ignore[method-assign]
+        ImagePipeline.sample_picture = lambda *_, **__: np.zeros((8, 8, 3), np.uint8)  # type: ignore[method-assign]
+        self.folder, self.watch = folder, Watch()
+        self.found: dict[str, Any] = {}
+
+    def run(self, name: str, of: dict[str, Any] = RUN, stop: int = -1) -> None:
+        until(stop, lambda: train_prior(self.folder / name, self.folder / "tokens", **of))
+        self.found[name] = self.watch.take()
+
+    def basic(self) -> None:
+        self.run("sharded")
+        replicated(lambda: self.run("copied"))
+        self.run("again", stop=10)
+        before = self.found["again"]["steps"]
+        if dist.get_rank() == 0:
+            self.found["corrupt shard"] = corrupt(states(self.folder / "again")[-1])
+        self.run("again")
+        self.found["again"]["steps"] = before + self.found["again"]["steps"]
+        self.run("two to one", stop=10)
+        self.run("one to two")
+
+    def more(self) -> None:
+        self.run("busy", BUSY)
+        self.run("checkpointing", {**BUSY, "train__checkpointing": True})
+        for name in OTHERS:
+            self.run(name, with_prior(name))
+        self.run("two to four", stop=10)
+        self.run("sharded to copied", stop=10)
+        replicated(lambda: self.run("sharded to copied"))
+        replicated(lambda: self.run("copied to sharded", stop=10))
+        self.run("copied to sharded")
+        full_disk(self.folder / "full", self.folder / "tokens")
+        compiled = {**RUN, "train__compile": True, "train__checkpointing": True}
+        self.run("compiled", compiled)
+        replicated(lambda: self.run("copied compiled", compiled))
+        os.environ["ACCELERATE_MIXED_PRECISION"] = "bf16"
+        AcceleratorState._reset_state()
+        self.watch.take()
+        self.run("bf16")
+        replicated(lambda: self.run("copied bf16"))
+
+
+def trainings(name: str, folder: Path) -> None:
+    """The runs of one of the methods of `Runs`."""
+    runs = Runs(folder)
+    getattr(runs, name)()
+    if dist.get_rank() == 0:
+        (folder / f"{name}.json").write_text(json.dumps({"world": dist.get_world_size(), **runs.found}))
+    dist.barrier()
+    del runs
+    gc.collect()  # as at the end of `train`: what still holds the group when the interpreter ends may abort it
+    leave_group()
+
+
+# From outside
+
+
+def in_two_processes(name: str, folder: Path, seconds: float = 120) -> tuple[Path, dict[str, Any], str]:
+    """The folder of the runs of two processes, what they noted, and what they printed."""
+    paths = os.environ["PYTHONPATH"]
+    launch = ["accelerate", "launch", *TWO, "--main_process_port", str(free_port()), __file__, name, str(folder)]
+    printed = output_of(start(launch, PYTHONPATH=paths, PYTHONFAULTHANDLER="1"), seconds)
+    found = json.loads((folder / f"{name}.json").read_text())
+    assert found["world"] == 2
+    return folder, found, printed
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory) -> tuple[Path, dict[str, Any], str]:
+    folder = tmp_path_factory.mktemp("sharded")
+    make_tokens(folder / "tokens")
+    os.environ["ACCELERATE_USE_CPU"] = "true"
+    AcceleratorState._reset_state(reset_partial_state=True)
+    until(10, lambda: train_prior(folder / "one to two", folder / "tokens", **RUN))
+    return in_two_processes("basic", folder)
+
+
+@pytest.fixture(scope="module")
+def more(pair) -> tuple[Path, dict[str, Any], str]:
+    return in_two_processes("more", pair[0], 280)
+
+
+@pytest.fixture(scope="module")
+def alone(pair) -> Path:
+    """What one process makes of the same command."""
+    os.environ["ACCELERATE_USE_CPU"] = "true"
+    AcceleratorState._reset_state(reset_partial_state=True)
+    return train_prior(pair[0] / "alone", pair[0] / "tokens", **RUN)
+
+
+def assert_same_figures(found: Path, expected: Path, tolerance: float = TOLERANCE, steps: int = STEPS) -> None:
+    for name in FIGURES:
+        values = losses(expected, name)
+        evaluations = {"validation/bits_per_token": 2 if steps == STEPS else 1, "held_out/bits_per_token": 1}
+        assert len(values) == evaluations.get(name, steps)
+        assert losses(found, name) == pytest.approx(values, rel=tolerance), name
+
+
+def assert_near_tensors(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
+    assert list(found) == list(expected) and expected
+    for name, value in expected.items():
+        torch.testing.assert_close(found[name], value, rtol=1e-4, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
+
+
+@pytest.mark.parametrize("other", ["alone", "copied"])
+def test_shards_train_as_whole_weights_do(pair, alone, other):
+    """As those of one process, and as those that two processes copy."""
+    folder, _, printed = pair
+    assert_same_figures(folder / "sharded", folder / other)
+    assert_near_tensors(tensors(folder / "sharded" / "pipeline"), tensors(folder / other / "pipeline"))
+    assert "/sharded: starting; 28,420 parameters, 72 training rows, 24 for validation, 2 process(es) on " in printed
+    assert printed.count("weights sharded") == 5 and printed.count("2 process(es)") == 6  # but for the copied one
+    assert losses(alone)[-1] < losses(alone)[0]
+
+
+def test_every_process_holds_half_of_everything(pair):
+    """Of the weights, of their average and of the moments; and both of them move at every step."""
+    steps = pair[1]["sharded"]["steps"]
+    for name in ("weights", "average", "moments"):
+        assert len({one[name] for one, _ in steps} | {two[name] for _, two in steps}) == 2 * STEPS
+    for one, two in steps:
+        assert not one["wrapped"] and not two["wrapped"]
+        assert one["units"] == two["units"] == [3, 3]  # two blocks and the rest, gathered one after the other
+        for first, second in zip(one["shares"], two["shares"], strict=True):
+            assert 0.4 < second <= first < 0.6 and first + second == pytest.approx(1)
+    assert all(one["wrapped"] and set(one["shares"]) == {-1.0} for one, _ in pair[1]["copied"]["steps"])
+
+
+def test_two_processes_see_the_order_of_one(pair):
+    """Each the half of every global batch that is its own."""
+    task = Task()
+    task.rows = 72
+    order = [task.samples(16, 0, step)[0].tolist() for step in range(2)]
+    for name in ("sharded", "copied"):
+        one, two = pair[1][name]["rows"]
+        assert [one[:8] + two[:8], one[8:] + two[8:]] == order
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", OTHERS)
+def test_every_prior_can_be_sharded(more, tmp_path, name):
+    folder, found, _ = more
+    alone = train_prior(tmp_path / "alone", folder / "tokens", **with_prior(name))
+    if name == "masked":  # each process draws its own masks
+        assert losses(folder / name) == pytest.approx(losses(alone), rel=0.2)
+    else:
+        assert_same_figures(folder / name, alone, steps=3)
+    assert all(0 < held < 1 for both in found[name]["steps"] for one in both for held in one["shares"])
+
+
+# States
+
+
+def by_name(state: Path) -> dict[str, torch.Tensor]:
+    """Its tensors; in a shard, they have no order."""
+    return dict(sorted(tensors(state).items()))
+
+
+def test_a_state_is_shards_that_the_manifest_lists(pair):
+    folder, step = pair[0], STEPS
+    state = states(folder / "sharded")[-1]
+    manifest = verify_manifest(state)
+    assert manifest["step"] == step and len(states(folder / "sharded")) == 2
+    shards = [name for name in manifest["files"] if name.endswith(".safetensors")]
+    kinds = ["best.safetensors", "ema", "model", "optimizer-model"]  # the best weights are whole
+    assert sorted({name.split("/")[0] for name in shards}) == kinds and len(shards) == 7
+    assert not [path for path in (folder / "sharded").rglob("*") if path.name.startswith((".tmp", ".del"))]
+    held = []
+    for number in (1, 2):
+        with safe_open(next((state / "model").glob(f"shard-{number:05}*")), framework="pt") as file:
+            held.append(sum(file.get_tensor(name).numel() for name in file.keys()))  # noqa: SIM118
+    assert 0.4 < held[0] / sum(held) < 0.6
+
+
+def test_interrupted_equals_uninterrupted(pair):
+    """To the bit: figures, weights, average and moments of both processes. (It goes on from step 4, see below.)"""
+    folder, found, _ = pair
+    assert exact(folder / "again") == exact(folder / "sharded")
+    steps = found["again"]["steps"]
+    assert steps[:10] == found["sharded"]["steps"][:10] and steps[10:] == found["sharded"]["steps"][4:]
+    assert_equal_tensors(*(by_name(states(folder / run)[-1]) for run in ("again", "sharded")))
+    assert_equal_tensors(tensors(folder / "again" / "pipeline"), tensors(folder / "sharded" / "pipeline"))
+
+
+def test_a_corrupted_shard_is_refused(pair):
+    """By name, and the state before it is used, from which the same follows."""
+    _, found, printed = pair
+    (line,) = [line for line in printed.splitlines() if "is passed over" in line]
+    assert "step-00000008" in line and f"ema/{found['corrupt shard']}" in line and "sha256" in line
+    assert "continuing from step 4;" in printed
+
+
+def assert_went_on(run: Path, alone: Path, sharded: bool) -> None:
+    assert_same_figures(run, alone)
+    assert_near_tensors(tensors(run / "pipeline"), tensors(alone / "pipeline"))
+    assert (states(run)[-1] / "model").is_dir() == sharded
+
+
+def test_two_go_on_where_one_stopped(pair, alone):
+    assert_went_on(pair[0] / "one to two", alone, sharded=True)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["sharded to copied", "copied to sharded"])
+def test_others_go_on(more, alone, name):
+    """With the weights whole that were in pieces; and the other way round."""
+    assert_went_on(more[0] / name, alone, sharded=name == "copied to sharded")
+
+
+def test_one_goes_on_where_two_stopped(pair, alone):
+    folder = pair[0]
+    assert (states(folder / "two to one")[-1] / "model").is_dir()
+    train_prior(folder / "two to one", folder / "tokens", **RUN)
+    assert_same_figures(folder / "two to one", alone)
+    assert_near_tensors(by_name(states(folder / "two to one")[-1]), by_name(states(alone)[-1]))
+
+
+@pytest.mark.slow
+def test_a_full_disk_of_one_is_a_warning_for_both(more):
+    """That it is the second one's, or comes with the snapshot, holds up neither; older states stay."""
+    folder, _, printed = more
+    warnings = [line for line in printed.splitlines() if line.startswith("warning: not saved")]
+    assert len(warnings) == 2
+    assert "step 4: " in warnings[0] and "process 1: [Errno 28] no room for shards" in warnings[0]
+    assert "step 8: " in warnings[1] and "[Errno 28] no room for a snapshot" in warnings[1]
+    assert [state.name for state in states(folder / "full")] == ["step-00000012"]
+    assert exact(folder / "full") == exact(folder / "sharded")
+    assert not list((folder / "full" / "state").glob(".*"))
+
+
+# What is left to the user
+
+
+def test_the_pipeline_is_whole(pair):
+    """It loads as any other, and says of the held-out split what the run said."""
+    folder = pair[0]
+    pipeline = ImagePipeline.from_pretrained(folder / "sharded" / "pipeline")
+    assert not any(isinstance(value, DTensor) for value in pipeline.prior.parameters())
+    said = metrics(folder / "sharded")[-1]["held_out/bits_per_token"]
+    held_out = load_tokens(str(folder / "tokens")).splits["test"]
+    assert bits_per_token(pipeline.prior, held_out) == pytest.approx(said, rel=1e-6)
+
+
+@pytest.mark.slow
+def test_checkpointed_shards_draw_the_same_dropout(more):
+    """With micro-batches, and orders that are drawn, too."""
+    folder = more[0]
+    assert losses(folder / "busy") == losses(folder / "checkpointing")
+    assert_equal_tensors(tensors(folder / "busy" / "pipeline"), tensors(folder / "checkpointing" / "pipeline"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["compiled", "copied compiled"])
+def test_compiled_and_checkpointed_blocks_train_alike(more, alone, name):
+    assert_same_figures(more[0] / name, alone, tolerance=1e-4)
+    assert list(tensors(more[0] / name / "pipeline")) == list(tensors(alone / "pipeline"))
+
+
+@pytest.mark.slow
+def test_bf16_is_computed_in_and_float32_is_kept(more):
+    folder, found, _ = more
+    assert losses(folder / "bf16") != losses(folder / "sharded")
+    assert losses(folder / "bf16") == pytest.approx(losses(folder / "copied bf16"), rel=2e-2)
+    assert losses(folder / "bf16") == pytest.approx(losses(folder / "sharded"), rel=2e-2)
+    assert all(value.dtype == torch.float32 for value in tensors(states(folder / "bf16")[-1] / "model").values())
+    assert len({one["weights"] for one, _ in found["bf16"]["steps"]}) == STEPS
+
+
+# What is refused
+
+
+def test_fsdp_1_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    make_tokens(tmp_path / "tokens")
+    for version in (None, "1"):
+        if version:
+            monkeypatch.setenv("FSDP_VERSION", version)
+        with pytest.raises(UserError, match="FSDP 1 is not supported: use --fsdp_version 2"):
+            train_prior(tmp_path / "run", tmp_path / "tokens")
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("FSDP_ACTIVATION_CHECKPOINTING", "true", "use train.checkpointing=true instead"),
+        ("ACCELERATE_DYNAMO_BACKEND", "INDUCTOR", "use train.compile=true instead"),
+    ],
+)
+def test_what_the_project_does_itself_is_said(tmp_path, monkeypatch, name, value, message):
+    for key, given in {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", name: value}.items():
+        monkeypatch.setenv(key, given)
+    make_tokens(tmp_path / "tokens")
+    with pytest.raises(UserError, match=message):
+        train_prior(tmp_path / "run", tmp_path / "tokens")
+
+
+def test_a_tokenizer_is_not_sharded(tmp_path):
+    config = parse(TrainTokenizerConfig, tokenizer_arguments(tmp_path), verb="train_tokenizer", description=None)
+    with pytest.raises(UserError, match="FSDP is for priors: a tokenizer .* is kept whole by every process"):
+        require_shardable(TokenizerTask(config))
+
+
+# The documented command
+
+
+def command(tokens: Path, run: Path, options: list[str], **more: Any) -> list[str]:
+    """`accelerate launch` of the prior."""
+    return [
+        "accelerate",
+        "launch",
+        *options,
+        "--main_process_port",
+        str(free_port()),
+        "-m",
+        "pipelines.train_prior",
+        *prior_arguments(run, tokens, **{**RUN, **more}),
+    ]
+
+
+@pytest.mark.slow
+def test_the_command_shards(pair, tmp_path):
+    folder = pair[0]
+    printed = output_of(start(command(folder / "tokens", tmp_path / "run", TWO)))
+    assert printed.count("2 process(es) on cpu:0, no mixed precision, weights sharded") == 1, printed
+    assert exact(tmp_path / "run") == exact(folder / "sharded")
+
+
+@pytest.mark.slow
+def test_the_configuration_of_the_project_shards(more, tmp_path):
+    """bf16, as it says; two processes instead of eight GPUs."""
+    options = ["--config_file", str(ROOT / "configs" / "accelerate" / "fsdp.yaml"), "--num_processes", "2"]
+    printed = output_of(start(command(more[0] / "tokens", tmp_path / "run", options)))
+    assert printed.count("2 process(es) on cpu:0, bf16 mixed precision, weights sharded") == 1, printed
+    assert exact(tmp_path / "run") == exact(more[0] / "bf16")
+
+
+@pytest.mark.slow
+def test_a_run_that_is_killed_goes_on(pair, tmp_path):
+    """kill -9 of the second process ends the first; the same command ends where the uninterrupted run did."""
+    folder, run = pair[0], tmp_path / "run"
+    process = start(command(folder / "tokens", run, TWO))
+    try:
+        assert wait_for(lambda: (run / "metrics.jsonl").exists() and len(states(run)) == 2, process)
+        workers = psutil.Process(process.pid).children(recursive=True)
+        (second,) = [worker for worker in workers if worker.environ().get("RANK") == "1"]
+        second.kill()
+        output_of(process, 60, code=None)
+    finally:
+        end(process)
+    assert process.returncode != 0
+    printed = output_of(start(command(folder / "tokens", run, TWO)))
+    assert "continuing from step" in printed
+    assert exact(run) == exact(folder / "sharded")
+    assert_equal_tensors(*(by_name(states(place)[-1]) for place in (run, folder / "sharded")))
+
+
+@pytest.mark.slow
+def test_four_go_on_where_two_stopped(more, alone):
+    """In pieces of other sizes, some of them empty."""
+    run, four = more[0] / "two to four", [*TWO[:3], "--num_processes", "4", *MACHINE]
+    printed = output_of(start(command(more[0] / "tokens", run, four)))
+    assert "continuing from step 8;" in printed and "4 process(es) on cpu:0" in printed
+    assert_same_figures(run, alone)
+    assert len(list((states(run)[-1] / "model").glob("shard-*"))) == 4
+
+
+@pytest.mark.slow
+def test_a_tokenizer_is_not_sharded_by_command(tmp_path):
+    launch = ["accelerate", "launch", *TWO, "--main_process_port", str(free_port()), "-m", "pipelines.train_tokenizer"]
+    printed = output_of(start([*launch, *tokenizer_arguments(tmp_path / "run")]), code=None)
+    assert "error: FSDP is for priors" in printed and 'pipelines/training/loop.py", line' not in printed
+    assert not (tmp_path / "run").exists()
+
+
+if __name__ == "__main__":
+    trainings(sys.argv[1], Path(sys.argv[2]))

@@ -1,0 +1,95 @@
+"""`init=FOLDER`: a run of stage one that starts from a trained tokenizer."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from accelerate.state import AcceleratorState
+from launch import COMMON, VQVAE, arguments, assert_equal_tensors, dotted, metrics, tensors, train_tokenizer
+
+from pipelines import encode
+from pipelines import train_tokenizer as verb
+from pipelines.config import UserError
+from pipelines.config.command import parse
+from tokenizer import Tokenizer
+from tokenizer.files.errors import ConfigError, PathError
+
+KLVAE = {"kind": "klvae", "widths": [16], "blocks": [1], "latent": 3}
+
+
+@pytest.fixture(autouse=True)
+def one_process_on_the_cpu(monkeypatch):
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+def resolved(out, **more):
+    """What the command line asks for, defaults of the folder `init` included."""
+    argv = arguments({"out": str(out), **COMMON, **dotted(more)})
+    return parse(verb.TrainTokenizerConfig, argv, verb="train_tokenizer", description=None, defaults=verb.defaults)
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("ACCELERATE_USE_CPU", "true")
+        AcceleratorState._reset_state(reset_partial_state=True)
+        folder = tmp_path_factory.mktemp("trained")
+        first = train_tokenizer(folder / "vqvae", data__augment__rotate=3)
+        return {"vqvae": first / "tokenizer", "klvae": train_tokenizer(folder / "klvae", model=KLVAE) / "tokenizer"}
+
+
+def test_model_and_data_are_those_of_the_folder(trained, tmp_path):
+    config = resolved(tmp_path / "run", init=str(trained["vqvae"]), data__limit=60)
+    saved = json.loads((trained["vqvae"] / "config.json").read_text())
+    assert config.model == {key: value for key, value in saved.items() if key not in ("image_size", "channels")}
+    assert config.data.augment.rotate == 3 and config.data.limit == 60
+
+
+def test_it_goes_on_from_there(trained, tmp_path):
+    """With a learning rate of almost nothing it ends where it began, and the codebook is not started again."""
+    verb.run(resolved(tmp_path / "run", init=str(trained["vqvae"]), train__lr=1e-12, train__steps=1))
+    before, after = (Tokenizer.from_pretrained(f).state_dict() for f in (trained["vqvae"], tmp_path / "run/tokenizer"))
+    learned = [name for name in before if not name.startswith("quantizer")]
+    same = [torch.allclose(after[name], before[name], atol=1e-6) for name in learned]
+    assert same and all(same)
+    assert int(after["quantizer.started"]) == int(before["quantizer.started"]) + 1
+
+
+def test_a_tokenizer_of_other_sizes_is_refused(trained, tmp_path):
+    config = resolved(tmp_path / "run", init=str(trained["vqvae"]), model__widths=[24])
+    with pytest.raises(ConfigError, match=r"widths \[16\] there, \[24\] here"):
+        verb.run(config)
+    with pytest.raises(PathError, match="neither an existing folder nor a Hub id"):
+        verb.run(resolved(tmp_path / "run", init=str(tmp_path / "nowhere")))
+
+
+def test_a_vae_becomes_ids(trained, tmp_path):
+    """posthoc: nothing is trained, ids are used evenly, decoding is the VAE's, and `encode` takes it."""
+    run = verb.run(resolved(tmp_path / "run", init=str(trained["klvae"]), model__kind="posthoc", model__bins=6))
+    assert [line["step"] for line in metrics(run)] == [0]
+    found, vae = Tokenizer.from_pretrained(run / "tokenizer"), Tokenizer.from_pretrained(trained["klvae"])
+    assert found.name == "posthoc" and found.grid.vocab_size == 6 and found.grid.shape == (21, 7)
+    theirs = {name: value for name, value in vae.state_dict().items() if "coder" in name}
+    assert_equal_tensors({name: found.state_dict()[f"vae.{name}"] for name in theirs}, theirs)
+    argv = arguments({"tokenizer": str(run / "tokenizer"), "out": str(tmp_path / "tokens")})
+    out = encode.run(parse(encode.EncodeConfig, argv, verb="encode", description=None, defaults=encode.defaults))
+    (name, tokens), *_ = [item for item in tensors(out).items() if item[0].startswith("train") and "tokens" in item[0]]
+    assert tokens.shape[1:] == (21, 7) and len(torch.unique(tokens)) == 6
+
+
+def test_posthoc_needs_a_vae(trained, tmp_path):
+    with pytest.raises(ConfigError, match="init="):
+        verb.run(resolved(tmp_path / "none", model__kind="posthoc"))
+    with pytest.raises(UserError, match="model.vae.kind: no VAE is called 'vqvae'; there are klvae"):
+        resolved(tmp_path / "vqvae", init=str(trained["vqvae"]), model={"kind": "posthoc"})
+
+
+def test_the_folders_model_can_be_replaced(trained, tmp_path):
+    """Another kind given on the command line is that kind, not a mixture."""
+    config = resolved(tmp_path / "run", init=str(trained["klvae"]), model=VQVAE)
+    assert config.model["kind"] == "vqvae" and "latent" not in config.model
+    with pytest.raises(ConfigError, match="kind"):
+        verb.run(config)

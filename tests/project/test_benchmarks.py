@@ -1,0 +1,187 @@
+"""The benchmarks run, and their commands are what there is."""
+
+import importlib.util
+import json
+import math
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parents[2]
+BENCHMARKS = sorted((ROOT / "benchmarks").glob("*.py"))
+
+
+def run(script: str, *arguments: str) -> str:
+    """What `python benchmarks/script arguments` prints."""
+    environment = {**os.environ, "PYTHONPATH": os.environ["PYTHONPATH"], "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(
+        [sys.executable, f"benchmarks/{script}", *arguments], cwd=ROOT, env=environment, text=True, capture_output=True
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    return done.stdout
+
+
+@pytest.mark.parametrize("path", BENCHMARKS, ids=lambda path: path.stem)
+def test_commands_of_a_benchmark_exist(path):
+    commands = re.findall(r"^    python (benchmarks/\w+\.py)(.*)$", path.read_text(), re.M)
+    assert any(script == f"benchmarks/{path.name}" for script, _ in commands)
+    assert all((ROOT / script).is_file() for script, _ in commands)
+    by_preset = [options for script, options in commands if "ladder" in script or "tokenizers" in script]
+    for data in re.findall(r"data=(\w+)", " ".join(by_preset)):
+        assert list((ROOT / "configs" / "prior").glob(f"*_{data}.yaml")), f"no presets for data={data}"
+        assert [kind for kind in ("vqvae", "pixels") if (ROOT / f"configs/tokenizer/{kind}_{data}.yaml").is_file()]
+
+
+def test_the_picture_of_the_blind_spot_is_the_one_that_is_drawn(tmp_path):
+    from PIL import Image
+
+    run("blind_spot.py", f"out={tmp_path / 'drawn.png'}")
+    drawn, kept = (Image.open(path) for path in (tmp_path / "drawn.png", ROOT / "docs/images/blind_spot.png"))
+    assert drawn.size == kept.size
+
+
+def test_the_onset_of_a_critic_is_drawn(tmp_path, monkeypatch):
+    """From what two runs have left, before and after."""
+    from accelerate.state import AcceleratorState
+    from launch import train_tokenizer
+    from PIL import Image
+
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    AcceleratorState._reset_state(reset_partial_state=True)
+    more = {"train__steps": 8, "train__preview_every": 2, "train__evaluate_every": 2}
+    critic = {"critic__weight": 0.5, "critic__start": 1, "critic__warmup": 2, "critic__ramp": 2, "critic__width": 8}
+    runs = [
+        train_tokenizer(tmp_path / "with", **more, **critic, critic__layers=2),
+        train_tokenizer(tmp_path / "w", **more),
+    ]
+    printed = run("onset.py", f"run={runs[0]}", f"beside={runs[1]}", f"out={tmp_path / 'onset.png'}")
+    assert re.search(r"step 2: held-out PSNR \d+\.\d\d dB", printed) and "step 8: held-out PSNR" in printed
+    with Image.open(tmp_path / "onset.png") as picture:
+        assert picture.width > 1200 and picture.height > 600
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_training_steps_stand_beside_those_of_others():
+    """Tiny ones of both stages: as many parameters as diffusers' network has, and no more kept than by GPT-2."""
+    pytest.importorskip("diffusers")
+    pytest.importorskip("transformers")
+    printed = run("train.py", "threads=1", "repeats=2", "peak=128", "only=gpt tiny, vqgan tiny")
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in printed.splitlines() if line.startswith("| ")]
+    head, gpt, gpt2, vqgan, vq_model = rows
+    assert [row[0] for row in rows[1:]] == ["gpt tiny", "GPT2LMHeadModel", "vqgan tiny", "VQModel"]
+    assert vqgan[1:3] == vq_model[1:3] and float(gpt[5]) < 1.2 * float(gpt2[5])
+    for row in (gpt, vqgan):
+        cells = dict(zip(head, row, strict=True))
+        assert float(cells["step, ms"]) > 0 and float(cells["in the loop, ms"]) > 0 and float(cells["faster"]) > 0
+        assert 0 <= float(cells["data wait"].rstrip("%")) <= 100
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_a_ladder_of_seconds(tmp_path):
+    """All presets of the digits, trained for a second each; a second call does nothing again; then its guesses."""
+    command = ("ladder.py", "data=digits", "minutes=0.02", "seeds=2", "speed=1", f"out={tmp_path}")
+    printed = run(*command)
+    rows = [line for line in printed.splitlines() if line.startswith("| ")]
+    kinds = {path.stem.removesuffix("_digits") for path in (ROOT / "configs/prior").glob("*_digits.yaml")}
+    assert {row.split(" | ")[0].removeprefix("| ") for row in rows} >= kinds | {"marginal", "held-out images"}
+    head, _, tables = printed.partition("0.02 CPU minutes each, 2 seed(s)")
+    trained = [line for line in tables.partition("64 samples")[0].splitlines() if line[2:].split(" | ")[0] in kinds]
+    assert len(trained) == len(kinds) and all("+-" in row for row in trained) and "+-" not in head
+    assert {"cached", "uncached"} <= set(json.loads((tmp_path / "digits/gpt/seed0/speed.json").read_text()))
+    assert run(*command).splitlines()[-8:] == printed.splitlines()[-8:]
+    guesses = run("parallel.py", f"ladder={tmp_path / 'digits'}")
+    differ = [row.split(" | ")[-1] for row in guesses.splitlines() if " passes | " in row or "output" in row]
+    assert len(differ) >= 15 and all(cell.strip(" |") == "0" for cell in differ)
+
+
+@pytest.fixture
+def tokenizers(monkeypatch):
+    """The module benchmarks/tokenizers.py, whose name is that of a package of others."""
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    spec = importlib.util.spec_from_file_location("benchmark_of_tokenizers", ROOT / "benchmarks" / "tokenizers.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize("data", ["digits", "fashion_mnist", "openmoji"])
+def test_contenders_have_equal_bits(tokenizers, data, tmp_path):
+    """To the bit; but for 7 bits a position, which two ids can not share evenly."""
+    presets = tokenizers.read_presets(data, [])
+    bits = {}
+    for name, spec in tokenizers.contenders(presets["tokenizer"], tmp_path).items():
+        if tokenizers.missing(spec) is None:
+            node = tokenizers.tokenizer_node(presets["tokenizer"], spec, None, None, 1, tmp_path / name)
+            with torch.device("meta"):
+                grid = tokenizers.untrained(node, tmp_path).grid
+            bits[name] = len(grid) * math.log2(grid.vocab_size)
+    uneven = {"rvq", "klvae", "posthoc"} if data == "digits" else set()
+    assert {"ema", "fsq", "lfq", "rvq", "posthoc", "critic"} <= set(bits)
+    assert {name for name in bits if bits[name] != bits["ema"]} == uneven
+    assert all(abs(value / bits["ema"] - 1) < 0.02 for value in bits.values())
+
+
+def test_times_of_a_later_pass_are_in_units_of_the_first(tokenizers):
+    first = tokenizers.scaled({}, {"ema": 0.2, "lfq": 0.1}, "ema")
+    assert first == {"ema": 0.2, "lfq": 0.1}
+    assert tokenizers.scaled(first, {"ema": 0.4, "fsq": 0.6}, "ema") == pytest.approx({**first, "fsq": 0.3})
+
+
+def test_the_benchmark_of_tokenizers_does_not_hide_the_package_tokenizers():
+    pytest.importorskip("transformers")
+    code = "import tokenizers; from transformers import PreTrainedTokenizerFast; import sampling; tokenizers.Tokenizer"
+    environment = {**os.environ, "PYTHONPATH": str(ROOT / "benchmarks")}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, text=True, capture_output=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_all_tokenizers_for_seconds(tmp_path):
+    """A few steps of a small one of each; two processes can share the folder; a second call does nothing again."""
+    small = [
+        "limit=64",
+        "augmentations=1",
+        "train.batch_size=8",
+        "model.widths=[16]",
+        "model.blocks=[1]",
+        "gpt.train.batch_size=8",
+        "gpt.model.depth=1",
+        "gpt.model.dim=32",
+    ]
+    command = ("tokenizers.py", "data=digits", "minutes=0.002", "gpt_minutes=0.002", f"out={tmp_path}", *small)
+    assert "ms per step, gpt: 7x7x128" in run(*command, "only=")
+    times = json.loads((tmp_path / "digits" / "steps.json").read_text())
+    assert "critic" in times["tokenizer"] and "posthoc" not in times["tokenizer"]
+    printed = run(*command, "only=ema,posthoc")
+    assert "posthoc: left out until klvae" in printed and printed.count("starting") == 2
+    command = (*command, "seeds=2")
+    printed = run(*command)
+    rows = {row.split(" | ")[0].removeprefix("| "): row for row in printed.splitlines() if row.startswith("| ")}
+    assert set(rows) >= set(times["grids"])
+    for name, seconds in times["tokenizer"].items():
+        figures = json.loads((tmp_path / "digits" / "seed0" / name / "figures.json").read_text())
+        assert figures["steps"] == max(1, round(0.12 / seconds)) and figures["seconds_per_step"] == seconds
+        assert figures["gpt_steps"] == max(1, round(0.12 / times["gpt"][times["grids"][name]]))
+        both = [json.loads(path.read_text())["psnr"] for path in tmp_path.glob(f"digits/seed*/{name}/figures.json")]
+        assert f"| {sum(both) / 2:.2f} +- " in rows[name]
+    assert (tmp_path / "digits" / "rate_distortion.png").is_file()
+    again = run(*command)
+    assert again.splitlines()[-8:] == printed.splitlines()[-8:] and "training rows" not in again
+    with pytest.raises(AssertionError, match="was made with gpt_minutes=0.002; choose another out="):
+        run(*command, "gpt_minutes=1")
+
+
+@pytest.mark.slow
+def test_made_is_raced():
+    table = run("made.py", "source=digits", "minutes=0.01", "steps=2")
+    rows = re.findall(r"^\| (ours|plain loop) \| ([\d,]+) \| ([\d.]+) \|$", table, re.M)
+    assert [name for name, *_ in rows] == ["ours", "plain loop"] and re.search(r"^\| 128 \|", table, re.M)
+    assert all(int(images.replace(",", "")) > 0 and 0 < float(nats) < 700 for _, images, nats in rows)

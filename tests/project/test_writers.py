@@ -1,0 +1,631 @@
+"""Who may write where: every writer of the project meets what is not its own, and leaves it as it is.
+
+A writer is what makes a folder or a file for a user: a method, or a verb. `WRITERS` lists all; the last test finds the
+places in the code that write, so that a new one comes here too.
+"""
+
+from __future__ import annotations
+
+import ast
+import hashlib
+import json
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import save_file
+from small import make_prior, make_tokenizer
+
+import tokenizer.files.writing as storage
+from pipelines import ImagePipeline, encode, evaluate, generate, train_prior, train_tokenizer
+from pipelines.commands import (
+    calibrate,
+    complete,
+    compress,
+    decompress,
+    detect,
+    import_,
+    probe,
+    push,
+    reconstruct,
+    search,
+)
+from pipelines.commands import inspect_ as inspect
+from pipelines.config import UserError
+from pipelines.tokens import load_tokens
+from pipelines.training.checkpoints.states import save_state
+from tokenizer.files.errors import PathError, PipelineLoadError
+from tokenizer.files.ownership import MARK
+
+ROOT = Path(__file__).parents[2]
+REFUSED = (PathError, UserError)
+
+TRAPS: dict[str, dict[str, str]] = {
+    "a thesis": {"config.json": '{"thesis": true}', "thesis.docx": "years of work"},
+    "a transformers model": {"config.json": '{"model_type": "gpt2"}', "model.safetensors": "weights"},
+    "a diffusers model": {
+        "model_index.json": '{"_class_name": "StableDiffusionPipeline"}',
+        "config.json": '{"_class_name": "VQModel"}',
+        "diffusion_pytorch_model.safetensors": "weights",
+        "vae/config.json": "{}",
+    },
+    "somebody's data": {"meta.json": '{"mine": true}', "sub/photo.raw": "a photo"},
+    "somebody's manifest": {"manifest.json": '{"files": {"data.bin": {"sha256": "0", "size": 1}}}', "data.bin": "1"},
+    "a manifest of ours, but not the files": {
+        "manifest.json": '{"kind": "results", "files": {}}',
+        **dict.fromkeys(("samples.png", "scores.csv", "probe.csv", "evaluation.json", "00000.png"), "mine"),
+        "config.yaml": "out: elsewhere",
+    },
+    "one file": {"thesis.tex": "years of work"},
+}
+
+
+@dataclass(frozen=True)
+class Writer:
+    """write(world, out): writes at `out`. kind: `whole` (a folder that is one thing), `results` (files beside others in
+    a folder), `file`, or `run`. reads: what of the world it reads, which must not be `out`."""
+
+    write: Callable[[Any, Path], Any]
+    kind: str
+    reads: str | None = None
+    suffix: str = ""
+
+
+def verb(module: Any, *arguments: str, out: str = "out") -> Callable[[Any, Path], Any]:
+    """A verb with these arguments, in which names of the world stand in braces."""
+
+    def write(world: Any, path: Path) -> Any:
+        given = [argument.format(**vars(world)) for argument in arguments]
+        return run(module, [*given, f"{out}={path}"])
+
+    return write
+
+
+def run(module: Any, argv: list[str]) -> Any:
+    """What a verb does; a refusal as the error that it is."""
+    try:
+        return module.main(argv)
+    except SystemExit as ended:
+        raise ended.__cause__ or ended from None
+
+
+def state_at(world: Any, out: Path) -> None:
+    """A resume state at `out`, whose name is that of its step."""
+    net = torch.nn.Linear(2, 2)
+    step = int(out.name.removeprefix("step-")) if out.name.startswith("step-") else 7
+    target = save_state(out.parent.parent, step, model=net, ema=None, optimizers={}, counters={})
+    assert target == out
+
+
+DATA = ("data.source={images}", "data.image_size=8")
+TINY = ("train.steps=2", "train.batch_size=4", "train.warmup_steps=1", "track.wandb=disabled")
+WRITERS: dict[str, Writer] = {
+    "Tokenizer.save_pretrained": Writer(lambda world, out: world.tokenizer_model.save_pretrained(out), "whole"),
+    "Prior.save_pretrained": Writer(lambda world, out: world.prior_model.save_pretrained(out), "whole"),
+    "ImagePipeline.save_pretrained": Writer(lambda world, out: world.pipe.save_pretrained(out), "whole"),
+    "TokenDataset.save": Writer(lambda world, out: load_tokens(world.tokens).save(out), "whole"),
+    "write_parquet": Writer(lambda world, out: load_tokens(world.tokens).to_parquet(out), "whole"),
+    "save_state": Writer(state_at, "state"),
+    "push out=": Writer(verb(push, "folder={tokens}"), "whole", "tokens"),
+    "encode": Writer(verb(encode, "tokenizer={tokenizer}", *DATA), "whole", "images"),
+    "import": Writer(verb(import_, "source={source}", "image_size=8", "groups=4"), "whole", "source"),
+    "decompress": Writer(verb(decompress, "pipeline={pipeline}", "stream={stream}"), "new", "pipeline"),
+    "generate, a folder": Writer(verb(generate, "pipeline={pipeline}", "num_images=2"), "results", "pipeline"),
+    "detect": Writer(
+        verb(detect, "pipeline={calibrated}", "images={images}", *DATA, "num_shown=1"), "results", "calibrated"
+    ),
+    "probe": Writer(
+        verb(probe, "pipeline={pipeline}", *DATA, "num_train=20", "num_test=8", "layers=[0]"), "results", "images"
+    ),
+    "evaluate": Writer(
+        verb(evaluate, "pipeline={pipeline}", *DATA, "num_samples=0", "update_card=false"), "results", "pipeline"
+    ),
+    "generate, a grid": Writer(verb(generate, "pipeline={pipeline}", "num_images=2"), "file", "picture", ".png"),
+    "complete": Writer(verb(complete, "pipeline={pipeline}", "images={picture}", "draws=1"), "file", "picture", ".png"),
+    "reconstruct": Writer(verb(reconstruct, "tokenizer={tokenizer}", *DATA), "file", "picture", ".jpg"),
+    "inspect": Writer(verb(inspect, "tokenizer={tokenizer}", *DATA, "num_images=3"), "file", "picture", ".webp"),
+    "search": Writer(verb(search, "pipeline={pipeline}", *DATA, "queries={picture}", "k=2"), "file", "picture", ".bmp"),
+    "compress": Writer(verb(compress, "pipeline={pipeline}", "images={picture}"), "file", "picture", ".smalti"),
+    "train_tokenizer": Writer(
+        verb(train_tokenizer, *DATA, *TINY, "model.kind=vqvae", "model.widths=[8]", "model.blocks=[0]"), "run", "images"
+    ),
+    "train_prior": Writer(
+        verb(train_prior, "tokens={tokens}", *TINY, "model.kind=gpt", "model.dim=16", "model.depth=1", "model.heads=1"),
+        "run",
+        "tokens",
+    ),
+}
+
+
+def of_kind(*kinds: str) -> Any:
+    """All writers of these kinds."""
+    return pytest.mark.parametrize("name", [name for name, writer in WRITERS.items() if writer.kind in kinds])
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory) -> SimpleNamespace:
+    """What writers read."""
+    root = tmp_path_factory.mktemp("world")
+    draw = np.random.default_rng(0)
+    for split, count in (("train", 24), ("test", 44)):
+        for number in range(count):
+            folder = root / "images" / split / "ab"[number % 2]
+            folder.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(draw.integers(0, 256, (8, 8), dtype=np.uint8)).save(folder / f"{number}.png")
+    torch.manual_seed(0)
+    model = make_tokenizer("vqvae", (8, 8), 1).eval()
+    facts = {"num_classes": 2, "tokenizer": model.fingerprint()}
+    prior = make_prior("gpt", model.grid.shape, model.grid.vocab_size, **facts)
+    pipe = ImagePipeline(model, prior, labels=["a", "b"])
+    model.save_pretrained(root / "tokenizer")
+    pipe.save_pretrained(root / "pipeline")
+    pipe.save_pretrained(root / "calibrated")
+    found = SimpleNamespace(root=root, tokenizer_model=model, prior_model=prior, pipe=pipe)
+    names = ("images", "tokenizer", "pipeline", "calibrated", "tokens", "source")
+    vars(found).update({name: root / name for name in names})
+    found.picture, found.stream = root / "images" / "test" / "a" / "0.png", root / "stream.smalti"
+    WRITERS["encode"].write(found, found.tokens)
+    WRITERS["compress"].write(found, found.stream)
+    run(
+        calibrate,
+        [f"pipeline={found.calibrated}", f"data.source={found.images}", "data.image_size=8", "false_alarms=0.1"],
+    )
+    source = make_tokenizer("vqgan", (8, 8), 1, quantizer={"kind": "vq", "codes": 32, "dim": 8})
+    published_weights(source, found.source)
+    found.before = snapshot(root)
+    return found
+
+
+def published_weights(model: Any, folder: Path) -> None:
+    """The model as LlamaGen publishes it: bare weights under its own names."""
+    from tokenizer.published import LAYOUTS
+
+    layout = next(layout for layout in LAYOUTS if "LlamaGen" in layout.title)
+    folder.mkdir()
+    names = dict(model.named_parameters())
+    save_file(
+        {
+            layout.published(key, len(model.config.widths)): value.detach().clone(memory_format=torch.contiguous_format)
+            for key, value in names.items()
+        },
+        folder / "vq.safetensors",
+    )
+
+
+def snapshot(folder: Path) -> dict[str, str]:
+    """Every file and link below a folder, with what it holds."""
+    found = {}
+    for path in sorted(folder.rglob("*")):
+        if path.is_symlink():
+            found[str(path)] = os.readlink(path)
+        elif path.is_file():
+            found[str(path)] = hashlib.sha256(path.read_bytes()).hexdigest()
+    return found
+
+
+def place(name: str, tmp_path: Path) -> Path:
+    """Where a writer is to write."""
+    if WRITERS[name].kind == "state":
+        return tmp_path / "run" / "state" / "step-00000007"
+    return tmp_path / f"out{WRITERS[name].suffix}"
+
+
+def lay(folder: Path, files: dict[str, str]) -> dict[str, str]:
+    """Put files there, and say what is there."""
+    for name, text in files.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(text)
+    return snapshot(folder)
+
+
+def refuses(world: Any, name: str, out: Path, *needles: str) -> None:
+    """The writer refuses in one line, and what it reads is as it was."""
+    with pytest.raises(REFUSED) as caught:
+        WRITERS[name].write(world, out)
+    message = str(caught.value)
+    assert WRITERS[name].kind == "run" or len(message.splitlines()) == 1, message
+    assert all(needle in message for needle in needles), message
+    assert snapshot(world.root) == world.before
+
+
+# What is not ours
+
+
+@pytest.mark.parametrize("trap", TRAPS)
+@of_kind("whole", "new", "state", "run")
+def test_a_folder_of_somebody_is_refused_and_left_as_it_was(world, tmp_path, name, trap):
+    out = place(name, tmp_path)
+    before = lay(out, TRAPS[trap])
+    refuses(world, name, out, str(out))
+    assert snapshot(out) == before and not list(tmp_path.rglob(".tmp-*"))
+
+
+@of_kind("results")
+def test_results_lie_beside_files_of_somebody_and_replace_none(world, tmp_path, name):
+    before = lay(tmp_path / "out", {"notes.txt": "mine", "sub/photo.raw": "mine"})
+    WRITERS[name].write(world, tmp_path / "out")
+    made = snapshot(tmp_path / "out")
+    assert before.items() < made.items()
+    for file in set(made) - set(before) - {str(tmp_path / "out" / "manifest.json")}:
+        clash = tmp_path / Path(file).name.replace(".", "-")
+        kept = lay(clash, {Path(file).name: "mine"})
+        refuses(world, name, clash, str(clash / Path(file).name))
+        assert snapshot(clash) == kept
+
+
+@pytest.mark.parametrize("trap", ["somebody's manifest", "a manifest of ours, but not the files"])
+@of_kind("results")
+def test_results_do_not_go_into_a_folder_with_another_manifest(world, tmp_path, name, trap):
+    before = lay(tmp_path / "out", TRAPS[trap])
+    refuses(world, name, tmp_path / "out", str(tmp_path / "out"))
+    assert snapshot(tmp_path / "out") == before
+
+
+@pytest.mark.parametrize("content", ["text", "a picture", "another's stream", "written by smalti, says a text"])
+@of_kind("file")
+def test_a_file_of_somebody_is_refused_and_left_as_it_was(world, tmp_path, name, content):
+    out = place(name, tmp_path)
+    if content == "a picture" and out.suffix != ".smalti":
+        Image.new("L", (8, 8)).save(out)
+    else:
+        out.write_text(content)
+    before = snapshot(tmp_path)
+    refuses(world, name, out, str(out))
+    assert snapshot(tmp_path) == before
+
+
+# Links
+
+
+@of_kind("whole", "new", "state", "results", "run", "file")
+def test_nothing_is_written_through_a_link(world, tmp_path, name):
+    """Not even where it leads to something that is ours, or to nothing."""
+    ours = place(name, tmp_path / "first")
+    WRITERS[name].write(world, ours)
+    (tmp_path / "second").mkdir()
+    out = place(name, tmp_path / "second")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    for target in (ours, tmp_path / "nowhere"):
+        out.symlink_to(target)
+        before = snapshot(tmp_path)
+        refuses(world, name, out, str(out))
+        assert snapshot(tmp_path) == before
+        out.unlink()
+
+
+@of_kind("results")
+def test_results_do_not_go_through_links_in_their_folder(world, tmp_path, name):
+    WRITERS[name].write(world, tmp_path / "out")
+    made = [Path(path).name for path in snapshot(tmp_path / "out") if not path.endswith("manifest.json")]
+    (tmp_path / "mine").write_text("mine")
+    for file in made:
+        (tmp_path / "out" / file).unlink()
+        (tmp_path / "out" / file).symlink_to(tmp_path / "mine")
+        refuses(world, name, tmp_path / "out", file)
+        (tmp_path / "out" / file).unlink()
+    assert (tmp_path / "mine").read_text() == "mine"
+
+
+# What is ours
+
+
+@of_kind("whole", "state", "results", "file")
+def test_what_is_ours_is_replaced(world, tmp_path, name):
+    out = place(name, tmp_path)
+    WRITERS[name].write(world, out)
+    (out.parent / ".DS_Store").write_text("of a desktop") if out.is_file() else (out / ".DS_Store").write_text("litter")
+    first = snapshot(out) if out.is_dir() else snapshot(tmp_path)
+    WRITERS[name].write(world, out)
+    second = snapshot(out) if out.is_dir() else snapshot(tmp_path)
+    assert {path for path in first if not path.endswith(".DS_Store")} <= set(second)
+
+
+@of_kind("whole", "state")
+def test_a_file_that_somebody_added_to_ours_is_never_lost(world, tmp_path, name):
+    out = place(name, tmp_path)
+    WRITERS[name].write(world, out)
+    for file in ("notes.txt", "sub/notes.txt", "model2.safetensors"):
+        before = lay(out, {file: "mine"})
+        refuses(world, name, out, str(out), file)
+        assert snapshot(out) == before
+        (out / file).unlink()
+
+
+@of_kind("whole")
+def test_a_text_of_ours_that_somebody_edited_is_never_lost(world, tmp_path, name):
+    """A card, say. What no manifest lists, a model's own configuration, is ours whatever it says."""
+    out = place(name, tmp_path)
+    WRITERS[name].write(world, out)
+    texts = [path for path in out.rglob("*") if path.suffix in (".json", ".md") and path.name != "manifest.json"]
+    for path in texts if (out / "manifest.json").exists() else []:
+        data = path.read_bytes()
+        path.write_bytes(data + b" \n")
+        refuses(world, name, out, str(out))
+        assert path.read_bytes() == data + b" \n"
+        path.write_bytes(data)
+
+
+@of_kind("results")
+def test_a_table_that_somebody_edited_is_never_lost(world, tmp_path, name):
+    WRITERS[name].write(world, tmp_path / "out")
+    for path in [path for path in (tmp_path / "out").iterdir() if path.suffix in (".csv", ".json", ".txt")]:
+        if path.name != "manifest.json":
+            data = path.read_bytes()
+            path.write_bytes(data + b"a note of mine")
+            refuses(world, name, tmp_path / "out", path.name)
+            assert path.read_bytes() == data + b"a note of mine"
+            path.write_bytes(data)
+
+
+def test_a_run_saves_its_state_although_its_snapshot_is_not_replaced(world, tmp_path, capsys):
+    """What somebody put into the snapshot stays; the run says so, and the same command ends it once that is away."""
+    out, longer = tmp_path / "run", "train.save_every=1"
+    arguments = [
+        *(argument.format(**vars(world)) for argument in (*DATA, *TINY)),
+        longer,
+        f"out={out}",
+        "model.kind=vqvae",
+        "model.widths=[8]",
+        "model.blocks=[0]",
+    ]
+    save = train_tokenizer.TokenizerTask.save
+
+    def disturbed(task: Any, model: Any, run: Path, facts: dict[str, Any]) -> None:
+        save(task, model, run, facts)
+        (run / "tokenizer" / "notes.txt").write_text("mine")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train_tokenizer.TokenizerTask, "save", disturbed)
+        with pytest.raises(UserError, match=r"not saved: step 2: .*notes\.txt"):
+            run(train_tokenizer, arguments)
+    assert (out / "tokenizer" / "notes.txt").read_text() == "mine"
+    assert json.loads((out / "tokenizer" / "provenance.json").read_text())["tokenizer"]["steps"] == 1
+    assert sorted(path.name for path in (out / "state").iterdir()) == ["step-00000001", "step-00000002"]
+    with pytest.raises(REFUSED, match=r"notes\.txt"):
+        run(train_tokenizer, arguments)
+    (out / "tokenizer" / "notes.txt").unlink()
+    run(train_tokenizer, arguments)
+    assert json.loads((out / "tokenizer" / "provenance.json").read_text())["tokenizer"]["steps"] == 2
+
+
+# While it works
+
+
+@of_kind("whole", "new", "state")
+def test_what_comes_into_the_folder_while_it_works_is_never_lost(world, tmp_path, name, monkeypatch):
+    """Before the names are exchanged, and between that and a last look: into a new folder, and into one of ours."""
+    put, swap = storage._put_in_place, storage.exchange
+
+    def arrives(out: Path) -> None:
+        out.mkdir(parents=True, exist_ok=True)
+        (out / "arrived.txt").write_text("mine")
+
+    for case in ("before, new", "before", "between"):
+        out = place(name, tmp_path / case.replace(", ", "-"))
+        if case != "before, new" and WRITERS[name].kind != "new":
+            WRITERS[name].write(world, out)
+        elif case != "before, new":
+            out.mkdir(parents=True)
+
+        def put_late(temporary: Path, target: Path, kind: Any, out: Path = out, case: str = case) -> None:
+            if target == out and case != "between":
+                arrives(out)
+            put(temporary, target, kind)
+
+        def swap_late(one: Path, other: Path, out: Path = out, case: str = case) -> bool:
+            if other == out and case == "between" and not (one / "arrived.txt").exists():
+                arrives(out)
+            return swap(one, other)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(storage, "_put_in_place", put_late)
+            patch.setattr(storage, "exchange", swap_late)
+            refuses(world, name, out, "arrived.txt")
+        assert (out / "arrived.txt").read_text() == "mine"
+        assert not [
+            path
+            for path in out.parent.iterdir()
+            if path.name.startswith((".tmp-", ".del-")) and not path.name.endswith("-encode")
+        ]
+
+
+@of_kind("results", "file")
+def test_a_file_that_comes_while_it_works_is_never_lost(world, tmp_path, name, monkeypatch):
+    out, placed, rename = place(name, tmp_path), storage.place_file, storage.rename_new
+    arrived: list[Path] = []
+
+    def late(one: Path, other: Path) -> None:
+        if not arrived and other.parent in (out, out.parent):
+            other.write_text("mine")
+            arrived.append(other)
+        rename(one, other)
+
+    monkeypatch.setattr(storage, "rename_new", late)
+    with pytest.raises(REFUSED):
+        WRITERS[name].write(world, out)
+    assert arrived[0].read_text() == "mine" and placed
+
+
+def test_without_the_call_that_swaps_names_the_same_holds(world, tmp_path, monkeypatch):
+    monkeypatch.setattr(storage, "_renameat2", lambda one, other, flags: None)
+    world.pipe.save_pretrained(tmp_path / "pipe")
+    world.pipe.save_pretrained(tmp_path / "pipe")
+    ImagePipeline.from_pretrained(tmp_path / "pipe")
+    rename = Path.rename
+
+    def late(path: Path, target: Path) -> Path:
+        if path == tmp_path / "pipe":
+            (path / "arrived.txt").write_text("mine")
+        return rename(path, target)
+
+    monkeypatch.setattr(Path, "rename", late)
+    with pytest.raises(PathError, match=r"arrived\.txt"):
+        world.pipe.save_pretrained(tmp_path / "pipe")
+    monkeypatch.undo()
+    assert (tmp_path / "pipe" / "arrived.txt").read_text() == "mine" and len(list(tmp_path.iterdir())) == 1
+
+
+# Inputs
+
+
+@pytest.mark.parametrize("name", [name for name, writer in WRITERS.items() if writer.reads])
+def test_inputs_are_never_outputs(world, tmp_path, name):
+    source = getattr(world, str(WRITERS[name].reads))
+    refuses(world, name, source)
+    if WRITERS[name].kind != "file":
+        refuses(world, name, world.root)
+    inside = world.pipeline if "pipeline" in str(WRITERS[name].reads) else None
+    if inside is not None:
+        refuses(world, name, inside / "below")
+
+
+def test_a_picture_of_ours_that_is_read_is_not_written_over(world, tmp_path):
+    """That it is ours does not make it an output."""
+    WRITERS["generate, a folder"].write(world, tmp_path / "out")
+    for picture in (tmp_path / "out" / "00000.png", tmp_path / "link.png"):
+        if not picture.exists():
+            os.link(tmp_path / "out" / "00000.png", picture)
+        before = snapshot(tmp_path)
+        with pytest.raises(REFUSED, match="is what is read"):
+            run(complete, [f"pipeline={world.pipeline}", f"images={tmp_path}/out/00000.png", f"out={picture}"])
+        assert snapshot(tmp_path) == before
+
+
+# Two at once
+
+
+def test_two_streams_at_once_do_not_mix(world, tmp_path, monkeypatch):
+    """Both are written whole, under names of their own until they are: the last one stays."""
+    write, inner = compress.write_images, []
+
+    def twice(pipeline: Any, file: Any, *arguments: Any, **options: Any) -> int:
+        written = write(pipeline, file, *arguments, **options)
+        if not inner:
+            inner.append(True)
+            other = world.images / "test" / "b"
+            run(compress, [f"pipeline={world.pipeline}", f"images={other}", f"out={tmp_path}/out.smalti"])
+        return written
+
+    monkeypatch.setattr(compress, "write_images", twice)
+    WRITERS["compress"].write(world, tmp_path / "out.smalti")
+    run(decompress, [f"pipeline={world.pipeline}", f"stream={tmp_path}/out.smalti", f"out={tmp_path}/images"])
+    assert [path.name for path in (tmp_path / "images").iterdir()] == [world.picture.name]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["images", "out.smalti"]
+
+
+def test_a_folder_of_our_own_work_is_not_taken_by_another_run(world, tmp_path):
+    """Starting a run removes what a killed one left of its own, and nothing else that is called alike."""
+    out = tmp_path / "run"
+    WRITERS["train_tokenizer"].write(world, out)
+    names = (".tmp-mine/a", ".del-mine", ".tmp-tokens-encode/job.json", "state/.tmp-mine/a", ".tmp-pipeline-mine/a")
+    mine = dict.fromkeys(names, "mine")
+    ours = {".tmp-tokenizer-0123abcd/config.json": "{}", "state/.tmp-step-00000003-0123abcd/a": ""}
+    kept = lay(out, mine)
+    lay(out, ours)
+    WRITERS["train_tokenizer"].write(world, out)
+    left = snapshot(out)
+    assert all(left.get(path) == kept[path] for path in kept if "/.tmp-" in path or "/.del-" in path)
+    assert not (out / ".tmp-tokenizer-0123abcd").exists() and not (out / "state/.tmp-step-00000003-0123abcd").exists()
+    (tmp_path / "new" / ".tmp-mine").mkdir(parents=True)
+    refuses(world, "train_tokenizer", tmp_path / "new", ".tmp-mine")
+
+
+# All of them
+
+
+WRITING = {
+    "tokenizer/files/writing.py": "the rule",
+    "pipelines/images/pictures.py": "write_image, of a new file",
+    "pipelines/tokens/shards.py": "a shard, in a folder that is being made",
+    "pipelines/tokens/pieces.py": "the work folder of an encode",
+    "pipelines/encode.py": "the work folder of an encode",
+    "pipelines/training/checkpoints/states.py": "states of a run, by their names",
+    "pipelines/training/run_folder.py": "the folder of a run",
+    "pipelines/tracking/tracker.py": "the record of a run",
+    "pipelines/tracking/boards.py": "TensorBoard's files of a run",
+    "pipelines/training/heartbeat.py": "the signs of a run's processes",
+    "tokenizer/files/claims.py": "the lock of a folder",
+    "pipelines/images/bad_images.py": "the record of a run",
+    "pipelines/metrics/perceptual.py": "the cache of weights",
+    "pipelines/images/shards/reader.py": "the cache of indices",
+    "pipelines/tokens/parquet.py": "a dataset, in a folder that is being made",
+    "pipelines/stages/base.py": "a pipeline, in a folder that is being made",
+    "pipelines/evaluate.py": "results, in a folder that is being made",
+    "pipelines/commands/detect.py": "results, in a folder that is being made",
+    "pipelines/commands/probe.py": "results, in a folder that is being made",
+    "pipelines/commands/compress.py": "a stream, under a temporary name",
+    "pipelines/commands/decompress.py": "pictures, in a folder that is being made",
+}
+CALLS = {
+    "write_text",
+    "write_bytes",
+    "rmtree",
+    "unlink",
+    "rename",
+    "mkdir",
+    "touch",
+    "copyfile",
+    "copytree",
+    "symlink_to",
+    "ftruncate",
+    "rmdir",
+    "removedirs",
+    "makedirs",
+}
+
+
+def writes(tree: ast.AST) -> bool:
+    """Whether there is a call that changes files: one of `CALLS`, or an opening for more than reading."""
+    for node in ast.walk(tree):
+        if not isinstance(node, ast.Call):
+            continue
+        called = node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", "")
+        texts = [a.value for a in node.args if isinstance(a, ast.Constant) and isinstance(a.value, str)]
+        if called in CALLS or (called == "open" and any(set(text) & set("wax+") and len(text) < 4 for text in texts)):
+            return True
+    return False
+
+
+def test_only_these_modules_write():
+    found = {
+        path.relative_to(ROOT).as_posix()
+        for package in ("tokenizer", "prior", "pipelines")
+        for path in (ROOT / package).rglob("*.py")
+        if writes(ast.parse(path.read_text()))
+    }
+    assert found == set(WRITING), (sorted(found - set(WRITING)), sorted(set(WRITING) - found))
+
+
+def test_pictures_say_that_they_are_ours_and_open_as_before(tmp_path):
+    from pipelines.images.pictures import SUFFIXES, save_picture
+
+    pixels = np.random.default_rng(0).integers(0, 256, (9, 7, 3), dtype=np.uint8)
+    for suffix in SUFFIXES:
+        path = tmp_path / f"picture{suffix}"
+        save_picture(pixels, path)
+        assert MARK in path.read_bytes()
+        with Image.open(path) as image:
+            image.load()
+            assert image.size == (7, 9) and (
+                suffix not in (".png", ".bmp") or np.array_equal(np.asarray(image), pixels)
+            )
+    assert issubclass(PathError, PipelineLoadError)
+
+
+def test_results_are_looked_at_before_any_is_replaced(tmp_path):
+    """One that is somebody's by now keeps all of them from being written."""
+    with storage.results_folder(tmp_path / "out") as folder:
+        (folder / "a.csv").write_text("first")
+        (folder / "b.csv").write_text("first")
+    with pytest.raises(PathError, match=r"b\.csv"), storage.results_folder(tmp_path / "out") as folder:
+        (folder / "a.csv").write_text("second")
+        (folder / "b.csv").write_text("second")
+        (tmp_path / "out" / "b.csv").write_text("mine")
+    assert [(tmp_path / "out" / name).read_text() for name in ("a.csv", "b.csv")] == ["first", "mine"]

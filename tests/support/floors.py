@@ -1,0 +1,98 @@
+"""Whether the versions that pyproject.toml names are true: the suite with the lowest of them on the oldest Python that
+it names, or with the newest on the newest Python that is here.
+
+    python tests/support/floors.py lowest|newest [--python PYTHON] [arguments of pytest]
+
+Each has an environment of its own below build/, made anew when pyproject.toml changes; `newest` looks for newer
+versions every time. It takes gigabytes: on Linux, PyPI's torch is the one for CUDA.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+EXTRA = "dev"  # which has the others, but for those of the benchmarks
+NEWEST = 30  # as far as minor versions of Python are looked for
+
+
+def requirements() -> list[str]:
+    """What is required to run and to test, each as `name>=version`, but for our own extras."""
+    extras = {name: listed for name, listed in PROJECT["optional-dependencies"].items() if name != "benchmarks"}
+    listed = [*PROJECT["dependencies"], *(line for lines in extras.values() for line in lines)]
+    return list(dict.fromkeys(line for line in listed if not line.startswith(f"{PROJECT['name']}[")))
+
+
+def lowest() -> list[str]:
+    """The lowest versions as constraints for pip. Raises `ValueError` for a requirement without a lowest version."""
+    found = {}
+    for requirement in requirements():
+        parts = re.fullmatch(r"([\w.-]+)>=([\d.]+)", requirement)
+        if parts is None:
+            raise ValueError(f"pyproject.toml: {requirement}: expected name>=version")
+        if found.setdefault(parts[1], parts[2]) != parts[2]:
+            raise ValueError(f"pyproject.toml: {parts[1]}: two lowest versions, {found[parts[1]]} and {parts[2]}")
+    return [f"{name}=={version}" for name, version in found.items()]
+
+
+def oldest_minor() -> int:
+    """The minor version of the oldest Python that is named."""
+    return int(PROJECT["requires-python"].removeprefix(">=3."))
+
+
+def pythons() -> dict[int, str]:
+    """The Pythons on PATH and of pyenv that are not too old, by their minor versions."""
+    found = {}
+    for minor in range(oldest_minor(), NEWEST):
+        of_pyenv = sorted(Path.home().glob(f".pyenv/versions/3.{minor}.*/bin/python"))
+        if path := of_pyenv[-1] if of_pyenv else shutil.which(f"python3.{minor}"):
+            found[minor] = str(path)
+    return found
+
+
+def prepare(which: str, python: str) -> Path:
+    """The Python of the environment, with everything installed."""
+    folder = ROOT / "build" / f"floors-{which}"
+    stamp, wanted = folder / "made-for", f"{python}\n{(ROOT / 'pyproject.toml').read_text(encoding='utf-8')}"
+    ours = folder / "bin" / "python"
+    if not stamp.is_file() or stamp.read_text(encoding="utf-8") != wanted:
+        subprocess.run([python, "-m", "venv", "--clear", str(folder)], check=True)
+        constraints = folder / "constraints.txt"
+        constraints.write_text("\n".join(lowest()) if which == "lowest" else "", encoding="utf-8")
+        install = [str(ours), "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
+        subprocess.run([*install, "-c", str(constraints), "-e", f"{ROOT}[{EXTRA}]"], check=True)
+        stamp.write_text(wanted, encoding="utf-8")
+    elif which == "newest":
+        install = [str(ours), "-m", "pip", "install", "--quiet", "--upgrade", "--upgrade-strategy", "eager"]
+        subprocess.run([*install, "-e", f"{ROOT}[{EXTRA}]"], check=True)
+    return ours
+
+
+def main() -> int:
+    """The command line; returns pytest's exit code."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("which", choices=["lowest", "newest"])
+    parser.add_argument("--python", help="instead of the one that is looked for")
+    chosen, arguments = parser.parse_known_args()
+    there = pythons()
+    minor = oldest_minor() if chosen.which == "lowest" else max(there, default=oldest_minor())
+    python = chosen.python or there.get(minor)
+    if python is None:
+        parser.error(f"there is no python3.{minor} on PATH or in ~/.pyenv/versions; name one with --python")
+    ours = prepare(chosen.which, python)
+    versions = "import sys, torch; print(f'Python {sys.version.split()[0]}, torch {torch.__version__}')"
+    print(f"{chosen.which}:", subprocess.check_output([ours, "-c", versions], text=True).strip(), flush=True)
+    command = [str(ours), "-m", "pytest", *arguments]
+    return subprocess.run(command, cwd=ROOT, env={**os.environ, "PYTHONPATH": os.environ["PYTHONPATH"]}).returncode
+
+
+if __name__ == "__main__":
+    sys.exit(main())

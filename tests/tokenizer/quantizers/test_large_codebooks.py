@@ -1,0 +1,71 @@
+"""A codebook of 16,384 codes trains in little memory, whichever quantizer it belongs to.
+
+A matrix of vectors x codes would be 1 GB here, and a plain softmax over it, with its gradient, holds several. What one
+training step takes is measured in a process of its own (`python test_large_codebooks.py NAME`).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tokenizer.quantizers import Quantizer
+
+ROOT = Path(__file__).parents[3]
+CODES, WIDTH, IMAGES, TOKENS = 16_384, 8, 64, 256
+MATRIX = CODES * IMAGES * TOKENS * 4 / 2**20  # MiB
+LIMIT = MATRIX / 2  # what one matrix, or half of one twice, would break; 2 GB is promised
+SIZES: dict[str, Any] = {"codes": CODES, "dim": WIDTH, "kmeans_iterations": 1}
+
+
+def large(name: str) -> dict[str, Any] | None:
+    """The configuration of a large codebook, or several; None for quantizers without one."""
+    fields = Quantizer.find(name).Config.__dataclass_fields__
+    if "codes" in fields:
+        return {key: value for key, value in SIZES.items() if key in fields}
+    return {"depth": 2, "book": {"kind": "ema", **SIZES}} if "book" in fields else None
+
+
+def memory(field: str) -> float:
+    """MiB of this process: `VmRSS` now, `VmHWM` at most. (`ru_maxrss` would begin with what its parent had.)"""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(f"{field}:")) / 2**10
+
+
+def measure(name: str) -> dict[str, float]:
+    """One training step, forward and backward: by how many MiB its peak stands above what was there before."""
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    quantizer = Quantizer.create(name, **large(name)).train()
+    z = torch.randn(IMAGES, WIDTH, 16, TOKENS // 16, requires_grad=True)
+    before, since = memory("VmRSS"), time.monotonic()
+    z_q, tokens, losses = quantizer.quantize(z)
+    loss = (z_q - 1).square().mean() + sum(quantizer.loss_weights[key] * value for key, value in losses.items())
+    loss.backward()
+    peak = memory("VmHWM")
+    assert torch.isfinite(z.grad).all() and z.grad.abs().sum() > 0 and len(tokens.unique()) > 1000
+    return {"mib": peak - before, "seconds": time.monotonic() - since}
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="memory is measured as Linux counts it")
+@pytest.mark.parametrize("name", [name for name in Quantizer.available() if large(name)])
+def test_a_training_step_takes_little_memory(name):
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.environ["PYTHONPATH"]}
+    command = [sys.executable, __file__, name]
+    printed = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=90)
+    assert printed.returncode == 0, printed.stderr
+    found = json.loads(printed.stdout)
+    print(f"{name}: {found['mib']:.0f} MiB, {found['seconds']:.1f} s")
+    assert found["mib"] < LIMIT
+
+
+if __name__ == "__main__":
+    print(json.dumps(measure(sys.argv[1])))

@@ -1,0 +1,393 @@
+"""Quantizers in which all codes get a gradient: by the plain formulas, in blocks, in two processes, in training."""
+
+from __future__ import annotations
+
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from leaving import leave_group
+from small import make_quantizer
+from torch import nn
+
+from tokenizer.quantizers import Quantizer, choice
+from tokenizer.quantizers import gumbel as gumbel_module
+from tokenizer.quantizers.choice import How, choose
+from tokenizer.quantizers.codebook import nearest
+from tokenizer.quantizers.entropy import diversity
+
+ROOT = Path(__file__).parents[3]
+
+
+def plain(rows, weight, bias, values, how):
+    """`choose` as the papers write it: whole matrices, one-hot vectors, autograd."""
+    logits = rows @ weight.t() + bias
+    sharp = (logits / how.entropy_temperature).log_softmax(1)
+    entropy = -(sharp.exp() * sharp).sum(1).mean()
+    if how.seed is not None:
+        generator = torch.Generator().manual_seed(how.seed)
+        uniform = torch.rand(logits.shape, generator=generator, dtype=logits.dtype)
+        logits = logits - (-uniform.clamp(min=1e-300).log()).log()
+    p, tokens = (logits / how.temperature).softmax(1), logits.argmax(1)
+    if how.hard:
+        p = F.one_hot(tokens, len(weight)).to(p) + (p - p.detach())
+    return p @ values, tokens, entropy, sharp.exp().mean(0)
+
+
+def inputs(rows=10, codes=7):
+    sizes = [(rows, 3), (codes, 3), (codes,), (codes, 4)]
+    return [torch.randn(size, dtype=torch.float64, requires_grad=True) for size in sizes]
+
+
+def scalar(values, entropy, mean):
+    """Of all that a choice puts out, with a different weight for each element."""
+    weights = torch.arange(values.numel(), dtype=values.dtype).cos().reshape(values.shape)
+    return (values * weights).sum() + 1.3 * entropy + 2 * diversity(mean, share=False)
+
+
+@pytest.mark.parametrize("seed", [None, 3])
+@pytest.mark.parametrize("hard", [True, False])
+@pytest.mark.parametrize("held", [1, 21, 1 << 17])  # a row at a time, three, and all
+def test_blocks_give_what_the_plain_formula_gives(monkeypatch, held, hard, seed):
+    monkeypatch.setattr(choice, "BLOCK_ELEMENTS", held)
+    given, how = inputs(), How(temperature=0.7, entropy_temperature=0.3, hard=hard, seed=seed)
+    one, other = choose(*given, how), plain(*given, how)
+    assert torch.equal(one.tokens, other[1]) and len(one.tokens.unique()) > 2
+    for found, expected in zip((one.values, one.entropy, one.mean), (other[0], *other[2:]), strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+    found = torch.autograd.grad(scalar(one.values, one.entropy, one.mean), given)
+    expected = torch.autograd.grad(scalar(other[0], *other[2:]), given)
+    for mine, theirs in zip(found, expected, strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-10, atol=1e-12)
+        assert theirs.abs().max() > 1e-3
+
+
+def test_the_backward_pass_is_as_exact_under_autocast():
+    given = [tensor.detach().float().requires_grad_() for tensor in inputs(64, 33)]
+    made = choose(*given, How())
+    loss = scalar(made.values, made.entropy, made.mean)
+    expected = torch.autograd.grad(loss, given, retain_graph=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = torch.autograd.grad(loss, given)
+    assert all(torch.equal(mine, theirs) for mine, theirs in zip(found, expected, strict=True))
+
+
+def test_entropies_of_far_apart_logits_are_finite():
+    """Codes that no vector could mean have a probability of 0 in float32, and log 0 is not finite."""
+    rows = torch.tensor([[1e4, 0.0], [2e4, 0.0]], requires_grad=True)
+    made = choose(rows, torch.eye(2).repeat(2, 1), torch.zeros(4), torch.ones(4, 1), How(entropy_temperature=0.01))
+    spread = diversity(made.mean, share=False)
+    (made.entropy + spread).backward()
+    assert made.entropy.item() == pytest.approx(math.log(2)) == spread.item() and torch.isfinite(rows.grad).all()
+
+
+# Index backpropagation
+
+
+def test_ibq_is_the_paper():
+    """Tokens, values, losses and gradients, written with one-hot vectors."""
+    quantizer = make_quantizer("ibq", temperature=0.5, entropy=0.05, diversity=0.07).train()
+    quantizer.quantize(torch.randn(2, 8, 4, 4))
+    z = torch.randn(3, 8, 2, 2, requires_grad=True)
+    z_q, tokens, losses = quantizer.quantize(z)
+    weights = torch.randn_like(z)
+    total = (z_q * weights).sum() + sum(quantizer.loss_weights[name] * loss for name, loss in losses.items())
+    found = torch.autograd.grad(total, [z, quantizer.codebook])
+
+    rows, codes = z.movedim(1, -1).reshape(-1, 8), quantizer.codebook
+    logits = rows @ codes.t()
+    soft = (logits / 0.5).softmax(1)
+    hard = F.one_hot(logits.argmax(1), 32).float()
+    passed, chosen = (hard + soft - soft.detach()) @ codes, hard @ codes
+    pulls = F.mse_loss(passed, rows) + F.mse_loss(rows, chosen.detach()) + 0.25 * F.mse_loss(chosen, rows.detach())
+    p = (logits / 0.01).softmax(1)
+    mean = p.mean(0) + 1e-30
+    sure, spread = -(p * (p + 1e-30).log()).sum(1).mean(), math.log(32) + (mean * mean.log()).sum()
+    expected = (passed * weights.movedim(1, -1).reshape(-1, 8)).sum() + pulls + 0.05 * sure + 0.07 * spread
+    assert torch.equal(tokens.flatten(), logits.argmax(1)) and torch.equal(z_q, quantizer.lookup(tokens))
+    torch.testing.assert_close(total, expected)
+    for mine, theirs in zip(found, torch.autograd.grad(expected, [z, codes]), strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-5)
+
+
+def rows_with_a_gradient(name):
+    """Which codes get one from the reconstruction, and which are chosen."""
+    quantizer = make_quantizer(name).train()
+    z_q, tokens, losses = quantizer.quantize(torch.randn(1, 8, 4, 2))
+    (z_q.square().sum() + sum(losses.values())).backward()
+    gradient = quantizer.codebook.grad.abs().sum(1)
+    assert torch.isfinite(gradient).all()
+    return set(gradient.nonzero().flatten().tolist()), set(tokens.flatten().tolist())
+
+
+def test_all_codes_get_a_gradient_and_of_vq_only_the_chosen():
+    moved, chosen = rows_with_a_gradient("ibq")
+    assert moved == set(range(32)) and len(chosen) <= 8
+    moved, chosen = rows_with_a_gradient("vq")
+    assert moved == chosen and len(chosen) <= 8
+
+
+@pytest.mark.parametrize("normalize", [False, True])
+def test_ibq_starts_with_all_codes_within_reach(normalize):
+    """Of one length, so that the largest inner product belongs to the nearest, and none is out of reach."""
+    quantizer = make_quantizer("ibq", normalize=normalize).train()
+    z = torch.randn(64, 8, 4, 4) * torch.linspace(0.1, 3, 64).reshape(-1, 1, 1, 1)
+    tokens = quantizer.quantize(z).tokens
+    lengths = quantizer.table().detach().norm(dim=1)
+    assert lengths.std() < 1e-4 and float(lengths[0]) == pytest.approx(1.0 if normalize else 4.2, abs=0.4)
+    assert torch.equal(tokens.flatten(), nearest(z.movedim(1, -1).reshape(-1, 8), quantizer.table()))
+    assert len(tokens.unique()) == 32
+
+
+@pytest.mark.parametrize("name", ["ibq", "gumbel"])
+def test_a_sick_first_batch_leaves_no_trace(name):
+    quantizer = make_quantizer(name).train()
+    quantizer.quantize(torch.full((4, 8, 4, 4), float("nan")))
+    assert all(torch.isfinite(parameter).all() for parameter in quantizer.parameters())
+
+
+def test_ibq_has_one_gradient():
+    with pytest.raises(ValueError, match="gradient: must be one of index"):
+        make_quantizer("ibq", gradient="rotation")
+
+
+# Gumbel-softmax
+
+
+def set_logits(quantizer, logits):
+    """The same logits for every vector."""
+    with torch.no_grad():
+        quantizer.proj.weight.zero_()
+        quantizer.proj.bias.copy_(logits)
+    quantizer.started.fill_(1)
+    return quantizer
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.1])
+def test_codes_are_drawn_from_the_softmax_at_any_temperature(temperature):
+    logits = torch.randn(12) * 1.5
+    quantizer = set_logits(make_quantizer("gumbel", codes=12, temperature=temperature).train(), logits)
+    tokens = quantizer.quantize(torch.randn(200, 8, 10, 10)).tokens.flatten()
+    p = logits.softmax(0)
+    frequencies = torch.bincount(tokens, minlength=12) / len(tokens)
+    assert ((frequencies - p).abs() < 4.5 * (p * (1 - p) / len(tokens)).sqrt()).all()
+    pairs = (tokens[1:] == tokens[:-1]).float().mean()  # vectors next to each other are drawn independently
+    assert float(pairs) == pytest.approx(float(p.square().sum()), abs=0.02)
+
+
+def test_noise_is_the_global_generators():
+    quantizer = set_logits(make_quantizer("gumbel").train(), torch.zeros(32))
+    z, draws = torch.randn(4, 8, 8, 8), []
+    for seed in (1, 1, 2):
+        torch.manual_seed(seed)
+        draws.append((quantizer.quantize(z).tokens, quantizer.quantize(z).tokens))
+    assert all(torch.equal(one, two) for one, two in zip(*draws[:2], strict=True))
+    assert not torch.equal(draws[0][0], draws[0][1]) and not torch.equal(draws[0][0], draws[2][0])
+
+
+def test_eval_takes_the_largest_logit_and_draws_nothing():
+    quantizer = make_quantizer("gumbel", hard=False).train()
+    z = torch.randn(4, 8, 8, 8)
+    quantizer.quantize(z)
+    quantizer.eval()
+    before = torch.get_rng_state()
+    z_q, tokens, _ = quantizer.quantize(z)
+    assert torch.equal(torch.get_rng_state(), before)
+    rows = z.movedim(1, -1).reshape(-1, 8)
+    assert torch.equal(tokens.flatten(), quantizer.proj(rows).argmax(1))
+    assert torch.equal(z_q, quantizer.lookup(tokens)) and torch.equal(quantizer.quantize(z).tokens, tokens)
+
+
+def test_hard_is_a_code_and_soft_a_mean_of_codes():
+    z = torch.randn(4, 8, 8, 8)
+    for hard in (True, False):
+        quantizer = make_quantizer("gumbel", hard=hard).train()
+        z_q, tokens, _ = quantizer.quantize(z)
+        assert torch.equal(z_q, quantizer.lookup(tokens)) == hard
+        assert z_q.abs().max() <= quantizer.embed.weight.abs().max()
+
+
+def test_the_temperature_falls_along_a_cosine():
+    quantizer = make_quantizer("gumbel", temperature=2.0, final_temperature=0.5, anneal_steps=100)
+    assert [quantizer.temperature_at(step) for step in (0, 50, 100, 1000)] == pytest.approx([2.0, 1.25, 0.5, 0.5])
+    falling = [quantizer.temperature_at(step) for step in range(101)]
+    assert falling == sorted(falling, reverse=True)
+    assert make_quantizer("gumbel", anneal_steps=0, final_temperature=0.3).temperature_at(0) == pytest.approx(0.3)
+
+
+def test_the_step_decides_on_the_temperature_also_of_a_resumed_run(monkeypatch):
+    used = []
+
+    def watched(*args):
+        used.append(args[-1].temperature)
+        return choose(*args)
+
+    monkeypatch.setattr(gumbel_module, "choose", watched)
+    whole = make_quantizer("gumbel", anneal_steps=5).train()
+    for step in range(8):
+        if step == 3:
+            resumed = make_quantizer("gumbel", anneal_steps=5).train()
+            resumed.load_state_dict(whole.state_dict())
+        torch.manual_seed(step)
+        whole.quantize(torch.randn(4, 8, 4, 4))
+    expected = [whole.temperature_at(step) for step in range(8)]
+    assert used == expected and len(set(used)) == 6
+    for step in range(3, 8):
+        torch.manual_seed(step)
+        last = resumed.quantize(torch.randn(4, 8, 4, 4)).tokens
+    assert used[8:] == expected[3:]
+    torch.manual_seed(7)
+    whole.started.fill_(7)
+    assert torch.equal(whole.quantize(torch.randn(4, 8, 4, 4)).tokens, last)
+
+
+@pytest.mark.parametrize("hard", [True, False])
+def test_gradients_reach_vectors_logits_and_codes(hard):
+    quantizer = make_quantizer("gumbel", hard=hard).train()
+    z = torch.randn(2, 8, 8, 8, requires_grad=True)
+    z_q, tokens, _ = quantizer.quantize(z)
+    z_q.square().sum().backward()
+    assert (z.grad.abs().sum((0, 2, 3)) > 0).all() and (quantizer.proj.bias.grad != 0).all()
+    of_codes = quantizer.embed.weight.grad.abs().sum(1) > 0
+    assert set(of_codes.nonzero().flatten().tolist()) == (set(tokens.flatten().tolist()) if hard else set(range(32)))
+
+
+def test_kl_is_in_nats_per_vector():
+    quantizer = set_logits(make_quantizer("gumbel").train(), torch.zeros(32))
+    assert quantizer.quantize(torch.randn(2, 8, 4, 4)).losses["kl"].item() == pytest.approx(0, abs=1e-5)
+    set_logits(quantizer, torch.tensor([50.0] + [0.0] * 31))
+    assert quantizer.quantize(torch.randn(2, 8, 4, 4)).losses["kl"].item() == pytest.approx(math.log(32))
+    logits = torch.randn(32)
+    set_logits(quantizer, logits)
+    expected = (logits.softmax(0) * (logits.softmax(0) * 32).log()).sum()
+    assert quantizer.quantize(torch.randn(2, 8, 4, 4)).losses["kl"].item() == pytest.approx(float(expected), rel=1e-5)
+
+
+def test_gumbel_starts_as_a_mixture_around_the_centres():
+    quantizer = make_quantizer("gumbel").train()
+    z = torch.randn(8, 8, 8, 8) + 3
+    quantizer.quantize(z)
+    rows, centres = z.movedim(1, -1).reshape(-1, 8), quantizer.embed.weight
+    near = nearest(rows, centres)
+    error = (rows - centres[near]).square().mean()
+    assert error < 0.6 * rows.var(0).mean()
+    assert torch.equal(quantizer.eval().quantize(z).tokens.flatten(), near) and len(near.unique()) == 32
+    posterior = (-torch.cdist(rows, centres).square() / (2 * error)).softmax(1)
+    assert torch.allclose(quantizer.proj(rows).softmax(1), posterior, atol=1e-3)
+
+
+def test_fewer_vectors_than_codes_start_nothing():
+    quantizer = make_quantizer("gumbel").train()
+    before = quantizer.embed.weight.clone()
+    quantizer.quantize(torch.randn(1, 8, 4, 4))
+    assert torch.equal(quantizer.embed.weight, before) and int(quantizer.started) == 1
+
+
+# Training
+
+
+@pytest.mark.parametrize("name", ["ibq", "gumbel"])
+def test_a_small_autoencoder_uses_its_codes(name):
+    """64 clusters, 64 codes: most are in use at the end, and they tell the clusters apart."""
+    centres = torch.randn(64, 16)
+
+    def batch():
+        return centres[torch.randint(64, (512,))] + 0.05 * torch.randn(512, 16)
+
+    encoder, decoder = nn.Linear(16, 8), nn.Linear(8, 16)
+    quantizer = Quantizer.create(name, codes=64, dim=8).train()
+    model = nn.ModuleList([encoder, decoder, quantizer])
+    optimizer = torch.optim.AdamW(model.parameters(), 5e-3)
+
+    def reconstruct(x):
+        z_q, tokens, losses = quantizer.quantize(encoder(x).t().unsqueeze(0))
+        weighted = sum(quantizer.loss_weights[key] * loss for key, loss in losses.items())
+        return F.mse_loss(decoder(z_q[0].t()), x), tokens, weighted
+
+    errors = []
+    for _ in range(250):
+        error, _, weighted = reconstruct(batch())
+        optimizer.zero_grad()
+        (error + weighted).backward()
+        optimizer.step()
+        errors.append(error.item())
+    quantizer.eval()
+    with torch.no_grad():
+        error, tokens, _ = reconstruct(centres.repeat(4, 1) + 0.05 * torch.randn(256, 16))
+    assert len(tokens.unique()) >= 40 and float(error) < 0.6 * errors[0]
+
+
+# Two processes
+
+
+def learn(normalize: bool, name: str, part: slice) -> list[torch.Tensor]:
+    """Gradients of the parameters and of the part's vectors in a second step; the codebook after the first, which sets
+    it."""
+    torch.manual_seed(0)
+    config = {"normalize": normalize, "entropy": 0.5, "diversity": 2.0} if name == "ibq" else {}
+    quantizer = Quantizer.create(name, codes=32, dim=8, **config).train()
+    z = torch.randn(16, 8, 4, 4) * torch.linspace(0.5, 2, 16).reshape(-1, 1, 1, 1)
+    quantizer.quantize(z[part])
+    started = [parameter.detach().clone() for parameter in quantizer.parameters()]
+    mine = z[part].clone().requires_grad_()
+    if name == "gumbel":
+        quantizer.eval()  # noise is each process's own
+    z_q, _, losses = quantizer.quantize(mine)
+    total = (z_q - 1).square().mean() + sum(quantizer.loss_weights[key] * loss for key, loss in losses.items())
+    return [*started, *torch.autograd.grad(total, [mine, *quantizer.parameters()])]
+
+
+CASES = [(False, "ibq"), (True, "ibq"), (False, "gumbel")]
+
+
+def one_of_two(folder: Path) -> None:
+    """Half of the vectors; gradients are averaged as DDP does."""
+    rank = int(os.environ["RANK"])
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
+    for case, (normalize, name) in enumerate(CASES):
+        found = learn(normalize, name, slice(8 * rank, 8 * rank + 8))
+        count = (len(found) - 1) // 2
+        for gradient in found[count + 1 :]:
+            dist.all_reduce(gradient)
+            gradient /= dist.get_world_size()
+        found[count] /= dist.get_world_size()  # a mean over half of the vectors
+        for index, tensor in enumerate(found):
+            file = folder / f"{case}-{index}-{rank}-of-{dist.get_world_size()}"
+            file.write_bytes(tensor.contiguous().numpy().tobytes())
+    leave_group()
+
+
+def test_two_processes_have_the_gradients_of_one(tmp_path):
+    environment = {
+        **os.environ,
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": os.environ["PYTHONPATH"],
+    }
+    command = [sys.executable, __file__, str(tmp_path)]
+    pair = [subprocess.Popen(command, env={**environment, "RANK": str(rank)}, cwd=ROOT) for rank in range(2)]
+    try:
+        assert [process.wait(60) for process in pair] == [0, 0]
+    finally:
+        for process in pair:
+            process.kill()
+    for case, (normalize, name) in enumerate(CASES):  # the files' names hold the world size
+        alone = learn(normalize, name, slice(None))
+        count = (len(alone) - 1) // 2
+        for index, expected in enumerate(alone):
+            files = [tmp_path / f"{case}-{index}-{rank}-of-2" for rank in range(2)]
+            one, two = (torch.frombuffer(bytearray(file.read_bytes()), dtype=torch.float32) for file in files)
+            if index == count:
+                one = two = torch.cat([one, two])
+            assert torch.equal(one, two)
+            torch.testing.assert_close(one.reshape(expected.shape), expected, rtol=1e-4, atol=1e-5)
+            assert expected.abs().max() > 1e-4
+
+
+if __name__ == "__main__":
+    one_of_two(Path(sys.argv[1]))

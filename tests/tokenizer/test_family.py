@@ -1,0 +1,265 @@
+"""Promises of every registered tokenizer."""
+
+import json
+
+import pytest
+import torch
+from huggingface_hub import load_state_dict_from_file
+from safetensors.torch import save_file
+from small import QUANTIZERS, SMALL, TOKENIZERS, make_prior, make_tokenizer
+
+from tokenizer import TokenGrid, Tokenizer
+from tokenizer.base import Reconstruction, codebook_usage
+from tokenizer.files.errors import ConfigError, PathError, PipelineLoadError, WeightsError
+from tokenizer.losses import psnr, total_loss
+
+every_tokenizer = pytest.mark.parametrize("name", TOKENIZERS)
+SIZES = [((12, 8), 3), ((8, 16), 1)]
+
+
+def images_for(tokenizer, count=3):
+    return torch.rand(count, *tokenizer.image_shape) * 2 - 1
+
+
+@every_tokenizer
+@pytest.mark.parametrize(("size", "channels"), SIZES)
+def test_decode_of_encode_is_forward(name, size, channels):
+    tokenizer = make_tokenizer(name, size, channels).eval()
+    images = images_for(tokenizer)
+    tokens = tokenizer.encode(images)
+    output = tokenizer(images)
+    assert tokens.shape == (3, *tokenizer.grid.shape) and tokens.dtype == torch.int64
+    assert torch.equal(tokens, output.tokens)
+    assert torch.equal(tokenizer.decode(tokens), output.images)
+    assert output.images.shape == images.shape and output.images.abs().max() <= 1
+    assert tokenizer.image_shape == (channels, *size)
+
+
+@every_tokenizer
+def test_images_of_a_batch_do_not_mix(name):
+    tokenizer = make_tokenizer(name).eval()
+    images = images_for(tokenizer, 4)
+    tokens = tokenizer.encode(images)
+    images[0] = -images[0]
+    assert torch.equal(tokenizer.encode(images)[1:], tokens[1:])
+
+
+@every_tokenizer
+def test_every_loss_has_a_weight_and_every_parameter_a_gradient(name):
+    tokenizer = make_tokenizer(name).train()
+    images = images_for(tokenizer)
+    output = tokenizer(images)
+    assert isinstance(output, Reconstruction)
+    loss, terms = total_loss(output, images, {"l1": 1.0, "l2": 1.0, **tokenizer.loss_weights})
+    assert set(terms) == {"l1", "l2", *output.losses} and all(term.ndim == 0 for term in terms.values())
+    if any(p.requires_grad for p in tokenizer.parameters()):
+        loss.backward()
+        assert all(p.grad is not None for p in tokenizer.parameters())
+
+
+@every_tokenizer
+def test_save_and_load(name, tmp_path):
+    tokenizer = make_tokenizer(name).train()
+    images = images_for(tokenizer)
+    tokenizer(images)  # so that buffers (a codebook) have moved
+    tokenizer.eval().save_pretrained(tmp_path / "tokenizer")
+    loaded = Tokenizer.from_pretrained(tmp_path / "tokenizer")
+    assert type(loaded) is type(tokenizer) and not loaded.training
+    assert torch.equal(loaded.encode(images), tokenizer.encode(images))
+    assert torch.equal(loaded.decode(loaded.encode(images)), tokenizer(images).images)
+    assert loaded.fingerprint() == tokenizer.fingerprint() and loaded.config == tokenizer.config
+    half = type(tokenizer).from_pretrained(tmp_path / "tokenizer", dtype=torch.bfloat16)
+    assert half.decode(half.encode(images)).shape == images.shape
+    assert sorted(path.name for path in (tmp_path / "tokenizer").iterdir()) == ["config.json", "model.safetensors"]
+
+
+@every_tokenizer
+def test_known_tokens_need_their_whole_patch(name):
+    tokenizer = make_tokenizer(name)
+    _, height, width = tokenizer.image_shape
+    known = torch.ones(2, height, width, dtype=torch.bool)
+    assert tokenizer.known_tokens(known).shape == (2, *tokenizer.grid.shape)
+    assert tokenizer.known_tokens(known).all()
+    known[1, -1, -1] = False
+    mask = tokenizer.known_tokens(known)
+    assert mask[0].all() and not mask[1].flatten()[-1] and mask[1].flatten()[:1].all()
+
+
+@every_tokenizer
+def test_wrong_images_and_tokens_are_named(name):
+    tokenizer = make_tokenizer(name)
+    with pytest.raises(ValueError, match="shape"):
+        tokenizer.encode(torch.zeros(1, 3, 8, 8))
+    with pytest.raises(ValueError, match="float"):
+        tokenizer.encode(torch.zeros(1, *tokenizer.image_shape, dtype=torch.uint8))
+    with pytest.raises(ValueError, match="ids should lie"):
+        tokenizer.decode(torch.full((1, *tokenizer.grid.shape), tokenizer.grid.vocab_size))
+
+
+@pytest.mark.parametrize("kind", QUANTIZERS)
+@pytest.mark.parametrize(
+    ("size", "factor", "widths", "blocks", "attention"),
+    [((8, 12), 2, (8,), (1,), False), ((16, 24), 8, (8, 16), (0, 1), False), ((32, 16), 16, (8,) * 5, (1,) * 5, True)],
+)
+def test_vqvae_of_every_factor_and_quantizer(kind, size, factor, widths, blocks, attention):
+    quantizer = {"kind": kind, **SMALL.get(kind, {})}
+    tokenizer = make_tokenizer(
+        "vqvae", size, 1, factor=factor, widths=widths, blocks=blocks, attention=attention, quantizer=quantizer
+    )
+    assert tokenizer.grid.shape == (tokenizer.quantizer.levels * size[0] // factor, size[1] // factor)
+    images = images_for(tokenizer)
+    tokenizer(images).images.square().mean().backward()
+    tokenizer.eval()
+    assert torch.equal(tokenizer.decode(tokenizer.encode(images)), tokenizer(images).images)
+
+
+def test_vqvae_works_in_channels_last():
+    tokenizer = make_tokenizer("vqvae")
+    z = tokenizer._embed(images_for(tokenizer))
+    assert z.is_contiguous(memory_format=torch.channels_last)
+    assert tokenizer.decoder[0].weight.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_vqvae_learns():
+    torch.manual_seed(0)
+    tokenizer = make_tokenizer("vqvae", (8, 8), 1).train()
+    images = torch.rand(16, 1, 2, 2).repeat_interleave(4, 2).repeat_interleave(4, 3) * 2 - 1
+    optimizer = torch.optim.Adam(tokenizer.parameters(), 3e-3)
+    losses = []
+    for _ in range(150):
+        loss, terms = total_loss(tokenizer(images), images, {"l1": 0.0, "l2": 1.0, **tokenizer.loss_weights})
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(terms["l2"].item())
+    assert losses[-1] < 0.1 * losses[0]
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"image_size": (30, 28)}, "does not divide"),
+        ({"factor": 5}, "factor"),
+        ({"channels": 2}, "channels"),
+        ({"widths": (16, 16)}, "blocks"),
+        ({"widths": (12,)}, "multiples of 8"),
+        ({"widths": (8,) * 4, "blocks": (1,) * 4}, "resolutions"),
+        ({"quantizer": {"kind": "emma"}}, "ema, fsq"),
+        ({"quantizer": {"codes": 3}}, "kind: missing"),
+        ({"quantizer": {"kind": "fsq", "codes": 3}}, "quantizer.codes: unknown key"),
+        ({"width": (16,)}, "did you mean 'widths'"),
+    ],
+)
+def test_bad_configurations_are_named(config, message):
+    with pytest.raises(ConfigError, match=message):
+        Tokenizer.create("vqvae", **{"image_size": (28, 28), "channels": 1, **config})
+
+
+def test_loading_is_strict(tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    tokenizer = make_tokenizer("vqvae")
+    tokenizer.save_pretrained(tmp_path / "good")
+    config = json.loads((tmp_path / "good" / "config.json").read_text())
+    weights = load_file(tmp_path / "good" / "model.safetensors")
+    first = sorted(weights)[0]
+
+    def damaged(name, config=config, weights=weights):
+        folder = tmp_path / name
+        folder.mkdir()
+        (folder / "config.json").write_text(json.dumps(config))
+        save_file(weights, folder / "model.safetensors")
+        return folder
+
+    cases = [
+        ({"config": {**config, "colour": 1}}, ConfigError, "colour"),
+        ({"config": {k: v for k, v in config.items() if k != "channels"}}, ConfigError, "channels: missing"),
+        ({"config": {**config, "kind": "os.system"}}, ConfigError, "vqvae"),
+        ({"config": {**config, "widths": [24]}}, WeightsError, "shape"),
+        ({"config": {**config, "widths": [1 << 40]}}, ConfigError, "widths"),
+        ({"weights": {k: v for k, v in weights.items() if k != first}}, WeightsError, "missing"),
+        ({"weights": {**weights, "more": torch.zeros(1)}}, WeightsError, "more"),
+        ({"weights": {**weights, first: weights[first] * float("nan")}}, WeightsError, "finite"),
+    ]
+    for index, (changes, error, message) in enumerate(cases):
+        with pytest.raises(error, match=message) as caught:
+            Tokenizer.from_pretrained(damaged(f"bad{index}", **changes))
+        assert isinstance(caught.value, PipelineLoadError)
+    (tmp_path / "good" / "model.safetensors").write_bytes(b"\x10\0\0\0\0\0\0\0garbage")
+    with pytest.raises(WeightsError, match="safetensors"):
+        Tokenizer.from_pretrained(tmp_path / "good")
+    (tmp_path / "good" / "config.json").write_text('{"kind": "vqvae", "kind": "vqvae"}')
+    with pytest.raises(PipelineLoadError, match="twice"):
+        Tokenizer.from_pretrained(tmp_path / "good")
+
+
+@pytest.mark.parametrize("family", ["tokenizer", "prior"])
+def test_weights_are_those_of_a_model_to_other_libraries(family, tmp_path):
+    """huggingface_hub's reader, and those of transformers and diffusers, want to be told which framework wrote them."""
+    model = make_tokenizer("vqvae") if family == "tokenizer" else make_prior("gpt")
+    model.save_pretrained(tmp_path / "model")
+    weights = load_state_dict_from_file(tmp_path / "model" / "model.safetensors")
+    assert weights.keys() == model.state_dict().keys()
+    assert all(torch.equal(weights[name], value) for name, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize("metadata", [None, {"format_version": "1"}, {"format": "pt", "by": "another"}])
+def test_weights_with_other_metadata_load(metadata, tmp_path):
+    model = make_tokenizer("vqvae").eval()
+    model.save_pretrained(tmp_path / "model")
+    weights = {name: value.contiguous() for name, value in model.state_dict().items()}
+    save_file(weights, tmp_path / "model" / "model.safetensors", metadata=metadata)
+    assert Tokenizer.from_pretrained(tmp_path / "model").fingerprint() == model.fingerprint()
+
+
+@pytest.mark.parametrize(
+    "subfolder", ["../outside", "inner/../../outside", "{absolute}", "a\\b", "..", "inner//x", "./x"]
+)
+@pytest.mark.parametrize("source", ["{folder}", "owner/name"])
+def test_a_subfolder_lies_in_the_folder(subfolder, source, tmp_path):
+    make_tokenizer("vqvae").save_pretrained(tmp_path / "outside")
+    (tmp_path / "folder" / "inner").mkdir(parents=True)
+    subfolder = subfolder.format(absolute=tmp_path / "outside")
+    with pytest.raises(PathError, match=r"^subfolder: .* names no folder inside .*$"):
+        Tokenizer.from_pretrained(source.format(folder=tmp_path / "folder"), subfolder=subfolder)
+
+
+def test_a_subfolder_may_be_nested(tmp_path):
+    make_tokenizer("vqvae").save_pretrained(tmp_path / "a" / "b")
+    assert Tokenizer.from_pretrained(tmp_path, subfolder="a/b").name == "vqvae"
+    assert Tokenizer.from_pretrained(tmp_path / "a", subfolder="b/").name == "vqvae"
+    assert Tokenizer.from_pretrained(str(tmp_path / "a/b"), subfolder="").name == "vqvae"
+
+
+def test_a_missing_source_names_both_readings(tmp_path):
+    for source in (str(tmp_path / "nowhere"), "./a/b/c", "nothing"):
+        with pytest.raises(PathError, match="neither an existing folder nor a Hub id"):
+            Tokenizer.from_pretrained(source)
+    with pytest.raises(PathError, match="not an existing folder, and as a Hub id"):
+        Tokenizer.from_pretrained("no-such-owner/no-such-model")
+
+
+def test_a_foreign_folder_is_not_overwritten(tmp_path):
+    (tmp_path / "thesis.txt").write_text("four years")
+    with pytest.raises(PathError, match="nothing was overwritten"):
+        make_tokenizer("vqvae").save_pretrained(tmp_path)
+    assert (tmp_path / "thesis.txt").read_text() == "four years"
+
+
+def test_usage_and_perplexity():
+    flat = codebook_usage(torch.tensor([5, 5, 5, 5]))
+    assert float(flat["usage"]) == 1 and float(flat["perplexity"]) == pytest.approx(4)
+    one = codebook_usage(torch.tensor([9, 0, 0, 0]))
+    assert float(one["usage"]) == 0.25 and float(one["perplexity"]) == pytest.approx(1)
+
+
+def test_psnr():
+    images = torch.zeros(2, 1, 4, 4)
+    noisy = images + torch.tensor([0.2, 0.02]).reshape(2, 1, 1, 1)
+    assert torch.allclose(psnr(noisy, images), torch.tensor([20.0, 40.0]), atol=1e-4)
+
+
+@pytest.mark.parametrize(("shape", "vocab_size"), [((), 4), ((0, 2), 4), ((2, 2), 0), ((2.0,), 3)])
+def test_grids_are_checked(shape, vocab_size):
+    with pytest.raises(ValueError, match="positive whole"):
+        TokenGrid(shape, vocab_size)

@@ -1,0 +1,410 @@
+"""The classical VAE as a tokenizer: bins of equal probability, the KL and its free bits, and a trained VAE's bins."""
+
+import json
+import math
+
+import pytest
+import torch
+from small import make_tokenizer
+
+from tokenizer import Tokenizer
+from tokenizer.base import LikelihoodError, codebook_usage
+from tokenizer.bins import Bins, gaussian_bins
+from tokenizer.files.errors import ConfigError
+from tokenizer.klvae import gaussian_kl, sample
+from tokenizer.losses import total_loss
+from tokenizer.quantizers import Quantizer
+from tokenizer.quantizers.codebook import rows_of
+
+VAE = {"kind": "klvae", "widths": (16,), "blocks": (1,), "latent": 3}
+
+
+def pictures(count=64, channels=3, size=(12, 8)):
+    """Images `(count, channels, *size)` with some structure: a blurred noise."""
+    noise = torch.randn(count, channels, *(side // 4 for side in size))
+    return torch.nn.functional.interpolate(noise, scale_factor=4, mode="bilinear").tanh()
+
+
+def frequencies(tokens, levels, bins):
+    """How often each id of each dimension occurs, (levels, bins), of tokens `(B, levels * rows, ...)`."""
+    return torch.stack([torch.bincount(level.flatten(), minlength=bins) for level in tokens.chunk(levels, 1)])
+
+
+def fitted(rows, bins):
+    """Bins of `rows` (n, dim), and their tokens (n, dim)."""
+    quantizer = Bins(rows.shape[1], bins)
+    quantizer.fit(rows)
+    return quantizer, quantizer.quantize(rows[:, :, None]).tokens
+
+
+# Bins
+
+
+def test_gaussian_bins_are_equally_frequent():
+    tokens = Bins(3, 16).quantize(torch.randn(4, 3, 100, 100)).tokens
+    counts = frequencies(tokens, 3, 16)
+    assert counts.sum() == 120_000 and (counts / 2500 - 1).abs().max() < 0.1  # a deviation is 0.02
+    assert all(float(codebook_usage(each)["perplexity"]) > 15.98 for each in counts)
+
+
+@pytest.mark.parametrize("bins", [2, 3, 16, 4096])
+def test_gaussian_centres_are_conditional_means(bins):
+    """Each against the integral of its part by the trapezoidal rule, and the quantiles against the error function."""
+    edges, centres = gaussian_bins(bins)
+    assert torch.allclose(torch.special.ndtr(edges), torch.arange(1, bins).double() / bins, atol=1e-12)
+    ends = torch.tensor([-9.0, 9.0], dtype=torch.float64)
+    bounds = torch.cat([ends[:1], edges, ends[1:]])
+    for k in {0, 1, bins // 2, bins - 1}:
+        z = torch.linspace(float(bounds[k]), float(bounds[k + 1]), 20_001, dtype=torch.float64)
+        density = torch.exp(-z.square() / 2) / math.sqrt(2 * math.pi)
+        assert float(centres[k]) == pytest.approx(bins * float(torch.trapezoid(z * density, z)), abs=1e-5)
+    assert (Bins(1, bins).centres.diff() > 0).all(), "distinct in float32 too"
+
+
+def test_fitted_bins_are_equally_frequent():
+    rows = torch.cat([torch.randn(1000, 1).exp(), torch.rand(1000, 1) * 0.1 + 5, torch.randn(1000, 1) ** 3], 1)
+    _, tokens = fitted(rows, 8)
+    assert (frequencies(tokens, 3, 8) == 125).all()
+    _, tokens = fitted(rows, 7)
+    counts = frequencies(tokens, 3, 7)
+    assert counts.min() == 142 and counts.max() == 143
+
+
+def test_no_other_centres_have_less_squared_error():
+    rows = torch.randn(4000, 2).exp()
+    quantizer, tokens = fitted(rows, 8)
+
+    def error():
+        return float((quantizer.lookup(tokens)[:, :, 0] - rows).double().square().mean())
+
+    best, kept = error(), quantizer.centres.clone()
+    assert torch.allclose(kept[:, 3], torch.stack([rows[tokens[:, d] == 3, d].mean() for d in range(2)]), rtol=1e-5)
+    for dimension in range(2):
+        for k in range(8):
+            for step in (-0.03, 0.03):
+                quantizer.centres.copy_(kept)
+                quantizer.centres[dimension, k] += step
+                assert error() > best, (dimension, k, step)
+
+
+def test_each_value_has_the_bin_between_whose_edges_it_lies():
+    quantizer, tokens = fitted(torch.randn(500, 3), 6)
+    for dimension in range(3):
+        assert (quantizer.edges[dimension].diff() >= 0).all()
+    z = torch.cat([quantizer.edges.t(), torch.randn(20, 3), torch.full((1, 3), math.inf), -torch.full((1, 3), 1e30)])
+    ids = quantizer.quantize(z[:, :, None]).tokens
+    for row, found in zip(z, ids, strict=True):
+        assert [int((quantizer.edges[d] <= row[d]).sum()) for d in range(3)] == found.tolist()
+    centres = quantizer.centres.t()[:, :, None]
+    assert torch.equal(quantizer.quantize(centres).tokens, torch.arange(6)[:, None].expand(6, 3))
+
+
+def test_dimensions_are_levels():
+    """Dimension d of row r is in row d * rows + r, whatever the axes; and it is not another dimension's bins."""
+    quantizer = Bins(2, 4)
+    quantizer.fit(torch.stack([torch.randn(100), 100 + torch.randn(100)], 1))
+    z = torch.stack([torch.randn(5, 3, 7), 100 + torch.randn(5, 3, 7)], 1)
+    tokens = quantizer.quantize(z).tokens
+    assert tokens.shape == (5, 6, 7) and quantizer.levels == quantizer.dim == 2
+    one = quantizer.quantize(z[2:3, :, 1:2, 4:5]).tokens
+    assert torch.equal(tokens[2, [1, 4], 4], one[0, :, 0])
+    assert len(tokens[:, 3:].unique()) == 4, "the second dimension's are fitted to it"
+    assert torch.equal(quantizer.lookup(tokens), quantizer.quantize(z).z_q)
+    assert (quantizer.lookup(tokens)[:, 1] > 90).all()
+
+
+def test_ties_and_collapsed_dimensions():
+    constant, half = torch.full((100, 1), -3.0), torch.cat([torch.zeros(50), torch.randn(50).abs() + 1])[:, None]
+    quantizer, tokens = fitted(torch.cat([constant, half, 0 * constant], 1), 8)
+    assert (quantizer.edges.diff() >= 0).all() and (quantizer.centres.diff() > 0).all()
+    counts = frequencies(tokens, 3, 8)
+    assert counts[0].max() == 100 and counts[2].max() == 100 and counts[1].max() == 50
+    found = quantizer.lookup(tokens)[:, :, 0]
+    assert torch.allclose(found[:, 0], constant[:, 0]) and found[:50, 1].abs().max() < 1e-6
+    with pytest.raises(ValueError, match="8 bins need at least 8 vectors"):
+        quantizer.fit(torch.randn(7, 3))
+    fitted(torch.randn(8, 3), 8)  # one in each
+
+
+def test_bins_stay_float32_and_pass_gradients():
+    quantizer, z = Bins(3, 16), torch.randn(4, 3, 8, 8)
+    tokens = quantizer.quantize(z).tokens
+    assert torch.equal(quantizer.bfloat16().quantize(z).tokens, tokens) and quantizer.edges.dtype == torch.float32
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(quantizer.quantize(z).z_q, quantizer.lookup(tokens))
+    z.requires_grad_()
+    quantizer.quantize(z).z_q.square().sum().backward()
+    assert (z.grad.abs().sum((0, 2, 3)) > 0).all()
+    with pytest.raises(ValueError, match="channels"):
+        quantizer.quantize(torch.randn(1, 2, 4, 4))
+    assert "bins" not in Quantizer.available(), "their edges are no choice of a quantizer's configuration"
+
+
+# The VAE
+
+
+def test_kl_is_the_integral():
+    """Against a Monte Carlo estimate of E_q[log q - log p]."""
+    mean, log_variance = torch.tensor([0.0, 1.5, -0.3, 0.0]), torch.tensor([0.0, -2.0, 1.0, -9.0])
+    exact = gaussian_kl(mean, log_variance)
+    z = sample(mean.double().expand(200_000, 4), log_variance.double())
+    q, p = torch.distributions.Normal(mean, (log_variance / 2).exp()), torch.distributions.Normal(0.0, 1.0)
+    assert torch.allclose((q.log_prob(z) - p.log_prob(z)).mean(0).float(), exact, atol=0.02)
+    assert exact[0] == 0 and (gaussian_kl(torch.zeros(999), torch.randn(999) * 1e-4) >= -1e-8).all()
+
+
+def test_the_unit_is_nats_per_pixel_channel():
+    vae = make_tokenizer("klvae")
+    mean, log_variance = vae.posterior(pictures())
+    assert mean.shape == log_variance.shape == (64, 3, 3, 2)
+    per_image = gaussian_kl(mean, log_variance).sum().detach() / 64
+    assert vae.kl(mean, log_variance).item() == pytest.approx(per_image.item() / (3 * 12 * 8), rel=1e-5)
+    assert vae.loss_weights == {"kl": vae.config.beta}
+
+
+def test_free_bits_are_not_punished():
+    """No gradient to a dimension below the floor, the usual one to those above it; the floor is on batch means."""
+    gradients = {}
+    for free_bits in (0.0, 0.5):
+        vae = make_tokenizer("klvae", free_bits=free_bits)
+        mean = torch.zeros(4, 3, 3, 2)
+        mean[:, 0], mean[0, 1], mean[:, 2] = 2.0, 1.9, 0.1  # 2 nats; 1.8 of one image are 0.45 on average; 0.005
+        mean.requires_grad_()
+        loss = vae.kl(mean, torch.zeros_like(mean))
+        loss.backward()
+        gradients[free_bits] = mean.grad
+        floors = [2.0, max(0.45125, free_bits), max(0.005, free_bits)]
+        assert loss.item() == pytest.approx(sum(floors) / (3 * 16), rel=1e-5)
+    assert (gradients[0.5][:, 1:] == 0).all() and (gradients[0.0][:, 2] != 0).all() and gradients[0.0][0, 1, 0, 0] != 0
+    assert torch.equal(gradients[0.5][:, 0], gradients[0.0][:, 0]) and gradients[0.5][:, 0].abs().min() > 0
+
+
+def test_noise_is_in_training_only():
+    vae, images = make_tokenizer("klvae"), pictures(4)
+    found = {}
+    for training in (True, False):
+        for seed in (0, 0, 1):
+            torch.manual_seed(seed)
+            found.setdefault(training, []).append(vae.train(training)(images))
+    first, again, other = found[True]
+    assert torch.equal(first.images, again.images) and not torch.equal(first.images, other.images)
+    assert torch.equal(first.tokens, other.tokens), "tokens are those of the mean"
+    assert torch.equal(found[False][0].images, found[False][2].images)
+    assert torch.equal(found[False][0].tokens, first.tokens)
+    mean, log_variance = vae.posterior(images)
+    generators = [torch.Generator().manual_seed(seed) for seed in (3, 3, 4)]
+    a, b, c = (sample(mean, log_variance, generator) for generator in generators)
+    assert torch.equal(a, b) and not torch.equal(a, c)
+    standard = (sample(mean.expand(2000, *mean.shape), log_variance) - mean) / (log_variance / 2).exp()
+    assert standard.mean().abs() < 0.01 and (standard.std() - 1).abs() < 0.01
+
+
+def test_both_parameters_of_the_posterior_learn_from_the_pixels():
+    vae, images = make_tokenizer("klvae").train(), pictures(4)
+    vae(images).images.square().mean().backward()
+    rows = vae.encoder[-1].weight.grad.abs().sum((1, 2, 3))
+    assert rows.shape == (6,) and (rows > 0).all()
+
+
+def test_more_bins_are_nearer_to_the_continuous_latents():
+    images, errors = pictures(16), []
+    torch.manual_seed(1)
+    weights = make_tokenizer("klvae", bins=2).state_dict()
+    for bins in (2, 8, 64, 1024):
+        vae = make_tokenizer("klvae", bins=bins).eval()
+        own = {key: value for key, value in vae.state_dict().items() if key.startswith("quantizer.")}
+        vae.load_state_dict({**weights, **own})
+        continuous = vae._image(vae._decoded(vae.posterior(images)[0])).clamp(-1, 1)
+        errors.append((vae(images).images - continuous).square().mean().item())
+    assert all(a > 4 * b for a, b in zip(errors, errors[1:], strict=False)) and errors[-1] < 1e-5 < errors[0]
+
+
+@pytest.mark.parametrize("kind", ["discretized_logistic", "categorical"])
+@pytest.mark.parametrize("name", ["klvae", "posthoc"])
+def test_with_a_likelihood(name, kind):
+    given = {"likelihood": {"kind": kind}}
+    model = make_tokenizer(name, **(given if name == "klvae" else {"vae": {**VAE, **given}})).eval()
+    images = (pictures(2) * 127.5).round() / 127.5
+    tokens = model.encode(images)
+    each = model.pixel_log_probs(images, tokens)
+    assert model.has_likelihood and each.shape == images.shape and (each <= 0).all()
+    assert torch.equal(model.decode(tokens), model(images).images)
+    values = ((images + 1) * 127.5).round().long()
+    table = model.value_log_probs(tokens, values, 1)
+    assert torch.allclose(table.exp().sum(1), torch.ones(2, 12, 8), atol=1e-4)
+    if name == "klvae":
+        assert set(model(images).losses) == set(model.loss_weights) == {"kl", "nll"}
+        assert model(images).losses["nll"].item() == pytest.approx(-each.mean().item(), rel=1e-5)
+    with pytest.raises(LikelihoodError, match="without a likelihood"):
+        make_tokenizer(name).pixel_log_probs(images, tokens)
+
+
+def test_the_vae_learns_and_beta_holds_its_latents():
+    held = {}
+    for beta in (0.0, 1.0):
+        torch.manual_seed(0)
+        vae = make_tokenizer("klvae", (8, 8), 1, beta=beta, blocks=(0,)).train()
+        images = torch.rand(16, 1, 2, 2).repeat_interleave(4, 2).repeat_interleave(4, 3) * 2 - 1
+        optimizer = torch.optim.Adam(vae.parameters(), 1e-2)
+        terms = []
+        for _ in range(60):
+            loss, found = total_loss(vae(images), images, {"l1": 0.0, "l2": 1.0, **vae.loss_weights})
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            terms.append({name: value.item() for name, value in found.items()})
+        held[beta] = terms
+    assert held[0.0][-1]["l2"] < 0.2 * held[0.0][0]["l2"]
+    assert held[1.0][-1]["kl"] < 0.3 * held[0.0][-1]["kl"]
+
+
+# Post-hoc bins
+
+
+def trained(**config):
+    """A VAE whose latents are far from standard normal, as those of a small beta are."""
+    vae = make_tokenizer("klvae", **config)
+    with torch.no_grad():
+        vae.encoder[-1].weight[:3] *= torch.tensor([8.0, 3.0, 0.3])[:, None, None, None]
+        vae.encoder[-1].bias[:3] += torch.tensor([5.0, 0.0, 0.0])
+        vae.encoder[-1].bias[3:] -= 8.0
+    return vae.eval()
+
+
+def test_posthoc_bins_are_equally_frequent_where_gaussian_ones_are_not():
+    vae, images = trained(), pictures(256)
+    model = make_tokenizer("posthoc", bins=8)
+    model.start_from(vae)
+    before = (model.decode(model.encode(images)) - vae(images).images).square().mean()
+    gaussian = frequencies(model.encode(images), 3, 8)
+    model.initialize(images)
+    fitted = frequencies(model.encode(images), 3, 8)
+    perplexities = [[float(codebook_usage(each)["perplexity"]) for each in counts] for counts in (gaussian, fitted)]
+    assert min(perplexities[0]) < 3 and min(perplexities[1]) > 7.5
+    continuous = vae._image(vae._decoded(vae.posterior(images)[0])).clamp(-1, 1)
+    errors = [(x - continuous).square().mean().item() for x in (vae(images).images, model(images).images)]
+    assert errors[1] < 0.3 * errors[0] and before > 0
+
+
+def test_bins_are_those_of_samples_of_the_posterior():
+    """q(z) is wider than the means; the same images give the same bins, whatever the global seed."""
+    vae, images, edges = trained(), pictures(256), []
+    with torch.no_grad():
+        vae.encoder[-1].weight[2].zero_()
+        vae.encoder[-1].weight[5].zero_()
+        vae.encoder[-1].bias[[2, 5]] = 0.0  # given up: its posterior is N(0, 1) for every image
+    for seed in (0, 1):
+        model = make_tokenizer("posthoc", bins=8)
+        model.start_from(vae)
+        torch.manual_seed(seed)
+        model.train(bool(seed)).initialize(images)
+        edges.append(model.vae.quantizer.edges)
+    assert torch.equal(*edges)
+    standard, _ = gaussian_bins(8)
+    assert (edges[0][2] - standard).abs().max() < 0.2
+    given_up = frequencies(model.encode(images), 3, 8)[2]
+    assert given_up.max() == given_up.sum(), "it costs a prior nothing"
+    expected = vae.posterior(images)[0].movedim(1, -1).reshape(-1, 3)[:, 0].quantile(0.5)
+    assert edges[0][0, 3].item() == pytest.approx(expected.item(), abs=0.2)
+
+
+def test_a_vae_that_was_not_trained_is_refused():
+    model, images = make_tokenizer("posthoc"), pictures(8)
+    with pytest.raises(ConfigError, match="posthoc: its VAE is untrained; pass init=FOLDER"):
+        model.initialize(images)
+    model.start_from(trained())
+    model.initialize(images)
+    with pytest.raises(ConfigError, match="bins: 7 bins need at least 7 vectors .* 1 training images"):
+        model.initialize(images[:1])
+
+
+def test_what_was_started_is_known_after_loading(tmp_path):
+    vae, images = trained(), pictures(16)
+    vae.save_pretrained(tmp_path / "vae")
+    model = make_tokenizer("posthoc")
+    model.start_from(Tokenizer.from_pretrained(tmp_path / "vae"))
+    model.initialize(images)
+    model.save_pretrained(tmp_path / "posthoc")
+    loaded = Tokenizer.from_pretrained(tmp_path / "posthoc")
+    assert torch.equal(loaded.encode(images), model.encode(images))
+    loaded.initialize(pictures(16))  # to other images
+    other = make_tokenizer("posthoc", bins=30)  # the same network in other bins
+    other.start_from(loaded)
+    other.initialize(images)
+    assert torch.equal(other.vae.posterior(images)[0], vae.posterior(images)[0])
+    config = json.loads((tmp_path / "posthoc" / "config.json").read_text())
+    assert config["image_size"] == [12, 8] and not {"image_size", "channels"} & set(config["vae"])
+    assert loaded.config == model.config and loaded.config.vae.image_size == (12, 8)
+
+
+@pytest.mark.parametrize(
+    ("kind", "config", "message"),
+    [
+        ("vqvae", {}, "starts from a trained klvae, not from a 'vqvae'"),
+        ("klvae", {"latent": 5}, "vae.latent 5 there, 3 here"),
+        ("klvae", {"widths": (16, 8), "blocks": (1, 1)}, r"vae.widths \[16, 8\] there, \[16\] here, vae.blocks"),
+        ("klvae", {"image_size": (8, 8)}, r"vae.image_size \[8, 8\] there, \[12, 8\] here"),
+        ("klvae", {"likelihood": {"kind": "categorical"}}, "vae.likelihood .* there, None here"),
+    ],
+)
+def test_another_vae_is_refused_in_one_line(kind, config, message):
+    model = make_tokenizer("posthoc")
+    with pytest.raises(ConfigError, match=message) as caught:
+        model.start_from(make_tokenizer(kind, **config))
+    assert "\n" not in str(caught.value) and not model.started
+    model.start_from(make_tokenizer("klvae", beta=7.0, free_bits=1.0, bins=33))  # how it was trained is its affair
+
+
+def test_nothing_is_left_to_train():
+    model = make_tokenizer("posthoc").train()
+    images = pictures(4)
+    assert not any(parameter.requires_grad for parameter in model.parameters())
+    assert model.training and model(images).losses == model.loss_weights == {}
+    assert torch.equal(model(images).images, model.decode(model.encode(images))), "in training mode too"
+
+
+@pytest.mark.parametrize("name", ["klvae", "posthoc"])
+def test_the_last_layer_puts_out_the_pixels(name):
+    model = make_tokenizer(name)
+    weight = model.last_layer
+    assert weight.ndim == 4 and weight.shape[0] == 3 * 4**2
+    before = model.eval()(pictures(1)).images
+    with torch.no_grad():
+        weight.zero_()
+    after = model(pictures(1)).images
+    assert not torch.equal(before, after) and after[0, 0].unique().numel() <= 16
+
+
+@pytest.mark.parametrize("name", ["klvae", "posthoc"])
+def test_levels_are_rows(name):
+    model = make_tokenizer(name)
+    assert model.levels == 3 and model.grid.shape == (9, 2)
+    known = torch.ones(1, 12, 8, dtype=torch.bool)
+    known[0, 0, 0] = False
+    lost = ~model.known_tokens(known)[0]
+    assert lost.nonzero().tolist() == [[0, 0], [3, 0], [6, 0]]
+
+
+@pytest.mark.parametrize(
+    ("name", "config", "message"),
+    [
+        ("klvae", {"image_size": (30, 28)}, "factor: 4 does not divide the image size 30x28"),
+        ("klvae", {"latent": 0}, "latent: must be >= 1"),
+        ("klvae", {"bins": 1}, "bins: must be >= 2"),
+        ("klvae", {"quantizer": {"kind": "fsq"}}, "quantizer: unknown key"),
+        ("posthoc", {"vae": {"kind": "vqvae"}}, "vae.kind: no VAE is called 'vqvae'; there are klvae"),
+        ("posthoc", {"vae": {"latent": 3}}, "vae.kind: missing"),
+        ("posthoc", {"vae": {"kind": "klvae", "latents": 3}}, "did you mean 'vae.latent'"),
+        ("posthoc", {"vae": {"kind": "klvae", "image_size": [8, 8]}}, r"vae.image_size: \[8, 8\], but the images have"),
+        ("posthoc", {"image_size": (30, 28)}, "does not divide"),
+    ],
+)
+def test_bad_configurations_are_named(name, config, message):
+    with pytest.raises(ConfigError, match=message):
+        Tokenizer.create(name, **{"image_size": (28, 28), "channels": 1, **config})
+
+
+def test_rows_of_latents_are_vectors():
+    vae = make_tokenizer("klvae")
+    mean, _ = vae.posterior(pictures(2))
+    assert torch.equal(rows_of(mean)[1], mean[0, :, 0, 1])

@@ -1,0 +1,282 @@
+"""Full float32 where it counts, however torch was told to round, and as it was told afterwards."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import json
+import os
+import subprocess
+import sys
+import traceback
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from small import PRIORS, QUANTIZERS, TOKENIZERS, generators, make_prior, make_quantizer, make_tokenizer
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from tokenizer.likelihoods import Likelihood
+from tokenizer.likelihoods.base import to_intensities
+from tokenizer.precision import full_float32
+
+ROOT = Path(__file__).parents[2]
+BACKENDS = torch.backends
+HOLDERS = {
+    "all": BACKENDS,
+    "cuda": BACKENDS.cudnn,
+    "cuda matmul": BACKENDS.cuda.matmul,
+    "cudnn conv": BACKENDS.cudnn.conv,
+    "mkldnn matmul": BACKENDS.mkldnn.matmul,
+    "mkldnn conv": BACKENDS.mkldnn.conv,
+}
+PRODUCTS = ("mm", "conv", "linear", "matmul", "attention", "cdist", "einsum")  # in the names of operations
+
+every_prior = pytest.mark.parametrize("name", PRIORS)
+
+
+@pytest.fixture
+def lowered() -> Iterator[None]:
+    """All float32 products may be rounded: to TF32 on a GPU, to bfloat16 on a CPU."""
+    torch.set_float32_matmul_precision("medium")
+    yield
+    torch.set_float32_matmul_precision("highest")
+
+
+class Seen(TorchDispatchMode):
+    """What products are rounded to, and whether autocast and cuDNN's attention may have a say, at each product."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.rounded: set[str] = set()
+        self.autocast: set[bool] = set()
+        self.cudnn: set[bool] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if any(word in func.__name__ for word in PRODUCTS):
+            self.rounded |= {holder.fp32_precision for holder in HOLDERS.values()}
+            self.autocast.add(torch.is_autocast_enabled("cpu"))
+            self.cudnn.add(torch.backends.cuda.cudnn_sdp_enabled())
+        return func(*args, **(kwargs or {}))
+
+
+def seen_in(call: Callable[[], Any]) -> Seen:
+    """What is seen in a call that someone makes under autocast; all is as it was afterwards."""
+    before = precisions()
+    with Seen() as seen, torch.autocast("cpu", torch.bfloat16):
+        call()
+    assert precisions() == before and BACKENDS.cuda.cudnn_sdp_enabled()
+    return seen
+
+
+def precisions() -> dict[str, str]:
+    """As they are in force, and what the older API says of them."""
+    found = {name: holder.fp32_precision for name, holder in HOLDERS.items()}
+    older = {
+        "matmul": lambda: str(BACKENDS.cuda.matmul.allow_tf32),
+        "conv": lambda: str(BACKENDS.cudnn.allow_tf32),
+        "precision": torch.get_float32_matmul_precision,
+    }
+    for name, read in older.items():
+        try:
+            found[f"older {name}"] = read()
+        except RuntimeError:
+            found[f"older {name}"] = "mixed"
+    return found
+
+
+def image_models() -> Iterator[Any]:
+    """Every tokenizer, with every likelihood that it takes."""
+    for name in TOKENIZERS:
+        takes = "likelihood" in {field.name for field in dataclasses.fields(make_tokenizer(name).config)}
+        for kind in (None, *(Likelihood.available() if takes else ())):
+            config = {} if kind is None else {"likelihood": {"kind": kind}}
+            yield pytest.param(name, config, id=f"{name}-{kind}" if kind else name)
+
+
+# Where it holds
+
+
+@pytest.mark.usefixtures("lowered")
+@pytest.mark.parametrize(("name", "config"), image_models())
+def test_tokenizers_are_precise(name, config):
+    """Ids, images and likelihoods; the training path is as the user chose."""
+    model, images = make_tokenizer(name, **config).eval(), torch.rand(3, 3, 12, 8) * 2 - 1
+
+    def use():
+        tokens = model.encode(images)
+        model.decode(tokens)
+        if model.has_likelihood:
+            model.pixel_log_prob(images, tokens)
+            model.value_log_probs(tokens, torch.zeros(3, 3, 12, 8, dtype=torch.long), 1)
+
+    assert seen_in(use).rounded <= {"ieee"}
+    if list(model.parameters()):
+        assert {"bf16", "tf32"} <= seen_in(lambda: model(images)).rounded
+
+
+@pytest.mark.usefixtures("lowered")
+@pytest.mark.parametrize("name", QUANTIZERS)
+def test_quantizers_are_precise_in_training(name):
+    model = make_quantizer(name).train()
+    seen = seen_in(lambda: [model.quantize(torch.randn(4, model.dim, 3, 2)) for _ in range(3)])
+    assert seen.rounded <= {"ieee"} and seen.autocast <= {False}
+
+
+@pytest.mark.usefixtures("lowered")
+@every_prior
+def test_likelihoods_and_features_are_precise(name):
+    model, tokens = make_prior(name), torch.randint(5, (2, 3, 4))
+    assert seen_in(lambda: model.log_prob(tokens)).rounded <= {"ieee"}
+    if model.feature_layers:
+        assert seen_in(lambda: model.features(tokens)).rounded == {"ieee"}
+        assert {"bf16", "tf32"} <= seen_in(lambda: model(tokens)).rounded
+
+
+@pytest.mark.usefixtures("lowered")
+@every_prior
+@pytest.mark.parametrize("path", [{}, {"cache": False}, {"parallel": True}], ids=str)
+def test_samples_are_precise(name, path):
+    """Neither autocast nor TF32 has a say; and cuDNN's attention would plan for every number of keys."""
+    model = make_prior(name)
+    seen = seen_in(lambda: model.sample(4, generator=generators(4), **path))
+    assert seen.rounded <= {"ieee"} and seen.autocast <= {False} and seen.cudnn <= {False}
+    assert seen.rounded or not model.feature_layers
+
+
+@every_prior
+def test_autocast_changes_no_sample(name):
+    model = make_prior(name)
+    expected = model.sample(4, generator=generators(4))
+    with torch.autocast("cpu", torch.bfloat16):
+        for path in ({}, {"cache": False}, {"parallel": True}):
+            assert torch.equal(model.sample(4, generator=generators(4), **path), expected)
+
+
+def likelihood_of(kind: str, channels: int) -> Any:
+    member = Likelihood.find(kind)
+    return member(member.Config(), channels)
+
+
+@pytest.mark.parametrize("kind", Likelihood.available())
+def test_the_mean_image_is_precise_under_autocast(kind):
+    """Losses look at it in training, too."""
+    likelihood = likelihood_of(kind, channels=3)
+    parameters = torch.randn(2, likelihood.num_parameters, 4, 4) * 5
+    expected = likelihood.mean(parameters)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(likelihood.mean(parameters), expected)
+
+
+def test_the_mean_image_of_a_softmax():
+    likelihood = likelihood_of("categorical", channels=1)
+    parameters = torch.randn(2, 256, 4, 4) * 5
+    found = torch.zeros(2, 1, 4, 4, dtype=torch.float64)
+    for value, share in enumerate(parameters.double().softmax(1).unbind(1)):
+        found[:, 0] += share * to_intensities(torch.tensor(value), torch.float64)
+    torch.testing.assert_close(likelihood.mean(parameters).double(), found, rtol=0, atol=1e-5)
+
+
+# Likelihoods in float64
+
+
+@every_prior
+@torch.no_grad()
+def test_a_likelihood_is_as_precise_as_the_weights(name):
+    """But at least float32."""
+    model, tokens = make_prior(name), torch.randint(5, (2, 3, 4))
+    for dtype, expected in ((torch.float64, torch.float64), (torch.bfloat16, torch.float32), (torch.float32,) * 2):
+        assert model.to(dtype).token_log_probs(tokens).dtype == expected
+
+
+# Compiled blocks
+
+
+@pytest.mark.parametrize("backend", ["eager", pytest.param("inductor", marks=pytest.mark.slow)])
+@pytest.mark.usefixtures("lowered")
+def test_compiled_blocks_sample(backend):
+    """They are compiled again inside, for a sampler asks for no gradients."""
+    model = make_prior("gpt")
+    expected = model.sample(2, generator=generators(2))
+    for block in model.blocks:
+        block.forward = torch.compile(block.forward, backend=backend)
+    model(torch.randint(5, (2, 3, 4))).sum().backward()
+    assert torch.equal(model.sample(2, generator=generators(2), cache=False), expected)
+
+
+# What torch was told, in processes of their own: not all of it can be taken back
+
+
+TOLD: dict[str, Callable[[], Any]] = {
+    "nothing": int,
+    "TF32 for products": partial(setattr, BACKENDS.cuda.matmul, "fp32_precision", "tf32"),
+    "TF32 for all": partial(setattr, BACKENDS, "fp32_precision", "tf32"),
+    "TF32 for CUDA": partial(setattr, BACKENDS.cudnn, "fp32_precision", "tf32"),
+    "no TF32 in convolutions": partial(setattr, BACKENDS.cudnn.conv, "fp32_precision", "ieee"),
+    "no TF32 at all": partial(setattr, BACKENDS, "fp32_precision", "ieee"),
+    "bfloat16 on the CPU": partial(setattr, BACKENDS.mkldnn.matmul, "fp32_precision", "bf16"),
+    "high, by the older API": partial(torch.set_float32_matmul_precision, "high"),
+    "medium, by the older API": partial(torch.set_float32_matmul_precision, "medium"),
+    "TF32, by the older API": partial(setattr, BACKENDS.cuda.matmul, "allow_tf32", True),
+    "no TF32 in convolutions, by the older API": partial(setattr, BACKENDS.cudnn, "allow_tf32", False),
+}
+
+
+def use_and_leave() -> None:
+    """Samples, a context within another, and one that ends by an error."""
+    make_prior("gpt").sample(1)
+    make_prior("pixelcnn").sample(1)
+    with pytest.raises(ZeroDivisionError), full_float32(), full_float32():
+        assert set(precisions().values()).isdisjoint({"tf32", "bf16"})
+        raise ZeroDivisionError
+
+
+def told(tell_it: Callable[[], Any], use: Callable[[], Any]) -> list[dict[str, str]]:
+    """The precisions before and after `use`, and when all that inherit are told something else then."""
+    tell_it()
+    found = [precisions()]
+    use()
+    found.append(precisions())
+    for holder, value in itertools.product((BACKENDS, BACKENDS.cudnn), ("ieee", "tf32", "none")):
+        holder.fp32_precision = value
+        found.append(precisions())
+    return found
+
+
+def in_child(run: Callable[[], Any]) -> Any:
+    """What `run` returns in a forked child; None if it raises."""
+    reader, writer = os.pipe()
+    if not (child := os.fork()):
+        try:
+            os.write(writer, json.dumps(run()).encode())
+        except BaseException:
+            traceback.print_exc()
+        os._exit(0)
+    os.close(writer)
+    with os.fdopen(reader) as file:
+        found = file.read()
+    os.waitpid(child, 0)
+    return json.loads(found or "null")
+
+
+def test_what_torch_was_told_is_as_it_was_afterwards():
+    """By either of its APIs, also what is inherited; and sampling raises nothing, whatever it was."""
+    path = os.environ["PYTHONPATH"]
+    result = subprocess.run(
+        [sys.executable, __file__], capture_output=True, text=True, timeout=120, env={**os.environ, "PYTHONPATH": path}
+    )
+    assert result.returncode == 0, result.stderr
+    for name, (untouched, used) in json.loads(result.stdout).items():
+        assert used, f"{name}: {result.stderr}"
+        assert used[0] == used[1], name
+        assert used == untouched, name
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    use_and_leave()  # what torch imports late, it imports once
+    each = {name: [in_child(partial(told, how, use)) for use in (int, use_and_leave)] for name, how in TOLD.items()}
+    print(json.dumps(each))

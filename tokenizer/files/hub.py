@@ -1,0 +1,139 @@
+"""The Hub: whether it is there, a folder fetched from it, and a folder written to it whole."""
+
+from __future__ import annotations
+
+import os
+import re
+import socket
+from collections.abc import Callable, Iterable
+from http import HTTPStatus
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+from urllib.request import getproxies
+
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, constants, snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+from .errors import PathError, one_line
+
+SECONDS = 5.0  # for an answer
+HUB_ID = r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}"
+
+
+def is_reachable() -> bool:
+    """Whether the Hub's machine, or its proxy, takes a connection; no for `HF_HUB_OFFLINE`."""
+    if constants.HF_HUB_OFFLINE:
+        return False
+    hub = urlsplit(constants.ENDPOINT)
+    if hub.scheme in getproxies():  # which alone can tell
+        return True
+    port = hub.port or (443 if hub.scheme == "https" else 80)
+    try:
+        socket.create_connection((hub.hostname or "", port), SECONDS).close()
+    except OSError:
+        return False
+    return True
+
+
+BUGS = (TypeError, AttributeError, NameError, AssertionError)  # of ours: no word of the Hub's is one
+
+
+class PushError(OSError):
+    """Why something could not be written to the Hub, in one line; its cause is what huggingface_hub raised, if any."""
+
+
+def refusal(repo_id: str, reason: str) -> PushError:
+    """The error to raise for a repository."""
+    return PushError(one_line(f"{repo_id} cannot be written to: {reason}"))
+
+
+def require_reachable(repo_id: str) -> None:
+    """Raise `PushError`, within seconds, where the Hub may not be asked or cannot be reached."""
+    if constants.HF_HUB_OFFLINE:
+        raise refusal(repo_id, "HF_HUB_OFFLINE forbids to ask the Hub")
+    if not is_reachable():
+        raise refusal(repo_id, f"{constants.ENDPOINT} cannot be reached")
+
+
+def replace_on_hub(
+    folder: Path,
+    repo_id: str,
+    ours: Callable[[list[str], Callable[[str], str]], Iterable[str]],
+    *,
+    repo_type: str = "model",
+    token: str | None = None,
+    private: bool | None = None,
+    revision: str | None = None,
+    commit_message: str,
+) -> Any:
+    """Upload the files of `folder` in one commit, which also deletes what an earlier upload of ours left and this one
+    has not; the repository is made if there is none. Returns huggingface_hub's `CommitInfo`. Raises `PushError`.
+
+    ours: which files of a repository an upload of ours has put there, from their names and what fetches one of them.
+    """
+
+    api = HfApi(token=token)
+    place: dict[str, Any] = {"repo_id": repo_id, "repo_type": repo_type}
+    paths = {path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*")) if path.is_file()}
+    try:
+        api.create_repo(**place, private=private, exist_ok=True)
+        if revision is not None:
+            api.create_branch(**place, branch=revision, exist_ok=True)
+        place = {**place, "revision": revision}
+        there = api.list_repo_files(**place)
+        gone = set(ours(there, lambda name: api.hf_hub_download(filename=name, **place))) & set(there) - set(paths)
+        # Not `upload_folder`, which cuts what takes long into several commits: between two of them nothing would load.
+        operations: list[Any] = [CommitOperationDelete(name, is_folder=False) for name in sorted(gone)]
+        operations += [CommitOperationAdd(name, path) for name, path in paths.items()]
+        return api.create_commit(**place, operations=operations, commit_message=commit_message)
+    except BUGS:
+        raise
+    except Exception as error:  # of an HTTP client that is another in each version, and sometimes a KeyError
+        raise refusal(repo_id, said(error)) from error
+
+
+def said(error: Exception) -> str:
+    """What an error of huggingface_hub or its HTTP client comes to."""
+    status = getattr(getattr(error, "response", None), "status_code", None)
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    if not isinstance(status, int):
+        known = type(error).__module__.startswith("huggingface_hub") and lines
+        return lines[0] if known else ": ".join([type(error).__name__, *lines[:1]])
+    phrase = HTTPStatus(status).phrase if status in set(HTTPStatus) else "an error"
+    message = " ".join(str(getattr(error, "server_message", None) or "").split()).rstrip(".")
+    hint = "; `hf auth whoami` says who you are, `hf auth login` changes it" if status in (401, 403, 404) else ""
+    return f"{status} {phrase}{f', {message}' if message else ''}{hint}"
+
+
+def resolve_folder(
+    source: str | Path,
+    patterns: list[str],
+    *,
+    revision: str | None,
+    token: str | None,
+    cache_dir: str | Path | None,
+    local_files_only: bool,
+) -> Path:
+    """`source` as a local folder, fetched from the Hub when it is a repository id. Raises `PathError`."""
+    if os.path.isdir(source):  # unlike Path.is_dir, also False for a name that no folder can have
+        return Path(source)
+    if not re.fullmatch(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}", str(source)):
+        raise PathError(f"{str(source)[:200]!r} is neither an existing folder nor a Hub id of the form 'owner/name'")
+
+    try:
+        return Path(
+            snapshot_download(
+                str(source),
+                revision=revision,
+                token=token,
+                cache_dir=cache_dir,
+                local_files_only=local_files_only,
+                allow_patterns=patterns,
+            )
+        )
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise PathError(
+            f"{str(source)!r} is not an existing folder, and as a Hub id it could not be fetched: {reason}"
+        ) from error
