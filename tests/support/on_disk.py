@@ -25,7 +25,7 @@ from pipelines import ImagePipeline
 from pipelines.__main__ import main
 from tokenizer import Tokenizer
 
-FOLDER = Path(__file__).parent / "fixtures" / "on_disk"
+FOLDER = ROOT / "tests" / "fixtures" / "on_disk"
 CLASSES = ["blob", "stripes"]
 Answers = dict[str, Tensor]
 
