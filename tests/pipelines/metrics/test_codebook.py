@@ -1,6 +1,7 @@
 """What is counted of a codebook while it is trained, on one process or several, and the picture of it."""
 
 import math
+import os
 import sys
 
 import numpy as np

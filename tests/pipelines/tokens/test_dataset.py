@@ -419,7 +419,7 @@ def test_foreign_out_folder_is_refused_before_anything_is_read(tokenizer, tmp_pa
 
 
 @needs_digits
-@pytest.mark.parametrize("place", ["encode.variants_of", "encode.publish", "tokens.write_json", "encode.shutil"])
+@pytest.mark.parametrize("place", ["encode.variants_of", "encode.publish", "tokens.meta.write_json", "encode.shutil"])
 def test_interrupted_encoding_leaves_what_was_there(tokenizer, tmp_path, monkeypatch, place):
     """Nothing that loads, or the older dataset; after the very last step, the new one. The same command ends it."""
 

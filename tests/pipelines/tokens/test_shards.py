@@ -26,7 +26,7 @@ from pipelines.commands.verify import run as verify
 from pipelines.config import UserError
 from pipelines.encode import EncodeConfig, run
 from pipelines.shuffling.hashing import uniforms
-from pipelines.tokens import TokenSplit, load_tokens, pieces, shards
+from pipelines.tokens import TokenSplit, load_tokens, meta, pieces, shards
 from pipelines.tokens import dataset as tokens
 from pipelines.tokens.meta import META
 from pipelines.train_prior import PriorTask, TrainPriorConfig, perturbed
@@ -134,7 +134,7 @@ def test_small_is_in_memory_and_large_is_mapped(sharded, monkeypatch):
 
 
 def test_more_files_than_a_manifest_lists(tmp_path, monkeypatch):
-    monkeypatch.setattr(tokens, "MAX_SHARDS", 9)
+    monkeypatch.setattr(meta, "MAX_SHARDS", 9)
     with pytest.raises(ValueError, match=r"rows_per_shard: makes 52 files, at most 9"):
         make_dataset(rows=50).save(tmp_path / "tokens", rows_per_shard=1)
     assert not (tmp_path / "tokens").exists()

@@ -952,8 +952,8 @@ def test_training_does_not_depend_on_the_threads_nor_on_being_resumed(tmp_path, 
     whole = train_tokenizer(tmp_path / "whole", **options)
     assert len(set(losses(whole))) == 9 and len(read_report(whole)) == 4
     for workers in (1, 2, 4):
-        for module in ("images", "image_shards"):
-            monkeypatch.setattr(f"pipelines.{module}.WORKERS", workers)
+        for module in ("dataset", "shards.reader"):
+            monkeypatch.setattr(f"pipelines.images.{module}.WORKERS", workers)
         run = tmp_path / f"workers{workers}"
         with monkeypatch.context() as patch, suppress(KeyboardInterrupt):
             patch.setattr(TokenizerTask, "loss", interrupted(TokenizerTask.loss, step=6 if workers > 1 else 99))
@@ -1006,7 +1006,7 @@ def test_an_unknown_id_fails_at_once_where_there_is_no_hub(monkeypatch, offline,
     monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", offline)
     monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", offline)
-    monkeypatch.setattr("pipelines.images.hub.getproxies", lambda: {})
+    monkeypatch.setattr("tokenizer.files.hub.getproxies", lambda: {})
     began = time.monotonic()
     with pytest.raises(UserError) as caught:
         load("nobody/nothing", streaming=streaming)
