@@ -46,6 +46,7 @@ from pipelines.images.loading import carve
 from pipelines.images.shards import parquet as parquet_shards
 from pipelines.images.shards import places as shard_sources
 from pipelines.images.shards import reader as image_shards
+from pipelines.images.shards import shard as one_shard
 from pipelines.images.shards import tar as tar_shards
 from pipelines.images.shards.tar_index import Member, TarError, scan
 from pipelines.images.stamps import FileChanged
@@ -66,7 +67,7 @@ def private_caches(tmp_path_factory, monkeypatch):
 
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.mktemp("datasets"))
     monkeypatch.setattr("huggingface_hub.constants.HF_HOME", str(tmp_path_factory.mktemp("home")))
-    monkeypatch.setattr(image_shards, "FIRST_PAUSE", 0.001)
+    monkeypatch.setattr(one_shard, "FIRST_PAUSE", 0.001)
     monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
     AcceleratorState._reset_state(reset_partial_state=True)
 
@@ -523,7 +524,7 @@ def test_a_shard_that_is_rewritten_during_a_read_ends_the_run(tmp_path, monkeypa
             change(path, other, "rewritten")
             return super().read(size)
 
-    monkeypatch.setattr(image_shards.Shard, "open", lambda shard, ahead=0: Rewritten(shard.path))
+    monkeypatch.setattr(one_shard.Shard, "open", lambda shard, ahead=0: Rewritten(shard.path))
     with pytest.raises(FileChanged, match=f"^{path}: {CHANGED}$"):
         train.pixels([0, 1])
 
