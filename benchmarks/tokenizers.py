@@ -417,7 +417,7 @@ def show(found: dict[str, list[Node]]) -> None:
 def rate_distortion(found: dict[str, list[Node]], title: str) -> Any:
     """The GPT's bits of an image against the PSNR: a dot for each tokenizer, and a cross as wide and as high as the
     95 % intervals over seeds. Tokenizers that another one beats in both are grey."""
-    from pipelines.metrics.charts import BLUE, GREY, INK, charts_in_row, few_ticks, head
+    from pipelines.metrics.charts import BLUE, GREY, INK, charts_in_row, few_ticks, head, page
 
     rates = {name: [run["bits_per_token"] * run["tokens"] for run in runs] for name, runs in found.items()}
     levels = {name: [run["psnr"] for run in runs] for name, runs in found.items()}
@@ -425,7 +425,7 @@ def rate_distortion(found: dict[str, list[Node]], title: str) -> Any:
     x_values, y_values = zip(*at.values(), strict=True)
 
     def draw(axes: Any) -> None:
-        head(axes, title, "held-out PSNR, dB")
+        head(axes, "", "held-out PSNR, dB")
         axes.set(xlim=(0.9 * min(x_values), 1.08 * max(x_values)), ylim=(min(y_values) - 0.4, max(y_values) + 0.4))
         axes.set_xlabel("bits of an image's tokens under the GPT")
         few_ticks(axes.xaxis, 8)
@@ -437,7 +437,7 @@ def rate_distortion(found: dict[str, list[Node]], title: str) -> Any:
             axes.plot(rate, level, "o", color=GREY if beaten else BLUE, markersize=8)
             axes.annotate(name, (rate, level), (7, 7), textcoords="offset points", color=GREY if beaten else INK)
 
-    return charts_in_row([draw], 760, 480)
+    return page(title, [], [charts_in_row([draw], 760, 480)])
 
 
 def sheet(names: list[str], out: Path) -> Path:
