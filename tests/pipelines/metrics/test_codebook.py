@@ -12,10 +12,7 @@ from safetensors.torch import load_file, save_file
 from small import make_tokenizer
 
 from pipelines.metrics import charts, codebook
-from pipelines.metrics.charts import Axis, bars, curves, histogram, number, page, round_up
-from pipelines.metrics.codebook import CodebookUse, code_distances, count_tokens, nearest_other, usage_panel
-
-RED_FIELD = tuple(round(255 + (c - 255) * 48 / 255) for c in charts.RED)
+from pipelines.metrics.codebook import CodebookUse, code_distances, count_tokens, nearest_other
 
 
 def random_batches(vocab, levels, count=40, seed=0):
@@ -117,7 +114,7 @@ def test_a_saved_state_goes_on_as_if_it_had_not_been(tmp_path):
 CHILD = """
 import os, sys, torch, torch.distributed as dist
 from safetensors.torch import load_file, save_file
-from pipelines.codebook import CodebookUse
+from pipelines.metrics.codebook import CodebookUse
 dist.init_process_group("gloo")
 assert dist.get_world_size() == 2
 rank, use = dist.get_rank(), CodebookUse(24, 2)
@@ -222,15 +219,15 @@ def test_without_one_learned_codebook_there_are_no_distances(kind):
 
 @pytest.fixture
 def titles(monkeypatch):
-    """The titles of the panels that were drawn."""
-    drawn, init = [], charts.Panel.__init__
+    """The titles of the charts that were drawn."""
+    found, head = [], charts.head
 
-    def recorded(self, title, *rest):
-        drawn.append(title)
-        init(self, title, *rest)
+    def recorded(axes, title, unit):
+        found.append(title)
+        head(axes, title, unit)
 
-    monkeypatch.setattr(charts.Panel, "__init__", recorded)
-    return drawn
+    monkeypatch.setattr(charts, "head", recorded)
+    return found
 
 
 USE, AGES, FAR = "How often each code is used", "How long ago each code was used", "How far apart codes lie"
@@ -253,86 +250,3 @@ def test_a_learned_codebook_has_a_panel_of_distances(titles):
     both = use.picture(model, torch.rand(4, 3, 12, 8))
     assert titles == [USE, AGES, FAR, USE, AGES, "How far apart vectors and codes lie"]
     assert alone.shape == both.shape and not np.array_equal(alone, both)
-
-
-def test_dead_codes_are_a_red_field_as_wide_as_they_are_many():
-    uses = np.arange(1, 101, dtype=float)[None]
-    uses[0, :30] = 0
-    panel = usage_panel(uses, 30, (400, 270), low=0.5, unit="", word="dead")
-    row = np.asarray(panel.image)[panel.top + 3]
-    field = (row == RED_FIELD).all(1)
-    assert field.sum() / (panel.right - panel.left) == pytest.approx(0.3, abs=0.02)
-    assert field[panel.right] and not field[: panel.right - 110].any()
-    clean = np.asarray(usage_panel(uses + 1, 0, (400, 270), low=0.5, unit="", word="dead").image)
-    assert not (clean == RED_FIELD).all(2).any()
-
-
-def test_areas_on_a_logarithmic_axis():
-    panel = curves("", {"": np.array([1000.0, 100.0, 10.0, 0.0])}, (400, 270), labels=("", ""), low=1.0)
-    blue = (np.asarray(panel.image) == charts.BLUE).all(2)
-    heights = [int(blue[:, int(panel.column(n + 0.5))].sum()) for n in range(4)]
-    assert heights[3] == 0 and heights[0] > heights[1] > heights[2] > 0
-    assert heights[0] / heights[2] == pytest.approx(3, rel=0.05) and heights[1] / heights[2] == pytest.approx(
-        2, rel=0.05
-    )
-
-
-def test_bars_show_how_many_are_dead():
-    panel = bars("", {"0": 80.0, "1": 40.0}, (400, 270), labels=("", ""), marked={"1": 10.0})
-    pixels = np.asarray(panel.image)
-    at = int(panel.column(1.5))
-    blue, red = ((pixels[:, at] == color).all(1).sum() for color in (charts.BLUE, charts.RED))
-    assert red / (red + blue) == pytest.approx(0.25, abs=0.03)
-    assert not (pixels[:, int(panel.column(0.5))] == charts.RED).all(1).any()
-
-
-@pytest.mark.parametrize(
-    "values",
-    [[], [0.0], [math.nan, math.inf, 1.0], [0.0, 1e-30, 1e30], [5.0] * 9, [-3.0, 2.0], [1e-9, 1e-9], [1e4] * 3 + [1.0]],
-)
-def test_histograms_of_whatever_comes(values):
-    panel = histogram("", {"a": np.array(values), "b": np.array(values[:1])}, (300, 200), label="")
-    assert panel.image.size == (300, 200)
-
-
-def test_a_histogram_of_what_lies_orders_of_magnitude_apart_has_a_logarithmic_axis():
-    values = np.append(np.full(200, 1.0), 1000.0)
-    assert histogram("", {"": values}, (300, 200), label="").x.log
-    assert not histogram("", {"": np.linspace(1, 20, 50)}, (300, 200), label="").x.log
-
-
-@pytest.mark.parametrize(
-    "axis",
-    [
-        Axis(0, 1),
-        Axis(0, 127, whole=True),
-        Axis(0, 3, whole=True),
-        Axis(-2, 7.3),
-        Axis(1e-3, 9),
-        Axis(11.5, 18.9),
-        Axis(1e-3, 1e6, log=True),
-        Axis(0.5, 40000, log=True),
-        Axis(2, 7, log=True),
-    ],
-)
-def test_ticks_are_few_round_and_inside(axis):
-    ticks = axis.ticks(4)
-    assert 2 <= len(ticks) <= 8 and all(axis.low - 1e-9 <= tick <= axis.high * (1 + 1e-9) for tick in ticks)
-    assert ticks == sorted(set(ticks)) and (not axis.whole or all(tick == int(tick) for tick in ticks))
-    assert all(len(number(tick)) <= 6 for tick in ticks)
-
-
-def test_numbers_are_short():
-    values = [0, 0.25, 1, 14, 999, 999.7, 1500, 65536, 2e6, 3.2e9]
-    assert [number(v) for v in values] == ["0", "0.25", "1", "14", "999", "1k", "1.5k", "65.5k", "2M", "3.2G"]
-    assert [round_up(v) for v in (0.3, 1, 2.1, 6, 70)] == [0.5, 1, 2.5, 10, 100]
-
-
-def test_a_page_holds_its_rows():
-    small, large = (
-        curves("t", {"": np.ones(3)}, size, labels=("", ""), low=0.5).image for size in ((300, 200), (600, 250))
-    )
-    found = page("title " * 99, ["line " * 200], [[small, small], [large]])
-    width = 300 + 300 + charts.GAP
-    assert found.shape[1] == width + 2 * charts.MARGIN and found.shape[0] > 450
-    assert (found[:, : charts.MARGIN] == 255).all() and (found[:, -charts.MARGIN :] == 255).all()
