@@ -7,8 +7,8 @@ are what the decoder makes of the tokens here, to within one grey level of what 
 from __future__ import annotations
 
 import mmap
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 from pydantic import Field
 
@@ -75,9 +75,7 @@ def write_folder(pipeline: ImagePipeline, data: mmap.mmap, folder: Path, config:
     return count
 
 
-def main(argv: list[str] | None = None) -> Any:
-    """The command line."""
-    return run_command(DecompressConfig, run, argv, verb="decompress", description=__doc__)
+main = partial(run_command, DecompressConfig, run, verb="decompress", description=__doc__)
 
 
 if __name__ == "__main__":

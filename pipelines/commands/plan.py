@@ -16,7 +16,6 @@ from pydantic import Field
 from torch import nn
 
 from prior import Prior
-from prior.masked import Masked
 from tokenizer import Tokenizer
 from tokenizer.critic import PatchCritic
 from tokenizer.files.errors import ConfigError
@@ -156,14 +155,10 @@ def make_prior(config: PlanPriorConfig, facts: Facts) -> Prior:
 
 
 def evaluate(model: Prior) -> None:
-    """A batch of `train_prior.bits_per_token`; of a model that takes many passes for it, whose masks depend on the
-    data, one pass."""
+    """A batch of `metrics.likelihood.bits_per_token`; of a model that takes many passes for it, one pass."""
     count = rows_at_a_time(model.grid)
     rows, labels = torch.zeros(count, *model.grid.shape, dtype=torch.long), torch.zeros(count, dtype=torch.long)
-    if isinstance(model, Masked):
-        model(rows, labels, known=torch.ones_like(rows, dtype=torch.bool)).log_softmax(-1)
-    else:
-        model.log_prob(rows, labels)
+    model.likelihood_pass(rows, labels)
 
 
 def parts_of_prior(model: nn.Module) -> dict[str, int]:

@@ -155,7 +155,7 @@ BAD = [
     (GENERATE, ["steps=4"], "'steps' is no argument of sampling from a 'gpt' prior"),
     (GENERATE, ["device=toaster"], "device: 'toaster' can not be used here"),
     (GENERATE, ["out={out}.tiff"], "should end in .png"),
-    (GENERATE, ["out={world}/mine/thesis.tex/grid.png"], "can not be written"),
+    (GENERATE, ["out={world}/mine/thesis.tex/grid.png"], "cannot be written"),
     (EVALUATE, ["pipeline={world}/nowhere"], "neither an existing folder nor a Hub id"),
     (EVALUATE, ["pipeline={world}/tokenizer"], "not a pipeline folder (no model_index.json)"),
     (EVALUATE, ["data.image_size=32"], "the pipeline's images are (1, 28, 28)"),
@@ -169,7 +169,7 @@ BAD = [
     (RECONSTRUCT, ["num_images=0"], "num_images: must be >= 1"),
     (RECONSTRUCT, ["out={out}.xyz"], "should end in .png"),
     (RECONSTRUCT, ["out={out}"], "should end in .png"),
-    (RECONSTRUCT, ["out={world}/mine/thesis.tex/picture.png"], "can not be written"),
+    (RECONSTRUCT, ["out={world}/mine/thesis.tex/picture.png"], "cannot be written"),
 ]
 
 

@@ -208,7 +208,7 @@ def try_samples(name: str, config: dict[str, Any]) -> None:
         {"order": torch.stack([torch.randperm(16) for _ in range(4)])},
     ]
     model = make_prior(name, (4, 4), 7, **config).to(CUDA)
-    if "steps" in inspect.signature(model.sample).parameters:
+    if "steps" in model.Sampling.names():
         ways.append({"steps": 3, "guidance_scale": 2.0, **given})
     for way in ways:
         with contextlib.nullcontext() if way.keys().isdisjoint({"order", "num_orders"}) else refusals():
