@@ -16,10 +16,12 @@ import torch
 from pydantic import ValidationError
 
 from tokenizer.files.errors import PipelineLoadError
+from tokenizer.settings import Data, complete, defaults_of, explain, merge
 
-from .arguments import Data, UserError, read_arguments
-from .nodes import merge
-from .schema import C, complete, default_nodes, to_yaml
+from .arguments import UserError, read_arguments
+from .errors import search
+from .help import help_page
+from .schema import C, to_yaml
 
 R = TypeVar("R")
 CTRL_C, CLOSED_PIPE = 130, 141  # the exit codes by which shells show SIGINT and SIGPIPE
@@ -43,23 +45,20 @@ def parse(
     """
     argv = sys.argv[1:] if argv is None else argv
     if "--help" in argv or "-h" in argv:
-        from .help import help_page
-
         leave_with(help_page(cls, verb, description))
     parts, dry_run, problems = read_arguments(argv)
     given: Data = {}
     for part in parts:
         given = merge(given, part)
-    data = default_nodes(cls)
+    data = defaults_of(cls)
     for part in [defaults(given) if defaults else {}, *parts]:
         data = complete(cls, merge(data, part))
     try:
         config = cls.model_validate(data)
     except ValidationError as error:
-        from .config_errors import explain
-
         # What an unreadable file or argument did not say can not be called missing.
-        problems += [line for line in explain(cls, error) if not (problems and line.endswith(": missing"))]
+        found = explain(cls, data, error, partial(search, cls))
+        problems += [line for line in found if not (problems and line.endswith(": missing"))]
     if problems:
         raise UserError("\n".join(problems))
     if dry_run:
