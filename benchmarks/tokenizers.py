@@ -470,7 +470,7 @@ def agreed(settings: Node, path: Path) -> None:
 def read_presets(name: str, changes: list[str]) -> dict[str, Node]:
     """The two presets of a data set, with `key.path=value` changes; exits where there are none."""
     from pipelines.config.arguments import read_file, read_override
-    from pipelines.config.nodes import merge
+    from tokenizer.settings import merge
 
     paths = {"tokenizer": f"tokenizer/vqvae_{name}.yaml", "gpt": f"prior/gpt_{name}.yaml"}
     if absent := [path for path in paths.values() if not (ROOT / "configs" / path).is_file()]:

@@ -17,10 +17,9 @@ from torch import Tensor
 from tokenizer import Tokenizer
 from tokenizer.files.reading import read_json
 from tokenizer.pretrained import PROVENANCE
+from tokenizer.settings import as_saved, show
 
 from .config import Config, UserError, run_command
-from .config.arguments import show
-from .config.nodes import as_saved
 from .config.outputs import check_out_folder
 from .images import DataConfig, ImageDataset, Splits, check_shape, load_images
 from .images.origin import is_local

@@ -14,8 +14,10 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from prior import Prior
+from tokenizer import settings
+from tokenizer.settings import Node
 
-from .config import Config, ModelNode, UserError, run_command
+from .config import Config, UserError, run_command
 from .image_pipeline import ImagePipeline
 from .metrics.likelihood import EVALUATED_ROWS, bits_per_token
 from .shuffling.epochs import permuted_blocks
@@ -61,7 +63,7 @@ class TrainPriorConfig(Config):
         "many blocks, for tokens on a slow disk that memory can not hold; null: all rows in a "
         "random order",
     )
-    model: Annotated[dict[str, Any], ModelNode("prior.base:Prior")] = Field({"kind": "gpt"}, description="the prior")
+    model: Annotated[dict[str, Any], Node("prior.base:Prior")] = Field({"kind": "gpt"}, description="the prior")
     label_dropout: float = Field(
         0.1,
         ge=0,
@@ -206,15 +208,11 @@ def perturbed(
 
 
 def as_begun(config: TrainPriorConfig) -> TrainPriorConfig:
-    """The configuration of a run that goes on: its model does what it did before there was a setting.
-
-    A configuration that was read does not tell what was asked for from a default, so the run's own answer holds.
-    """
-    then = begun_data(Path(config.out), "model") or {}
-    if then.get("kind") != config.model["kind"]:  # there is no run, or it will be refused
+    """The configuration of a run that goes on: its model does what it did before there was a setting."""
+    then = begun_data(Path(config.out), "model")
+    if then is None or then.get("kind") != config.model["kind"]:  # there is no run, or it will be refused
         return config
-    befores = Prior.find(config.model["kind"]).Config.befores()
-    answers = {name: then.get(name, before) for name, before in befores.items()}
+    answers = settings.as_begun(Prior.find(then["kind"]).choices(), config.model, then)
     return config.model_copy(update={"model": {**config.model, **answers}})
 
 

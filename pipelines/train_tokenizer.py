@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections import deque
-from dataclasses import fields
 from pathlib import Path
 from shlex import quote
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -19,9 +18,9 @@ from tokenizer.critic import PatchCritic
 from tokenizer.files.reading import read_json
 from tokenizer.losses import total_loss
 from tokenizer.pretrained import CONFIG, PROVENANCE
+from tokenizer.settings import Node, as_saved
 
-from .config import Config, ModelNode, UserError, run_command
-from .config.nodes import as_saved
+from .config import Config, UserError, run_command
 from .images import DataConfig, ImageDataset, load_images
 from .images.origin import is_local
 from .images.splits import as_begun
@@ -65,7 +64,7 @@ class TrainTokenizerConfig(Config):
 
     out: str = Field(description="run folder: metrics, previews, resume states, and the tokenizer itself")
     data: DataConfig = Field(DataConfig(), description="the images")
-    model: Annotated[dict[str, Any], ModelNode("tokenizer.base:Tokenizer")] = Field(
+    model: Annotated[dict[str, Any], Node("tokenizer.base:Tokenizer")] = Field(
         {"kind": "vqvae"}, description="the tokenizer"
     )
     init: str | None = Field(
@@ -233,7 +232,7 @@ def defaults(given: dict[str, Any]) -> dict[str, Any]:
     family, saved = Tokenizer.available(), read_json(folder / CONFIG)
     if saved.get("kind") not in family:
         return {}  # loading it will say so
-    facts = {field.name for field in fields(Tokenizer.find(saved["kind"]).Config) if field.metadata.get("fact")}
+    facts = Tokenizer.find(saved["kind"]).choices().facts
     model = {key: value for key, value in saved.items() if key not in facts}
     if str(given.get("model", {}).get("kind")) == "posthoc" != model["kind"]:
         model = {"kind": "posthoc", "vae": model}

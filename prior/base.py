@@ -11,17 +11,17 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
+from pydantic import Field
 from torch import Tensor, nn
 
-from tokenizer.base import TokenGrid
+from tokenizer.base import Grid
 from tokenizer.precision import full_float32
 from tokenizer.pretrained import PretrainedModel
-from tokenizer.settings import ModelConfig, setting
+from tokenizer.settings import Fact, ModelConfig
 
 from .drawing import State, draw
 from .orders import make_order, order_problem
@@ -31,16 +31,15 @@ from .sampling import Generators, Sampler
 PARALLEL_NUMBERS = 1 << 25  # logits held at once when sampling in parallel
 
 
-@dataclass(frozen=True, kw_only=True)
 class PriorConfig(ModelConfig):
     """What every prior is told."""
 
-    grid: TokenGrid = setting(help="shape and vocabulary of the tokens", fact=True)
-    num_classes: int = setting(0, "number of classes; 0 is unconditional", ge=0, le=1 << 20, fact=True)
-    tokenizer: str = setting("", "fingerprint of the tokenizer whose tokens it was trained on", fact=True)
-    order: str = setting(
+    grid: Fact[Grid] = Field(description="shape and vocabulary of the tokens")
+    num_classes: Fact[int] = Field(0, ge=0, le=1 << 20, description="number of classes; 0 is unconditional")
+    tokenizer: Fact[str] = Field("", description="fingerprint of the tokenizer whose tokens it was trained on")
+    order: str = Field(
         "raster",
-        "how the grid is walked: raster, column, snake, spiral_in, spiral_out, z_curve, "
+        description="how the grid is walked: raster, column, snake, spiral_in, spiral_out, z_curve, "
         "hilbert, subsample or random:SEED",
     )
 

@@ -9,29 +9,28 @@ axis, and has to be told where it is on the others.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
+from pydantic import Field
 from torch import Tensor, nn
-
-from tokenizer.settings import setting
 
 from .base import Prior, PriorConfig
 from .layers import Head, pack
 
 
-@dataclass(frozen=True, kw_only=True)
 class CausalConvConfig(PriorConfig):
     """Sizes of the network."""
 
-    dim: int = setting(64, "channels of the residual stream and of a block's gated output", ge=1, le=16384)
-    depth: int = setting(8, "number of gated residual blocks", ge=1, le=256)
-    kernel: int = setting(2, "taps of a convolution, the current rank's included", ge=2, le=16)
-    max_dilation: int = setting(128, "dilations are 1, 2, 4, ... up to this power of 2, then 1 again", ge=1, le=4096)
-    skip: int = setting(64, "channels of the skip connections and of the head", ge=1, le=16384)
-    dropout: float = setting(0.0, "dropout on each block's gated output", ge=0, lt=1)
+    dim: int = Field(64, ge=1, le=16384, description="channels of the residual stream and of a block's gated output")
+    depth: int = Field(8, ge=1, le=256, description="number of gated residual blocks")
+    kernel: int = Field(2, ge=2, le=16, description="taps of a convolution, the current rank's included")
+    max_dilation: int = Field(
+        128, ge=1, le=4096, description="dilations are 1, 2, 4, ... up to this power of 2, then 1 again"
+    )
+    skip: int = Field(64, ge=1, le=16384, description="channels of the skip connections and of the head")
+    dropout: float = Field(0.0, ge=0, lt=1, description="dropout on each block's gated output")
 
     def check(self) -> Iterator[str]:
         """Dilations double, and the order has to exist."""

@@ -12,28 +12,25 @@ Channels are rows of the grid, and masks between them come out of the order; wha
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from pydantic import Field
 from torch import Tensor, nn
-
-from tokenizer.settings import setting
 
 from .base import Prior
 from .layers import CausalConv2d, Head, MapRows, RowBias, RowsConfig, odd_kernels, pack, see
 
 
-@dataclass(frozen=True, kw_only=True)
 class GatedPixelCNNConfig(RowsConfig):
     """Sizes of the network."""
 
-    dim: int = setting(64, "channels of each stack", ge=1, le=8192)
-    depth: int = setting(10, "number of gated layers after the first", ge=1, le=256)
-    first_kernel: int = setting(7, "side of the first layer's convolutions, odd", ge=3, le=63)
-    kernel: int = setting(3, "side of the other layers' convolutions, odd", ge=3, le=63)
-    head: int = setting(32, "channels between the two last layers", ge=1, le=65536)
+    dim: int = Field(64, ge=1, le=8192, description="channels of each stack")
+    depth: int = Field(10, ge=1, le=256, description="number of gated layers after the first")
+    first_kernel: int = Field(7, ge=3, le=63, description="side of the first layer's convolutions, odd")
+    kernel: int = Field(3, ge=3, le=63, description="side of the other layers' convolutions, odd")
+    head: int = Field(32, ge=1, le=65536, description="channels between the two last layers")
 
     def check(self) -> Iterator[str]:
         """Kernels are odd, the grid has two axes, the order is raster."""

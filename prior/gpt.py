@@ -8,14 +8,12 @@ GPT (Radford et al. 2018) as image priors use it (`prior.transformer`). The inpu
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 import torch.nn.functional as F
+from pydantic import Field
 from torch import Tensor, nn
-
-from tokenizer.settings import setting
 
 from .base import Prior
 from .drawing import FEW_ROWS
@@ -24,15 +22,18 @@ from .transformer import EPS, Block, Rotations, TransformerConfig, coordinates, 
 TINY = 1e-20
 
 
-@dataclass(frozen=True, kw_only=True)
 class GPTConfig(TransformerConfig):
     """Sizes of the transformer, and the orders it is trained in."""
 
-    any_order: bool = setting(False, "train in random orders too, to score, sample and complete in every order")
-    anneal: tuple[float, ...] = setting(
-        (0.5, 0.75), "with any_order: from all random to random_share, between these shares of training", ge=0, le=1
+    any_order: bool = Field(
+        False, description="train in random orders too, to score, sample and complete in every order"
     )
-    random_share: float = setting(0.5, "with any_order: share of images in random orders after annealing", ge=0, le=1)
+    anneal: tuple[Annotated[float, Field(ge=0, le=1)], ...] = Field(
+        (0.5, 0.75), description="with any_order: from all random to random_share, between these shares of training"
+    )
+    random_share: float = Field(
+        0.5, ge=0, le=1, description="with any_order: share of images in random orders after annealing"
+    )
 
     def check(self) -> Iterator[str]:
         """Heads have to be of an even width, the order has to exist, and annealing begins before it ends."""

@@ -20,13 +20,14 @@ oldest row the current one, which is then written over from left to right.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from typing import Annotated
 
 import torch
 import torch.nn.functional as F
+from pydantic import Field
 from torch import Tensor, nn
 
-from tokenizer.settings import setting
+from tokenizer.settings import Before
 
 from .base import PriorConfig
 from .drawing import FEW_ROWS
@@ -34,7 +35,6 @@ from .drawing import FEW_ROWS
 Pair = tuple[int, int]
 
 
-@dataclass(frozen=True, kw_only=True)
 class RasterConfig(PriorConfig):
     """What priors made of causal convolutions ask of their grid."""
 
@@ -47,14 +47,12 @@ class RasterConfig(PriorConfig):
             yield f"grid: {self.kind} needs a grid of two axes (got {self.grid.shape})"
 
 
-@dataclass(frozen=True, kw_only=True)
 class RowsConfig(RasterConfig):
     """What convolutions that have no other notion of where they are may be told."""
 
-    row_embedding: bool = setting(
+    row_embedding: Annotated[bool, Before(False)] = Field(
         True,
-        "tell each layer its row, by a learned bias: what is painted, where rows are channels or levels",
-        before=False,
+        description="tell each layer its row, by a learned bias: what is painted, where rows are channels or levels",
     )
 
 

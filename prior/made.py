@@ -11,13 +11,14 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 import torch.nn.functional as F
+from pydantic import Field
 from torch import Tensor, nn
 
-from tokenizer.settings import setting
+from tokenizer.settings import Before
 
 from .base import Prior, PriorConfig
 from .orders import make_order
@@ -28,27 +29,33 @@ DENSE_WIDTH = 32  # up to so many ids, multiplying one-hot rows is faster than p
 MAX_DIRECT = 1 << 28  # weights of the direct connections: the square of what the hidden layers need per unit
 
 
-@dataclass(frozen=True, kw_only=True)
 class MADEConfig(PriorConfig):
     """Sizes and connections of the perceptron."""
 
-    hidden: tuple[int, ...] = setting((512,), "units of each hidden layer", ge=1, le=65536)
-    direct: bool = setting(False, "connect every token straight to all later positions as well")
-    embedding: int | None = setting(
+    hidden: tuple[Annotated[int, Field(ge=1, le=65536)], ...] = Field(
+        (512,), min_length=1, description="units of each hidden layer"
+    )
+    direct: bool = Field(False, description="connect every token straight to all later positions as well")
+    embedding: int | None = Field(
         None,
-        "width that ids are embedded in before the first layer and after the last; "
-        "null: a row of weights for each position and id",
         ge=1,
         le=65536,
+        description="width that ids are embedded in before the first layer and after the last; "
+        "null: a row of weights for each position and id",
     )
-    dropout: float = setting(0.0, "dropout on the hidden units", ge=0, lt=1)
-    order_agnostic: bool = setting(False, "train in a new random order at every step")
-    connectivity_agnostic: bool = setting(False, "train with new random degrees of the hidden units at every step")
-    masks: int | None = setting(
-        None, "draw so many orders and degrees to train with once for all, not new ones at every step", ge=1, le=1 << 20
+    dropout: float = Field(0.0, ge=0, lt=1, description="dropout on the hidden units")
+    order_agnostic: bool = Field(False, description="train in a new random order at every step")
+    connectivity_agnostic: bool = Field(
+        False, description="train with new random degrees of the hidden units at every step"
     )
-    sigmoid: bool = setting(
-        True, "one logit per token where there are two ids; false: one-hot rows and a softmax", before=False
+    masks: int | None = Field(
+        None,
+        ge=1,
+        le=1 << 20,
+        description="draw so many orders and degrees to train with once for all, not new ones at every step",
+    )
+    sigmoid: Annotated[bool, Before(False)] = Field(
+        True, description="one logit per token where there are two ids; false: one-hot rows and a softmax"
     )
 
     @property

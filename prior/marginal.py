@@ -5,8 +5,6 @@ Initialised in closed form from counts with add-one smoothing (Laplace), once pe
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor, nn
 
@@ -15,7 +13,6 @@ from .base import Prior, PriorConfig
 CHUNK = 1 << 14  # rows counted at a time: there may be more than memory holds
 
 
-@dataclass(frozen=True, kw_only=True)
 class MarginalConfig(PriorConfig):
     """Nothing to choose."""
 

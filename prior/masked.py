@@ -12,15 +12,15 @@ import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
+from pydantic import Field
 from torch import Tensor, nn
 
 from tokenizer.base import TokenGrid
 from tokenizer.precision import full_float32
-from tokenizer.settings import setting
 
 from .base import Prior
 from .drawing import FEW_ROWS, State
@@ -41,21 +41,19 @@ CPU_TOKENS = 1 << 13  # of one pass on a CPU, in whose cache its activations the
 GPU_TOKENS = 1 << 16
 
 
-@dataclass(frozen=True, kw_only=True)
 class MaskedConfig(TransformerConfig):
     """Sizes of the transformer, and how it is masked and scored."""
 
-    schedule: str = setting(
+    schedule: Literal["linear", "cosine", "arccos", "square"] = Field(
         "linear",
-        "how the masked share is drawn in training: linear (all alike) maximises the "
+        description="how the masked share is drawn in training: linear (all alike) maximises the "
         "likelihood; cosine, arccos and square mask more",
-        choices=tuple(SCHEDULES),
     )
-    label_smoothing: float = setting(
-        0.0, "share of a target's mass that is spread over all ids in training", ge=0, lt=1
+    label_smoothing: float = Field(
+        0.0, ge=0, lt=1, description="share of a target's mass that is spread over all ids in training"
     )
-    exact: bool = setting(True, "log_prob is exact along `order`, a pass per token; false: estimates a bound")
-    bound_passes: int = setting(8, "passes of that estimate; more is closer to the bound", ge=1, le=65536)
+    exact: bool = Field(True, description="log_prob is exact along `order`, a pass per token; false: estimates a bound")
+    bound_passes: int = Field(8, ge=1, le=65536, description="passes of that estimate; more is closer to the bound")
 
 
 @dataclass(frozen=True)

@@ -16,28 +16,25 @@ so that an image in colour wants deeper stacks or larger kernels than a grey one
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from pydantic import Field
 from torch import Tensor, nn
-
-from tokenizer.settings import setting
 
 from .base import Prior
 from .layers import Head, MaskedConv, RowBias, RowCache, RowsConfig, odd_kernels, pack, see
 
 
-@dataclass(frozen=True, kw_only=True)
 class PixelCNNConfig(RowsConfig):
     """Sizes of the network. The residual stream is `2 * dim` wide."""
 
-    dim: int = setting(32, "channels inside a block; the residual stream has twice as many", ge=1, le=8192)
-    depth: int = setting(15, "number of residual blocks", ge=1, le=256)
-    first_kernel: int = setting(7, "side of the first (type A) convolution, odd", ge=3, le=63)
-    kernel: int = setting(3, "side of the blocks' (type B) convolutions, odd", ge=3, le=63)
-    head: int = setting(32, "channels between the two last layers", ge=1, le=65536)
+    dim: int = Field(32, ge=1, le=8192, description="channels inside a block; the residual stream has twice as many")
+    depth: int = Field(15, ge=1, le=256, description="number of residual blocks")
+    first_kernel: int = Field(7, ge=3, le=63, description="side of the first (type A) convolution, odd")
+    kernel: int = Field(3, ge=3, le=63, description="side of the blocks' (type B) convolutions, odd")
+    head: int = Field(32, ge=1, le=65536, description="channels between the two last layers")
 
     def check(self) -> Iterator[str]:
         """Kernels are odd, the grid has two axes, the order is raster."""

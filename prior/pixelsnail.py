@@ -20,33 +20,30 @@ softmax over ids. Published figures are not this model's.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from pydantic import Field
 from torch import Tensor, nn
-
-from tokenizer.settings import setting
 
 from .base import Prior
 from .drawing import FEW_ROWS
 from .layers import Head, MaskedConv, RasterConfig, RowCache, odd_kernels, pack
 
 
-@dataclass(frozen=True, kw_only=True)
 class PixelSNAILConfig(RasterConfig):
     """Sizes of the network."""
 
-    dim: int = setting(64, "channels of the features", ge=1, le=8192)
-    depth: int = setting(4, "number of blocks", ge=1, le=256)
-    residual: int = setting(2, "gated residual convolutions in a block", ge=1, le=64)
-    kernel: int = setting(3, "side of the convolutions, odd", ge=3, le=63)
-    heads: int = setting(1, "attention heads", ge=1, le=256)
-    key: int = setting(4, "channels of a head's queries and keys", ge=1, le=8192)
-    value: int = setting(32, "channels of a head's values, no fewer than its keys have", ge=1, le=8192)
-    head: int = setting(64, "channels between the two last layers", ge=1, le=65536)
-    dropout: float = setting(0.0, "dropout inside each gated residual branch", ge=0, lt=1)
+    dim: int = Field(64, ge=1, le=8192, description="channels of the features")
+    depth: int = Field(4, ge=1, le=256, description="number of blocks")
+    residual: int = Field(2, ge=1, le=64, description="gated residual convolutions in a block")
+    kernel: int = Field(3, ge=3, le=63, description="side of the convolutions, odd")
+    heads: int = Field(1, ge=1, le=256, description="attention heads")
+    key: int = Field(4, ge=1, le=8192, description="channels of a head's queries and keys")
+    value: int = Field(32, ge=1, le=8192, description="channels of a head's values, no fewer than its keys have")
+    head: int = Field(64, ge=1, le=65536, description="channels between the two last layers")
+    dropout: float = Field(0.0, ge=0, lt=1, description="dropout inside each gated residual branch")
 
     def check(self) -> Iterator[str]:
         """The kernel is odd, values are as wide as keys, the grid has two axes, the order is raster."""

@@ -7,14 +7,12 @@ queries and keys normalised per head.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from pydantic import Field
 from torch import Tensor, nn
-
-from tokenizer.settings import setting
 
 from .base import Prior, PriorConfig
 
@@ -22,18 +20,21 @@ EPS = 1e-12  # only keeps zero from being divided by zero
 MAX_ROTATIONS = 1 << 24  # tokens times head width: the table of rotary positions is built before weights are read
 
 
-@dataclass(frozen=True, kw_only=True)
 class TransformerConfig(PriorConfig):
     """Sizes of the transformer."""
 
-    dim: int = setting(128, "width of the residual stream", ge=8, le=16384)
-    depth: int = setting(4, "number of transformer blocks", ge=1, le=256)
-    heads: int = setting(4, "attention heads; they divide dim", ge=1, le=256)
-    hidden: int | None = setting(None, "width of the SwiGLU layer; default 8/3 dim, rounded up to 32", ge=8, le=65536)
-    dropout: float = setting(0.0, "dropout on the embeddings and on each residual branch", ge=0, lt=1)
-    attention_dropout: float = setting(0.0, "dropout on the attention weights", ge=0, lt=1)
-    rope_base: float = setting(
-        100.0, "K rotary positions per axis have wavelengths of 2 pi base^(k/K) cells, k from 0 to K - 1", gt=1
+    dim: int = Field(128, ge=8, le=16384, description="width of the residual stream")
+    depth: int = Field(4, ge=1, le=256, description="number of transformer blocks")
+    heads: int = Field(4, ge=1, le=256, description="attention heads; they divide dim")
+    hidden: int | None = Field(
+        None, ge=8, le=65536, description="width of the SwiGLU layer; default 8/3 dim, rounded up to 32"
+    )
+    dropout: float = Field(0.0, ge=0, lt=1, description="dropout on the embeddings and on each residual branch")
+    attention_dropout: float = Field(0.0, ge=0, lt=1, description="dropout on the attention weights")
+    rope_base: float = Field(
+        100.0,
+        gt=1,
+        description="K rotary positions per axis have wavelengths of 2 pi base^(k/K) cells, k from 0 to K - 1",
     )
 
     def check(self) -> Iterator[str]:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
 
 import torch
+from pydantic import Field
 from torch import Tensor, nn
 
 from .base import LikelihoodError, Reconstruction, TokenGrid, Tokenizer, TokenizerConfig
@@ -14,26 +14,25 @@ from .likelihoods.base import to_values
 from .precision import full_float32
 from .quantizers import Quantizer
 from .quantizers.ema import EMAConfig
-from .settings import ModelConfig, setting
+from .settings import ModelConfig, Node
 
 
-@dataclass(frozen=True, kw_only=True)
 class DecoderConfig(TokenizerConfig):
     """What the decoder says of pixels."""
 
-    likelihood: ModelConfig | None = setting(
+    likelihood: Annotated[ModelConfig | None, Node("tokenizer.likelihoods:Likelihood")] = Field(
         None,
-        "what the decoder says of a pixel's 256 values, which bits per dim "
+        description="what the decoder says of a pixel's 256 values, which bits per dim "
         "and lossless compression need; null: a point",
-        family="tokenizer.likelihoods:Likelihood",
     )
 
 
-@dataclass(frozen=True, kw_only=True)
 class AutoencoderConfig(DecoderConfig):
     """What stands between encoder and decoder."""
 
-    quantizer: ModelConfig = setting(EMAConfig(), "how vectors become ids", family="tokenizer.quantizers:Quantizer")
+    quantizer: Annotated[ModelConfig, Node("tokenizer.quantizers:Quantizer")] = Field(
+        EMAConfig(), description="how vectors become ids"
+    )
 
 
 class Autoencoder(Tokenizer):

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import NamedTuple
+from dataclasses import asdict, dataclass
+from typing import Annotated, Any, Literal, NamedTuple
 
 import torch
+from pydantic import Field, PlainSerializer, PlainValidator
 from torch import Tensor, nn
 
-from .files.errors import ConfigError
+from .files.errors import ConfigError, shown
 from .precision import full_float32 as full_float32
 from .pretrained import PretrainedModel
-from .settings import ModelConfig, setting
+from .settings import MAX_ITEMS, Fact, ModelConfig
 
 
 @dataclass(frozen=True)
@@ -49,6 +50,24 @@ class TokenGrid:
             )
 
 
+def read_grid(value: Any) -> TokenGrid:
+    """A grid, or what JSON has of one. Raises `ValueError`."""
+    if isinstance(value, TokenGrid):
+        return value
+    if not isinstance(value, dict) or set(value) != {"shape", "vocab_size"}:
+        raise ValueError(f"expected the keys shape, vocab_size (got {shown(value)})")
+    shape, vocab_size = value["shape"], value["vocab_size"]
+    if not isinstance(shape, (list, tuple)):
+        raise ValueError(f"shape: expected a list (got {shown(shape)})")
+    if len(shape) > MAX_ITEMS:
+        raise ValueError(f"expected at most {MAX_ITEMS} values in a list")
+    return TokenGrid(tuple(shape), vocab_size)
+
+
+Grid = Annotated[TokenGrid, PlainValidator(read_grid), PlainSerializer(asdict, return_type=dict)]
+"""A grid as a field of a configuration."""
+
+
 class LikelihoodError(ValueError):
     """A density of pixels was asked for, and the tokenizer's decoder has none."""
 
@@ -61,12 +80,13 @@ class Reconstruction(NamedTuple):
     losses: dict[str, Tensor]
 
 
-@dataclass(frozen=True, kw_only=True)
 class TokenizerConfig(ModelConfig):
     """What every tokenizer of whole images is told."""
 
-    image_size: tuple[int, ...] = setting(help="height and width of the images", ge=1, le=4096, fact=True)
-    channels: int = setting(help="1 for grey, 3 for RGB", choices=(1, 3), fact=True)
+    image_size: Fact[tuple[Annotated[int, Field(ge=1, le=4096)], ...]] = Field(
+        description="height and width of the images"
+    )
+    channels: Fact[Literal[1, 3]] = Field(description="1 for grey, 3 for RGB")
 
     def check(self) -> Iterator[str]:
         """Images have two sides."""

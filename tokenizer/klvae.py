@@ -10,9 +10,8 @@ pixels of deviation sigma; the best sigma^2 is the squared error that remains (R
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
+from pydantic import Field
 from torch import Tensor
 
 from .autoencoder import Autoencoder, DecoderConfig
@@ -20,29 +19,27 @@ from .base import Reconstruction
 from .bins import Bins
 from .layers import ConvolutionsConfig, decoder, encoder
 from .likelihoods.base import to_values
-from .settings import setting
 
 LOG_VARIANCES = (-30.0, 20.0)
 
 
-@dataclass(frozen=True, kw_only=True)
 class KLVAEConfig(DecoderConfig, ConvolutionsConfig):
     """Sizes of the networks and of the latents, and how strongly they are held."""
 
-    latent: int = setting(4, "numbers in a latent vector, each of which becomes a token", ge=1, le=256)
-    beta: float = setting(
+    latent: int = Field(4, ge=1, le=256, description="numbers in a latent vector, each of which becomes a token")
+    beta: float = Field(
         0.02,
-        "weight of the KL in nats per pixel channel; 1 beside a likelihood, twice the "
+        ge=0,
+        description="weight of the KL in nats per pixel channel; 1 beside a likelihood, twice the "
         "remaining squared error beside l2",
-        ge=0,
     )
-    free_bits: float = setting(
+    free_bits: float = Field(
         0.0,
-        "nats of each number of a latent vector, on average over a batch, that are not "
-        "punished (Kingma et al. 2016), so that none of them is given up",
         ge=0,
+        description="nats of each number of a latent vector, on average over a batch, that are not "
+        "punished (Kingma et al. 2016), so that none of them is given up",
     )
-    bins: int = setting(16, "ids of each number, equally probable under N(0, 1)", ge=2, le=4096)
+    bins: int = Field(16, ge=2, le=4096, description="ids of each number, equally probable under N(0, 1)")
 
 
 class KLVAE(Autoencoder, name="klvae"):

@@ -9,28 +9,29 @@ VQGAN (Esser et al. 2021) and LlamaGen (Sun et al. 2024).
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from typing import Annotated, Literal
 
 import torch.nn.functional as F
+from pydantic import Field
 from torch import Tensor, nn
 
 from .base import TokenizerConfig
-from .settings import setting
 
 
-@dataclass(frozen=True, kw_only=True)
 class ConvolutionsConfig(TokenizerConfig):
     """Sizes of encoder and decoder."""
 
-    factor: int = setting(4, "image pixels per token along each side", choices=(2, 4, 8, 16))
-    widths: tuple[int, ...] = setting(
+    factor: Literal[2, 4, 8, 16] = Field(4, description="image pixels per token along each side")
+    widths: tuple[Annotated[int, Field(ge=8, le=4096)], ...] = Field(
         (128,),
-        "channels at each resolution, finest first; one more resolution halves the patch that the first layer folds",
-        ge=8,
-        le=4096,
+        min_length=1,
+        description="channels at each resolution, finest first; one more resolution halves the patch that the first "
+        "layer folds",
     )
-    blocks: tuple[int, ...] = setting((2,), "residual blocks at each resolution", ge=0, le=64)
-    attention: bool = setting(False, "self-attention at the token resolution")
+    blocks: tuple[Annotated[int, Field(ge=0, le=64)], ...] = Field(
+        (2,), min_length=1, description="residual blocks at each resolution"
+    )
+    attention: bool = Field(False, description="self-attention at the token resolution")
 
     @property
     def sizes(self) -> tuple[int, tuple[int, ...], tuple[int, ...], bool]:

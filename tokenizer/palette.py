@@ -3,26 +3,23 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 import torch.nn.functional as F
+from pydantic import Field
 from torch import Tensor
 
 from .base import Reconstruction, TokenGrid, Tokenizer, TokenizerConfig
 from .files.errors import ConfigError
 from .precision import full_float32
 from .quantizers.codebook import nearest, rows_of
-from .settings import setting
 
 
-@dataclass(frozen=True, kw_only=True)
 class PaletteConfig(TokenizerConfig):
     """How many colours, and how they are looked for."""
 
-    colors: int = setting(512, "size of the palette", ge=2, le=1 << 16)
-    iterations: int = setting(50, "k-means steps at most; it ends when no colour moves", ge=0)
-    seed: int = setting(0, "chooses the colours that k-means starts from", ge=0)
+    colors: int = Field(512, ge=2, le=1 << 16, description="size of the palette")
+    iterations: int = Field(50, ge=0, description="k-means steps at most; it ends when no colour moves")
+    seed: int = Field(0, ge=0, description="chooses the colours that k-means starts from")
 
 
 class Palette(Tokenizer, name="palette"):

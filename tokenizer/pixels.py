@@ -3,24 +3,21 @@ al. 2016) and MADE (Germain et al. 2015) are: 256 levels are the 8-bit image its
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
+from pydantic import Field
 from torch import Tensor
 
 from .base import Reconstruction, TokenGrid, Tokenizer, TokenizerConfig
-from .settings import setting
 
 
-@dataclass(frozen=True, kw_only=True)
 class PixelsConfig(TokenizerConfig):
     """How finely intensity is told apart."""
 
-    levels: int = setting(
+    levels: int = Field(
         256,
-        "intensities of each channel; 256 keep an 8-bit image as it is, 2 are a threshold at mid grey",
         ge=2,
         le=256,
+        description="intensities of each channel; 256 keep an 8-bit image as it is, 2 are a threshold at mid grey",
     )
 
 

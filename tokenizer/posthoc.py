@@ -9,57 +9,44 @@ On the digits (8 numbers in 16 bins) samples give 22.7 dB for 26.3 bits per vect
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
 
 import torch
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from .base import Reconstruction, Tokenizer, TokenizerConfig
 from .files.errors import ConfigError
 from .klvae import KLVAE, KLVAEConfig, sample
 from .quantizers.codebook import rows_of
-from .settings import ModelConfig, setting
+from .settings import ModelConfig, Node
 
 IMAGES_AT_A_TIME = 64
 FACTS = ("image_size", "channels")
 SIZES = (*FACTS, "factor", "widths", "blocks", "attention", "latent", "likelihood")
 
 
-class VAE:
-    """The members of the family that have Gaussian latents, which `vae` may name."""
-
-    @classmethod
-    def available(cls) -> list[str]:
-        """Their names."""
-        return [KLVAE.name]
-
-    @classmethod
-    def find(cls, name: str) -> type[KLVAE]:
-        """The member called `name`."""
-        return KLVAE
-
-
-@dataclass(frozen=True, kw_only=True)
 class PosthocConfig(TokenizerConfig):
     """The VAE, and how finely its latents are binned."""
 
-    bins: int = setting(
+    bins: int = Field(
         16,
-        "ids of each number of a latent vector, equally probable over training images, in place of the VAE's own",
         ge=2,
         le=4096,
+        description="ids of each number of a latent vector, equally probable over training images, in place of the "
+        "VAE's own",
     )
-    vae: ModelConfig | None = setting(None, "the VAE; null: of its default sizes", family="tokenizer.posthoc:VAE")
+    vae: Annotated[ModelConfig | None, Node("tokenizer:Tokenizer", only=("klvae",))] = Field(
+        None, description="the VAE; null: of its default sizes"
+    )
 
-    def __post_init__(self) -> None:
-        """The VAE sees the same images."""
-        node = {"kind": KLVAE.name} if self.vae is None else self.vae
-        if isinstance(node, dict):
-            object.__setattr__(self, "vae", {"image_size": self.image_size, "channels": self.channels, **node})
-        super().__post_init__()
+    @model_validator(mode="before")
+    @classmethod
+    def _sees_the_same_images(cls, values: dict[str, Any]) -> dict[str, Any]:
+        node = values.get("vae") or {"kind": KLVAE.name}
+        facts = {name: values[name] for name in FACTS if name in values}
+        return {**values, "vae": {**facts, **node} if isinstance(node, dict) else node}
 
     def to_dict(self) -> dict[str, Any]:
         """The configuration as JSON values; what is known of the images stands in it once."""
@@ -69,9 +56,6 @@ class PosthocConfig(TokenizerConfig):
     def check(self) -> Iterator[str]:
         """Both see the same images."""
         yield from super().check()
-        if not isinstance(self.vae, KLVAEConfig):
-            yield f"vae.kind: must be {KLVAE.name} (got {self.vae and self.vae.kind!r})"
-            return
         for name in FACTS:
             ours, theirs = (plain(getattr(config, name)) for config in (self, self.vae))
             if ours != theirs:
@@ -90,7 +74,7 @@ class Posthoc(Tokenizer, name="posthoc"):
     def __init__(self, config: PosthocConfig) -> None:
         super().__init__(config)
         assert isinstance(config.vae, KLVAEConfig)
-        self.vae = KLVAE(dataclasses.replace(config.vae, bins=config.bins)).requires_grad_(False).eval()
+        self.vae = KLVAE(config.vae.model_copy(update={"bins": config.bins})).requires_grad_(False).eval()
         self.grid, self.levels, self.image_shape = self.vae.grid, self.vae.levels, self.vae.image_shape
         self.register_buffer("started", torch.zeros((), dtype=torch.long))  # whether the VAE is a trained one
 

@@ -31,7 +31,7 @@ from .files.ownership import Kind
 from .files.reading import CODE, Folder, steadily
 from .files.weights import check_header, expected_weights, fill, read_header
 from .files.writing import atomic_folder, write_json
-from .settings import ModelConfig
+from .settings import Choices, ModelConfig, choices_of
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
 PROVENANCE = "provenance.json"  # beside a tokenizer, by who trained or imported it
@@ -80,10 +80,15 @@ class Named:
         return cls._members[name]
 
     @classmethod
+    def choices(cls) -> type[Choices]:
+        """What a preset may say of this member."""
+        return choices_of(cls.Config, cls.__doc__)
+
+    @classmethod
     def create(cls: type[N], name: str, **config: Any) -> N:
         """Build the member called `name` from keyword configuration; raises `ConfigError`."""
         member: Any = cls.find(name)
-        return member(member.Config.from_dict(config))
+        return member(member.Config(**config))
 
 
 class PretrainedModel(Named, nn.Module):

@@ -1,243 +1,486 @@
-"""Model configurations: frozen dataclasses whose fields carry a sentence and a range, checked on construction.
+"""Configurations: frozen pydantic models, whose fields carry a type, a range, a default and a sentence.
 
-The same class describes a model in a preset, on the command line's help and in a saved `config.json`.
+    class GPTConfig(PriorConfig):
+        dim: int = Field(128, ge=8, le=16384, description="width of the residual stream")
+
+The same class describes a model in a preset, on the command line's help and in a saved `config.json`. Marks say what a
+type cannot: `Fact[int]`, `Annotated[bool, Before(False)]`, `Annotated[ModelConfig, Node("module:Family")]`.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import difflib
-import math
+import importlib
+import json
 import re
 import types
-from collections.abc import Iterator
-from typing import Any, ClassVar, Union, get_args, get_origin, get_type_hints
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
+from typing import Annotated, Any, ClassVar, Literal, TypeVar, Union, get_args, get_origin
+
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    GetCoreSchemaHandler,
+    ValidationError,
+    ValidationInfo,
+    create_model,
+    field_validator,
+    model_validator,
+)
+from pydantic.fields import FieldInfo
+from pydantic_core import (
+    CoreSchema,
+    ErrorDetails,
+    InitErrorDetails,
+    PydanticCustomError,
+    PydanticKnownError,
+    PydanticUndefined,
+    core_schema,
+)
 
 from .files.errors import ConfigError, shown
 
-REQUIRED = dataclasses.MISSING
 MAX_ITEMS = 64  # of a list
 MAX_PROBLEMS = 20  # of a configuration, which are told
 
+Data = dict[str, Any]
+T = TypeVar("T")
 
-def setting(
-    default: Any = REQUIRED,
-    help: str = "",
-    *,
-    ge: float | None = None,
-    gt: float | None = None,
-    le: float | None = None,
-    lt: float | None = None,
-    choices: tuple[Any, ...] | None = None,
-    fact: bool = False,
-    family: str | None = None,
-    later: bool = False,
-    before: Any = REQUIRED,
-) -> Any:
-    """One field of a `ModelConfig`.
 
-    `ge`, `gt`, `le`, `lt` bound a number (or every number of a tuple); `choices` lists what is allowed. A `fact` comes
-    from the data (grid, classes, image size) and is refused in a preset. `family` names the module and class, as in
-    `"tokenizer.quantizers:Quantizer"`, whose members a nested `{kind: ...}` may name. A setting that came `later` than
-    models were saved without it is no part of a fingerprint while it has its default. One whose default is not what
-    these models do says what they do, `before`: a saved configuration that lacks it means that.
+class Settings(BaseModel):
+    """Base of every configuration: frozen; no unknown keys, no infinities, no value taken for another type."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, validate_default=True, allow_inf_nan=False)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _as_written(cls, value: Any, info: ValidationInfo) -> Any:
+        """What files cannot say otherwise: a tuple is a list there, and 1e-3 may be text."""
+        hints = options(cls.model_fields[str(info.field_name)].annotation)
+        origins = {get_origin(hint) or hint for hint in hints}
+        if isinstance(value, list) and tuple in origins:
+            if len(value) > MAX_ITEMS:
+                context = {"field_type": "Tuple", "max_length": MAX_ITEMS, "actual_length": len(value)}
+                raise PydanticKnownError("too_long", context)
+            return tuple(value)
+        if isinstance(value, str) and float in origins and str not in origins:
+            return number(value)
+        allowed = [choice for hint in hints if get_origin(hint) is Literal for choice in get_args(hint)]
+        if value in allowed and type(value) not in map(type, allowed):  # true equals 1
+            raise PydanticKnownError("literal_error", {"expected": ", ".join(map(repr, allowed))})
+        return value
+
+
+def number(text: str) -> float | str:
+    """The number that `text` says, else the text."""
+    try:
+        return float(text)
+    except ValueError:
+        return text
+
+
+# Marks --------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Mark:
+    """Says something of a field that makes no difference to its type."""
+
+    name: str
+
+
+FACT = Mark("fact")
+Fact = Annotated[T, FACT]
+"""A setting that comes from the data (grid, classes, image size), and is refused in a preset."""
+
+
+@dataclass(frozen=True)
+class Before:
+    """Marks a setting that was not always there: a saved configuration that lacks it means `value`. Fingerprints leave
+    it out where it is that, so that they are what they were."""
+
+    value: Any
+
+
+@dataclass(frozen=True)
+class Node:
+    """Marks a field that holds a `{kind: ...}` node, a member of a family: `Node("tokenizer.quantizers:Quantizer")`,
+    perhaps one of `only` some.
+
+    A `ModelConfig` field becomes the configuration of that kind. A `dict` field stays a node, as in a preset: without
+    facts, and completed with the defaults of its kind.
     """
-    bounds = {"ge": ge, "gt": gt, "le": le, "lt": lt}
-    metadata = {
-        "help": help,
-        "bounds": {key: value for key, value in bounds.items() if value is not None},
-        "choices": choices,
-        "fact": fact,
-        "family": family,
-        "before": default if later else before,
-    }
-    return dataclasses.field(default=default, metadata=metadata)
+
+    family: str
+    only: tuple[str, ...] = ()
+
+    def load(self) -> Any:
+        """The family's class."""
+        module, _, name = self.family.partition(":")  # written in our code, never read from a file
+        return getattr(importlib.import_module(module), name)
+
+    def kinds(self) -> list[str]:
+        """The names of the members."""
+        return list(self.only) or self.load().available()
+
+    def member(self, node: Data) -> Any:
+        """The class that a node names; raises `ValidationError`."""
+        kind, kinds = node.get("kind"), self.kinds()
+        there = f"there are {', '.join(kinds)}"
+        if "kind" not in node:
+            raise located(("kind", f"missing; {there}"))
+        if isinstance(kind, str) and kind in kinds:
+            return self.load().find(kind)
+        if self.only:
+            raise located(("kind", f"must be {' or '.join(kinds)} (got {shown(kind)})"))
+        raise located(("kind", f"no {self.load().__name__} is called {shown(kind)}; {there}"))
+
+    def config(self, value: Any) -> ModelConfig:
+        """The configuration of what a node names."""
+        if isinstance(value, ModelConfig):
+            if self.only:
+                self.member({"kind": value.kind})
+            return value
+        if not isinstance(value, dict):
+            raise PydanticKnownError("dict_type")
+        member = self.member(value)
+        try:
+            config: ModelConfig = member.Config(**{key: item for key, item in value.items() if key != "kind"})
+        except ConfigError as error:
+            raise error.__cause__ or error from None  # with the places of what is wrong
+        return config
+
+    def preset(self, value: Any) -> Data:
+        """A node with the defaults of its kind."""
+        if not isinstance(value, dict):
+            raise PydanticKnownError("dict_type")
+        choices = self.member(value).choices()
+        whole = complete(choices, merge(defaults_of(choices), value))
+        choices.model_validate(whole)
+        return whole  # as it was written: 1 is not 1.0
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
+        read: Any = self.preset if dict in [get_origin(option) for option in options(source)] else self.config
+        to_json = core_schema.plain_serializer_function_ser_schema(as_json)
+        schema = core_schema.no_info_plain_validator_function(read, serialization=to_json)
+        return core_schema.nullable_schema(schema) if type(None) in options(source) else schema
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class ModelConfig:
-    """Base of every model's configuration. Plain JSON values are accepted and converted (lists become tuples,
-    `{kind: ...}` becomes the configuration of that kind); a wrong one raises `ConfigError` naming the field."""
+def located(*problems: Sequence[str]) -> ValidationError:
+    """Problems, each with what stands at a dotted key: pairs of the two."""
+    details = [
+        InitErrorDetails(
+            type=PydanticCustomError("problem", "{problem}", {"problem": problem}),
+            loc=tuple(key.split(".")),
+            input=None,
+        )
+        for key, problem in problems
+    ]
+    return ValidationError.from_exception_data("", details)
+
+
+def as_json(value: Any) -> Any:
+    """A value as JSON has it; a configuration as its node."""
+    return value.to_dict() if isinstance(value, ModelConfig) else value
+
+
+def mark_of(field: FieldInfo, mark: type[T]) -> T | None:
+    """The field's mark of this class, if it has one."""
+    return next((found for found in field.metadata if isinstance(found, mark)), None)
+
+
+# Models -------------------------------------------------------------------------------------------
+
+
+class ModelConfig(Settings):
+    """Base of every model's configuration; a wrong value raises `ConfigError` naming the field."""
 
     kind: ClassVar[str] = ""
 
-    def __post_init__(self) -> None:
-        problems: list[str] = []
-        hints = get_type_hints(type(self))
-        for field in dataclasses.fields(self):
-            try:
-                value = _convert(getattr(self, field.name), hints[field.name], field)
-                object.__setattr__(self, field.name, value)
-            except ConfigError as error:
-                problems.append(f"{field.name}{error}")
-        if not problems:
-            problems = list(self.check())
-        if problems:
-            raise ConfigError(f"{self.kind or type(self).__name__}: " + "; ".join(problems))
+    def __init__(self, /, **values: Any) -> None:
+        try:
+            super().__init__(**values)
+        except ValidationError as error:
+            lines = explain(type(self), values, error)
+            lines = lines if len(lines) <= MAX_PROBLEMS else [*lines[:MAX_PROBLEMS], "and more"]
+            raise ConfigError(f"{self.kind or type(self).__name__}: " + "; ".join(lines)) from error
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> ModelConfig:
+        if problems := [sentence.split(": ", 1) for sentence in self.check()]:
+            raise located(*problems)
+        return self
 
     def check(self) -> Iterator[str]:
         """Yield what is wrong between fields, one sentence each, starting with the field's name."""
         return iter(())
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> Data:
         """The configuration as JSON values, `kind` first."""
-        values = {field.name: _plain(getattr(self, field.name)) for field in dataclasses.fields(self)}
-        return {"kind": self.kind, **values}
+        return {"kind": self.kind, **self.model_dump(mode="json")}
 
-    def identity(self) -> dict[str, Any]:
+    def identity(self) -> Data:
         """`to_dict` without what makes no difference to models saved before it was there: settings that are null, and
-        those that came later and say what was done before."""
-        values: dict[str, Any] = {"kind": self.kind}
-        for field in dataclasses.fields(self):
-            value = getattr(self, field.name)
-            if value is None or value == field.metadata.get("before", REQUIRED):
-                continue
-            values[field.name] = value.identity() if isinstance(value, ModelConfig) else _plain(value)
+        those that say what was done before."""
+        values = self.to_dict()
+        for name, field in type(self).model_fields.items():
+            value, before = getattr(self, name), mark_of(field, Before)
+            if value is None or (before and value == before.value):
+                del values[name]
+            elif isinstance(value, ModelConfig):
+                values[name] = value.identity()
         return values
 
     @classmethod
-    def from_saved(cls, data: dict[str, Any]) -> ModelConfig:
-        """`from_dict` of what `to_dict` gave, maybe before some settings were there (those of a nested `{kind: ...}`
-        node have their default)."""
-        return cls.from_dict({**cls.befores(), **data})
-
-    @classmethod
-    def befores(cls) -> dict[str, Any]:
-        """What models did before there was a setting, where there is one of which that is known."""
-        known = {field.name: field.metadata.get("before", REQUIRED) for field in dataclasses.fields(cls)}
-        return {name: before for name, before in known.items() if before is not REQUIRED}
-
-    @classmethod
-    def from_dict(cls, data: dict[str, Any]) -> ModelConfig:
-        """Build from JSON values without `kind`; unknown and missing keys raise `ConfigError`."""
-        problems = problems_in(cls, data, facts=True)
-        missing = [f.name for f in dataclasses.fields(cls) if f.default is REQUIRED and f.name not in data]
-        problems += [f"{name}: missing" for name in missing]
-        if problems:
-            raise ConfigError(f"{cls.kind}: " + "; ".join(problems))
-        return cls(**data)
+    def from_saved(cls, data: Data) -> ModelConfig:
+        """The configuration that `to_dict` gave, without `kind`, maybe before some settings were there."""
+        return cls(**as_saved(cls, data))
 
 
-def problems_in(cls: type[ModelConfig], data: dict[str, Any], *, facts: bool = False, prefix: str = "") -> list[str]:
-    """What is wrong with `data` as (part of) a configuration of class `cls`, each problem with its dotted key.
-
-    With `facts=False` (a preset) a field that is a fact of the data is refused and a missing one is no problem.
-    """
-    fields = {f.name: f for f in dataclasses.fields(cls)}
-    hints = get_type_hints(cls)
-    allowed = [name for name, f in fields.items() if facts or not f.metadata.get("fact")]
-    problems: list[str] = []
-    for key, value in data.items():
-        if len(problems) >= MAX_PROBLEMS:
-            return [*problems, f"{prefix or 'and '}more"]
-        if key in fields and key not in allowed:
-            problems.append(f"{prefix}{key}: a fact of the data, it can not be set here")
-        elif key not in fields:
-            near = difflib.get_close_matches(str(key)[:80], allowed, 1, 0.6)
-            hint = f"; did you mean '{prefix}{near[0]}'?" if near else f"; there are {', '.join(allowed)}"
-            name = key if re.fullmatch(r"[\w.-]{1,64}", str(key)) else shown(key)
-            problems.append(f"{prefix}{name}: unknown key{hint}")
-        elif fields[key].metadata.get("family") and isinstance(value, dict):
-            problems += node_problems(family_of(fields[key]), value, prefix=f"{prefix}{key}.", facts=facts)
-        else:
-            try:
-                _convert(value, hints[key], fields[key])
-            except ConfigError as error:
-                problems.append(f"{prefix}{key}{error}")
-    return problems
+def as_saved(cls: type[BaseModel], data: Data) -> Data:
+    """A configuration as it was written: where it lacks a setting, what was done `Before` there was one. What is empty
+    says nothing, and stays so."""
+    found = dict(data)
+    for name, field in cls.model_fields.items() if data else ():
+        before, value = mark_of(field, Before), found.get(name)
+        if before and name not in found:
+            found[name] = before.value
+        elif isinstance(value, dict) and (model := model_at(field, value)):
+            found[name] = as_saved(model, value)
+    return found
 
 
-def node_problems(family: Any, node: dict[str, Any], *, prefix: str = "", facts: bool = False) -> list[str]:
-    """What is wrong with a `{kind: name, ...}` node that names a member of `family`."""
-    rest = {key: value for key, value in node.items() if key != "kind"}
-    if "kind" not in node:
-        return [f"{prefix}kind: missing; there are {', '.join(family.available())}"]
-    if node["kind"] not in family.available():
-        there = ", ".join(family.available())
-        return [f"{prefix}kind: no {family.__name__} is called {shown(node['kind'])}; there are {there}"]
-    return problems_in(family.find(node["kind"]).Config, rest, facts=facts, prefix=prefix)
-
-
-def family_of(field: dataclasses.Field[Any]) -> Any:
-    """The family class that the field's `{kind: ...}` node chooses from."""
-    import importlib
-
-    module, _, name = field.metadata["family"].partition(":")  # written in our code, never read from a file
-    return getattr(importlib.import_module(module), name)
-
-
-def _convert(value: Any, hint: Any, field: dataclasses.Field[Any]) -> Any:
-    if get_origin(hint) in (Union, types.UnionType):
-        if value is None:
-            return None
-        hint = next(arg for arg in get_args(hint) if arg is not type(None))
-    if field.metadata.get("family"):
-        if isinstance(value, ModelConfig):
-            return value
-        if not isinstance(value, dict):
-            raise ConfigError(f": expected a {{kind: ...}} node (got {shown(value)})")
-        problems = node_problems(family_of(field), value, prefix=".", facts=True)
-        if problems:
-            raise ConfigError("; ".join(problems))
-        try:
-            return family_of(field).find(value["kind"]).Config(**{k: v for k, v in value.items() if k != "kind"})
-        except ConfigError as error:
-            raise ConfigError(f": {error}") from error
-    if get_origin(hint) is tuple:
-        if not isinstance(value, (list, tuple)) or not value:
-            raise ConfigError(f": expected a list (got {shown(value)})")
-        if len(value) > MAX_ITEMS:
-            raise ConfigError(f": expected at most {MAX_ITEMS} values (got {len(value)})")
-        return tuple(_scalar(item, get_args(hint)[0], field) for item in value)
-    if dataclasses.is_dataclass(hint) and isinstance(hint, type):
-        return value if isinstance(value, hint) else _nested(value, hint)
-    return _scalar(value, hint, field)
-
-
-def _nested(value: Any, hint: type) -> Any:
-    names = {f.name for f in dataclasses.fields(hint)}
-    if not isinstance(value, dict) or set(value) != names:
-        raise ConfigError(f": expected the keys {', '.join(sorted(names))} (got {shown(value)})")
-    if any(isinstance(item, list) and len(item) > MAX_ITEMS for item in value.values()):
-        raise ConfigError(f": expected at most {MAX_ITEMS} values in a list")
-    try:
-        return hint(**value)
-    except (TypeError, ValueError) as error:
-        raise ConfigError(f": {error}") from error
-
-
-def _scalar(value: Any, hint: type, field: dataclasses.Field[Any]) -> Any:
-    if hint is float and isinstance(value, str):  # YAML reads 1e-3 as text
-        try:
-            value = float(value)
-        except ValueError:
-            pass
-    if hint is float and isinstance(value, int) and not isinstance(value, bool):
-        value = float(value) if abs(value) < 1 << 1000 else math.inf
-    if not isinstance(value, hint) or (isinstance(value, bool) and hint is not bool):
-        names = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
-        raise ConfigError(f": expected {names.get(hint, hint.__name__)} (got {shown(value)})")
-    if isinstance(value, float) and not math.isfinite(value):
-        raise ConfigError(f": must be finite (got {shown(value)})")
-    choices = field.metadata.get("choices")
-    if choices and value not in choices:
-        raise ConfigError(f": must be one of {', '.join(map(str, choices))} (got {shown(value)})")
-    tests = {
-        "ge": (">=", lambda a, b: a >= b),
-        "gt": (">", lambda a, b: a > b),
-        "le": ("<=", lambda a, b: a <= b),
-        "lt": ("<", lambda a, b: a < b),
+def as_begun(cls: type[BaseModel], mine: Mapping[str, Any], then: Data) -> Data:
+    """What changes in `mine` where it goes on with what was begun as `then`: a setting that is left at its default, and
+    that `then` lacks or has as it was done `Before`."""
+    marks = {name: mark_of(field, Before) for name, field in cls.model_fields.items()}
+    return {
+        name: before.value
+        for name, before in marks.items()
+        if before and mine[name] == cls.model_fields[name].default and then.get(name, before.value) == before.value
     }
-    for key, bound in (field.metadata.get("bounds") or {}).items():
-        sign, holds = tests[key]
-        if not holds(value, bound):
-            raise ConfigError(f": must be {sign} {bound} (got {shown(value)})")
-    return value
 
 
-def _plain(value: Any) -> Any:
-    if isinstance(value, ModelConfig):
-        return value.to_dict()
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return {f.name: _plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
-    return [_plain(item) for item in value] if isinstance(value, tuple) else value
+class Choices(Settings):
+    """Base of what a preset says of a model."""
+
+    facts: ClassVar[tuple[str, ...]] = ()
+
+
+@cache
+def choices_of(config: type[ModelConfig], doc: str | None) -> type[Choices]:
+    """What a preset may say of a model that `doc` is about: its configuration without facts, nested ones as nodes."""
+    fields: Data = {"kind": (Literal[config.kind], config.kind)}
+    for name, field in config.model_fields.items():
+        hint: Any = field.annotation
+        default = field.default
+        if mark_of(field, Node):
+            optional = type(None) in options(hint)
+            hint, default = (dict[str, Any] | None if optional else dict[str, Any]), as_node(default)
+        if FACT not in field.metadata:
+            default = ... if default is PydanticUndefined else default
+            hint = Annotated[(hint, *field.metadata)] if field.metadata else hint
+            fields[name] = hint, Field(default, description=field.description)
+    found = create_model(config.__name__, __base__=Choices, **fields)
+    found.__doc__ = doc or config.__doc__
+    found.facts = tuple(name for name, field in config.model_fields.items() if FACT in field.metadata)
+    return found
+
+
+def as_node(config: Any) -> Any:
+    """A default as a preset has it: a configuration without its facts."""
+    if not isinstance(config, ModelConfig):
+        return config
+    facts = {name for name, field in type(config).model_fields.items() if FACT in field.metadata}
+    return {key: value for key, value in config.to_dict().items() if key not in facts}
+
+
+# What a field may hold ----------------------------------------------------------------------------
+
+
+def options(hint: Any) -> list[Any]:
+    """The types that an annotation chooses from."""
+    if get_origin(hint) is Annotated:
+        return options(get_args(hint)[0])
+    if get_origin(hint) in (Union, types.UnionType):
+        return [option for part in get_args(hint) for option in options(part)]
+    return [hint]
+
+
+def models_in(field: FieldInfo) -> dict[str, type[BaseModel]]:
+    """The models that a field chooses from, by their `kind`; it is empty where there is no choice."""
+    if node := mark_of(field, Node):
+        return {kind: node.load().find(kind).choices() for kind in node.kinds()}
+    hints = options(field.annotation)
+    return dict(("", hint) for hint in hints if isinstance(hint, type) and issubclass(hint, BaseModel))
+
+
+def model_at(field: FieldInfo, value: Data) -> type[BaseModel] | None:
+    """The model that describes a value of a field, if there is one."""
+    models = models_in(field)
+    kind = value.get("kind")
+    return models.get("") or (models.get(kind) if isinstance(kind, str) else None)
+
+
+# Defaults -----------------------------------------------------------------------------------------
+
+
+def merge(old: Data, new: Data) -> Data:
+    """`new` on top of `old`, mappings key by key, except that a node whose `kind` changes is replaced."""
+    if "kind" in old and new.get("kind", old["kind"]) != old["kind"]:
+        old = {}
+    both = [key for key in new if isinstance(old.get(key), dict) and isinstance(new[key], dict)]
+    return {**old, **new, **{key: merge(old[key], new[key]) for key in both}}
+
+
+def defaults_of(cls: type[BaseModel]) -> Data:
+    """The defaults, for overrides of single keys to fall on."""
+    optional = {name: field for name, field in cls.model_fields.items() if not field.is_required()}
+    return complete(
+        cls, {name: plain(field.get_default(call_default_factory=True)) for name, field in optional.items()}
+    )
+
+
+def complete(cls: type[BaseModel], data: Data) -> Data:
+    """`data` with the defaults of every node's kind, so that a `kind` left to its default is there to be compared
+    with."""
+    found = dict(data)
+    for name, field in cls.model_fields.items():
+        value = data.get(name)
+        if isinstance(value, dict) and (model := model_at(field, value)):
+            found[name] = complete(model, merge(defaults_of(model), value) if mark_of(field, Node) else value)
+    return found
+
+
+def plain(value: Any) -> Any:
+    """A default as YAML would have given it."""
+    if isinstance(value, BaseModel):
+        return value.model_dump(mode="json")
+    return [plain(item) for item in value] if isinstance(value, (tuple, list)) else value
+
+
+# What is wrong ------------------------------------------------------------------------------------
+
+SIGNS = {"gt": ">", "ge": ">=", "lt": "<", "le": "<="}
+WHOLE, NUMBER, TEXT, MAPPING = "a whole number", "a number", "text", "a mapping of keys"
+EXPECTED = {
+    "int_type": WHOLE,
+    "float_type": NUMBER,
+    "bool_type": "true or false",
+    "string_type": TEXT,
+    "tuple_type": "a list",
+    "list_type": "a list",
+    "dict_type": MAPPING,
+    "model_type": MAPPING,
+    "model_attributes_type": MAPPING,
+}
+
+
+def explain(
+    cls: type[BaseModel],
+    data: Data,
+    error: ValidationError,
+    search: Callable[[str, Any], list[str]] | None = None,
+) -> list[str]:
+    """What pydantic found in `data`, a line for each key. `search` says what an unknown key may mean that stands in no
+    model."""
+    found: dict[str, list[ErrorDetails]] = {}
+    owners: dict[str, type[BaseModel]] = {}
+    for detail in error.errors(include_url=False):
+        key, owner = place(cls, data, detail["loc"])
+        found.setdefault(key, []).append(detail)
+        owners[key] = owner
+    lines = []
+    for key, details in found.items():
+        unknown = details[0]["type"] in ("extra_forbidden", "invalid_key")
+        model = issubclass(owners[key], (ModelConfig, Choices))
+        if unknown and (model or search is None):
+            lines.append(unknown_setting(owners[key], key))
+        elif unknown and search is not None:
+            lines += search(key, details[0]["input"])
+        else:
+            lines += key_problems(key, details)
+    return lines
+
+
+def place(cls: type[BaseModel], data: Any, location: tuple[int | str, ...]) -> tuple[str, type[BaseModel]]:
+    """The key of pydantic's location, which also names branches of unions and positions in lists, and the model that it
+    is a key of."""
+    keys: list[str] = []
+    owner: type[BaseModel] = cls
+    model: type[BaseModel] | None = cls
+    for position, part in enumerate(location):
+        if model is not None and part in model.model_fields:
+            keys.append(str(part))
+            field, data = model.model_fields[str(part)], data.get(part) if isinstance(data, dict) else None
+            owner, model = model, model_at(field, data) if isinstance(data, dict) else None
+        elif position == len(location) - 1 and (model is not None or part == "kind"):
+            keys.append(str(part))
+            owner = model or owner
+    return ".".join(keys), owner
+
+
+def unknown_setting(model: type[BaseModel], key: str) -> str:
+    """The line for a setting that a model does not have, with the one that was probably meant."""
+    parent, _, name = key.rpartition(".")
+    prefix = f"{parent}." if parent else ""
+    if name in getattr(model, "facts", ()):
+        return f"{key}: a fact of the data, it can not be set here"
+    known = [known for known in model.model_fields if known != "kind"]
+    near = difflib.get_close_matches(name[:80], known, 1, 0.6)
+    hint = f"did you mean {prefix + near[0]!r}?" if near else f"there are {', '.join(known)}"
+    name = name if re.fullmatch(r"[\w.-]{1,64}", name) else shown(name)
+    return f"{prefix}{name}: unknown key; {hint}"
+
+
+def key_problems(key: str, details: list[ErrorDetails]) -> list[str]:
+    """The lines for one key. Where every branch of a union complains, those that only want another type are silent."""
+    value = details[0]["input"]
+    complaints = [complaint(detail) for detail in details if not expected(detail)]
+    if complaints:
+        return [f"{key}: {text}".removeprefix(": ") for text in dict.fromkeys(complaints)]
+    wish = " or ".join(dict.fromkeys(map(expected, details)))
+    if isinstance(value, dict) and value and MAPPING not in wish:
+        return [f"{key}.{next(iter(value))}: {key} has no keys of its own, it is {wish}"]
+    quoting = "; text that looks like something else needs quotes" if TEXT in wish and value is not None else ""
+    return [f"{key}: expected {wish} (got {show(value)}{quoting})"]
+
+
+def expected(detail: ErrorDetails) -> str:
+    """The type that pydantic wanted, in words; empty if it complains about something else."""
+    return EXPECTED.get(detail["type"], "")
+
+
+def complaint(detail: ErrorDetails) -> str:
+    """What is wrong with a value of the right type."""
+    kind, context, got = detail["type"], detail.get("ctx", {}), f" (got {show(detail['input'])})"
+    for name, sign in SIGNS.items():
+        if name in context:
+            return f"must be {sign} {show_number(context[name])}{got}"
+    if kind == "missing" and isinstance(detail["loc"][-1], str):
+        return "missing"
+    if kind in ("missing", "too_short"):  # from a list
+        return f"too few values{got}"
+    if kind == "too_long":
+        return f"expected at most {context['max_length']} values{got}"
+    if kind == "literal_error":
+        return f"must be one of {context['expected'].replace(' or ', ', ')}{got}"
+    if kind == "value_error":
+        return str(context["error"])
+    if kind == "problem":
+        return detail["msg"]
+    return "must be finite" + got if kind == "finite_number" else detail["msg"][:1].lower() + detail["msg"][1:] + got
+
+
+def show_number(value: float) -> str:
+    """A bound without needless digits."""
+    return str(int(value)) if float(value).is_integer() else str(value)
+
+
+def show(value: Any) -> str:
+    """A value as one would write it in YAML, on one line, shortened."""
+    text = repr(value) if isinstance(value, str) else json.dumps(value, default=str, ensure_ascii=False)
+    return text if len(text) <= 200 else f"{text[:197]}..."

@@ -11,25 +11,24 @@ digits, `ema` with a decay of 0.99 left three quarters of 128 codes behind, with
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
+from pydantic import Field
 from torch import Tensor, nn
 
 from .autoencoder import Autoencoder, AutoencoderConfig
-from .settings import setting
 
 
-@dataclass(frozen=True, kw_only=True)
 class ViTConfig(AutoencoderConfig):
     """Sizes of the two transformers, which are alike."""
 
-    factor: int = setting(4, "side of a patch in pixels; a patch is one position", choices=(2, 4, 7, 8, 14, 16))
-    dim: int = setting(128, "width of the residual stream", ge=8, le=4096)
-    depth: int = setting(4, "transformer blocks, in the encoder and in the decoder", ge=1, le=64)
-    heads: int = setting(4, "attention heads; they divide dim", ge=1, le=256)
-    mlp: int = setting(4, "width of a block's hidden layer, as a multiple of dim", ge=1, le=16)
+    factor: Literal[2, 4, 7, 8, 14, 16] = Field(4, description="side of a patch in pixels; a patch is one position")
+    dim: int = Field(128, ge=8, le=4096, description="width of the residual stream")
+    depth: int = Field(4, ge=1, le=64, description="transformer blocks, in the encoder and in the decoder")
+    heads: int = Field(4, ge=1, le=256, description="attention heads; they divide dim")
+    mlp: int = Field(4, ge=1, le=16, description="width of a block's hidden layer, as a multiple of dim")
 
     def check(self) -> Iterator[str]:
         """Sizes have to divide."""

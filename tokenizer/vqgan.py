@@ -8,43 +8,50 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Iterator
-from dataclasses import dataclass
+from typing import Annotated
 
 import torch
 import torch.nn.functional as F
+from pydantic import Field
 from torch import Tensor, nn
 
 from .autoencoder import Autoencoder, AutoencoderConfig
 from .layers import Upsample, one_head_attention
 from .quantizers.vq import VQConfig
-from .settings import ModelConfig, setting
+from .settings import ModelConfig, Node
 
 
-@dataclass(frozen=True, kw_only=True)
 class VQGANConfig(AutoencoderConfig):
     """Sizes of the networks; the defaults are those of the paper's ImageNet model with 16x16 ids."""
 
-    widths: tuple[int, ...] = setting(
+    widths: tuple[Annotated[int, Field(ge=1, le=4096)], ...] = Field(
         (128, 128, 256, 256, 512),
-        "channels at each level, finest first; one more level halves the token grid's sides",
-        ge=1,
-        le=4096,
+        min_length=1,
+        description="channels at each level, finest first; one more level halves the token grid's sides",
     )
-    stem: int | None = setting(
-        None, "channels of the encoder's first convolution; null: those of the finest level", ge=1, le=4096
+    stem: int | None = Field(
+        None, ge=1, le=4096, description="channels of the encoder's first convolution; null: those of the finest level"
     )
-    blocks: int = setting(2, "residual blocks at each level of the encoder; the decoder has one more", ge=1, le=64)
-    encoder_attention: tuple[int, ...] | None = setting(
-        (-1,), "levels of the encoder with self-attention after every block, 0 the finest, -1 the coarsest; null: none"
+    blocks: int = Field(
+        2, ge=1, le=64, description="residual blocks at each level of the encoder; the decoder has one more"
     )
-    decoder_attention: tuple[int, ...] | None = setting(
-        (-1,), "levels of the decoder with self-attention after every block, one more than the encoder has; null: none"
+    encoder_attention: tuple[int, ...] | None = Field(
+        (-1,),
+        description="levels of the encoder with self-attention after every block, 0 the finest, -1 the coarsest; "
+        "null: none",
     )
-    mid_attention: bool = setting(True, "self-attention between the two blocks at the token resolution")
-    z_channels: int = setting(256, "channels between the network and the projection to the quantizer", ge=1, le=4096)
-    groups: int = setting(32, "groups of each group normalisation", ge=1, le=4096)
-    quantizer: ModelConfig = setting(
-        VQConfig(codes=1024, dim=256), "how vectors become ids", family="tokenizer.quantizers:Quantizer"
+    decoder_attention: tuple[int, ...] | None = Field(
+        (-1,),
+        description="levels of the decoder with self-attention after every block, one more than the encoder has; "
+        "null: none",
+    )
+    mid_attention: bool = Field(True, description="self-attention between the two blocks at the token resolution")
+    z_channels: int = Field(
+        256, ge=1, le=4096, description="channels between the network and the projection to the quantizer"
+    )
+    groups: int = Field(32, ge=1, le=4096, description="groups of each group normalisation")
+    quantizer: Annotated[ModelConfig, Node("tokenizer.quantizers:Quantizer")] = Field(
+        VQConfig(codes=1024, dim=256), description="how vectors become ids"
     )
 
     @property

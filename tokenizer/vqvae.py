@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 
 from .autoencoder import Autoencoder, AutoencoderConfig
 from .layers import ConvolutionsConfig, decoder, encoder
 
 
-@dataclass(frozen=True, kw_only=True)
 class VQVAEConfig(AutoencoderConfig, ConvolutionsConfig):
     """Sizes of the networks, and what stands between them."""
 

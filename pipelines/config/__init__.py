@@ -2,7 +2,6 @@
 
 from .arguments import UserError
 from .command import choose_device, is_first_process, run_command
-from .nodes import ModelNode
 from .schema import Config
 
-__all__ = ["Config", "ModelNode", "UserError", "choose_device", "is_first_process", "run_command"]
+__all__ = ["Config", "UserError", "choose_device", "is_first_process", "run_command"]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import json
 import os
 import re
 from collections.abc import Hashable
@@ -12,7 +11,7 @@ from typing import Any
 
 import yaml
 
-Data = dict[str, Any]
+from tokenizer.settings import Data, show
 
 WIDTH = 110  # of what is printed
 
@@ -150,9 +149,3 @@ def read_file(path: str) -> Data:
     if not isinstance(data, dict | None):
         raise UserError(f"{path}: expected a mapping of keys at the top level (got {show(data)})")
     return data or {}
-
-
-def show(value: Any) -> str:
-    """A value as one would write it in YAML, on one line, shortened."""
-    text = repr(value) if isinstance(value, str) else json.dumps(value, default=str, ensure_ascii=False)
-    return text if len(text) <= 200 else f"{text[:197]}..."

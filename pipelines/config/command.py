@@ -16,12 +16,12 @@ import torch
 from pydantic import ValidationError
 
 from tokenizer.files.errors import PipelineLoadError
+from tokenizer.settings import Data, complete, defaults_of, explain, merge
 
-from .arguments import Data, UserError, read_arguments
-from .errors import explain
+from .arguments import UserError, read_arguments
+from .errors import search
 from .help import help_page
-from .nodes import merge
-from .schema import C, complete, default_nodes, to_yaml
+from .schema import C, to_yaml
 
 R = TypeVar("R")
 CTRL_C, CLOSED_PIPE = 130, 141  # the exit codes by which shells show SIGINT and SIGPIPE
@@ -50,14 +50,15 @@ def parse(
     given: Data = {}
     for part in parts:
         given = merge(given, part)
-    data = default_nodes(cls)
+    data = defaults_of(cls)
     for part in [defaults(given) if defaults else {}, *parts]:
         data = complete(cls, merge(data, part))
     try:
         config = cls.model_validate(data)
     except ValidationError as error:
         # What an unreadable file or argument did not say can not be called missing.
-        problems += [line for line in explain(cls, error) if not (problems and line.endswith(": missing"))]
+        found = explain(cls, data, error, partial(search, cls))
+        problems += [line for line in found if not (problems and line.endswith(": missing"))]
     if problems:
         raise UserError("\n".join(problems))
     if dry_run:

@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
-import dataclasses
 import textwrap
 import types
 from collections.abc import Iterator
 from itertools import zip_longest
-from typing import Annotated, Any, Literal, NamedTuple, Union, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Literal, NamedTuple, Union, get_args, get_origin
 
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
-from tokenizer.settings import REQUIRED, family_of
+from tokenizer.settings import SIGNS, Choices, Data, Node, mark_of, models_in, plain, show, show_number
 
-from .arguments import WIDTH, Data, show
-from .nodes import choices_of, node_of, plain
-from .schema import Config, models_in
+from .arguments import WIDTH
+from .schema import Config
 
 OPTIONS = (
     ("--config FILE", "a YAML file, or the name of a preset (`smalti presets`); several merge left to right"),
@@ -28,7 +26,6 @@ OPTIONS = (
     ),
     ("--dry-run", "print the resulting configuration, itself a file for --config, and stop"),
 )
-SIGNS = {"gt": ">", "ge": ">=", "lt": "<", "le": "<="}
 
 
 class Row(NamedTuple):
@@ -74,76 +71,41 @@ def table_row(cells: list[str], widths: list[int]) -> list[str]:
     return ["  " + "  ".join(f"{c:{w}}" for c, w in zip(line, widths, strict=True)).rstrip() for line in lines]
 
 
-def sections(cls: type[BaseModel], defaults: Data, prefix: str = "", title: str = "") -> Iterator[Section]:
-    """The keys of a configuration, each nested node a section of its own. `defaults` win over those of the class."""
-    rows, nested = [], []
+def sections(
+    cls: type[BaseModel], defaults: Data, prefix: str = "", title: str = "", outer: tuple[Node | None, ...] = ()
+) -> Iterator[Section]:
+    """The keys of a configuration, each nested node a section of its own. `defaults` win over those of the class.
+
+    `outer`: the nodes that this one is in. Members within members of the same family are not listed again.
+    """
+    rows: list[Row] = []
+    nested: list[Section] = []
     for name, field in cls.model_fields.items():
-        key, sentence, models = prefix + name, field.description or "", models_in(field.annotation)
+        key, sentence, models = prefix + name, field.description or "", models_in(field)
         default = defaults.get(name, plain(field.get_default(call_default_factory=True)))
         below = default if isinstance(default, dict) else {}
-        if node := node_of(field):
-            nested.append(Section(heading(key, sentence), [kind_row(node.load(), key, below.get("kind"))]))
-            nested += family_sections(node.load(), key, below)
-        elif len(models) == 1:
-            nested += sections(models[0], below, f"{key}.", heading(key, sentence))
+        if "" in models:
+            nested += sections(models[""], below, f"{key}.", heading(key, sentence))
         elif models:
-            rows.append(Row(f"{key}.kind", " | ".join(map(tag_of, models)), below.get("kind", "required"), sentence))
-            for model in models:
-                matching = below if below.get("kind") == tag_of(model) else {}
-                about = (model.__doc__ or "").split("\n")[0]
-                nested += sections(model, matching, f"{key}.", heading(f"{key}.kind={tag_of(model)}", about))
-        elif name == "kind" and tag_of(cls):
-            continue  # shown where the kinds are listed
-        else:
+            kinds = Row(f"{key}.kind", " | ".join(models), below.get("kind", "required"), sentence)
+            if not outer:
+                nested.append(Section(heading(key, sentence), [kinds._replace(sentence="")]))
+            else:
+                rows.append(kinds)
+            node = mark_of(field, Node)
+            for kind, model in models.items() if node not in outer else ():
+                matching = below if below.get("kind") == kind else {}
+                about = (model.__doc__ or "").strip().split("\n")[0]
+                nested += sections(model, matching, f"{key}.", heading(f"{key}.kind={kind}", about), (*outer, node))
+        elif name != "kind" or not issubclass(cls, Choices):  # whose kinds are listed outside
             rows.append(Row(key, type_text(field.annotation, range_of(field)), default_text(default), sentence))
     yield Section(title, rows)
     yield from nested
 
 
-def family_sections(family: Any, key: str, defaults: Data, outer: tuple[Any, ...] = ()) -> Iterator[Section]:
-    """The keys of every member of a family of models, for a node at `key` that is `defaults` if nothing is said.
-    Members within members of the same family are not listed again."""
-    for name in family.available():
-        given = defaults if defaults.get("kind") == name else {}
-        config = family.find(name).Config
-        hints = get_type_hints(config)
-        rows: list[Row] = []
-        nested: list[Section] = []
-        for field in choices_of(config):
-            path, sentence = f"{key}.{field.name}", field.metadata.get("help", "")
-            default = given.get(field.name, plain(field.default))
-            if field.metadata.get("family"):
-                below = default if isinstance(default, dict) else {}
-                rows.append(kind_row(family_of(field), path, below.get("kind"), sentence))
-                if family_of(field) not in (family, *outer):
-                    nested += family_sections(family_of(field), path, below, (family, *outer))
-            else:
-                rows.append(Row(path, setting_text(field, hints[field.name]), default_text(default), sentence))
-        about = (family.find(name).__doc__ or config.__doc__ or "").strip().split("\n")[0]
-        yield Section(heading(f"{key}.kind={name}", about), rows)
-        yield from nested
-
-
-def kind_row(family: Any, key: str, default: str | None, sentence: str = "") -> Row:
-    """The row of the key that chooses a member of a family."""
-    return Row(f"{key}.kind", " | ".join(family.available()), default or "required", sentence)
-
-
 def heading(key: str, sentence: str) -> str:
     """The title of a section."""
     return f"{key}: {sentence}" if sentence else key
-
-
-def tag_of(model: type[BaseModel]) -> str:
-    """The `kind` by which a union tells `model` from its siblings; empty without one."""
-    hint: Any = model.model_fields["kind"].annotation if "kind" in model.model_fields else None
-    return str(get_args(hint)[0]) if get_origin(hint) is Literal else ""
-
-
-def setting_text(field: dataclasses.Field[Any], hint: Any) -> str:
-    """The choices, or else the type and range, of a model's setting."""
-    choices = " | ".join(map(str, field.metadata.get("choices") or ()))
-    return choices or type_text(hint, bounds_text(field.metadata.get("bounds") or {}))
 
 
 def type_text(hint: Any, limits: str = "") -> str:
@@ -175,13 +137,8 @@ def bounds_text(bounds: dict[str, float]) -> str:
     return ",".join(f" {SIGNS[name]} {show_number(bound)}" for name, bound in bounds.items())
 
 
-def show_number(value: float) -> str:
-    """A bound without needless digits."""
-    return str(int(value)) if float(value).is_integer() else str(value)
-
-
 def default_text(value: Any) -> str:
     """A default on the help page, where text needs no quotes."""
-    if value is REQUIRED or value is PydanticUndefined:
+    if value is PydanticUndefined:
         return "required"
     return value if isinstance(value, str) and value else show(plain(value))

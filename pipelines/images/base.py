@@ -13,6 +13,8 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field, model_validator
 
+from tokenizer.settings import Before
+
 from ..config import Config, is_first_process
 from .augment import AugmentConfig
 from .stamps import KnownFile
@@ -43,19 +45,18 @@ class DataConfig(Config):
     split: str = Field(
         default="train", description="The split to train on; in a folder of images, a folder of that name."
     )
-    held_out: str | None = Field(
+    held_out: Annotated[str | None, Before("test")] = Field(
         default=None,
         description="The split to evaluate on; null: `test`, or where there is none the only one of "
         "validation, val, valid, dev; where there is none of these either, part of `split` is held out.",
     )
     held_out_fraction: float = Field(default=0.1, gt=0, lt=1, description="How much of `split` that part is.")
-    validation_fraction: float | None = Field(
+    validation_fraction: Annotated[float | None, Before(0.0)] = Field(
         default=None,
         ge=0,
         lt=1,
         description="How much of `split` is kept from training for the figures that choose; null: a twentieth, if that "
         "is 10 images or more, but at most 2,000; 0: none, and these figures are of the images held out.",
-        json_schema_extra={"before": 0.0},
     )
     image_size: Side | tuple[Side, Side] = Field(
         default=28, description="Height and width, one number or [height, width]; others are resized and cropped."

@@ -11,6 +11,8 @@ import sys
 from collections.abc import Collection
 from typing import Any
 
+from tokenizer import settings
+
 from ..config import UserError, is_first_process
 from .base import DataConfig
 
@@ -77,16 +79,5 @@ def validation_count(size: int, fraction: float | None) -> int:
 
 def as_begun(data: DataConfig, before: dict[str, Any] | None) -> DataConfig:
     """`data` for going on with what was begun with the configuration `before`, if anything was: the same images are
-    trained on and held out.
-
-    `held_out` was `test` by default, and nothing stood in for it, until it could be null. There were no images for
-    validation until there was `validation_fraction`.
-    """
-    if before is None:
-        return data
-    old: dict[str, Any] = {}
-    if data.held_out is None and before.get("held_out") == "test":
-        old["held_out"] = "test"
-    if data.validation_fraction is None and before.get("validation_fraction", 0.0) == 0:
-        old["validation_fraction"] = 0.0
-    return data.model_copy(update=old)
+    trained on and held out."""
+    return data if before is None else data.model_copy(update=settings.as_begun(DataConfig, dict(data), before))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -150,7 +149,7 @@ class Stages:
         fingerprint = self.tokenizer.fingerprint()
         for prior in filter(None, (self.prior, self.background)):
             if prior.config.tokenizer != fingerprint:  # another dtype has another fingerprint
-                prior.config = dataclasses.replace(prior.config, tokenizer=fingerprint)
+                prior.config = prior.config.model_copy(update={"tokenizer": fingerprint})
         index = {
             "_class_name": "ImagePipeline",
             "format_version": FORMAT_VERSION,

@@ -10,8 +10,8 @@ from tokenizer.files.ownership import Inputs
 from tokenizer.files.reading import read_json
 from tokenizer.files.writing import atomic_folder, write_json
 from tokenizer.pretrained import PROVENANCE
+from tokenizer.settings import as_saved
 
-from ..config.nodes import as_saved
 from ..images import DataConfig
 from ..images.hub import fetched
 from .index import INDEX

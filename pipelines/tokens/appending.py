@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from tokenizer import Tokenizer
+from tokenizer.settings import as_saved
 
 from ..config import UserError
-from ..config.nodes import as_saved
 from ..images import DataConfig, ImageDataset
 from .meta import Meta, read_meta, verify_files
 

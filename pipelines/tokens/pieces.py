@@ -25,9 +25,9 @@ from tokenizer.files.claims import claimed
 from tokenizer.files.errors import PipelineLoadError
 from tokenizer.files.reading import MANIFEST, read_json
 from tokenizer.files.writing import atomic_folder, write_json
+from tokenizer.settings import as_saved
 
 from ..config import UserError
-from ..config.nodes import as_saved
 from ..config.schema import difference
 from ..images import DataConfig
 from .meta import META, TOKENS, Meta, check_count, seal

@@ -10,9 +10,9 @@ from pydantic import ValidationError
 
 from tokenizer.files.errors import PipelineLoadError
 from tokenizer.files.reading import read_json
+from tokenizer.settings import as_saved
 
 from ..config import UserError
-from ..config.nodes import as_saved
 from ..config.schema import difference
 from .checkpoints.states import STATE
 

@@ -7,7 +7,6 @@ import re
 import subprocess
 import sys
 import warnings
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -487,7 +486,6 @@ def test_vqvae_has_no_likelihood():
         make_pipeline("vqvae").bits_per_dim(torch.zeros(1, 1, 8, 12))
 
 
-@dataclass(frozen=True, kw_only=True)
 class HalvesConfig(ModelConfig):
     """Nothing to choose."""
 

@@ -17,6 +17,7 @@ MODELS = [name for name in MODULES if not name.startswith("pipelines/")]
 every_module = pytest.mark.parametrize("name", MODULES)
 every_model_module = pytest.mark.parametrize("name", MODELS)
 
+CONTRACT = ("prior", "tokenizer.base", "tokenizer.pretrained", "tokenizer.precision", "tokenizer.settings")
 LONGEST = 60  # lines of a function
 SELF_EVIDENT = 3  # up to so many lines, a function's name and annotations may say it all
 
@@ -60,7 +61,7 @@ def test_imports_follow_the_data(name):
         assert all(within(found, "tokenizer") for found in ours), ours
     elif name.startswith("prior/"):
         parts = {"tokenizer.TokenGrid", "tokenizer.Tokenizer", "tokenizer.Reconstruction"}
-        allowed = [within(found, "prior", "tokenizer.base", "tokenizer.pretrained") or found in parts for found in ours]
+        allowed = [within(found, *CONTRACT) or found in parts for found in ours]
         assert all(allowed), ours
     tests = [
         found for found in imports_of(tree_of(name), name) if within(found, "tests", "small", "benchmarks", "pytest")
@@ -71,7 +72,7 @@ def test_imports_follow_the_data(name):
 @every_model_module
 def test_models_are_torch_alone(name):
     allowed = {*sys.stdlib_module_names, "torch", "torchvision", "numpy", "safetensors", "huggingface_hub", "tqdm"}
-    allowed |= {"tokenizer", "prior"}
+    allowed |= {"pydantic", "pydantic_core", "tokenizer", "prior"}
     assert {found.split(".")[0] for found in imports_of(tree_of(name), name)} <= allowed
 
 

@@ -392,7 +392,7 @@ def test_levels_are_rows(name):
         ("klvae", {"latent": 0}, "latent: must be >= 1"),
         ("klvae", {"bins": 1}, "bins: must be >= 2"),
         ("klvae", {"quantizer": {"kind": "fsq"}}, "quantizer: unknown key"),
-        ("posthoc", {"vae": {"kind": "vqvae"}}, "vae.kind: no VAE is called 'vqvae'; there are klvae"),
+        ("posthoc", {"vae": {"kind": "vqvae"}}, "vae.kind: must be klvae .got 'vqvae'"),
         ("posthoc", {"vae": {"latent": 3}}, "vae.kind: missing"),
         ("posthoc", {"vae": {"kind": "klvae", "latents": 3}}, "did you mean 'vae.latent'"),
         ("posthoc", {"vae": {"kind": "klvae", "image_size": [8, 8]}}, r"vae.image_size: \[8, 8\], but the images have"),

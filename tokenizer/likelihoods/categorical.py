@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor
 
@@ -11,7 +9,6 @@ from ..settings import ModelConfig
 from .base import LEVELS, Likelihood, to_intensities
 
 
-@dataclass(frozen=True, kw_only=True)
 class CategoricalConfig(ModelConfig):
     """There is nothing to choose."""
 

@@ -6,24 +6,24 @@ of the others'. Here each channel has weights of its own, and channels know of e
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 import torch.nn.functional as F
+from pydantic import Field
 from torch import Tensor
 
-from ..settings import ModelConfig, setting
+from ..settings import ModelConfig
 from .base import LEVELS, Likelihood, to_intensities
 
 HALF_BIN = 1 / (LEVELS - 1)
 
 
-@dataclass(frozen=True, kw_only=True)
 class DiscretizedLogisticConfig(ModelConfig):
     """How fine the mixture is."""
 
-    components: int = setting(5, "logistics in each channel's mixture", ge=1, le=64)
-    min_log_scale: float = setting(-7.0, "log of the narrowest scale, in units of intensities from -1 to 1", le=0)
+    components: int = Field(5, ge=1, le=64, description="logistics in each channel's mixture")
+    min_log_scale: float = Field(
+        -7.0, le=0, description="log of the narrowest scale, in units of intensities from -1 to 1"
+    )
 
 
 class DiscretizedLogistic(Likelihood, name="discretized_logistic"):

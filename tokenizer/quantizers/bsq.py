@@ -9,21 +9,20 @@ all vectors. A higher one makes `diversity` small through unsure bits, not throu
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
+from pydantic import Field
 from torch import Tensor
 
-from ..settings import setting
 from .lfq import LFQ, LFQConfig
 
 EPSILON = 1e-6  # of |z|^2: a vector of zeros has no direction, and would have a gradient without bound
 
 
-@dataclass(frozen=True, kw_only=True)
 class BSQConfig(LFQConfig):
     """As for `lfq`; the temperature belongs to cosines."""
 
-    temperature: float = setting(0.03, "of the cosine between vector and code; for 18 bits rather 0.015", gt=0)
+    temperature: float = Field(
+        0.03, gt=0, description="of the cosine between vector and code; for 18 bits rather 0.015"
+    )
 
 
 class BSQ(LFQ, name="bsq"):

@@ -4,37 +4,40 @@ revival of codes that are hardly used (Dhariwal et al. 2020, Jukebox)."""
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from typing import Annotated
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from pydantic import Field
 from torch import Tensor
 
-from ..settings import ModelConfig, setting
+from ..settings import Before, ModelConfig
 from .base import Quantized, Quantizer
-from .gradients import GRADIENTS, pass_gradient
+from .gradients import Gradient, pass_gradient
 
 # Distances held at a time on a CPU, which re-uses small blocks of memory; on a GPU 64 times as many.
 SEARCH_ELEMENTS = 1 << 20
 
 
-@dataclass(frozen=True, kw_only=True)
 class CodebookConfig(ModelConfig):
     """What every codebook is told."""
 
-    codes: int = setting(512, "size of the codebook", ge=2, le=1 << 18)
-    dim: int = setting(64, "width of a code", ge=1, le=4096)
-    beta: float = setting(0.25, "weight of the commitment loss, which pulls the encoder to its codes", ge=0)
-    kmeans_iterations: int = setting(10, "k-means steps over the first batch, from which the codebook starts", ge=0)
-    seed: int = setting(0, "chooses the first codes and the candidates for revival", ge=0)
-    normalize: bool = setting(
-        False,
-        "compare directions: vectors and codes are scaled to length 1, which suits large "
-        "codebooks of few dimensions (LlamaGen: 16384 x 8)",
-        later=True,
+    codes: int = Field(512, ge=2, le=1 << 18, description="size of the codebook")
+    dim: int = Field(64, ge=1, le=4096, description="width of a code")
+    beta: float = Field(0.25, ge=0, description="weight of the commitment loss, which pulls the encoder to its codes")
+    kmeans_iterations: int = Field(
+        10, ge=0, description="k-means steps over the first batch, from which the codebook starts"
     )
-    gradient: str = setting("straight_through", "how gradients pass a code", choices=GRADIENTS, later=True)
+    seed: int = Field(0, ge=0, description="chooses the first codes and the candidates for revival")
+    normalize: Annotated[bool, Before(False)] = Field(
+        False,
+        description="compare directions: vectors and codes are scaled to length 1, which suits large "
+        "codebooks of few dimensions (LlamaGen: 16384 x 8)",
+    )
+    gradient: Annotated[Gradient, Before("straight_through")] = Field(
+        "straight_through", description="how gradients pass a code"
+    )
 
     def check(self) -> Iterator[str]:
         """There are two directions of one dimension."""

@@ -7,30 +7,29 @@ micro-batches together.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from pydantic import Field
 from torch import Tensor
 
-from ..settings import setting
 from .codebook import CodebookConfig, CountedCodebook, world_size
 
 
-@dataclass(frozen=True, kw_only=True)
 class EMAConfig(CodebookConfig):
     """How fast the codebook moves, and when a code counts as dead."""
 
-    decay: float = setting(
+    decay: float = Field(
         0.9,
-        "decay of the running counts and sums, per training step; a code that is no longer "
-        "used is found dead after some 3 / (1 - decay) steps, and long runs may wait (0.99)",
         ge=0,
         lt=1,
+        description="decay of the running counts and sums, per training step; a code that is no longer "
+        "used is found dead after some 3 / (1 - decay) steps, and long runs may wait (0.99)",
     )
-    revive_below: float = setting(0.05, "a code used less than this share of the mean use is revived", ge=0, lt=1)
-    revive_every: int = setting(10, "training steps between looking for dead codes", ge=1)
+    revive_below: float = Field(
+        0.05, ge=0, lt=1, description="a code used less than this share of the mean use is revived"
+    )
+    revive_every: int = Field(10, ge=1, description="training steps between looking for dead codes")
 
 
 class EMA(CountedCodebook, name="ema"):

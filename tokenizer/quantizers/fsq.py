@@ -10,22 +10,24 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from typing import Annotated
 
 import torch
+from pydantic import Field
 from torch import Tensor
 
-from ..settings import ModelConfig, setting
+from ..settings import ModelConfig
 from .base import Quantized, Quantizer
 from .gradients import straight_through
 
 
-@dataclass(frozen=True, kw_only=True)
 class FSQConfig(ModelConfig):
     """The grid of scalars."""
 
-    levels: tuple[int, ...] = setting(
-        (8, 8, 8), "levels of each channel, at least 3 (the paper: 5); their product is the vocabulary", ge=3, le=256
+    levels: tuple[Annotated[int, Field(ge=3, le=256)], ...] = Field(
+        (8, 8, 8),
+        min_length=1,
+        description="levels of each channel, at least 3 (the paper: 5); their product is the vocabulary",
     )
 
     def check(self) -> Iterator[str]:

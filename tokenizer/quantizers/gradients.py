@@ -7,13 +7,13 @@ code, so that vectors of one cell are pushed apart or together and not all alike
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-GRADIENTS = ("straight_through", "rotation")
+Gradient = Literal["straight_through", "rotation"]
 
 
 class _StraightThrough(torch.autograd.Function):
@@ -55,5 +55,5 @@ def rotate_through(z: Tensor, codes: Tensor) -> Tensor:
 
 
 def pass_gradient(kind: str, z: Tensor, codes: Tensor) -> Tensor:
-    """The value of `codes` with the gradient of the estimator called `kind`, one of `GRADIENTS`."""
+    """The value of `codes` with the gradient of the estimator called `kind`, a `Gradient`."""
     return {"straight_through": straight_through, "rotation": rotate_through}[kind](z, codes)

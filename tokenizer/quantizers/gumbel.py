@@ -9,32 +9,35 @@ otherwise the id is the largest logit. `kl` keeps the drawing alive. The network
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from pydantic import Field
 from torch import Tensor, nn
 
-from ..settings import ModelConfig, setting
+from ..settings import ModelConfig
 from .base import Quantized, Quantizer
 from .choice import How, choose
 from .codebook import first_rows, kmeans, nearest, rows_of, world_size
 
 
-@dataclass(frozen=True, kw_only=True)
 class GumbelConfig(ModelConfig):
     """How codes are drawn."""
 
-    codes: int = setting(512, "size of the codebook", ge=2, le=1 << 18)
-    dim: int = setting(64, "width of a code", ge=1, le=4096)
-    hard: bool = setting(True, "train the decoder on the code that is drawn; false: on the softmax's mean of codes")
-    temperature: float = setting(1.0, "of the softmax that gradients take, at first", gt=0)
-    final_temperature: float = setting(1 / 16, "the same at last (DALL-E: 1/16)", gt=0)
-    anneal_steps: int = setting(2000, "training steps from the one to the other, along a cosine", ge=0)
-    kl: float = setting(5e-4, "weight of KL(p(code | z), uniform) in nats per vector", ge=0)
-    kmeans_iterations: int = setting(10, "k-means steps over the first batch, from which logits and codes start", ge=0)
-    seed: int = setting(0, "chooses the first codes", ge=0)
+    codes: int = Field(512, ge=2, le=1 << 18, description="size of the codebook")
+    dim: int = Field(64, ge=1, le=4096, description="width of a code")
+    hard: bool = Field(
+        True, description="train the decoder on the code that is drawn; false: on the softmax's mean of codes"
+    )
+    temperature: float = Field(1.0, gt=0, description="of the softmax that gradients take, at first")
+    final_temperature: float = Field(1 / 16, gt=0, description="the same at last (DALL-E: 1/16)")
+    anneal_steps: int = Field(2000, ge=0, description="training steps from the one to the other, along a cosine")
+    kl: float = Field(5e-4, ge=0, description="weight of KL(p(code | z), uniform) in nats per vector")
+    kmeans_iterations: int = Field(
+        10, ge=0, description="k-means steps over the first batch, from which logits and codes start"
+    )
+    seed: int = Field(0, ge=0, description="chooses the first codes")
 
 
 class Gumbel(Quantizer, name="gumbel"):

@@ -8,40 +8,46 @@ of their code and all codes in use; they look at a softmax of its own, at a temp
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import Literal
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from pydantic import Field
 from torch import Tensor, nn
 
-from ..settings import setting
 from .base import Quantized
 from .choice import How, choose
 from .codebook import Codebook, CodebookConfig, rows_of, world_size
 from .entropy import diversity
 
 
-@dataclass(frozen=True, kw_only=True)
 class IBQConfig(CodebookConfig):
     """What keeps all codes in use. (Inner products need no `normalize`; with it they are cosines.)"""
 
-    beta: float = setting(
+    beta: float = Field(
         0.25,
-        "weight of the codebook loss, which pulls codes to their vectors; the vectors' own two pulls weigh 1",
         ge=0,
+        description="weight of the codebook loss, which pulls codes to their vectors; the vectors' own two pulls "
+        "weigh 1",
     )
-    gradient: str = setting("index", "gradients pass through the softmax over indices", choices=("index",))
-    temperature: float = setting(
+    gradient: Literal["index"] = Field(  # type: ignore[assignment]
+        "index", description="gradients pass through the softmax over indices"
+    )
+    temperature: float = Field(
         0.1,
-        "of the softmax that gradients pass (the paper: 1); where it is nearly flat, "
-        "little of the decoder's gradient gets through",
         gt=0,
+        description="of the softmax that gradients pass (the paper: 1); where it is nearly flat, "
+        "little of the decoder's gradient gets through",
     )
-    entropy_temperature: float = setting(0.01, "of the softmax whose entropies are the two losses below", gt=0)
-    entropy: float = setting(0.02, "weight of the entropy of a vector's code, in nats (the paper: 0.05)", ge=0)
-    diversity: float = setting(
-        0.02, "weight of what the codes' entropy over the batch lacks, in nats (the paper: 0.05)", ge=0
+    entropy_temperature: float = Field(
+        0.01, gt=0, description="of the softmax whose entropies are the two losses below"
+    )
+    entropy: float = Field(
+        0.02, ge=0, description="weight of the entropy of a vector's code, in nats (the paper: 0.05)"
+    )
+    diversity: float = Field(
+        0.02, ge=0, description="weight of what the codes' entropy over the batch lacks, in nats (the paper: 0.05)"
     )
 
 

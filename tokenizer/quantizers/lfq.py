@@ -10,13 +10,13 @@ gradient accumulation it is over those of a micro-batch.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
+from pydantic import Field
 from torch import Tensor
 
-from ..settings import ModelConfig, setting
+from ..settings import ModelConfig
 from .base import Quantized, Quantizer
 from .entropy import bit_diversity, bit_entropy
 from .gradients import straight_through
@@ -24,24 +24,26 @@ from .gradients import straight_through
 LARGEST = 18  # bits of an id, and of a group
 
 
-@dataclass(frozen=True, kw_only=True)
 class LFQConfig(ModelConfig):
     """How many bits, and what keeps them in use."""
 
-    bits: int = setting(9, "channels, each of which becomes one bit", ge=2, le=256)
-    levels: int = setting(
+    bits: int = Field(9, ge=2, le=256, description="channels, each of which becomes one bit")
+    levels: int = Field(
         1,
-        "ids per position, which share the bits evenly: 18 bits are 2 ids of 512 rather than one "
-        "of 262144, which a prior can not hold",
         ge=1,
         le=64,
+        description="ids per position, which share the bits evenly: 18 bits are 2 ids of 512 rather than one "
+        "of 262144, which a prior can not hold",
     )
-    beta: float = setting(0.25, "weight of the commitment loss, which pulls the encoder to its codes", ge=0)
-    entropy: float = setting(0.02, "weight of the entropy of a vector's code, in nats", ge=0)
-    diversity: float = setting(0.1, "weight of what the codes' entropy over the batch lacks, in nats", ge=0)
-    temperature: float = setting(1.0, "how far from 0 a channel is sure of its bit", gt=0)
-    group: int = setting(
-        10, "bits whose joint use `diversity` sees at a time; exact where there are no more", ge=1, le=LARGEST
+    beta: float = Field(0.25, ge=0, description="weight of the commitment loss, which pulls the encoder to its codes")
+    entropy: float = Field(0.02, ge=0, description="weight of the entropy of a vector's code, in nats")
+    diversity: float = Field(0.1, ge=0, description="weight of what the codes' entropy over the batch lacks, in nats")
+    temperature: float = Field(1.0, gt=0, description="how far from 0 a channel is sure of its bit")
+    group: int = Field(
+        10,
+        ge=1,
+        le=LARGEST,
+        description="bits whose joint use `diversity` sees at a time; exact where there are no more",
     )
 
     def check(self) -> Iterator[str]:

@@ -6,17 +6,16 @@ one for all. With `depth` levels of K codes a position takes one of K^depth valu
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
 from functools import reduce
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 import torch.nn.functional as F
+from pydantic import Field
 from torch import Tensor, nn
 
-from ..settings import ModelConfig, setting
+from ..settings import ModelConfig, Node
 from .base import Quantized, Quantizer
 from .codebook import CodebookConfig, nearest, rows_of
 from .ema import EMAConfig
@@ -26,16 +25,15 @@ BOOKS = ("ema", "simvq", "vq")
 SHARED_STARTS = 2  # the first takes 15 to 90 % off the error, the second up to 30 % more, a third nothing
 
 
-@dataclass(frozen=True, kw_only=True)
 class RVQConfig(ModelConfig):
     """How many codes a position takes, and from which books."""
 
-    depth: int = setting(4, "ids per position: each is the code nearest to what those before it left", ge=1, le=64)
-    shared: bool = setting(False, "one codebook for all levels (RQ-VAE), not one for each (SoundStream)")
-    book: ModelConfig = setting(
-        EMAConfig(),
-        f"a level's codebook, one of {', '.join(BOOKS)}; all have its settings",
-        family="tokenizer.quantizers:Quantizer",
+    depth: int = Field(
+        4, ge=1, le=64, description="ids per position: each is the code nearest to what those before it left"
+    )
+    shared: bool = Field(False, description="one codebook for all levels (RQ-VAE), not one for each (SoundStream)")
+    book: Annotated[ModelConfig, Node("tokenizer.quantizers:Quantizer")] = Field(
+        EMAConfig(), description=f"a level's codebook, one of {', '.join(BOOKS)}; all have its settings"
     )
 
     def check(self) -> Iterator[str]:
@@ -63,7 +61,7 @@ class RVQ(Quantizer, name="rvq"):
         # Seeds of their own: two levels that revive codes from the same places would quantize the same vectors twice.
         seeds = [book.seed + level for level in range(1 if config.shared else config.depth)]
         kind: Any = Quantizer.find(book.kind)
-        self.books: Any = nn.ModuleList(kind(dataclasses.replace(book, seed=seed)) for seed in seeds)
+        self.books: Any = nn.ModuleList(kind(book.model_copy(update={"seed": seed})) for seed in seeds)
 
     @property
     def loss_weights(self) -> dict[str, float]:

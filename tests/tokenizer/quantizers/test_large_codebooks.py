@@ -28,7 +28,7 @@ SIZES: dict[str, Any] = {"codes": CODES, "dim": WIDTH, "kmeans_iterations": 1}
 
 def large(name: str) -> dict[str, Any] | None:
     """The configuration of a large codebook, or several; None for quantizers without one."""
-    fields = Quantizer.find(name).Config.__dataclass_fields__
+    fields = Quantizer.find(name).Config.model_fields
     if "codes" in fields:
         return {key: value for key, value in SIZES.items() if key in fields}
     return {"depth": 2, "book": {"kind": "ema", **SIZES}} if "book" in fields else None

@@ -154,7 +154,7 @@ def test_a_sick_first_batch_leaves_no_trace(name):
 
 
 def test_ibq_has_one_gradient():
-    with pytest.raises(ValueError, match="gradient: must be one of index"):
+    with pytest.raises(ValueError, match="gradient: must be one of 'index'"):
         make_quantizer("ibq", gradient="rotation")
 
 
