@@ -17,8 +17,9 @@ from prior.requests import Order
 from prior.sampling import Generators
 from tokenizer.base import LikelihoodError
 
+from .anomaly.calibrating import calibrate
 from .anomaly.healing import Healed, anomaly_map, heal
-from .anomaly.scores import anomaly_score, calibrate
+from .anomaly.scores import anomaly_score
 from .compression.coding import compress, decompress, exact_pixels
 from .compression.header import DEFAULT_LIMITS, Limits
 from .images.origin import shareable

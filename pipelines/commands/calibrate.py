@@ -10,8 +10,10 @@ from pydantic import Field
 
 from tokenizer.files.ownership import require_ours
 
-from ..anomaly.scores import METHODS, NEEDS, calibrate, check_promise
+from ..anomaly.calibrating import calibrate, check_promise
+from ..anomaly.scores import METHODS, NEEDS
 from ..config import Config, UserError, choose_device, run_command
+from ..config.table import table
 from ..image_pipeline import ImagePipeline
 from ..images import DataConfig, check_shape, load_images
 from ..stages.calibration import Calibration
@@ -77,23 +79,18 @@ def run(config: CalibrateConfig) -> Calibration:
         seed=config.seed,
     )
     pipeline.to(device="cpu").save_pretrained(config.pipeline)
-    print(table(calibration))
+    print(report(calibration))
     print(f"\n{config.pipeline}: calibrated with {len(chosen):,} of {len(images):,} images of {config.data.source}")
     return calibration
 
 
-def table(calibration: Calibration) -> str:
+def report(calibration: Calibration) -> str:
     """Median and threshold of each method; what the thresholds promise; and which methods there are not."""
     rows = [("score", "median", "threshold", "")]
     for method, scores in calibration.scores.items():
         threshold = calibration.thresholds[method]
         rows.append((method, f"{np.median(scores):.4g}", f"{threshold:.4g}", METHODS.get(method, "")))
-    widths = [max(len(row[column]) for row in rows) for column in range(3)]
-    lines = [
-        f"{name:<{widths[0]}}  {median:>{widths[1]}}  {limit:>{widths[2]}}  {what}".rstrip()
-        for name, median, limit, what in rows
-    ]
-    lines += ["", f"thresholds: {calibration.promise}"]
+    lines = [table(rows, right=[1, 2]), "", f"thresholds: {calibration.promise}"]
     lines += [f"left out: {name}, which needs {what}" for name, what in NEEDS.items() if name not in calibration.scores]
     return "\n".join(lines)
 

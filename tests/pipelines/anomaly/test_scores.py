@@ -20,23 +20,17 @@ from small import PRIORS, TOKENIZERS, make_prior, make_tokenizer
 
 from pipelines import ImagePipeline
 from pipelines.__main__ import main
+from pipelines.anomaly.calibrating import calibrate
 from pipelines.anomaly.healing import anomaly_map, heal, patches
-from pipelines.anomaly.scores import (
-    FITTED,
-    METHODS,
-    anomaly_score,
-    calibrate,
-    codec_bits,
-    p_value_of,
-    score_of,
-    statistics,
-)
+from pipelines.anomaly.image_statistics import codec_bits, statistics
+from pipelines.anomaly.scores import FITTED, METHODS, anomaly_score, p_value_of, score_of
 from pipelines.anomaly.separation import areas, auroc_interval, benjamini_hochberg, separation
 from pipelines.config.command import parse
 from pipelines.images import DataConfig, load_images
 from pipelines.metrics.likelihood import bits_per_token
-from pipelines.stages.calibration import Calibration, CalibrationError, Gaussian, Neighbours, rounded
+from pipelines.stages.calibration import Calibration, CalibrationError
 from pipelines.stages.conformal import kept, least_scores, p_values_of, threshold, tie_of_six_digits
+from pipelines.stages.distances import Gaussian, Neighbours, rounded
 from pipelines.train_prior import PriorTask, TrainPriorConfig
 from tokenizer.files.errors import FormatError
 from tokenizer.files.writing import write_json, write_manifest
@@ -524,7 +518,7 @@ def broken(path, value):
         ("count", "del", "count: missing"),
         ("more", 1, "more: no such field"),
         ("count", 3.5, "count: should be a whole number"),
-        ("count", True, "count: should be a number"),
+        ("count", True, "count: should be a whole number"),
         ("false_alarms", 1.0, "false_alarms: should lie between"),
         ("confidence", 0, "confidence: should be null, or lie between 0 and 1"),
         ("ties", None, "ties: should be a mapping"),
@@ -536,9 +530,11 @@ def broken(path, value):
         ("digests", "0" * 16 * 50_001, "digests: should be of at most 50,000 images"),
         ("labels", 1, "labels: should be true or false"),
         ("data", "abc", "data: is no sha256"),
-        ("statistics", ["token_bits", 3], "statistics: should be a list of names"),
+        ("statistics", ["token_bits", 3], "statistics.1: should be text (found 3)"),
+        ("statistics", "token_bits", "statistics: should be a list (found 'token_bits')"),
         ("statistics", ["token_bits"], "mahalanobis.mean: should hold 1 numbers"),
-        ("mahalanobis", None, "mahalanobis.mean: missing"),
+        ("mahalanobis", None, "mahalanobis: should be a mapping (found None)"),
+        ("mahalanobis.mean", "del", "mahalanobis.mean: missing"),
         ("mahalanobis.mean", lambda mean: mean[1:], "mahalanobis.whitener: should be 3 x 3"),
         ("mahalanobis.whitener", lambda rows: [rows[0], *rows[2:]], "mahalanobis.whitener: should be 4 x 4"),
         (
