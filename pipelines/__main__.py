@@ -22,9 +22,16 @@ def verbs(folder: Path = HERE) -> dict[str, str]:
     found = {}
     for path in [*folder.glob("[!_]*.py"), *folder.glob("commands/[!_]*.py")]:
         tree = ast.parse(path.read_text(encoding="utf-8"))
-        if any(isinstance(node, ast.FunctionDef) and node.name == "main" for node in tree.body):
+        if any(map(is_main, tree.body)):
             found[path.stem.removesuffix("_")] = (ast.get_docstring(tree) or "").split("\n")[0]
     return dict(sorted(found.items()))
+
+
+def is_main(node: ast.stmt) -> bool:
+    """Whether a statement defines `main`: `def main(...)`, or `main = partial(run_command, ...)`."""
+    if isinstance(node, ast.Assign):
+        return any(isinstance(target, ast.Name) and target.id == "main" for target in node.targets)
+    return isinstance(node, ast.FunctionDef) and node.name == "main"
 
 
 def module_of(verb: str) -> str:

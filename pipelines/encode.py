@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import shutil
+from collections import Counter
 from contextlib import ExitStack
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -27,22 +28,7 @@ from .images.splits import as_begun
 from .tokens import Meta
 from .tokens.appending import class_numbers, existing, missing_variants, same_images
 from .tokens.meta import TOKENS
-from .tokens.pieces import (
-    JOB,
-    Piece,
-    begun,
-    check_job,
-    cut,
-    drop_if_damaged,
-    entry_of,
-    keep,
-    made,
-    manifest_hash,
-    publish,
-    recover,
-    shards_of,
-    work_folder,
-)
+from .tokens.pieces import EncodeJob, Piece, cut, manifest_hash, recover, shards_of, unfinished
 from .training.processes import build_accelerator
 from .training.run_folder import on_main
 
@@ -90,40 +76,33 @@ def run(config: EncodeConfig) -> Path:
     """
     accelerator = build_accelerator()
     tokenizer, out = Tokenizer.from_pretrained(config.tokenizer), Path(config.out)
-    work = work_folder(out)
     check_settings(config, tokenizer, out)
-    if accelerator.is_main_process:
-        recover(out)
-    accelerator.wait_for_everyone()
+    on_main(accelerator, lambda: recover(out))
     old = existing(out, tokenizer) if config.append else None
-    config = config.model_copy(update={"data": data_as_begun(config.data, begun_with(work, old), old)})
+    config = config.model_copy(update={"data": data_as_begun(config.data, begun_with(out, old), old)})
     images = load_images(config.data)
     if len({part.labels is None for part in images.named().values()}) > 1:
         raise UserError("data.label_column: only one of the two splits has labels; null uses both without")
-    wanted = {split: 1 + config.augmentations * (split == "train") for split in by_split(images)}
-    wanted = {split: count for split, count in wanted.items() if config.only in (None, split)}
-    variants = missing_variants(old, config.data.model_dump(mode="json"), config.seed, wanted)
-    numbers, pieces = class_numbers(images.train, old), plan(config, images, variants)
-    job = job_of(config, tokenizer, pieces, accelerator.device.type)
-    check_job(work, job)
+    variants = variants_to_make(config, images, old)
+    numbers = class_numbers(images.train, old)
+    pieces = plan(config, images, variants)
+    job = EncodeJob(out, tokenizer.grid, pieces, depends_on(config, tokenizer, pieces, accelerator.device.type))
     with ExitStack() as stack:
-        on_main(accelerator, lambda: stack.enter_context(begun(work, job)))
-        encode_missing(accelerator, tokenizer.to(accelerator.device), images, numbers, pieces, config)
-        if accelerator.is_main_process:
-            meta = finish(config, tokenizer.cpu(), images, pieces, old, variants)
-            shutil.rmtree(work)
-            sizes = ", ".join(f"{sum(counts)} {name}" for name, counts in meta.shards.items())
-            print(f"{out}: {sizes} rows of {'x'.join(map(str, meta.grid.shape))} ids below {meta.grid.vocab_size}")
+        missing = on_main(accelerator, lambda: stack.enter_context(job.begin()))
+        encode_pieces(accelerator, tokenizer.to(accelerator.device), images, numbers, missing, config, job)
         accelerator.wait_for_everyone()
+        on_main(accelerator, lambda: publish(job, config, tokenizer.cpu(), images, old, variants))
     accelerator.end_training()
     return out
 
 
-def begun_with(work: Path, old: Meta | None) -> list[dict[str, Any]]:
+def begun_with(out: Path, old: Meta | None) -> list[dict[str, Any]]:
     """The configurations of images that this encode may go on with: of an unfinished one, of rows to be added to."""
-    unfinished = [read_json(work / JOB)] if (work / JOB).is_file() else []
-    parts = [*old.parts, old.source] if old is not None else []
-    return [given for part in [*unfinished, *parts] if isinstance(given := part.get("data"), dict)]
+    begun = unfinished(out)
+    parts = [] if begun is None else [begun]
+    if old is not None:
+        parts += [*old.parts, old.source]
+    return [data for part in parts if isinstance(data := part.get("data"), dict)]
 
 
 def data_as_begun(data: DataConfig, befores: list[dict[str, Any]], old: Meta | None) -> DataConfig:
@@ -166,6 +145,14 @@ def check_settings(config: EncodeConfig, tokenizer: Tokenizer, out: Path) -> Non
     check_out_folder(out, TOKENS, [config.tokenizer, config.data.path])
 
 
+def variants_to_make(config: EncodeConfig, images: Splits, old: Meta | None) -> dict[str, tuple[int, int]]:
+    """For each split that gets rows its first variant and the end; see `missing_variants`."""
+    wanted = {split: 1 + config.augmentations * (split == "train") for split in by_split(images)}
+    if config.only is not None:
+        wanted = {split: count for split, count in wanted.items() if split == config.only}
+    return missing_variants(old, config.data.model_dump(mode="json"), config.seed, wanted)
+
+
 def plan(config: EncodeConfig, images: Splits, variants: dict[str, tuple[int, int]]) -> list[Piece]:
     """All pieces to make, in the order of their rows: row = variant * n + index."""
     sizes = {name: len(part) for name, part in by_split(images).items()}
@@ -176,12 +163,13 @@ def plan(config: EncodeConfig, images: Splits, variants: dict[str, tuple[int, in
     ]
 
 
-def job_of(config: EncodeConfig, tokenizer: Tokenizer, pieces: list[Piece], device: str) -> dict[str, Any]:
+def depends_on(config: EncodeConfig, tokenizer: Tokenizer, pieces: list[Piece], device: str) -> dict[str, Any]:
     """All that the rows depend on, to the bit."""
     settings = config.model_dump(mode="json", exclude={"out", "tokenizer"})
-    rows = [sum(piece.stop - piece.start for piece in pieces if piece.split == split) for split in ("train", "test")]
-    if validation := sum(piece.stop - piece.start for piece in pieces if piece.split == "validation"):
-        rows.append(validation)  # without any, the job is what it was in earlier versions
+    counts = rows_by_split(pieces)
+    rows = [counts.get("train", 0), counts.get("test", 0)]
+    if "validation" in counts:
+        rows.append(counts["validation"])  # without any, the job is what it was in earlier versions
     return {
         **settings,
         "tokenizer": tokenizer.fingerprint(),
@@ -191,36 +179,41 @@ def job_of(config: EncodeConfig, tokenizer: Tokenizer, pieces: list[Piece], devi
     }
 
 
-def encode_missing(
+def rows_by_split(pieces: list[Piece]) -> dict[str, int]:
+    """How many rows the pieces of each split hold."""
+    counts: Counter[str] = Counter()
+    for piece in pieces:
+        counts[piece.split] += piece.rows
+    return counts
+
+
+def encode_pieces(
     accelerator: Accelerator,
     tokenizer: Tokenizer,
     images: Splits,
     numbers: Tensor | None,
-    pieces: list[Piece],
+    missing: list[Piece],
     config: EncodeConfig,
+    job: EncodeJob,
 ) -> None:
-    """Make the pieces that are not there, every process its share of them."""
+    """Make the pieces that are missing, every process its share of them. numbers: the dataset's number of each class
+    of the images."""
     from tqdm import tqdm
 
-    work = work_folder(Path(config.out))
-    mine = slice(accelerator.process_index, None, accelerator.num_processes)
-    for piece in pieces[mine]:
-        drop_if_damaged(work, piece)
-    accelerator.wait_for_everyone()
-    missing = [piece for piece in pieces if entry_of(work, piece) is None]
-    accelerator.wait_for_everyone()  # all have seen the same
+    if accelerator.is_main_process and len(missing) < len(job.pieces):
+        done = len(job.pieces) - len(missing)
+        print(f"{config.out}: continuing, {done} of {len(job.pieces)} pieces are there", flush=True)
+    mine = missing[accelerator.process_index :: accelerator.num_processes]
+    parts = by_split(images)
     hidden = None if accelerator.is_main_process else True
-    if accelerator.is_main_process and len(missing) < len(pieces):
-        print(f"{config.out}: continuing, {len(pieces) - len(missing)} of {len(pieces)} pieces are there", flush=True)
-    total, parts = sum(piece.stop - piece.start for piece in missing[mine]), by_split(images)
+    total = sum(piece.rows for piece in mine)
     with tqdm(total=total, desc="encoding", unit="image", disable=hidden, leave=False) as bar:
-        for piece in missing[mine]:
+        for piece in mine:
             split = parts[piece.split]
             rows = np.arange(piece.start, piece.stop)
             tokens = encode_rows(tokenizer, split, rows, config, bar)
             labels = None if split.labels is None else split.labels[rows % len(split)]
-            keep(work, piece, tokens, labels if numbers is None or labels is None else numbers[labels], tokenizer.grid)
-    accelerator.wait_for_everyone()
+            job.keep(piece, tokens, labels if numbers is None or labels is None else numbers[labels])
 
 
 @torch.inference_mode()
@@ -244,24 +237,22 @@ def variants_of(images: ImageDataset, rows: np.ndarray, seed: int) -> Tensor:
     return torch.cat(parts)  # rows ascend, so variants do
 
 
-def finish(
+def publish(
+    job: EncodeJob,
     config: EncodeConfig,
     tokenizer: Tokenizer,
     images: Splits,
-    pieces: list[Piece],
     old: Meta | None,
     variants: dict[str, tuple[int, int]],
-) -> Meta:
-    """Put the pieces, after the rows that were there, into the dataset; returns what it says of itself."""
-    out, data = Path(config.out), config.data.model_dump(mode="json")
-    shards = shards_of(out, old) if old is not None else {}
-    for piece in pieces:
-        shards.setdefault(piece.split, []).append(made(work_folder(out), piece))
+) -> None:
+    """Put the pieces, after the rows that were there, into the dataset, and print what it holds."""
+    data = config.data.model_dump(mode="json")
+    counts = rows_by_split(job.pieces)
     part = {
         "data": data,
         "seed": config.seed,
         "variants": {split: end for split, (_, end) in variants.items()},
-        "rows": {name: sum(p.stop - p.start for p in pieces if p.split == name) for name in variants},
+        "rows": {split: counts.get(split, 0) for split in variants},
     }
     if old is None:
         path = Path(config.tokenizer) / PROVENANCE
@@ -272,20 +263,21 @@ def finish(
     else:
         more = config.augmentations if same_images(old.source.get("data") or {}, data) else 0
         meta = replace(old, augmentations=max(old.augmentations, more), parts=[*old.parts, part])
-    return publish(out, shards, meta, tokenizer, merge=config.rows_per_shard is None)
+    before = {} if old is None else shards_of(job.out, old)
+    meta = job.publish(meta, before, tokenizer, merge=config.rows_per_shard is None)
+    sizes = ", ".join(f"{sum(counts)} {name}" for name, counts in meta.shards.items())
+    print(f"{job.out}: {sizes} rows of {'x'.join(map(str, meta.grid.shape))} ids below {meta.grid.vocab_size}")
 
 
-def main(argv: list[str] | None = None) -> Any:
-    """The command line."""
-    return run_command(
-        EncodeConfig,
-        run,
-        argv,
-        verb="encode",
-        description=__doc__,
-        defaults=defaults,
-        kept=lambda _: "the same command continues",
-    )
+main = partial(
+    run_command,
+    EncodeConfig,
+    run,
+    verb="encode",
+    description=__doc__,
+    defaults=defaults,
+    kept=lambda _: "the same command continues",
+)
 
 
 if __name__ == "__main__":

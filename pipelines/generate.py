@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 from pydantic import Field
 
 from tokenizer.files.writing import results_folder
 
 from .config import Config, UserError, choose_device, run_command
-from .config.outputs import check_out_file, check_out_results
+from .config.outputs import check_out_file, check_out_results, writing
 from .image_pipeline import ImagePipeline
 from .images.pictures import SUFFIXES, convert_images, grid_picture, save_picture, write_image
+from .stages.sampling import settings_in
 
 
 class GenerateConfig(Config):
@@ -56,43 +57,35 @@ def run(config: GenerateConfig) -> Path:
     chosen = config.labels if config.labels is None or isinstance(config.labels, list) else [config.labels]
     classes = chosen or list(range(pipeline.prior.num_classes)) or None
     labels = [classes[k % len(classes)] for k in range(config.num_images)] if classes else None
-    own: dict[str, Any] = {} if config.steps is None else {"steps": config.steps}
     try:
         made = pipeline(
             config.num_images,
             labels,
             seed=config.seed,
-            temperature=config.temperature,
-            top_k=config.top_k,
-            top_p=config.top_p,
-            guidance_scale=config.guidance_scale,
             order=config.order,
             num_orders=config.num_orders,
             parallel=config.parallel,
             batch_size=config.batch_size,
             output_type="pt",
-            **own,
+            **settings_in(config.model_dump()),
         ).images
     except (ValueError, TypeError) as error:
         raise UserError(str(error)) from error
-    try:
+    with writing("out", out):
         if out.suffix:
             columns = config.columns or (min(16, len(classes)) if classes else 8)
             save_picture(grid_picture(made, columns), out, inputs=[config.pipeline])
-            print(f"{config.num_images} images in one grid: {out}")
+            where = f" in one grid: {out}"
         else:
             with results_folder(out, inputs=[config.pipeline]) as folder:
                 for name, image in zip(names, convert_images(made, "pil"), strict=True):
                     write_image(image, folder / name)
-            print(f"{config.num_images} images: {out}/00000.png ...")
-    except OSError as error:
-        raise UserError(f"out: {out} can not be written ({error.strerror or error})") from error
+            where = f": {out}/00000.png ..."
+    print(f"{config.num_images} images{where}")
     return out
 
 
-def main(argv: list[str] | None = None) -> Any:
-    """The command line."""
-    return run_command(GenerateConfig, run, argv, verb="generate", description=__doc__)
+main = partial(run_command, GenerateConfig, run, verb="generate", description=__doc__)
 
 
 if __name__ == "__main__":

@@ -14,103 +14,28 @@ from PIL.Image import Image as PILImage
 from torch import Tensor
 
 from prior.requests import Order
-from prior.sampling import Generators
 from tokenizer.base import LikelihoodError
 
-from .anomaly.calibrating import calibrate
-from .anomaly.healing import Healed, anomaly_map, heal
-from .anomaly.scores import anomaly_score
+from .anomaly import calibrating, healing, scores
 from .compression.coding import compress, decompress, exact_pixels
 from .compression.header import DEFAULT_LIMITS, Limits
 from .images.origin import shareable
 from .images.pictures import check_output_type, convert_images, grid_picture
-from .stages import Label, Stages
-from .stages.calibration import Calibration
-from .stages.completion import complete, conditional_log_prob
+from .stages import Label, Stages, completion, representation, sampling
 from .stages.index import FILES
-from .stages.representation import embed
-from .stages.sampling import PipelineOutput, order_of, sample
 
 
 class ImagePipeline(Stages):
     """Both stages of image generation.
 
-    labels: the names of the classes, in the order of their ids. sampler: defaults for `__call__`'s `temperature`,
-    `top_k`, `top_p`, `guidance_scale` and `steps`. Raises `IntegrityError` when the prior was trained on another
-    tokenizer.
+    Most abilities are functions whose first argument is the pipeline; as methods they have the same names, arguments
+    and documentation. `Stages` says how a pipeline is made of a tokenizer and a prior, saved and loaded.
     """
 
     # Making images
 
-    def __call__(
-        self,
-        num_images: int | None = None,
-        labels: Label | Sequence[Label] = None,
-        *,
-        seed: int | None = None,
-        generator: Generators = None,
-        temperature: float | None = None,
-        top_k: int | None = None,
-        top_p: float | None = None,
-        guidance_scale: float | None = None,
-        tokens: Tensor | None = None,
-        known: Tensor | None = None,
-        order: Order = None,
-        num_orders: int = 1,
-        cache: bool = True,
-        parallel: bool = False,
-        batch_size: int = 64,
-        output_type: str = "pil",
-        progress: bool = True,
-        **own: Any,
-    ) -> PipelineOutput:
-        """Sample images.
-
-        labels: one class (id or name) for all, or one per image; None is unconditional. seed: image k uses seed + k,
-        whatever `batch_size` is. tokens, known, order, num_orders, cache, parallel: as in `Prior.sample`; own: what
-        else this prior's `sample` takes (`guess`; `steps`, `confidence_temperature` and `schedule` of a masked-token
-        prior). The sampling settings default to the pipeline's own (`self.sampler`), `steps` only where none of
-        `order`, `num_orders`, `cache` and `parallel` is given, as these do not go with it. output_type: "pil", "np"
-        (uint8) or "pt" (float in [-1, 1]). Raises `ValueError` for arguments out of range.
-        """
-        return sample(
-            self,
-            num_images,
-            labels,
-            seed=seed,
-            generator=generator,
-            temperature=temperature,
-            top_k=top_k,
-            top_p=top_p,
-            guidance_scale=guidance_scale,
-            tokens=tokens,
-            known=known,
-            order=order,
-            num_orders=num_orders,
-            cache=cache,
-            parallel=parallel,
-            batch_size=batch_size,
-            output_type=output_type,
-            progress=progress,
-            **own,
-        )
-
-    def complete(
-        self,
-        images: Any,
-        known: Tensor | np.ndarray,
-        labels: Label | Sequence[Label] = None,
-        *,
-        draws: int = 1,
-        output_type: str = "pil",
-        **kwargs: Any,
-    ) -> PipelineOutput:
-        """Fill in what is not known: bool `known` `(H, W)` or `(B, H, W)`, a tensor or array, True = keep this pixel.
-
-        draws: completions of each image; `kwargs` as for `__call__`. What is conditioned on, by which density, and the
-        shapes of several draws, says `completion.complete`. Raises `ValueError` for a mask of another shape.
-        """
-        return complete(self, images, known, labels, draws=draws, output_type=output_type, **kwargs)
+    __call__ = sampling.sample
+    complete = completion.complete
 
     # Scoring images
 
@@ -146,17 +71,11 @@ class ImagePipeline(Stages):
         for start in range(0, len(tokens), batch_size):
             rows = slice(start, start + batch_size)
             given = None if ids is None else ids[rows]
-            parts.append(self.prior.log_prob(tokens[rows], given, order_of(order, rows), num_orders, num_masks))
+            own_order = sampling.order_of(order, rows)
+            parts.append(self.prior.log_prob(tokens[rows], given, own_order, num_orders, num_masks))
         return torch.cat(parts)
 
-    def conditional_log_prob(
-        self, images: Any, known: Tensor | np.ndarray, labels: Label | Sequence[Label] = None, *, batch_size: int = 256
-    ) -> Tensor:
-        """log p of the hidden part's tokens given the known ones, `(B,)` nats; `known` as for `complete`. For a prior
-        of one order it is the conditional of `log_prob`, for one of any order that of the walk that takes the known
-        tokens first, which is another density. Raises `ConditionError` where the prior's order does not allow it; see
-        `completion.conditional_log_prob`."""
-        return conditional_log_prob(self, images, known, labels, batch_size=batch_size)
+    conditional_log_prob = completion.conditional_log_prob
 
     @torch.no_grad()
     def bits_per_dim(
@@ -187,42 +106,9 @@ class ImagePipeline(Stages):
 
     # Finding anomalies
 
-    def calibrate(
-        self,
-        images: Any,
-        labels: Label | Sequence[Label] = None,
-        *,
-        false_alarms: float = 0.05,
-        confidence: float | None = None,
-        seed: int = 0,
-        batch_size: int = 256,
-    ) -> Calibration:
-        """Learn what is usual from normal images that were not trained on; saved with the pipeline. Images are above a
-        threshold, if they are normal, in a share `false_alarms` on average over calibrations; with a `confidence`, in
-        at most that share with this probability. See `anomaly.calibrate`."""
-        return calibrate(
-            self, images, labels, false_alarms=false_alarms, confidence=confidence, seed=seed, batch_size=batch_size
-        )
-
-    def anomaly_score(
-        self,
-        images: Any,
-        method: str = "joint",
-        labels: Label | Sequence[Label] = None,
-        *,
-        p_values: bool = False,
-        batch_size: int = 256,
-    ) -> Tensor:
-        """`(B,)` float64, larger is more anomalous, by one of `anomaly.METHODS`; or p-values, smaller is. Raises
-        `CalibrationError` where that needs a calibration; see `anomaly.anomaly_score`."""
-        return anomaly_score(self, images, method, labels, p_values=p_values, batch_size=batch_size)
-
-    def anomaly_map(
-        self, images: Any, labels: Label | Sequence[Label] = None, *, smooth: bool = False, batch_size: int = 256
-    ) -> Tensor:
-        """`(B, H, W)`: the bits of each token, spread over its pixels, which sum to those of the image; see
-        `healing.anomaly_map`."""
-        return anomaly_map(self, images, labels, smooth=smooth, batch_size=batch_size)
+    calibrate = calibrating.calibrate
+    anomaly_score = scores.anomaly_score
+    anomaly_map = healing.anomaly_map
 
     def heal(
         self,
@@ -232,24 +118,14 @@ class ImagePipeline(Stages):
         quantile: float = 0.98,
         draws: int = 8,
         seed: int = 0,
-    ) -> Healed:
+    ) -> healing.Healed:
         """`images` with their most surprising tokens drawn again, and where they differ; see `healing.heal`. Raises
         `CalibrationError` without a calibration."""
-        return heal(self, images, quantile, draws, seed, labels)
+        return healing.heal(self, images, quantile, draws, seed, labels)
 
     # Representing images
 
-    def embed(
-        self,
-        images: Any,
-        *,
-        layer: str | int | None = None,
-        pool: str | None = None,
-        labels: Label | Sequence[Label] = None,
-        batch_size: int = 64,
-    ) -> Tensor:
-        """A vector per image, `(B, dim)`: of a layer of the prior or of the tokenizer; see `representation.embed`."""
-        return embed(self, images, layer=layer, pool=pool, labels=labels, batch_size=batch_size)
+    embed = representation.embed
 
     # Storing images
 

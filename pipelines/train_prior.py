@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 from pathlib import Path
 from shlex import quote
 from typing import TYPE_CHECKING, Annotated, Any, cast
@@ -153,7 +154,7 @@ class PriorTask(Task):
 
     def pipeline(self, model: nn.Module) -> ImagePipeline:
         """Both stages, sharing `model`'s weights."""
-        settings = self.config.sampler.model_dump()
+        settings = self.config.sampler.model_dump(exclude_none=True)
         if not self.data.num_classes:  # nothing to guide towards
             settings["guidance_scale"] = 1.0
         tokenizer = self.data.tokenizer.to(self.model.device)
@@ -227,16 +228,14 @@ def run(config: TrainPriorConfig) -> Path:
     return train(build, config)
 
 
-def main(argv: list[str] | None = None) -> Any:
-    """The command line."""
-    return run_command(
-        TrainPriorConfig,
-        run,
-        argv,
-        verb="train_prior",
-        description=__doc__,
-        kept=lambda config: what_is_saved(Path(config.out)),
-    )
+main = partial(
+    run_command,
+    TrainPriorConfig,
+    run,
+    verb="train_prior",
+    description=__doc__,
+    kept=lambda config: what_is_saved(Path(config.out)),
+)
 
 
 if __name__ == "__main__":

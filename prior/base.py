@@ -12,7 +12,7 @@ import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -23,13 +23,11 @@ from tokenizer.precision import full_float32
 from tokenizer.pretrained import PretrainedModel
 from tokenizer.settings import ModelConfig, setting
 
+from .drawing import State, draw
 from .orders import make_order, order_problem
-from .parallel import sample_parallel, settled
-from .requests import Order, Rows, check_labels, check_order, choose_walk, make_rows
-from .sampling import Generators, GumbelNoise, Sampler, progress_over
+from .requests import Order, Rows, Walk, check_labels, check_order, given_order, make_rows
+from .sampling import Generators, Sampler
 
-FEW_ROWS = 4
-"""With fewer rows, a matrix product is bound by reading the weights."""
 PARALLEL_NUMBERS = 1 << 25  # logits held at once when sampling in parallel
 
 
@@ -52,28 +50,11 @@ class PriorConfig(ModelConfig):
             yield f"order: {problem}"
 
 
-@dataclass
-class State:
-    """What a half-sampled batch remembers where nothing is cached: the tokens so far `(B, N)`, raster order."""
-
-    tokens: Tensor
-    labels: Tensor
-    path: Tensor
-    order: Tensor | None = None
-    rank: int = 0
-
-    def advance(self, token: Tensor | None) -> Tensor:
-        """Write the last position's `token` `(B,)`; the next position's raster indices `(B,)`."""
-        path = self.path.expand(self.tokens.shape)
-        if token is not None:
-            self.tokens.scatter_(1, path[:, self.rank - 1, None], token[:, None])
-        self.rank += 1
-        return path[:, self.rank - 1]
-
-
 class Prior(PretrainedModel, family="prior"):
     """A distribution over grids of ids; `forward` is the only method that trains."""
 
+    Sampling: ClassVar[type[Sampler]] = Sampler
+    """The settings that `sample` takes, of which a model may declare more."""
     exact: bool = True
     """False where `log_prob` of an image is an unbiased estimate of a lower bound: the mean over images bounds."""
     any_order: bool = False
@@ -141,7 +122,7 @@ class Prior(PretrainedModel, family="prior"):
         """
         self.grid.check(tokens)
         order, labels = check_order(self, order, len(tokens)), check_labels(self, labels, len(tokens))
-        logits, ids = self(tokens, labels, **_given(order)), tokens.reshape(len(tokens), -1, 1).long()
+        logits, ids = self(tokens, labels, **given_order(order)), tokens.reshape(len(tokens), -1, 1).long()
         logits = logits if logits.dtype == torch.float64 else logits.float()
         return logits.log_softmax(-1).gather(-1, ids).reshape(tokens.shape)
 
@@ -161,6 +142,10 @@ class Prior(PretrainedModel, family="prior"):
                 each += [self.token_log_probs(tokens, labels, one).flatten(1) for one in orders]
         members = torch.stack([nats.double().sum(1) for nats in each])
         return (members.logsumexp(0) - math.log(len(each))).to(each[0].dtype)
+
+    def likelihood_pass(self, tokens: Tensor, labels: Tensor | None = None) -> None:
+        """One pass of those that `log_prob` takes, for a plan that counts what it costs. Here there is only one."""
+        self.log_prob(tokens, labels)
 
     def orders(self, num_orders: int, order: Order = None) -> list[Order]:
         """The orders of a mixture: the given one (None is the model's own), then random:1, random:2, ..."""
@@ -260,15 +245,19 @@ class Prior(PretrainedModel, family="prior"):
 
     # Sampling
 
+    @classmethod
+    def make_sampler(cls, **settings: Any) -> Sampler:
+        """`Sampling` of these settings. Raises `TypeError` for one that this prior does not have, and `ValueError` for
+        one out of range."""
+        if unknown := sorted(set(settings) - set(cls.Sampling.names())):
+            raise TypeError(f"{unknown[0]!r} is no argument of sampling from a {cls.name!r} prior")
+        return cls.Sampling(**settings)
+
     def sample(
         self,
         num_images: int,
         labels: Tensor | None = None,
         *,
-        temperature: float = 1.0,
-        top_k: int | None = None,
-        top_p: float | None = None,
-        guidance_scale: float = 1.0,
         generator: Generators = None,
         tokens: Tensor | None = None,
         known: Tensor | None = None,
@@ -278,35 +267,38 @@ class Prior(PretrainedModel, family="prior"):
         parallel: bool = False,
         guess: Prior | None = None,
         progress: bool = False,
+        **settings: Any,
     ) -> Tensor:
         """Draw tokens `(num_images, *grid.shape)`, one position of the order at a time.
 
-        generator: one, or a list with one per image; image k depends on its own generator alone, not on its batch.
-        tokens, known: where bool `known` (`grid.shape` or `(B, *grid.shape)`) holds, `tokens` is kept. A model with
-        `any_order` walks the known tokens first, so that all others are conditioned on all of them; any other model
-        conditions a drawn token on the known ones before it in its order. order, num_orders: as for `log_prob`; each
-        image is drawn in one of the orders, all as likely; where tokens are known, each as likely as it makes these
-        when they come first (at temperature 1, without guidance), for a pass per image: then images are of the
-        mixture of these walks given what is known. cache: False recomputes everything at every step. parallel: the
-        same tokens from fewer passes over the whole grid (`prior.parallel`), and fewer still with a `guess`, a cheap
-        prior over the same tokens. That all these agree, in any batch, is promised for float32 and float64 weights as
-        far as computations differ by no more than `rounding`. Raises `ValueError` for arguments out of range.
+        settings: those of this prior's `Sampling`, by name: `temperature`, `top_k`, `top_p`, `guidance_scale`, and what
+        a model adds to them. generator: one, or a list with one per image; image k depends on its own generator alone,
+        not on its batch. tokens, known: where bool `known` (`grid.shape` or `(B, *grid.shape)`) holds, `tokens` is
+        kept. A model with `any_order` walks the known tokens first, so that all others are conditioned on all of them;
+        any other model conditions a drawn token on the known ones before it in its order. order, num_orders: as for
+        `log_prob`; each image is drawn in one of the orders, all equally likely; where tokens are known, each as likely
+        as it makes these when they come first (at temperature 1, without guidance), which costs a pass per image: then
+        images are of the mixture of these walks given what is known. cache: False recomputes everything at every step.
+        parallel: the same tokens from fewer passes over the whole grid (`prior.parallel`), and fewer still with a
+        `guess`, a cheap prior over the same tokens.
+
+        That all these agree, in any batch, is promised for float32 and float64 weights as far as computations differ by
+        no more than `rounding`. Raises `ValueError` for arguments out of range, `TypeError` for a setting that this
+        prior does not have.
         """
-        sampler = Sampler(temperature, top_k, top_p, guidance_scale)
+        sampler = self.make_sampler(**settings)
+        sampler.check(self.grid)
+        walk = Walk(order, num_orders, cache, parallel, guess)
+        walk.check(self)
         rows = make_rows(self, num_images, labels, sampler, generator, tokens, known)
-        if guess is not None and (not parallel or (guess.grid, guess.num_classes) != (self.grid, self.num_classes)):
-            raise ValueError("guess should be a prior over the same grid and classes, and goes with parallel=True")
-        if parallel and not cache:
-            raise ValueError("cache=False does not go with parallel=True: whole passes have no cache")
-        most = self.parallel_rows() if parallel else self.rows_at_once() or num_images
         with torch.inference_mode(), self._evaluating(), (guess or self)._evaluating():
-            rows = rows.along(choose_walk(self, order, num_orders, rows), self.order)
-            parts = [
-                self._draw(part, sampler, cache, parallel, guess, progress)
-                for part in rows.cut(max(FEW_ROWS, most // sampler.copies))
-            ]
-            drawn = torch.empty_like(rows.given).scatter_(1, rows.path.expand(rows.given.shape), torch.cat(parts))
+            drawn = self.draw(rows, sampler, walk, progress)
         return drawn.reshape(num_images, *self.grid.shape).clone()  # no inference tensor: it may be trained on
+
+    def draw(self, rows: Rows, sampler: Any, walk: Walk, progress: bool) -> Tensor:
+        """Tokens `(B, N)` for `rows`, both in raster order: `sample` of what has been checked. sampler: a
+        `Sampling`."""
+        return draw(self, rows, sampler, walk, progress)
 
     def rows_at_once(self) -> int | None:
         """How many rows to sample together, where that is faster than all at once; None is all at once."""
@@ -316,62 +308,21 @@ class Prior(PretrainedModel, family="prior"):
         """How many rows to sample together in parallel passes: their logits are held whole."""
         return max(1, PARALLEL_NUMBERS // (len(self.grid) * self.grid.vocab_size))
 
-    def _draw(
-        self, rows: Rows, sampler: Sampler, cache: bool, parallel: bool, guess: Prior | None, progress: bool
-    ) -> Tensor:
-        """Tokens `(B, N)` in the order of the walk.
-
-        Other batches, cached steps and whole passes round otherwise, and so might decide otherwise where it is that
-        close. They leave these decisions to one computation: a pass over the image alone.
-        """
-        states = [generator.get_state() for generator in rows.generators]
-        if parallel:
-            tokens, close, _ = sample_parallel(self, rows, sampler, guess, progress)
-        else:
-            tokens, close = self._sample(rows, sampler, cache, progress)
-        close = close & ~rows.keep & self.rounds_finely
-        for k in torch.nonzero(close.any(1)).flatten().tolist():
-            rows.generators[k].set_state(states[k])
-            tokens[k] = settled(self, rows[[k]], sampler, tokens[[k]], close[[k]])
-        return tokens
-
-    def _sample(self, rows: Rows, sampler: Sampler, cache: bool, progress: bool) -> tuple[Tensor, Tensor]:
-        """Tokens `(B, N)` in the order of the walk, and which of them rounding could turn."""
-        noise = GumbelNoise(rows.generators, len(self.grid), self.grid.vocab_size, self.device)
-        labels, order = sampler.doubled(rows.labels, self.num_classes), sampler.doubled(rows.order)
-        start, next_logits = (self.start, self.next_logits) if cache else (self.start_slow, self.next_logits_slow)
-        state: Any = start(len(labels), labels, **_given(order))
-        drawn, token, close = rows.given.clone(), None, {}
-        largest, tolerance = torch.ones(len(rows), device=self.device), sampler.tolerance(self.rounding)
-        some, every = rows.keep.any(0).tolist(), rows.keep.all(0).tolist()
-        for rank in progress_over(
-            range(1 + max((r for r, kept in enumerate(every) if not kept), default=-1)), progress
-        ):
-            if every[rank] and isinstance(state, State):  # nothing to compute, and nothing to cache
-                state.advance(token)
-                chosen = drawn[:, rank]
-            else:
-                logits = next_logits(state, token).float()
-                largest = torch.maximum(largest, sampler.largest(logits))
-                chosen, close[rank] = sampler.decide(sampler.guide(logits), noise.at(rank), tolerance * largest)
-                if some[rank]:
-                    chosen = torch.where(rows.keep[:, rank], drawn[:, rank], chosen)
-                drawn[:, rank] = chosen
-            token = torch.cat([chosen] * sampler.copies) if sampler.copies > 1 else chosen
-        could_turn = torch.zeros_like(rows.keep)
-        if close:
-            could_turn[:, list(close)] = torch.stack(list(close.values()), 1)
-        return drawn, could_turn
-
     def start(self, num_images: int, labels: Tensor | None, order: Tensor | None = None) -> Any:
         """Begin an incremental pass over `num_images` rows; returns the state that `next_logits` advances. order:
         `(N,)` or `(B, N)` for a model with `any_order`, None is its own; the others are never given one."""
-        return self.start_slow(num_images, labels, order)
+        with torch.no_grad():
+            return self.make_cache(self.class_ids(labels, num_images), order)
 
     def next_logits(self, state: Any, token: Tensor | None) -> Tensor:
         """Logits `(B, vocab_size)` of the next position in the order, given the last position's `token` `(B,)` (None
         at the first)."""
-        return self.next_logits_slow(state, token)
+        return self.next_logits_slow(state, token) if isinstance(state, State) else state.step(token)
+
+    def make_cache(self, labels: Tensor, order: Tensor | None) -> Any:
+        """What a model's fast path remembers between steps, for labels `(B,)` and `start`'s order: an object whose
+        `step(token)` gives what `next_logits` does. Here there is no fast path."""
+        return self.start_slow(len(labels), labels, order)
 
     def start_slow(self, num_images: int, labels: Tensor | None, order: Tensor | None = None) -> State:
         """`start` of the path that recomputes everything: right by construction."""
@@ -381,7 +332,7 @@ class Prior(PretrainedModel, family="prior"):
     def next_logits_slow(self, state: State, token: Tensor | None) -> Tensor:
         """`next_logits` by one forward pass over the whole grid."""
         at = state.advance(token)
-        logits = self(state.tokens.reshape(-1, *self.grid.shape), state.labels, **_given(state.order))
+        logits = self(state.tokens.reshape(-1, *self.grid.shape), state.labels, **given_order(state.order))
         return logits[torch.arange(len(at), device=at.device), at]
 
     def class_ids(self, labels: Tensor | None, count: int) -> Tensor:
@@ -408,8 +359,3 @@ class Prior(PretrainedModel, family="prior"):
         finally:
             torch.backends.cuda.enable_cudnn_sdp(cudnn)
             self.train(training)
-
-
-def _given(order: Tensor | None) -> dict[str, Tensor]:
-    """`order` as a keyword argument, for the models that have it."""
-    return {} if order is None else {"order": order}

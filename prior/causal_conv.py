@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from tokenizer.settings import setting
 
 from .base import Prior, PriorConfig
-from .layers import pack
+from .layers import Head, pack
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -124,14 +124,9 @@ class CausalConv(Prior, name="causal_conv"):
         """`(B, dim, N)` in the order as `(B, N, dim)`, raster order."""
         return output.transpose(1, 2)[:, self.ranks]
 
-    def start(self, num_images: int, labels: Tensor | None, order: Tensor | None = None) -> Buffers:
-        """Allocate the buffers once, and lay the weights out for one-token steps."""
-        labels = self.class_ids(labels, num_images)
+    def make_cache(self, labels: Tensor, order: Tensor | None) -> Buffers:
+        """Each block's inputs so far."""
         return Buffers(self, labels)
-
-    def next_logits(self, state: Buffers, token: Tensor | None) -> Tensor:
-        """One rank through all blocks, reading the earlier taps of each convolution from its buffer."""
-        return state.step(token)
 
 
 class Layer(NamedTuple):
@@ -167,9 +162,8 @@ class Buffers:
         self.layers = self._layers(model, inputs, model.class_embedding(labels).detach())
         self.inputs = inputs[0]
         skips = torch.cat([block.out.weight[-config.skip :, :, 0] / 2 for block in model.blocks], 1)
-        self.skips = model.skip_bias.detach(), pack(skips, rows)
-        self.hidden = model.hidden.bias.detach(), pack(model.hidden.weight, rows)
-        self.head = model.head.bias.detach(), pack(model.head.weight, rows)
+        self.skips, self.skip_bias = pack(skips, rows), model.skip_bias.detach()
+        self.head = Head(model.hidden, model.head, rows, torch.relu_)
 
     def _layers(self, model: CausalConv, inputs: Tensor, label_terms: Tensor) -> list[Layer]:
         dim, rows, layers = model.config.dim, len(label_terms), []
@@ -197,6 +191,4 @@ class Buffers:
             if residual is not None and outputs is not None:
                 x = torch.addmm(x, gates, residual, out=outputs[at])
         self.rank += 1
-        hidden = torch.addmm(self.skips[0], self.gates, self.skips[1]).relu_()
-        hidden = torch.addmm(self.hidden[0], hidden, self.hidden[1]).relu_()
-        return torch.addmm(self.head[0], hidden, self.head[1])
+        return self.head.logits(torch.addmm(self.skip_bias, self.gates, self.skips))

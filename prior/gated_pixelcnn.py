@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from tokenizer.settings import setting
 
 from .base import Prior
-from .layers import CausalConv2d, MapRows, RowBias, RowsConfig, odd_kernels, pack, see
+from .layers import CausalConv2d, Head, MapRows, RowBias, RowsConfig, odd_kernels, pack, see
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -121,15 +121,9 @@ class GatedPixelCNN(Prior, name="gated_pixelcnn"):
         """The horizontal map `(B, H, W, dim)` as `(B, N, dim)`."""
         return super().arrange(output[1])
 
-    @torch.no_grad()
-    def start(self, num_images: int, labels: Tensor | None, order: Tensor | None = None) -> Cache:
-        """Allocate the row caches once, and lay the weights out for steps of one position."""
-        labels = self.class_ids(labels, num_images)
+    def make_cache(self, labels: Tensor, order: Tensor | None) -> Cache:
+        """The last rows that each stack looks at; a row of the vertical one is made before its first position."""
         return Cache(self, labels)
-
-    def next_logits(self, state: Cache, token: Tensor | None) -> Tensor:
-        """One position through the horizontal stack; at the start of a row, the row through the vertical one."""
-        return state.step(token)
 
 
 class LayerCache:
@@ -139,34 +133,37 @@ class LayerCache:
     """
 
     def __init__(self, layer: Layer, width: int, labels: Tensor) -> None:
-        batch, inputs, wide = len(labels), layer.vertical.weight.shape[1], len(layer.vertical.weight)
-        like, conv = layer.out.weight.new_zeros(batch, inputs), layer.vertical
-        taps = len(layer.horizontal.taps)
-        count = conv.rows[1] - conv.rows[0] + 1
-        self.rows = MapRows(like, count, width, conv.columns, taps)
-        self.horizontal = self.rows if layer.first else MapRows(like, 1, width, layer.horizontal.columns, taps)
-        self.bias_above = conv.bias + layer.vertical_label(labels)
-        self.bias = layer.horizontal.bias + layer.horizontal_label(labels)
+        vertical, horizontal, batch = layer.vertical, layer.horizontal, len(labels)
+        outputs, inputs = vertical.weight.shape[:2]
+        like = layer.out.weight.new_zeros(batch, inputs)
+        taps = len(horizontal.taps)
+        count = vertical.rows[1] - vertical.rows[0] + 1
+        self.vertical = MapRows(like, count, width, vertical.columns, taps)
+        self.horizontal = self.vertical if layer.first else MapRows(like, 1, width, horizontal.columns, taps)
+        self.vertical_bias = vertical.bias + layer.vertical_label(labels)
+        self.bias = horizontal.bias + layer.horizontal_label(labels)
         self.row_biases = zip(layer.vertical_row.weight.detach(), layer.horizontal_row.weight.detach(), strict=True)
-        self.weight_above, self.across = pack(conv.weight, width * batch), pack(layer.across.weight, width * batch)
-        self.weight, self.out = pack(layer.horizontal.weight, batch), pack(layer.out.weight, batch)
-        self.above = like.new_empty(width, batch, wide)  # what the vertical stack adds to each column of the row
-        self.above_of = self.above.unbind(0)
+        self.vertical_weight = pack(vertical.weight, width * batch)
+        self.across = pack(layer.across.weight, width * batch)
+        self.weight = pack(horizontal.weight, batch)
+        self.out = pack(layer.out.weight, batch)
+        self.sums_above = like.new_empty(width, batch, outputs)  # what the vertical stack adds to each column
+        self.above = self.sums_above.unbind(0)
 
     def start_row(self, before: Tensor | None) -> Tensor:
         """This row's vertical map before its gate, `(W, B, 2 * dim)`, given that of the layer `before` (None in the
         first layer, which looks at finished rows of the embedding)."""
         if before is not None:
-            self.rows.turn()
+            self.vertical.turn()
             before[..., : before.shape[-1] // 2].tanh_()
-            self.rows.row.copy_(F.glu(before))  # glu: the first half times sigmoid of the second
-        row_above, row = next(self.row_biases)
-        vertical = torch.mm(self.rows.patches(), self.weight_above).view_as(self.above)
-        vertical += self.bias_above + row_above
-        torch.mm(vertical.flatten(0, 1), self.across, out=self.above.flatten(0, 1))
-        self.above += self.bias + row
+            self.vertical.row.copy_(F.glu(before))  # glu: the first half times sigmoid of the second
+        vertical_row_bias, row_bias = next(self.row_biases)
+        vertical = torch.mm(self.vertical.patches(), self.vertical_weight).view_as(self.sums_above)
+        vertical += self.vertical_bias + vertical_row_bias
+        torch.mm(vertical.flatten(0, 1), self.across, out=self.sums_above.flatten(0, 1))
+        self.sums_above += self.bias + row_bias
         if before is None:
-            self.rows.turn()
+            self.vertical.turn()
         return vertical
 
 
@@ -178,15 +175,16 @@ class Cache:
     """
 
     def __init__(self, model: GatedPixelCNN, labels: Tensor) -> None:
-        rows, dim, self.width, self.rank = len(labels), model.config.dim, model.grid.shape[1], 0
+        rows, dim = len(labels), model.config.dim
+        self.width = model.grid.shape[1]
+        self.rank = 0
         self.embedding = model.embedding.weight.detach()
         self.layers = [LayerCache(layer, self.width, labels) for layer in model.layers]
         self.nothing, last = self.embedding.new_zeros(2, rows, dim)  # the first layer adds to nothing: no residual
         self.outputs = [layer.horizontal.cells for layer in self.layers[1:]] + [(last,) * self.width]
         self.gates = self.embedding.new_empty(rows, 2 * dim)
         self.tanhs = self.gates[:, :dim]
-        self.hidden = (model.hidden.bias.detach(), pack(model.hidden.weight, rows))
-        self.head = (model.head.bias.detach(), pack(model.head.weight, rows))
+        self.head = Head(model.hidden, model.head, rows, torch.relu_)
 
     def step(self, token: Tensor | None) -> Tensor:
         """Logits `(B, vocab_size)` of the next position, given the last one's `token` `(B,)`."""
@@ -199,11 +197,8 @@ class Cache:
                 vertical = layer.start_row(vertical)
         x = self.nothing
         for layer, outputs in zip(self.layers, self.outputs, strict=True):
-            torch.addmm(layer.above_of[column], layer.horizontal.windows[column], layer.weight, out=self.gates)
+            torch.addmm(layer.above[column], layer.horizontal.windows[column], layer.weight, out=self.gates)
             self.tanhs.tanh_()
             x = torch.addmm(x, F.glu(self.gates), layer.out, out=outputs[column])
         self.rank += 1
-        bias, hidden = self.hidden
-        x = torch.addmm(bias, x.relu(), hidden).relu_()
-        bias, head = self.head
-        return torch.addmm(bias, x, head)
+        return self.head.logits(x)

@@ -17,7 +17,8 @@ from torch import Tensor, nn
 
 from tokenizer.settings import setting
 
-from .base import FEW_ROWS, Prior
+from .base import Prior
+from .drawing import FEW_ROWS
 from .transformer import EPS, Block, Rotations, TransformerConfig, coordinates, deep_rounding, reset
 
 TINY = 1e-20
@@ -109,14 +110,9 @@ class GPT(Prior, name="gpt"):
         shuffled = torch.rand(len(tokens), len(self.grid)).argsort(1).to(tokens.device)
         return {"order": torch.where(torch.rand(len(tokens), 1).to(tokens.device) < share, shuffled, self.order)}
 
-    def start(self, num_images: int, labels: Tensor | None, order: Tensor | None = None) -> Cache:
-        """Allocate the cache once, and lay the weights out for one-token steps."""
-        labels = self.class_ids(labels, num_images)
+    def make_cache(self, labels: Tensor, order: Tensor | None) -> Cache:
+        """Keys and values of the tokens so far."""
         return Cache(self, labels, self.order if order is None else order)
-
-    def next_logits(self, state: Cache, token: Tensor | None) -> Tensor:
-        """One token through all blocks, attending to the cached keys and values of those before it."""
-        return state.step(token)
 
 
 class Cache:

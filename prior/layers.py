@@ -4,11 +4,22 @@ Maps are channels last, `(B, H, W, C)`, so that a 1x1 convolution is an `nn.Line
 looks at r rows above and, in its own row, at r columns to the left: van den Oord et al. 2016 ("Pixel Recurrent Neural
 Networks", fig. 2) multiply the rest with zero. Here the rows below are not in the kernel to begin with, and only the
 end of its last row is masked.
+
+Sampling computes one position at a time. Of a 5 x 5 kernel at position x, the two rows above are complete before its
+own row begins, and of its own row what is to the left of x (type B: and x itself) is known:
+
+    a a a a a      a: `RowCache.start_row` multiplies these for all columns of the row at once, and keeps the sums in
+    a a a a a         `above[column]`
+    w w x - -      w: `RowCache.read` multiplies these, the `window` of x, and adds `above[column]`
+                   -: masked; not stored anywhere
+
+`MapRows` stores the rows that a kernel looks at, with columns of zeros at both ends. It is a ring: `turn` makes the
+oldest row the current one, which is then written over from left to right.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -17,7 +28,8 @@ from torch import Tensor, nn
 
 from tokenizer.settings import setting
 
-from .base import FEW_ROWS, PriorConfig
+from .base import PriorConfig
+from .drawing import FEW_ROWS
 
 Pair = tuple[int, int]
 
@@ -123,6 +135,23 @@ def pack(weight: Tensor, rows: int) -> Tensor:
     return matrix.t().contiguous() if rows < FEW_ROWS else matrix.contiguous().t()
 
 
+class Head:
+    """A model's two closing layers, one position at a time: `head(activate(hidden(activate(x))))`."""
+
+    def __init__(self, hidden: nn.Linear, head: nn.Linear, rows: int, activate_: Callable[[Tensor], Tensor]) -> None:
+        """activate_: the activation that works in place."""
+        self.activate_ = activate_
+        self.hidden = pack(hidden.weight, rows)
+        self.hidden_bias = hidden.bias.detach()
+        self.head = pack(head.weight, rows)
+        self.head_bias = head.bias.detach()
+
+    def logits(self, x: Tensor) -> Tensor:
+        """`(B, dim)`, which is overwritten, to `(B, vocab_size)`."""
+        hidden = torch.addmm(self.hidden_bias, self.activate_(x), self.hidden)
+        return torch.addmm(self.head_bias, self.activate_(hidden), self.head)
+
+
 class MapRows:
     """The last `count` rows of a map `(B, H, W, C)`, zero outside the grid; allocated once, written in place.
 
@@ -134,26 +163,27 @@ class MapRows:
     def __init__(self, like: Tensor, count: int, width: int, reach: Pair, taps: int) -> None:
         """like: `(B, C)` zeros; reach: the columns (first, last) that a whole kernel covers, as offsets."""
         (batch, channels), (left, right) = like.shape, (-reach[0], reach[1])
-        stored = like.new_zeros(count, batch, left + width + right, channels)
         self.size = left + 1 + right
-        self.row_of = [row[:, left : left + width].transpose(0, 1) for row in stored]
-        self.cells_of = [row.unbind(0) for row in self.row_of]
-        self.windows_of = [row.flatten(1).unfold(1, taps * channels, channels).unbind(1) for row in stored]
-        self.wide_of = [row.unfold(1, self.size, 1).permute(1, 0, 3, 2) for row in stored]  # (W, B, size, C)
+        stored = like.new_zeros(count, batch, left + width + right, channels)
+        self.rows = [row[:, left : left + width].transpose(0, 1) for row in stored]
+        self.row_cells = [row.unbind(0) for row in self.rows]
+        self.row_windows = [row.flatten(1).unfold(1, taps * channels, channels).unbind(1) for row in stored]
+        self.row_patches = [row.unfold(1, self.size, 1).permute(1, 0, 3, 2) for row in stored]  # (W, B, size, C)
         self.patch = like.new_empty(width, batch, count, self.size, channels)
         self.current = count - 1
         self.turn()
 
     def turn(self) -> None:
         """Go on to the next row; the oldest is forgotten."""
-        self.current = (self.current + 1) % len(self.cells_of)
-        self.row, self.cells = self.row_of[self.current], self.cells_of[self.current]
-        self.windows = self.windows_of[self.current]
+        self.current = (self.current + 1) % len(self.rows)
+        self.row = self.rows[self.current]
+        self.cells = self.row_cells[self.current]
+        self.windows = self.row_windows[self.current]
 
     def patches(self) -> Tensor:
         """What a kernel of `count` rows sees from each column, oldest row first: `(W * B, count * size * C)`."""
         oldest = self.current + 1
-        torch.stack(self.wide_of[oldest:] + self.wide_of[:oldest], 2, out=self.patch)
+        torch.stack(self.row_patches[oldest:] + self.row_patches[:oldest], 2, out=self.patch)
         return self.patch.view(-1, self.patch[0, 0].numel())
 
 
@@ -177,20 +207,20 @@ class RowCache:
         self.row_bias = None if row_bias is None else iter(row_bias.detach())
         self.weight_above = pack(conv.weight[:, :, :-1], width * batch)
         self.weight = pack(conv.weight[:, :, -1:, :taps], batch)
-        self.rows = MapRows(bias.new_zeros(batch, inputs), -conv.rows[0], width, conv.columns, taps)
-        self.above = bias.new_empty(width, batch, outputs)
-        self.above_of = self.above.unbind(0)
+        self.map = MapRows(bias.new_zeros(batch, inputs), -conv.rows[0], width, conv.columns, taps)
+        self.sums_above = bias.new_empty(width, batch, outputs)
+        self.above = self.sums_above.unbind(0)
 
     def start_row(self) -> None:
         """Go on to the next row."""
-        torch.mm(self.rows.patches(), self.weight_above, out=self.above.flatten(0, 1))
-        self.above += self.bias if self.row_bias is None else self.bias + next(self.row_bias)
-        self.rows.turn()
-        self.cells = self.rows.cells
+        torch.mm(self.map.patches(), self.weight_above, out=self.sums_above.flatten(0, 1))
+        self.sums_above += self.bias if self.row_bias is None else self.bias + next(self.row_bias)
+        self.map.turn()
+        self.cells = self.map.cells
 
     def read(self, column: int, out: Tensor | None = None) -> Tensor:
         """The output `(B, outputs)` at a column of the current row, written to `out` if given."""
-        return torch.addmm(self.above_of[column], self.rows.windows[column], self.weight, out=out)
+        return torch.addmm(self.above[column], self.map.windows[column], self.weight, out=out)
 
 
 def see(field: Tensor, taps: Iterable[Pair]) -> Tensor:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -21,8 +21,8 @@ from tokenizer.settings import setting
 
 from .base import Prior, PriorConfig
 from .orders import make_order
-from .requests import Order, check_labels, check_order, known_tokens
-from .sampling import Generators, image_generators
+from .requests import Rows, Walk, check_order
+from .sampling import Sampler
 
 DENSE_WIDTH = 32  # up to so many ids, multiplying one-hot rows is faster than picking rows of weights and adding them
 MAX_DIRECT = 1 << 28  # weights of the direct connections: the square of what the hidden layers need per unit
@@ -68,6 +68,13 @@ class MADEConfig(PriorConfig):
         outputs = len(self.grid) * (1 if self.binary else self.embedding or self.grid.vocab_size)
         if self.direct and outputs**2 > MAX_DIRECT:
             yield f"direct: needs {outputs} squared weights; set a smaller embedding"
+
+
+@dataclass(frozen=True)
+class MADESampler(Sampler):
+    """num_masks: as for `log_prob`; each image is drawn in one of so many connectivities."""
+
+    num_masks: int = 1
 
 
 class ClassBias(nn.Module):
@@ -142,6 +149,7 @@ class MADE(Prior, name="made"):
     """
 
     Config = MADEConfig
+    Sampling = MADESampler
     ranks: Tensor
     all_degrees: Tensor
     embedding: Tensor | None
@@ -329,48 +337,24 @@ class MADE(Prior, name="made"):
         logits = x if self.head is None else F.linear(x, self.head)
         return logits if bias is None else logits + bias
 
-    def sample(
-        self,
-        num_images: int,
-        labels: Tensor | None = None,
-        *,
-        num_masks: int = 1,
-        generator: Generators = None,
-        tokens: Tensor | None = None,
-        known: Tensor | None = None,
-        order: Order = None,
-        **settings: Any,
-    ) -> Tensor:
-        """`Prior.sample`; num_masks: as for `log_prob`, each image is drawn in one of the connectivities."""
-        given: dict[str, Any] = {"generator": generator, "tokens": tokens, "known": known, "order": order, **settings}
-        if len(self.connectivities(num_masks)) == 1 or num_images < 1:
-            return super().sample(num_images, labels, **given)
-        generators = image_generators(generator, num_images)
-        labels, walk = check_labels(self, labels, num_images), check_order(self, order, num_images)
-        kept, keep = (each.view(-1, *self.grid.shape) for each in known_tokens(self, tokens, known, num_images))
-        chosen = torch.tensor([int(torch.randint(num_masks, (), generator=g, device=g.device)) for g in generators])
-        drawn = kept.clone()
-        for number in chosen.unique().tolist():
-            rows = torch.nonzero(chosen == number)[:, 0]
-            own = None if labels is None else labels[rows]
-            given |= {
-                "generator": [generators[row] for row in rows],
-                "tokens": kept[rows],
-                "known": keep[rows],
-                "order": walk[rows] if walk is not None and walk.ndim == 2 else walk,
-            }
+    def draw(self, rows: Rows, sampler: MADESampler, walk: Walk, progress: bool) -> Tensor:
+        """As `Prior` does, each image in one of the connectivities, which its own generator draws."""
+        numbers = self.connectivities(sampler.num_masks)
+        if len(numbers) == 1:
+            return super().draw(rows, sampler, walk, progress)
+        walk = replace(walk, order=check_order(self, walk.order, len(rows)))
+        chosen = [int(torch.randint(len(numbers), (), generator=g, device=g.device)) for g in rows.generators]
+        drawn = torch.empty_like(rows.given)
+        for number in sorted(set(chosen)):
+            at = [row for row, one in enumerate(chosen) if one == number]
             with self.connected(number):
-                drawn[rows] = super().sample(len(rows), own, **given)
+                drawn[at] = super().draw(rows[at], sampler, walk.of(at), progress)
         return drawn
 
-    def start(self, num_images: int, labels: Tensor | None, order: Tensor | None = None) -> Sums:
-        """Allocate the running sums; order: `(N,)`, or `(B, N)` where each image goes its own way."""
-        labels = self.class_ids(labels, num_images)
+    def make_cache(self, labels: Tensor, order: Tensor | None) -> Sums:
+        """Running sums, to which each step adds a token; order: `(N,)`, or `(B, N)` where each image goes its own
+        way."""
         return Sums(self, labels, self.order if order is None else order)
-
-    def next_logits(self, state: Sums, token: Tensor | None) -> Tensor:
-        """Add one token to the running sums, and finish the units that had waited for it."""
-        return state.step(token)
 
 
 class Sums:

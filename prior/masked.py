@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import zlib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -18,12 +18,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from tokenizer.base import TokenGrid
 from tokenizer.precision import full_float32
 from tokenizer.settings import setting
 
-from .base import FEW_ROWS, Prior, State
-from .requests import Order, Rows, check_labels, make_rows
-from .sampling import Generators, GumbelNoise, Sampler, gumbel, progress_over
+from .base import Prior
+from .drawing import FEW_ROWS, State
+from .requests import Order, Rows, Walk, check_labels
+from .sampling import GumbelNoise, Sampler, gumbel, progress_over
 from .transformer import EPS, Block, Rotations, TransformerConfig, coordinates, deep_rounding, reset
 
 SCHEDULES: dict[str, Callable[[Tensor], Tensor]] = {
@@ -56,10 +58,54 @@ class MaskedConfig(TransformerConfig):
     bound_passes: int = setting(8, "passes of that estimate; more is closer to the bound", ge=1, le=65536)
 
 
+@dataclass(frozen=True)
+class MaskedSampler(Sampler):
+    """steps: draw many tokens in a pass, as MaskGIT does; None is a token per pass, which alone is exact.
+
+    Each pass draws all unknown tokens and keeps the most confident ones, by log p plus Gumbel noise times
+    `confidence_temperature`, which falls to 0; `schedule` says how many stay masked. Known tokens stay as they are and
+    are seen by all others. **This is not exact**: tokens of a step are independent of each other given those before,
+    and what is kept depends on what was drawn, so that the samples' distribution is not that of `log_prob`; more steps,
+    and a higher `confidence_temperature` (random orders), come closer. A position has one draw of noise for all steps,
+    so where the tokens are independent the distribution is right for any number of steps. Here rounding may let an
+    image depend on its batch.
+    """
+
+    steps: int | None = None
+    confidence_temperature: float = 4.5
+    schedule: str = "cosine"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 <= self.confidence_temperature < float("inf"):
+            raise ValueError(f"confidence_temperature must be a finite number >= 0 (got {self.confidence_temperature})")
+        if self.schedule not in SCHEDULES:
+            raise ValueError(f"schedule must be one of {', '.join(SCHEDULES)} (got {self.schedule!r})")
+
+    def check(self, grid: TokenGrid) -> None:
+        """Raise `ValueError` for more steps than tokens."""
+        if self.steps is not None and (type(self.steps) is not int or not 1 <= self.steps <= len(grid)):
+            raise ValueError(f"steps must be a whole number from 1 to {len(grid)} (got {self.steps})")
+
+    def for_a_walk(self) -> MaskedSampler:
+        """Without `steps`, which find an order of their own."""
+        return replace(self, steps=None)
+
+    def passes(self) -> list[tuple[float, float]]:
+        """For each step the share of the unknown tokens that stays masked, and how much noise counts against
+        confidence."""
+        assert self.steps is not None
+        share = torch.arange(1, self.steps + 1, dtype=torch.float64) / self.steps
+        masked = SCHEDULES[self.schedule](share).tolist()
+        noise = (self.confidence_temperature * (1 - share)).tolist()
+        return list(zip(masked, noise, strict=True))
+
+
 class Masked(Prior, name="masked"):
     """Every masked token from all visible ones. `exact` says what `log_prob` is, and may be set at any time."""
 
     Config = MaskedConfig
+    Sampling = MaskedSampler
     any_order = True
     coordinates: Tensor
 
@@ -178,6 +224,10 @@ class Masked(Prior, name="masked"):
             total += log_probs.gather(-1, ids[..., None])[..., 0] * weights
         return total.reshape(tokens.shape)
 
+    def likelihood_pass(self, tokens: Tensor, labels: Tensor | None = None) -> None:
+        """One of the passes of an estimate, whose masks would depend on the tokens."""
+        self(tokens, labels, known=torch.ones_like(tokens, dtype=torch.bool)).log_softmax(-1)
+
     # Representations
 
     @property
@@ -210,80 +260,29 @@ class Masked(Prior, name="masked"):
         at = state.advance(token)
         return self.predict(state.tokens, state.labels, at)
 
-    def sample(
-        self,
-        num_images: int,
-        labels: Tensor | None = None,
-        *,
-        steps: int | None = None,
-        confidence_temperature: float = 4.5,
-        schedule: str = "cosine",
-        order: Order = None,
-        num_orders: int = 1,
-        cache: bool = True,
-        parallel: bool = False,
-        **settings: Any,
-    ) -> Tensor:
-        """Draw tokens as `Prior.sample` does, a token per pass; or with `steps` many at a time, as MaskGIT does.
-
-        steps: each pass draws all unknown tokens and keeps the most confident ones, by log p plus Gumbel noise times
-        `confidence_temperature`, which falls to 0; `schedule` says how many stay masked. Known tokens stay as they are
-        and are seen by all others. **This is not exact**: tokens of a step are independent of each other given those
-        before, and what is kept depends on what was drawn, so that the samples' distribution is not that of `log_prob`;
-        more steps, and a higher `confidence_temperature` (random orders), come closer. A position has one draw of
-        noise for all steps, so where the tokens are independent the distribution is right for any number of steps.
-        Here rounding may let an image depend on its batch. With `parallel` every pass of `Prior.sample` is one of N
-        passes of the network, so that it is of no use for speed.
-        Raises `ValueError` for arguments out of range, and for those that `steps` does not go with.
-        """
-        if steps is None:
-            return super().sample(
-                num_images, labels, order=order, num_orders=num_orders, cache=cache, parallel=parallel, **settings
-            )
-        if order is not None or num_orders != 1 or parallel or not cache:
+    def draw(self, rows: Rows, sampler: MaskedSampler, walk: Walk, progress: bool) -> Tensor:
+        """A token per pass, as `Prior` does, or many of them in `steps`. (With `parallel` every pass of `Prior.sample`
+        is one of N passes of the network, so that it is of no use for speed.) Raises `ValueError` for a walk that does
+        not go with `steps`."""
+        if sampler.steps is None:
+            return super().draw(rows, sampler, walk, progress)
+        if walk.is_chosen:
             raise ValueError(
                 "steps finds an order of its own: order, num_orders, parallel and cache=False do not go with it"
             )
-        if type(steps) is not int or not 1 <= steps <= len(self.grid):
-            raise ValueError(f"steps must be a whole number from 1 to {len(self.grid)} (got {steps})")
-        if not 0 <= confidence_temperature < float("inf"):
-            raise ValueError(f"confidence_temperature must be a finite number >= 0 (got {confidence_temperature})")
-        if schedule not in SCHEDULES:
-            raise ValueError(f"schedule must be one of {', '.join(SCHEDULES)} (got {schedule!r})")
-        share = torch.arange(1, steps + 1, dtype=torch.float64) / steps
-        masked, noise = SCHEDULES[schedule](share).tolist(), (confidence_temperature * (1 - share)).tolist()
-        return self._sample_in_steps(num_images, labels, list(zip(masked, noise, strict=True)), **settings)
+        most = min(self.rows_at_once() or len(rows), self.parallel_rows()) // sampler.copies
+        return torch.cat([self._fill_in(part, sampler, progress) for part in rows.cut(max(FEW_ROWS, most))])
 
-    def _sample_in_steps(
-        self,
-        num_images: int,
-        labels: Tensor | None,
-        steps: list[tuple[float, float]],
-        *,
-        generator: Generators = None,
-        tokens: Tensor | None = None,
-        known: Tensor | None = None,
-        progress: bool = False,
-        **filters: Any,
-    ) -> Tensor:
-        """What `Prior.sample` checks and cuts up, for `_fill_in`."""
-        sampler = Sampler(**filters)
-        rows = make_rows(self, num_images, labels, sampler, generator, tokens, known)
-        most = min(self.rows_at_once() or num_images, self.parallel_rows()) // sampler.copies
-        with torch.inference_mode(), self._evaluating():
-            drawn = torch.cat([self._fill_in(r, sampler, steps, progress) for r in rows.cut(max(FEW_ROWS, most))])
-        return drawn.reshape(num_images, *self.grid.shape).clone()
-
-    def _fill_in(self, rows: Rows, sampler: Sampler, steps: list[tuple[float, float]], progress: bool) -> Tensor:
-        """Tokens `(B, N)` in as many passes as there are steps, each the share of the unknown that stays masked, and
-        how much the noise counts against confidence."""
+    def _fill_in(self, rows: Rows, sampler: MaskedSampler, progress: bool) -> Tensor:
+        """Tokens `(B, N)`, raster order, in as many passes as there are steps."""
+        passes = sampler.passes()
         size = rows.given.shape[1]
         labels = sampler.doubled(rows.labels, self.num_classes)
         noise = GumbelNoise(rows.generators, size, self.mask, self.device).whole()
         ids = torch.where(rows.keep, rows.given, self.mask)
         left = unknown = (~rows.keep).sum(1)
-        for step in progress_over(range(len(steps)), progress, unit="pass"):
-            share, temperature = steps[step]
+        for step in progress_over(range(len(passes)), progress, unit="pass"):
+            share, temperature = passes[step]
             if not bool(left.any()):
                 break
             logits = sampler.guide(self.predict(sampler.doubled(ids), labels).float())

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from tokenizer.settings import setting
 
 from .base import Prior
-from .layers import MaskedConv, RowBias, RowCache, RowsConfig, odd_kernels, pack, see
+from .layers import Head, MaskedConv, RowBias, RowCache, RowsConfig, odd_kernels, pack, see
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,15 +104,9 @@ class PixelCNN(Prior, name="pixelcnn"):
         """The blocks: maps `(B, H, W, 2 * dim)`."""
         return list(self.blocks)
 
-    @torch.no_grad()
-    def start(self, num_images: int, labels: Tensor | None, order: Tensor | None = None) -> Cache:
-        """Allocate the row caches once, and lay the weights out for steps of one position."""
-        labels = self.class_ids(labels, num_images)
+    def make_cache(self, labels: Tensor, order: Tensor | None) -> Cache:
+        """The last rows that each convolution looks at."""
         return Cache(self, labels)
-
-    def next_logits(self, state: Cache, token: Tensor | None) -> Tensor:
-        """One position through all blocks, from the rows cached for each convolution."""
-        return state.step(token)
 
 
 class Cache:
@@ -123,12 +117,12 @@ class Cache:
     """
 
     def __init__(self, model: PixelCNN, labels: Tensor) -> None:
-        rows, self.width, self.rank = len(labels), model.grid.shape[1], 0
+        self.width = model.grid.shape[1]
+        self.rank = 0
         self.embedding = model.embedding.weight.detach()
         self.first = RowCache(model.first, self.width, model.label(labels), model.row.weight)
         self.blocks = [self._block(block, labels) for block in model.blocks]
-        self.hidden = (model.hidden.bias.detach(), pack(model.hidden.weight, rows))
-        self.head = (model.head.bias.detach(), pack(model.head.weight, rows))
+        self.head = Head(model.hidden, model.head, len(labels), torch.relu_)
 
     def _block(self, block: Block, labels: Tensor) -> tuple[Tensor, Tensor, RowCache, Tensor]:
         cache = RowCache(block.conv, self.width, block.label(labels), block.row.weight)
@@ -148,7 +142,4 @@ class Cache:
             torch.addmm(bias, x.relu(), narrow, out=cache.cells[column]).relu_()
             x = torch.addmm(x, cache.read(column).relu_(), widen)
         self.rank += 1
-        bias, hidden = self.hidden
-        x = torch.addmm(bias, x.relu_(), hidden).relu_()
-        bias, head = self.head
-        return torch.addmm(bias, x, head)
+        return self.head.logits(x)

@@ -29,8 +29,9 @@ from torch import Tensor, nn
 
 from tokenizer.settings import setting
 
-from .base import FEW_ROWS, Prior
-from .layers import MaskedConv, RasterConfig, RowCache, odd_kernels, pack
+from .base import Prior
+from .drawing import FEW_ROWS
+from .layers import Head, MaskedConv, RasterConfig, RowCache, odd_kernels, pack
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -152,15 +153,9 @@ class PixelSNAIL(Prior, name="pixelsnail"):
         """The blocks: maps `(B, H, W, dim)`."""
         return list(self.blocks)
 
-    @torch.no_grad()
-    def start(self, num_images: int, labels: Tensor | None, order: Tensor | None = None) -> Cache:
-        """Allocate the caches once, and lay the weights out for steps of one position."""
-        labels = self.class_ids(labels, num_images)
+    def make_cache(self, labels: Tensor, order: Tensor | None) -> Cache:
+        """The last rows that each convolution looks at, and the slots of attention."""
         return Cache(self, labels)
-
-    def next_logits(self, state: Cache, token: Tensor | None) -> Tensor:
-        """One position through all blocks, from the cached rows of each convolution and the cached slots."""
-        return state.step(token)
 
 
 class ResidualCache:
@@ -173,9 +168,8 @@ class ResidualCache:
 
     def step(self, x: Tensor, column: int, out: Tensor | None) -> Tensor:
         """`(B, dim)` to `(B, dim)`, written to `out` if given."""
-        first, inner = self.first, self.second.cells[column]
-        first.cells[column].copy_(F.elu(x))
-        F.elu_(torch.addmm(first.above_of[column], first.rows.windows[column], first.weight, out=inner))
+        self.first.cells[column].copy_(F.elu(x))
+        F.elu_(self.first.read(column, out=self.second.cells[column]))
         return torch.add(x, F.glu(self.second.read(column)), out=out)
 
 
@@ -215,7 +209,9 @@ class Cache:
     """
 
     def __init__(self, model: PixelSNAIL, labels: Tensor) -> None:
-        config, rows, self.width, self.rank = model.config, len(labels), model.grid.shape[1], 0
+        config, rows = model.config, len(labels)
+        self.width = model.grid.shape[1]
+        self.rank = 0
         self.embedding = model.embedding.weight.detach()
         embedded = self.embedding.shape[1]
         self.sources = self.embedding.new_zeros(config.depth, rows, embedded + config.dim)
@@ -225,8 +221,7 @@ class Cache:
         self.blocks = [BlockCache(block, model, labels, features[at]) for at, block in enumerate(model.blocks)]
         residuals = [residual for block in self.blocks for residual in block.residuals]
         self.row_caches = [self.first, *(cache for each in residuals for cache in (each.first, each.second))]
-        self.hidden = model.hidden.bias.detach(), pack(model.hidden.weight, rows)
-        self.head = model.head.bias.detach(), pack(model.head.weight, rows)
+        self.head = Head(model.hidden, model.head, rows, F.elu_)
 
     def _slots(self, config: PixelSNAILConfig, attentions: list[Attention], background: Tensor) -> None:
         depth, rows = self.sources.shape[:2]
@@ -253,7 +248,4 @@ class Cache:
         for block, k, v in zip(self.blocks, keys, values, strict=True):
             x = block.step(x, rank, column, k, v)
         self.rank += 1
-        bias, hidden = self.hidden
-        x = F.elu_(torch.addmm(bias, F.elu(x), hidden))
-        bias, head = self.head
-        return torch.addmm(bias, x, head)
+        return self.head.logits(x)

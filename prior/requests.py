@@ -19,7 +19,7 @@ Order = Tensor | str | None
 
 
 class Model(Protocol):
-    """What is asked of a `Prior` here and in `parallel`, both of which `base` imports."""
+    """What is asked of a `Prior` here, in `parallel` and in `drawing`, all of which `base` imports."""
 
     name: ClassVar[str]
     config: Any
@@ -32,6 +32,9 @@ class Model(Protocol):
     @property
     def device(self) -> torch.device: ...
 
+    @property
+    def rounds_finely(self) -> bool: ...
+
     def __call__(self, *inputs: Any, **options: Any) -> Any: ...
 
     def class_ids(self, labels: Tensor | None, count: int) -> Tensor: ...
@@ -39,6 +42,50 @@ class Model(Protocol):
     def orders(self, num_orders: int, order: Order = None) -> Sequence[Order]: ...
 
     def chain_log_probs(self, tokens: Tensor, labels: Tensor | None = None, order: Order = None) -> Tensor: ...
+
+    def start(self, num_images: int, labels: Tensor | None, order: Tensor | None = None) -> Any: ...
+
+    def next_logits(self, state: Any, token: Tensor | None) -> Tensor: ...
+
+    def start_slow(self, num_images: int, labels: Tensor | None, order: Tensor | None = None) -> Any: ...
+
+    def next_logits_slow(self, state: Any, token: Tensor | None) -> Tensor: ...
+
+    def rows_at_once(self) -> int | None: ...
+
+    def parallel_rows(self) -> int: ...
+
+
+@dataclass(frozen=True)
+class Walk:
+    """How the grid is walked: in an `order`, or each image in one of `num_orders`; step by step, with or without a
+    `cache`; or in `parallel` passes, perhaps with a `guess`. See `Prior.sample`."""
+
+    order: Order = None
+    num_orders: int = 1
+    cache: bool = True
+    parallel: bool = False
+    guess: Model | None = None
+
+    @property
+    def is_chosen(self) -> bool:
+        """Whether the caller says anything of it."""
+        return self.order is not None or self.num_orders != 1 or self.parallel or not self.cache
+
+    def of(self, rows: slice | Sequence[int]) -> Walk:
+        """That of some of the images, where each has an order."""
+        several = isinstance(self.order, Tensor) and self.order.ndim == 2
+        return replace(self, order=self.order[rows]) if several else self
+
+    def check(self, prior: Model) -> None:
+        """Raise `ValueError` for what does not go together."""
+        guess = self.guess
+        if guess is not None:
+            alike = (guess.grid, guess.num_classes) == (prior.grid, prior.num_classes)
+            if not alike or not self.parallel:
+                raise ValueError("guess should be a prior over the same grid and classes, and goes with parallel=True")
+        if self.parallel and not self.cache:
+            raise ValueError("cache=False does not go with parallel=True: whole passes have no cache")
 
 
 @dataclass
@@ -94,6 +141,11 @@ def make_rows(
     raster = torch.arange(len(prior.grid), device=prior.device)
     generators = image_generators(generator, num_images)
     return Rows(prior.class_ids(labels, num_images), generators, given, keep, None, raster)
+
+
+def given_order(order: Tensor | None) -> dict[str, Tensor]:
+    """`order` as a keyword argument, for the models that have it."""
+    return {} if order is None else {"order": order}
 
 
 def check_labels(prior: Model, labels: Tensor | None, count: int) -> Tensor | None:

@@ -10,11 +10,13 @@ decision therefore says whether that could have turned it; `Prior.sample` leaves
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, fields
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
+
+from tokenizer.base import TokenGrid
 
 NOISE_BLOCK = 1 << 16  # numbers drawn at a time for one image; a function of nothing else, so that batches agree
 MAX_SEED = (1 << 62) - 1
@@ -23,13 +25,17 @@ GREEDY = 1e-6
 """A temperature below this takes the likeliest id: noise would be lost in the rounding of logits / temperature."""
 
 Generators = torch.Generator | Sequence[torch.Generator] | None
+S = TypeVar("S", bound="Sampler")
 
 
 @dataclass(frozen=True)
 class Sampler:
-    """How a token is chosen. `temperature` 0 (or less than `GREEDY`) takes the likeliest, of equal ones the first;
-    `top_k` keeps the k likeliest; `top_p` keeps the likeliest until their mass reaches p (Holtzman et al. 2019);
-    `guidance_scale` s gives uncond + s (cond - uncond) (Ho & Salimans 2022). Raises `ValueError` out of range."""
+    """The settings of sampling, and how they choose a token. `temperature` 0 (or less than `GREEDY`) takes the
+    likeliest, of equal ones the first; `top_k` keeps the k likeliest; `top_p` keeps the likeliest until their mass
+    reaches p (Holtzman et al. 2019); `guidance_scale` s gives uncond + s (cond - uncond) (Ho & Salimans 2022).
+
+    A prior with more settings declares a subclass of this as its `Sampling`. Raises `ValueError` out of range.
+    """
 
     temperature: float = 1.0
     top_k: int | None = None
@@ -45,6 +51,25 @@ class Sampler:
             raise ValueError(f"top_p must be in (0, 1], or None for all (got {self.top_p})")
         if not 0 <= self.guidance_scale < float("inf"):
             raise ValueError(f"guidance_scale must be a finite number >= 0 (got {self.guidance_scale})")
+
+    @classmethod
+    def names(cls) -> list[str]:
+        """The settings that there are."""
+        return [field.name for field in fields(cls)]
+
+    def check(self, grid: TokenGrid) -> None:
+        """Raise `ValueError` for a setting that does not fit the grid."""
+
+    def for_a_walk(self: S) -> S:
+        """These settings for a caller who says how the grid is walked: without those that decide it themselves."""
+        return self
+
+    def saved(self) -> dict[str, Any]:
+        """As a pipeline's index holds them: those of every prior, and this prior's own where they are not the
+        default."""
+        values = {field: getattr(self, field.name) for field in fields(self)}
+        shared = Sampler.names()
+        return {field.name: value for field, value in values.items() if field.name in shared or value != field.default}
 
     @property
     def filters(self) -> bool:
@@ -105,26 +130,63 @@ class Sampler:
         lead = scores.gather(-1, ids)[..., 0] - rivals
         return ids[..., 0], lead.where(certain.gather(-1, ids)[..., 0], 0)
 
-    def _kept(self, logits: Tensor, tolerance: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """bool `(..., V)`: what `top_k` and `top_p` keep; what they might, and what they surely would, if logits could
-        differ by `tolerance` (..., 1) less or more. Of equal logits `top_k` keeps all, `top_p` the first."""
-        kept = near = certain = torch.ones_like(logits, dtype=torch.bool)
+    def _kept(self, logits: Tensor, tolerance: Tensor) -> Kept:
+        """The ids that both filters keep: `top_p` counts the mass of those that `top_k` has kept."""
+        everything = torch.ones_like(logits, dtype=torch.bool)
+        kept = Kept(everything, everything, everything)
         if self.top_k is not None and self.top_k < logits.shape[-1]:
-            last, first_out = logits.topk(self.top_k + 1).values[..., -2:].split(1, -1)
-            kept, near, certain = logits >= last, logits >= last - tolerance, logits > first_out + tolerance
+            kept = keep_top_k(logits, self.top_k, tolerance)
         if self.top_p is not None and self.top_p < 1:
-            ordered, ids = logits.masked_fill(~kept, -torch.inf).sort(dim=-1, descending=True, stable=True)
-            probabilities = ordered.double().softmax(-1)
-            before = (probabilities.cumsum(-1) - probabilities).masked_fill(ordered == -torch.inf, torch.inf)
-            share = (logits.double() - ordered.double().logsumexp(-1, keepdim=True)).exp()
-            slack = tolerance + (share * (near & ~certain)).sum(-1, keepdim=True)  # of ids that may come or go
-            kept, likely, sure = (
-                torch.zeros_like(kept).scatter(-1, ids, before < self.top_p + by) for by in (0, slack, -slack)
-            )
-            lowest = logits.masked_fill(~likely, torch.inf).amin(-1, keepdim=True)
-            highest = logits.masked_fill(sure, -torch.inf).amax(-1, keepdim=True)
-            near, certain = logits >= lowest - tolerance, sure & (logits > highest + tolerance)
-        return kept, near, certain
+            kept = keep_top_p(logits, self.top_p, tolerance, kept)
+        return kept
+
+
+class Kept(NamedTuple):
+    """bool `(..., V)`: the ids that a filter keeps; those that it keeps or might keep if rounding moved logits within
+    a tolerance; and those that it keeps in any case."""
+
+    kept: Tensor
+    near: Tensor
+    certain: Tensor
+
+
+def keep_top_k(logits: Tensor, k: int, tolerance: Tensor) -> Kept:
+    """The `k` likeliest of V > k ids, and all that are equal to the last of them. tolerance: `(..., 1)`.
+
+        logits   5.0   3.0 | 2.9   1.0      k = 2: the boundary is between 3.0, the last, and 2.9, the first out
+
+    With a tolerance of 0.2 the third is near, as 2.9 >= 3.0 - 0.2. Only the first is certain, as 5.0 > 2.9 + 0.2: the
+    second could fall behind the third.
+    """
+    last, first_out = logits.topk(k + 1).values[..., -2:].split(1, -1)
+    return Kept(logits >= last, logits >= last - tolerance, logits > first_out + tolerance)
+
+
+def keep_top_p(logits: Tensor, p: float, tolerance: Tensor, among: Kept) -> Kept:
+    """The likeliest ids `among` those kept so far until their mass reaches `p`, of equal ones the first.
+
+        probabilities   0.5   0.3 | 0.2      p = 0.7
+        mass before     0.0   0.5 | 0.8      an id is kept where the mass before it is below p
+
+    A mass moves by no more than the tolerance, `(..., 1)`, and by the share of the ids that `top_k` itself might keep
+    or not. With 0.25 of both together the third is near, as 0.8 < 0.7 + 0.25, and only the first is certain, as
+    0.5 > 0.7 - 0.25. Besides, ids whose logits are within the tolerance may change places at either boundary.
+    """
+    ordered, ids = logits.masked_fill(~among.kept, -torch.inf).sort(dim=-1, descending=True, stable=True)
+    probabilities = ordered.double().softmax(-1)
+    mass_before = (probabilities.cumsum(-1) - probabilities).masked_fill(ordered == -torch.inf, torch.inf)
+
+    def below(limit: float | Tensor) -> Tensor:
+        return torch.zeros_like(among.kept).scatter(-1, ids, mass_before < limit)
+
+    shares = (logits.double() - ordered.double().logsumexp(-1, keepdim=True)).exp()
+    slack = tolerance + (shares * (among.near & ~among.certain)).sum(-1, keepdim=True)
+    likely = below(p + slack)
+    sure = below(p - slack)
+    lowest_likely = logits.masked_fill(~likely, torch.inf).amin(-1, keepdim=True)
+    highest_unsure = logits.masked_fill(sure, -torch.inf).amax(-1, keepdim=True)
+    near = logits >= lowest_likely - tolerance
+    return Kept(below(p), near, sure & (logits > highest_unsure + tolerance))
 
 
 def _best(scores: Tensor) -> tuple[Tensor, Tensor]:

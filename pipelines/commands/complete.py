@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -14,7 +14,7 @@ from torch import Tensor
 from tokenizer.files.ownership import Inputs
 
 from ..config import Config, UserError, choose_device, run_command
-from ..config.outputs import check_out_file
+from ..config.outputs import check_out_file, writing
 from ..config.table import table
 from ..image_pipeline import ImagePipeline
 from ..images import DataConfig, check_shape, load_images, to_float
@@ -23,6 +23,7 @@ from ..images.folders import find_images
 from ..images.pictures import SUFFIXES, grid_picture, save_picture
 from ..stages.completion import ConditionError, complete, conditional_log_prob, make_mask, sees_all_known
 from ..stages.provenance import defaults
+from ..stages.sampling import settings_in
 
 TINTS = ((0.15, 0.35, 0.65), (-0.2, 0.0, 0.35))  # of the hatching, RGB in [-1, 1]: no grey image has them
 
@@ -60,15 +61,11 @@ class CompleteConfig(Config):
 
 def run(config: CompleteConfig) -> dict[str, float]:
     """Draw, write the sheet and print what the draws are given and how near they come; returns the figures."""
-    if Path(config.out).suffix.lower() not in SUFFIXES:
-        raise UserError(f"out: {config.out!r} should end in {', '.join(SUFFIXES)}")
     inputs = files_read(config)
-    check_out_file(config.out, inputs)
+    check_out_file(config.out, inputs, SUFFIXES)
     pipeline = ImagePipeline.from_pretrained(config.pipeline, device=choose_device(config.device))
     known = read_mask(config.mask, pipeline)
     truth = to_float(choose_images(config, pipeline))
-    chosen = ("temperature", "top_k", "top_p", "guidance_scale", "steps")
-    given = {name: value for name in chosen if (value := getattr(config, name)) is not None}
     try:
         made = complete(
             pipeline,
@@ -79,7 +76,7 @@ def run(config: CompleteConfig) -> dict[str, float]:
             seed=config.seed,
             output_type="pt",
             batch_size=config.batch_size,
-            **given,
+            **settings_in(config.model_dump()),
         ).images.cpu()
     except (ValueError, TypeError) as error:
         raise UserError(str(error)) from error
@@ -92,10 +89,8 @@ def run(config: CompleteConfig) -> dict[str, float]:
         refusal = str(error)
     else:
         refusal = ""
-    try:
+    with writing("out", config.out):
         save_picture(sheet(truth, made, known), config.out, inputs=inputs)
-    except OSError as error:
-        raise UserError(f"out: {config.out} can not be written ({error.strerror or error})") from error
     print(report(config, pipeline, known, figures, refusal))
     return figures
 
@@ -229,9 +224,7 @@ def report(
     return table(rows)
 
 
-def main(argv: list[str] | None = None) -> Any:
-    """The command line."""
-    return run_command(CompleteConfig, run, argv, verb="complete", description=__doc__, defaults=defaults)
+main = partial(run_command, CompleteConfig, run, verb="complete", description=__doc__, defaults=defaults)
 
 
 if __name__ == "__main__":

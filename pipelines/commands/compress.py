@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -22,7 +22,7 @@ from tokenizer.files.writing import atomic_file
 from ..compression.coding import chunk_images, exact_pixels, write_images
 from ..compression.header import StreamError
 from ..config import Config, UserError, choose_device, run_command
-from ..config.outputs import check_out_file
+from ..config.outputs import check_out_file, writing
 from ..image_pipeline import ImagePipeline
 from ..images import to_float
 from ..images.decoding import open_image
@@ -66,14 +66,12 @@ def run(config: CompressConfig) -> Path:
 
     began = time.monotonic()
     try:
-        with atomic_file(out, inputs=inputs) as half, open(half, "wb") as file:
+        with writing("out", out), atomic_file(out, inputs=inputs) as half, open(half, "wb") as file:
             written = write_images(
                 pipeline, file, parts(), len(paths), lossless=config.lossless, names=names, checked=config.checked
             )
     except (StreamError, LikelihoodError) as error:
         raise UserError(str(error)) from error
-    except OSError as error:
-        raise UserError(f"out: {out} can not be written ({error.strerror or error})") from error
     dims = len(paths) * int(np.prod(pipeline.tokenizer.image_shape))
     was, seconds = sum(path.stat().st_size for path in paths), time.monotonic() - began
     what = "every pixel" if config.lossless else "tokens: decompressing gives reconstructions"
@@ -106,9 +104,7 @@ def read_exactly(path: Path, shape: tuple[int, int, int], lossless: bool) -> Ten
         raise UserError(f"images: {path}: {error}") from error
 
 
-def main(argv: list[str] | None = None) -> Any:
-    """The command line."""
-    return run_command(CompressConfig, run, argv, verb="compress", description=__doc__)
+main = partial(run_command, CompressConfig, run, verb="compress", description=__doc__)
 
 
 if __name__ == "__main__":

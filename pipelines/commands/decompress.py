@@ -7,8 +7,8 @@ are what the decoder makes of the tokens here, to within one grey level of what 
 from __future__ import annotations
 
 import mmap
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 from pydantic import Field
 
@@ -61,9 +61,9 @@ def run(config: DecompressConfig) -> Path:
 
 def write_folder(pipeline: ImagePipeline, data: mmap.mmap, folder: Path, config: DecompressConfig) -> int:
     """Write the images of a stream as PNG files, by their names or numbered; returns how many."""
-    stream, models = open_stream(pipeline, data, Limits(max_images=config.max_images))
+    stream, coder = open_stream(pipeline, data, Limits(max_images=config.max_images))
     names, count = stream.names, 0
-    for images in read_images(pipeline, stream, models, batch_size=config.batch_size):
+    for images in read_images(pipeline, stream, coder, batch_size=config.batch_size):
         for image in convert_images(images, "pil"):
             name = names[count] if names is not None else f"{count:08d}.png"
             file = folder / (name if name.lower().endswith(".png") else f"{name}.png")
@@ -75,9 +75,7 @@ def write_folder(pipeline: ImagePipeline, data: mmap.mmap, folder: Path, config:
     return count
 
 
-def main(argv: list[str] | None = None) -> Any:
-    """The command line."""
-    return run_command(DecompressConfig, run, argv, verb="decompress", description=__doc__)
+main = partial(run_command, DecompressConfig, run, verb="decompress", description=__doc__)
 
 
 if __name__ == "__main__":

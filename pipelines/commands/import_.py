@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import re
+from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -228,9 +229,7 @@ def summary(model: VQGAN, layout: Layout, path: Path, config: ImportConfig, unus
     )
 
 
-def main(argv: list[str] | None = None) -> Any:
-    """The command line."""
-    return run_command(ImportConfig, run, argv, verb="import", description=__doc__)
+main = partial(run_command, ImportConfig, run, verb="import", description=__doc__)
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ rows=1281167 gpus=8 gpu=a100`. The model is run on paper: nothing is trained, no
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,7 +17,6 @@ from pydantic import Field
 from torch import nn
 
 from prior import Prior
-from prior.masked import Masked
 from tokenizer import Tokenizer
 from tokenizer.critic import PatchCritic
 from tokenizer.files.errors import ConfigError
@@ -29,7 +29,7 @@ from ..config.arguments import read_arguments
 from ..config.command import parse
 from ..metrics.likelihood import rows_at_a_time
 from ..metrics.reconstruction import images_at_a_time
-from ..planning.budget import sizes_of
+from ..planning.budget import GPUS, sizes_of
 from ..planning.costs import (
     Recipe,
     Turn,
@@ -43,12 +43,13 @@ from ..planning.costs import (
     tokenizer_turn,
 )
 from ..planning.facts import Facts, facts_of, on_meta
-from ..planning.forecast import Forecast, page_of
+from ..planning.forecast import Forecast, Machine, Schedule, Work, page_of
 from ..tokens.shards import bytes_per_row
 from ..train_prior import TrainPriorConfig
 from ..train_tokenizer import TrainTokenizerConfig, build_tokenizer
 from ..training.adversary import Adversary
 from ..training.blocks import repeated_blocks
+from ..training.schedule import TrainConfig
 
 NO_MODEL = (
     "model.kind: nothing to plan; give the command line of train_prior or train_tokenizer, as in "
@@ -112,6 +113,29 @@ def run(config: PlanConfig) -> Forecast:
     return forecast
 
 
+def work_of(turns: Callable[[int], list[Turn]], count: int) -> Work:
+    """The turns on `count` images, and what one image takes."""
+    return Work(turns(count), flops_of(lambda: turns(1)))
+
+
+def machine_of(config: PlanConfig) -> Machine:
+    """The machine to plan for."""
+    kind = GPUS[config.gpu]
+    return Machine(
+        f"x {config.gpu}" if config.gpu_memory is None else "GPUs",
+        config.gpus,
+        config.gpu_memory or kind.memory,
+        config.peak_tflops or kind.tflops,
+        config.utilization,
+        config.precision,
+    )
+
+
+def schedule_of(train: TrainConfig) -> Schedule:
+    """What the run says of its steps; only a prior's blocks can be checkpointed."""
+    return Schedule(train.batch_size, train.accumulate, train.steps, getattr(train, "checkpointing", False))
+
+
 # Priors -------------------------------------------------------------------------------------------
 
 
@@ -123,26 +147,24 @@ def forecast_prior(config: PlanPriorConfig) -> Forecast:
     sizes = sizes_of(parts_of_prior(model), model, {"model": model}, blocks, config.train.keep_best)
     count, bf16 = micro_batch(config), config.precision == "bf16"
     with on_paper(model):
-        turns, flops = [prior_turn(model, count, bf16)], flops_of(lambda: prior_turn(model, 1, bf16))
+        work = again = work_of(lambda images: [prior_turn(model, images, bf16)], count)
         evaluation = evaluation_of(lambda: evaluate(model), model)
-        again, more = turns, flops
         if blocks:
             checkpointed(blocks)
-            again, more = [prior_turn(model, count, bf16)], flops_of(lambda: prior_turn(model, 1, bf16))
+            again = work_of(lambda images: [prior_turn(model, images, bf16)], count)
     shape = "x".join(map(str, facts.grid.shape))
     title = f"{model.name} over {shape} tokens of {facts.grid.vocab_size:,} ids, {facts.classes:,} classes"
     per_row = bytes_per_row(facts.grid) + (8 if facts.classes else 0)
     return Forecast(
         title,
-        config,
+        machine_of(config),
+        schedule_of(config.train),
         sizes,
-        turns,
+        work,
         again,
-        flops,
-        more,
         evaluation,
-        len(facts.grid),
-        facts.rows,
+        tokens_per_image=len(facts.grid),
+        rows=facts.rows,
         shards=True,
         dataset=None if facts.rows is None else per_row * facts.rows,
         snapshot=4 * sizes.parameters + facts.tokenizer_bytes,
@@ -156,14 +178,10 @@ def make_prior(config: PlanPriorConfig, facts: Facts) -> Prior:
 
 
 def evaluate(model: Prior) -> None:
-    """A batch of `train_prior.bits_per_token`; of a model that takes many passes for it, whose masks depend on the
-    data, one pass."""
+    """A batch of `metrics.likelihood.bits_per_token`; of a model that takes many passes for it, one pass."""
     count = rows_at_a_time(model.grid)
     rows, labels = torch.zeros(count, *model.grid.shape, dtype=torch.long), torch.zeros(count, dtype=torch.long)
-    if isinstance(model, Masked):
-        model(rows, labels, known=torch.ones_like(rows, dtype=torch.bool)).log_softmax(-1)
-    else:
-        model.log_prob(rows, labels)
+    model.likelihood_pass(rows, labels)
 
 
 def parts_of_prior(model: nn.Module) -> dict[str, int]:
@@ -192,14 +210,12 @@ def forecast_tokenizer(config: PlanTokenizerConfig) -> Forecast:
     sizes = sizes_of(parts_of_tokenizer(tokenizer, critic), stage, players, blocks, config.train.keep_best and scored)
     count, bf16 = micro_batch(config), config.precision == "bf16"
     with on_paper(*(module for module in (stage, network) if module is not None)):
-        turns = all_turns(recipe, count, bf16)
-        flops = flops_of(lambda: all_turns(recipe, 1, bf16))
+        work = again = work_of(lambda images: all_turns(recipe, images, bf16), count)
         images = (images_at_a_time(tokenizer.image_shape), *tokenizer.image_shape)
         evaluation = evaluation_of(lambda: tokenizer.decode(tokenizer.encode(torch.zeros(images))), tokenizer)
-        again, more = turns, flops
         if blocks:
             checkpointed(blocks)
-            again, more = all_turns(recipe, count, bf16), flops_of(lambda: all_turns(recipe, 1, bf16))
+            again = work_of(lambda images: all_turns(recipe, images, bf16), count)
     size = "x".join(map(str, tokenizer.image_shape[1:]))
     shape, ids = "x".join(map(str, tokenizer.grid.shape)), tokenizer.grid.vocab_size
     title = f"{tokenizer.name}, images of {size} to {shape} tokens of {ids:,} ids"
@@ -207,15 +223,14 @@ def forecast_tokenizer(config: PlanTokenizerConfig) -> Forecast:
     notes = ['the perceptual network is not counted; pip install "smalti[perceptual]"'] if lacking else []
     return Forecast(
         title,
-        config,
+        machine_of(config),
+        schedule_of(config.train),
         sizes,
-        turns,
+        work,
         again,
-        flops,
-        more,
         evaluation,
-        len(tokenizer.grid),
-        config.rows,
+        tokens_per_image=len(tokenizer.grid),
+        rows=config.rows,
         shards=False,
         dataset=None,
         snapshot=sum(value.numel() * value.itemsize for value in tokenizer.state_dict().values()),

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 from pydantic import Field
 
@@ -45,9 +45,7 @@ def listing(found: dict[str, Path]) -> str:
     return "\n".join(lines)
 
 
-def main(argv: list[str] | None = None) -> Any:
-    """The command line."""
-    return run_command(PresetsConfig, run, argv, verb="presets", description=__doc__)
+main = partial(run_command, PresetsConfig, run, verb="presets", description=__doc__)
 
 
 if __name__ == "__main__":

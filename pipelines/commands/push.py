@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -67,9 +68,7 @@ def upload(item: Any, repo_id: str, private: bool) -> str:
     return f"{constants.ENDPOINT}/{kind}{repo_id}"
 
 
-def main(argv: list[str] | None = None) -> Any:
-    """The command line."""
-    return run_command(PushConfig, run, argv, verb="push", description=__doc__)
+main = partial(run_command, PushConfig, run, verb="push", description=__doc__)
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +12,8 @@ from tokenizer import Tokenizer
 from tokenizer.files.reading import read_json
 from tokenizer.pretrained import PROVENANCE
 
-from ..config import Config, UserError, choose_device, run_command
-from ..config.outputs import check_out_file
+from ..config import Config, choose_device, run_command
+from ..config.outputs import check_out_file, writing
 from ..images import DataConfig, check_shape, load_images
 from ..images.pictures import SUFFIXES, save_picture
 from ..metrics.reconstruction import evaluate_reconstruction, reconstruction_picture
@@ -38,19 +39,15 @@ def defaults(given: dict[str, Any]) -> dict[str, Any]:
 
 def run(config: ReconstructConfig) -> dict[str, float]:
     """Write the picture, print and return PSNR (dB), losses, codebook usage and perplexity on all held-out images."""
-    if Path(config.out).suffix.lower() not in SUFFIXES:
-        raise UserError(f"out: {config.out!r} should end in {', '.join(SUFFIXES)}")
     inputs = [config.tokenizer, config.data.path]
-    check_out_file(config.out, inputs)
+    check_out_file(config.out, inputs, SUFFIXES)
     tokenizer = Tokenizer.from_pretrained(tokenizer_folder(config.tokenizer), device=choose_device(config.device))
     check_shape(config.data, tokenizer.image_shape, "tokenizer")
     images = load_images(config.data).held_out
     figures = evaluate_reconstruction(tokenizer, images)
     picture = reconstruction_picture(tokenizer, images, config.num_images)
-    try:
+    with writing("out", config.out):
         save_picture(picture, config.out, inputs=inputs)
-    except OSError as error:
-        raise UserError(f"out: {config.out} can not be written ({error.strerror or error})") from error
     print(
         f"{config.out}: PSNR {figures['psnr']:.2f} dB over {len(images):,} held-out images, "
         f"{figures['codebook_usage']:.1%} of {tokenizer.grid.vocab_size} codes used"
@@ -58,9 +55,7 @@ def run(config: ReconstructConfig) -> dict[str, float]:
     return figures
 
 
-def main(argv: list[str] | None = None) -> Any:
-    """The command line."""
-    return run_command(ReconstructConfig, run, argv, verb="reconstruct", description=__doc__, defaults=defaults)
+main = partial(run_command, ReconstructConfig, run, verb="reconstruct", description=__doc__, defaults=defaults)
 
 
 if __name__ == "__main__":

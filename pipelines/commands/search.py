@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import torch
@@ -12,7 +13,7 @@ from pydantic import Field
 from torch import Tensor
 
 from ..config import Config, UserError, choose_device, run_command
-from ..config.outputs import check_out_file
+from ..config.outputs import check_out_file, writing
 from ..image_pipeline import ImagePipeline
 from ..images import DataConfig, ImageDataset, to_float
 from ..images.decoding import try_decode
@@ -64,11 +65,9 @@ class Queries:
 def run(config: SearchConfig) -> Tensor:
     """Search, print the nearest of each query, and write the picture; returns their indices `(n, k)` in the training
     split."""
-    if Path(config.out).suffix.lower() not in SUFFIXES:
-        raise UserError(f"out: {config.out!r} should end in {', '.join(SUFFIXES)}")
     files = config.queries if isinstance(config.queries, list) else [config.queries]
     inputs = [config.pipeline, config.data.path, *(file for file in files if isinstance(file, str))]
-    check_out_file(config.out, inputs)
+    check_out_file(config.out, inputs, SUFFIXES)
     pipeline = ImagePipeline.from_pretrained(config.pipeline, device=choose_device(config.device))
     try:
         choose_pool(choose_layer(pipeline, config.layer)[0], config.pool)
@@ -89,10 +88,8 @@ def run(config: SearchConfig) -> Tensor:
     shown = found[: config.rows]
     pairs = zip(queries.images[: config.rows], shown, strict=False)
     sheet = torch.cat([torch.cat([query[None], splits.train.pixels(ids)]) for query, ids in pairs])
-    try:
+    with writing("out", config.out):
         save_picture(neighbour_sheet(sheet, config.k), config.out, inputs=inputs)
-    except OSError as error:
-        raise UserError(f"out: {config.out} can not be written ({error.strerror or error})") from error
     print(f"\n{len(shown)} queries, each beside its {config.k} nearest of {len(chosen):,} images: {config.out}")
     return found
 
@@ -163,9 +160,7 @@ def neighbour_sheet(images: Tensor, k: int) -> np.ndarray:
     return np.concatenate([sheet[:, : step + 2], gap, sheet[:, step:]], axis=1)
 
 
-def main(argv: list[str] | None = None) -> Any:
-    """The command line."""
-    return run_command(SearchConfig, run, argv, verb="search", description=__doc__, defaults=defaults)
+main = partial(run_command, SearchConfig, run, verb="search", description=__doc__, defaults=defaults)
 
 
 if __name__ == "__main__":

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 from pydantic import Field
 
@@ -38,9 +38,7 @@ def run(config: VerifyConfig) -> Path:
     return folder
 
 
-def main(argv: list[str] | None = None) -> Any:
-    """The command line."""
-    return run_command(VerifyConfig, run, argv, verb="verify", description=__doc__)
+main = partial(run_command, VerifyConfig, run, verb="verify", description=__doc__)
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -13,20 +13,23 @@ from tokenizer.files.writing import check_file, check_results
 from .arguments import UserError
 
 
-def check_out_file(out: Path | str, inputs: Inputs) -> None:
-    """Raise `UserError` unless the file `out` can be written; see `storage.atomic_file`."""
+def check_out_file(out: Path | str, inputs: Inputs, suffixes: Collection[str] = ()) -> None:
+    """Raise `UserError` unless the file `out` can be written; see `writing.atomic_file`. suffixes: one of which it
+    should have, if there are any."""
+    if suffixes and Path(out).suffix.lower() not in suffixes:
+        raise UserError(f"out: {str(out)!r} should end in {', '.join(suffixes)}")
     with told_as_out():
         check_file(out, inputs)
 
 
 def check_out_results(out: Path | str, names: Iterable[str], inputs: Inputs) -> None:
-    """Raise `UserError` unless files of these names can go into the folder `out`; see `storage.results_folder`."""
+    """Raise `UserError` unless files of these names can go into the folder `out`; see `writing.results_folder`."""
     with told_as_out():
         check_results(out, names, inputs)
 
 
 def check_out_folder(out: Path | str, kind: Kind | None, inputs: Inputs) -> None:
-    """Raise `UserError` unless `out` can become a folder of this kind; see `storage.atomic_folder`."""
+    """Raise `UserError` unless `out` can become a folder of this kind; see `writing.atomic_folder`."""
     with told_as_out():
         require_apart(Path(out), inputs)
         require_ours(Path(out), kind)
@@ -39,3 +42,12 @@ def told_as_out() -> Iterator[None]:
         yield
     except PathError as error:
         raise UserError(f"out: {error}") from error
+
+
+@contextmanager
+def writing(key: str, path: Path | str) -> Iterator[None]:
+    """Raise `UserError`, naming the key of the command line, where the block fails to write `path`."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"{key}: {path} cannot be written ({error.strerror or error})") from error

@@ -33,7 +33,7 @@ WIDTH, HEIGHT = 400, 270  # of a chart, in pixels
 
 class CodebookUse(nn.Module):
     """Counts of the tokens of all ranks. All state is in buffers, alike on all ranks; it is saved with a run's state so
-    that a resumed run goes on counting. A batch is what `observe` is given, with accumulation a micro-batch.
+    that a resumed run goes on counting. A batch is that of a step: all that `observe` was given before `finish_step`.
 
     uses: `(levels, vocab_size)`, how often each id occurred, decayed by 0.99 at each batch: mostly the last 100.
     last_used: `(levels, vocab_size)`, the number of the batch, from 1, in which an id last occurred; 0 for none.
@@ -49,12 +49,22 @@ class CodebookUse(nn.Module):
         self.register_buffer("uses", torch.zeros(levels, vocab_size))  # float32: some devices have no doubles
         self.register_buffer("last_used", torch.zeros(levels, vocab_size, dtype=torch.long))
         self.register_buffer("steps", torch.zeros((), dtype=torch.long))
+        self.observed: Tensor | None = None  # counts of this rank, in this step
 
     @torch.no_grad()
-    def observe(self, tokens: Tensor) -> Tensor:
-        """Count this rank's `tokens` (B, *grid), with levels as rows; all ranks have to call it. Returns how often each
-        id occurred in the batch of all ranks, `(vocab_size,)` int64, all levels together."""
+    def observe(self, tokens: Tensor) -> None:
+        """Note this rank's `tokens` (B, *grid), with levels as rows, for `finish_step` to count."""
         counts = count_tokens(tokens, *self.uses.shape)
+        self.observed = counts if self.observed is None else self.observed + counts
+
+    @torch.no_grad()
+    def finish_step(self, taken: bool = True) -> Tensor | None:
+        """Count what was observed since the last call; all ranks have to call it. Returns how often each id occurred in
+        the batch of all ranks, `(vocab_size,)` int64, all levels together; None where nothing was observed, or the
+        step was not taken, which forgets it."""
+        counts, self.observed = self.observed, None
+        if counts is None or not taken:
+            return None
         if world_size() > 1:
             dist.all_reduce(counts)
         here = counts.to(self.uses.device)

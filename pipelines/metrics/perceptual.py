@@ -50,20 +50,23 @@ class Perceptual:
     No module, so that no state dict, optimizer or average of a model that holds it ever sees its weights, which are
     frozen and in eval mode. Always in float32.
 
+    pretrained: False leaves the weights as they are drawn, which tells what a step costs and nothing else.
+
     Raises `UserError` without torchmetrics, for another net, and as `weights_file` does. Where several processes share
     a disk, let one of them build it first.
     """
 
-    def __init__(self, net: str = "vgg", device: torch.device | str = "cpu") -> None:
+    def __init__(self, net: str = "vgg", device: torch.device | str = "cpu", *, pretrained: bool = True) -> None:
         if net not in WEIGHTS:
             raise UserError(f"perceptual: the network must be one of {', '.join(WEIGHTS)} (got {net!r})")
         if find_spec("torchmetrics") is None:
             raise UserError('perceptual: LPIPS needs torchmetrics: pip install "smalti[perceptual]"')
-        weights_file(net)
+        if pretrained:
+            weights_file(net)
         from torchmetrics.functional.image.lpips import _NoTrainLpips
 
         with torch.random.fork_rng(devices=[]):  # layers draw weights before they are given theirs
-            self.net = _NoTrainLpips(net=net)  # type: ignore[arg-type]
+            self.net = _NoTrainLpips(pretrained, net, pnet_rand=not pretrained)  # type: ignore[arg-type]
         self.net.requires_grad_(False).to(device)
 
     def __call__(self, reconstruction: Tensor, images: Tensor) -> Tensor:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import inspect
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -39,9 +38,9 @@ from .index import (
     PARTS,
     PIPELINE,
     PROVENANCE,
-    SamplerDefaults,
     check_labels,
     check_listed,
+    make_sampler,
     parse_picture,
     read_index,
     read_provenance,
@@ -55,8 +54,9 @@ S = TypeVar("S", bound="Stages")
 class Stages:
     """A tokenizer and a prior that fit each other, saved and loaded as one folder; `ImagePipeline` says what for.
 
-    labels: the names of the classes, in the order of their ids. sampler: defaults for sampling. Raises `IntegrityError`
-    when the prior was trained on another tokenizer.
+    labels: the names of the classes, in the order of their ids. sampler: defaults for the settings of sampling, those
+    that the prior's `Sampling` declares. Raises `IntegrityError` when the prior was trained on another tokenizer,
+    `ConfigError` for names or settings that do not go with the prior.
     """
 
     def __init__(
@@ -74,13 +74,11 @@ class Stages:
         check_labels(labels)
         self.tokenizer, self.prior = tokenizer.eval(), prior.eval()
         self.labels = list(labels)
-        self.sampler = SamplerDefaults(**(sampler or {}))
-        if self.sampler.steps is not None and "steps" not in self.prior_takes():
-            raise ConfigError(f"{INDEX}: sampler: steps: a {prior.name!r} prior does not decode in steps")
-        if self.sampler.steps is not None and self.sampler.steps > len(prior.grid):
-            raise ConfigError(
-                f"{INDEX}: sampler: steps: {self.sampler.steps} are more than the {len(prior.grid)} tokens"
-            )
+        self.sampler = make_sampler(type(prior), sampler or {})
+        try:
+            self.sampler.check(prior.grid)
+        except ValueError as error:
+            raise ConfigError(f"{INDEX}: sampler: {error}") from error
         self.provenance: dict[str, Any] = {}
         self.sample_grid: np.ndarray | None = None
         self.calibration: Calibration | None = None
@@ -159,7 +157,7 @@ class Stages:
             "tokenizer": self.tokenizer.name,
             "prior": self.prior.name,
             "labels": self.labels,
-            "sampler": self.sampler.given(),
+            "sampler": self.sampler.saved(),
             **({} if self.background is None else {"background": self.background.name}),
         }
         with atomic_folder(folder, kind=PIPELINE) as target:
@@ -283,7 +281,3 @@ class Stages:
         batch = as_batch(images, self.tokenizer.image_shape)
         warn_if_unit(batch)
         return to_images(batch, self.tokenizer.image_shape).to(self.device)
-
-    def prior_takes(self) -> set[str]:
-        """The names of what this prior's `sample` takes."""
-        return {name for sample in (Prior.sample, self.prior.sample) for name in inspect.signature(sample).parameters}

@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import re
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -36,23 +35,6 @@ FILES = [INDEX, PROVENANCE, CARD, GRID, CALIBRATION, MANIFEST] + [
 
 
 PIPELINE = Kind("a pipeline", INDEX, lambda index: index.get("_class_name") == "ImagePipeline" and "prior" in index)
-
-
-@dataclass(frozen=True)
-class SamplerDefaults(Sampler):
-    """A pipeline's default settings. `steps`: in how many passes a masked-token prior decodes; None is a token a pass,
-    which alone is exact. Raises `ValueError` out of range."""
-
-    steps: int | None = None
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.steps is not None and (type(self.steps) is not int or self.steps < 1):
-            raise ValueError(f"steps must be a whole number >= 1, or None for a token a pass (got {self.steps})")
-
-    def given(self) -> dict[str, Any]:
-        """As `model_index.json` holds them; steps only where there are some."""
-        return {name: value for name, value in asdict(self).items() if name != "steps" or value is not None}
 
 
 def kind_of_model(found: Any) -> str:
@@ -97,11 +79,17 @@ def read_index(files: Folder) -> dict[str, Any]:
             kind, names = family.__name__.lower(), ", ".join(family.available())
             raise ConfigError(f"{path}: {part}: no {kind} is called {index[part]!r}; there are {names}")
     check_labels(index["labels"])
+    make_sampler(Prior.find(index["prior"]), index["sampler"], path)
+    return index
+
+
+def make_sampler(prior: type[Prior], settings: dict[str, Any], path: str | Path = INDEX) -> Sampler:
+    """The default settings of sampling from a prior of this kind. Raises `ConfigError`, naming the file, for one that
+    the prior does not have or that is out of range."""
     try:
-        SamplerDefaults(**index["sampler"])
+        return prior.make_sampler(**settings)
     except (TypeError, ValueError, OverflowError) as error:
         raise ConfigError(f"{path}: sampler: {error}") from error
-    return index
 
 
 def check_listed(files: Folder) -> None:

@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from prior.requests import Order
-from prior.sampling import Generators, image_generators, progress_over
+from prior import Prior
+from prior.requests import Order, Walk
+from prior.sampling import Generators, Sampler, image_generators, progress_over
 
 from ..images.pictures import check_output_type
 from .base import Label, Stages
-from .index import SamplerDefaults
 
 
 @dataclass(frozen=True)
@@ -27,76 +27,81 @@ class PipelineOutput:
 
 
 def sample(
-    stages: Stages,
+    pipeline: Stages,
     num_images: int | None = None,
     labels: Label | Sequence[Label] = None,
     *,
     seed: int | None = None,
     generator: Generators = None,
-    temperature: float | None = None,
-    top_k: int | None = None,
-    top_p: float | None = None,
-    guidance_scale: float | None = None,
     tokens: Tensor | None = None,
     known: Tensor | None = None,
     order: Order = None,
     num_orders: int = 1,
     cache: bool = True,
     parallel: bool = False,
+    guess: Prior | None = None,
     batch_size: int = 64,
     output_type: str = "pil",
     progress: bool = True,
-    **own: Any,
+    **settings: Any,
 ) -> PipelineOutput:
-    """Sample images; the arguments are those of `ImagePipeline.__call__`."""
-    if unknown := set(own) - stages.prior_takes():
-        raise TypeError(f"{sorted(unknown)[0]!r} is no argument of sampling from a {stages.prior.name!r} prior")
+    """Sample images.
+
+    labels: one class (id or name) for all, or one per image; None is unconditional. seed: image k uses seed + k,
+    whatever `batch_size` is. tokens, known, order, num_orders, cache, parallel, guess: as in `Prior.sample`. settings:
+    those that the prior's `Sampling` declares, by name (`temperature`, `top_k`, `top_p`, `guidance_scale`; `steps`,
+    `confidence_temperature` and `schedule` of a masked-token prior); they default to the pipeline's own
+    (`pipeline.sampler`), `steps` only where none of `order`, `num_orders`, `cache` and `parallel` is given, as these do
+    not go with it. output_type: "pil", "np" (uint8) or "pt" (float in [-1, 1]). Raises `ValueError` for arguments out
+    of range, `TypeError` for a setting that the prior does not have.
+    """
     if isinstance(labels, (Tensor, np.ndarray)):
         labels = labels.tolist()
     num_images = count_images(num_images, labels)
     if batch_size < 1:
         raise ValueError(f"batch_size must be at least 1 (got {batch_size})")
-    ids = stages.label_ids(labels, num_images)
-    choices = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "guidance_scale": guidance_scale}
-    in_steps = order is None and num_orders == 1 and cache and not parallel
-    own = settings_of(stages, choices, ids, steps=in_steps) | own
+    ids = pipeline.label_ids(labels, num_images)
+    walk = Walk(order, num_orders, cache, parallel, guess)
+    sampler = choose_sampler(pipeline, settings, ids, walk)
     check_output_type(output_type)
     generators = seeded(seed, generator, num_images)
-    shape, parts = (num_images, *stages.prior.grid.shape), []
+    shape, parts = (num_images, *pipeline.prior.grid.shape), []
     check_shapes(shape, tokens=tokens, known=known)
     batches = range(0, num_images, batch_size)
     for start in progress_over(batches, progress and len(batches) > 1, unit="batch"):
         rows = slice(start, min(start + batch_size, num_images))
-        kept = None if known is None else known.expand(shape)[rows]
-        given = None if tokens is None else tokens.expand(shape)[rows]
         parts.append(
-            stages.prior.sample(
+            pipeline.prior.sample(
                 rows.stop - rows.start,
                 None if ids is None else ids[rows],
                 generator=generators[rows],
-                tokens=given,
-                known=kept,
-                order=order_of(order, rows),
-                num_orders=num_orders,
-                cache=cache,
-                parallel=parallel,
+                tokens=None if tokens is None else tokens.expand(shape)[rows],
+                known=None if known is None else known.expand(shape)[rows],
                 progress=progress and len(batches) == 1,
-                **own,
+                **{**vars(walk), "order": order_of(order, rows)},
+                **vars(sampler),
             )
         )
     drawn = torch.cat(parts)
-    return PipelineOutput(stages.decode(drawn, output_type=output_type), drawn)
+    return PipelineOutput(pipeline.decode(drawn, output_type=output_type), drawn)
 
 
-def settings_of(stages: Stages, choices: dict[str, Any], ids: Tensor | None, *, steps: bool) -> dict[str, Any]:
-    """The sampling settings chosen, and the pipeline's own for the others. Raises `ValueError` out of range."""
-    settings = stages.sampler.given() | {name: value for name, value in choices.items() if value is not None}
-    if choices["guidance_scale"] is None and (ids is None or bool((ids == stages.prior.num_classes).all())):
-        settings["guidance_scale"] = 1.0  # the default guides towards a class, and none was named
-    if not steps:
-        settings.pop("steps", None)
-    SamplerDefaults(**settings)
-    return settings
+def choose_sampler(pipeline: Stages, settings: dict[str, Any], ids: Tensor | None, walk: Walk) -> Sampler:
+    """The sampling settings given, and the pipeline's own for the others. None stands for the pipeline's own of those
+    that every prior has. Raises `TypeError` for a setting that the prior does not have, `ValueError` out of range."""
+    own = pipeline.sampler.for_a_walk() if walk.is_chosen else pipeline.sampler
+    if ids is None or bool((ids == pipeline.prior.num_classes).all()):
+        own = replace(own, guidance_scale=1.0)  # the default guides towards a class, and none was named
+    shared = Sampler.names()
+    chosen = {name: value for name, value in settings.items() if value is not None or name not in shared}
+    return pipeline.prior.make_sampler(**{**vars(own), **chosen})
+
+
+def settings_in(keys: dict[str, Any]) -> dict[str, Any]:
+    """Of a verb's keys and their values those that are given and that a prior of some kind declares as settings of
+    sampling."""
+    declared = {name for kind in Prior.available() for name in Prior.find(kind).Sampling.names()}
+    return {name: value for name, value in keys.items() if name in declared and value is not None}
 
 
 def seeded(seed: int | None, generator: Generators, count: int) -> list[torch.Generator]:

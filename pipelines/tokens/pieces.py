@@ -2,7 +2,7 @@
 
 The work folder `.tmp-NAME-encode` beside the dataset holds `job.json` (what the result depends on) and, for each piece
 that is done, a shard and its manifest entry. Any number of processes make pieces; killed and started again they make
-those that are missing. Only the finished dataset gets the name it was asked for.
+those that are missing. Only the finished dataset gets the name that was asked for.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +47,11 @@ class Piece:
     stop: int
 
     @property
+    def rows(self) -> int:
+        """How many it is to hold."""
+        return self.stop - self.start
+
+    @property
     def name(self) -> str:
         """Of its file in the work folder."""
         return f"{self.split}-{self.number:05d}.safetensors"
@@ -61,60 +66,6 @@ def cut(split: str, first: int, rows: int, batch_size: int, rows_per_shard: int 
     return [Piece(split, k, start, min(start + size, rows)) for k, start in enumerate(range(first, rows, size))]
 
 
-def work_folder(out: Path) -> Path:
-    """Where the pieces of `out` are kept."""
-    return out.parent / f".tmp-{out.name}-encode"
-
-
-def check_job(work: Path, job: dict[str, Any]) -> None:
-    """Raise `UserError` for a work folder that another job began."""
-    if not (work / JOB).is_file():
-        return
-    old = read_json(work / JOB)
-    changes = difference({**old, "data": as_saved(DataConfig, old.get("data", {}))}, json.loads(json.dumps(job)))
-    if changes:
-        raise UserError(
-            f"out: an encode with another configuration was begun here and is not finished; give that one again, or "
-            f"delete {work}. What differs:\n" + "\n".join(changes)
-        )
-
-
-@contextmanager
-def begun(work: Path, job: dict[str, Any]) -> Iterator[None]:
-    """Make the work folder, which belongs to `job` from now on, and to no other process while the block lasts. Raises
-    `UserError` if one is at work in it."""
-    work.mkdir(parents=True, exist_ok=True)
-    with claimed(work):
-        if not (work / JOB).is_file():
-            write_json(work / ".job.json", job)
-            (work / ".job.json").replace(work / JOB)
-        yield
-
-
-def entry_of(work: Path, piece: Piece) -> dict[str, Any] | None:
-    """The manifest entry of a piece that is done, else None."""
-    path = (work / piece.name).with_suffix(".json")
-    try:
-        return read_json(path) if (work / piece.name).is_file() else None
-    except PipelineLoadError:  # killed while it was written
-        return None
-
-
-def drop_if_damaged(work: Path, piece: Piece) -> None:
-    """Forget a piece whose file is not the one that was written."""
-    entry = entry_of(work, piece)
-    if entry is not None and hashlib.sha256((work / piece.name).read_bytes()).hexdigest() != entry.get("sha256"):
-        (work / piece.name).with_suffix(".json").unlink()
-
-
-def keep(work: Path, piece: Piece, tokens: Tensor, labels: Tensor | None, grid: TokenGrid) -> None:
-    """Write a piece; it is done when its entry stands beside it."""
-    entry = write_shard(work / piece.name, tokens, labels, grid)
-    temporary = work / f".{piece.name}.json"
-    write_json(temporary, entry)
-    temporary.replace((work / piece.name).with_suffix(".json"))
-
-
 @dataclass(frozen=True)
 class Shard:
     """A file of the dataset to be, where it is now, and its manifest entry."""
@@ -124,33 +75,106 @@ class Shard:
     entry: dict[str, Any]
 
 
-def publish(out: Path, splits: dict[str, list[Shard]], meta: Meta, tokenizer: Tokenizer, merge: bool) -> Meta:
-    """Give the dataset of these shards its name, in one step; what was there before is replaced.
+class EncodeJob:
+    """An encode of these pieces into the dataset `out`.
 
-    Files are linked, not copied, where the disk can. merge: a split below 64 MiB becomes one file. Returns its meta.
+    with job.begin() as missing:    # on one process
+        job.keep(piece, ...)        # for each missing one, on any process
+        job.publish(...)            # on one process, when all are kept
     """
-    small = {
-        name: merge and sum(shard.rows for shard in shards) * bytes_per_row(meta.grid) <= ONE_FILE
-        for name, shards in splits.items()
-    }
-    sizes = {
-        name: [sum(shard.rows for shard in shards)] if small[name] else [shard.rows for shard in shards]
-        for name, shards in splits.items()
-    }
-    check_count(sum(map(len, sizes.values())))
-    found = Meta(meta.grid, meta.class_names, sizes, meta.source, meta.augmentations, meta.tokenizer, meta.parts)
-    with atomic_folder(out, kind=TOKENS) as target:
-        entries = {}
-        for split, shards in splits.items():
-            names = shard_names(split, len(sizes[split]))
-            if small[split] and len(shards) > 1:
-                entries[names[0]] = _merged(target / names[0], shards, meta.grid)
-                continue
-            for name, shard in zip(names, shards, strict=True):
-                _link(shard.path, target / name)
-                entries[name] = shard.entry
-        seal(target, found, tokenizer, entries)
-    return found
+
+    def __init__(self, out: Path, grid: TokenGrid, pieces: list[Piece], depends_on: dict[str, Any]) -> None:
+        """depends_on: all that the rows depend on, to the bit."""
+        self.out, self.work = out, work_folder(out)
+        self.grid, self.pieces, self.depends_on = grid, pieces, depends_on
+
+    @contextmanager
+    def begin(self) -> Iterator[list[Piece]]:
+        """Make the work folder, which belongs to this job from now on, and to no other process while the block lasts;
+        gives the pieces that are not done. Raises `UserError` for a folder that another job began, or in which a
+        process is at work."""
+        self._check_begun()
+        self.work.mkdir(parents=True, exist_ok=True)
+        with claimed(self.work):
+            if not (self.work / JOB).is_file():
+                write_json(self.work / ".job.json", self.depends_on)
+                (self.work / ".job.json").replace(self.work / JOB)
+            yield [piece for piece in self.pieces if not self._is_done(piece)]
+
+    def _check_begun(self) -> None:
+        begun = unfinished(self.out)
+        if begun is None:
+            return
+        begun = {**begun, "data": as_saved(DataConfig, begun.get("data", {}))}
+        if changes := difference(begun, json.loads(json.dumps(self.depends_on))):
+            raise UserError(
+                f"out: an encode with another configuration was begun here and is not finished; give that one again, "
+                f"or delete {self.work}. What differs:\n" + "\n".join(changes)
+            )
+
+    def _is_done(self, piece: Piece) -> bool:
+        """Whether the file of a piece is the one that was written; a damaged one is forgotten."""
+        entry = self._entry(piece)
+        if entry is None:
+            return False
+        if hashlib.sha256((self.work / piece.name).read_bytes()).hexdigest() == entry.get("sha256"):
+            return True
+        self._entry_path(piece).unlink()
+        return False
+
+    def _entry_path(self, piece: Piece) -> Path:
+        return (self.work / piece.name).with_suffix(".json")
+
+    def _entry(self, piece: Piece) -> dict[str, Any] | None:
+        """The manifest entry of a piece that is there, else None."""
+        try:
+            return read_json(self._entry_path(piece)) if (self.work / piece.name).is_file() else None
+        except PipelineLoadError:  # killed while it was written
+            return None
+
+    def keep(self, piece: Piece, tokens: Tensor, labels: Tensor | None) -> None:
+        """Write a piece; it is done when its entry stands beside it."""
+        entry = write_shard(self.work / piece.name, tokens, labels, self.grid)
+        temporary = self.work / f".{piece.name}.json"
+        write_json(temporary, entry)
+        temporary.replace(self._entry_path(piece))
+
+    def publish(self, meta: Meta, before: dict[str, list[Shard]], tokenizer: Tokenizer, merge: bool) -> Meta:
+        """Give the dataset of all pieces, after the shards that were there `before`, its name in one step; what was
+        there is replaced, and the work folder goes. merge: a split below 64 MiB becomes one file. Returns its meta.
+
+        Files are linked, not copied, where the disk can. Raises `UserError` for a piece that cannot be seen from here.
+        """
+        splits = {split: list(shards) for split, shards in before.items()}
+        for piece in self.pieces:
+            splits.setdefault(piece.split, []).append(self._shard(piece))
+        rows = {split: sum(shard.rows for shard in shards) for split, shards in splits.items()}
+        merged = [split for split in splits if merge and rows[split] * bytes_per_row(meta.grid) <= ONE_FILE]
+        sizes = {
+            split: [rows[split]] if split in merged else [shard.rows for shard in shards]
+            for split, shards in splits.items()
+        }
+        check_count(sum(map(len, sizes.values())))
+        meta = replace(meta, shards=sizes)
+        with atomic_folder(self.out, kind=TOKENS) as target:
+            entries = {}
+            for split, shards in splits.items():
+                names = shard_names(split, len(sizes[split]))
+                if split in merged and len(shards) > 1:
+                    entries[names[0]] = _merged(target / names[0], shards, meta.grid)
+                    continue
+                for name, shard in zip(names, shards, strict=True):
+                    _link(shard.path, target / name)
+                    entries[name] = shard.entry
+            seal(target, meta, tokenizer, entries)
+        shutil.rmtree(self.work)
+        return meta
+
+    def _shard(self, piece: Piece) -> Shard:
+        entry = self._entry(piece)
+        if entry is None:
+            raise UserError(f"out: {self.work / piece.name} is not there; all processes have to see the same disk")
+        return Shard(self.work / piece.name, piece.rows, entry)
 
 
 def _merged(path: Path, shards: list[Shard], grid: TokenGrid) -> dict[str, Any]:
@@ -166,12 +190,15 @@ def _link(source: Path, target: Path) -> None:
         shutil.copyfile(source, target)
 
 
-def made(work: Path, piece: Piece) -> Shard:
-    """A piece that is done. Raises `UserError` where it is not to be seen from here."""
-    entry = entry_of(work, piece)
-    if entry is None:
-        raise UserError(f"out: {work / piece.name} is not there; all processes have to see the same disk")
-    return Shard(work / piece.name, piece.stop - piece.start, entry)
+def work_folder(out: Path) -> Path:
+    """Where the pieces of `out` are kept."""
+    return out.parent / f".tmp-{out.name}-encode"
+
+
+def unfinished(out: Path) -> dict[str, Any] | None:
+    """What the rows of an encode into `out` depend on that was begun and is not finished; None if there is none."""
+    path = work_folder(out) / JOB
+    return read_json(path) if path.is_file() else None
 
 
 def shards_of(out: Path, meta: Meta) -> dict[str, list[Shard]]:
@@ -197,7 +224,6 @@ def recover(out: Path) -> None:
     lost = sorted(out.parent.glob(f".del-{out.name}-????????"))
     if not out.exists() and len(lost) == 1 and (lost[0] / META).is_file():
         lost[0].rename(out)
-    work = work_folder(out)
-    added_to = read_json(work / JOB).get("added_to") if (work / JOB).is_file() else None
+    added_to = (unfinished(out) or {}).get("added_to")
     if added_to is not None and (not (out / MANIFEST).is_file() or manifest_hash(out) != added_to):
-        shutil.rmtree(work)
+        shutil.rmtree(work_folder(out))

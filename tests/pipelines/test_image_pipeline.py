@@ -263,11 +263,11 @@ def test_steps_of_a_masked_token_prior(tmp_path, monkeypatch):
     exact = make_like(pipe, {})(9, seed=0).tokens
     for given in ({"order": "raster"}, {"cache": False}, {"parallel": True}):
         assert torch.equal(loaded(9, seed=0, **given).tokens, exact)
-    with pytest.raises(ConfigError, match="steps: a 'gpt' prior"):
+    with pytest.raises(ConfigError, match="sampler: 'steps' is no argument of sampling from a 'gpt' prior"):
         make_pipeline(sampler={"steps": 2})
     with pytest.raises(ValueError, match="steps must be"):
         make_like(pipe, {"steps": 0})
-    with pytest.raises(ConfigError, match="steps: 7 are more than the 6 tokens"):
+    with pytest.raises(ConfigError, match=r"sampler: steps must be a whole number from 1 to 6 \(got 7\)"):
         make_like(pipe, {"steps": 7})
     with pytest.raises(ValueError, match="from 1 to 6"):
         pipe(2, steps=7)

@@ -254,7 +254,7 @@ def test_sampling_costs_one_forward_pass(name):
 def test_what_one_computation_decides_is_rare(name, settings, monkeypatch):
     """It takes a pass over the image alone, which a whole batch can not pay for every image."""
     model, alone = make_prior(name, shape=(6, 6), vocab_size=64), []
-    monkeypatch.setattr("prior.base.settled", lambda *given: alone.append(given) or given[3])
+    monkeypatch.setattr("prior.drawing.settled", lambda *given: alone.append(given) or given[3])
     model.sample(100, generator=generators(100), **settings)
     assert len(alone) <= 10
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from small import ORDERS, PRIORS, PRIORS_IN_ORDERS, generators, make_prior
 
-from prior import parallel
+from prior import drawing, parallel
 
 EXACT_IN_ORDERS = [(name, order) for name, order in PRIORS_IN_ORDERS if make_prior(name).exact]
 every_order = pytest.mark.parametrize(("name", "order"), EXACT_IN_ORDERS)
@@ -51,7 +51,7 @@ def drawn_in_parallel(model, count, monkeypatch, count_forward=True, **settings)
     """Tokens, passes per image, and the rows of each forward pass."""
     results, rows = [], []
     real, forward = parallel.sample_parallel, type(model).forward
-    monkeypatch.setattr("prior.base.sample_parallel", lambda *given: results.append(real(*given)) or results[-1])
+    monkeypatch.setattr("prior.drawing.sample_parallel", lambda *given: results.append(real(*given)) or results[-1])
     if count_forward:
         monkeypatch.setattr(
             type(model),
@@ -94,18 +94,20 @@ def test_a_decision_that_turns_out_otherwise_turns_the_rest(monkeypatch):
             torch.rand(7, generator=generator)
         return parallel.Parallel(torch.zeros_like(rows.given), torch.ones_like(rows.keep), torch.zeros(6))
 
-    monkeypatch.setattr("prior.base.sample_parallel", wrong)
-    monkeypatch.setattr("prior.base.settled", lambda *given: settled.append(len(given[1])) or parallel.settled(*given))
+    monkeypatch.setattr("prior.drawing.sample_parallel", wrong)
+    monkeypatch.setattr(
+        "prior.drawing.settled", lambda *given: settled.append(len(given[1])) or parallel.settled(*given)
+    )
     assert torch.equal(model.sample(6, generator=generators(6), parallel=True), expected) and settled == [1] * 6
 
 
 def test_close_are_those_of_the_decisions_that_stand(monkeypatch):
     """Step by step and in parallel: where the lead is within twice `rounding` of the image's largest |logit| so far."""
     model, found = make_prior("gpt", shape=(6, 6), vocab_size=7), []
-    real, steps = parallel.sample_parallel, type(model)._sample
+    real, steps = parallel.sample_parallel, drawing.step_by_step
     monkeypatch.setattr(model, "rounding", 0.01)
-    monkeypatch.setattr("prior.base.sample_parallel", lambda *given: found.append(real(*given)) or found[-1])
-    monkeypatch.setattr(type(model), "_sample", lambda *given: found.append(steps(*given)) or found[-1])
+    monkeypatch.setattr("prior.drawing.sample_parallel", lambda *given: found.append(real(*given)) or found[-1])
+    monkeypatch.setattr("prior.drawing.step_by_step", lambda *given: found.append(steps(*given)) or found[-1])
     for way in (True, False):
         tokens = model.sample(8, generator=generators(8), parallel=way)
         for k in range(8):

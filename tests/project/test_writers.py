@@ -545,7 +545,6 @@ WRITING = {
     "pipelines/images/pictures.py": "write_image, of a new file",
     "pipelines/tokens/shards.py": "a shard, in a folder that is being made",
     "pipelines/tokens/pieces.py": "the work folder of an encode",
-    "pipelines/encode.py": "the work folder of an encode",
     "pipelines/training/checkpoints/states.py": "states of a run, by their names",
     "pipelines/training/run_folder.py": "the folder of a run",
     "pipelines/tracking/tracker.py": "the record of a run",

@@ -22,10 +22,16 @@ def random_batches(vocab, levels, count=40, seed=0):
     return [torch.randint(limit, (4, levels * 3, 5), generator=generator) for limit in limits]
 
 
+def count(use, tokens):
+    """A step of a batch."""
+    use.observe(tokens)
+    return use.finish_step()
+
+
 def observed(vocab, levels, batches):
     use = CodebookUse(vocab, levels)
     for tokens in batches:
-        use.observe(tokens)
+        count(use, tokens)
     return use
 
 
@@ -38,7 +44,7 @@ def test_counts_and_ages_are_those_of_a_loop(levels):
     uses = [[0.0] * vocab for _ in range(levels)]
     last = [[0] * vocab for _ in range(levels)]
     for step, tokens in enumerate(random_batches(vocab, levels), 1):
-        found = use.observe(tokens)
+        found = count(use, tokens)
         uses = [[count * 0.99 for count in level] for level in uses]
         total = [0] * vocab
         for level in range(levels):
@@ -55,11 +61,11 @@ def test_counts_and_ages_are_those_of_a_loop(levels):
 
 def test_figures_are_of_the_last_batches():
     use = CodebookUse(4)
-    use.observe(torch.tensor([[[0, 1, 2, 2]]]))  # 0 is used in the first batch only
+    count(use, torch.tensor([[[0, 1, 2, 2]]]))  # 0 is used in the first batch only
     for _ in range(99):
-        use.observe(torch.tensor([[[1, 1, 1, 2]]]))
+        count(use, torch.tensor([[[1, 1, 1, 2]]]))
     assert use.figures()["usage"] == 3 / 4 and use.figures()["oldest"] == 100  # 3 never was
-    use.observe(torch.tensor([[[1, 1, 1, 2]]]))
+    count(use, torch.tensor([[[1, 1, 1, 2]]]))
     figures = use.figures()
     assert figures["usage"] == 2 / 4 and figures["oldest"] == 101
     p = [0.99**100, 0.0, 0.0, 0.0]
@@ -73,23 +79,35 @@ def test_figures_are_of_the_last_batches():
 def test_a_code_is_dead_once_it_has_been_missed_long_enough():
     """64 codes, 32 tokens in a batch: a code of 1/20 of the mean use occurs 3 times in 120 batches."""
     use = CodebookUse(64)
-    use.observe(torch.arange(32).reshape(1, 4, 8))
-    use.observe(torch.arange(32, 64).reshape(1, 4, 8))
+    count(use, torch.arange(32).reshape(1, 4, 8))
+    count(use, torch.arange(32, 64).reshape(1, 4, 8))
     for step in range(200):
         assert int(use.patience()) in (119, 120)
         expected = [0] if step > float(use.patience()) - 1 else []
         assert use.dead()[0].nonzero().flatten().tolist() == expected
-        use.observe((1 + (torch.arange(32) + 32 * step) % 63).reshape(1, 4, 8))  # all but code 0
+        count(use, (1 + (torch.arange(32) + 32 * step) % 63).reshape(1, 4, 8))  # all but code 0
     assert use.figures()["dead"] == 1
 
 
 def test_a_few_batches_without_a_common_code_do_not_kill_it():
     use = CodebookUse(2)
-    use.observe(torch.tensor([[0, 1] * 500]))
+    count(use, torch.tensor([[0, 1] * 500]))
     for step in range(11):
         assert not use.dead().any(), step
-        use.observe(torch.tensor([[0] * 1000]))
+        count(use, torch.tensor([[0] * 1000]))
     assert use.dead().tolist() == [[False, True]]
+
+
+def test_micro_batches_are_counted_as_one_and_a_step_that_is_not_taken_is_not():
+    one, two = observed(24, 2, random_batches(24, 2)), CodebookUse(24, 2)
+    for tokens in random_batches(24, 2):
+        two.observe(tokens // 2)
+        assert two.finish_step(taken=False) is None
+        for part in tokens.split(1):
+            two.observe(part)
+        assert two.finish_step().sum() == tokens.numel() and two.finish_step() is None
+    for name, value in one.state_dict().items():
+        assert torch.equal(two.state_dict()[name], value), name
 
 
 def test_before_the_first_batch_nothing_is_dead():
@@ -104,7 +122,7 @@ def test_a_saved_state_goes_on_as_if_it_had_not_been(tmp_path):
     second = CodebookUse(24, 2)
     second.load_state_dict(load_file(tmp_path / "use.safetensors"))
     for tokens in batches[17:]:
-        second.observe(tokens)
+        count(second, tokens)
     assert set(whole.state_dict()) == {"uses", "last_used", "steps"}
     for name, value in whole.state_dict().items():
         assert torch.equal(second.state_dict()[name], value), name
@@ -120,7 +138,8 @@ assert dist.get_world_size() == 2
 rank, use = dist.get_rank(), CodebookUse(24, 2)
 totals = []
 for tokens in load_file(sys.argv[1] + "/batches.safetensors")["tokens"].chunk(2, 1)[rank]:
-    totals.append(use.observe(tokens))
+    use.observe(tokens)
+    totals.append(use.finish_step())
 save_file({**use.state_dict(), "totals": torch.stack(totals)}, f"{sys.argv[1]}/{rank}.safetensors")
 dist.barrier()
 dist.destroy_process_group()
@@ -146,7 +165,7 @@ def test_two_processes_count_what_one_does(tmp_path):
         for process in pair:
             end(process)
     use = CodebookUse(24, 2)
-    totals = torch.stack([use.observe(tokens) for tokens in batches])
+    totals = torch.stack([count(use, tokens) for tokens in batches])
     for rank in range(2):
         found = load_file(tmp_path / f"{rank}.safetensors")
         assert torch.equal(found.pop("totals"), totals)
@@ -237,7 +256,7 @@ USE, AGES, FAR = "How often each code is used", "How long ago each code was used
 def test_a_picture_of_any_codebook(titles, vocab, levels, steps):
     use = CodebookUse(vocab, levels)
     for _ in range(steps):
-        use.observe(torch.randint(vocab, (2, levels * 2, 3)))
+        count(use, torch.randint(vocab, (2, levels * 2, 3)))
     picture = use.picture(make_tokenizer("pixels"))
     assert picture.dtype == np.uint8 and picture.ndim == 3 and picture.shape[2] == 3
     assert picture.shape[0] < 600 and picture.shape[1] < 1400 and picture.min() < 60

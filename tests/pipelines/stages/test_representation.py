@@ -420,7 +420,7 @@ def test_search_prints_how_often_classes_agree(world, tmp_path, capsys):
         (["queries={world}/broken.png"], "queries: {world}/broken.png: not an image in one of the formats"),
         (["k=61"], "k: 61 neighbours of 60 images that are searched"),
         (["out=near.txt"], "out: 'near.txt' should end in .png"),
-        (["out={world}/broken.png/near.png"], "out: {world}/broken.png/near.png can not be written"),
+        (["out={world}/broken.png/near.png"], "out: {world}/broken.png/near.png cannot be written"),
     ],
 )
 def test_what_search_refuses(world, capsys, wrong, message):

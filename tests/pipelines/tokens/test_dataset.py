@@ -418,8 +418,11 @@ def test_foreign_out_folder_is_refused_before_anything_is_read(tokenizer, tmp_pa
     assert files_in(tmp_path / "tokens") == ["thesis.tex"]
 
 
+LAST = "tokens.pieces.shutil"  # the dataset is there, the pieces have yet to go
+
+
 @needs_digits
-@pytest.mark.parametrize("place", ["encode.variants_of", "encode.publish", "tokens.write_json", "encode.shutil"])
+@pytest.mark.parametrize("place", ["encode.variants_of", "encode.publish", "tokens.meta.write_json", LAST])
 def test_interrupted_encoding_leaves_what_was_there(tokenizer, tmp_path, monkeypatch, place):
     """Nothing that loads, or the older dataset; after the very last step, the new one. The same command ends it."""
 
@@ -427,19 +430,18 @@ def test_interrupted_encoding_leaves_what_was_there(tokenizer, tmp_path, monkeyp
         raise KeyboardInterrupt
 
     def interrupted(data):
-        last = SimpleNamespace(rmtree=interrupt)  # the dataset is there, the pieces have yet to go
-        monkeypatch.setattr(f"pipelines.{place}", last if place == "encode.shutil" else interrupt)
+        monkeypatch.setattr(f"pipelines.{place}", SimpleNamespace(rmtree=interrupt) if place == LAST else interrupt)
         with pytest.raises(KeyboardInterrupt):
             encoded(tmp_path, data, batch_size=10)
         monkeypatch.undo()
 
     interrupted(DIGITS)
-    if place != "encode.shutil":
+    if place != LAST:
         with pytest.raises(PathError):
             load_tokens(tmp_path / "tokens")
     assert len(encoded(tmp_path, batch_size=10).splits["train"]) == LIMIT
     interrupted({**DIGITS, "limit": 10})
-    assert len(load_tokens(tmp_path / "tokens").splits["train"]) == (10 if place == "encode.shutil" else LIMIT)
+    assert len(load_tokens(tmp_path / "tokens").splits["train"]) == (10 if place == LAST else LIMIT)
     assert len(encoded(tmp_path, {**DIGITS, "limit": 10}, batch_size=10).splits["train"]) == 10
     assert sorted(path.name for path in tmp_path.iterdir()) == ["tokenizer", "tokens"]
 

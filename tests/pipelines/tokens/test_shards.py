@@ -6,7 +6,6 @@ import json
 import os
 import sys
 import threading
-import time
 from contextlib import suppress
 from pathlib import Path
 from types import SimpleNamespace
@@ -134,7 +133,7 @@ def test_small_is_in_memory_and_large_is_mapped(sharded, monkeypatch):
 
 
 def test_more_files_than_a_manifest_lists(tmp_path, monkeypatch):
-    monkeypatch.setattr(tokens, "MAX_SHARDS", 9)
+    monkeypatch.setattr("pipelines.tokens.meta.MAX_SHARDS", 9)
     with pytest.raises(ValueError, match=r"rows_per_shard: makes 52 files, at most 9"):
         make_dataset(rows=50).save(tmp_path / "tokens", rows_per_shard=1)
     assert not (tmp_path / "tokens").exists()
@@ -467,20 +466,21 @@ class Side:
 
 def together(monkeypatch, count, settings):
     """Run an encode in so many threads; returns the rows that each encoded."""
-    barrier, local, rows, real = (
-        threading.Barrier(count, timeout=60),
-        threading.local(),
-        [[] for _ in range(count)],
-        encode.variants_of,
-    )
+    barrier, local, told = threading.Barrier(count, timeout=60), threading.local(), []
+    rows, real = [[] for _ in range(count)], encode.variants_of
 
     def variants_of(images, some, seed):
         rows[local.side.process_index].extend(some.tolist())
         return real(images, some, seed)
 
-    def entry_of(work, piece, look=encode.entry_of):  # the others are slower to see what there is
-        time.sleep(0.004 * local.side.process_index)
-        return look(work, piece)
+    def on_main(accelerator, act):
+        """What the main process found, told to all."""
+        if accelerator.is_main_process:
+            told[:] = [act()]
+        barrier.wait()
+        found = told[0]
+        barrier.wait()
+        return found
 
     def work(index):
         local.side = Side(barrier, index, count)
@@ -493,7 +493,7 @@ def together(monkeypatch, count, settings):
     with monkeypatch.context() as patch:
         patch.setattr(encode, "build_accelerator", lambda: local.side)
         patch.setattr(encode, "variants_of", variants_of)
-        patch.setattr(encode, "entry_of", entry_of)
+        patch.setattr(encode, "on_main", on_main)
         threads = [threading.Thread(target=work, args=(index,)) for index in range(count)]
         for thread in threads:
             thread.start()
@@ -628,7 +628,7 @@ def test_killed_after_its_last_step_rows_are_not_added_twice(tokenizer, tmp_path
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(encode, "shutil", SimpleNamespace(rmtree=interrupt))
+        patch.setattr(pieces, "shutil", SimpleNamespace(rmtree=interrupt))
         with pytest.raises(KeyboardInterrupt):
             run(config(tokenizer, tmp_path / "tokens", second, append=True))
     with pytest.raises(UserError, match="has these rows already"):

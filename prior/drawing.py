@@ -1,0 +1,95 @@
+"""Drawing tokens along a walk, step by step or in whole passes, so that both give the same.
+
+Other batches, cached steps and whole passes round otherwise, and so might decide otherwise where two ids are that
+close. They leave these decisions to one computation: a pass over the image alone (`parallel.settled`).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .parallel import sample_parallel, settled
+from .requests import Model, Rows, Walk, choose_walk, given_order
+from .sampling import GumbelNoise, Sampler, progress_over
+
+FEW_ROWS = 4
+"""With fewer rows, a matrix product is bound by reading the weights."""
+
+
+@dataclass
+class State:
+    """What a half-sampled batch remembers where nothing is cached: the tokens so far `(B, N)`, raster order."""
+
+    tokens: Tensor
+    labels: Tensor
+    path: Tensor
+    order: Tensor | None = None
+    rank: int = 0
+
+    def advance(self, token: Tensor | None) -> Tensor:
+        """Write the last position's `token` `(B,)`; returns the next position's raster indices `(B,)`."""
+        path = self.path.expand(self.tokens.shape)
+        if token is not None:
+            self.tokens.scatter_(1, path[:, self.rank - 1, None], token[:, None])
+        self.rank += 1
+        return path[:, self.rank - 1]
+
+
+def draw(prior: Model, rows: Rows, sampler: Sampler, walk: Walk, progress: bool) -> Tensor:
+    """Tokens `(B, N)` for `rows`, both in raster order."""
+    rows = rows.along(choose_walk(prior, walk.order, walk.num_orders, rows), prior.order)
+    most = prior.parallel_rows() if walk.parallel else prior.rows_at_once() or len(rows)
+    parts = rows.cut(max(FEW_ROWS, most // sampler.copies))
+    walked = torch.cat([draw_part(prior, part, sampler, walk, progress) for part in parts])
+    return torch.empty_like(walked).scatter_(1, rows.path.expand(walked.shape), walked)
+
+
+def draw_part(prior: Model, rows: Rows, sampler: Sampler, walk: Walk, progress: bool) -> Tensor:
+    """Tokens `(B, N)` in the order of the walk, of rows that go through the model together."""
+    states = [generator.get_state() for generator in rows.generators]
+    if walk.parallel:
+        tokens, close, _ = sample_parallel(prior, rows, sampler, walk.guess, progress)
+    else:
+        tokens, close = step_by_step(prior, rows, sampler, walk.cache, progress)
+    close = close & ~rows.keep & prior.rounds_finely
+    for k in torch.nonzero(close.any(1)).flatten().tolist():
+        rows.generators[k].set_state(states[k])
+        tokens[k] = settled(prior, rows[[k]], sampler, tokens[[k]], close[[k]])
+    return tokens
+
+
+def step_by_step(prior: Model, rows: Rows, sampler: Sampler, cache: bool, progress: bool) -> tuple[Tensor, Tensor]:
+    """Tokens `(B, N)` in the order of the walk, and which of them rounding could turn."""
+    noise = GumbelNoise(rows.generators, len(prior.grid), prior.grid.vocab_size, prior.device)
+    labels = sampler.doubled(rows.labels, prior.num_classes)
+    order = sampler.doubled(rows.order)
+    start, next_logits = (prior.start, prior.next_logits) if cache else (prior.start_slow, prior.next_logits_slow)
+    state: Any = start(len(labels), labels, **given_order(order))
+    some_keep = rows.keep.any(0).tolist()  # at each rank
+    all_keep = rows.keep.all(0).tolist()
+    last = max((rank for rank, kept in enumerate(all_keep) if not kept), default=-1)
+    drawn = rows.given.clone()
+    close: dict[int, Tensor] = {}  # at each rank that was computed
+    largest = torch.ones(len(rows), device=prior.device)  # |logit| of each image so far
+    tolerance = sampler.tolerance(prior.rounding)
+    token = None
+    for rank in progress_over(range(last + 1), progress):
+        if all_keep[rank] and isinstance(state, State):  # nothing to compute, and nothing to cache
+            state.advance(token)
+            chosen = drawn[:, rank]
+        else:
+            logits = next_logits(state, token).float()
+            largest = torch.maximum(largest, sampler.largest(logits))
+            chosen, close[rank] = sampler.decide(sampler.guide(logits), noise.at(rank), tolerance * largest)
+            if some_keep[rank]:
+                chosen = torch.where(rows.keep[:, rank], drawn[:, rank], chosen)
+            drawn[:, rank] = chosen
+        token = torch.cat([chosen] * sampler.copies) if sampler.copies > 1 else chosen
+    could_turn = torch.zeros_like(rows.keep)
+    if close:
+        could_turn[:, list(close)] = torch.stack(list(close.values()), 1)
+    return drawn, could_turn
