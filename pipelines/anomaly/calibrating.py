@@ -48,9 +48,9 @@ def calibrate(
     """Learn from normal images that were not trained on; returns the calibration, and gives it to the pipeline.
 
     One half, chosen by `seed`, is fitted to; the other half gives the scores behind p-values and thresholds. Of new
-    normal images, at most a share `false_alarms` is above a threshold *on average over calibrations*: in about every
-    second one it is a little more. With a `confidence` of 0.9, the thresholds are so much higher that it is at most
-    this share in 90 % of calibrations; p-values stay as they are. Raises `ValueError` for too few images to tell that
+    normal images, at most a share `false_alarms` is above a threshold *on average over calibrations*: in about half of
+    them it is slightly more. With a `confidence` of 0.9, the thresholds are higher, so that it is at most this share in
+    90 % of calibrations; p-values do not change. Raises `ValueError` for too few images to tell that
     share, and for more than 50,000.
     """
     batch = pipeline.to_images(images)

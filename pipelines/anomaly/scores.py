@@ -1,10 +1,11 @@
 """How unlike the normal images is an image? Scores from a pipeline's density, and what they are measured against.
 
 A high likelihood alone does not make an image normal: simpler images of another kind are often likelier (Nalisnick et
-al. 2019). The default score therefore asks two things. How far is what the prior makes of the image from what it makes
-of normal ones (nearest neighbours among its features, Sun et al. 2022)? That tells one kind of thing from another. And
-are several statistics of the image, together, beyond those of normal images (DoSE, Morningstar et al. 2021)? That finds
-what is no such thing at all. One sign everywhere: a larger score is more anomalous, a smaller p-value is.
+al. 2019). The default score therefore asks two questions. How far are the prior's features of the image from those of
+normal images (nearest neighbours, Sun et al. 2022)? This separates one kind of object from another. Are several
+statistics of the image, taken together, outside the range of normal images (DoSE, Morningstar et al. 2021)? This finds
+images that show no such object at all. One sign everywhere: a larger score is more anomalous, and so is a smaller
+p-value.
 """
 
 from __future__ import annotations
@@ -45,10 +46,10 @@ NEEDS = {
     "complexity": "a tokenizer with a likelihood of pixels (`model.likelihood`)",
     "ratio": "a background prior (`smalti calibrate background=FOLDER`, or `set_background(prior)`)",
 }
-"""What some methods are nothing without. `complexity` is the difference of two codes of one image (Serra et al. 2020);
-without the pixels' bits one of them would be that of a part of it, and the score the other one's, negated."""
+"""What some methods need. `complexity` is the difference between two code lengths of one image (Serra et al. 2020).
+Without the bits of the pixels, the first code would cover only part of the image."""
 FITTED = ("joint", "neighbours", "mahalanobis", "typicality")
-"""The methods that are nothing without a calibration."""
+"""The methods that need a calibration."""
 GREY_LEVEL = 2 / 255
 
 
@@ -76,8 +77,9 @@ def anomaly_score(
 
     p_values: instead, the share of normal images that are at least as anomalous, (1 + #{s_i >= s}) / (n + 1), in which
     smaller is more anomalous: on average over calibrations, at most a share a of new normal images has p <= a. Both
-    these and the fitted methods need a calibration. They mean nothing for the images that it was made with, of which a
-    warning tells. Raises `CalibrationError` (a `ValueError`) where there is none, or not for this.
+    these and the fitted methods need a calibration. They mean nothing for the images that the calibration was made with;
+    a warning says so. Raises `CalibrationError` (a `ValueError`) where the pipeline has no calibration, or none for this
+    method.
     """
     batch = pipeline.to_images(images)
     found = statistics(pipeline, batch, labels, batch_size)
@@ -198,7 +200,7 @@ def p_value_of(method: str, scores: Tensor, calibration: Calibration | None, *, 
 
 
 def checked(calibration: Calibration | None, method: str, labelled: bool) -> Calibration:
-    """The calibration, if there is one that holds for this. Raises `CalibrationError`."""
+    """The calibration, if there is one for this method and these labels. Raises `CalibrationError`."""
     if calibration is None:
         raise CalibrationError(
             f"method: {method} and p-values need a calibrated pipeline: `smalti calibrate`, or "

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from pydantic import Field
@@ -27,12 +27,12 @@ class CalibrateConfig(Config):
     pipeline: str = Field(description="pipeline folder; calibration.json is written into it")
     data: DataConfig = Field(
         DataConfig(),
-        description="normal images, of whose held-out split a part is used (see `every`); defaults to those trained on",
+        description="normal images; a part of their held-out split is used (see `every`); defaults to those trained on",
     )
     every: int = Field(
         2,
         ge=1,
-        description="calibrate with the first held-out image and every so-manyth after it, and leave the others to "
+        description="calibrate with every n-th held-out image, from the first, and leave the others to "
         "`smalti detect`; 1: with all of them",
     )
     background: str | None = Field(
@@ -95,9 +95,7 @@ def report(calibration: Calibration) -> str:
     return "\n".join(lines)
 
 
-def main(argv: list[str] | None = None) -> Any:
-    """The command line."""
-    return run_command(CalibrateConfig, run, argv, verb="calibrate", description=__doc__, defaults=defaults)
+main = partial(run_command, CalibrateConfig, run, verb="calibrate", description=__doc__, defaults=defaults)
 
 
 if __name__ == "__main__":

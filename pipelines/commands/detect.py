@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -19,7 +20,7 @@ from ..anomaly.image_statistics import statistics
 from ..anomaly.scores import p_value_of, score_of
 from ..anomaly.separation import benjamini_hochberg, separation
 from ..config import Config, UserError, choose_device, run_command
-from ..config.outputs import check_out_results
+from ..config.outputs import check_out_results, writing
 from ..config.table import table
 from ..image_pipeline import ImagePipeline
 from ..images import DataConfig, check_shape, to_float
@@ -47,11 +48,11 @@ class DetectConfig(Config):
     )
     normal: str | None = Field(
         None,
-        description="normal images, likewise; `images` are then all anomalous, and it is measured how well the two "
-        "are told apart",
+        description="normal images, read in the same way; all `images` then count as anomalous, and the report says "
+        "how well the score separates the two",
     )
     normal_labels: list[int | str] | None = Field(
-        None, description="the classes of `images` that are normal; it is then measured how well the others are found"
+        None, description="the classes of `images` that are normal; the report then says how well the others are found"
     )
     method: Literal[
         "joint", "neighbours", "mahalanobis", "nll", "typicality", "complexity", "ratio", "reconstruction", "surprise"
@@ -111,14 +112,11 @@ def run(config: DetectConfig) -> dict[str, Any]:
     figures = {} if anomalous is None else separation(scores.numpy(), anomalous, config.seed)
     columns = {"score": scores.numpy(), "p_value": p, "flagged": flagged.astype(int)}
     columns |= {name: values.numpy() for name, values in known.items() if values.ndim == 1}
-    try:
-        with results_folder(out, inputs=inputs) as folder:
-            write_table(folder / "scores.csv", found, anomalous, columns)
-            save_picture(sheet(pipeline, found.pixels, scores, config.num_shown, config.seed), folder / "sheet.png")
-            if figures:
-                write_json(folder / "figures.json", figures)
-    except OSError as error:
-        raise UserError(f"out: {out} can not be written ({error.strerror or error})") from error
+    with writing("out", out), results_folder(out, inputs=inputs) as folder:
+        write_table(folder / "scores.csv", found, anomalous, columns)
+        save_picture(sheet(pipeline, found.pixels, scores, config.num_shown, config.seed), folder / "sheet.png")
+        if figures:
+            write_json(folder / "figures.json", figures)
     print(report(config, calibration, found, flagged, anomalous, figures))
     return figures
 
@@ -286,9 +284,7 @@ def report(
     return table(rows)
 
 
-def main(argv: list[str] | None = None) -> Any:
-    """The command line."""
-    return run_command(DetectConfig, run, argv, verb="detect", description=__doc__, defaults=defaults)
+main = partial(run_command, DetectConfig, run, verb="detect", description=__doc__, defaults=defaults)
 
 
 if __name__ == "__main__":

@@ -58,7 +58,7 @@ NO_MODEL = (
 
 
 class PlanConfig(Config):
-    """Where it is to run, and what the data will be like."""
+    """Where the run will take place, and what its data will be like."""
 
     gpus: int = Field(8, ge=1, le=65536, description="GPUs, those of all machines together; a process for each")
     gpu: Literal["a100", "a100_40", "h100", "h100_pcie", "h200", "b200", "mi300x", "l40s", "l4", "rtx4090"] = Field(
@@ -82,8 +82,12 @@ class PlanConfig(Config):
     )
     grid: tuple[int, ...] | None = Field(None, description="shape of an image's tokens, where nothing says it")
     vocab_size: int | None = Field(None, ge=1, le=1 << 20, description="number of ids, where nothing says it")
-    classes: int | None = Field(None, ge=0, le=1 << 20, description="number of classes, likewise; 0: no labels")
-    rows: int | None = Field(None, ge=1, description="training rows, likewise; without, there are no epochs")
+    classes: int | None = Field(
+        None, ge=0, le=1 << 20, description="number of classes, where nothing says it; 0: no labels"
+    )
+    rows: int | None = Field(
+        None, ge=1, description="number of training rows, where nothing says it; without it, there are no epochs"
+    )
 
 
 class PlanPriorConfig(PlanConfig, TrainPriorConfig):

@@ -1,7 +1,7 @@
 """Say what each layer of a prior knows of the classes: the accuracy of a linear probe, beside pixels and codes.
 
-A probe's figure means something only beside what needs no prior (pixels, their principal components, codes) and the
-same prior with random weights, so all of these are in the table.
+A probe's accuracy says something only beside those of features that need no prior (pixels, their principal components,
+codes) and of the same prior with random weights, so the table has all of these.
 """
 
 from __future__ import annotations
@@ -10,8 +10,9 @@ import csv
 import math
 import warnings
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -21,7 +22,7 @@ from torch import Tensor
 from tokenizer.files.writing import results_folder
 
 from ..config import Config, UserError, choose_device, run_command
-from ..config.outputs import check_out_results
+from ..config.outputs import check_out_results, writing
 from ..config.table import table
 from ..image_pipeline import ImagePipeline
 from ..images import DataConfig, ImageDataset, Splits, check_shape, load_images
@@ -94,12 +95,9 @@ def run(config: ProbeConfig) -> list[Probe]:
     test = some_of(splits.held_out, config.num_test, config.seed)
     rows = [*compare_to(pipeline, train, test, layers, config), *probe_prior(pipeline, train, test, layers, config)]
     print(report(rows, train, test, len(splits.train.class_names)))
-    try:
-        with results_folder(out, inputs=inputs) as folder:
-            save_picture(bar_chart(rows), folder / "probe.png")
-            write_csv(rows, folder / "probe.csv")
-    except OSError as error:
-        raise UserError(f"out: {out} can not be written ({error.strerror or error})") from error
+    with writing("out", out), results_folder(out, inputs=inputs) as folder:
+        save_picture(bar_chart(rows), folder / "probe.png")
+        write_csv(rows, folder / "probe.csv")
     print("", table([("picture", f"{out / 'probe.png'}"), ("figures", f"{out / 'probe.csv'}")]), sep="\n")
     return rows
 
@@ -283,9 +281,7 @@ def bar_chart(rows: list[Probe]) -> Pixels:
     return render((width, height), draw)
 
 
-def main(argv: list[str] | None = None) -> Any:
-    """The command line."""
-    return run_command(ProbeConfig, run, argv, verb="probe", description=__doc__, defaults=defaults)
+main = partial(run_command, ProbeConfig, run, verb="probe", description=__doc__, defaults=defaults)
 
 
 if __name__ == "__main__":

@@ -4,8 +4,8 @@ Frechet distance: Heusel et al. 2017 (arXiv:1706.08500), eq. 6. Precision and re
 (arXiv:1904.06991). Density and coverage: Naeem et al. 2020 (arXiv:2002.09797). C_T, a test for copying: Meehan et al.
 2020 (arXiv:2004.05675). SSIM: Wang et al. 2004 (IEEE TIP 13(4)).
 
-Each depends on how many images there are, so both sides have equally many, and beside what samples reach stands what
-as many training images reach: real images that are not the held-out ones.
+Each figure depends on the number of images, so both sides have the same number. Beside each figure of the samples
+stands the figure of as many training images: real images that are not the held-out ones.
 """
 
 from __future__ import annotations

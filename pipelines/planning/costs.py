@@ -1,8 +1,8 @@
 """What a training step costs in memory and FLOPs, found on paper: tensors with shapes but no storage.
 
 A model is built on the meta device and run as a fake one on the CPU (`torch._subclasses.FakeTensorMode`), forward and
-backward, as the loop runs it: autocast to bf16, losses in float32. A ledger counts what lives, so that nothing is
-assumed of a model beyond its code. Where CUDA would take another kernel than the CPU, `CUDAKernels` takes that one.
+backward, as the loop runs it: autocast to bf16, losses in float32. A ledger counts the storages that live, so that
+nothing is assumed about a model. Where CUDA would use another kernel than the CPU, `CUDAKernels` uses it.
 """
 
 from __future__ import annotations
@@ -95,8 +95,8 @@ class Turn:
 
 
 class Ledger(TorchDispatchMode):
-    """Bytes of the storages that operations made and that still live: `now` without and `casts` with what is a cast of
-    one of `weights`; and how many there were at most without (`peak`) and with these (`peak_with_casts`)."""
+    """Bytes of the storages that operations made and that still live: `casts` are copies of `weights` in another type,
+    `now` is all else. `peak` is the largest `now`, `peak_with_casts` the largest sum of both."""
 
     def __init__(self, weights: set[int]) -> None:
         super().__init__()

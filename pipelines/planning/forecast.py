@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import textwrap
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -127,20 +128,22 @@ class Forecast:
 
 def page_of(forecast: Forecast) -> str:
     """What `smalti plan` prints."""
-    machine = forecast.machine
-    lines = [f"{forecast.title}; {machine.gpus:,} {machine.name}, {machine.precision}", ""]
-    headings = {
-        "parameters": parameters(forecast),
-        "training": training(forecast),
-        "compute, forward and backward, attention as two full matrix products": compute(forecast),
-        "memory of a GPU, in GB of 10^9 bytes": memory_rows(forecast),
-        "disk": disk(forecast),
-    }
-    for heading, rows in headings.items():
-        numbers = range(1, len(rows[0])) if rows[0][0] == "" else [1]
-        lines += [heading, textwrap.indent(table(rows, right=numbers), "  "), ""]
-    lines += [line for note in warnings(forecast) for line in textwrap.wrap(f"warning: {note}", WIDTH)]
-    return "\n".join(lines).rstrip()
+    machine, compared = forecast.machine, range(1, 1 + len(WAYS))
+    parts = [
+        f"{forecast.title}; {machine.gpus:,} {machine.name}, {machine.precision}",
+        section("parameters", parameters(forecast)),
+        section("training", training(forecast)),
+        section("compute, forward and backward, attention as two full matrix products", compute(forecast)),
+        section("memory of a GPU, in GB of 10^9 bytes", memory_rows(forecast), numbers=compared),
+        section("disk", disk(forecast)),
+        "\n".join(textwrap.fill(f"warning: {note}", WIDTH) for note in warnings(forecast)),
+    ]
+    return "\n\n".join(parts).rstrip()
+
+
+def section(heading: str, rows: list[Row], numbers: Iterable[int] = (1,)) -> str:
+    """A heading, and its rows below it; `numbers` are the columns of these."""
+    return f"{heading}\n{textwrap.indent(table(rows, right=numbers), '  ')}"
 
 
 def parameters(forecast: Forecast) -> list[Row]:

@@ -101,7 +101,7 @@ def check_listed(files: Folder) -> None:
 
 
 def check_labels(labels: Sequence[str]) -> None:
-    """Raise `ConfigError` for a name that can not be printed as it is: a terminal would obey it."""
+    """Raise `ConfigError` for a name that cannot be printed as it is: a terminal would obey it."""
     for label in labels:
         if len(label) > LONGEST_LABEL or not label.replace(JOINER, "").isprintable():
             raise ConfigError(
@@ -159,7 +159,7 @@ def read_provenance(files: Folder) -> dict[str, Any]:
 
 def parse_picture(data: bytes, path: Path) -> np.ndarray:
     """The PNG file `data`, which is what stands in `path`, as uint8 (H, W, 3). Raises `LimitError` for one of too many
-    pixels, `FormatError` for one that can not be read."""
+    pixels, `FormatError` for one that cannot be read."""
     try:
         image = Image.open(io.BytesIO(data), formats=("PNG",))
         if image.width * image.height > MAX_GRID_PIXELS:

@@ -5,7 +5,6 @@ The types of this file are strict: true is no number, 1.0 is no whole number, an
 
 from __future__ import annotations
 
-from functools import cache
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
@@ -46,15 +45,10 @@ def checked(cls: type[T], data: Any, path: Path) -> T:
     """`data`, which is what stands in the file `path`, as a `cls` (a pydantic model or a dataclass). Raises
     `FormatError` that names the file, the first field that is wrong, what was found and what is allowed."""
     try:
-        return _adapter(cls).validate_python(data)
+        return TypeAdapter(cls).validate_python(data)
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         raise FormatError(f"{path}: {_problem(first)}") from error
-
-
-@cache
-def _adapter(cls: type[T]) -> TypeAdapter[T]:
-    return TypeAdapter(cls)
 
 
 def _problem(detail: ErrorDetails) -> str:
