@@ -77,9 +77,9 @@ def anomaly_score(
 
     p_values: instead, the share of normal images that are at least as anomalous, (1 + #{s_i >= s}) / (n + 1), in which
     smaller is more anomalous: on average over calibrations, at most a share a of new normal images has p <= a. Both
-    these and the fitted methods need a calibration. They mean nothing for the images that the calibration was made with;
-    a warning says so. Raises `CalibrationError` (a `ValueError`) where the pipeline has no calibration, or none for this
-    method.
+    these and the fitted methods need a calibration. They mean nothing for the images that the calibration was made
+    with; a warning says so. Raises `CalibrationError` (a `ValueError`) where the pipeline has no calibration, or none
+    for this method.
     """
     batch = pipeline.to_images(images)
     found = statistics(pipeline, batch, labels, batch_size)
