@@ -59,6 +59,7 @@ def read_names(reader: Reader, number: int) -> list[bytes]:
 
 
 def decode_names(encoded: Sequence[bytes]) -> list[str]:
+    """The names of a stream, checked. Raises `StreamError` for what is not UTF-8, and as `check_names` does."""
     try:
         names = [name.decode() for name in encoded]
     except UnicodeDecodeError as error:

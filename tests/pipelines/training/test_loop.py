@@ -230,7 +230,7 @@ def test_fp16_is_refused(tmp_path, monkeypatch):
 
 
 def test_micro_batches_train_what_one_batch_does(tmp_path):
-    """Codes that die and rise all the time included; from a codebook that has begun, as the first micro-batch makes it."""
+    """Codes that die and rise all the time included. The codebook has begun: the first micro-batch makes it."""
     quantizer = {**EMA, "revive_every": 2, "revive_below": 0.3}
     model = {**VQVAE, "quantizer": quantizer}
     first = train_tokenizer(tmp_path / "first", model=model, train__steps=2)

@@ -52,7 +52,7 @@ from small import make_tokenizer
 
 from pipelines.config import UserError
 from pipelines.images import to_float
-from pipelines.images.bad_images import REPORT, read_report
+from pipelines.images.bad import REPORT, read_report
 from pipelines.images.base import Rows
 from pipelines.images.loading import carve
 from pipelines.images.shards import parquet as parquet_shards
@@ -540,7 +540,7 @@ def test_the_report_has_each_bad_image_once(tmp_path):
     assert json.loads((tmp_path / REPORT).read_text().splitlines()[0])["split"] == "train"
 
 
-def test_bad_images_found_beforehand_are_reported_too(tmp_path):
+def test_bad_found_beforehand_are_reported_too(tmp_path):
     """Of a run that reads all images first: the same file, from the first process alone."""
     data = bad_shards(tmp_path / "data", "parquet")
     options = {
