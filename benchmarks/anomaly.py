@@ -133,7 +133,9 @@ def png_bits(pixels: Any) -> Any:
 def score(pipe: Any, sets: dict[str, Any]) -> dict[str, dict[str, Any]]:
     """By method and set: scores `(n,)`. The set `calibration` is what is calibrated with; only methods without a model
     score it, too."""
-    from pipelines.anomaly.scores import calibrate, codec_bits, score_of, statistics
+    from pipelines.anomaly.calibrating import calibrate
+    from pipelines.anomaly.image_statistics import codec_bits, statistics
+    from pipelines.anomaly.scores import score_of
 
     fitted = calibrate(pipe, sets["calibration"])
     found: dict[str, dict[str, Any]] = {method: {} for method in (*fitted.scores, *NO_MODEL)}

@@ -136,7 +136,7 @@ def agreement(pipe: Any, data: Any) -> dict[str, float]:
     """Class agreement of samples, and of the held-out split's decoded tokens."""
     import torch
 
-    from pipelines.evaluate import nearest_label
+    from pipelines.metrics.agreement import nearest_label
 
     train, test = data.splits["train"], data.splits["test"]
     known = pipe.decode(train.tokens[:NEIGHBOURS].long(), output_type="pt")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import sys
 import time
 from pathlib import Path
@@ -13,18 +12,18 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from prior import Prior
-from tokenizer import Tokenizer
 from tokenizer.files.errors import PathError
 from tokenizer.files.writing import results_folder, write_json
 
 from .config import Config, UserError, choose_device, run_command
 from .config.outputs import check_out_results
+from .config.table import table
 from .image_pipeline import ImagePipeline
 from .images import DataConfig, ImageDataset, Splits, check_shape, load_images, to_float, to_uint8
 from .images.origin import named
 from .images.pictures import grid_picture, save_picture
-from .metrics.likelihood import bits_per_token, log_probs, rows_at_a_time
+from .metrics.agreement import agreement
+from .metrics.likelihood import evaluate_likelihood
 from .metrics.quality import (
     LEAST,
     FeatureSpace,
@@ -36,14 +35,13 @@ from .metrics.quality import (
     ssim,
 )
 from .metrics.reconstruction import evaluate_reconstruction, images_at_a_time, reconstruction_picture
+from .metrics.report import report
 from .stages.provenance import defaults
 from .tokens import TokenSplit
 
 Figures = dict[str, Any]
 RESULTS = ("samples.png", "reconstructions.png", "nearest.png", "evaluation.json", "evaluation.txt")
 SOME = 2000  # held-out images for the figures that are slow, drawn at random
-FEW = 256  # held-out images that are scored in several orders
-ORDERS = 8
 
 
 class EvaluateConfig(Config):
@@ -89,7 +87,8 @@ def run(config: EvaluateConfig) -> Figures:
     figures: Figures = {"num_images": len(images.held_out)}
     figures |= evaluate_reconstruction(pipeline.tokenizer, images.held_out)
     figures |= evaluate_similarity(pipeline, images.held_out)
-    figures |= evaluate_likelihood(pipeline, images.train, images.held_out, config.num_orders)
+    tokens = (encode_all(pipeline, images.train), encode_all(pipeline, images.held_out))
+    figures |= evaluate_likelihood(pipeline.tokenizer, pipeline.prior, *tokens, images.held_out, config.num_orders)
     pictures = {
         "samples": pipeline.sample_picture(seed=config.seed),
         "reconstructions": reconstruction_picture(pipeline.tokenizer, images.held_out),
@@ -97,23 +96,27 @@ def run(config: EvaluateConfig) -> Figures:
     if config.num_samples:
         found, shown = evaluate_samples(pipeline, images, config, inception)
         figures, pictures = figures | found, pictures | shown
-    report = table(figures, pipeline, images.held_out)
+    text = report(
+        figures,
+        exact=pipeline.prior.exact,
+        vocab_size=pipeline.prior.grid.vocab_size,
+        num_images=len(images.held_out),
+        device=str(pipeline.device),
+    )
     with results_folder(out, inputs=inputs) as folder:
         for name, picture in pictures.items():
             save_picture(picture, folder / f"{name}.png")
         orders = {"num_orders": config.num_orders} if config.num_orders > 1 else {}
         write_json(folder / "evaluation.json", figures | orders)
-        (folder / "evaluation.txt").write_text(report + "\n", encoding="utf-8")
+        (folder / "evaluation.txt").write_text(text + "\n", encoding="utf-8")
     if config.update_card and local:
         pipeline.provenance = {**pipeline.provenance, "evaluation": figures}
         try:
             pipeline.to(device="cpu").save_pretrained(config.pipeline, sample_grid=pictures["samples"])
         except PathError as error:  # the figures are there all the same
             print(f"warning: the model card is as it was: {error}", file=sys.stderr)
-    print(report + "\n")
-    for name in pictures:
-        print(f"{name:<15}  {out / name}.png")
-    print(f"{'figures':<15}  {out / 'evaluation.json'}")
+    print(text + "\n")
+    print(table([(name, f"{out / name}.png") for name in pictures] + [("figures", str(out / "evaluation.json"))]))
     return figures
 
 
@@ -134,63 +137,6 @@ def check_classes(pipeline: ImagePipeline, *splits: ImageDataset) -> None:
                 f"data.label_column: the pipeline's {count} classes are not the {len(found)} of these images "
                 f"({', '.join(found[:10])}); null compares without labels"
             )
-
-
-def evaluate_likelihood(
-    pipeline: ImagePipeline, train: ImageDataset, held_out: ImageDataset, num_orders: int
-) -> Figures:
-    """Bits per token of the prior on held-out images, beside those of `Marginal` fitted to the training images; bits
-    per dim, where the decoder has a likelihood; and what the order has to do with it, where the prior takes any."""
-    rows, test = encode_all(pipeline, train), encode_all(pipeline, held_out)
-    prior, grid = pipeline.prior, pipeline.prior.grid
-    classes = prior.num_classes if train.labels is not None else 0
-    marginal = Prior.create("marginal", grid=grid, num_classes=classes)
-    marginal.initialize(rows.tokens[:], rows.labels)
-    unlabelled = TokenSplit(test.tokens, None)
-    known = test if prior.num_classes else unlabelled
-    nats = log_probs(prior, known, np.arange(len(known)), num_orders)
-    return {
-        "bits_per_token": float(-nats.mean()) / (math.log(2) * len(grid)),
-        "unconditional_bits_per_token": bits_per_token(prior, unlabelled, num_orders=num_orders),
-        "marginal_bits_per_token": bits_per_token(marginal, known if classes else unlabelled),
-        "uniform_bits_per_token": math.log2(grid.vocab_size),
-        **evaluate_bits(pipeline.tokenizer, held_out, test, nats),
-        **(evaluate_orders(prior, known) if prior.any_order else {}),
-    }
-
-
-@torch.inference_mode()
-def evaluate_bits(tokenizer: Tokenizer, held_out: ImageDataset, test: TokenSplit, nats: Tensor) -> Figures:
-    """Bits per dim of held-out images, with the standard error over images; and the parts of it, of the tokens, whose
-    log p are `nats` `(n,)`, and of the pixels given the tokens. Nothing if the decoder has no likelihood."""
-    pixels = []
-    for rows in np.array_split(np.arange(len(test)), -(-len(test) // images_at_a_time(held_out.image_shape))):
-        images, tokens = held_out.batch(rows).to(tokenizer.device), test.rows(rows).to(tokenizer.device)
-        found = tokenizer.pixel_log_prob(images, tokens)
-        if found is None:
-            return {}
-        pixels.append(found.cpu().double())
-    dims = math.log(2) * math.prod(held_out.image_shape)
-    prior, decoder = -nats / dims, -torch.cat(pixels) / dims
-    total = prior + decoder
-    return {
-        "bits_per_dim": float(total.mean()),
-        "bits_per_dim_error": float(total.std(correction=0)) / math.sqrt(len(total)),
-        "prior_bits_per_dim": float(prior.mean()),
-        "pixel_bits_per_dim": float(decoder.mean()),
-    }
-
-
-@torch.inference_mode()
-def evaluate_orders(prior: Prior, test: TokenSplit) -> Figures:
-    """How much log p of an image differs from order to order, in nats: its standard deviation over `ORDERS` orders,
-    the mean over a few images."""
-    found = []
-    for rows in shuffled(len(test))[:FEW].split(rows_at_a_time(prior.grid)):
-        labels = None if test.labels is None else test.labels[rows].to(prior.device)
-        found.append(prior.order_spread(test.rows(rows).to(prior.device), labels, ORDERS).cpu().double())
-    spread = torch.cat(found)
-    return {"order_spread": float(spread.mean()), "order_spread_images": len(spread)}
 
 
 def encode_all(pipeline: ImagePipeline, images: ImageDataset) -> TokenSplit:
@@ -273,88 +219,8 @@ def evaluate_classes(
         "real_class_agreement": (real, truth),
         "reconstruction_class_agreement": (reconstruct(pipeline, real), truth),
     }
-    agreement = {
-        name: float((nearest_label(images, known, train.labels) == labels).double().mean())
-        for name, (images, labels) in sets.items()
-    }
-    return agreement | {"class_agreement_images": len(some)}
-
-
-def nearest_label(images: Tensor, known: Tensor, labels: Tensor) -> Tensor:
-    """Label `(B,)` of the nearest of `known` `(n, C, H, W)` to each of `images` `(B, C, H, W)`, by squared error."""
-    rows, known = images.flatten(1), known.flatten(1)
-    squares, transposed = known.square().sum(1), known.t()
-    found = [torch.addmm(squares, part, transposed, alpha=-2).argmin(1) for part in rows.split(256)]
-    return labels[torch.cat(found)]
-
-
-def table(figures: Figures, pipeline: ImagePipeline, held_out: ImageDataset) -> str:
-    """The figures as people read them, each with what it should be compared to."""
-    f, vocab, at_most = figures, pipeline.prior.grid.vocab_size, "" if pipeline.prior.exact else "<= "
-    rows = [("held-out PSNR", f"{f['psnr']:.2f} dB", f"{len(held_out):,} images, as all but where another number is")]
-    if "ssim" in f:
-        rows.append(("  SSIM", f"{f['ssim']:.3f}", f"{f['ssim_images']:,} images"))
-    rows.append(("codebook use", f"{f['codebook_usage']:.1%} of {vocab}", f"perplexity {f['codebook_perplexity']:.0f}"))
-    beside = f"position frequencies {f['marginal_bits_per_token']:.3f}, uniform {f['uniform_bits_per_token']:.3f}"
-    rows.append(("bits per token", f"{at_most}{f['bits_per_token']:.3f}", beside))
-    rows.append(("  without labels", f"{at_most}{f['unconditional_bits_per_token']:.3f}", ""))
-    if "order_spread" in f:
-        beside = f"nats that log p of an image differs by between {ORDERS} orders; {f['order_spread_images']:,} images"
-        rows.append(("  spread over orders", f"{f['order_spread']:.2f}", beside))
-    if "bits_per_dim" in f:
-        parts = f"tokens {f['prior_bits_per_dim']:.3f} + pixels given the tokens {f['pixel_bits_per_dim']:.3f}"
-        beside = f"+- {f['bits_per_dim_error']:.3f}; {parts}"
-        rows.append(("bits per dim", f"{at_most}{f['bits_per_dim']:.3f}", beside))
-    else:
-        rows.append(("bits per dim", "none", "this decoder has no likelihood"))
-    rows += sample_rows(f, str(pipeline.device))
-    widths = [max(len(row[column]) for row in rows) for column in range(2)]
-    return "\n".join(f"{name:<{widths[0]}}  {value:>{widths[1]}}  {beside}".rstrip() for name, value, beside in rows)
-
-
-def sample_rows(f: Figures, device: str) -> list[tuple[str, str, str]]:
-    """The rows of the table about samples."""
-    rows = []
-    if "class_agreement" in f:
-        compared = (
-            f"of {f['num_samples']:,} samples; {f['class_agreement_images']:,} real held-out images "
-            f"{f['real_class_agreement']:.1%}, their reconstructions {f['reconstruction_class_agreement']:.1%}"
-        )
-        rows.append(("class agreement", f"{f['class_agreement']:.1%}", compared))
-    if "samples_per_second" in f:
-        rows += [("samples per second", f"{f['samples_per_second']:.0f}", f"on {device}")]
-    if "feature_space" not in f:
-        return [*rows, ("Frechet distance", "none", f"needs {LEAST} samples, training images and held-out images")]
-
-    def beside(name: str) -> str:
-        return f"training images {f['train_' + name]:.3f}, their reconstructions {f['reconstruction_' + name]:.3f}"
-
-    rows += [
-        ("features", f["feature_space"], f["feature_origin"]),
-        (
-            f"Frechet distance [{f['feature_space']}]",
-            f"{f['frechet_distance']:.3f}",
-            f"{beside('frechet_distance')}; all with {f['num_compared']:,} held-out images",
-        ),
-    ]
-    rows += [(f"  {name}", f"{f[name]:.3f}", beside(name)) for name in ("precision", "recall", "density", "coverage")]
-    if "fid" in f:
-        rows += [("FID", f"{f['fid']:.2f}", f"training images {f['train_fid']:.2f}")]
-    return [
-        *rows,
-        (
-            "nearest training image",
-            f"{f['nearest_ratio']:.2f} x",
-            "as far as from held-out images (medians); "
-            f"{f['nearest_share']:.1%} of samples are nearer than 99% of these",
-        ),
-        (
-            "copying C_T",
-            f"{f['copying_z']:+.1f}",
-            "below -3 suggests copies, above 3 samples unlike the data; "
-            f"held-out reconstructions {f['reconstruction_copying_z']:+.1f}",
-        ),
-    ]
+    figures = {name: agreement(each, labels, known, train.labels) for name, (each, labels) in sets.items()}
+    return figures | {"class_agreement_images": len(some)}
 
 
 def main(argv: list[str] | None = None) -> Any:

@@ -16,7 +16,7 @@ from torch import Tensor
 from prior.requests import Order
 from tokenizer.base import LikelihoodError
 
-from .anomaly import healing, scores
+from .anomaly import calibrating, healing, scores
 from .compression.coding import compress, decompress, exact_pixels
 from .compression.header import DEFAULT_LIMITS, Limits
 from .images.origin import shareable
@@ -106,7 +106,7 @@ class ImagePipeline(Stages):
 
     # Finding anomalies
 
-    calibrate = scores.calibrate
+    calibrate = calibrating.calibrate
     anomaly_score = scores.anomaly_score
     anomaly_map = healing.anomaly_map
 

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from pydantic import Field
 
 from tokenizer.files.ownership import require_ours
 
-from ..anomaly.scores import METHODS, NEEDS, calibrate, check_promise
+from ..anomaly.calibrating import calibrate, check_promise
+from ..anomaly.scores import METHODS, NEEDS
 from ..config import Config, UserError, choose_device, run_command
+from ..config.table import table
 from ..image_pipeline import ImagePipeline
 from ..images import DataConfig, check_shape, load_images
 from ..stages.calibration import Calibration
@@ -25,12 +27,12 @@ class CalibrateConfig(Config):
     pipeline: str = Field(description="pipeline folder; calibration.json is written into it")
     data: DataConfig = Field(
         DataConfig(),
-        description="normal images, of whose held-out split a part is used (see `every`); defaults to those trained on",
+        description="normal images; a part of their held-out split is used (see `every`); defaults to those trained on",
     )
     every: int = Field(
         2,
         ge=1,
-        description="calibrate with the first held-out image and every so-manyth after it, and leave the others to "
+        description="calibrate with every n-th held-out image, from the first, and leave the others to "
         "`smalti detect`; 1: with all of them",
     )
     background: str | None = Field(
@@ -77,30 +79,23 @@ def run(config: CalibrateConfig) -> Calibration:
         seed=config.seed,
     )
     pipeline.to(device="cpu").save_pretrained(config.pipeline)
-    print(table(calibration))
+    print(report(calibration))
     print(f"\n{config.pipeline}: calibrated with {len(chosen):,} of {len(images):,} images of {config.data.source}")
     return calibration
 
 
-def table(calibration: Calibration) -> str:
+def report(calibration: Calibration) -> str:
     """Median and threshold of each method; what the thresholds promise; and which methods there are not."""
     rows = [("score", "median", "threshold", "")]
     for method, scores in calibration.scores.items():
         threshold = calibration.thresholds[method]
         rows.append((method, f"{np.median(scores):.4g}", f"{threshold:.4g}", METHODS.get(method, "")))
-    widths = [max(len(row[column]) for row in rows) for column in range(3)]
-    lines = [
-        f"{name:<{widths[0]}}  {median:>{widths[1]}}  {limit:>{widths[2]}}  {what}".rstrip()
-        for name, median, limit, what in rows
-    ]
-    lines += ["", f"thresholds: {calibration.promise}"]
+    lines = [table(rows, right=[1, 2]), "", f"thresholds: {calibration.promise}"]
     lines += [f"left out: {name}, which needs {what}" for name, what in NEEDS.items() if name not in calibration.scores]
     return "\n".join(lines)
 
 
-def main(argv: list[str] | None = None) -> Any:
-    """The command line."""
-    return run_command(CalibrateConfig, run, argv, verb="calibrate", description=__doc__, defaults=defaults)
+main = partial(run_command, CalibrateConfig, run, verb="calibrate", description=__doc__, defaults=defaults)
 
 
 if __name__ == "__main__":

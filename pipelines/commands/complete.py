@@ -15,6 +15,7 @@ from tokenizer.files.ownership import Inputs
 
 from ..config import Config, UserError, choose_device, run_command
 from ..config.outputs import check_out_file, writing
+from ..config.table import table
 from ..image_pipeline import ImagePipeline
 from ..images import DataConfig, check_shape, load_images, to_float
 from ..images.decoding import flatten, open_image, try_decode
@@ -220,8 +221,7 @@ def report(
         ),
         ("sheet", f"{config.out}: truth, what is known, {config.draws} draws"),
     ]
-    width = max(len(name) for name, _ in rows)
-    return "\n".join(f"{name:<{width}}  {text}" for name, text in rows)
+    return table(rows)
 
 
 main = partial(run_command, CompleteConfig, run, verb="complete", description=__doc__, defaults=defaults)

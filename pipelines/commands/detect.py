@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -15,10 +16,12 @@ from torch import Tensor
 from tokenizer.files.writing import results_folder, write_json
 
 from ..anomaly.healing import anomaly_map, heal
-from ..anomaly.scores import p_value_of, score_of, statistics
+from ..anomaly.image_statistics import statistics
+from ..anomaly.scores import p_value_of, score_of
 from ..anomaly.separation import benjamini_hochberg, separation
 from ..config import Config, UserError, choose_device, run_command
-from ..config.outputs import check_out_results
+from ..config.outputs import check_out_results, writing
+from ..config.table import table
 from ..image_pipeline import ImagePipeline
 from ..images import DataConfig, check_shape, to_float
 from ..images.bad import judge
@@ -45,11 +48,11 @@ class DetectConfig(Config):
     )
     normal: str | None = Field(
         None,
-        description="normal images, likewise; `images` are then all anomalous, and it is measured how well the two "
-        "are told apart",
+        description="normal images, read in the same way; all `images` then count as anomalous, and the report says "
+        "how well the score separates the two",
     )
     normal_labels: list[int | str] | None = Field(
-        None, description="the classes of `images` that are normal; it is then measured how well the others are found"
+        None, description="the classes of `images` that are normal; the report then says how well the others are found"
     )
     method: Literal[
         "joint", "neighbours", "mahalanobis", "nll", "typicality", "complexity", "ratio", "reconstruction", "surprise"
@@ -99,8 +102,8 @@ def run(config: DetectConfig) -> dict[str, Any]:
     check_out_results(out, ["scores.csv", "sheet.png", "figures.json"], inputs)
     found, anomalous = choose(config, pipeline, calibration)
     try:
-        measured = statistics(pipeline, found.pixels)
-        scores = score_of(config.method, measured, calibration, labelled=False)
+        known = statistics(pipeline, found.pixels)
+        scores = score_of(config.method, known, calibration, labelled=False)
         p = p_value_of(config.method, scores, calibration, labelled=False).numpy()
     except CalibrationError as error:
         raise UserError(str(error)) from error
@@ -108,15 +111,12 @@ def run(config: DetectConfig) -> dict[str, Any]:
     flagged = above if config.fdr is None else benjamini_hochberg(p, config.fdr)
     figures = {} if anomalous is None else separation(scores.numpy(), anomalous, config.seed)
     columns = {"score": scores.numpy(), "p_value": p, "flagged": flagged.astype(int)}
-    columns |= {name: values.numpy() for name, values in measured.items() if values.ndim == 1}
-    try:
-        with results_folder(out, inputs=inputs) as folder:
-            write_table(folder / "scores.csv", found, anomalous, columns)
-            save_picture(sheet(pipeline, found.pixels, scores, config.num_shown, config.seed), folder / "sheet.png")
-            if figures:
-                write_json(folder / "figures.json", figures)
-    except OSError as error:
-        raise UserError(f"out: {out} can not be written ({error.strerror or error})") from error
+    columns |= {name: values.numpy() for name, values in known.items() if values.ndim == 1}
+    with writing("out", out), results_folder(out, inputs=inputs) as folder:
+        write_table(folder / "scores.csv", found, anomalous, columns)
+        save_picture(sheet(pipeline, found.pixels, scores, config.num_shown, config.seed), folder / "sheet.png")
+        if figures:
+            write_json(folder / "figures.json", figures)
     print(report(config, calibration, found, flagged, anomalous, figures))
     return figures
 
@@ -261,38 +261,30 @@ def report(
     figures: dict[str, Any],
 ) -> str:
     """What a person wants to know."""
-    lines = []
+    rows: list[tuple[str, ...]] = []
     if calibration.digests is None:
         again = "run `smalti calibrate` again"
-        lines.append(f"calibration      an older one, whose images cannot be told from new ones: {again}")
+        rows.append(("calibration", f"an older one, whose images cannot be told from new ones: {again}"))
     if found.known:
-        lines.append(f"left out         {found.known:,} images that the pipeline was calibrated with")
+        rows.append(("left out", f"{found.known:,} images that the pipeline was calibrated with"))
     promise = f"on average, at most {config.fdr:g} of these are normal" if config.fdr else calibration.promise
-    lines += [
-        f"flagged          {flagged.sum():,} of {len(flagged):,} images ({flagged.mean():.1%}) by {config.method}",
-        f"  promised       {promise}",
-    ]
+    share = f"{flagged.sum():,} of {len(flagged):,} images ({flagged.mean():.1%})"
+    rows += [("flagged", f"{share} by {config.method}"), ("  promised", promise)]
     if anomalous is not None:
-        lines += [
-            f"  of the normal  {flagged[~anomalous].mean():.1%} of {(~anomalous).sum():,}",
-            f"  of the others  {flagged[anomalous].mean():.1%} of {anomalous.sum():,}",
+        rows += [
+            ("  of the normal", f"{flagged[~anomalous].mean():.1%} of {(~anomalous).sum():,}"),
+            ("  of the others", f"{flagged[anomalous].mean():.1%} of {anomalous.sum():,}"),
         ]
         for name, label in (("auroc", "AUROC"), ("auprc", "AUPRC"), ("fpr95", "FPR95")):
             value, low, high = figures[name]
             beside = f"; by chance {figures['prevalence']:.4f}" if name == "auprc" else ""
-            lines.append(f"{label:<15}  {value:.4f} ({low:.4f} to {high:.4f}{beside})")
-    lines += [
-        "",
-        f"scores           {config.out}/scores.csv",
-        f"sheet            {config.out}/sheet.png: "
-        "the most anomalous left, the least right; image, bits, healed, what healing changed",
-    ]
-    return "\n".join(lines)
+            rows.append((label, f"{value:.4f} ({low:.4f} to {high:.4f}{beside})"))
+    shown = "the most anomalous left, the least right; image, bits, healed, what healing changed"
+    rows += [(), ("scores", f"{config.out}/scores.csv"), ("sheet", f"{config.out}/sheet.png: {shown}")]
+    return table(rows)
 
 
-def main(argv: list[str] | None = None) -> Any:
-    """The command line."""
-    return run_command(DetectConfig, run, argv, verb="detect", description=__doc__, defaults=defaults)
+main = partial(run_command, DetectConfig, run, verb="detect", description=__doc__, defaults=defaults)
 
 
 if __name__ == "__main__":

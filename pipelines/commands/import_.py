@@ -27,6 +27,7 @@ from tokenizer.vqgan import VQGAN, VQGANConfig
 
 from ..config import Config, UserError, run_command
 from ..config.outputs import check_out_folder
+from ..config.table import table
 from ..images.base import Side
 from ..stages.provenance import save_tokenizer
 
@@ -211,13 +212,17 @@ def summary(model: VQGAN, layout: Layout, path: Path, config: ImportConfig, unus
     by_direction = " compared by direction" if getattr(codes, "normalize", False) else ""
     ids = f"{' x '.join(map(str, model.grid.shape))} ids of {model.grid.vocab_size:,}"
     parameters = sum(p.numel() for p in model.parameters())
+    widths, blocks = list(model.config.widths), model.config.blocks
+    rows = [
+        ("  images", f"{height} x {width} {'grey' if channels == 1 else 'RGB'}{size}"),
+        ("  tokens", f"{ids}, codes of {codes.dim}{by_direction}"),
+        ("  network", f"widths {widths}, blocks {blocks}, {parameters:,} parameters"),
+        ("  folder", config.out),
+    ]
     return "\n".join(
         [
             f"{path}: {layout.title}{rest}",
-            f"  images   {height} x {width} {'grey' if channels == 1 else 'RGB'}{size}",
-            f"  tokens   {ids}, codes of {codes.dim}{by_direction}",
-            f"  network  widths {list(model.config.widths)}, blocks {model.config.blocks}, {parameters:,} parameters",
-            f"  folder   {config.out}",
+            table(rows),
             f"smalti reconstruct tokenizer={config.out} data.source=FOLDER",
             f"smalti encode tokenizer={config.out} data.source=FOLDER out=TOKENS",
         ]

@@ -15,7 +15,7 @@ from torch import Tensor
 from tokenizer import Tokenizer
 
 from ..config import Config, UserError, choose_device, run_command
-from ..config.outputs import check_out_file
+from ..config.outputs import check_out_file, writing
 from ..images import DataConfig, ImageDataset, check_shape, load_images, to_uint8
 from ..images.pictures import SUFFIXES, save_picture
 from ..metrics.charts import GREY, RED, Pixels, bars, charts_in_row, histogram, mosaic, page
@@ -198,17 +198,13 @@ def run(config: InspectConfig) -> dict[str, Any]:
     images = load_images(config.data).held_out
     found = examine(tokenizer, images, config.num_codes)
     picture = report(tokenizer, images, found, config.num_images, config.data.source)
-    try:
+    with writing("out", config.out):
         save_picture(picture, config.out, inputs=inputs)
-    except OSError as error:
-        raise UserError(f"out: {config.out} can not be written ({error.strerror or error})") from error
     print(f"{config.out}: {len(images):,} held-out images", *sentences(found, tokenizer.reversible), sep="\n  ")
     return found.figures
 
 
-def main(argv: list[str] | None = None) -> Any:
-    """The command line."""
-    return run_command(InspectConfig, run, argv, verb="inspect", description=__doc__, defaults=defaults)
+main = partial(run_command, InspectConfig, run, verb="inspect", description=__doc__, defaults=defaults)
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ rows=1281167 gpus=8 gpu=a100`. The model is run on paper: nothing is trained, no
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
@@ -28,7 +29,7 @@ from ..config.arguments import read_arguments
 from ..config.command import parse
 from ..metrics.likelihood import rows_at_a_time
 from ..metrics.reconstruction import images_at_a_time
-from ..planning.budget import sizes_of
+from ..planning.budget import GPUS, sizes_of
 from ..planning.costs import (
     Recipe,
     Turn,
@@ -42,12 +43,13 @@ from ..planning.costs import (
     tokenizer_turn,
 )
 from ..planning.facts import Facts, facts_of, on_meta
-from ..planning.forecast import Forecast, page_of
+from ..planning.forecast import Forecast, Machine, Schedule, Work, page_of
 from ..tokens.shards import bytes_per_row
 from ..train_prior import TrainPriorConfig
 from ..train_tokenizer import TrainTokenizerConfig, build_tokenizer
 from ..training.adversary import Adversary
 from ..training.blocks import repeated_blocks
+from ..training.schedule import TrainConfig
 
 NO_MODEL = (
     "model.kind: nothing to plan; give the command line of train_prior or train_tokenizer, as in "
@@ -56,7 +58,7 @@ NO_MODEL = (
 
 
 class PlanConfig(Config):
-    """Where it is to run, and what the data will be like."""
+    """Where the run will take place, and what its data will be like."""
 
     gpus: int = Field(8, ge=1, le=65536, description="GPUs, those of all machines together; a process for each")
     gpu: Literal["a100", "a100_40", "h100", "h100_pcie", "h200", "b200", "mi300x", "l40s", "l4", "rtx4090"] = Field(
@@ -80,8 +82,12 @@ class PlanConfig(Config):
     )
     grid: tuple[int, ...] | None = Field(None, description="shape of an image's tokens, where nothing says it")
     vocab_size: int | None = Field(None, ge=1, le=1 << 20, description="number of ids, where nothing says it")
-    classes: int | None = Field(None, ge=0, le=1 << 20, description="number of classes, likewise; 0: no labels")
-    rows: int | None = Field(None, ge=1, description="training rows, likewise; without, there are no epochs")
+    classes: int | None = Field(
+        None, ge=0, le=1 << 20, description="number of classes, where nothing says it; 0: no labels"
+    )
+    rows: int | None = Field(
+        None, ge=1, description="number of training rows, where nothing says it; without it, there are no epochs"
+    )
 
 
 class PlanPriorConfig(PlanConfig, TrainPriorConfig):
@@ -111,6 +117,29 @@ def run(config: PlanConfig) -> Forecast:
     return forecast
 
 
+def work_of(turns: Callable[[int], list[Turn]], count: int) -> Work:
+    """The turns on `count` images, and what one image takes."""
+    return Work(turns(count), flops_of(lambda: turns(1)))
+
+
+def machine_of(config: PlanConfig) -> Machine:
+    """The machine to plan for."""
+    kind = GPUS[config.gpu]
+    return Machine(
+        f"x {config.gpu}" if config.gpu_memory is None else "GPUs",
+        config.gpus,
+        config.gpu_memory or kind.memory,
+        config.peak_tflops or kind.tflops,
+        config.utilization,
+        config.precision,
+    )
+
+
+def schedule_of(train: TrainConfig) -> Schedule:
+    """What the run says of its steps; only a prior's blocks can be checkpointed."""
+    return Schedule(train.batch_size, train.accumulate, train.steps, getattr(train, "checkpointing", False))
+
+
 # Priors -------------------------------------------------------------------------------------------
 
 
@@ -122,26 +151,24 @@ def forecast_prior(config: PlanPriorConfig) -> Forecast:
     sizes = sizes_of(parts_of_prior(model), model, {"model": model}, blocks, config.train.keep_best)
     count, bf16 = micro_batch(config), config.precision == "bf16"
     with on_paper(model):
-        turns, flops = [prior_turn(model, count, bf16)], flops_of(lambda: prior_turn(model, 1, bf16))
+        work = again = work_of(lambda images: [prior_turn(model, images, bf16)], count)
         evaluation = evaluation_of(lambda: evaluate(model), model)
-        again, more = turns, flops
         if blocks:
             checkpointed(blocks)
-            again, more = [prior_turn(model, count, bf16)], flops_of(lambda: prior_turn(model, 1, bf16))
+            again = work_of(lambda images: [prior_turn(model, images, bf16)], count)
     shape = "x".join(map(str, facts.grid.shape))
     title = f"{model.name} over {shape} tokens of {facts.grid.vocab_size:,} ids, {facts.classes:,} classes"
     per_row = bytes_per_row(facts.grid) + (8 if facts.classes else 0)
     return Forecast(
         title,
-        config,
+        machine_of(config),
+        schedule_of(config.train),
         sizes,
-        turns,
+        work,
         again,
-        flops,
-        more,
         evaluation,
-        len(facts.grid),
-        facts.rows,
+        tokens_per_image=len(facts.grid),
+        rows=facts.rows,
         shards=True,
         dataset=None if facts.rows is None else per_row * facts.rows,
         snapshot=4 * sizes.parameters + facts.tokenizer_bytes,
@@ -187,14 +214,12 @@ def forecast_tokenizer(config: PlanTokenizerConfig) -> Forecast:
     sizes = sizes_of(parts_of_tokenizer(tokenizer, critic), stage, players, blocks, config.train.keep_best and scored)
     count, bf16 = micro_batch(config), config.precision == "bf16"
     with on_paper(*(module for module in (stage, network) if module is not None)):
-        turns = all_turns(recipe, count, bf16)
-        flops = flops_of(lambda: all_turns(recipe, 1, bf16))
+        work = again = work_of(lambda images: all_turns(recipe, images, bf16), count)
         images = (images_at_a_time(tokenizer.image_shape), *tokenizer.image_shape)
         evaluation = evaluation_of(lambda: tokenizer.decode(tokenizer.encode(torch.zeros(images))), tokenizer)
-        again, more = turns, flops
         if blocks:
             checkpointed(blocks)
-            again, more = all_turns(recipe, count, bf16), flops_of(lambda: all_turns(recipe, 1, bf16))
+            again = work_of(lambda images: all_turns(recipe, images, bf16), count)
     size = "x".join(map(str, tokenizer.image_shape[1:]))
     shape, ids = "x".join(map(str, tokenizer.grid.shape)), tokenizer.grid.vocab_size
     title = f"{tokenizer.name}, images of {size} to {shape} tokens of {ids:,} ids"
@@ -202,15 +227,14 @@ def forecast_tokenizer(config: PlanTokenizerConfig) -> Forecast:
     notes = ['the perceptual network is not counted; pip install "smalti[perceptual]"'] if lacking else []
     return Forecast(
         title,
-        config,
+        machine_of(config),
+        schedule_of(config.train),
         sizes,
-        turns,
+        work,
         again,
-        flops,
-        more,
         evaluation,
-        len(tokenizer.grid),
-        config.rows,
+        tokens_per_image=len(tokenizer.grid),
+        rows=config.rows,
         shards=False,
         dataset=None,
         snapshot=sum(value.numel() * value.itemsize for value in tokenizer.state_dict().values()),

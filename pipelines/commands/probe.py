@@ -1,7 +1,7 @@
 """Say what each layer of a prior knows of the classes: the accuracy of a linear probe, beside pixels and codes.
 
-A probe's figure means something only beside what needs no prior (pixels, their principal components, codes) and the
-same prior with random weights, so all of these are in the table.
+A probe's accuracy says something only beside those of features that need no prior (pixels, their principal components,
+codes) and of the same prior with random weights, so the table has all of these.
 """
 
 from __future__ import annotations
@@ -10,8 +10,9 @@ import csv
 import math
 import warnings
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -21,7 +22,8 @@ from torch import Tensor
 from tokenizer.files.writing import results_folder
 
 from ..config import Config, UserError, choose_device, run_command
-from ..config.outputs import check_out_results
+from ..config.outputs import check_out_results, writing
+from ..config.table import table
 from ..image_pipeline import ImagePipeline
 from ..images import DataConfig, ImageDataset, Splits, check_shape, load_images
 from ..images.pictures import save_picture
@@ -92,14 +94,11 @@ def run(config: ProbeConfig) -> list[Probe]:
     train = some_of(splits.train, config.num_train, config.seed)
     test = some_of(splits.held_out, config.num_test, config.seed)
     rows = [*compare_to(pipeline, train, test, layers, config), *probe_prior(pipeline, train, test, layers, config)]
-    print(table(rows, train, test, len(splits.train.class_names)))
-    try:
-        with results_folder(out, inputs=inputs) as folder:
-            save_picture(bar_chart(rows), folder / "probe.png")
-            write_csv(rows, folder / "probe.csv")
-    except OSError as error:
-        raise UserError(f"out: {out} can not be written ({error.strerror or error})") from error
-    print(f"\npicture  {out / 'probe.png'}\nfigures  {out / 'probe.csv'}")
+    print(report(rows, train, test, len(splits.train.class_names)))
+    with writing("out", out), results_folder(out, inputs=inputs) as folder:
+        save_picture(bar_chart(rows), folder / "probe.png")
+        write_csv(rows, folder / "probe.csv")
+    print("", table([("picture", f"{out / 'probe.png'}"), ("figures", f"{out / 'probe.csv'}")]), sep="\n")
     return rows
 
 
@@ -235,22 +234,21 @@ def principal_components(pixels: Tensor, unseen: Tensor, width: int, seed: int) 
 # what people see ----------------------------------------------------------------------------------
 
 
-def table(rows: list[Probe], train: Labelled, test: Labelled, classes: int) -> str:
+def report(rows: list[Probe], train: Labelled, test: Labelled, classes: int) -> str:
     """The rows as people read them, the best layer marked, and what chance and the number of images leave open."""
     best = max(row.accuracy for row in rows)
-    wide = max(len(row.features) for row in rows)
-    lines = [f"{'features':<{wide}}  {'width':>6}  {'accuracy':>8}  {'random weights':>14}"]
+    cells = [("features", "width", "accuracy", "random weights", "")]
     for row in rows:
         control = "" if row.random_accuracy is None else f"{row.random_accuracy:.1%}"
-        mark = "  *" if row.accuracy == best else ""
-        lines.append(f"{row.features:<{wide}}  {row.width:>6}  {row.accuracy:>8.1%}  {control:>14}{mark}".rstrip())
+        mark = "*" if row.accuracy == best else ""
+        cells.append((row.features, f"{row.width}", f"{row.accuracy:.1%}", control, mark))
     error = math.sqrt(best * (1 - best) / len(test.labels))
     most = float(test.labels.bincount().max()) / len(test.labels)
-    lines.append(
-        f"\n* best. Linear probes fitted to {len(train.labels):,} images, measured on {len(test.labels):,}: "
+    return (
+        f"{table(cells, right=[1, 2, 3])}\n\n"
+        f"* best. Linear probes fitted to {len(train.labels):,} images, measured on {len(test.labels):,}: "
         f"standard error {error:.1%}; the commonest of {classes} classes is {most:.1%}"
     )
-    return "\n".join(lines)
 
 
 def write_csv(rows: list[Probe], path: Path) -> None:
@@ -283,9 +281,7 @@ def bar_chart(rows: list[Probe]) -> Pixels:
     return render((width, height), draw)
 
 
-def main(argv: list[str] | None = None) -> Any:
-    """The command line."""
-    return run_command(ProbeConfig, run, argv, verb="probe", description=__doc__, defaults=defaults)
+main = partial(run_command, ProbeConfig, run, verb="probe", description=__doc__, defaults=defaults)
 
 
 if __name__ == "__main__":

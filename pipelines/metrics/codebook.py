@@ -78,9 +78,9 @@ class CodebookUse(nn.Module):
         return self.steps - self.last_used
 
     def patience(self) -> Tensor:
-        """A code that was not used for more than so many batches counts as dead. Were it used a 20th as often as the
-        mean, it would have occurred 3 times, so of such rare codes 1 in 20 is called dead wrongly, of commoner ones
-        none; and 10 batches at least, as the tokens of one are alike. Infinite before the first batch."""
+        """The number of batches after which an unused code counts as dead. In that time, a code that is used a 20th as
+        often as the mean would be expected 3 times, so 1 in 20 of such rare codes is wrongly called dead, and no
+        commoner one. At least 10 batches, as the tokens of one batch are alike. Infinite before the first batch."""
         mean = self.uses.mean() * (1 - DECAY) / (1 - torch.pow(DECAY, self.steps.float()))
         return (MISSED / (RARE * mean)).nan_to_num(nan=torch.inf, posinf=torch.inf).floor().clamp(min=LEAST)
 
@@ -90,7 +90,8 @@ class CodebookUse(nn.Module):
 
     def figures(self) -> dict[str, float]:
         """`usage`, the share of codes used in the last 100 batches; `perplexity` of their decayed counts, the mean over
-        levels; `dead`, the number of dead codes; `oldest`, the batches since the one longest unused was used."""
+        levels; `dead`, the number of dead codes; `oldest`, the number of batches since the code that has been unused
+        for longest was used."""
         used = self.last_used > (self.steps - WINDOW).clamp(min=0)
         p = self.uses.cpu().double()
         p = p / p.sum(1, keepdim=True).clamp(min=1e-300)

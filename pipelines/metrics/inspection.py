@@ -1,4 +1,4 @@
-"""What there is to see of a tokenizer: how its codes are used, what each stands for, how well images come back."""
+"""What a report on a tokenizer shows: how its codes are used, what each code draws, how well images come back."""
 
 from __future__ import annotations
 

@@ -9,12 +9,18 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tokenizer import TokenGrid
+from prior import Prior
+from tokenizer import TokenGrid, Tokenizer
 
+from ..images import ImageDataset
 from ..shuffling.epochs import spread
 from ..tokens import TokenSplit
+from .quality import shuffled
+from .reconstruction import images_at_a_time
 
 EVALUATED_ROWS = 2000  # at most, by training; `smalti evaluate` looks at all that are held out
+FEW = 256  # held-out images that are scored in several orders
+ORDERS = 8
 LOGITS = 1 << 28  # numbers, 1 GiB of float32, that an evaluation makes at a time at most
 
 
@@ -39,3 +45,65 @@ def log_probs(model: Any, split: TokenSplit, rows: np.ndarray, num_orders: int =
         labels = None if split.labels is None else split.labels[torch.from_numpy(some)].to(model.device)
         found.append(model.log_prob(tokens, labels, num_orders=num_orders).cpu().double())
     return torch.cat(found)
+
+
+def evaluate_likelihood(
+    tokenizer: Tokenizer,
+    prior: Prior,
+    train: TokenSplit,
+    test: TokenSplit,
+    held_out: ImageDataset,
+    num_orders: int,
+) -> dict[str, Any]:
+    """Bits per token of the prior on held-out images, whose tokens are `test`, beside those of `Marginal` fitted to the
+    training images' tokens; bits per dim, where the decoder has a likelihood; and what the order has to do with it,
+    where the prior takes any."""
+    grid = prior.grid
+    classes = prior.num_classes if train.labels is not None else 0
+    marginal = Prior.create("marginal", grid=grid, num_classes=classes)
+    marginal.initialize(train.tokens[:], train.labels)
+    unlabelled = TokenSplit(test.tokens, None)
+    known = test if prior.num_classes else unlabelled
+    nats = log_probs(prior, known, np.arange(len(known)), num_orders)
+    return {
+        "bits_per_token": float(-nats.mean()) / (math.log(2) * len(grid)),
+        "unconditional_bits_per_token": bits_per_token(prior, unlabelled, num_orders=num_orders),
+        "marginal_bits_per_token": bits_per_token(marginal, known if classes else unlabelled),
+        "uniform_bits_per_token": math.log2(grid.vocab_size),
+        **evaluate_bits(tokenizer, held_out, test, nats),
+        **(evaluate_orders(prior, known) if prior.any_order else {}),
+    }
+
+
+@torch.inference_mode()
+def evaluate_bits(tokenizer: Tokenizer, held_out: ImageDataset, test: TokenSplit, nats: Tensor) -> dict[str, Any]:
+    """Bits per dim of held-out images, with the standard error over images; and the parts of it, of the tokens, whose
+    log p are `nats` `(n,)`, and of the pixels given the tokens. Nothing if the decoder has no likelihood."""
+    pixels = []
+    for rows in np.array_split(np.arange(len(test)), -(-len(test) // images_at_a_time(held_out.image_shape))):
+        images, tokens = held_out.batch(rows).to(tokenizer.device), test.rows(rows).to(tokenizer.device)
+        found = tokenizer.pixel_log_prob(images, tokens)
+        if found is None:
+            return {}
+        pixels.append(found.cpu().double())
+    dims = math.log(2) * math.prod(held_out.image_shape)
+    prior, decoder = -nats / dims, -torch.cat(pixels) / dims
+    total = prior + decoder
+    return {
+        "bits_per_dim": float(total.mean()),
+        "bits_per_dim_error": float(total.std(correction=0)) / math.sqrt(len(total)),
+        "prior_bits_per_dim": float(prior.mean()),
+        "pixel_bits_per_dim": float(decoder.mean()),
+    }
+
+
+@torch.inference_mode()
+def evaluate_orders(prior: Prior, test: TokenSplit) -> dict[str, Any]:
+    """How much log p of an image differs from order to order, in nats: its standard deviation over `ORDERS` orders,
+    the mean over a few images."""
+    found = []
+    for rows in shuffled(len(test))[:FEW].split(rows_at_a_time(prior.grid)):
+        labels = None if test.labels is None else test.labels[rows].to(prior.device)
+        found.append(prior.order_spread(test.rows(rows).to(prior.device), labels, ORDERS).cpu().double())
+    spread = torch.cat(found)
+    return {"order_spread": float(spread.mean()), "order_spread_images": len(spread)}

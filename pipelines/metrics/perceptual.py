@@ -1,8 +1,8 @@
 """How far a reconstruction is from an image as a network of image features sees it: LPIPS (Zhang et al. 2018).
 
 torchmetrics has the networks and their linear heads; the backbone's weights are torchvision's, in the folder that torch
-hub keeps. They are pickles, so only files whose sha256 is known are opened. A missing file is fetched, unless
-HF_HUB_OFFLINE says that there is no network; a host that is silent for `PATIENCE` seconds counts as away.
+hub keeps. They are pickles, so only files whose sha256 is known are opened. A missing file is downloaded, unless
+HF_HUB_OFFLINE says that there is no network. A host that is silent for `PATIENCE` seconds counts as unreachable.
 """
 
 from __future__ import annotations
@@ -47,23 +47,26 @@ LEAST_SIDE = 64  # pixels; smaller images are enlarged, so that the last layers 
 class Perceptual:
     """LPIPS of batches of images, differentiable in the first; `net` is one of `WEIGHTS`.
 
-    No module, so that no state dict, optimizer or average of a model that holds it ever sees its weights, which are
-    frozen and in eval mode. Always in float32.
+    It is not a module, so that its weights never reach the state dict, the optimizer or the average of a model that
+    holds it. They are frozen and in eval mode. Always in float32.
+
+    pretrained: False leaves the weights as they are drawn, which tells what a step costs and nothing else.
 
     Raises `UserError` without torchmetrics, for another net, and as `weights_file` does. Where several processes share
     a disk, let one of them build it first.
     """
 
-    def __init__(self, net: str = "vgg", device: torch.device | str = "cpu") -> None:
+    def __init__(self, net: str = "vgg", device: torch.device | str = "cpu", *, pretrained: bool = True) -> None:
         if net not in WEIGHTS:
             raise UserError(f"perceptual: the network must be one of {', '.join(WEIGHTS)} (got {net!r})")
         if find_spec("torchmetrics") is None:
             raise UserError('perceptual: LPIPS needs torchmetrics: pip install "smalti[perceptual]"')
-        weights_file(net)
+        if pretrained:
+            weights_file(net)
         from torchmetrics.functional.image.lpips import _NoTrainLpips
 
         with torch.random.fork_rng(devices=[]):  # layers draw weights before they are given theirs
-            self.net = _NoTrainLpips(net=net)  # type: ignore[arg-type]
+            self.net = _NoTrainLpips(pretrained, net, pnet_rand=not pretrained)  # type: ignore[arg-type]
         self.net.requires_grad_(False).to(device)
 
     def __call__(self, reconstruction: Tensor, images: Tensor) -> Tensor:
@@ -99,7 +102,7 @@ def weights_file(net: str) -> Path:
         with path.open("rb") as file:
             found = hashlib.file_digest(file, "sha256").hexdigest()
     except OSError as error:
-        raise UserError(f"perceptual: {path} can not be read ({error.strerror or error})") from error
+        raise UserError(f"perceptual: {path} cannot be read ({error.strerror or error})") from error
     if found != expected:
         raise UserError(
             f"perceptual: {path} is damaged or not the file of this name (its sha256 begins with {found[:8]}); "
@@ -112,7 +115,7 @@ def fetch(url: str, path: Path, expected: str) -> None:
     """Download `url` to `path`, which appears once it is whole. Raises `UserError`, telling where to place the file."""
     place = f"place {url} in {path.parent}"
     if constants.HF_HUB_OFFLINE:
-        raise UserError(f"perceptual: {path.name} is missing, and HF_HUB_OFFLINE forbids to fetch it; {place}")
+        raise UserError(f"perceptual: {path.name} is missing, and HF_HUB_OFFLINE forbids fetching it; {place}")
     print(f"perceptual: fetching {url}", file=sys.stderr, flush=True)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -4,8 +4,8 @@ Frechet distance: Heusel et al. 2017 (arXiv:1706.08500), eq. 6. Precision and re
 (arXiv:1904.06991). Density and coverage: Naeem et al. 2020 (arXiv:2002.09797). C_T, a test for copying: Meehan et al.
 2020 (arXiv:2004.05675). SSIM: Wang et al. 2004 (IEEE TIP 13(4)).
 
-Each depends on how many images there are, so both sides have equally many, and beside what samples reach stands what
-as many training images reach: real images that are not the held-out ones.
+Each figure depends on the number of images, so both sides have the same number. Beside each figure of the samples
+stands the figure of as many training images: real images that are not the held-out ones.
 """
 
 from __future__ import annotations
@@ -194,7 +194,7 @@ def moments(rows: Tensor) -> tuple[Tensor, Tensor]:
     return mean, torch.linalg.qr((rows - mean) / math.sqrt(len(rows) - 1)).R
 
 
-def nearest(rows: Tensor, others: Tensor, k: int = 1) -> tuple[Tensor, Tensor]:
+def nearest_rows(rows: Tensor, others: Tensor, k: int = 1) -> tuple[Tensor, Tensor]:
     """Distances and indices `(n, k)` of the `k` nearest `others` `(m, d)` of each of `rows` `(n, d)`, ascending."""
     mode = "donot_use_mm_for_euclid_dist" if rows.dtype == torch.float64 else "use_mm_for_euclid_dist"
     found = [torch.cdist(part, others, compute_mode=mode).topk(k, largest=False) for part in rows.split(256)]
@@ -206,12 +206,12 @@ def neighbourhoods(real: Tensor, fake: Tensor) -> dict[str, float]:
     `(n, d)` against `real` `(n, d)`. Raises `ValueError` unless both have equally many rows, more than five."""
     if len(real) != len(fake) or len(real) <= 5:
         raise ValueError(f"needs equally many rows, more than 5 (got {len(real)} and {len(fake)})")
-    radii, reach = nearest(real, real, 6)[0], nearest(fake, fake, 4)[0][:, 3]  # the first is the row itself
+    radii, reach = nearest_rows(real, real, 6)[0], nearest_rows(fake, fake, 4)[0][:, 3]  # the first is the row itself
     return {
         "precision": float((balls_around(fake, real, radii[:, 3]) > 0).double().mean()),
         "recall": float((balls_around(real, fake, reach) > 0).double().mean()),
         "density": float(balls_around(fake, real, radii[:, 5]).double().mean() / 5),
-        "coverage": float((nearest(real, fake)[0][:, 0] <= radii[:, 5]).double().mean()),
+        "coverage": float((nearest_rows(real, fake)[0][:, 0] <= radii[:, 5]).double().mean()),
     }
 
 
@@ -258,11 +258,11 @@ def compare(
     for prefix, rows in sets.items():
         found = {"frechet_distance": frechet_distance(rows, real), **neighbourhoods(real, rows)}
         figures |= {prefix + name: value for name, value in found.items()}
-    distances, indices = nearest(drawn, known)
-    allowed, again = nearest(real, known)[0], nearest(space.of(held_out, unseen, reconstruct), known)[0]
+    distances, indices = nearest_rows(drawn, known)
+    allowed, again = nearest_rows(real, known)[0], nearest_rows(space.of(held_out, unseen, reconstruct), known)[0]
     figures |= copying(distances[:, 0], allowed[:, 0])
     figures["reconstruction_copying_z"] = copying(again[:, 0], allowed[:, 0])["copying_z"]
     # Plain distances would list the simplest images; a copy is nearer to its original than other originals are.
-    spacing = nearest(known[indices[:, 0]], known, 2)[0][:, -1]
+    spacing = nearest_rows(known[indices[:, 0]], known, 2)[0][:, -1]
     order = (distances[:, 0] / spacing.clamp(min=1e-12)).argsort(stable=True)
     return figures, order, seen[indices[order, 0]]

@@ -1,7 +1,7 @@
-"""What a run takes of GPUs and disks, from the sizes of its models and what their turns cost (`pipelines.costs`).
+"""What a run needs of GPUs and disks, from the sizes of its models and the costs of their turns (`planning.costs`).
 
-Bytes are those that the loop keeps (`pipelines.training`): weights, gradients, AdamW's two moments and the averaged
-weights, all in float32, and what autocast and the backward pass need beside them. One GB is 10^9 bytes.
+Bytes are those that the training loop keeps: weights, gradients, AdamW's two moments and the averaged weights, all in
+float32, and what autocast and the backward pass need besides. One GB is 10^9 bytes.
 """
 
 from __future__ import annotations
@@ -44,9 +44,9 @@ GPUS = {
 
 @dataclass(frozen=True)
 class Sizes:
-    """Of what a run keeps: parameters by part, shapes of all parameters, how many each player trains, bytes of
-    buffers, those of them that are saved, the shapes of the parameters of each block, and whether the best weights so
-    far are in its states."""
+    """The sizes of what a run keeps: parameters by part, shapes of all parameters, how many each player trains, bytes
+    of all buffers and of those that are saved, the shapes of the parameters of each block, and whether its states hold
+    the best weights so far."""
 
     parts: dict[str, int]
     shapes: list[tuple[int, ...]]

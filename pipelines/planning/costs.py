@@ -1,8 +1,8 @@
 """What a training step costs in memory and FLOPs, found on paper: tensors with shapes but no storage.
 
 A model is built on the meta device and run as a fake one on the CPU (`torch._subclasses.FakeTensorMode`), forward and
-backward, as the loop runs it: autocast to bf16, losses in float32. A ledger counts what lives, so that nothing is
-assumed of a model beyond its code. Where CUDA would take another kernel than the CPU, `CUDAKernels` takes that one.
+backward, as the loop runs it: autocast to bf16, losses in float32. A ledger counts the storages that live, so that
+nothing is assumed about a model. Where CUDA would use another kernel than the CPU, `CUDAKernels` uses it.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -72,12 +73,13 @@ ON_FLOAT32 = frozenset(
 )
 """What autocast computes in float32 on CUDA (torch's `ATen/autocast_mode.h`); on a CPU it leaves some of it in bf16.
 That matrix products, convolutions and attention are cast to bf16 is alike on both."""
-UNKNOWN_SHAPES: dict[str, Callable[..., Tensor]] = {
+UNKNOWN: dict[str, Callable[..., Any]] = {
     "bincount": lambda ids, minlength=0: ids.new_zeros(minlength),
     "nonzero": lambda mask: mask.new_zeros(0, mask.ndim, dtype=torch.long),
+    "__int__": lambda number: 1,
 }
-"""What has a shape that depends on the data: the counts of ids, and which codes are dead (none)."""
-LATE = 1 << 40  # a step at which everything plays
+"""What depends on the data, which a fake tensor does not have: the counts of ids; which codes are dead (none); and a
+whole number, which is a seed, or how many steps a codebook has taken (one, so that it is past its first)."""
 
 Parts = Iterator[tuple[str, int]]
 
@@ -93,8 +95,8 @@ class Turn:
 
 
 class Ledger(TorchDispatchMode):
-    """Bytes of the storages that operations made and that still live: `now` without and `casts` with what is a cast of
-    one of `weights`; and how many there were at most without (`peak`) and with these (`peak_with_casts`)."""
+    """Bytes of the storages that operations made and that still live: `casts` are copies of `weights` in another type,
+    `now` is all else. `peak` is the largest `now`, `peak_with_casts` the largest sum of both."""
 
     def __init__(self, weights: set[int]) -> None:
         super().__init__()
@@ -148,10 +150,8 @@ class CUDAKernels(TorchFunctionMode):
             return dropout(*args, **kwargs)
         if name == "rms_norm":
             return rms_norm(*args, **kwargs)
-        if name == "__int__" and isinstance(args[0], FakeTensor):
-            return 1  # the steps of a codebook, which starts at step 0 as depends on the data; or a seed
-        if name in UNKNOWN_SHAPES and isinstance(args[0], FakeTensor):
-            return UNKNOWN_SHAPES[name](*args, **kwargs)
+        if name in UNKNOWN and isinstance(args[0], FakeTensor):
+            return UNKNOWN[name](*args, **kwargs)
         if name == "scaled_dot_product_attention" and kwargs.get("dropout_p"):
             q, k, v = (t.to(torch.bfloat16) if cast else t for t in args[:3])
             flash = torch.ops.aten._scaled_dot_product_flash_attention
@@ -197,15 +197,10 @@ def fake_of(old: Tensor) -> Tensor:
 
 def perceptual_network(net: str) -> Perceptual | None:
     """LPIPS on the meta device, with weights that mean nothing; None where torchmetrics is not installed."""
-    try:
-        from torchmetrics.functional.image.lpips import _NoTrainLpips
-    except ImportError:
+    if find_spec("torchmetrics") is None:
         return None
-    network = Perceptual.__new__(Perceptual)
     with torch.device("meta"):
-        network.net = _NoTrainLpips(pretrained=False, net=net, pnet_rand=True)  # type: ignore[arg-type]
-    network.net.requires_grad_(False)
-    return network
+        return Perceptual(net, "meta", pretrained=False)
 
 
 # Turns --------------------------------------------------------------------------------------------
@@ -262,8 +257,9 @@ def tokenizer_turn(recipe: Recipe, count: int, bf16: bool) -> Turn:
             yield "perceptual network", grown()
         if adversary is not None:
             adversary.critic.requires_grad_(False)
+            in_full = adversary.config.start + adversary.config.warmup + adversary.config.ramp
             with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
-                loss = loss + adversary.tokenizer_term(output.images, loss, model.last_layer, LATE)[0]
+                loss = loss + adversary.tokenizer_term(output.images, loss, model.last_layer, in_full)[0]
             yield "critic", grown()
         loss.backward()
 

@@ -1,4 +1,4 @@
-"""What a planned run is told by data that may not be there yet: grid, classes and rows; and models without storage."""
+"""The facts of a planned run whose data may not exist yet: grid, classes and rows; and models without storage."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Facts:
-    """What a prior is told by its data. `tokenizer_bytes`: of the tokenizer's weights, 0 if not known."""
+    """What a prior learns from its data. `tokenizer_bytes`: size of the tokenizer's weights, 0 if unknown."""
 
     grid: TokenGrid
     classes: int

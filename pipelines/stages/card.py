@@ -93,12 +93,12 @@ def model_card(
         f"images = pipe(num_images=4{', labels=0' if prior.num_classes else ''}, seed=0).images",
         "```",
         "",
-        *measured(facts, exact=prior.exact),
+        *figure_lines(facts, exact=prior.exact),
     ]
     return "\n".join([*header, "", *lines])
 
 
-def measured(provenance: dict[str, Any], *, exact: bool) -> list[str]:
+def figure_lines(provenance: dict[str, Any], *, exact: bool) -> list[str]:
     """A table of the figures of `smalti evaluate`, or of those taken during training while there are no others. exact:
     whether the prior's bits are more than a bound."""
     training = {stage: provenance.get(stage, {}) for stage in ("tokenizer", "prior")}

@@ -1,9 +1,10 @@
 """Which scores are too high for a normal image: p-values and thresholds that promise a share of false alarms.
 
-The promise asks nothing of the scores, only that new normal images are like those that gave the scores kept (split
-conformal prediction, Vovk et al. 2005). It comes in two strengths. *On average over calibrations*, at most the share a
-of new normal images has p <= a; a single calibration may be off by about sqrt(a (1 - a) / n). *With a confidence*, the
-share is kept by the calibration at hand with that probability (training-conditional, Vovk 2012): a higher threshold.
+The promise assumes nothing about the scores, only that new normal images are like those that gave the kept scores
+(split conformal prediction, Vovk et al. 2005). It comes in two strengths. *On average over calibrations*, at most the
+share a of new normal images has p <= a; a single calibration may be off by about sqrt(a (1 - a) / n). *With a
+confidence*, the share is kept by the calibration at hand with that probability (training-conditional, Vovk 2012): a
+higher threshold.
 """
 
 from __future__ import annotations

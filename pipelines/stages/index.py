@@ -6,14 +6,16 @@ import io
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 from PIL import Image
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PlainValidator, model_validator
 
 from prior import Prior
 from prior.sampling import Sampler
 from tokenizer import Tokenizer
+from tokenizer.files.checked import FieldError, Text, checked
 from tokenizer.files.errors import ConfigError, FormatError, IntegrityError, LimitError, shown
 from tokenizer.files.ownership import Kind
 from tokenizer.files.reading import MANIFEST, Folder
@@ -35,6 +37,30 @@ FILES = [INDEX, PROVENANCE, CARD, GRID, CALIBRATION, MANIFEST] + [
 PIPELINE = Kind("a pipeline", INDEX, lambda index: index.get("_class_name") == "ImagePipeline" and "prior" in index)
 
 
+def kind_of_model(found: Any) -> str:
+    """A registered name, by the look of it. Raises `ValueError`."""
+    if not isinstance(found, str) or not re.fullmatch(r"[a-z][a-z0-9_]{0,31}", found):
+        raise ValueError(f"{shown(found)} is not a name (lower case letters, digits, _)")
+    return found
+
+
+KindName = Annotated[str, PlainValidator(kind_of_model)]
+
+
+class IndexFile(BaseModel):
+    """What `model_index.json` holds, but for its class and version, which are looked at before."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    class_name: Any = Field(alias="_class_name")
+    format_version: Any
+    tokenizer: KindName
+    prior: KindName
+    background: KindName = ""
+    labels: list[Text]
+    sampler: Any
+
+
 def read_index(files: Folder) -> dict[str, Any]:
     """`model_index.json`, every field checked. Raises `FormatError` or `ConfigError`."""
     path, index = files.place(INDEX), files.json(INDEX)
@@ -46,19 +72,12 @@ def read_index(files: Folder) -> dict[str, Any]:
         )
     if index.get("_class_name") != "ImagePipeline":
         raise FormatError(f"{path}: _class_name: found {shown(index.get('_class_name'))}, expected 'ImagePipeline'")
-    allowed = {"_class_name", "format_version", "tokenizer", "prior", "labels", "sampler"}
-    if set(index) - {BACKGROUND} != allowed:
-        raise FormatError(f"{path}: found the fields {shown(sorted(index))}, expected {sorted(allowed)}")
+    checked(IndexFile, index, path)
     families: list[tuple[str, type[Tokenizer] | type[Prior]]] = [("tokenizer", Tokenizer), ("prior", Prior)]
     for part, family in families + [(BACKGROUND, Prior)] * (BACKGROUND in index):
-        name = index[part]
-        if not isinstance(name, str) or not re.fullmatch(r"[a-z][a-z0-9_]{0,31}", name):
-            raise FormatError(f"{path}: {part}: {shown(name)} is not a name (lower case letters, digits, _)")
-        if name not in family.available():
+        if index[part] not in family.available():
             kind, names = family.__name__.lower(), ", ".join(family.available())
-            raise ConfigError(f"{path}: {part}: no {kind} is called {name!r}; there are {names}")
-    if not isinstance(index["labels"], list) or not all(isinstance(label, str) for label in index["labels"]):
-        raise FormatError(f"{path}: labels: expected a list of names")
+            raise ConfigError(f"{path}: {part}: no {kind} is called {index[part]!r}; there are {names}")
     check_labels(index["labels"])
     make_sampler(Prior.find(index["prior"]), index["sampler"], path)
     return index
@@ -82,7 +101,7 @@ def check_listed(files: Folder) -> None:
 
 
 def check_labels(labels: Sequence[str]) -> None:
-    """Raise `ConfigError` for a name that can not be printed as it is: a terminal would obey it."""
+    """Raise `ConfigError` for a name that cannot be printed as it is: a terminal would obey it."""
     for label in labels:
         if len(label) > LONGEST_LABEL or not label.replace(JOINER, "").isprintable():
             raise ConfigError(
@@ -90,35 +109,57 @@ def check_labels(labels: Sequence[str]) -> None:
             )
 
 
+def check_figures(found: dict[str, Any]) -> dict[str, Any]:
+    """Raise `FieldError` for a figure that the model card would show and that is neither number nor text."""
+    for name in FIGURES:
+        if not isinstance(found.get(name), (int, float, str, type(None))):
+            raise FieldError(name, "should be a number or text")
+    return found
+
+
+Figures = Annotated[dict[str, Any], AfterValidator(check_figures)]
+
+
+class DataFacts(BaseModel):
+    """What the model card shows of the images."""
+
+    source: Text | None = None
+
+
+class TrainingFacts(BaseModel):
+    """What the model card shows of how a model was trained."""
+
+    steps: Any = None
+    minutes: Any = None
+    evaluation: Figures = {}
+
+    @model_validator(mode="after")
+    def has_both(self) -> TrainingFacts:
+        """Steps are shown with the minutes that they took."""
+        if "steps" in self.model_fields_set and not {type(self.steps), type(self.minutes)} <= {int, float}:
+            raise FieldError("steps", "should be a number, beside one of minutes")
+        return self
+
+
+class ProvenanceFile(BaseModel):
+    """What is looked at of `provenance.json`."""
+
+    data: DataFacts = DataFacts()
+    tokenizer: TrainingFacts = TrainingFacts()
+    prior: TrainingFacts = TrainingFacts()
+    evaluation: Figures = {}
+
+
 def read_provenance(files: Folder) -> dict[str, Any]:
     """`provenance.json`: any facts, but numbers and text where the model card shows them. Raises `FormatError`."""
     found = files.json(PROVENANCE)
-
-    def check(holds: bool, name: str, expected: str) -> None:
-        if not holds:
-            raise FormatError(f"{files.place(PROVENANCE)}: {name}: expected {expected}")
-
-    stages = {name: found.get(name, {}) for name in ("data", "tokenizer", "prior", "evaluation")}
-    for name, facts in stages.items():
-        check(isinstance(facts, dict), name, "an object")
-    check(isinstance(stages["data"].get("source", ""), (str, type(None))), "data.source", "text")
-    tables = {"evaluation": stages["evaluation"]}
-    for name in ("tokenizer", "prior"):
-        tables[f"{name}.evaluation"] = stages[name].get("evaluation", {})
-        if "steps" in stages[name]:
-            whole = all(type(stages[name].get(key)) in (int, float) for key in ("steps", "minutes"))
-            check(whole, f"{name}.steps", "a number, beside one of minutes")
-    for name, table in tables.items():
-        check(isinstance(table, dict), name, "an object")
-        for figure in FIGURES:
-            shows = isinstance(table.get(figure), (int, float, str, type(None)))
-            check(shows, f"{name}.{figure}", "a number or text")
+    checked(ProvenanceFile, found, files.place(PROVENANCE))
     return found
 
 
 def parse_picture(data: bytes, path: Path) -> np.ndarray:
     """The PNG file `data`, which is what stands in `path`, as uint8 (H, W, 3). Raises `LimitError` for one of too many
-    pixels, `FormatError` for one that can not be read."""
+    pixels, `FormatError` for one that cannot be read."""
     try:
         image = Image.open(io.BytesIO(data), formats=("PNG",))
         if image.width * image.height > MAX_GRID_PIXELS:

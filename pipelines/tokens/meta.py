@@ -6,12 +6,14 @@ import hashlib
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
+from pydantic import AfterValidator, BaseModel, PlainValidator, model_validator
 from torch import Tensor
 
 from tokenizer import TokenGrid, Tokenizer
-from tokenizer.files.errors import FormatError, IntegrityError, PathError
+from tokenizer.files.checked import Text, Whole, checked
+from tokenizer.files.errors import FormatError, IntegrityError, PathError, shown
 from tokenizer.files.ownership import Kind
 from tokenizer.files.reading import MANIFEST, Folder
 from tokenizer.files.writing import write_json
@@ -72,6 +74,53 @@ def seal(folder: Path, meta: Meta, tokenizer: Tokenizer, entries: dict[str, dict
     write_json(folder / MANIFEST, {"files": dict(sorted(entries.items()))})
 
 
+def check_printable(name: str) -> str:
+    """Raise `ValueError` for a name that a terminal would obey."""
+    if not name.isprintable():
+        raise ValueError(f"should be a printable name (found {shown(name)})")
+    return name
+
+
+def rows_of_files(found: Any) -> list[int]:
+    """The rows of each file of a split, of which there may be one. Raises `ValueError`."""
+    counts = found if isinstance(found, list) else [found]
+    if not counts or not all(type(count) is int and count >= 0 for count in counts):
+        raise ValueError(f"should be the number of rows of each file (found {shown(found)})")
+    return counts
+
+
+def check_names(splits: dict[str, list[int]]) -> dict[str, list[int]]:
+    """Raise `ValueError` for a split that no file could be called by."""
+    if strange := [name for name in splits if not re.fullmatch(r"\w[\w-]*", name)]:
+        raise ValueError(f"{shown(strange[0])} is not a name (letters, digits, _ and -)")
+    return splits
+
+
+class GridFields(BaseModel):
+    """A `TokenGrid`."""
+
+    shape: list[Whole]
+    vocab_size: Whole
+
+    @model_validator(mode="after")
+    def is_a_grid(self) -> GridFields:
+        """Raises what `TokenGrid` does."""
+        TokenGrid(tuple(self.shape), self.vocab_size)
+        return self
+
+
+class MetaFile(BaseModel):
+    """What `meta.json` holds, beside its version; other fields are not looked at."""
+
+    grid: GridFields
+    classes: list[Annotated[Text, AfterValidator(check_printable)]]
+    splits: Annotated[dict[str, Annotated[list[int], PlainValidator(rows_of_files)]], AfterValidator(check_names)]
+    source: dict[str, Any]
+    augmentations: Whole
+    tokenizer: Text
+    parts: list[dict[str, Any]] = []
+
+
 def read_meta(folder: Path) -> Meta:
     """What `meta.json` says. Raises `PathError` where there is none, `FormatError` for one of another form."""
     if not (folder / META).is_file():
@@ -82,32 +131,17 @@ def read_meta(folder: Path) -> Meta:
             f"{folder / META}: format_version is {meta.get('format_version')!r}, this version reads {ONE_FILE_VERSION} "
             f"and {FORMAT_VERSION}"
         )
-    try:
-        grid = TokenGrid(tuple(meta["grid"]["shape"]), meta["grid"]["vocab_size"])
-        sizes = {str(name): _counts(counts) for name, counts in meta["splits"].items()}
-        found = Meta(
-            grid,
-            list(meta["classes"]),
-            sizes,
-            dict(meta["source"]),
-            int(meta["augmentations"]),
-            str(meta.get("tokenizer")),
-            [dict(part) for part in meta.get("parts", [])],
-        )
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise FormatError(f"{folder / META}: a field is missing or of the wrong kind ({error!r})") from error
-    if not all(isinstance(name, str) and name.isprintable() for name in found.class_names):
-        raise FormatError(f"{folder / META}: classes: expected a list of printable names")
-    if strange := [name for name in sizes if not re.fullmatch(r"\w[\w-]*", name)]:
-        raise FormatError(f"{folder / META}: splits: {strange[0][:80]!r} is not a name (letters, digits, _ and -)")
-    return found
-
-
-def _counts(value: Any) -> list[int]:
-    counts = value if isinstance(value, list) else [value]
-    if not counts or not all(type(count) is int and count >= 0 for count in counts):
-        raise ValueError(f"splits: expected the rows of each file, got {value!r:.80}")
-    return counts
+    found = checked(MetaFile, meta, folder / META)
+    grid = TokenGrid(tuple(found.grid.shape), found.grid.vocab_size)
+    return Meta(
+        grid=grid,
+        class_names=found.classes,
+        shards=found.splits,
+        source=found.source,
+        augmentations=found.augmentations,
+        tokenizer=found.tokenizer,
+        parts=found.parts,
+    )
 
 
 def verify_files(folder: Path, meta: Meta, *, whole: bool) -> Folder:

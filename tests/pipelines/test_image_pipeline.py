@@ -17,8 +17,8 @@ from PIL import Image
 from small import PRIORS, QUANTIZERS, SMALL, TOKENIZERS, make_prior, make_tokenizer
 
 from pipelines import ImagePipeline, from_unit
-from pipelines.evaluate import table
 from pipelines.images import pictures
+from pipelines.metrics.report import report
 from tokenizer import TokenGrid, Tokenizer
 from tokenizer.base import LikelihoodError
 from tokenizer.files.errors import ConfigError, IntegrityError, PathError
@@ -756,7 +756,8 @@ def test_a_bound_is_called_one(tmp_path):
             ],
             3.5,
         )
-        assert ("<= 3.500" in table(figures, pipe, range(9))) != exact
+        text = report(figures, exact=pipe.prior.exact, vocab_size=9, num_images=9, device="cpu")
+        assert ("<= 3.500" in text) != exact
 
 
 def test_card_says_what_the_pipeline_is(tmp_path):

@@ -9,7 +9,6 @@ import math
 import re
 import shutil
 from pathlib import Path
-from statistics import NormalDist
 
 import numpy as np
 import pytest
@@ -20,23 +19,15 @@ from small import PRIORS, TOKENIZERS, make_prior, make_tokenizer
 
 from pipelines import ImagePipeline
 from pipelines.__main__ import main
+from pipelines.anomaly.calibrating import calibrate
 from pipelines.anomaly.healing import anomaly_map, heal, patches
-from pipelines.anomaly.scores import (
-    FITTED,
-    METHODS,
-    anomaly_score,
-    calibrate,
-    codec_bits,
-    p_value_of,
-    score_of,
-    statistics,
-)
-from pipelines.anomaly.separation import areas, auroc_interval, benjamini_hochberg, separation
+from pipelines.anomaly.image_statistics import codec_bits, statistics
+from pipelines.anomaly.scores import FITTED, METHODS, anomaly_score, p_value_of, score_of
 from pipelines.config.command import parse
 from pipelines.images import DataConfig, load_images
 from pipelines.metrics.likelihood import bits_per_token
-from pipelines.stages.calibration import Calibration, CalibrationError, Gaussian, Neighbours, rounded
-from pipelines.stages.conformal import kept, least_scores, p_values_of, threshold, tie_of_six_digits
+from pipelines.stages.calibration import Calibration, CalibrationError
+from pipelines.stages.distances import Neighbours, rounded
 from pipelines.train_prior import PriorTask, TrainPriorConfig
 from tokenizer.files.errors import FormatError
 from tokenizer.files.writing import write_json, write_manifest
@@ -207,40 +198,6 @@ def test_without_a_likelihood_of_pixels_there_is_no_complexity(trained):
     assert torch.equal(anomaly_score(trained, stripes(3), "nll"), statistics(trained, stripes(3))["token_bits"])
 
 
-def test_a_gaussian_measures_distances_in_its_own_deviations():
-    chance = np.random.default_rng(0)
-    mixing = chance.normal(size=(3, 3)) * [1, 10, 0.01]
-    rows = chance.normal(size=(4000, 3)) @ mixing + 5
-    fitted = Gaussian.fit(rows)
-    white = (rows - fitted.mean) @ fitted.whitener.T
-    assert np.abs(np.cov(white.T) - np.eye(3)).max() < 0.05
-    exact = np.einsum("nd,de,ne->n", rows - 5, np.linalg.inv(mixing.T @ mixing), rows - 5)
-    assert np.abs(fitted.distance(rows) - exact).mean() < 0.1
-    flat = Gaussian.fit(np.column_stack([rows[:, 0], np.full(4000, 3.0)]))
-    near, far = flat.distance(np.array([[5.0, 3.0], [5.0, 3.1]]))
-    assert near < 1 and 1e6 < far < np.inf
-
-
-def test_neighbours_measure_to_the_fifth_nearest_of_white_points():
-    chance = np.random.default_rng(0)
-    rows = chance.normal(size=(300, 4)) @ np.diag([1, 2, 5, 3]) + 7
-    fitted = Neighbours.fit(rows)
-    white = (rows - fitted.mean) @ fitted.axes.T
-    np.testing.assert_allclose(white, fitted.points, atol=1e-4)
-    assert np.abs(np.cov(white.T) - np.diag(np.diag(np.cov(white.T)))).max() < 1e-3
-    assert np.diag(np.cov(white.T)).min() > 0.7 and np.diag(np.cov(white.T)).max() < 1.01
-    others = chance.normal(size=(50, 4)) * 4 + 7
-    away = np.linalg.norm(((others - fitted.mean) @ fitted.axes.T)[:, None] - fitted.points, axis=2)
-    np.testing.assert_allclose(fitted.distance(others), np.sort(away, 1)[:, 4], rtol=1e-6)
-    few = Neighbours.fit(rows[:3])
-    assert np.isfinite(few.distance(rows)).all() and few.distance(rows[:3]).max() > 0
-
-
-def test_few_axes_of_many_features_are_kept():
-    fitted = Neighbours.fit(np.random.default_rng(0).normal(size=(200, 100)))
-    assert fitted.axes.shape == (64, 100) and fitted.points.shape == (200, 64)
-
-
 def test_joint_is_the_neighbours_until_the_statistics_are_unusual(trained):
     found, usual = statistics(trained, torch.cat([stripes(40, seed=3), constant()])), trained.calibration.usual
     joint, near, far = (
@@ -334,73 +291,6 @@ def test_p_values_hold_where_many_normal_images_are_the_same(likely):
             assert (p <= 0.05) == bool(score > fitted.thresholds[method])
             smallest.append(p == (1 + copies) / 101)
     assert sum(smallest) >= 24
-
-
-@pytest.mark.parametrize("scale", [(0, 1), (1_234_567.8, 3), (0, 1e-9), (-5e8, 2e4)], ids=str)
-@pytest.mark.parametrize("same", [0, 0.08, 0.7])
-def test_scores_of_any_size_keep_the_promise_and_the_power(scale, same):
-    """New normal images are flagged in 5 % of cases, less what ties take, also if a machine rounds otherwise."""
-    chance, (mean, deviation) = np.random.default_rng(0), scale
-    below, above = [], []
-    for _ in range(300):
-        scores = mean + deviation * chance.normal(size=300)
-        scores[chance.random(300) < same] = mean + 3.3333333 * deviation
-        noise = deviation * 1e-5 * chance.normal(size=200)
-        normal, tie = kept(scores[:100])
-        below.append((p_values_of(scores[100:] + noise, normal, tie) <= 0.05).mean())
-        above.append((scores[100:] + noise > threshold(normal, tie, 0.05)).mean())
-        assert (
-            p_values_of(scores[:100], normal, tie) >= (1 + np.sum(scores[:100] >= scores[:100, None], 1)) / 101
-        ).all()
-    assert below == above
-    if same:
-        assert np.mean(below) < 0.02
-    else:
-        assert np.mean(below) == pytest.approx(5 / 101, abs=0.004)  # a calibration has a deviation of .02
-
-
-def test_discoveries_hold_where_many_normal_images_are_the_same():
-    """Benjamini and Hochberg's share of normal images among what is flagged."""
-    chance, shares = np.random.default_rng(0), []
-    for _ in range(200):
-        scores = chance.normal(size=400)
-        scores[chance.random(400) < 0.08] = 10 / 3
-        flagged = benjamini_hochberg(
-            p_values_of(np.append(scores[200:], 9 + chance.random(20)), *kept(scores[:200])), 0.2
-        )
-        shares.append(flagged[:200].sum() / max(1, flagged.sum()))
-    assert np.mean(shares) < 0.2
-
-
-@pytest.mark.parametrize("digits", [None, 1], ids=["continuous", "tied"])
-@pytest.mark.parametrize("confidence", [0.5, 0.9, 0.95])
-def test_a_confidence_is_the_share_of_calibrations_that_keep_the_promise(confidence, digits):
-    """Of 1,000: the true share above each one's threshold is known. The usual threshold keeps it in about half."""
-    chance, held, usual = np.random.default_rng(0), [], []
-    for _ in range(1000):
-        scores = chance.random(200)
-        scores = scores if digits is None else np.round(scores, digits)
-        normal, tie = kept(scores)
-        for found, sure in ((held, confidence), (usual, None)):
-            limit = threshold(normal, tie, 0.1, sure)
-            above = 1 - limit if digits is None else 1.05 - np.clip(np.ceil(10 * limit) / 10, 0.1, 1.05)
-            found.append(above <= 0.1)
-    margin = 3 * math.sqrt(confidence * (1 - confidence) / 1000)
-    assert np.mean(held) >= confidence - margin
-    if digits is None:
-        assert np.mean(held) < confidence + 0.06 + margin  # and no more than one score of 200 above it
-        assert 0.45 < np.mean(usual) < 0.7 and (confidence == 0.5 or np.mean(usual) < confidence - 0.15)
-
-
-@pytest.mark.parametrize(("share", "confidence", "least"), [(0.05, 0.9, 45), (0.05, 0.95, 59), (0.01, 0.9, 230)])
-def test_the_least_number_of_scores_is_the_least(share, confidence, least):
-    """With n of them all are below the highest share of images in (1 - share)^n of calibrations."""
-    assert (1 - share) ** least <= 1 - confidence < (1 - share) ** (least - 1)
-    assert least_scores(share, confidence) == least
-    normal = np.arange(least, dtype=float)
-    assert threshold(normal, 0, share, confidence) == normal[-1]
-    with pytest.raises(ValueError, match=f"{least - 1} normal scores are too few"):
-        threshold(normal[1:], 0, share, confidence)
 
 
 def test_a_calibration_with_a_confidence_has_higher_thresholds_and_the_same_p_values(trained):
@@ -524,7 +414,7 @@ def broken(path, value):
         ("count", "del", "count: missing"),
         ("more", 1, "more: no such field"),
         ("count", 3.5, "count: should be a whole number"),
-        ("count", True, "count: should be a number"),
+        ("count", True, "count: should be a whole number"),
         ("false_alarms", 1.0, "false_alarms: should lie between"),
         ("confidence", 0, "confidence: should be null, or lie between 0 and 1"),
         ("ties", None, "ties: should be a mapping"),
@@ -536,9 +426,11 @@ def broken(path, value):
         ("digests", "0" * 16 * 50_001, "digests: should be of at most 50,000 images"),
         ("labels", 1, "labels: should be true or false"),
         ("data", "abc", "data: is no sha256"),
-        ("statistics", ["token_bits", 3], "statistics: should be a list of names"),
+        ("statistics", ["token_bits", 3], "statistics.1: should be text (found 3)"),
+        ("statistics", "token_bits", "statistics: should be a list (found 'token_bits')"),
         ("statistics", ["token_bits"], "mahalanobis.mean: should hold 1 numbers"),
-        ("mahalanobis", None, "mahalanobis.mean: missing"),
+        ("mahalanobis", None, "mahalanobis: should be a mapping (found None)"),
+        ("mahalanobis.mean", "del", "mahalanobis.mean: missing"),
         ("mahalanobis.mean", lambda mean: mean[1:], "mahalanobis.whitener: should be 3 x 3"),
         ("mahalanobis.whitener", lambda rows: [rows[0], *rows[2:]], "mahalanobis.whitener: should be 4 x 4"),
         (
@@ -593,13 +485,6 @@ def test_an_older_calibration_loads_and_holds(trained, fresh, tmp_path):
         assert (p - q).abs().max() < 0.01
     again = Calibration.from_dict(json.loads(read.to_json()), Path("file"))
     assert again.to_dict() == read.to_dict()
-
-
-def test_scores_that_were_kept_to_six_digits_are_not_compared_as_if_they_were_exact():
-    """Rounded down, an image would be stranger than its own copies."""
-    for score in (1_234_567.8, 1_234_562.3, 0.123456789, 98.76544):
-        normal = np.full(20, float(f"{score:.6g}"))
-        assert p_values_of(np.array([score]), normal, tie_of_six_digits(normal)) == 1
 
 
 def test_a_calibration_of_many_images_can_be_read_again(trained, tmp_path):
@@ -709,65 +594,6 @@ def test_healing_keeps_the_other_tokens_and_is_a_function_of_the_seed(trained):
 
 
 # Measures
-
-
-def test_areas_are_what_pairs_and_ranks_say():
-    chance = np.random.default_rng(0)
-    scores = chance.integers(0, 12, 60).astype(float)  # many ties
-    anomalous = chance.random(60) < 0.3
-    figures = separation(scores, anomalous, draws=200)
-    a, b = scores[anomalous], scores[~anomalous]
-    assert figures["auroc"][0] == pytest.approx(((a[:, None] > b) + 0.5 * (a[:, None] == b)).mean())
-    limits = sorted(set(scores), reverse=True)
-    steps = [((a >= t).mean(), (a >= t).sum() / (scores >= t).sum(), (b >= t).mean()) for t in limits]
-    recalls = [0.0, *(recall for recall, _, _ in steps)]
-    assert figures["auprc"][0] == pytest.approx(
-        sum((r - before) * p for (r, p, _), before in zip(steps, recalls, strict=False))
-    )
-    assert figures["fpr95"][0] == pytest.approx(next(false for recall, _, false in steps if recall >= 0.95))
-    assert figures["prevalence"] == anomalous.mean()
-    assert all(low <= value <= high for value, low, high in (figures[k] for k in ("auroc", "auprc", "fpr95")))
-    assert areas(np.array([0, 3]), np.array([2, 0])) == (1.0, 1.0, 0.0)
-    assert areas(np.ones(100), np.ones(100))[2] == 0.95
-    assert separation(-scores, anomalous, draws=2)["auroc"][0] == pytest.approx(1 - figures["auroc"][0])
-
-
-@pytest.mark.parametrize(
-    ("truth", "normal", "anomalous"), [(0.998, 50, 50), (0.998, 200, 20), (0.983, 100, 100), (0.76, 200, 15)]
-)
-def test_intervals_of_auroc_cover_the_truth(truth, normal, anomalous):
-    """Of two unit normals; a bootstrap covers 68 to 76 % at .998. Of 400 at 90 %, 340 are 3.3 deviations below."""
-    chance, inside = np.random.default_rng(1), 0
-    apart = math.sqrt(2) * NormalDist().inv_cdf(truth)
-    for _ in range(400):
-        scores = np.concatenate([chance.normal(size=normal), chance.normal(apart, size=anomalous)])
-        _, low, high = separation(scores, np.arange(len(scores)) >= normal, draws=1)["auroc"]
-        inside += low <= truth <= high
-    assert inside >= 360
-
-
-def test_an_interval_of_auroc_has_a_width_where_nothing_overlaps():
-    narrower = 0.0
-    for count in (5, 50, 500):
-        low, high = auroc_interval(1.0, count, count)
-        assert narrower < low < 1 and high == pytest.approx(1, abs=1e-9)
-        assert auroc_interval(0.0, count, count) == pytest.approx((0, 1 - low), abs=1e-9)
-        assert sum(auroc_interval(0.5, count, count)) == pytest.approx(1)
-        narrower = low
-    assert 0.93 < auroc_interval(1.0, 50, 50)[0] < 0.97  # 50 of 50: Wilson's interval of a share begins at .929
-
-
-def test_benjamini_hochberg():
-    p = np.array([0.01, 0.04, 0.03, 0.005, 0.5])
-    assert benjamini_hochberg(p, 0.05).tolist() == [True, True, True, True, False]
-    assert benjamini_hochberg(p, 0.026).tolist() == [True, False, False, True, False]
-    assert not benjamini_hochberg(np.array([0.2, 0.9]), 0.05).any()
-    chance, shares = np.random.default_rng(0), []
-    for _ in range(300):
-        mixed = np.concatenate([chance.random(80), chance.random(20) ** 8])
-        flagged = benjamini_hochberg(mixed, 0.2)
-        shares.append(flagged[:80].sum() / max(1, flagged.sum()))
-    assert np.mean(shares) < 0.2
 
 
 # The background prior's training

@@ -547,7 +547,7 @@ def test_page_of_a_prior(depth, capsys):
     assert depth == 1 or (forecast.sizes.parameters == 110_913_936 and "110,913,936" in page)
     assert forecast.share == 32 and "299.7 epochs" in page
     flops = 3 * 256 * (2 * (depth * (4 * 768**2 + 3 * 768 * 2048) + 768 * 16384) + 4 * depth * 256 * 768)
-    assert forecast.flops == flops and forecast.flops_per_step == 256 * flops
+    assert forecast.work.flops == flops and forecast.flops_per_step == 256 * flops
     assert forecast.hours == pytest.approx(1_500_000 * 256 * flops / (8 * 312e12 * 0.4) / 3600)
     assert forecast.dataset == 1281167 * (512 + 8)
     assert "warning" not in page
@@ -560,7 +560,7 @@ def test_twice_as_many_gpus_and_a_tokenizer_to_ask(capsys):
     two = planned(*small, "gpus=16", f"tokenizer={VQGAN_PRESET}")
     assert one.sizes == two.sizes and two.rows is None and two.share == one.share / 2
     assert two.hours == pytest.approx(one.hours / 2)
-    assert two.turns[0].parts["activations"] == pytest.approx(one.turns[0].parts["activations"] / 2, rel=0.01)
+    assert two.work.turns[0].parts["activations"] == pytest.approx(one.work.turns[0].parts["activations"] / 2, rel=0.01)
     assert two.snapshot - one.snapshot == pytest.approx(4 * 71_883_403, rel=0.01)
     assert "warning: rows: not known" in capsys.readouterr().out
 
@@ -570,14 +570,13 @@ def check_page(page: str) -> None:
     lines = page.splitlines()
     assert max(map(len, lines)) <= 110 and not [line for line in lines if line != line.rstrip()]
     start = next(n for n, line in enumerate(lines) if line.startswith("memory"))
-    table = lines[start + 2 : lines.index("", start)]
-    ends = {match.end() for line in table for match in re.finditer(r"(?<=  )[\d.]+%?(?= |$)|yes|no(?= |$)", line[32:])}
-    assert len(ends) == len(table[-1][32:].split())
-    width = len(table[-1].rstrip()) - 32
-    cells = [line[32:].ljust(width)[: len(table[-1][32:])] for line in table]
-    first = {
-        line[:32].strip(): float(cell[:14]) for line, cell in zip(table[:-2], cells, strict=False) if cell[:14].strip()
-    }
+    header, *table = lines[start + 1 : lines.index("", start)]
+    wide = max(len(re.split(r" {2,}", line.strip())[0]) for line in table) + 2
+    ends = {match.end() for line in table for match in re.finditer(r"[\d.]+%?(?= |$)|yes|no(?= |$)", line[wide:])}
+    ways = list(re.finditer(r"\S+(?:,? \S+)*", header))
+    assert ends == {way.end() - wide for way in ways}
+    cells = {line[:wide].strip(): line[wide : ways[0].end()].strip() for line in table[:-2]}
+    first = {part: float(cell) for part, cell in cells.items() if cell}
     total = first.pop("all, in training")
     first.pop("main process, evaluating", None)
     assert total == pytest.approx(sum(first.values()), abs=0.06)
@@ -814,7 +813,7 @@ def test_figures_of_the_documentation_are_those_of_the_plan(size, capsys):
     check_page(page)
     (row,) = (line for line in SCALING.splitlines() if re.match(rf"\| {size} \| \d+, \d+ \|", line))
     _, shared, token, run, *rest = (cell.strip() for cell in row.strip("|").split("|"))
-    assert shared == f"{forecast.config.gpus}, {forecast.config.train.batch_size}"
+    assert shared == f"{forecast.machine.gpus}, {forecast.schedule.batch_size}"
     assert re.search(rf"a token +{re.escape(token)}$", page, re.M) and re.search(
         rf"the run +{re.escape(run)}$", page, re.M
     )

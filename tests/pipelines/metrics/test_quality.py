@@ -28,7 +28,7 @@ from pipelines.metrics.quality import (
     copying,
     feature_space,
     frechet_distance,
-    nearest,
+    nearest_rows,
     neighbourhoods,
     shuffled,
     ssim,
@@ -186,17 +186,17 @@ def test_neighbourhoods_want_equal_sizes():
 def test_nearest_is_the_nearest():
     rows, others = gaussian(600, 5), gaussian(30, 5, 1)
     distances = (rows[:, None] - others).norm(dim=2)
-    found, indices = nearest(rows, others, 3)
+    found, indices = nearest_rows(rows, others, 3)
     torch.testing.assert_close(found, distances.sort(dim=1).values[:, :3])
     assert torch.equal(indices[:, 0], distances.argmin(1))
-    assert float(nearest(others, others)[0].max()) == 0.0
+    assert float(nearest_rows(others, others)[0].max()) == 0.0
 
 
 # Copies
 
 
 def distances_to_training(rows, dim=16):
-    return nearest(rows, gaussian(2000, dim, 99))[0][:, 0]
+    return nearest_rows(rows, gaussian(2000, dim, 99))[0][:, 0]
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -404,7 +404,7 @@ def test_figures_of_some_images_say_of_how_many(tmp_path, monkeypatch):
     pipe = save_pipeline(tmp_path, config, "pixels", "masked", 2)
     held_out = load_images(config).held_out
     monkeypatch.setattr("pipelines.evaluate.SOME", 7)
-    monkeypatch.setattr("pipelines.evaluate.FEW", 5)
+    monkeypatch.setattr("pipelines.metrics.likelihood.FEW", 5)
     figures, text, card = evaluate(tmp_path, "num_samples=20")
     counts = {name: figures[name] for name in set(COUNTS.values())}
     assert counts == {
@@ -448,9 +448,14 @@ def test_the_clock_waits_for_the_last_image(tmp_path, monkeypatch):
 def test_the_report_names_the_device_that_was_measured(tmp_path, monkeypatch):
     """It is made before the weights go to the CPU, for the card."""
     save_pipeline(tmp_path, write_set(tmp_path / "images"), "vqvae", "marginal", 2)
-    events, to, table = [], ImagePipeline.to, evaluation.table
+    events, to, report = [], ImagePipeline.to, evaluation.report
     monkeypatch.setattr(ImagePipeline, "to", lambda self, **place: (events.append("moved"), to(self, **place))[1])
-    monkeypatch.setattr(evaluation, "table", lambda *given: (events.append("reported"), table(*given))[1])
+
+    def reported(*given, **more):
+        events.append("reported")
+        return report(*given, **more)
+
+    monkeypatch.setattr(evaluation, "report", reported)
     evaluate(tmp_path, "num_samples=5")
     assert events[-2:] == ["reported", "moved"]
 

@@ -1,0 +1,17 @@
+"""Tables of text."""
+
+from pipelines.config.table import table
+
+
+def test_columns_are_as_wide_as_their_widest_cell():
+    rows = [("name", "value", ""), ("a", "10.5", "of all"), ("longer", "7", "of some")]
+    assert table(rows, right=[1]).splitlines() == [
+        "name    value",
+        "a        10.5  of all",
+        "longer      7  of some",
+    ]
+
+
+def test_a_row_may_have_fewer_cells():
+    assert table([("a", "b"), ("long",), ()]) == "a     b\nlong\n"
+    assert table([]) == ""

@@ -1,0 +1,83 @@
+"""P-values and thresholds keep their promise, whatever the scores."""
+
+import math
+
+import numpy as np
+import pytest
+
+from pipelines.anomaly.separation import benjamini_hochberg
+from pipelines.stages.conformal import kept, least_scores, p_values_of, threshold, tie_of_six_digits
+
+
+@pytest.mark.parametrize("scale", [(0, 1), (1_234_567.8, 3), (0, 1e-9), (-5e8, 2e4)], ids=str)
+@pytest.mark.parametrize("same", [0, 0.08, 0.7])
+def test_scores_of_any_size_keep_the_promise_and_the_power(scale, same):
+    """New normal images are flagged in 5 % of cases, less what ties take, also if a machine rounds otherwise."""
+    chance, (mean, deviation) = np.random.default_rng(0), scale
+    below, above = [], []
+    for _ in range(300):
+        scores = mean + deviation * chance.normal(size=300)
+        scores[chance.random(300) < same] = mean + 3.3333333 * deviation
+        noise = deviation * 1e-5 * chance.normal(size=200)
+        normal, tie = kept(scores[:100])
+        below.append((p_values_of(scores[100:] + noise, normal, tie) <= 0.05).mean())
+        above.append((scores[100:] + noise > threshold(normal, tie, 0.05)).mean())
+        assert (
+            p_values_of(scores[:100], normal, tie) >= (1 + np.sum(scores[:100] >= scores[:100, None], 1)) / 101
+        ).all()
+    assert below == above
+    if same:
+        assert np.mean(below) < 0.02
+    else:
+        assert np.mean(below) == pytest.approx(5 / 101, abs=0.004)  # a calibration has a deviation of .02
+
+
+def test_discoveries_hold_where_many_normal_images_are_the_same():
+    """Benjamini and Hochberg's share of normal images among what is flagged."""
+    chance, shares = np.random.default_rng(0), []
+    for _ in range(200):
+        scores = chance.normal(size=400)
+        scores[chance.random(400) < 0.08] = 10 / 3
+        flagged = benjamini_hochberg(
+            p_values_of(np.append(scores[200:], 9 + chance.random(20)), *kept(scores[:200])), 0.2
+        )
+        shares.append(flagged[:200].sum() / max(1, flagged.sum()))
+    assert np.mean(shares) < 0.2
+
+
+@pytest.mark.parametrize("digits", [None, 1], ids=["continuous", "tied"])
+@pytest.mark.parametrize("confidence", [0.5, 0.9, 0.95])
+def test_a_confidence_is_the_share_of_calibrations_that_keep_the_promise(confidence, digits):
+    """Of 1,000: the true share above each one's threshold is known. The usual threshold keeps it in about half."""
+    chance, held, usual = np.random.default_rng(0), [], []
+    for _ in range(1000):
+        scores = chance.random(200)
+        scores = scores if digits is None else np.round(scores, digits)
+        normal, tie = kept(scores)
+        for found, sure in ((held, confidence), (usual, None)):
+            limit = threshold(normal, tie, 0.1, sure)
+            above = 1 - limit if digits is None else 1.05 - np.clip(np.ceil(10 * limit) / 10, 0.1, 1.05)
+            found.append(above <= 0.1)
+    margin = 3 * math.sqrt(confidence * (1 - confidence) / 1000)
+    assert np.mean(held) >= confidence - margin
+    if digits is None:
+        assert np.mean(held) < confidence + 0.06 + margin  # and no more than one score of 200 above it
+        assert 0.45 < np.mean(usual) < 0.7 and (confidence == 0.5 or np.mean(usual) < confidence - 0.15)
+
+
+@pytest.mark.parametrize(("share", "confidence", "least"), [(0.05, 0.9, 45), (0.05, 0.95, 59), (0.01, 0.9, 230)])
+def test_the_least_number_of_scores_is_the_least(share, confidence, least):
+    """With n of them all are below the highest share of images in (1 - share)^n of calibrations."""
+    assert (1 - share) ** least <= 1 - confidence < (1 - share) ** (least - 1)
+    assert least_scores(share, confidence) == least
+    normal = np.arange(least, dtype=float)
+    assert threshold(normal, 0, share, confidence) == normal[-1]
+    with pytest.raises(ValueError, match=f"{least - 1} normal scores are too few"):
+        threshold(normal[1:], 0, share, confidence)
+
+
+def test_scores_that_were_kept_to_six_digits_are_not_compared_as_if_they_were_exact():
+    """Rounded down, an image would be stranger than its own copies."""
+    for score in (1_234_567.8, 1_234_562.3, 0.123456789, 98.76544):
+        normal = np.full(20, float(f"{score:.6g}"))
+        assert p_values_of(np.array([score]), normal, tie_of_six_digits(normal)) == 1

@@ -1,0 +1,71 @@
+"""JSON that anyone may have written, checked by pydantic against a class; one line says what is wrong with it.
+
+The types of this file are strict: true is no number, 1.0 is no whole number, and "1" is neither.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any, TypeVar
+
+from pydantic import Strict, TypeAdapter, ValidationError
+from pydantic_core import ErrorDetails
+
+from .errors import FormatError, shown
+
+T = TypeVar("T")
+Whole = Annotated[int, Strict()]
+Number = Annotated[float, Strict()]
+"""A whole number, too, of which it makes a float."""
+Bool = Annotated[bool, Strict()]
+Text = Annotated[str, Strict()]
+
+EXPECTED = {
+    "bool_type": "true or false",
+    "dataclass_type": "a mapping",
+    "dict_type": "a mapping",
+    "float_type": "a number",
+    "int_type": "a whole number",
+    "list_type": "a list",
+    "model_type": "a mapping",
+    "none_required": "null",
+    "string_type": "text",
+}
+
+
+class FieldError(ValueError):
+    """What is wrong with one field of an object: for checks that look at several fields."""
+
+    def __init__(self, field: str, problem: str) -> None:
+        super().__init__(f"{field}: {problem}")
+        self.field, self.problem = field, problem
+
+
+def checked(cls: type[T], data: Any, path: Path) -> T:
+    """`data`, which is what stands in the file `path`, as a `cls` (a pydantic model or a dataclass). Raises
+    `FormatError` that names the file, the first field that is wrong, what was found and what is allowed."""
+    try:
+        return TypeAdapter(cls).validate_python(data)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        raise FormatError(f"{path}: {_problem(first)}") from error
+
+
+def _problem(detail: ErrorDetails) -> str:
+    """The field, and what is wrong with it."""
+    kind, context = detail["type"], detail.get("ctx", {})
+    names = [str(part) for part in detail["loc"]]
+    problem = f"{detail['msg']} (found {shown(detail['input'])})"
+    if kind == "missing":
+        problem = "missing"
+    elif kind in ("extra_forbidden", "unexpected_keyword_argument"):
+        problem = "no such field"
+    elif kind in EXPECTED:
+        problem = f"should be {EXPECTED[kind]} (found {shown(detail['input'])})"
+    elif kind == "greater_than_equal":
+        problem = f"should be at least {context['ge']} (found {shown(detail['input'])})"
+    elif isinstance(error := context.get("error"), FieldError):
+        names, problem = [*names, error.field], error.problem
+    elif error is not None:
+        problem = str(error)
+    return f"{'.'.join(names)}: {problem}" if names else problem
