@@ -141,11 +141,10 @@ class ImagePipeline(Stages):
         batch_size: int,
         num_masks: int = 1,
     ) -> Tensor:
-        ids, parts = self.label_ids(labels, len(tokens)), []
-        for start in range(0, len(tokens), batch_size):
-            rows = slice(start, start + batch_size)
-            given = None if ids is None else ids[rows]
-            parts.append(self.prior.log_prob(tokens[rows], given, order_of(order, rows), num_orders, num_masks))
+        parts = [
+            self.prior.log_prob(part, ids, order_of(order, rows), num_orders, num_masks)
+            for rows, part, ids in self.batches(tokens, labels, batch_size)
+        ]
         return torch.cat(parts)
 
     def conditional_log_prob(
