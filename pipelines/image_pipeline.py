@@ -67,12 +67,10 @@ class ImagePipeline(Stages):
         batch_size: int,
         num_masks: int = 1,
     ) -> Tensor:
-        ids, parts = self.label_ids(labels, len(tokens)), []
-        for start in range(0, len(tokens), batch_size):
-            rows = slice(start, start + batch_size)
-            given = None if ids is None else ids[rows]
-            own_order = sampling.order_of(order, rows)
-            parts.append(self.prior.log_prob(tokens[rows], given, own_order, num_orders, num_masks))
+        parts = [
+            self.prior.log_prob(part, ids, sampling.order_of(order, rows), num_orders, num_masks)
+            for rows, part, ids in self.batches(tokens, labels, batch_size)
+        ]
         return torch.cat(parts)
 
     conditional_log_prob = completion.conditional_log_prob

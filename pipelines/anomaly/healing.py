@@ -48,13 +48,10 @@ def anomaly_map(
     the tokens are added where the tokenizer has a likelihood. They sum to the bits of the image. smooth: each patch
     fades into its neighbours, as if interpolated."""
     batch = pipeline.to_images(images)
-    ids = pipeline.label_ids(labels, len(batch))
     rows, columns = (side.to(pipeline.device) for side in patches(pipeline.tokenizer, smooth))
     maps = []
-    for start in range(0, len(batch), batch_size):
-        part = batch[start : start + batch_size]
+    for _, part, given in pipeline.batches(batch, labels, batch_size):
         tokens = pipeline.encode_batch(part)
-        given = None if ids is None else ids[start : start + batch_size]
         bits = -pipeline.prior.token_log_probs(tokens, given).flatten(1) / math.log(2)
         spread = (bits[:, None] * rows) @ columns.T  # (B, H, N) @ (N, W)
         if pipeline.tokenizer.has_likelihood:

@@ -50,10 +50,7 @@ def measure(
     batch = pipeline.to_images(images)
     if not len(batch):
         raise ValueError("there should be at least one image")
-    ids = pipeline.label_ids(labels, len(batch))
-    for start in range(0, len(batch), batch_size):
-        rows = slice(start, start + batch_size)
-        part, given = batch[rows], None if ids is None else ids[rows]
+    for _, part, given in pipeline.batches(batch, labels, batch_size):
         tokens = pipeline.encode_batch(part)
         surprise = bits(pipeline.prior.token_log_probs(tokens, given).flatten(1))
         pixels = pipeline.tokenizer.pixel_log_prob(part, tokens)

@@ -1,9 +1,10 @@
 """An entropy coder's tables from a prior's logits, the same integers on every machine (profile 1 of the container).
 
 A coder needs the same numbers on both sides, and floats differ in their last bits with batch, cache, threads and
-instruction set. So models are evaluated in float64, where they differ by about 1e-14; logits are rounded to a grid of
-1/16; what lies within 1e-9 of a rounding boundary is coded uniformly, and its place is written down. What the coder is
-given are whole numbers, exp(-z / 16) for a difference z of grid steps, from a table made by exact arithmetic.
+instruction set. So models are evaluated in float64, where they differ by about 1e-14, and logits are rounded to a grid
+of 1/16. A symbol with a logit within 1e-9 of a rounding boundary is coded uniformly, and its position is written down.
+The coder gets whole numbers: 2^32 exp(-z / 16) for z grid steps below the largest logit, from a table made by exact
+arithmetic.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ VERSION = "smalti codec 1"
 STEPS = 16
 """Grid steps per nat: rounding costs 0.03 % of the bits."""
 GUARD = 1e-9
-"""How near a boundary, in nats, a logit may lie: 60,000 times what paths were seen to differ by."""
+"""How near a boundary, in nats, a logit is in doubt: 60,000 times what paths were seen to differ by."""
 SCALE = 1 << 32
 NUMBERS = 1 << 22
 """How many logits are held in float64 at once; their grid steps are held in 16 bits."""
@@ -70,7 +71,7 @@ def grid_steps(logits: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def weights_of(steps: Tensor, uniform: Tensor) -> Weights:
-    """The coder's numbers `(rows, V)` for `steps` (rows, V), all alike in the rows that are `uniform` (rows,)."""
+    """The coder's numbers `(rows, V)` for `steps` (rows, V), all equal in the rows that are `uniform` (rows,)."""
     weights = exponentials().to(steps.device)[steps.long()]
     return torch.where(uniform[:, None], 1, weights).double().cpu().numpy()
 
@@ -99,8 +100,8 @@ class Models:
 
     @torch.inference_mode()
     def answer(self) -> bytes:
-        """8 bytes of the sha256 of the integers that fixed tokens lead to: another value, and no stream of that machine
-        can be decoded here."""
+        """8 bytes of the sha256 of the integers that fixed tokens lead to. A stream from a machine with another answer
+        cannot be decoded here."""
         ids = torch.arange(KNOWN_ROWS * len(self.grid), device=self.device) * 2654435761 % (1 << 32)
         tokens = ((ids >> 7) % self.grid.vocab_size).reshape(KNOWN_ROWS, *self.grid.shape)
         digest = hashlib.sha256()
@@ -115,7 +116,7 @@ class Models:
 
     def token_steps(self, tokens: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
         """Grid steps `(n, V)` and doubts `(n,)` of each rank in turn, for known `tokens` (n, *grid.shape): from one
-        pass where the prior has an exact one, else step by step."""
+        pass where the prior is exact, else step by step."""
         if not self.prior.exact:
             flat = tokens.flatten(1)[:, self.order]
             yield from walk(self.prior, len(tokens), lambda rank, steps, unsure: flat[:, rank])
@@ -142,7 +143,7 @@ def doubled(model: Any, device: torch.device) -> Any:
 
 
 def walk(prior: Prior, count: int, choose: Callable[[int, Tensor, Tensor], Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
-    """Grid steps and doubts rank by rank, on the incremental path; `choose` says each rank's tokens `(count,)`."""
+    """Grid steps and doubts rank by rank, on the incremental path; `choose` returns each rank's tokens `(count,)`."""
     state = prior.start(count, None)
     token = None
     for rank in range(len(prior.grid)):
@@ -155,7 +156,7 @@ def walk(prior: Prior, count: int, choose: Callable[[int, Tensor, Tensor], Tenso
 
 
 def constriction() -> Any:
-    """The library that codes. Raises `CodecError` if it is missing, or codes otherwise than the format says."""
+    """The library that codes. Raises `CodecError` if it is missing, or makes other bytes than the format's."""
     try:
         import constriction as library
     except ImportError as error:
@@ -167,7 +168,7 @@ def constriction() -> Any:
 
 @cache
 def coder_answer(library: Any) -> str:
-    """sha256 of what the coder makes of fixed symbols under fixed tables."""
+    """The beginning of the sha256 of fixed symbols, coded under fixed tables."""
     encoder = Encoder(library)
     for size in (2, 7, 256):
         ids = np.arange(64 * size).reshape(64, size) * 2654435761 % (1 << 32)
@@ -187,7 +188,7 @@ class Encoder:
         self._coder.encode(np.ascontiguousarray(symbols, dtype=np.int32), self._family, weights)
 
     def bytes(self) -> bytes:
-        """What was coded."""
+        """All that was coded."""
         return self._coder.get_compressed().astype("<u4").tobytes()
 
 
@@ -215,7 +216,7 @@ class Decoder:
 
 
 def positions(doubts: Sequence[Tensor]) -> tuple[int, ...]:
-    """Where the doubts are, counted through all rows in the order they are coded."""
+    """Positions of the doubts, counted through all rows in the order of coding."""
     if not doubts:
         return ()
     return tuple(torch.nonzero(torch.cat(list(doubts)).cpu()).flatten().tolist())

@@ -1,4 +1,4 @@
-"""The head of a stream: what made it, how it is coded, and what may be read of it."""
+"""The header of a stream: what made it, how it is coded, and how much of it a reader allows."""
 
 from __future__ import annotations
 

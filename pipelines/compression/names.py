@@ -1,4 +1,4 @@
-"""The names of the images in a stream: short, relative, and leading nowhere else."""
+"""The names of the images in a stream: short, relative, and inside the folder they are restored to."""
 
 from __future__ import annotations
 

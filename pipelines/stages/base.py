@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -262,6 +262,15 @@ class Stages:
         if len(values) != count:
             raise ValueError(f"got {len(values)} labels for {count} images; give one, or one per image")
         return torch.tensor([self._label_id(value) for value in values], device=self.device)
+
+    def batches(
+        self, rows: Tensor, labels: Label | Sequence[Label], batch_size: int
+    ) -> Iterator[tuple[slice, Tensor, Tensor | None]]:
+        """Images or tokens, `batch_size` at a time: their place among all, themselves, and their class ids or None."""
+        ids = self.label_ids(labels, len(rows))
+        for start in range(0, len(rows), batch_size):
+            place = slice(start, start + batch_size)
+            yield place, rows[place], None if ids is None else ids[place]
 
     def _label_id(self, label: Label) -> int:
         classes = self.prior.num_classes

@@ -169,12 +169,12 @@ def conditional_log_prob(
     such conditional, `ValueError` for a mask of another shape.
     """
     batch = pipeline.to_images(images)
-    ids, known, parts = pipeline.label_ids(labels, len(batch)), check_mask(known, batch), []
-    for start in range(0, len(batch), batch_size):
-        rows = slice(start, start + batch_size)
-        visible, keep = visible_tokens(pipeline, batch[rows], known[rows])
-        tokens = torch.where(keep, visible, pipeline.encode_batch(batch[rows]))
-        parts.append(region_log_prob(pipeline.prior, tokens, keep, None if ids is None else ids[rows]))
+    known = check_mask(known, batch)
+    parts = []
+    for rows, part, ids in pipeline.batches(batch, labels, batch_size):
+        visible, keep = visible_tokens(pipeline, part, known[rows])
+        tokens = torch.where(keep, visible, pipeline.encode_batch(part))
+        parts.append(region_log_prob(pipeline.prior, tokens, keep, ids))
     return torch.cat(parts)
 
 

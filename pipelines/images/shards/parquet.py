@@ -30,7 +30,7 @@ def make_index(shard: Shard, config: DataConfig) -> Index:
         if any(group.num_rows < 0 for group in groups) or max(weights, default=0) > MAX_GROUP:
             raise UserError(
                 f"{shard.name}: a row group with {max(weights)} bytes of images; the limit is {MAX_GROUP}, "
-                "write it anew with smaller row groups"
+                "write the file again with smaller row groups"
             )
         labels, column = None, config.label_column
         if column is not None and column in schema.names:
@@ -65,7 +65,7 @@ def bounded(data: bytes | None) -> Payload:
 
 
 def opened(source: Any, shard: Shard) -> pq.ParquetFile:
-    """The file's footer, read. Raises `UserError` if it has none."""
+    """The file, whose footer is read. Raises `UserError` if it has none."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -91,20 +91,20 @@ def leaf_of(schema: pa.Schema, config: DataConfig) -> str:
 
 
 def is_struct(kind: pa.DataType) -> bool:
-    """Whether a column has parts."""
+    """Whether a column is a struct."""
     import pyarrow as pa
 
     return bool(pa.types.is_struct(kind))
 
 
 def group_bytes(group: pq.RowGroupMetaData, leaf: str) -> int:
-    """Bytes of a row group's images, unpacked."""
+    """Uncompressed bytes of a row group's images."""
     columns = [group.column(k) for k in range(group.num_columns)]
     return sum(int(column.total_uncompressed_size) for column in columns if column.path_in_schema == leaf)
 
 
 def labels_in(file: pq.ParquetFile, column: str) -> list[Any]:
-    """The labels of all rows. Raises `UserError` where they can be none."""
+    """The labels of all rows. Raises `UserError` for a column of another type."""
     import pyarrow.types as kinds
 
     kind = file.schema_arrow.field(column).type

@@ -22,9 +22,9 @@ PROTOCOLS = ("hf", "http", "https", "s3", "gs", "az")
 
 
 def open_shards(config: DataConfig) -> SplitRows:
-    """The splits of `config.source` by name, from shards that are read where they are; or of a folder of images.
+    """The splits of `config.source` by name, from shards that are read where they are, or from a folder of images.
 
-    Raises `UserError` for a source that is missing; for other files and damaged shards when a split is opened.
+    Raises `UserError` for a source that is missing; opening a split raises it for other files and damaged shards.
     """
     if config.source == "digits":
         raise UserError("data.streaming: the digits are in memory; it is for shards (.parquet, .tar) and folders")
@@ -36,7 +36,7 @@ def open_shards(config: DataConfig) -> SplitRows:
 
 
 def open_split(split: str, files: list[str], config: DataConfig) -> Rows:
-    """The rows of a split's shards, which are indexed. Raises `UserError` for files of another kind."""
+    """The rows of a split's shards, which it indexes. Raises `UserError` for files of another kind."""
     kinds = sorted({os.path.splitext(file)[1] for file in files})
     if len(kinds) > 1 or kinds[0] not in KINDS:
         raise UserError(
@@ -47,7 +47,7 @@ def open_split(split: str, files: list[str], config: DataConfig) -> Rows:
 
 
 def find_files(config: DataConfig, path: Path) -> dict[str, list[str]]:
-    """Paths or URLs of each split's shards, in the order of their names. Raises `UserError` where there are none."""
+    """Paths or URLs of each split's shards, sorted by name. Raises `UserError` where there are none."""
     source = config.source
     if "://" in source:
         return {config.split: remote_files(source)}
@@ -73,14 +73,14 @@ def remote_files(source: str) -> list[str]:
         path = at_commit(files, path) if protocol == "hf" else path
         found = sorted(files.glob(path)) if glob.has_magic(path) else [path]
     except Exception as error:  # whatever the file system has
-        raise UserError(f"data.source: {source} can not be listed: {reason_of(error)}") from error
+        raise UserError(f"data.source: {source} cannot be listed: {reason_of(error)}") from error
     if not found:
         raise UserError(f"data.source: no file is called like {source}")
     return [file if "://" in file else f"{protocol}://{file}" for file in found]
 
 
 def at_commit(files: Any, path: str) -> str:
-    """A path on the Hub at the commit that its branch has now, so that what is pushed later is not read."""
+    """A path on the Hub at the commit that its branch has now, so that later pushes are not read."""
     from huggingface_hub import HfApi
 
     place = files.resolve_path(path)
@@ -93,7 +93,7 @@ def at_commit(files: Any, path: str) -> str:
 
 
 def file_system(url: str) -> tuple[Any, str]:
-    """What reads a URL, and what it calls it."""
+    """The file system that reads a URL, and its name for the file."""
     if url.startswith("http"):
         from .http_files import HttpFiles  # late, as aiohttp takes a while
 
@@ -115,7 +115,7 @@ def resolved(source: str, path: Path) -> dict[str, list[str]]:
                 builder = datasets.load_dataset_builder(source)
     except Exception as error:  # see `sources.tables`
         if path.exists():
-            raise UserError(f"data.source: {path} can not be read: {reason_of(error)}") from error
+            raise UserError(f"data.source: {path} cannot be read: {reason_of(error)}") from error
         raise UserError(
             f"data.source={source}: there is no such folder here ({path.absolute()}), and the Hub id '{source}' can "
             f"not be loaded: {reason_of(error)}"

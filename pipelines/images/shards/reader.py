@@ -1,8 +1,8 @@
-"""Images in shards, parquet or tar, here or on a server: an index of each, and reading rows a block at a time.
+"""Images in shards, parquet or tar, here or on a server: an index of each, and rows, read a block at a time.
 
-A block is what is read in one go: a row group of a parquet file, or neighbouring samples of a tar. The index of a shard
-says how many rows it has, what its blocks are and what its labels are; it is made once, from footers or headers, and
-kept in `HF_HOME/smalti/shards`, under a name made of the shard's path, size and dates or ETag.
+A block is read at once: it is a row group of a parquet file, or neighbouring samples of a tar. The index of a shard
+holds its number of rows, its blocks and its labels; it is made once, from the footer or the headers, and kept in
+`HF_HOME/smalti/shards`, under a name made from the shard's path, size and dates or ETag.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ def shard_rows(shards: list[Shard], config: DataConfig) -> Rows:
 
 
 class ShardReader:
-    """Rows by their numbers, through a cache of the blocks that were read last, `data.cache_mb` of them."""
+    """Rows by number, through a cache of the blocks that were read last, `data.cache_mb` MiB of them."""
 
     def __init__(self, shards: list[Shard], indices: list[Index], config: DataConfig) -> None:
         self.shards, self.indices, self.column = shards, indices, config.image_column
@@ -65,7 +65,7 @@ class ShardReader:
         self.line_ends: dict[int, NDArray[np.int64]] = {}
 
     def read(self, rows: Sequence[int]) -> list[tuple[str, Payload]]:
-        """(shard and row, encoded image or the reason why there is none) of each row asked for."""
+        """For each row: its name, see `name_of`, and the encoded image or the reason why there is none."""
         wanted = np.asarray(rows, dtype=np.int64)
         numbers = np.searchsorted(self.blocks, wanted, side="right") - 1
         blocks = self.fetch(np.unique(numbers).tolist())
@@ -87,7 +87,7 @@ class ShardReader:
         return f"{shard.name}: {line.tobytes().decode()}"
 
     def fetch(self, numbers: list[int]) -> dict[int, list[Payload]]:
-        """Blocks by number, from the cache or read at the same time."""
+        """Blocks by number, from the cache or read in parallel."""
         with self.lock:
             found = {number: self.cache[number] for number in numbers if number in self.cache}
             for number in found:
@@ -101,7 +101,7 @@ class ShardReader:
         return found
 
     def load(self, number: int) -> list[Payload]:
-        """Read a block and keep it, in place of the ones that were not asked for longest."""
+        """Read a block and keep it in place of those that were used least recently."""
         owner = int(self.owners[number])
         shard, index = self.shards[owner], self.indices[owner]
         block = int(np.searchsorted(index.starts, self.blocks[number] - self.firsts[owner], side="right")) - 1
@@ -121,11 +121,11 @@ def format_of(shard: Shard) -> Any:
     return tar_shards if shard.is_tar else parquet_shards
 
 
-# the index ----------------------------------------------------------------------------------------
+# The index
 
 
 def index_all(shards: list[Shard], config: DataConfig) -> list[Index]:
-    """The index of each shard, kept or made now. Processes begin at different shards, and find each other's work."""
+    """The index of each shard, kept or made now. Processes begin at different shards, and find what others made."""
     rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     first = rank * len(shards) // max(1, world)
     order = [*range(first, len(shards)), *range(first)]
@@ -139,7 +139,7 @@ def index_all(shards: list[Shard], config: DataConfig) -> list[Index]:
 
 
 def index_of(shard: Shard, config: DataConfig) -> Index:
-    """The kept index of this very file, or a new one, which is kept if the file has a stamp."""
+    """The kept index of this very file, or a new one, which is saved if the file has a stamp."""
     facts = [VERSION, shard.name, shard.size, shard.stamp, config.image_column, config.label_column]
     path = cache_folder() / f"{hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:32]}.safetensors"
     if shard.stamp and (kept := load_index(path)):
@@ -156,7 +156,7 @@ def cache_folder() -> Path:
 
 
 def load_index(path: Path) -> Index | None:
-    """The index in a file, or None if there is none that can be read."""
+    """The index in a file, or None for a file that is missing or cannot be read."""
     try:
         arrays = load_file(path)
         facts = json.loads(arrays.pop("facts").tobytes())
@@ -166,7 +166,7 @@ def load_index(path: Path) -> Index | None:
 
 
 def save_index(path: Path, index: Index) -> None:
-    """Write an index that appears whole or not at all; where it can not be written, it is made again next time."""
+    """Write an index, whole or not at all; where it cannot be written, it is made again next time."""
     facts = json.dumps({"labels": index.labels, "class_names": index.class_names}).encode()
     arrays = {
         name: np.ascontiguousarray(getattr(index, name)) for name in ("starts", "weights", "offsets", "sizes", "names")
@@ -179,6 +179,3 @@ def save_index(path: Path, index: Index) -> None:
     except (OSError, SafetensorError):
         with suppress(OSError):
             temporary.unlink(missing_ok=True)
-
-
-# names --------------------------------------------------------------------------------------------

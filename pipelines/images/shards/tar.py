@@ -1,7 +1,7 @@
 """Images in tar files, as webdataset lays them out: neighbouring files with one key, up to the first dot, are a sample.
 
-Of a sample `0001.jpg, 0001.cls` the image is the file that is named like one (`data.image_column` chooses another
-suffix), and the label is what is in `.cls`, or `data.label_column` of `.json`.
+In a sample `0001.jpg, 0001.cls` the image is the file with the suffix of one (`data.image_column` chooses another
+suffix), and the label is the content of `.cls`, or `data.label_column` of `.json`.
 """
 
 from __future__ import annotations
@@ -21,16 +21,17 @@ from ..stamps import FileChanged
 from .shard import Index, Shard, lines_of, printable
 from .tar_index import Member, TarError, scan
 
-BLOCK_BYTES = 4 << 20  # read in one go, and more only if an image is larger
-SCAN_AHEAD = 4 << 20  # read at a time from a server, where a tar is read through once for its index
-MAX_LABEL = 1 << 20
-IMAGE, LABEL = "image", "label"  # what the columns are called where nothing is said
+BLOCK_BYTES = 4 << 20  # read at once; more only for an image that is larger
+SCAN_AHEAD = 4 << 20  # read at a time from a server, where indexing reads a whole tar once
+MAX_LABEL = 1 << 20  # bytes
+IMAGE = "image"  # the default of `data.image_column`
+LABEL = "label"  # the default of `data.label_column`
 
 Sample = tuple[Member, Any]
 
 
 def make_index(shard: Shard, config: DataConfig) -> Index:
-    """Places, names and labels of the images. Raises `UserError` for a tar that is damaged or has no images."""
+    """Offsets, names and labels of the images. Raises `UserError` for a tar that is damaged or has no images."""
     try:
         with shard.reading(SCAN_AHEAD) as file:
             samples = list(samples_of(file, shard, config))
@@ -69,8 +70,8 @@ def read_block(shard: Shard, index: Index, block: int, column: str) -> list[Payl
 
 
 def block_starts(offsets: np.ndarray, sizes: np.ndarray) -> np.ndarray:
-    """The first image of each block, and the end: as many neighbours as fit, and never one that is too large to read
-    with others."""
+    """The first image of each block, and the end. A block holds as many neighbours as fit; an image that is too large
+    to be read has one of its own."""
     starts = [0]
     for row in range(1, len(offsets)):
         too_large = sizes[row] > MAX_FILE or sizes[row - 1] > MAX_FILE
@@ -106,7 +107,8 @@ def split_name(name: str) -> tuple[str, str]:
 
 
 def label_of(file: BinaryIO, parts: dict[str, Member], config: DataConfig) -> Any:
-    """What `.cls` says, or `label_column` as a suffix or as a key of `.json`: a whole number or a string; or None."""
+    """The content of `.cls`, or what `label_column` names, a suffix or a key of `.json`: a whole number or a string; or
+    None."""
     column = config.label_column
     if column is None:
         return None
@@ -125,7 +127,7 @@ def label_of(file: BinaryIO, parts: dict[str, Member], config: DataConfig) -> An
 
 
 def read_text(file: BinaryIO, member: Member) -> str:
-    """A small file of the tar; nothing of one that is not small."""
+    """The text of a small file in the tar; "" for a large one."""
     if member.size > MAX_LABEL:
         return ""
     file.seek(member.offset)

@@ -59,8 +59,8 @@ def next_member(tar: tarfile.TarFile, headers: Headers) -> tarfile.TarInfo | Non
     """The next file, folder or link; None at the end, and where no header follows. Raises `TarError`."""
     with headers.of_a_member():
         member = tar.next()
-    tar.members.clear()  # else it keeps all of them, and all global headers
-    tar.pax_headers.clear()
+    tar.members = []  # type: ignore[attr-defined]  # else it keeps all of them, and all global headers
+    tar.pax_headers = {}
     return member
 
 

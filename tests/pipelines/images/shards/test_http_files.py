@@ -105,7 +105,7 @@ def test_a_shard_on_a_server_is_read_in_parts(tmp_path, kind, monkeypatch):
         assert torch.equal(found.train.pixels(range(36)), expected.train.pixels(range(36)))
         assert torch.equal(found.train.labels, expected.train.labels)
     found.train._rows.read.__self__.cache.clear()
-    with pytest.raises(UserError, match=rf"^http://.*{path.name}: can not be read: "):
+    with pytest.raises(UserError, match=rf"^http://.*{path.name}: cannot be read: "):
         found.train.pixels([0])  # a server that is gone is no bad image
 
 
@@ -113,8 +113,8 @@ def refusal(url: str) -> str:
     """In one line, why a shard is not read."""
     with pytest.raises(UserError) as caught:
         load(url)
-    assert str(caught.value).startswith(f"{url}: can not be read: ") and "\n" not in str(caught.value)
-    return str(caught.value).removeprefix(f"{url}: can not be read: ")
+    assert str(caught.value).startswith(f"{url}: cannot be read: ") and "\n" not in str(caught.value)
+    return str(caught.value).removeprefix(f"{url}: cannot be read: ")
 
 
 def not_allowed(self: Ranges) -> None:
@@ -280,7 +280,7 @@ def test_a_shard_that_changes_on_a_server_ends_the_run(tmp_path, monkeypatch, ki
         train = load(f"{url}/{path.name}", cache_mb=0, on_error="skip", max_bad_fraction=1.0).train
         read_epochs(train, seed=0)
         change(path, other, "replaced")
-        seen = CHANGED if (kind, server) != ("parquet", "length, in no answer") else "can not be read: .*"
+        seen = CHANGED if (kind, server) != ("parquet", "length, in no answer") else "cannot be read: .*"
         with pytest.raises(UserError, match=f"^{url}/{path.name}: {seen}$"):
             train.pixels([30])
     assert not train.report.problems
@@ -304,7 +304,7 @@ def test_another_part_than_was_asked_for_is_refused(tmp_path, monkeypatch, told,
     with served(tmp_path, range_told=told) as url, pytest.raises(UserError) as caught:
         load(f"{url}/a.tar")
     assert re.fullmatch(
-        rf"{url}/{path.name}: can not be read: the bytes from 0 to \d+ were asked for, what came "
+        rf"{url}/{path.name}: cannot be read: the bytes from 0 to \d+ were asked for, what came "
         rf"{message}.*",
         str(caught.value),
     )

@@ -281,7 +281,7 @@ def test_the_image_of_a_sample_is_chosen_by_its_suffix(tmp_path):
         load(two)
 
 
-def test_sources_that_can_not_be_streamed_are_named(tmp_path):
+def test_sources_that_cannot_be_streamed_are_named(tmp_path):
     write_tar(tmp_path / "mixed/train/a.tar", rows_of(3))
     write_parquet(tmp_path / "mixed/train/b.parquet", rows_of(3))
     (tmp_path / "packed").mkdir()
@@ -588,7 +588,7 @@ def test_a_damaged_shard_ends_the_run_with_its_path(tmp_path, kind):
     write_shards(tmp_path, kind, rows_of(20), 2)
     path = tmp_path / f"train-00001-of-00002.{kind}"
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
-    with pytest.raises(UserError, match=f"{path}: (not a whole (tar|parquet) file|can not be read)") as caught:
+    with pytest.raises(UserError, match=f"{path}: (not a whole (tar|parquet) file|cannot be read)") as caught:
         load(tmp_path, on_error="skip")
     assert "\n" not in str(caught.value)
 
