@@ -17,8 +17,9 @@ from tokenizer.files.errors import PathError
 
 from ..config import UserError
 from .best import figures_of
+from .checkpoints.rotation import SPARE
 from .checkpoints.sharded import agreed, gather
-from .checkpoints.states import SPARE, save_state
+from .checkpoints.states import save_state
 from .sharding import keeps_on_cpu
 
 if TYPE_CHECKING:

@@ -250,11 +250,11 @@ def test_a_record_that_cannot_be_read_is_a_warning(tmp_path, monkeypatch, capsys
     """And is read on once it can."""
     broken, opened, tried = [True], Path.open, threading.Event()
 
-    def fail(self, *how):
+    def fail(self, *how, **more):
         if broken and how == ("rb",):
             tried.set()
             raise OSError("gone")
-        return opened(self, *how)
+        return opened(self, *how, **more)
 
     monkeypatch.setattr(Path, "open", fail)
     target, record = Remembering(), Record(tmp_path, 0)

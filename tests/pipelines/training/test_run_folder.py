@@ -32,8 +32,8 @@ from small import make_prior, make_tokenizer
 from pipelines import ImagePipeline
 from pipelines.config import UserError
 from pipelines.training import loop as training
-from pipelines.training.checkpoints import states as checkpoint
-from pipelines.training.checkpoints.states import latest_state
+from pipelines.training.checkpoints import rotation
+from pipelines.training.checkpoints.rotation import latest_state
 from prior import Prior
 from tokenizer import Tokenizer
 from tokenizer.files import reading
@@ -139,7 +139,7 @@ def test_an_error_of_the_disk_is_not_damage(run, monkeypatch, where):
         return fails
 
     if where == "manifest":
-        monkeypatch.setattr(checkpoint, "verify_manifest", broken(checkpoint.verify_manifest))
+        monkeypatch.setattr(rotation, "verify_manifest", broken(rotation.verify_manifest))
     elif where == "stat":
         monkeypatch.setattr(reading.os, "stat", broken(os.stat))
     else:
