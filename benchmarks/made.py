@@ -71,8 +71,9 @@ def our_config(tokens: Path, out: Path, **train: Any) -> Any:
 def our_steps(tokens: Path, out: Path, batch: int) -> Iterator[None]:
     """Steps of a run."""
     from pipelines.train_prior import PriorTask
-    from pipelines.training.loop import batches, set_up
+    from pipelines.training.loop import batches
     from pipelines.training.processes import build_accelerator
+    from pipelines.training.starting import set_up
     from pipelines.training.step import take_step
 
     config = our_config(tokens, out, batch_size=batch)

@@ -30,8 +30,9 @@ NEVER = 1_000_000  # steps: for what a run is to do only at its end
 @contextlib.contextmanager
 def stepper(task: Any, config: Any) -> Iterator[Callable[[], None]]:
     """A training step of the task at each call, batches and averaged weights included."""
-    from pipelines.training.loop import batches, set_up
+    from pipelines.training.loop import batches
     from pipelines.training.processes import build_accelerator
+    from pipelines.training.starting import set_up
     from pipelines.training.step import take_step
 
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(None):

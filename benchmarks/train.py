@@ -234,8 +234,9 @@ def step_of(model: Any, loss: Callable[[], Any]) -> Callable[[], None]:
 @contextlib.contextmanager
 def loop_of(task: Any, config: Any, folder: Path) -> Iterator[tuple[Callable[[], None], list[float]]]:
     """A step of the verb at each call, and the seconds for which each waited for its batch."""
-    from pipelines.training.loop import batches, set_up
+    from pipelines.training.loop import batches
     from pipelines.training.processes import build_accelerator
+    from pipelines.training.starting import set_up
     from pipelines.training.step import take_step
 
     waits: list[float] = []

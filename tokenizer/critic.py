@@ -170,7 +170,7 @@ GENERATOR_LOSSES = {"hinge": hinge_generator_loss, "non_saturating": non_saturat
 
 def lecam(real: Tensor, fake: Tensor, real_mean: Tensor, fake_mean: Tensor) -> Tensor:
     """E[|D(x) - a_F|^2] + E[|D(G(z)) - a_R|^2] with running means a of logits (Tseng et al. 2021, equation 5): a critic
-    of few images can not drift away from what it says of the others. Added to the critic's loss."""
+    of few images cannot drift away from what it says of the others. Added to the critic's loss."""
     return (real - fake_mean).square().mean() + (fake - real_mean).square().mean()
 
 

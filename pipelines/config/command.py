@@ -151,16 +151,15 @@ def exit_codes(quiet: bool = False, kept: Callable[[], str] | None = None) -> It
             below = "\n" if sys.stderr.isatty() else ""  # where ^C stands, and perhaps a progress bar
             print(f"{below}error: interrupted{f'; {kept()}' if kept else ''}", file=sys.stderr, flush=True)
         raise SystemExit(CTRL_C) from error
-    except Exception as error:
-        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):  # nobody's bug
-            label = "error" if is_first_process() else f"error on process {os.environ['RANK']}"
-            print(f"{label}: {error.filename or 'disk full'}: {error.strerror}", file=sys.stderr, flush=True)
-            raise SystemExit(1) from error
-        if not hasattr(error, "place"):  # not while a run was under way
+    except RunError as error:
+        traceback.print_exception(error.__cause__)
+        print(f"error on process {os.environ.get('RANK', '0')}: {error}", file=sys.stderr, flush=True)
+        raise SystemExit(1) from error
+    except OSError as error:
+        if is_bug(error):
             raise
-        traceback.print_exc()
-        where = f"error on process {os.environ.get('RANK', '0')}: {error.place}"
-        print(f"{where}: {type(error).__name__}: {error}", file=sys.stderr, flush=True)
+        label = "error" if is_first_process() else f"error on process {os.environ['RANK']}"
+        print(f"{label}: {error.filename or 'disk full'}: {error.strerror}", file=sys.stderr, flush=True)
         raise SystemExit(1) from error
 
 
@@ -184,6 +183,16 @@ def choose_device(name: str) -> torch.device:
         return torch.zeros((), device=name).device
     except (RuntimeError, AssertionError) as error:
         raise UserError(f"device: {name!r} can not be used here ({str(error).splitlines()[0]})") from error
+
+
+class RunError(Exception):
+    """A bug came up in a run; the message says where, and what it is raised from is the bug."""
+
+
+def is_bug(error: BaseException) -> bool:
+    """Whether an error is neither a user's mistake, nor an interruption, nor a full disk."""
+    full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+    return isinstance(error, Exception) and not full and not isinstance(error, (UserError, PipelineLoadError))
 
 
 class ProcessLost(Exception):

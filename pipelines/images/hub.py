@@ -15,7 +15,11 @@ from tokenizer.files.hub import HUB_ID, is_reachable
 
 @contextmanager
 def offline_if_unreachable() -> Iterator[None]:
-    """While the Hub can not be reached, `datasets` and `huggingface_hub` look into their caches at once."""
+    """While the Hub cannot be reached, `datasets` and `huggingface_hub` look into their caches at once.
+
+    Both read HF_HUB_OFFLINE once, when they are imported, and `load_dataset` has no argument for it: their constants
+    are changed meanwhile, which huggingface_hub 1.10 to 2.4 and datasets 4.0 to 5.2 look at in each call.
+    """
     import datasets
 
     if constants.HF_HUB_OFFLINE or is_reachable():

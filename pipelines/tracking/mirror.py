@@ -1,7 +1,8 @@
-"""A copy of a run's numbers and pictures that is made by a thread of its own, in some tracker.
+"""A copy of a run's record that a thread of its own makes, in some tracker.
 
-The tracker being slow, away or broken costs the run at most a line of warning: what is put is queued without waiting,
-starting and ending have limits, and every failure stays in the thread.
+The thread reads `metrics.jsonl` and `previews/`, from the step on that the tracker holds, and goes on while they grow.
+So a tracker that is slow, away or broken costs the run at most a line of warning: the run never waits for it, starting
+and ending have limits, every failure stays in the thread, and what is not copied now is copied when the run resumes.
 """
 
 from __future__ import annotations
@@ -10,23 +11,16 @@ import queue
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, Protocol
+from typing import Any, Protocol
 
-QUEUE_SIZE = 1000
+from .record import Entry, Reader, Record
+
 INIT_SECONDS = 30.0
 CLOSE_SECONDS = 15.0
 LAST_SECONDS = 300.0  # for a model, if it is sent at the end
-
-
-class Entry(NamedTuple):
-    """A call of a target: `log` with numbers, or `images` with the paths of PNG files, by name."""
-
-    step: int
-    method: Literal["log", "images"]
-    values: dict[str, Any]
 
 
 class Target(Protocol):
@@ -43,90 +37,87 @@ class Target(Protocol):
 
 
 class Mirror:
-    """A daemon thread that starts a tracker and hands it what was put, in order; nothing here raises.
+    """A daemon thread that starts a tracker and copies the record to it, in order; nothing here raises.
 
-    `starts` are ways to start, by name, tried in turn; `between` tidies up after one that failed. `past` gives what
-    earlier processes recorded: the target gets what it does not hold of it first, and of all that follows too.
-    `advice` is for a user whose tracker was not done in time.
+    `starts` are ways to start, by name, tried in turn; `between` tidies up after one that failed. `advice` is for a
+    user whose tracker was not done in time. `held` is the highest step that the tracker may have, by what is known
+    before it has started; later, `copied` is.
     """
 
     def __init__(
         self,
         label: str,
+        record: Record,
         starts: dict[str, Callable[[], Target]],
         *,
+        held: int = -1,
         between: Callable[[], None] = lambda: None,
-        past: Callable[[], Iterable[Entry]] = tuple,
         advice: str = "metrics.jsonl has every number",
     ) -> None:
-        self.label, self.advice, self.dropped = label, advice, 0
-        self._starts, self._between, self._past = starts, between, past
-        self._ending = self._given_up = self._failed = self._useless = False
+        self.label, self.advice, self.copied = label, advice, held
+        self._reader, self._starts, self._between = Reader(record), starts, between
+        self._ending = self._given_up = self._failed = False
         self._last: Callable[[Any], None] | None = None
-        self._queue: queue.Queue[Entry | None] = queue.Queue(QUEUE_SIZE)
+        self._news = threading.Event()
+        self._news.set()  # there may be a past
         self._thread = threading.Thread(target=self._work, name=f"mirror-{label}", daemon=True)
         self._thread.start()
 
-    def put(self, entry: Entry) -> None:
-        """Queue it, or count it as dropped where the queue is full; never waits."""
-        if self._useless:
-            return
-        try:
-            self._queue.put_nowait(entry)
-        except queue.Full:
-            self.dropped += 1
+    def wake(self) -> None:
+        """There is something new in the record. Does not wait."""
+        self._news.set()
 
     def end(self, last: Callable[[Any], None] | None = None) -> None:
-        """Ask the thread to end once the queue is empty and `last(target)`, an artifact, is done; does not wait."""
-        self._last = last
-        self._ending = True  # before the None, for which a full queue has no room
-        try:
-            self._queue.put_nowait(None)
-        except queue.Full:
-            pass
+        """Ask the thread to end once all of the record is copied and `last(target)`, an artifact, is done; does not
+        wait."""
+        self._last, self._ending = last, True
+        self._news.set()
 
     def join(self, deadline: float) -> None:
-        """Wait until it has ended, or `time.monotonic()` is past `deadline`; says what is missing."""
+        """Wait until it has ended, or `time.monotonic()` is past `deadline`; says if it was not done."""
         began = time.monotonic()
         self._thread.join(max(0.0, deadline - began))
         self._given_up = True  # the interpreter may be going down: no word from the thread after this
         if self._thread.is_alive():
             warn(self.label, f"not done after {time.monotonic() - began:.0f} s; {self.advice}")
-        if self.dropped:
-            warn(self.label, f"{self.dropped} entries were dropped because it was too slow; metrics.jsonl has them all")
 
     def _work(self) -> None:
         target = self._connect()
         if target is None:
-            self._useless = True  # said once; what is put from now on is not called dropped
             return
-        for entry in self._entries_to_copy():
-            if entry.step > target.held:
-                self._log(target, entry)
+        self.copied = max(self.copied, target.held)
+        ending = False
+        while not ending:
+            self._news.wait()
+            self._news.clear()
+            ending = self._ending  # before the record is read: all that was recorded until then is there
+            self._copy(target, ending)
         if self._last is not None:
             self._attempt("the artifact was not made", partial(self._last, target))
         self._attempt("the run was not finished", target.finish)
 
-    def _entries_to_copy(self) -> Iterable[Entry]:
-        """What is past, then what is put, until the end."""
+    def _copy(self, target: Target, to_the_end: bool) -> None:
+        """Hand over what is new, and what the target does not hold of it."""
         try:
-            yield from self._past()
-        except Exception as error:
-            self._warn(f"earlier steps were not logged ({short(error)})")
-        while not (self._ending and self._queue.empty()):
-            entry = self._queue.get()
-            if entry is None:
-                return
-            yield entry
+            for entry in self._reader.read(to_the_end):
+                if entry.step > target.held:
+                    self.copied = entry.step
+                    self._log(target, entry)
+        except Exception as error:  # of the disk
+            self._report(f"the record was not read ({short(error)})")
 
     def _log(self, target: Target, entry: Entry) -> None:
-        """Hand it over; the first failure of a run is reported."""
+        """Hand it over."""
         try:
             getattr(target, entry.method)(entry.step, entry.values)
         except Exception as error:
-            if not self._failed:
-                self._warn(f"step {entry.step} was not logged ({short(error)}); later failures are not reported")
-            self._failed = True
+            self._report(f"step {entry.step} was not logged ({short(error)})")
+
+    def _report(self, failure: str) -> None:
+        """Say what failed, if it is the first failure of the run."""
+        if not self._failed:
+            self._warn(f"{failure}; later failures are not reported")
+        self._failed = True
 
     def _attempt(self, failure: str, function: Callable[[], None]) -> None:
         """Call it, and report its failure."""

@@ -1,42 +1,40 @@
-"""Every number to `metrics.jsonl`, every preview to a PNG, both mirrored to Weights & Biases, TensorBoard and trackio
-when asked.
+"""Every number to `metrics.jsonl`, every preview to a PNG, and a copy of both to Weights & Biases, TensorBoard and
+trackio when asked.
 
-The local files are the record. Each tracker has a copy, made by a daemon thread behind a bounded queue, so that a
-tracker being slow, away or broken costs the run at most a line of warning.
+The local files are the record. Each tracker has a copy, which a thread of its own makes of them (see `mirror`).
 """
 
 from __future__ import annotations
 
-import errno
-import heapq
 import json
 import os
-import re
-import shutil
 import sys
 import time
 import uuid
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 from pydantic import Field
 
-from tokenizer.files.errors import PathError, PipelineLoadError
+from tokenizer.files.errors import PipelineLoadError
 from tokenizer.files.reading import read_json
 from tokenizer.files.writing import replace_file
 
-from ..config import Config
-from ..images.pictures import save_picture
+from ..config import Config, UserError
 from . import mirror
-from .boards import require_installed, start_tensorboard, start_trackio, trackio_folder
-from .mirror import Entry, Mirror
+from .mirror import Mirror
+from .record import Record
+from .tensorboard_run import start_tensorboard
+from .trackio_run import start_trackio, trackio_folder
 from .wandb_run import start_wandb, stop_wandb, wandb_folder, wandb_mode
 
 TRACKERS = "trackers.json"  # who has had what, for the process that resumes
 SNAPSHOTS = ("pipeline", "tokenizer")  # the folders of a run that are for the user
+PACKAGES = ("tensorboard", "trackio")  # trackers that are packages of their own, which not everyone wants
 
 
 class TrackConfig(Config):
@@ -79,74 +77,32 @@ class Tracker:
         self._last: Callable[[Any], None] | None = None
         if not self.active:
             return
-        self.run.mkdir(parents=True, exist_ok=True)
-        highest = _rewind(self.run / "metrics.jsonl", resume_step)
-        self._path, self._unwritten = self.run / "metrics.jsonl", b""
-        if self._path.is_symlink():
-            raise PathError(f"{self._path}: a link, and nothing is written through a link")
-        self._file = self._path.open("ab", buffering=0)
+        self._record = Record(self.run, resume_step)
         mode = _announce(self.run, self.config)
         names = [name for name in dict.fromkeys(config.trackers) if name != "wandb" or mode != "disabled"]
         if names or (self.run / TRACKERS).exists():
-            identity, sent = _identify(self.run, names, resume_step, highest)
-            starts = _ways_to_start(self.run, self.config, run_config, mode, identity, sent, resumed=resume_step > 0)
-            past = partial(_past, self.run, resume_step)
-            self._mirrors = {name: Mirror(**starts[name], past=past) for name in names}
-
-    @property
-    def dropped(self) -> int:
-        """How many entries trackers did not get because they were too slow; `metrics.jsonl` has them all."""
-        return sum(mirror.dropped for mirror in self._mirrors.values())
+            self._identity, self._held = _identify(self.run, names, resume_step, self._record.highest)
+            for name in names:
+                self._mirrors[name] = self._mirror(name, mode, run_config, resumed=resume_step > 0)
 
     def log(self, step: int, values: dict[str, float]) -> None:
         """Append one line with `step` and `values`; what a full disk does not take is kept for the next time."""
-        if not self.active:
-            return
-        numbers = {key: _number(value) for key, value in values.items()}
-        self._unwritten += (json.dumps({"step": step, **numbers}) + "\n").encode()
-        try:
-            self._write()
-        except OSError as error:
-            print(f"warning: {error}; these lines are kept for later", file=sys.stderr, flush=True)
-        for copy in self._mirrors.values():
-            copy.put(Entry(step, "log", numbers))
+        if self.active:
+            self._record.log(step, {key: _number(value) for key, value in values.items()})
+            self._wake_mirrors()
+
+    def images(self, step: int, images: dict[str, np.ndarray]) -> None:
+        """Write uint8 `(H, W, C)` arrays to `previews/<name>-<step>.png`; a full disk costs the picture and a line."""
+        if self.active:
+            self._record.images(step, images)
+            self._wake_mirrors()
 
     def flush(self) -> None:
         """Put all lines on the disk, with those that are still to be written. Raises `OSError` (path, needed and free
         bytes) and writes none, if it is full."""
-        if not self.active:
-            return
-        self._write()
-        os.fsync(self._file.fileno())
-
-    def _write(self) -> None:
-        if not self._unwritten:
-            return
-        size = self._path.stat().st_size
-        try:
-            if self._file.write(self._unwritten) < len(self._unwritten):
-                raise OSError(errno.ENOSPC, "only a part was written")
-        except OSError as error:
-            os.ftruncate(self._file.fileno(), size)  # a line in two parts would be two broken lines
-            needed, free = len(self._unwritten), shutil.disk_usage(self.run).free
-            raise OSError(error.errno, f"{self._path}: {needed:,} bytes are needed, {free:,} are free") from error
-        self._unwritten = b""
-
-    def images(self, step: int, images: dict[str, np.ndarray]) -> None:
-        """Write uint8 `(H, W, C)` arrays to `previews/<name>-<step>.png`; a full disk costs the picture and a line."""
-        if not self.active:
-            return
-        paths = {name: self.run / "previews" / f"{name}-{step:08d}.png" for name in images}
-        for name, path in list(paths.items()):
-            pixels = images[name]
-            try:
-                save_picture(pixels[..., 0] if pixels.shape[-1] == 1 else pixels, path)
-            except (OSError, PathError) as error:
-                free = shutil.disk_usage(self.run).free
-                print(f"warning: {path} is left out: {error}; {free:,} bytes are free", file=sys.stderr, flush=True)
-                del paths[name]
-        for copy in self._mirrors.values():  # paths, not arrays: a full queue must not hold a thousand previews
-            copy.put(Entry(step, "images", paths))
+        if self.active:
+            self._record.flush()
+            self._wake_mirrors()
 
     def artifact(self, step: int, evaluation: dict[str, float]) -> None:
         """Have `close` send the run's snapshot to W&B, if `track.artifact` asks for it, with its evaluation.
@@ -166,15 +122,56 @@ class Tracker:
         self._last = lambda target: target.artifact(step, folder, name, values)
 
     def close(self) -> None:
-        """Close the file and give the trackers some seconds to receive what is queued; more for an artifact."""
+        """Close the record and give the trackers some seconds to copy the rest of it; more for an artifact. Notes how
+        far they have come, for the process that resumes the run."""
         if not self.active:
             return
-        self._file.close()
+        self._record.close()
         began = time.monotonic()
         for name, copy in self._mirrors.items():
             copy.end(self._last if name == "wandb" else None)
         for name, copy in self._mirrors.items():
             copy.join(began + (mirror.LAST_SECONDS if self._last and name == "wandb" else mirror.CLOSE_SECONDS))
+        if self._mirrors:
+            copied = {name: copy.copied for name, copy in self._mirrors.items()}
+            try:
+                _note(self.run, self._identity, {**self._held, **copied}, active=[])
+            except OSError as error:
+                mirror.warn("trackers", f"how far they have come is not noted ({mirror.short(error)})")
+
+    def _wake_mirrors(self) -> None:
+        for copy in self._mirrors.values():
+            copy.wake()
+
+    def _mirror(self, name: str, mode: str, run_config: dict[str, Any], *, resumed: bool) -> Mirror:
+        """A mirror of the record in the tracker of this name; `mode` is that of W&B."""
+        held, project = self._held[name], str(self.config.project)
+        if name == "tensorboard":
+            start = partial(start_tensorboard, self.run, run_config, resumed=resumed)
+            return Mirror("TensorBoard", self._record, {"starting": start}, held=held)
+        if name == "trackio":
+            # Its runs are found by their names, and a folder of several runs may hold others of this one.
+            title, folder = f"{self.config.name}-{self._identity[:6]}", trackio_folder(self.run)
+            start = partial(start_trackio, project, run_config, folder=folder, name=title, resumed=resumed, held=held)
+            return Mirror("trackio", self._record, {"starting": start}, held=held)
+        options = {"dir": str(wandb_folder(self.run)), "name": self.config.name, "id": self._identity}
+        start = partial(start_wandb, project, run_config, held=held, **options)
+        return Mirror(
+            "W&B",
+            self._record,
+            {each: partial(start, mode=each) for each in dict.fromkeys((mode, "offline"))},
+            held=held,
+            between=stop_wandb,
+            advice="`wandb sync` the newest folder in its wandb/ to complete it",
+        )
+
+
+def require_installed(trackers: tuple[str, ...]) -> None:
+    """Raise `UserError` for one whose package is not there: before the training, not somewhere in it."""
+    missing = [name for name in trackers if name in PACKAGES and find_spec(name) is None]
+    if missing:
+        verb = "is" if len(missing) == 1 else "are"
+        raise UserError(f'track.trackers: {" and ".join(missing)} {verb} not installed: pip install "smalti[trackers]"')
 
 
 def named(config: TrackConfig, run: Path) -> TrackConfig:
@@ -199,110 +196,31 @@ def _announce(run: Path, config: TrackConfig) -> str:
     return mode
 
 
-def _ways_to_start(
-    run: Path,
-    config: TrackConfig,
-    run_config: dict[str, Any],
-    mode: str,
-    identity: str,
-    sent: dict[str, int],
-    *,
-    resumed: bool,
-) -> dict[str, dict[str, Any]]:
-    """What a `Mirror` of each tracker is made of."""
-    project = str(config.project)
-    options = {"dir": str(wandb_folder(run)), "name": config.name, "id": identity}
-    wandb = {
-        mode: partial(start_wandb, project, run_config, held=sent.get("wandb", -1), mode=mode, **options)
-        for mode in dict.fromkeys((mode, "offline"))
-    }
-    # Its runs are found by their names, and a folder of several runs may hold others of this one.
-    trackio = partial(
-        start_trackio,
-        project,
-        run_config,
-        folder=trackio_folder(run),
-        resumed=resumed,
-        name=f"{config.name}-{identity[:6]}",
-        sent=sent.get("trackio", -1),
-    )
-    return {
-        "wandb": {
-            "label": "W&B",
-            "starts": wandb,
-            "between": stop_wandb,
-            "advice": "`wandb sync` the newest folder in its wandb/ to complete it",
-        },
-        "tensorboard": {
-            "label": "TensorBoard",
-            "starts": {"starting": partial(start_tensorboard, run, run_config, resumed=resumed)},
-        },
-        "trackio": {"label": "trackio", "starts": {"starting": trackio}},
-    }
-
-
-# The record
-
-
 def _number(value: Any) -> int | float:
     return value if isinstance(value, (int, float)) else float(value)  # numpy scalars, tensors of one element
-
-
-def _rewind(path: Path, resume_step: int) -> int:
-    """Keep the lines up to `resume_step` (none for 0); return the highest step that stood in the file, or -1."""
-    lines = path.read_bytes().split(b"\n") if path.exists() else []
-    steps = [_step_of(line) for line in lines]
-    kept = [line + b"\n" for line, step in zip(lines, steps, strict=True) if 0 <= step <= resume_step and resume_step]
-    if lines:
-        replace_file(path, b"".join(kept))
-    return max(steps, default=-1)
-
-
-def _step_of(line: bytes) -> int:
-    """The step of a line, -1 for a torn one."""
-    try:
-        return int(json.loads(line)["step"])
-    except (ValueError, KeyError, TypeError):
-        return -1
-
-
-def _past(run: Path, resume_step: int) -> Iterator[Entry]:
-    """What the record holds up to `resume_step`, in the order of steps, numbers before pictures."""
-    if resume_step <= 0:
-        return
-
-    def numbers() -> Iterator[Entry]:
-        with (run / "metrics.jsonl").open(encoding="utf-8") as file:
-            for line in file:
-                values = json.loads(line)
-                if (step := values.pop("step")) > resume_step:  # what follows is being written, and put, now
-                    return
-                yield Entry(step, "log", values)
-
-    pictures: dict[int, dict[str, Path]] = {}
-    for path in sorted((run / "previews").glob("*.png")):
-        if (parts := re.fullmatch(r"(.+)-(\d{8,})", path.stem)) and int(parts[2]) <= resume_step:
-            pictures.setdefault(int(parts[2]), {})[parts[1]] = path
-    shown = (Entry(step, "images", pictures[step]) for step in sorted(pictures))
-    yield from heapq.merge(numbers(), shown, key=lambda entry: entry.step)
 
 
 def _identify(run: Path, names: Sequence[str], resume_step: int, highest: int) -> tuple[str, dict[str, int]]:
     """The id that all resumes of this run share, and for each tracker the highest step that it may already have.
 
-    W&B refuses steps that it has and can not be asked offline: what it may have is what was logged while it was on.
-    `highest` is the highest step that the process before this one has logged.
+    W&B refuses steps that it has and cannot be asked offline. What it has is known if the process before this one was
+    closed; else it may have all that was logged while it was on, up to `highest`.
     """
     path = run / TRACKERS
-    identity, sent = uuid.uuid4().hex[:16], {}
+    identity, held = uuid.uuid4().hex[:16], dict[str, int]()
     if resume_step > 0 and path.exists():
         try:
             saved = read_json(path)
-            sent = {name: max(highest if name in saved["active"] else -1, step) for name, step in saved["sent"].items()}
+            held = {name: max(highest if name in saved["active"] else -1, step) for name, step in saved["sent"].items()}
             identity = str(saved["id"])
         except (PipelineLoadError, KeyError, TypeError, AttributeError) as error:
             print(f"warning: trackers begin anew: {path}: {mirror.short(error)}", file=sys.stderr)
-            sent = {}
-    sent = {name: sent.get(name, -1) for name in dict.fromkeys([*sent, *names])}
-    replace_file(path, json.dumps({"id": identity, "sent": sent, "active": names}, indent=2).encode())
-    return identity, sent
+            held = {}
+    held = {name: held.get(name, -1) for name in dict.fromkeys([*held, *names])}
+    _note(run, identity, held, active=names)
+    return identity, held
+
+
+def _note(run: Path, identity: str, held: dict[str, int], active: Sequence[str]) -> None:
+    """Write down what each tracker has, and which are `active`, whose copies grow from now on."""
+    replace_file(run / TRACKERS, json.dumps({"id": identity, "sent": held, "active": active}, indent=2).encode())

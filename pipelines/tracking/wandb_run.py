@@ -1,4 +1,8 @@
-"""Weights & Biases as the target of a mirror: its mode, its run, and a model as an artifact."""
+"""Weights & Biases as the target of a mirror: its mode, its run, and a model as an artifact.
+
+Written for wandb 0.21 to 0.31: `start_wandb` sets two variables of the environment that it reads, where its own values
+are not set, and changes the handlers of its log. Nothing else here does.
+"""
 
 from __future__ import annotations
 
@@ -109,8 +113,7 @@ def start_wandb(project: str, run_config: dict[str, Any], *, held: int, **option
     }
     settings = wandb.Settings(**{key: value for key, value in wanted.items() if hasattr(wandb.Settings(), key)})
     tracker = WandBTracker(project, resume="allow", settings=settings, **options)
-    if hasattr(tracker, "start"):  # older versions of accelerate start in the constructor
-        tracker.start()
+    tracker.start()
     for handler in logging.getLogger("wandb").handlers:  # on a full disk its debug log would print tracebacks
         handler.handleError = lambda record: None  # type: ignore[method-assign]
     tracker.store_init_configuration(run_config)

@@ -19,7 +19,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-from ..config.command import ProcessLost
+from ..config.command import ProcessLost, RunError, is_bug
 
 PERIOD = 1.0  # seconds between signs of life
 FOLDER = ".processes"
@@ -167,7 +167,8 @@ class Heartbeat:
 
 @contextmanager
 def told_where(heartbeat: Heartbeat) -> Iterator[None]:
-    """Tell the other processes of an error, and give it the place where it came up; or say whom it comes from."""
+    """Tell the other processes of an error. Raises `ProcessLost` if it comes from one of them, and `RunError`, which
+    says where it came up, if it is a bug."""
     try:
         yield
     except BaseException as error:
@@ -176,7 +177,8 @@ def told_where(heartbeat: Heartbeat) -> Iterator[None]:
         heartbeat.close(lost or ended or f"{type(error).__name__}: {error}")
         if lost:
             raise ProcessLost(f"{heartbeat.sign.place}: {lost}") from error
-        error.place = heartbeat.sign.place  # type: ignore[attr-defined]  # for the last line, see `config.exit_codes`
+        if is_bug(error):
+            raise RunError(f"{heartbeat.sign.place}: {type(error).__name__}: {error}") from error
         raise
 
 

@@ -6,6 +6,8 @@ import errno
 import math
 import shutil
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError
@@ -15,8 +17,9 @@ from tokenizer.files.errors import PathError
 
 from ..config import UserError
 from .best import figures_of
+from .checkpoints.rotation import SPARE
 from .checkpoints.sharded import agreed, gather
-from .checkpoints.states import SPARE, save_state
+from .checkpoints.states import save_state
 from .sharding import keeps_on_cpu
 
 if TYPE_CHECKING:
@@ -43,24 +46,24 @@ def room(training: Training) -> tuple[int, int]:
     return int(SPARE * max(written, sum(weights + moments))), shutil.disk_usage(training.run).free
 
 
-def averaged_model(training: Training) -> nn.Module | None:
-    """The averaged weights, whole, on the main process; None on the others, which have to call this, too.
+@contextmanager
+def whole_average(training: Training) -> Iterator[nn.Module | None]:
+    """The averaged weights, whole, on the main process; None on the others, which have to enter this, too.
 
-    Those of a sharded run are on the GPU until the model is trained on: they may be larger than all else there.
+    Those of a sharded run are on the GPU inside this block alone: they may be larger than all else there.
     """
     if not training.sharded:
-        return training.averaged.module if training.accelerator.is_main_process else None
-    gather(training.averaged.module, training.gathered)
-    if training.gathered is None or keeps_on_cpu():
-        return training.gathered
-
-    def put_away(*_: Any) -> None:
-        hook.remove()
+        yield training.averaged.module if training.accelerator.is_main_process else None
+        return
+    gathered = training.gathered
+    gather(training.averaged.module, gathered)
+    if gathered is None or keeps_on_cpu():
+        yield gathered
+        return
+    try:
+        yield gathered.to(training.accelerator.device)
+    finally:
         gathered.to("cpu")
-
-    gathered = training.gathered.to(training.accelerator.device)
-    hook = training.task.model.register_forward_pre_hook(put_away)
-    return gathered
 
 
 def save(training: Training, average: nn.Module | None, done: bool = False) -> None:

@@ -91,7 +91,7 @@ def heeded(stop: Stop, alone: bool) -> Iterator[None]:
     try:
         yield
     except BaseException:
-        if not alone:  # a launcher tells those that are left to end: before they do, they must say whom they have lost
+        if not alone:  # the launcher tells the processes that are left to end; first they must say which one was lost
             del before[signal.SIGTERM]
         raise
     finally:

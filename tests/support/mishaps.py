@@ -207,7 +207,7 @@ def launched_fault(case: Case, cell: Cell) -> None:
 
 
 def uneven_data(folder: Path, runs: int, images: int = 1000, bad: int = 37) -> Found:
-    """Three processes, and images of which some can not be decoded: the runs end, each good image once an epoch."""
+    """Three processes, and images of which some cannot be decoded: the runs end, each good image once an epoch."""
     source = folder / "images"
     made = os.fork()
     if not made:

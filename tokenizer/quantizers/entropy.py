@@ -16,7 +16,7 @@ subadditive,
 
 so that `diversity`, bits log 2 minus that sum, is at most log K - H(E[p]). What it lacks is what groups say about each
 other: it is 0 when each group by itself uses all of its codes. As n rows that are sure fill at most n codes, that of a
-group with more than log2(n) bits can not become 0.
+group with more than log2(n) bits cannot become 0.
 """
 
 from __future__ import annotations

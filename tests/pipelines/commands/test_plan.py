@@ -47,9 +47,10 @@ from pipelines.planning.costs import (
 from pipelines.tokens import load_tokens
 from pipelines.train_prior import PriorTask, TrainPriorConfig
 from pipelines.train_tokenizer import TrainTokenizerConfig
-from pipelines.training.loop import batches, set_up
+from pipelines.training.loop import batches
 from pipelines.training.processes import build_accelerator
-from pipelines.training.saving import averaged_model
+from pipelines.training.saving import whole_average
+from pipelines.training.starting import set_up
 from pipelines.training.step import take_step
 from prior import Prior
 from tokenizer import TokenGrid, Tokenizer
@@ -415,26 +416,28 @@ def test_gradients_of_ddp_stay_and_micro_batches_have_their_own():
     assert evaluating[1] - evaluating[0] == 2 * player and evaluating[1] == evaluating[2]
 
 
-def test_the_whole_average_goes_back_when_training_goes_on(monkeypatch):
+def test_the_whole_average_goes_back_when_it_was_looked_at(monkeypatch):
     """A GPU that is pretended: where the average was sent, and that each time it is brought and put away again."""
     monkeypatch.delenv("FSDP_OFFLOAD_PARAMS", raising=False)
-    model, average, sent = nn.Linear(2, 2), nn.Linear(2, 2), []
+    average, sent = nn.Linear(2, 2), []
     monkeypatch.setattr(average, "to", lambda device: (sent.append(device), average)[1])
     training: Any = SimpleNamespace(
         sharded=True,
         averaged=SimpleNamespace(module=nn.Linear(2, 2)),
         gathered=average,
-        task=SimpleNamespace(model=model),
         accelerator=SimpleNamespace(device="gpu"),
     )
     for _ in range(2):
-        assert averaged_model(training) is average and sent == ["gpu"]
-        assert torch.equal(average.weight, training.averaged.module.weight)
-        for _ in range(3):
-            model(torch.zeros(1, 2))
+        with whole_average(training) as found:
+            assert found is average and sent == ["gpu"]
+            assert torch.equal(average.weight, training.averaged.module.weight)
         assert sent == ["gpu", "cpu"] and not sent.clear()
+    with pytest.raises(KeyError), whole_average(training):
+        raise KeyError
+    assert sent == ["gpu", "cpu"]
     training.gathered = None  # another process than the main one
-    assert averaged_model(training) is None and not model._forward_pre_hooks
+    with whole_average(training) as found:
+        assert found is None and sent == ["gpu", "cpu"]
 
 
 def test_fsdp_divides_what_is_kept_and_nothing_else():

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -14,10 +13,11 @@ from launch import metrics, tokenizer_arguments, train_tokenizer
 
 from pipelines.config import UserError
 from pipelines.config.command import parse
-from pipelines.tracking import TrackConfig, Tracker, boards, mirror
+from pipelines.tracking import TrackConfig, Tracker, mirror
 from pipelines.tracking import tracker as tracking
-from pipelines.tracking.boards import flat
-from pipelines.tracking.mirror import Entry, Mirror
+from pipelines.tracking.mirror import Mirror
+from pipelines.tracking.record import Record
+from pipelines.tracking.trackio_run import flat
 from pipelines.train_tokenizer import TrainTokenizerConfig
 
 MAIN = SimpleNamespace(is_main_process=True)
@@ -130,7 +130,7 @@ def test_what_is_printed(tmp_path, targets, capsys):
 
 
 def test_a_missing_package_is_told_before_training(tmp_path, monkeypatch):
-    monkeypatch.setattr(boards, "find_spec", lambda name: None)
+    monkeypatch.setattr(tracking, "find_spec", lambda name: None)
     for active in (True, False):  # on every process, or the others would wait
         with pytest.raises(
             UserError, match=r'^track.trackers: trackio is not installed: pip install "smalti\[trackers\]"$'
@@ -228,34 +228,64 @@ def test_slow_trackers_are_waited_for_together(tmp_path, targets, monkeypatch, c
     assert capsys.readouterr().err.count("not done after") == 3
 
 
-def test_one_that_never_starts_is_reported_once(capsys, monkeypatch):
-    """And what it does not get is not called dropped."""
+def test_one_that_never_starts_is_reported_once(tmp_path, capsys):
+    """And holds nothing, so that the next process copies all."""
 
     def fail() -> Remembering:
         raise ConnectionError("no\nway")
 
-    monkeypatch.setattr(mirror, "QUEUE_SIZE", 5)
-    copy = Mirror("it", {"starting": fail})
+    record = Record(tmp_path, 0)
+    copy = Mirror("it", record, {"starting": fail})
     copy._thread.join()
     for step in range(100):
-        copy.put(Entry(step, "log", {}))
+        record.log(step, {})
+        copy.wake()
     copy.end()
     copy.join(0.0)
     expected = "warning: it: starting failed (no way); going on without it, metrics.jsonl has every number\n"
-    assert copy.dropped == 0 and capsys.readouterr().err == expected
+    assert copy.copied == -1 and capsys.readouterr().err == expected
 
 
-def test_a_past_that_can_not_be_read_is_a_warning(capsys):
-    def past() -> Iterator[Entry]:
-        yield Entry(1, "log", {})
-        raise OSError("gone")
+def test_a_record_that_cannot_be_read_is_a_warning(tmp_path, monkeypatch, capsys):
+    """And is read on once it can."""
+    broken, opened, tried = [True], Path.open, threading.Event()
 
-    target = Remembering()
-    copy = Mirror("it", {"it": lambda: target}, past=past)
-    copy.put(Entry(2, "log", {}))
+    def fail(self, *how, **more):
+        if broken and how == ("rb",):
+            tried.set()
+            raise OSError("gone")
+        return opened(self, *how, **more)
+
+    monkeypatch.setattr(Path, "open", fail)
+    target, record = Remembering(), Record(tmp_path, 0)
+    record.log(1, {})
+    copy = Mirror("it", record, {"it": lambda: target})
+    assert tried.wait(10)
+    record.log(2, {})
+    broken.clear()
     copy.end()
     copy.join(1e9)
-    assert steps_of(target) == [1, 2] and "earlier steps were not logged (gone)" in capsys.readouterr().err
+    assert steps_of(target) == [1, 2] and copy.copied == 2
+    assert capsys.readouterr().err == ("warning: it: the record was not read (gone); later failures are not reported\n")
+
+
+def test_what_a_tracker_has_not_got_is_copied_by_the_next_process(tmp_path, targets, monkeypatch, capsys):
+    """It was given up at the end of the run, or did not start at all; nothing is lost, and nothing is there twice."""
+    gate = threading.Event()
+    config = TrackConfig(wandb="offline")
+    monkeypatch.setattr(mirror, "CLOSE_SECONDS", 0.2)
+    with monkeypatch.context() as patch:
+        patch.setattr(Remembering, "log", lambda self, step, values: (self.calls.append((step,)), gate.wait(20)))
+        follow(tmp_path, config, 0, 6)
+    assert steps_of(targets["wandb"]) == [1] and "not done after" in capsys.readouterr().err
+    with monkeypatch.context() as patch:
+        patch.setattr(tracking, "start_wandb", lambda *args, **options: 1 // 0)
+        patch.setattr(tracking, "stop_wandb", lambda: None)
+        follow(tmp_path, config, 6, 8)
+    monkeypatch.setattr(mirror, "CLOSE_SECONDS", 15.0)
+    follow(tmp_path, config, 8, 9)
+    assert steps_of(targets["wandb"]) == list(range(2, 10))
+    gate.set()
 
 
 def test_flat():

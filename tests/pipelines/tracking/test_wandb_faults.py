@@ -34,7 +34,7 @@ STEPS, SIZE, ROUNDS = 1000, 64, 2
 # The limits are constants, for nobody should need to set them: a program of the test's own makes them short.
 PROGRAM = """
 import sys
-from pipelines import mirror, wandb_run
+from pipelines.tracking import mirror, wandb_run
 wandb_run.ANSWER_SECONDS, mirror.CLOSE_SECONDS = float(sys.argv[1]), float(sys.argv[2])
 from pipelines.train_tokenizer import main
 main(sys.argv[3:])

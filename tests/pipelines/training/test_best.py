@@ -24,6 +24,7 @@ from launch import (
 from safetensors.torch import load_file
 
 from pipelines import ImagePipeline
+from pipelines.config.command import RunError
 from pipelines.images import DataConfig, load_images
 from pipelines.metrics.likelihood import bits_per_token
 from pipelines.metrics.reconstruction import evaluate_reconstruction
@@ -227,7 +228,7 @@ def test_interrupted_equals_uninterrupted(tmp_path, by_heart, few, monkeypatch, 
 
     take_step, run = training.take_step, tmp_path / "run"
     monkeypatch.setattr(training, "take_step", killed)
-    with pytest.raises(Killed):
+    with pytest.raises(RunError, match="Killed"):
         train_prior(run, few, **BY_HEART)
     monkeypatch.undo()
     monkeypatch.setenv("ACCELERATE_USE_CPU", "true")

@@ -35,7 +35,7 @@ from launch import (
 
 from pipelines.config import UserError
 from pipelines.config.arguments import read_file
-from pipelines.config.command import Interrupted, parse
+from pipelines.config.command import Interrupted, RunError, parse
 from pipelines.config.schema import to_yaml
 from pipelines.images import DataConfig
 from pipelines.train_tokenizer import TrainTokenizerConfig
@@ -150,7 +150,7 @@ def test_a_run_that_was_told_to_end_goes_on_to_another_end(tmp_path, train, monk
 def test_a_run_without_a_state_begins_with_the_new_end(tmp_path, train, monkeypatch, capsys):
     """Nothing of the old schedule is in it, so it is what it would have been, and nothing needs to be said."""
     whole = train("train_tokenizer", tmp_path / "whole", train__steps=8)
-    with monkeypatch.context() as patch, pytest.raises(ZeroDivisionError):
+    with monkeypatch.context() as patch, pytest.raises(RunError, match="ZeroDivisionError"):
         patch.setattr(training, "take_step", lambda *_: 1 // 0)
         train("train_tokenizer", tmp_path / "run")
     run = train("train_tokenizer", tmp_path / "run", train__steps=8)

@@ -32,13 +32,13 @@ from small import make_prior, make_tokenizer
 from pipelines import ImagePipeline
 from pipelines.config import UserError
 from pipelines.training import loop as training
-from pipelines.training.checkpoints import states as checkpoint
-from pipelines.training.checkpoints.states import latest_state
+from pipelines.training.checkpoints import rotation
+from pipelines.training.checkpoints.rotation import latest_state
 from prior import Prior
 from tokenizer import Tokenizer
 from tokenizer.files import reading
 from tokenizer.files.claims import claimed, require_unclaimed
-from tokenizer.files.errors import IntegrityError, PipelineLoadError, UnreadableError
+from tokenizer.files.errors import IntegrityError, PathError, PipelineLoadError, UnreadableError
 from tokenizer.files.writing import write_manifest
 
 
@@ -139,7 +139,7 @@ def test_an_error_of_the_disk_is_not_damage(run, monkeypatch, where):
         return fails
 
     if where == "manifest":
-        monkeypatch.setattr(checkpoint, "verify_manifest", broken(checkpoint.verify_manifest))
+        monkeypatch.setattr(rotation, "verify_manifest", broken(rotation.verify_manifest))
     elif where == "stat":
         monkeypatch.setattr(reading.os, "stat", broken(os.stat))
     else:
@@ -245,13 +245,13 @@ def test_a_state_under_the_name_of_another_step_is_refused(run):
 def test_a_second_run_in_the_same_folder_is_refused_while_the_first_goes_on(run, monkeypatch):
     """In its first moments (before data is read), and when the folder is claimed; then the folder is free again."""
     with claimed(run):
-        with pytest.raises(UserError, match=rf"{run}: process {os.getpid()} on .* since 2"):
+        with pytest.raises(PathError, match=rf"{run}: process {os.getpid()} on .* since 2"):
             require_unclaimed(run)
         monkeypatch.setattr(training, "build_accelerator", training.build_accelerator)
-        with pytest.raises(UserError, match="one at a time"):
+        with pytest.raises(PathError, match="one at a time"):
             train_tokenizer(run, **EVERY)
         monkeypatch.setattr("pipelines.training.run_folder.require_unclaimed", lambda folder: None)
-        with pytest.raises(UserError, match="one at a time"):
+        with pytest.raises(PathError, match="one at a time"):
             train_tokenizer(run, **EVERY)
     assert not (run / ".lock").exists()
     train_tokenizer(run, **EVERY)

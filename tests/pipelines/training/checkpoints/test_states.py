@@ -17,7 +17,8 @@ from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from pipelines.training.checkpoints import states as checkpoint
-from pipelines.training.checkpoints.states import latest_state, load_state, save_state
+from pipelines.training.checkpoints.rotation import latest_state
+from pipelines.training.checkpoints.states import load_state, save_state
 from tokenizer.files.errors import FormatError, PipelineLoadError, WeightsError
 from tokenizer.files.reading import MANIFEST, verify_manifest
 from tokenizer.files.writing import write_manifest
@@ -402,11 +403,12 @@ KILLED = """
     import torch
     from torch import nn
     torch.set_num_threads(1)
-    from pipelines.checkpoint import latest_state, load_state, save_state
-    from tokenizer import storage
+    from pipelines.training.checkpoints.rotation import latest_state
+    from pipelines.training.checkpoints.states import load_state, save_state
+    from tokenizer.files import writing
 
     if not EXCHANGE:
-        storage.exchange = lambda *folders: False  # as on a file system that can not
+        writing.exchange = lambda *folders: False  # as on a file system that cannot
     run = Path(sys.argv[1])
     model = nn.Sequential(*[nn.Linear(256, 256) for _ in range(8)])
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)

@@ -1,0 +1,68 @@
+"""What a run says of itself while it trains, and at its end."""
+
+from __future__ import annotations
+
+import math
+import sys
+import time
+from typing import Any
+
+from .schedule import learning_rate
+from .state import Training
+
+
+def report(training: Training, progress: float, since: tuple[int, float]) -> dict[str, float]:
+    """Means of the logged terms since the last report, speed and learning rate; starts a new window."""
+    record = {name: total / count for name, (total, count) in training.window.items()}
+    training.window = {}
+    steps, seconds = training.step - since[0], max(1e-9, time.monotonic() - since[1])
+    images = steps * training.config.batch_size / seconds
+    return record | {
+        "learning_rate": learning_rate(training.config, training.step, progress),
+        "images_per_second": images,
+        "tokens_per_second": images * training.task.tokens_per_row,
+        "minutes": training.minutes,
+        "skipped_steps": training.skipped,
+    }
+
+
+def progress_bar(training: Training, hidden: bool) -> Any:
+    """A bar on the main process's terminal, with loss, speed and time left; nothing where there is no terminal."""
+    from tqdm import tqdm
+
+    shown = training.accelerator.is_main_process and training.task.players and not hidden
+    return tqdm(
+        total=training.config.steps,
+        initial=training.step,
+        unit="step",
+        dynamic_ncols=True,
+        disable=None if shown else True,
+    )
+
+
+def show(bar: Any, training: Training, record: dict[str, float]) -> None:
+    """The report in the bar, or as a line where output goes to a file."""
+    loss = next((value for name, value in record.items() if name.endswith("loss")), math.nan)
+    if training.accelerator.is_main_process and bar.disable:
+        print(
+            f"step {training.step}: loss {loss:.4f}, {record['images_per_second']:.0f} images/s, "
+            f"{training.minutes:.1f} min",
+            file=sys.stderr,
+            flush=True,
+        )
+    minutes = training.config.minutes
+    left = f", {max(0.0, minutes - training.minutes):.1f} of {minutes:g} min left" if minutes else ""
+    bar.set_postfix_str(f"loss {loss:.4f}{left}")
+
+
+def told_end(training: Training, done: bool, before: bool) -> str:
+    """Where the run has come to: what there is of it, and what comes next. before: whether it had come there before."""
+    if not done:
+        return f"told to end at step {training.step}; the same command continues"
+    task, minutes = training.task, f"{training.minutes:.1f} min"
+    trained = f"{training.step:,} steps in {minutes}" if task.players else "nothing to train"
+    if training.best and training.best["step"] != training.step:
+        trained += f", of which step {training.best['step']:,} was best"
+    quality = task.quality(training.reported or training.evaluation)
+    begin, nothing = ("already finished", "; nothing to do") if before else ("done", "")
+    return f"{begin}: {trained}{quality and f', {quality}'}{nothing}; {task.outcome(training.run)}"

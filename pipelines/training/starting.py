@@ -1,0 +1,95 @@
+"""How a run begins, or goes on: everything in its place, and a line that says so."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from torch.optim.swa_utils import AveragedModel
+
+from ..tracking import Tracker
+from .blocks import prepare_blocks
+from .checkpoints.counters import check_counters
+from .checkpoints.states import STATE, load_best, load_state
+from .extending import told_changes
+from .heartbeat import Heartbeat
+from .progress import finished
+from .run_folder import identity_of, newest_state
+from .schedule import adamw, ema_update
+from .sharding import shard
+from .state import Training
+from .stopping import Stop
+from .task import Task
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+
+def set_up(
+    task: Task,
+    config: Any,
+    run: Path,
+    accelerator: Accelerator,
+    heartbeat: Heartbeat | None = None,
+    sharded: bool = False,
+) -> Training:
+    """Place the task on the device, average its weights, give players optimizers, and load the newest state."""
+    if not sharded:
+        task.model.to(accelerator.device)
+    averaged = AveragedModel(task.model, multi_avg_fn=ema_update(config.train.ema_decay), use_buffers=False)
+    averaged.requires_grad_(False).eval()
+    prepare_blocks(task.nets.values(), config.train)
+    gathered = shard(task, averaged, accelerator) if sharded else None
+    betas = {name: task.betas.get(name, config.train.betas) for name in task.players}
+    optimizers = {name: adamw(players, config.train, betas[name]) for name, players in task.players.items()}
+    state = newest_state(run, config, accelerator)
+    step, counters = load_state(state, model=task.model, ema=averaged, optimizers=optimizers) if state else (0, {})
+    best = None
+    if state:
+        check_counters(counters, state / STATE)
+        if accelerator.is_main_process:
+            best = load_best(state, averaged.module, expected=bool(counters.get("best")))
+    if not sharded:
+        task.nets = {name: accelerator.prepare_model(net.to(accelerator.device)) for name, net in task.nets.items()}
+        optimizers = {name: accelerator.prepare_optimizer(optimizer) for name, optimizer in optimizers.items()}
+    logged = step - ("log" in counters.get("pending", []))  # that line is still to be written, whoever began to
+    tracker = Tracker(run, config.track, config.model_dump(mode="json"), accelerator=accelerator, resume_step=logged)
+    heartbeat = heartbeat or Heartbeat(run, 0, 1, config.train.timeout)
+    return Training(
+        task,
+        config.train,
+        run,
+        accelerator,
+        averaged,
+        optimizers,
+        tracker,
+        heartbeat,
+        Stop(run),
+        sharded,
+        gathered,
+        step,
+        best_weights=best,
+        saved_step=step or -1,
+        identity=identity_of(config),
+        **counters,
+    )
+
+
+def announce(training: Training, changes: list[str]) -> None:
+    """Say that the run begins or goes on, with what, and which settings of it are no longer what they were."""
+    accelerator, task, step = training.accelerator, training.task, training.step
+    if finished(training) or not accelerator.is_main_process:
+        return
+    count = sum(p.numel() for p in task.model.parameters())
+    validating = f", {task.evaluated['validation']:,} for validation" if "validation" in task.evaluated else ""
+    print(
+        f"{training.run}: {f'continuing from step {step}' if step else 'starting'}; {count:,} parameters, "
+        f"{task.rows:,} training rows{validating}, {accelerator.num_processes} process(es) on {accelerator.device}, "
+        f"{accelerator.mixed_precision} mixed precision{', weights sharded' if training.sharded else ''}",
+        flush=True,
+    )
+    if task.players and task.watched == "held_out":
+        what = "figures while training are of the images held out, and the last weights are kept"
+        print(f"{training.run}: no images for validation: {what}", flush=True)
+    if step and changes:
+        print(f"{training.run}: {told_changes(changes)}", flush=True)
