@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -86,7 +86,7 @@ class Stages:
 
     def set_background(self, prior: Prior) -> None:
         """Keep a background prior beside the prior: one trained on perturbed tokens (`method="ratio"`). Raises
-        `IntegrityError` if it is not over the same tokens and classes."""
+        `IntegrityError` for a prior over other tokens or classes."""
         ours, theirs = ((p.grid, p.num_classes, p.config.tokenizer) for p in (self.prior, prior))
         if ours != theirs:
             raise IntegrityError("background/config.json: not a prior over the same tokens and classes as prior/")
@@ -112,7 +112,7 @@ class Stages:
 
     @torch.no_grad()
     def encode_batch(self, batch: Tensor, *, batch_size: int = 256) -> Tensor:
-        """`encode` of what `to_images` made, or of what was made of that: float `(B, C, H, W)` in [-1, 1]."""
+        """`encode` of images as `to_images` returns them: float `(B, C, H, W)` in [-1, 1]."""
         parts = self._parts(batch.to(self.device, self.dtype), batch_size)
         return torch.cat([self.tokenizer.encode(part) for part in parts])
 
@@ -126,11 +126,11 @@ class Stages:
         return convert_images(torch.cat([self.tokenizer.decode(part) for part in parts]), output_type)
 
     def _parts(self, rows: Tensor, batch_size: int) -> list[Tensor]:
-        """Images or tokens that the tokenizer is given at a time: on a CPU one alone, as the libraries behind torch
-        choose their kernels by the size of the batch, and kernels round differently: an 8-bit pixel could turn."""
+        """Images or tokens in the batches that the tokenizer takes: on a CPU one at a time, as the libraries behind
+        torch choose kernels by the size of the batch, and kernels round differently: an 8-bit pixel could change."""
         if self.device.type != "cpu":
             return list(rows.split(batch_size))
-        return [row.clone() for row in rows.split(1)]  # which begins where memory is aligned, as every image does
+        return [row.clone() for row in rows.split(1)]  # a clone is aligned in memory, so all images are alike
 
     def reconstruct(self, images: Any, *, output_type: str = "pil") -> Any:
         """`decode(encode(images))`: what the tokenizer keeps of them."""
@@ -264,6 +264,15 @@ class Stages:
             raise ValueError(f"got {len(values)} labels for {count} images; give one, or one per image")
         return torch.tensor([self._label_id(value) for value in values], device=self.device)
 
+    def batches(
+        self, rows: Tensor, labels: Label | Sequence[Label], batch_size: int
+    ) -> Iterator[tuple[slice, Tensor, Tensor | None]]:
+        """Images or tokens, `batch_size` at a time: their place among all, themselves, and their class ids or None."""
+        ids = self.label_ids(labels, len(rows))
+        for start in range(0, len(rows), batch_size):
+            place = slice(start, start + batch_size)
+            yield place, rows[place], None if ids is None else ids[place]
+
     def _label_id(self, label: Label) -> int:
         classes = self.prior.num_classes
         if label is None:
@@ -276,7 +285,7 @@ class Stages:
         raise ValueError(f"no class is called {label!r}; there are {there if classes else 'none: it is unconditional'}")
 
     def to_images(self, images: Any) -> Tensor:
-        """Float `(B, C, H, W)` in [-1, 1] on the pipeline's device, from what a user hands over; see
+        """Float `(B, C, H, W)` in [-1, 1] on the pipeline's device, from images as users have them; see
         `pictures.as_batch`. Warns once of floats that look like [0, 1]."""
         batch = as_batch(images, self.tokenizer.image_shape)
         warn_if_unit(batch)

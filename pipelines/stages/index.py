@@ -74,7 +74,7 @@ def make_sampler(prior: type[Prior], settings: dict[str, Any], path: str | Path 
 
 
 def check_listed(files: Folder) -> None:
-    """Raise `IntegrityError` for a file of ours that the manifest does not list, whether or not it is read."""
+    """Raise `IntegrityError` for a file of a pipeline that the manifest does not list, even if it is not read."""
     listed = files.manifest["files"] if files.manifest else {}
     unlisted = [name for name in FILES if name != MANIFEST and name not in listed and name in files]
     if unlisted:
@@ -82,7 +82,7 @@ def check_listed(files: Folder) -> None:
 
 
 def check_labels(labels: Sequence[str]) -> None:
-    """Raise `ConfigError` for a name that can not be printed as it is: a terminal would obey it."""
+    """Raise `ConfigError` for a name that cannot be printed as it is: a terminal would obey it."""
     for label in labels:
         if len(label) > LONGEST_LABEL or not label.replace(JOINER, "").isprintable():
             raise ConfigError(
@@ -91,7 +91,7 @@ def check_labels(labels: Sequence[str]) -> None:
 
 
 def read_provenance(files: Folder) -> dict[str, Any]:
-    """`provenance.json`: any facts, but numbers and text where the model card shows them. Raises `FormatError`."""
+    """`provenance.json`: any facts, but numbers or text where the model card shows them. Raises `FormatError`."""
     found = files.json(PROVENANCE)
 
     def check(holds: bool, name: str, expected: str) -> None:
@@ -117,8 +117,8 @@ def read_provenance(files: Folder) -> dict[str, Any]:
 
 
 def parse_picture(data: bytes, path: Path) -> np.ndarray:
-    """The PNG file `data`, which is what stands in `path`, as uint8 (H, W, 3). Raises `LimitError` for one of too many
-    pixels, `FormatError` for one that can not be read."""
+    """The PNG file `data`, read from `path`, as uint8 (H, W, 3). Raises `LimitError` for one of too many
+    pixels, `FormatError` for one that cannot be read."""
     try:
         image = Image.open(io.BytesIO(data), formats=("PNG",))
         if image.width * image.height > MAX_GRID_PIXELS:

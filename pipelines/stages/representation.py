@@ -1,8 +1,8 @@
 """Images as vectors: activations of the prior, or the tokenizer's codes, or plain pixels, pooled over positions.
 
 iGPT (Chen et al. 2020, "Generative Pretraining from Pixels"): the best features of a model that predicts pixels are in
-the middle of it, normalised at each position and averaged over positions. What they are worth only shows beside the
-codes and the pixels that they are made of.
+its middle, normalised at each position and averaged over positions. Their worth only shows beside the codes and the
+pixels from which they are computed.
 """
 
 from __future__ import annotations
@@ -71,12 +71,10 @@ def embed_layers(
     given = as_batch(images, shape)
     if given.dtype != torch.uint8:
         given = pipeline.to_images(given)
-    ids = pipeline.label_ids(labels, len(given))
     parts = []
-    for start in range(0, len(given), batch_size):  # as floats, many 8-bit ones would not fit into memory at once
-        rows = slice(start, start + batch_size)
-        batch = to_images(given[rows], shape).to(pipeline.device)
-        maps = position_vectors(pipeline, batch, None if ids is None else ids[rows], chosen)
+    for _, part, ids in pipeline.batches(given, labels, batch_size):
+        batch = to_images(part, shape).to(pipeline.device)  # as floats, all of them might not fit into memory
+        maps = position_vectors(pipeline, batch, ids, chosen)
         parts.append([pooled(each, how, pipeline) for each, how in zip(maps, pools, strict=True)])
     return [torch.cat(each) for each in zip(*parts, strict=True)]
 
