@@ -11,10 +11,11 @@ from __future__ import annotations
 
 import json
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-SIZE = (400, 260)
+SIZE = (1240, 260)  # of the three charts together, in pixels
 
 
 def curve_of(run: Path, name: str) -> tuple[list[int], list[float]]:
@@ -24,35 +25,36 @@ def curve_of(run: Path, name: str) -> tuple[list[int], list[float]]:
     return [step for step, value in found if value is not None], [value for _, value in found if value is not None]
 
 
-def panel_of(title: str, curves: dict[str, tuple[list[int], list[float]]], marks: dict[str, int], last: int) -> Any:
+def draw(
+    axes: Any, title: str, curves: dict[str, tuple[list[int], list[float]]], marks: dict[str, int], last: int
+) -> None:
     """Lines over steps; `marks` are steps at which something begins."""
-    import numpy as np
-
-    from pipelines.metrics.charts import COLORS, GREY, Axis, Panel
+    from pipelines.metrics.charts import COLORS, GREY, few_ticks, head, legend
 
     values = [value for _, ys in curves.values() for value in ys]
-    low, high = min(0.0, *values), max(values) * 1.1
-    panel = Panel(title, SIZE, Axis(0, last, "step", whole=True), Axis(low, high, ""))
+    head(axes, title, "")
+    axes.set(xlim=(0, last), ylim=(min(0.0, *values), max(values) * 1.1), xlabel="step")
+    few_ticks(axes.xaxis, 5, whole=True)
+    few_ticks(axes.yaxis, 4)
     for name, step in marks.items():
-        column = panel.column(step)
-        panel.draw.line((column, panel.top, column, panel.bottom), GREY)
-        panel.draw.text((column + 3, panel.bottom - 16), name, GREY)
+        axes.axvline(step, color=GREY, linewidth=1)
+        axes.text(step, 0.02, f" {name}", transform=axes.get_xaxis_transform(), color=GREY)
     colors = {name: GREY if "without" in name else COLORS[n % len(COLORS)] for n, name in enumerate(curves)}
     for name, (steps, ys) in curves.items():
         first = max(0, 2 * steps[0] - steps[1]) if len(steps) > 1 else 0  # a value is the mean since the one before
-        panel.outline(np.array([first, *steps], float), np.array(ys, float), colors[name])
-    panel.legend(colors)
-    return panel.image
+        axes.stairs(ys, [first, *steps], baseline=None, color=colors[name], linewidth=1.5)
+    legend(axes, colors)
 
 
 def main() -> None:
     options = dict(argument.split("=", 1) for argument in sys.argv[1:])
     run, out = Path(options["run"]), Path(options.get("out", "onset.png"))
     beside = Path(options["beside"]) if "beside" in options else None
+    import numpy as np
     import yaml
     from PIL import Image
 
-    from pipelines.metrics.charts import page
+    from pipelines.metrics.charts import charts_in_row, page
 
     critic = yaml.safe_load((run / "config.yaml").read_text())["critic"]
     heard = critic["start"] + critic["warmup"]
@@ -63,18 +65,18 @@ def main() -> None:
         errors |= {f"{name} without a critic": curve_of(beside, name) for name in ("l1", "l2")}
     game = {"critic's accuracy": curve_of(run, "critic/accuracy"), "its loss": curve_of(run, "critic/critic")}
     weight = {"weight of its loss": curve_of(run, "adversarial_weight")}
-    panels = [
-        panel_of(title, curves, marks, last)
+    charts = [
+        partial(draw, title=title, curves=curves, marks=marks, last=last)
         for title, curves in (("Pixel errors in training", errors), ("The game", game), ("What it weighs", weight))
     ]
     previews = sorted((run / "previews").glob("reconstructions-*.png"))
     steps = [int(path.stem.rpartition("-")[2]) for path in previews]
     before = max((step for step in steps if step <= heard), default=steps[0])
     psnr = dict(zip(*curve_of(run, "validation/psnr"), strict=True))
-    rows: list[list[Any]] = [panels]
+    rows = [charts_in_row(charts, *SIZE)]
     lines = []
     for step in (before, steps[-1]):
-        rows.append([Image.open(run / "previews" / f"reconstructions-{step:08d}.png")])
+        rows.append(np.asarray(Image.open(run / "previews" / f"reconstructions-{step:08d}.png").convert("RGB")))
         lines.append(f"step {step}: held-out PSNR {psnr.get(step, float('nan')):.2f} dB")
     lines.append("below: held-out images above their reconstructions, before the critic is heard and at the end")
     Image.fromarray(page(f"A critic's onset: {run.name}", lines, rows)).save(out)

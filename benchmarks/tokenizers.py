@@ -417,24 +417,27 @@ def show(found: dict[str, list[Node]]) -> None:
 def rate_distortion(found: dict[str, list[Node]], title: str) -> Any:
     """The GPT's bits of an image against the PSNR: a dot for each tokenizer, and a cross as wide and as high as the
     95 % intervals over seeds. Tokenizers that another one beats in both are grey."""
-    from pipelines.metrics.charts import BLUE, GREY, INK, Axis, Panel, font
+    from pipelines.metrics.charts import BLUE, GREY, INK, charts_in_row, few_ticks, head, page
 
     rates = {name: [run["bits_per_token"] * run["tokens"] for run in runs] for name, runs in found.items()}
     levels = {name: [run["psnr"] for run in runs] for name, runs in found.items()}
     at = {name: (statistics.mean(rates[name]), statistics.mean(levels[name])) for name in found}
     x_values, y_values = zip(*at.values(), strict=True)
-    x = Axis(0.9 * min(x_values), 1.08 * max(x_values), "bits of an image's tokens under the GPT")
-    y = Axis(min(y_values) - 0.4, max(y_values) + 0.4, "held-out PSNR, dB")
-    panel = Panel(title, (760, 480), x, y)
-    for name, (rate, level) in at.items():
-        beaten = any(r <= rate and p >= level for other, (r, p) in at.items() if other != name)
-        wide, high = (0.0 if math.isnan(half) else half for half in (interval(rates[name]), interval(levels[name])))
-        column, row = panel.column(rate), panel.row(level)
-        panel.draw.line((panel.column(rate - wide), row, panel.column(rate + wide), row), GREY)
-        panel.draw.line((column, panel.row(level - high), column, panel.row(level + high)), GREY)
-        panel.draw.ellipse((column - 4, row - 4, column + 4, row + 4), fill=GREY if beaten else BLUE)
-        panel.draw.text((column + 7, row - 7), name, GREY if beaten else INK, font(12), anchor="ls")
-    return panel.image
+
+    def draw(axes: Any) -> None:
+        head(axes, "", "held-out PSNR, dB")
+        axes.set(xlim=(0.9 * min(x_values), 1.08 * max(x_values)), ylim=(min(y_values) - 0.4, max(y_values) + 0.4))
+        axes.set_xlabel("bits of an image's tokens under the GPT")
+        few_ticks(axes.xaxis, 8)
+        few_ticks(axes.yaxis, 4)
+        for name, (rate, level) in at.items():
+            beaten = any(r <= rate and p >= level for other, (r, p) in at.items() if other != name)
+            halves = [0.0 if math.isnan(half) else half for half in (interval(rates[name]), interval(levels[name]))]
+            axes.errorbar(rate, level, halves[1], halves[0], color=GREY, linewidth=1)
+            axes.plot(rate, level, "o", color=GREY if beaten else BLUE, markersize=8)
+            axes.annotate(name, (rate, level), (7, 7), textcoords="offset points", color=GREY if beaten else INK)
+
+    return page(title, [], [charts_in_row([draw], 760, 480)])
 
 
 def sheet(names: list[str], out: Path) -> Path:
@@ -524,6 +527,8 @@ def report(known: dict[str, Node], times: Node, out: Path) -> None:
         for kind in ("tokenizer", "gpt"):
             print(f"ms per step, {kind}:", ", ".join(f"{n} {1e3 * s:.1f}" for n, s in times[kind].items()))
         return
+    from pipelines.images.pictures import save_picture
+
     kept = json.loads((out / "settings.json").read_text())
     seeds = sorted({len(runs) for runs in found.values()})
     print(
@@ -531,7 +536,7 @@ def report(known: dict[str, Node], times: Node, out: Path) -> None:
         f"{times['threads']} threads, {' or '.join(map(str, seeds))} seed(s)\n"
     )
     show(found)
-    rate_distortion(found, f"{out.name}: rate and distortion").save(out / "rate_distortion.png")
+    save_picture(rate_distortion(found, f"{out.name}: rate and distortion"), out / "rate_distortion.png")
     print(f"\nthe same held-out images by each: {sheet(ranked(found), out)}")
     print(f"bits against PSNR: {out / 'rate_distortion.png'}")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from dataclasses import fields
 from pathlib import Path
 from shlex import quote
@@ -117,6 +118,7 @@ class TokenizerTask(Task):
         self.nets = {"model": self.tokenizer} if parameters else {}
         self.players = {"model": parameters} if parameters else {}
         self.adversary = self.make_adversary(channels, (height, width)) if parameters and config.critic.weight else None
+        self.reconstructions: deque[Tensor] = deque()  # that the tokenizer's turn has made for the critic's to judge
         self.model = Stage(self.tokenizer, self.adversary.critic if self.adversary else None)
         self.perceptual = Perceptual(config.loss.perceptual_net, device) if config.loss.perceptual else None
         own, loss = self.tokenizer.loss_weights, config.loss
@@ -156,12 +158,12 @@ class TokenizerTask(Task):
         return (parts[0] if len(parts) == 1 else torch.cat(parts)[np.argsort(np.concatenate(places))],)
 
     def loss(self, player: str, batch: Any, step: int) -> tuple[Tensor, dict[str, Tensor]]:
-        """The critic's; or the weighted losses of pixels, quantizer, perception and critic, with how much of the
-        codebook the step used."""
+        """The critic's, of the reconstructions that the tokenizer's turn made of the same images; or the weighted
+        losses of pixels, quantizer, perception and critic."""
         (images,) = batch
         if player == "critic":
             assert self.adversary is not None
-            return self.adversary.critic_term(self.nets["critic"], images)
+            return self.adversary.critic_term(self.nets["critic"], images, self.reconstructions.popleft())
         output = self.nets["model"](images)
         loss, terms = total_loss(output, images, self.weights)
         if self.perceptual is not None:
@@ -170,8 +172,23 @@ class TokenizerTask(Task):
         if self.adversary is not None:
             added, parts = self.adversary.tokenizer_term(output.images, loss, self.tokenizer.last_layer, step)
             loss, terms = loss + added, {**terms, **parts}
-        usage = codebook_usage(self.model.use.observe(output.tokens)) | {"dead": self.model.use.dead().sum()}
-        return loss, {**terms, **{f"codebook_{name}": value for name, value in usage.items()}}
+            if self.adversary.plays(step):
+                self.reconstructions.append(output.images.detach())
+        self.model.use.observe(output.tokens)
+        return loss, terms
+
+    def finish_step(self, player: str, taken: bool) -> dict[str, Tensor]:
+        """Codebooks and the critic's running means move; how much of the codebook the step used."""
+        if self.adversary is not None:  # which is asked in either turn
+            self.adversary.critic.finish_step(taken)
+        if player == "critic":
+            return {}
+        self.tokenizer.finish_step(taken)
+        counts = self.model.use.finish_step(taken)
+        if counts is None:
+            return {}
+        figures = codebook_usage(counts) | {"dead": self.model.use.dead().sum()}
+        return {f"codebook_{name}": value for name, value in figures.items()}
 
     def preview(self, model: Any) -> dict[str, np.ndarray]:
         """Images that are not trained on, each row above its reconstructions, and what the codebook does."""

@@ -82,6 +82,10 @@ class Autoencoder(Tokenizer):
         reconstruction = self._image(painted)
         return Reconstruction(reconstruction if self.training else reconstruction.clamp(-1, 1), tokens, losses)
 
+    def finish_step(self, taken: bool = True) -> None:
+        """The quantizer may move."""
+        self.quantizer.finish_step(taken)
+
     @property
     def has_likelihood(self) -> bool:
         """Whether it was made with one."""

@@ -79,6 +79,9 @@ class Tokenizer(PretrainedModel, family="tokenizer"):
 
     `encode`, `decode` and the likelihoods compute in `full_float32`: a GPU says what a CPU says, but for rounding.
     `forward` computes as the user chose for training.
+
+    A loop that trains one calls `initialize` once, then for each step `forward` (once for each micro-batch), the
+    optimizer, and `finish_step`. `forward` itself moves nothing, so that a step can be skipped without a trace.
     """
 
     grid: TokenGrid
@@ -105,6 +108,11 @@ class Tokenizer(PretrainedModel, family="tokenizer"):
     def initialize(self, images: Tensor) -> None:  # noqa: B027 (most models need not look)
         """Called once before training with training images `(B, C, H, W)` in [-1, 1], for tokenizers that start from
         (or consist of) their statistics. Raises `ConfigError` if they do not allow what the configuration asks for."""
+
+    def finish_step(self, taken: bool = True) -> None:  # noqa: B027 (most models have nothing to move)
+        """Called after each optimizer step, on all processes together: what moves by itself (a codebook of running
+        means, dead codes) moves now, once, by all that `forward` has collected since the last call. taken: whether the
+        step was; if not (it was not finite), what was collected is forgotten."""
 
     def start_from(self, other: Tokenizer) -> None:
         """Take over what `other`, of the same configuration, has learned. Raises `ConfigError` naming what differs."""

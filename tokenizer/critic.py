@@ -1,13 +1,10 @@
-"""The critic of VQGAN training (Esser et al. 2021): PatchGAN (Isola et al. 2017), what both players minimise, and when.
+"""The critic of VQGAN training (Esser et al. 2021): PatchGAN (Isola et al. 2017), and what both players minimise.
 
 Logits are high where a patch looks real. All that is summed up over images (running means, the adaptive weight) is
 averaged over ranks, so a run means the same on one process and on several.
 """
 
 from __future__ import annotations
-
-from collections.abc import Callable
-from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -75,11 +72,17 @@ class PatchCritic(nn.Module):
         self.body = nn.Sequential(*body[:-1])
         for name in ("real_mean", "fake_mean"):
             self.register_buffer(name, torch.zeros(()))
-        self.register_buffer("tracked", torch.zeros((), dtype=torch.long))  # updates of the two
+        self.register_buffer("tracked", torch.zeros((), dtype=torch.long))  # steps that moved the two
+        self.seen: list[Tensor] = []  # means of logits in this step
+        self.vectors: dict[str, Tensor] = {}  # of power iterations, as they were before this step
 
     def forward(self, images: Tensor) -> Tensor:
         """Logits; raises `ValueError` for images so small that no patch would be left."""
         self.map_size(*images.shape[2:])
+        if self.training and not self.vectors:
+            self.vectors = {
+                name: value.clone() for name, value in self.named_buffers() if name.endswith(("._u", "._v"))
+            }
         return self.body(images).float()
 
     @property
@@ -110,13 +113,31 @@ class PatchCritic(nn.Module):
         return height, width
 
     @torch.no_grad()
-    def track(self, real: Tensor, fake: Tensor) -> None:
-        """Move the running means towards those of these logits of all ranks; the first ones set them."""
+    def track(self, real: Tensor, fake: Tensor) -> Tensor:
+        """The running means `(2,)`, real and fake, with these logits of all ranks; `finish_step` keeps them."""
         means = mean_over_ranks(torch.stack([real.float().mean(), fake.float().mean()]))
+        self.seen.append(means)
+        return self._moved(means)
+
+    @torch.no_grad()
+    def finish_step(self, taken: bool = True) -> None:
+        """Called after each step in which it was used: move the running means towards those of all logits that were
+        tracked since the last call. taken: whether the optimizer's step was; if not, the logits are forgotten, and
+        spectral normalisation is where it was before."""
+        if not taken:
+            for name, value in self.vectors.items():
+                self.get_buffer(name).copy_(value)
+        elif self.seen:
+            moved = self._moved(torch.stack(self.seen).mean(0))
+            self.real_mean.copy_(moved[0])
+            self.fake_mean.copy_(moved[1])
+            self.tracked += 1
+        self.seen, self.vectors = [], {}
+
+    def _moved(self, means: Tensor) -> Tensor:
+        """The running means moved towards `means`; the first ones set them."""
         share = torch.where(self.tracked == 0, 1.0, 1 - DECAY)  # no look at its value: that would wait for the GPU
-        self.real_mean.lerp_(means[0], share)
-        self.fake_mean.lerp_(means[1], share)
-        self.tracked += 1
+        return torch.stack([self.real_mean, self.fake_mean]).lerp(means, share)
 
 
 # What is minimised ----------------------------------------------------------------------------------
@@ -143,18 +164,8 @@ def non_saturating_generator_loss(fake: Tensor) -> Tensor:
     return F.softplus(-fake).mean()
 
 
-class Adversarial(NamedTuple):
-    """What the two players minimise."""
-
-    critic: Callable[[Tensor, Tensor], Tensor]
-    """Of logits of real images and of logits of fake ones, in this order."""
-    generator: Callable[[Tensor], Tensor]
-
-
-LOSSES = {
-    "hinge": Adversarial(hinge_critic_loss, hinge_generator_loss),
-    "non_saturating": Adversarial(non_saturating_critic_loss, non_saturating_generator_loss),
-}
+CRITIC_LOSSES = {"hinge": hinge_critic_loss, "non_saturating": non_saturating_critic_loss}
+GENERATOR_LOSSES = {"hinge": hinge_generator_loss, "non_saturating": non_saturating_generator_loss}
 
 
 def lecam(real: Tensor, fake: Tensor, real_mean: Tensor, fake_mean: Tensor) -> Tensor:
@@ -182,18 +193,3 @@ def mean_over_ranks(value: Tensor) -> Tensor:
         dist.all_reduce(value)
         value /= world_size()
     return value
-
-
-# When -----------------------------------------------------------------------------------------------
-
-
-def critic_trains(step: int, start: int) -> bool:
-    """Whether the critic has a turn at `step`."""
-    return step >= start
-
-
-def adversarial_factor(step: int, start: int, warmup: int, ramp: int) -> float:
-    """Factor in [0, 1] on the generator's adversarial term. 0 until the critic has been trained for `warmup` steps, as
-    an untrained one pulls the decoder anywhere; then it grows evenly and is 1 from the `ramp`-th step on."""
-    since = step - start - warmup
-    return min(1.0, (since + 1) / max(1, ramp)) if since >= 0 else 0.0

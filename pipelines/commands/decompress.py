@@ -61,9 +61,9 @@ def run(config: DecompressConfig) -> Path:
 
 def write_folder(pipeline: ImagePipeline, data: mmap.mmap, folder: Path, config: DecompressConfig) -> int:
     """Write the images of a stream as PNG files, by their names or numbered; returns how many."""
-    stream, models = open_stream(pipeline, data, Limits(max_images=config.max_images))
+    stream, coder = open_stream(pipeline, data, Limits(max_images=config.max_images))
     names, count = stream.names, 0
-    for images in read_images(pipeline, stream, models, batch_size=config.batch_size):
+    for images in read_images(pipeline, stream, coder, batch_size=config.batch_size):
         for image in convert_images(images, "pil"):
             name = names[count] if names is not None else f"{count:08d}.png"
             file = folder / (name if name.lower().endswith(".png") else f"{name}.png")

@@ -21,7 +21,7 @@ from ..config import Config, UserError, choose_device, run_command
 from ..config.outputs import check_out_results
 from ..image_pipeline import ImagePipeline
 from ..images import DataConfig, check_shape, to_float
-from ..images.bad_images import judge
+from ..images.bad import judge
 from ..images.base import Rows
 from ..images.decoding import decode_all
 from ..images.loading import choose_splits

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -18,14 +18,18 @@ from ..config import Config, UserError, choose_device, run_command
 from ..config.outputs import check_out_file
 from ..images import DataConfig, ImageDataset, check_shape, load_images, to_uint8
 from ..images.pictures import SUFFIXES, save_picture
-from ..metrics.charts import FAINT, GREY, RED, WHITE, Panel, Picture, bars, histogram, mosaic, page
-from ..metrics.codebook import distance_panel, usage_panel
+from ..metrics.charts import GREY, RED, Pixels, bars, charts_in_row, histogram, mosaic, page
+from ..metrics.codebook import HEIGHT, draw_distances, draw_usage
 from ..metrics.inspection import Findings, examine
 from ..stages.provenance import tokenizer_folder
 from .reconstruct import defaults
 
-WIDTH, HEIGHT = 1240, 270  # of the page's columns together, and of a chart, in pixels
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+WIDTH = 1240  # pixels of the page's columns together
 CODE_SIDE = 48  # pixels
+EMPTY = 231  # grey: a code that has no place in any image
 LISTED = 12  # so many ids are named in a line
 
 
@@ -40,29 +44,30 @@ class InspectConfig(Config):
     device: str = Field("auto", description="cpu, cuda, mps or auto")
 
 
-def report(tokenizer: Any, images: ImageDataset, found: Findings, num_images: int, source: str) -> np.ndarray:
-    """The page, uint8 (H, W, 3)."""
+def report(tokenizer: Any, images: ImageDataset, found: Findings, num_images: int, source: str) -> Pixels:
+    """The page."""
     exact = tokenizer.reversible
     charts: list[Any] = [
         partial(
-            usage_panel,
-            found.uses.double().numpy(),
-            int((found.uses == 0).sum()),
+            draw_usage,
+            uses=found.uses.double().numpy(),
+            useless=int((found.uses == 0).sum()),
             low=0.5,
             unit="times used",
             word=found.word,
         )
     ]
     if len(found.uses) > 1:
-        charts.append(partial(level_panel, found.figures["levels"]))
+        charts.append(partial(draw_levels, levels=found.figures["levels"]))
     if found.distances:
-        charts.append(partial(distance_panel, found.distances))
+        charts.append(partial(draw_distances, distances=found.distances))
     if not exact:
         title = "How well images come back"
-        charts.append(partial(histogram, title, {"images": found.psnr.double().numpy()}, label="PSNR in dB"))
-    width = (WIDTH - 20 * (len(charts) - 1)) // len(charts)
-    rows: list[list[Picture]] = [[chart((width, HEIGHT)).image for chart in charts], [code_picture(found)]]
-    rows += [] if exact else [[row] for row in example_pictures(tokenizer, images, found.psnr, num_images)]
+        series = {"images": found.psnr.double().numpy()}
+        charts.append(partial(histogram, title=title, series=series, label="PSNR in dB"))
+    rows = [charts_in_row(charts, WIDTH, HEIGHT), code_picture(found)]
+    if not exact:
+        rows += example_pictures(tokenizer, images, found.psnr, num_images)
     lines = [f"{len(images):,} held-out images of {source}", *sentences(found, exact)]
     return page(headline(tokenizer), lines, rows)
 
@@ -110,21 +115,21 @@ def listed(things: list[Any], what: str = "") -> str:
     return " ".join([", ".join(map(str, things[:LISTED])), *more])
 
 
-def level_panel(levels: list[dict[str, float]], size: tuple[int, int]) -> Panel:
+def draw_levels(axes: Axes, levels: list[dict[str, float]]) -> None:
     """The share of codes used at each level, with the perplexity above."""
     names = [str(number) for number in range(1, len(levels) + 1)]
     values = {name: 100 * level["usage"] for name, level in zip(names, levels, strict=True)}
     texts = {name: f"{level['perplexity']:.0f}" for name, level in zip(names, levels, strict=True)}
     title = "Codes used at each level, with perplexity"
-    return bars(title, values, size, labels=("level", "% used"), texts=texts, top=100)
+    bars(axes, title, values, labels=("level", "% used"), texts=texts, top=100)
 
 
-def code_picture(found: Findings) -> Picture:
+def code_picture(found: Findings) -> Pixels:
     """Codes one by one, the most used first; ids of unused ones are red."""
     cells = []
     for n, tile in enumerate(found.alone):
         picture = fitted(tile, CODE_SIDE)
-        below = [] if found.in_place is None else [Image.new("RGB", picture.size, FAINT)]
+        below = [] if found.in_place is None else [np.full_like(picture, EMPTY)]
         if found.in_place is not None and bool(torch.isfinite(found.in_place[n]).all()):
             below = [fitted(found.in_place[n], CODE_SIDE)]
         cells.append(stacked([picture, *below]))
@@ -136,14 +141,14 @@ def code_picture(found: Findings) -> Picture:
     if found.in_place is not None:
         about = f"above: {about}; below: what is decoded around its places in images, on average"
     colors = [GREY if used else RED for used in found.uses[0][found.shown].tolist()]
-    columns = WIDTH // (max(CODE_SIDE, *(cell.width for cell in cells)) + 4)
+    columns = WIDTH // (max(CODE_SIDE, *(cell.shape[1] for cell in cells)) + 4)
     return mosaic(
         title, cells, [str(code) for code in found.shown.tolist()], columns, WIDTH, colors=colors, subtitle=about
     )
 
 
 @torch.inference_mode()
-def example_pictures(tokenizer: Any, images: ImageDataset, decibels: Tensor, count: int) -> list[Picture]:
+def example_pictures(tokenizer: Any, images: ImageDataset, decibels: Tensor, count: int) -> list[Pixels]:
     """The best, middle and worst of the images, each above its reconstruction and its PSNR."""
     order, third = decibels.argsort(descending=True).tolist(), max(1, min(count, len(decibels)) // 3)
     start = (len(order) - third) // 2
@@ -161,27 +166,25 @@ def example_pictures(tokenizer: Any, images: ImageDataset, decibels: Tensor, cou
     return rows
 
 
-def fitted(image: Tensor, side: int) -> Picture:
+def fitted(image: Tensor, side: int) -> Pixels:
     """`image` (C, H, W) in [-1, 1] as a picture that fits a square; small ones repeat their pixels."""
     pixels = to_uint8(image).movedim(0, -1).numpy()
-    picture = Image.fromarray(np.repeat(pixels, 3, -1) if pixels.shape[-1] == 1 else pixels)
-    longest = max(picture.size)
+    pixels = np.repeat(pixels, 3, -1) if pixels.shape[-1] == 1 else pixels
+    longest = max(pixels.shape[:2])
     if longest <= side:
         times = side // longest
-        return picture.resize((picture.width * times, picture.height * times), Image.Resampling.NEAREST)
-    size = [max(1, round(length * side / longest)) for length in picture.size]
-    return picture.resize((size[0], size[1]), Image.Resampling.BOX)
+        return pixels.repeat(times, 0).repeat(times, 1)
+    height, width = (max(1, round(length * side / longest)) for length in pixels.shape[:2])
+    return np.asarray(Image.fromarray(pixels).resize((width, height), Image.Resampling.BOX))
 
 
-def stacked(pictures: list[Picture]) -> Picture:
+def stacked(pictures: list[Pixels]) -> Pixels:
     """Pictures one above the other, two pixels apart."""
-    height = sum(picture.height + 2 for picture in pictures) - 2
-    board = Image.new("RGB", (max(picture.width for picture in pictures), height), WHITE)
-    top = 0
-    for picture in pictures:
-        board.paste(picture, (0, top))
-        top += picture.height + 2
-    return board
+    width = max(picture.shape[1] for picture in pictures)
+    padded = [
+        np.pad(picture, ((0, 2), (0, width - picture.shape[1]), (0, 0)), constant_values=255) for picture in pictures
+    ]
+    return np.concatenate(padded)[:-2]
 
 
 def run(config: InspectConfig) -> dict[str, Any]:

@@ -11,11 +11,10 @@ import math
 import warnings
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw
 from pydantic import Field
 from torch import Tensor
 
@@ -26,14 +25,19 @@ from ..config.outputs import check_out_results
 from ..image_pipeline import ImagePipeline
 from ..images import DataConfig, ImageDataset, Splits, check_shape, load_images
 from ..images.pictures import save_picture
+from ..metrics.charts import BLUE, INK, Pixels, render
 from ..stages.provenance import defaults
 from ..stages.representation import choose_layer, embed, embed_layers
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 STRENGTHS = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
 """Of the probe's fit against its L2 penalty, from stiff to loose: scikit-learn's C."""
 MOST_STEPS = 200  # of a fit
 WIDEST = 1 << 14  # features: a probe of more takes too long to be a yardstick, and is left out
 VALIDATION = 5  # one in so many images of the fit split chooses among them
+YARDSTICK = "#999966"  # the colour of what needs no prior
 TITLES = {"pixels": "raw pixels", "codes": "bag of codes", "embeddings": "code embeddings"}
 
 
@@ -257,26 +261,26 @@ def write_csv(rows: list[Probe], path: Path) -> None:
         writer.writerows(map(asdict, rows))
 
 
-def bar_chart(rows: list[Probe]) -> np.ndarray:
-    """Accuracies as bars, those of random weights thin and grey below: uint8 (H, W, 3)."""
-    left, right, top, pitch, full = 150, 60, 40, 30, 480
-    picture = Image.new("RGB", (left + full + right, top + pitch * len(rows) + 30), "white")
-    draw = ImageDraw.Draw(picture)
-    for percent in range(0, 101, 20):
-        at = left + full * percent // 100
-        draw.line([at, top - 6, at, picture.height - 26], fill="#dddddd")
-        draw.text((at, picture.height - 22), f"{percent} %", fill="#666666", font_size=12, anchor="ma")
-    title = "Linear probes on held-out images (grey: random weights)"
-    draw.text((left, 14), title, fill="black", font_size=14, anchor="lm")
-    for row in rows:
-        end = left + full * row.accuracy
-        draw.text((left - 10, top + 9), row.features, fill="black", font_size=14, anchor="rm")
-        draw.rectangle([left, top, end, top + 16], fill="#999966" if row.random_accuracy is None else "#2266aa")
-        draw.text((end + 6, top + 9), f"{row.accuracy:.1%}", fill="black", font_size=12, anchor="lm")
-        if row.random_accuracy is not None:
-            draw.rectangle([left, top + 18, left + full * row.random_accuracy, top + 21], fill="#aaaaaa")
-        top += pitch
-    return np.asarray(picture)
+def bar_chart(rows: list[Probe]) -> Pixels:
+    """Accuracies as bars, those of random weights thin and grey below."""
+    width, height = 720, 80 + 30 * len(rows)
+
+    def draw(figure: Figure) -> None:
+        axes = figure.add_axes((160 / width, 30 / height, 480 / width, 1 - 70 / height))
+        places = np.arange(len(rows))
+        colors = [YARDSTICK if row.random_accuracy is None else BLUE for row in rows]
+        found = axes.barh(places, [100 * row.accuracy for row in rows], 0.54, color=colors)
+        axes.barh(places + 0.35, [100 * (row.random_accuracy or 0) for row in rows], 0.12, color="#aaaaaa")
+        axes.bar_label(found, [f"{row.accuracy:.1%}" for row in rows], padding=6)
+        axes.set_title("Linear probes on held-out images (grey: random weights)", loc="left", size=14)
+        axes.set(xlim=(0, 100), ylim=(len(rows) - 0.4, -0.5))
+        axes.set_yticks(places, [row.features for row in rows], color=INK, size=14)
+        axes.set_xticks(range(0, 101, 20), [f"{percent} %" for percent in range(0, 101, 20)])
+        axes.grid(axis="x")
+        axes.grid(axis="y", visible=False)
+        axes.spines[:].set_visible(False)
+
+    return render((width, height), draw)
 
 
 def main(argv: list[str] | None = None) -> Any:

@@ -7,12 +7,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
+from zlib import crc32
 
 import numpy as np
 from numpy.typing import NDArray
 
-from .crc32c import Data, crc32c
-from .header import _CRC, RAW, DamagedStream, Header, ModelMismatch, StreamError, TruncatedStream, _sealed
+from .header import CRC, RAW, DamagedStream, Data, Header, ModelMismatch, StreamError, TruncatedStream, sealed
 
 # No coder needs more: an id below 2^20 costs at most 24 bits under 24-bit counts, and a coder flushes a few words.
 SYMBOL_BYTES, FLUSH_BYTES = 8, 64
@@ -27,7 +27,7 @@ def packed_bytes(count: int, bits: int) -> int:
 
 
 def pack_bits(values: Ids, bits: int) -> bytes:
-    """Values in `[0, 2**bits)`, flattened, lowest bit first, the last byte filled with zeros. `bits` may be 0."""
+    """Values in `[0, 2**bits)`, flattened, lowest bit first, the last byte filled up with zeros. `bits` may be 0."""
     flat = np.asarray(values).reshape(-1)
     if flat.size and (int(flat.min()) < 0 or int(flat.max()) >> bits):
         raise StreamError(f"values of {bits} bits lie in [0, {1 << bits}), got {int(flat.min())} to {int(flat.max())}")
@@ -38,7 +38,7 @@ def pack_bits(values: Ids, bits: int) -> bytes:
 
 
 def unpack_bits(data: Data, count: int, bits: int) -> NDArray[np.int64]:
-    """The inverse of `pack_bits`: (count,). Raises `DamagedStream` unless the length is exact and the filling is 0."""
+    """The inverse of `pack_bits`: (count,). Raises `DamagedStream` unless the length is exact and the last bits 0."""
     packed = np.frombuffer(data, dtype=np.uint8)
     if len(packed) != packed_bytes(count, bits):
         raise DamagedStream(f"{count} values of {bits} bits take {packed_bytes(count, bits)} bytes, got {len(packed)}")
@@ -81,13 +81,13 @@ class Chunk:
         layout = _LOSSLESS_CHUNK if header.lossless else _LOSSY_CHUNK
         exceptions = b"".join(map(_varint, (len(self.exceptions), *(step - 1 for step in steps))))
         body = b"".join((layout.pack(self.count, self.profile, *sizes), exceptions, *parts))
-        return _sealed(body + _CRC.pack(self.digest))
+        return sealed(body + CRC.pack(self.digest))
 
 
 def digest(tokens: Ids, pixels: Pixels | None = None) -> int:
-    """CRC32C of what a chunk decodes to: ids `(n, ...)` as u32, then pixels `(n, c, h, w)`."""
+    """CRC-32 of what a chunk decodes to: ids `(n, ...)` as u32, then pixels `(n, c, h, w)`."""
     content = np.asarray(tokens).astype("<u4").tobytes()
-    return crc32c(content if pixels is None else content + np.asarray(pixels, dtype=np.uint8).tobytes())
+    return crc32(content if pixels is None else content + np.asarray(pixels, dtype=np.uint8).tobytes())
 
 
 def verify(header: Header, index: int, chunk: Chunk, tokens: Ids, pixels: Pixels | None = None) -> None:
@@ -130,11 +130,12 @@ def _varint(value: int) -> bytes:
     return bytes([group | 128 for group in groups[:-1]] + groups[-1:])
 
 
-class _Reader:
-    """Takes from the front of the bytes; what is missing is a `TruncatedStream`."""
+class Reader:
+    """Takes bytes of `view` in turn, from byte `at`. Raises `TruncatedStream` where they end early."""
 
     def __init__(self, view: memoryview, at: int) -> None:
-        self.view, self.at = view, at
+        self.view = view
+        self.at = at
 
     def take(self, size: int, where: str) -> memoryview:
         if size > len(self.view) - self.at:
@@ -155,15 +156,16 @@ class _Reader:
         raise DamagedStream(f"{where}: a number among the exceptions does not end")
 
 
-def _read_chunk(reader: _Reader, header: Header, index: int) -> Chunk:
+def read_chunk(reader: Reader, header: Header, index: int) -> Chunk:
     """The next chunk, its checksum unchecked."""
     where = f"chunk {index} (at byte {reader.at})"
     count, profile, *sizes = reader.fields(_LOSSLESS_CHUNK if header.lossless else _LOSSY_CHUNK, where)
     allowed = _check_sizes(where, header, index, count, profile, sizes)
-    exceptions, position = [], -1
     number = reader.varint(where)
     if number > allowed:
         raise DamagedStream(f"{where}: {number} exceptions, at most {allowed} make sense")
+    exceptions: list[int] = []
+    position = -1
     for _ in range(number):
         position += 1 + reader.varint(where)
         exceptions.append(position)

@@ -43,14 +43,15 @@ Weights = NDArray[np.float64]
 
 
 class CodecError(StreamError):
-    """This machine can not code: the coder is not installed, or it is not the one that the format was made with."""
+    """This machine cannot code: the coder is not installed, or not the one that the format was made with."""
 
 
 @cache
 def exponentials() -> Tensor:
     """round(2^32 exp(-z / 16)) for z = 0, 1, ... until it is 0: decimal arithmetic, in which no two machines differ."""
     with localcontext() as context:
-        context.prec, values = 50, [SCALE]
+        context.prec = 50
+        values = [SCALE]
         while values[-1]:
             values.append(int((SCALE * (Decimal(-len(values)) / STEPS).exp()).to_integral_value()))
     return torch.tensor(values)
@@ -60,7 +61,8 @@ def grid_steps(logits: Tensor) -> tuple[Tensor, Tensor]:
     """How many grid steps each of `logits` (..., V) float64 is below the largest, int16, cut where the table ends; and
     bool `(...)`, whether any of those that count is too near a boundary to be sure of."""
     last = len(exponentials()) - 1
-    scaled = logits.nan_to_num(nan=0.0, neginf=-1e9, posinf=1e9).clamp(-1e9, 1e9) * STEPS + 0.5  # 0 is in mid cell
+    finite = logits.nan_to_num(nan=0.0, neginf=-1e9, posinf=1e9).clamp(-1e9, 1e9)
+    scaled = finite * STEPS + 0.5  # 0 lies in the middle of a cell
     nearest = scaled.floor().long()
     below = nearest.amax(-1, keepdim=True) - nearest
     unsure = ((scaled - scaled.round()).abs() < GUARD * STEPS) & (below <= last)
@@ -79,15 +81,17 @@ def weights_of(steps: Tensor, uniform: Tensor) -> Weights:
 class Models:
     """A pipeline's models in float64, which autocast leaves alone, and what identifies them.
 
-    The unconditional prior is used. `residual`: whether pixels are coded beside the tokens. Raises `LikelihoodError`
-    if they can not be. On a device without float64 the processor is used.
+    The unconditional prior is used. `residual`: whether pixels are coded beside the tokens. On a device without
+    float64 the processor is used.
     """
 
     def __init__(self, pipeline: Stages, *, residual: bool) -> None:
         device = torch.device("cpu") if pipeline.device.type == "mps" else pipeline.device
         self.prior = doubled(pipeline.prior, device)
         self.tokenizer = doubled(pipeline.tokenizer, device) if residual else pipeline.tokenizer
-        self.residual, self.device, self.grid = residual, device, pipeline.prior.grid
+        self.residual = residual
+        self.device = device
+        self.grid = pipeline.prior.grid
         self.image_shape = pipeline.tokenizer.image_shape
         parts = (VERSION, pipeline.tokenizer.fingerprint(), pipeline.prior.fingerprint())
         self.model_id = hashlib.sha256(" ".join(parts).encode()).digest()[:16]
@@ -139,7 +143,8 @@ def doubled(model: Any, device: torch.device) -> Any:
 
 def walk(prior: Prior, count: int, choose: Callable[[int, Tensor, Tensor], Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
     """Grid steps and doubts rank by rank, on the incremental path; `choose` says each rank's tokens `(count,)`."""
-    state, token = prior.start(count, None), None
+    state = prior.start(count, None)
+    token = None
     for rank in range(len(prior.grid)):
         steps, unsure = grid_steps(prior.next_logits(state, token))
         yield steps, unsure
@@ -203,10 +208,10 @@ class Decoder:
         except (AssertionError, ValueError) as error:
             raise ModelMismatch(f"coded bytes make no sense under this machine's probabilities ({error})") from error
 
-    @property
-    def exhausted(self) -> bool:
-        """Whether everything that was coded may have been taken."""
-        return bool(self._coder.maybe_exhausted())
+    def finish(self) -> None:
+        """Raise `ModelMismatch` if coded bytes are left over."""
+        if not self._coder.maybe_exhausted():
+            raise ModelMismatch("coded bytes are left over: this machine computes other probabilities")
 
 
 def positions(doubts: Sequence[Tensor]) -> tuple[int, ...]:

@@ -6,16 +6,19 @@ import math
 import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
+from mmap import mmap
+from zlib import crc32
 
-from .crc32c import Data, crc32c
-
-MAGIC, VERSION = b"VQC1", 1
+MAGIC = b"VQC1"
+VERSION = 2  # 1 had another checksum, CRC-32C, and is otherwise the same
 RAW, GUARD = 0, 1  # profiles: ids packed into whole bits; ids coded under float64 tables with exceptions
 NO_CODER, RANGE_CODER = 0, 1
 LOSSLESS, NAMED = 1, 2  # flags
 _HEADER = struct.Struct("<4sBBBB16sI2H3HIH8s")
-_CRC = struct.Struct("<I")
-HEADER_BYTES = _HEADER.size + _CRC.size
+CRC = struct.Struct("<I")
+HEADER_BYTES = _HEADER.size + CRC.size
+
+Data = bytes | bytearray | memoryview | mmap
 
 
 class StreamError(ValueError):
@@ -31,7 +34,7 @@ class DamagedStream(StreamError):
 
 
 class ForeignStream(StreamError):
-    """Not one of our streams, or one of a version, profile or coder that is not known here."""
+    """Not one of our streams, or one whose version, profile or coder is not known here."""
 
 
 class ModelMismatch(StreamError):
@@ -42,13 +45,15 @@ class StreamLimit(StreamError):
     """What the header announces is more than the caller allows."""
 
 
-def _check_crc(part: memoryview, where: str) -> None:
-    if crc32c(part[: -_CRC.size]) != _CRC.unpack(part[-_CRC.size :])[0]:
+def check_crc(part: memoryview, where: str) -> None:
+    """Raise `DamagedStream` unless `part` ends in the checksum of what comes before it."""
+    if crc32(part[: -CRC.size]) != CRC.unpack(part[-CRC.size :])[0]:
         raise DamagedStream(f"{where}: damaged (its checksum differs)")
 
 
-def _sealed(part: bytes) -> bytes:
-    return part + _CRC.pack(crc32c(part))
+def sealed(part: bytes) -> bytes:
+    """`part` followed by its checksum."""
+    return part + CRC.pack(crc32(part))
 
 
 @dataclass(frozen=True)
@@ -56,7 +61,7 @@ class Header:
     """What a stream says about all of its chunks: `grid` (h, w), `image` (c, h, w), `model_id` 16 bytes.
 
     `answer` holds 8 bytes of the digest of the known-answer check, `named` says that names follow the chunks, and
-    `lossless` that every chunk has pixels beside its tokens. Raises a `StreamError` naming a field out of range.
+    `lossless` that every chunk has pixels beside its tokens. Raises a `StreamError` that names a field out of range.
     """
 
     profile: int
@@ -80,32 +85,34 @@ class Header:
             raise DamagedStream(f"header: profile {self.profile} does not go with coder {self.coder}")
         if (len(self.model_id), len(self.answer), len(self.grid), len(self.image)) != (16, 8, 2, 3):
             raise DamagedStream("header: model_id takes 16 bytes, answer 8, grid two sizes and image three")
-        bounds = [("vocab_size", self.vocab_size, 1, 1 << 20), ("num_images", self.num_images, 0, (1 << 32) - 1)]
-        bounds += [("chunk_images", self.chunk_images, 1, (1 << 16) - 1)]
-        bounds += [("a side of grid", size, 1, (1 << 16) - 1) for size in self.grid]
-        bounds += [("a size of image", size, 1, (1 << 16) - 1) for size in self.image]
-        for name, value, low, high in bounds:
+        for name, value, low, high in (
+            ("vocab_size", self.vocab_size, 1, 1 << 20),
+            ("num_images", self.num_images, 0, (1 << 32) - 1),
+            ("chunk_images", self.chunk_images, 1, (1 << 16) - 1),
+            *(("a side of grid", size, 1, (1 << 16) - 1) for size in self.grid),
+            *(("a size of image", size, 1, (1 << 16) - 1) for size in self.image),
+        ):
             if not low <= value <= high:
                 raise DamagedStream(f"header: {name} is {value}, allowed are {low} to {high}")
 
     @property
     def num_tokens(self) -> int:
-        """Of one image."""
+        """Number of tokens of one image."""
         return math.prod(self.grid)
 
     @property
     def num_pixels(self) -> int:
-        """Of one image, every channel counted."""
+        """Number of pixels of one image, every channel counted."""
         return math.prod(self.image)
 
     @property
     def token_bits(self) -> int:
-        """Of one id stored raw."""
+        """Number of bits of one id stored raw."""
         return (self.vocab_size - 1).bit_length()
 
     @property
     def num_chunks(self) -> int:
-        """Every chunk but the last is full."""
+        """Number of chunks; every one but the last is full."""
         return -(-self.num_images // self.chunk_images)
 
     def images_in(self, index: int) -> int:
@@ -118,29 +125,56 @@ class Header:
 
     def pack(self) -> bytes:
         """`HEADER_BYTES` bytes."""
-        flags = LOSSLESS * self.lossless | NAMED * self.named
-        sizes = (self.vocab_size, *self.grid, *self.image, self.num_images, self.chunk_images)
-        kind = (MAGIC, VERSION, self.profile, self.coder, flags)
-        return _sealed(_HEADER.pack(*kind, self.model_id, *sizes, self.answer))
+        packed = _HEADER.pack(
+            MAGIC,
+            VERSION,
+            self.profile,
+            self.coder,
+            LOSSLESS * self.lossless | NAMED * self.named,
+            self.model_id,
+            self.vocab_size,
+            *self.grid,
+            *self.image,
+            self.num_images,
+            self.chunk_images,
+            self.answer,
+        )
+        return sealed(packed)
 
     @classmethod
     def unpack(cls, data: Data) -> Header:
-        """The header at the front of `data`. Raises a `StreamError`: length, magic, version, checksum, then fields."""
+        """The header at the front of `data`. Raises a `StreamError`; it checks magic, length, version, checksum, and
+        then the fields."""
         view = memoryview(data)[:HEADER_BYTES]
-        if not MAGIC.startswith(bytes(view[: len(MAGIC)])):  # said of a short file too: it is no shortened stream
+        if not MAGIC.startswith(bytes(view[: len(MAGIC)])):  # first, as a short file of another kind is not truncated
             raise ForeignStream(f"not a stream of ours: begins with {bytes(view[:4])!r}, expected {MAGIC!r}")
         if len(view) < HEADER_BYTES:
             raise TruncatedStream(f"header: the stream ends after {len(view)} bytes, a header takes {HEADER_BYTES}")
         _, version, profile, coder, flags, model_id, vocab_size, *sizes, answer = _HEADER.unpack(view[: _HEADER.size])
+        if version == 1:
+            raise ForeignStream(
+                f"header: version 1, which only smalti 0.1 reads; this smalti reads version {VERSION}: decompress it "
+                "with smalti 0.1 and compress the images again"
+            )
         if version != VERSION:
             raise ForeignStream(f"header: version {version} is unknown; this version of smalti reads {VERSION}")
-        _check_crc(view, "header")
+        check_crc(view, "header")
         if flags & ~(LOSSLESS | NAMED):
             raise ForeignStream(f"header: flags {flags:#x} are unknown; this version reads {LOSSLESS | NAMED:#x}")
-        grid, image, (num_images, chunk_images) = (sizes[0], sizes[1]), (sizes[2], sizes[3], sizes[4]), sizes[5:]
-        lossless, named = bool(flags & LOSSLESS), bool(flags & NAMED)
-        shapes = (vocab_size, grid, image, num_images, chunk_images)
-        return cls(profile, coder, lossless, named, model_id, *shapes, answer)
+        *grid_and_image, num_images, chunk_images = sizes
+        return cls(
+            profile=profile,
+            coder=coder,
+            lossless=bool(flags & LOSSLESS),
+            named=bool(flags & NAMED),
+            model_id=model_id,
+            vocab_size=vocab_size,
+            grid=(grid_and_image[0], grid_and_image[1]),
+            image=(grid_and_image[2], grid_and_image[3], grid_and_image[4]),
+            num_images=num_images,
+            chunk_images=chunk_images,
+            answer=answer,
+        )
 
 
 @dataclass(frozen=True)
@@ -172,7 +206,7 @@ DEFAULT_LIMITS = Limits()
 def expect(
     header: Header, *, model_id: bytes, vocab_size: int, grid: Sequence[int], image: Sequence[int], answer: bytes
 ) -> None:
-    """Raise `ModelMismatch` naming everything in which the stream's model is not this one."""
+    """Raise `ModelMismatch`, which names everything in which the stream's model differs from this one."""
     found = [
         (name, theirs, ours)
         for name, theirs, ours in (

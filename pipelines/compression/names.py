@@ -7,8 +7,8 @@ import struct
 from collections.abc import Sequence
 from itertools import pairwise
 
-from .chunks import _Reader
-from .header import _CRC, StreamError, _sealed
+from .chunks import Reader
+from .header import CRC, StreamError, sealed
 
 MAX_NAME = 1024  # bytes
 _NAME_LENGTH = struct.Struct("<H")
@@ -42,22 +42,24 @@ def _problem_with(name: str) -> str | None:
     return None
 
 
-def _pack_names(names: Sequence[str]) -> bytes:
+def pack_names(names: Sequence[str]) -> bytes:
     encoded = [name.encode() for name in names]
-    return _sealed(b"".join(_NAME_LENGTH.pack(len(name)) + name for name in encoded))
+    return sealed(b"".join(_NAME_LENGTH.pack(len(name)) + name for name in encoded))
 
 
-def _read_names(reader: _Reader, number: int) -> list[bytes]:
+def read_names(reader: Reader, number: int) -> list[bytes]:
     """The table of names, its checksum unchecked."""
-    where, encoded = f"names (at byte {reader.at})", []
+    where = f"names (at byte {reader.at})"
+    encoded = []
     for _ in range(number):
         (size,) = reader.fields(_NAME_LENGTH, where)
         encoded.append(bytes(reader.take(size, where)))
-    reader.take(_CRC.size, where)
+    reader.take(CRC.size, where)
     return encoded
 
 
-def _decode_names(encoded: Sequence[bytes]) -> list[str]:
+def decode_names(encoded: Sequence[bytes]) -> list[str]:
+    """The names of a stream, checked. Raises `StreamError` for what is not UTF-8, and as `check_names` does."""
     try:
         names = [name.decode() for name in encoded]
     except UnicodeDecodeError as error:

@@ -18,6 +18,8 @@ from pydantic import ValidationError
 from tokenizer.files.errors import PipelineLoadError
 
 from .arguments import Data, UserError, read_arguments
+from .errors import explain
+from .help import help_page
 from .nodes import merge
 from .schema import C, complete, default_nodes, to_yaml
 
@@ -43,8 +45,6 @@ def parse(
     """
     argv = sys.argv[1:] if argv is None else argv
     if "--help" in argv or "-h" in argv:
-        from .help import help_page
-
         leave_with(help_page(cls, verb, description))
     parts, dry_run, problems = read_arguments(argv)
     given: Data = {}
@@ -56,8 +56,6 @@ def parse(
     try:
         config = cls.model_validate(data)
     except ValidationError as error:
-        from .config_errors import explain
-
         # What an unreadable file or argument did not say can not be called missing.
         problems += [line for line in explain(cls, error) if not (problems and line.endswith(": missing"))]
     if problems:

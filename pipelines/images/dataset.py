@@ -21,7 +21,7 @@ from torch import Tensor
 from ..config import UserError, is_first_process
 from ..shuffling.epochs import samples_of
 from .augment import augment_images
-from .bad_images import Report, append_report
+from .bad import Report, append_report
 from .base import WORKERS, DataConfig, Rows
 from .decoding import Decoded, try_decode
 

@@ -18,7 +18,7 @@ from tqdm import tqdm
 from tokenizer.files.errors import LimitError, PathError, PipelineLoadError
 from tokenizer.files.reading import opened
 
-from .bad_images import Problem, Report
+from .bad import Problem, Report
 from .base import MAX_FILE, WORKERS, Payload, Rows, show_progress
 from .stamps import FileChanged, KnownFile, Stamp, require_stamp, stamp_at
 

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from ..config import UserError
 from ..shuffling.hashing import splitmix64
 from ..shuffling.shards import drawn_by_blocks
-from .bad_images import judge
+from .bad import judge
 from .base import DataConfig, Rows, SplitRows
 from .dataset import ImageDataset, Splits
 from .decoding import decode_all

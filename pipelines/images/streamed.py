@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..config import UserError, is_first_process
 from ..shuffling.shards import ShardOrder, blocks_among
-from .bad_images import Problem, Report, listed
+from .bad import Problem, Report, listed
 from .base import DataConfig, Rows
 from .dataset import ImageDataset, Indices
 from .decoding import Decoded

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -18,19 +18,22 @@ from torch import Tensor, nn
 
 from tokenizer.quantizers.codebook import Codebook, rows_of, world_size
 
-from .charts import RED, Panel, bars, curves, histogram, number, page
+from .charts import GAP, RED, bars, charts_in_row, curves, histogram, legend, page, three_digits
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 DECAY = 0.99  # of the running counts, at each batch
 WINDOW = 100  # batches that these counts amount to, 1 / (1 - DECAY)
 RARE, MISSED = 0.05, 3.0  # a code of so small a share of the mean use would have been seen so many times
 LEAST = 10  # batches without it, for a code to count as dead
 SEARCHED, HELD = 1 << 25, 1 << 20  # distances computed at most, to the nearest other codes, and of these at a time
-PANEL = (400, 270)
+WIDTH, HEIGHT = 400, 270  # of a chart, in pixels
 
 
 class CodebookUse(nn.Module):
     """Counts of the tokens of all ranks. All state is in buffers, alike on all ranks; it is saved with a run's state so
-    that a resumed run goes on counting. A batch is what `observe` is given, with accumulation a micro-batch.
+    that a resumed run goes on counting. A batch is that of a step: all that `observe` was given before `finish_step`.
 
     uses: `(levels, vocab_size)`, how often each id occurred, decayed by 0.99 at each batch: mostly the last 100.
     last_used: `(levels, vocab_size)`, the number of the batch, from 1, in which an id last occurred; 0 for none.
@@ -46,12 +49,22 @@ class CodebookUse(nn.Module):
         self.register_buffer("uses", torch.zeros(levels, vocab_size))  # float32: some devices have no doubles
         self.register_buffer("last_used", torch.zeros(levels, vocab_size, dtype=torch.long))
         self.register_buffer("steps", torch.zeros((), dtype=torch.long))
+        self.observed: Tensor | None = None  # counts of this rank, in this step
 
     @torch.no_grad()
-    def observe(self, tokens: Tensor) -> Tensor:
-        """Count this rank's `tokens` (B, *grid), with levels as rows; all ranks have to call it. Returns how often each
-        id occurred in the batch of all ranks, `(vocab_size,)` int64, all levels together."""
+    def observe(self, tokens: Tensor) -> None:
+        """Note this rank's `tokens` (B, *grid), with levels as rows, for `finish_step` to count."""
         counts = count_tokens(tokens, *self.uses.shape)
+        self.observed = counts if self.observed is None else self.observed + counts
+
+    @torch.no_grad()
+    def finish_step(self, taken: bool = True) -> Tensor | None:
+        """Count what was observed since the last call; all ranks have to call it. Returns how often each id occurred in
+        the batch of all ranks, `(vocab_size,)` int64, all levels together; None where nothing was observed, or the
+        step was not taken, which forgets it."""
+        counts, self.observed = self.observed, None
+        if counts is None or not taken:
+            return None
         if world_size() > 1:
             dist.all_reduce(counts)
         here = counts.to(self.uses.device)
@@ -96,18 +109,19 @@ class CodebookUse(nn.Module):
         figures, uses = self.figures(), self.uses.cpu().double()
         dead = self.dead().cpu()
         alive = (uses / uses.mean().clamp(min=1e-9)).masked_fill(dead, 0).numpy()
-        panels = [
-            partial(usage_panel, alive, int(dead.sum()), low=1e-3, unit="x mean use", word="dead"),
-            partial(age_panel, self.ages().cpu(), float(self.patience())),
+        charts = [
+            partial(draw_usage, uses=alive, useless=int(dead.sum()), low=1e-3, unit="x mean use", word="dead"),
+            partial(draw_ages, ages=self.ages().cpu(), patience=float(self.patience())),
         ]
-        distances = code_distances(tokenizer, images)
-        panels += [partial(distance_panel, distances)] if distances else []
+        if distances := code_distances(tokenizer, images):
+            charts.append(partial(draw_distances, distances=distances))
         title = f"Codebook after {int(self.steps):,} batches"
         lines = [
             f"{figures['usage']:.1%} of {self.uses.numel():,} codes used in the last {WINDOW} batches, "
             f"perplexity {figures['perplexity']:.1f}, {figures['dead']:,.0f} dead"
         ]
-        return page(title, lines, [[panel(PANEL).image for panel in panels]])
+        width = len(charts) * (WIDTH + GAP) - GAP
+        return page(title, lines, [charts_in_row(charts, width, HEIGHT)])
 
 
 def count_tokens(tokens: Tensor, levels: int, vocab_size: int) -> Tensor:
@@ -149,47 +163,42 @@ def nearest_other(codes: Tensor) -> Tensor:
     return torch.cat(found)
 
 
-# panels -------------------------------------------------------------------------------------------
+# charts -------------------------------------------------------------------------------------------
 
 
-def usage_panel(uses: np.ndarray, useless: int, size: tuple[int, int], *, low: float, unit: str, word: str) -> Panel:
+def draw_usage(axes: Axes, uses: np.ndarray, useless: int, *, low: float, unit: str, word: str) -> None:
     """Codes sorted by use, `uses` (levels, V), on a logarithmic axis from `low`; the `useless` ones are a red field."""
     ordered, mean = -np.sort(-uses, axis=1), float(uses.mean())
-    series = {f"level {n + 1}": values for n, values in enumerate(ordered)}
-    panel = curves(
+    curves(
+        axes,
         "How often each code is used",
-        series,
-        size,
+        {f"level {n + 1}": values for n, values in enumerate(ordered)},
         labels=("codes, most used first", unit),
         low=low,
         level=(mean, "mean") if mean > low else None,
     )
     if len(uses) == 1 and useless:
-        left = panel.column(uses.size - useless)
-        panel.draw.rectangle((left, panel.top, panel.right, panel.bottom - 1), (*RED, 48))
-        panel.legend({f"{useless:,} of {uses.size:,} {word}": RED})
-    return panel
+        axes.axvspan(uses.size - useless, uses.size, color=RED, alpha=0.19, linewidth=0)
+        legend(axes, {f"{useless:,} of {uses.size:,} {word}": RED})
 
 
-def age_panel(ages: Tensor, patience: float, size: tuple[int, int]) -> Panel:
+def draw_ages(axes: Axes, ages: Tensor, patience: float) -> None:
     """Codes by the batches since they were last used, in ranges that double; the dead ones are red."""
     last = int(ages.max()).bit_length()
     ranges = torch.frexp(ages.double()).exponent.long()  # binary digits: age 0; 1; 2 to 3; 4 to 7; ...
-    names = ["0", "1", *(f"{number(2**n)}+" for n in range(1, last))][: last + 1]
+    names = ["0", "1", *(f"{three_digits(2**n)}+" for n in range(1, last))][: last + 1]
     all_of, dead_of = (
         torch.bincount(part.flatten(), minlength=last + 1).tolist() for part in (ranges, ranges[ages > patience])
     )
     values = dict(zip(names, map(float, all_of), strict=False))
     marked = dict(zip(names, map(float, dead_of), strict=False))
-    title = "How long ago each code was used"
-    panel = bars(title, values, size, labels=("batches since then", "codes"), marked=marked)
+    bars(axes, "How long ago each code was used", values, labels=("batches since then", "codes"), marked=marked)
     if math.isfinite(patience):
-        panel.legend({f"dead: over {patience:,.0f} batches": RED})
-    return panel
+        legend(axes, {f"dead: over {patience:,.0f} batches": RED})
 
 
-def distance_panel(distances: dict[str, np.ndarray], size: tuple[int, int]) -> Panel:
+def draw_distances(axes: Axes, distances: dict[str, np.ndarray]) -> None:
     """Histograms of distances by name."""
     title = "How far apart vectors and codes lie" if len(distances) > 1 else "How far apart codes lie"
     label = "Euclidean distance" if len(distances) > 1 else "distance to the nearest other code"
-    return histogram(title, distances, size, label=label)
+    histogram(axes, title, distances, label=label)

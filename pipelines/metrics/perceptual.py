@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import hashlib
 import os
+import socket
 import sys
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager
 from http.client import HTTPException
 from importlib.util import find_spec
 from pathlib import Path
 from urllib.error import HTTPError
-from urllib.request import urlopen
 
 import torch
 import torch.nn.functional as F
@@ -89,13 +90,14 @@ def as_seen(images: Tensor) -> Tensor:
 
 def weights_file(net: str) -> Path:
     """The file with the weights of backbone `net`, where torchvision looks for it, fetched if it is not there yet.
-    Raises `UserError` if it is not to be had, and for a damaged or another file."""
+    Raises `UserError` if it cannot be had, and for a damaged or another file."""
     url, expected = WEIGHTS[net]
     path = Path(torch.hub.get_dir()) / "checkpoints" / url.rpartition("/")[2]
-    if not os.path.isfile(path):  # False also where the folder can not be looked into
+    if not os.path.isfile(path):  # False also where the folder cannot be looked into
         fetch(url, path, expected)
     try:
-        found = sha256_of(path)
+        with path.open("rb") as file:
+            found = hashlib.file_digest(file, "sha256").hexdigest()
     except OSError as error:
         raise UserError(f"perceptual: {path} can not be read ({error.strerror or error})") from error
     if found != expected:
@@ -112,48 +114,32 @@ def fetch(url: str, path: Path, expected: str) -> None:
     if constants.HF_HUB_OFFLINE:
         raise UserError(f"perceptual: {path.name} is missing, and HF_HUB_OFFLINE forbids to fetch it; {place}")
     print(f"perceptual: fetching {url}", file=sys.stderr, flush=True)
-    temporary = path.with_name(f".tmp-{os.getpid()}-{path.name}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        download(url, temporary)
-        if sha256_of(temporary) != expected:
-            raise OSError("what came is not that file")
-        temporary.replace(path)
-    except (OSError, HTTPException) as error:
+        with patience(PATIENCE):
+            torch.hub.download_url_to_file(url, str(path), hash_prefix=expected, progress=sys.stderr.isatty())
+    except (OSError, HTTPException, RuntimeError) as error:
         raise UserError(
             f"perceptual: {path.name} is missing and could not be fetched ({reason_of(error)}); {place}"
         ) from error
+
+
+@contextmanager
+def patience(seconds: float) -> Iterator[None]:
+    """In here a socket gives up on a host that is silent for so long; torch hub has no argument for it."""
+    before = socket.getdefaulttimeout()
+    socket.setdefaulttimeout(seconds)
+    try:
+        yield
     finally:
-        with suppress(OSError):
-            temporary.unlink(missing_ok=True)
-
-
-def download(url: str, path: Path) -> None:
-    """The bytes of `url` into a new file, with a bar on a terminal."""
-    from tqdm import tqdm
-
-    with (
-        urlopen(url, timeout=PATIENCE) as answer,
-        path.open("wb") as file,
-        tqdm(total=answer.length, unit="B", unit_scale=True, disable=None, leave=False) as bar,
-    ):
-        while part := answer.read(1 << 20):
-            file.write(part)
-            bar.update(len(part))
+        socket.setdefaulttimeout(before)
 
 
 def reason_of(error: Exception) -> str:
     """Why a download failed, in a few words on one line."""
     if isinstance(error, HTTPError):
         return f"the server says {error.code}"
+    if isinstance(error, RuntimeError):  # torch hub's for another sha256
+        return "what came is not that file"
     cause = getattr(error, "reason", error)
     return str(getattr(cause, "strerror", None) or cause or type(cause).__name__).splitlines()[0]
-
-
-def sha256_of(path: Path) -> str:
-    """Hexadecimal digits of the sha256 of a file."""
-    state = hashlib.sha256()
-    with path.open("rb") as file:
-        while part := file.read(1 << 20):
-            state.update(part)
-    return state.hexdigest()

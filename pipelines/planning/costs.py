@@ -266,8 +266,6 @@ def tokenizer_turn(recipe: Recipe, count: int, bf16: bool) -> Turn:
                 loss = loss + adversary.tokenizer_term(output.images, loss, model.last_layer, LATE)[0]
             yield "critic", grown()
         loss.backward()
-        if adversary is not None:
-            adversary._shown.clear()
 
     return take(parts, [p for module in recipe.modules for p in module.parameters()])
 
@@ -280,9 +278,9 @@ def critic_turn(recipe: Recipe, count: int, bf16: bool) -> Turn:
 
     def parts(ledger: Ledger) -> Parts:
         images = torch.zeros(count, *recipe.tokenizer.image_shape)
-        adversary._shown.append(torch.zeros_like(images))
+        reconstructions = torch.zeros_like(images)
         with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
-            loss, _ = adversary.critic_term(adversary.critic, images)
+            loss, _ = adversary.critic_term(adversary.critic, images, reconstructions)
         yield "activations", ledger.now
         loss.backward()
 

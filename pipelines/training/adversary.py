@@ -12,7 +12,7 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from tokenizer.critic import LOSSES, PatchCritic, adaptive_weight, adversarial_factor, critic_trains, lecam
+from tokenizer.critic import CRITIC_LOSSES, GENERATOR_LOSSES, PatchCritic, adaptive_weight, lecam
 
 from ..config import Config
 
@@ -51,35 +51,39 @@ class Adversary:
 
     def __init__(self, config: CriticConfig, critic: PatchCritic) -> None:
         self.config, self.critic = config, critic
-        self.losses = LOSSES[config.loss]
-        self._shown: list[Tensor] = []
 
     def plays(self, step: int) -> bool:
         """Whether the critic learns in this step."""
-        return critic_trains(step, self.config.start)
+        return step >= self.config.start
+
+    def share(self, step: int) -> float:
+        """Of `weight` with which the critic is heard in this step, in [0, 1]: 0 until it has been trained for `warmup`
+        steps; then it grows evenly and is 1 from the `ramp`-th step on."""
+        since = step - self.config.start - self.config.warmup
+        return min(1.0, (since + 1) / max(1, self.config.ramp)) if since >= 0 else 0.0
 
     def tokenizer_term(
         self, reconstruction: Tensor, other_losses: Tensor, last_layer: nn.Parameter, step: int
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """What the critic adds to the tokenizer's loss, a scalar, and its parts to log; keeps the reconstructions
-        `(B, C, H, W)` for the critic's turn, whose images then are those of this very pass."""
-        if self.plays(step):
-            self._shown.append(reconstruction.detach())
-        share = adversarial_factor(step, self.config.start, self.config.warmup, self.config.ramp)
+        """What the critic says of a reconstruction `(B, C, H, W)`: a scalar that is added to the tokenizer's loss, and
+        its parts to log."""
+        share = self.share(step)
         if share == 0:
             return other_losses.new_zeros(()), {}
-        adversarial = self.losses.generator(self.critic(reconstruction))
+        adversarial = GENERATOR_LOSSES[self.config.loss](self.critic(reconstruction))
         weight = other_losses.new_tensor(self.config.weight * share)
         if self.config.adaptive:
             weight = weight * adaptive_weight(other_losses, adversarial, last_layer)
         return weight * adversarial, {"adversarial": adversarial, "adversarial_weight": weight}
 
-    def critic_term(self, critic: nn.Module, images: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    def critic_term(
+        self, critic: nn.Module, images: Tensor, reconstructions: Tensor
+    ) -> tuple[Tensor, dict[str, Tensor]]:
         """The critic's loss, a scalar, and what to log, on images `(B, C, H, W)` and the reconstructions of them that
         the tokenizer's turn made. One pass for both: DDP may not be called twice before a gradient."""
-        fakes = self._shown.pop(0)
-        real, fake = critic(torch.cat([images.to(fakes.dtype), fakes])).float().chunk(2)
-        loss = self.losses.critic(real, fake)
+        both = torch.cat([images.to(reconstructions.dtype), reconstructions])
+        real, fake = critic(both).float().chunk(2)
+        loss = CRITIC_LOSSES[self.config.loss](real, fake)
         terms = {
             "critic": loss,
             "real_logits": real.mean(),
@@ -87,7 +91,7 @@ class Adversary:
             "accuracy": ((real > 0).float().mean() + (fake < 0).float().mean()) / 2,
         }
         if self.config.lecam:
-            self.critic.track(real.detach(), fake.detach())  # first, as the means begin at 0
-            terms["lecam"] = lecam(real, fake, self.critic.real_mean, self.critic.fake_mean)
+            means = self.critic.track(real.detach(), fake.detach())  # with these, as they begin at 0
+            terms["lecam"] = lecam(real, fake, *means)
             loss = loss + self.config.lecam * terms["lecam"]
         return loss, terms

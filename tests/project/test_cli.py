@@ -311,7 +311,7 @@ def test_help_shows_every_key_with_a_sentence(verb, capsys):
 
 @pytest.mark.parametrize("verb", VERBS)
 def test_verbs_describe_themselves(verb):
-    path = Path(sys.modules["pipelines"].__file__).parent / f"{module_of(verb)}.py"
+    path = Path(sys.modules["pipelines"].__file__).parent / f"{module_of(verb).replace('.', '/')}.py"
     assert len((ast.get_docstring(ast.parse(path.read_text())) or "").split("\n")[0]) > 20
 
 
@@ -343,7 +343,7 @@ def test_unknown_verb_lists_what_there_is(capsys):
 PRINTING = [
     ["pipelines", "--help"],
     ["pipelines.train_tokenizer", "--help"],  # more than is buffered
-    ["pipelines.verify", "folder={world}/run/pipeline"],
+    ["pipelines.commands.verify", "folder={world}/run/pipeline"],
 ]
 
 
@@ -370,7 +370,9 @@ def test_a_reader_that_stops_does_not_hide_what_went_wrong(world):
 
 def test_another_broken_pipe_is_no_end_of_reading():
     """One of a connection's, with a stdout that is read, keeps its traceback."""
-    code = "from pipelines.config import at_a_shell\nwith at_a_shell():\n    raise BrokenPipeError('a connection')"
+    code = (
+        "from pipelines.config.command import at_a_shell\nwith at_a_shell():\n    raise BrokenPipeError('a connection')"
+    )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
     assert result.returncode == 1 and "BrokenPipeError: a connection" in result.stderr
 

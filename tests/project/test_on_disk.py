@@ -268,6 +268,16 @@ def test_stream(name, tmp_path):
         assert int(np.abs(found[key].astype(int) - pixels.astype(int)).max()) <= most
 
 
+def test_a_stream_of_version_1_says_what_reads_it(tmp_path, capsys):
+    """Its checksums are others. The command tells so in one line, and writes nothing."""
+    path, pipeline = FOLDER / "older" / "stream-version-1.smalti", FOLDER / "pipelines" / "gpt"
+    with pytest.raises(SystemExit) as exit_:
+        smalti(tmp_path, "decompress", f"pipeline={pipeline}", f"stream={path}", "out=out", "device=cpu")
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert exit_.value.code == 2 and "version 1, which only smalti 0.1 reads" in line
+    assert not list(tmp_path.iterdir())
+
+
 # Presets
 
 

@@ -1,62 +1,160 @@
-"""The README's code runs, its commands exist, and its file tree is the tree."""
+"""What the pages say is so: their code runs, their commands exist, and so do the files and links that they name."""
 
+from __future__ import annotations
+
+import contextlib
+import io
+import pkgutil
 import re
 import shlex
+import tomllib
+from functools import cache
 from pathlib import Path
+from types import CodeType
+from typing import Any
 
 import pytest
 import torch
 from small import make_prior, make_tokenizer
 
 from pipelines import ImagePipeline
-from pipelines.__main__ import main
+from pipelines.__main__ import main, verbs
+from pipelines.tokens import TokenDataset, TokenSplit
 from prior import Prior
-from tokenizer import TokenGrid
+from tokenizer import TokenGrid, Tokenizer
+from tokenizer.quantizers import Quantizer
 
 ROOT = Path(__file__).parents[2]
-README = (ROOT / "README.md").read_text()
+PACKAGES = ("tokenizer", "prior", "pipelines")
+STEPS = ("train_tokenizer", "encode", "train_prior", "generate", "evaluate")
+PAGES = {
+    path.relative_to(ROOT).as_posix(): path.read_text(encoding="utf-8")
+    for path in [
+        *(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")),
+        *sorted((ROOT / "docs").glob("*.md")),
+    ]
+}
+README = PAGES["README.md"]
+FENCE = re.compile(r"^```(\w+)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
+every_page = pytest.mark.parametrize("page", PAGES)
+
+# What docs/extending.md adds: the file that a block would be, its family, the name that it registers.
+EXAMPLES: dict[str, tuple[Any, str]] = {
+    "prior/unigram.py": (Prior, "unigram"),
+    "tokenizer/quantizers/frozen.py": (Quantizer, "frozen"),
+    "tokenizer/mosaic.py": (Tokenizer, "mosaic"),
+}
 
 
-def blocks(language: str) -> list[str]:
-    return re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL)
+def blocks(page: str, language: str) -> list[str]:
+    """The fenced blocks of a language, in order."""
+    return [code for kind, code in FENCE.findall(PAGES[page]) if kind == language]
 
 
-COMMANDS = [
-    line.partition(" #")[0].strip()
-    for block in blocks("sh")
-    for line in block.splitlines()
-    if line.strip() and not line.startswith("#")
-]
+@cache
+def prose(page: str) -> str:
+    """The page without its fenced blocks."""
+    return FENCE.sub("", PAGES[page])
 
 
-def test_the_pipeline_code_runs(tmp_path, monkeypatch):
+@cache
+def spans(page: str) -> list[str]:
+    """What stands between backticks in the prose, line breaks as spaces."""
+    return [" ".join(span.split()) for span in re.findall(r"`([^`]+)`", prose(page))]
+
+
+def is_whole(command: str) -> bool:
+    """Whether nothing of a command is left open, as in `smalti VERB ...`."""
+    return not re.search(r"\.\.\.|\b[A-Z]{3,}\b", command)
+
+
+def test_each_kind_of_block_is_known():
+    """A block of another language would be checked by nothing."""
+    for page in PAGES:
+        assert {kind for kind, _ in FENCE.findall(PAGES[page])} <= {"sh", "python", "text"}, page
+        assert PAGES[page].count("```") == 2 * len(FENCE.findall(PAGES[page])), page
+
+
+def test_the_readme_is_short():
+    assert len(README.splitlines()) <= 260
+    assert len(README.encode()) <= 18 * 1024
+
+
+def test_figures_of_the_readme_are_those_of_the_results():
+    table = README[README.index("## Results") : README.index("## What lies where")]
+    figures = re.findall(
+        r"(?<![\w.])\d*\.\d+", "\n".join(row.split("|")[3] for row in table.splitlines() if row[:1] == "|")
+    )
+    assert len(figures) >= 20
+    results = set(re.findall(r"(?<![\w.])\d*\.\d+", PAGES["docs/results.md"]))
+    assert set(figures) <= results, set(figures) - results
+
+
+# Code
+
+
+def compiled(code: str, name: str) -> CodeType:
+    """As a file of its own: what this one imports from `__future__` is none of its business."""
+    return compile(code, name, "exec", dont_inherit=True)
+
+
+@pytest.fixture
+def runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder to work in, with what the pages take to be there: pipelines and a token dataset, untrained."""
     tokenizer = make_tokenizer("vqvae", (28, 28), 1, quantizer={"kind": "fsq", "levels": (4, 4, 4)})
     for name in ("gpt", "gpt_any_order"):
         prior = make_prior("gpt", shape=(7, 7), vocab_size=64, num_classes=10, any_order=name == "gpt_any_order")
         pipeline = ImagePipeline(tokenizer, prior, labels=[str(digit) for digit in range(10)])
         pipeline.save_pretrained(tmp_path / f"runs/{name}_digits/pipeline")
+    split = TokenSplit(torch.zeros(4, 7, 7, dtype=torch.uint8), torch.zeros(4, dtype=torch.int64))
+    dataset = TokenDataset(tokenizer.grid, ["zero"], {"train": split}, tokenizer, {})
+    dataset.save(tmp_path / "runs/digits_tokens")
     monkeypatch.chdir(tmp_path)
-    code = [block for block in blocks("python") if "pipe" in block]
-    assert len(code) == 4
-    exec("\n".join(code), names := {})
-    assert Path("three.png").stat().st_size > 0 and Path("my-pipeline/model_index.json").is_file()
-    assert len(names["out"].images) == 4 and names["tokens"].shape == (4, 7, 7)
-    assert names["digits"].shape == (4, 1, 28, 28)
+    return tmp_path
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if blocks(page, "python") and page != "docs/extending.md"])
+def test_the_code_of_a_page_runs(page, runs):
+    """All blocks of a page in order, in one session."""
+    names: dict[str, Any] = {}
+    for code in blocks(page, "python"):
+        exec(compiled(code, page), names)
+    if "pipe.save_pretrained" in PAGES[page]:
+        assert Path("three.png").stat().st_size > 0 and Path("my-pipeline/model_index.json").is_file()
+        assert len(names["out"].images) == 4 and names["tokens"].shape == (4, 7, 7)
+    if "digits =" in PAGES[page]:
+        assert names["digits"].shape == (4, 1, 28, 28)
+
+
+def test_there_is_code():
+    assert {"README.md", "docs/guide.md", "docs/density.md", "docs/data.md", "docs/extending.md"} <= {
+        page for page in PAGES if blocks(page, "python")
+    }
 
 
 def test_the_anomalies_of_the_example_are_looked_for_in_real_images():
     """Samples are always found strange, which would look as if the score did not work."""
-    scored = re.findall(r"pipe\.(?:anomaly_score|anomaly_map|heal)\((\w+)", "\n".join(blocks("python")))
+    code = "\n".join(blocks("docs/density.md", "python"))
+    scored = re.findall(r"pipe\.(?:anomaly_score|anomaly_map|heal)\((\w+)", code)
     assert len(scored) >= 4 and set(scored) == {"digits"}
-    assert "digits = held_out.pixels(" in README and "pipe.calibrate(held_out.pixels(" in README
+    assert "digits = held_out.pixels(" in code and "pipe.calibrate(held_out.pixels(" in code
 
 
-def test_the_one_file_model_is_a_prior(monkeypatch):
-    """It joins the family, and keeps the family's first promises: sums to one, samples what it says."""
-    monkeypatch.setattr(Prior, "_members", dict(Prior._members))
-    (code,) = (block for block in blocks("python") if "class Unigram" in block)
-    exec(code, {"__name__": "prior.unigram"})
-    assert "unigram" in Prior.available()
+@pytest.fixture
+def joined(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The models of docs/extending.md join their families, each as if it were the file that the page names."""
+    page = PAGES["docs/extending.md"]
+    assert len(blocks("docs/extending.md", "python")) == len(EXAMPLES)
+    for (path, (family, name)), code in zip(EXAMPLES.items(), blocks("docs/extending.md", "python"), strict=True):
+        assert f"`{path}`" in page[: page.index(code)] and not (ROOT / path).exists()
+        assert name not in family.available()
+        monkeypatch.setattr(family, "_members", dict(family._members))
+        exec(compiled(code, path), {"__name__": path.removesuffix(".py").replace("/", ".")})
+        assert name in family.available()
+
+
+def test_the_prior_in_one_file_is_a_prior(joined):
+    """It keeps the family's first promises: sums to one, samples what it says."""
     model = Prior.create("unigram", grid=TokenGrid((1, 2), 3))
     grids = torch.cartesian_prod(torch.arange(3), torch.arange(3)).reshape(-1, 1, 2)
     assert float(model.log_prob(grids).detach().exp().sum()) == pytest.approx(1, abs=1e-6)
@@ -65,50 +163,231 @@ def test_the_one_file_model_is_a_prior(monkeypatch):
         Prior.create("unigram", grid=TokenGrid((1, 2), 3), scale=0)
 
 
+def test_the_quantizer_in_one_file_is_a_quantizer(joined):
+    """What it says of vectors is what it looks up, and gradients pass; a `vqvae` takes it."""
+    quantizer = Quantizer.create("frozen", codes=16, dim=4)
+    z = torch.randn(2, 4, 3, 5, requires_grad=True)
+    z_q, tokens, losses = quantizer.quantize(z)
+    assert torch.equal(z_q, quantizer.lookup(tokens)) and set(losses) == set(quantizer.loss_weights)
+    z_q.square().sum().backward()
+    assert (z.grad.abs().sum((0, 2, 3)) > 0).all()
+    model = make_tokenizer("vqvae", quantizer={"kind": "frozen", "codes": 16, "dim": 4})
+    assert model.encode(torch.zeros(1, *model.image_shape)).shape == (1, *model.grid.shape)
+
+
+def test_the_tokenizer_in_one_file_is_a_tokenizer(joined):
+    """Both routes agree, and what it draws it finds again."""
+    model = Tokenizer.create("mosaic", image_size=(8, 12), channels=3)
+    images = torch.rand(2, 3, 8, 12) * 2 - 1
+    output = model(images)
+    assert output.tokens.shape == (2, 2, 3) and torch.equal(model.encode(images), output.tokens)
+    assert output.images.shape == images.shape and output.images.abs().max() <= 1
+    assert torch.equal(model.decode(output.tokens), output.images)
+    assert torch.equal(model.encode(output.images), output.tokens)
+
+
+# Commands
+
+
+def commands(page: str) -> list[str]:
+    """The lines of the page's shell blocks, without what explains them."""
+    lines = [line for block in blocks(page, "sh") for line in block.splitlines()]
+    return [line.partition(" #")[0].strip() for line in lines if line.strip() and not line.startswith("#")]
+
+
+def inline_commands(page: str) -> list[str]:
+    """The commands that the page's prose names."""
+    return [span for span in spans(page) if re.match(r"(smalti|accelerate launch|make|python|pytest|pip) ", span)]
+
+
+# Each once, with the first page that has it.
+COMMANDS = {command: page for page in reversed(PAGES) for command in commands(page)}
+INLINE = {command: page for page in reversed(PAGES) for command in inline_commands(page)}
+
+
 def test_there_are_commands():
-    assert len(COMMANDS) >= 12
+    assert len(commands("README.md")) >= 10 and len(COMMANDS) >= 40 and len(INLINE) >= 25
+
+
+@cache
+def requirements() -> dict[str, Any]:
+    return tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+
+
+def check_words(words: list[str]) -> None:
+    """That a command of neither `smalti` nor `accelerate` can be given in the repository."""
+    if words[0] == "make":
+        assert re.search(rf"^{words[1]}:", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    elif words[0] == "python":
+        path = ROOT / words[1]
+        assert path.is_file()
+        text = path.read_text(encoding="utf-8")
+        for option in words[2:]:
+            assert re.search(rf"\b{option.partition('=')[0]}\b", text), f"{option} is no option of {words[1]}"
+    elif words[0] == "pytest":
+        paths = [word for word in words[1:] if "/" in word]
+        assert paths and all((ROOT / path).exists() for path in paths)
+    else:
+        assert words[0] == "pip" and words[1] in ("install", "wheel")
+        extras = re.findall(r"\[(\w+)\]", " ".join(words))
+        assert set(extras) <= set(requirements())
+
+
+def verb_of(words: list[str]) -> tuple[str, list[str]]:
+    """The verb of a command of `smalti` or `accelerate launch`, and what it is given; the launcher's options exist."""
+    if words[0] == "smalti":
+        return words[1], words[2:]
+    from accelerate.commands.launch import launch_command_parser
+
+    at = words.index("-m")
+    options = launch_command_parser().parse_args(words[2 : at + 2])
+    assert options.config_file is None or Path(options.config_file).is_file()
+    package, _, step = words[at + 1].partition(".")
+    assert package == "pipelines" and step in STEPS
+    return step, words[at + 2 :]
 
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_every_command_is_understood(command, monkeypatch, capsys):
     """Verbs, keys, values, files and launch options exist: `make demo` runs those of the digits for real."""
     monkeypatch.chdir(ROOT)
-    words = [word for word in shlex.split(command) if not re.fullmatch(r"[A-Z_]+=\w+", word)]
-    if words[0] == "make":
-        assert re.search(rf"^{words[1]}:", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    words = [word for word in shlex.split(command) if not re.fullmatch(r"[A-Z_]+=\S+", word)]
+    if words[0] not in ("smalti", "accelerate"):
+        check_words(words)
         return
-    if words[0] == "accelerate":
-        at = words.index("-m")
-        from accelerate.commands.launch import launch_command_parser
-
-        options = launch_command_parser().parse_args([*words[2 : at + 2]])
-        assert options.config_file is None or Path(options.config_file).is_file()
-        verb, arguments = words[at + 1].removeprefix("pipelines."), words[at + 2 :]
-    else:
-        assert words[0] == "smalti"
-        verb, arguments = words[1], words[2:]
+    verb, arguments = verb_of(words)
     with pytest.raises(SystemExit) as ended:
         main([verb, *arguments, "--dry-run"])
     assert not ended.value.code, capsys.readouterr().err
 
 
-def test_every_file_is_in_the_tree():
-    tree = README[README.index("## What lies where") : README.index("## On disk")]
-    package, named = "", set()
+@pytest.fixture(scope="module")
+def keys() -> dict[str, str]:
+    """The help page of each verb, which names all of its keys."""
+    found = {}
+    for verb in verbs():
+        with contextlib.redirect_stdout(io.StringIO()) as page, pytest.raises(SystemExit):
+            main([verb, "--help"])
+        found[verb] = page.getvalue()
+    return found
+
+
+def is_key(key: str, page: str) -> bool:
+    """Whether a help page has a line for `key`, or for what is below it."""
+    return re.search(rf"^  {re.escape(key)}(\.| |$)", page, re.MULTILINE) is not None
+
+
+@pytest.mark.parametrize("command", INLINE)
+def test_every_command_in_a_sentence_is_understood(command, keys):
+    """It may leave out what is required; what it has is there."""
+    words = shlex.split(command)
+    if words[0] == "accelerate" or words[:2] == ["python", "-m"]:
+        launched = words[words.index("-m") + 1] if "-m" in words else "..."
+        assert launched in ("...", "pipelines.STEP", *(f"pipelines.{step}" for step in STEPS))
+    elif words[0] != "smalti":
+        check_words([word for word in words if is_whole(word)])
+    elif words[1] != "VERB" and not words[1].startswith("-"):
+        assert words[1] in verbs()
+        for argument in words[2:]:
+            key = argument.partition("=")[0]
+            assert argument == "..." or key.startswith("--") or is_key(key, keys[words[1]]), argument
+
+
+def test_every_setting_that_is_named_exists(keys):
+    """`train.steps`, `data.source=folder`: of one verb or another."""
+    setting = re.compile(r"((?:train|data|track|model|critic|loss)\.(?!safetensors)[a-z_.0-9]+)(=.*)?")
+    words = {(page, word) for page in PAGES for span in spans(page) for word in span.split()}
+    named = {(page, found[1]) for page, word in words if (found := setting.fullmatch(word))}
+    assert len(named) >= 40
+    for page, name in named:
+        assert any(is_key(name, help_page) for help_page in keys.values()), f"{page}: {name}"
+
+
+def test_every_verb_is_named_in_the_readme():
+    named = set(re.findall(r"\w+", " ".join([*spans("README.md"), *commands("README.md")])))
+    assert set(verbs()) <= named
+
+
+# Files, modules, links
+
+
+def test_every_folder_is_in_the_tree():
+    """With a sentence each; files need not be, but the five steps are."""
+    (tree,) = (block for block in blocks("README.md", "text") if "stage one" in block)
+    named, above = {}, []
     for line in tree.splitlines():
-        if found := re.match(r"(\w+)/ ", line):
-            package = found[1]
-        elif found := re.match(r"  (\S+\.py) +\S", line):
-            named.add(f"{package}/{found[1]}")
-    there = {
-        path.relative_to(ROOT).as_posix()
-        for package in ("tokenizer", "prior", "pipelines")
-        for path in (ROOT / package).rglob("*.py")
-        if path.name != "__init__.py"
+        indent, name, sentence = re.fullmatch(r"( *)(\S+) {2,}(\S.*)", line).groups()
+        above = [*above[: len(indent) // 2], name.rstrip("/")]
+        named["/".join(above)] = sentence
+        assert (ROOT / "/".join(above)).exists(), line
+    folders = {
+        path.parent.relative_to(ROOT).as_posix()
+        for package in PACKAGES
+        for path in (ROOT / package).rglob("__init__.py")
     }
-    assert named == there
+    assert folders | {"configs", "benchmarks", "docs", "tests"} <= set(named)
+    assert {f"pipelines/{step}.py" for step in STEPS} <= set(named)
+    assert len(named) <= 32 and all(" " in sentence for sentence in named.values())
 
 
-def test_pictures_and_files_that_are_linked_exist():
-    for target in re.findall(r"\]\(([^)#]+)\)", README):
-        assert target.startswith("http") or (ROOT / target).is_file(), target
+@every_page
+def test_files_that_are_named_exist(page):
+    tops = "|".join([*PACKAGES, "configs", "benchmarks", "docs", "tests"])
+    for span in spans(page):
+        for word in span.split():
+            path = word.partition("::")[0].partition("=")[2] or word.partition("::")[0]
+            if re.fullmatch(rf"({tops})/[\w./*-]*(\.(py|md|yaml|png|txt)|/)", path) and path not in EXAMPLES:
+                assert list(ROOT.glob(path.rstrip("/"))), f"{page}: {path}"
+
+
+@every_page
+def test_modules_that_are_named_exist(page):
+    """And what is in them; not so the modules before the move, in the first column of the changelog's table."""
+    text = re.sub(r"^\| `[\w.]+` \|(?= `)", "", prose(page), flags=re.MULTILINE)
+    for name in re.findall(rf"`((?:{'|'.join(PACKAGES)})\.[\w.]+)`", text):
+        if not name.endswith((".STEP", ".VERB")):
+            pkgutil.resolve_name(name)  # raises what says which part of the name there is not
+
+
+def test_modules_of_the_changelog_have_moved():
+    rows = re.findall(r"^\| `([\w.]+)` \| (`.*) \|$", PAGES["CHANGELOG.md"], re.MULTILINE)
+    assert len(rows) > 80
+    for before, now in rows:
+        assert not (ROOT / f"{before.replace('.', '/')}.py").is_file(), before
+        assert before not in now.replace("`", "").split(", ")
+
+
+def test_the_numbers_of_formats_are_those_of_the_code():
+    rows = re.findall(r"^\| .* \| (\d+) \| `([\w.]+)` \|$", PAGES["docs/formats.md"], re.MULTILINE)
+    assert len(rows) >= 6
+    for number, name in rows:
+        assert pkgutil.resolve_name(name) == int(number), name
+
+
+def anchors(page: str) -> set[str]:
+    """What GitHub calls the headings."""
+    heads = re.findall(r"^#+ (.+)$", prose(page), re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", head.lower()).replace(" ", "-") for head in heads}
+
+
+@every_page
+def test_links_lead_somewhere(page):
+    targets = re.findall(r"\]\(([^)\s]+)\)", prose(page))
+    for target in targets:
+        if target.startswith("http"):
+            continue
+        path, _, anchor = target.partition("#")
+        there = (ROOT / page).parent / path if path else ROOT / page
+        assert there.is_file(), f"{page}: {target}"
+        if anchor:
+            assert anchor in anchors(there.resolve().relative_to(ROOT.resolve()).as_posix()), f"{page}: {target}"
+
+
+def test_every_page_and_picture_can_be_reached():
+    linked = {
+        ((ROOT / page).parent / target.partition("#")[0]).resolve()
+        for page in PAGES
+        for target in re.findall(r"\]\(([^)\s]+)\)", prose(page))
+    }
+    there = [*(ROOT / "docs").rglob("*.md"), *(ROOT / "docs").rglob("*.png"), *map(ROOT.joinpath, PAGES)]
+    assert {path.resolve() for path in there} <= linked

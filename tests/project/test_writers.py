@@ -551,7 +551,7 @@ WRITING = {
     "pipelines/tracking/boards.py": "TensorBoard's files of a run",
     "pipelines/training/heartbeat.py": "the signs of a run's processes",
     "tokenizer/files/claims.py": "the lock of a folder",
-    "pipelines/images/bad_images.py": "the record of a run",
+    "pipelines/images/bad.py": "the record of a run",
     "pipelines/metrics/perceptual.py": "the cache of weights",
     "pipelines/images/shards/reader.py": "the cache of indices",
     "pipelines/tokens/parquet.py": "a dataset, in a folder that is being made",

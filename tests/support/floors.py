@@ -25,7 +25,7 @@ NEWEST = 30  # as far as minor versions of Python are looked for
 
 
 def requirements() -> list[str]:
-    """What is required to run and to test, each as `name>=version`, but for our own extras."""
+    """What is required to run and to test, as `name>=version` or `name[extra]>=version`, but for our own extras."""
     extras = {name: listed for name, listed in PROJECT["optional-dependencies"].items() if name != "benchmarks"}
     listed = [*PROJECT["dependencies"], *(line for lines in extras.values() for line in lines)]
     return list(dict.fromkeys(line for line in listed if not line.startswith(f"{PROJECT['name']}[")))
@@ -35,7 +35,7 @@ def lowest() -> list[str]:
     """The lowest versions as constraints for pip. Raises `ValueError` for a requirement without a lowest version."""
     found = {}
     for requirement in requirements():
-        parts = re.fullmatch(r"([\w.-]+)>=([\d.]+)", requirement)
+        parts = re.fullmatch(r"([\w.-]+)(?:\[\w+\])?>=([\d.]+)", requirement)
         if parts is None:
             raise ValueError(f"pyproject.toml: {requirement}: expected name>=version")
         if found.setdefault(parts[1], parts[2]) != parts[2]:

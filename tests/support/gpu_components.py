@@ -37,6 +37,7 @@ from small import (
     make_prior,
     make_quantizer,
     make_tokenizer,
+    train_on,
 )
 from torch import Tensor
 from torch.testing._internal.distributed.fake_pg import FakeStore
@@ -233,7 +234,7 @@ def play() -> None:
             added, _ = adversary.tokenizer_term(made, loss, last.weight, 5)
         check_gradients(last, loss + added)
         with torch.autocast("cuda", dtype=torch.bfloat16):
-            loss, _ = adversary.critic_term(critic, batch)
+            loss, _ = adversary.critic_term(critic, batch, made.detach())
         check_gradients(critic, loss)
 
 
@@ -379,7 +380,7 @@ def try_ranks(name: str) -> None:
         with patch.multiple(dist, all_reduce=sent, broadcast=sent):
             model = make_quantizer(name).to(CUDA).train()
             for _ in range(12):  # among them one in which dead codes are revived
-                model.quantize(torch.randn(8, model.dim, 4, 4, device=CUDA))
+                train_on(model, torch.randn(8, model.dim, 4, 4, device=CUDA))
     finally:
         dist.destroy_process_group()
 

@@ -9,7 +9,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
+import torch
 from PIL import Image
+
+from pipelines.images import DataConfig, Splits, load_images
+from pipelines.images.shards import tar as tar_shards
+
+KINDS = ["parquet", "tar"]
+CHANGED = "it has changed since the run started; start the run again"
 
 Row = tuple[str, bytes, Any]
 """Key, encoded image, label (None for none)."""
@@ -89,3 +97,37 @@ def write_shards(folder: Path, kind: str, rows: list[Row], shards: int, split: s
         some = [rows[k] for k in part]
         write_tar(path, some, **options) if kind == "tar" else write_parquet(path, some, **options)
     return folder
+
+
+# Read as shards
+
+
+def load(source: Any, **options: Any) -> Splits:
+    """The images of a source, read when they are due."""
+    return load_images(DataConfig(**{"source": str(source), "image_size": 12, "streaming": True, **options}))
+
+
+def identities(pixels: torch.Tensor) -> list[int]:
+    """Which of `rows_of` each image is."""
+    known = {noise(12, 12, seed=k).tobytes(): k for k in range(200)}
+    return [known[image.numpy().tobytes()] for image in pixels]
+
+
+def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a tar: blocks of a few images."""
+    monkeypatch.setattr(tar_shards, "BLOCK_BYTES", 4000)
+
+
+def two_files(folder: Path, kind: str) -> tuple[Path, Path]:
+    """A shard of the images from 0 to 39, and beside it one that has them the other way round."""
+    rows, write = rows_of(40), write_tar if kind == "tar" else write_parquet
+    (folder / "other").mkdir()
+    return write(folder / f"a.{kind}", rows), write(folder / f"other/b.{kind}", rows[::-1])
+
+
+def read_epochs(train: Any, seed: int) -> None:
+    """Read two epochs, all images of which have to be the right ones; and keep nothing of them."""
+    for step in range(9):
+        indices, _ = train.samples(8, seed, step)
+        assert identities(train.pixels(indices)) == train._positions[indices].tolist()
+    train._rows.read.__self__.cache.clear()  # of the last block, which is kept in any case

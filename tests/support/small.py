@@ -3,10 +3,11 @@
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from prior import Prior
 from tokenizer import TokenGrid, Tokenizer
-from tokenizer.quantizers import Quantizer
+from tokenizer.quantizers import Quantized, Quantizer
 
 # Smaller than the defaults, where a model has sizes; a model that is not listed is tested at its defaults.
 SMALL: dict[str, dict[str, Any]] = {
@@ -43,6 +44,13 @@ ORDERS = ["raster", "column", "snake", "spiral_in", "spiral_out", "z_curve", "hi
 def make_quantizer(name: str, **config: Any) -> Quantizer:
     """A small quantizer of the family."""
     return Quantizer.create(name, **{**SMALL.get(name, {}), **config})
+
+
+def train_on(quantizer: Quantizer, z: Tensor) -> Quantized:
+    """A step of training without an optimizer: what moves by itself moves."""
+    quantized = quantizer.quantize(z)
+    quantizer.finish_step()
+    return quantized
 
 
 def make_tokenizer(name: str, image_size: tuple[int, int] = (12, 8), channels: int = 3, **config: Any) -> Tokenizer:

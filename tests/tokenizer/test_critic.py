@@ -1,4 +1,4 @@
-"""The critic: what it sees, what both players minimise, when it has a say, and that two processes agree with one.
+"""The critic: what it sees, what both players minimise, and that two processes agree with one.
 
 What needs two processes runs in two that this file starts of itself (`python test_critic.py FOLDER`).
 """
@@ -22,13 +22,12 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrizations import _SpectralNorm
 
 from tokenizer.critic import (
+    CRITIC_LOSSES,
     DECAY,
-    LOSSES,
+    GENERATOR_LOSSES,
     NORMS,
     PatchCritic,
     adaptive_weight,
-    adversarial_factor,
-    critic_trains,
     hinge_critic_loss,
     hinge_generator_loss,
     lecam,
@@ -37,7 +36,7 @@ from tokenizer.critic import (
 )
 
 ROOT = Path(__file__).parents[2]
-every_loss = pytest.mark.parametrize("kind", LOSSES)
+every_loss = pytest.mark.parametrize("kind", CRITIC_LOSSES)
 every_norm = pytest.mark.parametrize("norm", NORMS)
 
 
@@ -56,6 +55,12 @@ def strokes(count: int, seed: int = 0) -> Tensor:
 def blurred(images: Tensor, seed: int = 1) -> Tensor:
     noise = 0.05 * torch.randn(images.shape, generator=torch.Generator().manual_seed(seed))
     return F.avg_pool2d(images, 3, stride=1, padding=1, count_include_pad=False) + noise
+
+
+def track(critic: PatchCritic, real: Tensor, fake: Tensor) -> None:
+    """A step in which these logits are tracked."""
+    critic.track(real, fake)
+    critic.finish_step()
 
 
 # The network
@@ -169,7 +174,7 @@ def test_what_a_state_dict_holds_is_all_there_is(norm):
     critic, fresh = (PatchCritic(1, width=4, layers=1, norm=norm) for _ in range(2))
     images = torch.randn(2, 1, 12, 12)
     for _ in range(3):
-        critic.track(critic(images), critic(-images))
+        track(critic, critic(images), critic(-images))
     fresh.load_state_dict(critic.state_dict())
     assert torch.equal(fresh(images), critic(images)) and torch.equal(fresh.real_mean, critic.real_mean)
 
@@ -215,10 +220,10 @@ def test_the_arguments_of_the_cross_entropy_stand_the_right_way_round():
 @every_loss
 def test_real_is_to_be_high_and_fake_low(kind):
     real, fake = (torch.linspace(-0.9, 0.9, 7).requires_grad_() for _ in range(2))
-    LOSSES[kind].critic(real, fake).backward()
+    CRITIC_LOSSES[kind](real, fake).backward()
     assert bool((real.grad < 0).all()) and bool((fake.grad > 0).all())
     fake.grad = None
-    LOSSES[kind].generator(fake).backward()
+    GENERATOR_LOSSES[kind](fake).backward()
     assert bool((fake.grad < 0).all())
 
 
@@ -228,7 +233,7 @@ def test_a_generator_step_raises_the_logits_of_fakes(kind):
     with torch.no_grad():
         fake.normal_()
     logits = critic(fake)
-    LOSSES[kind].generator(logits).backward()
+    GENERATOR_LOSSES[kind](logits).backward()
     with torch.no_grad():
         moved = critic(fake - 0.1 * fake.grad)
     assert bool((moved.flatten(1).mean(1) > logits.flatten(1).mean(1)).all())
@@ -250,7 +255,7 @@ def test_a_critic_learns_to_tell_blurred_from_sharp(kind, norm):
     assert ranked() < 0.8
     for step in range(40):
         images = strokes(16, seed=step)
-        loss = LOSSES[kind].critic(critic(images), critic(blurred(images, seed=step)))
+        loss = CRITIC_LOSSES[kind](critic(images), critic(blurred(images, seed=step)))
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -275,12 +280,39 @@ def test_lecam_pulls_each_side_to_the_mean_of_the_other():
 
 def test_running_means_begin_at_the_first_logits():
     critic = PatchCritic(1, width=2, layers=1)
-    critic.track(REAL.requires_grad_(), FAKE)
+    track(critic, REAL.requires_grad_(), FAKE)
     assert float(critic.real_mean) == pytest.approx(0.5) and float(critic.fake_mean) == pytest.approx(-1.75 / 4)
-    critic.track(torch.full((5,), 10.5), torch.zeros(2))
+    track(critic, torch.full((5,), 10.5), torch.zeros(2))
     assert float(critic.real_mean) == pytest.approx(0.5 + (1 - DECAY) * 10, rel=1e-5)
     assert float(critic.fake_mean) == pytest.approx(DECAY * -1.75 / 4, rel=1e-5)
     assert int(critic.tracked) == 2 and not critic.real_mean.requires_grad
+
+
+def test_micro_batches_move_the_running_means_as_their_whole_does():
+    one, two = (PatchCritic(1, width=2, layers=1) for _ in range(2))
+    for step in range(3):
+        real, fake = torch.randn(6, generator=torch.Generator().manual_seed(step)).chunk(2)
+        track(one, torch.cat([real, real + 1]), torch.cat([fake, 2 * fake]))
+        two.track(real, fake)
+        two.track(real + 1, 2 * fake)
+        two.finish_step()
+    torch.testing.assert_close(two.state_dict()["real_mean"], one.real_mean)
+    torch.testing.assert_close(two.state_dict()["fake_mean"], one.fake_mean)
+    assert int(two.tracked) == int(one.tracked) == 3
+
+
+def test_a_step_that_is_not_taken_leaves_no_trace():
+    """Neither in the running means nor in the power iterations, whichever turns the critic was asked in."""
+    critic, images = PatchCritic(1, width=4, layers=1), torch.randn(2, 1, 12, 12)
+    track(critic, critic(images), critic(-images))
+    before = {name: value.clone() for name, value in critic.state_dict().items()}
+    for taken in (False, True):
+        critic(images)
+        critic.track(critic(images), critic(-images) * math.nan if not taken else critic(-images))
+        critic.finish_step(taken)
+        changed = [name for name, value in critic.state_dict().items() if not torch.equal(value, before[name])]
+        assert bool(changed) == taken
+    assert {"real_mean", "fake_mean", "tracked"} < set(changed) and any(name.endswith("_u") for name in changed)
 
 
 # The adaptive weight
@@ -381,23 +413,6 @@ def critic_turn(critic: nn.Module, images: Tensor) -> list[float]:
     return [*first.original.grad.flatten().tolist(), *first[0]._u.tolist()]
 
 
-# When
-
-
-def test_the_onset():
-    start, warmup, ramp = 10, 5, 4
-    assert [step for step in range(30) if critic_trains(step, start)] == list(range(10, 30))
-    factors = [adversarial_factor(step, start, warmup, ramp) for step in range(30)]
-    assert factors[:15] == [0.0] * 15 and factors[15:18] == [0.25, 0.5, 0.75] and factors[18:] == [1.0] * 12
-    trained = [sum(critic_trains(s, start) for s in range(step)) for step in range(30)]
-    assert all(turns >= warmup for turns, factor in zip(trained, factors, strict=True) if factor > 0)
-
-
-@pytest.mark.parametrize("ramp", [0, 1])
-def test_without_a_ramp_it_is_there_at_once(ramp):
-    assert [adversarial_factor(step, 2, 0, ramp) for step in range(4)] == [0.0, 0.0, 1.0, 1.0]
-
-
 # Two processes
 
 
@@ -412,7 +427,7 @@ def one_of_two(folder: Path) -> None:
     weight = adaptive_weight(reconstruction, adversarial, generator[-1].weight)
     (reconstruction + weight * adversarial).backward()
     for _ in range(2):
-        critic.track(critic(mine), critic(-mine))
+        track(critic, critic(mine), critic(-mine))
     means = [float(critic.real_mean), float(critic.fake_mean)]
     wrapped = nn.parallel.DistributedDataParallel(critic.train().requires_grad_(), broadcast_buffers=False)
     found = {
@@ -461,7 +476,7 @@ def test_two_processes_weigh_as_one_does(pair):
 def test_two_processes_track_as_one_does(pair):
     _, critic = new_pair()
     for _ in range(2):
-        critic.track(critic(batch()), critic(-batch()))
+        track(critic, critic(batch()), critic(-batch()))
     expected = [float(critic.real_mean), float(critic.fake_mean)]
     assert pair[0]["means"] == pair[1]["means"] == pytest.approx(expected, rel=1e-4)
 

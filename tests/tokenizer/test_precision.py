@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 import torch
-from small import PRIORS, QUANTIZERS, TOKENIZERS, generators, make_prior, make_quantizer, make_tokenizer
+from small import PRIORS, QUANTIZERS, TOKENIZERS, generators, make_prior, make_quantizer, make_tokenizer, train_on
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tokenizer.likelihoods import Likelihood
@@ -122,7 +122,7 @@ def test_tokenizers_are_precise(name, config):
 @pytest.mark.parametrize("name", QUANTIZERS)
 def test_quantizers_are_precise_in_training(name):
     model = make_quantizer(name).train()
-    seen = seen_in(lambda: [model.quantize(torch.randn(4, model.dim, 3, 2)) for _ in range(3)])
+    seen = seen_in(lambda: [train_on(model, torch.randn(4, model.dim, 3, 2)) for _ in range(3)])
     assert seen.rounded <= {"ieee"} and seen.autocast <= {False}
 
 

@@ -22,7 +22,11 @@ class Quantized(NamedTuple):
 
 
 class Quantizer(Named, nn.Module, family="tokenizer.quantizers"):
-    """Vectors to ids and back, always in full float32. `quantize` in training mode may also move the codebook."""
+    """Vectors to ids and back, always in full float32.
+
+    `quantize` computes with the codebook as it was before the step. In training mode it may also collect what a
+    codebook that moves by itself follows; `finish_step` then moves it, once a step.
+    """
 
     vocab_size: int
     dim: int
@@ -51,6 +55,11 @@ class Quantizer(Named, nn.Module, family="tokenizer.quantizers"):
 
     def _quantize(self, z: Tensor) -> Quantized:
         raise NotImplementedError
+
+    def finish_step(self, taken: bool = True) -> None:
+        """Called after each optimizer step of training, on all processes: move by what `quantize` has collected since
+        the last call, in however many micro-batches. taken: whether the step was; if not, what was collected is
+        forgotten."""
 
     def lookup(self, tokens: Tensor) -> Tensor:
         """The vectors `(B, dim, *spatial)` of `tokens`; raises `ValueError` for ids out of range."""

@@ -55,7 +55,9 @@ class Codebook(Quantizer):
     def __init__(self, config: CodebookConfig) -> None:
         super().__init__(config)
         self.vocab_size, self.dim = config.codes, config.dim
-        self.register_buffer("started", torch.zeros((), dtype=torch.long))  # training steps seen
+        self.register_buffer("started", torch.zeros((), dtype=torch.long))  # training steps taken
+        self.step = 0  # which one the next micro-batch belongs to
+        self.micro_batches = 0  # of this step so far
 
     def table(self) -> Tensor:
         """The codes as they are looked up, (codes, dim)."""
@@ -67,17 +69,15 @@ class Codebook(Quantizer):
 
     def _quantize(self, z: Tensor) -> Quantized:
         rows = self.comparable(rows_of(z))
-        steps = int(self.started) if self.training else 0
-        if self.training and steps == 0:
-            self.start(rows.detach())
+        if self.training:
+            self.begin(rows.detach())
         table = self.table()
         tokens = nearest(rows.detach(), table.detach())
         codes = F.embedding(tokens, table)
         losses = self.losses(rows, codes)
         z_q = pass_gradient(self.config.gradient, rows, codes)
         if self.training:
-            self.move(rows.detach(), tokens, steps)
-            self.started += 1
+            self.collect(rows.detach(), tokens)
         z_q = z_q.reshape(z.shape[0], *z.shape[2:], self.dim).movedim(-1, 1)
         return Quantized(z_q, tokens.reshape(z.shape[0], *z.shape[2:]), losses)
 
@@ -89,8 +89,32 @@ class Codebook(Quantizer):
         """Unweighted scalars from rows `(n, dim)` and their codes `(n, dim)`."""
         raise NotImplementedError
 
-    def move(self, rows: Tensor, tokens: Tensor, step: int) -> None:
-        """What changes the codebook besides gradients, once per training step."""
+    def begin(self, rows: Tensor) -> None:
+        """At the first micro-batch of a step, learn which step it is; at that of training, start from its rows."""
+        if self.micro_batches:
+            return
+        self.step = int(self.started)  # a GPU is waited for
+        if self.step == 0:
+            self.start(rows)
+
+    def collect(self, rows: Tensor, tokens: Tensor) -> None:
+        """Keep what `move` needs of a micro-batch: rows `(n, dim)` and the ids `(n,)` of their codes."""
+        self.micro_batches += 1
+
+    def move(self) -> None:
+        """Change the codebook by what was collected, in a step that was taken."""
+
+    def forget(self) -> None:
+        """Drop what was collected."""
+        self.micro_batches = 0
+
+    @torch.no_grad()
+    def finish_step(self, taken: bool = True) -> None:
+        """Move once, and count the step."""
+        if taken and self.micro_batches:
+            self.move()
+            self.started += 1
+        self.forget()
 
     @torch.no_grad()
     def start(self, rows: Tensor) -> None:
@@ -107,6 +131,53 @@ class Codebook(Quantizer):
         self.codebook.copy_(kmeans(sample, self.vocab_size, self.config.kmeans_iterations))
         if world_size() > 1:
             dist.broadcast(self.codebook.data, 0)
+
+
+class CountedCodebook(Codebook):
+    """Counts how often each code is used, and revives those that are hardly used at vectors of the step.
+
+    `config` has `decay`, `revive_below` and `revive_every`.
+    """
+
+    counts: Tensor
+    """Running mean of each code's use per step, (codes,)."""
+
+    def __init__(self, config: CodebookConfig) -> None:
+        super().__init__(config)
+        self.used: Tensor | None = None
+        self.candidates: list[Tensor] = []
+
+    @torch.no_grad()
+    def start(self, rows: Tensor) -> None:
+        """k-means, after which every code counts as used equally often."""
+        super().start(rows)
+        self.counts.fill_(len(rows) * world_size() / self.vocab_size)
+
+    def collect(self, rows: Tensor, tokens: Tensor) -> None:
+        """Count the codes used; keep the rows if codes may be revived after this step."""
+        super().collect(rows, tokens)
+        use = torch.bincount(tokens, minlength=self.vocab_size).float()
+        self.used = use if self.used is None else self.used + use
+        if (self.step + 1) % self.config.revive_every == 0:
+            self.candidates.append(rows)
+
+    def forget(self) -> None:
+        """Drop counts and rows."""
+        super().forget()
+        self.used, self.candidates = None, []
+
+    def dead_codes(self) -> tuple[Tensor, Tensor]:
+        """Ids `(k,)` of codes to revive after this step, and for each a vector `(k, dim)` of the step's on all ranks,
+        chosen by (seed, step) alone. None while the step has vectors that are not finite."""
+        if not self.candidates:
+            return self.counts.new_zeros(0, dtype=torch.long), self.counts.new_zeros(0, self.dim)
+        rows = torch.cat(self.candidates)
+        total = len(rows) * world_size()
+        dead = (self.counts < self.config.revive_below * self.counts.mean()).nonzero().squeeze(1)[:total]
+        chosen = seeded(total, len(dead), self.config.seed, self.step + 1, rows.device)
+        vectors = gather_rows(rows, chosen, len(self.candidates)) if len(dead) else rows[:0]
+        finite = torch.isfinite(vectors).all(1)
+        return dead[finite], vectors[finite]
 
 
 def rows_of(z: Tensor) -> Tensor:
@@ -135,24 +206,6 @@ def kmeans(rows: Tensor, clusters: int, iterations: int) -> Tensor:
     return centres
 
 
-def all_counts(tokens: Tensor, vocab_size: int) -> Tensor:
-    """How often each id occurs on all ranks together, float `(vocab_size,)`."""
-    counts = torch.bincount(tokens.flatten(), minlength=vocab_size).float()
-    if world_size() > 1:
-        dist.all_reduce(counts)
-    return counts
-
-
-def dead_codes(counts: Tensor, below: float, rows: Tensor, seed: int, step: int) -> tuple[Tensor, Tensor]:
-    """Ids `(k,)` of codes used less than `below` of the mean use, and for each a vector `(k, dim)` of the batch of all
-    ranks, chosen by (seed, step) alone. None while the batch holds vectors that are not finite."""
-    total = len(rows) * world_size()
-    dead = (counts < below * counts.mean()).nonzero().squeeze(1)[:total]
-    vectors = gather_rows(rows, seeded(total, len(dead), seed, step + 1, rows.device)) if len(dead) else rows[:0]
-    finite = torch.isfinite(vectors).all(1)
-    return dead[finite], vectors[finite]
-
-
 def world_size() -> int:
     """Number of processes that train together."""
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
@@ -170,12 +223,14 @@ def first_rows(rows: Tensor, most: int, seed: int) -> Tensor:
     return gather_rows(rows, seeded(total, min(total, most), seed, 0, rows.device))
 
 
-def gather_rows(rows: Tensor, indices: Tensor) -> Tensor:
-    """Rows `(len(indices), D)` of all ranks' rows laid end to end, the same on every rank: each rank fills in its own,
-    and their sum has them all. Every rank holds equally many rows."""
+def gather_rows(rows: Tensor, indices: Tensor, micro_batches: int = 1) -> Tensor:
+    """Rows `(len(indices), D)` of the rows of all ranks, the same on every rank: each rank fills in its own, and their
+    sum has them all. Indices count the ranks' rows laid end to end, one micro-batch after the other, so that they mean
+    the same for any number of either. Every rank holds equally many rows, every micro-batch too."""
     if world_size() == 1:
         return rows[indices]
-    mine = indices // len(rows) == dist.get_rank()
-    filled = torch.where(mine.unsqueeze(1), rows[indices % len(rows)], 0)
+    size = len(rows) // micro_batches
+    batch, rank, row = indices // size // world_size(), indices // size % world_size(), indices % size
+    filled = torch.where((rank == dist.get_rank()).unsqueeze(1), rows[batch * size + row], 0)
     dist.all_reduce(filled)
     return filled

@@ -1,8 +1,8 @@
 """A codebook moved by running means of the vectors it is nearest to (van den Oord et al. 2017, appendix A.1).
 
 Counts and sums are added up over all ranks, so every rank holds the same codebook to the bit. A code that is hardly
-used is revived at a vector of the current batch. The codebook moves at every forward
-pass in training, so with gradient accumulation at every micro-batch.
+used is revived at a vector of the current step. The codebook moves once a step (`finish_step`), by all of its
+micro-batches together.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..settings import setting
-from .codebook import Codebook, CodebookConfig, dead_codes, world_size
+from .codebook import CodebookConfig, CountedCodebook, world_size
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,11 +33,10 @@ class EMAConfig(CodebookConfig):
     revive_every: int = setting(10, "training steps between looking for dead codes", ge=1)
 
 
-class EMA(Codebook, name="ema"):
+class EMA(CountedCodebook, name="ema"):
     """Codes are running means: codebook = sums / counts, with Laplace smoothing."""
 
     Config = EMAConfig
-    counts: Tensor
     sums: Tensor
 
     def __init__(self, config: EMAConfig) -> None:
@@ -45,6 +44,7 @@ class EMA(Codebook, name="ema"):
         self.register_buffer("codebook", torch.randn(config.codes, config.dim))
         self.register_buffer("counts", torch.zeros(config.codes))
         self.register_buffer("sums", torch.zeros(config.codes, config.dim))
+        self.added: Tensor | None = None
 
     @property
     def loss_weights(self) -> dict[str, float]:
@@ -59,14 +59,24 @@ class EMA(Codebook, name="ema"):
     def start(self, rows: Tensor) -> None:
         """k-means, after which every code counts as used equally often."""
         super().start(rows)
-        self.counts.fill_(len(rows) * world_size() / self.vocab_size)
         self.sums.copy_(self.codebook * self.counts.unsqueeze(1))
 
-    @torch.no_grad()
-    def move(self, rows: Tensor, tokens: Tensor, step: int) -> None:
+    def collect(self, rows: Tensor, tokens: Tensor) -> None:
+        """Also add up the rows of each code."""
+        super().collect(rows, tokens)
+        if self.added is None:
+            self.added = torch.zeros_like(self.sums)
+        self.added.index_add_(0, tokens, rows)
+
+    def forget(self) -> None:
+        """Also drop the sums."""
+        super().forget()
+        self.added = None
+
+    def move(self) -> None:
         """N <- decay N + (1 - decay) n;  m <- decay m + (1 - decay) sum z;  e = m / N."""
-        sums = torch.zeros_like(self.sums).index_add_(0, tokens, rows)
-        counts = torch.bincount(tokens, minlength=self.vocab_size).float()
+        assert self.used is not None and self.added is not None
+        sums, counts = self.added, self.used
         if world_size() > 1:
             both = torch.cat([sums, counts.unsqueeze(1)], 1)
             dist.all_reduce(both)
@@ -77,13 +87,12 @@ class EMA(Codebook, name="ema"):
         total = self.counts.sum()
         smoothed = (self.counts + 1e-5) * (total / (total + self.vocab_size * 1e-5))
         torch.div(self.sums, smoothed.unsqueeze(1), out=self.codebook)
-        if (step + 1) % self.config.revive_every == 0:
-            self._revive(rows, step)
+        self._revive()
 
-    def _revive(self, rows: Tensor, step: int) -> None:
-        """Put each dead code on a vector of the batch, as if of mean use."""
+    def _revive(self) -> None:
+        """Put each dead code on a vector of the step, as if of mean use."""
         mean = self.counts.mean()
-        dead, vectors = dead_codes(self.counts, self.config.revive_below, rows, self.config.seed, step)
+        dead, vectors = self.dead_codes()
         self.codebook[dead] = vectors
         self.counts[dead] = mean
         self.sums[dead] = vectors * mean

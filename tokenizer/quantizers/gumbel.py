@@ -47,7 +47,8 @@ class Gumbel(Quantizer, name="gumbel"):
         super().__init__(config)
         self.vocab_size, self.dim = config.codes, config.dim
         self.proj, self.embed = nn.Linear(config.dim, config.codes), nn.Embedding(config.codes, config.dim)
-        self.register_buffer("started", torch.zeros((), dtype=torch.long))  # training steps seen
+        self.register_buffer("started", torch.zeros((), dtype=torch.long))  # training steps taken
+        self.micro_batches = 0  # of this step so far
 
     @property
     def loss_weights(self) -> dict[str, float]:
@@ -60,17 +61,24 @@ class Gumbel(Quantizer, name="gumbel"):
         share = min(1.0, step / steps) if steps else 1.0
         return last + (first - last) * (1 + math.cos(math.pi * share)) / 2
 
+    @torch.no_grad()
+    def finish_step(self, taken: bool = True) -> None:
+        """Count the step, which the temperature follows."""
+        self.started += int(taken and self.micro_batches > 0)
+        self.micro_batches = 0
+
     def lookup_checked(self, tokens: Tensor) -> Tensor:
         """The codes `(B, dim, *spatial)` of `tokens` `(B, *spatial)`."""
         return self.embed(tokens).movedim(-1, 1)
 
     def _quantize(self, z: Tensor) -> Quantized:
-        """A training step takes one number from torch's global generator on the CPU; noise is a function of it."""
+        """In training, each call takes one number from torch's global generator on the CPU, of which noise is a
+        function."""
         rows, step, seed = rows_of(z), int(self.started), None
         if self.training:
-            if step == 0:
+            if step == 0 and self.micro_batches == 0:
                 self.start(rows.detach())
-            self.started += 1
+            self.micro_batches += 1
             seed = int(torch.randint(1 << 62, (), device="cpu"))
         how = How(self.temperature_at(step), hard=self.config.hard or not self.training, seed=seed)
         values, tokens, entropy, _ = choose(rows, self.proj.weight, self.proj.bias, self.embed.weight, how)

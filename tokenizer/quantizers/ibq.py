@@ -63,13 +63,13 @@ class IBQ(Codebook, name="ibq"):
     def _quantize(self, z: Tensor) -> Quantized:
         rows = self.comparable(rows_of(z))
         if self.training:
-            if int(self.started) == 0:
-                self.start(rows.detach())
-            self.started += 1
+            self.begin(rows.detach())
         table, how = self.table(), How(self.config.temperature, self.config.entropy_temperature)
         passed, tokens, entropy, mean = choose(rows, table, table.new_zeros(len(table)), table, how)
         entropies = {"entropy": entropy, "diversity": diversity(mean, share=self.training)}
         losses = {"index": F.mse_loss(passed, rows), **self.losses(rows, F.embedding(tokens, table)), **entropies}
+        if self.training:
+            self.collect(rows.detach(), tokens)
         z_q = passed.reshape(z.shape[0], *z.shape[2:], self.dim).movedim(-1, 1)
         return Quantized(z_q, tokens.reshape(z.shape[0], *z.shape[2:]), losses)
 

@@ -85,14 +85,13 @@ class RVQ(Quantizer, name="rvq"):
 
     def _quantize(self, z: Tensor) -> Quantized:
         rows = rows_of(z)
-        steps = int(self.books[0].started) if self.training else 0
-        if self.training and steps == 0:
-            self.start(rows.detach())
+        if self.training:
+            self._begin(rows.detach())
         left, tokens, codes = self._descend(rows, self.tables())
         losses = self._losses(left, codes)
         z_q = pass_gradient(self.config.book.gradient, rows, add_up(codes))
         if self.training:
-            self._move(left, tokens, steps)
+            self._collect(left, tokens)
         ids = [part.reshape(z.shape[0], *z.shape[2:]) for part in tokens]
         return Quantized(z_q.reshape(z.shape[0], *z.shape[2:], self.dim).movedim(-1, 1), torch.cat(ids, 1), losses)
 
@@ -120,13 +119,28 @@ class RVQ(Quantizer, name="rvq"):
         for _ in range(SHARED_STARTS if self.config.shared else 0):
             self.books[0].start(laid_out(self._descend(rows, self.tables())[0]))
 
-    def _move(self, left: list[Tensor], tokens: list[Tensor], step: int) -> None:
-        """One step for each book, with the vectors of all the levels that it serves."""
+    def _begin(self, rows: Tensor) -> None:
+        """At the first micro-batch of a step, tell the books which step it is; at that of training, start."""
+        first = self.books[0]
+        if first.micro_batches:
+            return
+        step = int(first.started)  # a GPU is waited for, once for all books
+        for book in self.books:
+            book.step = step
+        if step == 0:
+            self.start(rows)
+
+    def _collect(self, left: list[Tensor], tokens: list[Tensor]) -> None:
+        """For each book, the vectors of all the levels that it serves."""
         each = self.levels // len(self.books)
         for index, book in enumerate(self.books):
             levels = slice(index * each, (index + 1) * each)
-            book.move(laid_out(left[levels]).detach(), laid_out(tokens[levels]), step)
-            book.started += 1
+            book.collect(laid_out(left[levels]).detach(), laid_out(tokens[levels]))
+
+    def finish_step(self, taken: bool = True) -> None:
+        """Each book moves, once."""
+        for book in self.books:
+            book.finish_step(taken)
 
 
 def add_up(codes: Iterable[Tensor]) -> Tensor:

@@ -10,11 +10,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..settings import setting
-from .codebook import Codebook, CodebookConfig, all_counts, dead_codes, world_size
+from .codebook import CodebookConfig, CountedCodebook, world_size
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,11 +29,10 @@ class VQConfig(CodebookConfig):
     revive_every: int = setting(10, "training steps between looking for dead codes", ge=1, later=True)
 
 
-class VQ(Codebook, name="vq"):
+class VQ(CountedCodebook, name="vq"):
     """Codes are parameters."""
 
     Config = VQConfig
-    counts: Tensor
 
     def __init__(self, config: VQConfig) -> None:
         super().__init__(config)
@@ -50,18 +50,12 @@ class VQ(Codebook, name="vq"):
         """Means over elements of |sg(z) - e|^2 and |z - sg(e)|^2."""
         return {"codebook": F.mse_loss(codes, rows.detach()), "commitment": F.mse_loss(rows, codes.detach())}
 
-    @torch.no_grad()
-    def start(self, rows: Tensor) -> None:
-        """k-means, after which every code counts as used equally often."""
-        super().start(rows)
-        self.counts.fill_(len(rows) * world_size() / self.vocab_size)
-
-    @torch.no_grad()
-    def move(self, rows: Tensor, tokens: Tensor, step: int) -> None:
-        """Put each dead code on a vector of the batch, as if of mean use. (On `data`: the graph of this step holds the
-        codebook, of which a dead code's row is no part.)"""
-        self.counts.lerp_(all_counts(tokens, self.vocab_size), 1 - self.config.decay)
-        if (step + 1) % self.config.revive_every == 0:
-            dead, vectors = dead_codes(self.counts, self.config.revive_below, rows, self.config.seed, step)
-            self.codebook.data[dead] = vectors
-            self.counts[dead] = self.counts.mean()
+    def move(self) -> None:
+        """Put each dead code on a vector of the step, as if of mean use."""
+        assert self.used is not None
+        if world_size() > 1:
+            dist.all_reduce(self.used)
+        self.counts.lerp_(self.used, 1 - self.config.decay)
+        dead, vectors = self.dead_codes()
+        self.codebook[dead] = vectors
+        self.counts[dead] = self.counts.mean()

@@ -1,138 +1,125 @@
-"""Files on a web server, read in parts: what `fsspec` offers with a further package, from the standard library.
+"""Files on a web server, read in parts: `fsspec` asks for them, and each answer is held against the first ones.
 
-Each answer is compared to what the server said of the file first: ETag, Last-Modified and length, as far as it says
-them. A file whose data change while none of these does is not noticed: nothing tells it.
+A server tells of a file its ETag, Last-Modified and length, as far as it does. A file whose data change while none of
+these does is not noticed: nothing tells it.
 """
 
 from __future__ import annotations
 
-import io
 import re
-from http.client import HTTPResponse
 from typing import Any
-from urllib.error import HTTPError
-from urllib.request import Request, urlopen
+
+from aiohttp import ClientResponse, ClientTimeout
+from fsspec.asyn import sync_wrapper
+from fsspec.implementations.http import HTTPFileSystem
+from fsspec.spec import AbstractBufferedFile
 
 from ..stamps import FileChanged
 
-SECONDS = 30.0  # of silence
+SILENCE = 30.0
+"""Seconds in which a server has to send something."""
+SLOWEST = 1 << 14
+"""Bytes per second: what comes slower than this, counted from the start, does not come."""
 VALIDATORS = ("ETag", "Last-Modified")
 
-Facts = dict[str, Any]
-"""`size` in bytes, the `VALIDATORS` that the server says, and `parts`: whether it has sent a part before."""
 
+class HttpFiles(HTTPFileSystem):
+    """One file on a web server, as `info` finds it first.
 
-class HttpFiles:
-    """The two questions that shards ask of a file system: what is known of a file, and parts of it."""
-
-    def __init__(self) -> None:
-        self.known: dict[str, Facts] = {}
-
-    def info(self, url: str) -> Facts:
-        """What the server says of the file now, to which later answers are compared. Raises `OSError` where it says no
-        size."""
-        with urlopen(Request(url, method="HEAD"), timeout=SECONDS) as answer:
-            headers = answer.headers
-        if not (headers.get("Content-Length") or "").isdecimal():
-            raise OSError("the server does not say how large the file is")
-        told = {name: headers[name] for name in VALIDATORS if headers.get(name)}
-        return self.known.setdefault(url, {"size": int(headers["Content-Length"]), **told})
-
-    def open(self, url: str, mode: str = "rb", *, block_size: int = 0, cache_type: str = "") -> HttpFile:
-        """The file as it was when `info` was asked first; at least `block_size` bytes are read at a time."""
-        return HttpFile(url, self.known.get(url) or self.info(url), block_size)
-
-
-class HttpFile(io.RawIOBase):
-    """A file that can be read anywhere, `ahead` bytes or more at a time.
-
-    Reading raises `OSError`, and `FileChanged` if the server has another file by now than `facts` are of.
+    Reading raises `OSError`, and `FileChanged` if the server has another file by now.
     """
 
-    def __init__(self, url: str, facts: Facts, ahead: int) -> None:
-        super().__init__()
-        self.url, self.facts, self.size, self.ahead = url, facts, int(facts["size"]), ahead
-        self.place, self.start, self.data = 0, 0, b""
+    cachable = False  # what is known of one run's file is not known of the next run's
 
-    def readable(self) -> bool:
-        return True
+    def __init__(self) -> None:
+        headers = {"Accept-Encoding": "identity"}  # parts of a file, not of one that is packed on the way
+        super().__init__(client_kwargs={"headers": headers, "trust_env": True, "timeout": patience(0)})
+        self.size = 0
+        self.told: dict[str, str] = {}
+        self.sends_parts = False
 
-    def seekable(self) -> bool:
-        return True
-
-    def tell(self) -> int:
-        return self.place
-
-    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        """Go to a place; nothing is read."""
-        base = {io.SEEK_SET: 0, io.SEEK_CUR: self.place, io.SEEK_END: self.size}[whence]
-        self.place = max(0, base + offset)
-        return self.place
-
-    def read(self, size: int | None = -1) -> bytes:
-        """Up to `size` bytes, fewer only at the end of the file."""
-        wanted = self.size if size is None or size < 0 else size
-        end = min(self.size, self.place + wanted)
-        if end <= self.place:
-            return b""
-        if not self.start <= self.place <= end <= self.start + len(self.data):
-            self.start, self.data = (
-                self.place,
-                self.fetch(self.place, min(self.size, max(end, self.place + self.ahead))),
-            )
-        found = self.data[self.place - self.start : end - self.start]
-        self.place = end
-        return found
-
-    def readinto(self, buffer: Any) -> int:
-        data = self.read(len(buffer))
-        buffer[: len(data)] = data
-        return len(data)
-
-    def fetch(self, start: int, end: int) -> bytes:
-        """The bytes from `start` to `end`, asked for in one request."""
-        request = Request(self.url, headers={"Range": f"bytes={start}-{end - 1}", **self.condition()})
+    async def _info(self, url: str, **options: Any) -> dict[str, Any]:
+        """What the server says of the file now. Raises `OSError` where it says no size."""
         try:
-            with urlopen(request, timeout=SECONDS) as answer:
-                self.compare(answer)
+            info: dict[str, Any] = await super()._info(url, **options)
+        except FileNotFoundError as error:  # which `fsspec` makes of any failure
+            if isinstance(error.__cause__, TimeoutError):
+                raise OSError("the server did not answer in time") from error
+            raise error.__cause__ or error from None
+        if info["size"] is None:
+            raise OSError("the server does not say how large the file is")
+        self.size = info["size"]
+        self.told = {name: info[name] for name in VALIDATORS if info.get(name)}
+        return info
+
+    def _open(self, path: str, mode: str = "rb", block_size: int | None = None, **options: Any) -> HttpFile:
+        """The file, of which `block_size` bytes more are read than are asked for; the last part is kept."""
+        return HttpFile(self, path, mode, block_size or 0, cache_type="readahead", size=self.size)
+
+    async def _part(self, url: str, start: int, end: int) -> bytes:
+        """The bytes from `start` to `end`, asked for in one request."""
+        session = await self.set_session()
+        headers = {"Range": f"bytes={start}-{end - 1}", **self.condition()}
+        timeout = patience(end - start)
+        try:
+            async with session.get(self.encode_url(url), headers=headers, timeout=timeout) as answer:
+                if answer.status == 416:  # there is no such part any more
+                    raise FileChanged(url)
+                answer.raise_for_status()
+                self.check_file(url, answer)
                 self.check_part(answer, start, end)
-                data = answer.read(end - start + 1)
-        except HTTPError as error:
-            if error.code == 416:  # there is no such part any more
-                raise FileChanged(self.url) from error
-            raise
-        if len(data) != end - start:
-            raise OSError(f"{len(data)} bytes came of the {end - start} from byte {start}")
-        return bytes(data)
+                data = await answer.content.readexactly(end - start)
+                if await answer.content.read(1):
+                    raise OSError(f"more bytes came than the {end - start} from byte {start}")
+                return bytes(data)
+        except TimeoutError as error:
+            raise OSError(f"the bytes from {start} to {end - 1} did not come in time") from error
+        except EOFError as error:
+            raise OSError(f"fewer bytes came than the {end - start} from byte {start}") from error
+
+    part = sync_wrapper(_part)
 
     def condition(self) -> dict[str, str]:
         """The header by which a part is sent of this very file alone; none where the ETag is weak, as it may not be."""
-        known = self.facts.get("ETag", "")
+        known = self.told.get("ETag", "")
         return {"If-Range": known} if known.startswith('"') else {}
 
-    def compare(self, answer: HTTPResponse) -> None:
+    def check_file(self, url: str, answer: ClientResponse) -> None:
         """Raise `FileChanged` if an answer is of another file.
 
         What a server did not say of it before, it has to say the same way from now on. One that has sent parts, and now
         sends the whole and not its ETag, does so because `If-Range` does not hold any more.
         """
-        told = {name: str(value) for name in VALIDATORS if (value := answer.headers.get(name))}
-        others = [name for name in told if plain(self.facts.setdefault(name, told[name])) != plain(told[name])]
-        refused = answer.status == 200 and self.facts.get("parts") and self.condition() and "ETag" not in told
-        if others or refused or part_of(answer)[2] not in (None, self.size):
-            raise FileChanged(self.url)
+        told = {name: answer.headers[name] for name in VALIDATORS if answer.headers.get(name)}
+        others = [name for name in told if plain(self.told.setdefault(name, told[name])) != plain(told[name])]
+        refused = answer.status == 200 and self.sends_parts and self.condition() and "ETag" not in told
+        if others or refused or whole_size(answer) not in (None, self.size):
+            raise FileChanged(url)
 
-    def check_part(self, answer: HTTPResponse, start: int, end: int) -> None:
+    def check_part(self, answer: ClientResponse, start: int, end: int) -> None:
         """Raise `OSError` if an answer is another part than the bytes from `start` to `end`."""
         if answer.status != 206:
             if (start, end) != (0, self.size):
                 raise OSError("the server does not send parts of files")
             return
-        first, last, _ = part_of(answer)
-        if (first, last) != (start, end - 1):
-            sent = "does not say which" if first is None else f"are those from {first} to {last}"
-            raise OSError(f"the bytes from {start} to {end - 1} were asked for, what came {sent}")
-        self.facts["parts"] = True
+        sent = re.match(r"bytes (\d+)-(\d+)/", answer.headers.get("Content-Range", ""))
+        if sent is None or (int(sent[1]), int(sent[2])) != (start, end - 1):
+            which = "does not say which" if sent is None else f"are those from {sent[1]} to {sent[2]}"
+            raise OSError(f"the bytes from {start} to {end - 1} were asked for, what came {which}")
+        self.sends_parts = True
+
+
+class HttpFile(AbstractBufferedFile):
+    """A file that can be read anywhere."""
+
+    def _fetch_range(self, start: int, end: int) -> bytes:
+        data: bytes = self.fs.part(self.path, start, end)
+        return data
+
+
+def patience(size: int) -> ClientTimeout:
+    """How long to wait for an answer of `size` bytes."""
+    return ClientTimeout(total=SILENCE + size / SLOWEST, sock_connect=SILENCE, sock_read=SILENCE)
 
 
 def plain(validator: str) -> str:
@@ -140,12 +127,9 @@ def plain(validator: str) -> str:
     return validator.removeprefix("W/")
 
 
-def part_of(answer: HTTPResponse) -> tuple[int | None, int | None, int | None]:
-    """The first byte that an answer has, the last one, and the length of the whole file; None where it is not said."""
-    length = answer.headers.get("Content-Length") or ""
-    if answer.status != 206:
-        return None, None, int(length) if length.isdecimal() else None
-    found = re.fullmatch(r"bytes (\d+)-(\d+)/(\d+|\*)", (answer.headers.get("Content-Range") or "").strip())
-    if not found:
-        return None, None, None
-    return int(found[1]), int(found[2]), None if found[3] == "*" else int(found[3])
+def whole_size(answer: ClientResponse) -> int | None:
+    """The length of the whole file that an answer tells, or None."""
+    if answer.status == 206:
+        told = re.fullmatch(r"bytes \d+-\d+/(\d+)", answer.headers.get("Content-Range", "").strip())
+        return int(told[1]) if told else None
+    return answer.content_length

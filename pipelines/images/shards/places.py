@@ -14,7 +14,6 @@ from ..base import DataConfig, Rows, SplitRows
 from ..folders import image_folder
 from ..hub import offline_if_unreachable, reason_of
 from ..stamps import size_and_dates, stamp_told
-from .http_files import HttpFiles
 from .reader import shard_rows
 from .shard import Shard, attempt
 
@@ -96,6 +95,8 @@ def at_commit(files: Any, path: str) -> str:
 def file_system(url: str) -> tuple[Any, str]:
     """What reads a URL, and what it calls it."""
     if url.startswith("http"):
+        from .http_files import HttpFiles  # late, as aiohttp takes a while
+
         return HttpFiles(), url
     import fsspec
 
@@ -128,6 +129,6 @@ def shard_at(file: str) -> Shard:
     if "://" not in file:
         facts = attempt(Shard(file, 0), lambda: os.stat(file))
         return Shard(os.path.abspath(file), *size_and_dates(facts))
-    files, path = file_system(file)
+    files, path = attempt(Shard(file, 0), lambda: file_system(file))
     info = attempt(Shard(path, 0, "", files, file), lambda: files.info(path))
     return Shard(path, int(info["size"]), stamp_told(info, file), files, file)

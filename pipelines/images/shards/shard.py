@@ -117,7 +117,8 @@ def attempt(shard: Shard, read: Callable[[], T]) -> T:
 
 def may_pass(error: Exception) -> bool:
     """Whether a failed request is worth another one: not if a server says that the fault is ours."""
-    status = getattr(error, "code", None) or getattr(getattr(error, "response", None), "status_code", None)
+    told = [getattr(error, name, None) for name in ("status", "code")]
+    status = told[0] or told[1] or getattr(getattr(error, "response", None), "status_code", None)
     if isinstance(status, int):
         return status >= 500 or status in (408, 429)
     return not isinstance(error, (FileNotFoundError, PermissionError))

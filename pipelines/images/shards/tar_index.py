@@ -1,20 +1,21 @@
 """What lies where in a tar file: the names, places and sizes of its files, found by reading headers alone.
 
-Nothing is extracted, so names that lead out of a folder, links and devices are just names that no image has. `tarfile`
-is not used because it reads a pax or GNU header of any size into memory. The format is POSIX.1-1988 (ustar), with
-pax (POSIX.1-2001) and GNU long names and sizes.
+`tarfile` reads the headers. It takes one of any size into memory, so it is given a file that refuses long reads. It
+also takes damage for the end of the archive, so the end is checked. Nothing is extracted: names that lead out of a
+folder, links and devices are just names that no image has.
 """
 
 from __future__ import annotations
 
+import tarfile
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import BinaryIO
 
-BLOCK = 512
-MAX_HEADER = 1 << 16  # bytes of a pax or GNU header, which holds a name
-FILE, LONG_NAME, PAX, SPARSE = (b"0", b"\0", b"7"), b"L", b"x", b"S"
-NO_DATA = (b"1", b"2", b"3", b"4", b"5", b"6")  # links, devices, folders, FIFOs
+BLOCK = tarfile.BLOCKSIZE
+MAX_HEADER = 1 << 14
+"""Bytes of a pax or GNU header, which holds a name; those of one file take at most twice as many together."""
 
 
 class TarError(ValueError):
@@ -32,90 +33,71 @@ class Member:
 
 def scan(file: BinaryIO, length: int) -> Iterator[Member]:
     """The regular files of a tar of `length` bytes, in their order. Raises `TarError`."""
-    position, name, known = 0, "", dict[str, str]()
-    while True:
-        header = read_at(file, position, BLOCK, length)
-        if not header.strip(b"\0"):
-            return
-        check(header, position)
-        kind, size = header[156:157], number(header[124:136], position)
-        position += BLOCK
-        if kind == SPARSE:
-            position = after_map(file, header, position, length)
-        if kind in (LONG_NAME, PAX):
-            if size > MAX_HEADER:
-                raise TarError(f"a header of {size} bytes at byte {position}; the limit is {MAX_HEADER}")
-            text = read_at(file, position, size, length)
-            name = text.rstrip(b"\0").decode("utf-8", "replace") if kind == LONG_NAME else name
-            known = pairs(text) if kind == PAX else known
-        else:
-            if kind in NO_DATA:
-                size = 0
-            elif known.get("size", "").isdecimal():
-                size = int(known["size"])
-            if kind in FILE and not any(key.startswith("GNU.sparse") for key in known):
-                yield Member(known.get("path") or name or name_in(header), position, size)
-            if kind not in (b"K", b"g"):  # which stand before a file, as its name may
-                name, known = "", {}
-        position += -(-size // BLOCK) * BLOCK
-        if position > length:
-            raise TarError(f"it ends at byte {length}, inside a file that goes on to byte {position}")
+    headers = Headers(file, length)
+    tar = opened(headers)
+    while member := next_member(tar, headers):
+        regular = member.isreg() and not member.issparse()
+        end = max(tar.offset, member.offset_data + member.size) if regular else tar.offset
+        if member.size < 0 or tar.offset <= member.offset:
+            raise TarError(f"no header of a tar at byte {member.offset}")
+        if end > length:
+            raise TarError(f"it ends at byte {length}, inside a file that goes on to byte {end}")
+        if regular:
+            yield Member(member.name, member.offset_data, member.size)
+    headers.seek(tar.offset)
+    if headers.read(BLOCK).strip(b"\0"):
+        raise TarError(f"no header of a tar at byte {tar.offset}")
 
 
-def read_at(file: BinaryIO, position: int, size: int, length: int) -> bytes:
-    """`size` bytes at `position`."""
-    file.seek(position)
-    data = file.read(size) if position + size <= length else b""
-    if len(data) != size:
-        raise TarError(f"it ends at byte {length}, without an end mark")
-    return data
+def opened(headers: Headers) -> tarfile.TarFile:
+    """The archive, whose first headers are read."""
+    with headers.of_a_member():
+        return tarfile.TarFile(fileobj=headers, encoding="utf-8", errors="replace")  # type: ignore[arg-type]
 
 
-def check(header: bytes, position: int) -> None:
-    """Raise `TarError` unless the header's checksum is right: it is the sum of its bytes, with blanks for itself."""
-    if sum(header) - sum(header[148:156]) + 8 * 32 != number(header[148:156], position):
-        raise TarError(f"no header of a tar at byte {position}")
+def next_member(tar: tarfile.TarFile, headers: Headers) -> tarfile.TarInfo | None:
+    """The next file, folder or link; None at the end, and where no header follows. Raises `TarError`."""
+    with headers.of_a_member():
+        member = tar.next()
+    tar.members.clear()  # else it keeps all of them, and all global headers
+    tar.pax_headers.clear()
+    return member
 
 
-def number(field: bytes, position: int) -> int:
-    """A number in octal digits, or in base 256 where the first bit is set."""
-    if field[0] == 0x80:
-        return int.from_bytes(field[1:], "big")
-    try:
-        value = int(field.split(b"\0")[0].strip() or b"0", 8)
-    except ValueError:
-        value = -1
-    if value < 0:
-        raise TarError(f"no header of a tar at byte {position}")
-    return value
+class Headers:
+    """A file of `length` bytes of which little can be read at a time, and for one member."""
 
+    def __init__(self, file: BinaryIO, length: int) -> None:
+        self.file = file
+        self.length = length
+        self.used = 0
 
-def name_in(header: bytes) -> str:
-    """The name in a ustar header, its prefix included."""
-    name, prefix = header[:100].split(b"\0")[0], header[345:500].split(b"\0")[0]
-    has_prefix = header[257:263] == b"ustar\0" and prefix
-    return (prefix + b"/" + name if has_prefix else name).decode("utf-8", "replace")
+    @contextmanager
+    def of_a_member(self) -> Iterator[None]:
+        """To read the headers of one member. Raises `TarError` for what `tarfile` raises."""
+        self.used = 0
+        try:
+            yield
+        except TarError:
+            raise
+        except (tarfile.TarError, ValueError, OverflowError, RecursionError) as error:
+            raise TarError(f"no header of a tar at byte {max(0, self.tell() - BLOCK)}") from error
 
+    def tell(self) -> int:
+        return self.file.tell()
 
-def pairs(text: bytes) -> dict[str, str]:
-    """The records `LENGTH KEY=VALUE` of a pax header, as far as they are well formed."""
-    found, position = {}, 0
-    while position < len(text):
-        digits, _, _ = text[position : position + 20].partition(b" ")
-        size = int(digits) if digits.isdigit() else 0
-        record = text[position : position + size][len(digits) + 1 : -1]
-        key, equals, value = record.partition(b"=")
-        if size < len(digits) + 3 or not equals:
-            break
-        found[key.decode("utf-8", "replace")] = value.decode("utf-8", "replace")
-        position += size
-    return found
+    def seek(self, place: int) -> None:
+        self.file.seek(place)
 
-
-def after_map(file: BinaryIO, header: bytes, position: int, length: int) -> int:
-    """Where the data of a GNU sparse file begin: its map may go on in further blocks."""
-    more = header[482]
-    while more:
-        more = read_at(file, position, BLOCK, length)[504]
-        position += BLOCK
-    return position
+    def read(self, size: int) -> bytes:
+        """Exactly `size` bytes. Raises `TarError` for too many, and at the end of the file."""
+        place = self.tell()
+        self.used += size
+        if size > MAX_HEADER:
+            raise TarError(f"a header of {size} bytes at byte {place}; the limit is {MAX_HEADER}")
+        if size < 0 or self.used > 2 * MAX_HEADER:
+            raise TarError(f"no header of a tar at byte {place}")
+        data = self.file.read(size) if place + size <= self.length else b""
+        if len(data) != size:
+            raise TarError(f"it ends at byte {self.length}, without an end mark")
+        return data

@@ -59,21 +59,21 @@ def images(data):
 
 @pytest.fixture
 def drawn(monkeypatch):
-    """Titles of panels and mosaics, and the captions of the latter, as they are drawn."""
+    """Titles of charts and mosaics, and the captions of the latter, as they are drawn."""
     titles, captions = [], {}
-    init, mosaic = charts.Panel.__init__, inspect.mosaic
+    head, mosaic = charts.head, inspect.mosaic
 
-    def panel(self, title, *rest):
+    def chart(axes, title, unit):
         titles.append(title)
-        init(self, title, *rest)
+        head(axes, title, unit)
 
     def pictures(title, cells, names, *rest, **more):
-        assert len(cells) == len(names) and all(cell.width > 8 for cell in cells)
+        assert len(cells) == len(names) and all(cell.shape[1] > 8 for cell in cells)
         titles.append(title)
         captions[title] = list(names)
         return mosaic(title, cells, names, *rest, **more)
 
-    monkeypatch.setattr(charts.Panel, "__init__", panel)
+    monkeypatch.setattr(charts, "head", chart)
     monkeypatch.setattr(inspect, "mosaic", pictures)
     return titles, captions
 
@@ -260,14 +260,10 @@ def test_few_images_are_enough(count, data, drawn):
 
 
 def test_pictures_fit_their_place():
-    assert [fitted(torch.zeros(3, *size), 48).size for size in ((12, 12), (48, 24), (3, 5), (64, 128), (1, 4096))] == [
-        (48, 48),
-        (24, 48),
-        (45, 27),
-        (48, 24),
-        (48, 1),
-    ]
-    pixel = np.asarray(fitted(torch.tensor([[[-1.0, 1.0]]]), 4))
+    sizes = ((12, 12), (48, 24), (3, 5), (64, 128), (1, 4096))
+    found = [fitted(torch.zeros(3, *size), 48).shape[:2] for size in sizes]
+    assert found == [(48, 48), (48, 24), (27, 45), (24, 48), (1, 48)]
+    pixel = fitted(torch.tensor([[[-1.0, 1.0]]]), 4)
     assert pixel[:, :2].max() == 0 and pixel[:, 2:].min() == 255 and pixel.shape == (2, 4, 3)
 
 
@@ -309,7 +305,7 @@ def test_the_module_is_a_verb_and_does_not_hide_pythons_own(world, tmp_path):
     """`inspect` is also a module of Python, which torch and pydantic rely on."""
     assert verbs()["inspect"].startswith("Look into a tokenizer")
     argv = [f"tokenizer={world / 'tokenizer'}", f"out={tmp_path / 'page.png'}"]
-    command = [sys.executable, "-m", "pipelines.inspect", *argv]
+    command = [sys.executable, "-m", "pipelines.commands.inspect_", *argv]
     result = subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True)
     assert result.returncode == 0, result.stderr[-2000:]
     assert (tmp_path / "page.png").is_file() and "PSNR" in result.stdout

@@ -23,10 +23,10 @@ from token_datasets import make_dataset
 
 from pipelines import ImagePipeline
 from pipelines.__main__ import main
-from pipelines.images import hub
 from pipelines.images.origin import LOCAL, is_local, public_source, shareable
 from pipelines.stages.card import model_card
 from pipelines.tokens import TokenDataset, load_tokens, parquet
+from tokenizer.files import hub
 from tokenizer.files.hub import PushError
 
 SECRET, HOME = "hf_open_sesame", "/home/me/photos of people"
@@ -166,6 +166,10 @@ def test_the_pipeline_here_still_knows_its_folder(tmp_path):
     assert "Trained on a local folder of images." in card and "people" not in card
 
 
+def card_of(pipe: ImagePipeline) -> str:
+    return model_card(pipe.tokenizer, pipe.prior, pipe.labels, pipe.provenance, has_grid=False)
+
+
 @pytest.mark.parametrize(
     ("source", "local", "told"),
     [
@@ -190,7 +194,7 @@ def test_the_card_names_what_others_can_find(tmp_path, monkeypatch, source, loca
     monkeypatch.chdir(tmp_path)
     pipe = make_pipeline(rich=False)
     pipe.provenance = {"data": {"source": source, "split": source}, "local": local}
-    card = model_card(pipe)
+    card = card_of(pipe)
     assert (told in card) if told else ("Trained on" not in card)
     shared = shareable(pipe.provenance)
     assert shared["data"]["split"] == source and shareable(shared) == shared
@@ -202,7 +206,7 @@ def test_the_card_is_found_among_its_like(classes):
     """The Hub has no task of images of a class."""
     import yaml
 
-    header = yaml.safe_load(model_card(make_pipeline(rich=False, classes=classes)).split("---")[1])
+    header = yaml.safe_load(card_of(make_pipeline(rich=False, classes=classes)).split("---")[1])
     assert header.get("pipeline_tag") == (None if classes else "unconditional-image-generation")
     assert ("class-conditional" in header["tags"], "unconditional" in header["tags"]) == (bool(classes), not classes)
 

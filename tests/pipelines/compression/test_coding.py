@@ -17,8 +17,10 @@ from pipelines import ImagePipeline
 from pipelines.commands.compress import main as compress_verb
 from pipelines.commands.decompress import main as decompress_verb
 from pipelines.compression import codec
+from pipelines.compression import coder as coder_of_chunks
 from pipelines.compression import coding as compression
 from pipelines.compression.codec import CodecError, Models, exponentials, grid_steps, weights_of
+from pipelines.compression.coder import Coder
 from pipelines.compression.header import RAW, ModelMismatch, StreamError, StreamLimit
 from pipelines.compression.header import Limits as StreamLimits
 from pipelines.compression.streams import parse, write_stream
@@ -235,7 +237,7 @@ def shaken(monkeypatch, size):
     def noisy(logits):
         return grid_steps(logits + size * (2 * torch.rand(logits.shape, generator=generator, dtype=torch.float64) - 1))
 
-    monkeypatch.setattr(compression, "grid_steps", noisy)
+    monkeypatch.setattr(coder_of_chunks, "grid_steps", noisy)
     monkeypatch.setattr(codec, "grid_steps", noisy)
 
 
@@ -310,7 +312,7 @@ def test_a_chunk_that_does_not_decode_is_stored_as_it_is(monkeypatch):
         pipe, lossless = pipeline_of(kind), KINDS[kind][2]
         images = images_of(pipe)
         with monkeypatch.context() as patch:
-            patch.setattr(compression, "decodes", lambda *arguments: False)
+            patch.setattr(Coder, "decodes", lambda *arguments: False)
             data = compressed(pipe, images, lossless=lossless)
         assert [chunk.profile for chunk in parse(data)] == [RAW]
         assert torch.equal(decompressed(pipe, data), expected(pipe, images, lossless))

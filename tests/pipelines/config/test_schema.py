@@ -463,14 +463,14 @@ def test_one_process_of_several_talks(monkeypatch: pytest.MonkeyPatch, capsys: p
 
 def test_verbs_are_the_modules_with_a_main() -> None:
     folder = Path(pipelines.__file__).parent
-    with_main = {path.stem for path in folder.glob("*.py") if re.search(r"^def main\(", path.read_text(), re.M)}
+    files = [*folder.glob("*.py"), *folder.glob("commands/*.py")]
+    with_main = {path for path in files if re.search(r"^def main\(", path.read_text(), re.M)}
     found = verbs()
-    assert {module_of(name) for name in found} == with_main - {"__main__"}
+    paths = {name: folder / f"{module_of(name).replace('.', '/')}.py" for name in found}
+    assert set(paths.values()) == with_main - {folder / "__main__.py"}
     assert {"train_tokenizer", "train_prior", "import"} <= set(found)
     for name, sentence in found.items():
-        assert sentence.endswith(".") and sentence in (
-            ast.get_docstring(ast.parse((folder / f"{module_of(name)}.py").read_text())) or ""
-        )
+        assert sentence.endswith(".") and sentence in (ast.get_docstring(ast.parse(paths[name].read_text())) or "")
         assert re.search(rf"^  {name} +{re.escape(sentence[:30])}", verb_page(found), re.M)
 
 

@@ -672,7 +672,7 @@ def mixed_folder(root):
 
 @pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
 @pytest.mark.parametrize("cache_mb", [0, 64])
-def test_bad_images_are_skipped_and_counted(tmp_path, capsys, cache_mb):
+def test_bad_are_skipped_and_counted(tmp_path, capsys, cache_mb):
     good, bad = mixed_folder(tmp_path)
     splits = load_images(config(tmp_path, on_error="skip", max_bad_fraction=0.5, cache_mb=cache_mb))
     reports = [splits.train.report, splits.held_out.report]
@@ -691,7 +691,7 @@ def test_bad_images_are_skipped_and_counted(tmp_path, capsys, cache_mb):
 
 
 @pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
-def test_bad_images_stop_the_run_by_default(tmp_path):
+def test_bad_stop_the_run_by_default(tmp_path):
     good, bad = mixed_folder(tmp_path)
     with pytest.raises(UserError, match=f"{len(bad)} of {len(good) + len(bad)} images") as caught:
         load_images(config(tmp_path))

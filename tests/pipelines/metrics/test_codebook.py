@@ -1,6 +1,7 @@
 """What is counted of a codebook while it is trained, on one process or several, and the picture of it."""
 
 import math
+import os
 import sys
 
 import numpy as np
@@ -11,10 +12,7 @@ from safetensors.torch import load_file, save_file
 from small import make_tokenizer
 
 from pipelines.metrics import charts, codebook
-from pipelines.metrics.charts import Axis, bars, curves, histogram, number, page, round_up
-from pipelines.metrics.codebook import CodebookUse, code_distances, count_tokens, nearest_other, usage_panel
-
-RED_FIELD = tuple(round(255 + (c - 255) * 48 / 255) for c in charts.RED)
+from pipelines.metrics.codebook import CodebookUse, code_distances, count_tokens, nearest_other
 
 
 def random_batches(vocab, levels, count=40, seed=0):
@@ -24,10 +22,16 @@ def random_batches(vocab, levels, count=40, seed=0):
     return [torch.randint(limit, (4, levels * 3, 5), generator=generator) for limit in limits]
 
 
+def count(use, tokens):
+    """A step of a batch."""
+    use.observe(tokens)
+    return use.finish_step()
+
+
 def observed(vocab, levels, batches):
     use = CodebookUse(vocab, levels)
     for tokens in batches:
-        use.observe(tokens)
+        count(use, tokens)
     return use
 
 
@@ -40,7 +44,7 @@ def test_counts_and_ages_are_those_of_a_loop(levels):
     uses = [[0.0] * vocab for _ in range(levels)]
     last = [[0] * vocab for _ in range(levels)]
     for step, tokens in enumerate(random_batches(vocab, levels), 1):
-        found = use.observe(tokens)
+        found = count(use, tokens)
         uses = [[count * 0.99 for count in level] for level in uses]
         total = [0] * vocab
         for level in range(levels):
@@ -57,11 +61,11 @@ def test_counts_and_ages_are_those_of_a_loop(levels):
 
 def test_figures_are_of_the_last_batches():
     use = CodebookUse(4)
-    use.observe(torch.tensor([[[0, 1, 2, 2]]]))  # 0 is used in the first batch only
+    count(use, torch.tensor([[[0, 1, 2, 2]]]))  # 0 is used in the first batch only
     for _ in range(99):
-        use.observe(torch.tensor([[[1, 1, 1, 2]]]))
+        count(use, torch.tensor([[[1, 1, 1, 2]]]))
     assert use.figures()["usage"] == 3 / 4 and use.figures()["oldest"] == 100  # 3 never was
-    use.observe(torch.tensor([[[1, 1, 1, 2]]]))
+    count(use, torch.tensor([[[1, 1, 1, 2]]]))
     figures = use.figures()
     assert figures["usage"] == 2 / 4 and figures["oldest"] == 101
     p = [0.99**100, 0.0, 0.0, 0.0]
@@ -75,23 +79,35 @@ def test_figures_are_of_the_last_batches():
 def test_a_code_is_dead_once_it_has_been_missed_long_enough():
     """64 codes, 32 tokens in a batch: a code of 1/20 of the mean use occurs 3 times in 120 batches."""
     use = CodebookUse(64)
-    use.observe(torch.arange(32).reshape(1, 4, 8))
-    use.observe(torch.arange(32, 64).reshape(1, 4, 8))
+    count(use, torch.arange(32).reshape(1, 4, 8))
+    count(use, torch.arange(32, 64).reshape(1, 4, 8))
     for step in range(200):
         assert int(use.patience()) in (119, 120)
         expected = [0] if step > float(use.patience()) - 1 else []
         assert use.dead()[0].nonzero().flatten().tolist() == expected
-        use.observe((1 + (torch.arange(32) + 32 * step) % 63).reshape(1, 4, 8))  # all but code 0
+        count(use, (1 + (torch.arange(32) + 32 * step) % 63).reshape(1, 4, 8))  # all but code 0
     assert use.figures()["dead"] == 1
 
 
 def test_a_few_batches_without_a_common_code_do_not_kill_it():
     use = CodebookUse(2)
-    use.observe(torch.tensor([[0, 1] * 500]))
+    count(use, torch.tensor([[0, 1] * 500]))
     for step in range(11):
         assert not use.dead().any(), step
-        use.observe(torch.tensor([[0] * 1000]))
+        count(use, torch.tensor([[0] * 1000]))
     assert use.dead().tolist() == [[False, True]]
+
+
+def test_micro_batches_are_counted_as_one_and_a_step_that_is_not_taken_is_not():
+    one, two = observed(24, 2, random_batches(24, 2)), CodebookUse(24, 2)
+    for tokens in random_batches(24, 2):
+        two.observe(tokens // 2)
+        assert two.finish_step(taken=False) is None
+        for part in tokens.split(1):
+            two.observe(part)
+        assert two.finish_step().sum() == tokens.numel() and two.finish_step() is None
+    for name, value in one.state_dict().items():
+        assert torch.equal(two.state_dict()[name], value), name
 
 
 def test_before_the_first_batch_nothing_is_dead():
@@ -106,7 +122,7 @@ def test_a_saved_state_goes_on_as_if_it_had_not_been(tmp_path):
     second = CodebookUse(24, 2)
     second.load_state_dict(load_file(tmp_path / "use.safetensors"))
     for tokens in batches[17:]:
-        second.observe(tokens)
+        count(second, tokens)
     assert set(whole.state_dict()) == {"uses", "last_used", "steps"}
     for name, value in whole.state_dict().items():
         assert torch.equal(second.state_dict()[name], value), name
@@ -116,13 +132,14 @@ def test_a_saved_state_goes_on_as_if_it_had_not_been(tmp_path):
 CHILD = """
 import os, sys, torch, torch.distributed as dist
 from safetensors.torch import load_file, save_file
-from pipelines.codebook import CodebookUse
+from pipelines.metrics.codebook import CodebookUse
 dist.init_process_group("gloo")
 assert dist.get_world_size() == 2
 rank, use = dist.get_rank(), CodebookUse(24, 2)
 totals = []
 for tokens in load_file(sys.argv[1] + "/batches.safetensors")["tokens"].chunk(2, 1)[rank]:
-    totals.append(use.observe(tokens))
+    use.observe(tokens)
+    totals.append(use.finish_step())
 save_file({**use.state_dict(), "totals": torch.stack(totals)}, f"{sys.argv[1]}/{rank}.safetensors")
 dist.barrier()
 dist.destroy_process_group()
@@ -148,7 +165,7 @@ def test_two_processes_count_what_one_does(tmp_path):
         for process in pair:
             end(process)
     use = CodebookUse(24, 2)
-    totals = torch.stack([use.observe(tokens) for tokens in batches])
+    totals = torch.stack([count(use, tokens) for tokens in batches])
     for rank in range(2):
         found = load_file(tmp_path / f"{rank}.safetensors")
         assert torch.equal(found.pop("totals"), totals)
@@ -221,15 +238,15 @@ def test_without_one_learned_codebook_there_are_no_distances(kind):
 
 @pytest.fixture
 def titles(monkeypatch):
-    """The titles of the panels that were drawn."""
-    drawn, init = [], charts.Panel.__init__
+    """The titles of the charts that were drawn."""
+    found, head = [], charts.head
 
-    def recorded(self, title, *rest):
-        drawn.append(title)
-        init(self, title, *rest)
+    def recorded(axes, title, unit):
+        found.append(title)
+        head(axes, title, unit)
 
-    monkeypatch.setattr(charts.Panel, "__init__", recorded)
-    return drawn
+    monkeypatch.setattr(charts, "head", recorded)
+    return found
 
 
 USE, AGES, FAR = "How often each code is used", "How long ago each code was used", "How far apart codes lie"
@@ -239,7 +256,7 @@ USE, AGES, FAR = "How often each code is used", "How long ago each code was used
 def test_a_picture_of_any_codebook(titles, vocab, levels, steps):
     use = CodebookUse(vocab, levels)
     for _ in range(steps):
-        use.observe(torch.randint(vocab, (2, levels * 2, 3)))
+        count(use, torch.randint(vocab, (2, levels * 2, 3)))
     picture = use.picture(make_tokenizer("pixels"))
     assert picture.dtype == np.uint8 and picture.ndim == 3 and picture.shape[2] == 3
     assert picture.shape[0] < 600 and picture.shape[1] < 1400 and picture.min() < 60
@@ -252,86 +269,3 @@ def test_a_learned_codebook_has_a_panel_of_distances(titles):
     both = use.picture(model, torch.rand(4, 3, 12, 8))
     assert titles == [USE, AGES, FAR, USE, AGES, "How far apart vectors and codes lie"]
     assert alone.shape == both.shape and not np.array_equal(alone, both)
-
-
-def test_dead_codes_are_a_red_field_as_wide_as_they_are_many():
-    uses = np.arange(1, 101, dtype=float)[None]
-    uses[0, :30] = 0
-    panel = usage_panel(uses, 30, (400, 270), low=0.5, unit="", word="dead")
-    row = np.asarray(panel.image)[panel.top + 3]
-    field = (row == RED_FIELD).all(1)
-    assert field.sum() / (panel.right - panel.left) == pytest.approx(0.3, abs=0.02)
-    assert field[panel.right] and not field[: panel.right - 110].any()
-    clean = np.asarray(usage_panel(uses + 1, 0, (400, 270), low=0.5, unit="", word="dead").image)
-    assert not (clean == RED_FIELD).all(2).any()
-
-
-def test_areas_on_a_logarithmic_axis():
-    panel = curves("", {"": np.array([1000.0, 100.0, 10.0, 0.0])}, (400, 270), labels=("", ""), low=1.0)
-    blue = (np.asarray(panel.image) == charts.BLUE).all(2)
-    heights = [int(blue[:, int(panel.column(n + 0.5))].sum()) for n in range(4)]
-    assert heights[3] == 0 and heights[0] > heights[1] > heights[2] > 0
-    assert heights[0] / heights[2] == pytest.approx(3, rel=0.05) and heights[1] / heights[2] == pytest.approx(
-        2, rel=0.05
-    )
-
-
-def test_bars_show_how_many_are_dead():
-    panel = bars("", {"0": 80.0, "1": 40.0}, (400, 270), labels=("", ""), marked={"1": 10.0})
-    pixels = np.asarray(panel.image)
-    at = int(panel.column(1.5))
-    blue, red = ((pixels[:, at] == color).all(1).sum() for color in (charts.BLUE, charts.RED))
-    assert red / (red + blue) == pytest.approx(0.25, abs=0.03)
-    assert not (pixels[:, int(panel.column(0.5))] == charts.RED).all(1).any()
-
-
-@pytest.mark.parametrize(
-    "values",
-    [[], [0.0], [math.nan, math.inf, 1.0], [0.0, 1e-30, 1e30], [5.0] * 9, [-3.0, 2.0], [1e-9, 1e-9], [1e4] * 3 + [1.0]],
-)
-def test_histograms_of_whatever_comes(values):
-    panel = histogram("", {"a": np.array(values), "b": np.array(values[:1])}, (300, 200), label="")
-    assert panel.image.size == (300, 200)
-
-
-def test_a_histogram_of_what_lies_orders_of_magnitude_apart_has_a_logarithmic_axis():
-    values = np.append(np.full(200, 1.0), 1000.0)
-    assert histogram("", {"": values}, (300, 200), label="").x.log
-    assert not histogram("", {"": np.linspace(1, 20, 50)}, (300, 200), label="").x.log
-
-
-@pytest.mark.parametrize(
-    "axis",
-    [
-        Axis(0, 1),
-        Axis(0, 127, whole=True),
-        Axis(0, 3, whole=True),
-        Axis(-2, 7.3),
-        Axis(1e-3, 9),
-        Axis(11.5, 18.9),
-        Axis(1e-3, 1e6, log=True),
-        Axis(0.5, 40000, log=True),
-        Axis(2, 7, log=True),
-    ],
-)
-def test_ticks_are_few_round_and_inside(axis):
-    ticks = axis.ticks(4)
-    assert 2 <= len(ticks) <= 8 and all(axis.low - 1e-9 <= tick <= axis.high * (1 + 1e-9) for tick in ticks)
-    assert ticks == sorted(set(ticks)) and (not axis.whole or all(tick == int(tick) for tick in ticks))
-    assert all(len(number(tick)) <= 6 for tick in ticks)
-
-
-def test_numbers_are_short():
-    values = [0, 0.25, 1, 14, 999, 999.7, 1500, 65536, 2e6, 3.2e9]
-    assert [number(v) for v in values] == ["0", "0.25", "1", "14", "999", "1k", "1.5k", "65.5k", "2M", "3.2G"]
-    assert [round_up(v) for v in (0.3, 1, 2.1, 6, 70)] == [0.5, 1, 2.5, 10, 100]
-
-
-def test_a_page_holds_its_rows():
-    small, large = (
-        curves("t", {"": np.ones(3)}, size, labels=("", ""), low=0.5).image for size in ((300, 200), (600, 250))
-    )
-    found = page("title " * 99, ["line " * 200], [[small, small], [large]])
-    width = 300 + 300 + charts.GAP
-    assert found.shape[1] == width + 2 * charts.MARGIN and found.shape[0] > 450
-    assert (found[:, : charts.MARGIN] == 255).all() and (found[:, -charts.MARGIN :] == 255).all()

@@ -143,7 +143,7 @@ def test_the_files_are_those_torchvision_asks_for():
 def test_offline_it_says_which_file_to_place_where(tmp_path, monkeypatch):
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    monkeypatch.setattr(perceptual, "urlopen", lambda *_, **__: pytest.fail("went to the network"))
+    monkeypatch.setattr("urllib.request.OpenerDirector.open", lambda *_, **__: pytest.fail("went to the network"))
     with pytest.raises(UserError) as found:
         Perceptual()
     place = f"place https://download.pytorch.org/models/vgg16-397923af.pth in {tmp_path / 'hub' / 'checkpoints'}"
@@ -247,11 +247,12 @@ def test_a_server_that_does_not_answer_is_not_waited_for(empty, monkeypatch):
         with pytest.raises(UserError) as found:
             Perceptual("squeeze")
     assert time.monotonic() - began < 3 and "timed out" in one_line(found)
+    assert socket.getdefaulttimeout() is None and not list(empty.iterdir())
 
 
 def test_a_folder_that_can_not_be_made(tmp_path, monkeypatch):
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-    monkeypatch.setattr(perceptual, "urlopen", lambda *_, **__: pytest.fail("went to the network"))
+    monkeypatch.setattr("urllib.request.OpenerDirector.open", lambda *_, **__: pytest.fail("went to the network"))
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "file"))
     with pytest.raises(UserError) as found:

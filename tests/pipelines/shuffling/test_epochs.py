@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 
 from pipelines.shuffling.epochs import permuted, permuted_blocks, samples_of
-from pipelines.training import schedule
 
 ROWS = [1, 2, 3, 5, 10, 97, 1000]
 
@@ -62,7 +61,7 @@ def test_blocks_keep_the_disk_to_few_places():
 
 @pytest.mark.parametrize("drawn", [0, 1 << 20])
 def test_both_orders_give_each_row_once_per_epoch(monkeypatch, drawn):
-    monkeypatch.setattr(schedule, "DRAWN", drawn)
+    monkeypatch.setattr("pipelines.shuffling.epochs.DRAWN", drawn)
     parts = [samples_of(50, 16, 3, step) for step in range(25)]
     indices, epochs = (np.concatenate(side) for side in zip(*parts, strict=True))
     orders = [indices[epochs == epoch] for epoch in range(8)]

@@ -86,7 +86,8 @@ def stopping_at(step: int) -> list[str]:
     import sys
 
     code = (
-        "import os, sys; from pipelines import training, train_tokenizer; take = training.take_step\n"
+        "import os, sys; from pipelines import train_tokenizer; from pipelines.training import loop as training\n"
+        "take = training.take_step\n"
         f"training.take_step = lambda run, *rest: os._exit(9) if run.step == {step} else take(run, *rest)\n"
         "train_tokenizer.main(sys.argv[1:])"
     )
@@ -118,8 +119,8 @@ def test_a_sick_critic_does_not_move_itself(tmp_path, monkeypatch):
     term = Adversary.critic_term
     steps = iter(range(99))
 
-    def sick(self, critic, images):
-        loss, terms = term(self, critic, images)
+    def sick(self, *arguments):
+        loss, terms = term(self, *arguments)
         return loss * (float("nan") if next(steps) == 5 else 1.0), terms
 
     monkeypatch.setattr(Adversary, "critic_term", sick)
@@ -138,9 +139,9 @@ def test_micro_batches_meet_their_own_reconstructions(tmp_path, monkeypatch):
         pairs.append(("shown", reconstruction.detach().sum().item()))
         return tokenizer_term(self, reconstruction, *rest)
 
-    def judged(self, critic, images):
-        pairs.append(("judged", self._shown[0].sum().item()))
-        return term(self, critic, images)
+    def judged(self, critic, images, reconstructions):
+        pairs.append(("judged", reconstructions.sum().item()))
+        return term(self, critic, images, reconstructions)
 
     monkeypatch.setattr(Adversary, "tokenizer_term", shown)
     monkeypatch.setattr(Adversary, "critic_term", judged)
@@ -164,6 +165,22 @@ def test_the_critic_has_its_own_learning_rate(tmp_path):
         assert keys
         moved[name] = max(float((first[key] - last[key]).abs().max()) for key in keys)
     assert moved["slow"] < 1e-6 < 1e-4 < moved["fast"]
+
+
+def test_the_onset():
+    start, warmup, ramp = 10, 5, 4
+    adversary = Adversary(CriticConfig(start=start, warmup=warmup, ramp=ramp), PatchCritic(1, 8, 2))
+    assert [step for step in range(30) if adversary.plays(step)] == list(range(10, 30))
+    shares = [adversary.share(step) for step in range(30)]
+    assert shares[:15] == [0.0] * 15 and shares[15:18] == [0.25, 0.5, 0.75] and shares[18:] == [1.0] * 12
+    trained = [sum(adversary.plays(s) for s in range(step)) for step in range(30)]
+    assert all(turns >= warmup for turns, share in zip(trained, shares, strict=True) if share > 0)
+
+
+@pytest.mark.parametrize("ramp", [0, 1])
+def test_without_a_ramp_it_is_there_at_once(ramp):
+    adversary = Adversary(CriticConfig(start=2, warmup=0, ramp=ramp), PatchCritic(1, 8, 2))
+    assert [adversary.share(step) for step in range(4)] == [0.0, 0.0, 1.0, 1.0]
 
 
 def test_images_too_small_for_the_critic_are_named(tmp_path):

@@ -43,7 +43,7 @@ from launch import (
 )
 from leaving import leave_group
 from safetensors.torch import load_file, save_file
-from small import QUANTIZERS, SMALL
+from small import QUANTIZERS, SMALL, train_on
 from torch import nn
 
 from pipelines import encode
@@ -109,7 +109,7 @@ def drive(quantizer: EMA, steps: int, part: slice) -> list[dict[str, Any]]:
         if step == 9:
             quantizer.counts[3:9] = 0.0
             quantizer.sums[3:9] = 0.0
-        quantizer.quantize(z[part])
+        train_on(quantizer, z[part])
         rows = z.movedim(1, -1).reshape(-1, quantizer.dim)
         revived = [code for code, row in enumerate(quantizer.codebook) if (rows == row).all(1).any()]
         buffers = (quantizer.codebook, quantizer.counts, quantizer.sums)

@@ -229,6 +229,18 @@ def test_fp16_is_refused(tmp_path, monkeypatch):
         train_tokenizer(tmp_path / "run")
 
 
+def test_micro_batches_train_what_one_batch_does(tmp_path):
+    """Codes that die and rise all the time included. The codebook has begun: the first micro-batch makes it."""
+    quantizer = {**EMA, "revive_every": 2, "revive_below": 0.3}
+    model = {**VQVAE, "quantizer": quantizer}
+    first = train_tokenizer(tmp_path / "first", model=model, train__steps=2)
+    more = {"model": model, "init": str(first / "tokenizer"), "train__steps": 12}
+    one, four = (train_tokenizer(tmp_path / str(n), **more, train__accumulate=n) for n in (1, 4))
+    for name in ("loss", "l2", "commitment", "codebook_usage", "codebook_perplexity", "codebook_dead"):
+        assert losses(four, name) == pytest.approx(losses(one, name), rel=1e-3), name
+    assert int(tensors(four / "tokenizer")["model.safetensors quantizer.started"]) == 14
+
+
 # What is not finite
 
 

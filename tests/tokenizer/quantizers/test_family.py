@@ -1,14 +1,15 @@
 """Promises of every registered quantizer, and of each idea."""
 
+import copy
 import itertools
 import math
 
 import pytest
 import torch
-from small import QUANTIZERS, make_quantizer
+from small import QUANTIZERS, make_quantizer, train_on
 
 from tokenizer.quantizers import Quantizer
-from tokenizer.quantizers.codebook import kmeans, nearest
+from tokenizer.quantizers.codebook import CountedCodebook, kmeans, nearest
 
 every_quantizer = pytest.mark.parametrize("name", QUANTIZERS)
 
@@ -84,6 +85,55 @@ def test_eval_changes_nothing(name):
     assert all(torch.equal(value, before[key]) for key, value in quantizer.state_dict().items())
 
 
+def assert_equal_states(one, two):
+    for key, value in one.state_dict().items():
+        assert torch.equal(value, two.state_dict()[key]), key
+
+
+BUSY = {"decay": 0.5, "revive_every": 3, "revive_below": 0.5}  # codes die and rise all the time
+
+
+def busy(name):
+    """A quantizer in training that has taken a step, and whose codebook changes much if it moves by itself."""
+    counted = issubclass(Quantizer.find(name), CountedCodebook)
+    more = BUSY if counted else {"book": {"kind": "ema", "codes": 32, "dim": 8, **BUSY}} if name == "rvq" else {}
+    quantizer = make_quantizer(name, **more).train()
+    train_on(quantizer, torch.randn(8, quantizer.dim, 4, 4))
+    return quantizer
+
+
+@every_quantizer
+def test_micro_batches_move_it_as_their_whole_does(name):
+    """To the bit: with the codes of before the step, and revived from the same vectors."""
+    one = busy(name)
+    two, start = copy.deepcopy(one), copy.deepcopy(one)
+    for step in range(7):
+        z = torch.randn(8, one.dim, 4, 4) * (1 + step)
+        tokens = train_on(one, z).tokens
+        parts = [two.quantize(part).tokens for part in z.chunk(4)]
+        two.finish_step()
+        assert name == "gumbel" or torch.equal(torch.cat(parts), tokens)  # whose noise is drawn for each
+        assert_equal_states(one, two)
+    if name in ("ema", "rvq"):
+        assert not torch.equal(*[q.lookup(torch.zeros(1, q.levels, 1, dtype=torch.long)) for q in (start, one)])
+
+
+@every_quantizer
+def test_quantizing_moves_nothing_and_a_step_that_is_not_taken_is_forgotten(name):
+    quantizer = busy(name)
+    before, other = copy.deepcopy(quantizer), copy.deepcopy(quantizer)
+    for z in (torch.full((4, quantizer.dim, 4, 4), math.nan), torch.randn(4, quantizer.dim, 4, 4)):
+        quantizer.quantize(z)
+        assert_equal_states(quantizer, before)
+        quantizer.finish_step(taken=False)
+        assert_equal_states(quantizer, before)
+    for step in range(4):
+        z = torch.randn(8, quantizer.dim, 4, 4, generator=torch.Generator().manual_seed(step))
+        train_on(quantizer, z)
+        train_on(other, z)
+    assert_equal_states(quantizer, other)
+
+
 @every_quantizer
 def test_wrong_width_is_named(name):
     quantizer = make_quantizer(name)
@@ -122,10 +172,10 @@ def test_beta_is_on_the_commitment():
 def test_ema_is_the_running_mean():
     """One step against equation 6-8 of the paper, written out."""
     quantizer = make_quantizer("ema", decay=0.9, revive_below=0.0, kmeans_iterations=0).train()
-    quantizer.quantize(torch.randn(8, 8, 4, 4))
+    train_on(quantizer, torch.randn(8, 8, 4, 4))
     counts, sums, codebook = quantizer.counts.clone(), quantizer.sums.clone(), quantizer.codebook.clone()
     z = torch.randn(8, 8, 4, 4)
-    tokens = quantizer.quantize(z).tokens
+    tokens = train_on(quantizer, z).tokens
     rows = z.movedim(1, -1).reshape(-1, 8)
     for code in range(32):
         mine = rows[tokens.flatten() == code]
@@ -141,25 +191,25 @@ def test_ema_is_the_running_mean():
 def test_ema_codebook_settles_on_the_clusters_without_gradients():
     rows = clusters(8, 8)
     quantizer = make_quantizer("ema", decay=0.8).train()
-    quantizer.quantize(rows.t()[None])
+    train_on(quantizer, rows.t()[None])
     quantizer.codebook.normal_()
     quantizer.sums.copy_(quantizer.codebook * quantizer.counts.unsqueeze(1))
     errors = []
     for _ in range(60):
         z = rows[torch.randperm(len(rows))[:512]].t()[None]
-        errors.append(float((quantizer.quantize(z).z_q - z).square().mean()))
+        errors.append(float((train_on(quantizer, z).z_q - z).square().mean()))
     assert errors[-1] < 0.5 * errors[0] and errors[-1] < 1e-3
 
 
 def test_dead_codes_are_revived():
     quantizer = make_quantizer("ema", decay=0.5, revive_every=5).train()
     rows = clusters(32, 8)
-    quantizer.quantize(rows.t()[None])
+    train_on(quantizer, rows.t()[None])
     with torch.no_grad():
         quantizer.codebook[8:] = 1000.0  # nobody's nearest
         quantizer.sums[8:] = 1000.0 * quantizer.counts[8:, None]
     for _ in range(60):
-        quantizer.quantize(rows.t()[None])
+        train_on(quantizer, rows.t()[None])
     assert quantizer.codebook.abs().max() < 100
     assert len(nearest(rows, quantizer.codebook).unique()) >= 28
 
@@ -168,20 +218,20 @@ def test_the_first_codebook_comes_from_the_data():
     rows = clusters(32, 8) + 50.0
     for name in ("ema", "vq"):
         quantizer = make_quantizer(name).train()
-        error = (quantizer.quantize(rows.t()[None]).z_q - rows.t()[None]).square().mean()
+        error = (train_on(quantizer, rows.t()[None]).z_q - rows.t()[None]).square().mean()
         assert error < 0.1 * rows.var(0).sum(), name
         tiny = make_quantizer(name).train()
-        tiny.quantize(torch.randn(1, 8, 2, 2))  # fewer vectors than codes
+        train_on(tiny, torch.randn(1, 8, 2, 2))  # fewer vectors than codes
         assert torch.isfinite(tiny.codebook).all() and len(tiny.codebook.unique(dim=0)) == 32
 
 
 def test_a_loaded_codebook_is_not_started_again():
     quantizer = make_quantizer("ema").train()
-    quantizer.quantize(torch.randn(8, 8, 4, 4))
+    train_on(quantizer, torch.randn(8, 8, 4, 4))
     other = make_quantizer("ema").train()
     other.load_state_dict(quantizer.state_dict())
     before = other.codebook.clone()
-    other.quantize(torch.randn(8, 8, 4, 4) + 1)
+    train_on(other, torch.randn(8, 8, 4, 4) + 1)
     assert int(other.started) == 2
     assert (other.codebook - before).abs().max() < 0.5  # a restart would move all by about 1
 

@@ -5,7 +5,7 @@ from dataclasses import fields
 import pytest
 import torch
 import torch.nn.functional as F
-from small import QUANTIZERS, make_quantizer
+from small import QUANTIZERS, make_quantizer, train_on
 
 from tokenizer.quantizers import Quantizer
 from tokenizer.quantizers.codebook import Codebook, nearest
@@ -31,7 +31,7 @@ def started(name, **config):
     """A codebook that has seen two batches, and vectors for a third."""
     quantizer = make_quantizer(name, **config).train()
     for _ in range(2):
-        quantizer.quantize(torch.randn(8, quantizer.dim, 4, 4))
+        train_on(quantizer, torch.randn(8, quantizer.dim, 4, 4))
     return quantizer, torch.randn(4, quantizer.dim, 5, 3)
 
 
@@ -186,7 +186,7 @@ def clusters(points=512):
 def with_dead_codes(rows, **config):
     """A codebook of 32 whose codes from 8 on lie where no vector does, and have for long."""
     quantizer = make_quantizer("vq", decay=0.5, revive_every=5, **config).train()
-    quantizer.quantize(rows.t()[None])
+    train_on(quantizer, rows.t()[None])
     quantizer.codebook.data[8:] = 1000.0
     quantizer.counts[8:] = 0.0
     return quantizer
@@ -197,7 +197,7 @@ def test_dead_codes_come_back_without_gradients():
     quantizer = with_dead_codes(rows)
     alive = quantizer.codebook.detach()[:8].clone()
     for _ in range(4):
-        quantizer.quantize(rows.t()[None])
+        train_on(quantizer, rows.t()[None])
     codebook = quantizer.codebook.detach()
     back = codebook[8:]
     assert torch.equal(codebook[:8], alive)
@@ -205,7 +205,7 @@ def test_dead_codes_come_back_without_gradients():
     assert len(back.unique(dim=0)) == 24
     assert quantizer.counts[8:].min() == quantizer.counts[8:].max() > 0  # a fresh start
     for _ in range(60):
-        quantizer.quantize(rows.t()[None])
+        train_on(quantizer, rows.t()[None])
     assert len(quantizer.quantize(rows.t()[None]).tokens.unique()) >= 28
 
 
@@ -213,7 +213,7 @@ def test_dead_codes_stay_dead_if_so_asked():
     rows = clusters()
     quantizer = with_dead_codes(rows, revive_below=0)
     for _ in range(60):
-        tokens = quantizer.quantize(rows.t()[None]).tokens
+        tokens = train_on(quantizer, rows.t()[None]).tokens
     assert (quantizer.codebook[8:] == 1000).all() and int(tokens.max()) < 8
 
 
@@ -228,5 +228,6 @@ def test_revived_codes_learn():
             optimizer.zero_grad()
             losses["codebook"].backward()
             optimizer.step()
+            quantizer.finish_step()
         errors[below] = losses["codebook"].item()
     assert errors[0.05] < 0.3 * errors[0.0]

@@ -1,6 +1,6 @@
 """Residual quantization and SimVQ: what the papers promise, written out; and codebooks that two processes train.
 
-What needs two processes runs in two that this file starts of itself (`python test_residual_quantizers.py FOLDER`).
+What needs two processes runs in two that this file starts of itself (`python test_rvq.py FOLDER`).
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from leaving import leave_group
-from small import make_quantizer, make_tokenizer
+from small import make_quantizer, make_tokenizer, train_on
 from torch import Tensor
 
 from tokenizer.quantizers import Quantizer
@@ -47,7 +47,7 @@ def trained(steps: int = 3, *choices: Any, **config: Any) -> Any:
     """One that has seen some batches."""
     quantizer = residual(*choices, **config)
     for step in range(steps):
-        quantizer.quantize(batch(step))
+        train_on(quantizer, batch(step))
     return quantizer
 
 
@@ -72,6 +72,8 @@ def test_one_level_is_the_book(book, shared):
             sum(weights.loss_weights[name] * loss for name, loss in losses.items()).backward()  # type: ignore[union-attr]
             assert leaf.grad is not None
         assert torch.equal(again.grad, z.grad)
+        one.finish_step()
+        other.finish_step()
     for (key, value), (name, mine) in zip(one.state_dict().items(), other.state_dict().items(), strict=True):
         assert name == f"books.0.{key}" and torch.equal(mine, value)
 
@@ -164,7 +166,7 @@ def test_the_gradient_passes_the_sum_once(book, shared):
 def test_all_levels_are_quantized_before_any_book_moves(book, shared):
     quantizer = trained(4, book, 3, shared, **({} if book == "simvq" else {"revive_every": 1}))
     z, as_it_was = batch(9), copy.deepcopy(quantizer).eval()
-    expected, found = as_it_was.quantize(z), quantizer.quantize(z)
+    expected, found = as_it_was.quantize(z), train_on(quantizer, z)
     assert torch.equal(found.tokens, expected.tokens) and torch.equal(found.z_q, expected.z_q)
     assert [int(part.started) for part in quantizer.books] == [5] * (1 if shared else 3)
     if book == "ema":
@@ -180,7 +182,7 @@ def test_a_shared_book_moves_once_with_the_rows_of_all_levels():
     z = batch(5)
     left = rows_of(z)
     use, total = torch.zeros(32), torch.zeros(32, 8)
-    for ids in quantizer.quantize(z).tokens.chunk(3, 1):
+    for ids in train_on(quantizer, z).tokens.chunk(3, 1):
         use += torch.bincount(ids.flatten(), minlength=32)
         total.index_add_(0, ids.flatten(), left)
         left = left - table[ids.flatten()]
@@ -209,11 +211,11 @@ def test_dead_codes_of_every_level_come_back():
     for shared in (False, True):
         quantizer = residual("ema", 3, shared, decay=0.5, revive_every=5)
         rows = batch(0, 32)
-        quantizer.quantize(rows)
+        train_on(quantizer, rows)
         for book in quantizer.books:
             book.codebook[8:], book.sums[8:], book.counts[8:] = 1000.0, 0.0, 0.0
         for _ in range(25):
-            tokens = quantizer.quantize(rows).tokens
+            tokens = train_on(quantizer, rows).tokens
         assert max(float(book.codebook.abs().max()) for book in quantizer.books) < 100
         parts = [tokens] if shared else tokens.chunk(3, 1)
         assert min(len(ids.unique()) for ids in parts) >= 24
@@ -262,7 +264,7 @@ def test_bad_configurations_are_named(config, message):
 
 def test_only_the_map_learns_and_moves_all_codes():
     quantizer: Any = make_quantizer("simvq").train()
-    quantizer.quantize(batch(0))
+    train_on(quantizer, batch(0))
     assert {name for name, p in quantizer.named_parameters() if p.requires_grad} == {"map.weight", "map.bias"}
     frozen, before = quantizer.codebook.clone(), quantizer.table().detach()
     optimizer = torch.optim.SGD(quantizer.parameters(), 0.1)
@@ -285,7 +287,7 @@ def test_the_table_starts_on_the_data_behind_an_identity():
 
 def test_beta_is_on_the_commitment_of_the_mapped_codes():
     quantizer: Any = make_quantizer("simvq", beta=0.5).train()
-    quantizer.quantize(batch(0))
+    train_on(quantizer, batch(0))
     assert quantizer.loss_weights == {"codebook": 1.0, "commitment": 0.5}
     z = batch(1).requires_grad_()
     z_q, _, losses = quantizer.quantize(z)
@@ -298,7 +300,7 @@ def test_beta_is_on_the_commitment_of_the_mapped_codes():
 
 def test_lookup_under_autocast_is_that_without():
     quantizer: Any = make_quantizer("simvq").train()
-    quantizer.quantize(batch(0))
+    train_on(quantizer, batch(0))
     torch.nn.init.normal_(quantizer.map.weight)
     tokens = quantizer.eval().quantize(batch(1)).tokens
     with torch.autocast("cpu", torch.bfloat16):
@@ -322,6 +324,7 @@ def test_codes_that_move_together_are_not_left_behind():
             optimizer.zero_grad()
             quantized.losses["codebook"].backward()
             optimizer.step()
+            quantizer.finish_step()
         use[name] = len(quantized.tokens.unique())
         errors[name] = quantized.losses["codebook"].item()
     assert use["simvq"] > 1.5 * use["vq"] and errors["simvq"] < 0.5 * errors["vq"], (use, errors)
@@ -336,6 +339,7 @@ RUNS: dict[str, tuple[str, dict[str, Any]]] = {
     "separate": ("rvq", {"depth": 2}),
     "shared": ("rvq", {"depth": 2, "shared": True}),
     "shared vq": ("rvq", {"depth": 2, "shared": True, "book": {"kind": "vq"}}),
+    "accumulated": ("rvq", {"depth": 2}),
 }
 BUSY = {"decay": 0.9, "revive_every": 5, "revive_below": 0.3}  # codes die and rise all the time
 STEPS = 20
@@ -352,19 +356,29 @@ def build(name: str) -> Any:
     return Quantizer.create(kind, **sizes, **config, **(BUSY if kind != "simvq" else {})).train()
 
 
-def drive(quantizer: Any, part: slice) -> list[str]:
-    """Train on a part of each step's vectors, gradients averaged over processes; digests of the state at each step."""
+def parts_of(name: str, rank: int = 0, world: int = 1) -> list[slice]:
+    """Which of 16 images a process sees in a step, micro-batch by micro-batch, as the training loop deals them out."""
+    count = 2 if name == "accumulated" else 1
+    size = 16 // count // world
+    starts = [(index * world + rank) * size for index in range(count)]
+    return [slice(start, start + size) for start in starts]
+
+
+def drive(quantizer: Any, parts: list[slice]) -> list[str]:
+    """Train on parts of each step's vectors, gradients averaged over processes; digests of the state at each step."""
     world, seen = dist.get_world_size() if dist.is_initialized() else 1, []
     for step in range(STEPS):
         z = batch(step, 16) * (1 + step / 10)
-        losses = quantizer.quantize(z[part].requires_grad_()).losses
         quantizer.zero_grad()
-        sum(losses.values()).backward()
+        for part in parts:
+            losses = quantizer.quantize(z[part].requires_grad_()).losses
+            (sum(losses.values()) / len(parts)).backward()
         with torch.no_grad():
             for parameter in quantizer.parameters():
                 if world > 1:
                     dist.all_reduce(parameter.grad)
                 parameter -= 3.0 * parameter.grad / world
+        quantizer.finish_step()
         state = b"".join(value.detach().numpy().tobytes() for value in quantizer.state_dict().values())
         seen.append(hashlib.sha256(state).hexdigest())
     return seen
@@ -380,12 +394,12 @@ def in_one_of_two(folder: Path) -> None:
     for name in RUNS:
         quantizer = build(name)
         seen: list[Any] = [None, None]
-        dist.all_gather_object(seen, drive(quantizer, slice(8 * rank, 8 * rank + 8)))
+        dist.all_gather_object(seen, drive(quantizer, parts_of(name, rank, dist.get_world_size())))
         found[name] = seen
         if rank == 0:
             save_file(quantizer.state_dict(), folder / f"{name}.safetensors")
     if rank == 0:
-        (folder / "found.json").write_text(json.dumps(found))
+        (folder / "found.json").write_text(json.dumps({"world": dist.get_world_size(), **found}))
     dist.barrier()
     leave_group()
 
@@ -409,7 +423,9 @@ def pair(tmp_path_factory) -> tuple[Path, dict[str, Any]]:
     finally:
         for process in processes:
             end(process)
-    return folder, json.loads((folder / "found.json").read_text())
+    found = json.loads((folder / "found.json").read_text())
+    assert found["world"] == 2
+    return folder, found
 
 
 @pytest.mark.parametrize("name", RUNS)
@@ -423,7 +439,7 @@ def test_two_processes_learn_what_one_does(pair, name):
     from safetensors.torch import load_file
 
     quantizer = build(name)
-    drive(quantizer, slice(None))
+    drive(quantizer, parts_of(name))
     together = load_file(pair[0] / f"{name}.safetensors")
     for key, value in quantizer.state_dict().items():
         torch.testing.assert_close(together[key], value, rtol=1e-3, atol=1e-3)

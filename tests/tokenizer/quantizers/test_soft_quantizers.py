@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from leaving import leave_group
-from small import make_quantizer
+from small import make_quantizer, train_on
 from torch import nn
 
 from tokenizer.quantizers import Quantizer, choice
@@ -93,7 +93,7 @@ def test_entropies_of_far_apart_logits_are_finite():
 def test_ibq_is_the_paper():
     """Tokens, values, losses and gradients, written with one-hot vectors."""
     quantizer = make_quantizer("ibq", temperature=0.5, entropy=0.05, diversity=0.07).train()
-    quantizer.quantize(torch.randn(2, 8, 4, 4))
+    train_on(quantizer, torch.randn(2, 8, 4, 4))
     z = torch.randn(3, 8, 2, 2, requires_grad=True)
     z_q, tokens, losses = quantizer.quantize(z)
     weights = torch.randn_like(z)
@@ -149,6 +149,7 @@ def test_ibq_starts_with_all_codes_within_reach(normalize):
 def test_a_sick_first_batch_leaves_no_trace(name):
     quantizer = make_quantizer(name).train()
     quantizer.quantize(torch.full((4, 8, 4, 4), float("nan")))
+    quantizer.finish_step(taken=False)
     assert all(torch.isfinite(parameter).all() for parameter in quantizer.parameters())
 
 
@@ -235,12 +236,12 @@ def test_the_step_decides_on_the_temperature_also_of_a_resumed_run(monkeypatch):
             resumed = make_quantizer("gumbel", anneal_steps=5).train()
             resumed.load_state_dict(whole.state_dict())
         torch.manual_seed(step)
-        whole.quantize(torch.randn(4, 8, 4, 4))
+        train_on(whole, torch.randn(4, 8, 4, 4))
     expected = [whole.temperature_at(step) for step in range(8)]
     assert used == expected and len(set(used)) == 6
     for step in range(3, 8):
         torch.manual_seed(step)
-        last = resumed.quantize(torch.randn(4, 8, 4, 4)).tokens
+        last = train_on(resumed, torch.randn(4, 8, 4, 4)).tokens
     assert used[8:] == expected[3:]
     torch.manual_seed(7)
     whole.started.fill_(7)
@@ -285,7 +286,7 @@ def test_gumbel_starts_as_a_mixture_around_the_centres():
 def test_fewer_vectors_than_codes_start_nothing():
     quantizer = make_quantizer("gumbel").train()
     before = quantizer.embed.weight.clone()
-    quantizer.quantize(torch.randn(1, 8, 4, 4))
+    train_on(quantizer, torch.randn(1, 8, 4, 4))
     assert torch.equal(quantizer.embed.weight, before) and int(quantizer.started) == 1
 
 
@@ -316,6 +317,7 @@ def test_a_small_autoencoder_uses_its_codes(name):
         optimizer.zero_grad()
         (error + weighted).backward()
         optimizer.step()
+        quantizer.finish_step()
         errors.append(error.item())
     quantizer.eval()
     with torch.no_grad():
@@ -333,7 +335,7 @@ def learn(normalize: bool, name: str, part: slice) -> list[torch.Tensor]:
     config = {"normalize": normalize, "entropy": 0.5, "diversity": 2.0} if name == "ibq" else {}
     quantizer = Quantizer.create(name, codes=32, dim=8, **config).train()
     z = torch.randn(16, 8, 4, 4) * torch.linspace(0.5, 2, 16).reshape(-1, 1, 1, 1)
-    quantizer.quantize(z[part])
+    train_on(quantizer, z[part])
     started = [parameter.detach().clone() for parameter in quantizer.parameters()]
     mine = z[part].clone().requires_grad_()
     if name == "gumbel":

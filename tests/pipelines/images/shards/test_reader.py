@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import hashlib
-import http.server
 import io
 import json
 import re
 import sys
 import tarfile
-import threading
 import time
-import zlib
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
@@ -24,7 +21,22 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState
 from fake_hub import Handler, commit, serve
-from image_files import CHANGES, change, noise, rows_of, write_parquet, write_shards, write_tar
+from image_files import (
+    CHANGED,
+    CHANGES,
+    KINDS,
+    change,
+    identities,
+    load,
+    noise,
+    read_epochs,
+    rows_of,
+    small_blocks,
+    two_files,
+    write_parquet,
+    write_shards,
+    write_tar,
+)
 from launch import (
     assert_equal_tensors,
     exact,
@@ -39,15 +51,15 @@ from launch import (
 from small import make_tokenizer
 
 from pipelines.config import UserError
-from pipelines.images import DataConfig, Splits, load_images, to_float
-from pipelines.images.bad_images import REPORT, read_report
+from pipelines.images import to_float
+from pipelines.images.bad import REPORT, read_report
 from pipelines.images.base import Rows
 from pipelines.images.loading import carve
 from pipelines.images.shards import parquet as parquet_shards
 from pipelines.images.shards import places as shard_sources
 from pipelines.images.shards import reader as image_shards
+from pipelines.images.shards import shard as one_shard
 from pipelines.images.shards import tar as tar_shards
-from pipelines.images.shards.tar_index import Member, TarError, scan
 from pipelines.images.stamps import FileChanged
 from pipelines.shuffling.shards import ShardOrder, drawn_by_blocks
 from pipelines.train_tokenizer import TokenizerTask
@@ -55,30 +67,7 @@ from pipelines.training.loop import batches
 from pipelines.training.schedule import TrainConfig
 from pipelines.training.task import Task
 
-KINDS = ["parquet", "tar"]
 TEXT = b"this is not an image"
-
-
-@pytest.fixture(autouse=True)
-def private_caches(tmp_path_factory, monkeypatch):
-    """Neither indices nor copies of tables in the user's cache; and accelerate is set up anew."""
-    import datasets
-
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.mktemp("datasets"))
-    monkeypatch.setattr("huggingface_hub.constants.HF_HOME", str(tmp_path_factory.mktemp("home")))
-    monkeypatch.setattr(image_shards, "FIRST_PAUSE", 0.001)
-    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
-    AcceleratorState._reset_state(reset_partial_state=True)
-
-
-def load(source: Any, **options: Any) -> Splits:
-    return load_images(DataConfig(**{"source": str(source), "image_size": 12, "streaming": True, **options}))
-
-
-def identities(pixels: torch.Tensor) -> list[int]:
-    """Which of `rows_of` each image is."""
-    known = {noise(12, 12, seed=k).tobytes(): k for k in range(200)}
-    return [known[image.numpy().tobytes()] for image in pixels]
 
 
 # The order
@@ -374,104 +363,7 @@ def test_a_window_that_does_not_fit_is_announced(tmp_path, capsys):
     assert re.search(r"shuffle_window: 27 of these images take 2 MiB.*cache_mb=1", capsys.readouterr().err)
 
 
-# Servers
-
-
-class Ranges(http.server.SimpleHTTPRequestHandler):
-    """Files of a folder, or parts of them; every third answer is an error."""
-
-    failing, count = False, 0
-
-    def do_GET(self) -> None:
-        Ranges.count += 1
-        data = (Path(self.directory) / self.path.strip("/")).read_bytes()
-        if self.failing and Ranges.count % 3 == 0:
-            return self.send_error(503)
-        first, last, validators = 0, len(data) - 1, self.validators(data)
-        asked = re.match(r"bytes=(\d+)-(\d*)", self.headers.get("Range", ""))
-        if asked and int(asked[1]) > last:
-            return self.send_error(416)
-        if asked and self.gives_part(validators):
-            first, last = int(asked[1]), min(int(asked[2] or last), last)
-            self.send_response(206)
-            if told := self.range_told(first, last, len(data)):
-                self.send_header("Content-Range", told)
-        else:
-            self.send_response(200)
-        self.send_header("Content-Length", str(last - first + 1))
-        self.send_header("Accept-Ranges", "bytes")
-        for name, value in validators.items():
-            self.send_header(name, value)
-        self.end_headers()
-        if self.command != "HEAD":
-            self.wfile.write(data[first : last + 1])
-
-    do_HEAD = do_GET  # type: ignore[assignment]
-
-    def validators(self, data: bytes) -> dict[str, str]:
-        return {"ETag": f'"{hash(data)}"'}
-
-    def gives_part(self, validators: dict[str, str]) -> bool:
-        """Whatever `If-Range` says."""
-        return True
-
-    def range_told(self, first: int, last: int, length: int) -> str | None:
-        return f"bytes {first}-{last}/{length}"
-
-    def log_message(self, *arguments: object) -> None:
-        """Nothing on stderr."""
-
-
-@contextmanager
-def served(folder: Path, failing: bool = False, **behaviour: Any):
-    handler = type("Handler", (Ranges,), {"failing": failing, **behaviour})
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), lambda *a: handler(*a, directory=str(folder)))
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    try:
-        yield f"http://127.0.0.1:{server.server_port}"
-    finally:
-        server.shutdown()
-        server.server_close()
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_a_shard_on_a_server_is_read_in_parts(tmp_path, kind, monkeypatch):
-    path = write_shards(tmp_path, kind, rows_of(40), 1) / f"train-00000-of-00001.{kind}"
-    expected = load(path)
-    with served(tmp_path, failing=True) as url:  # which is tried again
-        monkeypatch.setenv("NO_PROXY", "127.0.0.1")
-        found = load(f"{url}/{path.name}")
-        assert torch.equal(found.train.pixels(range(36)), expected.train.pixels(range(36)))
-        assert torch.equal(found.train.labels, expected.train.labels)
-    found.train._rows.read.__self__.cache.clear()
-    with pytest.raises(UserError, match=rf"^http://.*{path.name}: can not be read: "):
-        found.train.pixels([0])  # a server that is gone is no bad image
-
-
 # Files that change
-
-
-CHANGED = "it has changed since the run started; start the run again"
-
-
-def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of a tar: blocks of a few images."""
-    monkeypatch.setattr(tar_shards, "BLOCK_BYTES", 4000)
-
-
-def two_files(folder: Path, kind: str) -> tuple[Path, Path]:
-    """A shard of the images from 0 to 39, and beside it one that has them the other way round."""
-    rows, write = rows_of(40), write_tar if kind == "tar" else write_parquet
-    (folder / "other").mkdir()
-    return write(folder / f"a.{kind}", rows), write(folder / f"other/b.{kind}", rows[::-1])
-
-
-def read_epochs(train: Any, seed: int) -> None:
-    """Read two epochs, all images of which have to be the right ones; and keep nothing of them."""
-    for step in range(9):
-        indices, _ = train.samples(8, seed, step)
-        assert identities(train.pixels(indices)) == train._positions[indices].tolist()
-    train._rows.read.__self__.cache.clear()  # of the last block, which is kept in any case
 
 
 @pytest.mark.parametrize("how", CHANGES)
@@ -523,7 +415,7 @@ def test_a_shard_that_is_rewritten_during_a_read_ends_the_run(tmp_path, monkeypa
             change(path, other, "rewritten")
             return super().read(size)
 
-    monkeypatch.setattr(image_shards.Shard, "open", lambda shard, ahead=0: Rewritten(shard.path))
+    monkeypatch.setattr(one_shard.Shard, "open", lambda shard, ahead=0: Rewritten(shard.path))
     with pytest.raises(FileChanged, match=f"^{path}: {CHANGED}$"):
         train.pixels([0, 1])
 
@@ -541,98 +433,6 @@ def test_threads_tell_a_changed_shard_among_others(tmp_path, monkeypatch):
     assert identities(train.pixels(range(15))) == train._positions[:15].tolist()
     with pytest.raises(FileChanged, match=f"^{path}: {CHANGED}$"):
         train.pixels(range(36))
-
-
-def weak(self: Ranges, data: bytes) -> dict[str, str]:
-    return {"ETag": f'W/"{hash(data)}"', "Last-Modified": "Tue, 01 Jul 2025 00:00:00 GMT"}
-
-
-def dated(self: Ranges, data: bytes) -> dict[str, str]:
-    return {"ETag": '"1"', "Last-Modified": f"Tue, 01 Jul 2025 00:00:{zlib.crc32(data) % 60:02} GMT"}
-
-
-def same(self: Ranges, data: bytes) -> dict[str, str]:
-    return {"ETag": '"1"', "Last-Modified": "Tue, 01 Jul 2025 00:00:00 GMT"}
-
-
-def silent(self: Ranges, data: bytes) -> dict[str, str]:
-    return {}
-
-
-def only_when_asked_for_parts(self: Ranges, data: bytes) -> dict[str, str]:
-    return {} if self.command == "HEAD" else {"ETag": f'"{hash(data)}"'}
-
-
-def only_when_asked_for_all(self: Ranges, data: bytes) -> dict[str, str]:
-    return {"ETag": f'"{hash(data)}"'} if self.command == "HEAD" else {}
-
-
-def honest(self: Ranges, validators: dict[str, str]) -> bool:
-    """What RFC 9110 asks for: a part, unless the file has another strong ETag than `If-Range` says."""
-    asked, data = self.headers.get("If-Range"), (Path(self.directory) / self.path.strip("/")).read_bytes()
-    return asked is None or (asked == f'"{hash(data)}"' and validators.get("ETag", asked) == asked)
-
-
-SERVERS: dict[str, dict[str, Any]] = {
-    "ETag, If-Range ignored": {},
-    "ETag, If-Range honoured": {"gives_part": honest},
-    "If-Range alone": {"validators": only_when_asked_for_all, "gives_part": honest},
-    "weak ETag": {"validators": weak, "gives_part": honest},
-    "date": {"validators": dated},
-    "ETag in parts alone": {"validators": only_when_asked_for_parts, "gives_part": honest},
-    "length": {"validators": same},
-    "length, nothing else": {"validators": silent},
-    "length, in no answer": {"validators": silent, "range_told": lambda s, first, last, _: f"bytes {first}-{last}/*"},
-}
-
-
-@pytest.mark.parametrize("server", SERVERS)
-@pytest.mark.parametrize("kind", KINDS)
-def test_a_shard_that_changes_on_a_server_ends_the_run(tmp_path, monkeypatch, kind, server):
-    """And one that stays is read, whatever the server says of it. Other lengths are longer or shorter ones."""
-    small_blocks(monkeypatch)
-    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
-    path, other = two_files(tmp_path, kind)
-    if "length" in server:
-        path, other = other.replace(path), path.with_name("c")
-        (write_tar if kind == "tar" else write_parquet)(path, rows_of(40))
-        (write_tar if kind == "tar" else write_parquet)(other, rows_of(48)[8:])
-        if "no answer" in server:
-            other.write_bytes(other.read_bytes()[:1500])
-        else:
-            other.write_bytes(other.read_bytes() + bytes(10240))
-    with served(tmp_path, **SERVERS[server]) as url:
-        train = load(f"{url}/{path.name}", cache_mb=0, on_error="skip", max_bad_fraction=1.0).train
-        read_epochs(train, seed=0)
-        change(path, other, "replaced")
-        seen = CHANGED if (kind, server) != ("parquet", "length, in no answer") else "can not be read: .*"
-        with pytest.raises(UserError, match=f"^{url}/{path.name}: {seen}$"):
-            train.pixels([30])
-    assert not train.report.problems
-
-
-@pytest.mark.parametrize(
-    ("told", "message"),
-    [
-        (lambda s, first, last, length: f"bytes {first + 512}-{last + 512}/{length}", "are those from "),
-        (lambda s, first, last, length: f"bytes {first}-{last - 1}/{length}", "are those from "),
-        (lambda s, first, last, length: f"items {first}-{last}/{length}", "does not say which"),
-        (lambda s, first, last, length: None, "does not say which"),
-    ],
-)
-def test_another_part_than_was_asked_for_is_refused(tmp_path, monkeypatch, told, message):
-    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
-    path = write_tar(tmp_path / "a.tar", rows_of(40))
-    with served(tmp_path) as url:
-        train = load(f"{url}/a.tar", cache_mb=0).train
-        train.pixels([0])
-    with served(tmp_path, range_told=told) as url, pytest.raises(UserError) as caught:
-        load(f"{url}/a.tar")
-    assert re.fullmatch(
-        rf"{url}/{path.name}: can not be read: the bytes from 0 to \d+ were asked for, what came "
-        rf"{message}.*",
-        str(caught.value),
-    )
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -740,7 +540,7 @@ def test_the_report_has_each_bad_image_once(tmp_path):
     assert json.loads((tmp_path / REPORT).read_text().splitlines()[0])["split"] == "train"
 
 
-def test_bad_images_found_beforehand_are_reported_too(tmp_path):
+def test_bad_found_beforehand_are_reported_too(tmp_path):
     """Of a run that reads all images first: the same file, from the first process alone."""
     data = bad_shards(tmp_path / "data", "parquet")
     options = {
@@ -783,136 +583,6 @@ def test_a_token_dataset_is_encoded_from_shards(tmp_path):
     assert torch.as_tensor(np.asarray(split.labels[:])).tolist() == [k % 3 for k in range(60)]
 
 
-# Hostile tars
-
-
-def header(name: bytes, size: int, kind: bytes = b"0", sparse: bytes = b"") -> bytes:
-    block = bytearray(512)
-    block[: len(name)] = name
-    block[100:108], block[108:116], block[116:124] = b"0000644\0", b"0000000\0", b"0000000\0"
-    block[124:136] = size.to_bytes(12, "big") if size >= 8**11 else b"%011o\0" % size
-    if size >= 8**11:
-        block[124] |= 0x80
-    block[136:148], block[156:157], block[257:263] = b"00000000000\0", kind, b"ustar\0"
-    block[482 : 482 + len(sparse)] = sparse
-    block[148:156] = b" " * 8
-    block[148:156] = b"%06o\0 " % sum(block)
-    return bytes(block)
-
-
-def padded(data: bytes) -> bytes:
-    return data + bytes(-len(data) % 512)
-
-
-END = bytes(1024)
-PNG = rows_of(1)[0][1]
-
-
-def members(data: bytes) -> list[Member]:
-    return list(scan(io.BytesIO(data), len(data)))
-
-
-def test_names_that_lead_out_are_only_names(tmp_path):
-    names = ["../../escape.png", "/etc/passwd.png", "a/../../b.png", "c\x1b[31m\nred.png", "d" * 90 + ".png", "ok.png"]
-    path = tmp_path / "in" / "a.tar"
-    path.parent.mkdir()
-    path.write_bytes(b"".join(header(name.encode(), len(PNG)) + padded(PNG) for name in names) + END)
-    before = sorted(tmp_path.rglob("*"))
-    train = load(path, held_out_fraction=0.01).train
-    assert len(train) == 5 and set(identities(train.pixels(range(5)))) == {0}
-    assert sorted(tmp_path.rglob("*")) == before and not Path("/etc/passwd.png").exists()
-    told = [train._rows.read([row])[0][0] for row in range(6)]
-    assert told[0] == f"{path}: ../../escape.png" and told[3] == f"{path}: c\\x1b[31m\\nred.png"
-
-
-@pytest.mark.parametrize("kind", [b"1", b"2", b"3", b"4", b"5", b"6", b"V", b"S"])
-def test_what_is_not_a_file_is_passed_over(kind):
-    """Links, devices, folders, FIFOs, volume labels and sparse files, whose map may go on."""
-    size = 1024 if kind in (b"1", b"V", b"S") else 0  # a link may have the size of what it leads to, and no data
-    extra = bytes(504) + b"\1" + bytes(7) + bytes(512) if kind == b"S" else b""
-    odd = header(b"a.png", size, kind, sparse=b"\1" if extra else b"") + extra + bytes(size if kind > b"9" else 0)
-    found = members(odd + header(b"b.png", len(PNG)) + padded(PNG) + END)
-    assert found == [Member("b.png", len(odd) + 512, len(PNG))]
-
-
-@pytest.mark.parametrize(
-    ("data", "message"),
-    [
-        (b"", "without an end mark"),
-        (b"\1" * 1024, "no header of a tar at byte 0"),
-        (header(b"a.png", 10**15) + END, "inside a file that goes on to byte"),
-        (header(b"a.png", 5000) + bytes(1024), "inside a file"),
-        (b"b" + header(b"a.png", 0)[1:] + END, "no header of a tar at byte 0"),
-        (header(b"a.png", 512) + bytes(512), "without an end mark"),
-        (header(b"x", 1 << 40, b"L") + END, "a header of 1099511627776 bytes"),
-        (header(b"x", 1 << 33, b"x") + END, "a header of 8589934592 bytes"),
-        (header(b"a.png", 512)[:124] + b"-0000000001\0" + header(b"a.png", 512)[136:] + END, "no header"),
-        (header(b"a.png", 100, b"S", sparse=b"\1") + END[:512], "it ends at byte 1024"),
-    ],
-)
-def test_damaged_tars_say_where(data, message):
-    with pytest.raises(TarError, match=message):
-        members(data)
-
-
-def test_every_cut_of_a_tar_is_noticed(tmp_path):
-    data = write_tar(tmp_path / "a.tar", rows_of(4)).read_bytes()
-    whole = members(data)
-    end = max(member.offset + member.size for member in whole)
-    end += -end % 512
-    for cut in [*range(0, end, 97), end]:
-        with pytest.raises(TarError):
-            members(data[:cut])
-
-
-@pytest.mark.parametrize("seed", range(4))
-def test_any_change_of_a_tar_gives_members_inside_of_it_or_an_error(tmp_path, seed):
-    rng = np.random.default_rng(seed)
-    data = bytearray(write_tar(tmp_path / "a.tar", rows_of(3)).read_bytes())
-    outcomes = set()
-    for _ in range(300):
-        changed = bytearray(data)
-        for place in rng.integers(0, len(data), rng.integers(1, 4)):
-            changed[place] = rng.integers(256)
-        try:
-            found = members(bytes(changed))
-        except TarError:
-            outcomes.add("error")
-            continue
-        outcomes.add("members")
-        assert all(m.offset >= 0 and m.offset + m.size <= len(data) for m in found) and len(found) <= len(data) // 512
-    assert outcomes == {"error", "members"}
-
-
-@pytest.mark.parametrize("format", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
-def test_tars_of_every_dialect_are_read_as_tarfile_reads_them(tmp_path, format):
-    path, rng = tmp_path / "a.tar", np.random.default_rng(0)
-    names = ["a.png", "b/c.png", "x" * 60 + "/" + "y" * 90 + ".png", "ü/ä.png"]
-    names += ["z" * 150 + "/" + "w" * 120 + ".png"] if format != tarfile.USTAR_FORMAT else []
-    with tarfile.open(path, "w", format=format, pax_headers={"comment": "all"}) as tar:
-        for number, name in enumerate(names):
-            folder = tarfile.TarInfo(f"folder{number}")
-            folder.type = tarfile.DIRTYPE
-            tar.addfile(folder)
-            member = tarfile.TarInfo(name)
-            member.size = int(rng.integers(0, 2000))
-            member.mtime = 1.5  # which pax writes down
-            tar.addfile(member, io.BytesIO(bytes(member.size)))
-    with tarfile.open(path) as tar:
-        expected = [Member(m.name, m.offset_data, m.size) for m in tar if m.isreg()]
-    assert members(path.read_bytes()) == expected and len(expected) == len(names)
-
-
-def test_a_huge_member_is_not_read(tmp_path, monkeypatch):
-    monkeypatch.setattr(tar_shards, "MAX_FILE", 3000)
-    path = write_tar(tmp_path / "test.tar", rows_of(3)).with_name("train.tar")
-    parts = [(b"a.png", PNG), (b"b.png", bytes(9000)), (b"c.png", PNG), *((b"%d.png" % k, PNG) for k in range(7))]
-    path.write_bytes(b"".join(header(name, len(data)) + padded(data) for name, data in parts) + END)
-    train = load(tmp_path, on_error="skip", max_bad_fraction=0.5).train
-    assert len(train) == 10 and set(identities(train.pixels(range(10)))) == {0}
-    assert [(p.row, p.reason) for p in train.report.problems] == [(1, "a file of 9000 bytes; the limit is 3000")]
-
-
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_damaged_shard_ends_the_run_with_its_path(tmp_path, kind):
     write_shards(tmp_path, kind, rows_of(20), 2)
@@ -951,7 +621,7 @@ def test_training_does_not_depend_on_the_threads_nor_on_being_resumed(tmp_path, 
     whole = train_tokenizer(tmp_path / "whole", **options)
     assert len(set(losses(whole))) == 9 and len(read_report(whole)) == 4
     for workers in (1, 2, 4):
-        for module in ("images", "image_shards"):
+        for module in ("images.dataset", "images.shards.reader"):
             monkeypatch.setattr(f"pipelines.{module}.WORKERS", workers)
         run = tmp_path / f"workers{workers}"
         with monkeypatch.context() as patch, suppress(KeyboardInterrupt):
@@ -1005,7 +675,7 @@ def test_an_unknown_id_fails_at_once_where_there_is_no_hub(monkeypatch, offline,
     monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", offline)
     monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", offline)
-    monkeypatch.setattr("pipelines.images.hub.getproxies", lambda: {})
+    monkeypatch.setattr("tokenizer.files.hub.getproxies", lambda: {})
     began = time.monotonic()
     with pytest.raises(UserError) as caught:
         load("nobody/nothing", streaming=streaming)

@@ -22,7 +22,7 @@ from image_files import Row, encoded, noise, write_parquet, write_tar
 from PIL import Image
 
 from pipelines.images import DataConfig, Splits, load_images
-from pipelines.images.bad_images import read_report
+from pipelines.images.bad import read_report
 
 SIDE = 16
 SHAPE = (3, SIDE, SIDE)
