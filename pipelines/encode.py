@@ -105,10 +105,10 @@ def begun_with(out: Path, old: Meta | None) -> list[dict[str, Any]]:
 
 
 def data_as_begun(data: DataConfig, befores: list[dict[str, Any]], old: Meta | None) -> DataConfig:
-    """`data`, with what was held out of the same images before, and kept for validation.
+    """`data`, with the images held out and kept for validation that were so before.
 
-    Nothing of further images goes to a split for validation that the dataset does not have, unless it was asked for.
-    Raises `UserError` for the same images, divided in another way: what was validated on would be trained on.
+    Further images add no validation split to a dataset that has none, unless one is asked for. Raises `UserError` for
+    the same images divided in another way: images for validation would become training images.
     """
     for before in befores:
         begun = as_begun(data, before)
@@ -153,7 +153,7 @@ def variants_to_make(config: EncodeConfig, images: Splits, old: Meta | None) -> 
 
 
 def plan(config: EncodeConfig, images: Splits, variants: dict[str, tuple[int, int]]) -> list[Piece]:
-    """All pieces to make, in the order of their rows: row = variant * n + index."""
+    """All pieces to make, in the order of their rows; row = variant * n + index."""
     sizes = {name: len(part) for name, part in by_split(images).items()}
     return [
         piece

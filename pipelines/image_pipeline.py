@@ -128,13 +128,13 @@ class ImagePipeline(Stages):
     # Storing images
 
     def compress(self, images: Any, *, lossless: bool = False, checked: bool = True, progress: bool = True) -> bytes:
-        """A stream from which this pipeline, and no other, gets the same tokens back, in any batch, on any machine.
+        """A stream from which this pipeline, and no other, decodes the same tokens, in any batch, on any machine.
 
         images: PIL images of exactly the pipeline's size, uint8 or float `(B, C, H, W)`. lossless: keep every pixel,
         by a decoder with a likelihood or a `pixels` tokenizer; else the tokens, whose images `decompress` gives: those
         of two machines differ by one grey level in some pixels, as the decoder's float32 rounds otherwise there.
         checked: decode every chunk again, and store what fails as it is. Raises `ValueError` for images of another size
-        (lossless: or of more than 8 bits), `LikelihoodError` where lossless can not be, and `CodecError` without the
+        (lossless: or of more than 8 bits), `LikelihoodError` where lossless cannot be, and `CodecError` without the
         package constriction.
         """
         several = [images] if isinstance(images, PILImage) else images
@@ -172,9 +172,9 @@ class ImagePipeline(Stages):
         private: bool | None = None,
         commit_message: str = "Upload pipeline",
     ) -> Any:
-        """Create the Hub repository if needed and upload the pipeline folder, model card and sample grid included, in
-        one commit, in which files of an earlier pipeline go; those of others stay. Of a folder of images that it was
-        trained on, the name is not told.
+        """Create the Hub repository if needed and upload the pipeline folder, with model card and sample grid, in one
+        commit. The commit removes files of an earlier pipeline and keeps all others. The name of a local folder of
+        training images is left out.
 
         Returns huggingface_hub's `CommitInfo`. Raises `hub.PushError`, an `OSError`, with the reason in one line.
         """

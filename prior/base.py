@@ -55,7 +55,7 @@ class Prior(PretrainedModel, family="prior"):
     Sampling: ClassVar[type[Sampler]] = Sampler
     """The settings that `sample` takes, of which a model may declare more."""
     exact: bool = True
-    """False where `log_prob` of an image is an unbiased estimate of a lower bound: the mean over images bounds."""
+    """False where `log_prob` of an image is an unbiased estimate of a lower bound: the mean over images is a bound."""
     any_order: bool = False
     """Whether `forward`, `log_prob` and `sample` take any other `order` than the model's own."""
     any_connectivity: bool = False
@@ -91,10 +91,11 @@ class Prior(PretrainedModel, family="prior"):
     # Training
 
     def initialize(self, tokens: Tensor, labels: Tensor | None) -> None:  # noqa: B027 (most models need not look)
-        """Called once with the whole training set before training, for models that start from its statistics."""
+        """Called once before training with the whole training set, for models that start from its statistics."""
 
     def training_inputs(self, tokens: Tensor, progress: float) -> dict[str, Any]:
-        """What else `forward` and `loss` are given in a training step on `tokens`: here a model draws orders or masks.
+        """Further arguments of `forward` and `loss` for a training step on `tokens`: here a model draws orders or
+        masks.
 
         Randomness comes from torch's global generator, which the loop seeds by (seed, rank, step). progress: the share
         of training that is done, in [0, 1].
@@ -108,8 +109,8 @@ class Prior(PretrainedModel, family="prior"):
     # Likelihood
 
     def token_log_probs(self, tokens: Tensor, labels: Tensor | None = None, order: Order = None) -> Tensor:
-        """log p of each token, `(B, *grid.shape)` nats in float32, or in float64 for float64 weights: that of
-        `chain_log_probs`, where a model does not estimate a bound instead. Raises `ValueError` as that does."""
+        """log p of each token, `(B, *grid.shape)` nats in float32, or in float64 for float64 weights: what
+        `chain_log_probs` returns, unless a model estimates a bound instead. Raises `ValueError` as that does."""
         return self.chain_log_probs(tokens, labels, order)
 
     @full_float32()
@@ -174,10 +175,10 @@ class Prior(PretrainedModel, family="prior"):
     def order_spread(self, tokens: Tensor, labels: Tensor | None = None, num_orders: int = 8) -> Tensor:
         """How much log p(tokens | labels) depends on the order, `(B,)` nats: its standard deviation over `orders`.
 
-        It is 0 where all orders' conditionals come from one joint distribution. The larger it is, the less is what
-        is said of one order true of another: `conditional_log_prob` and completions, which walk the known tokens
-        first, against `log_prob`, which walks the model's own order. Exact also where `log_prob` is a bound. Raises
-        `ValueError` for a model of one order, fewer than two orders, and tokens or labels out of range.
+        It is 0 where all orders' conditionals come from one joint distribution. The larger it is, the less a statement
+        about one order holds for another: `conditional_log_prob` and completions walk the known tokens first,
+        `log_prob` walks the model's own order. It is exact even where `log_prob` is a bound. Raises `ValueError` for a
+        model of one order, for fewer than two orders, and for tokens or labels out of range.
         """
         if num_orders < 2:
             raise ValueError(f"num_orders must be at least 2 to see a spread (got {num_orders})")
@@ -190,27 +191,27 @@ class Prior(PretrainedModel, family="prior"):
 
     @property
     def feature_modules(self) -> list[nn.Module]:
-        """The modules whose outputs `features` gives, in the order in which `forward` calls them; one that it calls
-        twice is here twice. Here none: a model without layers has no features."""
+        """The modules whose outputs `features` returns, in the order in which `forward` calls them; a module that is
+        called twice is listed twice. Here none: a model without layers has no features."""
         return []
 
     @property
     def feature_layers(self) -> int:
-        """How many layers `features` can look at."""
+        """The number of layers that `features` can return."""
         return len(self.feature_modules)
 
     def arrange(self, output: Any) -> Tensor:
-        """The output of one of `feature_modules` as `(B, N, dim)`, raster order. Here it is a map or a row in that
-        order with channels last, or `(B, dim)` of the whole grid, which becomes `(B, 1, dim)`."""
+        """The output of one of `feature_modules` as `(B, N, dim)`, raster order. Here the output is a map or a row in
+        that order with channels last, or `(B, dim)` for the whole grid, which becomes `(B, 1, dim)`."""
         return output.flatten(1, -2) if output.ndim > 2 else output[:, None]
 
     def features(self, tokens: Tensor, labels: Tensor | None = None, layer: int | None = None) -> Tensor:
         """Activations after a layer in the teacher-forced pass, raw, `(B, N, dim)` in raster order.
 
-        Those at i, as `logits[:, i]`, are of tokens ranked before i (in early layers of fewer than `receptive_field`
-        says): pooled over positions, of all but the last in the order. Models in which that is otherwise say so. layer:
-        0 to `feature_layers` - 1; None is the middle one. Raises `ValueError` for another, and for tokens or labels out
-        of range.
+        Those at i, like `logits[:, i]`, depend on tokens ranked before i (in early layers on fewer than
+        `receptive_field` says); pooled over positions they depend on all but the last token in the order. Models that
+        differ say so. layer: 0 to `feature_layers` - 1; None is the middle one. Raises `ValueError` for another layer,
+        and for tokens or labels out of range.
         """
         return self.layer_features(tokens, labels, [self.feature_layers // 2 if layer is None else layer])[0]
 
@@ -218,7 +219,7 @@ class Prior(PretrainedModel, family="prior"):
     def layer_features(
         self, tokens: Tensor, labels: Tensor | None, layers: Sequence[int], **inputs: Any
     ) -> list[Tensor]:
-        """`features` of each of `layers`, from one pass. inputs: what else `forward` is given."""
+        """`features` of each of `layers`, from one pass. inputs: further arguments of `forward`."""
         self.grid.check(tokens)
         for layer in layers:
             self._check_layer(layer)
@@ -300,11 +301,11 @@ class Prior(PretrainedModel, family="prior"):
         return draw(self, rows, sampler, walk, progress)
 
     def rows_at_once(self) -> int | None:
-        """How many rows to sample together, where that is faster than all at once; None is all at once."""
+        """The number of rows to sample together, where that is faster than all at once; None is all at once."""
         return None
 
     def parallel_rows(self) -> int:
-        """How many rows to sample together in parallel passes: their logits are held whole."""
+        """The number of rows to sample together in parallel passes: all their logits are held."""
         return max(1, PARALLEL_NUMBERS // (len(self.grid) * self.grid.vocab_size))
 
     def start(self, num_images: int, labels: Tensor | None, order: Tensor | None = None) -> Any:
@@ -345,9 +346,9 @@ class Prior(PretrainedModel, family="prior"):
 
     @contextmanager
     def _evaluating(self) -> Iterator[None]:
-        """Eval mode and full precision: neither autocast nor TF32, or steps and whole passes would not agree.
+        """Eval mode and full precision: with autocast or TF32, steps and whole passes would not agree.
 
-        And not cuDNN's attention, which plans anew, for tens of milliseconds, whenever there is one key more.
+        cuDNN's attention is off as well: it plans anew, for tens of milliseconds, whenever there is one more key.
         """
         training, cudnn = self.training, torch.backends.cuda.cudnn_sdp_enabled()
         self.eval()

@@ -80,7 +80,7 @@ class GatedPixelCNN(Prior, name="gated_pixelcnn"):
     def __init__(self, config: GatedPixelCNNConfig) -> None:
         super().__init__(config)
         vocab_size, dim = config.grid.vocab_size, config.dim
-        channels = min(dim, vocab_size)  # more than one per id can not say more
+        channels = min(dim, vocab_size)  # more than one per id cannot say more
         self.embedding = nn.Embedding(vocab_size, channels)
         first = Layer(config, channels, config.first_kernel, first=True)
         rest = [Layer(config, dim, config.kernel, first=False) for _ in range(config.depth)]

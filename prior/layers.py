@@ -36,7 +36,7 @@ Pair = tuple[int, int]
 
 
 class RasterConfig(PriorConfig):
-    """What priors made of causal convolutions ask of their grid."""
+    """What priors made of causal convolutions require of their grid."""
 
     def check(self) -> Iterator[str]:
         """The grid has two axes and is walked row by row."""
@@ -126,7 +126,8 @@ class MaskedConv(CausalConv2d):
 
 def pack(weight: Tensor, rows: int) -> Tensor:
     """The weights of an `nn.Linear` `(outputs, inputs)`, or a kernel `(outputs, inputs, rows, columns)`, as the matrix
-    `(taps * inputs, outputs)` that multiplies `rows` rows fastest: few want it row by row, many column by column."""
+    `(taps * inputs, outputs)` in the layout that is fastest for `rows` rows: row by row for few, else column by
+    column."""
     matrix = weight.detach()
     if matrix.ndim == 4:
         matrix = matrix.flatten(2).transpose(1, 2).flatten(1)
@@ -188,8 +189,8 @@ class MapRows:
 class RowCache:
     """A `MaskedConv` one position at a time, in raster order, for the multiplications of one `forward`.
 
-    The part of its sum that comes from the rows above is known for a whole row before that begins: `start_row` makes
-    it with one matrix product and keeps it. What is left is one product with the columns to the left.
+    The part of its sum that comes from the rows above is known for a whole row before the row begins: `start_row`
+    computes it with one matrix product and keeps it. What remains is one product with the columns to the left.
 
         cache.start_row()               # before each row, the first included
         cache.cells[column].copy_(x)    # the input `(B, inputs)`: type B before read, type A after it

@@ -21,8 +21,10 @@ from torch import Tensor, nn
 from tokenizer.settings import Before
 
 from .base import Prior, PriorConfig
+from .degrees import Kept, build_masks, even_degrees, random_degrees
 from .orders import make_order
 from .requests import Rows, Walk, check_order
+from .running_sums import Sums
 from .sampling import Sampler
 
 DENSE_WIDTH = 32  # up to so many ids, multiplying one-hot rows is faster than picking rows of weights and adding them
@@ -98,29 +100,6 @@ class ClassBias(nn.Module):
         return self.shared.clone() if self.own is None else self.shared + F.embedding(labels, self.own)
 
 
-class Kept:
-    """What was built last, which is built again only where the tensors that it is made of are others, or have changed.
-
-    Neither copied nor saved with what it belongs to.
-    """
-
-    def __init__(self) -> None:
-        self.made_of: list[Tensor] = []
-        self.versions: list[int] = []
-        self.built: list[Tensor] = []
-
-    def __reduce__(self) -> tuple[type, tuple[()]]:
-        return Kept, ()
-
-    def get(self, made_of: list[Tensor], build: Callable[[], list[Tensor]]) -> list[Tensor]:
-        """What `build` gives for these tensors."""
-        versions = [-1 if tensor.is_inference() else tensor._version for tensor in made_of]
-        same = len(made_of) == len(self.made_of) and all(a is b for a, b in zip(made_of, self.made_of, strict=True))
-        if not same or versions != self.versions:
-            self.made_of, self.versions, self.built = made_of, versions, build()
-        return self.built
-
-
 def summed(inputs: Tensor, weight: Tensor) -> Tensor:
     """What `(B, U)` units sum over all positions.
 
@@ -130,21 +109,6 @@ def summed(inputs: Tensor, weight: Tensor) -> Tensor:
         return inputs.flatten(1) @ weight.flatten(0, 1)
     first_rows = torch.arange(len(weight), device=weight.device) * weight.shape[1]
     return F.embedding_bag(inputs + first_rows, weight.flatten(0, 1), mode="sum")
-
-
-def even_degrees(units: int, num_tokens: int) -> Tensor:
-    """Degrees `(units,)`, ascending: each of 1 .. N - 1 equally often, the last unit seeing all but the last token."""
-    steps = torch.arange(1, units + 1, device="cpu") * (num_tokens - 1)
-    return ((steps + units - 1) // units).clamp(min=1)
-
-
-def random_degrees(hidden: Sequence[int], num_tokens: int, generator: torch.Generator | None = None) -> list[Tensor]:
-    """Degrees of each layer, uniform, none below the smallest of the layer before, so that no unit sees nothing."""
-    degrees, smallest = [], 1
-    for units in hidden:
-        degrees.append(torch.randint(smallest, max(2, num_tokens), (units,), generator=generator, device="cpu"))
-        smallest = int(degrees[-1].min())
-    return degrees
 
 
 class MADE(Prior, name="made"):
@@ -221,16 +185,25 @@ class MADE(Prior, name="made"):
     def training_inputs(self, tokens: Tensor, progress: float) -> dict[str, Any]:
         """A random order `(N,)` and random degrees, where the model is to be agnostic of them: new ones, or any of
         `masks` of each, which are those of a mixture of so many."""
-        size, hidden, masks = len(self.grid), self.config.hidden, self.config.masks
         inputs: dict[str, Any] = {}
         if self.config.order_agnostic:
-            name = self.orders(masks)[int(torch.randint(masks, ()))] if masks else None
-            order = self.order if masks else torch.randperm(size, device="cpu")
-            inputs["order"] = (make_order(name, self.grid.shape) if isinstance(name, str) else order).to(tokens.device)
+            inputs["order"] = self._draw_order().to(tokens.device)
         if self.config.connectivity_agnostic:
-            degrees = self.numbered_degrees(int(torch.randint(masks, ()))) if masks else random_degrees(hidden, size)
-            inputs["degrees"] = [each.to(tokens.device) for each in degrees]
+            inputs["degrees"] = [each.to(tokens.device) for each in self._draw_degrees()]
         return inputs
+
+    def _draw_order(self) -> Tensor:
+        masks = self.config.masks
+        if masks is None:
+            return torch.randperm(len(self.grid), device="cpu")
+        name = self.orders(masks)[int(torch.randint(masks, ()))]
+        return make_order(name, self.grid.shape) if isinstance(name, str) else self.order
+
+    def _draw_degrees(self) -> list[Tensor]:
+        masks = self.config.masks
+        if masks is None:
+            return random_degrees(self.config.hidden, len(self.grid))
+        return self.numbered_degrees(int(torch.randint(masks, ())))
 
     def numbered_degrees(self, number: int) -> list[Tensor]:
         """The degrees `(units,)` of each layer in connectivity `number`: the model's own, then random ones."""
@@ -284,7 +257,13 @@ class MADE(Prior, name="made"):
         """
         weights = [self.input, *self.hidden, *([] if self.direct is None else [self.direct]), self.output]
         chosen = [self.order if order is None else order, *(degrees or [self.all_degrees])]
-        masks = self._masks.get(chosen, lambda: self._build_masks(order, degrees or self.degrees()))
+
+        def build() -> list[Tensor]:
+            ranks = self.ranks if order is None else torch.argsort(order)
+            direct = None if self.direct is None else self.width
+            return build_masks(ranks, degrees or self.degrees(), direct, self.input.dtype)
+
+        masks = self._masks.get(chosen, build)
 
         def connect() -> list[Tensor]:
             return [weight * mask for weight, mask in zip(weights, masks, strict=True)]
@@ -294,19 +273,6 @@ class MADE(Prior, name="made"):
             self._masked = Kept()
             return connect()
         return self._masked.get([*weights, *masks], connect)
-
-    @torch.inference_mode(False)
-    @torch.no_grad()
-    def _build_masks(self, order: Tensor | None, degrees: Sequence[Tensor]) -> list[Tensor]:
-        """What `_connected` multiplies by: one where a connection may be, of the weights' type, which is fastest."""
-        ranks = self.ranks if order is None else torch.argsort(order)
-        seen = ranks[:, None]
-        masks = [(seen < degrees[0])[:, None]]
-        masks += [below <= own[:, None] for below, own in zip(degrees, degrees[1:], strict=False)]
-        if self.direct is not None:
-            masks.append((seen < ranks.repeat_interleave(self.width))[:, None])
-        masks.append((degrees[-1] <= seen)[:, None])
-        return [mask.to(self.input.dtype) for mask in masks]
 
     def _forward_by_order(
         self, tokens: Tensor, labels: Tensor, order: Tensor, degrees: Sequence[Tensor] | None
@@ -362,78 +328,3 @@ class MADE(Prior, name="made"):
         """Running sums, to which each step adds a token; order: `(N,)`, or `(B, N)` where each image goes its own
         way."""
         return Sums(self, labels, self.order if order is None else order)
-
-
-class Sums:
-    """What sampling remembers: the first layer's sums over the tokens so far, and the units that are finished.
-
-    Units are sorted by degree (of a drawn connectivity, in a copy), so all masks are prefixes: the token of rank r is
-    added to the units of degree > r, those of degree r + 1 are then finished, and the next position reads all that are.
-    Each weight is used once, those that are masked never.
-    """
-
-    def __init__(self, model: MADE, labels: Tensor, order: Tensor) -> None:
-        self.model, self.rank = model, 0
-        self.walk = order.tolist() if order.ndim == 1 else order.t()  # a position for all images, or for each
-        ranks = torch.arange(len(model.grid), device="cpu")
-        degrees = [each.cpu().sort(stable=True) for each in model.degrees()]
-        finished = [torch.searchsorted(each.values, ranks, right=True) for each in degrees]
-        self.ends, units = [each.tolist() for each in finished], [each.indices for each in degrees]
-        self.input, self.output = taken(model.input, -1, units[0]), taken(model.output, -1, units[-1])
-        steps = zip(model.hidden, units, units[1:], strict=False)
-        self.hidden = [taken(taken(weight, 0, own), 1, below) for weight, below, own in steps]
-        *layers, outputs = [bias(labels).expand(len(labels), -1).clone() for bias in model.biases]
-        self.layers = [taken(sums, 1, own) for sums, own in zip(layers, units, strict=True)]  # sums, then activations
-        self.outputs = outputs.unflatten(1, (-1, model.width))
-        self.images = torch.arange(len(labels), device=labels.device)
-
-    def step(self, token: Tensor | None) -> Tensor:
-        """Logits `(B, vocab_size)` of the next position, given the last one's `token` `(B,)`."""
-        model, rank, layers = self.model, self.rank, self.layers
-        if token is not None:
-            self._add(token, self.walk[rank - 1])
-            self._finish(rank)
-        at, end = self.walk[rank], self.ends[-1][rank]
-        outputs = self.outputs[slice(None) if isinstance(at, int) else self.images, at]
-        outputs = outputs + times(layers[-1][:, :end], take(self.output[..., :end], at).mT)
-        self.rank += 1
-        return model._logits(outputs, None if model.head_bias is None else model.head_bias[at])
-
-    def _add(self, token: Tensor, at: Any) -> None:
-        """Add the token at position `at` to all that will see it."""
-        model, begin = self.model, self.ends[0][self.rank - 1]
-        weights = [(self.layers[0][:, begin:], self.input[..., begin:])]
-        if model.direct is not None:
-            weights.append((self.outputs.flatten(1), model.direct))
-        for sums, weight in weights:
-            if model.embedding is None:
-                sums += weight.flatten(0, 1).index_select(0, at * model.width + token)
-            else:
-                sums += times(model.embedding.index_select(0, token), take(weight, at))
-
-    def _finish(self, rank: int) -> None:
-        """Activate the units of degree `rank`, layer by layer."""
-        for depth, (layer, ends) in enumerate(zip(self.layers, self.ends, strict=True)):
-            begin, end = ends[rank - 1], ends[rank]
-            if begin == end:
-                continue
-            if depth:
-                below = self.ends[depth - 1][rank]
-                weight = self.hidden[depth - 1][begin:end, :below]
-                layer[:, begin:end].add_(times(self.layers[depth - 1][:, :below], weight.t()))
-            layer[:, begin:end].relu_()
-
-
-def taken(weight: Tensor, axis: int, units: Tensor) -> Tensor:
-    """`weight` with its `units` in that order, and itself where they are."""
-    return weight if bool((units.diff() > 0).all()) else weight.index_select(axis, units.to(weight.device))
-
-
-def take(weight: Tensor, at: int | Tensor) -> Tensor:
-    """The weights `(...)` of one position, or `(B, ...)` of each image's."""
-    return weight[at] if isinstance(at, int) else weight.index_select(0, at)
-
-
-def times(x: Tensor, weight: Tensor) -> Tensor:
-    """`x` (B, in) times `weight`, (in, out) for all rows or (B, in, out) for each."""
-    return torch.bmm(x[:, None], weight)[:, 0] if weight.ndim == 3 else x @ weight

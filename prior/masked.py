@@ -248,7 +248,7 @@ class Masked(Prior, name="masked"):
         return self.rows_of_a_pass() if self.device.type == "cpu" else None
 
     def start(self, num_images: int, labels: Tensor | None, order: Tensor | None = None) -> State:
-        """All tokens masked. Each step is a pass over the whole grid: what all see of each other can not be cached."""
+        """All tokens masked. Each step is a pass over the whole grid: what all see of each other cannot be cached."""
         state = self.start_slow(num_images, labels, order)
         state.tokens.fill_(self.mask)
         return state

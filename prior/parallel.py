@@ -3,7 +3,7 @@
 With the noise of an image fixed, its tokens are the fixed point of a map whose token r depends on earlier ones only, so
 Jacobi iteration reaches it in at most N passes (Song et al. 2021; Wiggers & Hoogeboom 2020, predictive sampling): after
 each pass everything up to and including the first token that changed is final. The guess for the rest is the pass's own
-output: it knows the image's noise, and most of it was drawn in the right context.
+output: it contains the image's noise, and most of it was drawn in the right context.
 
 A cheap second prior improves that guess: the pass's logits belong to the tokens that went in, and the second prior says
 how logits change with the tokens that came out, logits(new) ~ cheap(new) + 0.8 (logits(old) - cheap(old)). The guess is
@@ -23,12 +23,12 @@ from .sampling import GumbelNoise, Sampler, progress_over
 CHEAP_PASSES = 8
 """Passes of the guessing prior per pass."""
 KEPT = 0.8
-"""How much of the difference between both priors is taken to stay as it was; 1, 0.6 and less take more passes."""
+"""The share of the difference between both priors that is assumed to stay; 1, and 0.6 and less, take more passes."""
 
 
 class Parallel(NamedTuple):
-    """Tokens `(B, N)` in the order of the walk, which of them rounding could turn, and how many passes each image
-    took."""
+    """Tokens `(B, N)` in the order of the walk, which of them rounding could turn, and the number of passes that each
+    image took."""
 
     tokens: Tensor
     close: Tensor
@@ -39,35 +39,42 @@ def sample_parallel(
     prior: Model, rows: Rows, sampler: Sampler, guess: Model | None = None, progress: bool = False
 ) -> Parallel:
     """The tokens that step by step are drawn for `rows`, from passes over the whole grid."""
-    (count, size), device = rows.given.shape, rows.given.device
+    count, size = rows.given.shape
+    device = rows.given.device
     noise = GumbelNoise(rows.generators, size, prior.grid.vocab_size, device).whole()  # (B, N, V)
+    ranks = torch.arange(size, device=device)
+    tolerance = sampler.tolerance(prior.rounding)
     tokens = torch.where(rows.keep, rows.given, noise.argmax(-1))
-    close, tolerance = torch.zeros_like(rows.keep), sampler.tolerance(prior.rounding)
-    frontier, passes = tokens.new_zeros(count), torch.zeros(count, dtype=torch.long)
+    close = torch.zeros_like(rows.keep)
+    final = tokens.new_zeros(count)  # how many tokens of each image are final, from the first on
+    passes = torch.zeros(count, dtype=torch.long)
     if guess is not None:
         zero = torch.zeros((), device=device)
-        tokens = corrected(guess, rows, sampler, tokens, frontier, zero, zero, noise)
-    active, ranks, now = list(range(count)), torch.arange(size, device=device), rows
+        tokens = corrected(guess, rows, sampler, tokens, final, zero, zero, noise)
+    active = list(range(count))  # the images that are not finished; `rows` and `noise` are theirs
     for _ in progress_over(range(size), progress, unit="pass"):
-        began, old = frontier[active], tokens[active]
-        logits = walked_logits(prior, now, old, sampler)
+        old = tokens[active]
+        logits = walked_logits(prior, rows, old, sampler)
         largest = sampler.largest(logits).cummax(1).values.clamp(min=1)
         drawn, could_turn = sampler.decide(sampler.guide(logits), noise, tolerance * largest)
-        fresh = ranks >= began[:, None]
-        drawn = torch.where(fresh & ~now.keep, drawn, old)
-        wrong = torch.cat([drawn != old, torch.ones_like(fresh[:, :1])], 1)
-        ended = (wrong.int().argmax(1) + 1).clamp(max=size)  # the first that changed is right by now, too
-        close[active] |= could_turn & fresh & (ranks < ended[:, None])
-        left = torch.nonzero(ended < size).flatten().tolist()
+        fresh = ranks >= final[active][:, None]
+        drawn = torch.where(fresh & ~rows.keep, drawn, old)
+        changed = torch.cat([drawn != old, torch.ones_like(fresh[:, :1])], 1)
+        now_final = (changed.int().argmax(1) + 1).clamp(max=size)  # the first that changed is right by now, too
+        close[active] |= could_turn & fresh & (ranks < now_final[:, None])
+        left = torch.nonzero(now_final < size).flatten().tolist()
         if guess is not None and left:
-            cheap = walked_logits(guess, now, old, sampler)
-            drawn = corrected(guess, now, sampler, drawn, ended, logits, cheap, noise)
-        tokens[active], frontier[active] = drawn, ended
+            cheap = walked_logits(guess, rows, old, sampler)
+            drawn = corrected(guess, rows, sampler, drawn, now_final, logits, cheap, noise)
+        tokens[active] = drawn
+        final[active] = now_final
         passes[active] += 1
         if not left:
             break
         if len(left) < len(active):  # finished images leave
-            active, now, noise = [active[k] for k in left], now[left], noise[left]
+            active = [active[k] for k in left]
+            rows = rows[left]
+            noise = noise[left]
     return Parallel(tokens, close, passes)
 
 
@@ -75,15 +82,16 @@ def settled(prior: Model, row: Rows, sampler: Sampler, tokens: Tensor, close: Te
     """`tokens` (1, N) with the decisions that are `close` made by passes over this image alone. If one of them comes
     out otherwise, so may all after it."""
     noise = GumbelNoise(row.generators, tokens.shape[1], prior.grid.vocab_size, tokens.device).whole()
-    tokens, open_ = tokens.clone(), close & ~row.keep
+    tokens = tokens.clone()
+    undecided = close & ~row.keep
     while True:
         drawn = sampler.choose(sampler.guide(walked_logits(prior, row, tokens, sampler)), noise)
-        turned = torch.nonzero((drawn != tokens) & open_)
+        turned = torch.nonzero((drawn != tokens) & undecided)
         if not len(turned):
             return tokens
         first = int(turned[0, 1])
         tokens[:, first:] = torch.where(row.keep, tokens, drawn)[:, first:]
-        open_[:, first + 1 :] = ~row.keep[:, first + 1 :]
+        undecided[:, first + 1 :] = ~row.keep[:, first + 1 :]
 
 
 def corrected(
@@ -91,14 +99,14 @@ def corrected(
     rows: Rows,
     sampler: Sampler,
     tokens: Tensor,
-    ended: Tensor,
+    final: Tensor,
     logits: Tensor,
     cheap: Tensor,
     noise: Tensor,
 ) -> Tensor:
-    """`tokens` (B, N) with those from `ended` on drawn from the guess's logits, moved by what `logits` differed from
-    `cheap` ones on the last pass's tokens; a few times over."""
-    free = (torch.arange(tokens.shape[1], device=tokens.device) >= ended[:, None]) & ~rows.keep
+    """`tokens` (B, N) with those from `final` on drawn from the guess's logits, moved by the difference of `logits`
+    from `cheap` ones on the last pass's tokens; a few times over."""
+    free = (torch.arange(tokens.shape[1], device=tokens.device) >= final[:, None]) & ~rows.keep
     difference = KEPT * (logits - cheap)
     for _ in range(CHEAP_PASSES):
         better = walked_logits(guess, rows, tokens, sampler) + difference
@@ -118,7 +126,6 @@ def walked_logits(prior: Model, rows: Rows, tokens: Tensor, sampler: Sampler) ->
     given = {"order": order} if prior.any_order else {}
     logits = prior(torch.cat([raster] * sampler.copies), labels, **given).float()
     if rows.path.ndim == 1:
-        return (
-            logits if torch.equal(rows.path, torch.arange(len(rows.path), device=path.device)) else logits[:, rows.path]
-        )
+        is_raster = torch.equal(rows.path, torch.arange(len(rows.path), device=path.device))
+        return logits if is_raster else logits[:, rows.path]
     return logits[torch.arange(len(logits), device=path.device)[:, None], order]

@@ -67,7 +67,7 @@ class PixelCNN(Prior, name="pixelcnn"):
     def __init__(self, config: PixelCNNConfig) -> None:
         super().__init__(config)
         vocab_size, dim = config.grid.vocab_size, config.dim
-        channels = min(2 * dim, vocab_size)  # more than one per id can not say more
+        channels = min(2 * dim, vocab_size)  # more than one per id cannot say more
         self.embedding = nn.Embedding(vocab_size, channels)
         self.first = MaskedConv(channels, 2 * dim, config.first_kernel, sees_itself=False)
         self.label = nn.Embedding(config.num_classes + 1, 2 * dim)

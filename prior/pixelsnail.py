@@ -127,7 +127,7 @@ class PixelSNAIL(Prior, name="pixelsnail"):
     def __init__(self, config: PixelSNAILConfig) -> None:
         super().__init__(config)
         vocab_size, (height, width) = config.grid.vocab_size, config.grid.shape
-        channels = min(config.dim, vocab_size)  # more than one per id can not say more
+        channels = min(config.dim, vocab_size)  # more than one per id cannot say more
         self.embedding = nn.Embedding(vocab_size, channels)
         self.first = MaskedConv(channels, config.dim, config.kernel, sees_itself=False)
         self.blocks: Any = nn.ModuleList(Block(config, channels) for _ in range(config.depth))

@@ -74,8 +74,9 @@ class Walk:
 
     def of(self, rows: slice | Sequence[int]) -> Walk:
         """That of some of the images, where each has an order."""
-        several = isinstance(self.order, Tensor) and self.order.ndim == 2
-        return replace(self, order=self.order[rows]) if several else self
+        if isinstance(self.order, Tensor) and self.order.ndim == 2:
+            return replace(self, order=self.order[rows])
+        return self
 
     def check(self, prior: Model) -> None:
         """Raise `ValueError` for what does not go together."""

@@ -101,18 +101,18 @@ class Sampler:
         return sizes if self.guidance_scale == 1 else torch.maximum(*sizes.chunk(2))
 
     def tolerance(self, off: float) -> float:
-        """By how much rounding may move a lead if it moves logits by `off` before guidance: two of them are compared,
-        and guidance makes s + |s - 1| times as much of it."""
+        """By how much rounding may move a lead if it moves logits by `off` before guidance: two logits are compared,
+        and guidance multiplies their errors by s + |s - 1|."""
         heat = 1.0 if self.temperature < GREEDY else min(1.0, self.temperature)
         return 2 * (self.guidance_scale + abs(self.guidance_scale - 1)) * off / heat
 
     def choose(self, logits: Tensor, noise: Tensor) -> Tensor:
-        """The tokens `(...)` that logits, after guidance, and Gumbel noise `(..., V)` decide on."""
+        """The tokens `(...)` that follow from logits, after guidance, and Gumbel noise, both `(..., V)`."""
         return self.decide(logits, noise, logits.new_zeros(()))[0]
 
     def decide(self, logits: Tensor, noise: Tensor, tolerance: Tensor) -> tuple[Tensor, Tensor]:
-        """What `choose` does, and bool `(...)`: whether its lead is within `tolerance` (...), so that rounding could
-        turn it."""
+        """The tokens of `choose`, and bool `(...)`: whether a token's lead is within `tolerance` (...), so that
+        rounding could turn the decision."""
         if self.temperature < GREEDY:
             ids, lead = _best(logits)
         else:
@@ -121,8 +121,8 @@ class Sampler:
         return ids, lead <= tolerance
 
     def _best_of_some(self, logits: Tensor, noise: Tensor, tolerance: Tensor) -> tuple[Tensor, Tensor]:
-        """`_best` among the ids that the filters keep. What is nearly kept competes for the lead, which is 0 where the
-        winner is nearly not kept."""
+        """`_best` among the ids that the filters keep. Ids that are nearly kept count as rivals; the lead is 0 where
+        the winner itself is only just kept."""
         kept, near, certain = self._kept(logits, tolerance[..., None])
         scores = logits + noise
         ids = scores.masked_fill(~kept, -torch.inf).argmax(-1, keepdim=True)
@@ -190,7 +190,7 @@ def keep_top_p(logits: Tensor, p: float, tolerance: Tensor, among: Kept) -> Kept
 
 
 def _best(scores: Tensor) -> tuple[Tensor, Tensor]:
-    """Ids `(...)` of the highest of `scores` (..., V), of equal ones the first, and by how much they are higher."""
+    """Ids `(...)` of the highest of `scores` (..., V), of equal ones the first, and their lead over the second."""
     ids = scores.argmax(-1, keepdim=True)  # topk may take any that are equal, and takes longer
     lead = scores.gather(-1, ids) - scores.scatter(-1, ids, -torch.inf).amax(-1, keepdim=True)
     return ids[..., 0], lead[..., 0]

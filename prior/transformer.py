@@ -89,7 +89,7 @@ def rotate(x: Tensor, turns: Tensor) -> Tensor:
     pairs = x.unflatten(-1, (-1, 2))
     if not torch.compiler.is_compiling():  # a complex product is a single pass over memory
         return torch.view_as_real(torch.view_as_complex(pairs) * torch.view_as_complex(turns)).flatten(-2)
-    (a, b), (cos, sin) = pairs.unbind(-1), turns.unbind(-1)  # which the compiler can not make of it, but of these
+    (a, b), (cos, sin) = pairs.unbind(-1), turns.unbind(-1)  # which the compiler cannot make of it, but of these
     return torch.stack([a * cos - b * sin, a * sin + b * cos], -1).flatten(-2)
 
 

@@ -11,6 +11,7 @@ from PIL import ImageOps
 from pydantic import Field
 from torch import Tensor
 
+from prior import Prior
 from tokenizer.files.ownership import Inputs
 
 from ..config import Config, UserError, choose_device, run_command
@@ -82,13 +83,9 @@ def run(config: CompleteConfig) -> dict[str, float]:
         raise UserError(str(error)) from error
     made = made.reshape(len(truth), config.draws, *truth.shape[1:])
     figures = pixel_errors(pipeline, truth, made, known)
-    try:
-        nats = conditional_log_prob(pipeline, truth, known, config.labels)
-        figures["conditional_log_prob"] = float(nats.double().mean())
-    except ConditionError as error:
-        refusal = str(error)
-    else:
-        refusal = ""
+    score, refusal = truth_log_prob(pipeline, truth, known, config.labels)
+    if score is not None:
+        figures["conditional_log_prob"] = score
     with writing("out", config.out):
         save_picture(sheet(truth, made, known), config.out, inputs=inputs)
     print(report(config, pipeline, known, figures, refusal))
@@ -185,6 +182,16 @@ def pixel_errors(pipeline: ImagePipeline, truth: Tensor, made: Tensor, known: Te
     }
 
 
+def truth_log_prob(
+    pipeline: ImagePipeline, truth: Tensor, known: Tensor, labels: list[int | str] | int | str | None
+) -> tuple[float | None, str]:
+    """The mean of log p of the hidden tokens given the known ones, in nats; or None, and why the prior has none."""
+    try:
+        return float(conditional_log_prob(pipeline, truth, known, labels).double().mean()), ""
+    except ConditionError as error:
+        return None, str(error)
+
+
 def sheet(truth: Tensor, made: Tensor, known: Tensor) -> np.ndarray:
     """A row per image: the truth, what is known of it (the rest hatched), and the draws. uint8 (H, W, 3)."""
     count, draws, _, height, width = made.shape
@@ -199,29 +206,34 @@ def report(
     config: CompleteConfig, pipeline: ImagePipeline, known: Tensor, figures: dict[str, float], refusal: str
 ) -> str:
     """The figures as people read them, with what the draws were conditioned on."""
-    keep, prior = pipeline.tokenizer.known_tokens(known[None]).flatten(1).to(pipeline.device), pipeline.prior
-    hidden, f = int((~keep).sum()), figures
-    given = "none: no patch is known whole"
-    if bool(keep.any()):
-        given = f"only those before it in {prior.config.order} order"
-        if bool(sees_all_known(prior, keep).all()):
-            given = "all of them" + (", in any order" if prior.any_order else f", first in {prior.config.order} order")
-    share, score = float((~known).double().mean()), f"not available ({refusal})"
+    keep = pipeline.tokenizer.known_tokens(known[None]).flatten(1).to(pipeline.device)
+    hidden = int((~keep).sum())
+    share = float((~known).double().mean())
+    score = f"not available ({refusal})"
     if not refusal:
-        nats = f["conditional_log_prob"]
+        nats = figures["conditional_log_prob"]
         score = f"{nats:.2f} nats, {-nats / hidden / np.log(2):.3f} bits per hidden token (mean of the images)"
     rows = [
         ("hidden", f"{config.mask}: {share:.1%} of the pixels, {hidden} of {keep.numel()} tokens"),
-        ("known tokens seen", given),
+        ("known tokens seen", what_is_seen(pipeline.prior, keep)),
         ("log p of the truth", score),
         (
             "pixel error",
-            f"{f['pixel_error']:.1f} mean, {f['best_pixel_error']:.1f} best of {config.draws}; what the "
-            f"tokenizer alone loses {f['tokenizer_pixel_error']:.1f} (absolute, of 255, where hidden)",
+            f"{figures['pixel_error']:.1f} mean, {figures['best_pixel_error']:.1f} best of {config.draws}; what the "
+            f"tokenizer alone loses {figures['tokenizer_pixel_error']:.1f} (absolute, of 255, where hidden)",
         ),
         ("sheet", f"{config.out}: truth, what is known, {config.draws} draws"),
     ]
     return table(rows)
+
+
+def what_is_seen(prior: Prior, keep: Tensor) -> str:
+    """Which of the known tokens, bool `keep` `(1, N)`, a hidden one is conditioned on."""
+    if not bool(keep.any()):
+        return "none: no patch is known whole"
+    if not bool(sees_all_known(prior, keep).all()):
+        return f"only those before it in {prior.config.order} order"
+    return "all of them, in any order" if prior.any_order else f"all of them, first in {prior.config.order} order"
 
 
 main = partial(run_command, CompleteConfig, run, verb="complete", description=__doc__, defaults=defaults)

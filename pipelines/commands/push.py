@@ -13,10 +13,9 @@ from tokenizer.files.hub import HUB_ID, PushError, require_reachable
 from ..config import Config, UserError, run_command
 from ..config.outputs import check_out_folder
 from ..image_pipeline import ImagePipeline
+from ..stages.index import INDEX
 from ..tokens import TokenDataset, load_tokens
 from ..tokens.meta import META, TOKENS
-
-INDEX = "model_index.json"
 
 
 class PushConfig(Config):

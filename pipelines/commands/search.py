@@ -112,7 +112,7 @@ def find_queries(config: SearchConfig, held_out: ImageDataset) -> Queries:
 
 
 def read_queries(paths: list[str], shape: tuple[int, int, int]) -> Queries:
-    """The images in files and folders. Raises `UserError` for what is not there or can not be decoded."""
+    """The images in files and folders. Raises `UserError` for what is not there or cannot be decoded."""
     files = []
     for path in map(Path, paths):
         if not path.exists():

@@ -1,4 +1,4 @@
-"""What a verb is to write, looked at before it works for hours: `out` is free or ours, and none of what it reads."""
+"""Check a verb's `out` before it works for hours: free or ours, and no input; and say what cannot be written."""
 
 from __future__ import annotations
 

@@ -85,7 +85,7 @@ class Stages:
 
     def set_background(self, prior: Prior) -> None:
         """Keep a background prior beside the prior: one trained on perturbed tokens (`method="ratio"`). Raises
-        `IntegrityError` if it is not over the same tokens and classes."""
+        `IntegrityError` for a prior over other tokens or classes."""
         ours, theirs = ((p.grid, p.num_classes, p.config.tokenizer) for p in (self.prior, prior))
         if ours != theirs:
             raise IntegrityError("background/config.json: not a prior over the same tokens and classes as prior/")
@@ -111,7 +111,7 @@ class Stages:
 
     @torch.no_grad()
     def encode_batch(self, batch: Tensor, *, batch_size: int = 256) -> Tensor:
-        """`encode` of what `to_images` made, or of what was made of that: float `(B, C, H, W)` in [-1, 1]."""
+        """`encode` of images as `to_images` returns them: float `(B, C, H, W)` in [-1, 1]."""
         parts = self._parts(batch.to(self.device, self.dtype), batch_size)
         return torch.cat([self.tokenizer.encode(part) for part in parts])
 
@@ -125,11 +125,11 @@ class Stages:
         return convert_images(torch.cat([self.tokenizer.decode(part) for part in parts]), output_type)
 
     def _parts(self, rows: Tensor, batch_size: int) -> list[Tensor]:
-        """Images or tokens that the tokenizer is given at a time: on a CPU one alone, as the libraries behind torch
-        choose their kernels by the size of the batch, and kernels round differently: an 8-bit pixel could turn."""
+        """Images or tokens in the batches that the tokenizer takes: on a CPU one at a time, as the libraries behind
+        torch choose kernels by the size of the batch, and kernels round differently: an 8-bit pixel could change."""
         if self.device.type != "cpu":
             return list(rows.split(batch_size))
-        return [row.clone() for row in rows.split(1)]  # which begins where memory is aligned, as every image does
+        return [row.clone() for row in rows.split(1)]  # a clone is aligned in memory, so all images are alike
 
     def reconstruct(self, images: Any, *, output_type: str = "pil") -> Any:
         """`decode(encode(images))`: what the tokenizer keeps of them."""
@@ -284,7 +284,7 @@ class Stages:
         raise ValueError(f"no class is called {label!r}; there are {there if classes else 'none: it is unconditional'}")
 
     def to_images(self, images: Any) -> Tensor:
-        """Float `(B, C, H, W)` in [-1, 1] on the pipeline's device, from what a user hands over; see
+        """Float `(B, C, H, W)` in [-1, 1] on the pipeline's device, from images as users have them; see
         `pictures.as_batch`. Warns once of floats that look like [0, 1]."""
         batch = as_batch(images, self.tokenizer.image_shape)
         warn_if_unit(batch)

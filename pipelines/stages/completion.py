@@ -3,9 +3,9 @@
     log p(hidden | known) = log p(hidden, known) - log p(known)
 
 A chain of conditionals gives this exactly when no known token is conditioned on a hidden one. A prior of a single order
-needs a mask that goes with it, and then it is the conditional of `log_prob`. One that takes any order walks the known
-tokens first: each conditional is one of a density, but of that of this walk, which is another joint distribution than
-`log_prob`'s, as far as the prior's orders disagree. `Prior.order_spread` says how far.
+needs a mask that fits its order; the result is then the conditional of `log_prob`. A prior that takes any order walks
+the known tokens first: the result is a conditional of that walk's density, which differs from `log_prob`'s as far as
+the prior's orders disagree. `Prior.order_spread` says how far.
 """
 
 from __future__ import annotations
@@ -160,13 +160,14 @@ def conditional_log_prob(
     """log p of each image's hidden tokens given the known ones, `(B,)` nats. known: as for `complete`.
 
     It is the log-probability that `complete`, at temperature 1 and unguided, draws the very tokens that the image has
-    there: for a prior of one order log_prob(all) - log p(known), for one of any order that of the walk that takes the
-    known tokens first, so that log_prob(all) less it is no log p(known). The known tokens are those that `complete`
-    sees, so nothing of what is hidden helps to predict it. With a tokenizer that looks beyond a patch they are not
-    quite the image's own, and this is no part of `ImagePipeline.log_prob`; `region_log_prob` of tokens is. It is of
-    tokens only: the pixels' log-probability given
-    them (`Tokenizer.pixel_log_prob`), where there is one, is not added. Raises `ConditionError` where the prior has no
-    such conditional, `ValueError` for a mask of another shape.
+    there. For a prior of one order it is log_prob(all) - log p(known). For one of any order it belongs to the walk that
+    takes the known tokens first, so that log_prob(all) minus it is not log p(known).
+
+    The known tokens are those that `complete` sees, so nothing hidden helps to predict the rest. With a tokenizer that
+    looks beyond a patch they are not quite the image's own tokens, and the result is not a part of
+    `ImagePipeline.log_prob`; `region_log_prob` of tokens is. The pixels' log-probability given the tokens
+    (`Tokenizer.pixel_log_prob`), where there is one, is not added. Raises `ConditionError` where the prior has no such
+    conditional, `ValueError` for a mask of another shape.
     """
     batch = pipeline.to_images(images)
     known = check_mask(known, batch)
@@ -179,7 +180,8 @@ def conditional_log_prob(
 
 
 def region_log_prob(prior: Prior, tokens: Tensor, known: Tensor, labels: Tensor | None = None) -> Tensor:
-    """log p(tokens where not `known` | those where it is, labels), `(B,)` nats; no estimate, also where `log_prob` is.
+    """log p(tokens where not `known` | tokens where `known`, labels), `(B,)` nats; exact even where `log_prob` is an
+    estimate.
 
     tokens: `(B, *grid.shape)`; known: bool, `grid.shape` or `(B, *grid.shape)`. A prior that takes any order is asked
     in the one that `sample` walks: the known tokens first, each part in the prior's own order. Raises `ConditionError`
@@ -200,9 +202,9 @@ def region_log_prob(prior: Prior, tokens: Tensor, known: Tensor, labels: Tensor 
 def sees_all_known(prior: Prior, keep: Tensor) -> Tensor:
     """Whether hidden tokens are drawn from the exact conditional given all known ones, bool `(B,)`.
 
-    keep: which are known, bool `(B, N)` in raster order. So it is in any order; in one order, where no known token
-    looks at a hidden one: p(known) is then the product of the known tokens' own factors, and p(hidden | known) is what
-    remains of p(tokens).
+    keep: which are known, bool `(B, N)` in raster order. This always holds for a prior of any order. For a prior of one
+    order it holds where no known token looks at a hidden one: p(known) is then the product of the known tokens' own
+    factors, and p(hidden | known) is what remains of p(tokens).
     """
     if prior.any_order:
         return keep.new_ones(len(keep))
@@ -216,9 +218,9 @@ def sees_all_known(prior: Prior, keep: Tensor) -> Tensor:
 def make_mask(name: str, image_shape: tuple[int, int, int], grid_shape: tuple[int, ...]) -> Tensor:
     """What is known, bool `(H, W)`, when the part of the image called `name` is hidden.
 
-    name: a half (`top`, `bottom`, `left`, `right`), `box` (the middle half of each side), or `scatter:SHARE`, that
-    share of the patches of which the grid's tokens are made (of the pixels, if these are the tokens), at random but
-    always alike. Raises `ValueError` for another name, or a share not in (0, 1].
+    name: a half (`top`, `bottom`, `left`, `right`), `box` (the middle half of each side), or `scatter:SHARE`: that
+    share of the patches that become the grid's tokens (of the pixels, if these are the tokens), at random but always
+    the same. Raises `ValueError` for another name, or a share not in (0, 1].
     """
     _, height, width = image_shape
     kind, colon, share = name.partition(":")

@@ -93,7 +93,7 @@ def make_sampler(prior: type[Prior], settings: dict[str, Any], path: str | Path 
 
 
 def check_listed(files: Folder) -> None:
-    """Raise `IntegrityError` for a file of ours that the manifest does not list, whether or not it is read."""
+    """Raise `IntegrityError` for a file of a pipeline that the manifest does not list, even if it is not read."""
     listed = files.manifest["files"] if files.manifest else {}
     unlisted = [name for name in FILES if name != MANIFEST and name not in listed and name in files]
     if unlisted:
@@ -151,14 +151,14 @@ class ProvenanceFile(BaseModel):
 
 
 def read_provenance(files: Folder) -> dict[str, Any]:
-    """`provenance.json`: any facts, but numbers and text where the model card shows them. Raises `FormatError`."""
+    """`provenance.json`: any facts, but numbers or text where the model card shows them. Raises `FormatError`."""
     found = files.json(PROVENANCE)
     checked(ProvenanceFile, found, files.place(PROVENANCE))
     return found
 
 
 def parse_picture(data: bytes, path: Path) -> np.ndarray:
-    """The PNG file `data`, which is what stands in `path`, as uint8 (H, W, 3). Raises `LimitError` for one of too many
+    """The PNG file `data`, read from `path`, as uint8 (H, W, 3). Raises `LimitError` for one of too many
     pixels, `FormatError` for one that cannot be read."""
     try:
         image = Image.open(io.BytesIO(data), formats=("PNG",))

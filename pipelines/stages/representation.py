@@ -1,8 +1,8 @@
 """Images as vectors: activations of the prior, or the tokenizer's codes, or plain pixels, pooled over positions.
 
 iGPT (Chen et al. 2020, "Generative Pretraining from Pixels"): the best features of a model that predicts pixels are in
-the middle of it, normalised at each position and averaged over positions. What they are worth only shows beside the
-codes and the pixels that they are made of.
+its middle, normalised at each position and averaged over positions. Their worth only shows beside the codes and the
+pixels from which they are computed.
 """
 
 from __future__ import annotations

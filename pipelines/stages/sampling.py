@@ -98,8 +98,7 @@ def choose_sampler(pipeline: Stages, settings: dict[str, Any], ids: Tensor | Non
 
 
 def settings_in(keys: dict[str, Any]) -> dict[str, Any]:
-    """Of a verb's keys and their values those that are given and that a prior of some kind declares as settings of
-    sampling."""
+    """Of a verb's keys those that are given and that some prior declares as settings of sampling."""
     declared = {name for kind in Prior.available() for name in Prior.find(kind).Sampling.names()}
     return {name: value for name, value in keys.items() if name in declared and value is not None}
 
@@ -128,7 +127,7 @@ def count_images(num_images: int | None, labels: Any) -> int:
 
 
 def check_shapes(shape: tuple[int, ...], **tensors: Tensor | None) -> None:
-    """Raise `ValueError` naming a tensor that has not the shape `(B, *grid.shape)`, or that of one image."""
+    """Raise `ValueError` naming a tensor whose shape is neither `(B, *grid.shape)` nor that of one image."""
     for name, value in tensors.items():
         if value is not None and tuple(value.shape) not in (shape, shape[1:]):
             raise ValueError(f"{name} should have shape {shape[1:]} or {shape}, got {tuple(value.shape)}")

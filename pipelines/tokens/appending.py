@@ -1,4 +1,4 @@
-"""What may be added to a token dataset, and what of it is there already."""
+"""Adding rows to a token dataset: which may be added, and which are there already."""
 
 from __future__ import annotations
 
@@ -23,15 +23,16 @@ def existing(out: Path, tokenizer: Tokenizer) -> Meta:
     meta = read_meta(out)
     verify_files(out, meta, whole=False)
     if meta.tokenizer != tokenizer.fingerprint():
-        raise UserError(f"tokenizer: not the one that made {out} (its fingerprint differs); rows can not be added")
+        raise UserError(f"tokenizer: not the one that made {out} (its fingerprint differs); rows cannot be added")
     return meta
 
 
 def missing_variants(old: Meta | None, data: Data, seed: int, wanted: dict[str, int]) -> dict[str, tuple[int, int]]:
-    """For each split that gets rows, its first variant and the end: 0 is the image as it is, the rest is augmented.
+    """For each split that gets rows, its first variant and the end; variant 0 is the image as it is, the others are
+    augmented.
 
-    data: the configuration of the images. wanted: variants of each split. What is there is not made again. Raises
-    `UserError` where nothing would be added.
+    data: the configuration of the images. wanted: the number of variants of each split. Existing rows are not made
+    again. Raises `UserError` if nothing would be added.
     """
     if old is None:
         return {split: (0, count) for split, count in wanted.items()}

@@ -173,5 +173,5 @@ class TokenSplit:
 
 
 def chunks(rows: int, size: int = ROWS_PER_SHARD) -> Iterator[slice]:
-    """Slices that cover so many rows, for what can not be held at once."""
+    """Slices that cover so many rows, for what cannot be held at once."""
     return (slice(start, min(start + size, rows)) for start in range(0, rows, size))

@@ -19,6 +19,7 @@ from small import PRIORS, QUANTIZERS, SMALL, TOKENIZERS, make_prior, make_tokeni
 from pipelines import ImagePipeline, from_unit
 from pipelines.images import pictures
 from pipelines.metrics.report import report
+from pipelines.stages.sampling import settings_in
 from tokenizer import TokenGrid, Tokenizer
 from tokenizer.base import LikelihoodError
 from tokenizer.files.errors import ConfigError, IntegrityError, PathError
@@ -229,7 +230,7 @@ def test_orders_reach_the_prior():
 
 
 def test_completion_hears_of_all_that_is_known_where_the_prior_takes_any_order():
-    """The lower half is known: an any-order prior looks at it, one in raster order can not."""
+    """The lower half is known: an any-order prior looks at it, one in raster order cannot."""
     known = torch.zeros(8, 12, dtype=torch.bool)
     known[4:] = True
     for any_order in (False, True):
@@ -274,6 +275,34 @@ def test_steps_of_a_masked_token_prior(tmp_path, monkeypatch):
         make_pipeline()(2, steps=3)
     with pytest.raises(TypeError, match="'warmth' is no argument"):
         make_pipeline()(2, warmth=3)
+
+
+SHARED = {"temperature": 1.0, "top_k": None, "top_p": None, "guidance_scale": 1.0}
+
+
+@pytest.mark.parametrize(
+    ("prior", "own", "saved"),
+    [
+        ("gpt", {}, {}),
+        ("masked", {}, {}),
+        ("masked", {"schedule": "cosine", "confidence_temperature": 4.5, "steps": None}, {}),
+        ("masked", {"steps": 6, "confidence_temperature": 50.0}, {"steps": 6, "confidence_temperature": 50.0}),
+    ],
+)
+def test_what_a_prior_declares_is_a_default_that_travels(tmp_path, prior, own, saved):
+    """Settings that every prior has are always in the index, a prior's own only where they are not the default."""
+    pipe = make_like(make_pipeline(prior=prior), own)
+    pipe.save_pretrained(tmp_path / "pipe")
+    index = json.loads((tmp_path / "pipe" / "model_index.json").read_text())
+    assert list(index["sampler"].items()) == list({**SHARED, **saved}.items())
+    loaded = ImagePipeline.from_pretrained(tmp_path / "pipe")
+    assert loaded.sampler == pipe.sampler
+    assert torch.equal(loaded(9, seed=0).tokens, make_like(pipe, {})(9, seed=0, **own).tokens)
+
+
+def test_a_setting_of_no_prior_is_found_in_no_keys():
+    keys = {"temperature": 0.5, "top_k": None, "steps": 3, "num_images": 4, "device": "cpu"}
+    assert settings_in(keys) == {"temperature": 0.5, "steps": 3}
 
 
 # Between images and tokens

@@ -252,7 +252,7 @@ def test_sampling_costs_one_forward_pass(name):
 @every_prior
 @pytest.mark.parametrize("settings", [{}, {"top_k": 20}, {"top_p": 0.9}, {"top_k": 40, "top_p": 0.9}])
 def test_what_one_computation_decides_is_rare(name, settings, monkeypatch):
-    """It takes a pass over the image alone, which a whole batch can not pay for every image."""
+    """It takes a pass over the image alone, which a whole batch cannot pay for every image."""
     model, alone = make_prior(name, shape=(6, 6), vocab_size=64), []
     monkeypatch.setattr("prior.drawing.settled", lambda *given: alone.append(given) or given[3])
     model.sample(100, generator=generators(100), **settings)

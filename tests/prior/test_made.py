@@ -17,7 +17,8 @@ from pipelines import ImagePipeline
 from pipelines.tokens import TokenDataset, TokenSplit
 from pipelines.training.schedule import ema_update
 from prior import Prior
-from prior.made import DENSE_WIDTH, Kept, even_degrees, random_degrees, summed
+from prior.degrees import Kept, even_degrees, random_degrees
+from prior.made import DENSE_WIDTH, summed
 from prior.orders import make_order
 from tokenizer import TokenGrid, Tokenizer
 from tokenizer.files.writing import write_manifest
@@ -658,7 +659,7 @@ def test_a_finite_set_of_masks_is_that_of_the_mixture():
     assert len({(tuple(each["order"].tolist()), int(each["degrees"][0].sum())) for each in drawn}) == 9
 
 
-def test_a_pipeline_scores_a_mixture_of_masks():
+def test_a_pipeline_scores_and_draws_a_mixture_of_masks():
     pixels = Tokenizer.create("pixels", image_size=(4, 4), channels=1, levels=2).eval()
     prior = make_prior(
         "made", shape=(4, 4), vocab_size=2, num_classes=0, connectivity_agnostic=True, tokenizer=pixels.fingerprint()
@@ -667,6 +668,9 @@ def test_a_pipeline_scores_a_mixture_of_masks():
     scores = pipe.log_prob(images, num_masks=3, batch_size=2)
     assert scores.tolist() == pytest.approx(prior.log_prob(pipe.encode(images), num_masks=3).tolist(), abs=1e-4)
     assert not torch.allclose(scores, pipe.log_prob(images), atol=1e-3)
+    drawn = pipe(9, seed=0, num_masks=3, batch_size=4, progress=False).tokens
+    assert torch.equal(drawn, prior.sample(9, generator=generators(9, 0), num_masks=3))
+    assert not torch.equal(drawn, pipe(9, seed=0, progress=False).tokens)
 
 
 def without(node, *names):

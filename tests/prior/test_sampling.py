@@ -8,7 +8,17 @@ from small import ANY_ORDER, PRIORS, generators, make_prior
 
 from prior import Prior
 from prior.orders import make_order
-from prior.sampling import GREEDY, LOW_BITS, Sampler, gumbel, image_generators, image_seeds
+from prior.sampling import (
+    GREEDY,
+    LOW_BITS,
+    Kept,
+    Sampler,
+    gumbel,
+    image_generators,
+    image_seeds,
+    keep_top_k,
+    keep_top_p,
+)
 from tokenizer import TokenGrid
 
 # Rounding
@@ -86,6 +96,32 @@ def test_rounding_of_a_deep_model_turns_decisions_but_none_above_the_tolerance()
     ways = ways_to_compute(sharpened(model, 10.0), torch.randint(512, (2, 16, 16)), torch.arange(2))
     some, above = turned(model, Sampler(), ways, 660)
     assert some > 0 and above == 0
+
+
+# Filters
+
+
+def test_the_examples_of_the_filters():
+    """Those of their docstrings: what is kept, what might be, and what is in any case."""
+    by_count = keep_top_k(torch.tensor([5.0, 3.0, 2.9, 1.0]), 2, torch.tensor([0.2]))
+    assert [each.tolist() for each in by_count] == [
+        [True, True, False, False],
+        [True, True, True, False],
+        [True, False, False, False],
+    ]
+    everything = Kept(*torch.ones(3, 3, dtype=torch.bool))
+    by_mass = keep_top_p(torch.tensor([0.5, 0.3, 0.2]).log(), 0.7, torch.tensor([0.25]), everything)
+    assert [each.tolist() for each in by_mass] == [[True, True, False], [True, True, True], [True, False, False]]
+
+
+def test_the_mass_is_of_what_top_k_keeps():
+    """Of 0.4, 0.3, 0.2 and 0.1 the first two have 0.7 of all mass, and all of it once only they are left."""
+    logits = torch.tensor([0.4, 0.3, 0.2, 0.1]).log()
+    drawn = {Sampler(**given): set() for given in ({"top_p": 0.69}, {"top_k": 2, "top_p": 0.5}, {"top_k": 3})}
+    for sampler, ids in drawn.items():
+        noise = gumbel((2000, 4), torch.Generator().manual_seed(0))
+        ids.update(sampler.choose(logits.expand(2000, 4), noise).tolist())
+    assert list(drawn.values()) == [{0, 1}, {0}, {0, 1, 2}]
 
 
 # Ties, and temperatures next to nothing

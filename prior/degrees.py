@@ -1,0 +1,63 @@
+"""The degrees of MADE's hidden units, the masks that follow from them, and the memory that keeps what was built."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+
+def even_degrees(units: int, num_tokens: int) -> Tensor:
+    """Degrees `(units,)`, ascending: each of 1 .. N - 1 equally often, the last unit seeing all but the last token."""
+    steps = torch.arange(1, units + 1, device="cpu") * (num_tokens - 1)
+    return ((steps + units - 1) // units).clamp(min=1)
+
+
+def random_degrees(hidden: Sequence[int], num_tokens: int, generator: torch.Generator | None = None) -> list[Tensor]:
+    """Degrees of each layer, uniform, none below the smallest of the layer before, so that no unit sees nothing."""
+    degrees, smallest = [], 1
+    for units in hidden:
+        degrees.append(torch.randint(smallest, max(2, num_tokens), (units,), generator=generator, device="cpu"))
+        smallest = int(degrees[-1].min())
+    return degrees
+
+
+@torch.inference_mode(False)
+@torch.no_grad()
+def build_masks(ranks: Tensor, degrees: Sequence[Tensor], direct: int | None, dtype: torch.dtype) -> list[Tensor]:
+    """What the weights of the input, the hidden layers, the direct connections (if any) and the output are multiplied
+    by: one where a connection may be, else zero; of the weights' type, which is fastest.
+
+    ranks: `(N,)`, of each raster index; direct: numbers per token that direct connections lead to, None without any.
+    """
+    seen = ranks[:, None]
+    masks = [(seen < degrees[0])[:, None]]
+    masks += [below <= own[:, None] for below, own in zip(degrees, degrees[1:], strict=False)]
+    if direct is not None:
+        masks.append((seen < ranks.repeat_interleave(direct))[:, None])
+    masks.append((degrees[-1] <= seen)[:, None])
+    return [mask.to(dtype) for mask in masks]
+
+
+class Kept:
+    """What was built last, which is built again only where the tensors that it is made of are others, or have changed.
+
+    Neither copied nor saved with what it belongs to.
+    """
+
+    def __init__(self) -> None:
+        self.made_of: list[Tensor] = []
+        self.versions: list[int] = []
+        self.built: list[Tensor] = []
+
+    def __reduce__(self) -> tuple[type, tuple[()]]:
+        return Kept, ()
+
+    def get(self, made_of: list[Tensor], build: Callable[[], list[Tensor]]) -> list[Tensor]:
+        """What `build` gives for these tensors."""
+        versions = [-1 if tensor.is_inference() else tensor._version for tensor in made_of]
+        same = len(made_of) == len(self.made_of) and all(a is b for a, b in zip(made_of, self.made_of, strict=True))
+        if not same or versions != self.versions:
+            self.made_of, self.versions, self.built = made_of, versions, build()
+        return self.built
