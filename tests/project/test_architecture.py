@@ -17,7 +17,7 @@ MODELS = [name for name in MODULES if not name.startswith("pipelines/")]
 every_module = pytest.mark.parametrize("name", MODULES)
 every_model_module = pytest.mark.parametrize("name", MODELS)
 
-CONTRACT = ("prior", "tokenizer.base", "tokenizer.pretrained", "tokenizer.precision", "tokenizer.settings")
+CONTRACT = ("prior", "tokenizer.base", "tokenizer.pretrained")
 LONGEST = 60  # lines of a function
 SELF_EVIDENT = 3  # up to so many lines, a function's name and annotations may say it all
 
