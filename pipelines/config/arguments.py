@@ -11,7 +11,8 @@ from typing import Any
 
 import yaml
 
-from tokenizer.settings import Data, show
+from tokenizer.mistakes import show
+from tokenizer.settings import Data
 
 WIDTH = 110  # of what is printed
 

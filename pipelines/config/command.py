@@ -16,7 +16,8 @@ import torch
 from pydantic import ValidationError
 
 from tokenizer.files.errors import PipelineLoadError
-from tokenizer.settings import Data, complete, defaults_of, explain, merge
+from tokenizer.mistakes import explain
+from tokenizer.settings import Data, complete, defaults_of, merge
 
 from .arguments import UserError, read_arguments
 from .errors import search

@@ -91,6 +91,17 @@ def test_nothing_unpickles_or_evaluates(name):
             assert not {"allow_pickle", "trust_remote_code", "weights_only"} & set(keywords), f"line {node.lineno}"
 
 
+def test_importing_the_models_is_quick():
+    """At most 1.5 s of a processor beyond torch, and without what only training needs."""
+    code = (
+        "import sys, time, torch; start = time.process_time(); import tokenizer, prior; seconds = time.process_time()\n"
+        "print(seconds - start, [name for name in ('accelerate', 'datasets', 'wandb') if name in sys.modules])"
+    )
+    command = [sys.executable, "-c", code]
+    seconds, heavy = subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT).stdout.split(" ", 1)
+    assert float(seconds) < 1.5 and heavy.strip() == "[]"
+
+
 def test_no_junk_drawers():
     names = [part for name in MODULES for part in Path(name).with_suffix("").parts]
     assert not {"utils", "util", "common", "helpers", "helper", "misc", "tools"} & set(names)
