@@ -1,4 +1,4 @@
-"""Which process is where: each keeps a line in the run folder, by which the others can say which one was lost, and where.
+"""Which process is where: each keeps a line in the run folder, so that the others can say which one was lost, where.
 
 A collective only says that a peer is gone or late, and on a GPU not even that: it waits. Here a thread of each process
 writes that it is alive, and ends the process when another has been silent, or behind, for the timeout of the run.
