@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -223,9 +224,7 @@ def evaluate_classes(
     return figures | {"class_agreement_images": len(some)}
 
 
-def main(argv: list[str] | None = None) -> Any:
-    """The command line."""
-    return run_command(EvaluateConfig, run, argv, verb="evaluate", description=__doc__, defaults=defaults)
+main = partial(run_command, EvaluateConfig, run, verb="evaluate", description=__doc__, defaults=defaults)
 
 
 if __name__ == "__main__":

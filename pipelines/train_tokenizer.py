@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
+from functools import partial
 from pathlib import Path
 from shlex import quote
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -260,17 +261,15 @@ def run(config: TrainTokenizerConfig) -> Path:
     return train(build, config)
 
 
-def main(argv: list[str] | None = None) -> Any:
-    """The command line."""
-    return run_command(
-        TrainTokenizerConfig,
-        run,
-        argv,
-        verb="train_tokenizer",
-        description=__doc__,
-        defaults=defaults,
-        kept=lambda config: what_is_saved(Path(config.out)),
-    )
+main = partial(
+    run_command,
+    TrainTokenizerConfig,
+    run,
+    verb="train_tokenizer",
+    description=__doc__,
+    defaults=defaults,
+    kept=lambda config: what_is_saved(Path(config.out)),
+)
 
 
 if __name__ == "__main__":

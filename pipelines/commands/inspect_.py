@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -14,7 +13,7 @@ from torch import Tensor
 
 from tokenizer import Tokenizer
 
-from ..config import Config, UserError, choose_device, run_command
+from ..config import Config, choose_device, run_command
 from ..config.outputs import check_out_file, writing
 from ..images import DataConfig, ImageDataset, check_shape, load_images, to_uint8
 from ..images.pictures import SUFFIXES, save_picture
@@ -189,10 +188,8 @@ def stacked(pictures: list[Pixels]) -> Pixels:
 
 def run(config: InspectConfig) -> dict[str, Any]:
     """Write the report; print the findings and return them: see `figures_of`, and `l1` and `l2`."""
-    if Path(config.out).suffix.lower() not in SUFFIXES:
-        raise UserError(f"out: {config.out!r} should end in {', '.join(SUFFIXES)}")
     inputs = [config.tokenizer, config.data.path]
-    check_out_file(config.out, inputs)
+    check_out_file(config.out, inputs, SUFFIXES)
     tokenizer = Tokenizer.from_pretrained(tokenizer_folder(config.tokenizer), device=choose_device(config.device))
     check_shape(config.data, tokenizer.image_shape, "tokenizer")
     images = load_images(config.data).held_out

@@ -434,7 +434,7 @@ def test_one_process_of_several_talks(monkeypatch: pytest.MonkeyPatch, capsys: p
 def test_verbs_are_the_modules_with_a_main() -> None:
     folder = Path(pipelines.__file__).parent
     files = [*folder.glob("*.py"), *folder.glob("commands/*.py")]
-    with_main = {path for path in files if re.search(r"^def main\(", path.read_text(), re.M)}
+    with_main = {path for path in files if re.search(r"^(def main\(|main = )", path.read_text(), re.M)}
     found = verbs()
     paths = {name: folder / f"{module_of(name).replace('.', '/')}.py" for name in found}
     assert set(paths.values()) == with_main - {folder / "__main__.py"}
