@@ -26,7 +26,7 @@ from tokenizer.files.writing import replace_file
 
 from ..config import Config, UserError
 from . import mirror
-from .mirror import Mirror, Target
+from .mirror import Mirror
 from .record import Record
 from .tensorboard_run import start_tensorboard
 from .trackio_run import start_trackio, trackio_folder
@@ -146,7 +146,6 @@ class Tracker:
     def _mirror(self, name: str, mode: str, run_config: dict[str, Any], *, resumed: bool) -> Mirror:
         """A mirror of the record in the tracker of this name; `mode` is that of W&B."""
         held, project = self._held[name], str(self.config.project)
-        start: Callable[..., Target]
         if name == "tensorboard":
             board = partial(start_tensorboard, self.run, run_config, resumed=resumed)
             return Mirror("TensorBoard", self._record, {"starting": board}, held=held)
