@@ -76,7 +76,7 @@ def unknown_setting(model: type[Any], key: str) -> str:
     parent, _, name = key.rpartition(".")
     prefix = f"{parent}." if parent else ""
     if name in getattr(model, "facts", ()):
-        return f"{key}: a fact of the data, it can not be set here"
+        return f"{key}: a fact of the data, it cannot be set here"
     known = [known for known in model.model_fields if known != "kind"]
     near = difflib.get_close_matches(name[:80], known, 1, 0.6)
     hint = f"did you mean {prefix + near[0]!r}?" if near else f"there are {', '.join(known)}"

@@ -90,7 +90,7 @@ class Posthoc(Tokenizer, name="posthoc"):
             f"vae.{name} {theirs[name]} there, {ours[name]} here" for name in SIZES if theirs[name] != ours[name]
         ]
         if differing:
-            raise ConfigError(f"posthoc: can not start from a {KLVAE.name} of other sizes: {', '.join(differing)}")
+            raise ConfigError(f"posthoc: cannot start from a {KLVAE.name} of other sizes: {', '.join(differing)}")
         bins = {f"quantizer.{key}": value for key, value in self.vae.quantizer.state_dict().items()}
         self.vae.load_state_dict({**vae.state_dict(), **bins})
         self.started.fill_(1)

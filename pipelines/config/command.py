@@ -57,7 +57,7 @@ def parse(
     try:
         config = cls.model_validate(data)
     except ValidationError as error:
-        # What an unreadable file or argument did not say can not be called missing.
+        # What an unreadable file or argument did not say cannot be called missing.
         found = explain(cls, data, error, partial(search, cls))
         problems += [line for line in found if not (problems and line.endswith(": missing"))]
     if problems:
@@ -183,7 +183,7 @@ def choose_device(name: str) -> torch.device:
             return torch.device("cuda" if torch.cuda.is_available() else "cpu")
         return torch.zeros((), device=name).device
     except (RuntimeError, AssertionError) as error:
-        raise UserError(f"device: {name!r} can not be used here ({str(error).splitlines()[0]})") from error
+        raise UserError(f"device: {name!r} cannot be used here ({str(error).splitlines()[0]})") from error
 
 
 class RunError(Exception):
