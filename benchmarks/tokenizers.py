@@ -65,7 +65,7 @@ Node = dict[str, Any]
 
 def shares(bits: int) -> tuple[int, int]:
     """Into how many ids of how many values the bits of a position are split: 8 into 2 of 16, 9 into 3 of 8; 7, which
-    can not be, into 2 of 11."""
+    cannot be, into 2 of 11."""
     levels = 3 if bits % 2 and not bits % 3 else 2
     return levels, round(2 ** (bits / levels))
 

@@ -60,7 +60,7 @@ class TrainPriorConfig(Config):
         ge=16,
         le=4096,
         description="read blocks of so many rows and mix the rows of so "
-        "many blocks, for tokens on a slow disk that memory can not hold; null: all rows in a "
+        "many blocks, for tokens on a slow disk that memory cannot hold; null: all rows in a "
         "random order",
     )
     model: Annotated[dict[str, Any], Node("prior.base:Prior")] = Field({"kind": "gpt"}, description="the prior")

@@ -18,10 +18,8 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
-from tokenizer.base import Grid
-from tokenizer.precision import full_float32
-from tokenizer.pretrained import PretrainedModel
-from tokenizer.settings import Fact, ModelConfig
+from tokenizer.base import Grid, full_float32
+from tokenizer.pretrained import Fact, ModelConfig, PretrainedModel
 
 from .drawing import State, draw
 from .orders import make_order, order_problem

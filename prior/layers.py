@@ -27,7 +27,7 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
-from tokenizer.settings import Before
+from tokenizer.pretrained import Before
 
 from .base import PriorConfig
 from .drawing import FEW_ROWS

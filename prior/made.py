@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
-from tokenizer.settings import Before
+from tokenizer.pretrained import Before
 
 from .base import Prior, PriorConfig
 from .degrees import Kept, build_masks, even_degrees, random_degrees

@@ -19,8 +19,7 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
-from tokenizer.base import TokenGrid
-from tokenizer.precision import full_float32
+from tokenizer.base import TokenGrid, full_float32
 
 from .base import Prior
 from .drawing import FEW_ROWS, State

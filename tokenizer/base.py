@@ -140,7 +140,7 @@ class Tokenizer(PretrainedModel, family="tokenizer"):
         differing = [key for key in {**mine, **theirs} if mine.get(key) != theirs.get(key)]
         if differing:
             pairs = ", ".join(f"{key} {theirs.get(key)!r} there, {mine.get(key)!r} here" for key in differing)
-            raise ConfigError(f"{self.name}: can not start from a tokenizer of another configuration: {pairs}")
+            raise ConfigError(f"{self.name}: cannot start from a tokenizer of another configuration: {pairs}")
         self.load_state_dict(other.state_dict())
 
     @property

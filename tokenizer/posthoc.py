@@ -44,7 +44,7 @@ class PosthocConfig(TokenizerConfig):
     @model_validator(mode="before")
     @classmethod
     def _sees_the_same_images(cls, values: dict[str, Any]) -> dict[str, Any]:
-        node = values.get("vae") or {"kind": KLVAE.name}
+        node = {"kind": KLVAE.name} if values.get("vae") is None else values["vae"]
         facts = {name: values[name] for name in FACTS if name in values}
         return {**values, "vae": {**facts, **node} if isinstance(node, dict) else node}
 
@@ -56,10 +56,11 @@ class PosthocConfig(TokenizerConfig):
     def check(self) -> Iterator[str]:
         """Both see the same images."""
         yield from super().check()
+        ours = super().to_dict()
+        theirs = ours["vae"]
         for name in FACTS:
-            ours, theirs = (plain(getattr(config, name)) for config in (self, self.vae))
-            if ours != theirs:
-                yield f"vae.{name}: {theirs}, but the images have {ours}"
+            if ours[name] != theirs[name]:
+                yield f"vae.{name}: {theirs[name]}, but the images have {ours[name]}"
 
 
 class Posthoc(Tokenizer, name="posthoc"):
@@ -84,12 +85,12 @@ class Posthoc(Tokenizer, name="posthoc"):
         vae = other.vae if isinstance(other, Posthoc) else other
         if not isinstance(vae, KLVAE):
             raise ConfigError(f"posthoc: starts from a trained {KLVAE.name}, not from a {other.name!r} tokenizer")
-        pairs = {name: [plain(getattr(each.config, name)) for each in (vae, self.vae)] for name in SIZES}
+        theirs, ours = vae.config.to_dict(), self.vae.config.to_dict()
         differing = [
-            f"vae.{name} {theirs} there, {ours} here" for name, (theirs, ours) in pairs.items() if theirs != ours
+            f"vae.{name} {theirs[name]} there, {ours[name]} here" for name in SIZES if theirs[name] != ours[name]
         ]
         if differing:
-            raise ConfigError(f"posthoc: can not start from a {KLVAE.name} of other sizes: {', '.join(differing)}")
+            raise ConfigError(f"posthoc: cannot start from a {KLVAE.name} of other sizes: {', '.join(differing)}")
         bins = {f"quantizer.{key}": value for key, value in self.vae.quantizer.state_dict().items()}
         self.vae.load_state_dict({**vae.state_dict(), **bins})
         self.started.fill_(1)
@@ -149,10 +150,3 @@ class Posthoc(Tokenizer, name="posthoc"):
     def value_log_probs(self, tokens: Tensor, values: Tensor, channel: int) -> Tensor:
         """`(B, 256, H, W)` nats: the likelihood's whole table."""
         return self.vae.value_log_probs(tokens, values, channel)
-
-
-def plain(value: Any) -> Any:
-    """A setting as JSON has it."""
-    if isinstance(value, ModelConfig):
-        return value.to_dict()
-    return list(value) if isinstance(value, tuple) else value

@@ -31,7 +31,9 @@ from .files.ownership import Kind
 from .files.reading import CODE, Folder, steadily
 from .files.weights import check_header, expected_weights, fill, read_header
 from .files.writing import atomic_folder, write_json
+from .settings import Before as Before
 from .settings import Choices, ModelConfig, choices_of
+from .settings import Fact as Fact
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
 PROVENANCE = "provenance.json"  # beside a tokenizer, by who trained or imported it

@@ -9,12 +9,9 @@ type cannot: `Fact[int]`, `Annotated[bool, Before(False)]`, `Annotated[ModelConf
 
 from __future__ import annotations
 
-import difflib
 import importlib
-import json
-import re
 import types
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Annotated, Any, ClassVar, Literal, TypeVar, Union, get_args, get_origin
@@ -33,7 +30,6 @@ from pydantic import (
 from pydantic.fields import FieldInfo
 from pydantic_core import (
     CoreSchema,
-    ErrorDetails,
     InitErrorDetails,
     PydanticCustomError,
     PydanticKnownError,
@@ -42,6 +38,7 @@ from pydantic_core import (
 )
 
 from .files.errors import ConfigError, shown
+from .mistakes import explain
 
 MAX_ITEMS = 64  # of a list
 MAX_PROBLEMS = 20  # of a configuration, which are told
@@ -72,6 +69,12 @@ class Settings(BaseModel):
         if value in allowed and type(value) not in map(type, allowed):  # true equals 1
             raise PydanticKnownError("literal_error", {"expected": ", ".join(map(repr, allowed))})
         return value
+
+    @classmethod
+    def below(cls, name: str, value: Data) -> type[Settings] | None:
+        """The configuration that describes a value of the field `name`, if there is one."""
+        models, kind = models_in(cls.model_fields[name]), value.get("kind")
+        return models.get("") or (models.get(kind) if isinstance(kind, str) else None)
 
 
 def number(text: str) -> float | str:
@@ -240,7 +243,7 @@ class ModelConfig(Settings):
         return cls(**as_saved(cls, data))
 
 
-def as_saved(cls: type[BaseModel], data: Data) -> Data:
+def as_saved(cls: type[Settings], data: Data) -> Data:
     """A configuration as it was written: where it lacks a setting, what was done `Before` there was one. What is empty
     says nothing, and stays so."""
     found = dict(data)
@@ -248,12 +251,12 @@ def as_saved(cls: type[BaseModel], data: Data) -> Data:
         before, value = mark_of(field, Before), found.get(name)
         if before and name not in found:
             found[name] = before.value
-        elif isinstance(value, dict) and (model := model_at(field, value)):
+        elif isinstance(value, dict) and (model := cls.below(name, value)):
             found[name] = as_saved(model, value)
     return found
 
 
-def as_begun(cls: type[BaseModel], mine: Mapping[str, Any], then: Data) -> Data:
+def as_begun(cls: type[Settings], mine: Mapping[str, Any], then: Data) -> Data:
     """What changes in `mine` where it goes on with what was begun as `then`: a setting that is left at its default, and
     that `then` lacks or has as it was done `Before`."""
     marks = {name: mark_of(field, Before) for name, field in cls.model_fields.items()}
@@ -310,19 +313,12 @@ def options(hint: Any) -> list[Any]:
     return [hint]
 
 
-def models_in(field: FieldInfo) -> dict[str, type[BaseModel]]:
+def models_in(field: FieldInfo) -> dict[str, type[Settings]]:
     """The models that a field chooses from, by their `kind`; it is empty where there is no choice."""
     if node := mark_of(field, Node):
         return {kind: node.load().find(kind).choices() for kind in node.kinds()}
     hints = options(field.annotation)
-    return dict(("", hint) for hint in hints if isinstance(hint, type) and issubclass(hint, BaseModel))
-
-
-def model_at(field: FieldInfo, value: Data) -> type[BaseModel] | None:
-    """The model that describes a value of a field, if there is one."""
-    models = models_in(field)
-    kind = value.get("kind")
-    return models.get("") or (models.get(kind) if isinstance(kind, str) else None)
+    return dict(("", hint) for hint in hints if isinstance(hint, type) and issubclass(hint, Settings))
 
 
 # Defaults -----------------------------------------------------------------------------------------
@@ -336,7 +332,7 @@ def merge(old: Data, new: Data) -> Data:
     return {**old, **new, **{key: merge(old[key], new[key]) for key in both}}
 
 
-def defaults_of(cls: type[BaseModel]) -> Data:
+def defaults_of(cls: type[Settings]) -> Data:
     """The defaults, for overrides of single keys to fall on."""
     optional = {name: field for name, field in cls.model_fields.items() if not field.is_required()}
     return complete(
@@ -344,13 +340,13 @@ def defaults_of(cls: type[BaseModel]) -> Data:
     )
 
 
-def complete(cls: type[BaseModel], data: Data) -> Data:
+def complete(cls: type[Settings], data: Data) -> Data:
     """`data` with the defaults of every node's kind, so that a `kind` left to its default is there to be compared
     with."""
     found = dict(data)
     for name, field in cls.model_fields.items():
         value = data.get(name)
-        if isinstance(value, dict) and (model := model_at(field, value)):
+        if isinstance(value, dict) and (model := cls.below(name, value)):
             found[name] = complete(model, merge(defaults_of(model), value) if mark_of(field, Node) else value)
     return found
 
@@ -360,127 +356,3 @@ def plain(value: Any) -> Any:
     if isinstance(value, BaseModel):
         return value.model_dump(mode="json")
     return [plain(item) for item in value] if isinstance(value, (tuple, list)) else value
-
-
-# What is wrong ------------------------------------------------------------------------------------
-
-SIGNS = {"gt": ">", "ge": ">=", "lt": "<", "le": "<="}
-WHOLE, NUMBER, TEXT, MAPPING = "a whole number", "a number", "text", "a mapping of keys"
-EXPECTED = {
-    "int_type": WHOLE,
-    "float_type": NUMBER,
-    "bool_type": "true or false",
-    "string_type": TEXT,
-    "tuple_type": "a list",
-    "list_type": "a list",
-    "dict_type": MAPPING,
-    "model_type": MAPPING,
-    "model_attributes_type": MAPPING,
-}
-
-
-def explain(
-    cls: type[BaseModel],
-    data: Data,
-    error: ValidationError,
-    search: Callable[[str, Any], list[str]] | None = None,
-) -> list[str]:
-    """What pydantic found in `data`, a line for each key. `search` says what an unknown key may mean that stands in no
-    model."""
-    found: dict[str, list[ErrorDetails]] = {}
-    owners: dict[str, type[BaseModel]] = {}
-    for detail in error.errors(include_url=False):
-        key, owner = place(cls, data, detail["loc"])
-        found.setdefault(key, []).append(detail)
-        owners[key] = owner
-    lines = []
-    for key, details in found.items():
-        unknown = details[0]["type"] in ("extra_forbidden", "invalid_key")
-        model = issubclass(owners[key], (ModelConfig, Choices))
-        if unknown and (model or search is None):
-            lines.append(unknown_setting(owners[key], key))
-        elif unknown and search is not None:
-            lines += search(key, details[0]["input"])
-        else:
-            lines += key_problems(key, details)
-    return lines
-
-
-def place(cls: type[BaseModel], data: Any, location: tuple[int | str, ...]) -> tuple[str, type[BaseModel]]:
-    """The key of pydantic's location, which also names branches of unions and positions in lists, and the model that it
-    is a key of."""
-    keys: list[str] = []
-    owner: type[BaseModel] = cls
-    model: type[BaseModel] | None = cls
-    for position, part in enumerate(location):
-        if model is not None and part in model.model_fields:
-            keys.append(str(part))
-            field, data = model.model_fields[str(part)], data.get(part) if isinstance(data, dict) else None
-            owner, model = model, model_at(field, data) if isinstance(data, dict) else None
-        elif position == len(location) - 1 and (model is not None or part == "kind"):
-            keys.append(str(part))
-            owner = model or owner
-    return ".".join(keys), owner
-
-
-def unknown_setting(model: type[BaseModel], key: str) -> str:
-    """The line for a setting that a model does not have, with the one that was probably meant."""
-    parent, _, name = key.rpartition(".")
-    prefix = f"{parent}." if parent else ""
-    if name in getattr(model, "facts", ()):
-        return f"{key}: a fact of the data, it can not be set here"
-    known = [known for known in model.model_fields if known != "kind"]
-    near = difflib.get_close_matches(name[:80], known, 1, 0.6)
-    hint = f"did you mean {prefix + near[0]!r}?" if near else f"there are {', '.join(known)}"
-    name = name if re.fullmatch(r"[\w.-]{1,64}", name) else shown(name)
-    return f"{prefix}{name}: unknown key; {hint}"
-
-
-def key_problems(key: str, details: list[ErrorDetails]) -> list[str]:
-    """The lines for one key. Where every branch of a union complains, those that only want another type are silent."""
-    value = details[0]["input"]
-    complaints = [complaint(detail) for detail in details if not expected(detail)]
-    if complaints:
-        return [f"{key}: {text}".removeprefix(": ") for text in dict.fromkeys(complaints)]
-    wish = " or ".join(dict.fromkeys(map(expected, details)))
-    if isinstance(value, dict) and value and MAPPING not in wish:
-        return [f"{key}.{next(iter(value))}: {key} has no keys of its own, it is {wish}"]
-    quoting = "; text that looks like something else needs quotes" if TEXT in wish and value is not None else ""
-    return [f"{key}: expected {wish} (got {show(value)}{quoting})"]
-
-
-def expected(detail: ErrorDetails) -> str:
-    """The type that pydantic wanted, in words; empty if it complains about something else."""
-    return EXPECTED.get(detail["type"], "")
-
-
-def complaint(detail: ErrorDetails) -> str:
-    """What is wrong with a value of the right type."""
-    kind, context, got = detail["type"], detail.get("ctx", {}), f" (got {show(detail['input'])})"
-    for name, sign in SIGNS.items():
-        if name in context:
-            return f"must be {sign} {show_number(context[name])}{got}"
-    if kind == "missing" and isinstance(detail["loc"][-1], str):
-        return "missing"
-    if kind in ("missing", "too_short"):  # from a list
-        return f"too few values{got}"
-    if kind == "too_long":
-        return f"expected at most {context['max_length']} values{got}"
-    if kind == "literal_error":
-        return f"must be one of {context['expected'].replace(' or ', ', ')}{got}"
-    if kind == "value_error":
-        return str(context["error"])
-    if kind == "problem":
-        return detail["msg"]
-    return "must be finite" + got if kind == "finite_number" else detail["msg"][:1].lower() + detail["msg"][1:] + got
-
-
-def show_number(value: float) -> str:
-    """A bound without needless digits."""
-    return str(int(value)) if float(value).is_integer() else str(value)
-
-
-def show(value: Any) -> str:
-    """A value as one would write it in YAML, on one line, shortened."""
-    text = repr(value) if isinstance(value, str) else json.dumps(value, default=str, ensure_ascii=False)
-    return text if len(text) <= 200 else f"{text[:197]}..."

@@ -91,7 +91,7 @@ def digest(tokens: Ids, pixels: Pixels | None = None) -> int:
 
 
 def verify(header: Header, index: int, chunk: Chunk, tokens: Ids, pixels: Pixels | None = None) -> None:
-    """Check what chunk `index` was decoded to, ids `(n, ...)` and pixels `(n, c, h, w)`, before it is handed on.
+    """Check what chunk `index` was decoded to, ids `(n, ...)` and pixels `(n, c, h, w)`, before it is used.
 
     Raises `ModelMismatch` if it is not what was coded: the bytes were intact, so the probabilities were not the same.
     In a chunk stored raw there are no probabilities to blame, and it is a `DamagedStream`.

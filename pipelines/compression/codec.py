@@ -162,7 +162,7 @@ def constriction() -> Any:
     except ImportError as error:
         raise CodecError("compression needs the package constriction: pip install 'smalti[compress]'") from error
     if coder_answer(library) != CODER_ANSWER:
-        raise CodecError("the installed constriction codes otherwise than the version this format was made with")
+        raise CodecError("the installed constriction makes other bytes than the version this format was made with")
     return library
 
 
@@ -193,7 +193,7 @@ class Encoder:
 
 
 class Decoder:
-    """The inverse of `Encoder`, asked for the same rows with the same weights."""
+    """The inverse of `Encoder`; it takes the same rows with the same weights."""
 
     def __init__(self, library: Any, data: bytes) -> None:
         if len(data) % 4:

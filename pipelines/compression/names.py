@@ -43,6 +43,7 @@ def _problem_with(name: str) -> str | None:
 
 
 def pack_names(names: Sequence[str]) -> bytes:
+    """The table of names, with its checksum."""
     encoded = [name.encode() for name in names]
     return sealed(b"".join(_NAME_LENGTH.pack(len(name)) + name for name in encoded))
 
@@ -59,7 +60,7 @@ def read_names(reader: Reader, number: int) -> list[bytes]:
 
 
 def decode_names(encoded: Sequence[bytes]) -> list[str]:
-    """The names of a stream, checked. Raises `StreamError` for what is not UTF-8, and as `check_names` does."""
+    """The names of a table, checked. Raises a `StreamError`."""
     try:
         names = [name.decode() for name in encoded]
     except UnicodeDecodeError as error:

@@ -11,7 +11,8 @@ from typing import Any
 
 import yaml
 
-from tokenizer.settings import Data, show
+from tokenizer.mistakes import show
+from tokenizer.settings import Data
 
 WIDTH = 110  # of what is printed
 
@@ -87,7 +88,7 @@ def find_preset(name: str) -> Path:
     hint = f"did you mean {' or '.join(near)}?" if near else "`smalti presets` lists them"
     kind = "a folder, no file" if os.path.isdir(name) else "no such file"
     reason = "several presets are called so" if named else f"{kind}, nor a preset"
-    raise UserError(f"{name}: can not be read ({reason}); {hint}")
+    raise UserError(f"{name}: cannot be read ({reason}); {hint}")
 
 
 def is_there(path: str) -> bool:
@@ -143,7 +144,7 @@ def read_file(path: str) -> Data:
     try:
         data = read_yaml(Path(path).read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: can not be read ({getattr(error, 'strerror', None) or error})") from error
+        raise UserError(f"{path}: cannot be read ({getattr(error, 'strerror', None) or error})") from error
     except UserError as error:
         raise UserError(f"{path}, {error}") from error
     if not isinstance(data, dict | None):

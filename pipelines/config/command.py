@@ -16,7 +16,8 @@ import torch
 from pydantic import ValidationError
 
 from tokenizer.files.errors import PipelineLoadError
-from tokenizer.settings import Data, complete, defaults_of, explain, merge
+from tokenizer.mistakes import explain
+from tokenizer.settings import Data, complete, defaults_of, merge
 
 from .arguments import UserError, read_arguments
 from .errors import search
@@ -56,7 +57,7 @@ def parse(
     try:
         config = cls.model_validate(data)
     except ValidationError as error:
-        # What an unreadable file or argument did not say can not be called missing.
+        # What an unreadable file or argument did not say cannot be called missing.
         found = explain(cls, data, error, partial(search, cls))
         problems += [line for line in found if not (problems and line.endswith(": missing"))]
     if problems:
@@ -182,7 +183,7 @@ def choose_device(name: str) -> torch.device:
             return torch.device("cuda" if torch.cuda.is_available() else "cpu")
         return torch.zeros((), device=name).device
     except (RuntimeError, AssertionError) as error:
-        raise UserError(f"device: {name!r} can not be used here ({str(error).splitlines()[0]})") from error
+        raise UserError(f"device: {name!r} cannot be used here ({str(error).splitlines()[0]})") from error
 
 
 class RunError(Exception):

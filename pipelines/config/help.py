@@ -8,11 +8,11 @@ from collections.abc import Iterator
 from itertools import zip_longest
 from typing import Annotated, Any, Literal, NamedTuple, Union, get_args, get_origin
 
-from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
-from tokenizer.settings import SIGNS, Choices, Data, Node, mark_of, models_in, plain, show, show_number
+from tokenizer.mistakes import SIGNS, show, show_number
+from tokenizer.settings import Choices, Data, Node, Settings, mark_of, models_in, plain
 
 from .arguments import WIDTH
 from .schema import Config
@@ -72,7 +72,7 @@ def table_row(cells: list[str], widths: list[int]) -> list[str]:
 
 
 def sections(
-    cls: type[BaseModel], defaults: Data, prefix: str = "", title: str = "", outer: tuple[Node | None, ...] = ()
+    cls: type[Settings], defaults: Data, prefix: str = "", title: str = "", outer: tuple[Node | None, ...] = ()
 ) -> Iterator[Section]:
     """The keys of a configuration, each nested node a section of its own. `defaults` win over those of the class.
 

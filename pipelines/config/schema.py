@@ -11,7 +11,8 @@ from typing import TypeVar
 
 from pydantic import BaseModel
 
-from tokenizer.settings import Data, Settings, plain, show
+from tokenizer.mistakes import show
+from tokenizer.settings import Data, Settings, plain
 
 from .arguments import write_yaml
 

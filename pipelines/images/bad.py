@@ -1,4 +1,4 @@
-"""The record of images that can not be decoded: `bad_images.jsonl` in the run folder, one line for each."""
+"""The record of images that cannot be decoded: `bad_images.jsonl` in the run folder, one line for each."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ REPORT = "bad_images.jsonl"
 def append_report(folder: Path, split: str, problems: list[Problem]) -> None:
     """Add the lines `{"split", "path", "row", "reason", "replaced_by"}` that are not there yet.
 
-    Processes may add lines at the same time: each is written at once. What can not be written is said on stderr.
+    Processes may add lines at the same time: each is written at once. What cannot be written is said on stderr.
     """
     path = Path(folder) / REPORT
     try:
@@ -68,7 +68,7 @@ def judge(reports: list[Report], config: DataConfig) -> None:
     found, problems = sum(r.found for r in reports), [problem for r in reports for problem in r.problems]
     if not problems:
         return
-    counted = f"{len(problems)} of {found} images can not be decoded"
+    counted = f"{len(problems)} of {found} images cannot be decoded"
     if config.on_error == "fail":
         raise UserError(f"{counted} (data.on_error=skip leaves them out):{listed(problems)}")
     if len(problems) > config.max_bad_fraction * found or any(r.found == r.bad for r in reports):

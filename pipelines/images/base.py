@@ -69,7 +69,7 @@ class DataConfig(Config):
     augment: AugmentConfig = Field(default=AugmentConfig(), description="Random changes of the training images.")
     on_error: Literal["skip", "fail"] = Field(
         default="fail",
-        description="What to do about images that can not be decoded; streaming replaces what it skips.",
+        description="What to do about images that cannot be decoded; streaming replaces what it skips.",
     )
     max_bad_fraction: float = Field(
         default=0.01, ge=0, le=1, description="With `skip`, a larger share of bad images is an error."

@@ -51,7 +51,7 @@ def reason_of(error: Exception) -> str:
         if constants.HF_HUB_OFFLINE:
             return "it is not in the cache, and HF_HUB_OFFLINE forbids to ask the Hub"
         if not is_reachable():
-            return f"it is not in the cache, and {constants.ENDPOINT} can not be reached"
+            return f"it is not in the cache, and {constants.ENDPOINT} cannot be reached"
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 

@@ -23,7 +23,7 @@ def load_images(config: DataConfig, *, begun: bool = False) -> Splits:
 
     begun: whether a run goes on with them, which is to hold out what it did; see `held_out_split`. Raises UserError for
     a source that is missing or empty or lacks a split, for labels that are missing or negative, and for images that
-    can not be decoded (with `on_error=skip`, only if they are more than `max_bad_fraction`).
+    cannot be decoded (with `on_error=skip`, only if they are more than `max_bad_fraction`).
     """
     parts = choose_splits(open_source(config), config, begun)
     opened = {id(rows): rows for rows, _ in parts.values()}

@@ -105,10 +105,10 @@ def tables(path: Path, config: DataConfig) -> SplitRows:
     except Exception as error:  # anything from a lost network to a broken file; the first line says which
         reason = reason_of(error)
         if path.exists():
-            raise UserError(f"data.source: {path} can not be read: {reason}") from error
+            raise UserError(f"data.source: {path} cannot be read: {reason}") from error
         raise UserError(
             f"data.source={config.source}: there is no such folder here ({path.absolute()}), and the Hub id "
-            f"'{config.source}' can not be loaded: {reason}"
+            f"'{config.source}' cannot be loaded: {reason}"
         ) from error
     finally:
         if silent:
@@ -130,7 +130,7 @@ def table_rows(table: Any, split: str, config: DataConfig) -> Rows:
     try:
         images = table.select_columns([config.image_column])
         images = images.cast_column(config.image_column, datasets.Image(decode=False))
-    except Exception as error:  # pyarrow has several for a column that can not be cast
+    except Exception as error:  # pyarrow has several for a column that cannot be cast
         raise UserError(f"data.image_column: {config.image_column!r} does not hold images: {error}") from error
     files = files_in(images, config.image_column)
     stamps = stamps_at(files) if any(files) else None

@@ -128,6 +128,6 @@ class StreamedImages(ImageDataset):
         problems, allowed = list(self._problems.values()), self._config.max_bad_fraction
         if len(problems) > allowed * max(FEW, min(self._seen, len(self))) and allowed < 1:
             raise UserError(
-                f"{len(problems)} of {min(self._seen, len(self))} images so far can not be decoded, more than "
+                f"{len(problems)} of {min(self._seen, len(self))} images so far cannot be decoded, more than "
                 f"data.max_bad_fraction={allowed} allows:{listed(problems)}"
             )

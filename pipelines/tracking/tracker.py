@@ -32,7 +32,7 @@ from .tensorboard_run import start_tensorboard
 from .trackio_run import start_trackio, trackio_folder
 from .wandb_run import start_wandb, stop_wandb, wandb_folder, wandb_mode
 
-TRACKERS = "trackers.json"  # who has had what, for the process that resumes
+TRACKERS = "trackers.json"  # which tracker has which steps, for the process that resumes
 SNAPSHOTS = ("pipeline", "tokenizer")  # the folders of a run that are for the user
 PACKAGES = ("tensorboard", "trackio")  # trackers that are packages of their own, which not everyone wants
 
@@ -147,19 +147,21 @@ class Tracker:
         """A mirror of the record in the tracker of this name; `mode` is that of W&B."""
         held, project = self._held[name], str(self.config.project)
         if name == "tensorboard":
-            start = partial(start_tensorboard, self.run, run_config, resumed=resumed)
-            return Mirror("TensorBoard", self._record, {"starting": start}, held=held)
+            board = partial(start_tensorboard, self.run, run_config, resumed=resumed)
+            return Mirror("TensorBoard", self._record, {"starting": board}, held=held)
         if name == "trackio":
             # Its runs are found by their names, and a folder of several runs may hold others of this one.
             title, folder = f"{self.config.name}-{self._identity[:6]}", trackio_folder(self.run)
-            start = partial(start_trackio, project, run_config, folder=folder, name=title, resumed=resumed, held=held)
-            return Mirror("trackio", self._record, {"starting": start}, held=held)
+            database = partial(
+                start_trackio, project, run_config, folder=folder, name=title, resumed=resumed, held=held
+            )
+            return Mirror("trackio", self._record, {"starting": database}, held=held)
         options = {"dir": str(wandb_folder(self.run)), "name": self.config.name, "id": self._identity}
-        start = partial(start_wandb, project, run_config, held=held, **options)
+        wandb = partial(start_wandb, project, run_config, held=held, **options)
         return Mirror(
             "W&B",
             self._record,
-            {each: partial(start, mode=each) for each in dict.fromkeys((mode, "offline"))},
+            {each: partial(wandb, mode=each) for each in dict.fromkeys((mode, "offline"))},
             held=held,
             between=stop_wandb,
             advice="`wandb sync` the newest folder in its wandb/ to complete it",

@@ -1,6 +1,6 @@
-"""The best weights of a run: the averaged ones whose figure on validation images was the best when it was taken.
+"""The best weights of a run: the averaged weights with the best figure on validation images, when they were evaluated.
 
-They are kept whole, on the CPU of the main process, which alone evaluates.
+They are kept whole, on the CPU of the main process, which is the only one that evaluates.
 """
 
 from __future__ import annotations

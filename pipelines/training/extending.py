@@ -1,4 +1,4 @@
-"""What may change in a run that goes on: how long it is and how often it reports; and what to do about all else."""
+"""What may change in a run that goes on: how long it is and how often it reports; and what to do where more differs."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def chosen(data: dict[str, Any], keys: tuple[str, ...], node: str = "train") -> 
 
 
 def way_on(run: Path, config: Any, changes: list[str]) -> str:
-    """How one comes from the run in the folder to one that differs in this."""
+    """What to do to train with these changes, given the run in the folder."""
     learned = run / "tokenizer"
     if "init" not in type(config).model_fields or not learned.is_dir():
         return "Choose another out=, where a run begins anew"
@@ -83,7 +83,7 @@ def done_so_far(run: Path) -> tuple[int, float]:
 
 
 def told_changes(changes: list[str]) -> str:
-    """What it means for a run that these settings are no longer what they were."""
+    """What a change of these settings means for the run."""
     text = ", ".join(line.replace(": ", " ", 1) for line in changes)
     if not any(line.startswith(tuple(f"train.{key}:" for key in END)) for line in changes):
         return f"{text} from here on"

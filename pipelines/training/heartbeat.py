@@ -1,4 +1,4 @@
-"""Who is where: each process keeps a line in the run folder, by which those left can say which one was lost, and where.
+"""Which process is where: each keeps a line in the run folder, so that the others can say which one was lost, where.
 
 A collective only says that a peer is gone or late, and on a GPU not even that: it waits. Here a thread of each process
 writes that it is alive, and ends the process when another has been silent, or behind, for the timeout of the run.
@@ -24,7 +24,7 @@ from ..config.command import ProcessLost, RunError, is_bug
 PERIOD = 1.0  # seconds between signs of life
 FOLDER = ".processes"
 PHASES = ("start", "validate", "preview", "save", "train", "end")
-"""In the order in which the loop comes to them at a step: whoever is further is waiting for the others."""
+"""In the order in which the loop comes to them at a step: a process that is further waits for the others."""
 SIZE = 1024  # bytes of a line, so that a shorter one leaves nothing of a longer one
 COLLECTIVE = re.compile(
     r"gloo|nccl|connection (was )?(closed|reset|refused)|broken pipe|timed out|process ?group|collective|tcpstore",
@@ -34,7 +34,7 @@ COLLECTIVE = re.compile(
 
 @dataclass(frozen=True)
 class Sign:
-    """What a process last said of itself: `since` is when it came to its phase, `alive` when it last said anything."""
+    """What a process last wrote of itself: `since` is when it came to its phase, `alive` when it last wrote."""
 
     rank: int
     pid: int
@@ -126,7 +126,7 @@ class Heartbeat:
         return None
 
     def _late(self) -> str | None:
-        """Whom this process has been waiting for longer than the timeout."""
+        """Which process this one has been waiting for longer than the timeout."""
         if time.time() - self.sign.since < self.timeout:
             return None
         signs = self.others()

@@ -28,7 +28,8 @@ def finished(training: Training) -> bool:
 
 
 def due_now(training: Training, done: bool) -> set[str]:
-    """Which of log, evaluate, preview and save this step asks for; nothing twice at the step a run was resumed from."""
+    """Which of log, evaluate, preview and save are due at this step; at the step from which a run was resumed, only
+    what was left undone."""
     config, step = training.config, training.step
     if step == training.saved_step:
         left, training.pending = set(training.pending), []

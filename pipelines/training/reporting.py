@@ -56,7 +56,7 @@ def show(bar: Any, training: Training, record: dict[str, float]) -> None:
 
 
 def told_end(training: Training, done: bool, before: bool) -> str:
-    """Where the run has come to: what there is of it, and what comes next. before: whether it had come there before."""
+    """How far the run has come, what it has made, and what comes next. before: whether it had been finished before."""
     if not done:
         return f"told to end at step {training.step}; the same command continues"
     task, minutes = training.task, f"{training.minutes:.1f} min"

@@ -92,8 +92,8 @@ def claim_folder(run: Path, config: Any, accelerator: Accelerator, snapshots: Ma
 def newest_state(run: Path, config: Any, accelerator: Accelerator) -> Path | None:
     """The newest good state, as the main process finds it (it also tidies up), told to all.
 
-    Raises `UserError`, on all processes, where there are states and none can be read, where they are gone although what
-    they led to is there, and for a state of another run.
+    Raises `UserError`, on all processes, where there are states and none can be read, where the states are gone but the
+    snapshot is there, and for a state of another run.
     """
 
     def find() -> Path | None:
@@ -104,7 +104,7 @@ def newest_state(run: Path, config: Any, accelerator: Accelerator) -> Path | Non
                 f"{run}: there is {snapshot.name}/ and no state to continue from; nothing was overwritten. To begin "
                 f"again at zero, choose another out=, or delete {run}"
             )
-        (run / "state").mkdir(parents=True, exist_ok=True)  # from now on, its absence tells that somebody removed it
+        (run / "state").mkdir(parents=True, exist_ok=True)  # from now on, if it is missing, somebody has removed it
         if state is not None:
             require_same_run(state, config)
         return state

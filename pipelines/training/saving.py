@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 
 def require_room(training: Training) -> None:
-    """Raise `UserError` before hours of training, if what they are to leave does not fit on the disk."""
+    """Raise `UserError`, before hours of training, if what they will write does not fit on the disk."""
     if training.accelerator.is_main_process and training.step < (training.config.steps or math.inf):
         needed, free = room(training)
         if free < needed:
@@ -110,8 +110,8 @@ def save(training: Training, average: nn.Module | None, done: bool = False) -> N
 
 
 def save_snapshot(training: Training, average: nn.Module, facts: dict[str, Any]) -> str:
-    """Write the user's snapshot; returns why not, if something that is not ours is in its place. The run goes on, and
-    its state tells whoever continues it that the snapshot is still to be written."""
+    """Write the user's snapshot; returns the reason if something that is not ours is in its place. The run goes on, and
+    its state says that the snapshot is still to be written."""
     training.pending = []
     try:
         training.task.save(average, training.run, facts)

@@ -76,7 +76,7 @@ def set_up(
 
 
 def announce(training: Training, changes: list[str]) -> None:
-    """Say that the run begins or goes on, with what, and which settings of it are no longer what they were."""
+    """Say that the run begins or goes on, with what, and which of its settings have changed."""
     accelerator, task, step = training.accelerator, training.task, training.step
     if finished(training) or not accelerator.is_main_process:
         return

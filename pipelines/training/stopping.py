@@ -1,6 +1,6 @@
-"""Who tells a run to end: Ctrl-C, SIGTERM, a terminal that is closed, a launcher that is gone.
+"""What tells a run to end: Ctrl-C, SIGTERM, a terminal that is closed, a launcher that is gone.
 
-Each lets the step end, saves, and ends the run; Ctrl-C a second time ends it at once. What launchers make of Ctrl-C:
+Each lets the step end, saves, and ends the run; Ctrl-C a second time ends it at once. What launchers do at Ctrl-C:
 that of one process gets it as well, and is gone a quarter of a second later; torchrun, whose processes the terminal
 does not reach, passes it on, waits 30 seconds for them (TORCH_ELASTIC_SHUTDOWN_TIMEOUT), and passes a second one on as
 SIGTERM.
@@ -75,7 +75,7 @@ class Stop:
 
 @contextmanager
 def heeded(stop: Stop, alone: bool) -> Iterator[None]:
-    """Let `stop` know of signals. What is ignored (`nohup`, a job in the background) stays so, but for SIGTERM.
+    """Let `stop` know of signals. Signals that are ignored (`nohup`, a background job) stay so, but for SIGTERM.
 
     alone: whether this is the only process of the run.
     """

@@ -113,7 +113,7 @@ def tokenizers(monkeypatch):
 
 @pytest.mark.parametrize("data", ["digits", "fashion_mnist", "openmoji"])
 def test_contenders_have_equal_bits(tokenizers, data, tmp_path):
-    """To the bit; but for 7 bits a position, which two ids can not share evenly."""
+    """To the bit; but for 7 bits a position, which two ids cannot share evenly."""
     presets = tokenizers.read_presets(data, [])
     bits = {}
     for name, spec in tokenizers.contenders(presets["tokenizer"], tmp_path).items():

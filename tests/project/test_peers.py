@@ -95,7 +95,7 @@ def test_an_ema_codebook(rotation, normalize):
 @pytest.mark.parametrize("rotation", [False, True])
 def test_a_learned_codebook(rotation):
     """Theirs has one mean squared error that pulls codes and vectors alike: ours with beta 1, as two losses of the
-    same value. (With another beta ours follows the paper; theirs can not weigh the two apart.)"""
+    same value. (With another beta ours follows the paper; theirs cannot weigh the two apart.)"""
     codes = torch.randn(CODES, DIM)
     gradient = "rotation" if rotation else "straight_through"
     mine = ours("vq", codes, beta=1.0, gradient=gradient, revive_below=0.0)
@@ -147,7 +147,7 @@ def test_residual_codebooks(kind):
     Theirs passes the output's gradient once for each level, so `depth` times in all; ours once, as the sum of the codes
     stands for the vector. With the rotation trick theirs rotates each level by itself, ours the vector onto the sum. A
     shared book of theirs moves at every level in turn, ours once for all of them. (Theirs takes rows here: version 1.32
-    can not add up the shapes of images.)
+    cannot add up the shapes of images.)
     """
     depth, books = 3, torch.randn(3, CODES, DIM) * torch.tensor([1, 0.5, 0.25]).reshape(3, 1, 1)
     book = {"kind": kind, "codes": CODES, "dim": DIM, "beta": 1.0, "revive_below": 0.0, "decay": 0.99}

@@ -106,7 +106,7 @@ def images(count: int = 4, device: Any = "cpu") -> Tensor:
 def tokenizers() -> Iterator[Component]:
     """Each, with each likelihood and each quantizer that it takes: a few training steps, and use."""
     for name in TOKENIZERS:
-        fields = make_tokenizer(name, SIZE).config.model_fields
+        fields = type(make_tokenizer(name, SIZE).config).model_fields
         kinds = [*QUANTIZERS] if "quantizer" in fields else []
         choices: list[dict[str, Any]] = [{}, *({"quantizer": {"kind": kind, **SMALL.get(kind, {})}} for kind in kinds)]
         if "likelihood" in fields:

@@ -1,4 +1,4 @@
-"""Images as files, parquet shards and tar shards, made on the spot."""
+"""Images as files, parquet shards and tar shards, made on the spot, and read again."""
 
 from __future__ import annotations
 
@@ -6,15 +6,17 @@ import io
 import os
 import tarfile
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import pytest
 import torch
 from PIL import Image
 
 from pipelines.images import DataConfig, Splits, load_images
 from pipelines.images.shards import tar as tar_shards
+
+if TYPE_CHECKING:
+    import pytest
 
 KINDS = ["parquet", "tar"]
 CHANGED = "it has changed since the run started; start the run again"

@@ -72,7 +72,7 @@ def require_ours(folder: Path, kind: Kind | None, *, called: Path | None = None)
         return
     if folder.is_symlink() or not folder.is_dir():
         what = "a link" if folder.is_symlink() else "a file"
-        raise PathError(f"{called} can not be written: {what} has this name; nothing was overwritten")
+        raise PathError(f"{called} cannot be written: {what} has this name; nothing was overwritten")
     if not (found := contents(folder)):
         return
     reason = kind.reason_against(folder, found) if kind else f"it holds {named(found)}"
@@ -125,14 +125,14 @@ def require_own_file(path: Path, listed: Names | None = None) -> None:
     if not os.path.lexists(path):
         return
     if path.is_symlink():
-        raise PathError(f"{path} can not be written: it is a link, and nothing is written through a link")
+        raise PathError(f"{path} cannot be written: it is a link, and nothing is written through a link")
     if not path.is_file():
-        raise PathError(f"{path} can not be written: something else has this name")
+        raise PathError(f"{path} cannot be written: something else has this name")
     sha256 = (listed or {}).get(path.name)
     if not says_ours(path) and not (sha256 is not None and is_as_listed(path, sha256)):
         changed = " as it is now" if listed and path.name in listed else ""
         raise PathError(
-            f"{path} can not be written: smalti did not write the file that is there{changed}; choose "
+            f"{path} cannot be written: smalti did not write the file that is there{changed}; choose "
             "another name, or move it away; nothing was overwritten"
         )
 
@@ -165,7 +165,7 @@ def require_apart(out: Path, inputs: Inputs) -> None:
         )
         if how:
             raise PathError(
-                f"{out} can not be written: it {how} what is read, {source}; choose another place, nothing "
+                f"{out} cannot be written: it {how} what is read, {source}; choose another place, nothing "
                 "was overwritten"
             )
 

@@ -269,7 +269,7 @@ def opened(path: Path, limit: int, roots: Roots = (), entry: dict[str, Any] | No
                 raise
             once.finish()
         except OSError as error:
-            raise UnreadableError(f"{path}: can not be read ({error.strerror})") from error
+            raise UnreadableError(f"{path}: cannot be read ({error.strerror})") from error
 
 
 def _descriptor(path: Path, roots: Roots) -> int:

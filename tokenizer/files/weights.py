@@ -103,7 +103,7 @@ def tensor_of(raw: Tensor, entry: Entry) -> Tensor:
 
 def parse_weights(data: bytes, path: Path) -> dict[str, Tensor]:
     """The tensors in `data`, which is what stands in the safetensors file `path`. Raises `LimitError` for a header that
-    is too large, `WeightsError` for one that can not be read."""
+    is too large, `WeightsError` for one that cannot be read."""
     position = 0
 
     def read(count: int) -> bytes:

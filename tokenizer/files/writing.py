@@ -207,7 +207,7 @@ def _results_in(target: Path) -> Names | None:
     holds something else of which the whole is one thing: a model, a pipeline, a token dataset."""
     if target.is_symlink() or (os.path.lexists(target) and not target.is_dir()):
         what = "a link" if target.is_symlink() else "a file"
-        raise PathError(f"{target} can not be written: {what} has this name; nothing was overwritten")
+        raise PathError(f"{target} cannot be written: {what} has this name; nothing was overwritten")
     if not os.path.lexists(target / MANIFEST):
         return None
     if read_json(target / MANIFEST).get("kind") != RESULTS:

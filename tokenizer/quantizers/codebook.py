@@ -4,7 +4,7 @@ revival of codes that are hardly used (Dhariwal et al. 2020, Jukebox)."""
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Annotated
+from typing import Annotated, ClassVar
 
 import torch
 import torch.distributed as dist
@@ -51,7 +51,7 @@ class Codebook(Quantizer):
     With `normalize` it is the codes' direction that is compared and looked up (Yu et al. 2021, ViT-VQGAN).
     """
 
-    Config = CodebookConfig
+    Config: ClassVar[type[ModelConfig]] = CodebookConfig
     codebook: Tensor
     started: Tensor
 

@@ -33,7 +33,7 @@ class LFQConfig(ModelConfig):
         ge=1,
         le=64,
         description="ids per position, which share the bits evenly: 18 bits are 2 ids of 512 rather than one "
-        "of 262144, which a prior can not hold",
+        "of 262144, which a prior cannot hold",
     )
     beta: float = Field(0.25, ge=0, description="weight of the commitment loss, which pulls the encoder to its codes")
     entropy: float = Field(0.02, ge=0, description="weight of the entropy of a vector's code, in nats")

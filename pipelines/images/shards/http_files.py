@@ -1,7 +1,7 @@
-"""Files on a web server, read in parts: `fsspec` asks for them, and each answer is held against the first ones.
+"""Files on a web server, read in parts by `fsspec`; each answer is compared to what the server said of the file first.
 
-A server tells of a file its ETag, Last-Modified and length, as far as it does. A file whose data change while none of
-these does is not noticed: nothing tells it.
+That is its ETag, Last-Modified and length, as far as the server sends them. If the data change and none of these does,
+the change goes unnoticed.
 """
 
 from __future__ import annotations
@@ -17,47 +17,48 @@ from fsspec.spec import AbstractBufferedFile
 from ..stamps import FileChanged
 
 SILENCE = 30.0
-"""Seconds in which a server has to send something."""
+"""Seconds that a server may send nothing."""
 SLOWEST = 1 << 14
-"""Bytes per second: what comes slower than this, counted from the start, does not come."""
+"""Bytes per second that a server has to send on average, after the first `SILENCE` seconds."""
 VALIDATORS = ("ETag", "Last-Modified")
 
 
 class HttpFiles(HTTPFileSystem):
-    """One file on a web server, as `info` finds it first.
+    """One file on a web server, as `info` finds it.
 
     Reading raises `OSError`, and `FileChanged` if the server has another file by now.
     """
 
-    cachable = False  # what is known of one run's file is not known of the next run's
+    cachable = False  # each has facts of its own: the next one may find another file at the same URL
 
     def __init__(self) -> None:
-        headers = {"Accept-Encoding": "identity"}  # parts of a file, not of one that is packed on the way
+        headers = {"Accept-Encoding": "identity"}  # ranges of the file itself, not of a compressed one
         super().__init__(client_kwargs={"headers": headers, "trust_env": True, "timeout": patience(0)})
         self.size = 0
-        self.told: dict[str, str] = {}
+        self.validators: dict[str, str] = {}
         self.sends_parts = False
 
     async def _info(self, url: str, **options: Any) -> dict[str, Any]:
-        """What the server says of the file now. Raises `OSError` where it says no size."""
+        """What the server says of the file now. Raises `OSError` if that is no size."""
         try:
             info: dict[str, Any] = await super()._info(url, **options)
-        except FileNotFoundError as error:  # which `fsspec` makes of any failure
+        except FileNotFoundError as error:  # which `fsspec` raises for any failure
             if isinstance(error.__cause__, TimeoutError):
                 raise OSError("the server did not answer in time") from error
             raise error.__cause__ or error from None
         if info["size"] is None:
             raise OSError("the server does not say how large the file is")
         self.size = info["size"]
-        self.told = {name: info[name] for name in VALIDATORS if info.get(name)}
+        self.validators = {name: info[name] for name in VALIDATORS if info.get(name)}
         return info
 
     def _open(self, path: str, mode: str = "rb", block_size: int | None = None, **options: Any) -> HttpFile:
-        """The file, of which `block_size` bytes more are read than are asked for; the last part is kept."""
+        """The file; each request asks for `block_size` bytes more than are read, and its answer is kept until the
+        next."""
         return HttpFile(self, path, mode, block_size or 0, cache_type="readahead", size=self.size)
 
     async def _part(self, url: str, start: int, end: int) -> bytes:
-        """The bytes from `start` to `end`, asked for in one request."""
+        """The bytes from `start` to `end`, in one request."""
         session = await self.set_session()
         headers = {"Range": f"bytes={start}-{end - 1}", **self.condition()}
         timeout = patience(end - start)
@@ -80,20 +81,22 @@ class HttpFiles(HTTPFileSystem):
     part = sync_wrapper(_part)
 
     def condition(self) -> dict[str, str]:
-        """The header by which a part is sent of this very file alone; none where the ETag is weak, as it may not be."""
-        known = self.told.get("ETag", "")
-        return {"If-Range": known} if known.startswith('"') else {}
+        """The header that asks for a part of this very file only; none for a weak ETag, which it must not hold."""
+        etag = self.validators.get("ETag", "")
+        return {"If-Range": etag} if etag.startswith('"') else {}
 
     def check_file(self, url: str, answer: ClientResponse) -> None:
         """Raise `FileChanged` if an answer is of another file.
 
-        What a server did not say of it before, it has to say the same way from now on. One that has sent parts, and now
-        sends the whole and not its ETag, does so because `If-Range` does not hold any more.
+        A validator that comes for the first time is kept, and has to stay as it is. A server that has sent parts, and
+        now sends the whole file without its ETag, does so because `If-Range` does not hold any more.
         """
-        told = {name: answer.headers[name] for name in VALIDATORS if answer.headers.get(name)}
-        others = [name for name in told if plain(self.told.setdefault(name, told[name])) != plain(told[name])]
-        refused = answer.status == 200 and self.sends_parts and self.condition() and "ETag" not in told
-        if others or refused or whole_size(answer) not in (None, self.size):
+        found = {name: answer.headers[name] for name in VALIDATORS if answer.headers.get(name)}
+        known = {**found, **self.validators}
+        self.validators = known
+        differs = any(plain(known[name]) != plain(value) for name, value in found.items())
+        refused = answer.status == 200 and self.sends_parts and self.condition() and "ETag" not in found
+        if differs or refused or whole_size(answer) not in (None, self.size):
             raise FileChanged(url)
 
     def check_part(self, answer: ClientResponse, start: int, end: int) -> None:
@@ -118,18 +121,18 @@ class HttpFile(AbstractBufferedFile):
 
 
 def patience(size: int) -> ClientTimeout:
-    """How long to wait for an answer of `size` bytes."""
+    """How long an answer of `size` bytes may take."""
     return ClientTimeout(total=SILENCE + size / SLOWEST, sock_connect=SILENCE, sock_read=SILENCE)
 
 
 def plain(validator: str) -> str:
-    """A validator, strong or weak: some servers call it weak in some answers."""
+    """A validator without its mark of weakness, which some servers set in some answers only."""
     return validator.removeprefix("W/")
 
 
 def whole_size(answer: ClientResponse) -> int | None:
-    """The length of the whole file that an answer tells, or None."""
+    """The length of the whole file according to an answer, or None."""
     if answer.status == 206:
-        told = re.fullmatch(r"bytes \d+-\d+/(\d+)", answer.headers.get("Content-Range", "").strip())
-        return int(told[1]) if told else None
+        sent = re.fullmatch(r"bytes \d+-\d+/(\d+)", answer.headers.get("Content-Range", "").strip())
+        return int(sent[1]) if sent else None
     return answer.content_length

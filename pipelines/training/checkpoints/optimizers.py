@@ -30,9 +30,9 @@ def pack_optimizer(optimizer: Optimizer) -> tuple[Tensors, dict[str, Any]]:
 
 
 def unpack_optimizer(path: Path, tensors: Tensors, document: dict[str, Any], optimizer: Optimizer) -> None:
-    """Put what `pack_optimizer` gave into an optimizer of the same kind over the same parameters.
+    """Load what `pack_optimizer` returned into an optimizer of the same kind over the same parameters.
 
-    Moments are laid out, and lie in pieces, as their parameters do. Raises `WeightsError`: `path`, and what differs.
+    Moments are laid out, and lie in pieces, as their parameters do. Raises `WeightsError` with `path` and what differs.
     """
     for key, expected in _identity(optimizer).items():
         if document.get(key) != expected:

@@ -53,8 +53,8 @@ def gather(source: nn.Module, target: nn.Module | None) -> None:
 
 @contextmanager
 def agreed(together: bool = True) -> Iterator[None]:
-    """A block that fails on one process fails on all: with the same message, and of the same kind (`OSError`, or
-    `WeightsError`). Not `together`, it fails alone."""
+    """A block that fails on one process fails on all, with the same message and an error of the same kind (`OSError` or
+    `WeightsError`). If not `together`, it fails alone."""
     error: Exception | None = None
     try:
         yield
@@ -83,7 +83,7 @@ def write_shards(folder: Path, tensors: Tensors) -> None:
 
     writer = HuggingFaceStorageWriter(str(folder), save_distributed=True)
     try:
-        # What all have (counts of steps) the first writes, or a resumed run's files would hold other tensors.
+        # The first process writes what all have (counts of steps), or a resumed run's files would hold other tensors.
         planner = DefaultSavePlanner(dedup_save_to_lowest_rank=True)
         save(tensors, storage_writer=writer, planner=planner)
     except CheckpointException as failed:

@@ -322,10 +322,10 @@ BAD = [
     (["data.channels=1"], "the tokenizer's images are (3, 12, 8)"),
     (["out={out}.tiff"], "should end in .png"),
     (["out={out}"], "should end in .png"),
-    (["out={world}/tokenizer/config.json/page.png"], "can not be written"),
+    (["out={world}/tokenizer/config.json/page.png"], "cannot be written"),
     (["num_images=0"], "num_images: must be >= 3 (got 0)"),
     (["num_codes=0"], "num_codes: must be >= 1 (got 0)"),
-    (["device=toaster"], "device: 'toaster' can not be used here"),
+    (["device=toaster"], "device: 'toaster' cannot be used here"),
     (["images=3"], "images: unknown key"),
 ]
 

@@ -408,7 +408,7 @@ def test_without_the_coder_it_says_what_to_install(monkeypatch):
 
 def test_a_coder_that_codes_otherwise_is_refused(monkeypatch):
     monkeypatch.setattr(codec, "CODER_ANSWER", "0" * 16)
-    with pytest.raises(CodecError, match="otherwise"):
+    with pytest.raises(CodecError, match="other bytes"):
         codec.constriction()
 
 

@@ -240,7 +240,7 @@ def test_a_configuration_is_frozen_and_checked_without_a_command_line() -> None:
         ("model.widht=9", "model.widht: unknown key; did you mean 'model.width'?"),
         ("model.width=4", "model.width: must be >= 8 (got 4)"),
         ("model.act=tanh", "model.act: must be one of 'silu', 'gelu' (got 'tanh')"),
-        ("model.size=[8]", "model.size: a fact of the data, it can not be set here"),
+        ("model.size=[8]", "model.size: a fact of the data, it cannot be set here"),
         ("model.coder.coeds=4", "model.coder.coeds: unknown key; did you mean 'model.coder.codes'?"),
         ("model.coder.codes=1", "model.coder.codes: must be >= 2 (got 1)"),
         ("model.coder.kind=vq", "model.coder.kind: no Coder is called 'vq'; there are book, steps"),
@@ -289,11 +289,11 @@ def test_a_file_that_can_not_be_used(tmp_path: Path, text: str, problem: str) ->
 
 def test_files_that_can_not_be_read(tmp_path: Path) -> None:
     assert problems("--config", str(tmp_path / "no.yaml")) == [
-        f"{tmp_path / 'no.yaml'}: can not be read (no such file, nor a preset); `smalti presets` lists them"
+        f"{tmp_path / 'no.yaml'}: cannot be read (no such file, nor a preset); `smalti presets` lists them"
     ]
     assert "(a folder, no file, nor a preset)" in problems("--config", str(tmp_path))[0]
     (tmp_path / "latin.yaml").write_bytes(b"out: \xe9\n")
-    assert "latin.yaml: can not be read" in problems("--config", str(tmp_path / "latin.yaml"))[0]
+    assert "latin.yaml: cannot be read" in problems("--config", str(tmp_path / "latin.yaml"))[0]
     assert problems("--config") == ["--config: expected a file after it"]
     assert read("--config", write(tmp_path / "empty.yaml", "# nothing\n")) == read()
 

@@ -359,7 +359,7 @@ def test_random_weights_are_the_control(world):
         (["data.image_size=10"], "the pipeline's images are (1, 8, 8) (channels, height, width), these are"),
         (["layers=[0, 2]"], "layers: layer should be pixels, codes, embeddings, or prior.0 to prior.1"),
         (["pool=max"], "pool: must be one of"),
-        (["out={world}/broken.png"], "out: {world}/broken.png can not be written"),
+        (["out={world}/broken.png"], "out: {world}/broken.png cannot be written"),
     ],
 )
 def test_what_probe_refuses(world, capsys, wrong, message):
