@@ -88,14 +88,7 @@ def number(text: str) -> float | str:
 # Marks --------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Mark:
-    """Says something of a field that makes no difference to its type."""
-
-    name: str
-
-
-FACT = Mark("fact")
+FACT = "a fact of the data"
 Fact = Annotated[T, FACT]
 """A setting that comes from the data (grid, classes, image size), and is refused in a preset."""
 
@@ -167,7 +160,7 @@ class Node:
 
     def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
         read: Any = self.preset if dict in [get_origin(option) for option in options(source)] else self.config
-        to_json = core_schema.plain_serializer_function_ser_schema(as_json)
+        to_json = core_schema.plain_serializer_function_ser_schema(plain)
         schema = core_schema.no_info_plain_validator_function(read, serialization=to_json)
         return core_schema.nullable_schema(schema) if type(None) in options(source) else schema
 
@@ -183,11 +176,6 @@ def located(*problems: Sequence[str]) -> ValidationError:
         for key, problem in problems
     ]
     return ValidationError.from_exception_data("", details)
-
-
-def as_json(value: Any) -> Any:
-    """A value as JSON has it; a configuration as its node."""
-    return value.to_dict() if isinstance(value, ModelConfig) else value
 
 
 def mark_of(field: FieldInfo, mark: type[T]) -> T | None:
@@ -282,7 +270,7 @@ def choices_of(config: type[ModelConfig], doc: str | None) -> type[Choices]:
         default = field.default
         if mark_of(field, Node):
             optional = type(None) in options(hint)
-            hint, default = (dict[str, Any] | None if optional else dict[str, Any]), as_node(default)
+            hint, default = (dict[str, Any] | None if optional else dict[str, Any]), plain(default)
         if FACT not in field.metadata:
             default = ... if default is PydanticUndefined else default
             hint = Annotated[(hint, *field.metadata)] if field.metadata else hint
@@ -291,14 +279,6 @@ def choices_of(config: type[ModelConfig], doc: str | None) -> type[Choices]:
     found.__doc__ = doc or config.__doc__
     found.facts = tuple(name for name, field in config.model_fields.items() if FACT in field.metadata)
     return found
-
-
-def as_node(config: Any) -> Any:
-    """A default as a preset has it: a configuration without its facts."""
-    if not isinstance(config, ModelConfig):
-        return config
-    facts = {name for name, field in type(config).model_fields.items() if FACT in field.metadata}
-    return {key: value for key, value in config.to_dict().items() if key not in facts}
 
 
 # What a field may hold ----------------------------------------------------------------------------
@@ -352,7 +332,9 @@ def complete(cls: type[Settings], data: Data) -> Data:
 
 
 def plain(value: Any) -> Any:
-    """A default as YAML would have given it."""
+    """A value as YAML or JSON has it; a model's configuration as its node."""
+    if isinstance(value, ModelConfig):
+        return value.to_dict()
     if isinstance(value, BaseModel):
         return value.model_dump(mode="json")
     return [plain(item) for item in value] if isinstance(value, (tuple, list)) else value

@@ -20,6 +20,8 @@ from .layers import Upsample, one_head_attention
 from .quantizers.vq import VQConfig
 from .settings import ModelConfig, Node
 
+Levels = Annotated[tuple[int, ...], Field(min_length=1)]
+
 
 class VQGANConfig(AutoencoderConfig):
     """Sizes of the networks; the defaults are those of the paper's ImageNet model with 16x16 ids."""
@@ -35,12 +37,12 @@ class VQGANConfig(AutoencoderConfig):
     blocks: int = Field(
         2, ge=1, le=64, description="residual blocks at each level of the encoder; the decoder has one more"
     )
-    encoder_attention: tuple[int, ...] | None = Field(
+    encoder_attention: Levels | None = Field(
         (-1,),
         description="levels of the encoder with self-attention after every block, 0 the finest, -1 the coarsest; "
         "null: none",
     )
-    decoder_attention: tuple[int, ...] | None = Field(
+    decoder_attention: Levels | None = Field(
         (-1,),
         description="levels of the decoder with self-attention after every block, one more than the encoder has; "
         "null: none",
