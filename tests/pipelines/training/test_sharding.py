@@ -51,7 +51,7 @@ from torch.distributed.tensor import DTensor
 
 from pipelines import ImagePipeline
 from pipelines.config import UserError
-from pipelines.config.command import parse
+from pipelines.config.command import RunError, parse
 from pipelines.metrics.likelihood import bits_per_token
 from pipelines.tokens import load_tokens
 from pipelines.train_prior import PriorTask
@@ -97,8 +97,8 @@ def until(step: int, run: Any) -> None:
     training.take_step = interrupted
     try:
         run()
-    except Interrupted:
-        pass
+    except RunError as error:
+        assert isinstance(error.__cause__, Interrupted)
     finally:
         training.take_step = take_step
 
