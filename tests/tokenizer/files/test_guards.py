@@ -444,7 +444,7 @@ for folder in sys.argv[1:]:
     before, start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.process_time()
     try:
         prior.Prior.from_pretrained(folder)
-    except tokenizer.pretrained.PipelineLoadError as error:
+    except tokenizer.files.errors.PipelineLoadError as error:
         grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
         print(grown / 1024, time.process_time() - start, error)
 """
