@@ -92,6 +92,6 @@ class Pixels(Tokenizer, name="pixels"):
         return rows.unflatten(1, (height, channels)).transpose(1, 2)
 
     def _nearest(self, intensities: Tensor) -> Tensor:
-        """Ids of intensities in [-1, 1], rounded half up. (No byte lies halfway for any number of levels: 255 is odd.)"""
+        """Ids of intensities in [-1, 1], rounded half up. (No byte lies halfway between two levels: 255 is odd.)"""
         top = self.config.levels - 1
         return ((intensities + 1) * (top / 2) + 0.5).floor().long().clamp(0, top)
