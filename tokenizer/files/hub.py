@@ -51,7 +51,7 @@ def refusal(repo_id: str, reason: str) -> PushError:
 def require_reachable(repo_id: str) -> None:
     """Raise `PushError` within seconds if the Hub may not be contacted or cannot be reached."""
     if constants.HF_HUB_OFFLINE:
-        raise refusal(repo_id, "HF_HUB_OFFLINE forbids to ask the Hub")
+        raise refusal(repo_id, "HF_HUB_OFFLINE forbids asking the Hub")
     if not is_reachable():
         raise refusal(repo_id, f"{constants.ENDPOINT} cannot be reached")
 
