@@ -1,4 +1,4 @@
-"""Stage one: images become a grid of ids and come back. Torch alone; `tokenizer` here means images, not text."""
+"""Stage one: turns images into a grid of ids and back. Needs torch alone; `tokenizer` here means images, not text."""
 
 from .base import Reconstruction, TokenGrid, Tokenizer
 

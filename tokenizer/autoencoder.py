@@ -1,4 +1,4 @@
-"""What tokenizers with a network share: an encoder, a quantizer in the middle, a decoder (van den Oord et al. 2017)."""
+"""What tokenizers with a network share: an encoder, a quantizer and a decoder (van den Oord et al. 2017)."""
 
 from __future__ import annotations
 
@@ -18,20 +18,20 @@ from .settings import ModelConfig, Node
 
 
 class DecoderConfig(TokenizerConfig):
-    """What the decoder says of pixels."""
+    """How the decoder models pixels."""
 
     likelihood: Annotated[ModelConfig | None, Node("tokenizer.likelihoods:Likelihood")] = Field(
         None,
-        description="what the decoder says of a pixel's 256 values, which bits per dim "
-        "and lossless compression need; null: a point",
+        description="distribution over a pixel's 256 values, needed for bits per dim and lossless compression; "
+        "null: the decoder gives a single value",
     )
 
 
 class AutoencoderConfig(DecoderConfig):
-    """What stands between encoder and decoder."""
+    """The decoder's settings and the quantizer."""
 
     quantizer: Annotated[ModelConfig, Node("tokenizer.quantizers:Quantizer")] = Field(
-        EMAConfig(), description="how vectors become ids"
+        EMAConfig(), description="how vectors are turned into ids"
     )
 
 
@@ -39,16 +39,16 @@ class Autoencoder(Tokenizer):
     """Subclasses set `encoder`, (B, C, H, W) to (B, quantizer.dim, H / f, W / f), and `decoder`, from there to
     (B, outputs, H, W).
 
-    With a likelihood, `decode` gives its `mean`, and `forward` one more loss, `nll`: nats per pixel channel.
+    With a likelihood, `decode` returns its `mean`, and `forward` adds the loss `nll`, in nats per pixel channel.
     """
 
     encoder: nn.Module
     decoder: nn.Module
     outputs: int
-    """Channels of the decoder: the image's, or the likelihood's parameters."""
+    """Number of channels that the decoder puts out: those of the image, or the likelihood's parameters."""
 
     def __init__(self, config: Any, factor: int, quantizer: Quantizer | None = None) -> None:
-        """`factor`: image pixels per position along each side; `quantizer`: instead of the configured one."""
+        """`factor`: image pixels per position along each side; `quantizer`: replaces the configured one."""
         super().__init__(config)
         height, width = config.image_size
         self.image_shape = (config.channels, height, width)
@@ -82,12 +82,12 @@ class Autoencoder(Tokenizer):
         return Reconstruction(reconstruction if self.training else reconstruction.clamp(-1, 1), tokens, losses)
 
     def finish_step(self, taken: bool = True) -> None:
-        """The quantizer may move."""
+        """Let the quantizer update itself."""
         self.quantizer.finish_step(taken)
 
     @property
     def has_likelihood(self) -> bool:
-        """Whether it was made with one."""
+        """Whether the configuration has a likelihood."""
         return self.likelihood is not None
 
     @property
@@ -103,7 +103,7 @@ class Autoencoder(Tokenizer):
 
     @full_float32()
     def value_log_probs(self, tokens: Tensor, values: Tensor, channel: int) -> Tensor:
-        """`(B, 256, H, W)` nats: the mixture's whole table."""
+        """`(B, 256, H, W)` nats: the likelihood's whole table."""
         return self._likelihood().table(self._paint(tokens), values, channel)
 
     def _likelihood(self) -> Likelihood:
@@ -113,7 +113,7 @@ class Autoencoder(Tokenizer):
 
     @property
     def loss_weights(self) -> dict[str, float]:
-        """The quantizer's, and 1 for the likelihood's."""
+        """The quantizer's weights, and 1 for `nll`."""
         return {**self.quantizer.loss_weights, **({} if self.likelihood is None else {"nll": 1.0})}
 
     def _embed(self, images: Tensor) -> Tensor:

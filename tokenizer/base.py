@@ -1,4 +1,4 @@
-"""The contract of stage one: images become a grid of ids and come back."""
+"""The contract of stage one: a tokenizer turns images into a grid of ids and back."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from .settings import MAX_ITEMS, Fact, ModelConfig
 
 @dataclass(frozen=True)
 class TokenGrid:
-    """The shape of an image's tokens and the number of ids each may take; `len(grid)` is the number of tokens."""
+    """The shape of an image's tokens and the number of ids; `len(grid)` is the number of tokens."""
 
     shape: tuple[int, ...]
     vocab_size: int
@@ -51,7 +51,7 @@ class TokenGrid:
 
 
 def read_grid(value: Any) -> TokenGrid:
-    """A grid, or what JSON has of one. Raises `ValueError`."""
+    """`value` as a grid: it is one, or its JSON form. Raises `ValueError`."""
     if isinstance(value, TokenGrid):
         return value
     if not isinstance(value, dict) or set(value) != {"shape", "vocab_size"}:
@@ -69,7 +69,7 @@ Grid = Annotated[TokenGrid, PlainValidator(read_grid), PlainSerializer(asdict, r
 
 
 class LikelihoodError(ValueError):
-    """A density of pixels was asked for, and the tokenizer's decoder has none."""
+    """A density of pixels was asked for, but the tokenizer has no likelihood."""
 
 
 class Reconstruction(NamedTuple):
@@ -81,7 +81,7 @@ class Reconstruction(NamedTuple):
 
 
 class TokenizerConfig(ModelConfig):
-    """What every tokenizer of whole images is told."""
+    """Settings that every tokenizer of whole images has."""
 
     image_size: Fact[tuple[Annotated[int, Field(ge=1, le=4096)], ...]] = Field(
         description="height and width of the images"
@@ -89,7 +89,7 @@ class TokenizerConfig(ModelConfig):
     channels: Fact[Literal[1, 3]] = Field(description="1 for grey, 3 for RGB")
 
     def check(self) -> Iterator[str]:
-        """Images have two sides."""
+        """The image size has two sides."""
         if len(self.image_size) != 2:
             yield f"image_size: expected [height, width] (got {list(self.image_size)})"
 
@@ -97,18 +97,18 @@ class TokenizerConfig(ModelConfig):
 class Tokenizer(PretrainedModel, family="tokenizer"):
     """Images `(B, C, H, W)` in [-1, 1] to tokens `(B, *grid.shape)` and back.
 
-    `encode`, `decode` and the likelihoods compute in `full_float32`: a GPU says what a CPU says, but for rounding.
-    `forward` computes as the user chose for training.
+    `encode`, `decode` and the likelihoods compute in `full_float32`: a GPU and a CPU give the same up to rounding.
+    `forward` computes in the precision that the user chose for training.
 
-    A loop that trains one calls `initialize` once, then for each step `forward` (once for each micro-batch), the
-    optimizer, and `finish_step`. `forward` itself moves nothing, so that a step can be skipped without a trace.
+    A training loop calls `initialize` once; then, for each step, `forward` (once for each micro-batch), the
+    optimizer, and `finish_step`. `forward` itself updates nothing, so that a step can be skipped without a trace.
     """
 
     grid: TokenGrid
     image_shape: tuple[int, int, int]
     """(C, H, W), from the configuration."""
     levels: int = 1
-    """Ids per position: the grid holds so many rows for each row of positions."""
+    """Number of ids per position: the grid has this many rows for each row of positions."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__(config)
@@ -125,17 +125,18 @@ class Tokenizer(PretrainedModel, family="tokenizer"):
         """The training path."""
         raise NotImplementedError
 
-    def initialize(self, images: Tensor) -> None:  # noqa: B027 (most models need not look)
+    def initialize(self, images: Tensor) -> None:  # noqa: B027 (most models need no images)
         """Called once before training with training images `(B, C, H, W)` in [-1, 1], for tokenizers that start from
-        (or consist of) their statistics. Raises `ConfigError` if they do not allow what the configuration asks for."""
+        (or consist of) their statistics. Raises `ConfigError` if the images do not allow what the configuration asks
+        for."""
 
-    def finish_step(self, taken: bool = True) -> None:  # noqa: B027 (most models have nothing to move)
-        """Called after each optimizer step, on all processes together: what moves by itself (a codebook of running
-        means, dead codes) moves now, once, by all that `forward` has collected since the last call. taken: whether the
-        step was; if not (it was not finite), what was collected is forgotten."""
+    def finish_step(self, taken: bool = True) -> None:  # noqa: B027 (most models have nothing to update)
+        """Called after each optimizer step, on all processes together. Updates what has no gradient (a codebook of
+        running means, dead codes) once, from all that `forward` has collected since the last call. taken: whether the
+        optimizer took the step; if not (it was not finite), what was collected is dropped."""
 
     def start_from(self, other: Tokenizer) -> None:
-        """Take over what `other`, of the same configuration, has learned. Raises `ConfigError` naming what differs."""
+        """Copy the weights of `other`, which has the same configuration. Raises `ConfigError` naming what differs."""
         mine, theirs = self.config.to_dict(), other.config.to_dict()
         differing = [key for key in {**mine, **theirs} if mine.get(key) != theirs.get(key)]
         if differing:
@@ -145,12 +146,12 @@ class Tokenizer(PretrainedModel, family="tokenizer"):
 
     @property
     def has_likelihood(self) -> bool:
-        """Whether there is a p(image | tokens): `pixel_log_probs` and `value_log_probs` need one."""
+        """Whether the tokenizer has p(image | tokens), which `pixel_log_probs` and `value_log_probs` need."""
         return False
 
     @property
     def reversible(self) -> bool:
-        """Whether the tokens alone give an 8-bit image back as it was."""
+        """Whether `decode(encode(images))` returns every 8-bit image unchanged."""
         return False
 
     def pixel_log_prob(self, images: Tensor, tokens: Tensor) -> Tensor | None:
@@ -171,17 +172,17 @@ class Tokenizer(PretrainedModel, family="tokenizer"):
 
     @property
     def last_layer(self) -> nn.Parameter:
-        """Weight of the layer that puts out the pixels. Raises `ValueError` for a tokenizer without a network."""
+        """The weight of the layer that puts out the pixels. Raises `ValueError` for a tokenizer without a network."""
         raise ValueError(f"a {self.name!r} tokenizer has no network")
 
     @property
     def loss_weights(self) -> dict[str, float]:
-        """The weight of each of `forward`'s losses in what is minimised, beside the pixel losses."""
+        """The weight of each of `forward`'s losses in the training loss, beside the pixel losses."""
         return {}
 
     def known_tokens(self, known: Tensor) -> Tensor:
-        """Which tokens are known, `(B, *grid.shape)`, given which pixels are, bool `(B, H, W)`: those whose whole
-        patch is. Tokens of a two-axis grid are taken to tile the image; a taller grid holds several levels of it."""
+        """Which tokens are known, `(B, *grid.shape)`, given the known pixels, bool `(B, H, W)`: a token is known if
+        its whole patch is. The tokens of a two-axis grid tile the image; a taller grid holds several levels."""
         _, height, width = self.image_shape
         rows, columns = self.grid.shape[0] // self.levels, self.grid.shape[1]
         patches = known.reshape(-1, rows, height // rows, columns, width // columns)

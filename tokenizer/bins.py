@@ -1,7 +1,7 @@
-"""Bins of equal probability: every number of a vector becomes an id of its own (TokenBridge, Wang et al. 2025).
+"""Bins of equal probability: each dimension of a vector gets an id of its own (TokenBridge, Wang et al. 2025).
 
-The more often values occur, the finer the bins, and all ids are equally frequent. First for the standard normal, which
-is what a VAE's latents are drawn to; `fit` takes the quantiles of given vectors instead.
+Bins are finer where values are more frequent, so that all ids are equally frequent. The initial bins are those of the
+standard normal, which a VAE's latents are drawn to; `fit` takes the quantiles of given vectors instead.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from .settings import ModelConfig
 
 
 class Bins(Quantizer):
-    """`bins` ids for each of `dim` numbers: id k of dimension d covers edges[d, k - 1] <= z < edges[d, k] and looks up
-    centres[d, k], the mean of the values in it, which of all constants has the least squared error.
+    """`bins` ids for each of `dim` dimensions: id k of dimension d covers edges[d, k - 1] <= z < edges[d, k] and looks
+    up centres[d, k], the mean of the values in the bin, which minimises the squared error.
 
     Dimension d of row r stands in row `d * rows + r` of the tokens.
     """
@@ -37,11 +37,12 @@ class Bins(Quantizer):
 
     @torch.no_grad()
     def fit(self, rows: Tensor) -> None:
-        """Equally many of the vectors `rows` (n, dim) in each bin of each dimension, and centres at their means.
+        """Choose the bins so that each holds equally many of the vectors `rows` (n, dim), per dimension; centres are
+        the means of the bins.
 
-        Equal values are never parted: they share the bin that begins with them, and bins before it that they would
-        have filled too stay empty. So a dimension that is constant has a single id. The centre of an empty bin is its
-        edge, and centres that would be equal are moved apart by the least possible amount, so that ids remain distinct.
+        Equal values are never split: they share the bin that begins with them, and the bins before it that they would
+        also have filled stay empty. So a constant dimension has a single id. The centre of an empty bin is its edge.
+        Centres that would be equal are moved apart by the smallest possible amount, so that ids stay distinct.
         Raises `ValueError` for fewer vectors than bins.
         """
         count, bins = len(rows), self.vocab_size
@@ -65,7 +66,7 @@ class Bins(Quantizer):
         return Quantized(straight_through(z, self.lookup_checked(tokens)), tokens, {})
 
     def _ids(self, rows: Tensor) -> Tensor:
-        """The bins of `rows` (dim, n): how many edges are not above each value."""
+        """The bins of `rows` (dim, n): the number of edges that are not above each value."""
         return torch.searchsorted(self.edges, rows.contiguous(), right=True)
 
     def lookup_checked(self, tokens: Tensor) -> Tensor:

@@ -1,7 +1,7 @@
 """The critic of VQGAN training (Esser et al. 2021): PatchGAN (Isola et al. 2017), and what both players minimise.
 
-Logits are high where a patch looks real. All that is summed up over images (running means, the adaptive weight) is
-averaged over ranks, so a run means the same on one process and on several.
+Logits are high where a patch looks real. Statistics over images (running means, the adaptive weight) are averaged over
+ranks, so that a run means the same on one process and on several.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ LARGEST_WEIGHT = 1e4
 
 
 class Convolution(nn.Conv2d):
-    """4x4, `(B, width_in, H, W)` to `(B, width_out, h, w)`. A spectrally normalised weight is made in float32, whatever
-    autocast says: its power iteration has to be alike in every precision."""
+    """4x4, `(B, width_in, H, W)` to `(B, width_out, h, w)`. A spectrally normalised weight is computed in float32 even
+    under autocast: its power iteration has to be the same in every precision."""
 
     def __init__(self, width_in: int, width_out: int, stride: int, bias: bool = True) -> None:
         super().__init__(width_in, width_out, KERNEL, stride=stride, padding=1, bias=bias)
-        # As pix2pix. Under spectral normalisation only the direction of a weight matters, and biases that do not start
-        # at 0 would drown a signal that no layer amplifies.
+        # As in pix2pix. Under spectral normalisation only the direction of a weight matters, and biases that do not
+        # start at 0 would drown a signal that no layer amplifies.
         nn.init.normal_(self.weight, std=0.02)
         if self.bias is not None:
             nn.init.zeros_(self.bias)
@@ -42,11 +42,11 @@ class Convolution(nn.Conv2d):
 class PatchCritic(nn.Module):
     """Images `(B, channels, H, W)` in [-1, 1] to float32 logits `(B, 1, h, w)`, one for each of overlapping patches.
 
-    `layers` convolutions of stride 2 and two of stride 1. `norm`: "spectral" (Miyato et al. 2018) on every convolution;
-    "batch" on the inner ones, whose statistics are always those of the batch at hand (of one process: the larger the
-    batch, the less it matters), so that there are no running ones to differ between ranks; or "none".
+    It has `layers` convolutions of stride 2 and two of stride 1. `norm`: "spectral" (Miyato et al. 2018) on every
+    convolution; "batch" on the inner ones, always with the statistics of the current batch of the process, so that no
+    running statistics differ between ranks; or "none".
 
-    Raises `ValueError` for another norm, and for sizes below 1.
+    Raises `ValueError` for another norm and for sizes below 1.
     """
 
     real_mean: Tensor
@@ -72,12 +72,12 @@ class PatchCritic(nn.Module):
         self.body = nn.Sequential(*body[:-1])
         for name in ("real_mean", "fake_mean"):
             self.register_buffer(name, torch.zeros(()))
-        self.register_buffer("tracked", torch.zeros((), dtype=torch.long))  # steps that moved the two
-        self.seen: list[Tensor] = []  # means of logits in this step
+        self.register_buffer("tracked", torch.zeros((), dtype=torch.long))  # number of steps that updated the two
+        self.seen: list[Tensor] = []  # means of this step's logits
         self.vectors: dict[str, Tensor] = {}  # of power iterations, as they were before this step
 
     def forward(self, images: Tensor) -> Tensor:
-        """Logits; raises `ValueError` for images so small that no patch would be left."""
+        """Logits; raises `ValueError` for images that are too small for one patch."""
         self.map_size(*images.shape[2:])
         if self.training and not self.vectors:
             self.vectors = {
@@ -95,14 +95,14 @@ class PatchCritic(nn.Module):
 
     @property
     def smallest(self) -> int:
-        """The least height and width of images: there, one logit is left."""
+        """The smallest height and width of images, which gives one logit."""
         side = 1
         for stride in reversed(self.strides):
             side = (side - 1) * stride + KERNEL - 2
         return side
 
     def map_size(self, height: int, width: int) -> tuple[int, int]:
-        """Height and width of the map of logits of such images. Raises `ValueError` where it would vanish."""
+        """Height and width of the logits of such images. Raises `ValueError` if there would be none."""
         if min(height, width) < self.smallest:
             raise ValueError(
                 f"a critic of {len(self.strides) - 2} layers needs images of at least {self.smallest} pixels a side "
@@ -114,16 +114,16 @@ class PatchCritic(nn.Module):
 
     @torch.no_grad()
     def track(self, real: Tensor, fake: Tensor) -> Tensor:
-        """The running means `(2,)`, real and fake, with these logits of all ranks; `finish_step` keeps them."""
+        """The running means `(2,)`, real and fake, updated by these logits of all ranks; `finish_step` keeps them."""
         means = mean_over_ranks(torch.stack([real.float().mean(), fake.float().mean()]))
         self.seen.append(means)
         return self._moved(means)
 
     @torch.no_grad()
     def finish_step(self, taken: bool = True) -> None:
-        """Called after each step in which it was used: move the running means towards those of all logits that were
-        tracked since the last call. taken: whether the optimizer's step was; if not, the logits are forgotten, and
-        spectral normalisation is where it was before."""
+        """Called after each step that used the critic: move the running means towards those of all logits tracked
+        since the last call. taken: whether the optimizer took the step; if not, the logits are dropped, and spectral
+        normalisation goes back to its state before the step."""
         if not taken:
             for name, value in self.vectors.items():
                 self.get_buffer(name).copy_(value)
@@ -144,8 +144,8 @@ class PatchCritic(nn.Module):
 
 
 def hinge_critic_loss(real: Tensor, fake: Tensor) -> Tensor:
-    """Half of E[max(0, 1 - D(x))] + E[max(0, 1 + D(G(z)))] (Lim & Ye 2017). Half, as in VQGAN's code, so that
-    published weights of the regulariser beside it mean the same here."""
+    """Half of E[max(0, 1 - D(x))] + E[max(0, 1 + D(G(z)))] (Lim & Ye 2017). VQGAN's code halves it too, so that
+    published weights of the regulariser mean the same here."""
     return 0.5 * (F.relu(1 - real).mean() + F.relu(1 + fake).mean())
 
 
@@ -169,17 +169,17 @@ GENERATOR_LOSSES = {"hinge": hinge_generator_loss, "non_saturating": non_saturat
 
 
 def lecam(real: Tensor, fake: Tensor, real_mean: Tensor, fake_mean: Tensor) -> Tensor:
-    """E[|D(x) - a_F|^2] + E[|D(G(z)) - a_R|^2] with running means a of logits (Tseng et al. 2021, equation 5): a critic
-    of few images cannot drift away from what it says of the others. Added to the critic's loss."""
+    """E[|D(x) - a_F|^2] + E[|D(G(z)) - a_R|^2] with running means a of logits (Tseng et al. 2021, equation 5). Added
+    to the critic's loss, it keeps a critic of few images from drifting."""
     return (real - fake_mean).square().mean() + (fake - real_mean).square().mean()
 
 
 def adaptive_weight(reconstruction_loss: Tensor, adversarial_loss: Tensor, last_layer: nn.Parameter) -> Tensor:
     """|grad of the reconstruction loss| / (|grad of the adversarial loss| + 1e-6) at the last layer, from 0 to 1e4 and
-    without a gradient (Esser et al. 2021, equation 7): times it, both losses pull equally hard.
+    without a gradient (Esser et al. 2021, equation 7). With this weight both losses pull equally hard.
 
-    Gradients are averaged over ranks before they are measured: the weight of the whole batch. Both graphs are kept.
-    Raises `RuntimeError` if a loss does not depend on the layer.
+    Gradients are averaged over ranks before their norms are taken, so the weight is that of the whole batch. Both
+    graphs are kept. Raises `RuntimeError` if a loss does not depend on the layer.
     """
     losses = (reconstruction_loss, adversarial_loss)
     gradients = [torch.autograd.grad(loss, last_layer, retain_graph=True)[0].float() for loss in losses]

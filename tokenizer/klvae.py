@@ -1,7 +1,7 @@
 """VAE (Kingma & Welling 2014): Gaussian latents on a grid, as latent diffusion has them (Rombach et al. 2022).
 
-Training decodes a sample of q(z | x) = N(mean, variance) and holds q near N(0, 1). As a tokenizer, it is the means that
-count, each number of them in equally probable bins of N(0, 1); `posthoc` fits the bins to what the latents became.
+Training decodes a sample of q(z | x) = N(mean, variance) and keeps q near N(0, 1). The tokens are the means, each
+dimension in equally probable bins of N(0, 1); `posthoc` fits the bins to the trained latents.
 
 The loss `kl` is in nats per pixel channel, like `nll`. With a likelihood and `beta` 1, nll + kl is the negative ELBO
 (with `free_bits`, an upper bound of it). Against the squared error `l2`, beta = 2 sigma^2 makes it the ELBO of Gaussian
@@ -24,7 +24,7 @@ LOG_VARIANCES = (-30.0, 20.0)
 
 
 class KLVAEConfig(DecoderConfig, ConvolutionsConfig):
-    """Sizes of the networks and of the latents, and how strongly they are held."""
+    """Sizes of the networks and of the latents, and the weight of the KL."""
 
     latent: int = Field(4, ge=1, le=256, description="numbers in a latent vector, each of which becomes a token")
     beta: float = Field(
@@ -36,8 +36,8 @@ class KLVAEConfig(DecoderConfig, ConvolutionsConfig):
     free_bits: float = Field(
         0.0,
         ge=0,
-        description="nats of each number of a latent vector, on average over a batch, that are not "
-        "punished (Kingma et al. 2016), so that none of them is given up",
+        description="nats of each latent dimension, on average over a batch, that cost nothing (Kingma et al. 2016), "
+        "so that no dimension collapses",
     )
     bins: int = Field(16, ge=2, le=4096, description="ids of each number, equally probable under N(0, 1)")
 
@@ -56,8 +56,7 @@ class KLVAE(Autoencoder, name="klvae"):
 
     def forward(self, images: Tensor) -> Reconstruction:
         """Reconstruction, tokens of the means, and losses `kl` and, with a likelihood, `nll`, both in nats per pixel
-        channel. In training it is a sample that is decoded, with noise from torch's own generator; in eval the binned
-        mean."""
+        channel. Training decodes a sample, with noise from torch's own generator; eval decodes the binned mean."""
         mean, log_variance = self.posterior(images)
         z_q, tokens, _ = self.quantizer.quantize(mean)
         painted = self._decoded(sample(mean, log_variance) if self.training else z_q)
@@ -74,14 +73,14 @@ class KLVAE(Autoencoder, name="klvae"):
         return mean, log_variance.clamp(*LOG_VARIANCES)
 
     def kl(self, mean: Tensor, log_variance: Tensor) -> Tensor:
-        """KL(q || N(0, 1)), a scalar in nats per pixel channel: each dimension's mean over images and positions, or
-        `free_bits` if it is less, summed over dimensions."""
+        """KL(q || N(0, 1)), a scalar in nats per pixel channel: each dimension's mean over images and positions, at
+        least `free_bits`, summed over dimensions."""
         each = gaussian_kl(mean, log_variance).mean((0, 2, 3)).clamp(min=self.config.free_bits)
         return each.sum() / (self.config.channels * self.config.factor**2)
 
     @property
     def loss_weights(self) -> dict[str, float]:
-        """beta weighs the KL; the likelihood counts once."""
+        """`beta` for the KL, 1 for the likelihood."""
         return {"kl": self.config.beta, **super().loss_weights}
 
     def _embed(self, images: Tensor) -> Tensor:
@@ -94,6 +93,6 @@ def gaussian_kl(mean: Tensor, log_variance: Tensor) -> Tensor:
 
 
 def sample(mean: Tensor, log_variance: Tensor, generator: torch.Generator | None = None) -> Tensor:
-    """A draw from N(mean, variance), through which gradients reach both; without a generator, of torch's own."""
+    """A differentiable draw from N(mean, variance); without a generator, the noise comes from torch's own."""
     noise = torch.randn(mean.shape, generator=generator, dtype=mean.dtype, device=mean.device)
     return mean + (log_variance / 2).exp() * noise

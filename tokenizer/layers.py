@@ -1,9 +1,9 @@
 """The convolutional encoder and decoder: a stem that folds patches into channels, then residual blocks per resolution.
 
-Weights and images have channels-last memory, and convolutions keep it (on a GPU, group normalisation does not). How
-much of the down-sampling the stem takes and how much strided stages take is what `widths` says: with one width, all
-arithmetic is at the token resolution (fast for small images); with one width per factor of two, it is the network of
-VQGAN (Esser et al. 2021) and LlamaGen (Sun et al. 2024).
+Weights and images have channels-last memory, and convolutions keep it (on a GPU, group normalisation does not).
+`widths` divides the down-sampling between the stem and strided stages: with one width, all arithmetic is at the token
+resolution (fast for small images); with one width per factor of two, it is the network of VQGAN (Esser et al. 2021)
+and LlamaGen (Sun et al. 2024).
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ class ConvolutionsConfig(TokenizerConfig):
     widths: tuple[Annotated[int, Field(ge=8, le=4096)], ...] = Field(
         (128,),
         min_length=1,
-        description="channels at each resolution, finest first; one more resolution halves the patch that the first "
-        "layer folds",
+        description="channels at each resolution, finest first; each further resolution halves the patch of the first "
+        "layer",
     )
     blocks: tuple[Annotated[int, Field(ge=0, le=64)], ...] = Field(
         (2,), min_length=1, description="residual blocks at each resolution"
@@ -35,7 +35,7 @@ class ConvolutionsConfig(TokenizerConfig):
 
     @property
     def sizes(self) -> tuple[int, tuple[int, ...], tuple[int, ...], bool]:
-        """What `encoder` and `decoder` take between their channels: patch, widths, blocks, attention."""
+        """Arguments of `encoder` and `decoder`: patch, widths, blocks, attention."""
         return self.factor // 2 ** (len(self.widths) - 1), self.widths, self.blocks, self.attention
 
     def check(self) -> Iterator[str]:
@@ -77,20 +77,20 @@ class SelfAttention(nn.Module):
 
 
 def one_head_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Attention over rows `(B, N, width)`, to the same. Without an axis of heads, torch would not take its fused
-    kernel, but keep all `(B, N, N)` weights for the backward pass."""
+    """Attention over rows `(B, N, width)`; returns the same shape. Without an axis of heads, torch would not use its
+    fused kernel and would keep all `(B, N, N)` weights for the backward pass."""
     return F.scaled_dot_product_attention(q.unsqueeze(1), k.unsqueeze(1), v.unsqueeze(1)).squeeze(1)
 
 
 class Upsample(nn.Sequential):
-    """Twice the height and width, then a 3x3 convolution."""
+    """Doubles height and width, then a 3x3 convolution."""
 
     def __init__(self, width_in: int, width_out: int) -> None:
         super().__init__(nn.Upsample(scale_factor=2, mode="nearest"), nn.Conv2d(width_in, width_out, 3, padding=1))
 
 
 def norm(width: int) -> nn.GroupNorm:
-    """Group normalisation, eight channels a group."""
+    """Group normalisation with eight channels per group."""
     return nn.GroupNorm(width // 8, width, eps=1e-6)
 
 

@@ -1,4 +1,4 @@
-"""What a tokenizer minimises: pixels, and the quantizer's own terms."""
+"""What a tokenizer minimises: pixel losses and the quantizer's own terms."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ def pixel_losses(reconstruction: Tensor, images: Tensor) -> dict[str, Tensor]:
 
 
 def total_loss(output: Reconstruction, images: Tensor, weights: dict[str, float]) -> tuple[Tensor, dict[str, Tensor]]:
-    """The weighted sum, a scalar, and its unweighted terms; a term without a weight raises `KeyError`."""
+    """The weighted sum, a scalar, and its unweighted terms. Raises `KeyError` for a term without a weight."""
     terms = {**pixel_losses(output.images, images), **output.losses}
     total = sum((weights[name] * term for name, term in terms.items()), start=images.new_zeros(()))
     return total, terms

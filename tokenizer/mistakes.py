@@ -1,4 +1,4 @@
-"""What is wrong with a configuration: what pydantic found, said in one line for each key."""
+"""Turns pydantic's errors about a configuration into one line for each key."""
 
 from __future__ import annotations
 
@@ -34,8 +34,8 @@ def explain(
     error: ValidationError,
     search: Callable[[str, Any], list[str]] | None = None,
 ) -> list[str]:
-    """What pydantic found in `data`, a line for each key. `search` says what an unknown key may mean that stands in no
-    model."""
+    """The errors that pydantic found in `data`, one line for each key. `search` returns the lines for an unknown key
+    outside of models."""
     found: dict[str, list[ErrorDetails]] = {}
     owners: dict[str, type[Any]] = {}
     for detail in error.errors(include_url=False):
@@ -55,8 +55,8 @@ def explain(
 
 
 def place(cls: type[Any], data: Any, location: tuple[int | str, ...]) -> tuple[str, type[Any]]:
-    """The key of pydantic's location, which also names branches of unions and positions in lists, and the model that it
-    is a key of."""
+    """The dotted key of pydantic's `location`, which also names branches of unions and positions in lists, and the
+    model that the key belongs to."""
     keys: list[str] = []
     owner: type[Any] = cls
     model: type[Any] | None = cls
@@ -72,7 +72,7 @@ def place(cls: type[Any], data: Any, location: tuple[int | str, ...]) -> tuple[s
 
 
 def unknown_setting(model: type[Any], key: str) -> str:
-    """The line for a setting that a model does not have, with the one that was probably meant."""
+    """The line for a setting that the model does not have, with the setting that was probably meant."""
     parent, _, name = key.rpartition(".")
     prefix = f"{parent}." if parent else ""
     if name in getattr(model, "facts", ()):
@@ -85,7 +85,7 @@ def unknown_setting(model: type[Any], key: str) -> str:
 
 
 def key_problems(key: str, details: list[ErrorDetails]) -> list[str]:
-    """The lines for one key. Where every branch of a union complains, those that only want another type are silent."""
+    """The lines for one key. If every branch of a union failed, those that only want another type are left out."""
     value = details[0]["input"]
     complaints = [complaint(detail) for detail in details if not expected(detail)]
     if complaints:
@@ -98,7 +98,7 @@ def key_problems(key: str, details: list[ErrorDetails]) -> list[str]:
 
 
 def expected(detail: ErrorDetails) -> str:
-    """The type that pydantic wanted, in words; empty if it complains about something else."""
+    """The type that pydantic expected, in words; empty if the error is about something else."""
     return EXPECTED.get(detail["type"], "")
 
 
@@ -124,11 +124,11 @@ def complaint(detail: ErrorDetails) -> str:
 
 
 def show_number(value: float) -> str:
-    """A bound without needless digits."""
+    """A bound, without `.0`."""
     return str(int(value)) if float(value).is_integer() else str(value)
 
 
 def show(value: Any) -> str:
-    """A value as one would write it in YAML, on one line, shortened."""
+    """A value as YAML would write it, on one line of at most 200 characters."""
     text = repr(value) if isinstance(value, str) else json.dumps(value, default=str, ensure_ascii=False)
     return text if len(text) <= 200 else f"{text[:197]}..."

@@ -1,5 +1,5 @@
-"""A palette: one id per pixel, the nearest of some hundred colours that k-means finds in the training images. ImageGPT
-(Chen et al. 2020) models pixels so, with 512 colours in place of 2^24."""
+"""A palette: the id of a pixel is the nearest of some hundred colours, which k-means finds in the training images.
+ImageGPT (Chen et al. 2020) models pixels in this way, with 512 colours in place of 2^24."""
 
 from __future__ import annotations
 
@@ -15,17 +15,18 @@ from .quantizers.codebook import nearest, rows_of
 
 
 class PaletteConfig(TokenizerConfig):
-    """How many colours, and how they are looked for."""
+    """The size of the palette and the settings of k-means."""
 
     colors: int = Field(512, ge=2, le=1 << 16, description="size of the palette")
-    iterations: int = Field(50, ge=0, description="k-means steps at most; it ends when no colour moves")
+    iterations: int = Field(50, ge=0, description="maximum number of k-means steps; it ends when no colour moves")
     seed: int = Field(0, ge=0, description="chooses the colours that k-means starts from")
 
 
 class Palette(Tokenizer, name="palette"):
-    """Pixels to the nearest colours of `table`, (colors, C) from dark to light; before `initialize`, an even lattice.
+    """Maps pixels to the nearest colours of `table`, (colors, C), from dark to light; an even lattice before
+    `initialize`.
 
-    `pixel_log_prob` is None: an id stands for all colours near it, and nothing says how likely each of them is.
+    `pixel_log_prob` is None: an id stands for all colours near it, and has no distribution over them.
     """
 
     Config = PaletteConfig
@@ -40,7 +41,7 @@ class Palette(Tokenizer, name="palette"):
 
     @torch.no_grad()
     def initialize(self, images: Tensor) -> None:
-        """Fit the palette to `images` `(B, C, H, W)`. Raises `ConfigError` if they have fewer colours than it."""
+        """Fit the palette to `images` `(B, C, H, W)`. Raises `ConfigError` if they have fewer colours than that."""
         self.check_images(images)
         points, counts = distinct_colors(images)
         if len(points) < self.config.colors:
@@ -48,13 +49,13 @@ class Palette(Tokenizer, name="palette"):
                 f"palette: colors: {self.config.colors} were asked for, and the {len(images)} training images that "
                 f"were looked at have {len(points)} different ones"
             )
-        found = kmeans(points, counts, self.config.colors, self.config.iterations, self.config.seed)
+        found = weighted_kmeans(points, counts, self.config.colors, self.config.iterations, self.config.seed)
         self.table.copy_(found[found.sum(1).argsort(stable=True)])
 
     def encode(self, images: Tensor) -> Tensor:
         """Ids of the nearest colours, `(B, H, W)`; raises `ValueError` for images of another size."""
         self.check_images(images)
-        with full_float32(), torch.autocast(images.device.type, enabled=False):  # near colours are still two
+        with full_float32(), torch.autocast(images.device.type, enabled=False):  # keeps similar colours apart
             found = nearest(rows_of(images.float()), self.table.float())
         return found.reshape(len(images), *self.grid.shape)
 
@@ -64,13 +65,14 @@ class Palette(Tokenizer, name="palette"):
         return F.embedding(tokens.long(), self.table).movedim(-1, 1).float().clamp(-1, 1)
 
     def forward(self, images: Tensor) -> Reconstruction:
-        """The nearest colours; no gradient has a say in them, so there are no losses."""
+        """The nearest colours; nothing is trained by gradients, so there are no losses."""
         tokens = self.encode(images)
         return Reconstruction(self.decode(tokens), tokens, {})
 
 
 def lattice(count: int, channels: int) -> Tensor:
-    """`count` different colours `(count, channels)` in [-1, 1], evenly spread over the smallest even grid of them."""
+    """`count` different colours `(count, channels)` in [-1, 1], evenly spread over the smallest regular grid that holds
+    as many."""
     side = next(side for side in range(2, count + 1) if side**channels >= count)
     axes = torch.linspace(-1, 1, side).expand(channels, side)
     points = torch.cartesian_prod(*axes).reshape(-1, channels)
@@ -85,11 +87,11 @@ def distinct_colors(images: Tensor) -> tuple[Tensor, Tensor]:
     return codes.unsqueeze(1) // places % 256 / 127.5 - 1, counts.double()
 
 
-def kmeans(points: Tensor, counts: Tensor, clusters: int, iterations: int, seed: int) -> Tensor:
+def weighted_kmeans(points: Tensor, counts: Tensor, clusters: int, iterations: int, seed: int) -> Tensor:
     """Lloyd's algorithm over distinct `points` (n, C), each occurring `counts` (n,) times; (clusters, C).
 
-    A centre that is nearest to no point moves to the point that adds most to the error. This is also the last thing
-    that happens, so that all centres are different: of two equal ones, the second would be nearest to none.
+    A centre that is nearest to no point moves to the point that adds most to the error. This is also the last step, so
+    that all centres are different: of two equal centres, the second would be nearest to no point.
     """
     centres = spread(points, counts, clusters, torch.Generator().manual_seed(seed % (1 << 63)))
     for step in range(iterations + 1):
@@ -106,7 +108,8 @@ def kmeans(points: Tensor, counts: Tensor, clusters: int, iterations: int, seed:
 
 
 def means(points: Tensor, counts: Tensor, ids: Tensor, clusters: int) -> Tensor:
-    """The mean of each cluster's points, (clusters, C); no cluster is empty. Sums in float64, in the points' order."""
+    """The mean of each cluster's points, (clusters, C); no cluster may be empty. Sums in float64, in the points'
+    order."""
     totals = torch.bincount(ids, counts, minlength=clusters)
     sums = [torch.bincount(ids, counts * column, minlength=clusters) for column in points.unbind(1)]
     return (torch.stack(sums, 1) / totals.unsqueeze(1)).to(points.dtype)

@@ -1,5 +1,5 @@
-"""Pixels as tokens: an id is an intensity, so that a prior over the grid is a pixel model as PixelCNN (van den Oord et
-al. 2016) and MADE (Germain et al. 2015) are: 256 levels are the 8-bit image itself, 2 levels are a binary one."""
+"""Pixels as tokens: an id is an intensity, so that a prior over the grid is a pixel model, like PixelCNN (van den Oord
+et al. 2016) and MADE (Germain et al. 2015). 256 levels are the 8-bit image itself, 2 levels a binary image."""
 
 from __future__ import annotations
 
@@ -11,21 +11,22 @@ from .base import Reconstruction, TokenGrid, Tokenizer, TokenizerConfig
 
 
 class PixelsConfig(TokenizerConfig):
-    """How finely intensity is told apart."""
+    """The number of intensities."""
 
     levels: int = Field(
         256,
         ge=2,
         le=256,
-        description="intensities of each channel; 256 keep an 8-bit image as it is, 2 are a threshold at mid grey",
+        description="number of intensities of each channel; 256 keep an 8-bit image as it is, 2 threshold it at mid "
+        "grey",
     )
 
 
 class Pixels(Tokenizer, name="pixels"):
-    """Each channel of each pixel to the nearest of `levels` intensities, evenly spaced from black to white.
+    """Maps each channel of each pixel to the nearest of `levels` intensities, evenly spaced from black to white.
 
-    Channels are rows of the grid, interleaved: row `C * i + c` holds channel c of image row i. So in raster order the
-    green of a row comes after its red, and all of it before the row below. Nothing is learned.
+    Channels are interleaved as rows of the grid: row `C * i + c` holds channel c of image row i. So, in raster order,
+    the green of a row comes after its red, and all channels of a row before the next row. Nothing is learned.
     """
 
     Config = PixelsConfig
@@ -41,7 +42,8 @@ class Pixels(Tokenizer, name="pixels"):
         self.sizes: Tensor  # (levels,): how many of the 256 values of a byte each id stands for
 
     def encode(self, images: Tensor) -> Tensor:
-        """Ids `(B, C * H, W)`; halfway between two levels is the brighter one. Raises `ValueError` for another size."""
+        """Ids `(B, C * H, W)`; a value halfway between two levels gets the brighter one. Raises `ValueError` for images
+        of another size."""
         self.check_images(images)
         return self._nearest(images.float()).transpose(1, 2).flatten(1, 2)
 
@@ -51,14 +53,14 @@ class Pixels(Tokenizer, name="pixels"):
         return self._to_channels(tokens).float() * 2 / (self.grid.vocab_size - 1) - 1
 
     def forward(self, images: Tensor) -> Reconstruction:
-        """The nearest levels; there is nothing to learn, so there are no losses."""
+        """The nearest levels; nothing is learned, so there are no losses."""
         tokens = self.encode(images)
         return Reconstruction(self.decode(tokens), tokens, {})
 
     @property
     def has_likelihood(self) -> bool:
-        """All bytes that an id stands for are equally likely, so with a prior over tokens this is an exact distribution
-        of 8-bit images, whatever the number of levels."""
+        """All bytes that an id stands for are equally likely; with a prior over tokens this is an exact distribution of
+        8-bit images, for any number of levels."""
         return True
 
     @property
@@ -67,8 +69,8 @@ class Pixels(Tokenizer, name="pixels"):
         return self.config.levels == 256
 
     def pixel_log_probs(self, images: Tensor, tokens: Tensor) -> Tensor:
-        """Minus the log of the number of bytes that the id stands for, 0 with 256 levels; -inf for other ids than the
-        image's. `(B, C, H, W)` nats."""
+        """Minus the log of the number of bytes that the id stands for, 0 with 256 levels; -inf where the id is not that
+        of the image. `(B, C, H, W)` nats."""
         inside = -self.sizes.double().log()[tokens.long()]
         found = torch.where(self.encode(images) == tokens, inside, -torch.inf).float()
         return self._to_channels(found)
@@ -80,7 +82,7 @@ class Pixels(Tokenizer, name="pixels"):
         return torch.where(every == ids, -self.sizes.double().log()[ids], -torch.inf)
 
     def known_tokens(self, known: Tensor) -> Tensor:
-        """A token for each channel of each known pixel, `(B, C * H, W)`, given bool `(B, H, W)`."""
+        """True for each channel of each known pixel, `(B, C * H, W)`, given bool `(B, H, W)`."""
         channels, height, width = self.image_shape
         return known.reshape(-1, height, width).repeat_interleave(channels, dim=1)
 
@@ -90,6 +92,6 @@ class Pixels(Tokenizer, name="pixels"):
         return rows.unflatten(1, (height, channels)).transpose(1, 2)
 
     def _nearest(self, intensities: Tensor) -> Tensor:
-        """Ids of intensities in [-1, 1], rounded half up. (No byte is halfway, for no number of levels: 255 is odd.)"""
+        """Ids of intensities in [-1, 1], rounded half up. (No byte lies halfway between two levels: 255 is odd.)"""
         top = self.config.levels - 1
         return ((intensities + 1) * (top / 2) + 0.5).floor().long().clamp(0, top)

@@ -1,10 +1,11 @@
-"""A trained VAE made discrete (TokenBridge, Wang et al. 2025): each number of its latent vectors falls into one of some
+"""A trained VAE made discrete (TokenBridge, Wang et al. 2025): each dimension of its latent vectors is divided into
 bins that are equally probable under the aggregate posterior, q(z) = mean of q(z | x) over training images.
 
-The VAE stays what it is; only the bins are fitted, once, to samples of q(z | x). Not to the means, though these are
-what is encoded: those of a dimension that the VAE has given up hardly differ and do not matter, and bins that hold
-equally many of them turn them into random ids, which a prior pays for in full; beside samples they share a few bins.
-On the digits (8 numbers in 16 bins) samples give 22.7 dB for 26.3 bits per vector, means 22.4 dB for 32 bits.
+The VAE is not changed; only the bins are fitted, once, to samples of q(z | x). They are not fitted to the means, though
+the means are what is encoded: in a collapsed dimension the means hardly differ and do not matter, so bins that each
+hold equally many of them would turn them into random ids, which cost a prior full price. Under bins of samples, such
+means share a few ids. On the digits (8 dimensions in 16 bins) samples give 22.7 dB for 26.3 bits per vector, means
+22.4 dB for 32 bits.
 """
 
 from __future__ import annotations
@@ -28,17 +29,16 @@ SIZES = (*FACTS, "factor", "widths", "blocks", "attention", "latent", "likelihoo
 
 
 class PosthocConfig(TokenizerConfig):
-    """The VAE, and how finely its latents are binned."""
+    """The VAE and the number of bins."""
 
     bins: int = Field(
         16,
         ge=2,
         le=4096,
-        description="ids of each number of a latent vector, equally probable over training images, in place of the "
-        "VAE's own",
+        description="ids of each latent dimension, equally probable over training images; replaces the VAE's own",
     )
     vae: Annotated[ModelConfig | None, Node("tokenizer:Tokenizer", only=("klvae",))] = Field(
-        None, description="the VAE; null: of its default sizes"
+        None, description="the VAE; null: one of default sizes"
     )
 
     @model_validator(mode="before")
@@ -49,12 +49,12 @@ class PosthocConfig(TokenizerConfig):
         return {**values, "vae": {**facts, **node} if isinstance(node, dict) else node}
 
     def to_dict(self) -> dict[str, Any]:
-        """The configuration as JSON values; what is known of the images stands in it once."""
+        """The configuration as JSON values; the facts of the images are in it only once."""
         values = super().to_dict()
         return {**values, "vae": {key: value for key, value in values["vae"].items() if key not in FACTS}}
 
     def check(self) -> Iterator[str]:
-        """Both see the same images."""
+        """Both configurations describe the same images."""
         yield from super().check()
         ours = super().to_dict()
         theirs = ours["vae"]
@@ -64,9 +64,9 @@ class PosthocConfig(TokenizerConfig):
 
 
 class Posthoc(Tokenizer, name="posthoc"):
-    """A trained `klvae` with bins of its own; nothing in it is trained any more.
+    """A trained `klvae` with bins of its own; nothing in it is trained any further.
 
-    Made by `start_from(vae)`, then `initialize(images)`. Has a likelihood if the VAE has.
+    Call `start_from(vae)`, then `initialize(images)`. It has a likelihood if the VAE has one.
     """
 
     Config = PosthocConfig
@@ -77,10 +77,10 @@ class Posthoc(Tokenizer, name="posthoc"):
         assert isinstance(config.vae, KLVAEConfig)
         self.vae = KLVAE(config.vae.model_copy(update={"bins": config.bins})).requires_grad_(False).eval()
         self.grid, self.levels, self.image_shape = self.vae.grid, self.vae.levels, self.vae.image_shape
-        self.register_buffer("started", torch.zeros((), dtype=torch.long))  # whether the VAE is a trained one
+        self.register_buffer("started", torch.zeros((), dtype=torch.long))  # whether the VAE is trained
 
     def start_from(self, other: Tokenizer) -> None:
-        """Take over the weights of `other`, a trained `klvae` or what has one inside. Raises `ConfigError` for another
+        """Copy the weights of `other`, a trained `klvae` or a `posthoc` tokenizer. Raises `ConfigError` for another
         kind or other sizes."""
         vae = other.vae if isinstance(other, Posthoc) else other
         if not isinstance(vae, KLVAE):
@@ -97,8 +97,8 @@ class Posthoc(Tokenizer, name="posthoc"):
 
     @torch.no_grad()
     def initialize(self, images: Tensor) -> None:
-        """Fit the bins to the latents of `images` `(B, C, H, W)`; the noise of the samples is always the same. Raises
-        `ConfigError` for a VAE that was not started from a trained one, and for more bins than latent vectors."""
+        """Fit the bins to the latents of `images` `(B, C, H, W)`; the noise of the samples is fixed. Raises
+        `ConfigError` if the VAE is untrained, and for more bins than latent vectors."""
         self.check_images(images)
         if not self.started:
             raise ConfigError(
@@ -123,11 +123,11 @@ class Posthoc(Tokenizer, name="posthoc"):
         return self.vae.decode(tokens)
 
     def forward(self, images: Tensor) -> Reconstruction:
-        """`decode(encode(images))`; nothing is left to train, so there are no losses."""
+        """`decode(encode(images))`; nothing is trained, so there are no losses."""
         return self.vae(images)._replace(losses={})
 
     def train(self, mode: bool = True) -> Posthoc:
-        """Also in training mode, latents are binned and not sampled."""
+        """The VAE stays in eval mode, so that latents are binned, not sampled."""
         super().train(mode)
         self.vae.eval()
         return self

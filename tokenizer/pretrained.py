@@ -1,4 +1,4 @@
-"""A model with a name: found in its family, saved to a folder, loaded from it.
+"""A model with a name: found in its family, saved to a folder, loaded from a folder.
 
 A family (`Tokenizer`, `Quantizer`, `Prior`) finds its members by importing the modules of its own package, so a new
 model is one new file. A folder holds `config.json` (with the name) and `model.safetensors`; loading is strict.
@@ -36,7 +36,7 @@ from .settings import Choices, ModelConfig, choices_of
 from .settings import Fact as Fact
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
-PROVENANCE = "provenance.json"  # beside a tokenizer, by who trained or imported it
+PROVENANCE = "provenance.json"  # beside a tokenizer, written by the verb that trained or imported it
 SUBFOLDER = r"(?!\.\.?(/|$))[^/\\]+(/(?!\.\.?(/|$))[^/\\]+)*"  # no part of it is . or ..
 MAX_WEIGHT_BYTES = 16 << 30
 MAX_ENTRIES = 10_000
@@ -75,7 +75,7 @@ class Named:
 
     @classmethod
     def find(cls: type[N], name: str) -> type[N]:
-        """The member called `name`; raises `ConfigError` listing what there is."""
+        """The member called `name`. Raises `ConfigError` that lists the members."""
         names = cls.available()
         if name not in names:
             raise ConfigError(f"no {cls.__name__} is called {shown(name)}; there are {', '.join(names)}")
@@ -83,12 +83,12 @@ class Named:
 
     @classmethod
     def choices(cls) -> type[Choices]:
-        """What a preset may say of this member."""
+        """The settings of this member that a preset may hold."""
         return choices_of(cls.Config, cls.__doc__)
 
     @classmethod
     def create(cls: type[N], name: str, **config: Any) -> N:
-        """Build the member called `name` from keyword configuration; raises `ConfigError`."""
+        """Build the member called `name`; keyword arguments are its configuration. Raises `ConfigError`."""
         member: Any = cls.find(name)
         return member(member.Config(**config))
 
@@ -102,20 +102,20 @@ class PretrainedModel(Named, nn.Module):
 
     @property
     def device(self) -> torch.device:
-        """Where the weights are."""
+        """The device of the weights."""
         return next((t.device for t in itertools.chain(self.parameters(), self.buffers())), torch.device("cpu"))
 
     @property
     def dtype(self) -> torch.dtype:
-        """The type of the weights, float32 if there are none; a quantizer's, which stay float32, do not count."""
+        """The type of the weights, without those of a quantizer, which stay float32; float32 if there are none."""
         weights = (p for name, p in self.named_parameters() if "quantizer" not in name.split("."))
         return next((p.dtype for p in weights), torch.float32)
 
     def fingerprint(self) -> str:
-        """sha256 over configuration and weights: two models with the same fingerprint are the same function.
+        """sha256 of configuration and weights: two models with the same fingerprint are the same function.
 
-        Settings added later do not change it while they have their default. Floats are read as float32, so
-        that weights saved in bfloat16 have the fingerprint of what is loaded from them.
+        A setting that was added later does not change it while it has its default. Floats are hashed as float32, so
+        that weights saved in bfloat16 have the same fingerprint as the model loaded from them.
         """
         digest = hashlib.sha256(json.dumps(self.config.identity(), sort_keys=True).encode())
         for key, value in sorted(self.state_dict().items()):
@@ -125,19 +125,19 @@ class PretrainedModel(Named, nn.Module):
         return digest.hexdigest()
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Write `config.json` and `model.safetensors`; a folder of a model of this family is replaced as a whole.
+        """Write `config.json` and `model.safetensors`; replaces a folder of a model of this family as a whole.
 
-        Raises `PathError` if `folder` holds anything else, naming it.
+        Raises `PathError` if `folder` holds anything else, and names it.
         """
         with atomic_folder(folder, kind=self.folder_kind()) as target:
             write_json(target / CONFIG, self.config.to_dict())
             weights = {key: value.detach().cpu().contiguous() for key, value in self.state_dict().items()}
-            # Other libraries' readers want the framework named. One key: safetensors writes several in any order.
+            # Readers of other libraries require "format". Only one key: safetensors writes several in random order.
             save_file(weights, target / WEIGHTS, metadata={"format": "pt"})
 
     @classmethod
     def folder_kind(cls) -> Kind:
-        """What a folder of a model of this family is known by."""
+        """How a folder of a model of this family is recognised."""
 
         def says(config: dict[str, Any]) -> bool:
             return config.get("kind") in cls.available()
@@ -177,7 +177,7 @@ class PretrainedModel(Named, nn.Module):
 
     @classmethod
     def read_from(cls: type[M], files: Folder, *, max_bytes: int = MAX_WEIGHT_BYTES) -> M:
-        """The model in a folder that is open already, as `from_pretrained`; its weights have `max_bytes` at most."""
+        """Like `from_pretrained`, for an open folder; the weights may have at most `max_bytes`."""
         place, data = files.place(CONFIG), files.json(CONFIG)
         kind = data.pop("kind", None)
         try:
@@ -201,8 +201,7 @@ class PretrainedModel(Named, nn.Module):
 
 
 def warn_of_code(*folders: Path) -> None:
-    """Say in one line which files of the folders, of which the others are in the first, are of a kind that can hold
-    code: they are never opened."""
+    """Warn, in one line, of files that can hold code; they are never opened. The first folder contains the others."""
     names = [
         os.path.relpath(entry.path, folders[0])
         for folder in folders

@@ -1,4 +1,5 @@
-"""How others name the weights of a VQGAN (diffusers, taming-transformers, LlamaGen), and the sizes that these show."""
+"""How other projects (diffusers, taming-transformers, LlamaGen) name the weights of a VQGAN, and the sizes of the
+network that follow from the shapes of the weights."""
 
 from __future__ import annotations
 
@@ -14,19 +15,19 @@ from .files.errors import ConfigError, FormatError, WeightsError
 
 @dataclass(frozen=True)
 class Layout:
-    """How a project names the weights: `names` turn ours into its, one after the other."""
+    """How a project names the weights: the substitutions `names`, one after the other, turn our names into its."""
 
     title: str
     first_block: str
     names: tuple[tuple[str, str], ...]
     training: str = r"(?!)"
-    """Its weights that only training needs."""
+    """Pattern of its weights that only training needs."""
     finest_first: bool = False
-    """Whether it counts the decoder's levels from the finest, unlike the order in which they run."""
+    """Whether it numbers the decoder's levels from the finest, that is, against the order in which they run."""
     normalize: bool = False
 
     def published(self, key: str, levels: int) -> str:
-        """Its name of our weight `key`, in a network of so many levels."""
+        """Its name for our weight `key`, in a network of `levels` levels."""
         if self.finest_first:
             key = re.sub(r"^(decoder\.levels)\.(\d+)", lambda found: f"{found[1]}.{levels - 1 - int(found[2])}", key)
         for pattern, name in (*SHARED, *self.names):
@@ -105,7 +106,7 @@ FORMER = {".query.": ".to_q.", ".key.": ".to_k.", ".value.": ".to_v.", ".proj_at
 
 
 def recognise(weights: dict[str, Tensor], path: Path) -> Layout:
-    """Whose names the weights have. Raises `FormatError`."""
+    """The layout that the weights have, by their names. Raises `FormatError`."""
     for layout in LAYOUTS:
         if layout.first_block in weights:
             return layout
@@ -136,9 +137,9 @@ def sizes_of(weights: dict[str, Tensor], layout: Layout, path: Path) -> tuple[di
         return layout.published(key, levels) in weights
 
     def count(key: str) -> int:
-        return next(number for number in range(len(weights) + 1) if not there(key.format(number)))
+        return next(index for index in range(len(weights) + 1) if not there(key.format(index)))
 
-    levels = 0  # encoders count from the finest, whoever names them
+    levels = 0  # all layouts number the encoder's levels from the finest
     levels = count("encoder.levels.{}.blocks.0.conv1.weight")
     finest_to = range(levels)
     attention = {
@@ -161,7 +162,8 @@ def sizes_of(weights: dict[str, Tensor], layout: Layout, path: Path) -> tuple[di
 
 
 def check_settings(settings: dict[str, Any], sizes: dict[str, Any], path: Path) -> None:
-    """Raise unless a diffusers `config.json` describes the network that we build, with the `sizes` of its weights."""
+    """Raise `FormatError` or `ConfigError` unless a diffusers `config.json` describes the network that we build, with
+    the `sizes` of its weights."""
     name = settings.get("_class_name")
     if name != "VQModel":
         raise FormatError(f"{path}: _class_name: only VQModel is read (found {name!r})")

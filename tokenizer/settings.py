@@ -1,10 +1,10 @@
-"""Configurations: frozen pydantic models, whose fields carry a type, a range, a default and a sentence.
+"""Configurations: frozen pydantic models whose fields have a type, a range, a default and a sentence.
 
     class GPTConfig(PriorConfig):
         dim: int = Field(128, ge=8, le=16384, description="width of the residual stream")
 
-The same class describes a model in a preset, on the command line's help and in a saved `config.json`. Marks say what a
-type cannot: `Fact[int]`, `Annotated[bool, Before(False)]`, `Annotated[ModelConfig, Node("module:Family")]`.
+The same class describes a model in a preset, in `--help` and in a saved `config.json`. Marks say what a type cannot:
+`Fact[int]`, `Annotated[bool, Before(False)]`, `Annotated[ModelConfig, Node("module:Family")]`.
 """
 
 from __future__ import annotations
@@ -41,21 +41,21 @@ from .files.errors import ConfigError, shown
 from .mistakes import explain
 
 MAX_ITEMS = 64  # of a list
-MAX_PROBLEMS = 20  # of a configuration, which are told
+MAX_PROBLEMS = 20  # of a configuration that are reported
 
 Data = dict[str, Any]
 T = TypeVar("T")
 
 
 class Settings(BaseModel):
-    """Base of every configuration: frozen; no unknown keys, no infinities, no value taken for another type."""
+    """Base of every configuration: frozen; no unknown keys, no infinities, no conversion of types."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, validate_default=True, allow_inf_nan=False)
 
     @field_validator("*", mode="before")
     @classmethod
     def _as_written(cls, value: Any, info: ValidationInfo) -> Any:
-        """What files cannot say otherwise: a tuple is a list there, and 1e-3 may be text."""
+        """Convert what files cannot express: a tuple is a list there, and 1e-3 may be text."""
         hints = options(cls.model_fields[str(info.field_name)].annotation)
         origins = {get_origin(hint) or hint for hint in hints}
         if isinstance(value, list) and tuple in origins:
@@ -64,7 +64,7 @@ class Settings(BaseModel):
                 raise PydanticKnownError("too_long", context)
             return tuple(value)
         if isinstance(value, str) and float in origins and str not in origins:
-            return number(value)
+            return parsed_float(value)
         allowed = [choice for hint in hints if get_origin(hint) is Literal for choice in get_args(hint)]
         if value in allowed and type(value) not in map(type, allowed):  # true equals 1
             raise PydanticKnownError("literal_error", {"expected": ", ".join(map(repr, allowed))})
@@ -72,13 +72,13 @@ class Settings(BaseModel):
 
     @classmethod
     def below(cls, name: str, value: Data) -> type[Settings] | None:
-        """The configuration that describes a value of the field `name`, if there is one."""
+        """The configuration class of a `value` of the field `name`, if there is one."""
         models, kind = models_in(cls.model_fields[name]), value.get("kind")
         return models.get("") or (models.get(kind) if isinstance(kind, str) else None)
 
 
-def number(text: str) -> float | str:
-    """The number that `text` says, else the text."""
+def parsed_float(text: str) -> float | str:
+    """`text` as a number, or unchanged if it is none."""
     try:
         return float(text)
     except ValueError:
@@ -90,24 +90,24 @@ def number(text: str) -> float | str:
 
 FACT = "a fact of the data"
 Fact = Annotated[T, FACT]
-"""A setting that comes from the data (grid, classes, image size), and is refused in a preset."""
+"""A setting that comes from the data (grid, classes, image size); a preset may not set it."""
 
 
 @dataclass(frozen=True)
 class Before:
-    """Marks a setting that was not always there: a saved configuration that lacks it means `value`. Fingerprints leave
-    it out where it is that, so that they are what they were."""
+    """Marks a setting that was added later: a saved configuration without it means `value`. Fingerprints leave it out
+    when it has this value, so that they do not change."""
 
     value: Any
 
 
 @dataclass(frozen=True)
 class Node:
-    """Marks a field that holds a `{kind: ...}` node, a member of a family: `Node("tokenizer.quantizers:Quantizer")`,
-    perhaps one of `only` some.
+    """Marks a field that holds a `{kind: ...}` node, a member of a family: `Node("tokenizer.quantizers:Quantizer")`.
+    `only` restricts the members.
 
     A `ModelConfig` field becomes the configuration of that kind. A `dict` field stays a node, as in a preset: without
-    facts, and completed with the defaults of its kind.
+    facts, and with the defaults of its kind filled in.
     """
 
     family: str
@@ -135,7 +135,7 @@ class Node:
         raise located(("kind", f"no {self.load().__name__} is called {shown(kind)}; {there}"))
 
     def config(self, value: Any) -> ModelConfig:
-        """The configuration of what a node names."""
+        """The configuration of the member that a node names."""
         if isinstance(value, ModelConfig):
             if self.only:
                 self.member({"kind": value.kind})
@@ -150,13 +150,13 @@ class Node:
         return config
 
     def preset(self, value: Any) -> Data:
-        """A node with the defaults of its kind."""
+        """A node with the defaults of its kind filled in."""
         if not isinstance(value, dict):
             raise PydanticKnownError("dict_type")
         choices = self.member(value).choices()
-        whole = complete(choices, merge(defaults_of(choices), value))
+        whole = with_defaults(choices, merge(defaults_of(choices), value))
         choices.model_validate(whole)
-        return whole  # as it was written: 1 is not 1.0
+        return whole  # unvalidated, as it was written: 1 is not 1.0
 
     def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
         read: Any = self.preset if dict in [get_origin(option) for option in options(source)] else self.config
@@ -166,7 +166,7 @@ class Node:
 
 
 def located(*problems: Sequence[str]) -> ValidationError:
-    """Problems, each with what stands at a dotted key: pairs of the two."""
+    """An error of several problems, each a pair of a dotted key and a sentence."""
     details = [
         InitErrorDetails(
             type=PydanticCustomError("problem", "{problem}", {"problem": problem}),
@@ -179,7 +179,7 @@ def located(*problems: Sequence[str]) -> ValidationError:
 
 
 def mark_of(field: FieldInfo, mark: type[T]) -> T | None:
-    """The field's mark of this class, if it has one."""
+    """The mark of this class on the field, if there is one."""
     return next((found for found in field.metadata if isinstance(found, mark)), None)
 
 
@@ -206,7 +206,7 @@ class ModelConfig(Settings):
         return self
 
     def check(self) -> Iterator[str]:
-        """Yield what is wrong between fields, one sentence each, starting with the field's name."""
+        """Yield what is wrong between fields, one sentence each that starts with the field's name."""
         return iter(())
 
     def to_dict(self) -> Data:
@@ -214,8 +214,8 @@ class ModelConfig(Settings):
         return {"kind": self.kind, **self.model_dump(mode="json")}
 
     def identity(self) -> Data:
-        """`to_dict` without what makes no difference to models saved before it was there: settings that are null, and
-        those that say what was done before."""
+        """`to_dict` without settings that are null and settings that equal their `Before` value, so that it is the same
+        for models saved before these settings existed."""
         values = self.to_dict()
         for name, field in type(self).model_fields.items():
             value, before = getattr(self, name), mark_of(field, Before)
@@ -227,13 +227,13 @@ class ModelConfig(Settings):
 
     @classmethod
     def from_saved(cls, data: Data) -> ModelConfig:
-        """The configuration that `to_dict` gave, without `kind`, maybe before some settings were there."""
+        """The configuration from the result of `to_dict`, without `kind`; settings that did not exist when it was saved
+        get their `Before` value."""
         return cls(**as_saved(cls, data))
 
 
 def as_saved(cls: type[Settings], data: Data) -> Data:
-    """A configuration as it was written: where it lacks a setting, what was done `Before` there was one. What is empty
-    says nothing, and stays so."""
+    """A saved configuration, in which missing settings get their `Before` value. An empty one stays empty."""
     found = dict(data)
     for name, field in cls.model_fields.items() if data else ():
         before, value = mark_of(field, Before), found.get(name)
@@ -245,8 +245,8 @@ def as_saved(cls: type[Settings], data: Data) -> Data:
 
 
 def as_begun(cls: type[Settings], mine: Mapping[str, Any], then: Data) -> Data:
-    """What changes in `mine` where it goes on with what was begun as `then`: a setting that is left at its default, and
-    that `then` lacks or has as it was done `Before`."""
+    """The changes to `mine` when it continues what was begun with `then`: a setting that is left at its default gets
+    its `Before` value if `then` lacks it or has that value."""
     marks = {name: mark_of(field, Before) for name, field in cls.model_fields.items()}
     return {
         name: before.value
@@ -256,14 +256,15 @@ def as_begun(cls: type[Settings], mine: Mapping[str, Any], then: Data) -> Data:
 
 
 class Choices(Settings):
-    """Base of what a preset says of a model."""
+    """Base of the settings of a model that a preset may hold."""
 
     facts: ClassVar[tuple[str, ...]] = ()
 
 
 @cache
 def choices_of(config: type[ModelConfig], doc: str | None) -> type[Choices]:
-    """What a preset may say of a model that `doc` is about: its configuration without facts, nested ones as nodes."""
+    """The settings of a model that a preset may hold: its configuration without facts, and nested configurations as
+    nodes. doc: the docstring of the model."""
     fields: Data = {"kind": (Literal[config.kind], config.kind)}
     for name, field in config.model_fields.items():
         hint: Any = field.annotation
@@ -285,7 +286,7 @@ def choices_of(config: type[ModelConfig], doc: str | None) -> type[Choices]:
 
 
 def options(hint: Any) -> list[Any]:
-    """The types that an annotation chooses from."""
+    """The types that an annotation allows."""
     if get_origin(hint) is Annotated:
         return options(get_args(hint)[0])
     if get_origin(hint) in (Union, types.UnionType):
@@ -294,7 +295,7 @@ def options(hint: Any) -> list[Any]:
 
 
 def models_in(field: FieldInfo) -> dict[str, type[Settings]]:
-    """The models that a field chooses from, by their `kind`; it is empty where there is no choice."""
+    """The models that a field allows, by `kind`; a single model without kinds has the key ""."""
     if node := mark_of(field, Node):
         return {kind: node.load().find(kind).choices() for kind in node.kinds()}
     hints = options(field.annotation)
@@ -305,7 +306,7 @@ def models_in(field: FieldInfo) -> dict[str, type[Settings]]:
 
 
 def merge(old: Data, new: Data) -> Data:
-    """`new` on top of `old`, mappings key by key, except that a node whose `kind` changes is replaced."""
+    """`new` merged into `old`, mappings key by key; a node whose `kind` changes is replaced."""
     if "kind" in old and new.get("kind", old["kind"]) != old["kind"]:
         old = {}
     both = [key for key in new if isinstance(old.get(key), dict) and isinstance(new[key], dict)]
@@ -313,21 +314,20 @@ def merge(old: Data, new: Data) -> Data:
 
 
 def defaults_of(cls: type[Settings]) -> Data:
-    """The defaults, for overrides of single keys to fall on."""
+    """The defaults, into which overrides of single keys are merged."""
     optional = {name: field for name, field in cls.model_fields.items() if not field.is_required()}
-    return complete(
+    return with_defaults(
         cls, {name: plain(field.get_default(call_default_factory=True)) for name, field in optional.items()}
     )
 
 
-def complete(cls: type[Settings], data: Data) -> Data:
-    """`data` with the defaults of every node's kind, so that a `kind` left to its default is there to be compared
-    with."""
+def with_defaults(cls: type[Settings], data: Data) -> Data:
+    """`data` with the defaults of every node's kind, so that a node always has a `kind` to compare with."""
     found = dict(data)
     for name, field in cls.model_fields.items():
         value = data.get(name)
         if isinstance(value, dict) and (model := cls.below(name, value)):
-            found[name] = complete(model, merge(defaults_of(model), value) if mark_of(field, Node) else value)
+            found[name] = with_defaults(model, merge(defaults_of(model), value) if mark_of(field, Node) else value)
     return found
 
 

@@ -1,11 +1,11 @@
 """ViT-VQGAN (Yu et al. 2021, arXiv:2110.04627): an autoencoder of two transformers (Dosovitskiy et al. 2020, ViT).
 
 A linear map of each factor x factor patch, transformer blocks, and a linear map to the quantizer's width; the decoder
-mirrors it and ends in pixels. Every position sees the whole image from the first layer on, and a patch has any side.
-The paper's codes are directions of few dimensions: `quantizer: {kind: vq, codes: 8192, dim: 32, normalize: true}`.
+mirrors it and ends in pixels. Every position sees the whole image from the first layer on. The paper's codes are
+directions of few dimensions: `quantizer: {kind: vq, codes: 8192, dim: 32, normalize: true}`.
 
-What an untrained transformer puts out varies little and soon varies a lot, so a codebook has to follow quickly: on
-digits, `ema` with a decay of 0.99 left three quarters of 128 codes behind, with 0.9 none.
+The output of an untrained transformer varies little, and soon varies a lot, so a codebook has to follow quickly: on
+digits, `ema` with a decay of 0.99 left three quarters of 128 codes unused, with 0.9 none.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ from .autoencoder import Autoencoder, AutoencoderConfig
 
 
 class ViTConfig(AutoencoderConfig):
-    """Sizes of the two transformers, which are alike."""
+    """Sizes of the two transformers, which have the same shape."""
 
     factor: Literal[2, 4, 7, 8, 14, 16] = Field(4, description="side of a patch in pixels; a patch is one position")
     dim: int = Field(128, ge=8, le=4096, description="width of the residual stream")
-    depth: int = Field(4, ge=1, le=64, description="transformer blocks, in the encoder and in the decoder")
-    heads: int = Field(4, ge=1, le=256, description="attention heads; they divide dim")
+    depth: int = Field(4, ge=1, le=64, description="number of transformer blocks, in each of encoder and decoder")
+    heads: int = Field(4, ge=1, le=256, description="number of attention heads; must divide dim")
     mlp: int = Field(4, ge=1, le=16, description="width of a block's hidden layer, as a multiple of dim")
 
     def check(self) -> Iterator[str]:
@@ -40,7 +40,7 @@ class ViTConfig(AutoencoderConfig):
 
 
 class ViT(Autoencoder, name="vit"):
-    """Patches to positions, a transformer, the quantizer; and back."""
+    """Patches become positions; a transformer, the quantizer, and a transformer back to pixels."""
 
     Config = ViTConfig
 
@@ -52,8 +52,8 @@ class ViT(Autoencoder, name="vit"):
 
 
 class Transformer(nn.Module):
-    """A map `(B, inputs, h, w)` to `(B, outputs, h, w)` in which every position attends to every other. Positions are
-    learned, as ViT's are. (The paper's head has a hidden layer with a tanh; a linear one learned faster.)"""
+    """Maps `(B, inputs, h, w)` to `(B, outputs, h, w)`; every position attends to every other. Position embeddings are
+    learned, as in ViT. (The paper's head has a hidden layer with a tanh; a linear one learned faster.)"""
 
     def __init__(self, config: ViTConfig, inputs: int, outputs: int) -> None:
         super().__init__()
@@ -65,16 +65,16 @@ class Transformer(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """`(B, inputs, h, w)` to `(B, outputs, h, w)`."""
-        # Contiguous, whatever the memory format: another layout may be multiplied in another order, to other bits.
+        # Contiguous, whatever the memory format: another layout may be multiplied in another order and round otherwise.
         rows = x.movedim(1, -1).flatten(1, 2).contiguous()
         rows = self.blocks(self.embed(rows) + self.positions)
         return self.head(self.norm(rows)).unflatten(1, x.shape[2:]).movedim(-1, 1)
 
 
 class Block(nn.Module):
-    """Attention, then a hidden layer, each normalised before and added to the residual stream `(B, N, dim)`.
+    """Pre-normalised attention and a hidden layer, each added to the residual stream `(B, N, dim)`.
 
-    Of our own: `nn.TransformerEncoderLayer` takes another path in eval mode, which gives other bits.
+    `nn.TransformerEncoderLayer` is not used: it takes another path in eval mode, which rounds otherwise.
     """
 
     def __init__(self, config: ViTConfig) -> None:
@@ -86,7 +86,7 @@ class Block(nn.Module):
         self.mlp = nn.Sequential(nn.Linear(dim, hidden), nn.GELU(approximate="tanh"), nn.Linear(hidden, dim))
 
     def forward(self, x: Tensor) -> Tensor:
-        """`(B, N, dim)` to the same."""
+        """Takes and returns `(B, N, dim)`."""
         q, k, v = self.qkv(self.attention_norm(x)).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
         attended = F.scaled_dot_product_attention(q, k, v)
         x = x + self.project(attended.transpose(1, 2).flatten(2))

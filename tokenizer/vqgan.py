@@ -1,7 +1,7 @@
 """VQGAN (Esser et al. 2021, arXiv:2012.09841): the network of taming-transformers, diffusers' `VQModel` and LlamaGen.
 
-Residual blocks at each resolution, self-attention where it is cheap, twice the pixels per side from one resolution to
-the next. `smalti import` fills it with published weights; the critic that gave it its name is part of its training.
+Residual blocks at each resolution, self-attention where it is cheap; each resolution has twice the pixels per side of
+the one below. `smalti import` loads published weights; the critic that gave it its name is part of its training.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ class VQGANConfig(AutoencoderConfig):
     widths: tuple[Annotated[int, Field(ge=1, le=4096)], ...] = Field(
         (128, 128, 256, 256, 512),
         min_length=1,
-        description="channels at each level, finest first; one more level halves the token grid's sides",
+        description="channels at each level, finest first; each further level halves the token grid's sides",
     )
     stem: int | None = Field(
         None, ge=1, le=4096, description="channels of the encoder's first convolution; null: those of the finest level"
@@ -62,7 +62,7 @@ class VQGANConfig(AutoencoderConfig):
         return 2 ** (len(self.widths) - 1)
 
     def check(self) -> Iterator[str]:
-        """Sizes have to divide, and levels to exist."""
+        """Sizes have to divide, and levels have to exist."""
         yield from super().check()
         levels = len(self.widths)
         if levels > 12 or any(side % self.factor for side in self.image_size):
@@ -92,9 +92,9 @@ def encoder(config: VQGANConfig, dim: int) -> nn.Sequential:
     """`(B, channels, H, W)` to `(B, dim, H / f, W / f)`."""
     width, groups, last = config.stem or config.widths[0], config.groups, len(config.widths) - 1
     stem, levels = conv3(config.channels, width), []
-    for number, wide in enumerate(config.widths):
-        attention = number in levels_of(config.encoder_attention, last + 1)
-        resample = Downsample(wide) if number < last else nn.Identity()
+    for level, wide in enumerate(config.widths):
+        attention = level in levels_of(config.encoder_attention, last + 1)
+        resample = Downsample(wide) if level < last else nn.Identity()
         levels.append(Level(width, wide, config.blocks, attention, groups, resample))
         width = wide
     return named(
@@ -109,13 +109,13 @@ def encoder(config: VQGANConfig, dim: int) -> nn.Sequential:
 
 
 def decoder(config: VQGANConfig, dim: int, outputs: int) -> nn.Sequential:
-    """`(B, dim, H / f, W / f)` to `(B, outputs, H, W)`; its levels stand in the order they run, coarsest first."""
+    """`(B, dim, H / f, W / f)` to `(B, outputs, H, W)`; levels are in the order in which they run, coarsest first."""
     width, groups = config.widths[-1], config.groups
     project, stem = nn.Conv2d(dim, config.z_channels, 1), conv3(config.z_channels, width)
     between, levels = middle(width, config.mid_attention, groups), []
-    for number, wide in reversed(list(enumerate(config.widths))):
-        attention = number in levels_of(config.decoder_attention, len(config.widths))
-        resample = Upsample(wide, wide) if number else nn.Identity()
+    for level, wide in reversed(list(enumerate(config.widths))):
+        attention = level in levels_of(config.decoder_attention, len(config.widths))
+        resample = Upsample(wide, wide) if level else nn.Identity()
         levels.append(Level(width, wide, config.blocks + 1, attention, groups, resample))
         width = wide
     return named(
@@ -130,11 +130,11 @@ def decoder(config: VQGANConfig, dim: int, outputs: int) -> nn.Sequential:
 
 
 class Level(nn.Module):
-    """Residual blocks of one width, each followed by attention if wanted, then the way to the next resolution."""
+    """Residual blocks of one width, each followed by attention if wanted, then a change of resolution."""
 
     def __init__(self, width: int, wide: int, blocks: int, attention: bool, groups: int, resample: nn.Module) -> None:
         super().__init__()
-        self.blocks = nn.ModuleList(Block(wide if number else width, wide, groups) for number in range(blocks))
+        self.blocks = nn.ModuleList(Block(wide if index else width, wide, groups) for index in range(blocks))
         self.attention = nn.ModuleList(Attention(wide, groups) if attention else nn.Identity() for _ in range(blocks))
         self.resample = resample
 
@@ -145,7 +145,8 @@ class Level(nn.Module):
 
 
 class Block(nn.Module):
-    """Two normalised 3x3 convolutions added to their input `(B, width, H, W)`, which a 1x1 convolution widens."""
+    """Two normalised 3x3 convolutions added to their input `(B, width, H, W)`, which a 1x1 convolution widens if
+    needed."""
 
     def __init__(self, width: int, wide: int, groups: int) -> None:
         super().__init__()
@@ -159,7 +160,7 @@ class Block(nn.Module):
 
 
 class Attention(nn.Module):
-    """Every position attends to every other, with one head, added to the input `(B, width, H, W)`."""
+    """Self-attention with one head over all positions, added to the input `(B, width, H, W)`."""
 
     def __init__(self, width: int, groups: int) -> None:
         super().__init__()
@@ -174,14 +175,14 @@ class Attention(nn.Module):
 
 
 class Downsample(nn.Sequential):
-    """Half the height and width: a 3x3 convolution of stride 2, padded below and to the right alone."""
+    """Halves height and width: a 3x3 convolution of stride 2, padded only at the bottom and on the right."""
 
     def __init__(self, width: int) -> None:
         super().__init__(nn.ZeroPad2d((0, 1, 0, 1)), nn.Conv2d(width, width, 3, stride=2))
 
 
 def levels_of(chosen: tuple[int, ...] | None, levels: int) -> set[int]:
-    """The chosen levels, those counted from the end too, each from 0 to `levels` - 1."""
+    """The chosen levels from 0 to `levels` - 1; negative ones are counted from the end."""
     return {level % levels for level in chosen or ()}
 
 
@@ -202,5 +203,5 @@ def conv3(width: int, wide: int) -> nn.Conv2d:
 
 
 def named(**layers: nn.Module) -> nn.Sequential:
-    """The layers one after the other, by name."""
+    """A sequence of layers with names."""
     return nn.Sequential(OrderedDict(layers))

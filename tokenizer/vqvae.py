@@ -9,7 +9,7 @@ from .layers import ConvolutionsConfig, decoder, encoder
 
 
 class VQVAEConfig(AutoencoderConfig, ConvolutionsConfig):
-    """Sizes of the networks, and what stands between them."""
+    """Sizes of the networks, and the quantizer between them."""
 
 
 class VQVAE(Autoencoder, name="vqvae"):

@@ -20,7 +20,7 @@ from ..images.decoding import try_decode
 from ..images.folders import find_images
 from ..images.pictures import SUFFIXES, grid_picture, save_picture
 from ..stages.provenance import defaults
-from ..stages.representation import choose_layer, choose_pool, embed, nearest
+from ..stages.representation import choose_layer, choose_pool, embed, nearest_neighbours
 from .probe import drawn, images_for
 
 
@@ -82,7 +82,7 @@ def run(config: SearchConfig) -> Tensor:
         embed(pipeline, images, layer=config.layer, pool=config.pool, batch_size=config.batch_size)
         for images in (splits.train.pixels(chosen), queries.images)
     )
-    found, distances = (each.cpu() for each in nearest(vectors, unknown, config.k))
+    found, distances = (each.cpu() for each in nearest_neighbours(vectors, unknown, config.k))
     found = chosen[found]
     print(report(queries, splits.train, found, distances, config.rows))
     shown = found[: config.rows]

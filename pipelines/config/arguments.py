@@ -1,4 +1,4 @@
-"""What a command line says: YAML files and `key=value`, read into nested mappings."""
+"""Reads a command line, YAML files and `key=value`, into nested mappings."""
 
 from __future__ import annotations
 
@@ -14,15 +14,16 @@ import yaml
 from tokenizer.mistakes import show
 from tokenizer.settings import Data
 
-WIDTH = 110  # of what is printed
+WIDTH = 110  # of printed text, in characters
 
 
 class UserError(Exception):
-    """A user's mistake. Each line of the message is a problem of its own."""
+    """A user's mistake. Each line of the message is one problem."""
 
 
 def read_arguments(argv: list[str]) -> tuple[list[Data], bool, list[str]]:
-    """What files and then overrides say, each a nested mapping; whether this is a dry run; and what is wrong."""
+    """The contents of the files and then the overrides, each a nested mapping; whether this is a dry run; and the
+    problems."""
     files, problems, overrides = [], [], []
     arguments = iter(argument for argument in argv if argument != "--dry-run")
     for argument in arguments:
@@ -41,7 +42,7 @@ def read_arguments(argv: list[str]) -> tuple[list[Data], bool, list[str]]:
 
 
 def kinds_first(argument: str) -> float:
-    """Sorts overrides, so that `a.kind=x` does not throw away the `a.b=1` that stands to its left."""
+    """The sort key of an override: kinds come first, so that `a.kind=x` does not discard an `a.b=1` to its left."""
     key = argument.partition("=")[0]
     return key.count(".") if key.split(".")[-1] == "kind" else float("inf")
 
@@ -67,16 +68,16 @@ def read_override(argument: str) -> Data:
 
 
 def presets() -> dict[str, Path]:
-    """The files of the presets by their names, as `prior/gpt_digits`: in the package once it is installed, else beside
-    it, in the checkout."""
+    """The files of the presets by name, such as `prior/gpt_digits`: in the installed package, or beside it in a
+    checkout."""
     here = Path(__file__).parents[1]
     folder = here / "configs" if (here / "configs").is_dir() else here.parent / "configs"
     return {path.relative_to(folder).with_suffix("").as_posix(): path for path in sorted(folder.glob("*/*.yaml"))}
 
 
 def find_preset(name: str) -> Path:
-    """The preset called `name`: `prior/gpt_digits` or `gpt_digits`, also as `configs/prior/gpt_digits.yaml`. Raises
-    `UserError` with those that may be meant."""
+    """The preset called `name`: `prior/gpt_digits`, `gpt_digits` or `configs/prior/gpt_digits.yaml`. Raises `UserError`
+    that names similar presets."""
     wanted = re.sub(r"^configs/|\.ya?ml$", "", name)
     found = {key: path for key, path in presets().items() if not key.startswith("accelerate/")}
     named = [key for key in found if wanted in (key, key.partition("/")[2])]
@@ -92,7 +93,7 @@ def find_preset(name: str) -> Path:
 
 
 def is_there(path: str) -> bool:
-    """Whether a file can be read here; not a folder, which a run may have left under the name of its preset."""
+    """Whether `path` is a file; a run may have left a folder with the name of its preset."""
     return os.path.exists(path) and not os.path.isdir(path)
 
 
@@ -100,7 +101,7 @@ def is_there(path: str) -> bool:
 
 
 class Loader(yaml.SafeLoader):
-    """YAML in which 1e-3 is a number, as in YAML 1.2, and a key that stands twice is an error."""
+    """YAML in which 1e-3 is a number, as in YAML 1.2, and a repeated key is an error."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
         """The mapping of `node`; raises `ConstructorError` at a repeated key."""
@@ -114,7 +115,7 @@ class Loader(yaml.SafeLoader):
 
 
 class Dumper(yaml.SafeDumper):
-    """What `Loader` reads back: mappings one key a line, lists in brackets."""
+    """Writes YAML that `Loader` reads back: mappings with one key a line, lists in brackets."""
 
 
 FLOAT = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$")
@@ -124,12 +125,12 @@ Dumper.add_representer(list, lambda dumper, items: dumper.represent_sequence("ta
 
 
 def write_yaml(data: Data) -> str:
-    """The text of `data`, which `read_yaml` reads back."""
+    """`data` as YAML text, which `read_yaml` reads back."""
     return yaml.dump(data, Dumper=Dumper, sort_keys=False, allow_unicode=True, width=WIDTH)
 
 
 def read_yaml(text: str) -> Any:
-    """The value of `text`; raises `UserError` with the line, unless there is only one."""
+    """The value of the YAML `text`. Raises `UserError` that names the line, if there are several."""
     try:
         return yaml.load(text, Loader)  # a SafeLoader
     except yaml.MarkedYAMLError as error:

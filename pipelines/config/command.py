@@ -17,7 +17,7 @@ from pydantic import ValidationError
 
 from tokenizer.files.errors import PipelineLoadError
 from tokenizer.mistakes import explain
-from tokenizer.settings import Data, complete, defaults_of, merge
+from tokenizer.settings import Data, defaults_of, merge, with_defaults
 
 from .arguments import UserError, read_arguments
 from .errors import search
@@ -53,7 +53,7 @@ def parse(
         given = merge(given, part)
     data = defaults_of(cls)
     for part in [defaults(given) if defaults else {}, *parts]:
-        data = complete(cls, merge(data, part))
+        data = with_defaults(cls, merge(data, part))
     try:
         config = cls.model_validate(data)
     except ValidationError as error:

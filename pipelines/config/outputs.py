@@ -1,4 +1,4 @@
-"""Check a verb's `out` before it works for hours: free or ours, and no input; and say what cannot be written."""
+"""Checks of a verb's `out` before it works for hours: it must be free or ours, and not an input."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from .arguments import UserError
 
 
 def check_out_file(out: Path | str, inputs: Inputs, suffixes: Collection[str] = ()) -> None:
-    """Raise `UserError` unless the file `out` can be written; see `writing.atomic_file`. suffixes: one of which it
-    should have, if there are any."""
+    """Raise `UserError` unless the file `out` can be written; see `writing.atomic_file`. suffixes: the allowed ones;
+    empty: all."""
     if suffixes and Path(out).suffix.lower() not in suffixes:
         raise UserError(f"out: {str(out)!r} should end in {', '.join(suffixes)}")
     with told_as_out():
@@ -37,7 +37,7 @@ def check_out_folder(out: Path | str, kind: Kind | None, inputs: Inputs) -> None
 
 @contextmanager
 def told_as_out() -> Iterator[None]:
-    """A refusal names the key of the command line."""
+    """Turn a `PathError` of the block into a `UserError` that names the key `out`."""
     try:
         yield
     except PathError as error:
@@ -46,7 +46,7 @@ def told_as_out() -> Iterator[None]:
 
 @contextmanager
 def writing(key: str, path: Path | str) -> Iterator[None]:
-    """Raise `UserError`, naming the key of the command line, where the block fails to write `path`."""
+    """Raise `UserError` that names the `key` of the command line if the block cannot write `path`."""
     try:
         yield
     except OSError as error:

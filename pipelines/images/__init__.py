@@ -1,4 +1,4 @@
-"""An image data set: found, decoded, split, augmented."""
+"""Image data sets: finds, decodes, splits and augments images."""
 
 from .base import DataConfig
 from .dataset import ImageDataset, Splits, to_float, to_uint8

@@ -20,20 +20,20 @@ from ..shuffling.hashing import uniforms
 
 
 class AugmentConfig(Config):
-    """Which random changes the training images get. All off by default."""
+    """Random changes of training images; all are off by default."""
 
     flip: bool = Field(default=False, description="Mirror half of the images left to right.")
     shift: int = Field(
         default=0, ge=0, description="Move by up to this many whole pixels, down or up and left or right."
     )
     rotate: float = Field(default=0.0, ge=0, le=180, description="Turn by up to this many degrees, either way.")
-    zoom: float = Field(default=0.0, ge=0, lt=1, description="Change the size by up to this share, larger or smaller.")
+    zoom: float = Field(default=0.0, ge=0, lt=1, description="Enlarge or shrink by up to this share.")
 
 
 def augment_images(images: Tensor, indices: NDArray[np.int64], config: AugmentConfig, seed: int, epoch: int) -> Tensor:
-    """Change `images` (B, C, H, W) in [-1, 1], the samples `indices` (B,) of their data set, and return the same shape.
+    """Augment `images` (B, C, H, W) in [-1, 1] with `indices` (B,) in their data set; returns the same shape.
 
-    Image `k` comes out the same, bit for bit, whatever other images are in the batch.
+    The result for an image is the same, bit for bit, in any batch.
     """
     draws = uniforms(seed, epoch, indices)
     if config.flip:
@@ -47,7 +47,8 @@ def augment_images(images: Tensor, indices: NDArray[np.int64], config: AugmentCo
 
 
 def affine_grid(draws: NDArray[np.float64], config: AugmentConfig, height: int, width: int) -> Tensor:
-    """Where each output pixel is read, (B, H, W, 2) for `grid_sample`; `draws` (B, 4) are uniform in [-1, 1].
+    """The place from which each output pixel is read, (B, H, W, 2) for `grid_sample`; `draws` (B, 4) are uniform in
+    [-1, 1].
 
     Written with elementwise operations because `F.affine_grid` is a matrix product, whose rounding may depend on B.
     """

@@ -15,9 +15,9 @@ REPORT = "bad_images.jsonl"
 
 
 def append_report(folder: Path, split: str, problems: list[Problem]) -> None:
-    """Add the lines `{"split", "path", "row", "reason", "replaced_by"}` that are not there yet.
+    """Append a line `{"split", "path", "row", "reason", "replaced_by"}` for each problem that is not in the file yet.
 
-    Processes may add lines at the same time: each is written at once. What cannot be written is said on stderr.
+    Processes may append at the same time: each line is written at once. Prints a warning if the file cannot be written.
     """
     path = Path(folder) / REPORT
     try:
@@ -28,11 +28,11 @@ def append_report(folder: Path, split: str, problems: list[Problem]) -> None:
                     file.write(json.dumps({"split": split, **problem._asdict()}) + "\n")
                     file.flush()
     except OSError as error:
-        print(f"warning: {path} is not written: {error}", file=sys.stderr)
+        print(f"warning: {path} cannot be written: {error}", file=sys.stderr)
 
 
 def read_report(folder: Path) -> list[dict[str, Any]]:
-    """The lines of a report, without one that is half written; none where there is no report."""
+    """The lines of a report, without half-written ones; none if there is no report."""
     path, found = Path(folder) / REPORT, []
     for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else []:
         try:
@@ -43,7 +43,7 @@ def read_report(folder: Path) -> list[dict[str, Any]]:
 
 
 class Problem(NamedTuple):
-    """A bad image: its path (or shard and name), its row in the split, why, and the path of what it was replaced by."""
+    """A bad image: its path (or shard and name), its row in the split, the reason, and the path of its replacement."""
 
     path: str
     row: int
@@ -53,7 +53,7 @@ class Problem(NamedTuple):
 
 @dataclass(frozen=True)
 class Report:
-    """How many images were looked at, and the bad ones among them."""
+    """The number of images that were looked at, and the bad ones among them."""
 
     found: int
     problems: list[Problem]
@@ -64,7 +64,7 @@ class Report:
 
 
 def judge(reports: list[Report], config: DataConfig) -> None:
-    """Stop, or warn, if images are bad."""
+    """Raise `UserError` if bad images are not allowed or too many; else warn if there are any."""
     found, problems = sum(r.found for r in reports), [problem for r in reports for problem in r.problems]
     if not problems:
         return
@@ -81,6 +81,6 @@ def judge(reports: list[Report], config: DataConfig) -> None:
 
 
 def listed(problems: list[Problem]) -> str:
-    """A line for each of the first ten, and how many more there are."""
+    """A line for each of the first ten problems, and the number of further ones."""
     more = f"\n  and {len(problems) - 10} more" if len(problems) > 10 else ""
     return "".join(f"\n  {problem.path}: {problem.reason}" for problem in problems[:10]) + more

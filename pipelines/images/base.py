@@ -1,4 +1,4 @@
-"""What is said of an image data set: its configuration, and the rows of a split."""
+"""The configuration of an image data set, and the rows of a split."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ from .stamps import KnownFile
 
 Side = Annotated[int, Field(ge=4, le=4096)]
 Payload = bytes | Path | KnownFile | NDArray[np.uint8] | str | None
-"""An encoded image, a file of one, pixels, or (a string) the reason why there is none."""
+"""An encoded image, the file of one, pixels, or (a string) the reason why there is no image."""
 MAX_FILE = 256 << 20  # bytes of an encoded image
 WORKERS = min(16, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
-"""Threads that read and decode, which do most of it without Python's lock."""
+"""Number of threads that read and decode; most of that work does not hold Python's lock."""
 
 
 class DataConfig(Config):
@@ -36,11 +36,13 @@ class DataConfig(Config):
     )
     streaming: bool = Field(
         default=False,
-        description="Read images when they are due, from folders or from .parquet and .tar shards in a folder, a "
-        "pattern, a URL or a Hub id; nothing is checked beforehand.",
+        description="Read images only when they are needed, from folders or from .parquet and .tar shards in a folder, "
+        "a pattern, a URL or a Hub id; nothing is checked beforehand.",
     )
     shuffle_window: int = Field(
-        default=10_000, ge=1, description="Images of shards are shuffled among so many, which `cache_mb` should hold."
+        default=10_000,
+        ge=1,
+        description="Images of shards are shuffled within a window of this many, which `cache_mb` should hold.",
     )
     split: str = Field(
         default="train", description="The split to train on; in a folder of images, a folder of that name."
@@ -51,13 +53,13 @@ class DataConfig(Config):
         description="The split to evaluate on; null: `test`, or where there is none the only one of "
         "validation, val, valid, dev; where there is none of these either, part of `split` is held out.",
     )
-    held_out_fraction: float = Field(default=0.1, gt=0, lt=1, description="How much of `split` that part is.")
+    held_out_fraction: float = Field(default=0.1, gt=0, lt=1, description="The share of `split` that is held out.")
     validation_fraction: Annotated[float | None, Before(0.0)] = Field(
         default=None,
         ge=0,
         lt=1,
-        description="How much of `split` is kept from training for the figures that choose; null: a twentieth, if that "
-        "is 10 images or more, but at most 2,000; 0: none, and these figures are of the images held out.",
+        description="The share of `split` that is kept from training to choose the best weights; null: a twentieth, if "
+        "that is 10 images or more, but at most 2,000; 0: none, and the held-out images are used instead.",
     )
     image_size: Side | tuple[Side, Side] = Field(
         default=28, description="Height and width, one number or [height, width]; others are resized and cropped."
@@ -70,12 +72,12 @@ class DataConfig(Config):
     augment: AugmentConfig = Field(default=AugmentConfig(), description="Random changes of the training images.")
     on_error: Literal["skip", "fail"] = Field(
         default="fail",
-        description="What to do about images that cannot be decoded; streaming replaces what it skips.",
+        description="What to do about images that cannot be decoded; streaming replaces those that it skips.",
     )
     max_bad_fraction: float = Field(
         default=0.01, ge=0, le=1, description="With `skip`, a larger share of bad images is an error."
     )
-    limit: int | None = Field(default=None, ge=1, description="Use only the first so many images of each split.")
+    limit: int | None = Field(default=None, ge=1, description="Use at most this many images of each split.")
     cache_mb: int = Field(
         default=2048, ge=0, description="Keep decoded images, or parts of shards, in memory up to this many MiB."
     )
@@ -88,7 +90,7 @@ class DataConfig(Config):
 
     @property
     def path(self) -> Path | None:
-        """Where the source lies on this machine; None for the digits, a Hub id or a URL."""
+        """The path of the source on this machine; None for the digits, a Hub id or a URL."""
         path = Path(self.source).expanduser()
         return path if self.source != "digits" and path.exists() else None
 
@@ -101,9 +103,10 @@ class DataConfig(Config):
 
 @dataclass(frozen=True)
 class Rows:
-    """One split as its source gives it, still encoded. `read` returns (path or row, payload) for each row asked for.
+    """One split as its source gives it, still encoded. `read` returns (path or row, payload) for each requested row.
 
-    Where rows are read in blocks, `blocks` holds the first row of each, and the end, and `row_bytes` the mean size.
+    If rows are read in blocks, `blocks` holds the first row of each block, and the end, and `row_bytes` the mean size
+    of a row.
     """
 
     size: int
@@ -115,9 +118,9 @@ class Rows:
 
 
 SplitRows = dict[str, Callable[[], Rows]]
-"""The splits of a source by name, each opened when it is asked for."""
+"""The splits of a source by name; calling one opens it."""
 
 
 def show_progress() -> bool:
-    """Whether a progress bar would be seen, and by one process only."""
+    """Whether to show a progress bar: only on a terminal, and only by the first process."""
     return is_first_process() and sys.stderr.isatty()

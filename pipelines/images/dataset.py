@@ -1,8 +1,8 @@
 """An image data set: uint8 in, float in [-1, 1] out.
 
 `load_images` finds the source (embedded digits, a local folder, parquet, a Hub id), decodes every image once so that
-bad ones are known before training starts, and keeps the pixels in memory when they fit. With `data.streaming` images
-are read when they are due, and bad ones replaced (`streamed`).
+bad ones are known before training starts, and keeps the pixels in memory if they fit. With `data.streaming` images are
+read only when they are needed, and bad ones are replaced (`streamed`).
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class ImageDataset:
     """
 
     finds_alone = False
-    """Whether each process finds bad images of its own."""
+    """Whether each process finds its own bad images."""
 
     def __init__(
         self, config: DataConfig, rows: Rows, decoded: Decoded, labels: NDArray[np.int64] | None, class_names: list[str]
@@ -52,7 +52,7 @@ class ImageDataset:
 
     @property
     def report(self) -> Report:
-        """How many images were looked at, and which of them are bad."""
+        """The number of images that were looked at, and the bad ones."""
         return self._report
 
     def __len__(self) -> int:
@@ -78,7 +78,7 @@ class ImageDataset:
             return [(name, image) for (name, _), image in zip(named, images, strict=True)]
 
     def _replaced(self, index: int, name: str, image: NDArray[np.uint8] | str) -> NDArray[np.uint8]:
-        """The image; raises `UserError` if it is none."""
+        """The image; raises `UserError` if it cannot be decoded."""
         if isinstance(image, str):
             raise UserError(f"{name}: {image}; it could be decoded when the run started")
         return image
@@ -89,7 +89,7 @@ class ImageDataset:
         return augment_images(images, self._check(indices), self._augment, seed, epoch) if augment else images
 
     def write_report(self, folder: Path, split: str) -> None:
-        """Add the bad images that were found since the last time to `bad_images.jsonl` in the folder."""
+        """Append the bad images found since the last call to `bad_images.jsonl` in the folder."""
         problems = self.report.problems
         if len(problems) > self._reported:
             new, self._reported = problems[self._reported :], len(problems)
@@ -105,35 +105,29 @@ class ImageDataset:
 
 @dataclass(frozen=True)
 class Splits:
-    """The images to train on, the ones to evaluate on, and those by which training chooses, if there are any; no image
-    is in two of them."""
+    """The images to train on, those to evaluate on, and, if any, those that choose the best weights; no image is in two
+    of them."""
 
     train: ImageDataset
     held_out: ImageDataset
     validation: ImageDataset | None = None
 
     def named(self) -> dict[str, ImageDataset]:
-        """Those that there are, by name; the one to train on comes first."""
+        """The splits that exist, by name, `train` first."""
         parts = {"train": self.train, "validation": self.validation, "held_out": self.held_out}
         return {name: images for name, images in parts.items() if images is not None}
 
     def write_report(self, folder: Path) -> None:
-        """Add the bad images that were found since the last time to `bad_images.jsonl` in the folder."""
+        """Append the bad images found since the last call to `bad_images.jsonl` in the folder."""
         for name, images in self.named().items():
             images.write_report(folder, name)
 
 
 def to_float(pixels: Tensor) -> Tensor:
-    """uint8 of any shape -> float32 in [-1, 1]."""
-    return pixels.float().div_(127.5).sub_(1)  # in place, which takes less than half of the time
+    """uint8 of any shape as float32 in [-1, 1]."""
+    return pixels.float().div_(127.5).sub_(1)  # in place: less than half the time
 
 
 def to_uint8(images: Tensor) -> Tensor:
-    """The inverse of `to_float`, exact on its values: floats are clamped to [-1, 1] and rounded."""
+    """The exact inverse of `to_float`; other floats are clamped to [-1, 1] and rounded."""
     return ((images.float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
-
-
-# splits and labels --------------------------------------------------------------------------------
-
-
-# bad images ---------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""Files to pixels: known formats of a reasonable size, upright, on white, in one shape; bad ones are noted."""
+"""Decodes image files to pixels: known formats of a reasonable size, upright, on white, in one shape."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ Shape = tuple[int, int, int]
 
 @dataclass(frozen=True)
 class Decoded:
-    """The good images of one split: their rows, and their pixels (n, C, H, W) if they are kept in memory."""
+    """The good images of one split: their rows, and their pixels (n, C, H, W) if kept in memory."""
 
     positions: NDArray[np.int64]
     pixels: Tensor | None
@@ -39,15 +39,15 @@ class Decoded:
 
 
 def decode_all(rows: Rows, positions: NDArray[np.int64], shape: Shape, room: int) -> Decoded:
-    """Decode the images at `positions`; keep the pixels if they fit in `room` bytes, and note the bad ones."""
+    """Decode the images at `positions`; keeps the pixels if they fit in `room` bytes, and reports the bad ones."""
     keep = len(positions) * int(np.prod(shape)) <= room
     store = np.empty((len(positions) if keep else 0, *shape), dtype=np.uint8)
     good, problems = np.ones(len(positions), dtype=bool), []
     chunks = [positions[start : start + CHUNK].tolist() for start in range(0, len(positions), CHUNK)]
     bar = tqdm(total=len(positions), desc="checking images", unit="image", leave=False, disable=not show_progress())
     with bar, ThreadPoolExecutor(WORKERS) as pool:
-        for number, results in enumerate(pool.map(partial(decode_chunk, rows, shape), chunks)):
-            for k, (name, image) in enumerate(results, start=number * CHUNK):
+        for chunk, results in enumerate(pool.map(partial(decode_chunk, rows, shape), chunks)):
+            for k, (name, image) in enumerate(results, start=chunk * CHUNK):
                 if isinstance(image, str):
                     good[k] = False
                     problems.append(Problem(name, int(positions[k]), image))
@@ -65,7 +65,7 @@ def decode_chunk(rows: Rows, shape: Shape, indices: list[int]) -> list[tuple[str
 
 
 def try_decode(payload: Payload, shape: Shape) -> NDArray[np.uint8] | str:
-    """The pixels (C, H, W), or the reason why there are none. Raises `FileChanged`: another image is no bad one."""
+    """The pixels (C, H, W), or the reason why there are none. Raises `FileChanged`, as a changed image is not bad."""
     try:
         return decode(payload, shape)
     except FileChanged:
@@ -90,8 +90,8 @@ def pixels_of(image: Image.Image, shape: Shape) -> NDArray[np.uint8]:
 
 
 def read_file(path: Path, stamp: Stamp | None = None) -> bytes:
-    """A file's bytes, once. Raises `ValueError` for one that is missing, too large, or no regular file (which may never
-    end); with a `stamp`, `FileChanged` unless the very file that is read has it before and after."""
+    """The bytes of a file. Raises `ValueError` if it is missing, too large, or not a regular file (which may never
+    end); with a `stamp`, `FileChanged` unless the opened file has this stamp before and after reading."""
     try:
         with opened(path, MAX_FILE) as file:
             require_stamp(path, stamp, file.status())
@@ -109,7 +109,8 @@ def read_file(path: Path, stamp: Stamp | None = None) -> bytes:
 
 
 def open_image(payload: bytes | Path | KnownFile | str | None) -> Image.Image:
-    """Open a file of a known format, unless its size is unreasonable. Raises `FileChanged`, and what Pillow raises."""
+    """Open an image of a known format and reasonable size. Raises `FileChanged`, `ValueError`, and what Pillow
+    raises."""
     known = KnownFile(payload, None) if isinstance(payload, Path) else payload
     data = read_file(known.path, known.stamp) if isinstance(known, KnownFile) else known
     if isinstance(data, str):
@@ -127,7 +128,7 @@ def open_image(payload: bytes | Path | KnownFile | str | None) -> Image.Image:
 
 
 def flatten(image: Image.Image) -> Image.Image:
-    """8 bits a channel and no transparency: 16-bit grey is scaled, alpha is composited on white."""
+    """The image in 8 bits a channel without transparency: 16-bit grey is scaled, alpha is composited on white."""
     if image.mode.startswith("I"):
         values = np.asarray(image).astype(np.int64).clip(0, 65535)
         return Image.fromarray(((values * 255 + 32767) // 65535).astype(np.uint8))

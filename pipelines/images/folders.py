@@ -15,24 +15,24 @@ from ..config import UserError
 from .base import WORKERS, DataConfig, Payload, Rows, SplitRows
 from .stamps import KnownFile, Stamp, stamp_at
 
-STAMPED = 4096  # files that a thread looks at in one go
-# Wider than what is decoded, so that an image we do not read is reported and not overlooked.
+STAMPED = 4096  # files whose stamps a thread takes at a time
+# More formats than are decoded, so that an image of another format is reported, not overlooked.
 SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".heic", ".avif", ".jp2", ".ppm"}
 SPLIT_FOLDERS = ("train", "training", "test", "testing", "held_out", "validation", "val", "valid", "dev")
 
 
 def image_folder(root: Path, config: DataConfig) -> SplitRows:
-    """A folder of images: folders named after the splits, if there are any, and in them one folder for each class.
+    """The splits of a folder of images: folders named after splits, if any, each with one folder per class.
 
-    Read here and not by `datasets`, which takes `test.png` for a whole split and drops labels when one folder is
-    deeper than the others.
+    `datasets` is not used: it takes `test.png` for a whole split, and drops labels if one folder is deeper than the
+    others.
     """
     return {name: partial(folder_rows, folder, config) for name, folder in split_folders(root, config).items()}
 
 
 def split_folders(root: Path, config: DataConfig) -> dict[str, Path]:
-    """The folders that are splits: those that are asked for, and beside the one of `split` those with a usual name. A
-    folder of classes, which may be called anything, has none: it is `split` as a whole."""
+    """The folders of the splits: those that the configuration names and, if there is a folder for `split`, those with a
+    usual name. A folder without such folders is `split` as a whole: its folders are classes."""
     names = [config.split, config.held_out or "test"]
     if (root / config.split).is_dir():
         names += SPLIT_FOLDERS
@@ -53,7 +53,8 @@ def folder_rows(folder: Path, config: DataConfig) -> Rows:
 
 
 def find_images(folder: Path) -> list[Path]:
-    """Files that look like images, dotfiles left out. A link to a folder raises UserError: it may lead in circles."""
+    """All files with the name of an image, except dotfiles. Raises `UserError` for a link to a folder, which may lead
+    in circles."""
     found = []
     for parent, folders, files in os.walk(folder):
         folders[:] = [name for name in folders if not name.startswith(".")]
@@ -65,31 +66,31 @@ def find_images(folder: Path) -> list[Path]:
 
 
 def is_image_name(name: str) -> bool:
-    """Whether a file is named like an image."""
+    """Whether a file has the suffix of an image."""
     return os.path.splitext(name)[1].lower() in SUFFIXES
 
 
 def stamps_at(paths: Sequence[Path | str]) -> NDArray[np.int64]:
-    """The stamp `(n, 3)` of each file, see `stamps`; to the listing of a local folder it adds some 3 us a file.
+    """The stamp of each file, `(n, 3)`, see `stamps`. This takes about 3 us a file in a local folder.
 
-    They are taken when files are found and not when they are read first: a link to an older file, or a folder that got
-    another one's name, could not be told by its dates from one that has always been there.
+    Stamps are taken when files are found, not when they are first read: later, a link to an older file, or a folder
+    that got another one's name, could not be told by its dates from one that has always been there.
     """
 
     def stamps(start: int) -> list[Stamp]:
         return [stamp_at(path) for path in paths[start : start + STAMPED]]
 
-    with ThreadPoolExecutor(WORKERS) as pool:  # which ask a network file system at the same time
+    with ThreadPoolExecutor(WORKERS) as pool:  # a network file system answers several requests at once
         parts = pool.map(lambda start: np.array(stamps(start), np.int64), range(0, len(paths), STAMPED))
         return np.concatenate([np.empty((0, 3), np.int64), *parts])
 
 
 def known_file(path: Path, stamp: NDArray[np.int64]) -> KnownFile:
-    """The file at `path`, to have this stamp `(3,)`."""
+    """The file at `path`, which should have this stamp `(3,)`."""
     size, written, changed = stamp.tolist()
     return KnownFile(path, (size, written, changed))
 
 
 def read_paths(paths: list[Path], stamps: NDArray[np.int64], indices: Sequence[int]) -> list[tuple[str, Payload]]:
-    """(path, file) of each image asked for."""
+    """(path, file) of each requested image."""
     return [(str(paths[i]), known_file(paths[i], stamps[i])) for i in indices]

@@ -1,5 +1,4 @@
-"""Whether the Hub is there, asked once and briefly, as its own clients ask for half a minute before they give up; and
-writing to it: a repository that holds other things keeps them, and holds our files whole."""
+"""Reading from the Hub without waiting for it: its own clients try for half a minute before they give up."""
 
 from __future__ import annotations
 
@@ -15,10 +14,10 @@ from tokenizer.files.hub import HUB_ID, is_reachable
 
 @contextmanager
 def offline_if_unreachable() -> Iterator[None]:
-    """While the Hub cannot be reached, `datasets` and `huggingface_hub` look into their caches at once.
+    """If the Hub cannot be reached, let `datasets` and `huggingface_hub` use their caches at once during the block.
 
-    Both read HF_HUB_OFFLINE once, when they are imported, and `load_dataset` has no argument for it: their constants
-    are changed meanwhile, which huggingface_hub 1.10 to 2.4 and datasets 4.0 to 5.2 look at in each call.
+    Both read HF_HUB_OFFLINE once, when they are imported, and `load_dataset` has no argument for it. So the block
+    changes their constants, which huggingface_hub 1.10 to 2.4 and datasets 4.0 to 5.2 read in each call.
     """
     import datasets
 
@@ -34,25 +33,22 @@ def offline_if_unreachable() -> Iterator[None]:
 
 
 def fetched(repo_id: str, name: str) -> Path | None:
-    """A file of a model's repository, in the cache; None where it is not to be had, for whatever reason."""
+    """The path in the cache of a file of a model's repository; None if it cannot be fetched, for any reason."""
     from huggingface_hub import hf_hub_download
 
     if not re.fullmatch(HUB_ID, repo_id):
         return None
     try:
         return Path(hf_hub_download(repo_id, name, local_files_only=not is_reachable()))
-    except Exception:  # which loading the whole of it will tell
+    except Exception:  # loading the whole model will raise it
         return None
 
 
 def reason_of(error: Exception) -> str:
-    """What an error of `datasets` says, in one line; if the Hub was not asked, that."""
+    """An error of `datasets` in one line, or the reason why the Hub was not asked."""
     if isinstance(error, ConnectionError):
         if constants.HF_HUB_OFFLINE:
-            return "it is not in the cache, and HF_HUB_OFFLINE forbids to ask the Hub"
+            return "it is not in the cache, and HF_HUB_OFFLINE forbids asking the Hub"
         if not is_reachable():
             return f"it is not in the cache, and {constants.ENDPOINT} cannot be reached"
     return (str(error).strip() or type(error).__name__).splitlines()[0]
-
-
-# Writing

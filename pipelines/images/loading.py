@@ -1,4 +1,4 @@
-"""From a configuration to images: find the source, choose the splits, carve what is missing, number the classes."""
+"""Loads the images of a configuration: finds the source, chooses or carves the splits, numbers the classes."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ from .splits import held_out_split, tell_splits, validation_count
 def load_images(config: DataConfig, *, begun: bool = False) -> Splits:
     """Find the source, decode every image once and return its splits.
 
-    begun: whether a run goes on with them, which is to hold out what it did; see `held_out_split`. Raises UserError for
-    a source that is missing or empty or lacks a split, for labels that are missing or negative, and for images that
-    cannot be decoded (with `on_error=skip`, only if they are more than `max_bad_fraction`).
+    begun: whether a run continues, which has to hold out the same images as before; see `held_out_split`. Raises
+    `UserError` for a source that is missing, empty or lacks a split, for labels that are missing or negative, and for
+    images that cannot be decoded (with `on_error=skip`, only if there are more than `max_bad_fraction`).
     """
     parts = choose_splits(open_source(config), config, begun)
     opened = {id(rows): rows for rows, _ in parts.values()}
@@ -50,7 +50,7 @@ def load_images(config: DataConfig, *, begun: bool = False) -> Splits:
 
 
 def chosen(labels: NDArray[np.int64] | None, positions: NDArray[np.int64]) -> NDArray[np.int64] | None:
-    """The labels of the rows at `positions`, where there are labels."""
+    """The labels of the rows at `positions`, if there are labels."""
     return None if labels is None else labels[positions]
 
 
@@ -66,8 +66,8 @@ def check_shape(config: DataConfig, shape: tuple[int, int, int], whose: str = "p
 def choose_splits(
     splits: SplitRows, config: DataConfig, begun: bool = False
 ) -> dict[str, tuple[Rows, NDArray[np.int64]]]:
-    """The rows of `train`, of `validation` where there are any, and of `held_out`, each with the positions to use.
-    Raises `UserError`."""
+    """The rows of `train`, `held_out` and, if there are any, `validation`, each with the positions to use. Raises
+    `UserError`."""
     if config.split not in splits:
         raise UserError(f"data.split: the source has no split {config.split!r}; it has {', '.join(splits)}")
     fraction, found = config.held_out_fraction, held_out_split(splits, config, begun=begun)
@@ -86,9 +86,9 @@ def choose_splits(
 
 
 def carve(rows: Rows, held_out: int, validation: int) -> dict[str, NDArray[np.int64]]:
-    """The positions of `rows` divided into `train`, `validation` and `held_out`, at random but always alike; each part
-    ascends. The two that are carved grow from the two ends of one order, so that neither depends on the size of the
-    other. Rows in blocks are divided by whole blocks, but for one that each part cuts.
+    """The positions of `rows` divided into `train`, `validation` and `held_out` in a fixed random way; each part
+    ascends. `held_out` is the start and `validation` the end of one random order, so that neither depends on the size
+    of the other. Rows in blocks are divided by whole blocks, except for one block at each cut.
     """
     order = drawn(rows.size) if rows.blocks is None else drawn_by_blocks(rows.blocks)
     parts = {
@@ -100,18 +100,19 @@ def carve(rows: Rows, held_out: int, validation: int) -> dict[str, NDArray[np.in
 
 
 def drawn(size: int) -> NDArray[np.int64]:
-    """The positions below `size` in an order that is drawn at random but always alike."""
+    """The positions below `size` in a fixed random order."""
     return np.argsort(splitmix64(np.arange(size, dtype=np.uint64)), kind="stable")
 
 
 def number_labels(parts: list[Rows]) -> tuple[list[NDArray[np.int64] | None], list[str]]:
-    """Class ids for every row of every part, and the names of the classes, which all parts share."""
+    """The class ids of the rows of every part, and the names of the classes, which all parts share. Raises
+    `UserError`."""
     names = parts[0].class_names
     if names is not None:
         known: list[Any] = list(range(len(names)))
     else:
         known = sorted({label for rows in parts for label in rows.labels or [] if is_label(label)})
-    ids = {label: number for number, label in enumerate(known)}
+    ids = {label: class_id for class_id, label in enumerate(known)}
     for rows in parts:
         for row, label in enumerate(rows.labels or []):
             if not is_label(label) or label not in ids:
@@ -125,5 +126,5 @@ def number_labels(parts: list[Rows]) -> tuple[list[NDArray[np.int64] | None], li
 
 
 def is_label(label: Any) -> bool:
-    """Whether a value can be a class: a name, or a whole number that is not negative."""
+    """Whether a value can be a class: a string, or an integer from 0."""
     return isinstance(label, str) or (isinstance(label, int) and label >= 0)

@@ -1,4 +1,4 @@
-"""What is told of where images came from: what is shared does not say what the folders of this machine are called."""
+"""What may be published about the source of images: nothing that is shared names a folder of this machine."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ import re
 from typing import Any
 
 LOCAL = "(a folder of whoever trained this: give data.source)"
-"""What stands for a folder in what was uploaded. Where the images are asked for, it is said not to be there."""
+"""Replaces a folder in what is uploaded. Loading images from it fails with a message that no such folder exists."""
 FOLDER = "a local folder of images"
 HUB_NAME = r"[\w-][\w.-]*(/[\w-][\w.-]*)?"
-REMARK = "("  # begins what is no source but says why there is none
+REMARK = "("  # begins a text in place of a source, which says why there is none
 
 
 def is_local(source: str) -> bool:
-    """Whether a source of images is a path: one that is there, or that can be nothing else."""
+    """Whether a source of images is a path: one that exists, or one that can be nothing else."""
     if source == "digits" or "://" in source:
         return False
     there = os.path.lexists(os.path.expanduser(source))
@@ -22,8 +22,8 @@ def is_local(source: str) -> bool:
 
 
 def public_source(source: str, local: bool = False) -> str:
-    """What may be told of a source: `LOCAL` for a path (`local`: it was one where it was used), and a URL without user,
-    password and query, in which keys may be."""
+    """The source as it may be published: `LOCAL` for a path (`local`: it was a path where it was used), and a URL
+    without user, password and query, which may hold keys."""
     if local or is_local(source):
         return LOCAL
     if "://" not in source:
@@ -33,13 +33,13 @@ def public_source(source: str, local: bool = False) -> str:
 
 
 def named(source: str) -> str:
-    """A source as a reader is told of it."""
+    """A source in words for a reader."""
     told = public_source(source)
     return FOLDER if told == LOCAL else told
 
 
 def shareable(facts: dict[str, Any]) -> dict[str, Any]:
-    """A copy of a pipeline's provenance, or of a token dataset's `source` and `parts`, that may be uploaded."""
+    """A copy of a pipeline's provenance, or of a token dataset's `source` and `parts`, which may be uploaded."""
     private = {source for source in sources_in(facts) if is_local(source)}
     private |= sources_in(facts.get("data")) if facts.get("local") else set()
 
@@ -59,7 +59,7 @@ def shareable(facts: dict[str, Any]) -> dict[str, Any]:
 
 
 def sources_in(facts: Any) -> set[str]:
-    """All sources of images that are named in provenance."""
+    """All sources of images that provenance names."""
     if isinstance(facts, list):
         return set().union(*map(sources_in, facts))
     if not isinstance(facts, dict):
@@ -69,8 +69,8 @@ def sources_in(facts: Any) -> set[str]:
 
 
 def told_on_card(facts: dict[str, Any]) -> str | None:
-    """What a pipeline with this `shareable` provenance was trained on, as its card says it; None where that is not
-    known."""
+    """The training images of a pipeline with this `shareable` provenance, in the words of its card; None if they are
+    not known."""
     source = facts.get("data", {}).get("source")
     if source == LOCAL:
         return FOLDER

@@ -1,4 +1,4 @@
-"""Images as people hand them over and look at them: PIL, arrays, and grids of many in one picture."""
+"""Images as users pass and see them: PIL images, arrays, and grids of many images in one picture."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ from tokenizer.files.writing import atomic_file
 
 Shape = tuple[int, int, int]
 ARRAYS = (np.uint8, np.float16, np.float32, np.float64)
-INNER = ("pipelines", "prior", "tokenizer", "torch")  # packages whose lines are not the user's
-_warned = False  # of floats in [0, 1], once is enough
+INNER = ("pipelines", "prior", "tokenizer", "torch")  # packages that are not the user's code
+_warned = False  # of floats in [0, 1]; once is enough
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 
 
 def grid_picture(images: Tensor, columns: int, *, min_side: int = 56) -> np.ndarray:
     """Images `(B, C, H, W)` in [-1, 1] as one uint8 (H, W, 3) array, small ones repeated up to `min_side`."""
-    from torchvision.utils import make_grid  # a second of imports, which loading a pipeline need not wait for
+    from torchvision.utils import make_grid  # takes a second, which loading a pipeline does not need
 
     images = ((images.float().cpu().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
     scale = max(1, -(-min_side // images.shape[-1]))
@@ -35,15 +35,14 @@ def grid_picture(images: Tensor, columns: int, *, min_side: int = 56) -> np.ndar
 
 
 def save_picture(picture: np.ndarray, path: str | Path, *, inputs: Inputs = ()) -> None:
-    """Write a uint8 (H, W, 3) array as an image file, whole or not at all; its folder is made. Raises `PathError` where
-    a file would be overwritten that is not such a picture, or something of the `inputs`."""
+    """Write a uint8 (H, W, 3) array as an image file, whole or not at all; creates its folder. Raises `PathError` if
+    this would overwrite a file that is not such a picture, or one of the `inputs`."""
     with atomic_file(path, inputs=inputs) as temporary:
         write_image(Image.fromarray(picture), temporary)
 
 
 def write_image(image: Image.Image, path: Path) -> None:
-    """Write a new image file that says that it is ours, in a comment of its format; of BMP, which has none, at its
-    end."""
+    """Write a new image file that is marked as ours in a comment; BMP, which has no comments, at its end."""
     comment = PngInfo()
     comment.add_text("Software", MARK.decode())
     options: dict[str, dict[str, Any]] = {
@@ -59,8 +58,8 @@ def write_image(image: Image.Image, path: Path) -> None:
 
 
 def to_images(images: Any, shape: Shape) -> Tensor:
-    """Float `(B, C, H, W)` in [-1, 1] of `shape` (C, H, W), from all that `as_batch` takes. Raises `ValueError` for
-    another size, type or range."""
+    """Float images `(B, C, H, W)` in [-1, 1] of `shape` (C, H, W), from anything that `as_batch` takes. Raises
+    `ValueError` for another size, type or range."""
     batch = as_batch(images, shape)
     if batch.dtype == torch.uint8:
         return batch.float() / 127.5 - 1
@@ -73,10 +72,11 @@ def to_images(images: Any, shape: Shape) -> Tensor:
 
 
 def as_batch(images: Any, shape: Shape) -> Tensor:
-    """Images of `shape` (C, H, W) as one tensor `(B, C, H, W)`, in the range and type they came in.
+    """Images of `shape` (C, H, W) as one tensor `(B, C, H, W)`; range and type do not change.
 
-    A PIL image (resized and cropped to fit, as uint8); a tensor `(B, C, H, W)`; an array `(B, H, W, C)` or of one image
-    `(H, W, C)`, of grey ones also `(B, H, W)` or `(H, W)`; or a list of single ones. Raises `ValueError` for all else.
+    Takes a PIL image (resized and cropped to fit, as uint8); a tensor `(B, C, H, W)`; an array `(B, H, W, C)`, or
+    `(H, W, C)` for one image, for grey images also `(B, H, W)` or `(H, W)`; or a list of single images. Raises
+    `ValueError` for anything else.
     """
     if isinstance(images, (list, tuple)):
         parts = [one_image(image, shape) for image in images]
@@ -123,7 +123,7 @@ def single_shapes(shape: Shape) -> list[tuple[int, ...]]:
 
 
 def refuse(images: Any, shape: Shape) -> NoReturn:
-    """Raise `ValueError`, which says what there may be."""
+    """Raise `ValueError` that says what is allowed."""
     found = type(images).__name__
     if isinstance(images, (list, tuple)):
         kinds = sorted({str(getattr(image, "dtype", type(image).__name__)) for image in images})
@@ -139,31 +139,31 @@ def refuse(images: Any, shape: Shape) -> NoReturn:
 
 
 def from_unit(images: Any) -> Any:
-    """Floats in [0, 1], such as torchvision's `ToTensor` makes, as those in [-1, 1] that a pipeline takes: tensors or
-    arrays of any shape. Nothing warns any more of floats that look like these. Raises `ValueError` for another range
-    or type."""
+    """Converts floats in [0, 1], such as torchvision's `ToTensor` makes, to [-1, 1], which a pipeline takes; tensors or
+    arrays of any shape. After this call, nothing warns of images that look like [0, 1]. Raises `ValueError` for another
+    range or type."""
     global _warned
     kind = type(images).__name__ if not isinstance(images, (Tensor, np.ndarray)) else str(images.dtype)
     if "float" not in kind:
         raise ValueError(f"from_unit takes a tensor or array of floats in [0, 1] (got {kind})")
     if 0 not in images.shape and not (images.min() >= 0 and images.max() <= 1):
         raise ValueError(f"from_unit takes floats in [0, 1] (got {float(images.min())} to {float(images.max())})")
-    _warned = True  # who calls this knows of it
+    _warned = True  # the caller knows about ranges
     return images * 2 - 1
 
 
 def warn_if_unit(batch: Tensor) -> None:
-    """Warn, once in a process, of images `(B, C, H, W)` that were handed over as floats in [0, 1], by the look of them:
-    nothing is negative, and not all are 8-bit values in [-1, 1], as those of a bright image are."""
+    """Warn, once per process, of images `(B, C, H, W)` that look like floats in [0, 1]: no value is negative, and not
+    all are 8-bit values in [-1, 1], as those of a bright image would be."""
     global _warned
     if _warned or not batch.is_floating_point() or not batch.numel():
         return
     low, high = (float(value) for value in batch.aminmax())
-    levels = (batch.float() + 1) * 127.5  # those of k/255 lie halfway between where k is even
+    levels = (batch.float() + 1) * 127.5  # k/255 lies halfway between two levels where k is even
     if not (low >= 0 and 2 / 255 < high <= 1) or not bool(((levels - levels.round()).abs() > 0.1).any()):
         return
     warnings.warn(
-        "float images are read as [-1, 1], and these look like [0, 1] (ToTensor makes such): hand over "
+        "float images are read as [-1, 1], and these look like [0, 1] (as ToTensor makes them): pass "
         "`pipelines.from_unit(images)`, or uint8",
         stacklevel=level_of_user(),
     )
@@ -171,8 +171,8 @@ def warn_if_unit(batch: Tensor) -> None:
 
 
 def level_of_user() -> int:
-    """The `stacklevel` at which the caller of this warns of the line that called into these packages; torch's
-    decorators lie between."""
+    """The `stacklevel` with which the caller's warning names the user's line that called into these packages; torch's
+    decorators add levels."""
     frame, level = sys._getframe(1), 1
     while frame.f_back is not None and str(frame.f_globals.get("__name__")).partition(".")[0] in INNER:
         frame, level = frame.f_back, level + 1

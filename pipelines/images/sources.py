@@ -1,6 +1,6 @@
-"""Where images come from: embedded digits, a local folder, parquet, a Hub id; each split as rows, still encoded.
+"""Opens sources of images: embedded digits, a local folder, parquet, a Hub id; each split as rows, still encoded.
 
-(Shards that are too many to be read beforehand are in `shard_sources`, and which splits are used is in `splits`.)
+`shards` opens shards that are too many to be read beforehand; `splits` chooses the splits that are used.
 """
 
 from __future__ import annotations
@@ -54,12 +54,13 @@ def digits() -> SplitRows:
     with gzip.open(path, "rt") as file:
         table = np.loadtxt(file, delimiter=",", dtype=np.float32).astype(np.uint8)
     images, labels = table[:, :-1].reshape(-1, 28, 28), table[:, -1].astype(np.int64)
-    number = np.empty(len(labels), dtype=np.int64)  # the how-manieth of its class an image is
+    rank_in_class = np.empty(len(labels), dtype=np.int64)
     for label in range(10):
-        number[labels == label] = np.arange(np.count_nonzero(labels == label))
+        rank_in_class[labels == label] = np.arange(np.count_nonzero(labels == label))
     # One of each class, then the next of each class, so that any `limit` is nearly balanced.
-    order = np.lexsort((splitmix64(np.arange(len(labels), dtype=np.uint64)), number))
-    parts = {"train": order[number[order] % 5 != 4], "test": order[number[order] % 5 == 4]}
+    order = np.lexsort((splitmix64(np.arange(len(labels), dtype=np.uint64)), rank_in_class))
+    held_out = rank_in_class[order] % 5 == 4
+    parts = {"train": order[~held_out], "test": order[held_out]}
     names = [str(label) for label in range(10)]
     return {
         split: partial(Rows, len(chosen), partial(read_array, images[chosen], split), labels[chosen].tolist(), names)
@@ -72,9 +73,6 @@ def read_array(images: NDArray[np.uint8], split: str, indices: Sequence[int]) ->
     return [(f"row {i} of {split}", images[i]) for i in indices]
 
 
-# folders ------------------------------------------------------------------------------------------
-
-
 # tables -------------------------------------------------------------------------------------------
 
 
@@ -84,10 +82,10 @@ def is_table(path: Path) -> bool:
 
 
 def tables(path: Path, config: DataConfig) -> SplitRows:
-    """What `datasets` reads: a parquet file, a folder of parquet files or with a metadata file, or a Hub id.
+    """The splits that `datasets` reads: a parquet file, a folder of parquet files or with a metadata file, or a Hub id.
 
-    It copies tables into a cache of its own and maps that into memory. What is done to the parquet files later does not
-    reach a run, and files of the cache that are replaced or removed stay mapped.
+    It copies tables into its cache and maps that into memory. Later changes of the parquet files do not affect a run,
+    and files of the cache that are replaced or removed stay mapped.
     """
     import datasets
 
@@ -102,7 +100,7 @@ def tables(path: Path, config: DataConfig) -> SplitRows:
         else:
             with offline_if_unreachable():
                 found = datasets.load_dataset(config.source)
-    except Exception as error:  # anything from a lost network to a broken file; the first line says which
+    except Exception as error:  # anything from a lost network to a broken file
         reason = reason_of(error)
         if path.exists():
             raise UserError(f"data.source: {path} cannot be read: {reason}") from error
@@ -117,7 +115,7 @@ def tables(path: Path, config: DataConfig) -> SplitRows:
 
 
 def table_rows(table: Any, split: str, config: DataConfig) -> Rows:
-    """One split of a `datasets.DatasetDict`, its images left encoded."""
+    """One split of a `datasets.DatasetDict`, with its images still encoded."""
     import datasets
 
     if config.image_column not in table.column_names:
@@ -130,7 +128,7 @@ def table_rows(table: Any, split: str, config: DataConfig) -> Rows:
     try:
         images = table.select_columns([config.image_column])
         images = images.cast_column(config.image_column, datasets.Image(decode=False))
-    except Exception as error:  # pyarrow has several for a column that cannot be cast
+    except Exception as error:  # pyarrow raises several types for a column that cannot be cast
         raise UserError(f"data.image_column: {config.image_column!r} does not hold images: {error}") from error
     files = files_in(images, config.image_column)
     stamps = stamps_at(files) if any(files) else None
@@ -138,7 +136,7 @@ def table_rows(table: Any, split: str, config: DataConfig) -> Rows:
 
 
 def files_in(table: Any, column: str) -> list[str]:
-    """The path of each row's image, "" where the image itself is in the table."""
+    """The path of each row's image, "" if the image itself is in the table."""
     import pyarrow.compute as pc
 
     values = table.data.column(column)
@@ -149,7 +147,7 @@ def files_in(table: Any, column: str) -> list[str]:
 def read_table(
     table: Any, column: str, split: str, stamps: NDArray[np.int64] | None, indices: Sequence[int]
 ) -> list[tuple[str, Payload]]:
-    """(path or row, encoded bytes or file) of each row asked for. `stamps` `(n, 3)` are those of files."""
+    """(path or row, encoded bytes or file) of each requested row. `stamps` `(n, 3)` are those of the files."""
     named: list[tuple[str, Payload]] = []
     for row, value in zip(indices, table[list(indices)][column], strict=True):
         data, path = (value or {}).get("bytes"), (value or {}).get("path")

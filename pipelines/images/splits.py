@@ -1,7 +1,7 @@
-"""Which splits of a source are used: the one to evaluate on is found by its name, and a line says what is left over.
+"""Chooses the splits of a source: finds the one to evaluate on by its name, and prints a line about unused ones.
 
-What chooses (figures while training, the best weights) looks at `validation` images, which are carved from the split to
-train on; what is reported looks at those held out.
+Choices (figures while training, the best weights) use `validation` images, which are carved from the split to train on;
+reported results use the held-out images.
 """
 
 from __future__ import annotations
@@ -17,17 +17,18 @@ from ..config import UserError, is_first_process
 from .base import DataConfig
 
 STAND_INS = ("validation", "val", "valid", "dev")
-"""What a split to evaluate on is called where there is no `test`."""
+"""Names of a split to evaluate on if there is no `test`."""
 SHARE, LEAST, MOST = 0.05, 10, 2000
-"""Of the split to train on, for validation: fewer than 10 images would choose by chance, and figures while training
-look at 2,000 at most."""
+"""The share of the split to train on that is kept for validation, and its limits: fewer than 10 images would choose by
+chance, and figures while training use at most 2,000."""
 
 
 def held_out_split(names: Collection[str], config: DataConfig, *, begun: bool = False) -> str | None:
-    """The split to evaluate on, of those called `names`; None where part of `config.split` is to be held out.
+    """The split among `names` to evaluate on; None if part of `config.split` is to be held out.
 
-    Raises `UserError` for a name that was given and is not there, though other splits are. Two are no mistakes: `test`,
-    which is how to ask for that part, and any name with which a run was `begun`, when that part was held out silently.
+    Raises `UserError` if `config.held_out` names a split that does not exist although other splits do. Two cases are
+    allowed: `test`, which asks for part of `config.split`, and a run that was `begun` earlier, when any missing name
+    silently meant that part.
     """
     others, wanted = [name for name in names if name != config.split], config.held_out
     if wanted is None:
@@ -46,7 +47,7 @@ def held_out_split(names: Collection[str], config: DataConfig, *, begun: bool = 
 
 
 def nearest_name(wanted: str, names: list[str]) -> str | None:
-    """The split that was meant, if one is called much like it; the stand-ins for `test` are names of each other."""
+    """The split that was probably meant, if one has a similar name; the stand-ins for `test` count as the same name."""
     known = {name: name for name in names}
     there = [name for name in STAND_INS if name in names]
     if len(there) == 1:
@@ -56,8 +57,8 @@ def nearest_name(wanted: str, names: list[str]) -> str | None:
 
 
 def tell_splits(names: Collection[str], config: DataConfig, found: str | None, part: str, how: str) -> None:
-    """Say in one line what stands in for `test`, and which splits are not used; nothing where that is as one expects,
-    or as one asked. part: what is taken where no split was `found`; how: what it is taken for."""
+    """Print one line about what replaces `test` and which splits are not used; nothing if this is as expected or as
+    configured. part: what is used if no split was `found`; how: what it is used for."""
     left = [name for name in names if name not in (config.split, found)]
     usual = found == "test" or (found is None and not left)
     if not is_first_process() or (config.held_out is not None and found is not None) or (usual and not left):
@@ -70,7 +71,7 @@ def tell_splits(names: Collection[str], config: DataConfig, found: str | None, p
 
 
 def validation_count(size: int, fraction: float | None) -> int:
-    """How many of the `size` images of the split to train on are for validation; see `DataConfig`."""
+    """The number of validation images among the `size` images of the split to train on; see `DataConfig`."""
     if fraction is None:
         count = min(round(SHARE * size), MOST)
         return count if count >= LEAST else 0
@@ -78,6 +79,6 @@ def validation_count(size: int, fraction: float | None) -> int:
 
 
 def as_begun(data: DataConfig, before: dict[str, Any] | None) -> DataConfig:
-    """`data` for going on with what was begun with the configuration `before`, if anything was: the same images are
-    trained on and held out."""
+    """`data` for continuing what was begun with the configuration `before`, if anything: the same images are trained on
+    and held out."""
     return data if before is None else data.model_copy(update=settings.as_begun(DataConfig, dict(data), before))

@@ -1,11 +1,11 @@
-"""What tells a file from what it was when a run began, so that a run never goes on with other images in their places.
+"""Stamps, which show whether a file has changed since a run began, so that a run never continues with other images.
 
-Of a file on this machine that is its size, when it was written last (mtime) and when anything about it changed last
-(ctime). The latter also tells a file that was written anew and given its old date, and another one that was moved to
-its name, without inode numbers, which some network file systems make up; but `touch`, `chmod` and a new hard link,
-which leave the data alone, count as changes too. Not told: what is written within the same tick of the file system's
-clock, some milliseconds, in which the file was first looked at; what another machine writes on NFS during a read, until
-the file is opened again.
+The stamp of a file on this machine is its size, the time of its last write (mtime) and of its last change of any kind
+(ctime). ctime also detects a file that was rewritten and given its old date, and another file that was moved to its
+name, without inode numbers, which some network file systems make up. But `touch`, `chmod` and a new hard link, which do
+not change the data, count as changes too. Two changes are not detected: a write within the same tick of the file
+system's clock (some milliseconds) in which the stamp was taken; and, on NFS, a write by another machine during a read,
+until the file is opened again.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ MISSING: Stamp = (-1, -1, -1)
 
 
 class FileChanged(UserError):
-    """A file that is another one by now. It is no bad image: nothing takes its place."""
+    """A file has changed since the run began. It does not count as a bad image, and nothing replaces it."""
 
     def __init__(self, name: str | Path) -> None:
         super().__init__(f"{name}: it has changed since the run started; start the run again")
 
 
 class KnownFile(NamedTuple):
-    """A file of an image, and the stamp that it had when it was found; None: it may be any."""
+    """The file of an image, and the stamp that it had when it was found; None: any stamp is accepted."""
 
     path: Path
     stamp: Stamp | None
@@ -42,7 +42,7 @@ def stamp_of(facts: os.stat_result) -> Stamp:
 
 
 def stamp_at(path: str | Path) -> Stamp:
-    """What is at a path, behind links; `MISSING` where nothing can be found."""
+    """The stamp of the file at a path, following links; `MISSING` if there is none."""
     try:
         return stamp_of(os.stat(path))
     except (OSError, ValueError):
@@ -50,7 +50,7 @@ def stamp_at(path: str | Path) -> Stamp:
 
 
 def require_stamp(path: Path, stamp: Stamp | None, facts: os.stat_result) -> None:
-    """Raise `FileChanged` if the open file at `path` has another stamp than this."""
+    """Raise `FileChanged` if the open file at `path`, with these `facts`, has another stamp."""
     if stamp is not None and stamp_of(facts) != stamp:
         raise FileChanged(path)
 
@@ -62,9 +62,11 @@ def size_and_dates(facts: os.stat_result) -> tuple[int, str]:
 
 
 def stamp_told(info: dict[str, Any], url: str) -> str:
-    """What a server says of a file that changes when the file does; "" if nothing, and then its length alone tells.
+    """The server's facts about a file that change when the file does; "" if there are none, and then only the length
+    detects a change.
 
-    Over http that is all of it. Elsewhere it is what tells most: of dates, a listing and an answer have other digits.
+    Over http, all of these facts. Elsewhere only the most specific one: a listing and an answer write dates with
+    different digits.
     """
     told = [f"{name}={info[name]}" for name in TOLD if info.get(name)]
     return " ".join(told if url.startswith("http") else told[:1])

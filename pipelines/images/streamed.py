@@ -1,4 +1,4 @@
-"""Images that are read when they are due: what is bad is replaced, the same way wherever and whenever it is met."""
+"""Images that are read only when they are needed; a bad image always has the same replacement."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ from .dataset import ImageDataset, Indices
 from .decoding import Decoded
 
 TRIED = 8  # images that are read at a time to find a good one
-FEW = 1000  # images after which the share of bad ones begins to count
+FEW = 1000  # images before which the share of bad ones does not count
 
 
 class StreamedImages(ImageDataset):
-    """Images of one shape with optional labels, none of which was read beforehand.
+    """Images of one shape with optional labels, none of which is read beforehand.
 
-    In place of a bad image comes the next good one of the same class, in the order of the rows and round their end: a
-    function of the data alone. With `on_error=fail` the first bad one raises `UserError`, with `skip` more than
-    `max_bad_fraction` of those looked at by this process, once they are 1,000.
+    A bad image is replaced by the next good one of the same class in the order of the rows, which wraps around: a
+    function of the data alone. With `on_error=fail` the first bad image raises `UserError`; with `skip`, a share above
+    `max_bad_fraction` of the images that this process has read, counted as at least 1,000.
     """
 
     finds_alone = True
@@ -56,18 +56,18 @@ class StreamedImages(ImageDataset):
 
     @property
     def report(self) -> Report:
-        """What this process has met so far."""
+        """The images and problems that this process has met so far."""
         with self._lock:
             return Report(min(self._seen, len(self)), list(self._problems.values()))
 
     def samples(self, batch_size: int, seed: int, step: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """See `ShardOrder.samples`; files that lie by themselves are shuffled as a whole."""
+        """See `ShardOrder.samples`; single files are shuffled as a whole."""
         if self._order is None:
             return super().samples(batch_size, seed, step)
         return self._order.samples(batch_size, seed, step)
 
     def stand_in(self, index: int) -> int:
-        """The image that comes in place of this one: itself, as far as is known."""
+        """The index of the image that replaces this one, as far as is known; else its own."""
         return self._stand_ins.get(index, index)
 
     def pixels(self, indices: Indices) -> Tensor:
@@ -76,7 +76,7 @@ class StreamedImages(ImageDataset):
         return super().pixels(indices)
 
     def _replaced(self, index: int, name: str, image: NDArray[np.uint8] | str) -> NDArray[np.uint8]:
-        """The image, or the one that stands in for it."""
+        """The image, or its replacement."""
         if not isinstance(image, str):
             return image
         with self._lock:

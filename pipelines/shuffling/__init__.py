@@ -1,1 +1,1 @@
-"""Which row comes when, as functions of (seed, epoch, index)."""
+"""The order of training rows, as functions of (seed, epoch, index)."""

@@ -1,9 +1,9 @@
-"""A random order that is computed and not kept: where row `k` of an epoch comes from, for any few `k` at a time.
+"""Random orders of rows: drawn permutations for few rows, computed ones for many.
 
-Drawing a permutation of 12.8 million rows takes most of a second and 100 MB at every epoch; this takes neither. The
-cipher is Black and Rogaway's generalised Feistel network (2002, "Ciphers with arbitrary finite domains"): positions are
-pairs (left, right) below `a x b`, the halves take turns being moved by a hash of the other, and what falls outside the
-rows goes round again.
+Drawing a permutation of 12.8 million rows takes most of a second and 100 MB at every epoch. A computed permutation
+takes neither: it gives the row at any position on its own. It is Black and Rogaway's generalised Feistel network (2002,
+"Ciphers with arbitrary finite domains"): positions are pairs (left, right) below `a x b`, the halves take turns being
+shifted by a hash of the other, and results outside of the rows are enciphered again.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ Positions = NDArray[np.int64]
 
 
 def permuted(positions: Positions, rows: int, *key: int) -> Positions:
-    """The images `(B,)` of `positions` `(B,)` under a permutation of `range(rows)` that `key` alone chooses."""
+    """The rows `(B,)` at `positions` `(B,)` in a permutation of `range(rows)` that depends on `key` alone."""
     a = math.isqrt(max(0, rows - 1)) + 1
     b = -(-rows // a)
     state = np.array([0], dtype=np.uint64)
@@ -29,15 +29,15 @@ def permuted(positions: Positions, rows: int, *key: int) -> Positions:
         state = splitmix64(state ^ np.uint64(part % 2**64))
     keys = splitmix64(state + np.arange(ROUNDS).astype(np.uint64))
     found = _encipher(positions, a, b, keys)
-    while len(outside := np.flatnonzero(found >= rows)):  # at most a of a x b
+    while len(outside := np.flatnonzero(found >= rows)):  # at most `a` of `a x b` pairs
         found[outside] = _encipher(found[outside], a, b, keys)
     return found
 
 
 def _encipher(positions: Positions, a: int, b: int, keys: NDArray[np.uint64]) -> Positions:
     left, right = (half.astype(np.uint64) for half in np.divmod(positions, b))
-    for number, key in enumerate(keys):
-        if number % 2:
+    for turn, key in enumerate(keys):
+        if turn % 2:
             right = _moved(right, left ^ key, b)
         else:
             left = _moved(left, right ^ key, a)
@@ -53,11 +53,11 @@ def _moved(half: NDArray[np.uint64], other: NDArray[np.uint64], size: int) -> ND
 
 def permuted_blocks(positions: Positions, rows: int, block: int, *key: int) -> Positions:
     """Like `permuted`, for a slow disk: blocks of `block` neighbouring rows come in a random order, and rows are mixed
-    among the `block` blocks that stand together, so that a disk reads whole blocks and keeps `block`^2 rows at a time.
+    within each window of `block` blocks, so that whole blocks are read and `block`^2 rows are needed at a time.
     """
     blocks = -(-rows // block)
     found = _in_blocks(positions, blocks, block, key)
-    while len(outside := np.flatnonzero(found >= rows)):  # what the last block has not
+    while len(outside := np.flatnonzero(found >= rows)):  # beyond the end of the last block
         found[outside] = _in_blocks(found[outside], blocks, block, key)
     return found
 
@@ -65,10 +65,10 @@ def permuted_blocks(positions: Positions, rows: int, block: int, *key: int) -> P
 def _in_blocks(positions: Positions, blocks: int, block: int, key: tuple[int, ...]) -> Positions:
     window = block * block
     windows, found = positions // window, np.empty_like(positions)
-    for number in np.unique(windows):
-        here = windows == number
-        size = min(window, blocks * block - int(number) * window)
-        mixed = permuted(positions[here] - number * window, size, *key, int(number)) + number * window
+    for index in np.unique(windows):
+        here = windows == index
+        size = min(window, blocks * block - int(index) * window)
+        mixed = permuted(positions[here] - index * window, size, *key, int(index)) + index * window
         found[here] = permuted(mixed // block, blocks, *key, -1) * block + mixed % block
     return found
 
@@ -79,8 +79,8 @@ DRAWN = 1 << 20  # rows up to which an epoch's permutation is drawn, in about 30
 def samples_of(rows: int, batch_size: int, seed: int, step: int) -> tuple[np.ndarray, np.ndarray]:
     """Row indices and epochs, each `(batch_size,)`, of one step's global batch: a function of its arguments.
 
-    Every epoch is its own permutation; batches run across their ends, so each row comes once per epoch. That of many
-    rows is computed where it is asked for: drawn, it would take memory and stop the training once per epoch.
+    Every epoch has its own permutation. Batches run across the ends of epochs, so each row comes once per epoch. For
+    many rows the permutation is computed: drawing it would take memory and stop the training once per epoch.
     """
     positions = step * batch_size + np.arange(batch_size, dtype=np.int64)
     epochs, indices = positions // rows, positions % rows
@@ -106,5 +106,5 @@ def _permutation(rows: int, seed: int, epoch: int) -> np.ndarray:
 
 
 def spread(size: int, limit: int | None) -> np.ndarray:
-    """The rows below `size`, or `limit` of them, evenly spread, as those of a class may lie side by side."""
+    """All rows below `size`, or `limit` of them, evenly spread because rows of one class may be neighbours."""
     return np.arange(size) if limit is None or limit >= size else np.linspace(0, size - 1, limit).astype(np.int64)

@@ -151,7 +151,7 @@ def pooled(vectors: Tensor, pool: str, pipeline: Stages) -> Tensor:
     return vectors[:, pipeline.prior.order[-1] if vectors.shape[1] > 1 else 0]
 
 
-def nearest(index: Tensor, queries: Tensor, k: int) -> tuple[Tensor, Tensor]:
+def nearest_neighbours(index: Tensor, queries: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """The `k` rows of `index` (n, dim) nearest to each of `queries` (B, dim), nearest first: ids `(B, k)`, and cosine
     distances `(B, k)` from 0 (the same direction) to 2. Raises `ValueError` unless 1 <= k <= n."""
     if not 1 <= k <= len(index):

@@ -31,7 +31,7 @@ from pipelines.images import DataConfig, load_images, to_float, to_uint8
 from tokenizer import Tokenizer
 from tokenizer.files.errors import ConfigError
 from tokenizer.losses import psnr
-from tokenizer.palette import distinct_colors, kmeans, lattice, spread
+from tokenizer.palette import distinct_colors, lattice, spread, weighted_kmeans
 from tokenizer.quantizers import codebook
 
 LEVELS = [2, 3, 4, 7, 16, 100, 255, 256]
@@ -282,13 +282,15 @@ def test_a_color_without_pixels_moves_to_where_the_error_is(monkeypatch):
     points = torch.tensor([[0.0], [0.1], [0.9], [1.0]])
     counts = torch.tensor([1.0, 1, 1, 5]).double()
     monkeypatch.setattr("tokenizer.palette.spread", lambda *_: torch.tensor([[0.05], [7.0], [7.0]]))
-    assert kmeans(points, counts, 3, 0, 0)[1:].flatten().sort().values.tolist() == pytest.approx([0.9, 1.0])
-    found = kmeans(points, counts, 3, 10, 0).flatten().sort().values
+    assert weighted_kmeans(points, counts, 3, 0, 0)[1:].flatten().sort().values.tolist() == pytest.approx([0.9, 1.0])
+    found = weighted_kmeans(points, counts, 3, 10, 0).flatten().sort().values
     assert found.tolist() == pytest.approx([0.05, 0.9, 1.0])
     monkeypatch.setattr("tokenizer.palette.spread", lambda *_: torch.tensor([[1.0], [7.0], [7.0]]))
-    assert kmeans(points, counts, 3, 0, 0).flatten().sort().values.tolist() == pytest.approx([0.0, 0.1, 1.0])
+    assert weighted_kmeans(points, counts, 3, 0, 0).flatten().sort().values.tolist() == pytest.approx([0.0, 0.1, 1.0])
     monkeypatch.setattr("tokenizer.palette.spread", lambda *_: torch.tensor([[0.05], [0.9]]))
-    assert kmeans(points, counts, 2, 10, 0).flatten().tolist() == pytest.approx([0.05, 5.9 / 6])  # counts are weights
+    assert weighted_kmeans(points, counts, 2, 10, 0).flatten().tolist() == pytest.approx(
+        [0.05, 5.9 / 6]
+    )  # counts are weights
 
 
 def test_a_spread_start_never_takes_a_color_twice():

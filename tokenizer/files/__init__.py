@@ -1,1 +1,1 @@
-"""How files are written whole and read with suspicion."""
+"""Files that are written whole or not at all, and checked when they are read."""

@@ -1,6 +1,6 @@
-"""JSON that anyone may have written, checked by pydantic against a class; one line says what is wrong with it.
+"""Untrusted JSON, checked by pydantic against a class; errors are one line.
 
-The types of this file are strict: true is no number, 1.0 is no whole number, and "1" is neither.
+The types of this file are strict: true is not a number, 1.0 is not a whole number, and "1" is neither.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from .errors import FormatError, shown
 T = TypeVar("T")
 Whole = Annotated[int, Strict()]
 Number = Annotated[float, Strict()]
-"""A whole number, too, of which it makes a float."""
+"""A whole number too, which becomes a float."""
 Bool = Annotated[bool, Strict()]
 Text = Annotated[str, Strict()]
 
@@ -34,7 +34,7 @@ EXPECTED = {
 
 
 class FieldError(ValueError):
-    """What is wrong with one field of an object: for checks that look at several fields."""
+    """One field of an object is wrong; raised by checks that look at several fields."""
 
     def __init__(self, field: str, problem: str) -> None:
         super().__init__(f"{field}: {problem}")
@@ -42,8 +42,8 @@ class FieldError(ValueError):
 
 
 def checked(cls: type[T], data: Any, path: Path) -> T:
-    """`data`, which is what stands in the file `path`, as a `cls` (a pydantic model or a dataclass). Raises
-    `FormatError` that names the file, the first field that is wrong, what was found and what is allowed."""
+    """`data`, the content of the file `path`, as a `cls` (a pydantic model or a dataclass). Raises `FormatError` that
+    names the file, the first wrong field, what was found and what is allowed."""
     try:
         return TypeAdapter(cls).validate_python(data)
     except ValidationError as error:

@@ -1,4 +1,4 @@
-"""One folder, one writer at a time: a lock that ends with the process that holds it, however that ends."""
+"""One writer at a time for each folder: a lock that ends with the process that holds it, even if it is killed."""
 
 from __future__ import annotations
 
@@ -18,19 +18,19 @@ except ImportError:  # Windows, which has no such locks
     fcntl = None  # type: ignore[assignment]
 
 LOCK = ".lock"
-"""In the folder, while somebody writes there, or after he was killed."""
+"""The file is in the folder while a process writes there, or after that process was killed."""
 
 
 @contextmanager
 def claimed(folder: Path) -> Iterator[None]:
-    """Be the only one that writes into `folder`, which has to be there, while the block lasts. Raises `PathError` that
-    says who else does."""
+    """Keep all other processes from writing into `folder`, which must exist, during the block. Raises `PathError` that
+    names the process that writes there already."""
     if fcntl is None:
         yield
         return
     path = folder / LOCK
     with path.open("a+b") as file:
-        # A file that was deleted meanwhile, by one that has just ended, locks nobody out.
+        # The lock of a deleted file (its process has just ended) keeps nobody out.
         if not _locked(file.fileno(), fcntl.LOCK_EX) or not _is_still(file.fileno(), path):
             raise PathError(taken(folder))
         facts = {"pid": os.getpid(), "host": socket.gethostname(), "since": time.strftime("%Y-%m-%d %H:%M:%S")}
@@ -44,7 +44,7 @@ def claimed(folder: Path) -> Iterator[None]:
 
 
 def require_unclaimed(folder: Path) -> None:
-    """Raise `PathError` if another process writes into `folder` now; several processes may ask at once."""
+    """Raise `PathError` if another process is writing into `folder`; several processes may call this at once."""
     if fcntl is None or not (folder / LOCK).is_file():
         return
     with (folder / LOCK).open("rb") as file:
@@ -70,7 +70,7 @@ def _is_still(descriptor: int, path: Path) -> bool:
 
 
 def taken(folder: Path) -> str:
-    """Who holds the folder, as far as is known."""
+    """The message that a process holds the folder, and which one if that is known."""
     try:
         facts = json.loads((folder / LOCK).read_text())
         who = f"process {int(facts['pid'])} on {facts['host']} writes into this folder since {facts['since']}"

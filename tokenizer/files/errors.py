@@ -1,7 +1,7 @@
-"""What can be wrong with a saved model, token dataset or pipeline folder, and how it is said.
+"""Errors in saved models, token datasets and pipeline folders.
 
-A message names the file, what was found and what is allowed. What is found was written by whoever made the file, so a
-message is one line of printable characters, of bounded length, whatever the file holds.
+A message names the file, what was found and what is allowed. The file may come from anyone, so a message is one line of
+printable characters, of bounded length, whatever the file holds.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ LONGEST_MESSAGE, LONGEST_VALUE = 900, 80
 
 
 class PipelineLoadError(ValueError):
-    """The root of everything that can be wrong with a saved model, token dataset or pipeline folder."""
+    """Base of all errors in a saved model, token dataset or pipeline folder."""
 
     def __init__(self, message: object = "") -> None:
         super().__init__(one_line(str(message)))
@@ -23,11 +23,11 @@ class FormatError(PipelineLoadError):
 
 
 class PathError(PipelineLoadError):
-    """A file is missing, or is not where it may be."""
+    """A file is missing, or is where it may not be."""
 
 
 class UnreadableError(PathError):
-    """The system did not let a file be read (an error of the disk, no permission): the file itself may be as it was."""
+    """The system could not read a file (a disk error, no permission); the file itself may be intact."""
 
 
 class ConfigError(PipelineLoadError):
@@ -39,7 +39,7 @@ class IntegrityError(PipelineLoadError):
 
 
 class WeightsError(PipelineLoadError):
-    """A weight is missing, superfluous, of the wrong shape, or not finite."""
+    """A weight is missing, unexpected, of the wrong shape, or not finite."""
 
 
 class LimitError(PipelineLoadError):
@@ -47,12 +47,12 @@ class LimitError(PipelineLoadError):
 
 
 def one_line(text: str) -> str:
-    """`text`, of at most 900 characters, with escapes for those that are not printable: a terminal would obey them."""
+    """`text`, cut to 900 characters, with unprintable ones escaped: a terminal would obey them."""
     escaped = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text[: LONGEST_MESSAGE + 1])
     return escaped if len(escaped) <= LONGEST_MESSAGE else f"{escaped[: LONGEST_MESSAGE - 4]} ..."
 
 
 def shown(value: Any) -> str:
-    """The start of what stands in a file, for a message."""
+    """The start of a value found in a file, for a message."""
     text = repr(value)
     return text if len(text) <= LONGEST_VALUE else f"{text[: LONGEST_VALUE - 4]} ..."

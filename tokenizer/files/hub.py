@@ -1,4 +1,4 @@
-"""The Hub: whether it is there, a folder fetched from it, and a folder written to it whole."""
+"""The Hub: whether it can be reached, fetching a folder from it, and uploading a folder in one commit."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntry
 
 from .errors import PathError, one_line
 
-SECONDS = 5.0  # for an answer
+SECONDS = 5.0  # to wait for an answer
 HUB_ID = r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}"
 
 
 def is_reachable() -> bool:
-    """Whether the Hub's machine, or its proxy, takes a connection; no for `HF_HUB_OFFLINE`."""
+    """Whether the Hub's machine accepts a connection; True behind a proxy, False with `HF_HUB_OFFLINE`."""
     if constants.HF_HUB_OFFLINE:
         return False
     hub = urlsplit(constants.ENDPOINT)
-    if hub.scheme in getproxies():  # which alone can tell
+    if hub.scheme in getproxies():  # only the proxy could tell
         return True
     port = hub.port or (443 if hub.scheme == "https" else 80)
     try:
@@ -36,11 +36,11 @@ def is_reachable() -> bool:
     return True
 
 
-BUGS = (TypeError, AttributeError, NameError, AssertionError)  # of ours: no word of the Hub's is one
+BUGS = (TypeError, AttributeError, NameError, AssertionError)  # our own; the Hub never causes one
 
 
 class PushError(OSError):
-    """Why something could not be written to the Hub, in one line; its cause is what huggingface_hub raised, if any."""
+    """Something could not be written to the Hub; `__cause__` is what huggingface_hub raised, if anything."""
 
 
 def refusal(repo_id: str, reason: str) -> PushError:
@@ -49,9 +49,9 @@ def refusal(repo_id: str, reason: str) -> PushError:
 
 
 def require_reachable(repo_id: str) -> None:
-    """Raise `PushError`, within seconds, where the Hub may not be asked or cannot be reached."""
+    """Raise `PushError` within seconds if the Hub may not be contacted or cannot be reached."""
     if constants.HF_HUB_OFFLINE:
-        raise refusal(repo_id, "HF_HUB_OFFLINE forbids to ask the Hub")
+        raise refusal(repo_id, "HF_HUB_OFFLINE forbids asking the Hub")
     if not is_reachable():
         raise refusal(repo_id, f"{constants.ENDPOINT} cannot be reached")
 
@@ -67,10 +67,10 @@ def replace_on_hub(
     revision: str | None = None,
     commit_message: str,
 ) -> Any:
-    """Upload the files of `folder` in one commit, which also deletes what an earlier upload of ours left and this one
-    has not; the repository is made if there is none. Returns huggingface_hub's `CommitInfo`. Raises `PushError`.
+    """Upload the files of `folder` in one commit, which also deletes files of earlier uploads of ours that `folder`
+    does not have; creates the repository if needed. Returns huggingface_hub's `CommitInfo`. Raises `PushError`.
 
-    ours: which files of a repository an upload of ours has put there, from their names and what fetches one of them.
+    ours: takes the names of a repository's files and a function that fetches one; returns those that we uploaded.
     """
 
     api = HfApi(token=token)
@@ -83,18 +83,18 @@ def replace_on_hub(
         place = {**place, "revision": revision}
         there = api.list_repo_files(**place)
         gone = set(ours(there, lambda name: api.hf_hub_download(filename=name, **place))) & set(there) - set(paths)
-        # Not `upload_folder`, which cuts what takes long into several commits: between two of them nothing would load.
+        # Not `upload_folder`: it splits long uploads into several commits, between which nothing would load.
         operations: list[Any] = [CommitOperationDelete(name, is_folder=False) for name in sorted(gone)]
         operations += [CommitOperationAdd(name, path) for name, path in paths.items()]
         return api.create_commit(**place, operations=operations, commit_message=commit_message)
     except BUGS:
         raise
-    except Exception as error:  # of an HTTP client that is another in each version, and sometimes a KeyError
+    except Exception as error:  # the HTTP client differs between versions, and some errors are a KeyError
         raise refusal(repo_id, said(error)) from error
 
 
 def said(error: Exception) -> str:
-    """What an error of huggingface_hub or its HTTP client comes to."""
+    """An error of huggingface_hub or its HTTP client in one line."""
     status = getattr(getattr(error, "response", None), "status_code", None)
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     if not isinstance(status, int):
@@ -115,7 +115,7 @@ def resolve_folder(
     cache_dir: str | Path | None,
     local_files_only: bool,
 ) -> Path:
-    """`source` as a local folder, fetched from the Hub when it is a repository id. Raises `PathError`."""
+    """`source` as a local folder; a repository id is fetched from the Hub. Raises `PathError`."""
     if os.path.isdir(source):  # unlike Path.is_dir, also False for a name that no folder can have
         return Path(source)
     if not re.fullmatch(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}", str(source)):

@@ -1,4 +1,4 @@
-"""JSON from anyone: of bounded size and depth, and with one meaning only."""
+"""Untrusted JSON: bounded in size and depth, and unambiguous."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ MAX_JSON_BYTES, MAX_DEPTH, MAX_KEYS = 1 << 20, 16, 10_000
 
 
 def parse_json(data: bytes, path: Path, *, keys: int = MAX_KEYS) -> dict[str, Any]:
-    """The JSON object `data`, which is what stands in `path`: 16 levels deep and with so many `keys` at most.
+    """The JSON object in `data`, the content of the file `path`: at most 16 levels deep, with at most `keys` keys.
 
-    Raises `FormatError`, also for a key that stands twice, NaN, Infinity, and whole numbers of more than 64 bits; and
+    Raises `FormatError`, also for a repeated key, NaN, Infinity, and whole numbers of more than 64 bits; and
     `LimitError`.
     """
 

@@ -1,9 +1,9 @@
-"""Who may write where: one rule, which every writer asks.
+"""Which files and folders may be replaced: one rule for every writer.
 
-A folder or file is ours by what it says, never by a common name. A folder says it in a marker, a JSON file with our own
-words, and in the list of its files: that of its manifest, or the few that a model can have. A file says it in its own
-bytes (`MARK`, or how a stream begins), or the manifest beside it lists it as it is. Only what is ours is replaced,
-nothing is written through a link, and what is read is never written to. Anything else is refused by name.
+A folder or file is ours by its content, never by a common name. A folder is ours by a marker, a JSON file with our own
+words, and by its files: those that its manifest lists, or the few that a model can have. A file is ours by its own
+bytes (`MARK`, or how a stream begins), or if the manifest beside it lists it with its present sha256. Only what is ours
+is replaced, nothing is written through a link, and inputs are never written to. Anything else is refused by name.
 """
 
 from __future__ import annotations
@@ -19,19 +19,19 @@ from .errors import PathError, PipelineLoadError, shown
 from .reading import MANIFEST, read_json
 
 MARK = b"written by smalti"
-"""What a picture of ours holds among its first or last bytes."""
+"""A picture of ours has this among its first or last bytes."""
 PICTURES = (b"\x89PNG", b"\xff\xd8", b"RIFF", b"BM")
 BEGINNINGS = (b"VQC1",)
-"""How other files of ours begin: a stream's."""
-ENDS = 4096  # bytes at either end of a file that are looked at
+"""First bytes of other files of ours: streams."""
+ENDS = 4096  # bytes that are read at either end of a file
 LITTER = (".DS_Store", "Thumbs.db", "desktop.ini")
 BOOKKEEPING = ".cache/huggingface/"
-"""What a desktop leaves in a folder that it shows, and the Hub's client in one that it fetched: nobody misses it."""
+"""Files that a desktop, and the Hub's client, leave in folders: nobody misses them."""
 EDITED = (".json", ".md")
-"""The files of a sealed folder that people edit: these are replaced only if they are as we wrote them."""
+"""Files of a sealed folder that people edit: they are replaced only if they are as we wrote them."""
 
 Inputs = Iterable[Any]
-"""What a command reads: paths, and what is none (a Hub id, None)."""
+"""What a command reads: paths, and other things (a Hub id, None), which are ignored."""
 Names = Mapping[str, str | None]
 """The files of a folder, each with its sha256 where that is known."""
 
@@ -39,8 +39,8 @@ Names = Mapping[str, str | None]
 @dataclass(frozen=True)
 class Kind:
     """A kind of folder that is written as a whole. title: as in "a pipeline". says: whether the object in the JSON file
-    `marker` can only be ours; no marker: where it lies says so. names: the files that the folder may hold; None: those
-    that its manifest lists."""
+    `marker` can only be ours; without a marker, the folder's place is enough. names: whether the folder may hold a file
+    of this name; None: the files that its manifest lists."""
 
     title: str
     marker: str | None
@@ -48,7 +48,7 @@ class Kind:
     names: Callable[[str], bool] | None = None
 
     def reason_against(self, folder: Path, found: list[str]) -> str | None:
-        """Why `folder`, which holds the files `found`, is not ours, or None if it is."""
+        """The reason why `folder`, which holds the files `found`, is not ours; None if it is."""
         try:
             if self.marker and not self.says(read_json(folder / self.marker)):
                 return f"it holds {named(found)}, and its {self.marker} is not that of {self.title}"
@@ -65,8 +65,8 @@ class Kind:
 
 
 def require_ours(folder: Path, kind: Kind | None, *, called: Path | None = None) -> None:
-    """Raise `PathError` unless there is nothing at `folder`, or an empty folder, or one of this kind and nothing else;
-    None: no kind is replaced. called: how the message calls it."""
+    """Raise `PathError` unless nothing is at `folder`, or an empty folder, or a folder of this kind without other
+    files; None: no kind is allowed. called: the name of the folder in the message."""
     called = called or folder
     if not os.path.lexists(folder):
         return
@@ -82,7 +82,7 @@ def require_ours(folder: Path, kind: Kind | None, *, called: Path | None = None)
 
 
 def contents(folder: Path) -> list[str]:
-    """Everything in a folder by its name there: files, links, and folders that hold nothing; no litter."""
+    """The names of everything in a folder: files, links and empty folders, without litter."""
     found = []
     for parent, folders, files in os.walk(folder):
         inside = os.path.relpath(parent, folder)
@@ -95,7 +95,7 @@ def contents(folder: Path) -> list[str]:
 
 
 def listed_in(folder: Path) -> dict[str, str | None]:
-    """The files that `manifest.json` lists, with their sha256. Raises a `PipelineLoadError` where it does not."""
+    """The files that `manifest.json` lists, with their sha256. Raises a `PipelineLoadError` if it lists none."""
     files = read_json(folder / MANIFEST).get("files")
     if not isinstance(files, dict):
         raise PathError(f"{folder / MANIFEST}: 'files' should list the files of the folder")
@@ -103,7 +103,7 @@ def listed_in(folder: Path) -> dict[str, str | None]:
 
 
 def is_as_listed(path: Path, sha256: str | None) -> bool:
-    """Whether a file has this sha256; None: whatever it has."""
+    """Whether a file has this sha256; None: any."""
     try:
         return sha256 is None or hashlib.sha256(path.read_bytes()).hexdigest() == sha256
     except OSError:
@@ -111,7 +111,7 @@ def is_as_listed(path: Path, sha256: str | None) -> bool:
 
 
 def named(names: list[str]) -> str:
-    """The first of them, and how many more there are."""
+    """The first name, and the number of further ones."""
     more = f" and {len(names) - 1} more" if len(names) > 1 else ""
     return f"{shown(names[0])}{more}"
 
@@ -120,8 +120,8 @@ def named(names: list[str]) -> str:
 
 
 def require_own_file(path: Path, listed: Names | None = None) -> None:
-    """Raise `PathError` unless there is nothing at `path`, or a file that says itself that it is ours, or that `listed`
-    has as it is."""
+    """Raise `PathError` unless nothing is at `path`, or a file that is ours by its bytes, or that `listed` holds with
+    its present sha256."""
     if not os.path.lexists(path):
         return
     if path.is_symlink():
@@ -138,7 +138,7 @@ def require_own_file(path: Path, listed: Names | None = None) -> None:
 
 
 def says_ours(path: Path) -> bool:
-    """Whether the bytes of a file say that it is ours; of an empty one nobody misses anything."""
+    """Whether the bytes of a file show that it is ours; an empty file counts as ours."""
     with path.open("rb") as file:
         start = file.read(ENDS)
         file.seek(max(0, path.stat().st_size - ENDS))
@@ -147,8 +147,8 @@ def says_ours(path: Path) -> bool:
 
 
 def require_apart(out: Path, inputs: Inputs) -> None:
-    """Raise `PathError` if `out` is one of the `inputs`, lies in one, or has one in it. What is no path is passed over:
-    a Hub id, say."""
+    """Raise `PathError` if `out` is one of the `inputs`, lies in one, or contains one. Inputs that are not existing
+    paths, such as a Hub id, are ignored."""
     there = os.path.realpath(out)
     for source in inputs:
         if source is None or not os.path.exists(source):

@@ -1,5 +1,5 @@
-"""Files that anyone may have made: opened once, where they may be, no larger than they may be, and checked as they are
-read, so that the bytes whose sha256 was verified are the bytes that are parsed."""
+"""Untrusted files: each is opened once, only in allowed places, up to an allowed size, and checked while it is read, so
+that the bytes whose sha256 was verified are the bytes that are parsed."""
 
 from __future__ import annotations
 
@@ -20,16 +20,16 @@ from .json_text import MAX_JSON_BYTES, parse_json
 
 MANIFEST = "manifest.json"
 BLOCK = 1 << 20
-TRIES = 50  # to read a folder that is replaced again and again
+TRIES = 50  # for reading a folder that is replaced again and again
 CODE = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".npy", ".npz", ".zip", ".py")
 
 T = TypeVar("T")
 Roots = tuple[str, ...]
-"""Resolved folders, in one of which a file has to be; none: anywhere."""
+"""Resolved folders; a file has to be in one of them. Empty: it may be anywhere."""
 
 
 class ReadOnce:
-    """An open file of `size` bytes, read from front to back; `sha256` is what `finish` compares it to, if not None."""
+    """An open file of `size` bytes, read from front to back; `finish` compares its hash to `sha256`, if not None."""
 
     def __init__(self, file: FileIO, path: Path, size: int, sha256: str | None) -> None:
         self.path, self.size = path, size
@@ -53,11 +53,11 @@ class ReadOnce:
             done += count
 
     def status(self) -> os.stat_result:
-        """What the system says of the open file now."""
+        """The system's present facts about the open file."""
         return os.fstat(self._file.fileno())
 
     def finish(self) -> None:
-        """Raise `IntegrityError` unless the whole file, with what was not read of it, is the one of the manifest."""
+        """Read the rest, and raise `IntegrityError` unless the whole file is the one that the manifest lists."""
         while (rest := self._file.read(BLOCK)) and self._position <= self.size:
             self._take(rest)
         if self._position != self.size:
@@ -75,10 +75,10 @@ class ReadOnce:
 
 @dataclass(frozen=True)
 class Folder:
-    """The files of the folder `path`, or of its part `prefix`, by their names in it.
+    """The files of the folder `path`, or of its part `prefix`, by their names there.
 
-    A link may lead to another file of the folder, or in the Hub's cache to where the cache keeps the repository's
-    files; not elsewhere. `manifest`: what `manifest.json` says; None: there is none, and nothing is compared to it.
+    A link may lead to another file of the folder, or, in the Hub's cache, to the repository's files there; not
+    elsewhere. `manifest`: the content of `manifest.json`; None: files are not compared to a manifest.
     """
 
     path: Path
@@ -94,8 +94,8 @@ class Folder:
 
     @classmethod
     def sealed(cls, path: Path, sha256: str | None = None) -> Folder:
-        """A folder with a manifest, which has to have this `sha256` if it is given, and names nothing that is missing
-        or of another size. The files are verified when they are read, the others by `read_rest`.
+        """A folder with a manifest. The manifest must have this `sha256`, if given, and every file that it lists must
+        be there and have its size. A file's sha256 is verified when it is read; `read_rest` verifies the others.
 
         Raises `PathError` for a missing file, `IntegrityError` for a changed one, `FormatError` for a bad manifest.
         """
@@ -118,7 +118,7 @@ class Folder:
         return replace(self, prefix=f"{self.prefix}{name}/")
 
     def place(self, name: str) -> Path:
-        """Where the file `name` is."""
+        """The path of the file `name`."""
         return self.path / (self.prefix + name)
 
     def __contains__(self, name: str) -> bool:
@@ -127,7 +127,7 @@ class Folder:
     @contextmanager
     def open(self, name: str, limit: int) -> Iterator[ReadOnce]:
         """The file `name` of at most `limit` bytes. At the end of the block, or at a `PipelineLoadError` in it, its
-        sha256 is compared to the manifest's: that a file was damaged says more than what is wrong in it.
+        sha256 is compared to the manifest's: "the file was damaged" explains more than an error in its content.
 
         Raises `PathError`, `LimitError` or `IntegrityError`.
         """
@@ -141,16 +141,16 @@ class Folder:
         self.unread.discard(full)
 
     def read(self, name: str, limit: int) -> bytes:
-        """The bytes of the file `name`; raises as `open`."""
+        """The bytes of the file `name`; raises what `open` raises."""
         with self.open(name, limit) as file:
             return file.read(file.size)
 
     def json(self, name: str) -> dict[str, Any]:
-        """The object in the JSON file `name`; raises as `open`, or `FormatError`."""
+        """The object in the JSON file `name`; raises what `open` raises, and `FormatError`."""
         return parse_json(self.read(name, MAX_JSON_BYTES), self.place(name))
 
     def read_rest(self, limit: int | None = None) -> None:
-        """Verify the listed files that were not read, of `limit` bytes in all, but for those that may hold code, which
+        """Verify the listed files that were not read, which may have `limit` bytes in total. Files that may hold code
         are never opened. Raises `IntegrityError`, `PathError` or `LimitError`."""
         files = self.manifest["files"] if self.manifest else {}
         sizes = {name: files[name]["size"] for name in sorted(self.unread) if not name.lower().endswith(CODE)}
@@ -163,7 +163,7 @@ class Folder:
 
 
 def verify_manifest(folder: Path) -> dict[str, Any]:
-    """Check every file that `manifest.json` lists; return the manifest.
+    """Check every file that `manifest.json` lists; returns the manifest.
 
     Raises `PathError` for a missing file, `IntegrityError` for a changed one, `FormatError` for a bad manifest.
     """
@@ -173,9 +173,9 @@ def verify_manifest(folder: Path) -> dict[str, Any]:
 
 
 def steadily(folder: Path, read: Callable[[], T]) -> T:
-    """What `read` gives of a folder that somebody may be replacing, as a whole, by a newer one.
+    """The result of `read`, for a folder that another process may replace as a whole while it is read.
 
-    If it was replaced while it was read, and that failed, it is read again. Raises what `read` raises of one folder.
+    If reading failed and the folder was replaced meanwhile, it is read again. Raises what `read` raises.
     """
     for _ in range(TRIES):
         before = _identity(folder)
@@ -188,7 +188,7 @@ def steadily(folder: Path, read: Callable[[], T]) -> T:
 
 
 def _identity(folder: Path) -> tuple[int, ...] | None:
-    """What tells a folder from another one that got its name."""
+    """A value that differs for another folder that got the same name."""
     try:
         info = os.stat(folder)
     except OSError:
@@ -197,7 +197,7 @@ def _identity(folder: Path) -> tuple[int, ...] | None:
 
 
 def _check_entry(folder: Path, name: str, entry: Any) -> None:
-    """Of the file that the manifest calls `name`: whether it is there, and of its size."""
+    """Check the manifest's `entry` of the file `name`, and that the file is there and has the listed size."""
     place, pure = folder / MANIFEST, PurePosixPath(name)
     if pure.is_absolute() or ".." in pure.parts or "\\" in name or re.match("[A-Za-z]:", name):
         raise PathError(f"{place}: {shown(name)} leads out of the folder")
@@ -219,7 +219,7 @@ def _check_entry(folder: Path, name: str, entry: Any) -> None:
 
 
 def _of_the_system(error: Exception) -> type[PathError]:
-    """`UnreadableError` if a file may be there all the same, `PathError` if there can be none of its name."""
+    """`UnreadableError` if the file may exist nevertheless, `PathError` if there cannot be a file of this name."""
     names = (errno.ENOENT, errno.ENOTDIR, errno.ENAMETOOLONG, errno.ELOOP, errno.EISDIR)
     return UnreadableError if isinstance(error, OSError) and error.errno not in names else PathError
 
@@ -228,7 +228,8 @@ def _of_the_system(error: Exception) -> type[PathError]:
 
 
 def roots_of(folder: Path) -> Roots:
-    """Where the files of `folder` may be: in it, and in the Hub's cache among the blobs of the same repository."""
+    """Where the files of `folder` may be: in the folder itself and, in the Hub's cache, among the blobs of the same
+    repository."""
     real = Path(os.path.realpath(folder))
     for place in real.parents:
         if place.name == "snapshots" and place.parent.name.startswith(("models--", "datasets--")):
@@ -238,10 +239,11 @@ def roots_of(folder: Path) -> Roots:
 
 @contextmanager
 def opened(path: Path, limit: int, roots: Roots = (), entry: dict[str, Any] | None = None) -> Iterator[ReadOnce]:
-    """A regular file of at most `limit` bytes, which has the size and in the end the sha256 of the manifest's `entry`.
+    """Open a regular file of at most `limit` bytes; it must have the size and, at the end, the sha256 of the manifest's
+    `entry`.
 
-    Raises `PathError` when it is missing, leads out of the `roots` or is not a regular file (a pipe would block, a
-    device be touched), `LimitError` when it is larger, `IntegrityError` when it changes meanwhile.
+    Raises `PathError` if it is missing, leads out of the `roots` or is not a regular file (reading a pipe would block,
+    reading a device would have effects), `LimitError` if it is larger, `IntegrityError` if it changes meanwhile.
     """
     try:
         file = os.fdopen(_descriptor(path, roots), "rb", buffering=0)
@@ -273,7 +275,7 @@ def opened(path: Path, limit: int, roots: Roots = (), entry: dict[str, Any] | No
 
 
 def _descriptor(path: Path, roots: Roots) -> int:
-    """Links are resolved once, and what they lead to is opened without following any more."""
+    """Open `path`: links are resolved once, and the target is opened without following further links."""
     real = os.path.realpath(path, strict=True)
     root = next((root for root in roots if real.startswith(os.path.join(root, ""))), None)
     if roots and root is None:
@@ -294,14 +296,15 @@ def _descriptor(path: Path, roots: Roots) -> int:
 
 
 def read_bytes(path: Path, limit: int) -> bytes:
-    """Read a regular file of at most `limit` bytes once, so that what was verified is what is parsed.
+    """The bytes of a regular file of at most `limit` bytes, read once.
 
-    Raises `PathError` when it is missing or not a regular file, `LimitError` when it is larger.
+    Raises `PathError` if it is missing or not a regular file, `LimitError` if it is larger.
     """
     with opened(Path(path), limit) as file:
         return file.read(file.size)
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Read a JSON object of at most 1 MiB; see `parse_json`. Raises `PathError`, `LimitError` or `FormatError`."""
+    """The JSON object in a file of at most 1 MiB; see `parse_json`. Raises `PathError`, `LimitError` or
+    `FormatError`."""
     return parse_json(read_bytes(path, MAX_JSON_BYTES), path)

@@ -1,7 +1,8 @@
-"""safetensors files from anyone: the header is read by itself and checked against what the model expects; only then are
-tensors read, one at a time, so that loading needs the memory of the model and of its largest tensor.
+"""Untrusted safetensors files: the header is read first and checked against what the model expects; then tensors are
+read one at a time, so that loading needs the memory of the model and of its largest tensor.
 
-    8 bytes: the length n of the header, little-endian; n bytes: {name: {"dtype", "shape", "data_offsets"}}; tensors
+The format: 8 bytes, the length n of the header, little-endian; n bytes, the header {name: {"dtype", "shape",
+"data_offsets"}}; the tensors.
 """
 
 from __future__ import annotations
@@ -22,8 +23,8 @@ from .reading import ReadOnce
 MAX_HEADER_BYTES = 1 << 20
 MAX_TENSORS, MAX_AXES = 10_000, 6
 MAX_PARAMETERS = 4_000_000_000
-MAX_TABLE_BYTES = 1 << 27  # of what is computed from the configuration, as masks are
-MAX_CALLS = 50_000  # of torch, to build a model
+MAX_TABLE_BYTES = 1 << 27  # of tensors computed from the configuration, such as masks
+MAX_CALLS = 50_000  # of torch functions, to build a model
 LARGEST_CODE = 1e4
 TYPES = {
     "F64": torch.float64,
@@ -42,7 +43,7 @@ TYPES = {
 
 
 class Entry(NamedTuple):
-    """Where a tensor is among the bytes after the header: from `begin` to before `end`."""
+    """A tensor's type and shape, and its place in the bytes after the header: from `begin` up to `end`."""
 
     dtype: torch.dtype
     shape: tuple[int, ...]
@@ -51,8 +52,8 @@ class Entry(NamedTuple):
 
 
 def read_header(read: Callable[[int], bytes], size: int, path: Path) -> dict[str, Entry]:
-    """The tensors of the file `path` of `size` bytes, in the order in which they follow each other. `read` gives the
-    next so many bytes. Raises `LimitError` for a header that is too large, `WeightsError` for a wrong one."""
+    """The tensors of the file `path` of `size` bytes, in the order of their places. `read(n)` returns the next n bytes.
+    Raises `LimitError` for a header that is too large, `WeightsError` for a wrong one."""
     length = int.from_bytes(read(8), "little") if size >= 8 else 0
     if length > MAX_HEADER_BYTES:
         raise LimitError(f"{path}: not safetensors, or its header is larger than {MAX_HEADER_BYTES} bytes")
@@ -85,7 +86,7 @@ def _entry(name: str, fields: Any, path: Path) -> Entry:
     if not isinstance(dtype, str) or dtype not in TYPES:
         raise WeightsError(f"{path}: {shown(name)} has type {shown(dtype)}; there are {', '.join(TYPES)}")
     lists = [value if isinstance(value, list) else [None] for value in (shape, offsets)]
-    if any(type(number) is not int or number < 0 for value in lists for number in value):
+    if any(type(item) is not int or item < 0 for value in lists for item in value):
         raise WeightsError(f"{path}: {shown(name)} has shape {shown(shape)} at bytes {shown(offsets)}")
     if len(shape) > MAX_AXES or len(offsets) != 2:
         raise WeightsError(f"{path}: {shown(name)} has {len(shape)} axes, at most {MAX_AXES} are allowed")
@@ -95,15 +96,15 @@ def _entry(name: str, fields: Any, path: Path) -> Entry:
 
 
 def tensor_of(raw: Tensor, entry: Entry) -> Tensor:
-    """The tensor in its bytes `raw`, uint8 `(n,)`, which it shares if they are aligned."""
+    """The tensor of the bytes `raw`, uint8 `(n,)`; a view of them if they are aligned."""
     if raw.storage_offset() % entry.dtype.itemsize:
         raw = raw.clone()
     return raw.view(entry.dtype).reshape(entry.shape)
 
 
 def parse_weights(data: bytes, path: Path) -> dict[str, Tensor]:
-    """The tensors in `data`, which is what stands in the safetensors file `path`. Raises `LimitError` for a header that
-    is too large, `WeightsError` for one that cannot be read."""
+    """The tensors in `data`, the content of the safetensors file `path`. Raises `LimitError` for a header that is too
+    large, `WeightsError` for one that cannot be read."""
     position = 0
 
     def read(count: int) -> bytes:
@@ -120,7 +121,8 @@ def parse_weights(data: bytes, path: Path) -> dict[str, Tensor]:
 
 
 class _Outline(TorchFunctionMode):
-    """Everything is on the meta device, also what asks for another; nothing is drawn; and there is an end to it."""
+    """Puts all tensors on the meta device, also those that ask for another; skips initialisation; limits the number of
+    calls."""
 
     calls = 0
 
@@ -137,17 +139,17 @@ class _Outline(TorchFunctionMode):
 
 
 def expected_weights(build: Callable[[], nn.Module], path: Path) -> dict[str, Tensor]:
-    """What the model that `build` makes has to be given, on the meta device: nothing of its size is allocated yet.
+    """The weights of the model that `build` makes, on the meta device: no memory of its size is allocated.
 
-    path: of its configuration. Raises `ConfigError` for sizes that are each allowed, but not together, `LimitError` for
-    more than is allowed.
+    path: the file of its configuration. Raises `ConfigError` for sizes that are each allowed but do not fit together,
+    `LimitError` for a model that is too large.
     """
     try:
         with torch.device("meta"), _Outline():
             model = build()
     except PipelineLoadError as error:
         raise type(error)(f"{path}: {error}") from error
-    except Exception as error:  # of whatever model, which need not know that its settings come from anyone
+    except Exception as error:  # a model need not expect untrusted settings, so it may raise anything
         raise ConfigError(f"{path}: no model has this configuration ({error})") from error
     weights = model.state_dict()
     if sum(value.numel() for value in weights.values()) > MAX_PARAMETERS:
@@ -159,7 +161,8 @@ def expected_weights(build: Callable[[], nn.Module], path: Path) -> dict[str, Te
 
 
 def check_header(found: Mapping[str, Entry], expected: Mapping[str, Tensor], path: Path) -> None:
-    """Raise `WeightsError` unless the file has the tensors that are expected, floating-point or else of their type."""
+    """Raise `WeightsError` unless the file has exactly the expected tensors, in their shape and type; floating-point
+    types may differ."""
     missing, extra = sorted(set(expected) - set(found)), sorted(set(found) - set(expected))
     if missing or extra:
         raise WeightsError(f"{path}: missing weights {shown(missing[:5])}, unexpected weights {shown(extra[:5])}")
@@ -173,8 +176,8 @@ def check_header(found: Mapping[str, Entry], expected: Mapping[str, Tensor], pat
 
 @torch.no_grad()
 def fill(model: nn.Module, file: ReadOnce, entries: Mapping[str, Entry]) -> None:
-    """Read the tensors of `file`, which stand behind its header, into `model`. Raises `WeightsError` for a value that
-    is not finite, or too large for a code."""
+    """Read the tensors of `file`, whose header was read, into `model`. Raises `WeightsError` for a value that is not
+    finite, or too large for a code."""
     weights = model.state_dict()
     for name, entry in entries.items():
         raw = torch.empty(entry.end - entry.begin, dtype=torch.uint8)

@@ -1,7 +1,6 @@
-"""Files that can be trusted: folders that appear whole or not at all, with manifests of sha256; what reads them again
-is in `reading`.
+"""Writing files and folders whole or not at all, and manifests of sha256; `reading` reads them.
 
-Nothing here unpickles, and nothing is imported by a name found in a file. Every failure is a
+Nothing here unpickles, and nothing is imported by a name found in a file. What may not be written raises a
 `PipelineLoadError` whose message names the file, what was found and what is allowed.
 """
 
@@ -20,30 +19,28 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from .errors import (
-    PathError,
-)
+from .errors import PathError
 from .ownership import Inputs, Kind, Names, listed_in, require_apart, require_ours, require_own_file, says_ours
 from .reading import MANIFEST, read_json
 
 SWAP, NEW = 2, 1  # flags of renameat2: RENAME_EXCHANGE, RENAME_NOREPLACE
-RESULTS = "results"  # what the manifest of a folder of figures and tables says it is
+RESULTS = "results"  # kind in the manifest of a folder of figures and tables
 
 
 def write_json(path: Path, value: dict[str, Any]) -> None:
-    """Write `value` as indented JSON, one trailing newline."""
+    """Write `value` as indented JSON with a trailing newline."""
     path.write_text(json.dumps(value, indent=2, allow_nan=False) + "\n", encoding="utf-8")
 
 
 def replace_file(path: Path, data: bytes) -> None:
     """Write `path`, a file of a folder that is known to be ours, whole or not at all.
 
-    Raises `PathError` for a link, and `OSError` naming the path, the bytes needed and those that are free.
+    Raises `PathError` for a link, and `OSError` that names the path, the bytes needed and the bytes free.
     """
     if path.is_symlink():
         raise PathError(f"{path}: a link, and nothing is written through a link")
     if path.is_file() and path.read_bytes() == data:
-        return  # whoever goes on with what is there should not need room for it
+        return  # an unchanged file needs no free space
     temporary = beside(path)
     try:
         temporary.write_bytes(data)
@@ -55,12 +52,12 @@ def replace_file(path: Path, data: bytes) -> None:
 
 
 def beside(path: Path, prefix: str = ".tmp", suffix: str = "") -> Path:
-    """A name of its own in the same folder, for what is to become `path`, or was it."""
+    """An unused name in the same folder, for what will become `path`, or was `path`."""
     return path.parent / f"{prefix}-{path.name}-{uuid.uuid4().hex[:8]}{suffix}"
 
 
 def fsync(path: Path) -> None:
-    """Ask the operating system to put a file or folder on the disk."""
+    """Ask the operating system to write a file or folder to the disk."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -72,10 +69,10 @@ def fsync(path: Path) -> None:
 def atomic_folder(target: Path | str, *, kind: Kind | None, inputs: Inputs = ()) -> Iterator[Path]:
     """Yield a temporary folder that becomes `target` only when the block ends without an error.
 
-    What is at `target` is replaced as a whole, if it is empty or a folder of this `kind`, and nothing else is in it,
-    both at the beginning and when the names are exchanged; None: only if it is empty. Raises `PathError` otherwise, and
-    if `target` is, holds or lies in one of the `inputs`. A killed process leaves at most a `.tmp-*` folder beside the
-    target. Files are for everyone to read and for nobody else to write, unless the umask is stricter.
+    A folder at `target` is replaced as a whole if it is empty, or of this `kind` and holds nothing else, both at the
+    beginning and when the names are exchanged; kind None: only if it is empty. Raises `PathError` otherwise, and if
+    `target` is, contains or lies in one of the `inputs`. A killed process leaves at most a `.tmp-*` folder beside the
+    target. Everyone may read the files and only the owner may write them, unless the umask is stricter.
     """
     target = Path(target)
     require_apart(target, inputs)
@@ -85,7 +82,7 @@ def atomic_folder(target: Path | str, *, kind: Kind | None, inputs: Inputs = ())
         yield temporary
         readable = stat.S_IMODE(temporary.stat().st_mode) & 0o755
         for path in [temporary, *sorted(temporary.rglob("*"))]:
-            path.chmod(readable if path.is_dir() else readable & 0o644)  # safetensors keeps its files to itself
+            path.chmod(readable if path.is_dir() else readable & 0o644)  # safetensors makes its files private
             fsync(path)
         _put_in_place(temporary, target, kind)
         fsync(target.parent)
@@ -106,7 +103,8 @@ def _made_beside(target: Path) -> Path:
 
 
 def _put_in_place(temporary: Path, target: Path, kind: Kind | None) -> None:
-    """Give the folder its name; what had it is deleted, unless something of somebody else's came into it meanwhile."""
+    """Rename the folder to `target`. The old folder of that name is deleted, unless someone else put something into it
+    meanwhile."""
     require_ours(target, kind)
     if not os.path.lexists(target):
         rename_new(temporary, target)
@@ -132,7 +130,7 @@ def _put_in_place(temporary: Path, target: Path, kind: Kind | None) -> None:
 
 
 def check_file(target: Path | str, inputs: Inputs = ()) -> None:
-    """Raise `PathError` now for what `atomic_file` would refuse, before hours of work."""
+    """Raise `PathError` for what `atomic_file` would refuse, to be called before hours of work."""
     require_apart(Path(target), inputs)
     require_own_file(Path(target))
 
@@ -141,8 +139,8 @@ def check_file(target: Path | str, inputs: Inputs = ()) -> None:
 def atomic_file(target: Path | str, *, inputs: Inputs = ()) -> Iterator[Path]:
     """Yield the path of a temporary file that becomes `target` only when the block ends without an error.
 
-    Raises `PathError` if the target is a file that does not say that it is ours, or a link, at the beginning or at the
-    end, or is, holds or lies in one of the `inputs`.
+    Raises `PathError` if the target, at the beginning or at the end, is a link or a file that is not ours, or if it is,
+    contains or lies in one of the `inputs`.
     """
     target = Path(target)
     check_file(target, inputs)
@@ -156,7 +154,7 @@ def atomic_file(target: Path | str, *, inputs: Inputs = ()) -> Iterator[Path]:
 
 
 def place_file(temporary: Path, target: Path, listed: Names | None = None) -> None:
-    """Give a file its name, in place of one of ours at most; see `require_own_file`."""
+    """Rename a file to `target`; replaces only a file of ours, see `require_own_file`."""
     require_own_file(target, listed)
     if os.path.lexists(target):
         temporary.replace(target)
@@ -165,7 +163,8 @@ def place_file(temporary: Path, target: Path, listed: Names | None = None) -> No
 
 
 def check_results(target: Path | str, names: Iterable[str] = (), inputs: Inputs = ()) -> None:
-    """Raise `PathError` now for what `results_folder` would refuse if it is to hold `names`, before hours of work."""
+    """Raise `PathError` for what `results_folder` would refuse to write under `names`, to be called before hours of
+    work."""
     require_apart(Path(target), inputs)
     listed = _results_in(Path(target))
     for name in names:
@@ -174,11 +173,11 @@ def check_results(target: Path | str, names: Iterable[str] = (), inputs: Inputs 
 
 @contextmanager
 def results_folder(target: Path | str, *, inputs: Inputs = ()) -> Iterator[Path]:
-    """Yield a temporary folder whose files (it has no folders) go into `target` when the block ends without an error,
-    beside whatever else is there.
+    """Yield a temporary folder whose files (it has no subfolders) are moved into `target` when the block ends without
+    an error; other files there are kept.
 
-    A file replaces one of its name only if that is ours: a picture says so itself, the others are listed with their
-    sha256 in `manifest.json`. Raises `PathError` naming one that is not, before any is replaced.
+    A file replaces one of the same name only if that is ours: a picture is marked, other files are listed with their
+    sha256 in `manifest.json`. Raises `PathError` that names a file that is not ours, before any is replaced.
     """
     target = Path(target)
     check_results(target, inputs=inputs)
@@ -203,8 +202,8 @@ def results_folder(target: Path | str, *, inputs: Inputs = ()) -> Iterator[Path]
 
 
 def _results_in(target: Path) -> Names | None:
-    """The results that the folder's manifest lists, None where there is none. Raises `PathError` for a folder that
-    holds something else of which the whole is one thing: a model, a pipeline, a token dataset."""
+    """The results that the folder's manifest lists; None without a manifest. Raises `PathError` for a folder with a
+    manifest of another kind: a model, a pipeline, a token dataset."""
     if target.is_symlink() or (os.path.lexists(target) and not target.is_dir()):
         what = "a link" if target.is_symlink() else "a file"
         raise PathError(f"{target} cannot be written: {what} has this name; nothing was overwritten")
@@ -218,7 +217,7 @@ def _results_in(target: Path) -> Names | None:
 
 
 def rename_new(one: Path, other: Path) -> None:
-    """Rename, but never onto something: raises `PathError` where `other` has come to be."""
+    """Rename `one` to `other`. Raises `PathError` if `other` exists by now."""
     done = _renameat2(one, other, NEW)
     if done is None and not os.path.lexists(other):
         one.rename(other)
@@ -228,13 +227,13 @@ def rename_new(one: Path, other: Path) -> None:
 
 
 def exchange(one: Path, other: Path) -> bool:
-    """Let two folders swap their names in one step, of which a kill leaves all or nothing; False where the system or
-    its file system cannot (Linux can)."""
+    """Swap the names of two folders in one step, so that a kill leaves all or nothing; False if the system or its file
+    system cannot (Linux can)."""
     return bool(_renameat2(one, other, SWAP))
 
 
 def _renameat2(one: Path, other: Path, flags: int) -> bool | None:
-    """Whether it was done; None where the system or its file system has no such call. Raises `OSError`."""
+    """Whether the rename was done; None if the system or its file system has no such call. Raises `OSError`."""
     try:
         rename = ctypes.CDLL(None, use_errno=True).renameat2
     except (OSError, AttributeError):
@@ -242,16 +241,16 @@ def _renameat2(one: Path, other: Path, flags: int) -> bool | None:
     here = -100  # AT_FDCWD
     if rename(here, os.fsencode(one), here, os.fsencode(other), flags) == 0:
         return True
-    number = ctypes.get_errno()
-    if number in (errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP):
+    code = ctypes.get_errno()
+    if code in (errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP):
         return None
-    if number in (errno.EEXIST, errno.ENOTEMPTY):
+    if code in (errno.EEXIST, errno.ENOTEMPTY):
         return False
-    raise OSError(number, os.strerror(number), str(one))
+    raise OSError(code, os.strerror(code), str(one))
 
 
 def write_manifest(folder: Path, **facts: Any) -> None:
-    """Write `manifest.json`: sha256 and size of every other file below `folder`, and `facts` beside them."""
+    """Write `manifest.json`: `facts`, and the sha256 and size of every other file below `folder`."""
     files = {
         path.relative_to(folder).as_posix(): {"sha256": _sha256(path), "size": path.stat().st_size}
         for path in sorted(folder.rglob("*"))

@@ -1,4 +1,4 @@
-"""What a decoder may say of a pixel's 256 values, one file per idea."""
+"""Distributions over a pixel's 256 values that a decoder may have, one file per idea."""
 
 from .base import Likelihood
 

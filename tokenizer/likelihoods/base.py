@@ -1,4 +1,4 @@
-"""The contract of likelihoods: what the decoder puts out becomes a distribution of 8-bit pixels."""
+"""The contract of likelihoods: the decoder's output parametrises a distribution of 8-bit pixels."""
 
 from __future__ import annotations
 
@@ -13,14 +13,15 @@ from ..settings import ModelConfig
 
 LEVELS = 256
 FLOOR = 2.0**-16
-"""The share of the mass that is uniform, so that no pixel costs more than 24 bits; it costs 2e-5 bits elsewhere."""
+"""The share of the mass that is uniform, so that no value of a channel costs more than 24 bits; it costs 2e-5 bits
+elsewhere."""
 
 
 class Likelihood(Named, nn.Module, family="tokenizer.likelihoods"):
     """P(image | parameters) = prod_c P(channel c | channels before c, parameters), pixel by pixel."""
 
     num_parameters: int
-    """Numbers per pixel that the decoder puts out."""
+    """Number of parameters per pixel, which the decoder puts out."""
 
     def __init__(self, config: ModelConfig, channels: int) -> None:
         nn.Module.__init__(self)
@@ -28,9 +29,9 @@ class Likelihood(Named, nn.Module, family="tokenizer.likelihoods"):
         self.channels = channels
 
     def log_prob(self, parameters: Tensor, values: Tensor) -> Tensor:
-        """log P of int64 `values` (B, C, H, W), each given the channels before it: the same shape, nats.
+        """log P of int64 `values` (B, C, H, W), each given the channels before it; returns the same shape, in nats.
 
-        parameters: (B, num_parameters, H, W); the result is in their type, at least float32.
+        parameters: (B, num_parameters, H, W); the result has their type, at least float32.
         """
         each = [self._of(parameters, values, channel, values[:, channel, None]) for channel in range(self.channels)]
         return torch.cat(each, 1)
@@ -41,7 +42,7 @@ class Likelihood(Named, nn.Module, family="tokenizer.likelihoods"):
         return self._of(parameters, values, channel, every)
 
     def mean(self, parameters: Tensor) -> Tensor:
-        """The image to show, `(B, C, H, W)` in [-1, 1]: the expected one, or what each likelihood says it is."""
+        """The image to show, `(B, C, H, W)` in [-1, 1]: the mean, or what the likelihood defines in its place."""
         raise NotImplementedError
 
     def _of(self, parameters: Tensor, values: Tensor, channel: int, asked: Tensor) -> Tensor:
@@ -55,7 +56,7 @@ class Likelihood(Named, nn.Module, family="tokenizer.likelihoods"):
 
 
 def to_values(images: Tensor) -> Tensor:
-    """The nearest of 256 values, int64, of images in [-1, 1]."""
+    """Images in [-1, 1] as the nearest of 256 values, int64."""
     return ((images.float() + 1) * 127.5).round().long().clamp(0, LEVELS - 1)
 
 

@@ -1,4 +1,4 @@
-"""A softmax over a channel's 256 values (van den Oord et al. 2016): any shape, spikes at black or white too."""
+"""A softmax over a channel's 256 values (van den Oord et al. 2016): any shape, also spikes at black or white."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from .base import LEVELS, Likelihood, to_intensities
 
 
 class CategoricalConfig(ModelConfig):
-    """There is nothing to choose."""
+    """No settings."""
 
 
 class Categorical(Likelihood, name="categorical"):
@@ -26,7 +26,7 @@ class Categorical(Likelihood, name="categorical"):
         """The expected image, `(B, C, H, W)` in [-1, 1]."""
         shares = parameters.float().unflatten(1, (self.channels, LEVELS)).softmax(2)
         intensities = to_intensities(torch.arange(LEVELS, device=parameters.device), shares.dtype)
-        with torch.autocast(parameters.device.type, enabled=False):  # which would take bfloat16's eight bits of a mean
+        with torch.autocast(parameters.device.type, enabled=False):  # autocast would compute the mean in bfloat16
             return torch.einsum("bcvhw,v->bchw", shares, intensities)
 
     def _channel_log_prob(self, parameters: Tensor, values: Tensor, channel: int, asked: Tensor) -> Tensor:

@@ -1,7 +1,9 @@
-"""A mixture of discretised logistics per channel of a pixel (Salimans et al. 2017): few numbers, smooth in intensity.
+"""A mixture of discretised logistics per channel of a pixel (Salimans et al. 2017): few parameters, smooth in
+intensity.
 
-PixelCNN++ has one set of mixture weights per pixel, which red, green and blue share, so that the component of one tells
-of the others'. Here each channel has weights of its own, and channels know of each other through their means alone.
+In PixelCNN++, red, green and blue share one set of mixture weights per pixel, so that the component of one channel
+tells about the others. Here each channel has weights of its own, and channels depend on each other only through their
+means.
 """
 
 from __future__ import annotations
@@ -18,18 +20,18 @@ HALF_BIN = 1 / (LEVELS - 1)
 
 
 class DiscretizedLogisticConfig(ModelConfig):
-    """How fine the mixture is."""
+    """The size of the mixture and its smallest scale."""
 
-    components: int = Field(5, ge=1, le=64, description="logistics in each channel's mixture")
+    components: int = Field(5, ge=1, le=64, description="number of logistics in each channel's mixture")
     min_log_scale: float = Field(
         -7.0, le=0, description="log of the narrowest scale, in units of intensities from -1 to 1"
     )
 
 
 class DiscretizedLogistic(Likelihood, name="discretized_logistic"):
-    """P(v) = sum_k w_k (cdf_k(v + half a bin) - cdf_k(v - half a bin)); black and white take all of the tails.
+    """P(v) = sum_k w_k (cdf_k(v + half a bin) - cdf_k(v - half a bin)); black and white take the whole tails.
 
-    The means of green and blue move with the true values of the channels before them, linearly.
+    The means of green and blue depend linearly on the true values of the channels before them.
     """
 
     Config = DiscretizedLogisticConfig
@@ -44,10 +46,10 @@ class DiscretizedLogistic(Likelihood, name="discretized_logistic"):
         self.spread: Tensor
 
     def mean(self, parameters: Tensor) -> Tensor:
-        """The mixture's means, clamped, `(B, C, H, W)` in [-1, 1]: of green given that of red, of blue given both.
+        """The mixture's clamped means, `(B, C, H, W)` in [-1, 1]: green given the mean of red, blue given both.
 
-        Not quite the expected image: black and white take the tails, so that wide logistics near them have another
-        mean; and green is linear in the true red, but not once it is clamped.
+        This is not quite the expected image: black and white take the tails, so that wide logistics near them have
+        another mean; and green is linear in the true red only until it is clamped.
         """
         found: list[Tensor] = []
         for channel in range(self.channels):

@@ -253,7 +253,7 @@ def test_without_the_hub_it_is_said_at_once(tmp_path, monkeypatch, capsys, item)
     thing = make_pipeline(rich=False) if item == "pipeline" else make_dataset()
     thing.save_pretrained(tmp_path / item) if item == "pipeline" else thing.save(tmp_path / item)
     monkeypatch.setattr(ImagePipeline, "sample_picture", lambda *_: pytest.fail("samples were made for nothing"))
-    cases = [(True, "https://huggingface.co", "HF_HUB_OFFLINE forbids to ask the Hub")]
+    cases = [(True, "https://huggingface.co", "HF_HUB_OFFLINE forbids asking the Hub")]
     cases += [(False, url, f"{url} cannot be reached") for url in ("http://127.0.0.1:9", "http://nowhere.invalid")]
     for offline, url, reason in cases:
         monkeypatch.setattr(hub.constants, "HF_HUB_OFFLINE", offline)

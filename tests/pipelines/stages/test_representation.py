@@ -14,7 +14,7 @@ from small import PRIORS, PRIORS_IN_ORDERS, TOKENIZERS, make_prior, make_tokeniz
 from pipelines import ImagePipeline
 from pipelines.__main__ import main
 from pipelines.commands.probe import bar_chart, probe, with_random_prior
-from pipelines.stages.representation import POOLS, embed, embed_layers, layer_names, nearest
+from pipelines.stages.representation import POOLS, embed, embed_layers, layer_names, nearest_neighbours
 from prior.made import MADE
 
 LAYERED = [name for name in PRIORS if name != "marginal"]
@@ -250,14 +250,14 @@ def test_a_prior_without_layers():
 
 def test_nearest_is_by_angle():
     index = torch.randn(300, 5, dtype=torch.float64)
-    found, distances = nearest(index, index[:290] * 3, 4)
+    found, distances = nearest_neighbours(index, index[:290] * 3, 4)
     assert torch.equal(found[:, 0], torch.arange(290)) and distances[:, 0].abs().max() < 1e-6
     every = 1 - F.cosine_similarity(index[:290, None], index, dim=2)
     assert torch.allclose(distances, every.sort(1).values[:, :4])
-    assert torch.allclose(nearest(index[:1], -index[:1], 1)[1], torch.full((1, 1), 2.0, dtype=torch.float64))
+    assert torch.allclose(nearest_neighbours(index[:1], -index[:1], 1)[1], torch.full((1, 1), 2.0, dtype=torch.float64))
     for k in (0, 301):
         with pytest.raises(ValueError, match="k must be from 1 to 300"):
-            nearest(index, index, k)
+            nearest_neighbours(index, index, k)
 
 
 # Verbs

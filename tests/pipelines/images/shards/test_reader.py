@@ -589,7 +589,7 @@ def test_an_unknown_id_fails_at_once_where_there_is_no_hub(monkeypatch, offline,
     with pytest.raises(UserError) as caught:
         load("nobody/nothing", streaming=streaming)
     assert time.monotonic() - began < 3
-    why = "HF_HUB_OFFLINE forbids to ask the Hub" if offline else "http://127.0.0.1:9 cannot be reached"
+    why = "HF_HUB_OFFLINE forbids asking the Hub" if offline else "http://127.0.0.1:9 cannot be reached"
     assert str(caught.value).startswith("data.source=nobody/nothing: ") and str(caught.value).endswith(why)
 
 
