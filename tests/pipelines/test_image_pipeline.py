@@ -1,4 +1,8 @@
-"""Promises of `ImagePipeline`, whatever tokenizer and prior it holds."""
+"""Promises of `ImagePipeline`, whatever tokenizer and prior it holds.
+
+Covers: pipelines/images/pictures.py, pipelines/metrics/report.py, pipelines/stages/base.py, pipelines/stages/index.py,
+pipelines/stages/sampling.py.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""The masked autoencoder against its paper's masks, and what being agnostic of orders and connections promises."""
+"""The masked autoencoder against its paper's masks, and what being agnostic of orders and connections promises.
+
+Covers: prior/degrees.py, prior/running_sums.py.
+"""
 
 import copy
 import itertools

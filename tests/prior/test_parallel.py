@@ -1,4 +1,7 @@
-"""Parallel sampling gives the tokens of sequential sampling, in fewer passes."""
+"""Parallel sampling gives the tokens of sequential sampling, in fewer passes.
+
+Covers: prior/drawing.py.
+"""
 
 import pytest
 import torch

@@ -1,4 +1,7 @@
-"""Every verb through the command line: what a user gets wrong is said in lines, and what is right is written."""
+"""Every verb through the command line: what a user gets wrong is said in lines, and what is right is written.
+
+Covers: pipelines/generate.py, pipelines/commands/reconstruct.py.
+"""
 
 from __future__ import annotations
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 import sys
 from functools import cache
 from pathlib import Path
@@ -190,3 +191,40 @@ def test_names_neither_repeat_the_folder_nor_shadow_the_standard_library(name: s
 def test_the_wheel_has_every_folder() -> None:
     text = (ROOT / "pyproject.toml").read_text()
     assert all(f'"{folder.replace("/", ".")}"' in text for folder in FOLDERS)
+
+
+# Each file and its tests
+
+
+def covered_by(docstring: str) -> list[str]:
+    """The files that the docstring of a test file says it covers: `Covers: path, path.`, on one line or several."""
+    said = re.findall(r"^Covers: (.+?)\.$", docstring, re.DOTALL | re.MULTILINE)
+    return [path.strip() for paths in said for path in paths.split(",")]
+
+
+COVERED = {
+    (test.relative_to(ROOT).as_posix(), path)
+    for test in (ROOT / "tests").rglob("test_*.py")
+    for path in covered_by(ast.get_docstring(ast.parse(test.read_text(encoding="utf-8"))) or "")
+}
+
+
+def mirror_of(name: str) -> str:
+    """Where the tests of a file are, if they have a file of their own."""
+    path = Path(name)
+    return f"tests/{path.parent.as_posix()}/test_{path.stem.rstrip('_')}.py"
+
+
+def test_what_is_covered_may_take_several_lines() -> None:
+    assert covered_by("Of all.\n\nCovers: a/b.py,\nc.py.\nCovers: d.py.\n\nSee e.py.") == ["a/b.py", "c.py", "d.py"]
+    assert mirror_of("pipelines/commands/import_.py") == "tests/pipelines/commands/test_import.py"
+
+
+@pytest.mark.parametrize("name", [name for name in FILES if not Path(name).stem.startswith("__")])
+def test_each_file_has_its_tests(name: str) -> None:
+    own = (ROOT / mirror_of(name)).exists()
+    assert own or name in {path for _, path in COVERED}, f"no {mirror_of(name)}, and no test file says `Covers: {name}`"
+
+
+def test_what_is_said_to_be_covered_is_there() -> None:
+    assert not [f"{test} covers {path}" for test, path in sorted(COVERED) if path not in FILES]

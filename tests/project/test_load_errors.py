@@ -1,4 +1,7 @@
-"""Whatever is wrong with a pipeline folder: one family of errors, naming the file and what is wrong in it."""
+"""Whatever is wrong with a pipeline folder: one family of errors, naming the file and what is wrong in it.
+
+Covers: tokenizer/files/errors.py.
+"""
 
 from __future__ import annotations
 

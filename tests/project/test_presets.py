@@ -1,4 +1,7 @@
-"""Every preset is a valid run of its verb, short, and builds its model."""
+"""Every preset is a valid run of its verb, short, and builds its model.
+
+Covers: pipelines/commands/presets.py.
+"""
 
 from __future__ import annotations
 

@@ -2,6 +2,8 @@
 
 A writer is what makes a folder or a file for a user: a method, or a verb. `WRITERS` lists all; the last test finds the
 places in the code that write, so that a new one comes here too.
+
+Covers: tokenizer/files/ownership.py, pipelines/config/outputs.py.
 """
 
 from __future__ import annotations

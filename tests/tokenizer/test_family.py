@@ -1,4 +1,7 @@
-"""Promises of every registered tokenizer."""
+"""Promises of every registered tokenizer.
+
+Covers: tokenizer/autoencoder.py, tokenizer/base.py, tokenizer/losses.py, tokenizer/pretrained.py, tokenizer/vqvae.py.
+"""
 
 import json
 

@@ -1,4 +1,7 @@
-"""The classical VAE as a tokenizer: bins of equal probability, the KL and its free bits, and a trained VAE's bins."""
+"""The classical VAE as a tokenizer: bins of equal probability, the KL and its free bits, and a trained VAE's bins.
+
+Covers: tokenizer/bins.py, tokenizer/posthoc.py.
+"""
 
 import json
 import math

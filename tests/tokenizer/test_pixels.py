@@ -1,4 +1,7 @@
-"""Tokenizers of single pixels: intensities (`pixels`) and learned colours (`palette`)."""
+"""Tokenizers of single pixels: intensities (`pixels`) and learned colours (`palette`).
+
+Covers: tokenizer/palette.py.
+"""
 
 from __future__ import annotations
 

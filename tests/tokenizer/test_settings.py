@@ -1,4 +1,7 @@
-"""How a model's configuration is written down: marks, what presets may say of it, and what its errors say."""
+"""How a model's configuration is written down: marks, what presets may say of it, and what its errors say.
+
+Covers: tokenizer/mistakes.py.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,9 @@
-"""Anomaly scores: one sign, honest p-values, nothing learned from anomalies; and where in an image they are."""
+"""Anomaly scores: one sign, honest p-values, nothing learned from anomalies; and where in an image they are.
+
+Covers: pipelines/anomaly/calibrating.py, pipelines/anomaly/healing.py, pipelines/anomaly/image_statistics.py,
+pipelines/commands/calibrate.py, pipelines/commands/detect.py, pipelines/metrics/likelihood.py,
+pipelines/stages/calibration.py.
+"""
 
 from __future__ import annotations
 

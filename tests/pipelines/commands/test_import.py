@@ -1,4 +1,7 @@
-"""Published weights become a tokenizer with the same tokens and the same pictures, or the reason why not in a line."""
+"""Published weights become a tokenizer with the same tokens and the same pictures, or the reason why not in a line.
+
+Covers: tokenizer/published.py.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""`smalti inspect`: the figures, the panels that each tokenizer gets, and what a user gets wrong."""
+"""`smalti inspect`: the figures, the panels that each tokenizer gets, and what a user gets wrong.
+
+Covers: pipelines/metrics/inspection.py, pipelines/metrics/reconstruction.py.
+"""
 
 import json
 import subprocess

@@ -1,4 +1,8 @@
-"""The plan of a run against real runs (bytes, FLOPs, files), against published sizes, and as a user sees it."""
+"""The plan of a run against real runs (bytes, FLOPs, files), against published sizes, and as a user sees it.
+
+Covers: pipelines/planning/budget.py, pipelines/planning/costs.py, pipelines/planning/facts.py,
+pipelines/planning/forecast.py.
+"""
 
 from __future__ import annotations
 

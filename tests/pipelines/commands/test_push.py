@@ -1,6 +1,8 @@
 """Pushing to the Hub: what a repository holds after each push and before it, what is not told, and errors in a line.
 
 As in test_hub.py, what asks a Hub does so in one process of its own, `client` at the end of this file.
+
+Covers: tokenizer/files/hub.py, pipelines/images/origin.py, pipelines/stages/card.py.
 """
 
 from __future__ import annotations

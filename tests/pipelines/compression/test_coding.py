@@ -1,4 +1,8 @@
-"""Streams of real models: what comes back, in how many bytes, on which machine, and what is refused."""
+"""Streams of real models: what comes back, in how many bytes, on which machine, and what is refused.
+
+Covers: pipelines/commands/compress.py, pipelines/commands/decompress.py, pipelines/compression/codec.py,
+pipelines/compression/coder.py.
+"""
 
 import io
 import os

@@ -1,4 +1,7 @@
-"""The container: what goes in comes out, and whatever is wrong with a stream is said before anything is decoded."""
+"""The container: what goes in comes out, and whatever is wrong with a stream is said before anything is decoded.
+
+Covers: pipelines/compression/chunks.py, pipelines/compression/header.py, pipelines/compression/names.py.
+"""
 
 import io
 import mmap

@@ -1,4 +1,8 @@
-"""The grammar of every verb: what is read, what is refused and how it is said, and what the help page shows."""
+"""The grammar of every verb: what is read, what is refused and how it is said, and what the help page shows.
+
+Covers: pipelines/config/arguments.py, pipelines/config/command.py, pipelines/config/errors.py,
+pipelines/config/help.py.
+"""
 
 from __future__ import annotations
 

@@ -1,6 +1,8 @@
 """Images as they come: damaged, hostile and unusual ones among plain ones, in a folder, in parquet and in a tar.
 
 Of eight kinds, four are bad (truncated, empty, text, bomb) and four are read (CMYK, 16 bits, animated, EXIF).
+
+Covers: pipelines/images/decoding.py, pipelines/images/streamed.py.
 """
 
 from __future__ import annotations

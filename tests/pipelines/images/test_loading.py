@@ -1,4 +1,8 @@
-"""Image data sets: what is decoded, what is refused, and what a batch is a function of."""
+"""Image data sets: what is decoded, what is refused, and what a batch is a function of.
+
+Covers: pipelines/images/augment.py, pipelines/images/base.py, pipelines/images/dataset.py, pipelines/images/folders.py,
+pipelines/images/sources.py, pipelines/images/splits.py, pipelines/images/stamps.py, pipelines/shuffling/hashing.py.
+"""
 
 import io
 import os

@@ -1,4 +1,7 @@
-"""Distances between sets of images: closed forms, extremes, chance, and the verb that prints them."""
+"""Distances between sets of images: closed forms, extremes, chance, and the verb that prints them.
+
+Covers: pipelines/evaluate.py, pipelines/metrics/agreement.py.
+"""
 
 from __future__ import annotations
 

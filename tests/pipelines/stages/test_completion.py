@@ -1,4 +1,7 @@
-"""Completions look at what is known alone, one seed each, and are as probable as the prior says."""
+"""Completions look at what is known alone, one seed each, and are as probable as the prior says.
+
+Covers: pipelines/commands/complete.py.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""Features of every prior and layer, images as vectors, linear probes, and search by the nearest."""
+"""Features of every prior and layer, images as vectors, linear probes, and search by the nearest.
+
+Covers: pipelines/commands/probe.py, pipelines/commands/search.py.
+"""
 
 import csv
 import shutil

@@ -1,4 +1,7 @@
-"""Token datasets: what is written comes back, what is damaged is refused, and `smalti encode` writes what it says."""
+"""Token datasets: what is written comes back, what is damaged is refused, and `smalti encode` writes what it says.
+
+Covers: pipelines/encode.py, pipelines/stages/provenance.py, pipelines/tokens/appending.py.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""Token datasets larger than memory: mapped shards, encodes that are killed and shared, rows that are added."""
+"""Token datasets larger than memory: mapped shards, encodes that are killed and shared, rows that are added.
+
+Covers: pipelines/commands/verify.py, pipelines/tokens/meta.py, pipelines/tokens/pieces.py.
+"""
 
 from __future__ import annotations
 

@@ -1,5 +1,8 @@
 """TensorBoard and trackio (`tensorboard_run`, `trackio_run`) hold what `metrics.jsonl` holds, each step once; models go
-to W&B as artifacts."""
+to W&B as artifacts.
+
+Covers: pipelines/tracking/tensorboard_run.py, pipelines/tracking/trackio_run.py.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""The real W&B client, and what can happen to its server and its disk: no run ends otherwise or later for it."""
+"""The real W&B client, and what can happen to its server and its disk: no run ends otherwise or later for it.
+
+Covers: pipelines/tracking/wandb_run.py.
+"""
 
 from __future__ import annotations
 

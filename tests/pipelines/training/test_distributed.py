@@ -1,6 +1,8 @@
 """Two processes train as one does: the same losses, the same codebook on both at every step, the same tokens.
 
 What needs no launcher runs in two processes that this file starts of itself (`python test_distributed.py NAME FOLDER`).
+
+Covers: pipelines/training/processes.py.
 """
 
 from __future__ import annotations

@@ -1,4 +1,9 @@
-"""The training loop, on runs of a second: its pure functions, its guards, and what it leaves on disk."""
+"""The training loop, on runs of a second: its pure functions, its guards, and what it leaves on disk.
+
+Covers: pipelines/train_prior.py, pipelines/train_tokenizer.py, pipelines/training/progress.py,
+pipelines/training/reporting.py, pipelines/training/saving.py, pipelines/training/schedule.py,
+pipelines/training/starting.py, pipelines/training/state.py, pipelines/training/step.py, pipelines/training/task.py.
+"""
 
 from __future__ import annotations
 

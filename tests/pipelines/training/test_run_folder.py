@@ -1,4 +1,7 @@
-"""Nothing begins at zero over good work, no run goes on from a state of another, and a folder has one run at a time."""
+"""Nothing begins at zero over good work, no run goes on from a state of another, and a folder has one run at a time.
+
+Covers: tokenizer/files/claims.py, pipelines/training/checkpoints/counters.py.
+"""
 
 from __future__ import annotations
 

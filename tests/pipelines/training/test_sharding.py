@@ -2,6 +2,8 @@
 where another one stopped.
 
 Most runs are of two processes in which `accelerate launch` starts this file, once (`test_sharding.py basic FOLDER`).
+
+Covers: pipelines/training/checkpoints/sharded.py.
 """
 
 from __future__ import annotations

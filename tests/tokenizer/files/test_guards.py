@@ -1,4 +1,8 @@
-"""What stands between a hostile folder and its reader, guard by guard: links, bounds, headers, values, names, modes."""
+"""What stands between a hostile folder and its reader, guard by guard: links, bounds, headers, values, names, modes.
+
+Covers: tokenizer/files/json_text.py, tokenizer/files/reading.py, tokenizer/files/weights.py,
+tokenizer/files/writing.py.
+"""
 
 from __future__ import annotations
 

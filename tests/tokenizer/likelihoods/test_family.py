@@ -1,4 +1,8 @@
-"""What a decoder says of pixels: distributions over 256 values, trained, saved, and the bits that come of them."""
+"""What a decoder says of pixels: distributions over 256 values, trained, saved, and the bits that come of them.
+
+Covers: tokenizer/likelihoods/base.py, tokenizer/likelihoods/categorical.py,
+tokenizer/likelihoods/discretized_logistic.py.
+"""
 
 import itertools
 import math

@@ -1,6 +1,8 @@
 """Signs as ids, `lfq` and `bsq`: entropies against brute force, levels, codes in use, two processes that train as one.
 
 What needs two processes runs in two that this file starts of itself (`python test_binary_quantizers.py FOLDER`).
+
+Covers: tokenizer/quantizers/bsq.py, tokenizer/quantizers/entropy.py, tokenizer/quantizers/lfq.py.
 """
 
 from __future__ import annotations

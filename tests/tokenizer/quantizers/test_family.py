@@ -1,4 +1,8 @@
-"""Promises of every registered quantizer, and of each idea."""
+"""Promises of every registered quantizer, and of each idea.
+
+Covers: tokenizer/quantizers/base.py, tokenizer/quantizers/codebook.py, tokenizer/quantizers/ema.py,
+tokenizer/quantizers/fsq.py, tokenizer/quantizers/vq.py.
+"""
 
 import copy
 import itertools

@@ -1,6 +1,8 @@
 """Residual quantization and SimVQ: what the papers promise, written out; and codebooks that two processes train.
 
 What needs two processes runs in two that this file starts of itself (`python test_rvq.py FOLDER`).
+
+Covers: tokenizer/quantizers/simvq.py.
 """
 
 from __future__ import annotations

@@ -1,4 +1,7 @@
-"""Quantizers in which all codes get a gradient: by the plain formulas, in blocks, in two processes, in training."""
+"""Quantizers in which all codes get a gradient: by the plain formulas, in blocks, in two processes, in training.
+
+Covers: tokenizer/quantizers/choice.py, tokenizer/quantizers/gumbel.py, tokenizer/quantizers/ibq.py.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,8 @@
-"""Images read from shards when they are due: where they come from, their index, and what bad and changed ones do."""
+"""Images read from shards when they are due: where they come from, their index, and what bad and changed ones do.
+
+Covers: pipelines/images/hub.py, pipelines/images/shards/parquet.py, pipelines/images/shards/places.py,
+pipelines/images/shards/shard.py.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""Tar shards (`tar`, and `tar_index`, which says what lies where): every dialect, and damaged and hostile ones."""
+"""Tar shards (`tar`, and `tar_index`, which says what lies where): every dialect, and damaged and hostile ones.
+
+Covers: pipelines/images/shards/tar_index.py.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""Resume states: exact, atomic under kill -9, verified, rotated."""
+"""Resume states: exact, atomic under kill -9, verified, rotated.
+
+Covers: pipelines/training/checkpoints/optimizers.py, pipelines/training/checkpoints/rotation.py.
+"""
 
 import errno
 import json
