@@ -6,6 +6,7 @@ import signal
 os.environ.update(HF_HUB_OFFLINE="1", WANDB_MODE="offline", WANDB_SILENT="true", TOKENIZERS_PARALLELISM="false")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+from collections.abc import Iterator  # noqa: E402
 from pathlib import Path  # noqa: E402
 
 ROOT = Path(__file__).parents[1]
@@ -40,3 +41,12 @@ def shared_data() -> Path:
 def seeded() -> None:
     """Every test starts from the same global seed."""
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def one_process() -> Iterator[None]:
+    """Accelerate is set up anew for the test, and again after it: one process, on the CPU."""
+    from one_process import one_process  # late: most tests do without accelerate
+
+    with one_process():
+        yield

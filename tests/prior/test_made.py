@@ -680,9 +680,8 @@ def without(node, *names):
     return {key: value for key, value in node.items() if key not in names}
 
 
-def test_an_old_run_of_two_ids_goes_on_to_the_bit(tmp_path, monkeypatch):
+def test_an_old_run_of_two_ids_goes_on_to_the_bit(tmp_path, one_process):
     """Begun when there was no `sigmoid`, stopped halfway, continued by the command that began it."""
-    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
     pixels = Tokenizer.create("pixels", image_size=(4, 4), channels=1, levels=2).eval()
     rows = torch.randint(2, (64, 4, 4))
     splits = {name: TokenSplit(rows.byte(), None) for name in ("train", "test")}

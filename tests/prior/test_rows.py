@@ -6,8 +6,8 @@ from pathlib import Path
 import launch
 import pytest
 import torch
-from accelerate.state import AcceleratorState
 from costs import all_steps
+from one_process import begin_anew
 from safetensors.torch import save_file
 from small import PRIORS, make_prior, make_tokenizer
 
@@ -201,14 +201,13 @@ def test_a_new_model_is_told_and_says_so(name, tmp_path):
     assert loaded.fingerprint() == model.fingerprint()
 
 
-def test_a_run_that_was_begun_before_goes_on_as_it_was(tmp_path, monkeypatch):
+def test_a_run_that_was_begun_before_goes_on_as_it_was(tmp_path, one_process):
     """Its states have no rows, and its configuration says nothing of them."""
-    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
     run, tokens = tmp_path / "run", launch.make_tokens(tmp_path / "tokens")
     model = {"kind": "pixelcnn", "dim": 8, "depth": 1}
 
     def train(steps, **more):
-        AcceleratorState._reset_state(reset_partial_state=True)
+        begin_anew()
         launch.train_prior(run, tokens, model={**model, **more}, train__steps=steps)
 
     train(2, row_embedding=False)

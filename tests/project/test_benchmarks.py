@@ -45,14 +45,11 @@ def test_the_picture_of_the_blind_spot_is_the_one_that_is_drawn(tmp_path):
     assert drawn.size == kept.size
 
 
-def test_the_onset_of_a_critic_is_drawn(tmp_path, monkeypatch):
+def test_the_onset_of_a_critic_is_drawn(tmp_path, monkeypatch, one_process):
     """From what two runs have left, before and after."""
-    from accelerate.state import AcceleratorState
     from launch import train_tokenizer
     from PIL import Image
 
-    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
-    AcceleratorState._reset_state(reset_partial_state=True)
     more = {"train__steps": 8, "train__preview_every": 2, "train__evaluate_every": 2}
     critic = {"critic__weight": 0.5, "critic__start": 1, "critic__warmup": 2, "critic__ramp": 2, "critic__width": 8}
     runs = [

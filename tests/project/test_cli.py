@@ -22,6 +22,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from command import errors_of, fails
 from PIL import Image
 from small import make_prior, make_tokenizer
 
@@ -87,17 +88,6 @@ def world(tmp_path_factory):
 
 def snapshot(folder):
     return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
-
-
-def fails(capsys, *argv):
-    """The lines of error of a command that ends with exit code 2."""
-    capsys.readouterr()
-    with pytest.raises(SystemExit) as caught:
-        main(list(argv))
-    lines = capsys.readouterr().err.splitlines()
-    assert caught.value.code == 2
-    assert lines and all(line.startswith("error: ") for line in lines), lines
-    return lines
 
 
 TRAIN = ["train_tokenizer", "out={out}", "data.source={world}/images", *SMALL_MODEL]
@@ -180,7 +170,7 @@ BAD = [
 def test_what_is_wrong_is_said_in_lines(world, tmp_path, capsys, command, wrong, message):
     before = snapshot(world)
     filled = [part.format(world=world, out=tmp_path / "out") for part in (*command, *wrong)]
-    lines = fails(capsys, *filled)
+    lines = errors_of(capsys, *filled)
     assert message.format(world=world) in "\n".join(lines)
     assert snapshot(world) == before
     made = [path.name for path in tmp_path.rglob("*") if path.is_file()]
@@ -204,11 +194,11 @@ def test_every_verb_has_a_bad_command():
 def test_what_is_missing_is_named(verb, capsys):
     required = [name for name, field in config_class(verb).model_fields.items() if field.is_required()]
     if required:
-        assert fails(capsys, verb) == [f"error: {name}: missing" for name in required]
+        assert errors_of(capsys, verb) == [f"error: {name}: missing" for name in required]
 
 
 def test_several_mistakes_are_said_at_once(capsys):
-    lines = fails(capsys, "generate", "top_k=0", "temprature=1", "seed=-1")
+    lines = errors_of(capsys, "generate", "top_k=0", "temprature=1", "seed=-1")
     assert len(lines) == 4 and [line.split(":")[1].strip() for line in lines].count("pipeline") == 1
     assert any("did you mean 'temperature'?" in line for line in lines)
 
@@ -226,7 +216,7 @@ def test_run_folder_of_another_configuration_is_left_alone(world, tmp_path, caps
     (tmp_path / "out" / "config.yaml").write_text(capsys.readouterr().out)
     before = snapshot(tmp_path)
     key = "model.blocks" if command is TRAIN else "model.depth"
-    lines = fails(capsys, *filled, "train.lr=0.5", f"{key}=" + ("[2]" if command is TRAIN else "2"))
+    lines = errors_of(capsys, *filled, "train.lr=0.5", f"{key}=" + ("[2]" if command is TRAIN else "2"))
     assert f"{tmp_path / 'out'}: belongs to a run with another configuration" in lines[0]
     assert any(line.startswith("error: train.lr: ") and line.endswith("-> 0.5") for line in lines)
     assert len(lines) == 3 and any(line.startswith(f"error: {key}: ") for line in lines)
@@ -335,11 +325,11 @@ def test_dry_run_prints_a_configuration_that_gives_itself(world, tmp_path, capsy
     ("verb", "near"), [("genrate", "generate"), ("train-piror", "train_prior"), ("encoder", "encode")]
 )
 def test_unknown_verb_suggests_the_near_one(verb, near, capsys):
-    assert fails(capsys, verb) == [f"error: {verb}: no such verb; did you mean '{near}'?"]
+    assert errors_of(capsys, verb) == [f"error: {verb}: no such verb; did you mean '{near}'?"]
 
 
 def test_unknown_verb_lists_what_there_is(capsys):
-    (line,) = fails(capsys, "xyzzy")
+    line = fails(capsys, "xyzzy")
     assert all(verb in line for verb in VERBS)
 
 

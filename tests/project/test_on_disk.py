@@ -43,9 +43,7 @@ TOLERANCE = {"rtol": 1e-4, "atol": 1e-4}
 """Of what is computed in float32, whose last digits are another machine's own."""
 
 
-@pytest.fixture(autouse=True)
-def one_process_on_the_cpu(monkeypatch):
-    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+pytestmark = pytest.mark.usefixtures("one_process")
 
 
 def facts(part: str) -> Any:

@@ -15,8 +15,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from accelerate.state import AcceleratorState
 from launch import CLOCK, ROOT, free_port
+from one_process import begin_anew
 from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor
@@ -64,7 +64,7 @@ def place(folder: Path, *names: str) -> Path:
 
 def smalti(folder: Path, verb: str, *argv: str) -> str:
     """Run a verb in this process, as if started in the folder; returns what it prints."""
-    AcceleratorState._reset_state(reset_partial_state=True)
+    begin_anew()
     printed = io.StringIO()
     with chdir(folder), redirect_stdout(printed):
         main([verb, *argv])

@@ -12,7 +12,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from accelerate.state import AcceleratorState
 from launch import (
     metrics,
     output_of,
@@ -41,13 +40,7 @@ LEVELS = [2, 3, 4, 7, 16, 100, 255, 256]
 BYTES = torch.arange(256, dtype=torch.uint8)
 
 
-@pytest.fixture(autouse=True)
-def one_process_on_the_cpu(monkeypatch):
-    """Each test sets up accelerate anew."""
-    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
-    AcceleratorState._reset_state(reset_partial_state=True)
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
+pytestmark = pytest.mark.usefixtures("one_process")
 
 
 def pixels_of(levels: int, image_size=(16, 16), channels=1):

@@ -18,6 +18,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from command import fails
 from launch import make_tokens, prior_arguments
 from PIL import Image
 from small import PRIORS, TOKENIZERS, make_prior, make_tokenizer
@@ -663,15 +664,6 @@ def world(trained, tmp_path_factory):
     shutil.copytree(root / "bare", root / "pipe")
     main(["calibrate", f"pipeline={root}/pipe", "background=" + str(root / "bare")])
     return root
-
-
-def fails(capsys, *argv):
-    capsys.readouterr()
-    with pytest.raises(SystemExit) as caught:
-        main(list(argv))
-    lines = capsys.readouterr().err.splitlines()
-    assert caught.value.code == 2 and len(lines) == 1 and lines[0].startswith("error: "), lines
-    return lines[0]
 
 
 def words(text):

@@ -10,6 +10,7 @@ import sys
 import numpy as np
 import pytest
 import torch
+from command import fails
 from launch import ROOT, environment
 from PIL import Image
 from small import TOKENIZERS, make_tokenizer
@@ -336,9 +337,6 @@ BAD = [
 @pytest.mark.parametrize(("wrong", "message"), BAD, ids=[" ".join(wrong) for wrong, _ in BAD])
 def test_what_is_wrong_is_said_in_a_line(world, tmp_path, capsys, wrong, message):
     given = ["inspect", "tokenizer={world}/tokenizer", "out={out}.png", *wrong]
-    with pytest.raises(SystemExit) as caught:
-        main([part.format(world=world, out=tmp_path / "out") for part in given])
-    lines = capsys.readouterr().err.splitlines()
-    assert caught.value.code == 2 and len(lines) == 1
-    assert lines[0].startswith("error: ") and message.format(world=world) in lines[0]
+    line = fails(capsys, *[part.format(world=world, out=tmp_path / "out") for part in given])
+    assert message.format(world=world) in line
     assert not list(tmp_path.iterdir())

@@ -20,8 +20,8 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from accelerate.state import AcceleratorState
 from launch import make_tokens, prior_arguments, states, tokenizer_arguments, train_prior, train_tokenizer
+from one_process import begin_anew
 from small import PRIORS, SMALL, TOKENIZERS, make_tokenizer
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -75,13 +75,9 @@ LLAMAGEN = {
 
 
 @pytest.fixture(autouse=True)
-def from_the_root(monkeypatch):
-    """Presets are named as in the documentation, and accelerate is set up anew."""
+def from_the_root(monkeypatch, one_process):
+    """Presets are named as in the documentation."""
     monkeypatch.chdir(ROOT)
-    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
-    AcceleratorState._reset_state(reset_partial_state=True)
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 def planned(*argv: str) -> plan.Forecast:
@@ -313,7 +309,7 @@ def test_memory_and_files_of_a_run_of_stage_two(tokens, tmp_path, monkeypatch):
     averaged = [*training.averaged.module.parameters(), *training.averaged.module.buffers()]
     assert parts["averaged weights"] == bytes_of(averaged)
     assert forecast.sizes.parameters == sum(p.numel() for p in task.model.parameters())
-    AcceleratorState._reset_state(reset_partial_state=True)
+    begin_anew()
     run = train_prior(tmp_path / "run", tokens, train__steps=2, train__save_every=1)
     check_files(forecast, run, "pipeline")
 

@@ -213,7 +213,7 @@ def test_the_card_is_found_among_its_like(classes):
     assert ("class-conditional" in header["tags"], "unconditional" in header["tags"]) == (bool(classes), not classes)
 
 
-def test_training_notes_that_a_folder_was_one(tmp_path, monkeypatch):
+def test_training_notes_that_a_folder_was_one(tmp_path, monkeypatch, one_process):
     """As it may be called like a dataset on the Hub, and be pushed from elsewhere."""
     from launch import train_tokenizer
     from PIL import Image
@@ -221,7 +221,6 @@ def test_training_notes_that_a_folder_was_one(tmp_path, monkeypatch):
     from pipelines.encode import EncodeConfig
     from pipelines.encode import run as encode
 
-    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
     for number in range(12):
         (tmp_path / "photos").mkdir(exist_ok=True)
         Image.new("L", (28, 28), number).save(tmp_path / "photos" / f"{number}.png")

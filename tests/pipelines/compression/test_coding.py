@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from command import fails
 from PIL import Image
 from small import PRIORS, make_prior, make_tokenizer
 
@@ -441,15 +442,6 @@ def arguments(tmp_path, *more):
     return [f"pipeline={tmp_path / 'pipeline'}", "device=cpu", *more]
 
 
-def failing(verb, argv, capsys):
-    with pytest.raises(SystemExit) as exit_:
-        verb(argv)
-    assert exit_.value.code == 2
-    lines = capsys.readouterr().err.strip().splitlines()
-    assert len(lines) == 1
-    return lines[0]
-
-
 @pytest.mark.parametrize("channels", [1, 3])
 def test_a_folder_comes_back_with_its_names(tmp_path, capsys, channels):
     saved(tmp_path, channels=channels, prior="marginal")
@@ -469,15 +461,15 @@ def test_a_folder_comes_back_with_its_names(tmp_path, capsys, channels):
 def test_verbs_say_what_is_wrong(tmp_path, capsys):
     saved(tmp_path, "tokens")
     stream = tmp_path / "all.smalti"
-    assert "neither a folder" in failing(compress_verb, arguments(tmp_path, "images=nowhere"), capsys)
+    assert "neither a folder" in fails(capsys, "compress", *arguments(tmp_path, "images=nowhere"))
     folder = f"images={tmp_path / 'images'}"
-    line = failing(compress_verb, arguments(tmp_path, folder, f"out={stream}", "lossless=true"), capsys)
+    line = fails(capsys, "compress", *arguments(tmp_path, folder, f"out={stream}", "lossless=true"))
     assert "likelihood" in line and not stream.exists()
     Image.new("L", (9, 9)).save(tmp_path / "images" / "other.png")
-    line = failing(compress_verb, arguments(tmp_path, folder, f"out={stream}"), capsys)
+    line = fails(capsys, "compress", *arguments(tmp_path, folder, f"out={stream}"))
     assert "other.png" in line and "8 x 8" in line
     (tmp_path / "images" / "other.png").write_bytes(b"no image")
-    assert "other.png" in failing(compress_verb, arguments(tmp_path, folder, f"out={stream}"), capsys)
+    assert "other.png" in fails(capsys, "compress", *arguments(tmp_path, folder, f"out={stream}"))
     assert [path.name for path in tmp_path.iterdir() if "smalti" in path.name] == []
     (tmp_path / "images" / "other.png").unlink()
     compress_verb(arguments(tmp_path, folder, f"out={stream}"))
@@ -490,17 +482,16 @@ def test_verbs_say_what_is_wrong(tmp_path, capsys):
         (data + b"1", "follow"),
     ):
         stream.write_bytes(wrong)
-        line = failing(decompress_verb, arguments(tmp_path, f"stream={stream}", f"out={tmp_path / 'out'}"), capsys)
+        line = fails(capsys, "decompress", *arguments(tmp_path, f"stream={stream}", f"out={tmp_path / 'out'}"))
         assert word in line and not (tmp_path / "out").exists()
     stream.write_bytes(data)
     again = arguments(tmp_path, f"stream={stream}", f"out={tmp_path / 'images'}")
-    assert "is there and not empty" in failing(decompress_verb, again, capsys)
+    assert "is there and not empty" in fails(capsys, "decompress", *again)
     few = arguments(tmp_path, f"stream={stream}", f"out={tmp_path / 'out'}", "max_images=3")
-    assert "at most 3" in failing(decompress_verb, few, capsys)
+    assert "at most 3" in fails(capsys, "decompress", *few)
     pipeline_of("tokens", "made").save_pretrained(tmp_path / "pipeline")
-    assert "another model" in failing(
-        decompress_verb, arguments(tmp_path, f"stream={stream}", f"out={tmp_path / 'out'}"), capsys
-    )
+    line = fails(capsys, "decompress", *arguments(tmp_path, f"stream={stream}", f"out={tmp_path / 'out'}"))
+    assert "another model" in line
 
 
 def test_streams_are_written_one_chunk_at_a_time(monkeypatch):

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from command import fails
 from PIL import Image
 from small import PRIORS, PRIORS_IN_ORDERS, TOKENIZERS, make_prior, make_tokenizer
 
@@ -291,15 +292,6 @@ def world(tmp_path_factory):
 
 def files_of(folder):
     return sorted(path.name for path in folder.iterdir())
-
-
-def fails(capsys, *argv):
-    with pytest.raises(SystemExit) as caught:
-        main(list(argv))
-    assert caught.value.code == 2
-    (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith("error: ")
-    return line
 
 
 def test_probe_tells_separable_classes_apart(world, tmp_path, capsys):

@@ -22,7 +22,6 @@ from typing import Any
 import numpy as np
 import pytest
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState
 from launch import CLOCK, exact, metrics, output_of, start, tokenizer_arguments, train_tokenizer, verb, wait_for
 from PIL import Image
 from wandb_server import WandbServer
@@ -37,12 +36,10 @@ Pictures = list[tuple[int, str, np.ndarray]]
 
 
 @pytest.fixture(autouse=True)
-def surroundings(monkeypatch):
+def surroundings(monkeypatch, one_process):
     """One process on the CPU; nobody's folders or servers."""
     for name in [name for name in os.environ if name.startswith(("WANDB_", "TRACKIO_"))]:
         monkeypatch.delenv(name)
-    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
-    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 # What the trackers hold: by step, numbers and pictures

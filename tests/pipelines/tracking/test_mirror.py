@@ -8,7 +8,6 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from accelerate.state import AcceleratorState
 from launch import metrics, tokenizer_arguments, train_tokenizer
 
 from pipelines.config import UserError
@@ -25,12 +24,10 @@ ALL = ["wandb", "tensorboard", "trackio"]
 
 
 @pytest.fixture(autouse=True)
-def surroundings(monkeypatch):
+def surroundings(monkeypatch, one_process):
     """One process on the CPU; nobody's folders or servers."""
     for name in ("WANDB_MODE", "WANDB_DIR", "TRACKIO_DIR"):
         monkeypatch.delenv(name, raising=False)
-    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
-    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 class Remembering:

@@ -17,7 +17,6 @@ from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 
 import pytest
-from accelerate.state import AcceleratorState
 from launch import (
     VQVAE,
     assert_equal_tensors,
@@ -133,12 +132,10 @@ FAULTS = {
 
 
 @pytest.fixture(autouse=True)
-def surroundings(monkeypatch):
+def surroundings(monkeypatch, one_process):
     """One process on the CPU, nothing of W&B from outside."""
     for name in [name for name in os.environ if name.startswith("WANDB_")]:
         monkeypatch.delenv(name)
-    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
-    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 def start_and_strike(fault: Fault, folder: Path, choices: dict, limits: tuple[float, float], strike_at: int) -> str:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pytest
 import torch
-from accelerate.state import AcceleratorState
 from launch import (
     VQVAE,
     assert_equal_tensors,
@@ -19,6 +18,7 @@ from launch import (
     train_tokenizer,
     two_processes,
 )
+from one_process import one_process
 
 from pipelines.config import UserError
 from pipelines.training.adversary import Adversary, CriticConfig
@@ -38,18 +38,13 @@ CRITIC = {
 STEPS = {"train__steps": 14, "train__save_every": 4}
 
 
-@pytest.fixture(autouse=True)
-def one_process_on_the_cpu(monkeypatch):
-    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
-    AcceleratorState._reset_state(reset_partial_state=True)
+pytestmark = pytest.mark.usefixtures("one_process")
 
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
     """A run with a critic that nobody interrupts."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("ACCELERATE_USE_CPU", "true")
-        AcceleratorState._reset_state(reset_partial_state=True)
+    with one_process():
         return train_tokenizer(tmp_path_factory.mktemp("adversary") / "whole", **CRITIC, **STEPS)
 
 

@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-from accelerate.state import AcceleratorState
 from launch import (
     VQVAE,
     assert_equal_tensors,
@@ -21,6 +20,7 @@ from launch import (
     train_prior,
     train_tokenizer,
 )
+from one_process import begin_anew, one_process
 from safetensors.torch import load_file
 
 from pipelines import ImagePipeline
@@ -47,13 +47,7 @@ EVERY = {
 }
 
 
-@pytest.fixture(autouse=True)
-def one_process_on_the_cpu(monkeypatch):
-    """Each test sets up accelerate anew."""
-    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
-    AcceleratorState._reset_state(reset_partial_state=True)
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
+pytestmark = pytest.mark.usefixtures("one_process")
 
 
 @pytest.fixture(scope="module")
@@ -200,8 +194,8 @@ BY_HEART = {
 @pytest.fixture(scope="module")
 def by_heart(tmp_path_factory, few) -> Path:
     """A run that overfits."""
-    AcceleratorState._reset_state(reset_partial_state=True)
-    return train_prior(tmp_path_factory.mktemp("by_heart") / "run", few, **BY_HEART)
+    with one_process():
+        return train_prior(tmp_path_factory.mktemp("by_heart") / "run", few, **BY_HEART)
 
 
 def test_a_run_that_overfits_ends_with_the_weights_of_before(by_heart, few):
@@ -231,8 +225,7 @@ def test_interrupted_equals_uninterrupted(tmp_path, by_heart, few, monkeypatch, 
     with pytest.raises(RunError, match="Killed"):
         train_prior(run, few, **BY_HEART)
     monkeypatch.undo()
-    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
-    AcceleratorState._reset_state(reset_partial_state=True)
+    begin_anew()
     assert states(run)[-1].name == f"step-{at - 1:08d}"
     train_prior(run, few, **BY_HEART)
     assert exact(run) == exact(by_heart)

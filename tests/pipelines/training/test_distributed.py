@@ -20,7 +20,6 @@ import pytest
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState
 from launch import (
     GPT,
     VQVAE,
@@ -57,7 +56,7 @@ from pipelines.training.processes import TWO_PROCESSES, build_accelerator
 from tokenizer.quantizers import Quantizer
 from tokenizer.quantizers.ema import EMA
 
-pytestmark = pytest.mark.timeout(300)
+pytestmark = [pytest.mark.timeout(300), pytest.mark.usefixtures("one_process")]
 
 STEPS = 20
 TOLERANCE = 1e-5  # relative; 3e-7 was measured, as sums are taken in another order
@@ -76,13 +75,6 @@ def with_quantizer(name: str) -> dict[str, Any]:
     """A short run with a small quantizer of this kind."""
     node = {"kind": name, **{key: list(v) if isinstance(v, tuple) else v for key, v in SMALL.get(name, {}).items()}}
     return {"train__steps": 6, "model": {**VQVAE, "quantizer": node}}
-
-
-@pytest.fixture(autouse=True)
-def one_process_here(monkeypatch):
-    """This process is the one that two are compared with."""
-    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
-    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 # In each of two processes

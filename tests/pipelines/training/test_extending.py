@@ -11,7 +11,6 @@ from typing import Any
 
 import pytest
 import torch
-from accelerate.state import AcceleratorState
 from launch import (
     ROOT,
     VQVAE,
@@ -49,13 +48,7 @@ LR = {"train_tokenizer": 2e-3, "train_prior": 4e-3}
 STAGES = list(LR)
 
 
-@pytest.fixture(autouse=True)
-def one_process_on_the_cpu(monkeypatch):
-    """Each test sets up accelerate anew."""
-    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
-    AcceleratorState._reset_state(reset_partial_state=True)
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
+pytestmark = pytest.mark.usefixtures("one_process")
 
 
 @pytest.fixture(scope="module")

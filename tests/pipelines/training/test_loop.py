@@ -19,7 +19,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from accelerate.state import AcceleratorState
 from launch import (
     EMA,
     GPT,
@@ -35,6 +34,7 @@ from launch import (
     train_prior,
     train_tokenizer,
 )
+from one_process import begin_anew, one_process
 from PIL import Image
 from safetensors.torch import load_file
 from small import PRIORS, SMALL, TOKENIZERS, make_tokenizer
@@ -64,13 +64,7 @@ FSQ = {"kind": "fsq", "levels": [5, 4, 3]}
 QUANTIZERS = {name: {"kind": name, **SMALL.get(name, {})} for name in Quantizer.available()}
 
 
-@pytest.fixture(autouse=True)
-def one_process_on_the_cpu(monkeypatch):
-    """Each test sets up accelerate anew."""
-    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
-    AcceleratorState._reset_state(reset_partial_state=True)
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
+pytestmark = pytest.mark.usefixtures("one_process")
 
 
 @pytest.fixture(scope="module")
@@ -222,7 +216,7 @@ def test_bfloat16_trains(tmp_path, tokens, monkeypatch, capsys):
         assert not metrics(run)[-1]["skipped_steps"]
         full[name] = found
     assert capsys.readouterr().out.count("bf16 mixed precision") == 2
-    AcceleratorState._reset_state(reset_partial_state=True)
+    begin_anew()
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")
     assert losses(train_prior(tmp_path / "float32", tokens, train__steps=20)) != full["prior"]  # so it was used
 
@@ -370,11 +364,11 @@ KEYS = {"learning_rate", "images_per_second", "tokens_per_second", "minutes", "s
 def runs(tmp_path_factory, tokens) -> dict[str, Path]:
     """A finished run of each stage."""
     folder = tmp_path_factory.mktemp("runs")
-    AcceleratorState._reset_state(reset_partial_state=True)
-    return {
-        "tokenizer": train_tokenizer(folder / "tokenizer", **EVERY),
-        "prior": train_prior(folder / "prior", tokens, **EVERY, sampler__guidance_scale=1.5),
-    }
+    with one_process():
+        return {
+            "tokenizer": train_tokenizer(folder / "tokenizer", **EVERY),
+            "prior": train_prior(folder / "prior", tokens, **EVERY, sampler__guidance_scale=1.5),
+        }
 
 
 @pytest.mark.parametrize(

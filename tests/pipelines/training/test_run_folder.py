@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from accelerate.state import AcceleratorState
 from launch import (
     assert_equal_tensors,
     exact,
@@ -30,6 +29,7 @@ from launch import (
     train_tokenizer,
     two_processes,
 )
+from one_process import begin_anew, one_process
 from small import make_prior, make_tokenizer
 
 from pipelines import ImagePipeline
@@ -44,14 +44,7 @@ from tokenizer.files.claims import claimed, require_unclaimed
 from tokenizer.files.errors import IntegrityError, PathError, PipelineLoadError, UnreadableError
 from tokenizer.files.writing import write_manifest
 
-
-@pytest.fixture(autouse=True)
-def one_process_on_the_cpu(monkeypatch):
-    """Each test sets up accelerate anew."""
-    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
-    AcceleratorState._reset_state(reset_partial_state=True)
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
+pytestmark = pytest.mark.usefixtures("one_process")
 
 
 EVERY = {"train__steps": 8, "train__save_every": 4, "train__log_every": 4, "train__evaluate_every": 4}
@@ -60,11 +53,8 @@ EVERY = {"train__steps": 8, "train__save_every": 4, "train__log_every": 4, "trai
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory) -> Path:
     """A run with the states 4 and 8."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("ACCELERATE_USE_CPU", "true")
-        AcceleratorState._reset_state(reset_partial_state=True)
+    with one_process():
         run = train_tokenizer(tmp_path_factory.mktemp("trained") / "run", **EVERY)
-        AcceleratorState._reset_state(reset_partial_state=True)
     assert [state.name for state in states(run)] == ["step-00000004", "step-00000008"]
     return run
 
@@ -281,7 +271,7 @@ def test_one_of_two_commands_at_once_writes_each_step_once(tmp_path):
         assert "one at a time" in "".join(printed)
     steps = [line["step"] for line in metrics(tmp_path / "run")]
     assert steps == sorted(set(steps)) and steps[-1] == 40
-    AcceleratorState._reset_state(reset_partial_state=True)
+    begin_anew()
     alone = train_tokenizer(tmp_path / "alone", **{**EVERY, "train__steps": 40})
     assert exact(tmp_path / "run") == exact(alone)
 

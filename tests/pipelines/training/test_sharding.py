@@ -44,6 +44,7 @@ from launch import (
     wait_for,
 )
 from leaving import leave_group
+from one_process import one_process
 from safetensors import safe_open
 from small import PRIORS, SMALL
 from torch import nn
@@ -64,7 +65,7 @@ from pipelines.training.sharding import require_shardable
 from pipelines.training.task import Task
 from tokenizer.files.reading import verify_manifest
 
-pytestmark = pytest.mark.timeout(200)
+pytestmark = [pytest.mark.timeout(200), pytest.mark.usefixtures("one_process")]
 
 STEPS = 12
 TOLERANCE = 1e-5  # relative; 3e-7 was measured, as sums are taken in another order
@@ -78,13 +79,6 @@ TWO = ["--use_fsdp", "--fsdp_version", "2", "--num_processes", "2", *MACHINE]
 
 class Interrupted(Exception):
     """The end of a run that is to be continued."""
-
-
-@pytest.fixture(autouse=True)
-def one_process_here(monkeypatch):
-    """This process is the one that two are compared with."""
-    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
-    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 def until(step: int, run: Any) -> None:
@@ -297,9 +291,8 @@ def in_two_processes(name: str, folder: Path, seconds: float = 120) -> tuple[Pat
 def pair(tmp_path_factory) -> tuple[Path, dict[str, Any], str]:
     folder = tmp_path_factory.mktemp("sharded")
     make_tokens(folder / "tokens")
-    os.environ["ACCELERATE_USE_CPU"] = "true"
-    AcceleratorState._reset_state(reset_partial_state=True)
-    until(10, lambda: train_prior(folder / "one to two", folder / "tokens", **RUN))
+    with one_process():
+        until(10, lambda: train_prior(folder / "one to two", folder / "tokens", **RUN))
     return in_two_processes("basic", folder)
 
 
@@ -311,9 +304,8 @@ def more(pair) -> tuple[Path, dict[str, Any], str]:
 @pytest.fixture(scope="module")
 def alone(pair) -> Path:
     """What one process makes of the same command."""
-    os.environ["ACCELERATE_USE_CPU"] = "true"
-    AcceleratorState._reset_state(reset_partial_state=True)
-    return train_prior(pair[0] / "alone", pair[0] / "tokens", **RUN)
+    with one_process():
+        return train_prior(pair[0] / "alone", pair[0] / "tokens", **RUN)
 
 
 def assert_same_figures(found: Path, expected: Path, tolerance: float = TOLERANCE, steps: int = STEPS) -> None:

@@ -6,8 +6,8 @@ import json
 
 import pytest
 import torch
-from accelerate.state import AcceleratorState
 from launch import COMMON, VQVAE, arguments, assert_equal_tensors, dotted, metrics, tensors, train_tokenizer
+from one_process import one_process
 
 from pipelines import encode
 from pipelines import train_tokenizer as verb
@@ -19,10 +19,7 @@ from tokenizer.files.errors import ConfigError, PathError
 KLVAE = {"kind": "klvae", "widths": [16], "blocks": [1], "latent": 3}
 
 
-@pytest.fixture(autouse=True)
-def one_process_on_the_cpu(monkeypatch):
-    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
-    AcceleratorState._reset_state(reset_partial_state=True)
+pytestmark = pytest.mark.usefixtures("one_process")
 
 
 def resolved(out, **more):
@@ -33,9 +30,7 @@ def resolved(out, **more):
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("ACCELERATE_USE_CPU", "true")
-        AcceleratorState._reset_state(reset_partial_state=True)
+    with one_process():
         folder = tmp_path_factory.mktemp("trained")
         first = train_tokenizer(folder / "vqvae", data__augment__rotate=3)
         return {"vqvae": first / "tokenizer", "klvae": train_tokenizer(folder / "klvae", model=KLVAE) / "tokenizer"}

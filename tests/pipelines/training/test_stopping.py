@@ -18,7 +18,6 @@ from typing import Any
 
 import psutil
 import pytest
-from accelerate.state import AcceleratorState
 from launch import (
     ROOT,
     assert_equal_tensors,
@@ -37,6 +36,7 @@ from launch import (
     verb,
     wait_for,
 )
+from one_process import one_process
 
 from pipelines import encode, generate
 from pipelines.config import run_command
@@ -56,14 +56,11 @@ TASKS: dict[str, Any] = {"train_tokenizer": TokenizerTask, "train_prior": PriorT
 
 
 @pytest.fixture(autouse=True)
-def one_process_on_the_cpu(monkeypatch):
-    """Each test sets up accelerate anew, and leaves signals as they were."""
-    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
-    AcceleratorState._reset_state(reset_partial_state=True)
+def signals_as_before(one_process):
+    """Each test leaves signals as they were."""
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
     yield
     assert {number: signal.getsignal(number) for number in before} == before
-    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 @pytest.fixture(scope="module")
@@ -85,9 +82,7 @@ def train(tokens) -> Any:
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory, train) -> dict[str, Path]:
     """Runs that nobody interrupts."""
-    AcceleratorState._reset_state(reset_partial_state=True)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("ACCELERATE_USE_CPU", "true")
+    with one_process():
         return {stage: train(stage, tmp_path_factory.mktemp("whole") / stage) for stage in TASKS}
 
 

@@ -22,7 +22,6 @@ from urllib.parse import parse_qs
 import numpy as np
 import pytest
 import torch
-from accelerate.state import AcceleratorState
 from fake_hub import Handler, commit, serve
 from image_files import (
     CHANGED,
@@ -51,6 +50,7 @@ from launch import (
     train_tokenizer,
     two_processes,
 )
+from one_process import begin_anew
 from small import make_tokenizer
 
 from pipelines.config import UserError
@@ -539,9 +539,9 @@ def test_training_does_not_depend_on_the_threads_nor_on_being_resumed(tmp_path, 
         run = tmp_path / f"workers{workers}"
         with monkeypatch.context() as patch, suppress(KeyboardInterrupt):
             patch.setattr(TokenizerTask, "loss", interrupted(TokenizerTask.loss, step=6 if workers > 1 else 99))
-            AcceleratorState._reset_state(reset_partial_state=True)
+            begin_anew()
             train_tokenizer(run, **options)
-        AcceleratorState._reset_state(reset_partial_state=True)
+        begin_anew()
         train_tokenizer(run, **options)  # goes on from step 4
         assert exact(run) == exact(whole)
         assert_equal_tensors(tensors(run / "tokenizer"), tensors(whole / "tokenizer"))

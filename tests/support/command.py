@@ -1,0 +1,30 @@
+"""A command that a user gets wrong, run in this process: it ends with exit code 2, and says in lines why."""
+
+from __future__ import annotations
+
+import pytest
+
+from pipelines.__main__ import main
+
+
+def printed_and_errors(capsys: pytest.CaptureFixture[str], *argv: str) -> tuple[str, list[str]]:
+    """What the command printed before it failed, and its lines of error."""
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as caught:
+        main(list(argv))
+    printed, errors = capsys.readouterr()
+    lines = errors.splitlines()
+    assert caught.value.code == 2
+    assert lines and all(line.startswith("error: ") for line in lines), lines
+    return printed, lines
+
+
+def errors_of(capsys: pytest.CaptureFixture[str], *argv: str) -> list[str]:
+    """The lines of error of a command."""
+    return printed_and_errors(capsys, *argv)[1]
+
+
+def fails(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
+    """The line of error of a command that has one thing to say."""
+    (line,) = errors_of(capsys, *argv)
+    return line
