@@ -47,8 +47,7 @@ class DataConfig(Config):
     split: str = Field(
         default="train", description="The split to train on; in a folder of images, a folder of that name."
     )
-    # `test` was the default until it could be null, and nothing stood in for it.
-    held_out: Annotated[str | None, Before("test")] = Field(
+    held_out: str | None = Field(
         default=None,
         description="The split to evaluate on; null: `test`, or where there is none the only one of "
         "validation, val, valid, dev; where there is none of these either, part of `split` is held out.",

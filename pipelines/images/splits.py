@@ -81,4 +81,9 @@ def validation_count(size: int, fraction: float | None) -> int:
 def as_begun(data: DataConfig, before: dict[str, Any] | None) -> DataConfig:
     """`data` for continuing what was begun with the configuration `before`, if anything: the same images are trained on
     and held out."""
-    return data if before is None else data.model_copy(update=settings.as_begun(DataConfig, dict(data), before))
+    if before is None:
+        return data
+    changes = settings.as_begun(DataConfig, dict(data), before)
+    if data.held_out is None and before.get("held_out") == "test":  # the default until it could be null
+        changes["held_out"] = "test"
+    return data.model_copy(update=changes)

@@ -45,6 +45,7 @@ from pipelines import ImagePipeline, encode
 from pipelines.__main__ import module_of, verbs
 from pipelines.anomaly.scores import METHODS
 from pipelines.compression import coding as compression
+from pipelines.compression.coder import Coder
 from pipelines.config.command import parse
 from pipelines.training.adversary import Adversary, CriticConfig
 from prior import Prior
@@ -353,7 +354,7 @@ def try_raw_chunk() -> None:
     """A lossless stream of two chunks, the first of which could not be coded."""
     pipe = pipeline_of("vqvae", "gpt", **LIKELIHOOD)
     outcomes = iter((False, True))
-    with patch.object(compression, "decodes", lambda *_: next(outcomes)), patch.object(compression, "CHUNK_IMAGES", 2):
+    with patch.object(Coder, "decodes", lambda *_: next(outcomes)), patch.object(compression, "CHUNK_IMAGES", 2):
         given = images()
         data = pipe.compress(given, lossless=True, progress=False)
         back = pipe.decompress(data, output_type="pt", progress=False)

@@ -431,7 +431,7 @@ KILLED = """
                     os.kill(os.getpid(), signal.SIGKILL)
                 return call(*paths)
             return count
-        Path.rename, storage.exchange = counted(Path.rename), counted(storage.exchange)
+        Path.rename, writing.exchange = counted(Path.rename), counted(writing.exchange)
         step = STEP
         while True:
             save(step)
