@@ -8,8 +8,6 @@ from __future__ import annotations
 import copy
 import json
 import math
-import os
-import subprocess
 import sys
 from pathlib import Path
 
@@ -17,9 +15,9 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from leaving import leave_group
 from torch import Tensor, nn
 from torch.nn.utils.parametrizations import _SpectralNorm
+from two_processes import join_group, leave_group, run_twice
 
 from tokenizer.critic import (
     CRITIC_LOSSES,
@@ -418,8 +416,7 @@ def critic_turn(critic: nn.Module, images: Tensor) -> list[float]:
 
 def one_of_two(folder: Path) -> None:
     """What each process does: its half of the batch, through a generator that DDP wraps."""
-    rank = int(os.environ["RANK"])
-    dist.init_process_group("gloo", init_method=f"file://{folder / 'store'}", rank=rank, world_size=2)
+    rank = join_group(folder)
     generator, critic = new_pair()
     wrapped = nn.parallel.DistributedDataParallel(generator)
     mine = batch()[4 * rank : 4 * rank + 4]
@@ -438,28 +435,13 @@ def one_of_two(folder: Path) -> None:
         "turn": critic_turn(wrapped, mine),
     }
     (folder / f"{rank}.json").write_text(json.dumps(found))
-    dist.barrier()
     leave_group()
 
 
 @pytest.fixture(scope="module")
 def pair(tmp_path_factory) -> list[dict]:
     folder = tmp_path_factory.mktemp("pair")
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.environ["PYTHONPATH"]}
-    command = [sys.executable, __file__, str(folder)]
-    processes = [
-        subprocess.Popen(
-            command, env={**environment, "RANK": str(rank)}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-        )
-        for rank in range(2)
-    ]
-    try:
-        for process in processes:
-            printed, _ = process.communicate(timeout=90)
-            assert process.returncode == 0, printed
-    finally:
-        for process in processes:
-            process.kill()
+    run_twice(__file__, folder)
     return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(2)]
 
 

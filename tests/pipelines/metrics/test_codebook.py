@@ -1,15 +1,13 @@
 """What is counted of a codebook while it is trained, on one process or several, and the picture of it."""
 
 import math
-import os
-import sys
 
 import numpy as np
 import pytest
 import torch
-from launch import end, free_port, output_of, start
 from safetensors.torch import load_file, save_file
 from small import make_tokenizer
+from two_processes import run_twice
 
 from pipelines.metrics import charts, codebook
 from pipelines.metrics.codebook import CodebookUse, code_distances, count_tokens, nearest_other
@@ -130,40 +128,25 @@ def test_a_saved_state_goes_on_as_if_it_had_not_been(tmp_path):
 
 
 CHILD = """
-import os, sys, torch, torch.distributed as dist
+import sys, torch, torch.distributed as dist
 from safetensors.torch import load_file, save_file
+from two_processes import join_group, leave_group
 from pipelines.metrics.codebook import CodebookUse
-dist.init_process_group("gloo")
+rank, use = join_group(sys.argv[1]), CodebookUse(24, 2)
 assert dist.get_world_size() == 2
-rank, use = dist.get_rank(), CodebookUse(24, 2)
 totals = []
 for tokens in load_file(sys.argv[1] + "/batches.safetensors")["tokens"].chunk(2, 1)[rank]:
     use.observe(tokens)
     totals.append(use.finish_step())
 save_file({**use.state_dict(), "totals": torch.stack(totals)}, f"{sys.argv[1]}/{rank}.safetensors")
-dist.barrier()
-dist.destroy_process_group()
-os._exit(0)  # gloo may abort an interpreter that ends by itself
+leave_group()
 """
 
 
 def test_two_processes_count_what_one_does(tmp_path):
     batches = random_batches(24, 2)
     save_file({"tokens": torch.stack(batches)}, tmp_path / "batches.safetensors")
-    where = {
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(free_port()),
-        "WORLD_SIZE": "2",
-        "PYTHONPATH": os.environ["PYTHONPATH"],
-    }
-    command = [sys.executable, "-c", CHILD, str(tmp_path)]
-    pair = [start(command, RANK=str(rank), **where) for rank in range(2)]
-    try:
-        for process in pair:
-            output_of(process, 60)
-    finally:
-        for process in pair:
-            end(process)
+    run_twice("-c", CHILD, tmp_path)
     use = CodebookUse(24, 2)
     totals = torch.stack([count(use, tokens) for tokens in batches])
     for rank in range(2):

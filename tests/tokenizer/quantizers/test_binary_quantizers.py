@@ -7,7 +7,6 @@ Covers: tokenizer/quantizers/bsq.py, tokenizer/quantizers/entropy.py, tokenizer/
 
 from __future__ import annotations
 
-import datetime
 import math
 import os
 import sys
@@ -17,10 +16,10 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from leaving import leave_group
 from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
+from two_processes import join_group, leave_group, run_twice
 
 from tokenizer import Tokenizer
 from tokenizer.quantizers import Quantizer
@@ -330,8 +329,7 @@ def results(model: nn.Module, parts: list[torch.Tensor]) -> dict[str, torch.Tens
 
 def one_of_two(folder: Path) -> None:
     """Half of the points each; then rank 0 looks at images by itself, for which nobody may have to wait."""
-    dist.init_process_group("gloo", timeout=datetime.timedelta(seconds=20))
-    rank = dist.get_rank()
+    rank = join_group(folder)
     assert dist.get_world_size() == 2
     for name in BINARY:
         model = nn.parallel.DistributedDataParallel(Encoder(name))
@@ -339,30 +337,14 @@ def one_of_two(folder: Path) -> None:
         save_file(found, folder / f"{name}-{rank}.safetensors")
         if rank == 0:
             model.module.eval()(points_of_all())
-    dist.barrier()
     leave_group()
 
 
 @pytest.fixture(scope="module")
 def pair(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder that two processes left."""
-    from launch import end, free_port, output_of, start  # not for the two, whom it would slow
-
     folder = tmp_path_factory.mktemp("pair")
-    where = {
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(free_port()),
-        "WORLD_SIZE": "2",
-        "PYTHONPATH": os.environ["PYTHONPATH"],
-    }
-    command = [sys.executable, __file__, str(folder)]
-    processes = [start(command, RANK=str(rank), LOCAL_RANK=str(rank), **where) for rank in range(2)]
-    try:
-        for process in processes:
-            output_of(process, 60)
-    finally:
-        for process in processes:
-            end(process)
+    run_twice(__file__, folder)
     return folder
 
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
-import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -19,9 +18,9 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from leaving import leave_group
 from small import make_quantizer, make_tokenizer, train_on
 from torch import Tensor
+from two_processes import gathered, join_group, leave_group, run_twice
 
 from tokenizer.quantizers import Quantizer
 from tokenizer.quantizers.codebook import nearest
@@ -391,40 +390,21 @@ def in_one_of_two(folder: Path) -> None:
     from safetensors.torch import save_file
 
     torch.set_num_threads(1)
-    dist.init_process_group("gloo")
-    rank, found = dist.get_rank(), {}
+    rank, found = join_group(folder), {}
     for name in RUNS:
         quantizer = build(name)
-        seen: list[Any] = [None, None]
-        dist.all_gather_object(seen, drive(quantizer, parts_of(name, rank, dist.get_world_size())))
-        found[name] = seen
+        found[name] = gathered(drive(quantizer, parts_of(name, rank, dist.get_world_size())))
         if rank == 0:
             save_file(quantizer.state_dict(), folder / f"{name}.safetensors")
     if rank == 0:
         (folder / "found.json").write_text(json.dumps({"world": dist.get_world_size(), **found}))
-    dist.barrier()
     leave_group()
 
 
 @pytest.fixture(scope="module")
 def pair(tmp_path_factory) -> tuple[Path, dict[str, Any]]:
-    from launch import end, free_port, output_of, start
-
     folder = tmp_path_factory.mktemp("codebooks")
-    where = {
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(free_port()),
-        "WORLD_SIZE": "2",
-        "PYTHONPATH": os.environ["PYTHONPATH"],
-    }
-    command = [sys.executable, __file__, str(folder)]
-    processes = [start(command, RANK=str(rank), LOCAL_RANK=str(rank), **where) for rank in range(2)]
-    try:
-        for process in processes:
-            output_of(process, 60)
-    finally:
-        for process in processes:
-            end(process)
+    run_twice(__file__, folder)
     found = json.loads((folder / "found.json").read_text())
     assert found["world"] == 2
     return folder, found

@@ -6,8 +6,6 @@ Covers: tokenizer/quantizers/choice.py, tokenizer/quantizers/gumbel.py, tokenize
 from __future__ import annotations
 
 import math
-import os
-import subprocess
 import sys
 from pathlib import Path
 
@@ -15,9 +13,9 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from leaving import leave_group
 from small import make_quantizer, train_on
 from torch import nn
+from two_processes import join_group, leave_group, run_twice
 
 from tokenizer.quantizers import Quantizer, choice
 from tokenizer.quantizers import gumbel as gumbel_module
@@ -353,8 +351,7 @@ CASES = [(False, "ibq"), (True, "ibq"), (False, "gumbel")]
 
 def one_of_two(folder: Path) -> None:
     """Half of the vectors; gradients are averaged as DDP does."""
-    rank = int(os.environ["RANK"])
-    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
+    rank = join_group(folder)
     for case, (normalize, name) in enumerate(CASES):
         found = learn(normalize, name, slice(8 * rank, 8 * rank + 8))
         count = (len(found) - 1) // 2
@@ -369,18 +366,7 @@ def one_of_two(folder: Path) -> None:
 
 
 def test_two_processes_have_the_gradients_of_one(tmp_path):
-    environment = {
-        **os.environ,
-        "OMP_NUM_THREADS": "1",
-        "PYTHONPATH": os.environ["PYTHONPATH"],
-    }
-    command = [sys.executable, __file__, str(tmp_path)]
-    pair = [subprocess.Popen(command, env={**environment, "RANK": str(rank)}, cwd=ROOT) for rank in range(2)]
-    try:
-        assert [process.wait(60) for process in pair] == [0, 0]
-    finally:
-        for process in pair:
-            process.kill()
+    run_twice(__file__, tmp_path)
     for case, (normalize, name) in enumerate(CASES):  # the files' names hold the world size
         alone = learn(normalize, name, slice(None))
         count = (len(alone) - 1) // 2

@@ -1,0 +1,67 @@
+"""Two processes of one group on this machine: how a test starts them, and how each of them meets the other and ends.
+
+A file that needs two starts itself twice (`run_twice(__file__, FOLDER)`), and each works under `__main__`.
+"""
+
+from __future__ import annotations
+
+import datetime
+import os
+import sys
+from pathlib import Path
+from typing import Any, NoReturn
+
+import torch.distributed as dist
+
+# From outside
+
+
+def run_pair(first: list[str], second: list[str], seconds: float = 60, code: int | None = 0) -> list[tuple[int, str]]:
+    """The exit code and the output of each; fails if one hangs, or ends with another code than `code`."""
+    from launch import end, free_port, output_of, start  # late: not for the two, whom it would slow
+
+    where = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": "2"}
+    pair = [
+        start(command, RANK=str(rank), LOCAL_RANK=str(rank), **where) for rank, command in enumerate((first, second))
+    ]
+    try:
+        printed = [output_of(process, seconds, code) for process in pair]
+    finally:
+        for process in pair:
+            end(process)
+    return [(process.returncode, text) for process, text in zip(pair, printed, strict=True)]
+
+
+def run_twice(*argv: str | Path, seconds: float = 60) -> None:
+    """Run Python twice at once with these arguments; both have to end with success."""
+    command = [sys.executable, *map(str, argv)]
+    run_pair(command, command, seconds)
+
+
+# In each of two processes
+
+
+def join_group(folder: Path) -> int:
+    """Meet the other in a file of the folder, where no port can be taken by somebody else; returns the rank."""
+    rank, limit = int(os.environ["RANK"]), datetime.timedelta(seconds=50)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2, timeout=limit)
+    return rank
+
+
+def gathered(value: Any) -> list[Any]:
+    """`value` of every process."""
+    values = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
+def leave_group() -> NoReturn:
+    """Leave the group once the other is here too, and end with success: everything that was to be written is written.
+
+    At once, as gloo's threads now and then abort an interpreter that ends by itself.
+    """
+    dist.barrier()
+    dist.destroy_process_group()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)
