@@ -27,7 +27,6 @@ from launch import (
     assert_equal_tensors,
     end,
     exact,
-    free_port,
     losses,
     make_tokens,
     metrics,
@@ -42,10 +41,10 @@ from launch import (
     two_processes,
     wait_for,
 )
-from leaving import leave_group
 from safetensors.torch import load_file, save_file
 from small import QUANTIZERS, SMALL, train_on
 from torch import nn
+from two_processes import gathered, leave_group, run_twice
 
 from pipelines import encode
 from pipelines.config import UserError
@@ -86,13 +85,6 @@ def digest(values: Any) -> str:
     for value in values:
         state.update(value.detach().contiguous().numpy().tobytes())
     return state.hexdigest()
-
-
-def gathered(value: Any) -> list[Any]:
-    """`value` of every process."""
-    values = [None] * dist.get_world_size()
-    dist.all_gather_object(values, value)
-    return values
 
 
 def drive(quantizer: EMA, steps: int, part: slice) -> list[dict[str, Any]]:
@@ -187,7 +179,6 @@ def trainings(folder: Path) -> None:
     found |= codebooks(folder)
     if rank == 0:
         (folder / "found.json").write_text(json.dumps({"world": dist.get_world_size(), **found}))
-    dist.barrier()
     leave_group()
 
 
@@ -208,20 +199,7 @@ def encode_arguments(tokenizer: Path, out: Path, rows: int) -> list[str]:
 
 def in_two_processes(name: str, folder: Path) -> dict[str, Any]:
     """Run a function of this file twice at once; what it left."""
-    where = {
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(free_port()),
-        "WORLD_SIZE": "2",
-        "PYTHONPATH": os.environ["PYTHONPATH"],
-    }
-    command = [sys.executable, __file__, name, str(folder)]
-    pair = [start(command, RANK=str(rank), LOCAL_RANK=str(rank), **where) for rank in range(2)]
-    try:
-        for process in pair:
-            output_of(process, 200)
-    finally:
-        for process in pair:
-            end(process)
+    run_twice(__file__, name, folder, seconds=200)
     found = json.loads((folder / "found.json").read_text())
     assert found["world"] == 2
     return found

@@ -5,24 +5,18 @@ from __future__ import annotations
 import os
 import re
 import signal
-import subprocess
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from launch import (
-    ROOT,
     VQVAE,
     assert_equal_tensors,
-    end,
-    environment,
     exact,
-    free_port,
     losses,
     make_tokens,
     metrics,
-    output_of,
     prior_arguments,
     states,
     tensors,
@@ -31,6 +25,7 @@ from launch import (
     train_tokenizer,
     verb,
 )
+from two_processes import run_pair
 
 from pipelines.config import UserError
 from pipelines.config.arguments import read_file
@@ -349,26 +344,10 @@ def test_a_refused_change_names_the_way_that_there_is(tmp_path, train):
 
 def two(folder: Path, *more: dict[str, Any]) -> list[tuple[int, str]]:
     """The exit codes and outputs of two processes without a launcher, each with arguments of its own."""
-    port, started = free_port(), []
-    for rank, arguments in enumerate(more):
-        places = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-        command = verb("train_prior", prior_arguments(folder / "run", folder / "tokens", **arguments))
-        started.append(
-            subprocess.Popen(
-                command,
-                cwd=ROOT,
-                env=environment(**{key: str(value) for key, value in places.items()}),
-                stdout=subprocess.PIPE,
-                stderr=subprocess.STDOUT,
-                text=True,
-            )
-        )
-    try:
-        printed = [output_of(process, 60, code=None) for process in started]
-    finally:
-        for process in started:
-            end(process)
-    return [(process.returncode, text) for process, text in zip(started, printed, strict=True)]
+    commands = [
+        verb("train_prior", prior_arguments(folder / "run", folder / "tokens", **arguments)) for arguments in more
+    ]
+    return run_pair(*commands, code=None)
 
 
 @pytest.mark.slow

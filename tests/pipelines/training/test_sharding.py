@@ -43,7 +43,6 @@ from launch import (
     train_prior,
     wait_for,
 )
-from leaving import leave_group
 from one_process import one_process
 from safetensors import safe_open
 from small import PRIORS, SMALL
@@ -51,6 +50,7 @@ from torch import nn
 from torch.distributed.checkpoint import HuggingFaceStorageWriter
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
+from two_processes import gathered, leave_group
 
 from pipelines import ImagePipeline
 from pipelines.config import UserError
@@ -108,13 +108,6 @@ def digest(values: Any) -> str:
     for value in values:
         state.update(piece(value).detach().contiguous().numpy().tobytes())
     return state.hexdigest()
-
-
-def gathered(value: Any) -> list[Any]:
-    """`value` of every process."""
-    values = [None] * dist.get_world_size()
-    dist.all_gather_object(values, value)
-    return values
 
 
 def share(values: list[Any]) -> float:
@@ -268,7 +261,6 @@ def trainings(name: str, folder: Path) -> None:
     getattr(runs, name)()
     if dist.get_rank() == 0:
         (folder / f"{name}.json").write_text(json.dumps({"world": dist.get_world_size(), **runs.found}))
-    dist.barrier()
     del runs
     gc.collect()  # as at the end of `train`: what still holds the group when the interpreter ends may abort it
     leave_group()
