@@ -25,6 +25,7 @@ from .config.outputs import check_out_folder
 from .images import DataConfig, ImageDataset, Splits, check_shape, load_images
 from .images.origin import is_local
 from .images.splits import as_begun
+from .stages.provenance import tokenizer_defaults
 from .tokens import Meta
 from .tokens.appending import class_numbers, existing, missing_variants, same_images
 from .tokens.meta import TOKENS
@@ -58,12 +59,6 @@ class EncodeConfig(Config):
     )
     batch_size: int = Field(256, ge=1, description="images at a time on each process")
     seed: int = Field(0, ge=0, description="chooses the augmentations")
-
-
-def defaults(given: dict[str, Any]) -> dict[str, Any]:
-    """The data source that the tokenizer named on the command line was trained on."""
-    path = Path(str(given.get("tokenizer", ""))) / PROVENANCE
-    return {"data": as_saved(DataConfig, read_json(path).get("data", {}))} if path.is_file() else {}
 
 
 def run(config: EncodeConfig) -> Path:
@@ -275,7 +270,7 @@ main = partial(
     run,
     verb="encode",
     description=__doc__,
-    defaults=defaults,
+    defaults=tokenizer_defaults,
     kept=lambda _: "the same command continues",
 )
 

@@ -112,7 +112,7 @@ def recognise(weights: dict[str, Tensor], path: Path) -> Layout:
             return layout
     titles = ", ".join(layout.title for layout in LAYOUTS)
     found = ", ".join(sorted(weights)[:3]) or "none"
-    raise FormatError(f"{path}: the weights are not called as in {titles} (found {found[:300]}, ...)")
+    raise FormatError(f"{path}: the names of the weights are not those of {titles} (found {found[:300]}, ...)")
 
 
 def modern(key: str) -> str:

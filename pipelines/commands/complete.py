@@ -130,7 +130,7 @@ def choose_images(config: CompleteConfig, pipeline: ImagePipeline) -> Tensor:
     """The images to complete, uint8 `(B, C, H, W)`. Raises `UserError`."""
     asked = config.images if config.images is None or isinstance(config.images, list) else [config.images]
     if asked is not None and (not asked or len({type(one) for one in asked}) > 1):
-        raise UserError("images: expected files, a folder or indices of held-out images, and not a mixture or none")
+        raise UserError("images: expected picture files, one folder, or indices of held-out images, and at least one")
     names = [one for one in asked or [] if isinstance(one, str)]
     indices = [one for one in asked or [] if isinstance(one, int)]
     if names:
@@ -151,7 +151,7 @@ def read_images(names: list[str], most: int, shape: tuple[int, int, int]) -> Ten
             raise UserError(f"images: no pictures in {paths[0]}")
         paths = [found[index] for index in evenly(len(found), most)]
     if missing := [path for path in paths if not path.is_file()]:
-        raise UserError(f"images: there is no file {missing[0]}" + (" (a folder stands alone)" * missing[0].is_dir()))
+        raise UserError(f"images: there is no file {missing[0]}" + (" (a folder is given alone)" * missing[0].is_dir()))
     decoded = [(path, try_decode(path, shape)) for path in paths]
     if problems := [f"images: {path}: {pixels}" for path, pixels in decoded if isinstance(pixels, str)]:
         raise UserError("\n".join(problems))

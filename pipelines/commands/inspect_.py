@@ -20,8 +20,7 @@ from ..images.pictures import SUFFIXES, save_picture
 from ..metrics.charts import GREY, RED, Pixels, bars, charts_in_row, histogram, mosaic, page
 from ..metrics.codebook import HEIGHT, draw_distances, draw_usage
 from ..metrics.inspection import Findings, examine
-from ..stages.provenance import tokenizer_folder
-from .reconstruct import defaults
+from ..stages.provenance import tokenizer_defaults, tokenizer_folder
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -201,7 +200,7 @@ def run(config: InspectConfig) -> dict[str, Any]:
     return found.figures
 
 
-main = partial(run_command, InspectConfig, run, verb="inspect", description=__doc__, defaults=defaults)
+main = partial(run_command, InspectConfig, run, verb="inspect", description=__doc__, defaults=tokenizer_defaults)
 
 
 if __name__ == "__main__":

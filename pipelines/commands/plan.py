@@ -175,6 +175,25 @@ def forecast_prior(config: PlanPriorConfig) -> Forecast:
     )
 
 
+def stage_one(config: PlanPriorConfig) -> Tokenizer | None:
+    """The tokenizer that the prior is planned for, without storage, where one is named."""
+    return on_meta(lambda: planned_tokenizer(str(config.tokenizer))) if config.tokenizer else None
+
+
+def planned_tokenizer(source: str) -> Tokenizer:
+    """The tokenizer of a preset, or of a folder. Raises `UserError` and `ConfigError`."""
+    if source.endswith((".yaml", ".yml")):
+        config = parse(TrainTokenizerConfig, ["--config", source], verb="train_tokenizer", description=None)
+        return tokenizer_of(config)
+    if not (Path(source) / CONFIG).is_file():
+        raise UserError(f"tokenizer: {source!r} is neither a preset (.yaml) nor a tokenizer's folder")
+    data = read_json(Path(source) / CONFIG)
+    try:
+        return Tokenizer.create(data.pop("kind", ""), **data)
+    except TypeError as error:
+        raise ConfigError(f"{Path(source) / CONFIG}: {error}") from error
+
+
 def make_prior(config: PlanPriorConfig, facts: Facts) -> Prior:
     """The prior for these facts. Raises `ConfigError`."""
     choices = {key: value for key, value in config.model.items() if key != "kind"}
@@ -242,6 +261,12 @@ def forecast_tokenizer(config: PlanTokenizerConfig) -> Forecast:
     )
 
 
+def tokenizer_of(config: TrainTokenizerConfig) -> Tokenizer:
+    """The tokenizer of a run. Raises `ConfigError`."""
+    channels, height, width = config.data.image_shape
+    return build_tokenizer(config.model, (height, width), channels)
+
+
 def all_turns(recipe: Recipe, count: int, bf16: bool) -> list[Turn]:
     """The turns of a step, both players playing."""
     turns = [tokenizer_turn(recipe, count, bf16)]
@@ -306,28 +331,3 @@ def main(argv: list[str] | None = None) -> Any:
 
 if __name__ == "__main__":
     main()
-
-
-def stage_one(config: PlanPriorConfig) -> Tokenizer | None:
-    """The tokenizer that the prior is planned for, without storage, where one is named."""
-    return on_meta(lambda: planned_tokenizer(str(config.tokenizer))) if config.tokenizer else None
-
-
-def planned_tokenizer(source: str) -> Tokenizer:
-    """The tokenizer of a preset, or of a folder. Raises `UserError` and `ConfigError`."""
-    if source.endswith((".yaml", ".yml")):
-        config = parse(TrainTokenizerConfig, ["--config", source], verb="train_tokenizer", description=None)
-        return tokenizer_of(config)
-    if not (Path(source) / CONFIG).is_file():
-        raise UserError(f"tokenizer: {source!r} is neither a preset (.yaml) nor a tokenizer's folder")
-    data = read_json(Path(source) / CONFIG)
-    try:
-        return Tokenizer.create(data.pop("kind", ""), **data)
-    except TypeError as error:
-        raise ConfigError(f"{Path(source) / CONFIG}: {error}") from error
-
-
-def tokenizer_of(config: TrainTokenizerConfig) -> Tokenizer:
-    """The tokenizer of a run. Raises `ConfigError`."""
-    channels, height, width = config.data.image_shape
-    return build_tokenizer(config.model, (height, width), channels)

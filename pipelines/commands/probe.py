@@ -25,9 +25,10 @@ from ..config import Config, UserError, choose_device, run_command
 from ..config.outputs import check_out_results, writing
 from ..config.table import table
 from ..image_pipeline import ImagePipeline
-from ..images import DataConfig, ImageDataset, Splits, check_shape, load_images
+from ..images import DataConfig, ImageDataset, check_shape, load_images
 from ..images.pictures import save_picture
 from ..metrics.charts import BLUE, INK, Pixels, render
+from ..shuffling.epochs import random_rows
 from ..stages.provenance import defaults
 from ..stages.representation import choose_layer, embed, embed_layers
 
@@ -90,7 +91,8 @@ def run(config: ProbeConfig) -> list[Probe]:
     check_out_results(out, ["probe.png", "probe.csv"], inputs)
     pipeline = ImagePipeline.from_pretrained(config.pipeline, device=choose_device(config.device))
     layers = prior_layers(pipeline, config.layers)
-    splits = images_for(pipeline, config.data)
+    check_shape(config.data, pipeline.tokenizer.image_shape)
+    splits = load_images(config.data)
     train = some_of(splits.train, config.num_train, config.seed)
     test = some_of(splits.held_out, config.num_test, config.seed)
     rows = [*compare_to(pipeline, train, test, layers, config), *probe_prior(pipeline, train, test, layers, config)]
@@ -119,25 +121,14 @@ def prior_layers(pipeline: ImagePipeline, layers: list[int] | None) -> list[str]
         raise UserError(f"layers: {error}") from error
 
 
-def images_for(pipeline: ImagePipeline, data: DataConfig) -> Splits:
-    """The images of `data`. Raises `UserError` if they are of another shape than the pipeline's."""
-    check_shape(data, pipeline.tokenizer.image_shape)
-    return load_images(data)
-
-
 def some_of(split: ImageDataset, count: int, seed: int) -> Labelled:
     """Up to `count` images, drawn at random. Raises `UserError` without labels, or if there is one class only."""
     if split.labels is None:
         raise UserError("data.label_column: a probe needs images with labels, and these have none")
     if len(split.labels.unique()) < 2:
         raise UserError("data.label_column: a probe tells classes apart, and these images are all of one")
-    chosen = drawn(len(split), count, seed)
+    chosen = random_rows(len(split), count, seed)
     return Labelled(split.pixels(chosen), split.labels[chosen])
-
-
-def drawn(size: int, count: int, seed: int) -> Tensor:
-    """Up to `count` different whole numbers below `size`, at random."""
-    return torch.randperm(size, generator=torch.Generator().manual_seed(seed))[:count]
 
 
 # probes -------------------------------------------------------------------------------------------
@@ -197,7 +188,7 @@ def probe(name: str, features: Tensor, unseen: Tensor, labels: Tensor, truth: Te
     scale = torch.where(deviation > 1e-6, deviation, 1)  # what never changes says nothing, and is left at 0
     x, new = (((each - mean) / scale).cpu().numpy() for each in (features, unseen))
     y, true = labels.numpy(), truth.numpy()
-    order = drawn(len(y), len(y), seed).numpy()
+    order = random_rows(len(y), len(y), seed).numpy()
     kept, validation = order[len(y) // VALIDATION :], order[: len(y) // VALIDATION]
     if len(np.unique(y[kept])) < 2:
         raise UserError(f"num_train: {len(y)} images are too few to tell classes apart")

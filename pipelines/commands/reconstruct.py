@@ -3,21 +3,17 @@
 from __future__ import annotations
 
 from functools import partial
-from pathlib import Path
-from typing import Any
 
 from pydantic import Field
 
 from tokenizer import Tokenizer
-from tokenizer.files.reading import read_json
-from tokenizer.pretrained import PROVENANCE
 
 from ..config import Config, choose_device, run_command
 from ..config.outputs import check_out_file, writing
 from ..images import DataConfig, check_shape, load_images
 from ..images.pictures import SUFFIXES, save_picture
 from ..metrics.reconstruction import evaluate_reconstruction, reconstruction_picture
-from ..stages.provenance import tokenizer_folder
+from ..stages.provenance import tokenizer_defaults, tokenizer_folder
 
 
 class ReconstructConfig(Config):
@@ -28,13 +24,6 @@ class ReconstructConfig(Config):
     data: DataConfig = Field(DataConfig(), description="the images; defaults to those the tokenizer was trained on")
     num_images: int = Field(32, ge=1, le=1024, description="images in the picture")
     device: str = Field("auto", description="cpu, cuda, mps or auto")
-
-
-def defaults(given: dict[str, Any]) -> dict[str, Any]:
-    """The data source that the tokenizer (or the pipeline around it) was trained on."""
-    source = Path(str(given.get("tokenizer", "")))
-    path = source / PROVENANCE
-    return {"data": read_json(path).get("data", {})} if path.is_file() else {}
 
 
 def run(config: ReconstructConfig) -> dict[str, float]:
@@ -55,7 +44,9 @@ def run(config: ReconstructConfig) -> dict[str, float]:
     return figures
 
 
-main = partial(run_command, ReconstructConfig, run, verb="reconstruct", description=__doc__, defaults=defaults)
+main = partial(
+    run_command, ReconstructConfig, run, verb="reconstruct", description=__doc__, defaults=tokenizer_defaults
+)
 
 
 if __name__ == "__main__":

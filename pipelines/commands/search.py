@@ -15,13 +15,13 @@ from torch import Tensor
 from ..config import Config, UserError, choose_device, run_command
 from ..config.outputs import check_out_file, writing
 from ..image_pipeline import ImagePipeline
-from ..images import DataConfig, ImageDataset, to_float
+from ..images import DataConfig, ImageDataset, check_shape, load_images, to_float
 from ..images.decoding import try_decode
 from ..images.folders import find_images
 from ..images.pictures import SUFFIXES, grid_picture, save_picture
+from ..shuffling.epochs import random_rows
 from ..stages.provenance import defaults
 from ..stages.representation import choose_layer, choose_pool, embed, nearest_neighbours
-from .probe import drawn, images_for
 
 
 class SearchConfig(Config):
@@ -73,11 +73,12 @@ def run(config: SearchConfig) -> Tensor:
         choose_pool(choose_layer(pipeline, config.layer)[0], config.pool)
     except ValueError as error:
         raise UserError(str(error)) from error
-    splits = images_for(pipeline, config.data)
+    check_shape(config.data, pipeline.tokenizer.image_shape)
+    splits = load_images(config.data)
     queries = find_queries(config, splits.held_out)
-    chosen = drawn(len(splits.train), config.num_index or len(splits.train), config.seed)
+    chosen = random_rows(len(splits.train), config.num_index or len(splits.train), config.seed)
     if config.k > len(chosen):
-        raise UserError(f"k: {config.k} neighbours of {len(chosen)} images that are searched")
+        raise UserError(f"k: {config.k} neighbours were asked for, and only {len(chosen)} images are searched")
     vectors, unknown = (
         embed(pipeline, images, layer=config.layer, pool=config.pool, batch_size=config.batch_size)
         for images in (splits.train.pixels(chosen), queries.images)
@@ -102,7 +103,7 @@ def find_queries(config: SearchConfig, held_out: ImageDataset) -> Queries:
         raise UserError("queries: give files and folders, or indices of the held-out split, not both")
     if paths:
         return read_queries(paths, config.data.image_shape)
-    indices = [part for part in given if isinstance(part, int)] or drawn(
+    indices = [part for part in given if isinstance(part, int)] or random_rows(
         len(held_out), config.num_queries, config.seed
     ).tolist()
     if outside := [index for index in indices if not 0 <= index < len(held_out)]:

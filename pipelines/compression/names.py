@@ -22,7 +22,7 @@ def check_names(names: Sequence[str]) -> None:
     # With the lowest character as separator, a folder is followed at once by what it holds.
     for name, following in pairwise(sorted(name.replace("/", "\0") for name in names)):
         if following == name or following.startswith(name + "\0"):
-            problem = "stands twice" if following == name else "is a file and a folder"
+            problem = "appears twice" if following == name else "is a file and a folder"
             raise StreamError(f"name {name.replace(chr(0), '/')[:80]!r}: {problem}")
 
 

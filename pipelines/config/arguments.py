@@ -87,8 +87,8 @@ def find_preset(name: str) -> Path:
     similar = difflib.get_close_matches(wanted.rpartition("/")[2], last_parts, 2, 0.7)
     near = named or [last_parts[part] for part in similar]
     hint = f"did you mean {' or '.join(near)}?" if near else "`smalti presets` lists them"
-    kind = "a folder, no file" if os.path.isdir(name) else "no such file"
-    reason = "several presets are called so" if named else f"{kind}, nor a preset"
+    kind = "a folder, not a file" if os.path.isdir(name) else "no such file"
+    reason = "several presets have this name" if named else f"{kind}, no such preset"
     raise UserError(f"{name}: cannot be read ({reason}); {hint}")
 
 
@@ -108,7 +108,7 @@ class Loader(yaml.SafeLoader):
         seen: set[str] = set()
         for key, _ in node.value:
             if str(key.value) in seen and key.tag != "tag:yaml.org,2002:merge":
-                problem = f"{key.value!r} is here twice"
+                problem = f"{key.value!r} appears twice"
                 raise yaml.constructor.ConstructorError(problem=problem, problem_mark=key.start_mark)
             seen.add(str(key.value))
         return super().construct_mapping(node, deep)

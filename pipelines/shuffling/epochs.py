@@ -11,7 +11,9 @@ from __future__ import annotations
 import math
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from .hashing import splitmix64
 
@@ -108,3 +110,8 @@ def _permutation(rows: int, seed: int, epoch: int) -> np.ndarray:
 def spread(size: int, limit: int | None) -> np.ndarray:
     """All rows below `size`, or `limit` of them, evenly spread because rows of one class may be neighbours."""
     return np.arange(size) if limit is None or limit >= size else np.linspace(0, size - 1, limit).astype(np.int64)
+
+
+def random_rows(size: int, count: int, seed: int) -> Tensor:
+    """Up to `count` different rows below `size`, int64, in a random order that `seed` decides."""
+    return torch.randperm(size, generator=torch.Generator().manual_seed(seed))[:count]

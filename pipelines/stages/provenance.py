@@ -26,6 +26,12 @@ def defaults(given: dict[str, Any]) -> dict[str, Any]:
     return {"data": as_saved(DataConfig, read_json(path).get("data", {}))} if path.is_file() else {}
 
 
+def tokenizer_defaults(given: dict[str, Any]) -> dict[str, Any]:
+    """The data source that the tokenizer named on the command line, or the pipeline around it, was trained on."""
+    path = Path(str(given.get("tokenizer", ""))) / PROVENANCE
+    return {"data": as_saved(DataConfig, read_json(path).get("data", {}))} if path.is_file() else {}
+
+
 def tokenizer_folder(source: str) -> str:
     """`source`, or the tokenizer inside it when it is a pipeline folder."""
     return str(Path(source) / "tokenizer") if (Path(source) / INDEX).is_file() else source

@@ -145,6 +145,12 @@ def test_no_folder_imports_a_step_or_a_command() -> None:
     assert not [(module, target) for module, targets in below.items() for target in targets if place_of(target) in top]
 
 
+def test_no_command_is_a_library_of_another() -> None:
+    commands = {module: targets for module, targets in ARROWS.items() if place_of(module) == "commands"}
+    found = {(module, target) for module, targets in commands.items() for target in targets}
+    assert not [arrow for arrow in found if place_of(arrow[1]) == "commands"]
+
+
 @pytest.mark.parametrize("name", FILES)
 def test_what_is_imported_is_there(name: str) -> None:
     for module, taken in imports_of(tree_of(name), name):

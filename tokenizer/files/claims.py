@@ -73,7 +73,7 @@ def taken(folder: Path) -> str:
     """The message that a process holds the folder, and which one if that is known."""
     try:
         facts = json.loads((folder / LOCK).read_text())
-        who = f"process {int(facts['pid'])} on {facts['host']} writes into this folder since {facts['since']}"
+        who = f"process {int(facts['pid'])} on {facts['host']} has been writing into this folder since {facts['since']}"
     except (OSError, ValueError, KeyError, TypeError):
-        who = "another process writes into this folder"
-    return f"{folder}: {who}; it takes one at a time, nothing was changed"
+        who = "another process is writing into this folder"
+    return f"{folder}: {who}; a folder takes one writer at a time, nothing was changed"

@@ -24,7 +24,7 @@ def parse_json(data: bytes, path: Path, *, keys: int = MAX_KEYS) -> dict[str, An
         if len(found) != len(pairs):
             seen: set[str] = set()
             twice = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
-            raise FormatError(f"{path}: the key {shown(twice)} stands twice")
+            raise FormatError(f"{path}: the key {shown(twice)} appears twice")
         return found
 
     def refuse(constant: str) -> NoReturn:

@@ -213,7 +213,7 @@ def _check_entry(folder: Path, name: str, entry: Any) -> None:
             raise UnreadableError(f"{folder}: {shown(name)}: {error}") from error
         raise PathError(f"{folder}: {shown(name)} is missing, though {MANIFEST} lists it") from error
     if not stat.S_ISREG(info.st_mode) or pure.as_posix() != name:  # "a//b" and "./a/b" are other names of a/b
-        raise PathError(f"{folder}: {shown(name)} is no file, though {MANIFEST} lists it")
+        raise PathError(f"{folder}: {shown(name)} is not a file, but {MANIFEST} lists it")
     if info.st_size != size:
         raise IntegrityError(f"{folder / name}: {info.st_size} bytes, the manifest says {size}")
 

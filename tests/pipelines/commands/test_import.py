@@ -514,8 +514,11 @@ CONV = "decoder.up.1.block.0.conv1.weight"
         (lambda w: w.update({CONV: w[CONV].long()}), f"{CONV} has type torch.int64, expected a floating-point one"),
         (lambda w: w.update({"encoder.conv_out.weight": torch.zeros(3)}), "has shape [3], expected 4 axes"),
         (lambda w: w.update({"encoder.conv_in.weight": torch.zeros(8, 4, 3, 3)}), "channels: must be one of 1, 3"),
-        (lambda w: w.pop("encoder.down.0.block.0.conv1.weight"), "the weights are not called as in diffusers VQModel"),
-        (lambda w: w.clear(), "the weights are not called as in"),
+        (
+            lambda w: w.pop("encoder.down.0.block.0.conv1.weight"),
+            "the names of the weights are not those of diffusers VQModel",
+        ),
+        (lambda w: w.clear(), "the names of the weights are not those of"),
         (lambda w: w.update({"quantize.proj.weight": torch.zeros(32, 8, 1, 1)}), "quantize.embed.weight is missing"),
     ],
 )

@@ -579,7 +579,7 @@ def test_bad_names_are_neither_written_nor_read(name):
 @pytest.mark.parametrize(
     ("names", "message"),
     [
-        (["a", "b", "a"], "'a': stands twice"),
+        (["a", "b", "a"], "'a': appears twice"),
         (["a/b", "c", "a"], "'a': is a file and a folder"),
         (["x/a/b/c", "x/a.png", "x/a", "x/a-b"], "'x/a': is a file and a folder"),
     ],

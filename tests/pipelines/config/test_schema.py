@@ -280,7 +280,7 @@ def test_all_problems_are_told_at_once(tmp_path: Path) -> None:
     ("text", "problem"),
     [
         ("seed: 1\ntrain: [1\nfast: true\n", r"a.yaml, line [23]: not readable as YAML"),
-        ("seed: 1\nseed: 2\n", r"a.yaml, line 2: not readable as YAML: 'seed' is here twice"),
+        ("seed: 1\nseed: 2\n", r"a.yaml, line 2: not readable as YAML: 'seed' appears twice"),
         ("- 1\n- 2\n", r"a.yaml: expected a mapping of keys at the top level \(got \[1, 2\]\)"),
         ("train.lr: 0.1\n", r"train.lr: not a key .* nested"),
         ("\0", "a.yaml, not readable as YAML"),
@@ -293,9 +293,9 @@ def test_a_file_that_can_not_be_used(tmp_path: Path, text: str, problem: str) ->
 
 def test_files_that_can_not_be_read(tmp_path: Path) -> None:
     assert problems("--config", str(tmp_path / "no.yaml")) == [
-        f"{tmp_path / 'no.yaml'}: cannot be read (no such file, nor a preset); `smalti presets` lists them"
+        f"{tmp_path / 'no.yaml'}: cannot be read (no such file, no such preset); `smalti presets` lists them"
     ]
-    assert "(a folder, no file, nor a preset)" in problems("--config", str(tmp_path))[0]
+    assert "(a folder, not a file, no such preset)" in problems("--config", str(tmp_path))[0]
     (tmp_path / "latin.yaml").write_bytes(b"out: \xe9\n")
     assert "latin.yaml: cannot be read" in problems("--config", str(tmp_path / "latin.yaml"))[0]
     assert problems("--config") == ["--config: expected a file after it"]

@@ -413,7 +413,7 @@ def test_search_prints_how_often_classes_agree(world, tmp_path, capsys):
         (["queries={world}/nowhere"], "queries: there is no file or folder {world}/nowhere"),
         (["queries={world}/empty"], "queries: no images in {world}/empty"),
         (["queries={world}/broken.png"], "queries: {world}/broken.png: not an image in one of the formats"),
-        (["k=61"], "k: 61 neighbours of 60 images that are searched"),
+        (["k=61"], "k: 61 neighbours were asked for, and only 60 images are searched"),
         (["out=near.txt"], "out: 'near.txt' should end in .png"),
         (["out={world}/broken.png/near.png"], "out: {world}/broken.png/near.png cannot be written"),
     ],

@@ -49,6 +49,7 @@ from two_processes import gathered, leave_group, run_twice
 from pipelines import encode
 from pipelines.config import UserError
 from pipelines.config.command import parse
+from pipelines.stages.provenance import tokenizer_defaults
 from pipelines.train_tokenizer import TokenizerTask
 from pipelines.training import loop as training
 from pipelines.training.processes import TWO_PROCESSES, build_accelerator
@@ -184,7 +185,7 @@ def trainings(folder: Path) -> None:
 
 def encoding(tokenizer: Path, out: Path, rows: int) -> encode.EncodeConfig:
     argv = encode_arguments(tokenizer, out, rows)
-    return parse(encode.EncodeConfig, argv, verb="encode", description=None, defaults=encode.defaults)
+    return parse(encode.EncodeConfig, argv, verb="encode", description=None, defaults=tokenizer_defaults)
 
 
 def encode_arguments(tokenizer: Path, out: Path, rows: int) -> list[str]:

@@ -241,10 +241,10 @@ def test_a_second_run_in_the_same_folder_is_refused_while_the_first_goes_on(run,
         with pytest.raises(PathError, match=rf"{run}: process {os.getpid()} on .* since 2"):
             require_unclaimed(run)
         monkeypatch.setattr(training, "build_accelerator", training.build_accelerator)
-        with pytest.raises(PathError, match="one at a time"):
+        with pytest.raises(PathError, match="one writer at a time"):
             train_tokenizer(run, **EVERY)
         monkeypatch.setattr("pipelines.training.run_folder.require_unclaimed", lambda folder: None)
-        with pytest.raises(PathError, match="one at a time"):
+        with pytest.raises(PathError, match="one writer at a time"):
             train_tokenizer(run, **EVERY)
     assert not (run / ".lock").exists()
     train_tokenizer(run, **EVERY)
@@ -255,7 +255,7 @@ def test_two_processes_are_refused_together_and_at_once(run):
     with claimed(run):
         job = start(two_processes("train_tokenizer", tokenizer_arguments(run, **EVERY)))
         printed = output_of(job, 60, code=1)
-    assert printed.count("one at a time") >= 1 and len(metrics(run)) == 2
+    assert printed.count("one writer at a time") >= 1 and len(metrics(run)) == 2
 
 
 @pytest.mark.slow
@@ -268,7 +268,7 @@ def test_one_of_two_commands_at_once_writes_each_step_once(tmp_path):
     printed = [job.communicate(timeout=90)[0] for job in jobs]
     assert sorted(job.returncode for job in jobs) in ([0, 2], [0, 0])  # the second may find a finished run
     if 2 in [job.returncode for job in jobs]:
-        assert "one at a time" in "".join(printed)
+        assert "one writer at a time" in "".join(printed)
     steps = [line["step"] for line in metrics(tmp_path / "run")]
     assert steps == sorted(set(steps)) and steps[-1] == 40
     begin_anew()

@@ -13,6 +13,7 @@ from pipelines import encode
 from pipelines import train_tokenizer as verb
 from pipelines.config import UserError
 from pipelines.config.command import parse
+from pipelines.stages.provenance import tokenizer_defaults
 from tokenizer import Tokenizer
 from tokenizer.files.errors import ConfigError, PathError
 
@@ -70,7 +71,7 @@ def test_a_vae_becomes_ids(trained, tmp_path):
     theirs = {name: value for name, value in vae.state_dict().items() if "coder" in name}
     assert_equal_tensors({name: found.state_dict()[f"vae.{name}"] for name in theirs}, theirs)
     argv = arguments({"tokenizer": str(run / "tokenizer"), "out": str(tmp_path / "tokens")})
-    out = encode.run(parse(encode.EncodeConfig, argv, verb="encode", description=None, defaults=encode.defaults))
+    out = encode.run(parse(encode.EncodeConfig, argv, verb="encode", description=None, defaults=tokenizer_defaults))
     (name, tokens), *_ = [item for item in tensors(out).items() if item[0].startswith("train") and "tokens" in item[0]]
     assert tokens.shape[1:] == (21, 7) and len(torch.unique(tokens)) == 6
 
