@@ -22,7 +22,7 @@ from torch import Tensor
 
 from tokenizer import TokenGrid, Tokenizer
 from tokenizer.files.errors import FormatError, IntegrityError, PathError, PipelineLoadError
-from tokenizer.files.hub import HUB_ID, is_reachable, replace_on_hub, require_reachable
+from tokenizer.files.hub import HUB_ID, is_reachable, replace_on_hub, require_reachable, snapshot
 from tokenizer.files.reading import MANIFEST, Folder, read_json, verify_manifest
 from tokenizer.files.writing import atomic_folder, write_json, write_manifest
 
@@ -190,29 +190,18 @@ def fetch(
     repo_id: str, revision: str | None, token: str | None, cache_dir: str | Path | None, local_files_only: bool
 ) -> Path:
     """The files of a token dataset on the Hub, and no others, in the cache. Raises `PathError`."""
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-
     local_files_only = local_files_only or not is_reachable()  # who only mistyped a folder's name is not kept waiting
-    patterns = ["meta.json", MANIFEST, "README.md", "tokenizer/*", "data/*.parquet"]
-    try:
-        return Path(
-            snapshot_download(
-                repo_id,
-                repo_type="dataset",
-                revision=revision,
-                token=token,
-                cache_dir=cache_dir,
-                local_files_only=local_files_only,
-                allow_patterns=patterns,
-            )
-        )
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise PathError(
-            f"{repo_id!r} is not an existing folder (make a token dataset with `smalti encode`), and as a dataset on "
-            f"the Hub it could not be fetched: {reason}"
-        ) from error
+    return snapshot(
+        repo_id,
+        ["meta.json", MANIFEST, "README.md", "tokenizer/*", "data/*.parquet"],
+        f"{repo_id!r} is not an existing folder (make a token dataset with `smalti encode`), and as a dataset on the "
+        "Hub it could not be fetched",
+        repo_type="dataset",
+        revision=revision,
+        token=token,
+        cache_dir=cache_dir,
+        local_files_only=local_files_only,
+    )
 
 
 def unpacked(folder: Path, cache_dir: str | Path | None) -> Path:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import subprocess
 import sys
 from contextlib import suppress
 from pathlib import Path
@@ -18,7 +17,7 @@ from urllib.request import urlopen
 
 import pytest
 import torch
-from fake_hub import commit, serve
+from fake_hub import commit, run_client, serve
 from small import make_prior, make_tokenizer
 
 from pipelines import ImagePipeline
@@ -53,21 +52,8 @@ def report(tmp_path_factory):
     (root / "me" / "empty" / "main" / "README.md").write_text("nothing yet")
     cache = tmp_path_factory.mktemp("cache")
     with serve(root, secret=TOKEN) as hub:
-        environment = {
-            **os.environ,
-            "HF_ENDPOINT": hub.url,
-            "HF_HUB_DISABLE_XET": "1",
-            "HF_HUB_OFFLINE": "0",
-            "HF_HOME": str(cache / "home"),
-            "HF_HUB_DISABLE_TELEMETRY": "1",
-            "NO_PROXY": "127.0.0.1",
-            "PYTHONPATH": os.environ["PYTHONPATH"],
-        }
-        environment.pop("HF_TOKEN", None)
-        command = [sys.executable, __file__, str(cache / "ours"), commit(root / "me" / "mosaic" / "v2")]
-        result = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120)
-        assert result.returncode == 0, result.stderr
-        found = json.loads(result.stdout.splitlines()[-1])
+        second = commit(root / "me" / "mosaic" / "v2")
+        found = run_client(__file__, hub, cache / "home", str(cache / "ours"), second)
     found["here"] = {name: sample(pipe) for name, pipe in pipes.items()}
     found["fingerprints here"] = [pipes["main"].tokenizer.fingerprint(), pipes["main"].prior.fingerprint()]
     found["requests"], found["home"] = hub.requests, cache / "home"

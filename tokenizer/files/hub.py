@@ -118,22 +118,25 @@ def resolve_folder(
     """`source` as a local folder; a repository id is fetched from the Hub. Raises `PathError`."""
     if os.path.isdir(source):  # unlike Path.is_dir, also False for a name that no folder can have
         return Path(source)
-    if not re.fullmatch(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}", str(source)):
+    if not re.fullmatch(HUB_ID, str(source)):
         raise PathError(f"{str(source)[:200]!r} is neither an existing folder nor a Hub id of the form 'owner/name'")
+    told = f"{str(source)!r} is not an existing folder, and as a Hub id it could not be fetched"
+    return snapshot(
+        str(source),
+        patterns,
+        told,
+        revision=revision,
+        token=token,
+        cache_dir=cache_dir,
+        local_files_only=local_files_only,
+    )
 
+
+def snapshot(repo_id: str, patterns: list[str], told: str, **options: Any) -> Path:
+    """The files of a repository that match, in the cache; options: as huggingface_hub's `snapshot_download` takes
+    them. Raises `PathError`, which begins with what is `told`."""
     try:
-        return Path(
-            snapshot_download(
-                str(source),
-                revision=revision,
-                token=token,
-                cache_dir=cache_dir,
-                local_files_only=local_files_only,
-                allow_patterns=patterns,
-            )
-        )
+        return Path(snapshot_download(repo_id, allow_patterns=patterns, **options))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise PathError(
-            f"{str(source)!r} is not an existing folder, and as a Hub id it could not be fetched: {reason}"
-        ) from error
+        raise PathError(f"{told}: {reason}") from error

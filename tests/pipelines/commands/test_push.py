@@ -8,9 +8,7 @@ Covers: tokenizer/files/hub.py, pipelines/images/origin.py, pipelines/stages/car
 from __future__ import annotations
 
 import json
-import os
 import re
-import subprocess
 import sys
 import time
 from contextlib import suppress
@@ -19,7 +17,7 @@ from typing import Any
 
 import pytest
 import torch
-from fake_hub import serve
+from fake_hub import run_client, serve
 from small import make_prior, make_tokenizer
 from token_datasets import make_dataset
 
@@ -67,21 +65,8 @@ def report(tmp_path_factory) -> dict[str, Any]:
     """What `client` found, and what the Hub was told."""
     root, cache = tmp_path_factory.mktemp("hub"), tmp_path_factory.mktemp("cache")
     with serve(root, secret=SECRET) as server:
-        environment = {
-            **os.environ,
-            "HF_ENDPOINT": server.url,
-            "HF_HUB_DISABLE_XET": "1",
-            "HF_HUB_OFFLINE": "0",
-            "HF_HOME": str(cache / "home"),
-            "HF_HUB_DISABLE_TELEMETRY": "1",
-            "NO_PROXY": "127.0.0.1",
-            "HF_TOKEN": SECRET,
-            "PYTHONPATH": os.environ["PYTHONPATH"],
-        }
-        command = [sys.executable, __file__, str(cache), str(root)]
-        result = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120)
-        assert result.returncode == 0, result.stderr
-    return {**json.loads(result.stdout.splitlines()[-1]), "commits": server.commits, "root": root}
+        found = run_client(__file__, server, cache / "home", str(cache), str(root), token=SECRET)
+    return {**found, "commits": server.commits, "root": root}
 
 
 # What a repository holds

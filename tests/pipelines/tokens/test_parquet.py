@@ -7,16 +7,14 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from fake_hub import serve
+from fake_hub import run_client, serve
 from token_datasets import make_dataset
 
 from pipelines.commands.push import PushConfig
@@ -210,22 +208,9 @@ def report(tmp_path_factory):
     """What `client` found, what the Hub was asked, and what it has now."""
     root, cache = tmp_path_factory.mktemp("hub"), tmp_path_factory.mktemp("cache")
     with serve(root, secret=SECRET) as hub:
-        environment = {
-            **os.environ,
-            "HF_ENDPOINT": hub.url,
-            "HF_HUB_DISABLE_XET": "1",
-            "HF_HUB_OFFLINE": "0",
-            "HF_HOME": str(cache / "home"),
-            "HF_HUB_DISABLE_TELEMETRY": "1",
-            "NO_PROXY": "127.0.0.1",
-            "HF_TOKEN": SECRET,
-            "PYTHONPATH": os.environ["PYTHONPATH"],
-        }
-        command = [sys.executable, __file__, str(cache)]
-        result = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120)
-        assert result.returncode == 0, result.stderr
+        found = run_client(__file__, hub, cache / "home", str(cache), token=SECRET)
     return {
-        **json.loads(result.stdout.splitlines()[-1]),
+        **found,
         "requests": hub.requests,
         "root": root,
         "created": hub.created,
