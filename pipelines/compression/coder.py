@@ -26,7 +26,7 @@ class Coder:
     def __init__(self, models: Models, header: Header) -> None:
         self.models = models
         self.header = header
-        self.library = constriction()
+        self.constriction = constriction()
 
     # Coding
 
@@ -56,7 +56,7 @@ class Coder:
 
     def encode_tokens(self, tokens: Tensor) -> tuple[bytes, list[Tensor]]:
         """The coded ids, each rank's in turn for all images, and which of them are in doubt."""
-        encoder = Encoder(self.library)
+        encoder = Encoder(self.constriction)
         ids = tokens.flatten(1)[:, self.models.order].cpu().numpy()
         doubts = []
         for rank, (steps, unsure) in enumerate(self.models.token_steps(tokens)):
@@ -66,7 +66,7 @@ class Coder:
 
     def encode_pixels(self, tokens: Tensor, pixels: Tensor) -> tuple[bytes, list[Tensor]]:
         """The coded pixels, channel by channel, and which of them are in doubt."""
-        encoder = Encoder(self.library)
+        encoder = Encoder(self.constriction)
         doubts = []
         for channel in range(pixels.shape[1]):
             steps, unsure = self.models.pixel_steps(tokens, pixels, channel)
@@ -116,7 +116,7 @@ class Coder:
     def decode_tokens(self, chunk: Chunk, doubtful: Tensor, batch_size: int) -> Tensor:
         """The tokens of a coded chunk, each rank's in turn for all of its images; doubtful: `(N * n,)`."""
         prior, count = self.models.prior, chunk.count
-        decoder = Decoder(self.library, chunk.tokens)
+        decoder = Decoder(self.constriction, chunk.tokens)
         sizes = [min(batch_size, count - start) for start in range(0, count, batch_size)]
         states = [prior.start(size, None) for size in sizes]
         last: Sequence[Tensor | None] = [None] * len(sizes)
@@ -133,7 +133,7 @@ class Coder:
     def decode_pixels(self, coded: bytes, tokens: Tensor, doubtful: Tensor) -> Tensor:
         """The pixels of a coded chunk, given its tokens; doubtful: `(C * n * H * W,)`."""
         count, (channels, height, width) = len(tokens), self.models.image_shape
-        decoder = Decoder(self.library, coded)
+        decoder = Decoder(self.constriction, coded)
         pixels = tokens.new_zeros(count, channels, height, width)
         for channel, unsure in enumerate(doubtful.split(count * height * width)):
             steps, _ = self.models.pixel_steps(tokens, pixels, channel)

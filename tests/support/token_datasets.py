@@ -33,6 +33,7 @@ def files_in(folder):
 
 
 def refused(folder, error, *needles, seal=True):
+    """Whether the dataset is refused, with all of the needles in the message."""
     if seal:
         write_manifest(folder)
     with pytest.raises(error) as caught:
@@ -40,6 +41,7 @@ def refused(folder, error, *needles, seal=True):
     assert isinstance(caught.value, PipelineLoadError)
     for needle in needles:
         assert str(needle) in str(caught.value), (needle, str(caught.value))
+    return True
 
 
 def edit_split(folder, **changes):

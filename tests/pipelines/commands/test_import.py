@@ -435,6 +435,7 @@ def test_other_groups_are_told(tmp_path):
     weights = random_weights(taming_shapes(8, (1, 2)))
     save_file(weights, tmp_path / "small.safetensors")
     tokenizer = imported(tmp_path, tmp_path / "out", "image_size=16", "groups=4")
+    assert tokenizer.config.groups == 4
     images = random_images(2, (3, 16, 16))
     agree(tokenizer, images, *taming_says(weights, 2, images, groups=4))
 

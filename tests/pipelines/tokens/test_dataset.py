@@ -99,7 +99,7 @@ def edit_meta(folder, **changes):
 
 def test_folder_that_is_none(tmp_path):
     for path in (tmp_path, tmp_path / "nowhere"):
-        refused(path, PathError, path, "smalti encode", seal=False)
+        assert refused(path, PathError, path, "smalti encode", seal=False)
 
 
 def test_every_flipped_or_missing_file_is_noticed(folder):
@@ -107,9 +107,9 @@ def test_every_flipped_or_missing_file_is_noticed(folder):
         data = (folder / name).read_bytes()
         for position in (0, len(data) // 2, len(data) - 2):
             (folder / name).write_bytes(data[:position] + bytes([data[position] ^ 1]) + data[position + 1 :])
-            refused(folder, PipelineLoadError, folder, seal=False)
+            assert refused(folder, PipelineLoadError, folder, seal=False)
         (folder / name).unlink()
-        refused(folder, PathError, seal=False)
+        assert refused(folder, PathError, seal=False)
         (folder / name).write_bytes(data)
     assert len(load_tokens(folder).splits["train"]) == 6
 
@@ -118,17 +118,17 @@ def test_tokenizer_of_another_dataset(folder, tmp_path):
     make_dataset(seed=1).save(tmp_path / "other")
     shutil.rmtree(folder / "tokenizer")
     shutil.copytree(tmp_path / "other" / "tokenizer", folder / "tokenizer")
-    refused(folder, IntegrityError, "tokenizer", "fingerprint")
+    assert refused(folder, IntegrityError, "tokenizer", "fingerprint")
 
 
 def test_ids_and_labels_out_of_range(folder):
     tokens = load_file(folder / "train.safetensors")["tokens"]
     edit_split(folder, tokens=torch.full_like(tokens, 32))
-    refused(folder, IntegrityError, folder / "train.safetensors", "[0, 32)")
+    assert refused(folder, IntegrityError, folder / "train.safetensors", "[0, 32)")
     edit_split(folder, tokens=tokens)
     for wrong in (-1, 3):
         edit_split(folder, labels=torch.tensor([0, 1, 2, wrong, 1, 0]))
-        refused(folder, IntegrityError, folder / "train.safetensors", "labels", "[0, 3)", wrong)
+        assert refused(folder, IntegrityError, folder / "train.safetensors", "labels", "[0, 3)", wrong)
 
 
 @pytest.mark.parametrize(
@@ -147,24 +147,24 @@ def test_ids_and_labels_out_of_range(folder):
 )
 def test_split_of_another_form(folder, changes):
     edit_split(folder, **changes)
-    refused(folder, FormatError, folder / "train.safetensors", next(iter(changes)))
+    assert refused(folder, FormatError, folder / "train.safetensors", next(iter(changes)))
 
 
 def test_tokens_of_another_shape(folder):
     edit_split(folder, tokens=torch.zeros(6, 4, dtype=torch.uint8))
-    refused(folder, IntegrityError, folder / "train.safetensors", "shape")
+    assert refused(folder, IntegrityError, folder / "train.safetensors", "shape")
 
 
 def test_missing_split_is_noticed_whatever_the_manifest_says(folder):
     (folder / "test.safetensors").unlink()
-    refused(folder, PathError, "test.safetensors", seal=False)
-    refused(folder, PipelineLoadError, folder / "test.safetensors")
+    assert refused(folder, PathError, "test.safetensors", seal=False)
+    assert refused(folder, PipelineLoadError, folder / "test.safetensors")
 
 
 def test_split_that_is_no_safetensors_file(folder):
     for data in (b"", b"tokens", (1 << 60).to_bytes(8, "little")):
         (folder / "train.safetensors").write_bytes(data)
-        refused(folder, PipelineLoadError, folder / "train.safetensors")
+        assert refused(folder, PipelineLoadError, folder / "train.safetensors")
 
 
 @pytest.mark.parametrize(
@@ -193,7 +193,7 @@ def test_split_that_is_no_safetensors_file(folder):
 )
 def test_wrong_field_of_the_meta_file(folder, changes, needle):
     edit_meta(folder, **changes)
-    refused(folder, PipelineLoadError, folder, needle)
+    assert refused(folder, PipelineLoadError, folder, needle)
 
 
 def test_older_dataset_is_replaced_and_a_foreign_folder_is_not(folder, tmp_path):

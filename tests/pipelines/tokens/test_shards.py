@@ -174,7 +174,7 @@ def test_what_is_noticed_without_hashing(sharded):
     position = len(good) - 2  # an id of its last row
     path.write_bytes(good[:position] + bytes([good[position] ^ 1]) + good[position + 1 :])
     assert len(load_tokens(folder, verify=False, mapped=True).splits["train"]) == 50
-    refused(folder, IntegrityError, path.name, seal=False)
+    assert refused(folder, IntegrityError, path.name, seal=False)
     with pytest.raises(IntegrityError, match=path.name):
         verify(VerifyConfig(folder=str(folder)))
     path.write_bytes(good)
@@ -223,7 +223,7 @@ def test_wrong_rows_of_files(sharded, splits, needle):
     meta = json.loads((sharded[0] / META).read_text())
     (sharded[0] / META).write_text(json.dumps({**meta, "splits": splits}))
     if needle:
-        refused(sharded[0], PipelineLoadError, needle)
+        assert refused(sharded[0], PipelineLoadError, needle)
     else:
         write_manifest(sharded[0])
         assert len(load_tokens(sharded[0]).splits["train"]) == 49
@@ -235,7 +235,7 @@ def test_a_file_without_labels_among_those_with_them(tmp_path):
     (tmp_path / "tokens" / "train-00000.safetensors").rename(tmp_path / "tokens" / "train.safetensors")
     edit_split(tmp_path / "tokens", labels=torch.zeros(5, dtype=torch.int64))
     (tmp_path / "tokens" / "train.safetensors").rename(tmp_path / "tokens" / "train-00000.safetensors")
-    refused(tmp_path / "tokens", IntegrityError, "labels")
+    assert refused(tmp_path / "tokens", IntegrityError, "labels")
 
 
 def test_a_reader_keeps_what_it_mapped(sharded):
