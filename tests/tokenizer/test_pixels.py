@@ -30,6 +30,7 @@ from pipelines.__main__ import main
 from pipelines.config import UserError
 from pipelines.config.command import parse
 from pipelines.images import DataConfig, load_images, to_float, to_uint8
+from pipelines.stages.provenance import tokenizer_defaults
 from tokenizer import Tokenizer
 from tokenizer.files.errors import ConfigError
 from tokenizer.losses import psnr
@@ -463,7 +464,7 @@ def test_from_pixels_to_a_pipeline(tmp_path, model):
     """Fit, encode, train a prior, sample, complete, save and load."""
     run = train_tokenizer(tmp_path / "tokenizer", model=model, data__image_size=8)
     argv = [f"tokenizer={run / 'tokenizer'}", f"out={tmp_path / 'tokens'}"]
-    config = parse(encode.EncodeConfig, argv, verb="encode", description=None, defaults=encode.defaults)
+    config = parse(encode.EncodeConfig, argv, verb="encode", description=None, defaults=tokenizer_defaults)
     assert config.data.limit == 72 and config.data.image_size == 8
     encode.run(config)
     trained = train_prior(tmp_path / "prior", tmp_path / "tokens", model={"kind": "marginal"})

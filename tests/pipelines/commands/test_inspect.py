@@ -24,6 +24,7 @@ from pipelines.metrics import charts
 from pipelines.metrics.inspection import PLACES, Surroundings, alone, examine, middle
 from pipelines.metrics.reconstruction import evaluate_reconstruction
 from pipelines.stages.index import INDEX
+from pipelines.stages.provenance import tokenizer_defaults
 from tokenizer.files.writing import write_json
 from tokenizer.losses import psnr
 from tokenizer.pretrained import PROVENANCE
@@ -299,7 +300,7 @@ def test_a_report_is_written(world, what, tmp_path, capsys):
 
 def test_run_returns_what_it_found(world, tmp_path):
     argv = [f"tokenizer={world / 'tokenizer'}", f"out={tmp_path / 'page.png'}", "device=cpu"]
-    config = parse(InspectConfig, argv, verb="inspect", description=None, defaults=inspect.defaults)
+    config = parse(InspectConfig, argv, verb="inspect", description=None, defaults=tokenizer_defaults)
     figures = inspect.run(config)
     assert json.loads(json.dumps(figures)) == figures
     assert {"psnr", "codebook_usage", "codebook_perplexity", "unused_codes", "l1", "l2"} <= set(figures)
