@@ -338,17 +338,18 @@ def test_no_load_fails_while_a_run_saves(tmp_path, loads):
         patch.setattr(reading, "_identity", counted)
         thread.start()
         try:
-            for number in range(loads):
+            number = 0
+            while number < loads or saves < 10:  # a disk may be slow: what counts is that both happened, not how fast
                 pipe = ImagePipeline.from_pretrained(tmp_path / "pipe")
                 assert pipe.tokenizer.grid == pipe.prior.grid
                 if number % 3 == 0:
                     Tokenizer.from_pretrained(tmp_path / "pipe", subfolder="tokenizer")
                     Prior.from_pretrained(tmp_path / "pipe" / "prior")
+                number += 1
         finally:
             stop.set()
             thread.join()
-    print(f"{loads} loads, {saves} saves, {(again - loads) // 2} read again, {time.monotonic() - began:.0f} s")
-    assert saves > loads / 20
+    print(f"{number} loads, {saves} saves, {(again - number) // 2} read again, {time.monotonic() - began:.0f} s")
 
 
 def test_a_load_that_meets_a_save_reads_again_and_one_that_does_not_fails_at_once(tmp_path, monkeypatch):
