@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from tokenizer import Tokenizer
 from tokenizer.base import codebook_usage
 from tokenizer.critic import PatchCritic
-from tokenizer.files.reading import read_json
+from tokenizer.files.opening import read_json
 from tokenizer.losses import total_loss
 from tokenizer.pretrained import CONFIG, PROVENANCE
 from tokenizer.settings import Node, as_saved

@@ -20,7 +20,7 @@ from prior import Prior
 from tokenizer import Tokenizer
 from tokenizer.critic import PatchCritic
 from tokenizer.files.errors import ConfigError
-from tokenizer.files.reading import read_json
+from tokenizer.files.opening import read_json
 from tokenizer.pretrained import CONFIG
 
 from .. import train_tokenizer

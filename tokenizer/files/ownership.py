@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from .errors import PathError, PipelineLoadError, shown
-from .reading import MANIFEST, read_json
+from .opening import read_json
+from .reading import MANIFEST
 
 MARK = b"written by smalti"
 """A picture of ours has this among its first or last bytes."""
