@@ -137,6 +137,7 @@ def main() -> None:
     import torch
 
     from prior import Prior
+    from prior.drawing import evaluating
     from tokenizer import TokenGrid
 
     torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
@@ -147,7 +148,7 @@ def main() -> None:
         model = Prior.from_pretrained(f"{folder}/prior")
         labels = torch.arange(BATCH) % (model.num_classes + 1)
         tokens = model.sample(BATCH, labels, generator=torch.Generator().manual_seed(0))
-        with torch.inference_mode(), model._evaluating():
+        with torch.inference_mode(), evaluating(model):
             print(row(folder, model, tokens, labels))
         return
     for label, kind, (shape, vocab_size), sizes in [*MODELS, *([LARGE] if options.get("large", "1") == "1" else [])]:
@@ -155,7 +156,7 @@ def main() -> None:
         model = Prior.create(kind, grid=TokenGrid(shape, vocab_size), num_classes=10, **sizes).eval()
         count = 1 if vocab_size > 10_000 else BATCH
         tokens, labels = torch.randint(vocab_size, (count, *shape)), torch.arange(count)
-        with torch.inference_mode(), model._evaluating():
+        with torch.inference_mode(), evaluating(model):
             for deviation in DEVIATIONS:
                 scaled(model, tokens, labels, deviation)
                 print(row(label, model, tokens, labels), flush=True)

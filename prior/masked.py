@@ -19,10 +19,11 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
-from tokenizer.base import TokenGrid, full_float32
+from tokenizer.base import TokenGrid, at_least_float32, full_float32
 
 from .base import Prior
 from .drawing import FEW_ROWS, State
+from .parallel import parallel_rows
 from .requests import Order, Rows, Walk, check_labels
 from .sampling import GumbelNoise, Sampler, gumbel, progress_over
 from .transformer import EPS, Block, Rotations, TransformerConfig, coordinates, deep_rounding, reset
@@ -216,7 +217,7 @@ class Masked(Prior, name="masked"):
         total = torch.zeros(ids.shape, device=ids.device)
         for known in bound_masks(ids, self.config.bound_passes):
             logits = self(tokens, labels, known=known)
-            log_probs = (logits if logits.dtype == torch.float64 else logits.float()).log_softmax(-1)
+            log_probs = at_least_float32(logits).log_softmax(-1)
             weights = ~known / (~known).float().mean(1, keepdim=True) / self.config.bound_passes
             total += log_probs.gather(-1, ids[..., None])[..., 0] * weights
         return total.reshape(tokens.shape)
@@ -267,7 +268,7 @@ class Masked(Prior, name="masked"):
             raise ValueError(
                 "steps finds an order of its own: order, num_orders, parallel and cache=False do not go with it"
             )
-        most = min(self.rows_at_once() or len(rows), self.parallel_rows()) // sampler.copies
+        most = min(self.rows_at_once() or len(rows), parallel_rows(self.grid)) // sampler.copies
         return torch.cat([self._fill_in(part, sampler, progress) for part in rows.cut(max(FEW_ROWS, most))])
 
     def _fill_in(self, rows: Rows, sampler: MaskedSampler, progress: bool) -> Tensor:

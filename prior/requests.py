@@ -33,7 +33,7 @@ class Model(Protocol):
     def device(self) -> torch.device: ...
 
     @property
-    def rounds_finely(self) -> bool: ...
+    def dtype(self) -> torch.dtype: ...
 
     def __call__(self, *inputs: Any, **options: Any) -> Any: ...
 
@@ -52,8 +52,6 @@ class Model(Protocol):
     def next_logits_slow(self, state: Any, token: Tensor | None) -> Tensor: ...
 
     def rows_at_once(self) -> int | None: ...
-
-    def parallel_rows(self) -> int: ...
 
 
 @dataclass(frozen=True)
@@ -149,6 +147,15 @@ def given_order(order: Tensor | None) -> dict[str, Tensor]:
     return {} if order is None else {"order": order}
 
 
+def check_mixture(name: str, count: int, allowed: bool, otherwise: str) -> None:
+    """Raise `ValueError` unless `count`, the argument `name`, is 1, or more where that is `allowed`. otherwise: why it
+    is not."""
+    if count < 1:
+        raise ValueError(f"{name} must be at least 1 (got {count})")
+    if count > 1 and not allowed:
+        raise ValueError(f"{name}: {otherwise}")
+
+
 def check_labels(prior: Model, labels: Tensor | None, count: int) -> Tensor | None:
     """`labels` as int64 `(count,)` on the model's device. Raises `ValueError` out of `[0, num_classes]`."""
     if labels is None:
@@ -171,12 +178,9 @@ def check_order(prior: Model, order: Order, count: int) -> Tensor | None:
         return None
     walk = make_order(order, prior.grid.shape) if isinstance(order, str) else torch.as_tensor(order)
     walk, size = walk.to(prior.device), len(prior.grid)
-    whole = not walk.dtype.is_floating_point and walk.dtype != torch.bool
-    if (
-        not whole
-        or tuple(walk.shape) not in ((size,), (count, size))
-        or not bool((walk.sort(-1).values == torch.arange(size, device=walk.device)).all())
-    ):
+    is_whole = not walk.dtype.is_floating_point and walk.dtype != torch.bool
+    fits = is_whole and tuple(walk.shape) in ((size,), (count, size))
+    if not fits or not bool((walk.sort(-1).values == torch.arange(size, device=walk.device)).all()):
         raise ValueError(f"order should hold each of 0 to {size - 1} once, for all images or for each of {count}")
     if bool((walk == prior.order).all()):
         return None
@@ -224,7 +228,8 @@ def draw_order(prior: Model, row: Rows, ways: Tensor) -> int:
 
 
 def known_tokens(prior: Model, tokens: Tensor | None, known: Tensor | None, count: int) -> tuple[Tensor, Tensor]:
-    """Tokens to start from and which of them to keep, both `(count, N)`."""
+    """Tokens to start from, 0 where they are not known, and which of them to keep, both `(count, N)`. Raises
+    `ValueError` for one without the other, another shape or type, and for ids out of range."""
     if (tokens is None) != (known is None):
         raise ValueError("`tokens` and `known` go together: known says which of the tokens to keep")
     if tokens is None or known is None:
@@ -238,6 +243,6 @@ def known_tokens(prior: Model, tokens: Tensor | None, known: Tensor | None, coun
     if tuple(tokens.shape) not in (shape, prior.grid.shape):
         raise ValueError(f"tokens should have shape {prior.grid.shape} or {shape}, got {tuple(tokens.shape)}")
     known = known.to(prior.device).expand(shape).reshape(count, -1)
-    tokens = tokens.to(prior.device).expand(shape).reshape(count, -1).long()
-    prior.grid.check(torch.where(known, tokens, 0).reshape(shape))
-    return torch.where(known, tokens, 0), known
+    tokens = torch.where(known, tokens.to(prior.device).expand(shape).reshape(count, -1).long(), 0)
+    prior.grid.check(tokens.reshape(shape))
+    return tokens, known

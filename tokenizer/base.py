@@ -12,6 +12,7 @@ from pydantic import Field, PlainSerializer, PlainValidator
 from torch import Tensor, nn
 
 from .files.errors import ConfigError, shown
+from .precision import at_least_float32 as at_least_float32
 from .precision import full_float32 as full_float32
 from .pretrained import PretrainedModel
 from .settings import MAX_ITEMS, Fact, ModelConfig
@@ -109,9 +110,6 @@ class Tokenizer(PretrainedModel, family="tokenizer"):
     """(C, H, W), from the configuration."""
     levels: int = 1
     """Number of ids per position: the grid has this many rows for each row of positions."""
-
-    def __init__(self, config: ModelConfig) -> None:
-        super().__init__(config)
 
     def encode(self, images: Tensor) -> Tensor:
         """Tokens of `images`."""
