@@ -161,8 +161,7 @@ class Masked(Prior, name="masked"):
 
     def masked_counts(self, u: Tensor) -> Tensor:
         """How many tokens the schedule masks at `u` in [0, 1], `(...)` whole numbers from 1 to N."""
-        size = len(self.grid)
-        return (SCHEDULES[self.config.schedule](u) * size).ceil().clamp(1, size)
+        return (SCHEDULES[self.config.schedule](u) * len(self.grid)).ceil().clamp(1, len(self.grid))
 
     @cached_property
     def mean_masked(self) -> float:
@@ -172,9 +171,8 @@ class Masked(Prior, name="masked"):
 
     def training_inputs(self, tokens: Tensor, progress: float) -> dict[str, Any]:
         """`known` `(B, N)`: per image a share of tokens, drawn by the schedule, is masked; at least one token is."""
-        count, size = len(tokens), len(self.grid)
-        masked = self.masked_counts(torch.rand(count, 1))
-        ranks = torch.rand(count, size).argsort(1).argsort(1)
+        masked = self.masked_counts(torch.rand(len(tokens), 1))
+        ranks = torch.rand(len(tokens), len(self.grid)).argsort(1).argsort(1)
         return {"known": (ranks >= masked).to(tokens.device)}
 
     def loss(self, logits: Tensor, tokens: Tensor, **inputs: Any) -> Tensor:
@@ -186,12 +184,8 @@ class Masked(Prior, name="masked"):
         by the number that happens to be masked would make another objective of a batch in parts.)
         """
         masked = ~inputs["known"].flatten(1)
-        nats = F.cross_entropy(
-            logits.float().transpose(1, 2),
-            tokens.flatten(1),
-            reduction="none",
-            label_smoothing=self.config.label_smoothing,
-        )
+        by_id, smoothing = logits.float().transpose(1, 2), self.config.label_smoothing
+        nats = F.cross_entropy(by_id, tokens.flatten(1), reduction="none", label_smoothing=smoothing)
         counts = masked.sum(1, keepdim=True) if self.config.schedule == "linear" else self.mean_masked
         return (nats * masked / counts).sum(1).mean()
 
@@ -216,8 +210,7 @@ class Masked(Prior, name="masked"):
         labels, ids = check_labels(self, labels, len(tokens)), tokens.flatten(1).long()
         total = torch.zeros(ids.shape, device=ids.device)
         for known in bound_masks(ids, self.config.bound_passes):
-            logits = self(tokens, labels, known=known)
-            log_probs = at_least_float32(logits).log_softmax(-1)
+            log_probs = at_least_float32(self(tokens, labels, known=known)).log_softmax(-1)
             weights = ~known / (~known).float().mean(1, keepdim=True) / self.config.bound_passes
             total += log_probs.gather(-1, ids[..., None])[..., 0] * weights
         return total.reshape(tokens.shape)
@@ -273,14 +266,12 @@ class Masked(Prior, name="masked"):
 
     def _fill_in(self, rows: Rows, sampler: MaskedSampler, progress: bool) -> Tensor:
         """Tokens `(B, N)`, raster order, in as many passes as there are steps."""
-        passes = sampler.passes()
         size = rows.given.shape[1]
         labels = sampler.doubled(rows.labels, self.num_classes)
         noise = GumbelNoise(rows.generators, size, self.mask, self.device).whole()
         ids = torch.where(rows.keep, rows.given, self.mask)
         left = unknown = (~rows.keep).sum(1)
-        for step in progress_over(range(len(passes)), progress, unit="pass"):
-            share, temperature = passes[step]
+        for share, temperature in progress_over(sampler.passes(), progress, unit="pass"):
             if not bool(left.any()):
                 break
             logits = sampler.guide(self.predict(sampler.doubled(ids), labels).float())

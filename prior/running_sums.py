@@ -1,11 +1,24 @@
-"""MADE one token at a time: sums that grow with each token, and units that are finished once all of theirs are in."""
+"""What MADE's units sum: over all tokens at once, or one token at a time, where a unit is finished once all of its
+tokens are in."""
 
 from __future__ import annotations
 
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+
+
+def summed(inputs: Tensor, weight: Tensor) -> Tensor:
+    """What `(B, U)` units sum over all positions.
+
+    inputs: features `(B, N, width)`, or ids `(B, N)` that stand for one-hot features; weight: `(N, width, U)`.
+    """
+    if inputs.is_floating_point():
+        return inputs.flatten(1) @ weight.flatten(0, 1)
+    first_rows = torch.arange(len(weight), device=weight.device) * weight.shape[1]
+    return F.embedding_bag(inputs + first_rows, weight.flatten(0, 1), mode="sum")
 
 
 class Sums:
@@ -45,7 +58,7 @@ class Sums:
         outputs = self.outputs[slice(None) if isinstance(at, int) else self.images, at]
         outputs = outputs + times(layers[-1][:, :end], take(self.output[..., :end], at).mT)
         self.rank += 1
-        return model._logits(outputs, None if model.head_bias is None else model.head_bias[at])
+        return model.read_out(outputs, None if model.head_bias is None else model.head_bias[at])
 
     def _add(self, token: Tensor, at: Any) -> None:
         """Add the token at position `at` to all that will see it."""
