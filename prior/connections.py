@@ -1,4 +1,4 @@
-"""MADE's connections: the degrees of its hidden units, the masks that follow from them, and the weights that are left."""
+"""MADE's connections: the degrees of its hidden units, their masks, and the weights that these leave."""
 
 from __future__ import annotations
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any, ClassVar, Protocol
 
 import torch
@@ -65,16 +65,19 @@ class Walk:
     parallel: bool = False
     guess: Model | None = None
 
+    @classmethod
+    def names(cls) -> list[str]:
+        """The arguments of `Prior.sample` that say how the grid is walked."""
+        return [field.name for field in fields(cls)]
+
     @property
     def is_chosen(self) -> bool:
         """Whether the caller says anything of it."""
         return self.order is not None or self.num_orders != 1 or self.parallel or not self.cache
 
     def of(self, rows: slice | Sequence[int]) -> Walk:
-        """That of some of the images, where each has an order."""
-        if isinstance(self.order, Tensor) and self.order.ndim == 2:
-            return replace(self, order=self.order[rows])
-        return self
+        """That of some of the images."""
+        return replace(self, order=order_of(self.order, rows))
 
     def check(self, prior: Model) -> None:
         """Raise `ValueError` for what does not go together."""
@@ -145,6 +148,11 @@ def make_rows(
 def given_order(order: Tensor | None) -> dict[str, Tensor]:
     """`order` as a keyword argument, for the models that have it."""
     return {} if order is None else {"order": order}
+
+
+def order_of(order: Order, rows: slice | Sequence[int]) -> Order:
+    """The part of `order` that belongs to some of the images, where each has its own."""
+    return order if order is None or isinstance(order, str) or torch.as_tensor(order).ndim < 2 else order[rows]
 
 
 def check_mixture(name: str, count: int, allowed: bool, otherwise: str) -> None:
