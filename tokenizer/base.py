@@ -12,10 +12,11 @@ from pydantic import Field, PlainSerializer, PlainValidator
 from torch import Tensor, nn
 
 from .files.errors import ConfigError, shown
+from .marks import Fact
 from .precision import at_least_float32 as at_least_float32
 from .precision import full_float32 as full_float32
 from .pretrained import PretrainedModel
-from .settings import MAX_ITEMS, Fact, ModelConfig
+from .settings import MAX_ITEMS, ModelConfig
 
 
 @dataclass(frozen=True)

@@ -21,19 +21,15 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from .files.errors import (
-    ConfigError,
-    PathError,
-    shown,
-)
+from .files.errors import ConfigError, PathError, shown
 from .files.hub import resolve_folder
 from .files.ownership import Kind
 from .files.reading import CODE, Folder, steadily
 from .files.weights import check_header, expected_weights, fill, read_header
 from .files.writing import atomic_folder, write_json
-from .settings import Before as Before
+from .marks import Before as Before
+from .marks import Fact as Fact
 from .settings import Choices, ModelConfig, choices_of
-from .settings import Fact as Fact
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
 PROVENANCE = "provenance.json"  # beside a tokenizer, written by the verb that trained or imported it

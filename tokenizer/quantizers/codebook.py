@@ -12,7 +12,8 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor
 
-from ..settings import Before, ModelConfig
+from ..marks import Before
+from ..settings import ModelConfig
 from .base import Quantized, Quantizer
 from .gradients import Gradient, pass_gradient
 
