@@ -162,12 +162,8 @@ class PretrainedModel(Named, nn.Module):
         if subfolder and not re.fullmatch(SUBFOLDER, subfolder):
             raise PathError(f"subfolder: {shown(subfolder)} names no folder inside {shown(str(source))}")
         patterns = [f"{subfolder}/{name}" if subfolder else name for name in (CONFIG, WEIGHTS)]
-        folder = (
-            resolve_folder(
-                source, patterns, revision=revision, token=token, cache_dir=cache_dir, local_files_only=local_files_only
-            )
-            / subfolder
-        )
+        options = {"revision": revision, "token": token, "cache_dir": cache_dir, "local_files_only": local_files_only}
+        folder = resolve_folder(source, patterns, **options) / subfolder
         warn_of_code(folder)
         return steadily(folder, lambda: cls.read_from(Folder.at(folder))).to(device=device, dtype=dtype)
 
