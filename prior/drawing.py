@@ -45,7 +45,8 @@ def evaluating(prior: Any) -> Iterator[None]:
 
 @dataclass
 class State:
-    """What a half-sampled batch remembers where nothing is cached: the tokens so far `(B, N)`, raster order."""
+    """What a half-sampled batch remembers where nothing is cached: the tokens so far `(B, N)`, raster order. path and
+    order: as of `Rows`."""
 
     tokens: Tensor
     labels: Tensor
