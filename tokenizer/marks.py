@@ -1,7 +1,9 @@
 """What an annotation says beside a type: marks on the fields of a configuration, and how they are found.
 
-channels: Fact[Literal[1, 3]] = Field(description="1 for grey, 3 for RGB")
-normalize: Annotated[bool, Before(False)] = Field(False, description="compare directions")
+    channels: Fact[Literal[1, 3]] = Field(description="1 for grey, 3 for RGB")
+    normalize: Annotated[bool, Before(False)] = Field(False, description="compare directions")
+
+`settings.Node`, which has to know configurations, is a mark as well.
 """
 
 from __future__ import annotations
