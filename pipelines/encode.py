@@ -30,15 +30,14 @@ from .tokens import Meta
 from .tokens.appending import class_numbers, existing, missing_variants, same_images
 from .tokens.meta import TOKENS
 from .tokens.pieces import EncodeJob, Piece, cut, manifest_hash, recover, shards_of, unfinished
-from .training.processes import build_accelerator
-from .training.run_folder import on_main
+from .training.processes import build_accelerator, on_main
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
 
 class EncodeConfig(Config):
-    """What is encoded with what."""
+    """Which images are encoded, with which tokenizer."""
 
     tokenizer: str = Field(description="folder of the tokenizer, as `train_tokenizer` wrote it, or a Hub id")
     out: str = Field(description="folder of the token dataset")
@@ -48,8 +47,8 @@ class EncodeConfig(Config):
     )
     append: bool = Field(
         False,
-        description="add to the dataset in `out` what it does not have: other images, or "
-        "further augmentations of the same",
+        description="add to the dataset in `out` what it does not have: other images, or further augmentations of the "
+        "same",
     )
     only: Literal["train", "validation", "test"] | None = Field(
         None, description="with append=true, add to this split alone"
@@ -62,12 +61,12 @@ class EncodeConfig(Config):
 
 
 def run(config: EncodeConfig) -> Path:
-    """Encode all splits, every process its share, and give the dataset its name at the end; returns its folder.
+    """Encode all splits, each process its share; the dataset gets its name at the end. Returns its folder.
 
-    Started again after it was killed, it goes on with what is missing, and the result is the same to the bit. Raises
+    Started again after it was killed, it makes what is missing, and the result is the same to the bit. Raises
     `UserError` for images of another size than the tokenizer's, augmentations without data.augment, a folder of
-    something else or of an unfinished encode with another configuration, and for rows that do not fit those to which
-    they are to be added.
+    something else or of an unfinished encode with another configuration, and for rows that do not fit the dataset to
+    which they are added.
     """
     accelerator = build_accelerator()
     tokenizer, out = Tokenizer.from_pretrained(config.tokenizer), Path(config.out)
@@ -77,7 +76,7 @@ def run(config: EncodeConfig) -> Path:
     config = config.model_copy(update={"data": data_as_begun(config.data, begun_with(out, old), old)})
     images = load_images(config.data)
     if len({part.labels is None for part in images.named().values()}) > 1:
-        raise UserError("data.label_column: only one of the two splits has labels; null uses both without")
+        raise UserError("data.label_column: some of the splits have labels and others do not; null uses all without")
     variants = variants_to_make(config, images, old)
     numbers = class_numbers(images.train, old)
     pieces = plan(config, images, variants)
@@ -92,7 +91,8 @@ def run(config: EncodeConfig) -> Path:
 
 
 def begun_with(out: Path, old: Meta | None) -> list[dict[str, Any]]:
-    """The configurations of images that this encode may go on with: of an unfinished one, of rows to be added to."""
+    """The settings of images that this encode may continue with: those of an unfinished encode, and those of the
+    dataset to which rows are added."""
     begun = unfinished(out)
     parts = [] if begun is None else [begun]
     if old is not None:
@@ -101,7 +101,7 @@ def begun_with(out: Path, old: Meta | None) -> list[dict[str, Any]]:
 
 
 def data_as_begun(data: DataConfig, befores: list[dict[str, Any]], old: Meta | None) -> DataConfig:
-    """`data`, with the images held out and kept for validation that were so before.
+    """`data`, with the same images held out and kept for validation as before.
 
     Further images add no validation split to a dataset that has none, unless one is asked for. Raises `UserError` for
     the same images divided in another way: images for validation would become training images.
@@ -123,13 +123,13 @@ def data_as_begun(data: DataConfig, befores: list[dict[str, Any]], old: Meta | N
 
 
 def by_split(images: Splits) -> dict[str, ImageDataset]:
-    """The images of each split of the token dataset, those for validation if there are any."""
+    """The images of each split of the token dataset."""
     parts = {"train": images.train, "validation": images.validation, "test": images.held_out}
     return {split: part for split, part in parts.items() if part is not None}
 
 
 def check_settings(config: EncodeConfig, tokenizer: Tokenizer, out: Path) -> None:
-    """Raise `UserError` for what can be known to be wrong before images are read."""
+    """Raise `UserError` for mistakes that can be found before images are read."""
     check_shape(config.data, tokenizer.image_shape, "tokenizer")
     if config.augmentations and not any(config.data.augment.model_dump().values()):
         raise UserError(
@@ -141,7 +141,7 @@ def check_settings(config: EncodeConfig, tokenizer: Tokenizer, out: Path) -> Non
 
 
 def variants_to_make(config: EncodeConfig, images: Splits, old: Meta | None) -> dict[str, tuple[int, int]]:
-    """For each split that gets rows its first variant and the end; see `missing_variants`."""
+    """For each split that gets rows, its first variant and the end; see `missing_variants`."""
     wanted = {split: 1 + config.augmentations * (split == "train") for split in by_split(images)}
     if config.only is not None:
         wanted = {split: count for split, count in wanted.items() if split == config.only}
@@ -191,8 +191,8 @@ def encode_pieces(
     config: EncodeConfig,
     job: EncodeJob,
 ) -> None:
-    """Make the pieces that are missing, every process its share of them. numbers: the dataset's number of each class
-    of the images."""
+    """Make the pieces that are missing, each process its share. numbers: for each class of the images its number in the
+    dataset."""
     from tqdm import tqdm
 
     if accelerator.is_main_process and len(missing) < len(job.pieces):
@@ -213,7 +213,7 @@ def encode_pieces(
 
 @torch.inference_mode()
 def encode_rows(tokenizer: Tokenizer, images: ImageDataset, rows: np.ndarray, config: EncodeConfig, bar: Any) -> Tensor:
-    """Tokens `(len(rows), *grid.shape)` int32. Batches begin at the piece, so that they do not depend on processes."""
+    """Tokens `(len(rows), *grid.shape)` int32. Batches start with the piece, so they do not depend on processes."""
     parts = []
     for start in range(0, len(rows), config.batch_size):
         some = rows[start : start + config.batch_size]

@@ -176,7 +176,7 @@ def evaluate_samples(
     given = None if labels is None else labels.tolist()
     began = time.monotonic()
     drawn = pipeline(num_images=config.num_samples, labels=given, seed=config.seed, output_type="pt").images
-    samples = in_bytes(drawn)  # on the CPU: a GPU has still to make the last of them when it is asked for them
+    samples = in_bytes(drawn)  # on the CPU: a GPU is still computing the last of them when the call returns
     seconds = time.monotonic() - began
     figures: Figures = {"num_samples": config.num_samples, "samples_per_second": config.num_samples / seconds}
     if labels is not None and train.labels is not None and held_out.labels is not None:
@@ -197,7 +197,8 @@ def evaluate_samples(
 
 
 def wanted_labels(pipeline: ImagePipeline, train: ImageDataset, count: int) -> Tensor | None:
-    """The class `(count,)` of each sample: those of training images at random, or all alike where these have none."""
+    """The class `(count,)` of each sample: those of random training images, or all classes in turn where these have
+    none."""
     if not pipeline.prior.num_classes:
         return None
     turns = torch.arange(count)

@@ -14,13 +14,12 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from prior import Prior
-from tokenizer import settings
-from tokenizer.settings import Node
+from tokenizer.settings import Node, as_begun
 
 from .config import Config, UserError, run_command
 from .image_pipeline import ImagePipeline
 from .metrics.likelihood import EVALUATED_ROWS, bits_per_token
-from .shuffling.epochs import permuted_blocks
+from .shuffling.epochs import samples_of
 from .shuffling.hashing import uniforms
 from .stages.index import PIPELINE
 from .tokens import TokenDataset, TokenSplit, load_tokens
@@ -59,9 +58,8 @@ class TrainPriorConfig(Config):
         None,
         ge=16,
         le=4096,
-        description="read blocks of so many rows and mix the rows of so "
-        "many blocks, for tokens on a slow disk that memory cannot hold; null: all rows in a "
-        "random order",
+        description="read blocks of so many rows and mix the rows of so many blocks, for tokens on a slow disk that "
+        "memory cannot hold; null: all rows in a random order",
     )
     model: Annotated[dict[str, Any], Node("prior.base:Prior")] = Field({"kind": "gpt"}, description="the prior")
     label_dropout: float = Field(
@@ -74,8 +72,8 @@ class TrainPriorConfig(Config):
         0.0,
         ge=0,
         le=1,
-        description="share of tokens replaced by uniform random ids in training, "
-        "for a background prior, which is to know textures but not shapes (0.1 to 0.3)",
+        description="share of tokens replaced by uniform random ids in training, for a background prior, which learns "
+        "textures but not shapes (0.1 to 0.3)",
     )
     sampler: SamplerConfig = Field(SamplerConfig(), description="default sampling settings of the pipeline")
     train: TrainConfig = Field(TrainConfig(), description="how long and how fast")
@@ -96,7 +94,7 @@ class PriorTask(Task):
         self.players = {"model": list(self.model.parameters())}
         self.rows, self.tokens_per_row = len(self.train_split), len(self.data.grid)
         self.evaluated = {split: min(EVALUATED_ROWS, len(rows)) for split, rows in self.judged.items()}
-        self.pipeline(self.model)  # what does not go together is found before training
+        self.pipeline(self.model)  # raises now, before training, what it would raise after it
 
     def batch(self, indices: np.ndarray, epochs: np.ndarray, seed: int) -> tuple[Tensor, Tensor]:
         """Tokens `(B, *grid.shape)` and labels `(B,)`, the null class where dropped or where the data has none."""
@@ -107,7 +105,7 @@ class PriorTask(Task):
         null = torch.full((len(rows),), self.data.num_classes)
         if labels is None:
             return tokens, null
-        # Drawn from (seed, epoch, row), so that any number of processes drops the same labels.
+        # A function of (seed, epoch, row), so that any number of processes drops the same labels.
         draws = np.empty(len(rows))
         for epoch in np.unique(epochs):
             draws[epochs == epoch] = uniforms(seed, int(epoch), indices[epochs == epoch], columns=(0,))[:, 0]
@@ -115,15 +113,8 @@ class PriorTask(Task):
         return tokens, torch.where(dropped, null, labels[rows].long())
 
     def samples(self, batch_size: int, seed: int, step: int) -> tuple[np.ndarray, np.ndarray]:
-        """The loop's order, or one that a disk can follow; see `permuted_blocks`."""
-        if self.config.blocks is None:
-            return super().samples(batch_size, seed, step)
-        positions = step * batch_size + np.arange(batch_size, dtype=np.int64)
-        epochs, indices = np.divmod(positions, self.rows)
-        for epoch in np.unique(epochs):
-            here = epochs == epoch
-            indices[here] = permuted_blocks(indices[here], self.rows, self.config.blocks, seed, int(epoch))
-        return indices, epochs
+        """All rows in a random order, or in blocks where `blocks` is set."""
+        return samples_of(self.rows, batch_size, seed, step, self.config.blocks)
 
     def loss(self, player: str, batch: Any, step: int) -> tuple[Tensor, dict[str, Tensor]]:
         """The prior's own objective in nats per token, on the orders or masks that it draws for this step."""
@@ -133,7 +124,7 @@ class PriorTask(Task):
         return loss, {"bits_per_token": loss.detach() / math.log(2)}
 
     def preview(self, model: nn.Module) -> dict[str, np.ndarray]:
-        """Samples, a class per column, seeded alike at every step."""
+        """Samples, one class per column, with the same seeds at every step."""
         return {"samples": self.pipeline(model).sample_picture()}
 
     def evaluate(self, model: nn.Module, split: Split) -> dict[str, float]:
@@ -145,22 +136,22 @@ class PriorTask(Task):
         return -evaluation["bits_per_token"]
 
     def quality(self, evaluation: dict[str, float]) -> str:
-        """Of the density; an upper bound, where that is all there is."""
+        """Bits per token; an upper bound where the prior is not exact."""
         bits = evaluation.get("bits_per_token")
         return "" if bits is None else f"{'' if self.model.exact else 'at most '}{bits:.3f} bits per token"
 
     def outcome(self, run: Path) -> str:
-        """The pipeline, which makes images."""
+        """The pipeline's folder, and the command that makes images with it."""
         folder = quote(str(run / "pipeline"))
         return f"pipeline: {folder}; next: smalti generate pipeline={folder}"
 
     def pipeline(self, model: nn.Module) -> ImagePipeline:
         """Both stages, sharing `model`'s weights."""
-        settings = self.config.sampler.model_dump(exclude_none=True)
-        if not self.data.num_classes:  # nothing to guide towards
-            settings["guidance_scale"] = 1.0
+        sampler = self.config.sampler.model_dump(exclude_none=True)
+        if not self.data.num_classes:  # there is no class to guide towards
+            sampler["guidance_scale"] = 1.0
         tokenizer = self.data.tokenizer.to(self.model.device)
-        return ImagePipeline(tokenizer, cast(Prior, model), labels=self.data.class_names, sampler=settings)
+        return ImagePipeline(tokenizer, cast(Prior, model), labels=self.data.class_names, sampler=sampler)
 
     def save(self, model: nn.Module, run: Path, facts: dict[str, Any]) -> None:
         """The pipeline's folder, with where its images came from and a sample grid on its card."""
@@ -193,32 +184,33 @@ def perturbed(
     tokens: Tensor, indices: np.ndarray, epochs: np.ndarray, seed: int, share: float, vocab_size: int
 ) -> Tensor:
     """`tokens` `(B, ...)` of the rows `indices`, each with probability `share` replaced by a uniform id (Ren et al.
-    2019). A function of (seed, epoch, row) alone, so that any batches and processes see the same."""
+    2019). A function of (seed, epoch, row) alone, so that it does not depend on batches and processes."""
     found = tokens.flatten(1).numpy().copy()
     flat, size = found.reshape(-1), found.shape[1]
     for epoch in np.unique(epochs):
         rows = np.flatnonzero(epochs == epoch)
-        for part in np.array_split(rows, -(-len(rows) * size // 16384)):  # cells that fit the cache
+        for part in np.array_split(rows, -(-len(rows) * size // 16384)):  # as many cells as fit into the cache
             cells, places = (row[:, None] * size + np.arange(size) for row in (indices[part], part))
-            # The first column of a cell is some row's label dropout; these two are nobody else's.
+            # Column 0 of these random numbers decides on label dropout; columns 1 and 2 are used here alone.
             here = np.flatnonzero(uniforms(seed, int(epoch), cells.reshape(-1), columns=(1,))[:, 0] < share)
             ids = uniforms(seed, int(epoch), cells.reshape(-1)[here], columns=(2,))[:, 0] * vocab_size
             flat[places.reshape(-1)[here]] = ids
     return torch.from_numpy(found).reshape(tokens.shape)
 
 
-def as_begun(config: TrainPriorConfig) -> TrainPriorConfig:
-    """The configuration of a run that goes on: its model does what it did before there was a setting."""
+def config_as_begun(config: TrainPriorConfig) -> TrainPriorConfig:
+    """The configuration of a run that continues: settings that its model did not have when it was begun get the values
+    that keep the model as it was."""
     then = begun_data(Path(config.out), "model")
     if then is None or then.get("kind") != config.model["kind"]:  # there is no run, or it will be refused
         return config
-    answers = settings.as_begun(Prior.find(then["kind"]).choices(), config.model, then)
-    return config.model_copy(update={"model": {**config.model, **answers}})
+    changes = as_begun(Prior.find(then["kind"]).choices(), config.model, then)
+    return config.model_copy(update={"model": {**config.model, **changes}})
 
 
 def run(config: TrainPriorConfig) -> Path:
     """Train, and return the run folder; `pipeline/` in it is what `from_pretrained` wants."""
-    config = as_begun(config)
+    config = config_as_begun(config)
 
     def build(accelerator: Accelerator) -> Task:
         return PriorTask(config)

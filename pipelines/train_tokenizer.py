@@ -19,18 +19,18 @@ from tokenizer.critic import PatchCritic
 from tokenizer.files.opening import read_json
 from tokenizer.losses import total_loss
 from tokenizer.pretrained import CONFIG, PROVENANCE
-from tokenizer.settings import Node, as_saved
+from tokenizer.settings import Node
 
-from .config import Config, UserError, run_command
+from .config import Config, run_command
 from .images import DataConfig, ImageDataset, load_images
 from .images.origin import is_local
 from .images.splits import as_begun
 from .metrics.codebook import CodebookUse
 from .metrics.perceptual import Perceptual, weights_file
 from .metrics.reconstruction import evaluate_reconstruction, images_at_a_time, reconstruction_picture
-from .stages.provenance import save_tokenizer
+from .stages.provenance import data_beside, save_tokenizer
 from .tracking import TrackConfig
-from .training.adversary import Adversary, CriticConfig
+from .training.adversary import Adversary, CriticConfig, make_adversary
 from .training.loop import train
 from .training.run_folder import begun_data
 from .training.schedule import TrainConfig
@@ -41,7 +41,7 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
 
 EVALUATED_IMAGES = 2000  # at most, by training; `smalti evaluate` looks at all that are held out
-INITIAL_PIXELS, INITIAL_IMAGES = 1 << 20, 64  # what a tokenizer may start from: so many pixels, of no fewer images
+INITIAL_PIXELS, INITIAL_IMAGES = 1 << 20, 64  # a tokenizer starts from so many pixels, and from at least so many images
 
 
 class LossConfig(Config):
@@ -52,12 +52,12 @@ class LossConfig(Config):
     nll: float = Field(
         1.0,
         ge=0,
-        description="weight of the likelihood's nats per pixel channel, where the model has "
-        "one; 1, with l1 and l2 0, makes for the fewest bits per dim",
+        description="weight of the likelihood's nats per pixel channel, where the model has a likelihood; "
+        "1, with l1=0 and l2=0, gives the fewest bits per dim",
     )
     quantizer: float = Field(1.0, ge=0, description="factor on the quantizer's own terms (which it weighs by its beta)")
     perceptual: float = Field(0.0, ge=0, description="weight of LPIPS, the distance of images in a pretrained network")
-    perceptual_net: Literal["vgg", "alex", "squeeze"] = Field("vgg", description="that network")
+    perceptual_net: Literal["vgg", "alex", "squeeze"] = Field("vgg", description="the network of LPIPS")
 
 
 class TrainTokenizerConfig(Config):
@@ -80,7 +80,7 @@ class TrainTokenizerConfig(Config):
 
 
 class Stage(nn.Module):
-    """What a run keeps and averages: the tokenizer, which users get, its critic, and how its ids are used."""
+    """What a run keeps and averages: the tokenizer, which users get, its critic, and counts of how ids are used."""
 
     use: CodebookUse
 
@@ -91,8 +91,8 @@ class Stage(nn.Module):
 
 
 class TokenizerTask(Task):
-    """A player for the whole autoencoder, none for a tokenizer that is complete once it was initialized, and one for
-    the critic if there is one."""
+    """Two players at most: the tokenizer, if `initialize` leaves parameters to train, and then the critic, if there is
+    one."""
 
     model: Stage
     snapshots = {"tokenizer": Tokenizer.folder_kind()}
@@ -100,53 +100,50 @@ class TokenizerTask(Task):
     def __init__(self, config: TrainTokenizerConfig, device: torch.device | str = "cpu") -> None:
         self.config = config
         self.images = load_images(config.data, begun=begun_data(Path(config.out)) is not None)
-        channels, height, width = self.images.train.image_shape
-        self.tokenizer: Tokenizer = build_tokenizer(config.model, (height, width), channels)
-        if config.init:
-            self.tokenizer.start_from(Tokenizer.from_pretrained(config.init))
-        self.rows, self.tokens_per_row = len(self.images.train), len(self.tokenizer.grid)
+        self.rows = len(self.images.train)
         judged: dict[Split, ImageDataset | None] = {
             "validation": self.images.validation,
             "held_out": self.images.held_out,
         }
         self.judged = {split: images for split, images in judged.items() if images is not None}
         self.evaluated = {split: min(EVALUATED_IMAGES, len(images)) for split, images in self.judged.items()}
-        count = min(self.rows, max(INITIAL_IMAGES, INITIAL_PIXELS // (height * width)))
-        sample, _ = self.samples(count, config.train.seed, 0)
-        self.tokenizer.initialize(self.images.train.batch(sample))
+        self.tokenizer = self.new_tokenizer()
+        self.tokens_per_row = len(self.tokenizer.grid)
+        self.weights = weights_of(config.loss, self.tokenizer)
         parameters = [parameter for parameter in self.tokenizer.parameters() if parameter.requires_grad]
-        self.nets = {"model": self.tokenizer} if parameters else {}
+        self.nets: dict[str, nn.Module] = {"model": self.tokenizer} if parameters else {}
         self.players = {"model": parameters} if parameters else {}
-        self.adversary = self.make_adversary(channels, (height, width)) if parameters and config.critic.weight else None
-        self.reconstructions: deque[Tensor] = deque()  # that the tokenizer's turn has made for the critic's to judge
+        self.adversary: Adversary | None = None
+        if parameters and config.critic.weight:
+            self.adversary = make_adversary(config.critic, self.images.train.image_shape)
+            self.nets["critic"] = self.adversary.critic
+            self.players["critic"] = list(self.adversary.critic.parameters())
+            self.rates, self.betas = {"critic": config.critic.lr}, {"critic": config.critic.betas}
+        self.reconstructions: deque[Tensor] = deque()  # from the tokenizer's turn to the critic's, one per micro-batch
         self.model = Stage(self.tokenizer, self.adversary.critic if self.adversary else None)
         self.perceptual = Perceptual(config.loss.perceptual_net, device) if config.loss.perceptual else None
-        own, loss = self.tokenizer.loss_weights, config.loss
-        terms = {name: weight * (loss.nll if name == "nll" else loss.quantizer) for name, weight in own.items()}
-        self.weights = {"l1": loss.l1, "l2": loss.l2, **terms}
 
-    def make_adversary(self, channels: int, image_size: tuple[int, int]) -> Adversary:
-        """The critic, as a player with a learning rate of its own. Raises `UserError` for images too small for it."""
-        given = self.config.critic
-        critic = PatchCritic(channels, given.width, given.layers, given.norm)
-        try:
-            critic.map_size(*image_size)
-        except ValueError as error:
-            raise UserError(f"critic.layers: {error}") from error
-        self.nets["critic"], self.players["critic"] = critic, list(critic.parameters())
-        self.rates, self.betas = {"critic": given.lr}, {"critic": given.betas}
-        return Adversary(given, critic)
+    def new_tokenizer(self) -> Tokenizer:
+        """The tokenizer that the run begins with: by `init`, and initialized by some of the training images."""
+        channels, height, width = self.images.train.image_shape
+        tokenizer = build_tokenizer(self.config.model, (height, width), channels)
+        if self.config.init:
+            tokenizer.start_from(Tokenizer.from_pretrained(self.config.init))
+        count = min(self.rows, max(INITIAL_IMAGES, INITIAL_PIXELS // (height * width)))
+        some, _ = self.samples(count, self.config.train.seed, 0)
+        tokenizer.initialize(self.images.train.batch(some))
+        return tokenizer
 
     def playing(self, step: int) -> list[str]:
-        """The critic only from its first step on."""
+        """The tokenizer in every step; the critic from step `critic.start` on."""
         return [name for name in self.players if name != "critic" or (self.adversary and self.adversary.plays(step))]
 
     def samples(self, batch_size: int, seed: int, step: int) -> tuple[np.ndarray, np.ndarray]:
-        """The order of the images, which those in shards have from where they lie."""
+        """The order of the images; of images in shards it depends on the shards."""
         return self.images.train.samples(batch_size, seed, step)
 
     def batch(self, indices: np.ndarray, epochs: np.ndarray, seed: int) -> tuple[Tensor]:
-        """Augmented images `(B, C, H, W)`. Bad ones are noted in the run folder."""
+        """Augmented images `(B, C, H, W)`. Bad images are listed in the run folder."""
         places = [np.flatnonzero(epochs == epoch) for epoch in np.unique(epochs)]
         try:
             parts = [
@@ -158,8 +155,8 @@ class TokenizerTask(Task):
         return (parts[0] if len(parts) == 1 else torch.cat(parts)[np.argsort(np.concatenate(places))],)
 
     def loss(self, player: str, batch: Any, step: int) -> tuple[Tensor, dict[str, Tensor]]:
-        """The critic's, of the reconstructions that the tokenizer's turn made of the same images; or the weighted
-        losses of pixels, quantizer, perception and critic."""
+        """For the tokenizer the weighted sum of its losses: of pixels, quantizer, LPIPS and critic. For the critic its
+        own loss, on the same images and the reconstructions that the tokenizer's turn made of them."""
         (images,) = batch
         if player == "critic":
             assert self.adversary is not None
@@ -178,8 +175,8 @@ class TokenizerTask(Task):
         return loss, terms
 
     def finish_step(self, player: str, taken: bool) -> dict[str, Tensor]:
-        """Codebooks and the critic's running means move; how much of the codebook the step used."""
-        if self.adversary is not None:  # which is asked in either turn
+        """Codebooks and the critic's running means move; returns how much of the codebook the step used."""
+        if self.adversary is not None:  # both turns call the critic
             self.adversary.critic.finish_step(taken)
         if player == "critic":
             return {}
@@ -191,7 +188,7 @@ class TokenizerTask(Task):
         return {f"codebook_{name}": value for name, value in figures.items()}
 
     def preview(self, model: Any) -> dict[str, np.ndarray]:
-        """Images that are not trained on, each row above its reconstructions, and what the codebook does."""
+        """Images that are not trained on, each row above its reconstructions, and how the codebook is used."""
         images = self.judged[self.watched]
         count = min(64, len(images), images_at_a_time(images.image_shape))
         some = images.batch(np.arange(count)).to(model.tokenizer.device)
@@ -205,15 +202,15 @@ class TokenizerTask(Task):
         return evaluate_reconstruction(model.tokenizer, self.judged[split], EVALUATED_IMAGES)
 
     def score(self, evaluation: dict[str, float]) -> float | None:
-        """PSNR, if it is pixels that are learned: a critic and LPIPS trade it for looks, which no figure here sees."""
+        """PSNR; None with a critic or LPIPS, which lower it for better looks, and no figure here measures these."""
         return None if self.adversary or self.perceptual else evaluation["psnr"]
 
     def quality(self, evaluation: dict[str, float]) -> str:
-        """Of reconstructions."""
+        """The PSNR of reconstructions."""
         return f"PSNR {evaluation['psnr']:.2f} dB" if "psnr" in evaluation else ""
 
     def outcome(self, run: Path) -> str:
-        """The tokenizer, whose tokens are what a prior is trained on."""
+        """The tokenizer's folder, and the command that encodes images with it."""
         folder, tokens = (quote(str(path)) for path in (run / "tokenizer", f"{run}_tokens"))
         return f"tokenizer: {folder}; next: smalti encode tokenizer={folder} out={tokens}"
 
@@ -237,8 +234,16 @@ def defaults(given: dict[str, Any]) -> dict[str, Any]:
     model = {key: value for key, value in saved.items() if key not in facts}
     if str(given.get("model", {}).get("kind")) == "posthoc" != model["kind"]:
         model = {"kind": "posthoc", "vae": model}
-    path = folder / PROVENANCE
-    return {"model": model, "data": as_saved(DataConfig, read_json(path).get("data", {})) if path.is_file() else {}}
+    return {"model": model, "data": data_beside(folder / PROVENANCE)}
+
+
+def weights_of(loss: LossConfig, tokenizer: Tokenizer) -> dict[str, float]:
+    """The weight of each loss: those of pixels, and the tokenizer's own times `loss.nll` or `loss.quantizer`."""
+    own = {
+        name: weight * (loss.nll if name == "nll" else loss.quantizer)
+        for name, weight in tokenizer.loss_weights.items()
+    }
+    return {"l1": loss.l1, "l2": loss.l2, **own}
 
 
 def build_tokenizer(node: dict[str, Any], image_size: tuple[int, int], channels: int) -> Tokenizer:
@@ -254,7 +259,7 @@ def run(config: TrainTokenizerConfig) -> Path:
 
     def build(accelerator: Accelerator) -> Task:
         if config.loss.perceptual:
-            with accelerator.local_main_process_first():  # which fetches the file, for the others to find
+            with accelerator.local_main_process_first():  # it downloads the file, the others find it
                 weights_file(config.loss.perceptual_net)
         return TokenizerTask(config, accelerator.device)
 

@@ -18,7 +18,6 @@ from torch import nn
 
 from prior import Prior
 from tokenizer import Tokenizer
-from tokenizer.critic import PatchCritic
 from tokenizer.files.errors import ConfigError
 from tokenizer.files.opening import read_json
 from tokenizer.pretrained import CONFIG
@@ -47,7 +46,7 @@ from ..planning.forecast import Forecast, Machine, Schedule, Work, page_of
 from ..tokens.shards import bytes_per_row
 from ..train_prior import TrainPriorConfig
 from ..train_tokenizer import TrainTokenizerConfig, build_tokenizer
-from ..training.adversary import Adversary
+from ..training.adversary import make_adversary
 from ..training.blocks import repeated_blocks
 from ..training.schedule import TrainConfig
 
@@ -275,14 +274,8 @@ def all_turns(recipe: Recipe, count: int, bf16: bool) -> list[Turn]:
 
 def recipe_of(config: TrainTokenizerConfig) -> tuple[Recipe, train_tokenizer.Stage]:
     """What is trained and with what, and what the run keeps. Raises `ConfigError` and `UserError`."""
-    tokenizer, adversary, given = tokenizer_of(config), None, config.critic
-    if given.weight:
-        critic = PatchCritic(config.data.channels, given.width, given.layers, given.norm)
-        try:
-            critic.map_size(*config.data.image_shape[1:])
-        except ValueError as error:
-            raise UserError(f"critic.layers: {error}") from error
-        adversary = Adversary(given, critic)
+    tokenizer = tokenizer_of(config)
+    adversary = make_adversary(config.critic, config.data.image_shape) if config.critic.weight else None
     stage = train_tokenizer.Stage(tokenizer, adversary.critic if adversary else None)
     network = perceptual_network(config.loss.perceptual_net) if config.loss.perceptual else None
     weights = {"l1": config.loss.l1, "l2": config.loss.l2, **tokenizer.loss_weights}

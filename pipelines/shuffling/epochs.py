@@ -78,17 +78,22 @@ def _in_blocks(positions: Positions, blocks: int, block: int, key: tuple[int, ..
 DRAWN = 1 << 20  # rows up to which an epoch's permutation is drawn, in about 30 ms
 
 
-def samples_of(rows: int, batch_size: int, seed: int, step: int) -> tuple[np.ndarray, np.ndarray]:
+def samples_of(
+    rows: int, batch_size: int, seed: int, step: int, block: int | None = None
+) -> tuple[np.ndarray, np.ndarray]:
     """Row indices and epochs, each `(batch_size,)`, of one step's global batch: a function of its arguments.
 
     Every epoch has its own permutation. Batches run across the ends of epochs, so each row comes once per epoch. For
-    many rows the permutation is computed: drawing it would take memory and stop the training once per epoch.
+    many rows the permutation is computed: drawing it would take memory and stop the training once per epoch. block:
+    read blocks of so many rows, see `permuted_blocks`; None takes all rows in a random order.
     """
     positions = step * batch_size + np.arange(batch_size, dtype=np.int64)
     epochs, indices = positions // rows, positions % rows
     for epoch in np.unique(epochs):
         here = epochs == epoch
-        if rows > DRAWN:
+        if block is not None:
+            indices[here] = permuted_blocks(indices[here], rows, block, seed, int(epoch))
+        elif rows > DRAWN:
             indices[here] = permuted(indices[here], rows, seed, int(epoch))
         else:
             indices[here] = _permutation(rows, seed, int(epoch))[indices[here]]

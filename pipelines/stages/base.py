@@ -18,7 +18,7 @@ from tokenizer.files.hub import resolve_folder
 from tokenizer.files.json_text import parse_json
 from tokenizer.files.reading import Folder, steadily
 from tokenizer.files.writing import atomic_folder, write_json, write_manifest
-from tokenizer.pretrained import MAX_WEIGHT_BYTES, warn_of_code
+from tokenizer.pretrained import MAX_WEIGHT_BYTES, PROVENANCE, warn_of_code
 
 from ..images.pictures import as_batch, convert_images, save_picture, to_images, warn_if_unit
 from .calibration import MAX_CALIBRATION_BYTES, Calibration
@@ -36,7 +36,6 @@ from .index import (
     MAX_REST_BYTES,
     PARTS,
     PIPELINE,
-    PROVENANCE,
     check_labels,
     check_listed,
     make_sampler,

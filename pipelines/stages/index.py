@@ -19,10 +19,11 @@ from tokenizer.files.checked import FieldError, Text, checked
 from tokenizer.files.errors import ConfigError, FormatError, IntegrityError, LimitError, shown
 from tokenizer.files.ownership import Kind
 from tokenizer.files.reading import MANIFEST, Folder
+from tokenizer.pretrained import CONFIG, PROVENANCE, WEIGHTS
 
 from .card import FIGURES
 
-INDEX, PROVENANCE, CARD, GRID = "model_index.json", "provenance.json", "README.md", "samples.png"
+INDEX, CARD, GRID = "model_index.json", "README.md", "samples.png"
 BACKGROUND, CALIBRATION = "background", "calibration.json"
 FORMAT_VERSION = 1
 MAX_PICTURE_BYTES, MAX_GRID_PIXELS = 64 << 20, 32 << 20
@@ -30,7 +31,7 @@ MAX_REST_BYTES = 1 << 30  # of listed files that are none of these
 LONGEST_LABEL, JOINER = 200, "\u200d"  # a joiner, which is not printable by itself, makes one emoji of two
 PARTS = ("tokenizer", "prior", BACKGROUND)
 FILES = [INDEX, PROVENANCE, CARD, GRID, CALIBRATION, MANIFEST] + [
-    f"{part}/{name}" for part in PARTS for name in ("config.json", "model.safetensors", PROVENANCE)
+    f"{part}/{name}" for part in PARTS for name in (CONFIG, WEIGHTS, PROVENANCE)
 ]
 
 

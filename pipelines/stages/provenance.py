@@ -18,18 +18,22 @@ from .index import INDEX
 
 
 def defaults(given: dict[str, Any]) -> dict[str, Any]:
-    """The data source that the pipeline named on the command line was trained on."""
+    """The data that the pipeline named on the command line was trained on."""
     source = str(given.get("pipeline", ""))
     path = Path(source) / PROVENANCE
     if not Path(source).is_dir():
         path = fetched(source, PROVENANCE) or path
-    return {"data": as_saved(DataConfig, read_json(path).get("data", {}))} if path.is_file() else {}
+    return {"data": data_beside(path)}
 
 
 def tokenizer_defaults(given: dict[str, Any]) -> dict[str, Any]:
-    """The data source that the tokenizer named on the command line, or the pipeline around it, was trained on."""
-    path = Path(str(given.get("tokenizer", ""))) / PROVENANCE
-    return {"data": as_saved(DataConfig, read_json(path).get("data", {}))} if path.is_file() else {}
+    """The data that the tokenizer named on the command line, or the pipeline named there, was trained on."""
+    return {"data": data_beside(Path(str(given.get("tokenizer", ""))) / PROVENANCE)}
+
+
+def data_beside(path: Path) -> dict[str, Any]:
+    """The settings of the images in the file `path`, a `provenance.json`; none where there is no such file."""
+    return as_saved(DataConfig, read_json(path).get("data", {})) if path.is_file() else {}
 
 
 def tokenizer_folder(source: str) -> str:

@@ -1,4 +1,4 @@
-"""An encode under way: what it is to make, cut into pieces, and the pieces that are done.
+"""An encode in progress: the pieces that it has to make, and those that are done.
 
 The work folder `.tmp-NAME-encode` beside the dataset holds `job.json` (what the result depends on) and, for each piece
 that is done, a shard and its manifest entry. Any number of processes make pieces; killed and started again they make
@@ -68,8 +68,8 @@ def cut(split: str, first: int, rows: int, batch_size: int, rows_per_shard: int 
 
 
 @dataclass(frozen=True)
-class Shard:
-    """A file of the dataset to be, where it is now, and its manifest entry."""
+class TokenShard:
+    """A file that becomes part of the dataset: where it is now, its number of rows, and its manifest entry."""
 
     path: Path
     rows: int
@@ -140,7 +140,7 @@ class EncodeJob:
         write_json(temporary, entry)
         temporary.replace(self._entry_path(piece))
 
-    def publish(self, meta: Meta, before: dict[str, list[Shard]], tokenizer: Tokenizer, merge: bool) -> Meta:
+    def publish(self, meta: Meta, before: dict[str, list[TokenShard]], tokenizer: Tokenizer, merge: bool) -> Meta:
         """Give the dataset of all pieces, after the shards that were there `before`, its name in one step; what was
         there is replaced, and the work folder goes. merge: a split below 64 MiB becomes one file. Returns its meta.
 
@@ -171,14 +171,14 @@ class EncodeJob:
         shutil.rmtree(self.work)
         return meta
 
-    def _shard(self, piece: Piece) -> Shard:
+    def _shard(self, piece: Piece) -> TokenShard:
         entry = self._entry(piece)
         if entry is None:
             raise UserError(f"out: {self.work / piece.name} is not there; all processes have to see the same disk")
-        return Shard(self.work / piece.name, piece.rows, entry)
+        return TokenShard(self.work / piece.name, piece.rows, entry)
 
 
-def _merged(path: Path, shards: list[Shard], grid: TokenGrid) -> dict[str, Any]:
+def _merged(path: Path, shards: list[TokenShard], grid: TokenGrid) -> dict[str, Any]:
     parts = [map_shard(shard.path, shard.rows, grid) for shard in shards]
     labels = [labels for _, labels in parts if labels is not None]
     return write_shard(path, torch.cat([tokens for tokens, _ in parts]), torch.cat(labels) if labels else None, grid)
@@ -202,12 +202,12 @@ def unfinished(out: Path) -> dict[str, Any] | None:
     return read_json(path) if path.is_file() else None
 
 
-def shards_of(out: Path, meta: Meta) -> dict[str, list[Shard]]:
+def shards_of(out: Path, meta: Meta) -> dict[str, list[TokenShard]]:
     """The files of a dataset's splits."""
     entries = read_json(out / MANIFEST)["files"]
     return {
         split: [
-            Shard(out / name, rows, entries[name])
+            TokenShard(out / name, rows, entries[name])
             for name, rows in zip(shard_names(split, len(sizes)), sizes, strict=True)
         ]
         for split, sizes in meta.shards.items()

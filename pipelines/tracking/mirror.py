@@ -1,4 +1,4 @@
-"""A copy of a run's record that a thread of its own makes, in some tracker.
+"""A copy of a run's record in a tracker, made by a thread of its own.
 
 The thread reads `metrics.jsonl` and `previews/`, from the step on that the tracker holds, and goes on while they grow.
 So a tracker that is slow, away or broken costs the run at most a line of warning: the run never waits for it, starting
@@ -77,7 +77,7 @@ class Mirror:
         """Wait until it has ended, or `time.monotonic()` is past `deadline`; says if it was not done."""
         began = time.monotonic()
         self._thread.join(max(0.0, deadline - began))
-        self._given_up = True  # the interpreter may be going down: no word from the thread after this
+        self._given_up = True  # the interpreter may be ending: the thread prints nothing after this
         if self._thread.is_alive():
             warn(self.label, f"not done after {time.monotonic() - began:.0f} s; {self.advice}")
 

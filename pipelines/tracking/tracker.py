@@ -44,18 +44,18 @@ class TrackConfig(Config):
         ("wandb",), description="who gets a copy of numbers and previews; the last two need the extra `trackers`"
     )
     wandb: Literal["online", "offline", "disabled"] | None = Field(
-        default=None,
-        description="Mirror to Weights & Biases; default: WANDB_MODE if set, else online if an API key is found, "
-        "else offline.",
+        None,
+        description="the mode of Weights & Biases; default: WANDB_MODE if set, else online if an API key is found, "
+        "else offline",
     )
     project: str | None = Field(
-        default=None, description="The project of W&B and trackio; default: WANDB_PROJECT if set, else smalti."
+        None, description="the project of W&B and trackio; default: WANDB_PROJECT if set, else smalti"
     )
     name: str | None = Field(
-        default=None, description="The name of the run there; default: WANDB_NAME if set, else that of the run folder."
+        None, description="the name of the run there; default: WANDB_NAME if set, else that of the run folder"
     )
     artifact: bool = Field(
-        default=False, description="At the end, send the tokenizer or pipeline to W&B as an artifact of type `model`."
+        False, description="at the end, send the tokenizer or pipeline to W&B as an artifact of type `model`"
     )
 
 

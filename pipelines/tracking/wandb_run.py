@@ -17,9 +17,8 @@ from urllib.parse import urlsplit
 
 from . import mirror
 
-ANSWER_SECONDS = (
-    20.0  # for its server; less than a start may take: one that wandb gives up is cleaner than one abandoned
-)
+ANSWER_SECONDS = 20.0
+"""For its server: less than a start may take, as it is cleaner if wandb gives up by itself."""
 HOSTS = ("api.wandb.ai", "api.forge.coreweave.com")  # the second is what newer clients call the first
 
 

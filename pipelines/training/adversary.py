@@ -1,7 +1,8 @@
 """The critic's part in training a tokenizer (VQGAN, Esser et al. 2021): when it learns, and when it is listened to.
 
-A critic that has learned nothing pushes reconstructions anywhere, and runs fail at the step it is switched on more
-than anywhere else. So it learns alone for `warmup` steps, and its say then grows over `ramp` steps.
+A critic that has learned nothing gives gradients without meaning, and runs fail most often at the step at which it is
+switched on. So it first learns alone for `warmup` steps, and its weight in the tokenizer's loss then grows over `ramp`
+steps.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 
 from tokenizer.critic import CRITIC_LOSSES, GENERATOR_LOSSES, PatchCritic, adaptive_weight, lecam
 
-from ..config import Config
+from ..config import Config, UserError
 
 
 class CriticConfig(Config):
@@ -37,7 +38,7 @@ class CriticConfig(Config):
     )
     lr: float = Field(1.0, gt=0, description="the critic's learning rate as a share of train.lr")
     betas: tuple[float, float] = Field(
-        (0.5, 0.9), description="AdamW's decays for the critic; with a long memory it lags behind what it judges"
+        (0.5, 0.9), description="AdamW's decays for the critic; with slower ones it lags behind the tokenizer"
     )
     width: int = Field(64, ge=8, le=1024, description="channels of its first layer; they double with each")
     layers: int = Field(3, ge=1, le=6, description="strided layers; each doubles the size of a patch")
@@ -47,7 +48,8 @@ class CriticConfig(Config):
 
 
 class Adversary:
-    """The two losses of the game. `critic` is the module itself; what trains may be wrapped."""
+    """The losses that involve the critic. `critic` is the module itself, which the tokenizer's loss calls; in its own
+    turn the critic may be wrapped, by DDP."""
 
     def __init__(self, config: CriticConfig, critic: PatchCritic) -> None:
         self.config, self.critic = config, critic
@@ -57,7 +59,7 @@ class Adversary:
         return step >= self.config.start
 
     def share(self, step: int) -> float:
-        """Of `weight` with which the critic is heard in this step, in [0, 1]: 0 until it has been trained for `warmup`
+        """The share of `weight` that applies in this step, in [0, 1]: 0 until the critic was trained for `warmup`
         steps; then it grows evenly and is 1 from the `ramp`-th step on."""
         since = step - self.config.start - self.config.warmup
         return min(1.0, (since + 1) / max(1, self.config.ramp)) if since >= 0 else 0.0
@@ -65,8 +67,8 @@ class Adversary:
     def tokenizer_term(
         self, reconstruction: Tensor, other_losses: Tensor, last_layer: nn.Parameter, step: int
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """What the critic says of a reconstruction `(B, C, H, W)`: a scalar that is added to the tokenizer's loss, and
-        its parts to log."""
+        """The critic's term in the tokenizer's loss, a scalar, of a reconstruction `(B, C, H, W)`; and its parts to
+        log."""
         share = self.share(step)
         if share == 0:
             return other_losses.new_zeros(()), {}
@@ -79,8 +81,8 @@ class Adversary:
     def critic_term(
         self, critic: nn.Module, images: Tensor, reconstructions: Tensor
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """The critic's loss, a scalar, and what to log, on images `(B, C, H, W)` and the reconstructions of them that
-        the tokenizer's turn made. One pass for both: DDP may not be called twice before a gradient."""
+        """The critic's own loss, a scalar, and its parts to log, on images `(B, C, H, W)` and the reconstructions that
+        the tokenizer's turn made of them. One pass for both: DDP may not be called twice before a backward pass."""
         both = torch.cat([images.to(reconstructions.dtype), reconstructions])
         real, fake = critic(both).float().chunk(2)
         loss = CRITIC_LOSSES[self.config.loss](real, fake)
@@ -91,7 +93,18 @@ class Adversary:
             "accuracy": ((real > 0).float().mean() + (fake < 0).float().mean()) / 2,
         }
         if self.config.lecam:
-            means = self.critic.track(real.detach(), fake.detach())  # with these, as they begin at 0
+            means = self.critic.track(real.detach(), fake.detach())  # includes these logits: the means begin at 0
             terms["lecam"] = lecam(real, fake, *means)
             loss = loss + self.config.lecam * terms["lecam"]
         return loss, terms
+
+
+def make_adversary(config: CriticConfig, image_shape: tuple[int, int, int]) -> Adversary:
+    """A new critic of images (C, H, W), and its losses. Raises `UserError` for images too small for it."""
+    channels, height, width = image_shape
+    critic = PatchCritic(channels, config.width, config.layers, config.norm)
+    try:
+        critic.map_size(height, width)
+    except ValueError as error:
+        raise UserError(f"critic.layers: {error}") from error
+    return Adversary(config, critic)

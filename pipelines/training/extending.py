@@ -14,6 +14,7 @@ from tokenizer.settings import as_saved
 
 from ..config import UserError
 from ..config.schema import difference
+from .checkpoints.rotation import states_in
 from .checkpoints.states import STATE
 
 END, RHYTHM = ("steps", "minutes"), ("log_every", "preview_every", "evaluate_every", "save_every")
@@ -24,7 +25,7 @@ STREAMED = {"data": ("on_error", "max_bad_fraction")}
 
 
 def settings(given: dict[str, Any], config: Any) -> dict[str, Any]:
-    """A configuration with what was so, by default, before there were settings that it lacks."""
+    """A saved configuration in which settings that did not exist when it was saved have the values that held then."""
     given = as_saved(type(config), given)
     try:
         return type(config).model_validate(given).model_dump(mode="json")
@@ -72,10 +73,9 @@ def require_ahead(run: Path, config: Any, changes: list[str]) -> None:
 
 def done_so_far(run: Path) -> tuple[int, float]:
     """Steps and minutes of the newest state, none of whose tensors is looked at."""
-    states = {int(path.name[5:]): path for path in (run / "state").glob("step-*") if path.name[5:].isdigit()}
-    for step in sorted(states, reverse=True):
+    for folder in reversed(states_in(run / "state")):
         try:
-            state = read_json(states[step] / STATE)
+            state = read_json(folder / STATE)
             return int(state["step"]), float(state["counters"]["minutes"])
         except (PipelineLoadError, KeyError, TypeError, ValueError):  # damaged; whoever loads it will say so
             continue

@@ -42,10 +42,10 @@ if TYPE_CHECKING:
 def train(build: Callable[[Accelerator], Task], config: Any) -> Path:
     """Run `build`'s task to its end under `config` (with `out`, `train` and `track`); returns the run folder.
 
-    Started again with the same configuration it continues from the newest state; what may differ says `run_folder`.
+    Started again with the same configuration it continues from the newest state; `extending` says what may differ.
     Signals end it early, saved (see `stopping`). Raises `UserError` for a run folder that belongs to another
     configuration, a batch size that does not divide, ten non-finite steps in a row, or a last state that could not be
-    saved; `ProcessLost` when another process is; `Interrupted`, a KeyboardInterrupt, after Ctrl-C, saved.
+    saved; `ProcessLost` when another process is lost; `Interrupted`, a KeyboardInterrupt, after Ctrl-C, once saved.
     """
     accelerator, run = build_accelerator(config.train.timeout), Path(config.out)
     shares = accelerator.num_processes * config.train.accumulate
@@ -185,7 +185,8 @@ def evaluate(training: Training, average: nn.Module) -> dict[str, float]:
 
 
 def judge(training: Training, final: nn.Module) -> dict[str, float]:
-    """Figures of what the run leaves, on the images held out, at which nothing has looked while there were others."""
+    """Figures of what the run leaves, on the images held out. Where there are validation images, these have not been
+    used before."""
     training.heartbeat.beat(training.step, "validate")
     known = training.task.watched == "held_out"
     training.reported = training.evaluation if known else training.task.evaluate(final, "held_out")

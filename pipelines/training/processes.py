@@ -1,17 +1,21 @@
-"""The processes that `accelerate launch` started, and whether they are those that were asked for."""
+"""The processes that `accelerate launch` started: whether they are those asked for, and what one does for all."""
 
 from __future__ import annotations
 
 import os
 import warnings
+from collections.abc import Callable
 from datetime import timedelta
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from tokenizer.files.errors import PipelineLoadError
 
 from ..config import UserError
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
+T = TypeVar("T")
 TWO_PROCESSES = (
     "ACCELERATE_USE_CPU=true accelerate launch --multi_gpu --num_processes 2 --num_machines 1 "
     "--mixed_precision no --dynamo_backend no -m ..."
@@ -48,3 +52,22 @@ def build_accelerator(timeout: float = TIMEOUT) -> Accelerator:
     if accelerator.mixed_precision == "fp16":
         raise UserError("fp16 is not supported (its loss scaling hides non-finite steps); use --mixed_precision bf16")
     return accelerator
+
+
+def on_main(accelerator: Accelerator, act: Callable[[], T]) -> T:
+    """What `act` returns on the main process, sent to all; an error that it raises, all raise."""
+    from accelerate.utils import broadcast_object_list
+
+    told: list[Any] = [None, None]
+    error: Exception | None = None
+    if accelerator.is_main_process:
+        try:
+            told[0] = act()
+        except (UserError, PipelineLoadError, OSError) as caught:
+            error, told[1] = caught, str(caught)
+    found, refused = broadcast_object_list(told)
+    if error is not None:
+        raise error
+    if refused is not None:
+        raise UserError(refused)
+    return found

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 from tokenizer.files.claims import LOCK, claimed, require_unclaimed
-from tokenizer.files.errors import PipelineLoadError
 from tokenizer.files.opening import read_json
 from tokenizer.files.ownership import Kind, require_apart, require_ours
 from tokenizer.files.writing import replace_file
@@ -21,11 +20,11 @@ from .checkpoints.rotation import latest_state
 from .checkpoints.states import STATE
 from .extending import END, RHYTHM, chosen, fixed, require_ahead, settings, way_on
 from .heartbeat import FOLDER as SIGNS
+from .processes import on_main
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
-T = TypeVar("T")
 BEGUN = (SIGNS, LOCK)
 """All that a run may leave in its folder before it has written its configuration."""
 CONFIG = "config.yaml"
@@ -128,22 +127,3 @@ def require_same_run(state: Path, config: Any) -> None:
 def identity_of(config: Any) -> dict[str, Any]:
     """What a run may not change of its configuration, by which its states are known."""
     return fixed(settings(config.model_dump(mode="json"), config))
-
-
-def on_main(accelerator: Accelerator, act: Callable[[], T]) -> T:
-    """What `act` gives on the main process, told to all; what it raises, all raise."""
-    from accelerate.utils import broadcast_object_list
-
-    told: list[Any] = [None, None]
-    error: Exception | None = None
-    if accelerator.is_main_process:
-        try:
-            told[0] = act()
-        except (UserError, PipelineLoadError, OSError) as caught:
-            error, told[1] = caught, str(caught)
-    found, refused = broadcast_object_list(told)
-    if error is not None:
-        raise error
-    if refused is not None:
-        raise UserError(refused)
-    return found

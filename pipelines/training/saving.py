@@ -17,7 +17,7 @@ from tokenizer.files.errors import PathError
 
 from ..config import UserError
 from .best import figures_of
-from .checkpoints.rotation import SPARE
+from .checkpoints.rotation import SPARE, states_in
 from .checkpoints.sharded import agreed, gather
 from .checkpoints.states import save_state
 from .sharding import keeps_on_cpu
@@ -40,7 +40,7 @@ def room(training: Training) -> tuple[int, int]:
     modules = [training.task.model, training.averaged, *([training.averaged] if keeps else [])]
     weights = [tensor.nbytes for module in modules for tensor in module.state_dict().values()]
     moments = [2 * p.nbytes for parameters in training.task.players.values() for p in parameters]
-    last = sorted((training.run / "state").glob("step-*"))[-1:]
+    last = states_in(training.run / "state")[-1:]
     folders = [*last, training.run / "tokenizer", training.run / "pipeline"]
     written = sum(512 * path.stat().st_blocks for folder in folders for path in folder.rglob("*"))
     return int(SPARE * max(written, sum(weights + moments))), shutil.disk_usage(training.run).free
@@ -68,7 +68,7 @@ def whole_average(training: Training) -> Iterator[nn.Module | None]:
 
 def save(training: Training, average: nn.Module | None, done: bool = False) -> None:
     """Write the resume state and, where averaged weights are given, the user's snapshot of them, on the main process;
-    of shards, every process writes its own. done: whether the run is, and leaves them.
+    of shards, every process writes its own. done: whether the run ends with these weights.
 
     A disk that is full, or gone, costs a warning: what was saved before stays, and the run goes on to the next save.
     """

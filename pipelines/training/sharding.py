@@ -41,7 +41,7 @@ def is_sharding(accelerator: Accelerator) -> bool:
         raise UserError("fsdp_activation_checkpointing: use train.checkpointing=true instead")
     if _asked("ACCELERATE_DYNAMO_BACKEND", "no") != "no":
         raise UserError("--dynamo_backend: with FSDP use train.compile=true instead")
-    return torch.distributed.is_initialized()  # of one process there is nothing to share out
+    return torch.distributed.is_initialized()  # one process has nothing to shard
 
 
 def require_shardable(task: Task) -> None:
@@ -56,7 +56,8 @@ def require_shardable(task: Task) -> None:
 def shard(task: Task, averaged: AveragedModel, accelerator: Accelerator) -> nn.Module | None:
     """Shard the task's model and its average in place, from wherever they are to the accelerator's device.
 
-    Returns, on the main process, a whole copy of the average on the CPU, into which `state_shards.gather` puts weights.
+    Returns, on the main process, a whole copy of the average on the CPU, into which `checkpoints.sharded.gather` puts
+    weights.
     """
     # Nothing writes into what a block returns, view or not.
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")

@@ -26,12 +26,7 @@ if TYPE_CHECKING:
 
 
 def set_up(
-    task: Task,
-    config: Any,
-    run: Path,
-    accelerator: Accelerator,
-    heartbeat: Heartbeat | None = None,
-    sharded: bool = False,
+    task: Task, config: Any, run: Path, accelerator: Accelerator, heartbeat: Heartbeat, sharded: bool
 ) -> Training:
     """Place the task on the device, average its weights, give players optimizers, and load the newest state."""
     if not sharded:
@@ -52,9 +47,8 @@ def set_up(
     if not sharded:
         task.nets = {name: accelerator.prepare_model(net.to(accelerator.device)) for name, net in task.nets.items()}
         optimizers = {name: accelerator.prepare_optimizer(optimizer) for name, optimizer in optimizers.items()}
-    logged = step - ("log" in counters.get("pending", []))  # that line is still to be written, whoever began to
+    logged = step - ("log" in counters.get("pending", []))  # the line of a pending log is written again
     tracker = Tracker(run, config.track, config.model_dump(mode="json"), accelerator=accelerator, resume_step=logged)
-    heartbeat = heartbeat or Heartbeat(run, 0, 1, config.train.timeout)
     return Training(
         task,
         config.train,

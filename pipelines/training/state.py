@@ -41,7 +41,7 @@ class Training:
     skipped: int = 0
     skipped_in_a_row: int = 0
     window: dict[str, list[float]] = field(default_factory=dict)
-    """Sum and count of each logged term since the last report: who did not play, or was skipped, has fewer."""
+    """Sum and count of each logged term since the last report; the count leaves out turns not played or skipped."""
     evaluation: dict[str, float] = field(default_factory=dict)
     """Figures of the last evaluation."""
     reported: dict[str, float] = field(default_factory=dict)
@@ -57,7 +57,7 @@ class Training:
     identity: dict[str, Any] = field(default_factory=dict)
     """What of the configuration a run may not change, by which its states are known."""
     stopping: bool = False
-    """Whether any process was, which all learn in the same step."""
+    """Whether any process was told to end; all processes learn it in the same step."""
 
     COUNTERS = ("minutes", "skipped", "skipped_in_a_row", "window", "evaluation", "reported", "best", "pending")
 

@@ -83,7 +83,7 @@ def train_only(task: Task, player: str) -> None:
 
 
 def accumulate(training: Training, player: str, micro_batches: list[Any]) -> dict[str, Tensor]:
-    """Add up gradients over the micro-batches (DDP talks only at the last); returns the mean of the logged terms."""
+    """Add up gradients over the micro-batches (DDP sends only at the last); returns the mean of the logged terms."""
     task, accelerator, count = training.task, training.accelerator, len(micro_batches)
     totals: dict[str, Tensor] = {}
     for index, batch in enumerate(micro_batches):
@@ -91,7 +91,7 @@ def accumulate(training: Training, player: str, micro_batches: list[Any]) -> dic
             part.to(accelerator.device, non_blocking=True) if isinstance(part, Tensor) else part for part in batch
         )
         with ExitStack() as stack:
-            if index < count - 1 and not training.sharded:  # there, whole gradients are what memory is short of
+            if index < count - 1 and not training.sharded:  # sharded: whole gradients may not fit
                 for net in task.nets.values():
                     stack.enter_context(accelerator.no_sync(net))
             loss, terms = task.loss(player, batch, training.step)

@@ -19,6 +19,7 @@ from types import FrameType
 from typing import Any
 
 from ..config import is_first_process
+from .checkpoints.rotation import states_in, step_of
 
 TWICE = 0.5  # seconds in which a second SIGINT is the same Ctrl-C: a launcher may pass on what the terminal has sent
 
@@ -101,5 +102,7 @@ def heeded(stop: Stop, alone: bool) -> Iterator[None]:
 
 def what_is_saved(run: Path) -> str:
     """What is left of a run that ends now."""
-    steps = [int(path.name[5:]) for path in (run / "state").glob("step-*") if path.name[5:].isdigit()]
-    return f"step {max(steps)} is saved, the same command continues from there" if steps else "nothing was saved yet"
+    states = states_in(run / "state")
+    if not states:
+        return "nothing was saved yet"
+    return f"step {step_of(states[-1])} is saved, the same command continues from there"

@@ -13,7 +13,7 @@ from tokenizer.files.ownership import Kind
 from ..shuffling.epochs import samples_of
 
 Split = Literal["validation", "held_out"]
-"""Of images that are not trained on: by the first training chooses, by the second it is judged, once."""
+"""Of images that are not trained on: `validation` chooses the best weights, `held_out` is evaluated at the end."""
 
 
 class Task:
@@ -48,7 +48,7 @@ class Task:
 
     @property
     def watched(self) -> Split:
-        """The split that figures while training are of. Where nothing is trained, nothing is chosen."""
+        """The split that is evaluated during training: `validation`, if there is one and there is anything to train."""
         return "validation" if self.players and "validation" in self.evaluated else "held_out"
 
     def playing(self, step: int) -> list[str]:

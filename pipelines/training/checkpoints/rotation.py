@@ -64,7 +64,12 @@ def require_space(folder: Path, parts: dict[str, Tensors]) -> None:
 def states_in(folder: Path) -> list[Path]:
     """The step folders, oldest first."""
     found = [path for path in folder.glob("step-*") if NAME.fullmatch(path.name) and path.is_dir()]
-    return sorted(found, key=lambda path: int(path.name.removeprefix("step-")))
+    return sorted(found, key=step_of)
+
+
+def step_of(state: Path) -> int:
+    """The step of a step folder, by its name."""
+    return int(state.name.removeprefix("step-"))
 
 
 def _verifies(path: Path) -> bool:
@@ -83,7 +88,7 @@ def _verifies(path: Path) -> bool:
 
 def rotate(saved: Path, keep: int) -> None:
     """Delete the oldest states up to `saved`; a later one can only be damaged, and must not push `saved` out."""
-    until = [path for path in states_in(saved.parent) if int(path.name[5:]) <= int(saved.name[5:])]
+    until = [path for path in states_in(saved.parent) if step_of(path) <= step_of(saved)]
     for path in until[: -max(keep, 1)]:
         _discard(path)
 
