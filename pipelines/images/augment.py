@@ -22,12 +22,10 @@ from ..shuffling.hashing import uniforms
 class AugmentConfig(Config):
     """Random changes of training images; all are off by default."""
 
-    flip: bool = Field(default=False, description="Mirror half of the images left to right.")
-    shift: int = Field(
-        default=0, ge=0, description="Move by up to this many whole pixels, down or up and left or right."
-    )
-    rotate: float = Field(default=0.0, ge=0, le=180, description="Turn by up to this many degrees, either way.")
-    zoom: float = Field(default=0.0, ge=0, lt=1, description="Enlarge or shrink by up to this share.")
+    flip: bool = Field(False, description="mirror half of the images left to right")
+    shift: int = Field(0, ge=0, description="move by up to this many whole pixels, down or up and left or right")
+    rotate: float = Field(0.0, ge=0, le=180, description="turn by up to this many degrees, either way")
+    zoom: float = Field(0.0, ge=0, lt=1, description="enlarge or shrink by up to this share")
 
 
 def augment_images(images: Tensor, indices: NDArray[np.int64], config: AugmentConfig, seed: int, epoch: int) -> Tensor:

@@ -24,6 +24,7 @@ from .augment import augment_images
 from .bad import Report, append_report
 from .base import WORKERS, DataConfig, Rows
 from .decoding import Decoded, try_decode
+from .pictures import to_float
 
 Indices = Sequence[int] | NDArray[np.int64] | Tensor
 
@@ -121,13 +122,3 @@ class Splits:
         """Append the bad images found since the last call to `bad_images.jsonl` in the folder."""
         for name, images in self.named().items():
             images.write_report(folder, name)
-
-
-def to_float(pixels: Tensor) -> Tensor:
-    """uint8 of any shape as float32 in [-1, 1]."""
-    return pixels.float().div_(127.5).sub_(1)  # in place: less than half the time
-
-
-def to_uint8(images: Tensor) -> Tensor:
-    """The exact inverse of `to_float`; other floats are clamped to [-1, 1] and rounded."""
-    return ((images.float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)

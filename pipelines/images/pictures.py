@@ -24,11 +24,21 @@ _warned = False  # of floats in [0, 1]; once is enough
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 
 
+def to_float(pixels: Tensor) -> Tensor:
+    """uint8 of any shape as float32 in [-1, 1]."""
+    return pixels.float().div_(127.5).sub_(1)  # in place: less than half the time
+
+
+def to_uint8(images: Tensor) -> Tensor:
+    """The exact inverse of `to_float`; other floats are clamped to [-1, 1] and rounded."""
+    return ((images.float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
+
+
 def grid_picture(images: Tensor, columns: int, *, min_side: int = 56) -> np.ndarray:
     """Images `(B, C, H, W)` in [-1, 1] as one uint8 (H, W, 3) array, small ones repeated up to `min_side`."""
     from torchvision.utils import make_grid  # takes a second, which loading a pipeline does not need
 
-    images = ((images.float().cpu().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
+    images = to_uint8(images.cpu())
     scale = max(1, -(-min_side // images.shape[-1]))
     images = images.repeat_interleave(scale, 2).repeat_interleave(scale, 3)
     return make_grid(images, nrow=columns, padding=2, pad_value=128).movedim(0, -1).numpy()
@@ -62,7 +72,7 @@ def to_images(images: Any, shape: Shape) -> Tensor:
     `ValueError` for another size, type or range."""
     batch = as_batch(images, shape)
     if batch.dtype == torch.uint8:
-        return batch.float() / 127.5 - 1
+        return to_float(batch)
     if not batch.dtype.is_floating_point or not bool((batch.abs() <= 1 + 1e-3).all()):
         raise ValueError(
             f"float images should lie in [-1, 1] (uint8 ones in 0 to 255); got {batch.dtype}, "
@@ -190,7 +200,7 @@ def convert_images(images: Tensor, output_type: str) -> Any:
     check_output_type(output_type)
     if output_type == "pt":
         return images
-    pixels = ((images.float().cpu() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8).movedim(1, -1).numpy()
+    pixels = to_uint8(images.cpu()).movedim(1, -1).numpy()
     if output_type == "np":
         return pixels
     return [Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image) for image in pixels]

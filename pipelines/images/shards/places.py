@@ -117,8 +117,8 @@ def resolved(source: str, path: Path) -> dict[str, list[str]]:
         if path.exists():
             raise UserError(f"data.source: {path} cannot be read: {reason_of(error)}") from error
         raise UserError(
-            f"data.source={source}: there is no such folder here ({path.absolute()}), and the Hub id '{source}' can "
-            f"not be loaded: {reason_of(error)}"
+            f"data.source={source}: there is no such folder here ({path.absolute()}), and the Hub id '{source}' "
+            f"cannot be loaded: {reason_of(error)}"
         ) from error
     given: dict[Any, Any] = getattr(builder.config, "data_files", None) or {}
     return {str(split): sorted(map(str, files), key=os.fsencode) for split, files in given.items()}
