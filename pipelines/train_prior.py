@@ -6,7 +6,7 @@ import math
 from functools import partial
 from pathlib import Path
 from shlex import quote
-from typing import TYPE_CHECKING, Annotated, Any, cast
+from typing import Annotated, Any, cast
 
 import numpy as np
 import torch
@@ -29,9 +29,6 @@ from .training.run_folder import begun_data
 from .training.schedule import TrainConfig
 from .training.stopping import what_is_saved
 from .training.task import Split, Task
-
-if TYPE_CHECKING:
-    from accelerate import Accelerator
 
 
 class SamplerConfig(Config):
@@ -211,11 +208,7 @@ def config_as_begun(config: TrainPriorConfig) -> TrainPriorConfig:
 def run(config: TrainPriorConfig) -> Path:
     """Train, and return the run folder; `pipeline/` in it is what `from_pretrained` wants."""
     config = config_as_begun(config)
-
-    def build(accelerator: Accelerator) -> Task:
-        return PriorTask(config)
-
-    return train(build, config)
+    return train(lambda accelerator: PriorTask(config), config)
 
 
 main = partial(

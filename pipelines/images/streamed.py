@@ -66,10 +66,6 @@ class StreamedImages(ImageDataset):
             return super().samples(batch_size, seed, step)
         return self._order.samples(batch_size, seed, step)
 
-    def stand_in(self, index: int) -> int:
-        """The index of the image that replaces this one, as far as is known; else its own."""
-        return self._stand_ins.get(index, index)
-
     def pixels(self, indices: Indices) -> Tensor:
         """See `ImageDataset.pixels`."""
         self._seen += len(self._check(indices))
