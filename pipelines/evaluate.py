@@ -56,14 +56,14 @@ class EvaluateConfig(Config):
     num_samples: int = Field(
         1000,
         ge=0,
-        description="samples that are judged; sets of images are compared at this "
-        "size, or at that of the training or held-out split if it is smaller",
+        description="samples that are judged; sets of images are compared at this size, or at that of the training or "
+        "held-out split if it is smaller",
     )
     feature_steps: int = Field(
         300,
         ge=0,
-        description="training steps of the small classifier in whose features "
-        "samples are judged; 0, and data without classes: a net of random weights",
+        description="training steps of the small classifier in whose features samples are judged; 0, and data without "
+        "classes: a net of random weights",
     )
     inception_weights: str | None = Field(
         None, description="file of torch-fidelity's Inception weights, which add the true FID; nothing is downloaded"

@@ -24,8 +24,8 @@ class GenerateConfig(Config):
     num_images: int = Field(64, ge=1, description="how many")
     labels: int | str | list[int | str] | None = Field(
         None,
-        description="classes (ids or names), gone through in turn; default: every "
-        "class in turn, or none if the pipeline is unconditional",
+        description="classes (ids or names), taken in turn; default: every class in turn, or none if the pipeline is "
+        "unconditional",
     )
     seed: int = Field(0, ge=0, description="image k uses seed + k")
     temperature: float | None = Field(None, ge=0, description="below 1 is safer, 0 is greedy; default: the pipeline's")
