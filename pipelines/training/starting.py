@@ -26,7 +26,12 @@ if TYPE_CHECKING:
 
 
 def set_up(
-    task: Task, config: Any, run: Path, accelerator: Accelerator, heartbeat: Heartbeat, sharded: bool
+    task: Task,
+    config: Any,
+    run: Path,
+    accelerator: Accelerator,
+    heartbeat: Heartbeat | None = None,
+    sharded: bool = False,
 ) -> Training:
     """Place the task on the device, average its weights, give players optimizers, and load the newest state."""
     if not sharded:
@@ -49,6 +54,7 @@ def set_up(
         optimizers = {name: accelerator.prepare_optimizer(optimizer) for name, optimizer in optimizers.items()}
     logged = step - ("log" in counters.get("pending", []))  # the line of a pending log is written again
     tracker = Tracker(run, config.track, config.model_dump(mode="json"), accelerator=accelerator, resume_step=logged)
+    heartbeat = heartbeat or Heartbeat(run, 0, 1, config.train.timeout)
     return Training(
         task,
         config.train,
