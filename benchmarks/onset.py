@@ -54,7 +54,8 @@ def main() -> None:
     import yaml
     from PIL import Image
 
-    from pipelines.metrics.charts import charts_in_row, page
+    from pipelines.metrics.charts import charts_in_row
+    from pipelines.metrics.pages import page
 
     critic = yaml.safe_load((run / "config.yaml").read_text())["critic"]
     heard = critic["start"] + critic["warmup"]

@@ -417,7 +417,8 @@ def show(found: dict[str, list[Node]]) -> None:
 def rate_distortion(found: dict[str, list[Node]], title: str) -> Any:
     """The GPT's bits of an image against the PSNR: a dot for each tokenizer, and a cross as wide and as high as the
     95 % intervals over seeds. Tokenizers that another one beats in both are grey."""
-    from pipelines.metrics.charts import BLUE, GREY, INK, charts_in_row, few_ticks, head, page
+    from pipelines.metrics.charts import BLUE, GREY, INK, charts_in_row, few_ticks, head
+    from pipelines.metrics.pages import page
 
     rates = {name: [run["bits_per_token"] * run["tokens"] for run in runs] for name, runs in found.items()}
     levels = {name: [run["psnr"] for run in runs] for name, runs in found.items()}

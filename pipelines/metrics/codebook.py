@@ -18,7 +18,8 @@ from torch import Tensor, nn
 
 from tokenizer.quantizers.codebook import Codebook, rows_of, world_size
 
-from .charts import GAP, RED, bars, charts_in_row, curves, histogram, legend, page, three_digits
+from .charts import GAP, RED, bars, charts_in_row, curves, histogram, legend, three_digits
+from .pages import page
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
