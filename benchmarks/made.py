@@ -109,6 +109,7 @@ def compare_steps(tokens: Path, rows: Any, batch: int, count: int) -> None:
 def ours(tokens: Path, out: Path, minutes: float) -> tuple[int, float]:
     """Images that a run of the preset saw, and its nats per test image. Minutes are of this process."""
     from pipelines import ImagePipeline, train_prior
+    from pipelines.metrics.likelihood import bits_per_token
     from pipelines.tokens import load_tokens
     from pipelines.training import loop as training
 
@@ -121,7 +122,7 @@ def ours(tokens: Path, out: Path, minutes: float) -> tuple[int, float]:
         training.time = clock
     steps = max(json.loads(line)["step"] for line in (out / "metrics.jsonl").read_text().splitlines())
     prior = ImagePipeline.from_pretrained(out / "pipeline").prior
-    bits = train_prior.bits_per_token(prior, load_tokens(tokens).splits["test"])
+    bits = bits_per_token(prior, load_tokens(tokens).splits["test"])
     return steps * config.train.batch_size, bits * SIZE * math.log(2)
 
 
