@@ -1,7 +1,7 @@
 """Say what a training run will take before it is started: parameters, memory per GPU, FLOPs, hours, disk.
 
-It takes the command line of `smalti train_prior` or `smalti train_tokenizer` as it is (the model's kind says
-which) and the keys below: `smalti plan --config configs/prior/gpt_imagenet256.yaml grid=[16,16] vocab_size=16384 classes=1000
+It takes the command line of `smalti train_prior` or `smalti train_tokenizer` as it is (the model's kind says which) and
+the keys below: `smalti plan --config configs/prior/gpt_imagenet256.yaml grid=[16,16] vocab_size=16384 classes=1000
 rows=1281167 gpus=8 gpu=a100`. The model is run on paper: nothing is trained, no image is read, no memory is taken.
 """
 
