@@ -109,7 +109,7 @@ class TokenizerTask(Task):
         self.evaluated = {split: min(EVALUATED_IMAGES, len(images)) for split, images in self.judged.items()}
         self.tokenizer = self.new_tokenizer()
         self.tokens_per_row = len(self.tokenizer.grid)
-        self.weights = weights_of(config.loss, self.tokenizer)
+        self.weights = loss_weights_of(config.loss, self.tokenizer)
         parameters = [parameter for parameter in self.tokenizer.parameters() if parameter.requires_grad]
         self.nets: dict[str, nn.Module] = {"model": self.tokenizer} if parameters else {}
         self.players = {"model": parameters} if parameters else {}
@@ -237,7 +237,7 @@ def defaults(given: dict[str, Any]) -> dict[str, Any]:
     return {"model": model, "data": data_beside(folder / PROVENANCE)}
 
 
-def weights_of(loss: LossConfig, tokenizer: Tokenizer) -> dict[str, float]:
+def loss_weights_of(loss: LossConfig, tokenizer: Tokenizer) -> dict[str, float]:
     """The weight of each loss: those of pixels, and the tokenizer's own times `loss.nll` or `loss.quantizer`."""
     own = {
         name: weight * (loss.nll if name == "nll" else loss.quantizer)
