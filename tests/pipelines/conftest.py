@@ -1,0 +1,38 @@
+"""Pipelines that tests of several folders look at and do not change: each is made once in a process."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+
+@pytest.fixture(scope="session")
+def trained():
+    """A small pipeline trained on stripes, and calibrated."""
+    from stripes import trained_on_stripes  # late: most tests do without
+
+    return trained_on_stripes()
+
+
+@pytest.fixture(scope="session")
+def fresh(trained):
+    """Statistics of normal images that neither training nor calibration has seen."""
+    from stripes import stripes
+
+    from pipelines.anomaly.image_statistics import statistics
+
+    return statistics(trained, stripes(1500, seed=11))
+
+
+@pytest.fixture(scope="session")
+def likely():
+    """An untrained pipeline with a likelihood of pixels, calibrated."""
+    from small_pipelines import make_pipeline
+    from stripes import SIZE, stripes
+
+    from pipelines.anomaly.calibrating import calibrate
+
+    torch.manual_seed(0)
+    pipe = make_pipeline(labels=[], size=(SIZE, SIZE), sizes={"likelihood": {"kind": "discretized_logistic"}})
+    calibrate(pipe, stripes(100, seed=2))
+    return pipe

@@ -1,0 +1,49 @@
+"""The task of stage two: the tokens and labels of a batch are a function of seed, epoch and row."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from launch import make_tokens, prior_arguments
+
+from pipelines.config.command import parse
+from pipelines.metrics.likelihood import bits_per_token
+from pipelines.train_prior import PriorTask, TrainPriorConfig
+
+
+def task_of(tokens, run, **more):
+    return PriorTask(
+        parse(TrainPriorConfig, prior_arguments(run, tokens, **more), verb="train_prior", description=None)
+    )
+
+
+def test_perturbed_tokens_are_a_function_of_seed_epoch_and_row(tmp_path):
+    tokens = make_tokens(tmp_path / "tokens", rows=2000)
+    rows, zeros = np.arange(2000), np.zeros(2000, np.int64)
+    clean, labels = task_of(tokens, tmp_path / "a").batch(rows, zeros, 0)
+    task = task_of(tokens, tmp_path / "b", perturb=0.3)
+    whole, same_labels = task.batch(rows, zeros, 0)
+    assert torch.equal(labels, same_labels) and whole.dtype == torch.int64
+    vocab = task.data.grid.vocab_size
+    task.data.grid.check(whole)
+    changed = float((whole != clean).double().mean())
+    assert changed == pytest.approx(0.3 * (1 - 1 / vocab), abs=0.005)
+    ids = torch.bincount(whole[whole != clean], minlength=vocab).double()
+    assert (ids / ids.sum()).max() < 2.5 / vocab  # uniform, whatever the tokens are
+    parts = torch.cat([task.batch(part, zeros[: len(part)], 0)[0] for part in np.array_split(rows, 7)])
+    assert torch.equal(parts, whole)
+    assert torch.equal(task.batch(rows[::-1].copy(), zeros, 0)[0].flip(0), whole)
+    epochs = np.arange(2000) % 3
+    mixed = task.batch(rows, epochs, 0)[0]
+    for epoch in range(3):
+        alone = task.batch(rows, zeros + epoch, 0)[0]
+        assert torch.equal(mixed[epochs == epoch], alone[epochs == epoch])
+        assert (epoch == 0) == torch.equal(alone, whole)
+    assert not torch.equal(task.batch(rows, zeros, 1)[0], whole)
+
+
+def test_evaluation_sees_clean_tokens(tmp_path):
+    task = task_of(make_tokens(tmp_path / "tokens"), tmp_path / "run", perturb=1.0)
+    clean = bits_per_token(task.model.eval(), task.data.splits["test"], 2000)
+    assert task.evaluate(task.model.eval(), "held_out") == {"bits_per_token": clean}
