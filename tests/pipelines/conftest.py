@@ -1,15 +1,25 @@
-"""Pipelines that tests of several folders look at and do not change: each is made once in a process."""
+"""What tests of several folders look at and do not change."""
 
 from __future__ import annotations
+
+from pathlib import Path
 
 import pytest
 import torch
 
 
+@pytest.fixture(scope="module")
+def tokens(tmp_path_factory) -> Path:
+    """A token dataset of 72 rows of 7 x 7 ids in 3 classes."""
+    from launch import make_tokens  # late, as below: most tests do without
+
+    return make_tokens(tmp_path_factory.mktemp("tokens") / "tokens")
+
+
 @pytest.fixture(scope="session")
 def trained():
     """A small pipeline trained on stripes, and calibrated."""
-    from stripes import trained_on_stripes  # late: most tests do without
+    from stripes import trained_on_stripes
 
     return trained_on_stripes()
 

@@ -23,6 +23,7 @@ import pytest
 import torch
 import yaml
 from command import errors_of, fails
+from folders import contents
 from PIL import Image
 from small import make_prior, make_tokenizer
 
@@ -84,10 +85,6 @@ def world(tmp_path_factory):
     (root / "mine").mkdir()
     (root / "mine" / "thesis.tex").write_text("years of work")
     return root
-
-
-def snapshot(folder):
-    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 TRAIN = ["train_tokenizer", "out={out}", "data.source={world}/images", *SMALL_MODEL]
@@ -168,11 +165,11 @@ BAD = [
 
 @pytest.mark.parametrize(("command", "wrong", "message"), BAD, ids=[f"{c[0]}-{' '.join(w)}" for c, w, _ in BAD])
 def test_what_is_wrong_is_said_in_lines(world, tmp_path, capsys, command, wrong, message):
-    before = snapshot(world)
+    before = contents(world)
     filled = [part.format(world=world, out=tmp_path / "out") for part in (*command, *wrong)]
     lines = errors_of(capsys, *filled)
     assert message.format(world=world) in "\n".join(lines)
-    assert snapshot(world) == before
+    assert contents(world) == before
     made = [path.name for path in tmp_path.rglob("*") if path.is_file()]
     assert set(made) <= {"config.yaml"}  # of a training run
 
@@ -214,13 +211,13 @@ def test_run_folder_of_another_configuration_is_left_alone(world, tmp_path, caps
     assert caught.value.code == 0
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "config.yaml").write_text(capsys.readouterr().out)
-    before = snapshot(tmp_path)
+    before = contents(tmp_path)
     key = "model.blocks" if command is TRAIN else "model.depth"
     lines = errors_of(capsys, *filled, "train.lr=0.5", f"{key}=" + ("[2]" if command is TRAIN else "2"))
     assert f"{tmp_path / 'out'}: belongs to a run with another configuration" in lines[0]
     assert any(line.startswith("error: train.lr: ") and line.endswith("-> 0.5") for line in lines)
     assert len(lines) == 3 and any(line.startswith(f"error: {key}: ") for line in lines)
-    assert snapshot(tmp_path) == before
+    assert contents(tmp_path) == before
 
 
 # What is right

@@ -76,6 +76,11 @@ def train_prior(out: Path, tokens: Path, **more: Any) -> Path:
     return run_prior(parse(TrainPriorConfig, argv, verb="train_prior", description=None))
 
 
+def train_stage(stage: str, out: Path, tokens: Path, **more: Any) -> Path:
+    """Train one of the two stages, by the name of its verb."""
+    return train_prior(out, tokens, **more) if stage == "train_prior" else train_tokenizer(out, **more)
+
+
 def make_tokens(folder: Path, rows: int = 72, kind: str = "vqvae", classes: int = 3) -> Path:
     """A token dataset with structure to learn: each class has its own pattern, and a tenth of the ids are noise."""
     config = VQVAE if kind == "vqvae" else {"kind": kind}

@@ -41,6 +41,11 @@ QUANTIZERS, TOKENIZERS, PRIORS = Quantizer.available(), Tokenizer.available(), P
 ORDERS = ["raster", "column", "snake", "spiral_in", "spiral_out", "z_curve", "hilbert", "subsample", "random:3"]
 
 
+def node_of(name: str) -> dict[str, Any]:
+    """The configuration of a small model of the family, as a run takes it."""
+    return {"kind": name, **SMALL.get(name, {})}
+
+
 def make_quantizer(name: str, **config: Any) -> Quantizer:
     """A small quantizer of the family."""
     return Quantizer.create(name, **{**SMALL.get(name, {}), **config})

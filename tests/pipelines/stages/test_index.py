@@ -7,21 +7,22 @@ from pathlib import Path
 
 import pytest
 import torch
+from folders import files_in
 from small_pipelines import LABELS, PARTS, PROVENANCE, every_pair, make_pipeline
 
 from pipelines import ImagePipeline
 from tokenizer.files.errors import PathError
 
 
-def files_in(folder):
-    return {path.relative_to(folder).as_posix() for path in Path(folder).rglob("*") if path.is_file()}
+def names_in(folder):
+    return set(files_in(Path(folder)))
 
 
 @every_pair
 def test_what_is_saved_is_what_is_loaded(tokenizer, prior, tmp_path):
     pipe = make_pipeline(tokenizer, prior, sampler={"top_k": 7})
     pipe.save_pretrained(tmp_path / "pipe")
-    assert files_in(tmp_path / "pipe") == {"model_index.json", "manifest.json", "README.md", *PARTS}
+    assert names_in(tmp_path / "pipe") == {"model_index.json", "manifest.json", "README.md", *PARTS}
     loaded = ImagePipeline.from_pretrained(str(tmp_path / "pipe"))
     assert type(loaded.tokenizer) is type(pipe.tokenizer) and type(loaded.prior) is type(pipe.prior)
     assert loaded.labels == LABELS and loaded.sampler == pipe.sampler and loaded.provenance == {}
@@ -46,8 +47,8 @@ def test_saving_twice_writes_the_same_bytes(tmp_path):
     pipe.save_pretrained(tmp_path / "one")
     loaded = ImagePipeline.from_pretrained(tmp_path / "one")
     loaded.save_pretrained(tmp_path / "two")
-    assert files_in(tmp_path / "one") == files_in(tmp_path / "two") >= {"provenance.json", "samples.png"}
-    for name in files_in(tmp_path / "one"):
+    assert names_in(tmp_path / "one") == names_in(tmp_path / "two") >= {"provenance.json", "samples.png"}
+    for name in names_in(tmp_path / "one"):
         assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes(), name
 
 
@@ -56,7 +57,7 @@ def test_older_pipeline_is_replaced_whole(tmp_path):
     old.provenance = PROVENANCE
     old.save_pretrained(tmp_path / "pipe", sample_grid=old.sample_picture(4))
     new.save_pretrained(tmp_path / "pipe")
-    assert files_in(tmp_path / "pipe") == {"model_index.json", "manifest.json", "README.md", *PARTS}
+    assert names_in(tmp_path / "pipe") == {"model_index.json", "manifest.json", "README.md", *PARTS}
     assert ImagePipeline.from_pretrained(tmp_path / "pipe").prior.name == "marginal"
 
 
@@ -82,7 +83,7 @@ def test_foreign_folder_is_refused_and_untouched(tmp_path):
     for name in ("mine", "file"):
         with pytest.raises(PathError, match=name):
             make_pipeline().save_pretrained(tmp_path / name)
-    assert files_in(tmp_path) == {"mine/thesis.tex", "file"}
+    assert names_in(tmp_path) == {"mine/thesis.tex", "file"}
     assert (tmp_path / "mine" / "thesis.tex").read_text() == "years of work"
 
 
@@ -92,7 +93,7 @@ def test_push_to_hub_uploads_a_folder_that_loads(labels, monkeypatch):
 
     def replace_on_hub(folder, repo_id, ours, **options):
         loaded = ImagePipeline.from_pretrained(folder)
-        calls.append((repo_id, files_in(folder), loaded(2, seed=0).tokens, options))
+        calls.append((repo_id, names_in(folder), loaded(2, seed=0).tokens, options))
         return "a commit"
 
     monkeypatch.setattr("tokenizer.files.hub.require_reachable", lambda repo_id: None)

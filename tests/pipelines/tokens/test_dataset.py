@@ -14,10 +14,11 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from folders import files_in
 from PIL import Image
 from safetensors.torch import load_file
 from small import TOKENIZERS, make_tokenizer
-from token_datasets import edit_split, files_in, make_dataset, refused
+from token_datasets import edit_split, make_dataset, refused
 
 from pipelines import encode
 from pipelines.config import UserError

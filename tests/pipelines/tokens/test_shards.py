@@ -16,11 +16,12 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from folders import files_in
 from launch import output_of, start, two_processes, verb, wait_for
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from small import make_prior, make_tokenizer
-from token_datasets import edit_split, files_in, make_dataset, refused
+from token_datasets import edit_split, make_dataset, refused
 
 from pipelines import encode, train_prior
 from pipelines.commands.verify import VerifyConfig
