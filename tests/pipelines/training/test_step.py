@@ -87,7 +87,7 @@ def test_micro_batches_train_what_one_batch_does(tmp_path):
 # What is not finite
 
 
-def everything(run) -> dict[str, torch.Tensor]:
+def all_that_a_step_changes(run) -> dict[str, torch.Tensor]:
     """Copies of all that a step may change."""
     optimizer = run.optimizers["model"].state_dict()["state"]
     moments = {f"{index}.{name}": value for index, entry in optimizer.items() for name, value in entry.items()}
@@ -121,10 +121,10 @@ def test_a_sick_step_changes_nothing_and_is_counted(tmp_path, monkeypatch, quant
     take_step = training.take_step
 
     def watched(run, *rest):
-        step, before = run.step, everything(run)
+        step, before = run.step, all_that_a_step_changes(run)
         take_step(run, *rest)
         changed[step] = [
-            key for key, value in everything(run).items() if not torch.equal(value, before.get(key, value))
+            key for key, value in all_that_a_step_changes(run).items() if not torch.equal(value, before.get(key, value))
         ]
 
     monkeypatch.setattr(training, "take_step", watched)
