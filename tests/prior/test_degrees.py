@@ -5,8 +5,8 @@ import itertools
 
 import pytest
 import torch
-from made_variants import draw_tokens, earlier, every_variant, make_made, make_same
-from small import make_prior
+from made_variants import earlier, every_variant, make_made, make_same
+from small import draw_tokens, make_prior
 
 from pipelines.training.schedule import ema_update
 from prior.degrees import Kept, even_degrees, random_degrees

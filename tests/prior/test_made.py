@@ -8,20 +8,9 @@ import pytest
 import torch
 import yaml
 from launch import losses, train_prior
-from made_variants import (
-    ROWS,
-    by_the_paper,
-    draw_tokens,
-    earlier,
-    every_variant,
-    keep_awake,
-    make_made,
-    make_same,
-    moved_by,
-    some_orders,
-)
+from made_variants import ROWS, by_the_paper, earlier, every_variant, keep_awake, make_made, make_same, some_orders
 from safetensors.torch import load_file, save_file
-from small import make_prior
+from small import draw_tokens, make_prior, moved_by
 
 from pipelines.tokens import TokenDataset, TokenSplit
 from prior import Prior

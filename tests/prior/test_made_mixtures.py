@@ -4,8 +4,8 @@ import itertools
 
 import pytest
 import torch
-from made_variants import by_the_paper, draw_tokens, every_variant, make_made
-from small import generators, make_prior
+from made_variants import by_the_paper, every_variant, make_made
+from small import draw_tokens, generators, make_prior
 
 from pipelines import ImagePipeline
 from prior.degrees import even_degrees

@@ -3,8 +3,8 @@
 import pytest
 import torch
 from costs import Operations, all_steps, flops
-from made_variants import ROWS, WIDE, draw_tokens, every_variant, make_made
-from small import generators, make_prior
+from made_variants import ROWS, WIDE, every_variant, make_made
+from small import draw_tokens, generators, make_prior
 
 
 @every_variant

@@ -11,10 +11,8 @@ import io
 import json
 import os
 import shutil
-import struct
 import subprocess
 import sys
-import zlib
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -27,7 +25,7 @@ from folders import contents
 from image_files import write_pictures
 from image_folders import header_only
 from PIL import Image
-from small import make_prior, make_tokenizer
+from small_pipelines import make_pipeline
 
 from pipelines import ImagePipeline
 from pipelines.__main__ import main, module_of, verbs
@@ -46,10 +44,9 @@ def world(tmp_path_factory):
     """A folder with one of everything, good and bad. Tests do not write into it."""
     root = tmp_path_factory.mktemp("world")
     torch.manual_seed(0)
-    tokenizer = make_tokenizer("vqvae", (28, 28), 1).eval()
-    grid, names = tokenizer.grid, [str(digit) for digit in range(10)]
-    prior = make_prior("gpt", grid.shape, grid.vocab_size, num_classes=10, tokenizer=tokenizer.fingerprint())
-    pipe = ImagePipeline(tokenizer, prior, labels=names)
+    names = [str(digit) for digit in range(10)]
+    pipe = make_pipeline(size=(28, 28), labels=names)
+    tokenizer, grid = pipe.tokenizer, pipe.tokenizer.grid
     pipe.provenance = {"data": {"source": "digits", "limit": 40}}
     pipe.save_pretrained(root / "run" / "pipeline", sample_grid=pipe.sample_picture(10))
     shutil.copytree(root / "run" / "pipeline", root / "damaged")

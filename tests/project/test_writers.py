@@ -23,7 +23,8 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import save_file
-from small import make_prior, make_tokenizer
+from small import make_tokenizer
+from small_pipelines import make_pipeline
 
 import tokenizer.files.writing as storage
 from pipelines import ImagePipeline, encode, evaluate, generate, train_prior, train_tokenizer
@@ -162,10 +163,8 @@ def world(tmp_path_factory) -> SimpleNamespace:
             folder.mkdir(parents=True, exist_ok=True)
             Image.fromarray(draw.integers(0, 256, (8, 8), dtype=np.uint8)).save(folder / f"{number}.png")
     torch.manual_seed(0)
-    model = make_tokenizer("vqvae", (8, 8), 1).eval()
-    facts = {"num_classes": 2, "tokenizer": model.fingerprint()}
-    prior = make_prior("gpt", model.grid.shape, model.grid.vocab_size, **facts)
-    pipe = ImagePipeline(model, prior, labels=["a", "b"])
+    pipe = make_pipeline(size=(8, 8), labels=["a", "b"])
+    model, prior = pipe.tokenizer, pipe.prior
     model.save_pretrained(root / "tokenizer")
     pipe.save_pretrained(root / "pipeline")
     pipe.save_pretrained(root / "calibrated")

@@ -32,21 +32,6 @@ def make_made(variant, **config):
     return make_prior("made", **{**VARIANTS[variant], **config})
 
 
-def draw_tokens(model, count):
-    return torch.randint(model.grid.vocab_size, (count, *model.grid.shape))
-
-
-def moved_by(model, tokens, labels, **inputs):
-    """bool `(N, N)`: [i, j] where logits at i move, in some image, when token j does."""
-    vocab, size = model.grid.vocab_size, len(model.grid)
-    before, moved = model(tokens, labels, **inputs), torch.zeros(size, size, dtype=torch.bool)
-    for at in range(size):
-        changed = tokens.flatten(1).clone()
-        changed[:, at] = (changed[:, at] + torch.randint(1, vocab, changed[:, at].shape)) % vocab
-        moved[:, at] = (model(changed.view_as(tokens), labels, **inputs) - before).abs().amax((0, 2)) > 1e-9
-    return moved
-
-
 def keep_awake(model):
     """Weights above zero: no unit is zero, whatever the tokens."""
     with torch.no_grad():
