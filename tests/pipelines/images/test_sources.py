@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 import torch
 from image_files import noise
-from image_folders import BAD, PNGS, bytes_of_each, config, needs_digits, write_table
+from image_folders import BAD, PNGS, bytes_of_each, config, write_table
+from optional import needs_digits
 
 from pipelines.config import UserError
 from pipelines.images import DataConfig, load_images

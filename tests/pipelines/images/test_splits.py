@@ -6,16 +6,8 @@ import numpy as np
 import pytest
 import torch
 from image_files import noise
-from image_folders import (
-    PNGS,
-    bytes_of_each,
-    config,
-    needs_digits,
-    write_folder,
-    write_image,
-    write_splits,
-    write_table,
-)
+from image_folders import PNGS, bytes_of_each, config, write_folder, write_image, write_splits, write_table
+from optional import needs_digits
 
 from pipelines.config import UserError
 from pipelines.images import DataConfig, load_images

