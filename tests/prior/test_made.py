@@ -14,8 +14,8 @@ from small import draw_tokens, make_prior, moved_by
 
 from pipelines.tokens import TokenDataset, TokenSplit
 from prior import Prior
-from prior.degrees import random_degrees
-from prior.made import summed
+from prior.connections import random_degrees
+from prior.running_sums import summed
 from tokenizer import TokenGrid, Tokenizer
 from tokenizer.files.writing import write_manifest
 

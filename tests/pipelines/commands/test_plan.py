@@ -23,7 +23,8 @@ from pipelines.__main__ import main
 from pipelines.commands import plan
 from pipelines.config.command import parse
 from pipelines.planning.budget import GPUS
-from pipelines.planning.costs import Recipe, on_paper, tokenizer_turn
+from pipelines.planning.costs import Recipe, tokenizer_turn
+from pipelines.planning.paper import on_paper
 from pipelines.train_prior import TrainPriorConfig
 from pipelines.train_tokenizer import TrainTokenizerConfig
 from prior import Prior
@@ -105,7 +106,7 @@ def test_page_of_a_prior(depth, capsys):
     assert depth == 1 or (forecast.sizes.parameters == 110_913_936 and "110,913,936" in page)
     assert forecast.share == 32 and "299.7 epochs" in page
     flops = 3 * 256 * (2 * (depth * (4 * 768**2 + 3 * 768 * 2048) + 768 * 16384) + 4 * depth * 256 * 768)
-    assert forecast.work.flops == flops and forecast.flops_per_step == 256 * flops
+    assert forecast.costs.work.flops == flops and forecast.flops_per_step == 256 * flops
     assert forecast.hours == pytest.approx(1_500_000 * 256 * flops / (8 * 312e12 * 0.4) / 3600)
     assert forecast.dataset == 1281167 * (512 + 8)
     assert "warning" not in page
@@ -118,7 +119,9 @@ def test_twice_as_many_gpus_and_a_tokenizer_to_ask(capsys):
     two = planned(*small, "gpus=16", f"tokenizer={VQGAN_PRESET}")
     assert one.sizes == two.sizes and two.rows is None and two.share == one.share / 2
     assert two.hours == pytest.approx(one.hours / 2)
-    assert two.work.turns[0].parts["activations"] == pytest.approx(one.work.turns[0].parts["activations"] / 2, rel=0.01)
+    assert two.costs.work.turns[0].parts["activations"] == pytest.approx(
+        one.costs.work.turns[0].parts["activations"] / 2, rel=0.01
+    )
     assert two.snapshot - one.snapshot == pytest.approx(4 * 71_883_403, rel=0.01)
     assert "warning: rows: not known" in capsys.readouterr().out
 
@@ -148,7 +151,7 @@ def test_page_of_a_tokenizer_with_critic_and_perceptual_network(capsys):
     assert set(forecast.sizes.parts) == {"encoder", "quantizer", "decoder", "critic"}
     assert {"activations", "perceptual network", "critic"} <= set(forecast.memory["DDP"])
     assert "40.0 epochs" in page
-    assert f"16 at a time, {forecast.evaluation / 1e9:.1f} GB" in " ".join(SCALING.split())
+    assert f"16 at a time, {forecast.costs.evaluation / 1e9:.1f} GB" in " ".join(SCALING.split())
     assert forecast.evaluating("DDP") < sum(forecast.memory["DDP"].values())
     assert f"| {forecast.flops_per_step * 400_000 / 1e18:.1f} EFLOP | 16% |" in SCALING
 
@@ -198,7 +201,7 @@ def check_turn(kind: str, choices) -> int:
     for count, paper in ((4, True), (8, True), (4, False)):
         with torch.device("meta") if paper else nullcontext():
             model = Tokenizer.create(kind, image_size=(16, 8), channels=3, **choices)
-        recipe = Recipe(model, {"l1": 0.0, "l2": 1.0, **model.loss_weights}, modules=[model])
+        recipe = Recipe(model, {"l1": 0.0, "l2": 1.0, **model.loss_weights})
         if not paper:
             model(torch.randn(32, *model.image_shape))  # its codebook starts
         with on_paper(model) if paper else nullcontext():

@@ -12,7 +12,7 @@ from image_folders import PNGS, config, write_folder, write_image, write_table
 
 from pipelines.images import load_images
 from pipelines.images.stamps import FileChanged
-from tokenizer.files.reading import ReadOnce
+from tokenizer.files.opening import ReadOnce
 
 LAZY = [{"cache_mb": 0}, {"streaming": True}]
 

@@ -18,7 +18,8 @@ from torch import nn
 from pipelines.commands import plan
 from pipelines.config.command import parse
 from pipelines.planning.budget import at_evaluation, memory, shapes_of, sharded, sizes_of
-from pipelines.planning.costs import Turn, address, on_paper, prior_turn
+from pipelines.planning.costs import Turn, prior_turn
+from pipelines.planning.paper import address, on_paper
 from pipelines.train_prior import PriorTask, TrainPriorConfig
 from pipelines.training.loop import batches
 from pipelines.training.processes import build_accelerator
@@ -196,11 +197,11 @@ def test_an_evaluation_is_counted(ids, rows, capsys):
     probabilities."""
     forecast = planned(*TINY, f"vocab_size={ids}", "train.batch_size=2", "gpus=2")
     logits = 4 * rows * 64 * ids
-    assert 2 * logits < forecast.evaluation < 2.2 * logits
+    assert 2 * logits < forecast.costs.evaluation < 2.2 * logits
     kept = sum(
         size
         for part, size in forecast.memory["DDP"].items()
         if part in ("weights", "gradients", "AdamW's two moments", "averaged weights")
     )
-    assert forecast.evaluating("DDP") == kept + forecast.evaluation == forecast.needs("DDP")
+    assert forecast.evaluating("DDP") == kept + forecast.costs.evaluation == forecast.needs("DDP")
     assert f"{forecast.evaluating('DDP') / 1e9:.2f}" in capsys.readouterr().out

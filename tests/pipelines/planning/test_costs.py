@@ -1,4 +1,7 @@
-"""Costs on paper against real tensors: bytes that autograd keeps, the peak of an allocator, and FLOPs."""
+"""Costs on paper against real tensors: bytes that autograd keeps, the peak of an allocator, and FLOPs.
+
+Covers: pipelines/planning/paper.py.
+"""
 
 from __future__ import annotations
 
@@ -15,16 +18,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
-from pipelines.planning.costs import (
-    ON_FLOAT32,
-    CUDAKernels,
-    Ledger,
-    address,
-    checkpointed,
-    flops_of,
-    on_paper,
-    prior_turn,
-)
+from pipelines.planning.costs import checkpoint_blocks, flops_of, prior_turn
+from pipelines.planning.paper import ON_FLOAT32, CUDAKernels, Ledger, address, on_paper
 from prior import Prior
 from tokenizer import TokenGrid
 
@@ -143,7 +138,7 @@ def test_checkpointed_blocks_keep_their_inputs_alone(name):
     sizes = {}
     for depth in (1, 2, 5):
         with on_paper(model := on_meta(name, depth=depth)):
-            checkpointed(list(model.blocks))
+            checkpoint_blocks(list(model.blocks))
             sizes[depth] = prior_turn(model, 7, False).parts["activations"]
     stream = 7 * 30 * 32 * 4  # a float32 residual stream of 7 images
     assert sizes[5] - sizes[2] == 3 * (sizes[2] - sizes[1]) == 3 * stream
@@ -158,7 +153,7 @@ def test_checkpointing_changes_neither_gradients_nor_kernels():
             model.loss(model(tokens, labels), tokens).backward()
         gradients.append([parameter.grad.clone() for parameter in model.parameters()])
         model.zero_grad()
-        checkpointed(list(model.blocks))
+        checkpoint_blocks(list(model.blocks))
     assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
 
 
@@ -181,7 +176,7 @@ def test_flops_of_a_gpt_are_the_closed_formula():
         model = Prior.create("gpt", grid=TokenGrid((6, 8), ids), dim=dim, depth=depth, heads=4, hidden=hidden)
     with on_paper(model):
         found = flops_of(lambda: prior_turn(model, 1, True))
-        checkpointed(list(model.blocks))
+        checkpoint_blocks(list(model.blocks))
         again = flops_of(lambda: prior_turn(model, 1, True))
     block = size * (2 * (4 * dim**2 + 3 * dim * hidden) + 4 * size * dim)
     assert found == 3 * (depth * block + 2 * size * dim * ids)

@@ -1,4 +1,4 @@
-"""Degrees: spread evenly or drawn, and the masks made of them, which are kept as long as they hold."""
+"""Connections: degrees spread evenly or drawn, and the masks made of them, which are kept as long as they hold."""
 
 import copy
 import itertools
@@ -9,7 +9,7 @@ from made_variants import earlier, every_variant, make_made, make_same
 from small import draw_tokens, make_prior
 
 from pipelines.training.schedule import ema_update
-from prior.degrees import Kept, even_degrees, random_degrees
+from prior.connections import Memory, even_degrees, random_degrees
 
 # Degrees
 
@@ -53,13 +53,13 @@ def test_random_degrees_leave_no_unit_blind():
 @pytest.fixture
 def builds(monkeypatch):
     """What is built, in turn: masks, and weights multiplied by them."""
-    told, get = [], Kept.get
+    told, get = [], Memory.get
 
     def counting(self, made_of, build):
         what = "weights" if isinstance(made_of[0], torch.nn.Parameter) else "masks"
         return get(self, made_of, lambda: (told.append(what), build())[1])
 
-    monkeypatch.setattr(Kept, "get", counting)
+    monkeypatch.setattr(Memory, "get", counting)
     return told
 
 
@@ -120,6 +120,6 @@ def test_a_copy_keeps_nothing_of_the_original():
     with torch.no_grad():
         model(tokens)
         other = copy.deepcopy(model)
-        assert not other._masked.built and not other._masks.built
+        assert not other._connections.masked.built and not other._connections.masks.built
         other.input.zero_()
         assert torch.equal(other(tokens), make_same(other)(tokens)) and not torch.equal(other(tokens), model(tokens))
