@@ -3,18 +3,7 @@
 import pytest
 import torch
 from costs import Operations, all_steps, flops
-from small import ORDERS, generators, make_prior
-
-
-def seen(model, shape=(3, 4)):
-    """bool (N, N): whether `logits[:, i]` change with token j."""
-    tokens = torch.randint(5, (1, *shape))
-    before, columns = model(tokens), []
-    for at in range(tokens.numel()):
-        changed = tokens.flatten(1).clone()
-        changed[:, at] = (changed[:, at] + 1) % 5
-        columns.append((model(changed.reshape(1, *shape)) - before).abs().amax((0, 2)) > 1e-9)
-    return torch.stack(columns, 1)
+from small import ORDERS, draw_tokens, generators, make_prior, moved_by
 
 
 @pytest.mark.parametrize("order", ORDERS)
@@ -32,7 +21,7 @@ def test_it_sees_as_far_as_its_dilations_reach(sizes, reach, order):
     ranks = torch.argsort(model.order)
     expected = torch.tensor([[0 < i - j <= reach for j in ranks.tolist()] for i in ranks.tolist()])
     assert model.reach == reach and torch.equal(model.receptive_field, expected)
-    assert torch.equal(seen(model), expected)
+    assert torch.equal(moved_by(model, draw_tokens(model, 1)), expected)
 
 
 def test_one_that_reaches_the_first_token_sees_everything():
@@ -42,7 +31,7 @@ def test_one_that_reaches_the_first_token_sees_everything():
     assert model.reach == 8 and not torch.equal(model.receptive_field, everything)
     model = make_prior("causal_conv", depth=5, max_dilation=4, kernel=2).double()
     assert model.reach == 11 and torch.equal(model.receptive_field, everything)
-    assert torch.equal(seen(model), everything)
+    assert torch.equal(moved_by(model, draw_tokens(model, 1)), everything)
 
 
 def test_default_sizes_see_all_of_a_16_by_16_grid():
@@ -116,11 +105,8 @@ def test_steps_with_any_number_of_rows_and_kernel(rows):
     model = make_prior("causal_conv", order="hilbert", depth=3, max_dilation=4, kernel=3).double()
     tokens, labels = torch.randint(5, (rows, 3, 4)), torch.arange(rows) % 4
     for given in (labels, None):
-        state, token, whole = model.start(rows, given), None, model(tokens, given)
-        for position in model.order.tolist():
-            logits = model.next_logits(state, token)  # with gradients on: a step is no part of training
-            assert not logits.requires_grad and (logits - whole[:, position]).abs().max() < 1e-9
-            token = tokens.flatten(1)[:, position]
+        steps = all_steps(model, tokens, given)  # with gradients on: a step is no part of training
+        assert not steps.requires_grad and (steps - model(tokens, given)[:, model.order]).abs().max() < 1e-9
     firsts = torch.cat([model.next_logits(model.start(1, torch.tensor([label])), None) for label in range(4)])
     assert (firsts[:, None] - firsts).abs().amax(-1).add(torch.eye(4)).min() > 1e-3
     assert torch.equal(firsts[3:], model.next_logits(model.start(1, None), None))

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from costs import Operations, all_steps, flops
-from small import generators, make_prior
+from small import draw_tokens, generators, make_prior, moved_by
 
 FUSED = "_scaled_dot_product_flash_attention_for_cpu"
 
@@ -12,14 +12,9 @@ FUSED = "_scaled_dot_product_flash_attention_for_cpu"
 def test_one_block_sees_every_earlier_token(shape):
     """Convolutions of one block reach five columns and rows; attention does the rest."""
     model = make_prior("pixelsnail", shape=shape, depth=1).double()
-    tokens = torch.randint(5, (1, *shape))
-    before, columns = model(tokens), []
-    for at in range(tokens.numel()):
-        changed = tokens.flatten(1).clone()
-        changed[:, at] = (changed[:, at] + 1) % 5
-        columns.append((model(changed.reshape(1, *shape)) - before).abs().amax((0, 2)) > 1e-12)
-    assert torch.equal(torch.stack(columns, 1), torch.ones(len(model.grid), len(model.grid)).tril(-1).bool())
-    assert torch.equal(torch.stack(columns, 1), model.receptive_field)
+    moved = moved_by(model, draw_tokens(model, 1), least=1e-12)
+    assert torch.equal(moved, torch.ones(len(model.grid), len(model.grid)).tril(-1).bool())
+    assert torch.equal(moved, model.receptive_field)
 
 
 @pytest.mark.parametrize("sizes", [{"heads": 1, "key": 4, "value": 4}, {"heads": 3, "key": 2, "value": 5}])
@@ -98,11 +93,8 @@ def test_steps_with_any_number_of_rows_and_sizes(rows, shape, sizes):
     model = make_prior("pixelsnail", shape=shape, **sizes).double()
     tokens, labels = torch.randint(5, (rows, *shape)), torch.arange(rows) % 4
     for given in (labels, None):
-        state, token, whole = model.start(rows, given), None, model(tokens, given)
-        for position in range(len(model.grid)):
-            logits = model.next_logits(state, token)  # with gradients on: a step is no part of training
-            assert not logits.requires_grad and (logits - whole[:, position]).abs().max() < 1e-9
-            token = tokens.flatten(1)[:, position]
+        steps = all_steps(model, tokens, given)  # with gradients on: a step is no part of training
+        assert not steps.requires_grad and (steps - model(tokens, given)[:, model.order]).abs().max() < 1e-9
 
 
 @pytest.mark.parametrize("gate", ["residuals.0.label", "residuals.1.label", "label"])

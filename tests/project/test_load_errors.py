@@ -14,8 +14,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from mutations import CANARIES, Canary
 from safetensors.torch import load_file, save_file
-from small import PRIORS, TOKENIZERS, make_prior, make_tokenizer
+from small import PRIORS, TOKENIZERS
+from small_pipelines import make_pipeline
 
 import pipelines
 from pipelines import ImagePipeline
@@ -40,10 +42,7 @@ JSONS = [INDEX, MANIFEST, "provenance.json", *CONFIGS]
 
 def save_small(folder, seed=0, size=(8, 8)):
     torch.manual_seed(seed)
-    tokenizer = make_tokenizer("vqvae", size, 1).eval()
-    grid = tokenizer.grid
-    prior = make_prior("gpt", grid.shape, grid.vocab_size, num_classes=3, tokenizer=tokenizer.fingerprint())
-    pipe = ImagePipeline(tokenizer, prior, labels=["cat", "dog", "eel"])
+    pipe = make_pipeline(size=size)
     pipe.provenance = {"data": {"source": "digits"}}
     pipe.save_pretrained(folder, sample_grid=pipe.sample_picture(3))
     return pipe
@@ -410,36 +409,11 @@ def test_pipe_in_the_place_of_a_file_does_not_hang(folder, name):
 
 # Nothing is unpickled or imported
 
-CANARIES = [
-    "pytorch_model.bin",
-    "model.pt",
-    "model.pth",
-    "model.ckpt",
-    "model.pkl",
-    "optimizer.bin",
-    "random_states_0.pkl",
-    "diffusion_pytorch_model.bin",
-    "custom_checkpoint_0.pkl",
-    "training_args.bin",
-    ".metadata",
-    "scheduler.bin",
-]
-
-
-class Canary:
-    """Leaves a file behind when it is unpickled."""
-
-    def __init__(self, path):
-        self.path = path
-
-    def __reduce__(self):
-        return os.mkdir, (str(self.path),)
-
 
 def test_planted_pickles_and_modules_are_never_opened(folder, tmp_path, monkeypatch):
     canary = tmp_path / "canary"
     for part in (folder, folder / "tokenizer", folder / "prior"):
-        for name in CANARIES:
+        for name in [*CANARIES, ".metadata"]:
             (part / name).write_bytes(pickle.dumps(Canary(canary)))
         for name in ("modeling.py", "pipeline.py", "gpt.py", "__init__.py"):
             (part / name).write_text(f"import os; os.mkdir({str(canary)!r})")

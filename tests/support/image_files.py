@@ -38,6 +38,13 @@ def encoded(image: Image.Image | np.ndarray, format: str = "PNG", **options: Any
     return file.getvalue()
 
 
+def write_pictures(folder: Path, count: int = 3, *shape: int) -> None:
+    """PNGs of random pixels, of 28 x 28 grey ones unless told; each is a function of its number alone."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for number in range(count):
+        Image.fromarray(noise(*(shape or (28, 28)), seed=number)).save(folder / f"{number}.png")
+
+
 def rows_of(count: int, classes: int = 3, size: int = 12) -> list[Row]:
     """Images that can all be told apart, their classes in turn."""
     return [(f"{k:05d}", encoded(noise(size, size, seed=k)), k % classes if classes else None) for k in range(count)]

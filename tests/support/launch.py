@@ -27,6 +27,8 @@ from tokenizer import Tokenizer
 ROOT = Path(__file__).parents[2]
 CLOCK = {"images_per_second", "tokens_per_second", "minutes"}  # what no two runs have in common
 
+MACHINE = ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]  # as `accelerate launch` says it
+
 COMMON = {
     "track.wandb": "disabled",
     "train.steps": 12,
@@ -74,6 +76,11 @@ def train_prior(out: Path, tokens: Path, **more: Any) -> Path:
     """Train in this process; raises what the verb raises."""
     argv = prior_arguments(out, tokens, **more)
     return run_prior(parse(TrainPriorConfig, argv, verb="train_prior", description=None))
+
+
+def train_stage(stage: str, out: Path, tokens: Path, **more: Any) -> Path:
+    """Train one of the two stages, by the name of its verb."""
+    return train_prior(out, tokens, **more) if stage == "train_prior" else train_tokenizer(out, **more)
 
 
 def make_tokens(folder: Path, rows: int = 72, kind: str = "vqvae", classes: int = 3) -> Path:
@@ -142,45 +149,33 @@ def verb(name: str, argv: list[str]) -> list[str]:
     return [sys.executable, "-m", f"pipelines.{name}", *argv]
 
 
+def launched(options: list[str], *what: str) -> list[str]:
+    """The command of several processes that `accelerate launch` starts, on a port that is free."""
+    return ["accelerate", "launch", *options, "--main_process_port", str(free_port()), *what]
+
+
 def two_processes(name: str, argv: list[str]) -> list[str]:
     """The documented command of two processes on the CPU."""
-    return [
-        "accelerate",
-        "launch",
-        "--multi_gpu",
-        "--num_processes",
-        "2",
-        "--num_machines",
-        "1",
-        "--mixed_precision",
-        "no",
-        "--dynamo_backend",
-        "no",
-        "--main_process_port",
-        str(free_port()),
-        "-m",
-        f"pipelines.{name}",
-        *argv,
-    ]
+    return launched(["--multi_gpu", "--num_processes", "2", *MACHINE], "-m", f"pipelines.{name}", *argv)
 
 
 def one_launched(name: str, argv: list[str]) -> list[str]:
     """The command of one process that `accelerate launch` starts."""
-    return [
-        "accelerate",
-        "launch",
-        "--num_processes",
-        "1",
-        "--num_machines",
-        "1",
-        "--mixed_precision",
-        "no",
-        "--dynamo_backend",
-        "no",
-        "-m",
-        f"pipelines.{name}",
-        *argv,
-    ]
+    return ["accelerate", "launch", "--num_processes", "1", *MACHINE, "-m", f"pipelines.{name}", *argv]
+
+
+def kill_the_second(process: subprocess.Popen[str], ready: Any) -> list[psutil.Process]:
+    """Once `ready()`, kill the second of the processes that were launched; the others have to end too. All of them."""
+    try:
+        assert wait_for(ready, process)
+        workers = psutil.Process(process.pid).children(recursive=True)
+        (second,) = [worker for worker in workers if worker.environ().get("RANK") == "1"]
+        second.kill()
+        output_of(process, 60, code=None)
+    finally:
+        end(process)
+    assert process.returncode != 0
+    return workers
 
 
 def faults(folder: Path, **counts: Any) -> dict[str, list[dict[str, Any]]]:

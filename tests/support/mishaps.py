@@ -211,7 +211,7 @@ def uneven_data(folder: Path, runs: int, images: int = 1000, bad: int = 37) -> F
     source = folder / "images"
     made = os.fork()
     if not made:
-        write_images(source, images, bad)
+        write_split(source, images, bad)
         os._exit(0)
     assert os.waitpid(made, 0)[1] == 0
     good, broken, began = images - bad, [], time.monotonic()
@@ -243,7 +243,7 @@ def uneven_data(folder: Path, runs: int, images: int = 1000, bad: int = 37) -> F
     return {"runs": runs, "good images": good, "seconds": time.monotonic() - began, "broken": broken}
 
 
-def write_images(source: Path, images: int, bad: int) -> None:
+def write_split(source: Path, images: int, bad: int) -> None:
     """A split to train on, some of whose files are cut short, empty or text; and a small one to evaluate on."""
     generator = np.random.default_rng(0)
     sick = set(generator.choice(images, bad, replace=False).tolist())

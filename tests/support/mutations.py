@@ -12,6 +12,7 @@ import pickle
 import struct
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from random import Random
 from typing import Any
 
@@ -51,8 +52,11 @@ class Special:
 class Canary:
     """Leaves a folder behind when it is unpickled."""
 
+    def __init__(self, path: str | Path = CANARY) -> None:
+        self.path = path
+
     def __reduce__(self) -> Any:
-        return os.mkdir, (CANARY,)
+        return os.mkdir, (str(self.path),)
 
 
 def files_of(tree: Tree, suffix: str = "") -> list[str]:

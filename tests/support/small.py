@@ -41,6 +41,11 @@ QUANTIZERS, TOKENIZERS, PRIORS = Quantizer.available(), Tokenizer.available(), P
 ORDERS = ["raster", "column", "snake", "spiral_in", "spiral_out", "z_curve", "hilbert", "subsample", "random:3"]
 
 
+def node_of(name: str) -> dict[str, Any]:
+    """The configuration of a small model of the family, as a run takes it."""
+    return {"kind": name, **SMALL.get(name, {})}
+
+
 def make_quantizer(name: str, **config: Any) -> Quantizer:
     """A small quantizer of the family."""
     return Quantizer.create(name, **{**SMALL.get(name, {}), **config})
@@ -65,6 +70,22 @@ def make_prior(name: str, shape: tuple[int, ...] = (3, 4), vocab_size: int = 5, 
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.3)
     return model.eval()
+
+
+def draw_tokens(model: Prior, count: int) -> Tensor:
+    """Random ids `(count, *grid)`."""
+    return torch.randint(model.grid.vocab_size, (count, *model.grid.shape))
+
+
+def moved_by(model: Prior, tokens: Tensor, labels: Tensor | None = None, least: float = 1e-9, **inputs: Any) -> Tensor:
+    """bool `(N, N)`: [i, j] where logits at i move, in some image and by more than `least`, when token j does."""
+    vocab, size = model.grid.vocab_size, len(model.grid)
+    before, moved = model(tokens, labels, **inputs), torch.zeros(size, size, dtype=torch.bool)
+    for at in range(size):
+        changed = tokens.flatten(1).clone()
+        changed[:, at] = (changed[:, at] + torch.randint(1, vocab, changed[:, at].shape)) % vocab
+        moved[:, at] = (model(changed.view_as(tokens), labels, **inputs) - before).abs().amax((0, 2)) > least
+    return moved
 
 
 def allows_order(name: str, order: str) -> bool:

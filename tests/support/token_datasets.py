@@ -28,10 +28,6 @@ def make_dataset(name="vqvae", labelled=True, rows=6, seed=0, **config):
     )
 
 
-def files_in(folder):
-    return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
-
-
 def refused(folder, error, *needles, seal=True):
     """Whether the dataset is refused, with all of the needles in the message."""
     if seal:

@@ -6,8 +6,10 @@ A file that needs two starts itself twice (`run_twice(__file__, FOLDER)`), and e
 from __future__ import annotations
 
 import datetime
+import hashlib
 import os
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -53,6 +55,16 @@ def gathered(value: Any) -> list[Any]:
     values = [None] * dist.get_world_size()
     dist.all_gather_object(values, value)
     return values
+
+
+def digest(values: Iterable[Any]) -> str:
+    """A hash of the bits of tensors, or of this process's pieces of them."""
+    from pipelines.training.checkpoints.sharded import piece  # late: some of the two do without
+
+    state = hashlib.sha256()
+    for value in values:
+        state.update(piece(value).detach().contiguous().numpy().tobytes())
+    return state.hexdigest()
 
 
 def leave_group() -> NoReturn:

@@ -7,21 +7,12 @@ from __future__ import annotations
 
 import json
 import math
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from launch import (
-    metrics,
-    output_of,
-    start,
-    tensors,
-    tokenizer_arguments,
-    train_prior,
-    train_tokenizer,
-    two_processes,
-)
+from folders import contents
+from launch import metrics, output_of, start, tensors, tokenizer_arguments, train_prior, train_tokenizer, two_processes
 from PIL import Image
 from small import make_prior, make_tokenizer
 
@@ -400,10 +391,6 @@ PALETTE = {"kind": "palette", "colors": 9, "seed": 3}
 both_kinds = pytest.mark.parametrize("model", [PIXELS, PALETTE], ids=["pixels", "palette"])
 
 
-def files(run: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(run)): path.read_bytes() for path in run.rglob("*") if path.is_file()}
-
-
 @both_kinds
 def test_a_run_evaluates_shows_and_saves(tmp_path, model, capsys):
     run = train_tokenizer(tmp_path / "run", model=model)
@@ -424,13 +411,13 @@ def test_a_run_evaluates_shows_and_saves(tmp_path, model, capsys):
     with Image.open(preview) as picture:
         assert np.asarray(picture).std() > 5
     assert "starting; 0 parameters, 72 training rows" in capsys.readouterr().out
-    before = files(run)
+    before = contents(run)
     assert "config.yaml" in before
     train_tokenizer(tmp_path / "run", model=model)
-    assert files(run) == before
+    assert contents(run) == before
     with pytest.raises(UserError, match=r"model\.(levels|colors): \d -> 5"):
         train_tokenizer(run, model={**model, "levels" if model is PIXELS else "colors": 5})
-    assert files(run) == before
+    assert contents(run) == before
 
 
 def test_what_a_palette_starts_from(tmp_path, monkeypatch):
@@ -503,7 +490,7 @@ def test_two_processes_make_what_one_does(tmp_path):
     argv = tokenizer_arguments(tmp_path / "both" / "run", model=PALETTE)
     printed = output_of(start(two_processes("train_tokenizer", argv)))
     assert printed.count("2 process(es) on cpu") == 1, printed
-    found, expected = files(tmp_path / "both" / "run"), files(alone)
+    found, expected = contents(tmp_path / "both" / "run"), contents(alone)
     assert set(found) == set(expected) and len(found) > 5
     for name in ("tokenizer/model.safetensors", "tokenizer/config.json"):
         assert found[name] == expected[name], name

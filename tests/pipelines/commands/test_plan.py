@@ -1,12 +1,10 @@
-"""The plan of a run against real runs (bytes, FLOPs, files), against published sizes, and as a user sees it.
+"""The plan of a run as a user sees it: against published sizes, in words, and as the documentation shows it.
 
-Covers: pipelines/planning/budget.py, pipelines/planning/costs.py, pipelines/planning/facts.py,
-pipelines/planning/forecast.py, pipelines/planning/paper.py.
+Covers: pipelines/planning/facts.py, pipelines/planning/forecast.py.
 """
 
 from __future__ import annotations
 
-import gc
 import json
 import re
 import shlex
@@ -14,37 +12,21 @@ import subprocess
 import sys
 from contextlib import nullcontext
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
 
 import pytest
 import torch
-import torch.nn.functional as F
-from launch import make_tokens, prior_arguments, states, tokenizer_arguments, train_prior, train_tokenizer
-from one_process import begin_anew
-from small import PRIORS, SMALL, TOKENIZERS, make_tokenizer
-from torch import nn
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.profiler import ProfilerActivity, profile
-from torch.utils.flop_counter import FlopCounterMode
+from launch import prior_arguments
+from plans import TINY, planned
+from small import SMALL, TOKENIZERS, make_tokenizer
 
 from pipelines.__main__ import main
 from pipelines.commands import plan
 from pipelines.config.command import parse
-from pipelines.metrics.likelihood import bits_per_token, rows_at_a_time
-from pipelines.metrics.reconstruction import evaluate_reconstruction, images_at_a_time, reconstruction_picture
-from pipelines.planning.budget import GPUS, at_evaluation, memory, shapes_of, sharded, sizes_of
-from pipelines.planning.costs import Recipe, Turn, checkpoint_blocks, flops_of, prior_turn, tokenizer_turn
-from pipelines.planning.paper import ON_FLOAT32, CUDAKernels, Ledger, address, on_paper
-from pipelines.tokens import load_tokens
-from pipelines.train_prior import PriorTask, TrainPriorConfig
+from pipelines.planning.budget import GPUS
+from pipelines.planning.costs import Recipe, tokenizer_turn
+from pipelines.planning.paper import on_paper
+from pipelines.train_prior import TrainPriorConfig
 from pipelines.train_tokenizer import TrainTokenizerConfig
-from pipelines.training.loop import batches
-from pipelines.training.processes import build_accelerator
-from pipelines.training.saving import whole_average
-from pipelines.training.starting import set_up
-from pipelines.training.step import take_step
 from prior import Prior
 from tokenizer import TokenGrid, Tokenizer
 from tokenizer.quantizers import Quantizer
@@ -69,264 +51,7 @@ def from_the_root(monkeypatch, one_process):
     monkeypatch.chdir(ROOT)
 
 
-def planned(*argv: str) -> plan.Forecast:
-    """The figures of a command line."""
-    return plan.main(list(argv))
-
-
-def make(name: str, grid: TokenGrid | None = None, **config) -> Prior:
-    """A small prior in training mode."""
-    grid = grid or TokenGrid((6, 5), 40)
-    return Prior.create(name, grid=grid, num_classes=3, **{**SMALL.get(name, {}), **config}).train()
-
-
-def on_meta(name: str, **config) -> Prior:
-    """The same without storage."""
-    with torch.device("meta"):
-        return make(name, **config)
-
-
-# Against real tensors
-
-
-CASES = [*((name, {}) for name in PRIORS), ("gpt", {"depth": 3, "dim": 48, "heads": 4, "dropout": 0.1})]
-QUICK = ("gpt", "pixelcnn")
-every_case = pytest.mark.parametrize(
-    ("name", "config"),
-    [pytest.param(*case, marks=() if case in [(name, {}) for name in QUICK] else pytest.mark.slow) for case in CASES],
-    ids=str,
-)
-every_precision = pytest.mark.parametrize(
-    "bf16", [pytest.param(False, id="float32", marks=pytest.mark.slow), pytest.param(True, id="bf16")]
-)
-
-
-def kept_by_autograd(model: Prior, count: int, bf16: bool) -> int:
-    """Bytes of the storages that a real forward pass saves for the backward pass, beside the model's own."""
-    own = {address(t) for t in (*model.parameters(), *model.buffers())}
-    tokens, held = torch.zeros(count, *model.grid.shape, dtype=torch.long), {}
-
-    def pack(tensor):
-        held[address(tensor)] = tensor.untyped_storage()
-        return tensor
-
-    with CUDAKernels(), torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        inputs = model.training_inputs(tokens, 0.5)
-        with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
-            model(tokens, torch.zeros(count, dtype=torch.long), **inputs)
-    return sum(storage.nbytes() for key, storage in held.items() if key not in own)
-
-
-@every_precision
-@every_case
-def test_bytes_on_paper_are_those_of_a_real_run(name, config, bf16):
-    """The ledger reads the same for tensors without storage, and what it calls activations is what autograd keeps, but
-    for the ids, orders and masks that came in, and the head's cast weights, which are gone at the worst moment."""
-    model, count = make(name, **config), 7
-    with on_paper(paper := on_meta(name, **config)):
-        turn = prior_turn(paper, count, bf16)
-    assert turn == prior_turn(model, count, bf16)
-    assert turn.parts["logits"] == 4 * count * 30 * 40  # float32, as accelerate makes them
-    kept, inputs = kept_by_autograd(model, count, bf16), 8 * count * 6 * 5
-    assert -2 * 64 * 40 * bf16 <= turn.parts["activations"] + turn.casts - kept <= 3 * inputs
-
-
-@every_precision
-def test_the_peak_is_that_of_the_allocator(bf16):
-    """What torch's own CPU allocator hands out at most in a real step is what the ledger adds up, but for 0.1 %."""
-    model = Prior.create("gpt", grid=TokenGrid((8, 8), 512), dim=64, depth=3, heads=2, dropout=0.1).train()
-
-    def step():
-        tokens = torch.zeros(16, 8, 8, dtype=torch.long)
-        with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
-            logits = model(tokens, torch.zeros(16, dtype=torch.long))
-        logits = logits.float()
-        loss = model.loss(logits, tokens)
-        del logits
-        loss.backward()
-
-    for parameter in model.parameters():
-        parameter.grad = torch.zeros_like(parameter)
-    with CUDAKernels(), profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        step()
-    now = peak = 0
-    for event in profiler.profiler.kineto_results.events():
-        if event.name() == "[memory]":
-            peak = max(peak, now := now + event.nbytes())
-    with on_paper(paper := meta_copy(model)):
-        turn = prior_turn(paper, 16, bf16)
-    assert peak > 5e6 and sum(turn.parts.values()) + turn.working + turn.casts == pytest.approx(peak, rel=1e-3)
-
-
-def meta_copy(model: Prior) -> Prior:
-    """A model of the same configuration without storage."""
-    with torch.device("meta"):
-        return type(model)(model.config).train()
-
-
-def test_kernels_keep_what_those_of_cuda_keep():
-    """Beside the output: of dropout a byte per element, of RMSNorm a number per row; of attention with dropout, whose
-    kernel on a CPU would keep all weights, the output and a number per row and head."""
-
-    def kept(run, size):
-        x = torch.zeros(2, 3, 16, 8, requires_grad=True)
-        with CUDAKernels(), Ledger({address(x)}) as ledger:
-            out = run(x)
-        assert out.shape == x.shape
-        return ledger.now - size
-
-    with FakeTensorMode():
-        assert kept(lambda x: F.dropout(x, 0.1), 4 * 768) == 768
-        assert kept(lambda x: F.rms_norm(x, (8,)), 4 * 768) == 4 * 96
-        flash = kept(lambda x: F.scaled_dot_product_attention(x, x, x, dropout_p=0.1, is_causal=True), 4 * 768)
-        assert 4 * 96 <= flash <= 4 * 96 + 32  # and what the generator is at
-        with torch.autocast("cpu", torch.bfloat16):
-            kept_in_float32 = 4 * 768 + 2 * 4 * 6  # the input, and two numbers for each image and group
-            assert kept(lambda x: F.group_norm(x.bfloat16(), 3), 4 * 768) == kept_in_float32
-
-
-@pytest.mark.slow
-def test_micro_batches_take_less_at_a_time(capsys):
-    half = planned(*TINY, "gpus=2", "train.batch_size=32")
-    parts = planned(*TINY, "gpus=2", "train.batch_size=64", "train.accumulate=2")
-    assert half.turns == parts.turns and half.hours == parts.hours / 2
-    # What else there is, is a copy of the gradients, of DDP.
-    assert half.memory == {
-        way: {**found, "gradients not yet sent": 0} if "DDP" in way else found for way, found in parts.memory.items()
-    }
-    assert parts.memory["DDP"]["gradients not yet sent"] == parts.memory["DDP"]["gradients"]
-
-
-@pytest.mark.parametrize("name", ["gpt", pytest.param("masked", marks=pytest.mark.slow)])
-def test_checkpointed_blocks_keep_their_inputs_alone(name):
-    sizes = {}
-    for depth in (1, 2, 5):
-        with on_paper(model := on_meta(name, depth=depth)):
-            checkpoint_blocks(list(model.blocks))
-            sizes[depth] = prior_turn(model, 7, False).parts["activations"]
-    stream = 7 * 30 * 32 * 4  # a float32 residual stream of 7 images
-    assert sizes[5] - sizes[2] == 3 * (sizes[2] - sizes[1]) == 3 * stream
-
-
-def test_checkpointing_changes_neither_gradients_nor_kernels():
-    model, labels = make("gpt"), torch.zeros(4, dtype=torch.long)
-    tokens = torch.randint(40, (4, 6, 5))
-    gradients = []
-    for _ in range(2):
-        with CUDAKernels():
-            model.loss(model(tokens, labels), tokens).backward()
-        gradients.append([parameter.grad.clone() for parameter in model.parameters()])
-        model.zero_grad()
-        checkpoint_blocks(list(model.blocks))
-    assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
-
-
-@every_case
-def test_flops_are_those_of_a_real_run(name, config):
-    model = make(name, **config)
-    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-        tokens = torch.zeros(1, 6, 5, dtype=torch.long)
-        inputs = model.training_inputs(tokens, 0.5)
-        logits = model(tokens, torch.zeros(1, dtype=torch.long), **inputs)
-        model.loss(logits, tokens, **inputs).backward()
-    with on_paper(paper := on_meta(name, **config)):
-        assert flops_of(lambda: prior_turn(paper, 1, True)) == counter.get_total_flops()
-
-
-def test_flops_of_a_gpt_are_the_closed_formula():
-    """Three times forward, which is 2 for each weight of a matrix and token, and 4 N dim a block and token."""
-    dim, depth, size, ids, hidden = 64, 3, 48, 100, 192
-    with torch.device("meta"):
-        model = Prior.create("gpt", grid=TokenGrid((6, 8), ids), dim=dim, depth=depth, heads=4, hidden=hidden)
-    with on_paper(model):
-        found = flops_of(lambda: prior_turn(model, 1, True))
-        checkpoint_blocks(list(model.blocks))
-        again = flops_of(lambda: prior_turn(model, 1, True))
-    block = size * (2 * (4 * dim**2 + 3 * dim * hidden) + 4 * size * dim)
-    assert found == 3 * (depth * block + 2 * size * dim * ids)
-    assert again == found + depth * (block - 2 * size * dim * hidden)  # a block's last product is not needed again
-
-
-def test_what_autocast_leaves_in_float32_is_what_torch_says():
-    """The list of CUDA's autocast in the headers that torch installs."""
-    header = Path(torch.__file__).parent / "include" / "ATen" / "autocast_mode.h"
-    if not header.is_file():
-        pytest.skip("torch came without headers")
-    text = header.read_text()
-    lists = re.findall(r"#define AT_FORALL_FP32(?:_SET_OPT_DTYPE)?\(_\)(.*?)\n\n", text, re.DOTALL)
-    assert len(lists) == 2
-    theirs = {name for part in lists for name in re.findall(r"_\((\w+)", part)} | {"norm"}
-    ours = ON_FLOAT32 - {"vector_norm", "interpolate"}  # as Python calls them
-    assert ours <= theirs and "rms_norm" in theirs
-    used = {"group_norm", "layer_norm", "softmax", "log_softmax", "mse_loss", "l1_loss", "exp", "log", "pow", "sum"}
-    assert used <= ours
-
-
-# Against a real run of the loop
-
-
-def bytes_of(tensors) -> int:
-    return sum(tensor.numel() * tensor.itemsize for tensor in tensors)
-
-
-@pytest.fixture(scope="module")
-def tokens(tmp_path_factory) -> Path:
-    """A token dataset of 72 rows of 7 x 7 ids in 3 classes."""
-    return make_tokens(tmp_path_factory.mktemp("tokens") / "tokens")
-
-
-def test_memory_and_files_of_a_run_of_stage_two(tokens, tmp_path, monkeypatch):
-    argv = prior_arguments(tmp_path / "run", tokens, train__steps=2, train__save_every=1)
-    forecast = planned(*argv, "gpus=1", "precision=float32", "peak_tflops=1")
-    parts = forecast.memory["DDP"]
-    config = parse(TrainPriorConfig, argv, verb="train_prior", description=None)
-    training = set_up(task := PriorTask(config), config, tmp_path / "other", build_accelerator())
-    gradients = []
-    optimizer = training.optimizers["model"]
-    real = optimizer.step
-    monkeypatch.setattr(
-        optimizer, "step", lambda: (gradients.append(bytes_of(g.grad for g in task.model.parameters())), real())
-    )
-    stream = batches(training)
-    take_step(training, next(stream), 1e-3)
-    stream.close()
-    training.tracker.close()
-    moments = [value for state in optimizer.state.values() for value in state.values() if value.ndim]
-    own = [*task.model.parameters(), *task.model.buffers()]
-    assert parts["weights"] == bytes_of(own) and parts["gradients"] == gradients[0]
-    assert parts["AdamW's two moments"] == bytes_of(moments)
-    averaged = [*training.averaged.module.parameters(), *training.averaged.module.buffers()]
-    assert parts["averaged weights"] == bytes_of(averaged)
-    assert forecast.sizes.parameters == sum(p.numel() for p in task.model.parameters())
-    begin_anew()
-    run = train_prior(tmp_path / "run", tokens, train__steps=2, train__save_every=1)
-    check_files(forecast, run, "pipeline")
-
-
-@pytest.mark.parametrize("critic", [pytest.param(0.0, marks=pytest.mark.slow), 0.5])
-def test_files_of_a_run_of_stage_one(tmp_path, critic, capsys):
-    more = {
-        "train__steps": 2,
-        "train__save_every": 1,
-        "critic__weight": critic,
-        "critic__width": 8,
-        "critic__layers": 1,
-        "critic__warmup": 0,
-    }
-    forecast = planned(*tokenizer_arguments(tmp_path / "run", **more), "gpus=1")
-    assert ("critic" in forecast.sizes.parts) == bool(critic)
-    run = train_tokenizer(tmp_path / "run", **more)
-    check_files(forecast, run, "tokenizer")
-
-
-def check_files(forecast: plan.Forecast, run: Path, snapshot: str) -> None:
-    """Sizes on the disk, but for names and headers: a kilobyte for each tensor and some pages of text."""
-    sizes = {path.name: sum(file.stat().st_size for file in path.iterdir()) for path in states(run)}
-    assert len(sizes) == 2  # as the page says
-    slack = 3_000 * len(forecast.sizes.shapes) + 10_000
-    assert 0 <= sizes["step-00000002"] - forecast.sizes.state <= slack, (sizes, forecast.sizes.state)
-    weights = sum(file.stat().st_size for file in (run / snapshot).rglob("*.safetensors"))
-    assert 0 <= weights - forecast.snapshot <= slack
+# What is already there
 
 
 def test_facts_come_from_the_token_dataset(tokens, capsys):
@@ -339,164 +64,6 @@ def test_facts_come_from_the_token_dataset(tokens, capsys):
     assert (tokens / "train.safetensors").stat().st_size - forecast.dataset < 1000
     what_if = parse(plan.PlanPriorConfig, [*argv, "rows=1000"], verb="plan", description=None)
     assert plan.facts_of(what_if, None).rows == 1000
-
-
-# FSDP
-
-
-def test_shards_are_those_of_fsdp(monkeypatch):
-    """torch's own `fully_shard` on eight processes that are only pretended: what the first one keeps."""
-    import torch.distributed as dist
-    from torch.distributed.fsdp import fully_shard
-    from torch.testing._internal.distributed.fake_pg import FakeStore
-
-    model = make("gpt", dim=48, heads=3)
-    planned_numbers = {gpus: sharded(shapes_of(model), gpus) for gpus in (1, 2, 8)}
-    assert planned_numbers[1] == sum(p.numel() for p in model.parameters())
-    dist.init_process_group("fake", rank=0, world_size=8, store=FakeStore())
-    try:
-        mesh = dist.device_mesh.init_device_mesh("cpu", (8,))
-        for block in model.blocks:
-            fully_shard(block, mesh=mesh)
-        fully_shard(model, mesh=mesh)
-        assert planned_numbers[8] == sum(p.to_local().numel() for p in model.parameters())
-    finally:
-        dist.destroy_process_group()
-
-
-def storages_of_gradients(views: bool, sent: list[bool]) -> list[int]:
-    """In how many storages the gradients of eight weights lie, after each of several micro-batches."""
-    layers = nn.Sequential(*(nn.Linear(16, 16, bias=False) for _ in range(8)))
-    net = nn.parallel.DistributedDataParallel(layers, gradient_as_bucket_view=views)
-    counts = []
-    for now in sent:
-        with nullcontext() if now else net.no_sync():
-            net(torch.zeros(1, 16)).sum().backward()
-        counts.append(len({address(parameter.grad) for parameter in layers.parameters()}))
-        if now:
-            layers.zero_grad()
-    return counts
-
-
-def test_gradients_of_ddp_are_in_its_buckets_alone():
-    """And where not every micro-batch is sent, each weight has one of its own, too, until the last one is."""
-    import torch.distributed as dist
-
-    views = build_accelerator().ddp_handler.gradient_as_bucket_view
-    dist.init_process_group("gloo", rank=0, world_size=1, store=dist.HashStore())
-    try:
-        found = storages_of_gradients(views, [True, True, False, True])
-        gc.collect()  # a model that outlives its group may hang in gloo's threads
-    finally:
-        dist.destroy_process_group()
-    assert found == [1, 1, 8, 1]
-
-
-def test_gradients_of_ddp_stay_and_micro_batches_have_their_own():
-    model = on_meta("gpt")
-    sizes = sizes_of({}, model, {"model": model, "again": model}, [], False)
-    player = 4 * sum(p.numel() for p in model.parameters())
-    turns = [Turn({"activations": 5}, 3, 2)]
-    one, two, parts = memory(sizes, turns, 1), memory(sizes, turns, 2), memory(sizes, turns, 2, accumulate=2)
-    assert (one["gradients"], two["gradients"], parts["gradients"]) == (player, 2 * player, 2 * player)
-    assert [part["gradients not yet sent"] for part in (one, two, parts)] == [0, 0, player]
-    assert memory(sizes, turns, 1, accumulate=2) == one
-    evaluating = [at_evaluation(sizes, found, 7, gpus) for gpus, found in ((1, one), (2, two), (2, parts))]
-    assert evaluating[1] - evaluating[0] == 2 * player and evaluating[1] == evaluating[2]
-
-
-def test_the_whole_average_goes_back_when_it_was_looked_at(monkeypatch):
-    """A GPU that is pretended: where the average was sent, and that each time it is brought and put away again."""
-    monkeypatch.delenv("FSDP_OFFLOAD_PARAMS", raising=False)
-    average, sent = nn.Linear(2, 2), []
-    monkeypatch.setattr(average, "to", lambda device: (sent.append(device), average)[1])
-    training: Any = SimpleNamespace(
-        sharded=True,
-        averaged=SimpleNamespace(module=nn.Linear(2, 2)),
-        gathered=average,
-        accelerator=SimpleNamespace(device="gpu"),
-    )
-    for _ in range(2):
-        with whole_average(training) as found:
-            assert found is average and sent == ["gpu"]
-            assert torch.equal(average.weight, training.averaged.module.weight)
-        assert sent == ["gpu", "cpu"] and not sent.clear()
-    with pytest.raises(KeyError), whole_average(training):
-        raise KeyError
-    assert sent == ["gpu", "cpu"]
-    training.gathered = None  # another process than the main one
-    with whole_average(training) as found:
-        assert found is None and sent == ["gpu", "cpu"]
-
-
-def test_fsdp_divides_what_is_kept_and_nothing_else():
-    model = on_meta("gpt")
-    sizes = sizes_of({}, model, {"model": model}, list(model.blocks), False)
-    with on_paper(paper := on_meta("gpt")):
-        turns = [prior_turn(paper, 8, True)]
-    one, four = memory(sizes, turns, 4), memory(sizes, turns, 4, fsdp=True)
-    for part in ("gradients", "AdamW's two moments"):
-        assert one[part] / 4 <= four[part] < one[part] / 3  # some axes do not divide
-    assert one["activations"] == four["activations"] and one["logits"] == four["logits"]
-    kept = sum(four[part] for part in ("weights", "AdamW's two moments", "averaged weights"))
-    assert at_evaluation(sizes, four, 7, 4, fsdp=True) == kept + one["averaged weights"] + 7  # which is whole then
-
-
-@pytest.mark.parametrize(("ids", "rows"), [(8192, 256), pytest.param(65536, 64, marks=pytest.mark.slow)])
-def test_an_evaluation_is_counted(ids, rows, capsys):
-    """A batch without a backward pass, of no more than 2^28 logits: these in float32, and their logarithms of
-    probabilities."""
-    forecast = planned(*TINY, f"vocab_size={ids}", "train.batch_size=2", "gpus=2")
-    logits = 4 * rows * 64 * ids
-    assert 2 * logits < forecast.costs.evaluation < 2.2 * logits
-    kept = sum(
-        size
-        for part, size in forecast.memory["DDP"].items()
-        if part in ("weights", "gradients", "AdamW's two moments", "averaged weights")
-    )
-    assert forecast.evaluating("DDP") == kept + forecast.costs.evaluation == forecast.needs("DDP")
-    assert f"{forecast.evaluating('DDP') / 1e9:.2f}" in capsys.readouterr().out
-
-
-class Images(list):
-    """Images `(n, C, H, W)` as a data set."""
-
-    image_shape = (3, 16, 8)
-
-    def batch(self, rows) -> torch.Tensor:
-        return torch.stack([self[int(row)] for row in rows])
-
-
-def test_an_evaluation_takes_as_many_at_a_time_as_fit(monkeypatch, tokens):
-    """256 of what is small, as ever; and figures and pictures do not depend on it but for rounding."""
-    assert [rows_at_a_time(TokenGrid(s, v)) for s, v in (((7, 7), 64), ((32, 32), 1024), ((16, 16), 16384))] == [
-        256,
-        256,
-        64,
-    ]
-    assert rows_at_a_time(TokenGrid((64, 64), 1 << 18)) == 1
-    assert [images_at_a_time((3, s, s)) for s in (28, 64, 96, 256, 2048)] == [256, 256, 113, 16, 1]
-    split, model = load_tokens(str(tokens)).splits["test"], make("gpt", grid=TokenGrid((7, 7), 16)).eval()
-    tokenizer = make_tokenizer("vqgan", (16, 8)).eval()
-    held_out: Any = Images(torch.rand(11, 3, 16, 8) * 2 - 1)
-    found, sizes = [], []
-    for owner, name in ((model, "log_prob"), (tokenizer, "encode")):
-        real = getattr(owner, name)
-        monkeypatch.setattr(
-            owner, name, lambda rows, *rest, real=real, **more: (sizes.append(len(rows)), real(rows, *rest, **more))[1]
-        )
-    for logits, pixels in ((1 << 28, 1 << 20), (5 * 49 * 16, 3 * 128)):
-        monkeypatch.setattr("pipelines.metrics.likelihood.LOGITS", logits)
-        monkeypatch.setattr("pipelines.metrics.reconstruction.EVALUATED_PIXELS", pixels)
-        found.append(
-            {
-                "bits": bits_per_token(model, split),
-                **evaluate_reconstruction(tokenizer, held_out),
-                "picture": float(reconstruction_picture(tokenizer, held_out).mean()),
-            }
-        )
-    assert sizes == [24, 11, 11, 5, 5, 5, 5, 4, *(3, 3, 3, 2) * 2]
-    assert found[0] == pytest.approx(found[1], rel=1e-5) and found[0]["psnr"] > 0
 
 
 # Against what is published
@@ -650,18 +217,6 @@ def check_turn(kind: str, choices) -> int:
 
 def lines_of(capsys) -> str:
     return " ".join(line.strip() for line in capsys.readouterr().out.partition("warning: ")[2].splitlines())
-
-
-TINY = [
-    "model.kind=gpt",
-    "model.dim=64",
-    "model.depth=1",
-    "model.heads=4",
-    "grid=[8,8]",
-    "vocab_size=64",
-    "classes=10",
-    "rows=1000",
-]
 
 
 def test_what_does_not_divide_and_what_does(capsys):

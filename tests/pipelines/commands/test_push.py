@@ -45,7 +45,7 @@ RICH = PLAIN | {"background/config.json", "background/model.safetensors", "calib
 MINE = {"notes.md", "images/cat.png", "prior/notes.txt", "data/train-00000-of-00001.parquet"}
 
 
-def make_pipeline(rich: bool, classes: int = 2) -> ImagePipeline:
+def pipeline_to_push(rich: bool, classes: int = 2) -> ImagePipeline:
     """The same models each time, with all that a pipeline may have, or with what it must."""
     torch.manual_seed(0)
     tokenizer = make_tokenizer("vqvae", (8, 8), 1).eval()
@@ -146,7 +146,7 @@ def test_verbs_say_that_they_need_the_images(report):
 
 
 def test_the_pipeline_here_still_knows_its_folder(tmp_path):
-    pipe = make_pipeline(rich=True)
+    pipe = pipeline_to_push(rich=True)
     pipe.save_pretrained(tmp_path / "pipe")
     assert ImagePipeline.from_pretrained(tmp_path / "pipe").provenance["data"]["source"] == HOME
     card = (tmp_path / "pipe" / "README.md").read_text()
@@ -179,7 +179,7 @@ def card_of(pipe: ImagePipeline) -> str:
 def test_the_card_names_what_others_can_find(tmp_path, monkeypatch, source, local, told):
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path)
-    pipe = make_pipeline(rich=False)
+    pipe = pipeline_to_push(rich=False)
     pipe.provenance = {"data": {"source": source, "split": source}, "local": local}
     card = card_of(pipe)
     assert (told in card) if told else ("Trained on" not in card)
@@ -193,7 +193,7 @@ def test_the_card_is_found_among_its_like(classes):
     """The Hub has no task of images of a class."""
     import yaml
 
-    header = yaml.safe_load(card_of(make_pipeline(rich=False, classes=classes)).split("---")[1])
+    header = yaml.safe_load(card_of(pipeline_to_push(rich=False, classes=classes)).split("---")[1])
     assert header.get("pipeline_tag") == (None if classes else "unconditional-image-generation")
     assert ("class-conditional" in header["tags"], "unconditional" in header["tags"]) == (bool(classes), not classes)
 
@@ -236,7 +236,7 @@ def failed(call: Any, *arguments: Any) -> str:
 
 @pytest.mark.parametrize("item", ["pipeline", "tokens"])
 def test_without_the_hub_it_is_said_at_once(tmp_path, monkeypatch, capsys, item):
-    thing = make_pipeline(rich=False) if item == "pipeline" else make_dataset()
+    thing = pipeline_to_push(rich=False) if item == "pipeline" else make_dataset()
     thing.save_pretrained(tmp_path / item) if item == "pipeline" else thing.save(tmp_path / item)
     monkeypatch.setattr(ImagePipeline, "sample_picture", lambda *_: pytest.fail("samples were made for nothing"))
     cases = [(True, "https://huggingface.co", "HF_HUB_OFFLINE forbids asking the Hub")]
@@ -318,22 +318,22 @@ def add(folder: Path, names: set[str]) -> None:
 def client(cache: str, root: str) -> None:
     """Push, load, and print what came of it."""
     found: dict[str, Any] = {"files": [], "loaded": [], "token files": [], "token rows": []}
-    main_branch, grid = Path(root) / "me" / "mosaic" / "main", make_pipeline(rich=False).sample_picture(2)
+    main_branch, grid = Path(root) / "me" / "mosaic" / "main", pipeline_to_push(rich=False).sample_picture(2)
     ImagePipeline.sample_picture = lambda *_: grid
 
     def load(repo_id: str = "me/mosaic") -> list[bool]:
         pipe = ImagePipeline.from_pretrained(repo_id, cache_dir=Path(cache) / "ours")
-        assert torch.equal(pipe(2, seed=0).tokens, make_pipeline(rich=False)(2, seed=0).tokens)
+        assert torch.equal(pipe(2, seed=0).tokens, pipeline_to_push(rich=False)(2, seed=0).tokens)
         found["provenance"] = pipe.provenance or found.get("provenance")
         return [pipe.calibration is not None, pipe.background is not None]
 
     for rich in (True, False, True, False):
         if len(found["files"]) == 3:
             try:
-                make_pipeline(rich).push_to_hub("me/mosaic", commit_message="refuse this")
+                pipeline_to_push(rich).push_to_hub("me/mosaic", commit_message="refuse this")
             except PushError as error:
                 found["refused"] = {"error": str(error), "files": files_of(main_branch), "loaded": load()}
-        make_pipeline(rich).push_to_hub("me/mosaic")
+        pipeline_to_push(rich).push_to_hub("me/mosaic")
         found["files"].append(files_of(main_branch))
         found["loaded"].append(load())
         add(main_branch, MINE)
@@ -342,7 +342,7 @@ def client(cache: str, root: str) -> None:
     found["evaluate"] = list(map(evaluate, ["me/rich", snapshot(cache)]))
     found["errors"] = {
         kind: {owner: refusal(item, f"{owner}/it") for owner in (*REFUSING, "a//b")}
-        for kind, item in (("pipeline", make_pipeline(False)), ("tokens", make_dataset()))
+        for kind, item in (("pipeline", pipeline_to_push(False)), ("tokens", make_dataset()))
     }
     print(json.dumps(found))
 
@@ -354,14 +354,14 @@ def break_and_mend(root: Path, load: Any) -> tuple[str, list[bool]]:
     """A repository as `upload_folder` alone leaves it, and after a push."""
     from huggingface_hub import HfApi
 
-    make_pipeline(True).push_to_hub("me/rich")
-    make_pipeline(True).push_to_hub("me/broken")
-    make_pipeline(False).save_pretrained(root / "plain")
+    pipeline_to_push(True).push_to_hub("me/rich")
+    pipeline_to_push(True).push_to_hub("me/broken")
+    pipeline_to_push(False).save_pretrained(root / "plain")
     HfApi().upload_folder(repo_id="me/broken", folder_path=root / "plain")
     try:
         load("me/broken")
     except ValueError as error:
-        make_pipeline(False).push_to_hub("me/broken")
+        pipeline_to_push(False).push_to_hub("me/broken")
         return str(error), load("me/broken")
     return "it could be loaded", []
 

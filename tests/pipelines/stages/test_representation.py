@@ -13,7 +13,8 @@ import torch
 import torch.nn.functional as F
 from command import fails
 from PIL import Image
-from small import PRIORS, PRIORS_IN_ORDERS, TOKENIZERS, make_prior, make_tokenizer
+from small import PRIORS, PRIORS_IN_ORDERS, TOKENIZERS, make_prior
+from small_pipelines import make_pipeline, pixels_for
 
 from pipelines import ImagePipeline
 from pipelines.__main__ import main
@@ -146,16 +147,6 @@ def test_what_features_refuse():
 # Images as vectors
 
 
-def make_pipeline(tokenizer="vqvae", prior="gpt", channels=1, size=(8, 12), classes=3, sizes=None, **config):
-    first = make_tokenizer(tokenizer, size, channels, **(sizes or {})).eval()
-    second = make_prior(prior, first.grid.shape, first.grid.vocab_size, num_classes=classes, **config)
-    return ImagePipeline(first, second)
-
-
-def some_images(pipe, count=7):
-    return torch.randint(0, 256, (count, *pipe.tokenizer.image_shape), dtype=torch.uint8)
-
-
 ALL_POOLS = [(source, pool) for source, pools in POOLS.items() for pool in pools]
 
 
@@ -163,7 +154,7 @@ ALL_POOLS = [(source, pool) for source, pools in POOLS.items() for pool in pools
 def test_vectors_depend_on_their_image_alone(name):
     """And on its label: neither on the batch, nor on its size, nor on the order in it."""
     pipe = make_pipeline(prior=name)
-    images, labels, layers = some_images(pipe), torch.tensor([0, 1, 2, 0, 0, 2, 1]), layer_names(pipe)
+    images, labels, layers = pixels_for(pipe, 7), torch.tensor([0, 1, 2, 0, 0, 2, 1]), layer_names(pipe)
     whole = embed_layers(pipe, images, layers, labels=labels)
     shuffled = torch.randperm(7)
     again = embed_layers(pipe, images[shuffled], layers, labels=labels[shuffled])
@@ -180,7 +171,7 @@ def test_vectors_depend_on_their_image_alone(name):
 @pytest.mark.parametrize("tokenizer", TOKENIZERS)
 def test_pools(tokenizer, source, pool):
     pipe = make_pipeline(tokenizer, channels=3)
-    images = some_images(pipe)
+    images = pixels_for(pipe, 7)
     layer = "prior.1" if source == "prior" else source
     found = embed(pipe, images, layer=layer, pool=pool)
     tokens, scaled = pipe.encode(images), images.float() / 127.5 - 1
@@ -200,7 +191,7 @@ def test_pools(tokenizer, source, pool):
 @pytest.mark.parametrize("name", ["gpt", "causal_conv", "masked"])
 def test_last_is_the_end_of_the_order(name):
     pipe = make_pipeline(prior=name, order="spiral_in")
-    images = some_images(pipe)
+    images = pixels_for(pipe, 7)
     cells = F.layer_norm(f := pipe.prior.features(pipe.encode(images), None, 0), f.shape[-1:])
     assert torch.allclose(embed(pipe, images, layer=0, pool="last"), cells[:, pipe.prior.order[-1]], atol=1e-5)
     assert int(pipe.prior.order[-1]) != len(pipe.prior.grid) - 1
@@ -208,7 +199,7 @@ def test_last_is_the_end_of_the_order(name):
 
 def test_ways_to_name_the_same():
     pipe = make_pipeline()
-    images = some_images(pipe, 2)
+    images = pixels_for(pipe, 2)
     default = embed(pipe, images)
     assert all(torch.equal(default, embed(pipe, images, layer=layer)) for layer in (1, "prior.1"))
     pictures = [Image.fromarray(image[0].numpy()) for image in images]
@@ -241,15 +232,15 @@ def test_ways_to_name_the_same():
 def test_what_can_not_be_embedded(asked, message):
     pipe = make_pipeline()
     with pytest.raises(ValueError, match=message) as caught:
-        embed(pipe, **{"images": some_images(pipe, 2), **asked})
+        embed(pipe, **{"images": pixels_for(pipe, 2), **asked})
     assert "\n" not in str(caught.value)
 
 
 def test_a_prior_without_layers():
     pipe = make_pipeline(prior="marginal")
     with pytest.raises(ValueError, match="pixels, codes, embeddings, or none of this prior"):
-        embed(pipe, some_images(pipe))
-    assert embed(pipe, some_images(pipe), layer="codes").shape == (7, 32)
+        embed(pipe, pixels_for(pipe, 7))
+    assert embed(pipe, pixels_for(pipe, 7), layer="codes").shape == (7, 32)
 
 
 def test_nearest_is_by_angle():
@@ -272,7 +263,7 @@ def world(tmp_path_factory):
     """A pipeline with random weights, and images in two classes: bright above, or bright below."""
     root = tmp_path_factory.mktemp("world")
     torch.manual_seed(0)
-    pipe = make_pipeline(size=(8, 8), classes=2, sizes={"factor": 2})
+    pipe = make_pipeline(size=(8, 8), labels=[], num_classes=2, sizes={"factor": 2})
     chance = np.random.default_rng(0)
     for split, count in (("train", 60), ("test", 20)):
         for number in range(count):

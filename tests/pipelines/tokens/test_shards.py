@@ -1,6 +1,6 @@
-"""Token datasets larger than memory: mapped shards, encodes that are killed and shared, rows that are added.
+"""Token datasets larger than memory: mapped shards, what is noticed of damage, and training on them.
 
-Covers: pipelines/commands/verify.py, pipelines/tokens/meta.py, pipelines/tokens/pieces.py.
+Covers: pipelines/commands/verify.py, pipelines/tokens/meta.py.
 """
 
 from __future__ import annotations
@@ -8,40 +8,27 @@ from __future__ import annotations
 import json
 import os
 import sys
-import threading
-from contextlib import suppress
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from launch import output_of, start, two_processes, verb, wait_for
-from PIL import Image
+from folders import files_in
+from launch import output_of, start
 from safetensors.torch import load_file, save_file
 from small import make_prior, make_tokenizer
-from token_datasets import edit_split, files_in, make_dataset, refused
+from token_datasets import edit_split, make_dataset, refused
 
-from pipelines import encode, train_prior
+from pipelines import train_prior
 from pipelines.commands.verify import VerifyConfig
 from pipelines.commands.verify import run as verify
-from pipelines.config import UserError
-from pipelines.encode import EncodeConfig, run
 from pipelines.shuffling.hashing import uniforms
-from pipelines.tokens import TokenSplit, load_tokens, pieces, shards
+from pipelines.tokens import TokenSplit, load_tokens, shards
 from pipelines.tokens import dataset as tokens
 from pipelines.tokens.meta import META
 from pipelines.train_prior import PriorTask, TrainPriorConfig, perturbed
 from tokenizer.files.errors import FormatError, IntegrityError, PathError, PipelineLoadError
 from tokenizer.files.writing import write_manifest
-
-SHIFT = {"augment": {"shift": 3}}
-
-
-def everything(folder: Path) -> dict[str, bytes]:
-    """Every file of a folder, to the bit."""
-    return {name: (folder / name).read_bytes() for name in files_in(folder)}
-
 
 # Shards
 
@@ -309,355 +296,7 @@ def test_training_says_what_can_not_be_found(tmp_path):
     assert not (tmp_path / "run").exists()
 
 
-# Encoding in pieces
-
-
-@pytest.fixture(scope="module")
-def tokenizer(tmp_path_factory):
-    torch.manual_seed(0)
-    folder = tmp_path_factory.mktemp("tokenizer") / "tokenizer"
-    make_tokenizer("vqvae", (28, 28), 1).eval().save_pretrained(folder)
-    return folder
-
-
-def write_images(folder, names, count=3, seed=0):
-    for split in ("train", "test"):
-        for number, name in enumerate(names):
-            (folder / split / name).mkdir(parents=True)
-            for index in range(count):
-                pixels = np.random.default_rng([seed, number, index, len(split)]).integers(
-                    0, 256, (28, 28), dtype=np.uint8
-                )
-                Image.fromarray(pixels).save(folder / split / name / f"{index}.png")
-    return {"source": str(folder)}
-
-
-@pytest.fixture(scope="module")
-def images(tmp_path_factory):
-    """30 training images and 30 others, of three classes."""
-    return write_images(tmp_path_factory.mktemp("images"), ["cat", "dog", "eel"], 10)
-
-
-def config(tokenizer, out, data, **options):
-    return EncodeConfig(tokenizer=str(tokenizer), out=str(out), data=data, **{"batch_size": 4, **options})
-
-
-@pytest.fixture
-def counted(monkeypatch):
-    """The rows of every batch of images that is encoded."""
-    rows, real = [], encode.variants_of
-    monkeypatch.setattr(encode, "variants_of", lambda images, some, seed: rows.append(some) or real(images, some, seed))
-    return rows
-
-
-@pytest.mark.parametrize("size", [None, 7])
-def test_begun_and_killed_it_makes_what_is_missing(tokenizer, images, tmp_path, monkeypatch, counted, size):
-    """Interrupted at every third batch until it is done: each row once, but for the batches that were lost."""
-    options = {"augmentations": 2, "rows_per_shard": size}
-    run(config(tokenizer, tmp_path / "whole", {**images, **SHIFT}, **options))
-    batches, seen, real = len(counted), [], encode.variants_of
-    counted.clear()
-
-    def lost(images, rows, seed):
-        if len(seen) % 4 == 3:
-            seen.append(None)
-            raise KeyboardInterrupt
-        seen.append(rows)
-        return real(images, rows, seed)
-
-    monkeypatch.setattr(encode, "variants_of", lost)
-    attempt = 0
-    while attempt < 100 and not (tmp_path / "parts").exists():
-        with suppress(KeyboardInterrupt):
-            run(config(tokenizer, tmp_path / "parts", {**images, **SHIFT}, **options))
-        attempt += 1
-    assert attempt > 4 and everything(tmp_path / "parts") == everything(tmp_path / "whole")
-    assert batches <= len(counted) <= batches + attempt * (1 if size is None else 2)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["parts", "whole"]
-
-
-def test_a_process_is_killed_and_another_goes_on(tokenizer, tmp_path, counted):
-    """kill -9 while it writes its pieces; what it has made is not made again."""
-    many = write_images(tmp_path / "images", ["cat"], 40)
-    argv = [f"tokenizer={tokenizer}", f"out={tmp_path / 'killed'}", f"data.source={many['source']}", "batch_size=2"]
-    process, work = start(verb("encode", [*argv, "rows_per_shard=2"])), tmp_path / ".tmp-killed-encode"
-    assert wait_for(lambda: len(list(work.glob("*[0-9].json"))) >= 5, process)
-    process.kill()
-    process.communicate()
-    there = len(list(work.glob("*[0-9].json")))
-    assert 5 <= there < 40 and not (tmp_path / "killed").exists()
-    options = {"batch_size": 2, "rows_per_shard": 2}
-    run(config(tokenizer, tmp_path / "killed", many, **options))
-    assert len(counted) == 40 - there
-    run(config(tokenizer, tmp_path / "whole", many, **options))
-    assert everything(tmp_path / "killed") == everything(tmp_path / "whole")
-
-
-def interrupted(monkeypatch, *arguments, after=4, **options):
-    """An encode that is interrupted before its fifth batch."""
-    calls, real = [], encode.variants_of
-
-    def stop(*given):
-        calls.append(given)
-        if len(calls) > after:
-            raise KeyboardInterrupt
-        return real(*given)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(encode, "variants_of", stop)
-        with pytest.raises(KeyboardInterrupt):
-            run(config(*arguments, **options))
-
-
-@pytest.mark.parametrize("damage", ["flip", "truncate", "delete", "entry", "half"])
-def test_a_damaged_piece_is_made_again(tokenizer, images, tmp_path, monkeypatch, counted, damage):
-    interrupted(monkeypatch, tokenizer, tmp_path / "parts", images)
-    work = tmp_path / ".tmp-parts-encode"
-    path = work / "train-00001.safetensors"
-    data = path.read_bytes()
-    if damage == "flip":
-        path.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
-    elif damage == "truncate":
-        path.write_bytes(data[:-1])
-    elif damage == "delete":
-        path.unlink()
-    elif damage == "entry":
-        path.with_suffix(".json").unlink()
-    else:
-        path.with_suffix(".json").write_text('{"sha')
-    counted.clear()
-    run(config(tokenizer, tmp_path / "parts", images))
-    assert [rows[0] for rows in counted[:2]] == [4, 16]  # that one, and then those that were not there
-    run(config(tokenizer, tmp_path / "whole", images))
-    assert everything(tmp_path / "parts") == everything(tmp_path / "whole")
-
-
-@pytest.mark.parametrize(
-    ("change", "named"),
-    [
-        ({"seed": 1}, "seed: 0 -> 1"),
-        ({"batch_size": 5}, "batch_size"),
-        ({"limit": 29}, "data.limit"),
-        ({"rows_per_shard": 5}, "rows_per_shard"),
-        ({"tokenizer": "other"}, "tokenizer"),
-    ],
-)
-def test_another_configuration_is_refused(tokenizer, images, tmp_path, monkeypatch, change, named):
-    interrupted(monkeypatch, tokenizer, tmp_path / "parts", images)
-    if "tokenizer" in change:
-        torch.manual_seed(9)
-        make_tokenizer("vqvae", (28, 28), 1).eval().save_pretrained(tmp_path / "other")
-        change = {"tokenizer": tmp_path / "other"}
-    if "limit" in change:
-        change = {"data": {**images, **change}}
-    with pytest.raises(UserError, match=rf"delete .*\.tmp-parts-encode[\s\S]*{named}"):
-        run(config(**{"tokenizer": tokenizer, "out": tmp_path / "parts", "data": images, **change}))
-    run(config(tokenizer, tmp_path / "parts", images))
-    assert len(load_tokens(tmp_path / "parts").splits["train"]) == 30
-
-
-class Side:
-    """One of several that encode together, each in a thread."""
-
-    def __init__(self, barrier, index, count):
-        self.process_index, self.num_processes, self.is_main_process = index, count, index == 0
-        self.device, self.wait_for_everyone = torch.device("cpu"), barrier.wait
-
-    def end_training(self):
-        """Nothing to end."""
-
-
-def together(monkeypatch, count, settings):
-    """Run an encode in so many threads; returns the rows that each encoded."""
-    barrier, local, told = threading.Barrier(count, timeout=60), threading.local(), []
-    rows, real = [[] for _ in range(count)], encode.variants_of
-
-    def variants_of(images, some, seed):
-        rows[local.side.process_index].extend(some.tolist())
-        return real(images, some, seed)
-
-    def on_main(accelerator, act):
-        """What the main process found, told to all."""
-        if accelerator.is_main_process:
-            told[:] = [act()]
-        barrier.wait()
-        found = told[0]
-        barrier.wait()
-        return found
-
-    def work(index):
-        local.side = Side(barrier, index, count)
-        try:
-            run(settings)
-        except BaseException:
-            barrier.abort()
-            raise
-
-    with monkeypatch.context() as patch:
-        patch.setattr(encode, "build_accelerator", lambda: local.side)
-        patch.setattr(encode, "variants_of", variants_of)
-        patch.setattr(encode, "on_main", on_main)
-        threads = [threading.Thread(target=work, args=(index,)) for index in range(count)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-    return rows
-
-
-@pytest.mark.parametrize("size", [None, 7])
-def test_any_number_of_processes_writes_the_same_files(tokenizer, images, tmp_path, monkeypatch, size):
-    for count in (1, 2, 3):
-        settings = config(tokenizer, tmp_path / str(count), {**images, **SHIFT}, augmentations=2, rows_per_shard=size)
-        rows = together(monkeypatch, count, settings)
-        assert sum(map(len, rows)) == 120 and max(map(len, rows)) - min(map(len, rows)) <= 16
-        assert everything(tmp_path / str(count)) == everything(tmp_path / "1")
-    data = load_tokens(tmp_path / "3")
-    assert len(data.splits["train"]) == 90 and len(data.splits["test"]) == 30
-
-
-def test_others_go_on_with_what_one_began(tokenizer, images, tmp_path, monkeypatch):
-    """One process was interrupted; three end it."""
-    interrupted(monkeypatch, tokenizer, tmp_path / "parts", images, after=6)
-    rows = together(monkeypatch, 3, config(tokenizer, tmp_path / "parts", images))
-    assert sum(map(len, rows)) == 60 - 24 and all(rows)
-    run(config(tokenizer, tmp_path / "whole", images))
-    assert everything(tmp_path / "parts") == everything(tmp_path / "whole")
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("count", ["2", "3"])
-def test_processes_that_are_launched_write_the_same_files(tokenizer, images, tmp_path, count):
-    argv = [f"tokenizer={tokenizer}", f"data.source={images['source']}", "batch_size=4", "rows_per_shard=7"]
-    command = two_processes("encode", [*argv, f"out={tmp_path / 'several'}"])
-    command[command.index("--num_processes") + 1] = count
-    output_of(start(command))
-    run(config(tokenizer, tmp_path / "alone", images, rows_per_shard=7))
-    assert everything(tmp_path / "several") == everything(tmp_path / "alone")
-
-
-# Adding rows
-
-
-def test_augmentations_are_added_as_if_they_had_been_asked_for_at_once(tokenizer, images, tmp_path, counted):
-    run(config(tokenizer, tmp_path / "grown", {**images, **SHIFT}, augmentations=1))
-    counted.clear()
-    run(config(tokenizer, tmp_path / "grown", {**images, **SHIFT}, augmentations=3, append=True))
-    assert min(map(min, counted)) == 60 and sum(map(len, counted)) == 60  # what is there is not encoded again
-    run(config(tokenizer, tmp_path / "whole", {**images, **SHIFT}, augmentations=3))
-    grown, whole = load_tokens(tmp_path / "grown"), load_tokens(tmp_path / "whole")
-    for name in ("train", "test"):
-        assert torch.equal(grown.splits[name].tokens, whole.splits[name].tokens)
-        assert torch.equal(grown.splits[name].labels, whole.splits[name].labels)
-    assert whole.splits["train"].labels.tolist() == 4 * [k // 10 for k in range(30)]
-    assert grown.augmentations == 3 and [part["rows"] for part in grown.parts] == [
-        {"train": 60, "test": 30},
-        {"train": 60},
-    ]
-    for asked in (1, 3):
-        with pytest.raises(UserError, match="has these rows already"):
-            run(config(tokenizer, tmp_path / "grown", {**images, **SHIFT}, augmentations=asked, append=True))
-    run(config(tokenizer, tmp_path / "grown", {**images, **SHIFT}, augmentations=1, append=True, seed=5))
-    data = load_tokens(tmp_path / "grown").splits["train"]
-    assert len(data) == 150 and not torch.equal(data.tokens[120:], data.tokens[30:60])
-
-
-@pytest.mark.parametrize("size", [None, 2])
-def test_other_images_are_added_under_the_names_of_their_classes(tokenizer, tmp_path, monkeypatch, size):
-    first, second = (
-        write_images(tmp_path / "a", ["cat", "dog", "eel"]),
-        write_images(tmp_path / "b", ["dog", "eel"], 4, 1),
-    )
-    run(config(tokenizer, tmp_path / "tokens", first, rows_per_shard=size))
-    before = load_tokens(tmp_path / "tokens")
-    run(config(tokenizer, tmp_path / "alone", second))
-    alone = load_tokens(tmp_path / "alone").splits
-    interrupted(monkeypatch, tokenizer, tmp_path / "tokens", second, after=1, append=True, rows_per_shard=size)
-    assert torch.equal(load_tokens(tmp_path / "tokens").splits["train"].tokens, before.splits["train"].tokens)
-    run(config(tokenizer, tmp_path / "tokens", second, append=True, rows_per_shard=size))
-    after = load_tokens(tmp_path / "tokens", verify=True)
-    for name, rows in (("train", 9), ("test", 9)):
-        assert torch.equal(after.splits[name].tokens[:rows], before.splits[name].tokens)
-        assert torch.equal(after.splits[name].labels[:rows], before.splits[name].labels)
-        assert torch.equal(after.splits[name].tokens[rows:], alone[name].tokens)
-        assert torch.equal(after.splits[name].labels[rows:], alone[name].labels + 1)  # dog and eel
-    assert after.class_names == ["cat", "dog", "eel"] and after.source == before.source and len(after.parts) == 2
-    names = [name for name in files_in(tmp_path / "tokens") if name.startswith("train")]
-    assert len(names) == (1 if size is None else 5 + 4)
-    assert not list(tmp_path.glob(".*"))
-
-
-def test_rows_are_added_to_one_split_alone(tokenizer, tmp_path):
-    first, second = write_images(tmp_path / "a", ["cat"]), write_images(tmp_path / "b", ["cat"], 4, 1)
-    run(config(tokenizer, tmp_path / "tokens", first))
-    run(config(tokenizer, tmp_path / "tokens", second, append=True, only="train"))
-    assert [len(split) for split in load_tokens(tmp_path / "tokens").splits.values()] == [7, 3]
-    run(config(tokenizer, tmp_path / "tokens", second, append=True))  # what is missing of it
-    assert [len(split) for split in load_tokens(tmp_path / "tokens").splits.values()] == [7, 7]
-    with pytest.raises(UserError, match="append=true"):
-        run(config(tokenizer, tmp_path / "new", first, only="train"))
-
-
-def test_what_can_not_be_added(tokenizer, tmp_path):
-    first = write_images(tmp_path / "a", ["cat", "dog"])
-    run(config(tokenizer, tmp_path / "tokens", first))
-    before = everything(tmp_path / "tokens")
-    torch.manual_seed(9)
-    make_tokenizer("vqvae", (28, 28), 1).eval().save_pretrained(tmp_path / "other")
-    other = write_images(tmp_path / "b", ["dog", "fox"])
-    for options, needle in (
-        ({"tokenizer": tmp_path / "other"}, "tokenizer: not the one that made"),
-        ({"data": other}, "'fox' is not a class of the dataset, it has cat, dog"),
-        ({"data": {**other, "label_column": None}}, "2 classes, and these images have no labels"),
-        ({}, "has these rows already"),
-        ({"out": tmp_path / "nowhere"}, "not a token dataset"),
-    ):
-        with pytest.raises((UserError, PathError), match=needle):
-            run(
-                config(**{"tokenizer": tokenizer, "out": tmp_path / "tokens", "data": first, "append": True, **options})
-            )
-    assert everything(tmp_path / "tokens") == before and not list(tmp_path.glob(".*"))
-    run(config(tokenizer, tmp_path / "plain", {**first, "label_column": None}))
-    with pytest.raises(UserError, match="it has none; data.label_column=null"):
-        run(config(tokenizer, tmp_path / "plain", other, append=True))
-
-
-def test_killed_after_its_last_step_rows_are_not_added_twice(tokenizer, tmp_path, monkeypatch):
-    """The dataset has them, and the pieces are still there; nor do they stand in the way of others."""
-    first, second, third = (write_images(tmp_path / n, ["cat"], 3, k) for k, n in enumerate("abc"))
-    run(config(tokenizer, tmp_path / "tokens", first))
-
-    def interrupt(path):
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch:
-        patch.setattr(pieces, "shutil", SimpleNamespace(rmtree=interrupt))
-        with pytest.raises(KeyboardInterrupt):
-            run(config(tokenizer, tmp_path / "tokens", second, append=True))
-    with pytest.raises(UserError, match="has these rows already"):
-        run(config(tokenizer, tmp_path / "tokens", second, append=True))
-    run(config(tokenizer, tmp_path / "tokens", third, append=True))
-    assert len(load_tokens(tmp_path / "tokens").splits["train"]) == 9
-
-
-def test_killed_while_the_names_change_the_dataset_is_found_again(tokenizer, tmp_path, monkeypatch):
-    """Between the old one's leaving its name and the new one's taking it."""
-    first, second = (write_images(tmp_path / n, ["cat"], 3, k) for k, n in enumerate("ab"))
-    run(config(tokenizer, tmp_path / "tokens", first))
-    (tmp_path / "tokens").rename(tmp_path / ".del-tokens-0123abcd")
-    run(config(tokenizer, tmp_path / "tokens", second, append=True))
-    assert len(load_tokens(tmp_path / "tokens").splits["train"]) == 6
-
-
-def test_files_are_copied_where_they_can_not_be_linked(tokenizer, tmp_path, monkeypatch):
-    def no_links(*paths):
-        raise OSError("not on this disk")
-
-    images = write_images(tmp_path / "a", ["cat"], 5)
-    run(config(tokenizer, tmp_path / "linked", images, rows_per_shard=2))
-    monkeypatch.setattr(pieces.os, "link", no_links)
-    run(config(tokenizer, tmp_path / "copied", images, rows_per_shard=2))
-    assert everything(tmp_path / "copied") == everything(tmp_path / "linked")
+# A split, and what a dataset costs
 
 
 def test_a_split_is_what_it_was():

@@ -51,11 +51,6 @@ pytestmark = pytest.mark.usefixtures("one_process")
 
 
 @pytest.fixture(scope="module")
-def tokens(tmp_path_factory) -> Path:
-    return make_tokens(tmp_path_factory.mktemp("tokens") / "tokens")
-
-
-@pytest.fixture(scope="module")
 def few(tmp_path_factory) -> Path:
     """Sixteen rows of chance, which can only be learned by heart: the longer, the worse others are told."""
     folder = tmp_path_factory.mktemp("few")

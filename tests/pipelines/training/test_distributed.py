@@ -7,7 +7,6 @@ Covers: pipelines/training/processes.py.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 import os
@@ -15,7 +14,6 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pytest
 import torch
 import torch.distributed as dist
@@ -25,8 +23,8 @@ from launch import (
     VQVAE,
     arguments,
     assert_equal_tensors,
-    end,
     exact,
+    kill_the_second,
     losses,
     make_tokens,
     metrics,
@@ -39,12 +37,11 @@ from launch import (
     train_prior,
     train_tokenizer,
     two_processes,
-    wait_for,
 )
 from safetensors.torch import load_file, save_file
-from small import QUANTIZERS, SMALL, train_on
+from small import QUANTIZERS, node_of, train_on
 from torch import nn
-from two_processes import gathered, leave_group, run_twice
+from two_processes import digest, gathered, leave_group, run_twice
 
 from pipelines import encode
 from pipelines.config import UserError
@@ -73,19 +70,10 @@ KINDS = [name for name in QUANTIZERS if name != "ema"]
 
 def with_quantizer(name: str) -> dict[str, Any]:
     """A short run with a small quantizer of this kind."""
-    node = {"kind": name, **{key: list(v) if isinstance(v, tuple) else v for key, v in SMALL.get(name, {}).items()}}
-    return {"train__steps": 6, "model": {**VQVAE, "quantizer": node}}
+    return {"train__steps": 6, "model": {**VQVAE, "quantizer": node_of(name)}}
 
 
 # In each of two processes
-
-
-def digest(values: Any) -> str:
-    """A hash of the bits of tensors."""
-    state = hashlib.sha256()
-    for value in values:
-        state.update(value.detach().contiguous().numpy().tobytes())
-    return state.hexdigest()
 
 
 def drive(quantizer: EMA, steps: int, part: slice) -> list[dict[str, Any]]:
@@ -337,15 +325,8 @@ def test_a_run_of_two_is_killed_and_goes_on(launched, tmp_path):
     argv = tokenizer_arguments(tmp_path / "run", **TOKENIZER)
     process = start(two_processes("train_tokenizer", argv))
     file = tmp_path / "run" / "metrics.jsonl"
-    try:
-        assert wait_for(lambda: file.exists() and file.read_bytes().count(b"\n") >= 7, process)
-        workers = psutil.Process(process.pid).children(recursive=True)
-        (second,) = [worker for worker in workers if worker.environ().get("RANK") == "1"]
-        second.kill()
-        output_of(process, 60, code=None)
-    finally:
-        end(process)
-    assert process.returncode != 0 and not any(worker.is_running() for worker in workers)
+    workers = kill_the_second(process, lambda: file.exists() and file.read_bytes().count(b"\n") >= 7)
+    assert not any(worker.is_running() for worker in workers)
     assert 5 <= metrics(tmp_path / "run")[-1]["step"] < STEPS
     printed = output_of(start(two_processes("train_tokenizer", argv)))
     assert "continuing from step" in printed and "2 process(es)" in printed

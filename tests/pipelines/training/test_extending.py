@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from folders import contents
 from launch import (
     VQVAE,
     assert_equal_tensors,
@@ -22,7 +23,7 @@ from launch import (
     tensors,
     tokenizer_arguments,
     train_prior,
-    train_tokenizer,
+    train_stage,
     verb,
 )
 from two_processes import run_pair
@@ -46,18 +47,12 @@ STAGES = list(LR)
 pytestmark = pytest.mark.usefixtures("one_process")
 
 
-@pytest.fixture(scope="module")
-def tokens(tmp_path_factory) -> Path:
-    return make_tokens(tmp_path_factory.mktemp("tokens") / "tokens")
-
-
 @pytest.fixture
 def train(tokens) -> Any:
     """Train a stage in this process: `train(stage, folder)`."""
 
     def call(stage: str, out: Path, **more: Any) -> Path:
-        more = {**EVERY, **more}
-        return train_prior(out, tokens, **more) if stage == "train_prior" else train_tokenizer(out, **more)
+        return train_stage(stage, out, tokens, **{**EVERY, **more})
 
     return call
 
@@ -74,10 +69,6 @@ def stop_at(monkeypatch: Any, step: int) -> None:
     monkeypatch.setattr(training, "take_step", told)
 
 
-def files(run: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(run)): path.read_bytes() for path in run.rglob("*") if path.is_file()}
-
-
 def steps(run: Path, key: str = "loss") -> list[int]:
     """At which steps the record has a figure, in its order."""
     return [line["step"] for line in metrics(run) if key in line]
@@ -90,7 +81,7 @@ def steps(run: Path, key: str = "loss") -> list[int]:
 def test_a_finished_run_goes_on(tmp_path, train, capsys, stage):
     """What stands in the record stays, the old last step comes once, and the new schedule holds from there."""
     run = train(stage, tmp_path / "run")
-    before, pictures = metrics(run), files(run / "previews")
+    before, pictures = metrics(run), contents(run / "previews")
     capsys.readouterr()
     train(stage, run, train__steps=20)
     printed = capsys.readouterr().out
@@ -105,7 +96,7 @@ def test_a_finished_run_goes_on(tmp_path, train, capsys, stage):
     assert steps(run, f"validation/{figure}") == [4, 8, 12, 16, 20]
     assert steps(run, f"held_out/{figure}") == [12, 20]  # at each end
     assert len(metrics(run)) == len({line["step"] for line in metrics(run)})
-    assert files(run / "previews").items() >= pictures.items()
+    assert contents(run / "previews").items() >= pictures.items()
     assert sorted({path.stem[-2:] for path in (run / "previews").iterdir()}) == ["00", "06", "12", "18", "20"]
     rates = {line["step"]: line["learning_rate"] for line in metrics(run) if "loss" in line}
     for total, at in ((12, (3, 6, 9, 12)), (20, (15, 18, 20))):
@@ -113,9 +104,9 @@ def test_a_finished_run_goes_on(tmp_path, train, capsys, stage):
         assert [rates[step] for step in at] == pytest.approx([learning_rate(config, s, s / total) for s in at])
     assert read_file(str(run / "config.yaml"))["train"]["steps"] == 20
     assert [path.name for path in states(run)] == ["step-00000015", "step-00000020"]
-    after = files(run)
+    after = contents(run)
     train(stage, run, train__steps=20)  # from now on this is the run
-    assert "already finished: 20 steps" in capsys.readouterr().out and files(run) == after
+    assert "already finished: 20 steps" in capsys.readouterr().out and contents(run) == after
 
 
 @pytest.mark.parametrize("stage", STAGES)
@@ -164,14 +155,14 @@ def test_an_end_that_is_not_ahead_is_refused(tmp_path, train, total):
     run = train("train_tokenizer", tmp_path / "run", train__steps=14)
     with pytest.raises(UserError, match="lie ahead") as caught:
         train("train_tokenizer", run, train__steps=14, train__minutes=1e-6)
-    before = files(run)
+    before = contents(run)
     with pytest.raises(UserError) as caught:
         train("train_tokenizer", run, train__steps=total)
     assert re.sub(r"\d\.\d minutes", "0.0 minutes", str(caught.value)) == (
         f"train.steps: 14 -> {total}: {run} has done 14 steps in 0.0 minutes; its end may move, but has to lie ahead "
         "of that; nothing was changed"
     )
-    assert files(run) == before
+    assert contents(run) == before
 
 
 @pytest.mark.parametrize("stage", STAGES)
@@ -358,9 +349,9 @@ def test_two_processes_go_on_together_or_not_at_all(tmp_path):
     (code, printed), (other, _) = two(tmp_path, *2 * [{"train__steps": 9}])
     assert (code, other) == (0, 0) and ", 2 process(es) on cpu" in printed, printed
     assert f"{run}: train.steps 6 -> 9: " in printed and steps(run) == list(range(1, 10))
-    before = files(run)
+    before = contents(run)
     for code, printed in two(tmp_path, {"train__steps": 9}, {"train__steps": 12, "train__log_every": 2}):
         assert code == 2 and printed.splitlines()[-1].endswith(
             ": process 1 was started with other settings than process 0: train.steps: 9 -> 12, train.log_every: 1 -> 2"
         )
-    assert files(run) == before
+    assert contents(run) == before

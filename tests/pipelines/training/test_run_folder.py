@@ -124,12 +124,12 @@ def test_an_error_of_the_disk_is_not_damage(run, monkeypatch, where):
     newest, before = str(states(run)[-1]), files(run)
 
     def broken(function: Any) -> Any:
-        def fails(path: Any, *rest: Any, **more: Any) -> Any:
+        def refusing(path: Any, *rest: Any, **more: Any) -> Any:
             if str(path).startswith(newest) and (where != "stat" or str(path).endswith("model.safetensors")):
                 raise OSError(errno.EIO, os.strerror(errno.EIO))
             return function(path, *rest, **more)
 
-        return fails
+        return refusing
 
     if where == "manifest":
         monkeypatch.setattr(rotation, "verify_manifest", broken(rotation.verify_manifest))

@@ -24,14 +24,12 @@ from launch import (
     end,
     environment,
     exact,
-    make_tokens,
     metrics,
     one_launched,
     states,
     tensors,
     tokenizer_arguments,
-    train_prior,
-    train_tokenizer,
+    train_stage,
     two_processes,
     verb,
     wait_for,
@@ -64,17 +62,11 @@ def signals_as_before(one_process):
 
 
 @pytest.fixture(scope="module")
-def tokens(tmp_path_factory) -> Path:
-    return make_tokens(tmp_path_factory.mktemp("tokens") / "tokens")
-
-
-@pytest.fixture(scope="module")
 def train(tokens) -> Any:
     """Train a stage in this process: `train(stage, folder)`."""
 
     def call(stage: str, out: Path, **more: Any) -> Path:
-        more = {**EVERY, **more}
-        return train_prior(out, tokens, **more) if stage == "train_prior" else train_tokenizer(out, **more)
+        return train_stage(stage, out, tokens, **{**EVERY, **more})
 
     return call
 

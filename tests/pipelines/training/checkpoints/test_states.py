@@ -107,7 +107,7 @@ def assert_same(a, b, path: str = "") -> None:
         assert a == b, path
 
 
-def everything(run: Run) -> list:
+def held_by(run: Run) -> list:
     optimizers = [o.state_dict() for o in run.optimizers.values()]
     for saved in optimizers:
         saved["state"] = {i: dict(sorted(saved["state"][i].items())) for i in sorted(saved["state"])}
@@ -125,9 +125,9 @@ def test_interrupted_equals_uninterrupted(tmp_path, kind):
         resumed = Run(kind, seed=99)
         step, counters = resumed.load(latest_state(tmp_path / str(at)))
         assert (step, counters) == (at, {"epoch": 3, "best": 0.1, "seen": [1, 2]})
-        assert_same(everything(resumed), everything(first), "loaded")
+        assert_same(held_by(resumed), held_by(first), "loaded")
         assert resumed.advance(at, 12) == losses[at:]
-        assert_same(everything(resumed), everything(whole), "final")
+        assert_same(held_by(resumed), held_by(whole), "final")
         assert resumed.model.tied.weight is resumed.model.head.weight
 
 
@@ -139,7 +139,7 @@ def test_loaded_state_survives_the_deletion_of_its_files(tmp_path):
     resumed.load(folder)
     for path in folder.iterdir():
         path.write_bytes(b"\0" * path.stat().st_size)
-    assert_same(everything(resumed), everything(run))
+    assert_same(held_by(resumed), held_by(run))
 
 
 def test_float32_moments_of_bfloat16_weights_stay_float32(tmp_path):
@@ -355,7 +355,7 @@ def test_shards_are_read_as_what_they_are_pieces_of(tmp_path, kind, count):
     folder = in_shards(run.save(tmp_path, 4, counters={"epoch": 3}), count)
     assert latest_state(tmp_path) == folder
     assert other.load(folder) == (4, {"epoch": 3})
-    assert_same(everything(other), everything(run))
+    assert_same(held_by(other), held_by(run))
     assert other.advance(4, 8) == run.advance(4, 8)
 
 

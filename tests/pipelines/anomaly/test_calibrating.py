@@ -1,0 +1,158 @@
+"""Calibration: honest p-values, nothing learned from anomalies, and its images are known again."""
+
+from __future__ import annotations
+
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+from small_pipelines import make_pipeline
+from stripes import SIZE, constant, stripes, uniform
+
+from pipelines import ImagePipeline
+from pipelines.anomaly.calibrating import calibrate
+from pipelines.anomaly.healing import heal
+from pipelines.anomaly.image_statistics import statistics
+from pipelines.anomaly.scores import FITTED, anomaly_score, p_value_of, score_of
+from pipelines.stages.calibration import CalibrationError
+
+
+@pytest.mark.parametrize("method", ["joint", "neighbours", "nll", "typicality", "reconstruction"])
+def test_p_values_of_normal_images_are_uniform(trained, fresh, method):
+    found = score_of(method, fresh, trained.calibration, labelled=False)
+    scores, normal = np.sort(found.numpy()), trained.calibration.scores[method]
+    every = np.sort(np.concatenate([scores, normal]))
+    n, m = len(normal), len(scores)
+    distance = np.abs(np.searchsorted(normal, every, "right") / n - np.searchsorted(scores, every, "right") / m).max()
+    assert distance < 1.95 * math.sqrt((n + m) / (n * m))  # two-sample Kolmogorov-Smirnov, p = 0.001
+    p = p_value_of(method, found, trained.calibration, labelled=False).numpy()
+    assert p.min() >= 1 / (n + 1) and p.max() <= 1
+    rank = math.floor(0.05 * (n + 1))
+    chance = np.random.default_rng(0)  # of the calibration a Beta, of the images given it a binomial
+    rates = chance.binomial(m, chance.beta(rank, n + 1 - rank, 100_000)) / m
+    low, high = np.quantile(rates, [0.0005, 0.9995])
+    assert low <= (p <= 0.05).mean() <= high
+    flagged = scores > trained.calibration.thresholds[method]
+    assert flagged.sum() == (p <= trained.calibration.false_alarms).sum()
+
+
+def test_p_values_count_ties_against_detection_and_fall_with_the_score(trained):
+    images = torch.cat([stripes(30, seed=5), constant(), uniform(9)])
+    scores = anomaly_score(trained, images)
+    p = anomaly_score(trained, images, p_values=True)
+    order = scores.argsort()
+    assert (p[order].diff() <= 0).all()
+    normal, tie = torch.from_numpy(trained.calibration.scores["joint"]), trained.calibration.ties["joint"]
+    expected = (1 + (normal + tie >= scores[:, None]).sum(1)) / (len(normal) + 1)
+    torch.testing.assert_close(p, expected.double())
+    tied = p_value_of("joint", normal[-1:], trained.calibration, labelled=False)
+    assert float(tied) == pytest.approx(2 / (len(normal) + 1))
+
+
+BLANK = torch.full((1, 1, SIZE, SIZE), 255, dtype=torch.uint8)
+
+
+def test_p_values_hold_where_many_normal_images_are_the_same(likely):
+    """8 % of them are a blank page, and no copy of it is stranger than the others are: where it is the strangest image,
+    p is .08, which rounding made 1 / (n + 1) by chance."""
+    pipe, smallest = ImagePipeline(likely.tokenizer, likely.prior), []
+    for seed in range(12):
+        images = torch.cat([stripes(184, seed=seed), BLANK.expand(16, -1, -1, -1)])
+        fitted = calibrate(pipe, images, seed=seed, batch_size=1 + 37 * seed)
+        copies = int((np.random.default_rng(seed).permutation(200)[100:] >= 184).sum())
+        found = statistics(pipe, BLANK)
+        for method in fitted.scores:
+            score = score_of(method, found, fitted, labelled=False)
+            p = float(p_value_of(method, score, fitted, labelled=False))
+            assert p >= (1 + copies) / 101
+            assert (p <= 0.05) == bool(score > fitted.thresholds[method])
+            smallest.append(p == (1 + copies) / 101)
+    assert sum(smallest) >= 24
+
+
+def test_a_calibration_with_a_confidence_has_higher_thresholds_and_the_same_p_values(trained):
+    pipe = ImagePipeline(trained.tokenizer, trained.prior)
+    usual, sure = (calibrate(pipe, stripes(400, seed=2), confidence=confidence) for confidence in (None, 0.95))
+    assert (usual.confidence, sure.confidence) == (None, 0.95)
+    for method, scores in usual.scores.items():
+        np.testing.assert_array_equal(scores, sure.scores[method])
+        assert (
+            scores > usual.thresholds[method] - 2 * usual.ties[method]
+        ).sum() >= 10  # of 200: 5 % of 201, itself too
+        assert (scores > sure.thresholds[method]).sum() <= 5 < (scores > usual.thresholds[method]).sum()
+    assert "in 0.95 of calibrations" in sure.promise and "on average" in usual.promise
+    with pytest.raises(ValueError, match="with a confidence of 0.95 needs at least 118 images"):
+        calibrate(pipe, stripes(117), confidence=0.95)
+    with pytest.raises(ValueError, match="confidence should lie between 0 and 1"):
+        calibrate(pipe, stripes(40), confidence=1)
+
+
+def test_what_is_fitted_is_a_function_of_the_normal_images_alone(trained):
+    pipe, again = (ImagePipeline(trained.tokenizer, trained.prior) for _ in range(2))
+    normal = stripes(300, seed=2)
+    calibrate(pipe, normal)
+    anomaly_score(pipe, uniform(50))
+    before = json.dumps(pipe.calibration.to_dict())
+    anomaly_score(again, uniform(50), "nll")
+    heal(pipe, constant()[:2], draws=1)
+    calibrate(again, normal)
+    assert json.dumps(pipe.calibration.to_dict()) == before == json.dumps(again.calibration.to_dict())
+    calibrate(again, normal, batch_size=300)  # which may round otherwise
+    for method, scores in pipe.calibration.scores.items():
+        np.testing.assert_allclose(again.calibration.scores[method], scores, rtol=1e-4, atol=1e-4)
+    other = calibrate(again, normal, seed=1)
+    assert other.data == pipe.calibration.data and other.typical_bits != pipe.calibration.typical_bits
+    assert calibrate(again, stripes(300, seed=3)).data != other.data
+
+
+def test_a_calibration_needs_images_enough(trained):
+    pipe = ImagePipeline(trained.tokenizer, trained.prior)
+    with pytest.raises(ValueError, match="at least 40 images"):
+        calibrate(pipe, stripes(39))
+    with pytest.raises(ValueError, match="false_alarms"):
+        calibrate(pipe, stripes(40), false_alarms=1.0)
+    assert pipe.calibration is None
+    calibrate(pipe, stripes(40))
+    with pytest.raises(ValueError, match="at least one image"):
+        anomaly_score(pipe, stripes(1)[:0])
+    with pytest.raises(ValueError, match="at most 50,000 images"):
+        calibrate(pipe, stripes(1).expand(50_001, -1, -1, -1))
+
+
+def test_images_of_the_calibration_are_recognised(trained, recwarn):
+    pipe = ImagePipeline(trained.tokenizer, trained.prior)
+    mine, others = stripes(60, seed=2), stripes(30, seed=3)
+    calibrate(pipe, mine)
+    mixed = torch.cat([others, mine[40:], mine[:1]])
+    known = pipe.calibration.includes(mixed.movedim(1, -1).numpy())
+    assert known.tolist() == [False] * 30 + [True] * 21
+    for method, p_values in (("nll", False), ("reconstruction", False)):
+        anomaly_score(pipe, mixed, method, p_values=p_values)
+    anomaly_score(pipe, others, p_values=True)
+    assert not recwarn.list
+    for method, p_values in (("joint", False), ("nll", True)):
+        with pytest.warns(UserWarning, match="^21 of 51 images are among those that the pipeline was calibrated with"):
+            anomaly_score(pipe, mixed.float() / 127.5 - 1, method, p_values=p_values)
+
+
+@pytest.mark.parametrize("what", [*FITTED, "p_values", "heal"])
+def test_without_a_calibration_it_says_how_to_get_one(trained, what):
+    pipe = ImagePipeline(trained.tokenizer, trained.prior)
+    with pytest.raises(CalibrationError, match="smalti calibrate"):
+        if what == "heal":
+            heal(pipe, stripes(2))
+        else:
+            anomaly_score(pipe, stripes(2), "nll" if what == "p_values" else what, p_values=what == "p_values")
+    assert anomaly_score(pipe, stripes(2), "nll").shape == (2,)
+    with pytest.raises(ValueError, match="no score is called 'likelihood'; there are joint"):
+        anomaly_score(pipe, stripes(2), "likelihood")
+
+
+def test_with_labels_is_another_calibration():
+    pipe = make_pipeline(size=(SIZE, SIZE))
+    calibrate(pipe, stripes(60), labels=1)
+    assert anomaly_score(pipe, stripes(4), labels=[0, 1, 2, 0]).shape == (4,)
+    with pytest.raises(CalibrationError, match="labels: the pipeline was calibrated with them"):
+        anomaly_score(pipe, stripes(4))

@@ -1,0 +1,96 @@
+"""Where in an image its bits are, and what it looks like without what is strange."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from small import PRIORS, TOKENIZERS, make_tokenizer
+from small_pipelines import make_pipeline
+from stripes import SIZE, constant, planted, stripes
+
+from pipelines.anomaly.calibrating import calibrate
+from pipelines.anomaly.healing import anomaly_map, heal, patches
+from pipelines.anomaly.scores import anomaly_score
+from pipelines.stages.calibration import CalibrationError
+
+
+@pytest.mark.parametrize("smooth", [False, True])
+@pytest.mark.parametrize("tokenizer", TOKENIZERS)
+def test_a_map_sums_to_the_bits_of_the_image(tokenizer, smooth):
+    pipe = make_pipeline(tokenizer, channels=3, size=(12, 8), labels=[])
+    images = torch.randint(0, 256, (5, 3, 12, 8), dtype=torch.uint8)
+    bits = anomaly_map(pipe, images, smooth=smooth, batch_size=2)
+    assert bits.shape == (5, 12, 8) and (bits >= -1e-5).all()
+    nll = anomaly_score(pipe, images, "nll").float()
+    torch.testing.assert_close(bits.sum((1, 2)), nll, rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize("prior", PRIORS)
+def test_every_prior_has_scores_and_maps(prior):
+    pipe = make_pipeline(prior=prior, labels=["cat", "dog"])
+    images = torch.randint(0, 256, (43, 1, 8, 12), dtype=torch.uint8)
+    calibrate(pipe, images[3:])
+    bits = anomaly_map(pipe, images[:3], labels=1)
+    nll = anomaly_score(pipe, images[:3], "nll", labels=1).float()
+    torch.testing.assert_close(bits.sum((1, 2)), nll, rtol=1e-5, atol=1e-4)
+    assert anomaly_score(pipe, images[:3], p_values=True).shape == (3,)
+    assert heal(pipe, images[:2], draws=2).images.shape == (2, 1, 8, 12)
+
+
+@pytest.mark.parametrize("tokenizer", TOKENIZERS)
+def test_a_token_spreads_over_its_own_patch(tokenizer):
+    made = make_tokenizer(tokenizer, (8, 12), 3)
+    rows, columns = patches(made)
+    for index in range(0, len(made.grid), 5):
+        patch = (rows[:, index, None] * columns[None, :, index]) > 0
+        assert made.known_tokens(~patch[None]).flatten()[index] == 0
+        hidden = patch & torch.zeros(8, 12, dtype=torch.bool)
+        assert made.known_tokens(~hidden[None]).all()
+        elsewhere = ~patch  # all of it hidden, the token is still known
+        assert made.known_tokens(~elsewhere[None]).flatten()[index]
+
+
+def test_a_smooth_map_is_smoother(trained):
+    images = planted(stripes(8))
+    sharp, smooth = (anomaly_map(trained, images, smooth=smooth) for smooth in (False, True))
+    assert smooth.diff(dim=2).abs().max() < sharp.diff(dim=2).abs().max() / 2
+
+
+def test_healing_removes_what_was_planted_and_leaves_clean_images_alone(trained):
+    clean = stripes(64, seed=6)
+    marked = planted(clean)
+    inside = torch.zeros(SIZE, SIZE, dtype=torch.bool)
+    inside[4:10, 4:10] = True
+    healed = heal(trained, marked)
+    assert healed.images.shape == (64, 1, SIZE, SIZE) and healed.images.abs().max() <= 1
+    assert healed.resampled.dtype == torch.bool and healed.resampled.shape == (64, *trained.prior.grid.shape)
+    assert float(healed.difference[:, inside].mean() / healed.difference[:, ~inside].mean()) > 3
+    tokens, touched = trained.encode(marked), healed.resampled.flatten(1).any(1)
+    assert torch.equal(tokens[~healed.resampled], healed.tokens[~healed.resampled]) and touched.double().mean() > 0.5
+    gain = (trained.prior.log_prob(healed.tokens) - trained.prior.log_prob(tokens))[touched]
+    assert gain.mean() > 5 and (gain > 0).double().mean() > 0.75
+    torch.testing.assert_close(healed.images, trained.decode(healed.tokens, output_type="pt"))
+    assert heal(trained, clean, draws=1).resampled.float().mean() < 0.04
+    shares = [float(heal(trained, clean, quantile=q, draws=1).resampled.float().mean()) for q in (0.9, 0.98, 0.995)]
+    assert shares == sorted(shares, reverse=True)
+
+
+def test_healing_keeps_the_other_tokens_and_is_a_function_of_the_seed(trained):
+    images = torch.cat([planted(stripes(5, seed=7)), constant()[:1]])
+    one, two = (heal(trained, images, draws=1, seed=3) for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(one, two, strict=True))
+    for k in range(6):
+        alone = heal(trained, images[k : k + 1], draws=1, seed=3 + k)
+        assert torch.equal(alone.tokens[0], one.tokens[k]) and torch.equal(alone.resampled[0], one.resampled[k])
+    untouched = ~one.resampled.flatten(1).any(1)
+    kept = trained.reconstruct(images, output_type="pt")
+    torch.testing.assert_close(one.images[untouched], kept[untouched])
+    with pytest.raises(ValueError, match="quantile should be one of 0.9, 0.95"):
+        heal(trained, images, quantile=0.97)
+
+
+def test_a_calibration_of_another_grid_is_noticed(trained):
+    pipe = make_pipeline(size=(SIZE + 4, SIZE + 4), labels=[])
+    pipe.calibration = trained.calibration
+    with pytest.raises(CalibrationError, match="a grid of 16 tokens, this one has 25"):
+        heal(pipe, stripes(1, side=SIZE + 4))

@@ -1,0 +1,256 @@
+"""`smalti calibrate` and `smalti detect`: what they write and print, and what they refuse.
+
+Covers: pipelines/commands/calibrate.py.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import re
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from command import fails
+from PIL import Image
+from small_pipelines import make_pipeline
+from stripes import SIZE, constant, older, stripes, uniform
+
+from pipelines import ImagePipeline
+from pipelines.__main__ import main
+from pipelines.anomaly.scores import METHODS
+from pipelines.images import DataConfig, load_images
+from tokenizer.files.writing import write_json, write_manifest
+
+
+def write(folder, images):
+    folder.mkdir(parents=True, exist_ok=True)
+    for number, image in enumerate(images[:, 0].numpy()):
+        Image.fromarray(image).save(folder / f"{number:03d}.png")
+
+
+@pytest.fixture(scope="module")
+def world(trained, tmp_path_factory):
+    """A pipeline that is not calibrated yet, and folders of images."""
+    root = tmp_path_factory.mktemp("world")
+    write(root / "normal/train/a", stripes(4))
+    write(root / "normal/test/a", stripes(80, seed=20))
+    write(root / "fresh", stripes(30, seed=21))
+    write(root / "noise", uniform(12))
+    write(root / "classes/stripes", stripes(20, seed=22))
+    write(root / "classes/flat", constant()[:10])
+    pipe = ImagePipeline(trained.tokenizer, trained.prior)
+    pipe.provenance = {"data": {"source": str(root / "normal"), "image_size": SIZE}}
+    pipe.save_pretrained(root / "bare")
+    shutil.copytree(root / "bare", root / "pipe")
+    main(["calibrate", f"pipeline={root}/pipe", "background=" + str(root / "bare")])
+    return root
+
+
+def words(text):
+    """With one space where a table has more."""
+    return re.sub(" +", " ", text)
+
+
+def rows_of(path):
+    with path.open(encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+def test_calibrating_writes_into_the_folder(world, capsys):
+    loaded = ImagePipeline.from_pretrained(world / "pipe")
+    assert loaded.calibration.count == 40 and loaded.background is not None
+    assert set(loaded.calibration.scores) == set(METHODS) - {"complexity"}
+    assert (world / "pipe" / "calibration.json").stat().st_size < 1 << 20
+    assert ImagePipeline.from_pretrained(world / "bare").calibration is None
+
+
+def test_detect_two_sources(world, tmp_path, capsys):
+    main(
+        [
+            "detect",
+            f"pipeline={world}/pipe",
+            f"images={world}/noise",
+            f"normal={world}/fresh",
+            f"out={tmp_path}/found",
+            "num_shown=3",
+        ]
+    )
+    printed = capsys.readouterr().out
+    rows = rows_of(tmp_path / "found" / "scores.csv")
+    assert len(rows) == 42 and rows[0]["file"].endswith("noise/000.png")
+    assert list(rows[0])[:5] == ["file", "anomalous", "score", "p_value", "flagged"]
+    assert {"token_bits", "codec_bits", "error", "surprise", "background_bits"} <= set(rows[0])
+    assert [row["anomalous"] for row in rows] == ["1"] * 12 + ["0"] * 30
+    assert all(row["flagged"] == "1" for row in rows[:12]) and sum(row["flagged"] == "1" for row in rows[12:]) < 8
+    figures = json.loads((tmp_path / "found" / "figures.json").read_text())
+    assert figures["auroc"][0] > 0.99 and figures["prevalence"] == pytest.approx(12 / 42)
+    assert "AUROC" in printed and "by chance 0.2857" in printed
+    assert Image.open(tmp_path / "found" / "sheet.png").size == (8 * (SIZE * 4 + 2) + 2, 3 * (SIZE * 4 + 2) + 2)
+
+
+def test_detect_classes_and_nothing_known(world, tmp_path, capsys):
+    main(
+        [
+            "detect",
+            f"pipeline={world}/pipe",
+            f"images={world}/classes",
+            "normal_labels=[stripes]",
+            f"out={tmp_path}/a",
+            "fdr=0.2",
+        ]
+    )
+    rows = rows_of(tmp_path / "a" / "scores.csv")
+    assert [(row["class"], row["anomalous"]) for row in rows] == [("flat", "1")] * 10 + [("stripes", "0")] * 20
+    capsys.readouterr()
+    main(["detect", f"pipeline={world}/pipe", f"out={tmp_path}/b", "method=nll"])  # the pipeline's own held-out images
+    printed = capsys.readouterr().out
+    names = [Path(row["file"]).name for row in rows_of(tmp_path / "b" / "scores.csv")]
+    assert names == [f"{number:03d}.png" for number in range(1, 80, 2)]  # the others were calibrated with
+    assert "left out 40 images that the pipeline was calibrated with\n" in words(printed)
+    assert "promised at most 0.05 of new normal images are above, on average over calibrations\n" in words(printed)
+    assert "AUROC" not in printed and not (tmp_path / "b" / "figures.json").exists()
+
+
+def test_no_image_is_scored_by_a_calibration_that_was_fitted_to_it(world, tmp_path, capsys):
+    """Neither as normal nor as one to look through, wherever it lies and whatever it is called."""
+    again = torch.cat([stripes(80, seed=20)[[0, 2, 4]], stripes(6, seed=24)])
+    write(tmp_path / "again", again)
+    main(
+        [
+            "detect",
+            f"pipeline={world}/pipe",
+            f"images={world}/noise",
+            f"normal={tmp_path}/again",
+            f"out={tmp_path}/found",
+        ]
+    )
+    assert "left out 3 images" in words(capsys.readouterr().out)
+    rows = rows_of(tmp_path / "found/scores.csv")
+    assert [row["anomalous"] for row in rows] == ["1"] * 12 + ["0"] * 6
+    assert [Path(row["file"]).name for row in rows[12:]] == [f"00{number}.png" for number in range(3, 9)]
+    write(tmp_path / "none", again[:3])
+    for given in (["images={}/none"], ["images={}/again", "normal={}/none"]):
+        line = fails(
+            capsys,
+            "detect",
+            f"pipeline={world}/pipe",
+            f"out={tmp_path}/not",
+            *(part.format(tmp_path) for part in given),
+        )
+        assert f"{tmp_path}/none: the pipeline was calibrated with all 3 images" in line
+    assert not (tmp_path / "not").exists()
+
+
+def test_an_older_calibration_is_told_of(world, tmp_path, capsys):
+    shutil.copytree(world / "pipe", tmp_path / "pipe")
+    data = older(ImagePipeline.from_pretrained(world / "pipe").calibration)
+    write_json(tmp_path / "pipe/calibration.json", data)
+    write_manifest(tmp_path / "pipe")
+    main(["detect", f"pipeline={tmp_path}/pipe", f"out={tmp_path}/found"])
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == (
+        "calibration  an older one, whose images cannot be told from new ones: run `smalti calibrate` again"
+    )
+    assert len(rows_of(tmp_path / "found/scores.csv")) == 80 and not any("left out" in line for line in lines)
+
+
+def test_what_was_trained_on_is_not_looked_through(trained, tmp_path, capsys):
+    """Where a source has no held-out split, training took most of the only one; of other sources all is new."""
+    write(tmp_path / "mine", stripes(900, seed=25))
+    pipe = ImagePipeline(trained.tokenizer, trained.prior)
+    pipe.provenance = {"data": {"source": str(tmp_path / "mine"), "image_size": SIZE}}
+    pipe.save_pretrained(tmp_path / "pipe")
+    config = DataConfig(source=str(tmp_path / "mine"), image_size=SIZE)
+    held_out = load_images(config).held_out.pixels(range(90))
+    main(["calibrate", f"pipeline={tmp_path}/pipe"])
+    main(["detect", f"pipeline={tmp_path}/pipe", f"out={tmp_path}/a"])
+    printed = capsys.readouterr().out
+    assert "calibrated with 45 of 90 images" in printed and "left out 45 images" in words(printed)
+    images = torch.stack(
+        [torch.from_numpy(np.asarray(Image.open(row["file"])).copy()) for row in rows_of(tmp_path / "a/scores.csv")]
+    )[:, None]
+    assert torch.equal(images, held_out[1::2])
+    main(["detect", f"pipeline={tmp_path}/pipe", f"images={tmp_path}/mine", f"out={tmp_path}/b"])
+    assert rows_of(tmp_path / "b/scores.csv") == rows_of(tmp_path / "a/scores.csv")
+    (tmp_path / "mine").rename(tmp_path / "moved")
+    main(["detect", f"pipeline={tmp_path}/pipe", f"images={tmp_path}/moved", f"out={tmp_path}/c"])
+    assert len(rows_of(tmp_path / "c/scores.csv")) == 855
+
+
+def test_a_confidence_is_kept_and_told(world, tmp_path, capsys):
+    shutil.copytree(world / "bare", tmp_path / "pipe")
+    line = fails(capsys, "calibrate", f"pipeline={tmp_path}/pipe", "confidence=0.9")
+    assert "a share of 0.05 false alarms with a confidence of 0.9 needs at least 90 images (got 40); every=2" in line
+    main(["calibrate", f"pipeline={tmp_path}/pipe", "confidence=0.9", "false_alarms=0.2"])
+    promise = "at most 0.2 of new normal images are above, in 0.9 of calibrations\n"
+    assert f"thresholds: {promise}" in capsys.readouterr().out
+    main(["detect", f"pipeline={tmp_path}/pipe", f"images={world}/fresh", f"out={tmp_path}/found"])
+    assert f"promised {promise}" in words(capsys.readouterr().out)
+    fitted = ImagePipeline.from_pretrained(tmp_path / "pipe").calibration
+    flagged = [row["flagged"] == "1" for row in rows_of(tmp_path / "found/scores.csv")]
+    scores = [float(row["score"]) for row in rows_of(tmp_path / "found/scores.csv")]
+    assert fitted.confidence == 0.9 and flagged == [score > fitted.thresholds["joint"] for score in scores]
+    assert fitted.thresholds["joint"] > np.sort(fitted.scores["joint"])[-2]  # of 20 scores, 3 could be above on average
+
+
+def test_methods_that_are_left_out_are_listed(world, tmp_path, capsys):
+    shutil.copytree(world / "bare", tmp_path / "pipe")
+    main(["calibrate", f"pipeline={tmp_path}/pipe"])
+    printed = capsys.readouterr().out
+    assert "left out: complexity, which needs a tokenizer with a likelihood of pixels (`model.likelihood`)\n" in printed
+    assert "left out: ratio, which needs a background prior" in printed and "left out: neighbours" not in printed
+    assert "method: complexity needs a tokenizer with a likelihood of pixels" in fails(
+        capsys, "detect", f"pipeline={tmp_path}/pipe", f"out={tmp_path}/found", "method=complexity"
+    )
+
+
+def test_detect_looks_where_the_other_verbs_do(world, tmp_path, capsys):
+    write(tmp_path / "new/train", stripes(4))
+    write(tmp_path / "new/val", stripes(3, seed=23))
+    argv = ["detect", f"pipeline={world}/pipe", f"images={tmp_path}/new", f"out={tmp_path}/found"]
+    main(argv)
+    assert {Path(row["file"]).parent.name for row in rows_of(tmp_path / "found/scores.csv")} == {"val"}
+    assert capsys.readouterr().err == (
+        f"data.held_out: {tmp_path}/new: there is no 'test', so 'val' is looked through\n"
+    )
+    main([*argv, "data.held_out=test"])
+    assert {Path(row["file"]).parent.name for row in rows_of(tmp_path / "found/scores.csv")} == {"train"}
+    assert "so all of 'train' is looked through; not used: val" in capsys.readouterr().err
+    assert "no split 'vla'; it has train, val; did you mean 'val'?" in fails(capsys, *argv, "data.held_out=vla")
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["detect", "pipeline={world}/bare"], "smalti calibrate pipeline="),
+        (["detect", "data.image_size=20"], "data.image_size, data.channels: the pipeline's images are (1, 16, 16)"),
+        (["detect", "data.channels=3"], "data.image_size, data.channels"),
+        (["detect", "images={world}/nowhere"], "data.source: there is no file or folder"),
+        (["detect", "images={world}/fresh", "normal_labels=[a]"], "these images have no classes"),
+        (
+            ["detect", "images={world}/classes", "normal_labels=[round]"],
+            "normal_labels: none of the images is a 'round'",
+        ),
+        (["detect", "images={world}/classes", "normal_labels=[flat, stripes]"], "nothing to tell apart"),
+        (["detect", "normal={world}/fresh", "normal_labels=[a]"], "give one of the two"),
+        (["detect", "method=guess"], "method: must be one of"),
+        (["detect", "out={world}/fresh/000.png"], "out: "),
+        (["calibrate", "pipeline=some/hub-id"], "is not a folder"),
+        (["calibrate", "data.image_size=20"], "data.image_size, data.channels"),
+        (["calibrate", "data.limit=12"], "data: calibrating for a share of 0.05 false alarms needs at least 40"),
+        (["calibrate", "false_alarms=0"], "false_alarms: must be > 0"),
+        (["calibrate", "background={world}/other"], "background/config.json: not a prior over the same tokens"),
+    ],
+)
+def test_what_is_wrong_is_said_in_a_line(world, capsys, argv, message):
+    if "other" in argv[-1] and not (world / "other").exists():
+        make_pipeline(size=(SIZE, SIZE), labels=[]).save_pretrained(world / "other")
+    own = [] if any(part.startswith("pipeline=") for part in argv) else [f"pipeline={world}/pipe"]
+    before = (world / "pipe" / "calibration.json").read_bytes()
+    line = fails(capsys, argv[0], *own, *(part.format(world=world) for part in argv[1:]))
+    assert message in line
+    assert (world / "pipe" / "calibration.json").read_bytes() == before

@@ -1,0 +1,48 @@
+"""What tests of several folders look at and do not change."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+
+@pytest.fixture(scope="module")
+def tokens(tmp_path_factory) -> Path:
+    """A token dataset of 72 rows of 7 x 7 ids in 3 classes."""
+    from launch import make_tokens  # late, as below: most tests do without
+
+    return make_tokens(tmp_path_factory.mktemp("tokens") / "tokens")
+
+
+@pytest.fixture(scope="session")
+def trained():
+    """A small pipeline trained on stripes, and calibrated."""
+    from stripes import trained_on_stripes
+
+    return trained_on_stripes()
+
+
+@pytest.fixture(scope="session")
+def fresh(trained):
+    """Statistics of normal images that neither training nor calibration has seen."""
+    from stripes import stripes
+
+    from pipelines.anomaly.image_statistics import statistics
+
+    return statistics(trained, stripes(1500, seed=11))
+
+
+@pytest.fixture(scope="session")
+def likely():
+    """An untrained pipeline with a likelihood of pixels, calibrated."""
+    from small_pipelines import make_pipeline
+    from stripes import SIZE, stripes
+
+    from pipelines.anomaly.calibrating import calibrate
+
+    torch.manual_seed(0)
+    pipe = make_pipeline(labels=[], size=(SIZE, SIZE), sizes={"likelihood": {"kind": "discretized_logistic"}})
+    calibrate(pipe, stripes(100, seed=2))
+    return pipe

@@ -1,0 +1,100 @@
+"""Formats: grey and colour, transparency, 16 bits, CMYK, orientation, animations, and the size asked for."""
+
+import numpy as np
+import pytest
+from image_files import encoded, noise
+from image_folders import config, write_image
+from PIL import Image
+
+from pipelines.images import load_images
+
+
+def one(path, **options):
+    """The pixels that `path` has as a training image."""
+    folder = path.parent
+    write_image(folder / "z.png", noise(12, 12))  # a second image, because one is held out
+    splits = load_images(config(folder, held_out_fraction=0.5, **options))
+    for part in (splits.train, splits.held_out):
+        if part._rows.read([int(part._positions[0])])[0][0] == str(path):
+            return part.pixels([0])[0].numpy()
+    raise AssertionError("the image is in neither part")
+
+
+@pytest.mark.parametrize("format", ["PNG", "BMP", "GIF", "WEBP", "JPEG"])
+def test_formats_in_grey_and_colour(tmp_path, format):
+    smooth = np.linspace(0, 255, 144).reshape(12, 12).astype(np.uint8)
+    options = {"lossless": True} if format == "WEBP" else {"quality": 100} if format == "JPEG" else {}
+    (tmp_path / f"a.{format.lower()}").write_bytes(encoded(Image.fromarray(smooth), format, **options))
+    path = tmp_path / f"a.{format.lower()}"
+    tolerance = 3 if format == "JPEG" else 0
+    for channels in (1, 3):
+        pixels = one(path, channels=channels)
+        assert pixels.shape == (channels, 12, 12)
+        assert np.abs(pixels.astype(int) - smooth).max() <= tolerance
+
+
+def test_colour_becomes_grey_and_stays_colour(tmp_path):
+    colour = noise(12, 12, 3)
+    write_image(tmp_path / "a.png", colour)
+    assert np.array_equal(one(tmp_path / "a.png", channels=3), colour.transpose(2, 0, 1))
+    grey = one(tmp_path / "a.png")[0].astype(float)
+    assert np.abs(grey - colour @ [0.299, 0.587, 0.114]).max() <= 1
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "LA", "P"])
+def test_transparency_is_composited_on_white(tmp_path, mode):
+    if mode == "P":
+        image = Image.new("P", (12, 12), 1)
+        image.putpalette([0, 0, 0, 10, 20, 30])
+        image.paste(0, (0, 0, 6, 12))
+        data = encoded(image, transparency=0)
+        solid = (10, 20, 30)
+    else:
+        colour = noise(1, 1, 3)[0, 0].tolist() if mode == "RGBA" else [40]
+        image = Image.new(mode, (12, 12), (*colour, 255))
+        image.paste((*colour, 0), (0, 0, 6, 12))
+        data, solid = encoded(image), tuple(colour if mode == "RGBA" else colour * 3)
+    write_image(tmp_path / "a.png", data)
+    pixels = one(tmp_path / "a.png", channels=3)
+    assert (pixels[:, :, :6] == 255).all()
+    assert tuple(pixels[:, 5, 9]) == solid
+
+
+def test_sixteen_bits_are_scaled_to_eight(tmp_path):
+    levels = np.arange(144, dtype=np.uint16).reshape(12, 12)
+    write_image(tmp_path / "a.png", encoded(Image.fromarray(levels * 257)))
+    assert np.array_equal(one(tmp_path / "a.png")[0], levels)
+
+
+def test_cmyk_becomes_rgb(tmp_path):
+    write_image(tmp_path / "a.jpg", encoded(Image.new("CMYK", (12, 12), (0, 255, 255, 0)), "JPEG"))
+    red, green, blue = one(tmp_path / "a.jpg", channels=3)[:, 6, 6]
+    assert red > 240 and green < 15 and blue < 15
+
+
+def test_exif_orientation_is_applied(tmp_path):
+    upright = np.zeros((12, 24), dtype=np.uint8)
+    upright[:, :12] = 255
+    exif = Image.Exif()
+    exif[0x0112] = 6  # stored lying down: turn clockwise to see it
+    write_image(tmp_path / "a.jpg", encoded(Image.fromarray(np.rot90(upright)), "JPEG", exif=exif, quality=100))
+    seen = one(tmp_path / "a.jpg", image_size=[12, 24])[0]
+    assert np.abs(seen.astype(int) - upright).max() < 5
+
+
+def test_first_frame_of_an_animation(tmp_path):
+    frames = [Image.new("L", (12, 12), level) for level in (50, 150, 250)]
+    for name, format in (("a.gif", "GIF"), ("b.webp", "WEBP")):
+        data = encoded(frames[0], format, save_all=True, append_images=frames[1:])
+        write_image(tmp_path / name[0] / name, data)
+        assert np.abs(one(tmp_path / name[0] / name).astype(int) - 50).max() <= 2
+
+
+def test_resize_covers_the_shape_and_crops_the_centre(tmp_path):
+    wide = np.zeros((20, 60), dtype=np.uint8)
+    wide[:, 20:40] = 255
+    write_image(tmp_path / "a.png", wide)
+    square = one(tmp_path / "a.png")[0]
+    assert square.shape == (12, 12) and (square[:, 1:-1] > 235).all()
+    write_image(tmp_path / "a.png", np.indices((64, 64)).sum(0).astype(np.uint8) % 2 * 255)
+    assert np.abs(one(tmp_path / "a.png", image_size=8)[0].astype(int) - 127).max() < 20  # antialiased

@@ -1,0 +1,51 @@
+"""Folders of images: in which order they are read, which are classes, and what is refused."""
+
+import numpy as np
+import pytest
+from image_files import noise
+from image_folders import config, write_folder, write_image
+
+from pipelines.config import UserError
+from pipelines.images import load_images
+
+
+def test_folder_with_splits_and_classes_is_read_in_path_order(tmp_path):
+    for split, classes in (("train", ("b", "a", "B")), ("test", ("a", "c"))):
+        write_folder(tmp_path / split, count=3, classes=classes)
+    write_image(tmp_path / "train/a/.hidden.png", b"")
+    write_image(tmp_path / "train/a/notes.txt", b"")
+    splits = load_images(config(tmp_path))
+    assert splits.train.class_names == ["B", "a", "b", "c"]
+    assert splits.train.labels.tolist() == [0] * 3 + [1] * 3 + [2] * 3
+    assert splits.held_out.labels.tolist() == [1] * 3 + [3] * 3
+    assert np.array_equal(splits.train.pixels([3])[0, 0], noise(12, 12, seed=1000))  # a/000.png
+
+
+def test_folder_names_that_datasets_would_take_for_splits(tmp_path):
+    for k in range(9):
+        write_image(tmp_path / f"[1] {k}.png", noise(12, 12, seed=k))
+    write_image(tmp_path / "test.png", noise(12, 12, seed=9))
+    splits = load_images(config(tmp_path))
+    assert (len(splits.train), len(splits.held_out)) == (9, 1)
+    assert splits.train.labels is None and splits.train.class_names == []
+
+
+def test_folder_without_images(tmp_path):
+    write_image(tmp_path / "notes.txt", b"hello")
+    with pytest.raises(UserError, match=f"{tmp_path}: no images"):
+        load_images(config(tmp_path))
+
+
+def test_image_outside_of_the_class_folders_has_no_label(tmp_path):
+    write_folder(tmp_path)
+    stray = write_image(tmp_path / "stray.png", noise(12, 12))
+    with pytest.raises(UserError, match=f"{stray}: the label is None"):
+        load_images(config(tmp_path))
+    assert load_images(config(tmp_path, label_column=None)).train.labels is None
+
+
+def test_linked_folder_is_refused(tmp_path):
+    write_folder(tmp_path / "data")
+    (tmp_path / "data/loop").symlink_to(tmp_path)
+    with pytest.raises(UserError, match="loop: links"):
+        load_images(config(tmp_path / "data"))

@@ -1,0 +1,104 @@
+"""Data sets on the Hub: read in parts at one commit, or the reason why not at once."""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+import time
+from pathlib import Path
+from urllib.parse import parse_qs
+
+import pytest
+from fake_hub import Handler, commit, serve
+from image_files import load, rows_of, write_shards
+from launch import output_of, start
+
+from pipelines.config import UserError
+
+
+@pytest.mark.parametrize("streaming", [True, False])
+@pytest.mark.parametrize("offline", [True, False])
+def test_an_unknown_id_fails_at_once_where_there_is_no_hub(monkeypatch, offline, streaming):
+    """For `datasets` it takes 23 seconds of retries. Nobody listens on port 9 of this machine."""
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", offline)
+    monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", offline)
+    monkeypatch.setattr("tokenizer.files.hub.getproxies", lambda: {})
+    began = time.monotonic()
+    with pytest.raises(UserError) as caught:
+        load("nobody/nothing", streaming=streaming)
+    assert time.monotonic() - began < 3
+    why = "HF_HUB_OFFLINE forbids asking the Hub" if offline else "http://127.0.0.1:9 cannot be reached"
+    assert str(caught.value).startswith("data.source=nobody/nothing: ") and str(caught.value).endswith(why)
+
+
+class DatasetHandler(Handler):
+    """Data sets instead of models, and parts of files."""
+
+    def do_GET(self) -> None:
+        self.path = self.path.replace("/api/datasets/", "/api/models/").replace("/datasets/", "/")
+        if re.search(r"/tree/[^/?]+/", self.path):
+            return self.answer(404, {"X-Error-Code": "EntryNotFound"})  # there are no folders
+        super().do_GET()
+
+    do_HEAD = do_GET  # type: ignore[assignment]
+
+    def do_POST(self) -> None:
+        """What is known of some paths."""
+        asked = parse_qs(self.rfile.read(int(self.headers["Content-Length"])).decode())["paths"]
+        folder = self.server.root / "me" / "shards" / "main"
+        found = [
+            {"type": "file", "path": p, "oid": "0", "size": (folder / p).stat().st_size}
+            for p in asked
+            if (folder / p).is_file()
+        ]
+        self.answer(200, {"Content-Type": "application/json"}, json.dumps(found).encode())
+
+    def send_file(self, folder: Path, name: str) -> None:
+        asked = re.match(r"bytes=(\d+)-(\d+)", self.headers.get("Range", ""))
+        if not asked or not (folder / name).is_file():
+            return super().send_file(folder, name)
+        part = (folder / name).read_bytes()[int(asked[1]) : int(asked[2]) + 1]
+        self.server.requests.append((f"{name} {len(part)}", None))
+        self.answer(206, {"X-Repo-Commit": commit(folder), "ETag": '"1"'}, part)
+
+
+HUB_CLIENT = """
+import sys
+from pipelines.images import DataConfig, load_images
+for source in ("me/shards", "hf://datasets/me/shards/train*"):
+    images = load_images(DataConfig(source=source, image_size=12, streaming=True))
+    print(len(images.train), len(images.held_out), images.train.labels.tolist()[:3],
+          images.train.pixels(range(18)).long().sum().item())
+    print(images.train._rows.read([0])[0][0], file=sys.stderr)
+"""
+
+
+@pytest.mark.parametrize("kind", ["parquet", pytest.param("tar", marks=pytest.mark.slow)])
+def test_a_data_set_on_the_hub_is_read_in_parts(tmp_path, kind):
+    """huggingface_hub reads its endpoint when it is imported, so this has a process of its own."""
+    folder = write_shards(tmp_path / "hub" / "me" / "shards" / "main", kind, rows_of(20), 2)
+    expected = load(folder / "train*").train
+    write_shards(folder, kind, rows_of(4), 1, split="test")
+    with serve(tmp_path / "hub") as hub:
+        hub.RequestHandlerClass = DatasetHandler
+        done = output_of(
+            start(
+                [sys.executable, "-c", HUB_CLIENT],
+                HF_ENDPOINT=hub.url,
+                HF_HUB_OFFLINE="0",
+                HF_HUB_DISABLE_XET="1",
+                HF_HOME=str(tmp_path / "home"),
+                NO_PROXY="127.0.0.1",
+                HF_HUB_DISABLE_TELEMETRY="1",
+            )
+        )
+        ranges = [path for path, _ in hub.requests if path.startswith("train")]
+    every, carved = (line for line in done.splitlines() if re.match(r"\d+ \d+ \[", line))
+    assert every.startswith("20 4 [0, 1, 2]"), done
+    assert carved == f"18 2 [0, 1, 2] {expected.pixels(range(18)).long().sum()}"
+    # By its id or by a URL, it is read at one commit, and not what is pushed later.
+    places = re.findall(r"hf://datasets/me/shards@(\w+)/train-00000-of-00002", done)
+    assert places == [commit(folder)] * 2
+    assert ranges and not list((tmp_path / "home").rglob(f"*.{kind}"))  # read, and not downloaded

@@ -1,0 +1,116 @@
+"""Digits, tables and names: what a source holds, and what is said where it cannot be opened."""
+
+import numpy as np
+import pytest
+import torch
+from image_files import noise
+from image_folders import BAD, PNGS, bytes_of_each, config, write_table
+from optional import needs_digits
+
+from pipelines.config import UserError
+from pipelines.images import DataConfig, load_images
+
+# Digits
+
+
+@needs_digits
+def test_digits_are_divided_balanced_and_disjoint():
+    splits = load_images(DataConfig(validation_fraction=0))
+    assert (len(splits.train), len(splits.held_out), splits.validation) == (4000, 1000, None)
+    assert splits.train.labels.bincount().tolist() == [400] * 10
+    assert splits.held_out.labels.bincount().tolist() == [100] * 10
+    train, held_out = (set(bytes_of_each(part)) for part in (splits.train, splits.held_out))
+    assert not train & held_out
+    assert splits.train.class_names == list("0123456789") and splits.train.image_shape == (1, 28, 28)
+    assert not torch.equal(splits.train.labels[:10], splits.train.labels[10:20])  # shuffled within each ten
+    small = load_images(DataConfig(limit=50, image_size=[14, 20], channels=3, validation_fraction=0))
+    assert small.train.labels.bincount().tolist() == [5] * 10 and len(small.held_out) == 50
+    assert small.train.pixels([0]).shape == (1, 3, 14, 20)
+    assert torch.equal(small.train.labels, splits.train.labels[:50])
+
+
+def test_digits_without_their_package_says_what_to_install(monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(UserError, match=r'pip install "smalti\[digits\]"'):
+        load_images(DataConfig())
+
+
+# What cannot be opened
+
+
+@pytest.mark.parametrize("source", ["/no/such/folder", "./missing", "a/b/c", "~/nothing here"])
+def test_missing_path_is_said_to_be_missing(source):
+    with pytest.raises(UserError, match="there is no file or folder"):
+        load_images(config(source))
+
+
+@pytest.mark.parametrize("source", ["owner/name", "cifar"])
+def test_unreachable_hub_id_names_both_readings(source, monkeypatch):
+    def unreachable(*args, **kwargs):
+        raise OSError("Couldn't reach it\nwith details")
+
+    monkeypatch.setattr("datasets.load_dataset", unreachable)
+    with pytest.raises(UserError, match=f"no such folder here .*{source}.* Hub id '{source}'.*Couldn't reach it$"):
+        load_images(config(source))
+
+
+# Parquet
+
+
+def test_parquet_folder_and_file(tmp_path):
+    import datasets
+
+    names = datasets.ClassLabel(names=["cat", "dog", "eel"])
+    write_table(tmp_path / "train-00000-of-00001.parquet", PNGS, [0, 1] * 5, feature=names)
+    write_table(tmp_path / "test-00000-of-00001.parquet", PNGS[:4], [2, 1, 0, 0], feature=names)
+    splits = load_images(config(tmp_path))
+    assert splits.train.class_names == ["cat", "dog", "eel"]
+    assert splits.train.labels.tolist() == [0, 1] * 5 and splits.held_out.labels.tolist() == [2, 1, 0, 0]
+    assert np.array_equal(splits.train.pixels([7])[0, 0], noise(12, 12, seed=7))
+    alone = load_images(config(tmp_path / "train-00000-of-00001.parquet"))
+    assert (len(alone.train), len(alone.held_out)) == (9, 1)
+
+
+def test_plain_labels_are_numbered_in_order(tmp_path):
+    train = load_images(config(write_table(tmp_path / "a.parquet", PNGS, [30, 7, 100, 7, 7, 30, 7, 7, 7, 7]))).train
+    assert train.class_names == ["7", "30", "100"] and train.labels[:3].tolist() == [1, 0, 2]
+
+
+@pytest.mark.parametrize("label", [-1, None])
+def test_bad_labels_are_named_by_row(tmp_path, label):
+    path = write_table(tmp_path / "a.parquet", PNGS, [0, 1, 2, label, 1, 0, 0, 0, 0, 0])
+    with pytest.raises(UserError, match=f"row 3 of train: the label is {label}, allowed is .*an integer from 0"):
+        load_images(config(path))
+
+
+def test_unlabelled_rows_of_a_class_column(tmp_path):
+    import datasets
+
+    names = datasets.ClassLabel(names=["cat", "dog"])
+    path = write_table(tmp_path / "a.parquet", PNGS, [0, 1, 1, 1, 1, -1, 0, 0, 0, 0], feature=names)
+    with pytest.raises(UserError, match="row 5 of train: the label is -1, allowed is 0 to 1"):
+        load_images(config(path))
+
+
+def test_columns_are_named_when_one_is_missing(tmp_path):
+    path = write_table(tmp_path / "a.parquet", PNGS, list(range(10)), columns=("img", "fine"))
+    with pytest.raises(UserError, match=r"no column 'image'; there are \['img', 'fine'\]"):
+        load_images(config(path))
+    with pytest.raises(UserError, match=r"no column 'class'; there are \['img', 'fine'\]"):
+        load_images(config(path, image_column="img", label_column="class"))
+    with pytest.raises(UserError, match="does not hold images"):
+        load_images(config(path, image_column="fine"))
+    with pytest.raises(UserError, match="no split 'validation'; it has train"):
+        load_images(config(path, image_column="img", split="validation"))
+    assert load_images(config(path, image_column="img", label_column="fine")).train.labels is not None
+
+
+def test_bad_rows_are_named_by_row(tmp_path):
+    path = write_table(
+        tmp_path / "a.parquet", [*PNGS[:4], BAD["truncated"][0], BAD["text"][0], *PNGS[4:], None], list(range(13))
+    )
+    splits = load_images(config(path, on_error="skip", max_bad_fraction=1))
+    problems = sorted(splits.train.report.problems + splits.held_out.report.problems)
+    assert [problem.path for problem in problems] == ["row 12 of train", "row 4 of train", "row 5 of train"]
+    kept = torch.cat([splits.train.labels, splits.held_out.labels]).tolist()
+    assert sorted(kept) == [0, 1, 2, 3, 6, 7, 8, 9, 10, 11]

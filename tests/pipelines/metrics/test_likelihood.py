@@ -1,0 +1,59 @@
+"""An evaluation takes as many rows and images at a time as fit, and its figures do not depend on that.
+
+Covers: pipelines/metrics/reconstruction.py.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from plans import prior_in_training
+from small import make_tokenizer
+
+from pipelines.metrics.likelihood import bits_per_token, rows_at_a_time
+from pipelines.metrics.reconstruction import evaluate_reconstruction, images_at_a_time, reconstruction_picture
+from pipelines.tokens import load_tokens
+from tokenizer import TokenGrid
+
+
+class Images(list):
+    """Images `(n, C, H, W)` as a data set."""
+
+    image_shape = (3, 16, 8)
+
+    def batch(self, rows) -> torch.Tensor:
+        return torch.stack([self[int(row)] for row in rows])
+
+
+def test_an_evaluation_takes_as_many_at_a_time_as_fit(monkeypatch, tokens):
+    """256 of what is small, as ever; and figures and pictures do not depend on it but for rounding."""
+    assert [rows_at_a_time(TokenGrid(s, v)) for s, v in (((7, 7), 64), ((32, 32), 1024), ((16, 16), 16384))] == [
+        256,
+        256,
+        64,
+    ]
+    assert rows_at_a_time(TokenGrid((64, 64), 1 << 18)) == 1
+    assert [images_at_a_time((3, s, s)) for s in (28, 64, 96, 256, 2048)] == [256, 256, 113, 16, 1]
+    split, model = load_tokens(str(tokens)).splits["test"], prior_in_training("gpt", grid=TokenGrid((7, 7), 16)).eval()
+    tokenizer = make_tokenizer("vqgan", (16, 8)).eval()
+    held_out: Any = Images(torch.rand(11, 3, 16, 8) * 2 - 1)
+    found, sizes = [], []
+    for owner, name in ((model, "log_prob"), (tokenizer, "encode")):
+        real = getattr(owner, name)
+        monkeypatch.setattr(
+            owner, name, lambda rows, *rest, real=real, **more: (sizes.append(len(rows)), real(rows, *rest, **more))[1]
+        )
+    for logits, pixels in ((1 << 28, 1 << 20), (5 * 49 * 16, 3 * 128)):
+        monkeypatch.setattr("pipelines.metrics.likelihood.LOGITS", logits)
+        monkeypatch.setattr("pipelines.metrics.reconstruction.EVALUATED_PIXELS", pixels)
+        found.append(
+            {
+                "bits": bits_per_token(model, split),
+                **evaluate_reconstruction(tokenizer, held_out),
+                "picture": float(reconstruction_picture(tokenizer, held_out).mean()),
+            }
+        )
+    assert sizes == [24, 11, 11, 5, 5, 5, 5, 4, *(3, 3, 3, 2) * 2]
+    assert found[0] == pytest.approx(found[1], rel=1e-5) and found[0]["psnr"] > 0

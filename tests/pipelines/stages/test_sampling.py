@@ -1,0 +1,275 @@
+"""Sampling from a pipeline: seeds, labels, generators, and settings, of which some belong to one prior."""
+
+from __future__ import annotations
+
+import json
+import re
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from small import PRIORS, make_prior
+from small_pipelines import every_pair, make_pipeline, pixels_for
+
+from pipelines import ImagePipeline
+from pipelines.stages.sampling import settings_in
+from tokenizer.files.errors import ConfigError
+
+
+def rounded(images):
+    return ((images + 1) * 127.5).round().to(torch.uint8)
+
+
+# Sampling
+
+
+@every_pair
+def test_every_output_type_shows_the_same_images(tokenizer, prior):
+    pipe = make_pipeline(tokenizer, prior, channels=3)
+    channels, height, width = pipe.tokenizer.image_shape
+    outputs = {kind: pipe(2, 1, seed=0, output_type=kind, progress=False) for kind in ("pil", "np", "pt")}
+    assert all(torch.equal(out.tokens, outputs["pt"].tokens) for out in outputs.values())
+    assert outputs["pt"].tokens.shape == (2, *pipe.prior.grid.shape) and outputs["pt"].tokens.dtype == torch.int64
+    images = outputs["pt"].images
+    assert images.shape == (2, channels, height, width) and images.abs().max() <= 1
+    assert torch.equal(images, pipe.decode(outputs["pt"].tokens, output_type="pt"))
+    assert outputs["np"].images.dtype == np.uint8
+    assert np.array_equal(outputs["np"].images, rounded(images).movedim(1, -1).numpy())
+    assert all(isinstance(image, Image.Image) and image.mode == "RGB" for image in outputs["pil"].images)
+    assert np.array_equal(np.stack([np.asarray(image) for image in outputs["pil"].images]), outputs["np"].images)
+
+
+def test_grey_images_are_grey():
+    pipe = make_pipeline()
+    assert [image.mode for image in pipe(2, seed=0).images] == ["L", "L"]
+    assert pipe(2, seed=0, output_type="np").images.shape == (2, 8, 12, 1)
+
+
+@every_pair
+def test_image_k_is_the_one_of_its_own_seed(tokenizer, prior):
+    pipe = make_pipeline(tokenizer, prior)
+    labels = [0, "dog", 2, None, 1]
+    together = pipe(5, labels, seed=7, output_type="pt")
+    assert len({tuple(row.flatten().tolist()) for row in together.tokens}) > 1
+    for batch_size in (1, 2, 3):
+        parts = pipe(5, labels, seed=7, batch_size=batch_size, output_type="pt", progress=False)
+        assert torch.equal(parts.tokens, together.tokens)
+        torch.testing.assert_close(parts.images, together.images)
+    for k in (0, 3):
+        assert torch.equal(pipe(1, [labels[k]], seed=7 + k).tokens[0], together.tokens[k])
+
+
+@every_pair
+def test_labels_are_ids_or_names_one_or_many(tokenizer, prior):
+    pipe = make_pipeline(tokenizer, prior)
+    wanted = pipe(3, [1, 1, 1], seed=0).tokens
+    for labels in (1, "dog", ["dog", 1, "dog"], torch.tensor([1, 1, 1]), np.array([1, 1, 1]), ("dog",) * 3):
+        assert torch.equal(pipe(3, labels, seed=0).tokens, wanted)
+    without = pipe(3, seed=0).tokens
+    assert torch.equal(pipe(3, [None] * 3, seed=0).tokens, without)
+    assert not torch.equal(pipe(24, seed=0).tokens, pipe(24, 1, seed=0).tokens)
+    assert not torch.equal(pipe(24, "cat", seed=0).tokens, pipe(24, 1, seed=0).tokens)
+
+
+def test_labels_say_how_many_images():
+    pipe = make_pipeline()
+    assert len(pipe(labels=["cat", "dog"], seed=0).images) == 2
+    assert len(pipe(labels=torch.tensor([0, 1, 2]), seed=0).images) == 3
+    assert len(pipe(labels="cat", seed=0).images) == len(pipe(seed=0).images) == 1
+
+
+def test_unconditional_pipeline_has_no_classes():
+    pipe = make_pipeline(labels=[])
+    assert len(pipe(2, seed=0).images) == 2
+    with pytest.raises(ValueError, match="unconditional"):
+        pipe(2, 0)
+
+
+@every_pair
+def test_generators_are_one_or_one_per_image(tokenizer, prior):
+    pipe = make_pipeline(tokenizer, prior)
+    wanted = pipe(3, seed=5).tokens
+    listed = pipe(3, generator=[torch.Generator().manual_seed(5 + k) for k in range(3)], batch_size=2).tokens
+    assert torch.equal(listed, wanted)
+    one = [pipe(3, generator=torch.Generator().manual_seed(5), batch_size=size).tokens for size in (1, 3)]
+    assert torch.equal(*one)
+    torch.manual_seed(1)
+    first, second = pipe(2).tokens, pipe(2).tokens
+    torch.manual_seed(1)
+    assert torch.equal(pipe(2).tokens, first) and not torch.equal(first, second)
+
+
+def test_given_tokens_are_kept_across_batches():
+    pipe = make_pipeline()
+    tokens = pipe(5, seed=0).tokens
+    known = torch.rand(tokens.shape) < 0.5
+    made = pipe(5, seed=9, tokens=tokens, known=known, batch_size=2, progress=False).tokens
+    assert torch.equal(made[known], tokens[known]) and not torch.equal(made, tokens)
+    same = pipe(5, seed=9, tokens=tokens[0], known=known[0], batch_size=2, progress=False).tokens
+    assert torch.equal(same[:, known[0]], tokens[:1, known[0]].expand(5, -1))
+
+
+@pytest.mark.parametrize("cache", [True, False])
+def test_sampling_works_in_inference_mode(cache):
+    pipe = make_pipeline()
+    images = torch.rand(2, 1, 8, 12)
+    known = torch.arange(12).expand(8, 12) < 6
+
+    def everything():
+        return [
+            pipe(2, seed=0, cache=cache, output_type="pt").images,
+            pipe.encode(images),
+            pipe.reconstruct(images, output_type="pt"),
+            pipe.log_prob(images, "cat"),
+            pipe.complete(images, known, seed=0, cache=cache, output_type="pt").images,
+        ]
+
+    outside = everything()
+    with torch.inference_mode():
+        inside = everything()
+    assert all(torch.equal(a, b) for a, b in zip(outside, inside, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"num_images": 0}, "num_images"),
+        ({"labels": []}, "num_images"),
+        ({"num_images": 2, "labels": [1]}, "1 labels for 2"),
+        ({"labels": 3}, "ids 0 to 2 or names cat, dog, eel"),
+        ({"labels": -1}, "no class"),
+        ({"labels": True}, "no class"),
+        ({"labels": "cow"}, "'cow'"),
+        ({"seed": 1, "generator": torch.Generator()}, "not both"),
+        ({"num_images": 3, "generator": [torch.Generator()]}, "1 generators for 3"),
+        ({"batch_size": 0}, "batch_size"),
+        ({"output_type": "latent"}, "output_type"),
+        ({"temperature": -1.0}, "temperature"),
+        ({"top_k": 0}, "top_k"),
+        ({"top_p": 1.5}, "top_p"),
+        ({"guidance_scale": 2.0}, "labels"),
+        ({"tokens": torch.zeros(2, 3, dtype=torch.long)}, "go together"),
+        ({"tokens": torch.zeros(9, 2, 3).long(), "known": torch.ones(2, 3).bool()}, "tokens should have shape"),
+        ({"tokens": torch.zeros(2, 3).long(), "known": torch.ones(3, 3).bool()}, "known should have shape"),
+        ({"tokens": torch.full((2, 3), 99), "known": torch.ones(2, 3).bool()}, "ids should lie"),
+    ],
+)
+def test_bad_arguments_are_named(arguments, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        make_pipeline()(**arguments)
+
+
+def test_settings_of_the_sampler_are_defaults_that_travel(tmp_path):
+    pipe = make_pipeline(sampler={"temperature": 0.0})
+    greedy = pipe(2, seed=0).tokens
+    assert torch.equal(pipe(2, seed=1).tokens, greedy)
+    pipe.save_pretrained(tmp_path / "pipe")
+    loaded = ImagePipeline.from_pretrained(tmp_path / "pipe")
+    assert loaded.sampler == pipe.sampler and torch.equal(loaded(2, seed=3).tokens, greedy)
+    warm = loaded(2, seed=0, temperature=1.0).tokens
+    assert torch.equal(warm, make_like(pipe, {})(2, seed=0).tokens) and not torch.equal(warm, greedy)
+    picky = make_like(pipe, {"top_k": 1, "guidance_scale": 2.0})
+    assert torch.equal(picky(2, 1, seed=0).tokens, pipe(2, 1, seed=0, guidance_scale=2.0).tokens)
+    assert json.loads((tmp_path / "pipe" / "model_index.json").read_text())["sampler"]["temperature"] == 0.0
+
+
+def make_like(pipe, sampler):
+    return ImagePipeline(pipe.tokenizer, pipe.prior, labels=pipe.labels, sampler=sampler)
+
+
+# What only some priors take
+
+
+def test_orders_reach_the_prior():
+    pipe = make_pipeline(any_order=True)
+    orders = torch.rand(5, 6).argsort(1)
+    own, column, mixed = (pipe(5, seed=0, **given).tokens for given in ({}, {"order": "column"}, {"num_orders": 3}))
+    each = pipe(5, seed=0, order=orders, batch_size=2)
+    assert not torch.equal(own, column) and not torch.equal(own, mixed)
+    for k in range(5):
+        assert torch.equal(pipe(1, seed=k, order=orders[k]).tokens[0], each.tokens[k])
+    pixels = pixels_for(pipe)
+    log_probs = pipe.log_prob(pixels, order=orders, batch_size=2)
+    for k in range(5):
+        assert pipe.log_prob(pixels[k : k + 1], order=orders[k])[0] == pytest.approx(float(log_probs[k]), abs=1e-4)
+    assert not torch.allclose(pipe.log_prob(pixels, num_orders=3), pipe.log_prob(pixels), atol=1e-3)
+    assert torch.equal(pipe(5, seed=0, order=orders.numpy(), batch_size=2).tokens, each.tokens)
+    with pytest.raises(ValueError, match="one order"):
+        make_pipeline()(2, order="column")
+
+
+def test_completion_hears_of_all_that_is_known_where_the_prior_takes_any_order():
+    """The lower half is known: an any-order prior looks at it, one in raster order cannot."""
+    known = torch.zeros(8, 12, dtype=torch.bool)
+    known[4:] = True
+    for any_order in (False, True):
+        pipe = make_pipeline(any_order=any_order)
+        pixels = torch.randint(0, 256, (2, 1, 8, 12), dtype=torch.uint8)
+        drawn = [pipe.complete(one.expand(12, -1, -1, -1), known, seed=0) for one in pixels]
+        assert torch.equal(drawn[0].tokens[:, :1], drawn[1].tokens[:, :1]) != any_order
+        assert not torch.equal(drawn[0].tokens[:, 1:], drawn[1].tokens[:, 1:])
+
+
+@pytest.mark.parametrize("prior", PRIORS)
+def test_parallel_images_are_the_same(prior):
+    pipe = make_pipeline(prior=prior)
+    assert torch.equal(pipe(5, 1, seed=0, parallel=True).tokens, pipe(5, 1, seed=0).tokens)
+    guess = make_prior("marginal", pipe.prior.grid.shape, pipe.prior.grid.vocab_size)
+    assert torch.equal(pipe(5, 1, seed=0, parallel=True, guess=guess).tokens, pipe(5, 1, seed=0).tokens)
+
+
+def test_steps_of_a_masked_token_prior(tmp_path, monkeypatch):
+    """An argument, a default that travels, and not what orders and parallel passes go with."""
+    pipe = make_pipeline(prior="masked")
+    drawn = {steps: pipe(9, seed=0, steps=steps).tokens for steps in (1, 6)}
+    assert not torch.equal(drawn[1], drawn[6])
+    assert not torch.equal(pipe(9, seed=0, steps=6, confidence_temperature=50.0).tokens, drawn[6])
+    pipe = make_like(pipe, {"steps": 1})
+    pipe.save_pretrained(tmp_path / "pipe")
+    assert json.loads((tmp_path / "pipe" / "model_index.json").read_text())["sampler"]["steps"] == 1
+    loaded = ImagePipeline.from_pretrained(tmp_path / "pipe")
+    assert torch.equal(loaded(9, seed=0).tokens, drawn[1]) and torch.equal(loaded(9, seed=0, steps=6).tokens, drawn[6])
+    exact = make_like(pipe, {})(9, seed=0).tokens
+    for given in ({"order": "raster"}, {"cache": False}, {"parallel": True}):
+        assert torch.equal(loaded(9, seed=0, **given).tokens, exact)
+    with pytest.raises(ConfigError, match="sampler: 'steps' is no argument of sampling from a 'gpt' prior"):
+        make_pipeline(sampler={"steps": 2})
+    with pytest.raises(ValueError, match="steps must be"):
+        make_like(pipe, {"steps": 0})
+    with pytest.raises(ConfigError, match=r"sampler: steps must be a whole number from 1 to 6 \(got 7\)"):
+        make_like(pipe, {"steps": 7})
+    with pytest.raises(ValueError, match="from 1 to 6"):
+        pipe(2, steps=7)
+    with pytest.raises(TypeError, match="'steps' is no argument of sampling from a 'gpt' prior"):
+        make_pipeline()(2, steps=3)
+    with pytest.raises(TypeError, match="'warmth' is no argument"):
+        make_pipeline()(2, warmth=3)
+
+
+SHARED = {"temperature": 1.0, "top_k": None, "top_p": None, "guidance_scale": 1.0}
+
+
+@pytest.mark.parametrize(
+    ("prior", "own", "saved"),
+    [
+        ("gpt", {}, {}),
+        ("masked", {}, {}),
+        ("masked", {"schedule": "cosine", "confidence_temperature": 4.5, "steps": None}, {}),
+        ("masked", {"steps": 6, "confidence_temperature": 50.0}, {"steps": 6, "confidence_temperature": 50.0}),
+    ],
+)
+def test_what_a_prior_declares_is_a_default_that_travels(tmp_path, prior, own, saved):
+    """Settings that every prior has are always in the index, a prior's own only where they are not the default."""
+    pipe = make_like(make_pipeline(prior=prior), own)
+    pipe.save_pretrained(tmp_path / "pipe")
+    index = json.loads((tmp_path / "pipe" / "model_index.json").read_text())
+    assert list(index["sampler"].items()) == list({**SHARED, **saved}.items())
+    loaded = ImagePipeline.from_pretrained(tmp_path / "pipe")
+    assert loaded.sampler == pipe.sampler
+    assert torch.equal(loaded(9, seed=0).tokens, make_like(pipe, {})(9, seed=0, **own).tokens)
+
+
+def test_a_setting_of_no_prior_is_found_in_no_keys():
+    keys = {"temperature": 0.5, "top_k": None, "steps": 3, "num_images": 4, "device": "cpu"}
+    assert settings_in(keys) == {"temperature": 0.5, "steps": 3}

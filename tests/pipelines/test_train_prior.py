@@ -1,0 +1,81 @@
+"""The task of stage two: the tokens and labels of a batch are a function of seed, epoch and row."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from launch import make_tokens, prior_arguments, train_prior
+
+from pipelines import ImagePipeline
+from pipelines.config.command import parse
+from pipelines.metrics.likelihood import bits_per_token
+from pipelines.train_prior import PriorTask, TrainPriorConfig
+
+pytestmark = pytest.mark.usefixtures("one_process")
+
+
+def task_of(tokens, run, **more):
+    argv = prior_arguments(run, tokens, **more)
+    return PriorTask(parse(TrainPriorConfig, argv, verb="train_prior", description=None))
+
+
+def test_perturbed_tokens_are_a_function_of_seed_epoch_and_row(tmp_path):
+    tokens = make_tokens(tmp_path / "tokens", rows=2000)
+    rows, zeros = np.arange(2000), np.zeros(2000, np.int64)
+    clean, labels = task_of(tokens, tmp_path / "a").batch(rows, zeros, 0)
+    task = task_of(tokens, tmp_path / "b", perturb=0.3)
+    whole, same_labels = task.batch(rows, zeros, 0)
+    assert torch.equal(labels, same_labels) and whole.dtype == torch.int64
+    vocab = task.data.grid.vocab_size
+    task.data.grid.check(whole)
+    changed = float((whole != clean).double().mean())
+    assert changed == pytest.approx(0.3 * (1 - 1 / vocab), abs=0.005)
+    ids = torch.bincount(whole[whole != clean], minlength=vocab).double()
+    assert (ids / ids.sum()).max() < 2.5 / vocab  # uniform, whatever the tokens are
+    parts = torch.cat([task.batch(part, zeros[: len(part)], 0)[0] for part in np.array_split(rows, 7)])
+    assert torch.equal(parts, whole)
+    assert torch.equal(task.batch(rows[::-1].copy(), zeros, 0)[0].flip(0), whole)
+    epochs = np.arange(2000) % 3
+    mixed = task.batch(rows, epochs, 0)[0]
+    for epoch in range(3):
+        alone = task.batch(rows, zeros + epoch, 0)[0]
+        assert torch.equal(mixed[epochs == epoch], alone[epochs == epoch])
+        assert (epoch == 0) == torch.equal(alone, whole)
+    assert not torch.equal(task.batch(rows, zeros, 1)[0], whole)
+
+
+def test_evaluation_sees_clean_tokens(tmp_path):
+    task = task_of(make_tokens(tmp_path / "tokens"), tmp_path / "run", perturb=1.0)
+    clean = bits_per_token(task.model.eval(), task.data.splits["test"], 2000)
+    assert task.evaluate(task.model.eval(), "held_out") == {"bits_per_token": clean}
+
+
+def labels_of(tokens, rows, epochs, tmp_path, seed=0, **more):
+    task = task_of(tokens, tmp_path / "run", **more)
+    return task.batch(np.asarray(rows), np.asarray(epochs), seed)[1], task.train_split.labels
+
+
+def test_label_dropout(tmp_path_factory, tmp_path):
+    tokens = make_tokens(tmp_path_factory.mktemp("many") / "tokens", rows=4000)
+    rows, zeros = np.arange(4000), np.zeros(4000, np.int64)
+    for share in (0.0, 0.3, 1.0):
+        found, labels = labels_of(tokens, rows, zeros, tmp_path, label_dropout=share)
+        dropped = found == 3
+        assert abs(float(dropped.float().mean()) - share) < 4 * (share * (1 - share) / 4000) ** 0.5 + 1e-9
+        assert torch.equal(found[~dropped], labels[~dropped])
+    found, _ = labels_of(tokens, rows, zeros, tmp_path, label_dropout=0.3)
+    some = np.array([7, 3999, 0, 12])  # whatever else is in the batch
+    alone, _ = labels_of(tokens, some, zeros[:4], tmp_path, label_dropout=0.3)
+    assert torch.equal(alone, found[some])
+    for other in ({"epochs": zeros + 1}, {"epochs": zeros, "seed": 1}):
+        differs, _ = labels_of(tokens, rows, tmp_path=tmp_path, label_dropout=0.3, **other)
+        assert 0.3 < float(((differs == 3) != (found == 3)).float().mean()) < 0.54  # independent: 2 x 0.3 x 0.7
+
+
+def test_without_labels_every_row_is_of_the_null_class(tmp_path_factory, tmp_path):
+    tokens = make_tokens(tmp_path_factory.mktemp("bare") / "tokens", classes=0)
+    found, labels = labels_of(tokens, [0, 1, 2], [0, 0, 0], tmp_path, label_dropout=0.3)
+    assert labels is None and found.tolist() == [0, 0, 0]
+    run = train_prior(tmp_path / "run", tokens, sampler__guidance_scale=1.5, train__steps=3)
+    assert ImagePipeline.from_pretrained(run / "pipeline")(num_images=1, seed=0, progress=False).images

@@ -1,0 +1,32 @@
+"""Shared by the tests of encodes: a tokenizer, images, and what is encoded of them."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from encodes import write_classes
+from small import make_tokenizer
+
+from pipelines import encode
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory):
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("tokenizer") / "tokenizer"
+    make_tokenizer("vqvae", (28, 28), 1).eval().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory):
+    """30 training images and 30 others, of three classes."""
+    return write_classes(tmp_path_factory.mktemp("images"), ["cat", "dog", "eel"], 10)
+
+
+@pytest.fixture
+def counted(monkeypatch):
+    """The rows of every batch of images that is encoded."""
+    rows, real = [], encode.variants_of
+    monkeypatch.setattr(encode, "variants_of", lambda images, some, seed: rows.append(some) or real(images, some, seed))
+    return rows

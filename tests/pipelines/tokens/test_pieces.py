@@ -1,0 +1,188 @@
+"""An encode in pieces: killed, shared and damaged, it makes what is missing, and the files are the same."""
+
+from __future__ import annotations
+
+import threading
+from contextlib import suppress
+
+import pytest
+import torch
+from encodes import SHIFT, config, interrupted, write_classes
+from folders import contents
+from launch import output_of, start, two_processes, verb, wait_for
+from small import make_tokenizer
+
+from pipelines import encode
+from pipelines.config import UserError
+from pipelines.encode import run
+from pipelines.tokens import load_tokens
+
+
+@pytest.mark.parametrize("size", [None, 7])
+def test_begun_and_killed_it_makes_what_is_missing(tokenizer, images, tmp_path, monkeypatch, counted, size):
+    """Interrupted at every third batch until it is done: each row once, but for the batches that were lost."""
+    options = {"augmentations": 2, "rows_per_shard": size}
+    run(config(tokenizer, tmp_path / "whole", {**images, **SHIFT}, **options))
+    batches, seen, real = len(counted), [], encode.variants_of
+    counted.clear()
+
+    def lost(images, rows, seed):
+        if len(seen) % 4 == 3:
+            seen.append(None)
+            raise KeyboardInterrupt
+        seen.append(rows)
+        return real(images, rows, seed)
+
+    monkeypatch.setattr(encode, "variants_of", lost)
+    attempt = 0
+    while attempt < 100 and not (tmp_path / "parts").exists():
+        with suppress(KeyboardInterrupt):
+            run(config(tokenizer, tmp_path / "parts", {**images, **SHIFT}, **options))
+        attempt += 1
+    assert attempt > 4 and contents(tmp_path / "parts") == contents(tmp_path / "whole")
+    assert batches <= len(counted) <= batches + attempt * (1 if size is None else 2)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["parts", "whole"]
+
+
+def test_a_process_is_killed_and_another_goes_on(tokenizer, tmp_path, counted):
+    """kill -9 while it writes its pieces; what it has made is not made again."""
+    many = write_classes(tmp_path / "images", ["cat"], 40)
+    argv = [f"tokenizer={tokenizer}", f"out={tmp_path / 'killed'}", f"data.source={many['source']}", "batch_size=2"]
+    process, work = start(verb("encode", [*argv, "rows_per_shard=2"])), tmp_path / ".tmp-killed-encode"
+    assert wait_for(lambda: len(list(work.glob("*[0-9].json"))) >= 5, process)
+    process.kill()
+    process.communicate()
+    there = len(list(work.glob("*[0-9].json")))
+    assert 5 <= there < 40 and not (tmp_path / "killed").exists()
+    options = {"batch_size": 2, "rows_per_shard": 2}
+    run(config(tokenizer, tmp_path / "killed", many, **options))
+    assert len(counted) == 40 - there
+    run(config(tokenizer, tmp_path / "whole", many, **options))
+    assert contents(tmp_path / "killed") == contents(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("damage", ["flip", "truncate", "delete", "entry", "half"])
+def test_a_damaged_piece_is_made_again(tokenizer, images, tmp_path, monkeypatch, counted, damage):
+    interrupted(monkeypatch, tokenizer, tmp_path / "parts", images)
+    work = tmp_path / ".tmp-parts-encode"
+    path = work / "train-00001.safetensors"
+    data = path.read_bytes()
+    if damage == "flip":
+        path.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
+    elif damage == "truncate":
+        path.write_bytes(data[:-1])
+    elif damage == "delete":
+        path.unlink()
+    elif damage == "entry":
+        path.with_suffix(".json").unlink()
+    else:
+        path.with_suffix(".json").write_text('{"sha')
+    counted.clear()
+    run(config(tokenizer, tmp_path / "parts", images))
+    assert [rows[0] for rows in counted[:2]] == [4, 16]  # that one, and then those that were not there
+    run(config(tokenizer, tmp_path / "whole", images))
+    assert contents(tmp_path / "parts") == contents(tmp_path / "whole")
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"seed": 1}, "seed: 0 -> 1"),
+        ({"batch_size": 5}, "batch_size"),
+        ({"limit": 29}, "data.limit"),
+        ({"rows_per_shard": 5}, "rows_per_shard"),
+        ({"tokenizer": "other"}, "tokenizer"),
+    ],
+)
+def test_another_configuration_is_refused(tokenizer, images, tmp_path, monkeypatch, change, named):
+    interrupted(monkeypatch, tokenizer, tmp_path / "parts", images)
+    if "tokenizer" in change:
+        torch.manual_seed(9)
+        make_tokenizer("vqvae", (28, 28), 1).eval().save_pretrained(tmp_path / "other")
+        change = {"tokenizer": tmp_path / "other"}
+    if "limit" in change:
+        change = {"data": {**images, **change}}
+    with pytest.raises(UserError, match=rf"delete .*\.tmp-parts-encode[\s\S]*{named}"):
+        run(config(**{"tokenizer": tokenizer, "out": tmp_path / "parts", "data": images, **change}))
+    run(config(tokenizer, tmp_path / "parts", images))
+    assert len(load_tokens(tmp_path / "parts").splits["train"]) == 30
+
+
+class Side:
+    """One of several that encode together, each in a thread."""
+
+    def __init__(self, barrier, index, count):
+        self.process_index, self.num_processes, self.is_main_process = index, count, index == 0
+        self.device, self.wait_for_everyone = torch.device("cpu"), barrier.wait
+
+    def end_training(self):
+        """Nothing to end."""
+
+
+def together(monkeypatch, count, settings):
+    """Run an encode in so many threads; returns the rows that each encoded."""
+    barrier, local, told = threading.Barrier(count, timeout=60), threading.local(), []
+    rows, real = [[] for _ in range(count)], encode.variants_of
+
+    def variants_of(images, some, seed):
+        rows[local.side.process_index].extend(some.tolist())
+        return real(images, some, seed)
+
+    def on_main(accelerator, act):
+        """What the main process found, told to all."""
+        if accelerator.is_main_process:
+            told[:] = [act()]
+        barrier.wait()
+        found = told[0]
+        barrier.wait()
+        return found
+
+    def work(index):
+        local.side = Side(barrier, index, count)
+        try:
+            run(settings)
+        except BaseException:
+            barrier.abort()
+            raise
+
+    with monkeypatch.context() as patch:
+        patch.setattr(encode, "build_accelerator", lambda: local.side)
+        patch.setattr(encode, "variants_of", variants_of)
+        patch.setattr(encode, "on_main", on_main)
+        threads = [threading.Thread(target=work, args=(index,)) for index in range(count)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    return rows
+
+
+@pytest.mark.parametrize("size", [None, 7])
+def test_any_number_of_processes_writes_the_same_files(tokenizer, images, tmp_path, monkeypatch, size):
+    for count in (1, 2, 3):
+        settings = config(tokenizer, tmp_path / str(count), {**images, **SHIFT}, augmentations=2, rows_per_shard=size)
+        rows = together(monkeypatch, count, settings)
+        assert sum(map(len, rows)) == 120 and max(map(len, rows)) - min(map(len, rows)) <= 16
+        assert contents(tmp_path / str(count)) == contents(tmp_path / "1")
+    data = load_tokens(tmp_path / "3")
+    assert len(data.splits["train"]) == 90 and len(data.splits["test"]) == 30
+
+
+def test_others_go_on_with_what_one_began(tokenizer, images, tmp_path, monkeypatch):
+    """One process was interrupted; three end it."""
+    interrupted(monkeypatch, tokenizer, tmp_path / "parts", images, after=6)
+    rows = together(monkeypatch, 3, config(tokenizer, tmp_path / "parts", images))
+    assert sum(map(len, rows)) == 60 - 24 and all(rows)
+    run(config(tokenizer, tmp_path / "whole", images))
+    assert contents(tmp_path / "parts") == contents(tmp_path / "whole")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("count", ["2", "3"])
+def test_processes_that_are_launched_write_the_same_files(tokenizer, images, tmp_path, count):
+    argv = [f"tokenizer={tokenizer}", f"data.source={images['source']}", "batch_size=4", "rows_per_shard=7"]
+    command = two_processes("encode", [*argv, f"out={tmp_path / 'several'}"])
+    command[command.index("--num_processes") + 1] = count
+    output_of(start(command))
+    run(config(tokenizer, tmp_path / "alone", images, rows_per_shard=7))
+    assert contents(tmp_path / "several") == contents(tmp_path / "alone")

@@ -1,0 +1,167 @@
+"""A step: its gradients, its precision, and what it does when its loss is not finite."""
+
+from __future__ import annotations
+
+import math
+from types import SimpleNamespace
+
+import pytest
+import torch
+from launch import EMA, VQVAE, assert_equal_tensors, losses, metrics, states, tensors, train_prior, train_tokenizer
+from one_process import begin_anew
+from small import QUANTIZERS, node_of
+
+from pipelines.config import UserError
+from pipelines.train_tokenizer import TokenizerTask
+from pipelines.training import loop as training
+from pipelines.training import step as one_step
+
+FSQ = {"kind": "fsq", "levels": [5, 4, 3]}
+
+
+pytestmark = pytest.mark.usefixtures("one_process")
+
+# Gradients and precision
+
+
+def test_accumulated_gradients_are_those_of_the_whole_batch(tmp_path, tokens):
+    for name, train in {
+        "tokenizer": lambda out, n: train_tokenizer(out, model={**VQVAE, "quantizer": FSQ}, train__accumulate=n),
+        "prior": lambda out, n: train_prior(out, tokens, train__accumulate=n),
+    }.items():
+        whole, parts = (losses(train(tmp_path / f"{name}{n}", n)) for n in (1, 4))
+        assert len(whole) == 12 and parts == pytest.approx(whole, rel=2e-5)
+        assert whole[0] != whole[-1]
+
+
+def test_clipping_bounds_the_norm_that_is_applied(tmp_path, monkeypatch):
+    applied = []
+    inspect = one_step.agree
+
+    def watched(run, *rest):
+        gradients = [p.grad.flatten() for p in run.task.model.parameters() if p.grad is not None]
+        applied.append(float(torch.cat(gradients).norm()))
+        return inspect(run, *rest)
+
+    monkeypatch.setattr(one_step, "agree", watched)
+    run = train_tokenizer(tmp_path / "run", train__clip=0.05)
+    assert len(applied) == 12 and max(applied) <= 0.05 * (1 + 1e-4) and max(applied) > 0.049
+    assert min(losses(run, "gradient_norm")) > 0.05  # what is logged is the norm before
+
+
+def test_bfloat16_trains(tmp_path, tokens, monkeypatch, capsys):
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    full = {}
+    for name, train in {"tokenizer": train_tokenizer, "prior": lambda out, **m: train_prior(out, tokens, **m)}.items():
+        run = train(tmp_path / name, train__steps=20)
+        found = losses(run)
+        assert len(found) == 20 and all(map(math.isfinite, found)) and found[-1] < 0.8 * found[0]
+        assert not metrics(run)[-1]["skipped_steps"]
+        full[name] = found
+    assert capsys.readouterr().out.count("bf16 mixed precision") == 2
+    begin_anew()
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")
+    assert losses(train_prior(tmp_path / "float32", tokens, train__steps=20)) != full["prior"]  # so it was used
+
+
+def test_fp16_is_refused(tmp_path, monkeypatch):
+    accelerator = SimpleNamespace(num_processes=1, mixed_precision="fp16")
+    monkeypatch.setattr("accelerate.Accelerator", lambda **_: accelerator)
+    with pytest.raises(UserError, match="bf16"):
+        train_tokenizer(tmp_path / "run")
+
+
+def test_micro_batches_train_what_one_batch_does(tmp_path):
+    """With codes that die and rise all the time. The first codebook is made from the first micro-batch, so both begin
+    with one that is there."""
+    quantizer = {**EMA, "revive_every": 2, "revive_below": 0.3}
+    model = {**VQVAE, "quantizer": quantizer}
+    first = train_tokenizer(tmp_path / "first", model=model, train__steps=2)
+    more = {"model": model, "init": str(first / "tokenizer"), "train__steps": 12}
+    one, four = (train_tokenizer(tmp_path / str(n), **more, train__accumulate=n) for n in (1, 4))
+    for name in ("loss", "l2", "commitment", "codebook_usage", "codebook_perplexity", "codebook_dead"):
+        assert losses(four, name) == pytest.approx(losses(one, name), rel=1e-3), name
+    assert int(tensors(four / "tokenizer")["model.safetensors:quantizer.started"]) == 14
+
+
+# What is not finite
+
+
+def all_that_a_step_changes(run) -> dict[str, torch.Tensor]:
+    """Copies of all that a step may change."""
+    optimizer = run.optimizers["model"].state_dict()["state"]
+    moments = {f"{index}.{name}": value for index, entry in optimizer.items() for name, value in entry.items()}
+    parts = {"model": run.task.model.state_dict(), "average": run.averaged.state_dict(), "optimizer": moments}
+    return {f"{part} {key}": value.clone() for part, values in parts.items() for key, value in values.items()}
+
+
+def poison(monkeypatch, task, steps, how) -> None:
+    """Make the loss of `task` sick at `steps`."""
+    healthy = task.loss
+
+    def loss(self, player, batch, step):
+        value, terms = healthy(self, player, batch, step)
+        return (how(value, self.model) if step in steps else value), terms
+
+    monkeypatch.setattr(task, "loss", loss)
+
+
+SICK = {
+    "nan loss": lambda loss, model: loss * math.nan,
+    "infinite loss": lambda loss, model: loss + math.inf,
+    "nan gradient": lambda loss, model: loss + (next(model.parameters()) * 0).sum().sqrt(),  # the loss stays finite
+}
+
+
+@pytest.mark.parametrize("how", SICK)
+@pytest.mark.parametrize("quantizer", QUANTIZERS)
+def test_a_sick_step_changes_nothing_and_is_counted(tmp_path, monkeypatch, quantizer, how):
+    sick, changed = {3, 4, 8}, {}
+    poison(monkeypatch, TokenizerTask, sick, SICK[how])
+    take_step = training.take_step
+
+    def watched(run, *rest):
+        step, before = run.step, all_that_a_step_changes(run)
+        take_step(run, *rest)
+        changed[step] = [
+            key for key, value in all_that_a_step_changes(run).items() if not torch.equal(value, before.get(key, value))
+        ]
+
+    monkeypatch.setattr(training, "take_step", watched)
+    run = train_tokenizer(tmp_path / "run", model={**VQVAE, "quantizer": node_of(quantizer)}, train__save_every=2)
+    assert set(changed) == set(range(12)) and {step for step, keys in changed.items() if not keys} == sick
+    assert metrics(run)[-1]["skipped_steps"] == 3
+    assert [line["step"] for line in metrics(run) if "loss" in line] == [1, 2, 3, 6, 7, 8, 10, 11, 12]
+    assert all(torch.isfinite(value.float()).all() for value in tensors(run).values())
+
+
+def test_the_first_step_may_be_sick(tmp_path, monkeypatch):
+    """k-means over images that are not numbers must not be what the codebook starts from."""
+    for name in ("ema", "vq"):
+        with monkeypatch.context() as patch:
+            batch = TokenizerTask.batch
+            calls = iter(range(100))
+
+            def first_is_sick(self, *arguments, batch=batch, calls=calls):
+                (images,) = batch(self, *arguments)
+                return (images * math.nan if next(calls) == 0 else images,)
+
+            patch.setattr(TokenizerTask, "batch", first_is_sick)
+            model = {**VQVAE, "quantizer": node_of(name)}
+            run = train_tokenizer(tmp_path / name, model=model, train__save_every=1)
+        assert metrics(run)[-1]["skipped_steps"] == 1 and losses(run)[-1] < losses(run)[0]
+
+
+@pytest.mark.parametrize("how", SICK)
+def test_ten_sick_steps_in_a_row_end_the_run(tmp_path, monkeypatch, how):
+    poison(monkeypatch, TokenizerTask, set(range(2, 9)) | set(range(12, 99)), SICK[how])
+    tensor = "loss" if how == "infinite loss" else r"the gradient of tokenizer.encoder\S+"
+    with pytest.raises(UserError, match=rf"step 22: 10 steps in a row .* {tensor}"):
+        train_tokenizer(tmp_path / "run", train__steps=40, train__save_every=4)
+    kept = [path.name for path in states(tmp_path / "run")]
+    assert kept == ["step-00000016", "step-00000020"]
+    assert all(torch.isfinite(value.float()).all() for value in tensors(tmp_path / "run").values())
+    (first, second) = (tensors(path) for path in states(tmp_path / "run"))
+    assert_equal_tensors(second, first)
+    with pytest.raises(UserError, match="step 22:"):  # started again, it still knows that the last eight were sick
+        train_tokenizer(tmp_path / "run", train__steps=40, train__save_every=4)

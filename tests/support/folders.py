@@ -1,0 +1,15 @@
+"""Which files a folder has, and what is in them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+
+def files_in(folder: Path) -> list[str]:
+    """The names of all files, in order, as they lie below the folder."""
+    return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """Every file below the folder, to the bit."""
+    return {name: (folder / name).read_bytes() for name in files_in(folder)}

@@ -1,0 +1,43 @@
+"""Small pipelines of every tokenizer with a prior, and of every prior with a tokenizer."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from PIL import Image
+from small import PRIORS, TOKENIZERS, make_prior, make_tokenizer
+
+from pipelines import ImagePipeline
+
+LABELS = ["cat", "dog", "eel"]
+# Every tokenizer with a prior, and every prior with a tokenizer: they only meet in a grid of ids.
+PAIRS = [*((tokenizer, "gpt") for tokenizer in TOKENIZERS), *(("vqvae", prior) for prior in PRIORS if prior != "gpt")]
+every_pair = pytest.mark.parametrize(("tokenizer", "prior"), PAIRS)
+every_tokenizer = pytest.mark.parametrize("tokenizer", TOKENIZERS)
+
+
+def make_pipeline(
+    tokenizer="vqvae", prior="gpt", channels=1, *, size=(8, 12), labels=LABELS, sampler=None, sizes=None, **config
+):
+    """An untrained pipeline; `sizes` are of the tokenizer, and `config` is of the prior."""
+    first = make_tokenizer(tokenizer, size, channels, **(sizes or {})).eval()
+    config = {"num_classes": len(labels), "tokenizer": first.fingerprint(), **config}
+    second = make_prior(prior, first.grid.shape, first.grid.vocab_size, **config)
+    return ImagePipeline(first, second, labels=labels, sampler=sampler)
+
+
+def pixels_for(pipe, count=5):
+    """Random images of the pipeline's shape."""
+    return torch.randint(0, 256, (count, *pipe.tokenizer.image_shape), dtype=torch.uint8)
+
+
+def as_pil(pixels):
+    return [Image.fromarray(p[0] if len(p) == 1 else p.transpose(1, 2, 0)) for p in pixels.numpy()]
+
+
+PARTS = {f"{part}/{name}" for part in ("tokenizer", "prior") for name in ("config.json", "model.safetensors")}
+PROVENANCE = {
+    "data": {"source": "digits", "image_size": 28},
+    "tokenizer": {"steps": 1234, "minutes": 1.5, "evaluation": {"psnr": 21.75, "codebook_usage": 0.875}},
+    "prior": {"steps": 5678, "minutes": 2.5, "evaluation": {"bits_per_token": 3.125}},
+}

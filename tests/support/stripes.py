@@ -1,0 +1,84 @@
+"""Normal images, which are stripes, and anomalous ones; and a small pipeline that was trained on the former."""
+
+from __future__ import annotations
+
+import json
+import math
+
+import torch
+from small import make_prior, make_tokenizer
+
+from pipelines import ImagePipeline
+from pipelines.anomaly.calibrating import calibrate
+
+SIZE = 16
+
+
+def stripes(count, seed=0, side=SIZE):
+    """Normal images: soft stripes of a random phase, wave length and direction, with a little noise; uint8."""
+    generator = torch.Generator().manual_seed(seed)
+    phase, length = (torch.rand(count, 1, 1, generator=generator) for _ in range(2))
+    upright = torch.rand(count, 1, 1, generator=generator) < 0.5
+    across = torch.arange(side, dtype=torch.float32).expand(side, side)
+    position = torch.where(upright, across, across.t())
+    waves = 70 + 50 * (2 * math.pi * (position / (5 + 4 * length) + phase)).sin()
+    noise = 4 * torch.randn(count, side, side, generator=generator)
+    return (waves + noise).round().clamp(0, 255).to(torch.uint8)[:, None]
+
+
+def constant(side=SIZE):
+    return torch.arange(0, 256, 5, dtype=torch.uint8)[:, None, None, None].repeat(1, 1, side, side)
+
+
+def uniform(count, side=SIZE):
+    generator = torch.Generator().manual_seed(9)
+    return torch.randint(0, 256, (count, 1, side, side), generator=generator, dtype=torch.uint8)
+
+
+def planted(images):
+    """With 6x6 of noise at (4, 4)."""
+    images = images.clone()
+    images[:, :, 4:10, 4:10] = uniform(len(images), 6)
+    return images
+
+
+def older(calibration):
+    """As it would have been written before there were ties, confidences and digests."""
+    data = json.loads(json.dumps(calibration.to_dict()))
+    for name in ("ties", "confidence", "digests"):
+        del data[name]
+    data["scores"] = {name: [float(f"{v:.6g}") for v in values] for name, values in data["scores"].items()}
+    data["thresholds"] = {name: float(f"{value:.6g}") for name, value in data["thresholds"].items()}
+    return data
+
+
+def trained_on_stripes() -> ImagePipeline:
+    """A small pipeline trained on stripes, and calibrated."""
+    torch.manual_seed(0)
+    images = stripes(512, seed=1).float() / 127.5 - 1
+    tokenizer = make_tokenizer("vqvae", (SIZE, SIZE), 1).train()
+    optimizer = torch.optim.AdamW(tokenizer.parameters(), 4e-3)
+    for step in range(120):
+        batch = images[torch.arange(64) + 64 * (step % 8)]
+        out = tokenizer(batch)
+        loss = (out.images - batch).square().mean() + sum(
+            weight * out.losses[name] for name, weight in tokenizer.loss_weights.items()
+        )
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    tokens = tokenizer.eval().encode(images)
+    prior = make_prior("gpt", tokenizer.grid.shape, tokenizer.grid.vocab_size, num_classes=0, any_order=True)
+    prior.initialize(tokens, None)
+    for parameter in prior.parameters():
+        torch.nn.init.normal_(parameter, std=0.1)
+    optimizer = torch.optim.AdamW(prior.parameters(), 5e-3)
+    for step in range(150):
+        batch = tokens[torch.arange(64) + 64 * (step % 8)]
+        loss = prior.loss(prior(batch), batch)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    pipe = ImagePipeline(tokenizer, prior)
+    calibrate(pipe, stripes(1000, seed=2))
+    return pipe

@@ -1,0 +1,136 @@
+"""All that writes for a user: a writer makes a folder or a file, as a method or as a verb; `WRITERS` lists them."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from pipelines import encode, evaluate, generate, train_prior, train_tokenizer
+from pipelines.commands import complete, compress, decompress, detect, import_, probe, push, reconstruct, search
+from pipelines.commands import inspect_ as inspect
+from pipelines.tokens import load_tokens
+from pipelines.training.checkpoints.states import save_state
+
+
+@dataclass(frozen=True)
+class Writer:
+    """write(world, out): writes at `out`. kind: `whole` (a folder that is one thing), `results` (files beside others in
+    a folder), `file`, or `run`. reads: what of the world it reads, which must not be `out`."""
+
+    write: Callable[[Any, Path], Any]
+    kind: str
+    reads: str | None = None
+    suffix: str = ""
+
+
+def verb(module: Any, *arguments: str, out: str = "out") -> Callable[[Any, Path], Any]:
+    """A verb with these arguments, in which names of the world stand in braces."""
+
+    def write(world: Any, path: Path) -> Any:
+        given = [argument.format(**vars(world)) for argument in arguments]
+        return run(module, [*given, f"{out}={path}"])
+
+    return write
+
+
+def run(module: Any, argv: list[str]) -> Any:
+    """What a verb does; a refusal as the error that it is."""
+    try:
+        return module.main(argv)
+    except SystemExit as ended:
+        raise ended.__cause__ or ended from None
+
+
+def state_at(world: Any, out: Path) -> None:
+    """A resume state at `out`, whose name is that of its step."""
+    net = torch.nn.Linear(2, 2)
+    step = int(out.name.removeprefix("step-")) if out.name.startswith("step-") else 7
+    target = save_state(out.parent.parent, step, model=net, ema=None, optimizers={}, counters={})
+    assert target == out
+
+
+DATA = ("data.source={images}", "data.image_size=8")
+TINY = ("train.steps=2", "train.batch_size=4", "train.warmup_steps=1", "track.wandb=disabled")
+WRITERS: dict[str, Writer] = {
+    "Tokenizer.save_pretrained": Writer(lambda world, out: world.tokenizer_model.save_pretrained(out), "whole"),
+    "Prior.save_pretrained": Writer(lambda world, out: world.prior_model.save_pretrained(out), "whole"),
+    "ImagePipeline.save_pretrained": Writer(lambda world, out: world.pipe.save_pretrained(out), "whole"),
+    "TokenDataset.save": Writer(lambda world, out: load_tokens(world.tokens).save(out), "whole"),
+    "write_parquet": Writer(lambda world, out: load_tokens(world.tokens).to_parquet(out), "whole"),
+    "save_state": Writer(state_at, "state"),
+    "push out=": Writer(verb(push, "folder={tokens}"), "whole", "tokens"),
+    "encode": Writer(verb(encode, "tokenizer={tokenizer}", *DATA), "whole", "images"),
+    "import": Writer(verb(import_, "source={source}", "image_size=8", "groups=4"), "whole", "source"),
+    "decompress": Writer(verb(decompress, "pipeline={pipeline}", "stream={stream}"), "new", "pipeline"),
+    "generate, a folder": Writer(verb(generate, "pipeline={pipeline}", "num_images=2"), "results", "pipeline"),
+    "detect": Writer(
+        verb(detect, "pipeline={calibrated}", "images={images}", *DATA, "num_shown=1"), "results", "calibrated"
+    ),
+    "probe": Writer(
+        verb(probe, "pipeline={pipeline}", *DATA, "num_train=20", "num_test=8", "layers=[0]"), "results", "images"
+    ),
+    "evaluate": Writer(
+        verb(evaluate, "pipeline={pipeline}", *DATA, "num_samples=0", "update_card=false"), "results", "pipeline"
+    ),
+    "generate, a grid": Writer(verb(generate, "pipeline={pipeline}", "num_images=2"), "file", "picture", ".png"),
+    "complete": Writer(verb(complete, "pipeline={pipeline}", "images={picture}", "draws=1"), "file", "picture", ".png"),
+    "reconstruct": Writer(verb(reconstruct, "tokenizer={tokenizer}", *DATA), "file", "picture", ".jpg"),
+    "inspect": Writer(verb(inspect, "tokenizer={tokenizer}", *DATA, "num_images=3"), "file", "picture", ".webp"),
+    "search": Writer(verb(search, "pipeline={pipeline}", *DATA, "queries={picture}", "k=2"), "file", "picture", ".bmp"),
+    "compress": Writer(verb(compress, "pipeline={pipeline}", "images={picture}"), "file", "picture", ".smalti"),
+    "train_tokenizer": Writer(
+        verb(train_tokenizer, *DATA, *TINY, "model.kind=vqvae", "model.widths=[8]", "model.blocks=[0]"), "run", "images"
+    ),
+    "train_prior": Writer(
+        verb(train_prior, "tokens={tokens}", *TINY, "model.kind=gpt", "model.dim=16", "model.depth=1", "model.heads=1"),
+        "run",
+        "tokens",
+    ),
+}
+
+
+def of_kind(*kinds: str) -> Any:
+    """All writers of these kinds."""
+    return pytest.mark.parametrize("name", [name for name, writer in WRITERS.items() if writer.kind in kinds])
+
+
+def published_weights(model: Any, folder: Path) -> None:
+    """The model as LlamaGen publishes it: bare weights under its own names."""
+    from tokenizer.published import LAYOUTS
+
+    layout = next(layout for layout in LAYOUTS if "LlamaGen" in layout.title)
+    folder.mkdir()
+    names = dict(model.named_parameters())
+    save_file(
+        {
+            layout.published(key, len(model.config.widths)): value.detach().clone(memory_format=torch.contiguous_format)
+            for key, value in names.items()
+        },
+        folder / "vq.safetensors",
+    )
+
+
+def snapshot(folder: Path) -> dict[str, str]:
+    """Every file and link below a folder, with what it holds."""
+    found = {}
+    for path in sorted(folder.rglob("*")):
+        if path.is_symlink():
+            found[str(path)] = os.readlink(path)
+        elif path.is_file():
+            found[str(path)] = hashlib.sha256(path.read_bytes()).hexdigest()
+    return found
+
+
+def place(name: str, tmp_path: Path) -> Path:
+    """Where a writer is to write."""
+    if WRITERS[name].kind == "state":
+        return tmp_path / "run" / "state" / "step-00000007"
+    return tmp_path / f"out{WRITERS[name].suffix}"

@@ -1,0 +1,72 @@
+"""What is saved: with which modes, over what, and in how much memory it is loaded again."""
+
+from __future__ import annotations
+
+import os
+import stat
+import subprocess
+import sys
+
+import pytest
+from small import make_prior, make_tokenizer
+
+from tokenizer.files.errors import PathError
+from tokenizer.files.reading import verify_manifest
+from tokenizer.files.writing import atomic_folder
+
+
+@pytest.mark.parametrize(("mask", "mode"), [(0o000, 0o644), (0o022, 0o644), (0o077, 0o600), (0o027, 0o640)])
+def test_files_are_for_others_to_read_but_not_to_write(tmp_path, mask, mode):
+    before = os.umask(mask)
+    try:
+        make_tokenizer("pixels", (8, 8), 1).save_pretrained(tmp_path / "tokenizer")
+        make_prior("marginal").save_pretrained(tmp_path / "prior")
+    finally:
+        os.umask(before)
+    for path in (tmp_path / "tokenizer", tmp_path / "prior"):
+        assert stat.S_IMODE(path.stat().st_mode) == 0o755 & ~mask
+        assert {stat.S_IMODE(file.stat().st_mode) for file in path.iterdir()} == {mode}
+
+
+def test_nothing_is_saved_over_links_and_strangers(tmp_path, folder):
+    model = make_prior("marginal")
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.tex").write_text("years of work")
+    (tmp_path / "link").symlink_to(folder / "prior")
+    (tmp_path / "dangling").symlink_to(tmp_path / "nowhere")
+    (tmp_path / "disguised").mkdir()
+    (tmp_path / "disguised" / "config.json").symlink_to(tmp_path / "mine" / "thesis.tex")
+    for name in ("mine", "link", "dangling", "disguised", "mine/thesis.tex"):
+        with pytest.raises(PathError):
+            model.save_pretrained(tmp_path / name)
+    assert (tmp_path / "mine" / "thesis.tex").read_text() == "years of work" and verify_manifest(folder)
+    with pytest.raises(ZeroDivisionError), atomic_folder(tmp_path / "half", kind=None) as half:
+        (half / "a").write_text("x")
+        raise ZeroDivisionError
+    assert sorted(p.name for p in tmp_path.iterdir()) == sorted(["mine", "link", "dangling", "disguised", "pipeline"])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_loading_needs_the_memory_of_the_model_and_little_more(tmp_path, dtype):
+    """300 million parameters: the file, in float32, has 1.2 GB."""
+    code = (
+        "import sys, torch; from tokenizer import TokenGrid; from prior import Prior\n"
+        "model = Prior.create('gpt', grid=TokenGrid((4, 4), 512), dim=1024, depth=24, heads=16)\n"
+        "model.to(getattr(torch, sys.argv[2])).save_pretrained(sys.argv[1])"
+    )
+    subprocess.run([sys.executable, "-c", code, str(tmp_path / "prior"), dtype], check=True)
+    code = (
+        "import resource, sys, time, torch; from prior import Prior; Prior.available()\n"
+        "rss = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10\n"
+        "before, start = rss(), time.perf_counter()\n"
+        "model = Prior.from_pretrained(sys.argv[1])\n"
+        "size, seconds = sum(p.nbytes for p in model.parameters()), time.perf_counter() - start\n"
+        "print(rss() - before, size, seconds)\n"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path / "prior")], capture_output=True, text=True, check=True
+    )
+    grown, size, seconds = map(float, result.stdout.split())
+    print(f"{dtype}: {grown / 2**20:.0f} MiB for a model of {size / 2**20:.0f} MiB, {seconds:.1f} s")
+    assert grown < size + (200 << 20)

@@ -1,0 +1,339 @@
+"""Published weights become a tokenizer with the same tokens and the same pictures."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from command import fails
+from published_weights import imported, llamagen_shapes, random_images, random_weights, taming_shapes
+from safetensors.torch import load_file, save_file
+
+from pipelines.commands.import_ import ImportConfig, describe
+from tokenizer.published import LLAMAGEN
+from tokenizer.vqgan import VQGAN
+
+CLOSE = 1e-4  # what is promised of reconstructions in [-1, 1]
+
+
+def agree(tokenizer, images, tokens, pictures, different=3):
+    """Same ids, and pictures within what is promised; enough of both that it means something."""
+    rows, columns = tokenizer.grid.shape
+    assert torch.equal(tokenizer.encode(images), tokens.reshape(len(images), rows, columns))
+    assert len(tokens.unique()) > different
+    difference = (tokenizer.decode(tokenizer.encode(images)) - pictures.clamp(-1, 1)).abs().max()
+    assert difference < CLOSE and pictures.std() > 0.1
+    print(f"largest difference {difference:.2e}")
+
+
+# diffusers
+
+
+PLAIN, ATTENTION = ("DownEncoderBlock2D", "UpDecoderBlock2D"), ("AttnDownEncoderBlock2D", "AttnUpDecoderBlock2D")
+DIFFUSERS = {
+    "plain": {"block_out_channels": (32, 64), "norm_num_groups": 32},
+    "default blocks, one level": {"block_out_channels": (16,), "norm_num_groups": 8, "sample_size": 8},
+    "attention in both": {"down": (PLAIN, PLAIN, ATTENTION), "block_out_channels": (8, 8, 16), "layers_per_block": 2},
+    "attention in the encoder": {"down": (ATTENTION, PLAIN), "up": (PLAIN, PLAIN), "block_out_channels": (8, 16)},
+    "attention in the decoder": {"down": (PLAIN, PLAIN), "up": (PLAIN, ATTENTION), "block_out_channels": (8, 16)},
+    "codes of another width": {"vq_embed_dim": 5, "latent_channels": 6, "num_vq_embeddings": 40},
+    "three layers, grey": {"layers_per_block": 3, "in_channels": 1, "out_channels": 1, "num_vq_embeddings": 33},
+    "no attention between": {"mid_block_add_attention": False, "latent_channels": 4, "act_fn": "swish"},
+}
+
+
+def diffusers_model(folder, down=(PLAIN, PLAIN), up=None, **choices):
+    """A random VQModel in `folder`, as it saves itself."""
+    pytest.importorskip("diffusers")
+    from diffusers import VQModel
+
+    up = up or tuple(reversed(down))
+    sizes = {"block_out_channels": (8, 16), "norm_num_groups": 4, "sample_size": 16, "latent_channels": 4, **choices}
+    if len(sizes["block_out_channels"]) == 1:
+        down = up = (PLAIN,)
+    model = VQModel(
+        down_block_types=tuple(name for name, _ in down), up_block_types=tuple(name for _, name in up), **sizes
+    )
+    model.load_state_dict(random_weights({name: value.shape for name, value in model.state_dict().items()}))
+    model.save_pretrained(folder)
+    return model.eval()
+
+
+def diffusers_says(model, images):
+    """Its tokens and its reconstructions."""
+    with torch.no_grad():
+        codes, _, (_, _, tokens) = model.quantize(model.encode(images).latents)
+        return tokens, model.decode(codes, force_not_quantize=True).sample
+
+
+@pytest.mark.parametrize("choices", DIFFUSERS.values(), ids=DIFFUSERS)
+def test_diffusers_tokens_and_pictures_are_the_same(tmp_path, choices):
+    model = diffusers_model(tmp_path / "model", **choices)
+    tokenizer = imported(tmp_path / "model", tmp_path / "out")
+    images = random_images(4, tokenizer.image_shape)
+    assert tokenizer.image_shape == (model.config.in_channels, *[model.config.sample_size] * 2)
+    tokens, pictures = diffusers_says(model, images)
+    agree(tokenizer, images, tokens, pictures)
+    with torch.no_grad():
+        assert (model(images).sample.clamp(-1, 1) - tokenizer(images).images).abs().max() < CLOSE
+    assert sum(p.numel() for p in tokenizer.parameters()) == sum(p.numel() for p in model.parameters())
+
+
+def test_other_image_sizes_are_as_right(tmp_path):
+    model = diffusers_model(tmp_path / "model", down=(PLAIN, ATTENTION))
+    tokenizer = imported(tmp_path / "model", tmp_path / "out", "image_size=[12, 20]")
+    images = random_images(2, (3, 12, 20))
+    assert tokenizer.grid.shape == (6, 10)
+    agree(tokenizer, images, *diffusers_says(model, images))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_is_read_as_float32(tmp_path, dtype):
+    model = diffusers_model(tmp_path / "model").to(dtype)
+    model.save_pretrained(tmp_path / "model")
+    tokenizer = imported(tmp_path / "model", tmp_path / "out")
+    assert all(parameter.dtype == torch.float32 for parameter in tokenizer.parameters())
+    images = random_images(2, tokenizer.image_shape)
+    agree(tokenizer, images, *diffusers_says(model.float(), images))
+
+
+@pytest.mark.parametrize("as_matrix", [True, False])
+def test_former_names_of_attention_are_read(tmp_path, as_matrix):
+    model = diffusers_model(tmp_path / "model", down=(PLAIN, ATTENTION))
+    path = tmp_path / "model" / "diffusion_pytorch_model.safetensors"
+    names = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
+    old = {}
+    for name, value in load_file(path).items():
+        found = next((today for today in names if f".{today}." in name), None)
+        if found and value.ndim == 2 and not as_matrix:
+            value = value[..., None, None]
+        old[name.replace(f".{found}.", f".{names[found]}.") if found else name] = value
+    assert any(".proj_attn." in name for name in old)
+    save_file(old, path)
+    tokenizer = imported(tmp_path / "model", tmp_path / "out")
+    images = random_images(2, tokenizer.image_shape)
+    agree(tokenizer, images, *diffusers_says(model, images))
+
+
+DIFFUSERS_SETTINGS = [
+    ({"norm_type": "spatial"}, "config.json: norm_type: only group can be imported (found 'spatial')"),
+    ({"act_fn": "gelu"}, "act_fn: only silu, swish can be imported (found 'gelu')"),
+    ({"down_block_types": ["DownBlock2D", "DownEncoderBlock2D"]}, "down_block_types: only DownEncoderBlock2D"),
+    ({"_class_name": "AutoencoderKL"}, "_class_name: only VQModel is read (found 'AutoencoderKL')"),
+    ({"latent_channels": 8}, "latent_channels: says 8, the weights have 4"),
+    ({"block_out_channels": [8, 8]}, "block_out_channels: says [8, 8], the weights have [8, 16]"),
+    ({"out_channels": 1}, "out_channels: says 1, the weights have 3"),
+    ({"whitening": True}, "whitening: an unknown setting"),
+    ({"norm_num_groups": 3}, "groups: 3 does not divide the width 8"),
+    ({"norm_num_groups": "four"}, "groups: expected a whole number (got 'four')"),
+    ({"sample_size": 15}, "widths: 2 levels halve 1 times, which the image size 15x15 does not allow"),
+    ({"sample_size": [16, 16, 3]}, "image_size: expected [height, width] (got [16, 16, 3])"),
+]
+
+
+@pytest.mark.parametrize(("changes", "message"), DIFFUSERS_SETTINGS, ids=[next(iter(c)) for c, _ in DIFFUSERS_SETTINGS])
+def test_diffusers_settings_that_mean_another_network_are_named(tmp_path, capsys, changes, message):
+    shapes = taming_shapes(8, (1, 2), z=4)
+    folder = tmp_path / "model"
+    folder.mkdir()
+    save_file(as_diffusers(random_weights(shapes)), folder / "diffusion_pytorch_model.safetensors")
+    settings = {
+        "_class_name": "VQModel",
+        "_diffusers_version": "0.30.0",
+        "norm_num_groups": 4,
+        "sample_size": 16,
+        "block_out_channels": [8, 16],
+        "latent_channels": 4,
+        "lookup_from_codebook": True,
+    }
+    (folder / "config.json").write_text(json.dumps(settings))
+    imported(folder, tmp_path / "good")
+    (folder / "config.json").write_text(json.dumps({**settings, **changes}))
+    error = fails(capsys, "import", f"source={folder}", f"out={tmp_path}/bad")
+    assert message in error and str(folder) in error and not (tmp_path / "bad").exists()
+
+
+def as_diffusers(weights):
+    """taming's names without attention in levels, as diffusers says them: its mid block, levels and short-cuts."""
+    found = {}
+    for name, value in weights.items():
+        parts = name.split(".")
+        if parts[1] == "mid":
+            which = {"block_1": "resnets.0", "block_2": "resnets.1", "attn_1": "attentions.0"}[parts[2]]
+            inner = {"q": "to_q", "k": "to_k", "v": "to_v", "proj_out": "to_out.0"}.get(parts[3], parts[3])
+            inner = "group_norm" if parts[2] == "attn_1" and inner == "norm" else inner
+            parts = [parts[0], "mid_block", which, inner, parts[-1]]
+            value = value[..., 0, 0] if "to_" in inner and value.ndim == 4 else value
+        elif parts[1] in ("down", "up"):
+            level = parts[2] if parts[1] == "down" else str(1 - int(parts[2]))  # of two levels
+            rest = parts[3:]
+            if rest[0] == "block":
+                rest = ["resnets", *rest[1:]]
+            elif rest[0] in ("downsample", "upsample"):
+                rest = [f"{rest[0].removesuffix('e')}ers", "0", *rest[1:]]
+            parts = [parts[0], f"{parts[1]}_blocks", level, *rest]
+        renamed = ".".join(parts).replace("nin_shortcut", "conv_shortcut").replace(".norm_out.", ".conv_norm_out.")
+        found[renamed] = value
+    return found
+
+
+# taming-transformers and LlamaGen, from their published definitions
+
+
+class Reference:
+    """Both networks from their definitions: one function per layer, weights read by their published names."""
+
+    def __init__(self, weights, groups=32):
+        self.weights, self.groups = {name: value.double() for name, value in weights.items()}, groups
+
+    def layer(self, name):
+        return self.weights[f"{name}.weight"], self.weights[f"{name}.bias"]
+
+    def conv(self, x, name, **options):
+        weight, bias = self.layer(name)
+        return F.conv2d(x, weight, bias, padding=weight.shape[-1] // 2 if not options else 0, **options)
+
+    def norm(self, x, name):
+        grouped = x.reshape(len(x), self.groups, -1)
+        mean, variance = grouped.mean(2, keepdim=True), grouped.var(2, unbiased=False, keepdim=True)
+        weight, bias = (value.reshape(1, -1, 1, 1) for value in self.layer(name))
+        return ((grouped - mean) / (variance + 1e-6).sqrt()).reshape(x.shape) * weight + bias
+
+    def swish(self, x, name):
+        x = self.norm(x, name)
+        return x * torch.sigmoid(x)
+
+    def block(self, x, name):
+        h = self.conv(self.swish(x, f"{name}.norm1"), f"{name}.conv1")
+        h = self.conv(self.swish(h, f"{name}.norm2"), f"{name}.conv2")
+        return h + (self.conv(x, f"{name}.nin_shortcut") if f"{name}.nin_shortcut.weight" in self.weights else x)
+
+    def attention(self, x, name):
+        h = self.norm(x, f"{name}.norm")
+        q, k, v = (self.conv(h, f"{name}.{part}").flatten(2) for part in "qkv")
+        weights = torch.softmax(torch.einsum("bci,bcj->bij", q, k) * q.shape[1] ** -0.5, dim=2)
+        return x + self.conv(torch.einsum("bij,bcj->bci", weights, v).reshape(x.shape), f"{name}.proj_out")
+
+    def level(self, x, name, block):
+        number = 0
+        while f"{name}.{block}.{number}.conv1.weight" in self.weights:
+            x = self.block(x, f"{name}.{block}.{number}")
+            if f"{name}.attn.{number}.q.weight" in self.weights:
+                x = self.attention(x, f"{name}.attn.{number}")
+            number += 1
+        if f"{name}.downsample.conv.weight" in self.weights:
+            x = self.conv(F.pad(x, (0, 1, 0, 1)), f"{name}.downsample.conv", stride=2)
+        if f"{name}.upsample.conv.weight" in self.weights:
+            x = self.conv(x.repeat_interleave(2, 2).repeat_interleave(2, 3), f"{name}.upsample.conv")
+        return x
+
+    def middle(self, x, first, attention, second):
+        return self.block(self.attention(self.block(x, first), attention), second)
+
+    def out(self, x, part):
+        return self.conv(self.swish(x, f"{part}.norm_out"), f"{part}.conv_out")
+
+    def run(self, images, names, block, middle, *, normalize):
+        """Tokens and reconstruction; `names`: levels of the encoder and of the decoder as they run."""
+        x = self.conv(images.double(), "encoder.conv_in")
+        for name in names[0]:
+            x = self.level(x, f"encoder.{name}", block)
+        z = self.conv(self.out(self.middle(x, *(f"encoder.{name}" for name in middle)), "encoder"), "quant_conv")
+        codes = next(
+            self.weights[f"quantize.{name}.weight"]
+            for name in ("embedding", "embed")
+            if f"quantize.{name}.weight" in self.weights
+        )
+        rows = z.movedim(1, -1)
+        if normalize:
+            codes, rows = (value / value.norm(dim=-1, keepdim=True) for value in (codes, rows))
+        tokens = torch.cdist(rows.flatten(1, 2), codes[None]).argmin(2).reshape(len(z), *z.shape[2:])
+        if "quantize.proj.weight" in self.weights:  # GumbelVQ without its noise
+            tokens = self.conv(z, "quantize.proj").argmax(1)
+        x = self.conv(self.conv(codes[tokens].movedim(-1, 1), "post_quant_conv"), "decoder.conv_in")
+        x = self.middle(x, *(f"decoder.{name}" for name in middle))
+        for name in names[1]:
+            x = self.level(x, f"decoder.{name}", block)
+        return tokens, self.out(x, "decoder").float()
+
+
+def taming_says(weights, levels, images, groups=32):
+    names = [f"down.{i}" for i in range(levels)], [f"up.{i}" for i in reversed(range(levels))]
+    middle = ("mid.block_1", "mid.attn_1", "mid.block_2")
+    return Reference(weights, groups).run(images, names, "block", middle, normalize=False)
+
+
+def llamagen_says(weights, levels, images, groups=32, normalize=True):
+    names = [f"conv_blocks.{i}" for i in range(levels)]
+    return Reference(weights, groups).run(
+        images, (names, names), "res", ("mid.0", "mid.1", "mid.2"), normalize=normalize
+    )
+
+
+TAMING = [
+    (32, (1, 2), {"blocks": 2, "attention": (1,), "z": 8, "dim": 4}),
+    (32, (1, 1, 2), {"attention": (0, 2), "z": 6, "dim": 6, "codes": 50}),
+    (32, (2, 1), {"channels": 1}),  # the first convolution is narrower than the first level
+    (32, (1,), {"blocks": 3}),
+]
+
+
+@pytest.mark.parametrize(("ch", "mult", "choices"), TAMING)
+def test_taming_tokens_and_pictures_are_the_same(tmp_path, ch, mult, choices):
+    weights = random_weights(taming_shapes(ch, mult, **choices))
+    save_file(weights, tmp_path / "last.safetensors")
+    tokenizer = imported(tmp_path / "last.safetensors", tmp_path / "out", "image_size=16")
+    images = random_images(3, (choices.get("channels", 3), 16, 16))
+    agree(tokenizer, images, *taming_says(weights, len(mult), images))
+    assert not tokenizer.quantizer.config.normalize
+
+
+def test_tamings_gumbel_codes_are_the_same(tmp_path, capsys):
+    """GumbelVQ: ids are the largest logits of a 1x1 convolution, and have a table of their own."""
+    shapes = taming_shapes(32, (1, 2), z=6, dim=6, codes=40)
+    del shapes["quantize.embedding.weight"]
+    shapes |= {"quantize.proj.weight": (40, 6, 1, 1), "quantize.proj.bias": (40,), "quantize.embed.weight": (40, 6)}
+    weights = random_weights(shapes)
+    save_file(weights, tmp_path / "gumbel.safetensors")
+    tokenizer = imported(tmp_path, tmp_path / "out", "image_size=16")
+    images = random_images(3, (3, 16, 16))
+    assert tokenizer.quantizer.name == "gumbel"
+    agree(tokenizer, images, *taming_says(weights, 2, images))
+    error = fails(capsys, "import", f"source={tmp_path}", f"out={tmp_path}/out", "normalize=true")
+    assert "quantizer.normalize: unknown key" in error
+
+
+@pytest.mark.parametrize(("mult", "blocks"), [((1, 2), 1), ((1, 1, 2), 2)])
+def test_llamagen_tokens_and_pictures_are_the_same(tmp_path, mult, blocks):
+    weights = random_weights(llamagen_shapes(32, mult, blocks=blocks, codes=64))
+    save_file({**weights, "quantize.codebook_used": torch.zeros(65536)}, tmp_path / "vq.safetensors")
+    tokenizer = imported(tmp_path, tmp_path / "out", "image_size=16")
+    images = random_images(3, (3, 16, 16))
+    agree(tokenizer, images, *llamagen_says(weights, len(mult), images))
+    assert tokenizer.quantizer.config.normalize
+    plain = imported(tmp_path / "vq.safetensors", tmp_path / "plain", "image_size=16", "normalize=false")
+    agree(plain, images, *llamagen_says(weights, len(mult), images, normalize=False))
+    assert not torch.equal(plain.encode(images), tokenizer.encode(images))
+
+
+def test_other_groups_are_told(tmp_path):
+    weights = random_weights(taming_shapes(8, (1, 2)))
+    save_file(weights, tmp_path / "small.safetensors")
+    tokenizer = imported(tmp_path, tmp_path / "out", "image_size=16", "groups=4")
+    assert tokenizer.config.groups == 4
+    images = random_images(2, (3, 16, 16))
+    agree(tokenizer, images, *taming_says(weights, 2, images, groups=4))
+
+
+def test_published_names_and_sizes_of_llamagens_vq16():
+    """The network of the published file: 71.88 million parameters, 16384 codes of 8, 16x16 ids of 256x256 pixels."""
+    shapes = llamagen_shapes(128, (1, 1, 2, 2, 4), blocks=2, z=256, codes=16384, dim=8)
+    weights = {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
+    config = describe(weights, LLAMAGEN, Path("vq_ds16.safetensors"), ImportConfig(source="a", out="b"))
+    with torch.device("meta"):
+        model = VQGAN(config)
+    assert sum(p.numel() for p in model.parameters()) == sum(value.numel() for value in weights.values()) == 71_883_403
+    assert model.grid.shape == (16, 16) and model.grid.vocab_size == 16384 and config.quantizer.normalize
