@@ -22,32 +22,32 @@ from __future__ import annotations
 import io
 import json
 import os
-import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
-from ladder import smalti
-from sampling import table_head
+from support.options import ROOT, read_options
+from support.runs import smalti, train_once
+from support.tables import table_head
 
-ROOT = Path(__file__).parents[1]
 CALIBRATION = 5000
-NEVER = [f"train.{what}_every=1000000" for what in ("evaluate", "preview", "save")]
+NEVER = ("evaluate", "preview", "save")
 NO_MODEL = ("PNG: small", "PNG: far from the mean", "deflate: small", "deflate: far from the mean")
 BEST = "no model: best of the four on each"
 OPTIONS = {
     "source": "zalando-datasets/fashion_mnist",
     "prior": "pixelsnail",
-    "tokenizer_steps": "250",
-    "prior_steps": "250",
-    "background": "0.2",
+    "tokenizer_steps": 250,
+    "prior_steps": 250,
+    "background": 0.2,
     "leave": "0,1,2,3,4,5,6,7,8,9",
-    "limit": None,
-    "cores": str(os.cpu_count()),
+    "limit": 0,
+    "cores": os.cpu_count() or 1,
     "out": "runs/anomaly",
 }
 
 
-def subset(source: str, left_out: int | None, limit: int | None, folder: Path) -> Path:
+def subset(source: str, left_out: int | None, limit: int, folder: Path) -> Path:
     """The training data without one class: `train`, and as `test` the images to calibrate with."""
     import datasets
     import numpy as np
@@ -55,7 +55,7 @@ def subset(source: str, left_out: int | None, limit: int | None, folder: Path) -
     if not (folder / "test.parquet").is_file():
         rows = datasets.load_dataset(source, split="train")
         keep = np.flatnonzero(np.array(rows["label"][:]) != left_out)
-        keep = np.random.default_rng(0).permutation(keep)[: limit and 2 * limit]
+        keep = np.random.default_rng(0).permutation(keep)[: 2 * limit or None]
         held = min(CALIBRATION, len(keep) // 2)
         folder.mkdir(parents=True, exist_ok=True)
         rows.select(keep[held:]).to_parquet(folder / "train.parquet")
@@ -63,31 +63,20 @@ def subset(source: str, left_out: int | None, limit: int | None, folder: Path) -
     return folder
 
 
-def train(options: dict[str, str], data: Path, out: Path) -> Path:
+def train(options: SimpleNamespace, data: Path, out: Path) -> Path:
     """The pipeline, trained, and its background prior beside it."""
     tokens, presets = out / "tokens", ROOT / "configs"
     preset = presets / "tokenizer/vqvae_fashion_density.yaml"
     if not (tokens / "manifest.json").is_file():
-        fit("train_tokenizer", preset, options["tokenizer_steps"], out / "tokenizer", f"data.source={data}")
+        images = f"data.source={data}"
+        train_once("train_tokenizer", preset, options.tokenizer_steps, out / "tokenizer", images, never=NEVER)
         smalti("encode", f"tokenizer={out / 'tokenizer' / 'tokenizer'}", f"out={tokens}")
-    preset = presets / f"prior/{options['prior']}_fashion_mnist.yaml"
-    for name, perturb in {"prior": "0", "background": options["background"]}.items():
-        if name == "prior" or float(perturb):
-            fit("train_prior", preset, options["prior_steps"], out / name, f"tokens={tokens}", f"perturb={perturb}")
+    preset = presets / f"prior/{options.prior}_fashion_mnist.yaml"
+    for name, perturb in {"prior": 0.0, "background": options.background}.items():
+        if name == "prior" or perturb:
+            more = (f"tokens={tokens}", f"perturb={perturb:g}")
+            train_once("train_prior", preset, options.prior_steps, out / name, *more, never=NEVER)
     return out / "prior" / "pipeline"
-
-
-def fit(verb: str, preset: Path, steps: str, run: Path, *more: str) -> None:
-    """Train for so many steps, whatever the preset says of minutes, unless that was done before. Exits where it was
-    done for another number."""
-    done = run / "steps"
-    if done.is_file():
-        if done.read_text() != steps:
-            raise SystemExit(f"{run}: was trained for {done.read_text()} steps; choose another out=")
-        return
-    end = [f"train.steps={steps}", "train.minutes=null", "track.wandb=disabled", *NEVER]
-    smalti(verb, "--config", str(preset), f"out={run}", *more, *end)
-    done.write_text(steps)
 
 
 def arrays(rows: Any) -> tuple[Any, Any]:
@@ -154,7 +143,7 @@ def score(pipe: Any, sets: dict[str, Any]) -> dict[str, dict[str, Any]]:
     return found
 
 
-def measure(pipe: Any, images: Any, labels: Any, left_out: int | None, limit: int | None, out: Path) -> dict[str, Any]:
+def measure(pipe: Any, images: Any, labels: Any, left_out: int | None, limit: int, out: Path) -> dict[str, Any]:
     """By method and set of anomalies: AUROC, AUPRC, FPR95 with intervals, prevalence; kept in `out`."""
     import datasets
     import numpy as np
@@ -167,7 +156,7 @@ def measure(pipe: Any, images: Any, labels: Any, left_out: int | None, limit: in
         return json.loads(path.read_text())
     held = datasets.load_dataset("parquet", data_files=str(out / "data" / "test.parquet"), split="train")
     sets = {"calibration": arrays(held)[0], "normal": images if left_out is None else images[labels != left_out]}
-    sets = {name: part[:limit] for name, part in (sets | anomalies(images, labels, left_out)).items()}
+    sets = {name: part[: limit or None] for name, part in (sets | anomalies(images, labels, left_out)).items()}
     figures: dict[str, Any] = {}
     for method, scores in score(pipe, sets).items():
         normal = scores["normal"]
@@ -178,20 +167,19 @@ def measure(pipe: Any, images: Any, labels: Any, left_out: int | None, limit: in
     return figures
 
 
-def model(options: dict[str, str], left_out: int | None, out: Path) -> dict[str, Any]:
+def model(options: SimpleNamespace, left_out: int | None, out: Path) -> dict[str, Any]:
     """Train and measure one model; the figures by method and set."""
     import datasets
 
     from pipelines import ImagePipeline
 
-    limit = int(options["limit"]) if "limit" in options else None
-    data = subset(options["source"], left_out, limit, out / "data")
+    data = subset(options.source, left_out, options.limit, out / "data")
     folder = train(options, data, out)
     pipe = ImagePipeline.from_pretrained(folder)
     if (out / "background" / "steps").is_file():
         pipe.set_background(ImagePipeline.from_pretrained(out / "background" / "pipeline").prior)
-    images, labels = arrays(datasets.load_dataset(options["source"], split="test"))
-    return measure(pipe, images, labels, left_out, limit, out)
+    images, labels = arrays(datasets.load_dataset(options.source, split="test"))
+    return measure(pipe, images, labels, left_out, options.limit, out)
 
 
 def with_best(figures: dict[str, Any]) -> dict[str, Any]:
@@ -228,17 +216,13 @@ def show(found: dict[str, dict[str, Any]], garments: list[str]) -> None:
 
 
 def main() -> None:
-    options = dict(argument.split("=", 1) for argument in sys.argv[1:])
-    unknown = set(options) - set(OPTIONS)
-    if unknown:
-        raise SystemExit(f"{', '.join(sorted(unknown))}: no such option; there are {', '.join(OPTIONS)}")
-    options = {name: value for name, value in OPTIONS.items() if value is not None} | options
-    os.environ["OMP_NUM_THREADS"] = options["cores"]
-    out = Path(options["out"]).absolute()
+    options = read_options(__doc__, OPTIONS)
+    os.environ["OMP_NUM_THREADS"] = str(options.cores)
+    out = Path(options.out).absolute()
     import datasets
 
-    names = datasets.load_dataset(options["source"], split="test").features["label"].names
-    left_out = [int(label) for label in options["leave"].split(",") if label]
+    names = datasets.load_dataset(options.source, split="test").features["label"].names
+    left_out = [int(label) for label in options.leave.split(",") if label]
     found: dict[str, dict[str, Any]] = {}
     for label in [None, *left_out]:
         figures = with_best(model(options, label, out / ("all" if label is None else f"without_{label}")))

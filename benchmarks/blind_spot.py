@@ -10,8 +10,9 @@ White: an earlier position without any, the blind spot. Grey: later positions. R
 from __future__ import annotations
 
 import math
-import sys
 from typing import Any
+
+from support.options import read_options
 
 SIDE, CELL, GAP, TOP = 17, 20, 40, 44
 MODELS = {"pixelcnn": {"depth": 8}, "gated_pixelcnn": {"depth": 8}}
@@ -59,7 +60,7 @@ def picture(panels: dict[str, Any]) -> Any:
 
 
 def main() -> None:
-    options = dict(argument.split("=", 1) for argument in sys.argv[1:])
+    options = read_options(__doc__, {"out": "docs/images/blind_spot.png"})
     import torch
 
     from prior import Prior
@@ -72,9 +73,8 @@ def main() -> None:
         panels[name] = influence(model)
         seen = getattr(model, "receptive_field", torch.ones(SIDE**2, SIDE**2).tril(-1).bool())[SIDE**2 // 2]
         assert torch.equal(panels[name].flatten() > 0, seen), "the gradient and the model's own account differ"
-    out = options.get("out", "docs/images/blind_spot.png")
-    picture(panels).save(out)
-    print(out)
+    picture(panels).save(options.out)
+    print(options.out)
 
 
 if __name__ == "__main__":

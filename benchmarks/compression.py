@@ -30,7 +30,8 @@ from typing import Any
 from unittest import mock
 
 import numpy as np
-from sampling import table_head
+from support.options import need, read_options, use_threads
+from support.tables import table_head, table_row
 
 SIDE = 100  # images in a row of a sheet
 BATCHES, THREADS = (1, 7, 64), (1, 2)
@@ -90,8 +91,8 @@ def timed(function: Callable[[], Any]) -> tuple[Any, float]:
     return function(), time.perf_counter() - began
 
 
-def compare(pipe: Any, pixels: Any, lossless: bool, with_peers: bool) -> bytes:
-    """Print what each coder needs; returns the stream."""
+def compare(pipe: Any, pixels: Any, lossless: bool, with_peers: bool) -> None:
+    """Print what each coder needs."""
     images, dims = pipe.to_images(pixels), pixels.numel()
     data, plain = timed(lambda: pipe.compress(images, lossless=lossless, checked=False))
     _, twice = timed(lambda: pipe.compress(images[:512], lossless=lossless))
@@ -113,8 +114,7 @@ def compare(pipe: Any, pixels: Any, lossless: bool, with_peers: bool) -> bytes:
     rows = {"this pipeline": len(data), **(peers(pixels.numpy()) if with_peers else {})}
     for name, size in rows.items():
         cells = (name, f"{size / len(pixels):.1f}", f"{8 * size / dims:.3f}", f"{len(data) / size:.3f}")
-        print(f"| {' | '.join(cells)} |", flush=True)
-    return data
+        print(table_row(cells), flush=True)
 
 
 def routes(pipe: Any, folder: Path, pixels: Any, lossless: bool) -> None:
@@ -169,24 +169,27 @@ def control(pipe: Any, pixels: Any, lossless: bool) -> None:
 
 
 def main() -> None:
-    options = dict(argument.split("=", 1) for argument in sys.argv[1:])
-    os.environ.setdefault("OMP_NUM_THREADS", str(os.cpu_count()))
+    given = {"pipeline": str, "source": None, "count": 0, "lossless": False, "peers": True, "routes": 0, "float32": 0}
+    options = read_options(__doc__, given)
+    if options.peers:
+        need("imagecodecs")
+    use_threads()
     import torch
 
     from pipelines import ImagePipeline
     from pipelines.images import DataConfig, load_images
 
-    folder = Path(options["pipeline"])
-    pipe, lossless = ImagePipeline.from_pretrained(folder), options.get("lossless", "false") == "true"
-    source = pipe.provenance["data"] | ({"source": options["source"]} if "source" in options else {})
+    folder = Path(options.pipeline)
+    pipe = ImagePipeline.from_pretrained(folder)
+    source = pipe.provenance["data"] | ({"source": options.source} if options.source else {})
     held_out = load_images(DataConfig(**source)).held_out
-    count = min(len(held_out), int(options.get("count", len(held_out))))
+    count = min(len(held_out), options.count or len(held_out))
     pixels = held_out.pixels(torch.arange(count))
-    compare(pipe, pixels, lossless, options.get("peers", "true") == "true")
-    if number := int(options.get("routes", 0)):
-        routes(pipe, folder, pixels[:number], lossless)
-    if number := int(options.get("float32", 0)):
-        control(pipe, pixels[:number], lossless)
+    compare(pipe, pixels, options.lossless, options.peers)
+    if options.routes:
+        routes(pipe, folder, pixels[: options.routes], options.lossless)
+    if options.float32:
+        control(pipe, pixels[: options.float32], options.lossless)
 
 
 if __name__ == "__main__":

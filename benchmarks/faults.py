@@ -27,10 +27,11 @@ import time
 from pathlib import Path
 from typing import Any
 
+from support.options import read_options
+
 os.environ.update(OMP_NUM_THREADS="1", OPENBLAS_NUM_THREADS="1", ACCELERATE_USE_CPU="true", HF_HUB_OFFLINE="1")
-sys.path[0] = str(
-    Path(__file__).parents[1] / "tests" / "support"
-)  # not this folder, whose `tokenizers.py` others would import
+# Not this folder, whose `tokenizers.py` others would import.
+sys.path[0] = str(Path(__file__).parents[1] / "tests" / "support")
 
 TIMEOUT, GRACE = 5, 40  # seconds for a frozen process, and what a launcher may take to end it
 COUNTS = ("kills", "saves", "stops", "ctrl_c", "resumes", "disks", "matrix", "sick", "uneven")
@@ -132,8 +133,8 @@ def table(rows: list[Row]) -> str:
 
 
 def main() -> None:
-    options = dict(argument.split("=", 1) for argument in sys.argv[1:])
-    counts = {name: int(options[name]) for name in COUNTS if name in options}
+    options = read_options(__doc__, {**dict.fromkeys(COUNTS, 0), "steps": 300, "launched": True, "out": None})
+    counts = {name: count for name in COUNTS if (count := getattr(options, name))}
     import torch
 
     torch.set_num_threads(1)
@@ -141,19 +142,18 @@ def main() -> None:
         import mishaps
 
         mishaps.in_own_mounts()
-    results, steps = {}, int(options.get("steps", 300))
+    results = {}
     with tempfile.TemporaryDirectory() as temporary:
         for name, count in counts.items():
             print(f"\n{name}={count}", flush=True)
-            launched = options.get("launched", "true") == "true"
-            results[name] = campaign(name, count, steps, launched, Path(temporary) / name)
+            results[name] = campaign(name, count, options.steps, options.launched, Path(temporary) / name)
             print(table(results[name]))
             for row in results[name]:
                 for what, lines in row.get("lines", {}).items():
                     print(f"\n{row['case']}, {what}", *lines, sep="\n    ")
                 print(*(f"NOT AS PROMISED: {text}" for text in row["broken"]), sep="\n", end="", flush=True)
-    if "out" in options:
-        Path(options["out"]).write_text(json.dumps(results, indent=1))
+    if options.out:
+        Path(options.out).write_text(json.dumps(results, indent=1))
     raise SystemExit(any(row["broken"] for rows in results.values() for row in rows))
 
 

@@ -23,8 +23,17 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from support.options import ROOT, read_options
 
-ROOT = Path(__file__).parents[1]
+DEFAULTS = {
+    "images": 2000,
+    "height": 375,
+    "width": 500,
+    "size": 256,
+    "batch_size": 64,
+    "step": 0.2,
+    "seconds": 5.0,
+}
 ROWS = {
     "files, kept": {"source": "files", "cache_mb": 16384},
     "files, lazy": {"source": "files", "cache_mb": 0},
@@ -126,44 +135,40 @@ def decoding(height: int, width: int, size: int, seconds: float = 2.0) -> float:
     return count / (time.thread_time() - began)
 
 
+def row_of(name: str, folder: str) -> dict[str, float]:
+    """The figures of one row, from a process of its own that gets the same options."""
+    command = [sys.executable, __file__, *sys.argv[1:], f"row={name}", f"folder={folder}"]
+    environment = {
+        **os.environ,
+        "HF_HOME": f"{folder}/home",
+        "HF_DATASETS_CACHE": f"{folder}/datasets",
+        "HF_HUB_OFFLINE": "1",
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": str(ROOT),
+    }
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    if done.returncode:
+        sys.exit(done.stderr)
+    return json.loads(done.stdout.splitlines()[-1])
+
+
 def main() -> None:
-    given = dict(argument.split("=", 1) for argument in sys.argv[1:])
-    numbers = {"images": 2000, "height": 375, "width": 500, "size": 256, "batch_size": 64, "step": 0.2, "seconds": 5}
-    if unknown := set(given) - {*numbers, "row", "folder"}:
-        sys.exit(f"error: {sorted(unknown)[0]}: there are {', '.join(numbers)}")
-    values = {name: type(default)(float(given.get(name, default))) for name, default in numbers.items()}
-    values["step"] = float(given.get("step", 0.2))
-    if "row" in given:
-        measure(
-            Path(given["folder"]),
-            ROWS[given["row"]],
-            values["size"],
-            values["batch_size"],
-            values["step"],
-            values["seconds"],
-        )
+    options = read_options(__doc__, {**DEFAULTS, "row": None, "folder": None})
+    height, width, size = options.height, options.width, options.size
+    if options.row:
+        measure(Path(options.folder), ROWS[options.row], size, options.batch_size, options.step, options.seconds)
         return
     with tempfile.TemporaryDirectory() as folder:
-        size = write_all(Path(folder), values["images"], values["height"], values["width"])
-        rate = decoding(values["height"], values["width"], values["size"])
+        kilobytes = write_all(Path(folder), options.images, height, width)
         print(
-            f"{values['images']} JPEGs of {values['height']} x {values['width']}, {size:.0f} kB each, wanted as "
-            f"{values['size']} x {values['size']}; {len(os.sched_getaffinity(0))} cores, one of which decodes "
-            f"{rate:.0f} images/s"
+            f"{options.images} JPEGs of {height} x {width}, {kilobytes:.0f} kB each, wanted as {size} x {size}; "
+            f"{len(os.sched_getaffinity(0))} cores, one of which decodes {decoding(height, width, size):.0f} images/s"
         )
         print(f"{'':20}{'ready s':>10}{'images/s':>10}{'per core':>10}{'waiting':>10}{'MiB':>8}")
-        for row in ROWS:
-            command = [sys.executable, __file__, *sys.argv[1:], f"row={row}", f"folder={folder}"]
-            more = {"HF_HOME": f"{folder}/home", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
-            more["HF_DATASETS_CACHE"] = f"{folder}/datasets"
-            done = subprocess.run(command, env={**os.environ, **more}, capture_output=True, text=True)
-            if done.returncode:
-                sys.exit(done.stderr)
-            found = json.loads(done.stdout.splitlines()[-1])
-            print(
-                f"{row:20}{found['ready']:10.1f}{found['rate']:10.0f}{found['per_core']:10.0f}{found['waiting']:10.1%}{found['memory']:8.0f}",
-                flush=True,
-            )
+        for name in ROWS:
+            found = row_of(name, folder)
+            timed = f"{found['ready']:10.1f}{found['rate']:10.0f}{found['per_core']:10.0f}"
+            print(f"{name:20}{timed}{found['waiting']:10.1%}{found['memory']:8.0f}", flush=True)
 
 
 if __name__ == "__main__":

@@ -11,12 +11,12 @@ without a cache takes. Any order: an order of its own for each image.
 
 from __future__ import annotations
 
-import os
-import sys
 from collections.abc import Callable
 from typing import Any
 
-from sampling import seconds_of, table_head
+from support.options import read_options, use_threads
+from support.tables import table_head, table_row
+from support.timing import seconds_of
 
 IMAGES = 16
 GRIDS = [((28, 28), 2), ((16, 16), 512)]
@@ -77,16 +77,14 @@ def measure(model: Any) -> list[str]:
 
 
 def main() -> None:
-    options = dict(argument.split("=") for argument in sys.argv[1:])
-    os.environ["OMP_NUM_THREADS"] = options.get("threads", "2")
+    threads = use_threads(read_options(__doc__, {"threads": 2}).threads)
     import torch
 
     from prior import Prior
     from tokenizer import TokenGrid
 
-    torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
     torch.manual_seed(0)
-    print(f"torch {torch.__version__}, {torch.get_num_threads()} thread(s), {IMAGES} images\n")
+    print(f"torch {torch.__version__}, {threads} thread(s), {IMAGES} images\n")
     print(table_head("grid", "prior", "parameters", "FLOPs / one pass", "cached, s", "uncached, s", "speed-up"))
     for shape, vocab_size in GRIDS:
         for label, (kind, sizes) in MODELS.items():
@@ -95,7 +93,7 @@ def main() -> None:
                 label = f"{kind}, one layer of {sizes['hidden'][0]}, ids embedded in {sizes['embedding']}"
             model = Prior.create(kind, grid=TokenGrid(shape, vocab_size), **sizes).eval()
             cells = [f"{'x'.join(map(str, shape))} of {vocab_size}", label, *measure(model)]
-            print(f"| {' | '.join(cells)} |", flush=True)
+            print(table_row(cells), flush=True)
 
 
 if __name__ == "__main__":

@@ -27,25 +27,33 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
-from pace import NEVER, prior_presets, prior_seconds, steps_within, with_interval, write_whole
-from sampling import seconds_of, table_head
+from support.options import ROOT, choose, read_options, use_threads
+from support.runs import smalti, train_once
+from support.tables import table_head, table_row, with_interval, write_whole
+from support.timing import prior_presets, prior_seconds, seconds_of, steps_within
 
-ROOT = Path(__file__).parents[1]
 NEIGHBOURS, SAMPLES, TIMED, SLOW = 20_000, 1000, 64, 60.0
 TOKENIZER_STEPS, MIXED_ROWS = 1500, 2000
+OPTIONS = {
+    "data": "fashion_mnist",
+    "source": None,
+    "augmentations": 0,
+    "minutes": 2.0,
+    "seeds": 1,
+    "rows": 0,
+    "only": None,
+    "speed": False,
+    "threads": 0,
+    "out": "runs/ladder",
+}
 
 
-def smalti(verb: str, *arguments: str) -> None:
-    """Run a verb as a user would."""
-    subprocess.run([sys.executable, "-m", f"pipelines.{verb}", *arguments], check=True, cwd=ROOT)
-
-
-def tokens_of(data: str, source: str | None, variants: str, out: Path) -> Path:
+def tokens_of(data: str, source: str | None, variants: int, out: Path) -> Path:
     """The token dataset, made by the data's VQ-VAE preset, or the one of its pixels."""
     folder, images = out / "tokens", [f"data.source={source}"] if source else []
     if not (folder / "manifest.json").is_file():
@@ -68,16 +76,9 @@ def timed(presets: dict[str, Path], tokens: Path, path: Path) -> dict[str, float
 
 
 def train(preset: Path, tokens: Path, steps: int, seed: int, run: Path) -> Path:
-    """The pipeline of a preset, trained for so many steps; exits where it was trained for others."""
-    done = run / "steps"
-    if not done.is_file():
-        never = [f"train.{what}_every={NEVER}" for what in ("preview", "save")]
-        ends = ["train.minutes=null", f"train.steps={steps}", f"train.seed={seed}"]
-        fixed = [f"tokens={tokens}", f"out={run}", "track.wandb=disabled"]
-        smalti("train_prior", "--config", str(preset), *fixed, *ends, *never)
-        done.write_text(str(steps))
-    if int(done.read_text()) != steps:
-        raise SystemExit(f"{run}: was trained for {done.read_text()} steps; choose another out=")
+    """The pipeline of a preset, trained for so many steps."""
+    more = (f"tokens={tokens}", f"train.seed={seed}")
+    train_once("train_prior", preset, steps, run, *more, never=("preview", "save"))
     return run / "pipeline"
 
 
@@ -115,11 +116,11 @@ def sampling(pipe: Any, guess: Any) -> dict[str, Any]:
     return figures
 
 
-def likelihood(pipe: Any, split: Any, rows: int | None) -> dict[str, Any]:
+def likelihood(pipe: Any, split: Any, rows: int) -> dict[str, Any]:
     """Held-out bits per token in the prior's own order; `rows`: of so many images, evenly spread."""
     from pipelines.metrics.likelihood import bits_per_token
 
-    return {"bits": bits_per_token(pipe.prior, split, rows), "exact": pipe.prior.exact}
+    return {"bits": bits_per_token(pipe.prior, split, rows or None), "exact": pipe.prior.exact}
 
 
 def mixture_gain(pipe: Any, split: Any) -> float | None:
@@ -150,7 +151,7 @@ def agreement(pipe: Any, data: Any) -> dict[str, float]:
     return {"agreement": shares[0], "real_agreement": shares[1]}
 
 
-def measure(pipe: Any, data: Any, rows: int | None, run: Path) -> dict[str, Any]:
+def measure(pipe: Any, data: Any, rows: int, run: Path) -> dict[str, Any]:
     """Likelihood and agreement of a pipeline, kept in `run`; and a sheet of samples."""
     from pipelines.images.pictures import save_picture
 
@@ -220,7 +221,7 @@ def line(name: str, runs: list[dict[str, Any]], seconds: float | None, steps: in
         bound + with_interval(nats, 2),
         with_interval([100 * run["agreement"] for run in runs], 1) + " %",
     ]
-    return f"| {' | '.join(cells)} |"
+    return table_row(cells)
 
 
 def speed_line(name: str, f: dict[str, Any], tokens: int) -> str:
@@ -234,7 +235,7 @@ def speed_line(name: str, f: dict[str, Any], tokens: int) -> str:
         passes(f, "guessed", tokens),
         f"{f['mixture_gain']:+.4f}" if f["mixture_gain"] is not None else "",
     ]
-    return f"| {' | '.join(cells)} |"
+    return table_row(cells)
 
 
 def speed_table(pipes: dict[str, Any], data: Any, out: Path) -> None:
@@ -247,16 +248,13 @@ def speed_table(pipes: dict[str, Any], data: Any, out: Path) -> None:
         print(speed_line(kind, found, len(data.grid)), flush=True)
 
 
-def compare(data: Any, tokens: Path, presets: dict[str, Path], options: dict[str, str], out: Path) -> None:
+def compare(data: Any, tokens: Path, presets: dict[str, Path], options: SimpleNamespace, out: Path) -> None:
     """Time, train and measure; then the tables."""
     from pipelines import ImagePipeline
 
-    minutes, seeds = float(options.get("minutes", 2)), int(options.get("seeds", 1))
-    rows = int(options["rows"]) if "rows" in options else None
+    minutes, seeds, rows = options.minutes, options.seeds, options.rows
     seconds = timed(presets, tokens, out / "steps.json")
-    only = [kind for kind in options.get("only", ",".join(presets)).split(",") if kind]
-    if strange := [kind for kind in only if kind not in seconds]:
-        raise SystemExit(f"only={strange[0]}: choose among {', '.join(seconds)}")
+    only = choose(",".join(presets) if options.only is None else options.only, list(seconds))
     steps = {kind: steps_within(minutes, seconds[kind]) for kind in only}
     pipes, found = {"marginal": marginal(data)}, {}
     (out / "marginal" / "seed0").mkdir(parents=True, exist_ok=True)
@@ -276,22 +274,19 @@ def compare(data: Any, tokens: Path, presets: dict[str, Path], options: dict[str
     for kind in ranked:
         print(line(kind, found[kind], seconds.get(kind), steps.get(kind), len(data.grid)))
     print(f"| held-out images | | | | | | {100 * found['marginal'][0]['real_agreement']:.1f} % |")
-    if options.get("speed", "0") != "0":
+    if options.speed:
         speed_table({kind: pipes[kind] for kind in ranked}, data, out)
     print(f"\nsamples of each, two per class: {sheet(ranked, out)}")
 
 
 def main() -> None:
-    options = dict(argument.split("=", 1) for argument in sys.argv[1:])
-    name = options.get("data", "fashion_mnist")
-    out = Path(options.get("out", "runs/ladder")).absolute() / name
-    os.environ["OMP_NUM_THREADS"] = options.get("threads") or os.environ.get("OMP_NUM_THREADS") or str(os.cpu_count())
-    presets = prior_presets(name)
-    if not presets:
-        raise SystemExit(f"data={name}: there are no presets configs/prior/*_{name}.yaml")
+    options = read_options(__doc__, OPTIONS)
+    presets = prior_presets(options.data)
+    out = Path(options.out).absolute() / options.data
+    use_threads(options.threads)
     from pipelines.tokens import load_tokens
 
-    tokens = tokens_of(name, options.get("source"), options.get("augmentations", "0"), out)
+    tokens = tokens_of(options.data, options.source, options.augmentations, out)
     compare(load_tokens(str(tokens)), tokens, presets, options, out)
 
 

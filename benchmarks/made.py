@@ -22,21 +22,21 @@ from __future__ import annotations
 import json
 import math
 import os
-import statistics
-import sys
 import tempfile
 import time
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-from sampling import table_head
+from support.options import ROOT, image_folder, read_options, use_threads
+from support.runs import NEVER
+from support.tables import table_head
+from support.timing import cpu_seconds_of, stepper
 
-ROOT = Path(__file__).parents[1]
 SIZE, HIDDEN, BATCH = 784, 1000, 64
-NEVER = 1_000_000
 
 
 def tokens_without_classes(source: str, folder: Path) -> None:
@@ -68,24 +68,6 @@ def our_config(tokens: Path, out: Path, **train: Any) -> Any:
     return TrainPriorConfig.model_validate(node)
 
 
-def our_steps(tokens: Path, out: Path, batch: int) -> Iterator[None]:
-    """Steps of a run."""
-    from pipelines.train_prior import PriorTask
-    from pipelines.training.loop import batches
-    from pipelines.training.processes import build_accelerator
-    from pipelines.training.starting import set_up
-    from pipelines.training.step import take_step
-
-    config = our_config(tokens, out, batch_size=batch)
-    (out / "state").mkdir(parents=True)
-    training = set_up(PriorTask(config), config, out, build_accelerator(60.0))
-    stream = batches(training)
-    training.task.model.train()
-    while True:
-        take_step(training, next(stream), 1e-3)
-        yield
-
-
 def paper_masks() -> tuple[Any, Any]:
     """Of one hidden layer with uniform degrees, in a random order: `(HIDDEN, SIZE)` and `(SIZE, HIDDEN)`."""
     import torch
@@ -115,22 +97,19 @@ def bare_steps(rows: Any, batch: int) -> Iterator[None]:
 
 def compare_steps(tokens: Path, rows: Any, batch: int, count: int) -> None:
     """Print the medians of both steps, in turn."""
-    contenders = {"ours": our_steps(tokens, tokens.parent / "steps", batch), "bare torch": bare_steps(rows, batch)}
-    times: dict[str, list[float]] = {name: [] for name in contenders}
-    for number in range(count + 10):
-        for name, steps in contenders.items():
-            began = time.process_time()
-            next(steps)
-            if number >= 10:
-                times[name].append(time.process_time() - began)
-    ours, bare = (1000 * statistics.median(times[name]) for name in contenders)
+    from pipelines.train_prior import PriorTask
+
+    config = our_config(tokens, tokens.parent / "steps", batch_size=batch)
+    with stepper(PriorTask(config), config) as step:
+        ours, bare = cpu_seconds_of([step, partial(next, bare_steps(rows, batch))], count)
     print(table_head("a step at batch", "ours, ms", "bare torch, ms", "ratio"))
-    print(f"| {batch} | {ours:.1f} | {bare:.1f} | {ours / bare:.2f} |\n", flush=True)
+    print(f"| {batch} | {1e3 * ours:.1f} | {1e3 * bare:.1f} | {ours / bare:.2f} |\n", flush=True)
 
 
 def ours(tokens: Path, out: Path, minutes: float) -> tuple[int, float]:
     """Images that a run of the preset saw, and its nats per test image. Minutes are of this process."""
     from pipelines import ImagePipeline, train_prior
+    from pipelines.metrics.likelihood import bits_per_token
     from pipelines.tokens import load_tokens
     from pipelines.training import loop as training
 
@@ -143,7 +122,7 @@ def ours(tokens: Path, out: Path, minutes: float) -> tuple[int, float]:
         training.time = clock
     steps = max(json.loads(line)["step"] for line in (out / "metrics.jsonl").read_text().splitlines())
     prior = ImagePipeline.from_pretrained(out / "pipeline").prior
-    bits = train_prior.bits_per_token(prior, load_tokens(tokens).splits["test"])
+    bits = bits_per_token(prior, load_tokens(tokens).splits["test"])
     return steps * config.train.batch_size, bits * SIZE * math.log(2)
 
 
@@ -177,26 +156,24 @@ def plain(train: Any, test: Any, minutes: float) -> tuple[int, float]:
 
 
 def main() -> None:
-    options = {"minutes": "3", "steps": "60", "batch": "128", "seed": "0", "source": ""}
-    options |= dict(argument.split("=", 1) for argument in sys.argv[1:])
-    os.environ["OMP_NUM_THREADS"] = "1"
+    options = read_options(__doc__, {"minutes": 3.0, "steps": 60, "batch": 128, "seed": 0, "source": None})
+    use_threads(1)
     os.environ["ACCELERATE_USE_CPU"] = "true"
     import torch
 
     from pipelines.tokens import load_tokens
 
-    torch.set_num_threads(1)
-    torch.manual_seed(int(options["seed"]))
-    folder = Path(os.environ.get("SMALTI_DATA") or ROOT.parent / "shared" / "data") / "fashion_mnist"
-    source = options["source"] or (str(folder) if folder.is_dir() else "zalando-datasets/fashion_mnist")
-    minutes, steps = float(options["minutes"]), int(options["steps"])
+    torch.manual_seed(options.seed)
+    folder = image_folder("fashion_mnist")
+    source = options.source or (str(folder) if folder.is_dir() else "zalando-datasets/fashion_mnist")
+    minutes = options.minutes
     with tempfile.TemporaryDirectory() as place:
         tokens = Path(place) / "tokens"
         tokens_without_classes(source, tokens)
         train, test = (load_tokens(tokens).splits[name].tokens.flatten(1) for name in ("train", "test"))
         print(f"torch {torch.__version__}, 1 thread, {SIZE}-{HIDDEN}-{SIZE}\n", flush=True)
-        if steps:
-            compare_steps(tokens, train, int(options["batch"]), steps)
+        if options.steps:
+            compare_steps(tokens, train, options.batch, options.steps)
         if minutes:
             print(table_head(f"{minutes:g} minutes of one core", "images", "nats per test image"))
             for name, (images, nats) in (

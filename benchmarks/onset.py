@@ -10,10 +10,11 @@ Everything is read from the runs' `metrics.jsonl`, `config.yaml` and `previews/`
 from __future__ import annotations
 
 import json
-import sys
 from functools import partial
 from pathlib import Path
 from typing import Any
+
+from support.options import read_options
 
 SIZE = (1240, 260)  # of the three charts together, in pixels
 
@@ -47,14 +48,15 @@ def draw(
 
 
 def main() -> None:
-    options = dict(argument.split("=", 1) for argument in sys.argv[1:])
-    run, out = Path(options["run"]), Path(options.get("out", "onset.png"))
-    beside = Path(options["beside"]) if "beside" in options else None
+    options = read_options(__doc__, {"run": str, "beside": None, "out": "onset.png"})
+    run, out = Path(options.run), Path(options.out)
+    beside = Path(options.beside) if options.beside else None
     import numpy as np
     import yaml
     from PIL import Image
 
-    from pipelines.metrics.charts import charts_in_row, page
+    from pipelines.metrics.charts import charts_in_row
+    from pipelines.metrics.pages import page
 
     critic = yaml.safe_load((run / "config.yaml").read_text())["critic"]
     heard = critic["start"] + critic["warmup"]

@@ -14,14 +14,14 @@ Seconds: median of three, with the guessing prior's passes, against the path wit
 
 from __future__ import annotations
 
-import os
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
-from sampling import seconds_of, table_head
+from support.options import read_options, use_threads
+from support.tables import table_head, table_row
+from support.timing import seconds_of
 
 IMAGES = 64
 
@@ -65,22 +65,22 @@ def measure(model: Any, draw: Callable[..., Any], rules: list[tuple[str, Any, di
             f"{times[1]:.3f}",
             f"{wrong}",
         ]
-        print(f"| {' | '.join(cells)} |", flush=True)
+        print(table_row(cells), flush=True)
 
 
 def main() -> None:
-    options = dict(argument.split("=", 1) for argument in sys.argv[1:])
-    os.environ.setdefault("OMP_NUM_THREADS", str(os.cpu_count()))
+    options = read_options(__doc__, {"ladder": "runs/ladder/fashion_mnist", "prior": "gpt", "guess": "made"})
+    use_threads()
     import torch
 
     from pipelines import ImagePipeline
     from pipelines.tokens import load_tokens
     from prior import Prior
 
-    folder = Path(options.get("ladder", "runs/ladder/fashion_mnist"))
+    folder = Path(options.ladder)
     model, cheap = (
-        ImagePipeline.from_pretrained(folder / options.get(role, default) / "seed0" / "pipeline").prior
-        for role, default in (("prior", "gpt"), ("guess", "made"))
+        ImagePipeline.from_pretrained(folder / name / "seed0" / "pipeline").prior
+        for name in (options.prior, options.guess)
     )
     train = load_tokens(str(folder / "tokens")).splits["train"]
     marginal = Prior.create("marginal", grid=model.grid, num_classes=model.num_classes)

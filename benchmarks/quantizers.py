@@ -16,12 +16,12 @@ after a warm-up.
 
 from __future__ import annotations
 
-import os
-import sys
 from collections.abc import Callable
 from typing import Any
 
-from sampling import seconds_of, table_head
+from support.options import need, read_options, use_threads
+from support.tables import table_head
+from support.timing import seconds_of
 
 BATCH, SIDE, DIM, CODES = 64, 7, 64, 512
 LARGE_SIDE, LARGE_DIM, LARGE_BITS = 16, 8, 14
@@ -151,25 +151,23 @@ def against_peer(pairs: dict[str, Pair], side: int, repeats: int) -> None:
 
 
 def main() -> None:
-    options = dict(argument.split("=") for argument in sys.argv[1:])
-    threads, repeats = int(options.get("threads", 1)), int(options.get("repeats", 100))
-    large = int(options.get("large", 1))
-    os.environ["OMP_NUM_THREADS"] = str(threads)
+    options = read_options(__doc__, {"threads": 1, "repeats": 100, "large": 1})
+    need("vector_quantize_pytorch")
+    threads = use_threads(options.threads)
     from importlib.metadata import version
 
     import torch
 
-    torch.set_num_threads(threads)
     print(
         f"torch {torch.__version__}, vector-quantize-pytorch {version('vector-quantize-pytorch')}, {threads} thread(s)"
     )
-    against_bare(repeats)
+    against_bare(options.repeats)
     print("\nforward + backward, ms\n")
     print(table_head("quantizer", "vectors", "codes", "smalti", "vector-quantize-pytorch", "ratio"))
-    against_peer({**codebooks(CODES, DIM), **lookup_free(9)}, SIDE, repeats)
-    if large:
+    against_peer({**codebooks(CODES, DIM), **lookup_free(9)}, SIDE, options.repeats)
+    if options.large:
         pairs = {**codebooks(2**LARGE_BITS, LARGE_DIM), **lookup_free(LARGE_BITS)}
-        against_peer({name: pair for name, pair in pairs.items() if "rvq" not in name}, LARGE_SIDE, large)
+        against_peer({name: pair for name, pair in pairs.items() if "rvq" not in name}, LARGE_SIDE, options.large)
 
 
 if __name__ == "__main__":

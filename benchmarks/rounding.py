@@ -15,11 +15,10 @@ over the image alone was asked to decide, at temperature 1.
 
 from __future__ import annotations
 
-import os
-import sys
 from typing import Any
 
-from sampling import table_head
+from support.options import read_options, use_threads
+from support.tables import table_head, table_row
 
 COLUMNS = (
     "prior",
@@ -128,34 +127,34 @@ def row(label: str, model: Any, tokens: Any, labels: Any) -> str:
     cells += [f"{found[key]:.1e}" for key in ("step", "batch", "of_row", "of_image")]
     margin = f"{model.rounding / found['of_image']:.1f}" if found["of_image"] else "-"
     cells += [margin, str(made_again(model)) if model.grid.vocab_size < 10_000 else "-"]
-    return f"| {' | '.join(cells)} |"
+    return table_row(cells)
 
 
 def main() -> None:
-    options = dict(argument.split("=") for argument in sys.argv[1:])
-    os.environ["OMP_NUM_THREADS"] = options.get("threads", "1")
+    options = read_options(__doc__, {"threads": 1, "large": True, "pipeline": None})
+    threads = use_threads(options.threads)
     import torch
 
     from prior import Prior
+    from prior.drawing import evaluating
     from tokenizer import TokenGrid
 
-    torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
     capability = torch.backends.cpu.get_cpu_capability()
-    print(f"torch {torch.__version__}, {torch.get_num_threads()} thread(s), {capability}\n")
+    print(f"torch {torch.__version__}, {threads} thread(s), {capability}\n")
     print(table_head(*COLUMNS))
-    if folder := options.get("pipeline"):
-        model = Prior.from_pretrained(f"{folder}/prior")
+    if options.pipeline:
+        model = Prior.from_pretrained(f"{options.pipeline}/prior")
         labels = torch.arange(BATCH) % (model.num_classes + 1)
         tokens = model.sample(BATCH, labels, generator=torch.Generator().manual_seed(0))
-        with torch.inference_mode(), model._evaluating():
-            print(row(folder, model, tokens, labels))
+        with torch.inference_mode(), evaluating(model):
+            print(row(options.pipeline, model, tokens, labels))
         return
-    for label, kind, (shape, vocab_size), sizes in [*MODELS, *([LARGE] if options.get("large", "1") == "1" else [])]:
+    for label, kind, (shape, vocab_size), sizes in [*MODELS, *([LARGE] if options.large else [])]:
         torch.manual_seed(0)
         model = Prior.create(kind, grid=TokenGrid(shape, vocab_size), num_classes=10, **sizes).eval()
         count = 1 if vocab_size > 10_000 else BATCH
         tokens, labels = torch.randint(vocab_size, (count, *shape)), torch.arange(count)
-        with torch.inference_mode(), model._evaluating():
+        with torch.inference_mode(), evaluating(model):
             for deviation in DEVIATIONS:
                 scaled(model, tokens, labels, deviation)
                 print(row(label, model, tokens, labels), flush=True)

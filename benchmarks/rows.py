@@ -22,14 +22,14 @@ that is kept aside (to choose by) and on the held-out ones.
 from __future__ import annotations
 
 import math
-import os
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-ROOT = Path(__file__).parents[1]
+from support.options import choose, image_folder, read_options, read_value
+from support.tables import table_head, table_row
+
 HEIGHT, WIDTH, VOCAB, STRAY = 8, 8, 8, 0.25
 NETWORKS: dict[str, dict[str, Any]] = {
     "pixelcnn": {"dim": 16, "depth": 3, "first_kernel": 5, "head": 64},
@@ -134,10 +134,21 @@ def fitted(kind: str, config: dict[str, Any], task: Task, steps: int, lr: float,
     return model.eval()
 
 
-def contenders(only: str, changes: dict[str, Any]) -> dict[str, tuple[str, dict[str, Any]]]:
+def model_changes(changes: list[str]) -> dict[str, int]:
+    """What `model.key=number` arguments say; exits at others."""
+    found = {}
+    for change in changes:
+        key, _, text = change.partition("=")
+        if not key.startswith("model."):
+            raise SystemExit(f"{key}: unknown; a key with a dot begins with model.")
+        found[key.removeprefix("model.")] = read_value(key, text, 0)
+    return found
+
+
+def contenders(kinds: list[str], changes: dict[str, Any]) -> dict[str, tuple[str, dict[str, Any]]]:
     """Kind and configuration of each row of the table."""
     found: dict[str, tuple[str, dict[str, Any]]] = {}
-    for kind in only.split(",") if only else NETWORKS:
+    for kind in kinds:
         config = {**NETWORKS[kind], **changes}
         if kind in HAVE_A_CHOICE:
             found[f"{kind}, without"] = kind, {**config, "row_embedding": False}
@@ -151,27 +162,36 @@ def spread(values: list[float]) -> str:
 
 
 def main() -> None:
-    options = dict(argument.split("=", 1) for argument in sys.argv[1:])
+    given = {
+        "data": None,
+        "source": None,
+        "side": 16,
+        "levels": 8,
+        "only": None,
+        "steps": 400,
+        "seeds": 3,
+        "lr": 5e-3,
+    }
+    options = read_options(__doc__, given, dotted=True)
     import torch
 
     torch.set_num_threads(1)
-    changes = {key.removeprefix("model."): int(options[key]) for key in options if key.startswith("model.")}
-    if data := options.get("data"):
-        folder = Path(os.environ.get("SMALTI_DATA") or ROOT.parent / "shared" / "data") / data
-        given = Path(options.get("source", folder))
-        task = task_of_pictures(given, int(options.get("side", 16)), int(options.get("levels", 8)))
+    rows = contenders(choose(options.only, list(NETWORKS)), model_changes(options.changes))
+    if options.data:
+        folder = Path(options.source or image_folder(options.data))
+        task = task_of_pictures(folder, options.side, options.levels)
     else:
         task = task_of_levels()
-    steps, seeds, lr = int(options.get("steps", 400)), int(options.get("seeds", 3)), float(options.get("lr", 5e-3))
+    steps, seeds, lr = options.steps, options.seeds, options.lr
     print(f"{task.grid.shape} ids of {task.grid.vocab_size}; {steps} steps, {seeds} seeds, lr {lr:g}\n")
-    print(f"| prior | parameters | {' | '.join(task.figures)} | seconds a run |\n|{'---|' * (len(task.figures) + 3)}")
-    for name, (kind, config) in contenders(options.get("only", ""), changes).items():
+    print(table_head("prior", "parameters", *task.figures, "seconds a run"))
+    for name, (kind, config) in rows.items():
         start = time.process_time()
         models = [fitted(kind, config, task, steps, lr, seed) for seed in range(seeds)]
         took = (time.process_time() - start) / seeds
         cells = [spread([figure(model) for model in models]) for figure in task.figures.values()]
         count = sum(parameter.numel() for parameter in models[0].parameters())
-        print(f"| {name} | {count:,} | {' | '.join(cells)} | {took:.0f} |", flush=True)
+        print(table_row([name, f"{count:,}", *cells, f"{took:.0f}"]), flush=True)
 
 
 if __name__ == "__main__":

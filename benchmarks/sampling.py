@@ -10,11 +10,8 @@ path without a cache, for few rows only (it costs N times as much).
 
 from __future__ import annotations
 
-import os
-import statistics
-import sys
-import time
-from collections.abc import Callable
+from support.options import need, read_options, use_threads
+from support.timing import seconds_of
 
 SIZES = [  # width, depth, heads, batch, target ratio
     (128, 4, 4, 1, 6.0),
@@ -23,24 +20,6 @@ SIZES = [  # width, depth, heads, batch, target ratio
     (512, 8, 8, 16, 1.4),
 ]
 TOKENS, VOCAB = 256, 512
-
-
-def seconds_of(runs: list[Callable[[], object]], repeats: int) -> list[float]:
-    """Median seconds of each, run in turn after one warm-up each."""
-    for run in runs:
-        run()
-    times: list[list[float]] = [[] for _ in runs]
-    for _ in range(repeats):
-        for kept, run in zip(times, runs, strict=True):
-            began = time.perf_counter()
-            run()
-            kept.append(time.perf_counter() - began)
-    return [statistics.median(kept) for kept in times]
-
-
-def table_head(*names: str) -> str:
-    """The first two lines of a Markdown table."""
-    return f"| {' | '.join(names)} |\n|{'---|' * len(names)}"
 
 
 def measure(width: int, depth: int, heads: int, batch: int, repeats: int) -> tuple[float, float, float | None]:
@@ -76,18 +55,17 @@ def measure(width: int, depth: int, heads: int, batch: int, repeats: int) -> tup
 
 
 def main() -> None:
-    options = dict(argument.split("=") for argument in sys.argv[1:])
-    threads, repeats = int(options.get("threads", 1)), int(options.get("repeats", 5))
-    os.environ["OMP_NUM_THREADS"] = str(threads)
+    options = read_options(__doc__, {"threads": 1, "repeats": 5})
+    need("transformers")
+    threads = use_threads(options.threads)
     import torch
     import transformers
 
     transformers.logging.set_verbosity_error()
-    torch.set_num_threads(threads)
     print(f"torch {torch.__version__}, transformers {transformers.__version__}, {threads} thread(s); tokens per second")
     print("width depth batch     smalti      gpt-2  ratio  target  no cache")
     for width, depth, heads, batch, target in SIZES:
-        mine, other, slow = measure(width, depth, heads, batch, repeats)
+        mine, other, slow = measure(width, depth, heads, batch, options.repeats)
         uncached = f"{slow:9.0f}" if slow else ""
         print(
             f"{width:5} {depth:5} {batch:5} {mine:10.0f} {other:10.0f} {mine / other:6.2f}  {target:6.1f} {uncached}",

@@ -25,6 +25,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from support.options import read_options
+from support.tables import table_head, table_row
+
 GRID, VOCAB = (16, 16), 16384
 SIZES = (256, 1024)
 STEPS = 200
@@ -162,29 +165,29 @@ def order_line(rows: int) -> str:
 
 
 def main() -> None:
-    options = dict(argument.split("=", 1) for argument in sys.argv[1:])
+    given = {"out": "runs/token_data", "rows": 1281167, "times": 10, "cold": False, "case": None, "write": False}
+    options = read_options(__doc__, given)
     os.environ["OMP_NUM_THREADS"] = "1"
-    folder, rows = Path(options.get("out", "runs/token_data")), int(options.get("rows", 1281167))
-    cold = options.get("cold", "no") == "yes"
-    if "case" in options:
-        print(json.dumps(measure(folder, options["case"], cold)))
+    folder, rows, cold = Path(options.out), options.rows, options.cold
+    if options.case:
+        print(json.dumps(measure(folder, options.case, cold)))
         return
-    if "write" in options:
+    if options.write:
         print(json.dumps(write(folder, rows)))
         return
     seconds = in_a_process(f"out={folder}", f"rows={rows}", "write=yes")
     size = sum(path.stat().st_size for path in folder.rglob("*.safetensors")) / 1e6
     print(f"{rows:,} rows, {size:,.0f} MB: written in {seconds:.1f} s, hashed in {verified(folder):.1f} s")
-    print(order_line(rows * int(options.get("times", 10))), flush=True)
+    print(order_line(rows * options.times), flush=True)
     head = [f"batch {size}: {what}" for size in SIZES for what in ("rows/s", "of its own", "slowest step, ms")]
-    print(f"\n| loaded | seconds | private, MB | {' | '.join(head)} |\n|{' --- |' * (3 + len(head))}")
+    print(f"\n{table_head('loaded', 'seconds', 'private, MB', *head)}")
     for label in CASES:
         found = in_a_process(f"out={folder}", f"case={label}", f"cold={'yes' if cold else 'no'}")
         cells = [label, f"{found['load']:.2f}", f"{found['private'] / 1e6:.0f}"]
         for size in SIZES:
             speed, own, slowest = found[str(size)]
             cells += [f"{speed:,.0f}", f"{own:,.0f}", f"{slowest:.1f}"]
-        print(f"| {' | '.join(cells)} |", flush=True)
+        print(table_row(cells), flush=True)
 
 
 if __name__ == "__main__":

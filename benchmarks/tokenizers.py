@@ -27,15 +27,12 @@ another only if it is above it at no more bits.
 
 from __future__ import annotations
 
-import contextlib
 import json
 import math
-import os
-import platform
 import statistics
 import sys
-import tempfile
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 HERE = Path(__file__).parent
@@ -46,233 +43,38 @@ if __name__ == "tokenizers":  # a script of this folder imports transformers, wh
     del sys.modules["tokenizers"]
     importlib.import_module("tokenizers")
 else:
-    from pace import NEVER, TIMED_STEPS, cpu_seconds_of, interval, stepper, steps_within, with_interval, write_whole
-    from sampling import table_head
+    from support.contender_pictures import picture_row, rate_distortion, sheet
+    from support.contender_times import TIMED_IMAGES, timed
+    from support.contenders import (
+        Node,
+        contenders,
+        images_of,
+        missing,
+        read_presets,
+        tokenizer_node,
+        train_node,
+        trainable,
+        with_seed,
+        write_node,
+    )
+    from support.options import choose, read_options, read_value, use_threads
+    from support.tables import table_head, table_row, with_interval, write_whole
+    from support.timing import steps_within
 
-ROOT = HERE.parent
-REFERENCE = "ema"
 VARIANTS = {"digits": 4, "openmoji": 8}  # augmented copies of each image for the GPT, where there are few images
-TIMED_IMAGES = 512
-SHOWN, SHOWN_SIDE = 10, 96
-CRITIC = {"weight": 0.4, "adaptive": True, "width": 32, "layers": 2, "lr": 2.0}
-OPTIONS = ("data", "source", "limit", "augmentations", "minutes", "gpt_minutes", "seeds", "only", "threads", "out")
-
-Node = dict[str, Any]
-
-
-# Contenders ---------------------------------------------------------------------------------------
-
-
-def shares(bits: int) -> tuple[int, int]:
-    """Into how many ids of how many values the bits of a position are split: 8 into 2 of 16, 9 into 3 of 8; 7, which
-    cannot be, into 2 of 11."""
-    levels = 3 if bits % 2 and not bits % 3 else 2
-    return levels, round(2 ** (bits / levels))
-
-
-def scalars(bits: int) -> list[int]:
-    """Levels of FSQ whose product is 2^bits, none above 8."""
-    parts = -(-bits // 3)
-    return sorted((2 ** (bits // parts + (k < bits % parts)) for k in range(parts)), reverse=True)
-
-
-def quantizers(bits: int, dim: int) -> dict[str, Node]:
-    """The quantizers, each with `bits` bits at a position, and codes of width `dim` where there are any."""
-    book = {"codes": 2**bits, "dim": dim}
-    levels, each = shares(bits)
-    return {
-        "ema": {"kind": "ema", **book},
-        "vq": {"kind": "vq", **book},
-        "vq_rotation": {"kind": "vq", **book, "gradient": "rotation"},
-        "vq_normalized": {"kind": "vq", "codes": 2**bits, "dim": 8, "normalize": True},
-        "simvq": {"kind": "simvq", **book},
-        "ibq": {"kind": "ibq", **book},
-        "gumbel": {"kind": "gumbel", **book},
-        "fsq": {"kind": "fsq", "levels": scalars(bits)},
-        "lfq": {"kind": "lfq", "bits": bits},
-        "bsq": {"kind": "bsq", "bits": bits},
-        "rvq": {"kind": "rvq", "depth": levels, "book": {"kind": "ema", "codes": each, "dim": dim}},
-    }
-
-
-def contenders(preset: Node, out: Path) -> dict[str, Node]:
-    """What each contender says on top of the tokenizer's preset, by name."""
-    model = preset["model"]
-    codes, dim = model["quantizer"]["codes"], model["quantizer"]["dim"]
-    bits = round(math.log2(codes))
-    levels, each = shares(bits)
-    shape = {key: value for key, value in model.items() if key not in ("kind", "quantizer")}
-    found = {name: {"model": {**model, "quantizer": node}} for name, node in quantizers(bits, dim).items()}
-    ema = found[REFERENCE]["model"]
-    found["critic"] = {"model": ema, "critic": CRITIC}
-    found["vit"] = {"model": {"kind": "vit", "factor": model["factor"], "quantizer": ema["quantizer"]}}
-    vae = {"kind": "klvae", **shape, "latent": levels, "bins": each}
-    binned = {"kind": "posthoc", "bins": each, "vae": vae}
-    found["klvae"] = {"model": vae}
-    found["posthoc"] = {"model": binned, "init": str(out / "klvae" / "run" / "tokenizer")}
-    return found
-
-
-def missing(spec: Node) -> str | None:
-    """What a contender needs and is not there, if anything."""
-    from pipelines.train_tokenizer import TrainTokenizerConfig
-    from tokenizer import Tokenizer
-    from tokenizer.quantizers import Quantizer
-
-    model = spec["model"]
-    if model["kind"] not in Tokenizer.available():
-        return f"there is no tokenizer {model['kind']!r}"
-    if model.get("quantizer", {"kind": "ema"})["kind"] not in Quantizer.available():
-        return f"there is no quantizer {model['quantizer']['kind']!r}"
-    strange = [key for key in spec if key not in TrainTokenizerConfig.model_fields]
-    return f"train_tokenizer has no {strange[0]!r}" if strange else None
-
-
-def trainable(spec: Node) -> bool:
-    """Whether it takes training steps; what starts from another tokenizer takes none."""
-    return "init" not in spec
-
-
-# Configurations -----------------------------------------------------------------------------------
-
-
-def images_of(name: str, given: str | None) -> str | None:
-    """The folder of the images, or None for what the preset says."""
-    folder = Path(os.environ.get("SMALTI_DATA") or ROOT.parent / "shared" / "data") / name
-    return given or (str(folder) if folder.is_dir() else None)
-
-
-def tokenizer_node(preset: Node, spec: Node, source: str | None, limit: int | None, steps: int, run: Path) -> Node:
-    """The configuration of `train_tokenizer` for so many steps."""
-    data = {**preset["data"], **({"source": source} if source else {}), "limit": limit}
-    return {
-        **preset,
-        "data": data,
-        "out": str(run),
-        "track": {"wandb": "disabled"},
-        **paced(spec, steps),
-        "train": train_node(preset, steps),
-    }
-
-
-def paced(spec: Node, steps: int) -> Node:
-    """A contender with what it does by steps fitted to so many of them: a critic learns alone for a fifth, and is
-    listened to more and more for another; Gumbel noise cools over three quarters."""
-    model = spec["model"]
-    if model.get("quantizer", {}).get("kind") == "gumbel":
-        model = {**model, "quantizer": {**model["quantizer"], "anneal_steps": 3 * steps // 4}}
-    if "critic" in spec:
-        spec = {**spec, "critic": {**spec["critic"], "warmup": steps // 5, "ramp": steps // 5}}
-    return {**spec, "model": model}
-
-
-def train_node(preset: Node, steps: int) -> Node:
-    """A preset's `train` with another end. Resume states are written now and then, for an interrupted benchmark."""
-    never = {"evaluate_every": NEVER, "preview_every": NEVER, "save_every": 500}
-    return {**preset["train"], "steps": steps, "minutes": None, **never}
-
-
-def write_node(node: Node, path: Path) -> str:
-    """The configuration as a file for --config."""
-    from pipelines.config.arguments import write_yaml
-
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(write_yaml(node))
-    return str(path)
-
-
-# Timing -------------------------------------------------------------------------------------------
-
-
-def tokenizer_times(nodes: dict[str, Node], folder: Path) -> dict[str, float]:
-    """Median seconds of a training step of each."""
-    import torch
-
-    from pipelines.config.command import parse
-    from pipelines.train_tokenizer import TokenizerTask, TrainTokenizerConfig
-
-    with contextlib.ExitStack() as stack:
-        steps = []
-        for name, node in nodes.items():
-            argv = ["--config", write_node(node, folder / f"{name}.yaml")]
-            config = parse(TrainTokenizerConfig, argv, verb="train_tokenizer", description="")
-            torch.manual_seed(config.train.seed)
-            steps.append(stack.enter_context(stepper(TokenizerTask(config), config)))
-        return dict(zip(nodes, cpu_seconds_of(steps), strict=True))
-
-
-def untrained(node: Node, folder: Path) -> Any:
-    """An untrained tokenizer of a configuration: its grid is what counts."""
-    from pipelines.config.command import parse
-    from pipelines.train_tokenizer import TrainTokenizerConfig, build_tokenizer
-
-    argv = ["--config", write_node({**node, "init": None}, folder / "grid.yaml")]
-    config = parse(TrainTokenizerConfig, argv, verb="train_tokenizer", description="")
-    channels, *size = config.data.image_shape
-    return build_tokenizer(config.model, tuple(size), channels)
-
-
-def gpt_times(tokenizers: dict[str, Any], preset: Node, folder: Path) -> dict[str, float]:
-    """Median seconds of a training step of the GPT on random ids of each tokenizer's grid."""
-    import torch
-
-    from pipelines.config.command import parse
-    from pipelines.tokens import TokenDataset, TokenSplit
-    from pipelines.train_prior import PriorTask, TrainPriorConfig
-
-    with contextlib.ExitStack() as stack:
-        steps = []
-        for name, tokenizer in tokenizers.items():
-            grid, tokens = tokenizer.grid, folder / "tokens" / name
-            split = TokenSplit(torch.randint(grid.vocab_size, (TIMED_IMAGES, *grid.shape)), torch.zeros(TIMED_IMAGES))
-            both = {"train": split, "test": split}
-            TokenDataset(grid, [str(k) for k in range(10)], both, tokenizer, {}).save(tokens)
-            node = {**preset, "tokens": str(tokens), "out": str(folder), "track": {"wandb": "disabled"}}
-            argv = ["--config", write_node(node, folder / f"{name}.yaml")]
-            config = parse(TrainPriorConfig, argv, verb="train_prior", description="")
-            steps.append(stack.enter_context(stepper(PriorTask(config), config)))
-        return dict(zip(tokenizers, cpu_seconds_of(steps), strict=True))
-
-
-def scaled(before: dict[str, float], now: dict[str, float], reference: str) -> dict[str, float]:
-    """Times of two passes, the later one in units of the earlier: by the reference, which was timed in both."""
-    factor = before[reference] / now[reference] if before else 1.0
-    return {**{name: seconds * factor for name, seconds in now.items()}, **before}
-
-
-def grid_name(grid: Any) -> str:
-    """`8x8x512`: the GPT takes equally long on equal grids."""
-    return "x".join(map(str, (*grid.shape, grid.vocab_size)))
-
-
-def timed(nodes: dict[str, Node], only: list[str], gpt: Node, path: Path) -> Node:
-    """Seconds per step of `tokenizer` by contender and of `gpt` by grid, kept in `path`. The first pass times all, a
-    later one those of `only` that are new."""
-    kept = json.loads(path.read_text()) if path.is_file() else {"tokenizer": {}, "gpt": {}, "grids": {}}
-    new = [name for name in nodes if name not in kept["grids"] and (name in only or not kept["grids"])]
-    if not new:
-        return kept
-    wanted = [REFERENCE, *(name for name in new if name != REFERENCE)]
-    print(f"timing {TIMED_STEPS} steps of {', '.join(wanted)}", file=sys.stderr, flush=True)
-    with tempfile.TemporaryDirectory() as temporary:
-        folder = Path(temporary)
-        models = {name: untrained(nodes[name], folder) for name in wanted}
-        grids = {grid_name(model.grid): model for model in models.values()}
-        chosen = {name: nodes[name] for name in wanted if trainable(nodes[name])}
-        seconds, gpt_seconds = tokenizer_times(chosen, folder), gpt_times(grids, gpt, folder)
-    reference = grid_name(models[REFERENCE].grid)
-    found = {
-        "threads": int(os.environ["OMP_NUM_THREADS"]),
-        "machine": platform.processor() or platform.machine(),
-        "tokenizer": scaled(kept["tokenizer"], seconds, REFERENCE),
-        "gpt": scaled(kept["gpt"], gpt_seconds, reference),
-        "grids": {**{name: grid_name(model.grid) for name, model in models.items()}, **kept["grids"]},
-    }
-    write_whole(found, path)
-    return found
-
-
-# Training and measuring ---------------------------------------------------------------------------
+SHOWN = 10  # images in the picture
+OPTIONS = {
+    "data": "fashion_mnist",
+    "source": None,
+    "limit": 0,
+    "augmentations": None,
+    "minutes": 3.0,
+    "gpt_minutes": 3.0,
+    "seeds": 1,
+    "only": None,
+    "threads": 0,
+    "out": "runs/tokenizers",
+}
 
 
 def train(node: Node, gpt: Node, variants: int, folder: Path) -> None:
@@ -284,29 +86,6 @@ def train(node: Node, gpt: Node, variants: int, folder: Path) -> None:
     if not (tokens / "manifest.json").is_file():
         encode.main([f"tokenizer={folder / 'run' / 'tokenizer'}", f"out={tokens}", f"augmentations={variants}"])
     train_prior.main(["--config", write_node({**gpt, "tokens": str(tokens)}, folder / "gpt.yaml")])
-
-
-def similarity(tokenizer: Any, images: Any) -> float:
-    """Mean SSIM of all images and their reconstructions."""
-    import torch
-
-    from pipelines.metrics.quality import ssim
-
-    found = []
-    with torch.inference_mode():
-        for rows in torch.arange(len(images)).split(256):
-            batch = images.batch(rows)
-            found.append(ssim(batch, tokenizer.decode(tokenizer.encode(batch))))
-    return float(torch.cat(found).mean())
-
-
-def picture_row(images: Any) -> Any:
-    """Images `(n, C, H, W)` side by side, as a PIL image."""
-    from PIL import Image
-
-    from pipelines.images.pictures import grid_picture
-
-    return Image.fromarray(grid_picture(images, len(images), min_side=SHOWN_SIDE))
 
 
 def measure(folder: Path) -> Node:
@@ -338,6 +117,20 @@ def measure(folder: Path) -> Node:
     }
 
 
+def similarity(tokenizer: Any, images: Any) -> float:
+    """Mean SSIM of all images and their reconstructions."""
+    import torch
+
+    from pipelines.metrics.quality import ssim
+
+    found = []
+    with torch.inference_mode():
+        for rows in torch.arange(len(images)).split(256):
+            batch = images.batch(rows)
+            found.append(ssim(batch, tokenizer.decode(tokenizer.encode(batch))))
+    return float(torch.cat(found).mean())
+
+
 def contend(name: str, spec: Node, presets: dict[str, Node], times: Node, settings: Node, out: Path) -> Node:
     """Train and measure one contender; its figures, kept in `out`."""
     path, folder = out / name / "figures.json", out / name
@@ -357,12 +150,12 @@ def contend(name: str, spec: Node, presets: dict[str, Node], times: Node, settin
     return figures
 
 
-def with_seed(presets: dict[str, Node], seed: int) -> dict[str, Node]:
-    """Both presets with another seed."""
-    return {kind: {**preset, "train": {**preset["train"], "seed": seed}} for kind, preset in presets.items()}
-
-
 # The table ----------------------------------------------------------------------------------------
+
+
+def ranked(found: dict[str, list[Node]]) -> list[str]:
+    """Names, best reconstructions first."""
+    return sorted(found, key=lambda name: -statistics.mean(run["psnr"] for run in found[name]))
 
 
 def line(name: str, runs: list[Node]) -> str:
@@ -385,12 +178,7 @@ def line(name: str, runs: list[Node]) -> str:
         each("bits_per_token", 4),
         each("bits_per_token", 1, first["tokens"]),
     ]
-    return f"| {' | '.join(cells)} |"
-
-
-def ranked(found: dict[str, list[Node]]) -> list[str]:
-    """Names, best reconstructions first."""
-    return sorted(found, key=lambda name: -statistics.mean(run["psnr"] for run in found[name]))
+    return table_row(cells)
 
 
 def show(found: dict[str, list[Node]]) -> None:
@@ -414,48 +202,7 @@ def show(found: dict[str, list[Node]]) -> None:
         print(line(name, found[name]))
 
 
-def rate_distortion(found: dict[str, list[Node]], title: str) -> Any:
-    """The GPT's bits of an image against the PSNR: a dot for each tokenizer, and a cross as wide and as high as the
-    95 % intervals over seeds. Tokenizers that another one beats in both are grey."""
-    from pipelines.metrics.charts import BLUE, GREY, INK, charts_in_row, few_ticks, head, page
-
-    rates = {name: [run["bits_per_token"] * run["tokens"] for run in runs] for name, runs in found.items()}
-    levels = {name: [run["psnr"] for run in runs] for name, runs in found.items()}
-    at = {name: (statistics.mean(rates[name]), statistics.mean(levels[name])) for name in found}
-    x_values, y_values = zip(*at.values(), strict=True)
-
-    def draw(axes: Any) -> None:
-        head(axes, "", "held-out PSNR, dB")
-        axes.set(xlim=(0.9 * min(x_values), 1.08 * max(x_values)), ylim=(min(y_values) - 0.4, max(y_values) + 0.4))
-        axes.set_xlabel("bits of an image's tokens under the GPT")
-        few_ticks(axes.xaxis, 8)
-        few_ticks(axes.yaxis, 4)
-        for name, (rate, level) in at.items():
-            beaten = any(r <= rate and p >= level for other, (r, p) in at.items() if other != name)
-            halves = [0.0 if math.isnan(half) else half for half in (interval(rates[name]), interval(levels[name]))]
-            axes.errorbar(rate, level, halves[1], halves[0], color=GREY, linewidth=1)
-            axes.plot(rate, level, "o", color=GREY if beaten else BLUE, markersize=8)
-            axes.annotate(name, (rate, level), (7, 7), textcoords="offset points", color=GREY if beaten else INK)
-
-    return page(title, [], [charts_in_row([draw], 760, 480)])
-
-
-def sheet(names: list[str], out: Path) -> Path:
-    """The same held-out images, and under them the reconstructions of each contender, with its name at the left."""
-    from PIL import Image, ImageDraw, ImageFont
-
-    first = {name: next(iter(sorted(out.glob(f"seed*/{name}")))) for name in names}
-    paths = {"held-out images": first[names[0]] / "originals.png"}
-    paths |= {name: folder / "reconstructions.png" for name, folder in first.items()}
-    rows, title = {name: Image.open(path).convert("RGB") for name, path in paths.items()}, 150
-    width, height = next(iter(rows.values())).size
-    picture = Image.new("RGB", (title + width, len(rows) * height), "white")
-    draw, font = ImageDraw.Draw(picture), ImageFont.load_default(17)
-    for index, (name, row) in enumerate(rows.items()):
-        draw.text((6, index * height + height // 2 - 10), name, fill="black", font=font)
-        picture.paste(row, (title, index * height))
-    picture.save(out / "reconstructions.png")
-    return out / "reconstructions.png"
+# The command line ---------------------------------------------------------------------------------
 
 
 def agreed(settings: Node, path: Path) -> None:
@@ -467,55 +214,45 @@ def agreed(settings: Node, path: Path) -> None:
         raise SystemExit(f"{path.parent}: was made with {other[0]}={kept.get(other[0])}; choose another out=")
 
 
-def read_presets(name: str, changes: list[str]) -> dict[str, Node]:
-    """The two presets of a data set, with `key.path=value` changes; exits where there are none."""
-    from pipelines.config.arguments import read_file, read_override
-    from tokenizer.settings import merge
-
-    paths = {"tokenizer": f"tokenizer/vqvae_{name}.yaml", "gpt": f"prior/gpt_{name}.yaml"}
-    if absent := [path for path in paths.values() if not (ROOT / "configs" / path).is_file()]:
-        raise SystemExit(f"data={name}: there is no preset configs/{absent[0]}")
-    presets = {kind: read_file(str(ROOT / "configs" / path)) for kind, path in paths.items()}
-    for change in changes:
-        presets = merge(presets, read_override(change if change.startswith("gpt.") else f"tokenizer.{change}"))
-    return presets
-
-
-def compare(name: str, options: dict[str, str], changes: list[str]) -> None:
-    """Time, train and measure what is asked for; then the table."""
-    out = Path(options.get("out", "runs/tokenizers")).absolute() / name
-    presets = read_presets(name, changes)
-    known = contenders(presets["tokenizer"], out)
-    only = [part for part in options.get("only", ",".join(known)).split(",") if part]
-    if strange := [part for part in only if part not in known]:
-        raise SystemExit(f"only={strange[0]}: choose among {', '.join(known)}")
-    reasons = {part: reason for part in known if (reason := missing(known[part]))}
-    for part, reason in reasons.items():
-        print(f"{part}: left out, {reason}", flush=True)
-    settings = {
-        "minutes": float(options.get("minutes", 3)),
-        "gpt_minutes": float(options.get("gpt_minutes", 3)),
-        "augmentations": int(options.get("augmentations", VARIANTS.get(name, 0))),
-        "limit": int(options["limit"]) if "limit" in options else None,
-        "source": images_of(name, options.get("source")),
-        "changes": changes,
+def settings_of(options: SimpleNamespace) -> Node:
+    """What all contenders of a folder share."""
+    variants, name = options.augmentations, options.data
+    return {
+        "minutes": options.minutes,
+        "gpt_minutes": options.gpt_minutes,
+        "augmentations": read_value("augmentations", variants, 0) if variants else VARIANTS.get(name, 0),
+        "limit": options.limit or None,
+        "source": images_of(name, options.source),
+        "changes": options.changes,
     }
+
+
+def compare(options: SimpleNamespace) -> None:
+    """Time, train and measure what is asked for; then the table."""
+    out = Path(options.out).absolute() / options.data
+    presets = read_presets(options.data, options.changes)
+    known = contenders(presets["tokenizer"], out)
+    only = choose(options.only, list(known))
+    reasons = {name: reason for name in known if (reason := missing(known[name]))}
+    for name, reason in reasons.items():
+        print(f"{name}: left out, {reason}", flush=True)
+    settings = settings_of(options)
     few = min(TIMED_IMAGES, settings["limit"] or TIMED_IMAGES)
     nodes = {
-        part: tokenizer_node(presets["tokenizer"], known[part], settings["source"], few, 1, out / part)
-        for part in known
-        if part not in reasons
+        name: tokenizer_node(presets["tokenizer"], known[name], settings["source"], few, 1, out / name)
+        for name in known
+        if name not in reasons
     }
     times = timed(nodes, only, presets["gpt"], out / "steps.json")
-    for seed in range(int(options.get("seeds", 1))):
+    for seed in range(options.seeds):
         folder = out / f"seed{seed}"
         specs, seeded = contenders(presets["tokenizer"], folder), with_seed(presets, seed)
-        for part in [part for part in only if part not in reasons]:
+        for name in [name for name in only if name not in reasons]:
             agreed(settings, out / "settings.json")
-            if not trainable(specs[part]) and not (folder / "klvae" / "figures.json").is_file():
-                print(f"{part}: left out until klvae, from which it starts, is finished", flush=True)
+            if not trainable(specs[name]) and not (folder / "klvae" / "figures.json").is_file():
+                print(f"{name}: left out until klvae, from which it starts, is finished", flush=True)
                 continue
-            print(line(part, [contend(part, specs[part], seeded, times, settings, folder)]), flush=True)
+            print(line(name, [contend(name, specs[name], seeded, times, settings, folder)]), flush=True)
     report(known, times, out)
 
 
@@ -542,19 +279,14 @@ def report(known: dict[str, Node], times: Node, out: Path) -> None:
 
 
 def main() -> None:
-    changes = [argument for argument in sys.argv[1:] if "." in argument.partition("=")[0]]
-    options = dict(argument.split("=", 1) for argument in sys.argv[1:] if argument not in changes)
-    if strange := [key for key in options if key not in OPTIONS]:
-        raise SystemExit(f"{strange[0]}: unknown; there are {', '.join(OPTIONS)}, and keys of the presets, with a dot")
-    os.environ["OMP_NUM_THREADS"] = options.get("threads") or os.environ.get("OMP_NUM_THREADS") or str(os.cpu_count())
-    import torch
+    options = read_options(__doc__, OPTIONS, dotted=True)
+    use_threads(options.threads)
 
     from pipelines.config import UserError
     from tokenizer.files.errors import PipelineLoadError
 
-    torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
     try:
-        compare(options.get("data", "fashion_mnist"), options, changes)
+        compare(options)
     except (UserError, PipelineLoadError) as error:
         raise SystemExit(str(error)) from error
 

@@ -24,26 +24,25 @@ for the backward pass. memory: by how much resident memory rises in a step, abov
 
 from __future__ import annotations
 
-import contextlib
 import copy
-import ctypes
 import gc
 import json
 import os
 import platform
-import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from sampling import seconds_of, table_head
+from support.options import ROOT, choose, need, read_options, use_threads
+from support.references import Reference, gpt2, vq_model
+from support.runs import NEVER
+from support.step_costs import Products, count_flops, resident_rise, saved_bytes
+from support.tables import table_head, table_row
+from support.timing import seconds_of, stepper
 
-ROOT = Path(__file__).parents[1]
-NEVER = 1_000_000
 ROWS = 512  # of the token datasets and images that are made for this
 CHANGES = {
     "track.wandb": "disabled",
@@ -161,61 +160,11 @@ def loss_of_ours(task: Any, batch: Any) -> Callable[[], Any]:
     return lambda: task.model.loss(task.model(*batch), batch[0])
 
 
-def reference(case: Case, task: Any, batch: Any) -> tuple[Any, Callable[[], Any]]:
+def reference(case: Case, task: Any, batch: Any) -> Reference:
     """The other model, and its loss on the same batch."""
-    return gpt2(task.model.config, batch[0]) if case.grid[0] else vq_model(case, task.tokenizer.config, batch[0])
-
-
-def gpt2(sizes: Any, tokens: Any) -> tuple[Any, Callable[[], Any]]:
-    """GPT-2 of the same sizes."""
-    import transformers
-
-    transformers.logging.set_verbosity_error()
-    config = transformers.GPT2Config(
-        vocab_size=sizes.grid.vocab_size,
-        n_positions=len(sizes.grid),
-        n_embd=sizes.dim,
-        n_layer=sizes.depth,
-        n_head=sizes.heads,
-        resid_pdrop=0,
-        embd_pdrop=0,
-        attn_pdrop=0,
-        use_cache=False,
-        bos_token_id=0,
-        eos_token_id=0,
-    )
-    model, ids = transformers.GPT2LMHeadModel(config).train(), tokens.flatten(1)
-    return model, lambda: model(ids, labels=ids).loss
-
-
-def vq_model(case: Case, sizes: Any, images: Any) -> tuple[Any, Callable[[], Any]]:
-    """VQGAN as diffusers has it."""
-    import diffusers
-    from torch.nn import functional
-
-    (widths, blocks, groups), quantizer = case.reference, sizes.quantizer
-    model = diffusers.VQModel(
-        in_channels=sizes.channels,
-        out_channels=sizes.channels,
-        block_out_channels=widths,
-        layers_per_block=blocks,
-        down_block_types=("DownEncoderBlock2D",) * len(widths),
-        up_block_types=("UpDecoderBlock2D",) * len(widths),
-        latent_channels=quantizer.dim,
-        vq_embed_dim=quantizer.dim,
-        num_vq_embeddings=quantizer.codes,
-        norm_num_groups=groups,
-        sample_size=sizes.image_size[0],
-    ).train()
-
-    def loss() -> Any:
-        output = model(images)
-        return functional.mse_loss(output.sample, images) + output.commit_loss
-
-    return model, loss
-
-
-# What is measured ---------------------------------------------------------------------------------
+    if case.grid[0]:
+        return gpt2(task.model.config, batch[0])
+    return vq_model(case.reference, task.tokenizer.config, batch[0])
 
 
 def step_of(model: Any, loss: Callable[[], Any]) -> Callable[[], None]:
@@ -230,111 +179,6 @@ def step_of(model: Any, loss: Callable[[], Any]) -> Callable[[], None]:
         optimizer.zero_grad()
 
     return step
-
-
-@contextlib.contextmanager
-def loop_of(task: Any, config: Any, folder: Path) -> Iterator[tuple[Callable[[], None], list[float]]]:
-    """A step of the verb at each call, and the seconds for which each waited for its batch."""
-    from pipelines.training.loop import batches
-    from pipelines.training.processes import build_accelerator
-    from pipelines.training.starting import set_up
-    from pipelines.training.step import take_step
-
-    waits: list[float] = []
-    with contextlib.redirect_stdout(None):
-        training = set_up(task, config, folder, build_accelerator())
-    task.model.train()
-    stream = batches(training)
-
-    def step() -> None:
-        began = time.perf_counter()
-        batch = next(stream)
-        waits.append(time.perf_counter() - began)
-        take_step(training, batch, 1e-5)
-
-    try:
-        yield step, waits
-    finally:
-        stream.close()
-        training.tracker.close()
-
-
-class Products:
-    """A float32 matrix product at each call, by `torch.mm` and as a 1x1 convolution; `best` is the most FLOP per second
-    that each got."""
-
-    def __init__(self, side: int) -> None:
-        import torch
-
-        a, b = torch.randn(2, side, side)
-        rows = a.reshape(16, side // 16, 1, side).movedim(-1, 1)  # channels last; of few images torch makes an `mm`
-        kernel = b.reshape(side, side, 1, 1).contiguous(memory_format=torch.channels_last)
-        self.flops = 2 * side**3
-        self.runs = {"mm": lambda: torch.mm(a, b), "conv": lambda: torch.conv2d(rows, kernel)}
-        self.best = dict.fromkeys(self.runs, 0.0)
-
-    def __call__(self) -> None:
-        for kind, run in self.runs.items():
-            began = time.perf_counter()
-            run()
-            self.best[kind] = max(self.best[kind], self.flops / (time.perf_counter() - began))
-
-
-def count_flops(loss: Callable[[], Any]) -> float:
-    """FLOPs of a forward and a backward pass."""
-    from torch.nn import functional
-    from torch.utils.flop_counter import FlopCounterMode
-
-    fused, attention = functional.scaled_dot_product_attention, 0.0
-
-    def counted(q: Any, k: Any, v: Any, *args: Any, is_causal: bool = False, **more: Any) -> Any:
-        nonlocal attention
-        attention += 3 * 4 * q.numel() * k.shape[-2] * (0.5 if is_causal else 1.0)
-        return q + k + v  # of the same shape, without a product
-
-    functional.scaled_dot_product_attention = counted
-    try:
-        with FlopCounterMode(display=False) as counter:
-            loss().backward()
-    finally:
-        functional.scaled_dot_product_attention = fused
-    return counter.get_total_flops() + attention
-
-
-def saved_bytes(model: Any, loss: Callable[[], Any]) -> int:
-    """Bytes that one forward pass keeps for the backward pass, besides weights; shared memory counts once."""
-    from torch.autograd.graph import saved_tensors_hooks
-
-    found: dict[int, int] = {}
-    own = {tensor.untyped_storage().data_ptr() for tensor in chain(model.parameters(), model.buffers())}
-
-    def pack(tensor: Any) -> Any:
-        storage = tensor.untyped_storage()
-        found[storage.data_ptr()] = 0 if storage.data_ptr() in own else storage.nbytes()
-        return tensor
-
-    with saved_tensors_hooks(pack, lambda tensor: tensor):
-        kept = loss()  # its graph holds all that was saved, so no address is used twice
-    del kept
-    return sum(found.values())
-
-
-def resident_rise(step: Callable[[], None]) -> float | None:
-    """Bytes by which the resident memory rises in a step; None where Linux does not tell."""
-    try:
-        ctypes.CDLL("libc.so.6").malloc_trim(0)  # or the step would use what others left
-        Path("/proc/self/clear_refs").write_text("5")  # the peak is now what is resident
-        before = resident("VmRSS")
-        step()
-        return resident("VmHWM") - before
-    except (OSError, AttributeError):
-        return None
-
-
-def resident(kind: str) -> int:
-    """Bytes that Linux says of this process."""
-    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(kind))
-    return int(line.split()[1]) * 1024
 
 
 # The table ----------------------------------------------------------------------------------------
@@ -352,7 +196,8 @@ def measure(name: str, case: Case, repeats: int, products: Products, folder: Pat
     other, loss = reference(case, task, batch)
     models[type(other).__name__] = (other, loss)
     steps = [step_of(*pair) for pair in models.values()]
-    with loop_of(task, config, folder / "state") as (looped, waits):
+    waits: list[float] = []
+    with stepper(task, config, waits) as looped:
         *seconds, in_loop, _ = seconds_of([*steps, looped, products], repeats)
         waits.clear()
         began = time.perf_counter()
@@ -373,27 +218,23 @@ def measure(name: str, case: Case, repeats: int, products: Products, folder: Pat
             "" if rise is None else f"{rise / 2**20:.0f}",
             *ours,
         ]
-        lines.append(f"| {' | '.join(cells)} |")
+        lines.append(table_row(cells))
         ours = [""] * len(ours)
     return lines
 
 
 def main() -> None:
-    options = dict(argument.split("=", 1) for argument in sys.argv[1:])
-    settings = {"threads": 2, "repeats": 15, "peak": 2048, "only": ",".join(CASES)}
-    if strange := [key for key in options if key not in settings]:
-        raise SystemExit(f"{strange[0]}: unknown; there are {', '.join(settings)}")
-    threads, repeats, side = (int(options.get(key, settings[key])) for key in ("threads", "repeats", "peak"))
-    known, only = {**CASES, **TINY}, [part.strip() for part in options.get("only", ",".join(CASES)).split(",")]
-    if strange := [name for name in only if name not in known]:
-        raise SystemExit(f"only={strange[0]}: choose among {', '.join(known)}")
-    os.environ |= {"OMP_NUM_THREADS": str(threads), "ACCELERATE_USE_CPU": "true"}
+    options = read_options(__doc__, {"threads": 2, "repeats": 15, "peak": 2048, "only": ",".join(CASES)})
+    known = {**CASES, **TINY}
+    only = choose(options.only, list(known))
+    need("transformers", "diffusers")
+    threads = use_threads(options.threads)
+    os.environ["ACCELERATE_USE_CPU"] = "true"
     from importlib.metadata import version
 
     import torch
 
-    torch.set_num_threads(threads)
-    products = Products(side)
+    products = Products(options.peak)
     for _ in range(5):
         products()
     print(
@@ -416,11 +257,11 @@ def main() -> None:
     )
     for name in only:
         with tempfile.TemporaryDirectory() as folder:
-            for line in measure(name, known[name], repeats, products, Path(folder)):
+            for line in measure(name, known[name], options.repeats, products, Path(folder)):
                 print(line, flush=True)
         gc.collect()
     print(
-        f"\nfloat32 matrix product of side {side}, GFLOP/s: {products.best['mm'] / 1e9:.0f} by torch.mm, "
+        f"\nfloat32 matrix product of side {options.peak}, GFLOP/s: {products.best['mm'] / 1e9:.0f} by torch.mm, "
         f"{products.best['conv'] / 1e9:.0f} as a convolution"
     )
 

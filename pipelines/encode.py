@@ -15,7 +15,7 @@ from pydantic import Field
 from torch import Tensor
 
 from tokenizer import Tokenizer
-from tokenizer.files.reading import read_json
+from tokenizer.files.opening import read_json
 from tokenizer.mistakes import show
 from tokenizer.pretrained import PROVENANCE
 from tokenizer.settings import as_saved

@@ -16,12 +16,12 @@ from torch import Tensor, nn
 from tokenizer import Tokenizer
 from tokenizer.base import codebook_usage
 from tokenizer.critic import PatchCritic
-from tokenizer.files.reading import read_json
+from tokenizer.files.opening import read_json
 from tokenizer.losses import total_loss
 from tokenizer.pretrained import CONFIG, PROVENANCE
 from tokenizer.settings import Node, as_saved
 
-from .config import Config, UserError, run_command
+from .config import Config, run_command
 from .images import DataConfig, ImageDataset, load_images
 from .images.origin import is_local
 from .images.splits import as_begun
@@ -30,7 +30,7 @@ from .metrics.perceptual import Perceptual, weights_file
 from .metrics.reconstruction import evaluate_reconstruction, images_at_a_time, reconstruction_picture
 from .stages.provenance import save_tokenizer
 from .tracking import TrackConfig
-from .training.adversary import Adversary, CriticConfig
+from .training.adversary import CriticConfig, make_adversary
 from .training.loop import train
 from .training.run_folder import begun_data
 from .training.schedule import TrainConfig
@@ -117,25 +117,18 @@ class TokenizerTask(Task):
         parameters = [parameter for parameter in self.tokenizer.parameters() if parameter.requires_grad]
         self.nets = {"model": self.tokenizer} if parameters else {}
         self.players = {"model": parameters} if parameters else {}
-        self.adversary = self.make_adversary(channels, (height, width)) if parameters and config.critic.weight else None
+        self.adversary = None
+        if parameters and config.critic.weight:
+            self.adversary = make_adversary(config.critic, self.images.train.image_shape)
+            critic = self.adversary.critic
+            self.nets["critic"], self.players["critic"] = critic, list(critic.parameters())
+            self.rates, self.betas = {"critic": config.critic.lr}, {"critic": config.critic.betas}
         self.reconstructions: deque[Tensor] = deque()  # that the tokenizer's turn has made for the critic's to judge
         self.model = Stage(self.tokenizer, self.adversary.critic if self.adversary else None)
         self.perceptual = Perceptual(config.loss.perceptual_net, device) if config.loss.perceptual else None
         own, loss = self.tokenizer.loss_weights, config.loss
         terms = {name: weight * (loss.nll if name == "nll" else loss.quantizer) for name, weight in own.items()}
         self.weights = {"l1": loss.l1, "l2": loss.l2, **terms}
-
-    def make_adversary(self, channels: int, image_size: tuple[int, int]) -> Adversary:
-        """The critic, as a player with a learning rate of its own. Raises `UserError` for images too small for it."""
-        given = self.config.critic
-        critic = PatchCritic(channels, given.width, given.layers, given.norm)
-        try:
-            critic.map_size(*image_size)
-        except ValueError as error:
-            raise UserError(f"critic.layers: {error}") from error
-        self.nets["critic"], self.players["critic"] = critic, list(critic.parameters())
-        self.rates, self.betas = {"critic": given.lr}, {"critic": given.betas}
-        return Adversary(given, critic)
 
     def playing(self, step: int) -> list[str]:
         """The critic only from its first step on."""

@@ -1,4 +1,4 @@
-"""Stage two: the distribution of a grid of ids, given a class. Torch alone."""
+"""Stage two: the distribution of a grid of ids, given a class. Torch and pydantic alone."""
 
 from .base import Prior, PriorConfig
 from .gpt import GPT

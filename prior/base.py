@@ -2,8 +2,8 @@
 
     p(tokens | labels) = prod_r p(tokens[order[r]] | tokens[order[:r]], labels)
 
-The base class owns the slow, obviously right algorithms; a model writes `forward`, and may override `start` and
-`next_logits` with a path that gives the same logits for less.
+The base class owns the slow, obviously right algorithms; a model writes `forward`, and may have a `make_cache` that
+gives the same logits, position by position, for less.
 """
 
 from __future__ import annotations
@@ -18,15 +18,14 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
-from tokenizer.base import Grid, full_float32
+from tokenizer.base import Grid, at_least_float32, full_float32
 from tokenizer.pretrained import Fact, ModelConfig, PretrainedModel
 
-from .drawing import State, draw
+from .drawing import State, draw, evaluating
+from .features import check_layers, outputs_of
 from .orders import make_order, order_problem
-from .requests import Order, Rows, Walk, check_labels, check_order, given_order, make_rows
+from .requests import Order, Rows, Walk, check_labels, check_mixture, check_order, given_order, make_rows
 from .sampling import Generators, Sampler
-
-PARALLEL_NUMBERS = 1 << 25  # logits held at once when sampling in parallel
 
 
 class PriorConfig(ModelConfig):
@@ -92,8 +91,7 @@ class Prior(PretrainedModel, family="prior"):
         """Called once before training with the whole training set, for models that start from its statistics."""
 
     def training_inputs(self, tokens: Tensor, progress: float) -> dict[str, Any]:
-        """Further arguments of `forward` and `loss` for a training step on `tokens`: here a model draws orders or
-        masks.
+        """Further arguments of `forward` and `loss` in a training step on `tokens`: a model may draw orders or masks.
 
         Randomness comes from torch's global generator, which the loop seeds by (seed, rank, step). progress: the share
         of training that is done, in [0, 1].
@@ -121,8 +119,7 @@ class Prior(PretrainedModel, family="prior"):
         self.grid.check(tokens)
         order, labels = check_order(self, order, len(tokens)), check_labels(self, labels, len(tokens))
         logits, ids = self(tokens, labels, **given_order(order)), tokens.reshape(len(tokens), -1, 1).long()
-        logits = logits if logits.dtype == torch.float64 else logits.float()
-        return logits.log_softmax(-1).gather(-1, ids).reshape(tokens.shape)
+        return at_least_float32(logits).log_softmax(-1).gather(-1, ids).reshape(tokens.shape)
 
     def log_prob(
         self, tokens: Tensor, labels: Tensor | None = None, order: Order = None, num_orders: int = 1, num_masks: int = 1
@@ -147,22 +144,12 @@ class Prior(PretrainedModel, family="prior"):
 
     def orders(self, num_orders: int, order: Order = None) -> list[Order]:
         """The orders of a mixture: the given one (None is the model's own), then random:1, random:2, ..."""
-        if num_orders < 1 or (num_orders > 1 and not self.any_order):
-            raise ValueError(
-                f"num_orders: {self.name} as it was made has one order"
-                if num_orders > 1
-                else f"num_orders must be at least 1 (got {num_orders})"
-            )
+        check_mixture("num_orders", num_orders, self.any_order, f"{self.name} as it was made has one order")
         return [order, *(f"random:{index}" for index in range(1, num_orders))]
 
     def connectivities(self, num_masks: int) -> range:
         """The numbers of a mixture's connectivities; 0 is the model's own."""
-        if num_masks < 1 or (num_masks > 1 and not self.any_connectivity):
-            raise ValueError(
-                f"num_masks: {self.name} as it was made has one connectivity"
-                if num_masks > 1
-                else f"num_masks must be at least 1 (got {num_masks})"
-            )
+        check_mixture("num_masks", num_masks, self.any_connectivity, f"{self.name} as it was made has one connectivity")
         return range(num_masks)
 
     @contextmanager
@@ -180,9 +167,8 @@ class Prior(PretrainedModel, family="prior"):
         """
         if num_orders < 2:
             raise ValueError(f"num_orders must be at least 2 to see a spread (got {num_orders})")
-        each = [
-            self.chain_log_probs(tokens, labels, order).flatten(1).double().sum(1) for order in self.orders(num_orders)
-        ]
+        orders = self.orders(num_orders)
+        each = [self.chain_log_probs(tokens, labels, order).flatten(1).double().sum(1) for order in orders]
         return torch.stack(each).std(0).float()
 
     # Representations
@@ -219,34 +205,15 @@ class Prior(PretrainedModel, family="prior"):
     ) -> list[Tensor]:
         """`features` of each of `layers`, from one pass. inputs: further arguments of `forward`."""
         self.grid.check(tokens)
-        for layer in layers:
-            self._check_layer(layer)
-        calls: list[Tensor | None] = []
-
-        def keep(module: nn.Module, args: Any, output: Any) -> None:
-            calls.append(self.arrange(output) if len(calls) in layers else None)
-
-        hooks = [module.register_forward_hook(keep) for module in dict.fromkeys(self.feature_modules)]
-        try:
-            self(tokens, check_labels(self, labels, len(tokens)), **inputs)
-        finally:
-            for hook in hooks:
-                hook.remove()
-        return [output for layer in layers if (output := calls[layer]) is not None]
-
-    def _check_layer(self, layer: int) -> None:
-        count = self.feature_layers
-        if not count:
-            raise ValueError(f"layer: a {self.name} prior has no layers, hence no features")
-        if type(layer) is not int or not 0 <= layer < count:
-            raise ValueError(f"layer must be a whole number from 0 to {count - 1} of this {self.name} (got {layer!r})")
+        check_layers(self.name, layers, self.feature_layers)
+        labels = check_labels(self, labels, len(tokens))
+        return outputs_of(self.feature_modules, layers, self.arrange, lambda: self(tokens, labels, **inputs))
 
     # Sampling
 
     @classmethod
     def make_sampler(cls, **settings: Any) -> Sampler:
-        """`Sampling` of these settings. Raises `TypeError` for one that this prior does not have, and `ValueError` for
-        one out of range."""
+        """`Sampling` of these settings. Raises `TypeError` for one that it does not have, `ValueError` out of range."""
         if unknown := sorted(set(settings) - set(cls.Sampling.names())):
             raise TypeError(f"{unknown[0]!r} is no argument of sampling from a {cls.name!r} prior")
         return cls.Sampling(**settings)
@@ -289,22 +256,17 @@ class Prior(PretrainedModel, family="prior"):
         walk = Walk(order, num_orders, cache, parallel, guess)
         walk.check(self)
         rows = make_rows(self, num_images, labels, sampler, generator, tokens, known)
-        with torch.inference_mode(), self._evaluating(), (guess or self)._evaluating():
+        with torch.inference_mode(), evaluating(self), evaluating(guess or self):
             drawn = self.draw(rows, sampler, walk, progress)
         return drawn.reshape(num_images, *self.grid.shape).clone()  # no inference tensor: it may be trained on
 
     def draw(self, rows: Rows, sampler: Any, walk: Walk, progress: bool) -> Tensor:
-        """Tokens `(B, N)` for `rows`, both in raster order: `sample` of what has been checked. sampler: a
-        `Sampling`."""
+        """`sample` of what has been checked: tokens `(B, N)` for `rows`, both in raster order, by a `Sampling`."""
         return draw(self, rows, sampler, walk, progress)
 
     def rows_at_once(self) -> int | None:
         """The number of rows to sample together, where that is faster than all at once; None is all at once."""
         return None
-
-    def parallel_rows(self) -> int:
-        """The number of rows to sample together in parallel passes: all their logits are held."""
-        return max(1, PARALLEL_NUMBERS // (len(self.grid) * self.grid.vocab_size))
 
     def start(self, num_images: int, labels: Tensor | None, order: Tensor | None = None) -> Any:
         """Begin an incremental pass over `num_images` rows; returns the state that `next_logits` advances. order:
@@ -313,8 +275,7 @@ class Prior(PretrainedModel, family="prior"):
             return self.make_cache(self.class_ids(labels, num_images), order)
 
     def next_logits(self, state: Any, token: Tensor | None) -> Tensor:
-        """Logits `(B, vocab_size)` of the next position in the order, given the last position's `token` `(B,)` (None
-        at the first)."""
+        """Logits `(B, vocab_size)` of the next position in the order, given the last one's `token` `(B,)` or None."""
         return self.next_logits_slow(state, token) if isinstance(state, State) else state.step(token)
 
     def make_cache(self, labels: Tensor, order: Tensor | None) -> Any:
@@ -336,24 +297,3 @@ class Prior(PretrainedModel, family="prior"):
     def class_ids(self, labels: Tensor | None, count: int) -> Tensor:
         """`labels` `(count,)`; without any, the null class for all."""
         return torch.full((count,), self.num_classes, device=self.device) if labels is None else labels
-
-    @property
-    def rounds_finely(self) -> bool:
-        """Whether logits are precise enough for what is promised of caches and batches: in float32 and float64."""
-        return next((p.dtype for p in self.parameters()), torch.float32) in (torch.float32, torch.float64)
-
-    @contextmanager
-    def _evaluating(self) -> Iterator[None]:
-        """Eval mode and full precision: with autocast or TF32, steps and whole passes would not agree.
-
-        cuDNN's attention is off as well: it plans anew, for tens of milliseconds, whenever there is one more key.
-        """
-        training, cudnn = self.training, torch.backends.cuda.cudnn_sdp_enabled()
-        self.eval()
-        torch.backends.cuda.enable_cudnn_sdp(False)
-        try:
-            with full_float32(), torch.autocast(self.device.type, enabled=False):
-                yield
-        finally:
-            torch.backends.cuda.enable_cudnn_sdp(cudnn)
-            self.train(training)

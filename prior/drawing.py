@@ -6,23 +6,47 @@ close. They leave these decisions to one computation: a pass over the image alon
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .parallel import sample_parallel, settled
+from tokenizer.base import full_float32
+
+from .parallel import parallel_rows, sample_parallel, settled
 from .requests import Model, Rows, Walk, choose_walk, given_order
 from .sampling import GumbelNoise, Sampler, progress_over
 
 FEW_ROWS = 4
 """With fewer rows, a matrix product is bound by reading the weights."""
+FINE = (torch.float32, torch.float64)
+"""The types of weights for which it is promised that caches and batches do not matter: logits are precise enough."""
+
+
+@contextmanager
+def evaluating(prior: Any) -> Iterator[None]:
+    """Eval mode and full precision: with autocast or TF32, steps and whole passes would not agree.
+
+    cuDNN's attention is off as well: it plans anew, for tens of milliseconds, whenever there is one more key.
+    """
+    training, cudnn = prior.training, torch.backends.cuda.cudnn_sdp_enabled()
+    prior.eval()
+    torch.backends.cuda.enable_cudnn_sdp(False)
+    try:
+        with full_float32(), torch.autocast(prior.device.type, enabled=False):
+            yield
+    finally:
+        torch.backends.cuda.enable_cudnn_sdp(cudnn)
+        prior.train(training)
 
 
 @dataclass
 class State:
-    """What a half-sampled batch remembers where nothing is cached: the tokens so far `(B, N)`, raster order."""
+    """What a half-sampled batch remembers where nothing is cached: the tokens so far `(B, N)`, raster order. path and
+    order: as of `Rows`."""
 
     tokens: Tensor
     labels: Tensor
@@ -42,7 +66,7 @@ class State:
 def draw(prior: Model, rows: Rows, sampler: Sampler, walk: Walk, progress: bool) -> Tensor:
     """Tokens `(B, N)` for `rows`, both in raster order."""
     rows = rows.along(choose_walk(prior, walk.order, walk.num_orders, rows), prior.order)
-    most = prior.parallel_rows() if walk.parallel else prior.rows_at_once() or len(rows)
+    most = parallel_rows(prior.grid) if walk.parallel else prior.rows_at_once() or len(rows)
     parts = rows.cut(max(FEW_ROWS, most // sampler.copies))
     walked = torch.cat([draw_part(prior, part, sampler, walk, progress) for part in parts])
     return torch.empty_like(walked).scatter_(1, rows.path.expand(walked.shape), walked)
@@ -55,7 +79,7 @@ def draw_part(prior: Model, rows: Rows, sampler: Sampler, walk: Walk, progress: 
         tokens, close, _ = sample_parallel(prior, rows, sampler, walk.guess, progress)
     else:
         tokens, close = step_by_step(prior, rows, sampler, walk.cache, progress)
-    close = close & ~rows.keep & prior.rounds_finely
+    close = close & ~rows.keep & (prior.dtype in FINE)
     for k in torch.nonzero(close.any(1)).flatten().tolist():
         rows.generators[k].set_state(states[k])
         tokens[k] = settled(prior, rows[[k]], sampler, tokens[[k]], close[[k]])

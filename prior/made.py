@@ -21,10 +21,10 @@ from torch import Tensor, nn
 from tokenizer.pretrained import Before
 
 from .base import Prior, PriorConfig
-from .degrees import Kept, build_masks, even_degrees, random_degrees
+from .connections import Connections, even_degrees, random_degrees
 from .orders import make_order
 from .requests import Rows, Walk, check_order
-from .running_sums import Sums
+from .running_sums import Sums, summed
 from .sampling import Sampler
 
 DENSE_WIDTH = 32  # up to so many ids, multiplying one-hot rows is faster than picking rows of weights and adding them
@@ -100,17 +100,6 @@ class ClassBias(nn.Module):
         return self.shared.clone() if self.own is None else self.shared + F.embedding(labels, self.own)
 
 
-def summed(inputs: Tensor, weight: Tensor) -> Tensor:
-    """What `(B, U)` units sum over all positions.
-
-    inputs: features `(B, N, width)`, or ids `(B, N)` that stand for one-hot features; weight: `(N, width, U)`.
-    """
-    if inputs.is_floating_point():
-        return inputs.flatten(1) @ weight.flatten(0, 1)
-    first_rows = torch.arange(len(weight), device=weight.device) * weight.shape[1]
-    return F.embedding_bag(inputs + first_rows, weight.flatten(0, 1), mode="sum")
-
-
 class MADE(Prior, name="made"):
     """Masked hidden layers from all tokens to all logits at once, and running sums for sampling.
 
@@ -147,7 +136,7 @@ class MADE(Prior, name="made"):
         self.dropout = nn.Dropout(config.dropout)
         self.register_buffer("ranks", torch.argsort(self.order), persistent=False)
         self.register_buffer("all_degrees", torch.cat(self.numbered_degrees(0)), persistent=False)
-        self._masks, self._masked = Kept(), Kept()
+        self._connections = Connections()
         self._reset_parameters()
 
     def _reset_parameters(self) -> None:
@@ -164,7 +153,7 @@ class MADE(Prior, name="made"):
             nn.init.normal_(self.head, std=self.width**-0.5)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
-        self._masks, self._masked = Kept(), Kept()  # a move keeps the tensors, and changes what is in them
+        self._connections = Connections()  # a move keeps the tensors, and changes what is in them
         return super()._apply(fn, recurse)
 
     def degrees(self) -> list[Tensor]:
@@ -237,7 +226,7 @@ class MADE(Prior, name="made"):
         labels = self.class_ids(labels, len(tokens))
         if order is not None and order.ndim == 2:
             return self._forward_by_order(tokens, labels, order, degrees)
-        first, *hidden, last = self._connected(order, degrees)
+        first, *hidden, last = self._connections.weights(self, order, degrees)
         inputs = self._inputs(tokens.flatten(1))
         x = self._unit(self.biases[0](labels) + summed(inputs, first))
         direct = hidden.pop() if self.direct is not None else None
@@ -246,33 +235,7 @@ class MADE(Prior, name="made"):
         x = torch.addmm(self.biases[-1](labels), x, last.flatten(0, 1).t())
         if direct is not None:
             x = x + summed(inputs, direct)
-        return self._logits(x.unflatten(1, (-1, self.width)), self.head_bias)
-
-    def _connected(self, order: Tensor | None, degrees: Sequence[Tensor] | None) -> list[Tensor]:
-        """The weights of input, hidden layers, direct connections (if any) and output, zero where they are cut.
-
-        Masks are built where order or degrees are others than they were; while nothing is trained, weights are
-        multiplied by them where they have changed. A fused optimizer changes them without a trace, so a pass that may
-        lead to a step forgets what was kept, and nothing is kept while there are gradients.
-        """
-        weights = [self.input, *self.hidden, *([] if self.direct is None else [self.direct]), self.output]
-        chosen = [self.order if order is None else order, *(degrees or [self.all_degrees])]
-
-        def build() -> list[Tensor]:
-            ranks = self.ranks if order is None else torch.argsort(order)
-            direct = None if self.direct is None else self.width
-            return build_masks(ranks, degrees or self.degrees(), direct, self.input.dtype)
-
-        masks = self._masks.get(chosen, build)
-
-        def connect() -> list[Tensor]:
-            return [weight * mask for weight, mask in zip(weights, masks, strict=True)]
-
-        trained = self.training or torch.is_grad_enabled()
-        if trained or any(weight.is_inference() or weight.grad is not None for weight in weights):
-            self._masked = Kept()
-            return connect()
-        return self._masked.get([*weights, *masks], connect)
+        return self.read_out(x.unflatten(1, (-1, self.width)), self.head_bias)
 
     def _forward_by_order(
         self, tokens: Tensor, labels: Tensor, order: Tensor, degrees: Sequence[Tensor] | None
@@ -305,8 +268,9 @@ class MADE(Prior, name="made"):
     def _unit(self, x: Tensor) -> Tensor:
         return self.dropout(F.relu(x))
 
-    def _logits(self, x: Tensor, bias: Tensor | None) -> Tensor:
-        """`x` (..., width) itself, or read out by the table that all positions share, of embedded or of two ids."""
+    def read_out(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        """The logits of `x` (..., width): `x` itself, or by the table that all positions share, of embedded or of two
+        ids."""
         logits = x if self.head is None else F.linear(x, self.head)
         return logits if bias is None else logits + bias
 

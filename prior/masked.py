@@ -19,10 +19,11 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
-from tokenizer.base import TokenGrid, full_float32
+from tokenizer.base import TokenGrid, at_least_float32, full_float32
 
 from .base import Prior
 from .drawing import FEW_ROWS, State
+from .parallel import parallel_rows
 from .requests import Order, Rows, Walk, check_labels
 from .sampling import GumbelNoise, Sampler, gumbel, progress_over
 from .transformer import EPS, Block, Rotations, TransformerConfig, coordinates, deep_rounding, reset
@@ -160,8 +161,7 @@ class Masked(Prior, name="masked"):
 
     def masked_counts(self, u: Tensor) -> Tensor:
         """How many tokens the schedule masks at `u` in [0, 1], `(...)` whole numbers from 1 to N."""
-        size = len(self.grid)
-        return (SCHEDULES[self.config.schedule](u) * size).ceil().clamp(1, size)
+        return (SCHEDULES[self.config.schedule](u) * len(self.grid)).ceil().clamp(1, len(self.grid))
 
     @cached_property
     def mean_masked(self) -> float:
@@ -171,9 +171,8 @@ class Masked(Prior, name="masked"):
 
     def training_inputs(self, tokens: Tensor, progress: float) -> dict[str, Any]:
         """`known` `(B, N)`: per image a share of tokens, drawn by the schedule, is masked; at least one token is."""
-        count, size = len(tokens), len(self.grid)
-        masked = self.masked_counts(torch.rand(count, 1))
-        ranks = torch.rand(count, size).argsort(1).argsort(1)
+        masked = self.masked_counts(torch.rand(len(tokens), 1))
+        ranks = torch.rand(len(tokens), len(self.grid)).argsort(1).argsort(1)
         return {"known": (ranks >= masked).to(tokens.device)}
 
     def loss(self, logits: Tensor, tokens: Tensor, **inputs: Any) -> Tensor:
@@ -185,12 +184,8 @@ class Masked(Prior, name="masked"):
         by the number that happens to be masked would make another objective of a batch in parts.)
         """
         masked = ~inputs["known"].flatten(1)
-        nats = F.cross_entropy(
-            logits.float().transpose(1, 2),
-            tokens.flatten(1),
-            reduction="none",
-            label_smoothing=self.config.label_smoothing,
-        )
+        by_id, smoothing = logits.float().transpose(1, 2), self.config.label_smoothing
+        nats = F.cross_entropy(by_id, tokens.flatten(1), reduction="none", label_smoothing=smoothing)
         counts = masked.sum(1, keepdim=True) if self.config.schedule == "linear" else self.mean_masked
         return (nats * masked / counts).sum(1).mean()
 
@@ -215,8 +210,7 @@ class Masked(Prior, name="masked"):
         labels, ids = check_labels(self, labels, len(tokens)), tokens.flatten(1).long()
         total = torch.zeros(ids.shape, device=ids.device)
         for known in bound_masks(ids, self.config.bound_passes):
-            logits = self(tokens, labels, known=known)
-            log_probs = (logits if logits.dtype == torch.float64 else logits.float()).log_softmax(-1)
+            log_probs = at_least_float32(self(tokens, labels, known=known)).log_softmax(-1)
             weights = ~known / (~known).float().mean(1, keepdim=True) / self.config.bound_passes
             total += log_probs.gather(-1, ids[..., None])[..., 0] * weights
         return total.reshape(tokens.shape)
@@ -267,19 +261,17 @@ class Masked(Prior, name="masked"):
             raise ValueError(
                 "steps finds an order of its own: order, num_orders, parallel and cache=False do not go with it"
             )
-        most = min(self.rows_at_once() or len(rows), self.parallel_rows()) // sampler.copies
+        most = min(self.rows_at_once() or len(rows), parallel_rows(self.grid)) // sampler.copies
         return torch.cat([self._fill_in(part, sampler, progress) for part in rows.cut(max(FEW_ROWS, most))])
 
     def _fill_in(self, rows: Rows, sampler: MaskedSampler, progress: bool) -> Tensor:
         """Tokens `(B, N)`, raster order, in as many passes as there are steps."""
-        passes = sampler.passes()
         size = rows.given.shape[1]
         labels = sampler.doubled(rows.labels, self.num_classes)
         noise = GumbelNoise(rows.generators, size, self.mask, self.device).whole()
         ids = torch.where(rows.keep, rows.given, self.mask)
         left = unknown = (~rows.keep).sum(1)
-        for step in progress_over(range(len(passes)), progress, unit="pass"):
-            share, temperature = passes[step]
+        for share, temperature in progress_over(sampler.passes(), progress, unit="pass"):
             if not bool(left.any()):
                 break
             logits = sampler.guide(self.predict(sampler.doubled(ids), labels).float())

@@ -17,6 +17,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from tokenizer.base import TokenGrid
+
 from .requests import Model, Rows
 from .sampling import GumbelNoise, Sampler, progress_over
 
@@ -24,6 +26,7 @@ CHEAP_PASSES = 8
 """Passes of the guessing prior per pass."""
 KEPT = 0.8
 """The share of the difference between both priors that is assumed to stay; 1, and 0.6 and less, take more passes."""
+NUMBERS = 1 << 25  # logits held at once
 
 
 class Parallel(NamedTuple):
@@ -33,6 +36,11 @@ class Parallel(NamedTuple):
     tokens: Tensor
     close: Tensor
     passes: Tensor
+
+
+def parallel_rows(grid: TokenGrid) -> int:
+    """The number of rows to sample together: all their logits are held."""
+    return max(1, NUMBERS // (len(grid) * grid.vocab_size))
 
 
 def sample_parallel(

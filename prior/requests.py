@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any, ClassVar, Protocol
 
 import torch
@@ -33,7 +33,7 @@ class Model(Protocol):
     def device(self) -> torch.device: ...
 
     @property
-    def rounds_finely(self) -> bool: ...
+    def dtype(self) -> torch.dtype: ...
 
     def __call__(self, *inputs: Any, **options: Any) -> Any: ...
 
@@ -53,8 +53,6 @@ class Model(Protocol):
 
     def rows_at_once(self) -> int | None: ...
 
-    def parallel_rows(self) -> int: ...
-
 
 @dataclass(frozen=True)
 class Walk:
@@ -67,16 +65,19 @@ class Walk:
     parallel: bool = False
     guess: Model | None = None
 
+    @classmethod
+    def names(cls) -> list[str]:
+        """The arguments of `Prior.sample` that say how the grid is walked."""
+        return [field.name for field in fields(cls)]
+
     @property
     def is_chosen(self) -> bool:
         """Whether the caller says anything of it."""
         return self.order is not None or self.num_orders != 1 or self.parallel or not self.cache
 
     def of(self, rows: slice | Sequence[int]) -> Walk:
-        """That of some of the images, where each has an order."""
-        if isinstance(self.order, Tensor) and self.order.ndim == 2:
-            return replace(self, order=self.order[rows])
-        return self
+        """That of some of the images."""
+        return replace(self, order=order_of(self.order, rows))
 
     def check(self, prior: Model) -> None:
         """Raise `ValueError` for what does not go together."""
@@ -149,6 +150,20 @@ def given_order(order: Tensor | None) -> dict[str, Tensor]:
     return {} if order is None else {"order": order}
 
 
+def order_of(order: Order, rows: slice | Sequence[int]) -> Order:
+    """The part of `order` that belongs to some of the images, where each has its own."""
+    return order if order is None or isinstance(order, str) or torch.as_tensor(order).ndim < 2 else order[rows]
+
+
+def check_mixture(name: str, count: int, allowed: bool, otherwise: str) -> None:
+    """Raise `ValueError` unless `count`, the argument `name`, is 1, or more where that is `allowed`. otherwise: why it
+    is not."""
+    if count < 1:
+        raise ValueError(f"{name} must be at least 1 (got {count})")
+    if count > 1 and not allowed:
+        raise ValueError(f"{name}: {otherwise}")
+
+
 def check_labels(prior: Model, labels: Tensor | None, count: int) -> Tensor | None:
     """`labels` as int64 `(count,)` on the model's device. Raises `ValueError` out of `[0, num_classes]`."""
     if labels is None:
@@ -171,12 +186,9 @@ def check_order(prior: Model, order: Order, count: int) -> Tensor | None:
         return None
     walk = make_order(order, prior.grid.shape) if isinstance(order, str) else torch.as_tensor(order)
     walk, size = walk.to(prior.device), len(prior.grid)
-    whole = not walk.dtype.is_floating_point and walk.dtype != torch.bool
-    if (
-        not whole
-        or tuple(walk.shape) not in ((size,), (count, size))
-        or not bool((walk.sort(-1).values == torch.arange(size, device=walk.device)).all())
-    ):
+    is_whole = not walk.dtype.is_floating_point and walk.dtype != torch.bool
+    fits = is_whole and tuple(walk.shape) in ((size,), (count, size))
+    if not fits or not bool((walk.sort(-1).values == torch.arange(size, device=walk.device)).all()):
         raise ValueError(f"order should hold each of 0 to {size - 1} once, for all images or for each of {count}")
     if bool((walk == prior.order).all()):
         return None
@@ -224,7 +236,8 @@ def draw_order(prior: Model, row: Rows, ways: Tensor) -> int:
 
 
 def known_tokens(prior: Model, tokens: Tensor | None, known: Tensor | None, count: int) -> tuple[Tensor, Tensor]:
-    """Tokens to start from and which of them to keep, both `(count, N)`."""
+    """Tokens to start from, 0 where they are not known, and which of them to keep, both `(count, N)`. Raises
+    `ValueError` for one without the other, another shape or type, and for ids out of range."""
     if (tokens is None) != (known is None):
         raise ValueError("`tokens` and `known` go together: known says which of the tokens to keep")
     if tokens is None or known is None:
@@ -238,6 +251,6 @@ def known_tokens(prior: Model, tokens: Tensor | None, known: Tensor | None, coun
     if tuple(tokens.shape) not in (shape, prior.grid.shape):
         raise ValueError(f"tokens should have shape {prior.grid.shape} or {shape}, got {tuple(tokens.shape)}")
     known = known.to(prior.device).expand(shape).reshape(count, -1)
-    tokens = tokens.to(prior.device).expand(shape).reshape(count, -1).long()
-    prior.grid.check(torch.where(known, tokens, 0).reshape(shape))
-    return torch.where(known, tokens, 0), known
+    tokens = torch.where(known, tokens.to(prior.device).expand(shape).reshape(count, -1).long(), 0)
+    prior.grid.check(tokens.reshape(shape))
+    return tokens, known

@@ -1,11 +1,24 @@
-"""MADE one token at a time: sums that grow with each token, and units that are finished once all of theirs are in."""
+"""What MADE's units sum: over all tokens at once, or one token at a time, where a unit is finished once all of its
+tokens are in."""
 
 from __future__ import annotations
 
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+
+
+def summed(inputs: Tensor, weight: Tensor) -> Tensor:
+    """What `(B, U)` units sum over all positions.
+
+    inputs: features `(B, N, width)`, or ids `(B, N)` that stand for one-hot features; weight: `(N, width, U)`.
+    """
+    if inputs.is_floating_point():
+        return inputs.flatten(1) @ weight.flatten(0, 1)
+    first_rows = torch.arange(len(weight), device=weight.device) * weight.shape[1]
+    return F.embedding_bag(inputs + first_rows, weight.flatten(0, 1), mode="sum")
 
 
 class Sums:
@@ -26,12 +39,12 @@ class Sums:
         units = [each.indices for each in degrees]
         finished = [torch.searchsorted(each.values, ranks, right=True) for each in degrees]
         self.ends = [each.tolist() for each in finished]  # of each layer, how many units are finished at each rank
-        self.input = taken(model.input, -1, units[0])
-        self.output = taken(model.output, -1, units[-1])
+        self.input = of_units(model.input, -1, units[0])
+        self.output = of_units(model.output, -1, units[-1])
         layers_below = zip(model.hidden, units, units[1:], strict=False)
-        self.hidden = [taken(taken(weight, 0, own), 1, below) for weight, below, own in layers_below]
+        self.hidden = [of_units(of_units(weight, 0, own), 1, below) for weight, below, own in layers_below]
         *layers, outputs = [bias(labels).expand(len(labels), -1).clone() for bias in model.biases]
-        self.layers = [taken(sums, 1, own) for sums, own in zip(layers, units, strict=True)]  # sums, then activations
+        self.layers = [of_units(sums, 1, own) for sums, own in zip(layers, units, strict=True)]  # then activations
         self.outputs = outputs.unflatten(1, (-1, model.width))
         self.images = torch.arange(len(labels), device=labels.device)
 
@@ -43,9 +56,9 @@ class Sums:
             self._finish(rank)
         at, end = self.walk[rank], self.ends[-1][rank]
         outputs = self.outputs[slice(None) if isinstance(at, int) else self.images, at]
-        outputs = outputs + times(layers[-1][:, :end], take(self.output[..., :end], at).mT)
+        outputs = outputs + times(layers[-1][:, :end], at_position(self.output[..., :end], at).mT)
         self.rank += 1
-        return model._logits(outputs, None if model.head_bias is None else model.head_bias[at])
+        return model.read_out(outputs, None if model.head_bias is None else model.head_bias[at])
 
     def _add(self, token: Tensor, at: Any) -> None:
         """Add the token at position `at` to all that will see it."""
@@ -57,7 +70,7 @@ class Sums:
             if model.embedding is None:
                 sums += weight.flatten(0, 1).index_select(0, at * model.width + token)
             else:
-                sums += times(model.embedding.index_select(0, token), take(weight, at))
+                sums += times(model.embedding.index_select(0, token), at_position(weight, at))
 
     def _finish(self, rank: int) -> None:
         """Activate the units of degree `rank`, layer by layer."""
@@ -72,12 +85,12 @@ class Sums:
             layer[:, begin:end].relu_()
 
 
-def taken(weight: Tensor, axis: int, units: Tensor) -> Tensor:
+def of_units(weight: Tensor, axis: int, units: Tensor) -> Tensor:
     """`weight` with its `units` in that order, and itself where they are."""
     return weight if bool((units.diff() > 0).all()) else weight.index_select(axis, units.to(weight.device))
 
 
-def take(weight: Tensor, at: int | Tensor) -> Tensor:
+def at_position(weight: Tensor, at: int | Tensor) -> Tensor:
     """The weights `(...)` of one position, or `(B, ...)` of each image's."""
     return weight[at] if isinstance(at, int) else weight.index_select(0, at)
 

@@ -26,6 +26,7 @@ GREEDY = 1e-6
 
 Generators = torch.Generator | Sequence[torch.Generator] | None
 S = TypeVar("S", bound="Sampler")
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -200,10 +201,9 @@ def image_generators(generator: Generators, num_images: int) -> list[torch.Gener
     """One generator per image. A single generator (or None, torch's global one) seeds them in turn, so image k is the
     same however many follow it. Raises `ValueError` unless a list holds one for each."""
     if isinstance(generator, Sequence):
-        if len(set(map(id, generator))) != num_images or len(generator) != num_images:
-            raise ValueError(
-                f"got {len(set(map(id, generator)))} generators for {num_images} images; each needs its own"
-            )
+        different = len(set(map(id, generator)))
+        if different != num_images or len(generator) != num_images:
+            raise ValueError(f"got {different} generators for {num_images} images; each needs its own")
         return list(generator)
     device = generator.device if generator is not None else "cpu"
     return [torch.Generator(device).manual_seed(seed) for seed in image_seeds(generator, num_images)]
@@ -218,7 +218,7 @@ def image_seeds(generator: torch.Generator | None, num_images: int) -> list[int]
     return list(seeds.values())
 
 
-def progress_over(steps: range, shown: bool, unit: str = "token") -> Iterable[int]:
+def progress_over(steps: Sequence[T], shown: bool, unit: str = "token") -> Iterable[T]:
     """`steps`, with a bar on a terminal if it is to be shown."""
     if not shown:
         return steps

@@ -14,6 +14,8 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
+from tokenizer.base import at_least_float32
+
 from .base import Prior, PriorConfig
 
 EPS = 1e-12  # only keeps zero from being divided by zero
@@ -80,7 +82,7 @@ class Block(nn.Module):
 
 def unit(x: Tensor) -> Tensor:
     """`x` scaled to a root mean square of 1 along its last axis, at least in float32."""
-    return F.rms_norm(x if x.dtype == torch.float64 else x.float(), x.shape[-1:], eps=EPS)
+    return F.rms_norm(at_least_float32(x), x.shape[-1:], eps=EPS)
 
 
 def rotate(x: Tensor, turns: Tensor) -> Tensor:

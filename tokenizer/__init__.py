@@ -1,4 +1,4 @@
-"""Stage one: turns images into a grid of ids and back. Needs torch alone; `tokenizer` here means images, not text."""
+"""Stage one: images to a grid of ids and back; nothing to do with tokenizers of text. Needs torch and pydantic."""
 
 from .base import Reconstruction, TokenGrid, Tokenizer
 

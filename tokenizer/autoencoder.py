@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from .base import LikelihoodError, Reconstruction, TokenGrid, Tokenizer, TokenizerConfig
 from .likelihoods import Likelihood
 from .likelihoods.base import to_values
-from .precision import full_float32
+from .precision import at_least_float32, full_float32
 from .quantizers import Quantizer
 from .quantizers.ema import EMAConfig
 from .settings import ModelConfig, Node
@@ -75,7 +75,11 @@ class Autoencoder(Tokenizer):
     def forward(self, images: Tensor) -> Reconstruction:
         """Reconstruction, tokens and losses; images are clamped in eval mode only."""
         z_q, tokens, losses = self.quantizer.quantize(self._embed(images))
-        painted = self._decoded(z_q)
+        return self._reconstruction(images, z_q, tokens, losses)
+
+    def _reconstruction(self, images: Tensor, z: Tensor, tokens: Tensor, losses: dict[str, Tensor]) -> Reconstruction:
+        """What `forward` returns where the decoder is given `z`: `losses`, and with a likelihood `nll`."""
+        painted = self._decoded(z)
         if self.likelihood is not None:
             losses = {**losses, "nll": -self.likelihood.log_prob(painted, to_values(images)).mean()}
         reconstruction = self._image(painted)
@@ -127,7 +131,7 @@ class Autoencoder(Tokenizer):
         """What the decoder puts out, at least in float32: images, or the likelihood's parameters."""
         dtype = next(self.decoder.parameters()).dtype
         out = self.decoder(z_q.to(dtype))
-        return out if dtype == torch.float64 else out.float()
+        return at_least_float32(out)
 
     def _image(self, painted: Tensor) -> Tensor:
         return (painted if self.likelihood is None else self.likelihood.mean(painted)).float()

@@ -12,9 +12,11 @@ from pydantic import Field, PlainSerializer, PlainValidator
 from torch import Tensor, nn
 
 from .files.errors import ConfigError, shown
+from .marks import Fact
+from .precision import at_least_float32 as at_least_float32
 from .precision import full_float32 as full_float32
 from .pretrained import PretrainedModel
-from .settings import MAX_ITEMS, Fact, ModelConfig
+from .settings import MAX_ITEMS, ModelConfig
 
 
 @dataclass(frozen=True)
@@ -109,9 +111,6 @@ class Tokenizer(PretrainedModel, family="tokenizer"):
     """(C, H, W), from the configuration."""
     levels: int = 1
     """Number of ids per position: the grid has this many rows for each row of positions."""
-
-    def __init__(self, config: ModelConfig) -> None:
-        super().__init__(config)
 
     def encode(self, images: Tensor) -> Tensor:
         """Tokens of `images`."""

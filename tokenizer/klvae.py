@@ -18,7 +18,7 @@ from .autoencoder import Autoencoder, DecoderConfig
 from .base import Reconstruction
 from .bins import Bins
 from .layers import ConvolutionsConfig, decoder, encoder
-from .likelihoods.base import to_values
+from .precision import at_least_float32
 
 LOG_VARIANCES = (-30.0, 20.0)
 
@@ -59,17 +59,12 @@ class KLVAE(Autoencoder, name="klvae"):
         channel. Training decodes a sample, with noise from torch's own generator; eval decodes the binned mean."""
         mean, log_variance = self.posterior(images)
         z_q, tokens, _ = self.quantizer.quantize(mean)
-        painted = self._decoded(sample(mean, log_variance) if self.training else z_q)
-        losses = {"kl": self.kl(mean, log_variance)}
-        if self.likelihood is not None:
-            losses["nll"] = -self.likelihood.log_prob(painted, to_values(images)).mean()
-        reconstruction = self._image(painted)
-        return Reconstruction(reconstruction if self.training else reconstruction.clamp(-1, 1), tokens, losses)
+        z = sample(mean, log_variance) if self.training else z_q
+        return self._reconstruction(images, z, tokens, {"kl": self.kl(mean, log_variance)})
 
     def posterior(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and log variance of q(z | images), `(B, latent, H / f, W / f)` each, at least in float32."""
-        found = super()._embed(images)
-        mean, log_variance = (found if found.dtype == torch.float64 else found.float()).chunk(2, 1)
+        mean, log_variance = at_least_float32(super()._embed(images)).chunk(2, 1)
         return mean, log_variance.clamp(*LOG_VARIANCES)
 
     def kl(self, mean: Tensor, log_variance: Tensor) -> Tensor:

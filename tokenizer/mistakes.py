@@ -5,11 +5,11 @@ from __future__ import annotations
 import difflib
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from pydantic import ValidationError
-from pydantic_core import ErrorDetails
+from pydantic_core import ErrorDetails, InitErrorDetails, PydanticCustomError
 
 from .files.errors import shown
 
@@ -121,6 +121,19 @@ def complaint(detail: ErrorDetails) -> str:
     if kind == "problem":
         return detail["msg"]
     return "must be finite" + got if kind == "finite_number" else detail["msg"][:1].lower() + detail["msg"][1:] + got
+
+
+def located(*problems: Sequence[str]) -> ValidationError:
+    """An error of several problems, each a pair of a dotted key and a sentence."""
+    details = [
+        InitErrorDetails(
+            type=PydanticCustomError("problem", "{problem}", {"problem": problem}),
+            loc=tuple(key.split(".")),
+            input=None,
+        )
+        for key, problem in problems
+    ]
+    return ValidationError.from_exception_data("", details)
 
 
 def show_number(value: float) -> str:

@@ -7,6 +7,7 @@ from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
+from torch import Tensor
 
 backends: Any = torch.backends
 cudnn, mkldnn, cublas = backends.cudnn, backends.mkldnn, backends.cuda.matmul
@@ -29,3 +30,8 @@ def full_float32() -> Iterator[None]:
                 changed.callback(setattr, holder, "fp32_precision", own)
                 holder.fp32_precision = "ieee"
         yield
+
+
+def at_least_float32(x: Tensor) -> Tensor:
+    """`x` in float32, or in float64 if it is in that."""
+    return x if x.dtype == torch.float64 else x.float()

@@ -21,19 +21,15 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from .files.errors import (
-    ConfigError,
-    PathError,
-    shown,
-)
+from .files.errors import ConfigError, PathError, shown
 from .files.hub import resolve_folder
 from .files.ownership import Kind
 from .files.reading import CODE, Folder, steadily
 from .files.weights import check_header, expected_weights, fill, read_header
 from .files.writing import atomic_folder, write_json
-from .settings import Before as Before
+from .marks import Before as Before
+from .marks import Fact as Fact
 from .settings import Choices, ModelConfig, choices_of
-from .settings import Fact as Fact
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
 PROVENANCE = "provenance.json"  # beside a tokenizer, written by the verb that trained or imported it
@@ -166,12 +162,8 @@ class PretrainedModel(Named, nn.Module):
         if subfolder and not re.fullmatch(SUBFOLDER, subfolder):
             raise PathError(f"subfolder: {shown(subfolder)} names no folder inside {shown(str(source))}")
         patterns = [f"{subfolder}/{name}" if subfolder else name for name in (CONFIG, WEIGHTS)]
-        folder = (
-            resolve_folder(
-                source, patterns, revision=revision, token=token, cache_dir=cache_dir, local_files_only=local_files_only
-            )
-            / subfolder
-        )
+        options = {"revision": revision, "token": token, "cache_dir": cache_dir, "local_files_only": local_files_only}
+        folder = resolve_folder(source, patterns, **options) / subfolder
         warn_of_code(folder)
         return steadily(folder, lambda: cls.read_from(Folder.at(folder))).to(device=device, dtype=dtype)
 

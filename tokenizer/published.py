@@ -43,60 +43,41 @@ SHARED = (
     (r"^(encoder|decoder)\.stem\.", r"\1.conv_in."),
     (r"^(encoder|decoder)\.head\.", r"\1.conv_out."),
 )
+# Our pattern, and the names of diffusers, taming-transformers and LlamaGen.
+PARTS = (
+    (r"^(encoder|decoder)\.norm\.", r"\1.conv_norm_out.", r"\1.norm_out.", r"\1.norm_out."),
+    (r"\.middle\.0\.", ".mid_block.resnets.0.", ".mid.block_1.", ".mid.0."),
+    (r"\.middle\.1\.", ".mid_block.attentions.0.", ".mid.attn_1.", ".mid.1."),
+    (r"\.middle\.2\.", ".mid_block.resnets.1.", ".mid.block_2.", ".mid.2."),
+    (r"^(encoder.*)\.resample\.1\.", r"\1.downsamplers.0.conv.", r"\1.downsample.conv.", r"\1.downsample.conv."),
+    (r"^(decoder.*)\.resample\.1\.", r"\1.upsamplers.0.conv.", r"\1.upsample.conv.", r"\1.upsample.conv."),
+    (r"^encoder\.levels\.", "encoder.down_blocks.", "encoder.down.", "encoder.conv_blocks."),
+    (r"^decoder\.levels\.", "decoder.up_blocks.", "decoder.up.", "decoder.conv_blocks."),
+    (r"\.blocks\.", ".resnets.", ".block.", ".res."),
+    (r"\.attention\.", ".attentions.", ".attn.", ".attn."),
+    (r"\.out\.", ".to_out.0.", ".proj_out.", ".proj_out."),
+    (r"\.skip\.", ".conv_shortcut.", ".nin_shortcut.", ".nin_shortcut."),
+)
 DIFFUSERS = Layout(
     "diffusers VQModel",
     "encoder.down_blocks.0.resnets.0.conv1.weight",
     (
-        (r"^(encoder|decoder)\.norm\.", r"\1.conv_norm_out."),
-        (r"\.middle\.0\.", ".mid_block.resnets.0."),
-        (r"\.middle\.1\.", ".mid_block.attentions.0."),
-        (r"\.middle\.2\.", ".mid_block.resnets.1."),
-        (r"^encoder\.levels\.(\d+)\.resample\.1\.", r"encoder.down_blocks.\1.downsamplers.0.conv."),
-        (r"^decoder\.levels\.(\d+)\.resample\.1\.", r"decoder.up_blocks.\1.upsamplers.0.conv."),
-        (r"^encoder\.levels\.", "encoder.down_blocks."),
-        (r"^decoder\.levels\.", "decoder.up_blocks."),
-        (r"\.blocks\.", ".resnets."),
-        (r"\.attention\.", ".attentions."),
+        *((ours, name) for ours, name, _, _ in PARTS),
         (r"(\.attentions\.\d+)\.norm\.", r"\1.group_norm."),
         (r"(\.attentions\.\d+)\.([qkv])\.", r"\1.to_\2."),
-        (r"(\.attentions\.\d+)\.out\.", r"\1.to_out.0."),
-        (r"\.skip\.", ".conv_shortcut."),
     ),
 )
 TAMING = Layout(
     "taming-transformers VQGAN",
     "encoder.down.0.block.0.conv1.weight",
-    (
-        (r"^(encoder|decoder)\.norm\.", r"\1.norm_out."),
-        (r"\.middle\.0\.", ".mid.block_1."),
-        (r"\.middle\.1\.", ".mid.attn_1."),
-        (r"\.middle\.2\.", ".mid.block_2."),
-        (r"^encoder\.levels\.(\d+)\.resample\.1\.", r"encoder.down.\1.downsample.conv."),
-        (r"^decoder\.levels\.(\d+)\.resample\.1\.", r"decoder.up.\1.upsample.conv."),
-        (r"^encoder\.levels\.", "encoder.down."),
-        (r"^decoder\.levels\.", "decoder.up."),
-        (r"\.blocks\.", ".block."),
-        (r"\.attention\.", ".attn."),
-        (r"\.out\.", ".proj_out."),
-        (r"\.skip\.", ".nin_shortcut."),
-    ),
+    tuple((ours, name) for ours, _, name, _ in PARTS),
     training=r"loss\.|model_ema\.|quantize\.embedding\.(cluster_size|embed_avg)$",
     finest_first=True,
 )
 LLAMAGEN = Layout(
     "LlamaGen VQ",
     "encoder.conv_blocks.0.res.0.conv1.weight",
-    (
-        (r"^(encoder|decoder)\.norm\.", r"\1.norm_out."),
-        (r"\.middle\.", ".mid."),
-        (r"^encoder\.levels\.(\d+)\.resample\.1\.", r"encoder.conv_blocks.\1.downsample.conv."),
-        (r"^decoder\.levels\.(\d+)\.resample\.1\.", r"decoder.conv_blocks.\1.upsample.conv."),
-        (r"\.levels\.", ".conv_blocks."),
-        (r"\.blocks\.", ".res."),
-        (r"\.attention\.", ".attn."),
-        (r"\.out\.", ".proj_out."),
-        (r"\.skip\.", ".nin_shortcut."),
-    ),
+    tuple((ours, name) for ours, _, _, name in PARTS),
     training=r"quantize\.codebook_used$",
     normalize=True,
 )
@@ -141,12 +122,12 @@ def sizes_of(weights: dict[str, Tensor], layout: Layout, path: Path) -> tuple[di
 
     levels = 0  # all layouts number the encoder's levels from the finest
     levels = count("encoder.levels.{}.blocks.0.conv1.weight")
-    finest_to = range(levels)
+    numbers = range(levels)
     attention = {
-        "encoder": [level for level in finest_to if there(f"encoder.levels.{level}.attention.0.q.weight")],
-        "decoder": [level for level in finest_to if there(f"decoder.levels.{levels - 1 - level}.attention.0.q.weight")],
+        "encoder": [level for level in numbers if there(f"encoder.levels.{level}.attention.0.q.weight")],
+        "decoder": [level for level in numbers if there(f"decoder.levels.{levels - 1 - level}.attention.0.q.weight")],
     }
-    stem, widths = shape("encoder.stem.weight"), [shape(f"encoder.levels.{i}.blocks.0.conv1.weight") for i in finest_to]
+    stem, widths = shape("encoder.stem.weight"), [shape(f"encoder.levels.{i}.blocks.0.conv1.weight") for i in numbers]
     gumbel = there("quantizer.proj.weight")
     codes, dim = shape("quantizer.embed.weight" if gumbel else "quantizer.codebook", axes=2)
     sizes = {

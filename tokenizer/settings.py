@@ -10,11 +10,10 @@ The same class describes a model in a preset, in `--help` and in a saved `config
 from __future__ import annotations
 
 import importlib
-import types
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache
-from typing import Annotated, Any, ClassVar, Literal, TypeVar, Union, get_args, get_origin
+from typing import Annotated, Any, ClassVar, Literal, get_args, get_origin
 
 from pydantic import (
     BaseModel,
@@ -28,23 +27,16 @@ from pydantic import (
     model_validator,
 )
 from pydantic.fields import FieldInfo
-from pydantic_core import (
-    CoreSchema,
-    InitErrorDetails,
-    PydanticCustomError,
-    PydanticKnownError,
-    PydanticUndefined,
-    core_schema,
-)
+from pydantic_core import CoreSchema, PydanticKnownError, PydanticUndefined, core_schema
 
 from .files.errors import ConfigError, shown
-from .mistakes import explain
+from .marks import FACT, Before, mark_of, options
+from .mistakes import explain, located
 
 MAX_ITEMS = 64  # of a list
 MAX_PROBLEMS = 20  # of a configuration that are reported
 
 Data = dict[str, Any]
-T = TypeVar("T")
 
 
 class Settings(BaseModel):
@@ -85,20 +77,7 @@ def parsed_float(text: str) -> float | str:
         return text
 
 
-# Marks --------------------------------------------------------------------------------------------
-
-
-FACT = "a fact of the data"
-Fact = Annotated[T, FACT]
-"""A setting that comes from the data (grid, classes, image size); a preset may not set it."""
-
-
-@dataclass(frozen=True)
-class Before:
-    """Marks a setting that was added later: a saved configuration without it means `value`. Fingerprints leave it out
-    when it has this value, so that they do not change."""
-
-    value: Any
+# Nodes --------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -163,24 +142,6 @@ class Node:
         to_json = core_schema.plain_serializer_function_ser_schema(plain)
         schema = core_schema.no_info_plain_validator_function(read, serialization=to_json)
         return core_schema.nullable_schema(schema) if type(None) in options(source) else schema
-
-
-def located(*problems: Sequence[str]) -> ValidationError:
-    """An error of several problems, each a pair of a dotted key and a sentence."""
-    details = [
-        InitErrorDetails(
-            type=PydanticCustomError("problem", "{problem}", {"problem": problem}),
-            loc=tuple(key.split(".")),
-            input=None,
-        )
-        for key, problem in problems
-    ]
-    return ValidationError.from_exception_data("", details)
-
-
-def mark_of(field: FieldInfo, mark: type[T]) -> T | None:
-    """The mark of this class on the field, if there is one."""
-    return next((found for found in field.metadata if isinstance(found, mark)), None)
 
 
 # Models -------------------------------------------------------------------------------------------
@@ -285,21 +246,12 @@ def choices_of(config: type[ModelConfig], doc: str | None) -> type[Choices]:
 # What a field may hold ----------------------------------------------------------------------------
 
 
-def options(hint: Any) -> list[Any]:
-    """The types that an annotation allows."""
-    if get_origin(hint) is Annotated:
-        return options(get_args(hint)[0])
-    if get_origin(hint) in (Union, types.UnionType):
-        return [option for part in get_args(hint) for option in options(part)]
-    return [hint]
-
-
 def models_in(field: FieldInfo) -> dict[str, type[Settings]]:
     """The models that a field allows, by `kind`; a single model without kinds has the key ""."""
     if node := mark_of(field, Node):
         return {kind: node.load().find(kind).choices() for kind in node.kinds()}
-    hints = options(field.annotation)
-    return dict(("", hint) for hint in hints if isinstance(hint, type) and issubclass(hint, Settings))
+    alone = [hint for hint in options(field.annotation) if isinstance(hint, type) and issubclass(hint, Settings)]
+    return {"": alone[-1]} if alone else {}
 
 
 # Defaults -----------------------------------------------------------------------------------------

@@ -22,7 +22,7 @@ KEPT_FEATURES = 512
 
 class Measured(NamedTuple):
     """What the models say of some images: `statistics`, float64; `surprise`, the bits of each token,
-    `(B, N)`; `error`, |x - decode(encode(x))| meaned over channels, `(B, H, W)`."""
+    `(B, N)`; `error`, the mean of |x - decode(encode(x))| over channels, `(B, H, W)`."""
 
     statistics: dict[str, Tensor]
     surprise: Tensor
@@ -36,7 +36,7 @@ def statistics(
     `pixel_bits` given the tokens, where the tokenizer has a likelihood; `codec_bits` of a general lossless coder;
     `error`, the mean over pixels of |x - decode(encode(x))| on a scale of 0 to 2; `surprise`, the mean bits of the most
     surprising 5 % of the tokens; `background_bits`, token bits under the pipeline's background prior, where it has one;
-    `features` `(B, d)`, the prior's middle layer meaned over positions, where it has layers: at most 512 of its
+    `features` `(B, d)`, the prior's middle layer averaged over positions, where it has layers: at most 512 of its
     channels, evenly spread."""
     parts = [part.statistics for part in measure(pipeline, images, labels, batch_size)]
     return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from tokenizer import Tokenizer
 from tokenizer.files.errors import ConfigError, WeightsError
-from tokenizer.files.reading import read_bytes, read_json
+from tokenizer.files.opening import read_bytes, read_json
 from tokenizer.files.weights import parse_weights
 from tokenizer.pretrained import MAX_WEIGHT_BYTES
 from tokenizer.published import DIFFUSERS, Layout, check_settings, modern, recognise, sizes_of

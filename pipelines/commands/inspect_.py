@@ -17,9 +17,10 @@ from ..config import Config, choose_device, run_command
 from ..config.outputs import check_out_file, writing
 from ..images import DataConfig, ImageDataset, check_shape, load_images, to_uint8
 from ..images.pictures import SUFFIXES, save_picture
-from ..metrics.charts import GREY, RED, Pixels, bars, charts_in_row, histogram, mosaic, page
+from ..metrics.charts import GREY, RED, Pixels, bars, charts_in_row, histogram
 from ..metrics.codebook import HEIGHT, draw_distances, draw_usage
 from ..metrics.inspection import Findings, examine
+from ..metrics.pages import mosaic, page
 from ..stages.provenance import tokenizer_defaults, tokenizer_folder
 
 if TYPE_CHECKING:

@@ -1,14 +1,13 @@
 """Say what a training run will take before it is started: parameters, memory per GPU, FLOPs, hours, disk.
 
-It takes the command line of `smalti train_prior` or `smalti train_tokenizer` as it is (which, the model's kind says)
-and the keys below: `smalti plan --config configs/prior/gpt_imagenet256.yaml grid=[16,16] vocab_size=16384 classes=1000
+It takes the command line of `smalti train_prior` or `smalti train_tokenizer` as it is (the model's kind says which) and
+the keys below: `smalti plan --config configs/prior/gpt_imagenet256.yaml grid=[16,16] vocab_size=16384 classes=1000
 rows=1281167 gpus=8 gpu=a100`. The model is run on paper: nothing is trained, no image is read, no memory is taken.
 """
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,36 +17,25 @@ from torch import nn
 
 from prior import Prior
 from tokenizer import Tokenizer
-from tokenizer.critic import PatchCritic
 from tokenizer.files.errors import ConfigError
-from tokenizer.files.reading import read_json
+from tokenizer.files.opening import read_json
 from tokenizer.pretrained import CONFIG
 
-from .. import train_tokenizer
 from ..config import Config, UserError, run_command
 from ..config.arguments import read_arguments
 from ..config.command import parse
 from ..metrics.likelihood import rows_at_a_time
 from ..metrics.reconstruction import images_at_a_time
-from ..planning.budget import GPUS, sizes_of
-from ..planning.costs import (
-    Recipe,
-    Turn,
-    checkpointed,
-    critic_turn,
-    evaluation_of,
-    flops_of,
-    on_paper,
-    perceptual_network,
-    prior_turn,
-    tokenizer_turn,
-)
-from ..planning.facts import Facts, facts_of, on_meta
-from ..planning.forecast import Forecast, Machine, Schedule, Work, page_of
+from ..planning.budget import FLOAT32, GPUS, LABEL, parts_of_prior, parts_of_tokenizer, sizes_of
+from ..planning.costs import Recipe, Turn, costs_of, critic_turn, perceptual_network, prior_turn, tokenizer_turn
+from ..planning.facts import Facts, facts_of
+from ..planning.forecast import Forecast, Machine, Schedule, page_of
+from ..planning.paper import on_meta
 from ..tokens.shards import bytes_per_row
 from ..train_prior import TrainPriorConfig
-from ..train_tokenizer import TrainTokenizerConfig, build_tokenizer
-from ..training.adversary import Adversary
+from ..train_tokenizer import Stage, TrainTokenizerConfig, build_tokenizer
+from ..train_tokenizer import defaults as of_init
+from ..training.adversary import make_adversary
 from ..training.blocks import repeated_blocks
 from ..training.schedule import TrainConfig
 
@@ -117,11 +105,6 @@ def run(config: PlanConfig) -> Forecast:
     return forecast
 
 
-def work_of(turns: Callable[[int], list[Turn]], count: int) -> Work:
-    """The turns on `count` images, and what one image takes."""
-    return Work(turns(count), flops_of(lambda: turns(1)))
-
-
 def machine_of(config: PlanConfig) -> Machine:
     """The machine to plan for."""
     kind = GPUS[config.gpu]
@@ -149,29 +132,27 @@ def forecast_prior(config: PlanPriorConfig) -> Forecast:
     model = on_meta(lambda: make_prior(config, facts))
     blocks = repeated_blocks(model)
     sizes = sizes_of(parts_of_prior(model), model, {"model": model}, blocks, config.train.keep_best)
-    count, bf16 = micro_batch(config), config.precision == "bf16"
-    with on_paper(model):
-        work = again = work_of(lambda images: [prior_turn(model, images, bf16)], count)
-        evaluation = evaluation_of(lambda: evaluate(model), model)
-        if blocks:
-            checkpointed(blocks)
-            again = work_of(lambda images: [prior_turn(model, images, bf16)], count)
+    bf16 = config.precision == "bf16"
+    costs = costs_of(
+        lambda images: [prior_turn(model, images, bf16)],
+        lambda: evaluate(model),
+        model,
+        blocks=blocks,
+        count=micro_batch(config),
+    )
     shape = "x".join(map(str, facts.grid.shape))
-    title = f"{model.name} over {shape} tokens of {facts.grid.vocab_size:,} ids, {facts.classes:,} classes"
-    per_row = bytes_per_row(facts.grid) + (8 if facts.classes else 0)
+    per_row = bytes_per_row(facts.grid) + (LABEL if facts.classes else 0)
     return Forecast(
-        title,
+        f"{model.name} over {shape} tokens of {facts.grid.vocab_size:,} ids, {facts.classes:,} classes",
         machine_of(config),
         schedule_of(config.train),
         sizes,
-        work,
-        again,
-        evaluation,
+        costs,
         tokens_per_image=len(facts.grid),
         rows=facts.rows,
         shards=True,
         dataset=None if facts.rows is None else per_row * facts.rows,
-        snapshot=4 * sizes.parameters + facts.tokenizer_bytes,
+        snapshot=FLOAT32 * sizes.parameters + facts.tokenizer_bytes,
     )
 
 
@@ -207,57 +188,46 @@ def evaluate(model: Prior) -> None:
     model.likelihood_pass(rows, labels)
 
 
-def parts_of_prior(model: nn.Module) -> dict[str, int]:
-    """Parameters of embeddings, head, and what is between."""
-    parts = {"embeddings": 0, "blocks": 0, "head": 0}
-    for name, parameter in model.named_parameters():
-        first = name.partition(".")[0]
-        part = "embeddings" if "embedding" in first else "head" if first in ("head", "norm", "out") else "blocks"
-        parts[part] += parameter.numel()
-    return parts
-
-
 # Tokenizers ---------------------------------------------------------------------------------------
 
 
 def forecast_tokenizer(config: PlanTokenizerConfig) -> Forecast:
     """What training this tokenizer takes. Raises `UserError` for one that trains nothing."""
-    recipe, stage = on_meta(lambda: recipe_of(config))
-    network = recipe.perceptual.net if recipe.perceptual else None
-    tokenizer, critic = stage.tokenizer, stage.critic
-    players = {"model": tokenizer, **({"critic": critic} if critic is not None else {})}
+    recipe = on_meta(lambda: recipe_of(config))
+    tokenizer, critic = recipe.tokenizer, recipe.adversary.critic if recipe.adversary else None
     if not any(parameter.requires_grad for parameter in tokenizer.parameters()):
         raise UserError(f"model.kind: a {tokenizer.name} tokenizer has no weights to train, so it takes no GPU")
+    players: dict[str, nn.Module] = {"model": tokenizer, **({"critic": critic} if critic is not None else {})}
     blocks = [block for player in players.values() for block in repeated_blocks(player)]
-    scored = critic is None and network is None  # else no figure tells which weights are best
-    sizes = sizes_of(parts_of_tokenizer(tokenizer, critic), stage, players, blocks, config.train.keep_best and scored)
-    count, bf16 = micro_batch(config), config.precision == "bf16"
-    with on_paper(*(module for module in (stage, network) if module is not None)):
-        work = again = work_of(lambda images: all_turns(recipe, images, bf16), count)
-        images = (images_at_a_time(tokenizer.image_shape), *tokenizer.image_shape)
-        evaluation = evaluation_of(lambda: tokenizer.decode(tokenizer.encode(torch.zeros(images))), tokenizer)
-        if blocks:
-            checkpointed(blocks)
-            again = work_of(lambda images: all_turns(recipe, images, bf16), count)
+    scored = critic is None and recipe.perceptual is None  # else no figure tells which weights are best
+    keeps_best = config.train.keep_best and scored
+    stage = on_meta(lambda: Stage(tokenizer, critic))
+    sizes = sizes_of(parts_of_tokenizer(tokenizer, critic), stage, players, blocks, keeps_best)
+    bf16 = config.precision == "bf16"
+    evaluated = (images_at_a_time(tokenizer.image_shape), *tokenizer.image_shape)
+    costs = costs_of(
+        lambda images: all_turns(recipe, images, bf16),
+        lambda: tokenizer.decode(tokenizer.encode(torch.zeros(evaluated))),
+        stage,
+        beside=[recipe.perceptual.net] if recipe.perceptual else [],
+        blocks=blocks,
+        count=micro_batch(config),
+    )
     size = "x".join(map(str, tokenizer.image_shape[1:]))
     shape, ids = "x".join(map(str, tokenizer.grid.shape)), tokenizer.grid.vocab_size
-    title = f"{tokenizer.name}, images of {size} to {shape} tokens of {ids:,} ids"
     lacking = config.loss.perceptual and recipe.perceptual is None
-    notes = ['the perceptual network is not counted; pip install "smalti[perceptual]"'] if lacking else []
     return Forecast(
-        title,
+        f"{tokenizer.name}, images of {size} to {shape} tokens of {ids:,} ids",
         machine_of(config),
         schedule_of(config.train),
         sizes,
-        work,
-        again,
-        evaluation,
+        costs,
         tokens_per_image=len(tokenizer.grid),
         rows=config.rows,
         shards=False,
         dataset=None,
         snapshot=sum(value.numel() * value.itemsize for value in tokenizer.state_dict().values()),
-        notes=notes,
+        notes=['the perceptual network is not counted; pip install "smalti[perceptual]"'] if lacking else [],
     )
 
 
@@ -273,28 +243,13 @@ def all_turns(recipe: Recipe, count: int, bf16: bool) -> list[Turn]:
     return turns if recipe.adversary is None else [*turns, critic_turn(recipe, count, bf16)]
 
 
-def recipe_of(config: TrainTokenizerConfig) -> tuple[Recipe, train_tokenizer.Stage]:
-    """What is trained and with what, and what the run keeps. Raises `ConfigError` and `UserError`."""
-    tokenizer, adversary, given = tokenizer_of(config), None, config.critic
-    if given.weight:
-        critic = PatchCritic(config.data.channels, given.width, given.layers, given.norm)
-        try:
-            critic.map_size(*config.data.image_shape[1:])
-        except ValueError as error:
-            raise UserError(f"critic.layers: {error}") from error
-        adversary = Adversary(given, critic)
-    stage = train_tokenizer.Stage(tokenizer, adversary.critic if adversary else None)
-    network = perceptual_network(config.loss.perceptual_net) if config.loss.perceptual else None
-    weights = {"l1": config.loss.l1, "l2": config.loss.l2, **tokenizer.loss_weights}
-    return Recipe(tokenizer, weights, adversary, network, config.loss.perceptual, [stage]), stage
-
-
-def parts_of_tokenizer(tokenizer: nn.Module, critic: nn.Module | None) -> dict[str, int]:
-    """Parameters of encoder, quantizer, decoder, what else there is, and the critic."""
-    parts = {name: sum(p.numel() for p in child.parameters()) for name, child in tokenizer.named_children()}
-    if critic is not None:
-        parts["critic"] = sum(p.numel() for p in critic.parameters())
-    return {name: count for name, count in parts.items() if count}
+def recipe_of(config: PlanTokenizerConfig) -> Recipe:
+    """What is trained, and with what. Raises `ConfigError` and `UserError`."""
+    tokenizer, loss = tokenizer_of(config), config.loss
+    adversary = make_adversary(config.critic, config.data.image_shape) if config.critic.weight else None
+    network = perceptual_network(loss.perceptual_net) if loss.perceptual else None
+    weights = {"l1": loss.l1, "l2": loss.l2, **tokenizer.loss_weights}
+    return Recipe(tokenizer, weights, adversary, network, loss.perceptual)
 
 
 # The command line ---------------------------------------------------------------------------------
@@ -325,7 +280,7 @@ def main(argv: list[str] | None = None) -> Any:
     """The command line."""
     argv = sys.argv[1:] if argv is None else argv
     cls = config_for(argv)
-    defaults = train_tokenizer.defaults if cls is PlanTokenizerConfig else None
+    defaults = of_init if cls is PlanTokenizerConfig else None
     return run_command(cls, run, argv, verb="plan", description=__doc__, defaults=defaults)
 
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import re
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from tokenizer.files.hub import HUB_ID, PushError, require_reachable
 
@@ -22,11 +23,16 @@ class PushConfig(Config):
     """What is uploaded, and to where."""
 
     folder: str = Field(description="a pipeline (of a run: its `pipeline/`) or a token dataset")
-    to: str | None = Field(
-        None, description="Hub id, owner/name; the repository is made if there is none", pattern=f"^{HUB_ID}$"
-    )
+    to: str | None = Field(None, description="Hub id, owner/name; the repository is made if there is none")
     private: bool = Field(True, description="whether a repository that is made is private")
     out: str | None = Field(None, description="instead of uploading it, write here what would be (token datasets)")
+
+    @field_validator("to")
+    @classmethod
+    def _is_hub_id(cls, to: str | None) -> str | None:
+        if to is not None and not re.fullmatch(HUB_ID, to):
+            raise ValueError(f"expected a Hub id of the form owner/name (got {to!r})")
+        return to
 
     @model_validator(mode="after")
     def _goes_somewhere(self) -> PushConfig:

@@ -16,7 +16,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from tokenizer.files.errors import LimitError, PathError, PipelineLoadError
-from tokenizer.files.reading import opened
+from tokenizer.files.opening import opened
 
 from .bad import Problem, Report
 from .base import MAX_FILE, WORKERS, Payload, Rows, show_progress

@@ -1,4 +1,4 @@
-"""Charts and pages of them, drawn with matplotlib: white, with a title above each chart and its unit beside the legend.
+"""Charts, drawn with matplotlib: white, with a title above each and its unit beside the legend.
 
 matplotlib is imported when something is drawn, as it takes a second. There is no pyplot, whose current figure would be
 one for all threads. A figure has 72 dots per inch, so a point is a pixel everywhere. The text is in DejaVu Sans, which
@@ -55,7 +55,7 @@ STYLE = {
     "legend.frameon": False,
 }
 LEFT, RIGHT, TOP, BOTTOM = 56, 18, 52, 46  # pixels between the edges of a chart and its axes
-GAP, MARGIN = 20, 28  # pixels between charts, and around a page
+GAP = 20  # pixels between charts
 STEPS = 2000  # of a curve at most: more than there are pixels
 
 
@@ -251,54 +251,3 @@ def bars(
     if every == 1:
         above = [(texts[name] if texts else three_digits(value)) if value else "" for name, value in values.items()]
         axes.bar_label(columns, above, padding=2)
-
-
-# Pages --------------------------------------------------------------------------------------------
-
-
-def mosaic(
-    title: str,
-    images: Sequence[Pixels],
-    captions: Sequence[str],
-    columns: int,
-    width: int,
-    *,
-    colors: Sequence[str] | None = None,
-    subtitle: str = "",
-) -> Pixels:
-    """Small pictures in rows of `columns`, each over its caption, spread over `width` pixels."""
-    tallest = max((len(image) for image in images), default=0)
-    top = 50 if subtitle else 30
-    pitch = tallest + 22
-    height = top + -(-len(images) // columns) * pitch
-    places = [(1 + round(n % columns * width / columns), top + n // columns * pitch) for n in range(len(images))]
-
-    def draw(figure: Figure) -> None:
-        write(figure, (0, 0), title, width, size=16)
-        write(figure, (0, 26), subtitle, width, color=GREY)
-        for n, ((left, row), image) in enumerate(zip(places, images, strict=True)):
-            middle = left + image.shape[1] / 2
-            below = height - row - len(image) - 5
-            color = colors[n] if colors else GREY
-            figure.text(middle, below, captions[n], transform=None, ha="center", va="top", color=color)
-
-    board = render((width, height), draw)
-    for (left, row), image in zip(places, images, strict=True):
-        bottom, right = row + image.shape[0], left + image.shape[1]
-        board[row - 1 : bottom + 1, left - 1 : right + 1] = 229  # a frame
-        board[row:bottom, left:right] = image
-    return board
-
-
-def page(title: str, lines: Sequence[str], rows: Sequence[Pixels]) -> Pixels:
-    """A title, lines of text, and pictures one below the other."""
-    width = max([480, *(row.shape[1] for row in rows)])
-
-    def draw(figure: Figure) -> None:
-        write(figure, (0, 0), title, width, size=22)
-        for n, line in enumerate(lines):
-            write(figure, (0, 34 + 20 * n), line, width, size=14, color=GREY)
-
-    header = render((width, 42 + 20 * len(lines)), draw)
-    widened = [np.pad(row, ((0, GAP), (0, width - row.shape[1]), (0, 0)), constant_values=255) for row in rows]
-    return np.pad(np.concatenate([header, *widened]), ((MARGIN, MARGIN), (MARGIN, MARGIN), (0, 0)), constant_values=255)

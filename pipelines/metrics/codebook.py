@@ -18,7 +18,8 @@ from torch import Tensor, nn
 
 from tokenizer.quantizers.codebook import Codebook, rows_of, world_size
 
-from .charts import GAP, RED, bars, charts_in_row, curves, histogram, legend, page, three_digits
+from .charts import GAP, RED, bars, charts_in_row, curves, histogram, legend, three_digits
+from .pages import page
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -136,7 +137,7 @@ def count_tokens(tokens: Tensor, levels: int, vocab_size: int) -> Tensor:
 
 
 def code_distances(tokenizer: Any, images: Tensor | None) -> dict[str, np.ndarray]:
-    """Distances for `distance_panel`: of codes to the nearest other code, and of the vectors of `images` to their code
+    """Distances for `draw_distances`: of codes to the nearest other code, and of the vectors of `images` to their code
     (not in training mode, where quantizing moves the codebook). Empty for tokenizers without one learned codebook."""
     quantizer = getattr(tokenizer, "quantizer", None)
     if not isinstance(quantizer, Codebook):

@@ -95,6 +95,24 @@ def sizes_of(
     )
 
 
+def parts_of_prior(model: nn.Module) -> dict[str, int]:
+    """Parameters of embeddings, head, and what is between."""
+    parts = {"embeddings": 0, "blocks": 0, "head": 0}
+    for name, parameter in model.named_parameters():
+        first = name.partition(".")[0]
+        part = "embeddings" if "embedding" in first else "head" if first in ("head", "norm", "out") else "blocks"
+        parts[part] += parameter.numel()
+    return parts
+
+
+def parts_of_tokenizer(tokenizer: nn.Module, critic: nn.Module | None) -> dict[str, int]:
+    """Parameters of encoder, quantizer, decoder, what else there is, and the critic."""
+    parts = {name: sum(p.numel() for p in child.parameters()) for name, child in tokenizer.named_children()}
+    if critic is not None:
+        parts["critic"] = sum(p.numel() for p in critic.parameters())
+    return {name: count for name, count in parts.items() if count}
+
+
 def shapes_of(module: nn.Module) -> list[tuple[int, ...]]:
     """The shapes of its parameters."""
     return [tuple(parameter.shape) for parameter in module.parameters()]

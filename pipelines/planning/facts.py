@@ -1,20 +1,15 @@
-"""The facts of a planned run whose data may not exist yet: grid, classes and rows; and models without storage."""
+"""The facts of a planned run whose data may not exist yet: grid, classes and rows."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
-
-import torch
+from typing import Any
 
 from tokenizer import TokenGrid, Tokenizer
 
 from ..config import UserError
 from ..tokens.meta import META, read_meta
-
-T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -51,9 +46,3 @@ def facts_of(config: Any, tokenizer: Tokenizer | None) -> Facts:
         return Facts(TokenGrid(tuple(shape), ids), classes, rows, size)
     except ValueError as error:
         raise UserError(f"grid: {error}") from error
-
-
-def on_meta(build: Callable[[], T]) -> T:
-    """What `build` makes, without storage."""
-    with torch.device("meta"):
-        return build()

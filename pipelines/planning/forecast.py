@@ -10,7 +10,7 @@ from functools import cached_property
 from ..config.arguments import WIDTH
 from ..config.table import table
 from .budget import FULL, STATES, Sizes, at_evaluation, memory, seconds
-from .costs import Turn
+from .costs import Costs
 
 GB = 1e9
 WAYS = ("DDP", "DDP, checkpointed", "FSDP", "FSDP, checkpointed")
@@ -44,25 +44,14 @@ class Schedule:
 
 
 @dataclass(frozen=True)
-class Work:
-    """The turns of a step on a GPU, and the FLOPs, forward and backward, of one image."""
-
-    turns: list[Turn]
-    flops: int
-
-
-@dataclass(frozen=True)
 class Forecast:
-    """What a run takes. `work` is that of a step as it is, and `checkpointed` that with its blocks checkpointed;
-    `evaluation`, `dataset` and `snapshot` are bytes; `shards` says whether FSDP is for it."""
+    """What a run takes. `dataset` and `snapshot` are bytes; `shards` says whether FSDP is for it."""
 
     title: str
     machine: Machine
     schedule: Schedule
     sizes: Sizes
-    work: Work
-    checkpointed: Work
-    evaluation: int
+    costs: Costs
     tokens_per_image: int
     rows: int | None
     shards: bool
@@ -84,18 +73,18 @@ class Forecast:
     def memory(self) -> dict[str, dict[str, int]]:
         """Bytes on the fullest GPU, by part, for each way to train."""
         gpus, sizes, accumulate = self.machine.gpus, self.sizes, self.schedule.accumulate
-        found = {WAYS[0]: memory(sizes, self.work.turns, gpus, accumulate=accumulate)}
+        found = {WAYS[0]: memory(sizes, self.costs.work.turns, gpus, accumulate=accumulate)}
         if sizes.blocks:
-            found[WAYS[1]] = memory(sizes, self.checkpointed.turns, gpus, accumulate=accumulate)
+            found[WAYS[1]] = memory(sizes, self.costs.checkpointed.turns, gpus, accumulate=accumulate)
         if sizes.blocks and self.shards and gpus > 1:
-            found[WAYS[2]] = memory(sizes, self.work.turns, gpus, fsdp=True)
-            found[WAYS[3]] = memory(sizes, self.checkpointed.turns, gpus, fsdp=True)
+            found[WAYS[2]] = memory(sizes, self.costs.work.turns, gpus, fsdp=True)
+            found[WAYS[3]] = memory(sizes, self.costs.checkpointed.turns, gpus, fsdp=True)
         return found
 
     @property
     def flops_per_step(self) -> int:
         """Of all GPUs together."""
-        return self.work.flops * self.schedule.batch_size
+        return self.costs.work.flops * self.schedule.batch_size
 
     @property
     def seconds_per_step(self) -> float:
@@ -112,7 +101,7 @@ class Forecast:
     def evaluating(self, way: str) -> int:
         """Bytes on the main process while it evaluates."""
         fsdp = way.startswith("FSDP")
-        return at_evaluation(self.sizes, self.memory[way], self.evaluation, self.machine.gpus, fsdp)
+        return at_evaluation(self.sizes, self.memory[way], self.costs.evaluation, self.machine.gpus, fsdp)
 
     def needs(self, way: str) -> int:
         """Bytes on the fullest GPU at the worst moment."""
@@ -172,7 +161,7 @@ def training(forecast: Forecast) -> list[Row]:
 
 def compute(forecast: Forecast) -> list[Row]:
     """FLOPs, forward and backward, and how long they take."""
-    machine, flops, step = forecast.machine, forecast.work.flops, forecast.seconds_per_step
+    machine, flops, step = forecast.machine, forecast.costs.work.flops, forecast.seconds_per_step
     rows: list[Row] = [
         ("a token", f"{scaled(flops / forecast.tokens_per_image)}FLOP"),
         ("an image", f"{scaled(flops)}FLOP"),
@@ -186,8 +175,8 @@ def compute(forecast: Forecast) -> list[Row]:
     if forecast.schedule.steps is not None and forecast.hours is not None:
         rows.append(("the run", f"{scaled(forecast.flops_per_step * forecast.schedule.steps)}FLOP"))
         rows.append(("the run takes", f"{forecast.hours:,.1f} h", f"{forecast.hours * machine.gpus:,.0f} GPU hours"))
-    if forecast.checkpointed.flops > flops:
-        more = forecast.checkpointed.flops / flops
+    if forecast.costs.checkpointed.flops > flops:
+        more = forecast.costs.checkpointed.flops / flops
         rows.append(("checkpointed", f"x {more:.2f}", "as the blocks run forward twice"))
     return rows
 
@@ -261,7 +250,7 @@ def remedy(forecast: Forecast) -> str:
         return "the evaluation alone is too large for it"
     room, most = FULL * GB * forecast.machine.memory, {}
     for way in forecast.memory:
-        turns = (forecast.checkpointed if way.endswith("checkpointed") else forecast.work).turns
+        turns = (forecast.costs.checkpointed if way.endswith("checkpointed") else forecast.costs.work).turns
         moving = max(sum(turn.parts.values()) + turn.working for turn in turns)  # grows with the images
         parts = memory(forecast.sizes, turns, forecast.machine.gpus, way.startswith("FSDP"), accumulate=2)
         most[way] = int(0.99 * forecast.images_at_a_time * (room - sum(parts.values()) + moving) // moving)

@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from tokenizer import Tokenizer
+from tokenizer.files.opening import read_json
 from tokenizer.files.ownership import Inputs
-from tokenizer.files.reading import read_json
 from tokenizer.files.writing import atomic_folder, write_json
 from tokenizer.pretrained import PROVENANCE
 from tokenizer.settings import as_saved

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from prior import Prior
-from prior.requests import Order, Walk
+from prior.requests import Walk
 from prior.sampling import Generators, Sampler, image_generators, progress_over
 
 from ..images.pictures import check_output_type
@@ -35,25 +35,23 @@ def sample(
     generator: Generators = None,
     tokens: Tensor | None = None,
     known: Tensor | None = None,
-    order: Order = None,
-    num_orders: int = 1,
-    cache: bool = True,
-    parallel: bool = False,
-    guess: Prior | None = None,
     batch_size: int = 64,
     output_type: str = "pil",
     progress: bool = True,
-    **settings: Any,
+    **options: Any,
 ) -> PipelineOutput:
     """Sample images.
 
     labels: one class (id or name) for all, or one per image; None is unconditional. seed: image k uses seed + k,
-    whatever `batch_size` is. tokens, known, order, num_orders, cache, parallel, guess: as in `Prior.sample`. settings:
-    those that the prior's `Sampling` declares, by name (`temperature`, `top_k`, `top_p`, `guidance_scale`; `steps`,
-    `confidence_temperature` and `schedule` of a masked-token prior); they default to the pipeline's own
+    whatever `batch_size` is. tokens, known: as in `Prior.sample`. output_type: "pil", "np" (uint8) or "pt" (float in
+    [-1, 1]).
+
+    options: how the grid is walked (`order`, `num_orders`, `cache`, `parallel`, `guess`), as in `Prior.sample`; and the
+    settings that the prior's `Sampling` declares, by name (`temperature`, `top_k`, `top_p`, `guidance_scale`; `steps`,
+    `confidence_temperature` and `schedule` of a masked-token prior). Settings default to the pipeline's own
     (`pipeline.sampler`), `steps` only where none of `order`, `num_orders`, `cache` and `parallel` is given, as these do
-    not go with it. output_type: "pil", "np" (uint8) or "pt" (float in [-1, 1]). Raises `ValueError` for arguments out
-    of range, `TypeError` for a setting that the prior does not have.
+    not go with it. Raises `ValueError` for arguments out of range, `TypeError` for a setting that the prior does not
+    have.
     """
     if isinstance(labels, (Tensor, np.ndarray)):
         labels = labels.tolist()
@@ -61,8 +59,8 @@ def sample(
     if batch_size < 1:
         raise ValueError(f"batch_size must be at least 1 (got {batch_size})")
     ids = pipeline.label_ids(labels, num_images)
-    walk = Walk(order, num_orders, cache, parallel, guess)
-    sampler = choose_sampler(pipeline, settings, ids, walk)
+    walk = Walk(**{name: options.pop(name) for name in Walk.names() if name in options})
+    sampler = choose_sampler(pipeline, options, ids, walk)
     check_output_type(output_type)
     generators = seeded(seed, generator, num_images)
     shape, parts = (num_images, *pipeline.prior.grid.shape), []
@@ -78,7 +76,7 @@ def sample(
                 tokens=None if tokens is None else tokens.expand(shape)[rows],
                 known=None if known is None else known.expand(shape)[rows],
                 progress=progress and len(batches) == 1,
-                **{**vars(walk), "order": order_of(order, rows)},
+                **vars(walk.of(rows)),
                 **vars(sampler),
             )
         )
@@ -110,11 +108,6 @@ def seeded(seed: int | None, generator: Generators, count: int) -> list[torch.Ge
     if generator is not None:
         raise ValueError("give seed or generator, not both")
     return [torch.Generator().manual_seed(seed + k) for k in range(count)]
-
-
-def order_of(order: Order, rows: slice) -> Order:
-    """The part of `order` that belongs to `rows`, where there is one per image."""
-    return order if order is None or isinstance(order, str) or np.ndim(order) < 2 else order[rows]
 
 
 def count_images(num_images: int | None, labels: Any) -> int:

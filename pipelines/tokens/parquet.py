@@ -23,7 +23,8 @@ from torch import Tensor
 from tokenizer import TokenGrid, Tokenizer
 from tokenizer.files.errors import FormatError, IntegrityError, PathError, PipelineLoadError
 from tokenizer.files.hub import HUB_ID, is_reachable, replace_on_hub, require_reachable, snapshot
-from tokenizer.files.reading import MANIFEST, Folder, read_json, verify_manifest
+from tokenizer.files.opening import read_json
+from tokenizer.files.reading import MANIFEST, Folder, verify_manifest
 from tokenizer.files.writing import atomic_folder, write_json, write_manifest
 
 from ..config import UserError

@@ -23,7 +23,8 @@ from torch import Tensor
 from tokenizer import TokenGrid, Tokenizer
 from tokenizer.files.claims import claimed
 from tokenizer.files.errors import PipelineLoadError
-from tokenizer.files.reading import MANIFEST, read_json
+from tokenizer.files.opening import read_json
+from tokenizer.files.reading import MANIFEST
 from tokenizer.files.writing import atomic_folder, write_json
 from tokenizer.settings import as_saved
 

@@ -21,7 +21,7 @@ import numpy as np
 from pydantic import Field
 
 from tokenizer.files.errors import PipelineLoadError
-from tokenizer.files.reading import read_json
+from tokenizer.files.opening import read_json
 from tokenizer.files.writing import replace_file
 
 from ..config import Config, UserError

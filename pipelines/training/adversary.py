@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from tokenizer.critic import CRITIC_LOSSES, GENERATOR_LOSSES, PatchCritic, adaptive_weight, lecam
 
-from ..config import Config
+from ..config import Config, UserError
 
 
 class CriticConfig(Config):
@@ -95,3 +95,13 @@ class Adversary:
             terms["lecam"] = lecam(real, fake, *means)
             loss = loss + self.config.lecam * terms["lecam"]
         return loss, terms
+
+
+def make_adversary(config: CriticConfig, image_shape: tuple[int, int, int]) -> Adversary:
+    """The adversary for images of this shape, (C, H, W). Raises `UserError` for images too small for it."""
+    critic = PatchCritic(image_shape[0], config.width, config.layers, config.norm)
+    try:
+        critic.map_size(*image_shape[1:])
+    except ValueError as error:
+        raise UserError(f"critic.layers: {error}") from error
+    return Adversary(config, critic)

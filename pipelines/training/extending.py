@@ -9,7 +9,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from tokenizer.files.errors import PipelineLoadError
-from tokenizer.files.reading import read_json
+from tokenizer.files.opening import read_json
 from tokenizer.settings import as_saved
 
 from ..config import UserError

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from tokenizer.files.claims import LOCK, claimed, require_unclaimed
 from tokenizer.files.errors import PipelineLoadError
+from tokenizer.files.opening import read_json
 from tokenizer.files.ownership import Kind, require_apart, require_ours
-from tokenizer.files.reading import read_json
 from tokenizer.files.writing import replace_file
 
 from ..config import UserError

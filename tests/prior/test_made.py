@@ -1,6 +1,6 @@
 """The masked autoencoder against its paper's masks, and what being agnostic of orders and connections promises.
 
-Covers: prior/degrees.py, prior/running_sums.py.
+Covers: prior/connections.py, prior/running_sums.py.
 """
 
 import copy
@@ -20,9 +20,10 @@ from pipelines import ImagePipeline
 from pipelines.tokens import TokenDataset, TokenSplit
 from pipelines.training.schedule import ema_update
 from prior import Prior
-from prior.degrees import Kept, even_degrees, random_degrees
-from prior.made import DENSE_WIDTH, summed
+from prior.connections import Memory, even_degrees, random_degrees
+from prior.made import DENSE_WIDTH
 from prior.orders import make_order
+from prior.running_sums import summed
 from tokenizer import TokenGrid, Tokenizer
 from tokenizer.files.writing import write_manifest
 
@@ -475,13 +476,13 @@ def test_models_with_and_without_a_sigmoid_are_not_the_same():
 @pytest.fixture
 def builds(monkeypatch):
     """What is built, in turn: masks, and weights multiplied by them."""
-    told, get = [], Kept.get
+    told, get = [], Memory.get
 
     def counting(self, made_of, build):
         what = "weights" if isinstance(made_of[0], torch.nn.Parameter) else "masks"
         return get(self, made_of, lambda: (told.append(what), build())[1])
 
-    monkeypatch.setattr(Kept, "get", counting)
+    monkeypatch.setattr(Memory, "get", counting)
     return told
 
 
@@ -542,7 +543,7 @@ def test_a_copy_keeps_nothing_of_the_original():
     with torch.no_grad():
         model(tokens)
         other = copy.deepcopy(model)
-        assert not other._masked.built and not other._masks.built
+        assert not other._connections.masked.built and not other._connections.masks.built
         other.input.zero_()
         assert torch.equal(other(tokens), make_same(other)(tokens)) and not torch.equal(other(tokens), model(tokens))
 

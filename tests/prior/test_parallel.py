@@ -169,6 +169,6 @@ def test_a_guess_over_other_tokens_is_refused():
 def test_large_batches_are_cut(monkeypatch):
     model = make_prior("gpt")
     expected = model.sample(11, generator=generators(11))
-    monkeypatch.setattr("prior.base.PARALLEL_NUMBERS", 5 * 12 * 5)
+    monkeypatch.setattr("prior.parallel.NUMBERS", 5 * 12 * 5)
     tokens, _, rows = drawn_in_parallel(model, 11, monkeypatch)
     assert torch.equal(tokens, expected) and max(rows) <= 5

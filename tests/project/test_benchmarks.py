@@ -1,6 +1,7 @@
 """The benchmarks run, and their commands are what there is."""
 
-import importlib.util
+import ast
+import importlib
 import json
 import math
 import os
@@ -35,6 +36,26 @@ def test_commands_of_a_benchmark_exist(path):
     for data in re.findall(r"data=(\w+)", " ".join(by_preset)):
         assert list((ROOT / "configs" / "prior").glob(f"*_{data}.yaml")), f"no presets for data={data}"
         assert [kind for kind in ("vqvae", "pixels") if (ROOT / f"configs/tokenizer/{kind}_{data}.yaml").is_file()]
+
+
+@pytest.mark.parametrize("path", BENCHMARKS, ids=lambda path: path.stem)
+def test_a_benchmark_says_how_to_run_it(path):
+    said = ast.get_docstring(ast.parse(path.read_text()))
+    assert run(path.name, "--help").split() == said.split()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["threads"], "threads: expected key=value, or --help"),
+        (["thread=1"], "thread: unknown; there are threads, large, pipeline"),
+        (["threads=two"], "threads=two: expected a whole number"),
+        (["large=maybe"], "large=maybe: expected true or false"),
+    ],
+)
+def test_a_mistake_on_the_command_line_is_one_line(arguments, message):
+    with pytest.raises(AssertionError, match=f"^{re.escape(message)}\n"):
+        run("rounding.py", *arguments)
 
 
 def test_the_picture_of_the_blind_spot_is_the_one_that_is_drawn(tmp_path):
@@ -99,25 +120,23 @@ def test_a_ladder_of_seconds(tmp_path):
 
 
 @pytest.fixture
-def tokenizers(monkeypatch):
-    """The module benchmarks/tokenizers.py, whose name is that of a package of others."""
+def support(monkeypatch):
+    """What the benchmarks share, by the name of its module."""
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
-    spec = importlib.util.spec_from_file_location("benchmark_of_tokenizers", ROOT / "benchmarks" / "tokenizers.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return lambda name: importlib.import_module(f"support.{name}")
 
 
 @pytest.mark.parametrize("data", ["digits", "fashion_mnist", "openmoji"])
-def test_contenders_have_equal_bits(tokenizers, data, tmp_path):
+def test_contenders_have_equal_bits(support, data, tmp_path):
     """To the bit; but for 7 bits a position, which two ids cannot share evenly."""
-    presets = tokenizers.read_presets(data, [])
+    contenders, times = support("contenders"), support("contender_times")
+    presets = contenders.read_presets(data, [])
     bits = {}
-    for name, spec in tokenizers.contenders(presets["tokenizer"], tmp_path).items():
-        if tokenizers.missing(spec) is None:
-            node = tokenizers.tokenizer_node(presets["tokenizer"], spec, None, None, 1, tmp_path / name)
+    for name, spec in contenders.contenders(presets["tokenizer"], tmp_path).items():
+        if contenders.missing(spec) is None:
+            node = contenders.tokenizer_node(presets["tokenizer"], spec, None, None, 1, tmp_path / name)
             with torch.device("meta"):
-                grid = tokenizers.untrained(node, tmp_path).grid
+                grid = times.untrained(node, tmp_path).grid
             bits[name] = len(grid) * math.log2(grid.vocab_size)
     uneven = {"rvq", "klvae", "posthoc"} if data == "digits" else set()
     assert {"ema", "fsq", "lfq", "rvq", "posthoc", "critic"} <= set(bits)
@@ -125,10 +144,11 @@ def test_contenders_have_equal_bits(tokenizers, data, tmp_path):
     assert all(abs(value / bits["ema"] - 1) < 0.02 for value in bits.values())
 
 
-def test_times_of_a_later_pass_are_in_units_of_the_first(tokenizers):
-    first = tokenizers.scaled({}, {"ema": 0.2, "lfq": 0.1}, "ema")
+def test_times_of_a_later_pass_are_in_units_of_the_first(support):
+    scaled = support("contender_times").scaled
+    first = scaled({}, {"ema": 0.2, "lfq": 0.1}, "ema")
     assert first == {"ema": 0.2, "lfq": 0.1}
-    assert tokenizers.scaled(first, {"ema": 0.4, "fsq": 0.6}, "ema") == pytest.approx({**first, "fsq": 0.3})
+    assert scaled(first, {"ema": 0.4, "fsq": 0.6}, "ema") == pytest.approx({**first, "fsq": 0.3})
 
 
 def test_the_benchmark_of_tokenizers_does_not_hide_the_package_tokenizers():

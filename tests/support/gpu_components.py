@@ -49,6 +49,8 @@ from pipelines.compression.coder import Coder
 from pipelines.config.command import parse
 from pipelines.training.adversary import Adversary, CriticConfig
 from prior import Prior
+from prior.requests import Walk
+from prior.sampling import Sampler
 from tokenizer import Tokenizer
 from tokenizer.critic import PatchCritic
 from tokenizer.likelihoods import Likelihood
@@ -275,7 +277,8 @@ def methods() -> list[str]:
 def optional(method: str) -> set[str]:
     """The arguments that a method need not be given."""
     takes = inspect.signature(getattr(ImagePipeline, method)).parameters
-    return {name for name, one in takes.items() if one.default is not one.empty}
+    named = {name for name, one in takes.items() if one.default is not one.empty}
+    return {*named, *Walk.names(), *Sampler.names()} if method in ("__call__", "complete") else named
 
 
 def abilities() -> Iterator[Component]:

@@ -221,6 +221,7 @@ def uneven_data(folder: Path, runs: int, images: int = 1000, bad: int = 37) -> F
             "data__image_size": 16,
             "data__channels": 1,
             "data__limit": None,
+            "data__validation_fraction": 0,  # or the good images would not all be trained on
             "data__max_bad_fraction": 0.05,
             "data__on_error": "skip",
             "train__steps": 2 * good // 15 + 1,

@@ -18,6 +18,7 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntry
 from .errors import PathError, one_line
 
 SECONDS = 5.0  # to wait for an answer
+BUGS = (TypeError, AttributeError, NameError, AssertionError)  # our own; the Hub never causes one
 HUB_ID = r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}"
 
 
@@ -34,9 +35,6 @@ def is_reachable() -> bool:
     except OSError:
         return False
     return True
-
-
-BUGS = (TypeError, AttributeError, NameError, AssertionError)  # our own; the Hub never causes one
 
 
 class PushError(OSError):
@@ -72,7 +70,6 @@ def replace_on_hub(
 
     ours: takes the names of a repository's files and a function that fetches one; returns those that we uploaded.
     """
-
     api = HfApi(token=token)
     place: dict[str, Any] = {"repo_id": repo_id, "repo_type": repo_type}
     paths = {path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*")) if path.is_file()}
@@ -106,30 +103,14 @@ def said(error: Exception) -> str:
     return f"{status} {phrase}{f', {message}' if message else ''}{hint}"
 
 
-def resolve_folder(
-    source: str | Path,
-    patterns: list[str],
-    *,
-    revision: str | None,
-    token: str | None,
-    cache_dir: str | Path | None,
-    local_files_only: bool,
-) -> Path:
-    """`source` as a local folder; a repository id is fetched from the Hub. Raises `PathError`."""
+def resolve_folder(source: str | Path, patterns: list[str], **options: Any) -> Path:
+    """`source` as a local folder; a repository id is fetched from the Hub, see `snapshot`. Raises `PathError`."""
     if os.path.isdir(source):  # unlike Path.is_dir, also False for a name that no folder can have
         return Path(source)
     if not re.fullmatch(HUB_ID, str(source)):
         raise PathError(f"{str(source)[:200]!r} is neither an existing folder nor a Hub id of the form 'owner/name'")
     told = f"{str(source)!r} is not an existing folder, and as a Hub id it could not be fetched"
-    return snapshot(
-        str(source),
-        patterns,
-        told,
-        revision=revision,
-        token=token,
-        cache_dir=cache_dir,
-        local_files_only=local_files_only,
-    )
+    return snapshot(str(source), patterns, told, **options)
 
 
 def snapshot(repo_id: str, patterns: list[str], told: str, **options: Any) -> Path:

@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from .errors import PathError, PipelineLoadError, shown
-from .reading import MANIFEST, read_json
+from .opening import read_json
+from .reading import MANIFEST
 
 MARK = b"written by smalti"
 """A picture of ours has this among its first or last bytes."""
@@ -149,25 +150,22 @@ def says_ours(path: Path) -> bool:
 def require_apart(out: Path, inputs: Inputs) -> None:
     """Raise `PathError` if `out` is one of the `inputs`, lies in one, or contains one. Inputs that are not existing
     paths, such as a Hub id, are ignored."""
-    there = os.path.realpath(out)
     for source in inputs:
-        if source is None or not os.path.exists(source):
-            continue
-        here = os.path.realpath(source)
-        how = (
-            "is"
-            if here == there or (os.path.exists(out) and os.path.samefile(out, source))
-            else "lies in"
-            if is_inside(there, here)
-            else "holds"
-            if is_inside(here, there)
-            else None
-        )
-        if how:
+        if source is not None and os.path.exists(source) and (how := how_they_touch(out, source)):
             raise PathError(
                 f"{out} cannot be written: it {how} what is read, {source}; choose another place, nothing "
                 "was overwritten"
             )
+
+
+def how_they_touch(out: Path, source: Any) -> str | None:
+    """How `out` stands to the existing `source`: it is it, lies in it, or holds it; None if it does neither."""
+    there, here = os.path.realpath(out), os.path.realpath(source)
+    if here == there or (os.path.exists(out) and os.path.samefile(out, source)):
+        return "is"
+    if is_inside(there, here):
+        return "lies in"
+    return "holds" if is_inside(here, there) else None
 
 
 def is_inside(path: str, folder: str) -> bool:

@@ -18,7 +18,7 @@ from torch.overrides import TorchFunctionMode
 
 from .errors import ConfigError, FormatError, LimitError, PipelineLoadError, WeightsError, shown
 from .json_text import parse_json
-from .reading import ReadOnce
+from .opening import ReadOnce
 
 MAX_HEADER_BYTES = 1 << 20
 MAX_TENSORS, MAX_AXES = 10_000, 6

@@ -20,8 +20,9 @@ from pathlib import Path
 from typing import Any
 
 from .errors import PathError
+from .opening import read_json
 from .ownership import Inputs, Kind, Names, listed_in, require_apart, require_ours, require_own_file, says_ours
-from .reading import MANIFEST, read_json
+from .reading import MANIFEST
 
 SWAP, NEW = 2, 1  # flags of renameat2: RENAME_EXCHANGE, RENAME_NOREPLACE
 RESULTS = "results"  # kind in the manifest of a folder of figures and tables

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..precision import at_least_float32
 from ..pretrained import Named
 from ..settings import ModelConfig
 
@@ -46,7 +47,7 @@ class Likelihood(Named, nn.Module, family="tokenizer.likelihoods"):
         raise NotImplementedError
 
     def _of(self, parameters: Tensor, values: Tensor, channel: int, asked: Tensor) -> Tensor:
-        wide = parameters if parameters.dtype == torch.float64 else parameters.float()
+        wide = at_least_float32(parameters)
         found = self._channel_log_prob(wide, values, channel, asked)
         return torch.logaddexp(found + math.log1p(-FLOOR), torch.full_like(found, math.log(FLOOR / LEVELS)))
 

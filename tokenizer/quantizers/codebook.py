@@ -12,7 +12,8 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor
 
-from ..settings import Before, ModelConfig
+from ..marks import Before
+from ..settings import ModelConfig
 from .base import Quantized, Quantizer
 from .gradients import Gradient, pass_gradient
 
@@ -81,8 +82,7 @@ class Codebook(Quantizer):
         z_q = pass_gradient(self.config.gradient, rows, codes)
         if self.training:
             self.collect(rows.detach(), tokens)
-        z_q = z_q.reshape(z.shape[0], *z.shape[2:], self.dim).movedim(-1, 1)
-        return Quantized(z_q, tokens.reshape(z.shape[0], *z.shape[2:]), losses)
+        return Quantized(map_of(z_q, z), tokens.reshape(z.shape[0], *z.shape[2:]), losses)
 
     def comparable(self, rows: Tensor) -> Tensor:
         """Rows `(n, dim)` as they are compared to the table."""
@@ -186,6 +186,11 @@ class CountedCodebook(Codebook):
 def rows_of(z: Tensor) -> Tensor:
     """`(B, D, *spatial)` to `(B * positions, D)`; a view when `z` is channels-last."""
     return z.movedim(1, -1).reshape(-1, z.shape[1])
+
+
+def map_of(rows: Tensor, z: Tensor) -> Tensor:
+    """`(B * positions, D)` as a map `(B, D, *spatial)` of the size of `z`: the inverse of `rows_of`."""
+    return rows.reshape(z.shape[0], *z.shape[2:], rows.shape[1]).movedim(-1, 1)
 
 
 def nearest(rows: Tensor, codebook: Tensor) -> Tensor:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from ..settings import ModelConfig
 from .base import Quantized, Quantizer
 from .choice import How, choose
-from .codebook import first_rows, kmeans, nearest, rows_of, world_size
+from .codebook import first_rows, kmeans, map_of, nearest, rows_of, world_size
 
 
 class GumbelConfig(ModelConfig):
@@ -86,8 +86,7 @@ class Gumbel(Quantizer, name="gumbel"):
         how = How(self.temperature_at(step), hard=self.config.hard or not self.training, seed=seed)
         values, tokens, entropy, _ = choose(rows, self.proj.weight, self.proj.bias, self.embed.weight, how)
         kl = (math.log(self.vocab_size) - entropy).clamp(min=0)
-        z_q = values.reshape(z.shape[0], *z.shape[2:], self.dim).movedim(-1, 1)
-        return Quantized(z_q, tokens.reshape(z.shape[0], *z.shape[2:]), {"kl": kl})
+        return Quantized(map_of(values, z), tokens.reshape(z.shape[0], *z.shape[2:]), {"kl": kl})
 
     @torch.no_grad()
     def start(self, rows: Tensor) -> None:

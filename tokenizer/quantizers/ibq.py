@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from .base import Quantized
 from .choice import How, choose
-from .codebook import Codebook, CodebookConfig, rows_of, world_size
+from .codebook import Codebook, CodebookConfig, map_of, rows_of, world_size
 from .entropy import diversity
 
 
@@ -76,8 +76,7 @@ class IBQ(Codebook, name="ibq"):
         losses = {"index": F.mse_loss(passed, rows), **self.losses(rows, F.embedding(tokens, table)), **entropies}
         if self.training:
             self.collect(rows.detach(), tokens)
-        z_q = passed.reshape(z.shape[0], *z.shape[2:], self.dim).movedim(-1, 1)
-        return Quantized(z_q, tokens.reshape(z.shape[0], *z.shape[2:]), losses)
+        return Quantized(map_of(passed, z), tokens.reshape(z.shape[0], *z.shape[2:]), losses)
 
     def losses(self, rows: Tensor, codes: Tensor) -> dict[str, Tensor]:
         """Means over elements of |z - sg(e)|^2 and |sg(z) - e|^2. (`index` is |z - e|^2 with its gradient through the

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from ..settings import ModelConfig, Node
 from .base import Quantized, Quantizer
-from .codebook import CodebookConfig, nearest, rows_of
+from .codebook import CodebookConfig, map_of, nearest, rows_of
 from .ema import EMAConfig
 from .gradients import pass_gradient
 
@@ -91,7 +91,7 @@ class RVQ(Quantizer, name="rvq"):
         if self.training:
             self._collect(left, tokens)
         ids = [part.reshape(z.shape[0], *z.shape[2:]) for part in tokens]
-        return Quantized(z_q.reshape(z.shape[0], *z.shape[2:], self.dim).movedim(-1, 1), torch.cat(ids, 1), losses)
+        return Quantized(map_of(z_q, z), torch.cat(ids, 1), losses)
 
     def _descend(self, rows: Tensor, tables: list[Tensor]) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
         """What each level has left of rows `(n, dim)`, with their gradient; its tokens `(n,)` and codes `(n, dim)`."""

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
-from ..settings import Before
+from ..marks import Before
 from .codebook import CodebookConfig, CountedCodebook, world_size
 
 

@@ -21,8 +21,9 @@ from torch import nn
 from torch.optim import Optimizer
 
 from tokenizer.files.errors import FormatError, WeightsError, shown
+from tokenizer.files.opening import read_json
 from tokenizer.files.ownership import Kind
-from tokenizer.files.reading import read_json, verify_manifest
+from tokenizer.files.reading import verify_manifest
 from tokenizer.files.writing import atomic_folder, write_json, write_manifest
 
 from .optimizers import pack_optimizer, parameter_of, unpack_optimizer

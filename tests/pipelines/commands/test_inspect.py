@@ -20,7 +20,7 @@ from pipelines.commands import inspect_ as inspect
 from pipelines.commands.inspect_ import InspectConfig, fitted, report
 from pipelines.config.command import parse
 from pipelines.images import DataConfig, load_images
-from pipelines.metrics import charts
+from pipelines.metrics import charts, pages
 from pipelines.metrics.inspection import PLACES, Surroundings, alone, examine, middle
 from pipelines.metrics.reconstruction import evaluate_reconstruction
 from pipelines.stages.index import INDEX
@@ -86,7 +86,7 @@ def drawn(monkeypatch):
 def page_of(model, images, drawn, **more):
     found = examine(model, images, more.get("num_codes", 256))
     picture = report(model, images, found, more.get("num_images", 9), "somewhere")
-    assert picture.dtype == np.uint8 and picture.shape[2] == 3 and picture.shape[1] == inspect.WIDTH + 2 * charts.MARGIN
+    assert picture.dtype == np.uint8 and picture.shape[2] == 3 and picture.shape[1] == inspect.WIDTH + 2 * pages.MARGIN
     return found, *drawn
 
 
@@ -294,7 +294,7 @@ def test_a_report_is_written(world, what, tmp_path, capsys):
     main(["inspect", f"tokenizer={world / what}", f"out={tmp_path / 'new' / 'page.png'}", "num_images=3"])
     printed = capsys.readouterr().out
     with Image.open(tmp_path / "new" / "page.png") as picture:
-        assert picture.width == inspect.WIDTH + 2 * charts.MARGIN and picture.height > 800
+        assert picture.width == inspect.WIDTH + 2 * pages.MARGIN and picture.height > 800
     assert f"{COUNT} held-out images" in printed and "PSNR" in printed and "of 32 codes used" in printed
 
 

@@ -1,7 +1,7 @@
 """The plan of a run against real runs (bytes, FLOPs, files), against published sizes, and as a user sees it.
 
 Covers: pipelines/planning/budget.py, pipelines/planning/costs.py, pipelines/planning/facts.py,
-pipelines/planning/forecast.py.
+pipelines/planning/forecast.py, pipelines/planning/paper.py.
 """
 
 from __future__ import annotations
@@ -35,19 +35,8 @@ from pipelines.config.command import parse
 from pipelines.metrics.likelihood import bits_per_token, rows_at_a_time
 from pipelines.metrics.reconstruction import evaluate_reconstruction, images_at_a_time, reconstruction_picture
 from pipelines.planning.budget import GPUS, at_evaluation, memory, shapes_of, sharded, sizes_of
-from pipelines.planning.costs import (
-    ON_FLOAT32,
-    CUDAKernels,
-    Ledger,
-    Recipe,
-    Turn,
-    address,
-    checkpointed,
-    flops_of,
-    on_paper,
-    prior_turn,
-    tokenizer_turn,
-)
+from pipelines.planning.costs import Recipe, Turn, checkpoint_blocks, flops_of, prior_turn, tokenizer_turn
+from pipelines.planning.paper import ON_FLOAT32, CUDAKernels, Ledger, address, on_paper
 from pipelines.tokens import load_tokens
 from pipelines.train_prior import PriorTask, TrainPriorConfig
 from pipelines.train_tokenizer import TrainTokenizerConfig
@@ -213,7 +202,7 @@ def test_checkpointed_blocks_keep_their_inputs_alone(name):
     sizes = {}
     for depth in (1, 2, 5):
         with on_paper(model := on_meta(name, depth=depth)):
-            checkpointed(list(model.blocks))
+            checkpoint_blocks(list(model.blocks))
             sizes[depth] = prior_turn(model, 7, False).parts["activations"]
     stream = 7 * 30 * 32 * 4  # a float32 residual stream of 7 images
     assert sizes[5] - sizes[2] == 3 * (sizes[2] - sizes[1]) == 3 * stream
@@ -228,7 +217,7 @@ def test_checkpointing_changes_neither_gradients_nor_kernels():
             model.loss(model(tokens, labels), tokens).backward()
         gradients.append([parameter.grad.clone() for parameter in model.parameters()])
         model.zero_grad()
-        checkpointed(list(model.blocks))
+        checkpoint_blocks(list(model.blocks))
     assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
 
 
@@ -251,7 +240,7 @@ def test_flops_of_a_gpt_are_the_closed_formula():
         model = Prior.create("gpt", grid=TokenGrid((6, 8), ids), dim=dim, depth=depth, heads=4, hidden=hidden)
     with on_paper(model):
         found = flops_of(lambda: prior_turn(model, 1, True))
-        checkpointed(list(model.blocks))
+        checkpoint_blocks(list(model.blocks))
         again = flops_of(lambda: prior_turn(model, 1, True))
     block = size * (2 * (4 * dim**2 + 3 * dim * hidden) + 4 * size * dim)
     assert found == 3 * (depth * block + 2 * size * dim * ids)
@@ -459,13 +448,13 @@ def test_an_evaluation_is_counted(ids, rows, capsys):
     probabilities."""
     forecast = planned(*TINY, f"vocab_size={ids}", "train.batch_size=2", "gpus=2")
     logits = 4 * rows * 64 * ids
-    assert 2 * logits < forecast.evaluation < 2.2 * logits
+    assert 2 * logits < forecast.costs.evaluation < 2.2 * logits
     kept = sum(
         size
         for part, size in forecast.memory["DDP"].items()
         if part in ("weights", "gradients", "AdamW's two moments", "averaged weights")
     )
-    assert forecast.evaluating("DDP") == kept + forecast.evaluation == forecast.needs("DDP")
+    assert forecast.evaluating("DDP") == kept + forecast.costs.evaluation == forecast.needs("DDP")
     assert f"{forecast.evaluating('DDP') / 1e9:.2f}" in capsys.readouterr().out
 
 
@@ -550,7 +539,7 @@ def test_page_of_a_prior(depth, capsys):
     assert depth == 1 or (forecast.sizes.parameters == 110_913_936 and "110,913,936" in page)
     assert forecast.share == 32 and "299.7 epochs" in page
     flops = 3 * 256 * (2 * (depth * (4 * 768**2 + 3 * 768 * 2048) + 768 * 16384) + 4 * depth * 256 * 768)
-    assert forecast.work.flops == flops and forecast.flops_per_step == 256 * flops
+    assert forecast.costs.work.flops == flops and forecast.flops_per_step == 256 * flops
     assert forecast.hours == pytest.approx(1_500_000 * 256 * flops / (8 * 312e12 * 0.4) / 3600)
     assert forecast.dataset == 1281167 * (512 + 8)
     assert "warning" not in page
@@ -563,7 +552,9 @@ def test_twice_as_many_gpus_and_a_tokenizer_to_ask(capsys):
     two = planned(*small, "gpus=16", f"tokenizer={VQGAN_PRESET}")
     assert one.sizes == two.sizes and two.rows is None and two.share == one.share / 2
     assert two.hours == pytest.approx(one.hours / 2)
-    assert two.work.turns[0].parts["activations"] == pytest.approx(one.work.turns[0].parts["activations"] / 2, rel=0.01)
+    assert two.costs.work.turns[0].parts["activations"] == pytest.approx(
+        one.costs.work.turns[0].parts["activations"] / 2, rel=0.01
+    )
     assert two.snapshot - one.snapshot == pytest.approx(4 * 71_883_403, rel=0.01)
     assert "warning: rows: not known" in capsys.readouterr().out
 
@@ -593,7 +584,7 @@ def test_page_of_a_tokenizer_with_critic_and_perceptual_network(capsys):
     assert set(forecast.sizes.parts) == {"encoder", "quantizer", "decoder", "critic"}
     assert {"activations", "perceptual network", "critic"} <= set(forecast.memory["DDP"])
     assert "40.0 epochs" in page
-    assert f"16 at a time, {forecast.evaluation / 1e9:.1f} GB" in " ".join(SCALING.split())
+    assert f"16 at a time, {forecast.costs.evaluation / 1e9:.1f} GB" in " ".join(SCALING.split())
     assert forecast.evaluating("DDP") < sum(forecast.memory["DDP"].values())
     assert f"| {forecast.flops_per_step * 400_000 / 1e18:.1f} EFLOP | 16% |" in SCALING
 
@@ -643,7 +634,7 @@ def check_turn(kind: str, choices) -> int:
     for count, paper in ((4, True), (8, True), (4, False)):
         with torch.device("meta") if paper else nullcontext():
             model = Tokenizer.create(kind, image_size=(16, 8), channels=3, **choices)
-        recipe = Recipe(model, {"l1": 0.0, "l2": 1.0, **model.loss_weights}, modules=[model])
+        recipe = Recipe(model, {"l1": 0.0, "l2": 1.0, **model.loss_weights})
         if not paper:
             model(torch.randn(32, *model.image_shape))  # its codebook starts
         with on_paper(model) if paper else nullcontext():

@@ -252,6 +252,13 @@ def test_without_the_hub_it_is_said_at_once(tmp_path, monkeypatch, capsys, item)
         assert capsys.readouterr().err == f"error: to: me/it cannot be written to: {reason}\n"
 
 
+def test_a_hub_id_has_an_owner(tmp_path, capsys):
+    with pytest.raises(SystemExit) as ended:
+        main(["push", f"folder={tmp_path}", "to=it"])
+    assert ended.value.code == 2
+    assert capsys.readouterr().err == "error: to: expected a Hub id of the form owner/name (got 'it')\n"
+
+
 WHO = "; `hf auth whoami` says who you are, `hf auth login` changes it"
 
 

@@ -28,7 +28,7 @@ from pipelines.images.loading import carve
 from pipelines.images.splits import as_begun, validation_count
 from pipelines.images.stamps import FileChanged
 from pipelines.shuffling.hashing import uniforms
-from tokenizer.files.reading import ReadOnce
+from tokenizer.files.opening import ReadOnce
 
 ROOT = Path(__file__).parents[3]
 REAL = Path(os.environ.get("SMALTI_DATA") or ROOT / "../shared/data").resolve()

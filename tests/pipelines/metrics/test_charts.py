@@ -1,4 +1,7 @@
-"""Charts as pictures: what is drawn where, whatever the values, and what a user's own settings do not change."""
+"""Charts as pictures: what is drawn where, whatever the values, and what a user's own settings do not change.
+
+Covers: pipelines/metrics/pages.py.
+"""
 
 import math
 import subprocess
@@ -11,9 +14,10 @@ from launch import ROOT, environment
 from PIL import Image
 
 from pipelines.images.pictures import save_picture
-from pipelines.metrics import charts
-from pipelines.metrics.charts import bars, bins_of, charts_in_row, curves, histogram, mosaic, page, three_digits
+from pipelines.metrics import charts, pages
+from pipelines.metrics.charts import bars, bins_of, charts_in_row, curves, histogram, three_digits
 from pipelines.metrics.codebook import draw_usage
+from pipelines.metrics.pages import mosaic, page
 from tokenizer.files.ownership import says_ours
 
 SIZE = (400, 270)
@@ -143,9 +147,9 @@ def test_a_mosaic_holds_its_pictures_pixel_by_pixel():
 def test_a_page_holds_its_rows_and_cuts_what_is_too_long():
     rows = [np.full((200, 620, 3), 7, np.uint8), np.full((250, 600, 3), 9, np.uint8)]
     found = page("title " * 99, ["line " * 200, "$x", "\N{GRINNING FACE}"], rows)
-    assert found.shape[1] == 620 + 2 * charts.MARGIN
+    assert found.shape[1] == 620 + 2 * pages.MARGIN
     assert (found == 7).all(2).sum() == 200 * 620 and (found == 9).all(2).sum() == 250 * 600
-    edges = (found[:, : charts.MARGIN], found[:, -charts.MARGIN :], found[: charts.MARGIN - 2], found[-charts.MARGIN :])
+    edges = (found[:, : pages.MARGIN], found[:, -pages.MARGIN :], found[: pages.MARGIN - 2], found[-pages.MARGIN :])
     assert all((edge == 255).all() for edge in edges)
 
 
@@ -171,7 +175,7 @@ def test_matplotlib_is_imported_when_something_is_drawn():
     code = (
         "import sys, pipelines.train_tokenizer, pipelines.commands.inspect_, pipelines.commands.probe\n"
         "assert 'matplotlib' not in sys.modules\n"
-        "from pipelines.metrics.charts import page\n"
+        "from pipelines.metrics.pages import page\n"
         "page('title', [], [])\n"
         "assert 'matplotlib' in sys.modules and 'matplotlib.pyplot' not in sys.modules"
     )

@@ -39,7 +39,7 @@ from pipelines.training.checkpoints import rotation
 from pipelines.training.checkpoints.rotation import latest_state
 from prior import Prior
 from tokenizer import Tokenizer
-from tokenizer.files import reading
+from tokenizer.files import opening, reading
 from tokenizer.files.claims import claimed, require_unclaimed
 from tokenizer.files.errors import IntegrityError, PathError, PipelineLoadError, UnreadableError
 from tokenizer.files.writing import write_manifest
@@ -136,7 +136,7 @@ def test_an_error_of_the_disk_is_not_damage(run, monkeypatch, where):
     elif where == "stat":
         monkeypatch.setattr(reading.os, "stat", broken(os.stat))
     else:
-        monkeypatch.setattr(reading, "_descriptor", broken(reading._descriptor))
+        monkeypatch.setattr(opening, "_descriptor", broken(opening._descriptor))
     with pytest.raises(UnreadableError, match=r"step-00000008: cannot be read.*Input/output error"):
         latest_state(run)
     with pytest.raises((UserError, PipelineLoadError), match="cannot be read"):

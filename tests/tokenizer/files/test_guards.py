@@ -1,7 +1,7 @@
 """What stands between a hostile folder and its reader, guard by guard: links, bounds, headers, values, names, modes.
 
-Covers: tokenizer/files/json_text.py, tokenizer/files/reading.py, tokenizer/files/weights.py,
-tokenizer/files/writing.py.
+Covers: tokenizer/files/json_text.py, tokenizer/files/opening.py, tokenizer/files/reading.py,
+tokenizer/files/weights.py, tokenizer/files/writing.py.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from small import make_prior, make_tokenizer
 from pipelines import ImagePipeline
 from prior import Prior
 from tokenizer import Tokenizer
-from tokenizer.files import reading
+from tokenizer.files import opening
 from tokenizer.files.errors import (
     ConfigError,
     FormatError,
@@ -40,7 +40,8 @@ from tokenizer.files.errors import (
     one_line,
 )
 from tokenizer.files.json_text import parse_json
-from tokenizer.files.reading import read_bytes, read_json, verify_manifest
+from tokenizer.files.opening import read_bytes, read_json
+from tokenizer.files.reading import verify_manifest
 from tokenizer.files.weights import expected_weights, parse_weights
 from tokenizer.files.writing import atomic_folder, write_json, write_manifest
 
@@ -206,7 +207,7 @@ def test_every_file_is_opened_once(folder, opens):
 
 @pytest.mark.parametrize("name", ["prior/model.safetensors", INDEX, "prior/config.json", "samples.png"])
 def test_a_file_that_is_swapped_after_the_manifest_was_read_is_refused(folder, monkeypatch, name):
-    descriptor = reading._descriptor
+    descriptor = opening._descriptor
 
     def swap(path, roots):
         if Path(path) == folder / name:
@@ -215,26 +216,26 @@ def test_a_file_that_is_swapped_after_the_manifest_was_read_is_refused(folder, m
             (folder / name).write_bytes(data)
         return descriptor(path, roots)
 
-    monkeypatch.setattr(reading, "_descriptor", swap)
+    monkeypatch.setattr(opening, "_descriptor", swap)
     refused(folder, IntegrityError, folder / name, "sha256 differs")
 
 
 def test_a_file_that_grew_after_the_manifest_was_read_is_not_read(folder, monkeypatch):
-    descriptor, path = reading._descriptor, folder / "prior" / "model.safetensors"
+    descriptor, path = opening._descriptor, folder / "prior" / "model.safetensors"
 
     def grow(place, roots):
         if Path(place) == path:
             os.truncate(path, 1 << 30)
         return descriptor(place, roots)
 
-    monkeypatch.setattr(reading, "_descriptor", grow)
+    monkeypatch.setattr(opening, "_descriptor", grow)
     refused(folder, IntegrityError, path, 1 << 30, "the manifest says")
 
 
 @pytest.mark.parametrize(("load", "part"), [(ImagePipeline.from_pretrained, "."), (Prior.from_pretrained, "prior")])
 @pytest.mark.parametrize("more", [-4, 4])
 def test_a_file_that_shrinks_or_grows_while_it_is_read_is_refused(folder, monkeypatch, load, part, more):
-    path, read_into = folder / "prior" / "model.safetensors", reading.ReadOnce.read_into
+    path, read_into = folder / "prior" / "model.safetensors", opening.ReadOnce.read_into
     size = path.stat().st_size
 
     def change(self, buffer):
@@ -242,7 +243,7 @@ def test_a_file_that_shrinks_or_grows_while_it_is_read_is_refused(folder, monkey
             os.truncate(path, size + more)
         read_into(self, buffer)
 
-    monkeypatch.setattr(reading.ReadOnce, "read_into", change)
+    monkeypatch.setattr(opening.ReadOnce, "read_into", change)
     refused(folder / part, IntegrityError, path, size, load=load)
 
 

@@ -1,8 +1,9 @@
-"""The degrees of MADE's hidden units, the masks that follow from them, and the memory that keeps what was built."""
+"""MADE's connections: the degrees of its hidden units, their masks, and the weights that these leave."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -40,19 +41,52 @@ def build_masks(ranks: Tensor, degrees: Sequence[Tensor], direct: int | None, dt
     return [mask.to(dtype) for mask in masks]
 
 
-class Kept:
-    """What was built last, which is built again only where the tensors that it is made of are others, or have changed.
+class Connections:
+    """The weights of a `MADE`, zero where they are cut; masks and weights are kept while nothing changes.
 
-    Neither copied nor saved with what it belongs to.
+    Neither copied nor saved with the model.
     """
+
+    def __init__(self) -> None:
+        self.masks, self.masked = Memory(), Memory()
+
+    def __reduce__(self) -> tuple[type, tuple[()]]:
+        return Connections, ()
+
+    def weights(self, model: Any, order: Tensor | None, degrees: Sequence[Tensor] | None) -> list[Tensor]:
+        """Those of input, hidden layers, direct connections (if any) and output. order and degrees: see `MADE.forward`.
+
+        Masks are built where order or degrees are others than they were; while nothing is trained, weights are
+        multiplied by them where they have changed. A fused optimizer changes them without a trace, so a pass that may
+        lead to a step forgets what was kept, and nothing is kept while there are gradients.
+        """
+        direct = [] if model.direct is None else [model.direct]
+        weights = [model.input, *model.hidden, *direct, model.output]
+        chosen = [model.order if order is None else order, *(degrees or [model.all_degrees])]
+
+        def build() -> list[Tensor]:
+            ranks = model.ranks if order is None else torch.argsort(order)
+            return build_masks(ranks, degrees or model.degrees(), model.width if direct else None, model.input.dtype)
+
+        masks = self.masks.get(chosen, build)
+
+        def cut() -> list[Tensor]:
+            return [weight * mask for weight, mask in zip(weights, masks, strict=True)]
+
+        trained = model.training or torch.is_grad_enabled()
+        if trained or any(weight.is_inference() or weight.grad is not None for weight in weights):
+            self.masked = Memory()
+            return cut()
+        return self.masked.get([*weights, *masks], cut)
+
+
+class Memory:
+    """What was built last. It is built again only where the tensors that it is made of are others, or have changed."""
 
     def __init__(self) -> None:
         self.made_of: list[Tensor] = []
         self.versions: list[int] = []
         self.built: list[Tensor] = []
-
-    def __reduce__(self) -> tuple[type, tuple[()]]:
-        return Kept, ()
 
     def get(self, made_of: list[Tensor], build: Callable[[], list[Tensor]]) -> list[Tensor]:
         """What `build` gives for these tensors."""

@@ -1,0 +1,88 @@
+"""What a training step takes besides time: FLOPs, what is kept for the backward pass, resident memory."""
+
+from __future__ import annotations
+
+import ctypes
+import time
+from collections.abc import Callable
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+
+def count_flops(loss: Callable[[], Any]) -> float:
+    """FLOPs of a forward and a backward pass."""
+    from torch.nn import functional
+    from torch.utils.flop_counter import FlopCounterMode
+
+    fused, attention = functional.scaled_dot_product_attention, 0.0
+
+    def counted(q: Any, k: Any, v: Any, *args: Any, is_causal: bool = False, **more: Any) -> Any:
+        nonlocal attention
+        attention += 3 * 4 * q.numel() * k.shape[-2] * (0.5 if is_causal else 1.0)
+        return q + k + v  # of the same shape, without a product
+
+    functional.scaled_dot_product_attention = counted
+    try:
+        with FlopCounterMode(display=False) as counter:
+            loss().backward()
+    finally:
+        functional.scaled_dot_product_attention = fused
+    return counter.get_total_flops() + attention
+
+
+class Products:
+    """A float32 matrix product at each call, by `torch.mm` and as a 1x1 convolution; `best` is the most FLOP per second
+    that each got."""
+
+    def __init__(self, side: int) -> None:
+        import torch
+
+        a, b = torch.randn(2, side, side)
+        rows = a.reshape(16, side // 16, 1, side).movedim(-1, 1)  # channels last; of few images torch makes an `mm`
+        kernel = b.reshape(side, side, 1, 1).contiguous(memory_format=torch.channels_last)
+        self.flops = 2 * side**3
+        self.runs = {"mm": lambda: torch.mm(a, b), "conv": lambda: torch.conv2d(rows, kernel)}
+        self.best = dict.fromkeys(self.runs, 0.0)
+
+    def __call__(self) -> None:
+        for kind, run in self.runs.items():
+            began = time.perf_counter()
+            run()
+            self.best[kind] = max(self.best[kind], self.flops / (time.perf_counter() - began))
+
+
+def saved_bytes(model: Any, loss: Callable[[], Any]) -> int:
+    """Bytes that one forward pass keeps for the backward pass, besides weights; shared memory counts once."""
+    from torch.autograd.graph import saved_tensors_hooks
+
+    found: dict[int, int] = {}
+    own = {tensor.untyped_storage().data_ptr() for tensor in chain(model.parameters(), model.buffers())}
+
+    def pack(tensor: Any) -> Any:
+        storage = tensor.untyped_storage()
+        found[storage.data_ptr()] = 0 if storage.data_ptr() in own else storage.nbytes()
+        return tensor
+
+    with saved_tensors_hooks(pack, lambda tensor: tensor):
+        kept = loss()  # its graph holds all that was saved, so no address is used twice
+    del kept
+    return sum(found.values())
+
+
+def resident_rise(step: Callable[[], None]) -> float | None:
+    """Bytes by which the resident memory rises in a step; None where Linux does not tell."""
+    try:
+        ctypes.CDLL("libc.so.6").malloc_trim(0)  # or the step would use what others left
+        Path("/proc/self/clear_refs").write_text("5")  # the peak is now what is resident
+        before = resident("VmRSS")
+        step()
+        return resident("VmHWM") - before
+    except (OSError, AttributeError):
+        return None
+
+
+def resident(kind: str) -> int:
+    """Bytes that Linux says of this process."""
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(kind))
+    return int(line.split()[1]) * 1024

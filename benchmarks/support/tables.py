@@ -1,0 +1,44 @@
+"""Figures as they are shown and kept: tables in Markdown, means over seeds with their intervals, JSON files."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import statistics
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+
+def table_head(*names: str) -> str:
+    """The first two lines of a Markdown table."""
+    return f"{table_row(names)}\n|{'---|' * len(names)}"
+
+
+def table_row(cells: Iterable[str]) -> str:
+    """A line of a Markdown table."""
+    return f"| {' | '.join(cells)} |"
+
+
+def interval(values: Sequence[float]) -> float:
+    """Half the width of the 95 % t-interval of the mean over seeds; NaN for one seed."""
+    from scipy.stats import t
+
+    if len(values) < 2:
+        return math.nan
+    return float(t.ppf(0.975, len(values) - 1)) * statistics.stdev(values) / math.sqrt(len(values))
+
+
+def with_interval(values: Sequence[float], digits: int = 2) -> str:
+    """`1.23 +- 0.04`, or the value alone where there is one seed."""
+    mean, half = statistics.mean(values), interval(values)
+    return f"{mean:.{digits}f}" + ("" if math.isnan(half) else f" +- {half:.{digits}f}")
+
+
+def write_whole(data: Any, path: Path) -> None:
+    """Write JSON that is there as a whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_suffix(f".{os.getpid()}")
+    temporary.write_text(json.dumps(data, indent=1))
+    temporary.replace(path)

@@ -1,0 +1,43 @@
+"""What an annotation says beside a type: marks on the fields of a configuration, and how they are found.
+
+    channels: Fact[Literal[1, 3]] = Field(description="1 for grey, 3 for RGB")
+    normalize: Annotated[bool, Before(False)] = Field(False, description="compare directions")
+
+`settings.Node`, which has to know configurations, is a mark as well.
+"""
+
+from __future__ import annotations
+
+import types
+from dataclasses import dataclass
+from typing import Annotated, Any, TypeVar, Union, get_args, get_origin
+
+from pydantic.fields import FieldInfo
+
+T = TypeVar("T")
+
+FACT = "a fact of the data"
+Fact = Annotated[T, FACT]
+"""A setting that comes from the data (grid, classes, image size); a preset may not set it."""
+
+
+@dataclass(frozen=True)
+class Before:
+    """Marks a setting that was added later: a saved configuration without it means `value`. Fingerprints leave it out
+    when it has this value, so that they do not change."""
+
+    value: Any
+
+
+def mark_of(field: FieldInfo, mark: type[T]) -> T | None:
+    """The mark of this class on the field, if there is one."""
+    return next((found for found in field.metadata if isinstance(found, mark)), None)
+
+
+def options(hint: Any) -> list[Any]:
+    """The types that an annotation allows."""
+    if get_origin(hint) is Annotated:
+        return options(get_args(hint)[0])
+    if get_origin(hint) in (Union, types.UnionType):
+        return [option for part in get_args(hint) for option in options(part)]
+    return [hint]
