@@ -19,7 +19,6 @@ not as promised. Needs `pip install -e '.[dev]'`; `disks` mounts a tmpfs in a na
 
 from __future__ import annotations
 
-import itertools
 import json
 import os
 import sys
@@ -100,11 +99,17 @@ def found(case: Any, function: Any, *arguments: Any) -> Row:
 
 
 def matrix(count: int) -> list[tuple[str, str, int]]:
-    """The first so many of fault x phase x rank: each fault in each phase on one of the ranks, then on the other."""
+    """The first so many of fault x phase x rank: each fault in each phase on one of the ranks, then on the other; all
+    faults, phases and ranks are among the first four."""
     import faulty
 
-    cells = list(itertools.product(faulty.FAULTS, faulty.PHASES))
-    return [(*cell, (place + turn) % 2) for turn in (1, 0) for place, cell in enumerate(cells)][:count]
+    phases = len(faulty.PHASES)  # no divisor of the number of faults: so every pair comes, each at its turn
+    pairs = [(place % len(faulty.FAULTS), place % phases) for place in range(len(faulty.FAULTS) * phases)]
+    return [
+        (faulty.FAULTS[fault], faulty.PHASES[phase], (fault * phases + phase + turn) % 2)
+        for turn in (1, 0)
+        for fault, phase in pairs
+    ][:count]
 
 
 def fault(case: Any, happen: Any, *place: Any) -> Row:

@@ -1,5 +1,6 @@
 """Shared by all tests: no network, no W&B server, one thread, one seed."""
 
+import gc
 import os
 import signal
 
@@ -26,6 +27,16 @@ if os.environ.get("SMALTI_ROUNDING"):
     import other_rounding
 
     other_rounding.install()
+
+
+# Files outlive a process that is killed without it; only a machine that fails needs it, and no test can have one.
+os.fsync = lambda fd: None
+
+
+def pytest_collection_finish() -> None:
+    """Thousands of collected tests are not looked through again at every collection of garbage."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture

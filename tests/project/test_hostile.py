@@ -23,7 +23,7 @@ from tokenizer import Tokenizer
 from tokenizer.files.errors import PipelineLoadError
 
 pytestmark = pytest.mark.skipif(not os.path.exists("/proc/self/clear_refs"), reason="memory is measured as Linux does")
-CASES, MORE_CASES, FEW_CASES = 2000, 20_000, 200
+CASES, MORE_CASES, FEW_CASES = 1000, 20_000, 200
 
 
 @pytest.fixture(scope="module")

@@ -29,12 +29,13 @@ ISAS, CAPABILITIES, THREADS = ("AVX2", "AVX512_CORE", ""), ("default", "avx2", "
 GRID = list(itertools.product(ISAS, CAPABILITIES, THREADS))
 QUICK = [("AVX2", "avx2", 2), ("", "pretended", 1)]
 SIZES = (((12, 8), 3), ((28, 28), 1))
-IMAGES, BATCHES = 13, (1, 2, 3, 5, 13)
+IMAGES, BATCHES = 13, (1, 3, 13)
 
 
 def run_with(isa: str, capability: str, threads: int, *what: str) -> Any:
     """What this file, run as a command, tells in a process with these settings."""
     settings = {"ONEDNN_MAX_CPU_ISA": isa, "ATEN_CPU_CAPABILITY": capability, "OMP_NUM_THREADS": str(threads)}
+    settings["OMP_WAIT_POLICY"] = "passive"  # a thread that waits leaves its core to the other tests
     settings = {name: value for name, value in settings.items() if value not in ("", "pretended")}
     path = os.environ["PYTHONPATH"]
     kept = {name: value for name, value in os.environ.items() if name not in ("ONEDNN_MAX_CPU_ISA", "SMALTI_ROUNDING")}
@@ -55,7 +56,7 @@ def look(isa: str, capability: str, threads: int) -> dict[str, int]:
 
 def check(found: dict[str, int]) -> None:
     """Something was looked at, and nothing that is promised turned."""
-    assert found["images"] >= 900 and found["samples"] >= 100
+    assert found["images"] >= 500 and found["samples"] >= 100
     assert found["ids"] == found["bytes"] == found["floats"] == found["tokens"] == 0
 
 
@@ -84,7 +85,7 @@ OTHER = [("SSE41", "default", 2), ("AVX2", "avx2", 1)]
 def test_a_stream_gives_the_same_tokens_and_pixels_to_within_a_grey_level(setting, tmp_path):
     pytest.importorskip("constriction")
     pipe = pipeline_of("vqvae", (28, 28), 3)
-    images = torch.rand(40, 3, 28, 28, generator=torch.Generator().manual_seed(1)) * 2 - 1
+    images = torch.rand(12, 3, 28, 28, generator=torch.Generator().manual_seed(1)) * 2 - 1
     pipe.save_pretrained(tmp_path / "pipeline")
     (tmp_path / "stream").write_bytes(pipe.compress(images, progress=False))
     told = run_with(*setting, "stream", str(tmp_path))

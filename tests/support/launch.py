@@ -8,10 +8,12 @@ import socket
 import subprocess
 import sys
 import time
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
+import numpy as np
 import psutil
 import torch
 from safetensors.torch import load_file
@@ -66,16 +68,22 @@ def dotted(values: dict[str, Any]) -> dict[str, Any]:
     return {key.replace("__", "."): value for key, value in values.items()}
 
 
-def train_tokenizer(out: Path, **more: Any) -> Path:
-    """Train in this process; raises what the verb raises."""
+def train_tokenizer(out: Path, charts: bool = False, **more: Any) -> Path:
+    """Train in this process, with `blank` charts unless `charts`; raises what the verb raises."""
     argv = tokenizer_arguments(out, **more)
-    return run_tokenizer(parse(TrainTokenizerConfig, argv, verb="train_tokenizer", description=None))
+    with nullcontext() if charts else patch("pipelines.metrics.charts.render", blank):
+        return run_tokenizer(parse(TrainTokenizerConfig, argv, verb="train_tokenizer", description=None))
 
 
 def train_prior(out: Path, tokens: Path, **more: Any) -> Path:
     """Train in this process; raises what the verb raises."""
     argv = prior_arguments(out, tokens, **more)
     return run_prior(parse(TrainPriorConfig, argv, verb="train_prior", description=None))
+
+
+def blank(size: tuple[int, int], draw: object) -> np.ndarray:
+    """A picture of this size on which nothing is drawn: drawing is a third of a tiny run, and has tests of its own."""
+    return np.full((size[1], size[0], 3), 255, dtype=np.uint8)
 
 
 def train_stage(stage: str, out: Path, tokens: Path, **more: Any) -> Path:

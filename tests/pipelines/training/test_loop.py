@@ -110,7 +110,7 @@ def runs(tmp_path_factory, tokens) -> dict[str, Path]:
     folder = tmp_path_factory.mktemp("runs")
     with one_process():
         return {
-            "tokenizer": train_tokenizer(folder / "tokenizer", **EVERY),
+            "tokenizer": train_tokenizer(folder / "tokenizer", charts=True, **EVERY),
             "prior": train_prior(folder / "prior", tokens, **EVERY, sampler__guidance_scale=1.5),
         }
 

@@ -20,7 +20,7 @@ import torch
 from tokenizer.quantizers import Quantizer
 
 ROOT = Path(__file__).parents[3]
-CODES, WIDTH, IMAGES, TOKENS = 16_384, 8, 64, 256
+CODES, WIDTH, IMAGES, TOKENS = 16_384, 8, 16, 256
 MATRIX = CODES * IMAGES * TOKENS * 4 / 2**20  # MiB
 LIMIT = MATRIX / 2  # what one matrix, or half of one twice, would break; 2 GB is promised
 SIZES: dict[str, Any] = {"codes": CODES, "dim": WIDTH, "kmeans_iterations": 1}
