@@ -19,6 +19,7 @@ import torch
 from safetensors.torch import load_file
 
 from pipelines.config.command import parse
+from pipelines.metrics.codebook import CodebookUse
 from pipelines.tokens import TokenDataset, TokenSplit
 from pipelines.train_prior import TrainPriorConfig
 from pipelines.train_prior import run as run_prior
@@ -69,9 +70,9 @@ def dotted(values: dict[str, Any]) -> dict[str, Any]:
 
 
 def train_tokenizer(out: Path, charts: bool = False, **more: Any) -> Path:
-    """Train in this process, with `blank` charts unless `charts`; raises what the verb raises."""
+    """Train in this process, without the chart of the codebook unless `charts`; raises what the verb raises."""
     argv = tokenizer_arguments(out, **more)
-    with nullcontext() if charts else patch("pipelines.metrics.charts.render", blank):
+    with nullcontext() if charts else patch.object(CodebookUse, "picture", blank):
         return run_tokenizer(parse(TrainTokenizerConfig, argv, verb="train_tokenizer", description=None))
 
 
@@ -81,9 +82,9 @@ def train_prior(out: Path, tokens: Path, **more: Any) -> Path:
     return run_prior(parse(TrainPriorConfig, argv, verb="train_prior", description=None))
 
 
-def blank(size: tuple[int, int], draw: object) -> np.ndarray:
-    """A picture of this size on which nothing is drawn: drawing is a third of a tiny run, and has tests of its own."""
-    return np.full((size[1], size[0], 3), 255, dtype=np.uint8)
+def blank(*_: object) -> np.ndarray:
+    """A picture on which nothing is drawn: drawing is a third of a tiny run, and has tests of its own."""
+    return np.full((8, 8, 3), 255, dtype=np.uint8)
 
 
 def train_stage(stage: str, out: Path, tokens: Path, **more: Any) -> Path:
