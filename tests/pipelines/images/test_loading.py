@@ -136,7 +136,7 @@ def test_impossible_settings_are_refused(wrong):
 
 def test_every_setting_has_a_sentence():
     for model in (DataConfig, AugmentConfig):
-        assert all((field.description or "").endswith(".") for field in model.model_fields.values())
+        assert all(field.description and not field.description.endswith(".") for field in model.model_fields.values())
 
 
 def test_nobody_disarms_the_guards_of_pillow():
