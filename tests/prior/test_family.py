@@ -118,9 +118,14 @@ def given_order(model, walk):
 
 @every_order
 @pytest.mark.parametrize(
-    "settings", [{}, {"temperature": 0.7, "top_k": 3}, {"temperature": 1.5, "top_p": 0.7}, {"guidance_scale": 1.7}]
+    ("settings", "part"),
+    [
+        ({}, 0.0),
+        ({"temperature": 0.7, "top_k": 3}, 0.5),
+        ({"temperature": 1.5, "top_p": 0.7}, 0.0),
+        ({"guidance_scale": 1.7}, 0.5),
+    ],
 )
-@pytest.mark.parametrize("part", [0.0, 0.5])
 def test_a_token_is_the_argmax_of_its_own_logits_and_noise(name, order, settings, part):
     """Against a sampler written again from the definition: whole forwards, one image at a time, its own noise."""
     model = make_prior(name, order=order)

@@ -186,7 +186,7 @@ def commit(folder: Path) -> str:
 def serve(root: Path, secret: str | None = None) -> Iterator[FakeHub]:
     """A running Hub."""
     hub = FakeHub(root, secret)
-    thread = threading.Thread(target=hub.serve_forever, daemon=True)
+    thread = threading.Thread(target=hub.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True)
     thread.start()
     try:
         yield hub

@@ -87,7 +87,7 @@ def served(folder: Path, failing: bool = False, **behaviour: Any):
     handler = type("Handler", (Ranges,), {"failing": failing, **behaviour})
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), lambda *a: handler(*a, directory=str(folder)))
     server.handle_error = lambda *_: None  # type: ignore[method-assign]  # a client that gave up
-    threading.Thread(target=server.serve_forever, daemon=True).start()
+    threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
     try:
         yield f"http://127.0.0.1:{server.server_port}"
     finally:
