@@ -3,9 +3,13 @@
 import gc
 import os
 import signal
+import sys
 
 os.environ.update(HF_HUB_OFFLINE="1", WANDB_MODE="offline", WANDB_SILENT="true", TOKENIZERS_PARALLELISM="false")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# The many processes that tests start need not compile the tree again, whatever is set outside.
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+sys.dont_write_bytecode = False
 
 from collections.abc import Iterator  # noqa: E402
 from pathlib import Path  # noqa: E402

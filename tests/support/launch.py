@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import socket
@@ -19,6 +20,7 @@ import torch
 from safetensors.torch import load_file
 
 from pipelines.config.command import parse
+from pipelines.images import sources
 from pipelines.metrics.codebook import CodebookUse
 from pipelines.tokens import TokenDataset, TokenSplit
 from pipelines.train_prior import TrainPriorConfig
@@ -26,6 +28,8 @@ from pipelines.train_prior import run as run_prior
 from pipelines.train_tokenizer import TrainTokenizerConfig
 from pipelines.train_tokenizer import run as run_tokenizer
 from tokenizer import Tokenizer
+
+sources.digits = functools.cache(sources.digits)  # parsed once in a process, whatever the number of its runs
 
 ROOT = Path(__file__).parents[2]
 CLOCK = {"images_per_second", "tokens_per_second", "minutes"}  # what no two runs have in common
