@@ -29,9 +29,8 @@ from pipelines.train_tokenizer import TrainTokenizerConfig
 from pipelines.train_tokenizer import run as run_tokenizer
 from tokenizer import Tokenizer
 
-sources.digits = functools.cache(sources.digits)  # parsed once in a process, whatever the number of its runs
-
 ROOT = Path(__file__).parents[2]
+DIGITS = functools.cache(sources.digits)  # parsed once, whatever the number of runs
 CLOCK = {"images_per_second", "tokens_per_second", "minutes"}  # what no two runs have in common
 
 MACHINE = ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]  # as `accelerate launch` says it
@@ -76,7 +75,8 @@ def dotted(values: dict[str, Any]) -> dict[str, Any]:
 def train_tokenizer(out: Path, charts: bool = False, **more: Any) -> Path:
     """Train in this process, without the chart of the codebook unless `charts`; raises what the verb raises."""
     argv = tokenizer_arguments(out, **more)
-    with nullcontext() if charts else patch.object(CodebookUse, "picture", blank):
+    drawn = nullcontext() if charts else patch.object(CodebookUse, "picture", blank)
+    with drawn, patch.object(sources, "digits", DIGITS):
         return run_tokenizer(parse(TrainTokenizerConfig, argv, verb="train_tokenizer", description=None))
 
 
