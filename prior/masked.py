@@ -164,10 +164,10 @@ class Masked(Prior, name="masked"):
         return (SCHEDULES[self.config.schedule](u) * len(self.grid)).ceil().clamp(1, len(self.grid))
 
     @cached_property
-    def mean_masked(self) -> float:
-        """How many tokens the schedule masks on average."""
+    def mean_masked(self) -> Tensor:
+        """How many tokens the schedule masks on average, `()`: no float, which tensors without data could not give."""
         midpoints = (torch.arange(MIDPOINTS, device="cpu") + 0.5) / MIDPOINTS
-        return float(self.masked_counts(midpoints).mean())
+        return self.masked_counts(midpoints).mean()
 
     def training_inputs(self, tokens: Tensor, progress: float) -> dict[str, Any]:
         """`known` `(B, N)`: per image a share of tokens, drawn by the schedule, is masked; at least one token is."""

@@ -309,7 +309,7 @@ def test_nothing_is_allocated_for_three_billion_parameters():
     """In a process of its own: what it holds at most is what importing takes, and some."""
     dim, depth, heads, _ = LLAMAGEN["3B"]
     code = (
-        "import re, sys\nfrom pipelines import plan\n"
+        "import re, sys\nfrom pipelines.commands import plan\n"
         "def peak(): return int(re.search(r'VmHWM:\\s+(\\d+)', open('/proc/self/status').read())[1]) / 1024\n"
         "before = peak()\nplan.main(sys.argv[1:])\nprint('MiB', peak() - before)"
     )

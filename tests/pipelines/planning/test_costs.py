@@ -125,7 +125,7 @@ def test_kernels_keep_what_those_of_cuda_keep():
 def test_micro_batches_take_less_at_a_time(capsys):
     half = planned(*TINY, "gpus=2", "train.batch_size=32")
     parts = planned(*TINY, "gpus=2", "train.batch_size=64", "train.accumulate=2")
-    assert half.turns == parts.turns and half.hours == parts.hours / 2
+    assert half.costs.work.turns == parts.costs.work.turns and half.hours == parts.hours / 2
     # What else there is, is a copy of the gradients, of DDP.
     assert half.memory == {
         way: {**found, "gradients not yet sent": 0} if "DDP" in way else found for way, found in parts.memory.items()
