@@ -77,7 +77,7 @@ def test_many_more_damaged_pipelines(good, place, watch):
     check = partial(bases.check_pipeline, good=good)
     found = run(range(MORE_CASES), good, ImagePipeline.from_pretrained, place, watch, check, seed=1)
     print("", table(found), sep="\n")
-    nothing_forbidden(found)
+    assert nothing_forbidden(found).total() == MORE_CASES
 
 
 @pytest.mark.parametrize(("part", "family"), [("tokenizer/", Tokenizer), ("prior/", Prior)])
@@ -96,7 +96,7 @@ def test_random_configurations_cost_little(good, place, watch, monkeypatch):
     for part, family in (("tokenizer/", Tokenizer), ("prior/", Prior)):
         found = run(range(1000), bases.part_of(good, part), family.from_pretrained, place, watch)
         print("", table(found), sep="\n")
-        nothing_forbidden(found)
+        assert nothing_forbidden(found).total() == 1000
 
 
 @pytest.mark.parametrize(

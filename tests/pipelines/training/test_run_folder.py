@@ -71,13 +71,13 @@ def files(folder: Path) -> dict[str, bytes]:
     return {str(path): path.read_bytes() for path in found}
 
 
-def refused(run: Path, *needles: str, error: type[Exception] = UserError, **more: Any) -> None:
-    """The run does not start, says so in a line, and everything is as it was."""
+def refused(run: Path, *needles: str, error: type[Exception] = UserError, **more: Any) -> bool:
+    """Whether the run does not start, says why with all `needles`, and leaves everything as it was."""
     before = files(run)
     with pytest.raises((error, PipelineLoadError)) as caught:
         train_tokenizer(run, **{**EVERY, **more})
     assert all(needle in str(caught.value) for needle in needles), str(caught.value)
-    assert files(run) == before
+    return files(run) == before
 
 
 def flip(path: Path) -> None:
@@ -108,7 +108,7 @@ def folder_in_place_of(path: Path) -> None:
 def test_states_of_which_none_is_whole_are_not_trained_over(run, damage):
     for state in states(run):
         damage(state)
-    refused(run, str(run), "none of its 2 states is whole", "choose another out=")
+    assert refused(run, str(run), "none of its 2 states is whole", "choose another out=")
 
 
 def test_a_damaged_state_is_still_passed_over_for_the_one_before(run, capsys):
@@ -147,7 +147,7 @@ def test_an_error_of_the_disk_is_not_damage(run, monkeypatch, where):
 
 def test_a_snapshot_without_the_states_that_led_to_it_is_not_trained_over(run):
     shutil.rmtree(run / "state")
-    refused(run, "tokenizer/", "no state to continue from")
+    assert refused(run, "tokenizer/", "no state to continue from")
 
 
 def test_a_run_killed_at_its_first_save_begins_again(run, tmp_path):
@@ -178,7 +178,7 @@ def test_a_state_of_another_run_is_refused(run, tmp_path):
     other = train_tokenizer(tmp_path / "other", **EVERY, train__seed=1)
     shutil.rmtree(states(run)[-1])
     shutil.copytree(states(other)[-1], run / "state" / "step-00000008")
-    refused(run, "another configuration", "train.seed: 1 -> 0")
+    assert refused(run, "another configuration", "train.seed: 1 -> 0")
 
 
 def test_a_state_of_before_this_was_told_is_taken(run):
@@ -224,12 +224,12 @@ AT_ONCE = (0, 4, 6, 14, 17, 18)
 )
 def test_a_state_that_says_what_cannot_be_is_refused(run, changes, needle):
     edit(states(run)[-1], **changes)
-    refused(run, "step-", needle, error=PipelineLoadError)
+    assert refused(run, "step-", needle, error=PipelineLoadError)
 
 
 def test_a_state_under_the_name_of_another_step_is_refused(run):
     states(run)[-1].rename(run / "state" / "step-00000099")
-    refused(run, "step-00000099", "of step 8")
+    assert refused(run, "step-00000099", "of step 8")
 
 
 # One run at a time
