@@ -64,6 +64,7 @@ class CausalConv(Prior, name="causal_conv"):
     """WaveNet over the tokens in `order`: rank r sees the `reach` ranks before it."""
 
     Config = CausalConvConfig
+    stored_names = {"layers": "blocks"}
     ranks: Tensor
 
     def __init__(self, config: CausalConvConfig) -> None:
@@ -74,7 +75,7 @@ class CausalConv(Prior, name="causal_conv"):
         self.axis_embeddings = nn.ParameterList(nn.Parameter(torch.empty(size, dim)) for size in config.grid.shape)
         self.class_embedding = nn.Embedding(config.num_classes + 1, depth * 2 * dim)  # the last is the null class
         blocks = [Block(config, dilation, at == depth - 1) for at, dilation in enumerate(config.dilations)]
-        self.blocks: Any = nn.ModuleList(blocks)
+        self.layers: Any = nn.ModuleList(blocks)
         self.reach = 1 + sum(block.past for block in blocks)
         self.skip_bias = nn.Parameter(torch.zeros(config.skip))
         self.hidden = nn.Linear(config.skip, config.skip)
@@ -104,12 +105,12 @@ class CausalConv(Prior, name="causal_conv"):
         walked = tokens.flatten(1)[:, self.order[:-1]].long()
         start = self.start_embedding.expand(len(tokens), 1, -1)
         x = (torch.cat([start, self.token_embedding(walked)], 1) + self.positions()).transpose(1, 2)  # (B, dim, N)
-        label_terms = self.class_embedding(labels).unflatten(1, (len(self.blocks), -1, 1)).unbind(1)
+        label_terms = self.class_embedding(labels).unflatten(1, (len(self.layers), -1, 1)).unbind(1)
         skips = self.skip_bias[:, None]
-        for block, label_term in zip(self.blocks[:-1], label_terms[:-1], strict=True):
+        for block, label_term in zip(self.layers[:-1], label_terms[:-1], strict=True):
             residual, skip = block(x, label_term)
             x, skips = x + residual, skips + skip
-        skips = skips + self.blocks[-1](x, label_terms[-1])[1]
+        skips = skips + self.layers[-1](x, label_terms[-1])[1]
         hidden = self.hidden(skips.transpose(1, 2)[:, self.ranks].relu())
         return self.head(hidden.relu())
 
@@ -117,7 +118,7 @@ class CausalConv(Prior, name="causal_conv"):
     def feature_modules(self) -> list[nn.Module]:
         """Each block's gated output, which the residual stream and the skip connections read; the last block adds to
         no stream."""
-        return [block.dropout for block in self.blocks]
+        return [block.dropout for block in self.layers]
 
     def arrange(self, output: Any) -> Tensor:
         """`(B, dim, N)` in the order as `(B, N, dim)`, raster order."""
@@ -160,7 +161,7 @@ class Buffers:
         inputs = weight.new_zeros(config.depth, 1 + len(model.grid), rows, config.dim)
         self.layers = self._layers(model, inputs, model.class_embedding(labels).detach())
         self.inputs = inputs[0]
-        skips = torch.cat([block.out.weight[-config.skip :, :, 0] / 2 for block in model.blocks], 1)
+        skips = torch.cat([block.out.weight[-config.skip :, :, 0] / 2 for block in model.layers], 1)
         self.skips, self.skip_bias = pack(skips, rows), model.skip_bias.detach()
         self.head = Head(model.hidden, model.head, rows, torch.relu_)
 
@@ -168,10 +169,10 @@ class Buffers:
         dim, rows, layers = model.config.dim, len(label_terms), []
         halved = torch.cat([torch.ones_like(self.content[0]), torch.full_like(self.content[0], 0.5)])
         gates, label_terms = self.gates.split(dim, 1), label_terms.split(2 * dim, 1)
-        for at, (block, dilation) in enumerate(zip(model.blocks, model.config.dilations, strict=True)):
+        for at, (block, dilation) in enumerate(zip(model.layers, model.config.dilations, strict=True)):
             taps = block.gated.weight.transpose(1, 2).flatten(1) * halved[:, None]  # a tap after the other
             bias = (block.gated.bias.detach() + label_terms[at]) * halved
-            last = at == len(model.blocks) - 1
+            last = at == len(model.layers) - 1
             residual = None if last else pack(block.out.weight[:dim, :, 0] / 2, rows)
             outputs = None if last else inputs[at + 1]
             earlier = tuple(range(block.past, 0, -dilation))

@@ -46,6 +46,7 @@ class GPT(Prior, name="gpt"):
     """Masked self-attention over the tokens in `order`, with a cache for sampling."""
 
     Config = GPTConfig
+    stored_names = {"layers": "blocks"}
 
     def __init__(self, config: GPTConfig) -> None:
         super().__init__(config)
@@ -57,12 +58,12 @@ class GPT(Prior, name="gpt"):
         self.start_embedding = nn.Parameter(torch.empty(1, dim))
         self.axis_embeddings = nn.ParameterList(nn.Parameter(torch.empty(size, dim)) for size in shape)
         self.dropout = nn.Dropout(config.dropout)
-        self.blocks: Any = nn.ModuleList(Block(config, causal=True) for _ in range(config.depth))
+        self.layers: Any = nn.ModuleList(Block(config, causal=True) for _ in range(config.depth))
         self.norm = nn.RMSNorm(dim, eps=EPS)
         self.head = nn.Linear(dim, config.grid.vocab_size, bias=False)
         start = torch.full((1, len(shape)), -1, device="cpu")
         self.rotations = Rotations(config, torch.cat([coordinates(shape), start]))
-        reset(self.parameters(), self.blocks)
+        reset(self.parameters(), self.layers)
 
     def turns(self, order: Tensor) -> Tensor:
         """Rotations per rank of queries (where the next token goes) and keys (where the last one stands):
@@ -87,7 +88,7 @@ class GPT(Prior, name="gpt"):
         inputs = torch.cat([self.start_embedding.expand_as(label), self.token_embedding(walked)], 1)
         x = self.dropout(inputs + label + self.positions(order))
         turns = self.turns(order)
-        for block in self.blocks:
+        for block in self.layers:
             x = block(x, turns)
         raster = order.argsort(-1)[..., None].expand(x.shape)
         return self.head(self.norm(x.gather(1, raster)))
@@ -95,7 +96,7 @@ class GPT(Prior, name="gpt"):
     @property
     def feature_modules(self) -> list[nn.Module]:
         """The blocks: their residual stream, `(B, N, dim)` in the order."""
-        return list(self.blocks)
+        return list(self.layers)
 
     def arrange(self, output: Any) -> Tensor:
         """Raster order. What is at i knows of i's place, and of the tokens before it in the order."""
@@ -139,7 +140,7 @@ class Cache:
         turns = torch.view_as_complex(model.turns(order).to(self.exact)).unsqueeze(-2) * width**0.5
         self.turns = turns.movedim(-4, 0).contiguous()  # (N, [B,] 2, 1, width / 2)
         self.layers = []
-        for block in model.blocks:
+        for block in model.layers:
             gains = torch.stack([block.gain, torch.ones_like(block.gain)]).to(self.exact)  # of queries and keys
             cache = weight.new_empty(len(labels), 2, heads, len(model.grid), width)
             weights = (

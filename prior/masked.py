@@ -103,6 +103,7 @@ class Masked(Prior, name="masked"):
     """Every masked token from all visible ones. `exact` says what `log_prob` is, and may be set at any time."""
 
     Config = MaskedConfig
+    stored_names = {"layers": "blocks"}
     Sampling = MaskedSampler
     any_order = True
     coordinates: Tensor
@@ -116,12 +117,12 @@ class Masked(Prior, name="masked"):
         self.class_embedding = nn.Embedding(config.num_classes + 1, dim)  # the last is the null class
         self.axis_embeddings: Any = nn.ParameterList(nn.Parameter(torch.empty(size, dim)) for size in shape)
         self.dropout = nn.Dropout(config.dropout)
-        self.blocks: Any = nn.ModuleList(Block(config, causal=False) for _ in range(config.depth))
+        self.layers: Any = nn.ModuleList(Block(config, causal=False) for _ in range(config.depth))
         self.norm = nn.RMSNorm(dim, eps=EPS)
         self.head = nn.Linear(dim, config.grid.vocab_size, bias=False)
         self.register_buffer("coordinates", coordinates(shape).t().contiguous(), persistent=False)
         self.rotations = Rotations(config, coordinates(shape))
-        reset(self.parameters(), self.blocks)
+        reset(self.parameters(), self.layers)
 
     def predict(self, ids: Tensor, labels: Tensor, at: Tensor | None = None) -> Tensor:
         """Logits `(B, N, V)` from one pass over `ids` (B, N), where `self.mask` is a masked token; with `at` (B,) those
@@ -129,7 +130,7 @@ class Masked(Prior, name="masked"):
         places = sum(table[index] for table, index in zip(self.axis_embeddings, self.coordinates, strict=True))
         x = self.dropout(self.token_embedding(ids) + self.class_embedding(labels)[:, None] + places)
         turns = self.rotations.table[:, None].expand(-1, 2, -1, -1)  # queries and keys stand at the same place
-        for block in self.blocks:
+        for block in self.layers:
             x = block(x, turns)
         if at is not None:
             x = x[torch.arange(len(x), device=x.device), at]
@@ -224,7 +225,7 @@ class Masked(Prior, name="masked"):
     @property
     def feature_modules(self) -> list[nn.Module]:
         """The blocks: their residual stream, `(B, N, dim)`."""
-        return list(self.blocks)
+        return list(self.layers)
 
     def layer_features(
         self, tokens: Tensor, labels: Tensor | None, layers: Sequence[int], **inputs: Any

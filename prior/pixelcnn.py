@@ -63,6 +63,7 @@ class PixelCNN(Prior, name="pixelcnn"):
     """A stack of masked convolutions, with row caches for sampling. It has a blind spot; see `receptive_field`."""
 
     Config = PixelCNNConfig
+    stored_names = {"layers": "blocks"}
 
     def __init__(self, config: PixelCNNConfig) -> None:
         super().__init__(config)
@@ -72,7 +73,7 @@ class PixelCNN(Prior, name="pixelcnn"):
         self.first = MaskedConv(channels, 2 * dim, config.first_kernel, sees_itself=False)
         self.label = nn.Embedding(config.num_classes + 1, 2 * dim)
         self.row = RowBias(config, 2 * dim)
-        self.blocks: Any = nn.ModuleList(Block(config) for _ in range(config.depth))
+        self.layers: Any = nn.ModuleList(Block(config) for _ in range(config.depth))
         self.hidden = nn.Linear(2 * dim, config.head)
         self.head = nn.Linear(config.head, vocab_size)
         nn.init.zeros_(self.label.weight)
@@ -84,7 +85,7 @@ class PixelCNN(Prior, name="pixelcnn"):
         height, width = self.grid.shape
         field = torch.eye(len(self.grid), dtype=torch.bool, device="cpu").view(height, width, -1)
         field = see(field, self.first.taps)
-        for block in self.blocks:
+        for block in self.layers:
             field = field | see(field, block.conv.taps)
         return field.flatten(0, 1)
 
@@ -92,14 +93,14 @@ class PixelCNN(Prior, name="pixelcnn"):
         """Teacher-forced logits `(B, N, vocab_size)`, raster order; `logits[:, i]` sees only tokens before i."""
         labels = self.class_ids(labels, len(tokens))
         x = self.first(self.embedding(tokens.long())) + self.row(self.label(labels))
-        for block in self.blocks:
+        for block in self.layers:
             x = block(x, labels)
         return self.head(F.relu(self.hidden(F.relu(x)))).flatten(1, 2)
 
     @property
     def feature_modules(self) -> list[nn.Module]:
         """The blocks: maps `(B, H, W, 2 * dim)`."""
-        return list(self.blocks)
+        return list(self.layers)
 
     def make_cache(self, labels: Tensor, order: Tensor | None) -> Cache:
         """The last rows that each convolution looks at."""
@@ -118,7 +119,7 @@ class Cache:
         self.rank = 0
         self.embedding = model.embedding.weight.detach()
         self.first = RowCache(model.first, self.width, model.label(labels), model.row.weight)
-        self.blocks = [self._block(block, labels) for block in model.blocks]
+        self.layers = [self._block(block, labels) for block in model.layers]
         self.head = Head(model.hidden, model.head, len(labels), torch.relu_)
 
     def _block(self, block: Block, labels: Tensor) -> tuple[Tensor, Tensor, RowCache, Tensor]:
@@ -132,10 +133,10 @@ class Cache:
         if token is not None:
             self.first.cells[column - 1].copy_(self.embedding.index_select(0, token))
         if column == 0:
-            for cache in (self.first, *(cache for _, _, cache, _ in self.blocks)):
+            for cache in (self.first, *(cache for _, _, cache, _ in self.layers)):
                 cache.start_row()
         x = self.first.read(column)
-        for bias, narrow, cache, widen in self.blocks:
+        for bias, narrow, cache, widen in self.layers:
             torch.addmm(bias, x.relu(), narrow, out=cache.cells[column]).relu_()
             x = torch.addmm(x, cache.read(column).relu_(), widen)
         self.rank += 1

@@ -122,6 +122,7 @@ class PixelSNAIL(Prior, name="pixelsnail"):
     """Blocks of masked convolutions and attention, with row caches and a cache of keys and values for sampling."""
 
     Config = PixelSNAILConfig
+    stored_names = {"layers": "blocks"}
     background: Tensor
 
     def __init__(self, config: PixelSNAILConfig) -> None:
@@ -130,7 +131,7 @@ class PixelSNAIL(Prior, name="pixelsnail"):
         channels = min(config.dim, vocab_size)  # more than one per id cannot say more
         self.embedding = nn.Embedding(vocab_size, channels)
         self.first = MaskedConv(channels, config.dim, config.kernel, sees_itself=False)
-        self.blocks: Any = nn.ModuleList(Block(config, channels) for _ in range(config.depth))
+        self.layers: Any = nn.ModuleList(Block(config, channels) for _ in range(config.depth))
         self.hidden = nn.Linear(config.dim, config.head)
         self.head = nn.Linear(config.head, vocab_size)
         rows, columns = torch.arange(height) / height - 0.5, torch.arange(width) / width - 0.5
@@ -141,14 +142,14 @@ class PixelSNAIL(Prior, name="pixelsnail"):
         labels = self.class_ids(labels, len(tokens))
         embedded = self.embedding(tokens.long())
         x = self.first(embedded)
-        for block in self.blocks:
+        for block in self.layers:
             x = block(embedded, x, self.background, labels)
         return self.head(F.elu(self.hidden(F.elu(x)))).flatten(1, 2)
 
     @property
     def feature_modules(self) -> list[nn.Module]:
         """The blocks: maps `(B, H, W, dim)`."""
-        return list(self.blocks)
+        return list(self.layers)
 
     def make_cache(self, labels: Tensor, order: Tensor | None) -> Cache:
         """The last rows that each convolution looks at, and the slots of attention."""
@@ -213,10 +214,10 @@ class Cache:
         embedded = self.embedding.shape[1]
         self.sources = self.embedding.new_zeros(config.depth, rows, embedded + config.dim)
         self.tokens, features = self.sources.split([embedded, config.dim], 2)
-        self._slots(config, [block.attention for block in model.blocks], model.background)
+        self._slots(config, [block.attention for block in model.layers], model.background)
         self.first = RowCache(model.first, self.width, torch.zeros_like(features[0]))
-        self.blocks = [BlockCache(block, model, labels, features[at]) for at, block in enumerate(model.blocks)]
-        residuals = [residual for block in self.blocks for residual in block.residuals]
+        self.layers = [BlockCache(block, model, labels, features[at]) for at, block in enumerate(model.layers)]
+        residuals = [residual for block in self.layers for residual in block.residuals]
         self.row_caches = [self.first, *(cache for each in residuals for cache in (each.first, each.second))]
         self.head = Head(model.hidden, model.head, rows, F.elu_)
 
@@ -242,7 +243,7 @@ class Cache:
                 cache.start_row()
         keys, values = (part.narrow(3, 0, rank + 1).unbind(0) for part in (self.keys, self.values))
         x = self.first.read(column)
-        for block, k, v in zip(self.blocks, keys, values, strict=True):
+        for block, k, v in zip(self.layers, keys, values, strict=True):
             x = block.step(x, rank, column, k, v)
         self.rank += 1
         return self.head.logits(x)

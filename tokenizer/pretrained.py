@@ -92,9 +92,15 @@ class Named:
 class PretrainedModel(Named, nn.Module):
     """A named model that can be saved to a folder and loaded from a folder or a Hub repository."""
 
+    stored_names: ClassVar[dict[str, str]] = {}
+    """Modules that are called otherwise in files (and in `state_dict`) than here: their name there for that here."""
+
     def __init__(self, config: ModelConfig) -> None:
         nn.Module.__init__(self)
         self.config: Any = config
+        if self.stored_names:
+            self.register_state_dict_post_hook(_rename_for_files)
+            self.register_load_state_dict_pre_hook(_rename_from_files)
 
     @property
     def device(self) -> torch.device:
@@ -190,6 +196,22 @@ class PretrainedModel(Named, nn.Module):
             model: M = member(config)
             fill(model, file, entries)
         return model.eval()
+
+
+def _rename_for_files(model: Any, weights: dict[str, Any], prefix: str, _: Any) -> None:
+    _rename(weights, prefix, model.stored_names)
+
+
+def _rename_from_files(model: Any, weights: dict[str, Any], prefix: str, *_: Any) -> None:
+    _rename(weights, prefix, {stored: name for name, stored in model.stored_names.items()})
+
+
+def _rename(weights: dict[str, Any], prefix: str, names: dict[str, str]) -> None:
+    """Rename in place, in their order, those of `weights` that lie below one of `names` of the model at `prefix`."""
+    for key in list(weights):
+        name, dot, rest = key.removeprefix(prefix).partition(".")
+        renamed = f"{prefix}{names.get(name, name)}{dot}{rest}" if key.startswith(prefix) else key
+        weights[renamed] = weights.pop(key)
 
 
 def warn_of_code(*folders: Path) -> None:

@@ -105,7 +105,7 @@ def test_shards_are_those_of_fsdp(monkeypatch):
     dist.init_process_group("fake", rank=0, world_size=8, store=FakeStore())
     try:
         mesh = dist.device_mesh.init_device_mesh("cpu", (8,))
-        for block in model.blocks:
+        for block in model.layers:
             fully_shard(block, mesh=mesh)
         fully_shard(model, mesh=mesh)
         assert planned_numbers[8] == sum(p.to_local().numel() for p in model.parameters())
@@ -180,7 +180,7 @@ def test_the_whole_average_goes_back_when_it_was_looked_at(monkeypatch):
 
 def test_fsdp_divides_what_is_kept_and_nothing_else():
     model = on_meta("gpt")
-    sizes = sizes_of({}, model, {"model": model}, list(model.blocks), False)
+    sizes = sizes_of({}, model, {"model": model}, list(model.layers), False)
     with on_paper(paper := on_meta("gpt")):
         turns = [prior_turn(paper, 8, True)]
     one, four = memory(sizes, turns, 4), memory(sizes, turns, 4, fsdp=True)
