@@ -33,7 +33,7 @@ FORMS = {
 """What may follow a name, after a colon."""
 OWN_BLOCKS = ("diagonal", "wave", "rows", "dyadic", "regions")
 ANY_AXES = ("raster", "random")
-LARGEST = (1 << 63) - 1  # that torch takes as a seed
+LAST_SEED = (1 << 64) - 1  # of torch
 
 
 class Partition(NamedTuple):
@@ -72,8 +72,8 @@ def order_problem(name: str, shape: tuple[int, ...]) -> str | None:
     if kind not in FORMS:
         known = ", ".join(form for each in FORMS for form in written(each))
         return f"no order is called {shown}; there are {known}, and NAME/K for blocks of K tokens"
-    if kind == "random" and not (numbers and is_number(numbers[0])):
-        return f"'random' needs a seed, as in random:0 (got {shown})"
+    if kind == "random" and not (numbers and is_number(numbers[0], 0, LAST_SEED)):
+        return f"'random' needs a seed, 0 to {LAST_SEED}, as in random:0 (got {shown})"
     if kind not in ANY_AXES and len(shape) != 2:
         return f"{shown} walks a grid of two axes, this one has {len(shape)}; use raster or random:SEED"
     if len(numbers) not in [len(form.split(":")) if form else 0 for form in FORMS[kind]]:
@@ -84,21 +84,19 @@ def order_problem(name: str, shape: tuple[int, ...]) -> str | None:
         return None
     if has_blocks(kind, numbers):
         return f"{shown}: /K cuts an order of one token a block, and {name.partition('/')[0][:40]!r} has its own blocks"
-    return None if is_number(size, math.prod(shape)) else f"/K {limit('tokens', math.prod(shape))} (got {shown})"
+    return None if is_number(size, 1, math.prod(shape)) else f"/K {limit('tokens', math.prod(shape))} (got {shown})"
 
 
 def number_problem(kind: str, numbers: tuple[str, ...], shape: tuple[int, ...]) -> str | None:
     """What is wrong with the numbers that follow `kind`, of which there are as many as there may be."""
-    if kind == "random" and int(numbers[0][:20]) > LARGEST:
-        return f"a seed is at most {LARGEST}"
     if kind == "wave":
         width = shape[1]
-        return None if is_number(numbers[0], width) else f"wave:S {limit('columns', width)}"
+        return None if is_number(numbers[0], 1, width) else f"wave:S {limit('columns', width)}"
     count = numbers[1:] if kind == "random" else numbers
     if not count:
         return None
     form, cells = written(kind)[-1], math.prod(shape)
-    if not is_number(count[0], cells):
+    if not is_number(count[0], 1, cells):
         return f"{form} {limit('regions' if kind == 'regions' else 'blocks', cells)}"
     if kind == "regions" and not region_counts(int(count[0]), (shape[0], shape[1])):
         height, width = shape
@@ -111,12 +109,9 @@ def limit(what: str, largest: int) -> str:
     return f"is a number of {what}, from 1 to {largest} here"
 
 
-def is_number(text: str, largest: int | None = None) -> bool:
-    """Whether it is a whole number, in digits; from 1 to `largest`, if that is given."""
-    if not (text.isascii() and text.isdecimal()):
-        return False
-    text = text.lstrip("0")
-    return largest is None or (0 < len(text) <= len(str(largest)) and int(text) <= largest)
+def is_number(text: str, lowest: int, highest: int) -> bool:
+    """Whether it is a whole number from `lowest` to `highest`, in at most twenty digits."""
+    return text.isascii() and text.isdecimal() and len(text) <= 20 and lowest <= int(text) <= highest
 
 
 def has_blocks(kind: str, numbers: tuple[str, ...]) -> bool:
