@@ -110,6 +110,7 @@ PROBLEMS = {
     "halton:0": "halton:K is a number of blocks, from 1 to 49 here (got 'halton:0')",
     "halton:x": "halton:K is a number of blocks, from 1 to 49 here (got 'halton:x')",
     "halton:²": "halton:K is a number of blocks, from 1 to 49 here (got 'halton:²')",
+    "halton:\u0663": "halton:K is a number of blocks, from 1 to 49 here (got 'halton:\u0663')",  # an Arabic three
     "halton:50": "halton:K is a number of blocks, from 1 to 49 here (got 'halton:50')",
     "halton:99999999999": "halton:K is a number of blocks, from 1 to 49 here (got 'halton:99999999999')",
     f"halton:{LONG}": "halton:K is a number of blocks, from 1 to 49 here (got 'halton:999",

@@ -59,8 +59,8 @@ def test_regions():
     blocks = cells_of("regions:4", (8, 8))
     assert blocks[:4] == [[(0, 0)], [(0, 4)], [(4, 0)], [(4, 4)]]
     assert len(blocks) == 4 + 15 and {len(block) for block in blocks[4:]} == {4}
-    for block in blocks[4:]:
-        assert len({(row % 4, col % 4) for row, col in block}) == 1
+    places = [{(row % 4, col % 4) for row, col in block} for block in blocks[4:]]
+    assert places == [{divmod(place, 4)} for place in range(1, 16)]
 
 
 def test_regions_of_unequal_sides():
