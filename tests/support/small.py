@@ -39,6 +39,7 @@ SMALL: dict[str, dict[str, Any]] = {
 ANY_ORDER: dict[str, dict[str, Any]] = {"gpt": {"any_order": True}, "made": {"order_agnostic": True}, "masked": {}}
 QUANTIZERS, TOKENIZERS, PRIORS = Quantizer.available(), Tokenizer.available(), Prior.available()
 ORDERS = ["raster", "column", "snake", "spiral_in", "spiral_out", "z_curve", "hilbert", "subsample", "random:3"]
+PARTITIONS = ["diagonal", "wave:2", "rows", "dyadic", "regions:4", "halton:4", "spread:5", "random:3:4", "snake/5"]
 
 
 def node_of(name: str) -> dict[str, Any]:
@@ -97,7 +98,7 @@ def allows_order(name: str, order: str) -> bool:
     return True
 
 
-PRIORS_IN_ORDERS = [(name, order) for name in PRIORS for order in ORDERS if allows_order(name, order)]
+PRIORS_IN_ORDERS = [(name, order) for name in PRIORS for order in [*ORDERS, *PARTITIONS] if allows_order(name, order)]
 
 
 def generators(count: int, seed: int = 0) -> list[torch.Generator]:
