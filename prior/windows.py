@@ -21,7 +21,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 TILE = (4, 16)
 """Rows and columns of a tile of queries: of those tried on a CPU, best or near it at 28x28 and at 64x64 positions."""
-MAX_SEEN = 1 << 28  # queries times keys of a window: the masks are built before weights are read
+MAX_MASKS = 1 << 27  # queries times keys of their tiles: the masks are built before weights are read
 FLEX_TYPES, MIN_FLEX_WIDTH = (torch.float32, torch.bfloat16, torch.float16), 16
 
 Pair = tuple[int, int]
@@ -33,9 +33,9 @@ def window_problem(window: Pair, dilations: Sequence[int], shape: tuple[int, ...
         return f"needs a grid of two axes (got {shape})"
     if min(window) < 1:
         return f"rows and columns must be at least 1 (got {list(window)})"
-    seen = (2 * window[0] + 1) * (2 * window[1] + 1)
     size = shape[0] * shape[1]
-    if size * min(size, seen) > MAX_SEEN and not all(covers(window, dilation, shape) for dilation in dilations):
+    seen = min(size, (2 * window[0] + TILE[0]) * (2 * window[1] + TILE[1]))
+    if size * seen * sum(not covers(window, dilation, shape) for dilation in set(dilations)) > MAX_MASKS:
         return f"{list(window)} is too large for a grid of {size} tokens; null sees all earlier ones"
     return None
 
@@ -73,9 +73,9 @@ class Window(nn.Module):
     targets: Tensor
     sources: Tensor
     queries: Tensor
-    """int64 `(tiles, q)`: the queries of each tile; one that is there twice fills it up."""
+    """int64 `(tiles, q)`: the queries of each tile, filled up with any."""
     keys: Tensor
-    """int64 `(tiles, k)`: the keys that a tile looks at."""
+    """int64 `(tiles, k)`: the keys that a tile looks at, filled up with any."""
     mask: Tensor
     """bool `(tiles, q, k)`: which of these a query sees."""
     at: Tensor
@@ -88,16 +88,20 @@ class Window(nn.Module):
         self.window, self.dilation = window, dilation
         self.register_buffer("targets", targets, persistent=False)
         self.register_buffer("sources", sources, persistent=False)
-        queries, keys = zip(*self.tiles(), strict=True)
-        padded = pad_sequence(list(queries), batch_first=True, padding_value=-1)
-        self.register_buffer("queries", torch.where(padded < 0, padded[:, :1], padded), persistent=False)
-        padded = pad_sequence(list(keys), batch_first=True, padding_value=-1)
-        self.register_buffer("keys", padded.clamp(min=0), persistent=False)
-        mask = self.rule()(self.queries[:, :, None], self.keys[:, None]) & (padded >= 0)[:, None]
-        self.register_buffer("mask", mask, persistent=False)
-        flat = self.queries.flatten()
-        at = torch.empty(len(targets), dtype=torch.long, device="cpu")
-        self.register_buffer("at", at.scatter_(0, flat, torch.arange(len(flat), device="cpu")), persistent=False)
+        if targets.is_meta:  # an outline of a model, which has no order to cut up
+            return
+        queries, keys, masks = (list(each) for each in zip(*self.tiles(), strict=True))
+        most, many = max(map(len, queries)), max(map(len, keys))
+        masks = [F.pad(mask, (0, many - mask.shape[1])) for mask in masks]
+        masks = [F.pad(mask, (0, 0, 0, most - len(mask)), value=True) for mask in masks]  # or a softmax has no key
+        numbers = [most * tile + torch.arange(len(each), device="cpu") for tile, each in enumerate(queries)]
+        at = torch.empty(len(targets), dtype=torch.long, device="cpu").scatter_(
+            0, torch.cat(queries), torch.cat(numbers)
+        )
+        self.register_buffer("queries", pad_sequence(queries, batch_first=True), persistent=False)
+        self.register_buffer("keys", pad_sequence(keys, batch_first=True), persistent=False)
+        self.register_buffer("mask", torch.stack(masks), persistent=False)
+        self.register_buffer("at", at, persistent=False)
 
     def rule(self) -> Callable[[Any, Any], Tensor]:
         """Whether a query sees a key, given indices of both that broadcast."""
@@ -113,9 +117,9 @@ class Window(nn.Module):
 
         return sees
 
-    def tiles(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """The queries of each tile, and the keys that any of these sees. With a dilation d, a tile has every d-th cell
-        of every d-th row: their windows overlap."""
+    def tiles(self) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """The queries of each tile, the keys that any of these sees, and whether each query sees each key. With a
+        dilation d, a tile has every d-th cell of every d-th row: their windows overlap."""
         d, sees, cells = self.dilation, self.rule(), self.targets[:, 1:]
         placed = (self.sources[:, 0] >= 0).nonzero()[:, 0]
         key_at = torch.full((cells.amax(0) + 1).tolist(), -1, dtype=torch.long, device="cpu")
@@ -132,7 +136,8 @@ class Window(nn.Module):
             rows, columns = (x[(x >= 0) & (x < size)] for x, size in zip((rows, columns), key_at.shape, strict=True))
             near = key_at[rows][:, columns].flatten()
             keys = torch.cat([always, near[near >= 0].sort().values])
-            yield queries, keys[sees(queries[:, None], keys).any(0)]
+            mask = sees(queries[:, None], keys)
+            yield queries, keys[mask.any(0)], mask[:, mask.any(0)]
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, dropout: float = 0.0) -> Tensor:
         """Attention of queries `(B, N, heads, width)`, as they are, to keys and values `(B, M, heads, width)`.
