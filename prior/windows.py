@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import nullcontext
 from functools import cache, cached_property
 from importlib.util import find_spec
 from typing import Any, NamedTuple
@@ -18,7 +17,6 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd.graph import saved_tensors_hooks
 from torch.nn.utils.rnn import pad_sequence
 
 TILE = (4, 16)
@@ -150,9 +148,7 @@ class Window(nn.Module):
         if self.training and not dropout and can_flex(q):
             return self.flex(q, k, v, compiled_flex())
         tiled = (take(q, self.queries), take(k, self.keys), take(v, self.keys))
-        compiling = torch.compiler.is_compiling()
-        with nullcontext() if compiling else taken_again({tiled[1]: (k, self.keys), tiled[2]: (v, self.keys)}):
-            attended = F.scaled_dot_product_attention(*tiled, attn_mask=self.mask[:, None], dropout_p=dropout)
+        attended = F.scaled_dot_product_attention(*tiled, attn_mask=self.mask[:, None], dropout_p=dropout)
         untiled = attended.transpose(1, 2).flatten(0, 1).index_select(0, self.at)
         return untiled.unflatten(1, (len(q), -1)).transpose(0, 1)
 
@@ -197,16 +193,6 @@ def take(x: Tensor, index: Tensor) -> Tensor:
     that all images share their masks."""
     rows = x.transpose(0, 1).index_select(0, index.flatten())
     return rows.flatten(1, 2).unflatten(0, index.shape).transpose(1, 2)
-
-
-def taken_again(taken: dict[Tensor, tuple[Tensor, Tensor]]) -> saved_tensors_hooks:
-    """Let the backward pass take again what `take` made of these, rather than keep it: tiles share their keys."""
-    sources = {tensor.data_ptr(): (x.detach(), index) for tensor, (x, index) in taken.items()}
-
-    def pack(saved: Tensor) -> Tensor | tuple[Tensor, Tensor]:
-        return sources.get(saved.data_ptr(), saved)
-
-    return saved_tensors_hooks(pack, lambda kept: take(*kept) if isinstance(kept, tuple) else kept)
 
 
 def can_flex(q: Tensor) -> bool:

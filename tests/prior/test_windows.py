@@ -174,7 +174,7 @@ def test_layers_of_one_dilation_share_a_window():
 
 
 def test_a_compiled_layer_attends_alike():
-    """In one graph, and with gradients: compiled, it keeps its tiles, which it takes again otherwise."""
+    """In one graph, and with gradients."""
     layer = Case((1, 2)).model().layers[0].double().train()
     x, turns = torch.randn(2, 30, 32, dtype=torch.float64, requires_grad=True), torch.ones(30, 2, 8, 2).double()
     outputs = []
