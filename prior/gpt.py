@@ -21,6 +21,7 @@ from .transformer import EPS, Block, Rotations, TransformerConfig, coordinates, 
 from .windows import Window, make_windows, window_problem
 
 TINY = 1e-20
+Reach = Annotated[int, Field(le=1 << 20)]
 
 
 class GPTConfig(TransformerConfig):
@@ -36,12 +37,12 @@ class GPTConfig(TransformerConfig):
         0.5, ge=0, le=1, description="with any_order: share of images in random orders after annealing"
     )
 
-    window: tuple[int, int] | None = Field(
+    window: tuple[Reach, Reach] | None = Field(
         None,
         description="[rows, columns]: attention sees earlier tokens no further than that from the cell to be "
         "predicted, in each layer; null: all of them",
     )
-    dilation: tuple[Annotated[int, Field(ge=1)], ...] | None = Field(
+    dilation: tuple[Annotated[Reach, Field(ge=1)], ...] | None = Field(
         None, description="of each layer's window: every d-th row and column, d times as far; null: 1 for all"
     )
 
@@ -195,6 +196,7 @@ class Cache:
         for block in model.layers:
             gains = torch.stack([block.gain, torch.ones_like(block.gain)]).to(self.exact)  # of queries and keys
             memory = None if block.window is None else block.window.memory
+            places = (memory.slots, memory.reads(weight.device)) if memory else None
             cache = weight.new_empty(len(labels), 2, heads, memory.size if memory else len(model.grid), width)
             weights = (
                 pack(block.qkv.weight, block.attention_norm),
@@ -203,7 +205,7 @@ class Cache:
                 pack(block.down.weight),
             )
             # An order for all is folded in once; an order per image at each step, or the table would fill a cache.
-            self.layers.append((self.turns * gains if order.ndim == 1 else gains, cache, memory, *weights))
+            self.layers.append((self.turns * gains if order.ndim == 1 else gains, cache, places, *weights))
         self.folded = order.ndim == 1
         self.head = pack(model.head.weight, model.norm)
 
@@ -216,14 +218,14 @@ class Cache:
         rank, split = self.rank, self.split
         x = self.start if token is None else self.token_embedding.index_select(0, token)
         x = x + self.label + self.positions[rank]
-        for gains, cache, memory, qkv_weight, project, gate_up, down in self.layers:
+        for gains, cache, places, qkv_weight, project, gate_up, down in self.layers:
             turn = gains[rank] if self.folded else self.turns[rank] * gains
             qkv = torch.mm(self.direction(x), qkv_weight).view(split).to(self.exact)
             both = qkv[:, :2]  # queries and keys, turned in place
             lengths = torch.linalg.vector_norm(both, dim=-1, keepdim=True).clamp_min_(TINY)
             torch.view_as_complex(both.view(split[0], 2, split[2], -1, 2)).mul_(turn / lengths)
-            cache.select(3, memory.slots[rank] if memory else rank).copy_(qkv[:, 1:])
-            seen = cache.index_select(3, memory.seen[rank]) if memory else cache.narrow(3, 0, rank + 1)
+            cache.select(3, places[0][rank] if places else rank).copy_(qkv[:, 1:])
+            seen = cache.index_select(3, places[1][rank]) if places else cache.narrow(3, 0, rank + 1)
             keys, values = seen.unbind(1)
             attended = F.scaled_dot_product_attention(qkv[:, 0].unsqueeze(2).to(x.dtype), keys, values)
             x = torch.addmm(x, attended.view(split[0], -1), project)

@@ -56,11 +56,17 @@ def make_windows(
 
 class Memory(NamedTuple):
     """Where sampling keeps the keys of the tokens that later queries see: the key at rank r in `slots[r]`, one of
-    `size`, which a key that nobody sees any more has left. The query at rank r sees the slots `seen[r]`."""
+    `size`, which a key that nobody sees any more has left. The query at rank r sees `counts[r]` slots, the next ones in
+    `seen`."""
 
     size: int
     slots: list[int]
-    seen: Sequence[Tensor]
+    seen: Tensor
+    counts: list[int]
+
+    def reads(self, device: torch.device) -> Sequence[Tensor]:
+        """The slots that the query at each rank sees."""
+        return self.seen.to(device).split(self.counts)
 
 
 class Window(nn.Module):
@@ -129,11 +135,11 @@ class Window(nn.Module):
         _, number, counts = tile.unique(dim=0, return_inverse=True, return_counts=True)
         for queries in number.argsort(stable=True).split(counts.tolist()):
             (top, left), (bottom, right) = cells[queries].amin(0).tolist(), cells[queries].amax(0).tolist()
-            (rows, columns) = (
-                torch.arange(first - d * reach, last + d * reach + 1, d, device="cpu")
-                for first, last, reach in ((top, bottom, self.window[0]), (left, right, self.window[1]))
+            ends = ((top, bottom, self.window[0]), (left, right, self.window[1]))
+            rows, columns = (
+                torch.arange(max(first - d * reach, first % d), min(last + d * reach + 1, size), d, device="cpu")
+                for (first, last, reach), size in zip(ends, key_at.shape, strict=True)
             )
-            rows, columns = (x[(x >= 0) & (x < size)] for x, size in zip((rows, columns), key_at.shape, strict=True))
             near = key_at[rows][:, columns].flatten()
             keys = torch.cat([always, near[near >= 0].sort().values])
             mask = sees(queries[:, None], keys)
@@ -170,6 +176,7 @@ class Window(nn.Module):
         return field | torch.cat(seen)[self.at]
 
     @cached_property
+    @torch.inference_mode(False)
     def memory(self) -> Memory:
         """For queries and keys of the same ranks, taken one by one: a key's slot is free after its last query."""
         at, mask = self.at.cpu(), self.mask.flatten(0, 1).cpu()[self.at.cpu()]
@@ -184,8 +191,7 @@ class Window(nn.Module):
             slots.append(free.pop())
             leaving[until].append(slots[-1])
             free += leaving.pop(index, [])
-        seen = torch.tensor(slots, device="cpu")[keys].to(self.at.device)
-        return Memory(size, slots, seen.split(mask.sum(1).tolist()))
+        return Memory(size, slots, torch.tensor(slots, device="cpu")[keys], mask.sum(1).tolist())
 
 
 def take(x: Tensor, index: Tensor) -> Tensor:
