@@ -18,6 +18,7 @@ SMALL: dict[str, dict[str, Any]] = {
     "pixelcnn": {"dim": 8, "depth": 2, "first_kernel": 3, "head": 8},
     "gated_pixelcnn": {"dim": 8, "depth": 2, "first_kernel": 3, "head": 8},
     "masked": {"dim": 32, "depth": 2, "heads": 2},
+    "blocks": {"dim": 32, "depth": 2, "heads": 2},
     "vqvae": {"widths": (16,), "blocks": (1,), "quantizer": {"kind": "ema", "codes": 32, "dim": 8}},
     "vit": {"dim": 16, "depth": 1, "heads": 2, "quantizer": {"kind": "ema", "codes": 32, "dim": 8}},
     "vqgan": {"widths": (8, 16), "blocks": 1, "groups": 4, "quantizer": {"kind": "vq", "codes": 32, "dim": 8}},
@@ -36,11 +37,17 @@ SMALL: dict[str, dict[str, Any]] = {
     "posthoc": {"bins": 7, "vae": {"kind": "klvae", "widths": (16,), "blocks": (1,), "latent": 3}},
 }
 # What makes a prior take every order.
-ANY_ORDER: dict[str, dict[str, Any]] = {"gpt": {"any_order": True}, "made": {"order_agnostic": True}, "masked": {}}
+ANY_ORDER: dict[str, dict[str, Any]] = {
+    "gpt": {"any_order": True},
+    "made": {"order_agnostic": True},
+    "masked": {},
+    "blocks": {"any_order": True},
+}
 # Priors with a setting that changes much of what they do: tested as if they were kinds of their own.
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {"windowed_gpt": ("gpt", {"window": (1, 2), "dilation": (2, 1)})}
 QUANTIZERS, TOKENIZERS, PRIORS = Quantizer.available(), Tokenizer.available(), Prior.available()
 ORDERS = ["raster", "column", "snake", "spiral_in", "spiral_out", "z_curve", "hilbert", "subsample", "random:3"]
+PARTITIONS = ["diagonal", "wave:2", "rows", "dyadic", "regions:4", "halton:4", "spread:5", "random:3:4", "snake/5"]
 
 
 def node_of(name: str) -> dict[str, Any]:
@@ -100,7 +107,9 @@ def allows_order(name: str, order: str) -> bool:
     return True
 
 
-PRIORS_IN_ORDERS = [(name, order) for name in [*PRIORS, *VARIANTS] for order in ORDERS if allows_order(name, order)]
+PRIORS_IN_ORDERS = [
+    (name, order) for name in [*PRIORS, *VARIANTS] for order in [*ORDERS, *PARTITIONS] if allows_order(name, order)
+]
 
 
 def generators(count: int, seed: int = 0) -> list[torch.Generator]:
