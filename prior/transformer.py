@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from tokenizer.base import at_least_float32
 
 from .base import Prior, PriorConfig
-from .windows import Window
+from .orders.windows import Window
 
 EPS = 1e-12  # only keeps zero from being divided by zero
 MAX_ROTATIONS = 1 << 24  # tokens times head width: the table of rotary positions is built before weights are read

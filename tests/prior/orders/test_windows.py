@@ -11,9 +11,9 @@ from costs import all_steps, flops, saved_elements
 from small import ORDERS, draw_tokens, generators, make_prior, moved_by
 from torch.nn.attention.flex_attention import flex_attention
 
-from prior import Prior, windows
-from prior.orders import make_order
-from prior.windows import Window
+from prior import Prior
+from prior.orders import make_order, windows
+from prior.orders.windows import Window
 
 SHAPE = (5, 6)
 
