@@ -17,7 +17,8 @@ from torch import Tensor, nn
 
 from .base import Prior
 from .drawing import FEW_ROWS
-from .orders import Partition, Window, make_windows, window_problem
+from .orders import Partition
+from .orders.windows import Window, make_windows, window_problem
 from .transformer import EPS, Block, Rotations, TransformerConfig, coordinates, deep_rounding, reset
 
 TINY = 1e-20
