@@ -20,8 +20,8 @@ every_order = pytest.mark.parametrize(("name", "order"), PRIORS_IN_ORDERS)
 
 
 RASTER_ONLY = {"pixelcnn", "gated_pixelcnn", "pixelsnail"}
-BLOCKS = {"blocks", "marginal", "masked"}
-TWO_AXES = RASTER_ONLY | {"windowed_gpt"}
+BLOCKS = {"blocks", "marginal", "masked", "windowed_blocks"}
+TWO_AXES = RASTER_ONLY | {"windowed_blocks", "windowed_gpt"}
 
 
 def test_every_model_is_found_and_takes_the_orders_it_says():
@@ -44,7 +44,7 @@ def test_logits_see_only_earlier_tokens(name, order):
     earlier = torch.zeros(12, dtype=torch.bool)
     for block in walk.split(sizes):
         assert not moved[block][:, ~earlier].any(), f"the block of {block.tolist()} sees what comes with it or after it"
-        if name in ("gpt", "made", "masked", "pixelsnail"):
+        if name in ("blocks", "gpt", "made", "masked", "pixelsnail"):
             assert field[block].equal(earlier.expand(len(block), -1))
         earlier[block] = True
     assert moved.equal(field), "tokens are seen by other positions than the model says"
