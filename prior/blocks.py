@@ -1,12 +1,13 @@
 """The transformer that takes any ordered partition of the grid: several tokens per pass, exactly.
 
-Tokens stay in raster order, and only masks depend on the partition. Queries, one for each position, hold no token: a
-mask embedding and a place. They attend to the tokens of earlier blocks, so the tokens of a block do not see each other
-(ARPG, Li et al. 2025; LPD, Zhang et al. 2025; RandAR, Pang et al. 2024). The partition belongs to the model, so that
-parallel decoding is no approximation: p(a block | those before it) is a product over its tokens by definition.
+Everything stays in raster order, and only a mask depends on the partition. The stream at a position starts from a mask
+embedding and the place, and never gets the position's own token; keys and values are those of the stream plus the
+token's embedding, and are seen from later blocks alone. So the tokens of a block do not see each other, as in the
+parallel decoding of RandAR (Pang et al. 2024), ARPG (Li et al. 2025) and LPD (Zhang et al. 2025). Here the partition
+belongs to the model: p(a block | those before it) is a product over its tokens by definition, and no approximation.
 
-Kept of two forms. In the other there was one stream, whose keys and values were those of the stream plus the token's
-embedding: as good, but with a cache that needs every layer's stream, and without a layer that has read the tokens.
+Kept of two forms. In the other (ARPG's) half of the layers read the tokens, and the other half answered queries from
+what had been read: as good at 49 tokens, slower to learn at 256 (docs/orders.md).
 """
 
 from __future__ import annotations
@@ -33,8 +34,8 @@ class BlocksConfig(OrderedConfig):
 
 
 class Layer(nn.Module):
-    """Attention from queries `(B, n, dim)` to keys and values of other rows, and SwiGLU, each normalised before and
-    added to the queries."""
+    """Attention from a stream `(B, n, dim)` to keys and values of rows, and SwiGLU, each normalised before and added to
+    the stream."""
 
     def __init__(self, config: BlocksConfig) -> None:
         super().__init__()
@@ -71,8 +72,8 @@ class Layer(nn.Module):
 
 
 class Blocks(Prior, name="blocks"):
-    """The first half of the layers reads the tokens, each with those of its own and earlier blocks; the others answer
-    the queries from what has been read. A start row, which all see, holds the class."""
+    """One stream, masked attention, and a start row that all see, with the class. Positions are 1 to N below, row 0 is
+    the start."""
 
     Config = BlocksConfig
     cells: Tensor
@@ -95,39 +96,26 @@ class Blocks(Prior, name="blocks"):
         start = torch.full((1, len(shape)), -1, device="cpu")
         self.register_buffer("cells", torch.cat([start, coordinates(shape)]), persistent=False)
         self.rotations = Rotations(config, self.cells)
-        rows = torch.arange(1 + len(self.grid), device="cpu")
-        windows = self.windows_of(rows, reads=True) + self.windows_of(rows[1:], reads=False)
-        self.windows: Any = nn.ModuleList(windows)
+        self.windows: Any = nn.ModuleList(self.windows_of(torch.arange(len(self.grid), device="cpu")))
         reset(self.parameters(), self.layers)
 
-    @property
-    def readers(self) -> int:
-        """The number of layers that read the tokens."""
-        return self.config.depth // 2
-
-    def windows_of(self, at: Tensor, *, reads: bool) -> list[Window]:
-        """Of the layers that read, or of those that answer, for the rows `at` (n,) of `cells`; none without a window.
-        A reader sees its own block, too."""
+    def windows_of(self, at: Tensor) -> list[Window]:
+        """Of each layer, for the queries at raster indices `at` (n,); none without a window."""
         if self.config.window is None:
             return []
-        dilations = self.config.dilations[: self.readers] if reads else self.config.dilations[self.readers :]
         when = F.pad(self.block_of, (1, 0), value=-1)[:, None]  # the start row comes before all
         sources = torch.cat([when, self.cells], 1)
-        targets = sources[at]
-        targets[:, 0] += int(reads)
-        targets = targets.clamp(min=0)  # the start row has no place of its own
-        made = {dilation: Window(targets, sources, self.config.window, dilation) for dilation in set(dilations)}
-        return [made[dilation] for dilation in dilations]
+        made = {d: Window(sources[at + 1], sources, self.config.window, d) for d in set(self.config.dilations)}
+        return [made[dilation] for dilation in self.config.dilations]
 
     @property
     def stepwise_windows(self) -> list[list[Window]]:
-        """Of each block, those of the layers that read its tokens and of those that answer its queries; made once."""
+        """Of each block, those of its queries; made once. Empty without a window."""
         if not len(self.windows):
             return []
         if self.__dict__.get("windows_on") != self.device:
             with torch.inference_mode(False):
-                rows = [at + 1 for at in self.order.split(self.blocks)]
-                self.block_windows = [self.windows_of(at, reads=True) + self.windows_of(at, reads=False) for at in rows]
+                self.block_windows = [self.windows_of(at) for at in self.order.split(self.blocks)]
             self.windows_on = self.device
         return self.block_windows
 
@@ -146,47 +134,34 @@ class Blocks(Prior, name="blocks"):
         if block_of is None:
             block_of = self.block_of if order is None else block_numbers(order, self.blocks)
         label = self.class_embedding(self.class_ids(labels, len(tokens)))[:, None]
-        placed, turns = self.places + label, self.rotations.table
-        content = torch.cat([self.start_embedding + label, self.token_embedding(tokens.flatten(1).long()) + placed], 1)
-        content, x = self.dropout(content), self.dropout(self.query_embedding + placed)
-        for layer, sees in zip(self.layers[: self.readers], self.sights(block_of, reads=True), strict=True):
-            content = layer(content, turns, layer.keys_values(content, turns), sees)
-        for layer, sees in zip(self.layers[self.readers :], self.sights(block_of, reads=False), strict=True):
-            x = layer(x, turns[1:], layer.keys_values(content, turns), sees)
+        start, ids = self.start_embedding + label, self.token_embedding(tokens.flatten(1).long())
+        x, turns = self.dropout(self.query_embedding + self.places + label), self.rotations.table
+        for layer, sees in zip(self.layers, self.sights(block_of), strict=True):
+            x = layer(x, turns[1:], layer.keys_values(torch.cat([start, x + ids], 1), turns), sees)
         return self.head(self.norm(x))
 
-    def sights(self, block_of: Tensor, *, reads: bool) -> list[Any]:
-        """What each layer that reads, or that answers, sees: a window, or bool `([B, 1,] queries, 1 + N)`."""
+    def sights(self, block_of: Tensor) -> list[Any]:
+        """What each layer sees: a window, or bool `([B, 1,] N, 1 + N)`."""
         if len(self.windows):
-            return list(self.windows[: self.readers] if reads else self.windows[self.readers :])
-        numbers = F.pad(block_of, (1, 0), value=-2)  # the start row comes before all, known tokens (-1) included
-        numbers = numbers if block_of.ndim == 1 else numbers[:, None]
-        keys, queries = numbers[..., None, :], numbers[..., :, None]
-        sees = keys <= queries if reads else keys < queries[..., 1:, :]
-        return [sees] * (self.readers if reads else len(self.layers) - self.readers)
+            return list(self.windows)
+        earlier = F.pad(block_of[..., None, :] < block_of[..., :, None], (1, 0), value=True)
+        return [earlier if block_of.ndim == 1 else earlier[:, None]] * len(self.layers)
 
     @property
     def receptive_field(self) -> Tensor:
         """As in `Prior`. With windows: what is near, what is near that, and so on for each layer."""
         if not len(self.windows):
             return super().receptive_field
-        size = len(self.grid)
-        field = F.pad(torch.eye(size, dtype=torch.bool, device=self.device), (0, 0, 1, 0))  # what each row holds
-        for window in self.windows[: self.readers]:
-            field = window.spread(field)
-        found = torch.zeros_like(field[1:])
-        for window in self.windows[self.readers :]:
-            found = found | window.seen(field)
-        return found
+        own = torch.eye(len(self.grid), dtype=torch.bool, device=self.device)
+        field = torch.zeros_like(own)  # what is in the stream at each position
+        for window in self.windows:
+            field = field | window.seen(F.pad(field | own, (0, 0, 1, 0)))
+        return field
 
     @property
     def feature_modules(self) -> list[nn.Module]:
-        """The layers: of the first half the tokens' stream, of the others the queries', `(B, N, dim)`."""
+        """The layers: the stream, `(B, N, dim)`."""
         return list(self.layers)
-
-    def arrange(self, output: Any) -> Tensor:
-        """Raster order, without the start row."""
-        return output[:, -len(self.grid) :]
 
     def training_inputs(self, tokens: Tensor, progress: float) -> dict[str, Any]:
         """With `any_order`, a partition per image: a random order in growing blocks, any number of them; or, in ever
@@ -215,52 +190,37 @@ def growing_numbers(size: int) -> Tensor:
 
 
 class Cache:
-    """What sampling remembers: keys and values of each layer, allocated once, and how many there are.
+    """What sampling remembers: keys and values of each layer, allocated once; and what each layer was given for the
+    last block, to which its tokens are added when they are known.
 
-    Tokens stand there in the order of the walk; with windows in raster order, where these look for them.
+    Rows stand there in the order of the walk; with windows in raster order, where these look for them.
     """
 
     def __init__(self, model: Blocks, labels: Tensor, walk: Partition) -> None:
         self.model, self.label = model, model.class_embedding(labels)[:, None]
-        self.places, self.turns = model.places, model.rotations.table
+        self.places, self.turns, self.windows = model.places, model.rotations.table, model.stepwise_windows
         shape = (2, len(labels), 1 + len(model.grid), model.config.heads, model.config.dim // model.config.heads)
         # Zeros: windows gather what is not there yet, and mask it.
         self.keys_values = [self.label.new_zeros(shape) for _ in model.layers]
         self.at = list(walk.order.view(-1, len(model.grid)).split(walk.blocks, 1))  # of each block, (1, n) or (B, n)
-        self.windows = model.stepwise_windows
+        self.streams = [model.start_embedding + self.label] * len(model.layers)
+        self.rows = torch.zeros_like(self.at[0][:, :1])  # where the streams belong: the start row
         self.block = self.length = 0
 
     def step(self, tokens: Tensor | None) -> Tensor:
         """Logits `(B, n, vocab_size)` of the next block, given the last one's `tokens` `(B, m)`."""
-        self.read(tokens)
         model, at = self.model, self.at[self.block]
+        ids = 0 if tokens is None else model.token_embedding(tokens)
+        begin, self.length = self.length, self.length + self.rows.shape[1]
+        written = self.rows[0] if self.windows else slice(begin, self.length)
+        there = slice(None) if self.windows else slice(self.length)
+        windows = self.windows[self.block] if self.windows else [None] * len(model.layers)
         x, turns = model.query_embedding + self.places[at] + self.label, self.turns[at + 1]
-        for index in range(model.readers, len(model.layers)):
-            x = model.layers[index](x, turns, self.kept(index), self.window(self.block, index))
+        streams = []
+        for layer, kept, stream, window in zip(model.layers, self.keys_values, self.streams, windows, strict=True):
+            kept[:, :, written] = layer.keys_values(stream + ids, self.turns[self.rows])
+            streams.append(x)
+            x = layer(x, turns, kept[:, :, there], window)
+        self.streams, self.rows = streams, at + 1
         self.block += 1
         return model.head(model.norm(x))
-
-    def read(self, tokens: Tensor | None) -> None:
-        """Let the readers read the last block's `tokens` `(B, m)`, or the start row, and keep what is looked for."""
-        model = self.model
-        if tokens is None:
-            content, rows = model.start_embedding + self.label, torch.zeros_like(self.at[0][:1, :1])
-        else:
-            at = self.at[self.block - 1]
-            content, rows = model.token_embedding(tokens) + self.places[at] + self.label, at + 1
-        begin, self.length = self.length, self.length + rows.shape[1]
-        turns = self.turns[rows]
-        places = rows[0] if self.windows else slice(begin, self.length)
-        for index, layer in enumerate(model.layers):
-            self.keys_values[index][:, :, places] = layer.keys_values(content, turns)
-            if index < model.readers:
-                sees = self.window(self.block - 1, index) if self.block else None
-                content = layer(content, turns, self.kept(index), sees)
-
-    def kept(self, index: int) -> Tensor:
-        """A layer's keys and values that are there, `(2, B, m, heads, width)`; with windows, of all rows."""
-        return self.keys_values[index] if self.windows and self.block else self.keys_values[index][:, :, : self.length]
-
-    def window(self, block: int, index: int) -> Window | None:
-        """Of a layer, for the tokens or the queries of a block."""
-        return self.windows[block][index] if self.windows else None
