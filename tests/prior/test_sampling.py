@@ -12,6 +12,7 @@ from prior.orders import make_order
 from prior.sampling import (
     GREEDY,
     LOW_BITS,
+    GumbelNoise,
     Kept,
     Sampler,
     gumbel,
@@ -241,3 +242,16 @@ def test_where_nothing_is_known_orders_are_drawn_alike_and_as_ever():
     nothing = {"tokens": torch.zeros(3, 4).long(), "known": torch.zeros(3, 4).bool()}
     for more in ({}, nothing):
         assert torch.equal(model.sample(8, num_orders=3, generator=generators(8), **more), expected)
+
+
+def test_noise_of_a_block_is_that_of_its_ranks(monkeypatch):
+    """However blocks lie over the pieces in which it is drawn, and though some are left out."""
+    monkeypatch.setattr("prior.sampling.NOISE_BLOCK", 3 * 5)
+    device = torch.device("cpu")
+    whole = GumbelNoise(generators(2), 12, 5, device).of(0, 12)
+    assert whole.shape == (2, 12, 5)
+    for cuts in ((0, 1, 2, 3, 4, 12), (0, 2, 7, 11, 12), (0, 5, 12)):
+        noise = GumbelNoise(generators(2), 12, 5, device)
+        for begin, end in zip(cuts, cuts[1:], strict=False):
+            assert torch.equal(noise.of(begin, end), whole[:, begin:end])
+    assert torch.equal(GumbelNoise(generators(2), 12, 5, device).of(8, 10), whole[:, 8:10])

@@ -55,9 +55,15 @@ def test_every_prior_codes(prior):
     assert torch.equal(decompressed(pipe, data), expected(pipe, images, False))
 
 
-@pytest.mark.parametrize("prior", ["gpt", "made", "causal_conv", "masked"])
-def test_every_order_codes(prior):
-    pipe = pipeline_of(prior=prior, size=(12, 8), order="spiral_in")
+@pytest.mark.parametrize(
+    ("prior", "order"),
+    [
+        *((prior, "spiral_in") for prior in ("gpt", "made", "causal_conv", "masked")),
+        *((prior, "halton:3") for prior in ("blocks", "marginal", "masked")),
+    ],
+)
+def test_every_order_codes(prior, order):
+    pipe = pipeline_of(prior=prior, size=(12, 8), order=order)
     images = images_of(pipe)
     data = compressed(pipe, images)
     assert all(chunk.profile != RAW for chunk in parse(data))
