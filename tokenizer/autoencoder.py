@@ -54,7 +54,8 @@ class Autoencoder(Tokenizer):
         self.image_shape = (config.channels, height, width)
         self.quantizer = quantizer or Quantizer.find(config.quantizer.kind)(config.quantizer)
         self.levels = self.quantizer.levels
-        self.grid = TokenGrid((self.levels * height // factor, width // factor), self.quantizer.vocab_size)
+        shape = self.quantizer.grid_shape(height // factor, width // factor)
+        self.grid = TokenGrid(shape, self.quantizer.vocab_size, self.quantizer.scales)
         self.likelihood: Likelihood | None = None
         if config.likelihood is not None:
             self.likelihood = Likelihood.find(config.likelihood.kind)(config.likelihood, config.channels)
@@ -71,6 +72,13 @@ class Autoencoder(Tokenizer):
         """Images of `tokens`, clamped to [-1, 1]; raises `ValueError` for ids out of range."""
         self.grid.check(tokens)
         return self._image(self._paint(tokens)).clamp(-1, 1)
+
+    @full_float32()
+    def decode_scales(self, tokens: Tensor, count: int) -> Tensor:
+        """Images of the first `count` of `grid.scales` alone, coarse to fine. Raises `ValueError` as `decode` does, and
+        without scales."""
+        self.grid.check(tokens)
+        return self._image(self._decoded(self.quantizer.lookup_scales(tokens.long(), count))).clamp(-1, 1)
 
     def forward(self, images: Tensor) -> Reconstruction:
         """Reconstruction, tokens and losses; images are clamped in eval mode only."""

@@ -30,6 +30,7 @@ SMALL: dict[str, dict[str, Any]] = {
     "fsq": {"levels": (5, 4, 3)},
     "lfq": {"bits": 8, "levels": 2, "group": 3},
     "bsq": {"bits": 6},
+    "multiscale": {"scales": (1, 2, 4), "book": {"kind": "ema", "codes": 32, "dim": 8}},
     "pixels": {"levels": 5},
     "palette": {"colors": 12},
     "klvae": {"widths": (16,), "blocks": (1,), "latent": 3, "bins": 6},
@@ -46,9 +47,20 @@ def node_of(name: str) -> dict[str, Any]:
     return {"kind": name, **SMALL.get(name, {})}
 
 
+def quantizer_of(name: str, height: int, width: int) -> dict[str, Any]:
+    """`node_of` a small quantizer for latents of this size."""
+    scales = {"scales": ("1x1", f"{height}x{width}")} if name == "multiscale" else {}
+    return {**node_of(name), **scales}
+
+
 def make_quantizer(name: str, **config: Any) -> Quantizer:
     """A small quantizer of the family."""
     return Quantizer.create(name, **{**SMALL.get(name, {}), **config})
+
+
+def latents(quantizer: Quantizer, count: int, *spatial: int) -> Tensor:
+    """Random vectors `(count, dim, *spatial)`; those of a quantizer of scales are of its own size."""
+    return torch.randn(count, quantizer.dim, *(quantizer.scales[-1] if quantizer.scales else spatial))
 
 
 def train_on(quantizer: Quantizer, z: Tensor) -> Quantized:
