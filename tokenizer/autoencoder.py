@@ -98,6 +98,11 @@ class Autoencoder(Tokenizer):
         self.quantizer.finish_step(taken)
 
     @property
+    def figures(self) -> dict[str, Tensor]:
+        """The quantizer's."""
+        return self.quantizer.figures
+
+    @property
     def has_likelihood(self) -> bool:
         """Whether the configuration has a likelihood."""
         return self.likelihood is not None

@@ -198,6 +198,11 @@ class Tokenizer(PretrainedModel, family="tokenizer"):
         return {}
 
     @property
+    def figures(self) -> dict[str, Tensor]:
+        """Numbers of the last steps that a log of training shows beside the losses."""
+        return {}
+
+    @property
     def parts(self) -> tuple[int, ...]:
         """How many tokens each level has, or each scale: the flat grid is one after the other."""
         return tuple(areas(self.grid.scales)) or (len(self.grid) // self.levels,) * self.levels
@@ -207,7 +212,9 @@ class Tokenizer(PretrainedModel, family="tokenizer"):
         its whole patch is. The tokens of a two-axis grid tile the image; a taller grid holds several levels. Raises
         `ValueError` for a grid of scales."""
         if self.grid.scales:
-            raise ValueError("a token of a coarse scale belongs to no part of the image, so known pixels make none known")
+            raise ValueError(
+                "a coarse scale's token belongs to no part of the image, so known pixels make no token known"
+            )
         _, height, width = self.image_shape
         rows, columns = self.grid.shape[0] // self.levels, self.grid.shape[1]
         patches = known.reshape(-1, rows, height // rows, columns, width // columns)

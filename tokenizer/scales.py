@@ -20,7 +20,8 @@ def scales_problem(scales: Scales, shape: tuple[int, ...] | None = None) -> str 
         return f"expected pairs of positive whole sizes (got {shown(scales)})"
     if shape is not None and shape != (sum(areas(scales)),):
         return f"{', '.join(map(by, scales))} are {sum(areas(scales))} tokens on one axis (got a grid of {list(shape)})"
-    if any(a > b for before, after in zip(scales, scales[1:], strict=False) for a, b in zip(before, after, strict=True)):
+    steps = zip(scales, scales[1:], strict=False)
+    if any(before[axis] > after[axis] for before, after in steps for axis in (0, 1)):
         return f"must not become smaller ({', '.join(map(by, scales))})"
     return None
 

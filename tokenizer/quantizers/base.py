@@ -46,6 +46,11 @@ class Quantizer(Named, nn.Module, family="tokenizer.quantizers"):
         """The weight of each of `quantize`'s losses in the training loss."""
         return {}
 
+    @property
+    def figures(self) -> dict[str, Tensor]:
+        """Numbers of the last steps that a log of training shows beside the losses."""
+        return {}
+
     def grid_shape(self, height: int, width: int) -> tuple[int, ...]:
         """The shape of the ids of `height` x `width` vectors. Raises `ConfigError` for a size that it does not take."""
         return (self.levels * height, width)
@@ -78,7 +83,8 @@ class Quantizer(Named, nn.Module, family="tokenizer.quantizers"):
         return self.lookup_checked(tokens)
 
     def lookup_scales(self, tokens: Tensor, count: int) -> Tensor:
-        """`lookup_checked` of the first `count` of `scales` alone, `(B, dim, H, W)`. Raises `ValueError` without any."""
+        """`lookup_checked` of the first `count` of `scales` alone, `(B, dim, H, W)`. Raises `ValueError` for more than
+        there are."""
         raise ValueError(f"a {self.name!r} quantizer has no scales")
 
     def lookup_checked(self, tokens: Tensor) -> Tensor:

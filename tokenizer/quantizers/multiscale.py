@@ -46,6 +46,7 @@ class MultiScaleConfig(ModelConfig):
         EMAConfig(), description=f"the codebook of all scales, one of {', '.join(BOOKS)}; all have its settings"
     )
     rms: bool = Field(True, description="divide each scale by its running root mean square, so that all use the codes")
+    center: bool = Field(True, description="subtract the running mean of latents before the first scale")
     phi: int = Field(
         0, ge=0, le=64, description="convolutions that smooth what scales add up, shared by neighbours (VAR: 4)"
     )
@@ -96,6 +97,8 @@ class MultiScale(Quantizer, name="multiscale"):
     """
 
     Config = MultiScaleConfig
+    mean: Tensor
+    """(dim,) running mean of the latents, from which the sum starts; zero without `center`."""
     squares: Tensor
     """(scales,) running mean square of what a scale quantizes."""
     left: Tensor
@@ -109,6 +112,7 @@ class MultiScale(Quantizer, name="multiscale"):
         self.scales, self.vocab_size, self.dim = config.sides, self.book.vocab_size, self.book.dim
         self.resize = Resize(self.scales)
         self.phis = nn.ModuleList(nn.Conv2d(self.dim, self.dim, 3, padding=1) for _ in range(config.phi))
+        self.register_buffer("mean", torch.zeros(self.dim))
         self.register_buffer("squares", torch.ones(len(self.scales)))
         self.register_buffer("left", torch.ones(len(self.scales)))
         self.register_buffer("started", torch.zeros((), dtype=torch.long))  # training steps taken
@@ -123,6 +127,11 @@ class MultiScale(Quantizer, name="multiscale"):
         learned = {"codebook": 1.0} if self.learned else {}
         return {"commitment": getattr(self.config.book, "beta", 0.25), **learned, **others}
 
+    @property
+    def figures(self) -> dict[str, Tensor]:
+        """The share of the latents' variance that is left over after each scale: `left_1x1`, `left_2x2`, ..."""
+        return {f"left_{by(sides)}": share for sides, share in zip(self.scales, self.left, strict=True)}
+
     def grid_shape(self, height: int, width: int) -> tuple[int, ...]:
         """One axis, of all scales' ids. Raises `ConfigError` unless the last scale has the size of the latents."""
         if self.scales[-1] != (height, width):
@@ -135,10 +144,12 @@ class MultiScale(Quantizer, name="multiscale"):
         return self.lookup_scales(tokens, len(self.scales))
 
     def lookup_scales(self, tokens: Tensor, count: int) -> Tensor:
-        """`lookup_checked` of the first `count` scales alone."""
+        """`lookup_checked` of the first `count` scales alone. Raises `ValueError` for more scales than there are."""
+        if not 1 <= count <= len(self.scales):
+            raise ValueError(f"count should be 1 to {len(self.scales)}, the number of scales (got {count})")
         maps = list(self.resize.split(tokens))[:count]
         with full_float32(), torch.autocast(tokens.device.type, enabled=False):
-            table, sigma, total = self._table(), self.sigma(), torch.zeros((), device=tokens.device)
+            table, sigma, total = self._table(), self.sigma(), self.mean[:, None, None]
             for k, ids in enumerate(maps):
                 total = total + self._added(self._codes(ids, table), k, sigma)
         return total
@@ -164,10 +175,10 @@ class MultiScale(Quantizer, name="multiscale"):
         return up.lerp(self.phis[self._phi_of(k)](up), 0.5) if self.phis else up
 
     def _phi_of(self, k: int) -> int:
-        """Which convolution scale `k` takes: convolutions and scales are spread evenly over [0, 1], nearest ones meet.
-        (VAR's four lie a little further out.)"""
+        """Which convolution scale `k` takes: both are spread evenly over [0, 1], and the nearest ones meet. VAR's four
+        lie a little further out."""
         margin = 1 / (3 if len(self.phis) == 4 else 2) / len(self.phis)
-        ticks = torch.linspace(margin, 1 - margin, len(self.phis), device="cpu")
+        ticks = torch.linspace(margin, 1 - margin, len(self.phis), dtype=torch.float64, device="cpu")
         return int((ticks - k / max(1, len(self.scales) - 1)).abs().argmin())
 
     def _quantize(self, z: Tensor) -> Quantized:
@@ -186,14 +197,16 @@ class MultiScale(Quantizer, name="multiscale"):
         if tuple(z.shape[2:]) != self.scales[-1]:
             sides = "x".join(map(str, z.shape[2:]))
             raise ValueError(f"z should be of the last scale's size {by(self.scales[-1])}, got {sides}")
-        found, total = Descent([], [], [], []), torch.zeros_like(z)
+        found, total = Descent([], [], [], []), self.mean[:, None, None].expand_as(z)
         table, sigma = self._table(), self.sigma()
         for k in range(len(self.scales)):
             rest = self.resize.down(z - total.detach(), k)
             ids, losses = self._search(rest / sigma[k], table)
             total = total + self._added(self._codes(ids, table), k, sigma)
-            for things, one in zip(found, (rest, ids, total, losses), strict=True):
-                things.append(one)
+            found.residuals.append(rest)
+            found.tokens.append(ids)
+            found.sums.append(total)
+            found.losses.append(losses)
         return found
 
     def _search(self, vectors: Tensor, table: Tensor | None) -> tuple[Tensor, dict[str, Tensor]]:
@@ -214,10 +227,10 @@ class MultiScale(Quantizer, name="multiscale"):
         return torch.stack(sums, 1)[torch.arange(count, device=chosen.device), chosen]
 
     def _losses(self, z: Tensor, found: Descent) -> dict[str, Tensor]:
-        parts = [{"commitment": F.mse_loss(z, total.detach()), **more} for total, more in zip(found.sums, found.losses)]
-        if self.learned:
-            for part, total in zip(parts, found.sums, strict=True):
-                part["codebook"] = F.mse_loss(total, z.detach())
+        parts = []
+        for total, more in zip(found.sums, found.losses, strict=True):
+            learned = {"codebook": F.mse_loss(total, z.detach())} if self.learned else {}
+            parts.append({"commitment": F.mse_loss(z, total.detach()), **learned, **more})
         return {name: torch.stack([part[name] for part in parts]).mean() for name in parts[0]}
 
     # What moves by itself
@@ -228,12 +241,14 @@ class MultiScale(Quantizer, name="multiscale"):
         self.step = int(self.started)  # a GPU is waited for
         if isinstance(self.book, Codebook):
             self.book.step = self.step
+        if self.step == 0 and self.config.center:
+            self._set(self.mean, average(z.mean((0, 2, 3))))
         for attempt in range(1 + ROUNDS) if self.step == 0 else ():
             self._start(self._perfect(z) if attempt == 0 else self._descend(z).residuals)
 
     def _perfect(self, z: Tensor) -> list[Tensor]:
         """Residuals `(B, dim, h, w)` of each scale of `z`, if every vector were a code."""
-        rests, total = [], torch.zeros_like(z)
+        rests, total = [], self.mean[:, None, None].expand_as(z)
         for k in range(len(self.scales)):
             rests.append(self.resize.down(z - total, k))
             total = total + self.resize.up(rests[-1], k)
@@ -242,15 +257,19 @@ class MultiScale(Quantizer, name="multiscale"):
     def _start(self, rests: list[Tensor]) -> None:
         """Set each scale's root mean square, and the codebook by k-means over as many residuals of each scale, in units
         of it: those of a small map are repeated, of a large one some are taken."""
-        squares = average(torch.stack([rest.square().mean() for rest in rests]))
-        if self.config.rms and bool(torch.isfinite(squares).all()):  # alike on all ranks
-            self.squares.copy_(squares)
+        if self.config.rms:
+            self._set(self.squares, average(torch.stack([rest.square().mean() for rest in rests])))
         if not isinstance(self.book, Codebook):
             return
         each = -(-sum(areas(self.scales)) // len(rests))
         rows = [rest.flatten(2)[..., torch.arange(each) * rest[0, 0].numel() // each] for rest in rests]
         pooled = torch.stack(rows, 1) / self.sigma()[:, None, None]  # (B, scales, dim, each)
         self.book.start(pooled.movedim(2, -1).reshape(-1, self.dim))
+
+    def _set(self, mean: Tensor, value: Tensor) -> None:
+        """Start a running mean, but not from what is not finite, which it would not recover from."""
+        if bool(torch.isfinite(value).all()):  # alike on all ranks
+            mean.copy_(value)
 
     @torch.no_grad()
     def _collect(self, z: Tensor, found: Descent) -> None:
@@ -272,6 +291,8 @@ class MultiScale(Quantizer, name="multiscale"):
         if not (taken and seen):
             return
         squares, errors, power, means = average(torch.cat(seen).mean(0)).split([*[len(self.scales)] * 2, 1, self.dim])
+        if self.config.center:
+            self.mean.lerp_(means, 1 - DECAY)
         shares = errors / (power - means.square().mean()).clamp(min=1e-12)
         if self.config.rms:
             self.squares.lerp_(squares, 1 - DECAY)
