@@ -42,7 +42,7 @@ class PriorConfig(ModelConfig):
 
     def check(self) -> Iterator[str]:
         """The order has to exist for this grid."""
-        if problem := order_problem(self.order, len(self.grid.shape)):
+        if problem := order_problem(self.order, self.grid.shape):
             yield f"order: {problem}"
 
 

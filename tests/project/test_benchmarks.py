@@ -58,11 +58,12 @@ def test_a_mistake_on_the_command_line_is_one_line(arguments, message):
         run("rounding.py", *arguments)
 
 
-def test_the_picture_of_the_blind_spot_is_the_one_that_is_drawn(tmp_path):
+@pytest.mark.parametrize("name", ["blind_spot", "orders"])
+def test_the_picture_of_a_page_is_the_one_that_is_drawn(tmp_path, name):
     from PIL import Image
 
-    run("blind_spot.py", f"out={tmp_path / 'drawn.png'}")
-    drawn, kept = (Image.open(path) for path in (tmp_path / "drawn.png", ROOT / "docs/images/blind_spot.png"))
+    run(f"{name}.py", f"out={tmp_path / 'drawn.png'}")
+    drawn, kept = (Image.open(path) for path in (tmp_path / "drawn.png", ROOT / f"docs/images/{name}.png"))
     assert drawn.size == kept.size
 
 

@@ -1,15 +1,11 @@
-"""The ways to walk a grid: `make_order(name, shape)[r]` is the raster index of the r-th token.
+"""Walks over a grid of two axes, one cell after another.
 
 Scan orders as compared by Esser et al. 2021 (taming transformers, fig. 47) and Yu et al. 2024 (RAR, table 4).
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable
-
-import torch
-from torch import Tensor
 
 Cell = tuple[int, int]
 
@@ -78,7 +74,7 @@ def subsample(height: int, width: int) -> list[Cell]:
     return [(r, c) for dr, dc in offsets for r in range(dr, height, 2) for c in range(dc, width, 2)]
 
 
-WALKS: dict[str, Callable[[int, int], Iterable[Cell]]] = {
+CURVES: dict[str, Callable[[int, int], Iterable[Cell]]] = {
     "column": column,
     "snake": snake,
     "spiral_in": spiral_in,
@@ -87,31 +83,4 @@ WALKS: dict[str, Callable[[int, int], Iterable[Cell]]] = {
     "hilbert": hilbert,
     "subsample": subsample,
 }
-
-
-def order_problem(name: str, axes: int) -> str | None:
-    """What is wrong with the order `name` on a grid of so many axes, or None."""
-    kind, _, seed = name.partition(":")
-    if kind == "random":
-        return None if seed.isdigit() else f"'random' needs a seed, as in random:0 (got {name!r})"
-    if name != "raster" and name not in WALKS:
-        return f"no order is called {name!r}; there are raster, {', '.join(WALKS)}, random:SEED"
-    if name != "raster" and axes != 2:
-        return f"{name!r} walks a grid of two axes, this one has {axes}; use raster or random:SEED"
-    return None
-
-
-def make_order(name: str, shape: tuple[int, ...]) -> Tensor:
-    """The order called `name` (`raster`, a key of `WALKS`, or `random:SEED`) over `shape`: int64 `(N,)`.
-
-    Raises `ValueError` for an unknown name, or a walk that needs a grid of two axes.
-    """
-    if problem := order_problem(name, len(shape)):
-        raise ValueError(problem)
-    if name == "raster":
-        return torch.arange(math.prod(shape), device="cpu")
-    if name.startswith("random:"):
-        generator = torch.Generator().manual_seed(int(name.partition(":")[2]))
-        return torch.randperm(math.prod(shape), generator=generator, device="cpu")
-    height, width = shape
-    return torch.tensor([row * width + col for row, col in WALKS[name](height, width)], device="cpu")
+"""A walk by its name; `raster` and `random:SEED`, which take grids of any axes, are not here."""

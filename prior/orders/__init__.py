@@ -1,0 +1,15 @@
+"""Orders: in which blocks, and in which order, the cells of a grid are drawn."""
+
+from .partitions import Partition, block_numbers, make_order, make_partition, order_problem
+from .sizes import blocks_problem, even, growing
+
+__all__ = [
+    "Partition",
+    "block_numbers",
+    "blocks_problem",
+    "even",
+    "growing",
+    "make_order",
+    "make_partition",
+    "order_problem",
+]
