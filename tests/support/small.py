@@ -1,5 +1,6 @@
 """Small models of every registered kind: a new file in a family is tested the moment it exists."""
 
+import math
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ SMALL: dict[str, dict[str, Any]] = {
     "pixelcnn": {"dim": 8, "depth": 2, "first_kernel": 3, "head": 8},
     "gated_pixelcnn": {"dim": 8, "depth": 2, "first_kernel": 3, "head": 8},
     "masked": {"dim": 32, "depth": 2, "heads": 2},
+    "next_scale": {"dim": 32, "depth": 2, "heads": 2, "channels": 8},
     "vqvae": {"widths": (16,), "blocks": (1,), "quantizer": {"kind": "ema", "codes": 32, "dim": 8}},
     "vit": {"dim": 16, "depth": 1, "heads": 2, "quantizer": {"kind": "ema", "codes": 32, "dim": 8}},
     "vqgan": {"widths": (8, 16), "blocks": 1, "groups": 4, "quantizer": {"kind": "vq", "codes": 32, "dim": 8}},
@@ -40,6 +42,7 @@ SMALL: dict[str, dict[str, Any]] = {
 ANY_ORDER: dict[str, dict[str, Any]] = {"gpt": {"any_order": True}, "made": {"order_agnostic": True}, "masked": {}}
 QUANTIZERS, TOKENIZERS, PRIORS = Quantizer.available(), Tokenizer.available(), Prior.available()
 ORDERS = ["raster", "column", "snake", "spiral_in", "spiral_out", "z_curve", "hilbert", "subsample", "random:3"]
+PARTITIONS = ["diagonal", "wave:2", "rows", "dyadic", "regions:4", "halton:4", "spread:5", "random:3:4", "snake/5"]
 
 
 def node_of(name: str) -> dict[str, Any]:
@@ -75,10 +78,20 @@ def make_tokenizer(name: str, image_size: tuple[int, int] = (12, 8), channels: i
     return Tokenizer.create(name, image_size=image_size, channels=channels, **{**SMALL.get(name, {}), **config})
 
 
+def grid_of(name: str, shape: tuple[int, ...], vocab_size: int) -> TokenGrid:
+    """A grid for this prior: of this shape, or of scales that end at it, each of half the sides of the next."""
+    if name != "next_scale" or len(shape) != 2:
+        return TokenGrid(shape, vocab_size)
+    scales = [shape]
+    while max(scales[0]) > 1:
+        scales.insert(0, tuple(-(-side // 2) for side in scales[0]))
+    return TokenGrid((sum(math.prod(sides) for sides in scales),), vocab_size, tuple(scales))
+
+
 def make_prior(name: str, shape: tuple[int, ...] = (3, 4), vocab_size: int = 5, **config: Any) -> Prior:
     """A small prior of the family with weights large enough that every input matters, in eval mode."""
     config = {"num_classes": 3, **SMALL.get(name, {}), **config}
-    model = Prior.create(name, grid=TokenGrid(shape, vocab_size), **config)
+    model = Prior.create(name, grid=grid_of(name, shape, vocab_size), **config)
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.3)
     return model.eval()
@@ -109,7 +122,7 @@ def allows_order(name: str, order: str) -> bool:
     return True
 
 
-PRIORS_IN_ORDERS = [(name, order) for name in PRIORS for order in ORDERS if allows_order(name, order)]
+PRIORS_IN_ORDERS = [(name, order) for name in PRIORS for order in [*ORDERS, *PARTITIONS] if allows_order(name, order)]
 
 
 def generators(count: int, seed: int = 0) -> list[torch.Generator]:
