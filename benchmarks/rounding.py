@@ -71,11 +71,9 @@ def steps(model: Any, tokens: Any, labels: Any) -> Any:
     """Logits `(B, N, V)` in the model's order, by cached steps on the batch of `tokens`."""
     import torch
 
-    state, token, rows, walked = model.start(len(tokens), labels), None, [], tokens.flatten(1)[:, model.order]
-    for rank in range(len(model.grid)):
-        rows.append(model.next_logits(state, token).float())
-        token = walked[:, rank]
-    return torch.stack(rows, 1)
+    state = model.start(len(tokens), labels)
+    walked = tokens.flatten(1)[:, model.order].split(model.blocks, 1)
+    return torch.cat([model.next_logits(state, last).float() for last in (None, *walked[:-1])], 1)
 
 
 def whole(model: Any, tokens: Any, labels: Any) -> Any:

@@ -1,9 +1,10 @@
-"""The contract of stage two: an order, logits for every position, hence `log_prob` and `sample`.
+"""The contract of stage two: an ordered partition, logits for every position, hence `log_prob` and `sample`.
 
-    p(tokens | labels) = prod_r p(tokens[order[r]] | tokens[order[:r]], labels)
+    p(tokens | labels) = prod_b prod_{i in block b} p(tokens[i] | tokens of the blocks before b, labels)
 
-The base class owns the slow, obviously right algorithms; a model writes `forward`, and may have a `make_cache` that
-gives the same logits, position by position, for less.
+Blocks of one token are the chain rule; larger ones are parallel decoding by definition of the model. The base class
+owns the slow, obviously right algorithms; a model writes `forward`, and may have a `make_cache` that gives the same
+logits, block by block, for less.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -23,8 +24,8 @@ from tokenizer.pretrained import Fact, ModelConfig, PretrainedModel
 
 from .drawing import State, draw, evaluating
 from .features import check_layers, outputs_of
-from .orders import make_order, order_problem
-from .requests import Order, Rows, Walk, check_labels, check_mixture, check_order, given_order, make_rows
+from .orders import Partition, block_numbers, blocks_problem, make_order, make_partition, order_problem
+from .requests import Order, Rows, Walk, check_labels, check_mixture, check_order, given_walk, make_rows, partition_of
 from .sampling import Generators, Sampler
 
 
@@ -36,14 +37,36 @@ class PriorConfig(ModelConfig):
     tokenizer: Fact[str] = Field("", description="fingerprint of the tokenizer whose tokens it was trained on")
     order: str = Field(
         "raster",
-        description="how the grid is walked: raster, column, snake, spiral_in, spiral_out, z_curve, "
-        "hilbert, subsample or random:SEED",
+        description="how the grid is walked: raster, column, snake, spiral_in, spiral_out, z_curve, hilbert, "
+        "subsample, halton, spread or random:SEED; several tokens at once, where the model takes them: diagonal, "
+        "wave:S, rows, dyadic, regions:K, halton:K, spread:K, random:SEED:K (K blocks) or NAME/K (blocks of K)",
+    )
+    blocks: tuple[Annotated[int, Field(ge=1)], ...] | None = Field(
+        None, description="sizes that cut the order into blocks, whose tokens are drawn at once; null: the order's own"
     )
 
+    takes_blocks: ClassVar[bool] = False
+    """Whether the model draws blocks of several tokens."""
+
     def check(self) -> Iterator[str]:
-        """The order has to exist for this grid."""
+        """The order has to exist for this grid, and its blocks have to sum to it."""
         if problem := order_problem(self.order, self.grid.shape):
             yield f"order: {problem}"
+        elif self.blocks is not None and (problem := blocks_problem(self.blocks, len(self.grid))):
+            yield problem
+        elif max(self.partition().blocks) > 1 and not self.takes_blocks:
+            named, takers = "order" if self.blocks is None else "blocks", ", ".join(takers_of_blocks())
+            yield f"{named}: this kind draws one token at a time; kinds that draw blocks of several are {takers}"
+
+    def partition(self) -> Partition:
+        """The ordered partition of the grid."""
+        partition = make_partition(self.order, self.grid.shape)
+        return partition if self.blocks is None else Partition(partition.order, self.blocks)
+
+
+def takers_of_blocks() -> list[str]:
+    """The kinds that draw blocks of several tokens."""
+    return [name for name in Prior.available() if Prior.find(name).Config.takes_blocks]  # type: ignore[attr-defined]
 
 
 class Prior(PretrainedModel, family="prior"):
@@ -59,6 +82,10 @@ class Prior(PretrainedModel, family="prior"):
     """Whether the model is one of many of the same weights, which `connected` chooses from (MADE's masks)."""
     order: Tensor
     """(N,) int64; `order[r]` is the raster index of the r-th token."""
+    blocks: tuple[int, ...]
+    """The sizes that cut `order` into blocks; they sum to N."""
+    block_of: Tensor
+    """(N,) int64: the number of each token's block, raster order."""
     rounding: float = 4e-6
     """How far apart two computations of the same float32 logits may be, as a multiple of the image's largest |logit| so
     far (at least 1: a row's own may be as small as its rounding). Well above what `python benchmarks/rounding.py`
@@ -68,22 +95,24 @@ class Prior(PretrainedModel, family="prior"):
         super().__init__(config)
         self.grid = config.grid
         self.num_classes = config.num_classes
-        self.register_buffer("order", make_order(config.order, config.grid.shape), persistent=False)
+        order, self.blocks = config.partition()
+        self.register_buffer("order", order, persistent=False)
+        self.register_buffer("block_of", block_numbers(order, self.blocks), persistent=False)
 
     def forward(self, tokens: Tensor, labels: Tensor | None = None) -> Tensor:
-        """Teacher-forced logits `(B, N, vocab_size)`, raster order; `logits[:, i]` sees only tokens ranked before i.
+        """Teacher-forced logits `(B, N, vocab_size)`, raster order; `logits[:, i]` sees only tokens of earlier blocks.
 
         tokens: `(B, *grid.shape)`; labels: `(B,)`, where `num_classes` is the null class; None is the null class.
-        A model with `any_order` has a third argument, `order`: `(N,)` or `(B, N)`, None for its own.
+        A model with `any_order` has a third argument, None for its own: `order`, `(N,)` or `(B, N)`; or, if it takes
+        blocks, `block_of`, the number of each token's block in raster order, `(N,)` or `(B, N)`.
         """
         raise NotImplementedError
 
     @property
     def receptive_field(self) -> Tensor:
         """bool `(N, N)`, raster order: row i is True at the tokens that `logits[:, i]` sees, in the model's own order.
-        Here these are all that come before it."""
-        ranks = torch.argsort(self.order)
-        return ranks < ranks[:, None]
+        Here these are all of earlier blocks."""
+        return self.block_of < self.block_of[:, None]
 
     # Training
 
@@ -110,15 +139,18 @@ class Prior(PretrainedModel, family="prior"):
         return self.chain_log_probs(tokens, labels, order)
 
     @full_float32()
-    def chain_log_probs(self, tokens: Tensor, labels: Tensor | None = None, order: Order = None) -> Tensor:
-        """log p of each token given those before it, `(B, *grid.shape)` nats. The likelihood, written once.
+    def chain_log_probs(
+        self, tokens: Tensor, labels: Tensor | None = None, order: Order = None, known: Tensor | None = None
+    ) -> Tensor:
+        """log p of each token given the blocks before its own, `(B, *grid.shape)` nats. The likelihood, written once.
 
-        order: a name, `(N,)` or `(B, N)`, for a model with `any_order`; None is its own. Raises `ValueError` for
-        tokens, labels or an order out of range.
+        order: a name, `(N,)` or `(B, N)` (cut into the model's own blocks), or a `Partition`, for a model with
+        `any_order`; None is its own. known: bool `(B, N)`, raster order: such a model takes these tokens first, as
+        `sample` does. Raises `ValueError` for tokens, labels or an order out of range.
         """
         self.grid.check(tokens)
-        order, labels = check_order(self, order, len(tokens)), check_labels(self, labels, len(tokens))
-        logits, ids = self(tokens, labels, **given_order(order)), tokens.reshape(len(tokens), -1, 1).long()
+        walk, labels = check_order(self, order, len(tokens)), check_labels(self, labels, len(tokens))
+        logits, ids = self(tokens, labels, **given_walk(self, walk, known)), tokens.reshape(len(tokens), -1, 1).long()
         return at_least_float32(logits).log_softmax(-1).gather(-1, ids).reshape(tokens.shape)
 
     def log_prob(
@@ -143,9 +175,14 @@ class Prior(PretrainedModel, family="prior"):
         self.log_prob(tokens, labels)
 
     def orders(self, num_orders: int, order: Order = None) -> list[Order]:
-        """The orders of a mixture: the given one (None is the model's own), then random:1, random:2, ..."""
+        """The orders of a mixture: the given one (None is the model's own), then random:1, random:2, ... in its
+        blocks."""
         check_mixture("num_orders", num_orders, self.any_order, f"{self.name} as it was made has one order")
-        return [order, *(f"random:{index}" for index in range(1, num_orders))]
+        others = [f"random:{index}" for index in range(1, num_orders)]
+        blocks = partition_of(self, order).blocks
+        if max(blocks) == 1:
+            return [order, *others]
+        return [order, *(Partition(make_order(name, self.grid.shape), blocks) for name in others)]
 
     def connectivities(self, num_masks: int) -> range:
         """The numbers of a mixture's connectivities; 0 is the model's own."""
@@ -234,13 +271,14 @@ class Prior(PretrainedModel, family="prior"):
         progress: bool = False,
         **settings: Any,
     ) -> Tensor:
-        """Draw tokens `(num_images, *grid.shape)`, one position of the order at a time.
+        """Draw tokens `(num_images, *grid.shape)`, one block of the order at a time.
 
         settings: those of this prior's `Sampling`, by name: `temperature`, `top_k`, `top_p`, `guidance_scale`, and what
         a model adds to them. generator: one, or a list with one per image; image k depends on its own generator alone,
         not on its batch. tokens, known: where bool `known` (`grid.shape` or `(B, *grid.shape)`) holds, `tokens` is
-        kept. A model with `any_order` walks the known tokens first, so that all others are conditioned on all of them;
-        any other model conditions a drawn token on the known ones before it in its order. order, num_orders: as for
+        kept. A model with `any_order` walks the known tokens first, so that all others are conditioned on all of them,
+        and the rest of the order keeps its cuts; any other model conditions a drawn token on the known ones before its
+        block. order, num_orders: as for
         `log_prob`; each image is drawn in one of the orders, all equally likely; where tokens are known, each as likely
         as it makes these when they come first (at temperature 1, without guidance), which costs a pass per image: then
         images are of the mixture of these walks given what is known. cache: False recomputes everything at every step.
@@ -268,31 +306,39 @@ class Prior(PretrainedModel, family="prior"):
         """The number of rows to sample together, where that is faster than all at once; None is all at once."""
         return None
 
-    def start(self, num_images: int, labels: Tensor | None, order: Tensor | None = None) -> Any:
-        """Begin an incremental pass over `num_images` rows; returns the state that `next_logits` advances. order:
-        `(N,)` or `(B, N)` for a model with `any_order`, None is its own; the others are never given one."""
+    def start(self, num_images: int, labels: Tensor | None, order: Order = None) -> Any:
+        """Begin an incremental pass over `num_images` rows; returns the state that `next_logits` advances. order: as
+        for `chain_log_probs`; a model of one order is never given one."""
+        walk = None if order is None else partition_of(self, order)
         with torch.no_grad():
-            return self.make_cache(self.class_ids(labels, num_images), order)
+            return self.make_cache(self.class_ids(labels, num_images), walk)
 
-    def next_logits(self, state: Any, token: Tensor | None) -> Tensor:
-        """Logits `(B, vocab_size)` of the next position in the order, given the last one's `token` `(B,)` or None."""
-        return self.next_logits_slow(state, token) if isinstance(state, State) else state.step(token)
+    def next_logits(self, state: Any, tokens: Tensor | None) -> Tensor:
+        """Logits `(B, n, vocab_size)` of the n positions of the next block, in their order, given the last block's
+        `tokens` `(B, m)`, or None at the first."""
+        if isinstance(state, State):
+            return self.next_logits_slow(state, tokens)
+        if self.config.takes_blocks:
+            return state.step(tokens)
+        return state.step(None if tokens is None else tokens[:, 0]).unsqueeze(1)
 
-    def make_cache(self, labels: Tensor, order: Tensor | None) -> Any:
-        """What a model's fast path remembers between steps, for labels `(B,)` and `start`'s order: an object whose
-        `step(token)` gives what `next_logits` does. Here there is no fast path."""
-        return self.start_slow(len(labels), labels, order)
+    def make_cache(self, labels: Tensor, walk: Partition | None) -> Any:
+        """What a model's fast path remembers between steps, for labels `(B,)` and a walk other than its own: an object
+        whose `step` gives what `next_logits` does; if all blocks are of one token, `step(token)` takes `(B,)` and gives
+        `(B, vocab_size)`. Here there is no fast path."""
+        return self.start_slow(len(labels), labels, walk)
 
-    def start_slow(self, num_images: int, labels: Tensor | None, order: Tensor | None = None) -> State:
+    def start_slow(self, num_images: int, labels: Tensor | None, order: Order = None) -> State:
         """`start` of the path that recomputes everything: right by construction."""
-        tokens = torch.zeros(num_images, len(self.grid), dtype=torch.long, device=self.device)
-        return State(tokens, self.class_ids(labels, num_images), self.order if order is None else order, order)
+        walk, tokens = partition_of(self, order), torch.zeros(num_images, len(self.grid), dtype=torch.long)
+        given = given_walk(self, None if order is None else walk)
+        return State(tokens.to(self.device), self.class_ids(labels, num_images), walk.order, walk.blocks, given)
 
-    def next_logits_slow(self, state: State, token: Tensor | None) -> Tensor:
+    def next_logits_slow(self, state: State, tokens: Tensor | None) -> Tensor:
         """`next_logits` by one forward pass over the whole grid."""
-        at = state.advance(token)
-        logits = self(state.tokens.reshape(-1, *self.grid.shape), state.labels, **given_order(state.order))
-        return logits[torch.arange(len(at), device=at.device), at]
+        at = state.advance(tokens)
+        logits = self(state.tokens.reshape(-1, *self.grid.shape), state.labels, **state.given)
+        return logits[torch.arange(len(at), device=at.device)[:, None], at]
 
     def class_ids(self, labels: Tensor | None, count: int) -> Tensor:
         """`labels` `(count,)`; without any, the null class for all."""

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from .base import Prior, PriorConfig
 from .layers import Head, pack
+from .orders import Partition
 
 
 class CausalConvConfig(PriorConfig):
@@ -124,7 +125,7 @@ class CausalConv(Prior, name="causal_conv"):
         """`(B, dim, N)` in the order as `(B, N, dim)`, raster order."""
         return output.transpose(1, 2)[:, self.ranks]
 
-    def make_cache(self, labels: Tensor, order: Tensor | None) -> Buffers:
+    def make_cache(self, labels: Tensor, walk: Partition | None) -> Buffers:
         """Each block's inputs so far."""
         return Buffers(self, labels)
 

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ from torch import Tensor
 from tokenizer.base import full_float32
 
 from .parallel import parallel_rows, sample_parallel, settled
-from .requests import Model, Rows, Walk, choose_walk, given_order
+from .requests import Model, Rows, Walk, choose_walk
 from .sampling import GumbelNoise, Sampler, progress_over
 
 FEW_ROWS = 4
@@ -46,29 +47,34 @@ def evaluating(prior: Any) -> Iterator[None]:
 @dataclass
 class State:
     """What a half-sampled batch remembers where nothing is cached: the tokens so far `(B, N)`, raster order. path and
-    order: as of `Rows`."""
+    blocks: as of `Rows`; given: what `forward` is told of them."""
 
     tokens: Tensor
     labels: Tensor
     path: Tensor
-    order: Tensor | None = None
+    blocks: tuple[int, ...]
+    given: dict[str, Tensor] = field(default_factory=dict)
+    block: int = 0
     rank: int = 0
 
-    def advance(self, token: Tensor | None) -> Tensor:
-        """Write the last position's `token` `(B,)`; returns the next position's raster indices `(B,)`."""
+    def advance(self, tokens: Tensor | None) -> Tensor:
+        """Write the last block's `tokens` `(B, m)`; returns the next block's raster indices `(B, n)`."""
         path = self.path.expand(self.tokens.shape)
-        if token is not None:
-            self.tokens.scatter_(1, path[:, self.rank - 1, None], token[:, None])
-        self.rank += 1
-        return path[:, self.rank - 1]
+        if tokens is not None:
+            self.tokens.scatter_(1, path[:, self.rank - tokens.shape[1] : self.rank], tokens)
+        begin, self.rank = self.rank, self.rank + self.blocks[self.block]
+        self.block += 1
+        return path[:, begin : self.rank]
 
 
 def draw(prior: Model, rows: Rows, sampler: Sampler, walk: Walk, progress: bool) -> Tensor:
     """Tokens `(B, N)` for `rows`, both in raster order."""
-    rows = rows.along(choose_walk(prior, walk.order, walk.num_orders, rows), prior.order)
+    rows = rows.along(choose_walk(prior, walk.order, walk.num_orders, rows), prior)
     most = parallel_rows(prior.grid) if walk.parallel else prior.rows_at_once() or len(rows)
-    parts = rows.cut(max(FEW_ROWS, most // sampler.copies))
-    walked = torch.cat([draw_part(prior, part, sampler, walk, progress) for part in parts])
+    walked = torch.empty_like(rows.given)
+    for at, alike in rows.alike(prior):
+        parts = alike.cut(max(FEW_ROWS, most // sampler.copies))
+        walked[at] = torch.cat([draw_part(prior, part, sampler, walk, progress) for part in parts])
     return torch.empty_like(walked).scatter_(1, rows.path.expand(walked.shape), walked)
 
 
@@ -90,30 +96,33 @@ def step_by_step(prior: Model, rows: Rows, sampler: Sampler, cache: bool, progre
     """Tokens `(B, N)` in the order of the walk, and which of them rounding could turn."""
     noise = GumbelNoise(rows.generators, len(prior.grid), prior.grid.vocab_size, prior.device)
     labels = sampler.doubled(rows.labels, prior.num_classes)
-    order = sampler.doubled(rows.order)
     start, next_logits = (prior.start, prior.next_logits) if cache else (prior.start_slow, prior.next_logits_slow)
-    state: Any = start(len(labels), labels, **given_order(order))
-    some_keep = rows.keep.any(0).tolist()  # at each rank
-    all_keep = rows.keep.all(0).tolist()
+    state: Any = start(len(labels), labels, rows.walk(sampler.copies))
+    cuts = [0, *accumulate(rows.blocks)]
+    some_keep, all_keep = rows.keep.any(0).tolist(), rows.keep.all(0).tolist()  # at each rank
     last = max((rank for rank, kept in enumerate(all_keep) if not kept), default=-1)
     drawn = rows.given.clone()
-    close: dict[int, Tensor] = {}  # at each rank that was computed
-    largest = torch.ones(len(rows), device=prior.device)  # |logit| of each image so far
+    could_turn = []  # in each block
+    largest = torch.ones(len(rows), 1, device=prior.device)  # |logit| of each image so far
     tolerance = sampler.tolerance(prior.rounding)
-    token = None
-    for rank in progress_over(range(last + 1), progress):
-        if all_keep[rank] and isinstance(state, State):  # nothing to compute, and nothing to cache
-            state.advance(token)
-            chosen = drawn[:, rank]
+    tokens = None
+    blocks = [(begin, end) for begin, end in zip(cuts, cuts[1:], strict=False) if begin <= last]
+    for begin, end in progress_over(blocks, progress, unit="pass"):
+        if isinstance(state, State) and all(all_keep[begin:end]):  # nothing to compute, and nothing to cache
+            state.advance(tokens)
+            chosen = drawn[:, begin:end]
+            could_turn.append(torch.zeros_like(chosen, dtype=torch.bool))
         else:
-            logits = next_logits(state, token).float()
-            largest = torch.maximum(largest, sampler.largest(logits))
-            chosen, close[rank] = sampler.decide(sampler.guide(logits), noise.at(rank), tolerance * largest)
-            if some_keep[rank]:
-                chosen = torch.where(rows.keep[:, rank], drawn[:, rank], chosen)
-            drawn[:, rank] = chosen
-        token = torch.cat([chosen] * sampler.copies) if sampler.copies > 1 else chosen
-    could_turn = torch.zeros_like(rows.keep)
-    if close:
-        could_turn[:, list(close)] = torch.stack(list(close.values()), 1)
-    return drawn, could_turn
+            logits = next_logits(state, tokens).float()
+            sizes = torch.maximum(largest, sampler.largest(logits))
+            if end - begin > 1:
+                sizes = sizes.cummax(1).values
+            chosen, close = sampler.decide(sampler.guide(logits), noise.of(begin, end), tolerance * sizes)
+            largest = sizes[:, -1:]
+            could_turn.append(close)
+            if any(some_keep[begin:end]):
+                chosen = torch.where(rows.keep[:, begin:end], drawn[:, begin:end], chosen)
+            drawn[:, begin:end] = chosen
+        tokens = torch.cat([chosen] * sampler.copies) if sampler.copies > 1 else chosen
+    left = rows.keep.new_zeros(len(rows), drawn.shape[1] - sum(part.shape[1] for part in could_turn))
+    return drawn, torch.cat([*could_turn, left], 1)

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from .base import Prior
 from .layers import CausalConv2d, Head, MapRows, RowBias, RowsConfig, odd_kernels, pack, see
+from .orders import Partition
 
 
 class GatedPixelCNNConfig(RowsConfig):
@@ -118,7 +119,7 @@ class GatedPixelCNN(Prior, name="gated_pixelcnn"):
         """The horizontal map `(B, H, W, dim)` as `(B, N, dim)`."""
         return super().arrange(output[1])
 
-    def make_cache(self, labels: Tensor, order: Tensor | None) -> Cache:
+    def make_cache(self, labels: Tensor, walk: Partition | None) -> Cache:
         """The last rows that each stack looks at; a row of the vertical one is made before its first position."""
         return Cache(self, labels)
 

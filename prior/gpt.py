@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from .base import Prior
 from .drawing import FEW_ROWS
+from .orders import Partition
 from .transformer import EPS, Block, Rotations, TransformerConfig, coordinates, deep_rounding, reset
 
 TINY = 1e-20
@@ -112,9 +113,9 @@ class GPT(Prior, name="gpt"):
         shuffled = torch.rand(len(tokens), len(self.grid)).argsort(1).to(tokens.device)
         return {"order": torch.where(torch.rand(len(tokens), 1).to(tokens.device) < share, shuffled, self.order)}
 
-    def make_cache(self, labels: Tensor, order: Tensor | None) -> Cache:
+    def make_cache(self, labels: Tensor, walk: Partition | None) -> Cache:
         """Keys and values of the tokens so far."""
-        return Cache(self, labels, self.order if order is None else order)
+        return Cache(self, labels, self.order if walk is None else walk.order)
 
 
 class Cache:

@@ -22,7 +22,7 @@ from tokenizer.pretrained import Before
 
 from .base import Prior, PriorConfig
 from .connections import Connections, even_degrees, random_degrees
-from .orders import make_order
+from .orders import Partition, make_order
 from .requests import Rows, Walk, check_order
 from .running_sums import Sums, summed
 from .sampling import Sampler
@@ -185,8 +185,8 @@ class MADE(Prior, name="made"):
         masks = self.config.masks
         if masks is None:
             return torch.randperm(len(self.grid), device="cpu")
-        name = self.orders(masks)[int(torch.randint(masks, ()))]
-        return make_order(name, self.grid.shape) if isinstance(name, str) else self.order
+        number = int(torch.randint(masks, ()))
+        return make_order(f"random:{number}", self.grid.shape) if number else self.order
 
     def _draw_degrees(self) -> list[Tensor]:
         masks = self.config.masks
@@ -288,7 +288,6 @@ class MADE(Prior, name="made"):
                 drawn[at] = super().draw(rows[at], sampler, walk.of(at), progress)
         return drawn
 
-    def make_cache(self, labels: Tensor, order: Tensor | None) -> Sums:
-        """Running sums, to which each step adds a token; order: `(N,)`, or `(B, N)` where each image goes its own
-        way."""
-        return Sums(self, labels, self.order if order is None else order)
+    def make_cache(self, labels: Tensor, walk: Partition | None) -> Sums:
+        """Running sums, to which each step adds a token, in the walk's order, or each image in its own."""
+        return Sums(self, labels, self.order if walk is None else walk.order)

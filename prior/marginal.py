@@ -9,12 +9,15 @@ import torch
 from torch import Tensor, nn
 
 from .base import Prior, PriorConfig
+from .requests import Order
 
 CHUNK = 1 << 14  # rows counted at a time: there may be more than memory holds
 
 
 class MarginalConfig(PriorConfig):
     """Nothing to choose."""
+
+    takes_blocks = True
 
 
 class Marginal(Prior, name="marginal"):
@@ -54,11 +57,11 @@ class Marginal(Prior, name="marginal"):
         counts = counts[-1:].expand_as(counts) if labels is None else counts
         self.table.copy_(((counts + 1) / (counts.sum(-1, keepdim=True) + self.grid.vocab_size)).log())
 
-    def start(self, num_images: int, labels: Tensor | None, order: Tensor | None = None) -> list[Tensor]:
-        """The remaining positions' logits, each `(B, vocab_size)`."""
+    def start(self, num_images: int, labels: Tensor | None, order: Order = None) -> list[Tensor]:
+        """The remaining blocks' logits, each `(B, n, vocab_size)`."""
         empty = torch.empty(num_images, 0, device=self.device)
-        return list(self(empty, labels)[:, self.order].unbind(1))[::-1]
+        return list(self(empty, labels)[:, self.order].split(self.blocks, 1))[::-1]
 
-    def next_logits(self, state: list[Tensor], token: Tensor | None) -> Tensor:
-        """The next position's logits."""
+    def next_logits(self, state: list[Tensor], tokens: Tensor | None) -> Tensor:
+        """The next block's logits."""
         return state.pop()

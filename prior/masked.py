@@ -2,7 +2,8 @@
 
 MaskGIT (Chang et al. 2022), which trains BERT's objective at every share of masked tokens. With the shares drawn evenly
 and an image's loss averaged over its masked tokens it is an order-agnostic model (Uria et al. 2014; ARDM, Hoogeboom et
-al. 2021): the same network gives p(a token | any others), hence a density along each order, for a pass per token.
+al. 2021): the same network gives p(a token | any others), hence a density along each ordered partition, for a pass per
+block.
 """
 
 from __future__ import annotations
@@ -23,8 +24,9 @@ from tokenizer.base import TokenGrid, at_least_float32, full_float32
 
 from .base import Prior
 from .drawing import FEW_ROWS, State
+from .orders import Partition, block_numbers
 from .parallel import parallel_rows
-from .requests import Order, Rows, Walk, check_labels
+from .requests import Order, Rows, Walk, check_labels, partition_of
 from .sampling import GumbelNoise, Sampler, gumbel, progress_over
 from .transformer import EPS, Block, Rotations, TransformerConfig, coordinates, deep_rounding, reset
 
@@ -39,10 +41,13 @@ reveal a token each."""
 MIDPOINTS = 1 << 12  # over which the schedules' mean is taken
 CPU_TOKENS = 1 << 13  # of one pass on a CPU, in whose cache its activations then fit
 GPU_TOKENS = 1 << 16
+ROUNDS_DOWN = 1e-9  # a whole number may come out a hair below
 
 
 class MaskedConfig(TransformerConfig):
     """Sizes of the transformer, and how it is masked and scored."""
+
+    takes_blocks = True
 
     schedule: Literal["linear", "cosine", "arccos", "square"] = Field(
         "linear",
@@ -52,21 +57,24 @@ class MaskedConfig(TransformerConfig):
     label_smoothing: float = Field(
         0.0, ge=0, lt=1, description="share of a target's mass that is spread over all ids in training"
     )
-    exact: bool = Field(True, description="log_prob is exact along `order`, a pass per token; false: estimates a bound")
+    exact: bool = Field(True, description="log_prob is exact along `order`, a pass per block; false: estimates a bound")
     bound_passes: int = Field(8, ge=1, le=65536, description="passes of that estimate; more is closer to the bound")
 
 
 @dataclass(frozen=True)
 class MaskedSampler(Sampler):
-    """steps: draw many tokens in a pass, as MaskGIT does; None is a token per pass, which alone is exact.
+    """steps: draw in so many passes; None takes a pass per block of the order. `schedule` says how many tokens stay
+    masked after each.
 
-    Each pass draws all unknown tokens and keeps the most confident ones, by log p plus Gumbel noise times
-    `confidence_temperature`, which falls to 0; `schedule` says how many stay masked. Known tokens stay as they are and
-    are seen by all others. **This is not exact**: tokens of a step are independent of each other given those before,
-    and what is kept depends on what was drawn, so that the samples' distribution is not that of `log_prob`; more steps,
-    and a higher `confidence_temperature` (random orders), come closer. A position has one draw of noise for all steps,
-    so where the tokens are independent the distribution is right for any number of steps. Here rounding may let an
-    image depend on its batch.
+    With an `order`, a pass draws the next tokens of it. **This is exact**: it is an ordered partition of the grid
+    (`Masked.stepwise`), whose density `log_prob` has.
+
+    Without one, each pass draws all unknown tokens and keeps the most confident ones, as MaskGIT does, by log p plus
+    Gumbel noise times `confidence_temperature`, which falls to 0. Known tokens stay as they are and are seen by all
+    others. **This is not exact**: what is kept depends on what was drawn, so that the samples' distribution is not that
+    of any `log_prob`; more steps, and a higher `confidence_temperature` (random orders), come closer. A position has
+    one draw of noise for all steps, so where the tokens are independent the distribution is right for any number of
+    steps. Here rounding may let an image depend on its batch.
     """
 
     steps: int | None = None
@@ -86,7 +94,7 @@ class MaskedSampler(Sampler):
             raise ValueError(f"steps must be a whole number from 1 to {len(grid)} (got {self.steps})")
 
     def for_a_walk(self) -> MaskedSampler:
-        """Without `steps`, which find an order of their own."""
+        """Without `steps`, which cut an order otherwise, or find one of their own."""
         return replace(self, steps=None)
 
     def passes(self) -> list[tuple[float, float]]:
@@ -124,38 +132,47 @@ class Masked(Prior, name="masked"):
         self.rotations = Rotations(config, coordinates(shape))
         reset(self.parameters(), self.layers)
 
-    def predict(self, ids: Tensor, labels: Tensor, at: Tensor | None = None) -> Tensor:
-        """Logits `(B, N, V)` from one pass over `ids` (B, N), where `self.mask` is a masked token; with `at` (B,) those
-        of one raster index per row, `(B, V)`."""
+    def predict(self, ids: Tensor, labels: Tensor, at: tuple[Tensor, Tensor] | None = None) -> Tensor:
+        """Logits `(B, N, V)` from one pass over `ids` (B, N), where `self.mask` is a masked token; or only those `at`
+        these rows and raster indices, `(..., V)` for two of `(...)`."""
         places = sum(table[index] for table, index in zip(self.axis_embeddings, self.coordinates, strict=True))
         x = self.dropout(self.token_embedding(ids) + self.class_embedding(labels)[:, None] + places)
         turns = self.rotations.table[:, None].expand(-1, 2, -1, -1)  # queries and keys stand at the same place
         for block in self.layers:
             x = block(x, turns)
         if at is not None:
-            x = x[torch.arange(len(x), device=x.device), at]
+            x = x[at]
         return self.head(self.norm(x))
 
     def forward(
-        self, tokens: Tensor, labels: Tensor | None = None, order: Tensor | None = None, known: Tensor | None = None
+        self,
+        tokens: Tensor,
+        labels: Tensor | None = None,
+        order: Tensor | None = None,
+        known: Tensor | None = None,
+        block_of: Tensor | None = None,
     ) -> Tensor:
         """Logits `(B, N, V)`, raster order. With bool `known`, `(B, N)` or `(B, *grid.shape)`: one pass that sees the
-        tokens where it holds, and nothing of the others. Without: teacher-forced, `logits[:, i]` sees only tokens
-        ranked before i in `order` (`(N,)` or `(B, N)`; None is the model's own), which takes N passes."""
+        tokens where it holds, and nothing of the others. Without: teacher-forced, `logits[:, i]` sees only tokens of
+        earlier blocks, which takes a pass per block. These are the model's own; or those that it cuts an `order` into,
+        `(N,)` or `(B, N)`; or given by number, `block_of` each token, `(N,)` or `(B, N)`."""
         tokens, (count, size) = tokens.flatten(1).long(), (len(tokens), len(self.grid))
         labels = self.class_ids(labels, count)
         if known is not None:
             return self.predict(torch.where(known.flatten(1), tokens, self.mask), labels)
-        path = (self.order if order is None else order).expand(count, size)
-        ranks, parts = path.argsort(1), []
-        for part in torch.arange(size, device=path.device).split(max(1, self.rows_of_a_pass() // count)):
-            ids = torch.where(ranks < part[:, None, None], tokens, self.mask).flatten(0, 1)  # a row per pass and image
-            logits = self.predict(ids, labels.repeat(len(part)), path[:, part].t().flatten())
-            parts.append(logits.unflatten(0, (len(part), count)))
-        return torch.cat(parts)[ranks, torch.arange(count, device=ranks.device)[:, None]]
+        if block_of is None:
+            block_of = self.block_of if order is None else block_numbers(order, self.blocks)
+        block_of = block_of.expand(count, size)
+        numbers, found, parts = torch.unique(block_of), [], []
+        for part in numbers.split(max(1, self.rows_of_a_pass() // count)):
+            ids = torch.where(block_of < part[:, None, None], tokens, self.mask).flatten(0, 1)  # per pass and image
+            rows, cells = torch.nonzero((block_of == part[:, None, None]).flatten(0, 1), as_tuple=True)
+            parts.append(self.predict(ids, labels.repeat(len(part)), (rows, cells)))
+            found.append(rows % count * size + cells)
+        return torch.cat(parts)[torch.cat(found).argsort()].unflatten(0, (count, size))
 
     def rows_of_a_pass(self) -> int:
-        """How many rows go through the network together in N passes, and in sampling on a CPU."""
+        """How many rows go through the network together in many passes, and in sampling on a CPU."""
         return max(1, (CPU_TOKENS if self.device.type == "cpu" else GPU_TOKENS) // len(self.grid))
 
     # Training
@@ -241,26 +258,44 @@ class Masked(Prior, name="masked"):
         """On a CPU, as many rows as have their activations in its cache."""
         return self.rows_of_a_pass() if self.device.type == "cpu" else None
 
-    def start(self, num_images: int, labels: Tensor | None, order: Tensor | None = None) -> State:
+    def stepwise(self, order: Order, steps: int, schedule: str = "cosine") -> Partition:
+        """`order` in so many blocks, whose sizes follow the schedule: what `sample(order=order, steps=steps)` walks,
+        and `log_prob` scores. Raises `ValueError` for an order that has larger blocks than of one token."""
+        walk, blocks = partition_of(self, order)
+        if max(blocks) > 1:
+            raise ValueError("steps: the order has blocks of its own; give one of them, not both")
+        sampler = MaskedSampler(steps=steps, schedule=schedule)
+        sampler.check(self.grid)
+        left, sizes = len(self.grid), []
+        for share, _ in sampler.passes():
+            still = min(left - 1, int(len(self.grid) * share + ROUNDS_DOWN)) if left else 0
+            sizes.append(left - still)
+            left = still
+        return Partition(walk, tuple(size for size in sizes if size))
+
+    def start(self, num_images: int, labels: Tensor | None, order: Order = None) -> State:
         """All tokens masked. Each step is a pass over the whole grid: what all see of each other cannot be cached."""
         state = self.start_slow(num_images, labels, order)
         state.tokens.fill_(self.mask)
         return state
 
-    def next_logits(self, state: State, token: Tensor | None) -> Tensor:
-        """Reveal the last position's token, and predict the next."""
-        at = state.advance(token)
-        return self.predict(state.tokens, state.labels, at)
+    def next_logits(self, state: State, tokens: Tensor | None) -> Tensor:
+        """Reveal the last block's tokens, and predict the next."""
+        at = state.advance(tokens)
+        return self.predict(state.tokens, state.labels, (torch.arange(len(at), device=at.device)[:, None], at))
 
     def draw(self, rows: Rows, sampler: MaskedSampler, walk: Walk, progress: bool) -> Tensor:
-        """A token per pass, as `Prior` does, or many of them in `steps`. (With `parallel` every pass of `Prior.sample`
-        is one of N passes of the network, so that it is of no use for speed.) Raises `ValueError` for a walk that does
-        not go with `steps`."""
+        """A block per pass, as `Prior` does, or in `steps`. (With `parallel` every pass of `Prior.sample` is one pass
+        of the network per block, so that it is of no use for speed.) Raises `ValueError` for a walk that does not go
+        with `steps`."""
         if sampler.steps is None:
             return super().draw(rows, sampler, walk, progress)
+        if walk.order is not None:
+            steps = self.stepwise(walk.order, sampler.steps, sampler.schedule)
+            return super().draw(rows, sampler, replace(walk, order=steps), progress)
         if walk.is_chosen:
             raise ValueError(
-                "steps finds an order of its own: order, num_orders, parallel and cache=False do not go with it"
+                "steps without an order finds one of its own: num_orders, parallel and cache=False do not go with it"
             )
         most = min(self.rows_at_once() or len(rows), parallel_rows(self.grid)) // sampler.copies
         return torch.cat([self._fill_in(part, sampler, progress) for part in rows.cut(max(FEW_ROWS, most))])
@@ -269,7 +304,7 @@ class Masked(Prior, name="masked"):
         """Tokens `(B, N)`, raster order, in as many passes as there are steps."""
         size = rows.given.shape[1]
         labels = sampler.doubled(rows.labels, self.num_classes)
-        noise = GumbelNoise(rows.generators, size, self.mask, self.device).whole()
+        noise = GumbelNoise(rows.generators, size, self.mask, self.device).of(0, size)
         ids = torch.where(rows.keep, rows.given, self.mask)
         left = unknown = (~rows.keep).sum(1)
         for share, temperature in progress_over(sampler.passes(), progress, unit="pass"):
@@ -280,8 +315,8 @@ class Masked(Prior, name="masked"):
             confidence = logits.log_softmax(-1).gather(-1, drawn[..., None])[..., 0]
             jitter = torch.stack([gumbel((size,), generator) for generator in rows.generators]).to(self.device)
             confidence = (confidence + temperature * jitter).masked_fill(ids != self.mask, torch.inf)
-            # 1e-9: a whole number may come out a hair below. At least one token is revealed, until none is left.
-            left = torch.minimum(left - 1, (unknown * share + 1e-9).long()).clamp(min=0)
+            # At least one token is revealed, until none is left.
+            left = torch.minimum(left - 1, (unknown * share + ROUNDS_DOWN).long()).clamp(min=0)
             ranks = confidence.argsort(dim=1, descending=True, stable=True).argsort(1)
             ids = torch.where((ids == self.mask) & (ranks < (size - left)[:, None]), drawn, ids)
         return ids

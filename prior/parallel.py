@@ -1,9 +1,10 @@
 """Lossless parallel sampling: guess the rest, check all of it in one pass, keep going from the first wrong token.
 
-With the noise of an image fixed, its tokens are the fixed point of a map whose token r depends on earlier ones only, so
-Jacobi iteration reaches it in at most N passes (Song et al. 2021; Wiggers & Hoogeboom 2020, predictive sampling): after
-each pass everything up to and including the first token that changed is final. The guess for the rest is the pass's own
-output: it contains the image's noise, and most of it was drawn in the right context.
+With the noise of an image fixed, its tokens are the fixed point of a map whose token depends on those of earlier blocks
+only, so Jacobi iteration reaches it in at most as many passes as there are blocks (Song et al. 2021; Wiggers &
+Hoogeboom 2020, predictive sampling): after each pass everything up to and including the block of the first token that
+changed is final. The guess for the rest is the pass's own output: it contains the image's noise, and most of it was
+drawn in the right context.
 
 A cheap second prior improves that guess: the pass's logits belong to the tokens that went in, and the second prior says
 how logits change with the tokens that came out, logits(new) ~ cheap(new) + 0.8 (logits(old) - cheap(old)). The guess is
@@ -19,7 +20,8 @@ from torch import Tensor
 
 from tokenizer.base import TokenGrid
 
-from .requests import Model, Rows
+from .orders import Partition
+from .requests import Model, Rows, given_walk
 from .sampling import GumbelNoise, Sampler, progress_over
 
 CHEAP_PASSES = 8
@@ -49,8 +51,10 @@ def sample_parallel(
     """The tokens that step by step are drawn for `rows`, from passes over the whole grid."""
     count, size = rows.given.shape
     device = rows.given.device
-    noise = GumbelNoise(rows.generators, size, prior.grid.vocab_size, device).whole()  # (B, N, V)
+    noise = GumbelNoise(rows.generators, size, prior.grid.vocab_size, device).of(0, size)  # (B, N, V)
     ranks = torch.arange(size, device=device)
+    sizes = torch.tensor(rows.blocks, device=device)
+    ends = torch.cat([sizes.cumsum(0).repeat_interleave(sizes), sizes.new_tensor([size])])  # of each rank's block
     tolerance = sampler.tolerance(prior.rounding)
     tokens = torch.where(rows.keep, rows.given, noise.argmax(-1))
     close = torch.zeros_like(rows.keep)
@@ -60,7 +64,7 @@ def sample_parallel(
         zero = torch.zeros((), device=device)
         tokens = corrected(guess, rows, sampler, tokens, final, zero, zero, noise)
     active = list(range(count))  # the images that are not finished; `rows` and `noise` are theirs
-    for _ in progress_over(range(size), progress, unit="pass"):
+    for _ in progress_over(rows.blocks, progress, unit="pass"):
         old = tokens[active]
         logits = walked_logits(prior, rows, old, sampler)
         largest = sampler.largest(logits).cummax(1).values.clamp(min=1)
@@ -68,7 +72,7 @@ def sample_parallel(
         fresh = ranks >= final[active][:, None]
         drawn = torch.where(fresh & ~rows.keep, drawn, old)
         changed = torch.cat([drawn != old, torch.ones_like(fresh[:, :1])], 1)
-        now_final = (changed.int().argmax(1) + 1).clamp(max=size)  # the first that changed is right by now, too
+        now_final = ends[changed.int().argmax(1)]  # the block of the first that changed is right by now, too
         close[active] |= could_turn & fresh & (ranks < now_final[:, None])
         left = torch.nonzero(now_final < size).flatten().tolist()
         if guess is not None and left:
@@ -89,7 +93,8 @@ def sample_parallel(
 def settled(prior: Model, row: Rows, sampler: Sampler, tokens: Tensor, close: Tensor) -> Tensor:
     """`tokens` (1, N) with the decisions that are `close` made by passes over this image alone. If one of them comes
     out otherwise, so may all after it."""
-    noise = GumbelNoise(row.generators, tokens.shape[1], prior.grid.vocab_size, tokens.device).whole()
+    size = tokens.shape[1]
+    noise = GumbelNoise(row.generators, size, prior.grid.vocab_size, tokens.device).of(0, size)
     tokens = tokens.clone()
     undecided = close & ~row.keep
     while True:
@@ -130,8 +135,9 @@ def walked_logits(prior: Model, rows: Rows, tokens: Tensor, sampler: Sampler) ->
     path = rows.path.expand(tokens.shape)
     raster = torch.empty_like(tokens).scatter_(1, path, tokens).reshape(-1, *prior.grid.shape)
     labels = sampler.doubled(rows.labels, prior.num_classes)
-    order = sampler.doubled(rows.path)  # of a guess, too, that could go its own way
-    given = {"order": order} if prior.any_order else {}
+    order = sampler.doubled(rows.path)
+    # Of a guess, too, that could go its own way.
+    given = given_walk(prior, Partition(order, rows.blocks)) if prior.any_order else {}
     logits = prior(torch.cat([raster] * sampler.copies), labels, **given).float()
     if rows.path.ndim == 1:
         is_raster = torch.equal(rows.path, torch.arange(len(rows.path), device=path.device))

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from .base import Prior
 from .layers import Head, MaskedConv, RowBias, RowCache, RowsConfig, odd_kernels, pack, see
+from .orders import Partition
 
 
 class PixelCNNConfig(RowsConfig):
@@ -102,7 +103,7 @@ class PixelCNN(Prior, name="pixelcnn"):
         """The blocks: maps `(B, H, W, 2 * dim)`."""
         return list(self.layers)
 
-    def make_cache(self, labels: Tensor, order: Tensor | None) -> Cache:
+    def make_cache(self, labels: Tensor, walk: Partition | None) -> Cache:
         """The last rows that each convolution looks at."""
         return Cache(self, labels)
 

@@ -30,6 +30,7 @@ from torch import Tensor, nn
 from .base import Prior
 from .drawing import FEW_ROWS
 from .layers import Head, MaskedConv, RasterConfig, RowCache, odd_kernels, pack
+from .orders import Partition
 
 
 class PixelSNAILConfig(RasterConfig):
@@ -151,7 +152,7 @@ class PixelSNAIL(Prior, name="pixelsnail"):
         """The blocks: maps `(B, H, W, dim)`."""
         return list(self.layers)
 
-    def make_cache(self, labels: Tensor, order: Tensor | None) -> Cache:
+    def make_cache(self, labels: Tensor, walk: Partition | None) -> Cache:
         """The last rows that each convolution looks at, and the slots of attention."""
         return Cache(self, labels)
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields, replace
+from itertools import accumulate
 from typing import Any, ClassVar, Protocol
 
 import torch
@@ -11,11 +12,12 @@ from torch import Tensor
 
 from tokenizer.base import TokenGrid
 
-from .orders import make_order
+from .orders import Partition, block_numbers, blocks_problem, make_partition
 from .sampling import Generators, Sampler, gumbel, image_generators
 
-Order = Tensor | str | None
-"""A name, `(N,)` or `(B, N)` raster indices; None is the model's own."""
+Order = Tensor | str | Partition | None
+"""A name; `(N,)` or `(B, N)` raster indices, cut into the model's own blocks; such an order and its blocks; None is the
+model's own."""
 
 
 class Model(Protocol):
@@ -26,6 +28,7 @@ class Model(Protocol):
     grid: TokenGrid
     num_classes: int
     order: Tensor
+    blocks: tuple[int, ...]
     any_order: bool
     rounding: float
 
@@ -41,15 +44,17 @@ class Model(Protocol):
 
     def orders(self, num_orders: int, order: Order = None) -> Sequence[Order]: ...
 
-    def chain_log_probs(self, tokens: Tensor, labels: Tensor | None = None, order: Order = None) -> Tensor: ...
+    def chain_log_probs(
+        self, tokens: Tensor, labels: Tensor | None = None, order: Order = None, known: Tensor | None = None
+    ) -> Tensor: ...
 
-    def start(self, num_images: int, labels: Tensor | None, order: Tensor | None = None) -> Any: ...
+    def start(self, num_images: int, labels: Tensor | None, order: Order = None) -> Any: ...
 
-    def next_logits(self, state: Any, token: Tensor | None) -> Tensor: ...
+    def next_logits(self, state: Any, tokens: Tensor | None) -> Tensor: ...
 
-    def start_slow(self, num_images: int, labels: Tensor | None, order: Tensor | None = None) -> Any: ...
+    def start_slow(self, num_images: int, labels: Tensor | None, order: Order = None) -> Any: ...
 
-    def next_logits_slow(self, state: Any, token: Tensor | None) -> Tensor: ...
+    def next_logits_slow(self, state: Any, tokens: Tensor | None) -> Tensor: ...
 
     def rows_at_once(self) -> int | None: ...
 
@@ -93,14 +98,16 @@ class Walk:
 @dataclass
 class Rows:
     """What is to be drawn, a row per image: labels `(B,)`, generators, and the tokens to keep (`given` where bool
-    `keep`), both `(B, N)` along `path`, `(N,)` or `(B, N)`. order: the path, or None where it is the model's own."""
+    `keep`), both `(B, N)` along `path`, `(N,)` or `(B, N)`, which sizes `blocks` cut. own: whether both are the
+    model's own."""
 
     labels: Tensor
     generators: list[torch.Generator]
     given: Tensor
     keep: Tensor
-    order: Tensor | None
     path: Tensor
+    blocks: tuple[int, ...]
+    own: bool = True
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -108,14 +115,33 @@ class Rows:
     def __getitem__(self, at: slice | Sequence[int]) -> Rows:
         path = self.path if self.path.ndim == 1 else self.path[at]
         generators = self.generators[at] if isinstance(at, slice) else [self.generators[k] for k in at]
-        order = None if self.order is None else path
-        return Rows(self.labels[at], generators, self.given[at], self.keep[at], order, path)
+        return replace(
+            self, labels=self.labels[at], generators=generators, given=self.given[at], keep=self.keep[at], path=path
+        )
 
-    def along(self, walk: Tensor | None, own: Tensor) -> Rows:
-        """In the order of `walk` (None: of the model's `own`), given that they are in raster order."""
-        path = own if walk is None else walk
+    def along(self, walk: Partition | None, prior: Model) -> Rows:
+        """In the order and blocks of `walk` (None: of the model's own), given that they are in raster order."""
+        path, blocks = (prior.order, prior.blocks) if walk is None else walk
         wide = path.expand(self.given.shape)
-        return replace(self, given=self.given.gather(1, wide), keep=self.keep.gather(1, wide), order=walk, path=path)
+        given, keep = self.given.gather(1, wide), self.keep.gather(1, wide)
+        return replace(self, given=given, keep=keep, path=path, blocks=blocks, own=walk is None)
+
+    def walk(self, copies: int = 1) -> Partition | None:
+        """Order and blocks, of `copies` rows for each row; None for the model's own."""
+        if self.own:
+            return None
+        return Partition(self.path.repeat(copies, 1) if self.path.ndim == 2 else self.path, self.blocks)
+
+    def alike(self, prior: Model) -> Iterator[tuple[slice | list[int], Rows]]:
+        """The rows that walk in the same blocks, and which they are: all of them, unless known tokens come first. These
+        are then a block, so that images with as many of them go together."""
+        if max(self.blocks) == 1 or self.own or not bool(self.keep.any()):
+            yield slice(None), self
+            return
+        counts = self.keep.sum(1).tolist()
+        for count in sorted(set(counts)):
+            at = [row for row, number in enumerate(counts) if number == count]
+            yield at, replace(self[at], blocks=after_known(self.blocks, count))
 
     def cut(self, most: int) -> list[Rows]:
         """In parts of at most `most` rows, as alike in size as can be."""
@@ -142,17 +168,39 @@ def make_rows(
     given, keep = known_tokens(prior, tokens, known, num_images)
     raster = torch.arange(len(prior.grid), device=prior.device)
     generators = image_generators(generator, num_images)
-    return Rows(prior.class_ids(labels, num_images), generators, given, keep, None, raster)
+    return Rows(prior.class_ids(labels, num_images), generators, given, keep, raster, prior.blocks)
 
 
-def given_order(order: Tensor | None) -> dict[str, Tensor]:
-    """`order` as a keyword argument, for the models that have it."""
-    return {} if order is None else {"order": order}
+def given_walk(prior: Model, walk: Partition | None, known: Tensor | None = None) -> dict[str, Tensor]:
+    """What `forward` is told of a walk other than the model's own (None), in which bool `known` (B, N), raster order,
+    comes first."""
+    if known is not None and prior.any_order:
+        order, blocks = (prior.order, prior.blocks) if walk is None else walk
+        walk = Partition(known_first(order, known), blocks)
+    if walk is None:
+        return {}
+    if not prior.config.takes_blocks:
+        return {"order": walk.order}
+    block_of = block_numbers(*walk)
+    return {"block_of": block_of if known is None else block_of.masked_fill(known, -1)}
+
+
+def partition_of(prior: Model, order: Order) -> Partition:
+    """`order` and how it is cut."""
+    if order is None:
+        return Partition(prior.order, prior.blocks)
+    if isinstance(order, str):
+        return make_partition(order, prior.grid.shape)
+    return order if isinstance(order, Partition) else Partition(torch.as_tensor(order), prior.blocks)
 
 
 def order_of(order: Order, rows: slice | Sequence[int]) -> Order:
     """The part of `order` that belongs to some of the images, where each has its own."""
-    return order if order is None or isinstance(order, str) or torch.as_tensor(order).ndim < 2 else order[rows]
+    if order is None or isinstance(order, str):
+        return order
+    if isinstance(order, Partition):
+        return order if order.order.ndim < 2 else Partition(order.order[rows], order.blocks)
+    return order if torch.as_tensor(order).ndim < 2 else order[rows]
 
 
 def check_mixture(name: str, count: int, allowed: bool, otherwise: str) -> None:
@@ -179,41 +227,49 @@ def check_labels(prior: Model, labels: Tensor | None, count: int) -> Tensor | No
     return labels.long()
 
 
-def check_order(prior: Model, order: Order, count: int) -> Tensor | None:
-    """`order` as int64 `(N,)` or `(count, N)`, or None for the model's own. Raises `ValueError` for what is no
-    order of this grid, or one that the model does not take."""
+def check_order(prior: Model, order: Order, count: int) -> Partition | None:
+    """`order`, int64 `(N,)` or `(count, N)`, and its blocks, or None for the model's own. Raises `ValueError` for what
+    is no ordered partition of this grid, or one that the model does not take."""
     if order is None:
         return None
-    walk = make_order(order, prior.grid.shape) if isinstance(order, str) else torch.as_tensor(order)
+    walk, blocks = partition_of(prior, order)
     walk, size = walk.to(prior.device), len(prior.grid)
     is_whole = not walk.dtype.is_floating_point and walk.dtype != torch.bool
     fits = is_whole and tuple(walk.shape) in ((size,), (count, size))
     if not fits or not bool((walk.sort(-1).values == torch.arange(size, device=walk.device)).all()):
         raise ValueError(f"order should hold each of 0 to {size - 1} once, for all images or for each of {count}")
-    if bool((walk == prior.order).all()):
+    if problem := blocks_problem(blocks, size):
+        raise ValueError(f"order: {problem}")
+    if blocks == prior.blocks and bool((walk == prior.order).all()):
         return None
     if not prior.any_order:
         raise ValueError(f"order: this {prior.name} goes in one order, {prior.config.order!r}, as it was made")
-    return walk.long()
+    if max(blocks) > 1 and not prior.config.takes_blocks:
+        raise ValueError(f"order: this {prior.name} draws one token at a time; blocks are for kinds that take them")
+    return Partition(walk.long(), blocks)
 
 
-def choose_walk(prior: Model, order: Order, num_orders: int, rows: Rows) -> Tensor | None:
-    """The order of each image, `(N,)` or `(B, N)`, None for the model's own: one of several, known tokens first.
+def choose_walk(prior: Model, order: Order, num_orders: int, rows: Rows) -> Partition | None:
+    """The order of each image, `(N,)` or `(B, N)`, and its blocks, None for the model's own: one of several, known
+    tokens first.
 
     rows: in raster order. Of several orders an image goes in one that its own generator draws, with the probability
     that the mixture's known tokens have come from it.
     """
     orders = [check_order(prior, one, len(rows)) for one in prior.orders(num_orders, order)]
-    walk = orders[0]
+    walk, blocks = orders[0] or (prior.order, prior.blocks)
     if len(orders) > 1:
-        ways = torch.stack([known_first(prior.order if one is None else one, rows.keep) for one in orders])
-        chosen = [draw_order(prior, rows[[k]], ways[:, k]) for k in range(len(rows))]
+        each = [prior.order if one is None else one.order for one in orders]
+        ways = torch.stack([known_first(one, rows.keep) for one in each])
+        chosen = [draw_order(prior, rows[[k]], Partition(ways[:, k], blocks)) for k in range(len(rows))]
         walk = ways[chosen, range(len(chosen))]
     elif prior.any_order and bool(rows.keep.any()):
-        walk = known_first(prior.order if walk is None else walk, rows.keep)
-    if walk is not None and walk.ndim == 2 and bool((walk == walk[:1]).all()):
+        walk = known_first(walk, rows.keep)
+    elif orders[0] is None:
+        return None
+    if walk.ndim == 2 and bool((walk == walk[:1]).all()):
         walk = walk[0]
-    return walk
+    return Partition(walk, blocks)
 
 
 def known_first(walk: Tensor, keep: Tensor) -> Tensor:
@@ -223,10 +279,16 @@ def known_first(walk: Tensor, keep: Tensor) -> Tensor:
     return walk.gather(1, torch.argsort(~keep.gather(1, walk), dim=1, stable=True))
 
 
-def draw_order(prior: Model, row: Rows, ways: Tensor) -> int:
-    """Which of `ways` (K, N) one image goes: each as probable as it makes the known tokens, which come first in it
-    (alike where nothing is known). One pass over the image in K orders, so that its batch has no say."""
-    (generator,), (keep,), count = row.generators, row.keep, len(ways)
+def after_known(blocks: tuple[int, ...], known: int) -> tuple[int, ...]:
+    """`blocks` where the first so many tokens are known: these are the first block, the rest keeps its cuts."""
+    cuts = [0, *([known] if known else []), *(cut for cut in accumulate(blocks) if cut > known)]
+    return tuple(end - begin for begin, end in zip(cuts, cuts[1:], strict=False))
+
+
+def draw_order(prior: Model, row: Rows, ways: Partition) -> int:
+    """Which of `ways`, orders (K, N), one image goes: each as probable as it makes the known tokens, which come first
+    in it (alike where nothing is known). One pass over the image in K orders, so that its batch has no say."""
+    (generator,), (keep,), count = row.generators, row.keep, len(ways.order)
     if not bool(keep.any()):
         return int(torch.randint(count, (), generator=generator, device=generator.device))
     tokens = row.given.expand(count, -1).reshape(count, *prior.grid.shape)

@@ -241,16 +241,16 @@ class GumbelNoise:
         self.block: Tensor = torch.empty(0)
         self.drawn = 0
 
-    def at(self, rank: int) -> Tensor:
-        """Noise `(B, V)` of the `rank`-th token; ranks are asked for in ascending order, none left out."""
-        while rank >= self.drawn:
-            self.block = self._next_block()
-        return self.block[rank - (self.drawn - self.positions)]
-
-    def whole(self) -> Tensor:
-        """Noise `(B, N, V)` of all positions at once."""
-        blocks = [self._next_block() for _ in range(-(-self.num_tokens // self.positions))]
-        return torch.cat(blocks)[: self.num_tokens].transpose(0, 1)
+    def of(self, begin: int, end: int) -> Tensor:
+        """Noise `(B, n, V)` of the n tokens ranked `begin` to `end` - 1; ranks are asked for in ascending order."""
+        parts = []
+        while begin < end:
+            while begin >= self.drawn:
+                self.block = self._next_block()
+            first, stop = self.drawn - self.positions, min(end, self.drawn)
+            parts.append(self.block[begin - first : stop - first])
+            begin = stop
+        return (parts[0] if len(parts) == 1 else torch.cat(parts)).transpose(0, 1)
 
     def _next_block(self) -> Tensor:  # (positions, B, V)
         rows = [gumbel(self.shape, generator) for generator in self.generators]

@@ -145,11 +145,16 @@ def doubled(model: Any, device: torch.device) -> Any:
 def walk(prior: Prior, count: int, choose: Callable[[int, Tensor, Tensor], Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
     """Grid steps and doubts rank by rank, on the incremental path; `choose` returns each rank's tokens `(count,)`."""
     state = prior.start(count, None)
-    token = None
-    for rank in range(len(prior.grid)):
-        steps, unsure = grid_steps(prior.next_logits(state, token))
-        yield steps, unsure
-        token = choose(rank, steps, unsure)
+    tokens, rank = None, 0
+    for _ in prior.blocks:
+        chosen = []
+        for steps, unsure in zip(
+            *(each.unbind(1) for each in grid_steps(prior.next_logits(state, tokens))), strict=True
+        ):
+            yield steps, unsure
+            chosen.append(choose(rank, steps, unsure))
+            rank += 1
+        tokens = torch.stack(chosen, 1)
 
 
 # The coder

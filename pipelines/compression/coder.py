@@ -120,14 +120,17 @@ class Coder:
         sizes = [min(batch_size, count - start) for start in range(0, count, batch_size)]
         states = [prior.start(size, None) for size in sizes]
         last: Sequence[Tensor | None] = [None] * len(sizes)
-        flat = torch.zeros(count, len(self.models.grid), dtype=torch.long, device=self.models.device)
-        for rank, unsure in enumerate(doubtful.split(count)):
-            logits = torch.cat([prior.next_logits(state, token) for state, token in zip(states, last, strict=True)])
-            steps, _ = grid_steps(logits)
-            found = torch.from_numpy(decoder.take(weights_of(steps, unsure))).to(flat.device)
-            flat[:, self.models.order[rank]] = found
-            last = found.split(batch_size)
+        walked = torch.zeros(count, len(self.models.grid), dtype=torch.long, device=self.models.device)
+        unsure, rank = doubtful.split(count), 0
+        for size in prior.blocks:
+            logits = torch.cat([prior.next_logits(state, tokens) for state, tokens in zip(states, last, strict=True)])
+            for steps in grid_steps(logits)[0].unbind(1):
+                walked[:, rank] = torch.from_numpy(decoder.take(weights_of(steps, unsure[rank])))
+                rank += 1
+            last = walked[:, rank - size : rank].split(batch_size)
         decoder.finish()
+        flat = torch.empty_like(walked)
+        flat[:, self.models.order] = walked
         return flat.reshape(count, *self.models.grid.shape)
 
     def decode_pixels(self, coded: bytes, tokens: Tensor, doubtful: Tensor) -> Tensor:

@@ -21,7 +21,7 @@ from PIL.Image import Image as Picture
 from torch import Tensor
 
 from prior import Prior
-from prior.requests import Order, known_first, known_tokens
+from prior.requests import Order, known_tokens, order_of
 
 from ..images.pictures import check_output_type, convert_images
 from .base import Images, Label, Stages
@@ -70,8 +70,7 @@ def complete(
     batch = pipeline.to_images(images)
     known = check_mask(known, batch)
     tokens, keep = visible_tokens(pipeline, batch, known)
-    if order is not None and np.ndim(order) == 2:  # an order per image
-        order = torch.as_tensor(order).repeat_interleave(draws, 0)
+    order = order_of(order, [row for row in range(len(batch)) for _ in range(draws)])
     made = sample(
         pipeline,
         len(batch) * draws,
@@ -184,8 +183,9 @@ def region_log_prob(prior: Prior, tokens: Tensor, known: Tensor, labels: Tensor 
     estimate.
 
     tokens: `(B, *grid.shape)`; known: bool, `grid.shape` or `(B, *grid.shape)`. A prior that takes any order is asked
-    in the one that `sample` walks: the known tokens first, each part in the prior's own order. Raises `ConditionError`
-    for a prior of one order in which a known token looks at one that is not, `ValueError` for what is out of range.
+    in the one that `sample` walks: the known tokens first, the rest in the prior's own order and cuts. Raises
+    `ConditionError` for a prior of one order in which a known token looks at one that is not, `ValueError` for what is
+    out of range.
     """
     _, keep = known_tokens(prior, tokens, known, len(tokens))
     if blocked := int((~sees_all_known(prior, keep)).sum()):
@@ -194,8 +194,7 @@ def region_log_prob(prior: Prior, tokens: Tensor, known: Tensor, labels: Tensor 
             f"{len(tokens)} images known tokens come after hidden ones; it needs all known tokens first, or a prior "
             "that takes any order (masked, gpt with any_order, made with order_agnostic)"
         )
-    walk = known_first(prior.order, keep) if prior.any_order else None
-    each = prior.chain_log_probs(tokens, labels, walk)
+    each = prior.chain_log_probs(tokens, labels, known=keep)
     return each.flatten(1).double().masked_fill(keep, 0).sum(1).float()
 
 

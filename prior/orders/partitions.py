@@ -164,5 +164,5 @@ def make_order(name: str, shape: tuple[int, ...]) -> Tensor:
 def block_numbers(order: Tensor, blocks: tuple[int, ...]) -> Tensor:
     """The number of the block of each cell, in raster order: int64, as `order`, `(N,)` or `(B, N)`."""
     sizes = torch.tensor(blocks, device=order.device)
-    numbers = torch.arange(len(blocks), device=order.device).repeat_interleave(sizes)
+    numbers = torch.arange(len(blocks), device=order.device).repeat_interleave(sizes, output_size=order.shape[-1])
     return torch.empty_like(order).scatter_(-1, order, numbers.expand_as(order))

@@ -5,6 +5,7 @@ import math
 
 import pytest
 import torch
+from costs import all_steps
 from small import ANY_ORDER, ORDERS, PRIORS, generators, make_prior
 
 from prior.orders import make_order
@@ -77,11 +78,8 @@ def test_step_logits_equal_forward_logits(name, orders):
     tokens, labels = torch.randint(5, (5, 3, 4)), torch.arange(5) % 4
     whole = model(tokens, labels, order=orders)
     with torch.no_grad():
-        state, token = model.start(5, labels, order=orders), None
-        for rank in range(12):
-            step = model.next_logits(state, token)
-            assert (step - whole[torch.arange(5), orders[:, rank]]).abs().max() < 1e-9
-            token = tokens.flatten(1)[torch.arange(5), orders[:, rank]]
+        steps = all_steps(model, tokens, labels, orders)
+        assert (steps - whole[torch.arange(5)[:, None], orders]).abs().max() < 1e-9
 
 
 @every_model
@@ -115,7 +113,7 @@ def test_the_spread_over_orders_is_that_of_log_prob(name):
 def test_where_all_orders_are_of_one_joint_there_is_no_spread():
     model = make("masked")
     with torch.no_grad():
-        for block in model.blocks:
+        for block in model.layers:
             block.project.weight.zero_()  # no position hears of another: the joint is a product
     assert model.order_spread(torch.randint(5, (6, 3, 4))).max() < 1e-4
 

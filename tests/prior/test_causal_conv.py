@@ -48,9 +48,9 @@ def test_forward_is_wavenet_by_definition():
         x.append(token + model.axis_embeddings[0][at // 4] + model.axis_embeddings[1][at % 4])
     skips = [model.skip_bias] * 12
     for block, dilation, term in zip(
-        model.blocks, (1, 2, 1), model.class_embedding.weight[label].chunk(3), strict=True
+        model.layers, (1, 2, 1), model.class_embedding.weight[label].chunk(3), strict=True
     ):
-        width = 16 if block is not model.blocks[-1] else 0
+        width = 16 if block is not model.layers[-1] else 0
         gates = []
         for rank in range(12):
             total = block.gated.bias + term
@@ -80,7 +80,7 @@ def test_a_step_is_five_operations_a_block_and_copies_nothing(rows):
         state, token, counts, names = model.start(rows, None), None, [], set()
         for _ in range(64):
             with Operations() as operations:
-                token = model.next_logits(state, token).argmax(-1)
+                token = state.step(token).argmax(-1)
             counts.append(len(operations.names))
             names |= set(operations.names)
             assert operations.largest <= rows * 2 * 16
@@ -95,7 +95,7 @@ def test_buffers_are_allocated_once():
         where = [layer.inputs.data_ptr() for layer in state.layers]
         assert len({layer.inputs.untyped_storage().data_ptr() for layer in state.layers}) == 1
         for rank in range(12):
-            model.next_logits(state, torch.zeros(4, dtype=torch.long) if rank else None)
+            state.step(torch.zeros(4, dtype=torch.long) if rank else None)
         assert where == [layer.inputs.data_ptr() for layer in state.layers]
 
 
@@ -107,9 +107,9 @@ def test_steps_with_any_number_of_rows_and_kernel(rows):
     for given in (labels, None):
         steps = all_steps(model, tokens, given)  # with gradients on: a step is no part of training
         assert not steps.requires_grad and (steps - model(tokens, given)[:, model.order]).abs().max() < 1e-9
-    firsts = torch.cat([model.next_logits(model.start(1, torch.tensor([label])), None) for label in range(4)])
+    firsts = torch.cat([model.start(1, torch.tensor([label])).step(None) for label in range(4)])
     assert (firsts[:, None] - firsts).abs().amax(-1).add(torch.eye(4)).min() > 1e-3
-    assert torch.equal(firsts[3:], model.next_logits(model.start(1, None), None))
+    assert torch.equal(firsts[3:], model.start(1, None).step(None))
 
 
 def test_dropout_is_for_training_only():

@@ -4,14 +4,15 @@ Covers: prior/base.py, prior/features.py, prior/gpt.py, prior/marginal.py, prior
 """
 
 import itertools
+from itertools import accumulate
 
 import pytest
 import torch
 from costs import all_steps, flops
-from small import ORDERS, PRIORS, PRIORS_IN_ORDERS, generators, make_prior, moved_by
+from small import ORDERS, PARTITIONS, PRIORS, PRIORS_IN_ORDERS, generators, make_prior, moved_by
 
 from prior import Prior
-from prior.orders import make_order
+from prior.orders import make_partition
 from tokenizer import TokenGrid
 
 every_prior = pytest.mark.parametrize("name", PRIORS)
@@ -19,32 +20,33 @@ every_order = pytest.mark.parametrize(("name", "order"), PRIORS_IN_ORDERS)
 
 
 RASTER_ONLY = {"pixelcnn", "gated_pixelcnn", "pixelsnail"}
+BLOCKS = {"marginal", "masked"}
 
 
 def test_every_model_is_found_and_takes_the_orders_it_says():
     assert {"gpt", "marginal", "made", "causal_conv", "masked", *RASTER_ONLY} <= set(PRIORS)
     taken = {name: [order for other, order in PRIORS_IN_ORDERS if other == name] for name in PRIORS}
-    assert taken == {name: ["raster"] if name in RASTER_ONLY else ORDERS for name in PRIORS}
+    many = {name: [*ORDERS, *PARTITIONS] if name in BLOCKS else ORDERS for name in PRIORS}
+    assert taken == {name: ["raster"] if name in RASTER_ONLY else many[name] for name in PRIORS}
 
 
 @every_order
 def test_logits_see_only_earlier_tokens(name, order):
-    """Changing the token at rank r moves no logits at ranks <= r, and at later ranks all those whose model says that
-    they see it: all of them, except where the model's published receptive field is smaller."""
+    """Changing a token moves no logits of its block and of those before it, and of later ones all those whose model
+    says that they see it: all of them, except where the model's published receptive field is smaller."""
     model = make_prior(name, order=order).double()
     tokens, labels = torch.randint(5, (16, 3, 4)), torch.arange(16) % 4
     assert model(tokens, labels).shape == (16, 12, 5)
     moved = moved_by(model, tokens, labels, least=1e-12)
-    positions, field = make_order(order, (3, 4)).tolist(), model.receptive_field
+    (walk, sizes), field = make_partition(order, (3, 4)), model.receptive_field
     assert field.dtype == torch.bool and field.shape == (12, 12)
-    for rank, position in enumerate(positions):
-        assert not moved[positions[: rank + 1], position].any(), f"rank {rank} leaks into its past"
-        assert moved[:, position].equal(field[:, position]), (
-            f"rank {rank} is seen by other positions than the model says"
-        )
-    if name in ("gpt", "made", "masked", "pixelsnail"):
-        ranks = torch.argsort(model.order)
-        assert field.equal(ranks < ranks[:, None])
+    earlier = torch.zeros(12, dtype=torch.bool)
+    for block in walk.split(sizes):
+        assert not moved[block][:, ~earlier].any(), f"the block of {block.tolist()} sees what comes with it or after it"
+        if name in ("gpt", "made", "masked", "pixelsnail"):
+            assert field[block].equal(earlier.expand(len(block), -1))
+        earlier[block] = True
+    assert moved.equal(field), "tokens are seen by other positions than the model says"
 
 
 @every_order
@@ -80,11 +82,12 @@ def test_step_logits_equal_forward_logits(name, order):
     tokens, labels = torch.randint(5, (4, 3, 4)), torch.tensor([0, 1, 2, 3])
     whole = model(tokens, labels)
     with torch.no_grad():
-        state, token = model.start(4, labels), None
-        for position in model.order.tolist():
-            step = model.next_logits(state, token)
-            assert (step - whole[:, position]).abs().max() < 1e-9
-            token = tokens.flatten(1)[:, position]
+        state, begin, last = model.start(4, labels), 0, None
+        for size in model.blocks:
+            at = model.order[begin : begin + size]
+            logits = model.next_logits(state, last)
+            assert logits.shape == (4, size, 5) and (logits - whole[:, at]).abs().max() < 1e-9
+            begin, last = begin + size, tokens.flatten(1)[:, at]
 
 
 @every_prior
@@ -112,8 +115,13 @@ def test_frequencies_match_log_prob(name):
     assert ((found - expected).abs() < 5 * deviation + 1e-4).all()
 
 
-def given_order(model, walk):
-    return {"order": walk} if model.any_order else {}
+def walked(model, walk, known):
+    """What `forward` is told of a walk whose first so many tokens are known, cut as the model is."""
+    if not model.any_order or not model.config.takes_blocks:
+        return {"order": walk} if model.any_order else {}
+    numbers = torch.tensor([block for block, size in enumerate(model.blocks) for _ in range(size)])
+    numbers[:known] = -1
+    return {"block_of": torch.empty_like(walk).scatter_(0, walk, numbers)}
 
 
 @every_order
@@ -134,12 +142,15 @@ def test_a_token_is_the_argmax_of_its_own_logits_and_noise(name, order, settings
     drawn = model.sample(3, labels, generator=generators(3), tokens=given, known=known, **settings)
     for k in range(3):
         noise = -(-torch.rand(12, 5, generator=generators(3)[k], dtype=torch.float64).log()).float().log()
-        tokens, walk = torch.zeros(1, 12, dtype=torch.long), model.order
+        tokens, walk, count = torch.zeros(1, 12, dtype=torch.long), model.order, 0
         if model.any_order:  # known tokens first, so that all others are conditioned on all of them
-            walk = walk[torch.argsort(~known[k].flatten()[walk], stable=True)]
+            walk, count = walk[torch.argsort(~known[k].flatten()[walk], stable=True)], int(known[k].sum())
         for rank, position in enumerate(walk.tolist()):
+            begin = max(cut for cut in (0, count, *accumulate(model.blocks)) if cut <= rank)  # of its block
+            seen = torch.zeros_like(tokens)
+            seen[:, walk[:begin]] = tokens[:, walk[:begin]]
             pair = model(
-                tokens.expand(2, 12).reshape(2, 3, 4), torch.tensor([int(labels[k]), 3]), **given_order(model, walk)
+                seen.expand(2, 12).reshape(2, 3, 4), torch.tensor([int(labels[k]), 3]), **walked(model, walk, count)
             ).detach()[:, position]
             logits = pair[1] + settings.get("guidance_scale", 1.0) * (pair[0] - pair[1])  # 3 is the null class
             logits = logits / settings.get("temperature", 1.0)

@@ -4,6 +4,7 @@ import itertools
 
 import pytest
 import torch
+from costs import all_steps
 from made_variants import by_the_paper, every_variant, make_made
 from small import draw_tokens, generators, make_prior
 
@@ -89,10 +90,8 @@ def test_steps_of_a_drawn_connectivity_equal_a_whole_pass(variant, walk, number)
     path = (model.order if order is None else order).expand(5, 12)
     with torch.no_grad(), model.connected(number):
         whole = model(tokens, labels, order=order)
-        state, token = model.start(5, labels, order=order), None
-        for at in path.t():
-            assert (model.next_logits(state, token) - whole[torch.arange(5), at]).abs().max() < 1e-9
-            token = tokens.flatten(1)[torch.arange(5), at]
+        steps = all_steps(model, tokens, labels, order)
+        assert (steps - whole[torch.arange(5)[:, None], path]).abs().max() < 1e-9
     assert number == 0 or not torch.allclose(model(tokens, labels, order=order), whole)
 
 

@@ -155,7 +155,7 @@ def test_steps_are_the_forward_pass_for_all_kernels(name, rows, first_kernel, ke
     other = model.start(rows, labels)
     assert (all_steps(model, tokens, labels) - model(tokens, labels)).abs().max() < 1e-9
     assert (all_steps(model, tokens, None) - model(tokens)).abs().max() < 1e-9
-    assert (model.next_logits(other, None) - model(tokens, labels)[:, 0]).abs().max() < 1e-9
+    assert (model.next_logits(other, None) - model(tokens, labels)[:, :1]).abs().max() < 1e-9
 
 
 def weights_in_effect(model):
@@ -184,7 +184,7 @@ def test_a_step_takes_few_operations(name):
             state, token = model.start(4, None), torch.zeros(4, dtype=torch.long)
             for position in range(20):
                 with Operations() as operations:
-                    model.next_logits(state, token if position else None)
+                    state.step(token if position else None)
                 if position % 5:
                     assert len(operations.names) <= most, f"{len(operations.names)} operations at position {position}"
                     assert operations.largest <= 4 * 16, "a step makes more than one position's features"

@@ -21,7 +21,7 @@ def test_one_block_sees_every_earlier_token(shape):
 def test_attention_by_definition(sizes):
     """Position by position and head by head: a softmax over what was made of the tokens before it, and "nothing"."""
     model = make_prior("pixelsnail", **sizes).double()
-    attention, background = model.blocks[0].attention, model.background
+    attention, background = model.layers[0].attention, model.background
     embedded, x = torch.randn(1, 12, 5).double(), torch.randn(1, 12, 8).double()
     found = attention(embedded, x, background)
     heads, key, value = sizes["heads"], sizes["key"], sizes["value"]
@@ -40,7 +40,7 @@ def test_attention_by_definition(sizes):
 @pytest.mark.parametrize("kernel", [3, 5])
 def test_residual_layer_by_definition(kernel):
     """Tap by tap: rows above in full, the own row up to and with the own position, a sigmoid gate with the class."""
-    residual, reach = make_prior("pixelsnail", kernel=kernel).double().blocks[0].residuals[0], kernel // 2
+    residual, reach = make_prior("pixelsnail", kernel=kernel).double().layers[0].residuals[0], kernel // 2
 
     def convolved(conv, x):
         y = torch.zeros(3, 4, len(conv.bias)).double() + conv.bias
@@ -62,7 +62,7 @@ def test_residual_layer_by_definition(kernel):
 def test_the_first_position_attends_to_nothing():
     """It has no token to look at, yet its output is finite, and the same whatever comes later."""
     model = make_prior("pixelsnail")
-    attention = model.blocks[0].attention
+    attention = model.layers[0].attention
     found = attention(torch.randn(3, 12, 5), torch.randn(3, 12, 8), model.background)
     nothing = attention.nothing.view(2, 12)[:, 4:].flatten()
     assert found.isfinite().all() and torch.allclose(found[:, 0], nothing.expand(3, -1))
@@ -103,10 +103,10 @@ def test_every_gate_hears_the_class(gate, block):
     """Both in `forward` and in a step, from the first position on."""
     model = make_prior("pixelsnail").double()
     for name, parameter in model.named_parameters():
-        if name.endswith("label.weight") and name != f"blocks.{block}.{gate}.weight":
+        if name.endswith("label.weight") and name != f"layers.{block}.{gate}.weight":
             torch.nn.init.zeros_(parameter)
     tokens, labels = torch.zeros(4, 3, 4, dtype=torch.long), torch.arange(4)
-    firsts = model.next_logits(model.start(4, labels), None)
+    firsts = model.next_logits(model.start(4, labels), None)[:, 0]
     assert (firsts[:, None] - firsts).abs().amax(-1).add(torch.eye(4)).min() > 1e-6
     assert (firsts - model(tokens, labels)[:, 0]).abs().max() < 1e-9
 
@@ -129,7 +129,7 @@ def test_operations_of_a_step_are_counted(rows):
         slots = state.slots.data_ptr()
         for _ in range(64):
             with Operations() as operations:
-                token = model.next_logits(state, token).argmax(-1)
+                token = state.step(token).argmax(-1)
             counts.append(len(operations.names))
             names |= set(operations.names)
         assert state.slots.data_ptr() == slots
@@ -169,7 +169,7 @@ def test_dropout_is_for_training_only():
     assert not torch.equal(model(tokens), model(tokens))
     drawn = [model.sample(4, generator=generators(4), cache=cache) for cache in (True, False)]
     assert torch.equal(*drawn) and torch.equal(drawn[0], model.eval().sample(4, generator=generators(4)))
-    for block in model.blocks:
+    for block in model.layers:
         assert {module.p for module in block.modules() if isinstance(module, torch.nn.Dropout)} == {0.5}
 
 

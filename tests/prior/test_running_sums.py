@@ -19,11 +19,8 @@ def test_steps_equal_a_whole_pass(variant, walk):
         order = given if given is None or given.ndim == 1 else given[:rows]
         with torch.no_grad():
             whole = model(tokens[:rows], labels[:rows], order=order)
-            state, token, images = model.start(rows, labels[:rows], order=order), None, torch.arange(rows)
-            for rank in range(12):
-                at = path[:rows, rank]
-                assert (model.next_logits(state, token) - whole[images, at]).abs().max() < 1e-9
-                token = tokens.flatten(1)[images, at]
+            steps, images = all_steps(model, tokens[:rows], labels[:rows], order), torch.arange(rows)[:, None]
+            assert (steps - whole[images, path[:rows]]).abs().max() < 1e-9
 
 
 @pytest.mark.parametrize("variant", WIDE)
@@ -71,10 +68,10 @@ def test_a_step_is_few_operations_whatever_the_sizes():
         model = make_prior("made", shape=shape, hidden=(512, 512), order_agnostic=True)
         state, token = model.start(rows, torch.zeros(rows).long()), torch.zeros(rows).long()
         with torch.inference_mode():
-            model.next_logits(state, None)
+            state.step(None)
             for _ in range(8):
                 with Operations() as step:
-                    model.next_logits(state, token)
+                    state.step(token)
                 counts.add(len(step.names))
                 assert step.largest <= rows * 512, "a step may not copy weights or maps"
     assert max(counts) <= 40

@@ -4,6 +4,7 @@ import itertools
 
 import pytest
 import torch
+from costs import all_steps
 from small import ANY_ORDER, PRIORS, generators, make_prior
 
 from prior import Prior
@@ -40,11 +41,7 @@ def ways_to_compute(model, tokens, labels):
     """Logits `(B, N, V)` in the model's order: by a pass over each image alone, and by steps of few and many rows."""
 
     def steps(rows):
-        state, token, logits = model.start(len(rows), labels[rows]), None, []
-        for position in model.order.tolist():
-            logits.append(model.next_logits(state, token).float())
-            token = tokens[rows].flatten(1)[:, position]
-        return torch.stack(logits, 1)
+        return all_steps(model, tokens[rows], labels[rows]).float()
 
     images = torch.arange(len(tokens))
     with torch.inference_mode():

@@ -7,6 +7,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
+from prior.requests import partition_of
+
 VIEWS = {
     "_unsafe_view",
     "alias",
@@ -72,10 +74,8 @@ def flops(run: Callable[[], object]) -> int:
 
 
 def all_steps(model, tokens, labels=None, order=None):
-    """Logits `(B, N, V)` of the incremental path on `tokens`, in the order (given or the model's own)."""
-    path = (model.order if order is None else order).expand(len(tokens), -1)
-    walked, logits = tokens.flatten(1).gather(1, path), []
-    state = model.start(len(tokens), labels, **({} if order is None else {"order": order}))
-    for rank in range(walked.shape[1]):
-        logits.append(model.next_logits(state, walked[:, rank - 1] if rank else None))
-    return torch.stack(logits, 1)
+    """Logits `(B, N, V)` of the incremental path on `tokens`, in the order (a name, given, or the model's own)."""
+    path, blocks = partition_of(model, order)
+    walked = tokens.flatten(1).gather(1, path.expand(len(tokens), -1)).split(blocks, 1)
+    state = model.start(len(tokens), labels, order)
+    return torch.cat([model.next_logits(state, last) for last in (None, *walked[:-1])], 1)

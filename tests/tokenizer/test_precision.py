@@ -200,7 +200,7 @@ def test_compiled_blocks_sample(backend):
     """They are compiled again inside, for a sampler asks for no gradients."""
     model = make_prior("gpt")
     expected = model.sample(2, generator=generators(2))
-    for block in model.blocks:
+    for block in model.layers:
         block.forward = torch.compile(block.forward, backend=backend)
     model(torch.randint(5, (2, 3, 4))).sum().backward()
     assert torch.equal(model.sample(2, generator=generators(2), cache=False), expected)

@@ -79,7 +79,7 @@ def test_features_are_the_layers_of_the_forward_pass(name):
     elif name == "causal_conv":
         written = [
             f @ block.out.weight[-model.config.skip :, :, 0].t()
-            for f, block in zip(all_layers(model, tokens, labels), model.blocks, strict=True)
+            for f, block in zip(all_layers(model, tokens, labels), model.layers, strict=True)
         ]
         found = model.head(model.hidden((sum(written) + model.skip_bias).relu()).relu())
     else:
@@ -332,7 +332,7 @@ def test_random_weights_are_the_control(world):
     before = {name: value.clone() for name, value in pipe.prior.state_dict().items()}
     other = with_random_prior(pipe, 0)
     assert all(torch.equal(before[name], value) for name, value in pipe.prior.state_dict().items())
-    assert not torch.equal(other.prior.blocks[0].qkv.weight, pipe.prior.blocks[0].qkv.weight)
+    assert not torch.equal(other.prior.layers[0].qkv.weight, pipe.prior.layers[0].qkv.weight)
     assert other.prior.config == pipe.prior.config and other.tokenizer is pipe.tokenizer
 
 

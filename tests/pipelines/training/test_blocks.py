@@ -87,8 +87,8 @@ def names_of(model: nn.Module) -> list[str]:
 
 def test_every_prior_has_the_blocks_that_it_repeats():
     assert {name: len(repeated_blocks(make_prior(name))) for name in PRIORS} == BLOCKS
-    assert names_of(make_prior("gpt", depth=3)) == ["blocks.0", "blocks.1", "blocks.2"]
-    assert names_of(make_prior("pixelsnail")) == ["blocks.0", "blocks.1"]  # not what is in them
+    assert names_of(make_prior("gpt", depth=3)) == ["layers.0", "layers.1", "layers.2"]
+    assert names_of(make_prior("pixelsnail")) == ["layers.0", "layers.1"]  # not what is in them
 
 
 def test_tokenizers_have_blocks_in_both_halves():
