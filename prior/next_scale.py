@@ -1,8 +1,8 @@
 """The transformer that draws a picture from coarse to fine: a whole map of ids in each pass, small ones first.
 
 VAR (Tian et al. 2024). The blocks are the scales of a tokenizer whose quantizer is `multiscale`. The input of a scale
-is what all earlier scales add up to, made as small as it is; so a position is told what is known of its place. Tokens of
-one scale are independent given the coarser ones, by definition of the model.
+is what all earlier scales add up to, made as small as it is: so a position is told what is known of its place. Tokens
+of one scale are independent given the coarser ones, by definition of the model.
 
 Ids have an embedding of the prior's own, which is added up and resized as the quantizer does with its codes: the prior
 knows nothing of these. Positions of all scales stand on one map, so that rotations know who lies over whom.
@@ -84,9 +84,9 @@ class NextScale(Prior, name="next_scale"):
         self.head = nn.Linear(dim, config.grid.vocab_size, bias=False)
         self.rotations = Rotations(config, torch.cat([centres(sides, scales[-1]) for sides in scales]))
         reset(self.parameters(), self.layers)
-        for layer in self.layers:
-            for parameter in layer.modulate.parameters() if config.adaln else ():
-                nn.init.zeros_(parameter)  # so that a block begins as one without
+        for name, parameter in self.layers.named_parameters():
+            if "modulate" in name:  # a block begins as one without
+                nn.init.zeros_(parameter)
         nn.init.normal_(self.lift.weight, std=config.channels**-0.5)  # the ids' embedding is small already
 
     def forward(self, tokens: Tensor, labels: Tensor | None = None) -> Tensor:
