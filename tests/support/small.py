@@ -90,8 +90,8 @@ def grid_of(name: str, shape: tuple[int, ...], vocab_size: int) -> TokenGrid:
 
 def make_prior(name: str, shape: tuple[int, ...] = (3, 4), vocab_size: int = 5, **config: Any) -> Prior:
     """A small prior of the family with weights large enough that every input matters, in eval mode."""
-    config = {"num_classes": 3, **SMALL.get(name, {}), **config}
-    model = Prior.create(name, grid=grid_of(name, shape, vocab_size), **config)
+    config = {"grid": grid_of(name, shape, vocab_size), "num_classes": 3, **SMALL.get(name, {}), **config}
+    model = Prior.create(name, **config)
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.3)
     return model.eval()
@@ -100,6 +100,11 @@ def make_prior(name: str, shape: tuple[int, ...] = (3, 4), vocab_size: int = 5, 
 def draw_tokens(model: Prior, count: int) -> Tensor:
     """Random ids `(count, *grid)`."""
     return torch.randint(model.grid.vocab_size, (count, *model.grid.shape))
+
+
+def draw_known(model: Prior, count: int, share: float) -> Tensor:
+    """bool `(count, *grid)`, True at about this share of the tokens."""
+    return torch.rand(count, *model.grid.shape) < share
 
 
 def moved_by(model: Prior, tokens: Tensor, labels: Tensor | None = None, least: float = 1e-9, **inputs: Any) -> Tensor:
