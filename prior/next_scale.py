@@ -25,7 +25,8 @@ from .base import Prior
 from .orders import Partition
 from .transformer import EPS, Block, Rotations, TransformerConfig, coordinates, deep_rounding, reset, rotate, unit
 
-Modulations = tuple[Tensor, ...] | None
+Modulation = tuple[Tensor, ...] | None
+"""Scale, shift and gate of a branch, each `(B, 1, dim)`; None for none."""
 Ranges = list[tuple[int, int]]
 
 
@@ -98,7 +99,7 @@ class NextScale(Prior, name="next_scale"):
             canvas = self.painted(canvas, ids, k) if k + 1 < len(self.blocks) else None
         x = self.dropout(torch.cat(inputs, 1) + self.positions + label[:, None])
         for layer in self.layers:
-            x = layer(x, self.turns, layer.modulations(label), self.ranges)
+            x = layer(x, self.turns, label, self.ranges)
         return self.head(self.norm(x))
 
     @property
@@ -136,30 +137,28 @@ class ScaleBlock(Block):
         self.modulate = nn.Linear(config.dim, 6 * config.dim) if config.adaln else None
 
     def forward(  # type: ignore[override]
-        self, x: Tensor, turns: Tensor, class_: Modulations, ranges: Ranges, kept: Tensor | None = None
+        self, x: Tensor, turns: Tensor, label: Tensor, ranges: Ranges, kept: Tensor | None = None
     ) -> Tensor:
-        """`(B, n, dim)` to the same. class_: `modulations`; ranges: where each scale of `x` begins and ends among all
+        """`(B, n, dim)` to the same. label: `(B, dim)`; ranges: where each scale of `x` begins and ends among all
         tokens; kept: keys and values `(2, B, heads, L, width)` of the scales so far, where those of `x` are added."""
-        y, gate = self.attention_norm(x), None
-        if class_ is not None:
-            y, gate = y * (1 + class_[0]) + class_[1], 1 + class_[2]
+        attention, mlp = self.modulations(label)
+        y = modulated(self.attention_norm(x), attention)
         q, k, v = (t.unflatten(-1, (self.heads, -1)) for t in self.qkv(y).chunk(3, -1))
         turns = turns.unsqueeze(-4)
         q = rotate(unit(q), turns[..., 0, :, :] * self.gain.unsqueeze(-1)).to(v.dtype)
         k = rotate(unit(k), turns[..., 1, :, :]).to(v.dtype)
         q, k, v = (t.transpose(1, 2) for t in (q, k, v))
         attended = self.attend_scales(q, k, v, ranges, kept)
-        x = x + gated(self.dropout(self.project(attended.transpose(1, 2).flatten(2))), gate)
-        y = self.mlp_norm(x)
-        if class_ is not None:
-            y, gate = y * (1 + class_[3]) + class_[4], 1 + class_[5]
-        hidden, up = self.gate_up(y).chunk(2, -1)
-        return x + gated(self.dropout(self.down(F.silu(hidden) * up)), gate)
+        x = x + gated(self.dropout(self.project(attended.transpose(1, 2).flatten(2))), attention)
+        gate, up = self.gate_up(modulated(self.mlp_norm(x), mlp)).chunk(2, -1)
+        return x + gated(self.dropout(self.down(F.silu(gate) * up)), mlp)
 
-    def modulations(self, label: Tensor) -> Modulations:
-        """What the class `(B, dim)` scales, shifts and gates each branch by, six of `(B, 1, dim)` that begin as zeros;
-        None without `adaln`."""
-        return None if self.modulate is None else self.modulate(F.silu(label))[:, None].chunk(6, -1)
+    def modulations(self, label: Tensor) -> tuple[Modulation, Modulation]:
+        """How the class `(B, dim)` changes the two branches: not at all without `adaln`, nor before training."""
+        if self.modulate is None:
+            return None, None
+        six = self.modulate(F.silu(label))[:, None].chunk(6, -1)
+        return six[:3], six[3:]
 
     def attend_scales(self, q: Tensor, k: Tensor, v: Tensor, ranges: Ranges, kept: Tensor | None) -> Tensor:
         """Attention of `(B, heads, n, width)` each, scale by scale: none needs a mask."""
@@ -185,7 +184,6 @@ class Cache:
         self.model, self.k = model, 0
         self.canvas: Tensor | None = None
         self.label, self.turns = model.class_embedding(labels), model.turns
-        self.classes = [layer.modulations(self.label) for layer in model.layers]
         self.kept = [None if layer.markov else weight.new_empty(shape) for layer in model.layers]
 
     def step(self, tokens: Tensor | None) -> Tensor:
@@ -195,15 +193,20 @@ class Cache:
             ids = tokens.unflatten(1, model.grid.scales[self.k - 1])
             self.canvas = model.painted(self.canvas, ids, self.k - 1)
         x = model.inputs(self.canvas, self.k, len(self.label)) + model.positions[begin:end] + self.label[:, None]
-        for layer, class_, kept in zip(model.layers, self.classes, self.kept, strict=True):
-            x = layer(x, self.turns[begin:end], class_, [(begin, end)], kept)
+        for layer, kept in zip(model.layers, self.kept, strict=True):
+            x = layer(x, self.turns[begin:end], self.label, [(begin, end)], kept)
         self.k += 1
         return model.head(model.norm(x))
 
 
-def gated(branch: Tensor, gate: Tensor | None) -> Tensor:
-    """`branch` times `gate`, where there is one."""
-    return branch if gate is None else gate * branch
+def modulated(x: Tensor, by: Modulation) -> Tensor:
+    """`x` scaled and shifted."""
+    return x if by is None else x * (1 + by[0]) + by[1]
+
+
+def gated(branch: Tensor, by: Modulation) -> Tensor:
+    """`branch` times the gate."""
+    return branch if by is None else (1 + by[2]) * branch
 
 
 def centres(sides: tuple[int, int], whole: tuple[int, int]) -> Tensor:

@@ -32,7 +32,7 @@ SMALL: dict[str, dict[str, Any]] = {
     "fsq": {"levels": (5, 4, 3)},
     "lfq": {"bits": 8, "levels": 2, "group": 3},
     "bsq": {"bits": 6},
-    "multiscale": {"scales": (1, 2, 4), "book": {"kind": "ema", "codes": 32, "dim": 8}},
+    "multiscale": {"scales": (1, 3, 7), "book": {"kind": "ema", "codes": 32, "dim": 8}},
     "pixels": {"levels": 5},
     "palette": {"colors": 12},
     "klvae": {"widths": (16,), "blocks": (1,), "latent": 3, "bins": 6},
