@@ -255,16 +255,19 @@ class MultiScale(Quantizer, name="multiscale"):
         return rests
 
     def _start(self, rests: list[Tensor]) -> None:
-        """Set each scale's root mean square, and the codebook by k-means over as many residuals of each scale, in units
-        of it: those of a small map are repeated, of a large one some are taken."""
+        """Set each scale's root mean square, and the codebook by k-means over residuals in units of it: as many of each
+        scale, as far as its map has them. (If some were taken twice, rounding would decide between centres that lie on
+        the same vector.)"""
         if self.config.rms:
             self._set(self.squares, average(torch.stack([rest.square().mean() for rest in rests])))
         if not isinstance(self.book, Codebook):
             return
-        each = -(-sum(areas(self.scales)) // len(rests))
-        rows = [rest.flatten(2)[..., torch.arange(each) * rest[0, 0].numel() // each] for rest in rests]
-        pooled = torch.stack(rows, 1) / self.sigma()[:, None, None]  # (B, scales, dim, each)
-        self.book.start(pooled.movedim(2, -1).reshape(-1, self.dim))
+        each, taken = -(-sum(areas(self.scales)) // len(rests)), []
+        for rest, sigma in zip(rests, self.sigma(), strict=True):
+            rows = rest.flatten(2) / sigma
+            count = min(each, rows.shape[2])
+            taken.append(rows[..., torch.arange(count, device=rows.device) * rows.shape[2] // count])
+        self.book.start(torch.cat(taken, 2).transpose(1, 2).flatten(0, 1))
 
     def _set(self, mean: Tensor, value: Tensor) -> None:
         """Start a running mean, but not from what is not finite, which it would not recover from."""

@@ -130,13 +130,14 @@ def test_micro_batches_move_it_as_their_whole_does(name):
 def test_quantizing_moves_nothing_and_a_step_that_is_not_taken_is_forgotten(name):
     quantizer = busy(name)
     before, other = copy.deepcopy(quantizer), copy.deepcopy(quantizer)
-    for z in (torch.full((4, quantizer.dim, 4, 4), math.nan), latents(quantizer, 4, 4, 4)):
+    for z in (latents(quantizer, 4, 4, 4) * math.nan, latents(quantizer, 4, 4, 4)):
         quantizer.quantize(z)
         assert_equal_states(quantizer, before)
         quantizer.finish_step(taken=False)
         assert_equal_states(quantizer, before)
     for step in range(4):
-        z = torch.randn(8, quantizer.dim, 4, 4, generator=torch.Generator().manual_seed(step))
+        torch.manual_seed(step)
+        z = latents(quantizer, 8, 4, 4)
         train_on(quantizer, z)
         train_on(other, z)
     assert_equal_states(quantizer, other)
