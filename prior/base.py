@@ -10,20 +10,20 @@ logits, block by block, for less.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Annotated, Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 from pydantic import Field
-from torch import Tensor, nn
+from torch import Tensor
 
 from tokenizer.base import Grid, at_least_float32, full_float32
 from tokenizer.pretrained import Fact, ModelConfig, PretrainedModel
 
 from .drawing import State, draw, evaluating
-from .features import check_layers, outputs_of
+from .features import Features
 from .orders import Partition, block_numbers, blocks_problem, make_order, make_partition, order_problem
 from .requests import Order, Rows, Walk, check_labels, check_mixture, check_order, given_walk, make_rows, partition_of
 from .sampling import Generators, Sampler
@@ -69,7 +69,7 @@ def takers_of_blocks() -> list[str]:
     return [name for name in Prior.available() if Prior.find(name).Config.takes_blocks]  # type: ignore[attr-defined]
 
 
-class Prior(PretrainedModel, family="prior"):
+class Prior(Features, PretrainedModel, family="prior"):
     """A distribution over grids of ids; `forward` is the only method that trains."""
 
     Sampling: ClassVar[type[Sampler]] = Sampler
@@ -207,44 +207,6 @@ class Prior(PretrainedModel, family="prior"):
         orders = self.orders(num_orders)
         each = [self.chain_log_probs(tokens, labels, order).flatten(1).double().sum(1) for order in orders]
         return torch.stack(each).std(0).float()
-
-    # Representations
-
-    @property
-    def feature_modules(self) -> list[nn.Module]:
-        """The modules whose outputs `features` returns, in the order in which `forward` calls them; a module that is
-        called twice is listed twice. Here none: a model without layers has no features."""
-        return []
-
-    @property
-    def feature_layers(self) -> int:
-        """The number of layers that `features` can return."""
-        return len(self.feature_modules)
-
-    def arrange(self, output: Any) -> Tensor:
-        """The output of one of `feature_modules` as `(B, N, dim)`, raster order. Here the output is a map or a row in
-        that order with channels last, or `(B, dim)` for the whole grid, which becomes `(B, 1, dim)`."""
-        return output.flatten(1, -2) if output.ndim > 2 else output[:, None]
-
-    def features(self, tokens: Tensor, labels: Tensor | None = None, layer: int | None = None) -> Tensor:
-        """Activations after a layer in the teacher-forced pass, raw, `(B, N, dim)` in raster order.
-
-        Those at i, like `logits[:, i]`, depend on tokens ranked before i (in early layers on fewer than
-        `receptive_field` says); pooled over positions they depend on all but the last token in the order. Models that
-        differ say so. layer: 0 to `feature_layers` - 1; None is the middle one. Raises `ValueError` for another layer,
-        and for tokens or labels out of range.
-        """
-        return self.layer_features(tokens, labels, [self.feature_layers // 2 if layer is None else layer])[0]
-
-    @full_float32()
-    def layer_features(
-        self, tokens: Tensor, labels: Tensor | None, layers: Sequence[int], **inputs: Any
-    ) -> list[Tensor]:
-        """`features` of each of `layers`, from one pass. inputs: further arguments of `forward`."""
-        self.grid.check(tokens)
-        check_layers(self.name, layers, self.feature_layers)
-        labels = check_labels(self, labels, len(tokens))
-        return outputs_of(self.feature_modules, layers, self.arrange, lambda: self(tokens, labels, **inputs))
 
     # Sampling
 

@@ -8,10 +8,9 @@ block.
 
 from __future__ import annotations
 
-import math
 import zlib
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import replace
 from functools import cached_property
 from typing import Any, Literal
 
@@ -20,28 +19,19 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
-from tokenizer.base import TokenGrid, at_least_float32, full_float32
+from tokenizer.base import at_least_float32, full_float32
 
 from .base import Prior
+from .confidence import SCHEDULES, MaskedSampler, fill_in
 from .drawing import FEW_ROWS, State
 from .orders import Partition, block_numbers
 from .parallel import parallel_rows
 from .requests import Order, Rows, Walk, check_labels, partition_of
-from .sampling import GumbelNoise, Sampler, gumbel, progress_over
 from .transformer import EPS, Block, Rotations, TransformerConfig, coordinates, deep_rounding, reset
 
-SCHEDULES: dict[str, Callable[[Tensor], Tensor]] = {
-    "linear": lambda u: 1 - u,
-    "cosine": lambda u: (u * (math.pi / 2)).cos(),
-    "arccos": lambda u: u.acos() * (2 / math.pi),
-    "square": lambda u: 1 - u**2,
-}
-"""The share of tokens that is masked, from 1 at u = 0 to 0 at u = 1. All are concave, so that K steps of sampling
-reveal a token each."""
 MIDPOINTS = 1 << 12  # over which the schedules' mean is taken
 CPU_TOKENS = 1 << 13  # of one pass on a CPU, in whose cache its activations then fit
 GPU_TOKENS = 1 << 16
-ROUNDS_DOWN = 1e-9  # a whole number may come out a hair below
 
 
 class MaskedConfig(TransformerConfig):
@@ -59,52 +49,6 @@ class MaskedConfig(TransformerConfig):
     )
     exact: bool = Field(True, description="log_prob is exact along `order`, a pass per block; false: estimates a bound")
     bound_passes: int = Field(8, ge=1, le=65536, description="passes of that estimate; more is closer to the bound")
-
-
-@dataclass(frozen=True)
-class MaskedSampler(Sampler):
-    """steps: draw in so many passes; None takes a pass per block of the order. `schedule` says how many tokens stay
-    masked after each.
-
-    With an `order`, a pass draws the next tokens of it. **This is exact**: it is an ordered partition of the grid
-    (`Masked.stepwise`), whose density `log_prob` has.
-
-    Without one, each pass draws all unknown tokens and keeps the most confident ones, as MaskGIT does, by log p plus
-    Gumbel noise times `confidence_temperature`, which falls to 0. Known tokens stay as they are and are seen by all
-    others. **This is not exact**: what is kept depends on what was drawn, so that the samples' distribution is not that
-    of any `log_prob`; more steps, and a higher `confidence_temperature` (random orders), come closer. A position has
-    one draw of noise for all steps, so where the tokens are independent the distribution is right for any number of
-    steps. Here rounding may let an image depend on its batch.
-    """
-
-    steps: int | None = None
-    confidence_temperature: float = 4.5
-    schedule: str = "cosine"
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if not 0 <= self.confidence_temperature < float("inf"):
-            raise ValueError(f"confidence_temperature must be a finite number >= 0 (got {self.confidence_temperature})")
-        if self.schedule not in SCHEDULES:
-            raise ValueError(f"schedule must be one of {', '.join(SCHEDULES)} (got {self.schedule!r})")
-
-    def check(self, grid: TokenGrid) -> None:
-        """Raise `ValueError` for more steps than tokens."""
-        if self.steps is not None and (type(self.steps) is not int or not 1 <= self.steps <= len(grid)):
-            raise ValueError(f"steps must be a whole number from 1 to {len(grid)} (got {self.steps})")
-
-    def for_a_walk(self) -> MaskedSampler:
-        """Without `steps`, which cut an order otherwise, or find one of their own."""
-        return replace(self, steps=None)
-
-    def passes(self) -> list[tuple[float, float]]:
-        """For each step the share of the unknown tokens that stays masked, and how much noise counts against
-        confidence."""
-        assert self.steps is not None
-        share = torch.arange(1, self.steps + 1, dtype=torch.float64) / self.steps
-        masked = SCHEDULES[self.schedule](share).tolist()
-        noise = (self.confidence_temperature * (1 - share)).tolist()
-        return list(zip(masked, noise, strict=True))
 
 
 class Masked(Prior, name="masked"):
@@ -266,12 +210,7 @@ class Masked(Prior, name="masked"):
             raise ValueError("steps: the order has blocks of its own; give one of them, not both")
         sampler = MaskedSampler(steps=steps, schedule=schedule)
         sampler.check(self.grid)
-        left, sizes = len(self.grid), []
-        for share, _ in sampler.passes():
-            still = min(left - 1, int(len(self.grid) * share + ROUNDS_DOWN)) if left else 0
-            sizes.append(left - still)
-            left = still
-        return Partition(walk, tuple(size for size in sizes if size))
+        return Partition(walk, sampler.sizes(len(self.grid)))
 
     def start(self, num_images: int, labels: Tensor | None, order: Order = None) -> State:
         """All tokens masked. Each step is a pass over the whole grid: what all see of each other cannot be cached."""
@@ -298,28 +237,7 @@ class Masked(Prior, name="masked"):
                 "steps without an order finds one of its own: num_orders, parallel and cache=False do not go with it"
             )
         most = min(self.rows_at_once() or len(rows), parallel_rows(self.grid)) // sampler.copies
-        return torch.cat([self._fill_in(part, sampler, progress) for part in rows.cut(max(FEW_ROWS, most))])
-
-    def _fill_in(self, rows: Rows, sampler: MaskedSampler, progress: bool) -> Tensor:
-        """Tokens `(B, N)`, raster order, in as many passes as there are steps."""
-        size = rows.given.shape[1]
-        labels = sampler.doubled(rows.labels, self.num_classes)
-        noise = GumbelNoise(rows.generators, size, self.mask, self.device).of(0, size)
-        ids = torch.where(rows.keep, rows.given, self.mask)
-        left = unknown = (~rows.keep).sum(1)
-        for share, temperature in progress_over(sampler.passes(), progress, unit="pass"):
-            if not bool(left.any()):
-                break
-            logits = sampler.guide(self.predict(sampler.doubled(ids), labels).float())
-            drawn = sampler.choose(logits, noise)
-            confidence = logits.log_softmax(-1).gather(-1, drawn[..., None])[..., 0]
-            jitter = torch.stack([gumbel((size,), generator) for generator in rows.generators]).to(self.device)
-            confidence = (confidence + temperature * jitter).masked_fill(ids != self.mask, torch.inf)
-            # At least one token is revealed, until none is left.
-            left = torch.minimum(left - 1, (unknown * share + ROUNDS_DOWN).long()).clamp(min=0)
-            ranks = confidence.argsort(dim=1, descending=True, stable=True).argsort(1)
-            ids = torch.where((ids == self.mask) & (ranks < (size - left)[:, None]), drawn, ids)
-        return ids
+        return torch.cat([fill_in(self, part, sampler, progress) for part in rows.cut(max(FEW_ROWS, most))])
 
 
 def bound_masks(ids: Tensor, passes: int) -> Tensor:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields, replace
-from itertools import accumulate
 from typing import Any, ClassVar, Protocol
 
 import torch
@@ -12,7 +11,7 @@ from torch import Tensor
 
 from tokenizer.base import TokenGrid
 
-from .orders import Partition, block_numbers, blocks_problem, make_partition
+from .orders import Partition, after_known, block_numbers, blocks_problem, known_first, make_partition
 from .sampling import Generators, Sampler, gumbel, image_generators
 
 Order = Tensor | str | Partition | None
@@ -270,19 +269,6 @@ def choose_walk(prior: Model, order: Order, num_orders: int, rows: Rows) -> Part
     if walk.ndim == 2 and bool((walk == walk[:1]).all()):
         walk = walk[0]
     return Partition(walk, blocks)
-
-
-def known_first(walk: Tensor, keep: Tensor) -> Tensor:
-    """`walk` as `(B, N)` with the tokens that are known, by bool `keep` (B, N) in raster order, before all others, so
-    that these are conditioned on all of them; each part in the order that it had."""
-    walk = walk.expand(keep.shape)
-    return walk.gather(1, torch.argsort(~keep.gather(1, walk), dim=1, stable=True))
-
-
-def after_known(blocks: tuple[int, ...], known: int) -> tuple[int, ...]:
-    """`blocks` where the first so many tokens are known: these are the first block, the rest keeps its cuts."""
-    cuts = [0, *([known] if known else []), *(cut for cut in accumulate(blocks) if cut > known)]
-    return tuple(end - begin for begin, end in zip(cuts, cuts[1:], strict=False))
 
 
 def draw_order(prior: Model, row: Rows, ways: Partition) -> int:

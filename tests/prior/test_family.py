@@ -30,7 +30,7 @@ every_order = pytest.mark.parametrize(("name", "order"), PRIORS_IN_ORDERS)
 
 
 RASTER_ONLY = {"next_scale", "pixelcnn", "gated_pixelcnn", "pixelsnail"}
-BLOCKS = {"marginal", "masked"}
+BLOCKS = {"blocks", "marginal", "masked"}
 
 
 def test_every_model_is_found_and_takes_the_orders_it_says():

@@ -19,6 +19,7 @@ SMALL: dict[str, dict[str, Any]] = {
     "pixelcnn": {"dim": 8, "depth": 2, "first_kernel": 3, "head": 8},
     "gated_pixelcnn": {"dim": 8, "depth": 2, "first_kernel": 3, "head": 8},
     "masked": {"dim": 32, "depth": 2, "heads": 2},
+    "blocks": {"dim": 32, "depth": 2, "heads": 2},
     "next_scale": {"dim": 32, "depth": 2, "heads": 2, "channels": 8},
     "vqvae": {"widths": (16,), "blocks": (1,), "quantizer": {"kind": "ema", "codes": 32, "dim": 8}},
     "vit": {"dim": 16, "depth": 1, "heads": 2, "quantizer": {"kind": "ema", "codes": 32, "dim": 8}},
@@ -39,7 +40,12 @@ SMALL: dict[str, dict[str, Any]] = {
     "posthoc": {"bins": 7, "vae": {"kind": "klvae", "widths": (16,), "blocks": (1,), "latent": 3}},
 }
 # What makes a prior take every order.
-ANY_ORDER: dict[str, dict[str, Any]] = {"gpt": {"any_order": True}, "made": {"order_agnostic": True}, "masked": {}}
+ANY_ORDER: dict[str, dict[str, Any]] = {
+    "gpt": {"any_order": True},
+    "made": {"order_agnostic": True},
+    "masked": {},
+    "blocks": {"any_order": True},
+}
 QUANTIZERS, TOKENIZERS, PRIORS = Quantizer.available(), Tokenizer.available(), Prior.available()
 ORDERS = ["raster", "column", "snake", "spiral_in", "spiral_out", "z_curve", "hilbert", "subsample", "random:3"]
 PARTITIONS = ["diagonal", "wave:2", "rows", "dyadic", "regions:4", "halton:4", "spread:5", "random:3:4", "snake/5"]

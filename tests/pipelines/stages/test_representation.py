@@ -72,7 +72,7 @@ def test_features_are_the_layers_of_the_forward_pass(name):
     last = model.features(tokens, labels, model.feature_layers - 1)
     known = {"known": torch.ones_like(tokens, dtype=torch.bool)} if name == "masked" else {}
     logits = model(tokens, labels, **known)
-    if name in ("gpt", "masked", "next_scale"):
+    if name in ("blocks", "gpt", "masked", "next_scale"):
         found = model.head(model.norm(last))
     elif name == "made":
         output = model.output * (model.degrees()[-1] <= model.ranks[:, None])[:, None]
