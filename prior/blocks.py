@@ -154,6 +154,7 @@ class Blocks(Prior, name="blocks"):
 
 
 def growing_counts(size: int) -> list[list[int]]:
+    """The number of the block at each rank, for some numbers of growing blocks from 1 to `size`."""
     return [
         [block for block, count in enumerate(growing(size, number)) for _ in range(count)]
         for number in sorted({round(size ** (k / 16)) for k in range(17)})

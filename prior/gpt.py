@@ -17,10 +17,12 @@ from torch import Tensor, nn
 
 from .base import Prior
 from .drawing import FEW_ROWS
+from .masks import Window, make_windows, window_problem
 from .orders import Partition
 from .transformer import EPS, Block, Rotations, TransformerConfig, coordinates, deep_rounding, reset
 
 TINY = 1e-20
+Reach = Annotated[int, Field(le=1 << 20)]
 
 
 class GPTConfig(TransformerConfig):
@@ -36,11 +38,39 @@ class GPTConfig(TransformerConfig):
         0.5, ge=0, le=1, description="with any_order: share of images in random orders after annealing"
     )
 
+    window: tuple[Reach, Reach] | None = Field(
+        None,
+        description="[rows, columns]: attention sees earlier tokens no further than that from the cell to be "
+        "predicted, in each layer; null: all of them",
+    )
+    dilation: tuple[Annotated[Reach, Field(ge=1)], ...] | None = Field(
+        None, description="of each layer's window: every d-th row and column, d times as far; null: 1 for all"
+    )
+
     def check(self) -> Iterator[str]:
         """Heads have to be of an even width, the order has to exist, and annealing begins before it ends."""
         yield from super().check()
+        yield from self.check_window()
         if len(self.anneal) != 2 or self.anneal[0] > self.anneal[1]:
             yield f"anneal: expected two ascending shares (got {list(self.anneal)})"
+
+    def check_window(self) -> Iterator[str]:
+        """A window has a size that goes with the grid, and one order to look back along."""
+        if self.window is None:
+            if self.dilation is not None:
+                yield f"dilation: only a window has one; set window, too (got {list(self.dilation)})"
+            return
+        if self.dilation is not None and len(self.dilation) != self.depth:
+            yield f"dilation: expected one for each of the {self.depth} layers (got {list(self.dilation)})"
+        if self.any_order:
+            yield "window: does not go with any_order, where what is near would have another past in each order"
+        if problem := window_problem(self.window, self.dilations, self.grid.shape):
+            yield f"window: {problem}"
+
+    @property
+    def dilations(self) -> tuple[int, ...]:
+        """Of the window of each layer."""
+        return self.dilation or (1,) * self.depth
 
 
 class GPT(Prior, name="gpt"):
@@ -59,12 +89,34 @@ class GPT(Prior, name="gpt"):
         self.start_embedding = nn.Parameter(torch.empty(1, dim))
         self.axis_embeddings = nn.ParameterList(nn.Parameter(torch.empty(size, dim)) for size in shape)
         self.dropout = nn.Dropout(config.dropout)
-        self.layers: Any = nn.ModuleList(Block(config, causal=True) for _ in range(config.depth))
+        self.layers: Any = nn.ModuleList(Block(config, causal=True, window=w) for w in self.make_windows())
         self.norm = nn.RMSNorm(dim, eps=EPS)
         self.head = nn.Linear(dim, config.grid.vocab_size, bias=False)
         start = torch.full((1, len(shape)), -1, device="cpu")
         self.rotations = Rotations(config, torch.cat([coordinates(shape), start]))
         reset(self.parameters(), self.layers)
+
+    def make_windows(self) -> list[Window | None]:
+        """Of each layer. Rank r predicts the cell order[r], and holds the token before it, at rank 0 none."""
+        if self.config.window is None:
+            return [None] * self.config.depth
+        when = torch.arange(len(self.grid), device="cpu")[:, None]
+        cells = coordinates(self.grid.shape)[self.order]
+        targets, sources = torch.cat([when, cells], 1), torch.cat([when - 1, cells.roll(1, 0)], 1)
+        return make_windows(targets, sources, self.config.window, self.config.dilations, self.grid.shape)
+
+    @property
+    def receptive_field(self) -> Tensor:
+        """As in `Prior`. With a window: what is near, what is near that, and so on for each layer; besides these, each
+        rank holds the token before it, however far away."""
+        windows = [block.window for block in self.layers]
+        if not all(windows):
+            return super().receptive_field
+        ranks = torch.argsort(self.order)
+        field = ranks == torch.arange(-1, len(ranks) - 1, device=ranks.device)[:, None]  # (rank, cell)
+        for window in windows:
+            field = window.spread(field)
+        return field[ranks]
 
     def turns(self, order: Tensor) -> Tensor:
         """Rotations per rank of queries (where the next token goes) and keys (where the last one stands):
@@ -119,7 +171,8 @@ class GPT(Prior, name="gpt"):
 
 
 class Cache:
-    """What sampling remembers: keys and values, allocated once, and the weights laid out for one-token steps.
+    """What sampling remembers: keys and values, allocated once, and the weights laid out for one-token steps. With
+    a window it keeps those alone that a later step sees.
 
     A step on few rows is bound by the number of operations, so norm scales are folded into the matrices that follow
     them, and a head's gain, and the scale of its norm, into its rotation. With few rows `(in, out)` contiguous weights
@@ -143,7 +196,9 @@ class Cache:
         self.layers = []
         for block in model.layers:
             gains = torch.stack([block.gain, torch.ones_like(block.gain)]).to(self.exact)  # of queries and keys
-            cache = weight.new_empty(len(labels), 2, heads, len(model.grid), width)
+            memory = None if block.window is None else block.window.memory
+            places = (memory.slots, memory.reads(weight.device)) if memory else None
+            cache = weight.new_empty(len(labels), 2, heads, memory.size if memory else len(model.grid), width)
             weights = (
                 pack(block.qkv.weight, block.attention_norm),
                 pack(block.project.weight),
@@ -151,7 +206,7 @@ class Cache:
                 pack(block.down.weight),
             )
             # An order for all is folded in once; an order per image at each step, or the table would fill a cache.
-            self.layers.append((self.turns * gains if order.ndim == 1 else gains, cache, *weights))
+            self.layers.append((self.turns * gains if order.ndim == 1 else gains, cache, places, *weights))
         self.folded = order.ndim == 1
         self.head = pack(model.head.weight, model.norm)
 
@@ -164,14 +219,15 @@ class Cache:
         rank, split = self.rank, self.split
         x = self.start if token is None else self.token_embedding.index_select(0, token)
         x = x + self.label + self.positions[rank]
-        for gains, cache, qkv_weight, project, gate_up, down in self.layers:
+        for gains, cache, places, qkv_weight, project, gate_up, down in self.layers:
             turn = gains[rank] if self.folded else self.turns[rank] * gains
             qkv = torch.mm(self.direction(x), qkv_weight).view(split).to(self.exact)
             both = qkv[:, :2]  # queries and keys, turned in place
             lengths = torch.linalg.vector_norm(both, dim=-1, keepdim=True).clamp_min_(TINY)
             torch.view_as_complex(both.view(split[0], 2, split[2], -1, 2)).mul_(turn / lengths)
-            cache.select(3, rank).copy_(qkv[:, 1:])
-            keys, values = cache.narrow(3, 0, rank + 1).unbind(1)
+            cache.select(3, places[0][rank] if places else rank).copy_(qkv[:, 1:])
+            seen = cache.index_select(3, places[1][rank]) if places else cache.narrow(3, 0, rank + 1)
+            keys, values = seen.unbind(1)
             attended = F.scaled_dot_product_attention(qkv[:, 0].unsqueeze(2).to(x.dtype), keys, values)
             x = torch.addmm(x, attended.view(split[0], -1), project)
             gate, up = torch.mm(self.direction(x), gate_up).chunk(2, 1)

@@ -21,10 +21,9 @@ from torch import Tensor, nn
 from tokenizer.pretrained import Before
 
 from .base import Prior, PriorConfig
-from .connections import Connections, even_degrees, random_degrees
+from .masks import Connections, Sums, even_degrees, random_degrees, summed
 from .orders import Partition, make_order
 from .requests import Rows, Walk, check_order
-from .running_sums import Sums, summed
 from .sampling import Sampler
 
 DENSE_WIDTH = 32  # up to so many ids, multiplying one-hot rows is faster than picking rows of weights and adding them

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from tokenizer.base import at_least_float32
 
 from .base import Prior, PriorConfig
+from .masks import Window
 
 EPS = 1e-12  # only keeps zero from being divided by zero
 MAX_ROTATIONS = 1 << 24  # tokens times head width: the table of rotary positions is built before weights are read
@@ -51,11 +52,12 @@ class TransformerConfig(PriorConfig):
 class Block(nn.Module):
     """Attention and SwiGLU, each normalised before and added to the residual stream `(B, N, dim)`.
 
-    causal: whether a position attends to earlier ones and itself, or to all.
+    causal: whether a position attends to earlier ones and itself, or to all; window: to these of them alone.
     """
 
-    def __init__(self, config: TransformerConfig, *, causal: bool) -> None:
+    def __init__(self, config: TransformerConfig, *, causal: bool, window: Window | None = None) -> None:
         super().__init__()
+        self.window = window
         dim, hidden = config.dim, config.hidden or -(-config.dim * 8 // 96) * 32
         self.causal, self.heads, self.attention_dropout = causal, config.heads, config.attention_dropout
         self.attention_norm, self.mlp_norm = nn.RMSNorm(dim, eps=EPS), nn.RMSNorm(dim, eps=EPS)
@@ -73,11 +75,16 @@ class Block(nn.Module):
         q = rotate(unit(q), turns[..., 0, :, :] * self.gain.unsqueeze(-1)).to(v.dtype)
         k = rotate(unit(k), turns[..., 1, :, :]).to(v.dtype)
         dropout = self.attention_dropout if self.training else 0.0
-        q, k, v = (t.transpose(1, 2) for t in (q, k, v))
-        attended = F.scaled_dot_product_attention(q, k, v, is_causal=self.causal, dropout_p=dropout)
-        x = x + self.dropout(self.project(attended.transpose(1, 2).flatten(2)))
+        x = x + self.dropout(self.project(self.attend(q, k, v, dropout).flatten(2)))
         gate, up = self.gate_up(self.mlp_norm(x)).chunk(2, -1)
         return x + self.dropout(self.down(F.silu(gate) * up))
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, dropout: float) -> Tensor:
+        """Attention of `(B, N, heads, width)` each, to the same."""
+        if self.window is not None:
+            return self.window.attend(q, k, v, dropout)
+        q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+        return F.scaled_dot_product_attention(q, k, v, is_causal=self.causal, dropout_p=dropout).transpose(1, 2)
 
 
 def unit(x: Tensor) -> Tensor:

@@ -5,27 +5,12 @@ Covers: tokenizer/layers.py, prior/transformer.py.
 
 import pytest
 import torch
+from costs import saved_elements
 from small import make_prior
-from torch.autograd.graph import saved_tensors_hooks
 
 from prior import transformer
 from tokenizer.layers import SelfAttention, one_head_attention
 from tokenizer.vqgan import Attention
-
-
-def saved_elements(run):
-    """Elements that a call keeps for the backward pass; a storage counts once."""
-    found = {}
-
-    def pack(tensor):
-        storage = tensor.untyped_storage()
-        found[storage.data_ptr()] = storage.nbytes() // tensor.element_size()
-        return tensor
-
-    with saved_tensors_hooks(pack, lambda tensor: tensor):
-        kept = run()
-    assert kept.requires_grad
-    return sum(found.values())
 
 
 @pytest.mark.parametrize("layer", [lambda: SelfAttention(16), lambda: Attention(16, 4)], ids=["vqvae", "vqgan"])

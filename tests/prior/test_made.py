@@ -14,8 +14,7 @@ from small import draw_tokens, make_prior, moved_by
 
 from pipelines.tokens import TokenDataset, TokenSplit
 from prior import Prior
-from prior.connections import random_degrees
-from prior.running_sums import summed
+from prior.masks import random_degrees, summed
 from tokenizer import TokenGrid, Tokenizer
 from tokenizer.files.writing import write_manifest
 

@@ -9,7 +9,7 @@ from made_variants import by_the_paper, every_variant, make_made
 from small import draw_tokens, generators, make_prior
 
 from pipelines import ImagePipeline
-from prior.connections import even_degrees
+from prior.masks import even_degrees
 from prior.orders import make_order
 from tokenizer import Tokenizer
 

@@ -1,4 +1,7 @@
-"""The masked-token model: what it sees, its density along an order, its bound over all, decoding in a few passes."""
+"""The masked-token model: what it sees, its density along an order, its bound over all, decoding in a few passes.
+
+Covers: prior/masked.py, prior/confidence.py.
+"""
 
 import itertools
 import math

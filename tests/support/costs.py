@@ -1,9 +1,10 @@
-"""What a piece of code costs: FLOPs, attention included, and operations."""
+"""What a piece of code costs: FLOPs, attention included, operations, and what is kept for the backward pass."""
 
 from collections.abc import Callable
 from unittest import mock
 
 import torch
+from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -54,9 +55,11 @@ class Operations(TorchDispatchMode):
         return out
 
 
-def attention_by_product(q, k, v, is_causal=False, dropout_p=0.0):
+def attention_by_product(q, k, v, attn_mask=None, is_causal=False, dropout_p=0.0):
     """What the FLOP counter can see: it misses the fused kernel on CPU."""
     scores = q @ k.transpose(-1, -2) / q.shape[-1] ** 0.5
+    if attn_mask is not None:
+        scores = scores.masked_fill(~attn_mask, -torch.inf)
     if is_causal:
         scores = scores.masked_fill(~torch.ones_like(scores, dtype=torch.bool).tril(), -torch.inf)
     return scores.softmax(-1) @ v
@@ -71,6 +74,21 @@ def flops(run: Callable[[], object]) -> int:
     ):
         run()
     return counter.get_total_flops()
+
+
+def saved_elements(run):
+    """Elements that a call keeps for the backward pass; a storage counts once."""
+    found = {}
+
+    def pack(tensor):
+        storage = tensor.untyped_storage()
+        found[storage.data_ptr()] = storage.nbytes() // tensor.element_size()
+        return tensor
+
+    with saved_tensors_hooks(pack, lambda tensor: tensor):
+        kept = run()
+    assert kept.requires_grad
+    return sum(found.values())
 
 
 def all_steps(model, tokens, labels=None, order=None):

@@ -46,6 +46,8 @@ ANY_ORDER: dict[str, dict[str, Any]] = {
     "masked": {},
     "blocks": {"any_order": True},
 }
+# Priors with a setting that changes much of what they do: tested as if they were kinds of their own.
+VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {"windowed_gpt": ("gpt", {"window": (1, 2), "dilation": (2, 1)})}
 QUANTIZERS, TOKENIZERS, PRIORS = Quantizer.available(), Tokenizer.available(), Prior.available()
 ORDERS = ["raster", "column", "snake", "spiral_in", "spiral_out", "z_curve", "hilbert", "subsample", "random:3"]
 PARTITIONS = ["diagonal", "wave:2", "rows", "dyadic", "regions:4", "halton:4", "spread:5", "random:3:4", "snake/5"]
@@ -96,8 +98,9 @@ def grid_of(name: str, shape: tuple[int, ...], vocab_size: int) -> TokenGrid:
 
 def make_prior(name: str, shape: tuple[int, ...] = (3, 4), vocab_size: int = 5, **config: Any) -> Prior:
     """A small prior of the family with weights large enough that every input matters, in eval mode."""
-    config = {"grid": grid_of(name, shape, vocab_size), "num_classes": 3, **SMALL.get(name, {}), **config}
-    model = Prior.create(name, **config)
+    kind, settings = VARIANTS.get(name, (name, {}))
+    config = {"grid": grid_of(kind, shape, vocab_size), "num_classes": 3, **SMALL.get(kind, {}), **settings, **config}
+    model = Prior.create(kind, **config)
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.3)
     return model.eval()
@@ -133,7 +136,9 @@ def allows_order(name: str, order: str) -> bool:
     return True
 
 
-PRIORS_IN_ORDERS = [(name, order) for name in PRIORS for order in [*ORDERS, *PARTITIONS] if allows_order(name, order)]
+PRIORS_IN_ORDERS = [
+    (name, order) for name in [*PRIORS, *VARIANTS] for order in [*ORDERS, *PARTITIONS] if allows_order(name, order)
+]
 
 
 def generators(count: int, seed: int = 0) -> list[torch.Generator]:

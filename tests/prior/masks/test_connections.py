@@ -9,7 +9,7 @@ from made_variants import earlier, every_variant, make_made, make_same
 from small import draw_tokens, make_prior
 
 from pipelines.training.schedule import ema_update
-from prior.connections import Memory, even_degrees, random_degrees
+from prior.masks.connections import Memory, even_degrees, random_degrees
 
 # Degrees
 

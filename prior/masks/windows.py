@@ -1,0 +1,215 @@
+"""Attention to a window of the grid: a query sees the tokens near the cell that it predicts.
+
+Image Transformer (Parmar et al. 2018, section 3.2.1): queries go in tiles of cells, and each tile looks at the keys
+that any of its queries sees, with a mask for the rest. Time and memory then grow with N times the window, not with N
+squared. Causality is that of the order. (NATTEN's, Hassani et al. 2023, is of each axis, which would hide the rows
+above to the right.)
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from functools import cache, cached_property
+from importlib.util import find_spec
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
+
+TILE = (4, 16)
+"""Rows and columns of a tile of queries: of those tried on a CPU, best or near it at 28x28 and at 64x64 positions."""
+MAX_MASKS = 1 << 27  # queries times keys of their tiles: the masks are built before weights are read
+FLEX_TYPES, MIN_FLEX_WIDTH = (torch.float32, torch.bfloat16, torch.float16), 16
+
+Pair = tuple[int, int]
+
+
+def window_problem(window: Pair, dilations: Sequence[int], shape: tuple[int, ...]) -> str | None:
+    """What is wrong with a window of so many rows and columns on this grid, or None."""
+    if len(shape) != 2:
+        return f"needs a grid of two axes (got {shape})"
+    if min(window) < 1:
+        return f"rows and columns must be at least 1 (got {list(window)})"
+    size = shape[0] * shape[1]
+    seen = min(size, (2 * window[0] + TILE[0]) * (2 * window[1] + TILE[1]))
+    if size * seen * sum(not covers(window, dilation, shape) for dilation in set(dilations)) > MAX_MASKS:
+        return f"{list(window)} is too large for a grid of {size} tokens; null sees all earlier ones"
+    return None
+
+
+def covers(window: Pair, dilation: int, shape: tuple[int, ...]) -> bool:
+    """Whether every cell is in every window."""
+    return dilation == 1 and all(reach >= size - 1 for reach, size in zip(window, shape, strict=True))
+
+
+def make_windows(
+    targets: Tensor, sources: Tensor, window: Pair, dilations: Sequence[int], shape: tuple[int, ...]
+) -> list[Window | None]:
+    """The window of each layer, given its dilation; layers of one dilation share it. None where it covers the grid.
+    Arguments: as of `Window`."""
+    made = {d: None if covers(window, d, shape) else Window(targets, sources, window, d) for d in set(dilations)}
+    return [made[dilation] for dilation in dilations]
+
+
+class Memory(NamedTuple):
+    """Where sampling keeps the keys of the tokens that later queries see: the key at rank r in `slots[r]`, one of
+    `size`, which a key that nobody sees any more has left. The query at rank r sees `counts[r]` slots, the next ones in
+    `seen`."""
+
+    size: int
+    slots: list[int]
+    seen: Tensor
+    counts: list[int]
+
+    def reads(self, device: torch.device) -> Sequence[Tensor]:
+        """The slots that the query at each rank sees."""
+        return self.seen.to(device).split(self.counts)
+
+
+class Window(nn.Module):
+    """Which keys the queries see: those that come before them, no more than so many rows and columns away.
+
+    With a dilation d, offsets in rows and columns are multiples of d, up to d times as far. Keys that come before
+    everything, such as a start token, are seen by all.
+    """
+
+    targets: Tensor
+    sources: Tensor
+    queries: Tensor
+    """int64 `(tiles, q)`: the queries of each tile, filled up with any."""
+    keys: Tensor
+    """int64 `(tiles, k)`: the keys that a tile looks at, filled up with any."""
+    mask: Tensor
+    """bool `(tiles, q, k)`: which of these a query sees."""
+    at: Tensor
+    """int64 `(N,)`: where each query is among all tiles' queries."""
+
+    def __init__(self, targets: Tensor, sources: Tensor, window: Pair, dilation: int = 1) -> None:
+        """targets: `(N, 3)` of the queries: when it comes, and the row and column of the cell that it predicts;
+        sources: `(M, 3)` of the keys: when its token comes, which is below 0 for none, and where that stands."""
+        super().__init__()
+        self.window, self.dilation = window, dilation
+        self.register_buffer("targets", targets, persistent=False)
+        self.register_buffer("sources", sources, persistent=False)
+        if targets.is_meta:  # an outline of a model, which has no order to cut up
+            return
+        queries, keys, masks = (list(each) for each in zip(*self.tiles(), strict=True))
+        most, many = max(map(len, queries)), max(map(len, keys))
+        masks = [F.pad(mask, (0, many - mask.shape[1])) for mask in masks]
+        masks = [F.pad(mask, (0, 0, 0, most - len(mask)), value=True) for mask in masks]  # or a softmax has no key
+        numbers = [most * tile + torch.arange(len(each), device="cpu") for tile, each in enumerate(queries)]
+        at = torch.empty(len(targets), dtype=torch.long, device="cpu").scatter_(
+            0, torch.cat(queries), torch.cat(numbers)
+        )
+        self.register_buffer("queries", pad_sequence(queries, batch_first=True), persistent=False)
+        self.register_buffer("keys", pad_sequence(keys, batch_first=True), persistent=False)
+        self.register_buffer("mask", torch.stack(masks), persistent=False)
+        self.register_buffer("at", at, persistent=False)
+
+    def rule(self) -> Callable[[Any, Any], Tensor]:
+        """Whether a query sees a key, given indices of both that broadcast."""
+        (time, row, column), (since, from_row, from_column) = self.targets.unbind(1), self.sources.unbind(1)
+        (rows, columns), d = self.window, self.dilation
+
+        def sees(query: Any, key: Any) -> Tensor:
+            down, right = row[query] - from_row[key], column[query] - from_column[key]
+            near = (down.abs() <= d * rows) & (right.abs() <= d * columns)
+            if d > 1:
+                near = near & (down % d == 0) & (right % d == 0)
+            return (near & (since[key] < time[query])) | (since[key] < 0)
+
+        return sees
+
+    def tiles(self) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """The queries of each tile, the keys that any of these sees, and whether each query sees each key. With a
+        dilation d, a tile has every d-th cell of every d-th row: their windows overlap."""
+        d, sees, cells = self.dilation, self.rule(), self.targets[:, 1:]
+        placed = (self.sources[:, 0] >= 0).nonzero()[:, 0]
+        key_at = torch.full((cells.amax(0) + 1).tolist(), -1, dtype=torch.long, device="cpu")
+        key_at[tuple(self.sources[placed, 1:].t())] = placed
+        always = (self.sources[:, 0] < 0).nonzero()[:, 0]
+        tile = torch.cat([cells % d, cells // d // torch.tensor(TILE, device="cpu")], 1)
+        _, number, counts = tile.unique(dim=0, return_inverse=True, return_counts=True)
+        for queries in number.argsort(stable=True).split(counts.tolist()):
+            (top, left), (bottom, right) = cells[queries].amin(0).tolist(), cells[queries].amax(0).tolist()
+            ends = ((top, bottom, self.window[0]), (left, right, self.window[1]))
+            rows, columns = (
+                torch.arange(max(first - d * reach, first % d), min(last + d * reach + 1, size), d, device="cpu")
+                for (first, last, reach), size in zip(ends, key_at.shape, strict=True)
+            )
+            near = key_at[rows][:, columns].flatten()
+            keys = torch.cat([always, near[near >= 0].sort().values])
+            mask = sees(queries[:, None], keys)
+            yield queries, keys[mask.any(0)], mask[:, mask.any(0)]
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, dropout: float = 0.0) -> Tensor:
+        """Attention of queries `(B, N, heads, width)`, as they are, to keys and values `(B, M, heads, width)`.
+
+        On CUDA, training is FlexAttention's where that can do it. All else, and so all that is scored or sampled, goes
+        through the tiles: what is drawn does not depend on a compiler.
+        """
+        if self.training and not dropout and can_flex(q):
+            return self.flex(q, k, v, compiled_flex())
+        tiled = (take(q, self.queries), take(k, self.keys), take(v, self.keys))
+        attended = F.scaled_dot_product_attention(*tiled, attn_mask=self.mask[:, None], dropout_p=dropout)
+        untiled = attended.transpose(1, 2).flatten(0, 1).index_select(0, self.at)
+        return untiled.unflatten(1, (len(q), -1)).transpose(0, 1)
+
+    def flex(self, q: Tensor, k: Tensor, v: Tensor, attention: Callable[..., Any]) -> Tensor:
+        """`attend` by `flex_attention`, or that compiled."""
+        if self.__dict__.get("blocks_on") != q.device:
+            from torch.nn.attention.flex_attention import create_block_mask
+
+            sizes, sees = (len(self.targets), len(self.sources)), self.rule()
+            of_all = lambda batch, head, query, key: sees(query, key)  # noqa: E731
+            self.block_mask = create_block_mask(of_all, None, None, *sizes, device=str(q.device))
+            self.blocks_on = q.device
+        return attention(*(x.transpose(1, 2) for x in (q, k, v)), block_mask=self.block_mask).transpose(1, 2)
+
+    def spread(self, field: Tensor) -> Tensor:
+        """What reaches each query once it has seen its keys: bool `(N, tokens)`, given what has reached the stream at
+        each rank, whose keys these are."""
+        seen = [mask.float() @ field[keys].float() > 0 for mask, keys in zip(self.mask, self.keys, strict=True)]
+        return field | torch.cat(seen)[self.at]
+
+    @cached_property
+    @torch.inference_mode(False)
+    def memory(self) -> Memory:
+        """For queries and keys of the same ranks, taken one by one: a key's slot is free after its last query."""
+        at, mask = self.at.cpu(), self.mask.flatten(0, 1).cpu()[self.at.cpu()]
+        rank, column = mask.nonzero(as_tuple=True)
+        keys = self.keys.cpu()[at[rank] // self.queries.shape[1], column]
+        last = torch.arange(len(at), device="cpu").scatter_reduce(0, keys, rank, "amax").tolist()
+        leaving, free, slots, size = defaultdict[int, list[int]](list), list[int](), list[int](), 0
+        for index, until in enumerate(last):
+            if not free:
+                free.append(size)
+                size += 1
+            slots.append(free.pop())
+            leaving[until].append(slots[-1])
+            free += leaving.pop(index, [])
+        return Memory(size, slots, torch.tensor(slots, device="cpu")[keys], mask.sum(1).tolist())
+
+
+def take(x: Tensor, index: Tensor) -> Tensor:
+    """The rows `index` (tiles, n) of `x` (B, N, heads, width), as `(tiles, B * heads, n, width)`: tiles are a batch, so
+    that all images share their masks."""
+    rows = x.transpose(0, 1).index_select(0, index.flatten())
+    return rows.flatten(1, 2).unflatten(0, index.shape).transpose(1, 2)
+
+
+def can_flex(q: Tensor) -> bool:
+    """Whether FlexAttention has a kernel for these queries, and may compile it."""
+    fits = q.is_cuda and q.dtype in FLEX_TYPES and q.shape[-1] >= MIN_FLEX_WIDTH
+    return fits and not torch.compiler.is_compiling() and find_spec("triton") is not None
+
+
+@cache
+def compiled_flex() -> Callable[..., Any]:
+    """`flex_attention`, which is fast only when it is compiled."""
+    from torch.nn.attention.flex_attention import flex_attention
+
+    return torch.compile(flex_attention)
