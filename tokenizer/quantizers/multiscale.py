@@ -30,7 +30,7 @@ from .gradients import pass_gradient
 BOOKS = ("bsq", "ema", "fsq", "lfq", "simvq", "vq")
 ROUNDS = 2  # of k-means over what real codes leave over, after one over what perfect ones would
 PAIR = r"[1-9]\d{0,2}x[1-9]\d{0,2}"
-DECAY = 0.99  # of the running means, per training step
+DECAY = 0.9  # of the running means, per training step, beside a book that has none
 
 
 class MultiScaleConfig(ModelConfig):
@@ -117,6 +117,7 @@ class MultiScale(Quantizer, name="multiscale"):
         self.register_buffer("left", torch.ones(len(self.scales)))
         self.register_buffer("started", torch.zeros((), dtype=torch.long))  # training steps taken
         self.step = 0  # which one the next micro-batch belongs to
+        self.decay = getattr(config.book, "decay", DECAY)
         self.seen: list[Tensor] = []  # of each micro-batch of this step
         self.learned = any(parameter.requires_grad for parameter in self.parameters())
 
@@ -295,11 +296,11 @@ class MultiScale(Quantizer, name="multiscale"):
             return
         squares, errors, power, means = average(torch.cat(seen).mean(0)).split([*[len(self.scales)] * 2, 1, self.dim])
         if self.config.center:
-            self.mean.lerp_(means, 1 - DECAY)
+            self.mean.lerp_(means, 1 - self.decay)
         shares = errors / (power - means.square().mean()).clamp(min=1e-12)
         if self.config.rms:
-            self.squares.lerp_(squares, 1 - DECAY)
-        self.left.lerp_(shares, 1 - DECAY if self.step else 1.0)
+            self.squares.lerp_(squares, 1 - self.decay)
+        self.left.lerp_(shares, 1 - self.decay if self.step else 1.0)
         self.started += 1
 
 
