@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from unittest import mock
 
 import pytest
 import torch
@@ -100,6 +101,22 @@ def test_positions_of_all_scales_lie_on_one_map():
         corners = whole[2 * row : 2 * row + 2, 2 * column : 2 * column + 2]
         middle = corners[0, 0] * corners[1, 1]  # twice the angle of the middle
         assert torch.allclose(table[1 + 2 * row + column] ** 2, middle, atol=1e-5)
+
+
+def test_full_attention_looks_at_coarser_scales_and_markov_at_its_own():
+    full, markov = of_scales(), of_scales(attention="markov")
+    markov.load_state_dict(full.state_dict())
+    tokens, lengths = draw_tokens(full, 3), {"full": [], "markov": []}
+    apart = (full(tokens) - markov(tokens)).abs().amax((0, 2))
+    assert apart[0] == 0 and apart[1:].min() > 1e-3
+    attention = torch.nn.functional.scaled_dot_product_attention
+    for model in (full, markov):
+        with mock.patch(
+            "torch.nn.functional.scaled_dot_product_attention",
+            lambda q, k, v, **options: lengths[model.config.attention].append(k.shape[2]) or attention(q, k, v),  # noqa: B023
+        ):
+            all_steps(model, tokens)
+    assert lengths == {"full": [1, 1, 5, 5, 17, 17], "markov": [1, 1, 4, 4, 12, 12]}
 
 
 def test_adaln_begins_as_a_block_without_it():
