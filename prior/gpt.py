@@ -7,70 +7,23 @@ GPT (Radford et al. 2018) as image priors use it (`prior.transformer`). The inpu
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Annotated, Any
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from pydantic import Field
 from torch import Tensor, nn
 
 from .base import Prior
 from .drawing import FEW_ROWS
-from .masks import Window, make_windows, window_problem
+from .masks import Window, make_windows
 from .orders import Partition
-from .transformer import EPS, Block, Rotations, TransformerConfig, coordinates, deep_rounding, reset
+from .transformer import EPS, Block, OrderedConfig, Rotations, coordinates, deep_rounding, reset
 
 TINY = 1e-20
-Reach = Annotated[int, Field(le=1 << 20)]
 
 
-class GPTConfig(TransformerConfig):
-    """Sizes of the transformer, and the orders it is trained in."""
-
-    any_order: bool = Field(
-        False, description="train in random orders too, to score, sample and complete in every order"
-    )
-    anneal: tuple[Annotated[float, Field(ge=0, le=1)], ...] = Field(
-        (0.5, 0.75), description="with any_order: from all random to random_share, between these shares of training"
-    )
-    random_share: float = Field(
-        0.5, ge=0, le=1, description="with any_order: share of images in random orders after annealing"
-    )
-
-    window: tuple[Reach, Reach] | None = Field(
-        None,
-        description="[rows, columns]: attention sees earlier tokens no further than that from the cell to be "
-        "predicted, in each layer; null: all of them",
-    )
-    dilation: tuple[Annotated[Reach, Field(ge=1)], ...] | None = Field(
-        None, description="of each layer's window: every d-th row and column, d times as far; null: 1 for all"
-    )
-
-    def check(self) -> Iterator[str]:
-        """Heads have to be of an even width, the order has to exist, and annealing begins before it ends."""
-        yield from super().check()
-        yield from self.check_window()
-        if len(self.anneal) != 2 or self.anneal[0] > self.anneal[1]:
-            yield f"anneal: expected two ascending shares (got {list(self.anneal)})"
-
-    def check_window(self) -> Iterator[str]:
-        """A window has a size that goes with the grid, and one order to look back along."""
-        if self.window is None:
-            if self.dilation is not None:
-                yield f"dilation: only a window has one; set window, too (got {list(self.dilation)})"
-            return
-        if self.dilation is not None and len(self.dilation) != self.depth:
-            yield f"dilation: expected one for each of the {self.depth} layers (got {list(self.dilation)})"
-        if self.any_order:
-            yield "window: does not go with any_order, where what is near would have another past in each order"
-        if problem := window_problem(self.window, self.dilations, self.grid.shape):
-            yield f"window: {problem}"
-
-    @property
-    def dilations(self) -> tuple[int, ...]:
-        """Of the window of each layer."""
-        return self.dilation or (1,) * self.depth
+class GPTConfig(OrderedConfig):
+    """Sizes of the transformer, the orders it is trained in, and how far it sees."""
 
 
 class GPT(Prior, name="gpt"):
@@ -159,9 +112,7 @@ class GPT(Prior, name="gpt"):
         """With `any_order`, an order per image: a random one, or in ever more images the model's own (RAR, eq. 4)."""
         if not self.any_order:
             return {}
-        begin, end = self.config.anneal
-        left = 1.0 if progress < begin else max(0.0, (end - progress) / max(end - begin, 1e-9))
-        share = self.config.random_share + (1 - self.config.random_share) * left
+        share = self.config.random_share_at(progress)
         shuffled = torch.rand(len(tokens), len(self.grid)).argsort(1).to(tokens.device)
         return {"order": torch.where(torch.rand(len(tokens), 1).to(tokens.device) < share, shuffled, self.order)}
 

@@ -7,7 +7,7 @@ queries and keys normalised per head.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 import torch.nn.functional as F
@@ -17,9 +17,10 @@ from torch import Tensor, nn
 from tokenizer.base import at_least_float32
 
 from .base import Prior, PriorConfig
-from .masks import Window
+from .masks import Window, window_problem
 
 EPS = 1e-12  # only keeps zero from being divided by zero
+Reach = Annotated[int, Field(le=1 << 20)]
 MAX_ROTATIONS = 1 << 24  # tokens times head width: the table of rotary positions is built before weights are read
 
 
@@ -47,6 +48,56 @@ class TransformerConfig(PriorConfig):
             yield f"heads: dim must be a multiple of 2 * heads (got dim {self.dim}, heads {self.heads})"
         elif len(self.grid) * self.dim // self.heads > MAX_ROTATIONS:
             yield f"heads: a grid of {len(self.grid)} tokens and heads of width {self.dim // self.heads} are too large"
+
+
+class OrderedConfig(TransformerConfig):
+    """Sizes of the transformer, the orders it is trained in, and how far it sees."""
+
+    any_order: bool = Field(
+        False, description="train in random orders too, to score, sample and complete in every order"
+    )
+    anneal: tuple[Annotated[float, Field(ge=0, le=1)], ...] = Field(
+        (0.5, 0.75), description="with any_order: from all random to random_share, between these shares of training"
+    )
+    random_share: float = Field(
+        0.5, ge=0, le=1, description="with any_order: share of images in random orders after annealing"
+    )
+    window: tuple[Reach, Reach] | None = Field(
+        None,
+        description="[rows, columns]: attention sees earlier tokens no further than that from the cell to be "
+        "predicted, in each layer; null: all of them",
+    )
+    dilation: tuple[Annotated[Reach, Field(ge=1)], ...] | None = Field(
+        None, description="of each layer's window: every d-th row and column, d times as far; null: 1 for all"
+    )
+
+    def check(self) -> Iterator[str]:
+        """Annealing begins before it ends; a window has a size that goes with the grid, and one order to look back
+        along."""
+        yield from super().check()
+        if len(self.anneal) != 2 or self.anneal[0] > self.anneal[1]:
+            yield f"anneal: expected two ascending shares (got {list(self.anneal)})"
+        if self.window is None:
+            if self.dilation is not None:
+                yield f"dilation: only a window has one; set window, too (got {list(self.dilation)})"
+            return
+        if self.dilation is not None and len(self.dilation) != self.depth:
+            yield f"dilation: expected one for each of the {self.depth} layers (got {list(self.dilation)})"
+        if self.any_order:
+            yield "window: does not go with any_order, where what is near would have another past in each order"
+        if problem := window_problem(self.window, self.dilations, self.grid.shape):
+            yield f"window: {problem}"
+
+    @property
+    def dilations(self) -> tuple[int, ...]:
+        """Of the window of each layer."""
+        return self.dilation or (1,) * self.depth
+
+    def random_share_at(self, progress: float) -> float:
+        """The share of images in random orders when that share of training is done (RAR, Yu et al. 2024, eq. 4)."""
+        begin, end = self.anneal
+        left = 1.0 if progress < begin else max(0.0, (end - progress) / max(end - begin, 1e-9))
+        return self.random_share + (1 - self.random_share) * left
 
 
 class Block(nn.Module):

@@ -128,7 +128,8 @@ class Window(nn.Module):
         dilation d, a tile has every d-th cell of every d-th row: their windows overlap."""
         d, sees, cells = self.dilation, self.rule(), self.targets[:, 1:]
         placed = (self.sources[:, 0] >= 0).nonzero()[:, 0]
-        key_at = torch.full((cells.amax(0) + 1).tolist(), -1, dtype=torch.long, device="cpu")
+        extent = torch.cat([cells, self.sources[placed, 1:]]).amax(0) + 1
+        key_at = torch.full(extent.tolist(), -1, dtype=torch.long, device="cpu")
         key_at[tuple(self.sources[placed, 1:].t())] = placed
         always = (self.sources[:, 0] < 0).nonzero()[:, 0]
         tile = torch.cat([cells % d, cells // d // torch.tensor(TILE, device="cpu")], 1)
@@ -169,11 +170,14 @@ class Window(nn.Module):
             self.blocks_on = q.device
         return attention(*(x.transpose(1, 2) for x in (q, k, v)), block_mask=self.block_mask).transpose(1, 2)
 
-    def spread(self, field: Tensor) -> Tensor:
-        """What reaches each query once it has seen its keys: bool `(N, tokens)`, given what has reached the stream at
-        each rank, whose keys these are."""
+    def seen(self, field: Tensor) -> Tensor:
+        """What reaches each query from its keys: bool `(N, tokens)`, given what has reached these, `(M, tokens)`."""
         seen = [mask.float() @ field[keys].float() > 0 for mask, keys in zip(self.mask, self.keys, strict=True)]
-        return field | torch.cat(seen)[self.at]
+        return torch.cat(seen)[self.at]
+
+    def spread(self, field: Tensor) -> Tensor:
+        """What is in a stream once each rank has seen its keys, which are those of the stream: bool `(N, tokens)`."""
+        return field | self.seen(field)
 
     @cached_property
     @torch.inference_mode(False)

@@ -128,9 +128,9 @@ def test_all_passes_cost_one_forward_pass(order):
 
 
 def test_training_draws_its_own_partition_and_any_other():
-    """Each image's numbers are blocks that grow, over all positions; a share of them is the model's own."""
+    """Each image's numbers are blocks that grow, over all positions; in the end a share of them is the model's own."""
     model = make(order="halton:4", random_share=0.75)
-    numbers = model.training_inputs(draw_tokens(model, 400), 0.0)["block_of"]
+    numbers = model.training_inputs(draw_tokens(model, 400), 1.0)["block_of"]
     own = (numbers == model.block_of).all(1)
     assert 0.1 < own.double().mean() < 0.4
     counts = [torch.bincount(row).tolist() for row in numbers[~own]]

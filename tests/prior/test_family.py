@@ -31,8 +31,8 @@ every_order = pytest.mark.parametrize(("name", "order"), PRIORS_IN_ORDERS)
 
 
 RASTER_ONLY = {"next_scale", "pixelcnn", "gated_pixelcnn", "pixelsnail"}
-BLOCKS = {"blocks", "marginal", "masked"}
-TWO_AXES = RASTER_ONLY | {"windowed_gpt"}
+BLOCKS = {"blocks", "marginal", "masked", "windowed_blocks"}
+TWO_AXES = RASTER_ONLY | {"windowed_blocks", "windowed_gpt"}
 
 
 def test_every_model_is_found_and_takes_the_orders_it_says():
@@ -56,7 +56,7 @@ def test_logits_see_only_earlier_tokens(name, order):
     earlier = torch.zeros(count, dtype=torch.bool)
     for block in walk.split(sizes):
         assert not moved[block][:, ~earlier].any(), f"the block of {block.tolist()} sees what comes with it or after it"
-        if name in ("gpt", "made", "masked", "next_scale", "pixelsnail"):
+        if name in ("blocks", "gpt", "made", "masked", "next_scale", "pixelsnail"):
             assert field[block].equal(earlier.expand(len(block), -1))
         earlier[block] = True
     assert moved.equal(field), "tokens are seen by other positions than the model says"

@@ -47,7 +47,10 @@ ANY_ORDER: dict[str, dict[str, Any]] = {
     "blocks": {"any_order": True},
 }
 # Priors with a setting that changes much of what they do: tested as if they were kinds of their own.
-VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {"windowed_gpt": ("gpt", {"window": (1, 2), "dilation": (2, 1)})}
+VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
+    "windowed_gpt": ("gpt", {"window": (1, 2), "dilation": (2, 1)}),
+    "windowed_blocks": ("blocks", {"window": (1, 2), "dilation": (1, 2)}),
+}
 QUANTIZERS, TOKENIZERS, PRIORS = Quantizer.available(), Tokenizer.available(), Prior.available()
 ORDERS = ["raster", "column", "snake", "spiral_in", "spiral_out", "z_curve", "hilbert", "subsample", "random:3"]
 PARTITIONS = ["diagonal", "wave:2", "rows", "dyadic", "regions:4", "halton:4", "spread:5", "random:3:4", "snake/5"]
@@ -137,7 +140,10 @@ def allows_order(name: str, order: str) -> bool:
 
 
 PRIORS_IN_ORDERS = [
-    (name, order) for name in [*PRIORS, *VARIANTS] for order in [*ORDERS, *PARTITIONS] if allows_order(name, order)
+    (name, order)
+    for name in [*PRIORS, *VARIANTS]
+    for order in ([*ORDERS, *PARTITIONS] if name in PRIORS else ["raster", "snake", "diagonal", "halton:4"])
+    if allows_order(name, order)
 ]
 
 
