@@ -219,7 +219,7 @@ def try_samples(name: str, config: dict[str, Any]) -> None:
     for way in ways:
         with contextlib.nullcontext() if way.keys().isdisjoint({"order", "num_orders"}) else refusals():
             drawn = model.sample(4, torch.arange(4, device=CUDA) % 3, **{"generator": generators(4), **way})
-            assert drawn.device == CUDA and drawn.shape == (4, 4, 4)
+            assert drawn.device == CUDA and drawn.shape == (4, *model.grid.shape)
 
 
 def refusals() -> contextlib.AbstractContextManager[Any]:
