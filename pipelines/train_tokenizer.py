@@ -25,7 +25,7 @@ from .config import Config, run_command
 from .images import DataConfig, ImageDataset, load_images
 from .images.origin import is_local
 from .images.splits import as_begun
-from .metrics.codebook import CodebookUse
+from .metrics.codebook import CodebookUse, part_names
 from .metrics.perceptual import Perceptual, weights_file
 from .metrics.reconstruction import evaluate_reconstruction, images_at_a_time, reconstruction_picture
 from .stages.provenance import data_beside, save_tokenizer
@@ -87,7 +87,7 @@ class Stage(nn.Module):
     def __init__(self, tokenizer: Tokenizer, critic: PatchCritic | None) -> None:
         super().__init__()
         self.tokenizer, self.critic = tokenizer, critic
-        self.use = CodebookUse(tokenizer.grid.vocab_size, tokenizer.levels)
+        self.use = CodebookUse(tokenizer.grid.vocab_size, tokenizer.parts)
 
 
 class TokenizerTask(Task):
@@ -184,8 +184,10 @@ class TokenizerTask(Task):
         counts = self.model.use.finish_step(taken)
         if counts is None:
             return {}
-        figures = codebook_usage(counts) | {"dead": self.model.use.dead().sum()}
-        return {f"codebook_{name}": value for name, value in figures.items()}
+        figures = codebook_usage(counts.sum(0)) | {"dead": self.model.use.dead().sum()}
+        for scale, uses in zip(part_names(self.tokenizer), counts, strict=True) if self.tokenizer.grid.scales else ():
+            figures |= {f"{name}_{scale}": value for name, value in codebook_usage(uses).items()}
+        return {f"codebook_{name}": value for name, value in figures.items()} | self.tokenizer.figures
 
     def preview(self, model: Any) -> dict[str, np.ndarray]:
         """Images that are not trained on, each row above its reconstructions, and how the codebook is used."""

@@ -54,7 +54,8 @@ class Autoencoder(Tokenizer):
         self.image_shape = (config.channels, height, width)
         self.quantizer = quantizer or Quantizer.find(config.quantizer.kind)(config.quantizer)
         self.levels = self.quantizer.levels
-        self.grid = TokenGrid((self.levels * height // factor, width // factor), self.quantizer.vocab_size)
+        shape = self.quantizer.grid_shape(height // factor, width // factor)
+        self.grid = TokenGrid(shape, self.quantizer.vocab_size, self.quantizer.scales)
         self.likelihood: Likelihood | None = None
         if config.likelihood is not None:
             self.likelihood = Likelihood.find(config.likelihood.kind)(config.likelihood, config.channels)
@@ -72,6 +73,13 @@ class Autoencoder(Tokenizer):
         self.grid.check(tokens)
         return self._image(self._paint(tokens)).clamp(-1, 1)
 
+    @full_float32()
+    def decode_scales(self, tokens: Tensor, count: int) -> Tensor:
+        """Images of the first `count` of `grid.scales` alone, coarse to fine. Raises `ValueError` as `decode` does, and
+        without scales."""
+        self.grid.check(tokens)
+        return self._image(self._decoded(self.quantizer.lookup_scales(tokens.long(), count))).clamp(-1, 1)
+
     def forward(self, images: Tensor) -> Reconstruction:
         """Reconstruction, tokens and losses; images are clamped in eval mode only."""
         z_q, tokens, losses = self.quantizer.quantize(self._embed(images))
@@ -88,6 +96,11 @@ class Autoencoder(Tokenizer):
     def finish_step(self, taken: bool = True) -> None:
         """Let the quantizer update itself."""
         self.quantizer.finish_step(taken)
+
+    @property
+    def figures(self) -> dict[str, Tensor]:
+        """The quantizer's."""
+        return self.quantizer.figures
 
     @property
     def has_likelihood(self) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Annotated, Any, Literal, NamedTuple
 
 import torch
@@ -16,18 +16,25 @@ from .marks import Fact
 from .precision import at_least_float32 as at_least_float32
 from .precision import full_float32 as full_float32
 from .pretrained import PretrainedModel
+from .scales import Resize as Resize
+from .scales import Scales, areas, scales_problem
 from .settings import MAX_ITEMS, ModelConfig
 
 
 @dataclass(frozen=True)
 class TokenGrid:
-    """The shape of an image's tokens and the number of ids; `len(grid)` is the number of tokens."""
+    """The shape of an image's tokens and the number of ids; `len(grid)` is the number of tokens.
+
+    scales: (height, width) of each map of ids, coarse to fine, where the tokens `(L,)` are several maps of an image.
+    """
 
     shape: tuple[int, ...]
     vocab_size: int
+    scales: Scales = ()
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "shape", tuple(self.shape))
+        object.__setattr__(self, "scales", tuple(map(tuple, self.scales)))
         whole = [*self.shape, self.vocab_size]
         if not self.shape or any(isinstance(n, bool) or not isinstance(n, int) or n < 1 for n in whole):
             raise ValueError(
@@ -35,6 +42,8 @@ class TokenGrid:
             )
         if math.prod(self.shape) > 1 << 20 or self.vocab_size > 1 << 20:
             raise ValueError(f"a grid holds at most 2^20 tokens of 2^20 ids (got {self.shape}, {self.vocab_size})")
+        if self.scales and (problem := scales_problem(self.scales, self.shape)):
+            raise ValueError(f"scales: {problem}")
 
     def __len__(self) -> int:
         return math.prod(self.shape)
@@ -56,17 +65,26 @@ def read_grid(value: Any) -> TokenGrid:
     """`value` as a grid: it is one, or its JSON form. Raises `ValueError`."""
     if isinstance(value, TokenGrid):
         return value
-    if not isinstance(value, dict) or set(value) != {"shape", "vocab_size"}:
+    if not isinstance(value, dict) or set(value) - {"scales"} != {"shape", "vocab_size"}:
         raise ValueError(f"expected the keys shape, vocab_size (got {shown(value)})")
-    shape, vocab_size = value["shape"], value["vocab_size"]
-    if not isinstance(shape, (list, tuple)):
-        raise ValueError(f"shape: expected a list (got {shown(shape)})")
-    if len(shape) > MAX_ITEMS:
-        raise ValueError(f"expected at most {MAX_ITEMS} values in a list")
-    return TokenGrid(tuple(shape), vocab_size)
+    shape, scales = value["shape"], value.get("scales", [])
+    for name, items in (("shape", shape), ("scales", scales)):
+        if not isinstance(items, (list, tuple)):
+            raise ValueError(f"{name}: expected a list (got {shown(items)})")
+        if len(items) > MAX_ITEMS:
+            raise ValueError(f"expected at most {MAX_ITEMS} values in a list")
+    if not all(isinstance(sides, (list, tuple)) for sides in scales):
+        raise ValueError(f"scales: expected pairs (got {shown(scales)})")
+    return TokenGrid(tuple(shape), value["vocab_size"], tuple(map(tuple, scales)))
 
 
-Grid = Annotated[TokenGrid, PlainValidator(read_grid), PlainSerializer(asdict, return_type=dict)]
+def grid_to_dict(grid: TokenGrid) -> dict[str, Any]:
+    """The JSON form of a grid; without `scales` where it has none."""
+    scales = {"scales": [list(sides) for sides in grid.scales]} if grid.scales else {}
+    return {"shape": list(grid.shape), "vocab_size": grid.vocab_size, **scales}
+
+
+Grid = Annotated[TokenGrid, PlainValidator(read_grid), PlainSerializer(grid_to_dict, return_type=dict)]
 """A grid as a field of a configuration."""
 
 
@@ -179,9 +197,24 @@ class Tokenizer(PretrainedModel, family="tokenizer"):
         """The weight of each of `forward`'s losses in the training loss, beside the pixel losses."""
         return {}
 
+    @property
+    def figures(self) -> dict[str, Tensor]:
+        """Numbers of the last steps that a log of training shows beside the losses."""
+        return {}
+
+    @property
+    def parts(self) -> tuple[int, ...]:
+        """How many tokens each level has, or each scale: the flat grid is one after the other."""
+        return tuple(areas(self.grid.scales)) or (len(self.grid) // self.levels,) * self.levels
+
     def known_tokens(self, known: Tensor) -> Tensor:
         """Which tokens are known, `(B, *grid.shape)`, given the known pixels, bool `(B, H, W)`: a token is known if
-        its whole patch is. The tokens of a two-axis grid tile the image; a taller grid holds several levels."""
+        its whole patch is. The tokens of a two-axis grid tile the image; a taller grid holds several levels. Raises
+        `ValueError` for a grid of scales."""
+        if self.grid.scales:
+            raise ValueError(
+                "a coarse scale's token belongs to no part of the image, so known pixels make no token known"
+            )
         _, height, width = self.image_shape
         rows, columns = self.grid.shape[0] // self.levels, self.grid.shape[1]
         patches = known.reshape(-1, rows, height // rows, columns, width // columns)

@@ -18,7 +18,7 @@ from ..config.outputs import check_out_file, writing
 from ..images import DataConfig, ImageDataset, check_shape, load_images, to_uint8
 from ..images.pictures import SUFFIXES, save_picture
 from ..metrics.charts import GREY, RED, Pixels, bars, charts_in_row, histogram
-from ..metrics.codebook import HEIGHT, draw_distances, draw_usage
+from ..metrics.codebook import HEIGHT, draw_distances, draw_usage, part_names
 from ..metrics.inspection import Findings, examine
 from ..metrics.pages import mosaic, page
 from ..stages.provenance import tokenizer_defaults, tokenizer_folder
@@ -50,6 +50,7 @@ def report(tokenizer: Any, images: ImageDataset, found: Findings, num_images: in
         partial(
             draw_usage,
             uses=found.uses.double().numpy(),
+            names=found.names,
             useless=int((found.uses == 0).sum()),
             low=0.5,
             unit="times used",
@@ -57,7 +58,7 @@ def report(tokenizer: Any, images: ImageDataset, found: Findings, num_images: in
         )
     ]
     if len(found.uses) > 1:
-        charts.append(partial(draw_levels, levels=found.figures["levels"]))
+        charts.append(partial(draw_levels, names=found.names, levels=found.figures["levels"]))
     if found.distances:
         charts.append(partial(draw_distances, distances=found.distances))
     if not exact:
@@ -66,6 +67,7 @@ def report(tokenizer: Any, images: ImageDataset, found: Findings, num_images: in
         charts.append(partial(histogram, title=title, series=series, label="PSNR in dB"))
     rows = [charts_in_row(charts, WIDTH, HEIGHT), code_picture(found)]
     if not exact:
+        rows += scale_picture(tokenizer, images, num_images)
         rows += example_pictures(tokenizer, images, found.psnr, num_images)
     lines = [f"{len(images):,} held-out images of {source}", *sentences(found, exact)]
     return page(headline(tokenizer), lines, rows)
@@ -78,13 +80,14 @@ def headline(tokenizer: Any) -> str:
     channels, height, width = tokenizer.image_shape
     levels, shape = tokenizer.levels, tokenizer.grid.shape
     sides = [shape[0] // levels, *shape[1:], *([levels] if levels > 1 else [])]
-    grid = " x ".join(map(str, sides))
+    grid = " + ".join(part_names(tokenizer)) if tokenizer.grid.scales else " x ".join(map(str, sides))
     return f"{kind}: images {channels} x {height} x {width}, tokens {grid}, {tokenizer.grid.vocab_size:,} codes"
 
 
 def sentences(found: Findings, exact: bool) -> list[str]:
     """The findings in lines, printed and written on the page."""
     f, vocab = found.figures, found.uses.shape[1]
+    what = "scale" if "scales" in f else "level"
     lines = [
         "every image comes back as it was"
         if exact
@@ -93,13 +96,17 @@ def sentences(found: Findings, exact: bool) -> list[str]:
     ]
     if len(found.uses) > 1:
         each = [f"{level['usage']:.1%} ({level['perplexity']:.1f})" for level in f["levels"]]
-        lines.append(f"used (perplexity) at each level: {listed(each, 'levels')}")
-    lacking = [(level, codes) for level, codes in enumerate(f["unused_codes"], 1) if codes]
+        lines.append(f"used (perplexity) at each {what}: {listed(each, f'{what}s')}")
+    if "scales" in f:
+        errors, shares = ([scale[name] for scale in f["scales"]] for name in ("psnr", "left"))
+        lines.append(f"PSNR of the first scales alone: {listed([f'{error:.1f}' for error in errors])} dB")
+        lines.append(f"latent variance left after each: {listed([f'{share:.0%}' for share in shares])}")
+    lacking = [(level, codes) for level, codes in enumerate(f["unused_codes"]) if codes]
     for level, codes in lacking[:LISTED]:
-        where = f" of level {level}" if len(found.uses) > 1 else ""
+        where = f" of {found.names[level]}" if len(found.uses) > 1 else ""
         lines.append(f"{found.word} codes{where} ({len(codes):,}): {listed(codes)}")
     if len(lacking) > LISTED:
-        lines.append(f"and {found.word} codes in {len(lacking) - LISTED} more levels")
+        lines.append(f"and {found.word} codes in {len(lacking) - LISTED} more {what}s")
     if lacking and found.word == "unused":
         lines.append(
             f"an unused code may be rare only: {float(found.uses.double().mean()):.1f} tokens for each code "
@@ -114,13 +121,14 @@ def listed(things: list[Any], what: str = "") -> str:
     return " ".join([", ".join(map(str, things[:LISTED])), *more])
 
 
-def draw_levels(axes: Axes, levels: list[dict[str, float]]) -> None:
-    """The share of codes used at each level, with the perplexity above."""
-    names = [str(number) for number in range(1, len(levels) + 1)]
+def draw_levels(axes: Axes, names: list[str], levels: list[dict[str, float]]) -> None:
+    """The share of codes used at each level or scale, with the perplexity above."""
+    what = "level" if names[0].startswith("level") else "scale"
+    names = [name.removeprefix("level ") for name in names]
     values = {name: 100 * level["usage"] for name, level in zip(names, levels, strict=True)}
     texts = {name: f"{level['perplexity']:.0f}" for name, level in zip(names, levels, strict=True)}
-    title = "Codes used at each level, with perplexity"
-    bars(axes, title, values, labels=("level", "% used"), texts=texts, top=100)
+    title = f"Codes used at each {what}, with perplexity"
+    bars(axes, title, values, labels=(what, "% used"), texts=texts, top=100)
 
 
 def code_picture(found: Findings) -> Pixels:
@@ -132,7 +140,7 @@ def code_picture(found: Findings) -> Pixels:
         if found.in_place is not None and bool(torch.isfinite(found.in_place[n]).all()):
             below = [fitted(found.in_place[n], CODE_SIDE)]
         cells.append(stacked([picture, *below]))
-    level = " of level 1" if len(found.uses) > 1 else ""
+    level = f" of {found.names[0]}" if len(found.uses) > 1 else ""
     title = f"Codes{level}, decoded one by one, most used first"
     if len(found.shown) < found.uses.shape[1]:
         title += f" ({len(found.shown):,} of {found.uses.shape[1]:,})"
@@ -144,6 +152,21 @@ def code_picture(found: Findings) -> Pixels:
     return mosaic(
         title, cells, [str(code) for code in found.shown.tolist()], columns, WIDTH, colors=colors, subtitle=about
     )
+
+
+@torch.inference_mode()
+def scale_picture(tokenizer: Any, images: ImageDataset, count: int) -> list[Pixels]:
+    """Some images, each above what the first scale, the first two, ... make of it; none without scales."""
+    scales, columns = tokenizer.grid.scales, max(6, count // 3)
+    if not scales:
+        return []
+    originals = images.batch(np.linspace(0, len(images) - 1, min(columns, len(images))).astype(np.int64))
+    tokens = tokenizer.encode(originals.to(tokenizer.device))
+    versions = [originals, *(tokenizer.decode_scales(tokens, k + 1).cpu() for k in range(len(scales)))]
+    side = WIDTH // columns - 8
+    cells = [stacked([fitted(image, side) for image in column]) for column in zip(*versions, strict=True)]
+    title = "Reconstructions from the first scales: original above, then one scale more in each row"
+    return [mosaic(title, cells, [""] * len(cells), columns, WIDTH)]
 
 
 @torch.inference_mode()

@@ -105,8 +105,8 @@ def write_images(
     `StreamError` for names that cannot be files.
     """
     residual = has_residual(pipeline, lossless)
-    if len(pipeline.prior.grid.shape) != 2:
-        raise ValueError(f"compression takes grids of two axes, these tokens have {len(pipeline.prior.grid.shape)}")
+    if len(pipeline.prior.grid.shape) > 2:
+        raise ValueError(f"compression takes grids of one or two axes, not {len(pipeline.prior.grid.shape)}")
     models = Models(pipeline, residual=residual)
     header = Header(
         profile=GUARD,
@@ -115,7 +115,7 @@ def write_images(
         named=names is not None,
         model_id=models.model_id,
         vocab_size=models.grid.vocab_size,
-        grid=(models.grid.shape[0], models.grid.shape[1]),
+        grid=axes_of(models.grid.shape),
         image=models.image_shape,
         num_images=count,
         chunk_images=chunk_images(pipeline),
@@ -134,6 +134,12 @@ def write_images(
     return write_stream(file, header, chunks(), names)
 
 
+def axes_of(shape: tuple[int, ...]) -> tuple[int, int]:
+    """A grid's shape as a header has it, where one axis is a single column."""
+    rows, columns, *_ = (*shape, 1)
+    return rows, columns
+
+
 def open_stream(pipeline: Stages, data: Data, limits: Limits = DEFAULT_LIMITS) -> tuple[Stream, Coder]:
     """A checked stream and its coder. Raises a `StreamError` for a damaged or foreign stream, one of another model,
     and one that announces more than `limits`."""
@@ -142,7 +148,7 @@ def open_stream(pipeline: Stages, data: Data, limits: Limits = DEFAULT_LIMITS) -
     known: dict[str, Any] = {
         "model_id": models.model_id,
         "vocab_size": models.grid.vocab_size,
-        "grid": (*models.grid.shape, 1)[:2],
+        "grid": axes_of(models.grid.shape),
         "image": models.image_shape,
     }
     expect(stream.header, **known, answer=stream.header.answer)  # whether it is the model at all, before it is run

@@ -36,8 +36,9 @@ class CodebookUse(nn.Module):
     """Counts of the tokens of all ranks. All state is in buffers, alike on all ranks; it is saved with a run's state so
     that a resumed run goes on counting. A batch is that of a step: all that `observe` was given before `finish_step`.
 
-    uses: `(levels, vocab_size)`, how often each id occurred, decayed by 0.99 at each batch: mostly the last 100.
-    last_used: `(levels, vocab_size)`, the number of the batch, from 1, in which an id last occurred; 0 for none.
+    A part is a level or a scale; `parts` is the number of tokens of each.
+    uses: `(parts, vocab_size)`, how often each id occurred, decayed by 0.99 at each batch: mostly the last 100.
+    last_used: `(parts, vocab_size)`, the number of the batch, from 1, in which an id last occurred; 0 for none.
     steps: how many batches were counted.
     """
 
@@ -45,24 +46,25 @@ class CodebookUse(nn.Module):
     last_used: Tensor
     steps: Tensor
 
-    def __init__(self, vocab_size: int, levels: int = 1) -> None:
+    def __init__(self, vocab_size: int, parts: tuple[int, ...]) -> None:
         super().__init__()
-        self.register_buffer("uses", torch.zeros(levels, vocab_size))  # float32: some devices have no doubles
-        self.register_buffer("last_used", torch.zeros(levels, vocab_size, dtype=torch.long))
+        self.parts, shape = parts, (len(parts), vocab_size)
+        self.register_buffer("uses", torch.zeros(shape))  # float32: some devices have no doubles
+        self.register_buffer("last_used", torch.zeros(shape, dtype=torch.long))
         self.register_buffer("steps", torch.zeros((), dtype=torch.long))
         self.observed: Tensor | None = None  # counts of this rank, in this step
 
     @torch.no_grad()
     def observe(self, tokens: Tensor) -> None:
-        """Note this rank's `tokens` (B, *grid), with levels as rows, for `finish_step` to count."""
-        counts = count_tokens(tokens, *self.uses.shape)
+        """Note this rank's `tokens` (B, *grid), part after part, for `finish_step` to count."""
+        counts = count_tokens(tokens, self.parts, self.uses.shape[1])
         self.observed = counts if self.observed is None else self.observed + counts
 
     @torch.no_grad()
     def finish_step(self, taken: bool = True) -> Tensor | None:
         """Count what was observed since the last call; all ranks have to call it. Returns how often each id occurred in
-        the batch of all ranks, `(vocab_size,)` int64, all levels together; None where nothing was observed, or the
-        step was not taken, which forgets it."""
+        the batch of all ranks, `(parts, vocab_size)` int64; None where nothing was observed, or the step was not taken,
+        which forgets it."""
         counts, self.observed = self.observed, None
         if counts is None or not taken:
             return None
@@ -72,26 +74,27 @@ class CodebookUse(nn.Module):
         self.steps += 1
         self.uses.mul_(DECAY).add_(here)
         self.last_used.masked_fill_(here > 0, self.steps)
-        return counts.sum(0)
+        return counts
 
     def ages(self) -> Tensor:
-        """Batches since each code was last used, `(levels, vocab_size)`; all batches for one that never was."""
+        """Batches since each code was last used, `(parts, vocab_size)`; all batches for one that never was."""
         return self.steps - self.last_used
 
     def patience(self) -> Tensor:
-        """The number of batches after which an unused code counts as dead. In that time, a code that is used a 20th as
-        often as the mean would be expected 3 times, so 1 in 20 of such rare codes is wrongly called dead, and no
-        commoner one. At least 10 batches, as the tokens of one batch are alike. Infinite before the first batch."""
-        mean = self.uses.mean() * (1 - DECAY) / (1 - torch.pow(DECAY, self.steps.float()))
+        """The number of batches after which an unused code counts as dead, of each part `(parts, 1)`. In that
+        time, a code that is used a 20th as often as the mean would be expected 3 times, so 1 in 20 of such rare codes
+        is wrongly called dead, and no commoner one. At least 10 batches, as the tokens of one batch are alike. Infinite
+        before the first batch."""
+        mean = self.uses.mean(1, keepdim=True) * (1 - DECAY) / (1 - torch.pow(DECAY, self.steps.float()))
         return (MISSED / (RARE * mean)).nan_to_num(nan=torch.inf, posinf=torch.inf).floor().clamp(min=LEAST)
 
     def dead(self) -> Tensor:
-        """Which codes are dead, bool `(levels, vocab_size)`."""
+        """Which codes are dead, bool `(parts, vocab_size)`."""
         return self.ages() > self.patience()
 
     def figures(self) -> dict[str, float]:
         """`usage`, the share of codes used in the last 100 batches; `perplexity` of their decayed counts, the mean over
-        levels; `dead`, the number of dead codes; `oldest`, the number of batches since the code that has been unused
+        parts; `dead`, the number of dead codes; `oldest`, the number of batches since the code that has been unused
         for longest was used."""
         used = self.last_used > (self.steps - WINDOW).clamp(min=0)
         p = self.uses.cpu().double()
@@ -110,10 +113,11 @@ class CodebookUse(nn.Module):
         too where a batch of `images` (B, C, H, W) is given."""
         figures, uses = self.figures(), self.uses.cpu().double()
         dead = self.dead().cpu()
-        alive = (uses / uses.mean().clamp(min=1e-9)).masked_fill(dead, 0).numpy()
+        alive = (uses / uses.mean(1, keepdim=True).clamp(min=1e-9)).masked_fill(dead, 0).numpy()
+        usage = partial(draw_usage, uses=alive, useless=int(dead.sum()), low=1e-3, unit="x mean use", word="dead")
         charts = [
-            partial(draw_usage, uses=alive, useless=int(dead.sum()), low=1e-3, unit="x mean use", word="dead"),
-            partial(draw_ages, ages=self.ages().cpu(), patience=float(self.patience())),
+            partial(usage, names=part_names(tokenizer)),
+            partial(draw_ages, ages=self.ages().cpu(), patience=self.patience().cpu()),
         ]
         if distances := code_distances(tokenizer, images):
             charts.append(partial(draw_distances, distances=distances))
@@ -126,11 +130,19 @@ class CodebookUse(nn.Module):
         return page(title, lines, [charts_in_row(charts, width, HEIGHT)])
 
 
-def count_tokens(tokens: Tensor, levels: int, vocab_size: int) -> Tensor:
-    """How often each id occurs at each level, int64 `(levels, vocab_size)`, in `tokens` (B, levels * rows, ...)."""
-    ids = tokens.long().reshape(len(tokens), levels, -1).transpose(0, 1)
-    offsets = torch.arange(levels, device=tokens.device).reshape(-1, 1, 1) * vocab_size
-    return torch.bincount((ids + offsets).flatten(), minlength=levels * vocab_size).reshape(levels, vocab_size)
+def count_tokens(tokens: Tensor, parts: tuple[int, ...], vocab_size: int) -> Tensor:
+    """How often each id occurs in each part, int64 `(parts, vocab_size)`, in `tokens` (B, *grid), whose parts of so
+    many tokens follow each other."""
+    shape = (len(parts), vocab_size)
+    each = tokens.long().flatten(1).split(parts, 1)
+    ids = torch.cat([(part + number * vocab_size).flatten() for number, part in enumerate(each)])
+    return torch.bincount(ids, minlength=math.prod(shape)).reshape(shape)
+
+
+def part_names(tokenizer: Any) -> list[str]:
+    """What the parts of a tokenizer's tokens are called: level 1, level 2, ...; or 1x1, 2x2, ..."""
+    scales = tokenizer.grid.scales
+    return [f"{height}x{width}" for height, width in scales] or [f"level {n + 1}" for n in range(tokenizer.levels)]
 
 
 # distances ----------------------------------------------------------------------------------------
@@ -168,13 +180,15 @@ def nearest_other(codes: Tensor) -> Tensor:
 # charts -------------------------------------------------------------------------------------------
 
 
-def draw_usage(axes: Axes, uses: np.ndarray, useless: int, *, low: float, unit: str, word: str) -> None:
-    """Codes sorted by use, `uses` (levels, V), on a logarithmic axis from `low`; the `useless` ones are a red field."""
+def draw_usage(
+    axes: Axes, uses: np.ndarray, useless: int, *, names: list[str], low: float, unit: str, word: str
+) -> None:
+    """Codes sorted by use, `uses` (parts, V), on a logarithmic axis from `low`; the `useless` ones are a red field."""
     ordered, mean = -np.sort(-uses, axis=1), float(uses.mean())
     curves(
         axes,
         "How often each code is used",
-        {f"level {n + 1}": values for n, values in enumerate(ordered)},
+        dict(zip(names, ordered, strict=True)),
         labels=("codes, most used first", unit),
         low=low,
         level=(mean, "mean") if mean > low else None,
@@ -184,8 +198,9 @@ def draw_usage(axes: Axes, uses: np.ndarray, useless: int, *, low: float, unit: 
         legend(axes, {f"{useless:,} of {uses.size:,} {word}": RED})
 
 
-def draw_ages(axes: Axes, ages: Tensor, patience: float) -> None:
-    """Codes by the batches since they were last used, in ranges that double; the dead ones are red."""
+def draw_ages(axes: Axes, ages: Tensor, patience: Tensor) -> None:
+    """Codes by the batches since they were last used, `ages` (parts, V), in ranges that double; those that a part's
+    `patience` (parts, 1) has run out with are red."""
     last = int(ages.max()).bit_length()
     ranges = torch.frexp(ages.double()).exponent.long()  # binary digits: age 0; 1; 2 to 3; 4 to 7; ...
     names = ["0", "1", *(f"{three_digits(2**n)}+" for n in range(1, last))][: last + 1]
@@ -195,8 +210,10 @@ def draw_ages(axes: Axes, ages: Tensor, patience: float) -> None:
     values = dict(zip(names, map(float, all_of), strict=False))
     marked = dict(zip(names, map(float, dead_of), strict=False))
     bars(axes, "How long ago each code was used", values, labels=("batches since then", "codes"), marked=marked)
-    if math.isfinite(patience):
-        legend(axes, {f"dead: over {patience:,.0f} batches": RED})
+    low, high = patience.min(), patience.max()
+    if bool(torch.isfinite(high)):
+        most = f" to {high:,.0f}" if high > low else ""
+        legend(axes, {f"dead: over {low:,.0f}{most} batches": RED})
 
 
 def draw_distances(axes: Axes, distances: dict[str, np.ndarray]) -> None:

@@ -14,7 +14,7 @@ from tokenizer.base import codebook_usage
 from tokenizer.losses import pixel_losses, psnr
 
 from ..images import ImageDataset
-from .codebook import MISSED, RARE, code_distances, count_tokens
+from .codebook import MISSED, RARE, code_distances, count_tokens, part_names
 
 UNUSED_SHOWN = 23  # codes that occur nowhere, of those shown: a row
 PLACES = 64  # at most so many of a code's places are looked at
@@ -23,10 +23,12 @@ PIXELS_AT_ONCE = 1 << 21
 
 @dataclass(frozen=True)
 class Findings:
-    """What there is to draw. `uses` (levels, V), `psnr` (n,) dB, `shown` (k,) ids of level 1; `alone` (k, C, h, w),
+    """What there is to draw. `names` of the levels or scales, `uses` (them, V), `psnr` (n,) dB, `shown` (k,) ids of the
+    first; `alone` (k, C, h, w),
     each on all positions; `in_place` (k, C, h, w), the mean of what is decoded around its places, or None."""
 
     figures: dict[str, Any]
+    names: list[str]
     uses: Tensor
     psnr: Tensor
     distances: dict[str, np.ndarray]
@@ -39,12 +41,12 @@ class Findings:
 @torch.inference_mode()
 def examine(tokenizer: Any, images: ImageDataset, num_codes: int) -> Findings:
     """Encode and decode all `images`, and decode codes one by one."""
-    levels, vocab = tokenizer.levels, tokenizer.grid.vocab_size
+    vocab = tokenizer.grid.vocab_size
     parts = np.array_split(np.arange(len(images)), -(-len(images) // batch_size(tokenizer)))
     tokens = torch.cat([tokenizer.encode(images.batch(part).to(tokenizer.device)).int().cpu() for part in parts])
-    uses = count_tokens(tokens, levels, vocab)
+    uses = count_tokens(tokens, tokenizer.parts, vocab)
     shown = uses[0].argsort(descending=True, stable=True)[: min(num_codes, int((uses[0] > 0).sum()) + UNUSED_SHOWN)]
-    around = Surroundings.of(tokenizer, tokens.chunk(levels, dim=1)[0], shown)
+    around = Surroundings.of(tokenizer, tokens.chunk(tokenizer.levels, dim=1)[0], shown)
     errors, sums = [], dict.fromkeys(("l1", "l2"), 0.0)
     for part in parts:
         batch = images.batch(part).to(tokenizer.device)
@@ -59,7 +61,8 @@ def examine(tokenizer: Any, images: ImageDataset, num_codes: int) -> Findings:
     word = "dead" if RARE * float(uses.double().mean()) >= MISSED else "unused"
     means = {name: total / len(images) for name, total in sums.items()}
     return Findings(
-        figures_of(uses, decibels, distances) | means,
+        figures_of(uses, decibels, distances) | means | scale_figures(tokenizer, images, tokens),
+        part_names(tokenizer),
         uses,
         decibels,
         distances,
@@ -89,6 +92,20 @@ def figures_of(uses: Tensor, decibels: Tensor, distances: dict[str, np.ndarray])
         "unused_codes": [(level == 0).nonzero().flatten().tolist() for level in uses],
         **{name.replace(" ", "_"): float(np.median(values)) for name, values in distances.items() if len(values)},
     }
+
+
+def scale_figures(tokenizer: Any, images: ImageDataset, tokens: Tensor) -> dict[str, Any]:
+    """Under `scales`, for each scale, the PSNR in dB of `images` from it and those before it, whose `tokens` (n, L) are
+    given, and the share of the latents' variance that it left over in training. Nothing without scales."""
+    found = []
+    for k in range(len(tokenizer.grid.scales)):
+        errors = []
+        for part in torch.arange(len(images)).split(batch_size(tokenizer)):
+            decoded = tokenizer.decode_scales(tokens[part].to(tokenizer.device), k + 1)
+            errors.append(psnr(decoded.cpu(), images.batch(part.numpy())))
+        left = float(tokenizer.quantizer.left[k])
+        found.append({"psnr": float(torch.cat(errors).double().mean()), "left": left})
+    return {"scales": found} if found else {}
 
 
 @dataclass(frozen=True)
@@ -141,17 +158,17 @@ class Surroundings:
 
 
 def alone(tokenizer: Any, codes: Tensor, uses: Tensor) -> Tensor:
-    """Each of `codes` (k,) of level 1 decoded from all positions, the other levels at their commonest id: the middle
-    three by three patches, where no border is seen. `(k, C, h, w)` in [-1, 1]."""
-    shape, levels = tokenizer.grid.shape, len(uses)
-    rows = shape[0] // levels
-    base = uses.argmax(1).repeat_interleave(rows).reshape(-1, *[1] * (len(shape) - 1)).expand(shape)
-    cut = middle(tokenizer.image_shape, (rows, *shape[1:]))
+    """Each of `codes` (k,) of level 1 (or the first scale) decoded from all its positions, the other levels at their
+    commonest id: the middle three by three patches, where no border is seen. `(k, C, h, w)` in [-1, 1]."""
+    shape, first = tokenizer.grid.shape, tokenizer.parts[0]
+    base = uses.argmax(1).repeat_interleave(torch.tensor(tokenizer.parts))
+    cut = middle(tokenizer.image_shape, (shape[0] // tokenizer.levels, *shape[1:]))
     pictures = []
     for part in codes.split(batch_size(tokenizer)):
-        tokens = base.repeat(len(part), *[1] * len(shape))
-        tokens[:, :rows] = part.reshape(-1, *[1] * len(shape))
-        pictures.append(tokenizer.decode(tokens.to(tokenizer.device)).cpu()[..., cut[0], cut[1]].clone())
+        tokens = base.repeat(len(part), 1)
+        tokens[:, :first] = part[:, None]
+        decoded = tokenizer.decode(tokens.reshape(-1, *shape).to(tokenizer.device))
+        pictures.append(decoded.cpu()[..., cut[0], cut[1]].clone())
     return torch.cat(pictures)
 
 

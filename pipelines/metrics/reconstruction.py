@@ -42,11 +42,15 @@ def evaluate_reconstruction(model: Any, images: ImageDataset, limit: int | None 
 
 @torch.inference_mode()
 def reconstruction_picture(model: Any, images: ImageDataset, count: int = 32) -> np.ndarray:
-    """The first `count` images, evenly spread over the set, each row above the row of its reconstructions."""
+    """The first `count` images, evenly spread over the set, each row above the row of its reconstructions; of a
+    tokenizer of scales first from one scale, then from one more in each row."""
     chosen = np.linspace(0, len(images) - 1, min(count, len(images))).astype(np.int64)
     originals = images.batch(chosen)
     parts = originals.split(images_at_a_time(images.image_shape))
-    decoded = torch.cat([model.decode(model.encode(part.to(model.device))).cpu() for part in parts])
+    tokens = [model.encode(part.to(model.device)) for part in parts]
+    counts = range(1, len(model.grid.scales))
+    some = [torch.cat([model.decode_scales(part, count).cpu() for part in tokens]) for count in counts]
+    decoded = torch.cat([model.decode(part).cpu() for part in tokens])
     columns = min(16, len(chosen))
-    pairs = [row for a, b in zip(originals.split(columns), decoded.split(columns), strict=True) for row in (a, b)]
-    return grid_picture(torch.cat(pairs), columns)
+    rows = zip(*(version.split(columns) for version in (originals, *some, decoded)), strict=True)
+    return grid_picture(torch.cat([row for group in rows for row in group]), columns)

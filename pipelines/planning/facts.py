@@ -26,15 +26,18 @@ def facts_of(config: Any, tokenizer: Tokenizer | None) -> Facts:
     """The facts that the keys give, else the token dataset, else the tokenizer (on the meta device). Raises `UserError`
     for missing ones."""
     shape, ids, classes, rows, size = config.grid, config.vocab_size, config.classes, config.rows, 0
+    known: TokenGrid | None = None
     if tokenizer is not None:
-        shape, ids = shape or tokenizer.grid.shape, ids or tokenizer.grid.vocab_size
+        known = tokenizer.grid
         size = sum(value.numel() * value.itemsize for value in tokenizer.state_dict().values())
     elif (Path(config.tokens) / META).is_file():
         meta = read_meta(Path(config.tokens))
-        shape, ids = shape or meta.grid.shape, ids or meta.grid.vocab_size
+        known = meta.grid
         classes = len(meta.class_names) if classes is None else classes
         rows = rows or sum(meta.shards.get("train", [])) or None
         size = sum(path.stat().st_size for path in (Path(config.tokens) / "tokenizer").glob("*.safetensors"))
+    if known is not None:
+        shape, ids = shape or known.shape, ids or known.vocab_size
     there = {"grid": shape, "vocab_size": ids, "classes": classes}
     if missing := [name for name, value in there.items() if value is None]:
         place = f"token dataset {config.tokens!r} is not there yet" if config.tokens else "no token dataset is given"
@@ -43,6 +46,7 @@ def facts_of(config: Any, tokenizer: Tokenizer | None) -> Facts:
         raise UserError("\n".join(lines))
     assert shape is not None and ids is not None and classes is not None
     try:
-        return Facts(TokenGrid(tuple(shape), ids), classes, rows, size)
+        scales = known.scales if known is not None and tuple(shape) == known.shape else ()
+        return Facts(TokenGrid(tuple(shape), ids, scales), classes, rows, size)
     except ValueError as error:
         raise UserError(f"grid: {error}") from error

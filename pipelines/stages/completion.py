@@ -224,7 +224,7 @@ def make_mask(name: str, image_shape: tuple[int, int, int], grid_shape: tuple[in
     _, height, width = image_shape
     kind, colon, share = name.partition(":")
     if kind == "scatter" and colon:
-        return scattered(share, height, width, width // grid_shape[-1])
+        return scattered(share, height, width, max(1, width // grid_shape[-1]))
     if name not in MASKS:
         raise ValueError(f"no mask is called {name!r}; there are {', '.join(MASKS)} and scatter:SHARE, as scatter:0.5")
     rows, columns = torch.arange(height)[:, None], torch.arange(width)

@@ -12,6 +12,7 @@ from pydantic import AfterValidator, BaseModel, PlainValidator, model_validator
 from torch import Tensor
 
 from tokenizer import TokenGrid, Tokenizer
+from tokenizer.base import grid_to_dict, read_grid
 from tokenizer.files.checked import Text, Whole, checked
 from tokenizer.files.errors import FormatError, IntegrityError, PathError, shown
 from tokenizer.files.ownership import Kind
@@ -46,7 +47,7 @@ class Meta:
         one_file = all(len(sizes) == 1 for sizes in self.shards.values())
         return {
             "format_version": ONE_FILE_VERSION if one_file else FORMAT_VERSION,
-            "grid": {"shape": list(self.grid.shape), "vocab_size": self.grid.vocab_size},
+            "grid": grid_to_dict(self.grid),
             "classes": self.class_names,
             "splits": {name: sizes[0] if one_file else sizes for name, sizes in self.shards.items()},
             "source": self.source,
@@ -101,12 +102,17 @@ class GridFields(BaseModel):
 
     shape: list[Whole]
     vocab_size: Whole
+    scales: list[list[Whole]] = []
 
     @model_validator(mode="after")
     def is_a_grid(self) -> GridFields:
         """Raises what `TokenGrid` does."""
-        TokenGrid(tuple(self.shape), self.vocab_size)
+        self.grid()
         return self
+
+    def grid(self) -> TokenGrid:
+        """What the fields say. Raises `ValueError`."""
+        return read_grid({"shape": self.shape, "vocab_size": self.vocab_size, "scales": self.scales})
 
 
 class MetaFile(BaseModel):
@@ -132,9 +138,8 @@ def read_meta(folder: Path) -> Meta:
             f"and {FORMAT_VERSION}"
         )
     found = checked(MetaFile, meta, folder / META)
-    grid = TokenGrid(tuple(found.grid.shape), found.grid.vocab_size)
     return Meta(
-        grid=grid,
+        grid=found.grid.grid(),
         class_names=found.classes,
         shards=found.splits,
         source=found.source,

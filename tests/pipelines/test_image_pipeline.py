@@ -13,8 +13,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from small import QUANTIZERS, SMALL, make_prior, make_tokenizer
-from small_pipelines import as_pil, every_pair, every_tokenizer, make_pipeline, pixels_for
+from small import QUANTIZERS, make_prior, make_tokenizer, quantizer_of
+from small_pipelines import as_pil, every_pair, every_tokenizer, make_pipeline, pixels_for, placed_pairs
 
 from pipelines import ImagePipeline
 from tokenizer import TokenGrid, Tokenizer
@@ -101,7 +101,7 @@ def test_tokens_out_of_range_are_refused():
 # Completing
 
 
-@every_pair
+@placed_pairs
 def test_known_pixels_come_back_as_they_were(tokenizer, prior):
     pipe = make_pipeline(tokenizer, prior)
     pixels = pixels_for(pipe)
@@ -116,7 +116,7 @@ def test_known_pixels_come_back_as_they_were(tokenizer, prior):
     torch.testing.assert_close(made.images[1], free.images[0])
 
 
-@every_pair
+@placed_pairs
 def test_hidden_pixels_do_not_leak(tokenizer, prior):
     pipe = make_pipeline(tokenizer, prior)
     pixels = pixels_for(pipe, 16)
@@ -132,7 +132,7 @@ def test_hidden_pixels_do_not_leak(tokenizer, prior):
     assert not torch.equal(pipe.complete(elsewhere, known, seed=0).tokens[:, kept], one.tokens[:, kept])
 
 
-@every_pair
+@placed_pairs
 def test_completions_differ_by_seed_and_not_by_batch(tokenizer, prior):
     pipe = make_pipeline(tokenizer, prior)
     pixels = pixels_for(pipe)
@@ -141,6 +141,12 @@ def test_completions_differ_by_seed_and_not_by_batch(tokenizer, prior):
     assert not torch.equal(made.tokens, pipe.complete(pixels, known, seed=1).tokens)
     assert torch.equal(made.tokens, pipe.complete(pixels, known, seed=0, batch_size=2, progress=False).tokens)
     assert torch.equal(made.tokens, pipe.complete(pixels, known.expand(5, 8, 12).numpy(), seed=0).tokens)
+
+
+def test_a_tokenizer_of_scales_completes_nothing():
+    pipe = make_pipeline(prior="next_scale")
+    with pytest.raises(ValueError, match=r"^a coarse scale's token belongs to no part of the image, so [^\n]*$"):
+        pipe.complete(pixels_for(pipe), torch.ones(8, 12).bool())
 
 
 @pytest.mark.parametrize("known", [torch.ones(12, 8).bool(), torch.ones(2, 8, 12).bool(), torch.ones(8, 12)])
@@ -175,8 +181,8 @@ def test_another_type_can_be_used_saved_and_loaded(tokenizer, prior, dtype, tmp_
 @pytest.mark.parametrize("name", QUANTIZERS)
 def test_the_type_is_that_of_the_networks(name):
     """A codebook stays float32, and may be the first of the tokenizer's parameters."""
-    tokenizer = make_tokenizer("vqvae", quantizer={"kind": name, **SMALL[name]})
-    pipe = ImagePipeline(tokenizer, make_prior("gpt", tokenizer.grid.shape, tokenizer.grid.vocab_size))
+    tokenizer = make_tokenizer("vqvae", quantizer=quantizer_of(name, 3, 2))
+    pipe = ImagePipeline(tokenizer, make_prior("gpt", grid=tokenizer.grid))
     assert pipe.dtype == torch.float32
     for dtype in (torch.bfloat16, torch.float16, torch.float64):
         assert pipe.to(dtype=dtype).dtype == dtype == pipe.prior.dtype == pipe.tokenizer.dtype

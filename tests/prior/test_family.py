@@ -9,7 +9,18 @@ from itertools import accumulate
 import pytest
 import torch
 from costs import all_steps, flops
-from small import ORDERS, PARTITIONS, PRIORS, PRIORS_IN_ORDERS, VARIANTS, generators, make_prior, moved_by
+from small import (
+    ORDERS,
+    PARTITIONS,
+    PRIORS,
+    PRIORS_IN_ORDERS,
+    VARIANTS,
+    draw_known,
+    draw_tokens,
+    generators,
+    make_prior,
+    moved_by,
+)
 
 from prior import Prior
 from prior.orders import make_partition
@@ -19,7 +30,7 @@ every_prior = pytest.mark.parametrize("name", [*PRIORS, *VARIANTS])
 every_order = pytest.mark.parametrize(("name", "order"), PRIORS_IN_ORDERS)
 
 
-RASTER_ONLY = {"pixelcnn", "gated_pixelcnn", "pixelsnail"}
+RASTER_ONLY = {"next_scale", "pixelcnn", "gated_pixelcnn", "pixelsnail"}
 BLOCKS = {"blocks", "marginal", "masked", "windowed_blocks"}
 TWO_AXES = RASTER_ONLY | {"windowed_blocks", "windowed_gpt"}
 
@@ -36,15 +47,16 @@ def test_logits_see_only_earlier_tokens(name, order):
     """Changing a token moves no logits of its block and of those before it, and of later ones all those whose model
     says that they see it: all of them, except where the model's published receptive field is smaller."""
     model = make_prior(name, order=order).double()
-    tokens, labels = torch.randint(5, (16, 3, 4)), torch.arange(16) % 4
-    assert model(tokens, labels).shape == (16, 12, 5)
+    tokens, labels, count = draw_tokens(model, 16), torch.arange(16) % 4, len(model.grid)
+    assert model(tokens, labels).shape == (16, count, 5)
     moved = moved_by(model, tokens, labels, least=1e-12)
-    (walk, sizes), field = make_partition(order, (3, 4)), model.receptive_field
-    assert field.dtype == torch.bool and field.shape == (12, 12)
-    earlier = torch.zeros(12, dtype=torch.bool)
+    (walk, sizes), field = make_partition(order, model.grid.shape), model.receptive_field
+    sizes = (1, 4, 12) if name == "next_scale" else sizes
+    assert field.dtype == torch.bool and field.shape == (count, count)
+    earlier = torch.zeros(count, dtype=torch.bool)
     for block in walk.split(sizes):
         assert not moved[block][:, ~earlier].any(), f"the block of {block.tolist()} sees what comes with it or after it"
-        if name in ("blocks", "gpt", "made", "masked", "pixelsnail"):
+        if name in ("blocks", "gpt", "made", "masked", "next_scale", "pixelsnail"):
             assert field[block].equal(earlier.expand(len(block), -1))
         earlier[block] = True
     assert moved.equal(field), "tokens are seen by other positions than the model says"
@@ -53,8 +65,10 @@ def test_logits_see_only_earlier_tokens(name, order):
 @every_order
 @pytest.mark.parametrize("label", [None, 1])
 def test_probabilities_sum_to_one(name, order, label):
-    model = make_prior(name, shape=(2, 3), vocab_size=3, order=order).double()
-    grids = torch.tensor(list(itertools.product(range(3), repeat=6))).reshape(-1, 2, 3)
+    ids = 2 if name == "next_scale" else 3  # which has nine tokens then
+    model = make_prior(name, shape=(2, 3), vocab_size=ids, order=order).double()
+    every = itertools.product(range(ids), repeat=len(model.grid))
+    grids = torch.tensor(list(every)).reshape(-1, *model.grid.shape)
     labels = None if label is None else torch.full((len(grids),), label)
     token_wise = torch.cat(
         [model.token_log_probs(part, None if labels is None else labels[: len(part)]) for part in grids.split(243)]
@@ -80,7 +94,7 @@ def test_cached_sampling_equals_uncached(name, order):
 @every_order
 def test_step_logits_equal_forward_logits(name, order):
     model = make_prior(name, order=order).double()
-    tokens, labels = torch.randint(5, (4, 3, 4)), torch.tensor([0, 1, 2, 3])
+    tokens, labels = draw_tokens(model, 4), torch.tensor([0, 1, 2, 3])
     whole = model(tokens, labels)
     with torch.no_grad():
         state, begin, last = model.start(4, labels), 0, None
@@ -106,12 +120,12 @@ def test_a_second_call_does_not_remember_the_first(name):
 @every_prior
 def test_frequencies_match_log_prob(name):
     model = make_prior(name, shape=(2, 2), vocab_size=2)
-    count = 20_000
+    count, size = 20_000, len(model.grid)
     labels = torch.full((count,), 1)
     drawn = model.sample(count, labels, generator=torch.Generator().manual_seed(5)).flatten(1)
-    grids = torch.tensor(list(itertools.product(range(2), repeat=4)))
-    found = torch.bincount((drawn * torch.tensor([8, 4, 2, 1])).sum(1), minlength=16) / count
-    expected = model.log_prob(grids.reshape(-1, 2, 2), torch.full((16,), 1)).exp()
+    grids = torch.tensor(list(itertools.product(range(2), repeat=size)))
+    found = torch.bincount((drawn * 2 ** torch.arange(size).flip(0)).sum(1), minlength=2**size) / count
+    expected = model.log_prob(grids.reshape(-1, *model.grid.shape), torch.full((2**size,), 1)).exp()
     deviation = (expected * (1 - expected) / count).sqrt()
     assert ((found - expected).abs() < 5 * deviation + 1e-4).all()
 
@@ -138,21 +152,20 @@ def walked(model, walk, known):
 def test_a_token_is_the_argmax_of_its_own_logits_and_noise(name, order, settings, part):
     """Against a sampler written again from the definition: whole forwards, one image at a time, its own noise."""
     model = make_prior(name, order=order)
-    labels, given = torch.tensor([0, 1, 3]), torch.randint(5, (3, 3, 4))
-    known = torch.rand(3, 3, 4) < part
+    labels, given, size = torch.tensor([0, 1, 3]), draw_tokens(model, 3), len(model.grid)
+    known = draw_known(model, 3, part)
     drawn = model.sample(3, labels, generator=generators(3), tokens=given, known=known, **settings)
     for k in range(3):
-        noise = -(-torch.rand(12, 5, generator=generators(3)[k], dtype=torch.float64).log()).float().log()
-        tokens, walk, count = torch.zeros(1, 12, dtype=torch.long), model.order, 0
+        noise = -(-torch.rand(size, 5, generator=generators(3)[k], dtype=torch.float64).log()).float().log()
+        tokens, walk, count = torch.zeros(1, size, dtype=torch.long), model.order, 0
         if model.any_order:  # known tokens first, so that all others are conditioned on all of them
             walk, count = walk[torch.argsort(~known[k].flatten()[walk], stable=True)], int(known[k].sum())
         for rank, position in enumerate(walk.tolist()):
             begin = max(cut for cut in (0, count, *accumulate(model.blocks)) if cut <= rank)  # of its block
             seen = torch.zeros_like(tokens)
             seen[:, walk[:begin]] = tokens[:, walk[:begin]]
-            pair = model(
-                seen.expand(2, 12).reshape(2, 3, 4), torch.tensor([int(labels[k]), 3]), **walked(model, walk, count)
-            ).detach()[:, position]
+            both, classes = seen.expand(2, size).reshape(2, *model.grid.shape), torch.tensor([int(labels[k]), 3])
+            pair = model(both, classes, **walked(model, walk, count)).detach()[:, position]
             logits = pair[1] + settings.get("guidance_scale", 1.0) * (pair[0] - pair[1])  # 3 is the null class
             logits = logits / settings.get("temperature", 1.0)
             descending = logits.sort(descending=True)
@@ -215,7 +228,7 @@ def test_an_image_does_not_depend_on_its_batch(name, settings):
 def test_rows_at_once_do_not_show(name, monkeypatch):
     """However a batch is cut up, the images are the same, and each is made once."""
     model = make_prior(name)
-    labels, known, tokens = torch.arange(11) % 3, torch.rand(11, 3, 4) < 0.3, torch.randint(5, (11, 3, 4))
+    labels, known, tokens = torch.arange(11) % 3, draw_known(model, 11, 0.3), draw_tokens(model, 11)
     settings = {"tokens": tokens, "known": known}
     whole = [model.sample(11, labels, generator=generators(11), guidance_scale=s, **settings) for s in (1.0, 2.0)]
     for rows in (1, 4, 5, 8):
@@ -245,23 +258,24 @@ def test_guidance_scale_one_is_no_guidance(name):
 @every_order
 def test_known_tokens_come_back_and_condition_the_rest(name, order):
     model = make_prior(name, order=order)
-    known = torch.zeros(3, 4, dtype=torch.bool)
+    known = torch.zeros(model.grid.shape, dtype=torch.bool)
     known.view(-1)[model.order[:6]] = True
-    tokens = torch.randint(5, (8, 3, 4))
+    tokens = draw_tokens(model, 8)
     drawn = model.sample(8, generator=generators(8), tokens=tokens, known=known)
     assert torch.equal(drawn[:, known], tokens[:, known])
     assert torch.equal(drawn, model.sample(8, generator=generators(8), tokens=tokens, known=known, cache=False))
-    own = torch.rand(8, 3, 4) < 0.5
+    own = draw_known(model, 8, 0.5)
     drawn = model.sample(8, generator=generators(8), tokens=tokens, known=own)
     assert torch.equal(drawn[own], tokens[own])
-    everything = model.sample(8, tokens=tokens, known=torch.ones(3, 4, dtype=torch.bool))
+    everything = model.sample(8, tokens=tokens, known=torch.ones_like(known))
     assert torch.equal(everything, tokens)
 
 
 @every_prior
 def test_sampling_costs_one_forward_pass(name):
     """FLOPs of all steps, attention included, against those of one forward pass; without the cache, one per step."""
-    model, tokens = make_prior(name, shape=(8, 8), vocab_size=16), torch.randint(16, (4, 8, 8))
+    model = make_prior(name, shape=(8, 8), vocab_size=16)
+    tokens = draw_tokens(model, 4)
     whole = flops(lambda: model(tokens))
     assert flops(lambda: all_steps(model, tokens)) <= 1.1 * whole
     state = model.start_slow(4, None)
@@ -284,7 +298,7 @@ def test_weights_of_lower_precision_sample_too(name):
     model = make_prior(name).bfloat16()
     for path in ({}, {"cache": False}, {"parallel": True}):
         drawn = model.sample(4, torch.arange(4), generator=generators(4), **path)
-        assert drawn.shape == (4, 3, 4) and drawn.min() >= 0 and drawn.max() < 5
+        assert drawn.shape == (4, *model.grid.shape) and drawn.min() >= 0 and drawn.max() < 5
     assert model.log_prob(drawn).isfinite().all()
 
 
@@ -293,7 +307,7 @@ def test_save_and_load(name, tmp_path):
     model = make_prior(name, order="raster")
     model.save_pretrained(tmp_path / "prior")
     loaded = Prior.from_pretrained(tmp_path / "prior")
-    tokens = torch.randint(5, (2, 3, 4))
+    tokens = draw_tokens(model, 2)
     assert type(loaded) is type(model) and torch.equal(loaded(tokens), model(tokens))
     assert not loaded.training
 
@@ -301,10 +315,10 @@ def test_save_and_load(name, tmp_path):
 @every_prior
 def test_state_of_training_does_not_change_shapes(name):
     model = make_prior(name)
-    tokens = torch.randint(5, (2, 3, 4))
+    tokens = draw_tokens(model, 2)
     model.train()
     logits = model(tokens)
-    assert logits.shape == model.eval()(tokens).shape == (2, 12, 5)
+    assert logits.shape == model.eval()(tokens).shape == (2, len(model.grid), 5)
     logits.square().mean().backward()
     drawn = model.train().sample(4)
     assert model.training and not drawn.is_inference()
@@ -314,13 +328,13 @@ def test_state_of_training_does_not_change_shapes(name):
 def test_other_grids(name):
     for shape in ((1, 1), (1, 6), (6, 1), (5,), (2, 2, 3)):
         if name in TWO_AXES and len(shape) != 2:
-            with pytest.raises(ValueError, match="needs a grid of two axes"):
+            with pytest.raises(ValueError, match="needs a grid of two axes|needs .*, without scales"):
                 make_prior(name, shape=shape)
             continue
         for vocab_size, num_classes in ((5, 3), (1, 0), (2, 0)):
             model = make_prior(name, shape=shape, vocab_size=vocab_size, num_classes=num_classes)
             drawn = model.sample(4, generator=generators(4))
-            assert drawn.shape == (4, *shape) and drawn.max() < vocab_size
+            assert drawn.shape == (4, *model.grid.shape) and drawn.max() < vocab_size
             for path in ({"cache": False}, {"parallel": True}):
                 assert torch.equal(drawn, model.sample(4, generator=generators(4), **path))
             assert vocab_size > 1 or model.log_prob(drawn).abs().max() == 0
@@ -347,7 +361,6 @@ def test_other_grids(name):
         ({"order": torch.arange(11)}, "order should hold"),
         ({"known": torch.ones(3, 4, dtype=torch.bool)}, "tokens"),
         ({"known": torch.ones(4, 3, dtype=torch.bool), "tokens": torch.zeros(3, 4, dtype=torch.long)}, "known"),
-        ({"known": torch.ones(3, 4, dtype=torch.bool), "tokens": torch.full((3, 4), 9)}, "ids"),
     ],
 )
 def test_bad_arguments_are_named(name, arguments, message):
@@ -358,12 +371,15 @@ def test_bad_arguments_are_named(name, arguments, message):
 @every_prior
 def test_bad_tokens_are_named(name):
     model = make_prior(name)
+    shape = model.grid.shape
     with pytest.raises(ValueError, match="ids should lie"):
-        model.log_prob(torch.full((1, 3, 4), 5))
+        model.log_prob(torch.full((1, *shape), 5))
+    with pytest.raises(ValueError, match="ids"):
+        model.sample(4, known=torch.ones(shape, dtype=torch.bool), tokens=torch.full(shape, 9))
     with pytest.raises(ValueError, match="shape"):
         model.log_prob(torch.zeros(1, 4, 3, dtype=torch.long))
     with pytest.raises(ValueError, match="labels"):
-        model.log_prob(torch.zeros(1, 3, 4, dtype=torch.long), torch.tensor([7]))
+        model.log_prob(torch.zeros(1, *shape, dtype=torch.long), torch.tensor([7]))
 
 
 def test_unknown_names_list_what_there_is():

@@ -5,7 +5,7 @@ Covers: prior/drawing.py.
 
 import pytest
 import torch
-from small import ORDERS, PRIORS, PRIORS_IN_ORDERS, generators, make_prior
+from small import ORDERS, PRIORS, PRIORS_IN_ORDERS, draw_known, draw_tokens, generators, make_prior
 
 from prior import drawing, parallel
 
@@ -22,7 +22,7 @@ def test_all_exact_priors_are_tested():
 @every_order
 def test_parallel_equals_sequential(name, order):
     model = make_prior(name, order=order)
-    labels, tokens, known = torch.arange(9) % 4, torch.randint(5, (9, 3, 4)), torch.rand(9, 3, 4) < 0.4
+    labels, tokens, known = torch.arange(9) % 4, draw_tokens(model, 9), draw_known(model, 9, 0.4)
     for settings in (
         {},
         {"temperature": 0.7, "top_p": 0.8},
@@ -128,9 +128,10 @@ def test_close_are_those_of_the_decisions_that_stand(monkeypatch):
 def test_a_guess_changes_passes_but_no_token(name):
     """Whatever the second prior is: one that looks at nothing, one in another order, the model itself."""
     model = make_prior(name, shape=(4, 5), vocab_size=7)
-    labels, tokens, known = torch.arange(8) % 4, torch.randint(7, (8, 4, 5)), torch.rand(8, 4, 5) < 0.3
-    stranger = make_prior("gpt", shape=(4, 5), vocab_size=7, order="spiral_in", dropout=0.5)
-    guesses = [make_prior("marginal", shape=(4, 5), vocab_size=7).train(), stranger.train(), model]
+    labels, tokens, known = torch.arange(8) % 4, draw_tokens(model, 8), draw_known(model, 8, 0.3)
+    other = "spiral_in" if len(model.grid.shape) == 2 else "random:1"
+    stranger = make_prior("gpt", grid=model.grid, order=other, dropout=0.5)
+    guesses = [make_prior("marginal", grid=model.grid).train(), stranger.train(), model]
     for settings in (
         {},
         {"guidance_scale": 2.0, "top_k": 5, "temperature": 0.8},

@@ -5,7 +5,7 @@ import itertools
 import pytest
 import torch
 from costs import all_steps
-from small import ANY_ORDER, PRIORS, generators, make_prior
+from small import ANY_ORDER, PRIORS, draw_tokens, generators, make_prior
 
 from prior import Prior
 from prior.orders import make_order
@@ -75,7 +75,7 @@ def test_rounding_turns_no_decision_with_a_lead_above_the_tolerance(name, deviat
     """No noise whatever could: two logits of a row never differ by more. And in 200,000 draws none."""
     torch.manual_seed(0)
     model = sharpened(make_prior(name, shape=(4, 4), vocab_size=17), deviation)
-    tokens, labels = torch.randint(17, (4, 4, 4)).repeat(2, 1, 1), torch.tensor([0, 1, 2, 1, 3, 3, 3, 3])
+    tokens, labels = torch.cat([draw_tokens(model, 4)] * 2), torch.tensor([0, 1, 2, 1, 3, 3, 3, 3])
     ways = ways_to_compute(model, tokens, labels)
     for sampler in (Sampler(), Sampler(guidance_scale=4.0), Sampler(guidance_scale=0.3)):
         allowed = sampler.tolerance(model.rounding) * sampler.largest(ways[0]).cummax(1).values.clamp(min=1)

@@ -232,3 +232,35 @@ def test_bits(name):
     ((z_q * weights_like(z)).sum() + loss_of(mine, losses)).backward()
     ((z_q_other * weights_like(z)).sum() + loss_other).backward()
     torch.testing.assert_close(z.grad, z_other.grad, rtol=1e-3, atol=1e-4)
+
+
+class Bicubic(peers.HierarchicalVQ):
+    """Theirs, growing maps as VAR does and not bilinearly."""
+
+    def upsample_to_full(self, q, full_shape, level_index):
+        up = torch.nn.functional.interpolate(q, size=full_shape, mode="bicubic")
+        return self.choose_phi(level_index)(up)
+
+
+@pytest.mark.parametrize("phi", [0, 1])
+def test_scales_of_one_codebook(phi):
+    """Ids, and what is looked up, in eval mode: theirs moves the codes after every scale. Theirs has no means that
+    vectors are centred and divided by. Its commitment is that of what each scale quantizes, ours of each sum."""
+    codes, scales = torch.randn(CODES, DIM), (1, 2, 3, SIDE)
+    node = {"kind": "ema", "codes": CODES, "dim": DIM}
+    mine = Quantizer.create("multiscale", scales=scales, book=node, rms=False, center=False, phi=phi).eval()
+    other = Bicubic(
+        dim=DIM, codebook_size=CODES, scales=scales, accept_image_fmap=True, quant_resi=0.5 * phi, kmeans_init=False
+    ).eval()
+    mine.book.codebook.copy_(codes)
+    other.vq._codebook.embed.data.copy_(codes)
+    if phi:
+        mine.phis[0].load_state_dict(other.phi_shared.conv.state_dict())
+    with torch.no_grad():
+        z, _ = vectors()
+        z_q, tokens, _ = mine.quantize(z)
+        z_q_other, tokens_other, _ = other(z)
+    assert torch.equal(tokens, torch.cat([part.flatten(1) for part in tokens_other], 1))
+    assert tokens.unique().numel() > 8
+    same(z_q, z_q_other)
+    same(mine.lookup(tokens), other.get_output_from_indices(tokens_other).detach())

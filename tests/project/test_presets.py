@@ -89,8 +89,9 @@ def test_preset_is_valid_and_named_after_its_folder(path):
     names = [path.stem, f"{path.stem}_tokens", *([data] if path.stem.startswith("pixels_") else [])]
     assert Path(config["out"]).name in names
     if path.parent.name == "prior":
-        assert Path(config["tokens"]).name == f"{data}_tokens"
-        assert list((CONFIGS / "tokenizer").glob(f"*_{data}.yaml")), f"no tokenizer preset for {data}"
+        by_scales = "multiscale_" if config["model"]["kind"] == "next_scale" else ""
+        assert Path(config["tokens"]).name == f"{by_scales}{data}_tokens"
+        assert list((CONFIGS / "tokenizer").glob(f"{by_scales or '*_'}{data}.yaml")), f"no tokenizer preset for {data}"
 
 
 @pytest.mark.parametrize("path", TOKENIZER_PRESETS, ids=lambda path: path.stem)
@@ -103,13 +104,14 @@ def test_tokenizer_preset_builds(path):
 
 @pytest.mark.parametrize("path", PRIOR_PRESETS, ids=lambda path: path.stem)
 def test_prior_preset_builds_on_every_tokenizer_of_its_data(path):
+    """Next-scale on those of scales, the others on those of a grid."""
     config = config_of(path)
     choices = {key: value for key, value in config.model.items() if key != "kind"}
     data = data_of(path)
-    tokenizers = sorted((CONFIGS / "tokenizer").glob(f"*_{data}.yaml"))
-    assert tokenizers
-    for name in tokenizers:
-        grid = preset_tokenizer(name).grid
+    grids = [preset_tokenizer(name).grid for name in sorted((CONFIGS / "tokenizer").glob(f"*_{data}.yaml"))]
+    grids = [grid for grid in grids if bool(grid.scales) == (config.model["kind"] == "next_scale")]
+    assert grids
+    for grid in grids:
         with torch.device("meta"):
             prior = Prior.create(config.model["kind"], grid=grid, num_classes=10, **choices)
         assert prior.grid == grid and sum(parameter.numel() for parameter in prior.parameters()) < 2e9

@@ -30,12 +30,14 @@ from small import (
     ANY_ORDER,
     PRIORS,
     QUANTIZERS,
-    SMALL,
     TOKENIZERS,
+    draw_tokens,
     generators,
+    latents,
     make_prior,
     make_quantizer,
     make_tokenizer,
+    quantizer_of,
     train_on,
 )
 from torch import Tensor
@@ -111,7 +113,8 @@ def tokenizers() -> Iterator[Component]:
     for name in TOKENIZERS:
         fields = type(make_tokenizer(name, SIZE).config).model_fields
         kinds = [*QUANTIZERS] if "quantizer" in fields else []
-        choices: list[dict[str, Any]] = [{}, *({"quantizer": {"kind": kind, **SMALL.get(kind, {})}} for kind in kinds)]
+        latents = make_tokenizer(name, SIZE).grid.shape
+        choices: list[dict[str, Any]] = [{}, *({"quantizer": quantizer_of(kind, *latents)} for kind in kinds)]
         if "likelihood" in fields:
             choices += [{"likelihood": {"kind": kind}} for kind in Likelihood.available()]
         for config in choices:
@@ -137,7 +140,8 @@ def try_tokenizer(name: str, config: dict[str, Any]) -> None:
     with torch.no_grad():
         tokens = model.encode(batch)
         assert tokens.device == model.decode(tokens).device == CUDA
-        model.known_tokens(torch.ones(len(batch), *SIZE, dtype=torch.bool, device=CUDA))
+        if not model.grid.scales:
+            model.known_tokens(torch.ones(len(batch), *SIZE, dtype=torch.bool, device=CUDA))
         if model.has_likelihood:
             model.pixel_log_prob(batch, tokens)
             model.value_log_probs(tokens, torch.zeros(batch.shape, dtype=torch.long, device=CUDA), 1)
@@ -166,8 +170,8 @@ def priors() -> Iterator[Component]:
 
 
 def try_prior(name: str, config: dict[str, Any]) -> None:
-    tokens, labels = torch.randint(7, (8, 4, 4)), torch.arange(8) % 4
     model = make_prior(name, (4, 4), 7, **config).train()
+    tokens, labels, size = draw_tokens(model, 8), torch.arange(8) % 4, len(model.grid)
     model.initialize(tokens, labels % 3)
     model, tokens, labels = model.to(CUDA), tokens.to(CUDA), labels.to(CUDA)
     for dtype in (torch.bfloat16, torch.float32):
@@ -184,7 +188,7 @@ def try_prior(name: str, config: dict[str, Any]) -> None:
             model.token_log_probs(tokens, labels, torch.stack([torch.randperm(16) for _ in tokens]))
         if model.feature_layers:
             model.features(tokens, labels)
-        assert model.receptive_field.shape == (16, 16)
+        assert model.receptive_field.shape == (size, size)
     with tempfile.TemporaryDirectory() as folder:
         model.save_pretrained(f"{folder}/model")
         Prior.from_pretrained(f"{folder}/model", device=CUDA, dtype=torch.bfloat16).sample(2)
@@ -192,16 +196,17 @@ def try_prior(name: str, config: dict[str, Any]) -> None:
 
 def try_samples(name: str, config: dict[str, Any]) -> None:
     """What a prior has no way to do, it says; the rest works."""
-    known = torch.zeros(4, 4, dtype=torch.bool)
-    known[:2], known[3, 3] = True, True
-    given: dict[str, Any] = {"known": known, "tokens": torch.randint(7, (4, 4, 4))}
+    model = make_prior(name, (4, 4), 7, **config).to(CUDA)
+    known = torch.zeros(model.grid.shape, dtype=torch.bool)
+    known.view(-1)[:8], known.view(-1)[-1] = True, True
+    given: dict[str, Any] = {"known": known, "tokens": draw_tokens(model, 4)}
     ways: list[dict[str, Any]] = [
         {},
         given,
         {"cache": False},
         {"parallel": True},
         {"parallel": True, **given},
-        {"parallel": True, "guess": make_prior("marginal", (4, 4), 7).to(CUDA)},
+        {"parallel": True, "guess": make_prior("marginal", grid=model.grid).to(CUDA)},
         {"guidance_scale": 2.0, "top_k": 5, "top_p": 0.9, "temperature": 0.8},
         {"generator": [torch.Generator("cuda").manual_seed(k) for k in range(4)]},
         {"generator": torch.Generator()},
@@ -209,13 +214,12 @@ def try_samples(name: str, config: dict[str, Any]) -> None:
         {"num_orders": 2},
         {"order": torch.stack([torch.randperm(16) for _ in range(4)])},
     ]
-    model = make_prior(name, (4, 4), 7, **config).to(CUDA)
     if "steps" in model.Sampling.names():
         ways.append({"steps": 3, "guidance_scale": 2.0, **given})
     for way in ways:
         with contextlib.nullcontext() if way.keys().isdisjoint({"order", "num_orders"}) else refusals():
             drawn = model.sample(4, torch.arange(4, device=CUDA) % 3, **{"generator": generators(4), **way})
-            assert drawn.device == CUDA and drawn.shape == (4, 4, 4)
+            assert drawn.device == CUDA and drawn.shape == (4, *model.grid.shape)
 
 
 def refusals() -> contextlib.AbstractContextManager[Any]:
@@ -298,8 +302,10 @@ def abilities() -> Iterator[Component]:
 
 def pipeline_of(tokenizer: str, prior: str, **config: Any) -> ImagePipeline:
     """Small, on the GPU, calibrated, with a background prior; `config` is the tokenizer's."""
+    if prior == "next_scale":
+        config["quantizer"] = quantizer_of("multiscale", *make_tokenizer(tokenizer, SIZE).grid.shape)
     model = make_tokenizer(tokenizer, SIZE, **config).eval()
-    both = [make_prior(prior, model.grid.shape, model.grid.vocab_size, **ANY_ORDER.get(prior, {})) for _ in range(2)]
+    both = [make_prior(prior, grid=model.grid, **ANY_ORDER.get(prior, {})) for _ in range(2)]
     pipe = ImagePipeline(model, both[0], labels=["a", "b", "c"]).to(CUDA)
     pipe.set_background(both[1].to(CUDA))
     return pipe
@@ -383,7 +389,7 @@ def try_ranks(name: str) -> None:
         with patch.multiple(dist, all_reduce=sent, broadcast=sent):
             model = make_quantizer(name).to(CUDA).train()
             for _ in range(12):  # among them one in which dead codes are revived
-                train_on(model, torch.randn(8, model.dim, 4, 4, device=CUDA))
+                train_on(model, latents(model, 8, 4, 4).to(CUDA))
     finally:
         dist.destroy_process_group()
 

@@ -96,9 +96,11 @@ def train_stage(stage: str, out: Path, tokens: Path, **more: Any) -> Path:
     return train_prior(out, tokens, **more) if stage == "train_prior" else train_tokenizer(out, **more)
 
 
-def make_tokens(folder: Path, rows: int = 72, kind: str = "vqvae", classes: int = 3) -> Path:
+def make_tokens(
+    folder: Path, rows: int = 72, kind: str = "vqvae", classes: int = 3, quantizer: dict[str, Any] | None = None
+) -> Path:
     """A token dataset with structure to learn: each class has its own pattern, and a tenth of the ids are noise."""
-    config = VQVAE if kind == "vqvae" else {"kind": kind}
+    config = {**VQVAE, **({"quantizer": quantizer} if quantizer else {})} if kind == "vqvae" else {"kind": kind}
     choices = {key: value for key, value in config.items() if key != "kind"}
     tokenizer = Tokenizer.create(kind, image_size=(28, 28), channels=1, **choices)
     grid, generator = tokenizer.grid, torch.Generator().manual_seed(0)

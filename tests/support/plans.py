@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from small import SMALL
+from small import SMALL, grid_of
 
 from pipelines.commands import plan
 from prior import Prior
@@ -17,7 +17,7 @@ def planned(*argv: str) -> plan.Forecast:
 
 def prior_in_training(name: str, grid: TokenGrid | None = None, **config) -> Prior:
     """A small prior in training mode."""
-    grid = grid or TokenGrid((6, 5), 40)
+    grid = grid or grid_of(name, (6, 5), 40)
     return Prior.create(name, grid=grid, num_classes=3, **{**SMALL.get(name, {}), **config}).train()
 
 

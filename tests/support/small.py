@@ -1,5 +1,6 @@
 """Small models of every registered kind: a new file in a family is tested the moment it exists."""
 
+import math
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ SMALL: dict[str, dict[str, Any]] = {
     "gated_pixelcnn": {"dim": 8, "depth": 2, "first_kernel": 3, "head": 8},
     "masked": {"dim": 32, "depth": 2, "heads": 2},
     "blocks": {"dim": 32, "depth": 2, "heads": 2},
+    "next_scale": {"dim": 32, "depth": 2, "heads": 2, "channels": 8},
     "vqvae": {"widths": (16,), "blocks": (1,), "quantizer": {"kind": "ema", "codes": 32, "dim": 8}},
     "vit": {"dim": 16, "depth": 1, "heads": 2, "quantizer": {"kind": "ema", "codes": 32, "dim": 8}},
     "vqgan": {"widths": (8, 16), "blocks": 1, "groups": 4, "quantizer": {"kind": "vq", "codes": 32, "dim": 8}},
@@ -31,6 +33,7 @@ SMALL: dict[str, dict[str, Any]] = {
     "fsq": {"levels": (5, 4, 3)},
     "lfq": {"bits": 8, "levels": 2, "group": 3},
     "bsq": {"bits": 6},
+    "multiscale": {"scales": (1, 3, 7), "book": {"kind": "ema", "codes": 32, "dim": 8}},
     "pixels": {"levels": 5},
     "palette": {"colors": 12},
     "klvae": {"widths": (16,), "blocks": (1,), "latent": 3, "bins": 6},
@@ -58,9 +61,20 @@ def node_of(name: str) -> dict[str, Any]:
     return {"kind": name, **SMALL.get(name, {})}
 
 
+def quantizer_of(name: str, height: int, width: int) -> dict[str, Any]:
+    """`node_of` a small quantizer for latents of this size."""
+    scales = {"scales": ("1x1", f"{height}x{width}")} if name == "multiscale" else {}
+    return {**node_of(name), **scales}
+
+
 def make_quantizer(name: str, **config: Any) -> Quantizer:
     """A small quantizer of the family."""
     return Quantizer.create(name, **{**SMALL.get(name, {}), **config})
+
+
+def latents(quantizer: Quantizer, count: int, *spatial: int) -> Tensor:
+    """Random vectors `(count, dim, *spatial)`; those of a quantizer of scales are of its own size."""
+    return torch.randn(count, quantizer.dim, *(quantizer.scales[-1] if quantizer.scales else spatial))
 
 
 def train_on(quantizer: Quantizer, z: Tensor) -> Quantized:
@@ -75,11 +89,21 @@ def make_tokenizer(name: str, image_size: tuple[int, int] = (12, 8), channels: i
     return Tokenizer.create(name, image_size=image_size, channels=channels, **{**SMALL.get(name, {}), **config})
 
 
+def grid_of(name: str, shape: tuple[int, ...], vocab_size: int) -> TokenGrid:
+    """A grid for this prior: of this shape, or of scales that end at it, each of half the sides of the next."""
+    if name != "next_scale" or len(shape) != 2:
+        return TokenGrid(shape, vocab_size)
+    scales = [shape]
+    while max(scales[0]) > 1:
+        scales.insert(0, tuple(-(-side // 2) for side in scales[0]))
+    return TokenGrid((sum(math.prod(sides) for sides in scales),), vocab_size, tuple(scales))
+
+
 def make_prior(name: str, shape: tuple[int, ...] = (3, 4), vocab_size: int = 5, **config: Any) -> Prior:
     """A small prior of the family with weights large enough that every input matters, in eval mode."""
     kind, settings = VARIANTS.get(name, (name, {}))
-    config = {"num_classes": 3, **SMALL.get(kind, {}), **settings, **config}
-    model = Prior.create(kind, grid=TokenGrid(shape, vocab_size), **config)
+    config = {"grid": grid_of(kind, shape, vocab_size), "num_classes": 3, **SMALL.get(kind, {}), **settings, **config}
+    model = Prior.create(kind, **config)
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.3)
     return model.eval()
@@ -88,6 +112,11 @@ def make_prior(name: str, shape: tuple[int, ...] = (3, 4), vocab_size: int = 5, 
 def draw_tokens(model: Prior, count: int) -> Tensor:
     """Random ids `(count, *grid)`."""
     return torch.randint(model.grid.vocab_size, (count, *model.grid.shape))
+
+
+def draw_known(model: Prior, count: int, share: float) -> Tensor:
+    """bool `(count, *grid)`, True at about this share of the tokens."""
+    return torch.rand(count, *model.grid.shape) < share
 
 
 def moved_by(model: Prior, tokens: Tensor, labels: Tensor | None = None, least: float = 1e-9, **inputs: Any) -> Tensor:

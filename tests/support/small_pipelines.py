@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from PIL import Image
-from small import PRIORS, TOKENIZERS, make_prior, make_tokenizer
+from small import PRIORS, TOKENIZERS, make_prior, make_tokenizer, quantizer_of
 
 from pipelines import ImagePipeline
 
@@ -13,6 +13,8 @@ LABELS = ["cat", "dog", "eel"]
 # Every tokenizer with a prior, and every prior with a tokenizer: they only meet in a grid of ids.
 PAIRS = [*((tokenizer, "gpt") for tokenizer in TOKENIZERS), *(("vqvae", prior) for prior in PRIORS if prior != "gpt")]
 every_pair = pytest.mark.parametrize(("tokenizer", "prior"), PAIRS)
+# Those that know which tokens the known pixels make known.
+placed_pairs = pytest.mark.parametrize(("tokenizer", "prior"), [pair for pair in PAIRS if pair[1] != "next_scale"])
 every_tokenizer = pytest.mark.parametrize("tokenizer", TOKENIZERS)
 
 
@@ -20,9 +22,11 @@ def make_pipeline(
     tokenizer="vqvae", prior="gpt", channels=1, *, size=(8, 12), labels=LABELS, sampler=None, sizes=None, **config
 ):
     """An untrained pipeline; `sizes` are of the tokenizer, and `config` is of the prior."""
+    if prior == "next_scale":
+        sizes = {**(sizes or {}), "quantizer": quantizer_of("multiscale", size[0] // 4, size[1] // 4)}
     first = make_tokenizer(tokenizer, size, channels, **(sizes or {})).eval()
-    config = {"num_classes": len(labels), "tokenizer": first.fingerprint(), **config}
-    second = make_prior(prior, first.grid.shape, first.grid.vocab_size, **config)
+    config = {"num_classes": len(labels), "tokenizer": first.fingerprint(), "grid": first.grid, **config}
+    second = make_prior(prior, **config)
     return ImagePipeline(first, second, labels=labels, sampler=sampler)
 
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from huggingface_hub import load_state_dict_from_file
 from safetensors.torch import save_file
-from small import QUANTIZERS, SMALL, TOKENIZERS, make_prior, make_tokenizer
+from small import QUANTIZERS, TOKENIZERS, make_prior, make_tokenizer, quantizer_of
 
 from tokenizer import TokenGrid, Tokenizer
 from tokenizer.base import Reconstruction, codebook_usage
@@ -105,11 +105,14 @@ def test_wrong_images_and_tokens_are_named(name):
     [((8, 12), 2, (8,), (1,), False), ((16, 24), 8, (8, 16), (0, 1), False), ((32, 16), 16, (8,) * 5, (1,) * 5, True)],
 )
 def test_vqvae_of_every_factor_and_quantizer(kind, size, factor, widths, blocks, attention):
-    quantizer = {"kind": kind, **SMALL.get(kind, {})}
+    latents = (size[0] // factor, size[1] // factor)
+    quantizer = quantizer_of(kind, *latents)
     tokenizer = make_tokenizer(
         "vqvae", size, 1, factor=factor, widths=widths, blocks=blocks, attention=attention, quantizer=quantizer
     )
-    assert tokenizer.grid.shape == (tokenizer.quantizer.levels * size[0] // factor, size[1] // factor)
+    assert tokenizer.grid.shape == tokenizer.quantizer.grid_shape(*latents)
+    assert tokenizer.grid.scales == tokenizer.quantizer.scales
+    assert sum(tokenizer.parts) == len(tokenizer.grid) and (kind == "multiscale") == (len(tokenizer.grid.shape) == 1)
     images = images_for(tokenizer)
     tokenizer(images).images.square().mean().backward()
     tokenizer.eval()

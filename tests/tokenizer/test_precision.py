@@ -15,7 +15,18 @@ from typing import Any
 
 import pytest
 import torch
-from small import PRIORS, QUANTIZERS, TOKENIZERS, generators, make_prior, make_quantizer, make_tokenizer, train_on
+from small import (
+    PRIORS,
+    QUANTIZERS,
+    TOKENIZERS,
+    draw_tokens,
+    generators,
+    latents,
+    make_prior,
+    make_quantizer,
+    make_tokenizer,
+    train_on,
+)
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tokenizer.likelihoods import Likelihood
@@ -121,14 +132,15 @@ def test_tokenizers_are_precise(name, config):
 @pytest.mark.parametrize("name", QUANTIZERS)
 def test_quantizers_are_precise_in_training(name):
     model = make_quantizer(name).train()
-    seen = seen_in(lambda: [train_on(model, torch.randn(4, model.dim, 3, 2)) for _ in range(3)])
+    seen = seen_in(lambda: [train_on(model, latents(model, 4, 3, 2)) for _ in range(3)])
     assert seen.rounded <= {"ieee"} and seen.autocast <= {False}
 
 
 @pytest.mark.usefixtures("lowered")
 @every_prior
 def test_likelihoods_and_features_are_precise(name):
-    model, tokens = make_prior(name), torch.randint(5, (2, 3, 4))
+    model = make_prior(name)
+    tokens = draw_tokens(model, 2)
     assert seen_in(lambda: model.log_prob(tokens)).rounded <= {"ieee"}
     if model.feature_layers:
         assert seen_in(lambda: model.features(tokens)).rounded == {"ieee"}
@@ -186,7 +198,8 @@ def test_the_mean_image_of_a_softmax():
 @torch.no_grad()
 def test_a_likelihood_is_as_precise_as_the_weights(name):
     """But at least float32."""
-    model, tokens = make_prior(name), torch.randint(5, (2, 3, 4))
+    model = make_prior(name)
+    tokens = draw_tokens(model, 2)
     for dtype, expected in ((torch.float64, torch.float64), (torch.bfloat16, torch.float32), (torch.float32,) * 2):
         assert model.to(dtype).token_log_probs(tokens).dtype == expected
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from small import QUANTIZERS, SMALL, make_tokenizer
+from small import QUANTIZERS, make_tokenizer, quantizer_of
 from torch.utils.flop_counter import FlopCounterMode
 
 from pipelines.images import DataConfig, load_images
@@ -30,7 +30,7 @@ def test_every_patch_size(size, factor):
 
 @pytest.mark.parametrize("kind", QUANTIZERS)
 def test_every_quantizer(kind):
-    tokenizer = make_tokenizer("vit", quantizer={"kind": kind, **SMALL.get(kind, {})}).train()
+    tokenizer = make_tokenizer("vit", quantizer=quantizer_of(kind, 3, 2)).train()
     images = images_for(tokenizer)
     loss, _ = total_loss(tokenizer(images), images, {"l1": 1.0, "l2": 1.0, **tokenizer.loss_weights})
     loss.backward()

@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import yaml
-from small import QUANTIZERS, SMALL, make_tokenizer
+from small import QUANTIZERS, make_tokenizer, quantizer_of
 
 from tokenizer import Tokenizer
 from tokenizer.files.errors import ConfigError
@@ -31,13 +31,13 @@ def test_every_level_but_one_halves_the_grid(widths, grid):
 
 @pytest.mark.parametrize("kind", QUANTIZERS)
 def test_every_quantizer_fits(kind):
-    tokenizer = make_tokenizer("vqgan", (8, 8), quantizer={"kind": kind, **SMALL.get(kind, {})}).train()
+    tokenizer = make_tokenizer("vqgan", (8, 8), quantizer=quantizer_of(kind, 4, 4)).train()
     images = torch.rand(4, 3, 8, 8) * 2 - 1
     output = tokenizer(images)
     loss, _ = total_loss(output, images, {"l1": 1.0, "l2": 0.0, **tokenizer.loss_weights})
     loss.backward()
     assert all(p.grad is not None and torch.isfinite(p.grad).all() for p in tokenizer.parameters())
-    assert output.tokens.shape == (4, tokenizer.quantizer.levels * 4, 4)
+    assert output.tokens.shape == (4, *tokenizer.quantizer.grid_shape(4, 4))
 
 
 def test_attention_stands_where_it_is_asked_for():

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from ..precision import full_float32
 from ..pretrained import Named
+from ..scales import Scales
 from ..settings import ModelConfig
 
 
@@ -32,6 +33,9 @@ class Quantizer(Named, nn.Module, family="tokenizer.quantizers"):
     dim: int
     levels: int = 1
     """Ids per position: level `l` of row `r` stands in row `l * rows + r` of the token grid, coarse levels first."""
+    scales: Scales = ()
+    """(height, width) of each map of ids, coarse to fine, where an image's ids are several maps; its vectors are a map
+    of the last one's size."""
 
     def __init__(self, config: ModelConfig) -> None:
         nn.Module.__init__(self)
@@ -41,6 +45,15 @@ class Quantizer(Named, nn.Module, family="tokenizer.quantizers"):
     def loss_weights(self) -> dict[str, float]:
         """The weight of each of `quantize`'s losses in the training loss."""
         return {}
+
+    @property
+    def figures(self) -> dict[str, Tensor]:
+        """Numbers of the last steps that a log of training shows beside the losses."""
+        return {}
+
+    def grid_shape(self, height: int, width: int) -> tuple[int, ...]:
+        """The shape of the ids of `height` x `width` vectors. Raises `ConfigError` for a size that it does not take."""
+        return (self.levels * height, width)
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         """Move with the model, but stay float32 when the model changes its type."""
@@ -68,6 +81,11 @@ class Quantizer(Named, nn.Module, family="tokenizer.quantizers"):
             if low < 0 or high >= self.vocab_size:
                 raise ValueError(f"token ids should lie in [0, {self.vocab_size}), got {low} to {high}")
         return self.lookup_checked(tokens)
+
+    def lookup_scales(self, tokens: Tensor, count: int) -> Tensor:
+        """`lookup_checked` of the first `count` of `scales` alone, `(B, dim, H, W)`. Raises `ValueError` for more than
+        there are."""
+        raise ValueError(f"a {self.name!r} quantizer has no scales")
 
     def lookup_checked(self, tokens: Tensor) -> Tensor:
         """`lookup` of ids that were looked at before: for any others it may return anything."""

@@ -62,8 +62,9 @@ def test_bytes_on_paper_are_those_of_a_real_run(name, config, bf16):
     with on_paper(paper := on_meta(name, **config)):
         turn = prior_turn(paper, count, bf16)
     assert turn == prior_turn(model, count, bf16)
-    assert turn.parts["logits"] == 4 * count * 30 * 40  # float32, as accelerate makes them
-    kept, inputs = kept_by_autograd(model, count, bf16), 8 * count * 6 * 5
+    size = len(model.grid)
+    assert turn.parts["logits"] == 4 * count * size * 40  # float32, as accelerate makes them
+    kept, inputs = kept_by_autograd(model, count, bf16), 8 * count * size
     assert -2 * 64 * 40 * bf16 <= turn.parts["activations"] + turn.casts - kept <= 3 * inputs
 
 
@@ -138,7 +139,7 @@ def test_checkpointed_blocks_keep_their_inputs_alone(name):
     sizes = {}
     for depth in (1, 2, 5):
         with on_paper(model := on_meta(name, depth=depth)):
-            checkpoint_blocks(list(model.blocks))
+            checkpoint_blocks(list(model.layers))
             sizes[depth] = prior_turn(model, 7, False).parts["activations"]
     stream = 7 * 30 * 32 * 4  # a float32 residual stream of 7 images
     assert sizes[5] - sizes[2] == 3 * (sizes[2] - sizes[1]) == 3 * stream
@@ -153,7 +154,7 @@ def test_checkpointing_changes_neither_gradients_nor_kernels():
             model.loss(model(tokens, labels), tokens).backward()
         gradients.append([parameter.grad.clone() for parameter in model.parameters()])
         model.zero_grad()
-        checkpoint_blocks(list(model.blocks))
+        checkpoint_blocks(list(model.layers))
     assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
 
 
@@ -176,7 +177,7 @@ def test_flops_of_a_gpt_are_the_closed_formula():
         model = Prior.create("gpt", grid=TokenGrid((6, 8), ids), dim=dim, depth=depth, heads=4, hidden=hidden)
     with on_paper(model):
         found = flops_of(lambda: prior_turn(model, 1, True))
-        checkpoint_blocks(list(model.blocks))
+        checkpoint_blocks(list(model.layers))
         again = flops_of(lambda: prior_turn(model, 1, True))
     block = size * (2 * (4 * dim**2 + 3 * dim * hidden) + 4 * size * dim)
     assert found == 3 * (depth * block + 2 * size * dim * ids)

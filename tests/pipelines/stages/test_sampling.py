@@ -215,7 +215,7 @@ def test_completion_hears_of_all_that_is_known_where_the_prior_takes_any_order()
 def test_parallel_images_are_the_same(prior):
     pipe = make_pipeline(prior=prior)
     assert torch.equal(pipe(5, 1, seed=0, parallel=True).tokens, pipe(5, 1, seed=0).tokens)
-    guess = make_prior("marginal", pipe.prior.grid.shape, pipe.prior.grid.vocab_size)
+    guess = make_prior("marginal", grid=pipe.prior.grid)
     assert torch.equal(pipe(5, 1, seed=0, parallel=True, guess=guess).tokens, pipe(5, 1, seed=0).tokens)
 
 

@@ -19,7 +19,7 @@ from launch import (
     train_prior,
     train_tokenizer,
 )
-from small import PRIORS, make_prior, make_tokenizer
+from small import PRIORS, draw_tokens, make_prior, make_tokenizer
 from torch import nn
 from torch._inductor.compile_fx import compile_fx
 from torch.autograd.graph import saved_tensors_hooks
@@ -38,12 +38,13 @@ BLOCKS = {
     "gated_pixelcnn": 3,
     "gpt": 2,
     "masked": 2,
+    "next_scale": 2,
     "pixelcnn": 2,
     "pixelsnail": 2,
     "made": 0,
     "marginal": 0,
 }
-DROPOUT = {"causal_conv", "gpt", "masked", "pixelsnail"}
+DROPOUT = {"causal_conv", "gpt", "masked", "next_scale", "pixelsnail"}
 TOKENIZERS: dict[str, dict[str, Any]] = {
     "vqvae": {"blocks": (2,), "quantizer": {"kind": "rvq", "depth": 2, "book": {"kind": "vq", "codes": 16, "dim": 8}}},
     "vit": {"depth": 2},
@@ -64,7 +65,7 @@ def step(model: Any) -> dict[str, torch.Tensor]:
     """A training step's loss, gradients, and buffers after it."""
     torch.manual_seed(5)
     if isinstance(model, Prior):
-        tokens, labels = torch.randint(5, (6, 3, 4)), torch.randint(3, (6,))
+        tokens, labels = draw_tokens(model, 6), torch.randint(3, (6,))
         inputs = model.training_inputs(tokens, 0.1)
         loss = model.loss(model(tokens, labels, **inputs), tokens, **inputs)
     else:

@@ -10,7 +10,7 @@ import math
 
 import pytest
 import torch
-from small import QUANTIZERS, make_quantizer, train_on
+from small import QUANTIZERS, latents, make_quantizer, train_on
 
 from tokenizer.quantizers import Quantizer
 from tokenizer.quantizers.codebook import CountedCodebook, kmeans, nearest
@@ -28,9 +28,10 @@ def clusters(count=32, dim=8, points=2048, spread=0.02):
 @pytest.mark.parametrize("spatial", [(3, 5), (4,), (2, 3, 2)])
 def test_lookup_of_tokens_is_z_q(name, spatial):
     quantizer = make_quantizer(name).eval()
-    z = torch.randn(2, quantizer.dim, *spatial)
+    z = latents(quantizer, 2, *spatial)
     z_q, tokens, _ = quantizer.quantize(z)
-    assert z_q.shape == z.shape and tokens.shape == (2, quantizer.levels * spatial[0], *spatial[1:])
+    shape = (59,) if quantizer.scales else (quantizer.levels * spatial[0], *spatial[1:])
+    assert z_q.shape == z.shape and tokens.shape == (2, *shape)
     assert tokens.dtype == torch.int64 and tokens.min() >= 0 and tokens.max() < quantizer.vocab_size
     assert torch.equal(z_q, quantizer.lookup(tokens))
 
@@ -40,18 +41,19 @@ def test_lookup_of_tokens_is_z_q(name, spatial):
 def test_ids_out_of_range_are_refused_in_one_line(name, wrong):
     """Arithmetic on bits or levels would look up some code for any number."""
     quantizer = make_quantizer(name).eval()
-    tokens = torch.zeros(2, 3 * quantizer.levels, 4, dtype=torch.int64)
-    assert quantizer.lookup(tokens).shape == (2, quantizer.dim, 3, 4)
-    tokens[1, -1, 2] = quantizer.vocab_size if wrong == "vocab_size" else wrong
+    height, width = quantizer.scales[-1] if quantizer.scales else (3, 4)
+    tokens = torch.zeros(2, *quantizer.grid_shape(height, width), dtype=torch.int64)
+    assert quantizer.lookup(tokens).shape == (2, quantizer.dim, height, width)
+    tokens[1].flatten()[-2] = quantizer.vocab_size if wrong == "vocab_size" else wrong
     with pytest.raises(ValueError, match=rf"^token ids should lie in \[0, {quantizer.vocab_size}\), got .*$"):
         quantizer.lookup(tokens)
-    assert quantizer.lookup(tokens[:0]).shape == (0, quantizer.dim, 3, 4)
+    assert quantizer.lookup(tokens[:0]).shape == (0, quantizer.dim, height, width)
 
 
 @every_quantizer
 def test_distinct_ids_are_distinct_codes(name):
     quantizer = make_quantizer(name).eval()
-    if quantizer.levels == 1:
+    if quantizer.levels == 1 and not quantizer.scales:
         codes = quantizer.lookup(torch.arange(quantizer.vocab_size).reshape(1, -1))[0].t()
         assert len(codes.unique(dim=0)) == quantizer.vocab_size
 
@@ -59,7 +61,7 @@ def test_distinct_ids_are_distinct_codes(name):
 @every_quantizer
 def test_a_gradient_reaches_every_channel(name):
     quantizer = make_quantizer(name).train()
-    z = torch.randn(4, quantizer.dim, 4, 4, requires_grad=True)
+    z = latents(quantizer, 4, 4, 4).requires_grad_()
     quantizer.quantize(z).z_q.square().sum().backward()
     assert (z.grad.abs().sum((0, 2, 3)) > 0).all()
 
@@ -67,7 +69,7 @@ def test_a_gradient_reaches_every_channel(name):
 @every_quantizer
 def test_bf16_autocast_changes_nothing(name):
     quantizer = make_quantizer(name).eval()
-    z = torch.randn(4, quantizer.dim, 8, 8)
+    z = latents(quantizer, 4, 8, 8)
     with torch.autocast("cpu", torch.bfloat16):
         inside = quantizer.quantize(z)
     assert torch.equal(inside.tokens, quantizer.quantize(z).tokens) and inside.z_q.dtype == torch.float32
@@ -76,7 +78,7 @@ def test_bf16_autocast_changes_nothing(name):
 @every_quantizer
 def test_weights_and_losses_have_the_same_names(name):
     quantizer = make_quantizer(name).train()
-    losses = quantizer.quantize(torch.randn(4, quantizer.dim, 4, 4)).losses
+    losses = quantizer.quantize(latents(quantizer, 4, 4, 4)).losses
     assert set(losses) == set(quantizer.loss_weights)
     assert all(loss.ndim == 0 and loss >= 0 for loss in losses.values())
 
@@ -85,7 +87,7 @@ def test_weights_and_losses_have_the_same_names(name):
 def test_eval_changes_nothing(name):
     quantizer = make_quantizer(name).eval()
     before = {key: value.clone() for key, value in quantizer.state_dict().items()}
-    quantizer.quantize(torch.randn(4, quantizer.dim, 4, 4))
+    quantizer.quantize(latents(quantizer, 4, 4, 4))
     assert all(torch.equal(value, before[key]) for key, value in quantizer.state_dict().items())
 
 
@@ -100,9 +102,10 @@ BUSY = {"decay": 0.5, "revive_every": 3, "revive_below": 0.5}  # codes die and r
 def busy(name):
     """A quantizer in training that has taken a step, and whose codebook changes much if it moves by itself."""
     counted = issubclass(Quantizer.find(name), CountedCodebook)
-    more = BUSY if counted else {"book": {"kind": "ema", "codes": 32, "dim": 8, **BUSY}} if name == "rvq" else {}
+    inside = {"book": {"kind": "ema", "codes": 32, "dim": 8, **BUSY}}
+    more = BUSY if counted else inside if name in ("multiscale", "rvq") else {}
     quantizer = make_quantizer(name, **more).train()
-    train_on(quantizer, torch.randn(8, quantizer.dim, 4, 4))
+    train_on(quantizer, latents(quantizer, 8, 4, 4))
     return quantizer
 
 
@@ -112,27 +115,29 @@ def test_micro_batches_move_it_as_their_whole_does(name):
     one = busy(name)
     two, start = copy.deepcopy(one), copy.deepcopy(one)
     for step in range(7):
-        z = torch.randn(8, one.dim, 4, 4) * (1 + step)
+        z = latents(one, 8, 4, 4) * (1 + step)
         tokens = train_on(one, z).tokens
         parts = [two.quantize(part).tokens for part in z.chunk(4)]
         two.finish_step()
         assert name == "gumbel" or torch.equal(torch.cat(parts), tokens)  # whose noise is drawn for each
         assert_equal_states(one, two)
-    if name in ("ema", "rvq"):
-        assert not torch.equal(*[q.lookup(torch.zeros(1, q.levels, 1, dtype=torch.long)) for q in (start, one)])
+    if name in ("ema", "multiscale", "rvq"):
+        shape = (59,) if one.scales else (one.levels, 1)
+        assert not torch.equal(*[q.lookup(torch.zeros(1, *shape, dtype=torch.long)) for q in (start, one)])
 
 
 @every_quantizer
 def test_quantizing_moves_nothing_and_a_step_that_is_not_taken_is_forgotten(name):
     quantizer = busy(name)
     before, other = copy.deepcopy(quantizer), copy.deepcopy(quantizer)
-    for z in (torch.full((4, quantizer.dim, 4, 4), math.nan), torch.randn(4, quantizer.dim, 4, 4)):
+    for z in (latents(quantizer, 4, 4, 4) * math.nan, latents(quantizer, 4, 4, 4)):
         quantizer.quantize(z)
         assert_equal_states(quantizer, before)
         quantizer.finish_step(taken=False)
         assert_equal_states(quantizer, before)
     for step in range(4):
-        z = torch.randn(8, quantizer.dim, 4, 4, generator=torch.Generator().manual_seed(step))
+        torch.manual_seed(step)
+        z = latents(quantizer, 8, 4, 4)
         train_on(quantizer, z)
         train_on(other, z)
     assert_equal_states(quantizer, other)

@@ -31,7 +31,8 @@ def large(name: str) -> dict[str, Any] | None:
     fields = Quantizer.find(name).Config.model_fields
     if "codes" in fields:
         return {key: value for key, value in SIZES.items() if key in fields}
-    return {"depth": 2, "book": {"kind": "ema", **SIZES}} if "book" in fields else None
+    more = {"scales": (1, 4, 16)} if name == "multiscale" else {"depth": 2}
+    return {**more, "book": {"kind": "ema", **SIZES}} if "book" in fields else None
 
 
 def memory(field: str) -> float:

@@ -1,0 +1,215 @@
+"""The transformer that draws a picture from coarse to fine: a whole map of ids in each pass, small ones first.
+
+VAR (Tian et al. 2024). The blocks are the scales of a tokenizer whose quantizer is `multiscale`. The input of a scale
+is what all earlier scales add up to, made as small as it is: so a position is told what is known of its place. Tokens
+of one scale are independent given the coarser ones, by definition of the model.
+
+Ids have an embedding of the prior's own, which is added up and resized as the quantizer does with its codes: the prior
+knows nothing of these. Positions of all scales stand on one map, so that rotations know who lies over whom.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import accumulate
+from typing import Any, ClassVar, Literal
+
+import torch
+import torch.nn.functional as F
+from pydantic import Field
+from torch import Tensor, nn
+
+from tokenizer.base import Resize
+
+from .base import Prior
+from .orders import Partition
+from .transformer import EPS, Block, Rotations, TransformerConfig, coordinates, deep_rounding, reset, rotate, unit
+
+Modulation = tuple[Tensor, ...] | None
+"""Scale, shift and gate of a branch, each `(B, 1, dim)`; None for none."""
+Ranges = list[tuple[int, int]]
+
+
+class NextScaleConfig(TransformerConfig):
+    """Sizes of the transformer, and what a scale sees of the others."""
+
+    attention: Literal["full", "markov"] = Field(
+        "full",
+        description="full: a scale attends to itself and to coarser ones; markov: to itself, so nothing is cached",
+    )
+    channels: int = Field(32, ge=1, le=4096, description="width of the ids' embedding, whose maps are added up")
+    adaln: bool = Field(
+        False, description="the class scales and shifts every layer (VAR), too; false: it is added to the input alone"
+    )
+
+    takes_blocks: ClassVar[bool] = True
+
+    def check(self) -> Iterator[str]:
+        """The grid has to be one of scales, which are the order."""
+        if not self.grid.scales:
+            shape = "x".join(map(str, self.grid.shape))
+            yield f"grid: needs a tokenizer with quantizer.kind=multiscale (got tokens of {shape}, without scales)"
+        elif self.order != "raster":
+            yield f"order: must be raster, which is from coarse to fine (got {self.order!r})"
+        elif self.blocks is not None:
+            yield f"blocks: must be null, as the blocks are the tokenizer's scales (got {list(self.blocks)})"
+        else:
+            yield from super().check()
+
+    def partition(self) -> Partition:
+        """The scales."""
+        blocks = tuple(height * width for height, width in self.grid.scales)
+        return Partition(torch.arange(len(self.grid), device="cpu"), blocks)
+
+
+class NextScale(Prior, name="next_scale"):
+    """Attention among the positions of a scale, and to those of coarser ones."""
+
+    Config = NextScaleConfig
+
+    def __init__(self, config: NextScaleConfig) -> None:
+        super().__init__(config)
+        dim, scales = config.dim, config.grid.scales
+        self.rounding = deep_rounding(config.depth)
+        ends = [0, *accumulate(self.blocks)]
+        self.ranges = list(zip(ends, ends[1:], strict=False))
+        self.token_embedding = nn.Embedding(config.grid.vocab_size, config.channels)
+        self.class_embedding = nn.Embedding(config.num_classes + 1, dim)  # the last is the null class
+        self.start_embedding = nn.Parameter(torch.empty(1, dim))
+        self.positions = nn.Parameter(torch.empty(len(config.grid), dim))
+        self.resize = Resize(scales)
+        self.lift = nn.Linear(config.channels, dim, bias=False)
+        self.dropout = nn.Dropout(config.dropout)
+        self.layers: Any = nn.ModuleList(ScaleBlock(config) for _ in range(config.depth))
+        self.norm = nn.RMSNorm(dim, eps=EPS)
+        self.head = nn.Linear(dim, config.grid.vocab_size, bias=False)
+        self.rotations = Rotations(config, torch.cat([centres(sides, scales[-1]) for sides in scales]))
+        reset(self.parameters(), self.layers)
+        for name, parameter in self.layers.named_parameters():
+            if "modulate" in name:  # a block begins as one without
+                nn.init.zeros_(parameter)
+        nn.init.normal_(self.lift.weight, std=config.channels**-0.5)  # the ids' embedding is small already
+
+    def forward(self, tokens: Tensor, labels: Tensor | None = None) -> Tensor:
+        """Teacher-forced logits `(B, L, vocab_size)`, coarse to fine; those of a scale see only coarser scales."""
+        label = self.class_embedding(self.class_ids(labels, len(tokens)))
+        canvas, inputs = None, []
+        for k, ids in enumerate(self.resize.split(tokens.long())):
+            inputs.append(self.inputs(canvas, k, len(tokens)))
+            canvas = self.painted(canvas, ids, k) if k + 1 < len(self.blocks) else None
+        x = self.dropout(torch.cat(inputs, 1) + self.positions + label[:, None])
+        for layer in self.layers:
+            x = layer(x, self.turns, label, self.ranges)
+        return self.head(self.norm(x))
+
+    @property
+    def turns(self) -> Tensor:
+        """Rotations of queries and keys, which stand at the same place: `(L, 2, width / 2, 2)`."""
+        return self.rotations.table[:, None].expand(-1, 2, -1, -1)
+
+    def inputs(self, canvas: Tensor | None, k: int, count: int) -> Tensor:
+        """`(B, h w, dim)` of scale `k`, given the sum of the earlier ones."""
+        if canvas is None:
+            return self.start_embedding.expand(count, self.blocks[k], -1)
+        return self.lift(self.resize.down(canvas, k).flatten(2).transpose(1, 2))
+
+    def painted(self, canvas: Tensor | None, ids: Tensor, k: int) -> Tensor:
+        """The sum `(B, channels, H, W)` with scale `k`, whose `ids` `(B, h, w)` are given."""
+        added = self.resize.up(self.token_embedding(ids).movedim(-1, 1), k)
+        return added if canvas is None else canvas + added
+
+    @property
+    def feature_modules(self) -> list[nn.Module]:
+        """The blocks: their residual stream, `(B, L, dim)`."""
+        return list(self.layers)
+
+    def make_cache(self, labels: Tensor, walk: Partition | None) -> Cache:
+        """The canvas, and with full attention keys and values of the scales so far."""
+        return Cache(self, labels)
+
+
+class ScaleBlock(Block):
+    """The transformer's block, in which a scale attends to itself and to coarser ones, or to itself alone."""
+
+    def __init__(self, config: NextScaleConfig) -> None:
+        super().__init__(config, causal=False)
+        self.markov = config.attention == "markov"
+        self.modulate = nn.Linear(config.dim, 6 * config.dim) if config.adaln else None
+
+    def forward(  # type: ignore[override]
+        self, x: Tensor, turns: Tensor, label: Tensor, ranges: Ranges, kept: Tensor | None = None
+    ) -> Tensor:
+        """`(B, n, dim)` to the same. label: `(B, dim)`; ranges: where each scale of `x` begins and ends among all
+        tokens; kept: keys and values `(2, B, heads, L, width)` of the scales so far, where those of `x` are added."""
+        attention, mlp = self.modulations(label)
+        y = modulated(self.attention_norm(x), attention)
+        q, k, v = (t.unflatten(-1, (self.heads, -1)) for t in self.qkv(y).chunk(3, -1))
+        turns = turns.unsqueeze(-4)
+        q = rotate(unit(q), turns[..., 0, :, :] * self.gain.unsqueeze(-1)).to(v.dtype)
+        k = rotate(unit(k), turns[..., 1, :, :]).to(v.dtype)
+        q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+        attended = self.attend_scales(q, k, v, ranges, kept)
+        x = x + gated(self.dropout(self.project(attended.transpose(1, 2).flatten(2))), attention)
+        gate, up = self.gate_up(modulated(self.mlp_norm(x), mlp)).chunk(2, -1)
+        return x + gated(self.dropout(self.down(F.silu(gate) * up)), mlp)
+
+    def modulations(self, label: Tensor) -> tuple[Modulation, Modulation]:
+        """How the class `(B, dim)` changes the two branches: not at all without `adaln`, nor before training."""
+        if self.modulate is None:
+            return None, None
+        six = self.modulate(F.silu(label))[:, None].chunk(6, -1)
+        return six[:3], six[3:]
+
+    def attend_scales(self, q: Tensor, k: Tensor, v: Tensor, ranges: Ranges, kept: Tensor | None) -> Tensor:
+        """Attention of `(B, heads, n, width)` each, scale by scale: none needs a mask."""
+        first, last = ranges[0][0], ranges[-1][1]
+        origin = first
+        if kept is not None:
+            kept[..., first:last, :] = torch.stack([k, v])
+            (k, v), origin = kept, 0
+        dropout, parts = self.attention_dropout if self.training else 0.0, []
+        for begin, end in ranges:
+            seen = slice((begin if self.markov else 0) - origin, end - origin)
+            queries = q[:, :, begin - first : end - first]
+            parts.append(F.scaled_dot_product_attention(queries, k[:, :, seen], v[:, :, seen], dropout_p=dropout))
+        return torch.cat(parts, 2)
+
+
+class Cache:
+    """What sampling remembers: the sum of the scales so far, and keys and values where later scales attend to them."""
+
+    def __init__(self, model: NextScale, labels: Tensor) -> None:
+        heads, weight = model.config.heads, model.head.weight
+        shape = (2, len(labels), heads, len(model.grid), model.config.dim // heads)
+        self.model, self.k = model, 0
+        self.canvas: Tensor | None = None
+        self.label, self.turns = model.class_embedding(labels), model.turns
+        self.kept = [None if layer.markov else weight.new_empty(shape) for layer in model.layers]
+
+    def step(self, tokens: Tensor | None) -> Tensor:
+        """Logits `(B, n, vocab_size)` of the next scale, given the last one's `tokens` `(B, m)`."""
+        model, (begin, end) = self.model, self.model.ranges[self.k]
+        if tokens is not None:
+            ids = tokens.unflatten(1, model.grid.scales[self.k - 1])
+            self.canvas = model.painted(self.canvas, ids, self.k - 1)
+        x = model.inputs(self.canvas, self.k, len(self.label)) + model.positions[begin:end] + self.label[:, None]
+        for layer, kept in zip(model.layers, self.kept, strict=True):
+            x = layer(x, self.turns[begin:end], self.label, [(begin, end)], kept)
+        self.k += 1
+        return model.head(model.norm(x))
+
+
+def modulated(x: Tensor, by: Modulation) -> Tensor:
+    """`x` scaled and shifted."""
+    return x if by is None else x * (1 + by[0]) + by[1]
+
+
+def gated(branch: Tensor, by: Modulation) -> Tensor:
+    """`branch` times the gate."""
+    return branch if by is None else (1 + by[2]) * branch
+
+
+def centres(sides: tuple[int, int], whole: tuple[int, int]) -> Tensor:
+    """Where the positions of a scale lie on the `whole` map, in its cells: `(h w, 2)`."""
+    small, large = torch.tensor(sides, device="cpu"), torch.tensor(whole, device="cpu")
+    return (coordinates(sides) + 0.5) * (large / small) - 0.5

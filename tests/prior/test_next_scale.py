@@ -1,0 +1,167 @@
+"""What next-scale promises beyond the family: what a scale sees, what it costs, and which grids it takes."""
+
+from __future__ import annotations
+
+import itertools
+from unittest import mock
+
+import pytest
+import torch
+from costs import all_steps, flops
+from small import draw_tokens, generators, make_prior, moved_by
+
+from prior import Prior
+from tokenizer import TokenGrid
+from tokenizer.scales import Resize
+
+KINDS = [{}, {"attention": "markov"}, {"adaln": True}, {"attention": "markov", "adaln": True}]
+every_kind = pytest.mark.parametrize("config", KINDS)
+SCALES = ((1, 1), (2, 2), (3, 4))
+
+
+def of_scales(scales=SCALES, vocab_size=5, **config):
+    """A small one over such a grid, with weights large enough that every input matters."""
+    length = sum(height * width for height, width in scales)
+    sizes = {"num_classes": 3, "dim": 32, "depth": 2, "heads": 2, "channels": 8}
+    model = Prior.create("next_scale", grid=TokenGrid((length,), vocab_size, scales), **{**sizes, **config})
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    return model.eval()
+
+
+@every_kind
+@pytest.mark.parametrize("scales", [((1, 1), (2, 2)), ((2, 2), (2, 3)), ((1, 2), (1, 2), (1, 3)), ((2, 3),)])
+def test_probabilities_sum_to_one(scales, config):
+    model = of_scales(scales, 2 if len(scales) > 1 and scales[0] != (1, 1) else 3, **config).double()
+    size, ids = len(model.grid), model.grid.vocab_size
+    tokens = torch.tensor(list(itertools.product(range(ids), repeat=size)))
+    total = model.log_prob(tokens, torch.ones(len(tokens), dtype=torch.long)).detach().exp().sum()
+    assert abs(float(total) - 1) < 1e-12
+
+
+@every_kind
+def test_a_scale_sees_all_coarser_ones_and_nothing_else(config):
+    """Logits of a token's own scale and of coarser ones stay what they are to the bit; all finer ones move."""
+    model = of_scales(**config)
+    tokens, labels = draw_tokens(model, 16), torch.arange(16) % 4
+    assert model.blocks == (1, 4, 12) and model(tokens, labels).shape == (16, 17, 5)
+    moved = moved_by(model, tokens, labels, least=0.0)
+    scale_of = torch.tensor([0] + [1] * 4 + [2] * 12)
+    assert moved.equal(scale_of < scale_of[:, None]) and moved.equal(model.receptive_field)
+    assert (model(tokens, labels) - model(tokens, (labels + 1) % 4)).abs().amax((0, 2)).min() > 1e-3
+
+
+@every_kind
+def test_a_pass_for_each_scale_gives_the_logits_of_the_whole(config):
+    model = of_scales(((1, 1), (1, 2), (3, 3), (4, 4)), **config).double()
+    tokens, labels = draw_tokens(model, 4), torch.arange(4)
+    assert (all_steps(model, tokens, labels) - model(tokens, labels)).abs().max() < 1e-12
+    state, calls = model.start(4, labels), 0
+    for size in model.blocks:
+        logits = model.next_logits(state, None if calls == 0 else tokens[:, : model.blocks[calls - 1]])
+        assert logits.shape == (4, size, 5)
+        calls += 1
+    assert calls == 4
+
+
+@every_kind
+def test_sampling_makes_as_many_passes_as_scales_at_the_cost_of_one(config, monkeypatch):
+    model = of_scales(((1, 1), (2, 2), (4, 4), (8, 8)), 16, **config)
+    tokens = draw_tokens(model, 4)
+    assert flops(lambda: all_steps(model, tokens)) <= 1.05 * flops(lambda: model(tokens))
+    passes, step = [], model.next_logits
+    monkeypatch.setattr(model, "next_logits", lambda state, last: passes.append(1) or step(state, last))
+    drawn = model.sample(6, torch.arange(6) % 3, generator=generators(6))
+    assert len(passes) == 4
+    assert torch.equal(drawn, model.sample(6, torch.arange(6) % 3, generator=generators(6), cache=False))
+
+
+def test_the_input_of_a_scale_is_what_the_earlier_ones_add_up_to():
+    model, resize = of_scales(), Resize(SCALES)
+    tokens = draw_tokens(model, 2)
+    one, two, _ = resize.split(tokens)
+    canvas = sum(resize.up(model.token_embedding(ids).movedim(-1, 1), k) for k, ids in enumerate((one, two)))
+    seen = []
+    model.layers[0].register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
+    model(tokens)
+    plain = seen[0] - model.positions - model.class_embedding.weight[-1]
+    assert torch.allclose(plain[:, :1], model.start_embedding.expand(2, 1, -1), atol=1e-5)
+    small = torch.nn.functional.interpolate(model.token_embedding(one).movedim(-1, 1), size=(2, 2))  # of one value
+    expected = model.lift(small.flatten(2).transpose(1, 2))
+    assert torch.allclose(plain[:, 1:5], expected, atol=1e-4)
+    assert torch.allclose(plain[:, 5:], model.lift(canvas.flatten(2).transpose(1, 2)), atol=1e-4)
+
+
+def test_positions_of_all_scales_lie_on_one_map():
+    """A position of a coarse scale is rotated as the middle of those that it covers."""
+    model = of_scales(((1, 1), (2, 2), (4, 4)))
+    table = torch.view_as_complex(model.rotations.table)
+    whole = table[5:].reshape(4, 4, -1)
+    for row, column in itertools.product(range(2), repeat=2):
+        corners = whole[2 * row : 2 * row + 2, 2 * column : 2 * column + 2]
+        middle = corners[0, 0] * corners[1, 1]  # twice the angle of the middle
+        assert torch.allclose(table[1 + 2 * row + column] ** 2, middle, atol=1e-5)
+
+
+def test_full_attention_looks_at_coarser_scales_and_markov_at_its_own():
+    full, markov = of_scales(), of_scales(attention="markov")
+    markov.load_state_dict(full.state_dict())
+    tokens, lengths = draw_tokens(full, 3), {"full": [], "markov": []}
+    apart = (full(tokens) - markov(tokens)).abs().amax((0, 2))
+    assert apart[0] == 0 and apart[1:].min() > 1e-3
+    attention = torch.nn.functional.scaled_dot_product_attention
+    for model in (full, markov):
+        with mock.patch(
+            "torch.nn.functional.scaled_dot_product_attention",
+            lambda q, k, v, **options: lengths[model.config.attention].append(k.shape[2]) or attention(q, k, v),  # noqa: B023
+        ):
+            all_steps(model, tokens)
+    assert lengths == {"full": [1, 1, 5, 5, 17, 17], "markov": [1, 1, 4, 4, 12, 12]}
+
+
+def test_adaln_begins_as_a_block_without_it():
+    torch.manual_seed(0)
+    grid = TokenGrid((21,), 5, ((1, 1), (2, 2), (4, 4)))
+    sizes = {"grid": grid, "num_classes": 3, "dim": 32, "depth": 2, "heads": 2}
+    with_it, without = (Prior.create("next_scale", adaln=adaln, **sizes) for adaln in (True, False))
+    without.load_state_dict({name: value for name, value in with_it.state_dict().items() if "modulate" not in name})
+    tokens = draw_tokens(without, 3)
+    assert torch.equal(with_it(tokens), without(tokens))
+
+
+def test_it_learns_that_a_fine_scale_follows_from_a_coarse_one():
+    """The second scale repeats the first one's id, the third is uniform: log 1 and log V."""
+    torch.manual_seed(0)
+    model = make_prior("next_scale", shape=(4, 4), vocab_size=4, num_classes=0)
+    tokens = torch.randint(4, (512, 21))
+    tokens[:, 1:5] = tokens[:, :1]
+    optimizer = torch.optim.AdamW(model.train().parameters(), 3e-3)
+    for step in range(120):
+        batch = tokens[(step * 64 + torch.arange(64)) % 512]
+        loss = model.loss(model(batch), batch)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    nats = -model.eval().token_log_probs(tokens[:64]).detach().mean(0)
+    assert nats[1:5].max() < 0.1 and nats[:1].min() > 1.2 and nats[5:].min() > 1.1
+
+
+@pytest.mark.parametrize(
+    ("grid", "config", "message"),
+    [
+        (
+            TokenGrid((7, 7), 4),
+            {},
+            r"grid: needs a tokenizer with quantizer.kind=multiscale \(got tokens of 7x7, without scales\)",
+        ),
+        (TokenGrid((70,), 4), {}, r"grid: needs .* \(got tokens of 70, without scales\)"),
+        (TokenGrid((5,), 4, ((1, 1), (2, 2))), {"order": "random:3"}, "order: must be raster, .* .got 'random:3'"),
+        (TokenGrid((5,), 4, ((1, 1), (2, 2))), {"blocks": (5,)}, r"blocks: must be null, .* \(got \[5\]\)"),
+        (TokenGrid((5,), 4, ((1, 1), (2, 2))), {"heads": 5}, "heads: dim must be a multiple"),
+        (TokenGrid((5,), 4, ((1, 1), (2, 2))), {"attention": "half"}, "attention"),
+    ],
+)
+def test_what_does_not_fit_is_named_in_one_line(grid, config, message):
+    with pytest.raises(ValueError, match=message) as caught:
+        Prior.create("next_scale", grid=grid, **config)
+    assert "\n" not in str(caught.value)

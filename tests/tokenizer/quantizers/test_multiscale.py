@@ -1,0 +1,323 @@
+"""Multi-scale quantization: what the paper promises, written out; and one that two processes train.
+
+What needs two processes runs in two that this file starts of itself (`python test_multiscale.py FOLDER`).
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from small import make_tokenizer, train_on
+from torch import Tensor
+from two_processes import digest, gathered, join_group, leave_group, run_twice
+
+from tokenizer import Tokenizer
+from tokenizer.losses import psnr, total_loss
+from tokenizer.quantizers import Quantizer
+from tokenizer.quantizers.multiscale import BOOKS
+
+BOOK_SIZES: dict[str, dict[str, Any]] = {"fsq": {"levels": (5, 4, 3)}, "lfq": {"bits": 6}, "bsq": {"bits": 6}}
+every_book = pytest.mark.parametrize("book", BOOKS)
+
+
+def multiscale(book: str = "ema", more: dict[str, Any] | None = None, **config: Any) -> Any:
+    """A small one over latents of 4x4, in training mode."""
+    node = {"kind": book, **BOOK_SIZES.get(book, {"codes": 32, "dim": 8}), **(more or {})}
+    return Quantizer.create("multiscale", **{"scales": (1, 2, 4), **config}, book=node).train()
+
+
+def batch(step: int = 0, count: int = 8, dim: int = 8, size: tuple[int, int] = (4, 4)) -> Tensor:
+    """Smooth vectors `(count, dim, *size)` that are not centred, a function of the step."""
+    generator = torch.Generator().manual_seed(step)
+    coarse = torch.randn(count, dim, 2, 2, generator=generator)
+    smooth = F.interpolate(coarse, size=size, mode="bilinear", align_corners=True)
+    return 2 + smooth + 0.3 * torch.randn(count, dim, *size, generator=generator)
+
+
+def trained(steps: int = 3, *args: Any, **config: Any) -> Any:
+    """One that has seen some batches."""
+    quantizer = multiscale(*args, **config)
+    for step in range(steps):
+        train_on(quantizer, batch(step, dim=quantizer.dim))
+    return quantizer
+
+
+def reference(quantizer: Any, z: Tensor) -> tuple[list[Tensor], list[Tensor]]:
+    """The paper's algorithm 1 with torch's own resizing: ids, and the sum after each scale."""
+    table, sigma, total = quantizer.book.table().detach(), quantizer.sigma(), quantizer.mean[:, None, None] + 0 * z
+    ids, sums = [], []
+    for k, sides in enumerate(quantizer.scales):
+        small = F.interpolate(z - total, size=sides, mode="area") / sigma[k]
+        ids.append((small[:, None] - table[None, :, :, None, None]).square().sum(2).argmin(1))
+        added = F.interpolate(table[ids[-1]].movedim(-1, 1) * sigma[k], size=quantizer.scales[-1], mode="bicubic")
+        if quantizer.phis:
+            conv = quantizer.phis[quantizer._phi_of(k)]
+            added = 0.5 * added + 0.5 * F.conv2d(added, conv.weight, conv.bias, padding=1)
+        total = total + added
+        sums.append(total)
+    return ids, sums
+
+
+# Quantizing
+
+
+@pytest.mark.parametrize("book", ["ema", "vq", "simvq"])
+@pytest.mark.parametrize("config", [{}, {"phi": 2}, {"rms": False, "center": False}, {"scales": ("1x1", "2x3", "4x6")}])
+def test_it_is_the_papers_loop(book, config):
+    quantizer = multiscale(book, **config)
+    size = quantizer.scales[-1]
+    for step in range(3):
+        train_on(quantizer, batch(step, 64, size=size))
+    z = batch(7, size=size)
+    z_q, tokens, losses = quantizer.eval().quantize(z)
+    with torch.no_grad():
+        ids, sums = reference(quantizer, z)
+    assert torch.equal(tokens, torch.cat([part.flatten(1) for part in ids], 1)) and len(tokens.unique()) > 12
+    torch.testing.assert_close(z_q, sums[-1])
+    torch.testing.assert_close(losses["commitment"], torch.stack([F.mse_loss(z, total) for total in sums]).mean())
+    for count, total in enumerate(sums, 1):
+        torch.testing.assert_close(quantizer.lookup_scales(tokens, count), total)
+
+
+@every_book
+def test_more_scales_are_nearer(book):
+    quantizer = trained(10, book).eval()
+    z = batch(77, 64, quantizer.dim)
+    tokens = quantizer.quantize(z).tokens
+    errors = [F.mse_loss(quantizer.lookup_scales(tokens, count), z).item() for count in (1, 2, 3)]
+    assert errors[2] < errors[1] < errors[0]
+    assert torch.equal(quantizer.lookup_scales(tokens, 3), quantizer.lookup(tokens))
+    for count in (0, 4):
+        with pytest.raises(ValueError, match=rf"^count should be 1 to 3, the number of scales \(got {count}\)$"):
+            quantizer.lookup_scales(tokens, count)
+
+
+def test_convolutions_are_shared_by_neighbouring_scales():
+    def shared(count: int, scales: int) -> list[int]:
+        quantizer = multiscale(phi=count, scales=tuple(range(1, scales + 1)))
+        return [quantizer._phi_of(k) for k in range(scales)]
+
+    assert shared(4, 10) == [0, 0, 1, 1, 1, 2, 2, 3, 3, 3]  # VAR's 10 scales
+    assert shared(1, 4) == [0] * 4 and shared(4, 4) == [0, 1, 2, 3] and shared(2, 1) == [0]
+
+
+def test_the_gradient_passes_the_sum_once():
+    z, upstream = batch(5).requires_grad_(), torch.randn(8, 8, 4, 4)
+    (found,) = torch.autograd.grad(trained(3).quantize(z).z_q, z, upstream)
+    assert torch.equal(found, upstream)
+
+
+@pytest.mark.parametrize(("book", "phi"), [("vq", 0), ("simvq", 0), ("ema", 2)])
+def test_what_is_learned_is_pulled_to_the_vectors(book, phi):
+    quantizer = trained(3, book, phi=phi)
+    assert quantizer.loss_weights == {"commitment": 0.25, "codebook": 1.0}
+    optimizer, errors = torch.optim.Adam(quantizer.parameters(), 1e-2), []
+    for _ in range(30):
+        loss = quantizer.quantize(batch(5).requires_grad_()).losses["codebook"]
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        errors.append(loss.item())
+    assert errors[-1] < 0.9 * errors[0]
+    assert all(parameter.grad.abs().sum() > 0 for parameter in quantizer.parameters())
+
+
+def test_bits_keep_their_entropies():
+    quantizer = multiscale("lfq")
+    assert set(quantizer.loss_weights) == {"commitment", "entropy", "diversity"}
+    z = batch(1, dim=6).requires_grad_()
+    losses = quantizer.quantize(z).losses
+    (pull,) = torch.autograd.grad(losses["diversity"], z)
+    assert pull.abs().sum() > 0
+
+
+def test_truncation_shows_the_decoder_fewer_scales_in_training_only():
+    quantizer, all_of_them = trained(3, truncate=0.5), trained(3)
+    z = batch(9, 400)
+    shown, whole = quantizer.quantize(z), all_of_them.quantize(z)
+    assert torch.equal(shown.tokens, whole.tokens) and shown.losses == whole.losses
+    sums = [quantizer.lookup_scales(shown.tokens, count) for count in (1, 2, 3)]
+    same = torch.stack([(shown.z_q == total).flatten(1).all(1) for total in sums])
+    assert (same.sum(0) == 1).all()  # each image sees one of the sums
+    shares = same.double().mean(1).tolist()
+    assert shares == pytest.approx([0.25, 0.25, 0.5], abs=0.1)
+    quantizer.eval(), all_of_them.eval()
+    assert torch.equal(quantizer.quantize(z).z_q, all_of_them.quantize(z).z_q)
+
+
+# What moves by itself
+
+
+@pytest.mark.parametrize("book", ["ema", "fsq"])
+def test_running_means_are_those_of_the_vectors_of_each_scale(book):
+    quantizer = trained(2, book, {} if book == "fsq" else {"decay": 0.7})
+    decay = 0.7 if book == "ema" else 0.9
+    before, z = copy.deepcopy(quantizer), batch(5, dim=quantizer.dim)
+    tokens = train_on(quantizer, z).tokens
+    shares = []
+    for k in range(3):
+        total = before.lookup_scales(tokens, k) if k else before.mean[:, None, None]
+        square = F.interpolate(z - total, size=quantizer.scales[k], mode="area").square().mean()
+        expected = decay * before.squares[k] + (1 - decay) * square
+        torch.testing.assert_close(quantizer.squares[k], expected)
+        shares.append(F.mse_loss(before.lookup_scales(tokens, k + 1), z) / z.var((0, 2, 3), correction=0).mean())
+    torch.testing.assert_close(quantizer.left, decay * before.left + (1 - decay) * torch.stack(shares))
+    torch.testing.assert_close(quantizer.mean, decay * before.mean + (1 - decay) * z.mean((0, 2, 3)))
+    assert list(quantizer.figures) == ["left_1x1", "left_2x2", "left_4x4"]
+    plain = trained(2, book, rms=False, center=False)
+    assert (plain.sigma() == 1).all() and (plain.mean == 0).all() and (plain.left < 1).any()
+
+
+def test_the_first_codebook_serves_all_scales():
+    z = batch(0, 64)
+    centred, plain = multiscale(), multiscale(rms=False, center=False)
+    used = {}
+    for name, quantizer in (("centred", centred), ("plain", plain)):
+        z_q, tokens, _ = quantizer.quantize(z)
+        assert F.mse_loss(z_q, z) < 0.35 * z.var((0, 2, 3)).mean()
+        used[name] = [len(part.unique()) for part in tokens.split([1, 4, 16], 1)]
+    assert min(used["centred"]) >= 24 and used["plain"][0] <= 12
+    assert centred.sigma()[0] > 0.2 and not torch.equal(centred.sigma(), torch.ones(3))
+    torch.testing.assert_close(centred.mean, z.mean((0, 2, 3)))
+
+
+def test_a_first_batch_that_is_not_finite_starts_nothing():
+    quantizer = multiscale()
+    quantizer.quantize(torch.full((8, 8, 4, 4), torch.nan))
+    quantizer.finish_step(taken=False)
+    train_on(quantizer, batch(0))
+    assert all(torch.isfinite(value).all() for value in quantizer.state_dict().values())
+    assert float(quantizer.sigma()[0]) > 0.2 and int(quantizer.started) == 1
+
+
+def test_dead_codes_come_back():
+    quantizer = multiscale(more={"decay": 0.5, "revive_every": 5})
+    train_on(quantizer, batch(0, 32))
+    book = quantizer.book
+    book.codebook[8:], book.sums[8:], book.counts[8:] = 1000.0, 0.0, 0.0
+    for _ in range(25):
+        tokens = train_on(quantizer, batch(0, 32)).tokens
+    assert float(book.codebook.abs().max()) < 100 and len(tokens.unique()) >= 24
+
+
+def test_a_loaded_one_goes_on_as_if_it_had_not_been():
+    one, two = trained(3), multiscale()
+    two.load_state_dict(one.state_dict())
+    for step in range(3, 12):
+        train_on(one, batch(step))
+        train_on(two, batch(step))
+    assert all(torch.equal(value, two.state_dict()[name]) for name, value in one.state_dict().items())
+
+
+def work(folder: Path) -> None:
+    """One of two processes: half of each batch."""
+    rank, found = join_group(folder), {}
+    for book in ("ema", "vq", "fsq"):
+        torch.manual_seed(0)
+        quantizer = multiscale(book, {} if book == "fsq" else {"decay": 0.5, "revive_every": 3})
+        for step in range(7):
+            train_on(quantizer, batch(step, dim=quantizer.dim).chunk(2)[rank])
+        found[book] = digest(quantizer.state_dict().values()), quantizer.squares.tolist(), quantizer.left.tolist()
+    everyone = gathered(found)
+    (folder / f"{rank}.json").write_text(json.dumps(everyone))
+    leave_group()
+
+
+def test_two_processes_hold_the_same(tmp_path):
+    run_twice(__file__, tmp_path)
+    zero, one = json.loads((tmp_path / "0.json").read_text())
+    assert zero == one and set(zero) == {"ema", "vq", "fsq"}
+    torch.manual_seed(0)
+    alone = multiscale("fsq")
+    for step in range(7):
+        train_on(alone, batch(step, dim=3))
+    _, squares, left = zero["fsq"]
+    assert squares == pytest.approx(alone.squares.tolist(), rel=1e-4)
+    assert left == pytest.approx(alone.left.tolist(), rel=1e-4)
+
+
+# In a tokenizer
+
+NODE = {"kind": "multiscale", "scales": (1, 2, 4), "book": {"kind": "ema", "codes": 32, "dim": 8}}
+
+
+def test_a_tokenizer_of_scales():
+    tokenizer: Any = make_tokenizer("vqvae", (16, 16), 1, quantizer=NODE).train()
+    images = torch.rand(4, 1, 16, 16) * 2 - 1
+    tokenizer(images)
+    tokenizer.finish_step()
+    tokenizer.eval()
+    tokens = tokenizer.encode(images)
+    assert tokenizer.grid.shape == (21,) and tokenizer.grid.scales == ((1, 1), (2, 2), (4, 4))
+    assert tokenizer.parts == (1, 4, 16) and tokens.shape == (4, 21)
+    assert torch.equal(tokenizer.decode_scales(tokens, 3), tokenizer.decode(tokens))
+    assert set(tokenizer.figures) == {"left_1x1", "left_2x2", "left_4x4"}
+    with pytest.raises(ValueError, match=r"^a coarse scale's token belongs to no part of the image, .*$"):
+        tokenizer.known_tokens(torch.ones(1, 16, 16, dtype=torch.bool))
+    with pytest.raises(ValueError, match=r"^a 'ema' quantizer has no scales$"):
+        make_tokenizer("vqvae").decode_scales(torch.zeros(1, 3, 2, dtype=torch.long), 1)
+
+
+def trained_on_waves(**config: Any) -> tuple[Any, Tensor]:
+    """A tokenizer after 150 steps on 256 pictures of waves, and these."""
+    torch.manual_seed(0)
+    rows = torch.linspace(-1, 1, 16)
+    phases, slopes, heights = torch.rand(256, 1, 1, 1) * 6, torch.rand(256, 1, 1, 2) * 4, torch.rand(256, 1, 1, 1)
+    images = heights * (slopes[..., :1] * rows[:, None] + slopes[..., 1:] * rows + phases).sin()
+    tokenizer: Any = make_tokenizer("vqvae", (16, 16), 1, quantizer={**NODE, **config}).train()
+    optimizer = torch.optim.Adam(tokenizer.parameters(), 3e-3)
+    for step in range(150):
+        some = images[(64 * step + torch.arange(64)) % 256]
+        loss, _ = total_loss(tokenizer(some), some, {"l1": 0.0, "l2": 1.0, **tokenizer.loss_weights})
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        tokenizer.finish_step()
+    return tokenizer.eval(), images
+
+
+def test_pictures_get_better_with_every_scale_and_the_coarsest_uses_its_codes():
+    """With the running means, a quarter of them at least; without, the mean latent is most of what it sees."""
+    tokenizer, images = trained_on_waves()
+    tokens = tokenizer.encode(images)
+    found = [psnr(tokenizer.decode_scales(tokens, count), images).mean().item() for count in (1, 2, 3)]
+    assert found[0] < found[1] < found[2] and found[2] > found[0] + 3
+    assert len(tokens[:, 0].unique()) >= 32 / 4
+    plain, images = trained_on_waves(rms=False, center=False)
+    assert len(plain.encode(images)[:, 0].unique()) <= 5
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"scales": (1, 2, 4)}, r"scales: must end at the latents' size 7x7 \(got 1x1, 2x2, 4x4\)"),
+        ({"scales": (1, 4, 2, 7)}, r"scales: must not become smaller \(1x1, 4x4, 2x2, 7x7\)"),
+        ({"scales": (1, "7x")}, r"scales: a size is a side or HEIGHTxWIDTH, as in 4 or 3x4 \(got '7x'\)"),
+        ({"scales": (0, 7)}, "scales: must be >= 1"),
+        ({"scales": ()}, "scales: too few values"),
+        ({"book": {"kind": "gumbel"}}, "book: must be one of bsq, ema, fsq, lfq, simvq, vq, .* .got 'gumbel'"),
+        ({"book": {"kind": "multiscale"}}, "book: must be one of .* .got 'multiscale'"),
+        ({"book": {"kind": "ema", "normalize": True}}, "book.normalize: must be false"),
+        ({"book": {"kind": "lfq", "bits": 8, "levels": 2}}, "book.levels: must be 1"),
+    ],
+)
+def test_bad_configurations_are_named_in_one_line(config, message):
+    with pytest.raises(ValueError, match=message) as caught:
+        Tokenizer.create("vqvae", image_size=(28, 28), channels=1, quantizer={"kind": "multiscale", **config})
+    assert "\n" not in str(caught.value)
+
+
+def test_vectors_of_another_size_are_named():
+    with pytest.raises(ValueError, match=r"^z should be of the last scale's size 4x4, got 4x5$"):
+        multiscale().eval().quantize(torch.randn(2, 8, 4, 5))
+
+
+if __name__ == "__main__":
+    work(Path(sys.argv[1]))
