@@ -181,7 +181,9 @@ def given_walk(prior: Model, walk: Partition | None, known: Tensor | None = None
     if not prior.config.takes_blocks:
         return {"order": walk.order}
     block_of = block_numbers(*walk)
-    return {"block_of": block_of if known is None else block_of.masked_fill(known, -1)}
+    if known is not None and max(walk.blocks) > 1:  # they are one block, as in `Rows.alike`
+        block_of = block_of.masked_fill(known, -1)
+    return {"block_of": block_of}
 
 
 def partition_of(prior: Model, order: Order) -> Partition:

@@ -34,6 +34,7 @@ from tokenizer import TokenGrid
 from tokenizer.critic import PatchCritic
 
 BLOCKS = {
+    "blocks": 2,
     "causal_conv": 4,
     "gated_pixelcnn": 3,
     "gpt": 2,
@@ -44,7 +45,7 @@ BLOCKS = {
     "made": 0,
     "marginal": 0,
 }
-DROPOUT = {"causal_conv", "gpt", "masked", "next_scale", "pixelsnail"}
+DROPOUT = {"blocks", "causal_conv", "gpt", "masked", "next_scale", "pixelsnail"}
 TOKENIZERS: dict[str, dict[str, Any]] = {
     "vqvae": {"blocks": (2,), "quantizer": {"kind": "rvq", "depth": 2, "book": {"kind": "vq", "codes": 16, "dim": 8}}},
     "vit": {"depth": 2},
