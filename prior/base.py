@@ -55,18 +55,15 @@ class PriorConfig(ModelConfig):
         elif self.blocks is not None and (problem := blocks_problem(self.blocks, len(self.grid))):
             yield problem
         elif max(self.partition().blocks) > 1 and not self.takes_blocks:
-            named, takers = "order" if self.blocks is None else "blocks", ", ".join(takers_of_blocks())
+            kinds: list[Any] = [Prior.find(name) for name in Prior.available()]
+            takers = ", ".join(kind.name for kind in kinds if kind.Config.takes_blocks)
+            named = "order" if self.blocks is None else "blocks"
             yield f"{named}: this kind draws one token at a time; kinds that draw blocks of several are {takers}"
 
     def partition(self) -> Partition:
         """The ordered partition of the grid."""
         partition = make_partition(self.order, self.grid.shape)
         return partition if self.blocks is None else Partition(partition.order, self.blocks)
-
-
-def takers_of_blocks() -> list[str]:
-    """The kinds that draw blocks of several tokens."""
-    return [name for name in Prior.available() if Prior.find(name).Config.takes_blocks]  # type: ignore[attr-defined]
 
 
 class Prior(Features, PretrainedModel, family="prior"):
@@ -88,8 +85,7 @@ class Prior(Features, PretrainedModel, family="prior"):
     """(N,) int64: the number of each token's block, raster order."""
     rounding: float = 4e-6
     """How far apart two computations of the same float32 logits may be, as a multiple of the image's largest |logit| so
-    far (at least 1: a row's own may be as small as its rounding). Well above what `python benchmarks/rounding.py`
-    measures."""
+    far (at least 1: a row's own may be tiny). Well above what `python benchmarks/rounding.py` measures."""
 
     def __init__(self, config: PriorConfig) -> None:
         super().__init__(config)
@@ -175,14 +171,12 @@ class Prior(Features, PretrainedModel, family="prior"):
         self.log_prob(tokens, labels)
 
     def orders(self, num_orders: int, order: Order = None) -> list[Order]:
-        """The orders of a mixture: the given one (None is the model's own), then random:1, random:2, ... in its
-        blocks."""
+        """The orders of a mixture: the given one (None is the model's own); random:1, random:2, ... in its blocks."""
         check_mixture("num_orders", num_orders, self.any_order, f"{self.name} as it was made has one order")
         others = [f"random:{index}" for index in range(1, num_orders)]
         blocks = partition_of(self, order).blocks
-        if max(blocks) == 1:
-            return [order, *others]
-        return [order, *(Partition(make_order(name, self.grid.shape), blocks) for name in others)]
+        walks = (Partition(make_order(name, self.grid.shape), blocks) for name in others)
+        return [order, *(others if max(blocks) == 1 else walks)]
 
     def connectivities(self, num_masks: int) -> range:
         """The numbers of a mixture's connectivities; 0 is the model's own."""
@@ -239,13 +233,12 @@ class Prior(Features, PretrainedModel, family="prior"):
         a model adds to them. generator: one, or a list with one per image; image k depends on its own generator alone,
         not on its batch. tokens, known: where bool `known` (`grid.shape` or `(B, *grid.shape)`) holds, `tokens` is
         kept. A model with `any_order` walks the known tokens first, so that all others are conditioned on all of them,
-        and the rest of the order keeps its cuts; any other model conditions a drawn token on the known ones before its
-        block. order, num_orders: as for
-        `log_prob`; each image is drawn in one of the orders, all equally likely; where tokens are known, each as likely
-        as it makes these when they come first (at temperature 1, without guidance), which costs a pass per image: then
-        images are of the mixture of these walks given what is known. cache: False recomputes everything at every step.
-        parallel: the same tokens from fewer passes over the whole grid (`prior.parallel`), and fewer still with a
-        `guess`, a cheap prior over the same tokens.
+        and the rest keeps its cuts; any other model conditions a drawn token on the known ones of earlier blocks.
+        order, num_orders: as for `log_prob`; each image is drawn in one of the orders, all equally likely; where tokens
+        are known, each as likely as it makes these when they come first (at temperature 1, without guidance), which
+        costs a pass per image: then images are of the mixture of these walks given what is known. cache: False
+        recomputes everything at every step. parallel: the same tokens from fewer passes over the whole grid
+        (`prior.parallel`), and fewer still with a `guess`, a cheap prior over the same tokens.
 
         That all these agree, in any batch, is promised for float32 and float64 weights as far as computations differ by
         no more than `rounding`. Raises `ValueError` for arguments out of range, `TypeError` for a setting that this

@@ -97,8 +97,7 @@ class Walk:
 @dataclass
 class Rows:
     """What is to be drawn, a row per image: labels `(B,)`, generators, and the tokens to keep (`given` where bool
-    `keep`), both `(B, N)` along `path`, `(N,)` or `(B, N)`, which sizes `blocks` cut. own: whether both are the
-    model's own."""
+    `keep`), both `(B, N)` along `path`, `(N,)` or `(B, N)`, which sizes `blocks` cut. own: both are the model's."""
 
     labels: Tensor
     generators: list[torch.Generator]
@@ -197,11 +196,9 @@ def partition_of(prior: Model, order: Order) -> Partition:
 
 def order_of(order: Order, rows: slice | Sequence[int]) -> Order:
     """The part of `order` that belongs to some of the images, where each has its own."""
-    if order is None or isinstance(order, str):
-        return order
     if isinstance(order, Partition):
-        return order if order.order.ndim < 2 else Partition(order.order[rows], order.blocks)
-    return order if torch.as_tensor(order).ndim < 2 else order[rows]
+        return Partition(order.order if order.order.ndim < 2 else order.order[rows], order.blocks)
+    return order if order is None or isinstance(order, str) or torch.as_tensor(order).ndim < 2 else order[rows]
 
 
 def check_mixture(name: str, count: int, allowed: bool, otherwise: str) -> None:
@@ -251,12 +248,9 @@ def check_order(prior: Model, order: Order, count: int) -> Partition | None:
 
 
 def choose_walk(prior: Model, order: Order, num_orders: int, rows: Rows) -> Partition | None:
-    """The order of each image, `(N,)` or `(B, N)`, and its blocks, None for the model's own: one of several, known
-    tokens first.
-
-    rows: in raster order. Of several orders an image goes in one that its own generator draws, with the probability
-    that the mixture's known tokens have come from it.
-    """
+    """The order of each image and its blocks, None for the model's own: one of several, known tokens first. rows: in
+    raster order. Of several orders an image goes in one that its own generator draws, with the probability that the
+    mixture's known tokens have come from it."""
     orders = [check_order(prior, one, len(rows)) for one in prior.orders(num_orders, order)]
     walk, blocks = orders[0] or (prior.order, prior.blocks)
     if len(orders) > 1:

@@ -219,6 +219,14 @@ def world_size() -> int:
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
+def average(values: Tensor) -> Tensor:
+    """The mean of `values` over all ranks, which hold equally many images."""
+    if world_size() > 1:
+        dist.all_reduce(values)
+        values = values / world_size()
+    return values
+
+
 def seeded(total: int, count: int, seed: int, step: int, device: torch.device) -> Tensor:
     """`count` different whole numbers below `total`, a function of (seed, step) alone."""
     generator = torch.Generator().manual_seed((seed * 1_000_003 + step) % (1 << 63))

@@ -13,7 +13,6 @@ from collections.abc import Iterator
 from typing import Annotated, Any, NamedTuple
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
@@ -23,7 +22,7 @@ from ..precision import full_float32
 from ..scales import Resize, Scales, areas, by, scales_problem
 from ..settings import ModelConfig, Node
 from .base import Quantized, Quantizer
-from .codebook import Codebook, map_of, nearest, rows_of, world_size
+from .codebook import Codebook, average, map_of, nearest, rows_of
 from .ema import EMAConfig
 from .gradients import pass_gradient
 
@@ -280,7 +279,9 @@ class MultiScale(Quantizer, name="multiscale"):
         """Keep, of each image, what the running means need; and for a codebook the vectors of all scales."""
         squares = [rest.detach().square().flatten(1).mean(1) for rest in found.residuals]
         errors = [(z - total.detach()).square().flatten(1).mean(1) for total in found.sums]
-        self.seen.append(torch.cat([torch.stack([*squares, *errors], 1), moments(z)], 1))
+        maps = z.flatten(2)
+        power = maps.square().mean((1, 2))
+        self.seen.append(torch.cat([torch.stack([*squares, *errors, power], 1), maps.mean(2)], 1))
         if isinstance(self.book, Codebook):
             sigma = self.sigma()
             rows = [(rest.detach() / sigma[k]).flatten(2) for k, rest in enumerate(found.residuals)]
@@ -302,17 +303,3 @@ class MultiScale(Quantizer, name="multiscale"):
             self.squares.lerp_(squares, 1 - self.decay)
         self.left.lerp_(shares, 1 - self.decay if self.step else 1.0)
         self.started += 1
-
-
-def average(values: Tensor) -> Tensor:
-    """The mean of `values` over all ranks, which hold equally many images."""
-    if world_size() > 1:
-        dist.all_reduce(values)
-        values = values / world_size()
-    return values
-
-
-def moments(z: Tensor) -> Tensor:
-    """`(B, 1 + dim)` of `z` `(B, dim, H, W)`: each image's mean square, and its mean of each channel."""
-    maps = z.flatten(2)
-    return torch.cat([maps.square().mean((1, 2))[:, None], maps.mean(2)], 1)
