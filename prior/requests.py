@@ -241,7 +241,7 @@ def check_order(prior: Model, order: Order, count: int) -> Partition | None:
     if blocks == prior.blocks and bool((walk == prior.order).all()):
         return None
     if not prior.any_order:
-        raise ValueError(f"order: this {prior.name} goes in one order, {prior.config.order!r}, as it was made")
+        raise ValueError(f"order: this {prior.name} prior goes in one order, {prior.config.order!r}, as it was made")
     if max(blocks) > 1 and not prior.config.takes_blocks:
         raise ValueError(f"order: this {prior.name} draws one token at a time; blocks are for kinds that take them")
     return Partition(walk.long(), blocks)

@@ -119,7 +119,7 @@ BAD = [
     (GENERATE, ["num_images=0"], "num_images: must be >= 1 (got 0)"),
     (GENERATE, ["labels=[cow]"], "no class is called 'cow'; there are ids 0 to 9 or names 0, 1, 2"),
     (GENERATE, ["labels=[10]"], "no class is called 10"),
-    (GENERATE, ["order=spiral_in"], "order: this gpt goes in one order, 'raster', as it was made"),
+    (GENERATE, ["order=spiral_in"], "order: this gpt prior goes in one order, 'raster', as it was made"),
     (GENERATE, ["order=zigzag"], "no order is called 'zigzag'; there are raster, column"),
     (GENERATE, ["num_orders=2"], "num_orders: gpt as it was made has one order"),
     (GENERATE, ["steps=4"], "'steps' is no argument of sampling from a 'gpt' prior"),
