@@ -190,8 +190,8 @@ def region_log_prob(prior: Prior, tokens: Tensor, known: Tensor, labels: Tensor 
     _, keep = known_tokens(prior, tokens, known, len(tokens))
     if blocked := int((~sees_all_known(prior, keep)).sum()):
         raise ConditionError(
-            f"no exact conditional: this {prior.name} prior goes in one order, {prior.config.order!r}, and in {blocked} of "
-            f"{len(tokens)} images known tokens come after hidden ones; it needs all known tokens first, or a prior "
+            f"no exact conditional: this {prior.name} prior goes in one order, {prior.config.order!r}, and in "
+            f"{blocked} of {len(tokens)} images known tokens come after hidden ones; it needs all known tokens first, or a prior "
             "that takes any order (masked, blocks or gpt with any_order, made with order_agnostic)"
         )
     each = prior.chain_log_probs(tokens, labels, known=keep)
