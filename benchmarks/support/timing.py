@@ -86,8 +86,10 @@ def prior_seconds(arguments: dict[str, list[str]]) -> dict[str, float]:
 
 
 def prior_presets(data: str) -> dict[str, Path]:
-    """The presets of a data set, by the prior's kind (and what else its name says); exits where there are none."""
-    found = sorted((ROOT / "configs" / "prior").glob(f"*_{data}.yaml"))
+    """The presets over the tokens of a data set, by the prior's kind (and what else its name says); exits where there
+    are none. One over other tokens of it, such as scales, is not among them."""
+    presets = sorted((ROOT / "configs" / "prior").glob(f"*_{data}.yaml"))
+    found = [preset for preset in presets if f"tokens: runs/{data}_tokens\n" in preset.read_text()]
     if not found:
         raise SystemExit(f"data={data}: there are no presets configs/prior/*_{data}.yaml")
     return {preset.stem.removesuffix(f"_{data}"): preset for preset in found}

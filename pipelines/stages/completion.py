@@ -191,8 +191,8 @@ def region_log_prob(prior: Prior, tokens: Tensor, known: Tensor, labels: Tensor 
     if blocked := int((~sees_all_known(prior, keep)).sum()):
         raise ConditionError(
             f"no exact conditional: this {prior.name} prior goes in one order, {prior.config.order!r}, and in "
-            f"{blocked} of {len(tokens)} images known tokens come after hidden ones; it needs all known tokens first, or a prior "
-            "that takes any order (masked, blocks or gpt with any_order, made with order_agnostic)"
+            f"{blocked} of {len(tokens)} images known tokens come after hidden ones; it needs all known tokens first, "
+            "or a prior that takes any order (masked, blocks or gpt with any_order, made with order_agnostic)"
         )
     each = prior.chain_log_probs(tokens, labels, known=keep)
     return each.flatten(1).double().masked_fill(keep, 0).sum(1).float()
