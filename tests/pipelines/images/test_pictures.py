@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from small import PRIORS
 from small_pipelines import as_pil, every_tokenizer, make_pipeline, pixels_for
 
 from pipelines import from_unit
@@ -20,7 +19,7 @@ from pipelines.images import pictures
 @every_tokenizer
 @pytest.mark.parametrize("channels", [1, 3])
 def test_images_come_in_four_kinds(tokenizer, channels):
-    pipe = make_pipeline(tokenizer, PRIORS[0], channels)
+    pipe = make_pipeline(tokenizer, "causal_conv", channels)
     pixels = pixels_for(pipe)
     tokens = pipe.encode(pixels)
     assert tokens.shape == (5, *pipe.tokenizer.grid.shape) and len(tokens.unique()) > 1

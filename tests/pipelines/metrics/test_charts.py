@@ -40,11 +40,11 @@ def near(pixels, color, share=1.0):
 def test_dead_codes_are_a_red_field_as_wide_as_they_are_many():
     uses = np.arange(1, 101, dtype=float)[None]
     uses[0, :30] = 0
-    _, inner = picture_of(draw_usage, uses, 30, low=0.5, unit="", word="dead")
+    _, inner = picture_of(draw_usage, uses, 30, names=[""], low=0.5, unit="", word="dead")
     field = near(inner, charts.RED, 0.19)[3]
     assert field.mean() == pytest.approx(0.3, abs=0.02)
     assert field[-3] and not field[: int(0.68 * len(field))].any()
-    _, clean = picture_of(draw_usage, uses + 1, 0, low=0.5, unit="", word="dead")
+    _, clean = picture_of(draw_usage, uses + 1, 0, names=[""], low=0.5, unit="", word="dead")
     assert not near(clean, charts.RED, 0.19).any()
 
 
