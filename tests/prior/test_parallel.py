@@ -5,18 +5,19 @@ Covers: prior/drawing.py.
 
 import pytest
 import torch
-from small import ORDERS, PRIORS, PRIORS_IN_ORDERS, draw_known, draw_tokens, generators, make_prior
+from small import PRIORS, PRIORS_IN_SOME_ORDERS, VARIANTS, draw_known, draw_tokens, generators, make_prior
 
 from prior import drawing, parallel
 
-EXACT_IN_ORDERS = [(name, order) for name, order in PRIORS_IN_ORDERS if make_prior(name).exact]
+EXACT_IN_ORDERS = [(name, order) for name, order in PRIORS_IN_SOME_ORDERS if make_prior(name).exact]
 every_order = pytest.mark.parametrize(("name", "order"), EXACT_IN_ORDERS)
 every_prior = pytest.mark.parametrize("name", sorted({name for name, _ in EXACT_IN_ORDERS}))
 
 
 def test_all_exact_priors_are_tested():
-    assert {"gpt", "marginal"} <= {name for name, _ in EXACT_IN_ORDERS} <= set(PRIORS)
-    assert {order for name, order in EXACT_IN_ORDERS if name == "gpt"} == set(ORDERS)
+    assert {"blocks", "gpt", "marginal"} <= {name for name, _ in EXACT_IN_ORDERS} <= {*PRIORS, *VARIANTS}
+    assert {"raster", "hilbert", "random:3"} <= {order for name, order in EXACT_IN_ORDERS if name == "gpt"}
+    assert {"diagonal", "halton:4"} <= {order for name, order in EXACT_IN_ORDERS if name == "blocks"}
 
 
 @every_order

@@ -147,6 +147,11 @@ PRIORS_IN_ORDERS = [
 ]
 
 
+SLOWER_TO_TEST = {"column", "snake", "spiral_out", "z_curve", "subsample", "wave:2", "dyadic", "regions:4", "spread:5"}
+PRIORS_IN_SOME_ORDERS = [(name, order) for name, order in PRIORS_IN_ORDERS if order not in SLOWER_TO_TEST]
+"""For tests that take long, and of what does not go by the shape of an order."""
+
+
 def generators(count: int, seed: int = 0) -> list[torch.Generator]:
     """One generator per image, as a pipeline seeds them."""
     return [torch.Generator().manual_seed(seed + k) for k in range(count)]
