@@ -76,7 +76,7 @@ def edit_weights(path, change):
 
 
 def refused(folder, error, *needles, seal=True):
-    """Loading raises `error` naming all `needles`; with `seal` the manifest is made to fit what is there."""
+    """Whether loading raises `error` naming all `needles`; with `seal` the manifest is made to fit what is there."""
     if seal:
         write_manifest(folder)
     with pytest.raises(error) as caught:
@@ -84,6 +84,7 @@ def refused(folder, error, *needles, seal=True):
     assert isinstance(caught.value, PipelineLoadError)
     for needle in needles:
         assert str(needle) in str(caught.value), (needle, str(caught.value))
+    return True
 
 
 def test_the_folder_that_is_damaged_below_loads(folder):
@@ -104,7 +105,7 @@ def test_missing_file(folder, name):
 @pytest.mark.parametrize("name", [*CONFIGS, *WEIGHTS])
 def test_missing_file_that_no_manifest_misses(folder, name):
     (folder / name).unlink()
-    refused(folder, PathError, folder / name)
+    assert refused(folder, PathError, folder / name)
 
 
 @pytest.mark.parametrize("name", FILES)
@@ -114,7 +115,7 @@ def test_one_flipped_byte(folder, name):
         data[position] ^= 1
         (folder / name).write_bytes(data)
         named = folder if name == MANIFEST else folder / name  # a damaged manifest may accuse another file
-        refused(folder, (IntegrityError, FormatError, PathError), named, seal=False)
+        assert refused(folder, (IntegrityError, FormatError, PathError), named, seal=False)
         data[position] ^= 1
 
 
@@ -123,7 +124,7 @@ def test_one_flipped_byte(folder, name):
 def test_truncated_file(folder, name, keep):
     data = (folder / name).read_bytes()
     (folder / name).write_bytes(data[: int(keep * len(data))])
-    refused(folder, (IntegrityError, FormatError), folder / name, seal=False)
+    assert refused(folder, (IntegrityError, FormatError), folder / name, seal=False)
 
 
 @pytest.mark.parametrize("name", [*WEIGHTS, GRID])
@@ -131,14 +132,14 @@ def test_truncated_file(folder, name, keep):
 def test_truncated_file_with_a_manifest_that_fits(folder, name, keep):
     data = (folder / name).read_bytes()
     (folder / name).write_bytes(data[: int(keep * len(data))])
-    refused(folder, (WeightsError, FormatError), folder / name)
+    assert refused(folder, (WeightsError, FormatError), folder / name)
 
 
 @pytest.mark.parametrize("name", [GRID, "README.md", "provenance.json", *CONFIGS, *WEIGHTS])
 def test_file_that_the_manifest_does_not_list(folder, name):
     files = json.loads((folder / MANIFEST).read_text())["files"]
     edit_json(folder / MANIFEST, files={key: value for key, value in files.items() if key != name})
-    refused(folder, IntegrityError, MANIFEST, name, seal=False)
+    assert refused(folder, IntegrityError, MANIFEST, name, seal=False)
 
 
 @pytest.mark.parametrize(
@@ -148,13 +149,13 @@ def test_manifest_leads_out_of_the_folder(folder, name):
     (folder.parent / "outside").write_text("secret")
     files = json.loads((folder / MANIFEST).read_text())["files"]
     edit_json(folder / MANIFEST, files={**files, name: {"sha256": "0" * 64, "size": 6}})
-    refused(folder, PathError, MANIFEST, repr(name)[:60], seal=False)
+    assert refused(folder, PathError, MANIFEST, repr(name)[:60], seal=False)
 
 
 @pytest.mark.parametrize("files", [{}, [], "all", {"README.md": 3}, {"README.md": {"size": 1}}])
 def test_manifest_of_another_form(folder, files):
     edit_json(folder / MANIFEST, files=files)
-    refused(folder, FormatError, folder / MANIFEST, seal=False)
+    assert refused(folder, FormatError, folder / MANIFEST, seal=False)
 
 
 @pytest.mark.parametrize("name", JSONS)
@@ -180,23 +181,23 @@ def test_manifest_of_another_form(folder, files):
 )
 def test_json_that_is_none(folder, name, text, error):
     (folder / name).write_bytes(text.encode("utf-8", "surrogateescape"))
-    refused(folder, error, folder / name, seal=name != MANIFEST)
+    assert refused(folder, error, folder / name, seal=name != MANIFEST)
 
 
 def test_key_that_stands_twice_is_named(folder):
     path = folder / INDEX
     path.write_text(path.read_text().replace("{", '{"prior": "marginal",', 1))
-    refused(folder, FormatError, path, "twice", "prior")
+    assert refused(folder, FormatError, path, "twice", "prior")
 
 
 @pytest.mark.parametrize(("depth", "error"), [(12, ConfigError), (16, LimitError), (500, LimitError)])
 def test_nested_json_where_a_setting_belongs(folder, depth, error):
     deep = json.loads('{"a":' * depth + "1" + "}" * depth)
     edit_json(folder / INDEX, sampler=deep)
-    refused(folder, error, folder / INDEX, "sampler" if error is ConfigError else "16 levels")
+    assert refused(folder, error, folder / INDEX, "sampler" if error is ConfigError else "16 levels")
     edit_json(folder / INDEX, sampler={})
     edit_json(folder / CONFIGS[1], dim=deep)
-    refused(folder, error, folder / CONFIGS[1], "dim" if error is ConfigError else "16 levels")
+    assert refused(folder, error, folder / CONFIGS[1], "dim" if error is ConfigError else "16 levels")
 
 
 # The index
@@ -230,7 +231,7 @@ def test_nested_json_where_a_setting_belongs(folder, depth, error):
 )
 def test_wrong_field_of_the_index(folder, changes, error, needle):
     edit_json(folder / INDEX, **changes)
-    refused(folder, error, INDEX, next(iter(changes)), needle)
+    assert refused(folder, error, INDEX, next(iter(changes)), needle)
 
 
 HOSTILE = [
@@ -263,23 +264,23 @@ HOSTILE = [
 @pytest.mark.parametrize("name", HOSTILE, ids=ascii)
 def test_hostile_class_name(folder, part, name):
     edit_json(folder / INDEX, **{part: name})
-    refused(folder, FormatError, folder / INDEX, f"{part}:", "is not a name")
+    assert refused(folder, FormatError, folder / INDEX, f"{part}:", "is not a name")
     edit_json(folder / INDEX, **{part: "gpt" if part == "prior" else "vqvae"})
     edit_json(folder / part / "config.json", kind=name)
-    refused(folder, ConfigError, folder / part / "config.json", "kind", "gpt" if part == "prior" else "vqvae")
+    assert refused(folder, ConfigError, folder / part / "config.json", "kind", "gpt" if part == "prior" else "vqvae")
 
 
 @pytest.mark.parametrize(("part", "names"), [("tokenizer", TOKENIZERS), ("prior", PRIORS)])
 def test_unknown_class_name_lists_what_there_is(folder, part, names):
     edit_json(folder / INDEX, **{part: "quantum"})
-    refused(folder, ConfigError, folder / INDEX, f"{part}:", "quantum", ", ".join(names))
+    assert refused(folder, ConfigError, folder / INDEX, f"{part}:", "quantum", ", ".join(names))
     edit_json(folder / INDEX, **{part: None})
-    refused(folder, FormatError, folder / INDEX, part)
+    assert refused(folder, FormatError, folder / INDEX, part)
 
 
 def test_kind_that_is_not_the_one_of_the_index(folder):
     edit_json(folder / INDEX, prior="marginal")
-    refused(folder, ConfigError, folder / CONFIGS[1], "kind", "'gpt'", "'marginal'")
+    assert refused(folder, ConfigError, folder / CONFIGS[1], "kind", "'gpt'", "'marginal'")
 
 
 # Configurations and weights
@@ -312,7 +313,7 @@ def test_kind_that_is_not_the_one_of_the_index(folder):
 )
 def test_wrong_setting_of_a_model(folder, part, changes, needle):
     edit_json(folder / part / "config.json", **changes)
-    refused(folder, ConfigError, folder / part / "config.json", needle)
+    assert refused(folder, ConfigError, folder / part / "config.json", needle)
 
 
 @pytest.mark.parametrize("part", ["tokenizer", "prior"])
@@ -334,7 +335,7 @@ def test_wrong_weights(folder, part):
     for change, needle in changes:
         path.write_bytes(original)
         edit_weights(path, change)
-        refused(folder, WeightsError, path, needle)
+        assert refused(folder, WeightsError, path, needle)
 
 
 @pytest.mark.parametrize("name", WEIGHTS)
@@ -352,7 +353,7 @@ def test_wrong_weights(folder, part):
 )
 def test_weights_of_another_format(folder, name, data):
     (folder / name).write_bytes(data)
-    refused(folder, (WeightsError, LimitError), folder / name)
+    assert refused(folder, (WeightsError, LimitError), folder / name)
 
 
 # Parts that do not belong together
@@ -362,31 +363,31 @@ def test_prior_of_another_tokenizer(folder, tmp_path):
     save_small(tmp_path / "other", seed=1)
     shutil.rmtree(folder / "prior")
     shutil.copytree(tmp_path / "other" / "prior", folder / "prior")
-    refused(folder, IntegrityError, CONFIGS[1], "tokenizer", "another tokenizer")
+    assert refused(folder, IntegrityError, CONFIGS[1], "tokenizer", "another tokenizer")
 
 
 def test_tokenizer_that_was_trained_on(folder):
     edit_weights(folder / WEIGHTS[0], lambda t: next(v for v in t.values() if v.is_floating_point()).add_(1))
-    refused(folder, IntegrityError, CONFIGS[1], "tokenizer", "another tokenizer")
+    assert refused(folder, IntegrityError, CONFIGS[1], "tokenizer", "another tokenizer")
 
 
 def test_prior_of_another_grid(folder, tmp_path):
     save_small(tmp_path / "other", size=(8, 16))
     shutil.rmtree(folder / "prior")
     shutil.copytree(tmp_path / "other" / "prior", folder / "prior")
-    refused(folder, IntegrityError, CONFIGS[1], "grid", "(2, 4)", "(2, 2)")
+    assert refused(folder, IntegrityError, CONFIGS[1], "grid", "(2, 4)", "(2, 2)")
 
 
 # The wrong folder
 
 
 def test_run_folder_instead_of_its_pipeline(folder):
-    refused(folder.parent, PathError, folder.parent, f"did you mean {folder}?", seal=False)
+    assert refused(folder.parent, PathError, folder.parent, f"did you mean {folder}?", seal=False)
 
 
 @pytest.mark.parametrize("part", ["tokenizer", "prior"])
 def test_folder_of_one_model(folder, part):
-    refused(folder / part, PathError, f"no {INDEX}", seal=False)
+    assert refused(folder / part, PathError, f"no {INDEX}", seal=False)
 
 
 @pytest.mark.parametrize(
@@ -407,7 +408,7 @@ def test_source_that_could_be_a_hub_id_names_both_readings():
 def test_pipe_in_the_place_of_a_file_does_not_hang(folder, name):
     (folder / name).unlink()
     os.mkfifo(folder / name)
-    refused(folder, PathError, seal=False)
+    assert refused(folder, PathError, seal=False)
 
 
 # Nothing is unpickled or imported
@@ -431,7 +432,7 @@ def test_planted_pickles_and_modules_are_never_opened(folder, tmp_path, monkeypa
     for name in WEIGHTS:
         data = (folder / name).read_bytes()
         (folder / name).write_bytes(pickle.dumps(Canary(canary)))
-        refused(folder, (WeightsError, LimitError), folder / name)
+        assert refused(folder, (WeightsError, LimitError), folder / name)
         (folder / name).write_bytes(data)
     assert not canary.exists()
 

@@ -163,8 +163,7 @@ class MultiScale(Quantizer, name="multiscale"):
         return self.book.table() if isinstance(self.book, Codebook) else None
 
     def _codes(self, ids: Tensor, table: Tensor | None) -> Tensor:
-        """`(B, dim, h, w)` of `ids` `(B, h, w)`. Those of bits become +1 and -1: of length 1 whatever their number,
-        they would be too short."""
+        """`(B, dim, h, w)` of `ids` `(B, h, w)`. Bits become +1 and -1: of length 1 in all, they would be too short."""
         if table is None:
             return self.book.lookup_checked(ids) / getattr(self.book, "size", 1.0)
         return F.embedding(ids, table).movedim(-1, 1)
@@ -203,10 +202,8 @@ class MultiScale(Quantizer, name="multiscale"):
             rest = self.resize.down(z - total.detach(), k)
             ids, losses = self._search(rest / sigma[k], table)
             total = total + self._added(self._codes(ids, table), k, sigma)
-            found.residuals.append(rest)
-            found.tokens.append(ids)
-            found.sums.append(total)
-            found.losses.append(losses)
+            for kept, new in zip(found, (rest, ids, total, losses), strict=True):
+                kept.append(new)  # type: ignore[attr-defined]
         return found
 
     def _search(self, vectors: Tensor, table: Tensor | None) -> tuple[Tensor, dict[str, Tensor]]:
@@ -256,8 +253,7 @@ class MultiScale(Quantizer, name="multiscale"):
 
     def _start(self, rests: list[Tensor]) -> None:
         """Set each scale's root mean square, and the codebook by k-means over residuals in units of it: as many of each
-        scale, as far as its map has them. (If some were taken twice, rounding would decide between centres that lie on
-        the same vector.)"""
+        scale, as far as its map has them. (Between centres on one vector, taken twice, rounding would decide.)"""
         if self.config.rms:
             self._set(self.squares, average(torch.stack([rest.square().mean() for rest in rests])))
         if not isinstance(self.book, Codebook):
@@ -279,9 +275,8 @@ class MultiScale(Quantizer, name="multiscale"):
         """Keep, of each image, what the running means need; and for a codebook the vectors of all scales."""
         squares = [rest.detach().square().flatten(1).mean(1) for rest in found.residuals]
         errors = [(z - total.detach()).square().flatten(1).mean(1) for total in found.sums]
-        maps = z.flatten(2)
-        power = maps.square().mean((1, 2))
-        self.seen.append(torch.cat([torch.stack([*squares, *errors, power], 1), maps.mean(2)], 1))
+        power, means = z.flatten(2).square().mean((1, 2)), z.flatten(2).mean(2)
+        self.seen.append(torch.cat([torch.stack([*squares, *errors, power], 1), means], 1))
         if isinstance(self.book, Codebook):
             sigma = self.sigma()
             rows = [(rest.detach() / sigma[k]).flatten(2) for k, rest in enumerate(found.residuals)]
