@@ -186,12 +186,11 @@ def given_walk(prior: Model, walk: Partition | None, known: Tensor | None = None
 
 
 def partition_of(prior: Model, order: Order) -> Partition:
-    """`order` and how it is cut."""
-    if order is None:
-        return Partition(prior.order, prior.blocks)
-    if isinstance(order, str):
-        return make_partition(order, prior.grid.shape)
-    return order if isinstance(order, Partition) else Partition(torch.as_tensor(order), prior.blocks)
+    """`order` and how it is cut, on the model's device."""
+    walk: Any = make_partition(order, prior.grid.shape) if isinstance(order, str) else order
+    if not isinstance(walk, Partition):
+        walk = Partition(prior.order if walk is None else torch.as_tensor(walk), prior.blocks)
+    return Partition(walk.order.to(prior.device), walk.blocks)
 
 
 def order_of(order: Order, rows: slice | Sequence[int]) -> Order:
@@ -231,7 +230,7 @@ def check_order(prior: Model, order: Order, count: int) -> Partition | None:
     if order is None:
         return None
     walk, blocks = partition_of(prior, order)
-    walk, size = walk.to(prior.device), len(prior.grid)
+    size = len(prior.grid)
     is_whole = not walk.dtype.is_floating_point and walk.dtype != torch.bool
     fits = is_whole and tuple(walk.shape) in ((size,), (count, size))
     if not fits or not bool((walk.sort(-1).values == torch.arange(size, device=walk.device)).all()):
