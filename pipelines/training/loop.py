@@ -18,11 +18,11 @@ from torch import Tensor, nn
 
 from ..config import UserError
 from ..config.command import Interrupted
+from ..processes.launched import build_accelerator
 from ..tracking.tracker import require_installed
 from .best import final_weights, keep_if_best
 from .extending import require_alike
 from .heartbeat import Heartbeat, told_where
-from .processes import build_accelerator
 from .progress import agreed_progress, due_now, finished
 from .reporting import progress_bar, report, show, told_end
 from .run_folder import check_folder, claim_folder

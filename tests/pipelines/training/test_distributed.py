@@ -2,7 +2,7 @@
 
 What needs no launcher runs in two processes that this file starts of itself (`python test_distributed.py NAME FOLDER`).
 
-Covers: pipelines/training/processes.py.
+Covers: pipelines/processes/launched.py.
 """
 
 from __future__ import annotations
@@ -46,10 +46,10 @@ from two_processes import digest, gathered, leave_group, run_twice
 from pipelines import encode
 from pipelines.config import UserError
 from pipelines.config.command import parse
+from pipelines.processes.launched import TWO_PROCESSES, build_accelerator
 from pipelines.stages.provenance import tokenizer_defaults
 from pipelines.train_tokenizer import TokenizerTask
 from pipelines.training import loop as training
-from pipelines.training.processes import TWO_PROCESSES, build_accelerator
 from tokenizer.quantizers import Quantizer
 from tokenizer.quantizers.ema import EMA
 
