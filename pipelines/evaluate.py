@@ -174,10 +174,12 @@ def encode_all(pipeline: ImagePipeline, images: ImageDataset, team: Team = ALONE
     """Tokens and labels of a whole data set."""
     size, kind = images_at_a_time(images.image_shape), smallest_type(pipeline.prior.grid.vocab_size)
 
-    def encode(start: int) -> Tensor:
-        return pipeline.encode(images.batch(np.arange(start, min(start + size, len(images))))).cpu().to(kind)
+    def encode(start: int) -> np.ndarray:
+        batch = images.batch(np.arange(start, min(start + size, len(images))))
+        return pipeline.encode(batch).cpu().to(kind).numpy()
 
-    return TokenSplit(torch.cat(team.map(encode, range(0, len(images), size))), images.labels)
+    parts = team.map(encode, range(0, len(images), size))
+    return TokenSplit(torch.from_numpy(np.concatenate(parts)), images.labels)
 
 
 def reconstruct(pipeline: ImagePipeline, images: Tensor) -> Tensor:

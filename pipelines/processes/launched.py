@@ -66,9 +66,11 @@ def joined(device: str) -> Iterator[tuple[Team, torch.device]]:
         yield ALONE, choose_device(device)
         return
     accelerator = build_accelerator()
-    if device not in ("auto", accelerator.device.type):
-        raise UserError(f"device: {device!r}: accelerate chose {accelerator.device} for this process; leave it auto")
-    yield Team(accelerator.process_index, accelerator.num_processes), accelerator.device
+    kind = accelerator.device.type
+    if device not in ("auto", kind):
+        raise UserError(f"device: {device!r}: accelerate chose {kind} for its processes; leave it auto")
+    own = torch.device("cpu") if kind == "cpu" else accelerator.device  # and not `cpu:0`, as accelerate calls it
+    yield Team(accelerator.process_index, accelerator.num_processes), own
     accelerator.end_training()
 
 

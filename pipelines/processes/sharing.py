@@ -23,7 +23,8 @@ class Team:
     """The processes that share work: which of them this one is, and how many there are. All have to call the same
     methods in the same order.
 
-    What a method puts together is on the CPU, on every process. If an error comes up in one process, that one raises
+    What a method puts together is on the CPU, on every process; of tensors all types but the small unsigned ones, which
+    torch does not pickle (arrays of them are fine). If an error comes up in one process, that one raises
     it, and the others raise `ProcessLost`, which names it.
     """
 
