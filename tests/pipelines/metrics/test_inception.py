@@ -1,4 +1,7 @@
-"""FID, Inception Score and reference files: as torch-fidelity computes them, and nothing is read that is not wanted."""
+"""FID, Inception Score and reference files: as torch-fidelity computes them, and nothing is read that is not wanted.
+
+Covers: pipelines/metrics/fid.py.
+"""
 
 from __future__ import annotations
 
