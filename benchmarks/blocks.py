@@ -111,7 +111,7 @@ class Judges:
 
         import torch
 
-        from pipelines.metrics.quality import frechet_distance
+        from pipelines.metrics.frechet import frechet_distance
 
         images = pipe.decode(tokens, output_type="pt")
         with torch.inference_mode():

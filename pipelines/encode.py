@@ -25,12 +25,12 @@ from .config.outputs import check_out_folder
 from .images import DataConfig, ImageDataset, Splits, check_shape, load_images
 from .images.origin import is_local
 from .images.splits import as_begun
+from .processes.launched import build_accelerator, on_main
 from .stages.provenance import tokenizer_defaults
 from .tokens import Meta
 from .tokens.appending import class_numbers, existing, missing_variants, same_images
 from .tokens.meta import TOKENS
 from .tokens.pieces import EncodeJob, Piece, cut, manifest_hash, recover, shards_of, unfinished
-from .training.processes import build_accelerator, on_main
 
 if TYPE_CHECKING:
     from accelerate import Accelerator

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import math
 import sys
-import time
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -16,7 +17,7 @@ from torch import Tensor
 from tokenizer.files.errors import PathError
 from tokenizer.files.writing import results_folder, write_json
 
-from .config import Config, UserError, choose_device, run_command
+from .config import Config, UserError, run_command
 from .config.outputs import check_out_results
 from .config.table import table
 from .image_pipeline import ImagePipeline
@@ -24,24 +25,22 @@ from .images import DataConfig, ImageDataset, Splits, check_shape, load_images, 
 from .images.origin import named
 from .images.pictures import grid_picture, save_picture
 from .metrics.agreement import agreement
+from .metrics.fid import Ruler, make_ruler
 from .metrics.likelihood import evaluate_likelihood
-from .metrics.quality import (
-    LEAST,
-    FeatureSpace,
-    compare,
-    feature_space,
-    frechet_distance,
-    inception_space,
-    shuffled,
-    ssim,
-)
+from .metrics.quality import AT_A_TIME, LEAST, compare, feature_space, shuffled, ssim
 from .metrics.reconstruction import evaluate_reconstruction, images_at_a_time, reconstruction_picture
 from .metrics.report import report
+from .metrics.samples import Samples
+from .processes.launched import joined
+from .processes.sharing import ALONE, Team
 from .stages.provenance import defaults
 from .tokens import TokenSplit
+from .tokens.shards import smallest_type
 
+T = TypeVar("T")
 Figures = dict[str, Any]
 RESULTS = ("samples.png", "reconstructions.png", "nearest.png", "evaluation.json", "evaluation.txt")
+KNOWN = 1 << 28  # numbers, 1 GiB, of training images whose pixels are compared to at most
 SOME = 2000  # held-out images for the figures that are slow, drawn at random
 
 
@@ -66,7 +65,14 @@ class EvaluateConfig(Config):
         "classes: a net of random weights",
     )
     inception_weights: str | None = Field(
-        None, description="file of torch-fidelity's Inception weights, which add the true FID; nothing is downloaded"
+        None,
+        description="file of torch-fidelity's Inception weights, which add the true FID, Inception Score and the FID "
+        "of reconstructions; nothing is downloaded",
+    )
+    reference: str = Field(
+        "held_out",
+        description="what the FID of samples is taken against: as many images `held_out`, all images of `train`, or "
+        "a .npz file with `mu` and `sigma`, as ADM published them; the last two with num_samples=50000",
     )
     num_orders: int = Field(1, ge=1, description="score a mixture of so many orders, with a prior that takes any")
     seed: int = Field(0, ge=0, description="sample k uses seed + k")
@@ -75,42 +81,67 @@ class EvaluateConfig(Config):
 
 
 def run(config: EvaluateConfig) -> Figures:
-    """Measure, print a table, write pictures and `evaluation.json`, and update the model card; returns the figures."""
-    pipeline = ImagePipeline.from_pretrained(config.pipeline, device=choose_device(config.device))
-    check_choices(config, pipeline)
-    inception = inception_space(config.inception_weights, pipeline.device) if config.inception_weights else None
-    local = Path(config.pipeline).is_dir()
-    out = Path(config.out or (Path(config.pipeline).parent / "evaluation" if local else "evaluation"))
-    inputs = [config.pipeline, config.data.path]
-    check_out_results(out, RESULTS, inputs)
+    """Measure, print a table, write pictures and `evaluation.json`, and update the model card; returns the figures. Of
+    several processes each takes its part of the images; the first prints and writes."""
+    with joined(config.device) as (team, device):
+        pipeline = ImagePipeline.from_pretrained(config.pipeline, device=device)
+        check_choices(config, pipeline)
+        ruler = make_ruler(config.inception_weights, config.reference, device)
+        local = Path(config.pipeline).is_dir()
+        out = Path(config.out or (Path(config.pipeline).parent / "evaluation" if local else "evaluation"))
+        check_out_results(out, RESULTS, [config.pipeline, config.data.path])
+        figures, pictures = measure(pipeline, config, ruler, team)
+        if team.leads:
+            publish(pipeline, config, out, figures, pictures)
+    return figures
+
+
+def measure(
+    pipeline: ImagePipeline, config: EvaluateConfig, ruler: Ruler | None, team: Team
+) -> tuple[Figures, dict[str, np.ndarray]]:
+    """All figures, and the pictures."""
     images = load_images(config.data)
     check_classes(pipeline, images.train, images.held_out)
     figures: Figures = {"num_images": len(images.held_out)}
-    figures |= evaluate_reconstruction(pipeline.tokenizer, images.held_out)
-    figures |= evaluate_similarity(pipeline, images.held_out)
-    tokens = (encode_all(pipeline, images.train), encode_all(pipeline, images.held_out))
-    figures |= evaluate_likelihood(pipeline.tokenizer, pipeline.prior, *tokens, images.held_out, config.num_orders)
+    figures |= evaluate_reconstruction(pipeline.tokenizer, images.held_out, team=team)
+    figures |= evaluate_similarity(pipeline, images.held_out, team)
+    train, test = (encode_all(pipeline, part, team) for part in (images.train, images.held_out))
+    figures |= evaluate_likelihood(
+        pipeline.tokenizer, pipeline.prior, train, test, images.held_out, config.num_orders, team
+    )
     pictures = {
-        "samples": pipeline.sample_picture(seed=config.seed),
+        "samples": pipeline.sample_picture(seed=config.seed, team=team),
         "reconstructions": reconstruction_picture(pipeline.tokenizer, images.held_out),
     }
+    samples = None
     if config.num_samples:
-        found, shown = evaluate_samples(pipeline, images, config, inception)
+        labels = wanted_labels(pipeline, images.train, config.num_samples)
+        samples = draw_samples(pipeline, labels, config.num_samples, config.seed, team)
+        found, shown = evaluate_samples(pipeline, images, config, samples, labels)
         figures, pictures = figures | found, pictures | shown
+    if ruler is not None:
+        figures |= ruler.figures(images, partial(reconstruct, pipeline), samples, team)
+    return figures, pictures
+
+
+def publish(
+    pipeline: ImagePipeline, config: EvaluateConfig, out: Path, figures: Figures, pictures: dict[str, np.ndarray]
+) -> None:
+    """Print and write what was measured."""
     text = report(
         figures,
         exact=pipeline.prior.exact,
         vocab_size=pipeline.prior.grid.vocab_size,
-        num_images=len(images.held_out),
+        num_images=figures["num_images"],
         device=str(pipeline.device),
     )
-    with results_folder(out, inputs=inputs) as folder:
+    with results_folder(out, inputs=[config.pipeline, config.data.path]) as folder:
         for name, picture in pictures.items():
             save_picture(picture, folder / f"{name}.png")
         orders = {"num_orders": config.num_orders} if config.num_orders > 1 else {}
         write_json(folder / "evaluation.json", figures | orders)
         (folder / "evaluation.txt").write_text(text + "\n", encoding="utf-8")
-    if config.update_card and local:
+    if config.update_card and Path(config.pipeline).is_dir():
         pipeline.provenance = {**pipeline.provenance, "evaluation": figures}
         try:
             pipeline.to(device="cpu").save_pretrained(config.pipeline, sample_grid=pictures["samples"])
@@ -118,7 +149,6 @@ def run(config: EvaluateConfig) -> Figures:
             print(f"warning: the model card is as it was: {error}", file=sys.stderr)
     print(text + "\n")
     print(table([(name, f"{out / name}.png") for name in pictures] + [("figures", str(out / "evaluation.json"))]))
-    return figures
 
 
 def check_choices(config: EvaluateConfig, pipeline: ImagePipeline) -> None:
@@ -140,17 +170,23 @@ def check_classes(pipeline: ImagePipeline, *splits: ImageDataset) -> None:
             )
 
 
-def encode_all(pipeline: ImagePipeline, images: ImageDataset) -> TokenSplit:
+def encode_all(pipeline: ImagePipeline, images: ImageDataset, team: Team = ALONE) -> TokenSplit:
     """Tokens and labels of a whole data set."""
-    size = images_at_a_time(images.image_shape)
-    starts = range(0, len(images), size)
-    parts = [pipeline.encode(images.batch(np.arange(i, min(i + size, len(images))))).cpu() for i in starts]
-    return TokenSplit(torch.cat(parts), images.labels)
+    size, kind = images_at_a_time(images.image_shape), smallest_type(pipeline.prior.grid.vocab_size)
+
+    def encode(start: int) -> np.ndarray:
+        batch = images.batch(np.arange(start, min(start + size, len(images))))
+        return pipeline.encode(batch).cpu().to(kind).numpy()
+
+    parts = team.map(encode, range(0, len(images), size))
+    return TokenSplit(torch.from_numpy(np.concatenate(parts)), images.labels)
 
 
 def reconstruct(pipeline: ImagePipeline, images: Tensor) -> Tensor:
     """Reconstructions `(B, C, H, W)` as `in_bytes`."""
-    return in_bytes(pipeline.reconstruct(images, output_type="pt"))
+    size = images_at_a_time(pipeline.tokenizer.image_shape)
+    tokens = pipeline.encode(images, batch_size=size)
+    return in_bytes(pipeline.decode(tokens, output_type="pt", batch_size=size))
 
 
 def in_bytes(images: Tensor) -> Tensor:
@@ -158,41 +194,48 @@ def in_bytes(images: Tensor) -> Tensor:
     return to_float(to_uint8(images)).cpu()
 
 
-def evaluate_similarity(pipeline: ImagePipeline, held_out: ImageDataset) -> Figures:
+def evaluate_similarity(pipeline: ImagePipeline, held_out: ImageDataset, team: Team = ALONE) -> Figures:
     """Mean SSIM of held-out images and their reconstructions."""
     some = shuffled(len(held_out))[:SOME]
-    parts = map(held_out.batch, some.split(images_at_a_time(held_out.image_shape)))
-    found = torch.cat([ssim(part, reconstruct(pipeline, part)) for part in parts])
+
+    def compared(rows: Tensor) -> Tensor:
+        part = held_out.batch(rows)
+        return ssim(part, reconstruct(pipeline, part))
+
+    found = torch.cat(team.map(compared, some.split(images_at_a_time(held_out.image_shape))))
     return {"ssim": float(found.double().mean()), "ssim_images": len(some)}
 
 
+def draw_samples(pipeline: ImagePipeline, labels: Tensor | None, count: int, seed: int, team: Team = ALONE) -> Samples:
+    """Sample k is of class `labels[k]` and uses seed + k, however many processes there are."""
+
+    def draw(start: int, end: int) -> Tensor:
+        given = None if labels is None else labels[start:end].tolist()
+        made = pipeline(num_images=end - start, labels=given, seed=seed + start, output_type="pt", progress=False)
+        return made.images
+
+    return Samples(draw, count, team)
+
+
 def evaluate_samples(
-    pipeline: ImagePipeline, images: Splits, config: EvaluateConfig, inception: FeatureSpace | None
+    pipeline: ImagePipeline, images: Splits, config: EvaluateConfig, samples: Samples, labels: Tensor | None
 ) -> tuple[Figures, dict[str, np.ndarray]]:
-    """Figures of samples whose classes are as frequent as in the training images; and the picture `nearest`: the most
-    suspicious samples, each row above the row of the training images nearest to them."""
-    train, held_out = images.train, images.held_out
-    labels = wanted_labels(pipeline, train, config.num_samples)
-    given = None if labels is None else labels.tolist()
-    began = time.monotonic()
-    drawn = pipeline(num_images=config.num_samples, labels=given, seed=config.seed, output_type="pt").images
-    samples = in_bytes(drawn)  # on the CPU: a GPU is still computing the last of them when the call returns
-    seconds = time.monotonic() - began
-    figures: Figures = {"num_samples": config.num_samples, "samples_per_second": config.num_samples / seconds}
+    """Figures of samples whose classes, `labels`, are as frequent as in the training images; and the picture `nearest`:
+    the most suspicious samples, each row above the row of the training images nearest to them."""
+    train, held_out, team = images.train, images.held_out, samples.team
+    figures: Figures = {"num_samples": samples.count, "samples_per_second": samples.count / samples.seconds}
     if labels is not None and train.labels is not None and held_out.labels is not None:
         figures |= evaluate_classes(pipeline, samples, labels, train, held_out)
-    count = min(len(samples), len(train), len(held_out))
+    count = min(samples.count, len(train), len(held_out))
     if count < LEAST:
         return figures, {}
-    space = feature_space(train, held_out, config.feature_steps, named(config.data.source))
-    found, suspects, copied = compare(space, samples, train, held_out, lambda batch: reconstruct(pipeline, batch))
+    space = feature_space(train, held_out, config.feature_steps, named(config.data.source), team)
+    drawn = samples.rows(space, count)
+    found, suspects, copied = compare(space, drawn, train, held_out, partial(reconstruct, pipeline), team)
     figures |= {"feature_space": space.name, "feature_origin": space.origin, **found}
-    if inception is not None:
-        real = inception.of(held_out, shuffled(len(held_out))[:count])
-        figures["fid"] = frechet_distance(inception(samples[:count]), real)
-        figures["train_fid"] = frechet_distance(inception.of(train, shuffled(len(train))[:count]), real)
     columns = min(8, count)
-    rows = zip(samples[suspects[:16]].split(columns), train.batch(copied[:16]).split(columns), strict=True)
+    shown = samples.some(suspects[:16].tolist())
+    rows = zip(shown.split(columns), train.batch(copied[:16]).split(columns), strict=True)
     return figures, {"nearest": grid_picture(torch.cat([part for pair in rows for part in pair]), columns)}
 
 
@@ -208,21 +251,27 @@ def wanted_labels(pipeline: ImagePipeline, train: ImageDataset, count: int) -> T
 
 
 def evaluate_classes(
-    pipeline: ImagePipeline, samples: Tensor, wanted: Tensor, train: ImageDataset, held_out: ImageDataset
+    pipeline: ImagePipeline, samples: Samples, wanted: Tensor, train: ImageDataset, held_out: ImageDataset
 ) -> Figures:
     """How often a 1-nearest-neighbour classifier on training pixels gives a sample the class that was asked for, the
     same for real held-out images and for their reconstructions."""
     assert train.labels is not None and held_out.labels is not None
     some = shuffled(len(held_out))[:SOME]
-    real, truth = held_out.batch(some), held_out.labels[some]
-    known = train.batch(np.arange(len(train)))
-    sets = {
-        "class_agreement": (samples, wanted),
-        "real_class_agreement": (real, truth),
-        "reconstruction_class_agreement": (reconstruct(pipeline, real), truth),
+    parts, truth = some.split(AT_A_TIME), held_out.labels[some]
+    most = max(1, KNOWN // math.prod(train.image_shape))
+    seen = torch.arange(len(train)) if len(train) <= most else shuffled(len(train))[:most]
+    known, labels = train.batch(seen), train.labels[seen]
+
+    def share(parts: Sequence[T], images_of: Callable[[T], Tensor], wanted: Tensor) -> float:
+        return agreement(parts, images_of, wanted, known, labels, samples.team)
+
+    figures: Figures = {
+        "class_agreement": share(samples.parts, samples.images, wanted),
+        "real_class_agreement": share(parts, held_out.batch, truth),
+        "reconstruction_class_agreement": share(parts, lambda rows: reconstruct(pipeline, held_out.batch(rows)), truth),
+        "class_agreement_images": len(some),
     }
-    figures = {name: agreement(each, labels, known, train.labels) for name, (each, labels) in sets.items()}
-    return figures | {"class_agreement_images": len(some)}
+    return figures if len(seen) == len(train) else figures | {"class_agreement_known": len(seen)}
 
 
 main = partial(run_command, EvaluateConfig, run, verb="evaluate", description=__doc__, defaults=defaults)

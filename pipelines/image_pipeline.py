@@ -21,6 +21,7 @@ from .compression.coding import compress, decompress, exact_pixels
 from .compression.header import DEFAULT_LIMITS, Limits
 from .images.origin import shareable
 from .images.pictures import check_output_type, convert_images, grid_picture
+from .processes.sharing import ALONE, Team
 from .stages import Label, Stages, completion, representation, sampling
 from .stages.index import FILES
 
@@ -192,9 +193,16 @@ class ImagePipeline(Stages):
                 folder, repo_id, lambda names, fetch: FILES, token=token, private=private, commit_message=commit_message
             )
 
-    def sample_picture(self, count: int = SAMPLED, seed: int = 0) -> np.ndarray:
-        """A grid of samples at the pipeline's settings, one class per column (of at most ten), uint8 (H, W, 3)."""
+    def sample_picture(self, count: int = SAMPLED, seed: int = 0, team: Team = ALONE) -> np.ndarray:
+        """A grid of samples at the pipeline's settings, one class per column (of at most ten), uint8 (H, W, 3). Each
+        process of the team draws some of them."""
         columns = min(10, self.prior.num_classes) or 10
-        labels = [index % columns for index in range(count)] if self.prior.num_classes else None
-        out = self(num_images=count, labels=labels, seed=seed, output_type="pt", progress=False)
-        return grid_picture(out.images, columns)
+        size = -(-count // team.world)
+
+        def draw(start: int) -> Tensor:
+            rows = range(start, min(start + size, count))
+            labels = [index % columns for index in rows] if self.prior.num_classes else None
+            out = self(num_images=len(rows), labels=labels, seed=seed + start, output_type="pt", progress=False)
+            return out.images.cpu() if team.world > 1 else out.images
+
+        return grid_picture(torch.cat(team.map(draw, range(0, count, size))), columns)

@@ -18,7 +18,7 @@ from tokenizer.settings import Node, as_begun
 
 from .config import Config, UserError, run_command
 from .image_pipeline import ImagePipeline
-from .metrics.likelihood import EVALUATED_ROWS, bits_per_token
+from .metrics.likelihood import bits_per_token, rows_evaluated
 from .shuffling.epochs import samples_of
 from .shuffling.hashing import uniforms
 from .stages.index import PIPELINE
@@ -81,6 +81,7 @@ class PriorTask(Task):
     """One player: the prior."""
 
     snapshots = {"pipeline": PIPELINE}
+    shows = True
 
     def __init__(self, config: TrainPriorConfig) -> None:
         self.config, self.data = config, load_tokens(config.tokens, revision=config.revision)
@@ -90,7 +91,7 @@ class PriorTask(Task):
         self.nets: dict[str, nn.Module] = {"model": self.model}
         self.players = {"model": list(self.model.parameters())}
         self.rows, self.tokens_per_row = len(self.train_split), len(self.data.grid)
-        self.evaluated = {split: min(EVALUATED_ROWS, len(rows)) for split, rows in self.judged.items()}
+        self.evaluated = {split: rows_evaluated(self.model, len(rows)) for split, rows in self.judged.items()}
         self.pipeline(self.model)  # raises now, before training, what it would raise after it
 
     def batch(self, indices: np.ndarray, epochs: np.ndarray, seed: int) -> tuple[Tensor, Tensor]:
@@ -122,11 +123,11 @@ class PriorTask(Task):
 
     def preview(self, model: nn.Module) -> dict[str, np.ndarray]:
         """Samples, one class per column, with the same seeds at every step."""
-        return {"samples": self.pipeline(model).sample_picture()}
+        return {"samples": self.pipeline(model).sample_picture(team=self.team)}
 
     def evaluate(self, model: nn.Module, split: Split) -> dict[str, float]:
         """Bits per token on a split."""
-        return {"bits_per_token": bits_per_token(model, self.judged[split], EVALUATED_ROWS)}
+        return {"bits_per_token": bits_per_token(model, self.judged[split], self.evaluated[split], team=self.team)}
 
     def score(self, evaluation: dict[str, float]) -> float | None:
         """Fewer bits are better."""
@@ -154,7 +155,8 @@ class PriorTask(Task):
         """The pipeline's folder, with where its images came from and a sample grid on its card."""
         pipeline = self.pipeline(model)
         pipeline.provenance = {**self.data.source, "prior": facts}
-        pipeline.save_pretrained(run / "pipeline", sample_grid=pipeline.sample_picture())
+        grid = self.shown["samples"] if "samples" in self.shown else pipeline.sample_picture()
+        pipeline.save_pretrained(run / "pipeline", sample_grid=grid)
 
 
 def training_splits(data: TokenDataset) -> tuple[TokenSplit, dict[Split, TokenSplit]]:

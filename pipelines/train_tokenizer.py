@@ -190,7 +190,10 @@ class TokenizerTask(Task):
         return {f"codebook_{name}": value for name, value in figures.items()} | self.tokenizer.figures
 
     def preview(self, model: Any) -> dict[str, np.ndarray]:
-        """Images that are not trained on, each row above its reconstructions, and how the codebook is used."""
+        """Images that are not trained on, each row above its reconstructions, and how the codebook is used. They are
+        few: the first process makes them alone."""
+        if not self.team.leads:
+            return {}
         images = self.judged[self.watched]
         count = min(64, len(images), images_at_a_time(images.image_shape))
         some = images.batch(np.arange(count)).to(model.tokenizer.device)
@@ -201,7 +204,7 @@ class TokenizerTask(Task):
 
     def evaluate(self, model: Any, split: Split) -> dict[str, float]:
         """PSNR in dB, pixel losses, codebook usage and perplexity on a split."""
-        return evaluate_reconstruction(model.tokenizer, self.judged[split], EVALUATED_IMAGES)
+        return evaluate_reconstruction(model.tokenizer, self.judged[split], EVALUATED_IMAGES, self.team)
 
     def score(self, evaluation: dict[str, float]) -> float | None:
         """PSNR; None with a critic or LPIPS, which lower it for better looks, and no figure here measures these."""

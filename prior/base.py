@@ -105,6 +105,11 @@ class Prior(Features, PretrainedModel, family="prior"):
         raise NotImplementedError
 
     @property
+    def likelihood_passes(self) -> int:
+        """How many passes over the grid `log_prob` of an image takes."""
+        return 1
+
+    @property
     def receptive_field(self) -> Tensor:
         """bool `(N, N)`, raster order: row i is True at the tokens that `logits[:, i]` sees, in the model's own order.
         Here these are all of earlier blocks."""

@@ -177,6 +177,11 @@ class Masked(Prior, name="masked"):
             total += log_probs.gather(-1, ids[..., None])[..., 0] * weights
         return total.reshape(tokens.shape)
 
+    @property
+    def likelihood_passes(self) -> int:
+        """One for each block where `exact`, else those of the estimate."""
+        return len(self.blocks) if self.exact else self.config.bound_passes
+
     def likelihood_pass(self, tokens: Tensor, labels: Tensor | None = None) -> None:
         """One of the passes of an estimate, whose masks would depend on the tokens."""
         self(tokens, labels, known=torch.ones_like(tokens, dtype=torch.bool)).log_softmax(-1)

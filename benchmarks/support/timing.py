@@ -44,8 +44,8 @@ def medians(runs: Sequence[Callable[[], object]], repeats: int, ahead: int, cloc
 def stepper(task: Any, config: Any, waits: list[float] | None = None) -> Iterator[Callable[[], None]]:
     """A training step of the task at each call, batches and averaged weights included. `waits` gets the seconds for
     which each step waited for its batch."""
+    from pipelines.processes.launched import build_accelerator
     from pipelines.training.loop import batches
-    from pipelines.training.processes import build_accelerator
     from pipelines.training.starting import set_up
     from pipelines.training.step import take_step
 

@@ -2,14 +2,29 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from typing import TypeVar
+
 import torch
 from torch import Tensor
 
+from ..processes.sharing import ALONE, Team
 
-def agreement(images: Tensor, wanted: Tensor, known: Tensor, labels: Tensor) -> float:
-    """The share of `images` `(B, C, H, W)` that the classifier, on `known` `(n, C, H, W)` of `labels` `(n,)`, gives the
-    class `wanted` `(B,)`."""
-    return float((nearest_label(images, known, labels) == wanted).double().mean())
+T = TypeVar("T")
+
+
+def agreement(
+    parts: Sequence[T],
+    images_of: Callable[[T], Tensor],
+    wanted: Tensor,
+    known: Tensor,
+    labels: Tensor,
+    team: Team = ALONE,
+) -> float:
+    """The share of the images `(n, C, H, W)` of all parts that the classifier, on `known` `(m, C, H, W)` of `labels`
+    `(m,)`, gives the class `wanted` `(n,)`."""
+    found = team.map(lambda part: nearest_label(images_of(part), known, labels), parts)
+    return float((torch.cat(found) == wanted).double().mean())
 
 
 def nearest_label(images: Tensor, known: Tensor, labels: Tensor) -> Tensor:

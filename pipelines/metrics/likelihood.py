@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -13,12 +13,15 @@ from prior import Prior
 from tokenizer import TokenGrid, Tokenizer
 
 from ..images import ImageDataset
+from ..processes.sharing import ALONE, Team
 from ..shuffling.epochs import spread
 from ..tokens import TokenSplit
 from .quality import shuffled
 from .reconstruction import images_at_a_time
 
 EVALUATED_ROWS = 2000  # at most, by training; `smalti evaluate` looks at all that are held out
+EVALUATED_TOKENS = 1 << 24  # in all passes together, at most, by training, of a prior that takes several for a row
+TABLE = 1 << 26  # numbers, 256 MiB of float32, that the table of `Marginal` may have
 FEW = 256  # held-out images that are scored in several orders
 ORDERS = 8
 LOGITS = 1 << 28  # numbers, 1 GiB of float32, that an evaluation makes at a time at most
@@ -29,22 +32,34 @@ def rows_at_a_time(grid: TokenGrid) -> int:
     return max(1, min(256, LOGITS // (len(grid) * grid.vocab_size)))
 
 
-def bits_per_token(model: Any, split: TokenSplit, limit: int | None = None, num_orders: int = 1) -> float:
+def rows_evaluated(model: Prior, rows: int) -> int:
+    """Of so many rows, how many training evaluates: at most `EVALUATED_ROWS`, and fewer where `log_prob` takes so many
+    passes that it would go on for minutes."""
+    passes, size = model.likelihood_passes, len(model.grid)
+    most = EVALUATED_ROWS if passes == 1 else max(1, EVALUATED_TOKENS // (passes * size))
+    return min(rows, most, EVALUATED_ROWS)
+
+
+def bits_per_token(
+    model: Any, split: TokenSplit, limit: int | None = None, num_orders: int = 1, team: Team = ALONE
+) -> float:
     """Mean -log2 p per token over `limit` rows, evenly spread; num_orders: as in `Prior.log_prob`."""
-    nats = log_probs(model, split, spread(len(split), limit), num_orders)
+    nats = log_probs(model, split, spread(len(split), limit), num_orders, team)
     return -float(nats.mean()) / (math.log(2) * len(model.grid))
 
 
 @torch.inference_mode()
-def log_probs(model: Any, split: TokenSplit, rows: np.ndarray, num_orders: int = 1) -> Tensor:
+def log_probs(model: Any, split: TokenSplit, rows: np.ndarray, num_orders: int = 1, team: Team = ALONE) -> Tensor:
     """log p `(len(rows),)` of the rows asked for, float64 nats on the CPU; num_orders: as in `Prior.log_prob`."""
-    size, found = rows_at_a_time(model.grid), []
-    for start in range(0, len(rows), size):
+    size = rows_at_a_time(model.grid)
+
+    def score(start: int) -> Tensor:
         some = rows[start : start + size]
         tokens = split.rows(some).to(model.device)
         labels = None if split.labels is None else split.labels[torch.from_numpy(some)].to(model.device)
-        found.append(model.log_prob(tokens, labels, num_orders=num_orders).cpu().double())
-    return torch.cat(found)
+        return model.log_prob(tokens, labels, num_orders=num_orders).cpu().double()
+
+    return torch.cat(team.map(score, range(0, len(rows), size)))
 
 
 def evaluate_likelihood(
@@ -54,38 +69,57 @@ def evaluate_likelihood(
     test: TokenSplit,
     held_out: ImageDataset,
     num_orders: int,
+    team: Team = ALONE,
 ) -> dict[str, Any]:
     """Bits per token of the prior on held-out images, whose tokens are `test`, beside those of `Marginal` fitted to the
     training images' tokens; bits per dim, where the decoder has a likelihood; and what the order has to do with it,
     where the prior takes any."""
     grid = prior.grid
-    classes = prior.num_classes if train.labels is not None else 0
-    marginal = Prior.create("marginal", grid=grid, num_classes=classes)
-    marginal.initialize(train.tokens[:], train.labels)
     unlabelled = TokenSplit(test.tokens, None)
     known = test if prior.num_classes else unlabelled
-    nats = log_probs(prior, known, np.arange(len(known)), num_orders)
+    nats = log_probs(prior, known, np.arange(len(known)), num_orders, team)
     return {
         "bits_per_token": float(-nats.mean()) / (math.log(2) * len(grid)),
-        "unconditional_bits_per_token": bits_per_token(prior, unlabelled, num_orders=num_orders),
-        "marginal_bits_per_token": bits_per_token(marginal, known if classes else unlabelled),
+        "unconditional_bits_per_token": bits_per_token(prior, unlabelled, num_orders=num_orders, team=team),
+        **evaluate_marginal(prior, train, known, team),
         "uniform_bits_per_token": math.log2(grid.vocab_size),
-        **evaluate_bits(tokenizer, held_out, test, nats),
-        **(evaluate_orders(prior, known) if prior.any_order else {}),
+        **evaluate_bits(tokenizer, held_out, test, nats, team),
+        **(evaluate_orders(prior, known, team) if prior.any_order else {}),
     }
 
 
+def evaluate_marginal(prior: Prior, train: TokenSplit, test: TokenSplit, team: Team = ALONE) -> dict[str, Any]:
+    """Bits per token of position frequencies, of each class where both have labels. `marginal_note` says where the
+    table of all classes would be too large, and it is without them; nothing is told where even that one is."""
+    grid, labels = prior.grid, train.labels
+    classes = prior.num_classes if labels is not None else 0
+    size, found = len(grid) * grid.vocab_size, dict[str, Any]()
+    if (classes + 1) * size > TABLE:
+        if size > TABLE:
+            return found
+        found["marginal_note"] = f"of all classes together: a table of {classes} would have {classes * size:,} numbers"
+        classes, labels = 0, None
+    marginal = Prior.create("marginal", grid=grid, num_classes=classes)
+    marginal.initialize(train.tokens[:], labels)
+    test = test if classes else TokenSplit(test.tokens, None)
+    return {"marginal_bits_per_token": bits_per_token(marginal, test, team=team), **found}
+
+
 @torch.inference_mode()
-def evaluate_bits(tokenizer: Tokenizer, held_out: ImageDataset, test: TokenSplit, nats: Tensor) -> dict[str, Any]:
+def evaluate_bits(
+    tokenizer: Tokenizer, held_out: ImageDataset, test: TokenSplit, nats: Tensor, team: Team = ALONE
+) -> dict[str, Any]:
     """Bits per dim of held-out images, with the standard error over images; and the parts of it, of the tokens, whose
     log p are `nats` `(n,)`, and of the pixels given the tokens. Nothing if the decoder has no likelihood."""
-    pixels = []
-    for rows in np.array_split(np.arange(len(test)), -(-len(test) // images_at_a_time(held_out.image_shape))):
+    if not tokenizer.has_likelihood:
+        return {}
+
+    def score(rows: np.ndarray) -> Tensor:
         images, tokens = held_out.batch(rows).to(tokenizer.device), test.rows(rows).to(tokenizer.device)
-        found = tokenizer.pixel_log_prob(images, tokens)
-        if found is None:
-            return {}
-        pixels.append(found.cpu().double())
+        return cast(Tensor, tokenizer.pixel_log_prob(images, tokens)).cpu().double()
+
+    parts = np.array_split(np.arange(len(test)), -(-len(test) // images_at_a_time(held_out.image_shape)))
+    pixels = team.map(score, parts)
     dims = math.log(2) * math.prod(held_out.image_shape)
     prior, decoder = -nats / dims, -torch.cat(pixels) / dims
     total = prior + decoder
@@ -98,12 +132,13 @@ def evaluate_bits(tokenizer: Tokenizer, held_out: ImageDataset, test: TokenSplit
 
 
 @torch.inference_mode()
-def evaluate_orders(prior: Prior, test: TokenSplit) -> dict[str, Any]:
+def evaluate_orders(prior: Prior, test: TokenSplit, team: Team = ALONE) -> dict[str, Any]:
     """How much log p of an image differs from order to order, in nats: its standard deviation over `ORDERS` orders,
     the mean over a few images."""
-    found = []
-    for rows in shuffled(len(test))[:FEW].split(rows_at_a_time(prior.grid)):
+
+    def differ(rows: Tensor) -> Tensor:
         labels = None if test.labels is None else test.labels[rows].to(prior.device)
-        found.append(prior.order_spread(test.rows(rows).to(prior.device), labels, ORDERS).cpu().double())
-    spread = torch.cat(found)
+        return prior.order_spread(test.rows(rows).to(prior.device), labels, ORDERS).cpu().double()
+
+    spread = torch.cat(team.map(differ, shuffled(len(test))[:FEW].split(rows_at_a_time(prior.grid))))
     return {"order_spread": float(spread.mean()), "order_spread_images": len(spread)}

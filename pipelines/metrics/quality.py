@@ -1,8 +1,8 @@
 """How good samples are: distances between sets of images in a feature space that has a name.
 
-Frechet distance: Heusel et al. 2017 (arXiv:1706.08500), eq. 6. Precision and recall: Kynkaanniemi et al. 2019
-(arXiv:1904.06991). Density and coverage: Naeem et al. 2020 (arXiv:2002.09797). C_T, a test for copying: Meehan et al.
-2020 (arXiv:2004.05675). SSIM: Wang et al. 2004 (IEEE TIP 13(4)).
+Precision and recall: Kynkaanniemi et al. 2019 (arXiv:1904.06991). Density and coverage: Naeem et al. 2020
+(arXiv:2002.09797). C_T, a test for copying: Meehan et al. 2020 (arXiv:2004.05675). SSIM: Wang et al. 2004 (IEEE TIP
+13(4)).
 
 Each figure depends on the number of images, so both sides have the same number. Beside each figure of the samples
 stands the figure of as many training images: real images that are not the held-out ones.
@@ -10,28 +10,26 @@ stands the figure of as many training images: real images that are not the held-
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from importlib.util import find_spec
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..config import UserError
-from ..images import ImageDataset, to_uint8
+from ..images import ImageDataset
+from ..processes.sharing import ALONE, Team
 from ..shuffling.epochs import samples_of
+from .frechet import frechet_distance
 
 Change = Callable[[Tensor], Tensor]
 
 FEATURES = 64
 LONGEST_SIDE = 64  # larger images are averaged down to it, or the classifier would take minutes
 BATCH, LEARNING_RATE, SEED = 128, 4e-3, 0
+AT_A_TIME = 256  # images, or rows
 LEAST = 10  # images on each side; with fewer, a fifth-nearest neighbour says nothing
-INCEPTION_SHA256 = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"
 MOST_TRAINING = 100_000  # training images among which the nearest is looked for
 
 
@@ -71,19 +69,25 @@ class FeatureSpace:
     @torch.inference_mode()
     def __call__(self, images: Tensor) -> Tensor:
         """Rows `(B, d)`, on the CPU."""
-        return torch.cat([self.extract(part).cpu().double() for part in images.split(256)]) * self.scale
+        return torch.cat([self.extract(part).cpu().double() for part in images.split(AT_A_TIME)]) * self.scale
 
-    def of(self, images: ImageDataset, chosen: Tensor, through: Change | None = None) -> Tensor:
+    def of(self, images: ImageDataset, chosen: Tensor, through: Change | None = None, team: Team = ALONE) -> Tensor:
         """Rows of the chosen images of a data set, or of what `through` makes of them."""
-        parts = (images.batch(part) for part in chosen.split(256))
-        return torch.cat([self(through(part) if through else part) for part in parts])
+
+        def rows(part: Tensor) -> Tensor:
+            batch = images.batch(part)
+            return self(through(batch) if through else batch)
+
+        return torch.cat(team.map(rows, chosen.split(AT_A_TIME)))
 
 
-def feature_space(train: ImageDataset, held_out: ImageDataset, steps: int, source: str) -> FeatureSpace:
+def feature_space(
+    train: ImageDataset, held_out: ImageDataset, steps: int, source: str, team: Team = ALONE
+) -> FeatureSpace:
     """A classifier of the training images' labels; random convolutions where there are none, or for no `steps`. Scaled
     so that a feature of training images has variance 1 on average."""
     steps = steps if train.labels is not None and len(train.class_names) > 1 else 0
-    net = train_classifier(train, steps)
+    net = team.first(lambda: train_classifier(train, steps))
     some = shuffled(len(train))[:2000]
     if steps:
         epochs = f"{steps} steps ({steps * BATCH / len(train):.1f} epochs) on {source}"
@@ -91,7 +95,7 @@ def feature_space(train: ImageDataset, held_out: ImageDataset, steps: int, sourc
     else:
         origin = f"a small convolutional net with random weights, seed {SEED}"
     space = FeatureSpace(f"{'classifier' if steps else 'random-conv'}-{FEATURES}", origin, net.features)
-    variance = float(space.of(train, some).var(0, correction=0).mean())
+    variance = float(space.of(train, some, team=team).var(0, correction=0).mean())
     return replace(space, scale=variance**-0.5 if variance > 0 else 1.0)
 
 
@@ -121,29 +125,6 @@ def accuracy(net: Classifier, images: ImageDataset) -> float:
     some = shuffled(len(images))[:2000]
     right = [net(images.batch(part)).argmax(1) == images.labels[part] for part in some.split(256)]
     return float(torch.cat(right).double().mean())
-
-
-def inception_space(weights: str, device: torch.device) -> FeatureSpace:
-    """The 2048 features of FID, with torch-fidelity's weights in a local file. Raises `UserError` for another file, as
-    FID is the distance under these weights alone, and torch-fidelity would unpickle it; and without the packages."""
-    path = Path(weights)
-    if not path.is_file():
-        raise UserError(f"inception_weights: there is no file {path}")
-    if missing := [name for name in ("torchmetrics", "torch_fidelity") if find_spec(name) is None]:
-        raise UserError(f'inception_weights: FID needs {" and ".join(missing)}: pip install "smalti[evaluate]"')
-    with path.open("rb") as file:
-        found = hashlib.sha256(file.read(128 << 20)).hexdigest()  # the right file has 91 MiB
-    if found != INCEPTION_SHA256:
-        raise UserError(
-            f"inception_weights: {path} is not torch-fidelity's weights-inception-2015-12-05-"
-            f"{INCEPTION_SHA256[:8]}.pth (its sha256 begins with {found[:8]})"
-        )
-    from torchmetrics.image.fid import NoTrainInceptionV3
-
-    net = NoTrainInceptionV3("inception-v3-compat", ["2048"], str(path)).to(device)
-    return FeatureSpace(
-        "inception-v3-2048", path.name, lambda images: net(to_uint8(images).expand(-1, 3, -1, -1).to(device))
-    )
 
 
 def shuffled(count: int) -> Tensor:
@@ -176,49 +157,41 @@ def ssim(images: Tensor, others: Tensor) -> Tensor:
 # Sets of rows -------------------------------------------------------------------------------------
 
 
-def frechet_distance(a: Tensor, b: Tensor) -> float:
-    """|m_a - m_b|^2 + tr(S_a + S_b - 2 (S_a S_b)^(1/2)) of rows `(n, d)` and `(m, d)`, in float64.
-
-    With S = F'F the last trace is the sum of the singular values of F_a F_b'. Eigenvalues of S_a S_b would need square
-    roots, which turn a rounding error of 1e-16 into 1e-8 wherever a covariance has not full rank.
-    """
-    (mean_a, factor_a), (mean_b, factor_b) = moments(a), moments(b)
-    shared = torch.linalg.svdvals(factor_a @ factor_b.t()).sum()
-    return float((mean_a - mean_b).square().sum() + factor_a.square().sum() + factor_b.square().sum() - 2 * shared)
-
-
-def moments(rows: Tensor) -> tuple[Tensor, Tensor]:
-    """The mean `(d,)` of rows `(n, d)`, and F `(min(n, d), d)` with F'F their covariance, in float64."""
-    rows = rows.double()
-    mean = rows.mean(0)
-    return mean, torch.linalg.qr((rows - mean) / math.sqrt(len(rows) - 1)).R
-
-
-def nearest_rows(rows: Tensor, others: Tensor, k: int = 1) -> tuple[Tensor, Tensor]:
+def nearest_rows(rows: Tensor, others: Tensor, k: int = 1, team: Team = ALONE) -> tuple[Tensor, Tensor]:
     """Distances and indices `(n, k)` of the `k` nearest `others` `(m, d)` of each of `rows` `(n, d)`, ascending."""
     mode = "donot_use_mm_for_euclid_dist" if rows.dtype == torch.float64 else "use_mm_for_euclid_dist"
-    found = [torch.cdist(part, others, compute_mode=mode).topk(k, largest=False) for part in rows.split(256)]
-    return torch.cat([part.values for part in found]), torch.cat([part.indices for part in found])
+
+    def nearest(part: Tensor) -> tuple[Tensor, Tensor]:
+        found = torch.cdist(part, others, compute_mode=mode).topk(k, largest=False)
+        return found.values, found.indices
+
+    found = team.map(nearest, rows.split(AT_A_TIME))
+    return torch.cat([values for values, _ in found]), torch.cat([indices for _, indices in found])
 
 
-def neighbourhoods(real: Tensor, fake: Tensor) -> dict[str, float]:
+def neighbourhoods(real: Tensor, fake: Tensor, team: Team = ALONE) -> dict[str, float]:
     """precision and recall (balls to the third nearest neighbour), density and coverage (to the fifth), of `fake`
     `(n, d)` against `real` `(n, d)`. Raises `ValueError` unless both have equally many rows, more than five."""
     if len(real) != len(fake) or len(real) <= 5:
         raise ValueError(f"needs equally many rows, more than 5 (got {len(real)} and {len(fake)})")
-    radii, reach = nearest_rows(real, real, 6)[0], nearest_rows(fake, fake, 4)[0][:, 3]  # the first is the row itself
+    radii = nearest_rows(real, real, 6, team)[0]  # the first is the row itself
+    reach = nearest_rows(fake, fake, 4, team)[0][:, 3]
     return {
-        "precision": float((balls_around(fake, real, radii[:, 3]) > 0).double().mean()),
-        "recall": float((balls_around(real, fake, reach) > 0).double().mean()),
-        "density": float(balls_around(fake, real, radii[:, 5]).double().mean() / 5),
-        "coverage": float((nearest_rows(real, fake)[0][:, 0] <= radii[:, 5]).double().mean()),
+        "precision": float((balls_around(fake, real, radii[:, 3], team) > 0).double().mean()),
+        "recall": float((balls_around(real, fake, reach, team) > 0).double().mean()),
+        "density": float(balls_around(fake, real, radii[:, 5], team).double().mean() / 5),
+        "coverage": float((nearest_rows(real, fake, team=team)[0][:, 0] <= radii[:, 5]).double().mean()),
     }
 
 
-def balls_around(rows: Tensor, centres: Tensor, radii: Tensor) -> Tensor:
+def balls_around(rows: Tensor, centres: Tensor, radii: Tensor, team: Team = ALONE) -> Tensor:
     """How many of the balls hold each row, `(n,)`."""
     mode = "donot_use_mm_for_euclid_dist"
-    return torch.cat([(torch.cdist(part, centres, compute_mode=mode) <= radii).sum(1) for part in rows.split(256)])
+
+    def count(part: Tensor) -> Tensor:
+        return (torch.cdist(part, centres, compute_mode=mode) <= radii).sum(1)
+
+    return torch.cat(team.map(count, rows.split(AT_A_TIME)))
 
 
 def copying(samples: Tensor, held_out: Tensor) -> dict[str, float]:
@@ -241,28 +214,34 @@ def copying(samples: Tensor, held_out: Tensor) -> dict[str, float]:
 
 
 def compare(
-    space: FeatureSpace, samples: Tensor, train: ImageDataset, held_out: ImageDataset, reconstruct: Change
+    space: FeatureSpace,
+    drawn: Tensor,
+    train: ImageDataset,
+    held_out: ImageDataset,
+    reconstruct: Change,
+    team: Team = ALONE,
 ) -> tuple[dict[str, float], Tensor, Tensor]:
-    """The figures; and all samples compared, the likeliest copies first, with the positions of the training images
-    nearest to them, `(n,)` each.
+    """The figures of samples, whose rows are `drawn` `(n, d)`, not more than there are images of a split; and all of
+    them, the likeliest copies first, with the positions of the training images nearest to them, `(n,)` each.
 
     Held-out images are compared to samples, to training images (prefix `train_`: what a perfect model reaches) and to
     reconstructions of training images (`reconstruction_`: what a perfect prior reaches with this tokenizer). A decoder
     blurs, which alone brings images nearer to others: hence also the copying of held-out images' reconstructions.
     """
-    count = min(len(samples), len(train), len(held_out))
+    count = len(drawn)
     seen, unseen = shuffled(len(train))[:MOST_TRAINING], shuffled(len(held_out))[:count]
-    known, real, drawn = space.of(train, seen), space.of(held_out, unseen), space(samples[:count])
-    sets = {"": drawn, "train_": known[:count], "reconstruction_": space.of(train, seen[:count], reconstruct)}
+    known, real = space.of(train, seen, team=team), space.of(held_out, unseen, team=team)
+    sets = {"": drawn, "train_": known[:count], "reconstruction_": space.of(train, seen[:count], reconstruct, team)}
     figures: dict[str, float] = {"num_compared": count}
     for prefix, rows in sets.items():
-        found = {"frechet_distance": frechet_distance(rows, real), **neighbourhoods(real, rows)}
+        found = {"frechet_distance": frechet_distance(rows, real), **neighbourhoods(real, rows, team)}
         figures |= {prefix + name: value for name, value in found.items()}
-    distances, indices = nearest_rows(drawn, known)
-    allowed, again = nearest_rows(real, known)[0], nearest_rows(space.of(held_out, unseen, reconstruct), known)[0]
-    figures |= copying(distances[:, 0], allowed[:, 0])
-    figures["reconstruction_copying_z"] = copying(again[:, 0], allowed[:, 0])["copying_z"]
+    rebuilt = space.of(held_out, unseen, reconstruct, team)
+    distances, indices = nearest_rows(drawn, known, team=team)
+    allowed, again = (nearest_rows(rows, known, team=team)[0][:, 0] for rows in (real, rebuilt))
+    figures |= copying(distances[:, 0], allowed)
+    figures["reconstruction_copying_z"] = copying(again, allowed)["copying_z"]
     # Plain distances would list the simplest images; a copy is nearer to its original than other originals are.
-    spacing = nearest_rows(known[indices[:, 0]], known, 2)[0][:, -1]
+    spacing = nearest_rows(known[indices[:, 0]], known, 2, team)[0][:, -1]
     order = (distances[:, 0] / spacing.clamp(min=1e-12)).argsort(stable=True)
     return figures, order, seen[indices[order, 0]]

@@ -12,6 +12,7 @@ from tokenizer.losses import pixel_losses, psnr
 
 from ..images import ImageDataset
 from ..images.pictures import grid_picture
+from ..processes.sharing import ALONE, Team
 from ..shuffling.epochs import spread
 
 EVALUATED_PIXELS = 1 << 20  # that an evaluation reconstructs at a time at most
@@ -23,20 +24,27 @@ def images_at_a_time(image_shape: tuple[int, ...]) -> int:
 
 
 @torch.inference_mode()
-def evaluate_reconstruction(model: Any, images: ImageDataset, limit: int | None = None) -> dict[str, float]:
+def evaluate_reconstruction(
+    model: Any, images: ImageDataset, limit: int | None = None, team: Team = ALONE
+) -> dict[str, float]:
     """Means of PSNR (dB), l1 and l2, and usage and perplexity of the ids, over `limit` images, evenly spread."""
     rows = spread(len(images), limit)
     sums: dict[str, float] = {}
     ids = torch.zeros(model.grid.vocab_size, dtype=torch.long, device=model.device)
     size = images_at_a_time(images.image_shape)
-    for start in range(0, len(rows), size):
+
+    def measure(start: int) -> dict[str, float]:
         batch = images.batch(rows[start : start + size]).to(model.device)
         tokens = model.encode(batch)
-        decoded = model.decode(tokens)
-        ids += torch.bincount(tokens.flatten(), minlength=model.grid.vocab_size)
-        for name, value in {"psnr": psnr(decoded, batch).mean(), **pixel_losses(decoded, batch)}.items():
-            sums[name] = sums.get(name, 0.0) + float(value) * len(batch)
-    usage = {f"codebook_{name}": float(value) for name, value in codebook_usage(ids).items()}
+        decoded = model.decode(tokens).float()  # bfloat16 under autocast
+        ids.add_(torch.bincount(tokens.flatten(), minlength=model.grid.vocab_size))
+        found = {"psnr": psnr(decoded, batch).mean(), **pixel_losses(decoded, batch)}
+        return {name: float(value) * len(batch) for name, value in found.items()}
+
+    for part in team.map(measure, range(0, len(rows), size)):
+        for name, value in part.items():
+            sums[name] = sums.get(name, 0.0) + value
+    usage = {f"codebook_{name}": float(value) for name, value in codebook_usage(team.total(ids)).items()}
     return {name: total / len(rows) for name, total in sums.items()} | usage
 
 

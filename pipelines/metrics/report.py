@@ -20,7 +20,10 @@ def report(figures: Figures, *, exact: bool, vocab_size: int, num_images: int, d
         rows.append(("  SSIM", f"{f['ssim']:.3f}", f"{f['ssim_images']:,} images"))
     used = f"{f['codebook_usage']:.1%} of {vocab_size}"
     rows.append(("codebook use", used, f"perplexity {f['codebook_perplexity']:.0f}"))
-    beside = f"position frequencies {f['marginal_bits_per_token']:.3f}, uniform {f['uniform_bits_per_token']:.3f}"
+    beside = f"uniform {f['uniform_bits_per_token']:.3f}"
+    if "marginal_bits_per_token" in f:
+        note = f" ({f['marginal_note']})" if "marginal_note" in f else ""
+        beside = f"position frequencies {f['marginal_bits_per_token']:.3f}{note}, {beside}"
     rows.append(("bits per token", f"{at_most}{f['bits_per_token']:.3f}", beside))
     rows.append(("  without labels", f"{at_most}{f['unconditional_bits_per_token']:.3f}", ""))
     if "order_spread" in f:
@@ -44,9 +47,12 @@ def sample_rows(f: Figures, device: str) -> list[tuple[str, str, str]]:
             f"of {f['num_samples']:,} samples; {f['class_agreement_images']:,} real held-out images "
             f"{f['real_class_agreement']:.1%}, their reconstructions {f['reconstruction_class_agreement']:.1%}"
         )
+        if "class_agreement_known" in f:
+            compared += f"; by {f['class_agreement_known']:,} training images"
         rows.append(("class agreement", f"{f['class_agreement']:.1%}", compared))
     if "samples_per_second" in f:
         rows += [("samples per second", f"{f['samples_per_second']:.0f}", f"on {device}")]
+    rows += inception_rows(f)
     if "feature_space" not in f:
         return [*rows, ("Frechet distance", "none", f"needs {LEAST} samples, training images and held-out images")]
 
@@ -62,8 +68,6 @@ def sample_rows(f: Figures, device: str) -> list[tuple[str, str, str]]:
         ),
     ]
     rows += [(f"  {name}", f"{f[name]:.3f}", beside(name)) for name in ("precision", "recall", "density", "coverage")]
-    if "fid" in f:
-        rows += [("FID", f"{f['fid']:.2f}", f"training images {f['train_fid']:.2f}")]
     return [
         *rows,
         (
@@ -79,3 +83,18 @@ def sample_rows(f: Figures, device: str) -> list[tuple[str, str, str]]:
             f"held-out reconstructions {f['reconstruction_copying_z']:+.1f}",
         ),
     ]
+
+
+def inception_rows(f: Figures) -> list[tuple[str, str, str]]:
+    """The rows of what Inception says, each with how it was taken."""
+    rows = []
+    if "fid" in f:
+        real = "training" if "train_fid" in f else "held-out"
+        value = f["train_fid"] if "train_fid" in f else f["held_out_fid"]
+        rows.append(("FID", f"{f['fid']:.2f}", f"{real} images {value:.2f}; {f['fid_protocol']}"))
+    if "inception_score" in f:
+        beside = f"+- {f['inception_score_deviation']:.2f}; {f['inception_score_protocol']}"
+        rows.append(("Inception Score", f"{f['inception_score']:.2f}", beside))
+    if "rfid" in f:
+        rows.append(("FID of reconstructions", f"{f['rfid']:.2f}", f["rfid_protocol"]))
+    return rows

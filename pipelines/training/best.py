@@ -1,6 +1,6 @@
 """The best weights of a run: the averaged weights with the best figure on validation images, when they were evaluated.
 
-They are kept whole, on the CPU of the main process, which is the only one that evaluates.
+They are kept whole, on the CPU of the main process, which sends them to the others at the end of a run.
 """
 
 from __future__ import annotations
@@ -24,16 +24,21 @@ def keep_if_best(training: Training, average: nn.Module) -> None:
     if score is None or score <= training.best.get("score", -math.inf):
         return
     training.best = {"step": training.step, "score": score, "evaluation": training.evaluation}
-    training.best_weights = {name: value.detach().to("cpu", copy=True) for name, value in average.state_dict().items()}
+    if task.team.leads:
+        state = average.state_dict().items()
+        training.best_weights = {name: value.detach().to("cpu", copy=True) for name, value in state}
 
 
 def final_weights(training: Training, average: nn.Module) -> nn.Module:
-    """What a run leaves at its end: the best weights, where there are any, in a module like `average`."""
+    """What a run leaves at its end: the best weights, where there are any, in a module like `average`, on each process
+    that has one."""
     if not training.best or training.best["step"] == training.step:
         return average
-    assert training.best_weights is not None
     model = average if training.sharded else copy.deepcopy(average)  # a sharded run's is a copy, made for this
-    model.load_state_dict(training.best_weights)
+    if training.task.team.leads:
+        assert training.best_weights is not None
+        model.load_state_dict(training.best_weights)
+    training.task.team.send(model.state_dict().values())
     return model
 
 

@@ -172,7 +172,7 @@ def told_where(heartbeat: Heartbeat) -> Iterator[None]:
     try:
         yield
     except BaseException as error:
-        lost = heartbeat.explain(error)
+        lost = str(error) if isinstance(error, ProcessLost) else heartbeat.explain(error)
         ended = f"ended early, with exit code {error.code}" if isinstance(error, SystemExit) else None
         heartbeat.close(lost or ended or f"{type(error).__name__}: {error}")
         if lost:

@@ -16,11 +16,11 @@ from tokenizer.files.writing import replace_file
 from ..config import UserError
 from ..config.arguments import read_file
 from ..config.schema import difference, to_yaml
+from ..processes.launched import on_main
 from .checkpoints.rotation import latest_state
 from .checkpoints.states import STATE
 from .extending import END, RHYTHM, chosen, fixed, require_ahead, settings, way_on
 from .heartbeat import FOLDER as SIGNS
-from .processes import on_main
 
 if TYPE_CHECKING:
     from accelerate import Accelerator

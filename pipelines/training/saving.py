@@ -48,12 +48,12 @@ def room(training: Training) -> tuple[int, int]:
 
 @contextmanager
 def whole_average(training: Training) -> Iterator[nn.Module | None]:
-    """The averaged weights, whole, on the main process; None on the others, which have to enter this, too.
-
-    Those of a sharded run are on the GPU inside this block alone: they may be larger than all else there.
+    """The averaged weights, whole: every process has them. Those of a sharded run, whose processes all have to enter
+    this, are put together on the main process alone, None on the others; and on the GPU inside this block alone, as
+    they may be larger than all else there.
     """
     if not training.sharded:
-        yield training.averaged.module if training.accelerator.is_main_process else None
+        yield training.averaged.module
         return
     gathered = training.gathered
     gather(training.averaged.module, gathered)

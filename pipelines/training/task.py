@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from tokenizer.files.ownership import Kind
 
+from ..processes.sharing import ALONE, Team
 from ..shuffling.epochs import samples_of
 
 Split = Literal["validation", "held_out"]
@@ -35,6 +36,12 @@ class Task:
     snapshots: dict[str, Kind] = {}
     """The folders in the run folder that `save` may write, and what an earlier run may have left there."""
     tokens_per_row: int
+    team: Team = ALONE
+    """The processes that call `evaluate` and `preview` together, as set by the loop."""
+    shows: bool = False
+    """Whether `save` shows the pictures of `preview`, which are then made for it as well."""
+    shown: dict[str, np.ndarray] = {}
+    """Pictures that `preview` has made of the very weights that `save` is given, or nothing."""
     progress: float = 0.0
     """Share of training done, in [0, 1], told by the loop before each step."""
 
@@ -66,11 +73,12 @@ class Task:
         return {}
 
     def preview(self, model: nn.Module) -> dict[str, np.ndarray]:
-        """Pictures of what `model` (averaged weights) can do, uint8 (H, W, 3)."""
+        """Pictures of what `model` (averaged weights) can do, uint8 (H, W, 3); the `team` may share the work."""
         raise NotImplementedError
 
     def evaluate(self, model: nn.Module, split: Split) -> dict[str, float]:
-        """Figures of `model` (averaged weights) on a split that is not trained on."""
+        """Figures of `model` (averaged weights) on a split that is not trained on, the same on all of the `team`, which
+        may share the work."""
         raise NotImplementedError
 
     def score(self, evaluation: dict[str, float]) -> float | None:

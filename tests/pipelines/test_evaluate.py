@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import json
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from optional import needs_torchmetrics
+from optional import needs_torch_fidelity
 from PIL import Image
 from small_pipelines import make_pipeline
 from striped_sets import write_set
@@ -17,10 +16,10 @@ from striped_sets import write_set
 from pipelines import ImagePipeline
 from pipelines import evaluate as evaluation
 from pipelines.__main__ import main
-from pipelines.evaluate import EvaluateConfig, evaluate_samples
 from pipelines.images import load_images
 from pipelines.metrics.quality import LEAST, shuffled
 from pipelines.stages.card import COUNTS, FIGURES
+from prior import Prior
 
 KEYS = {
     "feature_space",
@@ -136,28 +135,6 @@ def test_figures_of_some_images_say_of_how_many(tmp_path, monkeypatch):
     assert figures["order_spread"] == pytest.approx(float(spread.detach().double().mean()), rel=1e-6)
 
 
-def test_the_clock_waits_for_the_last_image(tmp_path, monkeypatch):
-    """On a GPU, a call returns before its work is done: it is when its result is fetched."""
-    config = write_set(tmp_path / "images")
-    pipe = save_pipeline(tmp_path, config, "vqvae", "marginal", 0)
-    clock = [0.0]
-
-    class Late(torch.Tensor):
-        """Images that are ready, ten seconds later, on whatever asks for them on the CPU."""
-
-        def cpu(self):
-            clock[0] += 10.0
-            return self.as_subclass(torch.Tensor)
-
-    monkeypatch.setattr("pipelines.evaluate.time.monotonic", lambda: clock[0])
-    drawn = torch.zeros(20, *config.image_shape).as_subclass(Late)
-    monkeypatch.setattr(ImagePipeline, "__call__", lambda self, **_: SimpleNamespace(images=drawn))
-    monkeypatch.setattr("pipelines.evaluate.LEAST", 1000)
-    asked = EvaluateConfig(pipeline="", data=config, num_samples=20)
-    figures, _ = evaluate_samples(pipe, load_images(config), asked, None)
-    assert figures["samples_per_second"] == 2.0
-
-
 def test_the_report_names_the_device_that_was_measured(tmp_path, monkeypatch):
     """It is made before the weights go to the CPU, for the card."""
     save_pipeline(tmp_path, write_set(tmp_path / "images"), "vqvae", "marginal", 2)
@@ -190,15 +167,16 @@ def test_samples_have_the_classes_of_the_training_images(tmp_path, monkeypatch):
     for path in sorted((tmp_path / "images" / "train" / "kind1").iterdir())[13:]:
         path.unlink()
     save_pipeline(tmp_path, config, "vqvae", "marginal", 2)
-    asked, call = [], ImagePipeline.__call__
+    asked, call = {}, ImagePipeline.__call__
 
-    def watched(self, num_images=None, labels=None, **kwargs):
-        asked.append(labels)
-        return call(self, num_images, labels, **kwargs)
+    def watched(self, num_images=None, labels=None, *, seed, **kwargs):
+        asked[seed] = labels
+        return call(self, num_images, labels, seed=seed, **kwargs)
 
     monkeypatch.setattr(ImagePipeline, "__call__", watched)
-    evaluate(tmp_path, "num_samples=106", "update_card=false")
-    assert np.bincount(asked[-1]).tolist() == [80, 26]
+    evaluate(tmp_path, "num_samples=106", "update_card=false", "seed=5")
+    assert [(seed, len(labels)) for seed, labels in asked.items()] == [(5, 64), (69, 42)]  # sample k has seed + k
+    assert np.bincount(asked[5] + asked[69]).tolist() == [80, 26]
 
 
 def test_fid_wants_its_packages_and_its_weights(tmp_path, capsys, monkeypatch):
@@ -207,42 +185,96 @@ def test_fid_wants_its_packages_and_its_weights(tmp_path, capsys, monkeypatch):
     weights = tmp_path / "weights.pth"
     weights.write_bytes(b"other")
     for found, message in (
-        (None, "FID needs torchmetrics and torch_fidelity: pip install"),
+        (None, "FID needs torch_fidelity: pip install"),
         (
             True,
             f"{weights} is not torch-fidelity's weights-inception-2015-12-05-6726825d.pth (its "
             "sha256 begins with d9298a10)",
         ),
     ):
-        monkeypatch.setattr("pipelines.metrics.quality.find_spec", lambda name, found=found: found)
+        monkeypatch.setattr("pipelines.metrics.inception.find_spec", lambda name, found=found: found)
         with pytest.raises(SystemExit):
             evaluate(tmp_path, f"inception_weights={weights}")
         assert message in capsys.readouterr().err
     assert not (tmp_path / "evaluation").exists()
 
 
-@needs_torchmetrics
-def test_fid_is_taken_with_inception_weights_alone(tmp_path, monkeypatch):
-    import torchmetrics.image.fid
+@needs_torch_fidelity
+@pytest.mark.parametrize("reference", ["held_out", "train"])
+def test_fid_is_taken_with_inception_weights_alone(tmp_path, monkeypatch, reference):
+    from torch_fidelity import feature_extractor_inceptionv3
 
     seen = []
 
     class Net(torch.nn.Module):
-        def __init__(self, name, features, path):
+        def __init__(self, name, features, file):
             super().__init__()
-            seen.append((name, features, path))
+            seen.append((name, features, file.read()))
 
         def forward(self, images):
             assert images.dtype == torch.uint8 and images.shape[1:] == (3, 8, 12)
-            return images.float().mean((2, 3)) / 100
+            corner = images.float()[:, 0, :2, :3].flatten(1) / 20
+            return corner, corner
 
     save_pipeline(tmp_path, write_set(tmp_path / "images"), "vqvae", "marginal", 2)
     weights = tmp_path / "weights.pth"
     weights.write_bytes(b"right")
-    monkeypatch.setattr("pipelines.metrics.quality.find_spec", lambda name: True)
-    monkeypatch.setattr("pipelines.metrics.quality.INCEPTION_SHA256", hashlib.sha256(b"right").hexdigest())
-    monkeypatch.setattr(torchmetrics.image.fid, "NoTrainInceptionV3", Net)
-    figures, text, card = evaluate(tmp_path, f"inception_weights={weights}", "num_samples=30")
-    assert seen == [("inception-v3-compat", ["2048"], str(weights))]
-    assert figures["fid"] > figures["train_fid"] > 0 and f"| FID | {figures['fid']:.4g} |" in card
-    assert f"{figures['fid']:.2f}  training images {figures['train_fid']:.2f}" in text
+    monkeypatch.setattr("pipelines.metrics.inception.find_spec", lambda name: True)
+    monkeypatch.setattr("pipelines.metrics.inception.SHA256", hashlib.sha256(b"right").hexdigest())
+    monkeypatch.setattr(feature_extractor_inceptionv3, "FeatureExtractorInceptionV3", Net)
+    given = (f"inception_weights={weights}", "num_samples=30", f"reference={reference}")
+    figures, text, card = evaluate(tmp_path, *given)
+    assert seen == [("inception-v3-compat", ["2048", "logits_unbiased"], b"right")]
+    real = figures["train_fid" if reference == "held_out" else "held_out_fid"]
+    assert figures["fid"] > real > 0 and figures["rfid"] > 0 and figures["inception_score"] > 1
+    for name in ("fid", "rfid", "inception_score"):  # beside each figure, how it was taken
+        protocol = figures[f"{name}_protocol"]
+        assert protocol.endswith("as TensorFlow 1 does; weights-inception-2015-12-05-6726825d.pth")
+        assert f"| {FIGURES[name]} | {figures[name]:.4g} |" in card
+        assert f"| {FIGURES[name + '_protocol']} | {protocol} |" in card
+        assert f"{figures[name]:.2f}  " in text and protocol in text
+    images = {"held_out": "30 samples against 30 held-out images", "train": "30 samples against all 80 training images"}
+    assert figures["fid_protocol"].startswith(images[reference])
+
+
+def test_a_table_of_all_classes_that_is_too_large_is_not_made(tmp_path, monkeypatch):
+    """Then position frequencies are those of all classes together, which is said beside the figure; or there are
+    none."""
+    config = write_set(tmp_path / "images")
+    pipe = save_pipeline(tmp_path, config, "vqvae", "marginal", 2)
+    figures, text, _ = evaluate(tmp_path, "num_samples=0")
+    size = len(pipe.prior.grid) * pipe.prior.grid.vocab_size
+    assert "marginal_note" not in figures
+    made, create = [], Prior.create
+
+    def watched(name, **config):
+        made.append(create(name, **config))
+        return made[-1]
+
+    monkeypatch.setattr(Prior, "create", watched)
+    monkeypatch.setattr("pipelines.metrics.likelihood.TABLE", 3 * size - 1)
+    less, told, card = evaluate(tmp_path, "num_samples=0")
+    assert [prior.table.numel() for prior in made] == [size]
+    note = f"of all classes together: a table of 2 would have {2 * size:,} numbers"
+    assert less["marginal_note"] == note and note in told and note in card
+    assert less["marginal_bits_per_token"] != figures["marginal_bits_per_token"]
+    images, made[:] = load_images(config), []
+    tokens = [pipe.encode(part.batch(range(len(part)))) for part in (images.train, images.held_out)]
+    alone = create("marginal", grid=pipe.prior.grid, num_classes=0)
+    alone.initialize(tokens[0], None)
+    bits = -alone.log_prob(tokens[1]).double().mean() / np.log(2) / len(pipe.prior.grid)
+    assert less["marginal_bits_per_token"] == pytest.approx(float(bits.detach()), rel=1e-6)
+    monkeypatch.setattr("pipelines.metrics.likelihood.TABLE", size - 1)
+    none, told, _ = evaluate(tmp_path, "num_samples=0")
+    assert not made and "marginal_bits_per_token" not in none and "position frequencies" not in told
+    assert f"uniform {none['uniform_bits_per_token']:.3f}" in told
+
+
+def test_pixels_are_compared_to_as_many_training_images_as_fit(tmp_path, monkeypatch):
+    save_pipeline(tmp_path, write_set(tmp_path / "images"), "vqvae", "marginal", 2)
+    figures, text, _ = evaluate(tmp_path, "num_samples=20")
+    assert "class_agreement_known" not in figures
+    monkeypatch.setattr("pipelines.evaluate.KNOWN", 12 * 96 + 95)
+    less, told, _ = evaluate(tmp_path, "num_samples=20")
+    assert less["class_agreement_known"] == 12 and "; by 12 training images" in told and "training images" in text
+    assert less["real_class_agreement"] > 0.6  # stripes of two kinds are told apart by a few

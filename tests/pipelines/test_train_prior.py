@@ -9,8 +9,10 @@ from launch import make_tokens, prior_arguments, train_prior
 
 from pipelines import ImagePipeline
 from pipelines.config.command import parse
-from pipelines.metrics.likelihood import bits_per_token
+from pipelines.metrics.likelihood import bits_per_token, rows_evaluated
 from pipelines.train_prior import PriorTask, TrainPriorConfig
+from prior import Prior
+from tokenizer import TokenGrid
 
 pytestmark = pytest.mark.usefixtures("one_process")
 
@@ -49,6 +51,35 @@ def test_evaluation_sees_clean_tokens(tmp_path):
     task = task_of(make_tokens(tmp_path / "tokens"), tmp_path / "run", perturb=1.0)
     clean = bits_per_token(task.model.eval(), task.data.splits["test"], 2000)
     assert task.evaluate(task.model.eval(), "held_out") == {"bits_per_token": clean}
+
+
+@pytest.mark.parametrize(
+    ("model", "passes"), [({"kind": "masked"}, 49), ({"kind": "masked", "exact": False, "bound_passes": 4}, 4)]
+)
+def test_an_evaluation_of_many_passes_is_of_fewer_rows(tmp_path, monkeypatch, model, passes):
+    """As many as their tokens in all passes allow, which is told; a prior of one pass is evaluated on all."""
+    tokens, small = make_tokens(tmp_path / "tokens"), {"dim": 16, "depth": 1, "heads": 2}
+    task = task_of(tokens, tmp_path / "run", model={**model, **small})
+    assert task.model.likelihood_passes == passes and task.evaluated == {"held_out": 24, "validation": 24}
+    monkeypatch.setattr("pipelines.metrics.likelihood.EVALUATED_TOKENS", 10 * passes * 49 + 48)
+    task = task_of(tokens, tmp_path / "run", model={**model, **small})
+    assert task.evaluated == {"held_out": 10, "validation": 10}
+    sizes, log_prob = [], task.model.log_prob
+    task.model.log_prob = lambda rows, *rest, **more: (sizes.append(len(rows)), log_prob(rows, *rest, **more))[1]
+    found = task.evaluate(task.model.eval(), "held_out")
+    assert sizes == [10] and found["bits_per_token"] == bits_per_token(task.model, task.data.splits["test"], 10)
+    assert task_of(tokens, tmp_path / "other").evaluated == {"held_out": 24, "validation": 24}
+    monkeypatch.setattr("pipelines.metrics.likelihood.EVALUATED_TOKENS", 1)
+    assert task_of(tokens, tmp_path / "run", model={**model, **small}).evaluated == {"held_out": 1, "validation": 1}
+
+
+def test_large_grids_of_several_passes_are_bounded_and_small_ones_are_not():
+    """Of 2,000 rows: 256 of 256 passes over 256 tokens, a minute on a GPU; all of digits."""
+    grids = {(7, 7): 2000, (16, 16): 256, (32, 32): 16}
+    for shape, rows in grids.items():
+        model = Prior.create("masked", grid=TokenGrid(shape, 8), dim=8, depth=1, heads=1)
+        assert rows_evaluated(model, 5000) == rows
+        assert rows_evaluated(Prior.create("gpt", grid=TokenGrid(shape, 8), dim=8, depth=1, heads=1), 5000) == 2000
 
 
 def labels_of(tokens, rows, epochs, tmp_path, seed=0, **more):

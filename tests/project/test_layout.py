@@ -19,15 +19,16 @@ STEPS = ("train_tokenizer", "encode", "train_prior", "generate", "evaluate")
 ALLOWED = {
     "shuffling": set(),
     "config": set(),
+    "processes": {"config"},
     "images": {"config", "shuffling"},
     "tracking": {"config", "images"},  # of images: how a picture is written
     "tokens": {"config", "images", "shuffling"},
     "stages": {"config", "images"},
     "anomaly": {"stages", "images"},
     "compression": {"stages", "images"},
-    "image_pipeline": {"anomaly", "compression", "stages", "images"},
-    "training": {"config", "tracking", "shuffling"},
-    "metrics": {"config", "images", "tokens", "shuffling"},
+    "image_pipeline": {"anomaly", "compression", "stages", "images", "processes"},
+    "training": {"config", "processes", "tracking", "shuffling"},
+    "metrics": {"config", "processes", "images", "tokens", "shuffling"},
     "planning": {"config", "training", "metrics", "tokens"},
 }
 

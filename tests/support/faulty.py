@@ -15,6 +15,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from pipelines import train_prior, train_tokenizer
 from pipelines.train_prior import PriorTask
 from pipelines.train_tokenizer import TokenizerTask
 from pipelines.training.checkpoints import states as checkpoint
@@ -40,7 +41,7 @@ def strike(fault: str, folder: Path) -> None:
 def arm(fault: str, phase: str, unlucky: int, folder: Path, rank: int) -> None:
     """Lay the fault where the process `unlucky` will come by.
 
-    Only rank 0 validates and saves. Another one waits meanwhile: for the next step's gradients, or at a barrier.
+    All validate together. Only rank 0 saves, and another one waits meanwhile at a barrier.
     """
 
     def after(owner: Any, name: str, condition: Any) -> None:
@@ -54,8 +55,6 @@ def arm(fault: str, phase: str, unlucky: int, folder: Path, rank: int) -> None:
 
         setattr(owner, name, struck)
 
-    if phase == "validate":
-        slow_validation(2.0 if unlucky else 0.0)
     if rank != unlucky:
         return
     if phase == "save":
@@ -63,29 +62,13 @@ def arm(fault: str, phase: str, unlucky: int, folder: Path, rank: int) -> None:
             after(Heartbeat, "beat", lambda self, step, phase: (step, phase) == (STEP, "save"))
         else:
             after(checkpoint, "write_manifest", lambda *_: True)
-    elif phase == "validate" and not rank:
-        for task in (TokenizerTask, PriorTask):
-            after(task, "evaluate", lambda *_: True)
+    elif phase == "validate":  # before its part is done, for which the others wait
+        for owner in (train_tokenizer, train_prior):
+            name = "evaluate_reconstruction" if owner is train_tokenizer else "bits_per_token"
+            setattr(owner, name, lambda *_, **__: strike(fault, folder))
     else:
         for task in (TokenizerTask, PriorTask):
-            after(task, "loss", lambda self, player, batch, step: step == STEP and wait(phase == "validate"))
-
-
-def wait(long: bool) -> bool:
-    """True, a second later if the others are to be in the midst of something else."""
-    time.sleep(1.0 if long else 0.0)
-    return True
-
-
-def slow_validation(seconds: float) -> None:
-    """So that it is still going on when another process fails."""
-    for task in (TokenizerTask, PriorTask):
-
-        def evaluate(self: Any, model: Any, split: str, quick: Any = task.evaluate) -> Any:
-            time.sleep(seconds)
-            return quick(self, model, split)
-
-        task.evaluate = evaluate  # type: ignore[method-assign]
+            after(task, "loss", lambda self, player, batch, step: step == STEP)
 
 
 def main() -> None:

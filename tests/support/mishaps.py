@@ -156,12 +156,11 @@ class Cell:
         """
         limit = timeout + grace if self.fault == "frozen" else ENDS_WITHIN
         cause = {"kill": "killed", "exit": "ended", "exception": "planted", "frozen": "frozen|silent"}[self.fault]
-        doing = {"train": "train", "save": "save", "validate": "train" if self.rank else "validate"}[self.phase]
         wrong = {
             "exit code 0": 0 in self.codes,
             f"{self.seconds:.1f} s": self.seconds > limit,
             "no rank": f"process {self.rank}" not in self.line,
-            "no step and phase": f"step {faulty.STEP} ({doing})" not in self.line,
+            "no step and phase": f"step {faulty.STEP} ({self.phase})" not in self.line,
             "no cause": not re.search(cause, self.line),
         }
         return [f"{self.fault} in {self.phase} on {self.rank}: {what}: {self.line}" for what, so in wrong.items() if so]

@@ -20,33 +20,40 @@ import torch.distributed as dist
 
 def run_pair(first: list[str], second: list[str], seconds: float = 60, code: int | None = 0) -> list[tuple[int, str]]:
     """The exit code and the output of each; fails if one hangs, or ends with another code than `code`."""
-    from launch import end, free_port, output_of, start  # late: not for the two, whom it would slow
+    return run_together([first, second], seconds, code)
 
-    where = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": "2"}
-    pair = [
-        start(command, RANK=str(rank), LOCAL_RANK=str(rank), **where) for rank, command in enumerate((first, second))
-    ]
+
+def run_together(commands: list[list[str]], seconds: float = 60, code: int | None = 0) -> list[tuple[int, str]]:
+    """The same of as many processes as there are commands."""
+    from launch import end, free_port, output_of, start  # late: not for these, whom it would slow
+
+    where = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": str(len(commands))}
+    group = [start(command, RANK=str(rank), LOCAL_RANK=str(rank), **where) for rank, command in enumerate(commands)]
     try:
-        printed = [output_of(process, seconds, code) for process in pair]
+        printed = [output_of(process, seconds, code) for process in group]
     finally:
-        for process in pair:
+        for process in group:
             end(process)
-    return [(process.returncode, text) for process, text in zip(pair, printed, strict=True)]
+    return [(process.returncode, text) for process, text in zip(group, printed, strict=True)]
 
 
 def run_twice(*argv: str | Path, seconds: float = 60) -> None:
     """Run Python twice at once with these arguments; both have to end with success."""
-    command = [sys.executable, *map(str, argv)]
-    run_pair(command, command, seconds)
+    run_several(2, *argv, seconds=seconds)
+
+
+def run_several(count: int, *argv: str | Path, seconds: float = 60) -> None:
+    """The same of `count` processes."""
+    run_together([[sys.executable, *map(str, argv)]] * count, seconds)
 
 
 # In each of two processes
 
 
 def join_group(folder: Path) -> int:
-    """Meet the other in a file of the folder, where no port can be taken by somebody else; returns the rank."""
-    rank, limit = int(os.environ["RANK"]), datetime.timedelta(seconds=50)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2, timeout=limit)
+    """Meet the others in a file of the folder, where no port can be taken by somebody else; returns the rank."""
+    rank, world, limit = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), datetime.timedelta(seconds=50)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=world, timeout=limit)
     return rank
 
 

@@ -20,9 +20,9 @@ from pipelines.config.command import parse
 from pipelines.planning.budget import at_evaluation, memory, shapes_of, sharded, sizes_of
 from pipelines.planning.costs import Turn, prior_turn
 from pipelines.planning.paper import address, on_paper
+from pipelines.processes.launched import build_accelerator
 from pipelines.train_prior import PriorTask, TrainPriorConfig
 from pipelines.training.loop import batches
-from pipelines.training.processes import build_accelerator
 from pipelines.training.saving import whole_average
 from pipelines.training.starting import set_up
 from pipelines.training.step import take_step

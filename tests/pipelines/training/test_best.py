@@ -28,6 +28,7 @@ from pipelines.config.command import RunError
 from pipelines.images import DataConfig, load_images
 from pipelines.metrics.likelihood import bits_per_token
 from pipelines.metrics.reconstruction import evaluate_reconstruction
+from pipelines.processes.sharing import ALONE
 from pipelines.tokens import TokenDataset, TokenSplit, load_tokens
 from pipelines.train_prior import PriorTask
 from pipelines.train_tokenizer import TokenizerTask
@@ -167,7 +168,8 @@ def test_the_average_goes_on_unchanged_but_where_it_is_a_copy(sharded):
     """Of shards, what is evaluated was put together for that."""
     average, best = torch.nn.Linear(3, 2), torch.nn.Linear(3, 2)
     before = average.weight.clone()
-    run: Any = SimpleNamespace(best={"step": 4}, best_weights=best.state_dict(), step=8, sharded=sharded)
+    facts: dict[str, Any] = {"best": {"step": 4}, "best_weights": best.state_dict(), "step": 8, "sharded": sharded}
+    run: Any = SimpleNamespace(**facts, task=SimpleNamespace(team=ALONE))
     assert torch.equal(final_weights(run, average).weight, best.weight)
     assert torch.equal(average.weight, best.weight if sharded else before)
     run.step = 4

@@ -2,7 +2,7 @@
 
 What needs no launcher runs in two processes that this file starts of itself (`python test_distributed.py NAME FOLDER`).
 
-Covers: pipelines/training/processes.py.
+Covers: pipelines/processes/launched.py.
 """
 
 from __future__ import annotations
@@ -11,9 +11,12 @@ import json
 import math
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
@@ -38,18 +41,23 @@ from launch import (
     train_tokenizer,
     two_processes,
 )
+from PIL import Image
 from safetensors.torch import load_file, save_file
 from small import QUANTIZERS, node_of, train_on
 from torch import nn
 from two_processes import digest, gathered, leave_group, run_twice
 
-from pipelines import encode
+from pipelines import ImagePipeline, encode
 from pipelines.config import UserError
 from pipelines.config.command import parse
+from pipelines.metrics.likelihood import bits_per_token
+from pipelines.processes.launched import TWO_PROCESSES, build_accelerator
+from pipelines.processes.sharing import Team
 from pipelines.stages.provenance import tokenizer_defaults
+from pipelines.tokens import load_tokens
+from pipelines.train_prior import PriorTask
 from pipelines.train_tokenizer import TokenizerTask
 from pipelines.training import loop as training
-from pipelines.training.processes import TWO_PROCESSES, build_accelerator
 from tokenizer.quantizers import Quantizer
 from tokenizer.quantizers.ema import EMA
 
@@ -65,6 +73,15 @@ TOKENIZER = {
     "model": {**VQVAE, "quantizer": BUSY},
 }
 PRIOR = {"train__steps": STEPS}
+EVALUATED = {
+    "train__steps": 8,
+    "train__log_every": 2,
+    "train__evaluate_every": 2,
+    "train__preview_every": 4,
+    "train__save_every": 2,
+    "train__warmup_steps": 0,
+}
+SCORES = [1.0, 4.0, 2.0, 3.0]  # so that the second evaluation is of the best weights
 KINDS = [name for name in QUANTIZERS if name != "ema"]
 
 
@@ -163,12 +180,50 @@ def trainings(folder: Path) -> None:
     dropout = {**PRIOR, "train__accumulate": 2, "model": {**GPT, "dropout": 0.2}}
     watch("dropout", lambda: train_prior(folder / "dropout", folder / "tokens", **dropout))
     watch("odd batch", lambda: train_tokenizer(folder / "odd", **{**TOKENIZER, "train__batch_size": 15}))
+    for stage in ("prior", "tokenizer"):
+        found[f"evaluated {stage}"] = gathered(evaluated(stage, folder / f"evaluated {stage}", folder / "tokens"))
     for rows in (1, 2):
         encode.run(encoding(folder / "tokenizer" / "tokenizer", folder / f"encoded{rows}", rows))
     found |= codebooks(folder)
     if rank == 0:
         (folder / "found.json").write_text(json.dumps({"world": dist.get_world_size(), **found}))
     leave_group()
+
+
+@contextmanager
+def evaluated_in_parts() -> Iterator[dict[str, list[Any]]]:
+    """Evaluations in small batches, whose scores are chosen: how many batches this process did of how many, and how
+    many images it sampled at a time."""
+    mine, call, seen = Team.mine, ImagePipeline.__call__, {"batches": [], "sampled": []}
+    scores = {task: iter(SCORES) for task in (PriorTask, TokenizerTask)}
+
+    def counted(team: Team, items: Any) -> Any:
+        found = mine(team, items)
+        seen["batches"].append([len(found), len(items)])
+        return found
+
+    def sampled(pipeline: Any, num_images: int, *rest: Any, **more: Any) -> Any:
+        seen["sampled"].append(num_images)
+        return call(pipeline, num_images, *rest, **more)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Team, "mine", counted)
+        patch.setattr(ImagePipeline, "__call__", sampled)
+        patch.setattr("pipelines.metrics.likelihood.LOGITS", 5 * 49 * 16)
+        patch.setattr("pipelines.metrics.reconstruction.EVALUATED_PIXELS", 3 * 784)
+        for task, some in scores.items():
+            patch.setattr(task, "score", lambda self, evaluation, some=some: next(some))
+        yield seen
+
+
+def evaluated(stage: str, out: Path, tokens: Path) -> dict[str, list[Any]]:
+    """A run that is evaluated, looked at and saved again and again, and leaves its second average."""
+    with evaluated_in_parts() as seen:
+        if stage == "prior":
+            train_prior(out, tokens, **EVALUATED)
+        else:
+            train_tokenizer(out, **EVALUATED)
+    return seen
 
 
 def encoding(tokenizer: Path, out: Path, rows: int) -> encode.EncodeConfig:
@@ -262,6 +317,46 @@ def test_two_train_every_quantizer_as_one_does(pair, tmp_path, name):
     for figure in ("loss", "l2", "gradient_norm", "codebook_usage"):
         found, expected = losses(pair[0] / name, figure), losses(alone, figure)
         assert len(found) == 6 and found == pytest.approx(expected, rel=1e-4), figure
+
+
+@pytest.mark.parametrize("stage", ["prior", "tokenizer"])
+def test_two_evaluate_what_one_does_each_its_part(pair, tmp_path, stage):
+    """The same rows and figures, at every evaluation and of the weights that the run leaves: those that were best,
+    which the second process gets from the first."""
+    folder, found = pair
+    both, shares = folder / f"evaluated {stage}", found[f"evaluated {stage}"]
+    alone = evaluated(stage, tmp_path / "alone", folder / "tokens")
+    one, two, whole = (
+        [batch for batch in share["batches"] if batch[1] > 2] for share in (*shares, alone)
+    )  # no pictures
+    assert [items for _, items in one] == [items for _, items in two] == [items for _, items in whole]
+    for (here, items), (there, _) in zip(one, two, strict=True):
+        assert here + there == items and 0 <= here - there <= 1
+    assert len(one) == 5 and whole == [[items, items] for _, items in one]
+    names = {name for line in metrics(both) for name in line if name.startswith(("validation/", "held_out/"))}
+    assert len(names) >= 2
+    for name in sorted(names):
+        assert losses(both, name) == pytest.approx(losses(tmp_path / "alone", name), rel=TOLERANCE)
+        assert len(losses(both, name)) == (4 if name.startswith("validation") else 1)
+
+
+def test_what_two_leave_is_what_they_evaluated(pair):
+    """The last figure is that of the best weights, to the bit; and the pictures are those that one process draws."""
+    folder, found = pair
+    run = folder / "evaluated prior"
+    pipe = ImagePipeline.from_pretrained(run / "pipeline")
+    assert pipe.provenance["prior"]["best_step"] == 4
+    with evaluated_in_parts():
+        bits = bits_per_token(pipe.prior, load_tokens(folder / "tokens").splits["test"])
+        drawn = pipe.sample_picture()
+    assert losses(run, "held_out/bits_per_token") == [bits]
+    assert np.array_equal(pipe.sample_grid, drawn)
+    with Image.open(run / "previews" / "samples-00000008.png") as preview:
+        assert np.array_equal(np.asarray(preview), drawn)
+    for share in found["evaluated prior"]:  # steps 0 and 4 are looked at, 2 and 6 saved, 8 both: once each
+        assert share["sampled"] == [40] * 5
+    pictures = [path.name for path in (folder / "evaluated tokenizer" / "previews").iterdir()]
+    assert {name.split("-")[0] for name in pictures} == {"reconstructions", "codebook"}
 
 
 @pytest.mark.parametrize("rows", [1, 2])

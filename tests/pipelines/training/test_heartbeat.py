@@ -7,7 +7,7 @@ import errno
 import pytest
 
 from pipelines.config import UserError
-from pipelines.config.command import Interrupted, RunError, exit_codes
+from pipelines.config.command import Interrupted, ProcessLost, RunError, exit_codes
 from pipelines.training.heartbeat import Heartbeat, told_where
 
 
@@ -32,6 +32,15 @@ def test_a_caller_is_told_where_a_bug_came_up(heartbeat):
     with pytest.raises(RunError, match=r"step 12 \(train\): ZeroDivisionError: no") as caught, told_where(heartbeat):
         raise ZeroDivisionError("no")
     assert isinstance(caught.value.__cause__, ZeroDivisionError)
+
+
+def test_an_error_that_another_process_told_of_is_a_lost_process(heartbeat, capsys):
+    """It failed in its part of shared work; here it is no bug, and one line says so."""
+    with pytest.raises(SystemExit) as ended, exit_codes(), told_where(heartbeat):
+        raise ProcessLost("process 1 failed: ZeroDivisionError: no")
+    assert ended.value.code == 1
+    told = "error on process 0: step 12 (train): process 1 failed: ZeroDivisionError: no\n"
+    assert capsys.readouterr().err == told
 
 
 @pytest.mark.parametrize(

@@ -10,11 +10,15 @@ import json
 import math
 import re
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from folders import contents
 from image_files import write_pictures
 from launch import (
@@ -45,6 +49,7 @@ from pipelines.metrics.reconstruction import evaluate_reconstruction
 from pipelines.shuffling.epochs import samples_of
 from pipelines.tokens import load_tokens
 from pipelines.training import loop as training
+from pipelines.training.loop import figures_on
 from pipelines.training.schedule import TrainConfig
 from pipelines.training.task import Task
 from tokenizer import Tokenizer
@@ -358,3 +363,24 @@ def test_a_run_goes_on_with_what_it_held_out(tmp_path, capsys, saved):
     else:
         with pytest.raises(UserError, match="no split 'vla'.*did you mean 'val'"):
             train_tokenizer(tmp_path / "fresh", **options, **given)
+
+
+# Evaluation
+
+
+@pytest.mark.parametrize(("device", "expected"), [("cuda", True), ("cpu", False)])
+def test_evaluation_has_the_precision_of_training_on_a_gpu_alone(device, expected):
+    """On a CPU, where bfloat16 is no faster, figures are those of float32."""
+    now: list[bool] = []
+
+    @contextmanager
+    def autocast() -> Iterator[None]:
+        now.append(True)
+        yield
+        now.pop()
+
+    accelerator = SimpleNamespace(device=torch.device(device), autocast=autocast)
+    task = SimpleNamespace(evaluate=lambda model, split: {"mixed": float(bool(now)), split: model})
+    run: Any = SimpleNamespace(accelerator=accelerator, task=task)
+    model: Any = 1.0
+    assert figures_on(run, model, "held_out") == {"mixed": float(expected), "held_out": 1.0} and not now

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, TypeVar
 
+import torch
+
 from tokenizer.files.errors import PipelineLoadError
 
-from ..config import UserError
+from ..config import UserError, choose_device
+from .sharing import ALONE, Team
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -52,6 +56,22 @@ def build_accelerator(timeout: float = TIMEOUT) -> Accelerator:
     if accelerator.mixed_precision == "fp16":
         raise UserError("fp16 is not supported (its loss scaling hides non-finite steps); use --mixed_precision bf16")
     return accelerator
+
+
+@contextmanager
+def joined(device: str) -> Iterator[tuple[Team, torch.device]]:
+    """The processes that share a command's work, and this one's device: those of `accelerate launch`, each on its own
+    device; or this process alone, on the one that was asked for. Raises `UserError` for a device that is not there."""
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        yield ALONE, choose_device(device)
+        return
+    accelerator = build_accelerator()
+    kind = accelerator.device.type
+    if device not in ("auto", kind):
+        raise UserError(f"device: {device!r}: accelerate chose {kind} for its processes; leave it auto")
+    own = torch.device("cpu") if kind == "cpu" else accelerator.device  # and not `cpu:0`, as accelerate calls it
+    yield Team(accelerator.process_index, accelerator.num_processes), own
+    accelerator.end_training()
 
 
 def on_main(accelerator: Accelerator, act: Callable[[], T]) -> T:

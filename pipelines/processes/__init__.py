@@ -1,0 +1,1 @@
+"""The processes of one command: how they are started, and how they share work."""

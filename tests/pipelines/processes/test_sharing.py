@@ -1,0 +1,108 @@
+"""What several processes do together is what one does alone; an error in one ends all, and each says why.
+
+What needs a group runs in two and three processes that this file starts of itself (`python test_sharing.py FOLDER`).
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+from two_processes import join_group, leave_group, run_several
+
+from pipelines.config import UserError
+from pipelines.processes.sharing import ALONE, Team
+
+COUNTS = (0, 1, 2, 3, 7)
+
+
+@torch.inference_mode()
+def worked(team: Team) -> dict[str, Any]:
+    """What the team finds, and who did what."""
+    done: list[int] = []
+
+    def act(item: int) -> tuple[torch.Tensor, int]:
+        done.append(item)
+        return torch.full((2,), float(item)).double(), team.rank
+
+    found = {str(count): team.map(act, range(count)) for count in COUNTS}
+    sent = torch.arange(6.0).reshape(2, 3).t() + 10 * team.rank
+    team.send([sent, torch.zeros(0)])
+    return {
+        "values": {name: [value.tolist() for value, _ in each] for name, each in found.items()},
+        "by": {name: [rank for _, rank in each] for name, each in found.items()},
+        "done": done,
+        "total": team.total(torch.tensor([1, 10 * team.rank])).tolist(),
+        "first": team.first(lambda: f"of {team.rank}"),
+        "small": [x.tolist() for x in team.map(lambda n: np.array([n], dtype=np.uint16), [7, 60000])],
+        "sent": sent.tolist(),
+    }
+
+
+def failing(team: Team, error: Exception, rank: int) -> list[str]:
+    """What each process raises if one of them fails; and that they still work together then."""
+
+    def act(item: int) -> int:
+        if team.rank == rank:
+            raise error
+        return item
+
+    try:
+        team.map(act, range(5))
+        raised = "nothing"
+    except Exception as caught:
+        raised = f"{type(caught).__name__}: {caught}"
+    return team.gather(lambda: raised)
+
+
+def main(folder: Path) -> None:
+    rank = join_group(folder)
+    team = Team(rank, dist.get_world_size())
+    found = worked(team)
+    errors = [failing(team, UserError("no such thing"), 1), failing(team, RuntimeError("a bug"), 0)]
+    (folder / f"{rank}.json").write_text(json.dumps([found, errors]))
+    leave_group()
+
+
+@pytest.fixture(scope="module", params=[2, 3])
+def team(request, tmp_path_factory) -> list[list[Any]]:
+    """What each process of a team has found."""
+    folder = tmp_path_factory.mktemp("team")
+    run_several(request.param, __file__, folder)
+    return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(request.param)]
+
+
+def test_a_team_finds_what_one_process_finds(team):
+    alone, world = json.loads(json.dumps(worked(ALONE))), len(team)
+    for rank, (found, _) in enumerate(team):
+        for name in ("values", "first", "small", "sent"):
+            assert found[name] == alone[name]
+        assert found["total"] == [world, 10 * sum(range(world))]
+        assert found["by"] == {str(count): [n % world for n in range(count)] for count in COUNTS}
+        assert found["done"] == [n for count in COUNTS for n in range(count) if n % world == rank]
+
+
+def test_an_error_in_one_ends_all_and_is_told_by_each(team):
+    for _, (user, bug) in team:
+        assert user[1] == "UserError: no such thing" and bug[0] == "RuntimeError: a bug"
+        assert {*user[:1], *user[2:]} == {"ProcessLost: process 1 failed: UserError: no such thing"}
+        assert set(bug[1:]) == {"ProcessLost: process 0 failed: RuntimeError: a bug"}
+
+
+def test_one_process_asks_nobody(monkeypatch):
+    monkeypatch.setattr(dist, "all_gather_object", None)
+    monkeypatch.setattr(dist, "broadcast", None)
+    assert worked(ALONE)["done"] == [n for count in COUNTS for n in range(count)]
+    assert ALONE.leads and not Team(1, 2).leads
+    with pytest.raises(ZeroDivisionError):  # as it is
+        ALONE.map(lambda item: item / 0, [1])
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

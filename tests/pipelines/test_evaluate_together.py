@@ -1,0 +1,171 @@
+"""`smalti evaluate` in one, two and three processes: the same figures and pictures, said once; an error ends all.
+
+The processes are forked from one that has imported everything (`python test_evaluate_together.py FOLDER`).
+
+Covers: pipelines/processes/launched.py.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import sys
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from forked import Attempt, child, log_of
+from launch import free_port, output_of, start
+from small_pipelines import make_pipeline
+from striped_sets import write_set
+
+from pipelines import evaluate as evaluation
+from pipelines.metrics import fid, likelihood, quality, reconstruction, samples
+from pipelines.metrics.inception import Inception
+from pipelines.processes.sharing import Team
+
+SHAPE = (8, 8)
+WORLDS = (1, 2, 3)
+CLOCK = "samples_per_second"
+SHARED = {"fid", "rfid", "inception_score", "frechet_distance", "order_spread", "class_agreement", "bits_per_dim"}
+
+
+# In the processes
+
+
+def few_at_a_time(out: Path, rank: int) -> None:
+    """Small parts, so that there are several for each process; a small network for Inception; and who does how many of
+    them is written down."""
+    for owner in (quality, samples, evaluation):
+        owner.AT_A_TIME = 16  # type: ignore[attr-defined]
+    samples.DRAWN, likelihood.LOGITS, reconstruction.EVALUATED_PIXELS = 5, 1 << 15, 16 * 64
+    fid.load_inception = lambda weights, device: Inception(as_inception, device)  # type: ignore[assignment]
+    mine, shares = Team.mine, []
+
+    def counted(team: Team, items: Any) -> Any:
+        found = mine(team, items)
+        shares.append((len(items), len(found)))
+        out.with_name(f"{out.name}.{rank}.json").write_text(json.dumps(shares))
+        return found
+
+    Team.mine = counted  # type: ignore[method-assign]
+    if rank:
+        evaluation.publish = None  # type: ignore[assignment]
+
+
+def as_inception(pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Features and logits of 8-bit images `(B, 3, H, W)`."""
+    rows = pixels.float().flatten(1) / 50
+    chance = torch.Generator().manual_seed(0)
+    features = (rows @ torch.randn(rows.shape[1], 24, generator=chance)).relu()
+    return features, features @ torch.randn(24, 10, generator=chance) / 50
+
+
+def failing(rank: int) -> None:
+    """The second process fails in the midst of its part."""
+    if rank == 1:
+
+        def ssim(*_: Any) -> None:
+            raise RuntimeError("a fault that was planted")
+
+        evaluation.ssim = ssim
+
+
+def begin(world: int, out: Path, argv: list[str], *hooks: Any) -> Attempt:
+    """`smalti evaluate` in so many processes."""
+    port, pids = free_port(), []
+    for rank in range(world):
+        pids.append(os.fork())
+        if not pids[-1]:
+            places = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world}
+            where = {**places, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "ACCELERATE_USE_CPU": "true"}
+            child("evaluate", [*argv, f"out={out}"], log_of(out), where if world > 1 else {}, list(hooks), rank)
+    return Attempt(pids)
+
+
+def main(folder: Path) -> None:
+    for name in ("accelerate", "torchvision.utils"):  # once, and not in each child
+        importlib.import_module(name)
+    assert len(os.listdir("/proc/self/task")) == 1, "a thread was started, which children would lack"
+    (folder / "weights.pth").touch()
+    argv = [f"pipeline={folder}/pipeline", "feature_steps=2", "num_samples=70", "update_card=false"]
+    argv += [f"inception_weights={folder}/weights.pth", "reference=train"]
+    codes = {}
+    for world in WORLDS:
+        out = folder / f"of {world}"
+        codes[world] = begin(world, out, argv, partial(few_at_a_time, out)).end()
+    out = folder / "fault"
+    codes["fault"] = begin(2, out, argv, partial(few_at_a_time, out), failing).end()
+    codes["device"] = begin(2, folder / "device", [*argv, "device=cuda"]).end()
+    (folder / "codes.json").write_text(json.dumps(codes))
+
+
+# From outside
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory) -> tuple[Path, dict[str, list[int]]]:
+    folder = tmp_path_factory.mktemp("together")
+    config = write_set(folder / "images", SHAPE, per_class=24)
+    sizes = {"quantizer": {"kind": "vq", "codes": 300, "dim": 4}, "likelihood": {"kind": "categorical"}}  # two bytes
+    pipe = make_pipeline("vqvae", "masked", size=SHAPE, labels=[], sizes=sizes, num_classes=2)
+    pipe.provenance = {"data": config.model_dump(mode="json")}
+    pipe.save_pretrained(folder / "pipeline")
+    output_of(start([sys.executable, __file__, str(folder)]))
+    return folder, json.loads((folder / "codes.json").read_text())
+
+
+def figures_of(out: Path) -> dict[str, Any]:
+    figures = json.loads((out / "evaluation.json").read_text())
+    assert figures.pop(CLOCK) > 0
+    return figures
+
+
+@pytest.mark.parametrize("world", [2, 3])
+def test_several_find_what_one_finds(found, world):
+    folder, codes = found
+    out, expected = folder / f"of {world}", figures_of(folder / "of 1")
+    assert codes[str(world)] == [0] * world and codes["1"] == [0]
+    figures = figures_of(out)
+    numbers = {name: value for name, value in expected.items() if not isinstance(value, str)}
+    near = {name: pytest.approx(value, rel=1e-6, abs=1e-9) for name, value in numbers.items()}
+    assert figures == {**expected, **near} and set(figures) >= SHARED
+    for name in ("samples", "reconstructions", "nearest"):
+        assert (out / f"{name}.png").read_bytes() == (folder / "of 1" / f"{name}.png").read_bytes()
+    assert log_of(out).read_text().count("Frechet distance [") == 1
+
+
+@pytest.mark.parametrize("world", [2, 3])
+def test_the_work_is_shared(found, world):
+    """All have the same lists, and of each list every process does its part, and all of it is done."""
+    folder, _ = found
+    shares = [json.loads((folder / f"of {world}.{rank}.json").read_text()) for rank in range(world)]
+    assert len({len(each) for each in shares}) == 1 and len(shares[0]) > 20
+    for each in zip(*shares, strict=True):
+        assert {items for items, _ in each} == {sum(done for _, done in each)}
+        assert max(done for _, done in each) - min(done for _, done in each) <= 1
+    assert sum(items for items, _ in shares[0]) > 2 * len(shares[0])
+
+
+def test_an_error_in_one_process_ends_all(found):
+    folder, codes = found
+    assert codes["fault"] == [1, 1] and not (folder / "fault").exists()
+    printed = log_of(folder / "fault").read_text()
+    assert "error on process 0: process 1 failed: RuntimeError: a fault that was planted" in printed
+
+
+def test_the_launcher_chooses_the_device(found):
+    folder, codes = found
+    lines = log_of(folder / "device").read_text().splitlines()
+    told = "device: 'cuda': accelerate chose cpu for its processes; leave it auto"
+    assert codes["device"] == [2, 2] and sorted(line for line in lines if "error" in line) == [
+        f"error on process 1: {told}",
+        f"error: {told}",
+    ]
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
