@@ -31,7 +31,7 @@ from .schedule import learning_rate
 from .sharding import is_sharding, require_shardable
 from .starting import announce, set_up
 from .state import Training
-from .step import take_step
+from .step import settle, take_step
 from .stopping import heeded
 from .task import Task
 
@@ -122,6 +122,8 @@ def fit(training: Training) -> None:
         progress = agreed_progress(training)
         done = progress >= 1
         due = due_now(training, done)
+        if due or training.stopping:
+            settle(training)
         if training.stopping and not done:
             training.pending = sorted(due)
             save(training, None)
