@@ -112,6 +112,7 @@ class Codebook(Stepped, Quantizer):
     @torch.no_grad()
     def finish_step(self, taken: Taken = True) -> None:
         """Move once, and count the step."""
+        taken = self.find_taken(taken)
         if self.micro_batches and taken is not False:
             self.move(taken)
             self.count_step(taken)

@@ -87,7 +87,7 @@ class EMA(CountedCodebook, name="ema"):
         total = self.counts.sum()
         smoothed = (self.counts + 1e-5) * (total / (total + self.vocab_size * 1e-5))
         self.codebook.copy_(moved_if(taken, self.sums / smoothed.unsqueeze(1), self.codebook))
-        if self.candidates and bool(taken):
+        if self.candidates:
             self._revive()
 
     def _revive(self) -> None:

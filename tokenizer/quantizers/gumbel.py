@@ -71,8 +71,8 @@ class Gumbel(Stepped, Quantizer, name="gumbel"):
         self.micro_batches = 0
 
     def matters(self, step: int) -> bool:
-        """Until the temperature is the last one."""
-        return super().matters(step) or step <= self.config.anneal_steps
+        """Until the temperature is the last one; and once more, as the step before may have been skipped."""
+        return step <= self.config.anneal_steps + 1
 
     def lookup_checked(self, tokens: Tensor) -> Tensor:
         """The codes `(B, dim, *spatial)` of `tokens` `(B, *spatial)`."""

@@ -288,7 +288,7 @@ class MultiScale(Stepped, Quantizer, name="multiscale"):
     @torch.no_grad()
     def finish_step(self, taken: Taken = True) -> None:
         """The book and the running means move, once."""
-        seen, self.seen = self.seen, []
+        seen, self.seen, taken = self.seen, [], self.find_taken(taken)
         self.book.finish_step(taken)
         if not seen or taken is False:
             return

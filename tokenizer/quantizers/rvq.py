@@ -138,6 +138,7 @@ class RVQ(Quantizer, name="rvq"):
 
     def finish_step(self, taken: Taken = True) -> None:
         """Each book moves, once."""
+        taken = self.books[0].find_taken(taken)
         for book in self.books:
             book.finish_step(taken)
 

@@ -21,8 +21,9 @@ def moved_if(taken: Taken, moved: Tensor, before: Tensor) -> Tensor:
 class Stepped(nn.Module):
     """Counts steps twice: in a buffer `started` those that were taken, and on the host, in `step`, all of them.
 
-    So `step` is too large by those that were skipped, until `find_step` reads the buffer, which it does in a step that
-    `matters`. As `step` is never too small, it comes to such a step first, and is then what was taken.
+    So `step` is too large by those that were skipped, until `find_step` reads the buffer. It does so in a step that
+    `matters`, to which `step`, never too small, comes first; and whether that one is taken is found out as well, so
+    that none is passed by.
     """
 
     started: Tensor
@@ -41,10 +42,14 @@ class Stepped(nn.Module):
         if self.matters(self.step):
             self.step = int(self.started)
 
+    def find_taken(self, taken: Taken) -> Taken:
+        """A bool, if this step matters, for which a GPU is waited for; else as it is."""
+        return bool(taken) if self.matters(self.step) else taken
+
     def count_step(self, taken: Taken) -> None:
-        """To be called at the end of a step. What comes after step 0 is found out, as that may have been skipped."""
+        """To be called at the end of a step, with what `find_taken` returns."""
         self.started += taken
-        self.step += self.step > 0
+        self.step += taken if isinstance(taken, bool) else 1
 
     def _load_from_state_dict(self, *arguments: Any) -> None:
         super()._load_from_state_dict(*arguments)

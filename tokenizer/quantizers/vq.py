@@ -61,7 +61,7 @@ class VQ(CountedCodebook, name="vq"):
         if world_size() > 1:
             dist.all_reduce(self.used)
         self.counts.lerp_(moved_if(taken, self.used, self.counts), 1 - self.config.decay)
-        if self.candidates and bool(taken):
+        if self.candidates:
             dead, vectors = self.dead_codes()
             self.codebook[dead] = vectors
             self.counts[dead] = self.counts.mean()
