@@ -74,6 +74,7 @@ def train(build: Callable[[Accelerator], Task], config: Any) -> Path:
                     require_room(training)
                     fit(training)
                 finally:
+                    training.writer.close()
                     training.tracker.close()
                 accelerator.wait_for_everyone()
         heartbeat.close(last=accelerator.is_main_process)
@@ -136,6 +137,7 @@ def fit(training: Training) -> None:
         look(training, due, record, done)
         if done:
             break
+        training.writer.check()
         training.heartbeat.beat(training.step, "train")
         training.task.progress = progress
         take_step(training, next(stream), learning_rate(config, training.step, progress))
@@ -143,6 +145,7 @@ def fit(training: Training) -> None:
         bar.update(1)
     stream.close()
     bar.close()
+    training.writer.wait()
     training.heartbeat.beat(training.step, "end")
     if done:
         training.tracker.artifact(training.step, training.reported)

@@ -13,6 +13,7 @@ from torch.optim.swa_utils import AveragedModel
 
 from ..tracking import Tracker
 from .checkpoints.sharded import Tensors
+from .checkpoints.writer import Writer
 from .heartbeat import Heartbeat
 from .schedule import TrainConfig
 from .stopping import Stop
@@ -84,6 +85,8 @@ class Training:
     best_weights: Tensors | None = None
     pending: list[str] = field(default_factory=list)
     """What was due at the saved step and not done, because the run was told to end."""
+    writer: Writer = field(default_factory=Writer)
+    """Writes resume states while training goes on."""
     saved_step: int = -1
     unsaved: str = ""
     """Why the last save failed, if it did."""

@@ -17,7 +17,6 @@ from typing import Any
 
 from pipelines.train_prior import PriorTask
 from pipelines.train_tokenizer import TokenizerTask
-from pipelines.training.checkpoints import states as checkpoint
 from pipelines.training.heartbeat import Heartbeat
 
 FAULTS, PHASES = ("kill", "exception", "exit", "frozen"), ("train", "validate", "save")
@@ -62,7 +61,8 @@ def arm(fault: str, phase: str, unlucky: int, folder: Path, rank: int) -> None:
         if rank:
             after(Heartbeat, "beat", lambda self, step, phase: (step, phase) == (STEP, "save"))
         else:
-            after(checkpoint, "write_manifest", lambda *_: True)
+            for task in (TokenizerTask, PriorTask):
+                after(task, "save", lambda *_: True)
     elif phase == "validate" and not rank:
         for task in (TokenizerTask, PriorTask):
             after(task, "evaluate", lambda *_: True)
