@@ -6,7 +6,7 @@ import math
 
 import torch
 from pydantic import Field
-from torch import nn
+from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
 from ..config import Config
@@ -69,7 +69,8 @@ def adamw(parameters: list[nn.Parameter], config: TrainConfig, betas: tuple[floa
 def move_average(averaged: AveragedModel, model: nn.Module, decay: float) -> None:
     """Average the weights of `model` with min(decay, (1 + n) / (10 + n)) after n updates, so that early ones are soon
     forgotten; the first are copied. The count is on the CPU, so that no GPU is asked for it."""
-    averages, current = list(averaged.module.parameters()), list(model.parameters())
+    averages: list[Tensor] = list(averaged.module.parameters())
+    current: list[Tensor] = list(model.parameters())
     if n := int(averaged.n_averaged):
         torch._foreach_lerp_(averages, current, 1 - min(decay, (1 + n) / (10 + n)))
     else:
