@@ -74,7 +74,8 @@ def move_average(averaged: AveragedModel, model: nn.Module, decay: float) -> Non
     if n := int(averaged.n_averaged):
         torch._foreach_lerp_(averages, current, 1 - min(decay, (1 + n) / (10 + n)))
     else:
-        torch._foreach_copy_(averages, current)
+        for average, weights in zip(averages, current, strict=True):
+            average.copy_(weights)
     averaged.n_averaged += 1
 
 
