@@ -22,7 +22,7 @@ from ..tracking.tracker import require_installed
 from .best import final_weights, keep_if_best
 from .extending import require_alike
 from .heartbeat import Heartbeat, told_where
-from .processes import build_accelerator
+from .processes import apart, build_accelerator
 from .progress import agreed_progress, due_now, finished
 from .reporting import progress_bar, report, show, told_end
 from .run_folder import check_folder, claim_folder
@@ -57,8 +57,9 @@ def train(build: Callable[[Accelerator], Task], config: Any) -> Path:
     if config.train.steps is None and config.train.minutes is None:
         raise UserError("train.steps: null needs train.minutes to end the run")
     require_installed(config.track.trackers)
-    require_alike(config.train)
-    changes = check_folder(run, config)
+    with apart(accelerator):
+        require_alike(config.train)
+        changes = check_folder(run, config)
     torch.manual_seed(config.train.seed)
     sharded = is_sharding(accelerator)
     task = build(accelerator)

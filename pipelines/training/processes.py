@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -52,6 +53,16 @@ def build_accelerator(timeout: float = TIMEOUT) -> Accelerator:
     if accelerator.mixed_precision == "fp16":
         raise UserError("fp16 is not supported (its loss scaling hides non-finite steps); use --mixed_precision bf16")
     return accelerator
+
+
+@contextmanager
+def apart(accelerator: Accelerator) -> Iterator[None]:
+    """After a refusal processes part: one that still has a group of them when the interpreter ends may abort (gloo)."""
+    try:
+        yield
+    except UserError:
+        accelerator.end_training()
+        raise
 
 
 def on_main(accelerator: Accelerator, act: Callable[[], T]) -> T:
