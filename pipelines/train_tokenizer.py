@@ -174,7 +174,7 @@ class TokenizerTask(Task):
         self.model.use.observe(output.tokens)
         return loss, terms
 
-    def finish_step(self, player: str, taken: bool) -> dict[str, Tensor]:
+    def finish_step(self, player: str, taken: Tensor) -> dict[str, Tensor]:
         """Codebooks and the critic's running means move; returns how much of the codebook the step used."""
         if self.adversary is not None:  # both turns call the critic
             self.adversary.critic.finish_step(taken)

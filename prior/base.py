@@ -29,6 +29,12 @@ from .requests import Order, Rows, Walk, check_labels, check_mixture, check_orde
 from .sampling import Generators, Sampler
 
 
+def sent(drawn: Tensor, device: torch.device) -> Tensor:
+    """`drawn` on this device: from the CPU to a GPU by way of pinned memory, so that the host does not wait."""
+    pinned = device.type == "cuda" and drawn.device.type == "cpu"
+    return drawn.pin_memory().to(device, non_blocking=True) if pinned else drawn.to(device)
+
+
 class PriorConfig(ModelConfig):
     """What every prior is told."""
 

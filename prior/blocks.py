@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .base import Prior
+from .base import Prior, sent
 from .masks import Window
 from .orders import Partition, block_numbers, growing
 from .transformer import EPS, OrderedConfig, Rotations, coordinates, deep_rounding, reset, rotate, unit
@@ -173,7 +173,7 @@ class Blocks(Prior, name="blocks"):
         shuffled = torch.empty(count, size, dtype=torch.long)
         shuffled.scatter_(1, torch.rand(count, size).argsort(1), numbers[torch.randint(len(numbers), (count,))])
         random = torch.rand(count, 1) < self.config.random_share_at(progress)
-        return {"block_of": torch.where(random.to(tokens.device), shuffled.to(tokens.device), self.block_of)}
+        return {"block_of": torch.where(sent(random, tokens.device), sent(shuffled, tokens.device), self.block_of)}
 
     def make_cache(self, labels: Tensor, walk: Partition | None) -> Cache:
         """Keys and values of the tokens so far."""

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .base import Prior
+from .base import Prior, sent
 from .drawing import FEW_ROWS
 from .masks import Window, make_windows
 from .orders import Partition
@@ -32,6 +32,9 @@ class GPT(Prior, name="gpt"):
     Config = GPTConfig
     stored_names = {"layers": "blocks"}
 
+    cells: Tensor
+    """Coordinates `(axes, N)` of the grid's cells, raster order."""
+
     def __init__(self, config: GPTConfig) -> None:
         super().__init__(config)
         dim, shape = config.dim, config.grid.shape
@@ -45,6 +48,7 @@ class GPT(Prior, name="gpt"):
         self.layers: Any = nn.ModuleList(Block(config, causal=True, window=w) for w in self.make_windows())
         self.norm = nn.RMSNorm(dim, eps=EPS)
         self.head = nn.Linear(dim, config.grid.vocab_size, bias=False)
+        self.register_buffer("cells", coordinates(shape).t().contiguous(), persistent=False)
         start = torch.full((1, len(shape)), -1, device="cpu")
         self.rotations = Rotations(config, torch.cat([coordinates(shape), start]))
         reset(self.parameters(), self.layers)
@@ -79,8 +83,7 @@ class GPT(Prior, name="gpt"):
 
     def positions(self, order: Tensor) -> Tensor:
         """`([B,] N, dim)` for an order `([B,] N)`: the sum of each target's embedding along every axis."""
-        coordinates = torch.unravel_index(order, self.grid.shape)
-        return sum(table[at] for table, at in zip(self.axis_embeddings, coordinates, strict=True))
+        return sum(table[at] for table, at in zip(self.axis_embeddings, self.cells[:, order], strict=True))
 
     def forward(self, tokens: Tensor, labels: Tensor | None = None, order: Tensor | None = None) -> Tensor:
         """Teacher-forced logits `(B, N, vocab_size)`, raster order; `logits[:, i]` sees only tokens ranked before i.
@@ -113,8 +116,9 @@ class GPT(Prior, name="gpt"):
         if not self.any_order:
             return {}
         share = self.config.random_share_at(progress)
-        shuffled = torch.rand(len(tokens), len(self.grid)).argsort(1).to(tokens.device)
-        return {"order": torch.where(torch.rand(len(tokens), 1).to(tokens.device) < share, shuffled, self.order)}
+        shuffled = sent(torch.rand(len(tokens), len(self.grid)).argsort(1), tokens.device)
+        random = sent(torch.rand(len(tokens), 1) < share, tokens.device)
+        return {"order": torch.where(random, shuffled, self.order)}
 
     def make_cache(self, labels: Tensor, walk: Partition | None) -> Cache:
         """Keys and values of the tokens so far."""

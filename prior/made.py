@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from tokenizer.pretrained import Before
 
-from .base import Prior, PriorConfig
+from .base import Prior, PriorConfig, sent
 from .masks import Connections, Sums, even_degrees, random_degrees, summed
 from .orders import Partition, make_order
 from .requests import Rows, Walk, check_order
@@ -175,9 +175,9 @@ class MADE(Prior, name="made"):
         `masks` of each, which are those of a mixture of so many."""
         inputs: dict[str, Any] = {}
         if self.config.order_agnostic:
-            inputs["order"] = self._draw_order().to(tokens.device)
+            inputs["order"] = sent(self._draw_order(), tokens.device)
         if self.config.connectivity_agnostic:
-            inputs["degrees"] = [each.to(tokens.device) for each in self._draw_degrees()]
+            inputs["degrees"] = [sent(each, tokens.device) for each in self._draw_degrees()]
         return inputs
 
     def _draw_order(self) -> Tensor:

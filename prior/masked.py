@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from tokenizer.base import at_least_float32, full_float32
 
-from .base import Prior
+from .base import Prior, sent
 from .confidence import SCHEDULES, MaskedSampler, fill_in
 from .drawing import FEW_ROWS, State
 from .orders import Partition, block_numbers
@@ -135,7 +135,7 @@ class Masked(Prior, name="masked"):
         """`known` `(B, N)`: per image a share of tokens, drawn by the schedule, is masked; at least one token is."""
         masked = self.masked_counts(torch.rand(len(tokens), 1))
         ranks = torch.rand(len(tokens), len(self.grid)).argsort(1).argsort(1)
-        return {"known": (ranks >= masked).to(tokens.device)}
+        return {"known": sent(ranks >= masked, tokens.device)}
 
     def loss(self, logits: Tensor, tokens: Tensor, **inputs: Any) -> Tensor:
         """Cross-entropy over the masked positions (not `known`), in nats per token.

@@ -93,7 +93,7 @@ class Autoencoder(Tokenizer):
         reconstruction = self._image(painted)
         return Reconstruction(reconstruction if self.training else reconstruction.clamp(-1, 1), tokens, losses)
 
-    def finish_step(self, taken: bool = True) -> None:
+    def finish_step(self, taken: bool | Tensor = True) -> None:
         """Let the quantizer update itself."""
         self.quantizer.finish_step(taken)
 

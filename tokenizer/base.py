@@ -147,10 +147,11 @@ class Tokenizer(PretrainedModel, family="tokenizer"):
         (or consist of) their statistics. Raises `ConfigError` if the images do not allow what the configuration asks
         for."""
 
-    def finish_step(self, taken: bool = True) -> None:  # noqa: B027 (most models have nothing to update)
+    def finish_step(self, taken: bool | Tensor = True) -> None:  # noqa: B027 (most models have nothing to update)
         """Called after each optimizer step, on all processes together. Updates what has no gradient (a codebook of
         running means, dead codes) once, from all that `forward` has collected since the last call. taken: whether the
-        optimizer took the step; if not (it was not finite), what was collected is dropped."""
+        optimizer took the step, a bool, or one `()` on the device; if not (it was not finite), what was collected is
+        dropped."""
 
     def start_from(self, other: Tokenizer) -> None:
         """Copy the weights of `other`, which has the same configuration. Raises `ConfigError` naming what differs."""

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrizations import spectral_norm
 
 from .quantizers.codebook import world_size
+from .quantizers.steps import Taken, moved_if
 
 NORMS = ("spectral", "batch", "none")
 KERNEL = 4  # of every convolution, with one row of zeros around its input
@@ -120,18 +121,18 @@ class PatchCritic(nn.Module):
         return self._moved(means)
 
     @torch.no_grad()
-    def finish_step(self, taken: bool = True) -> None:
+    def finish_step(self, taken: Taken = True) -> None:
         """Called after each step that used the critic: move the running means towards those of all logits tracked
         since the last call. taken: whether the optimizer took the step; if not, the logits are dropped, and spectral
         normalisation goes back to its state before the step."""
-        if not taken:
-            for name, value in self.vectors.items():
-                self.get_buffer(name).copy_(value)
-        elif self.seen:
+        for name, value in self.vectors.items() if taken is not True else ():
+            buffer = self.get_buffer(name)
+            buffer.copy_(moved_if(taken, buffer, value))
+        if self.seen:
             moved = self._moved(torch.stack(self.seen).mean(0))
-            self.real_mean.copy_(moved[0])
-            self.fake_mean.copy_(moved[1])
-            self.tracked += 1
+            self.real_mean.copy_(moved_if(taken, moved[0], self.real_mean))
+            self.fake_mean.copy_(moved_if(taken, moved[1], self.fake_mean))
+            self.tracked += taken
         self.seen, self.vectors = [], {}
 
     def _moved(self, means: Tensor) -> Tensor:

@@ -16,7 +16,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from tokenizer.quantizers.codebook import Codebook, rows_of, world_size
+from tokenizer.quantizers.codebook import Codebook, rows_of, uses, world_size
+from tokenizer.quantizers.steps import Taken, moved_if
 
 from .charts import GAP, RED, bars, charts_in_row, curves, histogram, legend, three_digits
 from .pages import page
@@ -61,19 +62,19 @@ class CodebookUse(nn.Module):
         self.observed = counts if self.observed is None else self.observed + counts
 
     @torch.no_grad()
-    def finish_step(self, taken: bool = True) -> Tensor | None:
+    def finish_step(self, taken: Taken = True) -> Tensor | None:
         """Count what was observed since the last call; all ranks have to call it. Returns how often each id occurred in
-        the batch of all ranks, `(parts, vocab_size)` int64; None where nothing was observed, or the step was not taken,
-        which forgets it."""
+        the batch of all ranks, `(parts, vocab_size)` int64; None where nothing was observed. A step that was not
+        `taken` leaves no trace."""
         counts, self.observed = self.observed, None
-        if counts is None or not taken:
+        if counts is None or taken is False:
             return None
         if world_size() > 1:
             dist.all_reduce(counts)
         here = counts.to(self.uses.device)
-        self.steps += 1
-        self.uses.mul_(DECAY).add_(here)
-        self.last_used.masked_fill_(here > 0, self.steps)
+        self.steps += taken
+        self.uses.copy_(moved_if(taken, self.uses * DECAY + here, self.uses))
+        self.last_used.masked_fill_(moved_if(taken, here, torch.zeros_like(here)) > 0, self.steps)
         return counts
 
     def ages(self) -> Tensor:
@@ -136,7 +137,7 @@ def count_tokens(tokens: Tensor, parts: tuple[int, ...], vocab_size: int) -> Ten
     shape = (len(parts), vocab_size)
     each = tokens.long().flatten(1).split(parts, 1)
     ids = torch.cat([(part + number * vocab_size).flatten() for number, part in enumerate(each)])
-    return torch.bincount(ids, minlength=math.prod(shape)).reshape(shape)
+    return uses(ids, math.prod(shape)).reshape(shape)
 
 
 def part_names(tokenizer: Any) -> list[str]:

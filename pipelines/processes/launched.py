@@ -74,6 +74,16 @@ def joined(device: str) -> Iterator[tuple[Team, torch.device]]:
     accelerator.end_training()
 
 
+@contextmanager
+def apart(accelerator: Accelerator) -> Iterator[None]:
+    """After a refusal processes part: one that still has a group of them when the interpreter ends may abort (gloo)."""
+    try:
+        yield
+    except UserError:
+        accelerator.end_training()
+        raise
+
+
 def on_main(accelerator: Accelerator, act: Callable[[], T]) -> T:
     """What `act` returns on the main process, sent to all; an error that it raises, all raise."""
     from accelerate.utils import broadcast_object_list

@@ -73,7 +73,7 @@ class Adversary:
         if share == 0:
             return other_losses.new_zeros(()), {}
         adversarial = GENERATOR_LOSSES[self.config.loss](self.critic(reconstruction))
-        weight = other_losses.new_tensor(self.config.weight * share)
+        weight = other_losses.new_full((), self.config.weight * share)
         if self.config.adaptive:
             weight = weight * adaptive_weight(other_losses, adversarial, last_layer)
         return weight * adversarial, {"adversarial": adversarial, "adversarial_weight": weight}

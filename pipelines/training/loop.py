@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from ..config import UserError
 from ..config.command import Interrupted
-from ..processes.launched import build_accelerator
+from ..processes.launched import apart, build_accelerator
 from ..processes.sharing import Team
 from ..tracking.tracker import require_installed
 from .best import final_weights, keep_if_best
@@ -33,7 +33,7 @@ from .schedule import learning_rate
 from .sharding import is_sharding, require_shardable
 from .starting import announce, set_up
 from .state import Training
-from .step import take_step
+from .step import settle, take_step
 from .stopping import heeded
 from .task import Split, Task
 
@@ -59,8 +59,9 @@ def train(build: Callable[[Accelerator], Task], config: Any) -> Path:
     if config.train.steps is None and config.train.minutes is None:
         raise UserError("train.steps: null needs train.minutes to end the run")
     require_installed(config.track.trackers)
-    require_alike(config.train)
-    changes = check_folder(run, config)
+    with apart(accelerator):
+        require_alike(config.train)
+        changes = check_folder(run, config)
     torch.manual_seed(config.train.seed)
     sharded = is_sharding(accelerator)
     task = build(accelerator)
@@ -78,6 +79,7 @@ def train(build: Callable[[Accelerator], Task], config: Any) -> Path:
                     require_room(training)
                     fit(training)
                 finally:
+                    training.writer.close()
                     training.tracker.close()
                 accelerator.wait_for_everyone()
         heartbeat.close(last=accelerator.is_main_process)
@@ -126,6 +128,8 @@ def fit(training: Training) -> None:
         progress = agreed_progress(training)
         done = progress >= 1
         due = due_now(training, done)
+        if due or training.stopping:
+            settle(training)
         if training.stopping and not done:
             training.pending = sorted(due)
             save(training, None)
@@ -138,6 +142,7 @@ def fit(training: Training) -> None:
         look(training, due, record, done)
         if done:
             break
+        training.writer.check()
         training.heartbeat.beat(training.step, "train")
         training.task.progress = progress
         take_step(training, next(stream), learning_rate(config, training.step, progress))
@@ -145,6 +150,7 @@ def fit(training: Training) -> None:
         bar.update(1)
     stream.close()
     bar.close()
+    training.writer.wait()
     training.heartbeat.beat(training.step, "end")
     if done:
         training.tracker.artifact(training.step, training.reported)

@@ -6,8 +6,9 @@ import errno
 import math
 import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError
@@ -19,7 +20,7 @@ from ..config import UserError
 from .best import figures_of
 from .checkpoints.rotation import SPARE, states_in
 from .checkpoints.sharded import agreed, gather
-from .checkpoints.states import save_state
+from .checkpoints.states import prepare_state
 from .sharding import keeps_on_cpu
 
 if TYPE_CHECKING:
@@ -70,53 +71,67 @@ def save(training: Training, average: nn.Module | None, done: bool = False) -> N
     """Write the resume state and, where averaged weights are given, the user's snapshot of them, on the main process;
     of shards, every process writes its own. done: whether the run ends with these weights.
 
-    A disk that is full, or gone, costs a warning: what was saved before stays, and the run goes on to the next save.
+    The state is copied, and a thread writes it while training goes on; `training.writer.wait` waits for it. A disk that
+    is full, or gone, costs a warning: what was saved before stays, and the run goes on to the next save.
     """
+    training.writer.wait()
     training.saved_step, training.unsaved = training.step, ""
     training.heartbeat.beat(training.step, "save")
     main, sharded = training.accelerator.is_main_process, training.sharded
     facts = {"steps": training.step, "minutes": round(training.minutes, 3), **figures_of(training, done)}
-    optimizers = {name: getattr(o, "optimizer", o) for name, o in training.optimizers.items()}
     needed, free = room(training) if main else (0, 0)
-    refused = ""
-    try:
+    told = partial(told_if_unsaved, training, training.step, needed, free)
+    with told():
         with agreed(together=sharded):
             if main:
                 training.tracker.flush()  # a state must not go on where a line is missing
             if free < needed and average is not None:
                 raise OSError(errno.ENOSPC, "nothing was written")
             if main and average is not None:
-                refused = save_snapshot(training, average, facts)
+                save_snapshot(training, average, facts)
         if main or sharded:
-            save_state(
-                training.run,
-                training.step,
-                model=training.task.model,
-                ema=training.averaged,
-                optimizers=optimizers,
-                counters=training.counters(),
-                config=training.identity,
-                best=training.best_weights,
-            )
-        if refused:
-            training.unsaved = f"step {training.step}: {refused}"
-    except (OSError, SafetensorError) as error:  # safetensors has its own for a full disk
-        if main:
-            training.unsaved = (
-                f"step {training.step}: {training.run}: a save needs {needed:,} bytes, {free:,} are free ({error})"
-            )
-            print(f"warning: not saved: {training.unsaved}; older states are kept", file=sys.stderr, flush=True)
+            write = prepare(training)
+            if sharded:  # at once: a thread's collectives would come between those of training
+                write()
+            else:
+                training.writer.start(told()(write))
     training.accelerator.wait_for_everyone()
 
 
-def save_snapshot(training: Training, average: nn.Module, facts: dict[str, Any]) -> str:
-    """Write the user's snapshot; returns the reason if something that is not ours is in its place. The run goes on, and
-    its state says that the snapshot is still to be written."""
+def prepare(training: Training) -> Callable[[], Any]:
+    """The resume state as it is now, and what writes it."""
+    return prepare_state(
+        training.run,
+        training.step,
+        model=training.task.model,
+        ema=training.averaged,
+        optimizers={name: getattr(o, "optimizer", o) for name, o in training.optimizers.items()},
+        counters=training.counters(),
+        config=training.identity,
+        best=training.best_weights,
+    )
+
+
+@contextmanager
+def told_if_unsaved(training: Training, step: int, needed: int, free: int) -> Iterator[None]:
+    """Warn that `step` is not saved, on the main process, and keep it in mind. (The other numbers are of bytes.)"""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:  # safetensors has its own for a full disk
+        if training.accelerator.is_main_process:
+            training.unsaved = (
+                f"step {step}: {training.run}: a save needs {needed:,} bytes, {free:,} are free ({error})"
+            )
+            print(f"warning: not saved: {training.unsaved}; older states are kept", file=sys.stderr, flush=True)
+
+
+def save_snapshot(training: Training, average: nn.Module, facts: dict[str, Any]) -> None:
+    """Write the user's snapshot. If something that is not ours is in its place, the run goes on, and its state says
+    that the snapshot is still to be written."""
     training.pending = []
     try:
         training.task.save(average, training.run, facts)
     except PathError as error:
         training.pending = ["save"]
+        training.unsaved = f"step {training.step}: {error}"
         print(f"warning: no snapshot: {error}", file=sys.stderr, flush=True)
-        return str(error)
-    return ""

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from typing import Any
 
 import torch
 from pydantic import Field
-from torch import nn
+from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel
 
 from ..config import Config
 
@@ -66,15 +65,25 @@ def adamw(parameters: list[nn.Parameter], config: TrainConfig, betas: tuple[floa
     return torch.optim.AdamW([g for g in groups if g["params"]], lr=config.lr, betas=betas, fused=fused)
 
 
-def ema_update(decay: float) -> Callable[[Any, Any, Any], None]:
-    """Average with min(decay, (1 + n) / (10 + n)) after n updates, so that early weights are soon forgotten."""
-
-    @torch.no_grad()
-    def update(averages: Any, current: Any, count: Any) -> None:
-        n = float(count)
+@torch.no_grad()
+def move_average(averaged: AveragedModel, model: nn.Module, decay: float) -> None:
+    """Average the weights of `model` with min(decay, (1 + n) / (10 + n)) after n updates, so that early ones are soon
+    forgotten; the first are copied. The count is on the CPU, so that no GPU is asked for it."""
+    averages: list[Tensor] = list(averaged.module.parameters())
+    current: list[Tensor] = list(model.parameters())
+    if n := int(averaged.n_averaged):
         torch._foreach_lerp_(averages, current, 1 - min(decay, (1 + n) / (10 + n)))
+    else:
+        for average, weights in zip(averages, current, strict=True):
+            average.copy_(weights)
+    averaged.n_averaged += 1
 
-    return update
+
+@torch.no_grad()
+def copy_buffers(averaged: AveragedModel, model: nn.Module) -> None:
+    """Buffers are not averaged, but those of the last step. One that was skipped has left them as they were."""
+    for buffer, current in zip(averaged.module.buffers(), model.buffers(), strict=True):
+        buffer.copy_(current)
 
 
 def learning_rate(config: TrainConfig, step: int, progress: float) -> float:

@@ -15,7 +15,7 @@ from .extending import told_changes
 from .heartbeat import Heartbeat
 from .progress import finished
 from .run_folder import identity_of, newest_state
-from .schedule import adamw, ema_update
+from .schedule import adamw
 from .sharding import shard
 from .state import Training
 from .stopping import Stop
@@ -36,7 +36,7 @@ def set_up(
     """Place the task on the device, average its weights, give players optimizers, and load the newest state."""
     if not sharded:
         task.model.to(accelerator.device)
-    averaged = AveragedModel(task.model, multi_avg_fn=ema_update(config.train.ema_decay), use_buffers=False)
+    averaged = AveragedModel(task.model)
     averaged.requires_grad_(False).eval()
     prepare_blocks(task.nets.values(), config.train)
     gathered = shard(task, averaged, accelerator) if sharded else None

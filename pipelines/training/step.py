@@ -1,51 +1,42 @@
 """One step of training: every player's turn, the same on all processes, and nothing at all where it is not finite.
 
 A turn changes nothing before all processes have found it finite: forward passes only collect what moves by itself (a
-codebook, running means), and `finish_step` moves it. So a turn that is not finite is skipped by forgetting it.
+codebook, running means), and `finish_step` moves it. So a turn that is not finite is skipped by forgetting it. Whether
+it is, a GPU decides by itself, and goes on: the host learns it a step later, and does then what can wait (`settle`).
 """
 
 from __future__ import annotations
 
 import math
 from contextlib import ExitStack
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..config import UserError
 from .checkpoints.sharded import whole
+from .schedule import copy_buffers, move_average
+from .state import Training, Turn, Unread
 from .task import Task
-
-if TYPE_CHECKING:
-    from .state import Training
 
 MAX_SKIPPED = 10
 
 
-class Turn(NamedTuple):
-    """What came of a player's turn: the means of all that is logged; or, where it was skipped, none of them, and the
-    name of the first tensor that was not finite."""
-
-    means: dict[str, float]
-    culprit: str = ""
-
-
 def take_step(training: Training, micro_batches: list[Any], lr: float) -> None:
-    """Every player's turn with these micro-batches; then the weights are averaged, if all turns were taken. Raises
-    `UserError` if that was not so ten times in a row."""
+    """Every player's turn with these micro-batches. Raises `UserError` if turns were skipped ten times in a row.
+
+    On a GPU what came of it is read, and its weights are averaged, in the next step, or by `settle`: so the GPU has
+    work meanwhile. After a step that was skipped, and on a CPU, it is read at once.
+    """
     seed_step(training)
-    culprit = ""
-    for player in training.task.playing(training.step):
-        turn = play_turn(training, player, micro_batches, lr)
-        add_to_window(training, player, turn.means)
-        culprit = turn.culprit or culprit
+    playing = training.task.playing(training.step)
+    turns = [play_turn(training, player, micro_batches, lr) for player in playing]
     training.step += 1
-    if culprit:
-        count_skipped(training, culprit)
-    else:
-        training.averaged.update_parameters(training.task.model)
-        training.skipped_in_a_row = 0
+    copy_buffers(training.averaged, training.task.model)
+    training.unread = sent(turns)
+    if training.skipped_in_a_row or training.unread.arrived is None:
+        settle(training)
 
 
 def play_turn(training: Training, player: str, micro_batches: list[Any], lr: float) -> Turn:
@@ -54,17 +45,54 @@ def play_turn(training: Training, player: str, micro_batches: list[Any], lr: flo
     train_only(task, player)
     terms = accumulate(training, player, micro_batches)
     terms["gradient_norm"] = clip_gradients(training, player)
-    means, told = agree(training, terms, training.stop.asked())
-    training.stopping |= told
-    culprit = ""
-    if all(math.isfinite(value) for value in means.values()):
-        set_learning_rate(optimizer, lr * task.rates.get(player, 1.0))
-        optimizer.step()
-    else:
-        culprit = first_non_finite(task.model, means)
+    values = agree(training, terms, training.stop.asked())
+    taken = torch.isfinite(values).all()
+    settle(training)  # the last step, whose weights are to be averaged before they move
+    culprit = first_non_finite(task.model) if training.skipped_in_a_row and not bool(taken) else ""
+    set_learning_rate(optimizer, lr * task.rates.get(player, 1.0))
+    step_if(taken, optimizer)
     optimizer.zero_grad()
-    found = task.finish_step(player, taken=not culprit)
-    return Turn({}, culprit) if culprit else Turn({**means, **as_numbers(found)})
+    found = task.finish_step(player, taken)
+    if found:
+        values = torch.cat([values, torch.stack([value.float() for value in found.values()]).double()])
+    return Turn(player, [*terms, *found], len(terms), values, culprit)
+
+
+def sent(turns: list[Turn]) -> Unread:
+    """On their way to the CPU, for which the host does not wait."""
+    values = torch.cat([turn.values for turn in turns])
+    if values.device.type != "cuda":
+        return Unread(turns, values.cpu(), None)
+    values, arrived = values.to("cpu", non_blocking=True), torch.cuda.Event()  # into pinned memory
+    arrived.record()
+    return Unread(turns, values, arrived)
+
+
+def settle(training: Training) -> None:
+    """Read what came of the last step, if that was not done: its figures join the next report, and its weights the
+    average, or it counts as skipped. To be called before anything of these is looked at. Raises `UserError` if it was
+    the tenth such step in a row."""
+    unread, training.unread = training.unread, None
+    if unread is None:
+        return
+    if unread.arrived is not None:
+        unread.arrived.synchronize()
+    culprit, sizes = "", [len(turn.values) for turn in unread.turns]
+    for turn, values in zip(unread.turns, unread.values.split(sizes), strict=True):
+        told, *numbers = values.tolist()
+        training.stopping |= told > 0
+        sick = [
+            name for name, value in zip(turn.names[: turn.judged], numbers, strict=False) if not math.isfinite(value)
+        ]
+        if sick:
+            culprit = turn.culprit or sick[0]
+        else:
+            add_to_window(training, turn.player, dict(zip(turn.names, numbers, strict=True)))
+    if culprit:
+        count_skipped(training, culprit)
+    else:
+        move_average(training.averaged, training.task.model, training.config.ema_decay)
+        training.skipped_in_a_row = 0
 
 
 def seed_step(training: Training) -> None:
@@ -107,18 +135,30 @@ def clip_gradients(training: Training, player: str) -> Tensor:
     return torch.as_tensor(whole(norm))
 
 
-def agree(training: Training, terms: dict[str, Tensor], told: bool) -> tuple[dict[str, float], bool]:
-    """The terms' means over processes, and whether any process was told to end: one all-reduce for both.
+def agree(training: Training, terms: dict[str, Tensor], told: bool) -> Tensor:
+    """Whether any process was `told` to end (above 0), and the terms' means over processes, `(1 + len(terms),)`
+    float64: one all-reduce for both.
 
     A value that is not finite on one process is not finite in the mean, so all decide alike.
     """
-    values = [*terms.values(), torch.tensor(float(told))]
-    stacked = torch.stack([value.to(training.accelerator.device).double() for value in values])
+    device = training.accelerator.device
+    values = [torch.full((), float(told), device=device), *(value.to(device) for value in terms.values())]
+    stacked = torch.stack(values).double()
     if training.accelerator.num_processes > 1:
         torch.distributed.all_reduce(stacked)
         stacked /= training.accelerator.num_processes
-    *means, share_told = stacked.tolist()
-    return dict(zip(terms, means, strict=True)), share_told > 0
+    return stacked
+
+
+def step_if(taken: Tensor, optimizer: Any) -> None:
+    """An optimizer step, if `taken`, a bool on the device: fused AdamW looks there, and does nothing if not."""
+    inner = getattr(optimizer, "optimizer", optimizer)  # accelerate wraps it
+    if inner.defaults["fused"]:
+        parameter = inner.param_groups[0]["params"][0]  # of a sharded run, it may be on the CPU
+        inner.found_inf = (~taken).float().to(parameter.device)
+        optimizer.step()
+    elif bool(taken):
+        optimizer.step()
 
 
 def set_learning_rate(optimizer: Any, lr: float) -> None:
@@ -127,19 +167,12 @@ def set_learning_rate(optimizer: Any, lr: float) -> None:
         group["lr"] = lr
 
 
-def first_non_finite(model: nn.Module, terms: dict[str, float]) -> str:
-    """The name of the first gradient that is not finite, else of the first such term of the loss; the same on all."""
+def first_non_finite(model: nn.Module) -> str:
+    """The name of the first gradient that is not finite; empty if there is none. The same on all processes."""
     for name, parameter in model.named_parameters():
         if parameter.grad is not None and not bool(torch.isfinite(whole(parameter.grad)).all()):
             return f"the gradient of {name}"
-    return next(name for name, value in terms.items() if not math.isfinite(value))
-
-
-def as_numbers(scalars: dict[str, Tensor]) -> dict[str, float]:
-    """Scalars by name, for which a GPU is waited for once."""
-    if not scalars:
-        return {}
-    return dict(zip(scalars, torch.stack([value.float() for value in scalars.values()]).tolist(), strict=True))
+    return ""
 
 
 def add_to_window(training: Training, player: str, means: dict[str, float]) -> None:

@@ -118,8 +118,8 @@ def test_memory_is_what_is_planned(tokens, tmp_path, bf16, device):
     """Of a GPT that fills a few gigabytes, within 5 %."""
     if device.type != "cuda":
         pytest.skip("only CUDA counts its memory")
+    from pipelines.processes.launched import build_accelerator
     from pipelines.training.loop import batches
-    from pipelines.training.processes import build_accelerator
     from pipelines.training.starting import set_up
     from pipelines.training.step import take_step
 

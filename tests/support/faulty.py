@@ -18,7 +18,6 @@ from typing import Any
 from pipelines import train_prior, train_tokenizer
 from pipelines.train_prior import PriorTask
 from pipelines.train_tokenizer import TokenizerTask
-from pipelines.training.checkpoints import states as checkpoint
 from pipelines.training.heartbeat import Heartbeat
 
 FAULTS, PHASES = ("kill", "exception", "exit", "frozen"), ("train", "validate", "save")
@@ -61,7 +60,8 @@ def arm(fault: str, phase: str, unlucky: int, folder: Path, rank: int) -> None:
         if rank:
             after(Heartbeat, "beat", lambda self, step, phase: (step, phase) == (STEP, "save"))
         else:
-            after(checkpoint, "write_manifest", lambda *_: True)
+            for task in (TokenizerTask, PriorTask):
+                after(task, "save", lambda *_: True)
     elif phase == "validate":  # before its part is done, for which the others wait
         for owner in (train_tokenizer, train_prior):
             name = "evaluate_reconstruction" if owner is train_tokenizer else "bits_per_token"

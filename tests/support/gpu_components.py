@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
+import gpu_waits
 import torch
 import torch.distributed as dist
 from accelerate.state import AcceleratorState
@@ -71,6 +72,7 @@ def components() -> Iterator[Component]:
     yield from abilities()
     yield from two_ranks()
     yield from whole_runs()
+    yield from gpu_waits.components(HERE, fresh)
 
 
 def refused() -> None:
@@ -323,6 +325,8 @@ def required(pipe: ImagePipeline, method: str, folder: Path) -> dict[str, Callab
     return {
         "images": lambda: images(count),
         "batch": lambda: images(count, CUDA),
+        "rows": lambda: images(count),
+        "batch_size": lambda: 2,
         "known": lambda: known,
         "tokens": lambda: torch.randint(pipe.prior.grid.vocab_size, (count, *pipe.prior.grid.shape)),
         "data": lambda: pipe.compress(images(), progress=False),

@@ -14,6 +14,7 @@ from forked import Attempt, Case, Hook, draws, last_line, record_samples, steps_
 from launch import states
 
 from pipelines.training import loop as training
+from pipelines.training import saving
 from pipelines.training.checkpoints import states as checkpoint
 from tokenizer.files.errors import PipelineLoadError
 
@@ -108,10 +109,11 @@ WRITERS = {
 
 
 def tell_of_saves(pipe: int, at_call: int, before: bool) -> Hook:
-    """Write ( and ) to `pipe` around each save; die at the `at_call`-th writing call within saves, if not 0."""
+    """Write ( and ) to `pipe` around each save, to the end of the thread's part; die at the `at_call`-th writing call
+    within saves, if not 0."""
 
     def hook(rank: int) -> None:
-        save, inside, calls = training.save, False, 0
+        save, prepare, inside, calls = training.save, saving.prepare, False, 0
 
         def counted(call: Any) -> Any:
             def wrapped(*arguments: Any, **named: Any) -> Any:
@@ -127,17 +129,27 @@ def tell_of_saves(pipe: int, at_call: int, before: bool) -> Hook:
 
             return wrapped
 
-        def told(*arguments: Any, **named: Any) -> None:
+        def told(run: Any, *arguments: Any, **named: Any) -> None:
             nonlocal inside
+            run.writer.wait()
             os.write(pipe, b"(")
             inside = True
-            save(*arguments, **named)
-            inside = False
-            os.write(pipe, b")")
+            save(run, *arguments, **named)
+
+        def prepared(run: Any) -> Any:
+            write = prepare(run)
+
+            def written() -> None:
+                nonlocal inside
+                write()
+                inside = False
+                os.write(pipe, b")")
+
+            return written
 
         for name, owner in WRITERS.items():
             setattr(owner, name, counted(getattr(owner, name)))
-        training.save = told
+        training.save, saving.prepare = told, prepared
 
     return hook
 

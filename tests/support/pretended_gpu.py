@@ -9,6 +9,7 @@ autograd asks for the device's guard. Torch is changed for good, so it takes a p
 project is imported.
 
     python tests/support/pretended_gpu.py [WORD]    # tries what `gpu_components` says (of that name), a line for each
+    python tests/support/pretended_gpu.py waits     # how often the host waits for the GPU in a training step, and where
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import Any
 
+import gpu_counts
 import torch
 import torch.nn.functional as F
 import torch.optim.optimizer as optimizer
@@ -131,6 +133,7 @@ def compute(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     generator = kwargs.get("generator")
     if generator is not None and (Generator.places.get(generator._cdata, CPU).type == "cuda") != on_gpu:
         raise DeviceMix(f"{func}: a generator of another device than the tensor's")
+    gpu_counts.note(func, args, kwargs, on_gpu, is_ours)
     plain = tree_map(unwrapped, kwargs)
     if on_gpu and target is not None:
         plain["device"] = CPU
@@ -138,9 +141,13 @@ def compute(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         plain["pin_memory"] = False
     out = func(*tree_map(unwrapped, args), **plain)
     if not on_gpu:
-        return out
+        return gpu_counts.send(out) if ours and kwargs.get("non_blocking") else out
     out = tree_map_only(Tensor, Pretended, out)
     return return_and_correct_aliasing(func, args, kwargs, out) if ours else out
+
+
+def is_ours(value: Any) -> bool:
+    return isinstance(value, Pretended)
 
 
 def unwrapped(value: Any) -> Any:
@@ -253,7 +260,8 @@ def pretend() -> None:
         setattr(torch.cuda, name, lambda *_, **__: None)
     torch.cuda.amp.common.amp_definitely_not_available = lambda: False
     torch.Generator = Generator
-    torch.Tensor.pin_memory = lambda tensor, device=None: tensor.clone()
+    torch.Tensor.pin_memory = gpu_counts.pin
+    torch.cuda.Event = gpu_counts.Event
     F.scaled_dot_product_attention = attention
     optimizer._foreach_supported_types.append(Pretended)
     foreach._foreach_supported_types = optimizer._foreach_supported_types
@@ -269,16 +277,17 @@ def run(only: str) -> bool:
     for name, component in components():
         if only not in name:
             continue
-        told, tried, problem = io.StringIO(), tried + 1, ""
+        told, tried, problem, found = io.StringIO(), tried + 1, "", None
         try:
             torch.manual_seed(0)
             with redirect_stdout(told), redirect_stderr(told), Pretending():
-                component()
+                found = component()
         except (Exception, SystemExit) as error:
             failed += 1
             said = told.getvalue() if isinstance(error, SystemExit) else str(error)
             problem = f"{place_of(error)}: {type(error).__name__}: {said.strip()[-300:]}"
-        print(f"{'FAIL' if problem else 'ok  '}  {name:<60} {' '.join(problem.split())}".rstrip(), flush=True)
+        more = found if isinstance(found, str) else " ".join(problem.split())
+        print(f"{'FAIL' if problem else 'ok  '}  {name:<60} {more}".rstrip(), flush=True)
     print(f"{tried} components, {failed} failed")
     return not failed and bool(tried)
 

@@ -299,7 +299,8 @@ def test_micro_batches_move_the_running_means_as_their_whole_does():
     assert int(two.tracked) == int(one.tracked) == 3
 
 
-def test_a_step_that_is_not_taken_leaves_no_trace():
+@pytest.mark.parametrize("told", [bool, torch.tensor], ids=["on the host", "on the device"])
+def test_a_step_that_is_not_taken_leaves_no_trace(told):
     """Neither in the running means nor in the power iterations, whichever turns the critic was asked in."""
     critic, images = PatchCritic(1, width=4, layers=1), torch.randn(2, 1, 12, 12)
     track(critic, critic(images), critic(-images))
@@ -307,7 +308,7 @@ def test_a_step_that_is_not_taken_leaves_no_trace():
     for taken in (False, True):
         critic(images)
         critic.track(critic(images), critic(-images) * math.nan if not taken else critic(-images))
-        critic.finish_step(taken)
+        critic.finish_step(told(taken))
         changed = [name for name, value in critic.state_dict().items() if not torch.equal(value, before[name])]
         assert bool(changed) == taken
     assert {"real_mean", "fake_mean", "tracked"} < set(changed) and any(name.endswith("_u") for name in changed)

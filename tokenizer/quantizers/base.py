@@ -11,6 +11,7 @@ from ..precision import full_float32
 from ..pretrained import Named
 from ..scales import Scales
 from ..settings import ModelConfig
+from .steps import Taken
 
 
 class Quantized(NamedTuple):
@@ -69,7 +70,7 @@ class Quantizer(Named, nn.Module, family="tokenizer.quantizers"):
     def _quantize(self, z: Tensor) -> Quantized:
         raise NotImplementedError
 
-    def finish_step(self, taken: bool = True) -> None:
+    def finish_step(self, taken: Taken = True) -> None:
         """Called after each optimizer step of training, on all processes: move by what `quantize` has collected since
         the last call, in however many micro-batches. taken: whether the step was; if not, what was collected is
         forgotten."""

@@ -16,6 +16,7 @@ from ..marks import Before
 from ..settings import ModelConfig
 from .base import Quantized, Quantizer
 from .gradients import Gradient, pass_gradient
+from .steps import Stepped, Taken
 
 # Distances held at a time on a CPU, which re-uses small blocks of memory; on a GPU 64 times as many.
 SEARCH_ELEMENTS = 1 << 20
@@ -46,7 +47,7 @@ class CodebookConfig(ModelConfig):
             yield f"normalize: needs a dim of 2 or more (got {self.dim})"
 
 
-class Codebook(Quantizer):
+class Codebook(Stepped, Quantizer):
     """Nearest of `codes` vectors (van den Oord et al. 2017). Subclasses own `codebook` (codes, dim) and its losses.
 
     With `normalize` it is the codes' direction that is compared and looked up (Yu et al. 2021, ViT-VQGAN).
@@ -54,13 +55,10 @@ class Codebook(Quantizer):
 
     Config: ClassVar[type[ModelConfig]] = CodebookConfig
     codebook: Tensor
-    started: Tensor
 
     def __init__(self, config: CodebookConfig) -> None:
         super().__init__(config)
         self.vocab_size, self.dim = config.codes, config.dim
-        self.register_buffer("started", torch.zeros((), dtype=torch.long))  # training steps taken
-        self.step = 0  # which one the next micro-batch belongs to
         self.micro_batches = 0  # of this step so far
 
     def table(self) -> Tensor:
@@ -96,7 +94,7 @@ class Codebook(Quantizer):
         """At the first micro-batch of a step, learn which step it is; at that of training, start from its rows."""
         if self.micro_batches:
             return
-        self.step = int(self.started)  # a GPU is waited for
+        self.find_step()
         if self.step == 0:
             self.start(rows)
 
@@ -104,19 +102,20 @@ class Codebook(Quantizer):
         """Keep what `move` needs of a micro-batch: rows `(n, dim)` and the ids `(n,)` of their codes."""
         self.micro_batches += 1
 
-    def move(self) -> None:
-        """Change the codebook by what was collected, in a step that was taken."""
+    def move(self, taken: Taken) -> None:
+        """Change the codebook by what was collected, if the step was `taken`."""
 
     def forget(self) -> None:
         """Drop what was collected."""
         self.micro_batches = 0
 
     @torch.no_grad()
-    def finish_step(self, taken: bool = True) -> None:
+    def finish_step(self, taken: Taken = True) -> None:
         """Move once, and count the step."""
-        if taken and self.micro_batches:
-            self.move()
-            self.started += 1
+        taken = self.find_taken(taken)
+        if self.micro_batches and taken is not False:
+            self.move(taken)
+            self.count_step(taken)
         self.forget()
 
     @torch.no_grad()
@@ -159,10 +158,18 @@ class CountedCodebook(Codebook):
     def collect(self, rows: Tensor, tokens: Tensor) -> None:
         """Count the codes used; keep the rows if codes may be revived after this step."""
         super().collect(rows, tokens)
-        use = torch.bincount(tokens, minlength=self.vocab_size).float()
+        use = uses(tokens, self.vocab_size).float()
         self.used = use if self.used is None else self.used + use
-        if (self.step + 1) % self.config.revive_every == 0:
+        if self.revives(self.step):
             self.candidates.append(rows)
+
+    def revives(self, step: int) -> bool:
+        """Whether codes are revived after this step."""
+        return (step + 1) % self.config.revive_every == 0
+
+    def matters(self, step: int) -> bool:
+        """Also whether codes are revived after it."""
+        return super().matters(step) or self.revives(step)
 
     def forget(self) -> None:
         """Drop counts and rows."""
@@ -171,7 +178,7 @@ class CountedCodebook(Codebook):
 
     def dead_codes(self) -> tuple[Tensor, Tensor]:
         """Ids `(k,)` of codes to revive after this step, and for each a vector `(k, dim)` of the step's on all ranks,
-        chosen by (seed, step) alone. None while the step has vectors that are not finite."""
+        chosen by (seed, step) alone. None while the step has vectors that are not finite. A GPU is waited for."""
         if not self.candidates:
             return self.counts.new_zeros(0, dtype=torch.long), self.counts.new_zeros(0, self.dim)
         rows = torch.cat(self.candidates)
@@ -203,12 +210,17 @@ def nearest(rows: Tensor, codebook: Tensor) -> Tensor:
     return found[0] if len(found) == 1 else torch.cat(found)
 
 
+def uses(tokens: Tensor, size: int) -> Tensor:
+    """How often each id occurs in `tokens` `(n,)`, int64 `(size,)`. For `torch.bincount` a GPU would be waited for."""
+    return tokens.new_zeros(size).index_add_(0, tokens, torch.ones_like(tokens))
+
+
 def kmeans(rows: Tensor, clusters: int, iterations: int) -> Tensor:
     """Lloyd's algorithm from the first `clusters` rows; an empty cluster stays where it was. Returns (clusters, D)."""
     centres = rows[:clusters].clone()
     for _ in range(iterations):
         tokens = nearest(rows, centres)
-        counts = torch.bincount(tokens, minlength=clusters).unsqueeze(1)
+        counts = uses(tokens, clusters).unsqueeze(1)
         sums = torch.zeros_like(centres).index_add_(0, tokens, rows)
         centres = torch.where(counts > 0, sums / counts.clamp(min=1), centres)
     return centres

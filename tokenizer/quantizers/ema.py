@@ -14,6 +14,7 @@ from pydantic import Field
 from torch import Tensor
 
 from .codebook import CodebookConfig, CountedCodebook, world_size
+from .steps import Taken, moved_if
 
 
 class EMAConfig(CodebookConfig):
@@ -72,7 +73,7 @@ class EMA(CountedCodebook, name="ema"):
         super().forget()
         self.added = None
 
-    def move(self) -> None:
+    def move(self, taken: Taken) -> None:
         """N <- decay N + (1 - decay) n;  m <- decay m + (1 - decay) sum z;  e = m / N."""
         assert self.used is not None and self.added is not None
         sums, counts = self.added, self.used
@@ -81,12 +82,13 @@ class EMA(CountedCodebook, name="ema"):
             dist.all_reduce(both)
             sums, counts = both[:, :-1], both[:, -1]
         weight = 1 - self.config.decay
-        self.counts.lerp_(counts, weight)
-        self.sums.lerp_(sums, weight)
+        self.counts.lerp_(moved_if(taken, counts, self.counts), weight)  # towards itself: it stays, to the bit
+        self.sums.lerp_(moved_if(taken, sums, self.sums), weight)
         total = self.counts.sum()
         smoothed = (self.counts + 1e-5) * (total / (total + self.vocab_size * 1e-5))
-        torch.div(self.sums, smoothed.unsqueeze(1), out=self.codebook)
-        self._revive()
+        self.codebook.copy_(moved_if(taken, self.sums / smoothed.unsqueeze(1), self.codebook))
+        if self.candidates:
+            self._revive()
 
     def _revive(self) -> None:
         """Put each dead code on a vector of the step, as if of mean use."""

@@ -20,6 +20,7 @@ from ..settings import ModelConfig
 from .base import Quantized, Quantizer
 from .choice import How, choose
 from .codebook import first_rows, kmeans, map_of, nearest, rows_of, world_size
+from .steps import Stepped, Taken
 
 
 class GumbelConfig(ModelConfig):
@@ -40,17 +41,15 @@ class GumbelConfig(ModelConfig):
     seed: int = Field(0, ge=0, description="chooses the first codes")
 
 
-class Gumbel(Quantizer, name="gumbel"):
+class Gumbel(Stepped, Quantizer, name="gumbel"):
     """Logits `proj(z)` over codes, of which code k is row k of `embed`."""
 
     Config = GumbelConfig
-    started: Tensor
 
     def __init__(self, config: GumbelConfig) -> None:
         super().__init__(config)
         self.vocab_size, self.dim = config.codes, config.dim
         self.proj, self.embed = nn.Linear(config.dim, config.codes), nn.Embedding(config.codes, config.dim)
-        self.register_buffer("started", torch.zeros((), dtype=torch.long))  # training steps taken
         self.micro_batches = 0  # of this step so far
 
     @property
@@ -65,10 +64,15 @@ class Gumbel(Quantizer, name="gumbel"):
         return last + (first - last) * (1 + math.cos(math.pi * share)) / 2
 
     @torch.no_grad()
-    def finish_step(self, taken: bool = True) -> None:
+    def finish_step(self, taken: Taken = True) -> None:
         """Count the step, which the temperature follows."""
-        self.started += int(taken and self.micro_batches > 0)
+        if self.micro_batches and taken is not False:
+            self.count_step(taken)
         self.micro_batches = 0
+
+    def matters(self, step: int) -> bool:
+        """Until the temperature is the last one; and once more, as the step before may have been skipped."""
+        return step <= self.config.anneal_steps + 1
 
     def lookup_checked(self, tokens: Tensor) -> Tensor:
         """The codes `(B, dim, *spatial)` of `tokens` `(B, *spatial)`."""
@@ -77,13 +81,15 @@ class Gumbel(Quantizer, name="gumbel"):
     def _quantize(self, z: Tensor) -> Quantized:
         """In training, each call takes one number from torch's global generator on the CPU, of which noise is a
         function."""
-        rows, step, seed = rows_of(z), int(self.started), None
+        rows, seed = rows_of(z), None
         if self.training:
-            if step == 0 and self.micro_batches == 0:
-                self.start(rows.detach())
+            if self.micro_batches == 0:
+                self.find_step()
+                if self.step == 0:
+                    self.start(rows.detach())
             self.micro_batches += 1
             seed = int(torch.randint(1 << 62, (), device="cpu"))
-        how = How(self.temperature_at(step), hard=self.config.hard or not self.training, seed=seed)
+        how = How(self.temperature_at(self.step), hard=self.config.hard or not self.training, seed=seed)
         values, tokens, entropy, _ = choose(rows, self.proj.weight, self.proj.bias, self.embed.weight, how)
         kl = (math.log(self.vocab_size) - entropy).clamp(min=0)
         return Quantized(map_of(values, z), tokens.reshape(z.shape[0], *z.shape[2:]), {"kl": kl})

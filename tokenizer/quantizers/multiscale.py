@@ -25,6 +25,7 @@ from .base import Quantized, Quantizer
 from .codebook import Codebook, average, map_of, nearest, rows_of
 from .ema import EMAConfig
 from .gradients import pass_gradient
+from .steps import Stepped, Taken, moved_if
 
 BOOKS = ("bsq", "ema", "fsq", "lfq", "simvq", "vq")
 ROUNDS = 2  # of k-means over what real codes leave over, after one over what perfect ones would
@@ -88,7 +89,7 @@ class Descent(NamedTuple):
     losses: list[dict[str, Tensor]]
 
 
-class MultiScale(Quantizer, name="multiscale"):
+class MultiScale(Stepped, Quantizer, name="multiscale"):
     """Grid `(L,)`, scale after scale, each in raster order. z_q is the sum of what the scales' codes add.
 
     `commitment` and `codebook`, the latter where codes or convolutions are learned, are those of every partial sum,
@@ -102,7 +103,6 @@ class MultiScale(Quantizer, name="multiscale"):
     """(scales,) running mean square of what a scale quantizes."""
     left: Tensor
     """(scales,) running share of the latents' variance that is left over after each scale."""
-    started: Tensor
 
     def __init__(self, config: MultiScaleConfig) -> None:
         super().__init__(config)
@@ -114,8 +114,6 @@ class MultiScale(Quantizer, name="multiscale"):
         self.register_buffer("mean", torch.zeros(self.dim))
         self.register_buffer("squares", torch.ones(len(self.scales)))
         self.register_buffer("left", torch.ones(len(self.scales)))
-        self.register_buffer("started", torch.zeros((), dtype=torch.long))  # training steps taken
-        self.step = 0  # which one the next micro-batch belongs to
         self.decay = getattr(config.book, "decay", DECAY)
         self.seen: list[Tensor] = []  # of each micro-batch of this step
         self.learned = any(parameter.requires_grad for parameter in self.parameters())
@@ -232,10 +230,14 @@ class MultiScale(Quantizer, name="multiscale"):
 
     # What moves by itself
 
+    def matters(self, step: int) -> bool:
+        """Also what matters to the book."""
+        return super().matters(step) or (isinstance(self.book, Codebook) and self.book.matters(step))
+
     @torch.no_grad()
     def _begin(self, z: Tensor) -> None:
         """At the first micro-batch of a step, tell the book which step it is; at that of training, start from `z`."""
-        self.step = int(self.started)  # a GPU is waited for
+        self.find_step()
         if isinstance(self.book, Codebook):
             self.book.step = self.step
         if self.step == 0 and self.config.center:
@@ -284,17 +286,17 @@ class MultiScale(Quantizer, name="multiscale"):
             self.book.collect(torch.cat(rows, 2).transpose(1, 2).flatten(0, 1), ids.flatten())
 
     @torch.no_grad()
-    def finish_step(self, taken: bool = True) -> None:
+    def finish_step(self, taken: Taken = True) -> None:
         """The book and the running means move, once."""
-        seen, self.seen = self.seen, []
+        seen, self.seen, taken = self.seen, [], self.find_taken(taken)
         self.book.finish_step(taken)
-        if not (taken and seen):
+        if not seen or taken is False:
             return
         squares, errors, power, means = average(torch.cat(seen).mean(0)).split([*[len(self.scales)] * 2, 1, self.dim])
-        if self.config.center:
-            self.mean.lerp_(means, 1 - self.decay)
         shares = errors / (power - means.square().mean()).clamp(min=1e-12)
+        if self.config.center:
+            self.mean.lerp_(moved_if(taken, means, self.mean), 1 - self.decay)
         if self.config.rms:
-            self.squares.lerp_(squares, 1 - self.decay)
-        self.left.lerp_(shares, 1 - self.decay if self.step else 1.0)
-        self.started += 1
+            self.squares.lerp_(moved_if(taken, squares, self.squares), 1 - self.decay)
+        self.left.lerp_(moved_if(taken, shares, self.left), 1 - self.decay if self.step else 1.0)
+        self.count_step(taken)

@@ -20,6 +20,7 @@ from .base import Quantized, Quantizer
 from .codebook import CodebookConfig, map_of, nearest, rows_of
 from .ema import EMAConfig
 from .gradients import pass_gradient
+from .steps import Taken
 
 BOOKS = ("ema", "simvq", "vq")
 SHARED_STARTS = 2  # the first takes 15 to 90 % off the error, the second up to 30 % more, a third nothing
@@ -122,10 +123,10 @@ class RVQ(Quantizer, name="rvq"):
         first = self.books[0]
         if first.micro_batches:
             return
-        step = int(first.started)  # a GPU is waited for, once for all books
+        first.find_step()
         for book in self.books:
-            book.step = step
-        if step == 0:
+            book.step = first.step
+        if first.step == 0:
             self.start(rows)
 
     def _collect(self, left: list[Tensor], tokens: list[Tensor]) -> None:
@@ -135,8 +136,9 @@ class RVQ(Quantizer, name="rvq"):
             levels = slice(index * each, (index + 1) * each)
             book.collect(laid_out(left[levels]).detach(), laid_out(tokens[levels]))
 
-    def finish_step(self, taken: bool = True) -> None:
+    def finish_step(self, taken: Taken = True) -> None:
         """Each book moves, once."""
+        taken = self.books[0].find_taken(taken)
         for book in self.books:
             book.finish_step(taken)
 

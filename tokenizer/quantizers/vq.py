@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from ..marks import Before
 from .codebook import CodebookConfig, CountedCodebook, world_size
+from .steps import Taken, moved_if
 
 
 class VQConfig(CodebookConfig):
@@ -54,12 +55,13 @@ class VQ(CountedCodebook, name="vq"):
         """Means over elements of |sg(z) - e|^2 and |z - sg(e)|^2."""
         return {"codebook": F.mse_loss(codes, rows.detach()), "commitment": F.mse_loss(rows, codes.detach())}
 
-    def move(self) -> None:
+    def move(self, taken: Taken) -> None:
         """Put each dead code on a vector of the step, as if of mean use."""
         assert self.used is not None
         if world_size() > 1:
             dist.all_reduce(self.used)
-        self.counts.lerp_(self.used, 1 - self.config.decay)
-        dead, vectors = self.dead_codes()
-        self.codebook[dead] = vectors
-        self.counts[dead] = self.counts.mean()
+        self.counts.lerp_(moved_if(taken, self.used, self.counts), 1 - self.config.decay)
+        if self.candidates:
+            dead, vectors = self.dead_codes()
+            self.codebook[dead] = vectors
+            self.counts[dead] = self.counts.mean()

@@ -8,8 +8,9 @@ each; either kind is read by any number of processes, sharded or not.
 
 from __future__ import annotations
 
+import copy
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
@@ -61,6 +62,33 @@ def save_state(
     Raises `WeightsError` naming a tensor that is not finite, and `OSError` (ENOSPC) naming path, needed and free bytes
     if the disk is too full; older states are untouched in both cases.
     """
+    return prepare_state(
+        run,
+        step,
+        model=model,
+        ema=ema,
+        optimizers=optimizers,
+        counters=counters,
+        config=config,
+        best=best,
+        keep=keep,
+    )()
+
+
+def prepare_state(
+    run: Path,
+    step: int,
+    *,
+    model: nn.Module,
+    ema: nn.Module | None,
+    optimizers: Mapping[str, Optimizer],
+    counters: dict[str, Any],
+    config: dict[str, Any] | None = None,
+    best: Tensors | None = None,
+    keep: int = 2,
+) -> Callable[[], Path]:
+    """The first half of `save_state`, which looks at all of it and takes copies, on the CPU; returns the second, which
+    writes these, while training goes on. Of sharded weights no copy is taken: they are to be written at once."""
     parts: dict[str, Tensors] = {MODEL: model.state_dict()}
     if ema is not None:
         parts[EMA] = ema.state_dict()
@@ -71,22 +99,28 @@ def save_state(
         parts[f"optimizer-{player}.safetensors"], documents[f"optimizer-{player}.json"] = tensors, document
     target = Path(run) / "state" / f"step-{step:08d}"
     if any(is_sharded(tensors) for tensors in parts.values()):
-        _save_together(target, parts, best, documents, keep)
-    else:
+        return partial(_save_together, target, parts, best, documents, keep)
+    _prepare(target, parts if best is None else {**parts, BEST: best}, step)
+    copies = {name: _detached(tensors) for name, tensors in parts.items()}
+    return partial(_save, target, copies, best, copy.deepcopy(documents), keep)
+
+
+def _save(
+    target: Path, parts: dict[str, Tensors], best: Tensors | None, documents: dict[str, dict[str, Any]], keep: int
+) -> Path:
+    with atomic_folder(target, kind=STATE_FOLDER) as folder:
+        for name, tensors in parts.items():
+            save_file(tensors, folder / name)
         if best is not None:
-            parts[BEST] = best
-        _prepare(target, parts, step)
-        with atomic_folder(target, kind=STATE_FOLDER) as folder:
-            for name, tensors in parts.items():
-                save_file(_detached(tensors), folder / name)
-            _complete(folder, documents)
-        rotate(target, keep)
+            save_file(_detached(best), folder / BEST)
+        _complete(folder, documents)
+    rotate(target, keep)
     return target
 
 
 def _save_together(
     target: Path, parts: dict[str, Tensors], best: Tensors | None, documents: dict[str, dict[str, Any]], keep: int
-) -> None:
+) -> Path:
     """Every process writes its pieces into the folder that the main one makes, completes and renames."""
     main, step = torch.distributed.get_rank() == 0, documents[STATE]["step"]
     places: list[Any] = [None]
@@ -106,6 +140,7 @@ def _save_together(
                 _complete(places[0], documents)
                 stack.close()  # renames it
                 rotate(target, keep)
+    return target
 
 
 def _prepare(target: Path, parts: dict[str, Tensors], step: int) -> None:

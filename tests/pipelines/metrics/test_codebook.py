@@ -101,6 +101,8 @@ def test_micro_batches_are_counted_as_one_and_a_step_that_is_not_taken_is_not():
     for tokens in random_batches(24, 2):
         two.observe(tokens // 2)
         assert two.finish_step(taken=False) is None
+        two.observe(tokens // 2)
+        two.finish_step(taken=torch.tensor(False))  # as a GPU says it, for which nobody waits
         for part in tokens.split(1):
             two.observe(part)
         assert two.finish_step().sum() == tokens.numel() and two.finish_step() is None

@@ -77,13 +77,14 @@ def test_a_continued_run_keeps_critic_and_optimizers(whole, tmp_path):
 
 
 def stopping_at(step: int) -> list[str]:
-    """The verb in a process that dies in a step."""
+    """The verb in a process that dies in a step, after what was saved is written."""
     import sys
 
     code = (
         "import os, sys; from pipelines import train_tokenizer; from pipelines.training import loop as training\n"
         "take = training.take_step\n"
-        f"training.take_step = lambda run, *rest: os._exit(9) if run.step == {step} else take(run, *rest)\n"
+        f"training.take_step = lambda run, *rest: "
+        f"run.writer.wait() or os._exit(9) if run.step == {step} else take(run, *rest)\n"
         "train_tokenizer.main(sys.argv[1:])"
     )
     return [sys.executable, "-c", code]

@@ -14,7 +14,7 @@ from torch.optim.swa_utils import AveragedModel
 
 from pipelines.train_tokenizer import Stage
 from pipelines.training import loop as training
-from pipelines.training.schedule import TrainConfig, ema_update, learning_rate
+from pipelines.training.schedule import TrainConfig, copy_buffers, learning_rate, move_average
 
 pytestmark = pytest.mark.usefixtures("one_process")
 
@@ -32,13 +32,14 @@ def test_learning_rate():
 
 def test_the_average_is_what_it_says_and_copies_buffers():
     model = nn.BatchNorm1d(3)
-    averaged = AveragedModel(model, multi_avg_fn=ema_update(0.6), use_buffers=False)
+    averaged = AveragedModel(model)
     expected = model.weight.detach().double()
     for n in range(12):
         with torch.no_grad():
             model.weight.normal_()
             model.running_mean.normal_()
-        averaged.update_parameters(model)
+        move_average(averaged, model, 0.6)
+        copy_buffers(averaged, model)
         decay = min(0.6, (1 + n) / (10 + n))
         expected = model.weight.double() if n == 0 else decay * expected + (1 - decay) * model.weight.double()
         assert torch.allclose(averaged.module.weight.double(), expected, atol=1e-6)

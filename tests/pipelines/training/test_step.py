@@ -3,18 +3,34 @@
 from __future__ import annotations
 
 import math
+import os
+import signal
 from types import SimpleNamespace
 
 import pytest
 import torch
-from launch import EMA, VQVAE, assert_equal_tensors, losses, metrics, states, tensors, train_prior, train_tokenizer
+from launch import (
+    EMA,
+    GPT,
+    VQVAE,
+    assert_equal_tensors,
+    exact,
+    losses,
+    metrics,
+    states,
+    tensors,
+    train_prior,
+    train_tokenizer,
+)
 from one_process import begin_anew
 from small import QUANTIZERS, node_of
 
 from pipelines.config import UserError
+from pipelines.train_prior import PriorTask
 from pipelines.train_tokenizer import TokenizerTask
 from pipelines.training import loop as training
 from pipelines.training import step as one_step
+from pipelines.training.state import Unread
 
 FSQ = {"kind": "fsq", "levels": [5, 4, 3]}
 
@@ -82,6 +98,71 @@ def test_micro_batches_train_what_one_batch_does(tmp_path):
     for name in ("loss", "l2", "commitment", "codebook_usage", "codebook_perplexity", "codebook_dead"):
         assert losses(four, name) == pytest.approx(losses(one, name), rel=1e-3), name
     assert int(tensors(four / "tokenizer")["model.safetensors:quantizer.started"]) == 14
+
+
+# What a GPU is not waited for
+
+
+def on_call(monkeypatch, owner, name: str, turn: int, number: int) -> None:
+    """The signal, before the `turn`-th call."""
+    call, calls = getattr(owner, name), iter(range(1, 1000))
+
+    def called(*arguments):
+        if next(calls) == turn:
+            os.kill(os.getpid(), number)
+        return call(*arguments)
+
+    monkeypatch.setattr(owner, name, called)
+
+
+def read_late(monkeypatch) -> list[int]:
+    """As on a GPU: numbers of a step are nonsense until they are waited for, in the next one. At which steps a run
+    waits."""
+    send, waited = one_step.sent, []
+
+    def late(turns):
+        numbers = send(turns).values
+        arriving = numbers.clone()
+
+        def arrive():
+            arriving.copy_(numbers)
+            waited.append(len(waited) + 1)
+
+        return Unread(turns, arriving.fill_(math.nan), SimpleNamespace(synchronize=arrive))
+
+    monkeypatch.setattr(one_step, "sent", late)
+    return waited
+
+
+CRITIC = {"weight": 0.5, "start": 2, "width": 8, "layers": 1, "warmup": 2, "ramp": 2, "lecam": 0.01}
+
+
+def test_what_is_read_a_step_late_makes_no_difference(tmp_path, tokens, monkeypatch):
+    """To no bit of figures, weights, averages and moments, with steps that are skipped, and stopped in the midst."""
+    poison(monkeypatch, TokenizerTask, {3, 4, 8}, SICK["nan gradient"])
+    poison(monkeypatch, PriorTask, {3, 4, 8}, SICK["nan loss"])
+    quantizer = {**EMA, "revive_every": 2, "revive_below": 0.3}
+    often = {"train__log_every": 3, "train__save_every": 5, "train__evaluate_every": 6}
+    for name, train in {
+        "tokenizer": lambda out: train_tokenizer(
+            out, model={**VQVAE, "quantizer": quantizer}, critic=CRITIC, train__accumulate=2, **often
+        ),
+        "prior": lambda out: train_prior(out, tokens, model={**GPT, "any_order": True, "dropout": 0.1}, **often),
+    }.items():
+        at_once = train(tmp_path / f"{name} at once")
+        with monkeypatch.context() as patch:
+            waited = read_late(patch)
+            late = train(tmp_path / f"{name} late")
+            assert len(waited) == 12
+            for turn in (4, 1, 3):  # also right after a step that was skipped; the signal is known of a step later
+                with patch.context() as told:
+                    on_call(told, training, "take_step", turn, signal.SIGTERM)
+                    train(tmp_path / f"{name} stopped")
+            stopped = train(tmp_path / f"{name} stopped")
+        for run in (late, stopped):
+            assert exact(run) == exact(at_once)
+            assert_equal_tensors(tensors(states(run)[-1]), tensors(states(at_once)[-1]))
+        assert metrics(late)[-1]["skipped_steps"] == 3
 
 
 # What is not finite
@@ -154,8 +235,10 @@ def test_the_first_step_may_be_sick(tmp_path, monkeypatch):
         assert metrics(run)[-1]["skipped_steps"] == 1 and losses(run)[-1] < losses(run)[0]
 
 
-@pytest.mark.parametrize("how", SICK)
-def test_ten_sick_steps_in_a_row_end_the_run(tmp_path, monkeypatch, how):
+@pytest.mark.parametrize(("how", "late"), [*((how, False) for how in SICK), ("nan gradient", True)])
+def test_ten_sick_steps_in_a_row_end_the_run(tmp_path, monkeypatch, how, late):
+    if late:
+        read_late(monkeypatch)
     poison(monkeypatch, TokenizerTask, set(range(2, 9)) | set(range(12, 99)), SICK[how])
     tensor = "loss" if how == "infinite loss" else r"the gradient of tokenizer.encoder\S+"
     with pytest.raises(UserError, match=rf"step 22: 10 steps in a row .* {tensor}"):

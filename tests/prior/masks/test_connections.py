@@ -8,7 +8,7 @@ import torch
 from made_variants import earlier, every_variant, make_made, make_same
 from small import draw_tokens, make_prior
 
-from pipelines.training.schedule import ema_update
+from pipelines.training.schedule import move_average
 from prior.masks.connections import Memory, even_degrees, random_degrees
 
 # Degrees
@@ -104,11 +104,11 @@ def test_kept_weights_are_never_stale(mode, change):
     elif change == "load":
         model.load_state_dict(make_made("three layers", num_classes=0).state_dict())
     else:
-        averaged = torch.optim.swa_utils.AveragedModel(model, multi_avg_fn=ema_update(0.9))
+        averaged = torch.optim.swa_utils.AveragedModel(model)
         with mode():
             averaged.module.eval()(tokens)
-        averaged.update_parameters(model)
-        averaged.update_parameters(make_made("three layers", num_classes=0))
+        move_average(averaged, model, 0.9)
+        move_average(averaged, make_made("three layers", num_classes=0), 0.9)
         model = averaged.module.eval()
     with mode():
         after, fresh = model.eval()(tokens), make_same(model)(tokens)

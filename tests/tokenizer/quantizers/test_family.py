@@ -126,21 +126,28 @@ def test_micro_batches_move_it_as_their_whole_does(name):
         assert not torch.equal(*[q.lookup(torch.zeros(1, *shape, dtype=torch.long)) for q in (start, one)])
 
 
+@pytest.mark.parametrize("told", [bool, torch.tensor], ids=["on the host", "on the device"])
 @every_quantizer
-def test_quantizing_moves_nothing_and_a_step_that_is_not_taken_is_forgotten(name):
+def test_quantizing_moves_nothing_and_a_step_that_is_not_taken_is_forgotten(name, told):
+    """Whether a bool says so or, for which nobody has to wait, a tensor."""
     quantizer = busy(name)
     before, other = copy.deepcopy(quantizer), copy.deepcopy(quantizer)
     for z in (latents(quantizer, 4, 4, 4) * math.nan, latents(quantizer, 4, 4, 4)):
         quantizer.quantize(z)
         assert_equal_states(quantizer, before)
-        quantizer.finish_step(taken=False)
+        quantizer.finish_step(taken=told(False))
         assert_equal_states(quantizer, before)
-    for step in range(4):
+    for step in range(9):
         torch.manual_seed(step)
         z = latents(quantizer, 8, 4, 4)
-        train_on(quantizer, z)
-        train_on(other, z)
-    assert_equal_states(quantizer, other)
+        quantizer.quantize(z)
+        quantizer.finish_step(taken=told(True))
+        torch.manual_seed(step)
+        train_on(other, latents(other, 8, 4, 4))
+        assert_equal_states(quantizer, other)
+        quantizer.quantize(z * math.nan)
+        quantizer.finish_step(taken=told(False))
+        assert_equal_states(quantizer, other)
 
 
 @every_quantizer
