@@ -142,17 +142,16 @@ class TokenizerTask(Task):
         """The order of the images; of images in shards it depends on the shards."""
         return self.images.train.samples(batch_size, seed, step)
 
-    def batch(self, indices: np.ndarray, epochs: np.ndarray, seed: int) -> tuple[Tensor]:
-        """Augmented images `(B, C, H, W)`. Bad images are listed in the run folder."""
-        places = [np.flatnonzero(epochs == epoch) for epoch in np.unique(epochs)]
+    def batch(self, indices: np.ndarray, epochs: np.ndarray, seed: int) -> tuple[Tensor, ...]:
+        """Images `(B, C, H, W)` as uint8, and how they are augmented. Bad images are listed in the run folder."""
         try:
-            parts = [
-                self.images.train.batch(indices[here], seed=seed, epoch=int(epochs[here[0]]), augment=True)
-                for here in places
-            ]
+            return self.images.train.raw_batch(indices, epochs, seed)
         finally:
             self.images.write_report(Path(self.config.out))
-        return (parts[0] if len(parts) == 1 else torch.cat(parts)[np.argsort(np.concatenate(places))],)
+
+    def prepare(self, batch: Any) -> tuple[Tensor]:
+        """Augmented images `(B, C, H, W)` in [-1, 1]."""
+        return (self.images.train.prepare(*batch),)
 
     def loss(self, player: str, batch: Any, step: int) -> tuple[Tensor, dict[str, Tensor]]:
         """For the tokenizer the weighted sum of its losses: of pixels, quantizer, LPIPS and critic. For the critic its

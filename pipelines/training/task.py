@@ -39,8 +39,13 @@ class Task:
     """Share of training done, in [0, 1], told by the loop before each step."""
 
     def batch(self, indices: np.ndarray, epochs: np.ndarray, seed: int) -> Any:
-        """The training samples at `indices` in their `epochs`, a tuple of tensors; a pure function."""
+        """The training samples at `indices` in their `epochs`, a tuple of tensors on the CPU, as few bytes as can be; a
+        pure function, called in another thread."""
         raise NotImplementedError
+
+    def prepare(self, batch: Any) -> Any:
+        """What `loss` takes, of what `batch` returned, after that has been sent to the device; a pure function."""
+        return batch
 
     def samples(self, batch_size: int, seed: int, step: int) -> tuple[np.ndarray, np.ndarray]:
         """Row indices and epochs, each `(batch_size,)`, of one step's global batch: a function of its arguments."""

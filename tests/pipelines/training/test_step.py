@@ -141,14 +141,14 @@ def test_the_first_step_may_be_sick(tmp_path, monkeypatch):
     """k-means over images that are not numbers must not be what the codebook starts from."""
     for name in ("ema", "vq"):
         with monkeypatch.context() as patch:
-            batch = TokenizerTask.batch
+            prepare = TokenizerTask.prepare
             calls = iter(range(100))
 
-            def first_is_sick(self, *arguments, batch=batch, calls=calls):
-                (images,) = batch(self, *arguments)
+            def first_is_sick(self, batch, prepare=prepare, calls=calls):
+                (images,) = prepare(self, batch)
                 return (images * math.nan if next(calls) == 0 else images,)
 
-            patch.setattr(TokenizerTask, "batch", first_is_sick)
+            patch.setattr(TokenizerTask, "prepare", first_is_sick)
             model = {**VQVAE, "quantizer": node_of(name)}
             run = train_tokenizer(tmp_path / name, model=model, train__save_every=1)
         assert metrics(run)[-1]["skipped_steps"] == 1 and losses(run)[-1] < losses(run)[0]
