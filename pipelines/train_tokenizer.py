@@ -259,6 +259,8 @@ def run(config: TrainTokenizerConfig) -> Path:
     config = config.model_copy(update={"data": data})
 
     def build(accelerator: Accelerator) -> Task:
+        if accelerator.device.type == "cuda":  # all batches are of one shape: it pays to look for the fastest kernels
+            torch.backends.cudnn.benchmark = not torch.are_deterministic_algorithms_enabled()
         if config.loss.perceptual:
             with accelerator.local_main_process_first():  # it downloads the file, the others find it
                 weights_file(config.loss.perceptual_net)
