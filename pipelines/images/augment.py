@@ -2,7 +2,7 @@
 
 What happens to an image is a pure function of (seed, epoch, index): no generator is kept, so a resumed run, another
 batch size or another number of processes sees the same images. It is drawn on the host, as five numbers for an image
-(`draw_changes`); the pixels are changed wherever they are (`prepare_images`), on a GPU where there is one.
+(`draw_changes`); the pixels are changed wherever they are, on a GPU where there is one.
 """
 
 from __future__ import annotations
@@ -18,7 +18,6 @@ from torch import Tensor
 
 from ..config import Config
 from ..shuffling.hashing import DRAWS, uniforms
-from .pictures import to_float
 
 
 class AugmentConfig(Config):
@@ -54,21 +53,19 @@ def draw_changes(
     return torch.from_numpy(np.stack(changes, axis=1).astype(np.float32))
 
 
-def prepare_images(pixels: Tensor, changes: Tensor | None, config: AugmentConfig) -> Tensor:
-    """uint8 `pixels` (B, C, H, W) as floats in [-1, 1], augmented by `changes` (`draw_changes`), on the device of both.
+def mirror_images(images: Tensor, changes: Tensor) -> Tensor:
+    """Images (B, C, H, W) of any type, those mirrored left to right of which `changes` (`draw_changes`) say so."""
+    return torch.where(changes[:, 0].bool()[:, None, None, None], images.flip(-1), images)
+
+
+def move_images(images: Tensor, changes: Tensor) -> Tensor:
+    """Float images (B, C, H, W) in [-1, 1], shifted, turned and zoomed by `changes` (`draw_changes`).
 
     The result for an image is the same, bit for bit, in any batch.
     """
-    if changes is None:
-        return to_float(pixels)
-    if config.flip:  # of bytes, which are a quarter of the floats
-        pixels = torch.where(changes[:, 0].bool()[:, None, None, None], pixels.flip(-1), pixels)
-    images = to_float(pixels)
-    if config.moves:
-        grid = affine_grid(changes, pixels.shape[-2], pixels.shape[-1])
-        images = F.grid_sample(images, grid, mode="bilinear", padding_mode="border", align_corners=False)
-        images = images.clamp(-1, 1)  # interpolation may overshoot by a rounding error
-    return images
+    grid = affine_grid(changes, images.shape[-2], images.shape[-1])
+    images = F.grid_sample(images, grid, mode="bilinear", padding_mode="border", align_corners=False)
+    return images.clamp(-1, 1)  # interpolation may overshoot by a rounding error
 
 
 def affine_grid(changes: Tensor, height: int, width: int) -> Tensor:

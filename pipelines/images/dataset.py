@@ -20,10 +20,11 @@ from torch import Tensor
 
 from ..config import UserError, is_first_process
 from ..shuffling.epochs import samples_of
-from .augment import draw_changes, prepare_images
+from .augment import AugmentConfig, draw_changes, mirror_images, move_images
 from .bad import Report, append_report
 from .base import WORKERS, DataConfig, Rows
 from .decoding import Decoded, try_decode
+from .pictures import to_float
 
 Indices = Sequence[int] | NDArray[np.int64] | Tensor
 
@@ -113,6 +114,17 @@ class ImageDataset:
         if len(wanted) and (wanted.min() < 0 or wanted.max() >= len(self)):
             raise IndexError(f"indices go from {wanted.min()} to {wanted.max()}; there are {len(self)} images")
         return wanted
+
+
+def prepare_images(pixels: Tensor, changes: Tensor | None, config: AugmentConfig) -> Tensor:
+    """uint8 `pixels` (B, C, H, W) as floats in [-1, 1], augmented by `changes` (`draw_changes`), on the device of both.
+
+    The result for an image is the same, bit for bit, in any batch.
+    """
+    if changes is not None and config.flip:  # of bytes, which are a quarter of the floats
+        pixels = mirror_images(pixels, changes)
+    images = to_float(pixels)
+    return images if changes is None or not config.moves else move_images(images, changes)
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,8 @@ from image_files import noise
 from image_folders import ALL, config, write_folder
 
 from pipelines.images import load_images, to_float, to_uint8
-from pipelines.images.augment import AugmentConfig, affine_grid, draw_changes, prepare_images
+from pipelines.images.augment import AugmentConfig, affine_grid, draw_changes
+from pipelines.images.dataset import prepare_images
 
 
 def augmented(pixels: torch.Tensor, change: AugmentConfig) -> torch.Tensor:
