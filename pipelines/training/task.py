@@ -32,6 +32,8 @@ class Task:
     """Size of the training set."""
     evaluated: dict[Split, int]
     """How many images the figures of a split are of; `validation` is there only if there are any."""
+    shardable: bool = False
+    """Whether `model` is all that is trained, as a whole, so that FSDP may shard it."""
     snapshots: dict[str, Kind] = {}
     """The folders in the run folder that `save` may write, and what an earlier run may have left there."""
     tokens_per_row: int

@@ -15,6 +15,7 @@ from pipelines.config import UserError
 from pipelines.train_tokenizer import TokenizerTask
 from pipelines.training import loop as training
 from pipelines.training import step as one_step
+from prior import Prior
 
 FSQ = {"kind": "fsq", "levels": [5, 4, 3]}
 
@@ -51,7 +52,13 @@ def test_clipping_bounds_the_norm_that_is_applied(tmp_path, monkeypatch):
 
 def test_bfloat16_trains(tmp_path, tokens, monkeypatch, capsys):
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
-    full = {}
+    full, types, objective = {}, set(), Prior.loss
+
+    def watched(prior, logits, *rest, **inputs):
+        types.add(logits.dtype)
+        return objective(prior, logits, *rest, **inputs)
+
+    monkeypatch.setattr(Prior, "loss", watched)
     for name, train in {"tokenizer": train_tokenizer, "prior": lambda out, **m: train_prior(out, tokens, **m)}.items():
         run = train(tmp_path / name, train__steps=20)
         found = losses(run)
@@ -59,6 +66,7 @@ def test_bfloat16_trains(tmp_path, tokens, monkeypatch, capsys):
         assert not metrics(run)[-1]["skipped_steps"]
         full[name] = found
     assert capsys.readouterr().out.count("bf16 mixed precision") == 2
+    assert types == {torch.bfloat16}  # logits are not cast as a whole, as accelerate does with what is returned
     begin_anew()
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")
     assert losses(train_prior(tmp_path / "float32", tokens, train__steps=20)) != full["prior"]  # so it was used
