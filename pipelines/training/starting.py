@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch.optim.swa_utils import AveragedModel
 
 from ..tracking import Tracker
@@ -13,6 +14,7 @@ from .checkpoints.counters import check_counters
 from .checkpoints.states import STATE, load_best, load_state
 from .extending import told_changes
 from .heartbeat import Heartbeat
+from .processes import told_precision
 from .progress import finished
 from .run_folder import identity_of, newest_state
 from .schedule import adamw, ema_update
@@ -88,6 +90,9 @@ def announce(training: Training, changes: list[str]) -> None:
         f"{accelerator.mixed_precision} mixed precision{', weights sharded' if training.sharded else ''}",
         flush=True,
     )
+    gpu_has_bf16 = accelerator.device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    if line := told_precision(accelerator.mixed_precision, gpu_has_bf16):
+        print(f"{training.run}: {line}", flush=True)
     if task.players and task.watched == "held_out":
         what = "figures while training are of the images held out, and the last weights are kept"
         print(f"{training.run}: no images for validation: {what}", flush=True)

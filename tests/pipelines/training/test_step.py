@@ -14,7 +14,9 @@ from small import QUANTIZERS, node_of
 from pipelines.config import UserError
 from pipelines.train_tokenizer import TokenizerTask
 from pipelines.training import loop as training
+from pipelines.training import starting
 from pipelines.training import step as one_step
+from pipelines.training.processes import told_precision
 from prior import Prior
 
 FSQ = {"kind": "fsq", "levels": [5, 4, 3]}
@@ -70,6 +72,19 @@ def test_bfloat16_trains(tmp_path, tokens, monkeypatch, capsys):
     begin_anew()
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")
     assert losses(train_prior(tmp_path / "float32", tokens, train__steps=20)) != full["prior"]  # so it was used
+
+
+def test_float32_on_a_gpu_that_has_bf16_is_said_once(tmp_path, monkeypatch, capsys):
+    """In one line with the option to give; nothing is said of what was asked for, or cannot be had."""
+    for precision, has_bf16 in (("bf16", True), ("no", False), ("bf16", False)):
+        assert told_precision(precision, has_bf16) == ""
+    line = told_precision("no", True)
+    assert "--mixed_precision bf16" in line and "float32" in line and "\n" not in line
+    before = torch.backends.cuda.matmul.fp32_precision
+    monkeypatch.setattr(starting, "told_precision", lambda precision, has_bf16: f"{precision} {has_bf16}")
+    train_tokenizer(tmp_path / "run", train__steps=1)
+    assert capsys.readouterr().out.count("run: no False\n") == 1
+    assert torch.backends.cuda.matmul.fp32_precision == before
 
 
 def test_fp16_is_refused(tmp_path, monkeypatch):
