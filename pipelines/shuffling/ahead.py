@@ -21,7 +21,7 @@ def made_ahead(make: Callable[[T], Made], items: Iterable[T], ahead: int = AHEAD
     An error comes out where its item is due. Once closed, nothing more is made; closing waits for what is being made.
     """
     waiting: deque[Future[Made]] = deque()
-    with ThreadPoolExecutor(1) as pool:
+    with ThreadPoolExecutor(1, "ahead") as pool:
         try:
             for item in items:
                 waiting.append(pool.submit(make, item))
