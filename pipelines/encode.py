@@ -246,10 +246,9 @@ def encode_piece(tokenizer: Tokenizer, images: ImageDataset, piece: Piece, strea
 def variants_of(images: ImageDataset, rows: np.ndarray, seed: int) -> Raw:
     """The images of dataset rows: row = variant * n + index, and variant 0 is the image as it is."""
     variants, indices = np.divmod(rows, len(images))
-    parts = [variants == 0, variants > 0]  # rows ascend, so variants do
-    return [
-        images.raw_batch(indices[at], variants[at], seed, augment=bool(variants[at][0])) for at in parts if at.any()
-    ]
+    first = int((variants == 0).sum())  # rows ascend, so variants do
+    parts = [(slice(first), False), (slice(first, None), True)]
+    return [images.raw_batch(indices[at], variants[at], seed, augment=new) for at, new in parts if len(indices[at])]
 
 
 def publish(

@@ -100,6 +100,18 @@ def test_every_prior_has_the_same_loss_in_parts(name, monkeypatch):
             assert (plain - parts).abs().max() <= (0.01 if bf16 else 1e-5) * scale
 
 
+@pytest.mark.parametrize("name", [*PRIORS, "binary made"])
+def test_bf16_logits_are_computed_with_in_float32(name):
+    """The loss is that of the same logits cast before, as accelerate did."""
+    torch.manual_seed(0)
+    vocab_size = 2 if name == "binary made" else 7
+    model = make_prior(name.removeprefix("binary "), (4, 4), vocab_size).train()
+    tokens, labels = draw_tokens(model, 8), torch.arange(8) % 4
+    inputs = model.training_inputs(tokens, 0.3)
+    logits = 3 * torch.randn_like(model(tokens, labels, **inputs)).bfloat16()
+    assert torch.equal(model.loss(logits, tokens, **inputs), model.loss(logits.float(), tokens, **inputs))
+
+
 def test_it_compiles(in_parts):
     logits, ids = logits_and_ids()
     compiled = torch.compile(mean_nats, backend="aot_eager", fullgraph=True)

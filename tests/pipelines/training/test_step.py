@@ -81,6 +81,7 @@ def test_float32_on_a_gpu_that_has_bf16_is_said_once(tmp_path, monkeypatch, caps
     line = told_precision("no", True)
     assert "--mixed_precision bf16" in line and "float32" in line and "\n" not in line
     before = torch.backends.cuda.matmul.fp32_precision
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **_: True)  # of a GPU that is not used
     monkeypatch.setattr(starting, "told_precision", lambda precision, has_bf16: f"{precision} {has_bf16}")
     train_tokenizer(tmp_path / "run", train__steps=1)
     assert capsys.readouterr().out.count("run: no False\n") == 1
