@@ -24,6 +24,8 @@ from .images.pictures import check_output_type, convert_images, grid_picture
 from .stages import Label, Stages, completion, representation, sampling
 from .stages.index import FILES
 
+SAMPLED = 80  # images of a sample picture
+
 
 class ImagePipeline(Stages):
     """Both stages of image generation.
@@ -190,7 +192,7 @@ class ImagePipeline(Stages):
                 folder, repo_id, lambda names, fetch: FILES, token=token, private=private, commit_message=commit_message
             )
 
-    def sample_picture(self, count: int = 80, seed: int = 0) -> np.ndarray:
+    def sample_picture(self, count: int = SAMPLED, seed: int = 0) -> np.ndarray:
         """A grid of samples at the pipeline's settings, one class per column (of at most ten), uint8 (H, W, 3)."""
         columns = min(10, self.prior.num_classes) or 10
         labels = [index % columns for index in range(count)] if self.prior.num_classes else None
