@@ -79,7 +79,7 @@ def run(config: EncodeConfig) -> Path:
     on_main(accelerator, lambda: recover(out))
     old = existing(out, tokenizer) if config.append else None
     config = config.model_copy(update={"data": data_as_begun(config.data, begun_with(out, old), old)})
-    images = load_images(config.data)
+    images = load_images(config.data, together=True)
     if len({part.labels is None for part in images.named().values()}) > 1:
         raise UserError("data.label_column: some of the splits have labels and others do not; null uses all without")
     variants = variants_to_make(config, images, old)

@@ -99,7 +99,8 @@ class TokenizerTask(Task):
 
     def __init__(self, config: TrainTokenizerConfig, device: torch.device | str = "cpu") -> None:
         self.config = config
-        self.images = load_images(config.data, begun=begun_data(Path(config.out)) is not None)
+        begun = begun_data(Path(config.out)) is not None
+        self.images = load_images(config.data, begun=begun, together=True)
         self.rows = len(self.images.train)
         judged: dict[Split, ImageDataset | None] = {
             "validation": self.images.validation,
