@@ -63,7 +63,8 @@ def test_bytes_on_paper_are_those_of_a_real_run(name, config, bf16):
         turn = prior_turn(paper, count, bf16)
     assert turn == prior_turn(model, count, bf16)
     size = len(model.grid)
-    assert turn.parts["logits"] == (2 if bf16 else 4) * count * size * 40
+    each = 2 if bf16 and name != "marginal" else 4  # frequencies are no product, which autocast would have in bf16
+    assert turn.parts["logits"] == each * count * size * 40
     kept, inputs = kept_by_autograd(model, count, bf16), 8 * count * size
     assert -2 * 64 * 40 * bf16 <= turn.parts["activations"] + turn.casts - kept <= 3 * inputs
 
