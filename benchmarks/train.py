@@ -191,7 +191,7 @@ def measure(name: str, case: Case, repeats: int, products: Products, folder: Pat
     torch.manual_seed(0)
     config = configure(case, folder)
     task = make_task(case, config, folder)
-    bare, batch = copy.deepcopy(task), task.batch(*task.samples(config.train.batch_size, 0, 0), 0)
+    bare, batch = copy.deepcopy(task), task.prepare(task.batch(*task.samples(config.train.batch_size, 0, 0), 0))
     models = {name: (bare.model, loss_of_ours(bare, batch))}
     other, loss = reference(case, task, batch)
     models[type(other).__name__] = (other, loss)

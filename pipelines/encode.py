@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import ExitStack, closing
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -26,6 +27,7 @@ from .images import DataConfig, ImageDataset, Splits, check_shape, load_images
 from .images.origin import is_local
 from .images.splits import as_begun
 from .processes.launched import build_accelerator, on_main
+from .shuffling.ahead import made_ahead, pinned, sent
 from .stages.provenance import tokenizer_defaults
 from .tokens import Meta
 from .tokens.appending import class_numbers, existing, missing_variants, same_images
@@ -34,6 +36,9 @@ from .tokens.pieces import EncodeJob, Piece, cut, manifest_hash, recover, shards
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
+
+Raw = list[tuple[Tensor, ...]]
+"""A batch as it travels, in one part or two, each as `ImageDataset.raw_batch` returns it."""
 
 
 class EncodeConfig(Config):
@@ -74,7 +79,7 @@ def run(config: EncodeConfig) -> Path:
     on_main(accelerator, lambda: recover(out))
     old = existing(out, tokenizer) if config.append else None
     config = config.model_copy(update={"data": data_as_begun(config.data, begun_with(out, old), old)})
-    images = load_images(config.data)
+    images = load_images(config.data, together=True)
     if len({part.labels is None for part in images.named().values()}) > 1:
         raise UserError("data.label_column: some of the splits have labels and others do not; null uses all without")
     variants = variants_to_make(config, images, old)
@@ -199,37 +204,51 @@ def encode_pieces(
         done = len(job.pieces) - len(missing)
         print(f"{config.out}: continuing, {done} of {len(job.pieces)} pieces are there", flush=True)
     mine = missing[accelerator.process_index :: accelerator.num_processes]
-    parts = by_split(images)
+    parts, device = by_split(images), tokenizer.device
     hidden = None if accelerator.is_main_process else True
     total = sum(piece.rows for piece in mine)
-    with tqdm(total=total, desc="encoding", unit="image", disable=hidden, leave=False) as bar:
+    batches = [(parts[piece.split], rows) for piece in mine for rows in rows_of(piece, config.batch_size)]
+
+    def make(batch: tuple[ImageDataset, np.ndarray]) -> Raw:
+        raw = variants_of(*batch, config.seed)
+        return [pinned(part) for part in raw] if device.type == "cuda" else raw
+
+    with (
+        tqdm(total=total, desc="encoding", unit="image", disable=hidden, leave=False) as bar,
+        closing(made_ahead(make, batches)) as stream,
+    ):
         for piece in mine:
             split = parts[piece.split]
-            rows = np.arange(piece.start, piece.stop)
-            tokens = encode_rows(tokenizer, split, rows, config, bar)
-            labels = None if split.labels is None else split.labels[rows % len(split)]
+            tokens = encode_piece(tokenizer, split, piece, stream, bar)
+            labels = None if split.labels is None else split.labels[np.arange(piece.start, piece.stop) % len(split)]
             job.keep(piece, tokens, labels if numbers is None or labels is None else numbers[labels])
 
 
+def rows_of(piece: Piece, batch_size: int) -> list[np.ndarray]:
+    """The rows of each batch. Batches start with the piece, so they do not depend on the number of processes."""
+    cuts = range(piece.start, piece.stop, batch_size)
+    return [np.arange(start, min(start + batch_size, piece.stop)) for start in cuts]
+
+
 @torch.inference_mode()
-def encode_rows(tokenizer: Tokenizer, images: ImageDataset, rows: np.ndarray, config: EncodeConfig, bar: Any) -> Tensor:
-    """Tokens `(len(rows), *grid.shape)` int32. Batches start with the piece, so they do not depend on processes."""
-    parts = []
-    for start in range(0, len(rows), config.batch_size):
-        some = rows[start : start + config.batch_size]
-        parts.append(tokenizer.encode(variants_of(images, some, config.seed).to(tokenizer.device)).cpu().int())
-        bar.update(len(some))
-    return torch.cat(parts)
+def encode_piece(tokenizer: Tokenizer, images: ImageDataset, piece: Piece, stream: Iterator[Raw], bar: Any) -> Tensor:
+    """Tokens `(piece.rows, *grid.shape)` int32, of the piece's batches, which come from the `stream`. A GPU is waited
+    for once, at the end."""
+    tokens, done = [], 0
+    while done < piece.rows:
+        parts = [images.prepare(*sent(part, tokenizer.device)) for part in next(stream)]
+        tokens.append(tokenizer.encode(torch.cat(parts)).int())
+        bar.update(len(tokens[-1]))
+        done += len(tokens[-1])
+    return torch.cat(tokens).cpu()
 
 
-def variants_of(images: ImageDataset, rows: np.ndarray, seed: int) -> Tensor:
-    """Images `(B, C, H, W)` of dataset rows: row = variant * n + index, and variant 0 is the image as it is."""
-    which, indices = np.divmod(rows, len(images))
-    parts = [
-        images.batch(indices[which == variant], seed=seed, epoch=int(variant), augment=bool(variant))
-        for variant in np.unique(which)
-    ]
-    return torch.cat(parts)  # rows ascend, so variants do
+def variants_of(images: ImageDataset, rows: np.ndarray, seed: int) -> Raw:
+    """The images of dataset rows: row = variant * n + index, and variant 0 is the image as it is."""
+    variants, indices = np.divmod(rows, len(images))
+    first = int((variants == 0).sum())  # rows ascend, so variants do
+    parts = [(slice(first), False), (slice(first, None), True)]
+    return [images.raw_batch(indices[at], variants[at], seed, augment=new) for at, new in parts if len(indices[at])]
 
 
 def publish(

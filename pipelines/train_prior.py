@@ -77,9 +77,23 @@ class TrainPriorConfig(Config):
     track: TrackConfig = Field(TrackConfig(), description="where the numbers go")
 
 
+class Objective(nn.Module):
+    """A prior and its loss in one call, which DDP wraps and autocast covers: accelerate casts what a module returns to
+    float32, and logits are the largest tensor of a step."""
+
+    def __init__(self, prior: Prior) -> None:
+        super().__init__()
+        self.prior = prior
+
+    def forward(self, tokens: Tensor, labels: Tensor, inputs: dict[str, Any]) -> Tensor:
+        """`Prior.loss` of `tokens` `(B, *grid.shape)`, a scalar in nats per token. inputs: `training_inputs`."""
+        return self.prior.loss(self.prior(tokens, labels, **inputs), tokens, **inputs)
+
+
 class PriorTask(Task):
     """One player: the prior."""
 
+    shardable = True
     snapshots = {"pipeline": PIPELINE}
     shows = True
 
@@ -88,7 +102,7 @@ class PriorTask(Task):
         self.train_split, self.judged = training_splits(self.data)
         self.model: Prior = build_prior(config.model, self.data)
         self.model.initialize(cast(Tensor, self.train_split.tokens), self.train_split.labels)
-        self.nets: dict[str, nn.Module] = {"model": self.model}
+        self.nets: dict[str, nn.Module] = {"model": Objective(self.model)}
         self.players = {"model": list(self.model.parameters())}
         self.rows, self.tokens_per_row = len(self.train_split), len(self.data.grid)
         self.evaluated = {split: rows_evaluated(self.model, len(rows)) for split, rows in self.judged.items()}
@@ -118,7 +132,7 @@ class PriorTask(Task):
         """The prior's own objective in nats per token, on the orders or masks that it draws for this step."""
         tokens, labels = batch
         inputs = self.model.training_inputs(tokens, self.progress)
-        loss = self.model.loss(self.nets["model"](tokens, labels, **inputs), tokens, **inputs)
+        loss = self.nets["model"](tokens, labels, inputs)
         return loss, {"bits_per_token": loss.detach() / math.log(2)}
 
     def preview(self, model: nn.Module) -> dict[str, np.ndarray]:

@@ -99,7 +99,8 @@ class TokenizerTask(Task):
 
     def __init__(self, config: TrainTokenizerConfig, device: torch.device | str = "cpu") -> None:
         self.config = config
-        self.images = load_images(config.data, begun=begun_data(Path(config.out)) is not None)
+        begun = begun_data(Path(config.out)) is not None
+        self.images = load_images(config.data, begun=begun, together=True)
         self.rows = len(self.images.train)
         judged: dict[Split, ImageDataset | None] = {
             "validation": self.images.validation,
@@ -142,17 +143,16 @@ class TokenizerTask(Task):
         """The order of the images; of images in shards it depends on the shards."""
         return self.images.train.samples(batch_size, seed, step)
 
-    def batch(self, indices: np.ndarray, epochs: np.ndarray, seed: int) -> tuple[Tensor]:
-        """Augmented images `(B, C, H, W)`. Bad images are listed in the run folder."""
-        places = [np.flatnonzero(epochs == epoch) for epoch in np.unique(epochs)]
+    def batch(self, indices: np.ndarray, epochs: np.ndarray, seed: int) -> tuple[Tensor, ...]:
+        """Images `(B, C, H, W)` as uint8, and how they are augmented. Bad images are listed in the run folder."""
         try:
-            parts = [
-                self.images.train.batch(indices[here], seed=seed, epoch=int(epochs[here[0]]), augment=True)
-                for here in places
-            ]
+            return self.images.train.raw_batch(indices, epochs, seed)
         finally:
             self.images.write_report(Path(self.config.out))
-        return (parts[0] if len(parts) == 1 else torch.cat(parts)[np.argsort(np.concatenate(places))],)
+
+    def prepare(self, batch: Any) -> tuple[Tensor]:
+        """Augmented images `(B, C, H, W)` in [-1, 1]."""
+        return (self.images.train.prepare(*batch),)
 
     def loss(self, player: str, batch: Any, step: int) -> tuple[Tensor, dict[str, Tensor]]:
         """For the tokenizer the weighted sum of its losses: of pixels, quantizer, LPIPS and critic. For the critic its
@@ -263,6 +263,8 @@ def run(config: TrainTokenizerConfig) -> Path:
     config = config.model_copy(update={"data": data})
 
     def build(accelerator: Accelerator) -> Task:
+        if accelerator.device.type == "cuda":  # all batches are of one shape: it pays to look for the fastest kernels
+            torch.backends.cudnn.benchmark = not torch.are_deterministic_algorithms_enabled()
         if config.loss.perceptual:
             with accelerator.local_main_process_first():  # it downloads the file, the others find it
                 weights_file(config.loss.perceptual_net)

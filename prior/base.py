@@ -15,7 +15,6 @@ from contextlib import contextmanager
 from typing import Annotated, Any, ClassVar
 
 import torch
-import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor
 
@@ -24,6 +23,7 @@ from tokenizer.pretrained import Fact, ModelConfig, PretrainedModel
 
 from .drawing import State, draw, evaluating
 from .features import Features
+from .objective import mean_nats
 from .orders import Partition, block_numbers, blocks_problem, make_order, make_partition, order_problem
 from .requests import Order, Rows, Walk, check_labels, check_mixture, check_order, given_walk, make_rows, partition_of
 from .sampling import Generators, Sampler
@@ -136,7 +136,7 @@ class Prior(Features, PretrainedModel, family="prior"):
 
     def loss(self, logits: Tensor, tokens: Tensor, **inputs: Any) -> Tensor:
         """What training minimises, in nats per token: the mean negative log-likelihood. inputs: `training_inputs`."""
-        return F.cross_entropy(logits.float().flatten(0, 1), tokens.flatten())
+        return mean_nats(logits, tokens)
 
     # Likelihood
 

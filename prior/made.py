@@ -249,8 +249,8 @@ class MADE(Prior, name="made"):
         """The mean negative log-likelihood in nats per token; of two ids by the sigmoid, which is faster."""
         if not self.config.binary:
             return super().loss(logits, tokens, **inputs)
-        logit = (logits[..., 1] - logits[..., 0]).float()
-        return F.binary_cross_entropy_with_logits(logit, tokens.flatten(1).float())
+        zero, one = logits.float().unbind(-1)
+        return F.binary_cross_entropy_with_logits(one - zero, tokens.flatten(1).float())
 
     def _inputs(self, tokens: Tensor) -> Tensor:
         """What `summed` takes: embedded ids `(B, N, width)`, one-hot ones where there are few ids, else ids."""

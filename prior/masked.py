@@ -15,7 +15,6 @@ from functools import cached_property
 from typing import Any, Literal
 
 import torch
-import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
@@ -24,6 +23,7 @@ from tokenizer.base import at_least_float32, full_float32
 from .base import Prior, sent
 from .confidence import SCHEDULES, MaskedSampler, fill_in
 from .drawing import FEW_ROWS, State
+from .objective import token_nats
 from .orders import Partition, block_numbers
 from .parallel import parallel_rows
 from .requests import Order, Rows, Walk, check_labels, partition_of
@@ -146,8 +146,7 @@ class Masked(Prior, name="masked"):
         by the number that happens to be masked would make another objective of a batch in parts.)
         """
         masked = ~inputs["known"].flatten(1)
-        by_id, smoothing = logits.float().transpose(1, 2), self.config.label_smoothing
-        nats = F.cross_entropy(by_id, tokens.flatten(1), reduction="none", label_smoothing=smoothing)
+        nats = token_nats(logits, tokens, self.config.label_smoothing)
         counts = masked.sum(1, keepdim=True) if self.config.schedule == "linear" else self.mean_masked
         return (nats * masked / counts).sum(1).mean()
 

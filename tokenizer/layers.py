@@ -1,6 +1,6 @@
 """The convolutional encoder and decoder: a stem that folds patches into channels, then residual blocks per resolution.
 
-Weights and images have channels-last memory, and convolutions keep it (on a GPU, group normalisation does not).
+Weights and images have channels-last memory, which convolutions keep, and so does group normalisation (`GroupNorm`).
 `widths` divides the down-sampling between the stem and strided stages: with one width, all arithmetic is at the token
 resolution (fast for small images); with one width per factor of two, it is the network of VQGAN (Esser et al. 2021)
 and LlamaGen (Sun et al. 2024).
@@ -9,11 +9,13 @@ and LlamaGen (Sun et al. 2024).
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
+import torch
 import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from .base import TokenizerConfig
 
@@ -82,6 +84,66 @@ def one_head_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return F.scaled_dot_product_attention(q.unsqueeze(1), k.unsqueeze(1), v.unsqueeze(1)).squeeze(1)
 
 
+class GroupNorm(nn.GroupNorm):
+    """Group normalisation (Wu and He 2018); on a GPU it keeps channels-last memory and the type of what it is given.
+
+    There torch's own copies to channels first and stays there, and autocast has it return float32. On a CPU it is used.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`(B, width, H, W)` to the same shape."""
+        if x.device.type != "cuda":
+            return super().forward(x)
+        return channels_last_norm(x, self.num_groups, self.weight, self.bias, self.eps)
+
+
+def channels_last_norm(x: Tensor, groups: int, weight: Tensor, bias: Tensor, eps: float = 1e-5) -> Tensor:
+    """`F.group_norm` of `(B, C, ...)` in float32; what is returned has the type of `x` and channels-last memory."""
+    maps = x.movedim(1, -1)
+    return NormalisedRows.apply(maps.flatten(1, -2), groups, weight, bias, eps).view(maps.shape).movedim(-1, 1)
+
+
+class NormalisedRows(torch.autograd.Function):
+    """Group normalisation of rows `(B, N, C)`. It keeps these for the backward pass, and two numbers per group."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, groups: int, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+        """The same shape and type; what is between is float32, `(B, groups, C / groups)` or with 1 in place of the
+        last."""
+        # Over rows first, which reads memory as it lies. A group varies within its channels and between them.
+        within, means = (part.unflatten(1, (groups, -1)) for part in torch.var_mean(rows.float(), 1, correction=0))
+        between, mean = torch.var_mean(means, 2, correction=0, keepdim=True)
+        inverse = (within.mean(2, keepdim=True) + between + eps).rsqrt()
+        ctx.save_for_backward(rows, weight, mean, inverse)
+        scale = inverse * weight.float().view(groups, -1)
+        shift = bias.float().view(groups, -1) - mean * scale
+        result = torch.empty_like(rows, memory_format=torch.contiguous_format)
+        return torch.addcmul(for_rows(shift), rows, for_rows(scale), out=result)  # one kernel, also where types differ
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        """Of rows, weight and bias."""
+        rows, weight, mean, inverse = ctx.saved_tensors
+        groups = mean.shape[1]
+        scale = inverse * weight.float().view(groups, -1)
+        sums = grad.sum(1, dtype=torch.float32).unflatten(1, (groups, -1))
+        products = (grad.float() * rows).sum(1).unflatten(1, (groups, -1))
+        along = (products - mean * sums) * inverse  # the sums of gradient times normalised input
+        count = rows.shape[1] * scale.shape[2]
+        slope = -inverse * (scale * along).sum(2, keepdim=True) / count
+        offset = -(scale * sums).sum(2, keepdim=True) / count - slope * mean
+        rest = for_rows(offset.expand_as(scale)) + for_rows(slope.expand_as(scale)) * rows
+        of_rows = torch.addcmul(rest, for_rows(scale), grad, out=torch.empty_like(rows))
+        of_weight, of_bias = (part.sum(0).flatten().to(weight.dtype) for part in (along, sums))
+        return of_rows, None, of_weight, of_bias, None
+
+
+def for_rows(numbers: Tensor) -> Tensor:
+    """Numbers of channels, `(B, groups, C / groups)`, as they are broadcast to rows, `(B, 1, C)`."""
+    return numbers.flatten(1).unsqueeze(1)
+
+
 class Upsample(nn.Sequential):
     """Doubles height and width, then a 3x3 convolution."""
 
@@ -91,7 +153,7 @@ class Upsample(nn.Sequential):
 
 def norm(width: int) -> nn.GroupNorm:
     """Group normalisation with eight channels per group."""
-    return nn.GroupNorm(width // 8, width, eps=1e-6)
+    return GroupNorm(width // 8, width, eps=1e-6)
 
 
 def encoder(

@@ -16,7 +16,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from .autoencoder import Autoencoder, AutoencoderConfig
-from .layers import Upsample, one_head_attention
+from .layers import GroupNorm, Upsample, one_head_attention
 from .quantizers.vq import VQConfig
 from .settings import ModelConfig, Node
 
@@ -194,7 +194,7 @@ def middle(width: int, attention: bool, groups: int) -> nn.Sequential:
 
 def norm(width: int, groups: int) -> nn.GroupNorm:
     """Group normalisation."""
-    return nn.GroupNorm(groups, width, eps=1e-6)
+    return GroupNorm(groups, width, eps=1e-6)
 
 
 def conv3(width: int, wide: int) -> nn.Conv2d:

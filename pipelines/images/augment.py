@@ -1,7 +1,8 @@
 """Random changes of training images: flip, shift, rotation, zoom.
 
 What happens to an image is a pure function of (seed, epoch, index): no generator is kept, so a resumed run, another
-batch size or another number of processes sees the same images.
+batch size or another number of processes sees the same images. It is drawn on the host, as five numbers for an image
+(`draw_changes`); the pixels are changed wherever they are, on a GPU where there is one.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from pydantic import Field
 from torch import Tensor
 
 from ..config import Config
-from ..shuffling.hashing import uniforms
+from ..shuffling.hashing import DRAWS, uniforms
 
 
 class AugmentConfig(Config):
@@ -27,37 +28,54 @@ class AugmentConfig(Config):
     rotate: float = Field(0.0, ge=0, le=180, description="turn by up to this many degrees, either way")
     zoom: float = Field(0.0, ge=0, lt=1, description="enlarge or shrink by up to this share")
 
+    @property
+    def moves(self) -> bool:
+        """Whether pixels come to lie between others, or at other places than mirrored ones."""
+        return bool(self.shift or self.rotate or self.zoom)
 
-def augment_images(images: Tensor, indices: NDArray[np.int64], config: AugmentConfig, seed: int, epoch: int) -> Tensor:
-    """Augment `images` (B, C, H, W) in [-1, 1] with `indices` (B,) in their data set; returns the same shape.
+
+def draw_changes(
+    indices: NDArray[np.int64], epochs: NDArray[np.int64] | int, config: AugmentConfig, seed: int
+) -> Tensor | None:
+    """What happens to the images at `indices` (B,) in their `epochs`, (B,) or one for all: float32 (B, 5), which are 1
+    to mirror, cosine and sine of the angle, both times the share of the picture that is seen, and the pixels down and
+    right. None where nothing is changed."""
+    if not (config.flip or config.moves):
+        return None
+    draws, epochs = np.empty((len(indices), DRAWS)), np.broadcast_to(epochs, indices.shape)
+    for epoch in np.unique(epochs):
+        here = epochs == epoch
+        draws[here] = uniforms(seed, int(epoch), indices[here])
+    mirrored, sides = draws[:, 0] < 0.5, 2 * draws[:, 1:] - 1
+    down, right = np.rint(sides[:, :2] * (config.shift + 0.5) * (1 - 1e-9)).T  # whole pixels, all equally likely
+    angle, scale = sides[:, 2] * math.radians(config.rotate), 1 / (1 + sides[:, 3] * config.zoom)
+    changes = [config.flip * mirrored, np.cos(angle) * scale, np.sin(angle) * scale, down, right]
+    return torch.from_numpy(np.stack(changes, axis=1).astype(np.float32))
+
+
+def mirror_images(images: Tensor, changes: Tensor) -> Tensor:
+    """Images (B, C, H, W) of any type, those mirrored left to right of which `changes` (`draw_changes`) say so."""
+    return torch.where(changes[:, 0].bool()[:, None, None, None], images.flip(-1), images)
+
+
+def move_images(images: Tensor, changes: Tensor) -> Tensor:
+    """Float images (B, C, H, W) in [-1, 1], shifted, turned and zoomed by `changes` (`draw_changes`).
 
     The result for an image is the same, bit for bit, in any batch.
     """
-    draws = uniforms(seed, epoch, indices)
-    if config.flip:
-        mirrored = torch.from_numpy(draws[:, 0] < 0.5)
-        images = torch.where(mirrored[:, None, None, None], images.flip(-1), images)
-    if config.shift or config.rotate or config.zoom:
-        grid = affine_grid(2 * draws[:, 1:] - 1, config, images.shape[-2], images.shape[-1])
-        images = F.grid_sample(images, grid, mode="bilinear", padding_mode="border", align_corners=False)
-        images = images.clamp(-1, 1)  # interpolation may overshoot by a rounding error
-    return images
+    grid = affine_grid(changes, images.shape[-2], images.shape[-1])
+    images = F.grid_sample(images, grid, mode="bilinear", padding_mode="border", align_corners=False)
+    return images.clamp(-1, 1)  # interpolation may overshoot by a rounding error
 
 
-def affine_grid(draws: NDArray[np.float64], config: AugmentConfig, height: int, width: int) -> Tensor:
-    """The place from which each output pixel is read, (B, H, W, 2) for `grid_sample`; `draws` (B, 4) are uniform in
-    [-1, 1].
+def affine_grid(changes: Tensor, height: int, width: int) -> Tensor:
+    """The place from which each output pixel is read, (B, H, W, 2) for `grid_sample`; `changes` (B, 5) are those of
+    `draw_changes`.
 
     Written with elementwise operations because `F.affine_grid` is a matrix product, whose rounding may depend on B.
     """
-    down, right = np.rint(draws[:, :2] * (config.shift + 0.5) * (1 - 1e-9)).T  # whole pixels, all equally likely
-    angle = draws[:, 2] * math.radians(config.rotate)
-    scale = 1 / (1 + draws[:, 3] * config.zoom)
-    cos, sin, down, right = (
-        torch.from_numpy(value).float()[:, None, None]
-        for value in (np.cos(angle) * scale, np.sin(angle) * scale, down, right)
-    )
-    y = torch.arange(height)[None, :, None] - (height - 1) / 2 - down
-    x = torch.arange(width)[None, None, :] - (width - 1) / 2 - right
+    cos, sin, down, right = changes[:, 1:, None, None].unbind(1)
+    y = torch.arange(height, device=changes.device)[None, :, None] - (height - 1) / 2 - down
+    x = torch.arange(width, device=changes.device)[None, None, :] - (width - 1) / 2 - right
     # Pixels count from the centre, so that rotation does not shear images that are not square.
     return torch.stack([(cos * x - sin * y) * 2 / width, (sin * x + cos * y) * 2 / height], dim=-1)

@@ -1,4 +1,4 @@
-"""An image data set: uint8 in, float in [-1, 1] out.
+"""An image data set: uint8 in, float in [-1, 1] out. Training batches travel as bytes, and become floats on the device.
 
 `load_images` finds the source (embedded digits, a local folder, parquet, a Hub id), decodes every image once so that
 bad ones are known before training starts, and keeps the pixels in memory if they fit. With `data.streaming` images are
@@ -20,7 +20,7 @@ from torch import Tensor
 
 from ..config import UserError, is_first_process
 from ..shuffling.epochs import samples_of
-from .augment import augment_images
+from .augment import AugmentConfig, draw_changes, mirror_images, move_images
 from .bad import Report, append_report
 from .base import WORKERS, DataConfig, Rows
 from .decoding import Decoded, try_decode
@@ -86,8 +86,20 @@ class ImageDataset:
 
     def batch(self, indices: Indices, *, seed: int = 0, epoch: int = 0, augment: bool = False) -> Tensor:
         """The images as float32 (B, C, H, W) in [-1, 1]. Augmentation depends on (seed, epoch, index) alone."""
-        images = to_float(self.pixels(indices))
-        return augment_images(images, self._check(indices), self._augment, seed, epoch) if augment else images
+        return self.prepare(*self.raw_batch(indices, epoch, seed, augment=augment))
+
+    def raw_batch(
+        self, indices: Indices, epochs: NDArray[np.int64] | int, seed: int, *, augment: bool = True
+    ) -> tuple[Tensor, ...]:
+        """What `prepare` makes a batch of: the images as uint8 (B, C, H, W) and, where they are augmented in their
+        `epochs`, (B,) or one for all, what happens to them."""
+        pixels, wanted = self.pixels(indices), self._check(indices)
+        changes = draw_changes(wanted, epochs, self._augment, seed) if augment else None
+        return (pixels,) if changes is None else (pixels, changes)
+
+    def prepare(self, pixels: Tensor, changes: Tensor | None = None) -> Tensor:
+        """The images of a `raw_batch` as float32 (B, C, H, W) in [-1, 1], on the device where the batch is."""
+        return prepare_images(pixels, changes, self._augment)
 
     def write_report(self, folder: Path, split: str) -> None:
         """Append the bad images found since the last call to `bad_images.jsonl` in the folder."""
@@ -102,6 +114,17 @@ class ImageDataset:
         if len(wanted) and (wanted.min() < 0 or wanted.max() >= len(self)):
             raise IndexError(f"indices go from {wanted.min()} to {wanted.max()}; there are {len(self)} images")
         return wanted
+
+
+def prepare_images(pixels: Tensor, changes: Tensor | None, config: AugmentConfig) -> Tensor:
+    """uint8 `pixels` (B, C, H, W) as floats in [-1, 1], augmented by `changes` (`draw_changes`), on the device of both.
+
+    The result for an image is the same, bit for bit, in any batch.
+    """
+    if changes is not None and config.flip:  # of bytes, which are a quarter of the floats
+        pixels = mirror_images(pixels, changes)
+    images = to_float(pixels)
+    return images if changes is None or not config.moves else move_images(images, changes)
 
 
 @dataclass(frozen=True)

@@ -6,10 +6,13 @@ import io
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
+from itertools import chain
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from numpy.typing import NDArray
 from PIL import Image, ImageOps
 from torch import Tensor
@@ -38,25 +41,43 @@ class Decoded:
     report: Report
 
 
-def decode_all(rows: Rows, positions: NDArray[np.int64], shape: Shape, room: int) -> Decoded:
-    """Decode the images at `positions`; keeps the pixels if they fit in `room` bytes, and reports the bad ones."""
+def decode_all(rows: Rows, positions: NDArray[np.int64], shape: Shape, room: int, together: bool = False) -> Decoded:
+    """Decode the images at `positions`; keeps the pixels if they fit in `room` bytes, and reports the bad ones.
+
+    together: all processes of a group are here with the same arguments. If pixels are not kept, each checks its share.
+    """
     keep = len(positions) * int(np.prod(shape)) <= room
+    share = together and not keep and dist.is_initialized()
+    rank, world = (dist.get_rank(), dist.get_world_size()) if share else (0, 1)
     store = np.empty((len(positions) if keep else 0, *shape), dtype=np.uint8)
-    good, problems = np.ones(len(positions), dtype=bool), []
-    chunks = [positions[start : start + CHUNK].tolist() for start in range(0, len(positions), CHUNK)]
-    bar = tqdm(total=len(positions), desc="checking images", unit="image", leave=False, disable=not show_progress())
+    starts = range(rank * CHUNK, len(positions), world * CHUNK)
+    chunks = [positions[start : start + CHUNK].tolist() for start in starts]
+    found: list[tuple[int, Problem]] = []
+    total = sum(map(len, chunks))
+    bar = tqdm(total=total, desc="checking images", unit="image", leave=False, disable=not show_progress())
     with bar, ThreadPoolExecutor(WORKERS) as pool:
-        for chunk, results in enumerate(pool.map(partial(decode_chunk, rows, shape), chunks)):
-            for k, (name, image) in enumerate(results, start=chunk * CHUNK):
+        for start, results in zip(starts, pool.map(partial(decode_chunk, rows, shape), chunks), strict=True):
+            for k, (name, image) in enumerate(results, start=start):
                 if isinstance(image, str):
-                    good[k] = False
-                    problems.append(Problem(name, int(positions[k]), image))
+                    found.append((k, Problem(name, int(positions[k]), image)))
                 elif keep:
                     store[k] = image
             bar.update(len(results))
-    if not good.all() and keep:
+    if share:
+        found = of_all_processes(found)
+    good = np.ones(len(positions), dtype=bool)
+    good[[k for k, _ in found]] = False
+    if found and keep:
         store = store[good]
-    return Decoded(positions[good], torch.from_numpy(store) if keep else None, Report(len(positions), problems))
+    report = Report(len(positions), [problem for _, problem in found])
+    return Decoded(positions[good], torch.from_numpy(store) if keep else None, report)
+
+
+def of_all_processes(found: list[tuple[int, Problem]]) -> list[tuple[int, Problem]]:
+    """What each process has found, in the order of the positions."""
+    told: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(told, found)
+    return sorted(chain.from_iterable(told))
 
 
 def decode_chunk(rows: Rows, shape: Shape, indices: list[int]) -> list[tuple[str, NDArray[np.uint8] | str]]:

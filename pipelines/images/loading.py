@@ -18,12 +18,13 @@ from .sources import open_source
 from .splits import held_out_split, tell_splits, validation_count
 
 
-def load_images(config: DataConfig, *, begun: bool = False) -> Splits:
+def load_images(config: DataConfig, *, begun: bool = False, together: bool = False) -> Splits:
     """Find the source, decode every image once and return its splits.
 
-    begun: whether a run continues, which has to hold out the same images as before; see `held_out_split`. Raises
-    `UserError` for a source that is missing, empty or lacks a split, for labels that are missing or negative, and for
-    images that cannot be decoded (with `on_error=skip`, only if there are more than `max_bad_fraction`).
+    begun: whether a run continues, which has to hold out the same images as before; see `held_out_split`. together:
+    whether all processes that were launched are here, of which each then decodes a share of what memory cannot keep.
+    Raises `UserError` for a source that is missing, empty or lacks a split, for labels that are missing or negative,
+    and for images that cannot be decoded (with `on_error=skip`, only if there are more than `max_bad_fraction`).
     """
     parts = choose_splits(open_source(config), config, begun)
     opened = {id(rows): rows for rows, _ in parts.values()}
@@ -39,7 +40,7 @@ def load_images(config: DataConfig, *, begun: bool = False) -> Splits:
         return Splits(**streamed)
     decoded, room = {}, config.cache_mb * 2**20
     for name, (rows, positions) in parts.items():
-        decoded[name] = decode_all(rows, positions, config.image_shape, room)
+        decoded[name] = decode_all(rows, positions, config.image_shape, room, together)
         room -= part.nbytes if (part := decoded[name].pixels) is not None else 0
     judge([part.report for part in decoded.values()], config)
     read = {

@@ -1,6 +1,6 @@
 """What a training step costs in memory and FLOPs, found on paper (`planning.paper`).
 
-A model runs forward and backward as the loop runs it: autocast to bf16, losses in float32.
+A model runs forward and backward as the loop runs it, autocast to bf16; a tokenizer's losses are in float32.
 """
 
 from __future__ import annotations
@@ -58,10 +58,10 @@ def prior_turn(model: Prior, count: int, bf16: bool) -> Turn:
         inputs = model.training_inputs(tokens, 0.5)
         with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
             logits = model(tokens, torch.zeros(count, dtype=torch.long), **inputs)
-        logits = logits.float()  # as accelerate does
         yield "activations", ledger.now - logits.untyped_storage().nbytes()
         yield "logits", logits.untyped_storage().nbytes()
-        loss = model.loss(logits, tokens, **inputs)
+        with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+            loss = model.loss(logits, tokens, **inputs)
         del logits
         loss.backward()
 

@@ -19,6 +19,8 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter, tree_map_only
 
+from tokenizer.layers import channels_last_norm
+
 T = TypeVar("T")
 
 ON_FLOAT32 = frozenset(
@@ -150,12 +152,15 @@ def address(tensor: Tensor) -> int:
 
 
 class CUDAKernels(TorchFunctionMode):
-    """On a CPU, what CUDA would keep: dropout a mask of bools, RMSNorm its input and a number per row, attention its
-    inputs, its output and a number per row whether there is dropout or not; and autocast's list of float32."""
+    """On a CPU, what CUDA would keep: dropout a mask of bools, RMSNorm its input and a number per row, the tokenizers'
+    group normalisation its input and two numbers per group, in the type of its input; attention its inputs, its output
+    and a number per row whether there is dropout or not; and autocast's list of float32."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs, name = kwargs or {}, getattr(func, "__name__", "")
         cast = torch.is_autocast_enabled("cpu")
+        if name == "group_norm":
+            return channels_last_norm(*args, **kwargs)
         if cast and name in ON_FLOAT32:
             args, kwargs = tree_map_only(Tensor, as_float32, (args, kwargs))
         if name == "dropout":

@@ -8,19 +8,20 @@ with the same command continues to the bit. `accelerate` owns devices, precision
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Generator
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import nullcontext
+from collections.abc import Callable, Generator, Iterator
+from contextlib import closing, nullcontext
+from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from ..config import UserError
 from ..config.command import Interrupted
 from ..processes.launched import apart, build_accelerator
 from ..processes.sharing import Team
+from ..shuffling.ahead import made_ahead, pinned, sent
 from ..tracking.tracker import require_installed
 from .best import final_weights, keep_if_best
 from .extending import require_alike
@@ -95,34 +96,40 @@ def train(build: Callable[[Accelerator], Task], config: Any) -> Path:
 
 
 def batches(training: Training) -> Generator[list[Any], None, None]:
-    """This process's micro-batches of each step, the next step's being made while this one's are used."""
+    """This process's micro-batches of each step, on its device; those of the next steps are made while one's are used.
+
+    What travels to a GPU is what `Task.batch` made, bytes for an image, from pinned memory, which the host need not
+    wait for. A GPU prepares it (`Task.prepare`) in the order of its work; for a CPU the thread that made it does.
+    """
     config, accelerator, task = training.config, training.accelerator, training.task
-    size = config.batch_size // config.accumulate // accelerator.num_processes
+    size, device = config.batch_size // config.accumulate // accelerator.num_processes, accelerator.device
 
     def make(step: int) -> list[Any]:
         indices, epochs = task.samples(config.batch_size, config.seed, step)
         shape = (config.accumulate, accelerator.num_processes, size)
         mine = [part.reshape(shape)[:, accelerator.process_index] for part in (indices, epochs)]
         micro = [task.batch(i, e, config.seed) for i, e in zip(*mine, strict=True)]
-        if accelerator.device.type == "cuda":  # pinned memory is copied without the host waiting for it
-            micro = [tuple(p.pin_memory() if isinstance(p, Tensor) else p for p in batch) for batch in micro]
-        return micro
+        if device.type == "cpu":
+            return [task.prepare(batch) for batch in micro]
+        return [pinned(batch) for batch in micro] if device.type == "cuda" else micro
 
-    with ThreadPoolExecutor(1) as pool:
-        step = training.step
-        following = pool.submit(make, step)
-        while True:
-            ready, step = following.result(), step + 1
-            following = pool.submit(make, step)
-            yield ready
+    with closing(made_ahead(make, count(training.step))) as stream:
+        for micro in stream:
+            yield micro if device.type == "cpu" else [task.prepare(sent(batch, device)) for batch in micro]
 
 
 def fit(training: Training) -> None:
     """Look at the run when that is due, then take a step; until the steps or the minutes are used up."""
+    with closing(batches(training)) as stream:
+        go_on(training, stream)
+
+
+def go_on(training: Training, stream: Iterator[list[Any]]) -> None:
+    """`fit`, with these micro-batches for each step."""
     config, began = training.config, time.monotonic() - 60 * training.minutes
     before = finished(training)
     bar = progress_bar(training, hidden=before)
-    stream, since = batches(training), (training.step, time.monotonic())
+    since = (training.step, time.monotonic())
     training.task.model.train()
     while True:
         progress = agreed_progress(training)
@@ -148,7 +155,6 @@ def fit(training: Training) -> None:
         take_step(training, next(stream), learning_rate(config, training.step, progress))
         training.minutes = (time.monotonic() - began) / 60
         bar.update(1)
-    stream.close()
     bar.close()
     training.writer.wait()
     training.heartbeat.beat(training.step, "end")

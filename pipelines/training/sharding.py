@@ -46,7 +46,7 @@ def is_sharding(accelerator: Accelerator) -> bool:
 
 def require_shardable(task: Task) -> None:
     """Raise `UserError` unless the task trains one model, and that as a whole."""
-    if list(task.nets.values()) != [task.model]:
+    if not task.shardable:
         raise UserError(
             "FSDP is for priors: a tokenizer (its codebook, its critic) is kept whole by every process; launch this "
             "verb without it, as configs/accelerate/eight_gpus.yaml does"

@@ -5,8 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch.optim.swa_utils import AveragedModel
 
+from ..processes.launched import told_precision
 from ..tracking import Tracker
 from .blocks import prepare_blocks
 from .checkpoints.counters import check_counters
@@ -88,6 +90,9 @@ def announce(training: Training, changes: list[str]) -> None:
         f"{accelerator.mixed_precision} mixed precision{', weights sharded' if training.sharded else ''}",
         flush=True,
     )
+    gpu_has_bf16 = accelerator.device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    if line := told_precision(accelerator.mixed_precision, gpu_has_bf16):
+        print(f"{training.run}: {line}", flush=True)
     if task.players and task.watched == "held_out":
         what = "figures while training are of the images held out, and the last weights are kept"
         print(f"{training.run}: no images for validation: {what}", flush=True)

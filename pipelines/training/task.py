@@ -33,6 +33,8 @@ class Task:
     """Size of the training set."""
     evaluated: dict[Split, int]
     """How many images the figures of a split are of; `validation` is there only if there are any."""
+    shardable: bool = False
+    """Whether `model` is all that is trained, as a whole, so that FSDP may shard it."""
     snapshots: dict[str, Kind] = {}
     """The folders in the run folder that `save` may write, and what an earlier run may have left there."""
     tokens_per_row: int
@@ -46,8 +48,13 @@ class Task:
     """Share of training done, in [0, 1], told by the loop before each step."""
 
     def batch(self, indices: np.ndarray, epochs: np.ndarray, seed: int) -> Any:
-        """The training samples at `indices` in their `epochs`, a tuple of tensors; a pure function."""
+        """The training samples at `indices` in their `epochs`, a tuple of tensors on the CPU, as few bytes as can be; a
+        pure function, called in another thread."""
         raise NotImplementedError
+
+    def prepare(self, batch: Any) -> Any:
+        """What `loss` takes, of what `batch` returned, after that has been sent to the device; a pure function."""
+        return batch
 
     def samples(self, batch_size: int, seed: int, step: int) -> tuple[np.ndarray, np.ndarray]:
         """Row indices and epochs, each `(batch_size,)`, of one step's global batch: a function of its arguments."""

@@ -1,6 +1,6 @@
 """What attention is written for besides being right: few passes over memory, and little kept for the backward one.
 
-Covers: tokenizer/layers.py, prior/transformer.py.
+Covers: prior/transformer.py.
 """
 
 import pytest

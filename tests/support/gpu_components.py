@@ -21,6 +21,7 @@ from typing import Any
 from unittest.mock import patch
 
 import gpu_waits
+import numpy as np
 import torch
 import torch.distributed as dist
 from accelerate.state import AcceleratorState
@@ -50,6 +51,9 @@ from pipelines.anomaly.scores import METHODS
 from pipelines.compression import coding as compression
 from pipelines.compression.coder import Coder
 from pipelines.config.command import parse
+from pipelines.images.augment import AugmentConfig, draw_changes
+from pipelines.images.dataset import prepare_images
+from pipelines.shuffling.ahead import pinned, sent
 from pipelines.training.adversary import Adversary, CriticConfig
 from prior import Prior
 from prior.requests import Walk
@@ -66,6 +70,7 @@ SIZE = (16, 16)
 def components() -> Iterator[Component]:
     """Everything that is tried; what begins with "main" is tried in the default suite."""
     yield "main: what a GPU refuses", refused
+    yield "main: images travel as bytes", travel
     yield from tokenizers()
     yield from priors()
     yield "critic", play
@@ -100,6 +105,15 @@ def refused() -> None:
     y.float().sum().backward()
     assert y.dtype == torch.bfloat16 and isinstance(layer.weight.grad, Pretended)
     assert torch.equal((x + 1).cpu(), x.cpu() + 1)
+
+
+def travel() -> None:
+    """A batch is sent as bytes, and becomes there what it would have become here, to the bit."""
+    config = AugmentConfig(flip=True, shift=2, rotate=20.0, zoom=0.2)
+    pixels = torch.randint(256, (9, 3, 12, 10), dtype=torch.uint8)
+    batch = pixels, draw_changes(np.arange(9), 3, config, 0)
+    there = prepare_images(*sent(pinned(batch), CUDA), config)
+    assert isinstance(there, Pretended) and torch.equal(there.cpu(), prepare_images(*batch, config))
 
 
 # Models

@@ -13,17 +13,19 @@ import struct
 import threading
 import zlib
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import psutil
 import pytest
+import torch
 from hostility import give_back
 from image_files import Row, encoded, noise, write_parquet, write_tar
 from PIL import Image
 
-from pipelines.images import DataConfig, Splits, load_images
+from pipelines.images import DataConfig, Splits, decoding, load_images
 from pipelines.images.bad import read_report
 
 SIDE = 16
@@ -247,6 +249,65 @@ def test_what_is_no_file_is_a_bad_image_and_not_waited_for(tmp_path, monkeypatch
         ("gone.png", "no such file, or not a regular one"),
         ("huge.png", "a file of more than 2000 bytes"),
     }
+
+
+class Group:
+    """A group of processes, each of them a thread, as `torch.distributed` shows it."""
+
+    def __init__(self, size: int) -> None:
+        self.size, self.barrier, self.told = size, threading.Barrier(size, timeout=30), [None] * size
+        self.local = threading.local()
+
+    def is_initialized(self) -> bool:
+        return hasattr(self.local, "rank")
+
+    def get_rank(self) -> int:
+        return self.local.rank
+
+    def get_world_size(self) -> int:
+        return self.size
+
+    def all_gather_object(self, found: list[Any], value: Any) -> None:
+        self.told[self.local.rank] = value
+        self.barrier.wait()
+        found[:] = self.told
+        self.barrier.wait()
+
+    def run(self, act: Any) -> list[Any]:
+        """What `act` returns to each."""
+
+        def work(rank: int) -> Any:
+            self.local.rank = rank
+            return act()
+
+        with ThreadPoolExecutor(self.size) as pool:
+            return list(pool.map(work, range(self.size)))
+
+
+@pytest.mark.parametrize("size", [1, 2, 3])
+@pytest.mark.parametrize("cache_mb", [0, 100])
+def test_processes_share_the_check_of_what_they_cannot_keep(tmp_path, monkeypatch, size, cache_mb):
+    """All of them know of every bad image, and each image is decoded by one of them; what they keep, by each."""
+    folder, _ = written(tmp_path / "data", "folder", collection(2, 30))
+    config = DataConfig(
+        source=str(folder), image_size=SIDE, channels=3, on_error="skip", max_bad_fraction=1, cache_mb=cache_mb
+    )
+    alone, checked, group = load_images(config), [], Group(size)
+    decode_chunk = decoding.decode_chunk
+    monkeypatch.setattr(decoding, "decode_chunk", lambda *given: checked.extend(given[2]) or decode_chunk(*given))
+    monkeypatch.setattr(decoding, "CHUNK", 3)
+    monkeypatch.setattr(decoding, "dist", group)
+    assert alone.train.report.bad > 4
+    for splits in group.run(lambda: load_images(config, together=True)):
+        for name, part in splits.named().items():
+            other = alone.named()[name]
+            assert part.report == other.report and np.array_equal(part._positions, other._positions)
+            assert torch.equal(part.pixels(range(len(part))), other.pixels(range(len(other))))
+    times = Counter(Counter(checked).values())
+    assert times == {size if cache_mb else 1: sum(part.report.found for part in alone.named().values())}
+    checked.clear()
+    group.run(lambda: load_images(config))  # each for itself
+    assert set(Counter(checked).values()) == {size}
 
 
 @pytest.mark.parametrize(("kind", "count"), [(kind, 40) for kind in (*READ, "plain")])

@@ -314,7 +314,7 @@ def test_images_for_validation_are_a_split_of_their_own(tokenizer, tmp_path):
     grown = encoded_tokens(tmp_path, source, augmentations=3, append=True)
     assert {name: len(split) for name, split in grown.splits.items()} == {"train": 120, "validation": 30, "test": 30}
     every = np.arange(4 * 30)
-    variants = encode.variants_of(images.train, every, 0)
+    variants = torch.cat([images.train.prepare(*part) for part in encode.variants_of(images.train, every, 0)])
     assert torch.equal(grown.splits["train"].tokens.long(), tokenizer.encode(variants))
     assert len(load_tokens(tmp_path / "tokens").splits["validation"]) == 30
 
@@ -330,7 +330,7 @@ def test_an_encode_that_was_begun_without_images_for_validation_ends_without(tok
     job = json.loads(path.read_text())
     assert job["data"].pop("validation_fraction") == 0 and job["rows"] == [30, 30]
     path.write_text(json.dumps(job))
-    monkeypatch.setattr(encode, "encode_rows", lambda *_: pytest.fail("a piece was made again"))
+    monkeypatch.setattr(encode, "encode_piece", lambda *_: pytest.fail("a piece was made again"))
     data = encoded_tokens(tmp_path)
     assert {name: len(split) for name, split in data.splits.items()} == {"train": 30, "test": 30}
     assert data.parts[0]["data"]["validation_fraction"] == 0

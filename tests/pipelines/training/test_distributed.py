@@ -70,6 +70,7 @@ TOKENIZER = {
     "train__steps": STEPS,
     "train__save_every": 5,
     "data__augment__rotate": 8,
+    "data__cache_mb": 0,  # so that each process checks its share
     "model": {**VQVAE, "quantizer": BUSY},
 }
 PRIOR = {"train__steps": STEPS}

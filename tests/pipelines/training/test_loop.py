@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import math
 import re
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -48,6 +49,7 @@ from pipelines.metrics.likelihood import bits_per_token
 from pipelines.metrics.reconstruction import evaluate_reconstruction
 from pipelines.shuffling.epochs import samples_of
 from pipelines.tokens import load_tokens
+from pipelines.train_tokenizer import TokenizerTask, TrainTokenizerConfig
 from pipelines.training import loop as training
 from pipelines.training.loop import figures_on
 from pipelines.training.schedule import TrainConfig
@@ -76,6 +78,46 @@ def test_any_number_of_processes_shares_the_same_batches(processes, accumulate):
         assert {part[2] for part in laid_out} == {5}
     for stream in streams:
         stream.close()
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_images_travel_as_bytes_and_are_those_of_their_epochs(tmp_path, streaming):
+    """Whatever makes the batch and wherever it becomes floats, the images are those of (seed, epoch, index)."""
+    write_pictures(tmp_path / "images", 30)
+    augment = {"flip": True, "shift": 2, "rotate": 9, "zoom": 0.1}
+    data = DataConfig(source=str(tmp_path / "images"), image_size=8, augment=augment, streaming=streaming)
+    task = TokenizerTask(TrainTokenizerConfig(out=str(tmp_path / "run"), data=data, model={**VQVAE, "widths": [8]}))
+    (stream,) = streams_of(task, TrainConfig(batch_size=16, accumulate=2, seed=3), 0, 1)
+    several = False
+    for step in range(5):
+        indices, epochs = task.samples(16, 3, step)
+        raw = task.batch(indices, epochs, 3)
+        assert raw[0].dtype == torch.uint8 and raw[0].shape == (16, 1, 8, 8) and sum(p.nbytes for p in raw) < 16 * 90
+        parts = zip(indices.tolist(), epochs.tolist(), strict=True)
+        alone = torch.cat([task.images.train.batch([i], seed=3, epoch=e, augment=True) for i, e in parts])
+        assert torch.equal(torch.cat([images for (images,) in next(stream)]), alone)
+        several |= len(set(epochs)) > 1
+    assert several
+    stream.close()
+
+
+def test_what_prepares_batches_ends_with_the_run(tmp_path, monkeypatch):
+    """At most two batches ahead of the step that failed, and no thread is left."""
+    made, batch, loss = [], TokenizerTask.batch, TokenizerTask.loss
+
+    def failing(task, player, images, step):
+        if step == 3:
+            raise UserError("the fourth step")
+        return loss(task, player, images, step)
+
+    monkeypatch.setattr(TokenizerTask, "loss", failing)
+    monkeypatch.setattr(TokenizerTask, "batch", lambda *given: made.append(1) or batch(*given))
+    with pytest.raises(UserError, match="the fourth step") as caught:
+        train_tokenizer(tmp_path / "run")
+    assert caught.tb and 4 <= len(made) <= 6  # the frames, and with them the stream, are still there
+    before = len(made)
+    time.sleep(0.05)
+    assert len(made) == before and not [t for t in threading.enumerate() if t.name.startswith("ahead")]
 
 
 # The end

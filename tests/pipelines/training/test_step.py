@@ -26,11 +26,14 @@ from one_process import begin_anew
 from small import QUANTIZERS, node_of
 
 from pipelines.config import UserError
+from pipelines.processes.launched import told_precision
 from pipelines.train_prior import PriorTask
 from pipelines.train_tokenizer import TokenizerTask
 from pipelines.training import loop as training
+from pipelines.training import starting
 from pipelines.training import step as one_step
 from pipelines.training.state import Unread
+from prior import Prior
 
 FSQ = {"kind": "fsq", "levels": [5, 4, 3]}
 
@@ -67,7 +70,13 @@ def test_clipping_bounds_the_norm_that_is_applied(tmp_path, monkeypatch):
 
 def test_bfloat16_trains(tmp_path, tokens, monkeypatch, capsys):
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
-    full = {}
+    full, types, objective = {}, set(), Prior.loss
+
+    def watched(prior, logits, *rest, **inputs):
+        types.add(logits.dtype)
+        return objective(prior, logits, *rest, **inputs)
+
+    monkeypatch.setattr(Prior, "loss", watched)
     for name, train in {"tokenizer": train_tokenizer, "prior": lambda out, **m: train_prior(out, tokens, **m)}.items():
         run = train(tmp_path / name, train__steps=20)
         found = losses(run)
@@ -75,9 +84,24 @@ def test_bfloat16_trains(tmp_path, tokens, monkeypatch, capsys):
         assert not metrics(run)[-1]["skipped_steps"]
         full[name] = found
     assert capsys.readouterr().out.count("bf16 mixed precision") == 2
+    assert types == {torch.bfloat16}  # logits are not cast as a whole, as accelerate does with what is returned
     begin_anew()
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")
     assert losses(train_prior(tmp_path / "float32", tokens, train__steps=20)) != full["prior"]  # so it was used
+
+
+def test_float32_on_a_gpu_that_has_bf16_is_said_once(tmp_path, monkeypatch, capsys):
+    """In one line with the option to give; nothing is said of what was asked for, or cannot be had."""
+    for precision, has_bf16 in (("bf16", True), ("no", False), ("bf16", False)):
+        assert told_precision(precision, has_bf16) == ""
+    line = told_precision("no", True)
+    assert "--mixed_precision bf16" in line and "float32" in line and "\n" not in line
+    before = torch.backends.cuda.matmul.fp32_precision
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **_: True)  # of a GPU that is not used
+    monkeypatch.setattr(starting, "told_precision", lambda precision, has_bf16: f"{precision} {has_bf16}")
+    train_tokenizer(tmp_path / "run", train__steps=1)
+    assert capsys.readouterr().out.count("run: no False\n") == 1
+    assert torch.backends.cuda.matmul.fp32_precision == before
 
 
 def test_fp16_is_refused(tmp_path, monkeypatch):
@@ -222,14 +246,14 @@ def test_the_first_step_may_be_sick(tmp_path, monkeypatch):
     """k-means over images that are not numbers must not be what the codebook starts from."""
     for name in ("ema", "vq"):
         with monkeypatch.context() as patch:
-            batch = TokenizerTask.batch
+            prepare = TokenizerTask.prepare
             calls = iter(range(100))
 
-            def first_is_sick(self, *arguments, batch=batch, calls=calls):
-                (images,) = batch(self, *arguments)
+            def first_is_sick(self, batch, prepare=prepare, calls=calls):
+                (images,) = prepare(self, batch)
                 return (images * math.nan if next(calls) == 0 else images,)
 
-            patch.setattr(TokenizerTask, "batch", first_is_sick)
+            patch.setattr(TokenizerTask, "prepare", first_is_sick)
             model = {**VQVAE, "quantizer": node_of(name)}
             run = train_tokenizer(tmp_path / name, model=model, train__save_every=1)
         assert metrics(run)[-1]["skipped_steps"] == 1 and losses(run)[-1] < losses(run)[0]

@@ -1,0 +1,43 @@
+"""What comes next is made by a thread while what came last is used, and sent to the device without a wait."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Generator, Iterable
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+T = TypeVar("T")
+Made = TypeVar("Made")
+AHEAD = 2  # one may take longer than the use of another, if the next takes less
+
+
+def made_ahead(make: Callable[[T], Made], items: Iterable[T], ahead: int = AHEAD) -> Generator[Made, None, None]:
+    """What `make` returns for each item, in their order, made by one thread, `ahead` of them before they are asked for.
+
+    An error comes out where its item is due. Once closed, nothing more is made; closing waits for what is being made.
+    """
+    waiting: deque[Future[Made]] = deque()
+    with ThreadPoolExecutor(1, "ahead") as pool:
+        try:
+            for item in items:
+                waiting.append(pool.submit(make, item))
+                if len(waiting) > ahead:
+                    yield waiting.popleft().result()
+            while waiting:
+                yield waiting.popleft().result()
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
+
+
+def pinned(batch: tuple[Any, ...]) -> tuple[Any, ...]:
+    """The batch with its tensors in pinned memory, from which they travel to a GPU while the host goes on."""
+    return tuple(part.pin_memory() if isinstance(part, Tensor) else part for part in batch)
+
+
+def sent(batch: tuple[Any, ...], device: torch.device) -> tuple[Any, ...]:
+    """The batch with its tensors on their way to the device; what is computed with them there waits for them."""
+    return tuple(part.to(device, non_blocking=True) if isinstance(part, Tensor) else part for part in batch)

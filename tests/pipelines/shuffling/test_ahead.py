@@ -1,0 +1,75 @@
+"""What is made ahead comes in its order, and no more of it than was asked for."""
+
+from __future__ import annotations
+
+import threading
+import time
+from itertools import count
+
+import pytest
+import torch
+
+from pipelines.shuffling.ahead import AHEAD, made_ahead, pinned, sent
+
+
+def test_items_come_in_their_order_each_made_once_by_one_thread():
+    made, threads = [], set()
+
+    def make(item):
+        threads.add(threading.get_ident())
+        made.append(item)
+        time.sleep(0.002 * (item % 3 == 0))
+        return item * item
+
+    assert list(made_ahead(make, range(20))) == [item * item for item in range(20)]
+    assert made == list(range(20)) and len(threads) == 1 and threading.get_ident() not in threads
+    assert list(made_ahead(make, range(1))) == [0] and list(made_ahead(make, ())) == []
+
+
+def test_two_are_made_while_one_is_used():
+    made, third = [], threading.Event()
+
+    def make(item):
+        made.append(item)
+        if item == AHEAD:
+            third.set()
+
+    stream = made_ahead(make, count())
+    next(stream)
+    assert third.wait(10)
+    time.sleep(0.05)
+    assert made == list(range(AHEAD + 1))
+    stream.close()
+
+
+def test_an_error_comes_out_where_it_is_due_and_closing_ends_the_thread():
+    made, begun, free = [], threading.Event(), threading.Event()
+
+    def make(item):
+        made.append(item)
+        if item == 1:
+            begun.set()
+            free.wait(10)
+        if item == 3:
+            raise KeyboardInterrupt
+        return item
+
+    stream = made_ahead(make, range(9))
+    assert next(stream) == 0 and begun.wait(10)
+    threading.Timer(0.05, free.set).start()
+    stream.close()
+    assert made == [0, 1] and not [
+        t for t in threading.enumerate() if t.name.startswith("ahead")
+    ]  # what was not begun never is
+    stream = made_ahead(make, range(9))
+    assert [next(stream) for _ in range(3)] == [0, 1, 2]
+    with pytest.raises(KeyboardInterrupt):
+        next(stream)
+    assert list(stream) == [] and len(made) <= 2 + 6
+
+
+def test_only_tensors_travel():
+    batch = sent((torch.zeros(3, dtype=torch.uint8), "name"), torch.device("meta"))
+    assert batch[0].device.type == "meta" and batch[0].dtype == torch.uint8 and batch[1] == "name"
+    if torch.cuda.is_available():
+        assert pinned((torch.zeros(3), None))[0].is_pinned()
