@@ -25,11 +25,12 @@ from .config.outputs import check_out_folder
 from .images import DataConfig, ImageDataset, Splits, check_shape, load_images
 from .images.origin import is_local
 from .images.splits import as_begun
+from .jobs import Piece
 from .stages.provenance import tokenizer_defaults
 from .tokens import Meta
 from .tokens.appending import class_numbers, existing, missing_variants, same_images
 from .tokens.meta import TOKENS
-from .tokens.pieces import EncodeJob, Piece, cut, manifest_hash, recover, shards_of, unfinished
+from .tokens.pieces import EncodeJob, cut, manifest_hash, recover, shards_of
 from .training.processes import build_accelerator, on_main
 
 if TYPE_CHECKING:
@@ -93,7 +94,7 @@ def run(config: EncodeConfig) -> Path:
 def begun_with(out: Path, old: Meta | None) -> list[dict[str, Any]]:
     """The settings of images that this encode may continue with: those of an unfinished encode, and those of the
     dataset to which rows are added."""
-    begun = unfinished(out)
+    begun = EncodeJob.unfinished(out)
     parts = [] if begun is None else [begun]
     if old is not None:
         parts += [*old.parts, old.source]
@@ -208,7 +209,7 @@ def encode_pieces(
             rows = np.arange(piece.start, piece.stop)
             tokens = encode_rows(tokenizer, split, rows, config, bar)
             labels = None if split.labels is None else split.labels[rows % len(split)]
-            job.keep(piece, tokens, labels if numbers is None or labels is None else numbers[labels])
+            job.keep_rows(piece, tokens, labels if numbers is None or labels is None else numbers[labels])
 
 
 @torch.inference_mode()
