@@ -19,9 +19,10 @@ STEPS = ("train_tokenizer", "encode", "train_prior", "generate", "evaluate")
 ALLOWED = {
     "shuffling": set(),
     "config": set(),
+    "jobs": {"config"},
     "images": {"config", "shuffling"},
     "tracking": {"config", "images"},  # of images: how a picture is written
-    "tokens": {"config", "images", "shuffling"},
+    "tokens": {"config", "images", "jobs", "shuffling"},
     "stages": {"config", "images"},
     "anomaly": {"stages", "images"},
     "compression": {"stages", "images"},
