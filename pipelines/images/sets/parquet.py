@@ -8,11 +8,13 @@ from typing import Any
 
 from tokenizer.files.ownership import MARK
 
-from .parts import Facts, Part
+from .parts import Facts, Part, regrouped
+
+GROUP = 100  # rows of a row group, which readers take at once: as many as the Hub's own data sets of images have
 
 
 def write_parquet(path: Path, parts: Iterable[Part], facts: Facts) -> None:
-    """Write the file, a row group for each part; parts hold PNG files."""
+    """Write the file, which is the same however the images are cut; parts hold PNG files."""
     import datasets
     import pyarrow as pa
     import pyarrow.parquet as pq
@@ -23,7 +25,7 @@ def write_parquet(path: Path, parts: Iterable[Part], facts: Facts) -> None:
     schema = datasets.Features(features).arrow_schema
     options = {"compression": "none", "use_dictionary": False, "write_statistics": False}  # PNG is compressed
     with pq.ParquetWriter(path, schema, store_schema=False, **options) as writer:
-        for part in parts:
+        for part in regrouped(parts, GROUP):
             rows = [
                 {"bytes": image, "path": f"{facts.key(number)}.png"}
                 for number, image in enumerate(part.images, part.first)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -71,3 +71,17 @@ class Drawn:
         part = Part(first, self.images[:count], self.labels[:count] or None)
         del self.images[:count], self.labels[:count]
         return part
+
+
+def regrouped(parts: Iterable[Part], size: int) -> Iterator[Part]:
+    """The same images in parts of `size`, but for the last one."""
+    images: list[bytes] = []
+    labels: list[int] = []
+    first = 0
+    for part in parts:
+        images, labels = images + part.images, labels + (part.labels or [])
+        while len(images) >= size:
+            yield Part(first, images[:size], labels[:size] or None)
+            images, labels, first = images[size:], labels[size:], first + size
+    if images:
+        yield Part(first, images, labels or None)
