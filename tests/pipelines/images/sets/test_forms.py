@@ -154,6 +154,18 @@ def test_only_a_part_is_in_memory(tmp_path, suffix):
     assert size >= 320 * 512 * 341 * 3
 
 
+def test_a_tar_of_many_small_files_does_not_remember_them(tmp_path):
+    parts = (Part(10 * k, [b"x"] * 10, [0] * 10) for k in range(300))
+    tracemalloc.start()
+    try:
+        save(form_of(out := tmp_path / "set.tar"), out, parts, Facts(3000, 8, 8, NAMES), columns=1, inputs=[])
+        assert tracemalloc.get_traced_memory()[1] < 1 << 20
+    finally:
+        tracemalloc.stop()
+    with tarfile.open(out) as tar:
+        assert len(tar.getnames()) == 6000
+
+
 def test_parts_are_cut_anew():
     for labels in (None, list(range(10))):
         parts = [Part(k, [b"%d" % k], None if labels is None else labels[k : k + 1]) for k in range(10)]
