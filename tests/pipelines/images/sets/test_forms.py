@@ -132,38 +132,38 @@ def test_ours_is_replaced_and_an_edited_one_is_not(tmp_path, suffix):
 
 @pytest.mark.parametrize("suffix", [*SUFFIXES, ""])
 def test_only_a_part_is_in_memory(tmp_path, suffix):
-    """160 MB in parts of 2 MB; what pyarrow has is not counted, so parts have to be gone as well."""
+    """40 MB in parts of half a MB; what pyarrow has is not counted, so parts have to be gone as well."""
     made, most = [], 0
 
     def parts():
         nonlocal most
         for number in range(80):
-            part = Part(4 * number, [bytes(512 * 341 * 3) for _ in range(4)])
+            part = Part(4 * number, [bytes(128 * 341 * 3) for _ in range(4)])
             made.append(weakref.ref(part))
             most = max(most, sum(one() is not None for one in made))
             yield part
 
-    group = 2 * 100 * 512 * 341 * 3 if suffix == ".parquet" else 0  # of which pyarrow takes one as a whole
+    group = 2 * 100 * 128 * 341 * 3 if suffix == ".parquet" else 0  # of which pyarrow takes one as a whole
     tracemalloc.start()
     try:
-        save(form_of(out := tmp_path / f"set{suffix}"), out, parts(), Facts(320, 512, 341), columns=1, inputs=[])
-        assert tracemalloc.get_traced_memory()[1] < group + (12 << 20) and most <= 2
+        save(form_of(out := tmp_path / f"set{suffix}"), out, parts(), Facts(320, 128, 341), columns=1, inputs=[])
+        assert tracemalloc.get_traced_memory()[1] < group + (4 << 20) and most <= 2
     finally:
         tracemalloc.stop()
     size = sum(path.stat().st_size for path in (out.iterdir() if out.is_dir() else [out]))
-    assert size >= 320 * 512 * 341 * 3
+    assert size >= 320 * 128 * 341 * 3
 
 
 def test_a_tar_of_many_small_files_does_not_remember_them(tmp_path):
-    parts = (Part(10 * k, [b"x"] * 10, [0] * 10) for k in range(300))
+    parts = (Part(10 * k, [b"x"] * 10, [0] * 10) for k in range(100))
     tracemalloc.start()
     try:
-        save(form_of(out := tmp_path / "set.tar"), out, parts, Facts(3000, 8, 8, NAMES), columns=1, inputs=[])
-        assert tracemalloc.get_traced_memory()[1] < 1 << 20
+        save(form_of(out := tmp_path / "set.tar"), out, parts, Facts(1000, 8, 8, NAMES), columns=1, inputs=[])
+        assert tracemalloc.get_traced_memory()[1] < 1 << 17
     finally:
         tracemalloc.stop()
     with tarfile.open(out) as tar:
-        assert len(tar.getnames()) == 6000
+        assert len(tar.getnames()) == 2000
 
 
 def test_parts_are_cut_anew():
