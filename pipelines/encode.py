@@ -26,13 +26,14 @@ from .config.outputs import check_out_folder
 from .images import DataConfig, ImageDataset, Splits, check_shape, load_images
 from .images.origin import is_local
 from .images.splits import as_begun
+from .jobs import Piece
 from .processes.launched import build_accelerator, on_main
 from .shuffling.ahead import made_ahead, pinned, sent
 from .stages.provenance import tokenizer_defaults
 from .tokens import Meta
 from .tokens.appending import class_numbers, existing, missing_variants, same_images
 from .tokens.meta import TOKENS
-from .tokens.pieces import EncodeJob, Piece, cut, manifest_hash, recover, shards_of, unfinished
+from .tokens.pieces import EncodeJob, cut, manifest_hash, recover, shards_of
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -98,7 +99,7 @@ def run(config: EncodeConfig) -> Path:
 def begun_with(out: Path, old: Meta | None) -> list[dict[str, Any]]:
     """The settings of images that this encode may continue with: those of an unfinished encode, and those of the
     dataset to which rows are added."""
-    begun = unfinished(out)
+    begun = EncodeJob.unfinished(out)
     parts = [] if begun is None else [begun]
     if old is not None:
         parts += [*old.parts, old.source]
@@ -221,7 +222,7 @@ def encode_pieces(
             split = parts[piece.split]
             tokens = encode_piece(tokenizer, split, piece, stream, bar)
             labels = None if split.labels is None else split.labels[np.arange(piece.start, piece.stop) % len(split)]
-            job.keep(piece, tokens, labels if numbers is None or labels is None else numbers[labels])
+            job.keep_rows(piece, tokens, labels if numbers is None or labels is None else numbers[labels])
 
 
 def rows_of(piece: Piece, batch_size: int) -> list[np.ndarray]:

@@ -21,6 +21,10 @@ class UserError(Exception):
     """A user's mistake. Each line of the message is one problem."""
 
 
+class ToldElsewhere(UserError):
+    """A mistake that the main process has found and tells; this is another process."""
+
+
 def read_arguments(argv: list[str]) -> tuple[list[Data], bool, list[str]]:
     """The contents of the files and then the overrides, each a nested mapping; whether this is a dry run; and the
     problems."""

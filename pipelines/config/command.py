@@ -6,6 +6,7 @@ import errno
 import os
 import select
 import sys
+import time
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -19,12 +20,13 @@ from tokenizer.files.errors import PipelineLoadError
 from tokenizer.mistakes import explain
 from tokenizer.settings import Data, defaults_of, merge, with_defaults
 
-from .arguments import UserError, read_arguments
+from .arguments import ToldElsewhere, UserError, read_arguments
 from .errors import search
 from .help import help_page
 from .schema import C, to_yaml
 
 R = TypeVar("R")
+TELLING = 5.0  # seconds in which the main process has told its error and ended, and its launcher ends the others
 CTRL_C, CLOSED_PIPE = 130, 141  # the exit codes by which shells show SIGINT and SIGPIPE
 
 
@@ -143,6 +145,8 @@ def exit_codes(quiet: bool = False, kept: Callable[[], str] | None = None) -> It
         print(f"error on process {os.environ.get('RANK', '0')}: {error}", file=sys.stderr, flush=True)
         raise SystemExit(1) from error
     except (UserError, PipelineLoadError) as error:
+        if isinstance(error, ToldElsewhere):
+            time.sleep(TELLING)
         label = "error" if is_first_process() else f"error on process {os.environ['RANK']}"
         if not quiet:
             print(*(f"{label}: {line}" for line in str(error).splitlines()), sep="\n", file=sys.stderr)
@@ -150,7 +154,8 @@ def exit_codes(quiet: bool = False, kept: Callable[[], str] | None = None) -> It
     except KeyboardInterrupt as error:
         if is_first_process() and not isinstance(error, Interrupted):
             below = "\n" if sys.stderr.isatty() else ""  # where ^C stands, and perhaps a progress bar
-            print(f"{below}error: interrupted{f'; {kept()}' if kept else ''}", file=sys.stderr, flush=True)
+            left = kept() if kept else ""
+            print(f"{below}error: interrupted{f'; {left}' if left else ''}", file=sys.stderr, flush=True)
         raise SystemExit(CTRL_C) from error
     except RunError as error:
         traceback.print_exception(error.__cause__)

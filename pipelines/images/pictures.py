@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import sys
 import warnings
 from pathlib import Path
@@ -65,6 +66,14 @@ def write_image(image: Image.Image, path: Path) -> None:
     if path.suffix.lower() == ".bmp":
         with path.open("ab") as file:
             file.write(MARK)
+
+
+def png_bytes(pixels: np.ndarray) -> bytes:
+    """The PNG file of uint8 pixels (H, W, C), marked as ours: that of `write_image`."""
+    comment, file = PngInfo(), io.BytesIO()
+    comment.add_text("Software", MARK.decode())
+    Image.fromarray(pixels[..., 0] if pixels.shape[-1] == 1 else pixels).save(file, "PNG", pnginfo=comment)
+    return file.getvalue()
 
 
 def to_images(images: Any, shape: Shape) -> Tensor:

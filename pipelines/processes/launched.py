@@ -6,6 +6,7 @@ import os
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -14,6 +15,7 @@ import torch
 from tokenizer.files.errors import PipelineLoadError
 
 from ..config import UserError, choose_device
+from ..config.arguments import ToldElsewhere
 from .sharing import ALONE, Team
 
 if TYPE_CHECKING:
@@ -27,6 +29,30 @@ TWO_PROCESSES = (
 ACCUMULATION = "ACCELERATE_GRADIENT_ACCUMULATION_STEPS"  # also of `accelerate launch --gradient_accumulation_steps`
 TIMEOUT = 1800.0
 GRACE = 15.0  # a heartbeat says who is late; a collective, which would only say that it is late, has so much longer
+
+
+LAUNCHERS = ("ACCELERATE_MIXED_PRECISION", "WORLD_SIZE", "RANK", "MASTER_ADDR")  # what they say to each process
+
+
+@dataclass(frozen=True)
+class Alone:
+    """The only process, started by no launcher: what a step asks of an `Accelerator`, without the seconds that it takes
+    to import accelerate."""
+
+    process_index: int = 0
+    num_processes: int = 1
+    is_main_process: bool = True
+
+    def wait_for_everyone(self) -> None:
+        """There is nobody to wait for."""
+
+    def end_training(self) -> None:
+        """There is nothing to end."""
+
+
+def join_processes() -> Accelerator | Alone:
+    """See `build_accelerator`, if a launcher has started this process."""
+    return build_accelerator() if any(name in os.environ for name in LAUNCHERS) else Alone()
 
 
 def build_accelerator(timeout: float = TIMEOUT) -> Accelerator:
@@ -97,8 +123,11 @@ def told_precision(precision: str, gpu_has_bf16: bool) -> str:
     )
 
 
-def on_main(accelerator: Accelerator, act: Callable[[], T]) -> T:
-    """What `act` returns on the main process, sent to all; an error that it raises, all raise."""
+def on_main(accelerator: Accelerator | Alone, act: Callable[[], T]) -> T:
+    """What `act` returns on the main process, sent to all; an error that it raises, all raise, and the main process
+    tells it."""
+    if accelerator.num_processes == 1:
+        return act()
     from accelerate.utils import broadcast_object_list
 
     told: list[Any] = [None, None]
@@ -112,5 +141,5 @@ def on_main(accelerator: Accelerator, act: Callable[[], T]) -> T:
     if error is not None:
         raise error
     if refused is not None:
-        raise UserError(refused)
+        raise ToldElsewhere(refused)
     return found

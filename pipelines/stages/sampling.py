@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from prior import Prior
-from prior.requests import Walk
+from prior.requests import Walk, choose_walk, make_rows
 from prior.sampling import Generators, Sampler, image_generators, progress_over
 
 from ..images.pictures import check_output_type
@@ -93,6 +93,17 @@ def choose_sampler(pipeline: Stages, settings: dict[str, Any], ids: Tensor | Non
     shared = Sampler.names()
     chosen = {name: value for name, value in settings.items() if value is not None or name not in shared}
     return pipeline.prior.make_sampler(**{**vars(own), **chosen})
+
+
+def check_request(pipeline: Stages, settings: dict[str, Any], ids: Tensor | None, walk: Walk) -> Sampler:
+    """The settings with which these are sampled, without sampling. Raises what `sample` raises for a request that does
+    not fit the prior, as far as a prior's own `draw` does not."""
+    prior, sampler = pipeline.prior, choose_sampler(pipeline, settings, ids, walk)
+    sampler.check(prior.grid)
+    walk.check(prior)
+    rows = make_rows(prior, 1, None if ids is None else ids[:1], sampler, torch.Generator(), None, None)
+    choose_walk(prior, walk.order, walk.num_orders, rows)
+    return sampler
 
 
 def settings_in(keys: dict[str, Any]) -> dict[str, Any]:

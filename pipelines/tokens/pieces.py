@@ -1,18 +1,10 @@
-"""An encode in progress: the pieces that it has to make, and those that are done.
-
-The work folder `.tmp-NAME-encode` beside the dataset holds `job.json` (what the result depends on) and, for each piece
-that is done, a shard and its manifest entry. Any number of processes make pieces; killed and started again they make
-those that are missing. Only the finished dataset gets the name that was asked for.
-"""
+"""An encode in progress: the pieces of a token dataset, see `pipelines.jobs`, and how they become the dataset."""
 
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -21,41 +13,18 @@ import torch
 from torch import Tensor
 
 from tokenizer import TokenGrid, Tokenizer
-from tokenizer.files.claims import claimed
-from tokenizer.files.errors import PipelineLoadError
 from tokenizer.files.opening import read_json
 from tokenizer.files.reading import MANIFEST
-from tokenizer.files.writing import atomic_folder, write_json
+from tokenizer.files.writing import atomic_folder
 from tokenizer.settings import as_saved
 
-from ..config import UserError
-from ..config.schema import difference
 from ..images import DataConfig
+from ..jobs import Job, Piece
+from ..jobs.pieces import cut as cut_rows
 from .meta import META, TOKENS, Meta, check_count, seal
 from .shards import ONE_FILE, ROWS_PER_SHARD, bytes_per_row, map_shard, shard_names, write_shard
 
-JOB = "job.json"
 PIECES = 64  # of a split, if it is not too large or too small: many processes share them, and little is made twice
-
-
-@dataclass(frozen=True)
-class Piece:
-    """Rows `start` to `stop` of what is made of a split's images."""
-
-    split: str
-    number: int
-    start: int
-    stop: int
-
-    @property
-    def rows(self) -> int:
-        """How many it is to hold."""
-        return self.stop - self.start
-
-    @property
-    def name(self) -> str:
-        """Of its file in the work folder."""
-        return f"{self.split}-{self.number:05d}.safetensors"
 
 
 def cut(split: str, first: int, rows: int, batch_size: int, rows_per_shard: int | None) -> list[Piece]:
@@ -64,7 +33,7 @@ def cut(split: str, first: int, rows: int, batch_size: int, rows_per_shard: int 
     if size is None:
         batches = -(-(rows - first) // (PIECES * batch_size))  # whole batches, so that no small ones are encoded
         size = min(max(1, batches) * batch_size, max(ROWS_PER_SHARD, batch_size))
-    return [Piece(split, k, start, min(start + size, rows)) for k, start in enumerate(range(first, rows, size))]
+    return cut_rows(split, first, rows, size)
 
 
 @dataclass(frozen=True)
@@ -76,69 +45,29 @@ class TokenShard:
     entry: dict[str, Any]
 
 
-class EncodeJob:
+class EncodeJob(Job):
     """An encode of these pieces into the dataset `out`.
 
-    with job.begin() as missing:    # on one process
-        job.keep(piece, ...)        # for each missing one, on any process
-        job.publish(...)            # on one process, when all are kept
+    with job.begin() as missing:        # on one process
+        job.keep_rows(piece, ...)       # for each missing one, on any process
+        job.publish(...)                # on one process, when all are kept
     """
+
+    verb, title = "encode", "an encode"
 
     def __init__(self, out: Path, grid: TokenGrid, pieces: list[Piece], depends_on: dict[str, Any]) -> None:
         """depends_on: all that the rows depend on, to the bit."""
-        self.out, self.work = out, work_folder(out)
-        self.grid, self.pieces, self.depends_on = grid, pieces, depends_on
+        super().__init__(out, pieces, depends_on)
+        self.grid = grid
 
-    @contextmanager
-    def begin(self) -> Iterator[list[Piece]]:
-        """Make the work folder, which belongs to this job from now on, and to no other process while the block lasts;
-        gives the pieces that are not done. Raises `UserError` for a folder that another job began, or in which a
-        process is at work."""
-        self._check_begun()
-        self.work.mkdir(parents=True, exist_ok=True)
-        with claimed(self.work):
-            if not (self.work / JOB).is_file():
-                write_json(self.work / ".job.json", self.depends_on)
-                (self.work / ".job.json").replace(self.work / JOB)
-            yield [piece for piece in self.pieces if not self._is_done(piece)]
+    @classmethod
+    def as_now(cls, begun: dict[str, Any]) -> dict[str, Any]:
+        """With the settings of images that earlier versions did not have."""
+        return {**begun, "data": as_saved(DataConfig, begun.get("data", {}))}
 
-    def _check_begun(self) -> None:
-        begun = unfinished(self.out)
-        if begun is None:
-            return
-        begun = {**begun, "data": as_saved(DataConfig, begun.get("data", {}))}
-        if changes := difference(begun, json.loads(json.dumps(self.depends_on))):
-            raise UserError(
-                f"out: an encode with another configuration was begun here and is not finished; give that one again, "
-                f"or delete {self.work}. What differs:\n" + "\n".join(changes)
-            )
-
-    def _is_done(self, piece: Piece) -> bool:
-        """Whether the file of a piece is the one that was written; a damaged one is forgotten."""
-        entry = self._entry(piece)
-        if entry is None:
-            return False
-        if hashlib.sha256((self.work / piece.name).read_bytes()).hexdigest() == entry.get("sha256"):
-            return True
-        self._entry_path(piece).unlink()
-        return False
-
-    def _entry_path(self, piece: Piece) -> Path:
-        return (self.work / piece.name).with_suffix(".json")
-
-    def _entry(self, piece: Piece) -> dict[str, Any] | None:
-        """The manifest entry of a piece that is there, else None."""
-        try:
-            return read_json(self._entry_path(piece)) if (self.work / piece.name).is_file() else None
-        except PipelineLoadError:  # killed while it was written
-            return None
-
-    def keep(self, piece: Piece, tokens: Tensor, labels: Tensor | None) -> None:
-        """Write a piece; it is done when its entry stands beside it."""
-        entry = write_shard(self.work / piece.name, tokens, labels, self.grid)
-        temporary = self.work / f".{piece.name}.json"
-        write_json(temporary, entry)
-        temporary.replace(self._entry_path(piece))
+    def keep_rows(self, piece: Piece, tokens: Tensor, labels: Tensor | None) -> None:
+        """Write a piece as a shard of the dataset."""
+        self.enter(piece, write_shard(self.work / piece.name, tokens, labels, self.grid))
 
     def publish(self, meta: Meta, before: dict[str, list[TokenShard]], tokenizer: Tokenizer, merge: bool) -> Meta:
         """Give the dataset of all pieces, after the shards that were there `before`, its name in one step; what was
@@ -172,10 +101,7 @@ class EncodeJob:
         return meta
 
     def _shard(self, piece: Piece) -> TokenShard:
-        entry = self._entry(piece)
-        if entry is None:
-            raise UserError(f"out: {self.work / piece.name} is not there; all processes have to see the same disk")
-        return TokenShard(self.work / piece.name, piece.rows, entry)
+        return TokenShard(self.work / piece.name, piece.rows, self.entry(piece))
 
 
 def _merged(path: Path, shards: list[TokenShard], grid: TokenGrid) -> dict[str, Any]:
@@ -189,17 +115,6 @@ def _link(source: Path, target: Path) -> None:
         os.link(source, target)
     except OSError:  # a disk without links
         shutil.copyfile(source, target)
-
-
-def work_folder(out: Path) -> Path:
-    """Where the pieces of `out` are kept."""
-    return out.parent / f".tmp-{out.name}-encode"
-
-
-def unfinished(out: Path) -> dict[str, Any] | None:
-    """What the rows of an encode into `out` depend on that was begun and is not finished; None if there is none."""
-    path = work_folder(out) / JOB
-    return read_json(path) if path.is_file() else None
 
 
 def shards_of(out: Path, meta: Meta) -> dict[str, list[TokenShard]]:
@@ -225,6 +140,6 @@ def recover(out: Path) -> None:
     lost = sorted(out.parent.glob(f".del-{out.name}-????????"))
     if not out.exists() and len(lost) == 1 and (lost[0] / META).is_file():
         lost[0].rename(out)
-    added_to = (unfinished(out) or {}).get("added_to")
+    added_to = (EncodeJob.unfinished(out) or {}).get("added_to")
     if added_to is not None and (not (out / MANIFEST).is_file() or manifest_hash(out) != added_to):
-        shutil.rmtree(work_folder(out))
+        shutil.rmtree(EncodeJob.work_folder(out))

@@ -20,9 +20,10 @@ ALLOWED = {
     "shuffling": set(),
     "config": set(),
     "processes": {"config"},
+    "jobs": {"config"},
     "images": {"config", "shuffling"},
     "tracking": {"config", "images"},  # of images: how a picture is written
-    "tokens": {"config", "images", "shuffling"},
+    "tokens": {"config", "images", "jobs", "shuffling"},
     "stages": {"config", "images"},
     "anomaly": {"stages", "images"},
     "compression": {"stages", "images"},

@@ -10,11 +10,15 @@ from __future__ import annotations
 import ast
 import json
 import os
+import tarfile
+import zipfile
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from PIL import Image
@@ -26,6 +30,9 @@ import tokenizer.files.writing as storage
 from pipelines import ImagePipeline, train_tokenizer
 from pipelines.commands import calibrate, complete, compress, decompress
 from pipelines.config import UserError
+from pipelines.images.pictures import SUFFIXES as PICTURES
+from pipelines.images.pictures import png_bytes
+from pipelines.images.sets.tar import add
 from tokenizer.files.errors import PathError, PipelineLoadError
 from tokenizer.files.ownership import MARK
 
@@ -140,11 +147,30 @@ def test_results_do_not_go_into_a_folder_with_another_manifest(world, tmp_path, 
 def test_a_file_of_somebody_is_refused_and_left_as_it_was(world, tmp_path, name, content):
     out = place(name, tmp_path)
     if content == "a picture" and out.suffix != ".smalti":
-        Image.new("L", (8, 8)).save(out)
+        Image.new("L", (8, 8)).save(out, None if out.suffix in PICTURES else "PNG")
     else:
         out.write_text(content)
     before = snapshot(tmp_path)
     refuses(world, name, out, str(out))
+    assert snapshot(tmp_path) == before
+
+
+@pytest.mark.parametrize("suffix", [".npz", ".parquet", ".tar"])
+def test_an_archive_of_somebody_is_not_ours_because_our_pictures_are_in_it(world, tmp_path, suffix):
+    out, picture = tmp_path / f"out{suffix}", png_bytes(np.zeros((8, 8, 1), np.uint8))
+    assert MARK in picture
+    if suffix == ".npz":
+        with zipfile.ZipFile(out, "w") as archive:
+            archive.writestr("00000.png", picture)
+    elif suffix == ".tar":
+        with tarfile.open(out, "w", format=tarfile.PAX_FORMAT, pax_headers={"comment": "mine"}) as tar:
+            add(tar, "00000.png", picture)
+    else:
+        table = pa.table({"image": [picture], "smalti": ["written by smalti"]})
+        pq.write_table(table, out, compression="none", use_dictionary=False)
+    assert MARK in out.read_bytes()[:4096]
+    before = snapshot(tmp_path)
+    refuses(world, f"generate, {suffix[1:]}", out, str(out))
     assert snapshot(tmp_path) == before
 
 
@@ -411,7 +437,12 @@ WRITING = {
     "tokenizer/files/writing.py": "the rule",
     "pipelines/images/pictures.py": "write_image, of a new file",
     "pipelines/tokens/shards.py": "a shard, in a folder that is being made",
-    "pipelines/tokens/pieces.py": "the work folder of an encode",
+    "pipelines/jobs/pieces.py": "the work folder of an encode, or of many images",
+    "pipelines/tokens/pieces.py": "the work folder of an encode, when it is done",
+    "pipelines/generate.py": "the work folder of many images, when they are done",
+    "pipelines/images/sets/forms.py": "pictures, in a folder that is being made",
+    "pipelines/images/sets/npz.py": "an archive, under a temporary name",
+    "pipelines/images/sets/tar.py": "an archive, under a temporary name",
     "pipelines/training/checkpoints/states.py": "states of a run, by their names",
     "pipelines/training/checkpoints/rotation.py": "which states of a run are kept",
     "pipelines/training/run_folder.py": "the folder of a run",

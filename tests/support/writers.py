@@ -81,6 +81,9 @@ WRITERS: dict[str, Writer] = {
         verb(evaluate, "pipeline={pipeline}", *DATA, "num_samples=0", "update_card=false"), "results", "pipeline"
     ),
     "generate, a grid": Writer(verb(generate, "pipeline={pipeline}", "num_images=2"), "file", "picture", ".png"),
+    "generate, npz": Writer(verb(generate, "pipeline={pipeline}", "num_images=2"), "file", "pipeline", ".npz"),
+    "generate, parquet": Writer(verb(generate, "pipeline={pipeline}", "num_images=2"), "file", "pipeline", ".parquet"),
+    "generate, tar": Writer(verb(generate, "pipeline={pipeline}", "num_images=2"), "file", "pipeline", ".tar"),
     "complete": Writer(verb(complete, "pipeline={pipeline}", "images={picture}", "draws=1"), "file", "picture", ".png"),
     "reconstruct": Writer(verb(reconstruct, "tokenizer={tokenizer}", *DATA), "file", "picture", ".jpg"),
     "inspect": Writer(verb(inspect, "tokenizer={tokenizer}", *DATA, "num_images=3"), "file", "picture", ".webp"),

@@ -24,6 +24,8 @@ MARK = b"written by smalti"
 PICTURES = (b"\x89PNG", b"\xff\xd8", b"RIFF", b"BM")
 BEGINNINGS = (b"VQC1",)
 """First bytes of other files of ours: streams."""
+ENTRY = b"\x18\x06smalti\x18" + bytes([len(MARK)]) + MARK
+"""How the footer of a parquet file says so: the key `smalti`."""
 ENDS = 4096  # bytes that are read at either end of a file
 LITTER = (".DS_Store", "Thumbs.db", "desktop.ini")
 BOOKKEEPING = ".cache/huggingface/"
@@ -144,7 +146,18 @@ def says_ours(path: Path) -> bool:
         start = file.read(ENDS)
         file.seek(max(0, path.stat().st_size - ENDS))
         end = file.read(ENDS)
-    return not start or start.startswith(BEGINNINGS) or (start.startswith(PICTURES) and (MARK in start or MARK in end))
+    picture = start.startswith(PICTURES) and (MARK in start or MARK in end)
+    return not start or start.startswith(BEGINNINGS) or picture or is_our_archive(start, end)
+
+
+def is_our_archive(start: bytes, end: bytes) -> bool:
+    """Whether a file that begins and ends so is an archive that we wrote: a zip with our comment, a tar that begins
+    with it, a parquet file with our key. That one of our pictures is in it does not make it ours."""
+    if start.startswith(b"PK\x03\x04"):
+        return end.endswith(MARK)
+    if start.startswith(b"PAR1"):
+        return end.endswith(b"PAR1") and ENTRY in end
+    return start.startswith(b"././@PaxHeader\0") and start[512:].startswith(b"29 comment=" + MARK + b"\n")
 
 
 def require_apart(out: Path, inputs: Inputs) -> None:

@@ -137,8 +137,9 @@ def check_file(target: Path | str, inputs: Inputs = ()) -> None:
 
 
 @contextmanager
-def atomic_file(target: Path | str, *, inputs: Inputs = ()) -> Iterator[Path]:
-    """Yield the path of a temporary file that becomes `target` only when the block ends without an error.
+def atomic_file(target: Path | str, *, inputs: Inputs = (), temporary: Path | None = None) -> Iterator[Path]:
+    """Yield the path of a temporary file that becomes `target` only when the block ends without an error. temporary:
+    where it is, on the same disk; what a killed process left there is written over.
 
     Raises `PathError` if the target, at the beginning or at the end, is a link or a file that is not ours, or if it is,
     contains or lies in one of the `inputs`.
@@ -146,7 +147,7 @@ def atomic_file(target: Path | str, *, inputs: Inputs = ()) -> Iterator[Path]:
     target = Path(target)
     check_file(target, inputs)
     target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = beside(target, suffix=target.suffix)
+    temporary = temporary or beside(target, suffix=target.suffix)
     try:
         yield temporary
         place_file(temporary, target)
@@ -173,9 +174,10 @@ def check_results(target: Path | str, names: Iterable[str] = (), inputs: Inputs 
 
 
 @contextmanager
-def results_folder(target: Path | str, *, inputs: Inputs = ()) -> Iterator[Path]:
+def results_folder(target: Path | str, *, inputs: Inputs = (), temporary: Path | None = None) -> Iterator[Path]:
     """Yield a temporary folder whose files (it has no subfolders) are moved into `target` when the block ends without
-    an error; other files there are kept.
+    an error; other files there are kept. temporary: where it is, on the same disk; what a killed process left there is
+    removed.
 
     A file replaces one of the same name only if that is ours: a picture is marked, other files are listed with their
     sha256 in `manifest.json`. Raises `PathError` that names a file that is not ours, before any is replaced.
@@ -183,7 +185,11 @@ def results_folder(target: Path | str, *, inputs: Inputs = ()) -> Iterator[Path]
     target = Path(target)
     check_results(target, inputs=inputs)
     listed = _results_in(target)
-    temporary = _made_beside(target)
+    if temporary is None:
+        temporary = _made_beside(target)
+    else:
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir()
     try:
         yield temporary
         made, texts = sorted(temporary.iterdir()), {}

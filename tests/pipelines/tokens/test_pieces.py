@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from contextlib import suppress
 
 import pytest
@@ -10,6 +9,7 @@ import torch
 from encodes import SHIFT, config, interrupted, write_classes
 from folders import contents
 from launch import output_of, start, two_processes, verb, wait_for
+from several import Several
 from small import make_tokenizer
 
 from pipelines import encode
@@ -110,53 +110,20 @@ def test_another_configuration_is_refused(tokenizer, images, tmp_path, monkeypat
     assert len(load_tokens(tmp_path / "parts").splits["train"]) == 30
 
 
-class Side:
-    """One of several that encode together, each in a thread."""
-
-    def __init__(self, barrier, index, count):
-        self.process_index, self.num_processes, self.is_main_process = index, count, index == 0
-        self.device, self.wait_for_everyone = torch.device("cpu"), barrier.wait
-
-    def end_training(self):
-        """Nothing to end."""
-
-
 def together(monkeypatch, count, settings):
     """Run an encode in so many threads; returns the rows that each encoded."""
-    barrier, local, told = threading.Barrier(count, timeout=60), threading.local(), []
-    rows, real = [[] for _ in range(count)], encode.variants_of
+    several, rows, real = Several(count), [[] for _ in range(count)], encode.variants_of
 
     def variants_of(images, some, seed):
-        rows[local.side.process_index].extend(some.tolist())
+        rows[several.join().process_index].extend(some.tolist())
         return real(images, some, seed)
 
-    def on_main(accelerator, act):
-        """What the main process found, told to all."""
-        if accelerator.is_main_process:
-            told[:] = [act()]
-        barrier.wait()
-        found = told[0]
-        barrier.wait()
-        return found
-
-    def work(index):
-        local.side = Side(barrier, index, count)
-        try:
-            run(settings)
-        except BaseException:
-            barrier.abort()
-            raise
-
     with monkeypatch.context() as patch:
-        patch.setattr(encode, "build_accelerator", lambda: local.side)
+        patch.setattr(encode, "build_accelerator", several.join)
         patch.setattr(encode, "variants_of", variants_of)
-        patch.setattr(encode, "on_main", on_main)
         patch.setattr(encode, "made_ahead", lambda make, items: (make(item) for item in items))  # in this very thread
-        threads = [threading.Thread(target=work, args=(index,)) for index in range(count)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
+        patch.setattr(encode, "on_main", several.on_main)
+        several.run(lambda: run(settings))
     return rows
 
 

@@ -1,0 +1,85 @@
+"""The forms that a set of images can have, by the suffix of its name, and how each is written."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from tokenizer.files.ownership import Inputs
+from tokenizer.files.writing import atomic_file, fsync, results_folder
+
+from ...config import UserError
+from ..pictures import SUFFIXES, grid_picture, png_bytes, save_picture, to_float
+from .npz import raw_pixels, write_npz
+from .parquet import write_parquet
+from .parts import Facts, Part
+from .tar import write_tar
+
+
+@dataclass(frozen=True)
+class Form:
+    """keep: an image, uint8 (H, W, C), as the parts hold it. write: a new file of all parts; None for a grid and for a
+    folder."""
+
+    name: str
+    keep: Callable[[np.ndarray], bytes]
+    write: Callable[[Path, Iterable[Part], Facts], None] | None = None
+
+    @property
+    def is_folder(self) -> bool:
+        """Whether it is a folder, with a file for each image."""
+        return self.name == "folder"
+
+
+FOLDER, GRID = Form("folder", png_bytes), Form("grid", raw_pixels)
+FILES = {
+    ".npz": Form("npz", raw_pixels, write_npz),
+    ".parquet": Form("parquet", png_bytes, write_parquet),
+    ".tar": Form("tar", png_bytes, write_tar),
+}
+
+
+def form_of(out: Path) -> Form:
+    """The form of this name. Raises `UserError` for another suffix."""
+    suffix = out.suffix.lower()
+    if suffix and suffix not in (*SUFFIXES, *FILES):
+        raise UserError(
+            f"out: {str(out)!r} should end in {', '.join(SUFFIXES)} for a grid, in {', '.join(FILES)} for all images "
+            "in one file, or be a folder"
+        )
+    return FILES.get(suffix, GRID if suffix else FOLDER)
+
+
+def save(
+    form: Form,
+    out: Path,
+    parts: Iterable[Part],
+    facts: Facts,
+    *,
+    columns: int,
+    inputs: Inputs,
+    temporary: Path | None = None,
+) -> None:
+    """Write all parts, in their order, as `out`. Of a file or a folder no more is in memory than a part; a grid, of
+    `columns`, is made as a whole. temporary: where it is until it has its name; None: beside it.
+
+    Raises `PathError` for what is not ours, and what the system raises.
+    """
+    if form.is_folder:
+        with results_folder(out, inputs=inputs, temporary=temporary) as folder:
+            for part in parts:
+                for number, image in enumerate(part.images, part.first):
+                    (folder / f"{facts.key(number)}.png").write_bytes(image)
+    elif form.write is None:
+        pixels = b"".join(image for part in parts for image in part.images)
+        shape = (facts.count, facts.height, facts.width, 3)
+        images = to_float(torch.from_numpy(np.frombuffer(pixels, np.uint8).reshape(shape).copy()).movedim(-1, 1))
+        save_picture(grid_picture(images, columns), out, inputs=inputs)
+    else:
+        with atomic_file(out, inputs=inputs, temporary=temporary) as path:
+            form.write(path, parts, facts)
+            fsync(path)

@@ -1,0 +1,193 @@
+"""Sets of images, each form read back by a reader that is not ours.
+
+Covers: pipelines/images/sets/npz.py, pipelines/images/sets/parquet.py, pipelines/images/sets/tar.py,
+pipelines/images/sets/parts.py.
+"""
+
+from __future__ import annotations
+
+import tarfile
+import tracemalloc
+import weakref
+import zipfile
+from pathlib import Path
+
+import datasets
+import numpy as np
+import pytest
+from PIL import Image
+
+from pipelines.config import UserError
+from pipelines.images import DataConfig, load_images
+from pipelines.images.sets import Drawn, Facts, Part, form_of, save
+from pipelines.images.sets.parts import regrouped
+from tokenizer.files.errors import PathError
+
+NAMES = ["cat", "dog", "eel"]
+SUFFIXES = [".npz", ".parquet", ".tar"]
+
+
+def pixels_for(count: int, channels: int) -> np.ndarray:
+    """Random images, (B, H, W, C)."""
+    return np.random.default_rng(0).integers(0, 256, (count, 8, 12, channels), dtype=np.uint8)
+
+
+def write(out: Path, pixels: np.ndarray, labels: list[int] | None, size: int = 3, **options) -> None:
+    """A set in parts of `size`."""
+    drawn, facts = Drawn(form_of(out).keep), Facts(len(pixels), 8, 12, None if labels is None else NAMES)
+    drawn.add(pixels, labels)
+    parts = [drawn.take(first, min(size, len(pixels) - first)) for first in range(0, len(pixels), size)]
+    save(form_of(out), out, iter(parts), facts, columns=4, inputs=[], **options)
+
+
+def loaded(kind: str, tmp_path: Path, **options) -> datasets.Dataset:
+    """What `datasets` reads."""
+    return datasets.load_dataset(kind, split="train", cache_dir=str(tmp_path / "cache"), **options)
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("labels", [None, [2, 0, 1, 2, 0, 1, 1]])
+def test_npz_is_that_of_adm(tmp_path, channels, labels):
+    pixels = pixels_for(7, channels)
+    write(tmp_path / "set.npz", pixels, labels)
+    with np.load(tmp_path / "set.npz") as found:
+        assert sorted(found) == (["arr_0"] if labels is None else ["arr_0", "arr_1"])
+        assert found["arr_0"].dtype == np.uint8 and found["arr_0"].shape == (7, 8, 12, 3)
+        assert np.array_equal(found["arr_0"], np.broadcast_to(pixels, (7, 8, 12, 3)))
+        assert labels is None or (found["arr_1"].dtype == np.int64 and found["arr_1"].tolist() == labels)
+    assert zipfile.ZipFile(tmp_path / "set.npz").testzip() is None
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_parquet_is_that_of_datasets(tmp_path, channels):
+    pixels, labels = pixels_for(7, channels), [2, 0, 1, 2, 0, 1, 1]
+    write(tmp_path / "set.parquet", pixels, labels)
+    rows = loaded("parquet", tmp_path, data_files=str(tmp_path / "set.parquet"))
+    assert isinstance(rows.features["image"], datasets.Image) and rows.features["label"].names == NAMES
+    assert rows["label"] == labels
+    assert np.array_equal(np.stack([np.asarray(image) for image in rows["image"]]).reshape(pixels.shape), pixels)
+    write(tmp_path / "bare.parquet", pixels, None)
+    assert loaded("parquet", tmp_path, data_files=str(tmp_path / "bare.parquet")).column_names == ["image"]
+
+
+def test_tar_is_that_of_webdataset(tmp_path):
+    pixels, labels = pixels_for(7, 3), [2, 0, 1, 2, 0, 1, 1]
+    write(tmp_path / "set.tar", pixels, labels)
+    rows = loaded("webdataset", tmp_path, data_files=str(tmp_path / "set.tar"))
+    assert rows["__key__"] == [f"{k:05d}" for k in range(7)] and [int(label) for label in rows["cls"]] == labels
+    assert np.array_equal(np.stack([np.asarray(image) for image in rows["png"]]), pixels)
+    write(tmp_path / "bare.tar", pixels, None)
+    with tarfile.open(tmp_path / "bare.tar") as tar:
+        assert tar.getnames() == [f"{k:05d}.png" for k in range(7)]
+
+
+def test_a_folder_is_one_of_pictures(tmp_path):
+    pixels = pixels_for(7, 1)
+    write(tmp_path / "set", pixels, [2, 0, 1, 2, 0, 1, 1])
+    rows = loaded("imagefolder", tmp_path, data_dir=str(tmp_path / "set"))
+    assert np.array_equal(np.stack([np.asarray(image) for image in rows["image"]])[..., None], pixels)
+    assert sorted(path.name for path in (tmp_path / "set").iterdir()) == [f"{k:05d}.png" for k in range(7)]
+
+
+@pytest.mark.parametrize("suffix", [".parquet", ".tar"])
+def test_what_is_written_can_be_trained_on(tmp_path, suffix):
+    """By `data.source`, labels and all."""
+    pixels, labels = pixels_for(40, 1), [k % 3 for k in range(40)]
+    write(tmp_path / f"set{suffix}", pixels, labels)
+    options = {"image_size": 8, "channels": 1, "held_out_fraction": 0.25, "streaming": suffix == ".tar"}
+    images = load_images(DataConfig(source=str(tmp_path / f"set{suffix}"), **options))
+    assert len(images.train) + len(images.held_out) == 40
+    assert sorted(images.train.class_names) == (NAMES if suffix == ".parquet" else ["0", "1", "2"])
+
+
+def test_grids_enlarge_and_order_images(tmp_path):
+    pixels = pixels_for(7, 1)
+    write(tmp_path / "grid.png", pixels, None)
+    picture = np.asarray(Image.open(tmp_path / "grid.png"))
+    scale = 5  # 12 pixels become 60
+    assert picture.shape == (2 * (8 * scale + 2) + 2, 4 * (12 * scale + 2) + 2, 3)
+    sixth = picture[2 + 8 * scale + 2 :, 2 + 12 * scale + 2 :][: 8 * scale : scale, : 12 * scale : scale]
+    assert np.array_equal(sixth, pixels[5].repeat(3, -1))
+
+
+def test_the_same_images_are_the_same_file(tmp_path):
+    for suffix in SUFFIXES:
+        for size, name in ((64, "a"), (3, "b")):
+            write(tmp_path / f"{name}{suffix}", pixels_for(230, 1), [k % 3 for k in range(230)], size)
+        assert (tmp_path / f"a{suffix}").read_bytes() == (tmp_path / f"b{suffix}").read_bytes()
+
+
+@pytest.mark.parametrize("suffix", SUFFIXES)
+def test_ours_is_replaced_and_an_edited_one_is_not(tmp_path, suffix):
+    out = tmp_path / f"set{suffix}"
+    write(out, pixels_for(7, 3), None)
+    write(out, pixels_for(5, 3), None)  # it is ours
+    before = out.read_bytes()
+    out.write_bytes(before + b"a trailer of somebody" * 300)
+    if suffix != ".tar":  # where what follows the end is nothing
+        with pytest.raises(PathError, match="smalti did not write"):
+            write(out, pixels_for(7, 3), None)
+        assert out.read_bytes().startswith(before)
+
+
+@pytest.mark.parametrize("suffix", [*SUFFIXES, ""])
+def test_only_a_part_is_in_memory(tmp_path, suffix):
+    """40 MB in parts of half a MB; what pyarrow has is not counted, so parts have to be gone as well."""
+    made, most = [], 0
+
+    def parts():
+        nonlocal most
+        for number in range(80):
+            part = Part(4 * number, [bytes(128 * 341 * 3) for _ in range(4)])
+            made.append(weakref.ref(part))
+            most = max(most, sum(one() is not None for one in made))
+            yield part
+
+    group = 2 * 100 * 128 * 341 * 3 if suffix == ".parquet" else 0  # of which pyarrow takes one as a whole
+    tracemalloc.start()
+    try:
+        save(form_of(out := tmp_path / f"set{suffix}"), out, parts(), Facts(320, 128, 341), columns=1, inputs=[])
+        assert tracemalloc.get_traced_memory()[1] < group + (4 << 20) and most <= 2
+    finally:
+        tracemalloc.stop()
+    size = sum(path.stat().st_size for path in (out.iterdir() if out.is_dir() else [out]))
+    assert size >= 320 * 128 * 341 * 3
+
+
+def test_a_tar_of_many_small_files_does_not_remember_them(tmp_path):
+    parts = (Part(10 * k, [b"x"] * 10, [0] * 10) for k in range(100))
+    tracemalloc.start()
+    try:
+        save(form_of(out := tmp_path / "set.tar"), out, parts, Facts(1000, 8, 8, NAMES), columns=1, inputs=[])
+        assert tracemalloc.get_traced_memory()[1] < 1 << 17
+    finally:
+        tracemalloc.stop()
+    with tarfile.open(out) as tar:
+        assert len(tar.getnames()) == 2000
+
+
+def test_parts_are_cut_anew():
+    for labels in (None, list(range(10))):
+        parts = [Part(k, [b"%d" % k], None if labels is None else labels[k : k + 1]) for k in range(10)]
+        found = list(regrouped(parts, 4))
+        assert [(part.first, len(part.images)) for part in found] == [(0, 4), (4, 4), (8, 2)]
+        assert b"".join(image for part in found for image in part.images) == b"0123456789"
+        assert all(part.labels == (None if labels is None else labels[part.first :][:4]) for part in found)
+
+
+def test_parts_survive_as_bytes():
+    for labels in (None, [3, 1]):
+        part = Part(5, [b"", b"abc"], labels)
+        assert Part.from_bytes(part.to_bytes(), 5) == part
+
+
+def test_a_million_images_have_names_of_one_length():
+    assert Facts(100_000, 8, 8).key(7) == "00007" and Facts(100_001, 8, 8).key(7) == "000007"
+
+
+@pytest.mark.parametrize("name", ["set.zip", "set.npy", "set.tar.gz", "grid.gif"])
+def test_another_suffix_is_refused_in_one_line(name):
+    with pytest.raises(UserError) as caught:
+        form_of(Path(name))
+    assert "should end in .png" in str(caught.value) and ".npz, .parquet, .tar" in str(caught.value)
+    assert len(str(caught.value).splitlines()) == 1
