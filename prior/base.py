@@ -77,6 +77,8 @@ class Prior(Features, PretrainedModel, family="prior"):
     """Whether `forward`, `log_prob` and `sample` take any other `order` than the model's own."""
     any_connectivity: bool = False
     """Whether the model is one of many of the same weights, which `connected` chooses from (MADE's masks)."""
+    captures: bool = True
+    """Whether a CUDA graph can hold the cached steps: nothing in them, nor before them, is decided by the host."""
     order: Tensor
     """(N,) int64; `order[r]` is the raster index of the r-th token."""
     blocks: tuple[int, ...]
@@ -224,6 +226,7 @@ class Prior(Features, PretrainedModel, family="prior"):
         cache: bool = True,
         parallel: bool = False,
         guess: Prior | None = None,
+        capture: bool = True,
         progress: bool = False,
         **settings: Any,
     ) -> Tensor:
@@ -238,7 +241,8 @@ class Prior(Features, PretrainedModel, family="prior"):
         are known, each as likely as it makes these when they come first (at temperature 1, without guidance), which
         costs a pass per image: then images are of the mixture of these walks given what is known. cache: False
         recomputes everything at every step. parallel: the same tokens from fewer passes over the whole grid
-        (`prior.parallel`), and fewer still with a `guess`, a cheap prior over the same tokens.
+        (`prior.parallel`), and fewer still with a `guess`, a cheap prior over the same tokens. capture: False launches
+        cached steps one kernel at a time, instead of as CUDA graphs, which a GPU records at the second call alike.
 
         That all these agree, in any batch, is promised for float32 and float64 weights as far as computations differ by
         no more than `rounding`. Raises `ValueError` for arguments out of range, `TypeError` for a setting that this
@@ -246,7 +250,7 @@ class Prior(Features, PretrainedModel, family="prior"):
         """
         sampler = self.make_sampler(**settings)
         sampler.check(self.grid)
-        walk = Walk(order, num_orders, cache, parallel, guess)
+        walk = Walk(order, num_orders, cache, parallel, guess, capture)
         walk.check(self)
         rows = make_rows(self, num_images, labels, sampler, generator, tokens, known)
         with torch.inference_mode(), evaluating(self), evaluating(guess or self):

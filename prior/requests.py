@@ -29,6 +29,7 @@ class Model(Protocol):
     order: Tensor
     blocks: tuple[int, ...]
     any_order: bool
+    captures: bool
     rounding: float
 
     @property
@@ -61,13 +62,15 @@ class Model(Protocol):
 @dataclass(frozen=True)
 class Walk:
     """How the grid is walked: in an `order`, or each image in one of `num_orders`; step by step, with or without a
-    `cache`; or in `parallel` passes, perhaps with a `guess`. See `Prior.sample`."""
+    `cache`, from graphs where that is possible (`capture`) or not; or in `parallel` passes, perhaps with a `guess`. See
+    `Prior.sample`."""
 
     order: Order = None
     num_orders: int = 1
     cache: bool = True
     parallel: bool = False
     guess: Model | None = None
+    capture: bool = True
 
     @classmethod
     def names(cls) -> list[str]:

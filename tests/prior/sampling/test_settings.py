@@ -1,4 +1,7 @@
-"""Which token is chosen, how surely, and with whose noise."""
+"""Which token is chosen, how surely, and with whose generator.
+
+Covers: prior/sampling/filters.py, prior/sampling/generators.py, prior/sampling/progress.py.
+"""
 
 import itertools
 
@@ -9,18 +12,10 @@ from small import ANY_ORDER, PRIORS, draw_tokens, generators, make_prior
 
 from prior import Prior
 from prior.orders import make_order
-from prior.sampling import (
-    GREEDY,
-    LOW_BITS,
-    GumbelNoise,
-    Kept,
-    Sampler,
-    gumbel,
-    image_generators,
-    image_seeds,
-    keep_top_k,
-    keep_top_p,
-)
+from prior.sampling import Sampler, gumbel, image_generators, image_seeds
+from prior.sampling.filters import Kept, keep_top_k, keep_top_p
+from prior.sampling.generators import LOW_BITS
+from prior.sampling.settings import GREEDY
 from tokenizer import TokenGrid
 
 # Rounding
@@ -242,16 +237,3 @@ def test_where_nothing_is_known_orders_are_drawn_alike_and_as_ever():
     nothing = {"tokens": torch.zeros(3, 4).long(), "known": torch.zeros(3, 4).bool()}
     for more in ({}, nothing):
         assert torch.equal(model.sample(8, num_orders=3, generator=generators(8), **more), expected)
-
-
-def test_noise_of_a_block_is_that_of_its_ranks(monkeypatch):
-    """However blocks lie over the pieces in which it is drawn, and though some are left out."""
-    monkeypatch.setattr("prior.sampling.NOISE_BLOCK", 3 * 5)
-    device = torch.device("cpu")
-    whole = GumbelNoise(generators(2), 12, 5, device).of(0, 12)
-    assert whole.shape == (2, 12, 5)
-    for cuts in ((0, 1, 2, 3, 4, 12), (0, 2, 7, 11, 12), (0, 5, 12)):
-        noise = GumbelNoise(generators(2), 12, 5, device)
-        for begin, end in zip(cuts, cuts[1:], strict=False):
-            assert torch.equal(noise.of(begin, end), whole[:, begin:end])
-    assert torch.equal(GumbelNoise(generators(2), 12, 5, device).of(8, 10), whole[:, 8:10])
