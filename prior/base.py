@@ -79,6 +79,8 @@ class Prior(Features, PretrainedModel, family="prior"):
     """Whether the model is one of many of the same weights, which `connected` chooses from (MADE's masks)."""
     captures: bool = True
     """Whether a CUDA graph can hold the cached steps: nothing in them, nor before them, is decided by the host."""
+    recomputes: bool = False
+    """Whether `start` returns a `State`, which has nothing to remember of tokens that all images keep."""
     order: Tensor
     """(N,) int64; `order[r]` is the raster index of the r-th token."""
     blocks: tuple[int, ...]

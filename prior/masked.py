@@ -57,7 +57,7 @@ class Masked(Prior, name="masked"):
     Config = MaskedConfig
     stored_names = {"layers": "blocks"}
     Sampling = MaskedSampler
-    any_order = True
+    any_order = recomputes = True
     coordinates: Tensor
 
     def __init__(self, config: MaskedConfig) -> None:
@@ -236,7 +236,7 @@ class Masked(Prior, name="masked"):
             raise ValueError(
                 "steps without an order finds one of its own: num_orders, parallel and cache=False do not go with it"
             )
-        most = min(self.rows_at_once() or len(rows), parallel_rows(self.grid)) // sampler.copies
+        most = min(self.rows_at_once() or len(rows) * sampler.copies, parallel_rows(self.grid)) // sampler.copies
         return torch.cat([fill_in(self, part, sampler, progress) for part in rows.cut(max(FEW_ROWS, most))])
 
 

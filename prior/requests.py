@@ -30,6 +30,7 @@ class Model(Protocol):
     blocks: tuple[int, ...]
     any_order: bool
     captures: bool
+    recomputes: bool
     rounding: float
 
     @property

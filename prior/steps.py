@@ -126,8 +126,9 @@ def from_graphs(prior: Model, rows: Rows, sampler: Sampler, progress: bool) -> t
         return None
     plan, kept = Plan.of(rows), graphs_of(prior)
     path = None if rows.own else tuple(rows.path.tolist())
-    passed = tuple(begin for begin, end in plan.cuts if all(plan.all_keep[begin:end]))
-    key = (bucket(len(rows)), sampler, path, rows.blocks, any(plan.some_keep), passed)
+    if not prior.recomputes:
+        plan.all_keep = [False] * len(plan.all_keep)  # which tokens are kept is then no part of a graph
+    key = (bucket(len(rows)), sampler, path, rows.blocks, any(plan.some_keep), tuple(plan.all_keep))
     found = kept.find(key, places(prior), lambda: Captured(prior, rows, sampler, recorder))
     if found is None:
         return None
