@@ -291,9 +291,10 @@ class Prior(Features, PretrainedModel, family="prior"):
 
     def start_slow(self, num_images: int, labels: Tensor | None, order: Order = None) -> State:
         """`start` of the path that recomputes everything: right by construction."""
-        walk, tokens = partition_of(self, order), torch.zeros(num_images, len(self.grid), dtype=torch.long)
+        walk = partition_of(self, order)
+        tokens = torch.zeros(num_images, len(self.grid), dtype=torch.long, device=self.device)
         given = given_walk(self, None if order is None else walk)
-        return State(tokens.to(self.device), self.class_ids(labels, num_images), walk.order, walk.blocks, given)
+        return State(tokens, self.class_ids(labels, num_images), walk.order, walk.blocks, given)
 
     def next_logits_slow(self, state: State, tokens: Tensor | None) -> Tensor:
         """`next_logits` by one forward pass over the whole grid."""

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from .base import Prior, PriorConfig
 from .layers import Head, pack
 from .orders import Partition
+from .transformer import coordinates
 
 
 class CausalConvConfig(PriorConfig):
@@ -67,6 +68,8 @@ class CausalConv(Prior, name="causal_conv"):
     Config = CausalConvConfig
     stored_names = {"layers": "blocks"}
     ranks: Tensor
+    cells: Tensor
+    """Coordinates `(axes, N)` of the grid's cells, in the order."""
 
     def __init__(self, config: CausalConvConfig) -> None:
         super().__init__(config)
@@ -82,6 +85,8 @@ class CausalConv(Prior, name="causal_conv"):
         self.hidden = nn.Linear(config.skip, config.skip)
         self.head = nn.Linear(config.skip, config.grid.vocab_size)
         self.register_buffer("ranks", torch.argsort(self.order), persistent=False)
+        cells = coordinates(config.grid.shape)[self.order]
+        self.register_buffer("cells", cells.t().contiguous(), persistent=False)
         self._reset_parameters()
 
     def _reset_parameters(self) -> None:
@@ -97,8 +102,7 @@ class CausalConv(Prior, name="causal_conv"):
 
     def positions(self) -> Tensor:
         """`(N, dim)` in the order: the sum of each target's embedding along every axis."""
-        coordinates = torch.unravel_index(self.order, self.grid.shape)
-        return sum(table[at] for table, at in zip(self.axis_embeddings, coordinates, strict=True))
+        return sum(table[at] for table, at in zip(self.axis_embeddings, self.cells, strict=True))
 
     def forward(self, tokens: Tensor, labels: Tensor | None = None) -> Tensor:
         """Teacher-forced logits `(B, N, vocab_size)`, raster order; `logits[:, i]` sees only tokens ranked before i."""

@@ -32,6 +32,9 @@ class GPT(Prior, name="gpt"):
     Config = GPTConfig
     stored_names = {"layers": "blocks"}
 
+    cells: Tensor
+    """Coordinates `(axes, N)` of the grid's cells, raster order."""
+
     def __init__(self, config: GPTConfig) -> None:
         super().__init__(config)
         dim, shape = config.dim, config.grid.shape
@@ -45,6 +48,7 @@ class GPT(Prior, name="gpt"):
         self.layers: Any = nn.ModuleList(Block(config, causal=True, window=w) for w in self.make_windows())
         self.norm = nn.RMSNorm(dim, eps=EPS)
         self.head = nn.Linear(dim, config.grid.vocab_size, bias=False)
+        self.register_buffer("cells", coordinates(shape).t().contiguous(), persistent=False)
         start = torch.full((1, len(shape)), -1, device="cpu")
         self.rotations = Rotations(config, torch.cat([coordinates(shape), start]))
         reset(self.parameters(), self.layers)
@@ -79,8 +83,7 @@ class GPT(Prior, name="gpt"):
 
     def positions(self, order: Tensor) -> Tensor:
         """`([B,] N, dim)` for an order `([B,] N)`: the sum of each target's embedding along every axis."""
-        coordinates = torch.unravel_index(order, self.grid.shape)
-        return sum(table[at] for table, at in zip(self.axis_embeddings, coordinates, strict=True))
+        return sum(table[at] for table, at in zip(self.axis_embeddings, self.cells[:, order], strict=True))
 
     def forward(self, tokens: Tensor, labels: Tensor | None = None, order: Tensor | None = None) -> Tensor:
         """Teacher-forced logits `(B, N, vocab_size)`, raster order; `logits[:, i]` sees only tokens ranked before i.
@@ -148,7 +151,7 @@ class Cache:
         for block in model.layers:
             gains = torch.stack([block.gain, torch.ones_like(block.gain)]).to(self.exact)  # of queries and keys
             memory = None if block.window is None else block.window.memory
-            places = (memory.slots, memory.reads(weight.device)) if memory else None
+            places = (memory.slots, block.window.reads) if memory else None
             cache = weight.new_empty(len(labels), 2, heads, memory.size if memory else len(model.grid), width)
             weights = (
                 pack(block.qkv.weight, block.attention_norm),

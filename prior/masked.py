@@ -214,9 +214,8 @@ class Masked(Prior, name="masked"):
 
     def start(self, num_images: int, labels: Tensor | None, order: Order = None) -> State:
         """All tokens masked. Each step is a pass over the whole grid: what all see of each other cannot be cached."""
-        state = self.start_slow(num_images, labels, order)
-        state.tokens.fill_(self.mask)
-        return state
+        tokens = torch.full((num_images, len(self.grid)), self.mask, device=self.device)
+        return State(tokens, self.class_ids(labels, num_images), *partition_of(self, order))
 
     def next_logits(self, state: State, tokens: Tensor | None) -> Tensor:
         """Reveal the last block's tokens, and predict the next."""

@@ -129,12 +129,10 @@ def from_graphs(prior: Model, rows: Rows, sampler: Sampler, progress: bool) -> t
     if not prior.recomputes:
         plan.all_keep = [False] * len(plan.all_keep)  # which tokens are kept is then no part of a graph
     key = (bucket(len(rows)), sampler, path, rows.blocks, any(plan.some_keep), tuple(plan.all_keep))
-    found = kept.find(key, places(prior), lambda: Captured(prior, rows, sampler, recorder))
-    if found is None:
-        return None
     states = [generator.get_state() for generator in rows.generators]
     try:
-        return found.draw(rows, plan, progress)
+        found = kept.find(key, places(prior), lambda: Captured(prior, rows, sampler, recorder()))
+        return None if found is None else found.draw(rows, plan, progress)
     except BaseException as error:
         kept.drop(key)  # it is left half made
         if not isinstance(error, Exception):

@@ -49,11 +49,11 @@ class CUDARecorder:
         return graph.replay
 
 
-def recorder_for(device: torch.device) -> Recorder | None:
-    """What records steps on this device, None if nothing can, or may now."""
+def recorder_for(device: torch.device) -> Callable[[], Recorder] | None:
+    """What makes a recorder of steps on this device, None if nothing can record, or may now."""
     if device.type != "cuda" or torch.are_deterministic_algorithms_enabled():
         return None
-    return None if torch.cuda.is_current_stream_capturing() else CUDARecorder()
+    return None if torch.cuda.is_current_stream_capturing() else CUDARecorder
 
 
 def bucket(rows: int) -> int:

@@ -52,9 +52,10 @@ class Recording(TorchDispatchMode):
         given = tensors_in((args, kwargs))
         if name in READS or (name == "index" and any(each.dtype == torch.bool for each in tensors_in(args[1]))):
             raise HostRead(f"{name} while a graph is captured")
-        on_gpu = [hasattr(each, "elem") for each in given]  # a pretended one
-        if name in ("copy_", "_to_copy") and any(on_gpu) and not all(on_gpu):
-            raise HostRead(f"{name} of the host's memory while a graph is captured")
+        places = {"cuda" if hasattr(each, "elem") else "cpu" for each in given}  # a pretended GPU
+        places |= {torch.device(kwargs["device"]).type} if kwargs.get("device") and given else set()
+        if name in ("copy_", "_to_copy") and len(places) > 1:
+            raise HostRead(f"{name} from or to the host's memory while a graph is captured")
         self.keep(function, args, kwargs)
         out = function(*args, **kwargs)
         there = {memory_of(each) for each in given}

@@ -22,7 +22,7 @@ CAPTURED = [name for name in (*PRIORS, *VARIANTS) if make_prior(name).captures]
 @pytest.fixture(autouse=True)
 def emulated(monkeypatch):
     """Graphs without a GPU; that something is not captured is an error."""
-    monkeypatch.setattr(steps, "recorder_for", lambda device: Emulated())
+    monkeypatch.setattr(steps, "recorder_for", lambda device: Emulated)
     monkeypatch.setattr(Emulated, "captured", 0)
     monkeypatch.setattr(Emulated, "replayed", 0)
     with warnings.catch_warnings():
@@ -151,7 +151,7 @@ def test_a_call_that_is_interrupted_leaves_no_half_made_graphs(monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         both(model, 4)
     monkeypatch.undo()
-    monkeypatch.setattr(steps, "recorder_for", lambda device: Emulated())
+    monkeypatch.setattr(steps, "recorder_for", lambda device: Emulated)
     assert not graphs_of(model).sets and torch.equal(*both(model, 4)[:2])
 
 
