@@ -78,9 +78,9 @@ class Prior(Features, PretrainedModel, family="prior"):
     any_connectivity: bool = False
     """Whether the model is one of many of the same weights, which `connected` chooses from (MADE's masks)."""
     captures: bool = True
-    """Whether a CUDA graph can hold the cached steps: nothing in them, nor before them, is decided by the host."""
+    """Whether a graph can hold `start` and the cached steps: the host decides nothing in them."""
     recomputes: bool = False
-    """Whether `start` returns a `State`, which has nothing to remember of tokens that all images keep."""
+    """Whether `start` returns a `State`, which has nothing to compute for tokens that all images keep."""
     order: Tensor
     """(N,) int64; `order[r]` is the raster index of the r-th token."""
     blocks: tuple[int, ...]
@@ -242,13 +242,13 @@ class Prior(Features, PretrainedModel, family="prior"):
         order, num_orders: as for `log_prob`; each image is drawn in one of the orders, all equally likely; where tokens
         are known, each as likely as it makes these when they come first (at temperature 1, without guidance), which
         costs a pass per image: then images are of the mixture of these walks given what is known. cache: False
-        recomputes everything at every step. parallel: the same tokens from fewer passes over the whole grid
-        (`prior.parallel`), and fewer still with a `guess`, a cheap prior over the same tokens. capture: False launches
-        cached steps one kernel at a time, instead of as CUDA graphs, which a GPU records at the second call alike.
+        recomputes everything at every step; capture: False launches cached steps on a GPU kernel by kernel, not as
+        graphs. parallel: the same tokens from fewer passes over the whole grid (`prior.parallel`), and fewer still with
+        a `guess`, a cheap prior over the same tokens.
 
         That all these agree, in any batch, is promised for float32 and float64 weights as far as computations differ by
-        no more than `rounding`. Raises `ValueError` for arguments out of range, `TypeError` for a setting that this
-        prior does not have.
+        no more than `rounding`; lower precision may draw other images in another way. Raises `ValueError` for arguments
+        out of range, `TypeError` for a setting that this prior does not have.
         """
         sampler = self.make_sampler(**settings)
         sampler.check(self.grid)

@@ -47,7 +47,9 @@ def evaluating(prior: Any) -> Iterator[None]:
 def draw(prior: Model, rows: Rows, sampler: Sampler, walk: Walk, progress: bool) -> Tensor:
     """Tokens `(B, N)` for `rows`, both in raster order."""
     rows = rows.along(choose_walk(prior, walk.order, walk.num_orders, rows), prior)
-    most = parallel_rows(prior.grid) if walk.parallel else prior.rows_at_once() or len(rows) * sampler.copies
+    most = (
+        parallel_rows(prior.grid, prior.device) if walk.parallel else prior.rows_at_once() or len(rows) * sampler.copies
+    )
     walked = torch.empty_like(rows.given)
     for at, alike in rows.alike(prior):
         parts = alike.cut(max(FEW_ROWS, most // sampler.copies))

@@ -235,8 +235,9 @@ class Masked(Prior, name="masked"):
             raise ValueError(
                 "steps without an order finds one of its own: num_orders, parallel and cache=False do not go with it"
             )
-        most = min(self.rows_at_once() or len(rows) * sampler.copies, parallel_rows(self.grid)) // sampler.copies
-        return torch.cat([fill_in(self, part, sampler, progress) for part in rows.cut(max(FEW_ROWS, most))])
+        most = min(self.rows_at_once() or len(rows) * sampler.copies, parallel_rows(self.grid, self.device))
+        parts = rows.cut(max(FEW_ROWS, most // sampler.copies))
+        return torch.cat([fill_in(self, part, sampler, progress) for part in parts])
 
 
 def bound_masks(ids: Tensor, passes: int) -> Tensor:

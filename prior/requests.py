@@ -63,8 +63,7 @@ class Model(Protocol):
 @dataclass(frozen=True)
 class Walk:
     """How the grid is walked: in an `order`, or each image in one of `num_orders`; step by step, with or without a
-    `cache`, from graphs where that is possible (`capture`) or not; or in `parallel` passes, perhaps with a `guess`. See
-    `Prior.sample`."""
+    `cache` or graphs (`capture`); or in `parallel` passes, perhaps with a `guess`. See `Prior.sample`."""
 
     order: Order = None
     num_orders: int = 1
