@@ -71,10 +71,7 @@ class Graphs:
         self.seen: OrderedDict[Hashable, bool] = OrderedDict()  # whether it may be captured
         self.weights: Hashable = None
 
-    def __deepcopy__(self, memo: Any) -> Graphs:
-        return Graphs()
-
-    def __reduce__(self) -> tuple[type[Graphs], tuple[()]]:
+    def __reduce__(self) -> tuple[type[Graphs], tuple[()]]:  # copies and pickles of a model have none
         return Graphs, ()
 
     def find(self, key: Hashable, weights: Hashable, make: Callable[[], Any]) -> Any | None:

@@ -115,8 +115,32 @@ def test_the_two_sets_used_last_are_kept():
             both(model, count)
     assert len(graphs_of(model).sets) == 2
     both(model, 16), both(model, 16)
-    assert [both(model, count)[2][0] for count in (8, 16, 4)] == [0, 0, 13]
-    assert [both(model, count)[2][0] for count in (16, 4, 8)] == [0, 0, 13]
+    assert [both(model, count)[2][0] for count in (16, 8, 4)] == [0, 0, 13]
+    assert [both(model, count)[2][0] for count in (8, 4, 16)] == [0, 0, 13]
+
+
+def test_that_tokens_are_kept_is_part_of_what_graphs_hold():
+    """And, of a model that recomputes everything, which ones all images keep."""
+    for name in ("gpt", "masked"):
+        model, tokens, masks = (
+            make_prior(name),
+            draw_tokens(make_prior(name), 4),
+            torch.zeros(2, 3, 4, dtype=torch.bool),
+        )
+        masks[0, 0], masks[1, 0, :2] = True, True
+        for known in (None, *masks, None, *masks):
+            given = {} if known is None else {"tokens": tokens, "known": known}
+            for _ in range(2):
+                one, other, _ = both(model, 4, **given)
+                assert torch.equal(one, other)
+
+
+def test_parts_of_a_batch_share_graphs(monkeypatch):
+    model = make_prior("gpt")
+    monkeypatch.setattr(model, "rows_at_once", lambda: 4)
+    for made in ((13, 26), (0, 39)):
+        one, other, counts = both(model, 12)
+        assert torch.equal(one, other) and counts == made
 
 
 def test_what_cannot_be_captured_is_said_once_and_drawn_as_ever(monkeypatch):
