@@ -1,8 +1,9 @@
-"""By how much logits of a prior depend on how they are computed, which is what `prior.sampling.ROUNDING` has to cover.
+"""By how much logits of a prior depend on how they are computed, which is what `Prior.rounding` has to cover.
 
     python benchmarks/rounding.py threads=1
     python benchmarks/rounding.py threads=1 large=0
     python benchmarks/rounding.py pipeline=runs/gpt_digits/pipeline
+    python benchmarks/rounding.py pipeline=runs/gpt_digits/pipeline dtype=bfloat16
 
 Three computations of the same logits, of the same tokens, in float32: one pass over each image alone (which is what
 decides where a decision is close), one over the batch, and cached steps of the batch and of one image. Weights are
@@ -11,10 +12,15 @@ of a trained one, as they are). Columns: the largest |logit|; the largest |cache
 larger of these as a multiple of the largest |logit| of its own row (position) and, what sampling goes by, of the image
 so far, at least 1; `Prior.rounding`, which allows for so much, over the latter; by how many images of sixteen a pass
 over the image alone was asked to decide, at temperature 1.
+
+`dtype`: how much samples of weights of that type differ from those of float32, for the same seeds: the share of images
+and of tokens (behind one that differs all may); and how likely both models think them, in bits per token. `decisions`:
+of all, given the tokens that float32 has drawn before and the same noise.
 """
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from support.options import read_options, use_threads
@@ -106,14 +112,14 @@ def made_again(model: Any, count: int = 16) -> int:
     """How many of `count` sampled images had a decision made again."""
     import torch
 
-    from prior import base
+    from prior import drawing
 
-    again, settled = [], base.settled
-    base.settled = lambda *given: again.append(given) or given[3]
+    again, settled = [], drawing.settled
+    drawing.settled = lambda *given: again.append(given) or given[3]
     try:
         model.sample(count, torch.arange(count) % (model.num_classes + 1), generator=torch.Generator().manual_seed(0))
     finally:
-        base.settled = settled
+        drawing.settled = settled
     return len(again)
 
 
@@ -128,8 +134,46 @@ def row(label: str, model: Any, tokens: Any, labels: Any) -> str:
     return table_row(cells)
 
 
+def lower(folder: str, kind: str, count: int) -> None:
+    """Print how samples of weights of another type differ, a row for each way of computing them."""
+    import torch
+
+    from prior import Prior
+    from prior.drawing import evaluating
+    from prior.sampling import GumbelNoise
+
+    fine, coarse = Prior.from_pretrained(folder), Prior.from_pretrained(folder, dtype=getattr(torch, kind))
+    labels, size = torch.arange(count) % max(1, fine.num_classes), len(fine.grid)
+
+    def drawn(model: Any, rows: slice = slice(count), **ways: Any) -> Any:
+        own = [torch.Generator().manual_seed(k) for k in range(count)[rows]]
+        return model.sample(len(own), labels[rows], generator=own, **ways).flatten(1)
+
+    ways = {
+        "float32": drawn(fine),
+        f"{kind}, cached": drawn(coarse),
+        f"{kind}, no cache": drawn(coarse, cache=False),
+        f"{kind}, parallel": drawn(coarse, parallel=True),
+        f"{kind}, one by one": torch.cat([drawn(coarse, slice(k, k + 1)) for k in range(count)]),
+    }
+    print(table_head("weights", "images that differ", "tokens", "bits per token by float32", f"by {kind}"))
+    for name, tokens in ways.items():
+        differ = tokens != ways["float32"]
+        with torch.inference_mode():
+            nats = [model.log_prob(tokens.view(-1, *model.grid.shape), labels).double() for model in (fine, coarse)]
+        bits = [f"{float(-each.mean()) / size / math.log(2):.4f}" for each in nats]
+        print(table_row([name, f"{differ.any(1).double().mean():.1%}", f"{differ.double().mean():.1%}", *bits]))
+    noise = GumbelNoise(
+        [torch.Generator().manual_seed(k) for k in range(count)], size, fine.grid.vocab_size, fine.device
+    )
+    with torch.inference_mode(), evaluating(fine), evaluating(coarse):
+        given = noise.of(0, size), ways["float32"].view(-1, *fine.grid.shape)
+        ids = [(whole(model, given[1], labels) + given[0]).argmax(-1) for model in (fine, coarse)]
+    print(f"\ndecisions that differ: {float((ids[0] != ids[1]).double().mean()):.2%} of {ids[0].numel()}")
+
+
 def main() -> None:
-    options = read_options(__doc__, {"threads": 1, "large": True, "pipeline": None})
+    options = read_options(__doc__, {"threads": 1, "large": True, "pipeline": None, "dtype": None, "images": 100})
     threads = use_threads(options.threads)
     import torch
 
@@ -139,6 +183,8 @@ def main() -> None:
 
     capability = torch.backends.cpu.get_cpu_capability()
     print(f"torch {torch.__version__}, {threads} thread(s), {capability}\n")
+    if options.dtype:
+        return lower(f"{options.pipeline}/prior", options.dtype, options.images)
     print(table_head(*COLUMNS))
     if options.pipeline:
         model = Prior.from_pretrained(f"{options.pipeline}/prior")

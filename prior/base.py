@@ -83,6 +83,10 @@ class Prior(Features, PretrainedModel, family="prior"):
     """Whether `forward`, `log_prob` and `sample` take any other `order` than the model's own."""
     any_connectivity: bool = False
     """Whether the model is one of many of the same weights, which `connected` chooses from (MADE's masks)."""
+    captures: bool = True
+    """Whether a graph can hold `start` and the cached steps: the host decides nothing in them."""
+    recomputes: bool = False
+    """Whether `start` returns a `State`, which has nothing to compute for tokens that all images keep."""
     order: Tensor
     """(N,) int64; `order[r]` is the raster index of the r-th token."""
     blocks: tuple[int, ...]
@@ -235,6 +239,7 @@ class Prior(Features, PretrainedModel, family="prior"):
         cache: bool = True,
         parallel: bool = False,
         guess: Prior | None = None,
+        capture: bool = True,
         progress: bool = False,
         **settings: Any,
     ) -> Tensor:
@@ -248,16 +253,17 @@ class Prior(Features, PretrainedModel, family="prior"):
         order, num_orders: as for `log_prob`; each image is drawn in one of the orders, all equally likely; where tokens
         are known, each as likely as it makes these when they come first (at temperature 1, without guidance), which
         costs a pass per image: then images are of the mixture of these walks given what is known. cache: False
-        recomputes everything at every step. parallel: the same tokens from fewer passes over the whole grid
-        (`prior.parallel`), and fewer still with a `guess`, a cheap prior over the same tokens.
+        recomputes everything at every step; capture: False launches cached steps on a GPU kernel by kernel, not as
+        graphs. parallel: the same tokens from fewer passes over the whole grid (`prior.parallel`), and fewer still with
+        a `guess`, a cheap prior over the same tokens.
 
         That all these agree, in any batch, is promised for float32 and float64 weights as far as computations differ by
-        no more than `rounding`. Raises `ValueError` for arguments out of range, `TypeError` for a setting that this
-        prior does not have.
+        no more than `rounding`; lower precision may draw other images in another way. Raises `ValueError` for arguments
+        out of range, `TypeError` for a setting that this prior does not have.
         """
         sampler = self.make_sampler(**settings)
         sampler.check(self.grid)
-        walk = Walk(order, num_orders, cache, parallel, guess)
+        walk = Walk(order, num_orders, cache, parallel, guess, capture)
         walk.check(self)
         rows = make_rows(self, num_images, labels, sampler, generator, tokens, known)
         with torch.inference_mode(), evaluating(self), evaluating(guess or self):
@@ -296,9 +302,10 @@ class Prior(Features, PretrainedModel, family="prior"):
 
     def start_slow(self, num_images: int, labels: Tensor | None, order: Order = None) -> State:
         """`start` of the path that recomputes everything: right by construction."""
-        walk, tokens = partition_of(self, order), torch.zeros(num_images, len(self.grid), dtype=torch.long)
+        walk = partition_of(self, order)
+        tokens = torch.zeros(num_images, len(self.grid), dtype=torch.long, device=self.device)
         given = given_walk(self, None if order is None else walk)
-        return State(tokens.to(self.device), self.class_ids(labels, num_images), walk.order, walk.blocks, given)
+        return State(tokens, self.class_ids(labels, num_images), walk.order, walk.blocks, given)
 
     def next_logits_slow(self, state: State, tokens: Tensor | None) -> Tensor:
         """`next_logits` by one forward pass over the whole grid."""

@@ -105,7 +105,11 @@ class Blocks(Prior, name="blocks"):
             return []
         when = F.pad(self.block_of, (1, 0), value=-1)[:, None]  # the start row comes before all
         sources = torch.cat([when, self.cells], 1)
-        made = {d: Window(sources[at + 1], sources, self.config.window, d) for d in set(self.config.dilations)}
+        home = sources.device
+        if home.type == "cuda":  # they are cut up on the CPU
+            sources, at = sources.cpu(), at.cpu()
+        targets, dilations = sources[at + 1], set(self.config.dilations)
+        made = {d: Window(targets, sources, self.config.window, d).to(home) for d in dilations}
         return [made[dilation] for dilation in self.config.dilations]
 
     @property

@@ -152,7 +152,7 @@ class Cache:
         for block in model.layers:
             gains = torch.stack([block.gain, torch.ones_like(block.gain)]).to(self.exact)  # of queries and keys
             memory = None if block.window is None else block.window.memory
-            places = (memory.slots, memory.reads(weight.device)) if memory else None
+            places = (memory.slots, block.window.reads) if memory else None
             cache = weight.new_empty(len(labels), 2, heads, memory.size if memory else len(model.grid), width)
             weights = (
                 pack(block.qkv.weight, block.attention_norm),

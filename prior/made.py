@@ -109,6 +109,7 @@ class MADE(Prior, name="made"):
 
     Config = MADEConfig
     Sampling = MADESampler
+    captures = False  # the host knows which units are finished; a step takes about six kernels
     ranks: Tensor
     all_degrees: Tensor
     embedding: Tensor | None

@@ -57,7 +57,7 @@ class Masked(Prior, name="masked"):
     Config = MaskedConfig
     stored_names = {"layers": "blocks"}
     Sampling = MaskedSampler
-    any_order = True
+    any_order = recomputes = True
     coordinates: Tensor
 
     def __init__(self, config: MaskedConfig) -> None:
@@ -218,9 +218,8 @@ class Masked(Prior, name="masked"):
 
     def start(self, num_images: int, labels: Tensor | None, order: Order = None) -> State:
         """All tokens masked. Each step is a pass over the whole grid: what all see of each other cannot be cached."""
-        state = self.start_slow(num_images, labels, order)
-        state.tokens.fill_(self.mask)
-        return state
+        tokens = torch.full((num_images, len(self.grid)), self.mask, device=self.device)
+        return State(tokens, self.class_ids(labels, num_images), *partition_of(self, order))
 
     def next_logits(self, state: State, tokens: Tensor | None) -> Tensor:
         """Reveal the last block's tokens, and predict the next."""
@@ -240,8 +239,9 @@ class Masked(Prior, name="masked"):
             raise ValueError(
                 "steps without an order finds one of its own: num_orders, parallel and cache=False do not go with it"
             )
-        most = min(self.rows_at_once() or len(rows), parallel_rows(self.grid)) // sampler.copies
-        return torch.cat([fill_in(self, part, sampler, progress) for part in rows.cut(max(FEW_ROWS, most))])
+        most = min(self.rows_at_once() or len(rows) * sampler.copies, parallel_rows(self.grid, self.device))
+        parts = rows.cut(max(FEW_ROWS, most // sampler.copies))
+        return torch.cat([fill_in(self, part, sampler, progress) for part in parts])
 
 
 def bound_masks(ids: Tensor, passes: int) -> Tensor:

@@ -29,6 +29,8 @@ class Model(Protocol):
     order: Tensor
     blocks: tuple[int, ...]
     any_order: bool
+    captures: bool
+    recomputes: bool
     rounding: float
 
     @property
@@ -61,13 +63,14 @@ class Model(Protocol):
 @dataclass(frozen=True)
 class Walk:
     """How the grid is walked: in an `order`, or each image in one of `num_orders`; step by step, with or without a
-    `cache`; or in `parallel` passes, perhaps with a `guess`. See `Prior.sample`."""
+    `cache` or graphs (`capture`); or in `parallel` passes, perhaps with a `guess`. See `Prior.sample`."""
 
     order: Order = None
     num_orders: int = 1
     cache: bool = True
     parallel: bool = False
     guess: Model | None = None
+    capture: bool = True
 
     @classmethod
     def names(cls) -> list[str]:

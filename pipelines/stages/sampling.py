@@ -46,12 +46,12 @@ def sample(
     whatever `batch_size` is. tokens, known: as in `Prior.sample`. output_type: "pil", "np" (uint8) or "pt" (float in
     [-1, 1]).
 
-    options: how the grid is walked (`order`, `num_orders`, `cache`, `parallel`, `guess`), as in `Prior.sample`; and the
-    settings that the prior's `Sampling` declares, by name (`temperature`, `top_k`, `top_p`, `guidance_scale`; `steps`,
-    `confidence_temperature` and `schedule` of a masked-token prior). Settings default to the pipeline's own
-    (`pipeline.sampler`), `steps` only where none of `order`, `num_orders`, `cache` and `parallel` is given, as these do
-    not go with it. Raises `ValueError` for arguments out of range, `TypeError` for a setting that the prior does not
-    have.
+    options: how the grid is walked (`order`, `num_orders`, `cache`, `capture`, `parallel`, `guess`), as in
+    `Prior.sample`; and the settings that the prior's `Sampling` declares, by name (`temperature`, `top_k`, `top_p`,
+    `guidance_scale`; `steps`, `confidence_temperature` and `schedule` of a masked-token prior). Settings default to the
+    pipeline's own (`pipeline.sampler`), `steps` only where none of `order`, `num_orders`, `cache` and `parallel` is
+    given, as these do not go with it. Raises `ValueError` for arguments out of range, `TypeError` for a setting that
+    the prior does not have.
     """
     if isinstance(labels, (Tensor, np.ndarray)):
         labels = labels.tolist()

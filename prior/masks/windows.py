@@ -64,10 +64,6 @@ class Memory(NamedTuple):
     seen: Tensor
     counts: list[int]
 
-    def reads(self, device: torch.device) -> Sequence[Tensor]:
-        """The slots that the query at each rank sees."""
-        return self.seen.to(device).split(self.counts)
-
 
 class Window(nn.Module):
     """Which keys the queries see: those that come before them, no more than so many rows and columns away.
@@ -178,6 +174,15 @@ class Window(nn.Module):
     def spread(self, field: Tensor) -> Tensor:
         """What is in a stream once each rank has seen its keys, which are those of the stream: bool `(N, tokens)`."""
         return field | self.seen(field)
+
+    @property
+    def reads(self) -> Sequence[Tensor]:
+        """The slots of `memory` that the query at each rank sees; made once for a device."""
+        if self.__dict__.get("reads_on") != self.at.device:
+            with torch.inference_mode(False):
+                self.slots_read = self.memory.seen.to(self.at.device).split(self.memory.counts)
+            self.reads_on = self.at.device
+        return self.slots_read
 
     @cached_property
     @torch.inference_mode(False)

@@ -174,3 +174,9 @@ def test_large_batches_are_cut(monkeypatch):
     monkeypatch.setattr("prior.parallel.NUMBERS", 5 * 12 * 5)
     tokens, _, rows = drawn_in_parallel(model, 11, monkeypatch)
     assert torch.equal(tokens, expected) and max(rows) <= 5
+
+
+def test_a_gpu_takes_eight_times_as_many_rows():
+    grid = make_prior("gpt").grid
+    cpu, gpu = (parallel.parallel_rows(grid, torch.device(kind)) for kind in ("cpu", "cuda"))
+    assert cpu == parallel.NUMBERS // 60 and gpu == 8 * parallel.NUMBERS // 60

@@ -14,6 +14,7 @@ import os
 import shutil
 import tempfile
 import typing
+import warnings
 from collections.abc import Callable, Iterator
 from functools import cache, partial
 from pathlib import Path
@@ -25,6 +26,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from accelerate.state import AcceleratorState
+from emulated_graphs import Emulated
 from launch import train_prior, train_tokenizer
 from PIL import Image
 from pretended_gpu import CUDA, DeviceMix, Pretended
@@ -33,6 +35,7 @@ from small import (
     PRIORS,
     QUANTIZERS,
     TOKENIZERS,
+    VARIANTS,
     draw_tokens,
     generators,
     latents,
@@ -55,7 +58,7 @@ from pipelines.images.augment import AugmentConfig, draw_changes
 from pipelines.images.dataset import prepare_images
 from pipelines.shuffling.ahead import pinned, sent
 from pipelines.training.adversary import Adversary, CriticConfig
-from prior import Prior
+from prior import Prior, steps
 from prior.requests import Walk
 from prior.sampling import Sampler
 from tokenizer import Tokenizer
@@ -178,7 +181,7 @@ def check_gradients(model: torch.nn.Module, loss: Tensor) -> None:
 
 def priors() -> Iterator[Component]:
     """Each, also of any order: training steps, likelihoods, features, and every way of sampling."""
-    for name, config in itertools.chain(((name, {}) for name in PRIORS), ANY_ORDER.items()):
+    for name, config in itertools.chain(((name, {}) for name in [*PRIORS, *VARIANTS]), ANY_ORDER.items()):
         main = "main: " if name == "gpt" and config else ""
         title = f"prior {name}" + "".join(f" {key}" for key in config)
         yield f"{main}{title}", partial(try_prior, name, config)
@@ -233,9 +236,18 @@ def try_samples(name: str, config: dict[str, Any]) -> None:
     if "steps" in model.Sampling.names():
         ways.append({"steps": 3, "guidance_scale": 2.0, **given})
     for way in ways:
-        with contextlib.nullcontext() if way.keys().isdisjoint({"order", "num_orders"}) else refusals():
-            drawn = model.sample(4, torch.arange(4, device=CUDA) % 3, **{"generator": generators(4), **way})
-            assert drawn.device == CUDA and drawn.shape == (4, *model.grid.shape)
+        with contextlib.nullcontext() if way.keys().isdisjoint({"order", "num_orders"}) else refusals(), graphs():
+            for _ in range(2 if type(way.get("generator")) is not list else 1):  # the second one from graphs
+                drawn = model.sample(4, torch.arange(4, device=CUDA) % 3, **{"generator": generators(4), **way})
+                assert drawn.device == CUDA and drawn.shape == (4, *model.grid.shape)
+
+
+@contextlib.contextmanager
+def graphs() -> Iterator[None]:
+    """Have steps captured; that something is not possible in a graph is an error."""
+    with patch.object(steps, "recorder_for", lambda device: Emulated), warnings.catch_warnings():
+        warnings.filterwarnings("error", "steps are not captured")
+        yield
 
 
 def refusals() -> contextlib.AbstractContextManager[Any]:

@@ -25,7 +25,7 @@ import sys
 import tempfile
 import traceback
 import warnings
-from contextlib import redirect_stderr, redirect_stdout
+from contextlib import nullcontext, redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -111,6 +111,9 @@ class Pretended(Tensor):
     def tolist(self) -> Any:
         return self.detach().cpu().tolist()
 
+    def record_stream(self, stream: Any) -> None:
+        pass
+
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         return compute(func, args, kwargs or {})
@@ -169,6 +172,16 @@ def judge(func: Any, args: Any, ours: list[Tensor], others: list[Tensor]) -> Non
     if mixed:
         shapes = [[list(tensor.shape) for tensor in some] for some in (ours, others)]
         raise DeviceMix(f"{func}: tensors of two devices: {shapes[0]} on the GPU, {shapes[1]} on the CPU")
+
+
+class Idle:
+    """A stream, or an event of one: everything is done at once."""
+
+    def __init__(self, *_: Any, **__: Any) -> None:
+        pass
+
+    def __getattr__(self, name: str) -> Any:
+        return lambda *_, **__: None
 
 
 class Generator(torch.Generator):
@@ -256,6 +269,9 @@ def pretend() -> None:
     torch.cuda._lazy_init = lambda: None
     torch.cuda.is_bf16_supported = lambda *_, **__: True
     torch.cuda.current_device = lambda: 0
+    torch.cuda.Stream = torch.cuda.Event = torch.cuda.current_stream = Idle
+    torch.cuda.stream = lambda stream: nullcontext()
+    torch.cuda.is_current_stream_capturing = lambda: False
     for name in ("manual_seed", "manual_seed_all", "set_device", "empty_cache", "synchronize"):
         setattr(torch.cuda, name, lambda *_, **__: None)
     torch.cuda.amp.common.amp_definitely_not_available = lambda: False

@@ -1,7 +1,7 @@
-"""From logits to a token: temperature, top-k, top-p, guidance, and Gumbel noise that belongs to the image.
+"""The settings of sampling, and how they choose a token.
 
 A token is argmax(logits / temperature + Gumbel noise) (Gumbel 1954), so it is a deterministic function of its logits
-and its image's own noise at its position. The noise is drawn from the image's generator alone.
+and its image's own noise at its position.
 
 Logits depend in their last bits on how they are computed: in which batch, by cached steps or by a whole pass. Each
 decision therefore says whether that could have turned it; `Prior.sample` leaves those to one computation.
@@ -9,24 +9,20 @@ decision therefore says whether that could have turned it; `Prior.sample` leaves
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from tokenizer.base import TokenGrid
 
-NOISE_BLOCK = 1 << 16  # numbers drawn at a time for one image; a function of nothing else, so that batches agree
-MAX_SEED = (1 << 62) - 1
-LOW_BITS = (1 << 32) - 1  # what torch's generator on a CPU keeps of a seed
+from .filters import Kept, keep_top_k, keep_top_p
+
 GREEDY = 1e-6
 """A temperature below this takes the likeliest id: noise would be lost in the rounding of logits / temperature."""
 
-Generators = torch.Generator | Sequence[torch.Generator] | None
 S = TypeVar("S", bound="Sampler")
-T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -129,7 +125,7 @@ class Sampler:
         ids = scores.masked_fill(~kept, -torch.inf).argmax(-1, keepdim=True)
         rivals = scores.masked_fill(~near, -torch.inf).scatter(-1, ids, -torch.inf).amax(-1)
         lead = scores.gather(-1, ids)[..., 0] - rivals
-        return ids[..., 0], lead.where(certain.gather(-1, ids)[..., 0], 0)
+        return ids[..., 0], lead.masked_fill(~certain.gather(-1, ids)[..., 0], 0)
 
     def _kept(self, logits: Tensor, tolerance: Tensor) -> Kept:
         """The ids that both filters keep: `top_p` counts the mass of those that `top_k` has kept."""
@@ -142,124 +138,8 @@ class Sampler:
         return kept
 
 
-class Kept(NamedTuple):
-    """bool `(..., V)`: the ids that a filter keeps; those that it keeps or might keep if rounding moved logits within
-    a tolerance; and those that it keeps in any case."""
-
-    kept: Tensor
-    near: Tensor
-    certain: Tensor
-
-
-def keep_top_k(logits: Tensor, k: int, tolerance: Tensor) -> Kept:
-    """The `k` likeliest of V > k ids, and all that are equal to the last of them. tolerance: `(..., 1)`.
-
-        logits   5.0   3.0 | 2.9   1.0      k = 2: the boundary is between 3.0, the last, and 2.9, the first out
-
-    With a tolerance of 0.2 the third is near, as 2.9 >= 3.0 - 0.2. Only the first is certain, as 5.0 > 2.9 + 0.2: the
-    second could fall behind the third.
-    """
-    last, first_out = logits.topk(k + 1).values[..., -2:].split(1, -1)
-    return Kept(logits >= last, logits >= last - tolerance, logits > first_out + tolerance)
-
-
-def keep_top_p(logits: Tensor, p: float, tolerance: Tensor, among: Kept) -> Kept:
-    """The likeliest ids `among` those kept so far until their mass reaches `p`, of equal ones the first.
-
-        probabilities   0.5   0.3 | 0.2      p = 0.7
-        mass before     0.0   0.5 | 0.8      an id is kept where the mass before it is below p
-
-    A mass moves by no more than the tolerance, `(..., 1)`, and by the share of the ids that `top_k` itself might keep
-    or not. With 0.25 of both together the third is near, as 0.8 < 0.7 + 0.25, and only the first is certain, as
-    0.5 > 0.7 - 0.25. Besides, ids whose logits are within the tolerance may change places at either boundary.
-    """
-    ordered, ids = logits.masked_fill(~among.kept, -torch.inf).sort(dim=-1, descending=True, stable=True)
-    probabilities = ordered.double().softmax(-1)
-    mass_before = (probabilities.cumsum(-1) - probabilities).masked_fill(ordered == -torch.inf, torch.inf)
-
-    def below(limit: float | Tensor) -> Tensor:
-        return torch.zeros_like(among.kept).scatter(-1, ids, mass_before < limit)
-
-    shares = (logits.double() - ordered.double().logsumexp(-1, keepdim=True)).exp()
-    slack = tolerance + (shares * (among.near & ~among.certain)).sum(-1, keepdim=True)
-    likely = below(p + slack)
-    sure = below(p - slack)
-    lowest_likely = logits.masked_fill(~likely, torch.inf).amin(-1, keepdim=True)
-    highest_unsure = logits.masked_fill(sure, -torch.inf).amax(-1, keepdim=True)
-    near = logits >= lowest_likely - tolerance
-    return Kept(below(p), near, sure & (logits > highest_unsure + tolerance))
-
-
 def _best(scores: Tensor) -> tuple[Tensor, Tensor]:
     """Ids `(...)` of the highest of `scores` (..., V), of equal ones the first, and their lead over the second."""
     ids = scores.argmax(-1, keepdim=True)  # topk may take any that are equal, and takes longer
     lead = scores.gather(-1, ids) - scores.scatter(-1, ids, -torch.inf).amax(-1, keepdim=True)
     return ids[..., 0], lead[..., 0]
-
-
-def image_generators(generator: Generators, num_images: int) -> list[torch.Generator]:
-    """One generator per image. A single generator (or None, torch's global one) seeds them in turn, so image k is the
-    same however many follow it. Raises `ValueError` unless a list holds one for each."""
-    if isinstance(generator, Sequence):
-        different = len(set(map(id, generator)))
-        if different != num_images or len(generator) != num_images:
-            raise ValueError(f"got {different} generators for {num_images} images; each needs its own")
-        return list(generator)
-    device = generator.device if generator is not None else "cpu"
-    return [torch.Generator(device).manual_seed(seed) for seed in image_seeds(generator, num_images)]
-
-
-def image_seeds(generator: torch.Generator | None, num_images: int) -> list[int]:
-    """A seed for each image, drawn in turn; one whose low 32 bits another image has is drawn again."""
-    device, seeds = generator.device if generator is not None else "cpu", dict[int, int]()
-    while len(seeds) < num_images:
-        seed = int(torch.randint(MAX_SEED, (), generator=generator, device=device))
-        seeds.setdefault(seed & LOW_BITS, seed)
-    return list(seeds.values())
-
-
-def progress_over(steps: Sequence[T], shown: bool, unit: str = "token") -> Iterable[T]:
-    """`steps`, with a bar on a terminal if it is to be shown."""
-    if not shown:
-        return steps
-    from tqdm import tqdm
-
-    return tqdm(steps, desc="sampling", unit=unit, leave=False, disable=None)
-
-
-class GumbelNoise:
-    """The Gumbel noise of a batch of images, drawn block by block as positions are asked for in ascending order.
-
-    Each image's block is `(positions, V)` from its own generator, so it does not depend on the rest of the batch.
-    Drawn as -log(-log(u)), u uniform with 53 bits: torch's own exponential variates take seven times as long on CPU.
-    """
-
-    def __init__(self, generators: list[torch.Generator], num_tokens: int, vocab_size: int, device: torch.device):
-        self.generators, self.num_tokens, self.device = generators, num_tokens, device
-        self.positions = max(1, min(num_tokens, NOISE_BLOCK // vocab_size))
-        self.shape = (self.positions, vocab_size)
-        self.block: Tensor = torch.empty(0)
-        self.drawn = 0
-
-    def of(self, begin: int, end: int) -> Tensor:
-        """Noise `(B, n, V)` of the n tokens ranked `begin` to `end` - 1; ranks are asked for in ascending order."""
-        parts = []
-        while begin < end:
-            while begin >= self.drawn:
-                self.block = self._next_block()
-            first, stop = self.drawn - self.positions, min(end, self.drawn)
-            parts.append(self.block[begin - first : stop - first])
-            begin = stop
-        return (parts[0] if len(parts) == 1 else torch.cat(parts)).transpose(0, 1)
-
-    def _next_block(self) -> Tensor:  # (positions, B, V)
-        rows = [gumbel(self.shape, generator) for generator in self.generators]
-        self.drawn += self.positions
-        return torch.stack(rows, 1).to(self.device)
-
-
-def gumbel(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
-    """Gumbel variates, float32, on the generator's device (which may have no float64)."""
-    kind = torch.float32 if generator.device.type == "mps" else torch.float64
-    uniform = torch.rand(shape, generator=generator, device=generator.device, dtype=kind)
-    return uniform.log_().neg_().float().log_().neg_()

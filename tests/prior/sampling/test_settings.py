@@ -1,4 +1,7 @@
-"""Which token is chosen, how surely, and with whose noise."""
+"""Which token is chosen, how surely, and with whose generator.
+
+Covers: prior/sampling/filters.py, prior/sampling/generators.py, prior/sampling/progress.py.
+"""
 
 import itertools
 
@@ -9,18 +12,10 @@ from small import ANY_ORDER, PRIORS, draw_tokens, generators, make_prior
 
 from prior import Prior
 from prior.orders import make_order
-from prior.sampling import (
-    GREEDY,
-    LOW_BITS,
-    GumbelNoise,
-    Kept,
-    Sampler,
-    gumbel,
-    image_generators,
-    image_seeds,
-    keep_top_k,
-    keep_top_p,
-)
+from prior.sampling import GumbelNoise, Sampler, gumbel, image_generators, image_seeds
+from prior.sampling.filters import Kept, keep_top_k, keep_top_p
+from prior.sampling.generators import LOW_BITS
+from prior.sampling.settings import GREEDY
 from tokenizer import TokenGrid
 
 # Rounding
@@ -244,14 +239,21 @@ def test_where_nothing_is_known_orders_are_drawn_alike_and_as_ever():
         assert torch.equal(model.sample(8, num_orders=3, generator=generators(8), **more), expected)
 
 
-def test_noise_of_a_block_is_that_of_its_ranks(monkeypatch):
-    """However blocks lie over the pieces in which it is drawn, and though some are left out."""
-    monkeypatch.setattr("prior.sampling.NOISE_BLOCK", 3 * 5)
-    device = torch.device("cpu")
-    whole = GumbelNoise(generators(2), 12, 5, device).of(0, 12)
-    assert whole.shape == (2, 12, 5)
-    for cuts in ((0, 1, 2, 3, 4, 12), (0, 2, 7, 11, 12), (0, 5, 12)):
-        noise = GumbelNoise(generators(2), 12, 5, device)
-        for begin, end in zip(cuts, cuts[1:], strict=False):
-            assert torch.equal(noise.of(begin, end), whole[:, begin:end])
-    assert torch.equal(GumbelNoise(generators(2), 12, 5, device).of(8, 10), whole[:, 8:10])
+# Lower precision
+
+
+def test_weights_of_lower_precision_draw_from_nearly_the_same_distribution():
+    """An image may differ (the same call draws the same); few decisions do, and float32 finds both as likely."""
+    torch.manual_seed(0)
+    fine, coarse = (make_prior("gpt", (4, 4), 9, depth=1) for _ in range(2))
+    coarse.load_state_dict(fine.state_dict())
+    coarse, count = coarse.bfloat16(), 400
+    drawn, other, again = (model.sample(count, generator=generators(count)) for model in (fine, coarse, coarse))
+    assert torch.equal(other, again)
+    noise = GumbelNoise(generators(count), 16, 9, torch.device("cpu")).of(0, 16)
+    decisions = [(model(drawn).float() + noise).argmax(-1) for model in (fine, coarse)]
+    assert torch.equal(decisions[0], drawn.flatten(1))
+    assert 0 < (decisions[0] != decisions[1]).double().mean() < 0.03
+    first, second = (fine.log_prob(tokens).detach().double() for tokens in (drawn, other))
+    assert (first - second).mean().abs() < 4 * (first - second).std() / count**0.5 + 1e-3
+    assert (coarse.log_prob(drawn) - fine.log_prob(drawn)).abs().mean() < 0.02 * first.abs().mean()
