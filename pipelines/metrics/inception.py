@@ -150,9 +150,11 @@ def _read_array(archive: zipfile.ZipFile, name: str, shape: tuple[int, ...]) -> 
     most = 8 * int(np.prod(shape)) + HEADER
     if name not in archive.namelist():
         raise ValueError(f"there is no {name.removesuffix('.npy')} in it")
-    size = archive.getinfo(name).file_size
-    if size > most:
-        raise ValueError(f"{name} has {size:,} bytes, {most:,} at most are allowed")
+    entry = archive.getinfo(name)
+    if entry.file_size > most:
+        raise ValueError(f"{name} has {entry.file_size:,} bytes, {most:,} at most are allowed")
+    if entry.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+        raise ValueError(f"{name} is compressed as numpy never does")
     with archive.open(name) as file:
         content = io.BytesIO(file.read(most))
     version = np.lib.format.read_magic(content)

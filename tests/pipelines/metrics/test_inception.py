@@ -290,6 +290,14 @@ def test_an_array_that_says_it_is_long_and_is_not(tmp_path, few_features):
         read_reference(short)
 
 
+@pytest.mark.parametrize("kind", [zipfile.ZIP_LZMA, zipfile.ZIP_BZIP2])
+def test_an_array_that_numpy_did_not_write_is_refused(tmp_path, kind):
+    with zipfile.ZipFile(tmp_path / "odd.npz", "w", kind) as file:
+        file.writestr("mu.npy", b"anything")
+    with pytest.raises(UserError, match="mu.npy is compressed as numpy never does"):
+        read_reference(tmp_path / "odd.npz")
+
+
 def test_what_is_asked_for_is_checked_before_the_work(tmp_path):
     with pytest.raises(UserError, match=r"^reference: 'elsewhere.npz' is neither held_out, train nor a file$"):
         make_ruler("weights.pth", "elsewhere.npz", CPU)
