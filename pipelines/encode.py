@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import ExitStack, closing
+from contextlib import closing
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -27,16 +27,14 @@ from .images import DataConfig, ImageDataset, Splits, check_shape, load_images
 from .images.origin import is_local
 from .images.splits import as_begun
 from .jobs import Piece
-from .processes.launched import build_accelerator, on_main
+from .jobs.sharing import Share, shared
+from .processes.launched import build_accelerator, team_of
 from .shuffling.ahead import made_ahead, pinned, sent
 from .stages.provenance import tokenizer_defaults
 from .tokens import Meta
 from .tokens.appending import class_numbers, existing, missing_variants, same_images
 from .tokens.meta import TOKENS
 from .tokens.pieces import EncodeJob, cut, manifest_hash, recover, shards_of
-
-if TYPE_CHECKING:
-    from accelerate import Accelerator
 
 Raw = list[tuple[Tensor, ...]]
 """A batch as it travels, in one part or two, each as `ImageDataset.raw_batch` returns it."""
@@ -75,9 +73,10 @@ def run(config: EncodeConfig) -> Path:
     which they are added.
     """
     accelerator = build_accelerator()
+    team = team_of(accelerator)
     tokenizer, out = Tokenizer.from_pretrained(config.tokenizer), Path(config.out)
     check_settings(config, tokenizer, out)
-    on_main(accelerator, lambda: recover(out))
+    team.first(lambda: recover(out))
     old = existing(out, tokenizer) if config.append else None
     config = config.model_copy(update={"data": data_as_begun(config.data, begun_with(out, old), old)})
     images = load_images(config.data, together=True)
@@ -87,11 +86,10 @@ def run(config: EncodeConfig) -> Path:
     numbers = class_numbers(images.train, old)
     pieces = plan(config, images, variants)
     job = EncodeJob(out, tokenizer.grid, pieces, depends_on(config, tokenizer, pieces, accelerator.device.type))
-    with ExitStack() as stack:
-        missing = on_main(accelerator, lambda: stack.enter_context(job.begin()))
-        encode_pieces(accelerator, tokenizer.to(accelerator.device), images, numbers, missing, config, job)
+    with shared(job, team) as share:
+        encode_pieces(share, tokenizer.to(accelerator.device), images, numbers, config, job)
         accelerator.wait_for_everyone()
-        on_main(accelerator, lambda: publish(job, config, tokenizer.cpu(), images, old, variants))
+        team.first(lambda: publish(job, config, tokenizer.cpu(), images, old, variants))
     accelerator.end_training()
     return out
 
@@ -189,11 +187,10 @@ def rows_by_split(pieces: list[Piece]) -> dict[str, int]:
 
 
 def encode_pieces(
-    accelerator: Accelerator,
+    share: Share,
     tokenizer: Tokenizer,
     images: Splits,
     numbers: Tensor | None,
-    missing: list[Piece],
     config: EncodeConfig,
     job: EncodeJob,
 ) -> None:
@@ -201,12 +198,12 @@ def encode_pieces(
     dataset."""
     from tqdm import tqdm
 
-    if accelerator.is_main_process and len(missing) < len(job.pieces):
-        done = len(job.pieces) - len(missing)
+    done = len(job.pieces) - len(share.missing)
+    if share.team.leads and done:
         print(f"{config.out}: continuing, {done} of {len(job.pieces)} pieces are there", flush=True)
-    mine = missing[accelerator.process_index :: accelerator.num_processes]
+    mine = share.mine
     parts, device = by_split(images), tokenizer.device
-    hidden = None if accelerator.is_main_process else True
+    hidden = None if share.team.leads else True
     total = sum(piece.rows for piece in mine)
     batches = [(parts[piece.split], rows) for piece in mine for rows in rows_of(piece, config.batch_size)]
 

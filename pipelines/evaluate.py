@@ -83,17 +83,23 @@ class EvaluateConfig(Config):
 def run(config: EvaluateConfig) -> Figures:
     """Measure, print a table, write pictures and `evaluation.json`, and update the model card; returns the figures. Of
     several processes each takes its part of the images; the first prints and writes."""
+    local = Path(config.pipeline).is_dir()
+    out = Path(config.out or (Path(config.pipeline).parent / "evaluation" if local else "evaluation"))
     with joined(config.device) as (team, device):
-        pipeline = ImagePipeline.from_pretrained(config.pipeline, device=device)
-        check_choices(config, pipeline)
-        ruler = make_ruler(config.inception_weights, config.reference, device)
-        local = Path(config.pipeline).is_dir()
-        out = Path(config.out or (Path(config.pipeline).parent / "evaluation" if local else "evaluation"))
-        check_out_results(out, RESULTS, [config.pipeline, config.data.path])
+        pipeline, ruler = team.first_alone(lambda: prepare(config, out, device))
         figures, pictures = measure(pipeline, config, ruler, team)
         if team.leads:
             publish(pipeline, config, out, figures, pictures)
     return figures
+
+
+def prepare(config: EvaluateConfig, out: Path, device: torch.device) -> tuple[ImagePipeline, Ruler | None]:
+    """What measures. Raises `UserError` for mistakes that can be found before anything is measured."""
+    pipeline = ImagePipeline.from_pretrained(config.pipeline, device=device)
+    check_choices(config, pipeline)
+    ruler = make_ruler(config.inception_weights, config.reference, device)
+    check_out_results(out, RESULTS, [config.pipeline, config.data.path])
+    return pipeline, ruler
 
 
 def measure(

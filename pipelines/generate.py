@@ -2,39 +2,27 @@
 
 from __future__ import annotations
 
-import shutil
 import time
-from collections import deque
-from collections.abc import Iterable, Sequence
-from contextlib import ExitStack
-from dataclasses import dataclass
+from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeAlias
 
-import numpy as np
-import torch
 from pydantic import Field
 
 from prior.requests import Walk
 
-from .config import Config, UserError, choose_device, run_command
-from .config.outputs import check_out_file, check_out_results, writing
+from .config import Config, UserError, run_command
 from .image_pipeline import ImagePipeline
-from .images.sets import Drawn, Facts, Form, Part, form_of, save
-from .jobs import Job, Piece
-from .jobs.pieces import RESULT, cut
-from .jobs.sharing import Share
-from .processes.launched import TIMEOUT, Alone, join_processes, on_main
-from .stages.sampling import check_request, settings_in
-
-if TYPE_CHECKING:
-    from accelerate import Accelerator
-
-    Group: TypeAlias = Accelerator | Alone
+from .images.sets import Drawn, Facts, Part, check_out, form_of, save, told
+from .images.sets.pieces import GenerateJob
+from .jobs.pieces import RESULT
+from .jobs.sharing import shared
+from .processes.launched import joined
+from .processes.sharing import Team
+from .stages.requests import Request
+from .stages.sampling import settings_in
 
 AT_ONCE = 256  # images that one process makes without keeping any on the way
-PIECES, IN_PIECE, MOST_PIECES = 64, 64, 2048
 
 
 class GenerateConfig(Config):
@@ -68,71 +56,6 @@ class GenerateConfig(Config):
     device: str = Field("auto", description="cpu, cuda, mps or auto: with several processes, each its own")
 
 
-class GenerateJob(Job):
-    """Images in pieces."""
-
-    verb, title = "generate", "a set of images"
-
-
-@dataclass(frozen=True)
-class Request:
-    """What is asked of a pipeline: its classes are taken in turn; None is unconditional."""
-
-    pipeline: ImagePipeline
-    config: GenerateConfig
-    classes: list[Any] | None
-    form: Form
-
-    def draw(self, numbers: Sequence[int], progress: bool = False) -> tuple[np.ndarray, list[int] | None]:
-        """Images of these numbers, uint8 (B, H, W, C), and their classes. Raises `UserError` for what does not fit the
-        prior."""
-        config, classes = self.config, self.classes
-        labels = [classes[k % len(classes)] for k in numbers] if classes else None
-        try:
-            made = self.pipeline(
-                len(numbers),
-                labels,
-                generator=[torch.Generator().manual_seed(config.seed + k) for k in numbers],
-                batch_size=config.batch_size,
-                output_type="np",
-                progress=progress,
-                order=config.order,
-                num_orders=config.num_orders,
-                parallel=config.parallel,
-                **settings_in(config.model_dump()),
-            )
-        except (ValueError, TypeError) as error:
-            raise UserError(str(error)) from error
-        ids = self.pipeline.label_ids(labels, len(numbers))
-        return made.images, None if ids is None else ids.tolist()
-
-    def depends_on(self) -> dict[str, Any]:
-        """All that the pixels depend on. Raises `UserError` for what does not fit the prior."""
-        config, pipeline, classes = self.config, self.pipeline, self.classes
-        walk = Walk(config.order, config.num_orders, parallel=config.parallel)
-        try:
-            ids = pipeline.label_ids(classes, len(classes)) if classes else None
-            sampler = check_request(pipeline, settings_in(config.model_dump()), ids, walk)
-        except (ValueError, TypeError) as error:
-            raise UserError(str(error)) from error
-        return {
-            "tokenizer": pipeline.tokenizer.fingerprint(),
-            "prior": pipeline.prior.fingerprint(),
-            "labels": None if ids is None else ids.tolist(),
-            **config.model_dump(mode="json", include={"num_images", "seed", "order", "num_orders"}),
-            "sampler": vars(sampler),
-            "device": pipeline.device.type,
-            "form": self.form.name,
-        }
-
-    @property
-    def facts(self) -> Facts:
-        """What is the same for all images."""
-        _, height, width = self.pipeline.tokenizer.image_shape
-        names = self.pipeline.labels or [str(number) for number in range(self.pipeline.prior.num_classes)]
-        return Facts(self.config.num_images, height, width, names if self.classes else None)
-
-
 def run(config: GenerateConfig) -> Path:
     """Generate and save; returns the file or folder written.
 
@@ -140,131 +63,71 @@ def run(config: GenerateConfig) -> Path:
     the result is the same. Raises `UserError` for what the pipeline cannot do, more processes than images, and an `out`
     that is not ours or holds unfinished images of another request.
     """
-    group, out = join_processes(), Path(config.out)
-    on_main(group, lambda: check(config, group))
-    pipeline = load(config, group)
-    chosen = config.labels if config.labels is None or isinstance(config.labels, list) else [config.labels]
-    request = Request(pipeline, config, chosen or list(range(pipeline.prior.num_classes)) or None, form_of(out))
-    if group.num_processes == 1 and config.num_images <= AT_ONCE and GenerateJob.unfinished(out) is None:
-        began, drawn = time.monotonic(), Drawn(request.form.keep)
-        drawn.add(*request.draw(range(config.num_images), progress=True))
-        seconds = time.monotonic() - began
-        publish(request, [drawn.take(0, config.num_images)])
-        tell(request, config.num_images / seconds)
-    else:
-        share(request, group)
-    group.end_training()
+    out = Path(config.out)
+    with joined(config.device) as (team, device):
+        team.first(lambda: check(config, team))
+        pipeline = team.first_alone(lambda: ImagePipeline.from_pretrained(config.pipeline, device=device))
+        request = request_of(config, pipeline)
+        _, height, width = pipeline.tokenizer.image_shape
+        facts = Facts(config.num_images, height, width, request.class_names)
+        few = team.world == 1 and config.num_images <= AT_ONCE and GenerateJob.unfinished(out) is None
+        speed = at_once(config, request, facts) if few else in_pieces(config, request, facts, team)
+        if team.leads:
+            where = told(form_of(out), out, facts)
+            print(f"{config.num_images} images{where}" + (f", {speed:,.1f} images per second" if speed else ""))
     return out
 
 
-def check(config: GenerateConfig, group: Group) -> None:
+def check(config: GenerateConfig, team: Team) -> None:
     """Raise `UserError` for mistakes that can be found before the pipeline is loaded."""
-    out, inputs = Path(config.out), [config.pipeline]
-    form = form_of(out)
-    if group.num_processes > config.num_images:
-        raise UserError(
-            f"num_images: {config.num_images} for {group.num_processes} processes; start at most one for each image"
-        )
-    if form.is_folder:
-        key = Facts(config.num_images, 0, 0).key
-        check_out_results(out, [f"{key(number)}.png" for number in range(config.num_images)], inputs)
-    else:
-        check_out_file(out, inputs)
+    form = form_of(Path(config.out))
+    if team.world > config.num_images:
+        raise UserError(f"num_images: {config.num_images} for {team.world} processes; start at most one for each image")
+    check_out(form, Path(config.out), config.num_images, [config.pipeline])
 
 
-def load(config: GenerateConfig, group: Group) -> ImagePipeline:
-    """The pipeline on each process, on the main one first: what is wrong with it is told once."""
-    found: list[ImagePipeline] = []
-
-    def read() -> None:
-        found.append(ImagePipeline.from_pretrained(config.pipeline, device=device_of(config.device, group)))
-
-    on_main(group, read)
-    if not group.is_main_process:
-        read()
-    return found[0]
+def request_of(config: GenerateConfig, pipeline: ImagePipeline) -> Request:
+    """What is asked of the pipeline."""
+    chosen = config.labels if config.labels is None or isinstance(config.labels, list) else [config.labels]
+    classes = chosen or list(range(pipeline.prior.num_classes)) or None
+    walk = Walk(config.order, config.num_orders, parallel=config.parallel)
+    return Request(pipeline, classes, config.seed, walk, settings_in(config.model_dump()))
 
 
-def device_of(name: str, group: Group) -> torch.device:
-    """Where this process works: accelerate gives each its own. Raises `UserError` for one device for several."""
-    given = None if isinstance(group, Alone) else group.device
-    if given is not None and name in ("auto", given.type):
-        return given
-    device = choose_device(name)
-    if device.type != "cpu" and group.num_processes > 1:
-        raise UserError(f"device: {name!r} for each of {group.num_processes} processes; auto gives each its own")
-    return device
+def at_once(config: GenerateConfig, request: Request, facts: Facts) -> float:
+    """Make all images, and write `out`; how many were made in a second."""
+    began, drawn = time.monotonic(), Drawn(form_of(Path(config.out)).keep)
+    drawn.add(*request.draw(range(config.num_images), config.batch_size, progress=True))
+    seconds = time.monotonic() - began
+    publish(config, request, [drawn.take(0, config.num_images)], facts)
+    return config.num_images / seconds
 
 
-def share(request: Request, group: Group) -> None:
-    """Make the pieces that are missing, each process its share, and of all of them the result."""
-    config, out = request.config, Path(request.config.out)
-    size = max(min(-(-config.num_images // PIECES), IN_PIECE), -(-config.num_images // MOST_PIECES))
-    job = GenerateJob(out, cut("images", 0, config.num_images, size), {})
-    with ExitStack() as stack:
-
-        def begin() -> list[Piece]:
-            job.depends_on = request.depends_on()
-            with writing("out", out):
-                return stack.enter_context(job.begin())
-
-        missing = on_main(group, begin)
-        if not job.work.is_dir():
-            raise UserError(f"out: {job.work} cannot be seen from here; all processes have to see the same disk")
-        rows, began = sum(piece.rows for piece in missing), time.monotonic()
-        if group.is_main_process and rows < config.num_images:
-            print(f"{out}: continuing, {config.num_images - rows} of {config.num_images} images are there", flush=True)
-        make_missing(request, Share(job, missing, group.process_index, group.num_processes))
-        group.wait_for_everyone()  # shortly: all have seen that all pieces are there, which go now
+def in_pieces(config: GenerateConfig, request: Request, facts: Facts, team: Team) -> float:
+    """Make the pieces that are missing, each process its share, and of all of them the result; how many images were
+    made in a second."""
+    out = Path(config.out)
+    job = GenerateJob(out, form_of(out), config.num_images, team.first(request.depends_on))
+    with shared(job, team) as share:
+        if team.leads and share.rows < config.num_images:
+            there = config.num_images - share.rows
+            print(f"{out}: continuing, {there} of {config.num_images} images are there", flush=True)
+        began = time.monotonic()
+        job.make(share, config.batch_size, partial(request.draw, batch_size=config.batch_size))
         seconds = time.monotonic() - began
-
-        def finish() -> None:
-            parts = (Part.from_bytes(job.read(piece), piece.start) for piece in job.pieces)
-            publish(request, parts, job.work / RESULT)
-            shutil.rmtree(job.work)
-            tell(request, rows / seconds)
-
-        on_main(group, finish)
+        team.first(lambda: publish(config, request, job.parts(), facts, job.work / RESULT))
+        if team.leads:  # and all have seen that all pieces are there
+            job.end()
+    return share.rows / seconds
 
 
-def make_missing(request: Request, share: Share) -> None:
-    """Make this process's share, and wait for the others."""
-    drawn, queue = Drawn(request.form.keep), deque(share.mine)
-
-    def keep(made: tuple[np.ndarray, list[int] | None]) -> None:
-        drawn.add(*made)
-        while queue and queue[0].rows <= len(drawn.images):
-            piece = queue.popleft()
-            with writing("out", share.job.out):
-                share.job.keep(piece, drawn.take(piece.start, piece.rows).to_bytes())
-
-    share.make(request.config.batch_size, request.draw, keep, TIMEOUT, "generating")
-
-
-def publish(request: Request, parts: Iterable[Part], temporary: Path | None = None) -> None:
+def publish(
+    config: GenerateConfig, request: Request, parts: Iterable[Part], facts: Facts, temporary: Path | None = None
+) -> None:
     """Write `out` of all parts; temporary: where it is until it has its name."""
-    config, classes = request.config, request.classes
+    out, classes = Path(config.out), request.classes
     columns = config.columns or (min(16, len(classes)) if classes else 8)
-    inputs = [config.pipeline]
-    with writing("out", config.out):
-        save(
-            request.form,
-            Path(config.out),
-            parts,
-            request.facts,
-            columns=columns,
-            inputs=inputs,
-            temporary=temporary,
-        )
-
-
-def tell(request: Request, rate: float) -> None:
-    """Print how many images are where, and how many were made in a second, if any were."""
-    config, form = request.config, request.form
-    first = f"/{request.facts.key(0)}.png ..." if form.is_folder else ""
-    where = {"folder": "", "grid": " in one grid"}.get(form.name, " in one file")
-    speed = f", {rate:,.1f} images per second" if rate else ""
-    print(f"{config.num_images} images{where}: {config.out}{first}{speed}")
+    save(form_of(out), out, parts, facts, columns=columns, inputs=[config.pipeline], temporary=temporary)
 
 
 def kept(config: GenerateConfig) -> str:

@@ -4,12 +4,17 @@ would give up."""
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import TypeVar
 
+from ..config import UserError
 from ..config.command import ProcessLost
+from ..config.outputs import writing
+from ..processes.launched import TIMEOUT
+from ..processes.sharing import ALONE, Team
 from .pieces import Job, Piece
 
 PAUSES = 0.1, 3.0  # seconds between two looks at what others have made, the first and the longest
@@ -18,24 +23,30 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Share:
-    """That of process `index` of `count` in the pieces that are missing."""
+    """A process's share in the pieces that are missing: every `world`-th one, so that processes end together, and what
+    is there has no large holes."""
 
     job: Job
     missing: list[Piece]
-    index: int = 0
-    count: int = 1
-
-    def pieces_of(self, index: int) -> list[Piece]:
-        """Every `count`th one, so that processes end together, and what is there has no large holes."""
-        return self.missing[index :: self.count]
+    team: Team = ALONE
 
     @property
     def mine(self) -> list[Piece]:
         """The pieces that this process makes."""
-        return self.pieces_of(self.index)
+        return list(self.team.mine(self.missing))
+
+    @property
+    def rows(self) -> int:
+        """How many are missing."""
+        return sum(piece.rows for piece in self.missing)
 
     def make(
-        self, batch_size: int, make: Callable[[list[int]], T], keep: Callable[[T], None], timeout: float, what: str
+        self,
+        batch_size: int,
+        make: Callable[[list[int]], T],
+        keep: Callable[[T], None],
+        what: str,
+        timeout: float = TIMEOUT,
     ) -> None:
         """Make this process's rows, a batch at a time, and wait until all pieces are there. A thread keeps what was
         made while the next rows are. Batches go on from piece to piece, so that all but the last one are full. The
@@ -43,8 +54,8 @@ class Share:
         seconds in which no piece was kept, and in which this process would have made ten batches."""
         from tqdm import tqdm
 
-        total, left = (sum(piece.rows for piece in pieces) for pieces in (self.job.pieces, self.missing))
-        hidden = True if self.index else None
+        total, left = sum(piece.rows for piece in self.job.pieces), self.rows
+        hidden = None if self.team.leads else True
         others = set(self.missing) - set(self.mine)
         rows, done = [row for piece in self.mine for row in range(piece.start, piece.stop)], 0
         bar = tqdm(total=total, initial=total - left, desc=what, unit="image", disable=hidden, leave=False)
@@ -77,7 +88,8 @@ class Share:
             if len(kept) > there:
                 there, since = len(kept), time.monotonic()
             elif time.monotonic() - since > timeout:
-                late = [str(index) for index in range(self.count) if set(self.pieces_of(index)) - kept]
+                world = self.team.world
+                late = [str(rank) for rank in range(world) if set(Team(rank, world).mine(self.missing)) - kept]
                 raise ProcessLost(
                     f"process {' and '.join(late)} has made nothing for {timeout:g} s: gone, frozen or on another "
                     "disk; the same command continues"
@@ -86,3 +98,19 @@ class Share:
                 time.sleep(pause)
                 pause = min(1.5 * pause, PAUSES[1])
             look()
+
+
+@contextmanager
+def shared(job: Job, team: Team) -> Iterator[Share]:
+    """This process's share in a job that the first process has while the block lasts. Raises, besides what `begin`
+    raises, `UserError` where the work folder cannot be written, or cannot be seen by all."""
+    with ExitStack() as stack:
+
+        def begin() -> list[Piece]:
+            with writing("out", job.out):
+                return stack.enter_context(job.begin())
+
+        missing = team.first(begin)
+        if not job.work.is_dir():
+            raise UserError(f"out: {job.work} cannot be seen from here; all processes have to see the same disk")
+        yield Share(job, missing, team)

@@ -4,24 +4,19 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from datetime import timedelta
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING
 
 import torch
 
-from tokenizer.files.errors import PipelineLoadError
-
 from ..config import UserError, choose_device
-from ..config.arguments import ToldElsewhere
 from .sharing import ALONE, Team
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
-T = TypeVar("T")
 TWO_PROCESSES = (
     "ACCELERATE_USE_CPU=true accelerate launch --multi_gpu --num_processes 2 --num_machines 1 "
     "--mixed_precision no --dynamo_backend no -m ..."
@@ -29,30 +24,7 @@ TWO_PROCESSES = (
 ACCUMULATION = "ACCELERATE_GRADIENT_ACCUMULATION_STEPS"  # also of `accelerate launch --gradient_accumulation_steps`
 TIMEOUT = 1800.0
 GRACE = 15.0  # a heartbeat says who is late; a collective, which would only say that it is late, has so much longer
-
-
 LAUNCHERS = ("ACCELERATE_MIXED_PRECISION", "WORLD_SIZE", "RANK", "MASTER_ADDR")  # what they say to each process
-
-
-@dataclass(frozen=True)
-class Alone:
-    """The only process, started by no launcher: what a step asks of an `Accelerator`, without the seconds that it takes
-    to import accelerate."""
-
-    process_index: int = 0
-    num_processes: int = 1
-    is_main_process: bool = True
-
-    def wait_for_everyone(self) -> None:
-        """There is nobody to wait for."""
-
-    def end_training(self) -> None:
-        """There is nothing to end."""
-
-
-def join_processes() -> Accelerator | Alone:
-    """See `build_accelerator`, if a launcher has started this process."""
-    return build_accelerator() if any(name in os.environ for name in LAUNCHERS) else Alone()
 
 
 def build_accelerator(timeout: float = TIMEOUT) -> Accelerator:
@@ -84,20 +56,34 @@ def build_accelerator(timeout: float = TIMEOUT) -> Accelerator:
     return accelerator
 
 
+def team_of(accelerator: Accelerator) -> Team:
+    """Its processes."""
+    return Team(accelerator.process_index, accelerator.num_processes)
+
+
 @contextmanager
 def joined(device: str) -> Iterator[tuple[Team, torch.device]]:
-    """The processes that share a command's work, and this one's device: those of `accelerate launch`, each on its own
-    device; or this process alone, on the one that was asked for. Raises `UserError` for a device that is not there."""
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+    """The processes that share a command's work, and this one's device: those of a launcher, each on its own device; or
+    this process alone, on the one that was asked for, without the seconds that it takes to import accelerate. Raises
+    `UserError` for a device that is not there, and see `build_accelerator`."""
+    if not any(name in os.environ for name in LAUNCHERS):
         yield ALONE, choose_device(device)
         return
     accelerator = build_accelerator()
-    kind = accelerator.device.type
-    if device not in ("auto", kind):
-        raise UserError(f"device: {device!r}: accelerate chose {kind} for its processes; leave it auto")
-    own = torch.device("cpu") if kind == "cpu" else accelerator.device  # and not `cpu:0`, as accelerate calls it
-    yield Team(accelerator.process_index, accelerator.num_processes), own
+    team = team_of(accelerator)
+    with apart(accelerator):
+        yield team, team.first_alone(lambda: own_device(device, accelerator.device, team))
     accelerator.end_training()
+
+
+def own_device(name: str, given: torch.device, team: Team) -> torch.device:
+    """The device that accelerate gave this process; for one process alone, the one that was asked for. Raises
+    `UserError` for another one for several processes."""
+    if name in ("auto", given.type):
+        return torch.device("cpu") if given.type == "cpu" else given  # and not `cpu:0`, as accelerate calls it
+    if team.world > 1:
+        raise UserError(f"device: {name!r}: accelerate chose {given.type} for its processes; leave it auto")
+    return choose_device(name)
 
 
 @contextmanager
@@ -121,25 +107,3 @@ def told_precision(precision: str, gpu_has_bf16: bool) -> str:
         "computing in float32: in bf16, which this GPU has, steps take about a fifth of the time and activations half "
         "the memory; `accelerate launch --mixed_precision bf16` asks for it"
     )
-
-
-def on_main(accelerator: Accelerator | Alone, act: Callable[[], T]) -> T:
-    """What `act` returns on the main process, sent to all; an error that it raises, all raise, and the main process
-    tells it."""
-    if accelerator.num_processes == 1:
-        return act()
-    from accelerate.utils import broadcast_object_list
-
-    told: list[Any] = [None, None]
-    error: Exception | None = None
-    if accelerator.is_main_process:
-        try:
-            told[0] = act()
-        except (UserError, PipelineLoadError, OSError) as caught:
-            error, told[1] = caught, str(caught)
-    found, refused = broadcast_object_list(told)
-    if error is not None:
-        raise error
-    if refused is not None:
-        raise ToldElsewhere(refused)
-    return found

@@ -12,10 +12,15 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from tokenizer.files.errors import PipelineLoadError
+
+from ..config import UserError
+from ..config.arguments import ToldElsewhere
 from ..config.command import ProcessLost
 
 T = TypeVar("T")
 R = TypeVar("R")
+MISTAKES = UserError, PipelineLoadError, OSError  # which are told in a line
 
 
 @dataclass(frozen=True)
@@ -24,8 +29,9 @@ class Team:
     methods in the same order.
 
     What a method puts together is on the CPU, on every process; of tensors all types but the small unsigned ones, which
-    torch does not pickle (arrays of them are fine). If an error comes up in one process, that one raises
-    it, and the others raise `ProcessLost`, which names it.
+    torch does not pickle (arrays of them are fine). If an error comes up in one process, that one raises it, and the
+    others raise `ProcessLost`, which names it; or, for a mistake of the user that the first process has found,
+    `ToldElsewhere`, since that one tells it.
     """
 
     rank: int = 0
@@ -57,6 +63,13 @@ class Team:
         """What `act` returns on the first process, where alone it is called."""
         return self.gather(lambda: act() if self.leads else None)[0]  # type: ignore[return-value]
 
+    def first_alone(self, act: Callable[[], R]) -> R:
+        """What `act` returns on each process, called on the others once it has ended on the first one: what is wrong is
+        told once."""
+        found: list[R] = []
+        self.first(lambda: found.append(act()))
+        return found[0] if self.leads else act()
+
     def send(self, tensors: Iterable[Tensor]) -> None:
         """Give the tensors of the other processes the values of the first one's."""
         for tensor in tensors if self.world > 1 else ():
@@ -69,17 +82,23 @@ class Team:
         if self.world == 1:
             return [act()]
         try:
-            told: tuple[Any, str] = (act(), "")
+            told: tuple[Any, Exception | None] = (act(), None)
         except Exception as error:
-            self._exchange((None, f"{type(error).__name__}: {error}"))
+            self._exchange((None, self._as_told(error)))
             raise
         found = self._exchange(told)
-        for rank, (_, failure) in enumerate(found):
-            if failure:
-                raise ProcessLost(f"process {rank} failed: {failure}")
+        for _, failure in found:
+            if failure is not None:
+                raise failure
         return [value for value, _ in found]
 
-    def _exchange(self, told: tuple[Any, str]) -> list[tuple[Any, str]]:
+    def _as_told(self, error: Exception) -> Exception:
+        """What the others raise: of text alone, so that it travels."""
+        if self.leads and isinstance(error, MISTAKES):
+            return ToldElsewhere(str(error))
+        return ProcessLost(f"process {self.rank} failed: {type(error).__name__}: {error}")
+
+    def _exchange(self, told: tuple[Any, Exception | None]) -> list[tuple[Any, Exception | None]]:
         found: list[Any] = [None] * self.world
         torch.distributed.all_gather_object(found, told)
         return found

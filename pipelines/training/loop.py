@@ -19,8 +19,7 @@ from torch import nn
 
 from ..config import UserError
 from ..config.command import Interrupted
-from ..processes.launched import apart, build_accelerator
-from ..processes.sharing import Team
+from ..processes.launched import apart, build_accelerator, team_of
 from ..shuffling.ahead import made_ahead, pinned, sent
 from ..tracking.tracker import require_installed
 from .best import final_weights, keep_if_best
@@ -69,7 +68,7 @@ def train(build: Callable[[Accelerator], Task], config: Any) -> Path:
     if sharded:
         require_shardable(task)
     else:
-        task.team = Team(accelerator.process_index, accelerator.num_processes)
+        task.team = team_of(accelerator)
     with claim_folder(run, config, accelerator, task.snapshots):
         heartbeat = Heartbeat(run, accelerator.process_index, accelerator.num_processes, config.train.timeout)
         with told_where(heartbeat):

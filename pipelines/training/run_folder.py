@@ -16,7 +16,7 @@ from tokenizer.files.writing import replace_file
 from ..config import UserError
 from ..config.arguments import read_file
 from ..config.schema import difference, to_yaml
-from ..processes.launched import on_main
+from ..processes.launched import team_of
 from .checkpoints.rotation import latest_state
 from .checkpoints.states import STATE
 from .extending import END, RHYTHM, chosen, fixed, require_ahead, settings, way_on
@@ -84,7 +84,7 @@ def claim_folder(run: Path, config: Any, accelerator: Accelerator, snapshots: Ma
                 require_ours(run / name, kind)
             replace_file(run / CONFIG, to_yaml(config).encode())
 
-        on_main(accelerator, claim)
+        team_of(accelerator).first(claim)
         yield
 
 
@@ -108,7 +108,7 @@ def newest_state(run: Path, config: Any, accelerator: Accelerator) -> Path | Non
             require_same_run(state, config)
         return state
 
-    return on_main(accelerator, find)
+    return team_of(accelerator).first(find)
 
 
 def require_same_run(state: Path, config: Any) -> None:

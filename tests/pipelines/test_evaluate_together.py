@@ -1,6 +1,7 @@
 """`smalti evaluate` in one, two and three processes: the same figures and pictures, said once; an error ends all.
 
-The processes are forked from one that has imported everything (`python test_evaluate_together.py FOLDER`).
+The processes are forked from one that has imported everything (`python test_evaluate_together.py FOLDER
+WORLD`).
 
 Covers: pipelines/processes/launched.py.
 """
@@ -17,8 +18,8 @@ from typing import Any
 
 import pytest
 import torch
-from forked import Attempt, child, log_of
-from launch import free_port, output_of, start
+from forked import log_of, start_verb
+from launch import output_of, start
 from small_pipelines import make_pipeline
 from striped_sets import write_set
 
@@ -28,7 +29,6 @@ from pipelines.metrics.inception import Inception
 from pipelines.processes.sharing import Team
 
 SHAPE = (8, 8)
-WORLDS = (1, 2, 3)
 CLOCK = "samples_per_second"
 SHARED = {"fid", "rfid", "inception_score", "frechet_distance", "order_spread", "class_agreement", "bits_per_dim"}
 
@@ -74,48 +74,38 @@ def failing(rank: int) -> None:
         evaluation.ssim = ssim
 
 
-def begin(world: int, out: Path, argv: list[str], *hooks: Any) -> Attempt:
-    """`smalti evaluate` in so many processes."""
-    port, pids = free_port(), []
-    for rank in range(world):
-        pids.append(os.fork())
-        if not pids[-1]:
-            places = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world}
-            where = {**places, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "ACCELERATE_USE_CPU": "true"}
-            child("evaluate", [*argv, f"out={out}"], log_of(out), where if world > 1 else {}, list(hooks), rank)
-    return Attempt(pids)
-
-
-def main(folder: Path) -> None:
+def main(folder: Path, world: int) -> None:
     for name in ("accelerate", "torchvision.utils"):  # once, and not in each child
         importlib.import_module(name)
     assert len(os.listdir("/proc/self/task")) == 1, "a thread was started, which children would lack"
     (folder / "weights.pth").touch()
     argv = [f"pipeline={folder}/pipeline", "feature_steps=2", "num_samples=70", "update_card=false"]
     argv += [f"inception_weights={folder}/weights.pth", "reference=train"]
-    codes = {}
-    for world in WORLDS:
-        out = folder / f"of {world}"
-        codes[world] = begin(world, out, argv, partial(few_at_a_time, out)).end()
-    out = folder / "fault"
-    codes["fault"] = begin(2, out, argv, partial(few_at_a_time, out), failing).end()
-    codes["device"] = begin(2, folder / "device", [*argv, "device=cuda"]).end()
+
+    def begin(name: str, world: int, *hooks: Any, more: tuple[str, ...] = ()) -> list[int]:
+        out = folder / name
+        return start_verb(
+            "evaluate", world, out, [*argv, f"out={out}", *more], partial(few_at_a_time, out), *hooks
+        ).end()
+
+    codes = {"alone": begin("alone", 1), "team": begin("team", world), "fault": begin("fault", world, failing)}
+    codes["device"] = begin("device", world, more=("device=cuda",))
     (folder / "codes.json").write_text(json.dumps(codes))
 
 
 # From outside
 
 
-@pytest.fixture(scope="module")
-def found(tmp_path_factory) -> tuple[Path, dict[str, list[int]]]:
+@pytest.fixture(scope="module", params=[2, pytest.param(3, marks=pytest.mark.slow)])
+def found(request, tmp_path_factory) -> tuple[Path, int, dict[str, list[int]]]:
     folder = tmp_path_factory.mktemp("together")
     config = write_set(folder / "images", SHAPE, per_class=24)
     sizes = {"quantizer": {"kind": "vq", "codes": 300, "dim": 4}, "likelihood": {"kind": "categorical"}}  # two bytes
     pipe = make_pipeline("vqvae", "masked", size=SHAPE, labels=[], sizes=sizes, num_classes=2)
     pipe.provenance = {"data": config.model_dump(mode="json")}
     pipe.save_pretrained(folder / "pipeline")
-    output_of(start([sys.executable, __file__, str(folder)]))
-    return folder, json.loads((folder / "codes.json").read_text())
+    output_of(start([sys.executable, __file__, str(folder), str(request.param)]))
+    return folder, request.param, json.loads((folder / "codes.json").read_text())
 
 
 def figures_of(out: Path) -> dict[str, Any]:
@@ -124,25 +114,23 @@ def figures_of(out: Path) -> dict[str, Any]:
     return figures
 
 
-@pytest.mark.parametrize("world", [2, 3])
-def test_several_find_what_one_finds(found, world):
-    folder, codes = found
-    out, expected = folder / f"of {world}", figures_of(folder / "of 1")
-    assert codes[str(world)] == [0] * world and codes["1"] == [0]
+def test_several_find_what_one_finds(found):
+    folder, world, codes = found
+    out, expected = folder / "team", figures_of(folder / "alone")
+    assert codes["team"] == [0] * world and codes["alone"] == [0]
     figures = figures_of(out)
     numbers = {name: value for name, value in expected.items() if not isinstance(value, str)}
     near = {name: pytest.approx(value, rel=1e-6, abs=1e-9) for name, value in numbers.items()}
     assert figures == {**expected, **near} and set(figures) >= SHARED
     for name in ("samples", "reconstructions", "nearest"):
-        assert (out / f"{name}.png").read_bytes() == (folder / "of 1" / f"{name}.png").read_bytes()
+        assert (out / f"{name}.png").read_bytes() == (folder / "alone" / f"{name}.png").read_bytes()
     assert log_of(out).read_text().count("Frechet distance [") == 1
 
 
-@pytest.mark.parametrize("world", [2, 3])
-def test_the_work_is_shared(found, world):
+def test_the_work_is_shared(found):
     """All have the same lists, and of each list every process does its part, and all of it is done."""
-    folder, _ = found
-    shares = [json.loads((folder / f"of {world}.{rank}.json").read_text()) for rank in range(world)]
+    folder, world, _ = found
+    shares = [json.loads((folder / f"team.{rank}.json").read_text()) for rank in range(world)]
     assert len({len(each) for each in shares}) == 1 and len(shares[0]) > 20
     for each in zip(*shares, strict=True):
         assert {items for items, _ in each} == {sum(done for _, done in each)}
@@ -151,21 +139,18 @@ def test_the_work_is_shared(found, world):
 
 
 def test_an_error_in_one_process_ends_all(found):
-    folder, codes = found
-    assert codes["fault"] == [1, 1] and not (folder / "fault").exists()
+    folder, world, codes = found
+    assert codes["fault"] == [1] * world and not (folder / "fault").exists()
     printed = log_of(folder / "fault").read_text()
     assert "error on process 0: process 1 failed: RuntimeError: a fault that was planted" in printed
 
 
-def test_the_launcher_chooses_the_device(found):
-    folder, codes = found
-    lines = log_of(folder / "device").read_text().splitlines()
-    told = "device: 'cuda': accelerate chose cpu for its processes; leave it auto"
-    assert codes["device"] == [2, 2] and sorted(line for line in lines if "error" in line) == [
-        f"error on process 1: {told}",
-        f"error: {told}",
-    ]
+def test_the_launcher_chooses_the_device_and_one_says_so(found):
+    folder, _, codes = found
+    lines = [line for line in log_of(folder / "device").read_text().splitlines() if "error" in line]
+    assert lines == ["error: device: 'cuda': accelerate chose cpu for its processes; leave it auto"]
+    assert codes["device"][0] == 2 and all(codes["device"])
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main(Path(sys.argv[1]), int(sys.argv[2]))

@@ -1,4 +1,7 @@
-"""Many images: shared by processes, killed and continued, they are the same bytes; what is wrong is said in a line."""
+"""Many images: shared by processes, killed and continued, they are the same bytes; what is wrong is said in a line.
+
+Covers: pipelines/images/sets/pieces.py, pipelines/stages/requests.py.
+"""
 
 from __future__ import annotations
 
@@ -12,16 +15,16 @@ import pytest
 import torch
 from command import fails
 from folders import contents
-from launch import kill_the_second, output_of, start, two_processes, verb, wait_for
 from PIL import Image
 from several import Several
 from small_pipelines import make_pipeline
-from two_processes import run_pair
 
 from pipelines import ImagePipeline, generate
 from pipelines.config import UserError
 from pipelines.generate import GenerateConfig, run
+from pipelines.images.sets.pieces import GenerateJob
 from pipelines.jobs import Job
+from pipelines.stages import requests
 
 FORMS = ["images", "grid.png", "set.npz", "set.parquet", "set.tar"]
 SIZE = (8, 8)
@@ -55,8 +58,7 @@ def together(monkeypatch, count, settings) -> None:
     """Run it in so many processes, each a thread."""
     several = Several(count)
     with monkeypatch.context() as patch:
-        patch.setattr(generate, "join_processes", several.join)
-        patch.setattr(generate, "on_main", several.on_main)
+        patch.setattr(generate, "joined", several.joined)
         several.run(lambda: run(settings))
 
 
@@ -99,43 +101,20 @@ def test_any_number_of_processes_writes_the_same_bytes(pipeline, tmp_path, monke
 
 def test_the_images_are_those_of_the_pipeline(pipeline, tmp_path, monkeypatch, kept):
     """Image k of its own seed and class, tokens and pixels, however they are shared."""
-    drawn, real = {}, ImagePipeline.__call__
+    drawn, real = {}, requests.sample
 
-    def sample(self, count, labels, **options):
+    def sample(pipeline, count, labels, **options):
         seeds = [generator.initial_seed() for generator in options["generator"]]
-        made = real(self, count, labels, **options)
+        made = real(pipeline, count, labels, **options)
         drawn.update(zip(seeds, made.tokens, strict=True))
         return made
 
-    monkeypatch.setattr(ImagePipeline, "__call__", sample)
+    monkeypatch.setattr(requests, "sample", sample)
     together(monkeypatch, 2, config(pipeline, tmp_path / "set.npz", seed=11, labels=["eel", 0], temperature=0.7))
-    expected = real(
-        ImagePipeline.from_pretrained(pipeline), 20, [2, 0] * 10, seed=11, temperature=0.7, output_type="np"
-    )
+    expected = ImagePipeline.from_pretrained(pipeline)(20, [2, 0] * 10, seed=11, temperature=0.7, output_type="np")
     assert torch.equal(torch.stack([drawn[seed] for seed in range(11, 31)]), expected.tokens)
     with np.load(tmp_path / "set.npz") as found:
         assert np.array_equal(found["arr_0"], expected.images.repeat(3, -1)) and found["arr_1"].tolist() == [2, 0] * 10
-
-
-def test_two_processes_that_really_run_write_the_same_bytes(pipeline, tmp_path):
-    argv = [f"pipeline={pipeline}", "num_images=20", "batch_size=3"]
-    command = verb("generate", [*argv, f"out={tmp_path}/two.npz"])
-    printed = run_pair(command, command)
-    run(config(pipeline, tmp_path / "one.npz"))
-    assert (tmp_path / "two.npz").read_bytes() == (tmp_path / "one.npz").read_bytes()
-    assert printed[0][1].count("images per second") == 1 and "images" not in printed[1][1]
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["one.npz", "two.npz"]
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("count", [2, 3])
-@pytest.mark.parametrize("form", FORMS)
-def test_processes_that_are_launched_write_the_same_bytes(pipeline, tmp_path, count, form):
-    command = two_processes("generate", [f"pipeline={pipeline}", "num_images=40", f"out={tmp_path / 'several' / form}"])
-    command[command.index("--num_processes") + 1] = str(count)
-    output_of(start(command))
-    run(config(pipeline, tmp_path / "one" / form, num_images=40))
-    assert written(tmp_path / "several" / form) == written(tmp_path / "one" / form)
 
 
 def test_unconditional_images_have_no_labels(tmp_path, kept):
@@ -165,48 +144,14 @@ def test_killed_anywhere_it_goes_on_and_the_bytes_are_the_same(pipeline, tmp_pat
         (Job, "read", 0),
         (Job, "read", 7),
         (generate, "publish", 0),
-        (generate.shutil, "rmtree", 0),
+        (GenerateJob, "end", 0),
     ]:
         ends += interrupted(monkeypatch, settings, owner, name, after)
-    assert ends == 8 and generate.GenerateJob.unfinished(out)
+    assert ends == 8 and GenerateJob.unfinished(out)
     run(settings)
     assert written(out) == written(tmp_path / "whole" / form)
     assert [path.name for path in out.parent.iterdir()] == [form]
     assert len(batches) < 7 + 8 * 2  # 20 images are 7 batches; each end costs two at most
-
-
-def test_a_process_is_killed_and_others_go_on(pipeline, tmp_path, monkeypatch):
-    """kill -9 while it makes images; three processes end it, and make no piece again."""
-    command = verb("generate", [f"pipeline={pipeline}", f"out={tmp_path}/set.tar", "num_images=2000", "batch_size=4"])
-    process, work = start(command), tmp_path / ".tmp-set.tar-generate"
-    assert wait_for(lambda: len(list(work.glob("*[0-9].json"))) >= 2, process)
-    process.kill()
-    process.communicate()
-    assert not (tmp_path / "set.tar").exists()
-    dates = {path: path.stat().st_mtime_ns for path in work.glob("*.safetensors") if path.with_suffix(".json").exists()}
-    entered = []
-    real = Job.enter
-    monkeypatch.setattr(Job, "enter", lambda job, piece, entry: entered.append(piece.name) or real(job, piece, entry))
-    settings = {"num_images": 2000, "batch_size": 64}
-    together(monkeypatch, 3, config(pipeline, tmp_path / "set.tar", **settings))
-    assert len(dates) >= 2 and not {path.name for path in dates} & set(entered) and not work.exists()
-    run(config(pipeline, tmp_path / "whole.tar", **settings))
-    assert (tmp_path / "set.tar").read_bytes() == (tmp_path / "whole.tar").read_bytes()
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("moment", [1, 12, 30, 50])
-def test_one_of_two_is_killed_the_other_ends_and_the_same_command_goes_on(pipeline, tmp_path, moment):
-    argv = [f"pipeline={pipeline}", f"out={tmp_path}/set.npz", "num_images=3000", "batch_size=4"]
-    work = tmp_path / ".tmp-set.npz-generate"
-    kill_the_second(
-        start(two_processes("generate", argv)), lambda: len(list(work.glob("*[0-9].json"))) >= min(moment, 40)
-    )
-    assert work.is_dir() and not (tmp_path / "set.npz").exists()
-    printed = output_of(start(two_processes("generate", argv)))
-    assert "set.npz: continuing, " in printed
-    run(config(pipeline, tmp_path / "whole.npz", num_images=3000, batch_size=64))
-    assert (tmp_path / "set.npz").read_bytes() == (tmp_path / "whole.npz").read_bytes()
 
 
 def test_a_damaged_piece_is_made_again(pipeline, tmp_path, monkeypatch, kept):
@@ -268,15 +213,6 @@ def test_more_processes_than_images(pipeline, tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("argv", [["out={out}.gif"], ["pipeline=nowhere"], ["order=snake"]])
-@pytest.mark.slow
-def test_of_two_processes_one_tells_what_is_wrong(pipeline, tmp_path, argv):
-    filled = [part.format(out=tmp_path / "set") for part in argv]
-    command = two_processes("generate", [f"pipeline={pipeline}", f"out={tmp_path}/set.npz", *filled])
-    printed = output_of(start(command), code=1)
-    assert [line for line in printed.splitlines() if line.startswith("error")].__len__() == 1
-
-
 def test_the_pipeline_is_no_place_for_images(pipeline, tmp_path, capsys):
     before = contents(pipeline)
     for name in ("set.npz", "images", "manifest.json/set.tar"):
@@ -329,22 +265,3 @@ def test_a_few_are_made_at_once_without_accelerate(pipeline, tmp_path, monkeypat
     assert printed.startswith(f"3 images: {tmp_path}/images/00000.png ..., ") and "images per second\n" in printed
     assert sorted(path.name for path in tmp_path.rglob("*")) == ["00000.png", "00001.png", "00002.png", "images"]
     assert Image.open(tmp_path / "images" / "00002.png").size == SIZE
-
-
-def test_a_device_for_each_of_several(monkeypatch):
-    """accelerate's is taken; one that is named for all of them is refused."""
-    several = Several(2)
-    devices = []
-
-    def act():
-        side = several.join()
-        side.device = torch.device("meta", side.process_index)
-        devices.append(generate.device_of("auto", side))
-        devices.append(generate.device_of("meta", side))
-        assert generate.device_of("cpu", side) == torch.device("cpu")
-        side.device = torch.device("cpu")
-        with pytest.raises(UserError, match="auto gives each its own"):
-            generate.device_of("meta", side)
-
-    several.run(act)
-    assert sorted(map(str, devices)) == ["meta:0", "meta:0", "meta:1", "meta:1"]

@@ -20,8 +20,8 @@ ALLOWED = {
     "shuffling": set(),
     "config": set(),
     "processes": {"config"},
-    "jobs": {"config"},
-    "images": {"config", "shuffling"},
+    "jobs": {"config", "processes"},
+    "images": {"config", "jobs", "shuffling"},  # of jobs: how a set of images is made
     "tracking": {"config", "images"},  # of images: how a picture is written
     "tokens": {"config", "images", "jobs", "shuffling"},
     "stages": {"config", "images"},

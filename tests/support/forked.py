@@ -19,6 +19,7 @@ from collections import Counter
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -117,20 +118,7 @@ class Case:
 
     def start(self, out: Path, *hooks: Hook) -> Attempt:
         """Start the run `out`, or continue it; each child first calls the hooks with its rank."""
-        argv, port, pids = self.arguments(out), free_port(), []
-        sys.stdout.flush()
-        for rank in range(self.processes):
-            pids.append(os.fork())
-            if not pids[-1]:
-                places = {
-                    "RANK": rank,
-                    "LOCAL_RANK": rank,
-                    "WORLD_SIZE": self.processes,
-                    "MASTER_ADDR": "127.0.0.1",
-                    "MASTER_PORT": port,
-                }
-                child(self.verb, argv, log_of(out), places if self.processes > 1 else {}, [*self.hooks, *hooks], rank)
-        return Attempt(pids)
+        return start_verb(self.verb, self.processes, out, self.arguments(out), *self.hooks, *hooks)
 
     def whole(self) -> Path:
         """The run that nobody interrupts, which the others are compared with."""
@@ -198,17 +186,39 @@ def import_what_runs_import(case: Case) -> None:
     shutil.rmtree(out)
 
 
-def child(verb: str, argv: list[str], log: Path, places: dict[str, Any], hooks: list[Hook], rank: int) -> None:
-    """Become a process of the run; does not return."""
+def start_verb(verb: str, world: int, out: Path, argv: list[str], *hooks: Hook) -> Attempt:
+    """Start `smalti VERB` in so many processes; each first calls the hooks with its rank."""
+
+    def act(rank: int) -> None:
+        for hook in hooks:
+            hook(rank)
+        importlib.import_module(f"pipelines.{verb}").main(argv)
+
+    return fork(world, act, log_of(out))
+
+
+def fork(world: int, act: Hook, log: Path) -> Attempt:
+    """`act` in each of so many processes, with its rank; several find each other as those of a launcher do."""
+    port, pids = free_port(), []
+    sys.stdout.flush()
+    for rank in range(world):
+        pids.append(os.fork())
+        if not pids[-1]:
+            places = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world}
+            where = {**places, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "ACCELERATE_USE_CPU": "true"}
+            child(partial(act, rank), log, where if world > 1 else {})
+    return Attempt(pids)
+
+
+def child(act: Callable[[], None], log: Path, places: dict[str, Any]) -> None:
+    """Become a process that does this; does not return."""
     code = 1
     try:
         output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         os.dup2(output, 1)
         os.dup2(output, 2)
         os.environ.update({key: str(value) for key, value in places.items()})
-        for hook in hooks:
-            hook(rank)
-        importlib.import_module(f"pipelines.{verb}").main(argv)
+        act()
         code = 0
     except SystemExit as error:
         code = error.code if isinstance(error.code, int) else int(error.code is not None)

@@ -3,59 +3,65 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 
-from pipelines.config.arguments import ToldElsewhere, UserError
+from pipelines.config.arguments import ToldElsewhere
+from pipelines.config.command import ProcessLost
+from pipelines.processes.sharing import Team
 
 
-class Side:
-    """One of them, as far as a step asks an `Accelerator`."""
+@dataclass(frozen=True)
+class Side(Team):
+    """One of them, which tells the others in memory."""
 
-    device = torch.device("cpu")
+    several: Any = field(default=None, compare=False)
 
-    def __init__(self, several: Several, index: int) -> None:
-        self.process_index, self.num_processes = index, several.count
-        self.is_main_process = index == 0
-        self.wait_for_everyone = several.barrier.wait
-
-    def end_training(self) -> None:
-        """Nothing to end."""
+    def _exchange(self, told: Any) -> list[Any]:
+        self.several.told[self.rank] = told
+        self.several.barrier.wait()
+        found = list(self.several.told)
+        self.several.barrier.wait()
+        return found
 
 
 class Several:
-    """`count` sides; put `join` and `on_main` in the place of those of a step, then `run` it."""
+    """`count` sides; put `joined`, or `accelerator` and `team_of`, in the place of those of a step, then `run` it."""
 
     def __init__(self, count: int, seconds: float = 60) -> None:
         self.count, self.barrier = count, threading.Barrier(count, timeout=seconds)
-        self.local, self.told = threading.local(), []
+        self.local, self.told = threading.local(), [None] * count
 
-    def join(self) -> Side:
+    @property
+    def side(self) -> Side:
         """The side whose thread this is."""
         return self.local.side
 
-    def on_main(self, side: Side, act: Callable[[], Any]) -> Any:
-        """What the main side found, told to all, or its mistake."""
-        if side.is_main_process:
-            try:
-                self.told[:] = [act(), None]
-            except UserError as error:
-                self.told[:] = [None, error]
-        self.barrier.wait()
-        found, error = self.told
-        self.barrier.wait()
-        if error is not None:
-            raise error if side.is_main_process else ToldElsewhere(str(error))
-        return found
+    @contextmanager
+    def joined(self, device: str) -> Iterator[tuple[Team, torch.device]]:
+        """As a step that shares its work asks for it."""
+        yield self.side, torch.device("cpu")
+
+    def accelerator(self) -> Any:
+        """What `encode` asks of one."""
+        wait, nothing = self.barrier.wait, lambda: None
+        return SimpleNamespace(device=torch.device("cpu"), wait_for_everyone=wait, end_training=nothing)
+
+    def team_of(self, accelerator: Any) -> Team:
+        """The team of the side whose thread this is."""
+        return self.side
 
     def run(self, act: Callable[[], Any]) -> None:
         """`act` on each side; raises the first error."""
         errors: list[BaseException] = []
 
         def work(index: int) -> None:
-            self.local.side = Side(self, index)
+            self.local.side = Side(index, self.count, self)
             try:
                 act()
             except BaseException as error:
@@ -67,6 +73,7 @@ class Several:
             thread.start()
         for thread in threads:
             thread.join()
-        real = [error for error in errors if not isinstance(error, (threading.BrokenBarrierError, ToldElsewhere))]
+        echoes = (threading.BrokenBarrierError, ToldElsewhere, ProcessLost)
+        real = [error for error in errors if not isinstance(error, echoes)]
         for error in [*real, *errors][:1]:
             raise error

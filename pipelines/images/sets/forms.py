@@ -13,6 +13,7 @@ from tokenizer.files.ownership import Inputs
 from tokenizer.files.writing import atomic_file, fsync, results_folder
 
 from ...config import UserError
+from ...config.outputs import check_out_file, check_out_results, writing
 from ..pictures import SUFFIXES, grid_picture, png_bytes, save_picture, to_float
 from .npz import raw_pixels, write_npz
 from .parquet import write_parquet
@@ -54,6 +55,22 @@ def form_of(out: Path) -> Form:
     return FILES.get(suffix, GRID if suffix else FOLDER)
 
 
+def check_out(form: Form, out: Path, count: int, inputs: Inputs) -> None:
+    """Raise `UserError` unless a set of so many images can be written as `out`; see `config.outputs`."""
+    if form.is_folder:
+        key = Facts(count, 0, 0).key
+        check_out_results(out, [f"{key(number)}.png" for number in range(count)], inputs)
+    else:
+        check_out_file(out, inputs)
+
+
+def told(form: Form, out: Path, facts: Facts) -> str:
+    """Where a set is, as it is printed."""
+    if form.is_folder:
+        return f": {out}/{facts.key(0)}.png ..."
+    return f" in one {'grid' if form.write is None else 'file'}: {out}"
+
+
 def save(
     form: Form,
     out: Path,
@@ -67,8 +84,15 @@ def save(
     """Write all parts, in their order, as `out`. Of a file or a folder no more is in memory than a part; a grid, of
     `columns`, is made as a whole. temporary: where it is until it has its name; None: beside it.
 
-    Raises `PathError` for what is not ours, and what the system raises.
+    Raises `PathError` for what is not ours, `UserError` where it cannot be written.
     """
+    with writing("out", out):
+        _write(form, out, parts, facts, columns, inputs, temporary)
+
+
+def _write(
+    form: Form, out: Path, parts: Iterable[Part], facts: Facts, columns: int, inputs: Inputs, temporary: Path | None
+) -> None:
     if form.is_folder:
         with results_folder(out, inputs=inputs, temporary=temporary) as folder:
             for part in parts:

@@ -16,6 +16,7 @@ from pipelines.config.command import ProcessLost
 from pipelines.jobs import Job, Piece, sharing
 from pipelines.jobs.pieces import cut
 from pipelines.jobs.sharing import Share
+from pipelines.processes.sharing import Team
 from tokenizer.files.errors import PathError
 
 PIECES = cut("images", 0, 10, 3)
@@ -125,14 +126,14 @@ def test_batches_go_on_from_piece_to_piece_and_the_bar_over_all(tmp_path, monkey
     monkeypatch.setattr(tqdm, "tqdm", lambda **options: bars.append(Bar(**options)) or bars[0])
     job = job_at(tmp_path)
     with job.begin() as missing:
-        first, second = (Share(job, missing, index, 2) for index in range(2))
+        first, second = (Share(job, missing, Team(index, 2)) for index in range(2))
         keep_all(job, second.mine)
 
         def keep(rows):
             kept.extend(rows)
             keep_all(job, [piece for piece in first.mine if set(range(piece.start, piece.stop)) <= set(kept)])
 
-        first.make(4, lambda rows: batches.append(rows) or rows, keep, 5.0, "making")
+        first.make(4, lambda rows: batches.append(rows) or rows, keep, "making", 5.0)
     assert batches == [[0, 1, 2, 6], [7, 8]] and kept == [0, 1, 2, 6, 7, 8]
     assert bars[0].total == 10 and bars[0] == sorted(bars[0]) and bars[0][0] == 0 and bars[0][-1] == 10
 
@@ -143,7 +144,7 @@ def test_what_is_there_is_not_counted_again(tmp_path, monkeypatch):
     with job.begin():
         keep_all(job, PIECES[:2])
     with job.begin() as missing:
-        Share(job, missing).make(4, lambda rows: rows, lambda rows: keep_all(job, missing), 5.0, "making")
+        Share(job, missing).make(4, lambda rows: rows, lambda rows: keep_all(job, missing), "making", 5.0)
     assert bars[0][0] == 6 and bars[0][-1] == 10
 
 
@@ -153,7 +154,7 @@ def test_only_the_first_process_shows_a_bar(tmp_path, monkeypatch):
     with job.begin() as missing:
         keep_all(job, missing)
         for index in range(2):
-            Share(job, missing, index, 2).make(8, lambda rows: rows, lambda rows: None, 5.0, "making")
+            Share(job, missing, Team(index, 2)).make(8, lambda rows: rows, lambda rows: None, "making", 5.0)
     assert [bar.disable for bar in bars] == [False, True]
 
 
@@ -163,7 +164,7 @@ def test_a_process_that_makes_nothing_is_given_up_and_named(tmp_path):
         keep_all(job, [PIECES[0], PIECES[3]])
         began = time.monotonic()
         with pytest.raises(ProcessLost, match=r"process 1 and 2 has made nothing for 0\.3 s"):
-            Share(job, missing, 0, 3).wait(0.3)
+            Share(job, missing, Team(0, 3)).wait(0.3)
         assert 0.3 <= time.monotonic() - began < 3
 
 
@@ -175,5 +176,5 @@ def test_what_keeping_raises_ends_the_work(tmp_path, monkeypatch):
         raise OSError("full")
 
     with job.begin() as missing, pytest.raises(OSError, match="full"):
-        Share(job, missing).make(1, lambda rows: made.append(rows), keep, 5.0, "making")
+        Share(job, missing).make(1, lambda rows: made.append(rows), keep, "making", 5.0)
     assert len(made) <= 2

@@ -1,12 +1,14 @@
 """What several processes do together is what one does alone; an error in one ends all, and each says why.
 
-What needs a group runs in two and three processes that this file starts of itself (`python test_sharing.py FOLDER`).
+What needs a group runs in two and three processes that are forked from one (`python test_sharing.py FOLDER`).
 """
 
 from __future__ import annotations
 
 import json
 import sys
+import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +16,15 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-from two_processes import join_group, leave_group, run_several
+from forked import fork
+from launch import output_of, start
+from two_processes import join_group, leave_group
 
 from pipelines.config import UserError
 from pipelines.processes.sharing import ALONE, Team
 
 COUNTS = (0, 1, 2, 3, 7)
+WORLDS = (2, 3)
 
 
 @torch.inference_mode()
@@ -45,6 +50,19 @@ def worked(team: Team) -> dict[str, Any]:
     }
 
 
+def order_of(team: Team) -> list[list[float]]:
+    """When each process began and ended what the first does alone."""
+    times: list[float] = []
+
+    def act() -> None:
+        times.append(time.monotonic())
+        time.sleep(0.05)
+        times.append(time.monotonic())
+
+    team.first_alone(act)
+    return team.gather(lambda: times)
+
+
 def failing(team: Team, error: Exception, rank: int) -> list[str]:
     """What each process raises if one of them fails; and that they still work together then."""
 
@@ -61,21 +79,37 @@ def failing(team: Team, error: Exception, rank: int) -> list[str]:
     return team.gather(lambda: raised)
 
 
-def main(folder: Path) -> None:
-    rank = join_group(folder)
+def work(folder: Path, rank: int) -> None:
+    join_group(folder)
     team = Team(rank, dist.get_world_size())
     found = worked(team)
     errors = [failing(team, UserError("no such thing"), 1), failing(team, RuntimeError("a bug"), 0)]
+    errors += [failing(team, error, 0) for error in (UserError("no such file"), OSError("full"))]
+    errors.append(order_of(team))
     (folder / f"{rank}.json").write_text(json.dumps([found, errors]))
     leave_group()
 
 
-@pytest.fixture(scope="module", params=[2, 3])
-def team(request, tmp_path_factory) -> list[list[Any]]:
+def main(folder: Path) -> None:
+    """Teams of two and of three, forked from one process that has imported everything."""
+    for world in WORLDS:
+        (folder / str(world)).mkdir()
+        codes = fork(world, partial(work, folder / str(world)), folder / f"{world}.log").end()
+        assert codes == [0] * world, (folder / f"{world}.log").read_text()
+
+
+@pytest.fixture(scope="module")
+def teams(tmp_path_factory) -> Path:
+    """Where each process of each team has written what it has found."""
+    folder = tmp_path_factory.mktemp("teams")
+    output_of(start([sys.executable, __file__, str(folder)]))
+    return folder
+
+
+@pytest.fixture(params=WORLDS)
+def team(request, teams) -> list[list[Any]]:
     """What each process of a team has found."""
-    folder = tmp_path_factory.mktemp("team")
-    run_several(request.param, __file__, folder)
-    return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(request.param)]
+    return [json.loads((teams / str(request.param) / f"{rank}.json").read_text()) for rank in range(request.param)]
 
 
 def test_a_team_finds_what_one_process_finds(team):
@@ -89,10 +123,21 @@ def test_a_team_finds_what_one_process_finds(team):
 
 
 def test_an_error_in_one_ends_all_and_is_told_by_each(team):
-    for _, (user, bug) in team:
+    for _, (user, bug, *_) in team:
         assert user[1] == "UserError: no such thing" and bug[0] == "RuntimeError: a bug"
         assert {*user[:1], *user[2:]} == {"ProcessLost: process 1 failed: UserError: no such thing"}
         assert set(bug[1:]) == {"ProcessLost: process 0 failed: RuntimeError: a bug"}
+
+
+def test_a_mistake_that_the_first_finds_is_its_own_to_tell(team):
+    for _, (_, _, user, system, _) in team:
+        assert user == ["UserError: no such file"] + ["ToldElsewhere: no such file"] * (len(team) - 1)
+        assert system == ["OSError: full"] + ["ToldElsewhere: full"] * (len(team) - 1)
+
+
+def test_the_first_alone_and_then_the_others(team):
+    for _, (*_, (first, *others)) in team:
+        assert len(first) == 2 and all(first[1] <= began for began, _ in others)
 
 
 def test_one_process_asks_nobody(monkeypatch):

@@ -115,14 +115,14 @@ def together(monkeypatch, count, settings):
     several, rows, real = Several(count), [[] for _ in range(count)], encode.variants_of
 
     def variants_of(images, some, seed):
-        rows[several.join().process_index].extend(some.tolist())
+        rows[several.side.rank].extend(some.tolist())
         return real(images, some, seed)
 
     with monkeypatch.context() as patch:
-        patch.setattr(encode, "build_accelerator", several.join)
+        patch.setattr(encode, "build_accelerator", several.accelerator)
         patch.setattr(encode, "variants_of", variants_of)
         patch.setattr(encode, "made_ahead", lambda make, items: (make(item) for item in items))  # in this very thread
-        patch.setattr(encode, "on_main", several.on_main)
+        patch.setattr(encode, "team_of", several.team_of)
         several.run(lambda: run(settings))
     return rows
 
