@@ -112,7 +112,7 @@ def test_bits_per_dim_is_the_pipelines(tmp_path):
 
 
 def test_figures_of_some_images_say_of_how_many(tmp_path, monkeypatch):
-    config = write_set(tmp_path / "images")
+    config = write_set(tmp_path / "images", (4, 6))
     pipe = save_pipeline(tmp_path, config, "pixels", "masked", 2)
     held_out = load_images(config).held_out
     monkeypatch.setattr("pipelines.evaluate.SOME", 7)

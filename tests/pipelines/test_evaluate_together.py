@@ -8,9 +8,7 @@ Covers: pipelines/processes/launched.py.
 
 from __future__ import annotations
 
-import importlib
 import json
-import os
 import sys
 from functools import partial
 from pathlib import Path
@@ -18,7 +16,7 @@ from typing import Any
 
 import pytest
 import torch
-from forked import log_of, start_verb
+from forked import import_once, log_of, start_verb
 from launch import output_of, start
 from small_pipelines import make_pipeline
 from striped_sets import write_set
@@ -75,9 +73,7 @@ def failing(rank: int) -> None:
 
 
 def main(folder: Path, world: int) -> None:
-    for name in ("accelerate", "torchvision.utils"):  # once, and not in each child
-        importlib.import_module(name)
-    assert len(os.listdir("/proc/self/task")) == 1, "a thread was started, which children would lack"
+    import_once("accelerate", "torchvision.utils")
     (folder / "weights.pth").touch()
     argv = [f"pipeline={folder}/pipeline", "feature_steps=2", "num_samples=70", "update_card=false"]
     argv += [f"inception_weights={folder}/weights.pth", "reference=train"]

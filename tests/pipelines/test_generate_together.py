@@ -7,9 +7,7 @@ Covers: pipelines/processes/launched.py, pipelines/jobs/sharing.py.
 
 from __future__ import annotations
 
-import importlib
 import json
-import os
 import signal
 import sys
 import time
@@ -18,8 +16,8 @@ from typing import Any
 
 import pytest
 import torch
-from folders import contents
-from forked import Attempt, Hook, log_of, start_verb
+from folders import written
+from forked import Attempt, Hook, import_once, log_of, start_verb
 from launch import kill_the_second, output_of, start, two_processes
 from small_pipelines import make_pipeline
 
@@ -55,9 +53,7 @@ def noted_in(path: Path) -> list[Any]:
 
 
 def main(folder: Path) -> None:
-    for name in ("accelerate", "torchvision.utils"):  # once, and not in each child
-        importlib.import_module(name)
-    assert len(os.listdir("/proc/self/task")) == 1, "a thread was started, which children would lack"
+    import_once("accelerate", "torchvision.utils")
 
     def begin(name: str, world: int, *more: str, pause: float = 0.0, notes: str = "") -> Attempt:
         argv = [f"pipeline={folder}/pipeline", f"out={folder}/{name}", "batch_size=3", *more]
@@ -100,11 +96,6 @@ def alone(pipeline: Path, out: Path, count: int) -> dict[str, bytes] | bytes:
     return written(out)
 
 
-def written(path: Path) -> dict[str, bytes] | bytes:
-    """What is there, to the bit."""
-    return contents(path) if path.is_dir() else path.read_bytes()
-
-
 def test_two_write_the_same_bytes_and_one_says_so(found, tmp_path):
     folder, codes = found
     assert codes["two"] == [0, 0]
@@ -145,9 +136,8 @@ def test_one_tells_what_is_wrong(found, name, told):
 @pytest.mark.parametrize("count", [2, 3])
 @pytest.mark.parametrize("form", FORMS)
 def test_processes_that_are_launched_write_the_same_bytes(pipeline, tmp_path, count, form):
-    command = two_processes("generate", [f"pipeline={pipeline}", "num_images=40", f"out={tmp_path / 'several' / form}"])
-    command[command.index("--num_processes") + 1] = str(count)
-    output_of(start(command))
+    argv = [f"pipeline={pipeline}", "num_images=40", f"out={tmp_path / 'several' / form}"]
+    output_of(start(two_processes("generate", argv, count)))
     assert written(tmp_path / "several" / form) == alone(pipeline, tmp_path / "one" / form, 40)
 
 

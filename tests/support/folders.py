@@ -13,3 +13,8 @@ def files_in(folder: Path) -> list[str]:
 def contents(folder: Path) -> dict[str, bytes]:
     """Every file below the folder, to the bit."""
     return {name: (folder / name).read_bytes() for name in files_in(folder)}
+
+
+def written(path: Path) -> dict[str, bytes] | bytes:
+    """What is at `path`, a file or a folder, to the bit."""
+    return contents(path) if path.is_dir() else path.read_bytes()

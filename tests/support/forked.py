@@ -178,12 +178,17 @@ def import_what_runs_import(case: Case) -> None:
         training.take_step = listing
 
     case.start(out, hook).end()
-    for name in json.loads(listed.read_text()):
+    import_once(*json.loads(listed.read_text()))
+    shutil.rmtree(out)
+
+
+def import_once(*names: str) -> None:
+    """Import here what each child would; fails if that starts a thread, which children would lack."""
+    for name in names:
         if name not in sys.modules:
             with suppress(Exception):  # some are made by others, or under another name
                 importlib.import_module(name)
     assert len(os.listdir("/proc/self/task")) == 1, "a thread was started, which children would lack"
-    shutil.rmtree(out)
 
 
 def start_verb(verb: str, world: int, out: Path, argv: list[str], *hooks: Hook) -> Attempt:
@@ -259,6 +264,15 @@ def record_samples(out: Path) -> Hook:
 
             return call
 
+        def prepared(prepare: Any) -> Any:
+            def call(self: Any, batch: Any) -> Any:
+                result = prepare(self, batch)
+                if id(batch) in made:
+                    made[id(result)] = (result, made.pop(id(batch))[1])
+                return result
+
+            return call
+
         def recorded(run: Any, micro_batches: list[Any], lr: float) -> None:
             step, pairs = run.step, [pair for batch in micro_batches for pair in made.pop(id(batch))[1]]
             take_step(run, micro_batches, lr)
@@ -266,6 +280,7 @@ def record_samples(out: Path) -> Hook:
 
         for task in (TokenizerTask, PriorTask):
             task.batch = remembered(task.batch)  # type: ignore[method-assign]
+            task.prepare = prepared(task.prepare)  # type: ignore[method-assign]
         training.take_step = recorded  # type: ignore[assignment]
 
     return hook

@@ -169,9 +169,9 @@ def launched(options: list[str], *what: str) -> list[str]:
     return ["accelerate", "launch", *options, "--main_process_port", str(free_port()), *what]
 
 
-def two_processes(name: str, argv: list[str]) -> list[str]:
-    """The documented command of two processes on the CPU."""
-    return launched(["--multi_gpu", "--num_processes", "2", *MACHINE], "-m", f"pipelines.{name}", *argv)
+def two_processes(name: str, argv: list[str], count: int = 2) -> list[str]:
+    """The documented command of two processes on the CPU, or of more."""
+    return launched(["--multi_gpu", "--num_processes", str(count), *MACHINE], "-m", f"pipelines.{name}", *argv)
 
 
 def one_launched(name: str, argv: list[str]) -> list[str]:

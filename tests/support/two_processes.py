@@ -18,13 +18,8 @@ import torch.distributed as dist
 # From outside
 
 
-def run_pair(first: list[str], second: list[str], seconds: float = 60, code: int | None = 0) -> list[tuple[int, str]]:
-    """The exit code and the output of each; fails if one hangs, or ends with another code than `code`."""
-    return run_together([first, second], seconds, code)
-
-
 def run_together(commands: list[list[str]], seconds: float = 60, code: int | None = 0) -> list[tuple[int, str]]:
-    """The same of as many processes as there are commands."""
+    """The exit code and the output of each; fails if one hangs, or ends with another code than `code`."""
     from launch import end, free_port, output_of, start  # late: not for these, whom it would slow
 
     where = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": str(len(commands))}
@@ -39,12 +34,7 @@ def run_together(commands: list[list[str]], seconds: float = 60, code: int | Non
 
 def run_twice(*argv: str | Path, seconds: float = 60) -> None:
     """Run Python twice at once with these arguments; both have to end with success."""
-    run_several(2, *argv, seconds=seconds)
-
-
-def run_several(count: int, *argv: str | Path, seconds: float = 60) -> None:
-    """The same of `count` processes."""
-    run_together([[sys.executable, *map(str, argv)]] * count, seconds)
+    run_together([[sys.executable, *map(str, argv)]] * 2, seconds)
 
 
 # In each of two processes

@@ -148,11 +148,10 @@ def test_others_go_on_with_what_one_began(tokenizer, images, tmp_path, monkeypat
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("count", ["2", "3"])
+@pytest.mark.parametrize("count", [2, 3])
 def test_processes_that_are_launched_write_the_same_files(tokenizer, images, tmp_path, count):
     argv = [f"tokenizer={tokenizer}", f"data.source={images['source']}", "batch_size=4", "rows_per_shard=7"]
-    command = two_processes("encode", [*argv, f"out={tmp_path / 'several'}"])
-    command[command.index("--num_processes") + 1] = count
+    command = two_processes("encode", [*argv, f"out={tmp_path / 'several'}"], count)
     output_of(start(command))
     run(config(tokenizer, tmp_path / "alone", images, rows_per_shard=7))
     assert contents(tmp_path / "several") == contents(tmp_path / "alone")

@@ -26,7 +26,7 @@ from launch import (
     train_stage,
     verb,
 )
-from two_processes import run_pair
+from two_processes import run_together
 
 from pipelines.config import UserError
 from pipelines.config.arguments import read_file
@@ -338,7 +338,7 @@ def two(folder: Path, *more: dict[str, Any]) -> list[tuple[int, str]]:
     commands = [
         verb("train_prior", prior_arguments(folder / "run", folder / "tokens", **arguments)) for arguments in more
     ]
-    return run_pair(*commands, code=None)
+    return run_together(commands, code=None)
 
 
 @pytest.mark.slow
