@@ -2,8 +2,6 @@
 
 The processes are forked from one that has imported everything (`python test_evaluate_together.py FOLDER
 WORLD`).
-
-Covers: pipelines/processes/launched.py.
 """
 
 from __future__ import annotations

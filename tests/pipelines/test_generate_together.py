@@ -1,8 +1,6 @@
 """`smalti generate` in processes that really run: the same bytes, said once; killed, others go on.
 
 The processes are forked from one that has imported everything (`python test_generate_together.py FOLDER`).
-
-Covers: pipelines/processes/launched.py, pipelines/jobs/sharing.py.
 """
 
 from __future__ import annotations

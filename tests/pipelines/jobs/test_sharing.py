@@ -15,8 +15,8 @@ from pipelines.config import UserError
 from pipelines.config.command import ProcessLost
 from pipelines.jobs import Job, Piece, sharing
 from pipelines.jobs.pieces import cut
-from pipelines.jobs.sharing import Share
-from pipelines.processes.sharing import Team
+from pipelines.jobs.sharing import Share, shared
+from pipelines.processes.sharing import ALONE, Team
 from tokenizer.files.errors import PathError
 
 PIECES = cut("images", 0, 10, 3)
@@ -178,3 +178,28 @@ def test_what_keeping_raises_ends_the_work(tmp_path, monkeypatch):
     with job.begin() as missing, pytest.raises(OSError, match="full"):
         Share(job, missing).make(1, lambda rows: made.append(rows), keep, "making", 5.0)
     assert len(made) <= 2
+
+
+def test_a_folder_that_cannot_be_written_or_seen_is_a_mistake(tmp_path):
+    class Elsewhere(Team):
+        def first(self, act):
+            return PIECES  # made where this process does not look
+
+    with (
+        pytest.raises(UserError, match="all processes have to see the same disk"),
+        shared(job_at(tmp_path), Elsewhere(1, 2)),
+    ):
+        pytest.fail("it was taken")
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match="out: .*/file/out cannot be written"), shared(job_at(tmp_path / "file"), ALONE):
+        pytest.fail("it was taken")
+
+
+def test_one_has_the_job_while_all_share_it(tmp_path):
+    with shared(job_at(tmp_path), ALONE) as share:
+        assert share.missing == share.mine == PIECES and share.rows == 10
+        with pytest.raises(PathError, match="one writer at a time"), shared(job_at(tmp_path), ALONE):
+            pytest.fail("two at once")
+        keep_all(share.job, PIECES[1:])
+    with shared(job_at(tmp_path), ALONE) as share:
+        assert share.mine == PIECES[:1] and share.rows == 3

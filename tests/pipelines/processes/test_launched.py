@@ -1,0 +1,64 @@
+"""How a command joins the processes that share its work: on which device each works, and that all part at the end."""
+
+from __future__ import annotations
+
+import sys
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from pipelines.config import UserError
+from pipelines.processes import launched
+from pipelines.processes.launched import LAUNCHERS, joined, own_device
+from pipelines.processes.sharing import ALONE, Team
+
+
+@pytest.fixture(autouse=True)
+def unlaunched(monkeypatch):
+    for name in LAUNCHERS:
+        monkeypatch.delenv(name, raising=False)
+
+
+def test_each_of_several_works_where_accelerate_says():
+    for rank in range(2):
+        given, team = torch.device("meta", rank), Team(rank, 2)
+        assert own_device("auto", given, team) == own_device("meta", given, team) == given
+        for other in ("cpu", "cuda", "meta:0"):
+            with pytest.raises(UserError, match=f"'{other}': accelerate chose meta for its processes; leave it auto"):
+                own_device(other, given, team)
+    assert own_device("auto", torch.device("cpu:0"), Team(1, 2)) == torch.device("cpu")
+
+
+def test_one_process_works_where_it_was_asked_to():
+    assert own_device("auto", torch.device("meta:1"), ALONE) == torch.device("meta:1")
+    assert own_device("cpu", torch.device("meta:1"), ALONE) == torch.device("cpu")
+    with pytest.raises(UserError, match="device: 'nonsense' cannot be used here"):
+        own_device("nonsense", torch.device("cpu"), ALONE)
+
+
+def test_a_process_that_no_launcher_started_is_alone(monkeypatch):
+    monkeypatch.setitem(sys.modules, "accelerate", None)  # importing it would be an error
+    with joined("cpu") as (team, device):
+        assert team is ALONE and device == torch.device("cpu")
+
+
+@pytest.mark.parametrize("name", LAUNCHERS)
+@pytest.mark.parametrize("refused", [False, True])
+def test_processes_that_were_launched_part_at_the_end(monkeypatch, name, refused):
+    """Also those of which one refuses, and once."""
+    ended: list[Any] = []
+    facts = {"process_index": 0, "num_processes": 1, "device": torch.device("cpu", 0)}
+    monkeypatch.setattr(
+        launched, "build_accelerator", lambda: SimpleNamespace(**facts, end_training=lambda: ended.append(1))
+    )
+    monkeypatch.setenv(name, "0")
+    try:
+        with joined("auto") as (team, device):
+            assert (team, device) == (ALONE, torch.device("cpu")) and not ended
+            if refused:
+                raise UserError("no")
+    except UserError:
+        assert refused
+    assert ended == [1]
