@@ -10,13 +10,15 @@ LAUNCH := $(BIN)/accelerate launch --config_file configs/accelerate/cpu.yaml --n
 SUM    := $(shell cksum pyproject.toml | cut -d' ' -f1)
 READY  := $(VENV)/.demo-$(SUM)
 TESTS  := $(VENV)/.dev-$(SUM)
+GPU    := $(VENV)/.gpu-$(SUM)
 
-.PHONY: demo test slow check floors help
+.PHONY: demo test slow gpu check floors help
 
 help:
 	@echo "make demo   install, train on digits, generate, evaluate (about 5 minutes on two cores)"
 	@echo "make test   install, ruff, mypy, pytest"
 	@echo "make slow   the measurements that take longer"
+	@echo "make gpu    checks and measures on this machine's GPU, and writes the table into docs/results.md"
 	@echo "make floors the tests with the lowest versions of pyproject.toml, then with the newest"
 
 demo: $(DONE)/evaluation
@@ -58,6 +60,12 @@ check: $(TESTS)
 slow: $(TESTS)
 	$(BIN)/python -m pytest -m slow $(ARGS)
 
+# What fails is told in the end; what can be measured is measured all the same.
+gpu: $(GPU)
+	$(BIN)/python -c 'import sys, torch; sys.exit(not torch.cuda.is_available() and "make gpu: torch sees no GPU here")'
+	$(BIN)/python -m pytest -m gpu tests/gpu $(ARGS); checked=$$?; \
+	  $(BIN)/python benchmarks/gpu.py docs=docs/results.md && exit $$checked
+
 # Each in an environment of its own, below build/. The second runs whatever the first has shown.
 floors:
 	$(PYTHON) tests/support/floors.py lowest $(ARGS); lowest=$$?; $(PYTHON) tests/support/floors.py newest $(ARGS) && exit $$lowest
@@ -69,9 +77,14 @@ $(READY): pyproject.toml
 $(TESTS): pyproject.toml
 	$(call install,dev)
 
+$(GPU): pyproject.toml
+	$(call install,dev$(comma)benchmarks)
+
+comma := ,
+
 define install
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Smalti needs Python 3.11 or newer")'
-	@rm -f $(VENV)/.demo-* $(VENV)/.dev-*
+	@rm -f $(VENV)/.demo-* $(VENV)/.dev-* $(VENV)/.gpu-*
 	@test -x $(BIN)/python || $(PYTHON) -m venv --clear $(VENV)
 	@echo "installing into $(VENV)"
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -e ".[$(1)]"

@@ -25,6 +25,8 @@ from .processes.sharing import ALONE, Team
 from .stages import Label, Stages, completion, representation, sampling
 from .stages.index import FILES
 
+SAMPLED = 80  # images of a sample picture
+
 
 class ImagePipeline(Stages):
     """Both stages of image generation.
@@ -191,7 +193,7 @@ class ImagePipeline(Stages):
                 folder, repo_id, lambda names, fetch: FILES, token=token, private=private, commit_message=commit_message
             )
 
-    def sample_picture(self, count: int = 80, seed: int = 0, team: Team = ALONE) -> np.ndarray:
+    def sample_picture(self, count: int = SAMPLED, seed: int = 0, team: Team = ALONE) -> np.ndarray:
         """A grid of samples at the pipeline's settings, one class per column (of at most ten), uint8 (H, W, 3). Each
         process of the team draws some of them."""
         columns = min(10, self.prior.num_classes) or 10

@@ -45,7 +45,7 @@ class Marginal(Prior, name="marginal"):
 
         tokens: a tensor, or rows on the disk whose slices are tensors.
         """
-        counts, size = torch.zeros_like(self.table), self.table[0].numel()
+        counts, size = self.table.zero_(), self.table[0].numel()  # in place: the table may have gigabytes
         places = torch.arange(len(self.grid), device=self.device) * self.grid.vocab_size
         for start in range(0, len(tokens), CHUNK):
             rows = tokens[start : start + CHUNK].flatten(1).long().to(self.device) + places
@@ -54,8 +54,10 @@ class Marginal(Prior, name="marginal"):
             if labels is not None and self.num_classes:
                 rows = rows + labels[start : start + CHUNK, None].long().to(self.device) * size
                 counts.view(-1).scatter_add_(0, rows.flatten(), ones)
-        counts = counts[-1:].expand_as(counts) if labels is None else counts
-        self.table.copy_(((counts + 1) / (counts.sum(-1, keepdim=True) + self.grid.vocab_size)).log())
+        if labels is None:
+            counts[:-1] = counts[-1]
+        totals = counts.sum(-1, keepdim=True) + self.grid.vocab_size
+        counts.add_(1).div_(totals).log_()
 
     def start(self, num_images: int, labels: Tensor | None, order: Order = None) -> list[Tensor]:
         """The remaining blocks' logits, each `(B, n, vocab_size)`."""

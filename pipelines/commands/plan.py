@@ -24,21 +24,25 @@ from tokenizer.pretrained import CONFIG
 from ..config import Config, UserError, run_command
 from ..config.arguments import read_arguments
 from ..config.command import parse
-from ..metrics.likelihood import rows_at_a_time
+from ..image_pipeline import SAMPLED
+from ..metrics.likelihood import EVALUATED_ROWS, rows_at_a_time, rows_evaluated
 from ..metrics.reconstruction import images_at_a_time
-from ..planning.budget import FLOAT32, GPUS, LABEL, parts_of_prior, parts_of_tokenizer, sizes_of
+from ..planning.budget import EXPECTED, FLOAT32, GPUS, LABEL, parts_of_prior, parts_of_tokenizer, sizes_of
 from ..planning.costs import Recipe, Turn, costs_of, critic_turn, perceptual_network, prior_turn, tokenizer_turn
 from ..planning.facts import Facts, facts_of
-from ..planning.forecast import Forecast, Machine, Schedule, page_of
+from ..planning.forecast import Forecast, Machine, Schedule
+from ..planning.page import page_of
 from ..planning.paper import on_meta
+from ..planning.pauses import Every, Looks
 from ..tokens.shards import bytes_per_row
 from ..train_prior import TrainPriorConfig
-from ..train_tokenizer import Stage, TrainTokenizerConfig, build_tokenizer
+from ..train_tokenizer import EVALUATED_IMAGES, Stage, TrainTokenizerConfig, build_tokenizer
 from ..train_tokenizer import defaults as of_init
 from ..training.adversary import make_adversary
 from ..training.blocks import repeated_blocks
 from ..training.schedule import TrainConfig
 
+RECONSTRUCTED = 96  # images of the two pictures of a tokenizer's preview
 NO_MODEL = (
     "model.kind: nothing to plan; give the command line of train_prior or train_tokenizer, as in "
     "`smalti plan --config configs/prior/gpt_imagenet256.yaml`"
@@ -54,11 +58,12 @@ class PlanConfig(Config):
     )
     gpu_memory: float | None = Field(None, gt=0, description="GB of one GPU, for another kind")
     peak_tflops: float | None = Field(None, gt=0, description="peak of one GPU in TFLOP/s, for another kind")
-    utilization: float = Field(
-        0.4,
+    utilization: float | None = Field(
+        None,
         gt=0,
         le=1,
-        description="share of the peak that is reached, a guess until measured; expect 0.2, with compile 0.3",
+        description="share of the peak that is reached; null: what we expect of this code, 0.2, and 0.3 with "
+        "train.compile, which nobody has measured yet",
     )
     precision: Literal["bf16", "float32"] = Field(
         "bf16", description="accelerate's mixed precision, or none, which needs peak_tflops"
@@ -105,22 +110,25 @@ def run(config: PlanConfig) -> Forecast:
     return forecast
 
 
-def machine_of(config: PlanConfig) -> Machine:
+def machine_of(config: PlanPriorConfig | PlanTokenizerConfig) -> Machine:
     """The machine to plan for."""
-    kind = GPUS[config.gpu]
+    kind, compiled = GPUS[config.gpu], config.train.compile
+    expected = "expected when compiled" if compiled else "expected without train.compile"
     return Machine(
         f"x {config.gpu}" if config.gpu_memory is None else "GPUs",
         config.gpus,
         config.gpu_memory or kind.memory,
         config.peak_tflops or kind.tflops,
-        config.utilization,
+        config.utilization or EXPECTED[compiled],
+        "given" if config.utilization else expected,
         config.precision,
     )
 
 
 def schedule_of(train: TrainConfig) -> Schedule:
-    """What the run says of its steps; only a prior's blocks can be checkpointed."""
-    return Schedule(train.batch_size, train.accumulate, train.steps, getattr(train, "checkpointing", False))
+    """What the run says of its steps."""
+    every = Every(train.evaluate_every, train.preview_every, train.save_every)
+    return Schedule(train.batch_size, train.accumulate, train.steps, every, train.checkpointing, train.compile)
 
 
 # Priors -------------------------------------------------------------------------------------------
@@ -142,12 +150,14 @@ def forecast_prior(config: PlanPriorConfig) -> Forecast:
     )
     shape = "x".join(map(str, facts.grid.shape))
     per_row = bytes_per_row(facts.grid) + (LABEL if facts.classes else 0)
+    evaluated = rows_evaluated(model, EVALUATED_ROWS)
     return Forecast(
         f"{model.name} over {shape} tokens of {facts.grid.vocab_size:,} ids, {facts.classes:,} classes",
         machine_of(config),
         schedule_of(config.train),
         sizes,
         costs,
+        Looks(evaluated, model.likelihood_passes, SAMPLED, config.sampler.steps or len(model.blocks), costs.launches),
         tokens_per_image=len(facts.grid),
         rows=facts.rows,
         shards=True,
@@ -184,8 +194,8 @@ def make_prior(config: PlanPriorConfig, facts: Facts) -> Prior:
 def evaluate(model: Prior) -> None:
     """A batch of `metrics.likelihood.bits_per_token`; of a model that takes many passes for it, one pass."""
     count = rows_at_a_time(model.grid)
-    rows, labels = torch.zeros(count, *model.grid.shape, dtype=torch.long), torch.zeros(count, dtype=torch.long)
-    model.likelihood_pass(rows, labels)
+    rows = torch.zeros(count, *model.grid.shape, dtype=torch.long)
+    model.likelihood_pass(rows, torch.zeros(count, dtype=torch.long) if model.num_classes else None)
 
 
 # Tokenizers ---------------------------------------------------------------------------------------
@@ -222,6 +232,7 @@ def forecast_tokenizer(config: PlanTokenizerConfig) -> Forecast:
         schedule_of(config.train),
         sizes,
         costs,
+        Looks(EVALUATED_IMAGES, 1, RECONSTRUCTED, 1, costs.launches),
         tokens_per_image=len(tokenizer.grid),
         rows=config.rows,
         shards=False,

@@ -21,6 +21,11 @@ LABEL = 8  # bytes of a row of a token dataset
 FULL = 0.9  # share of a GPU's memory to plan with: CUDA's context, NCCL and gaps between tensors take some
 
 
+EXPECTED = {False: 0.2, True: 0.3}
+"""The share of a GPU's peak that training is expected to reach, as it is and with `train.compile`: estimated operation
+by operation for the ImageNet presets, and not measured yet."""
+
+
 class GPU(NamedTuple):
     """Dense bf16 peak in TFLOP/s (no sparsity), and memory in GB, as its vendor publishes them."""
 

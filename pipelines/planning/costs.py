@@ -154,11 +154,13 @@ def take(parts: Callable[[Ledger], Parts], weights: list[nn.Parameter]) -> Turn:
 
 
 class Costs(NamedTuple):
-    """The work of a step as it is and with its blocks checkpointed, and the bytes of an evaluation."""
+    """The work of a step as it is and with its blocks checkpointed; and of an evaluation its bytes, and how many
+    operations a pass launches."""
 
     work: Work
     checkpointed: Work
     evaluation: int
+    launches: int
 
 
 def costs_of(
@@ -178,22 +180,22 @@ def costs_of(
 
     with on_paper(model, *beside):
         plain = again = work()
-        evaluation = evaluation_of(evaluate, model)
+        evaluation, launches = evaluation_of(evaluate, model)
         if blocks:
             checkpoint_blocks(blocks)
             again = work()
-    return Costs(plain, again, evaluation)
+    return Costs(plain, again, evaluation, launches)
 
 
-def evaluation_of(run: Callable[[], Any], model: nn.Module) -> int:
-    """Bytes at the worst moment of an evaluation, `run`, beside the weights of `model`: without autocast, as the
-    averaged weights are not prepared by accelerate."""
+def evaluation_of(run: Callable[[], Any], model: nn.Module) -> tuple[int, int]:
+    """Bytes at the worst moment of an evaluation, `run`, beside the weights of `model`, without autocast, which would
+    need less; and the number of its operations."""
     ledger = Ledger({address(tensor) for tensor in (*model.parameters(), *model.buffers())})
     model.eval()
     with torch.no_grad(), CUDAKernels(), ledger:
         run()
     model.train()
-    return ledger.peak
+    return ledger.peak, ledger.launches
 
 
 def flops_of(turn: Callable[[], Any]) -> int:

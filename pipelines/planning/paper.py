@@ -103,15 +103,17 @@ def fake_of(old: Tensor) -> Tensor:
 
 class Ledger(TorchDispatchMode):
     """Bytes of the storages that operations made and that still live: `casts` are copies of `weights` in another type,
-    `now` is all else. `peak` is the largest `now`, `peak_with_casts` the largest sum of both."""
+    `now` is all else. `peak` is the largest `now`, `peak_with_casts` the largest sum of both. `launches` counts the
+    operations that a GPU would be told of: all but views."""
 
     def __init__(self, weights: set[int]) -> None:
         super().__init__()
         self.weights, self.known = weights, set(weights)
-        self.now = self.peak = self.casts = self.peak_with_casts = 0
+        self.now = self.peak = self.casts = self.peak_with_casts = self.launches = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
+        self.launches += not func.is_view
         cast = func is torch.ops.aten._to_copy.default and address(args[0]) in self.weights
         for tensor in tree_iter(out):
             if isinstance(tensor, Tensor):

@@ -224,3 +224,49 @@ def test_made_is_raced():
     rows = re.findall(r"^\| (ours|plain loop) \| ([\d,]+) \| ([\d.]+) \|$", table, re.M)
     assert [name for name, *_ in rows] == ["ours", "plain loop"] and re.search(r"^\| 128 \|", table, re.M)
     assert all(int(images.replace(",", "")) > 0 and 0 < float(nats) < 700 for _, images, nats in rows)
+
+
+# On a GPU
+
+
+@pytest.mark.slow
+def test_the_measurements_of_a_gpu_are_rehearsed(tmp_path):
+    pytest.importorskip("transformers")
+    run("gpu.py", "device=cpu", "tiny=true", "repeats=1", f"out={tmp_path / 'gpu.md'}")
+    rows = [line for line in (tmp_path / "gpu.md").read_text().splitlines() if line.startswith("|")]
+    names = [row.split("|")[1].strip() for row in rows]
+    assert {"gpt_imagenet256, compiled", "diffusers VQModel", "gpt, bfloat16", "vqgan, bf16 autocast"} <= set(names)
+    assert all(row.count("|") == rows[0].count("|") for row in rows[:10])
+
+
+def test_a_page_gets_its_section(tmp_path, monkeypatch):
+    """And keeps all others."""
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    gpu, page = importlib.import_module("gpu"), tmp_path / "page.md"
+    for rest in ("## After\n\nlast\n", ""):
+        page.write_text(f"# Page\n\n## Before\n\nfirst\n\n{gpu.HEADING}\n\nNot run yet.\n\n{rest}")
+        gpu.put_into(page, "| a table |\n")
+        assert (
+            page.read_text().rstrip()
+            == f"# Page\n\n## Before\n\nfirst\n\n{gpu.HEADING}\n\n| a table |\n\n{rest}".rstrip()
+        )
+    page.write_text("# Page\n")
+    with pytest.raises(SystemExit, match="has no section '## On a GPU'"):
+        gpu.put_into(page, "")
+
+
+def test_cards_are_known_by_the_names_that_torch_gives(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    names = importlib.import_module("support.cards").NAMES
+    told = {
+        "NVIDIA H100 80GB HBM3": "h100",
+        "NVIDIA H100 PCIe": "h100_pcie",
+        "NVIDIA H200": "h200",
+        "NVIDIA A100-SXM4-80GB": "a100",
+        "NVIDIA A100-SXM4-40GB": "a100_40",
+        "NVIDIA L4": "l4",
+        "NVIDIA L40S": "l40s",
+        "NVIDIA GeForce RTX 4090": "rtx4090",
+    }
+    found = {name: next(kind for part, kind in names.items() if part in name.lower()) for name in told}
+    assert found == told

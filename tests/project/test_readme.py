@@ -71,7 +71,7 @@ def is_whole(command: str) -> bool:
 def test_each_kind_of_block_is_known():
     """A block of another language would be checked by nothing."""
     for page in PAGES:
-        assert {kind for kind, _ in FENCE.findall(PAGES[page])} <= {"sh", "python", "text"}, page
+        assert {kind for kind, _ in FENCE.findall(PAGES[page])} <= {"sh", "python", "text", "bash"}, page
         assert PAGES[page].count("```") == 2 * len(FENCE.findall(PAGES[page])), page
 
 
