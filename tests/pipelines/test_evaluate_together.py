@@ -10,6 +10,7 @@ from __future__ import annotations
 import importlib
 import json
 import os
+import signal
 import sys
 from functools import partial
 from pathlib import Path
@@ -52,8 +53,8 @@ def few_at_a_time(out: Path, rank: int) -> None:
         return found
 
     Team.mine = counted  # type: ignore[method-assign]
-    if rank:
-        evaluation.publish = None  # type: ignore[assignment]
+    if rank:  # the first alone trains the classifier, prints and writes
+        quality.train_classifier = evaluation.publish = None  # type: ignore[assignment]
 
 
 def as_inception(pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -74,8 +75,8 @@ def failing(rank: int) -> None:
         evaluation.ssim = ssim
 
 
-def begin(world: int, out: Path, argv: list[str], *hooks: Any) -> Attempt:
-    """`smalti evaluate` in so many processes."""
+def begin(world: int, out: Path, argv: list[str], *hooks: Any) -> list[int]:
+    """The exit codes of `smalti evaluate` in so many processes, of which nobody ends another."""
     port, pids = free_port(), []
     for rank in range(world):
         pids.append(os.fork())
@@ -83,7 +84,10 @@ def begin(world: int, out: Path, argv: list[str], *hooks: Any) -> Attempt:
             places = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world}
             where = {**places, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "ACCELERATE_USE_CPU": "true"}
             child("evaluate", [*argv, f"out={out}"], log_of(out), where if world > 1 else {}, list(hooks), rank)
-    return Attempt(pids)
+    attempt = Attempt(pids)
+    if not attempt.wait(60):
+        attempt.send(signal.SIGKILL)
+    return attempt.end()
 
 
 def main(folder: Path) -> None:
@@ -96,10 +100,10 @@ def main(folder: Path) -> None:
     codes = {}
     for world in WORLDS:
         out = folder / f"of {world}"
-        codes[world] = begin(world, out, argv, partial(few_at_a_time, out)).end()
+        codes[world] = begin(world, out, argv, partial(few_at_a_time, out))
     out = folder / "fault"
-    codes["fault"] = begin(2, out, argv, partial(few_at_a_time, out), failing).end()
-    codes["device"] = begin(2, folder / "device", [*argv, "device=cuda"]).end()
+    codes["fault"] = begin(2, out, argv, partial(few_at_a_time, out), failing)
+    codes["device"] = begin(2, folder / "device", [*argv, "device=cuda"])
     (folder / "codes.json").write_text(json.dumps(codes))
 
 
