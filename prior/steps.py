@@ -170,7 +170,7 @@ class Captured:
         return tokens[:count].clone(), close[:count]
 
     def fill(self, rows: Rows) -> None:
-        """Copy what is asked for; the rows left are of the null class, without noise."""
+        """Copy what is asked for; the rows left are of the null class, with noise of none or of a call before."""
         count, mine = len(rows), self.rows
         for kept, given, empty in (
             (mine.labels, rows.labels, self.prior.num_classes),
@@ -179,7 +179,6 @@ class Captured:
         ):
             kept[:count] = given
             kept[count:] = empty
-        self.noise[count:] = 0
 
     def begin(self) -> None:
         """All that comes before the first step."""
