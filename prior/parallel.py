@@ -22,10 +22,10 @@ from torch import Tensor
 
 from tokenizer.base import TokenGrid
 
-from .guesses import alternatives, guesses_at_once
 from .orders import Partition
 from .requests import Model, Rows, given_walk
 from .sampling import GumbelNoise, Sampler, progress_over
+from .sampling.guesses import alternatives, guesses_at_once
 
 CHEAP_PASSES = 8
 """Passes of the guessing prior per pass."""

@@ -1,6 +1,6 @@
 """Steps that are replayed from graphs draw what they draw without. The graphs are emulated: `emulated_graphs`.
 
-Covers: prior/steps.py.
+Covers: prior/sampling/steps.py.
 """
 
 import contextlib
@@ -14,8 +14,8 @@ import torch
 from emulated_graphs import Emulated, HostRead
 from small import PRIORS, VARIANTS, draw_known, draw_tokens, generators, make_prior
 
-from prior import steps
 from prior.drawing import State
+from prior.sampling import steps
 from prior.sampling.graphs import Graphs, bucket, graphs_of, recorder_for
 
 CAPTURED = [name for name in (*PRIORS, *VARIANTS) if make_prior(name).captures]

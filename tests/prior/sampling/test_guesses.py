@@ -7,7 +7,7 @@ import torch
 from small import draw_known, draw_tokens, generators, make_prior
 
 from prior import parallel
-from prior.guesses import AT_ONCE, FREE, alternatives, guesses_at_once
+from prior.sampling.guesses import AT_ONCE, FREE, alternatives, guesses_at_once
 
 
 @pytest.mark.parametrize("width", [2, 8, 100])

@@ -11,9 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .requests import Model, Rows
-from .sampling import GumbelNoise, Sampler, progress_over
-from .sampling.graphs import Recorder, bucket, graphs_of, places, recorder_for
+from ..requests import Model, Rows
+from .graphs import Recorder, bucket, graphs_of, places, recorder_for
+from .noise import GumbelNoise
+from .progress import progress_over
+from .settings import Sampler
 
 Cuts = list[tuple[int, int]]
 """Where blocks begin and end."""
