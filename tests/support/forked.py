@@ -249,6 +249,15 @@ def record_samples(out: Path) -> Hook:
 
             return call
 
+        def carried(prepare: Any) -> Any:
+            def call(self: Any, batch: Any) -> Any:
+                result = prepare(self, batch)
+                if id(batch) in made:
+                    made[id(result)] = (result, made.pop(id(batch))[1])
+                return result
+
+            return call
+
         def recorded(run: Any, micro_batches: list[Any], lr: float) -> None:
             step, pairs = run.step, [pair for batch in micro_batches for pair in made.pop(id(batch))[1]]
             take_step(run, micro_batches, lr)
@@ -256,6 +265,7 @@ def record_samples(out: Path) -> Hook:
 
         for task in (TokenizerTask, PriorTask):
             task.batch = remembered(task.batch)  # type: ignore[method-assign]
+            task.prepare = carried(task.prepare)  # type: ignore[method-assign]
         training.take_step = recorded  # type: ignore[assignment]
 
     return hook
