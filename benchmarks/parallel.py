@@ -6,7 +6,8 @@
 
 64 images, one per class in turn, the noise of seeds 0 to 63. `last output`: what the last pass drew there (Jacobi),
 from a start at the likeliest tokens of the noise alone, or of noise and position frequencies (`marginal`). `greedy`:
-the likeliest tokens of the last pass, without noise. `corrected`: drawn from the guessing prior's logits on the new
+the likeliest tokens of the last pass, without noise. `8 guesses` at once, in one pass: where one token of the last
+output were wrong. `corrected`: drawn from the guessing prior's logits on the new
 tokens plus what the last pass's differed from them on the old, in so many passes of that prior; `all kept`: plus the
 whole difference. All images are compared with those drawn step by step.
 Seconds: median of three, with the guessing prior's passes, against the path with a cache.
@@ -34,13 +35,20 @@ def greedy(guess: Any, rows: Any, sampler: Any, tokens: Any, ended: Any, logits:
     return tokens if logits.ndim == 0 else torch.where(free, logits.argmax(-1), tokens)
 
 
-def passes_of(prior: Any, draw: Callable[[], Any]) -> tuple[float, int, Any]:
+def passes_of(draw: Callable[[], Any]) -> tuple[float, int, Any]:
     """Passes per image, the slowest image's, and the tokens of a draw."""
-    rows: list[int] = []
-    hook = prior.register_forward_pre_hook(lambda _, inputs: rows.append(len(inputs[0])))
-    tokens = draw()
-    hook.remove()
-    return sum(rows) / IMAGES, len(rows), tokens
+    from prior import drawing
+
+    real, passes = drawing.sample_parallel, list[int]()
+
+    def counted(*given: Any) -> Any:
+        found = real(*given)
+        passes.extend(found.passes.tolist())
+        return found
+
+    with mock.patch.object(drawing, "sample_parallel", counted):
+        tokens = draw()
+    return sum(passes) / len(passes), max(passes), tokens
 
 
 def measure(model: Any, draw: Callable[..., Any], rules: list[tuple[str, Any, dict[str, Any]]]) -> None:
@@ -53,7 +61,7 @@ def measure(model: Any, draw: Callable[..., Any], rules: list[tuple[str, Any, di
     print(f"| step by step | | | | {cached[0]:.2f} | {cached[1]:.3f} | |")
     for name, guess, patches in rules:
         with mock.patch.multiple(prior.parallel, **patches) if patches else mock.MagicMock():
-            mean, slowest, tokens = passes_of(model, lambda g=guess: draw(parallel=True, guess=g))
+            mean, slowest, tokens = passes_of(lambda g=guess: draw(parallel=True, guess=g))
             times = [seconds_of([lambda n=n, g=guess: draw(n, parallel=True, guess=g)], 3)[0] for n in (IMAGES, 1)]
         wrong = int((tokens != expected).flatten(1).any(1).sum())
         cells = [
@@ -88,6 +96,7 @@ def main() -> None:
     labels = torch.arange(IMAGES) % model.num_classes if model.num_classes else None
     rules = [
         ("last output", None, {}),
+        *((f"last output, {n} guesses", None, {"guesses_at_once": lambda *_, n=n: n}) for n in (2, 4, 8, 16)),
         ("last output, marginal start", marginal, {"CHEAP_PASSES": 1}),
         ("greedy", marginal, {"corrected": greedy}),
         *((f"corrected by {cheap.name}, {n} passes", cheap, {"CHEAP_PASSES": n}) for n in (1, 2, 4, 8)),

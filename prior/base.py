@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Annotated, Any, ClassVar
 
 import torch
@@ -23,9 +22,10 @@ from tokenizer.pretrained import Fact, ModelConfig, PretrainedModel
 
 from .drawing import State, draw, evaluating
 from .features import Features
+from .mixtures import Mixtures
 from .objective import mean_nats
-from .orders import Partition, block_numbers, blocks_problem, make_order, make_partition, order_problem
-from .requests import Order, Rows, Walk, check_labels, check_mixture, check_order, given_walk, make_rows, partition_of
+from .orders import Partition, block_numbers, blocks_problem, make_partition, order_problem
+from .requests import Order, Rows, Walk, check_labels, check_order, given_walk, make_rows, partition_of
 from .sampling import Generators, Sampler
 
 
@@ -72,17 +72,13 @@ class PriorConfig(ModelConfig):
         return partition if self.blocks is None else Partition(partition.order, self.blocks)
 
 
-class Prior(Features, PretrainedModel, family="prior"):
+class Prior(Features, Mixtures, PretrainedModel, family="prior"):
     """A distribution over grids of ids; `forward` is the only method that trains."""
 
     Sampling: ClassVar[type[Sampler]] = Sampler
     """The settings that `sample` takes, of which a model may declare more."""
     exact: bool = True
     """False where `log_prob` of an image is an unbiased estimate of a lower bound: the mean over images is a bound."""
-    any_order: bool = False
-    """Whether `forward`, `log_prob` and `sample` take any other `order` than the model's own."""
-    any_connectivity: bool = False
-    """Whether the model is one of many of the same weights, which `connected` chooses from (MADE's masks)."""
     captures: bool = True
     """Whether a graph can hold `start` and the cached steps: the host decides nothing in them."""
     recomputes: bool = False
@@ -184,38 +180,6 @@ class Prior(Features, PretrainedModel, family="prior"):
     def likelihood_pass(self, tokens: Tensor, labels: Tensor | None = None) -> None:
         """One pass of those that `log_prob` takes, for a plan that counts what it costs. Here there is only one."""
         self.log_prob(tokens, labels)
-
-    def orders(self, num_orders: int, order: Order = None) -> list[Order]:
-        """The orders of a mixture: the given one (None is the model's own); random:1, random:2, ... in its blocks."""
-        check_mixture("num_orders", num_orders, self.any_order, f"{self.name} as it was made has one order")
-        others = [f"random:{index}" for index in range(1, num_orders)]
-        blocks = partition_of(self, order).blocks
-        walks = (Partition(make_order(name, self.grid.shape), blocks) for name in others)
-        return [order, *(others if max(blocks) == 1 else walks)]
-
-    def connectivities(self, num_masks: int) -> range:
-        """The numbers of a mixture's connectivities; 0 is the model's own."""
-        check_mixture("num_masks", num_masks, self.any_connectivity, f"{self.name} as it was made has one connectivity")
-        return range(num_masks)
-
-    @contextmanager
-    def connected(self, number: int) -> Iterator[None]:
-        """Be the model of this connectivity while the block lasts. Here there is none but the model's own."""
-        yield
-
-    def order_spread(self, tokens: Tensor, labels: Tensor | None = None, num_orders: int = 8) -> Tensor:
-        """How much log p(tokens | labels) depends on the order, `(B,)` nats: its standard deviation over `orders`.
-
-        It is 0 where all orders' conditionals come from one joint distribution. The larger it is, the less a statement
-        about one order holds for another: `conditional_log_prob` and completions walk the known tokens first,
-        `log_prob` walks the model's own order. It is exact even where `log_prob` is a bound. Raises `ValueError` for a
-        model of one order, for fewer than two orders, and for tokens or labels out of range.
-        """
-        if num_orders < 2:
-            raise ValueError(f"num_orders must be at least 2 to see a spread (got {num_orders})")
-        orders = self.orders(num_orders)
-        each = [self.chain_log_probs(tokens, labels, order).flatten(1).double().sum(1) for order in orders]
-        return torch.stack(each).std(0).float()
 
     # Sampling
 

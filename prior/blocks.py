@@ -54,7 +54,12 @@ class Layer(nn.Module):
         k, v = (t.unflatten(-1, (self.heads, -1)) for t in self.kv(self.attention_norm(rows)).chunk(2, -1))
         return torch.stack([rotate(unit(k), turns.unsqueeze(-3)).to(v.dtype), v])
 
-    def forward(self, x: Tensor, turns: Tensor, keys_values: Tensor, sees: Tensor | Window | None = None) -> Tensor:
+    def forward(self, x: Tensor, rows: Tensor, turns: Tensor, sees: Tensor | Window) -> Tensor:
+        """`answer` of a stream `(B, N, dim)` to rows `(B, 1 + N, dim)`, turned by `(1 + N, width / 2, 2)`: all of a
+        layer, so that it can be compiled, checkpointed and sharded."""
+        return self.answer(x, turns[1:], self.keys_values(rows, turns), sees)
+
+    def answer(self, x: Tensor, turns: Tensor, keys_values: Tensor, sees: Tensor | Window | None = None) -> Tensor:
         """`(B, n, dim)` to the same. sees: bool `([B, 1,] n, m)`, True may attend, or a window; None is all."""
         keys, values = keys_values
         queries = self.q(self.attention_norm(x)).unflatten(-1, (self.heads, -1))
@@ -141,7 +146,7 @@ class Blocks(Prior, name="blocks"):
         start, ids = self.start_embedding + label, self.token_embedding(tokens.flatten(1).long())
         x, turns = self.dropout(self.query_embedding + self.places + label), self.rotations.table
         for layer, sees in zip(self.layers, self.sights(block_of), strict=True):
-            x = layer(x, turns[1:], layer.keys_values(torch.cat([start, x + ids], 1), turns), sees)
+            x = layer(x, torch.cat([start, x + ids], 1), turns, sees)
         return self.head(self.norm(x))
 
     def sights(self, block_of: Tensor) -> list[Any]:
@@ -224,7 +229,7 @@ class Cache:
         for layer, kept, stream, window in zip(model.layers, self.keys_values, self.streams, windows, strict=True):
             kept[:, :, written] = layer.keys_values(stream + ids, self.turns[self.rows])
             streams.append(x)
-            x = layer(x, turns, kept[:, :, there], window)
+            x = layer.answer(x, turns, kept[:, :, there], window)
         self.streams, self.rows = streams, at + 1
         self.block += 1
         return model.head(model.norm(x))

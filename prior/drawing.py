@@ -18,8 +18,8 @@ from tokenizer.base import full_float32
 from .parallel import parallel_rows, sample_parallel, settled
 from .requests import Model, Rows, Walk, choose_walk
 from .sampling import Sampler
-from .steps import State as State
-from .steps import from_graphs, step_by_step
+from .sampling.steps import State as State
+from .sampling.steps import from_graphs, step_by_step
 
 FEW_ROWS = 4
 """With fewer rows, a matrix product is bound by reading the weights."""

@@ -21,12 +21,12 @@ from torch import Tensor, nn
 from tokenizer.base import at_least_float32, full_float32
 
 from .base import Prior, sent
-from .confidence import SCHEDULES, MaskedSampler, fill_in
 from .drawing import FEW_ROWS, State
 from .objective import token_nats
 from .orders import Partition, block_numbers
 from .parallel import parallel_rows
 from .requests import Order, Rows, Walk, check_labels, partition_of
+from .sampling.confidence import SCHEDULES, MaskedSampler, fill_in
 from .transformer import EPS, Block, Rotations, TransformerConfig, coordinates, deep_rounding, reset
 
 MIDPOINTS = 1 << 12  # over which the schedules' mean is taken

@@ -9,6 +9,8 @@ drawn in the right context.
 A cheap second prior improves that guess: the pass's logits belong to the tokens that went in, and the second prior says
 how logits change with the tokens that came out, logits(new) ~ cheap(new) + 0.8 (logits(old) - cheap(old)). The guess is
 the fixed point of that, found in a few cheap passes. The result is the same, whatever the second prior is.
+
+Without one, a GPU that a pass over few images leaves idle tries several guesses of each in the same pass (`guesses`).
 """
 
 from __future__ import annotations
@@ -23,6 +25,7 @@ from tokenizer.base import TokenGrid
 from .orders import Partition
 from .requests import Model, Rows, given_walk
 from .sampling import GumbelNoise, Sampler, progress_over
+from .sampling.guesses import alternatives, guesses_at_once
 
 CHEAP_PASSES = 8
 """Passes of the guessing prior per pass."""
@@ -66,16 +69,27 @@ def sample_parallel(
     if guess is not None:
         zero = torch.zeros((), device=device)
         tokens = corrected(guess, rows, sampler, tokens, final, zero, zero, noise)
-    active = list(range(count))  # the images that are not finished; `rows` and `noise` are theirs
+    width = guesses_at_once(prior, count) if guess is None else 1
+    guesses = tokens[:, None]  # (active, one or `width`, N)
+    active = list(range(count))  # the images that are not finished; `rows`, `noise` and `guesses` are theirs
     for _ in progress_over(rows.blocks, progress, unit="pass"):
-        old = tokens[active]
-        logits = walked_logits(prior, rows, old, sampler)
+        old, each = guesses.flatten(0, 1), guesses.shape[1]
+        many, their_noise, their_final = rows, noise, final[active]
+        if each > 1:
+            images = [row for row in range(len(active)) for _ in range(each)]
+            many, their_noise, their_final = rows[images], noise[images], their_final[images]
+        logits = walked_logits(prior, many, old, sampler)
         largest = sampler.largest(logits).cummax(1).values.clamp(min=1)
-        drawn, could_turn = sampler.decide(sampler.guide(logits), noise, tolerance * largest)
-        fresh = ranks >= final[active][:, None]
-        drawn = torch.where(fresh & ~rows.keep, drawn, old)
+        guided = sampler.guide(logits)
+        drawn, could_turn = sampler.decide(guided, their_noise, tolerance * largest)
+        fresh = ranks >= their_final[:, None]
+        drawn = torch.where(fresh & ~many.keep, drawn, old)
         changed = torch.cat([drawn != old, torch.ones_like(fresh[:, :1])], 1)
         now_final = ends[changed.int().argmax(1)]  # the block of the first that changed is right by now, too
+        if each > 1:
+            best = now_final.view(-1, each).argmax(1) + each * torch.arange(len(active), device=device)
+            kept = (drawn, could_turn, fresh, now_final, guided)
+            drawn, could_turn, fresh, now_final, guided = (of_all[best] for of_all in kept)
         close[active] |= could_turn & fresh & (ranks < now_final[:, None])
         left = torch.nonzero(now_final < size).flatten().tolist()
         if guess is not None and left:
@@ -86,7 +100,12 @@ def sample_parallel(
         passes[active] += 1
         if not left:
             break
+        guesses = drawn[:, None]
+        if width > 1:
+            free = (ranks >= now_final[:, None]) & ~rows.keep
+            guesses = alternatives(drawn, sampler.scores(guided, noise), free, width)
         if len(left) < len(active):  # finished images leave
+            guesses = guesses[left]
             active = [active[k] for k in left]
             rows = rows[left]
             noise = noise[left]

@@ -203,15 +203,6 @@ def order_of(order: Order, rows: slice | Sequence[int]) -> Order:
     return order if order is None or isinstance(order, str) or torch.as_tensor(order).ndim < 2 else order[rows]
 
 
-def check_mixture(name: str, count: int, allowed: bool, otherwise: str) -> None:
-    """Raise `ValueError` unless `count`, the argument `name`, is 1, or more where that is `allowed`. otherwise: why it
-    is not."""
-    if count < 1:
-        raise ValueError(f"{name} must be at least 1 (got {count})")
-    if count > 1 and not allowed:
-        raise ValueError(f"{name}: {otherwise}")
-
-
 def check_labels(prior: Model, labels: Tensor | None, count: int) -> Tensor | None:
     """`labels` as int64 `(count,)` on the model's device. Raises `ValueError` out of `[0, num_classes]`."""
     if labels is None:

@@ -25,7 +25,7 @@ from ..config import Config, UserError, run_command
 from ..config.arguments import read_arguments
 from ..config.command import parse
 from ..image_pipeline import SAMPLED
-from ..metrics.likelihood import EVALUATED_ROWS, rows_at_a_time
+from ..metrics.likelihood import EVALUATED_ROWS, classes_of_table, rows_at_a_time, rows_evaluated
 from ..metrics.reconstruction import images_at_a_time
 from ..planning.budget import EXPECTED, FLOAT32, GPUS, LABEL, parts_of_prior, parts_of_tokenizer, sizes_of
 from ..planning.costs import Recipe, Turn, costs_of, critic_turn, perceptual_network, prior_turn, tokenizer_turn
@@ -150,18 +150,21 @@ def forecast_prior(config: PlanPriorConfig) -> Forecast:
     )
     shape = "x".join(map(str, facts.grid.shape))
     per_row = bytes_per_row(facts.grid) + (LABEL if facts.classes else 0)
+    counted = classes_of_table(facts.grid, facts.classes)
+    evaluated = rows_evaluated(model, EVALUATED_ROWS)
     return Forecast(
         f"{model.name} over {shape} tokens of {facts.grid.vocab_size:,} ids, {facts.classes:,} classes",
         machine_of(config),
         schedule_of(config.train),
         sizes,
         costs,
-        Looks(EVALUATED_ROWS, 1, SAMPLED, config.sampler.steps or len(model.blocks), costs.launches),
+        Looks(evaluated, model.likelihood_passes, SAMPLED, config.sampler.steps or len(model.blocks), costs.launches),
         tokens_per_image=len(facts.grid),
         rows=facts.rows,
         shards=True,
         dataset=None if facts.rows is None else per_row * facts.rows,
         snapshot=FLOAT32 * sizes.parameters + facts.tokenizer_bytes,
+        frequencies=0 if counted is None else FLOAT32 * (counted + 1) * len(facts.grid) * facts.grid.vocab_size,
     )
 
 

@@ -88,19 +88,25 @@ def evaluate_likelihood(
     }
 
 
+def classes_of_table(grid: TokenGrid, classes: int) -> int | None:
+    """Of how many classes `evaluate_marginal` counts ids: all, or 0, together, or None, not at all."""
+    fitting = TABLE // (len(grid) * grid.vocab_size)
+    return classes if classes < fitting else 0 if fitting else None
+
+
 def evaluate_marginal(prior: Prior, train: TokenSplit, test: TokenSplit, team: Team = ALONE) -> dict[str, Any]:
     """Bits per token of position frequencies, of each class where both have labels. `marginal_note` says where the
     table of all classes would be too large, and it is without them; nothing is told where even that one is."""
-    grid, labels = prior.grid, train.labels
-    classes = prior.num_classes if labels is not None else 0
-    size, found = len(grid) * grid.vocab_size, dict[str, Any]()
-    if (classes + 1) * size > TABLE:
-        if size > TABLE:
-            return found
-        found["marginal_note"] = f"of all classes together: a table of {classes} would have {classes * size:,} numbers"
-        classes, labels = 0, None
+    grid, labels, found = prior.grid, train.labels, dict[str, Any]()
+    wanted = prior.num_classes if labels is not None else 0
+    classes = classes_of_table(grid, wanted)
+    if classes is None:
+        return found
+    if classes < wanted:
+        numbers = wanted * len(grid) * grid.vocab_size
+        found["marginal_note"] = f"of all classes together: a table of {wanted} would have {numbers:,} numbers"
     marginal = Prior.create("marginal", grid=grid, num_classes=classes)
-    marginal.initialize(train.tokens[:], labels)
+    marginal.initialize(train.tokens[:], labels if classes else None)
     test = test if classes else TokenSplit(test.tokens, None)
     return {"marginal_bits_per_token": bits_per_token(marginal, test, team=team), **found}
 

@@ -7,7 +7,7 @@ from functools import cached_property
 
 from .budget import FULL, Sizes, at_evaluation, memory, seconds
 from .costs import Costs
-from .pauses import FORWARD, LAUNCH, Every, Looks, Pauses, pauses_of
+from .pauses import FORWARD, FUSED, LAUNCH, Every, Looks, Pauses, pauses_of
 
 GB = 1e9
 WAYS = ("DDP", "DDP, checkpointed", "FSDP", "FSDP, checkpointed")
@@ -42,7 +42,8 @@ class Schedule:
 
 @dataclass(frozen=True)
 class Forecast:
-    """What a run takes. `dataset` and `snapshot` are bytes; `shards` says whether FSDP is for it."""
+    """What a run takes. `dataset`, `snapshot` and `frequencies` (of the table that `smalti evaluate` compares a prior
+    with) are bytes; `shards` says whether FSDP is for it."""
 
     title: str
     machine: Machine
@@ -55,6 +56,7 @@ class Forecast:
     shards: bool
     dataset: int | None
     snapshot: int
+    frequencies: int = 0
     notes: list[str] = field(default_factory=list)
 
     @property
@@ -93,8 +95,9 @@ class Forecast:
 
     @property
     def launches(self) -> int:
-        """Operations of a step, about: those of a forward pass, and twice as many backward."""
-        return FORWARD * self.schedule.accumulate * self.costs.launches
+        """Operations of a step, about: those of a forward pass, and twice as many backward; compiled, some in one."""
+        together = FUSED if self.schedule.compile else 1
+        return FORWARD * self.schedule.accumulate * self.costs.launches // together
 
     @property
     def pauses(self) -> Pauses:
@@ -118,6 +121,11 @@ class Forecast:
         """Bytes on the main process while it evaluates."""
         fsdp = way.startswith("FSDP")
         return at_evaluation(self.sizes, self.memory[way], self.costs.evaluation, self.machine.gpus, fsdp)
+
+    @property
+    def afterwards(self) -> int:
+        """Bytes of `smalti evaluate`: the snapshot, an evaluation, and the table of frequencies."""
+        return self.snapshot + self.costs.evaluation + self.frequencies
 
     def needs(self, way: str) -> int:
         """Bytes on the fullest GPU at the worst moment."""

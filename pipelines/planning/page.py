@@ -106,7 +106,8 @@ def memory_rows(forecast: Forecast) -> list[Row]:
         cells = [f"{parts[part] / GB:.2f}" if parts.get(part) else "" for parts in ways.values()]
         rows += [(part, *cells)] if any(cells) else []
     rows.append(("all, in training", *(f"{sum(parts.values()) / GB:.2f}" for parts in ways.values())))
-    rows.append(("main process, evaluating", *(f"{forecast.evaluating(way) / GB:.2f}" for way in ways)))
+    rows.append(("while evaluating", *(f"{forecast.evaluating(way) / GB:.2f}" for way in ways)))
+    rows.append(("smalti evaluate, on one", *[f"{forecast.afterwards / GB:.2f}"] * len(ways)))
     rows.append((f"of {room:.3g} GB", *(f"{forecast.needs(way) / GB / room:.0%}" for way in ways)))
     rows.append(("fits, a tenth being left free", *("yes" if forecast.fits(way) else "no" for way in ways)))
     return rows

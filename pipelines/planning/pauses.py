@@ -11,6 +11,8 @@ from typing import NamedTuple
 
 LAUNCH = 7e-6
 """Seconds of the host for an operation: what a pass takes at least that computes little."""
+FUSED = 3
+"""About how many operations a compiled kernel does."""
 COPY = 5e9
 """Bytes per second from a GPU to memory of the host."""
 WRITE = 5e8

@@ -10,6 +10,7 @@ from __future__ import annotations
 import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Hashable
+from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -31,29 +32,35 @@ class Recorder(Protocol):
 class CUDARecorder:
     """Graphs of CUDA in one pool."""
 
-    def __init__(self) -> None:
-        self.pool, self.stream = torch.cuda.graph_pool_handle(), torch.cuda.Stream()
+    def __init__(self, device: torch.device) -> None:
+        self.device, self.stream = device, torch.cuda.Stream(device)
+        self.pool = torch.cuda.graph_pool_handle()
 
     def capture(self, run: Callable[[], None]) -> Callable[[], None]:
         """As `torch.cuda.graph` does, which would collect garbage each time. Other threads (those that draw noise) may
         go on."""
-        graph = torch.cuda.CUDAGraph()
-        self.stream.wait_stream(torch.cuda.current_stream())
+        graph, others = torch.cuda.CUDAGraph(), torch.cuda.current_stream(self.device)
+        self.stream.wait_stream(others)
         with torch.cuda.stream(self.stream):
             graph.capture_begin(pool=self.pool, capture_error_mode="thread_local")
             try:
                 run()
             finally:
                 graph.capture_end()
-        torch.cuda.current_stream().wait_stream(self.stream)
-        return graph.replay
+        others.wait_stream(self.stream)
+
+        def replay() -> None:
+            with torch.cuda.device(self.device):
+                graph.replay()
+
+        return replay
 
 
 def recorder_for(device: torch.device) -> Callable[[], Recorder] | None:
     """What makes a recorder of steps on this device, None if nothing can record, or may now."""
     if device.type != "cuda" or torch.are_deterministic_algorithms_enabled():
         return None
-    return None if torch.cuda.is_current_stream_capturing() else CUDARecorder
+    return None if torch.cuda.is_current_stream_capturing() else partial(CUDARecorder, device)
 
 
 def bucket(rows: int) -> int:

@@ -110,12 +110,18 @@ class Sampler:
     def decide(self, logits: Tensor, noise: Tensor, tolerance: Tensor) -> tuple[Tensor, Tensor]:
         """The tokens of `choose`, and bool `(...)`: whether a token's lead is within `tolerance` (...), so that
         rounding could turn the decision."""
-        if self.temperature < GREEDY:
-            ids, lead = _best(logits)
+        if self.filters and self.temperature >= GREEDY:
+            ids, lead = self._best_of_some(self._tempered(logits), noise, tolerance)
         else:
-            logits = logits if self.temperature == 1 else logits / self.temperature
-            ids, lead = self._best_of_some(logits, noise, tolerance) if self.filters else _best(logits + noise)
+            ids, lead = _best(self.scores(logits, noise))
         return ids, lead <= tolerance
+
+    def scores(self, logits: Tensor, noise: Tensor) -> Tensor:
+        """What is highest, `(..., V)`, at the token that is chosen, if the filters allow it."""
+        return logits if self.temperature < GREEDY else self._tempered(logits) + noise
+
+    def _tempered(self, logits: Tensor) -> Tensor:
+        return logits if self.temperature == 1 else logits / self.temperature
 
     def _best_of_some(self, logits: Tensor, noise: Tensor, tolerance: Tensor) -> tuple[Tensor, Tensor]:
         """`_best` among the ids that the filters keep. Ids that are nearly kept count as rivals; the lead is 0 where

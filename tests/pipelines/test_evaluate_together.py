@@ -1,7 +1,6 @@
 """`smalti evaluate` in one, two and three processes: the same figures and pictures, said once; an error ends all.
 
-The processes are forked from one that has imported everything (`python test_evaluate_together.py FOLDER
-WORLD`).
+The processes are forked from one that has imported everything (`python test_evaluate_together.py FOLDER 2`).
 """
 
 from __future__ import annotations
@@ -48,8 +47,8 @@ def few_at_a_time(out: Path, rank: int) -> None:
         return found
 
     Team.mine = counted  # type: ignore[method-assign]
-    if rank:
-        evaluation.publish = None  # type: ignore[assignment]
+    if rank:  # the first alone trains the classifier, prints and writes
+        quality.train_classifier = evaluation.publish = None  # type: ignore[assignment]
 
 
 def as_inception(pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -76,14 +75,15 @@ def main(folder: Path, world: int) -> None:
     argv = [f"pipeline={folder}/pipeline", "feature_steps=2", "num_samples=70", "update_card=false"]
     argv += [f"inception_weights={folder}/weights.pth", "reference=train"]
 
-    def begin(name: str, world: int, *hooks: Any, more: tuple[str, ...] = ()) -> list[int]:
-        out = folder / name
-        return start_verb(
-            "evaluate", world, out, [*argv, f"out={out}", *more], partial(few_at_a_time, out), *hooks
-        ).end()
+    def codes_of(name: str, world: int, *hooks: Any, device: str = "auto", seconds: float = 60) -> list[int]:
+        """The exit codes, where nobody ends another within so many seconds."""
+        given = [*argv, f"out={folder / name}", f"device={device}"]
+        attempt = start_verb("evaluate", world, folder / name, given, partial(few_at_a_time, folder / name), *hooks)
+        attempt.wait(seconds)
+        return attempt.end()
 
-    codes = {"alone": begin("alone", 1), "team": begin("team", world), "fault": begin("fault", world, failing)}
-    codes["device"] = begin("device", world, more=("device=cuda",))
+    codes = {"alone": codes_of("alone", 1), "team": codes_of("team", world), "fault": codes_of("fault", world, failing)}
+    codes["device"] = codes_of("device", world, device="cuda", seconds=0)
     (folder / "codes.json").write_text(json.dumps(codes))
 
 

@@ -1,6 +1,6 @@
 """The masked-token model: what it sees, its density along an order, its bound over all, decoding in a few passes.
 
-Covers: prior/masked.py, prior/confidence.py.
+Covers: prior/masked.py, prior/sampling/confidence.py.
 """
 
 import itertools

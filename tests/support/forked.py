@@ -264,7 +264,7 @@ def record_samples(out: Path) -> Hook:
 
             return call
 
-        def prepared(prepare: Any) -> Any:
+        def carried(prepare: Any) -> Any:
             def call(self: Any, batch: Any) -> Any:
                 result = prepare(self, batch)
                 if id(batch) in made:
@@ -280,7 +280,7 @@ def record_samples(out: Path) -> Hook:
 
         for task in (TokenizerTask, PriorTask):
             task.batch = remembered(task.batch)  # type: ignore[method-assign]
-            task.prepare = prepared(task.prepare)  # type: ignore[method-assign]
+            task.prepare = carried(task.prepare)  # type: ignore[method-assign]
         training.take_step = recorded  # type: ignore[assignment]
 
     return hook

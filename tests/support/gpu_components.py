@@ -58,9 +58,9 @@ from pipelines.images.augment import AugmentConfig, draw_changes
 from pipelines.images.dataset import prepare_images
 from pipelines.shuffling.ahead import pinned, sent
 from pipelines.training.adversary import Adversary, CriticConfig
-from prior import Prior, steps
+from prior import Prior
 from prior.requests import Walk
-from prior.sampling import Sampler
+from prior.sampling import Sampler, steps
 from tokenizer import Tokenizer
 from tokenizer.critic import PatchCritic
 from tokenizer.likelihoods import Likelihood

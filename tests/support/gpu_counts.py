@@ -102,7 +102,8 @@ class Event:
         self.recorded = True
 
     def synchronize(self) -> None:
-        assert self.recorded, "an event that was not recorded is not waited for"
+        if not self.recorded:  # nothing is waited for, and nothing arrives
+            return
         waits[(place(), "an event")] += 1
         arrive()
 

@@ -128,7 +128,7 @@ def test_kernels_keep_what_those_of_cuda_keep():
 def test_micro_batches_take_less_at_a_time(capsys):
     half = planned(*TINY, "gpus=2", "train.batch_size=32")
     parts = planned(*TINY, "gpus=2", "train.batch_size=64", "train.accumulate=2")
-    assert half.costs.work.turns == parts.costs.work.turns and half.hours == parts.hours / 2
+    assert half.costs.work.turns == parts.costs.work.turns and half.seconds_per_step == parts.seconds_per_step / 2
     # What else there is, is a copy of the gradients, of DDP.
     assert half.memory == {
         way: {**found, "gradients not yet sent": 0} if "DDP" in way else found for way, found in parts.memory.items()
@@ -164,7 +164,7 @@ def test_checkpointing_changes_neither_gradients_nor_kernels():
 def test_flops_are_those_of_a_real_run(name, config):
     model = prior_in_training(name, **config)
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-        tokens = torch.zeros(1, 6, 5, dtype=torch.long)
+        tokens = torch.zeros(1, *model.grid.shape, dtype=torch.long)
         inputs = model.training_inputs(tokens, 0.5)
         logits = model(tokens, torch.zeros(1, dtype=torch.long), **inputs)
         model.loss(logits, tokens, **inputs).backward()

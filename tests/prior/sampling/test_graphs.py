@@ -1,20 +1,22 @@
 """Steps that are replayed from graphs draw what they draw without. The graphs are emulated: `emulated_graphs`.
 
-Covers: prior/steps.py.
+Covers: prior/sampling/steps.py.
 """
 
+import contextlib
 import copy
 import pickle
 import warnings
+from unittest import mock
 
 import pytest
 import torch
 from emulated_graphs import Emulated, HostRead
 from small import PRIORS, VARIANTS, draw_known, draw_tokens, generators, make_prior
 
-from prior import steps
 from prior.drawing import State
-from prior.sampling.graphs import Graphs, bucket, graphs_of
+from prior.sampling import steps
+from prior.sampling.graphs import Graphs, bucket, graphs_of, recorder_for
 
 CAPTURED = [name for name in (*PRIORS, *VARIANTS) if make_prior(name).captures]
 
@@ -242,3 +244,42 @@ def test_few_keys_are_remembered():
         assert kept.find(key, "here", list) is None
     assert len(kept.seen) == 64 and kept.find(99, "here", list) == []
     assert kept.find(99, "elsewhere", list) is None and not kept.sets
+
+
+def test_how_graphs_of_cuda_are_made(monkeypatch):
+    """One pool for all; what is captured is ended, even where it fails."""
+    calls = []
+
+    class Graph:
+        def capture_begin(self, pool, capture_error_mode):
+            calls.append(("begin", pool, capture_error_mode))
+
+        def capture_end(self):
+            calls.append("end")
+
+        def replay(self):
+            calls.append("replay")
+
+    here = torch.device("cuda", 0)
+    for name, value in {
+        "CUDAGraph": Graph,
+        "Stream": lambda device: mock.MagicMock(),
+        "current_stream": lambda device: mock.MagicMock(),
+        "graph_pool_handle": lambda: "pool",
+        "stream": lambda stream: contextlib.nullcontext(),
+        "device": lambda device: contextlib.nullcontext(),
+        "is_current_stream_capturing": lambda: False,
+    }.items():
+        monkeypatch.setattr(torch.cuda, name, value)
+    recorder = recorder_for(here)()
+    recorder.capture(lambda: calls.append("run"))()
+    begin = ("begin", "pool", "thread_local")
+    assert calls == [begin, "run", "end", "replay"]
+    with pytest.raises(ZeroDivisionError):
+        recorder.capture(lambda: 1 / 0)
+    assert calls[4:] == [begin, "end"]
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    assert recorder_for(here) is None and recorder_for(torch.device("cpu")) is None
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: True)
+    assert recorder_for(here) is None

@@ -11,9 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .requests import Model, Rows
-from .sampling import GumbelNoise, Sampler, progress_over
-from .sampling.graphs import Recorder, bucket, graphs_of, places, recorder_for
+from ..requests import Model, Rows
+from .graphs import Recorder, bucket, graphs_of, places, recorder_for
+from .noise import GumbelNoise
+from .progress import progress_over
+from .settings import Sampler
 
 Cuts = list[tuple[int, int]]
 """Where blocks begin and end."""
@@ -170,7 +172,7 @@ class Captured:
         return tokens[:count].clone(), close[:count]
 
     def fill(self, rows: Rows) -> None:
-        """Copy what is asked for; the rows left are of the null class, without noise."""
+        """Copy what is asked for; the rows left are of the null class, with noise of none or of a call before."""
         count, mine = len(rows), self.rows
         for kept, given, empty in (
             (mine.labels, rows.labels, self.prior.num_classes),
@@ -179,7 +181,6 @@ class Captured:
         ):
             kept[:count] = given
             kept[count:] = empty
-        self.noise[count:] = 0
 
     def begin(self) -> None:
         """All that comes before the first step."""

@@ -13,8 +13,10 @@ from torch import Tensor
 
 from tokenizer.base import TokenGrid
 
-from .requests import Rows
-from .sampling import GumbelNoise, Sampler, gumbel, progress_over
+from ..requests import Rows
+from .noise import GumbelNoise, gumbel
+from .progress import progress_over
+from .settings import Sampler
 
 SCHEDULES: dict[str, Callable[[Tensor], Tensor]] = {
     "linear": lambda u: 1 - u,
