@@ -145,10 +145,9 @@ class MultiScale(Stepped, Quantizer, name="multiscale"):
         """`lookup_checked` of the first `count` scales alone. Raises `ValueError` for more scales than there are."""
         if not 1 <= count <= len(self.scales):
             raise ValueError(f"count should be 1 to {len(self.scales)}, the number of scales (got {count})")
-        maps = list(self.resize.split(tokens))[:count]
         with full_float32(), torch.autocast(tokens.device.type, enabled=False):
             table, sigma, total = self._table(), self.sigma(), self.mean[:, None, None]
-            for k, ids in enumerate(maps):
+            for k, ids in enumerate(list(self.resize.split(tokens))[:count]):
                 total = total + self._added(self._codes(ids, table), k, sigma)
         return total
 
@@ -192,8 +191,7 @@ class MultiScale(Stepped, Quantizer, name="multiscale"):
     def _descend(self, z: Tensor) -> Descent:
         """Quantize `z` `(B, dim, H, W)` scale by scale; residuals have its gradient, sums that of what is learned."""
         if tuple(z.shape[2:]) != self.scales[-1]:
-            sides = "x".join(map(str, z.shape[2:]))
-            raise ValueError(f"z should be of the last scale's size {by(self.scales[-1])}, got {sides}")
+            raise ValueError(f"z should be of the last scale's size {by(self.scales[-1])}, got {by(z.shape[2:])}")
         found, total = Descent([], [], [], []), self.mean[:, None, None].expand_as(z)
         table, sigma = self._table(), self.sigma()
         for k in range(len(self.scales)):

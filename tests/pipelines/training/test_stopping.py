@@ -117,7 +117,7 @@ PHASES = {
     "the evaluation": ("task", "evaluate", 2),
     "the preview": ("task", "preview", 2),
     "the snapshot": ("task", "save", 2),
-    "the state": (checkpoint, "write_manifest", 2),
+    "the state": (checkpoint, "write_manifest", 1),  # by a thread, for which the next save waits
 }
 
 
