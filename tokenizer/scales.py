@@ -26,7 +26,7 @@ def scales_problem(scales: Scales, shape: tuple[int, ...] | None = None) -> str 
     return None
 
 
-def by(sides: tuple[int, int]) -> str:
+def by(sides: tuple[int, ...]) -> str:
     """A size as people write it: 7x7."""
     return f"{sides[0]}x{sides[1]}"
 

@@ -62,7 +62,7 @@ class PlanConfig(Config):
         None,
         gt=0,
         le=1,
-        description="share of the peak that is reached; null: 0.2, with train.compile 0.3, as expected",
+        description="share of the peak that is reached; null: as expected, 0.2, with train.compile 0.3",
     )
     precision: Literal["bf16", "float32"] = Field(
         "bf16", description="accelerate's mixed precision, or none, which needs peak_tflops"
