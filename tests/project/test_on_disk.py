@@ -233,6 +233,7 @@ def test_run_goes_on(name, tmp_path):
     assert_went_on(tmp_path, name, printed)
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(120)
 def test_run_of_two_processes_goes_on(tmp_path):
     """Each of which has a part of the weights, as it was and as it comes to be."""

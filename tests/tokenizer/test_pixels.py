@@ -484,6 +484,7 @@ def test_the_command_line(tmp_path, capfd):
     assert "50 train, 50 validation, 50 test rows of 28x28 ids below 5" in capfd.readouterr().out
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(150)
 def test_two_processes_make_what_one_does(tmp_path):
     alone = train_tokenizer(tmp_path / "alone" / "run", model=PALETTE)

@@ -201,6 +201,7 @@ def interrupted(loss: Any, step: int) -> Any:
     return interrupt
 
 
+@pytest.mark.slow
 def test_two_processes_meet_bad_images_and_end(tmp_path):
     """Both really run; the one that meets a bad image does not leave the other waiting."""
     data = bad_shards(tmp_path / "data", "tar")

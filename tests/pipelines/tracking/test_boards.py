@@ -129,6 +129,7 @@ def test_a_killed_run_is_whole_in_tensorboard_and_trackio(tmp_path):
     assert not (tmp_path / "run" / "wandb").exists()
 
 
+@pytest.mark.slow
 def test_a_run_killed_before_its_trackers_had_started_is_whole(tmp_path):
     """A tracker may take seconds to start, and a step less: what it had no time to get, the next process gives it."""
     choices = {"train__steps": 30, "train__save_every": 10, "track__trackers": ["tensorboard", "trackio"]}

@@ -27,8 +27,8 @@ def broken(rows: list[dict]) -> list[str]:
 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory) -> dict:
-    """A few of each, in runs of 24 steps."""
-    return faults(tmp_path_factory.mktemp("faults"), kills=2, saves=1, stops=1, ctrl_c=1, steps=24)
+    """One of each, in runs of 24 steps."""
+    return faults(tmp_path_factory.mktemp("faults"), kills=1, saves=1, stops=1, ctrl_c=1, steps=24)
 
 
 @pytest.mark.timeout(300)
