@@ -435,7 +435,7 @@ def whole_runs() -> Iterator[Component]:
         module = importlib.import_module(f"pipelines.{module_of(name)}")
         fields = typing.get_type_hints(module.run)["config"].model_fields
         if "device" in fields:
-            yield f"verb {name}", partial(try_verb, module.main, fields)
+            yield f"verb {name}", partial(try_verb, name, module.main, fields)
 
 
 def fresh() -> None:
@@ -479,7 +479,7 @@ def pictures() -> Path:
     return folder
 
 
-def try_verb(main: Callable[[list[str]], Any], fields: dict[str, Any]) -> None:
+def try_verb(verb: str, main: Callable[[list[str]], Any], fields: dict[str, Any]) -> None:
     """A verb, with what it requires and little to do."""
     pipeline, tokenizer = prior_run() / "pipeline", tokenizer_run() / "tokenizer"
     settings = {
@@ -488,8 +488,9 @@ def try_verb(main: Callable[[list[str]], Any], fields: dict[str, Any]) -> None:
         "tokenizer": tokenizer,
         "data": None,
         "images": pictures(),
-        "stream": HERE / "pipelines.commands.compress.smalti",
+        "stream": HERE / "compress.smalti",
         "mask": "bottom",
+        "every": 1,
         "num_images": 4,
         "num_samples": 20,
         "feature_steps": 2,
@@ -501,8 +502,8 @@ def try_verb(main: Callable[[list[str]], Any], fields: dict[str, Any]) -> None:
         "rows": 2,
     }
     if "out" in fields:  # a picture, where one is written
-        settings["out"] = HERE / f"{main.__module__}{Path(str(fields['out'].default)).suffix}"
+        settings["out"] = HERE / f"{verb}{Path(str(fields['out'].default)).suffix}"
     if unknown := {name for name, field in fields.items() if field.is_required()} - set(settings):
-        raise LookupError(f"say in `settings` what to give {main.__module__} for {unknown}")
+        raise LookupError(f"say in `settings` what to give {verb} for {unknown}")
     given = {name: value for name, value in settings.items() if name in fields}
     main(["data.limit=72" if name == "data" else f"{name}={value}" for name, value in given.items()])
