@@ -147,8 +147,7 @@ def walked(model, walk, known):
     [
         ({}, 0.0),
         ({"temperature": 0.7, "top_k": 3}, 0.5),
-        ({"temperature": 1.5, "top_p": 0.7}, 0.0),
-        ({"guidance_scale": 1.7}, 0.5),
+        ({"temperature": 1.5, "top_p": 0.7, "guidance_scale": 1.7}, 0.5),
     ],
 )
 def test_a_token_is_the_argmax_of_its_own_logits_and_noise(name, order, settings, part):

@@ -96,6 +96,7 @@ def test_what_users_get_has_no_critic(whole):
     assert [name for name in tensors(states(whole)[-1]) if "critic" in name]
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(120)
 def test_two_processes_play_as_one_does(tmp_path):
     more = {**CRITIC, **STEPS, "critic__adaptive": True, "critic__loss": "non_saturating"}
