@@ -15,6 +15,7 @@ def refused(folder, error, *needles, load=ImagePipeline.from_pretrained, **optio
     assert isinstance(caught.value, PipelineLoadError) and message.isprintable() and len(message) < 1000
     for needle in needles:
         assert str(needle) in message, (needle, message)
+    return message
 
 
 def tokens_of(pipe):

@@ -41,38 +41,10 @@ STATE_FOLDER = Kind("a resume state", None, names=lambda name: STATE_FILES.fullm
 """Known by its files, whatever is in them: a damaged one is replaced, too."""
 
 
-def save_state(
-    run: Path,
-    step: int,
-    *,
-    model: nn.Module,
-    ema: nn.Module | None,
-    optimizers: Mapping[str, Optimizer],
-    counters: dict[str, Any],
-    config: dict[str, Any] | None = None,
-    best: Tensors | None = None,
-    keep: int = 2,
-) -> Path:
-    """Write `<run>/state/step-<step>` atomically, then delete all but the newest `keep` states; return the folder.
-
-    `model` and `ema` are the unwrapped modules; `counters` is any JSON object; `config` is that of the run, by which
-    its states are known; `best` are the best of the averaged weights so far, whole. Call it on the main process only;
-    where weights are sharded, on all processes, each of which writes its pieces (the main one `best`, too), and raises
-    what one of them raises.
-    Raises `WeightsError` naming a tensor that is not finite, and `OSError` (ENOSPC) naming path, needed and free bytes
-    if the disk is too full; older states are untouched in both cases.
-    """
-    return prepare_state(
-        run,
-        step,
-        model=model,
-        ema=ema,
-        optimizers=optimizers,
-        counters=counters,
-        config=config,
-        best=best,
-        keep=keep,
-    )()
+def save_state(run: Path, step: int, **what: Any) -> Path:
+    """Write `<run>/state/step-<step>` atomically, then delete all but the newest `keep` states; return the folder. What
+    a state is made of, and what is raised: as in `prepare_state`."""
+    return prepare_state(run, step, **what)()
 
 
 def prepare_state(
@@ -88,7 +60,15 @@ def prepare_state(
     keep: int = 2,
 ) -> Callable[[], Path]:
     """The first half of `save_state`, which looks at all of it and takes copies, on the CPU; returns the second, which
-    writes these, while training goes on. Of sharded weights no copy is taken: they are to be written at once."""
+    writes these, while training goes on. Of sharded weights no copy is taken: they are to be written at once.
+
+    `model` and `ema` are the unwrapped modules; `counters` is any JSON object; `config` is that of the run, by which
+    its states are known; `best` are the best of the averaged weights so far, whole. Call it on the main process only;
+    where weights are sharded, on all processes, each of which writes its pieces (the main one `best`, too), and raises
+    what one of them raises.
+    Raises `WeightsError` naming a tensor that is not finite, and `OSError` (ENOSPC) naming path, needed and free bytes
+    if the disk is too full; older states are untouched in both cases.
+    """
     parts: dict[str, Tensors] = {MODEL: model.state_dict()}
     if ema is not None:
         parts[EMA] = ema.state_dict()

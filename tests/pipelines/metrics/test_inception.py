@@ -233,11 +233,14 @@ def test_a_reference_is_its_moments(tmp_path, few_features):
     torch.testing.assert_close(again.mean, found.mean, rtol=1e-6, atol=1e-6)
 
 
+UNPICKLED = "unpickled"  # a folder where the test runs
+
+
 class Loud:
     """What says so when it is unpickled."""
 
     def __reduce__(self) -> Any:
-        return os.mkdir, ("/tmp/unpickled-by-smalti",)
+        return os.mkdir, (UNPICKLED,)
 
 
 ARRAY = np.zeros((FEATURES, FEATURES))
@@ -254,12 +257,13 @@ SPOILED = {
 
 
 @pytest.mark.parametrize("what", SPOILED)
-def test_a_file_that_is_no_reference_is_refused_in_a_line(tmp_path, few_features, what):
+def test_a_file_that_is_no_reference_is_refused_in_a_line(tmp_path, few_features, monkeypatch, what):
+    monkeypatch.chdir(tmp_path)
     arrays, message = SPOILED[what]
     path = write_reference(tmp_path / "spoiled.npz", **arrays)
     with pytest.raises(UserError, match=rf"^reference: .*spoiled.npz.*({message}).*$"):
         read_reference(path)
-    assert not os.path.exists("/tmp/unpickled-by-smalti")
+    assert not os.path.exists(UNPICKLED)
 
 
 def test_damaged_bytes_are_refused_in_a_line(tmp_path, few_features):

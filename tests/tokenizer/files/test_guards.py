@@ -58,7 +58,7 @@ def test_entries_of_another_form(folder, entry):
     manifest = json.loads((folder / MANIFEST).read_text())
     manifest["files"]["README.md"] = entry
     write_json(folder / MANIFEST, manifest)
-    refused(folder, FormatError, MANIFEST, "README.md")
+    assert "README.md" in refused(folder, FormatError, MANIFEST)
 
 
 @pytest.mark.parametrize("name", ["./README.md", "tokenizer//config.json", "C:README.md", "prior/", "prior"])
@@ -67,7 +67,7 @@ def test_files_under_other_names(folder, name):
     manifest = json.loads((folder / MANIFEST).read_text())
     manifest["files"][name] = manifest["files"]["README.md"]
     write_json(folder / MANIFEST, manifest)
-    refused(folder, PathError, repr(name))
+    assert repr(name) in refused(folder, PathError)
 
 
 def test_a_large_file_that_is_no_part_of_the_pipeline_is_not_hashed(folder):
@@ -76,7 +76,7 @@ def test_a_large_file_that_is_no_part_of_the_pipeline_is_not_hashed(folder):
     manifest = json.loads((folder / MANIFEST).read_text())
     manifest["files"]["large"] = {"sha256": "0" * 64, "size": 2 << 30}
     write_json(folder / MANIFEST, manifest)
-    refused(folder, LimitError, folder, "at most")
+    assert "at most" in refused(folder, LimitError, folder)
 
 
 def test_weights_have_at_most_the_bytes_that_are_allowed(folder):
@@ -88,8 +88,8 @@ def test_weights_have_at_most_the_bytes_that_are_allowed(folder):
 def test_a_sparse_file_costs_nothing(folder):
     path = folder / "prior" / "model.safetensors"
     os.truncate(path, 15 << 30)
-    refused(folder, IntegrityError, path, 15 << 30)
-    refused(folder / "prior", WeightsError, path, "bytes of tensors", load=Prior.from_pretrained)
+    assert str(15 << 30) in refused(folder, IntegrityError, path)
+    assert "bytes of tensors" in refused(folder / "prior", WeightsError, path, load=Prior.from_pretrained)
 
 
 # Names and messages
@@ -106,7 +106,7 @@ def test_labels_that_a_terminal_would_obey(folder, label):
     index = json.loads((folder / INDEX).read_text())
     write_json(folder / INDEX, {**index, "labels": [label, "b", "c"]})
     write_manifest(folder)
-    refused(folder, ConfigError, INDEX, "labels")
+    assert "labels" in refused(folder, ConfigError, INDEX)
 
 
 def test_labels_may_be_in_every_script(folder, tmp_path):
