@@ -111,13 +111,11 @@ def train_only(task: Task, player: str) -> None:
 
 
 def accumulate(training: Training, player: str, micro_batches: list[Any]) -> dict[str, Tensor]:
-    """Add up gradients over the micro-batches (DDP sends only at the last); returns the mean of the logged terms."""
+    """Add up gradients over the micro-batches, which are on the device (DDP sends only at the last); returns the mean
+    of the logged terms."""
     task, accelerator, count = training.task, training.accelerator, len(micro_batches)
     totals: dict[str, Tensor] = {}
     for index, batch in enumerate(micro_batches):
-        batch = tuple(
-            part.to(accelerator.device, non_blocking=True) if isinstance(part, Tensor) else part for part in batch
-        )
         with ExitStack() as stack:
             if index < count - 1 and not training.sharded:  # sharded: whole gradients may not fit
                 for net in task.nets.values():
