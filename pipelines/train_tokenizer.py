@@ -32,6 +32,7 @@ from .stages.provenance import data_beside, save_tokenizer
 from .tracking import TrackConfig
 from .training.adversary import Adversary, CriticConfig, make_adversary
 from .training.loop import train
+from .training.optimizers import hidden_matrices
 from .training.run_folder import begun_data
 from .training.schedule import TrainConfig
 from .training.stopping import what_is_saved
@@ -188,6 +189,10 @@ class TokenizerTask(Task):
         for scale, uses in zip(part_names(self.tokenizer), counts, strict=True) if self.tokenizer.grid.scales else ():
             figures |= {f"{name}_{scale}": value for name, value in codebook_usage(uses).items()}
         return {f"codebook_{name}": value for name, value in figures.items()} | self.tokenizer.figures
+
+    def matrices(self) -> set[nn.Parameter]:
+        """Those of the tokenizer: a critic's game is played with Adam."""
+        return hidden_matrices(self.tokenizer)
 
     def preview(self, model: Any) -> dict[str, np.ndarray]:
         """Images that are not trained on, each row above its reconstructions, and how the codebook is used. They are

@@ -9,7 +9,7 @@ and LlamaGen (Sun et al. 2024).
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -18,6 +18,20 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from .base import TokenizerConfig
+from .marks import Before
+
+TAIL = (96, 48, 24, 8)
+"""Channels at an eighth, a quarter and half of the image's resolution, and at its own."""
+
+
+class Sizes(NamedTuple):
+    """Of both networks. tail: see `painter`; None: a patch is painted by one convolution."""
+
+    patch: int
+    widths: tuple[int, ...]
+    blocks: tuple[int, ...]
+    attention: bool
+    tail: tuple[int, ...] | None
 
 
 class ConvolutionsConfig(TokenizerConfig):
@@ -34,11 +48,24 @@ class ConvolutionsConfig(TokenizerConfig):
         (2,), min_length=1, description="residual blocks at each resolution"
     )
     attention: bool = Field(False, description="self-attention at the token resolution")
+    upsampling: Annotated[Literal["nearest", "subpixel"], Before("nearest")] = Field(
+        "subpixel",
+        description="how the decoder grows: `subpixel` shuffles channels into pixels (Shi et al. 2016) and paints with "
+        "narrow convolutions at each resolution; `nearest` repeats pixels, and paints a patch by one convolution",
+    )
+    tail: tuple[Annotated[int, Field(ge=1, le=4096)], ...] | None = Field(
+        None,
+        description="channels at the resolutions inside a patch, coarsest first, for `subpixel`; null: 8 at that of "
+        "the image, 24 at half of it, 48 at a quarter, 96 at an eighth",
+    )
 
     @property
-    def sizes(self) -> tuple[int, tuple[int, ...], tuple[int, ...], bool]:
-        """Arguments of `encoder` and `decoder`: patch, widths, blocks, attention."""
-        return self.factor // 2 ** (len(self.widths) - 1), self.widths, self.blocks, self.attention
+    def sizes(self) -> Sizes:
+        """Of `encoder` and `decoder`."""
+        patch = self.factor // 2 ** (len(self.widths) - 1)
+        doublings = patch.bit_length() - 1
+        tail = TAIL[len(TAIL) - doublings :] if self.tail is None else self.tail
+        return Sizes(patch, self.widths, self.blocks, self.attention, tail if self.upsampling == "subpixel" else None)
 
     def check(self) -> Iterator[str]:
         """Sizes have to divide."""
@@ -51,6 +78,13 @@ class ConvolutionsConfig(TokenizerConfig):
             yield f"widths: {len(self.widths)} resolutions need a factor of {2 ** (len(self.widths) - 1)} or more"
         if any(width % 8 for width in self.widths):
             yield f"widths: must be multiples of 8 (got {list(self.widths)})"
+        if self.tail is not None and self.upsampling != "subpixel":
+            yield "tail: goes with upsampling=subpixel"
+        elif self.tail is not None and 2 ** len(self.tail) != self.sizes.patch:
+            yield (
+                f"tail: one number per doubling inside a patch of {self.sizes.patch} is needed: "
+                f"{self.sizes.patch.bit_length() - 1} (got {len(self.tail)})"
+            )
 
 
 class ResidualBlock(nn.Module):
@@ -151,35 +185,65 @@ class Upsample(nn.Sequential):
         super().__init__(nn.Upsample(scale_factor=2, mode="nearest"), nn.Conv2d(width_in, width_out, 3, padding=1))
 
 
+class Shuffle(nn.Sequential):
+    """Doubles height and width: a 1x1 convolution, whose channels become pixels (Shi et al. 2016)."""
+
+    def __init__(self, width_in: int, width_out: int) -> None:
+        super().__init__(nn.Conv2d(width_in, 4 * width_out, 1), nn.PixelShuffle(2))
+
+
+class NarrowBlock(nn.Module):
+    """Two 3x3 convolutions added to their input `(B, width, H, W)`, without a norm: near the image, levels matter."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.conv1, self.conv2 = (nn.Conv2d(width, width, 3, padding=1) for _ in range(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.conv2(F.silu(self.conv1(F.silu(x))))
+
+
 def norm(width: int) -> nn.GroupNorm:
     """Group normalisation with eight channels per group."""
     return GroupNorm(width // 8, width, eps=1e-6)
 
 
-def encoder(
-    channels: int, patch: int, widths: tuple[int, ...], blocks: tuple[int, ...], attention: bool, dim: int
-) -> nn.Sequential:
+def encoder(channels: int, sizes: Sizes, dim: int) -> nn.Sequential:
     """`(B, channels, H, W)` to `(B, dim, H / f, W / f)`, f = patch * 2 ** (len(widths) - 1)."""
+    widths, patch = sizes.widths, sizes.patch
     layers: list[nn.Module] = [nn.PixelUnshuffle(patch), nn.Conv2d(channels * patch**2, widths[0], 3, padding=1)]
-    for level, (width, count) in enumerate(zip(widths, blocks, strict=True)):
+    for level, (width, count) in enumerate(zip(widths, sizes.blocks, strict=True)):
         if level:
             layers.append(nn.Conv2d(widths[level - 1], width, 4, stride=2, padding=1))
         layers += [ResidualBlock(width) for _ in range(count)]
-    if attention:
+    if sizes.attention:
         layers += [SelfAttention(widths[-1]), ResidualBlock(widths[-1])]
     return nn.Sequential(*layers, norm(widths[-1]), nn.SiLU(), nn.Conv2d(widths[-1], dim, 1))
 
 
-def decoder(
-    channels: int, patch: int, widths: tuple[int, ...], blocks: tuple[int, ...], attention: bool, dim: int
-) -> nn.Sequential:
+def decoder(channels: int, sizes: Sizes, dim: int) -> nn.Sequential:
     """The encoder's mirror: `(B, dim, H / f, W / f)` to `(B, channels, H, W)`."""
+    widths, blocks = sizes.widths, sizes.blocks
+    grow = Upsample if sizes.tail is None else Shuffle
     layers: list[nn.Module] = [nn.Conv2d(dim, widths[-1], 3, padding=1)]
-    if attention:
+    if sizes.attention:
         layers += [ResidualBlock(widths[-1]), SelfAttention(widths[-1])]
     for level in reversed(range(len(widths))):
         layers += [ResidualBlock(widths[level]) for _ in range(blocks[level])]
         if level:
-            layers.append(Upsample(widths[level], widths[level - 1]))
-    head = nn.Conv2d(widths[0], channels * patch**2, 3, padding=1)
-    return nn.Sequential(*layers, norm(widths[0]), nn.SiLU(), head, nn.PixelShuffle(patch))
+            layers.append(grow(widths[level], widths[level - 1]))
+    layers += [norm(widths[0]), nn.SiLU()]
+    if sizes.tail is None:
+        patch = nn.Conv2d(widths[0], channels * sizes.patch**2, 3, padding=1)
+        return nn.Sequential(*layers, patch, nn.PixelShuffle(sizes.patch))
+    return nn.Sequential(*layers, *painter(channels, widths[0], sizes.tail))
+
+
+def painter(channels: int, width: int, tail: tuple[int, ...]) -> list[nn.Module]:
+    """From `(B, width, h, w)` to `(B, channels, H, W)`, `len(tail)` doublings later: narrow convolutions at each
+    resolution, and a single one at that of the image, where they cost most."""
+    layers: list[nn.Module] = []
+    for index, narrow in enumerate(tail):
+        layers += [Shuffle(width, narrow), *([NarrowBlock(narrow)] if index < len(tail) - 1 else []), nn.SiLU()]
+        width = narrow
+    return [*layers, nn.Conv2d(width, channels, 3, padding=1)]

@@ -19,6 +19,6 @@ class VQVAE(Autoencoder, name="vqvae"):
 
     def __init__(self, config: VQVAEConfig) -> None:
         super().__init__(config, config.factor)
-        self.encoder = encoder(config.channels, *config.sizes, self.quantizer.dim)
-        self.decoder = decoder(self.outputs, *config.sizes, self.quantizer.dim)
+        self.encoder = encoder(config.channels, config.sizes, self.quantizer.dim)
+        self.decoder = decoder(self.outputs, config.sizes, self.quantizer.dim)
         self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import math
+from typing import Annotated, Literal
 
 import torch
 from pydantic import Field
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
+
+from tokenizer.marks import Before
 
 from ..config import Config
 
@@ -21,7 +24,11 @@ class TrainConfig(Config):
     )
     batch_size: int = Field(128, ge=1, description="images per step, all processes and micro-batches together")
     accumulate: int = Field(1, ge=1, description="micro-batches that each process adds up for a step")
+    optimizer: Annotated[Literal["adamw", "muon"], Before("adamw")] = Field(
+        "adamw", description="muon: matrices and kernels move by Muon, the rest by AdamW"
+    )
     lr: float = Field(1e-3, gt=0, description="peak learning rate of AdamW")
+    muon_lr: Annotated[float, Before(0.02)] = Field(0.02, gt=0, description="peak learning rate of Muon")
     final_lr: float = Field(0.02, ge=0, le=1, description="learning rate at the end, as a share of the peak")
     warmup_steps: int = Field(100, ge=0, description="steps of linear warm-up; a cosine follows")
     betas: tuple[float, float] = Field((0.9, 0.95), description="AdamW's decays of the running moments")
@@ -55,14 +62,6 @@ class TrainConfig(Config):
         ge=1,
         description="seconds that processes wait for one that is silent, or that evaluates, before the run ends",
     )
-
-
-def adamw(parameters: list[nn.Parameter], config: TrainConfig, betas: tuple[float, float]) -> torch.optim.AdamW:
-    """AdamW (Loshchilov & Hutter 2017); biases, norms and other vectors do not decay."""
-    matrices, vectors = [p for p in parameters if p.ndim > 1], [p for p in parameters if p.ndim <= 1]
-    groups = [{"params": matrices, "weight_decay": config.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
-    fused = all(p.device.type in ("cpu", "cuda") for p in parameters)
-    return torch.optim.AdamW([g for g in groups if g["params"]], lr=config.lr, betas=betas, fused=fused)
 
 
 @torch.no_grad()

@@ -15,9 +15,9 @@ from .checkpoints.counters import check_counters
 from .checkpoints.states import STATE, load_best, load_state
 from .extending import told_changes
 from .heartbeat import Heartbeat
+from .optimizers import make_optimizer
 from .progress import finished
 from .run_folder import identity_of, newest_state
-from .schedule import adamw
 from .sharding import shard
 from .state import Training
 from .stopping import Stop
@@ -43,7 +43,10 @@ def set_up(
     prepare_blocks(task.nets.values(), config.train)
     gathered = shard(task, averaged, accelerator) if sharded else None
     betas = {name: task.betas.get(name, config.train.betas) for name in task.players}
-    optimizers = {name: adamw(players, config.train, betas[name]) for name, players in task.players.items()}
+    matrices = task.matrices()
+    optimizers = {
+        name: make_optimizer(players, matrices, config.train, betas[name]) for name, players in task.players.items()
+    }
     state = newest_state(run, config, accelerator)
     step, counters = load_state(state, model=task.model, ema=averaged, optimizers=optimizers) if state else (0, {})
     best = None

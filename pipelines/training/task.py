@@ -12,6 +12,7 @@ from tokenizer.files.ownership import Kind
 
 from ..processes.sharing import ALONE, Team
 from ..shuffling.epochs import samples_of
+from .optimizers import hidden_matrices
 
 Split = Literal["validation", "held_out"]
 """Of images that are not trained on: `validation` chooses the best weights, `held_out` is evaluated at the end."""
@@ -79,6 +80,10 @@ class Task:
         same on all processes. taken: whether the optimizer took a step, a bool on the device, which a GPU would have to
         be waited for to tell; if not, what was collected is forgotten, and what is returned is not logged."""
         return {}
+
+    def matrices(self) -> set[nn.Parameter]:
+        """What `train.optimizer=muon` moves by Muon."""
+        return hidden_matrices(self.model)
 
     def preview(self, model: nn.Module) -> dict[str, np.ndarray]:
         """Pictures of what `model` (averaged weights) can do, uint8 (H, W, 3); the `team` may share the work."""
