@@ -40,6 +40,7 @@ from ..train_tokenizer import EVALUATED_IMAGES, Stage, TrainTokenizerConfig, bui
 from ..train_tokenizer import defaults as of_init
 from ..training.adversary import make_adversary
 from ..training.blocks import repeated_blocks
+from ..training.optimizers import hidden_matrices
 from ..training.schedule import TrainConfig
 
 RECONSTRUCTED = 96  # images of the two pictures of a tokenizer's preview
@@ -138,7 +139,8 @@ def forecast_prior(config: PlanPriorConfig) -> Forecast:
     facts = facts_of(config, stage_one(config))
     model = on_meta(lambda: make_prior(config, facts))
     blocks = repeated_blocks(model)
-    sizes = sizes_of(parts_of_prior(model), model, {"model": model}, blocks, config.train.keep_best)
+    muon = hidden_matrices(model) if config.train.optimizer == "muon" else ()
+    sizes = sizes_of(parts_of_prior(model), model, {"model": model}, blocks, config.train.keep_best, muon)
     bf16 = config.precision == "bf16"
     costs = costs_of(
         lambda images: [prior_turn(model, images, bf16)],
@@ -213,7 +215,8 @@ def forecast_tokenizer(config: PlanTokenizerConfig) -> Forecast:
     scored = critic is None and recipe.perceptual is None  # else no figure tells which weights are best
     keeps_best = config.train.keep_best and scored
     stage = on_meta(lambda: Stage(tokenizer, critic))
-    sizes = sizes_of(parts_of_tokenizer(tokenizer, critic), stage, players, blocks, keeps_best)
+    muon = hidden_matrices(tokenizer) if config.train.optimizer == "muon" else ()
+    sizes = sizes_of(parts_of_tokenizer(tokenizer, critic), stage, players, blocks, keeps_best, muon)
     bf16 = config.precision == "bf16"
     evaluated = (images_at_a_time(tokenizer.image_shape), *tokenizer.image_shape)
     costs = costs_of(

@@ -1,14 +1,14 @@
 """What a run needs of GPUs and disks, from the sizes of its models and the costs of their turns (`planning.costs`).
 
-Bytes are those that the training loop keeps: weights, gradients, AdamW's two moments and the averaged weights, all in
-float32, and what autocast and the backward pass need besides. One GB is 10^9 bytes.
+Bytes are those that the training loop keeps: weights, gradients, moments (AdamW's two, or Muon's one) and the averaged
+weights, all in float32, and what autocast and the backward pass need besides. One GB is 10^9 bytes.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from torch import nn
@@ -18,6 +18,7 @@ from .costs import Turn
 FLOAT32, BF16 = 4, 2  # bytes
 STATES = 2  # resume states that a run keeps; a third is there while it is written
 LABEL = 8  # bytes of a row of a token dataset
+MOMENTS = "moments of the optimizer"
 FULL = 0.9  # share of a GPU's memory to plan with: CUDA's context, NCCL and gaps between tensors take some
 
 
@@ -50,8 +51,8 @@ GPUS = {
 @dataclass(frozen=True)
 class Sizes:
     """The sizes of what a run keeps: parameters by part, shapes of all parameters, how many each player trains, bytes
-    of all buffers and of those that are saved, the shapes of the parameters of each block, and whether its states hold
-    the best weights so far."""
+    of all buffers and of those that are saved, the shapes of the parameters of each block, whether its states hold the
+    best weights so far, and the shapes of the parameters that move by Muon."""
 
     parts: dict[str, int]
     shapes: list[tuple[int, ...]]
@@ -60,6 +61,7 @@ class Sizes:
     saved_buffers: int
     blocks: list[list[tuple[int, ...]]]
     keeps_best: bool
+    matrices: list[tuple[int, ...]] = field(default_factory=list)
 
     @property
     def parameters(self) -> int:
@@ -73,10 +75,14 @@ class Sizes:
 
     @property
     def state(self) -> int:
-        """Bytes of a resume state: the model, its average, maybe the best of these, two moments of each trained
-        weight."""
+        """Bytes of a resume state: the model, its average, maybe the best of these, and the moments."""
         saved = FLOAT32 * self.parameters + self.saved_buffers
-        return (2 + self.keeps_best) * saved + 2 * FLOAT32 * sum(self.trained.values())
+        return (2 + self.keeps_best) * saved + self.moments
+
+    @property
+    def moments(self) -> int:
+        """Bytes of AdamW's two of each trained weight, and of Muon's one."""
+        return FLOAT32 * (2 * sum(self.trained.values()) - sum(map(math.prod, self.matrices)))
 
 
 def sizes_of(
@@ -85,8 +91,9 @@ def sizes_of(
     players: dict[str, nn.Module],
     blocks: list[nn.Module],
     keeps_best: bool,
+    matrices: Iterable[nn.Parameter] = (),
 ) -> Sizes:
-    """The sizes of `model`, which holds the modules that are `players`."""
+    """The sizes of `model`, which holds the modules that are `players`; `matrices` move by Muon."""
     saved = set(model.state_dict())
     buffers = {name: buffer.numel() * buffer.itemsize for name, buffer in model.named_buffers()}
     return Sizes(
@@ -97,6 +104,7 @@ def sizes_of(
         sum(size for name, size in buffers.items() if name in saved),
         [shapes_of(block) for block in blocks],
         keeps_best,
+        [tuple(matrix.shape) for matrix in matrices],
     )
 
 
@@ -140,7 +148,7 @@ def memory(sizes: Sizes, turns: list[Turn], gpus: int, fsdp: bool = False, accum
         kept = {
             "weights": FLOAT32 * own + sizes.buffers,
             "gradients": FLOAT32 * own,
-            "AdamW's two moments": 2 * FLOAT32 * own,
+            MOMENTS: FLOAT32 * (2 * own - sharded(sizes.matrices, gpus)),
             "averaged weights": FLOAT32 * own + sizes.buffers,
             # What is outside of blocks stays whole; one block is at work, one under way, and one copied from the other.
             "whole weights in bf16": BF16 * (root + 3 * block),
@@ -154,7 +162,7 @@ def memory(sizes: Sizes, turns: list[Turn], gpus: int, fsdp: bool = False, accum
             "gradients": FLOAT32 * (trained if gpus > 1 else player),
             # Until the last micro-batch, whose are sent, they are added up elsewhere.
             "gradients not yet sent": FLOAT32 * player if gpus > 1 and accumulate > 1 else 0,
-            "AdamW's two moments": 2 * FLOAT32 * trained,
+            MOMENTS: sizes.moments,
             "averaged weights": sizes.weights,
             "weights cast to bf16": worst.casts,
         }
@@ -164,7 +172,7 @@ def memory(sizes: Sizes, turns: list[Turn], gpus: int, fsdp: bool = False, accum
 def at_evaluation(sizes: Sizes, parts: dict[str, int], evaluation: int, gpus: int, fsdp: bool = False) -> int:
     """Bytes on the main process, which evaluates: of `memory`'s parts those that stay, with FSDP the whole average,
     and the evaluation's own."""
-    stay = parts["weights"] + parts["AdamW's two moments"] + parts["averaged weights"]
+    stay = parts["weights"] + parts[MOMENTS] + parts["averaged weights"]
     if fsdp:
         return stay + sizes.weights + evaluation
     return stay + (parts["gradients"] if gpus > 1 else 0) + evaluation

@@ -43,9 +43,10 @@ def set_up(
     prepare_blocks(task.nets.values(), config.train)
     gathered = shard(task, averaged, accelerator) if sharded else None
     betas = {name: task.betas.get(name, config.train.betas) for name in task.players}
-    matrices = task.matrices()
+    matrices, bf16 = task.matrices(), accelerator.device.type == "cuda" or accelerator.mixed_precision == "bf16"
     optimizers = {
-        name: make_optimizer(players, matrices, config.train, betas[name]) for name, players in task.players.items()
+        name: make_optimizer(players, matrices, config.train, betas[name], bf16)
+        for name, players in task.players.items()
     }
     state = newest_state(run, config, accelerator)
     step, counters = load_state(state, model=task.model, ema=averaged, optimizers=optimizers) if state else (0, {})

@@ -43,7 +43,11 @@ TOKENIZER = {
     "model": {**VQVAE, "quantizer": {"kind": "ema", "codes": 32, "dim": 8, "revive_every": 3, "revive_below": 0.3}},
     "critic": {"weight": 0.5, "start": 4, "warmup": 4, "ramp": 8, "width": 8, "layers": 1},
 }
-PRIOR = {**RUN, "model": {"kind": "gpt", "dim": 16, "depth": 2, "heads": 2, "dropout": 0.2, "attention_dropout": 0.1}}
+PRIOR = {
+    **RUN,
+    "train__optimizer": "muon",
+    "model": {"kind": "gpt", "dim": 16, "depth": 2, "heads": 2, "dropout": 0.2, "attention_dropout": 0.1},
+}
 
 Hook = Callable[[int], None]
 

@@ -47,11 +47,14 @@ def components(folder: Path, fresh: Callable[[], None]) -> Iterator[tuple[str, C
     """A run each; `fresh` is called before it, and its files go to `folder`."""
     tokens = cache(lambda: make_tokens(folder / "tokens"))
     for name, model in PRIORS.items():
-        train = lambda out, model=model: train_prior(out, tokens(), model=model, **QUIET)  # noqa: E731
+        optimizer = "adamw" if name in ("gpt", "pixelcnn") else "muon"
+        more = {**QUIET, "model": model, "train__optimizer": optimizer}
+        train = lambda out, more=more: train_prior(out, tokens(), **more)  # noqa: E731
         main = "main: " if name == "gpt of any order" else ""
         yield f"{main}waits of a prior, {name}", partial(waits_of, train, folder / name, fresh)
     for name, more in TOKENIZERS.items():
         main = "main: " if name == "ema" else ""
+        more = {**more, "train__optimizer": "muon"} if name in ("ema", "fsq") else more
         yield f"{main}waits of a tokenizer, {name}", partial(waits_of, run_of(more), folder / name, fresh)
     yield "main: waits of a tokenizer with a critic", partial(waits_of, run_of(CRITIC), folder / "critic", fresh)
 

@@ -33,6 +33,7 @@ from pipelines.training.checkpoints.sharded import piece
 
 STEPS = 12
 RUN = {"train__steps": STEPS, "train__save_every": 4, "train__evaluate_every": 6}
+MUON = {**RUN, "train__optimizer": "muon"}
 BUSY = {**RUN, "train__accumulate": 2, "model": {**GPT, "dropout": 0.2, "any_order": True}}
 OTHERS = [name for name in PRIORS if name not in ("gpt", "marginal", "next_scale")]  # the last wants other tokens
 TWO = ["--use_fsdp", "--fsdp_version", "2", "--num_processes", "2", *MACHINE]
@@ -81,7 +82,8 @@ class Watch:
                 o.state[parameter][name]
                 for o in run.optimizers.values()
                 for parameter in weights
-                for name in ("exp_avg", "exp_avg_sq")
+                for name in ("exp_avg", "exp_avg_sq", "momentum")
+                if name in o.state[parameter]
             ]
             wrapped = any(isinstance(net, nn.parallel.DistributedDataParallel) for net in run.task.nets.values())
             self.log.append(
@@ -180,6 +182,10 @@ class Runs:
             self.found["corrupt shard"] = corrupt(states(self.folder / "again")[-1])
         self.run("again")
         self.found["again"]["steps"] = before + self.found["again"]["steps"]
+        self.run("muon", MUON, stop=10)
+        before = self.found["muon"]["steps"]
+        self.run("muon", MUON)
+        self.found["muon"]["steps"] = before + self.found["muon"]["steps"]
         self.run("two to one", stop=10)
         self.run("one to two")
 

@@ -37,7 +37,8 @@ def bytes_of(tensors) -> int:
 
 
 def test_memory_and_files_of_a_run_of_stage_two(tokens, tmp_path, monkeypatch):
-    argv = prior_arguments(tmp_path / "run", tokens, train__steps=2, train__save_every=1)
+    more = {"train__steps": 2, "train__save_every": 1, "train__optimizer": "muon"}
+    argv = prior_arguments(tmp_path / "run", tokens, **more)
     forecast = planned(*argv, "gpus=1", "precision=float32", "peak_tflops=1")
     parts = forecast.memory["DDP"]
     config = parse(TrainPriorConfig, argv, verb="train_prior", description=None)
@@ -55,12 +56,12 @@ def test_memory_and_files_of_a_run_of_stage_two(tokens, tmp_path, monkeypatch):
     moments = [value for state in optimizer.state.values() for value in state.values() if value.ndim]
     own = [*task.model.parameters(), *task.model.buffers()]
     assert parts["weights"] == bytes_of(own) and parts["gradients"] == gradients[0]
-    assert parts["AdamW's two moments"] == bytes_of(moments)
+    assert parts["moments of the optimizer"] == bytes_of(moments) < 2 * bytes_of(task.model.parameters())
     averaged = [*training.averaged.module.parameters(), *training.averaged.module.buffers()]
     assert parts["averaged weights"] == bytes_of(averaged)
     assert forecast.sizes.parameters == sum(p.numel() for p in task.model.parameters())
     begin_anew()
-    run = train_prior(tmp_path / "run", tokens, train__steps=2, train__save_every=1)
+    run = train_prior(tmp_path / "run", tokens, **more)
     check_files(forecast, run, "pipeline")
 
 
@@ -184,10 +185,10 @@ def test_fsdp_divides_what_is_kept_and_nothing_else():
     with on_paper(paper := on_meta("gpt")):
         turns = [prior_turn(paper, 8, True)]
     one, four = memory(sizes, turns, 4), memory(sizes, turns, 4, fsdp=True)
-    for part in ("gradients", "AdamW's two moments"):
+    for part in ("gradients", "moments of the optimizer"):
         assert one[part] / 4 <= four[part] < one[part] / 3  # some axes do not divide
     assert one["activations"] == four["activations"] and one["logits"] == four["logits"]
-    kept = sum(four[part] for part in ("weights", "AdamW's two moments", "averaged weights"))
+    kept = sum(four[part] for part in ("weights", "moments of the optimizer", "averaged weights"))
     assert at_evaluation(sizes, four, 7, 4, fsdp=True) == kept + one["averaged weights"] + 7  # which is whole then
 
 
@@ -201,7 +202,7 @@ def test_an_evaluation_is_counted(ids, rows, capsys):
     kept = sum(
         size
         for part, size in forecast.memory["DDP"].items()
-        if part in ("weights", "gradients", "AdamW's two moments", "averaged weights")
+        if part in ("weights", "gradients", "moments of the optimizer", "averaged weights")
     )
     assert forecast.evaluating("DDP") == kept + forecast.costs.evaluation == forecast.needs("DDP")
     assert f"{forecast.evaluating('DDP') / 1e9:.2f}" in capsys.readouterr().out

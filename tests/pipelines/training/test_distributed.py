@@ -73,7 +73,7 @@ TOKENIZER = {
     "data__cache_mb": 0,  # so that each process checks its share
     "model": {**VQVAE, "quantizer": BUSY},
 }
-PRIOR = {"train__steps": STEPS}
+PRIOR = {"train__steps": STEPS, "train__optimizer": "muon"}
 EVALUATED = {
     "train__steps": 8,
     "train__log_every": 2,

@@ -34,7 +34,8 @@ from launch import (
 )
 from one_process import one_process
 from safetensors import safe_open
-from sharded_runs import OTHERS, RUN, STEPS, TWO, until, with_prior
+from safetensors.torch import load_file
+from sharded_runs import MUON, OTHERS, RUN, STEPS, TWO, until, with_prior
 from torch.distributed.tensor import DTensor
 
 from pipelines import ImagePipeline
@@ -106,7 +107,7 @@ def test_shards_train_as_whole_weights_do(pair, alone, other):
     assert_same_figures(folder / "sharded", folder / other)
     assert_near_tensors(tensors(folder / "sharded" / "pipeline"), tensors(folder / other / "pipeline"))
     assert "/sharded: starting; 28,420 parameters, 72 training rows, 24 for validation, 2 process(es) on " in printed
-    assert printed.count("weights sharded") == 5 and printed.count("2 process(es)") == 6  # but for the copied one
+    assert printed.count("weights sharded") == 7 and printed.count("2 process(es)") == 8  # but for the copied one
     assert losses(alone)[-1] < losses(alone)[0]
 
 
@@ -121,6 +122,19 @@ def test_every_process_holds_half_of_everything(pair):
         for first, second in zip(one["shares"], two["shares"], strict=True):
             assert 0.4 < second <= first < 0.6 and first + second == pytest.approx(1)
     assert all(one["wrapped"] and set(one["shares"]) == {-1.0} for one, _ in pair[1]["copied"]["steps"])
+
+
+def test_shards_move_by_muon_as_whole_weights_do(pair, tmp_path):
+    """Interrupted in between, too; and each process holds half of the momenta."""
+    folder, found, _ = pair
+    alone = train_prior(tmp_path / "alone", folder / "tokens", **MUON)
+    assert_same_figures(folder / "muon", alone)
+    assert_near_tensors(tensors(folder / "muon" / "pipeline"), tensors(alone / "pipeline"))
+    for one, two in found["muon"]["steps"]:
+        assert len({one["moments"], two["moments"]}) == 2
+        assert all(0.4 < share < 0.6 for share in (*one["shares"], *two["shares"]))
+    names = {key for path in states(folder / "muon")[-1].glob("optimizer-model/*") for key in load_file(path)}
+    assert sum(key.endswith(".momentum") for key in names) == 8  # of each of two blocks four
 
 
 def test_two_processes_see_the_order_of_one(pair):

@@ -171,7 +171,9 @@ def test_what_is_read_a_step_late_makes_no_difference(tmp_path, tokens, monkeypa
         "tokenizer": lambda out: train_tokenizer(
             out, model={**VQVAE, "quantizer": quantizer}, critic=CRITIC, train__accumulate=2, **often
         ),
-        "prior": lambda out: train_prior(out, tokens, model={**GPT, "any_order": True, "dropout": 0.1}, **often),
+        "prior": lambda out: train_prior(
+            out, tokens, model={**GPT, "any_order": True, "dropout": 0.1}, train__optimizer="muon", **often
+        ),
     }.items():
         at_once = train(tmp_path / f"{name} at once")
         with monkeypatch.context() as patch:
@@ -220,10 +222,14 @@ SICK = {
 
 
 @pytest.mark.parametrize(
-    ("quantizer", "how"),
-    [*((name, "nan gradient") for name in QUANTIZERS), ("ema", "nan loss"), ("ema", "infinite loss")],
+    ("quantizer", "how", "optimizer"),
+    [
+        *((name, "nan gradient", "muon" if name == "fsq" else "adamw") for name in QUANTIZERS),
+        ("ema", "nan loss", "muon"),
+        ("ema", "infinite loss", "adamw"),
+    ],
 )
-def test_a_sick_step_changes_nothing_and_is_counted(tmp_path, monkeypatch, quantizer, how):
+def test_a_sick_step_changes_nothing_and_is_counted(tmp_path, monkeypatch, quantizer, how, optimizer):
     sick, changed = {3, 4, 8}, {}
     poison(monkeypatch, TokenizerTask, sick, SICK[how])
     take_step = training.take_step
@@ -236,7 +242,8 @@ def test_a_sick_step_changes_nothing_and_is_counted(tmp_path, monkeypatch, quant
         ]
 
     monkeypatch.setattr(training, "take_step", watched)
-    run = train_tokenizer(tmp_path / "run", model={**VQVAE, "quantizer": node_of(quantizer)}, train__save_every=2)
+    more = {"train__save_every": 2, "train__optimizer": optimizer}
+    run = train_tokenizer(tmp_path / "run", model={**VQVAE, "quantizer": node_of(quantizer)}, **more)
     assert set(changed) == set(range(12)) and {step for step, keys in changed.items() if not keys} == sick
     assert metrics(run)[-1]["skipped_steps"] == 3
     assert [line["step"] for line in metrics(run) if "loss" in line] == [1, 2, 3, 6, 7, 8, 10, 11, 12]
