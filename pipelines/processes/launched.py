@@ -27,10 +27,11 @@ GRACE = 15.0  # a heartbeat says who is late; a collective, which would only say
 LAUNCHERS = ("ACCELERATE_MIXED_PRECISION", "WORLD_SIZE", "RANK", "MASTER_ADDR")  # what they say to each process
 
 
-def build_accelerator(timeout: float = TIMEOUT) -> Accelerator:
+def build_accelerator(timeout: float = TIMEOUT, mixed_precision: str | None = None) -> Accelerator:
     """The `Accelerator` that `accelerate launch` asked for, whose processes wait `timeout` seconds for each other.
 
-    Raises `UserError` if fewer processes were started, or for what the loop does not do as accelerate would.
+    mixed_precision: in the place of what was asked for. Raises `UserError` if fewer processes were started, or for what
+    the loop does not do as accelerate would.
     """
     steps = os.environ.get(ACCUMULATION, "1")
     if steps != "1":
@@ -38,13 +39,16 @@ def build_accelerator(timeout: float = TIMEOUT) -> Accelerator:
             f"{ACCUMULATION}={steps}: accelerate would divide gradients by it; unset it, and use train.accumulate="
         )
     from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
+    from accelerate.state import AcceleratorState
 
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch|accelerate")
     # Buffers (an EMA codebook) are kept equal by the models themselves; broadcasting them would undo nothing but time.
     # Gradients that are views of the buckets from which they are sent are there once, not twice.
     ddp = DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)
     group = InitProcessGroupKwargs(timeout=timedelta(seconds=timeout + GRACE))
-    accelerator = Accelerator(kwargs_handlers=[ddp, group])
+    if mixed_precision and AcceleratorState._shared_state.get("_mixed_precision", mixed_precision) != mixed_precision:
+        AcceleratorState._reset_state()  # of an earlier run in this process, in another precision
+    accelerator = Accelerator(kwargs_handlers=[ddp, group], mixed_precision=mixed_precision)
     asked = int(os.environ.get("WORLD_SIZE", "1")) > 1 or "MASTER_ADDR" in os.environ
     if accelerator.num_processes == 1 and asked:
         raise UserError(
@@ -94,16 +98,3 @@ def apart(accelerator: Accelerator) -> Iterator[None]:
     except UserError:
         accelerator.end_training()
         raise
-
-
-def told_precision(precision: str, gpu_has_bf16: bool) -> str:
-    """What it costs to compute in float32 on a GPU that could do better, and the option to give; else nothing.
-
-    precision: what accelerate was asked for. Nothing is changed: TF32, say, would change results unasked.
-    """
-    if precision != "no" or not gpu_has_bf16:
-        return ""
-    return (
-        "computing in float32: in bf16, which this GPU has, steps take about a fifth of the time and activations half "
-        "the memory; `accelerate launch --mixed_precision bf16` asks for it"
-    )

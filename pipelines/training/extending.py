@@ -14,6 +14,7 @@ from tokenizer.settings import as_saved
 
 from ..config import UserError
 from ..config.schema import difference
+from .checkpoints.counters import PRECISIONS
 from .checkpoints.rotation import states_in
 from .checkpoints.states import STATE
 
@@ -82,6 +83,17 @@ def done_so_far(run: Path) -> tuple[int, float]:
     return 0, 0.0
 
 
+def begun_precision(run: Path) -> str | None:
+    """What the run in the folder has computed in until now, by its newest state; None where none tells."""
+    for folder in reversed(states_in(run / "state")):
+        try:
+            found = read_json(folder / STATE)["counters"].get("precision")
+            return found if found in PRECISIONS else None
+        except (PipelineLoadError, KeyError, TypeError, AttributeError):  # damaged; whoever loads it will say so
+            continue
+    return None
+
+
 def told_changes(changes: list[str]) -> str:
     """What a change of these settings means for the run."""
     text = ", ".join(line.replace(": ", " ", 1) for line in changes)
@@ -93,11 +105,12 @@ def told_changes(changes: list[str]) -> str:
     )
 
 
-def require_alike(train: Any) -> None:
-    """Raise `UserError` on all processes if they were not given the same `train`: they would end at different steps."""
+def require_alike(train: dict[str, Any]) -> None:
+    """Raise `UserError` on all processes if they were not given the same `train` (they would end at different steps),
+    or have found another precision on their machines."""
     from accelerate.utils import gather_object
 
-    first, *others = gather_object([train.model_dump(mode="json")])
+    first, *others = gather_object([train])
     for rank, other in enumerate(others, start=1):
         if changes := difference(first, other, "train."):
             raise UserError(f"process {rank} was started with other settings than process 0: {', '.join(changes)}")

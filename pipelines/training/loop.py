@@ -20,10 +20,11 @@ from torch import nn
 from ..config import UserError
 from ..config.command import Interrupted
 from ..processes.launched import apart, build_accelerator, team_of
+from ..processes.precision import choose_precision
 from ..shuffling.ahead import made_ahead, pinned, sent
 from ..tracking.tracker import require_installed
 from .best import final_weights, keep_if_best
-from .extending import require_alike
+from .extending import begun_precision, require_alike
 from .heartbeat import Heartbeat, told_where
 from .progress import agreed_progress, due_now, finished
 from .reporting import progress_bar, report, show, told_end
@@ -49,7 +50,9 @@ def train(build: Callable[[Accelerator], Task], config: Any) -> Path:
     configuration, a batch size that does not divide, ten non-finite steps in a row, or a last state that could not be
     saved; `ProcessLost` when another process is lost; `Interrupted`, a KeyboardInterrupt, after Ctrl-C, once saved.
     """
-    accelerator, run = build_accelerator(config.train.timeout), Path(config.out)
+    run = Path(config.out)
+    precision = choose_precision(config.train.mixed_precision, begun_precision(run))
+    accelerator = build_accelerator(config.train.timeout, precision.mixed)
     shares = accelerator.num_processes * config.train.accumulate
     if config.train.batch_size % shares:
         raise UserError(
@@ -60,7 +63,7 @@ def train(build: Callable[[Accelerator], Task], config: Any) -> Path:
         raise UserError("train.steps: null needs train.minutes to end the run")
     require_installed(config.track.trackers)
     with apart(accelerator):
-        require_alike(config.train)
+        require_alike({**config.train.model_dump(mode="json"), "mixed_precision": accelerator.mixed_precision})
         changes = check_folder(run, config)
     torch.manual_seed(config.train.seed)
     sharded = is_sharding(accelerator)
@@ -75,7 +78,7 @@ def train(build: Callable[[Accelerator], Task], config: Any) -> Path:
             training = set_up(task, config, run, accelerator, heartbeat, sharded)
             with heeded(training.stop, alone=heartbeat.world == 1):
                 try:
-                    announce(training, changes)
+                    announce(training, changes, precision.reason)
                     require_room(training)
                     fit(training)
                 finally:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.optim.swa_utils import AveragedModel
 
-from ..processes.launched import told_precision
+from ..processes.precision import told_precision
 from ..tracking import Tracker
 from .blocks import prepare_blocks
 from .checkpoints.counters import check_counters
@@ -58,6 +58,7 @@ def set_up(
     if not sharded:
         task.nets = {name: accelerator.prepare_model(net.to(accelerator.device)) for name, net in task.nets.items()}
         optimizers = {name: accelerator.prepare_optimizer(optimizer) for name, optimizer in optimizers.items()}
+    began = counters.pop("precision", None)
     logged = step - ("log" in counters.get("pending", []))  # the line of a pending log is written again
     tracker = Tracker(run, config.track, config.model_dump(mode="json"), accelerator=accelerator, resume_step=logged)
     heartbeat = heartbeat or Heartbeat(run, 0, 1, config.train.timeout)
@@ -76,13 +77,16 @@ def set_up(
         step,
         best_weights=best,
         saved_step=step or -1,
+        precision=accelerator.mixed_precision,
+        began=began,
         identity=identity_of(config),
         **counters,
     )
 
 
-def announce(training: Training, changes: list[str]) -> None:
-    """Say that the run begins or goes on, with what, and which of its settings have changed."""
+def announce(training: Training, changes: list[str], reason: str = "") -> None:
+    """Say that the run begins or goes on, with what, and which of its settings have changed. reason: why it has this
+    precision."""
     accelerator, task, step = training.accelerator, training.task, training.step
     if finished(training) or not accelerator.is_main_process:
         return
@@ -91,14 +95,18 @@ def announce(training: Training, changes: list[str]) -> None:
     print(
         f"{training.run}: {f'continuing from step {step}' if step else 'starting'}; {count:,} parameters, "
         f"{task.rows:,} training rows{validating}, {accelerator.num_processes} process(es) on {accelerator.device}, "
-        f"{accelerator.mixed_precision} mixed precision{', weights sharded' if training.sharded else ''}",
+        f"{training.precision} mixed precision{reason and f' ({reason})'}"
+        f"{', weights sharded' if training.sharded else ''}",
         flush=True,
     )
     gpu_has_bf16 = accelerator.device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-    if line := told_precision(accelerator.mixed_precision, gpu_has_bf16):
+    if not reason and (line := told_precision(training.precision, gpu_has_bf16)):
         print(f"{training.run}: {line}", flush=True)
     if task.players and task.watched == "held_out":
         what = "figures while training are of the images held out, and the last weights are kept"
         print(f"{training.run}: no images for validation: {what}", flush=True)
+    if training.began not in (None, training.precision):
+        what = f"{training.began} -> {training.precision} from here on; not the same as a run that began that way"
+        print(f"{training.run}: mixed precision {what}", flush=True)
     if step and changes:
         print(f"{training.run}: {told_changes(changes)}", flush=True)

@@ -83,6 +83,10 @@ class Training:
     best: dict[str, Any] = field(default_factory=dict)
     """Step, score and evaluation of the best weights so far, on the main process; see `best`."""
     best_weights: Tensors | None = None
+    precision: str = "no"
+    """What the layers compute in, in accelerate's words."""
+    began: str | None = None
+    """What they computed in until the newest state, if that is known."""
     pending: list[str] = field(default_factory=list)
     """What was due at the saved step and not done, because the run was told to end."""
     writer: Writer = field(default_factory=Writer)
@@ -95,7 +99,17 @@ class Training:
     stopping: bool = False
     """Whether any process was told to end; all processes learn it in the same step."""
 
-    COUNTERS = ("minutes", "skipped", "skipped_in_a_row", "window", "evaluation", "reported", "best", "pending")
+    COUNTERS = (
+        "minutes",
+        "skipped",
+        "skipped_in_a_row",
+        "window",
+        "evaluation",
+        "reported",
+        "best",
+        "precision",
+        "pending",
+    )
 
     def counters(self) -> dict[str, Any]:
         """What a resumed run needs besides weights and optimizers."""

@@ -11,6 +11,8 @@ from tokenizer.files.errors import FormatError, shown
 
 DUE = ("evaluate", "log", "preview", "save")
 
+PRECISIONS = ("no", "bf16")
+
 
 def is_number(value: Any) -> bool:
     """Whether it is a finite number from 0."""
@@ -52,6 +54,11 @@ def is_best(value: Any) -> bool:
     )
 
 
+def is_precision(value: Any) -> bool:
+    """Whether it is what a run may compute in."""
+    return value in PRECISIONS
+
+
 KINDS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "minutes": (is_number, "a number from 0"),
     "skipped": (is_count, "a whole number from 0"),
@@ -60,6 +67,7 @@ KINDS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "evaluation": (is_evaluation, "numbers by name"),
     "reported": (is_evaluation, "numbers by name"),
     "best": (is_best, "step, score and evaluation"),
+    "precision": (is_precision, " or ".join(PRECISIONS)),
     "pending": (is_pending, f"names out of {', '.join(DUE)}"),
 }
 

@@ -26,7 +26,7 @@ from one_process import begin_anew
 from small import QUANTIZERS, node_of
 
 from pipelines.config import UserError
-from pipelines.processes.launched import told_precision
+from pipelines.processes.precision import told_precision
 from pipelines.train_prior import PriorTask
 from pipelines.train_tokenizer import TokenizerTask
 from pipelines.training import loop as training

@@ -1,0 +1,184 @@
+"""What a run computes in: as it is told, or as the machine is fast in; and it keeps to that where it goes on."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from launch import assert_equal_tensors, exact, losses, states, tensors, train_prior, train_tokenizer
+from one_process import begin_anew
+from torch.overrides import TorchFunctionMode
+
+from pipelines.config import UserError
+from pipelines.config.command import RunError
+from pipelines.processes import precision
+from pipelines.processes.precision import Precision, bf16_of_cpu, choose_precision
+from pipelines.training import loop as training
+from pipelines.training.extending import begun_precision
+from tokenizer.files.writing import write_manifest
+
+pytestmark = pytest.mark.usefixtures("one_process")
+LIMITS = {
+    "": "AMX",
+    "ALL": "AMX",
+    "AVX512_CORE_AMX": "AMX",
+    "avx512_core_bf16": "AVX512-BF16",
+    "AVX512_CORE_FP16": "AVX512-BF16",
+    "AVX512_CORE_VNNI": "",
+    "AVX2": "",
+}
+
+
+def cpu_with(monkeypatch, *queries: str, capability: str = "AVX512") -> None:
+    """A CPU of which torch says this."""
+    for query in ("_is_amx_tile_supported", "_is_avx512_bf16_supported"):
+        monkeypatch.setattr(torch.cpu, query, lambda query=query: query in queries, raising=False)
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+
+
+def test_what_a_cpu_has_and_may_use(monkeypatch):
+    for name in ("ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA"):
+        monkeypatch.delenv(name, raising=False)
+    cpu_with(monkeypatch, "_is_amx_tile_supported", "_is_avx512_bf16_supported")
+    for limit, feature in LIMITS.items():
+        monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", limit)
+        assert bf16_of_cpu() == feature, limit
+    monkeypatch.delenv("ONEDNN_MAX_CPU_ISA")
+    monkeypatch.setenv("DNNL_MAX_CPU_ISA", "AVX2")
+    assert bf16_of_cpu() == ""
+    monkeypatch.delenv("DNNL_MAX_CPU_ISA")
+    cpu_with(monkeypatch, "_is_avx512_bf16_supported")
+    assert bf16_of_cpu() == "AVX512-BF16"
+    cpu_with(monkeypatch, "_is_amx_tile_supported", "_is_avx512_bf16_supported", capability="AVX2")
+    assert bf16_of_cpu() == ""
+    cpu_with(monkeypatch)
+    assert bf16_of_cpu() == ""
+    monkeypatch.delattr(torch.cpu, "_is_amx_tile_supported")
+    assert bf16_of_cpu() == ""
+
+
+def test_what_is_asked_for_is_what_there_is(monkeypatch):
+    monkeypatch.delenv("ONEDNN_MAX_CPU_ISA", raising=False)
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")
+    cpu_with(monkeypatch, "_is_amx_tile_supported")
+    assert choose_precision("auto", None) == Precision("bf16", "auto: this CPU has AMX")
+    assert choose_precision("no", "no").mixed == "no" and choose_precision("bf16", None).mixed == "bf16"
+    assert choose_precision("auto", "bf16").reason == "auto: this CPU has AMX"
+    kept = choose_precision("auto", "no")
+    assert kept == Precision("no", "auto: as it began; here it would be bf16, as this CPU has AMX")
+    monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", "AVX2")
+    assert choose_precision("auto", None).mixed == "no" and choose_precision("auto", "bf16").mixed == "bf16"
+    for told in ("no", "bf16"):  # of a launcher, which says no more of it, and may change its mind
+        monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", told)
+        assert choose_precision(None, "no") == choose_precision(None, "bf16") == Precision(told)
+    for told in ("fp16", "fp8"):
+        monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", told)
+        with pytest.raises(UserError, match=f"^{told} is not supported .*; use --mixed_precision bf16, or no$"):
+            choose_precision(None, None)
+        assert choose_precision("no", None).mixed == "no"
+
+
+@pytest.mark.parametrize("has_bf16", [True, False])
+def test_of_a_gpu_it_is_the_gpu_that_is_asked(monkeypatch, has_bf16):
+    cpu_with(monkeypatch, *(() if has_bf16 else ("_is_amx_tile_supported",)))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: has_bf16)
+    monkeypatch.delenv("ACCELERATE_USE_CPU")
+    assert choose_precision("auto", None).mixed == ("bf16" if has_bf16 else "no")
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    assert choose_precision("auto", None).mixed == ("no" if has_bf16 else "bf16")
+
+
+@pytest.mark.slow
+def test_a_limit_of_torchs_own_loops_is_heeded():
+    """As set from outside, before torch is imported."""
+    ask = "from pipelines.processes.precision import choose_precision as c; print(c('auto', None))"
+    environment = {**os.environ, "ATEN_CPU_CAPABILITY": "avx2", "ACCELERATE_USE_CPU": "true"}
+    said = subprocess.run([sys.executable, "-c", ask], env=environment, capture_output=True, text=True, check=True)
+    assert "mixed='no'" in said.stdout
+
+
+def interrupted_at(monkeypatch, step: int, run) -> None:
+    """Run something that trains, and end it before this step."""
+    take_step = training.take_step
+
+    def interrupted(now, *rest):
+        if now.step == step:
+            raise KeyboardInterrupt
+        take_step(now, *rest)
+
+    with monkeypatch.context() as patch, pytest.raises((KeyboardInterrupt, RunError)):
+        patch.setattr(training, "take_step", interrupted)
+        run()
+
+
+def test_a_run_keeps_the_precision_it_began_with(tmp_path, tokens, monkeypatch, capsys):
+    """On a machine that would choose another one, to the bit."""
+    found = iter([("bf16", "this CPU has AMX"), ("bf16", "this CPU has AMX"), ("no", "it has nothing")])
+    monkeypatch.setattr(precision, "found_here", lambda: next(found))
+    more = {"train__mixed_precision": "auto", "train__optimizer": "muon", "train__save_every": 2, "train__steps": 4}
+    whole = train_prior(tmp_path / "whole", tokens, **more)
+    assert "bf16 mixed precision (auto: this CPU has AMX)" in capsys.readouterr().out
+    interrupted_at(monkeypatch, 3, lambda: train_prior(tmp_path / "resumed", tokens, **more))
+    assert begun_precision(tmp_path / "resumed") == "bf16" and capsys.readouterr()
+    resumed = train_prior(tmp_path / "resumed", tokens, **more)
+    said = capsys.readouterr().out
+    assert "continuing from step 2; " in said
+    assert "bf16 mixed precision (auto: as it began; here it would be no, as it has nothing)" in said
+    assert exact(resumed) == exact(whole)
+    assert_equal_tensors(tensors(resumed), tensors(whole))
+
+
+def test_a_launcher_may_change_its_mind_and_a_state_may_say_nothing(tmp_path, monkeypatch, capsys):
+    """A state of an earlier version does not tell; one of now does, and then the change is said."""
+    out = tmp_path / "run"
+    more = {"train__save_every": 2, "train__steps": 6}
+    interrupted_at(monkeypatch, 3, lambda: train_tokenizer(out, **more))
+    path = states(out)[-1] / "state.json"
+    state = json.loads(path.read_text())
+    assert state["counters"].pop("precision") == "no" == begun_precision(out)
+    path.write_text(json.dumps(state))
+    write_manifest(path.parent, step=2)
+    assert begun_precision(out) is None and capsys.readouterr()
+    interrupted_at(monkeypatch, 5, lambda: train_tokenizer(out, **more))
+    assert "mixed precision no ->" not in capsys.readouterr().out
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    train_tokenizer(out, **more)
+    assert "run: mixed precision no -> bf16 from here on; not the same as" in capsys.readouterr().out
+    assert begun_precision(out) == "bf16" and begun_precision(tmp_path) is None
+
+
+class Products(TorchFunctionMode):
+    """The types of what layers multiply, of what losses are, and whether autocast was on while figures were made."""
+
+    def __init__(self) -> None:
+        self.types: dict[str, set[torch.dtype]] = {}
+        super().__init__()
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        found = func(*args, **(kwargs or {}))
+        name = getattr(func, "__name__", "")
+        if name in ("conv2d", "linear", "cross_entropy", "l1_loss", "mse_loss", "cdist") and torch.is_grad_enabled():
+            self.types.setdefault(name, set()).add(found.dtype)
+        return found
+
+
+def test_one_run_after_the_other_each_in_its_own(tmp_path, tokens):
+    """In one process; layers compute in bfloat16 and losses are float32, as are all weights."""
+    ends = {}
+    for asked in ("bf16", "no", "bf16"):
+        with Products() as seen:
+            run = train_prior(tmp_path / f"{asked}{len(ends)}", tokens, train__mixed_precision=asked, train__steps=3)
+        ends.setdefault(asked, []).append(losses(run)[-1])
+        assert seen.types["linear"] == {torch.bfloat16 if asked == "bf16" else torch.float32}
+        assert all(value.dtype != torch.bfloat16 for value in tensors(run).values())
+    assert ends["bf16"][0] == ends["bf16"][-1] != ends["no"][0]
+    with Products() as seen:
+        train_tokenizer(tmp_path / "tokenizer", train__mixed_precision="bf16", train__steps=2)
+    assert seen.types.pop("conv2d") == {torch.bfloat16}
+    assert all(types == {torch.float32} for types in seen.types.values()) and seen.types
+    begin_anew()
