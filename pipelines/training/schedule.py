@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import math
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import torch
-from pydantic import Field
+from pydantic import BeforeValidator, Field
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
 from tokenizer.marks import Before
 
 from ..config import Config
+
+
+def no_as_text(value: Any) -> Any:
+    """YAML takes a bare `no` for false."""
+    return "no" if value is False else value
 
 
 class TrainConfig(Config):
@@ -58,7 +63,7 @@ class TrainConfig(Config):
         description="keep only the inputs of each block, and compute it again in the backward pass: less memory "
         "for a quarter to a third more time, and the same losses",
     )
-    mixed_precision: Annotated[Literal["auto", "no", "bf16"] | None, Before(None)] = Field(
+    mixed_precision: Annotated[Literal["auto", "no", "bf16"] | None, Before(None), BeforeValidator(no_as_text)] = Field(
         None,
         description="bf16: layers compute in bfloat16, weights and losses stay float32; auto: so where a GPU has it or "
         "a CPU has AMX or AVX512-BF16; null: what `accelerate launch` says",

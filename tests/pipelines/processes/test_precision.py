@@ -9,14 +9,17 @@ import sys
 
 import pytest
 import torch
-from launch import assert_equal_tensors, exact, losses, states, tensors, train_prior, train_tokenizer
+from launch import assert_equal_tensors, exact, losses, prior_arguments, states, tensors, train_prior, train_tokenizer
 from one_process import begin_anew
 from torch.overrides import TorchFunctionMode
 
 from pipelines.config import UserError
-from pipelines.config.command import RunError
+from pipelines.config.arguments import read_file
+from pipelines.config.command import RunError, parse
+from pipelines.config.schema import to_yaml
 from pipelines.processes import precision
 from pipelines.processes.precision import Precision, bf16_of_cpu, choose_precision
+from pipelines.train_prior import TrainPriorConfig
 from pipelines.training import loop as training
 from pipelines.training.extending import begun_precision
 from tokenizer.files.writing import write_manifest
@@ -80,6 +83,18 @@ def test_what_is_asked_for_is_what_there_is(monkeypatch):
         with pytest.raises(UserError, match=f"^{told} is not supported .*; use --mixed_precision bf16, or no$"):
             choose_precision(None, None)
         assert choose_precision("no", None).mixed == "no"
+
+
+def test_no_may_be_said_without_quotes(tmp_path):
+    """Which YAML takes for false; and what is written for the next time is read as it was meant."""
+    for said in ("no", "'no'", "bf16", "auto", "null"):
+        argv = prior_arguments(tmp_path, tmp_path) + [f"train.mixed_precision={said}"]
+        config = parse(TrainPriorConfig, argv, verb="train_prior", description=None)
+        assert config.train.mixed_precision == (None if said == "null" else said.strip("'"))
+        (path := tmp_path / "config.yaml").write_text(to_yaml(config))
+        assert type(config).model_validate(read_file(str(path))) == config
+    with pytest.raises(UserError, match="one of 'auto', 'no', 'bf16'"):
+        parse(TrainPriorConfig, [*argv, "train.mixed_precision=fp16"], verb="train_prior", description=None)
 
 
 @pytest.mark.parametrize("has_bf16", [True, False])
