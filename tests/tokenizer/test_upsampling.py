@@ -62,7 +62,8 @@ def test_every_factor_paints_every_size(factor, count):
     assert sum(isinstance(module, Shuffle) for module in tokenizer.decoder) == doublings
     narrow = max(0, doublings - count)  # of those inside a patch, all but that to the image's resolution
     assert sum(isinstance(module, NarrowBlock) for module in tokenizer.decoder) == narrow
-    assert tokenizer.config.sizes.tail == (96, 48, 24, 8)[3 - narrow : 4] * (count <= doublings)
+    widths = [shuffle[0].out_channels // 4 for shuffle in tokenizer.decoder if isinstance(shuffle, Shuffle)]
+    assert widths == [8] * (count - 1) + [96, 48, 24, 8][3 - narrow :] * (count <= doublings)
 
 
 def test_convolutions_narrow_towards_the_image():
@@ -97,11 +98,11 @@ def test_every_quantizer_goes_with_it(kind):
 @pytest.mark.parametrize("channels", [1, 3])
 @pytest.mark.parametrize("likelihood", Likelihood.available())
 def test_a_likelihood_has_channels_enough(likelihood, channels, name):
-    """Its parameters of a pixel come from one convolution over few channels; a table of 256 values sums to 1."""
+    """More than an image has, as there is more to say of a pixel; a table of 256 values sums to 1."""
     node = {"kind": likelihood}
     tokenizer = make_tokenizer(name, (8, 12), channels, **form(4, 1, likelihood=node)).eval()
     outputs = tokenizer.likelihood.num_parameters
-    assert tokenizer.last_layer.shape[0] == outputs == tokenizer.outputs
+    assert tokenizer.last_layer.shape == (outputs, 32, 3, 3) and outputs == tokenizer.outputs
     images = (images_for(tokenizer) * 127.5).round() / 127.5
     with torch.no_grad():
         tokens = tokenizer.encode(images)
