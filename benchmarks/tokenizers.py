@@ -6,11 +6,16 @@
     python benchmarks/tokenizers.py data=fashion_mnist minutes=3 seeds=3     # 392 bits: 7x7 ids of 256
     python benchmarks/tokenizers.py data=digits minutes=0.02 gpt_minutes=0.02 limit=200 only=ema,fsq  # does it run?
     python benchmarks/tokenizers.py data=digits model.widths=[32] train.batch_size=16 gpt.model.depth=2  # or others
+    python benchmarks/tokenizers.py set=peers data=openmoji minutes=3 gpt_minutes=0 threads=1   # other networks
 
 Images, networks and optimizer are those of `configs/tokenizer/vqvae_{data}.yaml`; a contender replaces the quantizer
 (or the tokenizer, or adds a critic) and keeps the bits of an image as nearly as it can. The images are in the folder
 `source=`, or called `data` in the folder SMALTI_DATA or ../shared/data, or where the preset says. A key with a dot
 changes that preset for all contenders, with `gpt.` before it the prior's.
+
+With `set=peers` the contenders are other networks: the preset's, the decoder of before it (`nearest`), `vqgan`, `vit`
+and diffusers' `VQModel`, each in three sizes with the preset's training; a second table has each at its best size. To
+train them otherwise, say how, as train.optimizer=adamw train.lr=1e-3, and choose another `out`.
 
 Equal time: first a step of every contender is timed, in turn, in one pass (medians of CPU seconds, kept as `steps.json`
 under `out`). Then each trains for as many steps as fit into `minutes`, whatever else the machine does by then. The
@@ -22,15 +27,15 @@ are timed. A contender that is timed later is timed beside `ema`, and scaled by 
 PSNR (dB), SSIM, usage and perplexity of ids: over all held-out images. bits per image: what the ids could hold. GPT:
 -log2 p of the held-out tokens given their labels, per token and per image. Figures are means over seeds, +- half of the
 95 % t-interval. `rate_distortion.png` has the GPT's bits of an image against the PSNR: a tokenizer is better than
-another only if it is above it at no more bits.
+another only if it is above it at no more bits. With `gpt_minutes=0` there is no GPT, and no such picture.
 """
 
 from __future__ import annotations
 
 import json
 import math
-import statistics
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -43,7 +48,9 @@ if __name__ == "tokenizers":  # a script of this folder imports transformers, wh
     del sys.modules["tokenizers"]
     importlib.import_module("tokenizers")
 else:
+    from support.contender_peers import peers
     from support.contender_pictures import picture_row, rate_distortion, sheet
+    from support.contender_table import best_sizes, line, ranked, table
     from support.contender_times import TIMED_IMAGES, timed
     from support.contenders import (
         Node,
@@ -58,12 +65,16 @@ else:
         write_node,
     )
     from support.options import choose, read_options, read_value, use_threads
-    from support.tables import table_head, table_row, with_interval, write_whole
+    from support.tables import write_whole
     from support.timing import steps_within
+
+    SETS = {"quantizers": (contenders, "ema"), "peers": (peers, "subpixel-medium")}
+    """What is compared, and which of it is timed in every pass."""
 
 VARIANTS = {"digits": 4, "openmoji": 8}  # augmented copies of each image for the GPT, where there are few images
 SHOWN = 10  # images in the picture
 OPTIONS = {
+    "set": "quantizers",
     "data": "fashion_mnist",
     "source": None,
     "limit": 0,
@@ -77,11 +88,13 @@ OPTIONS = {
 }
 
 
-def train(node: Node, gpt: Node, variants: int, folder: Path) -> None:
-    """The tokenizer, its tokens, and the GPT on them, by the verbs."""
+def train(node: Node, gpt: Node | None, variants: int, folder: Path) -> None:
+    """The tokenizer, its tokens, and the GPT on them, by the verbs; without a GPT the tokenizer alone."""
     from pipelines import encode, train_prior, train_tokenizer
 
     train_tokenizer.main(["--config", write_node(node, folder / "tokenizer.yaml")])
+    if gpt is None:
+        return
     tokens = folder / "tokens"
     if not (tokens / "manifest.json").is_file():
         encode.main([f"tokenizer={folder / 'run' / 'tokenizer'}", f"out={tokens}", f"augmentations={variants}"])
@@ -92,29 +105,60 @@ def measure(folder: Path) -> Node:
     """The figures of a trained contender; its reconstructions, and what they are of, as pictures in `folder`."""
     import torch
 
-    from pipelines import ImagePipeline
     from pipelines.images import DataConfig, load_images
-    from pipelines.metrics.likelihood import bits_per_token
     from pipelines.metrics.reconstruction import evaluate_reconstruction
-    from pipelines.tokens import load_tokens
+    from pipelines.stages.provenance import data_beside
+    from tokenizer import Tokenizer
+    from tokenizer.pretrained import PROVENANCE
 
-    pipe, data = ImagePipeline.from_pretrained(folder / "gpt" / "pipeline"), load_tokens(folder / "tokens")
-    images = load_images(DataConfig.model_validate(data.source["data"])).held_out
+    place = folder / "run" / "tokenizer"
+    tokenizer, data = Tokenizer.from_pretrained(place), data_beside(place / PROVENANCE)
+    images = load_images(DataConfig.model_validate(data)).held_out
     shown = images.batch(torch.linspace(0, len(images) - 1, SHOWN).long())
     picture_row(shown).save(folder / "originals.png")
-    picture_row(pipe.tokenizer.decode(pipe.tokenizer.encode(shown))).save(folder / "reconstructions.png")
-    found = evaluate_reconstruction(pipe.tokenizer, images)
+    with torch.inference_mode():
+        picture_row(tokenizer.decode(tokenizer.encode(shown))).save(folder / "reconstructions.png")
+    found, grid = evaluate_reconstruction(tokenizer, images), tokenizer.grid
     return {
-        "vocab_size": data.grid.vocab_size,
-        "tokens": len(data.grid),
-        "bits": len(data.grid) * math.log2(data.grid.vocab_size),
+        "vocab_size": grid.vocab_size,
+        "tokens": len(grid),
+        "bits": len(grid) * math.log2(grid.vocab_size),
         "psnr": found["psnr"],
-        "ssim": similarity(pipe.tokenizer, images),
+        "ssim": similarity(tokenizer, images),
         "usage": found["codebook_usage"],
         "perplexity": found["codebook_perplexity"],
-        "parameters": sum(p.numel() for p in pipe.tokenizer.parameters()),
-        "bits_per_token": bits_per_token(pipe.prior, data.splits["test"]),
+        "parameters": sum(p.numel() for p in tokenizer.parameters()),
+        **texture(tokenizer, images),
+        **bits_of(folder),
     }
+
+
+def bits_of(folder: Path) -> Node:
+    """What a GPT, if one was trained, needs for a held-out token."""
+    from pipelines import ImagePipeline
+    from pipelines.metrics.likelihood import bits_per_token
+    from pipelines.tokens import load_tokens
+
+    if not (folder / "gpt" / "pipeline").is_dir():
+        return {}
+    prior, data = ImagePipeline.from_pretrained(folder / "gpt" / "pipeline").prior, load_tokens(folder / "tokens")
+    return {"bits_per_token": bits_per_token(prior, data.splits["test"])}
+
+
+def texture(tokenizer: Any, images: Any) -> Node:
+    """What the decoder weaves into flat areas, in 8-bit levels."""
+    import torch
+
+    if not find_spec("pipelines.metrics.texture"):
+        return {}
+    from pipelines.metrics.texture import texture_figures, texture_sums
+
+    sums = 0
+    with torch.inference_mode():
+        for rows in torch.arange(len(images)).split(256):
+            batch = images.batch(rows)
+            sums += texture_sums(tokenizer.decode(tokenizer.encode(batch)), batch)
+    return texture_figures(sums)
 
 
 def similarity(tokenizer: Any, images: Any) -> float:
@@ -136,70 +180,18 @@ def contend(name: str, spec: Node, presets: dict[str, Node], times: Node, settin
     path, folder = out / name / "figures.json", out / name
     if path.is_file():
         return json.loads(path.read_text())
-    seconds, gpt_seconds = times["tokenizer"].get(name), times["gpt"][times["grids"][name]]
+    seconds, gpt_seconds = times["tokenizer"].get(name), times["gpt"].get(times["grids"][name])
     steps = steps_within(settings["minutes"], seconds) if seconds else 1
-    gpt_steps = steps_within(settings["gpt_minutes"], gpt_seconds)
+    gpt_steps = steps_within(settings["gpt_minutes"], gpt_seconds) if settings["gpt_minutes"] else 0
     print(f"{name}: {steps} steps, then {gpt_steps} of the GPT", file=sys.stderr, flush=True)
     node = tokenizer_node(presets["tokenizer"], spec, settings["source"], settings["limit"], steps, folder / "run")
     gpt_train = train_node(presets["gpt"], gpt_steps)
     gpt = {**presets["gpt"], "out": str(folder / "gpt"), "track": {"wandb": "disabled"}, "train": gpt_train}
-    train(node, gpt, settings["augmentations"], folder)
+    train(node, gpt if gpt_steps else None, settings["augmentations"], folder)
     counted = {"seconds_per_step": seconds, "steps": steps if seconds else None, "gpt_steps": gpt_steps}
     figures = {**measure(folder), **counted}
     write_whole(figures, path)
     return figures
-
-
-# The table ----------------------------------------------------------------------------------------
-
-
-def ranked(found: dict[str, list[Node]]) -> list[str]:
-    """Names, best reconstructions first."""
-    return sorted(found, key=lambda name: -statistics.mean(run["psnr"] for run in found[name]))
-
-
-def line(name: str, runs: list[Node]) -> str:
-    """A row of the table: `runs` are the figures of each seed."""
-    first = runs[0]
-
-    def each(figure: str, digits: int, scale: float = 1.0) -> str:
-        return with_interval([scale * run[figure] for run in runs], digits)
-
-    cells = [
-        name,
-        f"{first['tokens']} of {first['vocab_size']}",
-        f"{first['bits']:.1f}".removesuffix(".0"),
-        each("psnr", 2),
-        each("ssim", 4),
-        each("usage", 1, 100) + " %",
-        each("perplexity", 1),
-        f"{1e3 * first['seconds_per_step']:.1f}" if first["seconds_per_step"] else "",
-        f"{first['steps']:,}" if first["steps"] else "",
-        each("bits_per_token", 4),
-        each("bits_per_token", 1, first["tokens"]),
-    ]
-    return table_row(cells)
-
-
-def show(found: dict[str, list[Node]]) -> None:
-    """The table."""
-    print(
-        table_head(
-            "tokenizer",
-            "ids",
-            "bits per image",
-            "PSNR, dB",
-            "SSIM",
-            "usage",
-            "perplexity",
-            "ms per step",
-            "steps",
-            "GPT: bits per token",
-            "GPT: bits per image",
-        )
-    )
-    for name in ranked(found):
-        print(line(name, found[name]))
 
 
 # The command line ---------------------------------------------------------------------------------
@@ -229,9 +221,12 @@ def settings_of(options: SimpleNamespace) -> Node:
 
 def compare(options: SimpleNamespace) -> None:
     """Time, train and measure what is asked for; then the table."""
-    out = Path(options.out).absolute() / options.data
+    if options.set not in SETS:
+        raise SystemExit(f"set={options.set}: choose among {', '.join(SETS)}")
+    of_set, reference = SETS[options.set]
+    out = Path(options.out).absolute() / (options.data if of_set is contenders else f"{options.data}_{options.set}")
     presets = read_presets(options.data, options.changes)
-    known = contenders(presets["tokenizer"], out)
+    known = of_set(presets["tokenizer"], out)
     only = choose(options.only, list(known))
     reasons = {name: reason for name in known if (reason := missing(known[name]))}
     for name, reason in reasons.items():
@@ -243,10 +238,11 @@ def compare(options: SimpleNamespace) -> None:
         for name in known
         if name not in reasons
     }
-    times = timed(nodes, only, presets["gpt"], out / "steps.json")
+    gpt = presets["gpt"] if settings["gpt_minutes"] else None
+    times = timed(nodes, only, gpt, out / "steps.json", reference)
     for seed in range(options.seeds):
         folder = out / f"seed{seed}"
-        specs, seeded = contenders(presets["tokenizer"], folder), with_seed(presets, seed)
+        specs, seeded = of_set(presets["tokenizer"], folder), with_seed(presets, seed)
         for name in [name for name in only if name not in reasons]:
             agreed(settings, out / "settings.json")
             if not trainable(specs[name]) and not (folder / "klvae" / "figures.json").is_file():
@@ -272,10 +268,13 @@ def report(known: dict[str, Node], times: Node, out: Path) -> None:
         f"\n{out.name}: {kept['minutes']:g} minutes of training each, {kept['gpt_minutes']:g} of the GPT, "
         f"{times['threads']} threads, {' or '.join(map(str, seeds))} seed(s)\n"
     )
-    show(found)
-    save_picture(rate_distortion(found, f"{out.name}: rate and distortion"), out / "rate_distortion.png")
+    print(table(found))
+    if len(best := best_sizes(found)) < len(found):
+        print(f"\neach network at its best size\n\n{table(best)}")
     print(f"\nthe same held-out images by each: {sheet(ranked(found), out)}")
-    print(f"bits against PSNR: {out / 'rate_distortion.png'}")
+    if all("bits_per_token" in run for runs in found.values() for run in runs):
+        save_picture(rate_distortion(found, f"{out.name}: rate and distortion"), out / "rate_distortion.png")
+        print(f"bits against PSNR: {out / 'rate_distortion.png'}")
 
 
 def main() -> None:

@@ -14,7 +14,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from prior import Prior
-from tokenizer.settings import Node, as_begun
+from tokenizer.settings import Node
 
 from .config import Config, UserError, run_command
 from .image_pipeline import ImagePipeline
@@ -25,7 +25,7 @@ from .stages.index import PIPELINE
 from .tokens import TokenDataset, TokenSplit, load_tokens
 from .tracking import TrackConfig
 from .training.loop import train
-from .training.run_folder import begun_data
+from .training.run_folder import model_as_begun
 from .training.schedule import TrainConfig
 from .training.stopping import what_is_saved
 from .training.task import Split, Task
@@ -211,19 +211,9 @@ def perturbed(
     return torch.from_numpy(found).reshape(tokens.shape)
 
 
-def config_as_begun(config: TrainPriorConfig) -> TrainPriorConfig:
-    """The configuration of a run that continues: settings that its model did not have when it was begun get the values
-    that keep the model as it was."""
-    then = begun_data(Path(config.out), "model")
-    if then is None or then.get("kind") != config.model["kind"]:  # there is no run, or it will be refused
-        return config
-    changes = as_begun(Prior.find(then["kind"]).choices(), config.model, then)
-    return config.model_copy(update={"model": {**config.model, **changes}})
-
-
 def run(config: TrainPriorConfig) -> Path:
     """Train, and return the run folder; `pipeline/` in it is what `from_pretrained` wants."""
-    config = config_as_begun(config)
+    config = model_as_begun(config)
     return train(lambda accelerator: PriorTask(config), config)
 
 

@@ -19,7 +19,7 @@ from tokenizer.critic import PatchCritic
 from tokenizer.files.opening import read_json
 from tokenizer.losses import total_loss
 from tokenizer.pretrained import CONFIG, PROVENANCE
-from tokenizer.settings import Node
+from tokenizer.settings import Node, as_saved
 
 from .config import Config, run_command
 from .images import DataConfig, ImageDataset, load_images
@@ -33,7 +33,7 @@ from .tracking import TrackConfig
 from .training.adversary import Adversary, CriticConfig, make_adversary
 from .training.loop import train
 from .training.optimizers import hidden_matrices
-from .training.run_folder import begun_data
+from .training.run_folder import begun_data, model_as_begun
 from .training.schedule import TrainConfig
 from .training.stopping import what_is_saved
 from .training.task import Split, Task
@@ -240,8 +240,8 @@ def defaults(given: dict[str, Any]) -> dict[str, Any]:
     family, saved = Tokenizer.available(), read_json(folder / CONFIG)
     if saved.get("kind") not in family:
         return {}  # loading it will say so
-    facts = Tokenizer.find(saved["kind"]).choices().facts
-    model = {key: value for key, value in saved.items() if key not in facts}
+    choices = Tokenizer.find(saved["kind"]).choices()
+    model = as_saved(choices, {key: value for key, value in saved.items() if key not in choices.facts})
     if str(given.get("model", {}).get("kind")) == "posthoc" != model["kind"]:
         model = {"kind": "posthoc", "vae": model}
     return {"model": model, "data": data_beside(folder / PROVENANCE)}
@@ -265,7 +265,7 @@ def build_tokenizer(node: dict[str, Any], image_size: tuple[int, int], channels:
 def run(config: TrainTokenizerConfig) -> Path:
     """Train, and return the run folder; `tokenizer/` in it is what the next stage wants."""
     data = as_begun(config.data, begun_data(Path(config.out)))
-    config = config.model_copy(update={"data": data})
+    config = model_as_begun(config.model_copy(update={"data": data}))
 
     def build(accelerator: Accelerator) -> Task:
         if accelerator.device.type == "cuda":  # all batches are of one shape: it pays to look for the fastest kernels

@@ -25,7 +25,7 @@ from .settings import ModelConfig, Node
 
 IMAGES_AT_A_TIME = 64
 FACTS = ("image_size", "channels")
-SIZES = (*FACTS, "factor", "widths", "blocks", "attention", "latent", "likelihood")
+SIZES = (*FACTS, "factor", "widths", "blocks", "attention", "upsampling", "tail", "latent", "likelihood")
 
 
 class PosthocConfig(TokenizerConfig):

@@ -207,13 +207,16 @@ def as_saved(cls: type[Settings], data: Data) -> Data:
 
 def as_begun(cls: type[Settings], mine: Mapping[str, Any], then: Data) -> Data:
     """The changes to `mine` when it continues what was begun with `then`: a setting that is left at its default gets
-    its `Before` value if `then` lacks it or has that value."""
-    marks = {name: mark_of(field, Before) for name, field in cls.model_fields.items()}
-    return {
-        name: before.value
-        for name, before in marks.items()
-        if before and mine[name] == cls.model_fields[name].default and then.get(name, before.value) == before.value
-    }
+    its `Before` value if `then` lacks it or has that value. In nodes of one kind too."""
+    found = {}
+    for name, field in cls.model_fields.items():
+        before, value, was = mark_of(field, Before), mine[name], then.get(name)
+        if before and value == field.default and then.get(name, before.value) == before.value:
+            found[name] = before.value
+        elif isinstance(value, dict) and isinstance(was, dict) and value.get("kind") == was.get("kind"):
+            model = cls.below(name, value)
+            found |= {name: {**value, **changes}} if model and (changes := as_begun(model, value, was)) else {}
+    return found
 
 
 class Choices(Settings):

@@ -11,34 +11,34 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from support.contenders import REFERENCE, Node, trainable, write_node
+from support.contenders import Node, trainable, write_node
 from support.tables import write_whole
 from support.timing import TIMED_STEPS, cpu_seconds_of, stepper
 
 TIMED_IMAGES = 512
 
 
-def timed(nodes: dict[str, Node], only: list[str], gpt: Node, path: Path) -> Node:
-    """Seconds per step of `tokenizer` by contender and of `gpt` by grid, kept in `path`. The first pass times all, a
-    later one those of `only` that are new."""
+def timed(nodes: dict[str, Node], only: list[str], gpt: Node | None, path: Path, reference: str) -> Node:
+    """Seconds per step of `tokenizer` by contender and of `gpt`, if there is one, by grid, kept in `path`. The first
+    pass times all, a later one those of `only` that are new, and the `reference`."""
     kept = json.loads(path.read_text()) if path.is_file() else {"tokenizer": {}, "gpt": {}, "grids": {}}
     new = [name for name in nodes if name not in kept["grids"] and (name in only or not kept["grids"])]
     if not new:
         return kept
-    wanted = [REFERENCE, *(name for name in new if name != REFERENCE)]
+    wanted = [reference, *(name for name in new if name != reference)]
     print(f"timing {TIMED_STEPS} steps of {', '.join(wanted)}", file=sys.stderr, flush=True)
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         models = {name: untrained(nodes[name], folder) for name in wanted}
         grids = {grid_name(model.grid): model for model in models.values()}
         chosen = {name: nodes[name] for name in wanted if trainable(nodes[name])}
-        seconds, gpt_seconds = tokenizer_times(chosen, folder), gpt_times(grids, gpt, folder)
-    reference = grid_name(models[REFERENCE].grid)
+        seconds, gpt_seconds = tokenizer_times(chosen, folder), gpt_times(grids, gpt, folder) if gpt else {}
+    grid = grid_name(models[reference].grid)
     found = {
         "threads": int(os.environ["OMP_NUM_THREADS"]),
         "machine": platform.processor() or platform.machine(),
-        "tokenizer": scaled(kept["tokenizer"], seconds, REFERENCE),
-        "gpt": scaled(kept["gpt"], gpt_seconds, reference),
+        "tokenizer": scaled(kept["tokenizer"], seconds, reference),
+        "gpt": scaled(kept["gpt"], gpt_seconds, grid),
         "grids": {**{name: grid_name(model.grid) for name, model in models.items()}, **kept["grids"]},
     }
     write_whole(found, path)
@@ -102,5 +102,5 @@ def grid_name(grid: Any) -> str:
 
 def scaled(before: dict[str, float], now: dict[str, float], reference: str) -> dict[str, float]:
     """Times of two passes, the later one in units of the earlier: by the reference, which was timed in both."""
-    factor = before[reference] / now[reference] if before else 1.0
+    factor = before[reference] / now[reference] if before and now else 1.0
     return {**{name: seconds * factor for name, seconds in now.items()}, **before}

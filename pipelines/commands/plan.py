@@ -182,10 +182,8 @@ def planned_tokenizer(source: str) -> Tokenizer:
     if not (Path(source) / CONFIG).is_file():
         raise UserError(f"tokenizer: {source!r} is neither a preset (.yaml) nor a tokenizer's folder")
     data = read_json(Path(source) / CONFIG)
-    try:
-        return Tokenizer.create(data.pop("kind", ""), **data)
-    except TypeError as error:
-        raise ConfigError(f"{Path(source) / CONFIG}: {error}") from error
+    member: Any = Tokenizer.find(data.pop("kind", ""))
+    return member(member.Config.from_saved(data))
 
 
 def make_prior(config: PlanPriorConfig, facts: Facts) -> Prior:

@@ -6,12 +6,13 @@ import os
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from tokenizer.files.claims import LOCK, claimed, require_unclaimed
 from tokenizer.files.opening import read_json
 from tokenizer.files.ownership import Kind, require_apart, require_ours
 from tokenizer.files.writing import replace_file
+from tokenizer.settings import as_begun
 
 from ..config import UserError
 from ..config.arguments import read_file
@@ -25,6 +26,7 @@ from .heartbeat import FOLDER as SIGNS
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
+T = TypeVar("T")
 BEGUN = (SIGNS, LOCK)
 """All that a run may leave in its folder before it has written its configuration."""
 CONFIG = "config.yaml"
@@ -35,6 +37,18 @@ def begun_data(run: Path, node: str = "data") -> dict[str, Any] | None:
     `UserError`."""
     found = read_file(str(run / CONFIG)).get(node) if (run / CONFIG).is_file() else None
     return found if isinstance(found, dict) else None
+
+
+def model_as_begun(config: T) -> T:
+    """The configuration of a run that continues: settings that its model did not have when it was begun, and that are
+    left at their defaults, get the values that keep the model as it was."""
+    given: Any = config
+    then = begun_data(Path(given.out), "model")
+    if then is None or then.get("kind") != given.model["kind"]:  # there is no run, or it will be refused
+        return config
+    choices = type(given).below("model", given.model)
+    changes = as_begun(choices, given.model, then)
+    return given.model_copy(update={"model": {**given.model, **changes}})
 
 
 def check_folder(run: Path, config: Any) -> list[str]:

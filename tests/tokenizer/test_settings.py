@@ -156,6 +156,25 @@ def test_what_was_begun_before_goes_on_as_it_was(mine: float, then: dict[str, An
     assert as_begun(WordsConfig, dict(WordsConfig(scale=mine)), then) == changes
 
 
+@pytest.mark.parametrize(
+    ("mine", "then", "scale"),
+    [
+        ({}, {"kind": "words", "words": 9}, 0.5),
+        ({}, {"kind": "words", "words": 9, "scale": 1.0}, 1.0),
+        ({"scale": 2.0}, {"kind": "words", "words": 9}, 2.0),
+        ({}, {"kind": "signs"}, 1.0),  # which is a difference, to be told
+        ({}, "words", 1.0),
+    ],
+)
+def test_what_was_begun_before_goes_on_in_nodes_too(mine: dict[str, Any], then: Any, scale: float) -> None:
+    node = {"kind": "words", "words": 9, "scale": 1.0, **mine}
+    shelf = {"kind": "shelf", "steps": 1, "first": node, "second": None}
+    assert {**shelf, **as_begun(Shelf.choices(), shelf, {"kind": "shelf", "first": then})} == {
+        **shelf,
+        "first": {**node, "scale": scale},
+    }
+
+
 def test_a_preset_knows_no_facts() -> None:
     choices = Shelf.choices()
     assert choices.facts == ("sides",) and "sides" not in choices.model_fields

@@ -227,6 +227,21 @@ def test_a_state_that_says_what_cannot_be_is_refused(run, changes, needle):
     assert refused(run, "step-", needle, error=PipelineLoadError)
 
 
+@pytest.mark.parametrize("upsampling", ["nearest", "subpixel"])
+def test_a_run_goes_on_with_the_decoder_that_it_was_begun_with(upsampling, tmp_path):
+    """One from before, whose configuration says nothing of it, repeats pixels."""
+    run = train_tokenizer(tmp_path / "run", train__steps=2, model__upsampling=upsampling)
+    if upsampling == "nearest":
+        lines = (run / "config.yaml").read_text().splitlines(keepends=True)
+        then = [line for line in lines if not line.startswith(("  upsampling:", "  tail:"))]
+        assert len(then) == len(lines) - 2
+        (run / "config.yaml").write_text("".join(then))
+    begin_anew()
+    train_tokenizer(run, train__steps=4)
+    assert states(run)[-1].name == "step-00000004"
+    assert Tokenizer.from_pretrained(run / "tokenizer").config.upsampling == upsampling
+
+
 def test_a_state_under_the_name_of_another_step_is_refused(run):
     states(run)[-1].rename(run / "state" / "step-00000099")
     assert refused(run, "step-00000099", "of step 8")

@@ -8,6 +8,7 @@ import pytest
 import torch
 from launch import COMMON, VQVAE, arguments, assert_equal_tensors, dotted, metrics, tensors, train_tokenizer
 from one_process import one_process
+from small import make_tokenizer
 
 from pipelines import encode
 from pipelines import train_tokenizer as verb
@@ -42,6 +43,18 @@ def test_model_and_data_are_those_of_the_folder(trained, tmp_path):
     saved = json.loads((trained["vqvae"] / "config.json").read_text())
     assert config.model == {key: value for key, value in saved.items() if key not in ("image_size", "channels")}
     assert config.data.augment.rotate == 3 and config.data.limit == 60
+
+
+@pytest.mark.parametrize(("kind", "becomes"), [("vqvae", "vqvae"), ("klvae", "posthoc")])
+def test_a_folder_from_before_is_what_it_was(kind, becomes, tmp_path):
+    """It says nothing of how its decoder grows: pixels were repeated."""
+    make_tokenizer(kind, upsampling="nearest").save_pretrained(tmp_path / "old")
+    path = tmp_path / "old" / "config.json"
+    path.write_text(json.dumps({k: v for k, v in json.loads(path.read_text()).items() if k != "upsampling"}))
+    config = resolved(tmp_path / "run", init=str(tmp_path / "old"), model__kind=becomes)
+    assert config.model.get("vae", config.model)["upsampling"] == "nearest"
+    made = verb.build_tokenizer(config.model, (12, 8), 3)
+    made.start_from(Tokenizer.from_pretrained(tmp_path / "old"))
 
 
 def test_it_goes_on_from_there(trained, tmp_path):
