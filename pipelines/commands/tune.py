@@ -39,7 +39,7 @@ from ..stages.index import PIPELINE
 from ..stages.provenance import defaults
 
 RESULTS = ("tuning.json", "tuning.png")
-LEAST_VALIDATION, LEAST_IMAGES, MOST_IMAGES = 50, 50, 2000
+LEAST_VALIDATION, LEAST_IMAGES, MOST_IMAGES = 30, 50, 2000
 WARM_UP = 64  # images that tell how long others take
 SPARE = 0.85  # the share of the time that is planned for
 
@@ -55,7 +55,9 @@ class TuneConfig(Config):
         DataConfig(),
         description="the images, of which those for validation choose; defaults to those the pipeline was trained on",
     )
-    minutes: float = Field(10.0, gt=0, description="the time that the search may take")
+    minutes: float = Field(
+        10.0, gt=0, description="the time of the search, once images are read and a classifier is trained"
+    )
     num_images: int | None = Field(
         None,
         ge=LEAST_IMAGES,
@@ -74,12 +76,13 @@ def run(config: TuneConfig) -> dict[str, Any]:
     """Search, print a table as it goes, write the results, and store the best settings; returns what `tuning.json`
     holds. Of several processes each draws its part of the images; the first prints and writes."""
     out = Path(config.out or Path(config.pipeline).parent / "tuning")
-    ends = time.monotonic() + 60 * config.minutes
     with joined(config.device) as (team, device):
         pipeline = team.first_alone(lambda: prepare(config, out, device))
         images, origin = choosing_images(config, pipeline, team)
-        ruler = Ruler.of(pipeline, images, config, team)
-        own = pipeline.sampler
+        if team.leads:
+            print(f"making the feature space of {len(images.train):,} training images", flush=True)
+        ruler, own = Ruler.of(pipeline, images, config, team), pipeline.sampler
+        ends = time.monotonic() + 60 * config.minutes
 
         def left() -> float:
             return team.first(lambda: ends - time.monotonic())

@@ -148,7 +148,7 @@ class Search:
                 return trial
         slowest = max((trial.seconds for trial in self.trials), default=0.0)
         finals = FINAL_TIMES * (FINALISTS + 2) * slowest
-        if len(self.trials) >= 2 and self.left() < finals + slowest:
+        if stage != "reference" and self.left() < finals + slowest:
             raise OutOfTime
         self.trials.append(self.judge(stage, sampler, self.num_images, self.seed))
         return self.trials[-1]

@@ -133,7 +133,7 @@ def test_without_validation_images_a_share_of_the_others_is_held_aside_and_it_sa
     copied(world, "gpt", tmp_path)
     options = ("data.validation_fraction=0", "store=false")
     line = fails(capsys, f"pipeline={tmp_path}/pipeline", *SETTINGS, *options)
-    assert "choosing needs at least 50 validation images, and there are 15" in line
+    assert "choosing needs at least 30 validation images, and there are 15" in line
     config = tune.TuneConfig(pipeline="x", data=ImagePipeline.from_pretrained(world / "gpt").provenance["data"])
     config.data.__dict__["validation_fraction"] = 0.0
     with pytest.MonkeyPatch.context() as patch:
@@ -150,7 +150,7 @@ def test_without_validation_images_a_share_of_the_others_is_held_aside_and_it_sa
         (("pipeline={world}/nothing",), "is not a folder"),
         (("pipeline={world}/nothing", "store=false"), "nothing"),
         (("pipeline={world}/gpt", "data.image_size=16"), "data.image_size, data.channels"),
-        (("pipeline={world}/gpt", "data.validation_fraction=0.02"), "at least 50 validation images, and there are 6"),
+        (("pipeline={world}/gpt", "data.validation_fraction=0.02"), "at least 30 validation images, and there are 6"),
         (("pipeline={world}/gpt", "minutes=0.0001"), "minutes: 0.0001 allow for 0 samples of each setting, and 50 are"),
         (("pipeline={world}/gpt", "num_images=3"), "num_images: must be >= 50"),
         (("pipeline={world}/gpt", "out={world}/gpt"), "out: "),
