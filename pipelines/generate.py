@@ -45,6 +45,12 @@ class GenerateConfig(Config):
     top_k: int | None = Field(None, ge=1, description="draw from the k likeliest ids only")
     top_p: float | None = Field(None, gt=0, le=1, description="draw from the likeliest ids of this mass only")
     guidance_scale: float | None = Field(None, ge=0, description="above 1 exaggerates the class")
+    guidance_end: float | None = Field(
+        None, ge=0, description="guidance goes from guidance_scale at the first token to this at the last"
+    )
+    guidance_power: float | None = Field(
+        None, gt=0, description="and does so by a power-cosine: the higher, the later; default: in a straight line"
+    )
     order: str | None = Field(None, description="walk the grid in this order, with a prior that takes any")
     num_orders: int = Field(1, ge=1, description="draw each image in one of so many orders: from their mixture")
     parallel: bool = Field(False, description="guess the rest and check it in whole passes: the same images")

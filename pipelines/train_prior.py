@@ -10,10 +10,11 @@ from typing import Annotated, Any, cast
 
 import numpy as np
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from prior import Prior
+from prior.sampling import GUIDANCE
 from tokenizer.settings import Node
 
 from .config import Config, UserError, run_command
@@ -38,11 +39,27 @@ class SamplerConfig(Config):
     top_k: int | None = Field(None, ge=1, description="draw from the k likeliest ids only")
     top_p: float | None = Field(None, gt=0, le=1, description="draw from the likeliest ids of this mass only")
     guidance_scale: float = Field(1.0, ge=0, description="above 1 exaggerates the class")
+    guidance_end: float | None = Field(
+        None,
+        ge=0,
+        description="guidance goes from guidance_scale at the first token to this at the last; null: constant",
+    )
+    guidance_power: float | None = Field(
+        None,
+        gt=0,
+        description="and does so by a power-cosine: the higher, the later; null: in a straight line",
+    )
     steps: int | None = Field(
         None,
         ge=1,
         description="decode a masked-token prior in so many passes; null: a token a pass, which alone is exact",
     )
+
+    @model_validator(mode="after")
+    def _goes_somewhere(self) -> SamplerConfig:
+        if self.guidance_power is not None and self.guidance_end is None:
+            raise ValueError("guidance_power needs a guidance_end for the scale to go to")
+        return self
 
 
 class TrainPriorConfig(Config):
@@ -161,7 +178,7 @@ class PriorTask(Task):
         """Both stages, sharing `model`'s weights."""
         sampler = self.config.sampler.model_dump(exclude_none=True)
         if not self.data.num_classes:  # there is no class to guide towards
-            sampler["guidance_scale"] = 1.0
+            sampler = {name: value for name, value in sampler.items() if name not in GUIDANCE}
         tokenizer = self.data.tokenizer.to(self.model.device)
         return ImagePipeline(tokenizer, cast(Prior, model), labels=self.data.class_names, sampler=sampler)
 

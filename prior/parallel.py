@@ -61,7 +61,8 @@ def sample_parallel(
     ranks = torch.arange(size, device=device)
     sizes = torch.tensor(rows.blocks, device=device)
     ends = torch.cat([sizes.cumsum(0).repeat_interleave(sizes), sizes.new_tensor([size])])  # of each rank's block
-    tolerance = sampler.tolerance(prior.rounding)
+    scale = sampler.scales_by_rank(rows.blocks, device)  # of a token's place, in whichever pass it is drawn
+    tolerance = sampler.tolerance(prior.rounding, scale)
     tokens = torch.where(rows.keep, rows.given, noise.argmax(-1))
     close = torch.zeros_like(rows.keep)
     final = tokens.new_zeros(count)  # how many tokens of each image are final, from the first on
@@ -80,7 +81,7 @@ def sample_parallel(
             many, their_noise, their_final = rows[images], noise[images], their_final[images]
         logits = walked_logits(prior, many, old, sampler)
         largest = sampler.largest(logits).cummax(1).values.clamp(min=1)
-        guided = sampler.guide(logits)
+        guided = sampler.guide(logits, scale)
         drawn, could_turn = sampler.decide(guided, their_noise, tolerance * largest)
         fresh = ranks >= their_final[:, None]
         drawn = torch.where(fresh & ~many.keep, drawn, old)
@@ -119,8 +120,9 @@ def settled(prior: Model, row: Rows, sampler: Sampler, tokens: Tensor, close: Te
     noise = GumbelNoise(row.generators, size, prior.grid.vocab_size, tokens.device).of(0, size)
     tokens = tokens.clone()
     undecided = close & ~row.keep
+    scale = sampler.scales_by_rank(row.blocks, tokens.device)
     while True:
-        drawn = sampler.choose(sampler.guide(walked_logits(prior, row, tokens, sampler)), noise)
+        drawn = sampler.choose(sampler.guide(walked_logits(prior, row, tokens, sampler), scale), noise)
         turned = torch.nonzero((drawn != tokens) & undecided)
         if not len(turned):
             return tokens
@@ -143,9 +145,10 @@ def corrected(
     from `cheap` ones on the last pass's tokens; a few times over."""
     free = (torch.arange(tokens.shape[1], device=tokens.device) >= final[:, None]) & ~rows.keep
     difference = KEPT * (logits - cheap)
+    scale = sampler.scales_by_rank(rows.blocks, tokens.device)
     for _ in range(CHEAP_PASSES):
         better = walked_logits(guess, rows, tokens, sampler) + difference
-        drawn = torch.where(free, sampler.choose(sampler.guide(better), noise), tokens)
+        drawn = torch.where(free, sampler.choose(sampler.guide(better, scale), noise), tokens)
         if torch.equal(drawn, tokens):
             break
         tokens = drawn

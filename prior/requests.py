@@ -164,8 +164,9 @@ def make_rows(
     if num_images < 1:
         raise ValueError(f"num_images must be at least 1 (got {num_images})")
     labels = check_labels(prior, labels, num_images)
-    if sampler.guidance_scale != 1 and (labels is None or bool((labels == prior.num_classes).all())):
-        raise ValueError("guidance_scale other than 1 needs labels to guide towards")
+    if sampler.guides and (labels is None or bool((labels == prior.num_classes).all())):
+        name = "guidance_scale" if sampler.guidance_scale != 1 else "guidance_end"
+        raise ValueError(f"{name} other than 1 needs labels to guide towards")
     given, keep = known_tokens(prior, tokens, known, num_images)
     raster = torch.arange(len(prior.grid), device=prior.device)
     generators = image_generators(generator, num_images)

@@ -53,6 +53,12 @@ class CompleteConfig(Config):
     top_k: int | None = Field(None, ge=1, description="draw from the k likeliest ids only")
     top_p: float | None = Field(None, gt=0, le=1, description="draw from the likeliest ids of this mass only")
     guidance_scale: float | None = Field(None, ge=0, description="above 1 exaggerates the class")
+    guidance_end: float | None = Field(
+        None, ge=0, description="guidance goes from guidance_scale at the first token to this at the last"
+    )
+    guidance_power: float | None = Field(
+        None, gt=0, description="and does so by a power-cosine: the higher, the later; default: in a straight line"
+    )
     steps: int | None = Field(
         None, ge=1, description="decode a masked-token prior in so many passes: quicker, not exact"
     )

@@ -251,3 +251,32 @@ def bars(
     if every == 1:
         above = [(texts[name] if texts else three_digits(value)) if value else "" for name, value in values.items()]
         axes.bar_label(columns, above, padding=2)
+
+
+def lines(
+    axes: Axes,
+    *,
+    title: str,
+    series: Mapping[str, Sequence[tuple[float, float]]],
+    labels: tuple[str, str],
+    ceiling: float | None = None,
+) -> None:
+    """Points `(x, y)` of each series, ascending in x, joined by a line; the lowest of all is ringed where there is a
+    `ceiling`, in multiples of it, above which lines are cut off. `labels` are those of x and y."""
+    heights = np.array([y for points in series.values() for _, y in points])
+    low, high = float(heights.min()), float(heights.max())
+    high = min(high, ceiling * low) if ceiling else high
+    room = 0.06 * (high - low) or 0.05 * abs(high) or 1.0
+    colors = {name: COLORS[n % len(COLORS)] for n, name in enumerate(series)}
+    head(axes, title, labels[1])
+    axes.set(ylim=(low - room, high + 2 * room), xlabel=labels[0])
+    for name, points in series.items():
+        axes.plot(*zip(*points, strict=True), color=colors[name], linewidth=1.8, marker="o", markersize=4.5)
+    if ceiling:
+        x, y = min((point for points in series.values() for point in points), key=lambda point: point[1])
+        axes.plot([x], [y], marker="o", markersize=13, color=INK, fillstyle="none", linestyle="none")
+        axes.annotate(three_digits(y), (x, y), (0, -22), textcoords="offset points", ha="center", annotation_clip=False)
+    few_ticks(axes.xaxis, 5)
+    few_ticks(axes.yaxis, 4)
+    if len(series) > 1:
+        legend(axes, colors)

@@ -50,6 +50,26 @@ FIGURES = {
     "copying_z": "copying C_T (z-score; below -3 suggests copies)",
     "reconstruction_copying_z": "the same of held-out reconstructions",
 }
+OF_SAMPLES = [name for name in list(FIGURES)[list(FIGURES).index("class_agreement") :] if not name.startswith("rfid")]
+"""Figures of samples, or beside such, which hold for the settings of sampling that they were taken with."""
+TUNING = (
+    "told",
+    "before",
+    "images",
+    "validation_images",
+    "num_samples",
+    "feature_space",
+    "frechet_distance",
+    "frechet_distance_before",
+    "recall",
+    "class_agreement",
+)
+TUNED = (
+    "Sampling settings chosen by `smalti tune` on {validation_images} {images}: {told}. Frechet distance "
+    "[{feature_space}] {frechet_distance} (with the settings before, {before}: {frechet_distance_before}), "
+    "recall {recall}"
+)
+"""What the card says of the facts `TUNING`."""
 BOUNDS = ("validation_bits_per_token", "bits_per_token", "bits_per_dim", "prior_bits_per_dim")
 """Where the prior's likelihood is one."""
 COUNTS = {
@@ -101,6 +121,7 @@ def model_card(
         f"images = pipe(num_images=4{', labels=0' if prior.num_classes else ''}, seed=0).images",
         "```",
         "",
+        *tuned_lines(facts.get("tuning", {})),
         *figure_lines(facts, exact=prior.exact),
     ]
     return "\n".join([*header, "", *lines])
@@ -132,6 +153,16 @@ def figure_lines(provenance: dict[str, Any], *, exact: bool) -> list[str]:
         return []
     by = "`smalti evaluate`" if evaluation else "training"
     return ["## Measured", "", f"By {by}.", "", "| figure | value |", "|---|---|", *lines, ""]
+
+
+def tuned_lines(tuning: dict[str, Any]) -> list[str]:
+    """What `smalti tune` says of the settings that it has chosen, if it has."""
+    if "told" not in tuning:
+        return []
+    said = {name: "?" if tuning.get(name) is None else cell(tuning[name]) for name in TUNING}
+    agreed = "" if tuning.get("class_agreement") is None else ", class agreement {class_agreement}"
+    line = TUNED + agreed + ". {num_samples} samples of each."
+    return [line.format_map(said), ""]
 
 
 def counts_of(facts: dict[str, Any]) -> dict[str, Any]:

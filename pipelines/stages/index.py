@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import io
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -21,7 +22,7 @@ from tokenizer.files.ownership import Kind
 from tokenizer.files.reading import MANIFEST, Folder
 from tokenizer.pretrained import CONFIG, PROVENANCE, WEIGHTS
 
-from .card import FIGURES
+from .card import FIGURES, TUNING
 
 INDEX, CARD, GRID = "model_index.json", "README.md", "samples.png"
 BACKGROUND, CALIBRATION = "background", "calibration.json"
@@ -110,15 +111,16 @@ def check_labels(labels: Sequence[str]) -> None:
             )
 
 
-def check_figures(found: dict[str, Any]) -> dict[str, Any]:
+def check_figures(found: dict[str, Any], names: Iterable[str] = FIGURES) -> dict[str, Any]:
     """Raise `FieldError` for a figure that the model card would show and that is neither number nor text."""
-    for name in FIGURES:
+    for name in names:
         if not isinstance(found.get(name), (int, float, str, type(None))):
             raise FieldError(name, "should be a number or text")
     return found
 
 
 Figures = Annotated[dict[str, Any], AfterValidator(check_figures)]
+Tuning = Annotated[dict[str, Any], AfterValidator(partial(check_figures, names=TUNING))]
 
 
 class DataFacts(BaseModel):
@@ -149,6 +151,7 @@ class ProvenanceFile(BaseModel):
     tokenizer: TrainingFacts = TrainingFacts()
     prior: TrainingFacts = TrainingFacts()
     evaluation: Figures = {}
+    tuning: Tuning = {}
 
 
 def read_provenance(files: Folder) -> dict[str, Any]:

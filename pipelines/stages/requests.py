@@ -71,6 +71,6 @@ class Request:
             "seed": self.seed,
             "order": self.walk.order,
             "num_orders": self.walk.num_orders,
-            "sampler": vars(sampler),
+            "sampler": sampler.told(),
             "device": pipeline.device.type,
         }

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from prior import Prior
 from prior.requests import Walk, choose_walk, make_rows
-from prior.sampling import Generators, Sampler, image_generators, progress_over
+from prior.sampling import GUIDANCE, Generators, Sampler, image_generators, progress_over
 
 from ..images.pictures import check_output_type
 from .base import Label, Stages
@@ -48,9 +48,11 @@ def sample(
 
     options: how the grid is walked (`order`, `num_orders`, `cache`, `capture`, `parallel`, `guess`), as in
     `Prior.sample`; and the settings that the prior's `Sampling` declares, by name (`temperature`, `top_k`, `top_p`,
-    `guidance_scale`; `steps`, `confidence_temperature` and `schedule` of a masked-token prior). Settings default to the
-    pipeline's own (`pipeline.sampler`), `steps` only where none of `order`, `num_orders`, `cache` and `parallel` is
-    given, as these do not go with it. Raises `ValueError` for arguments out of range, `TypeError` for a setting that
+    `guidance_scale`, `guidance_end`, `guidance_power`; `steps`, `confidence_temperature` and `schedule` of a
+    masked-token prior). Settings default to the pipeline's own (`pipeline.sampler`), `steps` only where none of
+    `order`, `num_orders`, `cache` and `parallel` is given, as these do not go with it. The course of guidance is one
+    choice: a `guidance_scale` that is given is constant unless `guidance_end` is given too, and a `guidance_end` is
+    linear unless `guidance_power` is. Raises `ValueError` for arguments out of range, `TypeError` for a setting that
     the prior does not have.
     """
     if isinstance(labels, (Tensor, np.ndarray)):
@@ -89,10 +91,14 @@ def choose_sampler(pipeline: Stages, settings: dict[str, Any], ids: Tensor | Non
     that every prior has. Raises `TypeError` for a setting that the prior does not have, `ValueError` out of range."""
     own = pipeline.sampler.for_a_walk() if walk.is_chosen else pipeline.sampler
     if ids is None or bool((ids == pipeline.prior.num_classes).all()):
-        own = replace(own, guidance_scale=1.0)  # the default guides towards a class, and none was named
+        own = own.unguided()  # the default guides towards a class, and none was named
     shared = Sampler.names()
     chosen = {name: value for name, value in settings.items() if value is not None or name not in shared}
-    return pipeline.prior.make_sampler(**{**vars(own), **chosen})
+    kept = dict(vars(own))
+    for number, name in enumerate(GUIDANCE, 1):
+        if name in chosen:  # the pipeline's course of guidance is not the one that is asked for
+            kept.update(dict.fromkeys(GUIDANCE[number:]))
+    return pipeline.prior.make_sampler(**{**kept, **chosen})
 
 
 def check_request(pipeline: Stages, settings: dict[str, Any], ids: Tensor | None, walk: Walk) -> Sampler:

@@ -3,6 +3,15 @@
 from .generators import Generators, image_generators, image_seeds
 from .noise import GumbelNoise, gumbel
 from .progress import progress_over
-from .settings import Sampler
+from .settings import GUIDANCE, Sampler
 
-__all__ = ["Generators", "GumbelNoise", "Sampler", "gumbel", "image_generators", "image_seeds", "progress_over"]
+__all__ = [
+    "GUIDANCE",
+    "Generators",
+    "GumbelNoise",
+    "Sampler",
+    "gumbel",
+    "image_generators",
+    "image_seeds",
+    "progress_over",
+]

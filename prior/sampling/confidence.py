@@ -42,7 +42,8 @@ class MaskedSampler(Sampler):
     others. **This is not exact**: what is kept depends on what was drawn, so that the samples' distribution is not that
     of any `log_prob`; more steps, and a higher `confidence_temperature` (random orders), come closer. A position has
     one draw of noise for all steps, so where the tokens are independent the distribution is right for any number of
-    steps. Here rounding may let an image depend on its batch.
+    steps. Here rounding may let an image depend on its batch. A step is a block: guidance with an end takes for all its
+    tokens the share that is known before it.
     """
 
     steps: int | None = None
@@ -83,6 +84,20 @@ class MaskedSampler(Sampler):
             left = still
         return tuple(size for size in sizes if size)
 
+    def last_size(self, unknown: Tensor) -> Tensor:
+        """How many of `unknown` (B,) tokens the last step draws that draws any."""
+        left = last = unknown
+        for share, _ in self.passes():
+            left = still_masked(left, unknown, share)
+            last = torch.where(left > 0, left, last)
+        return last
+
+
+def still_masked(left: Tensor, unknown: Tensor, share: float) -> Tensor:
+    """How many tokens stay masked, `(B,)`, where `share` of the `unknown` should, and before the step `left` were. At
+    least one is revealed, until none is left."""
+    return torch.minimum(left - 1, (unknown * share + ROUNDS_DOWN).long()).clamp(min=0)
+
 
 def fill_in(prior: Any, rows: Rows, sampler: MaskedSampler, progress: bool) -> Tensor:
     """Tokens `(B, N)`, raster order, in as many passes as there are steps."""
@@ -91,16 +106,18 @@ def fill_in(prior: Any, rows: Rows, sampler: MaskedSampler, progress: bool) -> T
     noise = GumbelNoise(rows.generators, size, prior.mask, prior.device).of(0, size)
     ids = torch.where(rows.keep, rows.given, prior.mask)
     left = unknown = (~rows.keep).sum(1)
+    before_last = (size - sampler.last_size(unknown)).clamp(min=1)
     for share, temperature in progress_over(sampler.passes(), progress, unit="pass"):
         if not bool(left.any()):
             break
-        logits = sampler.guide(prior.predict(sampler.doubled(ids), labels).float())
+        decided = ((size - left) / before_last).clamp(max=1)
+        scale = sampler.scale_at(decided[:, None])
+        logits = sampler.guide(prior.predict(sampler.doubled(ids), labels).float(), scale)
         drawn = sampler.choose(logits, noise)
         confidence = logits.log_softmax(-1).gather(-1, drawn[..., None])[..., 0]
         jitter = torch.stack([gumbel((size,), generator) for generator in rows.generators]).to(prior.device)
         confidence = (confidence + temperature * jitter).masked_fill(ids != prior.mask, torch.inf)
-        # At least one token is revealed, until none is left.
-        left = torch.minimum(left - 1, (unknown * share + ROUNDS_DOWN).long()).clamp(min=0)
+        left = still_masked(left, unknown, share)
         ranks = confidence.argsort(dim=1, descending=True, stable=True).argsort(1)
         ids = torch.where((ids == prior.mask) & (ranks < (size - left)[:, None]), drawn, ids)
     return ids

@@ -9,7 +9,10 @@ decision therefore says whether that could have turned it; `Prior.sample` leaves
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
+from itertools import accumulate
 from typing import Any, TypeVar
 
 import torch
@@ -22,6 +25,11 @@ from .filters import Kept, keep_top_k, keep_top_p
 GREEDY = 1e-6
 """A temperature below this takes the likeliest id: noise would be lost in the rounding of logits / temperature."""
 
+ADDED = ("guidance_end", "guidance_power")
+"""Settings that older files do not know: written only where they are given."""
+GUIDANCE = ("guidance_scale", *ADDED)
+"""The settings of guidance: one that is given, and those after it, are one choice."""
+
 S = TypeVar("S", bound="Sampler")
 
 
@@ -31,6 +39,13 @@ class Sampler:
     likeliest, of equal ones the first; `top_k` keeps the k likeliest; `top_p` keeps the likeliest until their mass
     reaches p (Holtzman et al. 2019); `guidance_scale` s gives uncond + s (cond - uncond) (Ho & Salimans 2022).
 
+    With `guidance_end` the scale s goes from `guidance_scale` to that, along the walk: (1 - w) scale + w end, where
+    w = t, or (1 - cos(pi t^power)) / 2 with a `guidance_power` (power-cosine: MDT, Gao et al. 2023; RAR, Yu et al.
+    2024, arXiv:2411.00776). t is the number of tokens decided before the token's block, known ones included, as a share
+    of those decided before the last block: 0 at the first block (if nothing is known), 1 at the last, and r / (N - 1)
+    at rank r of a chain of single tokens. It belongs to the token's place in the walk, not to how or when it is
+    computed.
+
     A prior with more settings declares a subclass of this as its `Sampling`. Raises `ValueError` out of range.
     """
 
@@ -38,6 +53,8 @@ class Sampler:
     top_k: int | None = None
     top_p: float | None = None
     guidance_scale: float = 1.0
+    guidance_end: float | None = None
+    guidance_power: float | None = None
 
     def __post_init__(self) -> None:
         if not 0 <= self.temperature < float("inf"):
@@ -48,6 +65,12 @@ class Sampler:
             raise ValueError(f"top_p must be in (0, 1], or None for all (got {self.top_p})")
         if not 0 <= self.guidance_scale < float("inf"):
             raise ValueError(f"guidance_scale must be a finite number >= 0 (got {self.guidance_scale})")
+        if self.guidance_end is not None and not 0 <= self.guidance_end < float("inf"):
+            raise ValueError(f"guidance_end must be a finite number >= 0, or None (got {self.guidance_end})")
+        if self.guidance_power is not None and not 0 < self.guidance_power < float("inf"):
+            raise ValueError(f"guidance_power must be a finite number > 0, or None (got {self.guidance_power})")
+        if self.guidance_power is not None and self.guidance_end is None:
+            raise ValueError("guidance_power needs a guidance_end for the scale to go to")
 
     @classmethod
     def names(cls) -> list[str]:
@@ -65,8 +88,12 @@ class Sampler:
         """As a pipeline's index holds them: those of every prior, and this prior's own where they are not the
         default."""
         values = {field: getattr(self, field.name) for field in fields(self)}
-        shared = Sampler.names()
-        return {field.name: value for field, value in values.items() if field.name in shared or value != field.default}
+        always = set(Sampler.names()) - set(ADDED)
+        return {field.name: value for field, value in values.items() if field.name in always or value != field.default}
+
+    def told(self) -> dict[str, Any]:
+        """Every setting, but for those `ADDED` that are not given: two requests of before compare as they did."""
+        return {name: value for name, value in vars(self).items() if value is not None or name not in ADDED}
 
     @property
     def filters(self) -> bool:
@@ -74,9 +101,43 @@ class Sampler:
         return self.top_k is not None or self.top_p is not None
 
     @property
+    def constant(self) -> bool:
+        """Whether the scale of guidance is the same for all tokens."""
+        return self.guidance_end is None or self.guidance_end == self.guidance_scale
+
+    @property
+    def guides(self) -> bool:
+        """Whether some token is guided."""
+        return self.guidance_scale != 1 or not self.constant
+
+    def unguided(self: S) -> S:
+        """These settings without guidance."""
+        return replace(self, guidance_scale=1.0, guidance_end=None, guidance_power=None)
+
+    def scale_at(self, t: Any) -> Any:
+        """The scale of guidance at t in [0, 1], a number or a float tensor `(...)`."""
+        if self.guidance_end is None or self.constant:
+            return self.guidance_scale
+        power, cosine = self.guidance_power, torch.cos if isinstance(t, Tensor) else math.cos
+        weight = t if power is None else (1 - cosine(math.pi * t**power)) / 2
+        return (1 - weight) * self.guidance_scale + weight * self.guidance_end
+
+    def scales(self, blocks: Sequence[int]) -> list[float]:
+        """The scale of guidance of each of the `blocks` of a walk."""
+        before = [0, *accumulate(blocks[:-1])]
+        return [self.scale_at(count / max(1, before[-1])) for count in before]
+
+    def scales_by_rank(self, blocks: Sequence[int], device: torch.device) -> float | Tensor:
+        """The scale of guidance at each rank of a walk in `blocks`, `(N,)`; a number where it is the same at all."""
+        if self.constant:
+            return self.guidance_scale
+        ranks = [scale for scale, size in zip(self.scales(blocks), blocks, strict=True) for _ in range(size)]
+        return torch.tensor(ranks, dtype=torch.float32, device=device)
+
+    @property
     def copies(self) -> int:
-        """Rows per image: guidance needs a second one, without the label."""
-        return 1 if self.guidance_scale == 1 else 2
+        """Rows per image: guidance needs a second one, without the label, wherever in the walk it guides."""
+        return 2 if self.guides else 1
 
     def doubled(self, rows: Tensor | None, null: int | None = None) -> Any:
         """`rows` (B, ...), a second time below if guidance needs it, filled with `null` if given. What all rows share
@@ -85,23 +146,25 @@ class Sampler:
             return rows
         return torch.cat([rows, rows if null is None else torch.full_like(rows, null)])
 
-    def guide(self, logits: Tensor) -> Tensor:
-        """Logits `(B, V)` from those of B conditional and then B unconditional rows; as they are when scale is 1."""
-        if self.guidance_scale == 1:
+    def guide(self, logits: Tensor, scale: float | Tensor) -> Tensor:
+        """Logits `(B, n, V)` from those of B conditional and then B unconditional rows; as they are without guidance.
+        scale: of guidance, for all, or `(n,)` or `(B, 1)` for each position or image (`scales`, `scales_by_rank`)."""
+        if self.copies == 1:
             return logits
         conditional, unconditional = logits.chunk(2)
-        return unconditional + self.guidance_scale * (conditional - unconditional)
+        by = scale[..., None] if isinstance(scale, Tensor) else scale
+        return unconditional + by * (conditional - unconditional)
 
     def largest(self, logits: Tensor) -> Tensor:
         """The largest |logit| of each of `logits` (..., V), `(...)`; guided: of both rows that make one."""
         sizes = logits.abs().amax(-1)
-        return sizes if self.guidance_scale == 1 else torch.maximum(*sizes.chunk(2))
+        return sizes if self.copies == 1 else torch.maximum(*sizes.chunk(2))
 
-    def tolerance(self, off: float) -> float:
-        """By how much rounding may move a lead if it moves logits by `off` before guidance: two logits are compared,
-        and guidance multiplies their errors by s + |s - 1|."""
+    def tolerance(self, off: float, scale: Any) -> Any:
+        """By how much rounding may move a lead if it moves logits by `off` before guidance with this `scale`, a number
+        or `(n,)`: two logits are compared, and guidance multiplies their errors by s + |s - 1|."""
         heat = 1.0 if self.temperature < GREEDY else min(1.0, self.temperature)
-        return 2 * (self.guidance_scale + abs(self.guidance_scale - 1)) * off / heat
+        return 2 * (scale + abs(scale - 1)) * off / heat
 
     def choose(self, logits: Tensor, noise: Tensor) -> Tensor:
         """The tokens `(...)` that follow from logits, after guidance, and Gumbel noise, both `(..., V)`."""

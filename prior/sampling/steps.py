@@ -72,7 +72,9 @@ class Steps:
     reads and writes tensors alone, and decides nothing by what is in them: a graph can hold it."""
 
     def __init__(self, prior: Model, rows: Rows, sampler: Sampler, cache: bool = True) -> None:
-        self.rows, self.sampler, self.tolerance = rows, sampler, sampler.tolerance(prior.rounding)
+        self.rows, self.sampler = rows, sampler
+        self.scales = sampler.scales(rows.blocks)  # numbers, which a graph of the block's step holds
+        self.tolerances = [sampler.tolerance(prior.rounding, scale) for scale in self.scales]
         labels = sampler.doubled(rows.labels, prior.num_classes)
         start, self.next_logits = (
             (prior.start, prior.next_logits) if cache else (prior.start_slow, prior.next_logits_slow)
@@ -94,7 +96,9 @@ class Steps:
             sizes = torch.maximum(self.largest, self.sampler.largest(logits))
             if end - begin > 1:
                 sizes = sizes.cummax(1).values
-            chosen, close = self.sampler.decide(self.sampler.guide(logits), noise, self.tolerance * sizes)
+            block = len(self.could_turn)
+            guided = self.sampler.guide(logits, self.scales[block])
+            chosen, close = self.sampler.decide(guided, noise, self.tolerances[block] * sizes)
             self.largest = sizes[:, -1:]
             self.could_turn.append(close)
             if some_keep:

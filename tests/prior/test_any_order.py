@@ -227,6 +227,7 @@ def test_orders_guidance_known_tokens_and_mixtures_go_together(name, orders):
         {"order": orders, "tokens": tokens, "known": known, "top_p": 0.9},
         {"num_orders": 3, "tokens": tokens, "known": known},
         {"num_orders": 3, "guidance_scale": 0.5},
+        {"order": orders, "guidance_end": 3.0},
     ):
         drawn = model.sample(5, labels, generator=generators(5), **settings)
         for path in ({"cache": False}, {"parallel": True}):

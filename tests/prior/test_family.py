@@ -4,6 +4,7 @@ Covers: prior/base.py, prior/features.py, prior/gpt.py, prior/marginal.py, prior
 """
 
 import itertools
+import math
 from itertools import accumulate
 
 import pytest
@@ -80,6 +81,18 @@ def test_probabilities_sum_to_one(name, order, label):
     assert abs(float(total) - 1) < 1e-12
 
 
+COURSE = {"guidance_scale": 0.5, "guidance_end": 3.5, "guidance_power": 1.5}
+"""Guidance that changes along the walk."""
+
+
+def scale(settings, t):
+    """That of guidance after a share `t` of the tokens, by its definition."""
+    start, end, power = (settings.get(f"guidance_{name}") for name in ("scale", "end", "power"))
+    start = 1.0 if start is None else start
+    weight = t if power is None else (1 - math.cos(math.pi * t**power)) / 2
+    return start if end is None else start + weight * (end - start)
+
+
 @every_order
 def test_cached_sampling_equals_uncached(name, order):
     model = make_prior(name, order=order)
@@ -91,6 +104,8 @@ def test_cached_sampling_equals_uncached(name, order):
         for cache in (True, False)
     ]
     assert torch.equal(*guided)
+    course = [model.sample(6, labels, generator=generators(6), cache=cache, **COURSE) for cache in (True, False)]
+    assert torch.equal(*course)
 
 
 @every_order
@@ -148,6 +163,7 @@ def walked(model, walk, known):
         ({}, 0.0),
         ({"temperature": 0.7, "top_k": 3}, 0.5),
         ({"temperature": 1.5, "top_p": 0.7, "guidance_scale": 1.7}, 0.5),
+        (COURSE, 0.4),
     ],
 )
 def test_a_token_is_the_argmax_of_its_own_logits_and_noise(name, order, settings, part):
@@ -161,13 +177,14 @@ def test_a_token_is_the_argmax_of_its_own_logits_and_noise(name, order, settings
         tokens, walk, count = torch.zeros(1, size, dtype=torch.long), model.order, 0
         if model.any_order:  # known tokens first, so that all others are conditioned on all of them
             walk, count = walk[torch.argsort(~known[k].flatten()[walk], stable=True)], int(known[k].sum())
+        last = max(cut for cut in (0, count, *accumulate(model.blocks)) if cut < size)  # where the last block begins
         for rank, position in enumerate(walk.tolist()):
             begin = max(cut for cut in (0, count, *accumulate(model.blocks)) if cut <= rank)  # of its block
             seen = torch.zeros_like(tokens)
             seen[:, walk[:begin]] = tokens[:, walk[:begin]]
             both, classes = seen.expand(2, size).reshape(2, *model.grid.shape), torch.tensor([int(labels[k]), 3])
             pair = model(both, classes, **walked(model, walk, count)).detach()[:, position]
-            logits = pair[1] + settings.get("guidance_scale", 1.0) * (pair[0] - pair[1])  # 3 is the null class
+            logits = pair[1] + scale(settings, begin / max(1, last)) * (pair[0] - pair[1])  # 3 is the null class
             logits = logits / settings.get("temperature", 1.0)
             descending = logits.sort(descending=True)
             allowed = descending.indices[: settings.get("top_k", 5)].tolist()
@@ -182,7 +199,7 @@ def test_a_token_is_the_argmax_of_its_own_logits_and_noise(name, order, settings
 @every_prior
 @pytest.mark.parametrize(
     "settings",
-    [{"top_k": 3, "top_p": 0.8}, {"guidance_scale": 2.0}, {"temperature": 0.0}],
+    [{"top_k": 3, "top_p": 0.8}, {"guidance_scale": 2.0}, {"guidance_end": 2.0}, {"temperature": 0.0}],
 )
 def test_what_rounding_could_turn_is_left_to_one_computation(name, settings, monkeypatch):
     """Steps and passes that round otherwise (here by far more than they do) make the same images."""
@@ -190,7 +207,7 @@ def test_what_rounding_could_turn_is_left_to_one_computation(name, settings, mon
     labels = torch.arange(40) % 4
     monkeypatch.setattr(model, "rounding", 0.1)
     expected = model.sample(40, labels, generator=generators(40), **settings)
-    step, forward, plain = model.next_logits, type(model).forward, settings.get("guidance_scale", 1.0) == 1
+    step, forward, plain = model.next_logits, type(model).forward, not {"guidance_scale", "guidance_end"} & {*settings}
 
     def rounded(logits):
         return logits + 0.05 * (2 * torch.rand(logits.shape) - 1) * (1 if plain else 0.3)
@@ -213,7 +230,9 @@ def test_what_rounding_could_turn_is_left_to_one_computation(name, settings, mon
 
 
 @every_prior
-@pytest.mark.parametrize("settings", [{}, {"top_k": 3}, {"top_p": 0.8}, {"guidance_scale": 2.0}, {"temperature": 0.0}])
+@pytest.mark.parametrize(
+    "settings", [{}, {"top_k": 3}, {"top_p": 0.8}, {"guidance_scale": 2.0}, {"temperature": 0.0}, COURSE]
+)
 def test_an_image_does_not_depend_on_its_batch(name, settings):
     model = make_prior(name, shape=(4, 4), vocab_size=17)
     labels = torch.arange(9) % 3
@@ -253,8 +272,27 @@ def test_guidance_scale_one_is_no_guidance(name):
     plain = model.sample(4, labels, generator=generators(4))
     assert torch.equal(plain, model.sample(4, labels, generator=generators(4), guidance_scale=1.0))
     assert not torch.equal(plain, model.sample(4, labels, generator=generators(4), guidance_scale=8.0))
-    with pytest.raises(ValueError, match="needs labels"):
-        model.sample(4, guidance_scale=2.0)
+    for settings in ({"guidance_scale": 2.0}, {"guidance_end": 2.0}, {"guidance_scale": 2.0, "guidance_end": 1.0}):
+        with pytest.raises(ValueError, match="needs labels"):
+            model.sample(4, **settings)
+
+
+@every_prior
+def test_a_course_of_guidance_is_that_of_each_token(name):
+    """Its first block is drawn as a constant guidance of its beginning draws it; and where it goes nowhere, all is."""
+    model, labels = make_prior(name), torch.arange(40) % 3
+    drawn = [
+        model.sample(40, labels, generator=generators(40), **settings).flatten(1)
+        for settings in (
+            {"guidance_scale": 3.0},
+            {"guidance_scale": 3.0, "guidance_end": 3.0, "guidance_power": 2.0},
+            {"guidance_scale": 3.0, "guidance_end": 0.0},
+            {"guidance_scale": 0.0},
+        )
+    ]
+    first = model.order[: model.blocks[0]]
+    assert torch.equal(drawn[0], drawn[1]) and torch.equal(drawn[0][:, first], drawn[2][:, first])
+    assert not torch.equal(drawn[0], drawn[2]) and not torch.equal(drawn[2], drawn[3])
 
 
 @every_order

@@ -210,7 +210,7 @@ def test_known_tokens_are_kept_and_seen():
 
 def test_an_image_does_not_depend_on_its_batch():
     model, labels = make(shape=(4, 4), vocab_size=7), torch.arange(9) % 3
-    for settings in ({}, {"guidance_scale": 2.0, "top_k": 4}, {"temperature": 0.5}):
+    for settings in ({}, {"guidance_scale": 2.0, "top_k": 4}, {"temperature": 0.5}, {"guidance_end": 3.0}):
         together = model.sample(9, labels, generator=generators(9), steps=4, **settings)
         for size in (1, 2, 5):
             parts = [

@@ -28,6 +28,7 @@ def test_parallel_equals_sequential(name, order):
         {},
         {"temperature": 0.7, "top_p": 0.8},
         {"guidance_scale": 2.0, "top_k": 3},
+        {"guidance_end": 3.0, "guidance_power": 1.5, "tokens": tokens, "known": known},
         {"temperature": 0.0},
         {"tokens": tokens, "known": known},
     ):
@@ -135,7 +136,7 @@ def test_a_guess_changes_passes_but_no_token(name):
     guesses = [make_prior("marginal", grid=model.grid).train(), stranger.train(), model]
     for settings in (
         {},
-        {"guidance_scale": 2.0, "top_k": 5, "temperature": 0.8},
+        {"guidance_scale": 2.0, "top_k": 5, "temperature": 0.8, "guidance_end": 0.5},
         {"tokens": tokens, "known": known},
     ):
         expected = model.sample(8, labels, generator=generators(8), **settings)

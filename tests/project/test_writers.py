@@ -52,7 +52,9 @@ TRAPS: dict[str, dict[str, str]] = {
     "somebody's manifest": {"manifest.json": '{"files": {"data.bin": {"sha256": "0", "size": 1}}}', "data.bin": "1"},
     "a manifest of ours, but not the files": {
         "manifest.json": '{"kind": "results", "files": {}}',
-        **dict.fromkeys(("samples.png", "scores.csv", "probe.csv", "evaluation.json", "00000.png"), "mine"),
+        **dict.fromkeys(
+            ("samples.png", "scores.csv", "probe.csv", "evaluation.json", "tuning.json", "00000.png"), "mine"
+        ),
         "config.yaml": "out: elsewhere",
     },
     "one file": {"thesis.tex": "years of work"},
@@ -455,6 +457,7 @@ WRITING = {
     "pipelines/tokens/parquet.py": "a dataset, in a folder that is being made",
     "pipelines/stages/base.py": "a pipeline, in a folder that is being made",
     "pipelines/evaluate.py": "results, in a folder that is being made",
+    "pipelines/commands/tune.py": "results, in a folder that is being made",
     "pipelines/commands/detect.py": "results, in a folder that is being made",
     "pipelines/commands/probe.py": "results, in a folder that is being made",
     "pipelines/commands/compress.py": "a stream, under a temporary name",

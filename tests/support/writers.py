@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import save_file
 
 from pipelines import encode, evaluate, generate, train_prior, train_tokenizer
-from pipelines.commands import complete, compress, decompress, detect, import_, probe, push, reconstruct, search
+from pipelines.commands import complete, compress, decompress, detect, import_, probe, push, reconstruct, search, tune
 from pipelines.commands import inspect_ as inspect
 from pipelines.tokens import load_tokens
 from pipelines.training.checkpoints.states import save_state
@@ -79,6 +79,17 @@ WRITERS: dict[str, Writer] = {
     ),
     "evaluate": Writer(
         verb(evaluate, "pipeline={pipeline}", *DATA, "num_samples=0", "update_card=false"), "results", "pipeline"
+    ),
+    "tune": Writer(
+        verb(
+            tune,
+            "pipeline={pipeline}",
+            *DATA,
+            *("data.split=test", "data.held_out=train", "data.validation_fraction=0.7", "feature_steps=0"),
+            *("num_images=50", "minutes=0.001", "store=false"),
+        ),
+        "results",
+        "pipeline",
     ),
     "generate, a grid": Writer(verb(generate, "pipeline={pipeline}", "num_images=2"), "file", "picture", ".png"),
     "generate, npz": Writer(verb(generate, "pipeline={pipeline}", "num_images=2"), "file", "pipeline", ".npz"),

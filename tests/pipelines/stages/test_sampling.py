@@ -247,6 +247,7 @@ def test_steps_of_a_masked_token_prior(tmp_path, monkeypatch):
         make_pipeline()(2, warmth=3)
 
 
+NO_GUIDANCE = {"guidance_scale": 1.0, "guidance_end": None, "guidance_power": None}
 SHARED = {"temperature": 1.0, "top_k": None, "top_p": None, "guidance_scale": 1.0}
 
 
@@ -255,6 +256,7 @@ SHARED = {"temperature": 1.0, "top_k": None, "top_p": None, "guidance_scale": 1.
     [
         ("gpt", {}, {}),
         ("masked", {}, {}),
+        ("gpt", {"guidance_end": 3.0, "guidance_power": 2.0}, {"guidance_end": 3.0, "guidance_power": 2.0}),
         ("masked", {"schedule": "cosine", "confidence_temperature": 4.5, "steps": None}, {}),
         ("masked", {"steps": 6, "confidence_temperature": 50.0}, {"steps": 6, "confidence_temperature": 50.0}),
     ],
@@ -267,7 +269,24 @@ def test_what_a_prior_declares_is_a_default_that_travels(tmp_path, prior, own, s
     assert list(index["sampler"].items()) == list({**SHARED, **saved}.items())
     loaded = ImagePipeline.from_pretrained(tmp_path / "pipe")
     assert loaded.sampler == pipe.sampler
-    assert torch.equal(loaded(9, seed=0).tokens, make_like(pipe, {})(9, seed=0, **own).tokens)
+    plain, labels = make_like(pipe, {}), [0, 1, 2] * 3
+    assert torch.equal(loaded(9, labels, seed=0).tokens, plain(9, labels, seed=0, **own).tokens)
+    assert torch.equal(loaded(9, seed=0).tokens, make_like(pipe, {**own, **NO_GUIDANCE})(9, seed=0).tokens)
+
+
+def test_the_course_of_guidance_is_one_choice():
+    """What is given takes the place of the pipeline's from there on: a constant is a constant."""
+    pipe, given = make_pipeline(), {"guidance_scale": 2.0, "guidance_end": 4.0, "guidance_power": 3.0}
+    own, labels = make_like(pipe, given), [0, 1, 2] * 4
+
+    def of(pipeline, **settings):
+        return pipeline(12, labels, seed=0, **settings).tokens
+
+    assert torch.equal(of(own), of(pipe, **given)) and not torch.equal(of(own), of(pipe, guidance_scale=2.0))
+    assert torch.equal(of(own, guidance_scale=1.0), of(pipe))
+    assert torch.equal(of(own, guidance_end=9.0), of(pipe, guidance_scale=2.0, guidance_end=9.0))
+    assert torch.equal(of(own, guidance_power=0.5), of(pipe, **{**given, "guidance_power": 0.5}))
+    assert torch.equal(own(3, seed=0).tokens, pipe(3, seed=0).tokens)  # no class, no guidance
 
 
 def test_a_setting_of_no_prior_is_found_in_no_keys():

@@ -46,7 +46,13 @@ def test_all_but_made_are_captured():
 
 @pytest.mark.parametrize("name", CAPTURED)
 @pytest.mark.parametrize(
-    "settings", [{}, {"guidance_scale": 2.0, "temperature": 0.7, "top_k": 3, "top_p": 0.9}, {"known": True}]
+    "settings",
+    [
+        {},
+        {"guidance_scale": 2.0, "temperature": 0.7, "top_k": 3, "top_p": 0.9},
+        {"known": True},
+        {"guidance_end": 3.0, "guidance_power": 1.5},
+    ],
 )
 def test_graphs_draw_the_same_tokens(name, settings, monkeypatch):
     """From the second call on, in batches of other sizes that share the graphs, and in others."""

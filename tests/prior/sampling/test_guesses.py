@@ -22,6 +22,7 @@ def test_more_guesses_change_no_token(name_and_order, width, monkeypatch):
     for settings in (
         {},
         {"guidance_scale": 2.0, "top_k": 3, "temperature": 0.7},
+        {"guidance_end": 3.0},
         {"temperature": 0.0},
         {"tokens": tokens, "known": known},
     ):

@@ -4,6 +4,7 @@ Covers: prior/sampling/filters.py, prior/sampling/generators.py, prior/sampling/
 """
 
 import itertools
+import math
 
 import pytest
 import torch
@@ -49,16 +50,21 @@ def ways_to_compute(model, tokens, labels):
         ]
 
 
+def scales_of(sampler, model):
+    """The scale of guidance at each rank of the model's own walk."""
+    return sampler.scales_by_rank(model.blocks, model.device)
+
+
 def turned(model, sampler, ways, draws):
     """How many of `draws` decisions per row come out otherwise, and how many of these with a lead above the tolerance.
     Guided rows are those of twice as many images."""
     alone, others = ways
-    largest = sampler.largest(alone).cummax(1).values.clamp(min=1)
-    tolerance, found = sampler.tolerance(model.rounding) * largest, [0, 0]
+    largest, scale = sampler.largest(alone).cummax(1).values.clamp(min=1), scales_of(sampler, model)
+    tolerance, found = sampler.tolerance(model.rounding, scale) * largest, [0, 0]
     for other, _ in itertools.product(others, range(draws)):
-        noise = gumbel(sampler.guide(alone).shape, torch.default_generator)
-        wanted = sampler.choose(sampler.guide(alone), noise)
-        ids, close = sampler.decide(sampler.guide(other), noise, tolerance)
+        noise = gumbel(sampler.guide(alone, scale).shape, torch.default_generator)
+        wanted = sampler.choose(sampler.guide(alone, scale), noise)
+        ids, close = sampler.decide(sampler.guide(other, scale), noise, tolerance)
         found[0] += int((ids != wanted).sum())
         found[1] += int(((ids != wanted) & ~close).sum())
     return found
@@ -72,12 +78,13 @@ def test_rounding_turns_no_decision_with_a_lead_above_the_tolerance(name, deviat
     model = sharpened(make_prior(name, shape=(4, 4), vocab_size=17), deviation)
     tokens, labels = torch.cat([draw_tokens(model, 4)] * 2), torch.tensor([0, 1, 2, 1, 3, 3, 3, 3])
     ways = ways_to_compute(model, tokens, labels)
-    for sampler in (Sampler(), Sampler(guidance_scale=4.0), Sampler(guidance_scale=0.3)):
-        allowed = sampler.tolerance(model.rounding) * sampler.largest(ways[0]).cummax(1).values.clamp(min=1)
+    for sampler in (Sampler(), Sampler(guidance_scale=4.0), Sampler(guidance_scale=0.3), Sampler(guidance_end=4.0)):
+        scale, largest = scales_of(sampler, model), sampler.largest(ways[0]).cummax(1).values.clamp(min=1)
+        allowed = sampler.tolerance(model.rounding, scale) * largest
         for other in ways[1]:
-            off = sampler.guide(other) - sampler.guide(ways[0])
+            off = sampler.guide(other, scale) - sampler.guide(ways[0], scale)
             assert (off.amax(-1) - off.amin(-1) <= allowed / 2).all(), "less than half is to spare"
-    for settings in ({}, {"temperature": 0.5, "top_p": 0.9, "top_k": 12}, {"guidance_scale": 4.0}):
+    for settings in ({}, {"temperature": 0.5, "top_p": 0.9, "top_k": 12}, {"guidance_scale": 4.0, "guidance_end": 1.0}):
         assert turned(model, Sampler(**settings), ways, 100)[1] == 0
 
 
@@ -89,6 +96,48 @@ def test_rounding_of_a_deep_model_turns_decisions_but_none_above_the_tolerance()
     ways = ways_to_compute(sharpened(model, 10.0), torch.randint(512, (2, 16, 16)), torch.arange(2))
     some, above = turned(model, Sampler(), ways, 660)
     assert some > 0 and above == 0
+
+
+# The course of guidance
+
+
+def test_guidance_goes_from_its_scale_to_its_end():
+    """In t, the rank of a token's block as a share of the last one's; the two ends to the last bit."""
+    chain, cut = [1] * 5, (1, 3, 4)
+    assert Sampler(guidance_scale=0.1, guidance_end=0.7).scales(chain) == pytest.approx([0.1, 0.25, 0.4, 0.55, 0.7])
+    for start, end, power in itertools.product((0.1, 1.0, 3.3), (0.0, 0.7, 4.1), (None, 0.5, 1.0, 2.75, 200.0)):
+        sampler = Sampler(guidance_scale=start, guidance_end=end, guidance_power=power)
+        scales = sampler.scales(chain)
+        assert (scales[0], scales[-1]) == (start, end) and sampler.scales([7]) == [start]
+        assert scales == sorted(scales, reverse=end < start), "it goes one way, so that none is larger than both ends"
+        assert sampler.copies == 2 and sampler.scales(cut)[1] == pytest.approx(sampler.scales(chain)[1]), "1/4 of 4"
+    sampler = Sampler(guidance_end=3.0, guidance_power=2.0)
+    assert sampler.scales(chain) == pytest.approx([1 + (1 - math.cos(math.pi * (r / 4) ** 2)) for r in range(5)])
+    by_rank = Sampler(guidance_end=3.0).scales_by_rank(cut, torch.device("cpu"))
+    assert by_rank.tolist() == [1.0, 1.5, 1.5, 1.5, 3.0, 3.0, 3.0, 3.0], "tokens of a block are guided alike"
+
+
+def test_a_course_that_ends_where_it_begins_is_constant():
+    """The same numbers, not tensors of them: the same kernels, to the last bit."""
+    for sampler in (Sampler(guidance_scale=1.7), Sampler(guidance_scale=1.7, guidance_end=1.7, guidance_power=2.0)):
+        assert sampler.scales_by_rank((2, 3), torch.device("cpu")) == 1.7 and sampler.scales((2, 3)) == [1.7, 1.7]
+    assert Sampler(guidance_end=1.0).copies == 1 and Sampler(guidance_scale=3.0, guidance_end=1.0).copies == 2
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"guidance_end": -1.0}, r"guidance_end must be a finite number >= 0, or None \(got -1.0\)"),
+        ({"guidance_end": float("nan")}, "guidance_end must be a finite number"),
+        ({"guidance_end": float("inf")}, "guidance_end must be a finite number"),
+        ({"guidance_end": 2.0, "guidance_power": 0.0}, "guidance_power must be a finite number > 0"),
+        ({"guidance_end": 2.0, "guidance_power": float("inf")}, "guidance_power must be a finite number > 0"),
+        ({"guidance_power": 2.0}, "guidance_power needs a guidance_end"),
+    ],
+)
+def test_a_course_that_goes_nowhere_is_refused(settings, message):
+    with pytest.raises(ValueError, match=message):
+        Sampler(**settings)
 
 
 # Filters

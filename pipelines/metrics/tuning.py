@@ -1,0 +1,238 @@
+"""Which settings of sampling are best: a search by Frechet distance that is affordable, and what it may not cost.
+
+All settings are tried with the same seeds (common random numbers: the noise of a comparison is that of what differs).
+A line of guidance comes first, constant and with a course; then what lies beside the best of it; then temperature and
+filters there. The best of many trials is best by luck, too: the finalists are drawn again, more of them and with other
+seeds, and only these figures choose.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+
+from prior.sampling import Sampler
+
+CONSTANTS = (1.0, 1.5, 2.0, 2.5, 3.0, 4.0)
+ENDS = {"linear": (2.0, 3.0, 4.0, 6.0), "power-cosine": (3.0, 4.5, 7.0, 10.0)}
+POWER, OTHER_POWERS, OTHER_STARTS = 1.5, (0.75, 3.0), (0.5, 1.5)
+TEMPERATURES = (0.85, 0.92, 1.08, 1.16)
+TOP_P = (0.98, 0.95, 0.9)
+TOP_K = (4, 16)  # the vocabulary, divided by these
+FARTHER, STEPS_BEYOND = 1.5, 2  # a line whose best is its last goes on so far, so many times
+HOPELESS = 1.25  # times the lowest distance: a course whose best is above it is not refined
+FINALISTS, FINAL_TIMES, FINAL_SEED = 4, 2, 1 << 24
+UNITS = 45  # trials that a search takes, those of the finals counted by their images
+RECALL_KEPT, AGREEMENT_LOST = 0.75, 0.03
+
+RULE = (
+    f"the lowest Frechet distance of finalists that keep {RECALL_KEPT:.0%} of the recall at temperature 1 without "
+    f"guidance and filters, and whose class agreement is at most {AGREEMENT_LOST:.2f} below the higher one of that and "
+    "of the settings before"
+)
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Of samples: their Frechet distance and recall against validation images, and class agreement (None: there are no
+    classes)."""
+
+    frechet_distance: float
+    recall: float
+    class_agreement: float | None = None
+
+
+@dataclass(frozen=True)
+class Trial:
+    """Settings that were tried, with so many images of these seeds on, and how long that took."""
+
+    stage: str
+    sampler: Sampler
+    num_images: int
+    seed: int
+    scores: Scores
+    seconds: float
+
+    @property
+    def distance(self) -> float:
+        """What is to be low."""
+        return self.scores.frechet_distance
+
+
+Judge = Callable[[str, Sampler, int, int], Trial]
+"""Tries settings in a stage, with so many images, from a seed on."""
+
+
+class OutOfTime(Exception):
+    """There is no time for another trial before the finals."""
+
+
+def plain(sampler: Sampler) -> Sampler:
+    """`sampler` at temperature 1, without guidance and filters: the model as it is."""
+    return replace(sampler.unguided(), temperature=1.0, top_k=None, top_p=None)
+
+
+def course_of(sampler: Sampler) -> str:
+    """How its guidance goes."""
+    if sampler.guidance_end is None:
+        return "constant"
+    return "linear" if sampler.guidance_power is None else "power-cosine"
+
+
+def told(sampler: Sampler) -> str:
+    """The settings in words."""
+    words = [f"guidance {sampler.guidance_scale:.4g}"] if sampler.guides else []
+    if not sampler.constant:
+        words = [f"{words[0]} to {sampler.guidance_end:.4g}"]
+        words += [] if sampler.guidance_power is None else [f"power {sampler.guidance_power:.4g}"]
+    words += [] if sampler.temperature == 1 else [f"temperature {sampler.temperature:.4g}"]
+    words += [f"top-k {sampler.top_k}"] if sampler.top_k is not None else []
+    words += [f"top-p {sampler.top_p:.4g}"] if sampler.top_p is not None else []
+    return ", ".join(words) or "plain"
+
+
+def keeps_enough(trial: Trial, reference: Sequence[Trial]) -> bool:
+    """Whether its recall and agreement are not far worse than those of the `reference`: the plain settings, and those
+    before, tried with as many images. See `RULE`."""
+    if trial.scores.recall < RECALL_KEPT * reference[0].scores.recall:
+        return False
+    agreed = [each.scores.class_agreement for each in reference if each.scores.class_agreement is not None]
+    mine = trial.scores.class_agreement
+    return mine is None or not agreed or mine >= max(agreed) - AGREEMENT_LOST
+
+
+def best_of(trials: Iterable[Trial], reference: Sequence[Trial]) -> list[Trial]:
+    """In ascending order of their distance those that keep enough; all of them if none does."""
+    ordered = sorted(trials, key=lambda trial: trial.distance)
+    return [trial for trial in ordered if keeps_enough(trial, reference)] or ordered
+
+
+class Search:
+    """Trials of settings, from those `own` to a pipeline on. guided: whether there are classes to guide towards; left:
+    the seconds that are left. Sizes: images of a trial, of which finalists have `FINAL_TIMES` as many."""
+
+    def __init__(
+        self,
+        judge: Judge,
+        own: Sampler,
+        *,
+        guided: bool,
+        vocab_size: int,
+        num_images: int,
+        seed: int = 0,
+        left: Callable[[], float] = lambda: float("inf"),
+    ) -> None:
+        self.judge, self.own, self.guided, self.vocab_size = judge, own, guided, vocab_size
+        self.num_images, self.seed, self.left = num_images, seed, left
+        self.trials: list[Trial] = []
+        self.finals: list[Trial] = []
+        self.reference: list[Trial] = []
+        self.ended = ""
+
+    def run(self) -> Trial:
+        """Search, and return the trial of the settings that are chosen, one of the `finals`."""
+        self.reference = [self.tried("reference", sampler) for sampler in (plain(self.own), self.own)]
+        try:
+            if self.guided:
+                self.search_guidance()
+            self.search_temperature()
+            self.search_filters()
+        except OutOfTime:
+            self.ended = "the time was up before all of the search was done"
+        return self.decide()
+
+    def tried(self, stage: str, sampler: Sampler) -> Trial:
+        """The trial of these settings, which may have been made before. Raises `OutOfTime`."""
+        for trial in self.trials:
+            if trial.sampler == sampler:
+                return trial
+        slowest = max((trial.seconds for trial in self.trials), default=0.0)
+        finals = FINAL_TIMES * (FINALISTS + 2) * slowest
+        if stage != "reference" and self.left() < finals + slowest:
+            raise OutOfTime
+        self.trials.append(self.judge(stage, sampler, self.num_images, self.seed))
+        return self.trials[-1]
+
+    def best(self) -> Trial:
+        """Of all trials so far."""
+        return best_of(self.trials, self.reference)[0]
+
+    # Stages
+
+    def line(self, course: str, values: Sequence[float]) -> list[Trial]:
+        """Trials along a line of guidance, on from its end while that is the best."""
+        base, made = plain(self.own), list[Trial]()
+        todo = list(values)
+        while todo:
+            made.append(self.tried("guidance", with_course(base, course, todo.pop(0))))
+            is_last = not todo and min(made, key=lambda trial: trial.distance) is made[-1]
+            if is_last and len(made) < len(values) + STEPS_BEYOND:
+                todo.append(round(strength(made[-1].sampler) * FARTHER, 1))
+        return made
+
+    def search_guidance(self) -> None:
+        """Constant guidance, and guidance that goes to an end; then what lies beside the best of each."""
+        lines = {"constant": self.line("constant", CONSTANTS)}
+        lines |= {course: self.line(course, ends) for course, ends in ENDS.items()}
+        lowest = min(trial.distance for line in lines.values() for trial in line)
+        for course, line in lines.items():
+            peak = min(line, key=lambda trial: trial.distance)
+            if peak.distance <= HOPELESS * lowest:
+                for value in beside(peak, line):
+                    self.tried("beside", with_course(plain(self.own), course, value))
+        best = self.best().sampler
+        if best.guidance_end is not None:
+            for start in OTHER_STARTS:
+                self.tried("start", replace(best, guidance_scale=start))
+        if best.guidance_power is not None:
+            best = self.best().sampler
+            for power in OTHER_POWERS if best.guidance_power == POWER else ():
+                self.tried("power", replace(best, guidance_power=power))
+
+    def search_temperature(self) -> None:
+        """Temperatures about that of the best so far, which is 1 unless the pipeline's own is better."""
+        best = self.best().sampler
+        for factor in TEMPERATURES:
+            self.tried("temperature", replace(best, temperature=round(best.temperature * factor, 3)))
+
+    def search_filters(self) -> None:
+        """Masses and counts of ids to draw from."""
+        best = self.best().sampler
+        for mass in TOP_P:
+            self.tried("top-p", replace(best, top_p=mass))
+        for part in TOP_K:
+            if self.vocab_size // part > 1:
+                self.tried("top-k", replace(best, top_k=self.vocab_size // part))
+
+    def decide(self) -> Trial:
+        """The best of the finalists, which are drawn again with other seeds."""
+        ahead = [trial.sampler for trial in best_of(self.trials, self.reference)[:FINALISTS]]
+        images, seed = FINAL_TIMES * self.num_images, self.seed + FINAL_SEED
+        for sampler in dict.fromkeys([plain(self.own), self.own, *ahead]):
+            self.finals.append(self.judge("final", sampler, images, seed))
+        reference = [self.final_of(plain(self.own)), self.final_of(self.own)]
+        return best_of(self.finals, reference)[0]
+
+    def final_of(self, sampler: Sampler) -> Trial:
+        """The trial of these settings in the finals."""
+        return next(trial for trial in self.finals if trial.sampler == sampler)
+
+
+def with_course(base: Sampler, course: str, value: float) -> Sampler:
+    """`base` with constant guidance of this scale, or with guidance from 1 to it."""
+    if course == "constant":
+        return replace(base, guidance_scale=value)
+    return replace(base, guidance_end=value, guidance_power=POWER if course == "power-cosine" else None)
+
+
+def strength(sampler: Sampler) -> float:
+    """The scale of guidance, or that at its end."""
+    return sampler.guidance_scale if sampler.guidance_end is None else sampler.guidance_end
+
+
+def beside(peak: Trial, line: Sequence[Trial]) -> list[float]:
+    """The middles between the strength of the `peak` of a line and those next to it."""
+    strengths = sorted(strength(trial.sampler) for trial in line)
+    at = strengths.index(strength(peak.sampler))
+    near = strengths[max(0, at - 1) : at] + strengths[at + 1 : at + 2]
+    return [round((value + strengths[at]) / 2, 3) for value in near]

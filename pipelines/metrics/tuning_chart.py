@@ -1,0 +1,66 @@
+"""The picture of a search: Frechet distance, class agreement and recall over the strength of guidance."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import partial
+from typing import Any
+
+from .charts import Chart, Pixels, charts_in_row, lines
+from .pages import page
+from .tuning import POWER, Trial, course_of, strength
+
+WIDTH, HEIGHT = 460, 330  # of a chart
+FIGURES = {
+    "frechet_distance": ("Frechet distance", "lower is better"),
+    "class_agreement": ("Class agreement", "share of samples"),
+    "recall": ("Recall", "share of validation images"),
+}
+CEILING = 3.0  # times the lowest distance: what is above it is cut off
+Points = list[tuple[float, float]]
+
+
+def picture(trials: Sequence[Trial], best: Trial, facts: Mapping[str, Any]) -> Pixels:
+    """Charts side by side: over the scale of guidance, or that at its end, of trials at temperature 1 without filters;
+    where nothing was guided, over temperature."""
+    guided = [trial for trial in trials if trial.stage in ("guidance", "beside")]
+    label = "scale of guidance: constant, or at the last token (from 1 at the first)"
+    series = courses_in(guided) if guided else {"temperature": [t for t in trials if is_temperature(t)]}
+    over = (lambda trial: strength(trial.sampler)) if guided else (lambda trial: trial.sampler.temperature)
+    charts: list[Chart] = []
+    for name, (title, unit) in FIGURES.items():
+        found = {course: points(those, over, name) for course, those in series.items()}
+        if any(found.values()):
+            top = CEILING if name == "frechet_distance" else None
+            labels = (label if guided else "temperature", unit)
+            charts.append(partial(lines, title=title, series=found, labels=labels, ceiling=top))
+    heading = [
+        f"chosen: {facts['told']}",
+        f"Frechet distance {facts['frechet_distance']:.3f} (before, {facts['before']}: "
+        f"{facts['frechet_distance_before']:.3f}), {best.num_images} samples each, new seeds; curves: "
+        f"{trials[0].num_images} samples, {facts['feature_space']}",
+        f"{facts['validation_images']:,} {facts['images']}",
+    ]
+    return page("Sampling settings", heading, [charts_in_row(charts, WIDTH * len(charts), HEIGHT)])
+
+
+def courses_in(trials: Sequence[Trial]) -> dict[str, list[Trial]]:
+    """Trials by the course of guidance, in words; constant guidance of 1 is where all begin."""
+    names = {"constant": "constant", "linear": "linear", "power-cosine": f"power-cosine {POWER:g}"}
+    found: dict[str, list[Trial]] = {name: [] for name in names.values()}
+    for trial in trials:
+        found[names[course_of(trial.sampler)]].append(trial)
+    unguided = [trial for trial in found["constant"] if not trial.sampler.guides]
+    return {name: those if name == "constant" else unguided + those for name, those in found.items() if those}
+
+
+def is_temperature(trial: Trial) -> bool:
+    """Whether nothing but its temperature is chosen."""
+    sampler = trial.sampler
+    return trial.stage in ("reference", "temperature") and not sampler.guides and not sampler.filters
+
+
+def points(trials: Sequence[Trial], over: Any, name: str) -> Points:
+    """Where the trials lie, ascending; none where they have no such figure."""
+    found = [(over(trial), getattr(trial.scores, name)) for trial in trials]
+    return sorted({point for point in found if point[1] is not None})
