@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import math
 from functools import partial
 from pathlib import Path
 from shlex import quote
-from typing import Annotated, Any, cast
+from typing import TYPE_CHECKING, Annotated, Any, Literal, cast
 
 import numpy as np
 import torch
@@ -14,22 +13,29 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from prior import Prior
+from prior.alignment import Alignment, alignment_problem
+from prior.objective import Likelihood
 from prior.sampling import GUIDANCE
 from tokenizer.settings import Node
 
 from .config import Config, UserError, run_command
 from .image_pipeline import ImagePipeline
 from .metrics.likelihood import bits_per_token, rows_evaluated
+from .shuffling.draws import DROPOUT, OTHER, by_row, other_labels, perturbed
 from .shuffling.epochs import samples_of
-from .shuffling.hashing import uniforms
 from .stages.index import PIPELINE
+from .stages.starting import model_of, start_from
 from .tokens import TokenDataset, TokenSplit, load_tokens
 from .tracking import TrackConfig
 from .training.loop import train
 from .training.run_folder import model_as_begun
 from .training.schedule import TrainConfig
+from .training.sharding import is_sharding
 from .training.stopping import what_is_saved
 from .training.task import Split, Task
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
 
 
 class SamplerConfig(Config):
@@ -62,6 +68,17 @@ class SamplerConfig(Config):
         return self
 
 
+class AlignmentConfig(Config):
+    """Condition Contrastive Alignment (Chen et al. 2024), which trains guidance away."""
+
+    beta: float = Field(
+        0.02, gt=0, description="how soon an image counts as told apart; the goal is guidance 1 + 1/beta"
+    )
+    negatives: float | None = Field(
+        None, ge=0, description="lambda, weight of images under a wrong label; null: the number of classes"
+    )
+
+
 class TrainPriorConfig(Config):
     """A run of stage two."""
 
@@ -76,6 +93,16 @@ class TrainPriorConfig(Config):
         "memory cannot hold; null: all rows in a random order",
     )
     model: Annotated[dict[str, Any], Node("prior.base:Prior")] = Field({"kind": "gpt"}, description="the prior")
+    init: str | None = Field(
+        None,
+        description="folder or Hub id of a pipeline whose prior to start from; the model is then by default its own",
+    )
+    objective: Literal["likelihood", "cca"] | None = Field(
+        None,
+        description="likelihood, which null is, too; or cca, which fine-tunes the prior of `init`, for an epoch at a "
+        "small train.lr, to need no guidance",
+    )
+    cca: AlignmentConfig | None = Field(None, description="settings of objective=cca; null: their defaults")
     label_dropout: float = Field(
         0.1,
         ge=0,
@@ -94,19 +121,6 @@ class TrainPriorConfig(Config):
     track: TrackConfig = Field(TrackConfig(), description="where the numbers go")
 
 
-class Objective(nn.Module):
-    """A prior and its loss in one call, which DDP wraps and autocast covers: accelerate casts what a module returns to
-    float32, and logits are the largest tensor of a step."""
-
-    def __init__(self, prior: Prior) -> None:
-        super().__init__()
-        self.prior = prior
-
-    def forward(self, tokens: Tensor, labels: Tensor, inputs: dict[str, Any]) -> Tensor:
-        """`Prior.loss` of `tokens` `(B, *grid.shape)`, a scalar in nats per token. inputs: `training_inputs`."""
-        return self.prior.loss(self.prior(tokens, labels, **inputs), tokens, **inputs)
-
-
 class PriorTask(Task):
     """One player: the prior."""
 
@@ -114,19 +128,38 @@ class PriorTask(Task):
     snapshots = {"pipeline": PIPELINE}
     shows = True
 
-    def __init__(self, config: TrainPriorConfig) -> None:
+    def __init__(self, config: TrainPriorConfig, device: torch.device | str = "cpu") -> None:
         self.config, self.data = config, load_tokens(config.tokens, revision=config.revision)
         self.train_split, self.judged = training_splits(self.data)
         self.model: Prior = build_prior(config.model, self.data)
-        self.model.initialize(cast(Tensor, self.train_split.tokens), self.train_split.labels)
-        self.nets: dict[str, nn.Module] = {"model": Objective(self.model)}
+        start = start_from(self.model, self.data.class_names, config.init) if config.init else None
+        if start is None:
+            self.model.initialize(cast(Tensor, self.train_split.tokens), self.train_split.labels)
+        self.begun = start and {"source": config.init, "fingerprint": start.fingerprint()}
+        self.nets: dict[str, nn.Module] = {"model": self.make_objective(start and start.to(device))}
         self.players = {"model": list(self.model.parameters())}
         self.rows, self.tokens_per_row = len(self.train_split), len(self.data.grid)
         self.evaluated = {split: rows_evaluated(self.model, len(rows)) for split, rows in self.judged.items()}
         self.pipeline(self.model)  # raises now, before training, what it would raise after it
 
-    def batch(self, indices: np.ndarray, epochs: np.ndarray, seed: int) -> tuple[Tensor, Tensor]:
-        """Tokens `(B, *grid.shape)` and labels `(B,)`, the null class where dropped or where the data has none."""
+    def make_objective(self, reference: Prior | None) -> nn.Module:
+        """What turns a batch into a loss. Raises `UserError` for a prior, or data, that it cannot be of."""
+        if self.config.objective != "cca":
+            return Likelihood(self.model)
+        if reference is None:
+            raise UserError("init: missing; objective=cca fine-tunes the prior of a trained pipeline, init=PIPELINE")
+        if problem := alignment_problem(self.model):
+            raise UserError(f"objective: cca {problem}")
+        self.counts = torch.bincount(cast(Tensor, self.train_split.labels).long(), minlength=self.data.num_classes)
+        if int(self.counts.count_nonzero()) < 2:
+            raise UserError("objective: cca needs training rows of two classes or more")
+        settings = self.config.cca or AlignmentConfig()
+        weight = self.data.num_classes if settings.negatives is None else settings.negatives
+        return Alignment(self.model, reference, settings.beta, weight)
+
+    def batch(self, indices: np.ndarray, epochs: np.ndarray, seed: int) -> tuple[Tensor, ...]:
+        """Tokens `(B, *grid.shape)` and labels `(B,)`, the null class where dropped or where the data has none; for an
+        objective that contrasts them, also labels `(B,)` that the images do not have."""
         rows, labels = torch.from_numpy(indices), self.train_split.labels
         tokens = self.train_split.rows(indices)
         if self.config.perturb:
@@ -134,23 +167,20 @@ class PriorTask(Task):
         null = torch.full((len(rows),), self.data.num_classes)
         if labels is None:
             return tokens, null
-        # A function of (seed, epoch, row), so that any number of processes drops the same labels.
-        draws = np.empty(len(rows))
-        for epoch in np.unique(epochs):
-            draws[epochs == epoch] = uniforms(seed, int(epoch), indices[epochs == epoch], columns=(0,))[:, 0]
-        dropped = torch.from_numpy(draws < self.config.label_dropout)
-        return tokens, torch.where(dropped, null, labels[rows].long())
+        own, dropped = labels[rows].long(), by_row(indices, epochs, seed, DROPOUT) < self.config.label_dropout
+        given = torch.where(torch.from_numpy(dropped), null, own)
+        if self.config.objective != "cca":
+            return tokens, given
+        return tokens, given, other_labels(own, self.counts, by_row(indices, epochs, seed, OTHER))
 
     def samples(self, batch_size: int, seed: int, step: int) -> tuple[np.ndarray, np.ndarray]:
         """All rows in a random order, or in blocks where `blocks` is set."""
         return samples_of(self.rows, batch_size, seed, step, self.config.blocks)
 
     def loss(self, player: str, batch: Any, step: int) -> tuple[Tensor, dict[str, Tensor]]:
-        """The prior's own objective in nats per token, on the orders or masks that it draws for this step."""
-        tokens, labels = batch
-        inputs = self.model.training_inputs(tokens, self.progress)
-        loss = self.nets["model"](tokens, labels, inputs)
-        return loss, {"bits_per_token": loss.detach() / math.log(2)}
+        """The objective, on the orders or masks that the prior draws for this step."""
+        loss, terms = self.nets["model"](*batch, self.model.training_inputs(batch[0], self.progress))
+        return loss, terms
 
     def preview(self, model: nn.Module) -> dict[str, np.ndarray]:
         """Samples, one class per column, with the same seeds at every step."""
@@ -161,8 +191,8 @@ class PriorTask(Task):
         return {"bits_per_token": bits_per_token(model, self.judged[split], self.evaluated[split], team=self.team)}
 
     def score(self, evaluation: dict[str, float]) -> float | None:
-        """Fewer bits are better."""
-        return -evaluation["bits_per_token"]
+        """Fewer bits are better; of a prior that is to need no guidance, they say nothing."""
+        return None if self.config.objective == "cca" else -evaluation["bits_per_token"]
 
     def quality(self, evaluation: dict[str, float]) -> str:
         """Bits per token; an upper bound where the prior is not exact."""
@@ -185,6 +215,8 @@ class PriorTask(Task):
     def save(self, model: nn.Module, run: Path, facts: dict[str, Any]) -> None:
         """The pipeline's folder, with where its images came from and a sample grid on its card."""
         pipeline = self.pipeline(model)
+        if self.begun:
+            facts = {**facts, "objective": self.config.objective or "likelihood", "init": self.begun}
         pipeline.provenance = {**self.data.source, "prior": facts}
         grid = self.shown["samples"] if "samples" in self.shown else pipeline.sample_picture()
         pipeline.save_pretrained(run / "pipeline", sample_grid=grid)
@@ -210,28 +242,22 @@ def build_prior(node: dict[str, Any], data: TokenDataset) -> Prior:
     )
 
 
-def perturbed(
-    tokens: Tensor, indices: np.ndarray, epochs: np.ndarray, seed: int, share: float, vocab_size: int
-) -> Tensor:
-    """`tokens` `(B, ...)` of the rows `indices`, each with probability `share` replaced by a uniform id (Ren et al.
-    2019). A function of (seed, epoch, row) alone, so that it does not depend on batches and processes."""
-    found = tokens.flatten(1).numpy().copy()
-    flat, size = found.reshape(-1), found.shape[1]
-    for epoch in np.unique(epochs):
-        rows = np.flatnonzero(epochs == epoch)
-        for part in np.array_split(rows, -(-len(rows) * size // 16384)):  # as many cells as fit into the cache
-            cells, places = (row[:, None] * size + np.arange(size) for row in (indices[part], part))
-            # Column 0 of these random numbers decides on label dropout; columns 1 and 2 are used here alone.
-            here = np.flatnonzero(uniforms(seed, int(epoch), cells.reshape(-1), columns=(1,))[:, 0] < share)
-            ids = uniforms(seed, int(epoch), cells.reshape(-1)[here], columns=(2,))[:, 0] * vocab_size
-            flat[places.reshape(-1)[here]] = ids
-    return torch.from_numpy(found).reshape(tokens.shape)
+def defaults(given: dict[str, Any]) -> dict[str, Any]:
+    """The model of the pipeline `init`."""
+    model = model_of(str(given["init"])) if given.get("init") else None
+    return {} if model is None else {"model": model}
 
 
 def run(config: TrainPriorConfig) -> Path:
     """Train, and return the run folder; `pipeline/` in it is what `from_pretrained` wants."""
     config = model_as_begun(config)
-    return train(lambda accelerator: PriorTask(config), config)
+
+    def build(accelerator: Accelerator) -> Task:
+        if config.objective == "cca" and is_sharding(accelerator):
+            raise UserError("objective: cca keeps a whole copy of the prior on each process; launch it without FSDP")
+        return PriorTask(config, accelerator.device)
+
+    return train(build, config)
 
 
 main = partial(
@@ -240,6 +266,7 @@ main = partial(
     run,
     verb="train_prior",
     description=__doc__,
+    defaults=defaults,
     kept=lambda config: what_is_saved(Path(config.out)),
 )
 

@@ -8,17 +8,33 @@ in their own type. (Hsu et al. 2024, "Liger Kernel", do so in one kernel.)
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 LARGE = 1 << 25
 """The number of logits from which on their copies matter."""
 AT_ONCE = 1 << 24
 """About how many are in float32 at a time."""
+
+
+class Likelihood(nn.Module):
+    """A prior and its own loss in one call, which DDP wraps and autocast covers: accelerate casts what a module returns
+    to float32, and logits are the largest tensor of a step."""
+
+    def __init__(self, prior: Any) -> None:
+        super().__init__()
+        self.prior = prior
+
+    def forward(self, tokens: Tensor, labels: Tensor, inputs: dict[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
+        """`Prior.loss` of `tokens` `(B, *grid.shape)`, a scalar in nats per token, and what to log of it. inputs:
+        `Prior.training_inputs`."""
+        loss = self.prior.loss(self.prior(tokens, labels, **inputs), tokens, **inputs)
+        return loss, {"bits_per_token": loss.detach() / math.log(2)}
 
 
 def mean_nats(logits: Tensor, tokens: Tensor) -> Tensor:

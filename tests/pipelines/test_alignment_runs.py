@@ -1,0 +1,227 @@
+"""`init=PIPELINE`, from whose prior a run of stage two starts, and `objective=cca`, which trains guidance away.
+
+Covers: pipelines/stages/starting.py.
+"""
+
+from __future__ import annotations
+
+import math
+import shutil
+import sys
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from launch import (
+    COMMON,
+    GPT,
+    arguments,
+    assert_equal_tensors,
+    dotted,
+    exact,
+    losses,
+    make_tokens,
+    metrics,
+    output_of,
+    prior_arguments,
+    start,
+    states,
+    tensors,
+    train_prior,
+    two_processes,
+)
+from one_process import one_process
+
+from pipelines import ImagePipeline
+from pipelines import train_prior as verb
+from pipelines.config import UserError
+from pipelines.config.command import parse
+from pipelines.tokens import load_tokens
+from pipelines.train_prior import PriorTask, TrainPriorConfig
+from tokenizer.files.errors import PathError
+
+pytestmark = pytest.mark.usefixtures("one_process")
+
+CCA = {"objective": "cca", "train__lr": 2e-3, "cca__beta": 0.1, "train__steps": 8}
+RUN = {**CCA, "train__save_every": 4, "train__ema_decay": 0.0}
+
+
+def command(out, tokens, init, **more):
+    return arguments({"out": str(out), "tokens": str(tokens), "init": str(init), **COMMON, **dotted(more)})
+
+
+def resolved(out, tokens, init, **more):
+    """What the command line asks for, defaults of the pipeline `init` included."""
+    argv = command(out, tokens, init, **more)
+    return parse(TrainPriorConfig, argv, verb="train_prior", description=None, defaults=verb.defaults)
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """A token dataset, and the pipeline of a prior trained on it."""
+    with one_process():
+        folder = tmp_path_factory.mktemp("made")
+        tokens = make_tokens(folder / "tokens")
+        return tokens, train_prior(folder / "run", tokens, sampler__guidance_scale=2.0, train__steps=20) / "pipeline"
+
+
+def task_of(made, out, **more):
+    tokens, init = made
+    return PriorTask(resolved(out, tokens, init, **more))
+
+
+def test_the_model_is_that_of_the_pipeline(made, tmp_path):
+    tokens, init = made
+    config = resolved(tmp_path / "run", tokens, init)
+    assert {key: config.model[key] for key in GPT} == GPT and config.objective is None
+    task, before = PriorTask(config), ImagePipeline.from_pretrained(init).prior
+    assert_equal_tensors(task.model.state_dict(), before.state_dict())
+    assert task.begun == {"source": str(init), "fingerprint": before.fingerprint()}
+
+
+def test_training_settings_may_differ(made, tmp_path):
+    """They are no part of what the model is."""
+    task = task_of(made, tmp_path / "run", model__dropout=0.3)
+    assert task.model.config.dropout == 0.3
+
+
+def test_what_does_not_fit_is_refused_in_a_line(made, tmp_path):
+    tokens, init = made
+    torch.manual_seed(123)
+    other, renamed, run = make_tokens(tmp_path / "other"), tmp_path / "renamed", tmp_path / "run"
+    data = load_tokens(tokens)
+    replace(data, class_names=data.class_names[::-1]).save(renamed)
+    cases = {
+        "another tokenizer": (other, {}),
+        r"has 3 classes \(class 0, .*\), and tokens= has 3 classes \(class 2, ": (renamed, {}),
+        "model.dim: 32 there, 16 here": (tokens, {"model__dim": 16}),
+        "model.order: 'raster' there, 'snake' here": (tokens, {"model__order": "snake"}),
+    }
+    for message, (source, more) in cases.items():
+        with pytest.raises(UserError, match=message) as caught:
+            verb.run(resolved(run, source, init, **more))
+        assert "\n" not in str(caught.value) and not (run / "config.yaml").exists()
+    with pytest.raises(PathError, match="neither an existing folder nor a Hub id"):
+        verb.run(resolved(tmp_path / "run", tokens, tmp_path / "nowhere"))
+
+
+# Guidance trained away
+
+
+def untrained(folder, tokens, **more):
+    """The pipeline of a prior with random weights."""
+    task = PriorTask(parse(TrainPriorConfig, prior_arguments(folder, tokens, **more), verb="", description=None))
+    task.pipeline(task.model).save_pretrained(folder)
+    return folder
+
+
+def test_cca_says_what_it_needs(made, tmp_path):
+    tokens, init = made
+    masked = {"kind": "masked", "dim": 16, "depth": 1, "heads": 2}
+    bound = untrained(tmp_path / "bound", tokens, model={**masked, "exact": False, "bound_passes": 4})
+    data, bare = load_tokens(tokens), make_tokens(tmp_path / "bare", classes=0)
+    alike = {name: replace(split, labels=torch.zeros_like(split.labels)) for name, split in data.splits.items()}
+    replace(data, splits=alike).save(tmp_path / "alike")
+    cases = {
+        r"exact in one pass, and 'masked' has it in 49": (tokens, untrained(tmp_path / "whole", tokens, model=masked)),
+        r"exact in one pass, and 'masked' has it as an estimate of a bound": (tokens, bound),
+        r"needs labels of two classes or more \(got 0\)": (bare, untrained(tmp_path / "nameless", bare)),
+        r"needs training rows of two classes or more": (tmp_path / "alike", init),
+    }
+    for message, pair in cases.items():
+        with pytest.raises(UserError, match=f"objective: cca .*{message}") as caught:
+            task_of(pair, tmp_path / "run", objective="cca")
+        assert "\n" not in str(caught.value)
+    with pytest.raises(UserError, match="init: missing; objective=cca fine-tunes"):
+        train_prior(tmp_path / "run", tokens, objective="cca")
+
+
+def test_the_other_label_is_a_function_of_seed_epoch_and_row(made, tmp_path):
+    """Never the image's own, and as often as its images are; whatever else is in the batch."""
+    task = task_of(made, tmp_path / "run", objective="cca")
+    rows, zeros = np.arange(72), np.zeros(72, np.int64)
+    tokens, given, others = task.batch(rows, zeros, 0)
+    own = task.train_split.labels
+    clean = task_of(made, tmp_path / "run").batch(rows, zeros, 0)
+    assert torch.equal(tokens, clean[0]) and torch.equal(given, clean[1]) and (given == 3).any()
+    assert not (others == own).any() and others.dtype == torch.int64
+    some = np.array([70, 3, 41])
+    assert torch.equal(task.batch(some, zeros[:3], 0)[2], others[some])
+    assert not torch.equal(task.batch(rows, zeros + 1, 0)[2], others)
+    assert not torch.equal(task.batch(rows, zeros, 1)[2], others)
+
+
+@pytest.fixture(scope="module")
+def aligned(made, tmp_path_factory):
+    """A run of eight steps."""
+    with one_process():
+        out = tmp_path_factory.mktemp("aligned") / "run"
+        return verb.run(resolved(out, *made, **RUN))
+
+
+def test_own_labels_gain_on_others(made, aligned):
+    """Under their own label images become likelier than under another one, by as many nats as is logged."""
+    lines = [line for line in metrics(aligned) if "cca" in line]
+    # Before the first step both are one model: each term is log 2, the negatives' times 3 for what has a label.
+    assert math.log(2) < lines[0]["cca"] <= 4 * math.log(2) + 1e-6 and lines[0]["margin"] == 0 == lines[0]["above"]
+    assert lines[0]["loss"] == pytest.approx(lines[0]["cca"] / 3)
+    assert lines[-1]["cca"] < lines[0]["cca"] and lines[-1]["margin"] > 1 and lines[-1]["above"] > 0.9
+    assert all(0 < line["bits_per_token"] < 4.1 for line in lines)
+    data = load_tokens(made[0]).splits["test"]
+    gains = []
+    for labels in (data.labels, (data.labels + 1) % 3):
+        priors = [ImagePipeline.from_pretrained(folder).prior for folder in (aligned / "pipeline", made[1])]
+        after, before = (prior.log_prob(data.tokens.long(), labels).detach() for prior in priors)
+        gains.append(float((after - before).mean()))
+    assert gains[0] > gains[1] + 1
+
+
+def test_what_a_run_leaves(made, aligned):
+    """A pipeline that is not guided, which says where it comes from; nothing of the frozen prior in its states."""
+    pipe, before = ImagePipeline.from_pretrained(aligned / "pipeline"), ImagePipeline.from_pretrained(made[1])
+    assert before.sampler.guidance_scale == 2 and pipe.sampler.guidance_scale == 1
+    facts = pipe.provenance["prior"]
+    assert facts["objective"] == "cca" and facts["init"] == {
+        "source": str(made[1]),
+        "fingerprint": before.prior.fingerprint(),
+    }
+    assert "best_step" not in facts  # fewer bits are not better here
+    names = {name.split("/")[-1] for name in tensors(aligned / "state")}
+    assert names and not any("frozen" in name or "reference" in name for name in names)
+
+
+def test_continued_equals_uninterrupted(made, aligned, tmp_path):
+    """From the state of the fourth step on, in a run whose later states and figures are lost: every bit."""
+    out = tmp_path / "run"
+    shutil.copytree(aligned, out)
+    shutil.rmtree(states(out)[-1])
+    verb.run(resolved(out, *made, **RUN))
+    assert_equal_tensors(tensors(out), tensors(aligned))
+    assert exact(out) == exact(aligned) and len(exact(out)) == 8
+
+
+def test_micro_batches_add_up(made, tmp_path):
+    """The mean of two halves is the loss of one batch."""
+    tasks = [task_of(made, tmp_path / "run", **CCA) for _ in range(2)]
+    rows = np.arange(16)
+    batch = tasks[0].batch(rows, rows * 0, 0)
+    whole, _ = tasks[0].loss("model", batch, 0)
+    halves = [tasks[1].loss("model", tuple(part[at] for part in batch), 0)[0] for at in (slice(8), slice(8, 16))]
+    assert torch.allclose(sum(halves) / 2, whole)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_two_processes_train_as_one_does(made, aligned, tmp_path):
+    """The same losses up to rounding, and so with gradients added up over micro-batches; and in bfloat16 nearly."""
+    out = tmp_path / "two"
+    output_of(start(two_processes("train_prior", command(out, *made, **RUN))))
+    for name in ("loss", "margin", "above"):
+        assert losses(out, name) == pytest.approx(losses(aligned, name), rel=1e-4, abs=1e-4)
+    argv = command(tmp_path / "short", *made, **RUN)
+    output_of(start([sys.executable, "-m", "pipelines.train_prior", *argv], ACCELERATE_MIXED_PRECISION="bf16"))
+    assert losses(tmp_path / "short", "margin")[0] == 0  # the frozen prior is computed in the same precision
+    assert losses(tmp_path / "short") == pytest.approx(losses(aligned), rel=0.02)
+    verb.run(resolved(tmp_path / "parts", *made, **RUN, train__accumulate=2))
+    assert losses(tmp_path / "parts", "cca") == pytest.approx(losses(aligned, "cca"), rel=1e-4, abs=1e-4)

@@ -1,0 +1,72 @@
+"""Guidance trained away (CCA): the loss, which prior it is compared with, and where its optimum lies."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from small import PRIORS, make_prior
+from torch.nn.functional import logsigmoid
+
+from prior.alignment import Alignment, alignment_loss, alignment_problem
+
+
+def test_the_loss_is_the_papers():
+    own, other = torch.tensor([3.0, -1.0]), torch.tensor([0.5, 2.0])
+    labelled = torch.tensor([1.0, 0.0])
+    found = alignment_loss(own, other, labelled, beta=0.5, negatives=7.0)
+    first = -logsigmoid(torch.tensor(1.5)) - 7 * logsigmoid(torch.tensor(-0.25))
+    second = -logsigmoid(torch.tensor(-0.5))  # without its label it has no negative
+    assert torch.allclose(found, (first + second) / 2)
+
+
+ALIGNABLE = [name for name in PRIORS if alignment_problem(make_prior(name, num_classes=3)) is None]
+
+
+def test_all_but_masked_priors_can_be_aligned():
+    assert set(PRIORS) - set(ALIGNABLE) == {"masked"}
+    assert "got 0" in alignment_problem(make_prior("gpt", num_classes=0))
+
+
+@pytest.mark.parametrize("name", ALIGNABLE)
+def test_every_exact_prior_is_compared_with_a_frozen_one(name):
+    """At first both are one model. A step of gradients raises images under their labels, and lowers them under others;
+    what is frozen has no gradients, and is no part of the module."""
+    torch.manual_seed(0)
+    prior, frozen = (make_prior(name, num_classes=3) for _ in range(2))
+    frozen.load_state_dict(prior.state_dict())
+    module = Alignment(prior.train(), frozen.train(), beta=0.5, negatives=2.0)
+    assert not frozen.training and {*module.parameters()} == {*prior.parameters()}
+    assert list(module.state_dict()) == [f"prior.{key}" for key in prior.state_dict()]
+    tokens = torch.randint(prior.grid.vocab_size, (6, *prior.grid.shape))
+    labels, others = torch.tensor([0, 1, 2, 0, 1, 3]), torch.tensor([1, 2, 0, 2, 0, 0])
+    inputs = prior.training_inputs(tokens, 0.0)
+    optimizer = torch.optim.SGD(prior.parameters(), lr=0.02)
+    loss, terms = module(tokens, labels, others, inputs)
+    assert float(terms["cca"]) == pytest.approx((1 + 2 * 5 / 6) * math.log(2), rel=1e-4)
+    assert float(loss.detach()) == pytest.approx(float(terms["cca"]) / 2)
+    for _ in range(3):
+        optimizer.zero_grad()
+        module(tokens, labels, others, inputs)[0].backward()
+        optimizer.step()
+    assert all(parameter.grad is None for parameter in frozen.parameters())
+    _, after = module(tokens, labels, others, inputs)
+    assert float(after["cca"]) < float(terms["cca"]) and float(after["margin"]) > 0 and float(after["above"]) > 0.5
+
+
+@pytest.mark.parametrize("beta", [1.0, 0.5, 0.02])
+def test_the_optimum_is_guidance_of_1_plus_1_over_beta(beta):
+    """The loss over all images and labels has no slope where p_ref is p(x | c) and what it gained is guidance."""
+    torch.manual_seed(0)
+    share, weight = torch.softmax(torch.randn(12), 0).double().reshape(2, 6) * 2, 3.0  # p(x | c) of two classes
+    ratio = share / share.mean(0)
+    gained = ((ratio / weight).log() / beta).requires_grad_()
+    each = [
+        p * alignment_loss(gain[None], gain[None], torch.ones(1), beta, weight / r)
+        for p, gain, r in zip(share.flatten(), gained.flatten(), ratio.flatten().tolist(), strict=True)
+    ]
+    (slope,) = torch.autograd.grad(sum(each), gained)
+    assert slope.abs().max() < 1e-6 * beta
+    (elsewhere,) = torch.autograd.grad(alignment_loss(gained + 1, gained + 1, torch.ones(2, 6), beta, weight), gained)
+    assert elsewhere.abs().max() > 1e-3 * beta
