@@ -19,7 +19,8 @@ stays under `out` and is not done again; several processes may share it, with di
 are timed. A contender that is timed later is timed beside `ema`, and scaled by how long that took before. With
 `seeds=3` all is trained three times, from other weights and in another order of the images.
 
-PSNR (dB), SSIM, usage and perplexity of ids: over all held-out images. bits per image: what the ids could hold. GPT:
+PSNR (dB), SSIM, usage and perplexity of ids, texture (`pipelines/metrics/texture.py`: in flat areas, at periods 4 and
+2, in white areas; 8-bit levels): over all held-out images. bits per image: what the ids could hold. GPT:
 -log2 p of the held-out tokens given their labels, per token and per image. Figures are means over seeds, +- half of the
 95 % t-interval. `rate_distortion.png` has the GPT's bits of an image against the PSNR: a tokenizer is better than
 another only if it is above it at no more bits.
@@ -33,7 +34,6 @@ import statistics
 import sys
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
 
 HERE = Path(__file__).parent
 if __name__ == "tokenizers":  # a script of this folder imports transformers, which wants the package of this name
@@ -95,7 +95,7 @@ def measure(folder: Path) -> Node:
     from pipelines import ImagePipeline
     from pipelines.images import DataConfig, load_images
     from pipelines.metrics.likelihood import bits_per_token
-    from pipelines.metrics.reconstruction import evaluate_reconstruction
+    from pipelines.metrics.reconstruction import evaluate_looks, evaluate_reconstruction
     from pipelines.tokens import load_tokens
 
     pipe, data = ImagePipeline.from_pretrained(folder / "gpt" / "pipeline"), load_tokens(folder / "tokens")
@@ -109,26 +109,12 @@ def measure(folder: Path) -> Node:
         "tokens": len(data.grid),
         "bits": len(data.grid) * math.log2(data.grid.vocab_size),
         "psnr": found["psnr"],
-        "ssim": similarity(pipe.tokenizer, images),
+        **evaluate_looks(pipe.tokenizer, images, limit=None),
         "usage": found["codebook_usage"],
         "perplexity": found["codebook_perplexity"],
         "parameters": sum(p.numel() for p in pipe.tokenizer.parameters()),
         "bits_per_token": bits_per_token(pipe.prior, data.splits["test"]),
     }
-
-
-def similarity(tokenizer: Any, images: Any) -> float:
-    """Mean SSIM of all images and their reconstructions."""
-    import torch
-
-    from pipelines.metrics.quality import ssim
-
-    found = []
-    with torch.inference_mode():
-        for rows in torch.arange(len(images)).split(256):
-            batch = images.batch(rows)
-            found.append(ssim(batch, tokenizer.decode(tokenizer.encode(batch))))
-    return float(torch.cat(found).mean())
 
 
 def contend(name: str, spec: Node, presets: dict[str, Node], times: Node, settings: Node, out: Path) -> Node:
@@ -163,7 +149,8 @@ def line(name: str, runs: list[Node]) -> str:
     first = runs[0]
 
     def each(figure: str, digits: int, scale: float = 1.0) -> str:
-        return with_interval([scale * run[figure] for run in runs], digits)
+        found = [run.get(figure) for run in runs]
+        return "-" if None in found else with_interval([scale * value for value in found], digits)
 
     cells = [
         name,
@@ -171,6 +158,9 @@ def line(name: str, runs: list[Node]) -> str:
         f"{first['bits']:.1f}".removesuffix(".0"),
         each("psnr", 2),
         each("ssim", 4),
+        each("texture_flat", 2),
+        each("texture_grid", 2),
+        each("texture_white", 2),
         each("usage", 1, 100) + " %",
         each("perplexity", 1),
         f"{1e3 * first['seconds_per_step']:.1f}" if first["seconds_per_step"] else "",
@@ -190,6 +180,9 @@ def show(found: dict[str, list[Node]]) -> None:
             "bits per image",
             "PSNR, dB",
             "SSIM",
+            "texture",
+            "of periods 4, 2",
+            "in white",
             "usage",
             "perplexity",
             "ms per step",
