@@ -80,24 +80,37 @@ def test_every_image_is_in_its_place(support, side, channels):
     assert len(bare) == len(board) - pictures.HEADER
 
 
-def test_a_picture_that_would_be_large_has_fewer_rows_then_fewer_colours(support, tmp_path):
+def test_a_picture_that_would_be_large_has_fewer_rows_then_fewer_colours(support, tmp_path, monkeypatch):
     pictures = support("support.gallery_pictures")
-    rows, path = drawn(56, 3, noise=20, columns=2), tmp_path / "images" / "a.png"
-    large = len(pictures.encoded(pictures.compose(rows, []), True))
+    monkeypatch.setattr(pictures, "compose", lambda rows, labels: sum(map(len, rows.values())))
+    monkeypatch.setattr(pictures, "encoded", lambda count, all_colors: b"x" * count * (3 if all_colors else 1))
+    rows, path = drawn(2, 3, noise=90), tmp_path / "images" / "a.png"
     found = {}
-    for share in (1.0, 0.7, 0.2):
-        told = pictures.write_small(rows, [], path, int(share * large))
-        assert path.stat().st_size == told["bytes"] <= share * large
-        found[share] = told
-    assert found[1.0] | {"bytes": 0} == {
-        "rows": {"real": 2, "reconstructed": 2, "sampled": 4},
-        "all_colors": True,
-        "bytes": 0,
+    for most in (24, 23, 12, 11, 8, 3):
+        told = pictures.write_small(rows, [], path, most)
+        assert path.stat().st_size == told["bytes"] <= most
+        found[most] = (*told["rows"].values(), told["all_colors"])
+    assert found == {
+        24: (2, 2, 4, True),
+        23: (2, 2, 2, True),
+        12: (1, 1, 2, True),
+        11: (2, 2, 4, False),
+        8: (2, 2, 4, False),
+        3: (1, 1, 1, False),
     }
-    assert found[0.7]["all_colors"] and found[0.7]["rows"]["sampled"] < 4
-    assert not found[0.2]["all_colors"] and found[0.2]["rows"]["real"] == 1
-    with pytest.raises(SystemExit, match="more than 100"):
-        pictures.write_small(rows, [], path, 100)
+    with pytest.raises(SystemExit, match="3 bytes, more than 2"):
+        pictures.write_small(rows, [], path, 2)
+
+
+def test_few_colours_make_a_smaller_file(support):
+    pictures = support("support.gallery_pictures")
+    board = np.random.default_rng(0).integers(0, 99, (48, 48, 3)).astype(np.uint8)
+    whole, fewer = (pictures.encoded(board, all_colors) for all_colors in (True, False))
+    with Image.open(io.BytesIO(whole)) as kept:
+        assert np.array_equal(np.asarray(kept), board)
+    with Image.open(io.BytesIO(fewer)) as kept:
+        assert len(kept.getcolors()) <= 256 and np.abs(np.asarray(kept.convert("RGB")) - board.astype(int)).mean() < 20
+    assert len(fewer) < 0.6 * len(whole)
 
 
 def test_grey_pictures_keep_their_values(support):
