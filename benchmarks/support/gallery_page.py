@@ -66,8 +66,8 @@ def notes(record: Node) -> list[str]:
         found.append(f"**A trial: {record['share']:g} of the presets' training.**")
     if record["limit"]:
         found.append(f"**{record['limit']:,} training images at most.**")
-    if not record["picture"]["all_colors"]:
-        found.append("The picture is in 256 colours.")
+    if colors := record["picture"]["colors"]:
+        found.append(f"The picture was reduced to {colors} colours.")
     if "tune" not in record["minutes"]:
         found.append("The settings of sampling are the preset's.")
     return found

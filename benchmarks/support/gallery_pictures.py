@@ -18,17 +18,17 @@ if TYPE_CHECKING:
 MOST_BYTES = 150_000
 COLUMNS = 10
 PITCH = 60  # pixels at least from a column to the next, for a class's name
-MARGIN, HEADER, ASIDE, GAP, APART = 8, 22, 92, 2, 10
+MARGIN, HEADER, LINE, ASIDE, GAP, APART = 8, 34, 14, 108, 2, 10
 KINDS = ("real", "reconstructed", "sampled")
-# Rows of each kind, and whether all colours are kept: what comes first and is small enough is taken.
+# Rows of each kind, and of how many colours, 0 for all: what comes first and is small enough is taken.
 WAYS = (
-    ((2, 2, 4), True),
-    ((2, 2, 2), True),
-    ((1, 1, 2), True),
-    ((2, 2, 4), False),
-    ((1, 1, 3), False),
-    ((1, 1, 2), False),
-    ((1, 1, 1), False),
+    ((2, 2, 4), 0),
+    ((2, 2, 2), 0),
+    ((2, 2, 4), 256),
+    ((1, 1, 3), 256),
+    ((1, 1, 2), 256),
+    ((1, 1, 2), 64),
+    ((1, 1, 1), 64),
 )
 ROWS = {kind: max(rows[n] for rows, _ in WAYS) for n, kind in enumerate(KINDS)}
 
@@ -42,7 +42,7 @@ def enlarged(image: np.ndarray) -> Pixels:
 
 def compose(rows: dict[str, Sequence[Sequence[np.ndarray]]], labels: Sequence[str]) -> Pixels:
     """One picture of `rows` of images (H, W, C), kind by kind; a kind's name stands left of its first row, a column's
-    name, of `labels`, above it; there may be no labels."""
+    name, of `labels`, above it, in two lines where it has a hyphen; there may be no labels."""
     from pipelines.metrics.charts import GREY, INK, render, write
 
     first = enlarged(next(iter(rows.values()))[0][0])
@@ -64,7 +64,8 @@ def compose(rows: dict[str, Sequence[Sequence[np.ndarray]]], labels: Sequence[st
         for kind, start in starts.items():
             write(figure, (MARGIN, start + 2), kind, ASIDE - MARGIN, size=12, color=INK)
         for column, label in enumerate(labels[:columns]):
-            write(figure, (ASIDE + column * pitch, MARGIN), label, pitch - 4, size=10, color=GREY)
+            for n, line in enumerate(label.split("-", 1)):
+                write(figure, (ASIDE + column * pitch, MARGIN + n * LINE), line, pitch - 4, size=10, color=GREY)
 
     board = render(size, draw)
     for down, across, image in places.values():
@@ -72,12 +73,12 @@ def compose(rows: dict[str, Sequence[Sequence[np.ndarray]]], labels: Sequence[st
     return board
 
 
-def encoded(picture: Pixels, all_colors: bool) -> bytes:
-    """A PNG file, in grey where all is grey; of 256 colours unless `all_colors`."""
+def encoded(picture: Pixels, colors: int) -> bytes:
+    """A PNG file, in grey where all is grey; else of so many colours, 0 for all."""
     grey = bool((picture == picture[..., :1]).all())
     image: Any = Image.fromarray(picture[..., 0] if grey else picture)
-    if not all_colors and not grey:
-        image = image.quantize(256, dither=Image.Dither.NONE)
+    if colors and not grey:
+        image = image.quantize(colors, dither=Image.Dither.NONE)
     file = io.BytesIO()
     image.save(file, "PNG", optimize=True)
     return file.getvalue()
@@ -87,39 +88,41 @@ def write_small(
     rows: dict[str, Sequence[Sequence[np.ndarray]]], labels: Sequence[str], path: Path, most: int = MOST_BYTES
 ) -> dict[str, Any]:
     """Write a picture of at most so many bytes, with as many of the rows as fit; returns how many of each kind there
-    are, and whether it has all colours. Exits where not even the smallest is small enough."""
-    for counts, all_colors in WAYS:
+    are, and of how many colours, 0 for all. Exits where not even the smallest is small enough."""
+    for counts, colors in WAYS:
         shown = {kind: rows[kind][:count] for kind, count in zip(KINDS, counts, strict=True)}
-        data = encoded(compose(shown, labels), all_colors)
+        data = encoded(compose(shown, labels), colors)
         if len(data) <= most:
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_bytes(data)
-            return {"rows": dict(zip(KINDS, counts, strict=True)), "all_colors": all_colors, "bytes": len(data)}
+            return {"rows": dict(zip(KINDS, counts, strict=True)), "colors": colors, "bytes": len(data)}
     raise SystemExit(f"{path}: {len(data):,} bytes, more than {most:,}")
 
 
 def rows_of(pipe: Any, held_out: Any, seed: int) -> tuple[dict[str, list[list[np.ndarray]]], list[str]]:
-    """For each of the first ten classes the first held-out images, what the tokenizer keeps of them, and samples with
-    the pipeline's own settings, in rows; and the classes' names. Without classes, images evenly spread over the set."""
+    """For each of the first ten classes with held-out images the first of these (a class's last again, where it has too
+    few), what the tokenizer keeps of them, and samples with the pipeline's own settings, in rows; and the classes'
+    names. Without classes, images evenly spread over the set."""
     import torch
 
-    labelled = bool(pipe.prior.num_classes) and held_out.labels is not None
-    labels = list(pipe.labels)[:COLUMNS] if labelled else []
-    columns, count = len(labels) or COLUMNS, ROWS["real"]
-    if labelled:
-        of_class = [(held_out.labels == label).nonzero().flatten()[:count].tolist() for label in range(columns)]
-        chosen = [[found[min(row, len(found) - 1)] for found in of_class if found] for row in range(count)]
+    count, classes = ROWS["real"], []
+    if pipe.prior.num_classes and held_out.labels is not None:
+        classes = sorted(set(held_out.labels.tolist()))[:COLUMNS]
+    columns = len(classes) or COLUMNS
+    if classes:
+        of_class = [(held_out.labels == label).nonzero().flatten().tolist() for label in classes]
+        chosen = [[found[min(row, len(found) - 1)] for found in of_class] for row in range(count)]
     else:
-        spread = np.linspace(0, len(held_out) - 1, columns * count).astype(int).reshape(count, columns)
-        chosen = spread.tolist()
+        chosen = np.linspace(0, len(held_out) - 1, columns * count).astype(int).reshape(count, columns).tolist()
     real = [held_out.batch(row) for row in chosen]
     kept = [pipe.reconstruct(row, output_type="pt") for row in real]
-    wanted = (list(range(columns)) if labelled else [None] * columns) * ROWS["sampled"]
-    given = None if not labelled else wanted
-    samples = pipe(num_images=len(wanted), labels=given, seed=seed, output_type="pt", progress=False).images
+    given = classes * ROWS["sampled"] if classes else None
+    samples = pipe(
+        num_images=columns * ROWS["sampled"], labels=given, seed=seed, output_type="pt", progress=False
+    ).images
     drawn = list(torch.as_tensor(samples).split(columns))
     found = {kind: [in_pixels(row) for row in parts] for kind, parts in zip(KINDS, (real, kept, drawn), strict=True)}
-    return found, labels
+    return found, [pipe.labels[label] for label in classes]
 
 
 def in_pixels(images: Any) -> list[np.ndarray]:

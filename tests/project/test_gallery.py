@@ -83,20 +83,21 @@ def test_every_image_is_in_its_place(support, side, channels):
 def test_a_picture_that_would_be_large_has_fewer_rows_then_fewer_colours(support, tmp_path, monkeypatch):
     pictures = support("support.gallery_pictures")
     monkeypatch.setattr(pictures, "compose", lambda rows, labels: sum(map(len, rows.values())))
-    monkeypatch.setattr(pictures, "encoded", lambda count, all_colors: b"x" * count * (3 if all_colors else 1))
+    monkeypatch.setattr(pictures, "encoded", lambda count, colors: b"x" * count * {0: 3, 256: 2, 64: 1}[colors])
     rows, path = drawn(2, 3, noise=90), tmp_path / "images" / "a.png"
     found = {}
-    for most in (24, 23, 12, 11, 8, 3):
+    for most in (24, 23, 17, 15, 9, 4, 3):
         told = pictures.write_small(rows, [], path, most)
         assert path.stat().st_size == told["bytes"] <= most
-        found[most] = (*told["rows"].values(), told["all_colors"])
+        found[most] = (*told["rows"].values(), told["colors"])
     assert found == {
-        24: (2, 2, 4, True),
-        23: (2, 2, 2, True),
-        12: (1, 1, 2, True),
-        11: (2, 2, 4, False),
-        8: (2, 2, 4, False),
-        3: (1, 1, 1, False),
+        24: (2, 2, 4, 0),
+        23: (2, 2, 2, 0),
+        17: (2, 2, 4, 256),
+        15: (1, 1, 3, 256),
+        9: (1, 1, 2, 256),
+        4: (1, 1, 2, 64),
+        3: (1, 1, 1, 64),
     }
     with pytest.raises(SystemExit, match="3 bytes, more than 2"):
         pictures.write_small(rows, [], path, 2)
@@ -105,7 +106,7 @@ def test_a_picture_that_would_be_large_has_fewer_rows_then_fewer_colours(support
 def test_few_colours_make_a_smaller_file(support):
     pictures = support("support.gallery_pictures")
     board = np.random.default_rng(0).integers(0, 99, (48, 48, 3)).astype(np.uint8)
-    whole, fewer = (pictures.encoded(board, all_colors) for all_colors in (True, False))
+    whole, fewer = (pictures.encoded(board, colors) for colors in (0, 256))
     with Image.open(io.BytesIO(whole)) as kept:
         assert np.array_equal(np.asarray(kept), board)
     with Image.open(io.BytesIO(fewer)) as kept:
@@ -116,7 +117,7 @@ def test_few_colours_make_a_smaller_file(support):
 def test_grey_pictures_keep_their_values(support):
     pictures = support("support.gallery_pictures")
     board = np.repeat(np.arange(256, dtype=np.uint8).reshape(16, 16, 1), 3, 2)
-    with Image.open(io.BytesIO(pictures.encoded(board, False))) as kept:
+    with Image.open(io.BytesIO(pictures.encoded(board, 64))) as kept:
         assert kept.mode == "L" and np.array_equal(np.asarray(kept), board[..., 0])
 
 
@@ -140,18 +141,18 @@ def test_rows_are_the_first_of_each_class_and_the_first_samples(support, labelle
     import torch
 
     pictures = support("support.gallery_pictures")
-    names = ["a", "b", "c", "d"] if labelled else []
+    names = ["a", "b", "nowhere", "c", "d"] if labelled else []
     pipe = make_pipeline("pixels", "marginal", 1, size=(8, 12), labels=names, num_classes=len(names))
-    labels = torch.tensor([3, 0, 0, 1, 2, 1, 3, 3, 0, 1, 2, 2]) if labelled else None
+    labels = torch.tensor([4, 0, 0, 1, 3, 1, 4, 4, 0, 1, 3, 3]) if labelled else None
     rows, shown = pictures.rows_of(pipe, Held(labels), seed=5)
-    assert shown == names and set(rows) == set(pictures.KINDS)
+    assert shown == [name for name in names if name != "nowhere"] and set(rows) == set(pictures.KINDS)
     chosen = [[int(image[0, 0, 0]) for image in row] for row in rows["real"]]
     if labelled:
         assert chosen == [[1, 3, 4, 0], [2, 5, 10, 6]]
     else:
         assert sum(chosen, []) == sorted(sum(chosen, [])) and len(chosen[0]) == 10
-    given = [0, 1, 2, 3] * 4 if labelled else None
-    expected = pipe(num_images=len(names) * 4 or 40, labels=given, seed=5, output_type="np", progress=False).images
+    given = [0, 1, 3, 4] * 4 if labelled else None
+    expected = pipe(num_images=16 if labelled else 40, labels=given, seed=5, output_type="np", progress=False).images
     assert np.array_equal(np.concatenate([np.stack(row) for row in rows["sampled"]]), expected)
     kept = pipe.reconstruct(Held(labels).batch(chosen[0]), output_type="np")
     assert np.array_equal(np.stack(rows["reconstructed"][0]), kept)
@@ -175,7 +176,7 @@ def record(**more: Any) -> dict[str, Any]:
     base = {"name": "openmoji", "title": "OpenMoji", "about": "64x64 RGB.", "figures": figures, "grid": [8, 8]}
     base |= {"vocab_size": 512, "sampler": "guidance_scale=2.0", "share": 1.0, "limit": 0, "samples": 20, "seed": 0}
     base |= {"sample_seed": 0, "machine": "2 threads of a processor", "date": "27 November 2026"}
-    base |= {"picture": {"all_colors": True}, "minutes": {"train_tokenizer": 4.02, "tune": 1.5}}
+    base |= {"picture": {"colors": 0}, "minutes": {"train_tokenizer": 4.02, "tune": 1.5}}
     return {**base, "commands": ["smalti train_tokenizer a", "smalti tune b"], **more}
 
 
@@ -201,7 +202,7 @@ def test_the_page_tells_what_made_a_picture(support):
 def test_the_page_says_what_is_less_than_it_seems(support):
     page = support("support.gallery_page").page
     minutes = {"train_tokenizer": 4.0}
-    text = page([record(share=0.1, limit=300, picture={"all_colors": False}, enlarged_from=64, minutes=minutes)])
+    text = page([record(share=0.1, limit=300, picture={"colors": 256}, enlarged_from=64, minutes=minutes)])
     for said in ("0.1 of the presets' training", "300 training images at most", "256 colours", "64 pixels a side"):
         assert said in text, said
     assert "The settings of sampling are the preset's." in text
