@@ -13,10 +13,10 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from tokenizer.augmentation import augmented
 from tokenizer.critic import CRITIC_LOSSES, GENERATOR_LOSSES, PatchCritic, adaptive_weight, lecam
 
 from ..config import Config, UserError
+from .augmentation import augmented
 
 
 class CriticConfig(Config):

@@ -1,7 +1,4 @@
-"""The gallery: pictures that are small and honest, a page that tells what made them, and runs that go on.
-
-Covers: benchmarks/gallery.py, benchmarks/support/gallery_pairs.py, gallery_pictures.py, gallery_page.py.
-"""
+"""The gallery: pictures that are small and honest, a page that tells what made them, and runs that go on."""
 
 from __future__ import annotations
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from tokenizer.augmentation import KINDS, augmented, color, cutout, translation
+from pipelines.training.augmentation import KINDS, augmented, color, cutout, translation
 
 SHAPES = [(200, 3, 16, 24), (200, 1, 16, 24)]
 
