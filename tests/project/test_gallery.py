@@ -70,6 +70,7 @@ def test_every_image_is_in_its_place(support, side, channels):
         value % 10: {fits[0][1] for (_, v), fits in found.items() if v % 10 == value % 10} for value in (100, 101, 102)
     }
     assert all(len(places) == 1 for places in lefts.values())
+    assert max(lefts[0]) < max(lefts[1]) < max(lefts[2])
     for top in (min(part) for part in tops):  # the name of the kind stands beside its first row
         assert (board[top : top + 20, : pictures.ASIDE - 4] < 128).any()
     assert (board[: min(tops[0]) - 2, pictures.ASIDE :] < 200).any(), "no class is named"
