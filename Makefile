@@ -12,13 +12,14 @@ READY  := $(VENV)/.demo-$(SUM)
 TESTS  := $(VENV)/.dev-$(SUM)
 GPU    := $(VENV)/.gpu-$(SUM)
 
-.PHONY: demo test slow gpu check floors help
+.PHONY: demo test slow gpu gallery check floors help
 
 help:
 	@echo "make demo   install, train on digits, generate, evaluate (about 5 minutes on two cores)"
 	@echo "make test   install, ruff, mypy, pytest"
 	@echo "make slow   the measurements that take longer"
 	@echo "make gpu    checks and measures on this machine's GPU, and writes the table into docs/results.md"
+	@echo "make gallery trains every pair of presets, and draws docs/gallery.md (hours)"
 	@echo "make floors the tests with the lowest versions of pyproject.toml, then with the newest"
 
 demo: $(DONE)/evaluation
@@ -65,6 +66,10 @@ gpu: $(GPU)
 	$(BIN)/python -c 'import sys, torch; sys.exit(not torch.cuda.is_available() and "make gpu: torch sees no GPU here")'
 	$(BIN)/python -m pytest -m gpu tests/gpu $(ARGS); checked=$$?; \
 	  $(BIN)/python benchmarks/gpu.py docs=docs/results.md && exit $$checked
+
+# A picture of what each pair of presets gives; it goes on where it was stopped. ARGS="only=digits share=0.1" and others.
+gallery: $(TESTS)
+	$(BIN)/python benchmarks/gallery.py $(ARGS)
 
 # Each in an environment of its own, below build/. The second runs whatever the first has shown.
 floors:

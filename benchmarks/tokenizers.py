@@ -24,7 +24,8 @@ stays under `out` and is not done again; several processes may share it, with di
 are timed. A contender that is timed later is timed beside `ema`, and scaled by how long that took before. With
 `seeds=3` all is trained three times, from other weights and in another order of the images.
 
-PSNR (dB), SSIM, usage and perplexity of ids: over all held-out images. bits per image: what the ids could hold. GPT:
+PSNR (dB), SSIM, usage and perplexity of ids, texture (`pipelines/metrics/texture.py`: in flat areas, at periods 4 and
+2, in white areas; 8-bit levels): over all held-out images. bits per image: what the ids could hold. GPT:
 -log2 p of the held-out tokens given their labels, per token and per image. Figures are means over seeds, +- half of the
 95 % t-interval. `rate_distortion.png` has the GPT's bits of an image against the PSNR: a tokenizer is better than
 another only if it is above it at no more bits. With `gpt_minutes=0` there is no GPT, and no such picture.
@@ -35,10 +36,8 @@ from __future__ import annotations
 import json
 import math
 import sys
-from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
 
 HERE = Path(__file__).parent
 if __name__ == "tokenizers":  # a script of this folder imports transformers, which wants the package of this name
@@ -106,7 +105,7 @@ def measure(folder: Path) -> Node:
     import torch
 
     from pipelines.images import DataConfig, load_images
-    from pipelines.metrics.reconstruction import evaluate_reconstruction
+    from pipelines.metrics.reconstruction import evaluate_looks, evaluate_reconstruction
     from pipelines.stages.provenance import data_beside
     from tokenizer import Tokenizer
     from tokenizer.pretrained import PROVENANCE
@@ -124,11 +123,10 @@ def measure(folder: Path) -> Node:
         "tokens": len(grid),
         "bits": len(grid) * math.log2(grid.vocab_size),
         "psnr": found["psnr"],
-        "ssim": similarity(tokenizer, images),
+        **evaluate_looks(tokenizer, images, limit=None),
         "usage": found["codebook_usage"],
         "perplexity": found["codebook_perplexity"],
         "parameters": sum(p.numel() for p in tokenizer.parameters()),
-        **texture(tokenizer, images),
         **bits_of(folder),
     }
 
@@ -143,36 +141,6 @@ def bits_of(folder: Path) -> Node:
         return {}
     prior, data = ImagePipeline.from_pretrained(folder / "gpt" / "pipeline").prior, load_tokens(folder / "tokens")
     return {"bits_per_token": bits_per_token(prior, data.splits["test"])}
-
-
-def texture(tokenizer: Any, images: Any) -> Node:
-    """What the decoder weaves into flat areas, in 8-bit levels."""
-    import torch
-
-    if not find_spec("pipelines.metrics.texture"):
-        return {}
-    from pipelines.metrics.texture import texture_figures, texture_sums
-
-    sums = 0
-    with torch.inference_mode():
-        for rows in torch.arange(len(images)).split(256):
-            batch = images.batch(rows)
-            sums += texture_sums(tokenizer.decode(tokenizer.encode(batch)), batch)
-    return texture_figures(sums)
-
-
-def similarity(tokenizer: Any, images: Any) -> float:
-    """Mean SSIM of all images and their reconstructions."""
-    import torch
-
-    from pipelines.metrics.quality import ssim
-
-    found = []
-    with torch.inference_mode():
-        for rows in torch.arange(len(images)).split(256):
-            batch = images.batch(rows)
-            found.append(ssim(batch, tokenizer.decode(tokenizer.encode(batch))))
-    return float(torch.cat(found).mean())
 
 
 def contend(name: str, spec: Node, presets: dict[str, Node], times: Node, settings: Node, out: Path) -> Node:

@@ -27,8 +27,14 @@ from .images.pictures import grid_picture, save_picture
 from .metrics.agreement import agreement
 from .metrics.fid import Ruler, make_ruler
 from .metrics.likelihood import evaluate_likelihood
-from .metrics.quality import AT_A_TIME, LEAST, compare, feature_space, shuffled, ssim
-from .metrics.reconstruction import evaluate_reconstruction, images_at_a_time, reconstruction_picture
+from .metrics.quality import AT_A_TIME, LEAST, compare, feature_space, shuffled
+from .metrics.reconstruction import (
+    SOME,
+    evaluate_looks,
+    evaluate_reconstruction,
+    images_at_a_time,
+    reconstruction_picture,
+)
 from .metrics.report import report
 from .metrics.samples import Samples
 from .processes.launched import joined
@@ -41,7 +47,6 @@ T = TypeVar("T")
 Figures = dict[str, Any]
 RESULTS = ("samples.png", "reconstructions.png", "nearest.png", "evaluation.json", "evaluation.txt")
 KNOWN = 1 << 28  # numbers, 1 GiB, of training images whose pixels are compared to at most
-SOME = 2000  # held-out images for the figures that are slow, drawn at random
 
 
 class EvaluateConfig(Config):
@@ -110,7 +115,7 @@ def measure(
     check_classes(pipeline, images.train, images.held_out)
     figures: Figures = {"num_images": len(images.held_out)}
     figures |= evaluate_reconstruction(pipeline.tokenizer, images.held_out, team=team)
-    figures |= evaluate_similarity(pipeline, images.held_out, team)
+    figures |= evaluate_looks(pipeline.tokenizer, images.held_out, SOME, team)
     train, test = (encode_all(pipeline, part, team) for part in (images.train, images.held_out))
     figures |= evaluate_likelihood(
         pipeline.tokenizer, pipeline.prior, train, test, images.held_out, config.num_orders, team
@@ -198,18 +203,6 @@ def reconstruct(pipeline: ImagePipeline, images: Tensor) -> Tensor:
 def in_bytes(images: Tensor) -> Tensor:
     """Floats in [-1, 1] on the CPU, of 256 levels: what is compared to real images has been an 8-bit image too."""
     return to_float(to_uint8(images)).cpu()
-
-
-def evaluate_similarity(pipeline: ImagePipeline, held_out: ImageDataset, team: Team = ALONE) -> Figures:
-    """Mean SSIM of held-out images and their reconstructions."""
-    some = shuffled(len(held_out))[:SOME]
-
-    def compared(rows: Tensor) -> Tensor:
-        part = held_out.batch(rows)
-        return ssim(part, reconstruct(pipeline, part))
-
-    found = torch.cat(team.map(compared, some.split(images_at_a_time(held_out.image_shape))))
-    return {"ssim": float(found.double().mean()), "ssim_images": len(some)}
 
 
 def draw_samples(pipeline: ImagePipeline, labels: Tensor | None, count: int, seed: int, team: Team = ALONE) -> Samples:

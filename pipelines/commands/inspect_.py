@@ -21,6 +21,7 @@ from ..metrics.charts import GREY, RED, Pixels, bars, charts_in_row, histogram
 from ..metrics.codebook import HEIGHT, draw_distances, draw_usage, part_names
 from ..metrics.inspection import Findings, examine
 from ..metrics.pages import mosaic, page
+from ..metrics.texture import texture_line
 from ..stages.provenance import tokenizer_defaults, tokenizer_folder
 
 if TYPE_CHECKING:
@@ -94,6 +95,8 @@ def sentences(found: Findings, exact: bool) -> list[str]:
         else f"PSNR {f['psnr']:.2f} dB, from {f['psnr_worst']:.2f} (worst image) to {f['psnr_best']:.2f} (best)",
         f"{f['codebook_usage']:.1%} of {vocab:,} codes used, perplexity {f['codebook_perplexity']:.1f}",
     ]
+    if not exact:
+        lines.insert(1, f"SSIM {f['ssim']:.3f}, {texture_line(f)}")
     if len(found.uses) > 1:
         each = [f"{level['usage']:.1%} ({level['perplexity']:.1f})" for level in f["levels"]]
         lines.append(f"used (perplexity) at each {what}: {listed(each, f'{what}s')}")
@@ -210,7 +213,7 @@ def stacked(pictures: list[Pixels]) -> Pixels:
 
 
 def run(config: InspectConfig) -> dict[str, Any]:
-    """Write the report; print the findings and return them: see `figures_of`, and `l1` and `l2`."""
+    """Write the report; print the findings and return them: see `figures_of`, `l1`, `l2`, `evaluate_looks`."""
     inputs = [config.tokenizer, config.data.path]
     check_out_file(config.out, inputs, SUFFIXES)
     tokenizer = Tokenizer.from_pretrained(tokenizer_folder(config.tokenizer), device=choose_device(config.device))

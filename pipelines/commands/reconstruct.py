@@ -1,8 +1,9 @@
-"""Show what a tokenizer keeps of held-out images: originals above reconstructions, and the PSNR."""
+"""Show what a tokenizer keeps of held-out images: originals above reconstructions, and figures of how near they are."""
 
 from __future__ import annotations
 
 from functools import partial
+from typing import Any
 
 from pydantic import Field
 
@@ -12,7 +13,8 @@ from ..config import Config, choose_device, run_command
 from ..config.outputs import check_out_file, writing
 from ..images import DataConfig, check_shape, load_images
 from ..images.pictures import SUFFIXES, save_picture
-from ..metrics.reconstruction import evaluate_reconstruction, reconstruction_picture
+from ..metrics.reconstruction import evaluate_looks, evaluate_reconstruction, reconstruction_picture
+from ..metrics.texture import texture_line
 from ..stages.provenance import tokenizer_defaults, tokenizer_folder
 
 
@@ -26,20 +28,22 @@ class ReconstructConfig(Config):
     device: str = Field("auto", description="cpu, cuda, mps or auto")
 
 
-def run(config: ReconstructConfig) -> dict[str, float]:
-    """Write the picture, print and return PSNR (dB), losses, codebook usage and perplexity on all held-out images."""
+def run(config: ReconstructConfig) -> dict[str, Any]:
+    """Write the picture, print and return PSNR (dB), losses, codebook usage and perplexity on all held-out images, and
+    the figures of `evaluate_looks`."""
     inputs = [config.tokenizer, config.data.path]
     check_out_file(config.out, inputs, SUFFIXES)
     tokenizer = Tokenizer.from_pretrained(tokenizer_folder(config.tokenizer), device=choose_device(config.device))
     check_shape(config.data, tokenizer.image_shape, "tokenizer")
     images = load_images(config.data).held_out
-    figures = evaluate_reconstruction(tokenizer, images)
+    figures = evaluate_reconstruction(tokenizer, images) | evaluate_looks(tokenizer, images)
     picture = reconstruction_picture(tokenizer, images, config.num_images)
     with writing("out", config.out):
         save_picture(picture, config.out, inputs=inputs)
     print(
         f"{config.out}: PSNR {figures['psnr']:.2f} dB over {len(images):,} held-out images, "
-        f"{figures['codebook_usage']:.1%} of {tokenizer.grid.vocab_size} codes used"
+        f"SSIM {figures['ssim']:.3f}, {figures['codebook_usage']:.1%} of {tokenizer.grid.vocab_size} codes used; "
+        f"{texture_line(figures)}"
     )
     return figures
 

@@ -15,6 +15,7 @@ from tokenizer.losses import pixel_losses, psnr
 
 from ..images import ImageDataset
 from .codebook import MISSED, RARE, code_distances, count_tokens, part_names
+from .reconstruction import evaluate_looks
 
 UNUSED_SHOWN = 23  # codes that occur nowhere, of those shown: a row
 PLACES = 64  # at most so many of a code's places are looked at
@@ -60,8 +61,9 @@ def examine(tokenizer: Any, images: ImageDataset, num_codes: int) -> Findings:
     distances = code_distances(tokenizer, images.batch(some).to(tokenizer.device))
     word = "dead" if RARE * float(uses.double().mean()) >= MISSED else "unused"
     means = {name: total / len(images) for name, total in sums.items()}
+    looks = evaluate_looks(tokenizer, images)
     return Findings(
-        figures_of(uses, decibels, distances) | means | scale_figures(tokenizer, images, tokens),
+        figures_of(uses, decibels, distances) | means | looks | scale_figures(tokenizer, images, tokens),
         part_names(tokenizer),
         uses,
         decibels,

@@ -1,4 +1,4 @@
-"""What a tokenizer keeps of images: PSNR, losses and codebook figures, and a picture of both."""
+"""What a tokenizer keeps of images: PSNR, losses, SSIM, texture and codebook figures, and a picture of both."""
 
 from __future__ import annotations
 
@@ -6,16 +6,20 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from tokenizer.base import codebook_usage
 from tokenizer.losses import pixel_losses, psnr
 
-from ..images import ImageDataset
+from ..images import ImageDataset, to_float, to_uint8
 from ..images.pictures import grid_picture
 from ..processes.sharing import ALONE, Team
 from ..shuffling.epochs import spread
+from .quality import shuffled, ssim
+from .texture import texture_figures, texture_sums
 
 EVALUATED_PIXELS = 1 << 20  # that an evaluation reconstructs at a time at most
+SOME = 2000  # held-out images for the figures that are slow, drawn at random
 
 
 def images_at_a_time(image_shape: tuple[int, ...]) -> int:
@@ -46,6 +50,23 @@ def evaluate_reconstruction(
             sums[name] = sums.get(name, 0.0) + value
     usage = {f"codebook_{name}": float(value) for name, value in codebook_usage(team.total(ids)).items()}
     return {name: total / len(rows) for name, total in sums.items()} | usage
+
+
+@torch.inference_mode()
+def evaluate_looks(model: Any, images: ImageDataset, limit: int | None = SOME, team: Team = ALONE) -> dict[str, Any]:
+    """Mean SSIM of images and their reconstructions, both of 8 bits, and the figures of `texture`, over `limit` images
+    drawn at random, or all."""
+    some = shuffled(len(images))[:limit]
+
+    def measure(rows: Tensor) -> tuple[Tensor, Tensor]:
+        batch = images.batch(rows)
+        decoded = model.decode(model.encode(batch.to(model.device))).float().cpu()
+        return ssim(batch, to_float(to_uint8(decoded))), texture_sums(decoded, batch)
+
+    parts = team.map(measure, some.split(images_at_a_time(images.image_shape)))
+    alike = torch.cat([found for found, _ in parts]).double().mean()
+    sums = torch.stack([sums for _, sums in parts]).sum(0)
+    return {"ssim": float(alike), "ssim_images": len(some), **texture_figures(sums)}
 
 
 @torch.inference_mode()

@@ -7,6 +7,7 @@ from typing import Any
 from ..config.table import table
 from .likelihood import ORDERS
 from .quality import LEAST
+from .texture import in_levels
 
 Figures = dict[str, Any]
 
@@ -18,6 +19,7 @@ def report(figures: Figures, *, exact: bool, vocab_size: int, num_images: int, d
     rows = [("held-out PSNR", f"{f['psnr']:.2f} dB", f"{num_images:,} images, as all but where another number is")]
     if "ssim" in f:
         rows.append(("  SSIM", f"{f['ssim']:.3f}", f"{f['ssim_images']:,} images"))
+    rows += texture_rows(f)
     used = f"{f['codebook_usage']:.1%} of {vocab_size}"
     rows.append(("codebook use", used, f"perplexity {f['codebook_perplexity']:.0f}"))
     beside = f"uniform {f['uniform_bits_per_token']:.3f}"
@@ -37,6 +39,24 @@ def report(figures: Figures, *, exact: bool, vocab_size: int, num_images: int, d
         rows.append(("bits per dim", "none", "this decoder has no likelihood"))
     rows += sample_rows(f, device)
     return table(rows, right=[1])
+
+
+def texture_rows(f: Figures) -> list[tuple[str, str, str]]:
+    """The rows of the table about texture, a dash where no window is flat."""
+    if "texture_flat" not in f:
+        return []
+    return [
+        (
+            "  texture in flat areas",
+            f"{in_levels(f['texture_flat'])} levels",
+            f"at periods 4 and 2 {in_levels(f['texture_grid'])}; {f['texture_flat_windows']:,} windows of 8 x 8",
+        ),
+        (
+            f"  in {f['texture_background']} areas",
+            f"{in_levels(f['texture_white'])} levels",
+            f"{f['texture_white_windows']:,} windows",
+        ),
+    ]
 
 
 def sample_rows(f: Figures, device: str) -> list[tuple[str, str, str]]:

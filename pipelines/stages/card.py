@@ -15,6 +15,9 @@ FIGURES = {
     "validation_bits_per_token": "bits per token, validation images",
     "psnr": "PSNR of held-out reconstructions (dB)",
     "ssim": "SSIM of held-out reconstructions",
+    "texture_flat": "texture in areas that are flat in the original (RMS, 8-bit levels)",
+    "texture_grid": "of it, at periods of 4 and 2 pixels",
+    "texture_white": "texture in white areas, black ones where these are the background",
     "codebook_usage": "codebook use on held-out images",
     "codebook_perplexity": "codebook perplexity on held-out images",
     "bits_per_token": "bits per token, held out",
@@ -140,7 +143,7 @@ def figure_lines(provenance: dict[str, Any], *, exact: bool) -> list[str]:
     space = shown.get("feature_space")
     lines = []
     for name, label in FIGURES.items():
-        if shown.get(name) is not None:
+        if name in shown:
             of = f", of {count:,}" if type(count := counts.get(name)) is int else ""
             bound = "at most " if name in bounds else ""
             lines.append(f"| {label.format(space=space)} | {bound}{cell(shown[name])}{of} |")
@@ -174,6 +177,8 @@ def counts_of(facts: dict[str, Any]) -> dict[str, Any]:
     return dict.fromkeys(COUNTS, images.get("held_out")) | validation
 
 
-def cell(value: float | str) -> str:
-    """A number to four digits, or text that stays within a cell of the table."""
+def cell(value: float | str | None) -> str:
+    """A number to four digits, or text that stays within a cell of the table; a dash for what there was none of."""
+    if value is None:
+        return "-"
     return " ".join(value.replace("|", "/").split()) if isinstance(value, str) else f"{value:.4g}"

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from tokenizer.critic import CRITIC_LOSSES, GENERATOR_LOSSES, PatchCritic, adaptive_weight, lecam
 
 from ..config import Config, UserError
+from .augmentation import augmented
 
 
 class CriticConfig(Config):
@@ -35,6 +36,10 @@ class CriticConfig(Config):
         0.0,
         ge=0,
         description="weight of LeCam's regulariser of the critic, for few images: 0.001 to 0.05 are published",
+    )
+    augment: tuple[Literal["color", "translation", "cutout"], ...] | None = Field(
+        None,
+        description="random changes of all that it sees, for few images (DiffAugment): color, translation, cutout",
     )
     lr: float = Field(1.0, gt=0, description="the critic's learning rate as a share of train.lr")
     betas: tuple[float, float] = Field(
@@ -64,6 +69,10 @@ class Adversary:
         since = step - self.config.start - self.config.warmup
         return min(1.0, (since + 1) / max(1, self.config.ramp)) if since >= 0 else 0.0
 
+    def shown(self, images: Tensor) -> Tensor:
+        """What the critic sees of images or reconstructions `(B, C, H, W)`, in both turns."""
+        return augmented(images, self.config.augment or ())
+
     def tokenizer_term(
         self, reconstruction: Tensor, other_losses: Tensor, last_layer: nn.Parameter, step: int
     ) -> tuple[Tensor, dict[str, Tensor]]:
@@ -72,7 +81,7 @@ class Adversary:
         share = self.share(step)
         if share == 0:
             return other_losses.new_zeros(()), {}
-        adversarial = GENERATOR_LOSSES[self.config.loss](self.critic(reconstruction))
+        adversarial = GENERATOR_LOSSES[self.config.loss](self.critic(self.shown(reconstruction)))
         weight = other_losses.new_full((), self.config.weight * share)
         if self.config.adaptive:
             weight = weight * adaptive_weight(other_losses, adversarial, last_layer)
@@ -84,7 +93,7 @@ class Adversary:
         """The critic's own loss, a scalar, and its parts to log, on images `(B, C, H, W)` and the reconstructions that
         the tokenizer's turn made of them. One pass for both: DDP may not be called twice before a backward pass."""
         both = torch.cat([images.to(reconstructions.dtype), reconstructions])
-        real, fake = critic(both).float().chunk(2)
+        real, fake = critic(self.shown(both)).float().chunk(2)
         loss = CRITIC_LOSSES[self.config.loss](real, fake)
         terms = {
             "critic": loss,

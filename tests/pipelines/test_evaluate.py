@@ -36,6 +36,7 @@ KEYS = {
         for name in ("frechet_distance", "precision", "recall", "density", "coverage")
     ),
 }
+LOOKS = {"ssim", "texture_flat", "texture_grid", "texture_white", "texture_background"}
 BITS = {"bits_per_dim", "bits_per_dim_error", "prior_bits_per_dim", "pixel_bits_per_dim"}
 CLASSES = {"class_agreement", "real_class_agreement", "reconstruction_class_agreement"}
 
@@ -73,14 +74,14 @@ def test_all_figures_are_written_printed_and_on_the_card(
     pipe = save_pipeline(tmp_path, config, tokenizer, prior, num_classes)
     figures, text, card = evaluate(tmp_path, "num_samples=30")
     assert text.strip() in capsys.readouterr().out
-    expected = KEYS | {"ssim"} | (BITS if tokenizer == "pixels" else set()) | (CLASSES if num_classes else set())
+    expected = KEYS | LOOKS | (BITS if tokenizer == "pixels" else set()) | (CLASSES if num_classes else set())
     assert expected <= set(figures) and not (BITS | CLASSES | {"fid"}) - expected & set(figures)
     assert figures["num_compared"] == 30 and figures["feature_space"] == "classifier-64"
     for name in ("frechet_distance", "train_frechet_distance", "precision", "recall", "density", "coverage"):
         assert f"{figures[name]:.3f}" in text
     assert "Frechet distance [classifier-64]" in text and "FID" not in text + card and figures["feature_origin"] in text
     for name in expected & set(FIGURES):
-        value = figures[name]
+        value = "-" if figures[name] is None else figures[name]
         label = FIGURES[name].format(space="classifier-64")
         bound = "at most " * (name in ("bits_per_dim", "prior_bits_per_dim") and not pipe.prior.exact)
         count = figures.get(COUNTS.get(name, ""))

@@ -177,7 +177,8 @@ def test_evaluation_is_done_again(tmp_path):
     before = json.loads((tmp_path / "evaluation" / "evaluation.json").read_text())
     smalti(tmp_path, "evaluate", "pipeline=pipeline", "num_samples=0", "num_orders=2", "device=cpu")
     found = json.loads((tmp_path / "evaluation" / "evaluation.json").read_text())
-    assert_same_figures([{**found, "step": 0}], [{**before, "step": 0}])
+    known = {name: found[name] for name in before}  # there are more figures by now
+    assert_same_figures([{**known, "step": 0}], [{**before, "step": 0}])
     provenance = json.loads((FOLDER / "calibrated" / "pipeline" / "provenance.json").read_text())
     assert {**provenance["evaluation"], "num_orders": 2} == before
 

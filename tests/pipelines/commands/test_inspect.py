@@ -22,7 +22,7 @@ from pipelines.config.command import parse
 from pipelines.images import DataConfig, load_images
 from pipelines.metrics import charts, pages
 from pipelines.metrics.inspection import PLACES, Surroundings, alone, examine, middle
-from pipelines.metrics.reconstruction import evaluate_reconstruction
+from pipelines.metrics.reconstruction import evaluate_looks, evaluate_reconstruction
 from pipelines.stages.index import INDEX
 from pipelines.stages.provenance import tokenizer_defaults
 from tokenizer.files.writing import write_json
@@ -133,6 +133,8 @@ def test_more_codes_than_are_shown_are_the_most_used(images, drawn):
 def test_figures_are_those_of_reconstruct(name, images):
     model = make_tokenizer(name).eval()
     found, expected = examine(model, images, 8), evaluate_reconstruction(model, images)
+    looks = evaluate_looks(model, images)
+    assert {"ssim", "texture_flat"} < set(looks) and {key: found.figures[key] for key in looks} == looks
     assert {key: found.figures[key] for key in expected} == pytest.approx(expected, rel=1e-4)
     assert found.psnr.shape == (COUNT,) and int(found.uses.sum()) == COUNT * len(model.grid)
     assert found.figures["psnr_worst"] <= found.figures["psnr"] <= found.figures["psnr_best"]
@@ -296,6 +298,7 @@ def test_a_report_is_written(world, what, tmp_path, capsys):
     with Image.open(tmp_path / "new" / "page.png") as picture:
         assert picture.width == inspect.WIDTH + 2 * pages.MARGIN and picture.height > 800
     assert f"{COUNT} held-out images" in printed and "PSNR" in printed and "of 32 codes used" in printed
+    assert "SSIM " in printed and "texture in flat areas" in printed
 
 
 def test_run_returns_what_it_found(world, tmp_path):

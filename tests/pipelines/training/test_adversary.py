@@ -34,6 +34,7 @@ CRITIC = {
     "critic__width": 8,
     "critic__layers": 2,
     "critic__lecam": 0.01,
+    "critic__augment": ["color", "translation", "cutout"],
 }
 STEPS = {"train__steps": 14, "train__save_every": 4}
 
@@ -99,7 +100,8 @@ def test_what_users_get_has_no_critic(whole):
 @pytest.mark.slow
 @pytest.mark.timeout(120)
 def test_two_processes_play_as_one_does(tmp_path):
-    more = {**CRITIC, **STEPS, "critic__adaptive": True, "critic__loss": "non_saturating"}
+    # Each process has its own draws.
+    more = {**CRITIC, **STEPS, "critic__augment": None, "critic__adaptive": True, "critic__loss": "non_saturating"}
     printed = output_of(start(two_processes("train_tokenizer", tokenizer_arguments(tmp_path / "both", **more))))
     assert printed.count("2 process(es) on cpu") == 1
     alone = train_tokenizer(tmp_path / "alone", **more)
@@ -185,12 +187,39 @@ def test_images_too_small_for_the_critic_are_named(tmp_path):
         train_tokenizer(tmp_path / "run", critic__weight=1.0, critic__layers=6)
 
 
+def test_the_critic_sees_all_that_it_sees_changed(monkeypatch):
+    """In both turns; without kinds, images and reconstructions as they are, bit for bit."""
+    images, reconstructions = (torch.rand(4, 1, 28, 28, generator=torch.Generator().manual_seed(n)) for n in (0, 1))
+    reconstructions.requires_grad_()
+    seen = {}
+    for kinds in ((), ("cutout",)):
+        critic = PatchCritic(1, 8, 2).eval()
+        adversary = Adversary(CriticConfig(weight=1, warmup=0, ramp=0, augment=kinds), critic)
+        shown: list[torch.Tensor] = []
+        critic.register_forward_pre_hook(lambda _, given, shown=shown: shown.append(given[0]))
+        torch.manual_seed(0)
+        adversary.critic_term(critic, images, reconstructions.detach())
+        added, _ = adversary.tokenizer_term(reconstructions, reconstructions.sum(), reconstructions, 3)
+        seen[kinds] = shown
+        (gradient,) = torch.autograd.grad(added, reconstructions)
+        assert bool((gradient.flatten(1).abs().amax(1) > 0).all())
+        hidden = shown[1] == 0
+        assert hidden.any() == bool(kinds) and not gradient[hidden].any()
+    plain, changed = seen.values()
+    assert torch.equal(plain[0], torch.cat([images, reconstructions])) and torch.equal(plain[1], reconstructions)
+    for before, after in zip(plain, changed, strict=True):
+        holes = (after == 0).flatten(1).float().mean(1)
+        assert bool((holes > 0).all()) and torch.equal(after[after != 0], before[after != 0])
+    assert not torch.equal(changed[0][:4] == 0, changed[0][4:] == 0), "images and reconstructions have their own holes"
+
+
 def test_the_adaptive_weight_evens_gradients_out():
     """At the decoder's last layer the critic's part of the gradient is `weight` times as long as the rest."""
     tokenizer = Tokenizer.create(
         "vqvae", image_size=(28, 28), channels=1, **{k: v for k, v in VQVAE.items() if k != "kind"}
     )
-    adversary = Adversary(CriticConfig(weight=0.25, adaptive=True, warmup=0, ramp=0), PatchCritic(1, 8, 2))
+    config = CriticConfig(weight=0.25, adaptive=True, warmup=0, ramp=0, augment=("color", "cutout"))
+    adversary = Adversary(config, PatchCritic(1, 8, 2))
     images = torch.rand(4, 1, 28, 28) * 2 - 1
     output = tokenizer.train()(images)
     others = (output.images - images).square().mean()

@@ -1,0 +1,138 @@
+"""Texture in flat areas: a pattern of known strength gives its strength, and what is no texture gives nothing."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from pipelines.images import to_float
+from pipelines.metrics.reconstruction import evaluate_looks
+from pipelines.metrics.texture import in_levels, texture_figures, texture_line, texture_sums
+
+LEVEL = 1 / 127.5
+SIDE = 64
+
+
+def flat(level: float, *, channels: int = 3, side: int = SIDE, count: int = 1) -> Tensor:
+    """Images of one grey level."""
+    return to_float(torch.full((count, channels, side, side), int(level), dtype=torch.uint8))
+
+
+def measured(decoded: Tensor, images: Tensor) -> dict[str, float | None]:
+    figures = texture_figures(texture_sums(decoded, images))
+    return {name: figures[f"texture_{name}"] for name in ("flat", "grid", "white")}
+
+
+def wave(period: int, side: int = SIDE) -> Tensor:
+    """Stripes both ways, of values -1 and 1, whose product repeats with `period` and has no slope in a window."""
+    steps = torch.arange(side)
+    stripe = torch.where(((steps + period // 4) % period) < period // 2, 1.0, -1.0)
+    return stripe[:, None] * stripe
+
+
+@pytest.mark.parametrize("strength", [0.5, 4.0])
+@pytest.mark.parametrize(("period", "in_grid"), [(2, 1.0), (4, 1.0), (8, 0.0)])
+def test_a_pattern_has_its_strength(period, in_grid, strength):
+    images = flat(128)
+    found = measured(images + strength * LEVEL * wave(period), images)
+    assert found["flat"] == pytest.approx(strength, rel=1e-3)
+    assert found["grid"] == pytest.approx(in_grid * strength, rel=1e-3, abs=1e-4)
+    assert found["white"] is None
+
+
+def test_a_long_period_is_half_slope():
+    """Of a sine of period 16 a window sees at most half a period, which a plane takes most of."""
+    images, steps = flat(128), torch.arange(SIDE)
+    found = measured(images + 4 * LEVEL * torch.sin(2 * torch.pi * (steps + 0.5) / 16), images)
+    assert 0.1 < found["flat"] < 0.5 * 4 / 2**0.5
+    assert found["grid"] < 0.1 * 4
+
+
+@pytest.mark.parametrize("wrong", ["color", "slope", "both"])
+def test_a_wrong_colour_and_a_slope_are_no_texture(wrong):
+    images, steps = flat(100), torch.arange(SIDE).float()
+    color = torch.tensor([20.0, -30.0, 5.0])[:, None, None]
+    slope = 0.6 * steps[:, None] - 0.4 * steps
+    error = {"color": color, "slope": slope, "both": color + slope}[wrong]
+    found = measured(images + LEVEL * error, images)
+    assert found["flat"] == pytest.approx(0, abs=1e-4) and found["grid"] == pytest.approx(0, abs=1e-4)
+
+
+def test_white_and_flat_windows_are_told_apart():
+    images = torch.cat([flat(255), flat(253), flat(252), flat(60)])
+    strengths = torch.tensor([1.0, 1.0, 3.0, 5.0])[:, None, None, None]
+    figures = texture_figures(texture_sums(images + strengths * LEVEL * wave(2), images))
+    assert figures["texture_white"] == pytest.approx(1, rel=1e-3)
+    assert figures["texture_flat"] == pytest.approx(((3**2 + 5**2) / 2) ** 0.5, rel=1e-3)
+    assert figures["texture_white_windows"] == figures["texture_flat_windows"] == 2 * 64
+    assert figures["texture_background"] == "white"
+
+
+def test_the_background_is_the_commoner_extreme():
+    """Of grey garments it is black; a white area is then one like others."""
+    images = torch.cat([flat(0, channels=1, count=2), flat(255, channels=1)])
+    strengths = torch.tensor([1.0, 1.0, 3.0])[:, None, None, None]
+    figures = texture_figures(texture_sums(images + strengths * LEVEL * wave(4), images))
+    assert (figures["texture_background"], figures["texture_white_windows"]) == ("black", 128)
+    assert figures["texture_white"] == pytest.approx(1, rel=1e-3)
+    assert figures["texture_flat"] == pytest.approx(3, rel=1e-3) == figures["texture_grid"]
+    assert texture_line(figures).endswith("in black areas 1.00")
+
+
+@pytest.mark.parametrize(("across", "counts"), [(4, True), (5, False)])
+def test_flat_is_a_range_of_four_levels_in_every_channel(across, counts):
+    images = flat(128).clone()
+    images[:, 1, :, ::2] += across * LEVEL
+    figures = texture_figures(texture_sums(images, images))
+    assert figures["texture_flat_windows"] == (64 if counts else 0)
+    assert figures["texture_flat"] == (0 if counts else None)
+
+
+def test_small_images_have_overlapping_windows_and_tiny_ones_none():
+    counts = {}
+    for side in (64, 63, 28, 8, 7):
+        images = flat(128, channels=1, side=side)
+        counts[side] = texture_figures(texture_sums(images, images))["texture_flat_windows"]
+    assert counts == {64: 64, 63: 14**2, 28: 36, 8: 1, 7: 0}
+
+
+def test_no_flat_window_is_a_dash():
+    images = torch.rand(2, 3, SIDE, SIDE)
+    figures = texture_figures(texture_sums(images, images))
+    assert [figures[f"texture_{name}"] for name in ("flat", "grid", "white")] == [None] * 3
+    assert in_levels(None) == "-" and texture_line(figures).count(" -") == 3
+
+
+class Noisy:
+    """A tokenizer whose reconstructions are off by what the image says, and a set of images."""
+
+    device = torch.device("cpu")
+    image_shape = (3, SIDE, SIDE)
+
+    def encode(self, images: Tensor) -> Tensor:
+        return images
+
+    def decode(self, tokens: Tensor) -> Tensor:
+        return tokens + LEVEL * (1 + tokens) * wave(2)
+
+    def __len__(self) -> int:
+        return 10
+
+    def batch(self, rows: Tensor) -> Tensor:
+        return torch.cat([flat(20 * int(row) + 10) for row in rows])
+
+
+@pytest.mark.parametrize("at_a_time", [3, 64])
+def test_figures_do_not_depend_on_parts(monkeypatch, at_a_time):
+    """Over processes: `test_evaluate_together.py`."""
+    monkeypatch.setattr("pipelines.metrics.reconstruction.EVALUATED_PIXELS", at_a_time * SIDE * SIDE)
+    model: Any = Noisy()
+    figures = evaluate_looks(model, model)
+    levels = torch.arange(10.0) * 20 + 10
+    assert figures["texture_flat"] == pytest.approx(float((levels / 127.5).square().mean().sqrt()), rel=1e-3)
+    assert (figures["ssim_images"], figures["texture_flat_windows"]) == (10, 640) and 0.5 < figures["ssim"] < 1
+    few = evaluate_looks(model, model, limit=4)
+    assert (few["ssim_images"], few["texture_flat_windows"]) == (4, 256)

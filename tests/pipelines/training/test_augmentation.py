@@ -1,0 +1,102 @@
+"""What a critic sees changed: each kind does what it says, a gradient passes, and nothing is drawn for no kinds."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from pipelines.training.augmentation import KINDS, augmented, color, cutout, translation
+
+SHAPES = [(200, 3, 16, 24), (200, 1, 16, 24)]
+
+
+def some(shape: tuple[int, ...]) -> torch.Tensor:
+    return torch.rand(shape, generator=torch.Generator().manual_seed(1)) * 1.8 - 0.9
+
+
+@pytest.fixture(autouse=True)
+def seeded():
+    torch.manual_seed(0)
+
+
+def test_no_kinds_are_no_change_and_no_draws():
+    images, state = some(SHAPES[0]), torch.get_rng_state()
+    assert augmented(images, ()) is images
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("kinds", [*((kind,) for kind in KINDS), tuple(KINDS)])
+def test_a_gradient_reaches_every_image_and_draws_are_those_of_the_seed(kinds, shape):
+    images = some(shape).requires_grad_()
+    found = augmented(images, kinds)
+    assert found.shape == images.shape and not torch.equal(found, images)
+    found.square().sum().backward()
+    assert images.grad is not None and bool((images.grad.flatten(1).abs().amax(1) > 0).all())
+    torch.manual_seed(0)
+    assert torch.equal(augmented(images, kinds[::-1]), found)
+    assert not torch.equal(augmented(images, kinds), found)
+    assert augmented(images.bfloat16(), kinds).dtype == torch.bfloat16
+
+
+def test_each_image_has_draws_of_its_own():
+    for kind in KINDS:
+        found = augmented(some((1, 3, 16, 24)).expand(50, -1, -1, -1), [kind])
+        assert len({image.sum().item() for image in found}) > 20, kind
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_color_is_brightness_saturation_and_contrast(shape):
+    """A line through an image's values is a line; grey images keep their order, and stay grey."""
+    images = some(shape)
+    found = color(images)
+    moved = found.mean((1, 2, 3)) - images.mean((1, 2, 3))
+    assert 0.4 < moved.max() <= 0.5 and -0.5 <= moved.min() < -0.4
+    grey, before = found.mean(1), images.mean(1)
+    contrast = grey.flatten(1).std(1) / before.flatten(1).std(1)
+    assert 0.5 <= contrast.min() < 0.55 and 1.45 < contrast.max() <= 1.5
+    if shape[1] == 3:
+        spread = (found - grey[:, None]).flatten(1).std(1) / (images - before[:, None]).flatten(1).std(1)
+        saturation = spread / contrast
+        assert 0 <= saturation.min() < 0.1 and 1.9 < saturation.max() <= 2
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_translation_moves_by_up_to_an_eighth(shape):
+    images = some(shape)
+    found, moves = translation(images), set()
+    for image, moved in zip(images, found, strict=True):
+        fits = [
+            (down, across)
+            for down in range(-2, 3)
+            for across in range(-3, 4)
+            if torch.equal(shifted(image, down, across), moved)
+        ]
+        assert len(fits) == 1
+        moves.add(fits[0])
+    assert {down for down, _ in moves} == set(range(-2, 3)) and {across for _, across in moves} == set(range(-3, 4))
+
+
+def shifted(image: torch.Tensor, down: int, across: int) -> torch.Tensor:
+    """The image moved, 0 where it was."""
+    height, width = image.shape[1:]
+    padded = torch.nn.functional.pad(image, (3, 3, 2, 2))
+    return padded[:, 2 - down : 2 - down + height, 3 - across : 3 - across + width]
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_cutout_is_a_rectangle_of_half_the_sides(shape):
+    images = some(shape)
+    found = cutout(images)
+    holes = (found == 0).all(1)
+    assert torch.equal(found, images * ~holes[:, None])
+    rows, columns = holes.any(2), holes.any(1)
+    assert torch.equal(holes, rows[:, :, None] & columns[:, None])
+    assert set(rows.sum(1).tolist()) <= set(range(4, 9)) and set(columns.sum(1).tolist()) <= set(range(6, 13))
+    assert rows.sum(1).max() == 8 and columns.sum(1).max() == 12
+    assert bool(holes.any(0).all()), "a pixel is never cut out"
+
+
+def test_a_kind_that_there_is_not():
+    with pytest.raises(ValueError, match="augment: must be of color, translation, cutout"):
+        augmented(some((1, 1, 8, 8)), ["flip"])
