@@ -260,9 +260,10 @@ def lines(
     series: Mapping[str, Sequence[tuple[float, float]]],
     labels: tuple[str, str],
     ceiling: float | None = None,
+    ringed: Mapping[str, tuple[float, float]] | None = None,
 ) -> None:
-    """Points `(x, y)` of each series, ascending in x, joined by a line; the lowest of all is ringed where there is a
-    `ceiling`, in multiples of it, above which lines are cut off. `labels` are those of x and y."""
+    """Points `(x, y)` of each series, ascending in x, joined by a line; `ringed` ones have a ring and a name. `labels`
+    are those of x and y; lines are cut off above `ceiling` times the lowest point."""
     heights = np.array([y for points in series.values() for _, y in points])
     low, high = float(heights.min()), float(heights.max())
     high = min(high, ceiling * low) if ceiling else high
@@ -272,10 +273,9 @@ def lines(
     axes.set(ylim=(low - room, high + 2 * room), xlabel=labels[0])
     for name, points in series.items():
         axes.plot(*zip(*points, strict=True), color=colors[name], linewidth=1.8, marker="o", markersize=4.5)
-    if ceiling:
-        x, y = min((point for points in series.values() for point in points), key=lambda point: point[1])
-        axes.plot([x], [y], marker="o", markersize=13, color=INK, fillstyle="none", linestyle="none")
-        axes.annotate(three_digits(y), (x, y), (0, -22), textcoords="offset points", ha="center", annotation_clip=False)
+    for name, place in (ringed or {}).items():
+        axes.plot(*place, marker="o", markersize=13, color=INK, fillstyle="none", linestyle="none")
+        axes.annotate(name, place, (0, 12), textcoords="offset points", ha="center")
     few_ticks(axes.xaxis, 5)
     few_ticks(axes.yaxis, 4)
     if len(series) > 1:

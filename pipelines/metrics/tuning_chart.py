@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -14,7 +15,7 @@ WIDTH, HEIGHT = 460, 330  # of a chart
 FIGURES = {
     "frechet_distance": ("Frechet distance", "lower is better"),
     "class_agreement": ("Class agreement", "share of samples"),
-    "recall": ("Recall", "share of validation images"),
+    "recall": ("Recall", "share of images"),
 }
 CEILING = 3.0  # times the lowest distance: what is above it is cut off
 Points = list[tuple[float, float]]
@@ -24,16 +25,19 @@ def picture(trials: Sequence[Trial], best: Trial, facts: Mapping[str, Any]) -> P
     """Charts side by side: over the scale of guidance, or that at its end, of trials at temperature 1 without filters;
     where nothing was guided, over temperature."""
     guided = [trial for trial in trials if trial.stage in ("guidance", "beside")]
-    label = "scale of guidance: constant, or at the last token (from 1 at the first)"
+    guided = [trials[0], *guided] if guided else []
+    label = "guidance: constant, or at the last token (1 at the first)" if guided else "temperature"
     series = courses_in(guided) if guided else {"temperature": [t for t in trials if is_temperature(t)]}
     over = (lambda trial: strength(trial.sampler)) if guided else (lambda trial: trial.sampler.temperature)
+    alike = replace(best.sampler, temperature=1.0, top_k=None, top_p=None) if guided else best.sampler
+    chosen = [trial for those in series.values() for trial in those if trial.sampler == alike][:1]
     charts: list[Chart] = []
     for name, (title, unit) in FIGURES.items():
         found = {course: points(those, over, name) for course, those in series.items()}
         if any(found.values()):
-            top = CEILING if name == "frechet_distance" else None
-            labels = (label if guided else "temperature", unit)
-            charts.append(partial(lines, title=title, series=found, labels=labels, ceiling=top))
+            labels, ceiling = (label, unit), CEILING if name == "frechet_distance" else None
+            ringed = dict(zip(["chosen"], points(chosen, over, name), strict=False))
+            charts.append(partial(lines, title=title, series=found, labels=labels, ceiling=ceiling, ringed=ringed))
     heading = [
         f"chosen: {facts['told']}",
         f"Frechet distance {facts['frechet_distance']:.3f} (before, {facts['before']}: "

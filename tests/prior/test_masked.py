@@ -8,10 +8,11 @@ import math
 
 import pytest
 import torch
-from small import generators, make_prior
+from small import draw_tokens, generators, make_prior
 
 from prior import Prior
 from prior.masked import SCHEDULES, bound_masks
+from prior.sampling.confidence import MaskedSampler
 
 
 def make(shape=(2, 3), vocab_size=3, **config):
@@ -218,6 +219,27 @@ def test_an_image_does_not_depend_on_its_batch():
                 for at in torch.arange(9).split(size)
             ]
             assert torch.equal(torch.cat(parts), together)
+
+
+def test_the_course_of_guidance_is_of_what_each_image_knows():
+    """In a batch of images that know more and less, as alone; the last step is guided by the end, whoever takes it."""
+    model, labels = make(shape=(4, 4), vocab_size=7), torch.arange(8) % 3
+    tokens, known = (
+        draw_tokens(model, 8),
+        torch.arange(16).reshape(4, 4) < torch.tensor([0, 1, 4, 9, 12, 13, 14, 15])[:, None, None],
+    )
+    given = {"steps": 4, "guidance_scale": 0.0, "guidance_end": 6.0}
+    together = model.sample(8, labels, generator=generators(8), tokens=tokens, known=known, **given)
+    for k in range(8):
+        one = {"tokens": tokens[k], "known": known[k], "generator": [generators(8)[k]]}
+        assert torch.equal(model.sample(1, labels[[k]], **one, **given)[0], together[k])
+    last = {**given, "guidance_scale": 6.0, "guidance_end": None, "tokens": tokens, "known": known}
+    ended = model.sample(8, labels, generator=generators(8), **last)
+    assert torch.equal(ended[7], together[7]) and not torch.equal(ended[:4], together[:4])
+    sampler = MaskedSampler(steps=4)
+    for unknown in range(17):
+        sizes = sampler.sizes(unknown)
+        assert int(sampler.last_size(torch.tensor([unknown]))) == (sizes[-1] if sizes else 0)
 
 
 @pytest.mark.parametrize("steps", [1, 2, 4])
