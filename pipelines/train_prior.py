@@ -72,7 +72,9 @@ class AlignmentConfig(Config):
     """Condition Contrastive Alignment (Chen et al. 2024), which trains guidance away."""
 
     beta: float = Field(
-        0.02, gt=0, description="how soon an image counts as told apart; the goal is guidance 1 + 1/beta"
+        0.5,
+        gt=0,
+        description="the goal is guidance of 1 + 1/beta; the paper's 0.02 never gets there at its rate of 1e-5",
     )
     negatives: float | None = Field(
         None, ge=0, description="lambda, weight of images under a wrong label; null: the number of classes"

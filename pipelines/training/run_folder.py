@@ -76,7 +76,8 @@ def check_folder(run: Path, config: Any) -> list[str]:
             "overwritten"
         )
     else:
-        require_apart(run, [config.data.path] if hasattr(config, "data") else [config.tokens])
+        read = [config.data.path] if hasattr(config, "data") else [config.tokens]
+        require_apart(run, [*read, config.init])
     require_unclaimed(run)
     return changes
 

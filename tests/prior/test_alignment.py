@@ -55,6 +55,24 @@ def test_every_exact_prior_is_compared_with_a_frozen_one(name):
     assert float(after["cca"]) < float(terms["cca"]) and float(after["margin"]) > 0 and float(after["above"]) > 0.5
 
 
+@pytest.mark.parametrize(("negatives", "which"), [(0.0, 0), (1000.0, 1)])
+def test_own_labels_rise_and_others_fall(negatives, which):
+    """In the model's own log p, whatever the module calls a gain: each where it alone has weight."""
+    torch.manual_seed(0)
+    prior, frozen = (make_prior("gpt", num_classes=3) for _ in range(2))
+    frozen.load_state_dict(prior.state_dict())
+    module, optimizer = Alignment(prior, frozen, 0.5, negatives), torch.optim.SGD(prior.parameters(), lr=0.02)
+    tokens = torch.randint(prior.grid.vocab_size, (6, *prior.grid.shape))
+    labels, others = torch.tensor([0, 1, 2, 0, 1, 2]), torch.tensor([1, 2, 0, 2, 0, 1])
+    for _ in range(3):
+        optimizer.zero_grad()
+        module(tokens, labels, others, {})[0].backward()
+        optimizer.step()
+    looked_at = (labels, others)[which]
+    gained = (prior.log_prob(tokens, looked_at) - frozen.log_prob(tokens, looked_at)).mean()
+    assert gained > 0 if which == 0 else gained < 0
+
+
 @pytest.mark.parametrize("beta", [1.0, 0.5, 0.02])
 def test_the_optimum_is_guidance_of_1_plus_1_over_beta(beta):
     """The loss over all images and labels has no slope where p_ref is p(x | c) and what it gained is guidance."""
