@@ -16,7 +16,7 @@ from ..images.pictures import grid_picture
 from ..processes.sharing import ALONE, Team
 from ..shuffling.epochs import spread
 from .quality import shuffled, ssim
-from .texture import texture_figures, texture_sums
+from .texture import flat_windows, texture_figures
 
 EVALUATED_PIXELS = 1 << 20  # that an evaluation reconstructs at a time at most
 SOME = 2000  # held-out images for the figures that are slow, drawn at random
@@ -61,12 +61,12 @@ def evaluate_looks(model: Any, images: ImageDataset, limit: int | None = SOME, t
     def measure(rows: Tensor) -> tuple[Tensor, Tensor]:
         batch = images.batch(rows)
         decoded = model.decode(model.encode(batch.to(model.device))).float().cpu()
-        return ssim(batch, to_float(to_uint8(decoded))), texture_sums(decoded, batch)
+        return ssim(batch, to_float(to_uint8(decoded))), flat_windows(decoded, batch)
 
     parts = team.map(measure, some.split(images_at_a_time(images.image_shape)))
     alike = torch.cat([found for found, _ in parts]).double().mean()
-    sums = torch.stack([sums for _, sums in parts]).sum(0)
-    return {"ssim": float(alike), "ssim_images": len(some), **texture_figures(sums)}
+    windows = torch.cat([found for _, found in parts])
+    return {"ssim": float(alike), "ssim_images": len(some), **texture_figures(windows)}
 
 
 @torch.inference_mode()

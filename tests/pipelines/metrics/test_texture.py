@@ -10,7 +10,7 @@ from torch import Tensor
 
 from pipelines.images import to_float
 from pipelines.metrics.reconstruction import evaluate_looks
-from pipelines.metrics.texture import in_levels, texture_figures, texture_line, texture_sums
+from pipelines.metrics.texture import flat_windows, in_levels, texture_figures, texture_line
 
 LEVEL = 1 / 127.5
 SIDE = 64
@@ -22,7 +22,7 @@ def flat(level: float, *, channels: int = 3, side: int = SIDE, count: int = 1) -
 
 
 def measured(decoded: Tensor, images: Tensor) -> dict[str, float | None]:
-    figures = texture_figures(texture_sums(decoded, images))
+    figures = texture_figures(flat_windows(decoded, images))
     return {name: figures[f"texture_{name}"] for name in ("flat", "grid", "white")}
 
 
@@ -62,12 +62,12 @@ def test_a_wrong_colour_and_a_slope_are_no_texture(wrong):
 
 
 def test_white_and_flat_windows_are_told_apart():
-    images = torch.cat([flat(255), flat(253), flat(252), flat(60)])
-    strengths = torch.tensor([1.0, 1.0, 3.0, 5.0])[:, None, None, None]
-    figures = texture_figures(texture_sums(images + strengths * LEVEL * wave(2), images))
+    images = torch.cat([flat(255), flat(250), flat(249), flat(60), flat(80)])
+    strengths = torch.tensor([1.0, 1.0, 3.0, 5.0, 7.0])[:, None, None, None]
+    figures = texture_figures(flat_windows(images + strengths * LEVEL * wave(2), images))
     assert figures["texture_white"] == pytest.approx(1, rel=1e-3)
-    assert figures["texture_flat"] == pytest.approx(((3**2 + 5**2) / 2) ** 0.5, rel=1e-3)
-    assert figures["texture_white_windows"] == figures["texture_flat_windows"] == 2 * 64
+    assert figures["texture_flat"] == pytest.approx(5, rel=1e-3)  # the median of 3, 5 and 7
+    assert (figures["texture_white_windows"], figures["texture_flat_windows"]) == (2 * 64, 3 * 64)
     assert figures["texture_background"] == "white"
 
 
@@ -75,33 +75,41 @@ def test_the_background_is_the_commoner_extreme():
     """Of grey garments it is black; a white area is then one like others."""
     images = torch.cat([flat(0, channels=1, count=2), flat(255, channels=1)])
     strengths = torch.tensor([1.0, 1.0, 3.0])[:, None, None, None]
-    figures = texture_figures(texture_sums(images + strengths * LEVEL * wave(4), images))
+    figures = texture_figures(flat_windows(images + strengths * LEVEL * wave(4), images))
     assert (figures["texture_background"], figures["texture_white_windows"]) == ("black", 128)
     assert figures["texture_white"] == pytest.approx(1, rel=1e-3)
     assert figures["texture_flat"] == pytest.approx(3, rel=1e-3) == figures["texture_grid"]
     assert texture_line(figures).endswith("in black areas 1.00")
 
 
-@pytest.mark.parametrize(("across", "counts"), [(4, True), (5, False)])
-def test_flat_is_a_range_of_four_levels_in_every_channel(across, counts):
+@pytest.mark.parametrize(("across", "counts"), [(8, True), (9, False)])
+def test_flat_is_a_range_of_eight_levels(across, counts):
     images = flat(128).clone()
-    images[:, 1, :, ::2] += across * LEVEL
-    figures = texture_figures(texture_sums(images, images))
+    images[..., ::2] += across * LEVEL
+    figures = texture_figures(flat_windows(images, images))
     assert figures["texture_flat_windows"] == (64 if counts else 0)
     assert figures["texture_flat"] == (0 if counts else None)
+
+
+def test_what_counts_is_brightness():
+    images = flat(128)
+    for channel, share in enumerate((0.299, 0.587, 0.114)):
+        decoded = images.clone()
+        decoded[:, channel] += 10 * LEVEL * wave(2)
+        assert measured(decoded, images)["flat"] == pytest.approx(10 * share, rel=1e-3)
 
 
 def test_small_images_have_overlapping_windows_and_tiny_ones_none():
     counts = {}
     for side in (64, 63, 28, 8, 7):
         images = flat(128, channels=1, side=side)
-        counts[side] = texture_figures(texture_sums(images, images))["texture_flat_windows"]
+        counts[side] = texture_figures(flat_windows(images, images))["texture_flat_windows"]
     assert counts == {64: 64, 63: 14**2, 28: 36, 8: 1, 7: 0}
 
 
 def test_no_flat_window_is_a_dash():
     images = torch.rand(2, 3, SIDE, SIDE)
-    figures = texture_figures(texture_sums(images, images))
+    figures = texture_figures(flat_windows(images, images))
     assert [figures[f"texture_{name}"] for name in ("flat", "grid", "white")] == [None] * 3
     assert in_levels(None) == "-" and texture_line(figures).count(" -") == 3
 
@@ -132,7 +140,7 @@ def test_figures_do_not_depend_on_parts(monkeypatch, at_a_time):
     model: Any = Noisy()
     figures = evaluate_looks(model, model)
     levels = torch.arange(10.0) * 20 + 10
-    assert figures["texture_flat"] == pytest.approx(float((levels / 127.5).square().mean().sqrt()), rel=1e-3)
+    assert figures["texture_flat"] == pytest.approx(float((levels / 127.5).median()), rel=1e-3)
     assert (figures["ssim_images"], figures["texture_flat_windows"]) == (10, 640) and 0.5 < figures["ssim"] < 1
     few = evaluate_looks(model, model, limit=4)
     assert (few["ssim_images"], few["texture_flat_windows"]) == (4, 256)
