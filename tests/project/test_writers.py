@@ -457,7 +457,6 @@ WRITING = {
     "pipelines/tokens/parquet.py": "a dataset, in a folder that is being made",
     "pipelines/stages/base.py": "a pipeline, in a folder that is being made",
     "pipelines/evaluate.py": "results, in a folder that is being made",
-    "pipelines/commands/tune.py": "results, in a folder that is being made",
     "pipelines/commands/detect.py": "results, in a folder that is being made",
     "pipelines/commands/probe.py": "results, in a folder that is being made",
     "pipelines/commands/compress.py": "a stream, under a temporary name",
