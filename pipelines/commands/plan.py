@@ -17,7 +17,6 @@ from torch import nn
 
 from prior import Prior
 from tokenizer import Tokenizer
-from tokenizer.files.errors import ConfigError
 from tokenizer.files.opening import read_json
 from tokenizer.pretrained import CONFIG
 
