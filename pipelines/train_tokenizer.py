@@ -18,6 +18,7 @@ from tokenizer.base import codebook_usage
 from tokenizer.critic import PatchCritic
 from tokenizer.files.opening import read_json
 from tokenizer.losses import total_loss
+from tokenizer.marks import Before
 from tokenizer.pretrained import CONFIG, PROVENANCE
 from tokenizer.settings import Node, as_saved
 
@@ -50,6 +51,9 @@ class LossConfig(Config):
 
     l1: float = Field(0.0, ge=0, description="weight of the mean absolute error of pixels in [-1, 1]")
     l2: float = Field(1.0, ge=0, description="weight of the mean squared error of pixels in [-1, 1]")
+    spectral: Annotated[float, Before(0.0)] = Field(
+        0.0, ge=0, description="weight of the mean magnitude of the error's Fourier coefficients, against woven texture"
+    )
     nll: float = Field(
         1.0,
         ge=0,
@@ -253,7 +257,7 @@ def loss_weights_of(loss: LossConfig, tokenizer: Tokenizer) -> dict[str, float]:
         name: weight * (loss.nll if name == "nll" else loss.quantizer)
         for name, weight in tokenizer.loss_weights.items()
     }
-    return {"l1": loss.l1, "l2": loss.l2, **own}
+    return {"l1": loss.l1, "l2": loss.l2, "spectral": loss.spectral, **own}
 
 
 def build_tokenizer(node: dict[str, Any], image_size: tuple[int, int], channels: int) -> Tokenizer:

@@ -35,7 +35,7 @@ from ..planning.paper import on_meta
 from ..planning.pauses import Every, Looks
 from ..tokens.shards import bytes_per_row
 from ..train_prior import TrainPriorConfig
-from ..train_tokenizer import EVALUATED_IMAGES, Stage, TrainTokenizerConfig, build_tokenizer
+from ..train_tokenizer import EVALUATED_IMAGES, Stage, TrainTokenizerConfig, build_tokenizer, loss_weights_of
 from ..train_tokenizer import defaults as of_init
 from ..training.adversary import make_adversary
 from ..training.blocks import repeated_blocks
@@ -260,8 +260,7 @@ def recipe_of(config: PlanTokenizerConfig) -> Recipe:
     tokenizer, loss = tokenizer_of(config), config.loss
     adversary = make_adversary(config.critic, config.data.image_shape) if config.critic.weight else None
     network = perceptual_network(loss.perceptual_net) if loss.perceptual else None
-    weights = {"l1": loss.l1, "l2": loss.l2, **tokenizer.loss_weights}
-    return Recipe(tokenizer, weights, adversary, network, loss.perceptual)
+    return Recipe(tokenizer, loss_weights_of(loss, tokenizer), adversary, network, loss.perceptual)
 
 
 # The command line ---------------------------------------------------------------------------------

@@ -8,10 +8,13 @@ import os
 import re
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 import torch
+
+from tokenizer import TokenGrid, Tokenizer
 
 ROOT = Path(__file__).parents[2]
 BENCHMARKS = sorted((ROOT / "benchmarks").glob("*.py"))
@@ -216,6 +219,51 @@ def test_all_tokenizers_for_seconds(tmp_path):
     assert again.splitlines()[-8:] == printed.splitlines()[-8:] and "training rows" not in again
     with pytest.raises(AssertionError, match="was made with gpt_minutes=0.002; choose another out="):
         run(*command, "gpt_minutes=1")
+
+
+@pytest.mark.parametrize(
+    ("data", "size", "channels", "codes"), [("openmoji", (64, 64), 3, 512), ("fashion_mnist", (28, 28), 1, 256)]
+)
+def test_peers_have_equal_bits_and_three_sizes(support, monkeypatch, data, size, channels, codes):
+    """Each has the preset's grid, and grows with its size; diffusers' is tried in a process of its own."""
+    module, counts = support("contender_peers"), dict[str, list[int]]()
+    monkeypatch.setattr(module, "find_spec", lambda _: None)  # it would be in the family from here on
+    preset = support("contenders").read_presets(data, [])["tokenizer"]
+    for name, spec in module.peers(preset, Path("out")).items():
+        node = dict(spec["model"])
+        if node["kind"] != "diffusers":
+            with torch.device("meta"):
+                model = Tokenizer.create(node.pop("kind"), image_size=size, channels=channels, **node)
+            assert model.grid == TokenGrid(tuple(side // preset["model"]["factor"] for side in size), codes), name
+            counts.setdefault(name.partition("-")[0], []).append(sum(p.numel() for p in model.parameters()))
+    assert set(counts) == {"subpixel", "nearest", "vqgan", "vit"}
+    assert all(len(sizes) == 3 and sizes == sorted(set(sizes)) for sizes in counts.values())
+
+
+def test_the_best_size_of_each_network_is_shown(support):
+    made, psnr = support("contender_table"), {"vit-small": 15.0, "vit-large": 14.0, "ema": 13.0, "vqgan-medium": 16.0}
+    found = {name: [{"psnr": value}] for name, value in psnr.items()}
+    assert list(made.best_sizes(found)) == ["vqgan-medium", "vit-small", "ema"]
+    assert made.table(found).splitlines()[0] == "| tokenizer | PSNR, dB |"  # no column without a figure
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_peers_for_seconds(tmp_path):
+    """A few steps of each of the chosen ones, without a GPT."""
+    small = ["limit=64", "train.batch_size=8", "model.widths=[16]", "model.blocks=[1]", "gpt_minutes=0"]
+    names = [
+        "subpixel-medium",
+        "subpixel-small",
+        "nearest-small",
+        "vit-small",
+        *(["diffusers-small"] if find_spec("diffusers") else []),
+    ]
+    options = ("set=peers", "data=digits", "minutes=0.002", f"only={','.join(names)}", f"out={tmp_path}")
+    printed = run("tokenizers.py", *options, *small)
+    rows = [row.split(" | ")[0].removeprefix("| ") for row in printed.splitlines() if row.startswith("| ")]
+    assert set(names) <= set(rows) and "each network at its best size" in printed and "GPT: bits" not in printed
+    assert (tmp_path / "digits_peers" / "reconstructions.png").is_file()
 
 
 @pytest.mark.slow

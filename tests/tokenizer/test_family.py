@@ -14,7 +14,7 @@ from small import QUANTIZERS, TOKENIZERS, make_prior, make_tokenizer, quantizer_
 from tokenizer import TokenGrid, Tokenizer
 from tokenizer.base import Reconstruction, codebook_usage
 from tokenizer.files.errors import ConfigError, PathError, PipelineLoadError, WeightsError
-from tokenizer.losses import psnr, total_loss
+from tokenizer.losses import psnr, spectral_loss, total_loss
 
 every_tokenizer = pytest.mark.parametrize("name", TOKENIZERS)
 SIZES = [((12, 8), 3), ((8, 16), 1)]
@@ -250,6 +250,23 @@ def test_a_foreign_folder_is_not_overwritten(tmp_path):
     with pytest.raises(PathError, match="nothing was overwritten"):
         make_tokenizer("vqvae").save_pretrained(tmp_path)
     assert (tmp_path / "thesis.txt").read_text() == "four years"
+
+
+def test_the_spectral_loss_hears_a_pattern():
+    """An error that is woven weighs less than half of one that has the same values in random places, so that it is
+    learned to be removed: its few coefficients have the same slope as all others. It costs nothing where it is not
+    asked for."""
+    images = torch.zeros(1, 1, 8, 8)
+    error = torch.zeros(1, 1, 8, 8)
+    error[..., ::2] = 0.2  # every other column
+    torch.manual_seed(0)
+    scattered = error.flatten()[torch.randperm(64)].view_as(error)
+    found = [float(spectral_loss(made, images)) for made in (error, scattered)]
+    assert 2 * found[0] < found[1]
+    output, weights = Reconstruction(scattered, torch.zeros(1), {}), {"l1": 0.0, "l2": 0.0}
+    total, terms = total_loss(output, images, {**weights, "spectral": 2.0})
+    assert float(total) == pytest.approx(2 * found[1]) and set(terms) == {"l1", "l2", "spectral"}
+    assert set(total_loss(output, images, {**weights, "spectral": 0.0})[1]) == {"l1", "l2"}
 
 
 def test_usage_and_perplexity():
