@@ -13,8 +13,7 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from prior import Prior
-from prior.alignment import Alignment, alignment_problem
-from prior.objective import Likelihood
+from prior.objectives import Alignment, Likelihood, alignment_problem
 from prior.sampling import GUIDANCE
 from tokenizer.settings import Node
 
