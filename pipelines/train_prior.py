@@ -70,11 +70,7 @@ class SamplerConfig(Config):
 class AlignmentConfig(Config):
     """Condition Contrastive Alignment (Chen et al. 2024), which trains guidance away."""
 
-    beta: float = Field(
-        0.5,
-        gt=0,
-        description="the goal is guidance of 1 + 1/beta; the paper's 0.02 never gets there at its rate of 1e-5",
-    )
+    beta: float = Field(0.5, gt=0, description="the optimum is guidance of 1 + 1/beta; the paper has 0.02")
     negatives: float | None = Field(
         None, ge=0, description="lambda, weight of images under a wrong label; null: the number of classes"
     )
@@ -100,8 +96,7 @@ class TrainPriorConfig(Config):
     )
     objective: Literal["likelihood", "cca"] | None = Field(
         None,
-        description="likelihood, which null is, too; or cca, which fine-tunes the prior of `init`, for an epoch at a "
-        "small train.lr, to need no guidance",
+        description="likelihood, which null is, too; or cca, which fine-tunes the prior of `init` to need no guidance",
     )
     cca: AlignmentConfig | None = Field(None, description="settings of objective=cca; null: their defaults")
     label_dropout: float = Field(
