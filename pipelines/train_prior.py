@@ -131,7 +131,7 @@ class PriorTask(Task):
         start = start_from(self.model, self.data.class_names, config.init) if config.init else None
         if start is None:
             self.model.initialize(cast(Tensor, self.train_split.tokens), self.train_split.labels)
-        self.begun = start and {"source": config.init, "fingerprint": start.fingerprint()}
+        self.begun = None if start is None else {"source": config.init, "fingerprint": start.fingerprint()}
         self.nets: dict[str, nn.Module] = {"model": self.make_objective(start and start.to(device))}
         self.players = {"model": list(self.model.parameters())}
         self.rows, self.tokens_per_row = len(self.train_split), len(self.data.grid)

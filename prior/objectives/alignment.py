@@ -7,7 +7,7 @@ own label c than under a wrong one c', both compared with a frozen copy of the p
 
 Its optimum is p_ref(x | c) (p(x | c) / p(x))^(1 / beta) / lambda^(1 / beta): what guidance of scale 1 + 1 / beta aims
 at, in the full model and not token by token. A short run with a small rate stops on the way there. Images without their
-label take part in the first term alone, which keeps the null class as it is, or better.
+label take part in the first term alone, which only makes them likelier.
 """
 
 from __future__ import annotations
