@@ -13,8 +13,7 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from prior import Prior
-from prior.alignment import Alignment, alignment_problem
-from prior.objective import Likelihood
+from prior.objectives import Alignment, Likelihood, alignment_problem
 from prior.sampling import GUIDANCE
 from tokenizer.settings import Node
 
@@ -71,11 +70,7 @@ class SamplerConfig(Config):
 class AlignmentConfig(Config):
     """Condition Contrastive Alignment (Chen et al. 2024), which trains guidance away."""
 
-    beta: float = Field(
-        0.5,
-        gt=0,
-        description="the goal is guidance of 1 + 1/beta; the paper's 0.02 never gets there at its rate of 1e-5",
-    )
+    beta: float = Field(0.5, gt=0, description="the optimum is guidance of 1 + 1/beta; the paper has 0.02")
     negatives: float | None = Field(
         None, ge=0, description="lambda, weight of images under a wrong label; null: the number of classes"
     )
@@ -101,8 +96,7 @@ class TrainPriorConfig(Config):
     )
     objective: Literal["likelihood", "cca"] | None = Field(
         None,
-        description="likelihood, which null is, too; or cca, which fine-tunes the prior of `init`, for an epoch at a "
-        "small train.lr, to need no guidance",
+        description="likelihood, which null is, too; or cca, which fine-tunes the prior of `init` to need no guidance",
     )
     cca: AlignmentConfig | None = Field(None, description="settings of objective=cca; null: their defaults")
     label_dropout: float = Field(
@@ -137,7 +131,7 @@ class PriorTask(Task):
         start = start_from(self.model, self.data.class_names, config.init) if config.init else None
         if start is None:
             self.model.initialize(cast(Tensor, self.train_split.tokens), self.train_split.labels)
-        self.begun = start and {"source": config.init, "fingerprint": start.fingerprint()}
+        self.begun = None if start is None else {"source": config.init, "fingerprint": start.fingerprint()}
         self.nets: dict[str, nn.Module] = {"model": self.make_objective(start and start.to(device))}
         self.players = {"model": list(self.model.parameters())}
         self.rows, self.tokens_per_row = len(self.train_split), len(self.data.grid)

@@ -23,7 +23,7 @@ from tokenizer.pretrained import Fact, ModelConfig, PretrainedModel
 from .drawing import State, draw, evaluating
 from .features import Features
 from .mixtures import Mixtures
-from .objective import mean_nats
+from .objectives import mean_nats
 from .orders import Partition, block_numbers, blocks_problem, make_partition, order_problem
 from .requests import Order, Rows, Walk, check_labels, check_order, given_walk, make_rows, partition_of
 from .sampling import Generators, Sampler

@@ -22,7 +22,7 @@ from tokenizer.base import at_least_float32, full_float32
 
 from .base import Prior, sent
 from .drawing import FEW_ROWS, State
-from .objective import token_nats
+from .objectives import token_nats
 from .orders import Partition, block_numbers
 from .parallel import parallel_rows
 from .requests import Order, Rows, Walk, check_labels, partition_of

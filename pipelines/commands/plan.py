@@ -8,6 +8,7 @@ rows=1281167 gpus=8 gpu=a100`. The model is run on paper: nothing is trained, no
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,7 +16,7 @@ import torch
 from pydantic import Field
 from torch import nn
 
-from prior import Prior
+from prior.objectives import alignment_problem
 from tokenizer import Tokenizer
 from tokenizer.files.opening import read_json
 from tokenizer.pretrained import CONFIG
@@ -24,23 +25,33 @@ from ..config import Config, UserError, run_command
 from ..config.arguments import read_arguments
 from ..config.command import parse
 from ..image_pipeline import SAMPLED
-from ..metrics.likelihood import EVALUATED_ROWS, classes_of_table, rows_at_a_time, rows_evaluated
+from ..metrics.likelihood import EVALUATED_ROWS, classes_of_table, rows_evaluated
 from ..metrics.reconstruction import images_at_a_time
 from ..planning.budget import EXPECTED, FLOAT32, GPUS, LABEL, parts_of_prior, parts_of_tokenizer, sizes_of
-from ..planning.costs import Recipe, Turn, costs_of, critic_turn, perceptual_network, prior_turn, tokenizer_turn
-from ..planning.facts import Facts, facts_of
-from ..planning.forecast import Forecast, Machine, Schedule
+from ..planning.costs import (
+    ALIGNED,
+    Recipe,
+    Turn,
+    costs_of,
+    critic_turn,
+    likelihood_batch,
+    perceptual_network,
+    prior_turn,
+    tokenizer_turn,
+)
+from ..planning.facts import facts_of
+from ..planning.forecast import Forecast, Machine, schedule_of
 from ..planning.page import page_of
 from ..planning.paper import on_meta
-from ..planning.pauses import Every, Looks
+from ..planning.pauses import FORWARD, Looks
 from ..tokens.shards import bytes_per_row
 from ..train_prior import TrainPriorConfig
+from ..train_prior import defaults as of_pipeline
 from ..train_tokenizer import EVALUATED_IMAGES, Stage, TrainTokenizerConfig, build_tokenizer, loss_weights_of
 from ..train_tokenizer import defaults as of_init
 from ..training.adversary import make_adversary
 from ..training.blocks import repeated_blocks
 from ..training.optimizers import hidden_matrices
-from ..training.schedule import TrainConfig
 
 RECONSTRUCTED = 96  # images of the two pictures of a tokenizer's preview
 NO_MODEL = (
@@ -124,27 +135,26 @@ def machine_of(config: PlanPriorConfig | PlanTokenizerConfig) -> Machine:
     )
 
 
-def schedule_of(train: TrainConfig) -> Schedule:
-    """What the run says of its steps."""
-    every = Every(train.evaluate_every, train.preview_every, train.save_every)
-    return Schedule(train.batch_size, train.accumulate, train.steps, every, train.checkpointing, train.compile)
-
-
 # Priors -------------------------------------------------------------------------------------------
 
 
 def forecast_prior(config: PlanPriorConfig) -> Forecast:
     """What training this prior takes."""
     facts = facts_of(config, stage_one(config))
-    model = on_meta(lambda: make_prior(config, facts))
+    model = on_meta(lambda: facts.prior_of(config.model))
+    frozen = on_meta(lambda: facts.prior_of(config.model)) if config.objective == "cca" else None
+    if frozen and (problem := alignment_problem(model)):
+        raise UserError(f"objective: cca {problem}")
     blocks = repeated_blocks(model)
     muon = hidden_matrices(model) if config.train.optimizer == "muon" else ()
     sizes = sizes_of(parts_of_prior(model), model, {"model": model}, blocks, config.train.keep_best, muon)
+    sizes = replace(sizes, frozen=sizes.weights if frozen else 0)
     bf16 = config.precision == "bf16"
     costs = costs_of(
-        lambda images: [prior_turn(model, images, bf16)],
-        lambda: evaluate(model),
+        lambda images: [prior_turn(model, images, bf16, frozen)],
+        lambda: likelihood_batch(model),
         model,
+        beside=[frozen] if frozen else [],
         blocks=blocks,
         count=micro_batch(config),
     )
@@ -161,10 +171,11 @@ def forecast_prior(config: PlanPriorConfig) -> Forecast:
         Looks(evaluated, model.likelihood_passes, SAMPLED, config.sampler.steps or len(model.blocks), costs.launches),
         tokens_per_image=len(facts.grid),
         rows=facts.rows,
-        shards=True,
+        shards=not frozen,
         dataset=None if facts.rows is None else per_row * facts.rows,
         snapshot=FLOAT32 * sizes.parameters + facts.tokenizer_bytes,
         frequencies=0 if counted is None else FLOAT32 * (counted + 1) * len(facts.grid) * facts.grid.vocab_size,
+        passes=ALIGNED if frozen else FORWARD,
     )
 
 
@@ -183,19 +194,6 @@ def planned_tokenizer(source: str) -> Tokenizer:
     data = read_json(Path(source) / CONFIG)
     member: Any = Tokenizer.find(data.pop("kind", ""))
     return member(member.Config.from_saved(data))
-
-
-def make_prior(config: PlanPriorConfig, facts: Facts) -> Prior:
-    """The prior for these facts. Raises `ConfigError`."""
-    choices = {key: value for key, value in config.model.items() if key != "kind"}
-    return Prior.create(config.model["kind"], grid=facts.grid, num_classes=facts.classes, **choices)
-
-
-def evaluate(model: Prior) -> None:
-    """A batch of `metrics.likelihood.bits_per_token`; of a model that takes many passes for it, one pass."""
-    count = rows_at_a_time(model.grid)
-    rows = torch.zeros(count, *model.grid.shape, dtype=torch.long)
-    model.likelihood_pass(rows, torch.zeros(count, dtype=torch.long) if model.num_classes else None)
 
 
 # Tokenizers ---------------------------------------------------------------------------------------
@@ -278,9 +276,10 @@ def config_for(argv: list[str]) -> type[PlanConfig]:
         model = {**_mapping(given.get("model")), **_mapping(part.get("model"))}
         given = {**given, **part, "model": model}
     kind = given.get("model", {}).get("kind")
-    if kind in Tokenizer.available() or (kind is None and {"data", "loss", "critic", "init"} & set(given)):
+    second = {"tokens", "objective"} & set(given)
+    if kind in Tokenizer.available() or (not kind and not second and {"data", "loss", "critic", "init"} & set(given)):
         return PlanTokenizerConfig
-    return PlanPriorConfig if kind is not None or "tokens" in given else PlanConfig
+    return PlanPriorConfig if kind is not None or second else PlanConfig
 
 
 def _mapping(value: Any) -> dict[str, Any]:
@@ -291,8 +290,8 @@ def main(argv: list[str] | None = None) -> Any:
     """The command line."""
     argv = sys.argv[1:] if argv is None else argv
     cls = config_for(argv)
-    defaults = of_init if cls is PlanTokenizerConfig else None
-    return run_command(cls, run, argv, verb="plan", description=__doc__, defaults=defaults)
+    defaults: dict[Any, Any] = {PlanTokenizerConfig: of_init, PlanPriorConfig: of_pipeline}
+    return run_command(cls, run, argv, verb="plan", description=__doc__, defaults=defaults.get(cls))
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ from .costs import Turn
 FLOAT32, BF16 = 4, 2  # bytes
 STATES = 2  # resume states that a run keeps; a third is there while it is written
 LABEL = 8  # bytes of a row of a token dataset
-MOMENTS = "moments of the optimizer"
+MOMENTS, FROZEN = "moments of the optimizer", "the frozen copy"
 FULL = 0.9  # share of a GPU's memory to plan with: CUDA's context, NCCL and gaps between tensors take some
 
 
@@ -52,7 +52,7 @@ GPUS = {
 class Sizes:
     """The sizes of what a run keeps: parameters by part, shapes of all parameters, how many each player trains, bytes
     of all buffers and of those that are saved, the shapes of the parameters of each block, whether its states hold the
-    best weights so far, and the shapes of the parameters that move by Muon."""
+    best weights so far, the shapes of the parameters that move by Muon, and bytes of a frozen copy."""
 
     parts: dict[str, int]
     shapes: list[tuple[int, ...]]
@@ -62,6 +62,7 @@ class Sizes:
     blocks: list[list[tuple[int, ...]]]
     keeps_best: bool
     matrices: list[tuple[int, ...]] = field(default_factory=list)
+    frozen: int = 0
 
     @property
     def parameters(self) -> int:
@@ -166,13 +167,13 @@ def memory(sizes: Sizes, turns: list[Turn], gpus: int, fsdp: bool = False, accum
             "averaged weights": sizes.weights,
             "weights cast to bf16": worst.casts,
         }
-    return {**kept, **worst.parts, "working memory": worst.working}
+    return {**kept, FROZEN: sizes.frozen, **worst.parts, "working memory": worst.working}
 
 
 def at_evaluation(sizes: Sizes, parts: dict[str, int], evaluation: int, gpus: int, fsdp: bool = False) -> int:
     """Bytes on the main process, which evaluates: of `memory`'s parts those that stay, with FSDP the whole average,
     and the evaluation's own."""
-    stay = parts["weights"] + parts[MOMENTS] + parts["averaged weights"]
+    stay = parts["weights"] + parts[MOMENTS] + parts["averaged weights"] + parts[FROZEN]
     if fsdp:
         return stay + sizes.weights + evaluation
     return stay + (parts["gradients"] if gpus > 1 else 0) + evaluation

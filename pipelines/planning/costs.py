@@ -19,14 +19,20 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
 from prior import Prior
+from prior.objectives import Alignment
 from tokenizer import Tokenizer
 from tokenizer.losses import total_loss
 
+from ..metrics.likelihood import rows_at_a_time
 from ..metrics.perceptual import Perceptual
 from ..training.adversary import Adversary
 from .paper import CUDAKernels, Ledger, address, on_meta, on_paper
 
 Parts = Iterator[tuple[str, int]]
+
+ALIGNED = 8
+"""FLOPs of a step of objective=cca over those of a forward pass: forward and backward under two labels, and the frozen
+copy's forward passes."""
 
 
 @dataclass(frozen=True)
@@ -50,8 +56,10 @@ class Work:
 # Turns --------------------------------------------------------------------------------------------
 
 
-def prior_turn(model: Prior, count: int, bf16: bool) -> Turn:
-    """The turn of a prior on `count` images, as `train_prior` has it."""
+def prior_turn(model: Prior, count: int, bf16: bool, frozen: Prior | None = None) -> Turn:
+    """The turn of a prior on `count` images, as `train_prior` has it; with the copy `frozen`, that of objective=cca."""
+    if frozen is not None:
+        return aligned_turn(Alignment(model, frozen, beta=1.0, negatives=1.0), count, bf16)
 
     def parts(ledger: Ledger) -> Parts:
         tokens = torch.zeros(count, *model.grid.shape, dtype=torch.long)
@@ -66,6 +74,21 @@ def prior_turn(model: Prior, count: int, bf16: bool) -> Turn:
         loss.backward()
 
     return take(parts, list(model.parameters()))
+
+
+def aligned_turn(module: Alignment, count: int, bf16: bool) -> Turn:
+    """The turn of a prior that is compared with a frozen copy of it, each under two labels of `count` images."""
+    (model, frozen) = (module.prior, *module.frozen)
+
+    def parts(ledger: Ledger) -> Parts:
+        tokens, labels = torch.zeros(count, *model.grid.shape, dtype=torch.long), torch.zeros(count, dtype=torch.long)
+        inputs = model.training_inputs(tokens, 0.5)
+        with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+            loss, _ = module(tokens, labels, labels, inputs)
+        yield "activations and logits", ledger.now
+        loss.backward()
+
+    return take(parts, [*model.parameters(), *frozen.parameters()])
 
 
 @dataclass(frozen=True)
@@ -196,6 +219,13 @@ def evaluation_of(run: Callable[[], Any], model: nn.Module) -> tuple[int, int]:
         run()
     model.train()
     return ledger.peak, ledger.launches
+
+
+def likelihood_batch(model: Prior) -> None:
+    """A batch of `metrics.likelihood.bits_per_token`; of a model that takes many passes for it, one pass."""
+    count = rows_at_a_time(model.grid)
+    rows = torch.zeros(count, *model.grid.shape, dtype=torch.long)
+    model.likelihood_pass(rows, torch.zeros(count, dtype=torch.long) if model.num_classes else None)
 
 
 def flops_of(turn: Callable[[], Any]) -> int:

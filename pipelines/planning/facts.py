@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from prior import Prior
 from tokenizer import TokenGrid, Tokenizer
 
 from ..config import UserError
@@ -20,6 +21,11 @@ class Facts:
     classes: int
     rows: int | None
     tokenizer_bytes: int = 0
+
+    def prior_of(self, node: dict[str, Any]) -> Prior:
+        """The prior of a checked `{kind: ...}` node for these facts. Raises `ConfigError`."""
+        choices = {key: value for key, value in node.items() if key != "kind"}
+        return Prior.create(node["kind"], grid=self.grid, num_classes=self.classes, **choices)
 
 
 def facts_of(config: Any, tokenizer: Tokenizer | None) -> Facts:

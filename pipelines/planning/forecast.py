@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from functools import cached_property
 
+from ..training.schedule import TrainConfig
 from .budget import FULL, Sizes, at_evaluation, memory, seconds
 from .costs import Costs
 from .pauses import FORWARD, FUSED, LAUNCH, Every, Looks, Pauses, pauses_of
@@ -40,10 +41,16 @@ class Schedule:
     compile: bool
 
 
+def schedule_of(train: TrainConfig) -> Schedule:
+    """What a run says of its steps."""
+    every = Every(train.evaluate_every, train.preview_every, train.save_every)
+    return Schedule(train.batch_size, train.accumulate, train.steps, every, train.checkpointing, train.compile)
+
+
 @dataclass(frozen=True)
 class Forecast:
     """What a run takes. `dataset`, `snapshot` and `frequencies` (of the table that `smalti evaluate` compares a prior
-    with) are bytes; `shards` says whether FSDP is for it."""
+    with) are bytes; `shards` says whether FSDP is for it; a step costs as much as so many forward `passes`."""
 
     title: str
     machine: Machine
@@ -57,6 +64,7 @@ class Forecast:
     dataset: int | None
     snapshot: int
     frequencies: int = 0
+    passes: int = FORWARD
     notes: list[str] = field(default_factory=list)
 
     @property
@@ -95,16 +103,17 @@ class Forecast:
 
     @property
     def launches(self) -> int:
-        """Operations of a step, about: those of a forward pass, and twice as many backward; compiled, some in one."""
+        """Operations of a step, about: `passes` times those of a forward pass; compiled, some in one."""
         together = FUSED if self.schedule.compile else 1
-        return FORWARD * self.schedule.accumulate * self.costs.launches // together
+        return self.passes * self.schedule.accumulate * self.costs.launches // together
 
     @property
     def pauses(self) -> Pauses:
         """What the run does beside its steps."""
         machine = self.machine
         reached = machine.tflops * 1e12 * machine.utilization
-        return pauses_of(self.looks, self.costs.work.flops, machine.gpus, reached, self.sizes.state, self.snapshot)
+        flops = FORWARD * self.costs.work.flops / self.passes
+        return pauses_of(self.looks, flops, machine.gpus, reached, self.sizes.state, self.snapshot)
 
     @property
     def beside(self) -> float:

@@ -30,6 +30,8 @@ T = TypeVar("T")
 BEGUN = (SIGNS, LOCK)
 """All that a run may leave in its folder before it has written its configuration."""
 CONFIG = "config.yaml"
+BEGUN_WITH = "init.fingerprint"
+"""Among the configuration that a state keeps: no setting, but what one of them meant."""
 
 
 def begun_data(run: Path, node: str = "data") -> dict[str, Any] | None:
@@ -103,14 +105,18 @@ def claim_folder(run: Path, config: Any, accelerator: Accelerator, snapshots: Ma
         yield
 
 
-def newest_state(run: Path, config: Any, accelerator: Accelerator) -> Path | None:
-    """The newest good state, as the main process finds it (it also tidies up), told to all.
+def newest_state(run: Path, config: Any, accelerator: Accelerator, begun: dict[str, Any] | None = None) -> Path | None:
+    """The newest good state, as the main process finds it (it also tidies up), told to all. begun: `Task.begun`.
 
     Raises `UserError`, on all processes, where there are states and none can be read, where the states are gone but the
-    snapshot is there, and for a state of another run.
+    snapshot is there, for a state of another run, and where processes began with different models.
     """
+    team = team_of(accelerator)
+    everywhere = team.gather(lambda: begun)
 
     def find() -> Path | None:
+        if any(other != begun for other in everywhere):
+            raise UserError("init: processes found different models there; it has to be the same one on all machines")
         state = latest_state(run)
         snapshot = next((run / name for name in ("tokenizer", "pipeline") if (run / name).is_dir()), None)
         if state is None and snapshot is not None and not (run / "state").is_dir():
@@ -120,17 +126,24 @@ def newest_state(run: Path, config: Any, accelerator: Accelerator) -> Path | Non
             )
         (run / "state").mkdir(parents=True, exist_ok=True)  # from now on, if it is missing, somebody has removed it
         if state is not None:
-            require_same_run(state, config)
+            require_same_run(state, config, begun)
         return state
 
-    return team_of(accelerator).first(find)
+    return team.first(find)
 
 
-def require_same_run(state: Path, config: Any) -> None:
-    """Raise `UserError` for a state that a run with another configuration wrote. Early versions did not say whose."""
+def require_same_run(state: Path, config: Any, begun: dict[str, Any] | None = None) -> None:
+    """Raise `UserError` for a state that a run with another configuration wrote, or one that began with another model.
+    Early versions did not say whose."""
     saved = read_json(state / STATE).get("config")
     if not isinstance(saved, dict):
         return
+    then = saved.pop(BEGUN_WITH, None)
+    if begun is not None and then not in (None, begun["fingerprint"]):
+        raise UserError(
+            f"init: {begun['source']} holds another model than when the run began (its fingerprint was "
+            f"{str(then)[:12]}... and is {begun['fingerprint'][:12]}...); {state} was left as it was"
+        )
     # A setting that the state does not know did not exist when it was written.
     changes = [line for line in difference(saved, identity_of(config)) if ": (absent) -> " not in line]
     if changes:
@@ -139,6 +152,8 @@ def require_same_run(state: Path, config: Any) -> None:
         )
 
 
-def identity_of(config: Any) -> dict[str, Any]:
-    """What a run may not change of its configuration, by which its states are known."""
-    return fixed(settings(config.model_dump(mode="json"), config))
+def identity_of(config: Any, begun: dict[str, Any] | None = None) -> dict[str, Any]:
+    """What a run may not change of its configuration, and the fingerprint of the model that it began with (`begun`, see
+    `Task`), by which its states are known."""
+    found = fixed(settings(config.model_dump(mode="json"), config))
+    return found if begun is None else {**found, BEGUN_WITH: begun["fingerprint"]}

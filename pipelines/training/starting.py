@@ -48,7 +48,7 @@ def set_up(
         name: make_optimizer(players, matrices, config.train, betas[name], bf16)
         for name, players in task.players.items()
     }
-    state = newest_state(run, config, accelerator)
+    state = newest_state(run, config, accelerator, task.begun)
     step, counters = load_state(state, model=task.model, ema=averaged, optimizers=optimizers) if state else (0, {})
     best = None
     if state:
@@ -79,7 +79,7 @@ def set_up(
         saved_step=step or -1,
         precision=accelerator.mixed_precision,
         began=began,
-        identity=identity_of(config),
+        identity=identity_of(config, task.begun),
         **counters,
     )
 

@@ -30,6 +30,9 @@ class Task:
     """Learning rates of players as shares of `train.lr`, where not 1."""
     betas: dict[str, tuple[float, float]] = {}
     """AdamW's betas of players, where not `train.betas`."""
+    begun: dict[str, Any] | None = None
+    """`source` and `fingerprint` of another run's model that training begins with, if any. Each process reads it, also
+    when the run goes on, and has to find the same one."""
     rows: int
     """Size of the training set."""
     evaluated: dict[Split, int]

@@ -8,7 +8,9 @@ from __future__ import annotations
 import math
 import shutil
 import sys
+from contextlib import nullcontext
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -39,7 +41,12 @@ from pipelines.config import UserError
 from pipelines.config.command import parse
 from pipelines.tokens import load_tokens
 from pipelines.train_prior import PriorTask, TrainPriorConfig
+from pipelines.training import run_folder
+from pipelines.training.checkpoints.states import STATE
+from pipelines.training.run_folder import identity_of, require_same_run
 from tokenizer.files.errors import PathError
+from tokenizer.files.opening import read_json
+from tokenizer.files.writing import write_json
 
 pytestmark = pytest.mark.usefixtures("one_process")
 
@@ -199,6 +206,44 @@ def test_continued_equals_uninterrupted(made, aligned, tmp_path):
     verb.run(resolved(out, *made, **RUN))
     assert_equal_tensors(tensors(out), tensors(aligned))
     assert exact(out) == exact(aligned) and len(exact(out)) == 8
+
+
+def test_a_run_goes_on_with_the_model_it_began_with(made, aligned, tmp_path):
+    """What `init` names is read again, and may be another one by then."""
+    init, out, aside = made[1], tmp_path / "run", tmp_path / "aside"
+    shutil.copytree(aligned, out)
+    before = tensors(out)
+    init.rename(aside)
+    try:
+        shutil.copytree(aligned / "pipeline", init)
+        with pytest.raises(UserError, match="init: .* holds another model than when the run began") as caught:
+            verb.run(resolved(out, *made, **RUN))
+    finally:
+        shutil.rmtree(init)
+        aside.rename(init)
+    assert "\n" not in str(caught.value)
+    assert_equal_tensors(tensors(out), before)
+
+
+def test_states_are_known_by_the_model_that_a_run_began_with(made, tmp_path):
+    config, begun = resolved(tmp_path / "run", *made, **RUN), {"source": "there", "fingerprint": "a" * 64}
+    another = {**begun, "fingerprint": "b" * 64}
+    for then, now, fits in [(begun, begun, True), (None, begun, True), (None, None, True), (another, begun, False)]:
+        write_json(tmp_path / STATE, {"config": identity_of(config, then)})
+        with nullcontext() if fits else pytest.raises(UserError, match="init: there holds another model"):
+            require_same_run(tmp_path, config, now)
+        found = read_json(tmp_path / STATE)["config"]
+        assert found.get("init.fingerprint") == (then and then["fingerprint"])
+
+
+def test_processes_begin_with_one_model(made, tmp_path, monkeypatch):
+    """Of the frozen copy, which each reads by itself, nothing is sent between them."""
+    begun = {"source": "there", "fingerprint": "a"}
+    team = SimpleNamespace(gather=lambda act: [act(), {**act(), "fingerprint": "b"}], first=lambda act: act())
+    monkeypatch.setattr(run_folder, "team_of", lambda accelerator: team)
+    with pytest.raises(UserError, match="init: processes found different models there"):
+        run_folder.newest_state(tmp_path / "run", resolved(tmp_path / "run", *made, **RUN), None, begun)
+    assert not (tmp_path / "run").exists()
 
 
 def test_micro_batches_add_up(made, tmp_path):

@@ -17,7 +17,7 @@ import pytest
 import torch
 from launch import prior_arguments
 from plans import TINY, planned
-from small import SMALL, TOKENIZERS, make_tokenizer, quantizer_of
+from small import SMALL, TOKENIZERS, make_prior, make_tokenizer, quantizer_of
 
 from pipelines.__main__ import main
 from pipelines.commands import plan
@@ -75,6 +75,34 @@ def test_facts_come_from_the_token_dataset(tokens, capsys):
     assert (tokens / "train.safetensors").stat().st_size - forecast.dataset < 1000
     what_if = parse(plan.PlanPriorConfig, [*argv, "rows=1000"], verb="plan", description=None)
     assert plan.facts_of(what_if, None).rows == 1000
+
+
+def test_an_aligned_prior_costs_what_its_frozen_copy_and_its_second_label_do(tmp_path, capsys):
+    """Eight forward passes in the place of three, and one more copy of the weights, which lasts; what is saved and
+    evaluated is the same."""
+    plain, aligned = planned(*TINY, "gpus=2"), planned(*TINY, "gpus=2", "objective=cca")
+    assert "the frozen copy" in capsys.readouterr().out
+    assert aligned.costs.work.flops == pytest.approx(plain.costs.work.flops * 8 / 3, rel=0.05)
+    assert aligned.launches == plain.launches * 8 // 3
+    assert aligned.pauses.evaluate == pytest.approx(plain.pauses.evaluate, rel=0.05)
+    assert aligned.sizes.state == plain.sizes.state and aligned.snapshot == plain.snapshot
+    assert {way for way in plain.memory if way.startswith("FSDP")} and not any(w[0] == "F" for w in aligned.memory)
+    before, now = plain.memory["DDP"], aligned.memory["DDP"]
+    assert now["the frozen copy"] == now["weights"] == before["weights"] and not before["the frozen copy"]
+    assert now["activations and logits"] >= 2 * (before["activations"] + before["logits"])
+    assert aligned.evaluating("DDP") == plain.evaluating("DDP") + now["weights"]
+    for more, told in {"classes=0": "needs labels of two classes", "model.kind=masked": "exact in one pass"}.items():
+        with pytest.raises(SystemExit):
+            planned(*TINY, "objective=cca", more)
+        assert f"objective: cca needs a prior whose log p is {told}" in (err := capsys.readouterr().err) or told in err
+
+
+def test_a_prior_that_is_tuned_is_that_of_its_pipeline(tmp_path, capsys):
+    make_prior("gpt", num_classes=10).save_pretrained(tmp_path / "prior")
+    forecast = planned(f"init={tmp_path}", "objective=cca", *(key for key in TINY if not key.startswith("model.")))
+    with torch.device("meta"):
+        model = make_prior("gpt", (8, 8), 64, num_classes=10)
+    assert forecast.sizes.parameters == sum(p.numel() for p in model.parameters())
 
 
 # Against what is published

@@ -70,6 +70,18 @@ def test_bytes_on_paper_are_those_of_a_real_run(name, config, bf16):
 
 
 @every_precision
+def test_a_frozen_copy_keeps_nothing(bf16):
+    """On paper as in a real run: of both labels what one takes of each, and of the copy's passes nothing."""
+    alone, (model, frozen) = prior_turn(prior_in_training("gpt"), 7, bf16), (prior_in_training("gpt") for _ in range(2))
+    real = prior_turn(model, 7, bf16, frozen)
+    with on_paper(paper := on_meta("gpt"), copy := on_meta("gpt")):
+        assert prior_turn(paper, 7, bf16, copy) == real
+    kept, once = sum(real.parts.values()), sum(alone.parts.values())
+    assert 2 * once <= kept < 2.5 * once
+    assert all(parameter.grad is None for parameter in frozen.parameters())
+
+
+@every_precision
 def test_the_peak_is_that_of_the_allocator(bf16):
     """What torch's own CPU allocator hands out at most in a real step is what the ledger adds up, but for 0.1 %."""
     model = Prior.create("gpt", grid=TokenGrid((8, 8), 512), dim=64, depth=3, heads=2, dropout=0.1).train()

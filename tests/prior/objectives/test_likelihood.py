@@ -9,15 +9,14 @@ from costs import saved_elements
 from small import PRIORS, draw_tokens, make_prior
 from torch import Tensor
 
-from prior import objective
-from prior.objective import mean_nats, token_nats
+from prior.objectives import likelihood, mean_nats, token_nats
 
 
 @pytest.fixture
 def in_parts(monkeypatch):
     """As if the logits were many: seven rows at a time, of 40 ids."""
-    monkeypatch.setattr(objective, "LARGE", 1)
-    monkeypatch.setattr(objective, "AT_ONCE", 7 * 40 + 3)
+    monkeypatch.setattr(likelihood, "LARGE", 1)
+    monkeypatch.setattr(likelihood, "AT_ONCE", 7 * 40 + 3)
 
 
 def logits_and_ids(dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
@@ -53,7 +52,7 @@ def test_the_mean_is_that_of_torch(in_parts):
 
 def test_few_logits_are_treated_as_ever():
     logits, ids = logits_and_ids()
-    assert logits.numel() < objective.LARGE
+    assert logits.numel() < likelihood.LARGE
     assert torch.equal(mean_nats(logits, ids), F.cross_entropy(logits.flatten(0, 1), ids.flatten()))
 
 
@@ -87,8 +86,8 @@ def test_every_prior_has_the_same_loss_in_parts(name, monkeypatch):
     inputs = model.training_inputs(tokens, 0.3)
     for bf16 in (False, True):
         found = []
-        for large in (objective.LARGE, 1):
-            monkeypatch.setattr(objective, "LARGE", large)
+        for large in (likelihood.LARGE, 1):
+            monkeypatch.setattr(likelihood, "LARGE", large)
             torch.manual_seed(1)
             with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
                 loss = model.loss(model(tokens, labels, **inputs), tokens, **inputs)

@@ -9,7 +9,7 @@ import torch
 from small import PRIORS, make_prior
 from torch.nn.functional import logsigmoid
 
-from prior.alignment import Alignment, alignment_loss, alignment_problem
+from prior.objectives.alignment import Alignment, alignment_loss, alignment_problem
 
 
 def test_the_loss_is_the_papers():

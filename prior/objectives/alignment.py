@@ -7,7 +7,7 @@ own label c than under a wrong one c', both compared with a frozen copy of the p
 
 Its optimum is p_ref(x | c) (p(x | c) / p(x))^(1 / beta) / lambda^(1 / beta): what guidance of scale 1 + 1 / beta aims
 at, in the full model and not token by token. A short run with a small rate stops on the way there. Images without their
-label take part in the first term alone, which keeps the null class as it is, or better.
+label take part in the first term alone, which only makes them likelier.
 """
 
 from __future__ import annotations
@@ -19,15 +19,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .base import Prior
-from .objective import token_nats
+from .likelihood import token_nats
 
 
 class Alignment(nn.Module):
     """A prior and its loss in one call. The frozen `reference` is no part of the module: it is not trained, averaged,
     saved or sent between processes, and stays in eval mode. negatives: lambda."""
 
-    def __init__(self, prior: Prior, reference: Prior, beta: float, negatives: float) -> None:
+    def __init__(self, prior: Any, reference: Any, beta: float, negatives: float) -> None:
         super().__init__()
         self.prior, self.beta, self.negatives = prior, beta, negatives
         self.frozen = (reference.eval().requires_grad_(False),)  # a tuple, which torch does not look into
@@ -63,7 +62,7 @@ class Alignment(nn.Module):
         return image_nats(self.frozen[0], tokens, labels, inputs)
 
 
-def image_nats(prior: Prior, tokens: Tensor, labels: Tensor, inputs: dict[str, Any]) -> Tensor:
+def image_nats(prior: Any, tokens: Tensor, labels: Tensor, inputs: dict[str, Any]) -> Tensor:
     """-log p(tokens | labels) of an exact prior, float32 `(B,)`, along the orders that `inputs` name."""
     return token_nats(prior(tokens, labels, **inputs), tokens).sum(1)
 
@@ -75,7 +74,7 @@ def alignment_loss(own: Tensor, other: Tensor, labelled: Tensor, beta: float, ne
     return -(F.logsigmoid(beta * own) + wrong).mean()
 
 
-def alignment_problem(prior: Prior) -> str | None:
+def alignment_problem(prior: Any) -> str | None:
     """Why this prior cannot be aligned, if it cannot: its log p has to be exact, in one pass, and have a label."""
     if not prior.exact or prior.likelihood_passes > 1:
         passes = f"in {prior.likelihood_passes} passes" if prior.exact else "as an estimate of a bound"
