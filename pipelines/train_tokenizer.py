@@ -51,8 +51,11 @@ class LossConfig(Config):
 
     l1: float = Field(0.0, ge=0, description="weight of the mean absolute error of pixels in [-1, 1]")
     l2: float = Field(1.0, ge=0, description="weight of the mean squared error of pixels in [-1, 1]")
-    spectral: Annotated[float, Before(0.0)] = Field(
-        0.0, ge=0, description="weight of the mean magnitude of the error's Fourier coefficients, against woven texture"
+    gradient: Annotated[float, Before(0.0)] = Field(
+        0.0,
+        ge=0,
+        description="weight of the mean absolute error of differences between neighbouring pixels, against texture "
+        "that is woven into even areas",
     )
     nll: float = Field(
         1.0,
@@ -257,7 +260,7 @@ def loss_weights_of(loss: LossConfig, tokenizer: Tokenizer) -> dict[str, float]:
         name: weight * (loss.nll if name == "nll" else loss.quantizer)
         for name, weight in tokenizer.loss_weights.items()
     }
-    return {"l1": loss.l1, "l2": loss.l2, "spectral": loss.spectral, **own}
+    return {"l1": loss.l1, "l2": loss.l2, "gradient": loss.gradient, **own}
 
 
 def build_tokenizer(node: dict[str, Any], image_size: tuple[int, int], channels: int) -> Tokenizer:

@@ -14,7 +14,7 @@ from small import QUANTIZERS, TOKENIZERS, make_prior, make_tokenizer, quantizer_
 from tokenizer import TokenGrid, Tokenizer
 from tokenizer.base import Reconstruction, codebook_usage
 from tokenizer.files.errors import ConfigError, PathError, PipelineLoadError, WeightsError
-from tokenizer.losses import psnr, spectral_loss, total_loss
+from tokenizer.losses import gradient_loss, psnr, total_loss
 
 every_tokenizer = pytest.mark.parametrize("name", TOKENIZERS)
 SIZES = [((12, 8), 3), ((8, 16), 1)]
@@ -252,21 +252,21 @@ def test_a_foreign_folder_is_not_overwritten(tmp_path):
     assert (tmp_path / "thesis.txt").read_text() == "four years"
 
 
-def test_the_spectral_loss_hears_a_pattern():
-    """An error that is woven weighs less than half of one that has the same values in random places, so that it is
-    learned to be removed: its few coefficients have the same slope as all others. It costs nothing where it is not
-    asked for."""
-    images = torch.zeros(1, 1, 8, 8)
-    error = torch.zeros(1, 1, 8, 8)
-    error[..., ::2] = 0.2  # every other column
-    torch.manual_seed(0)
-    scattered = error.flatten()[torch.randperm(64)].view_as(error)
-    found = [float(spectral_loss(made, images)) for made in (error, scattered)]
-    assert 2 * found[0] < found[1]
-    output, weights = Reconstruction(scattered, torch.zeros(1), {}), {"l1": 0.0, "l2": 0.0}
-    total, terms = total_loss(output, images, {**weights, "spectral": 2.0})
-    assert float(total) == pytest.approx(2 * found[1]) and set(terms) == {"l1", "l2", "spectral"}
-    assert set(total_loss(output, images, {**weights, "spectral": 0.0})[1]) == {"l1", "l2"}
+def test_the_gradient_loss_hears_a_pattern():
+    """A wrong level costs nothing, an edge once, a woven error everywhere. It costs nothing where it is not asked
+    for."""
+    images = torch.rand(2, 3, 8, 8)
+    level, edge, woven = (torch.zeros(8, 8) for _ in range(3))
+    level += 0.2
+    edge[:, 4:] = 0.2
+    woven[:, ::2] = 0.2
+    found = [float(gradient_loss(images + error, images)) for error in (level, edge, woven)]
+    assert found == pytest.approx([0, 0.1 / 7, 0.1], abs=1e-6)
+    assert float(gradient_loss(images.mT + woven.mT, images.mT)) == pytest.approx(0.1)
+    output, weights = Reconstruction(images + woven, torch.zeros(1), {}), {"l1": 0.0, "l2": 0.0}
+    total, terms = total_loss(output, images, {**weights, "gradient": 2.0})
+    assert float(total) == pytest.approx(0.2) and set(terms) == {"l1", "l2", "gradient"}
+    assert set(total_loss(output, images, {**weights, "gradient": 0.0})[1]) == {"l1", "l2"}
 
 
 def test_usage_and_perplexity():
