@@ -39,7 +39,8 @@ class Alignment(nn.Module):
         labels: `(B,)`, the null class where dropped; others: `(B,)`, a label that each image does not have. inputs:
         `Prior.training_inputs`, so that the prior and its reference walk alike. Logged: `cca`, the loss of the paper;
         `margin`, by how many nats more the own label has gained than the other; `above`, the share of images of which
-        it has; `bits_per_token`.
+        it has; `bits_per_token`. The first and the last are means over images; the others over those with their label,
+        so that their mean over parts of a batch is a little another one.
         """
         labelled = (labels != self.prior.num_classes).float()
         nats = image_nats(self.prior, tokens, labels, inputs)

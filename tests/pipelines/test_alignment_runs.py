@@ -262,8 +262,10 @@ def test_two_processes_train_as_one_does(made, aligned, tmp_path):
     """The same losses up to rounding, and so with gradients added up over micro-batches; and in bfloat16 nearly."""
     out = tmp_path / "two"
     output_of(start(two_processes("train_prior", command(out, *made, **RUN))))
-    for name in ("loss", "margin", "above"):
+    for name in ("loss", "cca", "bits_per_token"):
         assert losses(out, name) == pytest.approx(losses(aligned, name), rel=1e-4, abs=1e-4)
+    for name in ("margin", "above"):  # a mean over images with their label, of which each process has its own number
+        assert losses(out, name) == pytest.approx(losses(aligned, name), rel=0.1)
     argv = command(tmp_path / "short", *made, **RUN)
     output_of(start([sys.executable, "-m", "pipelines.train_prior", *argv], ACCELERATE_MIXED_PRECISION="bf16"))
     assert losses(tmp_path / "short", "margin")[0] == 0  # the frozen prior is computed in the same precision

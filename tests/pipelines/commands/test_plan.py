@@ -77,7 +77,7 @@ def test_facts_come_from_the_token_dataset(tokens, capsys):
     assert plan.facts_of(what_if, None).rows == 1000
 
 
-def test_an_aligned_prior_costs_what_its_frozen_copy_and_its_second_label_do(tmp_path, capsys):
+def test_an_aligned_prior_costs_what_its_frozen_copy_and_its_second_label_do(capsys):
     """Eight forward passes in the place of three, and one more copy of the weights, which lasts; what is saved and
     evaluated is the same."""
     plain, aligned = planned(*TINY, "gpus=2"), planned(*TINY, "gpus=2", "objective=cca")
@@ -91,18 +91,24 @@ def test_an_aligned_prior_costs_what_its_frozen_copy_and_its_second_label_do(tmp
     assert now["the frozen copy"] == now["weights"] == before["weights"] and not before["the frozen copy"]
     assert now["activations and logits"] >= 2 * (before["activations"] + before["logits"])
     assert aligned.evaluating("DDP") == plain.evaluating("DDP") + now["weights"]
-    for more, told in {"classes=0": "needs labels of two classes", "model.kind=masked": "exact in one pass"}.items():
+    for more, told in {
+        "classes=0": "labels of two classes",
+        "model.kind=masked": "a prior whose log p is exact",
+    }.items():
         with pytest.raises(SystemExit):
             planned(*TINY, "objective=cca", more)
-        assert f"objective: cca needs a prior whose log p is {told}" in (err := capsys.readouterr().err) or told in err
+        assert f"objective: cca needs {told}" in capsys.readouterr().err
 
 
-def test_a_prior_that_is_tuned_is_that_of_its_pipeline(tmp_path, capsys):
-    make_prior("gpt", num_classes=10).save_pretrained(tmp_path / "prior")
-    forecast = planned(f"init={tmp_path}", "objective=cca", *(key for key in TINY if not key.startswith("model.")))
-    with torch.device("meta"):
-        model = make_prior("gpt", (8, 8), 64, num_classes=10)
-    assert forecast.sizes.parameters == sum(p.numel() for p in model.parameters())
+def test_a_prior_that_is_tuned_is_that_of_its_pipeline(tmp_path, monkeypatch):
+    """No model is named then, and `init` is that of a prior."""
+    prior = make_prior("gpt")
+    prior.save_pretrained(tmp_path / "prior")
+    monkeypatch.setattr(plan, "run", lambda config: config)
+    config = plan.main([f"init={tmp_path}", "objective=cca", "grid=[3,4]", "vocab_size=5", "classes=3"])
+    assert isinstance(config, plan.PlanPriorConfig) and config.model["kind"] == "gpt"
+    assert plan.facts_of(config, None).prior_of(config.model).state_dict().keys() == prior.state_dict().keys()
+    assert all(config.model[key] == getattr(prior.config, key) for key in ("dim", "depth", "heads"))
 
 
 # Against what is published
