@@ -2,24 +2,24 @@
 
     pip install -e ".[dev]"
     python benchmarks/robustness.py threads=1 seeds=3
-    python benchmarks/robustness.py threads=1 only=none,swap      # some
+    python benchmarks/robustness.py threads=1 only=none,swap                     # some
+    python benchmarks/robustness.py threads=1 seeds=3 pipeline=runs/gpt_fashion_mnist/pipeline    # decoders of one
     python benchmarks/robustness.py steps=4 prior_steps=4 more=2 samples=20 limit=300 features=2 out=runs/trial  # runs?
 
 Both stages by the presets of Fashion-MNIST, smaller and by Muon. `none`: plain. `swap`: latent perturbation (RobusTok,
 Qiu et al. 2025): in half of the images a tenth of the tokens is painted as one of the 8 codes nearest to theirs, while
 encoder and codebook learn from the true ones; `swap-strong`: a quarter, in all images.
 
-Then the decoder of `none` learns alone for `more` steps. `decoder-real`: to paint an image from its tokens, which
-takes as long and is what the others compete with. `decoder-drawn`: half of the tokens are drawn again, each given the
-true ones before it. `decoder-sampled`: 3 of 10 are sampled around the others, at the guidance of the samples
-(RobusTok's post-training); drawing them is not in the equal time.
+Then the decoder of `none`, or of `pipeline`, learns alone for `more` steps. `decoder-real`: to paint an image from its
+tokens, which takes as long and is what the others compete with. `decoder-near`: as in `swap-strong`. `decoder-drawn`:
+half of the tokens are drawn again, each given the true ones before it. `decoder-sampled`: 3 of 10 are sampled around
+the others, at the guidance of the samples (RobusTok's post-training); drawing them is not in the equal time.
 
 Frechet distance of `samples` samples, and of the reconstructions of as many training images, from all held-out images,
-in the features of one classifier, the same for all; class agreement by nearest neighbours; PSNR of 2,000 held-out
-images (dB); bits per token of the GPT; CPU seconds of all training. Means over seeds, +- half of the 95 % t-interval;
-`gain`: by how much the distance of the samples is below that of `none` or `decoder-real` of the same seed, which for
-decoders is of the same tokens. What is finished stays under `out`, for
-other options choose another.
+in the features of one classifier; class agreement by nearest neighbours; PSNR of 2,000 held-out images (dB); bits per
+token of the GPT; CPU seconds of training (with `pipeline`, of the decoder's alone). Means over seeds, +- half of the
+95 % t-interval; `gain`: by how much the distance of the samples is below that of `none` or `decoder-real` of the same
+seed, which for decoders is of the same tokens. What is finished stays under `out`; other options want another.
 """
 
 from __future__ import annotations
@@ -31,18 +31,27 @@ from types import SimpleNamespace
 from typing import Any
 
 from support.contenders import Node, images_of, read_presets, with_seed, write_node
+from support.judges import Judge
 from support.mistaken_tokens import finetuned, perturbed
 from support.options import choose, read_options, use_threads
 from support.runs import NEVER
 from support.tables import table_head, table_row, with_interval, write_whole
 
 SWAPS = {"none": (0.0, 0.0), "swap": (0.5, 0.1), "swap-strong": (1.0, 0.25)}  # shares of images, and of their tokens
-DECODERS = {"decoder-real": "real", "decoder-drawn": "drawn", "decoder-sampled": "sampled"}
+DECODERS = {"decoder-real": "real", "decoder-near": "near", "decoder-drawn": "drawn", "decoder-sampled": "sampled"}
 CHANGES = ["model.blocks=[1]", "train.batch_size=32", "train.lr=3e-3", "train.warmup_steps=50", "train.muon_lr=0.05"]
 CHANGES += ["train.optimizer=muon", "train.mixed_precision=auto", "gpt.train.optimizer=muon", "gpt.train.muon_lr=0.01"]
 CHANGES += ["gpt.model.dim=64", "gpt.model.depth=4", "gpt.train.lr=6e-3"]
 OPTIONS = {"steps": 400, "prior_steps": 300, "more": 100, "samples": 1000, "guidance": 2.0, "limit": 20000}
-OPTIONS |= {"features": 400, "seeds": 1, "only": None, "source": None, "threads": 0, "out": "runs/robustness"}
+OPTIONS |= {
+    "features": 400,
+    "seeds": 1,
+    "only": None,
+    "source": None,
+    "pipeline": None,
+    "threads": 0,
+    "out": "runs/robustness",
+}
 COLUMNS = {"frechet": 3, "gain": 3, "reconstructions": 3, "agreement": 3, "psnr": 2, "bits": 3, "seconds": 0}
 
 
@@ -70,41 +79,6 @@ def train(name: str, seed: int, options: SimpleNamespace, folder: Path) -> None:
     write_whole([times[1] - times[0], time.process_time() - times[2]], folder / "seconds.json")
 
 
-class Judge:
-    """What all are measured by: a classifier's features of the held-out images, and the training images."""
-
-    def __init__(self, data: Node, steps: int) -> None:
-        import torch
-
-        from pipelines.images import DataConfig, load_images
-        from pipelines.metrics.quality import feature_space
-
-        self.images = load_images(DataConfig.model_validate(data))
-        self.space = feature_space(self.images.train, self.images.held_out, steps, "fashion_mnist")
-        self.real = self.space.of(self.images.held_out, torch.arange(len(self.images.held_out)))
-        self.known = self.images.train.batch(torch.arange(len(self.images.train)))
-
-    def figures(self, pipe: Any, seed: int, options: SimpleNamespace) -> dict[str, float]:
-        """Of a pipeline; its samples have seeds of their own for each `seed`."""
-        from pipelines.evaluate import in_bytes, reconstruct, wanted_labels
-        from pipelines.metrics.agreement import nearest_label
-        from pipelines.metrics.frechet import frechet_distance
-        from pipelines.metrics.quality import shuffled
-        from pipelines.metrics.reconstruction import evaluate_reconstruction
-
-        train, labels = self.images.train, wanted_labels(pipe, self.images.train, options.samples)
-        ways = {"seed": seed * 1_000_000, "guidance_scale": options.guidance, "batch_size": 256, "progress": False}
-        samples = in_bytes(pipe(labels=labels, output_type="pt", **ways).images)
-        rebuilt = reconstruct(pipe, train.batch(shuffled(len(train))[: options.samples]))
-        right = nearest_label(samples, self.known, train.labels) == labels
-        return {
-            "frechet": frechet_distance(self.space(samples), self.real),
-            "reconstructions": frechet_distance(self.space(rebuilt), self.real),
-            "agreement": float(right.double().mean()),
-            "psnr": evaluate_reconstruction(pipe.tokenizer, self.images.held_out, 2000)["psnr"],
-        }
-
-
 def contend(name: str, seed: int, options: SimpleNamespace, judges: list[Judge]) -> dict[str, float]:
     """Train and measure one contender; its figures, kept under `out`. The first that is measured makes the judge."""
     from pipelines import ImagePipeline
@@ -116,18 +90,23 @@ def contend(name: str, seed: int, options: SimpleNamespace, judges: list[Judge])
     kept, folder = out / "figures" / f"{name}-{seed}.json", out / swap / f"seed{seed}"
     if kept.is_file():
         return json.loads(kept.read_text())
-    train(swap, seed, options, folder)
-    pipe = ImagePipeline.from_pretrained(folder / "gpt" / "pipeline")
+    if options.pipeline is None:
+        train(swap, seed, options, folder)
+    place = options.pipeline or str(folder / "gpt" / "pipeline")
+    pipe = ImagePipeline.from_pretrained(place)
     if not judges:
-        judges.append(Judge(defaults({"pipeline": str(folder / "gpt" / "pipeline")})["data"], options.features))
+        judges.append(Judge(defaults({"pipeline": place})["data"], options.features))
         print(judges[0].space.origin, flush=True)
-    images, seconds = judges[0].images, sum(json.loads((folder / "seconds.json").read_text()))
+    images, seconds = (
+        judges[0].images,
+        0.0 if options.pipeline else sum(json.loads((folder / "seconds.json").read_text())),
+    )
     bits = {}
     if name in DECODERS:
         seconds += finetuned(pipe, DECODERS[name], seed, images.train, options.more, options.guidance)
     else:
         bits = {"bits": bits_per_token(pipe.prior, encode_all(pipe, images.held_out))}
-    found = {**judges[0].figures(pipe, seed, options), **bits, "seconds": seconds}
+    found = {**judges[0].figures(pipe, options.samples, seed, options.guidance), **bits, "seconds": seconds}
     write_whole(found, kept)
     return found
 

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from typing import Any
 
 NEAR = 8  # codes among which another one is chosen
+SWAPPED = (1.0, 0.25)  # shares of the images, and of their tokens
 DRAWN, KEPT = 0.5, 0.7  # shares of the tokens
 BATCH, LEARNING_RATE = 32, 1e-3
 TOGETHER = 16  # steps whose tokens are drawn together
@@ -16,19 +17,14 @@ TOGETHER = 16  # steps whose tokens are drawn together
 @contextmanager
 def perturbed(images: float, share: float) -> Iterator[None]:
     """Within it, tokenizers in training paint a share of the tokens of a share of the images as codes near theirs."""
-    import torch
-
     from tokenizer.autoencoder import Autoencoder
 
     plain = Autoencoder._reconstruction
 
     def painted(self: Any, batch: Any, z: Any, tokens: Any, losses: Any) -> Any:
         if self.training:
-            codes = self.quantizer.lookup(torch.arange(self.grid.vocab_size)[:, None, None]).flatten(1)
-            near = torch.cdist(codes, codes).topk(NEAR + 1, largest=False).indices[:, 1:]
-            others = near[tokens, torch.randint(NEAR, tokens.shape)]
-            chosen = (torch.rand(tokens.shape) < share) & (torch.rand(len(tokens), 1, 1) < images)
-            z = z + ((codes[others] - codes[tokens]) * chosen[..., None]).movedim(-1, 1).detach()
+            codes, others = codes_of(self), near_tokens(self, tokens, images, share)
+            z = z + (codes[others] - codes[tokens]).movedim(-1, 1).detach()
         return plain(self, batch, z, tokens, losses)
 
     Autoencoder._reconstruction = painted if images else plain  # type: ignore[method-assign]
@@ -36,6 +32,24 @@ def perturbed(images: float, share: float) -> Iterator[None]:
         yield
     finally:
         Autoencoder._reconstruction = plain  # type: ignore[method-assign]
+
+
+def codes_of(tokenizer: Any) -> Any:
+    """The vector of each id, `(V, D)`."""
+    import torch
+
+    return tokenizer.quantizer.lookup(torch.arange(tokenizer.grid.vocab_size)[:, None, None]).flatten(1)
+
+
+def near_tokens(tokenizer: Any, tokens: Any, images: float, share: float, generator: Any = None) -> Any:
+    """Tokens `(B, H, W)`, a share of which, in a share of the images, is one of the `NEAR` codes nearest to theirs."""
+    import torch
+
+    codes = codes_of(tokenizer)
+    near = torch.cdist(codes, codes).topk(NEAR + 1, largest=False).indices[:, 1:]
+    others = near[tokens, torch.randint(NEAR, tokens.shape, generator=generator)]
+    chosen = torch.rand(tokens.shape, generator=generator) < share
+    return torch.where(chosen & (torch.rand(len(tokens), 1, 1, generator=generator) < images), others, tokens)
 
 
 def finetuned(pipe: Any, kind: str, seed: int, images: Any, steps: int, guidance: float) -> float:
@@ -65,11 +79,13 @@ def finetuned(pipe: Any, kind: str, seed: int, images: Any, steps: int, guidance
 
 
 def mistaken(pipe: Any, kind: str, tokens: Any, labels: Any, generator: Any, guidance: float) -> Any:
-    """`real`: tokens `(B, H, W)` as they are; `drawn`: with some that the prior draws given the true ones before them;
-    `sampled`: with some that it samples around the others."""
+    """`real`: tokens `(B, H, W)` as they are; `near`: with some that are codes near theirs; `drawn`: with some that the
+    prior draws given the true ones before them; `sampled`: with some that it samples around the others."""
     import torch
 
     chance = torch.rand(tokens.shape, generator=generator)
+    if kind == "near":
+        return near_tokens(pipe.tokenizer, tokens, *SWAPPED, generator=generator)
     if kind == "sampled":
         given = {"tokens": tokens, "known": chance < KEPT, "guidance_scale": guidance}
         return pipe.prior.sample(len(tokens), labels, generator=generator, **given)
