@@ -318,3 +318,81 @@ def test_cards_are_known_by_the_names_that_torch_gives(monkeypatch):
     }
     found = {name: next(kind for part, kind in names.items() if part in name.lower()) for name in told}
     assert found == told
+
+
+def small_pipeline():
+    """A tokenizer of four ids of 32, and a prior over them, with random weights."""
+    from pipelines import ImagePipeline
+    from prior import Prior
+    from tokenizer import Tokenizer
+
+    torch.manual_seed(0)
+    quantizer = {"kind": "ema", "codes": 32, "dim": 4}
+    sizes = {"image_size": (8, 8), "channels": 1, "factor": 4, "widths": (16,), "blocks": (0,)}
+    tokenizer = Tokenizer.create("vqvae", **sizes, quantizer=quantizer)
+    return ImagePipeline(
+        tokenizer, Prior.create("gpt", grid=tokenizer.grid, num_classes=3, dim=16, depth=1, heads=2).eval()
+    )
+
+
+def test_a_decoder_is_shown_near_codes_of_some_tokens(support, monkeypatch):
+    """Of the share asked for; encoder and codebook learn as if it were not, and outside of training it is not."""
+    tokenizer, perturbed = small_pipeline().tokenizer.train(), support("mistaken_tokens").perturbed
+    images, shown = torch.rand(512, 1, 8, 8) * 2 - 1, []
+    plain_decoded = tokenizer._decoded
+    monkeypatch.setattr(tokenizer, "_decoded", lambda z: shown.append(z) or plain_decoded(z))
+    tokenizer(images)
+    plain = tokenizer(images)
+    with perturbed(0.5, 0.2):
+        found = tokenizer(images)
+        tokenizer.eval()(images[:8])
+    codes = tokenizer.quantizer.lookup(torch.arange(32)[:, None, None]).flatten(1)
+    painted = torch.cdist(shown[2].detach().movedim(1, -1).flatten(0, 2), codes).argmin(1).view(-1, 2, 2)
+    changed = painted != found.tokens
+    assert 0.06 < changed.double().mean() < 0.14 and 0.1 < changed.flatten(1).any(1).double().mean() < 0.45
+    ranks = torch.cdist(codes, codes).argsort(1).argsort(1)[found.tokens, painted]
+    assert ranks[changed].max() == 8 and ranks[changed].min() == 1
+    assert torch.equal(found.tokens, plain.tokens) and torch.equal(
+        found.losses["commitment"], plain.losses["commitment"]
+    )
+    assert torch.allclose(shown[3], tokenizer.quantizer.lookup(found.tokens[:8]))
+    weight = next(tokenizer.encoder.parameters())
+    assert shown[2].requires_grad and torch.autograd.grad(found.images.sum(), weight)[0].abs().sum() > 0
+
+
+def test_a_prior_draws_some_tokens_and_only_the_decoder_learns(support):
+    """It draws none, or about the share that it should, and leaves the others as they are."""
+    from types import SimpleNamespace
+
+    pipe, mistaken = small_pipeline(), support("mistaken_tokens")
+    labels, tokens = torch.arange(300) % 3, torch.randint(32, (300, 2, 2))
+    shares = {"real": (0.0, 0.0), "near": (0.2, 0.3), "drawn": (0.42, 0.54), "sampled": (0.22, 0.36)}
+    for kind, (least, most) in shares.items():
+        given = mistaken.mistaken(pipe, kind, tokens, labels, torch.Generator().manual_seed(0), 2.0)
+        assert least <= (given != tokens).double().mean() <= most, kind
+    images = SimpleNamespace(batch=lambda rows: torch.rand(len(rows), 1, 8, 8) * 2 - 1, labels=labels)
+    images = type("Images", (SimpleNamespace,), {"__len__": lambda self: 300})(**vars(images))
+    before = {name: value.clone() for name, value in pipe.tokenizer.state_dict().items()}
+    assert mistaken.finetuned(pipe, "sampled", 0, images, steps=3, guidance=2.0) > 0
+    moved = {
+        name.split(".")[0]
+        for name, value in pipe.tokenizer.state_dict().items()
+        if not torch.equal(value, before[name])
+    }
+    assert moved == {"decoder"}
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_robustness_is_measured(tmp_path):
+    """A few steps of each: all columns are filled, and a second call does nothing again."""
+    command = ["robustness.py", "source=digits", "limit=300", "steps=3", "prior_steps=3", "more=3", "samples=20"]
+    command += ["features=2", "seeds=2", "threads=1", f"out={tmp_path}"]
+    printed = run(*command)
+    rows = {line.split(" | ")[0][2:]: line.split(" | ")[1:] for line in printed.splitlines() if line.startswith("| ")}
+    assert {"none", "swap", "swap-strong", *(f"decoder-{kind}" for kind in ("real", "near", "drawn", "sampled"))} < set(
+        rows
+    )
+    assert all("+-" in cells[0] and "+-" in cells[4] for name, cells in rows.items() if name != "decoder")
+    assert {name for name, cells in rows.items() if not cells[1].strip()} == {"none", "decoder-real"}
+    assert run(*command).splitlines() == printed.splitlines()[-9:]
