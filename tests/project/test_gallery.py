@@ -222,7 +222,7 @@ def test_commands_are_those_of_the_presets_and_shorter_for_a_trial(support, tmp_
     told = {verb: pairs.typed(verb, words, choices) for verb, words in found.items()}
     assert told["train_tokenizer"] == (
         "smalti train_tokenizer --config configs/tokenizer/vqvae_digits.yaml out=runs/gallery/digits/tokenizer "
-        "data.limit=300 train.steps=120 train.minutes=0.12 train.seed=3"
+        "data.limit=300 train.steps=80 train.minutes=0.12 train.seed=3"
     )
     assert told["encode"].endswith("out=runs/gallery/digits/tokens augmentations=4")
     assert "num_samples=100" in told["evaluate"] and str(tmp_path) not in " ".join(told.values())

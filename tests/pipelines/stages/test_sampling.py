@@ -222,17 +222,19 @@ def test_parallel_images_are_the_same(prior):
 def test_steps_of_a_masked_token_prior(tmp_path, monkeypatch):
     """An argument, a default that travels, and not what orders and parallel passes go with."""
     pipe = make_pipeline(prior="masked")
-    drawn = {steps: pipe(9, seed=0, steps=steps).tokens for steps in (1, 6)}
+    drawn = {steps: pipe(64, seed=0, steps=steps).tokens for steps in (1, 6)}
     assert not torch.equal(drawn[1], drawn[6])
-    assert not torch.equal(pipe(9, seed=0, steps=6, confidence_temperature=50.0).tokens, drawn[6])
+    assert not torch.equal(pipe(64, seed=0, steps=6, confidence_temperature=50.0).tokens, drawn[6])
     pipe = make_like(pipe, {"steps": 1})
     pipe.save_pretrained(tmp_path / "pipe")
     assert json.loads((tmp_path / "pipe" / "model_index.json").read_text())["sampler"]["steps"] == 1
     loaded = ImagePipeline.from_pretrained(tmp_path / "pipe")
-    assert torch.equal(loaded(9, seed=0).tokens, drawn[1]) and torch.equal(loaded(9, seed=0, steps=6).tokens, drawn[6])
-    exact = make_like(pipe, {})(9, seed=0).tokens
+    assert torch.equal(loaded(64, seed=0).tokens, drawn[1]) and torch.equal(
+        loaded(64, seed=0, steps=6).tokens, drawn[6]
+    )
+    exact = make_like(pipe, {})(64, seed=0).tokens
     for given in ({"order": "raster"}, {"cache": False}, {"parallel": True}):
-        assert torch.equal(loaded(9, seed=0, **given).tokens, exact)
+        assert torch.equal(loaded(64, seed=0, **given).tokens, exact)
     with pytest.raises(ConfigError, match="sampler: 'steps' is no argument of sampling from a 'gpt' prior"):
         make_pipeline(sampler={"steps": 2})
     with pytest.raises(ValueError, match="steps must be"):
