@@ -34,14 +34,14 @@ READ = [INDEX, MANIFEST, "provenance.json", "samples.png", "calibration.json"] +
 def test_a_link_out_of_the_folder_is_refused(folder, tmp_path, name):
     (folder / name).rename(tmp_path / "elsewhere")
     (folder / name).symlink_to(tmp_path / "elsewhere")
-    refused(folder, PathError, folder / name, "leads out of the folder", str(tmp_path)[:40])
+    assert "leads out of the folder" in refused(folder, PathError, folder / name, str(tmp_path)[:40])
 
 
 @pytest.mark.parametrize("part", ["tokenizer", "prior"])
 def test_a_link_to_a_folder_outside_is_refused(folder, tmp_path, part):
     (folder / part).rename(tmp_path / "elsewhere")
     (folder / part).symlink_to(tmp_path / "elsewhere")
-    refused(folder, PathError, folder / part / "config.json", "leads out")
+    assert "leads out" in refused(folder, PathError, folder / part / "config.json")
 
 
 def test_links_within_the_folder_and_to_the_folder_are_followed(folder, good, tmp_path):
@@ -56,15 +56,13 @@ def test_links_within_the_folder_and_to_the_folder_are_followed(folder, good, tm
         (folder / "moved").rename(folder / name)
 
 
-@pytest.mark.parametrize("target", ["/dev/zero", "/proc/self/environ", "nowhere", "config.json", "."])
+@pytest.mark.parametrize("target", ["/dev/zero", "/proc/self/environ", "nowhere", "itself", "."])
 @pytest.mark.parametrize("name", ["config.json", "model.safetensors"])
 def test_links_to_what_is_no_file_are_refused_at_once(folder, name, target):
-    (folder / "prior" / name).unlink()
-    (folder / "prior" / name).symlink_to(target)
-    if name == target:
-        refused(folder / "prior", PathError, folder / "prior" / name, load=Prior.from_pretrained)  # a loop
-    elif target != "config.json":
-        refused(folder / "prior", PathError, folder / "prior" / name, load=Prior.from_pretrained)
+    path = folder / "prior" / name
+    path.unlink()
+    path.symlink_to(name if target == "itself" else target)
+    assert str(path) in refused(folder / "prior", PathError, load=Prior.from_pretrained)
 
 
 def as_in_the_cache(folder, cache):
@@ -148,7 +146,7 @@ def test_a_file_that_is_swapped_after_the_manifest_was_read_is_refused(folder, m
         return descriptor(path, roots)
 
     monkeypatch.setattr(opening, "_descriptor", swap)
-    refused(folder, IntegrityError, folder / name, "sha256 differs")
+    assert "sha256 differs" in refused(folder, IntegrityError, folder / name)
 
 
 def test_a_file_that_grew_after_the_manifest_was_read_is_not_read(folder, monkeypatch):
@@ -160,7 +158,7 @@ def test_a_file_that_grew_after_the_manifest_was_read_is_not_read(folder, monkey
         return descriptor(place, roots)
 
     monkeypatch.setattr(opening, "_descriptor", grow)
-    refused(folder, IntegrityError, path, 1 << 30, "the manifest says")
+    assert "the manifest says" in refused(folder, IntegrityError, path, 1 << 30)
 
 
 @pytest.mark.parametrize(("load", "part"), [(ImagePipeline.from_pretrained, "."), (Prior.from_pretrained, "prior")])
@@ -175,4 +173,4 @@ def test_a_file_that_shrinks_or_grows_while_it_is_read_is_refused(folder, monkey
         read_into(self, buffer)
 
     monkeypatch.setattr(opening.ReadOnce, "read_into", change)
-    refused(folder / part, IntegrityError, path, size, load=load)
+    assert str(path) in refused(folder / part, IntegrityError, size, load=load)
