@@ -105,7 +105,7 @@ def measure(folder: Path) -> Node:
     import torch
 
     from pipelines.images import DataConfig, load_images
-    from pipelines.metrics.reconstruction import evaluate_looks, evaluate_reconstruction
+    from pipelines.metrics.reconstruction import evaluate_reconstruction
     from pipelines.stages.provenance import data_beside
     from tokenizer import Tokenizer
     from tokenizer.pretrained import PROVENANCE
@@ -117,13 +117,12 @@ def measure(folder: Path) -> Node:
     picture_row(shown).save(folder / "originals.png")
     with torch.inference_mode():
         picture_row(tokenizer.decode(tokenizer.encode(shown))).save(folder / "reconstructions.png")
-    found, grid = evaluate_reconstruction(tokenizer, images), tokenizer.grid
+    found, grid = evaluate_reconstruction(tokenizer, images, looks=len(images)), tokenizer.grid
     return {
         "vocab_size": grid.vocab_size,
         "tokens": len(grid),
         "bits": len(grid) * math.log2(grid.vocab_size),
-        "psnr": found["psnr"],
-        **evaluate_looks(tokenizer, images, limit=None),
+        **{name: value for name, value in found.items() if name.startswith(("psnr", "ssim", "texture"))},
         "usage": found["codebook_usage"],
         "perplexity": found["codebook_perplexity"],
         "parameters": sum(p.numel() for p in tokenizer.parameters()),

@@ -30,7 +30,6 @@ from .metrics.likelihood import evaluate_likelihood
 from .metrics.quality import AT_A_TIME, LEAST, compare, feature_space, shuffled
 from .metrics.reconstruction import (
     SOME,
-    evaluate_looks,
     evaluate_reconstruction,
     images_at_a_time,
     reconstruction_picture,
@@ -114,8 +113,7 @@ def measure(
     images = load_images(config.data)
     check_classes(pipeline, images.train, images.held_out)
     figures: Figures = {"num_images": len(images.held_out)}
-    figures |= evaluate_reconstruction(pipeline.tokenizer, images.held_out, team=team)
-    figures |= evaluate_looks(pipeline.tokenizer, images.held_out, SOME, team)
+    figures |= evaluate_reconstruction(pipeline.tokenizer, images.held_out, team=team, looks=SOME)
     train, test = (encode_all(pipeline, part, team) for part in (images.train, images.held_out))
     figures |= evaluate_likelihood(
         pipeline.tokenizer, pipeline.prior, train, test, images.held_out, config.num_orders, team

@@ -213,7 +213,7 @@ def stacked(pictures: list[Pixels]) -> Pixels:
 
 
 def run(config: InspectConfig) -> dict[str, Any]:
-    """Write the report; print the findings and return them: see `figures_of`, `l1`, `l2`, `evaluate_looks`."""
+    """Write the report; print the findings and return them: see `figures_of`, `l1`, `l2`, `look_figures`."""
     inputs = [config.tokenizer, config.data.path]
     check_out_file(config.out, inputs, SUFFIXES)
     tokenizer = Tokenizer.from_pretrained(tokenizer_folder(config.tokenizer), device=choose_device(config.device))

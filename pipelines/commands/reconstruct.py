@@ -13,7 +13,7 @@ from ..config import Config, choose_device, run_command
 from ..config.outputs import check_out_file, writing
 from ..images import DataConfig, check_shape, load_images
 from ..images.pictures import SUFFIXES, save_picture
-from ..metrics.reconstruction import evaluate_looks, evaluate_reconstruction, reconstruction_picture
+from ..metrics.reconstruction import SOME, evaluate_reconstruction, reconstruction_picture
 from ..metrics.texture import texture_line
 from ..stages.provenance import tokenizer_defaults, tokenizer_folder
 
@@ -30,13 +30,13 @@ class ReconstructConfig(Config):
 
 def run(config: ReconstructConfig) -> dict[str, Any]:
     """Write the picture, print and return PSNR (dB), losses, codebook usage and perplexity on all held-out images, and
-    the figures of `evaluate_looks`."""
+    the figures of `look_figures`."""
     inputs = [config.tokenizer, config.data.path]
     check_out_file(config.out, inputs, SUFFIXES)
     tokenizer = Tokenizer.from_pretrained(tokenizer_folder(config.tokenizer), device=choose_device(config.device))
     check_shape(config.data, tokenizer.image_shape, "tokenizer")
     images = load_images(config.data).held_out
-    figures = evaluate_reconstruction(tokenizer, images) | evaluate_looks(tokenizer, images)
+    figures = evaluate_reconstruction(tokenizer, images, looks=SOME)
     picture = reconstruction_picture(tokenizer, images, config.num_images)
     with writing("out", config.out):
         save_picture(picture, config.out, inputs=inputs)

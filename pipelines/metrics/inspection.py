@@ -14,8 +14,9 @@ from tokenizer.base import codebook_usage
 from tokenizer.losses import pixel_losses, psnr
 
 from ..images import ImageDataset
+from ..shuffling.epochs import spread
 from .codebook import MISSED, RARE, code_distances, count_tokens, part_names
-from .reconstruction import evaluate_looks
+from .reconstruction import SOME, look_figures, looks_of
 
 UNUSED_SHOWN = 23  # codes that occur nowhere, of those shown: a row
 PLACES = 64  # at most so many of a code's places are looked at
@@ -48,11 +49,13 @@ def examine(tokenizer: Any, images: ImageDataset, num_codes: int) -> Findings:
     uses = count_tokens(tokens, tokenizer.parts, vocab)
     shown = uses[0].argsort(descending=True, stable=True)[: min(num_codes, int((uses[0] > 0).sum()) + UNUSED_SHOWN)]
     around = Surroundings.of(tokenizer, tokens.chunk(tokenizer.levels, dim=1)[0], shown)
-    errors, sums = [], dict.fromkeys(("l1", "l2"), 0.0)
+    errors, looks, sums = [], [], dict.fromkeys(("l1", "l2"), 0.0)
+    looked = spread(len(images), SOME)
     for part in parts:
         batch = images.batch(part).to(tokenizer.device)
         decoded = tokenizer.decode(tokens[part].long().to(tokenizer.device))
         errors.append(psnr(decoded, batch).cpu())
+        looks.append(looks_of(decoded, batch, int(part[0]), looked))
         sums = {name: sums[name] + len(part) * float(value) for name, value in pixel_losses(decoded, batch).items()}
         if around is not None:
             around.add(decoded.cpu(), int(part[0]))
@@ -61,9 +64,8 @@ def examine(tokenizer: Any, images: ImageDataset, num_codes: int) -> Findings:
     distances = code_distances(tokenizer, images.batch(some).to(tokenizer.device))
     word = "dead" if RARE * float(uses.double().mean()) >= MISSED else "unused"
     means = {name: total / len(images) for name, total in sums.items()}
-    looks = evaluate_looks(tokenizer, images)
     return Findings(
-        figures_of(uses, decibels, distances) | means | looks | scale_figures(tokenizer, images, tokens),
+        figures_of(uses, decibels, distances) | means | look_figures(looks) | scale_figures(tokenizer, images, tokens),
         part_names(tokenizer),
         uses,
         decibels,

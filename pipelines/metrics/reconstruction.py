@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -15,11 +16,12 @@ from ..images import ImageDataset, to_float, to_uint8
 from ..images.pictures import grid_picture
 from ..processes.sharing import ALONE, Team
 from ..shuffling.epochs import spread
-from .quality import shuffled, ssim
+from .quality import ssim
 from .texture import flat_windows, texture_figures
 
 EVALUATED_PIXELS = 1 << 20  # that an evaluation reconstructs at a time at most
-SOME = 2000  # held-out images for the figures that are slow, drawn at random
+SOME = 2000  # held-out images for the figures that are slow
+Looks = tuple[Tensor, Tensor]
 
 
 def images_at_a_time(image_shape: tuple[int, ...]) -> int:
@@ -29,44 +31,48 @@ def images_at_a_time(image_shape: tuple[int, ...]) -> int:
 
 @torch.inference_mode()
 def evaluate_reconstruction(
-    model: Any, images: ImageDataset, limit: int | None = None, team: Team = ALONE
-) -> dict[str, float]:
-    """Means of PSNR (dB), l1 and l2, and usage and perplexity of the ids, over `limit` images, evenly spread."""
+    model: Any, images: ImageDataset, limit: int | None = None, team: Team = ALONE, looks: int = 0
+) -> dict[str, Any]:
+    """Means of PSNR (dB), l1 and l2, and usage and perplexity of the ids, over `limit` images, evenly spread; and over
+    `looks` of these, if any, likewise, the figures of `look_figures`."""
     rows = spread(len(images), limit)
+    looked = spread(len(rows), looks)
     sums: dict[str, float] = {}
     ids = torch.zeros(model.grid.vocab_size, dtype=torch.long, device=model.device)
     size = images_at_a_time(images.image_shape)
 
-    def measure(start: int) -> dict[str, float]:
+    def measure(start: int) -> tuple[dict[str, float], Looks]:
         batch = images.batch(rows[start : start + size]).to(model.device)
         tokens = model.encode(batch)
         decoded = model.decode(tokens).float()  # bfloat16 under autocast
         ids.add_(torch.bincount(tokens.flatten(), minlength=model.grid.vocab_size))
         found = {"psnr": psnr(decoded, batch).mean(), **pixel_losses(decoded, batch)}
-        return {name: float(value) * len(batch) for name, value in found.items()}
+        means = {name: float(value) * len(batch) for name, value in found.items()}
+        return means, looks_of(decoded, batch, start, looked)
 
-    for part in team.map(measure, range(0, len(rows), size)):
+    parts = team.map(measure, range(0, len(rows), size))
+    for part, _ in parts:
         for name, value in part.items():
             sums[name] = sums.get(name, 0.0) + value
     usage = {f"codebook_{name}": float(value) for name, value in codebook_usage(team.total(ids)).items()}
-    return {name: total / len(rows) for name, total in sums.items()} | usage
+    means = {name: total / len(rows) for name, total in sums.items()} | usage
+    return means | look_figures([seen for _, seen in parts]) if looks else means
 
 
-@torch.inference_mode()
-def evaluate_looks(model: Any, images: ImageDataset, limit: int | None = SOME, team: Team = ALONE) -> dict[str, Any]:
-    """Mean SSIM of images and their reconstructions, both of 8 bits, and the figures of `texture`, over `limit` images
-    drawn at random, or all."""
-    some = shuffled(len(images))[:limit]
+def looks_of(decoded: Tensor, images: Tensor, start: int, looked: np.ndarray) -> Looks:
+    """SSIM of images and reconstructions, both of 8 bits, `(n,)`, and the flat windows of both. The batch begins at
+    position `start`; looked: the positions that are looked at."""
+    here = torch.from_numpy(looked[(looked >= start) & (looked < start + len(images))] - start)
+    if not len(here):
+        return torch.empty(0), torch.empty(0, 3, dtype=torch.float64)
+    before, after = images.cpu()[here], decoded.float().cpu()[here]
+    return ssim(before, to_float(to_uint8(after))), flat_windows(after, before)
 
-    def measure(rows: Tensor) -> tuple[Tensor, Tensor]:
-        batch = images.batch(rows)
-        decoded = model.decode(model.encode(batch.to(model.device))).float().cpu()
-        return ssim(batch, to_float(to_uint8(decoded))), flat_windows(decoded, batch)
 
-    parts = team.map(measure, some.split(images_at_a_time(images.image_shape)))
-    alike = torch.cat([found for found, _ in parts]).double().mean()
-    windows = torch.cat([found for _, found in parts])
-    return {"ssim": float(alike), "ssim_images": len(some), **texture_figures(windows)}
+def look_figures(parts: Sequence[Looks]) -> dict[str, Any]:
+    """The mean SSIM, of how many images it is, and the figures of `texture`."""
+    alike, windows = (torch.cat(found) for found in zip(*parts, strict=True))
+    return {"ssim": float(alike.double().mean()), "ssim_images": len(alike), **texture_figures(windows)}
 
 
 @torch.inference_mode()

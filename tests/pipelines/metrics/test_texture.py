@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from pipelines.images import to_float
-from pipelines.metrics.reconstruction import evaluate_looks
+from pipelines.metrics.reconstruction import look_figures, looks_of
 from pipelines.metrics.texture import flat_windows, in_levels, texture_figures, texture_line
+from pipelines.shuffling.epochs import spread
 
 LEVEL = 1 / 127.5
 SIDE = 64
@@ -114,33 +115,20 @@ def test_no_flat_window_is_a_dash():
     assert in_levels(None) == "-" and texture_line(figures).count(" -") == 3
 
 
-class Noisy:
-    """A tokenizer whose reconstructions are off by what the image says, and a set of images."""
-
-    device = torch.device("cpu")
-    image_shape = (3, SIDE, SIDE)
-
-    def encode(self, images: Tensor) -> Tensor:
-        return images
-
-    def decode(self, tokens: Tensor) -> Tensor:
-        return tokens + LEVEL * (1 + tokens) * wave(2)
-
-    def __len__(self) -> int:
-        return 10
-
-    def batch(self, rows: Tensor) -> Tensor:
-        return torch.cat([flat(20 * int(row) + 10) for row in rows])
-
-
 @pytest.mark.parametrize("at_a_time", [3, 64])
-def test_figures_do_not_depend_on_parts(monkeypatch, at_a_time):
+def test_figures_do_not_depend_on_parts(at_a_time):
     """Over processes: `test_evaluate_together.py`."""
-    monkeypatch.setattr("pipelines.metrics.reconstruction.EVALUATED_PIXELS", at_a_time * SIDE * SIDE)
-    model: Any = Noisy()
-    figures = evaluate_looks(model, model)
     levels = torch.arange(10.0) * 20 + 10
-    assert figures["texture_flat"] == pytest.approx(float((levels / 127.5).median()), rel=1e-3)
-    assert (figures["ssim_images"], figures["texture_flat_windows"]) == (10, 640) and 0.5 < figures["ssim"] < 1
-    few = evaluate_looks(model, model, limit=4)
+    images = torch.cat([flat(int(level)) for level in levels])
+    decoded = images + LEVEL * (1 + images) * wave(2)
+
+    def figures(looks: int) -> dict[str, Any]:
+        looked, starts = spread(10, looks), range(0, 10, at_a_time)
+        parts = [slice(start, start + at_a_time) for start in starts]
+        return look_figures([looks_of(decoded[part], images[part], part.start, looked) for part in parts])
+
+    found, few = figures(10), figures(4)
+    assert found["texture_flat"] == pytest.approx(float((levels / 127.5).median()), rel=1e-3)
+    assert (found["ssim_images"], found["texture_flat_windows"]) == (10, 640) and 0.5 < found["ssim"] < 1
     assert (few["ssim_images"], few["texture_flat_windows"]) == (4, 256)
+    assert few["texture_flat"] == pytest.approx(float(levels[3] / 127.5), rel=1e-3)  # of images 0, 3, 6 and 9
