@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from prior import Prior
 from prior.objectives import Alignment, Likelihood, alignment_problem
-from prior.sampling import GUIDANCE
+from prior.sampling import GUIDANCE, Sampler
 from tokenizer.settings import Node
 
 from .config import Config, UserError, run_command
@@ -61,9 +61,8 @@ class SamplerConfig(Config):
     )
 
     @model_validator(mode="after")
-    def _goes_somewhere(self) -> SamplerConfig:
-        if self.guidance_power is not None and self.guidance_end is None:
-            raise ValueError("guidance_power needs a guidance_end for the scale to go to")
+    def _fits_together(self) -> SamplerConfig:
+        Sampler(**self.model_dump(exclude={"steps"}))  # raises
         return self
 
 
