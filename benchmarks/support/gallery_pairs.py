@@ -40,6 +40,7 @@ PAIRS = {
             "gpt_fashion_mnist",
             "28x28 grey; 60,000 images.",
             "fashion_mnist",
+            tune=8.0,
         ),
         Pair(
             "openmoji",
@@ -48,7 +49,7 @@ PAIRS = {
             "gpt_openmoji",
             "64x64 RGB; 1,523 images.",
             "openmoji",
-            8,
+            32,
         ),
         Pair(
             "openmoji128",
@@ -57,7 +58,7 @@ PAIRS = {
             "gpt_openmoji128",
             "128x128 RGB; 1,523 images.",
             "openmoji",
-            8,
+            32,
         ),
         Pair(
             "palette",
