@@ -58,7 +58,7 @@ PAIRS = {
             "gpt_openmoji128",
             "128x128 RGB; 1,523 images.",
             "openmoji",
-            32,
+            16,
         ),
         Pair(
             "palette",
@@ -67,7 +67,7 @@ PAIRS = {
             "gpt_openmoji",
             "16x16 RGB; each pixel is a token, one of 64 colours.",
             "openmoji",
-            4,
+            16,
         ),
         Pair(
             "pixels",

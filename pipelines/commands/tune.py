@@ -29,8 +29,8 @@ from ..images.origin import named
 from ..images.pictures import save_picture
 from ..metrics.agreement import agreement
 from ..metrics.frechet import Moments, distance, moments
-from ..metrics.quality import FeatureSpace, feature_space, neighbourhoods, shuffled
-from ..metrics.tuning import FINAL_TIMES, RULE, UNITS, Scores, Search, Trial, told
+from ..metrics.quality import AT_A_TIME, FeatureSpace, feature_space, neighbourhoods, shuffled
+from ..metrics.tuning import FINAL_TIMES, HEAD, RULE, UNITS, Scores, Search, Trial, line_of, told
 from ..metrics.tuning_chart import picture
 from ..processes.launched import joined
 from ..processes.sharing import Team
@@ -90,6 +90,8 @@ def run(config: TuneConfig) -> dict[str, Any]:
         num_images = config.num_images or affordable(ruler, own, left, config.minutes)
         if team.leads:
             print(f"{len(ruler.validation):,} {origin}; {num_images} samples a setting, in {ruler.space.name}")
+            if ruler.real_agreement is not None:
+                print(f"class agreement of real validation images: {ruler.real_agreement:.3f}")
             print(HEAD, flush=True)
         search = Search(
             ruler.judge,
@@ -98,6 +100,7 @@ def run(config: TuneConfig) -> dict[str, Any]:
             vocab_size=pipeline.prior.grid.vocab_size,
             num_images=num_images,
             seed=config.seed,
+            real_agreement=ruler.real_agreement,
             left=left,
         )
         best = search.run()
@@ -155,6 +158,7 @@ class Ruler:
     real: Moments
     labels: Tensor | None
     known: tuple[Tensor, Tensor] | None
+    real_agreement: float | None
 
     @classmethod
     def of(cls, pipeline: ImagePipeline, images: Splits, config: TuneConfig, team: Team) -> Ruler:
@@ -165,7 +169,11 @@ class Ruler:
         rows = space.of(validation, shuffled(len(validation)), team=team)
         labels = wanted_labels(pipeline, train, MOST_IMAGES * FINAL_TIMES)
         known = known_pixels(train) if labels is not None and train.labels is not None else None
-        return cls(pipeline, team, space, rows, moments(rows), labels, known)
+        agreed = None
+        if known is not None and validation.labels is not None:
+            parts = shuffled(len(validation))[:MOST_IMAGES].split(AT_A_TIME)
+            agreed = agreement(parts, validation.batch, validation.labels[torch.cat(parts)], *known, team)
+        return cls(pipeline, team, space, rows, moments(rows), labels, known, agreed)
 
     def scores(self, sampler: Sampler, count: int, seed: int) -> Scores:
         """Of `count` samples drawn with these settings, the k-th from seed + k."""
@@ -216,18 +224,6 @@ def affordable(ruler: Ruler, own: Sampler, left: Callable[[], float], minutes: f
 
 # What is told and written
 
-HEAD = f"{'stage':<12} {'settings':<46} {'Frechet':>8} {'recall':>7} {'agreement':>9} {'seconds':>8}"
-
-
-def line_of(trial: Trial) -> str:
-    """A line of the table."""
-    scores = trial.scores
-    agreed = "-" if scores.class_agreement is None else f"{scores.class_agreement:.3f}"
-    return (
-        f"{trial.stage:<12} {told(trial.sampler):<46} {scores.frechet_distance:>8.3f} {scores.recall:>7.3f} "
-        f"{agreed:>9} {trial.seconds:>8.1f}"
-    )
-
 
 def facts_of(search: Search, best: Trial, ruler: Ruler, origin: str) -> dict[str, Any]:
     """What `tuning.json` holds."""
@@ -242,6 +238,7 @@ def facts_of(search: Search, best: Trial, ruler: Ruler, origin: str) -> dict[str
         "feature_origin": ruler.space.origin,
         "images": origin,
         "validation_images": len(ruler.validation),
+        "real_class_agreement": ruler.real_agreement,
         "num_samples": best.num_images,
         **vars(best.scores),
         "frechet_distance_before": before.distance,

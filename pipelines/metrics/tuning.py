@@ -27,8 +27,8 @@ RECALL_KEPT, AGREEMENT_LOST = 0.75, 0.03
 
 RULE = (
     f"the lowest Frechet distance of finalists that keep {RECALL_KEPT:.0%} of the recall at temperature 1 without "
-    f"guidance and filters, and whose class agreement is at most {AGREEMENT_LOST:.2f} below the higher one of that and "
-    "of the settings before"
+    "guidance and filters, and whose class agreement is that of real validation images, or, where it is less, at most "
+    f"{AGREEMENT_LOST:.2f} below the highest of these"
 )
 
 
@@ -58,6 +58,8 @@ class Trial:
         """What is to be low."""
         return self.scores.frechet_distance
 
+
+HEAD = f"{'stage':<12} {'settings':<46} {'Frechet':>8} {'recall':>7} {'agreement':>9} {'seconds':>8}"
 
 Judge = Callable[[str, Sampler, int, int], Trial]
 """Tries settings in a stage, with so many images, from a seed on."""
@@ -91,25 +93,32 @@ def told(sampler: Sampler) -> str:
     return ", ".join(words) or "plain"
 
 
-def keeps_enough(trial: Trial, reference: Sequence[Trial]) -> bool:
-    """Whether its recall and agreement are not far worse than those of the `reference`: the plain settings, and those
-    before, tried with as many images. See `RULE`."""
-    if trial.scores.recall < RECALL_KEPT * reference[0].scores.recall:
-        return False
-    agreed = [each.scores.class_agreement for each in reference if each.scores.class_agreement is not None]
-    mine = trial.scores.class_agreement
-    return mine is None or not agreed or mine >= max(agreed) - AGREEMENT_LOST
+def line_of(trial: Trial) -> str:
+    """A line of the table."""
+    scores = trial.scores
+    agreed = "-" if scores.class_agreement is None else f"{scores.class_agreement:.3f}"
+    return (
+        f"{trial.stage:<12} {told(trial.sampler):<46} {scores.frechet_distance:>8.3f} {scores.recall:>7.3f} "
+        f"{agreed:>9} {trial.seconds:>8.1f}"
+    )
 
 
-def best_of(trials: Iterable[Trial], reference: Sequence[Trial]) -> list[Trial]:
-    """In ascending order of their distance those that keep enough; all of them if none does."""
+def best_of(trials: Iterable[Trial], recall: float, agreement: float | None) -> list[Trial]:
+    """By `RULE`, in ascending order of their distance, where plain settings have this `recall`, and real images this
+    class `agreement`, None if there are no classes. Where none keeps enough recall, that does not count."""
     ordered = sorted(trials, key=lambda trial: trial.distance)
-    return [trial for trial in ordered if keeps_enough(trial, reference)] or ordered
+    wide = [trial for trial in ordered if trial.scores.recall >= RECALL_KEPT * recall] or ordered
+    if agreement is None:
+        return wide
+    agreed = [trial.scores.class_agreement or 0.0 for trial in wide]
+    needed = min(agreement, max(agreed) - AGREEMENT_LOST)
+    return [trial for trial, mine in zip(wide, agreed, strict=True) if mine >= needed]
 
 
 class Search:
-    """Trials of settings, from those `own` to a pipeline on. guided: whether there are classes to guide towards; left:
-    the seconds that are left. Sizes: images of a trial, of which finalists have `FINAL_TIMES` as many."""
+    """Trials of settings, from those `own` to a pipeline on. guided: whether there are classes to guide towards;
+    real_agreement: the class agreement of real images, if there is one; num_images: of a trial, finalists have
+    `FINAL_TIMES` as many; left: the seconds that are left."""
 
     def __init__(
         self,
@@ -120,18 +129,20 @@ class Search:
         vocab_size: int,
         num_images: int,
         seed: int = 0,
+        real_agreement: float | None = None,
         left: Callable[[], float] = lambda: float("inf"),
     ) -> None:
         self.judge, self.own, self.guided, self.vocab_size = judge, own, guided, vocab_size
         self.num_images, self.seed, self.left = num_images, seed, left
+        self.real_agreement = real_agreement
         self.trials: list[Trial] = []
         self.finals: list[Trial] = []
-        self.reference: list[Trial] = []
         self.ended = ""
 
     def run(self) -> Trial:
         """Search, and return the trial of the settings that are chosen, one of the `finals`."""
-        self.reference = [self.tried("reference", sampler) for sampler in (plain(self.own), self.own)]
+        for sampler in (plain(self.own), self.own):
+            self.tried("reference", sampler)
         try:
             if self.guided:
                 self.search_guidance()
@@ -153,9 +164,9 @@ class Search:
         self.trials.append(self.judge(stage, sampler, self.num_images, self.seed))
         return self.trials[-1]
 
-    def best(self) -> Trial:
-        """Of all trials so far."""
-        return best_of(self.trials, self.reference)[0]
+    def best(self, among: Sequence[Trial] | None = None) -> Trial:
+        """Among these trials of the search; by default all so far."""
+        return best_of(among or self.trials, self.trials[0].scores.recall, self.real_agreement)[0]
 
     # Stages
 
@@ -165,7 +176,7 @@ class Search:
         todo = list(values)
         while todo:
             made.append(self.tried("guidance", with_course(base, course, todo.pop(0))))
-            is_last = not todo and min(made, key=lambda trial: trial.distance) is made[-1]
+            is_last = not todo and self.best(made) is made[-1]
             if is_last and len(made) < len(values) + STEPS_BEYOND:
                 todo.append(round(strength(made[-1].sampler) * FARTHER, 1))
         return made
@@ -174,11 +185,11 @@ class Search:
         """Constant guidance, and guidance that goes to an end; then what lies beside the best of each."""
         lines = {"constant": self.line("constant", CONSTANTS)}
         lines |= {course: self.line(course, ends) for course, ends in ENDS.items()}
-        lowest = min(trial.distance for line in lines.values() for trial in line)
-        for course, line in lines.items():
-            peak = min(line, key=lambda trial: trial.distance)
+        peaks = {course: self.best(line) for course, line in lines.items()}
+        lowest = min(peak.distance for peak in peaks.values())
+        for course, peak in peaks.items():
             if peak.distance <= HOPELESS * lowest:
-                for value in beside(peak, line):
+                for value in beside(peak, lines[course]):
                     self.tried("beside", with_course(plain(self.own), course, value))
         best = self.best().sampler
         if best.guidance_end is not None:
@@ -206,12 +217,11 @@ class Search:
 
     def decide(self) -> Trial:
         """The best of the finalists, which are drawn again with other seeds."""
-        ahead = [trial.sampler for trial in best_of(self.trials, self.reference)[:FINALISTS]]
+        ahead = [each.sampler for each in best_of(self.trials, self.trials[0].scores.recall, self.real_agreement)]
         images, seed = FINAL_TIMES * self.num_images, self.seed + FINAL_SEED
-        for sampler in dict.fromkeys([plain(self.own), self.own, *ahead]):
+        for sampler in dict.fromkeys([plain(self.own), self.own, *ahead[:FINALISTS]]):
             self.finals.append(self.judge("final", sampler, images, seed))
-        reference = [self.final_of(plain(self.own)), self.final_of(self.own)]
-        return best_of(self.finals, reference)[0]
+        return best_of(self.finals, self.finals[0].scores.recall, self.real_agreement)[0]
 
     def final_of(self, sampler: Sampler) -> Trial:
         """The trial of these settings in the finals."""

@@ -100,6 +100,7 @@ def test_settings_are_chosen_on_validation_images_alone_and_stored(few, world, t
     assert {row["num_images"] for row in final} == {120} and {row["seed"] for row in final} == {FINAL_SEED}
     assert {(row["num_images"], row["seed"]) for row in facts["trials"] if row["stage"] != "final"} == {(60, 0)}
     assert facts["chosen"] in [row["settings"] for row in final] and facts["validation_images"] == 60
+    assert f"real validation images: {facts['real_class_agreement']:.3f}" in printed
     for row in facts["trials"]:
         assert f"{row['frechet_distance']:.3f}" in printed and f"{row['class_agreement']:.3f}" in printed
 
@@ -121,6 +122,7 @@ def test_a_pipeline_without_classes_is_tuned_without_guidance_and_left_alone_if_
     options = ("data.label_column=null", "store=false", f"out={tmp_path}/found")
     main(["tune", f"pipeline={tmp_path}/pipeline", *SETTINGS, *options])
     facts = json.loads((tmp_path / "found" / "tuning.json").read_text())
+    assert facts["real_class_agreement"] is None
     assert before == {path: path.read_bytes() for path in (tmp_path / "pipeline").rglob("*") if path.is_file()}
     assert facts["feature_space"] == "random-conv-64" and facts["class_agreement"] is None
     assert {row["settings"]["guidance_scale"] for row in facts["trials"]} == {1.0}
@@ -215,12 +217,26 @@ def test_the_lowest_distance_is_not_bought_with_recall_or_agreement():
     def trial(distance, recall, agreement):
         return Trial("", Sampler(), 1, 0, Scores(distance, recall, agreement), 0.0)
 
-    reference = [trial(3, 0.8, 0.7), trial(2, 0.5, 0.9)]
-    narrow, wrong = trial(0.1, 0.8 * RECALL_KEPT - 0.01, 1.0), trial(0.2, 1.0, 0.9 - AGREEMENT_LOST - 0.01)
-    good, better = trial(1.0, 0.8 * RECALL_KEPT, 0.9), trial(0.9, 0.7, 0.9 - AGREEMENT_LOST + 1e-9)
-    assert best_of([narrow, wrong, good, better], reference) == [better, good]
-    assert best_of([wrong, narrow], reference) == [narrow, wrong], "where none keeps enough, the lowest"
-    assert best_of([trial(0.2, 1.0, None)], [trial(3, 0.8, None)] * 2)
+    narrow, wrong = trial(0.1, 0.8 * RECALL_KEPT - 0.01, 1.0), trial(0.2, 1.0, 0.89)
+    good, better = trial(1.0, 0.8 * RECALL_KEPT, 0.95), trial(0.9, 0.7, 0.9)
+    assert best_of([narrow, wrong, good, better], 0.8, 0.9) == [better, good]
+    assert best_of([narrow, wrong, good, better], 0.8, None) == [wrong, better, good]
+    near = trial(0.5, 1.0, 0.95 - AGREEMENT_LOST + 1e-9)
+    assert best_of([wrong, near, good], 0.8, 0.97) == [near, good], "real images, that none reaches, ask for too much"
+    assert best_of([narrow], 0.8, 0.9) == [narrow], "where none keeps enough recall, it does not count"
+    assert best_of([trial(0.2, 1.0, None)], 0.8, None)
+
+
+def test_guidance_goes_on_until_samples_are_of_their_class():
+    """Where the lowest distance is that of plain settings, whose samples are often of another class than asked for."""
+
+    def judge(stage, sampler, count, seed):
+        scale = sum(sampler.scales([1] * 9)) / 9
+        return Trial(stage, sampler, count, seed, Scores(scale, 0.5, min(1.0, 0.5 + 0.2 * scale)), 1.0)
+
+    search = Search(judge, Sampler(), guided=True, vocab_size=256, num_images=100, real_agreement=0.9)
+    best = search.run()
+    assert 0.9 <= best.scores.class_agreement < 0.95 and best.sampler.guides
 
 
 def test_a_search_that_has_no_more_time_goes_to_the_finals():
