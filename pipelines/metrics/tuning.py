@@ -164,9 +164,13 @@ class Search:
         self.trials.append(self.judge(stage, sampler, self.num_images, self.seed))
         return self.trials[-1]
 
-    def best(self, among: Sequence[Trial] | None = None) -> Trial:
-        """Among these trials of the search; by default all so far."""
-        return best_of(among or self.trials, self.trials[0].scores.recall, self.real_agreement)[0]
+    def ranked(self, trials: Sequence[Trial]) -> list[Trial]:
+        """By `RULE`. The first trial of a search is of plain settings."""
+        return best_of(trials, self.trials[0].scores.recall, self.real_agreement)
+
+    def best(self) -> Trial:
+        """Of all trials so far."""
+        return self.ranked(self.trials)[0]
 
     # Stages
 
@@ -176,7 +180,7 @@ class Search:
         todo = list(values)
         while todo:
             made.append(self.tried("guidance", with_course(base, course, todo.pop(0))))
-            is_last = not todo and self.best(made) is made[-1]
+            is_last = not todo and self.ranked(made)[0] is made[-1]
             if is_last and len(made) < len(values) + STEPS_BEYOND:
                 todo.append(round(strength(made[-1].sampler) * FARTHER, 1))
         return made
@@ -185,7 +189,7 @@ class Search:
         """Constant guidance, and guidance that goes to an end; then what lies beside the best of each."""
         lines = {"constant": self.line("constant", CONSTANTS)}
         lines |= {course: self.line(course, ends) for course, ends in ENDS.items()}
-        peaks = {course: self.best(line) for course, line in lines.items()}
+        peaks = {course: self.ranked(line)[0] for course, line in lines.items()}
         lowest = min(peak.distance for peak in peaks.values())
         for course, peak in peaks.items():
             if peak.distance <= HOPELESS * lowest:
@@ -217,9 +221,9 @@ class Search:
 
     def decide(self) -> Trial:
         """The best of the finalists, which are drawn again with other seeds."""
-        ahead = [each.sampler for each in best_of(self.trials, self.trials[0].scores.recall, self.real_agreement)]
+        ahead = [trial.sampler for trial in self.ranked(self.trials)[:FINALISTS]]
         images, seed = FINAL_TIMES * self.num_images, self.seed + FINAL_SEED
-        for sampler in dict.fromkeys([plain(self.own), self.own, *ahead[:FINALISTS]]):
+        for sampler in dict.fromkeys([plain(self.own), self.own, *ahead]):
             self.finals.append(self.judge("final", sampler, images, seed))
         return best_of(self.finals, self.finals[0].scores.recall, self.real_agreement)[0]
 

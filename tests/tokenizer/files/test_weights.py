@@ -67,7 +67,7 @@ def test_a_tensor_that_stands_twice_or_too_many_of_them(tmp_path):
         ),
     ]:
         data = struct.pack("<Q", len(text)) + text.encode() + bytes(4)
-        refused(data, error, path, needle, load=lambda data: parse_weights(data, path))
+        assert needle in refused(data, error, path, load=lambda data: parse_weights(data, path))
 
 
 def test_weights_that_are_not_aligned_are_read(tmp_path):
@@ -106,7 +106,7 @@ def test_codes_are_finite_and_bounded(folder, value, dtype, needle):
 def test_a_tensor_with_an_escape_in_its_name(folder):
     path = folder / "prior" / "model.safetensors"
     rewritten(path, lambda h, b: h.update({"\x1b[2J": h.pop(next(iter(h)))}))
-    refused(folder / "prior", WeightsError, path, "\\x1b[2J", load=Prior.from_pretrained)
+    assert "\\x1b[2J" in refused(folder / "prior", WeightsError, path, load=Prior.from_pretrained)
 
 
 def test_numbers_of_every_tensor_are_looked_at(folder):
@@ -117,7 +117,7 @@ def test_numbers_of_every_tensor_are_looked_at(folder):
             before = weights[name].flatten()[-1].clone()
             weights[name].view(-1)[-1] = float("nan")
             save_file(weights, path)
-            refused(folder / part, WeightsError, path, name, "not finite", load=load)
+            assert "not finite" in refused(folder / part, WeightsError, path, name, load=load)
             weights[name].view(-1)[-1] = before
 
 
