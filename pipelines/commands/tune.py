@@ -39,7 +39,8 @@ from ..stages.index import PIPELINE
 from ..stages.provenance import defaults
 
 RESULTS = ("tuning.json", "tuning.png")
-LEAST_VALIDATION, LEAST_IMAGES, MOST_IMAGES = 30, 50, 2000
+LEAST_VALIDATION, FEW_VALIDATION = 30, 300
+LEAST_IMAGES, MOST_IMAGES = 50, 2000
 WARM_UP = 64  # images that tell how long others take
 SPARE = 0.85  # the share of the time that is planned for
 
@@ -143,6 +144,8 @@ def choosing_images(config: TuneConfig, pipeline: ImagePipeline, team: Team) -> 
             f"data: choosing needs at least {LEAST_VALIDATION} validation images, and there are {count}; "
             "data.validation_fraction=0.2 takes a larger share of the training split"
         )
+    if team.leads and count < FEW_VALIDATION:
+        print(f"warning: {count} validation images choose only roughly: near figures are noise", file=sys.stderr)
     check_classes(pipeline, images.train, images.validation)
     return images, origin
 

@@ -312,7 +312,6 @@ def test_unknown_verb_lists_what_there_is(capsys):
 
 
 PRINTING = [
-    ["pipelines", "--help"],
     ["pipelines.train_tokenizer", "--help"],  # more than is buffered
     ["pipelines.commands.verify", "folder={world}/run/pipeline"],
 ]

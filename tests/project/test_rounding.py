@@ -79,11 +79,11 @@ def test_an_image_does_not_depend_on_its_batch_under_any_setting():
 
 # Streams
 
-OTHER = [("SSE41", "default", 2), ("AVX2", "avx2", 1)]
+OTHER = [("SSE41", "default", 2), pytest.param(("AVX2", "avx2", 1), marks=pytest.mark.slow)]
 """Settings under which a stream is read that was made as this process is."""
 
 
-@pytest.mark.parametrize("setting", OTHER, ids=map(str, OTHER))
+@pytest.mark.parametrize("setting", OTHER, ids=str)
 def test_a_stream_gives_the_same_tokens_and_pixels_to_within_a_grey_level(setting, tmp_path):
     pytest.importorskip("constriction")
     pipe = pipeline_of("vqvae", (28, 28), 3)

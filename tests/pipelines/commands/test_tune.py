@@ -143,7 +143,9 @@ def test_without_validation_images_a_share_of_the_others_is_held_aside_and_it_sa
         pipe = ImagePipeline.from_pretrained(world / "gpt")
         images, origin = tune.choosing_images(config, pipe, tune.Team())
     assert len(images.validation) == 15 and len(images.train) == 285 and "which the pipeline has seen" in origin
-    assert "warning: no validation images were kept from training" in capsys.readouterr().err
+    printed = capsys.readouterr().err
+    assert "warning: no validation images were kept from training" in printed
+    assert "warning: 15 validation images choose only roughly" in printed
 
 
 @pytest.mark.parametrize(

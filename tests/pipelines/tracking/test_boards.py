@@ -119,6 +119,7 @@ def logged(run: Path) -> int:
     return json.loads(whole[-1])["step"] if whole else -1
 
 
+@pytest.mark.slow
 def test_a_killed_run_is_whole_in_tensorboard_and_trackio(tmp_path):
     """Killed and resumed, both hold each step's numbers once, to the bit, and each preview to the pixel."""
     choices = {"train__steps": 80, "train__save_every": 15, "train__preview_every": 30}

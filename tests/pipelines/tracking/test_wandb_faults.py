@@ -149,7 +149,7 @@ def start_and_strike(fault: Fault, folder: Path, choices: dict, limits: tuple[fl
 
 
 @pytest.mark.parametrize(
-    "fault", [black_hole, *(pytest.param(other, marks=pytest.mark.slow) for other in FAULTS if other is not black_hole)]
+    "fault", [dead_port, *(pytest.param(other, marks=pytest.mark.slow) for other in FAULTS if other is not dead_port)]
 )
 def test_a_run_ends_well_and_the_same(tmp_path, fault):
     """Exit code 0 in bounded time; every figure and every bit of the weights as without W&B."""

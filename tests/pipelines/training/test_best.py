@@ -207,7 +207,7 @@ def test_a_run_that_overfits_ends_with_the_weights_of_before(by_heart, few):
     assert_equal_tensors(load_file(state / "best.safetensors"), dict(sorted(pipe.prior.state_dict().items())))
 
 
-@pytest.mark.parametrize("at", [5, 13, 23])
+@pytest.mark.parametrize("at", [13, *(pytest.param(at, marks=pytest.mark.slow) for at in (5, 23))])
 def test_interrupted_equals_uninterrupted(tmp_path, by_heart, few, monkeypatch, at):
     class Killed(Exception):
         pass

@@ -416,6 +416,7 @@ def test_two_encode_what_one_does(launched, tmp_path):
     assert load_file(tmp_path / "both" / "train.safetensors")["tokens"].shape == (111, 7, 7)
 
 
+@pytest.mark.slow
 def test_a_run_of_two_is_killed_and_goes_on(launched, tmp_path):
     """One of them dies; the other ends too, and the same command ends where the uninterrupted run did."""
     argv = tokenizer_arguments(tmp_path / "run", **TOKENIZER)

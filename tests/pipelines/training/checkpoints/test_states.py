@@ -462,7 +462,7 @@ KILLED = """
 
 @pytest.mark.parametrize(
     ("stride", "keep", "exchange"),
-    [(1, 2, True), pytest.param(0, 1, True, marks=pytest.mark.slow), (0, 1, False)],
+    [(1, 2, True), pytest.param(0, 1, True, marks=pytest.mark.slow), pytest.param(0, 1, False, marks=pytest.mark.slow)],
     ids=["next-step", "same-step-only-state", "renamed-twice"],
 )
 def test_kill_leaves_a_verifying_state(tmp_path, stride, keep, exchange):
