@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, cast
 
 import numpy as np
 import torch
-from pydantic import Field, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 from torch import Tensor, nn
 
 from prior import Prior
@@ -69,7 +69,7 @@ class SamplerConfig(Config):
 class AlignmentConfig(Config):
     """Condition Contrastive Alignment (Chen et al. 2024), which trains guidance away."""
 
-    beta: float = Field(0.5, gt=0, description="the optimum is guidance of 1 + 1/beta; the paper has 0.02")
+    beta: float = Field(0.5, gt=0, description="the optimum is about guidance of 1 + 1/beta; the paper has 0.02")
     negatives: float | None = Field(
         None, ge=0, description="lambda, weight of images under a wrong label; null: the number of classes"
     )
@@ -93,9 +93,8 @@ class TrainPriorConfig(Config):
         None,
         description="folder or Hub id of a pipeline whose prior to start from; the model is then by default its own",
     )
-    objective: Literal["likelihood", "cca"] | None = Field(
-        None,
-        description="likelihood, which null is, too; or cca, which fine-tunes the prior of `init` to need no guidance",
+    objective: Annotated[Literal["likelihood", "cca"], BeforeValidator(lambda name: name or "likelihood")] = Field(
+        "likelihood", description="likelihood; or cca, which fine-tunes the prior of `init` to need no guidance"
     )
     cca: AlignmentConfig | None = Field(None, description="settings of objective=cca; null: their defaults")
     label_dropout: float = Field(
@@ -115,6 +114,14 @@ class TrainPriorConfig(Config):
     train: TrainConfig = Field(TrainConfig(), description="how long and how fast")
     track: TrackConfig = Field(TrackConfig(), description="where the numbers go")
 
+    @model_validator(mode="after")
+    def _contrasts_something(self) -> TrainPriorConfig:
+        if self.cca is not None and self.objective != "cca":
+            raise ValueError("cca: goes with objective=cca")
+        if self.objective == "cca" and self.label_dropout == 1:
+            raise ValueError("label_dropout: must be below 1 with objective=cca, which contrasts labels")
+        return self
+
 
 class PriorTask(Task):
     """One player: the prior."""
@@ -131,14 +138,15 @@ class PriorTask(Task):
         if start is None:
             self.model.initialize(cast(Tensor, self.train_split.tokens), self.train_split.labels)
         self.begun = None if start is None else {"source": config.init, "fingerprint": start.fingerprint()}
-        self.nets: dict[str, nn.Module] = {"model": self.make_objective(start and start.to(device))}
+        self.nets: dict[str, nn.Module] = {"model": self.make_objective(start, device)}
         self.players = {"model": list(self.model.parameters())}
         self.rows, self.tokens_per_row = len(self.train_split), len(self.data.grid)
         self.evaluated = {split: rows_evaluated(self.model, len(rows)) for split, rows in self.judged.items()}
         self.pipeline(self.model)  # raises now, before training, what it would raise after it
 
-    def make_objective(self, reference: Prior | None) -> nn.Module:
-        """What turns a batch into a loss. Raises `UserError` for a prior, or data, that it cannot be of."""
+    def make_objective(self, reference: Prior | None, device: torch.device | str) -> nn.Module:
+        """What turns a batch into a loss; only the reference is placed on the device, as nothing else will do that.
+        Raises `UserError` for a prior, or data, that it cannot be of."""
         if self.config.objective != "cca":
             return Likelihood(self.model)
         if reference is None:
@@ -150,7 +158,7 @@ class PriorTask(Task):
             raise UserError("objective: cca needs training rows of two classes or more")
         settings = self.config.cca or AlignmentConfig()
         weight = self.data.num_classes if settings.negatives is None else settings.negatives
-        return Alignment(self.model, reference, settings.beta, weight)
+        return Alignment(self.model, reference.to(device), settings.beta, weight)
 
     def batch(self, indices: np.ndarray, epochs: np.ndarray, seed: int) -> tuple[Tensor, ...]:
         """Tokens `(B, *grid.shape)` and labels `(B,)`, the null class where dropped or where the data has none; for an

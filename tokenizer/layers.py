@@ -60,7 +60,8 @@ class ConvolutionsConfig(TokenizerConfig):
     tail: tuple[Annotated[int, Field(ge=1, le=4096)], ...] | None = Field(
         None,
         description="channels at the resolutions inside a patch, coarsest first, for `subpixel`; null: 96 at an eighth "
-        "of the image's resolution, 48 at a quarter, 24 at half, and at its own 8, or 32 for a likelihood",
+        "of the image's resolution, 48 at a quarter, 24 at half, and at its own 8, or 32 where more than 3 numbers are "
+        "painted for a pixel",
     )
 
     @property
@@ -82,7 +83,7 @@ class ConvolutionsConfig(TokenizerConfig):
             yield f"widths: must be multiples of 8 (got {list(self.widths)})"
         if self.tail is not None and self.upsampling != "subpixel":
             yield "tail: goes with upsampling=subpixel"
-        elif self.tail is not None and 2 ** len(self.tail) != self.sizes.patch:
+        elif self.tail is not None and self.sizes.patch and 2 ** len(self.tail) != self.sizes.patch:
             yield (
                 f"tail: one number per doubling inside a patch of {self.sizes.patch} is needed: "
                 f"{self.sizes.patch.bit_length() - 1} (got {len(self.tail)})"

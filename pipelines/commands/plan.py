@@ -75,8 +75,8 @@ class PlanConfig(Config):
         le=1,
         description="share of the peak that is reached; null: as expected, 0.2, with train.compile 0.3",
     )
-    precision: Literal["bf16", "float32"] = Field(
-        "bf16", description="accelerate's mixed precision, or none, which needs peak_tflops"
+    precision: Literal["bf16", "float32"] | None = Field(
+        None, description="accelerate's, or none, which needs peak_tflops; null: by train.mixed_precision, else bf16"
     )
     tokenizer: str | None = Field(
         None,
@@ -108,22 +108,27 @@ class PlanTokenizerConfig(PlanConfig, TrainTokenizerConfig):
 
 def run(config: PlanConfig) -> Forecast:
     """Print the plan, and return its figures. Raises `UserError` and `ConfigError`."""
-    if config.precision != "bf16" and config.peak_tflops is None:
-        raise UserError("peak_tflops: precision=float32 needs the peak in float32, or in TF32 if that is allowed")
-    if isinstance(config, PlanPriorConfig):
-        forecast = forecast_prior(config)
-    elif isinstance(config, PlanTokenizerConfig):
-        forecast = forecast_tokenizer(config)
-    else:
+    if not isinstance(config, PlanPriorConfig | PlanTokenizerConfig):
         raise UserError(NO_MODEL)
+    if precision_of(config) == "float32" and config.peak_tflops is None:
+        raise UserError("peak_tflops: precision=float32 needs the peak in float32, or in TF32 if that is allowed")
+    forecast = forecast_prior(config) if isinstance(config, PlanPriorConfig) else forecast_tokenizer(config)
     print(page_of(forecast))
     return forecast
+
+
+def precision_of(config: PlanPriorConfig | PlanTokenizerConfig) -> str:
+    """What layers compute in. Raises `UserError` if the run asks for another than the plan."""
+    asked = {"no": "float32", "bf16": "bf16"}.get(config.train.mixed_precision or "")
+    if config.precision and asked and config.precision != asked:
+        raise UserError(f"precision: {config.precision}, and train.mixed_precision={config.train.mixed_precision}")
+    return config.precision or asked or "bf16"
 
 
 def machine_of(config: PlanPriorConfig | PlanTokenizerConfig) -> Machine:
     """The machine to plan for."""
     kind, compiled = GPUS[config.gpu], config.train.compile
-    expected = "expected when compiled" if compiled else "expected without train.compile"
+    expected = f"expected {'when compiled' if compiled else 'without train.compile'}"
     return Machine(
         f"x {config.gpu}" if config.gpu_memory is None else "GPUs",
         config.gpus,
@@ -131,7 +136,7 @@ def machine_of(config: PlanPriorConfig | PlanTokenizerConfig) -> Machine:
         config.peak_tflops or kind.tflops,
         config.utilization or EXPECTED[compiled],
         "given" if config.utilization else expected,
-        config.precision,
+        precision_of(config),
     )
 
 
@@ -149,7 +154,7 @@ def forecast_prior(config: PlanPriorConfig) -> Forecast:
     muon = hidden_matrices(model) if config.train.optimizer == "muon" else ()
     sizes = sizes_of(parts_of_prior(model), model, {"model": model}, blocks, config.train.keep_best, muon)
     sizes = replace(sizes, frozen=sizes.weights if frozen else 0)
-    bf16 = config.precision == "bf16"
+    bf16 = precision_of(config) == "bf16"
     costs = costs_of(
         lambda images: [prior_turn(model, images, bf16, frozen)],
         lambda: likelihood_batch(model),
@@ -212,7 +217,7 @@ def forecast_tokenizer(config: PlanTokenizerConfig) -> Forecast:
     stage = on_meta(lambda: Stage(tokenizer, critic))
     muon = hidden_matrices(tokenizer) if config.train.optimizer == "muon" else ()
     sizes = sizes_of(parts_of_tokenizer(tokenizer, critic), stage, players, blocks, keeps_best, muon)
-    bf16 = config.precision == "bf16"
+    bf16 = precision_of(config) == "bf16"
     evaluated = (images_at_a_time(tokenizer.image_shape), *tokenizer.image_shape)
     costs = costs_of(
         lambda images: all_turns(recipe, images, bf16),
@@ -273,17 +278,14 @@ def config_for(argv: list[str]) -> type[PlanConfig]:
     """The configuration that the command line is of: a prior's, a tokenizer's, or neither."""
     given: dict[str, Any] = {}
     for part in read_arguments(argv)[0]:
-        model = {**_mapping(given.get("model")), **_mapping(part.get("model"))}
+        models = [node for node in (given.get("model"), part.get("model")) if isinstance(node, dict)]
+        model = {key: value for node in models for key, value in node.items()}
         given = {**given, **part, "model": model}
     kind = given.get("model", {}).get("kind")
     second = {"tokens", "objective"} & set(given)
     if kind in Tokenizer.available() or (not kind and not second and {"data", "loss", "critic", "init"} & set(given)):
         return PlanTokenizerConfig
     return PlanPriorConfig if kind is not None or second else PlanConfig
-
-
-def _mapping(value: Any) -> dict[str, Any]:
-    return value if isinstance(value, dict) else {}
 
 
 def main(argv: list[str] | None = None) -> Any:

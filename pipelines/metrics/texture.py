@@ -9,8 +9,8 @@ would decide a mean.
 
 - `texture_flat`: of the flat windows that are not background.
 - `texture_grid`: likewise, of its part that repeats every 4 pixels in both directions: periods 4 and 2.
-- `texture_white`: as `texture_flat`, in windows of background: all values from 250 on, or, where more windows of the
-  data are black (all values up to 5), black ones. `texture_background` says which.
+- `texture_white`: as `texture_flat`, in windows of background: brightness from 250 on, or, where more windows of the
+  data are black (brightness up to 5), black ones. `texture_background` says which.
 
 Windows begin at the top left corner, at every 8th row and column, which is where tokens of 8, 4 and 2 pixels begin.
 Images with a side below 64 pixels have few of them: there at every 4th. Values are taken before they are rounded to 8
@@ -63,7 +63,7 @@ def texture_figures(windows: Tensor) -> dict[str, Any]:
 
 
 def middle(values: Tensor) -> float | None:
-    """The median, None of nothing."""
+    """The median (of an even number of values the lower of the two in the middle), None of nothing."""
     return float(values.median()) if len(values) else None
 
 

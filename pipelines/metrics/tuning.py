@@ -245,8 +245,8 @@ def strength(sampler: Sampler) -> float:
 
 
 def beside(peak: Trial, line: Sequence[Trial]) -> list[float]:
-    """The middles between the strength of the `peak` of a line and those next to it."""
-    strengths = sorted(strength(trial.sampler) for trial in line)
+    """The middles between the strength of the `peak` of a line and those next to it; all lines begin at 1."""
+    strengths = sorted({1.0, *(strength(trial.sampler) for trial in line)})
     at = strengths.index(strength(peak.sampler))
     near = strengths[max(0, at - 1) : at] + strengths[at + 1 : at + 2]
     return [round((value + strengths[at]) / 2, 3) for value in near]

@@ -7,6 +7,8 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
+from prior.sampling import Sampler
+
 from .charts import Chart, Pixels, charts_in_row, lines
 from .pages import page
 from .tuning import POWER, Trial, course_of, strength
@@ -24,13 +26,13 @@ Points = list[tuple[float, float]]
 def picture(trials: Sequence[Trial], best: Trial, facts: Mapping[str, Any]) -> Pixels:
     """Charts side by side: over the scale of guidance, or that at its end, of trials at temperature 1 without filters;
     where nothing was guided, over temperature."""
-    guided = [trial for trial in trials if trial.stage in ("guidance", "beside")]
-    guided = [trials[0], *guided] if guided else []
+    guided = any(trial.stage == "guidance" for trial in trials)
     label = "guidance: constant, or at the last token (1 at the first)" if guided else "temperature"
-    series = courses_in(guided) if guided else {"temperature": [t for t in trials if is_temperature(t)]}
+    series = courses_in(trials) if guided else {"temperature": [t for t in trials if is_temperature(t)]}
     over = (lambda trial: strength(trial.sampler)) if guided else (lambda trial: trial.sampler.temperature)
-    alike = replace(best.sampler, temperature=1.0, top_k=None, top_p=None) if guided else best.sampler
-    chosen = [trial for those in series.values() for trial in those if trial.sampler == alike][:1]
+    chosen = chosen_in(
+        series, replace(best.sampler, temperature=1.0, top_k=None, top_p=None) if guided else best.sampler
+    )
     charts: list[Chart] = []
     for name, (title, unit) in FIGURES.items():
         found = {course: points(those, over, name) for course, those in series.items()}
@@ -49,13 +51,26 @@ def picture(trials: Sequence[Trial], best: Trial, facts: Mapping[str, Any]) -> P
 
 
 def courses_in(trials: Sequence[Trial]) -> dict[str, list[Trial]]:
-    """Trials by the course of guidance, in words; constant guidance of 1 is where all begin."""
+    """Those on a course of guidance by what it is in words; constant guidance of 1 is where all begin."""
     names = {"constant": "constant", "linear": "linear", "power-cosine": f"power-cosine {POWER:g}"}
     found: dict[str, list[Trial]] = {name: [] for name in names.values()}
-    for trial in trials:
+    for trial in filter(is_on_a_course, trials):
         found[names[course_of(trial.sampler)]].append(trial)
     unguided = [trial for trial in found["constant"] if not trial.sampler.guides]
     return {name: those if name == "constant" else unguided + those for name, those in found.items() if those}
+
+
+def chosen_in(series: Mapping[str, Sequence[Trial]], sampler: Sampler) -> list[Trial]:
+    """The trial of these settings, if a curve has it."""
+    return [trial for those in series.values() for trial in those if trial.sampler == sampler][:1]
+
+
+def is_on_a_course(trial: Trial) -> bool:
+    """Whether nothing but its guidance is chosen, and that as on the lines of the search: constant, or on from 1."""
+    sampler = trial.sampler
+    begins = sampler.guidance_end is None or sampler.guidance_scale == 1
+    usual = sampler.guidance_power in (None, POWER)
+    return sampler.temperature == 1 and not sampler.filters and begins and usual
 
 
 def is_temperature(trial: Trial) -> bool:

@@ -30,7 +30,7 @@ QUINTIC, ROUNDS = (3.4445, -4.7750, 2.0315), 5  # of Newton and Schulz, as by Jo
 TINY = 1e-7  # the norm below which a matrix counts as zero
 MOST = 1 << 26  # numbers that are orthogonalized together: a quarter of a GB
 LAYERS = (nn.Linear, _ConvNd, CausalConv2d)
-APART = {"head", "quantizer"}  # what layers to logits, pixels or latents are called, and what chooses codes
+APART = {"head", "quantizer"}  # what priors call their layer to logits, and `vqgan` its last ones; what chooses codes
 
 
 def make_optimizer(
@@ -58,8 +58,8 @@ def make_optimizer(
 
 
 def hidden_matrices(model: nn.Module) -> set[nn.Parameter]:
-    """The weights of linear layers and convolutions that are matrices of at least 16 x 16, but for those of heads and
-    quantizers. Embeddings, positions and codebooks are tables: a row moves when it is looked up."""
+    """The weights of linear layers and convolutions that are matrices of at least 16 x 16, but for those of quantizers
+    and of what is called a head. Embeddings, positions and codebooks are tables: a row moves when it is looked up."""
     layers = [module for name, module in model.named_modules() if APART.isdisjoint(name.split("."))]
     weights = [getattr(layer, "weight", None) for layer in layers if isinstance(layer, LAYERS)]
     return {weight for weight in weights if isinstance(weight, nn.Parameter) and is_matrix(weight)}
@@ -112,7 +112,7 @@ class Muon(AdamW):
         torch._foreach_lerp_(momenta, grads, 1 - group["momentum"])
         ahead = torch._foreach_lerp(grads, momenta, group["momentum"])  # Nesterov's
         matrices = torch.stack([tensor.flatten(1) for tensor in ahead])
-        directions = orthogonal(matrices.bfloat16() if group["bf16"] else matrices, like=weights[0]).to(ahead[0].dtype)
+        directions = orthogonal(matrices.bfloat16() if group["bf16"] else matrices, like=weights[0]).to(ahead[0])
         if skip is not None:
             directions *= skip <= 0
         rows, columns = rows_and_columns(weights[0])

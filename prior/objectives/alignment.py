@@ -5,9 +5,13 @@ own label c than under a wrong one c', both compared with a frozen copy of the p
 
     -log sigma(beta log p(x | c) / p_ref(x | c)) - lambda log sigma(-beta log p(x | c') / p_ref(x | c'))
 
-Its optimum is p_ref(x | c) (p(x | c) / p(x))^(1 / beta) / lambda^(1 / beta): what guidance of scale 1 + 1 / beta aims
-at, in the full model and not token by token. A short run with a small rate stops on the way there. Images without their
-label take part in the first term alone, which only makes them likelier.
+Its optimum is p_ref(x | c) (p(x | c) / q(x | c))^(1 / beta) / lambda^(1 / beta), where q(x | c) are the images that c
+is a wrong label of. In the paper wrong labels are drawn from all, q is p(x), and the optimum is what guidance of scale
+1 + 1 / beta aims at, in the full model and not token by token. Here they are never the image's own, so that q is
+p(x | not c), for classes of one size: of many classes nearly the same, of few stronger. A short run with a small rate
+stops on the way there. Images without their label take part in the first term alone, which only makes them likelier.
+
+Neither prior drops anything out: what an image gains would be the loss by dropout, for the most part.
 """
 
 from __future__ import annotations
@@ -28,7 +32,7 @@ class Alignment(nn.Module):
 
     def __init__(self, prior: Any, reference: Any, beta: float, negatives: float) -> None:
         super().__init__()
-        self.prior, self.beta, self.negatives = prior, beta, negatives
+        self.prior, self.beta, self.negatives = without_dropout(prior), beta, negatives
         self.frozen = (reference.eval().requires_grad_(False),)  # a tuple, which torch does not look into
 
     def forward(
@@ -61,6 +65,16 @@ class Alignment(nn.Module):
     def reference_nats(self, tokens: Tensor, labels: Tensor, inputs: dict[str, Any]) -> Tensor:
         """`image_nats` of the frozen prior."""
         return image_nats(self.frozen[0], tokens, labels, inputs)
+
+
+def without_dropout(prior: Any) -> Any:
+    """`prior`, which from now on trains without it."""
+    for module in prior.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        if hasattr(module, "attention_dropout"):
+            module.attention_dropout = 0.0
+    return prior
 
 
 def image_nats(prior: Any, tokens: Tensor, labels: Tensor, inputs: dict[str, Any]) -> Tensor:

@@ -81,7 +81,7 @@ def task_of(made, out, **more):
 def test_the_model_is_that_of_the_pipeline(made, tmp_path):
     tokens, init = made
     config = resolved(tmp_path / "run", tokens, init)
-    assert {key: config.model[key] for key in GPT} == GPT and config.objective is None
+    assert {key: config.model[key] for key in GPT} == GPT and config.objective == "likelihood"
     task, before = PriorTask(config), ImagePipeline.from_pretrained(init).prior
     assert_equal_tensors(task.model.state_dict(), before.state_dict())
     assert task.begun == {"source": str(init), "fingerprint": before.fingerprint()}
@@ -142,6 +142,10 @@ def test_cca_says_what_it_needs(made, tmp_path):
         assert "\n" not in str(caught.value)
     with pytest.raises(UserError, match="init: missing; objective=cca fine-tunes"):
         train_prior(tmp_path / "run", tokens, objective="cca")
+    with pytest.raises(UserError, match="cca: goes with objective=cca"):
+        task_of((tokens, init), tmp_path / "run", cca__beta=0.1)
+    with pytest.raises(UserError, match="label_dropout: must be below 1 with objective=cca"):
+        task_of((tokens, init), tmp_path / "run", objective="cca", label_dropout=1.0)
 
 
 def test_the_other_label_is_a_function_of_seed_epoch_and_row(made, tmp_path):

@@ -310,6 +310,11 @@ BAD = [
     (["--config", GPT_PRESET, *IMAGENET, "utilization=2"], "utilization: must be <= 1 (got 2)"),
     (["--config", GPT_PRESET, *IMAGENET, "gpuss=2"], "gpuss: unknown key; did you mean 'gpus'?"),
     (["--config", GPT_PRESET, *IMAGENET, "precision=float32"], "peak_tflops: precision=float32 needs the peak"),
+    (["--config", GPT_PRESET, *IMAGENET, "train.mixed_precision=no"], "peak_tflops: precision=float32 needs the peak"),
+    (
+        ["--config", GPT_PRESET, *IMAGENET, "train.mixed_precision=no", "precision=bf16"],
+        "precision: bf16, and train.mixed_precision=no",
+    ),
     (["--config", GPT_PRESET, *IMAGENET, "model.heads=7"], "heads: dim must be a multiple of 2 * heads"),
     (["--config", GPT_PRESET, *IMAGENET, "grid=[0,16]"], "grid: a grid needs positive whole sizes"),
     (["--config", GPT_PRESET, "tokenizer=nowhere", "classes=2"], "tokenizer: 'nowhere' is neither a preset"),

@@ -21,6 +21,7 @@ from pipelines.commands import tune
 from pipelines.images import load_images
 from pipelines.metrics.tuning import (
     AGREEMENT_LOST,
+    CONSTANTS,
     FINAL_SEED,
     FINAL_TIMES,
     RECALL_KEPT,
@@ -32,6 +33,7 @@ from pipelines.metrics.tuning import (
     plain,
     told,
 )
+from pipelines.metrics.tuning_chart import chosen_in, courses_in
 from prior.sampling import Sampler
 from prior.sampling.confidence import MaskedSampler
 
@@ -186,10 +188,16 @@ def search_of(score, **options):
 
 
 @pytest.mark.parametrize(
-    "peak", [Sampler(guidance_scale=2.6), Sampler(guidance_end=9.0), Sampler(guidance_end=3.6, guidance_power=1.5)]
+    "peak",
+    [
+        Sampler(guidance_scale=2.6),
+        Sampler(guidance_end=1.6),
+        Sampler(guidance_end=9.0),
+        Sampler(guidance_end=3.6, guidance_power=1.5),
+    ],
 )
 def test_the_search_finds_where_samples_are_best(peak):
-    """Beside the lines that it begins with, and beyond their ends."""
+    """Beside the points of the lines that it begins with, and beyond their ends, on both sides."""
 
     def score(sampler, seed):
         means = [sum(each.scales([1] * 9)) / 9 for each in (sampler, peak)]
@@ -199,9 +207,21 @@ def test_the_search_finds_where_samples_are_best(peak):
     search, asked = search_of(score)
     best = search.run()
     assert best.distance <= 1.6 and best.sampler.temperature == 0.92 and best.stage == "final"
-    assert best.distance < score(replace(search.own, temperature=1.0), 0) - 0.5
+    assert best.distance < score(replace(search.own, temperature=1.0), 0) - 0.4
     units = sum(FINAL_TIMES if trial.stage == "final" else 1 for trial in asked)
     assert units <= UNITS and len({trial.sampler for trial in search.trials}) == len(search.trials)
+
+
+def test_the_curve_has_the_settings_of_before_where_they_are_of_a_course():
+    """A pipeline that is tuned again begins with what is a point of a line, and may be the best of it."""
+    search, _ = search_of(lambda sampler, seed: 1 + abs(sampler.guidance_scale - 2) + (sampler.guidance_end or 0))
+    search.own = Sampler(guidance_scale=2.0)
+    best = search.run()
+    curves = courses_in(search.trials)
+    assert [trial.stage for trial in curves["constant"] if trial.sampler == search.own] == ["reference"]
+    assert best.sampler == search.own and chosen_in(curves, best.sampler)[0].sampler == best.sampler
+    assert {*CONSTANTS} <= {trial.sampler.guidance_scale for trial in curves["constant"]}
+    assert all(not trial.sampler.filters and trial.sampler.temperature == 1 for c in curves.values() for trial in c)
 
 
 def test_luck_with_the_seeds_of_the_search_does_not_choose():

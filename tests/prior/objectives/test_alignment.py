@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from small import PRIORS, make_prior
 from torch.nn.functional import logsigmoid
 
+from pipelines.shuffling.draws import other_labels
+from prior.objectives import Likelihood
 from prior.objectives.alignment import Alignment, alignment_loss, alignment_problem
 
 
@@ -73,18 +76,43 @@ def test_own_labels_rise_and_others_fall(negatives, which):
     assert gained > 0 if which == 0 else gained < 0
 
 
+def dropouts(name: str) -> dict[str, float]:
+    """All that this prior can drop out."""
+    return {key: 0.3 for key in type(make_prior(name).config).model_fields if key in ("dropout", "attention_dropout")}
+
+
+@pytest.mark.parametrize("name", filter(dropouts, ALIGNABLE))
+def test_nothing_is_gained_before_the_first_step(name):
+    """A prior that drops out would seem to have lost what it drops, and most under the labels of others."""
+    prior, frozen = (make_prior(name, num_classes=3, **dropouts(name)) for _ in range(2))
+    frozen.load_state_dict(prior.state_dict())
+    tokens, labels = torch.randint(prior.grid.vocab_size, (6, *prior.grid.shape)), torch.tensor([0, 1, 2, 0, 1, 2])
+    inputs = prior.training_inputs(tokens, 0.0)
+    dropped = Likelihood(prior.train())(tokens, labels, inputs)[0].detach()
+    module = Alignment(prior, frozen, 0.5, 3.0).train()
+    _, terms = module(tokens, labels, (labels + 1) % 3, inputs)
+    assert float(terms["margin"]) == pytest.approx(0, abs=1e-4)
+    assert float(terms["bits_per_token"]) != pytest.approx(float(dropped) / math.log(2), abs=1e-4)
+
+
 @pytest.mark.parametrize("beta", [1.0, 0.5, 0.02])
-def test_the_optimum_is_guidance_of_1_plus_1_over_beta(beta):
-    """The loss over all images and labels has no slope where p_ref is p(x | c) and what it gained is guidance."""
+@pytest.mark.parametrize("classes", [2, 5])
+def test_the_optimum_is_where_the_module_says(beta, classes):
+    """The loss over all images and labels has no slope where p_ref is p(x | c) and what it gained is the logarithm of
+    p(x | c) / p(x | not c), less that of lambda, over beta."""
     torch.manual_seed(0)
-    share, weight = torch.softmax(torch.randn(12), 0).double().reshape(2, 6) * 2, 3.0  # p(x | c) of two classes
-    ratio = share / share.mean(0)
-    gained = ((ratio / weight).log() / beta).requires_grad_()
+    share, weight = torch.randn(classes, 6).double().softmax(1), 3.0  # p(x | c)
+    draws, counts = (np.arange(1200) + 0.5) / 1200, torch.ones(classes, dtype=torch.long)
+    drawn = [other_labels(torch.full((1200,), own), counts, draws) for own in range(classes)]
+    chances = torch.stack([torch.bincount(labels, minlength=classes) / 1200 for labels in drawn]).double()
+    wrong = chances.T @ share  # of a label, the images that it is a wrong one of
+    assert torch.allclose(wrong, (share.sum(0) - share) / (classes - 1))
+    gained = ((share / wrong / weight).log() / beta).requires_grad_()
     each = [
-        p * alignment_loss(gain[None], gain[None], torch.ones(1), beta, weight / r)
-        for p, gain, r in zip(share.flatten(), gained.flatten(), ratio.flatten().tolist(), strict=True)
+        right * alignment_loss(gain[None], gain[None], torch.ones(1), beta, weight * float(other / right))
+        for right, other, gain in zip(share.flatten(), wrong.flatten(), gained.flatten(), strict=True)
     ]
     (slope,) = torch.autograd.grad(sum(each), gained)
     assert slope.abs().max() < 1e-6 * beta
-    (elsewhere,) = torch.autograd.grad(alignment_loss(gained + 1, gained + 1, torch.ones(2, 6), beta, weight), gained)
+    (elsewhere,) = torch.autograd.grad(alignment_loss(gained + 1, gained + 1, torch.ones(1), beta, weight), gained)
     assert elsewhere.abs().max() > 1e-3 * beta

@@ -1,8 +1,8 @@
 """A codebook of 16,384 codes trains in little memory, whichever quantizer it belongs to.
 
 A matrix of vectors x codes would be 1 GB here, and a plain softmax over it, with its gradient, holds several. What one
-training step takes is measured in a process of its own (`python test_large_codebooks.py NAME...`), forked from one that has
-imported everything.
+training step takes is measured in a process of its own, forked from one that has imported everything
+(`python test_large_codebooks.py NAME...`).
 """
 
 from __future__ import annotations
