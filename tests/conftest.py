@@ -37,10 +37,21 @@ if os.environ.get("SMALTI_ROUNDING"):
 os.fsync = lambda fd: None
 
 
-def pytest_collection_finish() -> None:
-    """Thousands of collected tests are not looked through again at every collection of garbage."""
+def leave_out_what_stays() -> None:
+    """Later collections of garbage, of which accelerate makes one a run, do not look through what there is now."""
     gc.collect()
     gc.freeze()
+
+
+def pytest_collection_finish() -> None:
+    """There are thousands of collected tests."""
+    leave_out_what_stays()
+
+
+def pytest_runtest_logfinish() -> None:
+    """What a test was the first to import stays, too."""
+    if len(gc.get_objects(generation=2)) > 50_000:
+        leave_out_what_stays()
 
 
 @pytest.fixture
