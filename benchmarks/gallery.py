@@ -104,6 +104,7 @@ def draw(pair: Pair, folder: Path, picture: Path, choices: Choices) -> Node:
         "grid": list(pipe.prior.grid.shape),
         "vocab_size": pipe.prior.grid.vocab_size,
         "sampler": sampler_of(pipe),
+        "chosen_on": chosen_on(prior / "tuning" / "tuning.json"),
         "figures": json.loads((prior / "evaluation" / "evaluation.json").read_text()),
     }
 
@@ -111,6 +112,14 @@ def draw(pair: Pair, folder: Path, picture: Path, choices: Choices) -> Node:
 def sampler_of(pipe: Any) -> str:
     """The settings of sampling that the pipeline stores, in words."""
     return ", ".join(f"{name}={value}" for name, value in pipe.sampler.saved().items() if value is not None)
+
+
+def chosen_on(results: Path) -> Node | None:
+    """How many images `smalti tune` has chosen by, and whether it came to its end; None where it was not run."""
+    if not results.is_file():
+        return None
+    tuning = json.loads(results.read_text())
+    return {"images": tuning["validation_images"], "ended": tuning["ended"]}
 
 
 def enlarged_from(source: Path | None, side: int) -> int | None:

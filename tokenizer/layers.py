@@ -82,7 +82,7 @@ class ConvolutionsConfig(TokenizerConfig):
         if any(width % 8 for width in self.widths):
             yield f"widths: must be multiples of 8 (got {list(self.widths)})"
         if self.tail is not None and self.upsampling != "subpixel":
-            yield "tail: goes with upsampling=subpixel"
+            yield "tail: goes with upsampling=subpixel; tail=null leaves it out"
         elif self.tail is not None and self.sizes.patch and 2 ** len(self.tail) != self.sizes.patch:
             yield (
                 f"tail: one number per doubling inside a patch of {self.sizes.patch} is needed: "

@@ -10,14 +10,17 @@ Node = dict[str, Any]
 COMMAND = "python benchmarks/gallery.py"
 INTRODUCTION = f"""# Gallery
 
-What each pair of presets gives: held-out images, what the tokenizer keeps of them, and samples of the prior. A column
-is a class. Nothing is picked: of each class the first held-out images, and the samples of the first seeds, with the
-settings that the pipeline stores. One command makes all of it, runs and page, and goes on where it was stopped:
+What pairs of presets give: held-out images, what the tokenizer keeps of them, and samples of the prior. A column is a
+class. Nothing is picked: of each class the first held-out images, and the samples of the first seeds, with the settings
+that the pipeline stores. One command makes all of it, runs and page, and goes on where it was stopped; `make gallery`
+installs what it needs first:
 
 ```sh
 {COMMAND}
 ```
 """
+LEAST_WINDOWS = 100  # of a figure of texture
+FEW_VALIDATION = 300  # images, as `smalti tune` warns
 NOTHING = "\nNo pictures yet.\n"
 TITLES = {
     "train_tokenizer": "tokenizer",
@@ -90,13 +93,11 @@ def figure_rows(f: Node, record: Node) -> list[tuple[str, str]]:
     rows = [
         ("ids", f"{'x'.join(map(str, shape))} of {vocab}: {bits:,.0f} bits an image"),
         ("PSNR / SSIM, held out", f"{f['psnr']:.2f} dB / {f['ssim']:.3f}, {f['num_images']:,} images"),
-        (
-            f"texture: flat areas / at periods 4 and 2 / {f['texture_background']} areas",
-            " / ".join(dash(f[f"texture_{name}"], 2) for name in ("flat", "grid", "white")) + " levels",
-        ),
+        (f"texture: flat areas / at periods 4 and 2 / {f['texture_background']} areas", texture(f)),
         ("bits per token", f"{f['bits_per_token']:.3f}, uniform {f['uniform_bits_per_token']:.3f}"),
-        ("bits per dim", dash(f.get("bits_per_dim"), 3)),
     ]
+    if f.get("bits_per_dim") is not None:
+        rows.append(("bits per dim", f"{f['bits_per_dim']:.3f}"))
     if "frechet_distance" in f:
         beside = ", ".join(
             f"{name} {f[f'{key}_frechet_distance']:.3f}"
@@ -107,12 +108,25 @@ def figure_rows(f: Node, record: Node) -> list[tuple[str, str]]:
     if "class_agreement" in f:
         beside = f"real {f['real_class_agreement']:.1%}, reconstructed {f['reconstruction_class_agreement']:.1%}"
         rows.append(("class agreement", f"{f['class_agreement']:.1%}; {beside}"))
-    return [*rows, ("sampling", record["sampler"] or "as the prior is")]
+    return [*rows, ("sampling", (record["sampler"] or "as the prior is") + chosen_on(record.get("chosen_on")))]
 
 
-def dash(value: float | None, digits: int) -> str:
-    """A number, or a dash for none."""
-    return "-" if value is None else f"{value:.{digits}f}"
+def texture(f: Node) -> str:
+    """The three figures of texture, in 8-bit levels; a dash where it is that of a few windows, or of none."""
+    found = []
+    for name, windows in (("flat", "flat"), ("grid", "flat"), ("white", "white")):
+        enough = f[f"texture_{windows}_windows"] >= LEAST_WINDOWS
+        found.append(f"{f[f'texture_{name}']:.2f}" if enough else "-")
+    return f"{' / '.join(found)} levels" if set(found) != {"-"} else "-"
+
+
+def chosen_on(tuning: Node | None) -> str:
+    """What the settings of sampling were chosen on."""
+    if tuning is None:
+        return ""
+    few = ", which is rough" if tuning["images"] < FEW_VALIDATION else ""
+    early = f"; {tuning['ended']}" if tuning["ended"] else ""
+    return f"; chosen on {tuning['images']:,} validation images{few}{early}"
 
 
 def machine(threads: int) -> str:

@@ -64,13 +64,18 @@ def compose(rows: dict[str, Sequence[Sequence[np.ndarray]]], labels: Sequence[st
         for kind, start in starts.items():
             write(figure, (MARGIN, start + 2), kind, ASIDE - MARGIN, size=12, color=INK)
         for column, label in enumerate(labels[:columns]):
-            for n, line in enumerate(label.split("-", 1)):
+            for n, line in enumerate(in_two(label)):
                 write(figure, (ASIDE + column * pitch, MARGIN + n * LINE), line, pitch - 4, size=10, color=GREY)
 
     board = render(size, draw)
     for down, across, image in places.values():
         board[down : down + height, across : across + width] = image
     return board
+
+
+def in_two(label: str) -> list[str]:
+    """The lines of a label: parted where it has alternatives, or else at a hyphen."""
+    return label.split(" / " if " / " in label else "-", 1)
 
 
 def encoded(picture: Pixels, colors: int) -> bytes:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from prior import Prior
+from tokenizer.files.errors import PipelineLoadError
 from tokenizer.files.opening import read_json
 from tokenizer.pretrained import CONFIG
 from tokenizer.settings import as_saved
@@ -41,13 +42,18 @@ def start_from(prior: Prior, class_names: Sequence[str], source: str) -> Prior:
     Raises `UserError` for one over the tokens of another tokenizer, of other classes, or with other settings than those
     of training alone; a `PipelineLoadError` for what is no good pipeline.
     """
-    pipeline = Stages.from_pretrained(source, dtype=torch.float32)
+    try:
+        pipeline = Stages.from_pretrained(source, dtype=torch.float32)
+    except PipelineLoadError as error:
+        raise type(error)(f"init: {error}") from error
     theirs = pipeline.prior
     if theirs.config.tokenizer != prior.config.tokenizer or theirs.grid != prior.grid:
         ids = f"{theirs.config.tokenizer[:12]}..., that of tokens= is {prior.config.tokenizer[:12]}..."
         raise UserError(f"init: {source}: its prior was trained on the tokens of another tokenizer ({ids})")
     if (theirs.num_classes, pipeline.labels) != (prior.num_classes, list(class_names)):
         raise UserError(f"init: {source}: {told(theirs, pipeline.labels)}, and tokens= {told(prior, class_names)}")
+    if theirs.name != prior.name:
+        raise UserError(f"init: {source}: its prior is of model.kind={theirs.name}, not {prior.name}; leave that out")
     mine, other = prior.config.to_dict(), theirs.config.to_dict()
     differing = [key for key in {**mine, **other} if key not in FREE and mine.get(key) != other.get(key)]
     if differing:

@@ -156,6 +156,15 @@ def test_rows_are_the_first_of_each_class_and_the_first_samples(support, labelle
     assert np.array_equal(np.stack(rows["reconstructed"][0]), kept)
 
 
+def test_a_label_has_two_lines_where_it_has_two_parts(support):
+    in_two = support("support.gallery_pictures").in_two
+    assert [*map(in_two, ("T-shirt / top", "animals-nature", "7"))] == [
+        ["T-shirt", "top"],
+        ["animals", "nature"],
+        ["7"],
+    ]
+
+
 # The page
 
 
@@ -167,7 +176,8 @@ def record(**more: Any) -> dict[str, Any]:
         "bits_per_token": 4.3211,
         "uniform_bits_per_token": 9.0,
     }
-    figures |= {"texture_flat": 2.504, "texture_grid": None, "texture_white": 0.151, "texture_background": "white"}
+    figures |= {"texture_flat": 2.504, "texture_grid": 1.001, "texture_white": 0.151, "texture_background": "white"}
+    figures |= {"texture_flat_windows": 100, "texture_white_windows": 99}
     figures |= {"frechet_distance": 1.2344, "train_frechet_distance": 0.111, "reconstruction_frechet_distance": 0.7}
     figures |= {"feature_space": "classifier-64", "num_compared": 400, "class_agreement": 0.35}
     figures |= {"real_class_agreement": 0.635, "reconstruction_class_agreement": 0.5}
@@ -180,18 +190,20 @@ def record(**more: Any) -> dict[str, Any]:
 
 def test_the_page_tells_what_made_a_picture(support):
     page = support("support.gallery_page").page
-    text = page([record(), record(name="digits", title="Digits")])
+    tuned = record(chosen_on={"images": 76, "ended": "the time was up"})
+    text = page([tuned, record(name="digits", title="Digits")])
     assert text.index("images/gallery/openmoji.png") < text.index("images/gallery/digits.png")
     for said in (
         "8x8 of 512: 576 bits an image",
         "20.11 dB / 0.850, 400 images",
-        "2.50 / - / 0.15 levels",
+        "2.50 / 1.00 / - levels",
         "4.321, uniform 9.000",
         "1.234; training images 0.111, their reconstructions 0.700; 400 images a side",
         "35.0%; real 63.5%, reconstructed 50.0%",
         "tokenizer 4.0, sampling settings 1.5; 5.5 in all. 2 threads of a processor, 27 November 2026.",
         "training seed 0; samples of seeds 0 to 19",
         "smalti train_tokenizer a\nsmalti tune b\n```",
+        "| guidance_scale=2.0; chosen on 76 validation images, which is rough; the time was up |",
     ):
         assert said in text, said
     assert "trial" not in text and "256 colours" not in text and "enlarged" not in text
