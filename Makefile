@@ -15,7 +15,7 @@ GPU    := $(VENV)/.gpu-$(SUM)
 .PHONY: demo test slow gpu gallery check floors help
 
 help:
-	@echo "make demo   install, train on digits, generate, evaluate (about 5 minutes on two cores)"
+	@echo "make demo   install, train on digits, generate, evaluate (about 4 minutes on two cores, and the installation)"
 	@echo "make test   install, ruff, mypy, pytest"
 	@echo "make slow   the measurements that take longer"
 	@echo "make gpu    checks and measures on this machine's GPU, and writes the table into docs/results.md"
