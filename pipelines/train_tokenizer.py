@@ -73,13 +73,15 @@ class TrainTokenizerConfig(Config):
 
     out: str = Field(description="run folder: metrics, previews, resume states, and the tokenizer itself")
     data: DataConfig = Field(DataConfig(), description="the images")
+    augmented: Annotated[bool, Before(True)] = Field(
+        True, description="train on images that data.augment changes; false: it is for `smalti encode` alone"
+    )
     model: Annotated[dict[str, Any], Node("tokenizer.base:Tokenizer")] = Field(
         {"kind": "vqvae"}, description="the tokenizer"
     )
     init: str | None = Field(
         None,
-        description="folder or Hub id of a tokenizer to start from, whose model and data are then the defaults; for "
-        "model.kind=posthoc a trained klvae",
+        description="tokenizer to start from, a folder or Hub id, with defaults of model and data; for posthoc a klvae",
     )
     loss: LossConfig = Field(LossConfig(), description="what is minimised")
     critic: CriticConfig = Field(CriticConfig(), description="the adversary of VQGAN")
@@ -110,10 +112,8 @@ class TokenizerTask(Task):
         begun = begun_data(Path(config.out)) is not None
         self.images = load_images(config.data, begun=begun, together=True)
         self.rows = len(self.images.train)
-        judged: dict[Split, ImageDataset | None] = {
-            "validation": self.images.validation,
-            "held_out": self.images.held_out,
-        }
+        judged: dict[Split, ImageDataset | None] = {"validation": self.images.validation}
+        judged["held_out"] = self.images.held_out
         self.judged = {split: images for split, images in judged.items() if images is not None}
         self.evaluated = {split: min(EVALUATED_IMAGES, len(images)) for split, images in self.judged.items()}
         self.tokenizer = self.new_tokenizer()
@@ -154,7 +154,7 @@ class TokenizerTask(Task):
     def batch(self, indices: np.ndarray, epochs: np.ndarray, seed: int) -> tuple[Tensor, ...]:
         """Images `(B, C, H, W)` as uint8, and how they are augmented. Bad images are listed in the run folder."""
         try:
-            return self.images.train.raw_batch(indices, epochs, seed)
+            return self.images.train.raw_batch(indices, epochs, seed, augment=self.config.augmented)
         finally:
             self.images.write_report(Path(self.config.out))
 

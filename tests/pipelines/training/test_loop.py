@@ -42,7 +42,7 @@ from safetensors.torch import load_file
 from small import PRIORS, QUANTIZERS, TOKENIZERS, make_tokenizer, node_of
 from streams import streams_of
 
-from pipelines import ImagePipeline
+from pipelines import ImagePipeline, encode
 from pipelines.config import UserError
 from pipelines.images import DataConfig, load_images
 from pipelines.metrics.likelihood import bits_per_token
@@ -78,6 +78,17 @@ def test_any_number_of_processes_shares_the_same_batches(processes, accumulate):
         assert {part[2] for part in laid_out} == {5}
     for stream in streams:
         stream.close()
+
+
+def test_augmentation_may_be_for_the_prior_alone(tmp_path):
+    """Then the tokenizer learns from images as they are, to the bit; `encode` finds what makes its copies."""
+    augment = {"data__augment__flip": True, "data__augment__rotate": 9}
+    plain = train_tokenizer(tmp_path / "plain")
+    kept = train_tokenizer(tmp_path / "kept", augmented=False, **augment)
+    moved = train_tokenizer(tmp_path / "moved", **augment)
+    assert exact(kept) == exact(plain) != exact(moved)
+    encode.main([f"tokenizer={kept / 'tokenizer'}", f"out={tmp_path / 'tokens'}", "augmentations=2"])
+    assert len(load_tokens(tmp_path / "tokens").splits["train"]) == 3 * 72
 
 
 @pytest.mark.parametrize("streaming", [False, True])
