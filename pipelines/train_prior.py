@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, cast
 
 import numpy as np
 import torch
-from pydantic import BeforeValidator, Field, model_validator
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from prior import Prior
@@ -93,8 +93,9 @@ class TrainPriorConfig(Config):
         None,
         description="folder or Hub id of a pipeline whose prior to start from; the model is then by default its own",
     )
-    objective: Annotated[Literal["likelihood", "cca"], BeforeValidator(lambda name: name or "likelihood")] = Field(
-        "likelihood", description="likelihood; or cca, which fine-tunes the prior of `init` to need no guidance"
+    objective: Literal["likelihood", "cca"] | None = Field(
+        None,
+        description="likelihood, which null is, too; or cca, which fine-tunes the prior of `init` to need no guidance",
     )
     cca: AlignmentConfig | None = Field(None, description="settings of objective=cca; null: their defaults")
     label_dropout: float = Field(
