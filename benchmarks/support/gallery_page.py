@@ -20,7 +20,6 @@ installs what it needs first:
 ```
 """
 LEAST_WINDOWS = 100  # of a figure of texture
-FEW_VALIDATION = 300  # images, as `smalti tune` warns
 NOTHING = "\nNo pictures yet.\n"
 TITLES = {
     "train_tokenizer": "tokenizer",
@@ -124,6 +123,8 @@ def chosen_on(tuning: Node | None) -> str:
     """What the settings of sampling were chosen on."""
     if tuning is None:
         return ""
+    from pipelines.commands.tune import FEW_VALIDATION
+
     few = ", which is rough" if tuning["images"] < FEW_VALIDATION else ""
     early = f"; {tuning['ended']}" if tuning["ended"] else ""
     return f"; chosen on {tuning['images']:,} validation images{few}{early}"

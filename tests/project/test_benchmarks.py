@@ -10,6 +10,7 @@ import subprocess
 import sys
 from importlib.util import find_spec
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -68,6 +69,26 @@ def test_the_picture_of_a_page_is_the_one_that_is_drawn(tmp_path, name):
     run(f"{name}.py", f"out={tmp_path / 'drawn.png'}")
     drawn, kept = (Image.open(path) for path in (tmp_path / "drawn.png", ROOT / f"docs/images/{name}.png"))
     assert drawn.size == kept.size
+
+
+def test_classifiers_learn_and_judge_guidance_as_it_is_said(monkeypatch):
+    """Of images with a bright half or none; scales are a number, or two."""
+    from prior.sampling import Sampler
+
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    classifiers = importlib.import_module("classifiers")
+    labels = torch.arange(1280) % 2
+    images = torch.rand(1280, 1, 8, 8, generator=torch.Generator().manual_seed(0)) * 0.5
+    images[labels == 1, :, 4:] += 0.5
+    net = classifiers.trained(classifiers.network(1, 8, 2, 4, 8), images, labels, 6)
+    found, features = classifiers.looked_at(net, images)
+    assert (found == labels).double().mean() > 0.9 and features.shape == (1280, 8) and not net.training
+    pipe = SimpleNamespace(sampler=Sampler(top_k=3, guidance_end=2.0, guidance_power=1.5))
+    assert classifiers.sampler_of(pipe, "1:4") == Sampler(top_k=3, guidance_end=4.0)
+    assert classifiers.sampler_of(pipe, "2") == Sampler(top_k=3, guidance_scale=2.0)
+    for wrong in ("two", "1:2:3", ""):
+        with pytest.raises(SystemExit, match="expected scales, as 1,2 or 1:4"):
+            classifiers.sampler_of(pipe, wrong)
 
 
 def test_the_onset_of_a_critic_is_drawn(tmp_path, monkeypatch, one_process):
