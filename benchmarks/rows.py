@@ -32,9 +32,9 @@ from support.tables import table_head, table_row
 
 HEIGHT, WIDTH, VOCAB, STRAY = 8, 8, 8, 0.25
 NETWORKS: dict[str, dict[str, Any]] = {
-    "pixelcnn": {"dim": 16, "depth": 3, "first_kernel": 5, "head": 64},
-    "gated_pixelcnn": {"dim": 16, "depth": 2, "first_kernel": 5, "head": 64},
-    "pixelsnail": {"dim": 16, "depth": 1, "head": 64},
+    "pixelcnn": {"dim": 16, "depth": 3, "first_kernel": 5, "hidden": 64},
+    "gated_pixelcnn": {"dim": 16, "depth": 2, "first_kernel": 5, "hidden": 64},
+    "pixelsnail": {"dim": 16, "depth": 1, "hidden": 64},
     "causal_conv": {"dim": 32, "depth": 4, "max_dilation": 8, "skip": 32},
 }
 HAVE_A_CHOICE = ("pixelcnn", "gated_pixelcnn")

@@ -17,9 +17,9 @@ from torch import Tensor
 
 from tokenizer import Tokenizer
 from tokenizer.files.opening import read_json
-from tokenizer.mistakes import show
 from tokenizer.pretrained import PROVENANCE
 from tokenizer.settings import as_saved
+from tokenizer.settings.mistakes import show
 
 from .config import Config, UserError, run_command
 from .config.outputs import check_out_folder

@@ -18,9 +18,9 @@ from tokenizer.base import codebook_usage
 from tokenizer.critic import PatchCritic
 from tokenizer.files.opening import read_json
 from tokenizer.losses import total_loss
-from tokenizer.marks import Before
 from tokenizer.pretrained import CONFIG, PROVENANCE
 from tokenizer.settings import Node, as_saved
+from tokenizer.settings.marks import Before
 
 from .config import Config, run_command
 from .images import DataConfig, ImageDataset, load_images

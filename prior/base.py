@@ -17,16 +17,23 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from tokenizer.base import Grid, at_least_float32, full_float32
-from tokenizer.pretrained import Fact, ModelConfig, PretrainedModel
+from tokenizer.base import Grid, TokenGrid, full_float32
+from tokenizer.pretrained import Fact, ModelConfig, Node, PretrainedModel
 
 from .drawing import State, draw, evaluating
 from .features import Features
+from .heads import Head, PositionSteps, Softmax
 from .mixtures import Mixtures
-from .objectives import mean_nats
 from .orders import Partition, block_numbers, blocks_problem, make_partition, order_problem
 from .requests import Order, Rows, Walk, check_labels, check_order, given_walk, make_rows, partition_of
 from .sampling import Generators, Sampler
+
+
+def by_level(walk: Partition, grid: TokenGrid) -> Partition:
+    """The order of the ids, given that of positions: a block's first ids are a block, then its second ones, ..."""
+    parts = grid.cells[walk.order].split(walk.blocks)
+    blocks = tuple(size for size in walk.blocks for _ in range(grid.together))
+    return Partition(torch.cat([part.t().flatten() for part in parts]), blocks)
 
 
 def sent(drawn: Tensor, device: torch.device) -> Tensor:
@@ -51,14 +58,27 @@ class PriorConfig(ModelConfig):
         None, description="sizes that cut the order into blocks, whose tokens are drawn at once; null: the order's own"
     )
 
+    head: Annotated[ModelConfig | None, Node("prior.heads:Head")] = Field(
+        None,
+        description="what is made of the numbers that the network puts out: null, a logit for each id; depth, for "
+        "grids of levels, whose ids at a position are then drawn one after the other from one pass; logistic, for "
+        "pixels",
+    )
+
     takes_blocks: ClassVar[bool] = False
     """Whether the model draws blocks of several tokens."""
+    takes_heads: ClassVar[bool] = True
+    """Whether the model takes any head that puts out an id at a time."""
+    takes_positions: ClassVar[bool] = False
+    """Whether the model takes heads that put out several ids of a position."""
 
     def check(self) -> Iterator[str]:
-        """The order has to exist for this grid, and its blocks have to sum to it."""
-        if problem := order_problem(self.order, self.grid.shape):
+        """The head has to fit the grid; the order has to exist for it, and its blocks have to sum to it."""
+        if problem := self.head_problem():
+            yield f"head: {problem}"
+        elif problem := order_problem(self.order, self.positions.shape):
             yield f"order: {problem}"
-        elif self.blocks is not None and (problem := blocks_problem(self.blocks, len(self.grid))):
+        elif self.blocks is not None and (problem := blocks_problem(self.blocks, len(self.positions))):
             yield problem
         elif max(self.partition().blocks) > 1 and not self.takes_blocks:
             kinds: list[Any] = [Prior.find(name) for name in Prior.available()]
@@ -66,9 +86,30 @@ class PriorConfig(ModelConfig):
             named = "order" if self.blocks is None else "blocks"
             yield f"{named}: this kind draws one token at a time; kinds that draw blocks of several are {takers}"
 
+    def head_problem(self) -> str | None:
+        """Why the kind, or the grid, does not take this head, if so."""
+        if self.head is None:
+            return None
+        if not self.takes_heads:
+            return f"{self.kind} has none but a logit for each id; leave it null (got {self.head.kind!r})"
+        if problem := Head.find(self.head.kind).problem(self.head, self.grid):
+            return problem
+        if self.grid.together > 1 and not self.takes_positions:
+            return f"{self.kind} takes none for several ids at a position, of which this grid has {self.grid.together}"
+        return None
+
+    def make_head(self) -> Head:
+        """The head, new."""
+        return Softmax(self.grid) if self.head is None else Head.find(self.head.kind)(self.head, self.grid)
+
+    @property
+    def positions(self) -> TokenGrid:
+        """The grid that the network sees: of positions, where the head draws the ids of each; else of tokens."""
+        return self.grid if self.head is None or self.grid.together == 1 else self.grid.positions
+
     def partition(self) -> Partition:
-        """The ordered partition of the grid."""
-        partition = make_partition(self.order, self.grid.shape)
+        """The ordered partition of `positions`, which `order` and `blocks` name."""
+        partition = make_partition(self.order, self.positions.shape)
         return partition if self.blocks is None else Partition(partition.order, self.blocks)
 
 
@@ -89,26 +130,61 @@ class Prior(Features, Mixtures, PretrainedModel, family="prior"):
     """The sizes that cut `order` into blocks; they sum to N."""
     block_of: Tensor
     """(N,) int64: the number of each token's block, raster order."""
+    position_order: Tensor
+    """(P,) int64: the order of positions, which is the network's own. Where a position has one id, this is `order`."""
+    position_blocks: tuple[int, ...]
+    """The sizes that cut it into blocks."""
+    position_block_of: Tensor
+    """(P,) int64: the number of each position's block, raster order."""
+    readout: Head
+    """What makes logits of what the network puts out: `config.head`, or a softmax."""
     rounding: float = 4e-6
     """How far apart two computations of the same float32 logits may be, as a multiple of the image's largest |logit| so
     far (at least 1: a row's own may be tiny). Well above what `python benchmarks/rounding.py` measures."""
 
     def __init__(self, config: PriorConfig) -> None:
         super().__init__(config)
-        self.grid = config.grid
-        self.num_classes = config.num_classes
-        order, self.blocks = config.partition()
-        self.register_buffer("order", order, persistent=False)
+        self.grid, self.num_classes = config.grid, config.num_classes
+        self.readout = config.make_head()
+        walk = config.partition()
+        self.position_blocks = walk.blocks
+        order, self.blocks = by_level(walk, config.grid) if self.readout.together > 1 else walk
+        for name, cells in (("order", order), ("position_order", walk.order)):
+            self.register_buffer(name, cells, persistent=False)
         self.register_buffer("block_of", block_numbers(order, self.blocks), persistent=False)
+        self.register_buffer("position_block_of", block_numbers(*walk), persistent=False)
 
-    def forward(self, tokens: Tensor, labels: Tensor | None = None) -> Tensor:
+    def outputs(self, tokens: Tensor, labels: Tensor | None = None) -> Tensor:
+        """What the network puts out, teacher-forced: `(B, P, readout.size)` at positions in raster order; at i it sees
+        only tokens of positions in earlier blocks. What a model writes; the arguments are those of `forward`."""
+        raise NotImplementedError
+
+    def forward(
+        self, tokens: Tensor, labels: Tensor | None = None, *walk: Any, raw: bool = False, **inputs: Any
+    ) -> Tensor:
         """Teacher-forced logits `(B, N, vocab_size)`, raster order; `logits[:, i]` sees only tokens of earlier blocks.
 
         tokens: `(B, *grid.shape)`; labels: `(B,)`, where `num_classes` is the null class; None is the null class.
         A model with `any_order` has a third argument, None for its own: `order`, `(N,)` or `(B, N)`; or, if it takes
-        blocks, `block_of`, the number of each token's block in raster order, `(N,)` or `(B, N)`.
+        blocks, `block_of`, the number of each token's block in raster order, `(N,)` or `(B, N)`. raw: return `outputs`,
+        which `loss` takes; without a head they are the logits.
         """
-        raise NotImplementedError
+        outputs = self.outputs(tokens, labels, *walk, **inputs)
+        return outputs if raw else self.to_raster(self.readout.logits(outputs, self.ids_of(tokens)))
+
+    def ids_of(self, tokens: Tensor) -> Tensor:
+        """The ids of each position that the network sees, `(B, P, readout.together)`, of tokens `(B, ...)`."""
+        flat = tokens.flatten(1).long()
+        return flat[..., None] if self.readout.together == 1 else flat[:, self.grid.cells.to(flat.device)]
+
+    def map_of_ids(self, tokens: Tensor) -> Tensor:
+        """`ids_of`, `(B, *positions.shape, readout.together)`."""
+        return self.ids_of(tokens).unflatten(1, self.config.positions.shape)
+
+    def to_raster(self, found: Tensor) -> Tensor:
+        """What was found of each id, `(B, P, together, ...)`, as `(B, N, ...)` in raster order."""
+        flat = found.flatten(1, 2)
+        return flat if self.readout.together == 1 else flat[:, self.grid.cells.flatten().argsort().to(flat.device)]
 
     @property
     def likelihood_passes(self) -> int:
@@ -117,9 +193,21 @@ class Prior(Features, Mixtures, PretrainedModel, family="prior"):
 
     @property
     def receptive_field(self) -> Tensor:
-        """bool `(N, N)`, raster order: row i is True at the tokens that `logits[:, i]` sees, in the model's own order.
-        Here these are all of earlier blocks."""
-        return self.block_of < self.block_of[:, None]
+        """bool `(N, N)`, raster order: row i is True at the tokens that `logits[:, i]` sees, in the model's own order:
+        those of the positions of `position_field`, and the ids before it at its own."""
+        field, together = self.position_field, self.readout.together
+        if together == 1:
+            return field
+        own = torch.eye(len(field), dtype=torch.bool, device=field.device)[:, None, :, None]
+        before = torch.ones(together, together, dtype=torch.bool, device=field.device).tril(-1)[:, None]
+        cells = self.grid.cells.flatten().argsort().to(field.device)
+        return (field[:, None, :, None] | own & before).flatten(0, 1).flatten(1, 2)[cells[:, None], cells]
+
+    @property
+    def position_field(self) -> Tensor:
+        """bool `(P, P)`, raster order: the positions whose tokens the network sees at each. Here these are all of
+        earlier blocks."""
+        return self.position_block_of < self.position_block_of[:, None]
 
     # Training
 
@@ -134,9 +222,10 @@ class Prior(Features, Mixtures, PretrainedModel, family="prior"):
         """
         return {}
 
-    def loss(self, logits: Tensor, tokens: Tensor, **inputs: Any) -> Tensor:
-        """What training minimises, in nats per token: the mean negative log-likelihood. inputs: `training_inputs`."""
-        return mean_nats(logits, tokens)
+    def loss(self, outputs: Tensor, tokens: Tensor, **inputs: Any) -> Tensor:
+        """What training minimises, in nats per token: the mean negative log-likelihood. outputs: of `forward`, raw;
+        inputs: `training_inputs`."""
+        return self.readout.mean_nats(outputs, self.ids_of(tokens))
 
     # Likelihood
 
@@ -157,8 +246,8 @@ class Prior(Features, Mixtures, PretrainedModel, family="prior"):
         """
         self.grid.check(tokens)
         walk, labels = check_order(self, order, len(tokens)), check_labels(self, labels, len(tokens))
-        logits, ids = self(tokens, labels, **given_walk(self, walk, known)), tokens.reshape(len(tokens), -1, 1).long()
-        return at_least_float32(logits).log_softmax(-1).gather(-1, ids).reshape(tokens.shape)
+        outputs = self(tokens, labels, raw=True, **given_walk(self, walk, known))
+        return self.to_raster(self.readout.log_probs(outputs, self.ids_of(tokens))).reshape(tokens.shape)
 
     def log_prob(
         self, tokens: Tensor, labels: Tensor | None = None, order: Order = None, num_orders: int = 1, num_masks: int = 1
@@ -247,21 +336,25 @@ class Prior(Features, Mixtures, PretrainedModel, family="prior"):
         for `chain_log_probs`; a model of one order is never given one."""
         walk = None if order is None else partition_of(self, order)
         with torch.no_grad():
-            return self.make_cache(self.class_ids(labels, num_images), walk)
+            cache = self.make_cache(self.class_ids(labels, num_images), walk)
+        if isinstance(self.readout, Softmax) or isinstance(cache, State):
+            return cache
+        return PositionSteps(self.readout, cache, self.config.takes_blocks)
 
     def next_logits(self, state: Any, tokens: Tensor | None) -> Tensor:
         """Logits `(B, n, vocab_size)` of the n positions of the next block, in their order, given the last block's
         `tokens` `(B, m)`, or None at the first."""
         if isinstance(state, State):
             return self.next_logits_slow(state, tokens)
-        if self.config.takes_blocks:
+        if self.config.takes_blocks or isinstance(state, PositionSteps):
             return state.step(tokens)
         return state.step(None if tokens is None else tokens[:, 0]).unsqueeze(1)
 
     def make_cache(self, labels: Tensor, walk: Partition | None) -> Any:
         """What a model's fast path remembers between steps, for labels `(B,)` and a walk other than its own: an object
-        whose `step` gives what `next_logits` does; if all blocks are of one token, `step(token)` takes `(B,)` and gives
-        `(B, vocab_size)`. Here there is no fast path."""
+        whose `step` gives what the network puts out at the next positions, from the ids of the last ones, as
+        `PositionSteps` says; if all blocks are of one token, `step(token)` takes `(B,)` and gives `(B, readout.size)`.
+        Here there is no fast path."""
         return self.start_slow(len(labels), labels, walk)
 
     def start_slow(self, num_images: int, labels: Tensor | None, order: Order = None) -> State:

@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .base import Prior, sent
+from .heads import IdEmbedding
 from .masks import Window
 from .orders import Partition, block_numbers, growing
 from .transformer import EPS, OrderedConfig, Rotations, coordinates, deep_rounding, reset, rotate, unit
@@ -86,10 +87,10 @@ class Blocks(Prior, name="blocks"):
 
     def __init__(self, config: BlocksConfig) -> None:
         super().__init__(config)
-        dim, shape = config.dim, config.grid.shape
+        dim, shape = config.dim, config.positions.shape
         self.any_order = config.any_order
         self.rounding = deep_rounding(config.depth)
-        self.token_embedding = nn.Embedding(config.grid.vocab_size, dim)
+        self.token_embedding = IdEmbedding(config.grid, self.readout.together, dim)
         self.class_embedding = nn.Embedding(config.num_classes + 1, dim)  # the last is the null class
         self.start_embedding = nn.Parameter(torch.empty(1, dim))
         self.query_embedding = nn.Parameter(torch.empty(1, dim))
@@ -97,18 +98,18 @@ class Blocks(Prior, name="blocks"):
         self.dropout = nn.Dropout(config.dropout)
         self.layers: Any = nn.ModuleList(Layer(config) for _ in range(config.depth))
         self.norm = nn.RMSNorm(dim, eps=EPS)
-        self.head = nn.Linear(dim, config.grid.vocab_size, bias=False)
+        self.head = nn.Linear(dim, self.readout.size, bias=False)
         start = torch.full((1, len(shape)), -1, device="cpu")
         self.register_buffer("cells", torch.cat([start, coordinates(shape)]), persistent=False)
         self.rotations = Rotations(config, self.cells)
-        self.windows: Any = nn.ModuleList(self.windows_of(torch.arange(len(self.grid), device="cpu")))
+        self.windows: Any = nn.ModuleList(self.windows_of(torch.arange(len(self.position_order), device="cpu")))
         reset(self.parameters(), self.layers)
 
     def windows_of(self, at: Tensor) -> list[Window]:
         """Of each layer, for the queries at raster indices `at` (n,); none without a window."""
         if self.config.window is None:
             return []
-        when = F.pad(self.block_of, (1, 0), value=-1)[:, None]  # the start row comes before all
+        when = F.pad(self.position_block_of, (1, 0), value=-1)[:, None]  # the start row comes before all
         sources = torch.cat([when, self.cells], 1)
         home = sources.device
         if home.type == "cuda":  # they are cut up on the CPU
@@ -124,7 +125,7 @@ class Blocks(Prior, name="blocks"):
             return []
         if self.__dict__.get("windows_on") != self.device:
             with torch.inference_mode(False):
-                self.block_windows = [self.windows_of(at) for at in self.order.split(self.blocks)]
+                self.block_windows = [self.windows_of(at) for at in self.position_order.split(self.position_blocks)]
             self.windows_on = self.device
         return self.block_windows
 
@@ -134,16 +135,15 @@ class Blocks(Prior, name="blocks"):
         axes = zip(self.axis_embeddings, self.cells[1:].t(), strict=True)
         return torch.stack([table[at] for table, at in axes]).sum(0)
 
-    def forward(
+    def outputs(
         self, tokens: Tensor, labels: Tensor | None = None, order: Tensor | None = None, block_of: Tensor | None = None
     ) -> Tensor:
-        """Teacher-forced logits `(B, N, vocab_size)`, raster order; `logits[:, i]` sees only tokens of earlier blocks:
-        the model's own, those that it cuts an `order` into, or given by number, `block_of` each token; `(N,)` or
-        `(B, N)`, both."""
+        """As in `Prior`. The blocks are the model's own, those that it cuts an `order` into, or given by number,
+        `block_of` each token; `(N,)` or `(B, N)`, both."""
         if block_of is None:
-            block_of = self.block_of if order is None else block_numbers(order, self.blocks)
+            block_of = self.position_block_of if order is None else block_numbers(order, self.blocks)
         label = self.class_embedding(self.class_ids(labels, len(tokens)))[:, None]
-        start, ids = self.start_embedding + label, self.token_embedding(tokens.flatten(1).long())
+        start, ids = self.start_embedding + label, self.token_embedding(self.ids_of(tokens))
         x, turns = self.dropout(self.query_embedding + self.places + label), self.rotations.table
         for layer, sees in zip(self.layers, self.sights(block_of), strict=True):
             x = layer(x, torch.cat([start, x + ids], 1), turns, sees)
@@ -157,11 +157,11 @@ class Blocks(Prior, name="blocks"):
         return [earlier if block_of.ndim == 1 else earlier[:, None]] * len(self.layers)
 
     @property
-    def receptive_field(self) -> Tensor:
+    def position_field(self) -> Tensor:
         """As in `Prior`. With windows: what is near, what is near that, and so on for each layer."""
         if not len(self.windows):
-            return super().receptive_field
-        own = torch.eye(len(self.grid), dtype=torch.bool, device=self.device)
+            return super().position_field
+        own = torch.eye(len(self.position_order), dtype=torch.bool, device=self.device)
         field = torch.zeros_like(own)  # what is in the stream at each position
         for window in self.windows:
             field = field | window.seen(F.pad(field | own, (0, 0, 1, 0)))
@@ -186,7 +186,7 @@ class Blocks(Prior, name="blocks"):
 
     def make_cache(self, labels: Tensor, walk: Partition | None) -> Cache:
         """Keys and values of the tokens so far."""
-        return Cache(self, labels, walk or Partition(self.order, self.blocks))
+        return Cache(self, labels, walk or Partition(self.position_order, self.position_blocks))
 
 
 @cache
@@ -208,18 +208,21 @@ class Cache:
     def __init__(self, model: Blocks, labels: Tensor, walk: Partition) -> None:
         self.model, self.label = model, model.class_embedding(labels)[:, None]
         self.places, self.turns, self.windows = model.places, model.rotations.table, model.stepwise_windows
-        shape = (2, len(labels), 1 + len(model.grid), model.config.heads, model.config.dim // model.config.heads)
+        cells = walk.order.shape[-1]
+        shape = (2, len(labels), 1 + cells, model.config.heads, model.config.dim // model.config.heads)
         # Zeros: windows gather what is not there yet, and mask it.
         self.keys_values = [self.label.new_zeros(shape) for _ in model.layers]
-        self.at = list(walk.order.view(-1, len(model.grid)).split(walk.blocks, 1))  # of each block, (1, n) or (B, n)
+        self.at = list(walk.order.view(-1, cells).split(walk.blocks, 1))  # of each block, (1, n) or (B, n)
         self.streams = [model.start_embedding + self.label] * len(model.layers)
         self.rows = torch.zeros_like(self.at[0][:, :1])  # where the streams belong: the start row
         self.block = self.length = 0
 
     def step(self, tokens: Tensor | None) -> Tensor:
-        """Logits `(B, n, vocab_size)` of the next block, given the last one's `tokens` `(B, m)`."""
+        """What is put out at the next block's positions, `(B, n, size)`, given the last ones' `tokens`, `(B, m)` or
+        `(B, m, together)`."""
         model, at = self.model, self.at[self.block]
-        ids = 0 if tokens is None else model.token_embedding(tokens)
+        together = model.readout.together
+        ids = 0 if tokens is None else model.token_embedding(tokens[..., None] if together == 1 else tokens)
         begin, self.length = self.length, self.length + self.rows.shape[1]
         written = self.rows[0] if self.windows else slice(begin, self.length)
         there = slice(None) if self.windows else slice(self.length)

@@ -17,13 +17,16 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from .base import Prior, PriorConfig
-from .layers import Head, pack
+from .heads import IdEmbedding
+from .layers import ClosingLayers, pack
 from .orders import Partition
 from .transformer import coordinates
 
 
 class CausalConvConfig(PriorConfig):
     """Sizes of the network."""
+
+    takes_positions = True
 
     dim: int = Field(64, ge=1, le=16384, description="channels of the residual stream and of a block's gated output")
     depth: int = Field(8, ge=1, le=256, description="number of gated residual blocks")
@@ -74,18 +77,18 @@ class CausalConv(Prior, name="causal_conv"):
     def __init__(self, config: CausalConvConfig) -> None:
         super().__init__(config)
         dim, depth = config.dim, config.depth
-        self.token_embedding = nn.Embedding(config.grid.vocab_size, dim)
+        self.token_embedding = IdEmbedding(config.grid, self.readout.together, dim)
         self.start_embedding = nn.Parameter(torch.empty(1, dim))
-        self.axis_embeddings = nn.ParameterList(nn.Parameter(torch.empty(size, dim)) for size in config.grid.shape)
+        self.axis_embeddings = nn.ParameterList(nn.Parameter(torch.empty(size, dim)) for size in config.positions.shape)
         self.class_embedding = nn.Embedding(config.num_classes + 1, depth * 2 * dim)  # the last is the null class
         blocks = [Block(config, dilation, at == depth - 1) for at, dilation in enumerate(config.dilations)]
         self.layers: Any = nn.ModuleList(blocks)
         self.reach = 1 + sum(block.past for block in blocks)
         self.skip_bias = nn.Parameter(torch.zeros(config.skip))
         self.hidden = nn.Linear(config.skip, config.skip)
-        self.head = nn.Linear(config.skip, config.grid.vocab_size)
-        self.register_buffer("ranks", torch.argsort(self.order), persistent=False)
-        cells = coordinates(config.grid.shape)[self.order]
+        self.head = nn.Linear(config.skip, self.readout.size)
+        self.register_buffer("ranks", torch.argsort(self.position_order), persistent=False)
+        cells = coordinates(config.positions.shape)[self.position_order]
         self.register_buffer("cells", cells.t().contiguous(), persistent=False)
         self._reset_parameters()
 
@@ -95,8 +98,8 @@ class CausalConv(Prior, name="causal_conv"):
         nn.init.zeros_(self.class_embedding.weight)
 
     @property
-    def receptive_field(self) -> Tensor:
-        """bool `(N, N)`, raster order: of the earlier tokens, the `reach` last ones in the walk."""
+    def position_field(self) -> Tensor:
+        """bool `(P, P)`, raster order: of the earlier positions, the `reach` last ones in the walk."""
         behind = self.ranks[:, None] - self.ranks
         return (behind > 0) & (behind <= self.reach)
 
@@ -104,10 +107,10 @@ class CausalConv(Prior, name="causal_conv"):
         """`(N, dim)` in the order: the sum of each target's embedding along every axis."""
         return sum(table[at] for table, at in zip(self.axis_embeddings, self.cells, strict=True))
 
-    def forward(self, tokens: Tensor, labels: Tensor | None = None) -> Tensor:
-        """Teacher-forced logits `(B, N, vocab_size)`, raster order; `logits[:, i]` sees only tokens ranked before i."""
+    def outputs(self, tokens: Tensor, labels: Tensor | None = None) -> Tensor:
+        """As in `Prior`."""
         labels = self.class_ids(labels, len(tokens))
-        walked = tokens.flatten(1)[:, self.order[:-1]].long()
+        walked = self.ids_of(tokens)[:, self.position_order[:-1]]
         start = self.start_embedding.expand(len(tokens), 1, -1)
         x = (torch.cat([start, self.token_embedding(walked)], 1) + self.positions()).transpose(1, 2)  # (B, dim, N)
         label_terms = self.class_embedding(labels).unflatten(1, (len(self.layers), -1, 1)).unbind(1)
@@ -158,17 +161,17 @@ class Buffers:
     def __init__(self, model: CausalConv, labels: Tensor) -> None:
         config, rows, weight = model.config, len(labels), model.token_embedding.weight.detach()
         self.rank = 0
-        self.token_embedding, self.positions = weight, model.positions().detach()
+        self.token_embedding, self.positions = model.token_embedding, model.positions().detach()
         self.start = model.start_embedding.detach().expand(rows, -1)
         self.pre = weight.new_empty(rows, 2 * config.dim)
         self.content, self.gate = self.pre.chunk(2, 1)
         self.gates = weight.new_empty(rows, config.depth * config.dim)
-        inputs = weight.new_zeros(config.depth, 1 + len(model.grid), rows, config.dim)
+        inputs = weight.new_zeros(config.depth, 1 + len(model.ranks), rows, config.dim)
         self.layers = self._layers(model, inputs, model.class_embedding(labels).detach())
         self.inputs = inputs[0]
         skips = torch.cat([block.out.weight[-config.skip :, :, 0] / 2 for block in model.layers], 1)
         self.skips, self.skip_bias = pack(skips, rows), model.skip_bias.detach()
-        self.head = Head(model.hidden, model.head, rows, torch.relu_)
+        self.head = ClosingLayers(model.hidden, model.head, rows, torch.relu_)
 
     def _layers(self, model: CausalConv, inputs: Tensor, label_terms: Tensor) -> list[Layer]:
         dim, rows, layers = model.config.dim, len(label_terms), []
@@ -185,9 +188,9 @@ class Buffers:
         return layers
 
     def step(self, token: Tensor | None) -> Tensor:
-        """Logits `(B, vocab_size)` of the next position, given the last one's `token` `(B,)`."""
+        """What is put out at the next position, `(B, size)`, given the last one's ids, `(B,)` or `(B, together)`."""
         at = 1 + self.rank
-        x = self.start if token is None else self.token_embedding.index_select(0, token)
+        x = self.start if token is None else self.token_embedding.of_rows(token)
         x = torch.add(x, self.positions[self.rank], out=self.inputs[at])
         for inputs, earlier, taps, bias, gates, residual, outputs in self.layers:
             window = torch.cat([*(inputs[max(0, at - back)] for back in earlier), x], 1)
@@ -196,4 +199,4 @@ class Buffers:
             if residual is not None and outputs is not None:
                 x = torch.addmm(x, gates, residual, out=outputs[at])
         self.rank += 1
-        return self.head.logits(torch.addmm(self.skip_bias, self.gates, self.skips))
+        return self.head.outputs(torch.addmm(self.skip_bias, self.gates, self.skips))

@@ -12,15 +12,18 @@ Channels are rows of the grid, and masks between them come out of the order; wha
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
+from tokenizer.pretrained import Was
+
 from .base import Prior
-from .layers import CausalConv2d, Head, MapRows, RowBias, RowsConfig, odd_kernels, pack, see
+from .heads import IdEmbedding
+from .layers import CausalConv2d, ClosingLayers, MapRows, RowBias, RowsConfig, odd_kernels, pack, see
 from .orders import Partition
 
 
@@ -31,7 +34,7 @@ class GatedPixelCNNConfig(RowsConfig):
     depth: int = Field(10, ge=1, le=256, description="number of gated layers after the first")
     first_kernel: int = Field(7, ge=3, le=63, description="side of the first layer's convolutions, odd")
     kernel: int = Field(3, ge=3, le=63, description="side of the other layers' convolutions, odd")
-    head: int = Field(32, ge=1, le=65536, description="channels between the two last layers")
+    hidden: Annotated[int, Was("head", int)] = Field(32, ge=1, le=65536, description="channels before the last layer")
 
     def check(self) -> Iterator[str]:
         """Kernels are odd, the grid has two axes, the order is raster."""
@@ -82,18 +85,18 @@ class GatedPixelCNN(Prior, name="gated_pixelcnn"):
         super().__init__(config)
         vocab_size, dim = config.grid.vocab_size, config.dim
         channels = min(dim, vocab_size)  # more than one per id cannot say more
-        self.embedding = nn.Embedding(vocab_size, channels)
+        self.embedding = IdEmbedding(config.grid, self.readout.together, channels)
         first = Layer(config, channels, config.first_kernel, first=True)
         rest = [Layer(config, dim, config.kernel, first=False) for _ in range(config.depth)]
         self.layers: Any = nn.ModuleList([first, *rest])
-        self.hidden = nn.Linear(dim, config.head)
-        self.head = nn.Linear(config.head, vocab_size)
+        self.hidden = nn.Linear(dim, config.hidden)
+        self.head = nn.Linear(config.hidden, self.readout.size)
 
     @property
-    def receptive_field(self) -> Tensor:
-        """bool `(N, N)`: whether the logits at i see token j; all earlier ones, once depth allows."""
-        height, width = self.grid.shape
-        vertical = torch.eye(len(self.grid), dtype=torch.bool, device="cpu").view(height, width, -1)
+    def position_field(self) -> Tensor:
+        """bool `(P, P)`: whether the network sees position j at i; all earlier ones, once depth allows."""
+        height, width = self.config.positions.shape
+        vertical = torch.eye(height * width, dtype=torch.bool, device="cpu").view(height, width, -1)
         horizontal = vertical
         for layer in self.layers:
             vertical = see(vertical, layer.vertical.taps)
@@ -101,10 +104,10 @@ class GatedPixelCNN(Prior, name="gated_pixelcnn"):
             horizontal = seen if layer.first else seen | horizontal
         return horizontal.flatten(0, 1)
 
-    def forward(self, tokens: Tensor, labels: Tensor | None = None) -> Tensor:
-        """Teacher-forced logits `(B, N, vocab_size)`, raster order; `logits[:, i]` sees only tokens before i."""
+    def outputs(self, tokens: Tensor, labels: Tensor | None = None) -> Tensor:
+        """As in `Prior`."""
         labels = self.class_ids(labels, len(tokens))
-        vertical = horizontal = self.embedding(tokens.long())
+        vertical = horizontal = self.embedding(self.map_of_ids(tokens))
         for layer in self.layers:
             vertical = vertical if layer.first else gate(vertical)
             vertical, horizontal = layer(vertical, horizontal, labels)
@@ -174,21 +177,21 @@ class Cache:
 
     def __init__(self, model: GatedPixelCNN, labels: Tensor) -> None:
         rows, dim = len(labels), model.config.dim
-        self.width = model.grid.shape[1]
+        self.width = model.config.positions.shape[1]
         self.rank = 0
-        self.embedding = model.embedding.weight.detach()
+        self.embedding, like = model.embedding, model.head.weight.detach()
         self.layers = [LayerCache(layer, self.width, labels) for layer in model.layers]
-        self.nothing, last = self.embedding.new_zeros(2, rows, dim)  # the first layer adds to nothing: no residual
+        self.nothing, last = like.new_zeros(2, rows, dim)  # the first layer adds to nothing: no residual
         self.outputs = [layer.horizontal.cells for layer in self.layers[1:]] + [(last,) * self.width]
-        self.gates = self.embedding.new_empty(rows, 2 * dim)
+        self.gates = like.new_empty(rows, 2 * dim)
         self.tanhs = self.gates[:, :dim]
-        self.head = Head(model.hidden, model.head, rows, torch.relu_)
+        self.head = ClosingLayers(model.hidden, model.head, rows, torch.relu_)
 
     def step(self, token: Tensor | None) -> Tensor:
-        """Logits `(B, vocab_size)` of the next position, given the last one's `token` `(B,)`."""
+        """What is put out at the next position, `(B, size)`, given the last one's ids, `(B,)` or `(B, together)`."""
         column = self.rank % self.width
         if token is not None:
-            self.layers[0].horizontal.cells[column - 1].copy_(self.embedding.index_select(0, token))
+            self.layers[0].horizontal.cells[column - 1].copy_(self.embedding.of_rows(token))
         if column == 0:
             vertical = None
             for layer in self.layers:
@@ -199,4 +202,4 @@ class Cache:
             self.tanhs.tanh_()
             x = torch.addmm(x, F.glu(self.gates), layer.out, out=outputs[column])
         self.rank += 1
-        return self.head.logits(x)
+        return self.head.outputs(x)

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from .base import Prior, sent
 from .drawing import FEW_ROWS
+from .heads import IdEmbedding
 from .masks import Window, make_windows
 from .orders import Partition
 from .transformer import EPS, Block, OrderedConfig, Rotations, coordinates, deep_rounding, reset
@@ -37,17 +38,17 @@ class GPT(Prior, name="gpt"):
 
     def __init__(self, config: GPTConfig) -> None:
         super().__init__(config)
-        dim, shape = config.dim, config.grid.shape
+        dim, shape = config.dim, config.positions.shape
         self.any_order = config.any_order
         self.rounding = deep_rounding(config.depth)
-        self.token_embedding = nn.Embedding(config.grid.vocab_size, dim)
+        self.token_embedding = IdEmbedding(config.grid, self.readout.together, dim)
         self.class_embedding = nn.Embedding(config.num_classes + 1, dim)  # the last is the null class
         self.start_embedding = nn.Parameter(torch.empty(1, dim))
         self.axis_embeddings = nn.ParameterList(nn.Parameter(torch.empty(size, dim)) for size in shape)
         self.dropout = nn.Dropout(config.dropout)
         self.layers: Any = nn.ModuleList(Block(config, causal=True, window=w) for w in self.make_windows())
         self.norm = nn.RMSNorm(dim, eps=EPS)
-        self.head = nn.Linear(dim, config.grid.vocab_size, bias=False)
+        self.head = nn.Linear(dim, self.readout.size, bias=False)
         self.register_buffer("cells", coordinates(shape).t().contiguous(), persistent=False)
         start = torch.full((1, len(shape)), -1, device="cpu")
         self.rotations = Rotations(config, torch.cat([coordinates(shape), start]))
@@ -57,19 +58,20 @@ class GPT(Prior, name="gpt"):
         """Of each layer. Rank r predicts the cell order[r], and holds the token before it, at rank 0 none."""
         if self.config.window is None:
             return [None] * self.config.depth
-        when = torch.arange(len(self.grid), device="cpu")[:, None]
-        cells = coordinates(self.grid.shape)[self.order]
+        shape = self.config.positions.shape
+        when = torch.arange(len(self.position_order), device="cpu")[:, None]
+        cells = coordinates(shape)[self.position_order]
         targets, sources = torch.cat([when, cells], 1), torch.cat([when - 1, cells.roll(1, 0)], 1)
-        return make_windows(targets, sources, self.config.window, self.config.dilations, self.grid.shape)
+        return make_windows(targets, sources, self.config.window, self.config.dilations, shape)
 
     @property
-    def receptive_field(self) -> Tensor:
+    def position_field(self) -> Tensor:
         """As in `Prior`. With a window: what is near, what is near that, and so on for each layer; besides these, each
         rank holds the token before it, however far away."""
         windows = [block.window for block in self.layers]
         if not all(windows):
-            return super().receptive_field
-        ranks = torch.argsort(self.order)
+            return super().position_field
+        ranks = torch.argsort(self.position_order)
         field = ranks == torch.arange(-1, len(ranks) - 1, device=ranks.device)[:, None]  # (rank, cell)
         for window in windows:
             field = window.spread(field)
@@ -78,21 +80,18 @@ class GPT(Prior, name="gpt"):
     def turns(self, order: Tensor) -> Tensor:
         """Rotations per rank of queries (where the next token goes) and keys (where the last one stands):
         `([B,] N, 2, width / 2, 2)` for an order `([B,] N)`."""
-        sources = torch.cat([order.new_full((*order.shape[:-1], 1), len(self.grid)), order[..., :-1]], -1)
+        sources = torch.cat([order.new_full((*order.shape[:-1], 1), order.shape[-1]), order[..., :-1]], -1)
         return self.rotations.table[torch.stack([order, sources], -1)]
 
     def positions(self, order: Tensor) -> Tensor:
         """`([B,] N, dim)` for an order `([B,] N)`: the sum of each target's embedding along every axis."""
         return sum(table[at] for table, at in zip(self.axis_embeddings, self.cells[:, order], strict=True))
 
-    def forward(self, tokens: Tensor, labels: Tensor | None = None, order: Tensor | None = None) -> Tensor:
-        """Teacher-forced logits `(B, N, vocab_size)`, raster order; `logits[:, i]` sees only tokens ranked before i.
-
-        order: `(N,)` or `(B, N)`; None is the model's own.
-        """
+    def outputs(self, tokens: Tensor, labels: Tensor | None = None, order: Tensor | None = None) -> Tensor:
+        """As in `Prior`. order: `(N,)` or `(B, N)`; None is the model's own."""
         labels = self.class_ids(labels, len(tokens))
-        order = self.order if order is None else order
-        walked = tokens.flatten(1).long().gather(1, order[..., :-1].expand(len(tokens), -1))
+        order, ids = self.position_order if order is None else order, self.ids_of(tokens)
+        walked = ids.gather(1, order[..., :-1, None].expand(len(tokens), -1, ids.shape[-1]))
         label = self.class_embedding(labels)[:, None]
         inputs = torch.cat([self.start_embedding.expand_as(label), self.token_embedding(walked)], 1)
         x = self.dropout(inputs + label + self.positions(order))
@@ -109,7 +108,7 @@ class GPT(Prior, name="gpt"):
 
     def arrange(self, output: Any) -> Tensor:
         """Raster order. What is at i knows of i's place, and of the tokens before it in the order."""
-        return output[:, self.order.argsort()]
+        return output[:, self.position_order.argsort()]
 
     def training_inputs(self, tokens: Tensor, progress: float) -> dict[str, Any]:
         """With `any_order`, an order per image: a random one, or in ever more images the model's own (RAR, eq. 4)."""
@@ -122,7 +121,7 @@ class GPT(Prior, name="gpt"):
 
     def make_cache(self, labels: Tensor, walk: Partition | None) -> Cache:
         """Keys and values of the tokens so far."""
-        return Cache(self, labels, self.order if walk is None else walk.order)
+        return Cache(self, labels, self.position_order if walk is None else walk.order)
 
 
 class Cache:
@@ -145,7 +144,7 @@ class Cache:
 
         self.rank = 0
         self.label, self.start = model.class_embedding(labels), model.start_embedding
-        self.token_embedding, self.positions = weight, model.positions(order).movedim(-2, 0)  # (N, [B,] dim)
+        self.token_embedding, self.positions = model.token_embedding, model.positions(order).movedim(-2, 0)
         turns = torch.view_as_complex(model.turns(order).to(self.exact)).unsqueeze(-2) * width**0.5
         self.turns = turns.movedim(-4, 0).contiguous()  # (N, [B,] 2, 1, width / 2)
         self.layers = []
@@ -153,7 +152,7 @@ class Cache:
             gains = torch.stack([block.gain, torch.ones_like(block.gain)]).to(self.exact)  # of queries and keys
             memory = None if block.window is None else block.window.memory
             places = (memory.slots, block.window.reads) if memory else None
-            cache = weight.new_empty(len(labels), 2, heads, memory.size if memory else len(model.grid), width)
+            cache = weight.new_empty(len(labels), 2, heads, memory.size if memory else order.shape[-1], width)
             weights = (
                 pack(block.qkv.weight, block.attention_norm),
                 pack(block.project.weight),
@@ -170,9 +169,9 @@ class Cache:
         return (x / torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=self.exact).clamp_min_(TINY)).to(x.dtype)
 
     def step(self, token: Tensor | None) -> Tensor:
-        """Logits `(B, vocab_size)` of the next position, given the last one's `token` `(B,)`."""
+        """What is put out at the next position, `(B, size)`, given the last one's ids, `(B,)` or `(B, together)`."""
         rank, split = self.rank, self.split
-        x = self.start if token is None else self.token_embedding.index_select(0, token)
+        x = self.start if token is None else self.token_embedding.of_rows(token)
         x = x + self.label + self.positions[rank]
         for gains, cache, places, qkv_weight, project, gate_up, down in self.layers:
             turn = gains[rank] if self.folded else self.turns[rank] * gains

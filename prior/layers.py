@@ -38,6 +38,8 @@ Pair = tuple[int, int]
 class RasterConfig(PriorConfig):
     """What priors made of causal convolutions require of their grid."""
 
+    takes_positions = True
+
     def check(self) -> Iterator[str]:
         """The grid has two axes and is walked row by row."""
         yield from super().check()
@@ -67,7 +69,7 @@ class RowBias(nn.Module):
 
     def __init__(self, config: RowsConfig, channels: int) -> None:
         super().__init__()
-        rows = torch.zeros(config.grid.shape[0], channels)
+        rows = torch.zeros(config.positions.shape[0], channels)
         if config.row_embedding:
             self.weight = nn.Parameter(rows)
         else:
@@ -134,8 +136,8 @@ def pack(weight: Tensor, rows: int) -> Tensor:
     return matrix.t().contiguous() if rows < FEW_ROWS else matrix.contiguous().t()
 
 
-class Head:
-    """A model's two closing layers, one position at a time: `head(activate(hidden(activate(x))))`."""
+class ClosingLayers:
+    """A model's two last layers, one position at a time: `head(activate(hidden(activate(x))))`."""
 
     def __init__(self, hidden: nn.Linear, head: nn.Linear, rows: int, activate_: Callable[[Tensor], Tensor]) -> None:
         """activate_: the activation that works in place."""
@@ -145,8 +147,8 @@ class Head:
         self.head = pack(head.weight, rows)
         self.head_bias = head.bias.detach()
 
-    def logits(self, x: Tensor) -> Tensor:
-        """`(B, dim)`, which is overwritten, to `(B, vocab_size)`."""
+    def outputs(self, x: Tensor) -> Tensor:
+        """`(B, dim)`, which is overwritten, to `(B, size)`."""
         hidden = torch.addmm(self.hidden_bias, self.activate_(x), self.hidden)
         return torch.addmm(self.head_bias, self.activate_(hidden), self.head)
 

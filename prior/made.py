@@ -161,10 +161,10 @@ class MADE(Prior, name="made"):
         return list(self.all_degrees.split(self.config.hidden))
 
     @property
-    def receptive_field(self) -> Tensor:
+    def position_field(self) -> Tensor:
         """bool `(N, N)`, raster order: row i is True at the tokens that `logits[:, i]` sees."""
         if self.direct is not None:
-            return super().receptive_field
+            return super().position_field
         reach = torch.arange(len(self.grid), device=self.device)  # of what is predicted at each rank
         for degrees in self.degrees()[::-1]:
             below = torch.searchsorted(degrees, reach, right=True)
@@ -211,21 +211,21 @@ class MADE(Prior, name="made"):
         finally:
             self.all_degrees = own
 
-    def forward(
+    def outputs(
         self,
         tokens: Tensor,
         labels: Tensor | None = None,
         order: Tensor | None = None,
         degrees: Sequence[Tensor] | None = None,
     ) -> Tensor:
-        """Teacher-forced logits `(B, N, vocab_size)`, raster order; `logits[:, i]` sees only tokens ranked before i.
+        """As in `Prior`.
 
         order: `(N,)`, None for the model's own, or `(B, N)`, which takes a pass per different order; degrees:
         `(units,)` of each hidden layer, in 1 .. N - 1.
         """
         labels = self.class_ids(labels, len(tokens))
         if order is not None and order.ndim == 2:
-            return self._forward_by_order(tokens, labels, order, degrees)
+            return self._outputs_by_order(tokens, labels, order, degrees)
         first, *hidden, last = self._connections.weights(self, order, degrees)
         inputs = self._inputs(tokens.flatten(1))
         x = self._unit(self.biases[0](labels) + summed(inputs, first))
@@ -237,20 +237,20 @@ class MADE(Prior, name="made"):
             x = x + summed(inputs, direct)
         return self.read_out(x.unflatten(1, (-1, self.width)), self.head_bias)
 
-    def _forward_by_order(
+    def _outputs_by_order(
         self, tokens: Tensor, labels: Tensor, order: Tensor, degrees: Sequence[Tensor] | None
     ) -> Tensor:
-        """`forward` for orders `(B, N)`: images of the same order share their masks."""
+        """`outputs` for orders `(B, N)`: images of the same order share their masks."""
         distinct, which = torch.unique(order, dim=0, return_inverse=True)
         rows = [torch.nonzero(which == index)[:, 0] for index in range(len(distinct))]
-        parts = [self.forward(tokens[at], labels[at], one, degrees) for at, one in zip(rows, distinct, strict=True)]
+        parts = [self.outputs(tokens[at], labels[at], one, degrees) for at, one in zip(rows, distinct, strict=True)]
         return torch.cat(parts)[torch.argsort(torch.cat(rows))]
 
-    def loss(self, logits: Tensor, tokens: Tensor, **inputs: Any) -> Tensor:
+    def loss(self, outputs: Tensor, tokens: Tensor, **inputs: Any) -> Tensor:
         """The mean negative log-likelihood in nats per token; of two ids by the sigmoid, which is faster."""
         if not self.config.binary:
-            return super().loss(logits, tokens, **inputs)
-        zero, one = logits.float().unbind(-1)
+            return super().loss(outputs, tokens, **inputs)
+        zero, one = outputs.float().unbind(-1)
         return F.binary_cross_entropy_with_logits(one - zero, tokens.flatten(1).float())
 
     def _inputs(self, tokens: Tensor) -> Tensor:

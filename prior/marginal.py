@@ -18,6 +18,7 @@ class MarginalConfig(PriorConfig):
     """Nothing to choose."""
 
     takes_blocks = True
+    takes_heads = False
 
 
 class Marginal(Prior, name="marginal"):
@@ -30,11 +31,11 @@ class Marginal(Prior, name="marginal"):
         self.table = nn.Parameter(torch.randn(config.num_classes + 1, len(config.grid), config.grid.vocab_size))
 
     @property
-    def receptive_field(self) -> Tensor:
+    def position_field(self) -> Tensor:
         """bool `(N, N)`, all False."""
         return torch.zeros(len(self.grid), len(self.grid), dtype=torch.bool, device=self.device)
 
-    def forward(self, tokens: Tensor, labels: Tensor | None = None) -> Tensor:
+    def outputs(self, tokens: Tensor, labels: Tensor | None = None) -> Tensor:
         """Logits `(B, N, vocab_size)`; the tokens are not looked at."""
         labels = self.class_ids(labels, len(tokens))
         return self.table[labels]

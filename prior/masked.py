@@ -9,7 +9,7 @@ block.
 from __future__ import annotations
 
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import cached_property
 from typing import Any, Literal
@@ -18,11 +18,10 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from tokenizer.base import at_least_float32, full_float32
+from tokenizer.base import full_float32
 
 from .base import Prior, sent
 from .drawing import FEW_ROWS, State
-from .objectives import token_nats
 from .orders import Partition, block_numbers
 from .parallel import parallel_rows
 from .requests import Order, Rows, Walk, check_labels, partition_of
@@ -50,6 +49,12 @@ class MaskedConfig(TransformerConfig):
     exact: bool = Field(True, description="log_prob is exact along `order`, a pass per block; false: estimates a bound")
     bound_passes: int = Field(8, ge=1, le=65536, description="passes of that estimate; more is closer to the bound")
 
+    def check(self) -> Iterator[str]:
+        """Labels are smoothed over the ids of a softmax."""
+        yield from super().check()
+        if self.head is not None and self.label_smoothing:
+            yield f"label_smoothing: must be 0 with head {self.head.kind!r} (got {self.label_smoothing})"
+
 
 class Masked(Prior, name="masked"):
     """Every masked token from all visible ones. `exact` says what `log_prob` is, and may be set at any time."""
@@ -71,7 +76,7 @@ class Masked(Prior, name="masked"):
         self.dropout = nn.Dropout(config.dropout)
         self.layers: Any = nn.ModuleList(Block(config, causal=False) for _ in range(config.depth))
         self.norm = nn.RMSNorm(dim, eps=EPS)
-        self.head = nn.Linear(dim, config.grid.vocab_size, bias=False)
+        self.head = nn.Linear(dim, self.readout.size, bias=False)
         self.register_buffer("coordinates", coordinates(shape).t().contiguous(), persistent=False)
         self.rotations = Rotations(config, coordinates(shape))
         reset(self.parameters(), self.layers)
@@ -79,6 +84,11 @@ class Masked(Prior, name="masked"):
     def predict(self, ids: Tensor, labels: Tensor, at: tuple[Tensor, Tensor] | None = None) -> Tensor:
         """Logits `(B, N, V)` from one pass over `ids` (B, N), where `self.mask` is a masked token; or only those `at`
         these rows and raster indices, `(..., V)` for two of `(...)`."""
+        outputs = self.one_pass(ids, labels, at)
+        return self.readout.next_logits(outputs, ids.new_zeros(*outputs.shape[:-1], 0))
+
+    def one_pass(self, ids: Tensor, labels: Tensor, at: tuple[Tensor, Tensor] | None = None) -> Tensor:
+        """What the network puts out at the same places, `(B, N, size)` or `(..., size)`."""
         places = sum(table[index] for table, index in zip(self.axis_embeddings, self.coordinates, strict=True))
         x = self.dropout(self.token_embedding(ids) + self.class_embedding(labels)[:, None] + places)
         turns = self.rotations.table[:, None].expand(-1, 2, -1, -1)  # queries and keys stand at the same place
@@ -88,7 +98,7 @@ class Masked(Prior, name="masked"):
             x = x[at]
         return self.head(self.norm(x))
 
-    def forward(
+    def outputs(
         self,
         tokens: Tensor,
         labels: Tensor | None = None,
@@ -96,14 +106,14 @@ class Masked(Prior, name="masked"):
         known: Tensor | None = None,
         block_of: Tensor | None = None,
     ) -> Tensor:
-        """Logits `(B, N, V)`, raster order. With bool `known`, `(B, N)` or `(B, *grid.shape)`: one pass that sees the
-        tokens where it holds, and nothing of the others. Without: teacher-forced, `logits[:, i]` sees only tokens of
-        earlier blocks, which takes a pass per block. These are the model's own; or those that it cuts an `order` into,
-        `(N,)` or `(B, N)`; or given by number, `block_of` each token, `(N,)` or `(B, N)`."""
+        """As in `Prior`. With bool `known`, `(B, N)` or `(B, *grid.shape)`: one pass that sees the tokens where it
+        holds, and nothing of the others. Without: teacher-forced, which takes a pass per block. These are the model's
+        own; or those that it cuts an `order` into; or given by number, `block_of` each token; `(N,)` or `(B, N)`,
+        both."""
         tokens, (count, size) = tokens.flatten(1).long(), (len(tokens), len(self.grid))
         labels = self.class_ids(labels, count)
         if known is not None:
-            return self.predict(torch.where(known.flatten(1), tokens, self.mask), labels)
+            return self.one_pass(torch.where(known.flatten(1), tokens, self.mask), labels)
         if block_of is None:
             block_of = self.block_of if order is None else block_numbers(order, self.blocks)
         block_of = block_of.expand(count, size)
@@ -111,7 +121,7 @@ class Masked(Prior, name="masked"):
         for part in numbers.split(max(1, self.rows_of_a_pass() // count)):
             ids = torch.where(block_of < part[:, None, None], tokens, self.mask).flatten(0, 1)  # per pass and image
             rows, cells = torch.nonzero((block_of == part[:, None, None]).flatten(0, 1), as_tuple=True)
-            parts.append(self.predict(ids, labels.repeat(len(part)), (rows, cells)))
+            parts.append(self.one_pass(ids, labels.repeat(len(part)), (rows, cells)))
             found.append(rows % count * size + cells)
         return torch.cat(parts)[torch.cat(found).argsort()].unflatten(0, (count, size))
 
@@ -137,7 +147,7 @@ class Masked(Prior, name="masked"):
         ranks = torch.rand(len(tokens), len(self.grid)).argsort(1).argsort(1)
         return {"known": sent(ranks >= masked, tokens.device)}
 
-    def loss(self, logits: Tensor, tokens: Tensor, **inputs: Any) -> Tensor:
+    def loss(self, outputs: Tensor, tokens: Tensor, **inputs: Any) -> Tensor:
         """Cross-entropy over the masked positions (not `known`), in nats per token.
 
         Under the linear schedule the mean over each image's own, which is ARDM's objective: its expectation is the
@@ -146,7 +156,7 @@ class Masked(Prior, name="masked"):
         by the number that happens to be masked would make another objective of a batch in parts.)
         """
         masked = ~inputs["known"].flatten(1)
-        nats = token_nats(logits, tokens, self.config.label_smoothing)
+        nats = self.readout.nats(outputs, self.ids_of(tokens), self.config.label_smoothing)[..., 0]
         counts = masked.sum(1, keepdim=True) if self.config.schedule == "linear" else self.mean_masked
         return (nats * masked / counts).sum(1).mean()
 
@@ -171,9 +181,9 @@ class Masked(Prior, name="masked"):
         labels, ids = check_labels(self, labels, len(tokens)), tokens.flatten(1).long()
         total = torch.zeros(ids.shape, device=ids.device)
         for known in bound_masks(ids, self.config.bound_passes):
-            log_probs = at_least_float32(self(tokens, labels, known=known)).log_softmax(-1)
+            found = self.readout.log_probs(self(tokens, labels, raw=True, known=known), ids[..., None])[..., 0]
             weights = ~known / (~known).float().mean(1, keepdim=True) / self.config.bound_passes
-            total += log_probs.gather(-1, ids[..., None])[..., 0] * weights
+            total += found * weights
         return total.reshape(tokens.shape)
 
     @property

@@ -43,6 +43,7 @@ class NextScaleConfig(TransformerConfig):
     )
 
     takes_blocks: ClassVar[bool] = True
+    takes_heads: ClassVar[bool] = False
 
     def check(self) -> Iterator[str]:
         """The grid has to be one of scales, which are the order."""
@@ -90,8 +91,8 @@ class NextScale(Prior, name="next_scale"):
                 nn.init.zeros_(parameter)
         nn.init.normal_(self.lift.weight, std=config.channels**-0.5)  # the ids' embedding is small already
 
-    def forward(self, tokens: Tensor, labels: Tensor | None = None) -> Tensor:
-        """Teacher-forced logits `(B, L, vocab_size)`, coarse to fine; those of a scale see only coarser scales."""
+    def outputs(self, tokens: Tensor, labels: Tensor | None = None) -> Tensor:
+        """As in `Prior`: at a scale the network sees coarser ones alone."""
         label = self.class_embedding(self.class_ids(labels, len(tokens)))
         canvas, inputs = None, []
         for k, ids in enumerate(self.resize.split(tokens.long())):

@@ -16,15 +16,18 @@ so that an image in colour wants deeper stacks or larger kernels than a grey one
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
+from tokenizer.pretrained import Was
+
 from .base import Prior
-from .layers import Head, MaskedConv, RowBias, RowCache, RowsConfig, odd_kernels, pack, see
+from .heads import IdEmbedding
+from .layers import ClosingLayers, MaskedConv, RowBias, RowCache, RowsConfig, odd_kernels, pack, see
 from .orders import Partition
 
 
@@ -35,7 +38,7 @@ class PixelCNNConfig(RowsConfig):
     depth: int = Field(15, ge=1, le=256, description="number of residual blocks")
     first_kernel: int = Field(7, ge=3, le=63, description="side of the first (type A) convolution, odd")
     kernel: int = Field(3, ge=3, le=63, description="side of the blocks' (type B) convolutions, odd")
-    head: int = Field(32, ge=1, le=65536, description="channels between the two last layers")
+    hidden: Annotated[int, Was("head", int)] = Field(32, ge=1, le=65536, description="channels before the last layer")
 
     def check(self) -> Iterator[str]:
         """Kernels are odd, the grid has two axes, the order is raster."""
@@ -70,30 +73,30 @@ class PixelCNN(Prior, name="pixelcnn"):
         super().__init__(config)
         vocab_size, dim = config.grid.vocab_size, config.dim
         channels = min(2 * dim, vocab_size)  # more than one per id cannot say more
-        self.embedding = nn.Embedding(vocab_size, channels)
+        self.embedding = IdEmbedding(config.grid, self.readout.together, channels)
         self.first = MaskedConv(channels, 2 * dim, config.first_kernel, sees_itself=False)
         self.label = nn.Embedding(config.num_classes + 1, 2 * dim)
         self.row = RowBias(config, 2 * dim)
         self.layers: Any = nn.ModuleList(Block(config) for _ in range(config.depth))
-        self.hidden = nn.Linear(2 * dim, config.head)
-        self.head = nn.Linear(config.head, vocab_size)
+        self.hidden = nn.Linear(2 * dim, config.hidden)
+        self.head = nn.Linear(config.hidden, self.readout.size)
         nn.init.zeros_(self.label.weight)
 
     @property
-    def receptive_field(self) -> Tensor:
-        """bool `(N, N)`: whether the logits at i see token j; not all earlier ones, unless the first kernel covers the
-        grid."""
-        height, width = self.grid.shape
-        field = torch.eye(len(self.grid), dtype=torch.bool, device="cpu").view(height, width, -1)
+    def position_field(self) -> Tensor:
+        """bool `(P, P)`: whether the network sees position j at i; not all earlier ones, unless the first kernel covers
+        the grid."""
+        height, width = self.config.positions.shape
+        field = torch.eye(height * width, dtype=torch.bool, device="cpu").view(height, width, -1)
         field = see(field, self.first.taps)
         for block in self.layers:
             field = field | see(field, block.conv.taps)
         return field.flatten(0, 1)
 
-    def forward(self, tokens: Tensor, labels: Tensor | None = None) -> Tensor:
-        """Teacher-forced logits `(B, N, vocab_size)`, raster order; `logits[:, i]` sees only tokens before i."""
+    def outputs(self, tokens: Tensor, labels: Tensor | None = None) -> Tensor:
+        """As in `Prior`."""
         labels = self.class_ids(labels, len(tokens))
-        x = self.first(self.embedding(tokens.long())) + self.row(self.label(labels))
+        x = self.first(self.embedding(self.map_of_ids(tokens))) + self.row(self.label(labels))
         for block in self.layers:
             x = block(x, labels)
         return self.head(F.relu(self.hidden(F.relu(x)))).flatten(1, 2)
@@ -116,12 +119,12 @@ class Cache:
     """
 
     def __init__(self, model: PixelCNN, labels: Tensor) -> None:
-        self.width = model.grid.shape[1]
+        self.width = model.config.positions.shape[1]
         self.rank = 0
-        self.embedding = model.embedding.weight.detach()
+        self.embedding = model.embedding
         self.first = RowCache(model.first, self.width, model.label(labels), model.row.weight)
         self.layers = [self._block(block, labels) for block in model.layers]
-        self.head = Head(model.hidden, model.head, len(labels), torch.relu_)
+        self.head = ClosingLayers(model.hidden, model.head, len(labels), torch.relu_)
 
     def _block(self, block: Block, labels: Tensor) -> tuple[Tensor, Tensor, RowCache, Tensor]:
         cache = RowCache(block.conv, self.width, block.label(labels), block.row.weight)
@@ -129,10 +132,10 @@ class Cache:
         return block.narrow.bias.detach(), narrow, cache, widen
 
     def step(self, token: Tensor | None) -> Tensor:
-        """Logits `(B, vocab_size)` of the next position, given the last one's `token` `(B,)`."""
+        """What is put out at the next position, `(B, size)`, given the last one's ids, `(B,)` or `(B, together)`."""
         column = self.rank % self.width
         if token is not None:
-            self.first.cells[column - 1].copy_(self.embedding.index_select(0, token))
+            self.first.cells[column - 1].copy_(self.embedding.of_rows(token))
         if column == 0:
             for cache in (self.first, *(cache for _, _, cache, _ in self.layers)):
                 cache.start_row()
@@ -141,4 +144,4 @@ class Cache:
             torch.addmm(bias, x.relu(), narrow, out=cache.cells[column]).relu_()
             x = torch.addmm(x, cache.read(column).relu_(), widen)
         self.rank += 1
-        return self.head.logits(x)
+        return self.head.outputs(x)

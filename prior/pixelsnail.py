@@ -20,16 +20,19 @@ softmax over ids. Published figures are not this model's.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
+from tokenizer.pretrained import Was
+
 from .base import Prior
 from .drawing import FEW_ROWS
-from .layers import Head, MaskedConv, RasterConfig, RowCache, odd_kernels, pack
+from .heads import IdEmbedding
+from .layers import ClosingLayers, MaskedConv, RasterConfig, RowCache, odd_kernels, pack
 from .orders import Partition
 
 
@@ -43,7 +46,7 @@ class PixelSNAILConfig(RasterConfig):
     heads: int = Field(1, ge=1, le=256, description="attention heads")
     key: int = Field(4, ge=1, le=8192, description="channels of a head's queries and keys")
     value: int = Field(32, ge=1, le=8192, description="channels of a head's values, no fewer than its keys have")
-    head: int = Field(64, ge=1, le=65536, description="channels between the two last layers")
+    hidden: Annotated[int, Was("head", int)] = Field(64, ge=1, le=65536, description="channels before the last layer")
     dropout: float = Field(0.0, ge=0, lt=1, description="dropout inside each gated residual branch")
 
     def check(self) -> Iterator[str]:
@@ -128,20 +131,20 @@ class PixelSNAIL(Prior, name="pixelsnail"):
 
     def __init__(self, config: PixelSNAILConfig) -> None:
         super().__init__(config)
-        vocab_size, (height, width) = config.grid.vocab_size, config.grid.shape
+        vocab_size, (height, width) = config.grid.vocab_size, config.positions.shape
         channels = min(config.dim, vocab_size)  # more than one per id cannot say more
-        self.embedding = nn.Embedding(vocab_size, channels)
+        self.embedding = IdEmbedding(config.grid, self.readout.together, channels)
         self.first = MaskedConv(channels, config.dim, config.kernel, sees_itself=False)
         self.layers: Any = nn.ModuleList(Block(config, channels) for _ in range(config.depth))
-        self.hidden = nn.Linear(config.dim, config.head)
-        self.head = nn.Linear(config.head, vocab_size)
+        self.hidden = nn.Linear(config.dim, config.hidden)
+        self.head = nn.Linear(config.hidden, self.readout.size)
         rows, columns = torch.arange(height) / height - 0.5, torch.arange(width) / width - 0.5
         self.register_buffer("background", torch.cartesian_prod(rows, columns), persistent=False)  # (N, 2)
 
-    def forward(self, tokens: Tensor, labels: Tensor | None = None) -> Tensor:
-        """Teacher-forced logits `(B, N, vocab_size)`, raster order; `logits[:, i]` sees only tokens before i."""
+    def outputs(self, tokens: Tensor, labels: Tensor | None = None) -> Tensor:
+        """As in `Prior`."""
         labels = self.class_ids(labels, len(tokens))
-        embedded = self.embedding(tokens.long())
+        embedded = self.embedding(self.map_of_ids(tokens))
         x = self.first(embedded)
         for block in self.layers:
             x = block(embedded, x, self.background, labels)
@@ -178,7 +181,8 @@ class BlockCache:
     def __init__(self, block: Block, model: PixelSNAIL, labels: Tensor, features: Tensor) -> None:
         """features: `(B, dim)`, where the next position finds those of this one."""
         config, rows, attention = model.config, len(labels), block.attention
-        self.residuals = [ResidualCache(residual, model.grid.shape[1], labels) for residual in block.residuals]
+        width = model.config.positions.shape[1]
+        self.residuals = [ResidualCache(residual, width, labels) for residual in block.residuals]
         self.targets = [*[None] * (config.residual - 1), features]
         self.padded = features.new_zeros(rows, config.heads, 1, config.value)
         self.queries = self.padded[:, :, 0, : config.key]
@@ -209,18 +213,18 @@ class Cache:
 
     def __init__(self, model: PixelSNAIL, labels: Tensor) -> None:
         config, rows = model.config, len(labels)
-        self.width = model.grid.shape[1]
+        self.width = model.config.positions.shape[1]
         self.rank = 0
-        self.embedding = model.embedding.weight.detach()
-        embedded = self.embedding.shape[1]
-        self.sources = self.embedding.new_zeros(config.depth, rows, embedded + config.dim)
+        self.embedding, like = model.embedding, model.head.weight.detach()
+        embedded = self.embedding.embedding_dim
+        self.sources = like.new_zeros(config.depth, rows, embedded + config.dim)
         self.tokens, features = self.sources.split([embedded, config.dim], 2)
         self._slots(config, [block.attention for block in model.layers], model.background)
         self.first = RowCache(model.first, self.width, torch.zeros_like(features[0]))
         self.layers = [BlockCache(block, model, labels, features[at]) for at, block in enumerate(model.layers)]
         residuals = [residual for block in self.layers for residual in block.residuals]
         self.row_caches = [self.first, *(cache for each in residuals for cache in (each.first, each.second))]
-        self.head = Head(model.hidden, model.head, rows, F.elu_)
+        self.head = ClosingLayers(model.hidden, model.head, rows, F.elu_)
 
     def _slots(self, config: PixelSNAILConfig, attentions: list[Attention], background: Tensor) -> None:
         depth, rows = self.sources.shape[:2]
@@ -232,10 +236,10 @@ class Cache:
         self.keys, self.values = self.slots[..., : config.value], self.slots[..., config.key :]
 
     def step(self, token: Tensor | None) -> Tensor:
-        """Logits `(B, vocab_size)` of the next position, given the last one's `token` `(B,)`."""
+        """What is put out at the next position, `(B, size)`, given the last one's ids, `(B,)` or `(B, together)`."""
         rank, column = self.rank, self.rank % self.width
         if token is not None:
-            self.tokens.copy_(self.embedding.index_select(0, token))
+            self.tokens.copy_(self.embedding.of_rows(token))
             self.first.cells[column - 1].copy_(self.tokens[0])
             slot, made = self.slots.select(3, rank), torch.baddbmm(self.slot_at[rank - 1], self.sources, self.slot)
             slot.copy_(made.view_as(slot))
@@ -247,4 +251,4 @@ class Cache:
         for block, k, v in zip(self.layers, keys, values, strict=True):
             x = block.step(x, rank, column, k, v)
         self.rank += 1
-        return self.head.logits(x)
+        return self.head.outputs(x)

@@ -46,12 +46,14 @@ class TransformerConfig(PriorConfig):
         yield from super().check()
         if self.dim % (2 * self.heads):
             yield f"heads: dim must be a multiple of 2 * heads (got dim {self.dim}, heads {self.heads})"
-        elif len(self.grid) * self.dim // self.heads > MAX_ROTATIONS:
-            yield f"heads: a grid of {len(self.grid)} tokens and heads of width {self.dim // self.heads} are too large"
+        elif (cells := len(self.positions)) * self.dim // self.heads > MAX_ROTATIONS:
+            yield f"heads: a grid of {cells} positions and heads of width {self.dim // self.heads} are too large"
 
 
 class OrderedConfig(TransformerConfig):
     """Sizes of the transformer, the orders it is trained in, and how far it sees."""
+
+    takes_positions = True
 
     any_order: bool = Field(
         False, description="train in random orders too, to score, sample and complete in every order"
@@ -77,6 +79,8 @@ class OrderedConfig(TransformerConfig):
         yield from super().check()
         if len(self.anneal) != 2 or self.anneal[0] > self.anneal[1]:
             yield f"anneal: expected two ascending shares (got {list(self.anneal)})"
+        if self.any_order and self.head is not None and self.grid.together > 1:
+            yield f"any_order: does not go with head {self.head.kind!r} of several ids at a position"
         if self.window is None:
             if self.dilation is not None:
                 yield f"dilation: only a window has one; set window, too (got {list(self.dilation)})"
@@ -85,7 +89,7 @@ class OrderedConfig(TransformerConfig):
             yield f"dilation: expected one for each of the {self.depth} layers (got {list(self.dilation)})"
         if self.any_order:
             yield "window: does not go with any_order, where what is near would have another past in each order"
-        if problem := window_problem(self.window, self.dilations, self.grid.shape):
+        if problem := window_problem(self.window, self.dilations, self.positions.shape):
             yield f"window: {problem}"
 
     @property

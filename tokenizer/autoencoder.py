@@ -55,7 +55,7 @@ class Autoencoder(Tokenizer):
         self.quantizer = quantizer or Quantizer.find(config.quantizer.kind)(config.quantizer)
         self.levels = self.quantizer.levels
         shape = self.quantizer.grid_shape(height // factor, width // factor)
-        self.grid = TokenGrid(shape, self.quantizer.vocab_size, self.quantizer.scales)
+        self.grid = TokenGrid(shape, self.quantizer.vocab_size, self.quantizer.scales, levels=self.levels)
         self.likelihood: Likelihood | None = None
         if config.likelihood is not None:
             self.likelihood = Likelihood.find(config.likelihood.kind)(config.likelihood, config.channels)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal, NamedTuple
 
 import torch
@@ -12,13 +12,13 @@ from pydantic import Field, PlainSerializer, PlainValidator
 from torch import Tensor, nn
 
 from .files.errors import ConfigError, shown
-from .marks import Fact
 from .precision import at_least_float32 as at_least_float32
 from .precision import full_float32 as full_float32
 from .pretrained import PretrainedModel
 from .scales import Resize as Resize
 from .scales import Scales, areas, scales_problem
 from .settings import MAX_ITEMS, ModelConfig
+from .settings.marks import Fact
 
 
 @dataclass(frozen=True)
@@ -26,11 +26,16 @@ class TokenGrid:
     """The shape of an image's tokens and the number of ids; `len(grid)` is the number of tokens.
 
     scales: (height, width) of each map of ids, coarse to fine, where the tokens `(L,)` are several maps of an image.
+    levels: number of ids of each position, all positions' first ids before all second ones along the first axis.
+    channels: of pixels, whose ids are intensities: row `channels * i + c` holds channel c of image row i; 0: the ids
+    are codes. What is told of levels and channels makes no other grid of it: grids saved before say neither.
     """
 
     shape: tuple[int, ...]
     vocab_size: int
     scales: Scales = ()
+    levels: int = field(default=1, compare=False)
+    channels: int = field(default=0, compare=False)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "shape", tuple(self.shape))
@@ -44,6 +49,26 @@ class TokenGrid:
             raise ValueError(f"a grid holds at most 2^20 tokens of 2^20 ids (got {self.shape}, {self.vocab_size})")
         if self.scales and (problem := scales_problem(self.scales, self.shape)):
             raise ValueError(f"scales: {problem}")
+        if problem := positions_problem(self):
+            raise ValueError(problem)
+
+    @property
+    def together(self) -> int:
+        """Number of ids of a position: levels, or channels of a pixel."""
+        return max(self.levels, self.channels)
+
+    @property
+    def positions(self) -> TokenGrid:
+        """The grid of positions, which has one id for each."""
+        return TokenGrid((self.shape[0] // self.together, *self.shape[1:]), self.vocab_size)
+
+    @property
+    def cells(self) -> Tensor:
+        """The raster indices of each position's ids, int64 `(P, together)`."""
+        every = torch.arange(len(self), device="cpu")
+        if not self.channels:
+            return every.view(self.levels, -1).t().contiguous()
+        return every.view(-1, self.channels, math.prod(self.shape[1:])).mT.flatten(0, 1)
 
     def __len__(self) -> int:
         return math.prod(self.shape)
@@ -61,11 +86,24 @@ class TokenGrid:
             )
 
 
+def positions_problem(grid: TokenGrid) -> str | None:
+    """What is wrong with a grid's levels or channels, in one line, or None."""
+    counts = {"levels": grid.levels, "channels": grid.channels}
+    for name, count in counts.items():
+        if isinstance(count, bool) or not isinstance(count, int) or count < (name == "levels"):
+            return f"{name}: expected a whole number (got {count!r})"
+    if grid.levels > 1 and (grid.channels or grid.scales):
+        return f"levels: ids of {grid.levels} levels are neither pixels nor maps of scales"
+    if grid.shape[0] % grid.together:
+        return f"a grid of {grid.shape[0]} rows has no {grid.together} ids for each position"
+    return None
+
+
 def read_grid(value: Any) -> TokenGrid:
     """`value` as a grid: it is one, or its JSON form. Raises `ValueError`."""
     if isinstance(value, TokenGrid):
         return value
-    if not isinstance(value, dict) or set(value) - {"scales"} != {"shape", "vocab_size"}:
+    if not isinstance(value, dict) or set(value) - {"scales", "levels", "channels"} != {"shape", "vocab_size"}:
         raise ValueError(f"expected the keys shape, vocab_size (got {shown(value)})")
     shape, scales = value["shape"], value.get("scales", [])
     for name, items in (("shape", shape), ("scales", scales)):
@@ -75,13 +113,16 @@ def read_grid(value: Any) -> TokenGrid:
             raise ValueError(f"expected at most {MAX_ITEMS} values in a list")
     if not all(isinstance(sides, (list, tuple)) for sides in scales):
         raise ValueError(f"scales: expected pairs (got {shown(scales)})")
-    return TokenGrid(tuple(shape), value["vocab_size"], tuple(map(tuple, scales)))
+    facts = {name: value[name] for name in ("levels", "channels") if name in value}
+    return TokenGrid(tuple(shape), value["vocab_size"], tuple(map(tuple, scales)), **facts)
 
 
 def grid_to_dict(grid: TokenGrid) -> dict[str, Any]:
-    """The JSON form of a grid; without `scales` where it has none."""
+    """The JSON form of a grid; without `scales`, `levels` and `channels` where it has none."""
     scales = {"scales": [list(sides) for sides in grid.scales]} if grid.scales else {}
-    return {"shape": list(grid.shape), "vocab_size": grid.vocab_size, **scales}
+    levels = {"levels": grid.levels} if grid.levels > 1 else {}
+    channels = {"channels": grid.channels} if grid.channels else {}
+    return {"shape": list(grid.shape), "vocab_size": grid.vocab_size, **scales, **levels, **channels}
 
 
 Grid = Annotated[TokenGrid, PlainValidator(read_grid), PlainSerializer(grid_to_dict, return_type=dict)]

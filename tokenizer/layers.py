@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from .base import TokenizerConfig
-from .marks import Before
+from .settings.marks import Before
 
 TAIL = (96, 48, 24)
 """Channels at an eighth, a quarter and half of the image's resolution."""

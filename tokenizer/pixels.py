@@ -35,7 +35,7 @@ class Pixels(Tokenizer, name="pixels"):
         super().__init__(config)
         height, width = config.image_size
         self.image_shape = (config.channels, height, width)
-        self.grid = TokenGrid((config.channels * height, width), config.levels)
+        self.grid = TokenGrid((config.channels * height, width), config.levels, channels=config.channels)
         ids = self._nearest(torch.arange(256) / 127.5 - 1)
         sizes = (ids == torch.arange(config.levels).unsqueeze(1)).sum(1)
         self.register_buffer("sizes", sizes, persistent=False)

@@ -27,9 +27,11 @@ from .files.ownership import Kind
 from .files.reading import CODE, Folder, steadily
 from .files.weights import check_header, expected_weights, fill, read_header
 from .files.writing import atomic_folder, write_json
-from .marks import Before as Before
-from .marks import Fact as Fact
 from .settings import Choices, ModelConfig, choices_of
+from .settings import Node as Node
+from .settings.marks import Before as Before
+from .settings.marks import Fact as Fact
+from .settings.marks import Was as Was
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
 PROVENANCE = "provenance.json"  # beside a tokenizer, written by the verb that trained or imported it

@@ -11,8 +11,8 @@ from typing import Any
 
 import yaml
 
-from tokenizer.mistakes import show
 from tokenizer.settings import Data
+from tokenizer.settings.mistakes import show
 
 WIDTH = 110  # of printed text, in characters
 

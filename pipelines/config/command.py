@@ -17,8 +17,8 @@ import torch
 from pydantic import ValidationError
 
 from tokenizer.files.errors import PipelineLoadError
-from tokenizer.mistakes import explain
 from tokenizer.settings import Data, defaults_of, merge, with_defaults
+from tokenizer.settings.mistakes import explain
 
 from .arguments import ToldElsewhere, UserError, read_arguments
 from .errors import search

@@ -11,9 +11,9 @@ from typing import Annotated, Any, Literal, NamedTuple, Union, get_args, get_ori
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
-from tokenizer.marks import mark_of
-from tokenizer.mistakes import SIGNS, show, show_number
 from tokenizer.settings import Choices, Data, Node, Settings, models_in, plain
+from tokenizer.settings.marks import mark_of
+from tokenizer.settings.mistakes import SIGNS, show, show_number
 
 from .arguments import WIDTH
 from .schema import Config

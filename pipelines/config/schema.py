@@ -11,8 +11,8 @@ from typing import TypeVar
 
 from pydantic import BaseModel
 
-from tokenizer.mistakes import show
 from tokenizer.settings import Data, Settings, plain
+from tokenizer.settings.mistakes import show
 
 from .arguments import write_yaml
 

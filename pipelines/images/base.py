@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field, model_validator
 
-from tokenizer.marks import Before
+from tokenizer.settings.marks import Before
 
 from ..config import Config, is_first_process
 from .augment import AugmentConfig

@@ -65,12 +65,12 @@ def prior_turn(model: Prior, count: int, bf16: bool, frozen: Prior | None = None
         tokens = torch.zeros(count, *model.grid.shape, dtype=torch.long)
         inputs = model.training_inputs(tokens, 0.5)
         with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
-            logits = model(tokens, torch.zeros(count, dtype=torch.long), **inputs)
-        yield "activations", ledger.now - logits.untyped_storage().nbytes()
-        yield "logits", logits.untyped_storage().nbytes()
+            outputs = model(tokens, torch.zeros(count, dtype=torch.long), raw=True, **inputs)
+        yield "activations", ledger.now - outputs.untyped_storage().nbytes()
+        yield "logits", outputs.untyped_storage().nbytes()
         with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
-            loss = model.loss(logits, tokens, **inputs)
-        del logits
+            loss = model.loss(outputs, tokens, **inputs)
+        del outputs
         loss.backward()
 
     return take(parts, list(model.parameters()))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -52,7 +52,9 @@ def facts_of(config: Any, tokenizer: Tokenizer | None) -> Facts:
         raise UserError("\n".join(lines))
     assert shape is not None and ids is not None and classes is not None
     try:
-        scales = known.scales if known is not None and tuple(shape) == known.shape else ()
-        return Facts(TokenGrid(tuple(shape), ids, scales), classes, rows, size)
+        grid = TokenGrid(tuple(shape), ids)
+        if known is not None and grid.shape == known.shape:
+            grid = replace(known, vocab_size=ids)  # with its scales, levels and channels
+        return Facts(grid, classes, rows, size)
     except ValueError as error:
         raise UserError(f"grid: {error}") from error

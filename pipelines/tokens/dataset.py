@@ -160,7 +160,8 @@ def _read_dataset(folder: Path, verify: bool | None, mapped: bool | None) -> Tok
         raise IntegrityError(f"{folder / META}: grid {meta.grid} is not the tokenizer's, {tokenizer.grid}")
     mapped = size > IN_MEMORY if mapped is None else mapped
     splits = {name: _load_split(folder, name, meta, mapped) for name in meta.shards}
-    return TokenDataset(meta.grid, meta.class_names, splits, tokenizer, meta.source, meta.augmentations, meta.parts)
+    grid = tokenizer.grid  # which knows levels and channels, where `meta.json` is from before it said them
+    return TokenDataset(grid, meta.class_names, splits, tokenizer, meta.source, meta.augmentations, meta.parts)
 
 
 def _load_split(folder: Path, split: str, meta: Meta, mapped: bool) -> TokenSplit:

@@ -103,6 +103,8 @@ class GridFields(BaseModel):
     shape: list[Whole]
     vocab_size: Whole
     scales: list[list[Whole]] = []
+    levels: Whole = 1
+    channels: Whole = 0
 
     @model_validator(mode="after")
     def is_a_grid(self) -> GridFields:
@@ -112,7 +114,7 @@ class GridFields(BaseModel):
 
     def grid(self) -> TokenGrid:
         """What the fields say. Raises `ValueError`."""
-        return read_grid({"shape": self.shape, "vocab_size": self.vocab_size, "scales": self.scales})
+        return read_grid(self.model_dump())
 
 
 class MetaFile(BaseModel):

@@ -10,7 +10,7 @@ from pydantic import BeforeValidator, Field
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
-from tokenizer.marks import Before
+from tokenizer.settings.marks import Before
 
 from ..config import Config
 

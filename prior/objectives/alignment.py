@@ -23,8 +23,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .likelihood import token_nats
-
 
 class Alignment(nn.Module):
     """A prior and its loss in one call. The frozen `reference` is no part of the module: it is not trained, averaged,
@@ -79,7 +77,8 @@ def without_dropout(prior: Any) -> Any:
 
 def image_nats(prior: Any, tokens: Tensor, labels: Tensor, inputs: dict[str, Any]) -> Tensor:
     """-log p(tokens | labels) of an exact prior, float32 `(B,)`, along the orders that `inputs` name."""
-    return token_nats(prior(tokens, labels, **inputs), tokens).sum(1)
+    outputs = prior(tokens, labels, raw=True, **inputs)
+    return prior.readout.nats(outputs, prior.ids_of(tokens)).flatten(1).sum(1)
 
 
 def alignment_loss(own: Tensor, other: Tensor, labelled: Tensor, beta: float, negatives: float) -> Tensor:

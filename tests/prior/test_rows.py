@@ -89,7 +89,7 @@ def test_channels_of_a_pixel_see_those_before_them(name):
 
 # What was saved before there was a choice
 
-SIZES = {"dim": 2, "depth": 1, "first_kernel": 3, "kernel": 3, "head": 2}
+SIZES = {"dim": 2, "depth": 1, "first_kernel": 3, "kernel": 3, "hidden": 2}
 OLD_CONFIG = {"grid": {"shape": [3, 4], "vocab_size": 5}, "num_classes": 2, "tokenizer": "", "order": "raster", **SIZES}
 LAYER = {
     "across.weight": (4, 4),

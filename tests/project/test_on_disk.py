@@ -41,9 +41,9 @@ from pipelines.tokens import load_tokens
 from prior import Prior
 from tokenizer import Tokenizer
 from tokenizer.likelihoods import Likelihood
-from tokenizer.marks import Before, mark_of
 from tokenizer.quantizers import Quantizer
 from tokenizer.settings import Settings
+from tokenizer.settings.marks import Before, mark_of
 
 TOLERANCE = {"rtol": 1e-4, "atol": 1e-4}
 """Of what is computed in float32, whose last digits are another machine's own."""

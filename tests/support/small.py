@@ -14,10 +14,10 @@ from tokenizer.quantizers import Quantized, Quantizer
 SMALL: dict[str, dict[str, Any]] = {
     "gpt": {"dim": 32, "depth": 2, "heads": 2},
     "causal_conv": {"dim": 16, "depth": 4, "max_dilation": 8, "skip": 16},
-    "pixelsnail": {"dim": 8, "depth": 2, "heads": 2, "key": 4, "value": 8, "head": 8},
+    "pixelsnail": {"dim": 8, "depth": 2, "heads": 2, "key": 4, "value": 8, "hidden": 8},
     "made": {"hidden": (132, 121)},
-    "pixelcnn": {"dim": 8, "depth": 2, "first_kernel": 3, "head": 8},
-    "gated_pixelcnn": {"dim": 8, "depth": 2, "first_kernel": 3, "head": 8},
+    "pixelcnn": {"dim": 8, "depth": 2, "first_kernel": 3, "hidden": 8},
+    "gated_pixelcnn": {"dim": 8, "depth": 2, "first_kernel": 3, "hidden": 8},
     "masked": {"dim": 32, "depth": 2, "heads": 2},
     "blocks": {"dim": 32, "depth": 2, "heads": 2},
     "next_scale": {"dim": 32, "depth": 2, "heads": 2, "channels": 8},

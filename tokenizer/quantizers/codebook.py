@@ -12,8 +12,8 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor
 
-from ..marks import Before
 from ..settings import ModelConfig
+from ..settings.marks import Before
 from .base import Quantized, Quantizer
 from .gradients import Gradient, pass_gradient
 from .steps import Stepped, Taken

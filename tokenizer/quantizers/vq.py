@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
-from ..marks import Before
+from ..settings.marks import Before
 from .codebook import CodebookConfig, CountedCodebook, world_size
 from .steps import Taken, moved_if
 

@@ -26,9 +26,9 @@ from pipelines.config.command import Interrupted, parse
 from pipelines.config.help import help_page
 from pipelines.config.schema import difference, to_yaml
 from tokenizer.files.errors import PathError
-from tokenizer.marks import Fact
 from tokenizer.pretrained import Named
 from tokenizer.settings import ModelConfig, Node, merge
+from tokenizer.settings.marks import Fact
 
 
 class Coder(Named, family="tokenizer.quantizers"):

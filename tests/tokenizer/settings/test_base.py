@@ -1,6 +1,6 @@
 """How a model's configuration is written down: marks, what presets may say of it, and what its errors say.
 
-Covers: tokenizer/marks.py, tokenizer/mistakes.py.
+Covers: tokenizer/settings/marks.py, tokenizer/settings/mistakes.py, tokenizer/settings/values.py.
 """
 
 from __future__ import annotations
@@ -12,9 +12,9 @@ import pytest
 from pydantic import Field, ValidationError
 
 from tokenizer.files.errors import ConfigError
-from tokenizer.marks import Before, Fact
 from tokenizer.pretrained import Named
 from tokenizer.settings import ModelConfig, Node, as_begun, as_saved
+from tokenizer.settings.marks import Before, Fact
 
 
 class Book(Named, family="tokenizer.quantizers"):

@@ -3,12 +3,13 @@
     channels: Fact[Literal[1, 3]] = Field(description="1 for grey, 3 for RGB")
     normalize: Annotated[bool, Before(False)] = Field(False, description="compare directions")
 
-`settings.Node`, which has to know configurations, is a mark as well.
+`Node`, which has to know configurations, is a mark as well (`base`).
 """
 
 from __future__ import annotations
 
 import types
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, TypeVar, Union, get_args, get_origin
 
@@ -29,6 +30,15 @@ class Before:
     value: Any
 
 
+@dataclass(frozen=True)
+class Was:
+    """Marks a setting that had another name, `Was("head", int)`: what is of this type under that name is read as its
+    value. Fingerprints keep the name."""
+
+    name: str
+    type: type
+
+
 def mark_of(field: FieldInfo, mark: type[T]) -> T | None:
     """The mark of this class on the field, if there is one."""
     return next((found for found in field.metadata if isinstance(found, mark)), None)
@@ -41,3 +51,13 @@ def options(hint: Any) -> list[Any]:
     if get_origin(hint) in (Union, types.UnionType):
         return [option for part in get_args(hint) for option in options(part)]
     return [hint]
+
+
+def renamed(fields: Mapping[str, FieldInfo], data: Mapping[str, Any]) -> dict[str, Any]:
+    """A copy of `data`, values of these fields, in which they have the names of today."""
+    found = dict(data)
+    for name, field in fields.items():
+        was = mark_of(field, Was)
+        if was and name not in found and type(found.get(was.name)) is was.type:
+            found[name] = found.pop(was.name)
+    return found

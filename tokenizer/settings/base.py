@@ -29,9 +29,10 @@ from pydantic import (
 from pydantic.fields import FieldInfo
 from pydantic_core import CoreSchema, PydanticKnownError, PydanticUndefined, core_schema
 
-from .files.errors import ConfigError, shown
-from .marks import FACT, Before, mark_of, options
+from ..files.errors import ConfigError, shown
+from .marks import FACT, Before, Was, mark_of, options, renamed
 from .mistakes import explain, located
+from .values import merge, parsed_float
 
 MAX_ITEMS = 64  # of a list
 MAX_PROBLEMS = 20  # of a configuration that are reported
@@ -43,6 +44,11 @@ class Settings(BaseModel):
     """Base of every configuration: frozen; no unknown keys, no infinities, no conversion of types."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, validate_default=True, allow_inf_nan=False)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _as_named_now(cls, data: Any) -> Any:
+        return renamed(cls.model_fields, data) if isinstance(data, dict) else data
 
     @field_validator("*", mode="before")
     @classmethod
@@ -69,14 +75,6 @@ class Settings(BaseModel):
         return models.get("") or (models.get(kind) if isinstance(kind, str) else None)
 
 
-def parsed_float(text: str) -> float | str:
-    """`text` as a number, or unchanged if it is none."""
-    try:
-        return float(text)
-    except ValueError:
-        return text
-
-
 # Nodes --------------------------------------------------------------------------------------------
 
 
@@ -85,8 +83,8 @@ class Node:
     """Marks a field that holds a `{kind: ...}` node, a member of a family: `Node("tokenizer.quantizers:Quantizer")`.
     `only` restricts the members.
 
-    A `ModelConfig` field becomes the configuration of that kind. A `dict` field stays a node, as in a preset: without
-    facts, and with the defaults of its kind filled in.
+    A text is the kind alone. A `ModelConfig` field becomes the configuration of that kind. A `dict` field stays a node,
+    as in a preset: without facts, and with the defaults of its kind filled in.
     """
 
     family: str
@@ -119,6 +117,7 @@ class Node:
             if self.only:
                 self.member({"kind": value.kind})
             return value
+        value = {"kind": value} if isinstance(value, str) else value
         if not isinstance(value, dict):
             raise PydanticKnownError("dict_type")
         member = self.member(value)
@@ -130,6 +129,7 @@ class Node:
 
     def preset(self, value: Any) -> Data:
         """A node with the defaults of its kind filled in."""
+        value = {"kind": value} if isinstance(value, str) else value
         if not isinstance(value, dict):
             raise PydanticKnownError("dict_type")
         choices = self.member(value).choices()
@@ -184,6 +184,8 @@ class ModelConfig(Settings):
                 del values[name]
             elif isinstance(value, ModelConfig):
                 values[name] = value.identity()
+            if (was := mark_of(field, Was)) and was.name not in values:
+                values[was.name] = values.pop(name)
         return values
 
     @classmethod
@@ -195,7 +197,7 @@ class ModelConfig(Settings):
 
 def as_saved(cls: type[Settings], data: Data) -> Data:
     """A saved configuration, in which missing settings get their `Before` value. An empty one stays empty."""
-    found = dict(data)
+    found = renamed(cls.model_fields, data)
     for name, field in cls.model_fields.items() if data else ():
         before, value = mark_of(field, Before), found.get(name)
         if before and name not in found:
@@ -260,14 +262,6 @@ def models_in(field: FieldInfo) -> dict[str, type[Settings]]:
 # Defaults -----------------------------------------------------------------------------------------
 
 
-def merge(old: Data, new: Data) -> Data:
-    """`new` merged into `old`, mappings key by key; a node whose `kind` changes is replaced."""
-    if "kind" in old and new.get("kind", old["kind"]) != old["kind"]:
-        old = {}
-    both = [key for key in new if isinstance(old.get(key), dict) and isinstance(new[key], dict)]
-    return {**old, **new, **{key: merge(old[key], new[key]) for key in both}}
-
-
 def defaults_of(cls: type[Settings]) -> Data:
     """The defaults, into which overrides of single keys are merged."""
     optional = {name: field for name, field in cls.model_fields.items() if not field.is_required()}
@@ -278,10 +272,12 @@ def defaults_of(cls: type[Settings]) -> Data:
 
 def with_defaults(cls: type[Settings], data: Data) -> Data:
     """`data` with the defaults of every node's kind, so that a node always has a `kind` to compare with."""
-    found = dict(data)
+    found = renamed(cls.model_fields, data)
     for name, field in cls.model_fields.items():
         value = data.get(name)
+        value = {"kind": value} if isinstance(value, str) and mark_of(field, Node) is not None else value
         if isinstance(value, dict) and (model := cls.below(name, value)):
+            value = renamed(model.model_fields, value)
             found[name] = with_defaults(model, merge(defaults_of(model), value) if mark_of(field, Node) else value)
     return found
 

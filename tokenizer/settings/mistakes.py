@@ -11,7 +11,7 @@ from typing import Any
 from pydantic import ValidationError
 from pydantic_core import ErrorDetails, InitErrorDetails, PydanticCustomError
 
-from .files.errors import shown
+from ..files.errors import shown
 
 SIGNS = {"gt": ">", "ge": ">=", "lt": "<", "le": "<="}
 WHOLE, NUMBER, TEXT, MAPPING = "a whole number", "a number", "text", "a mapping of keys"

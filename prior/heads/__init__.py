@@ -1,0 +1,6 @@
+"""Heads: what is made of the numbers that a network puts out at a position. One idea per file, headed by its paper."""
+
+from .base import Head, Softmax
+from .positions import IdEmbedding, PositionSteps
+
+__all__ = ["Head", "IdEmbedding", "PositionSteps", "Softmax"]

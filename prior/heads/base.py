@@ -1,0 +1,84 @@
+"""The contract of heads: p(the ids of a position | what the network puts out there), one id after the other.
+
+    p(ids | outputs) = prod_l p(ids[l] | ids[:l], outputs)
+
+A network sees positions: of an id each, or, where a head draws the ids of a position together, of a grid's levels or of
+a pixel's channels. It puts out `size` numbers at each; a head makes logits of them.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tokenizer.base import TokenGrid, at_least_float32
+from tokenizer.pretrained import ModelConfig, Named
+
+from ..objectives import mean_nats, token_nats
+
+
+class Head(Named, nn.Module, family="prior.heads"):
+    """The ids of a position, each given those before it."""
+
+    size: int
+    """How many numbers the network puts out at each position."""
+
+    def __init__(self, config: Any, grid: TokenGrid) -> None:
+        nn.Module.__init__(self)
+        self.config, self.vocab_size, self.together = config, grid.vocab_size, grid.together
+
+    @classmethod
+    def problem(cls, config: Any, grid: TokenGrid) -> str | None:
+        """Why this grid has no such head, in one line that says which have, or None."""
+        return None
+
+    def next_logits(self, outputs: Tensor, ids: Tensor) -> Tensor:
+        """Logits `(..., vocab_size)` of the next id of positions whose first `ids` `(..., l)` are known, l from 0 on.
+
+        outputs: `(..., size)`, what the network puts out at these positions.
+        """
+        raise NotImplementedError
+
+    def logits(self, outputs: Tensor, ids: Tensor) -> Tensor:
+        """Logits `(..., together, vocab_size)` of all ids of positions, of `ids` `(..., together)`."""
+        return torch.stack([self.next_logits(outputs, ids[..., :level]) for level in range(self.together)], -2)
+
+    def log_probs(self, outputs: Tensor, ids: Tensor) -> Tensor:
+        """log p of each id of positions, `(..., together)` nats, at least in float32."""
+        found = at_least_float32(self.logits(outputs, ids)).log_softmax(-1)
+        return found.gather(-1, ids[..., None])[..., 0]
+
+    def nats(self, outputs: Tensor, ids: Tensor, label_smoothing: float = 0.0) -> Tensor:
+        """-log p of each id, float32 `(B, P, together)`, for outputs `(B, P, size)` of any type, in training.
+        label_smoothing: the share of the target that is spread over all ids, where a head is a softmax."""
+        return -self.log_probs(outputs, ids).float()
+
+    def mean_nats(self, outputs: Tensor, ids: Tensor) -> Tensor:
+        """The mean of `nats`, a scalar."""
+        return self.nats(outputs, ids).mean()
+
+
+class Softmax(Head):
+    """A logit for each id is what the network puts out; a position has one id. What a prior without a head has."""
+
+    def __init__(self, grid: TokenGrid) -> None:
+        super().__init__(ModelConfig(), grid)
+        self.size, self.together = grid.vocab_size, 1
+
+    def next_logits(self, outputs: Tensor, ids: Tensor) -> Tensor:
+        """`outputs`."""
+        return outputs
+
+    def logits(self, outputs: Tensor, ids: Tensor) -> Tensor:
+        """`outputs`, `(..., 1, vocab_size)`."""
+        return outputs.unsqueeze(-2)
+
+    def nats(self, outputs: Tensor, ids: Tensor, label_smoothing: float = 0.0) -> Tensor:
+        """As in `Head`, without copies of all logits."""
+        return token_nats(outputs, ids[..., 0], label_smoothing)[..., None]
+
+    def mean_nats(self, outputs: Tensor, ids: Tensor) -> Tensor:
+        """As in `Head`, in one call."""
+        return mean_nats(outputs, ids)
