@@ -171,8 +171,13 @@ class ModelConfig(Settings):
         return iter(())
 
     def to_dict(self) -> Data:
-        """The configuration as JSON values, `kind` first."""
-        return {"kind": self.kind, **self.model_dump(mode="json")}
+        """The configuration as JSON values, `kind` first; a setting keeps the name that it had where that is free."""
+        values = {"kind": self.kind, **self.model_dump(mode="json")}
+        for name, field in type(self).model_fields.items():
+            if (was := mark_of(field, Was)) and values.get(was.name) is None:
+                values.pop(was.name, None)
+                values = {was.name if key == name else key: value for key, value in values.items()}
+        return values
 
     def identity(self) -> Data:
         """`to_dict` without settings that are null and settings that equal their `Before` value, so that it is the same
@@ -180,12 +185,10 @@ class ModelConfig(Settings):
         values = self.to_dict()
         for name, field in type(self).model_fields.items():
             value, before = getattr(self, name), mark_of(field, Before)
-            if value is None or (before and value == before.value):
-                del values[name]
+            if values.get(name) is None or (before and value == before.value):
+                values.pop(name, None)
             elif isinstance(value, ModelConfig):
                 values[name] = value.identity()
-            if (was := mark_of(field, Was)) and was.name not in values:
-                values[was.name] = values.pop(name)
         return values
 
     @classmethod

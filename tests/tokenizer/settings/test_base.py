@@ -11,10 +11,12 @@ from typing import Annotated, Any, Literal
 import pytest
 from pydantic import Field, ValidationError
 
+from prior import Prior
+from tokenizer import TokenGrid
 from tokenizer.files.errors import ConfigError
 from tokenizer.pretrained import Named
-from tokenizer.settings import ModelConfig, Node, as_begun, as_saved
-from tokenizer.settings.marks import Before, Fact
+from tokenizer.settings import ModelConfig, Node, as_begun, as_saved, choices_of, defaults_of, merge, with_defaults
+from tokenizer.settings.marks import Before, Fact, Was
 
 
 class Book(Named, family="tokenizer.quantizers"):
@@ -186,3 +188,38 @@ def test_a_preset_knows_no_facts() -> None:
     }
     with pytest.raises(ValidationError):
         choices(sides=[2, 3])
+
+
+# Settings with another name
+
+
+class RenamedConfig(ModelConfig):
+    kind = "renamed"
+    head: Annotated[ModelConfig | None, Node("prior.heads:Head")] = Field(None, description="a head")
+    hidden: Annotated[int, Was("head", int)] = Field(32, ge=1, description="channels")
+
+
+def test_a_setting_is_read_under_the_name_it_had():
+    assert RenamedConfig(head=8) == RenamedConfig(hidden=8) == RenamedConfig.from_saved({"head": 8})
+    assert RenamedConfig(hidden=8).identity() == RenamedConfig(hidden=8).to_dict() == {"kind": "renamed", "head": 8}
+
+
+def test_the_name_may_mean_something_else_by_now():
+    both = RenamedConfig(head="logistic", hidden=8)
+    assert both.head is not None and both.head.kind == "logistic" and both.hidden == 8
+    assert both.identity()["head"]["kind"] == "logistic" and both.identity()["hidden"] == 8
+    assert RenamedConfig.from_saved({key: value for key, value in both.to_dict().items() if key != "kind"}) == both
+    with pytest.raises(ConfigError, match="head.kind: no Head is called 'none'"):
+        RenamedConfig(head="none")
+
+
+def test_a_node_may_be_its_kind_alone():
+    config = choices_of(RenamedConfig, "")
+    whole = with_defaults(config, merge(defaults_of(config), {"head": "logistic"}))
+    assert whole == {"kind": "renamed", "head": {"kind": "logistic", "components": 5}, "hidden": 32}
+    assert with_defaults(config, {"head": 8})["hidden"] == 8
+
+
+def test_presets_of_before_the_name_changed_are_read():
+    old = Prior.create("pixelcnn", grid=TokenGrid((3, 3), 5), head=7)
+    assert old.config.hidden == 7 and old.hidden.out_features == 7 and old.config.head is None
