@@ -119,20 +119,21 @@ class MADE(Prior, name="made"):
         super().__init__(config)
         size, vocab, hidden = len(config.grid), config.grid.vocab_size, config.hidden
         self.any_order, self.any_connectivity = config.order_agnostic, config.connectivity_agnostic
-        self.width = 1 if config.binary else config.embedding or vocab
+        self.width = 1 if config.binary else config.embedding or vocab  # numbers that go in for a token
+        self.put_out = 1 if config.binary else config.embedding or self.readout.size  # and that come out
         self.input = nn.Parameter(torch.empty(size, self.width, hidden[0]))
         self.hidden = nn.ParameterList(torch.empty(*sizes) for sizes in zip(hidden[1:], hidden, strict=False))
-        self.output = nn.Parameter(torch.empty(size, self.width, hidden[-1]))
-        sizes = [*hidden, size * self.width]
+        self.output = nn.Parameter(torch.empty(size, self.put_out, hidden[-1]))
+        sizes = [*hidden, size * self.put_out]
         self.biases: Any = nn.ModuleList(ClassBias(config.num_classes, units) for units in sizes)
-        self.direct = nn.Parameter(torch.empty(size, self.width, size * self.width)) if config.direct else None
+        self.direct = nn.Parameter(torch.empty(size, self.width, size * self.put_out)) if config.direct else None
         if config.binary:  # -1 and 1 go in, and of z come the logits -z/2 and z/2
             self.register_buffer("embedding", torch.tensor([[-1.0], [1.0]]), persistent=False)
             self.register_buffer("head", torch.tensor([[-0.5], [0.5]]), persistent=False)
         else:
             self.embedding = nn.Parameter(torch.empty(vocab, self.width)) if config.embedding else None
-            self.head = nn.Parameter(torch.empty(vocab, self.width)) if config.embedding else None
-        self.head_bias = nn.Parameter(torch.zeros(size, vocab)) if config.embedding else None
+            self.head = nn.Parameter(torch.empty(self.readout.size, self.width)) if config.embedding else None
+        self.head_bias = nn.Parameter(torch.zeros(size, self.readout.size)) if config.embedding else None
         self.dropout = nn.Dropout(config.dropout)
         self.register_buffer("ranks", torch.argsort(self.order), persistent=False)
         self.register_buffer("all_degrees", torch.cat(self.numbered_degrees(0)), persistent=False)
@@ -235,7 +236,7 @@ class MADE(Prior, name="made"):
         x = torch.addmm(self.biases[-1](labels), x, last.flatten(0, 1).t())
         if direct is not None:
             x = x + summed(inputs, direct)
-        return self.read_out(x.unflatten(1, (-1, self.width)), self.head_bias)
+        return self.read_out(x.unflatten(1, (-1, self.put_out)), self.head_bias)
 
     def _outputs_by_order(
         self, tokens: Tensor, labels: Tensor, order: Tensor, degrees: Sequence[Tensor] | None
@@ -269,8 +270,8 @@ class MADE(Prior, name="made"):
         return self.dropout(F.relu(x))
 
     def read_out(self, x: Tensor, bias: Tensor | None) -> Tensor:
-        """The logits of `x` (..., width): `x` itself, or by the table that all positions share, of embedded or of two
-        ids."""
+        """What is put out of `x` (..., put_out): `x` itself, or by the table that all positions share, of embedded ids or
+        of two ids."""
         logits = x if self.head is None else F.linear(x, self.head)
         return logits if bias is None else logits + bias
 

@@ -11,9 +11,12 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import math
+import time
 from collections.abc import Callable, Iterator, Sequence
 from decimal import Decimal, localcontext
 from functools import cache
+from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -37,6 +40,8 @@ SCALE = 1 << 32
 NUMBERS = 1 << 22
 """How many logits are held in float64 at once; their grid steps are held in 16 bits."""
 KNOWN_ROWS = 8
+PROBED = 16
+"""The share of the steps, as 1 / 16, after which it shows how long the rest would take."""
 CODER_ANSWER = "e910d83e0700f62c"
 
 Weights = NDArray[np.float64]
@@ -97,6 +102,8 @@ class Models:
         parts = (VERSION, pipeline.tokenizer.fingerprint(), pipeline.prior.fingerprint())
         self.model_id = hashlib.sha256(" ".join(parts).encode()).digest()[:16]
         self.order = self.prior.order.to(device)
+        self.pass_seconds = math.inf
+        """How long a pass over an image takes; not known before `answer`."""
 
     @torch.inference_mode()
     def answer(self) -> bytes:
@@ -104,9 +111,11 @@ class Models:
         cannot be decoded here."""
         ids = torch.arange(KNOWN_ROWS * len(self.grid), device=self.device) * 2654435761 % (1 << 32)
         tokens = ((ids >> 7) % self.grid.vocab_size).reshape(KNOWN_ROWS, *self.grid.shape)
-        digest = hashlib.sha256()
-        for steps, unsure in self.token_steps(tokens):
+        digest, begin = hashlib.sha256(), time.perf_counter()
+        known = self.passed_steps(tokens) if self.prior.exact else self.token_steps(tokens)
+        for steps, unsure in known:
             digest.update(steps.masked_fill(unsure[:, None], 0).cpu().numpy().tobytes())
+        self.pass_seconds = (time.perf_counter() - begin) / KNOWN_ROWS
         if self.residual:
             values = tokens.new_zeros(KNOWN_ROWS, *self.image_shape)
             for channel in range(self.image_shape[0]):
@@ -115,12 +124,20 @@ class Models:
         return digest.digest()[:8]
 
     def token_steps(self, tokens: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-        """Grid steps `(n, V)` and doubts `(n,)` of each rank in turn, for known `tokens` (n, *grid.shape): from one
-        pass where the prior is exact, else step by step."""
-        if not self.prior.exact:
-            flat = tokens.flatten(1)[:, self.order]
-            yield from walk(self.prior, len(tokens), lambda rank, steps, unsure: flat[:, rank])
-            return
+        """Grid steps `(n, V)` and doubts `(n,)` of each rank in turn, for known `tokens` (n, *grid.shape): step by
+        step, as they are decoded; where passes over whole images would take less time than the steps that are left,
+        from these. Both give the same integers."""
+        flat = tokens.flatten(1)[:, self.order]
+        begin, size = time.perf_counter(), len(self.grid)
+        whole = len(tokens) * self.pass_seconds if self.prior.exact else math.inf
+        for rank, found in enumerate(walk(self.prior, len(tokens), lambda rank, steps, unsure: flat[:, rank])):
+            if rank >= size // PROBED and (time.perf_counter() - begin) / max(1, rank) * (size - rank) > whole:
+                yield from islice(self.passed_steps(tokens), rank, None)
+                return
+            yield found
+
+    def passed_steps(self, tokens: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+        """What `token_steps` gives, of an exact prior, from passes over whole images."""
         rows = max(1, NUMBERS // (len(self.grid) * self.grid.vocab_size))
         parts = [grid_steps(self.prior(some)[:, self.order]) for some in tokens.split(rows)]
         steps, unsure = (torch.cat(each) for each in zip(*parts, strict=True))

@@ -10,6 +10,11 @@ KINDS = {
     "pixels given tokens": ("vqvae", LOGISTIC, True),
     "pixels given levels": ("pixels", {"levels": 5}, True),
     "bytes": ("pixels", {"levels": 256}, True),
+    "levels": (
+        "vqvae",
+        {"quantizer": {"kind": "rvq", "depth": 3, "book": {"kind": "ema", "codes": 32, "dim": 8}}},
+        False,
+    ),
 }
 
 

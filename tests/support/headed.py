@@ -22,7 +22,9 @@ CASES = [
         ("logistic", {"channels": 1}),
     )
     for order in ("raster", *(ORDERS.get(kind, []) if facts == {"levels": 3} else []))
-] + [("masked", "logistic", {"channels": 1}, order) for order in ("raster", "halton:2")]
+]
+CASES += [("masked", "logistic", {"channels": 1}, order) for order in ("raster", "halton:2")]
+CASES += [("made", "logistic", {"channels": 1}, order) for order in ("raster", "snake")]
 """Kind, head, what is told of the grid, order of positions."""
 
 

@@ -100,6 +100,39 @@ def test_batch_size_and_threads_do_not_matter(kind, batch_size, threads, monkeyp
         torch.set_num_threads(before)
 
 
+@pytest.mark.parametrize("head", ["logistic", None])
+@pytest.mark.parametrize(("prior", "channels"), [("gpt", 1), ("gpt", 3), ("blocks", 3), ("gated_pixelcnn", 3)])
+def test_intensities_and_positions_come_back(prior, channels, head):
+    """Of pixels under logistics, and of levels under a depth head."""
+    kind, head = ("bytes", "logistic") if head else ("levels", "depth")
+    pipe = pipeline_of(kind, prior, channels=channels, head=head)
+    images = images_of(pipe, 5)
+    data = compressed(pipe, images, lossless=kind == "bytes")
+    assert all(chunk.profile != RAW for chunk in parse(data))
+    found = decompressed(pipe, data, batch_size=2)
+    assert torch.equal(found, expected(pipe, images, kind == "bytes"))
+    if kind == "bytes":
+        assert torch.equal(((found + 1) * 127.5).round().to(torch.uint8), images)
+
+
+@pytest.mark.parametrize("prior", ["gpt", "blocks", "causal_conv", "pixelcnn"])
+def test_steps_and_passes_code_alike_and_the_faster_is_taken(prior, monkeypatch):
+    pipe = pipeline_of(prior=prior, size=(16, 12))
+    models = Models(pipe, residual=False)
+    tokens = pipe.encode(images_of(pipe))
+    passes, real, streams = [], Models.passed_steps, []
+    monkeypatch.setattr(Models, "passed_steps", lambda self, given: passes.append(len(given)) or real(self, given))
+    for seconds in (float("inf"), 0.0):  # of a pass: steps to the end, or until it shows that passes are faster
+        models.pass_seconds = seconds
+        with torch.inference_mode():
+            streams.append([(steps.clone(), unsure.clone()) for steps, unsure in models.token_steps(tokens)])
+    assert passes == [len(tokens)] and len(streams[0]) == len(models.grid)
+    for (steps, unsure), (others, doubts) in zip(*streams, strict=True):
+        assert torch.equal(steps, others) and torch.equal(unsure, doubts)
+    models.answer()
+    assert 0 < models.pass_seconds < 60
+
+
 @pytest.mark.parametrize("prior", ["gpt", "made", "gated_pixelcnn"])
 def test_a_stream_decodes_without_the_cache(prior, monkeypatch):
     pipe = pipeline_of(prior=prior)
