@@ -270,8 +270,7 @@ class MADE(Prior, name="made"):
         return self.dropout(F.relu(x))
 
     def read_out(self, x: Tensor, bias: Tensor | None) -> Tensor:
-        """What is put out of `x` (..., put_out): `x` itself, or by the table that all positions share, of embedded ids or
-        of two ids."""
+        """What is put out of `x` (..., put_out): `x` itself, or by the table that all positions share."""
         logits = x if self.head is None else F.linear(x, self.head)
         return logits if bias is None else logits + bias
 
