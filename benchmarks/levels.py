@@ -60,7 +60,7 @@ def fitted(kind: str, config: dict[str, Any], data: Any, minutes: float, lr: flo
         optimizer.param_groups[0]["lr"] = lr * min(1.0, (steps + 1) / 50) * 0.5 * (1 + math.cos(math.pi * done))
         tokens = train.rows(torch.randint(len(train), (BATCH,), generator=generator).numpy())
         inputs = model.training_inputs(tokens, done)
-        loss = model.loss(model(tokens, raw=True, **inputs), tokens, **inputs)
+        loss = model.loss(model.put_out(tokens, **inputs), tokens, **inputs)
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)

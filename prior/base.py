@@ -22,24 +22,12 @@ from tokenizer.pretrained import Fact, ModelConfig, Node, PretrainedModel
 
 from .drawing import State, draw, evaluating
 from .features import Features
-from .heads import Head, PositionSteps, Softmax
+from .heads import PositionSteps, Softmax, head_problem, make_head
 from .mixtures import Mixtures
-from .orders import Partition, block_numbers, blocks_problem, make_partition, order_problem
+from .orders import Partition, blocks_problem, make_partition, order_problem
+from .positions import Positions
 from .requests import Order, Rows, Walk, check_labels, check_order, given_walk, make_rows, partition_of
 from .sampling import Generators, Sampler
-
-
-def by_level(walk: Partition, grid: TokenGrid) -> Partition:
-    """The order of the ids, given that of positions: a block's first ids are a block, then its second ones, ..."""
-    parts = grid.cells[walk.order].split(walk.blocks)
-    blocks = tuple(size for size in walk.blocks for _ in range(grid.together))
-    return Partition(torch.cat([part.t().flatten() for part in parts]), blocks)
-
-
-def sent(drawn: Tensor, device: torch.device) -> Tensor:
-    """`drawn` on this device: from the CPU to a GPU by way of pinned memory, so that the host does not wait."""
-    pinned = device.type == "cuda" and drawn.device.type == "cpu"
-    return drawn.pin_memory().to(device, non_blocking=True) if pinned else drawn.to(device)
 
 
 class PriorConfig(ModelConfig):
@@ -67,14 +55,14 @@ class PriorConfig(ModelConfig):
 
     takes_blocks: ClassVar[bool] = False
     """Whether the model draws blocks of several tokens."""
-    takes_heads: ClassVar[bool] = True
-    """Whether the model takes any head that puts out an id at a time."""
+    takes_heads: ClassVar[bool] = False
+    """Whether the model writes `outputs`, of which a head makes logits."""
     takes_positions: ClassVar[bool] = False
-    """Whether the model takes heads that put out several ids of a position."""
+    """Whether it sees positions, of several ids each, where a head draws these together."""
 
     def check(self) -> Iterator[str]:
         """The head has to fit the grid; the order has to exist for it, and its blocks have to sum to it."""
-        if problem := self.head_problem():
+        if problem := head_problem(self):
             yield f"head: {problem}"
         elif problem := order_problem(self.order, self.positions.shape):
             yield f"order: {problem}"
@@ -85,22 +73,6 @@ class PriorConfig(ModelConfig):
             takers = ", ".join(kind.name for kind in kinds if kind.Config.takes_blocks)
             named = "order" if self.blocks is None else "blocks"
             yield f"{named}: this kind draws one token at a time; kinds that draw blocks of several are {takers}"
-
-    def head_problem(self) -> str | None:
-        """Why the kind, or the grid, does not take this head, if so."""
-        if self.head is None:
-            return None
-        if not self.takes_heads:
-            return f"{self.kind} has none but a logit for each id; leave it null (got {self.head.kind!r})"
-        if problem := Head.find(self.head.kind).problem(self.head, self.grid):
-            return problem
-        if self.grid.together > 1 and not self.takes_positions:
-            return f"{self.kind} takes none for several ids at a position, of which this grid has {self.grid.together}"
-        return None
-
-    def make_head(self) -> Head:
-        """The head, new."""
-        return Softmax(self.grid) if self.head is None else Head.find(self.head.kind)(self.head, self.grid)
 
     @property
     def positions(self) -> TokenGrid:
@@ -113,7 +85,7 @@ class PriorConfig(ModelConfig):
         return partition if self.blocks is None else Partition(partition.order, self.blocks)
 
 
-class Prior(Features, Mixtures, PretrainedModel, family="prior"):
+class Prior(Positions, Features, Mixtures, PretrainedModel, family="prior"):
     """A distribution over grids of ids; `forward` is the only method that trains."""
 
     Sampling: ClassVar[type[Sampler]] = Sampler
@@ -130,14 +102,6 @@ class Prior(Features, Mixtures, PretrainedModel, family="prior"):
     """The sizes that cut `order` into blocks; they sum to N."""
     block_of: Tensor
     """(N,) int64: the number of each token's block, raster order."""
-    position_order: Tensor
-    """(P,) int64: the order of positions, which is the network's own. Where a position has one id, this is `order`."""
-    position_blocks: tuple[int, ...]
-    """The sizes that cut it into blocks."""
-    position_block_of: Tensor
-    """(P,) int64: the number of each position's block, raster order."""
-    readout: Head
-    """What makes logits of what the network puts out: `config.head`, or a softmax."""
     rounding: float = 4e-6
     """How far apart two computations of the same float32 logits may be, as a multiple of the image's largest |logit| so
     far (at least 1: a row's own may be tiny). Well above what `python benchmarks/rounding.py` measures."""
@@ -145,14 +109,8 @@ class Prior(Features, Mixtures, PretrainedModel, family="prior"):
     def __init__(self, config: PriorConfig) -> None:
         super().__init__(config)
         self.grid, self.num_classes = config.grid, config.num_classes
-        self.readout = config.make_head()
-        walk = config.partition()
-        self.position_blocks = walk.blocks
-        order, self.blocks = by_level(walk, config.grid) if self.readout.together > 1 else walk
-        for name, cells in (("order", order), ("position_order", walk.order)):
-            self.register_buffer(name, cells, persistent=False)
-        self.register_buffer("block_of", block_numbers(order, self.blocks), persistent=False)
-        self.register_buffer("position_block_of", block_numbers(*walk), persistent=False)
+        self.readout = make_head(config)
+        self.set_walk(config.partition())
 
     def outputs(self, tokens: Tensor, labels: Tensor | None = None) -> Tensor:
         """What the network puts out, teacher-forced: `(B, P, readout.size)` at positions in raster order; at i it sees
@@ -172,42 +130,10 @@ class Prior(Features, Mixtures, PretrainedModel, family="prior"):
         outputs = self.outputs(tokens, labels, *walk, **inputs)
         return outputs if raw else self.to_raster(self.readout.logits(outputs, self.ids_of(tokens)))
 
-    def ids_of(self, tokens: Tensor) -> Tensor:
-        """The ids of each position that the network sees, `(B, P, readout.together)`, of tokens `(B, ...)`."""
-        flat = tokens.flatten(1).long()
-        return flat[..., None] if self.readout.together == 1 else flat[:, self.grid.cells.to(flat.device)]
-
-    def map_of_ids(self, tokens: Tensor) -> Tensor:
-        """`ids_of`, `(B, *positions.shape, readout.together)`."""
-        return self.ids_of(tokens).unflatten(1, self.config.positions.shape)
-
-    def to_raster(self, found: Tensor) -> Tensor:
-        """What was found of each id, `(B, P, together, ...)`, as `(B, N, ...)` in raster order."""
-        flat = found.flatten(1, 2)
-        return flat if self.readout.together == 1 else flat[:, self.grid.cells.flatten().argsort().to(flat.device)]
-
     @property
     def likelihood_passes(self) -> int:
         """How many passes over the grid `log_prob` of an image takes."""
         return 1
-
-    @property
-    def receptive_field(self) -> Tensor:
-        """bool `(N, N)`, raster order: row i is True at the tokens that `logits[:, i]` sees, in the model's own order:
-        those of the positions of `position_field`, and the ids before it at its own."""
-        field, together = self.position_field, self.readout.together
-        if together == 1:
-            return field
-        own = torch.eye(len(field), dtype=torch.bool, device=field.device)[:, None, :, None]
-        before = torch.ones(together, together, dtype=torch.bool, device=field.device).tril(-1)[:, None]
-        cells = self.grid.cells.flatten().argsort().to(field.device)
-        return (field[:, None, :, None] | own & before).flatten(0, 1).flatten(1, 2)[cells[:, None], cells]
-
-    @property
-    def position_field(self) -> Tensor:
-        """bool `(P, P)`, raster order: the positions whose tokens the network sees at each. Here these are all of
-        earlier blocks."""
-        return self.position_block_of < self.position_block_of[:, None]
 
     # Training
 
@@ -223,7 +149,7 @@ class Prior(Features, Mixtures, PretrainedModel, family="prior"):
         return {}
 
     def loss(self, outputs: Tensor, tokens: Tensor, **inputs: Any) -> Tensor:
-        """What training minimises, in nats per token: the mean negative log-likelihood. outputs: of `forward`, raw;
+        """What training minimises, in nats per token: the mean negative log-likelihood. outputs: `put_out`;
         inputs: `training_inputs`."""
         return self.readout.mean_nats(outputs, self.ids_of(tokens))
 
@@ -246,7 +172,7 @@ class Prior(Features, Mixtures, PretrainedModel, family="prior"):
         """
         self.grid.check(tokens)
         walk, labels = check_order(self, order, len(tokens)), check_labels(self, labels, len(tokens))
-        outputs = self(tokens, labels, raw=True, **given_walk(self, walk, known))
+        outputs = self.put_out(tokens, labels, **given_walk(self, walk, known))
         return self.to_raster(self.readout.log_probs(outputs, self.ids_of(tokens))).reshape(tokens.shape)
 
     def log_prob(
@@ -352,9 +278,8 @@ class Prior(Features, Mixtures, PretrainedModel, family="prior"):
 
     def make_cache(self, labels: Tensor, walk: Partition | None) -> Any:
         """What a model's fast path remembers between steps, for labels `(B,)` and a walk other than its own: an object
-        whose `step` gives what the network puts out at the next positions, from the ids of the last ones, as
-        `PositionSteps` says; if all blocks are of one token, `step(token)` takes `(B,)` and gives `(B, readout.size)`.
-        Here there is no fast path."""
+        whose `step` gives what the network puts out at the next positions from the last ones' ids, as `PositionSteps`
+        says: without a head logits `(B, vocab_size)`, given `(B,)`. Here there is no fast path."""
         return self.start_slow(len(labels), labels, walk)
 
     def start_slow(self, num_images: int, labels: Tensor | None, order: Order = None) -> State:

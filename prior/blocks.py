@@ -19,7 +19,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .base import Prior, sent
+from .base import Prior
+from .drawing import sent
 from .heads import IdEmbedding
 from .masks import Window
 from .orders import Partition, block_numbers, growing

@@ -26,7 +26,7 @@ from .transformer import coordinates
 class CausalConvConfig(PriorConfig):
     """Sizes of the network."""
 
-    takes_positions = True
+    takes_heads = takes_positions = True
 
     dim: int = Field(64, ge=1, le=16384, description="channels of the residual stream and of a block's gated output")
     depth: int = Field(8, ge=1, le=256, description="number of gated residual blocks")

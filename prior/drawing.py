@@ -44,6 +44,12 @@ def evaluating(prior: Any) -> Iterator[None]:
         prior.train(training)
 
 
+def sent(drawn: Tensor, device: torch.device) -> Tensor:
+    """`drawn` on this device: from the CPU to a GPU by way of pinned memory, so that the host does not wait."""
+    pinned = device.type == "cuda" and drawn.device.type == "cpu"
+    return drawn.pin_memory().to(device, non_blocking=True) if pinned else drawn.to(device)
+
+
 def draw(prior: Model, rows: Rows, sampler: Sampler, walk: Walk, progress: bool) -> Tensor:
     """Tokens `(B, N)` for `rows`, both in raster order."""
     rows = rows.along(choose_walk(prior, walk.order, walk.num_orders, rows), prior)

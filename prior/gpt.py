@@ -13,8 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .base import Prior, sent
-from .drawing import FEW_ROWS
+from .base import Prior
+from .drawing import FEW_ROWS, sent
 from .heads import IdEmbedding
 from .masks import Window, make_windows
 from .orders import Partition

@@ -38,7 +38,7 @@ Pair = tuple[int, int]
 class RasterConfig(PriorConfig):
     """What priors made of causal convolutions require of their grid."""
 
-    takes_positions = True
+    takes_heads = takes_positions = True
 
     def check(self) -> Iterator[str]:
         """The grid has two axes and is walked row by row."""

@@ -20,7 +20,8 @@ from torch import Tensor, nn
 
 from tokenizer.pretrained import Before
 
-from .base import Prior, PriorConfig, sent
+from .base import Prior, PriorConfig
+from .drawing import sent
 from .masks import Connections, Sums, even_degrees, random_degrees, summed
 from .orders import Partition, make_order
 from .requests import Rows, Walk, check_order
@@ -32,6 +33,8 @@ MAX_DIRECT = 1 << 28  # weights of the direct connections: the square of what th
 
 class MADEConfig(PriorConfig):
     """Sizes and connections of the perceptron."""
+
+    takes_heads = True
 
     hidden: tuple[Annotated[int, Field(ge=1, le=65536)], ...] = Field(
         (512,), min_length=1, description="units of each hidden layer"
@@ -120,13 +123,13 @@ class MADE(Prior, name="made"):
         size, vocab, hidden = len(config.grid), config.grid.vocab_size, config.hidden
         self.any_order, self.any_connectivity = config.order_agnostic, config.connectivity_agnostic
         self.width = 1 if config.binary else config.embedding or vocab  # numbers that go in for a token
-        self.put_out = 1 if config.binary else config.embedding or self.readout.size  # and that come out
+        self.width_out = 1 if config.binary else config.embedding or self.readout.size  # and that come out
         self.input = nn.Parameter(torch.empty(size, self.width, hidden[0]))
         self.hidden = nn.ParameterList(torch.empty(*sizes) for sizes in zip(hidden[1:], hidden, strict=False))
-        self.output = nn.Parameter(torch.empty(size, self.put_out, hidden[-1]))
-        sizes = [*hidden, size * self.put_out]
+        self.output = nn.Parameter(torch.empty(size, self.width_out, hidden[-1]))
+        sizes = [*hidden, size * self.width_out]
         self.biases: Any = nn.ModuleList(ClassBias(config.num_classes, units) for units in sizes)
-        self.direct = nn.Parameter(torch.empty(size, self.width, size * self.put_out)) if config.direct else None
+        self.direct = nn.Parameter(torch.empty(size, self.width, size * self.width_out)) if config.direct else None
         if config.binary:  # -1 and 1 go in, and of z come the logits -z/2 and z/2
             self.register_buffer("embedding", torch.tensor([[-1.0], [1.0]]), persistent=False)
             self.register_buffer("head", torch.tensor([[-0.5], [0.5]]), persistent=False)
@@ -236,7 +239,7 @@ class MADE(Prior, name="made"):
         x = torch.addmm(self.biases[-1](labels), x, last.flatten(0, 1).t())
         if direct is not None:
             x = x + summed(inputs, direct)
-        return self.read_out(x.unflatten(1, (-1, self.put_out)), self.head_bias)
+        return self.read_out(x.unflatten(1, (-1, self.width_out)), self.head_bias)
 
     def _outputs_by_order(
         self, tokens: Tensor, labels: Tensor, order: Tensor, degrees: Sequence[Tensor] | None
@@ -270,7 +273,7 @@ class MADE(Prior, name="made"):
         return self.dropout(F.relu(x))
 
     def read_out(self, x: Tensor, bias: Tensor | None) -> Tensor:
-        """What is put out of `x` (..., put_out): `x` itself, or by the table that all positions share."""
+        """What is put out of `x` (..., width_out): `x` itself, or by the table that all positions share."""
         logits = x if self.head is None else F.linear(x, self.head)
         return logits if bias is None else logits + bias
 

@@ -18,7 +18,6 @@ class MarginalConfig(PriorConfig):
     """Nothing to choose."""
 
     takes_blocks = True
-    takes_heads = False
 
 
 class Marginal(Prior, name="marginal"):

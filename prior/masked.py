@@ -20,8 +20,8 @@ from torch import Tensor, nn
 
 from tokenizer.base import full_float32
 
-from .base import Prior, sent
-from .drawing import FEW_ROWS, State
+from .base import Prior
+from .drawing import FEW_ROWS, State, sent
 from .orders import Partition, block_numbers
 from .parallel import parallel_rows
 from .requests import Order, Rows, Walk, check_labels, partition_of
@@ -36,7 +36,7 @@ GPU_TOKENS = 1 << 16
 class MaskedConfig(TransformerConfig):
     """Sizes of the transformer, and how it is masked and scored."""
 
-    takes_blocks = True
+    takes_blocks = takes_heads = True
 
     schedule: Literal["linear", "cosine", "arccos", "square"] = Field(
         "linear",
@@ -181,7 +181,7 @@ class Masked(Prior, name="masked"):
         labels, ids = check_labels(self, labels, len(tokens)), tokens.flatten(1).long()
         total = torch.zeros(ids.shape, device=ids.device)
         for known in bound_masks(ids, self.config.bound_passes):
-            found = self.readout.log_probs(self(tokens, labels, raw=True, known=known), ids[..., None])[..., 0]
+            found = self.readout.log_probs(self.put_out(tokens, labels, known=known), ids[..., None])[..., 0]
             weights = ~known / (~known).float().mean(1, keepdim=True) / self.config.bound_passes
             total += found * weights
         return total.reshape(tokens.shape)

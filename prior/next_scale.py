@@ -43,7 +43,6 @@ class NextScaleConfig(TransformerConfig):
     )
 
     takes_blocks: ClassVar[bool] = True
-    takes_heads: ClassVar[bool] = False
 
     def check(self) -> Iterator[str]:
         """The grid has to be one of scales, which are the order."""

@@ -53,7 +53,7 @@ class TransformerConfig(PriorConfig):
 class OrderedConfig(TransformerConfig):
     """Sizes of the transformer, the orders it is trained in, and how far it sees."""
 
-    takes_positions = True
+    takes_heads = takes_positions = True
 
     any_order: bool = Field(
         False, description="train in random orders too, to score, sample and complete in every order"

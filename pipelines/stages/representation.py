@@ -148,7 +148,7 @@ def pooled(vectors: Tensor, pool: str, pipeline: Stages) -> Tensor:
     if pool == "mean":
         return vectors.mean(1)
     # Units that belong to no position (MADE's) come as a single one.
-    return vectors[:, pipeline.prior.order[-1] if vectors.shape[1] > 1 else 0]
+    return vectors[:, pipeline.prior.position_order[-1] if vectors.shape[1] > 1 else 0]
 
 
 def nearest_neighbours(index: Tensor, queries: Tensor, k: int) -> tuple[Tensor, Tensor]:

@@ -82,3 +82,21 @@ class Softmax(Head):
     def mean_nats(self, outputs: Tensor, ids: Tensor) -> Tensor:
         """As in `Head`, in one call."""
         return mean_nats(outputs, ids)
+
+
+def head_problem(config: Any) -> str | None:
+    """Why the kind of a prior with this configuration, or its grid, does not take its head, if so."""
+    if config.head is None:
+        return None
+    if not config.takes_heads:
+        return f"{config.kind} has none but a logit for each id; leave it null (got {config.head.kind!r})"
+    if problem := Head.find(config.head.kind).problem(config.head, config.grid):
+        return problem
+    if config.grid.together > 1 and not config.takes_positions:
+        return f"{config.kind} takes none for several ids at a position, of which this grid has {config.grid.together}"
+    return None
+
+
+def make_head(config: Any) -> Head:
+    """The head of a prior with this configuration, new."""
+    return Softmax(config.grid) if config.head is None else Head.find(config.head.kind)(config.head, config.grid)

@@ -66,7 +66,9 @@ class Connections:
 
         def build() -> list[Tensor]:
             ranks = model.ranks if order is None else torch.argsort(order)
-            return build_masks(ranks, degrees or model.degrees(), model.put_out if direct else None, model.input.dtype)
+            return build_masks(
+                ranks, degrees or model.degrees(), model.width_out if direct else None, model.input.dtype
+            )
 
         masks = self.masks.get(chosen, build)
 

@@ -45,7 +45,7 @@ class Sums:
         self.hidden = [of_units(of_units(weight, 0, own), 1, below) for weight, below, own in layers_below]
         *layers, outputs = [bias(labels).expand(len(labels), -1).clone() for bias in model.biases]
         self.layers = [of_units(sums, 1, own) for sums, own in zip(layers, units, strict=True)]  # then activations
-        self.outputs = outputs.unflatten(1, (-1, model.put_out))
+        self.outputs = outputs.unflatten(1, (-1, model.width_out))
         self.images = torch.arange(len(labels), device=labels.device)
 
     def step(self, token: Tensor | None) -> Tensor:

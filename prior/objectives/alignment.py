@@ -77,7 +77,7 @@ def without_dropout(prior: Any) -> Any:
 
 def image_nats(prior: Any, tokens: Tensor, labels: Tensor, inputs: dict[str, Any]) -> Tensor:
     """-log p(tokens | labels) of an exact prior, float32 `(B,)`, along the orders that `inputs` name."""
-    outputs = prior(tokens, labels, raw=True, **inputs)
+    outputs = prior.put_out(tokens, labels, **inputs)
     return prior.readout.nats(outputs, prior.ids_of(tokens)).flatten(1).sum(1)
 
 

@@ -33,7 +33,7 @@ class Likelihood(nn.Module):
     def forward(self, tokens: Tensor, labels: Tensor, inputs: dict[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
         """`Prior.loss` of `tokens` `(B, *grid.shape)`, a scalar in nats per token, and what to log of it. inputs:
         `Prior.training_inputs`."""
-        loss = self.prior.loss(self.prior(tokens, labels, raw=True, **inputs), tokens, **inputs)
+        loss = self.prior.loss(self.prior.put_out(tokens, labels, **inputs), tokens, **inputs)
         return loss, {"bits_per_token": loss.detach() / math.log(2)}
 
 

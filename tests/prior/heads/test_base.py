@@ -1,6 +1,6 @@
 """Promises of every prior with a head: those of the family, over grids whose positions have one id or several.
 
-Covers: prior/heads/positions.py.
+Covers: prior/heads/positions.py, prior/positions.py.
 """
 
 import itertools
@@ -134,7 +134,7 @@ def test_a_gradient_reaches_every_weight_and_training_helps(kind, head, facts):
     optimizer, losses = torch.optim.Adam(model.parameters(), 1e-2), []
     for step in range(30):
         inputs = model.training_inputs(tokens, 0.5)
-        loss = model.loss(model(tokens, labels, raw=True, **inputs), tokens, **inputs)
+        loss = model.loss(model.put_out(tokens, labels, **inputs), tokens, **inputs)
         optimizer.zero_grad()
         loss.backward()
         if not step:
