@@ -8,8 +8,8 @@
 `gpt` walks in raster order; `blocks` draws the diagonals of positions at once (unfolded: in raster order of rows, for
 what is a diagonal of the taller grid is no set of distant positions). Both learn for `minutes` of processor time, the
 share of time that is done setting the learning rate. Bits of an image: on the dataset's validation and test rows, at
-most `rows` of each. Memory: what a step of 64 images keeps for its backward pass, counted as `smalti plan` does.
-Sampling: FLOPs of an image, and seconds of 64 on one thread. Mean and half the range over seeds.
+most `rows` of each. Memory: what a step of 32 images keeps for its backward pass, counted as `smalti plan` does.
+Sampling: FLOPs of an image, and seconds of 32 on one thread. Mean and half the range over seeds.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ from typing import Any
 from support.options import read_options
 from support.tables import table_head, table_row
 
-BATCH = 64
+BATCH = 32
 SIZES = {"depth": 4, "heads": 4, "dropout": 0.05}
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
-    "gpt, unfolded": ("gpt", {"dim": 128}),
-    "gpt, depth": ("gpt", {"dim": 112, "head": {"kind": "depth", "dim": 112, "layers": 2}}),
-    "blocks, unfolded": ("blocks", {"dim": 128}),
-    "blocks, depth": ("blocks", {"dim": 112, "order": "diagonal", "head": {"kind": "depth", "dim": 112, "layers": 2}}),
+    "gpt, unfolded": ("gpt", {"dim": 64}),
+    "gpt, depth": ("gpt", {"dim": 56, "head": {"kind": "depth", "dim": 56, "layers": 2}}),
+    "blocks, unfolded": ("blocks", {"dim": 64}),
+    "blocks, depth": ("blocks", {"dim": 56, "order": "diagonal", "head": {"kind": "depth", "dim": 56, "layers": 2}}),
 }
 
 
@@ -72,7 +72,7 @@ def fitted(kind: str, config: dict[str, Any], data: Any, minutes: float, lr: flo
 
 def costs(model: Any) -> tuple[float, float, float]:
     """Megabytes kept of a step; millions of FLOPs of an image's sample (attention on a processor left out, in which the
-    counter does not see it); seconds of 64 samples."""
+    counter does not see it); seconds of 32 samples."""
     import torch
     from torch.utils.flop_counter import FlopCounterMode
 
@@ -101,7 +101,7 @@ def main() -> None:
     torch.set_num_threads(1)
     data = load_tokens(options.tokens)
     print(f"{data.grid.together} ids of {data.grid.vocab_size} at {len(data.grid.positions)} positions, {options}\n")
-    head = ("prior", "parameters", "steps/s", "validation, bits", "test, bits", "MB a step", "MFLOP", "64 samples, s")
+    head = ("prior", "parameters", "steps/s", "validation, bits", "test, bits", "MB a step", "MFLOP", "32 samples, s")
     print(table_head(*head))
     for name, (kind, config) in CASES.items():
         runs = [fitted(kind, config, data, options.minutes, options.lr, seed) for seed in range(options.seeds)]

@@ -58,6 +58,6 @@ def renamed(fields: Mapping[str, FieldInfo], data: Mapping[str, Any]) -> dict[st
     found = dict(data)
     for name, field in fields.items():
         was = mark_of(field, Was)
-        if was and name not in found and type(found.get(was.name)) is was.type:
+        if was and type(found.get(was.name)) is was.type:  # which nothing else under that name is
             found[name] = found.pop(was.name)
     return found

@@ -217,7 +217,7 @@ def test_a_node_may_be_its_kind_alone():
     config = choices_of(RenamedConfig, "")
     whole = with_defaults(config, merge(defaults_of(config), {"head": "logistic"}))
     assert whole == {"kind": "renamed", "head": {"kind": "logistic", "components": 5}, "hidden": 32}
-    assert with_defaults(config, {"head": 8})["hidden"] == 8
+    assert with_defaults(config, merge(defaults_of(config), {"head": 8})) == {"kind": "renamed", "hidden": 8}
 
 
 def test_presets_of_before_the_name_changed_are_read():

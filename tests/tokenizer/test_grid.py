@@ -1,0 +1,73 @@
+"""What a grid says of its positions, and whether tokenizers mean it so."""
+
+import pytest
+import torch
+from small import TOKENIZERS, make_tokenizer
+
+from tokenizer import TokenGrid
+from tokenizer.base import grid_to_dict, read_grid
+
+LEVELS = {
+    "rvq": ("vqvae", {"quantizer": {"kind": "rvq", "depth": 3, "book": {"kind": "ema", "codes": 32, "dim": 8}}}),
+    "lfq": ("vit", {"quantizer": {"kind": "lfq", "bits": 8, "levels": 2}}),
+    "bsq": ("vqvae", {"quantizer": {"kind": "bsq", "bits": 8, "levels": 4}}),
+    "klvae": ("klvae", {}),
+    "posthoc": ("posthoc", {}),
+}
+
+
+@pytest.mark.parametrize("name", LEVELS)
+def test_the_ids_of_a_position_are_those_that_its_code_is_made_of(name):
+    kind, config = LEVELS[name]
+    tokenizer = make_tokenizer(kind, **config).eval()
+    grid, quantizer = tokenizer.grid, (tokenizer.vae if kind == "posthoc" else tokenizer).quantizer
+    assert grid.levels == grid.together == tokenizer.levels > 1 and grid.positions.shape == (3, 2)
+    tokens = torch.randint(grid.vocab_size, (1, *grid.shape))
+    before = quantizer.lookup(tokens).flatten(2)
+    for position, cells in enumerate(grid.cells):
+        for cell in cells:
+            changed = tokens.flatten(1).clone()
+            changed[0, cell] = (changed[0, cell] + 1) % grid.vocab_size
+            moved = (quantizer.lookup(changed.view_as(tokens)).flatten(2) != before).any(1)[0]
+            assert moved.nonzero().flatten().tolist() == [position]
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_the_ids_of_a_pixel_are_its_channels_in_turn(channels):
+    pixels = make_tokenizer("pixels", channels=channels, levels=256)
+    images = torch.randint(256, (2, channels, 12, 8)) / 127.5 - 1
+    ids = pixels.encode(images).flatten(1)[:, pixels.grid.cells]  # (B, P, channels)
+    assert pixels.grid.channels == channels and pixels.grid.positions.shape == (12, 8)
+    assert torch.equal(ids, ((images + 1) * 127.5).round().long().flatten(2).transpose(1, 2))
+
+
+@pytest.mark.parametrize("name", [name for name in TOKENIZERS if name not in ("klvae", "posthoc", "pixels")])
+def test_a_grid_of_one_code_a_position_says_nothing(name):
+    grid = make_tokenizer(name).grid
+    assert (grid.levels, grid.channels) == (1, 0) and grid.positions == grid
+    assert set(grid_to_dict(grid)) <= {"shape", "vocab_size", "scales"}
+
+
+@pytest.mark.parametrize("facts", [{"levels": 3}, {"channels": 1}, {"channels": 3}])
+def test_what_a_grid_says_is_written_and_read(facts):
+    grid = TokenGrid((6, 2), 16, **facts)
+    found = read_grid(grid_to_dict(grid))
+    assert found == grid == TokenGrid((6, 2), 16)  # which was written before grids said it
+    assert (found.levels, found.channels) == (grid.levels, grid.channels)
+    assert sorted(grid.cells.flatten().tolist()) == list(range(12))
+
+
+@pytest.mark.parametrize(
+    ("shape", "facts", "message"),
+    [
+        ((5, 2), {"levels": 2}, "a grid of 5 rows has no 2 ids for each position"),
+        ((4, 2), {"levels": 0}, "levels: expected a whole number"),
+        ((4, 2), {"channels": -1}, "channels: expected a whole number"),
+        ((4, 2), {"channels": True}, "channels: expected a whole number"),
+        ((4, 2), {"levels": 2, "channels": 2}, "neither pixels nor maps"),
+    ],
+)
+def test_positions_that_cannot_be_are_refused(shape, facts, message):
+    with pytest.raises(ValueError, match=message) as caught:
+        TokenGrid(shape, 8, **facts)
+    assert "\n" not in str(caught.value)
