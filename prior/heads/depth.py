@@ -59,7 +59,7 @@ class Depth(Head, name="depth"):
         )
         self.level_embedding = nn.Parameter(torch.empty(self.together, dim).normal_(std=0.1))
         self.layers: Any = nn.ModuleList(Layer(dim, config.hidden or 2 * dim) for _ in range(config.layers))
-        self.norm, self.last = nn.RMSNorm(dim, eps=EPS), nn.Linear(dim, grid.vocab_size, bias=False)
+        self.norm, self.head = nn.RMSNorm(dim, eps=EPS), nn.Linear(dim, grid.vocab_size, bias=False)
 
     @classmethod
     def problem(cls, config: DepthConfig, grid: TokenGrid) -> str | None:
@@ -89,4 +89,4 @@ class Depth(Head, name="depth"):
         """Logits `(..., vocab_size)` of the sum of all inputs, `(..., dim)`."""
         for layer in self.layers:
             x = layer(x)
-        return self.last(self.norm(x))
+        return self.head(self.norm(x))

@@ -24,7 +24,7 @@ def test_a_level_is_read_from_the_sum_of_what_was_drawn():
         for layer in head.layers:
             gate, up = layer.gate_up(layer.norm(x)).chunk(2, -1)
             x = x + layer.down(F.silu(gate) * up)
-        expected = head.last(head.norm(x))
+        expected = head.head(head.norm(x))
         assert torch.allclose(head.logits(outputs, ids)[:, level], expected)
         assert torch.allclose(head.next_logits(outputs, ids[:, :level]), expected)
 
