@@ -27,6 +27,9 @@ from .precision import full_float32
 from .vit import Block, ViTConfig
 
 Keep = Literal["uniform", "powers"]
+STD = 0.3
+"""Of learned vectors at the start. With ViT's 0.02 all registers say the same for long, as what they see drowns what
+they are: after 400 steps on garments 16.2 dB, with 0.3 18.8 dB."""
 
 
 class TiTokConfig(ViTConfig):
@@ -99,8 +102,8 @@ class Tower(nn.Module):
     def __init__(self, config: TiTokConfig, inputs: int, given: int, asked: int, outputs: int) -> None:
         super().__init__()
         self.asked = asked
-        self.positions = nn.Parameter(torch.empty(given, config.dim).normal_(std=0.02))
-        self.queries = nn.Parameter(torch.empty(asked, config.dim).normal_(std=0.02))
+        self.positions = nn.Parameter(torch.empty(given, config.dim).normal_(std=STD))
+        self.queries = nn.Parameter(torch.empty(asked, config.dim).normal_(std=STD))
         self.embed = nn.Linear(inputs, config.dim)
         self.blocks = nn.Sequential(*(Block(config) for _ in range(config.depth)))
         self.norm, self.head = nn.LayerNorm(config.dim), nn.Linear(config.dim, outputs)
@@ -134,7 +137,7 @@ class Decoder(Tower):
         self.keep: Keep | None = config.keep
         self.sides = tuple(side // config.factor for side in config.image_size)
         if config.keep:
-            self.mask = nn.Parameter(torch.empty(config.dim).normal_(std=0.02))
+            self.mask = nn.Parameter(torch.empty(config.dim).normal_(std=STD))
 
     def forward(self, codes: Tensor) -> Tensor:
         """`(B, width, k)` to `(B, outputs * factor ** 2, h, w)`; without `keep` k is K."""

@@ -159,7 +159,7 @@ def try_tokenizer(name: str, config: dict[str, Any]) -> None:
     with torch.no_grad():
         tokens = model.encode(batch)
         assert tokens.device == model.decode(tokens).device == CUDA
-        if not model.grid.scales:
+        if model.placed:
             model.known_tokens(torch.ones(len(batch), *SIZE, dtype=torch.bool, device=CUDA))
         if model.has_likelihood:
             model.pixel_log_prob(batch, tokens)
