@@ -92,7 +92,10 @@ class TiTok(Autoencoder, name="titok"):
 
     def known_tokens(self, known: Tensor) -> Tensor:
         """Raises `ValueError`: none are."""
-        raise ValueError("a register's token belongs to no part of the image, so known pixels make no token known")
+        raise ValueError(
+            "a register's token belongs to no part of the image: known pixels make no token known, and its bits are at "
+            "no pixel"
+        )
 
 
 class Tower(nn.Module):

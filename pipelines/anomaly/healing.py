@@ -64,9 +64,7 @@ def anomaly_map(
 def patches(tokenizer: Tokenizer, smooth: bool = False) -> tuple[Tensor, Tensor]:
     """How a token's bits are spread over the rows of the image `(H, N)` and over its columns `(W, N)`, each summing to
     one per token; the pixels of a token are those without which `known_tokens` does not know it. Raises `ValueError`
-    where tokens have no pixels."""
-    if not tokenizer.placed:
-        raise ValueError("this tokenizer's tokens belong to no part of the image, so there is no map of their bits")
+    unless tokens are `placed`."""
     _, height, width = tokenizer.image_shape
     along_rows = ~torch.eye(height, dtype=torch.bool)[:, :, None].expand(-1, -1, width)
     along_columns = ~torch.eye(width, dtype=torch.bool)[:, None, :].expand(-1, height, -1)

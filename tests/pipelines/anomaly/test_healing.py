@@ -13,9 +13,11 @@ from pipelines.anomaly.healing import anomaly_map, heal, patches
 from pipelines.anomaly.scores import anomaly_score
 from pipelines.stages.calibration import CalibrationError
 
+PLACED = [name for name in TOKENIZERS if make_tokenizer(name).placed]
+
 
 @pytest.mark.parametrize("smooth", [False, True])
-@pytest.mark.parametrize("tokenizer", TOKENIZERS)
+@pytest.mark.parametrize("tokenizer", PLACED)
 def test_a_map_sums_to_the_bits_of_the_image(tokenizer, smooth):
     pipe = make_pipeline(tokenizer, channels=3, size=(12, 8), labels=[])
     images = torch.randint(0, 256, (5, 3, 12, 8), dtype=torch.uint8)
@@ -41,7 +43,18 @@ def test_every_prior_has_scores_and_maps(prior):
     assert heal(pipe, images[:2], draws=2).images.shape == (2, 1, 8, 12)
 
 
-@pytest.mark.parametrize("tokenizer", TOKENIZERS)
+def test_registers_have_no_map_but_scores_and_healing():
+    pipe = make_pipeline("titok", labels=[])
+    images = torch.randint(0, 256, (43, 1, 8, 12), dtype=torch.uint8)
+    calibrate(pipe, images[3:])
+    assert anomaly_score(pipe, images[:3], p_values=True).shape == (3,)
+    with pytest.raises(ValueError, match=r"^a register's token belongs to no part of the image: [^\n]* at no pixel$"):
+        anomaly_map(pipe, images[:3])
+    healed = heal(pipe, images[:2], draws=2)
+    assert healed.images.shape == (2, 1, 8, 12) and healed.tokens.shape == healed.resampled.shape == (2, 5)
+
+
+@pytest.mark.parametrize("tokenizer", PLACED)
 def test_a_token_spreads_over_its_own_patch(tokenizer):
     made = make_tokenizer(tokenizer, (8, 12), 3)
     rows, columns = patches(made)
