@@ -289,9 +289,10 @@ def trained_on(images: Tensor, keep: str | None) -> tuple[Any, float]:
 def test_pictures_get_better_with_every_token_and_codes_are_used():
     torch.manual_seed(1)
     images = waves()
-    tokenizer, usage = trained_on(images, "powers")
-    tokens = tokenizer.encode(images)
-    found = [float(psnr(tokenizer.decode(tokens[:, :count]), images).mean()) for count in tokenizer.prefixes]
-    assert tokenizer.prefixes == (1, 2, 4, 8) and found == sorted(found) and found[-1] > found[0] + 1.5
+    tokenizer, usage = trained_on(images, "uniform")
+    with torch.no_grad():
+        tokens = tokenizer.encode(images)
+        found = [float(psnr(tokenizer.decode(tokens[:, :count]), images).mean()) for count in tokenizer.prefixes]
+    assert tokenizer.prefixes == (1, 2, 4, 8) and found == sorted(found) and found[-1] > found[0] + 2
     mean = float(psnr(images.mean(0).expand_as(images), images).mean())
-    assert found[0] > mean + 0.5 and usage >= 0.75
+    assert found[-1] > mean + 1.5 and usage >= 0.75
