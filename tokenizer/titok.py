@@ -146,10 +146,10 @@ class Decoder(Tower):
         """`(B, width, k)` to `(B, outputs * factor ** 2, h, w)`; without `keep` k is K."""
         rows = self.embed(codes.transpose(1, 2).contiguous())
         if self.keep:
-            rows = self.kept(rows)
+            rows = self.kept(rows, self.keep)
         return self.answer(rows).unflatten(1, self.sides).movedim(-1, 1)
 
-    def kept(self, rows: Tensor) -> Tensor:
+    def kept(self, rows: Tensor, keep: Keep) -> Tensor:
         """`(B, k, dim)` filled up to `(B, K, dim)` by the mask; in training so that of each image some first ones are
         left, which torch's generator draws."""
         count, registers = rows.shape[1], len(self.positions)
@@ -158,7 +158,7 @@ class Decoder(Tower):
             return torch.cat([rows, mask.expand(len(rows), registers - count, -1)], 1)
         if not self.training:
             return rows
-        left = draw_counts(self.keep or "uniform", len(rows), registers).to(rows.device)
+        left = draw_counts(keep, len(rows), registers).to(rows.device)
         there = torch.arange(registers, device=rows.device) < left[:, None]
         return torch.where(there[..., None], rows, mask)
 
