@@ -97,6 +97,10 @@ def make_tokenizer(name: str, image_size: tuple[int, int] = (12, 8), channels: i
     return Tokenizer.create(name, image_size=image_size, channels=channels, **{**SMALL.get(name, {}), **config})
 
 
+PLACED = [name for name in TOKENIZERS if make_tokenizer(name).placed]
+"""Those that know which tokens the known pixels make known."""
+
+
 def grid_of(name: str, shape: tuple[int, ...], vocab_size: int) -> TokenGrid:
     """A grid for this prior: of this shape, or of scales that end at it, each of half the sides of the next."""
     if name != "next_scale" or len(shape) != 2:

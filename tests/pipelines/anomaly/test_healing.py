@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from small import PRIORS, TOKENIZERS, make_tokenizer
+from small import PLACED, PRIORS, make_tokenizer
 from small_pipelines import make_pipeline
 from stripes import SIZE, constant, planted, stripes
 
@@ -12,8 +12,6 @@ from pipelines.anomaly.calibrating import calibrate
 from pipelines.anomaly.healing import anomaly_map, heal, patches
 from pipelines.anomaly.scores import anomaly_score
 from pipelines.stages.calibration import CalibrationError
-
-PLACED = [name for name in TOKENIZERS if make_tokenizer(name).placed]
 
 
 @pytest.mark.parametrize("smooth", [False, True])
