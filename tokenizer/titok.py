@@ -29,7 +29,7 @@ from .vit import Block, ViTConfig
 Keep = Literal["uniform", "powers"]
 STD = 0.3
 """Of learned vectors at the start. With ViT's 0.02 all registers say the same for long, as what they see drowns what
-they are: after 400 steps on garments 16.2 dB, with 0.3 18.8 dB."""
+they are: 16.4 dB after 518 steps on garments; with 0.3 18.8 dB after 400."""
 
 
 class TiTokConfig(ViTConfig):
