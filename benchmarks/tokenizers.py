@@ -7,7 +7,7 @@
     python benchmarks/tokenizers.py data=digits minutes=0.02 gpt_minutes=0.02 limit=200 only=ema,fsq  # does it run?
     python benchmarks/tokenizers.py data=digits model.widths=[32] train.batch_size=16 gpt.model.depth=2  # or others
     python benchmarks/tokenizers.py set=peers data=openmoji minutes=3 gpt_minutes=0 threads=1   # other networks
-    python benchmarks/tokenizers.py set=rows data=openmoji minutes=3 gpt_minutes=2 threads=1    # a row of tokens: titok
+    python benchmarks/tokenizers.py set=rows data=openmoji gpt.model.dim=64 gpt.train.batch_size=32  # a row: titok
 
 Images, networks and optimizer are those of `configs/tokenizer/vqvae_{data}.yaml`; a contender replaces the quantizer
 (or the tokenizer, or adds a critic) and keeps the bits of an image as nearly as it can. The images are in the folder
