@@ -7,6 +7,7 @@
     python benchmarks/tokenizers.py data=digits minutes=0.02 gpt_minutes=0.02 limit=200 only=ema,fsq  # does it run?
     python benchmarks/tokenizers.py data=digits model.widths=[32] train.batch_size=16 gpt.model.depth=2  # or others
     python benchmarks/tokenizers.py set=peers data=openmoji minutes=3 gpt_minutes=0 threads=1   # other networks
+    python benchmarks/tokenizers.py set=rows data=openmoji gpt.model.dim=64 gpt.train.batch_size=32  # a row: titok
 
 Images, networks and optimizer are those of `configs/tokenizer/vqvae_{data}.yaml`; a contender replaces the quantizer
 (or the tokenizer, or adds a critic) and keeps the bits of an image as nearly as it can. The images are in the folder
@@ -15,7 +16,9 @@ changes that preset for all contenders, with `gpt.` before it the prior's.
 
 With `set=peers` the contenders are other networks: the preset's, the decoder of before it (`nearest`), `vqgan`, `vit`
 and diffusers' `VQModel`, each in three sizes with the preset's training; a second table has each at its best size. To
-train them otherwise, say how, as train.optimizer=adamw train.lr=1e-3, and choose another `out`.
+train them otherwise, say how, as train.optimizer=adamw train.lr=1e-3, and choose another `out`. With `set=rows` they
+are `titok`, with nested dropout and without, `vit` and the preset without its critic (support/contender_rows.py);
+`benchmarks/prefixes.py` has what the first tokens of a `titok` hold.
 
 Equal time: first a step of every contender is timed, in turn, in one pass (medians of CPU seconds, kept as `steps.json`
 under `out`). Then each trains for as many steps as fit into `minutes`, whatever else the machine does by then. The
@@ -49,6 +52,7 @@ if __name__ == "tokenizers":  # a script of this folder imports transformers, wh
 else:
     from support.contender_peers import peers
     from support.contender_pictures import picture_row, rate_distortion, sheet
+    from support.contender_rows import rows
     from support.contender_table import best_sizes, line, ranked, table
     from support.contender_times import TIMED_IMAGES, timed
     from support.contenders import (
@@ -67,7 +71,7 @@ else:
     from support.tables import write_whole
     from support.timing import steps_within
 
-    SETS = {"quantizers": (contenders, "ema"), "peers": (peers, "subpixel-medium")}
+    SETS = {"quantizers": (contenders, "ema"), "peers": (peers, "subpixel-medium"), "rows": (rows, "vqvae")}
     """What is compared, and which of it is timed in every pass."""
 
 VARIANTS = {"digits": 4, "openmoji": 8}  # augmented copies of each image for the GPT, where there are few images

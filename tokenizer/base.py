@@ -170,6 +170,8 @@ class Tokenizer(PretrainedModel, family="tokenizer"):
     """(C, H, W), from the configuration."""
     levels: int = 1
     """Number of ids per position: the grid has this many rows for each row of positions."""
+    prefixes: tuple[int, ...] = ()
+    """Where the first tokens alone decode to an image: so many of them to show, the last being all; else none."""
 
     def encode(self, images: Tensor) -> Tensor:
         """Tokens of `images`."""
@@ -249,10 +251,15 @@ class Tokenizer(PretrainedModel, family="tokenizer"):
         """How many tokens each level has, or each scale: the flat grid is one after the other."""
         return tuple(areas(self.grid.scales)) or (len(self.grid) // self.levels,) * self.levels
 
+    @property
+    def placed(self) -> bool:
+        """Whether each token stands for a part of the image, so that there are `known_tokens`."""
+        return len(self.grid.shape) > 1
+
     def known_tokens(self, known: Tensor) -> Tensor:
         """Which tokens are known, `(B, *grid.shape)`, given the known pixels, bool `(B, H, W)`: a token is known if
         its whole patch is. The tokens of a two-axis grid tile the image; a taller grid holds several levels. Raises
-        `ValueError` for a grid of scales."""
+        `ValueError` unless tokens are `placed`."""
         if self.grid.scales:
             raise ValueError(
                 "a coarse scale's token belongs to no part of the image, so known pixels make no token known"

@@ -88,6 +88,14 @@ class Block(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Takes and returns `(B, N, dim)`."""
         q, k, v = self.qkv(self.attention_norm(x)).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
-        attended = F.scaled_dot_product_attention(q, k, v)
-        x = x + self.project(attended.transpose(1, 2).flatten(2))
+        x = x + self.project(attention(q, k, v).transpose(1, 2).flatten(2))
         return x + self.mlp(self.mlp_norm(x))
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Attention over `(B, heads, N, width)`, returned in that shape. Under a CPU's autocast it is computed in float32:
+    in bfloat16, torch's backward pass takes five times as long there."""
+    if q.device.type != "cpu" or not torch.is_autocast_enabled("cpu"):
+        return F.scaled_dot_product_attention(q, k, v)
+    with torch.autocast("cpu", enabled=False):
+        return F.scaled_dot_product_attention(q.float(), k.float(), v.float())

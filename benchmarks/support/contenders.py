@@ -114,7 +114,7 @@ def images_of(name: str, given: str | None) -> str | None:
 
 
 def tokenizer_node(preset: Node, spec: Node, source: str | None, limit: int | None, steps: int, run: Path) -> Node:
-    """The configuration of `train_tokenizer` for so many steps."""
+    """The configuration of `train_tokenizer` for so many steps; a contender may train in its own way, by `train`."""
     data = {**preset["data"], **({"source": source} if source else {}), "limit": limit}
     return {
         **preset,
@@ -122,7 +122,7 @@ def tokenizer_node(preset: Node, spec: Node, source: str | None, limit: int | No
         "out": str(run),
         "track": {"wandb": "disabled"},
         **paced(spec, steps),
-        "train": train_node(preset, steps),
+        "train": {**train_node(preset, steps), **spec.get("train", {})},
     }
 
 

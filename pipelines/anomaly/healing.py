@@ -46,7 +46,8 @@ def anomaly_map(
 ) -> Tensor:
     """Bits of each pixel `(B, H, W)`: those of a token are spread evenly over its patch, and those of the pixel given
     the tokens are added where the tokenizer has a likelihood. They sum to the bits of the image. smooth: each patch
-    fades into its neighbours, as if interpolated."""
+    fades into its neighbours, as if interpolated. Raises `ValueError` for tokens that belong to no part of the image:
+    scales, and a `titok`'s."""
     batch = pipeline.to_images(images)
     rows, columns = (side.to(pipeline.device) for side in patches(pipeline.tokenizer, smooth))
     maps = []
@@ -62,7 +63,8 @@ def anomaly_map(
 
 def patches(tokenizer: Tokenizer, smooth: bool = False) -> tuple[Tensor, Tensor]:
     """How a token's bits are spread over the rows of the image `(H, N)` and over its columns `(W, N)`, each summing to
-    one per token; the pixels of a token are those without which `known_tokens` does not know it."""
+    one per token; the pixels of a token are those without which `known_tokens` does not know it. Raises `ValueError`
+    unless tokens are `placed`."""
     _, height, width = tokenizer.image_shape
     along_rows = ~torch.eye(height, dtype=torch.bool)[:, :, None].expand(-1, -1, width)
     along_columns = ~torch.eye(width, dtype=torch.bool)[:, None, :].expand(-1, height, -1)

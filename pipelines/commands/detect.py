@@ -117,7 +117,7 @@ def run(config: DetectConfig) -> dict[str, Any]:
         save_picture(sheet(pipeline, found.pixels, scores, config.num_shown, config.seed), folder / "sheet.png")
         if figures:
             write_json(folder / "figures.json", figures)
-    print(report(config, calibration, found, flagged, anomalous, figures))
+    print(report(config, pipeline, calibration, found, flagged, anomalous, figures))
     return figures
 
 
@@ -230,16 +230,19 @@ def write_table(path: Path, found: Found, anomalous: np.ndarray | None, columns:
 
 def sheet(pipeline: ImagePipeline, pixels: Tensor, scores: Tensor, count: int, seed: int) -> np.ndarray:
     """The most anomalous images on the left, from the top, and the least on the right: each with the bits of its
-    pixels, healed, and how that differs from it."""
+    pixels where tokens have a place, healed, and how that differs from it."""
     ranked = torch.argsort(scores, descending=True)
     count = min(count, len(ranked))
     chosen = torch.cat([ranked[:count], ranked.flip(0)[:count]])
     images = to_float(pixels[chosen])
-    heat = anomaly_map(pipeline, images, smooth=True).cpu()
+    maps = []
+    if pipeline.tokenizer.placed:
+        heat = anomaly_map(pipeline, images, smooth=True).cpu()
+        maps.append(colored(heat / heat.amax().clamp(min=1e-6)))
     healed = heal(pipeline, images, seed=seed)
     panels = [
         images.expand(-1, 3, -1, -1),
-        colored(heat / heat.amax().clamp(min=1e-6)),
+        *maps,
         healed.images.cpu().expand(-1, 3, -1, -1),
         colored(healed.difference.cpu()),
     ]
@@ -254,6 +257,7 @@ def colored(values: Tensor) -> Tensor:
 
 def report(
     config: DetectConfig,
+    pipeline: ImagePipeline,
     calibration: Calibration,
     found: Found,
     flagged: np.ndarray,
@@ -279,7 +283,8 @@ def report(
             value, low, high = figures[name]
             beside = f"; by chance {figures['prevalence']:.4f}" if name == "auprc" else ""
             rows.append((label, f"{value:.4f} ({low:.4f} to {high:.4f}{beside})"))
-    shown = "the most anomalous left, the least right; image, bits, healed, what healing changed"
+    bits = "bits, " if pipeline.tokenizer.placed else ""
+    shown = f"the most anomalous left, the least right; image, {bits}healed, what healing changed"
     rows += [(), ("scores", f"{config.out}/scores.csv"), ("sheet", f"{config.out}/sheet.png: {shown}")]
     return table(rows)
 

@@ -21,6 +21,7 @@ from ..metrics.charts import GREY, RED, Pixels, bars, charts_in_row, histogram
 from ..metrics.codebook import HEIGHT, draw_distances, draw_usage, part_names
 from ..metrics.inspection import Findings, examine
 from ..metrics.pages import mosaic, page
+from ..metrics.reconstruction import drafts
 from ..metrics.texture import texture_line
 from ..stages.provenance import tokenizer_defaults, tokenizer_folder
 
@@ -66,9 +67,11 @@ def report(tokenizer: Any, images: ImageDataset, found: Findings, num_images: in
         title = "How well images come back"
         series = {"images": found.psnr.double().numpy()}
         charts.append(partial(histogram, title=title, series=series, label="PSNR in dB"))
-    rows = [charts_in_row(charts, WIDTH, HEIGHT), code_picture(found)]
+    rows = [charts_in_row(charts, WIDTH, HEIGHT)]
+    if found.alone is not None:
+        rows.append(code_picture(found, found.alone))
     if not exact:
-        rows += scale_picture(tokenizer, images, num_images)
+        rows += draft_picture(tokenizer, images, num_images)
         rows += example_pictures(tokenizer, images, found.psnr, num_images)
     lines = [f"{len(images):,} held-out images of {source}", *sentences(found, exact)]
     return page(headline(tokenizer), lines, rows)
@@ -104,6 +107,9 @@ def sentences(found: Findings, exact: bool) -> list[str]:
         errors, shares = ([scale[name] for scale in f["scales"]] for name in ("psnr", "left"))
         lines.append(f"PSNR of the first scales alone: {listed([f'{error:.1f}' for error in errors])} dB")
         lines.append(f"latent variance left after each: {listed([f'{share:.0%}' for share in shares])}")
+    if "prefixes" in f:
+        counts, errors = ([prefix[name] for prefix in f["prefixes"]] for name in ("tokens", "psnr"))
+        lines.append(f"PSNR of the first {listed(counts)} tokens: {listed([f'{error:.1f}' for error in errors])} dB")
     lacking = [(level, codes) for level, codes in enumerate(f["unused_codes"]) if codes]
     for level, codes in lacking[:LISTED]:
         where = f" of {found.names[level]}" if len(found.uses) > 1 else ""
@@ -134,10 +140,10 @@ def draw_levels(axes: Axes, names: list[str], levels: list[dict[str, float]]) ->
     bars(axes, title, values, labels=(what, "% used"), texts=texts, top=100)
 
 
-def code_picture(found: Findings) -> Pixels:
-    """Codes one by one, the most used first; ids of unused ones are red."""
+def code_picture(found: Findings, alone: Tensor) -> Pixels:
+    """Codes one by one, `alone` (k, C, h, w), the most used first; ids of unused ones are red."""
     cells = []
-    for n, tile in enumerate(found.alone):
+    for n, tile in enumerate(alone):
         picture = fitted(tile, CODE_SIDE)
         below = [] if found.in_place is None else [np.full_like(picture, EMPTY)]
         if found.in_place is not None and bool(torch.isfinite(found.in_place[n]).all()):
@@ -158,17 +164,21 @@ def code_picture(found: Findings) -> Pixels:
 
 
 @torch.inference_mode()
-def scale_picture(tokenizer: Any, images: ImageDataset, count: int) -> list[Pixels]:
-    """Some images, each above what the first scale, the first two, ... make of it; none without scales."""
-    scales, columns = tokenizer.grid.scales, max(6, count // 3)
-    if not scales:
+def draft_picture(tokenizer: Any, images: ImageDataset, count: int) -> list[Pixels]:
+    """Some images, each above its `drafts`; nothing where there are none."""
+    decoders, columns = drafts(tokenizer), max(6, count // 3)
+    if not decoders:
         return []
     originals = images.batch(np.linspace(0, len(images) - 1, min(columns, len(images))).astype(np.int64))
     tokens = tokenizer.encode(originals.to(tokenizer.device))
-    versions = [originals, *(tokenizer.decode_scales(tokens, k + 1).cpu() for k in range(len(scales)))]
+    versions = [originals, *(decode(tokens).cpu() for decode in decoders)]
     side = WIDTH // columns - 8
     cells = [stacked([fitted(image, side) for image in column]) for column in zip(*versions, strict=True)]
-    title = "Reconstructions from the first scales: original above, then one scale more in each row"
+    counts = listed(list(tokenizer.prefixes))
+    rows = "scales: original above, then one scale more in each row"
+    if not tokenizer.grid.scales:
+        rows = f"tokens: original above, then from {counts} in each row"
+    title = f"Reconstructions from the first {rows}"
     return [mosaic(title, cells, [""] * len(cells), columns, WIDTH)]
 
 

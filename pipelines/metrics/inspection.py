@@ -16,7 +16,7 @@ from tokenizer.losses import pixel_losses, psnr
 from ..images import ImageDataset
 from ..shuffling.epochs import spread
 from .codebook import MISSED, RARE, code_distances, count_tokens, part_names
-from .reconstruction import SOME, look_figures, looks_of
+from .reconstruction import SOME, drafts, look_figures, looks_of
 
 UNUSED_SHOWN = 23  # codes that occur nowhere, of those shown: a row
 PLACES = 64  # at most so many of a code's places are looked at
@@ -26,8 +26,8 @@ PIXELS_AT_ONCE = 1 << 21
 @dataclass(frozen=True)
 class Findings:
     """What there is to draw. `names` of the levels or scales, `uses` (them, V), `psnr` (n,) dB, `shown` (k,) ids of the
-    first; `alone` (k, C, h, w),
-    each on all positions; `in_place` (k, C, h, w), the mean of what is decoded around its places, or None."""
+    first; `alone` (k, C, h, w), each on all positions, or None where there are no positions; `in_place` (k, C, h, w),
+    the mean of what is decoded around its places, or None."""
 
     figures: dict[str, Any]
     names: list[str]
@@ -35,7 +35,7 @@ class Findings:
     psnr: Tensor
     distances: dict[str, np.ndarray]
     shown: Tensor
-    alone: Tensor
+    alone: Tensor | None
     in_place: Tensor | None
     word: str
 
@@ -65,13 +65,13 @@ def examine(tokenizer: Any, images: ImageDataset, num_codes: int) -> Findings:
     word = "dead" if RARE * float(uses.double().mean()) >= MISSED else "unused"
     means = {name: total / len(images) for name, total in sums.items()}
     return Findings(
-        figures_of(uses, decibels, distances) | means | look_figures(looks) | scale_figures(tokenizer, images, tokens),
+        figures_of(uses, decibels, distances) | means | look_figures(looks) | draft_figures(tokenizer, images, tokens),
         part_names(tokenizer),
         uses,
         decibels,
         distances,
         shown,
-        alone(tokenizer, shown, uses),
+        alone(tokenizer, shown, uses) if tokenizer.placed or tokenizer.grid.scales else None,
         around.means() if around is not None else None,
         word,
     )
@@ -98,18 +98,22 @@ def figures_of(uses: Tensor, decibels: Tensor, distances: dict[str, np.ndarray])
     }
 
 
-def scale_figures(tokenizer: Any, images: ImageDataset, tokens: Tensor) -> dict[str, Any]:
-    """Under `scales`, for each scale, the PSNR in dB of `images` from it and those before it, whose `tokens` (n, L) are
-    given, and the share of the latents' variance that it left over in training. Nothing without scales."""
-    found = []
-    for k in range(len(tokenizer.grid.scales)):
+def draft_figures(tokenizer: Any, images: ImageDataset, tokens: Tensor) -> dict[str, Any]:
+    """The PSNR in dB of the `drafts` of `images`, whose `tokens` (n, N) are given: under `scales` for each scale, with
+    the share of the latents' variance that it left over in training; under `prefixes` for each number of first tokens.
+    Nothing for other tokenizers."""
+    found: list[dict[str, float]] = []
+    for decode in drafts(tokenizer):
         errors = []
         for part in torch.arange(len(images)).split(batch_size(tokenizer)):
-            decoded = tokenizer.decode_scales(tokens[part].to(tokenizer.device), k + 1)
+            decoded = decode(tokens[part].long().to(tokenizer.device))
             errors.append(psnr(decoded.cpu(), images.batch(part.numpy())))
-        left = float(tokenizer.quantizer.left[k])
-        found.append({"psnr": float(torch.cat(errors).double().mean()), "left": left})
-    return {"scales": found} if found else {}
+        found.append({"psnr": float(torch.cat(errors).double().mean())})
+    if tokenizer.grid.scales:
+        left = tokenizer.quantizer.left.tolist()
+        return {"scales": [{**one, "left": share} for one, share in zip(found, left, strict=True)]}
+    counts = zip(tokenizer.prefixes, found, strict=True)
+    return {"prefixes": [{"tokens": count, **one} for count, one in counts]} if found else {}
 
 
 @dataclass(frozen=True)

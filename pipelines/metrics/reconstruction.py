@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -75,16 +76,28 @@ def look_figures(parts: Sequence[Looks]) -> dict[str, Any]:
     return {"ssim": float(alike.double().mean()), "ssim_images": len(alike), **texture_figures(windows)}
 
 
+def drafts(model: Any) -> list[Callable[[Tensor], Tensor]]:
+    """What a tokenizer makes of the first of an image's tokens alone, as functions of all tokens, coarse to fine, the
+    last of all of them: of one scale, of two, ...; or of 1, 2, 4, ... tokens. Empty where only all decode."""
+    if model.grid.scales:
+        return [partial(model.decode_scales, count=k + 1) for k in range(len(model.grid.scales))]
+    return [partial(decode_first, model, count) for count in model.prefixes]
+
+
+def decode_first(model: Any, count: int, tokens: Tensor) -> Tensor:
+    """Images of the first `count` of `tokens` `(B, N)`."""
+    return model.decode(tokens[:, :count])
+
+
 @torch.inference_mode()
 def reconstruction_picture(model: Any, images: ImageDataset, count: int = 32) -> np.ndarray:
-    """The first `count` images, evenly spread over the set, each row above the row of its reconstructions; of a
-    tokenizer of scales first from one scale, then from one more in each row."""
+    """The first `count` images, evenly spread over the set, each row above the row of its reconstructions; above those
+    the rows of their `drafts`, where there are any."""
     chosen = np.linspace(0, len(images) - 1, min(count, len(images))).astype(np.int64)
     originals = images.batch(chosen)
     parts = originals.split(images_at_a_time(images.image_shape))
     tokens = [model.encode(part.to(model.device)) for part in parts]
-    counts = range(1, len(model.grid.scales))
-    some = [torch.cat([model.decode_scales(part, count).cpu() for part in tokens]) for count in counts]
+    some = [torch.cat([decode(part).cpu() for part in tokens]) for decode in drafts(model)[:-1]]
     decoded = torch.cat([model.decode(part).cpu() for part in tokens])
     columns = min(16, len(chosen))
     rows = zip(*(version.split(columns) for version in (originals, *some, decoded)), strict=True)

@@ -116,7 +116,8 @@ class Stages:
 
     @torch.no_grad()
     def decode(self, tokens: Tensor, *, output_type: str = "pil", batch_size: int = 256) -> Any:
-        """Images of `tokens` `(B, *grid.shape)`. Raises `ValueError` for ids out of range.
+        """Images of `tokens` `(B, *grid.shape)`, or of the first k, `(B, k)`, where these decode (`titok` with `keep`).
+        Raises `ValueError` for ids out of range.
 
         On a CPU image k has the same pixels in any batch; `batch_size`: images at a time on other devices.
         """

@@ -149,6 +149,29 @@ def test_a_tokenizer_of_scales_completes_nothing():
         pipe.complete(pixels_for(pipe), torch.ones(8, 12).bool())
 
 
+def test_a_row_of_registers_completes_nothing_and_says_so_in_a_line():
+    pipe, known = make_pipeline("titok"), torch.arange(12).expand(8, 12) < 5
+    message = r"^a register's token belongs to no part of the image: known pixels make no token known, [^\n]*$"
+    with pytest.raises(ValueError, match=message):
+        pipe.complete(pixels_for(pipe), known)
+    with pytest.raises(ValueError, match=message):
+        pipe.conditional_log_prob(pixels_for(pipe), known)
+
+
+def test_prefixes_pass_through_the_pipeline_in_any_batch():
+    pipe = make_pipeline("titok")
+    tokens = pipe.encode(pixels_for(pipe))
+    for count in (1, 3, 5):
+        made = pipe.decode(tokens[:, :count], output_type="pt")
+        assert made.shape == (5, 1, 8, 12)
+        assert torch.equal(made[2:3], pipe.decode(tokens[2:3, :count], output_type="pt"))
+        torch.testing.assert_close(made, pipe.tokenizer.decode(tokens[:, :count]))
+    with pytest.raises(ValueError, match=r"^takes 1 to 5 tokens of an image, got 6$"):
+        pipe.decode(torch.zeros(1, 6, dtype=torch.long))
+    with pytest.raises(ValueError, match=r"^takes all 5 tokens of an image, got 2; prefixes need model\.keep[^\n]*$"):
+        make_pipeline("titok", sizes={"keep": None}).decode(torch.zeros(1, 2, dtype=torch.long))
+
+
 @pytest.mark.parametrize("known", [torch.ones(12, 8).bool(), torch.ones(2, 8, 12).bool(), torch.ones(8, 12)])
 def test_masks_of_another_shape_or_type_are_refused(known):
     with pytest.raises(ValueError, match="known should be bool"):

@@ -261,6 +261,51 @@ def test_peers_have_equal_bits_and_three_sizes(support, monkeypatch, data, size,
     assert all(len(sizes) == 3 and sizes == sorted(set(sizes)) for sizes in counts.values())
 
 
+@pytest.mark.parametrize(("data", "size", "channels"), [("openmoji", (64, 64), 3), ("fashion_mnist", (28, 28), 1)])
+def test_a_row_of_tokens_and_a_grid_of_them_have_equal_bits(support, data, size, channels):
+    preset, grids = support("contenders").read_presets(data, [])["tokenizer"], {}
+    found = support("contender_rows").rows(preset, Path("out"))
+    for name, spec in found.items():
+        node = dict(spec["model"])
+        with torch.device("meta"):
+            model = Tokenizer.create(node.pop("kind"), image_size=size, channels=channels, **node)
+        grids[name] = len(model.grid), model.grid.vocab_size
+        assert spec["critic"] == {"weight": 0.0} and bool(model.prefixes) == (name == "titok")
+    assert set(grids) == {"vqvae", "vit", "titok", "titok-whole"} and len(set(grids.values())) == 1
+    ours = support("contenders").tokenizer_node(preset, found["titok"], None, None, 7, Path("run"))["train"]
+    assert ours["muon_lr"] == found["titok"]["train"]["muon_lr"] != preset["train"]["muon_lr"] and ours["steps"] == 7
+    theirs = support("contenders").tokenizer_node(preset, found["vqvae"], None, None, 7, Path("run"))["train"]
+    assert theirs["muon_lr"] == preset["train"]["muon_lr"]
+    with pytest.raises(SystemExit, match=r"^data=nothing: there is no preset configs/tokenizer/titok_nothing.yaml$"):
+        support("contender_rows").rows({**preset, "out": "runs/vqvae_nothing"}, Path("out"))
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_prefixes_for_seconds(tmp_path):
+    """A few steps of a titok and of the GPT on its tokens; then what its first tokens hold."""
+    small = ["limit=64", "train.batch_size=8", "gpt.model.dim=16", "gpt.model.depth=1", "gpt.model.heads=2"]
+    brief = ["minutes=0.002", "gpt_minutes=0.002", "augmentations=1", "only=titok,titok-whole", f"out={tmp_path}"]
+    run("tokenizers.py", "set=rows", "data=digits", *brief, *small)
+    folder, picture = tmp_path / "digits_rows" / "seed0", tmp_path / "strip.png"
+    printed = run("prefixes.py", f"run={folder / 'titok'}", f"picture={picture}", "images=3")
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in printed.splitlines() if line.startswith("|")][
+        2:
+    ]
+    assert [row[0] for row in rows] == [
+        *(f"first {k}" for k in (1, 2, 4, 8, 16)),
+        "all 16 of titok",
+        "all 16 of titok-whole",
+    ]
+    assert [float(row[1]) for row in rows[:5]] == [7 * k for k in (1, 2, 4, 8, 16)]
+    bits = [float(row[2]) for row in rows[:5]]
+    assert bits == sorted(bits) and rows[4][2:] == rows[5][2:] and picture.is_file()
+    environment = {**os.environ, "PYTHONPATH": os.environ["PYTHONPATH"]}
+    command = [sys.executable, "benchmarks/prefixes.py", f"run={folder / 'titok-whole'}"]
+    done = subprocess.run(command, cwd=ROOT, env=environment, text=True, capture_output=True)
+    assert done.returncode == 1 and done.stderr.strip().endswith("its first tokens alone do not decode (model.keep)")
+
+
 def test_the_best_size_of_each_network_is_shown(support):
     made, psnr = support("contender_table"), {"vit-small": 15.0, "vit-large": 14.0, "ema": 13.0, "vqgan-medium": 16.0}
     found = {name: [{"psnr": value}] for name, value in psnr.items()}

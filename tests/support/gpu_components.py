@@ -63,6 +63,7 @@ from prior.requests import Walk
 from prior.sampling import Sampler, steps
 from tokenizer import Tokenizer
 from tokenizer.critic import PatchCritic
+from tokenizer.files.errors import ConfigError
 from tokenizer.likelihoods import Likelihood
 from tokenizer.losses import total_loss
 
@@ -131,15 +132,25 @@ def tokenizers() -> Iterator[Component]:
     """Each, with each likelihood and each quantizer that it takes: a few training steps, and use."""
     for name in TOKENIZERS:
         fields = type(make_tokenizer(name, SIZE).config).model_fields
-        kinds = [*QUANTIZERS] if "quantizer" in fields else []
-        latents = make_tokenizer(name, SIZE).grid.shape
-        choices: list[dict[str, Any]] = [{}, *({"quantizer": quantizer_of(kind, *latents)} for kind in kinds)]
+        shape = make_tokenizer(name, SIZE).grid.shape
+        latents = shape if len(shape) == 2 else (1, 1)
+        nodes = [quantizer_of(kind, *latents) for kind in QUANTIZERS] if "quantizer" in fields else []
+        choices: list[dict[str, Any]] = [{}, *({"quantizer": node} for node in nodes if takes(name, node))]
         if "likelihood" in fields:
             choices += [{"likelihood": {"kind": kind}} for kind in Likelihood.available()]
         for config in choices:
             kind = "".join(f" with {node['kind']}" for node in config.values())
             main = "main: " if name == "vqvae" and kind.endswith(("ema", "categorical")) else ""
             yield f"{main}tokenizer {name}{kind}", partial(try_tokenizer, name, config)
+
+
+def takes(name: str, quantizer: dict[str, Any]) -> bool:
+    """Whether the tokenizer goes with it; one that does not says so on construction."""
+    try:
+        make_tokenizer(name, SIZE, quantizer=quantizer)
+    except ConfigError:
+        return False
+    return True
 
 
 def try_tokenizer(name: str, config: dict[str, Any]) -> None:
@@ -159,7 +170,7 @@ def try_tokenizer(name: str, config: dict[str, Any]) -> None:
     with torch.no_grad():
         tokens = model.encode(batch)
         assert tokens.device == model.decode(tokens).device == CUDA
-        if not model.grid.scales:
+        if model.placed:
             model.known_tokens(torch.ones(len(batch), *SIZE, dtype=torch.bool, device=CUDA))
         if model.has_likelihood:
             model.pixel_log_prob(batch, tokens)

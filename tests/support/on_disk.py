@@ -133,7 +133,8 @@ def samplings(pipe: ImagePipeline) -> dict[str, dict[str, Any]]:
     if pipe.prior.name == "masked":
         found["stepwise"] = {"num_images": 6, "seed": 5, "steps": 3}
     if pipe.prior.any_order:
-        found["snake"] = {"num_images": 6, "seed": 6, "order": "snake"}
+        order = "snake" if pipe.tokenizer.placed else "random:1"
+        found[order] = {"num_images": 6, "seed": 6, "order": order}
     return found
 
 

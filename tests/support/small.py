@@ -23,6 +23,14 @@ SMALL: dict[str, dict[str, Any]] = {
     "next_scale": {"dim": 32, "depth": 2, "heads": 2, "channels": 8},
     "vqvae": {"widths": (16,), "blocks": (1,), "quantizer": {"kind": "ema", "codes": 32, "dim": 8}},
     "vit": {"dim": 16, "depth": 1, "heads": 2, "quantizer": {"kind": "ema", "codes": 32, "dim": 8}},
+    "titok": {
+        "dim": 16,
+        "depth": 1,
+        "heads": 2,
+        "registers": 5,
+        "keep": "uniform",
+        "quantizer": {"kind": "ema", "codes": 32, "dim": 8},
+    },
     "vqgan": {"widths": (8, 16), "blocks": 1, "groups": 4, "quantizer": {"kind": "vq", "codes": 32, "dim": 8}},
     "ema": {"codes": 32, "dim": 8},
     "vq": {"codes": 32, "dim": 8},
@@ -87,6 +95,10 @@ def train_on(quantizer: Quantizer, z: Tensor) -> Quantized:
 def make_tokenizer(name: str, image_size: tuple[int, int] = (12, 8), channels: int = 3, **config: Any) -> Tokenizer:
     """A small tokenizer of the family."""
     return Tokenizer.create(name, image_size=image_size, channels=channels, **{**SMALL.get(name, {}), **config})
+
+
+PLACED = [name for name in TOKENIZERS if make_tokenizer(name).placed]
+"""Those that know which tokens the known pixels make known."""
 
 
 def grid_of(name: str, shape: tuple[int, ...], vocab_size: int) -> TokenGrid:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from PIL import Image
-from small import PRIORS, TOKENIZERS, make_prior, make_tokenizer, quantizer_of
+from small import PLACED, PRIORS, TOKENIZERS, make_prior, make_tokenizer, quantizer_of
 
 from pipelines import ImagePipeline
 
@@ -14,8 +14,10 @@ LABELS = ["cat", "dog", "eel"]
 PAIRS = [*((tokenizer, "gpt") for tokenizer in TOKENIZERS), *(("vqvae", prior) for prior in PRIORS if prior != "gpt")]
 every_pair = pytest.mark.parametrize(("tokenizer", "prior"), PAIRS)
 # Those that know which tokens the known pixels make known.
-placed_pairs = pytest.mark.parametrize(("tokenizer", "prior"), [pair for pair in PAIRS if pair[1] != "next_scale"])
+PLACED_PAIRS = [pair for pair in PAIRS if pair[0] in PLACED and pair[1] != "next_scale"]
+placed_pairs = pytest.mark.parametrize(("tokenizer", "prior"), PLACED_PAIRS)
 every_tokenizer = pytest.mark.parametrize("tokenizer", TOKENIZERS)
+every_placed_tokenizer = pytest.mark.parametrize("tokenizer", PLACED)
 
 
 def make_pipeline(

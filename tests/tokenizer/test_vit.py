@@ -9,7 +9,7 @@ from small import QUANTIZERS, make_tokenizer, quantizer_of
 from torch.utils.flop_counter import FlopCounterMode
 
 from pipelines.images import DataConfig, load_images
-from tokenizer import Tokenizer
+from tokenizer import Tokenizer, vit
 from tokenizer.files.errors import ConfigError
 from tokenizer.losses import total_loss
 
@@ -107,6 +107,20 @@ def test_encoding_in_bfloat16():
             found = tokenizer.encode(images)
             assert tokenizer(images).images.dtype == torch.float32
     assert (found == tokens).float().mean() > 0.8
+
+
+def test_attention_is_computed_in_float32_under_a_cpus_autocast(monkeypatch):
+    """Where torch is slow in bfloat16; what it is given there by weights of this type stays so."""
+    seen, real = [], vit.F.scaled_dot_product_attention
+    monkeypatch.setattr(vit.F, "scaled_dot_product_attention", lambda q, k, v: (seen.append(q.dtype), real(q, k, v))[1])
+    tokenizer = make_tokenizer("vit").eval()
+    images = images_for(tokenizer)
+    expected = tokenizer.encoder(images)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = tokenizer.encoder(images)
+    torch.testing.assert_close(found.float(), expected, atol=0.1, rtol=0.1)
+    tokenizer.bfloat16().encoder(images.bfloat16())
+    assert seen == [torch.float32, torch.float32, torch.bfloat16]
 
 
 def test_sizes_cost_what_they_should():

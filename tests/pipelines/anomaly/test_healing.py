@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from small import PRIORS, TOKENIZERS, make_tokenizer
+from small import PLACED, PRIORS, make_tokenizer
 from small_pipelines import make_pipeline
 from stripes import SIZE, constant, planted, stripes
 
@@ -15,7 +15,7 @@ from pipelines.stages.calibration import CalibrationError
 
 
 @pytest.mark.parametrize("smooth", [False, True])
-@pytest.mark.parametrize("tokenizer", TOKENIZERS)
+@pytest.mark.parametrize("tokenizer", PLACED)
 def test_a_map_sums_to_the_bits_of_the_image(tokenizer, smooth):
     pipe = make_pipeline(tokenizer, channels=3, size=(12, 8), labels=[])
     images = torch.randint(0, 256, (5, 3, 12, 8), dtype=torch.uint8)
@@ -41,7 +41,18 @@ def test_every_prior_has_scores_and_maps(prior):
     assert heal(pipe, images[:2], draws=2).images.shape == (2, 1, 8, 12)
 
 
-@pytest.mark.parametrize("tokenizer", TOKENIZERS)
+def test_registers_have_no_map_but_scores_and_healing():
+    pipe = make_pipeline("titok", labels=[])
+    images = torch.randint(0, 256, (43, 1, 8, 12), dtype=torch.uint8)
+    calibrate(pipe, images[3:])
+    assert anomaly_score(pipe, images[:3], p_values=True).shape == (3,)
+    with pytest.raises(ValueError, match=r"^a register's token belongs to no part of the image: [^\n]* at no pixel$"):
+        anomaly_map(pipe, images[:3])
+    healed = heal(pipe, images[:2], draws=2)
+    assert healed.images.shape == (2, 1, 8, 12) and healed.tokens.shape == healed.resampled.shape == (2, 5)
+
+
+@pytest.mark.parametrize("tokenizer", PLACED)
 def test_a_token_spreads_over_its_own_patch(tokenizer):
     made = make_tokenizer(tokenizer, (8, 12), 3)
     rows, columns = patches(made)

@@ -13,7 +13,7 @@ import torch
 from command import fails
 from launch import ROOT, environment
 from PIL import Image
-from small import TOKENIZERS, make_tokenizer
+from small import TOKENIZERS, make_tokenizer, quantizer_of
 
 from pipelines.__main__ import main, verbs
 from pipelines.commands import inspect_ as inspect
@@ -22,7 +22,7 @@ from pipelines.config.command import parse
 from pipelines.images import DataConfig, load_images
 from pipelines.metrics import charts, pages
 from pipelines.metrics.inspection import PLACES, Surroundings, alone, examine, middle
-from pipelines.metrics.reconstruction import evaluate_reconstruction
+from pipelines.metrics.reconstruction import drafts, evaluate_reconstruction, reconstruction_picture
 from pipelines.stages.index import INDEX
 from pipelines.stages.provenance import tokenizer_defaults
 from tokenizer.files.writing import write_json
@@ -37,6 +37,7 @@ USE, LEVELS, ERRORS = (
     "How well images come back",
 )
 DISTANCES = "How far apart vectors and codes lie"
+DRAFTS = "Reconstructions from the first"
 EXAMPLES = [f"{name} reconstructions: original above, PSNR below" for name in ("Best", "Middle", "Worst")]
 
 
@@ -98,12 +99,59 @@ def test_every_tokenizer_gets_the_panels_that_make_sense(name, images, drawn):
     model = make_tokenizer(name).eval()
     found, titles, captions = page_of(model, images, drawn)
     learned = hasattr(model, "quantizer") and hasattr(model.quantizer, "table") and model.levels == 1
-    (codes,) = [title for title in titles if title.startswith("Codes") and title != LEVELS]
-    expected = [USE, *[LEVELS] * (model.levels > 1), *[DISTANCES] * learned, ERRORS, codes, *EXAMPLES]
+    codes = [title for title in titles if title.startswith("Codes") and title != LEVELS]
+    first = [title for title in titles if title.startswith(DRAFTS)]
+    assert (len(codes), len(first)) == (int(model.placed), int(bool(model.prefixes)))
+    expected = [USE, *[LEVELS] * (model.levels > 1), *[DISTANCES] * learned, ERRORS, *codes, *first, *EXAMPLES]
     assert titles == expected
     shown = min(model.grid.vocab_size, int((found.uses[0] > 0).sum()) + 23)
-    assert len(captions[codes]) == shown and all(len(captions[title]) == 3 for title in EXAMPLES)
+    assert all(len(captions[title]) == shown for title in codes)
+    assert all(len(captions[title]) == 3 for title in EXAMPLES)
     assert json.loads(json.dumps(found.figures)) == found.figures
+
+
+@pytest.mark.parametrize("name", ["titok", "scales"])
+def test_what_first_tokens_make_is_measured_and_drawn(name, images, drawn):
+    """In the report and in `smalti reconstruct`'s picture, by one notion: the last draft is of all tokens."""
+    model = make_tokenizer("vqvae", quantizer=quantizer_of("multiscale", 3, 2)) if name == "scales" else titok()
+    found, titles, _ = page_of(model.eval(), images, drawn)
+    batch = images.batch(range(COUNT))
+    tokens = model.encode(batch)
+    by_hand = {
+        "scales": lambda: [model.decode_scales(tokens, 1), model.decode_scales(tokens, 2)],
+        "titok": lambda: [model.decode(tokens[:, :count]) for count in (1, 2, 4, 5)],
+    }[name]()
+    made = [decode(tokens) for decode in drafts(model)]
+    assert len(made) == len(by_hand) and all(map(torch.equal, made, by_hand))
+    assert torch.equal(made[-1], model.decode(tokens)) and not torch.equal(made[0], made[-1])
+    told = found.figures["scales" if name == "scales" else "prefixes"]
+    assert [one["psnr"] for one in told] == pytest.approx([float(psnr(x, batch).mean()) for x in made], rel=1e-4)
+    assert told[-1]["psnr"] == pytest.approx(found.figures["psnr"], rel=1e-4)
+    title = "scales: original above, then one scale more in each row"
+    if name == "titok":
+        title = "tokens: original above, then from 1, 2, 4, 5 in each row"
+        assert [one["tokens"] for one in told] == [1, 2, 4, 5]
+        (line,) = [line for line in inspect.sentences(found, False) if line.startswith("PSNR of the first")]
+        assert line.startswith("PSNR of the first 1, 2, 4, 5 tokens: ") and line.count(",") == 6
+    assert f"{DRAFTS} {title}" in titles
+    plain = reconstruction_picture(make_tokenizer("vqvae").eval(), images, 4)
+    rows = (reconstruction_picture(model, images, 4).shape[0] - 2) / (plain.shape[0] - 2) * 2
+    assert rows == 1 + len(made)
+
+
+def titok():
+    """One whose first tokens matter."""
+    model = make_tokenizer("titok")
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    return model
+
+
+def test_without_nested_dropout_only_all_tokens_are_decoded(images, drawn):
+    model = make_tokenizer("titok", keep=None).eval()
+    found, titles, _ = page_of(model, images, drawn)
+    assert drafts(model) == [] and "prefixes" not in found.figures
+    assert not [title for title in titles if title.startswith((DRAFTS, "Codes"))]
 
 
 def test_of_a_lossless_tokenizer_no_errors_are_shown(images, drawn):

@@ -14,7 +14,7 @@ from command import fails
 from optional import needs_digits
 from PIL import Image
 from small import ANY_ORDER, PRIORS, generators, make_prior, make_tokenizer
-from small_pipelines import every_tokenizer, make_pipeline, pixels_for
+from small_pipelines import every_placed_tokenizer, make_pipeline, pixels_for
 
 from pipelines import ImagePipeline
 from pipelines.__main__ import main
@@ -52,7 +52,7 @@ def grids(shape, vocab):
 # Drawing
 
 
-@every_tokenizer
+@every_placed_tokenizer
 @pytest.mark.parametrize("mask", ["left", "box", "scatter:0.5", "ragged"])
 def test_hidden_pixels_do_not_leak_into_any_draw(tokenizer, mask):
     pipe = in_any_order(tokenizer)
@@ -111,7 +111,7 @@ def test_orders_and_generators_belong_to_images_and_completions():
     assert not torch.equal(many, complete(pipe, pixels, half(), draws=2, generator=generators(6, 9)).tokens)
 
 
-@every_tokenizer
+@every_placed_tokenizer
 @every_prior
 def test_all_known_and_nothing_known(tokenizer, prior):
     pipe = in_any_order(tokenizer, prior)
@@ -259,7 +259,7 @@ def test_draws_are_as_frequent_as_their_probability(name):
     assert ((found - expected).abs() < 5 * (expected * (1 - expected) / count).sqrt() + 1e-4).all()
 
 
-@every_tokenizer
+@every_placed_tokenizer
 def test_the_score_is_of_the_images_tokens_given_those_that_complete_sees(tokenizer):
     pipe = in_any_order(tokenizer)
     pixels, known = pixels_for(pipe, 5), torch.rand(5, *SHAPE) < 0.97
@@ -307,7 +307,7 @@ def test_named_masks_hide_what_they_say(shape):
     assert int(box.sum()) == rows * columns and (rows, columns) == (height - height // 4 * 2, width - width // 4 * 2)
 
 
-@every_tokenizer
+@every_placed_tokenizer
 @pytest.mark.parametrize(("share", "count"), [("0.5", 0.5), ("1", 1.0), ("1e-9", 0.0)])
 def test_scattered_masks_hide_whole_tokens(tokenizer, share, count):
     model = make_tokenizer(tokenizer, SHAPE, 3)

@@ -49,6 +49,7 @@ DROPOUT = {"blocks", "causal_conv", "gpt", "masked", "next_scale", "pixelsnail"}
 TOKENIZERS: dict[str, dict[str, Any]] = {
     "vqvae": {"blocks": (2,), "quantizer": {"kind": "rvq", "depth": 2, "book": {"kind": "vq", "codes": 16, "dim": 8}}},
     "vit": {"depth": 2},
+    "titok": {"depth": 2, "keep": None},
     "vqgan": {"blocks": 2, "encoder_attention": (1,)},
 }
 MODELS = [*(name for name, count in BLOCKS.items() if count), *TOKENIZERS]
@@ -95,6 +96,7 @@ def test_every_prior_has_the_blocks_that_it_repeats():
 
 def test_tokenizers_have_blocks_in_both_halves():
     assert names_of(model_of("vit")) == [f"{half}.blocks.{n}" for half in ("encoder.1", "decoder.0") for n in range(2)]
+    assert names_of(model_of("titok")) == [f"{half}.blocks.{n}" for half in ("encoder", "decoder.0") for n in range(2)]
     assert names_of(model_of("vqvae")) == ["encoder.2", "encoder.3", "decoder.1", "decoder.2"]  # and no codebook
     levels = ["encoder.levels.0", "encoder.levels.1", "encoder.middle.0", "encoder.middle.2"]
     assert names_of(model_of("vqgan")) == [
@@ -203,7 +205,7 @@ def test_a_model_without_blocks_is_refused(tmp_path, name):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["gpt", "gated_pixelcnn", "vit", "vqgan"])
+@pytest.mark.parametrize("name", ["gpt", "gated_pixelcnn", "vit", "titok", "vqgan"])
 def test_a_compiled_model_computes_the_same(name):
     """But for rounding, and for the numbers that dropout draws; checkpointed or not."""
     model = model_of(name)

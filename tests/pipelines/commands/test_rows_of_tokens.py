@@ -1,0 +1,102 @@
+"""Every verb on a tokenizer whose tokens have no place in the image: it does what it can, and says in a line what not.
+
+Covers: tokenizer/titok.py.
+"""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+from command import fails
+from launch import train_prior, train_tokenizer
+from one_process import one_process
+from PIL import Image
+
+from pipelines import ImagePipeline
+from pipelines.__main__ import main
+from prior import Prior
+
+pytestmark = pytest.mark.usefixtures("one_process")
+TITOK = {
+    "kind": "titok",
+    "factor": 7,
+    "registers": 6,
+    "keep": "uniform",
+    "dim": 16,
+    "depth": 1,
+    "heads": 2,
+    "quantizer": {"kind": "ema", "codes": 16, "dim": 8},
+}
+NO_PLACE = "a register's token belongs to no part of the image: known pixels make no token known, and its bits are at "
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    """The tokenizer, its tokens, and a pipeline that is calibrated."""
+    root = tmp_path_factory.mktemp("rows")
+    with one_process():
+        train_tokenizer(root / "stage1", model=TITOK, data__limit=100, train__preview_every=6, train__evaluate_every=6)
+        main(["encode", f"tokenizer={root}/stage1/tokenizer", f"out={root}/tokens"])
+        train_prior(root / "stage2", root / "tokens", train__preview_every=6, train__evaluate_every=6)
+    main(["calibrate", f"pipeline={root}/stage2/pipeline"])
+    return root
+
+
+def test_pictures_of_both_stages_are_drawn(world):
+    for stage in ("stage1", "stage2"):
+        assert list((world / stage).rglob("*.png"))
+    pipe = ImagePipeline.from_pretrained(world / "stage2" / "pipeline")
+    assert pipe.prior.grid.shape == (6,) and pipe.tokenizer.prefixes == (1, 2, 4, 6)
+
+
+@pytest.mark.parametrize("kind", [kind for kind in Prior.available() if kind != "gpt"])
+def test_every_prior_learns_a_row_or_says_what_it_needs(world, kind, tmp_path):
+    sizes = {"made": {"hidden": [16]}, "marginal": {}}.get(kind, {"dim": 16, "depth": 1})
+    try:
+        train_prior(tmp_path / "run", world / "tokens", model={"kind": kind, **sizes}, train__steps=2)
+    except ValueError as error:
+        needs = r"needs a (grid of two axes|tokenizer with quantizer.kind=multiscale) \(got [^\n]*\)"
+        assert kind in ("gated_pixelcnn", "next_scale", "pixelcnn", "pixelsnail") and re.search(f"{needs}$", str(error))
+    else:
+        assert len(ImagePipeline.from_pretrained(tmp_path / "run" / "pipeline")(2, 1, seed=0).images) == 2
+
+
+@pytest.mark.parametrize("order", ["random:3", "random:3:2"])
+def test_orders_are_raster_and_random(world, order, tmp_path, capsys):
+    model = {"kind": "blocks", "dim": 16, "depth": 1, "order": order}
+    train_prior(tmp_path / "run", world / "tokens", model=model, train__steps=2)
+    argv = [f"tokens={world}/tokens", f"out={tmp_path}/no", "model.kind=gpt", "model.order=diagonal"]
+    assert "walks a grid of two axes, this one has 1; use raster or random:SEED" in fails(capsys, "train_prior", *argv)
+
+
+def test_verbs_that_look_at_images(world, tmp_path, capsys):
+    pipeline = f"pipeline={world}/stage2/pipeline"
+    tokenizer = f"tokenizer={world}/stage1/tokenizer"
+    main(["reconstruct", tokenizer, f"out={tmp_path}/a.png", "num_images=4"])
+    main(["inspect", tokenizer, f"out={tmp_path}/b.png", "num_images=3"])
+    assert "PSNR of the first 1, 2, 4, 6 tokens: " in capsys.readouterr().out
+    main(["evaluate", pipeline, f"out={tmp_path}/evaluation", "num_samples=0"])
+    main(["generate", pipeline, f"out={tmp_path}/c.png", "num_images=4"])
+    main(["probe", pipeline, f"out={tmp_path}/probe"])
+    main(["search", pipeline, f"out={tmp_path}/d.png"])
+    (tmp_path / "images").mkdir()
+    Image.new("L", (28, 28), 90).save(tmp_path / "images" / "0.png")
+    main(["compress", pipeline, f"images={tmp_path}/images", f"out={tmp_path}/e.smalti"])
+    main(["decompress", pipeline, f"stream={tmp_path}/e.smalti", f"out={tmp_path}/images_again"])
+    assert len(list((tmp_path / "images_again").iterdir())) == 1
+    assert all((tmp_path / f"{name}.png").is_file() for name in "abcd")
+
+
+def test_detect_draws_no_map(world, tmp_path, capsys):
+    main(["detect", f"pipeline={world}/stage2/pipeline", f"out={tmp_path}/found", "num_shown=2"])
+    assert "sheet.png: the most anomalous left, the least right; image, healed, what healing changed" in " ".join(
+        capsys.readouterr().out.split()
+    )
+    assert Image.open(tmp_path / "found" / "sheet.png").width == 6 * (28 * 2 + 2) + 2
+
+
+def test_complete_says_why_it_cannot(world, tmp_path, capsys):
+    for mask in ("bottom", "scatter:0.5"):
+        argv = ["complete", f"pipeline={world}/stage2/pipeline", f"out={tmp_path}/a.png", f"mask={mask}"]
+        assert fails(capsys, *argv).startswith(f"error: {NO_PLACE}")
