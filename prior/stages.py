@@ -38,7 +38,7 @@ class StagesConfig(RowsConfig):
 
 def concat_elu(x: Tensor) -> Tensor:
     """elu of the channels and of their negatives: `(..., dim)` to `(..., 2 * dim)`."""
-    return F.elu(torch.cat([x, -x], -1))
+    return F.elu_(torch.cat([x, -x], -1))
 
 
 class Gated(nn.Module):
