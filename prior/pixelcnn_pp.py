@@ -138,14 +138,14 @@ class CoarserCache:
     """A `Coarser`: every other row and position go down, and what comes back is kept for four positions."""
 
     def __init__(self, coarser: Coarser, width: int, labels: Tensor) -> None:
-        weight = coarser.grow_left.weight.detach()  # (inputs, outputs, 2, 2)
+        weight = coarser.grow_left.conv.weight.detach()  # (inputs, outputs, 2, 2)
         batch, dim, half = len(labels), len(weight), (width + 1) // 2
         nothing = weight.new_zeros(batch, dim)
         self.shrink_above = WholeRows(coarser.shrink_above, width, nothing)
         self.shrink_left = RowCache(coarser.shrink_left, width, nothing)
         self.stage = StageCache(coarser.stage, half, labels)
         self.grow_above, self.above = coarser.grow_above, weight.new_zeros(2, width, batch, dim)
-        self.bias = coarser.grow_left.bias.detach().repeat(4)
+        self.bias = coarser.grow_left.conv.bias.detach().repeat(4)
         self.grow_left = pack(weight.permute(2, 3, 1, 0).flatten(0, 2), batch)
         self.grown = weight.new_empty(half, batch, 4 * dim)
         quarters = self.grown.view(half, batch, 2, 2, dim)
@@ -157,7 +157,7 @@ class CoarserCache:
         if row % 2 == 0:
             self.shrink_left.start_row()
             found = self.stage.start_row(self.shrink_above.read(), row // 2).transpose(0, 1)[:, None]
-            self.above = self.grow_above(found, 2, len(above)).detach().permute(1, 2, 0, 3)
+            self.above.copy_(self.grow_above(found, 2, len(above)).detach().permute(1, 2, 0, 3))
         return self.above[row % 2]
 
     def step(self, x: Tensor, row: int, column: int) -> Tensor:
@@ -215,15 +215,17 @@ class Cache:
         above_bias, left_bias = model.first_above.bias, model.first_over.bias + model.first_left.bias
         self.biases = iter((model.above_row.weight + above_bias).detach())
         self.left_biases = iter((model.left_row.weight + left_bias).detach())
+        self.sums_over = over.new_empty(self.width, rows, len(over)).detach()
+        self.over = self.sums_over.unbind(0)
         self.stage = StageCache(model.stage, self.width, labels)
         self.head_bias, self.head = model.head.bias.detach(), pack(model.head.weight, rows)
 
     def start_row(self, row: int) -> None:
         """Make the vertical stream's row, and what the horizontal one sees of the row above."""
-        patches, shape = self.inputs.patches(), (self.width, len(self.inputs.cells[0]), -1)
-        above = torch.addmm(next(self.biases), patches, self.first_above).view(shape)
-        last = patches[:, patches.shape[1] // 2 :]
-        self.over = torch.addmm(next(self.left_biases), last, self.first_over).view(shape).unbind(0)
+        patches = self.inputs.patches()
+        above = torch.addmm(next(self.biases), patches, self.first_above).view_as(self.sums_over)
+        last = patches[:, patches.shape[1] // 2 :]  # of the two rows
+        torch.addmm(next(self.left_biases), last, self.first_over, out=self.sums_over.flatten(0, 1))
         self.inputs.turn()
         self.stage.start_row(above, row)
 

@@ -94,14 +94,14 @@ class Grow(nn.Module):
     def __init__(self, dim: int, columns: Pair) -> None:
         super().__init__()
         self.right, width = columns[1], columns[1] - columns[0] + 1
+        self.conv: Any = nn.ConvTranspose2d(dim, dim, (2, width), stride=2)
         bound = (dim * width / 2) ** -0.5  # as nn.Linear has it: a position sees one row, and every other column
-        self.weight = nn.Parameter(torch.empty(dim, dim, 2, width).uniform_(-bound, bound))  # (inputs, outputs, ...)
-        self.bias = nn.Parameter(torch.zeros(dim))
+        nn.init.uniform_(self.conv.weight, -bound, bound)
         self.taps = [(row, column) for row in (-1, 0) for column in range(columns[0], columns[1] + 1)]
 
     def forward(self, x: Tensor, height: int, width: int) -> Tensor:
         """`(B, h, w, dim)` to `(B, height, width, dim)`, at most twice as high and wide."""
-        grown = F.conv_transpose2d(x.movedim(-1, 1), self.weight, self.bias, 2).movedim(1, -1)
+        grown = self.conv(x.movedim(-1, 1)).movedim(1, -1)
         return grown[:, :height, self.right : self.right + width]
 
     def see(self, x: Tensor, height: int, width: int) -> Tensor:

@@ -51,8 +51,8 @@ def gated(block, x, label, sides, *others):
 
 def grown(grow, x, size):
     """Each position adds its kernel to where it belongs: rows 2r and 2r + 1, columns from 2c - right on."""
-    (height, width), kernel = size, grow.weight
-    out = x.new_zeros(len(x), kernel.shape[1], 2 * x.shape[2], 2 * x.shape[3] + 2) + grow.bias[:, None, None]
+    (height, width), kernel = size, grow.conv.weight
+    out = x.new_zeros(len(x), kernel.shape[1], 2 * x.shape[2], 2 * x.shape[3] + 2) + grow.conv.bias[:, None, None]
     for row in range(2):
         for column in range(kernel.shape[3]):
             part = torch.einsum("io,bihw->bohw", kernel[:, :, row, column], x)
@@ -280,10 +280,10 @@ def test_growing_is_the_transpose_of_a_stride(columns, size):
     x, y = torch.randn(1, *half, 3).double(), torch.randn(1, height, width, 3).double()
     left, right_side = columns[1], 1  # the transpose looks down, and to the other side
     padded = F.pad(y.movedim(-1, 1), (left, 1 + right_side, 0, 1))[:, :, :, : 2 * half[1] + left + right_side]
-    shrunk = F.conv2d(padded, grow.weight, stride=2)[:, :, : half[0], : half[1]]
+    shrunk = F.conv2d(padded, grow.conv.weight, stride=2)[:, :, : half[0], : half[1]]
     assert torch.allclose((grow(x, *size) * y).sum(), (x.movedim(-1, 1) * shrunk).sum())
     field = torch.eye(half[0] * half[1]).bool().view(*half, -1)
-    nn.init.ones_(grow.weight)
+    nn.init.ones_(grow.conv.weight)
     reached = grow(torch.eye(len(field.flatten(0, 1))).double().view(-1, *half, 1).expand(-1, -1, -1, 3), *size)
     assert torch.equal(grow.see(field, *size), reached[..., 0].movedim(0, -1) > 0.5)
     assert see(field, [(0, 0)]).equal(field)
