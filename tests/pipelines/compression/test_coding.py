@@ -100,7 +100,7 @@ def test_batch_size_and_threads_do_not_matter(kind, batch_size, threads, monkeyp
         torch.set_num_threads(before)
 
 
-@pytest.mark.parametrize("prior", ["gpt", "made", "gated_pixelcnn"])
+@pytest.mark.parametrize("prior", ["gpt", "made", "gated_pixelcnn", "pixelcnn_pp"])
 def test_a_stream_decodes_without_the_cache(prior, monkeypatch):
     pipe = pipeline_of(prior=prior)
     images = images_of(pipe)
