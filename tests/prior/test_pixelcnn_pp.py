@@ -274,8 +274,9 @@ def test_a_stride_leaves_rows_and_columns_out(columns, shape):
 @pytest.mark.parametrize("columns", [(-1, 1), (-1, 0)])
 @pytest.mark.parametrize("size", [(4, 6), (5, 7), (5, 6)])
 def test_growing_is_the_transpose_of_a_stride(columns, size):
-    """<grow(x), y> = <x, shrink(y)> for the kernel turned round, up to the bias."""
+    """<grow(x), y> = <x, shrink(y)> but for the bias."""
     grow, (height, width) = Grow(3, columns).double(), size
+    nn.init.zeros_(grow.conv.bias)
     half = -(-height // 2), -(-width // 2)
     x, y = torch.randn(1, *half, 3).double(), torch.randn(1, height, width, 3).double()
     left, right_side = columns[1], 1  # the transpose looks down, and to the other side
