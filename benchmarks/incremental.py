@@ -25,6 +25,7 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {  # label -> kind, sizes
     "causal_conv, 8 x 64": ("causal_conv", {"dim": 64, "depth": 8}),
     "pixelcnn, 15 x 16": ("pixelcnn", {"dim": 16, "depth": 15, "row_embedding": False}),
     "gated_pixelcnn, 10 x 128": ("gated_pixelcnn", {"dim": 128, "depth": 10, "row_embedding": False}),
+    "pixelcnn_pp, 3 stages of 2 x 32": ("pixelcnn_pp", {"dim": 32, "depth": 2, "row_embedding": False}),
     "pixelsnail, 4 x 64": ("pixelsnail", {"dim": 64, "depth": 4}),
     "gpt, 8 x 64": ("gpt", {"dim": 64, "depth": 8, "heads": 4}),
     "gpt, any order, 8 x 64": ("gpt", {"dim": 64, "depth": 8, "heads": 4, "any_order": True}),

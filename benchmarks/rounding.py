@@ -52,6 +52,7 @@ MODELS: list[tuple[str, str, tuple[tuple[int, ...], int], dict[str, Any]]] = [  
     ("pixelsnail 64 x 4", "pixelsnail", GRID, {"dim": 64, "depth": 4}),
     ("pixelcnn 32 x 15", "pixelcnn", GRID, {"dim": 32, "depth": 15}),
     ("gated_pixelcnn 128 x 10", "gated_pixelcnn", GRID, {"dim": 128, "depth": 10}),
+    ("pixelcnn_pp 64 x 5, 3 stages", "pixelcnn_pp", GRID, {"dim": 64, "depth": 5}),
     ("made 4000, ids embedded in 32", "made", GRID, {"hidden": (4000,), "embedding": 32}),
     ("made 4000", "made", BINARY, {"hidden": (4000,)}),
     ("made 8000, 8000", "made", BINARY, {"hidden": (8000, 8000)}),

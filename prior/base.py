@@ -23,9 +23,9 @@ from tokenizer.pretrained import Fact, ModelConfig, Node, PretrainedModel
 from .drawing import State, draw, evaluating
 from .features import Features
 from .heads import PositionSteps, Softmax, head_problem, make_head
+from .heads.tokens import Positions
 from .mixtures import Mixtures
 from .orders import Partition, blocks_problem, make_partition, order_problem
-from .positions import Positions
 from .requests import Order, Rows, Walk, check_labels, check_order, given_walk, make_rows, partition_of
 from .sampling import Generators, Sampler
 

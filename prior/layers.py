@@ -91,14 +91,14 @@ class CausalConv2d(nn.Module):
     """A convolution whose kernel covers `rows` and `columns`, each (first, last) offsets from the position it writes.
 
     Maps `(B, H, W, inputs)` to `(B, H, W, outputs)`; outside the grid everything is zero. The last `masked` columns of
-    the kernel's last row are multiplied with zero.
+    the kernel's last row are multiplied with zero. stride: only every so many-th row and column is written.
     """
 
     mask: Tensor | None
 
-    def __init__(self, inputs: int, outputs: int, rows: Pair, columns: Pair, masked: int = 0) -> None:
+    def __init__(self, inputs: int, outputs: int, rows: Pair, columns: Pair, masked: int = 0, stride: int = 1) -> None:
         super().__init__()
-        self.rows, self.columns = rows, columns
+        self.rows, self.columns, self.stride = rows, columns, stride
         mask = torch.ones(rows[1] - rows[0] + 1, columns[1] - columns[0] + 1)
         mask[-1, mask.shape[1] - masked :] = 0
         self.register_buffer("mask", mask if masked else None, persistent=False)
@@ -110,11 +110,11 @@ class CausalConv2d(nn.Module):
         """The offsets (row, column) that the kernel looks at."""
 
     def forward(self, x: Tensor) -> Tensor:
-        """`(B, H, W, inputs)` to `(B, H, W, outputs)`."""
+        """`(B, H, W, inputs)` to `(B, H, W, outputs)`, or by stride smaller maps, sides rounded up."""
         (top, bottom), (left, right) = self.rows, self.columns
         padded = F.pad(x, (0, 0, -left, right, -top, bottom))  # a negative bottom leaves the last rows out
         weight = self.weight if self.mask is None else self.weight * self.mask
-        return F.conv2d(padded.movedim(-1, 1), weight, self.bias).movedim(1, -1)
+        return F.conv2d(padded.movedim(-1, 1), weight, self.bias, self.stride).movedim(1, -1)
 
 
 class MaskedConv(CausalConv2d):
@@ -157,20 +157,21 @@ class MapRows:
     """The last `count` rows of a map `(B, H, W, C)`, zero outside the grid; allocated once, written in place.
 
     The current row is `row`, `(W, B, C)`, and `cells[j]` is its column j, `(B, C)`, both to write to. `windows[j]` are
-    its `taps` columns from j - left on, `(B, taps * C)`. All are views. Columns not written yet hold those of an older
-    row: nothing may look at them.
+    its `taps` columns from j - left on (with a stride: from j * stride - left on), `(B, taps * C)`. All are views.
+    Columns not written yet hold those of an older row: nothing may look at them.
     """
 
-    def __init__(self, like: Tensor, count: int, width: int, reach: Pair, taps: int) -> None:
-        """like: `(B, C)` zeros; reach: the columns (first, last) that a whole kernel covers, as offsets."""
+    def __init__(self, like: Tensor, count: int, width: int, reach: Pair, taps: int, stride: int = 1) -> None:
+        """like: `(B, C)` zeros; reach: the columns (first, last) that a whole kernel covers, as offsets; stride: of the
+        columns that it writes."""
         (batch, channels), (left, right) = like.shape, (-reach[0], reach[1])
         self.size = left + 1 + right
         stored = like.new_zeros(count, batch, left + width + right, channels)
         self.rows = [row[:, left : left + width].transpose(0, 1) for row in stored]
         self.row_cells = [row.unbind(0) for row in self.rows]
-        self.row_windows = [row.flatten(1).unfold(1, taps * channels, channels).unbind(1) for row in stored]
-        self.row_patches = [row.unfold(1, self.size, 1).permute(1, 0, 3, 2) for row in stored]  # (W, B, size, C)
-        self.patch = like.new_empty(width, batch, count, self.size, channels)
+        self.row_windows = [row.flatten(1).unfold(1, taps * channels, stride * channels).unbind(1) for row in stored]
+        self.row_patches = [row.unfold(1, self.size, stride).permute(1, 0, 3, 2) for row in stored]  # (W, B, size, C)
+        self.patch = like.new_empty(len(self.row_patches[0]), batch, count, self.size, channels)
         self.current = count - 1
         self.turn()
 
@@ -197,6 +198,9 @@ class RowCache:
         cache.start_row()               # before each row, the first included
         cache.cells[column].copy_(x)    # the input `(B, inputs)`: type B before read, type A after it
         cache.read(column)              # the output `(B, outputs)`
+
+    Of a convolution with a stride, `start_row` is for the rows that it writes, and `read` counts its own columns; a
+    kernel of one row above the current one is all that it may have then.
     """
 
     def __init__(self, conv: CausalConv2d, width: int, bias: Tensor, row_bias: Tensor | None = None) -> None:
@@ -208,8 +212,8 @@ class RowCache:
         self.row_bias = None if row_bias is None else iter(row_bias.detach())
         self.weight_above = pack(conv.weight[:, :, :-1], width * batch)
         self.weight = pack(conv.weight[:, :, -1:, :taps], batch)
-        self.map = MapRows(bias.new_zeros(batch, inputs), -conv.rows[0], width, conv.columns, taps)
-        self.sums_above = bias.new_empty(width, batch, outputs)
+        self.map = MapRows(bias.new_zeros(batch, inputs), -conv.rows[0], width, conv.columns, taps, conv.stride)
+        self.sums_above = bias.new_empty(len(self.map.patch), batch, outputs)
         self.above = self.sums_above.unbind(0)
 
     def start_row(self) -> None:
@@ -222,6 +226,26 @@ class RowCache:
     def read(self, column: int, out: Tensor | None = None) -> Tensor:
         """The output `(B, outputs)` at a column of the current row, written to `out` if given."""
         return torch.addmm(self.above[column], self.map.windows[column], self.weight, out=out)
+
+
+class WholeRows:
+    """A `CausalConv2d` of two rows, a row at a time."""
+
+    def __init__(self, conv: CausalConv2d, width: int, bias: Tensor) -> None:
+        """bias: `(B, outputs)`, added besides the convolution's own."""
+        self.bias = (bias + conv.bias).detach()
+        like = bias.new_zeros(len(bias), conv.weight.shape[1])
+        self.map = MapRows(like, 2, width, conv.columns, 1, conv.stride)
+        self.weight = pack(conv.weight, width * len(bias))
+
+    def turn(self) -> Tensor:
+        """The next row, `(W, B, inputs)`, to write to."""
+        self.map.turn()
+        return self.map.row
+
+    def read(self) -> Tensor:
+        """What is made of this row and the last one, `(W, B, outputs)`."""
+        return torch.mm(self.map.patches(), self.weight).view(-1, *self.bias.shape).add_(self.bias)
 
 
 def see(field: Tensor, taps: Iterable[Pair]) -> Tensor:

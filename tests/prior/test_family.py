@@ -33,7 +33,7 @@ every_order = pytest.mark.parametrize(("name", "order"), PRIORS_IN_ORDERS)
 some_orders = pytest.mark.parametrize(("name", "order"), PRIORS_IN_SOME_ORDERS)
 
 
-RASTER_ONLY = {"next_scale", "pixelcnn", "gated_pixelcnn", "pixelsnail"}
+RASTER_ONLY = {"next_scale", "pixelcnn", "gated_pixelcnn", "pixelcnn_pp", "pixelsnail"}
 BLOCKS = {"blocks", "marginal", "masked", "windowed_blocks"}
 TWO_AXES = RASTER_ONLY | {"windowed_blocks", "windowed_gpt"}
 

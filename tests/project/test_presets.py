@@ -110,14 +110,16 @@ def test_tokenizer_preset_builds(path):
 
 @pytest.mark.parametrize("path", PRIOR_PRESETS, ids=lambda path: path.stem)
 def test_prior_preset_builds_on_every_tokenizer_of_its_data(path):
-    """Next-scale on those of scales, a depth head on those of levels, the others on those of a grid; on a row of tokens
-    those that need no map."""
+    """Next-scale on those of scales, a depth head on those of levels, one of intensities on pixels, the others on those
+    of a grid; on a row of tokens those that need no map."""
     config = config_of(path)
     choices = {key: value for key, value in config.model.items() if key != "kind"}
     data = data_of(path)
     grids = [preset_tokenizer(name).grid for name in sorted((CONFIGS / "tokenizer").glob(f"*_{data}.yaml"))]
     grids = [grid for grid in grids if bool(grid.scales) == (config.model["kind"] == "next_scale")]
     grids = [grid for grid in grids if grid.together > 1 or not is_deep(config.model)]
+    if (choices.get("head") or {}).get("kind") == "logistic":
+        grids = [grid for grid in grids if grid.channels]
     assert grids
     if on_a_map(config.model):
         grids = [grid for grid in grids if len(grid.shape) > 1]
@@ -129,7 +131,7 @@ def test_prior_preset_builds_on_every_tokenizer_of_its_data(path):
 
 def on_a_map(model: dict[str, Any]) -> bool:
     """Whether the prior of a preset needs rows and columns, for its kernels or for its order."""
-    order, kernels = model.get("order", "raster"), ("pixelcnn", "gated_pixelcnn", "pixelsnail")
+    order, kernels = model.get("order", "raster"), ("pixelcnn", "gated_pixelcnn", "pixelcnn_pp", "pixelsnail")
     return model["kind"] in kernels or bool(model.get("window")) or not str(order).startswith(("raster", "random"))
 
 

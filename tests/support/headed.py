@@ -8,7 +8,7 @@ from tokenizer import TokenGrid
 
 HEADS = {"depth": {"kind": "depth", "dim": 12, "layers": 1}, "logistic": {"kind": "logistic", "components": 2}}
 VOCAB = {"depth": 4, "logistic": 16}
-TOGETHER = ["gpt", "blocks", "causal_conv", "pixelcnn", "gated_pixelcnn", "pixelsnail"]
+TOGETHER = ["gpt", "blocks", "causal_conv", "pixelcnn", "gated_pixelcnn", "pixelcnn_pp", "pixelsnail"]
 """Kinds whose heads may put out several ids of a position."""
 ORDERS = {"gpt": ["snake", "random:1"], "causal_conv": ["column"], "blocks": ["diagonal", "halton:2", "raster/4"]}
 

@@ -18,6 +18,7 @@ SMALL: dict[str, dict[str, Any]] = {
     "made": {"hidden": (132, 121)},
     "pixelcnn": {"dim": 8, "depth": 2, "first_kernel": 3, "hidden": 8},
     "gated_pixelcnn": {"dim": 8, "depth": 2, "first_kernel": 3, "hidden": 8},
+    "pixelcnn_pp": {"dim": 4, "depth": 1, "stages": 2},
     "masked": {"dim": 32, "depth": 2, "heads": 2},
     "blocks": {"dim": 32, "depth": 2, "heads": 2},
     "next_scale": {"dim": 32, "depth": 2, "heads": 2, "channels": 8},

@@ -133,7 +133,7 @@ def test_steps_and_passes_code_alike_and_the_faster_is_taken(prior, monkeypatch)
     assert 0 < models.pass_seconds < 60
 
 
-@pytest.mark.parametrize("prior", ["gpt", "made", "gated_pixelcnn"])
+@pytest.mark.parametrize("prior", ["gpt", "made", "gated_pixelcnn", "pixelcnn_pp"])
 def test_a_stream_decodes_without_the_cache(prior, monkeypatch):
     pipe = pipeline_of(prior=prior)
     images = images_of(pipe)

@@ -83,6 +83,8 @@ def test_features_are_the_layers_of_the_forward_pass(name):
             for f, block in zip(all_layers(model, tokens, labels), model.layers, strict=True)
         ]
         found = model.head(model.hidden((sum(written) + model.skip_bias).relu()).relu())
+    elif name == "pixelcnn_pp":
+        found = model.head(F.elu(last))
     else:
         unit = F.elu if name == "pixelsnail" else F.relu
         found = model.head(unit(model.hidden(unit(last))))

@@ -41,11 +41,12 @@ BLOCKS = {
     "masked": 2,
     "next_scale": 2,
     "pixelcnn": 2,
+    "pixelcnn_pp": 5,
     "pixelsnail": 2,
     "made": 0,
     "marginal": 0,
 }
-DROPOUT = {"blocks", "causal_conv", "gpt", "masked", "next_scale", "pixelsnail"}
+DROPOUT = {"blocks", "causal_conv", "gpt", "masked", "next_scale", "pixelcnn_pp", "pixelsnail"}
 TOKENIZERS: dict[str, dict[str, Any]] = {
     "vqvae": {"blocks": (2,), "quantizer": {"kind": "rvq", "depth": 2, "book": {"kind": "vq", "codes": 16, "dim": 8}}},
     "vit": {"depth": 2},

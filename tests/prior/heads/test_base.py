@@ -1,6 +1,6 @@
 """Promises of every prior with a head: those of the family, over grids whose positions have one id or several.
 
-Covers: prior/heads/positions.py, prior/positions.py.
+Covers: prior/heads/positions.py, prior/heads/tokens.py.
 """
 
 import itertools

@@ -9,8 +9,8 @@ from torch import Tensor
 
 from tokenizer.base import TokenGrid
 
-from .heads import Head, Softmax
-from .orders import Partition, block_numbers
+from ..orders import Partition, block_numbers
+from .base import Head, Softmax
 
 
 def by_level(walk: Partition, grid: TokenGrid) -> Partition:

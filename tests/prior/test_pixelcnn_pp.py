@@ -1,0 +1,309 @@
+"""PixelCNN++: its streams against a reference that is written again, what it sees, and steps through all resolutions.
+
+Covers: prior/stages.py.
+"""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from costs import Operations, all_steps, flops
+from headed import HEADS, make_headed
+from small import draw_tokens, make_prior, moved_by
+from torch import nn
+
+from prior import Prior
+from prior.layers import CausalConv2d, RowCache, WholeRows, see
+from prior.stages import Grow
+from tokenizer import TokenGrid
+
+KIND = "pixelcnn_pp"
+every_stages = pytest.mark.parametrize("stages", [1, 2, 3])
+SHAPES = [(5, 3), (3, 4), (7, 9), (1, 5), (6, 1)]
+
+
+# The reference: maps (B, C, H, W), shifts as the paper draws them, lists of maps that are popped on the way up
+
+
+def down(x):
+    return F.pad(x, (0, 0, 1, 0))[:, :, :-1]
+
+
+def right(x):
+    return F.pad(x, (1, 0))[..., :-1]
+
+
+def both_signs(x):
+    return torch.cat([F.elu(x), F.elu(-x)], 1)
+
+
+def convolved(conv, x, sides, stride=1):
+    """A kernel of two rows, padded on top and on the sides (left, right), no more."""
+    return F.conv2d(F.pad(x, (*sides, 1, 0)), conv.weight, conv.bias, stride=stride)
+
+
+def gated(block, x, label, sides, *others):
+    inner = convolved(block.first, both_signs(x), sides)
+    for linear, other in zip(block.beside, others, strict=True):
+        inner = inner + torch.einsum("oc,bchw->bohw", linear.weight, both_signs(other))
+    a, b = (convolved(block.second, both_signs(inner), sides) + block.label(label)[:, :, None, None]).chunk(2, 1)
+    return x + a * torch.sigmoid(b)
+
+
+def grown(grow, x, size):
+    """Each position adds its kernel to where it belongs: rows 2r and 2r + 1, columns from 2c - right on."""
+    (height, width), kernel = size, grow.conv.weight
+    out = x.new_zeros(len(x), kernel.shape[1], 2 * x.shape[2], 2 * x.shape[3] + 2) + grow.conv.bias[:, None, None]
+    for row in range(2):
+        for column in range(kernel.shape[3]):
+            part = torch.einsum("io,bihw->bohw", kernel[:, :, row, column], x)
+            out[:, :, row::2, column : column + 2 * x.shape[3] : 2] += part
+    first = kernel.shape[3] - 2  # of three columns, the left one lies outside
+    return out[:, :, :height, first : first + width]
+
+
+def reference(model, tokens, labels):
+    """Logits `(B, N, size)` of a model over codes."""
+    x = model.embedding.weight[tokens].movedim(-1, 1)
+    x = torch.cat([x, torch.ones_like(x[:, :1])], 1)
+    above_row, left_row = (rows.weight.t()[:, :, None] for rows in (model.above_row, model.left_row))
+    above = convolved(model.first_above, down(x), (1, 1)) + above_row
+    over = F.conv2d(F.pad(down(x), (1, 1, 0, 0)), model.first_over.weight, model.first_over.bias)
+    us, uls = [above], [over + convolved(model.first_left, right(x), (0, 0)) + left_row]
+    stages, stage = [], model.stage
+    while True:
+        stages.append(stage)
+        for block in stage.down:
+            us.append(gated(block.vertical, us[-1], labels, (1, 1)))
+            uls.append(gated(block.horizontal, uls[-1], labels, (1, 0), us[-1]))
+        if stage.coarser is None:
+            break
+        us.append(convolved(stage.coarser.shrink_above, us[-1], (1, 1), 2))
+        uls.append(convolved(stage.coarser.shrink_left, uls[-1], (1, 0), 2))
+        stage = stage.coarser.stage
+    u, ul = us.pop(), uls.pop()
+    while True:
+        for block in stages.pop().up:
+            u = gated(block.vertical, u, labels, (1, 1), us.pop())
+            ul = gated(block.horizontal, ul, labels, (1, 0), u, uls.pop())
+        if not stages:
+            break
+        u, ul = (
+            grown(grow, x, us[-1].shape[2:])
+            for grow, x in zip((stages[-1].coarser.grow_above, stages[-1].coarser.grow_left), (u, ul), strict=True)
+        )
+    assert not us and not uls
+    return model.head(F.elu(ul).movedim(1, -1)).flatten(1, 2)
+
+
+@every_stages
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("depth", [1, 2])
+def test_the_streams_are_those_of_the_paper(stages, shape, depth):
+    model = make_prior(KIND, shape, stages=stages, depth=depth).double()
+    tokens, labels = draw_tokens(model, 4), torch.arange(4)
+    expected = reference(model, tokens, labels)
+    assert torch.allclose(model(tokens, labels), expected, rtol=1e-9, atol=1e-9) and expected.std() > 0.1
+
+
+def test_published_size():
+    """53.6 M weights for CIFAR-10; the authors' code has 48,000 more: a scale of each output, biases of 1x1 layers."""
+    grid, head = TokenGrid((96, 32), 256, channels=3), {"kind": "logistic", "components": 10}
+    with torch.device("meta"):
+        model = Prior.create(KIND, grid=grid, dim=160, depth=5, stages=3, row_embedding=False, head=head)
+    without_classes = {name: p.numel() for name, p in model.named_parameters() if not name.endswith("label.weight")}
+    assert sum(without_classes.values()) // 10_000 == 5361
+    assert model.readout.size == 100
+    assert (len(model.stage.down), len(model.stage.up), len(model.stage.coarser.stage.coarser.stage.up)) == (5, 6, 5)
+
+
+# What is seen
+
+
+@every_stages
+@pytest.mark.parametrize("shape", [*SHAPES, (11, 6)])
+def test_receptive_field_is_what_moves(stages, shape):
+    model = make_prior(KIND, shape, stages=stages).double()
+    field = model.receptive_field
+    assert torch.equal(moved_by(model, draw_tokens(model, 12), least=1e-13), field)
+    assert not field[~torch.ones_like(field).tril(-1)].any()
+
+
+@pytest.mark.parametrize("depth", [1, 2])
+def test_one_stage_sees_as_far_as_its_convolutions_reach(depth):
+    """Four a block, down and up, after the first of two rows; the last 1x1 layer comes before a convolution of the
+    horizontal stream."""
+    size, reach = 32, 3 + 4 * depth
+    field = make_prior(KIND, (size, size), stages=1, depth=depth).receptive_field[-size // 2].view(size, size)
+    rows = field.any(1).nonzero().flatten()
+    assert rows.tolist() == list(range(size - 1 - reach, size))
+    assert field[-1].nonzero().flatten().tolist() == list(range(size // 2 - 1 - 4 * depth, size // 2))
+
+
+def test_coarser_stages_see_farther():
+    seen = [int(make_prior(KIND, (28, 28), stages=stages).receptive_field.sum()) for stages in (1, 2, 3)]
+    assert 2 * seen[0] < seen[1] < seen[2] == max(seen)
+    missing = torch.ones(784, 784).tril(-1).bool() & ~make_prior(KIND, (28, 28), stages=3, depth=3).receptive_field
+    here, there = missing.nonzero().t() // 28
+    assert set((here - there).tolist()) == {0, 1}, "all but the far ends of the row at hand and the one above"
+
+
+@every_stages
+def test_every_part_is_used(stages):
+    """A gradient reaches each weight: of each way, each short-cut, each resolution; of each tap, too."""
+    model = make_prior(KIND, (9, 10), stages=stages).double()
+    model(draw_tokens(model, 8), torch.arange(8) % 4).square().sum().backward()
+    for name, parameter in model.named_parameters():
+        assert (parameter.grad.flatten(2) if parameter.ndim > 2 else parameter.grad).abs().sum() > 0, name
+        assert parameter.ndim < 4 or (parameter.grad.abs().sum((0, 1)) > 0).all(), name
+    assert sum("coarser.stage.down" in name for name, _ in model.named_parameters()) > 0 or stages == 1
+
+
+# What is put in
+
+
+def test_intensities_are_put_in_and_the_border_is_told_from_any():
+    model = make_headed(KIND, "logistic", {"channels": 3}).double()
+    ids = torch.tensor([[0, 15, 5], [7, 8, 10]])
+    expected = torch.tensor([[-1, 1, -1 / 3, 1], [-1 / 15, 1 / 15, 1 / 3, 1]]).double()
+    assert torch.allclose(model.embed(ids), expected, atol=1e-7) and model.embed(ids).dtype == torch.float64
+    assert model.embedding is None and model.first_above.weight.shape[1] == 4
+    one_id = make_prior(KIND, vocab_size=1).double()
+    nn.init.zeros_(one_id.embedding.weight)
+    first = one_id.first_above(one_id.embed(torch.zeros(1, 3, 4, 1, dtype=torch.long)))[0]
+    assert torch.equal(first[0], one_id.first_above.bias.expand(4, -1)) and not torch.equal(first[2], first[0])
+
+
+def test_every_label_table_reaches_the_logits():
+    tables = [key for key, _ in make_prior(KIND).named_modules() if key.endswith("label")]
+    assert len(tables) == 2 * 5
+    for kept in tables:
+        model = make_prior(KIND).double()
+        with torch.no_grad():
+            for key in tables:
+                if key != kept:
+                    model.get_submodule(key).weight.zero_()
+        tokens, labels = torch.randint(5, (1, 3, 4)).expand(4, 3, 4), torch.arange(4)
+        logits = model(tokens, labels)
+        assert all((logits[label] - logits[3]).abs().amax() > 1e-6 for label in range(3)), kept
+        assert (all_steps(model, tokens, labels) - logits).abs().max() < 1e-9, kept
+
+
+@pytest.mark.parametrize("table", ["above_row", "left_row"])
+def test_every_row_table_reaches_the_logits(table):
+    model = make_prior(KIND, (6, 4)).double()
+    tokens = draw_tokens(model, 2)
+    before = model(tokens)
+    with torch.no_grad():
+        model.get_submodule(table).weight[3] += 1
+    moved = (model(tokens) - before).abs().amax((0, 2)).view(6, 4) > 1e-9
+    assert not moved[:3].any() and moved[3].all()
+    assert (all_steps(model, tokens) - model(tokens)).abs().max() < 1e-9
+
+
+# Steps
+
+
+@every_stages
+@pytest.mark.parametrize("rows", [1, 5])
+@pytest.mark.parametrize("shape", [*SHAPES, (13, 6), (1, 1)])
+def test_steps_are_the_forward_pass(stages, rows, shape):
+    """On more rows than any cache holds; two passes at once do not meet."""
+    model = make_prior(KIND, shape, stages=stages, depth=2).double()
+    tokens, labels = draw_tokens(model, rows), torch.arange(rows) % 4
+    with torch.inference_mode():
+        whole, other = model(tokens, labels), model.start(rows, labels)
+        bound = 1e-12 * whole.abs().max()
+        assert (all_steps(model, tokens, labels) - whole).abs().max() < bound
+        assert (all_steps(model, tokens) - model(tokens)).abs().max() < 1e-12 * model(tokens).abs().max()
+        assert (model.next_logits(other, None) - whole[:, :1]).abs().max() < bound
+
+
+@every_stages
+@pytest.mark.parametrize("head", [None, *HEADS])
+def test_steps_multiply_what_a_pass_does(stages, head):
+    if head is None:
+        model = make_prior(KIND, (9, 6), stages=stages)
+    else:
+        model = make_headed(KIND, head, {"channels": 3}, positions=(9, 6), stages=stages)
+    tokens = draw_tokens(model, 3)
+    assert 0.98 < flops(lambda: all_steps(model, tokens)) / flops(lambda: model(tokens)) < 1.02
+
+
+def test_a_step_takes_few_operations():
+    """Nine a block of those resolutions that go on at a position; nothing is packed in a step, and nothing but what is
+    of one position is made."""
+    for stages, depth in ((1, 2), (2, 1), (3, 1)):
+        model = make_prior(KIND, (8, 9), stages=stages, depth=depth)
+        with torch.inference_mode():
+            state, token = model.start(3, None), torch.zeros(3, dtype=torch.long)
+            for position in range(72):
+                with Operations() as operations:
+                    state.step(token if position else None)
+                row, column = divmod(position, 9)
+                going = [stage for stage in range(stages) if row % 2**stage == column % 2**stage == 0]
+                blocks = sum(2 * depth + (stage < stages - 1) for stage in going)
+                if column:
+                    assert len(operations.names) <= 9 * blocks + 6 * len(going) + 10
+                    assert operations.largest <= 3 * 4 * model.config.dim
+
+
+# The parts
+
+
+@pytest.mark.parametrize("columns", [(-1, 1), (-1, 0)])
+@pytest.mark.parametrize("shape", [(1, 1), (4, 6), (5, 7)])
+def test_a_stride_leaves_rows_and_columns_out(columns, shape):
+    conv, every = (CausalConv2d(2, 3, (-1, 0), columns, stride=stride).double() for stride in (2, 1))
+    every.load_state_dict(conv.state_dict())
+    x, bias = torch.randn(2, *shape, 2).double(), torch.randn(2, 3).double()
+    expected = every(x)[:, ::2, ::2]
+    assert torch.allclose(conv(x), expected)
+    rows, cache = WholeRows(conv, shape[1], bias), RowCache(conv, shape[1], bias)
+    for row in range(shape[0]):
+        rows.turn().copy_(x[:, row].transpose(0, 1))
+        if row % 2 == 0:
+            found = (rows.read() - bias).transpose(0, 1)
+            assert torch.allclose(found, expected[:, row // 2])
+            cache.start_row()
+        for column in range(shape[1] if columns[1] == 0 else 0):
+            cache.cells[column].copy_(x[:, row, column])
+            if row % 2 == column % 2 == 0:
+                assert torch.allclose(cache.read(column // 2) - bias, expected[:, row // 2, column // 2])
+
+
+@pytest.mark.parametrize("columns", [(-1, 1), (-1, 0)])
+@pytest.mark.parametrize("size", [(4, 6), (5, 7), (5, 6)])
+def test_growing_is_the_transpose_of_a_stride(columns, size):
+    """<grow(x), y> = <x, shrink(y)> but for the bias."""
+    grow, (height, width) = Grow(3, columns).double(), size
+    nn.init.zeros_(grow.conv.bias)
+    half = -(-height // 2), -(-width // 2)
+    x, y = torch.randn(1, *half, 3).double(), torch.randn(1, height, width, 3).double()
+    left, right_side = columns[1], 1  # the transpose looks down, and to the other side
+    padded = F.pad(y.movedim(-1, 1), (left, 1 + right_side, 0, 1))[:, :, :, : 2 * half[1] + left + right_side]
+    shrunk = F.conv2d(padded, grow.conv.weight, stride=2)[:, :, : half[0], : half[1]]
+    assert torch.allclose((grow(x, *size) * y).sum(), (x.movedim(-1, 1) * shrunk).sum())
+    field = torch.eye(half[0] * half[1]).bool().view(*half, -1)
+    nn.init.ones_(grow.conv.weight)
+    reached = grow(torch.eye(len(field.flatten(0, 1))).double().view(-1, *half, 1).expand(-1, -1, -1, 3), *size)
+    assert torch.equal(grow.see(field, *size), reached[..., 0].movedim(0, -1) > 0.5)
+    assert see(field, [(0, 0)]).equal(field)
+
+
+# Configurations
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"order": "snake"}, "order: {name} walks the grid in raster order only (got 'snake')"),
+        ({"shape": (5,)}, "grid: {name} needs a grid of two axes (got (5,))"),
+        ({"stages": 0}, "stages: must be >= 1 (got 0)"),
+        ({"dropout": 1.0}, "dropout: must be < 1 (got 1.0)"),
+        ({"depth": 0}, "depth: must be >= 1 (got 0)"),
+    ],
+)
+def test_what_it_can_not_do_is_refused(config, message):
+    with pytest.raises(ValueError) as caught:
+        make_prior(KIND, **config)
+    assert str(caught.value) == f"{KIND}: {message.format(name=KIND)}"
