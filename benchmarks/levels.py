@@ -14,10 +14,10 @@ Sampling: FLOPs of an image, and seconds of 32 on one thread. Mean and half the 
 
 from __future__ import annotations
 
-import math
 import time
 from typing import Any
 
+from support.fitting import bits_of_images, fitted, spread
 from support.options import read_options
 from support.tables import table_head, table_row
 
@@ -29,45 +29,6 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "blocks, unfolded": ("blocks", {"dim": 64}),
     "blocks, depth": ("blocks", {"dim": 56, "order": "diagonal", "head": {"kind": "depth", "dim": 56, "layers": 2}}),
 }
-
-
-def bits_of_images(model: Any, split: Any, rows: int) -> float:
-    """The mean of -log2 p of whole images."""
-    import torch
-
-    total, count = 0.0, min(rows, len(split))
-    with torch.inference_mode():
-        for start in range(0, count, BATCH):
-            tokens = split.rows(slice(start, min(start + BATCH, count)))
-            total -= float(model.log_prob(tokens).double().sum()) / math.log(2)
-    return total / count
-
-
-def fitted(kind: str, config: dict[str, Any], data: Any, minutes: float, lr: float, seed: int) -> tuple[Any, int]:
-    """A prior after so many minutes of processor time, the average of its weights, and the number of steps."""
-    import torch
-    from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
-
-    from prior import Prior
-
-    torch.manual_seed(seed)
-    generator, train = torch.Generator().manual_seed(seed), data.splits["train"]
-    model = Prior.create(kind, grid=data.grid, **{**SIZES, **config})
-    averaged = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.995))
-    optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.95), weight_decay=0.02)
-    begin, steps, done = time.process_time(), 0, 0.0
-    while done < 1:
-        optimizer.param_groups[0]["lr"] = lr * min(1.0, (steps + 1) / 50) * 0.5 * (1 + math.cos(math.pi * done))
-        tokens = train.rows(torch.randint(len(train), (BATCH,), generator=generator).numpy())
-        inputs = model.training_inputs(tokens, done)
-        loss = model.loss(model.put_out(tokens, **inputs), tokens, **inputs)
-        optimizer.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        averaged.update_parameters(model)
-        steps, done = steps + 1, (time.process_time() - begin) / (60 * minutes)
-    return averaged.module.eval(), steps
 
 
 def costs(model: Any) -> tuple[float, float, float]:
@@ -87,11 +48,6 @@ def costs(model: Any) -> tuple[float, float, float]:
     return turn.parts["activations"] / 1e6, counter.get_total_flops() / 1e6, time.process_time() - start
 
 
-def spread(values: list[float], digits: int = 1) -> str:
-    """Mean and half the range."""
-    return f"{sum(values) / len(values):.{digits}f} +- {(max(values) - min(values)) / 2:.{digits}f}"
-
-
 def main() -> None:
     options = read_options(__doc__, {"tokens": str, "minutes": 3.0, "seeds": 2, "lr": 3e-3, "rows": 2000})
     import torch
@@ -104,7 +60,10 @@ def main() -> None:
     head = ("prior", "parameters", "steps/s", "validation, bits", "test, bits", "MB a step", "MFLOP", "32 samples, s")
     print(table_head(*head))
     for name, (kind, config) in CASES.items():
-        runs = [fitted(kind, config, data, options.minutes, options.lr, seed) for seed in range(options.seeds)]
+        runs = [
+            fitted(kind, {**SIZES, **config}, data, BATCH, options.minutes, options.lr, seed)
+            for seed in range(options.seeds)
+        ]
         speed = [steps / (60 * options.minutes) for _, steps in runs]
         judged = [
             [bits_of_images(model, data.splits[split], options.rows) for model, _ in runs]
