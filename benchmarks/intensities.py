@@ -29,7 +29,7 @@ HEADS: dict[str, Any] = {"softmax": None, "logistic": {"kind": "logistic", "comp
 
 
 def streamed(model: Any, data: Any, images: int) -> tuple[float, float, float]:
-    """Bits per dim of a stream, and how many images a second are encoded and decoded. Exits if any come back otherwise."""
+    """Bits per dim of a stream, and how many images a second are encoded and decoded. Exits if one is another then."""
     import torch
 
     from pipelines import ImagePipeline

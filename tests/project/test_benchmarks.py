@@ -462,3 +462,34 @@ def test_robustness_is_measured(tmp_path):
     assert all("+-" in cells[0] and "+-" in cells[4] for name, cells in rows.items() if name != "decoder")
     assert {name for name, cells in rows.items() if not cells[1].strip()} == {"none", "decoder-real"}
     assert run(*command).splitlines() == printed.splitlines()[-9:]
+
+
+def written(folder, tokenizer):
+    """A token dataset of random ids."""
+    from pipelines.tokens import TokenDataset, TokenSplit
+
+    rows = {"train": 64, "validation": 8, "test": 8}
+    grid = tokenizer.grid
+    splits = {name: TokenSplit(torch.randint(grid.vocab_size, (n, *grid.shape)), None) for name, n in rows.items()}
+    TokenDataset(grid, [], splits, tokenizer, {}).save(folder)
+    return folder
+
+
+def test_heads_are_compared_on_levels_and_on_pixels(tmp_path):
+    """At the length of a few steps: a row for each case, of finite figures."""
+    pytest.importorskip("constriction")
+    from small import make_tokenizer
+
+    rvq = {"kind": "rvq", "depth": 2, "book": {"kind": "ema", "codes": 32, "dim": 8}}
+    levels = written(tmp_path / "levels", make_tokenizer("vqvae", (8, 8), 1, quantizer=rvq))
+    printed = run("levels.py", f"tokens={levels}", "minutes=0.005", "seeds=1", "rows=8")
+    rows = [line.split("|")[1].strip() for line in printed.splitlines() if "+-" in line]
+    assert rows == ["gpt, unfolded", "gpt, depth", "blocks, unfolded", "blocks, depth"] and "nan" not in printed
+
+    bytes_ = written(tmp_path / "bytes", make_tokenizer("pixels", (8, 8), 1, levels=256))
+    printed = run("intensities.py", f"tokens={bytes_}", "minutes=0.005", "rows=8", "images=3", "only=pixelcnn_pp")
+    rows = [
+        [cell.strip() for cell in line.split("|")[1:-1]] for line in printed.splitlines() if "pixelcnn_pp |" in line
+    ]
+    assert [row[1] for row in rows] == ["softmax", "logistic"]
+    assert all(0 < float(row[5]) < 12 and float(row[6]) > float(row[5]) * 0.9 for row in rows)
