@@ -105,7 +105,7 @@ class BlockCache:
         self.skip_left = [pack(layer.weight, batch) for layer in skip]
         self.inputs, inner = (cache.map.cells for cache in self.left)  # concat_elu of what comes in, and of the inside
         self.halves = [[cell.unflatten(1, (2, -1)) for cell in cells] for cells in (self.inputs, inner)]
-        self.inner, self.signs = inner, left.new_tensor([[1.0], [-1.0]])
+        self.inner, self.signs = inner, torch.cat([torch.ones_like(left[:1, :1]), -torch.ones_like(left[:1, :1])])
 
     def start_row(self, x: Tensor, *skip: Tensor) -> Tensor:
         """The vertical map's next row, `(W, B, dim)`, of that of its input and concat_elu of that of the skip."""

@@ -34,6 +34,11 @@ class Positions:
     position_block_of: Tensor
     """(P,) int64: the number of each position's block, raster order."""
 
+    cells_of_positions: Tensor
+    """(P, together) int64: the raster indices of each position's ids, where there are several."""
+    places_of_tokens: Tensor
+    """(N,) int64: where each token, in raster order, stands among the ids of all positions, one after the other."""
+
     def set_walk(self: Any, walk: Partition) -> None:
         """Have this order and these blocks of positions, and what they make of tokens."""
         order, self.blocks = by_level(walk, self.grid) if self.readout.together > 1 else walk
@@ -41,6 +46,9 @@ class Positions:
         for name, cells in (("order", order), ("position_order", walk.order)):
             self.register_buffer(name, cells, persistent=False)
         self.register_buffer("block_of", block_numbers(order, self.blocks), persistent=False)
+        if self.readout.together > 1:
+            self.register_buffer("cells_of_positions", self.grid.cells, persistent=False)
+            self.register_buffer("places_of_tokens", self.grid.cells.flatten().argsort(), persistent=False)
         self.register_buffer("position_block_of", block_numbers(*walk), persistent=False)
 
     def put_out(self: Any, tokens: Tensor, labels: Tensor | None = None, **inputs: Any) -> Tensor:
@@ -51,7 +59,7 @@ class Positions:
     def ids_of(self, tokens: Tensor) -> Tensor:
         """The ids of each position that the network sees, `(B, P, readout.together)`, of tokens `(B, ...)`."""
         flat = tokens.flatten(1).long()
-        return flat[..., None] if self.readout.together == 1 else flat[:, self.grid.cells.to(flat.device)]
+        return flat[..., None] if self.readout.together == 1 else flat[:, self.cells_of_positions]
 
     def map_of_ids(self, tokens: Tensor) -> Tensor:
         """`ids_of`, `(B, *positions.shape, readout.together)`."""
@@ -60,7 +68,7 @@ class Positions:
     def to_raster(self, found: Tensor) -> Tensor:
         """What was found of each id, `(B, P, together, ...)`, as `(B, N, ...)` in raster order."""
         flat = found.flatten(1, 2)
-        return flat if self.readout.together == 1 else flat[:, self.grid.cells.flatten().argsort().to(flat.device)]
+        return flat if self.readout.together == 1 else flat[:, self.places_of_tokens]
 
     @property
     def receptive_field(self) -> Tensor:
@@ -71,8 +79,8 @@ class Positions:
             return field
         own = torch.eye(len(field), dtype=torch.bool, device=field.device)[:, None, :, None]
         before = torch.ones(together, together, dtype=torch.bool, device=field.device).tril(-1)[:, None]
-        cells = self.grid.cells.flatten().argsort().to(field.device)
-        return (field[:, None, :, None] | own & before).flatten(0, 1).flatten(1, 2)[cells[:, None], cells]
+        places = self.places_of_tokens.to(field.device)
+        return (field[:, None, :, None] | own & before).flatten(0, 1).flatten(1, 2)[places[:, None], places]
 
     @property
     def position_field(self) -> Tensor:

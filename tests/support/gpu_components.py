@@ -59,9 +59,10 @@ from pipelines.images.dataset import prepare_images
 from pipelines.shuffling.ahead import pinned, sent
 from pipelines.training.adversary import Adversary, CriticConfig
 from prior import Prior
+from prior.heads import Head
 from prior.requests import Walk
 from prior.sampling import Sampler, steps
-from tokenizer import Tokenizer
+from tokenizer import TokenGrid, Tokenizer
 from tokenizer.critic import PatchCritic
 from tokenizer.files.errors import ConfigError
 from tokenizer.likelihoods import Likelihood
@@ -192,11 +193,20 @@ def check_gradients(model: torch.nn.Module, loss: Tensor) -> None:
 
 def priors() -> Iterator[Component]:
     """Each, also of any order: training steps, likelihoods, features, and every way of sampling."""
-    for name, config in itertools.chain(((name, {}) for name in [*PRIORS, *VARIANTS]), ANY_ORDER.items()):
+    for name, config in itertools.chain(((name, {}) for name in [*PRIORS, *VARIANTS]), ANY_ORDER.items(), headed()):
         main = "main: " if name == "gpt" and config else ""
-        title = f"prior {name}" + "".join(f" {key}" for key in config)
+        words = [value["kind"] if key == "head" else key for key, value in config.items()]
+        title = " ".join(["prior", name, *words])
         yield f"{main}{title}", partial(try_prior, name, config)
         yield f"{title}, samples", partial(try_samples, name, config)
+
+
+def headed() -> Iterator[tuple[str, dict[str, Any]]]:
+    """Each head, for positions of several ids."""
+    grids = {"depth": TokenGrid((4, 4), 7, levels=2), "logistic": TokenGrid((6, 4), 16, channels=3)}
+    for head in Head.available():
+        for name in ("gpt", "blocks", "gated_pixelcnn"):
+            yield name, {"head": {"kind": head}, "grid": grids[head]}
 
 
 def try_prior(name: str, config: dict[str, Any]) -> None:
@@ -207,8 +217,8 @@ def try_prior(name: str, config: dict[str, Any]) -> None:
     for dtype in (torch.bfloat16, torch.float32):
         inputs = model.training_inputs(tokens, 0.3)
         with torch.autocast("cuda", dtype=torch.bfloat16, enabled=dtype == torch.bfloat16):
-            logits = model(tokens, labels, **inputs)
-        check_gradients(model, model.loss(logits, tokens, **inputs))
+            outputs = model.put_out(tokens, labels, **inputs)
+        check_gradients(model, model.loss(outputs, tokens, **inputs))
     model.eval()
     with torch.no_grad():
         model.log_prob(tokens)
