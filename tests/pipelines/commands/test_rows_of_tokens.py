@@ -57,7 +57,9 @@ def test_every_prior_learns_a_row_or_says_what_it_needs(world, kind, tmp_path):
         train_prior(tmp_path / "run", world / "tokens", model={"kind": kind, **sizes}, train__steps=2)
     except ValueError as error:
         needs = r"needs a (grid of two axes|tokenizer with quantizer.kind=multiscale) \(got [^\n]*\)"
-        assert kind in ("gated_pixelcnn", "next_scale", "pixelcnn", "pixelsnail") and re.search(f"{needs}$", str(error))
+        assert kind in ("gated_pixelcnn", "next_scale", "pixelcnn", "pixelcnn_pp", "pixelsnail") and re.search(
+            f"{needs}$", str(error)
+        )
     else:
         assert len(ImagePipeline.from_pretrained(tmp_path / "run" / "pipeline")(2, 1, seed=0).images) == 2
 
