@@ -82,6 +82,7 @@ def test_registers_and_patches_are_told_apart():
     assert (tokenizer.encoder(swapped) - z).abs().amax(1).gt(1e-4).all(), "where a patch lies is seen by all registers"
     with torch.no_grad():
         tokenizer.encoder.queries.copy_(tokenizer.encoder.queries[:1].expand(5, -1))
+        tokenizer.encoder.center.zero_()
     z = tokenizer.encoder(images)[0].t()
     torch.testing.assert_close(z, z[:1].expand(5, -1))
 
@@ -296,3 +297,18 @@ def test_pictures_get_better_with_every_token_and_codes_are_used():
     assert tokenizer.prefixes == (1, 2, 4, 8) and found == sorted(found) and found[-1] > found[0] + 2
     mean = float(psnr(images.mean(0).expand_as(images), images).mean())
     assert found[-1] > mean + 1.5 and usage >= 0.75
+
+
+def test_before_training_registers_differ_by_image_alone():
+    """Not by what each says of all images, in which a shared codebook would drown; and trained ones are left alone."""
+    tokenizer, images = make_tokenizer("titok", (12, 8), 1), torch.rand(300, 1, 12, 8) * 2 - 1
+    with torch.no_grad():
+        before = tokenizer.encoder(images).mean(0)
+        tokenizer.initialize(images)
+        after = tokenizer.encoder(images).mean(0)
+    assert before.abs().max() > 0.01 and after.abs().max() < 1e-4
+    center = tokenizer.encoder.center.detach().clone()
+    tokenizer.initialize(images[:5])
+    assert torch.equal(tokenizer.encoder.center, center)
+    with pytest.raises(ValueError, match="images should be floats of shape"):
+        tokenizer.initialize(images[..., :4])
