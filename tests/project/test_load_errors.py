@@ -308,7 +308,8 @@ def test_kind_that_is_not_the_one_of_the_index(folder):
         ("tokenizer", {"image_size": 8}, "image_size"),
         ("tokenizer", {"quantizer": {"kind": "os.system"}}, "os.system"),
         ("tokenizer", {"quantizer": {"codes": 3}}, "quantizer.kind"),
-        ("tokenizer", {"quantizer": "ema"}, "quantizer"),
+        ("tokenizer", {"quantizer": 3}, "quantizer"),
+        ("tokenizer", {"quantizer": "os.system"}, "quantizer.kind"),
     ],
 )
 def test_wrong_setting_of_a_model(folder, part, changes, needle):
