@@ -166,20 +166,14 @@ def forecast_prior(config: PlanPriorConfig) -> Forecast:
     shape = "x".join(map(str, facts.grid.shape))
     per_row = bytes_per_row(facts.grid) + (LABEL if facts.classes else 0)
     counted = classes_of_table(facts.grid, facts.classes)
-    evaluated = rows_evaluated(model, EVALUATED_ROWS)
+    evaluated, steps = rows_evaluated(model, EVALUATED_ROWS), config.sampler.steps or len(model.position_blocks)
     return Forecast(
         f"{model.name} over {shape} tokens of {facts.grid.vocab_size:,} ids, {facts.classes:,} classes",
         machine_of(config),
         schedule_of(config.train),
         sizes,
         costs,
-        Looks(
-            evaluated,
-            model.likelihood_passes,
-            SAMPLED,
-            config.sampler.steps or len(model.position_blocks),
-            costs.launches,
-        ),
+        Looks(evaluated, model.likelihood_passes, SAMPLED, steps, costs.launches),
         tokens_per_image=len(facts.grid),
         rows=facts.rows,
         shards=not frozen,
