@@ -27,6 +27,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from support.fitting import spread
 from support.options import choose, image_folder, read_options, read_value
 from support.tables import table_head, table_row
 
@@ -156,11 +157,6 @@ def contenders(kinds: list[str], changes: dict[str, Any]) -> dict[str, tuple[str
     return found
 
 
-def spread(values: list[float]) -> str:
-    """Mean and half the range."""
-    return f"{sum(values) / len(values):.4f} +- {(max(values) - min(values)) / 2:.4f}"
-
-
 def main() -> None:
     given = {
         "data": None,
@@ -189,7 +185,7 @@ def main() -> None:
         start = time.process_time()
         models = [fitted(kind, config, task, steps, lr, seed) for seed in range(seeds)]
         took = (time.process_time() - start) / seeds
-        cells = [spread([figure(model) for model in models]) for figure in task.figures.values()]
+        cells = [spread([figure(model) for model in models], 4) for figure in task.figures.values()]
         count = sum(parameter.numel() for parameter in models[0].parameters())
         print(table_row([name, f"{count:,}", *cells, f"{took:.0f}"]), flush=True)
 

@@ -33,7 +33,6 @@ class Positions:
     """The sizes that cut it into blocks."""
     position_block_of: Tensor
     """(P,) int64: the number of each position's block, raster order."""
-
     cells_of_positions: Tensor
     """(P, together) int64: the raster indices of each position's ids, where there are several."""
     places_of_tokens: Tensor
@@ -46,10 +45,10 @@ class Positions:
         for name, cells in (("order", order), ("position_order", walk.order)):
             self.register_buffer(name, cells, persistent=False)
         self.register_buffer("block_of", block_numbers(order, self.blocks), persistent=False)
+        self.register_buffer("position_block_of", block_numbers(*walk), persistent=False)
         if self.readout.together > 1:
             self.register_buffer("cells_of_positions", self.grid.cells, persistent=False)
             self.register_buffer("places_of_tokens", self.grid.cells.flatten().argsort(), persistent=False)
-        self.register_buffer("position_block_of", block_numbers(*walk), persistent=False)
 
     def put_out(self: Any, tokens: Tensor, labels: Tensor | None = None, **inputs: Any) -> Tensor:
         """What `loss` takes: `forward`, raw. Without a head these are the logits, of a model too that writes `forward`

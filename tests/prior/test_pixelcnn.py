@@ -197,11 +197,11 @@ def test_a_step_takes_few_operations(name):
 # Labels
 
 
-@both
-def test_every_label_table_reaches_the_logits(name):
+@pytest.mark.parametrize(("name", "count"), [("pixelcnn", 1 + 2), ("gated_pixelcnn", 2 * 3), ("pixelcnn_pp", 2 * 5)])
+def test_every_label_table_reaches_the_logits(name, count):
     """With all other tables at zero: each block's bias, both stacks' gates; in forward and in steps."""
     tables = [key for key, module in make_prior(name).named_modules() if key.endswith("label")]
-    assert len(tables) == (1 + 2 if name == "pixelcnn" else 2 * 3)
+    assert len(tables) == count
     for kept in tables:
         model = make_prior(name).double()
         with torch.no_grad():

@@ -173,21 +173,6 @@ def test_intensities_are_put_in_and_the_border_is_told_from_any():
     assert torch.equal(first[0], one_id.first_above.bias.expand(4, -1)) and not torch.equal(first[2], first[0])
 
 
-def test_every_label_table_reaches_the_logits():
-    tables = [key for key, _ in make_prior(KIND).named_modules() if key.endswith("label")]
-    assert len(tables) == 2 * 5
-    for kept in tables:
-        model = make_prior(KIND).double()
-        with torch.no_grad():
-            for key in tables:
-                if key != kept:
-                    model.get_submodule(key).weight.zero_()
-        tokens, labels = torch.randint(5, (1, 3, 4)).expand(4, 3, 4), torch.arange(4)
-        logits = model(tokens, labels)
-        assert all((logits[label] - logits[3]).abs().amax() > 1e-6 for label in range(3)), kept
-        assert (all_steps(model, tokens, labels) - logits).abs().max() < 1e-9, kept
-
-
 @pytest.mark.parametrize("table", ["above_row", "left_row"])
 def test_every_row_table_reaches_the_logits(table):
     model = make_prior(KIND, (6, 4)).double()

@@ -11,6 +11,7 @@ import pytest
 import torch
 from small import QUANTIZERS, make_tokenizer, quantizer_of
 from torch import Tensor
+from waves import trained_on_waves
 
 from tokenizer import Tokenizer, titok
 from tokenizer.files.errors import ConfigError
@@ -264,35 +265,11 @@ def test_bad_configurations_are_named(config, message):
     assert "\n" not in str(caught.value)
 
 
-def waves() -> Tensor:
-    """256 pictures 16 x 16 that five numbers tell apart."""
-    rows = torch.linspace(-1, 1, 16)
-    phases, slopes, heights = torch.rand(256, 1, 1, 1) * 6, torch.rand(256, 1, 1, 2) * 4, torch.rand(256, 1, 1, 1)
-    return heights * (slopes[..., :1] * rows[:, None] + slopes[..., 1:] * rows + phases).sin()
-
-
-def trained_on(images: Tensor, keep: str | None) -> tuple[Any, float]:
-    """A tokenizer after 250 steps, and the share of its codes that it uses."""
-    torch.manual_seed(0)
-    tokenizer: Any = make_tokenizer("titok", (16, 16), 1, dim=32, registers=8, keep=keep).train()
-    optimizer = torch.optim.Adam(tokenizer.parameters(), 3e-3)
-    for step in range(250):
-        some = images[(64 * step + torch.arange(64)) % 256]
-        loss, _ = total_loss(tokenizer(some), some, {"l1": 0.0, "l2": 1.0, **tokenizer.loss_weights})
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        tokenizer.finish_step()
-    tokenizer.eval()
-    return tokenizer, len(tokenizer.encode(images).unique()) / 32
-
-
 def test_pictures_get_better_with_every_token_and_codes_are_used():
-    torch.manual_seed(1)
-    images = waves()
-    tokenizer, usage = trained_on(images, "uniform")
+    tokenizer, images = trained_on_waves("titok", 250, dim=32, registers=8, keep="uniform")
     with torch.no_grad():
         tokens = tokenizer.encode(images)
+        usage = len(tokens.unique()) / tokenizer.grid.vocab_size
         found = [float(psnr(tokenizer.decode(tokens[:, :count]), images).mean()) for count in tokenizer.prefixes]
     assert tokenizer.prefixes == (1, 2, 4, 8) and found == sorted(found) and found[-1] > found[0] + 2
     mean = float(psnr(images.mean(0).expand_as(images), images).mean())

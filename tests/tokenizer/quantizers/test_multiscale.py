@@ -17,9 +17,10 @@ import torch.nn.functional as F
 from small import make_tokenizer, train_on
 from torch import Tensor
 from two_processes import digest, gathered, join_group, leave_group, run_twice
+from waves import trained_on_waves
 
 from tokenizer import Tokenizer
-from tokenizer.losses import psnr, total_loss
+from tokenizer.losses import psnr
 from tokenizer.quantizers import Quantizer
 from tokenizer.quantizers.multiscale import BOOKS
 
@@ -265,32 +266,14 @@ def test_a_tokenizer_of_scales():
         make_tokenizer("vqvae").decode_scales(torch.zeros(1, 3, 2, dtype=torch.long), 1)
 
 
-def trained_on_waves(**config: Any) -> tuple[Any, Tensor]:
-    """A tokenizer after 150 steps on 256 pictures of waves, and these."""
-    torch.manual_seed(0)
-    rows = torch.linspace(-1, 1, 16)
-    phases, slopes, heights = torch.rand(256, 1, 1, 1) * 6, torch.rand(256, 1, 1, 2) * 4, torch.rand(256, 1, 1, 1)
-    images = heights * (slopes[..., :1] * rows[:, None] + slopes[..., 1:] * rows + phases).sin()
-    tokenizer: Any = make_tokenizer("vqvae", (16, 16), 1, quantizer={**NODE, **config}).train()
-    optimizer = torch.optim.Adam(tokenizer.parameters(), 3e-3)
-    for step in range(150):
-        some = images[(64 * step + torch.arange(64)) % 256]
-        loss, _ = total_loss(tokenizer(some), some, {"l1": 0.0, "l2": 1.0, **tokenizer.loss_weights})
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        tokenizer.finish_step()
-    return tokenizer.eval(), images
-
-
 def test_pictures_get_better_with_every_scale_and_the_coarsest_uses_its_codes():
     """With the running means, a quarter of them at least; without, the mean latent is most of what it sees."""
-    tokenizer, images = trained_on_waves()
+    tokenizer, images = trained_on_waves("vqvae", 150, quantizer=NODE)
     tokens = tokenizer.encode(images)
     found = [psnr(tokenizer.decode_scales(tokens, count), images).mean().item() for count in (1, 2, 3)]
     assert found[0] < found[1] < found[2] and found[2] > found[0] + 3
     assert len(tokens[:, 0].unique()) >= 32 / 4
-    plain, images = trained_on_waves(rms=False, center=False)
+    plain, images = trained_on_waves("vqvae", 150, quantizer={**NODE, "rms": False, "center": False})
     assert len(plain.encode(images)[:, 0].unique()) <= 5
 
 
