@@ -35,7 +35,7 @@ class Watcher:
 
     def __init__(self, pipeline: Any, callback: Callback | None, tokens: Tensor, known: Tensor) -> None:
         self.pipeline, self.callback = pipeline, callback
-        self.tokens, self.known = tokens, known
+        self.tokens, self.known = tokens.clone(), known.clone()  # they may be the caller's own memory
         self.steps = self.before = 0  # in all, and until this batch
         self.rows = slice(0)
         pipeline.interrupt = False

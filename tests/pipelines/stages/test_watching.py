@@ -47,6 +47,14 @@ def test_completions_are_watched_too(prior):
     assert all(each[4][:, kept[0]].all() for each in seen)
 
 
+def test_what_a_caller_gives_is_not_written_to():
+    pipe = make_pipeline()
+    tokens, known = pipe(4, seed=0).tokens, torch.rand(4, 2, 3) < 0.5
+    kept = tokens.clone(), known.clone()
+    pipe(4, seed=1, tokens=tokens, known=known, batch_size=2, callback_on_step_end=recorder([]))
+    assert tokens.equal(kept[0]) and known.equal(kept[1])
+
+
 SETTINGS = {
     "cached": {},
     "uncached": {"cache": False},
