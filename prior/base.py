@@ -28,8 +28,8 @@ from .mixtures import Mixtures
 from .orders import Partition, blocks_problem, make_partition, order_problem
 from .requests import Order, Rows, Walk, check_labels, check_order, given_walk, make_rows
 from .sampling import Generators, Sampler
+from .sampling.stepping import Stepping
 from .sampling.watching import OnStep, Watch
-from .stepping import Stepping
 
 
 class PriorConfig(ModelConfig):

@@ -99,8 +99,7 @@ def sample_parallel(prior: Model, rows: Rows, sampler: Sampler, guess: Model | N
         tokens[active] = drawn
         final[active] = now_final
         passes[active] += 1
-        if watch.on_step is not None:
-            watch.took(part, tokens, ranks < final[:, None])
+        watch.took(part, tokens, ranks < final[:, None])
         if not left:
             break
         guesses = drawn[:, None]

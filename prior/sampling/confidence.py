@@ -120,7 +120,6 @@ def fill_in(prior: Any, rows: Rows, sampler: MaskedSampler, watch: Watch) -> Ten
         left = still_masked(left, unknown, share)
         ranks = confidence.argsort(dim=1, descending=True, stable=True).argsort(1)
         ids = torch.where((ids == prior.mask) & (ranks < (size - left)[:, None]), drawn, ids)
-        if watch.on_step is not None:
-            watch.took(rows, ids, ids != prior.mask)
+        watch.took(rows, ids, ids != prior.mask)
     watch.drew(rows, ids)
     return ids

@@ -7,10 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .heads import PositionSteps, Softmax
-from .orders import Partition
-from .requests import Order, given_walk, partition_of
-from .sampling.steps import State
+from ..heads import PositionSteps, Softmax
+from ..orders import Partition
+from ..requests import Order, given_walk, partition_of
+from .steps import State
 
 
 class Stepping:
