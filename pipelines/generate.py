@@ -57,7 +57,10 @@ class GenerateConfig(Config):
     steps: int | None = Field(
         None, ge=1, description="decode a masked-token prior in so many passes: quicker, not exact"
     )
-    columns: int | None = Field(None, ge=1, description="columns of the grid; default: one per class, or 8")
+    columns: int | None = Field(
+        None, ge=1, description="columns of the grid; default: one for each class of at most 20, or 8"
+    )
+    captions: bool = Field(True, description="write the names of the classes into the grid: over the columns")
     batch_size: int = Field(64, ge=1, description="images at a time on each process; the result does not depend on it")
     device: str = Field("auto", description="cpu, cuda, mps or auto: with several processes, each its own")
 
@@ -131,9 +134,17 @@ def publish(
     config: GenerateConfig, request: Request, parts: Iterable[Part], facts: Facts, temporary: Path | None = None
 ) -> None:
     """Write `out` of all parts; temporary: where it is until it has its name."""
-    out, classes = Path(config.out), request.classes
-    columns = config.columns or (min(16, len(classes)) if classes else 8)
-    save(form_of(out), out, parts, facts, columns=columns, inputs=[config.pipeline], temporary=temporary)
+    out = Path(config.out)
+    save(
+        form_of(out),
+        out,
+        parts,
+        facts,
+        columns=config.columns,
+        inputs=[config.pipeline],
+        captions=config.captions,
+        temporary=temporary,
+    )
 
 
 def kept(config: GenerateConfig) -> str:

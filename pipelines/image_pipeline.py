@@ -19,8 +19,9 @@ from tokenizer.base import LikelihoodError
 from .anomaly import calibrating, healing, scores
 from .compression.coding import compress, decompress, exact_pixels
 from .compression.header import DEFAULT_LIMITS, Limits
+from .images.grids import class_grid
 from .images.origin import shareable
-from .images.pictures import check_output_type, convert_images, grid_picture
+from .images.pictures import check_output_type, convert_images
 from .processes.sharing import ALONE, Team
 from .stages import Label, Stages, completion, representation, sampling
 from .stages.index import FILES
@@ -173,11 +174,15 @@ class ImagePipeline(Stages):
         *,
         token: str | None = None,
         private: bool | None = None,
+        revision: str | None = None,
+        create_pr: bool = False,
+        variant: str | None = None,
         commit_message: str = "Upload pipeline",
     ) -> Any:
         """Create the Hub repository if needed and upload the pipeline folder, with model card and sample grid, in one
-        commit. The commit removes files of an earlier pipeline and keeps all others. The name of a local folder of
-        training images is left out.
+        commit (revision: to this branch; create_pr: in a pull request). The commit removes files of an earlier pipeline
+        and keeps all others. The name of a local folder of training images is left out. variant: as in
+        `save_pretrained`.
 
         Returns huggingface_hub's `CommitInfo`. Raises `hub.PushError`, an `OSError`, with the reason in one line.
         """
@@ -188,21 +193,29 @@ class ImagePipeline(Stages):
             folder, shared = Path(temporary) / "pipeline", copy.copy(self)
             shared.provenance = shareable(self.provenance)
             grid = self.sample_picture() if self.sample_grid is None else self.sample_grid
-            shared.save_pretrained(folder, sample_grid=grid)
+            shared.save_pretrained(folder, variant=variant, sample_grid=grid)
             return replace_on_hub(
-                folder, repo_id, lambda names, fetch: FILES, token=token, private=private, commit_message=commit_message
+                folder,
+                repo_id,
+                lambda names, fetch: FILES,
+                token=token,
+                private=private,
+                revision=revision,
+                create_pr=create_pr,
+                commit_message=commit_message,
             )
 
     def sample_picture(self, count: int = SAMPLED, seed: int = 0, team: Team = ALONE) -> np.ndarray:
-        """A grid of samples at the pipeline's settings, one class per column (of at most ten), uint8 (H, W, 3). Each
-        process of the team draws some of them."""
+        """A grid of samples at the pipeline's settings, one class per column (of at most ten), whose name is on top,
+        uint8 (H, W, 3). Each process of the team draws some of them."""
         columns = min(10, self.prior.num_classes) or 10
         size = -(-count // team.world)
 
-        def draw(start: int) -> Tensor:
+        def draw(start: int) -> np.ndarray:
             rows = range(start, min(start + size, count))
             labels = [index % columns for index in rows] if self.prior.num_classes else None
-            out = self(num_images=len(rows), labels=labels, seed=seed + start, output_type="pt", progress=False)
-            return out.images.cpu() if team.world > 1 else out.images
+            return self(num_images=len(rows), labels=labels, seed=seed + start, output_type="np", progress=False).images
 
-        return grid_picture(torch.cat(team.map(draw, range(0, count, size))), columns)
+        images = np.concatenate(team.map(draw, range(0, count, size)))
+        names = self.class_names(torch.arange(count) % columns) if self.prior.num_classes else None
+        return class_grid(images, names, columns)

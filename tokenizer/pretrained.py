@@ -24,7 +24,9 @@ from torch import nn
 from .files.errors import ConfigError, PathError, shown
 from .files.hub import resolve_folder
 from .files.ownership import Kind
+from .files.pushing import CARD, model_card, push_model
 from .files.reading import CODE, Folder, steadily
+from .files.variants import Dtype, chosen_dtype, find_weights, rounded, stored_dtype, weights_name, weights_names
 from .files.weights import check_header, expected_weights, fill, read_header
 from .files.writing import atomic_folder, write_json
 from .settings import Choices, ModelConfig, choices_of
@@ -33,7 +35,7 @@ from .settings.marks import Before as Before
 from .settings.marks import Fact as Fact
 from .settings.marks import Was as Was
 
-CONFIG, WEIGHTS = "config.json", "model.safetensors"
+CONFIG = "config.json"
 PROVENANCE = "provenance.json"  # beside a tokenizer, written by the verb that trained or imported it
 SUBFOLDER = r"(?!\.\.?(/|$))[^/\\]+(/(?!\.\.?(/|$))[^/\\]+)*"  # no part of it is . or ..
 MAX_WEIGHT_BYTES = 16 << 30
@@ -58,6 +60,9 @@ class Named:
         if family:
             cls._members, cls._package = {}, family
         if name:
+            if "Config" not in vars(cls):  # or the kind of the class that it extends would get this name
+                make: Any = type(cls.Config)
+                cls.Config = make(f"{cls.__name__}Config", (cls.Config,), {"__module__": cls.__module__})
             cls.name = cls.Config.kind = name
             cls._members[name] = cls
 
@@ -96,6 +101,8 @@ class PretrainedModel(Named, nn.Module):
 
     stored_names: ClassVar[dict[str, str]] = {}
     """Modules that are called otherwise in files (and in `state_dict`) than here: their name there for that here."""
+    stored_dtype: torch.dtype | None = None
+    """The type of the weights in the file that it was loaded from, if it was: `dtype="auto"`."""
 
     def __init__(self, config: ModelConfig) -> None:
         nn.Module.__init__(self)
@@ -115,6 +122,11 @@ class PretrainedModel(Named, nn.Module):
         weights = (p for name, p in self.named_parameters() if "quantizer" not in name.split("."))
         return next((p.dtype for p in weights), torch.float32)
 
+    def num_parameters(self, only_trainable: bool = False) -> int:
+        """How many numbers the parameters have, those that several modules share counted once. only_trainable: without
+        those that `requires_grad_(False)` has frozen."""
+        return sum(each.numel() for each in self.parameters() if each.requires_grad or not only_trainable)
+
     def fingerprint(self) -> str:
         """sha256 of configuration and weights: two models with the same fingerprint are the same function.
 
@@ -128,16 +140,23 @@ class PretrainedModel(Named, nn.Module):
             digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
         return digest.hexdigest()
 
-    def save_pretrained(self, folder: str | Path) -> None:
+    def save_pretrained(self, folder: str | Path, *, variant: str | None = None) -> None:
         """Write `config.json` and `model.safetensors`; replaces a folder of a model of this family as a whole.
 
-        Raises `PathError` if `folder` holds anything else, and names it.
+        variant: "fp16" or "bf16" rounds the weights to that type, and writes `model.fp16.safetensors` instead. Raises
+        `PathError` if `folder` holds anything else, and names it; `ValueError` for weights that the type cannot hold.
         """
+        if variant is not None:
+            return rounded(self, variant).write(folder, weights_name(variant))
+        self.write(folder, weights_name(None))
+
+    def write(self, folder: str | Path, name: str) -> None:
+        """`save_pretrained` of the weights as they are, in a file of this name."""
         with atomic_folder(folder, kind=self.folder_kind()) as target:
             write_json(target / CONFIG, self.config.to_dict())
             weights = {key: value.detach().cpu().contiguous() for key, value in self.state_dict().items()}
             # Readers of other libraries require "format". Only one key: safetensors writes several in random order.
-            save_file(weights, target / WEIGHTS, metadata={"format": "pt"})
+            save_file(weights, target / name, metadata={"format": "pt"})
 
     @classmethod
     def folder_kind(cls) -> Kind:
@@ -146,7 +165,7 @@ class PretrainedModel(Named, nn.Module):
         def says(config: dict[str, Any]) -> bool:
             return config.get("kind") in cls.available()
 
-        return Kind(f"a {cls._package}", CONFIG, says, (CONFIG, WEIGHTS, PROVENANCE).__contains__)
+        return Kind(f"a {cls._package}", CONFIG, says, (CONFIG, PROVENANCE, *weights_names()).__contains__)
 
     @classmethod
     def from_pretrained(
@@ -157,11 +176,19 @@ class PretrainedModel(Named, nn.Module):
         token: str | None = None,
         cache_dir: str | Path | None = None,
         local_files_only: bool = False,
+        force_download: bool = False,
         subfolder: str = "",
-        dtype: torch.dtype | None = None,
+        variant: str | None = None,
+        dtype: Dtype = None,
+        torch_dtype: Dtype = None,
         device: str | torch.device | None = None,
     ) -> M:
-        """Load a model of this family (or exactly this class) from a folder or Hub id, in eval mode.
+        """Load a model of this family (or of this class; or of the class that this is a subclass of, as this) from a
+        folder or Hub id, in eval mode.
+
+        dtype (or torch_dtype): of the weights in memory; None is float32, "auto" what the file holds. variant: "fp16"
+        or "bf16", where the weights are such (see `save_pretrained`); None takes what is there. force_download: fetch
+        again what is in the cache.
 
         Raises a `PipelineLoadError`: `PathError` (no such folder or file), `ConfigError` (unknown kind or key, bad
         value), `WeightsError` (missing, extra, misshapen or non-finite weight), `FormatError`, `LimitError`.
@@ -169,14 +196,15 @@ class PretrainedModel(Named, nn.Module):
         subfolder = subfolder.rstrip("/")
         if subfolder and not re.fullmatch(SUBFOLDER, subfolder):
             raise PathError(f"subfolder: {shown(subfolder)} names no folder inside {shown(str(source))}")
-        patterns = [f"{subfolder}/{name}" if subfolder else name for name in (CONFIG, WEIGHTS)]
+        patterns = [f"{subfolder}/{name}" if subfolder else name for name in (CONFIG, *weights_names(variant))]
         options = {"revision": revision, "token": token, "cache_dir": cache_dir, "local_files_only": local_files_only}
-        folder = resolve_folder(source, patterns, **options) / subfolder
+        folder = resolve_folder(source, patterns, force_download=force_download, **options) / subfolder
         warn_of_code(folder)
-        return steadily(folder, lambda: cls.read_from(Folder.at(folder))).to(device=device, dtype=dtype)
+        model = steadily(folder, lambda: cls.read_from(Folder.at(folder), variant=variant))
+        return model.to(device=device, dtype=chosen_dtype(dtype, torch_dtype, model.stored_dtype))
 
     @classmethod
-    def read_from(cls: type[M], files: Folder, *, max_bytes: int = MAX_WEIGHT_BYTES) -> M:
+    def read_from(cls: type[M], files: Folder, *, max_bytes: int = MAX_WEIGHT_BYTES, variant: str | None = None) -> M:
         """Like `from_pretrained`, for an open folder; the weights may have at most `max_bytes`."""
         place, data = files.place(CONFIG), files.json(CONFIG)
         kind = data.pop("kind", None)
@@ -186,18 +214,49 @@ class PretrainedModel(Named, nn.Module):
                     f"kind: no {cls._package} is called {shown(kind)}; there are {', '.join(cls.available())}"
                 )
             member: Any = cls.find(kind)
+            if issubclass(cls, member) and cls.name == kind:  # a subclass of the user's, without a name of its own
+                member = cls
             if not issubclass(member, cls):
                 raise ConfigError(f"kind: holds a {kind!r}, not a {cls.name!r}")
             config = member.Config.from_saved(data)
         except ConfigError as error:
             raise ConfigError(f"{place}: {error}") from error
         expected = expected_weights(lambda: member(config), place)
-        with files.open(WEIGHTS, max_bytes) as file:
+        with files.open(find_weights(files, variant), max_bytes) as file:
             entries = read_header(file.read, file.size, file.path)
             check_header(entries, expected, file.path)
             model: M = member(config)
             fill(model, file, entries)
+        model.stored_dtype = stored_dtype(entries, expected)
         return model.eval()
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        token: str | None = None,
+        private: bool | None = None,
+        revision: str | None = None,
+        create_pr: bool = False,
+        variant: str | None = None,
+        commit_message: str = "Upload model",
+    ) -> Any:
+        """Create the Hub repository if needed and upload the model's folder and a card in one commit (create_pr: in a
+        pull request). Files of an earlier model are removed, all others stay. variant: as in `save_pretrained`.
+
+        Returns huggingface_hub's `CommitInfo`. Raises `PushError`, an `OSError`, with the reason in one line.
+        """
+        return push_model(
+            lambda folder: self.save_pretrained(folder, variant=variant),
+            model_card(self._package, self.name, self.num_parameters()),
+            repo_id,
+            [CONFIG, CARD, PROVENANCE, *weights_names()],
+            token=token,
+            private=private,
+            revision=revision,
+            create_pr=create_pr,
+            commit_message=commit_message,
+        )
 
 
 def _rename_for_files(model: Any, weights: dict[str, Any], prefix: str, _: Any) -> None:

@@ -22,6 +22,7 @@ ARRAYS = (np.uint8, np.float16, np.float32, np.float64)
 INNER = ("pipelines", "prior", "tokenizer", "torch")  # packages that are not the user's code
 _warned = False  # of floats in [0, 1]; once is enough
 
+OUTPUT_TYPES = ("pil", "np", "pt")
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 
 
@@ -198,10 +199,12 @@ def level_of_user() -> int:
     return level
 
 
-def check_output_type(output_type: str) -> None:
-    """Raise `ValueError` for an unknown output type."""
-    if output_type not in ("pil", "np", "pt"):
-        raise ValueError(f"output_type must be 'pil', 'np' or 'pt' (got {output_type!r})")
+def check_output_type(output_type: str, *others: str) -> None:
+    """Raise `ValueError` for an unknown output type; others: those that there are beside types of images."""
+    allowed = [*OUTPUT_TYPES, *others]
+    if output_type not in allowed:
+        *most, last = map(repr, allowed)
+        raise ValueError(f"output_type must be {', '.join(most)} or {last} (got {output_type!r})")
 
 
 def convert_images(images: Tensor, output_type: str) -> Any:

@@ -13,34 +13,15 @@ from torch import Tensor
 
 from prior import Prior
 from tokenizer import Tokenizer
-from tokenizer.files.errors import ConfigError, IntegrityError, LimitError, PathError
-from tokenizer.files.json_text import parse_json
-from tokenizer.files.reading import Folder, steadily
-from tokenizer.files.writing import atomic_folder, write_json, write_manifest
-from tokenizer.pretrained import MAX_WEIGHT_BYTES, PROVENANCE, warn_of_code
+from tokenizer.files.errors import ConfigError, IntegrityError
+from tokenizer.files.reading import steadily
+from tokenizer.pretrained import MAX_WEIGHT_BYTES, warn_of_code
 
-from ..images.pictures import as_batch, convert_images, save_picture, to_images, warn_if_unit
-from .calibration import MAX_CALIBRATION_BYTES, Calibration
-from .card import model_card
-from .index import (
-    BACKGROUND,
-    CALIBRATION,
-    CARD,
-    FORMAT_VERSION,
-    GRID,
-    INDEX,
-    MAX_GRID_PIXELS,
-    MAX_PICTURE_BYTES,
-    MAX_REST_BYTES,
-    PARTS,
-    PIPELINE,
-    check_labels,
-    check_listed,
-    make_sampler,
-    parse_picture,
-    read_index,
-    read_provenance,
-)
+from ..images.pictures import as_batch, convert_images, to_images, warn_if_unit
+from . import storing
+from .calibration import Calibration
+from .compiled import unwrapped
+from .index import BACKGROUND, FILES, INDEX, PARTS, check_labels, make_sampler
 from .shipped import resolve_pipeline
 
 Images = PILImage | Tensor | np.ndarray | Sequence[PILImage | Tensor | np.ndarray]
@@ -57,8 +38,15 @@ class Stages:
     """
 
     def __init__(
-        self, tokenizer: Tokenizer, prior: Prior, *, labels: Sequence[str] = (), sampler: dict[str, Any] | None = None
+        self,
+        tokenizer: Tokenizer,
+        prior: Prior,
+        background: Prior | None = None,
+        *,
+        labels: Sequence[str] = (),
+        sampler: dict[str, Any] | None = None,
     ) -> None:
+        tokenizer, prior = unwrapped(tokenizer, Tokenizer, "tokenizer"), unwrapped(prior, Prior, "prior")
         if tokenizer.grid != prior.grid:
             raise IntegrityError(f"prior/config.json: grid: {prior.grid} is not the tokenizer's, {tokenizer.grid}")
         if prior.config.tokenizer and prior.config.tokenizer != tokenizer.fingerprint():
@@ -80,10 +68,45 @@ class Stages:
         self.sample_grid: np.ndarray | None = None
         self.calibration: Calibration | None = None
         self.background: Prior | None = None
+        if background is not None:
+            self.set_background(background)
+        self.interrupt = False
+        self.progress_bar_config: dict[str, Any] = {}
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """Stage one. One that `torch.compile` has wrapped is taken, too; see `compiled`."""
+        return self._tokenizer
+
+    @tokenizer.setter
+    def tokenizer(self, model: Tokenizer) -> None:
+        self._tokenizer = unwrapped(model, Tokenizer, "tokenizer")
+
+    @property
+    def prior(self) -> Prior:
+        """Stage two. One that `torch.compile` has wrapped is taken, too; see `compiled`."""
+        return self._prior
+
+    @prior.setter
+    def prior(self, model: Prior) -> None:
+        self._prior = unwrapped(model, Prior, "prior")
+
+    @property
+    def components(self) -> dict[str, Any]:
+        """The models by the names of their arguments: `ImagePipeline(**pipe.components, labels=pipe.labels)` is
+        another pipeline of the same models."""
+        models = {"tokenizer": self.tokenizer, "prior": self.prior, BACKGROUND: self.background}
+        return {name: model for name, model in models.items() if model is not None}
+
+    def set_progress_bar_config(self, **options: Any) -> None:
+        """Arguments of `tqdm` for the bars of sampling: `disable`, `leave`, `desc`, ... A call replaces those before;
+        without any, the bars are as they were."""
+        self.progress_bar_config = options
 
     def set_background(self, prior: Prior) -> None:
         """Keep a background prior beside the prior: one trained on perturbed tokens (`method="ratio"`). Raises
         `IntegrityError` for a prior over other tokens or classes."""
+        prior = unwrapped(prior, Prior, BACKGROUND)
         ours, theirs = ((p.grid, p.num_classes, p.config.tokenizer) for p in (self.prior, prior))
         if ours != theirs:
             raise IntegrityError("background/config.json: not a prior over the same tokens and classes as prior/")
@@ -136,55 +159,35 @@ class Stages:
 
     # Saving and loading
 
-    def save_pretrained(self, folder: str | Path, *, sample_grid: np.ndarray | None = None) -> None:
+    def save_pretrained(
+        self, folder: str | Path, *, variant: str | None = None, sample_grid: np.ndarray | None = None
+    ) -> None:
         """Write the pipeline folder, whole or not at all; an older pipeline there is replaced.
 
-        sample_grid: uint8 (H, W, 3), shown on the model card. Raises `PathError` if `folder` holds something else,
-        `LimitError` for a grid that could not be loaded again.
+        variant: "fp16" or "bf16" rounds the weights of all models to that type (but those that stay float32 in any),
+        into files such as `tokenizer/model.fp16.safetensors`; a folder holds one variant. sample_grid: uint8 (H, W, 3),
+        shown on the model card. Raises `PathError` if `folder` holds something else, `LimitError` for a grid that could
+        not be loaded again, `ValueError` for weights that the type cannot hold.
         """
         self.sample_grid = self.sample_grid if sample_grid is None else sample_grid
-        if self.sample_grid is not None and self.sample_grid[..., 0].size > MAX_GRID_PIXELS:
-            raise LimitError(f"sample_grid: {self.sample_grid.shape} is more than {MAX_GRID_PIXELS} pixels")
-        fingerprint = self.tokenizer.fingerprint()
-        for prior in filter(None, (self.prior, self.background)):
-            if prior.config.tokenizer != fingerprint:  # another dtype has another fingerprint
-                prior.config = prior.config.model_copy(update={"tokenizer": fingerprint})
-        index = {
-            "_class_name": "ImagePipeline",
-            "format_version": FORMAT_VERSION,
-            "tokenizer": self.tokenizer.name,
-            "prior": self.prior.name,
-            "labels": self.labels,
-            "sampler": self.sampler.saved(),
-            **({} if self.background is None else {"background": self.background.name}),
-        }
-        with atomic_folder(folder, kind=PIPELINE) as target:
-            self.tokenizer.save_pretrained(target / "tokenizer")
-            self.prior.save_pretrained(target / "prior")
-            if self.background is not None:
-                self.background.save_pretrained(target / BACKGROUND)
-            if self.calibration is not None:
-                (target / CALIBRATION).write_text(self.calibration.to_json(), encoding="utf-8")
-            write_json(target / INDEX, index)
-            if self.provenance:
-                write_json(target / PROVENANCE, self.provenance)
-            if self.sample_grid is not None:
-                save_picture(self.sample_grid, target / GRID)
-            has_grid = self.sample_grid is not None
-            card = model_card(self.tokenizer, self.prior, self.labels, self.provenance, has_grid)
-            (target / CARD).write_text(card, encoding="utf-8")
-            write_manifest(target)
+        storing.save(self, folder, variant)
 
     @classmethod
     def from_pretrained(
         cls: type[S],
         source: str | Path,
         *,
+        tokenizer: Tokenizer | None = None,
+        prior: Prior | None = None,
+        background: Prior | None = None,
         revision: str | None = None,
         token: str | None = None,
         cache_dir: str | Path | None = None,
         local_files_only: bool = False,
-        dtype: torch.dtype | None = None,
+        force_download: bool = False,
+        variant: str | None = None,
+        dtype: storing.Dtypes = None,
+        torch_dtype: storing.Dtypes = None,
         device: str | torch.device | None = None,
         expected_sha256: str | None = None,
         max_bytes: int = MAX_WEIGHT_BYTES,
@@ -193,40 +196,22 @@ class Stages:
         `PipelineLoadError` naming file, field, what was found and what is allowed; every file is read once, and is the
         one of the manifest.
 
-        expected_sha256: of `manifest.json`, hence of every file: nothing but this very pipeline is loaded. max_bytes:
-        of the weights of each part.
+        tokenizer, prior, background: models to use in place of the folder's, whose files are then not opened. What is
+        known of the folder's (calibration, provenance, background) is left out, and of the default settings of sampling
+        those stay that the given prior has. variant: "fp16" or "bf16", where the weights are such; None takes what is
+        there. dtype (or torch_dtype): of the weights in memory, or one for each part,
+        `{"tokenizer": torch.float32, "default": torch.bfloat16}`; "auto" is what the file holds, None is float32.
+        force_download: fetch again what is in the cache. expected_sha256: of `manifest.json`, hence of every file:
+        nothing but this very pipeline is loaded. max_bytes: of the weights of each part.
         """
-        folder = resolve_pipeline(
-            source, revision=revision, token=token, cache_dir=cache_dir, local_files_only=local_files_only
-        )
+        parts = storing.given_parts(tokenizer=tokenizer, prior=prior, background=background)
+        options = {"revision": revision, "token": token, "cache_dir": cache_dir, "local_files_only": local_files_only}
+        names = [name for name in FILES if name.split("/")[0] not in parts]
+        folder = resolve_pipeline(source, names, force_download=force_download, **options)
         warn_of_code(folder, *(folder / part for part in PARTS))
-        pipeline = steadily(folder, lambda: cls._read(folder, expected_sha256, max_bytes))
-        return pipeline.to(device=device, dtype=dtype)
-
-    @classmethod
-    def _read(cls: type[S], folder: Path, expected_sha256: str | None, max_bytes: int) -> S:
-        if not (folder / INDEX).is_file():
-            inner = folder / "pipeline"
-            hint = f"; did you mean {inner}?" if (inner / INDEX).is_file() else ""
-            raise PathError(f"{folder}: not a pipeline folder (no {INDEX}){hint}")
-        files = Folder.sealed(folder, expected_sha256)
-        index = read_index(files)
-        tokenizer = Tokenizer.find(index["tokenizer"]).read_from(files.part("tokenizer"), max_bytes=max_bytes)
-        prior = Prior.find(index["prior"]).read_from(files.part("prior"), max_bytes=max_bytes)
-        pipeline = cls(tokenizer, prior, labels=index["labels"], sampler=index["sampler"])
-        if "background" in index:
-            family = Prior.find(index["background"])
-            pipeline.set_background(family.read_from(files.part(BACKGROUND), max_bytes=max_bytes))
-        if CALIBRATION in files:
-            place, text = files.place(CALIBRATION), files.read(CALIBRATION, MAX_CALIBRATION_BYTES)
-            pipeline.calibration = Calibration.from_dict(parse_json(text, place), place)
-        if PROVENANCE in files:
-            pipeline.provenance = read_provenance(files)
-        if GRID in files:
-            pipeline.sample_grid = parse_picture(files.read(GRID, MAX_PICTURE_BYTES), files.place(GRID))
-        check_listed(files)
-        files.read_rest(MAX_REST_BYTES)
-        return pipeline
+        pipeline: S = steadily(folder, lambda: storing.read(cls, folder, parts, variant, expected_sha256, max_bytes))
+        storing.convert(pipeline, parts, dtype, torch_dtype)
+        return pipeline.to(device=device)
 
     def to(
         self: S, device: str | int | torch.device | torch.dtype | None = None, dtype: torch.dtype | None = None
@@ -237,7 +222,7 @@ class Stages:
             if dtype is not None:
                 raise TypeError(f"to() takes a device, a dtype, or a device and then a dtype (got {device}, {dtype})")
             device, dtype = None, device
-        for model in filter(None, (self.tokenizer, self.prior, self.background)):
+        for model in self.components.values():
             model.to(device=device, dtype=dtype)
         return self
 
@@ -262,6 +247,11 @@ class Stages:
         if len(values) != count:
             raise ValueError(f"got {len(values)} labels for {count} images; give one, or one per image")
         return torch.tensor([self._label_id(value) for value in values], device=self.device)
+
+    def class_names(self, ids: Tensor) -> list[str]:
+        """The names of class ids `(B,)`, or their numbers where they have no names; "" for the null class."""
+        names = [*(self.labels or map(str, range(self.prior.num_classes))), ""]
+        return [names[number] for number in ids.tolist()]
 
     def batches(
         self, rows: Tensor, labels: Label | Sequence[Label], batch_size: int

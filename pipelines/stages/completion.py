@@ -12,12 +12,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, Literal, overload
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL.Image import Image as Picture
 from torch import Tensor
 
 from prior import Prior
@@ -25,7 +24,10 @@ from prior.requests import Order, known_tokens, order_of
 
 from ..images.pictures import check_output_type, convert_images
 from .base import Images, Label, Stages
-from .sampling import PipelineOutput, sample
+from .masks import Known, Mask, known_pixels
+from .output import PipelineOutput
+from .sampling import LATENT, sample
+from .synonyms import IN_A_COMPLETION, named
 
 MASKS = ("top", "bottom", "left", "right", "box")
 MASK_SEED = 0  # of scattered masks: the same ones for every seed of the draws, so that these can be compared
@@ -38,19 +40,54 @@ class ConditionError(ValueError):
 # Drawing what is hidden
 
 
+@overload
+def complete(
+    pipeline: Stages,
+    images: Images,
+    known: Known = None,
+    labels: Label | Sequence[Label] = None,
+    *,
+    return_dict: Literal[False],
+    **settings: Any,
+) -> tuple[Any, Tensor]: ...
+
+
+@overload
+def complete(
+    pipeline: Stages,
+    images: Images,
+    known: Known = None,
+    labels: Label | Sequence[Label] = None,
+    *,
+    mask: Mask = None,
+    draws: int = 1,
+    output_type: str = "pil",
+    order: Order = None,
+    return_dict: Literal[True] = True,
+    **settings: Any,
+) -> PipelineOutput: ...
+
+
 @torch.no_grad()
 def complete(
     pipeline: Stages,
     images: Images,
-    known: Tensor | np.ndarray,
+    known: Known = None,
     labels: Label | Sequence[Label] = None,
     *,
+    mask: Mask = None,
     draws: int = 1,
     output_type: str = "pil",
     order: Order = None,
+    return_dict: bool = True,
     **settings: Any,
-) -> PipelineOutput:
-    """Fill in what is not known: bool `known` `(H, W)` or `(B, H, W)`, a tensor or array, True = keep this pixel.
+) -> Any:
+    """Fill in what is not known; returns a `PipelineOutput`, or its tuple without `return_dict`.
+
+    Say what is known in one of two ways. known: bool `(H, W)` or `(B, H, W)`, a tensor or array, True = keep this
+    pixel. mask (or mask_image): the other way round, white = draw this pixel again, as diffusers and `smalti complete`
+    have it: a PIL image, or one for each image, of the pipeline's size or of its image's (then resized and cropped as
+    that is); or an array or tensor of these shapes, bool, 0 to 255 (128 and more is white) or floats in [0, 1].
 
     Hidden pixels are painted over before encoding, so nothing of them leaks. A token is known when every pixel of its
     patch is, and only known tokens are looked at; near the hole, a tokenizer whose receptive field is wider than a
@@ -58,17 +95,23 @@ def complete(
     density of the walk that takes these first (not `log_prob`'s); the others on those before it in their order. Known
     pixels come back as they were.
 
-    draws: completions of each image. Draw d of image k uses seed + k * draws + d, whatever the batch. With more than
-    one, images are `(B, draws, C, H, W)` ("pt"), `(B, draws, H, W, C)` ("np") or a list of PIL images for each image,
-    and tokens `(B, draws, *grid.shape)`; with one, there is no axis of draws. labels: one for all, or one per image;
-    order: as in `Prior.sample`, per image too; a list of generators has one per completion. settings: as for
-    `ImagePipeline.__call__`. Raises `ValueError` for a mask of another shape, or arguments out of range.
+    draws (or num_images_per_prompt): completions of each image. Draw d of image k uses seed + k * draws + d, whatever
+    the batch. With more than one, images are `(B, draws, C, H, W)` ("pt"), `(B, draws, H, W, C)` ("np") or a list of
+    lists of PIL images ("pil"): `out.images[k][d]` is draw d of image k; and tokens `(B, draws, *grid.shape)`. With
+    one, there is no axis of draws. labels (or class_labels): one for all, or one per image; order: as in
+    `Prior.sample`, per image too; a list of generators has one per completion. settings: as for
+    `ImagePipeline.__call__`; a `callback_on_step_end` is given the tokens of all completions, `(B * draws,
+    *grid.shape)`. Raises `ValueError` for a mask of another shape, or arguments out of range, `TypeError` for both or
+    none of `known` and `mask`.
     """
+    several = None if type(draws) is int and draws == 1 else draws
+    labels, mask, several = named(IN_A_COMPLETION, settings, labels=labels, mask=mask, draws=several)
+    draws = 1 if several is None else several
     if type(draws) is not int or draws < 1:
         raise ValueError(f"draws must be a whole number >= 1 (got {draws!r})")
-    check_output_type(output_type)
+    check_output_type(output_type, LATENT)
     batch = pipeline.to_images(images)
-    known = check_mask(known, batch)
+    known = known_pixels(known, mask, images, batch)
     tokens, keep = visible_tokens(pipeline, batch, known)
     order = order_of(order, [row for row in range(len(batch)) for _ in range(draws)])
     made = sample(
@@ -76,38 +119,32 @@ def complete(
         len(batch) * draws,
         repeated(pipeline, labels, len(batch), draws),
         order=order,
-        output_type="pt",
+        output_type=LATENT if output_type == LATENT else "pt",
         tokens=tokens.repeat_interleave(draws, 0),
         known=keep.repeat_interleave(draws, 0),
         **settings,
     )
-    mask, given = known[:, None].repeat_interleave(draws, 0), batch.repeat_interleave(draws, 0)
-    filled = convert_images(torch.where(mask, given, made.images.to(batch.device)), output_type)
+    filled = made.tokens if output_type == LATENT else pasted(made.images, batch, known, draws, output_type)
+    made = by_draws(replace(made, images=filled), len(batch), draws)
+    return made if return_dict else made.to_tuple()
+
+
+def pasted(drawn: Tensor, images: Tensor, known: Tensor, draws: int, output_type: str) -> Any:
+    """`drawn` `(B * draws, C, H, W)`, where `known` `(B, H, W)` as in `images`; of the output type."""
+    mask, given = known[:, None].repeat_interleave(draws, 0), images.repeat_interleave(draws, 0)
+    return convert_images(torch.where(mask, given, drawn.to(images.device)), output_type)
+
+
+def by_draws(made: PipelineOutput, count: int, draws: int) -> PipelineOutput:
+    """With an axis of draws, if there are several."""
     if draws == 1:
-        return replace(made, images=filled)
-    if output_type == "pil":
-        filled = [filled[start : start + draws] for start in range(0, len(filled), draws)]
+        return made
+    images, tokens = made.images, made.tokens.unflatten(0, (count, draws))
+    if isinstance(images, list):
+        images = [images[start : start + draws] for start in range(0, len(images), draws)]
     else:
-        filled = filled.reshape(len(batch), draws, *filled.shape[1:])
-    return replace(made, images=filled, tokens=made.tokens.unflatten(0, (len(batch), draws)))
-
-
-def check_mask(known: Any, images: Tensor) -> Tensor:
-    """`known` as bool `(B, H, W)` beside `images`. Raises `ValueError` for another shape or type."""
-    several = known if isinstance(known, (list, tuple)) else [known]
-    if any(isinstance(mask, Picture) for mask in several):
-        raise ValueError(
-            "known should be a bool tensor or array, True = keep this pixel, and not a picture, in which white may "
-            'mean either; if it is white where pixels are hidden, give np.asarray(mask.convert("L")) < 128'
-        )
-    known = np.ascontiguousarray(known) if isinstance(known, np.ndarray) else known  # torch takes none that is flipped
-    known = torch.as_tensor(known, device=images.device)
-    shape = (len(images), *images.shape[2:])
-    if known.dtype != torch.bool or tuple(known.shape) not in (shape, shape[1:]):
-        raise ValueError(
-            f"known should be bool of shape {shape[1:]} or {shape}, got {known.dtype} of {tuple(known.shape)}"
-        )
-    return known.expand(shape)
+        images = tokens if images is made.tokens else images.reshape(count, draws, *images.shape[1:])
+    return replace(made, images=images, tokens=tokens)
 
 
 def visible_tokens(pipeline: Stages, images: Tensor, known: Tensor) -> tuple[Tensor, Tensor]:
@@ -151,12 +188,14 @@ def repeated(pipeline: Stages, labels: Label | Sequence[Label], count: int, draw
 def conditional_log_prob(
     pipeline: Stages,
     images: Images,
-    known: Tensor | np.ndarray,
+    known: Known = None,
     labels: Label | Sequence[Label] = None,
     *,
+    mask: Mask = None,
     batch_size: int = 256,
 ) -> Tensor:
-    """log p of each image's hidden tokens given the known ones, `(B,)` nats. known: as for `complete`.
+    """log p of each image's hidden tokens given the known ones, `(B,)` nats. known, mask: one of them, as for
+    `complete`.
 
     It is the log-probability that `complete`, at temperature 1 and unguided, draws the very tokens that the image has
     there. For a prior of one order it is log_prob(all) - log p(known). For one of any order it belongs to the walk that
@@ -169,7 +208,7 @@ def conditional_log_prob(
     conditional, `ValueError` for a mask of another shape.
     """
     batch = pipeline.to_images(images)
-    known = check_mask(known, batch)
+    known = known_pixels(known, mask, images, batch)
     parts = []
     for rows, part, ids in pipeline.batches(batch, labels, batch_size):
         visible, keep = visible_tokens(pipeline, part, known[rows])

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import io
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import numpy as np
 from PIL import Image
@@ -17,22 +17,23 @@ from prior import Prior
 from prior.sampling import Sampler
 from tokenizer import Tokenizer
 from tokenizer.files.checked import FieldError, Text, checked
-from tokenizer.files.errors import ConfigError, FormatError, IntegrityError, LimitError, shown
+from tokenizer.files.errors import ConfigError, FormatError, IntegrityError, LimitError, PathError, shown
 from tokenizer.files.ownership import Kind
 from tokenizer.files.reading import MANIFEST, Folder
-from tokenizer.pretrained import CONFIG, PROVENANCE, WEIGHTS
+from tokenizer.files.variants import weights_names
+from tokenizer.pretrained import CONFIG, PROVENANCE
 
 from .card import FIGURES, TUNING
 
 INDEX, CARD, GRID = "model_index.json", "README.md", "samples.png"
 BACKGROUND, CALIBRATION = "background", "calibration.json"
-FORMAT_VERSION = 1
+FORMAT_VERSION, VARIANT_VERSION = 1, 2  # 2: whose weights are those of a variant
 MAX_PICTURE_BYTES, MAX_GRID_PIXELS = 64 << 20, 32 << 20
 MAX_REST_BYTES = 1 << 30  # of listed files that are none of these
 LONGEST_LABEL, JOINER = 200, "\u200d"  # a joiner, which is not printable by itself, makes one emoji of two
 PARTS = ("tokenizer", "prior", BACKGROUND)
 FILES = [INDEX, PROVENANCE, CARD, GRID, CALIBRATION, MANIFEST] + [
-    f"{part}/{name}" for part in PARTS for name in (CONFIG, WEIGHTS, PROVENANCE)
+    f"{part}/{name}" for part in PARTS for name in (CONFIG, *weights_names(), PROVENANCE)
 ]
 
 
@@ -59,30 +60,50 @@ class IndexFile(BaseModel):
     tokenizer: KindName
     prior: KindName
     background: KindName = ""
+    variant: Literal["fp16", "bf16"] | None = None
     labels: list[Text]
     sampler: Any
 
 
-def read_index(files: Folder) -> dict[str, Any]:
-    """`model_index.json`, every field checked. Raises `FormatError` or `ConfigError`."""
+def read_index(files: Folder, given: Collection[str] = ()) -> dict[str, Any]:
+    """`model_index.json`, every field checked; given: parts that are not read, whose kinds need not be known. Raises
+    `FormatError` or `ConfigError`."""
     path, index = files.place(INDEX), files.json(INDEX)
     version = index.get("format_version")
-    if type(version) is not int or version != FORMAT_VERSION:
+    if type(version) is not int or version not in (FORMAT_VERSION, VARIANT_VERSION):
         raise FormatError(
-            f"{path}: format_version: found {shown(version)}, this version of smalti reads {FORMAT_VERSION}; "
+            f"{path}: format_version: found {shown(version)}, this version of smalti reads {FORMAT_VERSION} "
+            f"and {VARIANT_VERSION}; "
             "a newer smalti may read it"
         )
     if index.get("_class_name") != "ImagePipeline":
         raise FormatError(f"{path}: _class_name: found {shown(index.get('_class_name'))}, expected 'ImagePipeline'")
     checked(IndexFile, index, path)
+    if (index.get("variant") is not None) != (version == VARIANT_VERSION):
+        raise FormatError(f"{path}: variant: is what format_version {VARIANT_VERSION} names, and no other")
     families: list[tuple[str, type[Tokenizer] | type[Prior]]] = [("tokenizer", Tokenizer), ("prior", Prior)]
     for part, family in families + [(BACKGROUND, Prior)] * (BACKGROUND in index):
-        if index[part] not in family.available():
+        if part not in given and index[part] not in family.available():
             kind, names = family.__name__.lower(), ", ".join(family.available())
             raise ConfigError(f"{path}: {part}: no {kind} is called {index[part]!r}; there are {names}")
     check_labels(index["labels"])
-    make_sampler(Prior.find(index["prior"]), index["sampler"], path)
+    if "prior" not in given:
+        make_sampler(Prior.find(index["prior"]), index["sampler"], path)
     return index
+
+
+def require_variant(index: dict[str, Any], variant: str | None, path: Path) -> None:
+    """Raise `PathError` where another variant is asked for than the one that is there; None takes what is there."""
+    weights_names(variant)
+    found = index.get("variant")
+    if variant is not None and variant != found:
+        there = f"of variant {found!r}" if found else "that are no variant"
+        raise PathError(f"{path}: variant: no {variant!r}, only weights {there}; leave variant out to load them")
+
+
+def known_settings(prior: type[Prior], settings: Any) -> dict[str, Any]:
+    """Of the defaults for sampling from another prior, those that this one has, too."""
+    return {name: value for name, value in dict(settings).items() if name in prior.Sampling.names()}
 
 
 def make_sampler(prior: type[Prior], settings: dict[str, Any], path: str | Path = INDEX) -> Sampler:

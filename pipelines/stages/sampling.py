@@ -2,28 +2,56 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal, overload
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from prior import Prior
-from prior.requests import Walk, choose_walk, make_rows
+from prior.requests import Walk, choose_walk, known_tokens, make_rows
 from prior.sampling import GUIDANCE, Generators, Sampler, image_generators, progress_over
 
 from ..images.pictures import check_output_type
 from .base import Label, Stages
+from .output import PipelineOutput
+from .synonyms import IN_A_CALL, check_names, named
+from .watching import Callback, Watcher
+
+LATENT = "latent"
 
 
-@dataclass(frozen=True)
-class PipelineOutput:
-    """`images`: a list of PIL images, uint8 (B, H, W, C), or float (B, C, H, W); `tokens`: (B, *grid.shape)."""
+@overload
+def sample(
+    pipeline: Stages,
+    num_images: int | None = None,
+    labels: Label | Sequence[Label] = None,
+    *,
+    return_dict: Literal[False],
+    **options: Any,
+) -> tuple[Any, Tensor]: ...
 
-    images: Any
-    tokens: Tensor
+
+@overload
+def sample(
+    pipeline: Stages,
+    num_images: int | None = None,
+    labels: Label | Sequence[Label] = None,
+    *,
+    num_images_per_label: int | None = None,
+    seed: int | None = None,
+    generator: Generators = None,
+    tokens: Tensor | None = None,
+    known: Tensor | None = None,
+    batch_size: int = 64,
+    output_type: str = "pil",
+    return_dict: Literal[True] = True,
+    progress: bool = True,
+    callback_on_step_end: Callback | None = None,
+    **options: Any,
+) -> PipelineOutput: ...
 
 
 def sample(
@@ -31,20 +59,32 @@ def sample(
     num_images: int | None = None,
     labels: Label | Sequence[Label] = None,
     *,
+    num_images_per_label: int | None = None,
     seed: int | None = None,
     generator: Generators = None,
     tokens: Tensor | None = None,
     known: Tensor | None = None,
     batch_size: int = 64,
     output_type: str = "pil",
+    return_dict: bool = True,
     progress: bool = True,
+    callback_on_step_end: Callback | None = None,
     **options: Any,
-) -> PipelineOutput:
-    """Sample images.
+) -> Any:
+    """Sample images; returns a `PipelineOutput`, or its tuple `(images, tokens)` without `return_dict`.
 
-    labels: one class (id or name) for all, or one per image; None is unconditional. seed: image k uses seed + k,
-    whatever `batch_size` is. tokens, known: as in `Prior.sample`. output_type: "pil", "np" (uint8) or "pt" (float in
-    [-1, 1]).
+    labels (or class_labels): one class (id or name) for all, or one per image; None is unconditional.
+    num_images_per_label (or num_images_per_prompt): so many images of each of the labels, those of one after another,
+    in place of `num_images`. seed: image k uses seed + k, whatever `batch_size` is. tokens, known: as in
+    `Prior.sample`. output_type: "pil", "np" (uint8), "pt" (float in [-1, 1]), or "latent": the tokens, not decoded.
+    progress: False shows no bar, whatever `set_progress_bar_config` says.
+
+    callback_on_step_end: called as `f(pipe, step, rank, {"tokens": ..., "known": ...})` after each step of whatever
+    path draws the images: step counts from 0 over all batches; rank is how far along their order the images being drawn
+    have come; tokens `(B, *grid.shape)` are those of all images so far (0 where none is drawn) and known says which
+    these are. Both are copies, to look at: it returns the dictionary as it is, or None. What it raises ends the call,
+    and so does `pipe.interrupt = True`, from it or from another thread: then after the step that is under way
+    `Interrupted` is raised, which has the tokens so far. Each call sets `pipe.interrupt` to False when it begins.
 
     options: how the grid is walked (`order`, `num_orders`, `cache`, `capture`, `parallel`, `guess`), as in
     `Prior.sample`; and the settings that the prior's `Sampling` declares, by name (`temperature`, `top_k`, `top_p`,
@@ -55,35 +95,64 @@ def sample(
     linear unless `guidance_power` is. Raises `ValueError` for arguments out of range, `TypeError` for a setting that
     the prior does not have.
     """
-    if isinstance(labels, (Tensor, np.ndarray)):
-        labels = labels.tolist()
-    num_images = count_images(num_images, labels)
+    labels, num_images_per_label = named(IN_A_CALL, options, labels=labels, num_images_per_label=num_images_per_label)
+    num_images, labels = count_images(num_images, labels, num_images_per_label)
     if batch_size < 1:
         raise ValueError(f"batch_size must be at least 1 (got {batch_size})")
     ids = pipeline.label_ids(labels, num_images)
     walk = Walk(**{name: options.pop(name) for name in Walk.names() if name in options})
+    check_names(options, pipeline.prior.Sampling.names(), ARGUMENTS, pipeline.prior.name)
     sampler = choose_sampler(pipeline, options, ids, walk)
-    check_output_type(output_type)
+    check_output_type(output_type, LATENT)
     generators = seeded(seed, generator, num_images)
-    shape, parts = (num_images, *pipeline.prior.grid.shape), []
+    shape = (num_images, *pipeline.prior.grid.shape)
     check_shapes(shape, tokens=tokens, known=known)
-    batches = range(0, num_images, batch_size)
-    for start in progress_over(batches, progress and len(batches) > 1, unit="batch"):
-        rows = slice(start, min(start + batch_size, num_images))
-        parts.append(
-            pipeline.prior.sample(
-                rows.stop - rows.start,
-                None if ids is None else ids[rows],
-                generator=generators[rows],
-                tokens=None if tokens is None else tokens.expand(shape)[rows],
-                known=None if known is None else known.expand(shape)[rows],
-                progress=progress and len(batches) == 1,
-                **vars(walk.of(rows)),
-                **vars(sampler),
-            )
+    given = (each.reshape(shape) for each in known_tokens(pipeline.prior, tokens, known, num_images))
+    watcher = Watcher(pipeline, callback_on_step_end, *given)
+    drawn = draw_batches(pipeline, watcher, ids, generators, batch_size, walk, sampler, progress)
+    images = drawn if output_type == LATENT else pipeline.decode(drawn, output_type=output_type)
+    made = PipelineOutput(images, drawn, None if ids is None else pipeline.class_names(ids))
+    return made if return_dict else made.to_tuple()
+
+
+ARGUMENTS = [*inspect.signature(sample).parameters, *Walk.names()][1:-1]
+"""Names that a call knows beside the settings of sampling."""
+
+
+def draw_batches(
+    pipeline: Stages,
+    watcher: Watcher,
+    ids: Tensor | None,
+    generators: list[torch.Generator],
+    batch_size: int,
+    walk: Walk,
+    sampler: Sampler,
+    progress: bool,
+) -> Tensor:
+    """Tokens `(B, *grid.shape)`, from what the watcher knows; a bar over the batches, or over the steps of one."""
+    count, parts = len(generators), []
+    batches = range(0, count, batch_size)
+    bar: Any = pipeline.progress_bar_config if progress else False
+    # A part is a copy: the watcher goes on writing in its own.
+    tokens, known = watcher.tokens.clone(), watcher.known.clone()
+    some = bool(known.any())
+    for start in progress_over(batches, bar if len(batches) > 1 else False, unit="batch"):
+        rows = slice(start, min(start + batch_size, count))
+        watcher.begin(rows)
+        drawn = pipeline.prior.sample(
+            rows.stop - rows.start,
+            None if ids is None else ids[rows],
+            generator=generators[rows],
+            tokens=tokens[rows] if some else None,
+            known=known[rows] if some else None,
+            progress=bar if len(batches) == 1 else False,
+            on_step=watcher.saw,
+            **vars(walk.of(rows)),
+            **vars(sampler),
         )
-    drawn = torch.cat(parts)
-    return PipelineOutput(pipeline.decode(drawn, output_type=output_type), drawn)
+        watcher.end(drawn)
+        parts.append(drawn)
+    return torch.cat(parts)
 
 
 def choose_sampler(pipeline: Stages, settings: dict[str, Any], ids: Tensor | None, walk: Walk) -> Sampler:
@@ -127,13 +196,24 @@ def seeded(seed: int | None, generator: Generators, count: int) -> list[torch.Ge
     return [torch.Generator().manual_seed(seed + k) for k in range(count)]
 
 
-def count_images(num_images: int | None, labels: Any) -> int:
-    """`num_images`, or one per label. Raises `ValueError` below 1."""
+def count_images(num_images: int | None, labels: Any, per_label: int | None = None) -> tuple[int, Any]:
+    """How many images, and the label of each or of all: `num_images`, or one per label, or `per_label` of each label.
+    Raises `ValueError` below 1, and for both counts."""
+    if isinstance(labels, (Tensor, np.ndarray)):
+        labels = labels.tolist()
+    several = isinstance(labels, Sequence) and not isinstance(labels, str)
+    if per_label is not None:
+        if num_images is not None:
+            raise ValueError("give num_images (of all) or num_images_per_label (of each label), not both")
+        if type(per_label) is not int or per_label < 1:
+            raise ValueError(f"num_images_per_label must be a whole number >= 1 (got {per_label!r})")
+        labels = [label for label in labels for _ in range(per_label)] if several else labels
+        num_images = len(labels) if several else per_label
     if num_images is None:
-        num_images = len(labels) if isinstance(labels, Sequence) and not isinstance(labels, str) else 1
+        num_images = len(labels) if several else 1
     if num_images < 1:
         raise ValueError(f"num_images must be at least 1 (got {num_images})")
-    return num_images
+    return num_images, labels
 
 
 def check_shapes(shape: tuple[int, ...], **tensors: Tensor | None) -> None:

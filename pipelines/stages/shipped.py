@@ -10,7 +10,7 @@ from typing import Any
 from tokenizer.files.errors import PathError
 from tokenizer.files.hub import resolve_folder
 
-from .index import FILES, INDEX
+from .index import INDEX
 
 HERE = Path(__file__).parents[1] / "shipped"
 
@@ -26,10 +26,10 @@ def located(source: str | Path) -> str | Path:
     return HERE / source if source in shipped() and not os.path.isdir(source) else source
 
 
-def resolve_pipeline(source: str | Path, **options: Any) -> Path:
+def resolve_pipeline(source: str | Path, names: list[str], **options: Any) -> Path:
     """`resolve_folder` of a pipeline, which may be one that comes with the package. Raises `PathError`."""
     try:
-        return resolve_folder(located(source), FILES, **options)
+        return resolve_folder(located(source), names, **options)
     except PathError as error:
         bare = re.fullmatch(r"\w+", str(source))
         raise PathError(

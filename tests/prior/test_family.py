@@ -1,6 +1,7 @@
 """Promises of every registered prior, in every order it takes.
 
-Covers: prior/base.py, prior/features.py, prior/gpt.py, prior/marginal.py, prior/requests.py.
+Covers: prior/base.py, prior/features.py, prior/gpt.py, prior/marginal.py, prior/requests.py,
+prior/sampling/stepping.py.
 """
 
 import itertools

@@ -156,8 +156,10 @@ def test_pipeline(name, tmp_path):
     assert prints == facts("pipelines")[name]
     assert pipe.labels == CLASSES
     assert_same_answers(answers_of_pipeline(pipe), answers("pipelines", name))
-    pipe.save_pretrained(tmp_path / "again")
+    variant = json.loads((folder / "model_index.json").read_text()).get("variant")
+    pipe.save_pretrained(tmp_path / "again", variant=variant)
     assert_same_texts(tmp_path / "again", folder, "config.json", "model_index.json")
+    assert {path.name for path in (tmp_path / "again").rglob("*")} == {path.name for path in folder.rglob("*")}
 
 
 def test_pipeline_with_all_that_there_may_be(tmp_path):

@@ -111,6 +111,10 @@ class Handler(BaseHTTPRequestHandler):
         if found is None:
             return self.answer(404)
         folder = self.server.root / found[1] / found[3]
+        as_request = "create_pr=1" in urlsplit(self.path).query
+        if as_request and found[2] == "commit":
+            shutil.copytree(folder, folder.parent / "pr-1", dirs_exist_ok=True)
+            folder = folder.parent / "pr-1"
         if found[2] == "branch":
             shutil.copytree(folder.parent / "main", folder, dirs_exist_ok=True)
             return self.say({})
@@ -135,7 +139,8 @@ class Handler(BaseHTTPRequestHandler):
             elif line["key"] == "deletedFile":
                 target.unlink()
         self.server.commits.append({"repository": found[1], "added": added, "deleted": deleted})
-        return self.say({"commitUrl": f"{self.server.url}/{found[1]}/commit/x", "commitOid": commit(folder)})
+        request = {"pullRequestUrl": f"{self.server.url}/{found[1]}/discussions/1"} if as_request else {}
+        return self.say({"commitUrl": f"{self.server.url}/{found[1]}/commit/x", "commitOid": commit(folder), **request})
 
     def body(self) -> bytes:
         """What was sent, whole or in chunks."""

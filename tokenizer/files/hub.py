@@ -63,10 +63,12 @@ def replace_on_hub(
     token: str | None = None,
     private: bool | None = None,
     revision: str | None = None,
+    create_pr: bool = False,
     commit_message: str,
 ) -> Any:
     """Upload the files of `folder` in one commit, which also deletes files of earlier uploads of ours that `folder`
-    does not have; creates the repository if needed. Returns huggingface_hub's `CommitInfo`. Raises `PushError`.
+    does not have; creates the repository if needed. create_pr: as a pull request, which changes nothing until it is
+    merged. Returns huggingface_hub's `CommitInfo`. Raises `PushError`.
 
     ours: takes the names of a repository's files and a function that fetches one; returns those that we uploaded.
     """
@@ -83,8 +85,8 @@ def replace_on_hub(
         # Not `upload_folder`: it splits long uploads into several commits, between which nothing would load.
         operations: list[Any] = [CommitOperationDelete(name, is_folder=False) for name in sorted(gone)]
         operations += [CommitOperationAdd(name, path) for name, path in paths.items()]
-        return api.create_commit(**place, operations=operations, commit_message=commit_message)
-    except BUGS:
+        return api.create_commit(**place, operations=operations, commit_message=commit_message, create_pr=create_pr)
+    except (*BUGS, PushError):
         raise
     except Exception as error:  # the HTTP client differs between versions, and some errors are a KeyError
         raise refusal(repo_id, said(error)) from error

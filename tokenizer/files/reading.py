@@ -6,7 +6,7 @@ import hashlib
 import os
 import re
 import stat
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
@@ -43,9 +43,10 @@ class Folder:
         return cls(path, roots_of(path))
 
     @classmethod
-    def sealed(cls, path: Path, sha256: str | None = None) -> Folder:
+    def sealed(cls, path: Path, sha256: str | None = None, without: Collection[str] = ()) -> Folder:
         """A folder with a manifest. The manifest must have this `sha256`, if given, and every file that it lists must
         be there and have its size. A file's sha256 is verified when it is read; `read_rest` verifies the others.
+        without: folders of it whose files are not looked at, and need not be there.
 
         Raises `PathError` for a missing file, `IntegrityError` for a changed one, `FormatError` for a bad manifest.
         """
@@ -59,9 +60,10 @@ class Folder:
         files = manifest.get("files")
         if not isinstance(files, dict) or not files:
             raise FormatError(f"{place}: 'files' should list the files of the folder")
-        for name, entry in files.items():
-            _check_entry(path, name, entry)
-        return cls(path, roots, manifest, unread=set(files))
+        wanted = [name for name in files if name.split("/")[0] not in without]
+        for name in wanted:
+            _check_entry(path, name, files[name])
+        return cls(path, roots, manifest, unread=set(wanted))
 
     def part(self, name: str) -> Folder:
         """The files below the folder `name`."""

@@ -7,14 +7,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import torch
 
 from tokenizer.files.ownership import Inputs
 from tokenizer.files.writing import atomic_file, fsync, results_folder
 
 from ...config import UserError
 from ...config.outputs import check_out_file, check_out_results, writing
-from ..pictures import SUFFIXES, grid_picture, png_bytes, save_picture, to_float
+from ..grids import class_grid
+from ..pictures import SUFFIXES, png_bytes, save_picture
 from .npz import raw_pixels, write_npz
 from .parquet import write_parquet
 from .parts import Facts, Part
@@ -77,33 +77,43 @@ def save(
     parts: Iterable[Part],
     facts: Facts,
     *,
-    columns: int,
+    columns: int | None,
     inputs: Inputs,
+    captions: bool = True,
     temporary: Path | None = None,
 ) -> None:
     """Write all parts, in their order, as `out`. Of a file or a folder no more is in memory than a part; a grid, of
-    `columns`, is made as a whole. temporary: where it is until it has its name; None: beside it.
+    `columns` and with the names of the classes if `captions`, is made as a whole (see `class_grid`). temporary: where
+    it is until it has its name; None: beside it.
 
     Raises `PathError` for what is not ours, `UserError` where it cannot be written.
     """
     with writing("out", out):
-        _write(form, out, parts, facts, columns, inputs, temporary)
+        if form is GRID:
+            save_picture(grid_of(parts, facts, columns, captions), out, inputs=inputs)
+        else:
+            _write(form, out, parts, facts, inputs, temporary)
 
 
-def _write(
-    form: Form, out: Path, parts: Iterable[Part], facts: Facts, columns: int, inputs: Inputs, temporary: Path | None
-) -> None:
+def grid_of(parts: Iterable[Part], facts: Facts, columns: int | None, captions: bool) -> np.ndarray:
+    """All images in one picture."""
+    pixels, labels = [], list[int]()
+    for part in parts:
+        pixels += part.images
+        labels += part.labels or []
+    images = np.frombuffer(b"".join(pixels), np.uint8).reshape(facts.count, facts.height, facts.width, 3)
+    known = [*(facts.class_names or []), ""]  # the last is of the null class
+    names = [known[label] for label in labels] if labels else None
+    return class_grid(images, names, columns, captions=captions)
+
+
+def _write(form: Form, out: Path, parts: Iterable[Part], facts: Facts, inputs: Inputs, temporary: Path | None) -> None:
     if form.is_folder:
         with results_folder(out, inputs=inputs, temporary=temporary) as folder:
             for part in parts:
                 for number, image in enumerate(part.images, part.first):
                     (folder / f"{facts.key(number)}.png").write_bytes(image)
-    elif form.write is None:
-        pixels = b"".join(image for part in parts for image in part.images)
-        shape = (facts.count, facts.height, facts.width, 3)
-        images = to_float(torch.from_numpy(np.frombuffer(pixels, np.uint8).reshape(shape).copy()).movedim(-1, 1))
-        save_picture(grid_picture(images, columns), out, inputs=inputs)
-    else:
+    elif form.write is not None:
         with atomic_file(out, inputs=inputs, temporary=temporary) as path:
             form.write(path, parts, facts)
             fsync(path)

@@ -137,11 +137,11 @@ def test_masks_of_another_shape_or_type_are_refused(call, known):
 
 @pytest.mark.parametrize("call", [complete, conditional_log_prob])
 def test_masks_are_tensors_or_arrays_and_no_pictures(call):
-    """White is hidden in a mask for `smalti complete`, and kept here: nobody should have to guess."""
+    """White is hidden in a `mask`, and True is kept in `known`: nobody should have to guess."""
     pipe, pixels = in_any_order(any_order=True), pixels_for(in_any_order(), 3)
     picture = Image.fromarray((half().numpy() * 255).astype(np.uint8))
     for mask in (picture, picture.convert("1"), picture.convert("RGB"), [picture] * 3):
-        with pytest.raises(ValueError, match="not a picture, in which white may mean either") as caught:
+        with pytest.raises(ValueError, match="not a picture; give mask=picture") as caught:
             call(pipe, pixels, mask)
         assert "\n" not in str(caught.value)
     torch.manual_seed(0)

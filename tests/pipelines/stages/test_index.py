@@ -102,6 +102,7 @@ def test_push_to_hub_uploads_a_folder_that_loads(labels, monkeypatch):
     pipe.provenance = PROVENANCE
     assert pipe.push_to_hub("me/mosaic", token="hf_secret", private=True, commit_message="first") == "a commit"
     ((repo_id, files, tokens, options),) = calls
-    assert (repo_id, options) == ("me/mosaic", {"token": "hf_secret", "private": True, "commit_message": "first"})
+    asked = {"token": "hf_secret", "private": True, "commit_message": "first"}
+    assert (repo_id, options) == ("me/mosaic", {**asked, "revision": None, "create_pr": False})
     assert files == {"model_index.json", "manifest.json", "README.md", "provenance.json", "samples.png", *PARTS}
     assert torch.equal(tokens, pipe(2, seed=0).tokens)

@@ -1,0 +1,162 @@
+"""A pipeline's folder: how it is written, and how it becomes a pipeline again, perhaps with parts of the caller's."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from prior import Prior
+from tokenizer import Tokenizer
+from tokenizer.files.errors import LimitError, PathError
+from tokenizer.files.json_text import parse_json
+from tokenizer.files.reading import Folder
+from tokenizer.files.variants import Dtype, chosen_dtype, given_dtype, rounded
+from tokenizer.files.writing import atomic_folder, write_json, write_manifest
+from tokenizer.pretrained import PROVENANCE
+
+from ..images.pictures import save_picture
+from .calibration import MAX_CALIBRATION_BYTES, Calibration
+from .card import model_card
+from .compiled import unwrapped
+from .index import (
+    BACKGROUND,
+    CALIBRATION,
+    CARD,
+    FORMAT_VERSION,
+    GRID,
+    INDEX,
+    MAX_GRID_PIXELS,
+    MAX_PICTURE_BYTES,
+    MAX_REST_BYTES,
+    PARTS,
+    PIPELINE,
+    VARIANT_VERSION,
+    check_listed,
+    known_settings,
+    parse_picture,
+    read_index,
+    read_provenance,
+    require_variant,
+)
+
+Dtypes = Dtype | Mapping[str, Dtype]
+"""A type for all parts, or one for each: `{"tokenizer": ..., "prior": ..., "background": ..., "default": ...}`."""
+
+
+# Writing
+
+
+def save(pipeline: Any, folder: str | Path, variant: str | None) -> None:
+    """`Stages.save_pretrained`."""
+    if variant is not None:
+        pipeline = in_variant(pipeline, variant)
+    grid = pipeline.sample_grid
+    if grid is not None and grid[..., 0].size > MAX_GRID_PIXELS:
+        raise LimitError(f"sample_grid: {grid.shape} is more than {MAX_GRID_PIXELS} pixels")
+    fingerprint = pipeline.tokenizer.fingerprint()
+    for prior in filter(None, (pipeline.prior, pipeline.background)):
+        if prior.config.tokenizer != fingerprint:  # another dtype has another fingerprint
+            prior.config = prior.config.model_copy(update={"tokenizer": fingerprint})
+    with atomic_folder(folder, kind=PIPELINE) as target:
+        for name, model in pipeline.components.items():
+            model.save_pretrained(target / name, **({} if variant is None else {"variant": variant}))
+        if pipeline.calibration is not None:
+            (target / CALIBRATION).write_text(pipeline.calibration.to_json(), encoding="utf-8")
+        write_json(target / INDEX, index_of(pipeline, variant))
+        if pipeline.provenance:
+            write_json(target / PROVENANCE, pipeline.provenance)
+        if grid is not None:
+            save_picture(grid, target / GRID)
+        card = model_card(pipeline.tokenizer, pipeline.prior, pipeline.labels, pipeline.provenance, grid is not None)
+        (target / CARD).write_text(card, encoding="utf-8")
+        write_manifest(target)
+
+
+def in_variant(pipeline: Any, variant: str) -> Any:
+    """A copy whose models are rounded to the type of `variant`, so that they fit each other as they will be loaded."""
+    smaller = copy.copy(pipeline)
+    smaller.tokenizer, smaller.prior = rounded(pipeline.tokenizer, variant), rounded(pipeline.prior, variant)
+    if pipeline.background is not None:
+        smaller.background = rounded(pipeline.background, variant)
+    return smaller
+
+
+def index_of(pipeline: Any, variant: str | None) -> dict[str, Any]:
+    """What `model_index.json` holds."""
+    return {
+        "_class_name": "ImagePipeline",
+        "format_version": FORMAT_VERSION if variant is None else VARIANT_VERSION,
+        "tokenizer": pipeline.tokenizer.name,
+        "prior": pipeline.prior.name,
+        "labels": pipeline.labels,
+        "sampler": pipeline.sampler.saved(),
+        **({} if pipeline.background is None else {"background": pipeline.background.name}),
+        **({} if variant is None else {"variant": variant}),
+    }
+
+
+# Reading
+
+
+def given_parts(**parts: Any) -> dict[str, Any]:
+    """Those parts that a caller gives. Raises `TypeError` for one that is no model of its family."""
+    families: dict[str, Any] = {"tokenizer": Tokenizer}
+    given = {name: model for name, model in parts.items() if model is not None}
+    return {name: unwrapped(model, families.get(name, Prior), name) for name, model in given.items()}
+
+
+def read(
+    cls: type[Any], folder: Path, parts: dict[str, Any], variant: str | None, expected_sha256: str | None, limit: int
+) -> Any:
+    """The pipeline in `folder`, with these `parts` in place of its own, whose files are not opened: what is known of a
+    part (calibration, provenance, sample pictures) is not of another one, and is left out. limit: bytes of the weights
+    of each part."""
+    if not (folder / INDEX).is_file():
+        inner = folder / "pipeline"
+        hint = f"; did you mean {inner}?" if (inner / INDEX).is_file() else ""
+        raise PathError(f"{folder}: not a pipeline folder (no {INDEX}){hint}")
+    files = Folder.sealed(folder, expected_sha256, without=tuple(parts))
+    index = read_index(files, parts)
+    require_variant(index, variant, files.place(INDEX))
+    variant = index.get("variant")
+
+    def part(name: str, family: Any) -> Any:
+        if name in parts:
+            return parts[name]
+        return family.find(index[name]).read_from(files.part(name), max_bytes=limit, variant=variant)
+
+    tokenizer, prior = part("tokenizer", Tokenizer), part("prior", Prior)
+    settings = known_settings(type(prior), index["sampler"]) if "prior" in parts else index["sampler"]
+    pipeline = cls(tokenizer, prior, labels=index["labels"], sampler=settings)
+    if BACKGROUND in parts or (BACKGROUND in index and not parts):
+        pipeline.set_background(part(BACKGROUND, Prior))
+    if not parts:
+        read_facts(pipeline, files)
+    check_listed(files)
+    files.read_rest(MAX_REST_BYTES)
+    return pipeline
+
+
+def read_facts(pipeline: Any, files: Folder) -> None:
+    """What is known of the parts that are in the folder."""
+    if CALIBRATION in files:
+        place, text = files.place(CALIBRATION), files.read(CALIBRATION, MAX_CALIBRATION_BYTES)
+        pipeline.calibration = Calibration.from_dict(parse_json(text, place), place)
+    if PROVENANCE in files:
+        pipeline.provenance = read_provenance(files)
+    if GRID in files:
+        pipeline.sample_grid = parse_picture(files.read(GRID, MAX_PICTURE_BYTES), files.place(GRID))
+
+
+def convert(pipeline: Any, parts: dict[str, Any], dtype: Dtypes, torch_dtype: Dtypes) -> None:
+    """Change the types of the parts that were loaded, as `from_pretrained` is asked to; those given stay as they are.
+    Raises `ValueError` for a part that there is none of."""
+    asked: Any = given_dtype(dtype, torch_dtype)
+    each = dict(asked) if isinstance(asked, Mapping) else {"default": asked}
+    if unknown := sorted(set(each) - {*PARTS, "default"}):
+        raise ValueError(f"dtype: no part is called {unknown[0]!r}; there are {', '.join(PARTS)} and default")
+    for name, model in pipeline.components.items():
+        if name not in parts:
+            model.to(dtype=chosen_dtype(each.get(name, each.get("default")), None, model.stored_dtype))

@@ -1,0 +1,242 @@
+"""A pipeline's folder: variants of its weights, their types, and parts that a caller gives in place of its own."""
+
+from __future__ import annotations
+
+import copy
+import json
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from small import TOKENIZERS, make_prior
+from small_pipelines import LABELS, PROVENANCE, make_pipeline, pixels_for
+
+from pipelines import ConfigError, FormatError, ImagePipeline, IntegrityError, PathError
+from prior import Prior
+from tokenizer import Tokenizer
+
+TYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}
+
+
+def names_in(folder):
+    return {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
+
+
+# Variants
+
+
+@pytest.mark.parametrize("tokenizer", TOKENIZERS)
+@pytest.mark.parametrize("variant", TYPES)
+def test_a_variant_is_rounded_weights_in_files_of_its_name(tokenizer, variant, tmp_path):
+    pipe = make_pipeline(tokenizer)
+    before = pipe.tokenizer.fingerprint(), pipe.prior.fingerprint(), pipe.prior.config
+    pipe.save_pretrained(tmp_path / "small", variant=variant)
+    assert (pipe.tokenizer.fingerprint(), pipe.prior.fingerprint(), pipe.prior.config) == before
+    assert pipe.dtype == torch.float32
+    names = names_in(tmp_path / "small")
+    assert {name for name in names if name.endswith(".safetensors")} == {
+        f"{part}/model.{variant}.safetensors" for part in ("tokenizer", "prior")
+    }
+    manifest = json.loads((tmp_path / "small" / "manifest.json").read_text())
+    assert set(manifest["files"]) == names - {"manifest.json"}
+    stored = load_file(tmp_path / "small" / "prior" / f"model.{variant}.safetensors")
+    assert {value.dtype for value in stored.values() if value.is_floating_point()} == {TYPES[variant]}
+    wanted = {name: value.to(TYPES[variant]) for name, value in pipe.prior.state_dict().items()}
+    assert all(torch.equal(stored[name], wanted[name].to(stored[name].dtype)) for name in wanted)
+    for asked in (None, variant):
+        loaded = ImagePipeline.from_pretrained(tmp_path / "small", variant=asked)
+        assert loaded.dtype == loaded.prior.dtype == torch.float32 and loaded.labels == LABELS
+        assert torch.equal(loaded.prior.state_dict()["head.weight"], wanted["head.weight"].float())
+    auto = ImagePipeline.from_pretrained(tmp_path / "small", dtype="auto")
+    has_weights = any("quantizer" not in name for name, _ in auto.tokenizer.named_parameters())
+    assert auto.prior.dtype == TYPES[variant] and auto.dtype == (TYPES[variant] if has_weights else torch.float32)
+    assert auto.prior.fingerprint() == loaded.prior.fingerprint()
+    assert auto(2, seed=0).tokens.shape == loaded(2, seed=0).tokens.shape
+
+
+def test_a_variant_is_smaller_and_is_replaced_as_a_whole(tmp_path):
+    pipe = make_pipeline()
+    pipe.set_background(copy.deepcopy(pipe.prior))
+    size = {}
+    for variant in (None, "fp16", "bf16", None):
+        pipe.save_pretrained(tmp_path / "pipe", variant=variant)
+        files = [path for path in (tmp_path / "pipe").rglob("*.safetensors")]
+        assert len(files) == 3 and len({path.name for path in files}) == 1
+        size[variant] = sum(path.stat().st_size for path in files)
+    assert max(size["fp16"], size["bf16"]) < 0.8 * size[None]
+
+
+def test_what_is_no_variant_is_as_it_was(tmp_path):
+    make_pipeline().save_pretrained(tmp_path / "pipe")
+    index = json.loads((tmp_path / "pipe" / "model_index.json").read_text())
+    assert index["format_version"] == 1 and "variant" not in index
+    make_pipeline().save_pretrained(tmp_path / "small", variant="fp16")
+    index = json.loads((tmp_path / "small" / "model_index.json").read_text())
+    assert index["format_version"] == 2 and index["variant"] == "fp16"
+
+
+def test_variants_that_are_not_there_are_named(tmp_path):
+    make_pipeline().save_pretrained(tmp_path / "pipe")
+    make_pipeline().save_pretrained(tmp_path / "small", variant="fp16")
+    for folder, variant, there in (("pipe", "fp16", "that are no variant"), ("small", "bf16", "of variant 'fp16'")):
+        with pytest.raises(PathError, match=f"variant: no '{variant}', only weights {there}"):
+            ImagePipeline.from_pretrained(tmp_path / folder, variant=variant)
+        with pytest.raises(PathError, match=rf"model.{variant}.safetensors: no such file; there is model"):
+            Prior.from_pretrained(tmp_path / folder / "prior", variant=variant)
+    for use in (make_pipeline().save_pretrained, ImagePipeline.from_pretrained):
+        with pytest.raises(ValueError, match="variant must be fp16 or bf16, or None .got 'int8'"):
+            use(tmp_path / "pipe", variant="int8")
+    large = make_pipeline()
+    with torch.no_grad():
+        next(large.prior.parameters()).flatten()[0] = 1e6
+    with pytest.raises(ValueError, match="variant 'fp16': .* holds values that this type cannot"):
+        large.save_pretrained(tmp_path / "large", variant="fp16")
+    assert not (tmp_path / "large").exists()
+
+
+@pytest.mark.parametrize(
+    "change", [{"format_version": 1}, {"variant": "int8"}, {"variant": None}, {"format_version": 3}]
+)
+def test_an_index_and_its_version_go_together(change, tmp_path):
+    make_pipeline().save_pretrained(tmp_path / "small", variant="fp16")
+    path = tmp_path / "small" / "model_index.json"
+    reseal(path, {**json.loads(path.read_text()), **change})
+    with pytest.raises((FormatError, PathError)):
+        ImagePipeline.from_pretrained(tmp_path / "small")
+
+
+def reseal(path, index):
+    """Write an index, and list it in the manifest."""
+    from tokenizer.files.writing import write_json, write_manifest
+
+    write_json(path, index)
+    write_manifest(path.parent)
+
+
+def test_a_file_of_another_variant_is_not_slipped_in(tmp_path):
+    make_pipeline().save_pretrained(tmp_path / "pipe")
+    prior = tmp_path / "pipe" / "prior"
+    shutil.copy(prior / "model.safetensors", prior / "model.fp16.safetensors")
+    with pytest.raises(IntegrityError, match="does not list prior/model.fp16.safetensors"):
+        ImagePipeline.from_pretrained(tmp_path / "pipe")
+
+
+# Types
+
+
+def test_types_by_part_and_by_both_names(tmp_path):
+    make_pipeline().save_pretrained(tmp_path / "pipe")
+    load = ImagePipeline.from_pretrained
+    half, brain, full = torch.float16, torch.bfloat16, torch.float32
+    for dtype, wanted in (
+        (None, (full, full)),
+        (half, (half, half)),
+        ("auto", (full, full)),
+        ({"prior": brain}, (full, brain)),
+        ({"tokenizer": full, "default": brain}, (full, brain)),
+        ({"default": half, "prior": "auto"}, (half, full)),
+    ):
+        for name in ("dtype", "torch_dtype"):
+            pipe = load(tmp_path / "pipe", **{name: dtype})
+            assert (pipe.tokenizer.dtype, pipe.prior.dtype) == wanted, dtype
+            assert pipe.device == pipe.tokenizer.device == torch.device("cpu")
+            assert len(pipe(2, seed=0).images) == 2 and pipe.encode(pixels_for(pipe, 1)).shape == (1, 2, 3)
+    assert Prior.from_pretrained(tmp_path / "pipe" / "prior", torch_dtype=half).dtype == half
+    assert Tokenizer.from_pretrained(tmp_path / "pipe" / "tokenizer", dtype="auto").dtype == full
+    with pytest.raises(ValueError, match="two names of one argument"):
+        load(tmp_path / "pipe", dtype=half, torch_dtype=half)
+    with pytest.raises(ValueError, match="no part is called 'vae'; there are tokenizer, prior, background and default"):
+        load(tmp_path / "pipe", dtype={"vae": half})
+    for wrong in ("float16", 16):
+        with pytest.raises(TypeError, match="dtype should be a torch.dtype, 'auto' or None"):
+            load(tmp_path / "pipe", dtype=wrong)
+
+
+def test_models_say_where_they_are_and_of_what_type():
+    pipe = make_pipeline()
+    pipe.set_background(copy.deepcopy(pipe.prior))
+    assert pipe.to(torch.float16) is pipe
+    for model in pipe.components.values():
+        assert model.dtype == torch.float16 and model.device == torch.device("cpu")
+    pipe.to(torch.device("cpu"), torch.float32)
+    assert {model.dtype for model in pipe.components.values()} == {torch.float32}
+
+
+# Parts
+
+
+def test_components_make_another_pipeline_of_the_same_models(tmp_path):
+    pipe = make_pipeline()
+    assert list(pipe.components) == ["tokenizer", "prior"]
+    pipe.set_background(copy.deepcopy(pipe.prior))
+    again = ImagePipeline(**pipe.components, labels=pipe.labels)
+    assert list(again.components) == ["tokenizer", "prior", "background"]
+    assert all(model is pipe.components[name] for name, model in again.components.items())
+    assert again(2, "dog", seed=0).tokens.equal(pipe(2, "dog", seed=0).tokens)
+
+
+def test_parts_given_are_used_and_those_of_the_folder_not_opened(tmp_path):
+    pipe = make_pipeline(sampler={"temperature": 0.9})
+    pipe.provenance, pipe.sample_grid = PROVENANCE, pipe.sample_picture(2)
+    pipe.save_pretrained(tmp_path / "pipe")
+    other = make_prior("masked", grid=pipe.prior.grid, tokenizer=pipe.tokenizer.fingerprint())
+    (tmp_path / "pipe" / "prior" / "model.safetensors").write_bytes(b"damaged")
+    loaded = ImagePipeline.from_pretrained(tmp_path / "pipe", prior=other, dtype=torch.float32)
+    assert loaded.prior is other and loaded.labels == LABELS and loaded.sampler.temperature == 0.9
+    assert not loaded.provenance and loaded.sample_grid is None and loaded.calibration is None
+    assert loaded.tokenizer.fingerprint() == pipe.tokenizer.fingerprint()
+    (tmp_path / "pipe" / "tokenizer" / "model.safetensors").write_bytes(b"damaged")
+    both = ImagePipeline.from_pretrained(
+        tmp_path / "pipe", prior=pipe.prior, tokenizer=pipe.tokenizer, background=other
+    )
+    assert both.prior is pipe.prior and both.tokenizer is pipe.tokenizer and both.background is other
+    with pytest.raises(IntegrityError):
+        ImagePipeline.from_pretrained(tmp_path / "pipe", prior=other)
+
+
+def test_parts_that_do_not_fit_are_refused(tmp_path):
+    pipe = make_pipeline()
+    pipe.save_pretrained(tmp_path / "pipe")
+    with pytest.raises(IntegrityError, match="grid"):
+        ImagePipeline.from_pretrained(tmp_path / "pipe", prior=make_prior("gpt"))
+    with pytest.raises(IntegrityError, match="another tokenizer"):
+        ImagePipeline.from_pretrained(tmp_path / "pipe", tokenizer=make_pipeline().tokenizer)
+    with pytest.raises(TypeError, match="prior should be a Prior .got VQVAE"):
+        ImagePipeline.from_pretrained(tmp_path / "pipe", prior=pipe.tokenizer)
+
+
+def test_settings_of_another_kind_of_prior_are_left_out(tmp_path):
+    pipe = make_pipeline(prior="masked", sampler={"steps": 3, "top_k": 2})
+    pipe.save_pretrained(tmp_path / "pipe")
+    other = make_prior("gpt", grid=pipe.prior.grid, tokenizer=pipe.tokenizer.fingerprint())
+    loaded = ImagePipeline.from_pretrained(tmp_path / "pipe", prior=other)
+    assert loaded.sampler.top_k == 2 and not hasattr(loaded.sampler, "steps")
+
+
+def test_a_prior_of_an_unknown_kind_may_be_given(tmp_path):
+    pipe = make_pipeline()
+    pipe.save_pretrained(tmp_path / "pipe")
+    path = tmp_path / "pipe" / "model_index.json"
+    reseal(path, {**json.loads(path.read_text()), "prior": "mine", "sampler": {"warmth": 3}})
+    with pytest.raises(ConfigError, match="no prior is called 'mine'"):
+        ImagePipeline.from_pretrained(tmp_path / "pipe")
+    assert ImagePipeline.from_pretrained(tmp_path / "pipe", prior=pipe.prior).prior is pipe.prior
+
+
+# Bars
+
+
+def test_bars_are_as_they_are_set(capsys):
+    pipe = make_pipeline()
+    pipe(2, seed=0)
+    assert capsys.readouterr().err == ""  # no terminal
+    pipe.set_progress_bar_config(disable=False, desc="digits", leave=True)
+    pipe(2, seed=0)
+    assert "digits: 100%" in capsys.readouterr().err
+    pipe(4, seed=0, batch_size=2)
+    assert "2/2" in capsys.readouterr().err
+    pipe(2, seed=0, progress=False)
+    pipe.set_progress_bar_config(disable=True)
+    pipe(2, seed=0)
+    assert capsys.readouterr().err == ""
