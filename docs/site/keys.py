@@ -1,0 +1,39 @@
+"""Settings as a page shows them: each key with its type, range, default and sentence, as `--help` has them."""
+
+from __future__ import annotations
+
+from html import escape
+from typing import Any
+
+from pipelines.config.help import Row, Section, sections
+
+
+def of_kind(cls: type[Any]) -> list[Row]:
+    """The settings of one kind of model that a preset may hold, without those of what is nested in it."""
+    return [row for row in next(iter(sections(cls, {}))).rows]
+
+
+def listing(rows: list[Row], prefix: str) -> str:
+    """A list of keys; each can be linked to as `prefix` and the key."""
+    if not rows:
+        return "None."
+    items = []
+    for row in rows:
+        link = f' id="{escape(prefix + row.key)}"' if prefix else ""
+        default = "" if row.default == "required" else f" = <code>{escape(row.default)}</code>"
+        needed = " <em>required</em>" if row.default == "required" else ""
+        items.append(
+            f"<dt{link}><code>{escape(row.key)}</code> <span>{escape(row.type)}{default}{needed}</span></dt>"
+            f"<dd>{escape(row.sentence)}</dd>"
+        )
+    inside = "\n".join(items)
+    return f'<dl class="keys">\n{inside}\n</dl>'
+
+
+def of_verb(cls: type[Any]) -> list[Section]:
+    """All keys of a verb in their sections, each once."""
+    unique: list[Section] = []
+    for section in sections(cls, {}):
+        if section.rows and section not in unique:
+            unique.append(section)
+    return unique
