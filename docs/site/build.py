@@ -33,7 +33,7 @@ def build(out: Path, root: Path = ROOT) -> list[str]:
         shutil.rmtree(folder, ignore_errors=True)
     pages.mkdir(parents=True)
     navigation = stage(pages, root, out / "notebooks")
-    text = (HERE / "site.yml").read_text(encoding="utf-8").replace('[".."]', f'["{root}"]')
+    text = (HERE / "site.yml").read_text(encoding="utf-8").replace("ROOT", str(root))
     config.write_text(f"{text}\n{yaml.safe_dump({'nav': navigation}, sort_keys=False)}", encoding="utf-8")
     command = [Path(sys.executable).with_name("zensical"), "build", "--strict", "--clean", "-f", config]
     env = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, (HERE, root)))}  # for `docstrings.py`, and the code

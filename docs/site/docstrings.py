@@ -5,13 +5,15 @@ Docstrings say `tokens: (B, N). labels: (B,), or None.` in running text. On a pa
 
 from __future__ import annotations
 
+import json
 import re
 import textwrap
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import griffe
-from links import outside_code
+from links import outside_code, refer
 
 MARK = re.compile(r"(?:^|(?<=[.;)] ))(\w+(?:, \w+)*): ")
 RAISES = re.compile(r"(?<=[.)] )(?=Raises )")
@@ -19,7 +21,11 @@ ARXIV = re.compile(r"arXiv[: ](\d{4}\.\d{4,5})")
 
 
 class Readable(griffe.Extension):
-    """Changes each package once it is read, before a page is made of it."""
+    """Changes each package once it is read, before a page is made of it. names: a JSON file that says where the pages
+    of the API have what a docstring may name."""
+
+    def __init__(self, names: str) -> None:
+        self.names = json.loads(Path(names).read_text(encoding="utf-8"))
 
     def on_package(self, *, pkg: griffe.Module, loader: griffe.GriffeLoader, **kwargs: Any) -> None:
         """First the methods, then the docstrings."""
@@ -29,7 +35,15 @@ class Readable(griffe.Extension):
                 adopt(each, loader)
         for each in everything(pkg):
             if each.docstring:
-                each.docstring.value = tidy(each.docstring.value, arguments(each))
+                each.docstring.value = refer(tidy(each.docstring.value, arguments(each)), self.near(each))
+
+    def near(self, of: griffe.Object) -> dict[str, str]:
+        """Where what a docstring names is: a bare name is one of its own class, if that has one."""
+        inside = of if isinstance(of, griffe.Class) else of.parent
+        if not isinstance(inside, griffe.Class) or inside.name not in self.names:
+            return self.names
+        own = {name.partition(".")[2]: path for name, path in self.names.items() if name.startswith(f"{inside.name}.")}
+        return {**self.names, **{name: path for name, path in own.items() if name not in arguments(of)}}
 
 
 def everything(parent: griffe.Module | griffe.Class) -> Iterator[griffe.Object]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import importlib
 import inspect
 import sys
+import textwrap
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -31,7 +32,7 @@ TITLES = {
     "prior": ("priors", "Priors", "Stage two: a distribution over grids of ids, given a class."),
     "prior.heads": ("heads", "Heads", "What is made of the numbers that a prior's network puts out at a position."),
 }
-CONTRACTS = {"tokenizer": "../tokenizer.md", "prior": "../prior.md"}
+CONTRACTS = {"tokenizer": "../../api/tokenizer.md", "prior": "../../api/prior.md"}
 
 
 def families() -> list[Any]:
@@ -60,11 +61,11 @@ def stage(texts: dict[str, str], root: Path) -> list[Any]:
     for family in families():
         folder, title, sentence = title_of(family)
         names = family.available()
-        texts[f"reference/{folder}/index.md"] = index(family, title, sentence)
+        texts[f"models/{folder}/index.md"] = index(family, title, sentence)
         for name in names:
-            texts[f"reference/{folder}/{name}.md"] = page(family, name, presets.get((family._package, name), []))
+            texts[f"models/{folder}/{name}.md"] = page(family, name, presets.get((family._package, name), []))
         entries.append(
-            {title: [f"reference/{folder}/index.md", *({name: f"reference/{folder}/{name}.md"} for name in names)]}
+            {title: [f"models/{folder}/index.md", *({name: f"models/{folder}/{name}.md"} for name in names)]}
         )
     return entries
 
@@ -96,10 +97,17 @@ def page(family: Any, name: str, presets: list[str]) -> str:
     if presets:
         parts.append(f"Presets: {', '.join(f'`{preset}`' for preset in presets)}.")
     parts.append("## Settings")
-    parts.append(keys.listing(keys.of_kind(member.Config), prefix=""))
+    parts.append(keys.listing(keys.of_kind(member), prefix=""))
     parts.append("## Code")
     parts.append(f"::: {member.__module__}.{member.__qualname__}\n    options:\n      heading_level: 3")
+    parts.append(source(module))
     return "\n\n".join(parts)
+
+
+def source(module: Any) -> str:
+    """The file of a model, to be unfolded: one idea, from top to bottom."""
+    code = textwrap.indent(inspect.getsource(module).strip(), "    ")
+    return f'??? quote "{module.__name__.replace(".", "/")}.py"\n\n    ````python\n{code}\n    ````'
 
 
 def presets_by_kind(root: Path) -> dict[tuple[str, str], list[str]]:

@@ -111,7 +111,7 @@ def prior(member: Any) -> str:
 
 
 PRIOR = (
-    "What the logits at the dark cell see: the darker a cell, the more they move when its token changes (random "
+    "What the logits at the orange cell see: the darker a cell, the more they move when its token changes (random "
     "weights, a few layers). Empty cells are not seen."
 )
 

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import re
 from html import escape
 from typing import Any
 
 from pipelines.config.help import Row, Section, sections
 
 
-def of_kind(cls: type[Any]) -> list[Row]:
+def of_kind(member: type[Any]) -> list[Row]:
     """The settings of one kind of model that a preset may hold, without those of what is nested in it."""
-    return [row for row in next(iter(sections(cls, {}))).rows]
+    return next(iter(sections(member.choices(), {}))).rows
 
 
 def listing(rows: list[Row], prefix: str) -> str:
@@ -24,10 +25,15 @@ def listing(rows: list[Row], prefix: str) -> str:
         needed = " <em>required</em>" if row.default == "required" else ""
         items.append(
             f"<dt{link}><code>{escape(row.key)}</code> <span>{escape(row.type)}{default}{needed}</span></dt>"
-            f"<dd>{escape(row.sentence)}</dd>"
+            f"<dd>{coded(row.sentence)}</dd>"
         )
     inside = "\n".join(items)
     return f'<dl class="keys">\n{inside}\n</dl>'
+
+
+def coded(sentence: str) -> str:
+    """A sentence as HTML, what stands between backticks as code."""
+    return re.sub(r"`([^`]+)`", r"<code>\1</code>", escape(sentence, quote=False))
 
 
 def of_verb(cls: type[Any]) -> list[Section]:

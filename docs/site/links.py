@@ -7,8 +7,10 @@ import re
 from collections.abc import Callable
 
 FENCE = re.compile(r"^(?P<indent> *)```.*?^(?P=indent)```[^\n]*$", re.DOTALL | re.MULTILINE)
-CODE = re.compile(r"(`+)(?!`).*?(?<!`)\1(?!`)", re.DOTALL)
+CODE = re.compile(r"(?P<ticks>`+)(?!`).*?(?<!`)(?P=ticks)(?!`)", re.DOTALL)
 LINK = re.compile(r"(!?\[(?:[^\[\]]|\[[^\]]*\])*\]\()([^)\s]+)(\))")
+REFERENCE = re.compile(r"\[[^\[\]]*\]\[[^\[\]]*\]")
+KEPT = re.compile("|".join(kind.pattern for kind in (FENCE, LINK, REFERENCE, CODE)) + r"|^#[^\n]*$", re.DOTALL | re.MULTILINE)
 
 
 def outside_code(text: str, change: Callable[[str], str]) -> str:
@@ -24,6 +26,17 @@ def outside_code(text: str, change: Callable[[str], str]) -> str:
     while "\x00" in changed:
         changed = re.sub("\x00(\\d+)\x01", lambda found: kept[int(found[1])], changed)
     return changed
+
+
+def refer(text: str, names: dict[str, str]) -> str:
+    """Markdown whose code spans lead to the API where `names` has them (`Prior`, `Prior.sample`); not so in headings,
+    links and blocks."""
+
+    def linked(found: re.Match[str]) -> str:
+        path = names.get(found[0].strip("`").removesuffix("()"))
+        return f"[{found[0]}][{path}]" if path and found[0].startswith("`") else found[0]
+
+    return KEPT.sub(linked, text)
 
 
 def rewrite(text: str, origin: str, page: str, find: Callable[[str], str | None]) -> str:

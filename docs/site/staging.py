@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -18,11 +19,22 @@ THEME = Path(__file__).parent / "theme"
 HOME = "docs/site/home.md"
 
 # The site's page of each file of the repository that is one, in the order in which a reader meets them.
-GUIDE = ["guide", "data", "orders", "density", "scaling", "extending"]
+TITLES = {
+    "overview.md": "Overview",
+    "guide.md": "A first day",
+    "data.md": "Your own images",
+    "orders.md": "Orders",
+    "density.md": "What a density is for",
+    "scaling.md": "Many devices",
+    "extending.md": "Extending",
+    "promises.md": "Promises",
+    "formats.md": "Formats",
+}
+PROJECT = [{"Contributing": "contributing.md"}, {"Changelog": "changelog.md"}, {"Licence": "files/LICENSE.md"}]
 PAGES = {
     HOME: "index.md",
     "README.md": "overview.md",
-    **{f"docs/{name}.md": f"{name}.md" for name in [*GUIDE, "gallery", "results", "formats", "promises"]},
+    **{f"docs/{page}": page for page in [*TITLES, "gallery.md", "results.md"] if page != "overview.md"},
     "CHANGELOG.md": "changelog.md",
     "CONTRIBUTING.md": "contributing.md",
 }
@@ -37,14 +49,23 @@ def stage(pages: Path, root: Path, executed: Path) -> list[Any]:
     for page in (root / "docs").glob("*.md"):
         if f"docs/{page.name}" not in PAGES:
             raise SystemExit(f"docs/{page.name}: no place in the navigation; add it to docs/site/staging.py")
-    notebooks = notebook_pages.stage(pages, root, executed, texts)
-    reference = [*references.stage(texts), *families.stage(texts, root), *verb_pages.stage(texts, root)]
+    find("LICENSE", root, texts)
+    entries = navigation(notebook_pages.stage(pages, root, executed, texts))
+    names = references.documented()
+    texts = {page: links.refer(text, names) for page, text in texts.items()}
+    entries += [
+        {"Models": families.stage(texts, root)},
+        {"API": references.stage(texts)},
+        {"Commands": verb_pages.stage(texts, root)},
+        {"Project": PROJECT},
+    ]
     for page, text in texts.items():
         (pages / page).parent.mkdir(parents=True, exist_ok=True)
         (pages / page).write_text(formulas.typeset(text), encoding="utf-8")
+    (pages.parent / "names.json").write_text(json.dumps(names), encoding="utf-8")
     shutil.copytree(root / "docs/images", pages / "images")
     shutil.copytree(THEME, pages / "assets")
-    return navigation(notebooks, reference)
+    return entries
 
 
 def find(path: str, root: Path, texts: dict[str, str]) -> str | None:
@@ -60,26 +81,12 @@ def find(path: str, root: Path, texts: dict[str, str]) -> str | None:
     return page
 
 
-def navigation(notebooks: list[Any], reference: list[Any]) -> list[Any]:
-    """What the tabs and the column beside a page show."""
+def navigation(notebooks: list[Any]) -> list[Any]:
+    """What the first tabs and the column beside a page show."""
     return [
         {"Home": "index.md"},
-        {
-            "Guide": [
-                {"Overview": "overview.md"},
-                {"A first day": "guide.md"},
-                {"Your own images": "data.md"},
-                {"Orders": "orders.md"},
-                {"What a density is for": "density.md"},
-                {"Many devices": "scaling.md"},
-                {"Extending": "extending.md"},
-                {"Promises": "promises.md"},
-                {"Formats": "formats.md"},
-            ]
-        },
-        {"Gallery": "gallery.md"},
+        {"Guide": [{title: page} for page, title in TITLES.items()]},
         *([{"Notebooks": notebooks}] if notebooks else []),
+        {"Gallery": "gallery.md"},
         {"Results": "results.md"},
-        {"Reference": reference},
-        {"Project": [{"Changelog": "changelog.md"}, {"Contributing": "contributing.md"}]},
     ]

@@ -21,18 +21,18 @@ def stage(texts: dict[str, str], root: Path) -> list[Any]:
     rows = ["| verb | what it does |", "|---|---|"]
     for verb, sentence in found.items():
         rows.append(f"| [`{verb}`]({verb}.md) | {tidy(sentence, set())} |")
-        texts[f"reference/verbs/{verb}.md"] = page(verb)
-    texts["reference/verbs/index.md"] = "\n\n".join(["# Verbs", BEFORE, "\n".join(rows), GRAMMAR])
-    texts["reference/presets.md"] = presets(root)
-    verb_entries = [f"reference/verbs/{verb}.md" for verb in found]
+        texts[f"commands/{verb}.md"] = page(verb)
+    texts["commands/index.md"] = "\n\n".join(["# Commands", BEFORE, "\n".join(rows), GRAMMAR])
+    texts["commands/presets_of_models.md"] = presets(root)
+    verb_entries = [f"commands/{verb}.md" for verb in found]
     named = [{verb: entry} for verb, entry in zip(found, verb_entries, strict=True)]
-    return [{"Verbs": ["reference/verbs/index.md", *named]}, {"Presets": "reference/presets.md"}]
+    return ["commands/index.md", *named, {"All presets": "commands/presets_of_models.md"}]
 
 
 BEFORE = "`smalti VERB` on the command line. A page has every key of its verb, as `smalti VERB --help` prints them."
 GRAMMAR = """All verbs have one grammar:
 
-- `--config FILE`: a YAML file, or the name of [a preset](../presets.md). Several merge left to right.
+- `--config FILE`: a YAML file, or the name of [a preset](presets_of_models.md). Several merge left to right.
 - `key.path=value`: sets one key, whatever the files say. The value is YAML, as in `train.lr=1e-3` or `sizes=[1,2]`.
 - `--dry-run`: prints the configuration that would run, itself a file for `--config`, and stops.
 
