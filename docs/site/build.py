@@ -28,14 +28,20 @@ COLOURS = re.compile(r"\x1b\[[0-9;]*m")
 
 def build(out: Path, root: Path = ROOT) -> list[str]:
     """Build the site of the repository at `root` into `out`/site; returns what is wrong with it, a line each."""
-    pages, site, config = out / "pages", out / "site", out / "site.yml"
-    for folder in (pages, site):
-        shutil.rmtree(folder, ignore_errors=True)
+    pages, config = out / "pages", out / "site.yml"
+    shutil.rmtree(pages, ignore_errors=True)
     pages.mkdir(parents=True)
-    navigation = stage(pages, root, out / "notebooks")
+    navigation = yaml.safe_dump({"nav": stage(pages, root, out / "notebooks")}, sort_keys=False)
     text = (HERE / "site.yml").read_text(encoding="utf-8").replace("ROOT", str(root))
-    config.write_text(f"{text}\n{yaml.safe_dump({'nav': navigation}, sort_keys=False)}", encoding="utf-8")
-    command = [Path(sys.executable).with_name("zensical"), "build", "--strict", "--clean", "-f", config]
+    config.write_text(f"{text}\n{navigation}", encoding="utf-8")
+    return write(out, root, "--clean")
+
+
+def write(out: Path, root: Path, *options: str) -> list[str]:
+    """Let Zensical write the pages that are staged in `out`; returns what is wrong, as `build` does."""
+    site = out / "site"
+    shutil.rmtree(site, ignore_errors=True)
+    command = [sys.executable, "-m", "zensical", "build", "--strict", "-f", "site.yml", *options]
     env = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, (HERE, root)))}  # for `docstrings.py`, and the code
     done = subprocess.run(command, cwd=out, capture_output=True, text=True, env=env)
     if done.returncode:
@@ -48,11 +54,16 @@ def told(text: str) -> str:
     return text.partition("Traceback")[0].strip() if "issue" in text.partition("Traceback")[0] else text
 
 
-def serve(folder: Path, port: int) -> None:
-    """Serve the site to this machine until Ctrl-C."""
+def server_of(folder: Path, port: int) -> http.server.ThreadingHTTPServer:
+    """A server of a folder's files, to this machine alone; port 0 takes any that is free."""
     handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=str(folder))
-    with http.server.ThreadingHTTPServer(("127.0.0.1", port), handler) as server:
-        print(f"http://127.0.0.1:{server.server_port}/index.html")
+    return http.server.ThreadingHTTPServer(("127.0.0.1", port), handler)
+
+
+def serve(folder: Path, port: int) -> None:
+    """Serve the site until Ctrl-C."""
+    with server_of(folder, port) as server:
+        print(f"http://127.0.0.1:{server.server_port}/index.html", flush=True)
         try:
             server.serve_forever()
         except KeyboardInterrupt:

@@ -1,4 +1,4 @@
-"""How the code is read for its pages: methods that are functions elsewhere, and arguments that docstrings name in prose.
+"""How the code is read for its pages: methods that are functions elsewhere, arguments that are named in prose.
 
 Docstrings say `tokens: (B, N). labels: (B,), or None.` in running text. On a page each of them is an item of a list.
 """

@@ -45,7 +45,8 @@ def families() -> list[Any]:
 
 def subclasses(cls: type) -> list[type]:
     """All classes below `cls`."""
-    return [each for child in cls.__subclasses__() for each in (child, *subclasses(child))]
+    children: list[type] = cls.__subclasses__()
+    return [each for child in children for each in (child, *subclasses(child))]
 
 
 def title_of(family: Any) -> tuple[str, str, str]:

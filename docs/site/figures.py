@@ -1,6 +1,6 @@
-"""Figures that a model draws of itself when the site is built: what it sees, what one token changes, how it cuts a plane.
+"""Figures that a model draws of itself: what it sees, what one token changes, how it cuts a plane.
 
-Random weights, large enough that every input matters: what is shown is what the architecture allows.
+Of random weights: what is shown is what the architecture allows.
 """
 
 from __future__ import annotations
@@ -155,7 +155,7 @@ def tokenizer(member: Any) -> str:
     settings = smaller(member.Config, image_size=(PIXELS, PIXELS), channels=CHANNELS)
     if settings is None:
         return ""
-    model = stirred(member(member.Config(**settings)).float()).float()
+    model = member(member.Config(**settings)).eval()
     images = torch.rand(1, CHANNELS, PIXELS, PIXELS) * 2 - 1
     try:
         model.initialize(images)

@@ -10,8 +10,21 @@ from pipelines.config.help import Row, Section, sections
 
 
 def of_kind(member: type[Any]) -> list[Row]:
-    """The settings of one kind of model that a preset may hold, without those of what is nested in it."""
-    return next(iter(sections(member.choices(), {}))).rows
+    """The settings of one kind of model that a preset may hold; of what is nested in it, its kinds alone."""
+    own, *nested = sections(member.choices(), {})
+    return [*own.rows, *(node_of(section) for section in nested if is_node(section))]
+
+
+def is_node(section: Section) -> bool:
+    """Whether it is the list of the kinds that a model's own node may have."""
+    return [row.key.partition(".")[2] for row in section.rows] == ["kind"]
+
+
+def node_of(section: Section) -> Row:
+    """That list as one setting; what has no default may be left out."""
+    (row,) = section.rows
+    default = "null" if row.default == "required" else row.default
+    return Row(row.key.partition(".")[0], row.type, default, section.title.partition(": ")[2])
 
 
 def listing(rows: list[Row], prefix: str) -> str:

@@ -10,7 +10,9 @@ FENCE = re.compile(r"^(?P<indent> *)```.*?^(?P=indent)```[^\n]*$", re.DOTALL | r
 CODE = re.compile(r"(?P<ticks>`+)(?!`).*?(?<!`)(?P=ticks)(?!`)", re.DOTALL)
 LINK = re.compile(r"(!?\[(?:[^\[\]]|\[[^\]]*\])*\]\()([^)\s]+)(\))")
 REFERENCE = re.compile(r"\[[^\[\]]*\]\[[^\[\]]*\]")
-KEPT = re.compile("|".join(kind.pattern for kind in (FENCE, LINK, REFERENCE, CODE)) + r"|^#[^\n]*$", re.DOTALL | re.MULTILINE)
+KEPT = re.compile(
+    "|".join(kind.pattern for kind in (FENCE, LINK, REFERENCE, CODE)) + r"|^#[^\n]*$", re.DOTALL | re.MULTILINE
+)
 
 
 def outside_code(text: str, change: Callable[[str], str]) -> str:

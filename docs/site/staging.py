@@ -46,9 +46,9 @@ def stage(pages: Path, root: Path, executed: Path) -> list[Any]:
     for origin, page in PAGES.items():
         source = (root / origin).read_text(encoding="utf-8")
         texts[page] = links.rewrite(source, origin, page, lambda path: find(path, root, texts))
-    for page in (root / "docs").glob("*.md"):
-        if f"docs/{page.name}" not in PAGES:
-            raise SystemExit(f"docs/{page.name}: no place in the navigation; add it to docs/site/staging.py")
+    for path in (root / "docs").glob("*.md"):
+        if f"docs/{path.name}" not in PAGES:
+            raise SystemExit(f"docs/{path.name}: no place in the navigation; add it to docs/site/staging.py")
     find("LICENSE", root, texts)
     entries = navigation(notebook_pages.stage(pages, root, executed, texts))
     names = references.documented()

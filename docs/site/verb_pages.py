@@ -71,7 +71,10 @@ def configs_of(module: Any) -> list[type[Any]]:
 
 def presets(root: Path) -> str:
     """Every preset as it is."""
-    parts = ["# Presets", "What `--config` takes by its name. Each value that is not the default has its reason beside it."]
+    parts = [
+        "# Presets",
+        "What `--config` takes by its name. Each value that is not the default has its reason beside it.",
+    ]
     for path in sorted((root / "configs").glob("*/*.yaml")):
         if path.parent.name in ("tokenizer", "prior"):
             parts += [f"## {path.parent.name}/{path.stem}", f"```yaml\n{path.read_text(encoding='utf-8').strip()}\n```"]
