@@ -44,9 +44,8 @@ def write(out: Path, root: Path, *options: str) -> list[str]:
     command = [sys.executable, "-m", "zensical", "build", "--strict", "-f", "site.yml", *options]
     env = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, (HERE, root)))}  # for `docstrings.py`, and the code
     done = subprocess.run(command, cwd=out, capture_output=True, text=True, env=env)
-    if done.returncode:
-        return [told(COLOURS.sub("", done.stdout + done.stderr))]
-    return check.problems(site)
+    said = [told(COLOURS.sub("", done.stdout + done.stderr))] if done.returncode else []
+    return [*said, *(check.problems(site) if site.is_dir() else ())]
 
 
 def told(text: str) -> str:

@@ -16,7 +16,7 @@ NOTE = '!!! note "Not run"\n    Text and code alone. `make notebooks` runs it; t
 def stage(pages: Path, root: Path, executed: Path, texts: dict[str, str]) -> list[Any]:
     """Write a page for each notebook; returns the navigation's entries."""
     entries: list[Any] = []
-    for source in sorted((root / "docs/notebooks").glob("[!_]*.py")):
+    for source in sorted((root / "docs/notebooks").glob("[0-9]*_*.py")):
         ran = executed / f"{source.stem}.ipynb"
         if ran.is_file():
             cells = json.loads(ran.read_text(encoding="utf-8"))["cells"]
