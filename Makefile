@@ -12,7 +12,7 @@ READY  := $(VENV)/.demo-$(SUM)
 TESTS  := $(VENV)/.dev-$(SUM)
 GPU    := $(VENV)/.gpu-$(SUM)
 
-.PHONY: demo test slow gpu gallery check floors help
+.PHONY: demo test slow gpu gallery docs site check floors help
 
 help:
 	@echo "make demo   install, train on digits, generate, evaluate (about 4 minutes on two cores, and the installation)"
@@ -20,6 +20,8 @@ help:
 	@echo "make slow   the measurements that take longer"
 	@echo "make gpu    checks and measures on this machine's GPU, and writes the table into docs/results.md"
 	@echo "make gallery trains every pair of presets, and draws docs/gallery.md (hours)"
+	@echo "make docs   these pages, the reference and the notebooks as a site in build/site; a dead link ends it"
+	@echo "make site   the same, served at http://127.0.0.1:8000"
 	@echo "make floors the tests with the lowest versions of pyproject.toml, then with the newest"
 
 demo: $(DONE)/evaluation
@@ -57,6 +59,7 @@ check: $(TESTS)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/mypy docs/site/*.py
 
 slow: $(TESTS)
 	$(BIN)/python -m pytest -m slow $(ARGS)
@@ -70,6 +73,14 @@ gpu: $(GPU)
 # A picture of what each pair of presets gives; it goes on where it was stopped. ARGS="only=digits share=0.1" and others.
 gallery: $(TESTS)
 	$(BIN)/python benchmarks/gallery.py $(ARGS)
+
+# Shows notebooks with their outputs where build/notebooks has them. `make test` builds it, too (tests/project/test_docs.py).
+docs: $(TESTS)
+	$(BIN)/python docs/site/build.py
+
+# Another port: ARGS=serve=9000.
+site: $(TESTS)
+	$(BIN)/python docs/site/build.py serve=8000 $(ARGS)
 
 # Each in an environment of its own, below build/. The second runs whatever the first has shown.
 floors:

@@ -32,6 +32,7 @@ PAGES = {
     for path in [
         *(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")),
         *sorted((ROOT / "docs").glob("*.md")),
+        ROOT / "docs/site/home.md",
     ]
 }
 README = PAGES["README.md"]
