@@ -14,7 +14,6 @@ from torch import Tensor
 from prior import Prior
 from tokenizer import Tokenizer
 from tokenizer.files.errors import ConfigError, IntegrityError, LimitError, PathError
-from tokenizer.files.hub import resolve_folder
 from tokenizer.files.json_text import parse_json
 from tokenizer.files.reading import Folder, steadily
 from tokenizer.files.writing import atomic_folder, write_json, write_manifest
@@ -27,7 +26,6 @@ from .index import (
     BACKGROUND,
     CALIBRATION,
     CARD,
-    FILES,
     FORMAT_VERSION,
     GRID,
     INDEX,
@@ -43,6 +41,7 @@ from .index import (
     read_index,
     read_provenance,
 )
+from .shipped import resolve_pipeline
 
 Images = PILImage | Tensor | np.ndarray | Sequence[PILImage | Tensor | np.ndarray]
 Label = int | str | None
@@ -190,14 +189,15 @@ class Stages:
         expected_sha256: str | None = None,
         max_bytes: int = MAX_WEIGHT_BYTES,
     ) -> S:
-        """Load from a folder or a Hub id. Raises a `PipelineLoadError` naming file, field, what was found and what is
-        allowed; every file is read once, and is the one of the manifest.
+        """Load from a folder, a Hub id, or by the name of a pipeline that comes with the package (`digits`). Raises a
+        `PipelineLoadError` naming file, field, what was found and what is allowed; every file is read once, and is the
+        one of the manifest.
 
         expected_sha256: of `manifest.json`, hence of every file: nothing but this very pipeline is loaded. max_bytes:
         of the weights of each part.
         """
-        folder = resolve_folder(
-            source, FILES, revision=revision, token=token, cache_dir=cache_dir, local_files_only=local_files_only
+        folder = resolve_pipeline(
+            source, revision=revision, token=token, cache_dir=cache_dir, local_files_only=local_files_only
         )
         warn_of_code(folder, *(folder / part for part in PARTS))
         pipeline = steadily(folder, lambda: cls._read(folder, expected_sha256, max_bytes))

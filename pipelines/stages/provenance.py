@@ -15,11 +15,12 @@ from tokenizer.settings import as_saved
 from ..images import DataConfig
 from ..images.hub import fetched
 from .index import INDEX
+from .shipped import located
 
 
 def defaults(given: dict[str, Any]) -> dict[str, Any]:
     """The data that the pipeline named on the command line was trained on."""
-    source = str(given.get("pipeline", ""))
+    source = str(located(str(given.get("pipeline", ""))))
     path = Path(source) / PROVENANCE
     if not Path(source).is_dir():
         path = fetched(source, PROVENANCE) or path
@@ -28,7 +29,7 @@ def defaults(given: dict[str, Any]) -> dict[str, Any]:
 
 def tokenizer_defaults(given: dict[str, Any]) -> dict[str, Any]:
     """The data that the tokenizer named on the command line, or the pipeline named there, was trained on."""
-    return {"data": data_beside(Path(str(given.get("tokenizer", ""))) / PROVENANCE)}
+    return {"data": data_beside(Path(located(str(given.get("tokenizer", "")))) / PROVENANCE)}
 
 
 def data_beside(path: Path) -> dict[str, Any]:
@@ -37,7 +38,8 @@ def data_beside(path: Path) -> dict[str, Any]:
 
 
 def tokenizer_folder(source: str) -> str:
-    """`source`, or the tokenizer inside it when it is a pipeline folder."""
+    """`source`, or the tokenizer inside it when it is a pipeline: a folder, or the name of one in the package."""
+    source = str(located(source))
     return str(Path(source) / "tokenizer") if (Path(source) / INDEX).is_file() else source
 
 

@@ -56,13 +56,15 @@ def wheel(tmp_path_factory):
     return path
 
 
-def test_wheel_holds_every_module_and_every_preset_and_nothing_else(wheel):
+def test_wheel_holds_every_module_preset_and_shipped_pipeline_and_nothing_else(wheel):
     with zipfile.ZipFile(wheel) as file:
         held = {name for name in file.namelist() if ".dist-info/" not in name}
     modules = {path.relative_to(ROOT).as_posix() for name in PACKAGES for path in (ROOT / name).rglob("*.py")}
     presets = {f"pipelines/{path.relative_to(ROOT).as_posix()}" for path in (ROOT / "configs").rglob("*.yaml")}
-    assert len(modules) > 100 and len(presets) > 40
-    assert held == modules | presets
+    folder = ROOT / "pipelines" / "shipped"
+    shipped = {path.relative_to(ROOT).as_posix() for path in folder.rglob("*") if path.is_file()}
+    assert len(modules) > 100 and len(presets) > 40 and len(shipped) > 6
+    assert held == modules | presets | shipped
 
 
 @pytest.mark.slow

@@ -1,0 +1,110 @@
+"""The pipelines in the package: small, whole, and usable before anything is trained."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from optional import needs_digits
+from safetensors import safe_open
+
+from pipelines import ImagePipeline
+from pipelines.__main__ import main as smalti
+from pipelines.stages.shipped import HERE, located, shipped
+from tokenizer.files.errors import PathError
+
+MOST_BYTES = 3_000_000
+
+
+@pytest.fixture(scope="module")
+def pipe():
+    return ImagePipeline.from_pretrained("digits")
+
+
+def test_there_is_one_of_digits():
+    assert shipped() == ["digits"]
+
+
+@pytest.mark.parametrize("name", shipped())
+def test_is_small_and_narrow_and_its_card_has_figures(name):
+    folder = HERE / name
+    assert sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()) <= MOST_BYTES
+    for part in ("tokenizer", "prior"):
+        with safe_open(folder / part / "model.safetensors", "pt") as file:
+            types = {file.get_slice(key).get_dtype() for key in file.keys() if "quantizer" not in key}  # noqa: SIM118
+        assert types == {"BF16"}
+    card = (folder / "README.md").read_text()
+    assert "## Measured" in card and "bits per token" in card and "samples.png" in card
+    assert json.loads((folder / "provenance.json").read_text())["local"] is False
+
+
+def test_samples_are_what_was_asked_for(pipe):
+    """By the prior itself: of the ten classes, the one that was asked for explains most samples best."""
+    labels = [k % 10 for k in range(40)]
+    tokens = pipe(num_images=40, labels=labels, seed=0, progress=False).tokens
+    scores = torch.stack([pipe.prior.log_prob(tokens, torch.full((40,), label)) for label in range(10)])
+    assert (scores.argmax(0) == torch.tensor(labels)).float().mean() >= 0.9
+
+
+def test_completes_scores_and_tells_noise_from_digits(pipe):
+    images = pipe(num_images=4, labels=7, seed=1, progress=False).images
+    known = np.arange(28)[:, None].repeat(28, 1) < 14
+    completed = pipe.complete(images, known, labels=7, seed=2, output_type="np", progress=False)
+    whole = pipe.complete(images, known, labels=1, seed=2, output_type="np", progress=False)
+    assert (completed.images[:, :14] == whole.images[:, :14]).all() and (completed.images != whole.images).any()
+    noise = np.random.default_rng(0).integers(0, 256, (4, 28, 28, 1), dtype=np.uint8)
+    assert pipe.log_prob(images, 7).min() > pipe.log_prob(noise, 7).max()
+    assert (pipe.anomaly_score(noise, p_values=True) < 0.01).all()
+
+
+def test_compresses(pipe):
+    pytest.importorskip("constriction")
+    images = pipe(num_images=4, labels=3, seed=0, progress=False).images
+    stream = pipe.compress(images, progress=False)
+    decoded = pipe.decompress(stream, progress=False)
+    assert [np.array(image).tolist() for image in decoded] == [
+        np.array(image).tolist() for image in pipe.reconstruct(images)
+    ]
+
+
+@needs_digits
+def test_held_out_digits_are_normal(pipe):
+    """Those that it was not calibrated with: of 60, so many are below p = 0.05 once in ten thousand times."""
+    from pipelines.images import DataConfig, load_images
+
+    images = load_images(DataConfig(source="digits")).held_out
+    p_values = pipe.anomaly_score(images.pixels(np.arange(1, 121, 2)), p_values=True)
+    assert (p_values <= 0.05).sum() <= 10
+
+
+def test_a_folder_of_the_users_goes_first(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert located("digits") == HERE / "digits" and located(Path("digits")) == Path("digits")
+    Path("digits").mkdir()
+    assert located("digits") == "digits"
+    with pytest.raises(PathError, match=r"digits: not a pipeline folder \(no model_index.json\)"):
+        ImagePipeline.from_pretrained("digits")
+
+
+def test_a_name_that_is_not_there_lists_those_that_are():
+    with pytest.raises(PathError, match=r"'digitz' is neither .*; these come with the package: digits$"):
+        ImagePipeline.from_pretrained("digitz")
+
+
+def test_verbs_take_the_name(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    smalti(["generate", "pipeline=digits", "num_images=2", "out=grid.png"])
+    assert Path("grid.png").is_file()
+    with pytest.raises(SystemExit):
+        smalti(["calibrate", "pipeline=digits"])  # which would write into the package
+    assert "pipeline: 'digits' is not a folder" in capsys.readouterr().err
+
+
+@needs_digits
+def test_its_tokenizer_and_its_data_are_found_by_the_name(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    smalti(["reconstruct", "tokenizer=digits", "num_images=4", "out=sheet.png"])
+    assert Path("sheet.png").is_file() and "PSNR" in capsys.readouterr().out
