@@ -420,7 +420,7 @@ for (above, below), order in zip(axes.T, orders, strict=True):
     below.set(title="who sees whom", xlabel="token", ylabel="logit")
 
 # %%
-gpt = train(Prior.create("gpt", grid=grid, dim=48, depth=2, heads=4), steps=250, lr=4e-3)
+gpt = train(Prior.create("gpt", grid=grid, dim=48, depth=2, heads=4), steps=250, lr=1e-2)
 bits["gpt"] = bits_per_token(gpt)
 show(gpt.sample(32, generator=torch.Generator().manual_seed(0)), f"samples of gpt, {bits['gpt']:.3f} bits per token")
 
