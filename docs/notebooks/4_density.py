@@ -330,28 +330,39 @@ right.set(title=f"nearest of {size} training digits", xticks=[], yticks=[]);
 # %% [markdown]
 # **Linear probes** say how plainly something stands in a representation. We fit one linear map from vectors to classes by least
 # squares, for each layer, and count how many new digits it gets right. No label was given to the prior here: it reads the
-# image without a class.
+# image without a class. A layer's vector is the mean over positions, as for `embed`.
+
+# %%
+train_tokens = pipe.encode(library)
+
+
+def vectors(images: Tensor, tokens: Tensor) -> dict[str, Tensor]:
+    """What a linear map may read, (B, dim) each."""
+    with torch.no_grad():
+        layers = [pipe.prior.features(tokens, layer=layer) for layer in range(pipe.prior.feature_layers)]
+    found = {f"prior.{k}": F.layer_norm(each, each.shape[-1:]).mean(1) for k, each in enumerate(layers)}
+    return {"pixels": images.flatten(1), "codes": F.one_hot(tokens.flatten(1), 128).double().mean(1), **found}
+
+
+def probe(inside: Tensor, outside: Tensor) -> float:
+    """Accuracy of a linear map on new digits, ridge regression."""
+    mean, spread = inside.double().mean(0), inside.double().std()
+    inside, outside = (F.pad((part.double() - mean) / spread, (0, 1), value=1) for part in (inside, outside))
+    wanted = F.one_hot(data.train.labels[:size], 10).double()
+    penalty = 0.003 * size * torch.eye(inside.shape[1]).double()
+    weights = torch.linalg.solve(inside.T @ inside + penalty, inside.T @ wanted)
+    return ((outside @ weights).argmax(1) == truth).double().mean().item()
 
 
 # %%
-def probe(layer: str) -> float:
-    """Accuracy of a linear map on new digits, ridge regression."""
-    inside, outside = pipe.embed(library, layer=layer).double(), pipe.embed(images[:200], layer=layer).double()
-    mean, spread = inside.mean(0), inside.std(0) + 1e-6
-    inside, outside = (F.pad((part - mean) / spread, (0, 1), value=1) for part in (inside, outside))
-    wanted = F.one_hot(data.train.labels[:size], 10).double()
-    penalty = 10 * torch.eye(inside.shape[1]).double()
-    weights = torch.linalg.solve(inside.T @ inside + penalty, inside.T @ wanted)
-    return ((outside @ weights).argmax(1) == labels[:200]).double().mean().item()
-
-
-layers = ["pixels", "codes", *(f"prior.{layer}" for layer in range(pipe.prior.feature_layers))]
-accuracies = {layer: probe(layer) for layer in layers}
+inside, outside = vectors(library, train_tokens), vectors(images[:count], tokens)
+accuracies = {layer: probe(inside[layer], outside[layer]) for layer in inside}
+layers = list(accuracies)[::-1]
 plt.figure(figsize=(7, 2.6))
-bars = plt.barh(layers[::-1], [accuracies[layer] for layer in layers[::-1]], color="tab:blue")
+bars = plt.barh(layers, [accuracies[layer] for layer in layers], color="tab:blue")
 plt.bar_label(bars, fmt="%.3f", padding=3)
 plt.xlim(0, 1.1)
-plt.xlabel(f"accuracy on new digits, after {size} labels")
+plt.xlabel(f"accuracy on {count} new digits, after {size} labels")
 plt.show()
 
 # %% [markdown]
