@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import sys
 import time
-from typing import Any
+from typing import Any, TextIO
 
 from .schedule import learning_rate
 from .state import Training
@@ -47,12 +47,17 @@ def show(bar: Any, training: Training, record: dict[str, float]) -> None:
         print(
             f"step {training.step}: loss {loss:.4f}, {record['images_per_second']:.0f} images/s, "
             f"{training.minutes:.1f} min",
-            file=sys.stderr,
+            file=lines_go_to(),
             flush=True,
         )
     minutes = training.config.minutes
     left = f", {max(0.0, minutes - training.minutes):.1f} of {minutes:g} min left" if minutes else ""
     bar.set_postfix_str(f"loss {loss:.4f}{left}")
+
+
+def lines_go_to() -> TextIO:
+    """Stderr; in a notebook stdout, as it shows what goes to stderr as if something had gone wrong."""
+    return sys.stdout if type(sys.stderr).__module__ == "ipykernel.iostream" else sys.stderr
 
 
 def told_end(training: Training, done: bool, before: bool) -> str:

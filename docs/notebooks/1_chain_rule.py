@@ -1,0 +1,539 @@
+# ---
+# jupyter:
+#   jupytext:
+#     text_representation:
+#       extension: .py
+#       format_name: percent
+#   kernelspec:
+#     display_name: Python 3
+#     language: python
+#     name: python3
+# ---
+
+# %% [markdown]
+# # Autoregressive models from the chain rule
+#
+# What is the probability of an image? An image is many numbers, and there is no table of all images. The chain rule turns
+# the question into many small ones. For a grid of $N$ tokens $x_1 \dots x_N$, in any fixed order,
+#
+# $$p(x) = \prod_{i=1}^{N} p(x_i \mid x_1, \dots, x_{i-1}).$$
+#
+# Nothing is approximated here. Each factor is a classifier: it sees the tokens that come earlier, and says how likely each
+# value of the next one is. A model of this kind is called *autoregressive*.
+#
+# All models of this notebook are such products. They differ in one thing: **how a network is kept from looking at what
+# comes later.** We write the first one by hand, and take the others from `prior/`, where each is one file.
+
+# %%
+import math
+import os
+
+import matplotlib.pyplot as plt
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from pipelines.images import DataConfig, load_images
+from prior import Prior
+from prior.orders import make_order
+from tokenizer import TokenGrid
+
+SHARE = float(os.environ.get("SMALTI_NOTEBOOK_SHARE", "1"))  # below 1, trainings are shorter
+plt.rcParams.update({"figure.dpi": 110, "image.cmap": "gray", "image.interpolation": "nearest"})
+torch.manual_seed(0);
+
+# %% [markdown]
+# ## Small binary digits
+#
+# We want models that train in seconds, so the images are small: digits of 12x12 pixels, black or white. A pixel is a token
+# with two values. `load_images` holds some digits out; on those we will measure.
+
+# %%
+images = load_images(DataConfig(source="digits", image_size=12))
+
+
+def binary(split) -> Tensor:
+    """All images of a split as tokens (B, 12, 12) in {0, 1}."""
+    return (split.pixels(range(len(split)))[:, 0] > 80).long()
+
+
+train_tokens, test_tokens = binary(images.train), binary(images.held_out)[:400]
+grid = TokenGrid((12, 12), 2)
+print(f"{len(train_tokens)} grids to train on, {len(test_tokens)} held out; {len(grid)} tokens of {grid.vocab_size} values")
+
+
+# %%
+def show(tokens: Tensor, title: str, columns: int = 16) -> None:
+    """Binary grids (B, H, W) side by side, on a grey ground."""
+    cells = F.pad(tokens.float(), (1, 1, 1, 1), value=0.5)
+    rows = [torch.cat(list(row), 1) for row in cells.split(columns)]
+    plt.figure(figsize=(10, 0.68 * len(rows)))
+    plt.imshow(torch.cat(rows), vmin=0, vmax=1)
+    plt.title(title, fontsize=10, loc="left")
+    plt.axis("off")
+    plt.show()
+
+
+show(test_tokens[:32], "held-out digits")
+
+# %% [markdown]
+# ## What is measured
+#
+# Training makes the training images likely: it minimises $-\log p(x)$. We report the same number on held-out images, per
+# token and in bits, so that it has a meaning by itself:
+#
+# $$\text{bits per token} = -\frac{1}{N \ln 2} \, \log p(x).$$
+#
+# A fair coin for each pixel costs 1 bit. That is the ceiling. A first floor is `marginal`, the frequency of white at each
+# position: it knows where digits are, but no pixel knows of another.
+
+# %%
+bits = {"fair coins": 1.0}
+
+
+@torch.no_grad()
+def bits_per_token(prior) -> float:
+    """Held-out bits per token."""
+    return -prior.log_prob(test_tokens).mean().item() / (len(grid) * math.log(2))
+
+
+marginal = Prior.create("marginal", grid=grid)
+marginal.initialize(train_tokens, None)  # it only counts
+bits["marginal"] = bits_per_token(marginal)
+show(marginal.sample(16, generator=torch.Generator().manual_seed(0)), "samples of marginal: no pixel knows of another")
+print(f"marginal: {bits['marginal']:.3f} bits per token")
+
+# %% [markdown]
+# ## By hand: a fully visible model
+#
+# The simplest classifier of a binary pixel is a logistic regression on all earlier pixels,
+#
+# $$p(x_i = 1 \mid x_{<i}) = \sigma\Big(b_i + \sum_{j<i} W_{ij} \, x_j\Big).$$
+#
+# There are $N$ of them, one for each pixel. Their weights fit into one matrix, and "$j < i$" says that the matrix is
+# **strictly lower triangular**. That is the whole model (Frey et al. 1996 call it a fully visible belief network).
+#
+# All $N$ factors come out of a single product with the true image. This is called *teacher forcing*: in training, the
+# earlier pixels are known.
+
+
+# %%
+class FullyVisible(nn.Module):
+    """A logistic regression for each pixel on all pixels before it."""
+
+    def __init__(self, grid: TokenGrid) -> None:
+        super().__init__()
+        self.grid = grid
+        self.weight = nn.Parameter(torch.zeros(len(grid), len(grid)))
+        self.bias = nn.Parameter(torch.zeros(len(grid)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Logits (B, N) of pixels x (B, N) in {0, 1}."""
+        return x @ self.weight.tril(-1).T + self.bias  # tril(-1): the diagonal is out, too
+
+    def log_prob(self, tokens: Tensor) -> Tensor:
+        """log p (B,) in nats: the sum of the N factors."""
+        x = tokens.flatten(1).to(self.weight.dtype)
+        return -F.binary_cross_entropy_with_logits(self(x), x, reduction="none").sum(1)
+
+
+# %% [markdown]
+# The loop is that of any classifier: the learning rate rises, then falls to zero. We will use it for all models, as all of
+# them have `log_prob`.
+
+
+# %%
+def train(prior, steps: int, lr: float):
+    """Make the training grids likely."""
+    steps = round(steps * SHARE)
+    optimizer = torch.optim.AdamW(prior.parameters(), lr=lr)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=steps)
+    for _ in range(steps):
+        batch = train_tokens[torch.randint(len(train_tokens), (32,))]
+        loss = -prior.log_prob(batch).mean() / len(prior.grid)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+    return prior.eval()
+
+
+by_hand = train(FullyVisible(grid), steps=1500, lr=1e-2)
+bits["by hand"] = bits_per_token(by_hand)
+print(f"by hand: {bits['by hand']:.3f} bits per token, marginal: {bits['marginal']:.3f}")
+
+# %% [markdown]
+# What has it learned? Row $i$ of the matrix has a weight for each earlier pixel, so it can be looked at as an image. Red
+# makes a white pixel at the green square more likely, blue less likely. Near pixels matter most. Below and to the right of
+# the square there is nothing: these pixels come later.
+
+# %%
+figure, axes = plt.subplots(1, 4, figsize=(10, 2.9), layout="constrained")
+for axis, (row, column) in zip(axes, [(3, 6), (5, 4), (7, 7), (9, 5)], strict=True):
+    weights = by_hand.weight.detach().tril(-1)[row * 12 + column].view(12, 12)
+    drawn = axis.imshow(weights, cmap="RdBu_r", vmin=-3, vmax=3)
+    axis.add_patch(plt.Rectangle((column - 0.5, row - 0.5), 1, 1, color="tab:green"))
+    axis.set(title=f"row {row}, column {column}", xticks=[], yticks=[])
+figure.colorbar(drawn, ax=axes, label="weight", shrink=0.8);
+
+# %% [markdown]
+# **Sampling** follows the product from left to right: draw $x_1$, then $x_2$ given $x_1$, and so on. It takes $N$ steps,
+# because each pixel needs those before it.
+
+
+# %%
+@torch.no_grad()
+def draw(model: FullyVisible, count: int) -> Tensor:
+    """Samples (count, 12, 12), one pixel after the other."""
+    x = torch.zeros(count, len(model.grid))
+    for i in range(len(model.grid)):
+        x[:, i] = torch.bernoulli(torch.sigmoid(model(x)[:, i]))
+    return x.view(-1, *model.grid.shape).long()
+
+
+torch.manual_seed(0)
+show(draw(by_hand, 32), "samples of the model by hand")
+
+# %% [markdown]
+# There are strokes now, but few digits. A logistic regression can say "white where the left neighbour is white". It cannot
+# say "white where the left neighbour is white *unless* the upper one is white as well". That takes hidden layers.
+#
+# ## MADE: hidden layers with masks
+#
+# A hidden unit mixes many inputs, so after one layer everything depends on everything. MADE (Germain et al. 2015) gives
+# each hidden unit a *degree* $d$ and cuts two kinds of connections:
+#
+# - the unit sees the tokens of rank $< d$ (ranks count from 0);
+# - the logit at rank $r$ sees the units of degree $\le r$.
+#
+# So what reaches logit $r$ has rank $< d \le r$: only earlier tokens. In the picture, white is kept and black is cut, for
+# 9 tokens and 16 hidden units. The product of both masks counts the paths from token to logit, and it has to be strictly
+# lower triangular, like the matrix above.
+
+# %%
+small_made = Prior.create("made", grid=TokenGrid((3, 3), 2), hidden=(16,))
+(degrees,) = small_made.degrees()  # one layer of 16 units
+ranks = torch.arange(9)
+first_mask = ranks < degrees[:, None]  # (16, 9)
+second_mask = degrees <= ranks[:, None]  # (9, 16)
+paths = second_mask.long() @ first_mask.long()  # (9, 9)
+
+figure, axes = plt.subplots(1, 3, figsize=(10, 3.4), layout="constrained")
+panels = [
+    ("tokens to hidden units", first_mask, "token", "hidden unit"),
+    ("hidden units to logits", second_mask, "hidden unit", "logit"),
+    ("number of paths", paths, "token", "logit"),
+]
+for axis, (title, picture, x, y) in zip(axes, panels, strict=True):
+    drawn = axis.imshow(picture, vmin=0)
+    axis.set(title=title, xlabel=x, ylabel=y)
+figure.colorbar(drawn, ax=axes[2], shrink=0.8)
+assert torch.equal(paths > 0, small_made.receptive_field), "the model's own account is another"
+
+# %% [markdown]
+# The model says the same of itself: `receptive_field[i, j]` is True where logit $i$ sees token $j$, for every prior. The
+# last line compared it with the paths.
+#
+# Now MADE on the digits, by the same loop. (For real work there is `smalti train_prior`; the loop is here to be seen.)
+
+# %%
+made = train(Prior.create("made", grid=grid, hidden=(256,)), steps=1200, lr=3e-3)
+bits["made"] = bits_per_token(made)
+show(made.sample(32, generator=torch.Generator().manual_seed(0)), f"samples of MADE, {bits['made']:.3f} bits per token")
+
+# %% [markdown]
+# ## Causal convolutions
+#
+# MADE has weights of its own for each pixel. A convolution shares them: an edge is an edge, wherever it is. Along a walk
+# over the grid, a *causal* convolution only looks back. With $k$ taps, a layer sees $k - 1$ steps farther than the one
+# below it. WaveNet (van den Oord et al. 2016) doubles the distance between the taps from layer to layer. Then the reach
+# grows as a power of two, for the same number of weights.
+
+# %%
+figure, axes = plt.subplots(2, 1, figsize=(10, 4.2), layout="constrained")
+for axis, (title, dilations) in zip(
+    axes, [("taps side by side", [1, 1, 1, 1]), ("dilations 1, 2, 4, 8", [1, 2, 4, 8])], strict=True
+):
+    nodes = {23}  # what reaches the output at step 23, followed from the top layer down
+    axis.scatter(*zip(*[(x, y) for x in range(24) for y in range(5)], strict=True), s=12, color="0.8")
+    for layer in range(4, 0, -1):
+        step = dilations[layer - 1]
+        edges = [(x, x - back) for x in nodes for back in (0, step)]
+        for above, below in edges:
+            axis.plot([below, above], [layer - 1, layer], color="tab:blue", lw=1)
+        nodes = {below for _, below in edges}
+    axis.scatter(sorted(nodes), [0] * len(nodes), s=26, color="tab:red", zorder=3)
+    axis.set(title=f"{title}: {len(nodes)} steps are seen", yticks=range(5), ylabel="layer", xlim=(-0.7, 23.7))
+axes[1].set_xlabel("step of the walk");
+
+# %% [markdown]
+# Is that true of the network as well? We can ask it. The gradient of a logit by the embedding of each token says which
+# tokens it depends on, whatever the code looks like. We take a row of 48 tokens, random weights, and the last logit.
+
+
+# %%
+def influence(model: Prior, embedding: nn.Module, at: int) -> Tensor:
+    """The size of the gradient of the logits at `at` by each token's embedding, `grid.shape`; random tokens."""
+    kept: list[Tensor] = []
+    hook = embedding.register_forward_hook(lambda module, inputs, output: kept.append(output))
+    logits = model(torch.randint(model.grid.vocab_size, (4, *model.grid.shape)))
+    hook.remove()
+    (gradient,) = torch.autograd.grad(logits[:, at].square().sum(), kept[0])
+    return gradient.abs().sum((0, -1))
+
+
+row = TokenGrid((48,), 2)
+reach = []
+torch.manual_seed(0)
+for depth in range(1, 6):
+    conv = Prior.create("causal_conv", grid=row, depth=depth, dim=16, skip=32).double()
+    size = influence(conv, conv.token_embedding, at=47)
+    reach.append(F.pad(size, (0, 48 - len(size))) > 0)  # the last token is nobody's input
+
+plt.figure(figsize=(10, 2))
+plt.imshow(torch.stack(reach), cmap="Blues", aspect="auto", vmax=1.4)
+plt.yticks(range(5), [f"depth {depth}" for depth in range(1, 6)])
+plt.xlabel("token")
+plt.title("which tokens the last logit depends on", fontsize=10, loc="left")
+plt.show()
+print("tokens seen:", [int(seen.sum()) for seen in reach])
+
+# %% [markdown]
+# The reach doubles with each block: 2, 4, 8, 16, 32 inputs. On a grid the walk goes row by row, so the pixel above is 12
+# steps away. Seven blocks reach back 128 of the 144 steps.
+
+# %%
+causal_conv = train(Prior.create("causal_conv", grid=grid, depth=7, dim=24, skip=32), steps=250, lr=6e-3)
+bits["causal_conv"] = bits_per_token(causal_conv)
+samples = causal_conv.sample(32, generator=torch.Generator().manual_seed(0))
+show(samples, f"samples of causal_conv, {bits['causal_conv']:.3f} bits per token")
+
+# %% [markdown]
+# ## PixelCNN, and what it does not see
+#
+# The pixel above is as near as the pixel to the left. PixelCNN (van den Oord et al. 2016) uses convolutions in two
+# dimensions, and masks the kernel: rows above are kept, and in its own row what is to the left.
+
+# %%
+kernel_mask = torch.ones(5, 5)
+kernel_mask[2, 2:] = 0  # the centre (of the first layer) and what is right of it
+kernel_mask[3:] = 0  # rows below
+plt.figure(figsize=(2.2, 2.2))
+plt.imshow(kernel_mask)
+plt.gca().add_patch(plt.Rectangle((1.5, 1.5), 1, 1, color="tab:red"))
+plt.title("the mask of a 5x5 kernel", fontsize=10)
+plt.xticks([])
+plt.yticks([])
+plt.show()
+
+# %% [markdown]
+# A stack of such layers looks further and further. But look at *where*: the kernel never goes to the right in its own row,
+# so a path that goes right has to go up as well. We ask the gradient again. Blue tokens reach the red one, grey ones come
+# later, and white ones come earlier **and are never seen**. They are the *blind spot*.
+#
+# The gated PixelCNN (van den Oord et al. 2016b) has two stacks. The *vertical* one sees the rows above, without any mask.
+# The *horizontal* one sees its own row to the left, and is told at each layer what the vertical one has found. Together
+# they see all.
+
+# %%
+SIDE, CENTRE = 15, 7 * 15 + 7
+
+
+def seen_by(name: str, depth: int) -> Tensor:
+    """Which tokens reach the logits in the centre, bool (15, 15), by the gradient."""
+    torch.manual_seed(0)
+    sizes = {"dim": 8, "first_kernel": 3, "kernel": 3}
+    model = Prior.create(name, grid=TokenGrid((SIDE, SIDE), 4), depth=depth, **sizes).double()
+    seen = influence(model, model.embedding, CENTRE) > 0
+    assert torch.equal(seen.flatten(), model.receptive_field[CENTRE]), "the model's own account is another"
+    return seen
+
+
+# %%
+figure, axes = plt.subplots(2, 4, figsize=(10, 5.4), layout="constrained")
+earlier = (torch.arange(SIDE**2) < CENTRE).view(SIDE, SIDE)
+for line, name in zip(axes, ["pixelcnn", "gated_pixelcnn"], strict=True):
+    for axis, depth in zip(line, [1, 2, 4, 8], strict=True):
+        seen = seen_by(name, depth)
+        picture = torch.full((SIDE, SIDE, 3), 0.8)
+        picture[earlier] = 1.0
+        picture[seen] = torch.tensor([0.2, 0.45, 0.75])
+        picture[7, 7] = torch.tensor([0.84, 0.15, 0.15])
+        axis.imshow(picture)
+        axis.set(title=f"{name}, depth {depth}\n{int((earlier & ~seen).sum())} earlier ones unseen", xticks=[], yticks=[])
+        axis.title.set_fontsize(9)
+
+# %% [markdown]
+# At depth 8 the gated one sees every earlier token. The wedge of the other one stays, however deep it is. Both give a
+# correct density: a model may ignore what it likes, as long as it does not look ahead.
+
+# %%
+sizes = {"grid": grid, "dim": 16, "depth": 4, "first_kernel": 5, "kernel": 3}
+for name in ("pixelcnn", "gated_pixelcnn"):
+    model = train(Prior.create(name, **sizes), steps=250, lr=1e-2)
+    bits[name] = bits_per_token(model)
+    show(
+        model.sample(16, generator=torch.Generator().manual_seed(0)),
+        f"samples of {name}, {bits[name]:.3f} bits per token",
+    )
+
+# %% [markdown]
+# ## Masked attention
+#
+# A transformer looks at all tokens at once, and each position weighs the others by a softmax of scores. To keep it from
+# looking ahead, the scores of later tokens are set to $-\infty$ before the softmax. They get weight 0, and each row of
+# weights still sums to one.
+
+# %%
+torch.manual_seed(0)
+scores = torch.randn(9, 9)
+may_attend = torch.ones(9, 9, dtype=torch.bool).tril()  # True = may attend, as in torch
+weights = scores.masked_fill(~may_attend, -torch.inf).softmax(-1)
+
+figure, axes = plt.subplots(1, 3, figsize=(10, 3.4), layout="constrained")
+panels = [("scores", scores, "RdBu_r"), ("may attend", may_attend, "gray"), ("weights", weights, "Blues")]
+for axis, (title, picture, colors) in zip(axes, panels, strict=True):
+    figure.colorbar(axis.imshow(picture, cmap=colors), ax=axis, shrink=0.7)
+    axis.set(title=title, xlabel="looked at", ylabel="looks")
+print("sums of the rows:", [round(total, 4) for total in weights.sum(-1).tolist()])
+
+# %% [markdown]
+# The diagonal is kept here, although a token must not see itself. The trick is a shift: the input at rank $r$ is the token
+# of rank $r - 1$, with a start vector at rank 0. "Itself" is the last known token.
+#
+# Ranks need not be raster. The mask only says "earlier in the order", so any walk over the grid will do, and notebook 3 is
+# about that. In the picture, both axes are in raster order: on 4x4, row $i$ says which tokens logit $i$ sees.
+
+# %%
+orders = ["raster", "snake", "spiral_in", "random:0"]
+figure, axes = plt.subplots(2, 4, figsize=(10, 5.2), layout="constrained")
+for (above, below), order in zip(axes.T, orders, strict=True):
+    ranks = torch.argsort(make_order(order, (4, 4)))
+    gpt = Prior.create("gpt", grid=TokenGrid((4, 4), 2), dim=16, depth=1, heads=2, order=order)
+    assert torch.equal(gpt.receptive_field, ranks < ranks[:, None])
+    above.imshow(ranks.view(4, 4), cmap="viridis")
+    for cell, rank in enumerate(ranks.tolist()):
+        color = "white" if rank < 8 else "black"
+        above.text(cell % 4, cell // 4, rank, ha="center", va="center", color=color)
+    above.set(title=f"{order}: ranks", xticks=[], yticks=[])
+    below.imshow(gpt.receptive_field)
+    below.set(title="who sees whom", xlabel="token", ylabel="logit")
+
+# %%
+gpt = train(Prior.create("gpt", grid=grid, dim=48, depth=2, heads=4), steps=250, lr=1e-2)
+bits["gpt"] = bits_per_token(gpt)
+show(gpt.sample(32, generator=torch.Generator().manual_seed(0)), f"samples of gpt, {bits['gpt']:.3f} bits per token")
+
+# %% [markdown]
+# ## Side by side
+#
+# These trainings took seconds, and not equally many, so this is no ranking of architectures
+# ([docs/results.md](../results.md) has one). It shows that each way of seeing earlier tokens buys bits.
+
+# %%
+names = list(bits)
+plt.figure(figsize=(8, 2.8))
+bars = plt.barh(names[::-1], [bits[name] for name in names[::-1]], color="tab:blue")
+plt.bar_label(bars, fmt="%.3f", padding=3)
+plt.xlim(0, 1.12)
+plt.xlabel("held-out bits per token (fewer is better)")
+plt.show()
+assert all(bits[name] < bits["marginal"] < 1 for name in names[2:])
+
+# %% [markdown]
+# ## Is it really a density?
+#
+# A density sums to one over *all* grids. For large grids nobody can check that, but for tiny ones we can: 3x3 binary tokens
+# make $2^9 = 512$ grids, and we add up $p$ of each. The weights are random, because the sum has to be one whatever the
+# weights are. It is a property of the masks.
+
+# %%
+tiny = TokenGrid((3, 3), 2)
+every_grid = torch.cartesian_prod(*[torch.arange(2)] * 9).view(-1, 3, 3)
+small = {"dim": 16, "depth": 2}
+models = {
+    "marginal": {},
+    "made": {"hidden": (32,)},
+    "causal_conv": {**small, "skip": 16},
+    "pixelcnn": small,
+    "gated_pixelcnn": small,
+    "pixelcnn_pp": {"dim": 16},
+    "pixelsnail": {"dim": 16},
+    "gpt": {**small, "heads": 2},
+    "blocks": {**small, "heads": 2, "order": "diagonal"},
+    "masked": {**small, "heads": 2},
+}
+
+
+# %%
+def randomized(model: nn.Module) -> nn.Module:
+    """With large random weights: at first, many models say the same of every grid."""
+    for weights in model.parameters():
+        nn.init.normal_(weights, std=0.3)
+    return model.double().eval()
+
+
+torch.manual_seed(0)
+chances = {"by hand": randomized(FullyVisible(tiny))}
+chances |= {name: randomized(Prior.create(name, grid=tiny, **settings)) for name, settings in models.items()}
+with torch.no_grad():
+    chances = {name: model.log_prob(every_grid).double().exp() for name, model in chances.items()}
+for name, p in chances.items():
+    print(f"{name:15} sum of p over {len(p)} grids: {p.sum():.6f}, the likeliest has {p.max():.3f}")
+assert all(abs(p.sum() - 1) < 1e-4 for p in chances.values())
+
+# %% [markdown]
+# And without the masks? A pixel that may look at itself need only copy itself. We set the diagonal of the matrix by hand:
+# now each factor is near 1 for *every* grid, a loss like a dream, and training would find such weights at once. But it is
+# no density. It promises more than there is to give. The curves add up the grids from the likeliest on, and all end at
+# one, but for the model that peeks.
+
+# %%
+peek, bias = 6 * torch.eye(9), -3.0  # the diagonal is what tril(-1) has left out
+x = every_grid.flatten(1).float()
+chances["by hand, peeking"] = F.binary_cross_entropy_with_logits(x @ peek + bias, x, reduction="none").sum(1).neg().exp()
+
+plt.figure(figsize=(8, 3.2))
+for name, p in chances.items():
+    style = {"color": "tab:red", "lw": 2.5} if "peeking" in name else {"color": "tab:blue", "lw": 1}
+    plt.loglog(range(1, 513), p.sort(descending=True).values.cumsum(0), **style)
+plt.text(30, 30, "by hand, peeking", color="tab:red", ha="right")
+plt.text(30, 1.3, "all others", color="tab:blue", ha="right")
+plt.axhline(1, color="0.6", lw=0.8, ls="--")
+plt.xlim(1, 512)
+plt.ylim(0.03, 600)
+plt.xlabel("number of grids, likeliest first")
+plt.ylabel("sum of p")
+plt.show()
+print(f"with peeking the sum is {chances['by hand, peeking'].sum():.1f}")
+
+# %% [markdown]
+# The last check joins the two sides of a model. `log_prob` says how often a grid should come, and `sample` draws grids: in
+# 20,000 samples, each has to come as often as was said, but for the noise of counting.
+
+# %%
+torch.manual_seed(0)
+pair = randomized(Prior.create("gpt", grid=tiny, dim=16, depth=2, heads=2))
+drawn = pair.sample(20_000, generator=torch.Generator().manual_seed(0)).flatten(1)
+counts = torch.bincount((drawn * 2 ** torch.arange(8, -1, -1)).sum(1), minlength=512)
+with torch.no_grad():
+    expected = 20_000 * pair.log_prob(every_grid).double().exp()
+
+plt.figure(figsize=(3.6, 3.6))
+plt.scatter(expected, counts, s=8)
+plt.plot([0, expected.max()], [0, expected.max()], color="tab:red", lw=1)
+plt.xlabel("expected from log_prob")
+plt.ylabel("counted in 20,000 samples")
+plt.show()
+off = ((counts - expected) / expected.clamp(min=1).sqrt()).abs()
+print(f"on average a count is off by {off.mean():.2f} of its standard deviations (0.80 is what chance does)")
+
+# %% [markdown]
+# ## What to remember
+#
+# - The chain rule makes a density out of classifiers. It is exact, for any order.
+# - A model is known by its mask: a triangular matrix, degrees, causal kernels, two stacks, or $-\infty$ in a softmax.
+# - Training takes one pass for all tokens, sampling takes $N$ steps.
+# - What a model cannot see costs bits. What it should not see makes the bits a lie, and a sum over tiny grids finds out.
+#
+# [The next notebook](2_two_stages.py) puts a tokenizer before the prior, so that images can be large.

@@ -1,0 +1,312 @@
+# ---
+# jupyter:
+#   jupytext:
+#     text_representation:
+#       extension: .py
+#       format_name: percent
+#   kernelspec:
+#     display_name: Python 3
+#     language: python
+#     name: python3
+# ---
+
+# %% [markdown]
+# # Two stages
+#
+# [Notebook 1](1_chain_rule.py) modelled pixels one by one. A digit of 28x28 has 784 of them, a photograph a million, and
+# most say nothing new. So we do it in two stages:
+#
+# 1. a **tokenizer** learns to write an image as a small grid of ids, and to paint the image from it;
+# 2. a **prior** learns the distribution of such grids, $p(\text{tokens} \mid \text{class})$.
+#
+# A sample is a grid drawn from the prior, painted by the tokenizer. We train both here, with the commands that one uses for
+# real, for about a minute each. Longer trainings of the same presets are in [docs/results.md](../results.md).
+
+# %%
+import json
+import math
+import os
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+import torch
+from torch import Tensor
+
+from pipelines import ImagePipeline, encode, train_prior, train_tokenizer
+from pipelines.images import DataConfig, load_images
+from pipelines.tokens import load_tokens
+from prior import Prior
+from tokenizer import Tokenizer
+
+SHARE = float(os.environ.get("SMALTI_NOTEBOOK_SHARE", "1"))  # below 1, trainings are shorter
+plt.rcParams.update({"figure.dpi": 110, "image.cmap": "gray", "image.interpolation": "nearest"})
+
+# %% [markdown]
+# ## The images
+#
+# 5,000 digits that come with a Python package. Smalti holds a tenth out, and a twentieth of the rest chooses the best
+# weights. `images` are floats in [-1, 1] of shape `(B, C, H, W)` everywhere.
+
+# %%
+data = load_images(DataConfig(source="digits"))
+images, labels = data.held_out.batch(range(16)), data.held_out.labels
+print({name: len(split) for name, split in data.named().items()}, "images of", tuple(images.shape[1:]))
+
+
+# %%
+def show(images: Tensor, title: str, columns: int = 16) -> None:
+    """Grey images (B, 1, H, W) in [-1, 1] side by side."""
+    rows = [torch.cat(list(row[:, 0]), 1) for row in images.split(columns)]
+    plt.figure(figsize=(10, 0.4 + 10 / columns * len(rows)))
+    plt.imshow(torch.cat(rows), vmin=-1, vmax=1)
+    plt.title(title, fontsize=10, loc="left")
+    plt.axis("off")
+    plt.show()
+
+
+show(images, "held-out digits")
+
+# %% [markdown]
+# ## Stage one: VQ-VAE
+#
+# The VQ-VAE (van den Oord et al. 2017) is an autoencoder with a bottleneck of ids. Convolutions turn 28x28 pixels into a
+# grid of 7x7 vectors $z$. A **codebook** holds 128 vectors $e_k$, and each $z$ is replaced by the nearest one:
+#
+# $$\text{token}_{ij} = \arg\min_k \, \lVert z_{ij} - e_k \rVert .$$
+#
+# The decoder paints from the chosen codes. `argmin` has no gradient, so the decoder's gradient is handed to the encoder as
+# if nothing had happened in between, and a second loss keeps each $z$ near its code.
+#
+# Each verb of the command line is a function here: `train_tokenizer.main([...])` is `smalti train_tokenizer ...`. The
+# preset says what is trained, and what follows changes it.
+
+# %%
+steps = round(400 * SHARE)
+stage_one = train_tokenizer.main(
+    ["--config", "vqvae_digits", "out=runs/two_stages/vqvae", f"train.steps={steps}", "train.minutes=1.5"]
+    + ["train.log_every=25", "track.wandb=disabled"]
+)
+
+# %% [markdown]
+# A run writes its numbers into `metrics.jsonl`, one line of JSON for each report. The error of pixels falls, and the
+# *perplexity* of the codebook says how many of the 128 codes are in use, counted as if all were used equally often.
+
+
+# %%
+def read(run: Path, name: str) -> tuple[list[int], list[float]]:
+    """The steps and values of a number in a run's metrics."""
+    lines = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
+    return tuple(zip(*[(line["step"], line[name]) for line in lines if name in line], strict=True))
+
+
+figure, (left, right) = plt.subplots(1, 2, figsize=(9, 2.8), layout="constrained")
+left.semilogy(*read(stage_one, "l2"))
+left.set(xlabel="step", ylabel="mean squared error")
+right.plot(*read(stage_one, "codebook_perplexity"))
+right.axhline(128, color="0.6", ls="--")
+right.set(xlabel="step", ylabel="perplexity of the codebook", ylim=(0, 135));
+
+# %% [markdown]
+# ## What the tokens keep
+#
+# The tokenizer is a module with `encode` and `decode`. Above are held-out digits, below what 49 ids say of each.
+
+# %%
+tokenizer = Tokenizer.from_pretrained(stage_one / "tokenizer")
+with torch.no_grad():
+    tokens = tokenizer.encode(images)
+    painted = tokenizer.decode(tokens)
+show(torch.cat([images, painted]), "held-out digits, and their reconstructions")
+
+error = (painted - images).square().mean().item()
+psnr = 10 * math.log10(4 / error)  # the range of pixels is 2, squared 4
+print(f"{tuple(images.shape[1:])} pixels -> {tuple(tokens.shape[1:])} ids below {tokenizer.grid.vocab_size}")
+print(f"{28 * 28 * 8} bits -> {49 * 7} bits, PSNR {psnr:.1f} dB")
+assert psnr > 12
+
+# %% [markdown]
+# A token grid is a picture, too. Each id has a colour here; which colour means nothing, as ids have no order.
+
+# %%
+figure, axes = plt.subplots(3, 5, figsize=(10, 6.2), layout="constrained")
+for column, (above, middle, below) in enumerate(axes.T):
+    above.imshow(images[column, 0], vmin=-1, vmax=1)
+    middle.imshow(tokens[column], cmap="turbo", vmin=0, vmax=127)
+    for cell, token in enumerate(tokens[column].flatten().tolist()):
+        color = "black" if 25 < token < 105 else "white"
+        middle.text(cell % 7, cell // 7, token, ha="center", va="center", fontsize=6, color=color)
+    below.imshow(painted[column, 0], vmin=-1, vmax=1)
+for axis, title in zip(axes[:, 0], ["image", "tokens", "painted"], strict=True):
+    axis.set_ylabel(title)
+for axis in axes.flat:
+    axis.set(xticks=[], yticks=[])
+
+# %% [markdown]
+# ## The codebook
+#
+# What does a code stand for? We look where it is used: in 1,000 training digits we cut out what surrounds each token, 12x12
+# pixels with the token's own 4x4 in the middle, and take the mean for each code. The most frequent ones come first. Many
+# say "black, and a stroke begins over there"; others are strokes of a direction, ends and bends.
+
+# %%
+some = data.train.batch(range(1000))
+with torch.no_grad():
+    used = tokenizer.encode(some).flatten()
+around = torch.nn.functional.pad(some, (4, 4, 4, 4), value=-1).unfold(2, 12, 4).unfold(3, 12, 4)
+around = around.reshape(-1, 12, 12)  # one for each token, in the order of `used`
+counts = torch.bincount(used, minlength=128)
+means = torch.zeros(128, 12, 12).index_add_(0, used, around) / counts.clamp(min=1)[:, None, None]
+by_use = counts.argsort(descending=True)
+
+# %%
+cells = torch.nn.functional.pad(means[by_use], (1, 1, 1, 1), value=0.2)
+figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.6), layout="constrained", width_ratios=[2.2, 1])
+left.imshow(torch.cat([torch.cat(list(row), 1) for row in cells.split(16)]), vmin=-1, vmax=1)
+left.set(title="where each code is used, most frequent first", xticks=[], yticks=[])
+right.semilogy(counts[by_use].clamp(min=0.5))
+right.set(title="how often it is used", xlabel="code, by use", ylabel="count in 1,000 digits");
+
+# %% [markdown]
+# **A token belongs to a place.** We change the token in the middle of a digit into each of three others, and look at which
+# pixels move. The decoder's convolutions let a token paint a little beyond its own 4x4 pixels, which is how neighbours join.
+
+# %%
+ONE = 6  # a digit with a stroke in the middle
+changed = tokens[ONE : ONE + 1].repeat(4, 1, 1)
+changed[1:, 3, 3] = by_use[[0, 30, 60]]
+with torch.no_grad():
+    variants = tokenizer.decode(changed)[:, 0]
+figure, axes = plt.subplots(2, 4, figsize=(8, 4.1), layout="constrained")
+for (above, below), variant, token in zip(axes.T, variants, changed[:, 3, 3].tolist(), strict=True):
+    above.imshow(variant, vmin=-1, vmax=1)
+    above.set(title=f"token {token}", xticks=[], yticks=[])
+    below.imshow(variant - variants[0], cmap="RdBu_r", vmin=-1, vmax=1)
+    below.add_patch(plt.Rectangle((11.5, 11.5), 4, 4, fill=False, color="black"))
+    below.set(title="what moved", xticks=[], yticks=[])
+
+# %% [markdown]
+# ## The token dataset
+#
+# The second stage never sees a pixel. `encode` writes the ids of all images once, with labels, and the tokenizer beside
+# them. `augmentations=1` adds a slightly turned and scaled variant of each training image.
+
+# %%
+dataset = encode.main(
+    [f"tokenizer={stage_one / 'tokenizer'}", "out=runs/two_stages/tokens", "augmentations=1"]
+)
+written = load_tokens(dataset)
+for name, split in written.splits.items():
+    print(f"{name:10} {len(split):5} grids, {split.tokens.dtype}")
+print(sorted(path.name for path in dataset.iterdir()))
+
+# %% [markdown]
+# ## Two floors
+#
+# What can be known of a token without any network?
+#
+# - **uniform**: each of the 128 ids is equally likely. That is $\log_2 128 = 7$ bits per token.
+# - **marginal**: how often each id occurs at each position, in each class. It knows no neighbours.
+
+# %%
+train, test = written.splits["train"], written.splits["test"]
+test_tokens, test_labels = test.tokens.long(), test.labels.long()
+
+
+@torch.no_grad()
+def bits_per_token(prior: Prior, labels: Tensor | None) -> float:
+    """Held-out bits per token."""
+    return -prior.log_prob(test_tokens, labels).mean().item() / (len(prior.grid) * math.log(2))
+
+
+marginal = Prior.create("marginal", grid=written.grid, num_classes=10)
+marginal.initialize(train.tokens, train.labels)
+bits = {"uniform": math.log2(written.grid.vocab_size), "marginal": bits_per_token(marginal, test_labels)}
+print({name: round(value, 3) for name, value in bits.items()})
+
+# %% [markdown]
+# ## Stage two: a GPT over tokens
+#
+# The prior is a small causal transformer: it predicts each id from the class and the ids before it, row by row. In training
+# the class is dropped from a tenth of the images, so that the same network also knows $p(\text{tokens})$ without a class.
+
+# %%
+steps = round(500 * SHARE)
+stage_two = train_prior.main(
+    ["--config", "gpt_digits", f"tokens={dataset}", "out=runs/two_stages/gpt", f"train.steps={steps}"]
+    + ["train.minutes=1.5", "train.log_every=25", "train.warmup_steps=20", "track.wandb=disabled"]
+)
+
+# %% [markdown]
+# A snapshot of stage two is a whole **pipeline**: a folder with both stages, which `from_pretrained` loads.
+
+# %%
+pipe = ImagePipeline.from_pretrained(stage_two / "pipeline")
+bits["gpt"] = bits_per_token(pipe.prior, test_labels)
+bits["gpt, no class"] = bits_per_token(pipe.prior, None)
+
+figure, (left, right) = plt.subplots(1, 2, figsize=(10, 2.8), layout="constrained")
+left.plot(*read(stage_two, "bits_per_token"))
+left.set(title="training", xlabel="step", ylabel="bits per token")
+bars = right.barh(list(bits)[::-1], list(bits.values())[::-1])
+right.bar_label(bars, fmt="%.2f", padding=3)
+right.set(title="held-out bits per token", xlim=(0, 8))
+print(pipe)
+assert bits["gpt"] < bits["marginal"] < bits["uniform"]
+
+# %% [markdown]
+# **Where are the bits?** `token_log_probs` has log p of each token. Its mean over held-out digits, by position, shows what
+# is hard to guess. Corners are nearly always black. The middle, where the strokes are, costs most.
+
+# %%
+with torch.no_grad():
+    nats = pipe.prior.token_log_probs(test_tokens, test_labels)
+plt.figure(figsize=(4, 3.2))
+plt.imshow(-nats.mean(0) / math.log(2), cmap="magma")
+plt.colorbar(label="bits")
+plt.title("mean cost of a token", fontsize=10)
+plt.show()
+
+# %% [markdown]
+# ## Samples
+#
+# Image $k$ uses the seed `seed + k`, so that it is the same in any batch. `guidance_scale` above 1 makes the class count for
+# more, at the price of variety. This preset has 1.5. Columns are classes.
+
+# %%
+columns = list(range(10))
+out = pipe(num_images=50, labels=columns * 5, seed=0, output_type="pt")
+show(out.images, f"samples, classes 0 to 9, {bits['gpt']:.2f} bits per token", columns=10)
+
+# %% [markdown]
+# The output holds the tokens as well, and `decode` turns them into the same images. The floors sample, too: here is
+# what the frequencies of `marginal` give, painted by the same decoder. The decoder cannot mend a grid that makes no sense.
+
+# %%
+assert torch.equal(pipe.decode(out.tokens, output_type="pt"), out.images)
+ten = torch.tensor(columns)
+loose = marginal.sample(10, ten, generator=torch.Generator().manual_seed(0))
+uniform = torch.randint(128, (10, 7, 7), generator=torch.Generator().manual_seed(0))
+rows = [pipe.decode(each, output_type="pt") for each in (uniform, loose)]
+show(torch.cat(rows), "above: uniform ids; below: marginal, classes 0 to 9", columns=10)
+
+# %% [markdown]
+# **Guidance and temperature.** Each column has the same seed, so that only the settings differ.
+
+# %%
+settings = [{"temperature": 0.5}, {}, {"guidance_scale": 1.0}, {"guidance_scale": 4.0}, {"temperature": 1.3}]
+figure, axes = plt.subplots(len(settings), 1, figsize=(8, 4.6), layout="constrained")
+for axis, given in zip(axes, settings, strict=True):
+    row = pipe(num_images=10, labels=columns, seed=7, output_type="pt", **given).images
+    axis.imshow(torch.cat(list(row[:, 0]), 1), vmin=-1, vmax=1)
+    name = ", ".join(f"{key} {value}" for key, value in given.items()) or "as the preset has it"
+    axis.set_ylabel(name, rotation=0, ha="right", va="center", fontsize=9)
+    axis.set(xticks=[], yticks=[])
+
+# %% [markdown]
+# ## What to remember
+#
+# - A tokenizer makes a long problem short: 49 ids for 784 pixels. What it loses, no prior brings back.
+# - The prior does not know that its ids are images. It only has to predict ids well, and bits per token say how well.
+# - A pipeline folder holds both. `pipe(...)` samples; `encode`, `decode` and `log_prob` go in between.
+#
+# [Notebook 3](3_orders.py) asks in which order the ids should be drawn, and how many at once.

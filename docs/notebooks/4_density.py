@@ -1,0 +1,379 @@
+# ---
+# jupyter:
+#   jupytext:
+#     text_representation:
+#       extension: .py
+#       format_name: percent
+#   kernelspec:
+#     display_name: Python 3
+#     language: python
+#     name: python3
+# ---
+
+# %% [markdown]
+# # What a density is for
+#
+# A model that knows how probable an image is can do more than sample. This notebook takes a trained pipeline of digits, which
+# comes with the package, and asks it four things: what is missing here? is this image strange, and where? how few bytes are
+# enough? what is in this image?
+#
+# Nothing is trained. The theory is in [docs/density.md](../density.md).
+
+# %%
+import io
+import math
+import os
+
+import matplotlib.pyplot as plt
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor
+
+from pipelines import ImagePipeline
+from pipelines.images import DataConfig, load_images
+
+SHARE = float(os.environ.get("SMALTI_NOTEBOOK_SHARE", "1"))  # below 1, fewer images are looked at
+plt.rcParams.update({"figure.dpi": 110, "image.cmap": "gray", "image.interpolation": "nearest"})
+
+pipe = ImagePipeline.from_pretrained("digits")
+print(pipe)
+
+# %% [markdown]
+# We only look at digits that it has not been trained on. Half of them, every other one, were used to calibrate its anomaly
+# scores, so we take the others.
+
+# %%
+data = load_images(DataConfig(source="digits"))
+new = range(1, len(data.held_out), 2)
+images, labels = data.held_out.batch(new), data.held_out.labels[list(new)]
+print(len(images), "new digits", tuple(images.shape[1:]))
+
+
+def line(images: Tensor) -> Tensor:
+    """Images (B, 1, H, W) in a row, (H, B * W)."""
+    return torch.cat(list(images[:, 0]), 1)
+
+
+def stack(rows: dict[str, Tensor], height: float = 0.95) -> list[plt.Axes]:
+    """Rows of images under each other, with their names."""
+    figure, axes = plt.subplots(len(rows), 1, figsize=(9, height * len(rows)), layout="constrained")
+    for axis, (name, row) in zip(axes, rows.items(), strict=True):
+        axis.imshow(line(row), vmin=-1, vmax=1)
+        axis.set_ylabel(name, rotation=0, ha="right", va="center", fontsize=9)
+        axis.set(xticks=[], yticks=[])
+    return list(axes)
+
+
+# %% [markdown]
+# ## What is missing?
+#
+# `known` is True where a pixel is given. `complete` encodes what is known, and draws the other tokens from
+# $p(\text{hidden} \mid \text{known})$. There is more than one answer, so we ask for four draws of each. What is given comes
+# back as it was.
+
+# %%
+known = torch.zeros(28, 28, dtype=torch.bool)
+known[:16] = True  # the upper part is given
+some = images[:10]
+draws = pipe.complete(some, known, draws=4, seed=0, output_type="pt").images
+rows = {"image": some, "known": torch.where(known, some, -0.4)}
+axes = stack(rows | {f"draw {k + 1}": draws[:, k] for k in range(4)})
+for axis in axes[1:]:
+    axis.axhline(15.5, color="tab:red", lw=0.8)
+
+# %% [markdown]
+# The same conditional can be *evaluated*. We join the upper part of each of eight digits with the lower part of each of them,
+# and ask for $\log p(\text{lower} \mid \text{upper})$. If the model has understood digits, the lower part that belongs there
+# should be among the likeliest of its row.
+
+# %%
+eight = images[:8]
+pairs = torch.where(known, eight[:, None], eight[None, :]).flatten(0, 1)  # pair (i, j): upper part of i, lower part of j
+nats = pipe.conditional_log_prob(pairs, known).view(8, 8)
+bits = -nats / math.log(2)
+
+figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4.2), layout="constrained")
+left.imshow(torch.cat([line(row) for row in pairs.view(8, 8, 1, 28, 28)]), vmin=-1, vmax=1)
+left.set(title="upper part of the row, lower part of the column", xticks=[], yticks=[])
+drawn = right.imshow(bits - bits.min(1, keepdim=True).values, cmap="magma_r")
+right.plot(range(8), range(8), "o", mfc="none", mec="tab:green", ms=14)
+right.set(title="bits more than the best of the row; circles: the true pairs", xticks=[], yticks=[])
+figure.colorbar(drawn, ax=right, shrink=0.8);
+
+# %% [markdown]
+# ## Is this image strange?
+#
+# The first idea is: strange images are improbable, so look at $-\log p$. Here are a few images that are no digits, or damaged
+# ones, and the bits that each costs.
+
+
+# %%
+def strange_images() -> dict[str, Tensor]:
+    """Images (1, 28, 28) that are not as the pipeline expects."""
+    chance = torch.Generator().manual_seed(0)
+    seven, six, zero = images[0], images[1], images[2]
+    dotted, broken, checks = six.clone(), zero.clone(), torch.full((1, 28, 28), -1.0)
+    dotted[:, 3:7, 21:25] = 1  # a spot where nothing should be
+    broken[:, 11:18] = -1  # a band is missing
+    checks[:, ::4] = 1
+    return {
+        "a digit": seven,
+        "with a spot": dotted,
+        "with a gap": broken,
+        "inverted": -six,
+        "on its side": six.transpose(1, 2).flip(1),
+        "noise": torch.rand(1, 28, 28, generator=chance) * 2 - 1,
+        "stripes": checks,
+        "black": torch.full((1, 28, 28), -1.0),
+    }
+
+
+strange = strange_images()
+batch = torch.stack(list(strange.values()))
+bits = -pipe.log_prob(batch) / math.log(2)
+digits = -pipe.log_prob(images) / math.log(2)
+
+
+# %%
+def labelled(values: list[str], title: str) -> None:
+    """The strange images, each with a text below."""
+    figure, axes = plt.subplots(1, len(batch), figsize=(10, 1.9), layout="constrained")
+    for axis, image, name, value in zip(axes, batch, strange, values, strict=True):
+        axis.imshow(image[0], vmin=-1, vmax=1)
+        axis.set_title(name, fontsize=9)
+        axis.set_xlabel(value, fontsize=9)
+        axis.set(xticks=[], yticks=[])
+    figure.suptitle(title, fontsize=10)
+
+
+labelled([f"{value:.0f} bits" for value in bits], "bits of the tokens")
+
+# %%
+plt.figure(figsize=(9, 2.8))
+plt.hist(digits, bins=40, color="0.75", label="new digits")
+for number, (name, value) in enumerate(zip(strange, bits.tolist(), strict=True)):
+    plt.axvline(value, color=f"C{number}", label=name)
+plt.xlabel("bits of the tokens")
+plt.ylabel("images")
+plt.legend(fontsize=8, bbox_to_anchor=(1.01, 1), loc="upper left")
+plt.show()
+assert bits[[4, 7]].max() < digits.max(), "on its side, and black, are within the range of digits"
+
+# %% [markdown]
+# Noise, stripes and the inverted digit stand out. But the nine on its side and the black image cost no more than many a digit
+# does. This is no bug: each of their tokens is a frequent one, and simple images are likely under any model (Nalisnick et
+# al. 2019). Improbable and strange are different things.
+#
+# The default score, `joint`, asks two other questions: how far are the prior's features from those of normal images, and are
+# the image's statistics (bits, error of reconstruction, surprise, ...) out of their usual range, *in either direction*? Both
+# are fitted to normal images alone, which is what a calibration is.
+#
+# **p-values** make a score readable: the share of normal images that look at least as strange. Of new normal images, at most
+# 5 % have $p \le 0.05$, on average over calibrations.
+
+# %%
+p_strange = pipe.anomaly_score(batch, p_values=True)
+labelled([f"p = {value:.3f}" for value in p_strange], "p-values of the score joint")
+
+# %%
+count = max(100, round(len(images) * SHARE))
+p_new = pipe.anomaly_score(images[:count], p_values=True)
+plt.figure(figsize=(6, 2.6))
+plt.hist(p_new, bins=20, range=(0, 1), color="0.75", edgecolor="white")
+plt.axhline(count / 20, color="tab:red", ls="--", label="all p equally frequent")
+plt.xlabel("p-value of a new digit")
+plt.ylabel("images")
+plt.legend(fontsize=8)
+plt.show()
+print(f"{(p_new <= 0.05).double().mean():.1%} of {count} new digits have p <= 0.05")
+assert p_strange[[3, 5, 6, 7]].max() < 0.05, "inverted, noise, stripes and black are found"
+
+# %% [markdown]
+# The black image is found now, like all that is no digit: no normal image is as strange. The nine on its side is not found:
+# its strokes are those of digits. Nor are the spot and the gap, which are small beside the whole image.
+#
+# The p-values of new digits spread evenly. How many of them are below 0.05 differs between calibrations. The promise of 5 % is
+# about their average, and 250 normal images stand behind this one. (`confidence=0.9` asks for thresholds that hold in nine
+# of ten calibrations.)
+#
+# **Where** is an image strange? A token's surprise is $-\log_2 p$ of it, given those before. `anomaly_map` measures it against
+# what is usual *at this position*, and lays it over the pixels. Bright is strange.
+
+# %%
+maps = pipe.anomaly_map(batch[:4])
+figure, axes = plt.subplots(2, 4, figsize=(8, 4.3), layout="constrained")
+for (above, below), image, name, found in zip(axes.T, batch, strange, maps, strict=False):
+    above.imshow(image[0], vmin=-1, vmax=1)
+    above.set(title=name, xticks=[], yticks=[])
+    drawn = below.imshow(found, cmap="magma", vmin=0, vmax=float(maps.max()))
+    below.set(xticks=[], yticks=[])
+figure.colorbar(drawn, ax=axes[1], label="bits");
+
+# %% [markdown]
+# ## How few bytes?
+#
+# A density is a code. An event of probability $p$ can be written in $-\log_2 p$ bits, and an entropy coder comes within a few
+# of them. `compress` writes the tokens of all images into one stream; `decompress` returns the same tokens on any machine.
+
+# %%
+count = max(60, round(200 * SHARE))
+batch_to_store = images[:count]
+stream = pipe.compress(batch_to_store, progress=False)
+restored = pipe.decompress(stream, output_type="pt", progress=False)
+promised = -pipe.log_prob(batch_to_store).sum().item() / math.log(2) / 8
+
+stored = pipe.reconstruct(batch_to_store, output_type="pt")
+print(f"{len(stream)} bytes for {count} digits, {len(stream) / count:.1f} each; -log2 p says {promised / count:.1f}")
+print(f"fixed-length ids would take {49 * 7 / 8:.1f}, and 8-bit pixels 784")
+print("what comes back is what the tokenizer keeps:", torch.equal(restored, stored))
+
+# %% [markdown]
+# What does it look like beside other coders? They are made for large pictures, so we put all digits on one sheet and give the
+# sheet to JPEG and WebP at many qualities, and to PNG, which loses nothing. PSNR says how near the result is to the
+# original.
+
+
+# %%
+def sheet(images: Tensor) -> Image.Image:
+    """Images as one 8-bit picture, twenty a row."""
+    rows = [line(row) for row in images.split(20)]
+    return Image.fromarray(((torch.cat(rows) + 1) * 127.5).round().to(torch.uint8).numpy())
+
+
+def psnr(error: Tensor) -> float:
+    """dB, of errors of pixels in [-1, 1]."""
+    return 10 * math.log10(4 / error.square().mean().item())
+
+
+def coded(kind: str, **settings: object) -> tuple[float, float]:
+    """Bytes of an image, and PSNR."""
+    file = io.BytesIO()
+    sheet(batch_to_store).save(file, kind, **settings)
+    back = torch.frombuffer(bytearray(Image.open(file).convert("L").tobytes()), dtype=torch.uint8)
+    there = torch.frombuffer(bytearray(sheet(batch_to_store).tobytes()), dtype=torch.uint8)
+    return len(file.getvalue()) / count, psnr((back.double() - there.double()) / 127.5) if kind != "PNG" else math.inf
+
+
+curves = {kind: [coded(kind, quality=q) for q in (1, 5, 10, 20, 40, 60, 80)] for kind in ("JPEG", "WEBP")}
+png = coded("PNG", optimize=True)[0]
+ours = len(stream) / count, psnr(stored - batch_to_store)
+
+# %%
+plt.figure(figsize=(7, 3.4))
+for kind, points in curves.items():
+    plt.plot(*zip(*points, strict=True), "o-", label=kind, ms=4)
+plt.plot(*ours, "*", ms=16, color="tab:red", label="the pipeline")
+plt.axvline(png, color="0.5", ls="--", label="PNG, lossless")
+plt.xlabel("bytes per digit")
+plt.ylabel("PSNR, dB")
+plt.legend(fontsize=8)
+plt.show()
+print(f"the pipeline: {ours[0]:.1f} bytes at {ours[1]:.1f} dB; PNG {png:.0f} bytes")
+assert len(stream) / count < png / 4
+
+# %% [markdown]
+# This is no fair race: our coder was made for digits, and JPEG for everything. It shows what it is worth to know the data.
+# (The model has to be on both sides, like JPEG's tables, only larger. With a decoder that has a likelihood of pixels,
+# `lossless=True` keeps every pixel: [docs/density.md](../density.md#compression).)
+#
+# ## What is in this image?
+#
+# **Bayes.** The prior knows $p(\text{tokens} \mid \text{class})$ of each class. If classes are equally likely, the most
+# probable one given the image is the one that makes the image most probable. So the generator is a classifier:
+#
+# $$p(\text{class} \mid x) = \frac{p(x \mid \text{class})}{\sum_c p(x \mid c)}.$$
+
+# %%
+count = max(150, round(len(images) * SHARE))
+tokens, truth = pipe.encode(images[:count]), labels[:count]
+with torch.no_grad():
+    each = [pipe.prior.log_prob(tokens, torch.full((count,), label)) for label in range(10)]
+posterior = torch.stack(each, 1).softmax(1)  # (B, 10)
+guess = posterior.argmax(1)
+accuracy = (guess == truth).double().mean().item()
+confusion = torch.zeros(10, 10).index_put_((truth, guess), torch.ones(count), accumulate=True)
+wrong = (guess != truth).nonzero()[:, 0]
+
+figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.6), layout="constrained", width_ratios=[1, 1.6])
+left.imshow(confusion.sqrt(), cmap="Blues")
+for at, number in enumerate(confusion.flatten().long().tolist()):
+    color = "white" if number > confusion.max() / 3 else "black"
+    left.text(at % 10, at // 10, number or "", ha="center", va="center", fontsize=7, color=color)
+left.set(title=f"{accuracy:.1%} right", xlabel="guessed", ylabel="true", xticks=range(10), yticks=range(10))
+shown = wrong[:10]
+right.imshow(torch.cat([line(part) for part in images[shown].split(5)]), vmin=-1, vmax=1)
+for place, at in enumerate(shown.tolist()):
+    text = f"{truth[at]} as {guess[at]}"
+    right.text(28 * (place % 5) + 1, 28 * (place // 5) + 4, text, color="tab:orange", fontsize=9)
+right.set(title="the first mistakes: true class, and what it was taken for", xticks=[], yticks=[])
+assert accuracy > 0.85
+
+# %% [markdown]
+# **Representations.** To predict the next token well, the prior has to find out what is drawn. `embed` returns what a layer
+# makes of an image, as a vector. Near vectors are alike: on the left are new digits, on the right their nearest training
+# digits, by the cosine of the middle layer.
+
+# %%
+size = max(400, round(1500 * SHARE))
+library = data.train.batch(range(size))
+index = F.normalize(pipe.embed(library), dim=1)
+queries = F.normalize(pipe.embed(images[:8]), dim=1)
+nearest = (queries @ index.T).topk(9).indices
+
+figure, (left, right) = plt.subplots(1, 2, figsize=(8, 6), layout="constrained", width_ratios=[1, 9])
+left.imshow(torch.cat(list(images[:8, 0])), vmin=-1, vmax=1)
+left.set(title="new", xticks=[], yticks=[])
+right.imshow(torch.cat([line(library[row]) for row in nearest]), vmin=-1, vmax=1)
+right.set(title=f"nearest of {size} training digits", xticks=[], yticks=[]);
+
+# %% [markdown]
+# **Linear probes** say how plainly something stands in a representation. We fit one linear map from vectors to classes by least
+# squares, for each layer, and count how many new digits it gets right. No label was given to the prior here: it reads the
+# image without a class. A layer's vector is the mean over positions, as for `embed`.
+
+# %%
+train_tokens = pipe.encode(library)
+
+
+def vectors(images: Tensor, tokens: Tensor) -> dict[str, Tensor]:
+    """What a linear map may read, (B, dim) each."""
+    with torch.no_grad():
+        layers = [pipe.prior.features(tokens, layer=layer) for layer in range(pipe.prior.feature_layers)]
+    found = {f"prior.{k}": F.layer_norm(each, each.shape[-1:]).mean(1) for k, each in enumerate(layers)}
+    return {"pixels": images.flatten(1), "codes": F.one_hot(tokens.flatten(1), 128).double().mean(1), **found}
+
+
+def probe(inside: Tensor, outside: Tensor) -> float:
+    """Accuracy of a linear map on new digits, ridge regression."""
+    mean, spread = inside.double().mean(0), inside.double().std()
+    inside, outside = (F.pad((part.double() - mean) / spread, (0, 1), value=1) for part in (inside, outside))
+    wanted = F.one_hot(data.train.labels[:size], 10).double()
+    penalty = 0.003 * size * torch.eye(inside.shape[1]).double()
+    weights = torch.linalg.solve(inside.T @ inside + penalty, inside.T @ wanted)
+    return ((outside @ weights).argmax(1) == truth).double().mean().item()
+
+
+# %%
+inside, outside = vectors(library, train_tokens), vectors(images[:count], tokens)
+accuracies = {layer: probe(inside[layer], outside[layer]) for layer in inside}
+layers = list(accuracies)[::-1]
+plt.figure(figsize=(7, 2.6))
+bars = plt.barh(layers, [accuracies[layer] for layer in layers], color="tab:blue")
+plt.bar_label(bars, fmt="%.3f", padding=3)
+plt.xlim(0, 1.1)
+plt.xlabel(f"accuracy on {count} new digits, after {size} labels")
+plt.show()
+
+# %% [markdown]
+# `codes` only counts which ids occur, and forgets where. The layers of the prior were never asked for the class, and had to
+# find out.
+#
+# ## What to remember
+#
+# - Conditionals complete images, and can be evaluated as well as drawn.
+# - A likely image may be strange. Ask about features and about both tails, and read p-values.
+# - Bits are bytes: a good density is a good code.
+# - A generator is a classifier, and its layers know what it draws.
+#
+# [Notebook 5](5_own_images.py) does all of it with images of your own.
