@@ -1,4 +1,4 @@
-"""Turn a published VQGAN (a diffusers VQModel, taming-transformers, LlamaGen) into a tokenizer of ours.
+"""Turn a published tokenizer (diffusers, transformers, taming-transformers, LlamaGen, ...) into one of ours.
 
 Weights come from safetensors alone, and every size from their shapes. What a file of bare weights does not say (the
 size of the images, groups of the normalisation, whether codes are directions) are keys of the verb.
@@ -7,23 +7,20 @@ size of the images, groups of the normalisation, whether codes are directions) a
 from __future__ import annotations
 
 import hashlib
-import re
 from functools import partial
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, Literal, NoReturn
 
-import torch
 from pydantic import Field
 from torch import Tensor
 
 from tokenizer import Tokenizer
-from tokenizer.files.errors import ConfigError, WeightsError
+from tokenizer.autoencoder import Autoencoder
+from tokenizer.files.errors import ConfigError
 from tokenizer.files.opening import read_bytes, read_json
 from tokenizer.files.weights import parse_weights
 from tokenizer.pretrained import MAX_WEIGHT_BYTES
-from tokenizer.published import DIFFUSERS, Layout, check_settings, modern, recognise, sizes_of
-from tokenizer.quantizers.vq import VQ
-from tokenizer.vqgan import VQGAN, VQGANConfig
+from tokenizer.published import Layout, Shapes, build, recognise, tokenizer_of
 
 from ..config import Config, UserError, run_command
 from ..config.outputs import check_out_folder
@@ -42,14 +39,23 @@ class ImportConfig(Config):
     """What is imported, and what its weights do not say."""
 
     source: str = Field(
-        description="folder of a diffusers VQModel, or a .safetensors file with the weights of "
-        "taming-transformers' VQGAN or LlamaGen's VQ, or the folder it is in"
+        description="folder of a diffusers VQModel or of a transformers model with a VQVAE (Janus, Emu3), or a "
+        ".safetensors file with the weights of taming-transformers, Chameleon, LlamaGen, MaskGIT-VQGAN, "
+        "Open-MAGVIT2, IBQ or Cosmos DI, or the folder it is in"
     )
     out: str = Field(description="the tokenizer's folder")
     image_size: Side | tuple[Side, Side] | None = Field(
         None,
-        description="height and width of the images, one number or [height, width]; default: sample_size of a "
-        f"diffusers model, {IMAGE_SIZE} for the others, whose weights fit every size",
+        description="height and width of the images, one number or [height, width]; default: what the config.json "
+        f"beside the weights says, else {IMAGE_SIZE}, as weights fit every size",
+    )
+    layout: Literal["ibq"] | None = Field(
+        None,
+        description="whose weights they are, where their names do not tell: ibq (SEED-Voken), which are called as "
+        "taming-transformers calls them",
+    )
+    levels: tuple[int, ...] | None = Field(
+        None, description="levels of each channel of Cosmos' quantizer; default: the file's, else 8, 8, 8, 5, 5, 5"
     )
     normalize: bool | None = Field(
         None,
@@ -70,16 +76,18 @@ def run(config: ImportConfig) -> Path:
     path, out = find_weights(config.source), Path(config.out)
     check_out_folder(out, Tokenizer.folder_kind(), [path])
     weights, digest = read_weights(path)
-    layout = recognise(weights, path)
-    if layout is DIFFUSERS:
-        weights = {modern(key): value for key, value in weights.items()}
-    model_config = describe(weights, layout, path, config)
+    layout = recognise(weights, path, config.layout)
+    weights = layout.prepare(weights)
+    sizes = layout.sizes(Shapes(weights, layout, path))
+    beside = settings_beside(layout, sizes, path)
+    model_config = describe(sizes, beside, layout, path, config)
     model, unused = build(model_config, weights, layout, path)
     size = model_config.image_size
     data = {"source": UNKNOWN_SOURCE, "image_size": list(size), "channels": model_config.channels}
     facts = {"layout": layout.title, "file": path.name, "sha256": digest}
     save_tokenizer(model, out, {"data": data, "imported": facts}, [path])
-    print(summary(model, layout, path, config, unused))
+    assumed = config.image_size is None and "image_size" not in beside
+    print(summary(model, f"{path}: {layout.title}", assumed, config.out, unused))
     return out
 
 
@@ -133,98 +141,61 @@ def refuse_pickle(path: Path) -> NoReturn:
 
 
 def read_weights(path: Path) -> tuple[dict[str, Tensor], str]:
-    """The tensors of a safetensors file, and its sha256. Raises `LimitError`, `WeightsError` or `PathError`."""
+    """The tokenizer's tensors of a safetensors file, and its sha256. Raises `LimitError`, `WeightsError` or
+    `PathError`."""
     data = read_bytes(path, MAX_WEIGHT_BYTES)
-    return parse_weights(data, path), hashlib.sha256(data).hexdigest()
+    return tokenizer_of(parse_weights(data, path)), hashlib.sha256(data).hexdigest()
 
 
 # sizes --------------------------------------------------------------------------------------------
 
 
-def describe(weights: dict[str, Tensor], layout: Layout, path: Path, config: ImportConfig) -> VQGANConfig:
-    """The configuration that the weights, and for diffusers its `config.json`, ask for. Raises `ConfigError`,
-    `FormatError` or `WeightsError`."""
-    sizes, quantizer = sizes_of(weights, layout, path)
-    size: Any = config.image_size
-    groups = config.groups
-    if layout is DIFFUSERS:
-        settings = read_json(path.parent / SETTINGS)
-        check_settings(settings, {**sizes, **quantizer}, path.parent / SETTINGS)
-        size, groups = size or settings.get("sample_size", 32), groups or settings.get("norm_num_groups", 32)
-    size = tuple(size) if isinstance(size, (list, tuple)) else (size or IMAGE_SIZE,) * 2
-    normalize = layout.normalize if config.normalize is None else config.normalize
-    if normalize:
-        quantizer["normalize"] = True
+def settings_beside(layout: Layout, sizes: dict[str, Any], path: Path) -> dict[str, Any]:
+    """What the `config.json` beside the weights says, held against their `sizes`. Raises `PathError` where it has to be
+    there, `ConfigError` or `FormatError`."""
+    place = path.parent / SETTINGS
+    if layout.settings is None or not (layout.needs_settings or place.is_file()):
+        return {}
+    return layout.settings(read_json(place), sizes, place)
+
+
+def describe(sizes: dict[str, Any], beside: dict[str, Any], layout: Layout, path: Path, told: ImportConfig) -> Any:
+    """The model's configuration: what weights say, what lies `beside` them, and what was told. Raises `ConfigError`."""
+    quantizer = dict(sizes["quantizer"])
+    if told.normalize is False:
+        quantizer.pop("normalize", None)
+    quantizer |= {"normalize": True} if told.normalize else {}
+    quantizer |= {"levels": told.levels} if told.levels else {}
+    size: Any = told.image_size or beside.get("image_size", IMAGE_SIZE)
+    size = tuple(size) if isinstance(size, (list, tuple)) else (size,) * 2
+    groups = told.groups or beside.get("groups", GROUPS)
     try:
-        return VQGANConfig(**{**sizes, "image_size": size, "groups": groups or GROUPS, "quantizer": quantizer})
+        return layout.kind.Config(**{**sizes, "image_size": size, "groups": groups, "quantizer": quantizer})
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from error
 
 
-# weights ------------------------------------------------------------------------------------------
-
-
-def build(config: VQGANConfig, weights: dict[str, Tensor], layout: Layout, path: Path) -> tuple[VQGAN, list[str]]:
-    """The model with its weights in float32, and the names of those that only training needs. Raises `WeightsError`
-    naming what is missing, left over, misshapen or not finite."""
-    with torch.device("meta"):
-        expected = dict(VQGAN(config).named_parameters())
-    names = {key: layout.published(key, len(config.widths)) for key in expected}
-    missing = sorted(name for name in names.values() if name not in weights)
-    extra = sorted(set(weights) - set(names.values()))
-    unused = [name for name in extra if re.match(layout.training, name)]
-    unknown = [name for name in extra if name not in unused]
-    if missing or unknown:
-        raise WeightsError(f"{path}: missing weights {missing[:5]}, unexpected weights {unknown[:5]}")
-    model = VQGAN(config)
-    with torch.no_grad():
-        for key, parameter in model.named_parameters():
-            parameter.copy_(fitted(weights[names[key]], parameter, names[key], path))
-        model.quantizer.get_buffer("started").fill_(1)  # the codebook is not to be started anew by further training,
-        if isinstance(model.quantizer, VQ):
-            model.quantizer.counts.fill_(1)  # nor is any of its codes dead yet
-    return model.eval(), unused
-
-
-def fitted(found: Tensor, expected: Tensor, name: str, path: Path) -> Tensor:
-    """`found` in float32, checked. (Some 1x1 convolutions are matrices to others.)"""
-    if matrix_shape(found) != matrix_shape(expected):
-        raise WeightsError(f"{path}: {name} has shape {list(found.shape)}, expected {list(expected.shape)}")
-    if not found.is_floating_point():
-        raise WeightsError(f"{path}: {name} has type {found.dtype}, expected a floating-point one")
-    if not bool(torch.isfinite(found.float()).all()):
-        raise WeightsError(f"{path}: {name} holds a value that is not finite")
-    return found.float().reshape(expected.shape)
-
-
-def matrix_shape(weight: Tensor) -> tuple[int, ...]:
-    """Its shape, without the two axes of a 1x1 convolution."""
-    return tuple(weight.shape[:2] if weight.shape[2:] == (1, 1) else weight.shape)
-
-
-def summary(model: VQGAN, layout: Layout, path: Path, config: ImportConfig, unused: list[str]) -> str:
-    """What was imported, and how to go on."""
+def summary(model: Autoencoder, title: str, assumed: bool, out: str, unused: list[str]) -> str:
+    """What was imported, and how to go on. assumed: whether nothing says the size of the images."""
     channels, height, width = model.image_shape
-    codes = model.quantizer.config
-    told = config.image_size is not None or layout is DIFFUSERS
-    size = "" if told else "; their size is assumed, weights do not say it: image_size=..."
+    size = "; their size is assumed, weights do not say it: image_size=..." if assumed else ""
     rest = f", {len(unused)} weight{'s' * (len(unused) > 1)} that only training needs left out" if unused else ""
-    by_direction = " compared by direction" if getattr(codes, "normalize", False) else ""
+    by_direction = " compared by direction" if getattr(model.quantizer.config, "normalize", False) else ""
     ids = f"{' x '.join(map(str, model.grid.shape))} ids of {model.grid.vocab_size:,}"
     parameters = sum(p.numel() for p in model.parameters())
     widths, blocks = list(model.config.widths), model.config.blocks
     rows = [
         ("  images", f"{height} x {width} {'grey' if channels == 1 else 'RGB'}{size}"),
-        ("  tokens", f"{ids}, codes of {codes.dim}{by_direction}"),
-        ("  network", f"widths {widths}, blocks {blocks}, {parameters:,} parameters"),
-        ("  folder", config.out),
+        ("  tokens", f"{ids}, codes of {model.quantizer.dim}{by_direction}"),
+        ("  network", f"{model.name}, widths {widths}, blocks {blocks}, {parameters:,} parameters"),
+        ("  folder", out),
     ]
     return "\n".join(
         [
-            f"{path}: {layout.title}{rest}",
+            f"{title}{rest}",
             table(rows),
-            f"smalti reconstruct tokenizer={config.out} data.source=FOLDER",
-            f"smalti encode tokenizer={config.out} data.source=FOLDER out=TOKENS",
+            f"smalti reconstruct tokenizer={out} data.source=FOLDER",
+            f"smalti encode tokenizer={out} data.source=FOLDER out=TOKENS",
         ]
     )
 

@@ -8,26 +8,15 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from agreement import CLOSE, agree
 from command import fails
 from published_weights import imported, llamagen_shapes, random_images, random_weights, taming_shapes
 from safetensors.torch import load_file, save_file
 
 from pipelines.commands.import_ import ImportConfig, describe
-from tokenizer.published import LLAMAGEN
+from tokenizer.published import Shapes
+from tokenizer.published.vqgans import LLAMAGEN
 from tokenizer.vqgan import VQGAN
-
-CLOSE = 1e-4  # what is promised of reconstructions in [-1, 1]
-
-
-def agree(tokenizer, images, tokens, pictures, different=3):
-    """Same ids, and pictures within what is promised; enough of both that it means something."""
-    rows, columns = tokenizer.grid.shape
-    assert torch.equal(tokenizer.encode(images), tokens.reshape(len(images), rows, columns))
-    assert len(tokens.unique()) > different
-    difference = (tokenizer.decode(tokenizer.encode(images)) - pictures.clamp(-1, 1)).abs().max()
-    assert difference < CLOSE and pictures.std() > 0.1
-    print(f"largest difference {difference:.2e}")
-
 
 # diffusers
 
@@ -332,7 +321,9 @@ def test_published_names_and_sizes_of_llamagens_vq16():
     """The network of the published file: 71.88 million parameters, 16384 codes of 8, 16x16 ids of 256x256 pixels."""
     shapes = llamagen_shapes(128, (1, 1, 2, 2, 4), blocks=2, z=256, codes=16384, dim=8)
     weights = {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
-    config = describe(weights, LLAMAGEN, Path("vq_ds16.safetensors"), ImportConfig(source="a", out="b"))
+    path = Path("vq_ds16.safetensors")
+    sizes = LLAMAGEN.sizes(Shapes(weights, LLAMAGEN, path))
+    config = describe(sizes, {}, LLAMAGEN, path, ImportConfig(source="a", out="b"))
     with torch.device("meta"):
         model = VQGAN(config)
     assert sum(p.numel() for p in model.parameters()) == sum(value.numel() for value in weights.values()) == 71_883_403
