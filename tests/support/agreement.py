@@ -13,5 +13,6 @@ def agree(tokenizer, images, tokens, pictures, different=3):
     assert torch.equal(tokenizer.encode(images), tokens.reshape(len(images), rows, columns))
     assert len(tokens.unique()) > different
     difference = (tokenizer.decode(tokenizer.encode(images)) - pictures.clamp(-1, 1)).abs().max()
-    assert difference < CLOSE and pictures.std() > 0.1
+    assert difference < CLOSE, f"{difference:.1e}"
+    assert pictures.std() > 0.1
     print(f"tokens {tokens.numel()} of {tokens.numel()}, ids {len(tokens.unique())}, largest difference {difference:.2e}")
