@@ -29,6 +29,7 @@ from ..images.base import Side
 from ..stages.provenance import save_tokenizer
 
 PICKLES = {".pt", ".pth", ".ckpt", ".bin", ".pkl", ".pickle"}
+TORCHSCRIPT = ".jit"
 DIFFUSERS_WEIGHTS, SETTINGS = "diffusion_pytorch_model.safetensors", "config.json"
 IMAGE_SIZE, GROUPS = 256, 32  # of the published models whose weights come without a configuration
 # What `encode` and `reconstruct` find as the source of the training images, and say is not there.
@@ -101,6 +102,8 @@ def find_weights(source: str) -> Path:
     if path.is_file():
         if path.suffix.lower() in PICKLES:
             refuse_pickle(path)
+        if path.suffix.lower() == TORCHSCRIPT:
+            refuse_torchscript(path)
         return path
     if not path.is_dir():
         raise UserError(f"source: there is no file or folder {source[:200]} (download models of a Hub first)")
@@ -115,6 +118,8 @@ def find_weights(source: str) -> Path:
         raise UserError(f"source: {path} holds {len(found)} files of weights, name one of them ({names})")
     if pickles:
         refuse_pickle(pickles[0])
+    if scripts := sorted(path.glob(f"*{TORCHSCRIPT}")):
+        refuse_torchscript(next((file for file in scripts if file.stem == "autoencoder"), scripts[0]))
     inner = [file.parent.name for file in sorted(path.glob(f"*/{DIFFUSERS_WEIGHTS}"))]
     hint = f"; did you mean {path / next((name for name in inner if 'vq' in name), inner[0])}?" if inner else ""
     raise UserError(f"source: {path} holds no .safetensors file{hint}")
@@ -137,6 +142,21 @@ def refuse_pickle(path: Path) -> NoReturn:
     raise UserError(
         f"source: {path} is a pickle, which can run any code when it is opened, so it is not; the two lines of Python "
         f"above convert it, then import source={target}"
+    )
+
+
+def refuse_torchscript(path: Path) -> NoReturn:
+    """Print two lines of Python that take the weights out of `path`, and raise `UserError`."""
+    target = path.with_suffix(".safetensors")
+    print(
+        f"import torch, safetensors.torch; file = torch.jit.load({str(path)!r}, map_location='cpu')\n"
+        "safetensors.torch.save_file({key: value.clone(memory_format=torch.contiguous_format) for key, value in "
+        f"file.state_dict().items()}}, {str(target)!r})",
+        flush=True,
+    )
+    raise UserError(
+        f"source: {path} is TorchScript, which is code, so it is not opened; the two lines of Python above take the "
+        f"weights out of it (of Cosmos', those of autoencoder.jit), then import source={target}"
     )
 
 

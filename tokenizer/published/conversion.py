@@ -20,7 +20,7 @@ from .maskgit import MASKGIT
 from .vqgans import DIFFUSERS, IBQ, JANUS, LLAMAGEN, TAMING
 
 # Those that share names with others come before them; which of two none of the weights tells is said by the user.
-LAYOUTS = (DIFFUSERS, LLAMAGEN, EMU3, MAGVIT2, MASKGIT, JANUS, COSMOS, TAMING)
+LAYOUTS = (DIFFUSERS, LLAMAGEN, EMU3, MAGVIT2, MASKGIT, COSMOS, JANUS, TAMING)
 TOLD = {"ibq": IBQ}
 WITHIN = ("model.vqmodel.", "vqmodel.")
 """Before the names of the tokenizer's weights in a whole model of transformers."""

@@ -125,11 +125,8 @@ def sizes(shapes: Shapes) -> dict[str, Any]:
         found = f"{network['channels']} channels, allowed are {', '.join(map(str, sorted(folded)))}"
         raise WeightsError(f"{shapes.path}: encoder.conv_in.weight takes {found}")
     channels, patch = folded[network["channels"]]
-    dim = shapes.of("encoder.project.weight")[0]
     told = shapes.weights.get("quantizer._levels")
     levels = LEVELS if told is None else tuple(told.flatten().tolist())
-    if len(levels) != dim:
-        raise WeightsError(f"{shapes.path}: quant_conv.weight has {dim} channels, the quantizer {len(levels)} levels")
     halvings = shapes.count("encoder.levels.{}.resample.1.weight")
     quantizer = {"kind": "fsq", "levels": levels}
     return {**network, "channels": channels, "patch": patch, "halvings": halvings, "quantizer": quantizer}

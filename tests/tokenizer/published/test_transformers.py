@@ -78,8 +78,7 @@ def test_janus_tokens_and_pictures_are_the_same(tmp_path, changes):
 
 
 def test_janus_as_its_authors_compute_it(tmp_path):
-    """By direction in both ways, which is LlamaGen's; of codes of length 1 it is what transformers does of such vectors.
-    So far as it decodes, both are one."""
+    """By direction in both ways, as LlamaGen does; what is decoded from the same tokens does not differ."""
     model = saved(tmp_path / "model", "JanusVQVAE", JANUS)
     tokenizer = imported(tmp_path / "model", tmp_path / "out", "normalize=true")
     assert tokenizer.quantizer.config.normalize
