@@ -11,16 +11,17 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NoReturn
 
+import torch
 from pydantic import Field
 from torch import Tensor
 
 from tokenizer import Tokenizer
 from tokenizer.autoencoder import Autoencoder
-from tokenizer.files.errors import ConfigError
-from tokenizer.files.opening import read_bytes, read_json
-from tokenizer.files.weights import parse_weights
+from tokenizer.files.errors import ConfigError, FormatError, shown
+from tokenizer.files.opening import opened, read_json
+from tokenizer.files.weights import read_header, tensor_of
 from tokenizer.pretrained import MAX_WEIGHT_BYTES
-from tokenizer.published import Layout, Shapes, build, recognise, tokenizer_of
+from tokenizer.published import Layout, Shapes, build, prefix_of, recognise
 
 from ..config import Config, UserError, run_command
 from ..config.outputs import check_out_folder
@@ -30,6 +31,7 @@ from ..stages.provenance import save_tokenizer
 
 PICKLES = {".pt", ".pth", ".ckpt", ".bin", ".pkl", ".pickle"}
 TORCHSCRIPT = ".jit"
+INDEX = "model.safetensors.index.json"  # of transformers' weights in several files
 DIFFUSERS_WEIGHTS, SETTINGS = "diffusion_pytorch_model.safetensors", "config.json"
 IMAGE_SIZE, GROUPS = 256, 32  # of the published models whose weights come without a configuration
 # What `encode` and `reconstruct` find as the source of the training images, and say is not there.
@@ -113,6 +115,8 @@ def find_weights(source: str) -> Path:
     pickles = sorted(file for file in path.iterdir() if file.suffix.lower() in PICKLES)
     if len(found) == 1:
         return found[0]
+    if (path / INDEX).is_file():
+        return part_of(path)
     if found:
         names = ", ".join(file.name for file in found[:5])
         raise UserError(f"source: {path} holds {len(found)} files of weights, name one of them ({names})")
@@ -123,6 +127,20 @@ def find_weights(source: str) -> Path:
     inner = [file.parent.name for file in sorted(path.glob(f"*/{DIFFUSERS_WEIGHTS}"))]
     hint = f"; did you mean {path / next((name for name in inner if 'vq' in name), inner[0])}?" if inner else ""
     raise UserError(f"source: {path} holds no .safetensors file{hint}")
+
+
+def part_of(folder: Path) -> Path:
+    """Of a whole model in several files, the one that has the tokenizer. Raises `UserError` or `FormatError`."""
+    index = folder / INDEX
+    places = read_json(index).get("weight_map")
+    if not isinstance(places, dict) or not all(isinstance(name, str) for name in places.values()):
+        raise FormatError(f"{index}: weight_map: expected a file for each weight (found {shown(places)})")
+    prefix = prefix_of(places)
+    files = sorted({file for name, file in places.items() if name.startswith(prefix)})
+    if not prefix or len(files) != 1 or Path(files[0]).name != files[0]:
+        found = f"in {', '.join(files[:5])}" if prefix else "in none"
+        raise UserError(f"source: {index}: a tokenizer's weights should be in one file of the folder (found {found})")
+    return folder / files[0]
 
 
 def refuse_pickle(path: Path) -> NoReturn:
@@ -163,8 +181,23 @@ def refuse_torchscript(path: Path) -> NoReturn:
 def read_weights(path: Path) -> tuple[dict[str, Tensor], str]:
     """The tokenizer's tensors of a safetensors file, and its sha256. Raises `LimitError`, `WeightsError` or
     `PathError`."""
-    data = read_bytes(path, MAX_WEIGHT_BYTES)
-    return tokenizer_of(parse_weights(data, path)), hashlib.sha256(data).hexdigest()
+    digest, weights = hashlib.sha256(), {}
+    with opened(path, MAX_WEIGHT_BYTES) as file:
+
+        def read(count: int) -> bytes:
+            data = file.read(count)
+            digest.update(data)
+            return data
+
+        entries = read_header(read, file.size, path)
+        prefix = prefix_of(entries)
+        for name, entry in entries.items():  # one at a time: of a whole model, most are not wanted
+            raw = torch.empty(entry.end - entry.begin, dtype=torch.uint8)
+            file.read_into(raw.numpy().data)
+            digest.update(raw.numpy().data)
+            if name.startswith(prefix):
+                weights[name.removeprefix(prefix)] = tensor_of(raw, entry)
+    return weights, digest.hexdigest()
 
 
 # sizes --------------------------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -43,10 +44,9 @@ def recognise(weights: Weights, path: Path, told: str | None = None) -> Layout:
     return TOLD[told] if told else found
 
 
-def tokenizer_of(weights: Weights) -> Weights:
-    """The tokenizer's weights of a whole model; all, if they are a tokenizer's."""
-    prefix = next((prefix for prefix in WITHIN if any(name.startswith(prefix) for name in weights)), "")
-    return {name.removeprefix(prefix): value for name, value in weights.items() if name.startswith(prefix)}
+def prefix_of(names: Collection[str]) -> str:
+    """What the names of the tokenizer's weights begin with in a whole model; nothing, if these are a tokenizer's."""
+    return next((prefix for prefix in WITHIN if any(name.startswith(prefix) for name in names)), "")
 
 
 def build(config: Any, weights: Weights, layout: Layout, path: Path) -> tuple[Autoencoder, list[str]]:

@@ -15,6 +15,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from ..autoencoder import Autoencoder
+from ..layers import group_norm
 from ..quantizers.lfq import LFQConfig
 from ..settings import ModelConfig, Node
 from ..vqgan import conv3
@@ -72,9 +73,14 @@ class Decoder(nn.Module):
 class AdaptiveNorm(nn.Module):
     """Group normalisation of `(B, width, H, W)`, each channel scaled and shifted by what the codes of the image are."""
 
+    ones: Tensor
+    zeros: Tensor
+
     def __init__(self, width: int, groups: int, dim: int) -> None:
         super().__init__()
         self.groups = groups
+        self.register_buffer("ones", torch.ones(width), persistent=False)
+        self.register_buffer("zeros", torch.zeros(width), persistent=False)
         self.scale, self.shift = nn.Linear(dim, width), nn.Linear(dim, width)
 
     def forward(self, x: Tensor, codes: Tensor) -> Tensor:
@@ -82,7 +88,8 @@ class AdaptiveNorm(nn.Module):
         rows = codes.flatten(2)
         deviation = (rows.var(2, correction=min(1, rows.shape[2] - 1)) + EPS).sqrt()
         scale, shift = self.scale(deviation), self.shift(rows.mean(2))
-        return F.group_norm(x, self.groups, eps=EPS) * scale[..., None, None] + shift[..., None, None]
+        normalised = group_norm(x, self.groups, self.ones, self.zeros, EPS)
+        return normalised * scale[..., None, None] + shift[..., None, None]
 
 
 class Grow(nn.Sequential):

@@ -102,9 +102,37 @@ def test_a_whole_models_file_is_read(tmp_path):
     (tmp_path / "whole" / "config.json").write_text(json.dumps(outer))
     tokenizer = imported(tmp_path / "whole", tmp_path / "out")
     assert tokenizer.image_shape == (3, 8, 8)
+    assert parameters_of(tokenizer) == parameters_of(model)
     tokenizer = imported(tmp_path / "whole", tmp_path / "out", "image_size=16")
     images = random_images(2, (3, 16, 16))
     agree(tokenizer, images, *janus_says(model, images))
+
+
+def test_the_file_of_several_that_has_the_tokenizer_is_found(tmp_path, capsys):
+    saved(tmp_path / "model", "JanusVQVAE", JANUS)
+    weights = load_file(tmp_path / "model" / "model.safetensors")
+    folder = tmp_path / "whole"
+    folder.mkdir()
+    whole = {f"model.vqmodel.{name}": value for name, value in weights.items()}
+    save_file({"lm_head.weight": torch.zeros(5, 4)}, folder / "model-00001-of-00002.safetensors")
+    save_file(whole, folder / "model-00002-of-00002.safetensors")
+    places = {"lm_head.weight": "model-00001-of-00002.safetensors"}
+    places |= dict.fromkeys(whole, "model-00002-of-00002.safetensors")
+    index = folder / "model.safetensors.index.json"
+    index.write_text(json.dumps({"metadata": {}, "weight_map": places}))
+    imported(folder, tmp_path / "out", "image_size=16")
+
+    def error_of(changed):
+        index.write_text(json.dumps(changed))
+        return fails(capsys, "import", f"source={folder}", f"out={tmp_path}/out")
+
+    first = next(iter(whole))
+    both = error_of({"weight_map": {**places, first: "model-00001-of-00002.safetensors"}})
+    assert "should be in one file of the folder (found in model-00001-of-00002.safetensors, model-00002-" in both
+    outside = error_of({"weight_map": dict.fromkeys(whole, "../model/model.safetensors")})
+    assert "should be in one file of the folder (found in ../model/model.safetensors)" in outside
+    assert "(found in none)" in error_of({"weight_map": {"lm_head.weight": "model-00001-of-00002.safetensors"}})
+    assert "weight_map: expected a file for each weight (found [1])" in error_of({"weight_map": [1]})
 
 
 # Emu3
