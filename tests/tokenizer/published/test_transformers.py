@@ -6,6 +6,7 @@ Covers: tokenizer/published/emu3.py, tokenizer/published/settings.py.
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,6 +14,11 @@ from agreement import agree
 from command import fails
 from published_weights import imported, random_images, random_weights, taming_shapes
 from safetensors.torch import load_file, save_file
+
+from pipelines.commands.import_ import ImportConfig, describe
+from tokenizer.published import Shapes
+from tokenizer.published.emu3 import EMU3 as EMU3_LAYOUT
+from tokenizer.published.vqgans import JANUS as JANUS_LAYOUT
 
 transformers = pytest.importorskip("transformers")
 
@@ -164,6 +170,23 @@ def test_every_weight_of_emu3_that_an_image_needs_has_a_gradient(tmp_path):
     tokenizer(random_images(2, tokenizer.image_shape)).images.square().mean().backward()
     unseen = {name for name, p in tokenizer.named_parameters() if p.grad is None or not p.grad.any()}
     assert not {name for name in unseen if not name.startswith("quantizer.")}
+
+
+@pytest.mark.parametrize(("kind", "layout"), [("JanusVQVAE", JANUS_LAYOUT), ("Emu3VQVAE", EMU3_LAYOUT)])
+def test_the_published_sizes_are_ours(kind, layout):
+    """Of Janus-Pro and of Emu3, by the defaults of their configurations."""
+    with torch.device("meta"):
+        model = getattr(transformers, kind)(getattr(transformers, f"{kind}Config")())
+    weights = layout.prepare(model.state_dict())
+    sizes = layout.sizes(Shapes(weights, layout, Path("model.safetensors")))
+    config = describe(sizes, {}, layout, Path("model.safetensors"), ImportConfig(source="a", out="b"))
+    with torch.device("meta"):
+        tokenizer = layout.kind(config)
+    assert parameters_of(tokenizer) == parameters_of(model)
+    print(f"{parameters_of(model):,}")
+    if layout is EMU3_LAYOUT:
+        defaults = layout.kind.Config(image_size=(256, 256), channels=3).to_dict()
+        assert config.to_dict() == {**defaults, "encoder_attention": [3], "decoder_attention": [3]}
 
 
 # Chameleon, of which transformers has the encoder
