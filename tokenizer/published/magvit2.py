@@ -85,7 +85,7 @@ class AdaptiveNorm(nn.Module):
 
     def forward(self, x: Tensor, codes: Tensor) -> Tensor:
         """codes: `(B, dim, h, w)`."""
-        rows = codes.flatten(2)
+        rows = codes.flatten(2).contiguous()  # whatever its memory format: in another order, sums would round otherwise
         deviation = (rows.var(2, correction=min(1, rows.shape[2] - 1)) + EPS).sqrt()
         scale, shift = self.scale(deviation), self.shift(rows.mean(2))
         normalised = group_norm(x, self.groups, self.ones, self.zeros, EPS)
