@@ -129,9 +129,12 @@ class GroupNorm(nn.GroupNorm):
 
     def forward(self, x: Tensor) -> Tensor:
         """`(B, width, H, W)` to the same shape."""
-        if x.device.type != "cuda":
-            return super().forward(x)
-        return channels_last_norm(x, self.num_groups, self.weight, self.bias, self.eps)
+        return group_norm(x, self.num_groups, self.weight, self.bias, self.eps)
+
+
+def group_norm(x: Tensor, groups: int, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+    """`F.group_norm` of `(B, width, H, W)`, as `GroupNorm` has it."""
+    return (F.group_norm if x.device.type != "cuda" else channels_last_norm)(x, groups, weight, bias, eps)
 
 
 def channels_last_norm(x: Tensor, groups: int, weight: Tensor, bias: Tensor, eps: float = 1e-5) -> Tensor:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Iterator
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 import torch.nn.functional as F
@@ -19,11 +19,12 @@ from .autoencoder import Autoencoder, AutoencoderConfig
 from .layers import GroupNorm, Upsample, one_head_attention
 from .quantizers.vq import VQConfig
 from .settings import ModelConfig, Node
+from .settings.marks import Before
 
 Levels = Annotated[tuple[int, ...], Field(min_length=1)]
 
 
-class VQGANConfig(AutoencoderConfig):
+class NetworkConfig(AutoencoderConfig):
     """Sizes of the networks; the defaults are those of the paper's ImageNet model with 16x16 ids."""
 
     widths: tuple[Annotated[int, Field(ge=1, le=4096)], ...] = Field(
@@ -57,23 +58,31 @@ class VQGANConfig(AutoencoderConfig):
     )
 
     @property
+    def halved(self) -> int:
+        """How many levels halve height and width: those of the encoder after their blocks, from the finest on."""
+        return len(self.widths) - 1
+
+    @property
     def factor(self) -> int:
         """Image pixels per token along each side."""
-        return 2 ** (len(self.widths) - 1)
+        return 2**self.halved
 
     def check(self) -> Iterator[str]:
         """Sizes have to divide, and levels have to exist."""
         yield from super().check()
+        yield from size_problems(self)
         levels = len(self.widths)
-        if levels > 12 or any(side % self.factor for side in self.image_size):
-            size = "x".join(map(str, self.image_size))
-            yield f"widths: {levels} levels halve {levels - 1} times, which the image size {size} does not allow"
         for name in ("encoder_attention", "decoder_attention"):
             if any(not -levels <= level < levels for level in getattr(self, name) or ()):
                 yield f"{name}: the levels are 0 to {levels - 1} (got {list(getattr(self, name))})"
-        wrong = [width for width in (self.stem or self.widths[0], *self.widths) if width % self.groups]
-        if wrong:
-            yield f"groups: {self.groups} does not divide the width {wrong[0]}"
+
+
+class VQGANConfig(NetworkConfig):
+    """Sizes of the networks, and how codes come to the decoder."""
+
+    unit_codes: Annotated[bool, Before(False)] = Field(
+        False, description="the decoder sees codes at length 1, however they are compared (transformers' JanusVQVAE)"
+    )
 
 
 class VQGAN(Autoencoder, name="vqgan"):
@@ -83,50 +92,52 @@ class VQGAN(Autoencoder, name="vqgan"):
 
     def __init__(self, config: VQGANConfig) -> None:
         super().__init__(config, config.factor)
-        self.encoder = encoder(config, self.quantizer.dim)
-        self.decoder = decoder(config, self.quantizer.dim, self.outputs)
+        dim = self.quantizer.dim
+        self.encoder = named(**encoder_layers(config, config.channels), project=nn.Conv2d(config.z_channels, dim, 1))
+        unit = {"unit": UnitLength()} if config.unit_codes else {}
+        self.decoder = named(**unit, **decoder_layers(config, dim, self.outputs))
         self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
 
-def encoder(config: VQGANConfig, dim: int) -> nn.Sequential:
-    """`(B, channels, H, W)` to `(B, dim, H / f, W / f)`."""
-    width, groups, last = config.stem or config.widths[0], config.groups, len(config.widths) - 1
-    stem, levels = conv3(config.channels, width), []
+def encoder_layers(config: NetworkConfig, channels: int) -> dict[str, nn.Module]:
+    """`(B, channels, H, W)` to `(B, z_channels, H / f, W / f)`, f = 2 ** halved, in turn."""
+    width, groups, levels = config.stem or config.widths[0], config.groups, []
+    stem = conv3(channels, width)
     for level, wide in enumerate(config.widths):
-        attention = level in levels_of(config.encoder_attention, last + 1)
-        resample = Downsample(wide) if level < last else nn.Identity()
+        attention = level in levels_of(config.encoder_attention, len(config.widths))
+        resample = Downsample(wide) if level < config.halved else nn.Identity()
         levels.append(Level(width, wide, config.blocks, attention, groups, resample))
         width = wide
-    return named(
-        stem=stem,
-        levels=nn.Sequential(*levels),
-        middle=middle(width, config.mid_attention, groups),
-        norm=norm(width, groups),
-        swish=nn.SiLU(),
-        head=conv3(width, config.z_channels),
-        project=nn.Conv2d(config.z_channels, dim, 1),
-    )
+    return {
+        "stem": stem,
+        "levels": nn.Sequential(*levels),
+        "middle": middle(width, config.mid_attention, groups),
+        "norm": norm(width, groups),
+        "swish": nn.SiLU(),
+        "head": conv3(width, config.z_channels),
+    }
 
 
-def decoder(config: VQGANConfig, dim: int, outputs: int) -> nn.Sequential:
-    """`(B, dim, H / f, W / f)` to `(B, outputs, H, W)`; levels are in the order in which they run, coarsest first."""
-    width, groups = config.widths[-1], config.groups
+def decoder_layers(config: NetworkConfig, dim: int, outputs: int) -> dict[str, nn.Module]:
+    """`(B, dim, H / f, W / f)` to `(B, outputs, H, W)`, in turn; levels are in the order in which they run, coarsest
+    first."""
+    width, groups, last = config.widths[-1], config.groups, len(config.widths) - 1
     project, stem = nn.Conv2d(dim, config.z_channels, 1), conv3(config.z_channels, width)
     between, levels = middle(width, config.mid_attention, groups), []
     for level, wide in reversed(list(enumerate(config.widths))):
         attention = level in levels_of(config.decoder_attention, len(config.widths))
-        resample = Upsample(wide, wide) if level else nn.Identity()
+        resample = Upsample(wide, wide) if last - level < config.halved else nn.Identity()
         levels.append(Level(width, wide, config.blocks + 1, attention, groups, resample))
         width = wide
-    return named(
-        project=project,
-        stem=stem,
-        middle=between,
-        levels=nn.Sequential(*levels),
-        norm=norm(width, groups),
-        swish=nn.SiLU(),
-        head=conv3(width, outputs),
-    )
+    return {
+        "project": project,
+        "stem": stem,
+        "middle": between,
+        "levels": nn.Sequential(*levels),
+        "norm": norm(width, groups),
+        "swish": nn.SiLU(),
+        "head": conv3(width, outputs),
+    }
 
 
 class Level(nn.Module):
@@ -168,10 +179,19 @@ class Attention(nn.Module):
         self.q, self.k, self.v, self.out = (nn.Conv2d(width, width, 1) for _ in range(4))
 
     def forward(self, x: Tensor) -> Tensor:
-        h = self.norm(x)
+        return x + self.attend(self.norm(x))
+
+    def attend(self, h: Tensor) -> Tensor:
+        """What each position of `(B, width, H, W)` finds, the same shape."""
         q, k, v = (project(h).flatten(2).transpose(1, 2) for project in (self.q, self.k, self.v))
-        attended = one_head_attention(q, k, v)
-        return x + self.out(attended.transpose(1, 2).reshape(x.shape))
+        return self.out(one_head_attention(q, k, v).transpose(1, 2).reshape(h.shape))
+
+
+class UnitLength(nn.Module):
+    """Vectors `(B, width, H, W)` at length 1."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.normalize(x, dim=1)
 
 
 class Downsample(nn.Sequential):
@@ -179,6 +199,16 @@ class Downsample(nn.Sequential):
 
     def __init__(self, width: int) -> None:
         super().__init__(nn.ZeroPad2d((0, 1, 0, 1)), nn.Conv2d(width, width, 3, stride=2))
+
+
+def size_problems(config: Any) -> Iterator[str]:
+    """What is wrong with `widths` and `stem`, given `halved`, `groups` and the image size."""
+    levels, size = len(config.widths), "x".join(map(str, config.image_size))
+    if levels > 12 or any(side % 2**config.halved for side in config.image_size):
+        yield f"widths: {levels} levels halve {config.halved} times, which the image size {size} does not allow"
+    wrong = [width for width in (config.stem or config.widths[0], *config.widths) if width % config.groups]
+    if wrong:
+        yield f"groups: {config.groups} does not divide the width {wrong[0]}"
 
 
 def levels_of(chosen: tuple[int, ...] | None, levels: int) -> set[int]:

@@ -1,4 +1,4 @@
-"""Turn a published VQGAN (a diffusers VQModel, taming-transformers, LlamaGen) into a tokenizer of ours.
+"""Turn a published tokenizer (diffusers, transformers, taming-transformers, LlamaGen, ...) into one of ours.
 
 Weights come from safetensors alone, and every size from their shapes. What a file of bare weights does not say (the
 size of the images, groups of the normalisation, whether codes are directions) are keys of the verb.
@@ -7,23 +7,21 @@ size of the images, groups of the normalisation, whether codes are directions) a
 from __future__ import annotations
 
 import hashlib
-import re
 from functools import partial
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, Literal, NoReturn
 
 import torch
 from pydantic import Field
 from torch import Tensor
 
 from tokenizer import Tokenizer
-from tokenizer.files.errors import ConfigError, WeightsError
-from tokenizer.files.opening import read_bytes, read_json
-from tokenizer.files.weights import parse_weights
+from tokenizer.autoencoder import Autoencoder
+from tokenizer.files.errors import ConfigError, FormatError, shown
+from tokenizer.files.opening import opened, read_json
+from tokenizer.files.weights import read_header, tensor_of
 from tokenizer.pretrained import MAX_WEIGHT_BYTES
-from tokenizer.published import DIFFUSERS, Layout, check_settings, modern, recognise, sizes_of
-from tokenizer.quantizers.vq import VQ
-from tokenizer.vqgan import VQGAN, VQGANConfig
+from tokenizer.published import Layout, Shapes, build, prefix_of, recognise
 
 from ..config import Config, UserError, run_command
 from ..config.outputs import check_out_folder
@@ -32,6 +30,8 @@ from ..images.base import Side
 from ..stages.provenance import save_tokenizer
 
 PICKLES = {".pt", ".pth", ".ckpt", ".bin", ".pkl", ".pickle"}
+TORCHSCRIPT = ".jit"
+INDEX = "model.safetensors.index.json"  # of transformers' weights in several files
 DIFFUSERS_WEIGHTS, SETTINGS = "diffusion_pytorch_model.safetensors", "config.json"
 IMAGE_SIZE, GROUPS = 256, 32  # of the published models whose weights come without a configuration
 # What `encode` and `reconstruct` find as the source of the training images, and say is not there.
@@ -42,14 +42,23 @@ class ImportConfig(Config):
     """What is imported, and what its weights do not say."""
 
     source: str = Field(
-        description="folder of a diffusers VQModel, or a .safetensors file with the weights of "
-        "taming-transformers' VQGAN or LlamaGen's VQ, or the folder it is in"
+        description="folder of a diffusers VQModel or of a transformers model with a VQVAE (Janus, Emu3), or a "
+        ".safetensors file with the weights of taming-transformers, Chameleon, LlamaGen, MaskGIT-VQGAN, "
+        "Open-MAGVIT2, IBQ or Cosmos DI, or the folder it is in"
     )
     out: str = Field(description="the tokenizer's folder")
     image_size: Side | tuple[Side, Side] | None = Field(
         None,
-        description="height and width of the images, one number or [height, width]; default: sample_size of a "
-        f"diffusers model, {IMAGE_SIZE} for the others, whose weights fit every size",
+        description="height and width of the images, one number or [height, width]; default: what the config.json "
+        f"beside the weights says, else {IMAGE_SIZE}, as weights fit every size",
+    )
+    layout: Literal["ibq"] | None = Field(
+        None,
+        description="whose weights they are, where their names do not tell: ibq (SEED-Voken), which are called as "
+        "taming-transformers calls them",
+    )
+    levels: tuple[int, ...] | None = Field(
+        None, description="levels of each channel of Cosmos' quantizer; default: the file's, else 8, 8, 8, 5, 5, 5"
     )
     normalize: bool | None = Field(
         None,
@@ -70,16 +79,18 @@ def run(config: ImportConfig) -> Path:
     path, out = find_weights(config.source), Path(config.out)
     check_out_folder(out, Tokenizer.folder_kind(), [path])
     weights, digest = read_weights(path)
-    layout = recognise(weights, path)
-    if layout is DIFFUSERS:
-        weights = {modern(key): value for key, value in weights.items()}
-    model_config = describe(weights, layout, path, config)
+    layout = recognise(weights, path, config.layout)
+    weights = layout.prepare(weights)
+    sizes = layout.sizes(Shapes(weights, layout, path))
+    beside = settings_beside(layout, sizes, path)
+    model_config = describe(sizes, beside, layout, path, config)
     model, unused = build(model_config, weights, layout, path)
     size = model_config.image_size
     data = {"source": UNKNOWN_SOURCE, "image_size": list(size), "channels": model_config.channels}
     facts = {"layout": layout.title, "file": path.name, "sha256": digest}
     save_tokenizer(model, out, {"data": data, "imported": facts}, [path])
-    print(summary(model, layout, path, config, unused))
+    assumed = config.image_size is None and "image_size" not in beside
+    print(summary(model, f"{path}: {layout.title}", assumed, config.out, unused))
     return out
 
 
@@ -93,6 +104,8 @@ def find_weights(source: str) -> Path:
     if path.is_file():
         if path.suffix.lower() in PICKLES:
             refuse_pickle(path)
+        if path.suffix.lower() == TORCHSCRIPT:
+            refuse_torchscript(path)
         return path
     if not path.is_dir():
         raise UserError(f"source: there is no file or folder {source[:200]} (download models of a Hub first)")
@@ -102,14 +115,32 @@ def find_weights(source: str) -> Path:
     pickles = sorted(file for file in path.iterdir() if file.suffix.lower() in PICKLES)
     if len(found) == 1:
         return found[0]
+    if (path / INDEX).is_file():
+        return part_of(path)
     if found:
         names = ", ".join(file.name for file in found[:5])
         raise UserError(f"source: {path} holds {len(found)} files of weights, name one of them ({names})")
     if pickles:
         refuse_pickle(pickles[0])
+    if scripts := sorted(path.glob(f"*{TORCHSCRIPT}")):
+        refuse_torchscript(next((file for file in scripts if file.stem == "autoencoder"), scripts[0]))
     inner = [file.parent.name for file in sorted(path.glob(f"*/{DIFFUSERS_WEIGHTS}"))]
     hint = f"; did you mean {path / next((name for name in inner if 'vq' in name), inner[0])}?" if inner else ""
     raise UserError(f"source: {path} holds no .safetensors file{hint}")
+
+
+def part_of(folder: Path) -> Path:
+    """Of a whole model in several files, the one that has the tokenizer. Raises `UserError` or `FormatError`."""
+    index = folder / INDEX
+    places = read_json(index).get("weight_map")
+    if not isinstance(places, dict) or not all(isinstance(name, str) for name in places.values()):
+        raise FormatError(f"{index}: weight_map: expected a file for each weight (found {shown(places)})")
+    prefix = prefix_of(places)
+    files = sorted({file for name, file in places.items() if name.startswith(prefix)})
+    if not prefix or len(files) != 1 or Path(files[0]).name != files[0]:
+        found = f"in {', '.join(files[:5])}" if prefix else "in none"
+        raise UserError(f"source: {index}: a tokenizer's weights should be in one file of the folder (found {found})")
+    return folder / files[0]
 
 
 def refuse_pickle(path: Path) -> NoReturn:
@@ -132,99 +163,92 @@ def refuse_pickle(path: Path) -> NoReturn:
     )
 
 
+def refuse_torchscript(path: Path) -> NoReturn:
+    """Print two lines of Python that take the weights out of `path`, and raise `UserError`."""
+    target = path.with_suffix(".safetensors")
+    print(
+        f"import torch, safetensors.torch; file = torch.jit.load({str(path)!r}, map_location='cpu')\n"
+        "safetensors.torch.save_file({key: value.clone(memory_format=torch.contiguous_format) for key, value in "
+        f"file.state_dict().items()}}, {str(target)!r})",
+        flush=True,
+    )
+    raise UserError(
+        f"source: {path} is TorchScript, which is code, so it is not opened; the two lines of Python above take the "
+        f"weights out of it (of Cosmos', those of autoencoder.jit), then import source={target}"
+    )
+
+
 def read_weights(path: Path) -> tuple[dict[str, Tensor], str]:
-    """The tensors of a safetensors file, and its sha256. Raises `LimitError`, `WeightsError` or `PathError`."""
-    data = read_bytes(path, MAX_WEIGHT_BYTES)
-    return parse_weights(data, path), hashlib.sha256(data).hexdigest()
+    """The tokenizer's tensors of a safetensors file, and its sha256. Raises `LimitError`, `WeightsError` or
+    `PathError`."""
+    digest, weights = hashlib.sha256(), {}
+    with opened(path, MAX_WEIGHT_BYTES) as file:
+
+        def read(count: int) -> bytes:
+            data = file.read(count)
+            digest.update(data)
+            return data
+
+        entries = read_header(read, file.size, path)
+        prefix = prefix_of(entries)
+        for name, entry in entries.items():  # one at a time: of a whole model, most are not wanted
+            raw = torch.empty(entry.end - entry.begin, dtype=torch.uint8)
+            file.read_into(raw.numpy().data)
+            digest.update(raw.numpy().data)
+            if name.startswith(prefix):
+                weights[name.removeprefix(prefix)] = tensor_of(raw, entry)
+    return weights, digest.hexdigest()
 
 
 # sizes --------------------------------------------------------------------------------------------
 
 
-def describe(weights: dict[str, Tensor], layout: Layout, path: Path, config: ImportConfig) -> VQGANConfig:
-    """The configuration that the weights, and for diffusers its `config.json`, ask for. Raises `ConfigError`,
-    `FormatError` or `WeightsError`."""
-    sizes, quantizer = sizes_of(weights, layout, path)
-    size: Any = config.image_size
-    groups = config.groups
-    if layout is DIFFUSERS:
-        settings = read_json(path.parent / SETTINGS)
-        check_settings(settings, {**sizes, **quantizer}, path.parent / SETTINGS)
-        size, groups = size or settings.get("sample_size", 32), groups or settings.get("norm_num_groups", 32)
-    size = tuple(size) if isinstance(size, (list, tuple)) else (size or IMAGE_SIZE,) * 2
-    normalize = layout.normalize if config.normalize is None else config.normalize
-    if normalize:
-        quantizer["normalize"] = True
+def settings_beside(layout: Layout, sizes: dict[str, Any], path: Path) -> dict[str, Any]:
+    """What the `config.json` beside the weights says, held against their `sizes`. Raises `PathError` where it has to be
+    there, `ConfigError` or `FormatError`."""
+    place = path.parent / SETTINGS
+    if layout.settings is None or not (layout.needs_settings or place.is_file()):
+        return {}
+    return layout.settings(read_json(place), sizes, place)
+
+
+def describe(sizes: dict[str, Any], beside: dict[str, Any], layout: Layout, path: Path, told: ImportConfig) -> Any:
+    """The model's configuration: what weights say, what lies `beside` them, and what was told. Raises `ConfigError`."""
+    quantizer = dict(sizes["quantizer"])
+    if told.normalize is False:
+        quantizer.pop("normalize", None)
+    quantizer |= {"normalize": True} if told.normalize else {}
+    quantizer |= {"levels": told.levels} if told.levels else {}
+    size: Any = told.image_size or beside.get("image_size", IMAGE_SIZE)
+    size = tuple(size) if isinstance(size, (list, tuple)) else (size,) * 2
+    groups = told.groups or beside.get("groups", GROUPS)
     try:
-        return VQGANConfig(**{**sizes, "image_size": size, "groups": groups or GROUPS, "quantizer": quantizer})
+        return layout.kind.Config(**{**sizes, "image_size": size, "groups": groups, "quantizer": quantizer})
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from error
 
 
-# weights ------------------------------------------------------------------------------------------
-
-
-def build(config: VQGANConfig, weights: dict[str, Tensor], layout: Layout, path: Path) -> tuple[VQGAN, list[str]]:
-    """The model with its weights in float32, and the names of those that only training needs. Raises `WeightsError`
-    naming what is missing, left over, misshapen or not finite."""
-    with torch.device("meta"):
-        expected = dict(VQGAN(config).named_parameters())
-    names = {key: layout.published(key, len(config.widths)) for key in expected}
-    missing = sorted(name for name in names.values() if name not in weights)
-    extra = sorted(set(weights) - set(names.values()))
-    unused = [name for name in extra if re.match(layout.training, name)]
-    unknown = [name for name in extra if name not in unused]
-    if missing or unknown:
-        raise WeightsError(f"{path}: missing weights {missing[:5]}, unexpected weights {unknown[:5]}")
-    model = VQGAN(config)
-    with torch.no_grad():
-        for key, parameter in model.named_parameters():
-            parameter.copy_(fitted(weights[names[key]], parameter, names[key], path))
-        model.quantizer.get_buffer("started").fill_(1)  # the codebook is not to be started anew by further training,
-        if isinstance(model.quantizer, VQ):
-            model.quantizer.counts.fill_(1)  # nor is any of its codes dead yet
-    return model.eval(), unused
-
-
-def fitted(found: Tensor, expected: Tensor, name: str, path: Path) -> Tensor:
-    """`found` in float32, checked. (Some 1x1 convolutions are matrices to others.)"""
-    if matrix_shape(found) != matrix_shape(expected):
-        raise WeightsError(f"{path}: {name} has shape {list(found.shape)}, expected {list(expected.shape)}")
-    if not found.is_floating_point():
-        raise WeightsError(f"{path}: {name} has type {found.dtype}, expected a floating-point one")
-    if not bool(torch.isfinite(found.float()).all()):
-        raise WeightsError(f"{path}: {name} holds a value that is not finite")
-    return found.float().reshape(expected.shape)
-
-
-def matrix_shape(weight: Tensor) -> tuple[int, ...]:
-    """Its shape, without the two axes of a 1x1 convolution."""
-    return tuple(weight.shape[:2] if weight.shape[2:] == (1, 1) else weight.shape)
-
-
-def summary(model: VQGAN, layout: Layout, path: Path, config: ImportConfig, unused: list[str]) -> str:
-    """What was imported, and how to go on."""
+def summary(model: Autoencoder, title: str, assumed: bool, out: str, unused: list[str]) -> str:
+    """What was imported, and how to go on. assumed: whether nothing says the size of the images."""
     channels, height, width = model.image_shape
-    codes = model.quantizer.config
-    told = config.image_size is not None or layout is DIFFUSERS
-    size = "" if told else "; their size is assumed, weights do not say it: image_size=..."
+    size = "; their size is assumed, weights do not say it: image_size=..." if assumed else ""
     rest = f", {len(unused)} weight{'s' * (len(unused) > 1)} that only training needs left out" if unused else ""
-    by_direction = " compared by direction" if getattr(codes, "normalize", False) else ""
+    by_direction = " compared by direction" if getattr(model.quantizer.config, "normalize", False) else ""
     ids = f"{' x '.join(map(str, model.grid.shape))} ids of {model.grid.vocab_size:,}"
     parameters = sum(p.numel() for p in model.parameters())
     widths, blocks = list(model.config.widths), model.config.blocks
     rows = [
         ("  images", f"{height} x {width} {'grey' if channels == 1 else 'RGB'}{size}"),
-        ("  tokens", f"{ids}, codes of {codes.dim}{by_direction}"),
-        ("  network", f"widths {widths}, blocks {blocks}, {parameters:,} parameters"),
-        ("  folder", config.out),
+        ("  tokens", f"{ids}, codes of {model.quantizer.dim}{by_direction}"),
+        ("  network", f"{model.name}, widths {widths}, blocks {blocks}, {parameters:,} parameters"),
+        ("  folder", out),
     ]
     return "\n".join(
         [
-            f"{path}: {layout.title}{rest}",
+            f"{title}{rest}",
             table(rows),
-            f"smalti reconstruct tokenizer={config.out} data.source=FOLDER",
-            f"smalti encode tokenizer={config.out} data.source=FOLDER out=TOKENS",
+            f"smalti reconstruct tokenizer={out} data.source=FOLDER",
+            f"smalti encode tokenizer={out} data.source=FOLDER out=TOKENS",
         ]
     )
 

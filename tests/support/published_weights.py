@@ -106,3 +106,66 @@ def llamagen_shapes(ch, mult, **choices):
             parts[1:3] = ["conv_blocks", str(last - int(parts[2]))]
         shapes[".".join("res" if part == "block" else part for part in parts)] = shape
     return shapes
+
+
+def cosmos_shapes(ch, mult, halvings, *, patch=4, blocks=1, z=8, dim=6, channels=3):
+    """Published names of a DiscreteImageTokenizer: those of taming over wavelets, with fewer halvings than levels."""
+    shapes = taming_shapes(ch, mult, blocks=blocks, z=z, dim=dim, channels=channels * patch**2)
+    first_to_grow = len(mult) - halvings
+    wide = {level: shapes[f"decoder.up.{level}.block.0.conv2.weight"][0] for level in range(len(mult))}
+    found = {name: shape for name, shape in shapes.items() if "sample.conv" not in name and "quantize" not in name}
+    for level in range(len(mult)):
+        layers = {f"encoder.down.{level}.downsample.conv": (wide[level],) * 2 + (3, 3)} if level < halvings else {}
+        if level >= first_to_grow:
+            layers[f"decoder.up.{level}.upsample.conv"] = (wide[level],) * 2 + (3, 3)
+        found |= with_biases(layers)
+    return found
+
+
+def bare_block_shapes(name, width, wide, short):
+    """A block whose convolutions have no biases; `short`: channels that its 1x1 convolution takes."""
+    shapes = {f"{name}.conv1.weight": (wide, width, 3, 3), f"{name}.conv2.weight": (wide, wide, 3, 3)}
+    shapes |= with_biases({f"{name}.norm1": (width,), f"{name}.norm2": (wide,)})
+    return shapes | ({} if width == wide else {f"{name}.nin_shortcut.weight": (wide, short, 1, 1)})
+
+
+def bare_shapes(ch, mult, blocks, dim, channels, middle, short):
+    """What MaskGIT-VQGAN and Open-MAGVIT2 have alike, by their names; `short`: of channels in and out of a block, those
+    that its short cut takes."""
+    shapes, width, last = {"encoder.conv_in.weight": (ch, channels, 3, 3)}, ch, len(mult) - 1
+    for level, factor in enumerate(mult):
+        for number in range(blocks):
+            name = f"encoder.down.{level}.block.{number}"
+            shapes |= bare_block_shapes(name, width, ch * factor, short(width, ch * factor))
+            width = ch * factor
+    for part in ("encoder", "decoder"):
+        for number in range(blocks):
+            shapes |= bare_block_shapes(f"{part}.{middle}.{number}", width, width, width)
+    ends = {"encoder.norm_out": (width,), "encoder.conv_out": (dim, width, 1, 1), "decoder.conv_in": (width, dim, 3, 3)}
+    for level in reversed(range(last + 1)):
+        for number in range(blocks):
+            name = f"decoder.up.{level}.block.{number}"
+            shapes |= bare_block_shapes(name, width, ch * mult[level], short(width, ch * mult[level]))
+            width = ch * mult[level]
+    ends |= {"decoder.norm_out": (width,), "decoder.conv_out": (channels, width, 3, 3)}
+    return shapes | with_biases(ends)
+
+
+def maskgit_shapes(ch, mult, *, blocks=1, codes=32, dim=6, channels=3):
+    """Published names of MaskGIT-VQGAN."""
+    shapes = bare_shapes(ch, mult, blocks, dim, channels, "mid", lambda width, wide: wide)
+    grow = {f"decoder.up.{n}.upsample_conv": (ch * mult[n], ch * mult[n], 3, 3) for n in range(1, len(mult))}
+    return shapes | with_biases(grow) | {"quantize.embedding.weight": (codes, dim)}
+
+
+def magvit2_shapes(ch, mult, *, blocks=1, bits=6, channels=3):
+    """Published names of Open-MAGVIT2."""
+    shapes = bare_shapes(ch, mult, blocks, bits, channels, "mid_block", lambda width, wide: width)
+    layers, wide = {}, [ch * factor for factor in (*mult, mult[-1])]
+    for level in range(len(mult)):
+        layers |= {f"decoder.adaptive.{level}.{part}": (wide[level + 1], bits) for part in ("gamma", "beta")}
+        if level < len(mult) - 1:
+            layers[f"encoder.down.{level}.downsample"] = (wide[level], wide[level], 3, 3)
+        if level:
+            layers[f"decoder.up.{level}.upsample.conv1"] = (4 * wide[level], wide[level], 3, 3)
+    return shapes | with_biases(layers)

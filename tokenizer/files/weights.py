@@ -102,21 +102,6 @@ def tensor_of(raw: Tensor, entry: Entry) -> Tensor:
     return raw.view(entry.dtype).reshape(entry.shape)
 
 
-def parse_weights(data: bytes, path: Path) -> dict[str, Tensor]:
-    """The tensors in `data`, the content of the safetensors file `path`. Raises `LimitError` for a header that is too
-    large, `WeightsError` for one that cannot be read."""
-    position = 0
-
-    def read(count: int) -> bytes:
-        nonlocal position
-        position += count
-        return data[position - count : position]
-
-    entries = read_header(read, len(data), path)
-    raw = torch.frombuffer(bytearray(data), dtype=torch.uint8)[position:]
-    return {name: tensor_of(raw[entry.begin : entry.end], entry) for name, entry in entries.items()}
-
-
 # A model's weights
 
 

@@ -18,8 +18,22 @@ from safetensors.torch import load_file, save_file
 from prior import Prior
 from tokenizer import Tokenizer
 from tokenizer.files.errors import ConfigError, LimitError, WeightsError
-from tokenizer.files.weights import expected_weights, parse_weights
+from tokenizer.files.weights import expected_weights, read_header, tensor_of
 from tokenizer.files.writing import write_json
+
+
+def parse_weights(data, path):
+    """The tensors in `data`, the content of the safetensors file `path`."""
+    position = 0
+
+    def read(count):
+        nonlocal position
+        position += count
+        return data[position - count : position]
+
+    entries = read_header(read, len(data), path)
+    raw = torch.frombuffer(bytearray(data), dtype=torch.uint8)[position:]
+    return {name: tensor_of(raw[entry.begin : entry.end], entry) for name, entry in entries.items()}
 
 
 def rewritten(path, change):

@@ -7,27 +7,16 @@ from pathlib import Path
 
 import pytest
 import torch
-import torch.nn.functional as F
+from agreement import CLOSE, agree, agree_in_double
 from command import fails
+from published_references import llamagen_says, taming_says
 from published_weights import imported, llamagen_shapes, random_images, random_weights, taming_shapes
 from safetensors.torch import load_file, save_file
 
 from pipelines.commands.import_ import ImportConfig, describe
-from tokenizer.published import LLAMAGEN
+from tokenizer.published import Shapes
+from tokenizer.published.vqgans import LLAMAGEN
 from tokenizer.vqgan import VQGAN
-
-CLOSE = 1e-4  # what is promised of reconstructions in [-1, 1]
-
-
-def agree(tokenizer, images, tokens, pictures, different=3):
-    """Same ids, and pictures within what is promised; enough of both that it means something."""
-    rows, columns = tokenizer.grid.shape
-    assert torch.equal(tokenizer.encode(images), tokens.reshape(len(images), rows, columns))
-    assert len(tokens.unique()) > different
-    difference = (tokenizer.decode(tokenizer.encode(images)) - pictures.clamp(-1, 1)).abs().max()
-    assert difference < CLOSE and pictures.std() > 0.1
-    print(f"largest difference {difference:.2e}")
-
 
 # diffusers
 
@@ -180,97 +169,7 @@ def as_diffusers(weights):
     return found
 
 
-# taming-transformers and LlamaGen, from their published definitions
-
-
-class Reference:
-    """Both networks from their definitions: one function per layer, weights read by their published names."""
-
-    def __init__(self, weights, groups=32):
-        self.weights, self.groups = {name: value.double() for name, value in weights.items()}, groups
-
-    def layer(self, name):
-        return self.weights[f"{name}.weight"], self.weights[f"{name}.bias"]
-
-    def conv(self, x, name, **options):
-        weight, bias = self.layer(name)
-        return F.conv2d(x, weight, bias, padding=weight.shape[-1] // 2 if not options else 0, **options)
-
-    def norm(self, x, name):
-        grouped = x.reshape(len(x), self.groups, -1)
-        mean, variance = grouped.mean(2, keepdim=True), grouped.var(2, unbiased=False, keepdim=True)
-        weight, bias = (value.reshape(1, -1, 1, 1) for value in self.layer(name))
-        return ((grouped - mean) / (variance + 1e-6).sqrt()).reshape(x.shape) * weight + bias
-
-    def swish(self, x, name):
-        x = self.norm(x, name)
-        return x * torch.sigmoid(x)
-
-    def block(self, x, name):
-        h = self.conv(self.swish(x, f"{name}.norm1"), f"{name}.conv1")
-        h = self.conv(self.swish(h, f"{name}.norm2"), f"{name}.conv2")
-        return h + (self.conv(x, f"{name}.nin_shortcut") if f"{name}.nin_shortcut.weight" in self.weights else x)
-
-    def attention(self, x, name):
-        h = self.norm(x, f"{name}.norm")
-        q, k, v = (self.conv(h, f"{name}.{part}").flatten(2) for part in "qkv")
-        weights = torch.softmax(torch.einsum("bci,bcj->bij", q, k) * q.shape[1] ** -0.5, dim=2)
-        return x + self.conv(torch.einsum("bij,bcj->bci", weights, v).reshape(x.shape), f"{name}.proj_out")
-
-    def level(self, x, name, block):
-        number = 0
-        while f"{name}.{block}.{number}.conv1.weight" in self.weights:
-            x = self.block(x, f"{name}.{block}.{number}")
-            if f"{name}.attn.{number}.q.weight" in self.weights:
-                x = self.attention(x, f"{name}.attn.{number}")
-            number += 1
-        if f"{name}.downsample.conv.weight" in self.weights:
-            x = self.conv(F.pad(x, (0, 1, 0, 1)), f"{name}.downsample.conv", stride=2)
-        if f"{name}.upsample.conv.weight" in self.weights:
-            x = self.conv(x.repeat_interleave(2, 2).repeat_interleave(2, 3), f"{name}.upsample.conv")
-        return x
-
-    def middle(self, x, first, attention, second):
-        return self.block(self.attention(self.block(x, first), attention), second)
-
-    def out(self, x, part):
-        return self.conv(self.swish(x, f"{part}.norm_out"), f"{part}.conv_out")
-
-    def run(self, images, names, block, middle, *, normalize):
-        """Tokens and reconstruction; `names`: levels of the encoder and of the decoder as they run."""
-        x = self.conv(images.double(), "encoder.conv_in")
-        for name in names[0]:
-            x = self.level(x, f"encoder.{name}", block)
-        z = self.conv(self.out(self.middle(x, *(f"encoder.{name}" for name in middle)), "encoder"), "quant_conv")
-        codes = next(
-            self.weights[f"quantize.{name}.weight"]
-            for name in ("embedding", "embed")
-            if f"quantize.{name}.weight" in self.weights
-        )
-        rows = z.movedim(1, -1)
-        if normalize:
-            codes, rows = (value / value.norm(dim=-1, keepdim=True) for value in (codes, rows))
-        tokens = torch.cdist(rows.flatten(1, 2), codes[None]).argmin(2).reshape(len(z), *z.shape[2:])
-        if "quantize.proj.weight" in self.weights:  # GumbelVQ without its noise
-            tokens = self.conv(z, "quantize.proj").argmax(1)
-        x = self.conv(self.conv(codes[tokens].movedim(-1, 1), "post_quant_conv"), "decoder.conv_in")
-        x = self.middle(x, *(f"decoder.{name}" for name in middle))
-        for name in names[1]:
-            x = self.level(x, f"decoder.{name}", block)
-        return tokens, self.out(x, "decoder").float()
-
-
-def taming_says(weights, levels, images, groups=32):
-    names = [f"down.{i}" for i in range(levels)], [f"up.{i}" for i in reversed(range(levels))]
-    middle = ("mid.block_1", "mid.attn_1", "mid.block_2")
-    return Reference(weights, groups).run(images, names, "block", middle, normalize=False)
-
-
-def llamagen_says(weights, levels, images, groups=32, normalize=True):
-    names = [f"conv_blocks.{i}" for i in range(levels)]
-    return Reference(weights, groups).run(
-        images, (names, names), "res", ("mid.0", "mid.1", "mid.2"), normalize=normalize
-    )
+# taming-transformers and LlamaGen
 
 
 TAMING = [
@@ -287,7 +186,7 @@ def test_taming_tokens_and_pictures_are_the_same(tmp_path, ch, mult, choices):
     save_file(weights, tmp_path / "last.safetensors")
     tokenizer = imported(tmp_path / "last.safetensors", tmp_path / "out", "image_size=16")
     images = random_images(3, (choices.get("channels", 3), 16, 16))
-    agree(tokenizer, images, *taming_says(weights, len(mult), images))
+    agree_in_double(tokenizer, images, *taming_says(weights, len(mult), images))
     assert not tokenizer.quantizer.config.normalize
 
 
@@ -301,7 +200,7 @@ def test_tamings_gumbel_codes_are_the_same(tmp_path, capsys):
     tokenizer = imported(tmp_path, tmp_path / "out", "image_size=16")
     images = random_images(3, (3, 16, 16))
     assert tokenizer.quantizer.name == "gumbel"
-    agree(tokenizer, images, *taming_says(weights, 2, images))
+    agree_in_double(tokenizer, images, *taming_says(weights, 2, images))
     error = fails(capsys, "import", f"source={tmp_path}", f"out={tmp_path}/out", "normalize=true")
     assert "quantizer.normalize: unknown key" in error
 
@@ -312,10 +211,10 @@ def test_llamagen_tokens_and_pictures_are_the_same(tmp_path, mult, blocks):
     save_file({**weights, "quantize.codebook_used": torch.zeros(65536)}, tmp_path / "vq.safetensors")
     tokenizer = imported(tmp_path, tmp_path / "out", "image_size=16")
     images = random_images(3, (3, 16, 16))
-    agree(tokenizer, images, *llamagen_says(weights, len(mult), images))
+    agree_in_double(tokenizer, images, *llamagen_says(weights, len(mult), images))
     assert tokenizer.quantizer.config.normalize
     plain = imported(tmp_path / "vq.safetensors", tmp_path / "plain", "image_size=16", "normalize=false")
-    agree(plain, images, *llamagen_says(weights, len(mult), images, normalize=False))
+    agree_in_double(plain, images, *llamagen_says(weights, len(mult), images, normalize=False))
     assert not torch.equal(plain.encode(images), tokenizer.encode(images))
 
 
@@ -325,14 +224,16 @@ def test_other_groups_are_told(tmp_path):
     tokenizer = imported(tmp_path, tmp_path / "out", "image_size=16", "groups=4")
     assert tokenizer.config.groups == 4
     images = random_images(2, (3, 16, 16))
-    agree(tokenizer, images, *taming_says(weights, 2, images, groups=4))
+    agree_in_double(tokenizer, images, *taming_says(weights, 2, images, groups=4))
 
 
 def test_published_names_and_sizes_of_llamagens_vq16():
     """The network of the published file: 71.88 million parameters, 16384 codes of 8, 16x16 ids of 256x256 pixels."""
     shapes = llamagen_shapes(128, (1, 1, 2, 2, 4), blocks=2, z=256, codes=16384, dim=8)
     weights = {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
-    config = describe(weights, LLAMAGEN, Path("vq_ds16.safetensors"), ImportConfig(source="a", out="b"))
+    path = Path("vq_ds16.safetensors")
+    sizes = LLAMAGEN.sizes(Shapes(weights, LLAMAGEN, path))
+    config = describe(sizes, {}, LLAMAGEN, path, ImportConfig(source="a", out="b"))
     with torch.device("meta"):
         model = VQGAN(config)
     assert sum(p.numel() for p in model.parameters()) == sum(value.numel() for value in weights.values()) == 71_883_403

@@ -1,0 +1,126 @@
+"""Cosmos' discrete tokenizer: the same tokens and pictures as its definition, and wavelets that lose nothing.
+
+Covers: tokenizer/published/cosmos.py, tokenizer/published/layouts.py, tokenizer/published/conversion.py.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from agreement import agree_in_double
+from command import fails, printed_and_errors
+from published_references import cosmos_says, from_wavelets, wavelets
+from published_weights import cosmos_shapes, imported, random_images, random_weights
+from safetensors.torch import load_file, save_file
+from small import make_tokenizer
+
+from tokenizer.files.errors import ConfigError
+from tokenizer.published.cosmos import Haar, InverseHaar
+
+LEVELS = (8, 8, 8, 5, 5, 5)
+NETWORKS = [
+    ((1, 2), 1, {}),
+    ((1, 2, 2), 2, {"patch": 2, "blocks": 2}),
+    ((2, 2, 1), 1, {"patch": 4}),  # as of DI8x8: three levels, of which one halves
+    ((1, 2), 2, {"channels": 1, "patch": 2}),
+]
+
+
+@pytest.mark.parametrize(("mult", "halvings", "choices"), NETWORKS)
+def test_tokens_and_pictures_are_the_same(tmp_path, mult, halvings, choices):
+    weights = random_weights(cosmos_shapes(32, mult, halvings, **choices))
+    save_file(weights, tmp_path / "autoencoder.safetensors")
+    tokenizer = imported(tmp_path, tmp_path / "out", "image_size=[32, 16]")
+    patch = choices.get("patch", 4)
+    assert tokenizer.config.patch == patch and tokenizer.config.halvings == halvings
+    assert tokenizer.grid.shape == (32 // patch // 2**halvings, 16 // patch // 2**halvings)
+    assert tokenizer.grid.vocab_size == 64_000
+    images = random_images(4, (choices.get("channels", 3), 32, 16))
+    agree_in_double(tokenizer, images, *cosmos_says(weights, len(mult), images, LEVELS, patch))
+
+
+def test_other_levels_are_told_or_found_in_the_file(tmp_path, capsys):
+    steps = [7, 5, 4, 3]
+    weights = random_weights(cosmos_shapes(32, (1, 2), 1, dim=4))
+    save_file(weights, tmp_path / "autoencoder.safetensors")
+    command = [f"source={tmp_path}", f"out={tmp_path}/out", "image_size=16"]
+    assert "quant_conv.weight has shape [4, 8, 1, 1], expected [6, 8, 1, 1]" in fails(capsys, "import", *command)
+    buffers = {  # what TorchScript keeps besides
+        "quantizer._levels": torch.tensor(steps, dtype=torch.int32),
+        "quantizer._basis": torch.ones(4, dtype=torch.int32),
+        "quantizer.implicit_codebook": torch.zeros(420, 4),
+        "encoder.patcher.wavelets": torch.zeros(2),
+        "decoder.unpatcher._arange": torch.zeros(2, dtype=torch.int64),
+    }
+    images = random_images(3, (3, 16, 16))
+    told = imported(tmp_path, tmp_path / "told", "image_size=16", "levels=[7, 5, 4, 3]")
+    save_file({**weights, **buffers}, tmp_path / "autoencoder.safetensors")
+    found = imported(tmp_path, tmp_path / "out", "image_size=16")
+    assert "5 weights that only training needs left out" in capsys.readouterr().out
+    for tokenizer in (told, found):
+        agree_in_double(tokenizer, images, *cosmos_says(weights, 2, images, steps))
+
+
+def test_wavelets_are_the_convolutions_that_were_published_and_lose_nothing():
+    x = torch.randn(2, 3, 16, 8, dtype=torch.float64)
+    for patch in (1, 2, 4, 8):
+        folded = Haar(patch)(x)
+        assert folded.shape == (2, 3 * patch**2, 16 // patch, 8 // patch)
+        assert torch.allclose(folded, wavelets(x, patch), atol=1e-12)
+        assert torch.allclose(InverseHaar(patch)(folded), x, atol=1e-12)
+        assert torch.allclose(InverseHaar(patch)(folded), from_wavelets(folded, patch), atol=1e-12)
+
+
+def test_torchscript_is_refused_with_two_lines_that_convert_it(tmp_path, capsys):
+    class Half(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv = torch.nn.Conv2d(3, 4, 3)
+            self.register_buffer("wavelets", torch.ones(2), persistent=False)
+
+        def forward(self, x):
+            return self.conv(x) * self.wavelets.sum()
+
+    half = Half().bfloat16()
+    for name in ("encoder", "decoder", "autoencoder"):
+        torch.jit.save(torch.jit.script(half), tmp_path / f"{name}.jit")
+    for source in (tmp_path, tmp_path / "autoencoder.jit"):
+        printed, (error,) = printed_and_errors(capsys, "import", f"source={source}", f"out={tmp_path}/out")
+        assert f"{tmp_path}/autoencoder.jit is TorchScript" in error and printed.count("\n") == 2
+    exec(printed, {})
+    found = load_file(tmp_path / "autoencoder.safetensors")
+    assert torch.equal(found["conv.weight"], half.conv.weight) and "wavelets" in found
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"image_size": (30, 32)}, "patch: 4 pixels for each token do not divide the image size 30x32"),
+        ({"image_size": (31, 32)}, "widths: 2 levels halve 1 times, which the image size 31x32 does not allow"),
+        ({"halvings": 3}, r"halvings: at most one a level, 2 \(got 3\)"),
+        ({"patch": 3}, "patch: must be one of 1, 2, 4, 8, 16"),
+    ],
+)
+def test_bad_configurations_are_named(config, message):
+    with pytest.raises(ConfigError, match=message):
+        make_tokenizer("cosmos", **{"image_size": (32, 32), **config})
+
+
+def test_channels_that_no_wavelets_have_are_named(tmp_path, capsys):
+    weights = random_weights(cosmos_shapes(32, (1, 2), 1))
+    weights["encoder.conv_in.weight"] = torch.zeros(32, 20, 3, 3)
+    save_file(weights, tmp_path / "autoencoder.safetensors")
+    error = fails(capsys, "import", f"source={tmp_path}", f"out={tmp_path}/out", "image_size=16")
+    assert "encoder.conv_in.weight takes 20 channels, allowed are 4, 12, 16, 48" in error
+
+
+def test_the_defaults_are_di16x16():
+    """Of 3 levels, 2 blocks and 256 channels before the quantizer, as published; by the shapes of its weights."""
+    shapes = cosmos_shapes(128, (2, 4, 4), 2, blocks=2, z=256)
+    with torch.device("meta"):
+        from tokenizer import Tokenizer
+
+        tokenizer = Tokenizer.create("cosmos", image_size=(256, 256), channels=3)
+    expected = sum(torch.Size(shape).numel() for shape in shapes.values())
+    assert sum(p.numel() for p in tokenizer.parameters()) == expected and tokenizer.grid.shape == (16, 16)
+    print(f"{expected:,}")

@@ -1,0 +1,87 @@
+"""Open-MAGVIT2 and IBQ of SEED-Voken: the same tokens and pictures as their definitions.
+
+Covers: tokenizer/published/magvit2.py, tokenizer/published/plain.py.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from agreement import agree_in_double
+from command import fails
+from published_references import ibq_says, magvit2_says
+from published_weights import imported, magvit2_shapes, random_images, random_weights, taming_shapes
+from safetensors.torch import save_file
+from small import make_tokenizer
+
+from tokenizer import Tokenizer
+
+
+def with_running_means(weights):
+    """What training leaves in the file: weights that nobody evaluates, and the running means of `weights`."""
+    means = {f"model_ema.{name.replace('.', '')}": value for name, value in weights.items()}
+    last = {name: torch.randn(value.shape) for name, value in weights.items()}
+    rest = {"model_ema.decay": torch.tensor(0.99), "model_ema.num_updates": torch.tensor(3)}
+    return {**last, **means, **rest, "loss.discriminator.main.0.weight": torch.zeros(3)}
+
+
+@pytest.mark.parametrize("averaged", [False, True])
+@pytest.mark.parametrize(
+    ("mult", "choices"),
+    [((1, 2), {}), ((1, 1, 2), {"blocks": 2, "bits": 10}), ((2, 1), {"channels": 1})],
+    ids=["two levels", "three levels", "a narrow stem, grey"],
+)
+def test_tokens_and_pictures_are_the_same(tmp_path, mult, choices, averaged):
+    weights = random_weights(magvit2_shapes(64, mult, **choices))
+    weights["encoder.conv_in.weight"] *= 50  # without a bias: as small as elsewhere, the images would not matter
+    for level in range(len(mult)):
+        weights[f"decoder.adaptive.{level}.gamma.bias"] += 1  # next to 0, rounding would be normalised
+    save_file(with_running_means(weights) if averaged else weights, tmp_path / "magvit2.safetensors")
+    tokenizer = imported(tmp_path, tmp_path / "out", "image_size=[16, 24]")
+    assert tokenizer.grid.vocab_size == 2 ** choices.get("bits", 6)
+    images = random_images(3, (choices.get("channels", 3), 16, 24))
+    agree_in_double(tokenizer, images, *magvit2_says(weights, len(mult), images))
+
+
+def test_an_image_of_one_token_has_no_deviation():
+    tokenizer = make_tokenizer("magvit2", (2, 2)).train()
+    output = tokenizer(torch.rand(2, 3, 2, 2))
+    output.images.mean().backward()
+    assert len(tokenizer.grid) == 1 and output.images.isfinite().all()
+    assert all(p.grad.isfinite().all() for p in tokenizer.parameters() if p.grad is not None)
+
+
+def test_codes_elsewhere_change_a_place_through_its_normalisation():
+    tokenizer = make_tokenizer("magvit2", (32, 32)).eval()
+    tokens = torch.zeros(1, 16, 16, dtype=torch.long)
+    changed = tokens.clone()
+    changed[0, 12:, 12:] = 7
+    assert not torch.equal(tokenizer.decode(tokens)[..., :4, :4], tokenizer.decode(changed)[..., :4, :4])
+
+
+@pytest.mark.parametrize("averaged", [False, True])
+def test_ibqs_tokens_and_pictures_are_the_same(tmp_path, averaged):
+    weights = random_weights(taming_shapes(32, (1, 2), attention=(1,), codes=48))
+    assert weights["quantize.embedding.weight"].norm(dim=1).std() > 0.1  # or the nearest would be the largest product
+    save_file(with_running_means(weights) if averaged else weights, tmp_path / "ibq.safetensors")
+    tokenizer = imported(tmp_path, tmp_path / "out", "image_size=16", "layout=ibq")
+    assert tokenizer.quantizer.name == "ibq"
+    images = random_images(3, (3, 16, 16))
+    agree_in_double(tokenizer, images, *ibq_says(weights, 2, images))
+
+
+def test_ibq_is_not_said_of_other_weights(tmp_path, capsys):
+    save_file(random_weights(magvit2_shapes(32, (1, 2))), tmp_path / "magvit2.safetensors")
+    error = fails(capsys, "import", f"source={tmp_path}", f"out={tmp_path}/out", "layout=ibq")
+    assert "layout: the names of the weights are not those of SEED-Voken IBQ" in error
+
+
+def test_the_defaults_are_the_published_network():
+    """By the shapes of the weights of the published sizes, of which 16x16 ids of 256x256 pixels come."""
+    shapes = magvit2_shapes(128, (1, 1, 2, 2, 4), blocks=4, bits=18)
+    with torch.device("meta"):
+        tokenizer = Tokenizer.create("magvit2", image_size=(256, 256), channels=3)
+    expected = sum(torch.Size(shape).numel() for shape in shapes.values())
+    assert sum(p.numel() for p in tokenizer.parameters()) == expected and tokenizer.grid.shape == (16, 16)
+    assert tokenizer.grid.vocab_size == 262_144
+    print(f"{expected:,}")

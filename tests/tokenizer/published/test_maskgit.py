@@ -1,0 +1,66 @@
+"""MaskGIT-VQGAN: the same tokens and pictures as its definition, of images in [-1, 1].
+
+Covers: tokenizer/published/plain.py.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from agreement import agree_in_double
+from published_references import maskgit_says
+from published_weights import imported, maskgit_shapes, random_images, random_weights
+from safetensors.torch import save_file
+from small import make_tokenizer
+
+from tokenizer import Tokenizer
+from tokenizer.files.errors import ConfigError
+
+
+@pytest.mark.parametrize(
+    ("mult", "choices"),
+    [((1, 2), {}), ((1, 1, 2), {"blocks": 2}), ((2, 1), {"channels": 1}), ((1,), {"blocks": 3, "codes": 40})],
+    ids=["two levels", "three levels", "a narrow stem, grey", "one level"],
+)
+def test_tokens_and_pictures_are_the_same(tmp_path, mult, choices):
+    weights = random_weights(maskgit_shapes(32, mult, **choices))
+    weights["encoder.conv_in.weight"] *= 50  # without a bias: as small as elsewhere, the images would not matter
+    save_file(weights, tmp_path / "maskgit.safetensors")
+    tokenizer = imported(tmp_path, tmp_path / "out", "image_size=[16, 24]")
+    images = random_images(3, (choices.get("channels", 3), 16, 24))
+    agree_in_double(tokenizer, images, *maskgit_says(weights, len(mult), images))
+    with torch.no_grad():
+        assert torch.equal(tokenizer(images).images, tokenizer.decode(tokenizer.encode(images)))
+
+
+def test_an_image_is_between_0_and_1_for_the_network(monkeypatch):
+    tokenizer = make_tokenizer("maskgit").eval()
+    seen = []
+    tokenizer.encoder.stem.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    tokenizer.encode(torch.cat([torch.full((1, 3, 12, 8), value) for value in (-1.0, 0.0, 1.0)]))
+    assert [(part.min().item(), part.max().item()) for part in seen[0]] == [(0, 0), (0.5, 0.5), (1, 1)]
+
+
+def test_a_likelihood_is_of_what_the_decoder_puts_out():
+    """It is not an image, and nothing of it is scaled."""
+    tokenizer = make_tokenizer("maskgit", likelihood={"kind": "discretized_logistic", "components": 2}).eval()
+    tokens = torch.zeros(1, *tokenizer.grid.shape, dtype=torch.long)
+    expected = tokenizer.decoder(tokenizer.quantizer.lookup(tokens))
+    assert torch.equal(tokenizer._paint(tokens), expected)
+
+
+def test_wrong_sizes_are_named():
+    with pytest.raises(ConfigError, match="widths: 2 levels halve 1 times, which the image size 13x8 does not allow"):
+        make_tokenizer("maskgit", (13, 8))
+    with pytest.raises(ConfigError, match="groups: 3 does not divide the width 8"):
+        make_tokenizer("maskgit", groups=3)
+
+
+def test_the_defaults_are_the_published_network():
+    """By the shapes of the weights of the published sizes, of which 16x16 ids of 256x256 pixels come."""
+    shapes = maskgit_shapes(128, (1, 1, 2, 2, 4), blocks=2, codes=1024, dim=256)
+    with torch.device("meta"):
+        tokenizer = Tokenizer.create("maskgit", image_size=(256, 256), channels=3)
+    expected = sum(torch.Size(shape).numel() for shape in shapes.values())
+    assert sum(p.numel() for p in tokenizer.parameters()) == expected and tokenizer.grid.shape == (16, 16)
+    print(f"{expected:,}")

@@ -1,0 +1,137 @@
+"""Open-MAGVIT2 (Luo et al. 2024, arXiv:2409.04410; SEED-Voken), after MAGVIT-2 (Yu et al. 2023, arXiv:2310.05737).
+
+No attention; strided convolutions halve the sides, and channels become pixels to double them. Each level of the decoder
+begins with a normalisation that the codes of the whole image scale and shift, by their deviation and mean in each
+channel. The id is the signs of the vector's 18 channels (`lfq`).
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+import torch
+import torch.nn.functional as F
+from pydantic import Field
+from torch import Tensor, nn
+
+from ..autoencoder import Autoencoder
+from ..layers import group_norm
+from ..quantizers.lfq import LFQConfig
+from ..settings import ModelConfig, Node
+from ..vqgan import conv3
+from .layouts import Layout, Shapes, Weights
+from .plain import PLAIN_NAMES, Block, Level, PlainConfig, blocks_of, encoder, ends, plain_sizes
+from .vqgans import averaged
+
+EPS = 1e-6
+
+
+class MAGVIT2Config(PlainConfig):
+    """Sizes of the networks; the defaults are those of the ImageNet models."""
+
+    blocks: int = Field(4, ge=1, le=64, description="residual blocks at each level, and between the two halves of each")
+    quantizer: Annotated[ModelConfig, Node("tokenizer.quantizers:Quantizer")] = Field(
+        LFQConfig(bits=18), description="how vectors become ids"
+    )
+
+
+class OpenMAGVIT2(Autoencoder, name="magvit2"):
+    """The published network between pixels and codes, with any quantizer."""
+
+    Config = MAGVIT2Config
+
+    def __init__(self, config: MAGVIT2Config) -> None:
+        super().__init__(config, config.factor)
+        self.encoder = encoder(config, self.quantizer.dim, Block, lambda width: nn.Conv2d(width, width, 3, 2, 1))
+        self.decoder = Decoder(config, self.quantizer.dim, self.outputs)
+        self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+
+
+class Decoder(nn.Module):
+    """`(B, dim, H / f, W / f)` to `(B, outputs, H, W)`; levels are in the order in which they run, coarsest first."""
+
+    def __init__(self, config: MAGVIT2Config, dim: int, outputs: int) -> None:
+        super().__init__()
+        before, after = ends(config, dim, outputs, Block)
+        self.stem, self.middle = before["stem"], before["middle"]
+        self.adaptive, self.levels = nn.ModuleList(), nn.ModuleList()
+        width = config.widths[-1]
+        for level, wide in reversed(list(enumerate(config.widths))):
+            self.adaptive.append(AdaptiveNorm(width, config.groups, dim))
+            blocks = blocks_of(config, Block, width, wide)
+            self.levels.append(Level(blocks, Grow(wide) if level else nn.Identity()))
+            width = wide
+        self.norm, self.head = after["norm"], after["head"]
+
+    def forward(self, z: Tensor) -> Tensor:
+        x = self.middle(self.stem(z))
+        for adapt, level in zip(self.adaptive, self.levels, strict=True):
+            x = level(adapt(x, z))
+        return self.head(F.silu(self.norm(x)))
+
+
+class AdaptiveNorm(nn.Module):
+    """Group normalisation of `(B, width, H, W)`, each channel scaled and shifted by what the codes of the image are."""
+
+    ones: Tensor
+    zeros: Tensor
+
+    def __init__(self, width: int, groups: int, dim: int) -> None:
+        super().__init__()
+        self.groups = groups
+        self.register_buffer("ones", torch.ones(width), persistent=False)
+        self.register_buffer("zeros", torch.zeros(width), persistent=False)
+        self.scale, self.shift = nn.Linear(dim, width), nn.Linear(dim, width)
+
+    def forward(self, x: Tensor, codes: Tensor) -> Tensor:
+        """codes: `(B, dim, h, w)`."""
+        rows = codes.flatten(2).contiguous()  # whatever its memory format: in another order, sums would round otherwise
+        deviation = (rows.var(2, correction=min(1, rows.shape[2] - 1)) + EPS).sqrt()
+        scale, shift = self.scale(deviation), self.shift(rows.mean(2))
+        normalised = group_norm(x, self.groups, self.ones, self.zeros, EPS)
+        return normalised * scale[..., None, None] + shift[..., None, None]
+
+
+class Grow(nn.Sequential):
+    """Doubles height and width: a 3x3 convolution, whose channels become pixels."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__(conv3(width, 4 * width), nn.PixelShuffle(2))
+
+
+# Its weights
+
+
+def shuffled(weights: Weights) -> Weights:
+    """Running means in place of weights; and what becomes a pixel's four parts in our order, in which those of one
+    channel come one after another, where there all channels of a part do."""
+    found = averaged(weights)
+    for name, value in found.items():
+        if ".upsample.conv1." in name and value.ndim and value.shape[0] % 4 == 0:
+            found[name] = value.unflatten(0, (4, -1)).transpose(0, 1).flatten(0, 1)
+    return found
+
+
+def sizes(shapes: Shapes) -> dict[str, Any]:
+    """Of a `magvit2`."""
+    network, bits = plain_sizes(shapes)
+    return {**network, "quantizer": {"kind": "lfq", "bits": bits}}
+
+
+MAGVIT2 = Layout(
+    "Open-MAGVIT2",
+    OpenMAGVIT2,
+    lambda weights: "encoder.mid_block.0.conv1.weight" in weights,
+    sizes,
+    (
+        (r"\.middle\.", ".mid_block."),
+        (r"^encoder\.(.*)\.resample\.", r"encoder.\1.downsample."),
+        (r"^decoder\.(.*)\.resample\.0\.", r"decoder.\1.upsample.conv1."),
+        (r"^(decoder\.adaptive.*)\.scale\.", r"\1.gamma."),
+        (r"^(decoder\.adaptive.*)\.shift\.", r"\1.beta."),
+        *PLAIN_NAMES,
+    ),
+    training=r"loss\.|model_ema\.",
+    finest_first=True,
+    prepare=shuffled,
+)
