@@ -1,0 +1,84 @@
+"""What the page is made for: a pipeline, how it is called, what visitors may ask, and the images it can be searched in."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from pydantic.fields import FieldInfo
+from torch import Tensor
+
+from ..image_pipeline import ImagePipeline
+from ..images.dataset import ImageDataset
+from ..images.pictures import convert_images, to_float
+from .bounds import Bounds
+from .jobs import Job, Jobs
+
+
+@dataclass
+class Served:
+    """A pipeline for visitors. name: where it was loaded from, as a visitor may be told. described: the keys of
+    `smalti generate`, which say what settings mean. train: what can be searched, or None, with the reason why."""
+
+    pipeline: ImagePipeline
+    name: str
+    bounds: Bounds
+    described: Mapping[str, FieldInfo]
+    train: ImageDataset | None = None
+    num_index: int | None = None
+    why_no_search: str = ""
+    jobs: Jobs = field(default_factory=Jobs)
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """(C, H, W)."""
+        return self.pipeline.tokenizer.image_shape
+
+    def code(self, *lines: str) -> str:
+        """Python that does what the page does."""
+        head = ["from pipelines import ImagePipeline", "", f"pipe = ImagePipeline.from_pretrained({self.name!r})"]
+        return "\n".join([*head, *lines])
+
+
+def drawn(job: Job, call: Any, *arguments: Any, **settings: Any) -> Any:
+    """What a call of a pipeline that samples returns, each step of which is shown and can be the last."""
+    return call(*arguments, **settings, progress=False, callback_on_step_end=job.watch)
+
+
+def as_pixels(images: Tensor) -> list[np.ndarray]:
+    """uint8 (H, W, C) of each of float images `(B, C, H, W)`."""
+    return list(convert_images(images, "np"))
+
+
+def as_floats(pixels: Tensor) -> Tensor:
+    """Float images in [-1, 1] of uint8 ones."""
+    return to_float(pixels)
+
+
+def keywords(settings: Mapping[str, Any]) -> str:
+    """Arguments as they are written in a call, each after a comma."""
+    return "".join(f", {name}={value!r}" for name, value in settings.items())
+
+
+def written_labels(labels: list[int | str | None] | None) -> dict[str, Any]:
+    """The argument `labels` of a call, shortened where all are alike."""
+    if labels is None:
+        return {}
+    return {"labels": labels[0] if len(set(labels)) == 1 else labels}
+
+
+def golden(ids: Tensor) -> np.ndarray:
+    """A colour for each id, uint8 (..., 3): hues a golden angle apart, so that neighbours differ."""
+    hue = (ids.double() * 0.6180339887) % 1
+    value = 0.55 + 0.45 * ((ids * 7919) % 97).double() / 96
+    parts = [(torch.cos(2 * torch.pi * (hue + third / 3)) * 0.5 + 0.5) * value for third in range(3)]
+    return (torch.stack(parts, -1) * 255).round().to(torch.uint8).numpy()
+
+
+def heat(values: Tensor) -> np.ndarray:
+    """`(H, W)` in [0, 1] as uint8 (H, W, 3): black, red, yellow, white."""
+    parts = [(3 * values - channel).clamp(0, 1) for channel in range(3)]
+    return (torch.stack(parts, -1) * 255).round().to(torch.uint8).numpy()
