@@ -33,12 +33,14 @@ from tokenizer.files.errors import (  # noqa: E402
 from .image_pipeline import ImagePipeline  # noqa: E402
 from .images.pictures import from_unit  # noqa: E402
 from .stages.sampling import PipelineOutput  # noqa: E402
+from .stages.watching import Interrupted  # noqa: E402
 
 __all__ = [
     "ConfigError",
     "FormatError",
     "ImagePipeline",
     "IntegrityError",
+    "Interrupted",
     "LimitError",
     "PathError",
     "PipelineLoadError",

@@ -10,7 +10,7 @@ logits, block by block, for less.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Annotated, Any, ClassVar
 
 import torch
@@ -20,14 +20,16 @@ from torch import Tensor
 from tokenizer.base import Grid, TokenGrid, full_float32
 from tokenizer.pretrained import Fact, ModelConfig, Node, PretrainedModel
 
-from .drawing import State, draw, evaluating
+from .drawing import draw, evaluating
 from .features import Features
-from .heads import PositionSteps, Softmax, head_problem, make_head
+from .heads import head_problem, make_head
 from .heads.tokens import Positions
 from .mixtures import Mixtures
 from .orders import Partition, blocks_problem, make_partition, order_problem
-from .requests import Order, Rows, Walk, check_labels, check_order, given_walk, make_rows, partition_of
+from .requests import Order, Rows, Walk, check_labels, check_order, given_walk, make_rows
 from .sampling import Generators, Sampler
+from .sampling.watching import OnStep, Watch
+from .stepping import Stepping
 
 
 class PriorConfig(ModelConfig):
@@ -85,7 +87,7 @@ class PriorConfig(ModelConfig):
         return partition if self.blocks is None else Partition(partition.order, self.blocks)
 
 
-class Prior(Positions, Features, Mixtures, PretrainedModel, family="prior"):
+class Prior(Positions, Features, Mixtures, Stepping, PretrainedModel, family="prior"):
     """A distribution over grids of ids; `forward` is the only method that trains."""
 
     Sampling: ClassVar[type[Sampler]] = Sampler
@@ -219,7 +221,8 @@ class Prior(Positions, Features, Mixtures, PretrainedModel, family="prior"):
         parallel: bool = False,
         guess: Prior | None = None,
         capture: bool = True,
-        progress: bool = False,
+        progress: bool | Mapping[str, Any] = False,
+        on_step: OnStep | None = None,
         **settings: Any,
     ) -> Tensor:
         """Draw tokens `(num_images, *grid.shape)`, one block of the order at a time.
@@ -234,7 +237,8 @@ class Prior(Positions, Features, Mixtures, PretrainedModel, family="prior"):
         costs a pass per image: then images are of the mixture of these walks given what is known. cache: False
         recomputes everything at every step; capture: False launches cached steps on a GPU kernel by kernel, not as
         graphs. parallel: the same tokens from fewer passes over the whole grid (`prior.parallel`), and fewer still with
-        a `guess`, a cheap prior over the same tokens.
+        a `guess`, a cheap prior over the same tokens. progress: a bar, or `tqdm`'s arguments for one. on_step: called
+        with a `Step` (`sampling.watching`) after each; what it raises ends sampling.
 
         That all these agree, in any batch, is promised for float32 and float64 weights as far as computations differ by
         no more than `rounding`; lower precision may draw other images in another way. Raises `ValueError` for arguments
@@ -245,56 +249,15 @@ class Prior(Positions, Features, Mixtures, PretrainedModel, family="prior"):
         walk = Walk(order, num_orders, cache, parallel, guess, capture)
         walk.check(self)
         rows = make_rows(self, num_images, labels, sampler, generator, tokens, known)
+        watch = Watch(progress, on_step, rows, self.grid.shape)
         with torch.inference_mode(), evaluating(self), evaluating(guess or self):
-            drawn = self.draw(rows, sampler, walk, progress)
+            drawn = self.draw(rows, sampler, walk, watch)
         return drawn.reshape(num_images, *self.grid.shape).clone()  # no inference tensor: it may be trained on
 
-    def draw(self, rows: Rows, sampler: Any, walk: Walk, progress: bool) -> Tensor:
+    def draw(self, rows: Rows, sampler: Any, walk: Walk, watch: Watch) -> Tensor:
         """`sample` of what has been checked: tokens `(B, N)` for `rows`, both in raster order, by a `Sampling`."""
-        return draw(self, rows, sampler, walk, progress)
+        return draw(self, rows, sampler, walk, watch)
 
     def rows_at_once(self) -> int | None:
         """The number of rows to sample together, where that is faster than all at once; None is all at once."""
         return None
-
-    def start(self, num_images: int, labels: Tensor | None, order: Order = None) -> Any:
-        """Begin an incremental pass over `num_images` rows; returns the state that `next_logits` advances. order: as
-        for `chain_log_probs`; a model of one order is never given one."""
-        walk = None if order is None else partition_of(self, order)
-        with torch.no_grad():
-            cache = self.make_cache(self.class_ids(labels, num_images), walk)
-        if isinstance(self.readout, Softmax) or isinstance(cache, State):
-            return cache
-        return PositionSteps(self.readout, cache, self.config.takes_blocks)
-
-    def next_logits(self, state: Any, tokens: Tensor | None) -> Tensor:
-        """Logits `(B, n, vocab_size)` of the n positions of the next block, in their order, given the last block's
-        `tokens` `(B, m)`, or None at the first."""
-        if isinstance(state, State):
-            return self.next_logits_slow(state, tokens)
-        if self.config.takes_blocks or isinstance(state, PositionSteps):
-            return state.step(tokens)
-        return state.step(None if tokens is None else tokens[:, 0]).unsqueeze(1)
-
-    def make_cache(self, labels: Tensor, walk: Partition | None) -> Any:
-        """What a model's fast path remembers between steps, for labels `(B,)` and a walk other than its own: an object
-        whose `step` gives what the network puts out at the next positions from the last ones' ids, as `PositionSteps`
-        says: without a head logits `(B, vocab_size)`, given `(B,)`. Here there is no fast path."""
-        return self.start_slow(len(labels), labels, walk)
-
-    def start_slow(self, num_images: int, labels: Tensor | None, order: Order = None) -> State:
-        """`start` of the path that recomputes everything: right by construction."""
-        walk = partition_of(self, order)
-        tokens = torch.zeros(num_images, len(self.grid), dtype=torch.long, device=self.device)
-        given = given_walk(self, None if order is None else walk)
-        return State(tokens, self.class_ids(labels, num_images), walk.order, walk.blocks, given)
-
-    def next_logits_slow(self, state: State, tokens: Tensor | None) -> Tensor:
-        """`next_logits` by one forward pass over the whole grid."""
-        at = state.advance(tokens)
-        logits = self(state.tokens.reshape(-1, *self.grid.shape), state.labels, **state.given)
-        return logits[torch.arange(len(at), device=at.device)[:, None], at]
-
-    def class_ids(self, labels: Tensor | None, count: int) -> Tensor:
-        """`labels` `(count,)`; without any, the null class for all."""
-        return torch.full((count,), self.num_classes, device=self.device) if labels is None else labels

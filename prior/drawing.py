@@ -20,6 +20,7 @@ from .requests import Model, Rows, Walk, choose_walk
 from .sampling import Sampler
 from .sampling.steps import State as State
 from .sampling.steps import from_graphs, step_by_step
+from .sampling.watching import Watch, to_raster
 
 FEW_ROWS = 4
 """With fewer rows, a matrix product is bound by reading the weights."""
@@ -50,7 +51,7 @@ def sent(drawn: Tensor, device: torch.device) -> Tensor:
     return drawn.pin_memory().to(device, non_blocking=True) if pinned else drawn.to(device)
 
 
-def draw(prior: Model, rows: Rows, sampler: Sampler, walk: Walk, progress: bool) -> Tensor:
+def draw(prior: Model, rows: Rows, sampler: Sampler, walk: Walk, watch: Watch) -> Tensor:
     """Tokens `(B, N)` for `rows`, both in raster order."""
     rows = rows.along(choose_walk(prior, walk.order, walk.num_orders, rows), prior)
     most = (
@@ -59,20 +60,21 @@ def draw(prior: Model, rows: Rows, sampler: Sampler, walk: Walk, progress: bool)
     walked = torch.empty_like(rows.given)
     for at, alike in rows.alike(prior):
         parts = alike.cut(max(FEW_ROWS, most // sampler.copies))
-        walked[at] = torch.cat([draw_part(prior, part, sampler, walk, progress) for part in parts])
-    return torch.empty_like(walked).scatter_(1, rows.path.expand(walked.shape), walked)
+        walked[at] = torch.cat([draw_part(prior, part, sampler, walk, watch) for part in parts])
+    return to_raster(rows, walked)
 
 
-def draw_part(prior: Model, rows: Rows, sampler: Sampler, walk: Walk, progress: bool) -> Tensor:
+def draw_part(prior: Model, rows: Rows, sampler: Sampler, walk: Walk, watch: Watch) -> Tensor:
     """Tokens `(B, N)` in the order of the walk, of rows that go through the model together."""
     states = [generator.get_state() for generator in rows.generators]
     if walk.parallel:
-        tokens, close, _ = sample_parallel(prior, rows, sampler, walk.guess, progress)
+        tokens, close, _ = sample_parallel(prior, rows, sampler, walk.guess, watch)
     else:
-        captured = from_graphs(prior, rows, sampler, progress) if walk.cache and walk.capture else None
-        tokens, close = captured or step_by_step(prior, rows, sampler, walk.cache, progress)
+        captured = from_graphs(prior, rows, sampler, watch) if walk.cache and walk.capture else None
+        tokens, close = captured or step_by_step(prior, rows, sampler, walk.cache, watch)
     close = close & ~rows.keep & (prior.dtype in FINE)
     for k in torch.nonzero(close.any(1)).flatten().tolist():
         rows.generators[k].set_state(states[k])
         tokens[k] = settled(prior, rows[[k]], sampler, tokens[[k]], close[[k]])
+    watch.drew(rows, tokens)
     return tokens

@@ -26,6 +26,7 @@ from .masks import Connections, Sums, even_degrees, random_degrees, summed
 from .orders import Partition, make_order
 from .requests import Rows, Walk, check_order
 from .sampling import Sampler
+from .sampling.watching import Watch
 
 DENSE_WIDTH = 32  # up to so many ids, multiplying one-hot rows is faster than picking rows of weights and adding them
 MAX_DIRECT = 1 << 28  # weights of the direct connections: the square of what the hidden layers need per unit
@@ -277,18 +278,18 @@ class MADE(Prior, name="made"):
         logits = x if self.head is None else F.linear(x, self.head)
         return logits if bias is None else logits + bias
 
-    def draw(self, rows: Rows, sampler: MADESampler, walk: Walk, progress: bool) -> Tensor:
+    def draw(self, rows: Rows, sampler: MADESampler, walk: Walk, watch: Watch) -> Tensor:
         """As `Prior` does, each image in one of the connectivities, which its own generator draws."""
         numbers = self.connectivities(sampler.num_masks)
         if len(numbers) == 1:
-            return super().draw(rows, sampler, walk, progress)
+            return super().draw(rows, sampler, walk, watch)
         walk = replace(walk, order=check_order(self, walk.order, len(rows)))
         chosen = [int(torch.randint(len(numbers), (), generator=g, device=g.device)) for g in rows.generators]
         drawn = torch.empty_like(rows.given)
         for number in sorted(set(chosen)):
             at = [row for row, one in enumerate(chosen) if one == number]
             with self.connected(number):
-                drawn[at] = super().draw(rows[at], sampler, walk.of(at), progress)
+                drawn[at] = super().draw(rows[at], sampler, walk.of(at), watch)
         return drawn
 
     def make_cache(self, labels: Tensor, walk: Partition | None) -> Sums:

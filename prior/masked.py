@@ -26,6 +26,7 @@ from .orders import Partition, block_numbers
 from .parallel import parallel_rows
 from .requests import Order, Rows, Walk, check_labels, partition_of
 from .sampling.confidence import SCHEDULES, MaskedSampler, fill_in
+from .sampling.watching import Watch
 from .transformer import EPS, Block, Rotations, TransformerConfig, coordinates, deep_rounding, reset
 
 MIDPOINTS = 1 << 12  # over which the schedules' mean is taken
@@ -236,22 +237,22 @@ class Masked(Prior, name="masked"):
         at = state.advance(tokens)
         return self.predict(state.tokens, state.labels, (torch.arange(len(at), device=at.device)[:, None], at))
 
-    def draw(self, rows: Rows, sampler: MaskedSampler, walk: Walk, progress: bool) -> Tensor:
+    def draw(self, rows: Rows, sampler: MaskedSampler, walk: Walk, watch: Watch) -> Tensor:
         """A block per pass, as `Prior` does, or in `steps`. (With `parallel` every pass of `Prior.sample` is one pass
         of the network per block, so that it is of no use for speed.) Raises `ValueError` for a walk that does not go
         with `steps`."""
         if sampler.steps is None:
-            return super().draw(rows, sampler, walk, progress)
+            return super().draw(rows, sampler, walk, watch)
         if walk.order is not None:
             steps = self.stepwise(walk.order, sampler.steps, sampler.schedule)
-            return super().draw(rows, sampler, replace(walk, order=steps), progress)
+            return super().draw(rows, sampler, replace(walk, order=steps), watch)
         if walk.is_chosen:
             raise ValueError(
                 "steps without an order finds one of its own: num_orders, parallel and cache=False do not go with it"
             )
         most = min(self.rows_at_once() or len(rows) * sampler.copies, parallel_rows(self.grid, self.device))
         parts = rows.cut(max(FEW_ROWS, most // sampler.copies))
-        return torch.cat([fill_in(self, part, sampler, progress) for part in parts])
+        return torch.cat([fill_in(self, part, sampler, watch) for part in parts])
 
 
 def bound_masks(ids: Tensor, passes: int) -> Tensor:

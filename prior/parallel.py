@@ -24,8 +24,9 @@ from tokenizer.base import TokenGrid
 
 from .orders import Partition
 from .requests import Model, Rows, given_walk
-from .sampling import GumbelNoise, Sampler, progress_over
+from .sampling import GumbelNoise, Sampler
 from .sampling.guesses import alternatives, guesses_at_once
+from .sampling.watching import Watch
 
 CHEAP_PASSES = 8
 """Passes of the guessing prior per pass."""
@@ -51,9 +52,7 @@ def parallel_rows(grid: TokenGrid, device: torch.device) -> int:
     return max(1, NUMBERS * (ON_A_GPU if device.type == "cuda" else 1) // (len(grid) * grid.vocab_size))
 
 
-def sample_parallel(
-    prior: Model, rows: Rows, sampler: Sampler, guess: Model | None = None, progress: bool = False
-) -> Parallel:
+def sample_parallel(prior: Model, rows: Rows, sampler: Sampler, guess: Model | None, watch: Watch) -> Parallel:
     """The tokens that step by step are drawn for `rows`, from passes over the whole grid."""
     count, size = rows.given.shape
     device = rows.given.device
@@ -73,7 +72,8 @@ def sample_parallel(
     width = guesses_at_once(prior, count) if guess is None else 1
     guesses = tokens[:, None]  # (active, one or `width`, N)
     active = list(range(count))  # the images that are not finished; `rows`, `noise` and `guesses` are theirs
-    for _ in progress_over(rows.blocks, progress, unit="pass"):
+    part = rows
+    for _ in watch.over(rows.blocks):
         old, each = guesses.flatten(0, 1), guesses.shape[1]
         many, their_noise, their_final = rows, noise, final[active]
         if each > 1:
@@ -99,6 +99,8 @@ def sample_parallel(
         tokens[active] = drawn
         final[active] = now_final
         passes[active] += 1
+        if watch.on_step is not None:
+            watch.took(part, tokens, ranks < final[:, None])
         if not left:
             break
         guesses = drawn[:, None]

@@ -100,7 +100,8 @@ class Walk:
 @dataclass
 class Rows:
     """What is to be drawn, a row per image: labels `(B,)`, generators, and the tokens to keep (`given` where bool
-    `keep`), both `(B, N)` along `path`, `(N,)` or `(B, N)`, which sizes `blocks` cut. own: both are the model's."""
+    `keep`), both `(B, N)` along `path`, `(N,)` or `(B, N)`, which sizes `blocks` cut. images: which of the
+    request's they are; own: path and blocks are the model's."""
 
     labels: Tensor
     generators: list[torch.Generator]
@@ -108,6 +109,7 @@ class Rows:
     keep: Tensor
     path: Tensor
     blocks: tuple[int, ...]
+    images: list[int]
     own: bool = True
 
     def __len__(self) -> int:
@@ -115,9 +117,11 @@ class Rows:
 
     def __getitem__(self, at: slice | Sequence[int]) -> Rows:
         path = self.path if self.path.ndim == 1 else self.path[at]
-        generators = self.generators[at] if isinstance(at, slice) else [self.generators[k] for k in at]
+        numbers = list(range(len(self)))[at] if isinstance(at, slice) else at
+        generators, images = [self.generators[k] for k in numbers], [self.images[k] for k in numbers]
+        given, keep = self.given[at], self.keep[at]
         return replace(
-            self, labels=self.labels[at], generators=generators, given=self.given[at], keep=self.keep[at], path=path
+            self, labels=self.labels[at], generators=generators, given=given, keep=keep, path=path, images=images
         )
 
     def along(self, walk: Partition | None, prior: Model) -> Rows:
@@ -170,7 +174,8 @@ def make_rows(
     given, keep = known_tokens(prior, tokens, known, num_images)
     raster = torch.arange(len(prior.grid), device=prior.device)
     generators = image_generators(generator, num_images)
-    return Rows(prior.class_ids(labels, num_images), generators, given, keep, raster, prior.blocks)
+    images = list(range(num_images))
+    return Rows(prior.class_ids(labels, num_images), generators, given, keep, raster, prior.blocks, images)
 
 
 def given_walk(prior: Model, walk: Partition | None, known: Tensor | None = None) -> dict[str, Tensor]:

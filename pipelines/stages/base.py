@@ -81,6 +81,7 @@ class Stages:
         self.sample_grid: np.ndarray | None = None
         self.calibration: Calibration | None = None
         self.background: Prior | None = None
+        self.interrupt = False
 
     def set_background(self, prior: Prior) -> None:
         """Keep a background prior beside the prior: one trained on perturbed tokens (`method="ratio"`). Raises

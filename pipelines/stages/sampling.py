@@ -11,11 +11,12 @@ import torch
 from torch import Tensor
 
 from prior import Prior
-from prior.requests import Walk, choose_walk, make_rows
+from prior.requests import Walk, choose_walk, known_tokens, make_rows
 from prior.sampling import GUIDANCE, Generators, Sampler, image_generators, progress_over
 
 from ..images.pictures import check_output_type
 from .base import Label, Stages
+from .watching import Callback, Watcher
 
 
 @dataclass(frozen=True)
@@ -38,6 +39,7 @@ def sample(
     batch_size: int = 64,
     output_type: str = "pil",
     progress: bool = True,
+    callback_on_step_end: Callback | None = None,
     **options: Any,
 ) -> PipelineOutput:
     """Sample images.
@@ -45,6 +47,13 @@ def sample(
     labels: one class (id or name) for all, or one per image; None is unconditional. seed: image k uses seed + k,
     whatever `batch_size` is. tokens, known: as in `Prior.sample`. output_type: "pil", "np" (uint8) or "pt" (float in
     [-1, 1]).
+
+    callback_on_step_end: called as `f(pipe, step, rank, {"tokens": ..., "known": ...})` after each step of whatever
+    path draws the images: step counts from 0 over all batches; rank is how far along their order the images being drawn
+    have come; tokens `(B, *grid.shape)` are those of all images so far (0 where none is drawn) and known says which
+    these are. Both are copies, to look at: it returns the dictionary as it is, or None. What it raises ends the call,
+    and so does `pipe.interrupt = True`, from it or from another thread: then after the step that is under way
+    `Interrupted` is raised, which has the tokens so far. Each call sets `pipe.interrupt` to False when it begins.
 
     options: how the grid is walked (`order`, `num_orders`, `cache`, `capture`, `parallel`, `guess`), as in
     `Prior.sample`; and the settings that the prior's `Sampling` declares, by name (`temperature`, `top_k`, `top_p`,
@@ -67,9 +76,12 @@ def sample(
     generators = seeded(seed, generator, num_images)
     shape, parts = (num_images, *pipeline.prior.grid.shape), []
     check_shapes(shape, tokens=tokens, known=known)
+    given = (each.reshape(shape) for each in known_tokens(pipeline.prior, tokens, known, num_images))
+    watcher = Watcher(pipeline, callback_on_step_end, *given)
     batches = range(0, num_images, batch_size)
     for start in progress_over(batches, progress and len(batches) > 1, unit="batch"):
         rows = slice(start, min(start + batch_size, num_images))
+        watcher.begin(rows)
         parts.append(
             pipeline.prior.sample(
                 rows.stop - rows.start,
@@ -78,10 +90,12 @@ def sample(
                 tokens=None if tokens is None else tokens.expand(shape)[rows],
                 known=None if known is None else known.expand(shape)[rows],
                 progress=progress and len(batches) == 1,
+                on_step=watcher.saw,
                 **vars(walk.of(rows)),
                 **vars(sampler),
             )
         )
+        watcher.end(parts[-1])
     drawn = torch.cat(parts)
     return PipelineOutput(pipeline.decode(drawn, output_type=output_type), drawn)
 

@@ -15,8 +15,8 @@ from tokenizer.base import TokenGrid
 
 from ..requests import Rows
 from .noise import GumbelNoise, gumbel
-from .progress import progress_over
 from .settings import Sampler
+from .watching import Watch
 
 SCHEDULES: dict[str, Callable[[Tensor], Tensor]] = {
     "linear": lambda u: 1 - u,
@@ -99,7 +99,7 @@ def still_masked(left: Tensor, unknown: Tensor, share: float) -> Tensor:
     return torch.minimum(left - 1, (unknown * share + ROUNDS_DOWN).long()).clamp(min=0)
 
 
-def fill_in(prior: Any, rows: Rows, sampler: MaskedSampler, progress: bool) -> Tensor:
+def fill_in(prior: Any, rows: Rows, sampler: MaskedSampler, watch: Watch) -> Tensor:
     """Tokens `(B, N)`, raster order, in as many passes as there are steps."""
     size = rows.given.shape[1]
     labels = sampler.doubled(rows.labels, prior.num_classes)
@@ -107,7 +107,7 @@ def fill_in(prior: Any, rows: Rows, sampler: MaskedSampler, progress: bool) -> T
     ids = torch.where(rows.keep, rows.given, prior.mask)
     left = unknown = (~rows.keep).sum(1)
     before_last = (size - sampler.last_size(unknown)).clamp(min=1)
-    for share, temperature in progress_over(sampler.passes(), progress, unit="pass"):
+    for share, temperature in watch.over(sampler.passes()):
         if not bool(left.any()):
             break
         decided = ((size - left) / before_last).clamp(max=1)
@@ -120,4 +120,7 @@ def fill_in(prior: Any, rows: Rows, sampler: MaskedSampler, progress: bool) -> T
         left = still_masked(left, unknown, share)
         ranks = confidence.argsort(dim=1, descending=True, stable=True).argsort(1)
         ids = torch.where((ids == prior.mask) & (ranks < (size - left)[:, None]), drawn, ids)
+        if watch.on_step is not None:
+            watch.took(rows, ids, ids != prior.mask)
+    watch.drew(rows, ids)
     return ids

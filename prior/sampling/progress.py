@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from typing import TypeVar
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, TypeVar
 
 T = TypeVar("T")
 
 
-def progress_over(steps: Sequence[T], shown: bool, unit: str = "token") -> Iterable[T]:
-    """`steps`, with a bar on a terminal if it is to be shown."""
-    if not shown:
+def progress_over(steps: Sequence[T], shown: bool | Mapping[str, Any], unit: str = "token") -> Iterable[T]:
+    """`steps`, with a bar on a terminal if it is to be shown: True, or arguments of `tqdm` other than its own here."""
+    if shown is False:
         return steps
     from tqdm import tqdm
 
-    return tqdm(steps, desc="sampling", unit=unit, leave=False, disable=None)
+    own = {"desc": "sampling", "unit": unit, "leave": False, "disable": None}
+    return tqdm(steps, **{**own, **({} if shown is True else shown)})

@@ -14,8 +14,8 @@ from torch import Tensor
 from ..requests import Model, Rows
 from .graphs import Recorder, bucket, graphs_of, places, recorder_for
 from .noise import GumbelNoise
-from .progress import progress_over
 from .settings import Sampler
+from .watching import Watch
 
 Cuts = list[tuple[int, int]]
 """Where blocks begin and end."""
@@ -114,17 +114,18 @@ class Steps:
         return self.drawn, torch.cat([*could_turn, self.rows.keep.new_zeros(len(self.drawn), left)], 1)
 
 
-def step_by_step(prior: Model, rows: Rows, sampler: Sampler, cache: bool, progress: bool) -> tuple[Tensor, Tensor]:
+def step_by_step(prior: Model, rows: Rows, sampler: Sampler, cache: bool, watch: Watch) -> tuple[Tensor, Tensor]:
     """Tokens `(B, N)` in the order of the walk, and which of them rounding could turn."""
     plan, steps = Plan.of(rows), Steps(prior, rows, sampler, cache)
     with plan.noise(prior, rows) as noise:
-        for begin, end in progress_over(plan.cuts, progress, unit="pass"):
+        for begin, end in watch.over(plan.cuts):
             some, every = any(plan.some_keep[begin:end]), all(plan.all_keep[begin:end])
             steps.take(begin, end, noise.of(begin, end), some, every)
+            watch.took(rows, steps.drawn, end)
     return steps.result(len(plan.cuts))
 
 
-def from_graphs(prior: Model, rows: Rows, sampler: Sampler, progress: bool) -> tuple[Tensor, Tensor] | None:
+def from_graphs(prior: Model, rows: Rows, sampler: Sampler, watch: Watch) -> tuple[Tensor, Tensor] | None:
     """As `step_by_step` with a cache, from graphs; None where there are none. Then the rows' generators are as they
     were."""
     recorder = recorder_for(prior.device) if prior.captures and rows.path.ndim == 1 else None
@@ -138,10 +139,10 @@ def from_graphs(prior: Model, rows: Rows, sampler: Sampler, progress: bool) -> t
     states = [generator.get_state() for generator in rows.generators]
     try:
         found = kept.find(key, places(prior), lambda: Captured(prior, rows, sampler, recorder()))
-        return None if found is None else found.draw(rows, plan, progress)
+        return None if found is None else found.draw(rows, plan, watch)
     except BaseException as error:
         kept.drop(key)  # it is left half made
-        if not isinstance(error, Exception):
+        if watch.failed or not isinstance(error, Exception):
             raise
         kept.refuse(key, error)
         for generator, state in zip(rows.generators, states, strict=True):
@@ -161,17 +162,18 @@ class Captured:
         self.launches: list[Callable[[], None]] = []
         self.steps: Any = None
 
-    def draw(self, rows: Rows, plan: Plan, progress: bool) -> tuple[Tensor, Tensor]:
+    def draw(self, rows: Rows, plan: Plan, watch: Watch) -> tuple[Tensor, Tensor]:
         """As `step_by_step` does; what has no graph yet gets one."""
         count, some_keep = len(rows), any(plan.some_keep)  # a graph holds that there is a mask, and not which
         self.fill(rows)
         with plan.noise(self.prior, rows) as noise:
             self.launch(0, self.begin)
-            for number, (begin, end) in enumerate(progress_over(plan.cuts, progress, unit="pass"), 1):
+            for number, (begin, end) in enumerate(watch.over(plan.cuts), 1):
                 slot = self.noise[:, : end - begin]
                 slot[:count] = noise.of(begin, end)
                 every = all(plan.all_keep[begin:end])
                 self.launch(number, partial(self.take, begin, end, slot, some_keep, every))
+                watch.took(rows, self.steps.drawn[:count], end)
         tokens, close = self.steps.result(len(plan.cuts))
         return tokens[:count].clone(), close[:count]
 

@@ -1,0 +1,80 @@
+"""What a caller sees of a call while it goes on, as in diffusers: `callback_on_step_end`, and `pipe.interrupt`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor
+
+from prior.sampling.watching import Step
+
+Callback = Callable[[Any, int, int, dict[str, Any]], dict[str, Any] | None]
+"""`callback_on_step_end`: takes the pipeline, the step (from 0), the rank that the images being drawn have reached in
+their order, and `{"tokens": (B, *grid), "known": bool (B, *grid)}`; returns that, or None."""
+
+
+class Interrupted(RuntimeError):
+    """Sampling was ended by `pipe.interrupt = True`, before all tokens were drawn.
+
+    tokens, known: those of all images asked for, `(B, *grid.shape)`, and which of them are drawn or were given; given
+    to a call with the same seeds, it goes on from there.
+    """
+
+    def __init__(self, tokens: Tensor, known: Tensor) -> None:
+        super().__init__(f"interrupted after {int(known.sum())} of {known.numel()} tokens: see `tokens` and `known`")
+        self.tokens, self.known = tokens, known
+
+    def __reduce__(self) -> Any:
+        return type(self), (self.tokens, self.known)
+
+
+class Watcher:
+    """What watches the steps of one call, which draws `tokens` where not `known`, both `(B, *grid.shape)`, in
+    batches."""
+
+    def __init__(self, pipeline: Any, callback: Callback | None, tokens: Tensor, known: Tensor) -> None:
+        self.pipeline, self.callback = pipeline, callback
+        self.tokens, self.known = tokens, known
+        self.steps = self.before = 0  # in all, and until this batch
+        self.rows = slice(0)
+        pipeline.interrupt = False
+
+    def begin(self, rows: slice) -> None:
+        """These are drawn now."""
+        self.rows, self.before = rows, self.steps
+
+    def saw(self, step: Step) -> None:
+        """Tell of a step. Raises `Interrupted` if the caller has asked for it, and something is left to be drawn."""
+        self.steps = self.before + step.number + 1
+        if self.callback is not None:
+            tokens, known = self.so_far(step)
+            version = tokens._version
+            found = self.callback(self.pipeline, self.steps - 1, step.rank, {"tokens": tokens, "known": known})
+            check_returned(found, tokens, changed=tokens._version != version)
+        if self.pipeline.interrupt:
+            tokens, known = self.so_far(step)
+            if not bool(known.all()):
+                raise Interrupted(tokens, known)
+
+    def so_far(self, step: Step) -> tuple[Tensor, Tensor]:
+        """Copies of all images' tokens, and of which are known."""
+        tokens, known = self.tokens.clone(), self.known.clone()
+        tokens[self.rows], known[self.rows] = step.tokens, step.known
+        return tokens, known
+
+    def end(self, drawn: Tensor) -> None:
+        """Those are drawn."""
+        self.tokens[self.rows], self.known[self.rows] = drawn, True
+
+
+def check_returned(found: Any, tokens: Tensor, changed: bool) -> None:
+    """Raise `ValueError` where a callback has `changed` the `tokens` in place, or returned others; `TypeError` where it
+    returned something else."""
+    if found is not None and not isinstance(found, dict):
+        raise TypeError(f"callback_on_step_end should return its last argument or None (got {type(found).__name__})")
+    if changed or (found is not None and found.get("tokens", tokens) is not tokens):
+        raise ValueError(
+            "callback_on_step_end: tokens that are drawn are there to look at, not to change; to keep some of your "
+            "own, give tokens= and known= to the call"
+        )
