@@ -11,7 +11,6 @@ import base64
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import gradio as gr
 import numpy as np
@@ -111,8 +110,3 @@ TAKE_ALL = """(gallery) => {
   return value.pictures.length ? JSON.stringify({ files: value.pictures.map((picture) => picture.src) }) : "";
 }"""
 """The same with all of them."""
-
-
-def take(button: gr.Button, gallery: Any, into: gr.HTML, code: str = TAKE_CHOSEN) -> None:
-    """Let a button fill a picker from a gallery, without asking the server."""
-    button.click(None, gallery, into, js=code, api_visibility="private", queue=False)

@@ -44,7 +44,7 @@ class Job:
         """Show that `done` of `total` are made. Raises `Stopped` if that was asked for."""
         self.done, self.total, self.unit = done, total, unit
         if self.stop.is_set():
-            raise Stopped
+            raise Stopped(f"stopped after {done:,} of {total:,} {unit}")
         self.report((done, total), unit=unit)
 
     def watch(self, pipeline: Any, step: int, rank: int, kwargs: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -96,7 +96,7 @@ def sentences() -> Iterator[None]:
     except gr.Error:
         raise
     except Stopped as error:
-        raise told("Stopped.", "Stopped") from error
+        raise told(str(error), "Stopped") from error
     except Exception as error:
         if is_mistake(error):
             raise told(str(error)) from error

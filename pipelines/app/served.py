@@ -68,17 +68,3 @@ def written_labels(labels: list[int | str | None] | None) -> dict[str, Any]:
     if labels is None:
         return {}
     return {"labels": labels[0] if len(set(labels)) == 1 else labels}
-
-
-def golden(ids: Tensor) -> np.ndarray:
-    """A colour for each id, uint8 (..., 3): hues a golden angle apart, so that neighbours differ."""
-    hue = (ids.double() * 0.6180339887) % 1
-    value = 0.55 + 0.45 * ((ids * 7919) % 97).double() / 96
-    parts = [(torch.cos(2 * torch.pi * (hue + third / 3)) * 0.5 + 0.5) * value for third in range(3)]
-    return (torch.stack(parts, -1) * 255).round().to(torch.uint8).numpy()
-
-
-def heat(values: Tensor) -> np.ndarray:
-    """`(H, W)` in [0, 1] as uint8 (H, W, 3): black, red, yellow, white."""
-    parts = [(3 * values - channel).clamp(0, 1) for channel in range(3)]
-    return (torch.stack(parts, -1) * 255).round().to(torch.uint8).numpy()
