@@ -39,14 +39,19 @@ class Bounds:
     queue: int = 8
 
     @property
+    def megabytes(self) -> float:
+        """`max_upload` as people say it."""
+        return self.max_upload / MEGABYTE
+
+    @property
     def max_body(self) -> int:
         """Bytes of a request: base64 makes 4 of 3."""
         return self.max_upload * 4 // 3 + SMALL
 
 
 class Gate:
-    """Lets through what the page needs, and answers everything else with a line. hosts: names by which the server may be
-    called, empty for any: a page elsewhere could have its own name lead here, and then read what we answer."""
+    """Lets through what the page needs, and answers everything else with a line. hosts: names by which the server may
+    be called, empty for any: a page elsewhere could have its own name lead here, and then read what we answer."""
 
     def __init__(self, app: Any, max_body: int, hosts: tuple[str, ...] = ()) -> None:
         self.app, self.max_body, self.hosts = app, max_body, hosts

@@ -1,5 +1,5 @@
-"""The controls of a request, from what a prior declares: the settings of its `Sampling`, its classes, and the orders that
-it takes; and from their values the arguments of a call.
+"""The controls of a request, from what a prior declares: the settings of its `Sampling`, its classes, and the orders
+that it takes; and from their values the arguments of a call.
 
 What a setting means, and its range, is said once, by the keys of `smalti generate`; they are handed in as `described`.
 """
@@ -41,6 +41,7 @@ class Setting:
 
     name: str
     kind: type
+    optional: bool
     own: Any
     about: str
 
@@ -57,11 +58,25 @@ class Setting:
         if self.name == "steps":
             about = "0: a pass for each token"
             return gr.Slider(0, tokens, step=1, **{**shared, "value": self.own or 0, "info": about})
-        if self.name in SLIDERS and (self.own is not None or self.name == "top_p"):
+        if self.name in SLIDERS:
             low, high, step = SLIDERS[self.name]
             value = 1.0 if self.own is None else self.own
             return gr.Slider(low, max(high, value), step=step, **{**shared, "value": value})
-        return gr.Number(precision=0 if self.kind is int else None, **shared)
+        # Not gr.Number, which shows 0 for no value.
+        shared["value"] = "" if self.own is None else f"{self.own:g}"
+        return gr.Textbox(placeholder="none" if self.optional else "", max_length=20, **shared)
+
+    def read(self, value: Any) -> Any:
+        """What a visitor has set. Raises `ValueError` for what is no number."""
+        if self.name in CHOICES:
+            return value
+        if value in (None, "") or (self.name, value) in (("top_p", 1.0), ("steps", 0)):
+            return None
+        try:
+            number = float(value)
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"{self.title} should be a number (got {str(value)[:40]!r})") from error
+        return int(number) if self.kind is int and number.is_integer() else number
 
 
 def settings_of(pipeline: ImagePipeline, described: Mapping[str, FieldInfo]) -> list[Setting]:
@@ -71,9 +86,11 @@ def settings_of(pipeline: ImagePipeline, described: Mapping[str, FieldInfo]) -> 
     for field in fields(sampling):
         if field.name in GUIDANCE and not pipeline.prior.num_classes:
             continue
-        kinds = [kind for kind in typing.get_args(hints[field.name]) or (hints[field.name],) if kind is not type(None)]
+        hint = hints[field.name]
+        kinds = [kind for kind in typing.get_args(hint) or (hint,) if kind is not type(None)]
         about = described[field.name].description or "" if field.name in described else ""
-        found.append(Setting(field.name, kinds[0], getattr(pipeline.sampler, field.name), about.split("; default")[0]))
+        own, optional = getattr(pipeline.sampler, field.name), len(kinds) < len(typing.get_args(hint))
+        found.append(Setting(field.name, kinds[0], optional, own, about.split("; default")[0]))
     return found
 
 
@@ -81,10 +98,7 @@ def chosen_settings(settings: Sequence[Setting], values: Sequence[Any], vocab_si
     """The settings of a call: those that differ from the pipeline's own, and of guidance all, which is one choice. A
     filter that is cleared, though the pipeline has one, keeps everything."""
     everything = {"top_k": vocab_size, "top_p": 1.0}
-    given = {}
-    for setting, value in zip(settings, values, strict=True):
-        value = None if (setting.name, value) in (("top_p", 1.0), ("steps", 0)) or value == "" else value
-        given[setting.name] = int(value) if setting.kind is int and value is not None else value
+    given = {setting.name: setting.read(value) for setting, value in zip(settings, values, strict=True)}
     changed = {s.name: given[s.name] for s in settings if given[s.name] != s.own}
     if set(changed) & set(GUIDANCE):
         changed |= {name: given[name] for name in GUIDANCE}
@@ -118,6 +132,22 @@ def classes_widget(pipeline: ImagePipeline, several: bool) -> gr.Dropdown | None
     value: Any = [] if several else UNCONDITIONAL
     label = "Classes" if several else "Class"
     return gr.Dropdown(choices, value=value, multiselect=several, label=label, info=about)
+
+
+def labels_code(pipeline: ImagePipeline, labels: Sequence[int | str | None] | None) -> str:
+    """The argument `labels` of a call as it is written, after a comma."""
+    if labels is None:
+        return ""
+    period = next(k for k in range(1, len(labels) + 1) if all(labels[i] == labels[i % k] for i in range(len(labels))))
+    if period == 1:
+        return f", labels={labels[0]!r}"
+    every = list(labels[:period]) == pipeline.labels
+    turn = "pipe.labels" if every else repr(list(labels[:period]))
+    return (
+        f", labels={turn}"
+        if period == len(labels)
+        else f", labels=({turn} * {-(-len(labels) // period)})[:{len(labels)}]"
+    )
 
 
 def labels_for(pipeline: ImagePipeline, chosen: Any, count: int) -> list[int | str | None] | None:

@@ -19,7 +19,7 @@ from ..images.pictures import png_bytes
 
 BROWSER = Path(__file__).parent / "browser"
 SIDE = 112  # screen pixels that a picture is wide, or the nearest whole multiple of its own width
-LARGE = 224
+MEDIUM, LARGE = 168, 224
 PICKER = (
     '<label class="smalti-picker" tabindex="0"><input type="file"><span>Pick, drop or paste ${what}</span>'
     '<div class="shown"></div><div class="problem" role="alert"></div></label>'
@@ -31,7 +31,9 @@ PAINTING = (
     '<button type="button" data-action="erase">Erase</button>'
     '<label>size <input type="range" min="1" aria-label="size of the brush"></label>'
     '<button type="button" data-action="clear">Clear</button>'
-    '<button type="button" data-action="invert">Invert</button></div></div>'
+    '<button type="button" data-action="invert">Invert</button>'
+    '<button type="button" data-action="save" title="image.png and mask.png">Save</button>'
+    "</div></div>"
 )
 
 
@@ -48,6 +50,7 @@ def pictures(name: str) -> gr.HTML:
         html_template='<div class="smalti-pictures"></div>',
         js_on_load=code("pictures.js"),
         apply_default_css=False,
+        elem_classes="smalti-flat",
         min_height=120,
     )
 
@@ -60,6 +63,7 @@ def picker(name: str, most: int, count: int = 1, what: str = "an image", accept:
         html_template=PICKER,
         js_on_load=code("picker.js"),
         apply_default_css=False,
+        elem_classes="smalti-flat",
         most=most,
         count=count,
         what=what,
@@ -75,6 +79,7 @@ def painting(name: str, width: int, height: int) -> gr.HTML:
         html_template=PAINTING,
         js_on_load=code("painting.js"),
         apply_default_css=False,
+        elem_classes="smalti-flat",
         width=width,
         height=height,
     )
@@ -87,9 +92,7 @@ def data_url(pixels: np.ndarray) -> str:
 
 def shown(images: Sequence[np.ndarray], captions: Sequence[str], side: int = SIDE, chosen: int | None = None) -> str:
     """The value of `pictures`: each uint8 (H, W, C); chosen: which is marked, where a visitor may choose one."""
-    parts = [
-        {"src": data_url(image), "caption": caption} for image, caption in zip(images, captions, strict=True)
-    ]
+    parts = [{"src": data_url(image), "caption": caption} for image, caption in zip(images, captions, strict=True)]
     return json.dumps({"pictures": parts, "side": side, "chosen": chosen})
 
 

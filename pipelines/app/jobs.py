@@ -108,7 +108,7 @@ def sentences() -> Iterator[None]:
 def told(text: str, title: str = "This cannot be done") -> gr.Error:
     """An error that the page shows. It would obey markup in it, which may come from a file or a visitor."""
     line = one_line(" ".join(text.split()))
-    return gr.Error(html.escape(line[:1].upper() + line[1:]), title=title, print_exception=False)
+    return gr.Error(html.escape(line), title=title, print_exception=False)
 
 
 def is_mistake(error: BaseException) -> bool:

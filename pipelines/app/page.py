@@ -17,7 +17,7 @@ MONO = ("ui-monospace", "monospace")
 def build_page(served: Served) -> gr.Blocks:
     """The page of a pipeline, not yet served."""
     tokenizer = served.pipeline.tokenizer
-    with gr.Blocks(title=f"Smalti: {served.name}", analytics_enabled=False, fill_width=False) as page:
+    with gr.Blocks(title=f"Smalti: {served.title}", analytics_enabled=False, fill_width=False) as page:
         gr.HTML(heading(served))
         with gr.Tab("Sample"):
             gallery = sample.build(served)
@@ -41,7 +41,7 @@ def build_page(served: Served) -> gr.Blocks:
 
 def heading(served: Served) -> str:
     """The name of the pipeline, and a line about it."""
-    return f"<h2>{html.escape(served.name)}</h2><p>{html.escape(about(served.pipeline))}</p>"
+    return f"<h2>{html.escape(served.title)}</h2><p>{html.escape(about(served.pipeline))}</p>"
 
 
 def about(pipeline: ImagePipeline) -> str:
@@ -57,4 +57,5 @@ def about(pipeline: ImagePipeline) -> str:
 
 def theme() -> gr.themes.Base:
     """Plain, with the fonts of the visitor's system: none is fetched."""
-    return gr.themes.Default(primary_hue="teal", font=FONTS, font_mono=MONO)
+    plain = gr.themes.Default(primary_hue="teal", font=FONTS, font_mono=MONO)
+    return plain.set(block_info_text_color="*neutral_500", block_info_text_color_dark="*neutral_400")

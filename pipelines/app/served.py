@@ -1,4 +1,4 @@
-"""What the page is made for: a pipeline, how it is called, what visitors may ask, and the images it can be searched in."""
+"""What the page is made for: a pipeline, its name, what visitors may ask of it, and the images that can be searched."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
-import torch
 from pydantic.fields import FieldInfo
 from torch import Tensor
 
@@ -31,6 +30,11 @@ class Served:
     num_index: int | None = None
     why_no_search: str = ""
     jobs: Jobs = field(default_factory=Jobs)
+
+    @property
+    def title(self) -> str:
+        """The last two parts of the name."""
+        return "/".join(self.name.rstrip("/").split("/")[-2:])
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -61,10 +65,3 @@ def as_floats(pixels: Tensor) -> Tensor:
 def keywords(settings: Mapping[str, Any]) -> str:
     """Arguments as they are written in a call, each after a comma."""
     return "".join(f", {name}={value!r}" for name, value in settings.items())
-
-
-def written_labels(labels: list[int | str | None] | None) -> dict[str, Any]:
-    """The argument `labels` of a call, shortened where all are alike."""
-    if labels is None:
-        return {}
-    return {"labels": labels[0] if len(set(labels)) == 1 else labels}

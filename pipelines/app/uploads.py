@@ -102,6 +102,11 @@ def parsed(value: Any) -> dict[str, Any]:
 
 def whole(value: Any, name: str, low: int, high: int) -> int:
     """A whole number in this range."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or value != value // 1 or not low <= value <= high:
+    if (
+        isinstance(value, bool)
+        or not isinstance(value, (int, float))
+        or value != value // 1
+        or not low <= value <= high
+    ):
         raise ValueError(f"{name} should be a whole number from {low} to {high:,} (got {str(value)[:40]})")
     return int(value)

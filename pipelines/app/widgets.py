@@ -41,7 +41,7 @@ def walk_widgets(served: Served) -> tuple[Any, Any]:
 def run_buttons(title: str) -> tuple[gr.Button, gr.Button]:
     """A button that starts, and one that stops."""
     with gr.Row():
-        return gr.Button(title, variant="primary", min_width=120), gr.Button("Stop", variant="stop", min_width=80)
+        return gr.Button(title, variant="primary", min_width=120), gr.Button("Stop", variant="secondary", min_width=80)
 
 
 def take_button(title: str, gallery: gr.HTML, into: gr.HTML, code: str = TAKE_CHOSEN) -> gr.Button:
@@ -72,3 +72,8 @@ def on_click(
     button.click(served.jobs.handler(work), inputs, outputs, api_name=name, **options)
     if stop is not None:
         stop.click(served.jobs.stop, None, None, queue=False, api_visibility="private")
+
+
+def code_widget(title: str = "The same in Python") -> gr.Code:
+    """A place for the lines that do the same in Python."""
+    return gr.Code(language="python", label=title, interactive=False, lines=4, max_lines=14)

@@ -3,7 +3,7 @@
 const box = element.querySelector(".smalti-painting");
 const canvas = box.querySelector("canvas");
 const [brush] = box.querySelectorAll("input");
-const context = canvas.getContext("2d");
+const context = canvas.getContext("2d", { willReadFrequently: true });
 const image = new Image();
 let mask = new Uint8Array(props.width * props.height);
 let last = null;
@@ -41,6 +41,18 @@ function take() {
   box.classList.toggle("filled", Boolean(value.picture));
   image.src = value.picture || "";
   draw();
+}
+
+function picture_of_mask() {
+  const sheet = Object.assign(document.createElement("canvas"), { width: props.width, height: props.height });
+  const pixels = new ImageData(props.width, props.height);
+  mask.forEach((painted, index) => pixels.data.set([255 * painted, 255 * painted, 255 * painted, 255], 4 * index));
+  sheet.getContext("2d").putImageData(pixels, 0, 0);
+  return sheet.toDataURL("image/png");
+}
+
+function save(href, download) {
+  Object.assign(document.createElement("a"), { href, download }).click();
 }
 
 function place(event) {
@@ -89,6 +101,11 @@ box.querySelectorAll("button").forEach((button) => {
     if (action === "paint" || action === "erase") {
       paint = Number(action === "paint");
       box.querySelectorAll("[data-action]").forEach((other) => other.classList.toggle("on", other === button));
+      return;
+    }
+    if (action === "save") {
+      save(image.src, "image.png");
+      save(picture_of_mask(), "mask.png");
       return;
     }
     mask = action === "clear" ? mask.fill(0) : mask.map((painted) => 1 - painted);

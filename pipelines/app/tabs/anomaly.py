@@ -9,11 +9,11 @@ import gradio as gr
 
 from ...anomaly.scores import METHODS
 from ...stages.calibration import Calibration
-from ..elements import LARGE, pictures, shown
+from ..elements import MEDIUM, pictures, shown
 from ..jobs import Job
 from ..served import Served, as_floats, as_pixels
 from ..uploads import images_of
-from ..widgets import image_picker, on_click, run_buttons
+from ..widgets import code_widget, image_picker, on_click, run_buttons
 from .compare import surprise_of
 
 
@@ -36,7 +36,7 @@ def build(served: Served, gallery: gr.HTML) -> None:
         with gr.Column(scale=2, min_width=300):
             facts = gr.Markdown(elem_id="anomaly-facts", min_height=120)
             scored = pictures("scored")
-            line = gr.Code(language="python", label="The same in Python", interactive=False)
+            line = code_widget()
 
     def work(job: Job, value: Any, method: Any) -> Any:
         if method not in calibration.scores:
@@ -59,7 +59,7 @@ def build(served: Served, gallery: gr.HTML) -> None:
             f"pipe.anomaly_score(image, {method!r})",
             f"pipe.anomaly_score(image, {method!r}, p_values=True)",
         ]
-        return told, shown(panels, names, side=LARGE), served.code(*lines)
+        return told, shown(panels, names, side=MEDIUM), served.code(*lines)
 
     on_click(served, button, stop, work, [image, method], [facts, scored, line], "anomaly")
 
@@ -69,11 +69,8 @@ def verdict(calibration: Calibration, method: str, score: float, p_value: float,
     above = not score <= calibration.thresholds[method]
     lines = [
         f"### {'An anomaly' if above else 'Like the normal images'}",
-        "| | |",
-        "|---|---|",
-        f"| score | {score:.4g} (threshold {calibration.thresholds[method]:.4g}) |",
-        f"| p-value | {p_value:.3g}: the share of normal images that are at least as unusual |",
-        f"| threshold | {calibration.promise} |",
+        f"- score: **{score:.4g}**, threshold {calibration.thresholds[method]:.4g} ({calibration.promise})",
+        f"- p-value: **{p_value:.3g}**, the share of normal images that are at least as unusual",
     ]
     if known:
         lines.append("\nThe pipeline was calibrated with this very image, so that these figures hold no promise.")

@@ -6,17 +6,16 @@ import math
 from typing import Any
 
 import gradio as gr
-import torch
 from torch import Tensor
 
 from ...anomaly.healing import anomaly_map
 from ..colours import heat, token_picture
-from ..controls import classes_widget, labels_for
-from ..elements import LARGE, pictures, shown
+from ..controls import classes_widget, labels_code, labels_for
+from ..elements import MEDIUM, pictures, shown
 from ..jobs import Job
 from ..served import Served, as_floats, as_pixels
 from ..uploads import images_of
-from ..widgets import image_picker, on_click, run_buttons
+from ..widgets import code_widget, image_picker, on_click, run_buttons
 
 
 def build(served: Served, gallery: gr.HTML) -> None:
@@ -30,7 +29,7 @@ def build(served: Served, gallery: gr.HTML) -> None:
         with gr.Column(scale=2, min_width=300):
             compared = pictures("compared")
             facts = gr.Markdown(elem_id="compare-facts")
-            line = gr.Code(language="python", label="The same in Python", interactive=False)
+            line = code_widget()
 
     def work(job: Job, value: Any, label: Any) -> Any:
         batch = as_floats(images_of(value, served.shape, served.bounds.max_upload))
@@ -47,8 +46,13 @@ def build(served: Served, gallery: gr.HTML) -> None:
             panels.append(surprise[0])
             names.append(surprise[1])
         told = table(served, batch, again, bits, labels)
-        lines = ['from PIL import Image', 'image = Image.open("image.png")', "pipe.reconstruct(image)", "pipe.anomaly_map(image)"]
-        return shown(panels, names, side=LARGE), told, served.code(*lines)
+        lines = [
+            "from PIL import Image",
+            'image = Image.open("image.png")',
+            "pipe.reconstruct(image)",
+            f"pipe.log_prob(image{labels_code(pipeline, labels)})  # nats",
+        ]
+        return shown(panels, names, side=MEDIUM), told, served.code(*lines)
 
     on_click(served, button, stop, work, [image, label], [compared, facts, line], "compare")
 
@@ -76,4 +80,4 @@ def table(served: Served, batch: Tensor, again: Tensor, bits: float, labels: Any
     ]
     if pipeline.tokenizer.has_likelihood:
         rows.append(("bits per dim, pixels included", f"{float(pipeline.bits_per_dim(batch, labels)):.3f}"))
-    return "\n".join(["| | |", "|---|---|", *(f"| {name} | {figure} |" for name, figure in rows)])
+    return "\n".join(f"- {name}: **{figure}**" for name, figure in rows)

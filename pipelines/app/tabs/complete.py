@@ -6,12 +6,12 @@ from typing import Any
 
 import gradio as gr
 
-from ..controls import chosen_settings, classes_widget, labels_for, settings_of
+from ..controls import chosen_settings, classes_widget, labels_code, labels_for, settings_of
 from ..elements import LARGE, canvas, painting, pictures, shown
 from ..jobs import Job
-from ..served import Served, as_floats, as_pixels, drawn, keywords, written_labels
+from ..served import Served, as_floats, as_pixels, drawn, keywords
 from ..uploads import images_of, painted, whole
-from ..widgets import LAST_SEED, image_picker, on_click, run_buttons, seed_widget
+from ..widgets import LAST_SEED, code_widget, image_picker, on_click, run_buttons, seed_widget
 
 MOST_DRAWS = 16
 
@@ -33,7 +33,7 @@ def build(served: Served, gallery: gr.HTML) -> None:
                 widgets = [setting.widget(len(pipeline.prior.grid)) for setting in settings]
             button, stop = run_buttons("Complete")
             completed = pictures("completed")
-            line = gr.Code(language="python", label="The same in Python", interactive=False)
+            line = code_widget()
 
     def load(job: Job, value: Any) -> str:
         if not value:
@@ -46,16 +46,24 @@ def build(served: Served, gallery: gr.HTML) -> None:
         labels = labels_for(pipeline, label, 1)
         options = chosen_settings(settings, values, pipeline.prior.grid.vocab_size)
         out = drawn(
-            job, pipeline.complete, as_floats(pixels), known, labels, draws=count, seed=first, output_type="pt", **options
+            job,
+            pipeline.complete,
+            as_floats(pixels),
+            known,
+            labels,
+            draws=count,
+            seed=first,
+            output_type="pt",
+            **options,
         )
         found = as_pixels(out.images.reshape(-1, *served.shape))
-        whole_call = f"pipe.complete(image, known, seed={first}, draws={count}{keywords(written_labels(labels) | options)})"
+        options_code = f"{labels_code(pipeline, labels)}{keywords(options)}"
         lines = [
             "from PIL import Image",
             "import numpy as np",
-            'image = Image.open("image.png")  # what was painted on',
+            'image = Image.open("image.png")  # Save, below the painting, writes both',
             'known = np.asarray(Image.open("mask.png").convert("L")) < 128  # white is drawn again',
-            f"out = {whole_call}",
+            f"out = pipe.complete(image, known, seed={first}, draws={count}{options_code})",
         ]
         return shown(found, [f"draw {k + 1}" for k in range(len(found))], side=LARGE), served.code(*lines)
 

@@ -7,12 +7,12 @@ from typing import Any
 
 import gradio as gr
 
-from ..controls import chosen_settings, classes_widget, labels_for, order_for, settings_of
+from ..controls import chosen_settings, classes_widget, labels_code, labels_for, order_for, settings_of
 from ..elements import pictures, shown
 from ..jobs import Job
-from ..served import Served, drawn, keywords, written_labels
+from ..served import Served, drawn, keywords
 from ..uploads import whole
-from ..widgets import LAST_SEED, on_click, run_buttons, seed_widget, walk_widgets
+from ..widgets import LAST_SEED, code_widget, on_click, run_buttons, seed_widget, walk_widgets
 
 
 def build(served: Served) -> gr.HTML:
@@ -31,7 +31,7 @@ def build(served: Served) -> gr.HTML:
         with gr.Column(scale=2, min_width=300):
             gallery = pictures("samples")
             facts = gr.Markdown("Click a picture to choose it for the other tabs.", elem_id="sample-facts")
-            line = gr.Code(language="python", label="The same images in Python", interactive=False)
+            line = code_widget("The same images in Python")
 
     def work(job: Job, classes: Any, number: Any, seed: Any, order: Any, passes: Any, *values: Any) -> Any:
         count, first = whole(number, "the number of images", 1, most), whole(seed, "seed", 0, LAST_SEED)
@@ -42,7 +42,7 @@ def build(served: Served) -> gr.HTML:
         began = time.monotonic()
         out = drawn(job, pipeline, count, labels, seed=first, output_type="np", **options)
         told = f"{count} images in {time.monotonic() - began:.1f} s. Click a picture to choose it for the other tabs."
-        call = f"out = pipe({count}, seed={first}{keywords(written_labels(labels) | options)})"
+        call = f"out = pipe({count}, seed={first}{labels_code(pipeline, labels)}{keywords(options)})"
         return shown(list(out.images), captions(labels, first, count), chosen=0), told, served.code(call, "out.images")
 
     inputs = [classes, number, seed, order, passes, *widgets]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from typing import Any
 
 import gradio as gr
@@ -54,7 +53,9 @@ def build(served: Served, gallery: gr.HTML, train: ImageDataset) -> None:
             button, stop = run_buttons("Search")
         with gr.Column(scale=2, min_width=300):
             found = pictures("found")
-            gr.Markdown(f"The nearest of {len(index.rows):,} training images, by what the middle of the prior makes of them.")
+            gr.Markdown(
+                f"The nearest of {len(index.rows):,} training images, by what the middle of the prior sees in them."
+            )
 
     def work(job: Job, value: Any, number: Any) -> str:
         batch = as_floats(images_of(value, served.shape, served.bounds.max_upload))
