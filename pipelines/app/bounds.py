@@ -24,7 +24,7 @@ READ = (
     *(f"{API}/{name}" for name in ("info", "app_id", "startup-events", "queue/data", "queue/status", "theme.css")),
 )
 READ_BELOW = ("/assets/", "/static/", "/svelte/", f"{API}/heartbeat/")
-WRITE = (f"{API}/queue/join", f"{API}/cancel", f"{API}/reset")
+WRITE = tuple(f"{API}/{name}" for name in ("queue/join", "cancel", "reset", "run/predict"))
 SMALL = 64 * 1024
 """Bytes of a request besides files: numbers, names, and a mask."""
 LOCAL = ("127.0.0.1", "localhost", "[::1]")

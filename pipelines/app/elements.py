@@ -51,7 +51,7 @@ def pictures(name: str) -> gr.HTML:
         js_on_load=code("pictures.js"),
         apply_default_css=False,
         elem_classes="smalti-flat",
-        min_height=120,
+        min_height=180,
     )
 
 

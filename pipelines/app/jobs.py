@@ -17,8 +17,6 @@ from torch import Tensor
 
 from tokenizer.files.errors import one_line
 
-from ..config import UserError
-
 OURS = ("pipelines", "prior", "tokenizer")
 BROKEN = "Something went wrong on the server; what it was stands in its log."
 MODEL = "model"
@@ -65,8 +63,13 @@ class Jobs:
         """What gradio calls for `work`, whose first argument is the `Job`, and the others the values on the page."""
 
         def handle(request: gr.Request, progress: gr.Progress = gr.Progress(), *inputs: Any) -> Any:  # noqa: B008 (gradio's way to ask for one)
-            with sentences(), self.running(Job(str(request.session_hash), progress)) as job:
-                return work(job, *inputs)
+            with sentences():
+                try:
+                    with self.running(Job(str(request.session_hash), progress)) as job:
+                        return work(job, *inputs)
+                except Stopped as stopped:
+                    gr.Info(str(stopped), title="Stopped")
+                    return gr.skip()  # what was there stays
 
         return handle
 
@@ -95,8 +98,6 @@ def sentences() -> Iterator[None]:
         yield
     except gr.Error:
         raise
-    except Stopped as error:
-        raise told(str(error), "Stopped") from error
     except Exception as error:
         if is_mistake(error):
             raise told(str(error)) from error
@@ -105,18 +106,23 @@ def sentences() -> Iterator[None]:
         raise told(BROKEN) from error
 
 
-def told(text: str, title: str = "This cannot be done") -> gr.Error:
+def told(text: str) -> gr.Error:
     """An error that the page shows. It would obey markup in it, which may come from a file or a visitor."""
     line = one_line(" ".join(text.split()))
-    return gr.Error(html.escape(line), title=title, print_exception=False)
+    return gr.Error(html.escape(line), print_exception=False)
 
 
 def is_mistake(error: BaseException) -> bool:
-    """Whether the error says what is wrong with a request: one of ours, and not a bug or a library's."""
-    if isinstance(error, UserError):
+    """Whether the error says what is wrong with a request: one of our own kinds, or a `ValueError` that our code has
+    raised; and not a bug, or what a library says."""
+    if is_ours(type(error).__module__):
         return True
     at = error.__traceback__
     while at is not None and at.tb_next is not None:
         at = at.tb_next
-    module = str(at.tb_frame.f_globals.get("__name__")) if at is not None else ""
-    return isinstance(error, (ValueError, TypeError)) and module.partition(".")[0] in OURS
+    return isinstance(error, ValueError) and at is not None and is_ours(str(at.tb_frame.f_globals.get("__name__")))
+
+
+def is_ours(module: str) -> bool:
+    """Whether a module of this name is one of Smalti's."""
+    return module.partition(".")[0] in OURS

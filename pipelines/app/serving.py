@@ -25,13 +25,24 @@ THREADS = 8  # of requests that wait; the pipeline works in one
 def gradio_apart() -> Iterator[Path]:
     """A new folder for what gradio writes, which is removed in the end; nothing is told to anybody meanwhile. Raises
     `UserError` without gradio, which is imported after this."""
+    before = dict(os.environ)
     with tempfile.TemporaryDirectory(prefix="smalti-app-") as folder:
         os.environ.update(OFF, GRADIO_TEMP_DIR=folder, GRADIO_CACHE=folder)
         try:
-            import gradio as gradio
-        except ImportError as error:
-            raise UserError("the app needs the package gradio: pip install 'smalti[app]'") from error
-        yield Path(folder)
+            import_gradio()
+            yield Path(folder)
+        finally:
+            for name in (*OFF, "GRADIO_TEMP_DIR", "GRADIO_CACHE"):
+                os.environ.pop(name, None)
+                os.environ.update({name: before[name]} if name in before else {})
+
+
+def import_gradio() -> None:
+    """Raise `UserError` without gradio."""
+    try:
+        import gradio as gradio
+    except ImportError as error:
+        raise UserError("the app needs the package gradio: pip install 'smalti[app]'") from error
 
 
 def serve(served: Served, host: str, port: int) -> None:

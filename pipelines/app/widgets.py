@@ -74,6 +74,6 @@ def on_click(
         stop.click(served.jobs.stop, None, None, queue=False, api_visibility="private")
 
 
-def code_widget(title: str = "The same in Python") -> gr.Code:
-    """A place for the lines that do the same in Python."""
-    return gr.Code(language="python", label=title, interactive=False, lines=4, max_lines=14)
+def code_widget(served: Served, title: str = "The same in Python") -> gr.Code:
+    """A place for the lines that do the same in Python, the first of which stand there from the start."""
+    return gr.Code(served.code(), language="python", label=title, interactive=False, lines=4, max_lines=14)

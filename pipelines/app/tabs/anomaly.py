@@ -36,7 +36,7 @@ def build(served: Served, gallery: gr.HTML) -> None:
         with gr.Column(scale=2, min_width=300):
             facts = gr.Markdown(elem_id="anomaly-facts", min_height=120)
             scored = pictures("scored")
-            line = code_widget()
+            line = code_widget(served)
 
     def work(job: Job, value: Any, method: Any) -> Any:
         if method not in calibration.scores:

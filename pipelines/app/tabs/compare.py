@@ -29,7 +29,7 @@ def build(served: Served, gallery: gr.HTML) -> None:
         with gr.Column(scale=2, min_width=300):
             compared = pictures("compared")
             facts = gr.Markdown(elem_id="compare-facts")
-            line = code_widget()
+            line = code_widget(served)
 
     def work(job: Job, value: Any, label: Any) -> Any:
         batch = as_floats(images_of(value, served.shape, served.bounds.max_upload))

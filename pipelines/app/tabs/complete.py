@@ -33,7 +33,7 @@ def build(served: Served, gallery: gr.HTML) -> None:
                 widgets = [setting.widget(len(pipeline.prior.grid)) for setting in settings]
             button, stop = run_buttons("Complete")
             completed = pictures("completed")
-            line = code_widget()
+            line = code_widget(served)
 
     def load(job: Job, value: Any) -> str:
         if not value:

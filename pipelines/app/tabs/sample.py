@@ -31,7 +31,7 @@ def build(served: Served) -> gr.HTML:
         with gr.Column(scale=2, min_width=300):
             gallery = pictures("samples")
             facts = gr.Markdown("Click a picture to choose it for the other tabs.", elem_id="sample-facts")
-            line = code_widget("The same images in Python")
+            line = code_widget(served, "The same images in Python")
 
     def work(job: Job, classes: Any, number: Any, seed: Any, order: Any, passes: Any, *values: Any) -> Any:
         count, first = whole(number, "the number of images", 1, most), whole(seed, "seed", 0, LAST_SEED)
