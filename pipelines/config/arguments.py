@@ -47,13 +47,14 @@ def read_arguments(argv: list[str]) -> tuple[list[Data], bool, list[str]]:
 
 def kinds_first(argument: str) -> float:
     """The sort key of an override: kinds come first, so that `a.kind=x` does not discard an `a.b=1` to its left."""
-    key = argument.partition("=")[0]
+    key = argument.removeprefix("--").partition("=")[0]
     return key.count(".") if key.split(".")[-1] == "kind" else float("inf")
 
 
 def read_override(argument: str) -> Data:
-    """`a.b=value` as `{"a": {"b": value}}`; raises `UserError`."""
-    key, equals, text = argument.partition("=")
+    """`a.b=value` as `{"a": {"b": value}}`; so is `--a.b=value`, which is how other programs write it, a sweep of W&B
+    among them. Raises `UserError`."""
+    key, equals, text = argument.removeprefix("--").partition("=")
     if not equals or not re.fullmatch(r"\w[\w-]*(\.\w[\w-]*)*", key):
         bare = re.fullmatch(r"--?(\w[\w.-]*)(=.*)?", argument)
         hint = f"; write {bare[1]}{bare[2] or '=value'}" if bare else ""

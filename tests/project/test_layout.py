@@ -28,6 +28,7 @@ ALLOWED = {
     "anomaly": {"stages", "images"},
     "compression": {"stages", "images"},
     "image_pipeline": {"anomaly", "compression", "stages", "images", "processes"},
+    "app": {"anomaly", "compression", "config", "image_pipeline", "images", "shuffling", "stages"},
     "training": {"config", "processes", "tracking", "shuffling"},
     "metrics": {"config", "processes", "images", "tokens", "shuffling"},
     "planning": {"config", "training", "metrics", "tokens"},

@@ -76,7 +76,8 @@ def replace_on_hub(
     place: dict[str, Any] = {"repo_id": repo_id, "repo_type": repo_type}
     paths = {path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*")) if path.is_file()}
     try:
-        api.create_repo(**place, private=private, exist_ok=True)
+        sdk = "gradio" if repo_type == "space" else None
+        api.create_repo(**place, space_sdk=sdk, private=private, exist_ok=True)
         if revision is not None:
             api.create_branch(**place, branch=revision, exist_ok=True)
         place = {**place, "revision": revision}

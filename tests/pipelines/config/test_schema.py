@@ -142,6 +142,13 @@ def test_files_merge_left_to_right_and_overrides_come_last(tmp_path: Path) -> No
     assert (config.train.steps, config.train.lr, config.seed) == (3, 0.1, 5)
 
 
+def test_an_override_may_be_written_with_two_dashes() -> None:
+    """As `wandb agent` and other programs do; kinds still come first."""
+    assert read("--train.steps=3", "seed=4") == read("train.steps=3", "seed=4")
+    mixed = ["model.coder.levels=[8,5,5]", "--model.coder.kind=steps"]
+    assert read(*mixed) == read(*(word.removeprefix("--") for word in reversed(mixed)))
+
+
 def test_an_override_keeps_the_rest_of_a_default_node() -> None:
     assert read("train.lr=1").train == Training(steps=7, lr=1)
     assert read("model.width=32").model == {**read().model, "width": 32}
@@ -256,14 +263,17 @@ def test_one_line_says_what_is_wrong(argument: str, problem: str) -> None:
     assert problems(argument) == [problem]
 
 
-@pytest.mark.parametrize("argument", ["train", "--train.steps=3", "-x", "a..b=1", "=3", ".a=1", "a.=1", "a.yaml"])
+@pytest.mark.parametrize(
+    "argument", ["train", "-train.steps=3", "-x", "--x", "---x=1", "a..b=1", "=3", ".a=1", "a.=1", "a.yaml"]
+)
 def test_an_argument_that_is_neither(argument: str) -> None:
     (line,) = problems(argument)
     assert line.startswith(f"{argument}: expected --config FILE, key=value")
 
 
 def test_hints_for_what_other_programs_take() -> None:
-    assert problems("--train.steps=3")[0].endswith("write train.steps=3")
+    assert problems("-train.steps=3")[0].endswith("write train.steps=3")
+    assert problems("--train.steps")[0].endswith("write train.steps=value")
     assert problems("a.yaml")[0].endswith("write --config a.yaml")
 
 

@@ -1,0 +1,1 @@
+"""The tabs of the page, one a file: each has a function that builds it."""

@@ -1,0 +1,130 @@
+"""The page of `smalti app` in a process of its own, and a browser that drives it."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+SECONDS = 60.0  # for a server to start, on a machine that is busy
+ROOT = Path(__file__).parents[2]
+
+
+class Server:
+    """A running app: its address, and what it has printed."""
+
+    def __init__(self, process: subprocess.Popen[str], url: str, log: Path) -> None:
+        self.process, self.url, self.log = process, url, log
+
+    @property
+    def said(self) -> str:
+        return self.log.read_text()
+
+
+def free_port() -> int:
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        return int(sock.getsockname()[1])
+
+
+@contextmanager
+def running(command: list[str], folder: Path, port: int, **environment: str) -> Iterator[Server]:
+    """A server that `command` starts on `port`, in `folder`, where what it prints is kept."""
+    log = folder / "server.log"
+    told = {**os.environ, "NO_PROXY": "127.0.0.1", "HF_HUB_OFFLINE": "1", **environment}
+    with log.open("w") as file:
+        process = subprocess.Popen(command, cwd=folder, stdout=file, stderr=file, text=True, env=told)
+    try:
+        deadline = time.monotonic() + SECONDS
+        while "Ctrl-C ends it" not in log.read_text():
+            assert process.poll() is None and time.monotonic() < deadline, log.read_text()
+            time.sleep(0.1)
+        yield Server(process, f"http://127.0.0.1:{port}/", log)
+    finally:
+        process.send_signal(signal.SIGTERM)
+        try:
+            process.wait(20)
+        except subprocess.TimeoutExpired:
+            process.kill()
+
+
+@contextmanager
+def app(pipeline: Path, folder: Path, *keys: str, **environment: str) -> Iterator[Server]:
+    """`smalti app` for a pipeline."""
+    port = free_port()
+    command = [sys.executable, "-m", "pipelines", "app", f"pipeline={pipeline}", f"port={port}", *keys]
+    with running(command, folder, port, PYTHONPATH=str(ROOT), **environment) as server:
+        yield server
+
+
+class Driver:
+    """A page in a browser, what went wrong in it, and where it asked for something."""
+
+    def __init__(self, page: Any, url: str) -> None:
+        self.page, self.url = page, url
+        self.problems: list[str] = []
+        self.asked: set[str] = set()
+        page.on("console", lambda message: message.type == "error" and self.problems.append(message.text))
+        page.on("pageerror", lambda error: self.problems.append(str(error)))
+        page.on("request", lambda request: self.asked.add(request.url))
+        page.goto(url)
+        page.wait_for_selector("#samples", state="attached")
+        page.wait_for_selector('button:has-text("Sample")')
+
+    def tab(self, name: str) -> None:
+        """Show a tab; on a narrow page some are in a menu."""
+        tab = self.page.get_by_role("tab", name=name, exact=True)
+        if tab.count() and tab.first.is_visible():
+            tab.first.click()
+            return
+        self.page.locator(".overflow-menu > button").first.click()
+        self.page.locator(".overflow-dropdown button", has_text=name).click()
+
+    def click(self, name: str) -> None:
+        """Click the button of this name in the tab that is shown."""
+        self.page.get_by_role("button", name=name, exact=True).locator("visible=true").first.click()
+
+    def wait(self, selector: str) -> Any:
+        self.page.wait_for_selector(selector, timeout=30_000)
+        return self.page.locator(selector)
+
+    def toast(self) -> str:
+        """The sentence that the page shows; it is then closed."""
+        found = self.wait(".toast-body")
+        text = str(found.first.inner_text())
+        self.page.locator(".toast-close").first.click()
+        self.page.wait_for_selector(".toast-body", state="detached")
+        return " ".join(text.split())
+
+    def pick(self, name: str, path: Path) -> None:
+        """Give a picker a file."""
+        self.page.locator(f"#{name} input[type=file]").set_input_files(str(path))
+
+    def number(self, label: str, value: float) -> None:
+        """Set the visible number beside a slider, or alone."""
+        field = self.page.get_by_label(label).locator("visible=true").first
+        field.fill(str(value))
+        field.press("Enter")
+
+
+@contextmanager
+def browser() -> Iterator[Any]:
+    """A headless Chromium. Skips the test where there is none, or no driver."""
+    sync_api = pytest.importorskip("playwright.sync_api")
+    if CHROMIUM is None:
+        pytest.skip("no Chromium is installed")
+    with sync_api.sync_playwright() as playwright:
+        chromium = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        yield chromium
+        chromium.close()
