@@ -57,6 +57,7 @@ check: $(TESTS)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/mypy tests/support/user_script.py
 
 slow: $(TESTS)
 	$(BIN)/python -m pytest -m slow $(ARGS)

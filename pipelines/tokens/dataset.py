@@ -102,7 +102,7 @@ class TokenDataset:
     @classmethod
     def from_datasets(
         cls,
-        tables: Mapping[str, Any],
+        tables: Mapping[Any, Any],
         tokenizer: Tokenizer,
         *,
         tokens: str = "tokens",

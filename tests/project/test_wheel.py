@@ -62,7 +62,7 @@ def test_wheel_holds_every_module_and_every_preset_and_nothing_else(wheel):
     modules = {path.relative_to(ROOT).as_posix() for name in PACKAGES for path in (ROOT / name).rglob("*.py")}
     presets = {f"pipelines/{path.relative_to(ROOT).as_posix()}" for path in (ROOT / "configs").rglob("*.yaml")}
     assert len(modules) > 100 and len(presets) > 40
-    assert held == modules | presets
+    assert held == modules | presets | {f"{name}/py.typed" for name in PACKAGES}
 
 
 @pytest.mark.slow
