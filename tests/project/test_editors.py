@@ -20,7 +20,7 @@ WRONG = {
     "pipe.log_prob(out.images, lables=3)": "lables",
     'DataConfig(surce="digits")': "surce",
     "out.tokns": "tokns",
-    "pipe.tokenizer.gird": "gird",
+    "data.splts": "splts",
 }
 """Mistakes, each a line, and the word that a checker's complaint holds."""
 
