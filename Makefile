@@ -60,6 +60,7 @@ check: $(TESTS)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/mypy docs/site/*.py
+	$(BIN)/mypy tests/support/user_script.py
 
 slow: $(TESTS)
 	$(BIN)/python -m pytest -m slow $(ARGS)

@@ -57,7 +57,7 @@ class Palette(Tokenizer, name="palette"):
         self.check_images(images)
         with full_float32(), torch.autocast(images.device.type, enabled=False):  # keeps similar colours apart
             found = nearest(rows_of(images.float()), self.table.float())
-        return found.reshape(len(images), *self.grid.shape)
+        return found.reshape(images.shape[0], *self.grid.shape)
 
     def decode(self, tokens: Tensor) -> Tensor:
         """The colours of `tokens`, `(B, C, H, W)`; raises `ValueError` for ids out of range."""

@@ -125,7 +125,7 @@ class Tower(nn.Module):
 
     def answer(self, rows: Tensor) -> Tensor:
         """`(B, given, dim)`, embedded but without positions, to `(B, asked, outputs)`."""
-        queries = self.queries.expand(len(rows), -1, -1)
+        queries = self.queries.expand(rows.shape[0], -1, -1)
         rows = self.blocks(torch.cat([rows + self.positions, queries.to(rows.dtype)], 1))
         return self.head(self.norm(rows[:, -self.asked :]))
 
@@ -168,7 +168,7 @@ class Decoder(Tower):
         count, registers = rows.shape[1], len(self.positions)
         mask = self.mask.to(rows.dtype)
         if count < registers:
-            return torch.cat([rows, mask.expand(len(rows), registers - count, -1)], 1)
+            return torch.cat([rows, mask.expand(rows.shape[0], registers - count, -1)], 1)
         if not self.training:
             return rows
         left = draw_counts(keep, len(rows), registers).to(rows.device)

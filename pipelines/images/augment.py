@@ -23,10 +23,12 @@ from ..shuffling.hashing import DRAWS, uniforms
 class AugmentConfig(Config):
     """Random changes of training images; all are off by default."""
 
-    flip: bool = Field(False, description="mirror half of the images left to right")
-    shift: int = Field(0, ge=0, description="move by up to this many whole pixels, down or up and left or right")
-    rotate: float = Field(0.0, ge=0, le=180, description="turn by up to this many degrees, either way")
-    zoom: float = Field(0.0, ge=0, lt=1, description="enlarge or shrink by up to this share")
+    flip: bool = Field(default=False, description="mirror half of the images left to right")
+    shift: int = Field(
+        default=0, ge=0, description="move by up to this many whole pixels, down or up and left or right"
+    )
+    rotate: float = Field(default=0.0, ge=0, le=180, description="turn by up to this many degrees, either way")
+    zoom: float = Field(default=0.0, ge=0, lt=1, description="enlarge or shrink by up to this share")
 
     @property
     def moves(self) -> bool:

@@ -30,51 +30,57 @@ WORKERS = min(16, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity
 class DataConfig(Config):
     """Which images, and in what shape."""
 
+    # `default=` is written out: it is how a type checker knows, in a user's script, what may be left out.
+
     source: str = Field(
-        "digits",
+        default="digits",
         description="`digits` (5,000 MNIST digits), a folder of images or parquet, a parquet file, or a Hub id",
     )
     streaming: bool = Field(
-        False,
+        default=False,
         description="read images only when they are needed, from folders or from .parquet and .tar shards in a folder, "
         "a pattern, a URL or a Hub id; nothing is checked beforehand",
     )
     shuffle_window: int = Field(
-        10_000,
+        default=10_000,
         ge=1,
         description="images of shards are shuffled within a window of this many, which `cache_mb` should hold",
     )
-    split: str = Field("train", description="the split to train on; in a folder of images, a folder of that name")
+    split: str = Field(
+        default="train", description="the split to train on; in a folder of images, a folder of that name"
+    )
     held_out: str | None = Field(
-        None,
+        default=None,
         description="the split to evaluate on; null: `test`, or where there is none the only one of "
         "validation, val, valid, dev; where there is none of these either, part of `split` is held out",
     )
-    held_out_fraction: float = Field(0.1, gt=0, lt=1, description="the share of `split` that is held out")
+    held_out_fraction: float = Field(default=0.1, gt=0, lt=1, description="the share of `split` that is held out")
     validation_fraction: Annotated[float | None, Before(0.0)] = Field(
-        None,
+        default=None,
         ge=0,
         lt=1,
         description="the share of `split` that is kept from training to choose the best weights; null: a twentieth, if "
         "that is 10 images or more, but at most 2,000; 0: none, and the held-out images are used instead",
     )
     image_size: Side | tuple[Side, Side] = Field(
-        28, description="height and width, one number or [height, width]; others are resized and cropped"
+        default=28, description="height and width, one number or [height, width]; others are resized and cropped"
     )
-    channels: Literal[1, 3] = Field(1, description="1 for grey, 3 for RGB")
-    image_column: str = Field("image", description="the column that holds the images")
-    label_column: str | None = Field("label", description="the column that holds the classes; null for no classes")
-    augment: AugmentConfig = Field(AugmentConfig(), description="random changes of the training images")
+    channels: Literal[1, 3] = Field(default=1, description="1 for grey, 3 for RGB")
+    image_column: str = Field(default="image", description="the column that holds the images")
+    label_column: str | None = Field(
+        default="label", description="the column that holds the classes; null for no classes"
+    )
+    augment: AugmentConfig = Field(default=AugmentConfig(), description="random changes of the training images")
     on_error: Literal["skip", "fail"] = Field(
-        "fail",
+        default="fail",
         description="what to do about images that cannot be decoded; streaming replaces those that it skips",
     )
     max_bad_fraction: float = Field(
-        0.01, ge=0, le=1, description="with `skip`, a larger share of bad images is an error"
+        default=0.01, ge=0, le=1, description="with `skip`, a larger share of bad images is an error"
     )
-    limit: int | None = Field(None, ge=1, description="use at most this many images of each split")
+    limit: int | None = Field(default=None, ge=1, description="use at most this many images of each split")
     cache_mb: int = Field(
-        2048, ge=0, description="keep decoded images, or parts of shards, in memory up to this many MiB"
+        default=2048, ge=0, description="keep decoded images, or parts of shards, in memory up to this many MiB"
     )
 
     @model_validator(mode="after")

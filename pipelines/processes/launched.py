@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from ..config import UserError, choose_device
+from .asked import require_known, require_supported
 from .sharing import ALONE, Team
 
 if TYPE_CHECKING:
@@ -21,7 +22,6 @@ TWO_PROCESSES = (
     "ACCELERATE_USE_CPU=true accelerate launch --multi_gpu --num_processes 2 --num_machines 1 "
     "--mixed_precision no --dynamo_backend no -m ..."
 )
-ACCUMULATION = "ACCELERATE_GRADIENT_ACCUMULATION_STEPS"  # also of `accelerate launch --gradient_accumulation_steps`
 TIMEOUT = 1800.0
 GRACE = 15.0  # a heartbeat says who is late; a collective, which would only say that it is late, has so much longer
 LAUNCHERS = ("ACCELERATE_MIXED_PRECISION", "WORLD_SIZE", "RANK", "MASTER_ADDR")  # what they say to each process
@@ -33,11 +33,7 @@ def build_accelerator(timeout: float = TIMEOUT, mixed_precision: str | None = No
     mixed_precision: in the place of what was asked for. Raises `UserError` if fewer processes were started, or for what
     the loop does not do as accelerate would.
     """
-    steps = os.environ.get(ACCUMULATION, "1")
-    if steps != "1":
-        raise UserError(
-            f"{ACCUMULATION}={steps}: accelerate would divide gradients by it; unset it, and use train.accumulate="
-        )
+    require_supported()
     from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
     from accelerate.state import AcceleratorState
 
@@ -49,6 +45,7 @@ def build_accelerator(timeout: float = TIMEOUT, mixed_precision: str | None = No
     if mixed_precision and AcceleratorState._shared_state.get("_mixed_precision", mixed_precision) != mixed_precision:
         AcceleratorState._reset_state()  # of an earlier run in this process, in another precision
     accelerator = Accelerator(kwargs_handlers=[ddp, group], mixed_precision=mixed_precision)
+    require_known(accelerator.device)
     asked = int(os.environ.get("WORLD_SIZE", "1")) > 1 or "MASTER_ADDR" in os.environ
     if accelerator.num_processes == 1 and asked:
         raise UserError(

@@ -11,9 +11,10 @@ A small dataset is read into memory, a large one is mapped: its rows are read fr
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -33,6 +34,10 @@ from .shards import (
     spans,
     write_shard,
 )
+from .tables import from_tables, to_tables
+
+if TYPE_CHECKING:
+    import datasets
 
 IN_MEMORY = 256 << 20  # bytes of tokens that are read into memory
 HASHED = 2 << 30  # bytes of tokens that are hashed when they are loaded, in about two seconds
@@ -87,6 +92,32 @@ class TokenDataset:
     def to_parquet(self, folder: str | Path) -> None:
         """Write everything as it is uploaded to the Hub; see `parquet.write_parquet`."""
         write_parquet(self.meta(sizes_of(self._cuts(None))), self.splits, self.tokenizer, folder)
+
+    def to_datasets(self) -> datasets.DatasetDict:
+        """The rows as tables of `datasets`, one for each split: `tokens` of the grid's shape in the smallest unsigned
+        type, and `label`, a `ClassLabel`, where there are classes. In memory; for more than that holds,
+        `datasets.load_dataset` reads what `to_parquet` writes."""
+        return to_tables(self.splits, self.grid, self.class_names)
+
+    @classmethod
+    def from_datasets(
+        cls,
+        tables: Mapping[Any, Any],
+        tokenizer: Tokenizer,
+        *,
+        tokens: str = "tokens",
+        label: str | None = "label",
+        source: dict[str, Any] | None = None,
+    ) -> TokenDataset:
+        """Tables of `datasets` by split (training asks for `train` and `test`), such as `to_datasets` or a `map` of
+        `pipe.encode` makes, as a dataset that `save` writes and `train_prior` reads.
+
+        tokens, label: names of the columns; the label's is a `ClassLabel`, and None, or no such column, means no
+        classes. source: facts that are kept. Raises `UserError` for ids that are not `tokenizer`'s, and for labels
+        without names.
+        """
+        splits, class_names = from_tables(tables, tokenizer, tokens, label)
+        return cls(tokenizer.grid, class_names, splits, tokenizer, source or {})
 
     def _cuts(self, rows_per_shard: int | None) -> dict[str, list[tuple[int, int]]]:
         return {name: spans(len(split), self.grid, rows_per_shard) for name, split in self.splits.items()}

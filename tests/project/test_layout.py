@@ -25,6 +25,7 @@ ALLOWED = {
     "tracking": {"config", "images"},  # of images: how a picture is written
     "tokens": {"config", "images", "jobs", "shuffling"},
     "stages": {"config", "images"},
+    "exports": {"images"},
     "anomaly": {"stages", "images"},
     "compression": {"stages", "images"},
     "image_pipeline": {"anomaly", "compression", "stages", "images", "processes"},

@@ -63,8 +63,10 @@ def test_wheel_holds_every_module_preset_and_shipped_pipeline_and_nothing_else(w
     presets = {f"pipelines/{path.relative_to(ROOT).as_posix()}" for path in (ROOT / "configs").rglob("*.yaml")}
     folder = ROOT / "pipelines" / "shipped"
     shipped = {path.relative_to(ROOT).as_posix() for path in folder.rglob("*") if path.is_file()}
+    typed = {f"{name}/py.typed" for name in PACKAGES}
+    browser = {path.relative_to(ROOT).as_posix() for path in (ROOT / "pipelines" / "app" / "browser").iterdir()}
     assert len(modules) > 100 and len(presets) > 40 and len(shipped) > 6
-    assert held == modules | presets | shipped
+    assert held == modules | presets | shipped | typed | browser
 
 
 @pytest.mark.slow

@@ -14,7 +14,19 @@ import torch
 from safetensors.torch import save_file
 
 from pipelines import encode, evaluate, generate, train_prior, train_tokenizer
-from pipelines.commands import complete, compress, decompress, detect, import_, probe, push, reconstruct, search, tune
+from pipelines.commands import (
+    complete,
+    compress,
+    decompress,
+    detect,
+    export,
+    import_,
+    probe,
+    push,
+    reconstruct,
+    search,
+    tune,
+)
 from pipelines.commands import inspect_ as inspect
 from pipelines.tokens import load_tokens
 from pipelines.training.checkpoints.states import save_state
@@ -69,6 +81,7 @@ WRITERS: dict[str, Writer] = {
     "push out=": Writer(verb(push, "folder={tokens}"), "whole", "tokens"),
     "encode": Writer(verb(encode, "tokenizer={tokenizer}", *DATA), "whole", "images"),
     "import": Writer(verb(import_, "source={source}", "image_size=8", "groups=4"), "whole", "source"),
+    "export": Writer(verb(export, "tokenizer={tokenizer}", "format=torch"), "whole", "tokenizer"),
     "decompress": Writer(verb(decompress, "pipeline={pipeline}", "stream={stream}"), "new", "pipeline"),
     "generate, a folder": Writer(verb(generate, "pipeline={pipeline}", "num_images=2"), "results", "pipeline"),
     "detect": Writer(

@@ -74,7 +74,7 @@ class _Choice(torch.autograd.Function):
         ctx.save_for_backward(rows, weight, bias, values, chosen)
         ctx.mark_non_differentiable(chosen)
         value = F.embedding(chosen, values) if how.hard else torch.cat(soft)
-        return value, chosen, entropy.clamp_(min=0) / len(rows), mean / len(rows)
+        return value, chosen, entropy.clamp_(min=0) / rows.shape[0], mean / rows.shape[0]
 
     @staticmethod
     @once_differentiable

@@ -64,12 +64,12 @@ def mean_probabilities(logits: Tensor) -> Tensor:
     """The mean over rows of p(code), `(2^g,)`, of logits `(n, g)`; bit k of a code's number belongs to logit k."""
     half = logits.shape[1] // 2
     low, high = joint(logits[:, :half]), joint(logits[:, half:])
-    return (high.t() @ low).flatten() / len(logits)
+    return (high.t() @ low).flatten() / logits.shape[0]
 
 
 def joint(logits: Tensor) -> Tensor:
     """p of every code of every row, `(n, 2^g)`, of logits `(n, g)`."""
-    p, zero, one = logits.new_ones(len(logits), 1), (-logits).sigmoid(), logits.sigmoid()
+    p, zero, one = logits.new_ones(logits.shape[0], 1), (-logits).sigmoid(), logits.sigmoid()
     for bit in range(logits.shape[1]):
         p = torch.cat([p * zero[:, bit, None], p * one[:, bit, None]], 1)
     return p

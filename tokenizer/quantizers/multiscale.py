@@ -208,7 +208,7 @@ class MultiScale(Stepped, Quantizer, name="multiscale"):
             found = self.book.quantize(vectors)
             return found.tokens, {k: v for k, v in found.losses.items() if k != "commitment"}
         ids = nearest(rows_of(vectors.detach()), table.detach())
-        return ids.reshape(len(vectors), *vectors.shape[2:]), {}
+        return ids.reshape(vectors.shape[0], *vectors.shape[2:]), {}
 
     def _shown(self, sums: list[Tensor]) -> Tensor:
         """What the decoder sees: the last of `sums`, or in training, of some images, an earlier one."""

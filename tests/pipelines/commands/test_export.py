@@ -1,0 +1,61 @@
+"""`smalti export`: a tokenizer, or that of a pipeline, as files; what is wrong is said before or after, in one line."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from command import fails
+from image_files import write_pictures
+from small import make_tokenizer
+from small_pipelines import make_pipeline
+
+from pipelines.commands import export
+from pipelines.exports.tracing import ExportError
+
+
+def test_the_tokenizer_of_a_pipeline_is_checked_on_given_images(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    pipe = make_pipeline(size=(8, 8))
+    pipe.save_pretrained(tmp_path / "pipeline")
+    write_pictures(tmp_path / "images", 3)
+    given = [f"tokenizer={tmp_path}/pipeline", f"out={tmp_path}/out", "format=torch", f"images={tmp_path}/images"]
+    assert export.main(given) == tmp_path / "out"
+    facts = json.loads((tmp_path / "out" / "export.json").read_text())
+    assert facts["checked"]["images"] == 8 + 3 and facts["fingerprint"] == pipe.tokenizer.fingerprint()
+    said = capsys.readouterr().out
+    assert said.startswith(f"{tmp_path}/out: encoder.pt2 and decoder.pt2; on 11 images all ") and said.count("\n") == 1
+    encode = torch.export.load(tmp_path / "out" / "encoder.pt2").module()
+    images = torch.rand(2, *pipe.tokenizer.image_shape) * 2 - 1
+    assert torch.equal(encode(images), pipe.tokenizer.encode(images))
+
+
+@pytest.mark.parametrize(
+    ("images", "told"),
+    [
+        ("nowhere", "images: there is no file or folder nowhere"),
+        ("empty", "images: there are no images in empty"),
+        ("bad/a.png", "images: bad/a.png: not an image in one of the formats"),
+    ],
+)
+def test_images_that_cannot_be_read_are_told_in_a_line(images, told, tmp_path, monkeypatch, capsys) -> None:
+    monkeypatch.chdir(tmp_path)
+    make_tokenizer("pixels", (8, 8), 1).save_pretrained("tokenizer")
+    Path("empty").mkdir()
+    Path("bad").mkdir()
+    Path("bad/a.png").write_text("no image")
+    line = fails(capsys, "export", "tokenizer=tokenizer", "out=out", "format=torch", f"images={images}")
+    assert line.startswith(f"error: {told}") and not Path("out").exists()
+
+
+def test_a_file_that_gives_something_else_is_told_in_a_line(tmp_path, monkeypatch, capsys) -> None:
+    def refuse(*_, **__):
+        raise ExportError("its encoder gives other ids than the tokenizer: 3 of 64 differ")
+
+    monkeypatch.setattr(export, "export_tokenizer", refuse)
+    make_tokenizer("pixels", (8, 8), 1).save_pretrained(tmp_path / "tokenizer")
+    line = fails(capsys, "export", f"tokenizer={tmp_path}/tokenizer", f"out={tmp_path}/out")
+    assert line == (
+        "error: format: onnx: its encoder gives other ids than the tokenizer: 3 of 64 differ; nothing was written"
+    )

@@ -1,0 +1,226 @@
+"""Exported tokenizers: every kind and every quantizer, in every format, gives what the tokenizer gives, elsewhere too.
+
+Covers: pipelines/exports/tracing.py, pipelines/exports/formats.py, pipelines/exports/checks.py,
+pipelines/exports/writing.py.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from folders import contents
+from small import QUANTIZERS, TOKENIZERS, make_tokenizer, quantizer_of
+from torch import Tensor
+
+from pipelines.exports import export_tokenizer
+from pipelines.exports.checks import TOLERANCE, check
+from pipelines.exports.formats import FORMATS, FileFormat, Run
+from pipelines.exports.tracing import PARTS, ExportError
+from tokenizer import TokenGrid, Tokenizer
+from tokenizer.files.errors import PathError
+from tokenizer.pixels import Pixels
+
+SIZE = (8, 8)
+LIKELIHOODS = ("categorical", "discretized_logistic")
+CASES: dict[str, tuple[str, dict[str, Any]]] = {
+    **{name: (name, {}) for name in TOKENIZERS if name != "vqvae"},
+    **{f"vqvae, {name}": ("vqvae", {"quantizer": quantizer_of(name, 2, 2)}) for name in QUANTIZERS},
+    "vqvae, directions": ("vqvae", {"quantizer": {"kind": "ema", "codes": 32, "dim": 8, "normalize": True}}),
+    **{f"vqvae, {name}": ("vqvae", {"likelihood": {"kind": name}}) for name in LIKELIHOODS},
+}
+every_format = pytest.mark.parametrize("format", FORMATS)
+RECORDED = [("onnx", case) for case in CASES] + [
+    ("torch", case) for case in ("klvae", "titok", "vqvae, lfq", "vqvae, rvq")
+]
+"""What ONNX can say has been recorded as torch's program: a few of these are run, too."""
+
+
+def needs(format: str) -> None:
+    """Skip the test where the format's packages are not installed."""
+    for package in FORMATS[format].needs:
+        pytest.importorskip(package)
+
+
+def tokenizer_of(case: str) -> Tokenizer:
+    """A small tokenizer with random weights, whose codes are those of a training step."""
+    kind, config = CASES[case]
+    torch.manual_seed(0)
+    model = make_tokenizer(kind, SIZE, 3, **config)
+    model.train()(images_for(model, 8))
+    model.finish_step()
+    return model.eval()
+
+
+def loaded(folder: Path, format: Any) -> list[Run]:
+    """Encoder and decoder, as functions."""
+    return [FORMATS[format].load(next(folder.glob(f"{part}.*"))) for part in PARTS]
+
+
+def images_for(tokenizer: Tokenizer, count: int) -> Tensor:
+    return torch.rand(count, *tokenizer.image_shape) * 2 - 1
+
+
+@pytest.mark.parametrize(("format", "case"), RECORDED)
+def test_a_file_gives_the_tokens_and_pixels_of_the_tokenizer(format: Any, case: str, tmp_path: Path) -> None:
+    needs(format)
+    tokenizer = tokenizer_of(case)
+    found = export_tokenizer(tokenizer, tmp_path / "out", format)
+    assert (found.close_calls, found.tokens) == (0, 8 * len(tokenizer.grid))
+    encode, decode = (
+        FORMATS[format].load(next((tmp_path / "out").glob(f"{part}.*"))) for part in ("encoder", "decoder")
+    )
+    for count in (1, 5):  # neither is the number that it was recorded with
+        images = images_for(tokenizer, count)
+        with torch.no_grad():
+            tokens = tokenizer.encode(images)
+            assert torch.equal(encode(images), tokens)
+            assert (decode(tokens) - tokenizer.decode(tokens)).abs().max() < TOLERANCE
+
+
+@every_format
+def test_a_program_takes_more_images_than_a_matrix_of_distances_may_hold(
+    format: Any, tmp_path: Path, monkeypatch
+) -> None:
+    """The tokenizer cuts its rows into blocks there; the program, recorded on fewer, must not have their number."""
+    needs(format)
+    monkeypatch.setattr("tokenizer.quantizers.codebook.SEARCH_ELEMENTS", 32 * 6)  # blocks of 6 rows
+    tokenizer = tokenizer_of("vqvae, ema")
+    export_tokenizer(tokenizer, tmp_path / "out", format)
+    images = images_for(tokenizer, 11)
+    encode, _ = loaded(tmp_path / "out", format)
+    assert torch.equal(encode(images), tokenizer.encode(images))
+
+
+def test_a_file_runs_where_neither_smalti_nor_torch_is(tmp_path: Path) -> None:
+    needs("onnx")
+    tokenizer = tokenizer_of("vqvae, ema")
+    export_tokenizer(tokenizer, tmp_path / "out", "onnx")
+    images = images_for(tokenizer, 5)
+    np.save(tmp_path / "images.npy", images.numpy())
+    script = """
+import json, sys, numpy, onnxruntime
+facts, given = json.load(open("out/export.json")), numpy.load("images.npy")
+made = []
+for part in ("encoder", "decoder"):
+    session = onnxruntime.InferenceSession("out/" + facts[part]["file"])
+    takes, gives = session.get_inputs()[0], session.get_outputs()[0]
+    for told, found in ((facts[part]["takes"], takes), (facts[part]["gives"], gives)):
+        assert told["name"] == found.name and told["shape"] == found.shape, (told, found.name, found.shape)
+    assert given.dtype == facts[part]["takes"]["type"] and list(given.shape[1:]) == takes.shape[1:]
+    given = session.run([gives.name], {takes.name: given})[0]
+    low, high = facts[part]["gives"]["range"]
+    assert given.dtype == facts[part]["gives"]["type"] and low <= given.min() and given.max() <= high
+    numpy.save(part + ".npy", given)
+assert not {"torch", "tokenizer", "pipelines"} & set(sys.modules)
+"""
+    subprocess.run([sys.executable, "-I", "-c", script], cwd=tmp_path, check=True, timeout=60)
+    tokens = tokenizer.encode(images)
+    assert np.array_equal(np.load(tmp_path / "encoder.npy"), tokens.numpy())
+    assert np.abs(np.load(tmp_path / "decoder.npy") - tokenizer.decode(tokens).detach().numpy()).max() < TOLERANCE
+
+
+def test_a_program_has_its_own_weights_alone_and_no_image_of_anybody(tmp_path: Path) -> None:
+    tokenizer = tokenizer_of("vqvae, ema")
+    mine = images_for(tokenizer, 2)
+    export_tokenizer(tokenizer, tmp_path / "out", "torch", mine)
+    for part, other in (PARTS, PARTS[::-1]):
+        program = torch.export.load(tmp_path / "out" / f"{part}.pt2")
+        names = set(program.state_dict)
+        assert any(name.startswith(f"tokenizer.{part}.") for name in names)
+        assert not [name for name in names if name.startswith(f"tokenizer.{other}.")]
+    data = b"".join((tmp_path / "out" / f"{part}.pt2").read_bytes() for part in PARTS)
+    assert mine[0].numpy().tobytes()[:64] not in data
+
+
+@every_format
+def test_exporting_leaves_the_tokenizer_as_it_was(format: Any, tmp_path: Path) -> None:
+    needs(format)
+    tokenizer = tokenizer_of("vqvae, rvq")
+    before = tokenizer.fingerprint()
+    export_tokenizer(tokenizer, tmp_path / "out", format)
+    assert tokenizer.fingerprint() == before and type(tokenizer.grid) is TokenGrid
+    with pytest.raises(ValueError, match="token ids should lie in"):
+        tokenizer.decode(torch.full((1, *tokenizer.grid.shape), 99))
+
+
+# What is refused
+
+
+class Choosing(Pixels):
+    """Looks at its images, and chooses."""
+
+    def encode(self, images: Tensor) -> Tensor:
+        return super().encode(images if images.mean() > 0 else -images)
+
+
+def test_a_tokenizer_that_looks_at_its_input_is_refused_in_one_line(tmp_path: Path) -> None:
+    model = Choosing(Pixels.Config(image_size=SIZE, channels=1, levels=4)).eval()
+    with pytest.raises(ExportError, match=r"^this pixels cannot be recorded: its encoder: .*data-dependent") as caught:
+        export_tokenizer(model, tmp_path / "out", "torch")
+    assert "\n" not in str(caught.value) and contents(tmp_path) == {}
+
+
+@pytest.mark.parametrize("part", ["encoder", "decoder"])
+def test_a_file_that_gives_something_else_is_not_left(part: str, tmp_path: Path, monkeypatch) -> None:
+    """Planted: the written program is that of other weights."""
+    tokenizer = tokenizer_of("vqvae, ema")
+    honest = FORMATS["torch"].write
+
+    def forged(program: Any, of: Any, path: Path) -> None:
+        if of == part:
+            for weight in program.state_dict.values():
+                weight.data.mul_(0.5) if weight.is_floating_point() else None
+        honest(program, of, path)
+
+    monkeypatch.setitem(FORMATS, "torch", FileFormat(".pt2", forged, FORMATS["torch"].load))
+    with pytest.raises(ExportError, match="other ids" if part == "encoder" else "other pixels"):
+        export_tokenizer(tokenizer, tmp_path / "out", "torch")
+    assert contents(tmp_path) == {}
+
+
+def test_only_close_calls_may_differ() -> None:
+    """A tokenizer of one threshold, held against programs whose threshold lies elsewhere."""
+    tokenizer = make_tokenizer("pixels", SIZE, 1, levels=2).eval()  # an id says whether a pixel is above 0
+    images = torch.full((2, 1, *SIZE), 0.7)
+    images[0, 0, 0, 0], images[1, 0, 0, 0] = 1e-6, 1e-3
+
+    def above(threshold: float):
+        return lambda given: (given > threshold).long().flatten(1, 2)
+
+    decode = tokenizer.decode
+    assert check(tokenizer, above(0.0), decode, images).close_calls == 0
+    assert check(tokenizer, above(1e-5), decode, images).close_calls == 1  # the first one is a matter of rounding
+    with pytest.raises(ExportError, match=r"1 of 128 differ"):
+        check(tokenizer, above(1e-2), decode, images)
+    with pytest.raises(ExportError, match="torch.int32"):
+        check(tokenizer, lambda given: above(0.0)(given).int(), decode, images)
+    with pytest.raises(ExportError, match="other pixels"):
+        check(tokenizer, above(0.0), lambda tokens: decode(tokens) + 2 * TOLERANCE, images)
+    with pytest.raises(ExportError, match="other pixels"):
+        check(tokenizer, above(0.0), lambda tokens: decode(tokens) * float("nan"), images)
+
+
+def test_packages_that_are_missing_are_named(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr("pipelines.exports.formats.find_spec", lambda name: None if name != "onnx" else object())
+    with pytest.raises(
+        ExportError, match=r"onnxscript and onnxruntime are not installed: pip install .smalti\[export\]"
+    ):
+        export_tokenizer(tokenizer_of("pixels"), tmp_path / "out", "onnx")
+
+
+def test_an_export_is_replaced_and_nothing_else_is(tmp_path: Path) -> None:
+    tokenizer = tokenizer_of("pixels")
+    export_tokenizer(tokenizer, tmp_path / "out", "torch")
+    export_tokenizer(tokenizer, tmp_path / "out", "torch")
+    facts = json.loads((tmp_path / "out" / "export.json").read_text())
+    assert facts["checked"]["tokens"] == 8 * len(tokenizer.grid) and facts["fingerprint"] == tokenizer.fingerprint()
+    (tmp_path / "out" / "mine.txt").write_text("mine")
+    with pytest.raises(PathError, match="mine.txt"):
+        export_tokenizer(tokenizer, tmp_path / "out", "torch")

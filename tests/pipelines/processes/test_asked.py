@@ -1,0 +1,99 @@
+"""The file that `accelerate config` writes is used as it is, and what no run does is refused before images are read."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+from accelerate.commands.config.config_args import ClusterConfig
+from accelerate.utils import write_basic_config
+from accelerate.utils.dataclasses import DistributedType
+from launch import free_port, metrics, tokenizer_arguments, train_tokenizer
+
+from pipelines.config import UserError
+from pipelines.images import sources
+from pipelines.processes.asked import REFUSED, require_known, require_supported
+
+
+def launched(home: Path, out: Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    """`accelerate launch` of a tiny run, with the settings that lie in `home` and no option of its own."""
+    argv = tokenizer_arguments(out, train__steps=2, data__limit=24)
+    command = [
+        "accelerate",
+        "launch",
+        "--main_process_port",
+        str(free_port()),
+        "-m",
+        "pipelines.train_tokenizer",
+        *argv,
+    ]
+    given = {**os.environ, "HF_HOME": str(home), "OMP_NUM_THREADS": "1", **environment}
+    return subprocess.run(command, env=given, capture_output=True, text=True, timeout=200)
+
+
+def test_the_basic_file_of_this_machine_works_unchanged(tmp_path: Path) -> None:
+    write_basic_config(save_location=str(tmp_path / "home" / "accelerate" / "default_config.yaml"))
+    result = launched(tmp_path / "home", tmp_path / "run")
+    assert result.returncode == 0, result.stderr
+    assert "1 process(es)" in result.stdout and metrics(tmp_path / "run")[-1]["step"] == 2
+
+
+def test_the_file_for_several_gpus_works_unchanged(tmp_path: Path) -> None:
+    """As the dialogue of `accelerate config` writes it for two cards; here they are two processes on the CPU."""
+    path = tmp_path / "home" / "accelerate" / "default_config.yaml"
+    path.parent.mkdir(parents=True)
+    ClusterConfig(
+        compute_environment="LOCAL_MACHINE",
+        distributed_type=DistributedType.MULTI_GPU,
+        mixed_precision="no",
+        use_cpu=False,
+        debug=False,
+        num_processes=2,
+        gpu_ids="all",
+        same_network=True,
+    ).to_yaml_file(str(path))
+    result = launched(tmp_path / "home", tmp_path / "run", ACCELERATE_USE_CPU="true")
+    assert result.returncode == 0, result.stderr
+    assert "2 process(es)" in result.stdout and metrics(tmp_path / "run")[-1]["step"] == 2
+
+
+# What is refused
+
+
+@pytest.mark.parametrize("variable", REFUSED)
+def test_what_no_run_does_is_refused_before_images_are_read(variable: str, tmp_path: Path, monkeypatch) -> None:
+    def read(*_, **__):
+        raise AssertionError("images were read")
+
+    monkeypatch.setenv(variable, "true")
+    monkeypatch.setattr(sources, "digits", read)
+    with pytest.raises(UserError, match=r"^.* is not supported: use FSDP2, .*--use_fsdp --fsdp_version 2.*$"):
+        train_tokenizer(tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("config", [{}, {"train__mixed_precision": "bf16"}])
+def test_fp8_is_refused_whatever_the_run_asks_for(config: dict, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "fp8")
+    with pytest.raises(
+        UserError, match=r"^fp8 is not supported \(no run was tested in it\).* use --mixed_precision bf16"
+    ):
+        train_tokenizer(tmp_path / "run", **config)
+
+
+def test_every_refusal_is_one_line_that_says_what_to_use() -> None:
+    asked = [{name: "true"} for name in REFUSED] + [{"ACCELERATE_MIXED_PRECISION": "FP8"}]
+    for environment in asked:
+        with pytest.raises(UserError, match=r"^[^\n]* is not supported[^\n]*: use [^\n]*$"):
+            require_supported(environment)
+    require_supported(dict.fromkeys(REFUSED, "false"))
+
+
+def test_a_device_that_nothing_was_written_for_is_refused() -> None:
+    require_known(torch.device("cpu"))
+    require_known(torch.device("cuda", 1))
+    with pytest.raises(UserError, match=r"^a device of type xla .* use a GPU, or the CPU by ACCELERATE_USE_CPU=true$"):
+        require_known(torch.device("xla"))
