@@ -8,7 +8,7 @@ from contextlib import closing
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import torch
@@ -21,7 +21,7 @@ from tokenizer.pretrained import PROVENANCE
 from tokenizer.settings import as_saved
 from tokenizer.settings.mistakes import show
 
-from .config import Config, UserError, run_command
+from .config import Config, Of, UserError, run_command
 from .config.outputs import check_out_folder
 from .images import DataConfig, ImageDataset, Splits, check_shape, load_images
 from .images.origin import is_local
@@ -43,9 +43,29 @@ Raw = list[tuple[Tensor, ...]]
 class EncodeConfig(Config):
     """Which images are encoded, with which tokenizer."""
 
+    examples = (
+        "tokenizer=runs/vqvae_digits/tokenizer out=runs/digits_tokens",
+        "tokenizer=runs/photos out=runs/photos_tokens data.on_error=skip",
+    )
+    often = (
+        "tokenizer",
+        "out",
+        "data.source",
+        "data.label_column",
+        "data.on_error",
+        "augmentations",
+        "append",
+        "only",
+        "batch_size",
+        "rows_per_shard",
+        "seed",
+    )
+
     tokenizer: str = Field(description="folder of the tokenizer, as `train_tokenizer` wrote it, or a Hub id")
     out: str = Field(description="folder of the token dataset")
-    data: DataConfig = Field(DataConfig(), description="the images; defaults to those the tokenizer was trained on")
+    data: Annotated[DataConfig, Of("tokenizer")] = Field(
+        DataConfig(), description="the images; defaults to those the tokenizer was trained on"
+    )
     augmentations: int = Field(
         0, ge=0, le=1000, description="extra variants of each training image, made by data.augment"
     )

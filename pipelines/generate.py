@@ -28,6 +28,25 @@ AT_ONCE = 256  # images that one process makes without keeping any on the way
 class GenerateConfig(Config):
     """How many images of what, and where to."""
 
+    examples = (
+        "pipeline=runs/gpt_digits/pipeline",
+        "pipeline=runs/gpt_digits/pipeline labels=[3,8] num_images=16 temperature=0.9 out=threes.png",
+    )
+    often = (
+        "pipeline",
+        "out",
+        "num_images",
+        "labels",
+        "seed",
+        "temperature",
+        "top_k",
+        "top_p",
+        "guidance_scale",
+        "steps",
+        "columns",
+        "batch_size",
+    )
+
     pipeline: str = Field(description="pipeline folder, or a Hub id")
     out: str = Field(
         "grid.png",

@@ -18,6 +18,7 @@ from prior.sampling import GUIDANCE, Sampler
 from tokenizer.settings import Node
 
 from .config import Config, UserError, run_command
+from .config.importing import as_asked
 from .image_pipeline import ImagePipeline
 from .metrics.likelihood import bits_per_token, rows_evaluated
 from .shuffling.draws import DROPOUT, OTHER, by_row, other_labels, perturbed
@@ -77,6 +78,25 @@ class AlignmentConfig(Config):
 
 class TrainPriorConfig(Config):
     """A run of stage two."""
+
+    examples = (
+        "--config gpt_digits train.minutes=1",
+        "tokens=runs/photos_tokens out=runs/photos_gpt model.kind=gpt model.depth=6 train.steps=5000",
+    )
+    often = (
+        "out",
+        "tokens",
+        "model.kind",
+        "init",
+        "label_dropout",
+        "sampler.temperature",
+        "sampler.guidance_scale",
+        "train.minutes",
+        "train.steps",
+        "train.batch_size",
+        "train.lr",
+        "track.wandb",
+    )
 
     out: str = Field(description="run folder: metrics, previews, resume states, and the pipeline itself")
     tokens: str = Field(description="token dataset, as `smalti encode` wrote it, or the id of one on the Hub")
@@ -206,7 +226,7 @@ class PriorTask(Task):
     def outcome(self, run: Path) -> str:
         """The pipeline's folder, and the command that makes images with it."""
         folder = quote(str(run / "pipeline"))
-        return f"pipeline: {folder}; next: smalti generate pipeline={folder}"
+        return f"pipeline: {folder}; next: smalti generate{as_asked()} pipeline={folder}"
 
     def pipeline(self, model: nn.Module) -> ImagePipeline:
         """Both stages, sharing `model`'s weights."""

@@ -23,6 +23,7 @@ from tokenizer.settings import Node, as_saved
 from tokenizer.settings.marks import Before
 
 from .config import Config, run_command
+from .config.importing import as_asked
 from .images import DataConfig, ImageDataset, load_images
 from .images.origin import is_local
 from .images.splits import as_begun
@@ -70,6 +71,24 @@ class LossConfig(Config):
 
 class TrainTokenizerConfig(Config):
     """A run of stage one."""
+
+    examples = (
+        "--config vqvae_digits train.minutes=1 out=runs/mine",
+        "--config vqvae_openmoji data.source=photos data.on_error=skip out=runs/photos",
+    )
+    often = (
+        "out",
+        "data.source",
+        "data.image_size",
+        "data.channels",
+        "data.on_error",
+        "model.kind",
+        "train.minutes",
+        "train.steps",
+        "train.batch_size",
+        "train.lr",
+        "track.wandb",
+    )
 
     out: str = Field(description="run folder: metrics, previews, resume states, and the tokenizer itself")
     data: DataConfig = Field(DataConfig(), description="the images")
@@ -229,7 +248,7 @@ class TokenizerTask(Task):
     def outcome(self, run: Path) -> str:
         """The tokenizer's folder, and the command that encodes images with it."""
         folder, tokens = (quote(str(path)) for path in (run / "tokenizer", f"{run}_tokens"))
-        return f"tokenizer: {folder}; next: smalti encode tokenizer={folder} out={tokens}"
+        return f"tokenizer: {folder}; next: smalti encode{as_asked()} tokenizer={folder} out={tokens}"
 
     def save(self, model: Any, run: Path, facts: dict[str, Any]) -> None:
         """The tokenizer's folder, with where its images came from."""

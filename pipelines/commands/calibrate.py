@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from functools import partial
 from pathlib import Path
+from typing import Annotated
 
 import numpy as np
 from pydantic import Field
@@ -12,7 +13,7 @@ from tokenizer.files.ownership import require_ours
 
 from ..anomaly.calibrating import calibrate, check_promise
 from ..anomaly.scores import METHODS, NEEDS
-from ..config import Config, UserError, choose_device, run_command
+from ..config import Config, Of, UserError, choose_device, run_command
 from ..config.table import table
 from ..image_pipeline import ImagePipeline
 from ..images import DataConfig, check_shape, load_images
@@ -24,8 +25,10 @@ from ..stages.provenance import defaults
 class CalibrateConfig(Config):
     """What is normal, and how often it may be called an anomaly."""
 
+    examples = ("pipeline=runs/gpt_digits/pipeline",)
+
     pipeline: str = Field(description="pipeline folder; calibration.json is written into it")
-    data: DataConfig = Field(
+    data: Annotated[DataConfig, Of("pipeline")] = Field(
         DataConfig(),
         description="normal images; a part of their held-out split is used (see `every`); defaults to those trained on",
     )

@@ -32,6 +32,8 @@ from ..images.folders import find_images, is_image_name
 class CompressConfig(Config):
     """What is compressed, with what, and where to."""
 
+    examples = ("pipeline=runs/gpt_digits/pipeline images=my-images out=my-images.smalti",)
+
     pipeline: str = Field(description="pipeline folder, or a Hub id; decompressing needs the very same one")
     images: str = Field(description="a folder of images of the pipeline's size, or one file; names are kept")
     out: str = Field("images.smalti", description="the file to write")

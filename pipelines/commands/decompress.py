@@ -25,6 +25,8 @@ from ..images.pictures import convert_images, write_image
 class DecompressConfig(Config):
     """What is decompressed, with what, and where to."""
 
+    examples = ("pipeline=runs/gpt_digits/pipeline stream=my-images.smalti out=my-images-again",)
+
     pipeline: str = Field(description="the pipeline that compressed: folder or Hub id")
     stream: str = Field(description="the file that `smalti compress` wrote")
     out: str = Field(

@@ -22,6 +22,8 @@ from ..tokens.meta import META, TOKENS
 class PushConfig(Config):
     """What is uploaded, and to where."""
 
+    examples = ("folder=runs/gpt_digits/pipeline to=owner/name",)
+
     folder: str = Field(description="a pipeline (of a run: its `pipeline/`) or a token dataset")
     to: str | None = Field(None, description="Hub id, owner/name; the repository is made if there is none")
     private: bool = Field(True, description="whether a repository that is made is private")

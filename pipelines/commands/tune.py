@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, fields
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from pydantic import Field
@@ -20,7 +20,7 @@ from tokenizer.files.errors import PathError
 from tokenizer.files.ownership import require_ours
 from tokenizer.files.writing import results_folder, write_json
 
-from ..config import Config, UserError, run_command
+from ..config import Config, Of, UserError, run_command
 from ..config.outputs import check_out_results
 from ..evaluate import KNOWN, check_classes, draw_samples, wanted_labels
 from ..image_pipeline import ImagePipeline
@@ -48,11 +48,13 @@ SPARE = 0.85  # the share of the time that is planned for
 class TuneConfig(Config):
     """What is searched, on what, for how long."""
 
+    examples = ("pipeline=runs/gpt_digits/pipeline minutes=10",)
+
     pipeline: str = Field(description="pipeline folder; the settings that are chosen are written into it")
     out: str | None = Field(
         None, description="folder for tuning.json and tuning.png; default: `tuning` beside the pipeline folder"
     )
-    data: DataConfig = Field(
+    data: Annotated[DataConfig, Of("pipeline")] = Field(
         DataConfig(),
         description="the images, of which those for validation choose; defaults to those the pipeline was trained on",
     )

@@ -18,6 +18,8 @@ from ..tokens.shards import chunks
 class VerifyConfig(Config):
     """What is read."""
 
+    examples = ("folder=runs/gpt_digits/pipeline",)
+
     folder: str = Field(description="a folder with a manifest.json: a token dataset, a pipeline, a resume state")
 
 

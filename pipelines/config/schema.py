@@ -7,7 +7,8 @@ Files merge left to right, then overrides do; a node whose `kind` changes is rep
 
 from __future__ import annotations
 
-from typing import TypeVar
+from dataclasses import dataclass
+from typing import ClassVar, TypeVar
 
 from pydantic import BaseModel
 
@@ -20,7 +21,19 @@ C = TypeVar("C", bound="Config")
 
 
 class Config(Settings):
-    """Base of every verb's configuration."""
+    """Base of every verb's configuration, and what its help shows first."""
+
+    examples: ClassVar[tuple[str, ...]] = ()
+    """Command lines, without `smalti` and the verb."""
+    often: ClassVar[tuple[str, ...]] = ()
+    """The keys that people change, in this order; none: all that the verb has itself."""
+
+
+@dataclass(frozen=True)
+class Of:
+    """Marks settings whose defaults come from the model that the key `name` names: `Of("tokenizer")`."""
+
+    name: str
 
 
 def to_yaml(config: BaseModel) -> str:

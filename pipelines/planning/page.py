@@ -5,8 +5,8 @@ from __future__ import annotations
 import textwrap
 from collections.abc import Iterable
 
-from ..config.arguments import WIDTH
 from ..config.table import table
+from ..config.terminal import heading, width
 from .budget import FULL, STATES, memory
 from .forecast import GB, WAYS, Forecast
 from .pauses import LAUNCH, MOST
@@ -27,14 +27,14 @@ def page_of(forecast: Forecast) -> str:
         section("beside the steps, on round numbers for disk and host", beside(forecast)),
         section("memory of a GPU, in GB of 10^9 bytes", memory_rows(forecast), numbers=compared),
         section("disk", disk(forecast)),
-        "\n".join(textwrap.fill(f"warning: {note}", WIDTH) for note in warnings(forecast)),
+        "\n".join(textwrap.fill(f"warning: {note}", width()) for note in warnings(forecast)),
     ]
     return "\n\n".join(parts).rstrip()
 
 
-def section(heading: str, rows: list[Row], numbers: Iterable[int] = (1,)) -> str:
+def section(title: str, rows: list[Row], numbers: Iterable[int] = (1,)) -> str:
     """A heading, and its rows below it; `numbers` are the columns of these."""
-    return f"{heading}\n{textwrap.indent(table(rows, right=numbers), '  ')}"
+    return f"{heading(title)}\n{textwrap.indent(table(rows, right=numbers), '  ')}"
 
 
 def parameters(forecast: Forecast) -> list[Row]:

@@ -270,7 +270,7 @@ def config_class(verb):
 @pytest.mark.parametrize("verb", VERBS)
 def test_help_shows_every_key_with_a_sentence(verb, capsys):
     with pytest.raises(SystemExit) as caught:
-        main([verb, "--help"])
+        main([verb, "--help", "all"])
     assert caught.value.code == 0
     page = capsys.readouterr().out
     assert page.startswith(f"usage: smalti {verb}")
@@ -312,7 +312,7 @@ def test_unknown_verb_lists_what_there_is(capsys):
 
 
 PRINTING = [
-    ["pipelines.train_tokenizer", "--help"],  # more than is buffered
+    ["pipelines.train_tokenizer", "--help", "all"],  # more than is buffered
     ["pipelines.commands.verify", "folder={world}/run/pipeline"],
 ]
 

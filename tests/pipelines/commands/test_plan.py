@@ -317,7 +317,10 @@ BAD = [
     ),
     (["--config", GPT_PRESET, *IMAGENET, "model.heads=7"], "heads: dim must be a multiple of 2 * heads"),
     (["--config", GPT_PRESET, *IMAGENET, "grid=[0,16]"], "grid: a grid needs positive whole sizes"),
-    (["--config", GPT_PRESET, "tokenizer=nowhere", "classes=2"], "tokenizer: 'nowhere' is neither a preset"),
+    (
+        ["--config", GPT_PRESET, "tokenizer=nowhere", "classes=2"],
+        "tokenizer: neither a tokenizer's folder nor a preset: nowhere",
+    ),
     (["--config", GPT_PRESET, "tokenizer=nowhere.yaml", "classes=2"], "nowhere.yaml: cannot be read"),
     (["--config", "nowhere.yaml"], "nowhere.yaml: cannot be read"),
     (["--config", VQGAN_PRESET, "data.image_size=250"], "widths: 5 levels halve 4 times"),
