@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
+from shlex import quote
 from typing import Annotated, Any, TypeVar
 
 import numpy as np
@@ -19,6 +20,7 @@ from tokenizer.files.writing import results_folder, write_json
 from tokenizer.settings.marks import Was
 
 from .config import Config, Of, UserError, run_command
+from .config.importing import as_asked
 from .config.outputs import check_out_results
 from .config.table import table
 from .image_pipeline import ImagePipeline
@@ -39,6 +41,7 @@ from .metrics.report import report
 from .metrics.samples import Samples
 from .processes.launched import joined
 from .processes.sharing import ALONE, Team
+from .stages.index import PipelineFolder
 from .stages.provenance import defaults
 from .tokens import TokenSplit
 from .tokens.shards import smallest_type
@@ -57,20 +60,11 @@ class EvaluateConfig(Config):
         "pipeline=runs/gpt_digits/pipeline num_images=200 update_card=false",
     )
     often = (
-        "pipeline",
-        "out",
-        "num_images",
-        "data.source",
-        "data.limit",
-        "feature_steps",
-        "inception_weights",
-        "num_orders",
-        "seed",
-        "update_card",
-        "device",
+        "pipeline out num_images data.source data.limit feature_steps "
+        "inception_weights num_orders seed update_card device"
     )
 
-    pipeline: str = Field(description="pipeline folder, or a Hub id")
+    pipeline: PipelineFolder = Field(description="pipeline folder, its run, or a Hub id")
     out: str | None = Field(
         None, description="folder for pictures and evaluation.json; default: `evaluation` beside the pipeline folder"
     )
@@ -179,6 +173,10 @@ def publish(
             print(f"warning: the model card is as it was: {error}", file=sys.stderr)
     print(text + "\n")
     print(table([(name, f"{out / name}.png") for name in pictures] + [("figures", str(out / "evaluation.json"))]))
+    # What `tune` chooses is written into a folder, and once is enough.
+    tunes = Path(config.pipeline).is_dir() and "tuning" not in pipeline.provenance
+    verb = "tune" if tunes else "generate"
+    print(f"\ndone; next: smalti {verb}{as_asked()} pipeline={quote(config.pipeline)}")
 
 
 def check_choices(config: EvaluateConfig, pipeline: ImagePipeline) -> None:

@@ -17,13 +17,13 @@ from prior.objectives import Alignment, Likelihood, alignment_problem
 from prior.sampling import GUIDANCE, Sampler
 from tokenizer.settings import Node
 
-from .config import Config, UserError, run_command
+from .config import Config, UserError, Within, run_command
 from .config.importing import as_asked
 from .image_pipeline import ImagePipeline
 from .metrics.likelihood import bits_per_token, rows_evaluated
 from .shuffling.draws import DROPOUT, OTHER, by_row, other_labels, perturbed
 from .shuffling.epochs import samples_of
-from .stages.index import PIPELINE
+from .stages.index import INDEX, PIPELINE
 from .stages.starting import model_of, start_from
 from .tokens import TokenDataset, TokenSplit, load_tokens
 from .tracking import TrackConfig
@@ -84,18 +84,8 @@ class TrainPriorConfig(Config):
         "tokens=runs/photos_tokens out=runs/photos_gpt model.kind=gpt model.depth=6 train.steps=5000",
     )
     often = (
-        "out",
-        "tokens",
-        "model.kind",
-        "init",
-        "label_dropout",
-        "sampler.temperature",
-        "sampler.guidance_scale",
-        "train.minutes",
-        "train.steps",
-        "train.batch_size",
-        "train.lr",
-        "track.wandb",
+        "out tokens model.kind init label_dropout sampler.temperature sampler.guidance_scale "
+        "train.minutes train.steps train.batch_size train.lr track.wandb"
     )
 
     out: str = Field(description="run folder: metrics, previews, resume states, and the pipeline itself")
@@ -109,9 +99,10 @@ class TrainPriorConfig(Config):
         "memory cannot hold; null: all rows in a random order",
     )
     model: Annotated[dict[str, Any], Node("prior.base:Prior")] = Field({"kind": "gpt"}, description="the prior")
-    init: str | None = Field(
+    init: Annotated[str | None, Within("pipeline", INDEX)] = Field(
         None,
-        description="folder or Hub id of a pipeline whose prior to start from; the model is then by default its own",
+        description="folder, its run, or Hub id of a pipeline whose prior to start from; the model is then by default "
+        "its own",
     )
     objective: Literal["likelihood", "cca"] | None = Field(
         None,

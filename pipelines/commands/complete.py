@@ -24,6 +24,7 @@ from ..images.decoding import flatten, open_image, try_decode
 from ..images.folders import find_images
 from ..images.pictures import SUFFIXES, grid_picture, save_picture
 from ..stages.completion import ConditionError, complete, conditional_log_prob, make_mask, sees_all_known
+from ..stages.index import PipelineFolder
 from ..stages.provenance import defaults
 from ..stages.sampling import settings_in
 
@@ -37,21 +38,9 @@ class CompleteConfig(Config):
         "pipeline=runs/gpt_digits/pipeline mask=bottom draws=4 out=completions.png",
         "pipeline=runs/gpt_digits/pipeline mask=my-mask.png images=my-images",
     )
-    often = (
-        "pipeline",
-        "mask",
-        "images",
-        "num_images",
-        "draws",
-        "labels",
-        "out",
-        "temperature",
-        "guidance_scale",
-        "seed",
-        "data.source",
-    )
+    often = "pipeline mask images num_images draws labels out temperature guidance_scale seed data.source"
 
-    pipeline: str = Field(description="pipeline folder, or a Hub id")
+    pipeline: PipelineFolder = Field(description="pipeline folder, its run, or a Hub id")
     mask: str = Field(
         "bottom",
         description="what is hidden: top, bottom, left, right, box (the middle), scatter:SHARE of the patches, or a "

@@ -20,6 +20,7 @@ from ..config import Config, UserError, choose_device, run_command
 from ..config.outputs import check_out_folder
 from ..image_pipeline import ImagePipeline
 from ..images.pictures import convert_images, write_image
+from ..stages.index import PipelineFolder
 
 
 class DecompressConfig(Config):
@@ -27,7 +28,7 @@ class DecompressConfig(Config):
 
     examples = ("pipeline=runs/gpt_digits/pipeline stream=my-images.smalti out=my-images-again",)
 
-    pipeline: str = Field(description="the pipeline that compressed: folder or Hub id")
+    pipeline: PipelineFolder = Field(description="the pipeline that compressed: folder or Hub id")
     stream: str = Field(description="the file that `smalti compress` wrote")
     out: str = Field(
         "decompressed", description="a new or empty folder for PNG files, which appears whole or not at all"

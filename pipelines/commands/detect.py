@@ -32,6 +32,7 @@ from ..images.pictures import grid_picture, save_picture
 from ..images.sources import open_source
 from ..images.splits import held_out_split, tell_splits
 from ..stages.calibration import Calibration, CalibrationError
+from ..stages.index import PipelineFolder
 from ..stages.provenance import defaults
 
 NAMES_AT_A_TIME = 256
@@ -42,7 +43,7 @@ class DetectConfig(Config):
 
     examples = ("pipeline=runs/gpt_digits/pipeline images=my-images out=runs/detected",)
 
-    pipeline: str = Field(description="calibrated pipeline folder, or a Hub id")
+    pipeline: PipelineFolder = Field(description="calibrated pipeline folder, or a Hub id")
     images: str | None = Field(
         None,
         description="what to look through: `digits`, a folder, parquet or a Hub id; default: data.source; images that "

@@ -27,7 +27,7 @@ from ..config.importing import import_asked
 from ..image_pipeline import SAMPLED
 from ..metrics.likelihood import EVALUATED_ROWS, classes_of_table, rows_evaluated
 from ..metrics.reconstruction import images_at_a_time
-from ..planning.budget import EXPECTED, FLOAT32, GPUS, LABEL, parts_of_prior, parts_of_tokenizer, sizes_of
+from ..planning.budget import FLOAT32, LABEL, parts_of_prior, parts_of_tokenizer, sizes_of
 from ..planning.costs import (
     ALIGNED,
     Recipe,
@@ -40,7 +40,8 @@ from ..planning.costs import (
     tokenizer_turn,
 )
 from ..planning.facts import facts_of
-from ..planning.forecast import Forecast, Machine, schedule_of
+from ..planning.forecast import Forecast, schedule_of
+from ..planning.machine import machine_of, precision_of
 from ..planning.page import page_of
 from ..planning.paper import on_meta
 from ..planning.pauses import FORWARD, Looks
@@ -48,10 +49,11 @@ from ..stages.provenance import tokenizer_folder
 from ..tokens.shards import bytes_per_row
 from ..train_prior import TrainPriorConfig
 from ..train_prior import defaults as of_pipeline
-from ..train_tokenizer import EVALUATED_IMAGES, Stage, TrainTokenizerConfig, build_tokenizer, loss_weights_of
+from ..train_tokenizer import EVALUATED_IMAGES, Stage, TrainTokenizerConfig, build_tokenizer
 from ..train_tokenizer import defaults as of_init
 from ..training.adversary import make_adversary
 from ..training.blocks import repeated_blocks
+from ..training.losses import loss_weights_of
 from ..training.optimizers import hidden_matrices
 
 RECONSTRUCTED = 96  # images of the two pictures of a tokenizer's preview
@@ -64,18 +66,7 @@ NO_MODEL = (
 class PlanConfig(Config):
     """Where the run will take place, and what its data will be like."""
 
-    often = (
-        "gpus",
-        "gpu",
-        "gpu_memory",
-        "utilization",
-        "precision",
-        "tokenizer",
-        "grid",
-        "vocab_size",
-        "classes",
-        "rows",
-    )
+    often = "gpus gpu gpu_memory utilization precision tokenizer grid vocab_size classes rows"
     examples = (
         "--config gpt_digits tokenizer=vqvae_digits classes=10 rows=4000 gpus=1 gpu=rtx4090",
         "--config vqgan_imagenet256 rows=1281167 gpus=8 gpu=a100",
@@ -136,29 +127,6 @@ def run(config: PlanConfig) -> Forecast:
     forecast = forecast_prior(config) if isinstance(config, PlanPriorConfig) else forecast_tokenizer(config)
     print(page_of(forecast))
     return forecast
-
-
-def precision_of(config: PlanPriorConfig | PlanTokenizerConfig) -> str:
-    """What layers compute in. Raises `UserError` if the run asks for another than the plan."""
-    asked = {"no": "float32", "bf16": "bf16"}.get(config.train.mixed_precision or "")
-    if config.precision and asked and config.precision != asked:
-        raise UserError(f"precision: {config.precision}, and train.mixed_precision={config.train.mixed_precision}")
-    return config.precision or asked or "bf16"
-
-
-def machine_of(config: PlanPriorConfig | PlanTokenizerConfig) -> Machine:
-    """The machine to plan for."""
-    kind, compiled = GPUS[config.gpu], config.train.compile
-    expected = f"expected {'when compiled' if compiled else 'without train.compile'}"
-    return Machine(
-        f"x {config.gpu}" if config.gpu_memory is None else "GPUs",
-        config.gpus,
-        config.gpu_memory or kind.memory,
-        config.peak_tflops or kind.tflops,
-        config.utilization or EXPECTED[compiled],
-        "given" if config.utilization else expected,
-        precision_of(config),
-    )
 
 
 # Priors -------------------------------------------------------------------------------------------

@@ -29,6 +29,7 @@ from ..images import DataConfig, ImageDataset, check_shape, load_images
 from ..images.pictures import save_picture
 from ..metrics.charts import BLUE, INK, Pixels, render
 from ..shuffling.epochs import random_rows
+from ..stages.index import PipelineFolder
 from ..stages.provenance import defaults
 from ..stages.representation import choose_layer, embed, embed_layers
 
@@ -49,7 +50,7 @@ class ProbeConfig(Config):
 
     examples = ("pipeline=runs/gpt_digits/pipeline",)
 
-    pipeline: str = Field(description="pipeline folder, or a Hub id")
+    pipeline: PipelineFolder = Field(description="pipeline folder, its run, or a Hub id")
     out: str | None = Field(
         None, description="folder for probe.csv and probe.png; default: `probe` beside the pipeline folder"
     )

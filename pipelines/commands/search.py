@@ -22,6 +22,7 @@ from ..images.decoding import try_decode
 from ..images.folders import find_images
 from ..images.pictures import SUFFIXES, grid_picture, save_picture
 from ..shuffling.epochs import random_rows
+from ..stages.index import PipelineFolder
 from ..stages.provenance import defaults
 from ..stages.representation import choose_layer, choose_pool, embed, nearest_neighbours
 
@@ -34,7 +35,7 @@ class SearchConfig(Config):
         "pipeline=runs/gpt_digits/pipeline images=my-images k=5 out=near.png",
     )
 
-    pipeline: str = Field(description="pipeline folder, or a Hub id")
+    pipeline: PipelineFolder = Field(description="pipeline folder, its run, or a Hub id")
     out: str = Field("neighbours.png", description="the picture to write: a row for each query, itself and its nearest")
     data: Annotated[DataConfig, Of("pipeline")] = Field(
         DataConfig(), description="the images; its training split is searched; defaults to the pipeline's own"

@@ -35,7 +35,7 @@ from ..metrics.tuning_chart import picture
 from ..processes.launched import joined
 from ..processes.sharing import Team
 from ..stages.card import OF_SAMPLES
-from ..stages.index import PIPELINE
+from ..stages.index import PIPELINE, PipelineFolder
 from ..stages.provenance import defaults
 
 RESULTS = ("tuning.json", "tuning.png")
@@ -50,7 +50,7 @@ class TuneConfig(Config):
 
     examples = ("pipeline=runs/gpt_digits/pipeline minutes=10",)
 
-    pipeline: str = Field(description="pipeline folder; the settings that are chosen are written into it")
+    pipeline: PipelineFolder = Field(description="pipeline folder; the settings that are chosen are written into it")
     out: str | None = Field(
         None, description="folder for tuning.json and tuning.png; default: `tuning` beside the pipeline folder"
     )

@@ -55,7 +55,7 @@ def short_page(cls: type[Config], verb: str, description: str | None, known: Kno
     found = present(cls, known)
     rows = {row.key: row for section in found for row in section.rows}
     own = [row for section in found if not section.node for row in section.rows]
-    often = [rows[key] for key in cls.often if key in rows] or own
+    often = [rows[key] for key in cls.often.split() if key in rows] or own
     chosen = [section for section in found if is_model(section) and is_given(section.node, known)]
     told = {row.key for row in [*often, *(row for section in chosen for row in section.rows)]}
     page = [*introduction(verb, description), *examples(cls, verb), "", *table_of([Section("", often), *chosen])]
@@ -92,7 +92,7 @@ def topic_page(cls: type[Config], verb: str, known: Known, topic: str) -> str:
 def nearest(cls: type[Config], found: list[Section], topic: str, verb: str) -> str:
     """What was probably meant: sections, keys, or a kind; or which sections there are."""
     nodes = list(dict.fromkeys(section.node for section in found if section.node))
-    keys = list(dict.fromkeys([*nodes, *cls.often, *(row.key for section in found for row in section.rows)]))
+    keys = list(dict.fromkeys([*nodes, *cls.often.split(), *(row.key for section in found for row in section.rows)]))
     kinds = {
         f"{section.node}.kind={kind} --help {section.node}": kind
         for section in sections(cls, {}, every_kind)

@@ -22,6 +22,7 @@ from tokenizer.files.ownership import Kind
 from tokenizer.files.reading import MANIFEST, Folder
 from tokenizer.pretrained import CONFIG, PROVENANCE, WEIGHTS
 
+from ..config import Within
 from .card import FIGURES, TUNING
 
 INDEX, CARD, GRID = "model_index.json", "README.md", "samples.png"
@@ -36,6 +37,8 @@ FILES = [INDEX, PROVENANCE, CARD, GRID, CALIBRATION, MANIFEST] + [
 ]
 
 
+PipelineFolder = Annotated[str, Within("pipeline", INDEX)]
+"""A pipeline's folder, the run that it is in, or a Hub id."""
 PIPELINE = Kind("a pipeline", INDEX, lambda index: index.get("_class_name") == "ImagePipeline" and "prior" in index)
 
 
