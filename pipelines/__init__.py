@@ -1,6 +1,7 @@
 """Everything you run: the five steps of the method, `ImagePipeline`, and the other verbs in `commands`."""
 
 import importlib
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 
@@ -17,7 +18,17 @@ def _check_siblings() -> None:
             )
 
 
+def _version() -> str:
+    """Of what is installed; of a checkout that is not, what its pyproject.toml says."""
+    try:
+        return version("smalti")
+    except PackageNotFoundError:
+        lines = (Path(__file__).parents[1] / "pyproject.toml").read_text(encoding="utf-8").splitlines()
+        return next(line.split('"')[1] for line in lines if line.startswith("version = "))
+
+
 _check_siblings()
+__version__ = _version()
 
 from tokenizer.files.errors import (  # noqa: E402
     ConfigError,
@@ -47,5 +58,6 @@ __all__ = [
     "PipelineOutput",
     "UnreadableError",
     "WeightsError",
+    "__version__",
     "from_unit",
 ]

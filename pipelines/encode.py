@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import time
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from shlex import quote
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import numpy as np
 import torch
@@ -18,23 +20,25 @@ from torch import Tensor
 from tokenizer import Tokenizer
 from tokenizer.files.opening import read_json
 from tokenizer.pretrained import PROVENANCE
-from tokenizer.settings import as_saved
-from tokenizer.settings.mistakes import show
 
-from .config import Config, UserError, run_command
+from .config import Config, Of, UserError, run_command
+from .config.importing import as_asked
 from .config.outputs import check_out_folder
 from .images import DataConfig, ImageDataset, Splits, check_shape, load_images
 from .images.origin import is_local
-from .images.splits import as_begun
 from .jobs import Piece
 from .jobs.sharing import Share, shared
 from .processes.launched import build_accelerator, team_of
 from .shuffling.ahead import made_ahead, pinned, sent
-from .stages.provenance import tokenizer_defaults
+from .stages.provenance import TokenizerFolder, tokenizer_defaults
 from .tokens import Meta
-from .tokens.appending import class_numbers, existing, missing_variants, same_images
+from .tokens.appending import begun_with, class_numbers, data_as_begun, existing, missing_variants, same_images
+from .tokens.finished import changed_since, made_before, told
 from .tokens.meta import TOKENS
 from .tokens.pieces import EncodeJob, cut, manifest_hash, recover, shards_of
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
 
 Raw = list[tuple[Tensor, ...]]
 """A batch as it travels, in one part or two, each as `ImageDataset.raw_batch` returns it."""
@@ -43,9 +47,20 @@ Raw = list[tuple[Tensor, ...]]
 class EncodeConfig(Config):
     """Which images are encoded, with which tokenizer."""
 
-    tokenizer: str = Field(description="folder of the tokenizer, as `train_tokenizer` wrote it, or a Hub id")
+    examples = (
+        "tokenizer=runs/vqvae_digits/tokenizer out=runs/digits_tokens",
+        "tokenizer=runs/photos out=runs/photos_tokens data.on_error=skip",
+    )
+    often = (
+        "tokenizer out data.source data.label_column data.on_error augmentations "
+        "append only batch_size rows_per_shard seed"
+    )
+
+    tokenizer: TokenizerFolder = Field(description="folder of the tokenizer, of the run that trained it, or a Hub id")
     out: str = Field(description="folder of the token dataset")
-    data: DataConfig = Field(DataConfig(), description="the images; defaults to those the tokenizer was trained on")
+    data: Annotated[DataConfig, Of("tokenizer")] = Field(
+        DataConfig(), description="the images; defaults to those the tokenizer was trained on"
+    )
     augmentations: int = Field(
         0, ge=0, le=1000, description="extra variants of each training image, made by data.augment"
     )
@@ -84,46 +99,44 @@ def run(config: EncodeConfig) -> Path:
         raise UserError("data.label_column: some of the splits have labels and others do not; null uses all without")
     variants = variants_to_make(config, images, old)
     numbers = class_numbers(images.train, old)
-    pieces = plan(config, images, variants)
+    pieces, began = plan(config, images, variants), time.monotonic()
+    part = part_of(config, variants, pieces)
+    if meta := None if old else team.first(lambda: there_already(config, tokenizer, images, part)):
+        return end(accelerator, out, f"already finished: {told(meta)}; nothing to do", team.leads)
     job = EncodeJob(out, tokenizer.grid, pieces, depends_on(config, tokenizer, pieces, accelerator.device.type))
     with shared(job, team) as share:
         encode_pieces(share, tokenizer.to(accelerator.device), images, numbers, config, job)
         accelerator.wait_for_everyone()
-        team.first(lambda: publish(job, config, tokenizer.cpu(), images, old, variants))
+        meta = team.first(lambda: publish(job, config, tokenizer.cpu(), images, old, part))
+    minutes = (time.monotonic() - began) / 60
+    return end(accelerator, out, f"done: {told(meta)} in {minutes:.1f} min", team.leads)
+
+
+def part_of(config: EncodeConfig, variants: dict[str, tuple[int, int]], pieces: list[Piece]) -> dict[str, Any]:
+    """What a dataset says of the rows of one encode."""
+    counts = rows_by_split(pieces)
+    return {
+        "data": config.data.model_dump(mode="json"),
+        "seed": config.seed,
+        "variants": {split: end for split, (_, end) in variants.items()},
+        "rows": {split: counts.get(split, 0) for split in variants},
+    }
+
+
+def there_already(config: EncodeConfig, tokenizer: Tokenizer, images: Splits, part: dict[str, Any]) -> Meta | None:
+    """The dataset, if this encode has made it before, of images that have not changed since."""
+    names = images.train.class_names if images.train.labels is not None else []
+    meta = made_before(Path(config.out), part, names, tokenizer.fingerprint(), config.rows_per_shard)
+    return None if meta is None or changed_since(config.data.path, Path(config.out)) else meta
+
+
+def end(accelerator: Accelerator, out: Path, text: str, leads: bool) -> Path:
+    """Say what there is and what comes next."""
     accelerator.end_training()
+    if leads:
+        run = quote(f"{str(out).removesuffix('_tokens')}_prior")
+        print(f"{out}: {text}; next: smalti train_prior{as_asked()} tokens={quote(str(out))} out={run}", flush=True)
     return out
-
-
-def begun_with(out: Path, old: Meta | None) -> list[dict[str, Any]]:
-    """The settings of images that this encode may continue with: those of an unfinished encode, and those of the
-    dataset to which rows are added."""
-    begun = EncodeJob.unfinished(out)
-    parts = [] if begun is None else [begun]
-    if old is not None:
-        parts += [*old.parts, old.source]
-    return [data for part in parts if isinstance(data := part.get("data"), dict)]
-
-
-def data_as_begun(data: DataConfig, befores: list[dict[str, Any]], old: Meta | None) -> DataConfig:
-    """`data`, with the same images held out and kept for validation as before.
-
-    Further images add no validation split to a dataset that has none, unless one is asked for. Raises `UserError` for
-    the same images divided in another way: images for validation would become training images.
-    """
-    for before in befores:
-        begun = as_begun(data, before)
-        fraction = as_saved(DataConfig, before)["validation_fraction"]
-        alike = begun.model_copy(update={"validation_fraction": fraction})
-        if same_images(before, alike.model_dump(mode="json")):
-            if data.validation_fraction not in (None, fraction):
-                raise UserError(
-                    f"data.validation_fraction: {show(fraction)} of these images before, {data.validation_fraction} "
-                    "now: images for validation would be trained on; give what it was, or another out="
-                )
-            return alike
-    if old is not None and "validation" not in old.shards and data.validation_fraction is None:
-        return data.model_copy(update={"validation_fraction": 0.0})
-    return data
 
 
 def by_split(images: Splits) -> dict[str, ImageDataset]:
@@ -250,22 +263,10 @@ def variants_of(images: ImageDataset, rows: np.ndarray, seed: int) -> Raw:
 
 
 def publish(
-    job: EncodeJob,
-    config: EncodeConfig,
-    tokenizer: Tokenizer,
-    images: Splits,
-    old: Meta | None,
-    variants: dict[str, tuple[int, int]],
-) -> None:
-    """Put the pieces, after the rows that were there, into the dataset, and print what it holds."""
-    data = config.data.model_dump(mode="json")
-    counts = rows_by_split(job.pieces)
-    part = {
-        "data": data,
-        "seed": config.seed,
-        "variants": {split: end for split, (_, end) in variants.items()},
-        "rows": {split: counts.get(split, 0) for split in variants},
-    }
+    job: EncodeJob, config: EncodeConfig, tokenizer: Tokenizer, images: Splits, old: Meta | None, part: dict[str, Any]
+) -> Meta:
+    """Put the pieces, after the rows that were there, into the dataset; returns what it then says of itself."""
+    data = part["data"]
     if old is None:
         path = Path(config.tokenizer) / PROVENANCE
         known = read_json(path) if path.is_file() else {}
@@ -276,9 +277,7 @@ def publish(
         more = config.augmentations if same_images(old.source.get("data") or {}, data) else 0
         meta = replace(old, augmentations=max(old.augmentations, more), parts=[*old.parts, part])
     before = {} if old is None else shards_of(job.out, old)
-    meta = job.publish(meta, before, tokenizer, merge=config.rows_per_shard is None)
-    sizes = ", ".join(f"{sum(counts)} {name}" for name, counts in meta.shards.items())
-    print(f"{job.out}: {sizes} rows of {'x'.join(map(str, meta.grid.shape))} ids below {meta.grid.vocab_size}")
+    return job.publish(meta, before, tokenizer, merge=config.rows_per_shard is None)
 
 
 main = partial(

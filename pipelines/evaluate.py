@@ -7,7 +7,8 @@ import sys
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from shlex import quote
+from typing import Annotated, Any, TypeVar
 
 import numpy as np
 import torch
@@ -16,8 +17,10 @@ from torch import Tensor
 
 from tokenizer.files.errors import PathError
 from tokenizer.files.writing import results_folder, write_json
+from tokenizer.settings.marks import Was
 
-from .config import Config, UserError, run_command
+from .config import Config, Of, UserError, run_command
+from .config.importing import as_asked
 from .config.outputs import check_out_results
 from .config.table import table
 from .image_pipeline import ImagePipeline
@@ -38,6 +41,7 @@ from .metrics.report import report
 from .metrics.samples import Samples
 from .processes.launched import joined
 from .processes.sharing import ALONE, Team
+from .stages.index import PipelineFolder
 from .stages.provenance import defaults
 from .tokens import TokenSplit
 from .tokens.shards import smallest_type
@@ -51,12 +55,23 @@ KNOWN = 1 << 28  # numbers, 1 GiB, of training images whose pixels are compared 
 class EvaluateConfig(Config):
     """What is measured, on what."""
 
-    pipeline: str = Field(description="pipeline folder, or a Hub id")
+    examples = (
+        "pipeline=runs/gpt_digits/pipeline",
+        "pipeline=runs/gpt_digits/pipeline num_images=200 update_card=false",
+    )
+    often = (
+        "pipeline out num_images data.source data.limit feature_steps "
+        "inception_weights num_orders seed update_card device"
+    )
+
+    pipeline: PipelineFolder = Field(description="pipeline folder, its run, or a Hub id")
     out: str | None = Field(
         None, description="folder for pictures and evaluation.json; default: `evaluation` beside the pipeline folder"
     )
-    data: DataConfig = Field(DataConfig(), description="the images; defaults to those the pipeline was trained on")
-    num_samples: int = Field(
+    data: Annotated[DataConfig, Of("pipeline")] = Field(
+        DataConfig(), description="the images; defaults to those the pipeline was trained on"
+    )
+    num_images: Annotated[int, Was("num_samples", int)] = Field(
         1000,
         ge=0,
         description="samples that are judged; sets of images are compared at this size, or at that of the training or "
@@ -76,7 +91,7 @@ class EvaluateConfig(Config):
     reference: str = Field(
         "held_out",
         description="what the FID of samples is taken against: as many images `held_out`, all images of `train`, or "
-        "a .npz file with `mu` and `sigma`, as ADM published them; the last two with num_samples=50000",
+        "a .npz file with `mu` and `sigma`, as ADM published them; the last two with num_images=50000",
     )
     num_orders: int = Field(1, ge=1, description="score a mixture of so many orders, with a prior that takes any")
     seed: int = Field(0, ge=0, description="sample k uses seed + k")
@@ -123,9 +138,9 @@ def measure(
         "reconstructions": reconstruction_picture(pipeline.tokenizer, images.held_out),
     }
     samples = None
-    if config.num_samples:
-        labels = wanted_labels(pipeline, images.train, config.num_samples)
-        samples = draw_samples(pipeline, labels, config.num_samples, config.seed, team)
+    if config.num_images:
+        labels = wanted_labels(pipeline, images.train, config.num_images)
+        samples = draw_samples(pipeline, labels, config.num_images, config.seed, team)
         found, shown = evaluate_samples(pipeline, images, config, samples, labels)
         figures, pictures = figures | found, pictures | shown
     if ruler is not None:
@@ -158,6 +173,10 @@ def publish(
             print(f"warning: the model card is as it was: {error}", file=sys.stderr)
     print(text + "\n")
     print(table([(name, f"{out / name}.png") for name in pictures] + [("figures", str(out / "evaluation.json"))]))
+    # What `tune` chooses is written into a folder, and once is enough.
+    tunes = Path(config.pipeline).is_dir() and "tuning" not in pipeline.provenance
+    verb = "tune" if tunes else "generate"
+    print(f"\ndone; next: smalti {verb}{as_asked()} pipeline={quote(config.pipeline)}")
 
 
 def check_choices(config: EvaluateConfig, pipeline: ImagePipeline) -> None:

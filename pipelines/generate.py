@@ -6,12 +6,14 @@ import time
 from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
+from shlex import quote
 
 from pydantic import Field
 
 from prior.requests import Walk
 
 from .config import Config, UserError, run_command
+from .config.importing import as_asked
 from .image_pipeline import ImagePipeline
 from .images.sets import Drawn, Facts, Part, check_out, form_of, save, told
 from .images.sets.pieces import GenerateJob
@@ -19,6 +21,7 @@ from .jobs.pieces import RESULT
 from .jobs.sharing import shared
 from .processes.launched import joined
 from .processes.sharing import Team
+from .stages.index import PipelineFolder
 from .stages.requests import Request
 from .stages.sampling import settings_in
 
@@ -28,7 +31,13 @@ AT_ONCE = 256  # images that one process makes without keeping any on the way
 class GenerateConfig(Config):
     """How many images of what, and where to."""
 
-    pipeline: str = Field(description="pipeline folder, or a Hub id")
+    examples = (
+        "pipeline=runs/gpt_digits/pipeline",
+        "pipeline=runs/gpt_digits/pipeline labels=[3,8] num_images=16 temperature=0.9 out=threes.png",
+    )
+    often = "pipeline out num_images labels seed temperature top_k top_p guidance_scale steps columns batch_size"
+
+    pipeline: PipelineFolder = Field(description="pipeline folder, its run, or a Hub id")
     out: str = Field(
         "grid.png",
         description="a picture file for a grid of all images; NAME.npz, NAME.parquet or NAME.tar (webdataset) for all "
@@ -83,7 +92,9 @@ def run(config: GenerateConfig) -> Path:
         speed = at_once(config, request, facts) if few else in_pieces(config, request, facts, team)
         if team.leads:
             where = told(form_of(out), out, facts)
-            print(f"{config.num_images} images{where}" + (f", {speed:,.1f} images per second" if speed else ""))
+            rate = f", {speed:,.1f} images per second" if speed else ""
+            then = f"smalti evaluate{as_asked()} pipeline={quote(config.pipeline)}"
+            print(f"{config.num_images} images{where}{rate}; next: {then}")
     return out
 
 

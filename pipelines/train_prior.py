@@ -17,12 +17,13 @@ from prior.objectives import Alignment, Likelihood, alignment_problem
 from prior.sampling import GUIDANCE, Sampler
 from tokenizer.settings import Node
 
-from .config import Config, UserError, run_command
+from .config import Config, UserError, Within, run_command
+from .config.importing import as_asked
 from .image_pipeline import ImagePipeline
 from .metrics.likelihood import bits_per_token, rows_evaluated
 from .shuffling.draws import DROPOUT, OTHER, by_row, other_labels, perturbed
 from .shuffling.epochs import samples_of
-from .stages.index import PIPELINE
+from .stages.index import INDEX, PIPELINE
 from .stages.starting import model_of, start_from
 from .tokens import TokenDataset, TokenSplit, load_tokens
 from .tracking import TrackConfig
@@ -78,6 +79,15 @@ class AlignmentConfig(Config):
 class TrainPriorConfig(Config):
     """A run of stage two."""
 
+    examples = (
+        "--config gpt_digits train.minutes=1",
+        "tokens=runs/photos_tokens out=runs/photos_gpt model.kind=gpt model.depth=6 train.steps=5000",
+    )
+    often = (
+        "out tokens model.kind init label_dropout sampler.temperature sampler.guidance_scale "
+        "train.minutes train.steps train.batch_size train.lr track.wandb"
+    )
+
     out: str = Field(description="run folder: metrics, previews, resume states, and the pipeline itself")
     tokens: str = Field(description="token dataset, as `smalti encode` wrote it, or the id of one on the Hub")
     revision: str | None = Field(None, description="branch, tag or commit of a token dataset on the Hub")
@@ -89,9 +99,10 @@ class TrainPriorConfig(Config):
         "memory cannot hold; null: all rows in a random order",
     )
     model: Annotated[dict[str, Any], Node("prior.base:Prior")] = Field({"kind": "gpt"}, description="the prior")
-    init: str | None = Field(
+    init: Annotated[str | None, Within("pipeline", INDEX)] = Field(
         None,
-        description="folder or Hub id of a pipeline whose prior to start from; the model is then by default its own",
+        description="folder, its run, or Hub id of a pipeline whose prior to start from; the model is then by default "
+        "its own",
     )
     objective: Literal["likelihood", "cca"] | None = Field(
         None,
@@ -206,7 +217,7 @@ class PriorTask(Task):
     def outcome(self, run: Path) -> str:
         """The pipeline's folder, and the command that makes images with it."""
         folder = quote(str(run / "pipeline"))
-        return f"pipeline: {folder}; next: smalti generate pipeline={folder}"
+        return f"pipeline: {folder}; next: smalti generate{as_asked()} pipeline={folder}"
 
     def pipeline(self, model: nn.Module) -> ImagePipeline:
         """Both stages, sharing `model`'s weights."""

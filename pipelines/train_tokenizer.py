@@ -6,7 +6,7 @@ from collections import deque
 from functools import partial
 from pathlib import Path
 from shlex import quote
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any
 
 import numpy as np
 import torch
@@ -19,10 +19,11 @@ from tokenizer.critic import PatchCritic
 from tokenizer.files.opening import read_json
 from tokenizer.losses import total_loss
 from tokenizer.pretrained import CONFIG, PROVENANCE
-from tokenizer.settings import Node, as_saved
+from tokenizer.settings import ModelConfig, Node, as_saved
 from tokenizer.settings.marks import Before
 
-from .config import Config, run_command
+from .config import Config, Within, run_command
+from .config.importing import as_asked
 from .images import DataConfig, ImageDataset, load_images
 from .images.origin import is_local
 from .images.splits import as_begun
@@ -33,6 +34,7 @@ from .stages.provenance import data_beside, save_tokenizer
 from .tracking import TrackConfig
 from .training.adversary import Adversary, CriticConfig, make_adversary
 from .training.loop import train
+from .training.losses import LossConfig, loss_weights_of
 from .training.optimizers import hidden_matrices
 from .training.run_folder import begun_data, model_as_begun
 from .training.schedule import TrainConfig
@@ -46,30 +48,17 @@ EVALUATED_IMAGES = 2000  # at most, by training; `smalti evaluate` looks at all 
 INITIAL_PIXELS, INITIAL_IMAGES = 1 << 20, 64  # a tokenizer starts from so many pixels, and from at least so many images
 
 
-class LossConfig(Config):
-    """What the tokenizer minimises."""
-
-    l1: float = Field(0.0, ge=0, description="weight of the mean absolute error of pixels in [-1, 1]")
-    l2: float = Field(1.0, ge=0, description="weight of the mean squared error of pixels in [-1, 1]")
-    gradient: Annotated[float, Before(0.0)] = Field(
-        0.0,
-        ge=0,
-        description="weight of the mean absolute error of differences between neighbouring pixels, against texture "
-        "that is woven into even areas",
-    )
-    nll: float = Field(
-        1.0,
-        ge=0,
-        description="weight of the likelihood's nats per pixel channel, where the model has a likelihood; "
-        "1, with l1=0 and l2=0, gives the fewest bits per dim",
-    )
-    quantizer: float = Field(1.0, ge=0, description="factor on the quantizer's own terms (which it weighs by its beta)")
-    perceptual: float = Field(0.0, ge=0, description="weight of LPIPS, the distance of images in a pretrained network")
-    perceptual_net: Literal["vgg", "alex", "squeeze"] = Field("vgg", description="the network of LPIPS")
-
-
 class TrainTokenizerConfig(Config):
     """A run of stage one."""
+
+    examples = (
+        "--config vqvae_digits train.minutes=1 out=runs/mine",
+        "--config vqvae_openmoji data.source=photos data.on_error=skip out=runs/photos",
+    )
+    often = (
+        "out data.source data.image_size data.channels data.on_error model.kind "
+        "train.minutes train.steps train.batch_size train.lr track.wandb"
+    )
 
     out: str = Field(description="run folder: metrics, previews, resume states, and the tokenizer itself")
     data: DataConfig = Field(DataConfig(), description="the images")
@@ -79,9 +68,10 @@ class TrainTokenizerConfig(Config):
     model: Annotated[dict[str, Any], Node("tokenizer.base:Tokenizer")] = Field(
         {"kind": "vqvae"}, description="the tokenizer"
     )
-    init: str | None = Field(
+    init: Annotated[str | None, Within("tokenizer", CONFIG)] = Field(
         None,
-        description="tokenizer to start from, a folder or Hub id, with defaults of model and data; for posthoc a klvae",
+        description="tokenizer to start from, a folder, its run or a Hub id, with defaults of model and data; for "
+        "posthoc a klvae",
     )
     loss: LossConfig = Field(LossConfig(), description="what is minimised")
     critic: CriticConfig = Field(CriticConfig(), description="the adversary of VQGAN")
@@ -109,6 +99,8 @@ class TokenizerTask(Task):
 
     def __init__(self, config: TrainTokenizerConfig, device: torch.device | str = "cpu") -> None:
         self.config = config
+        channels, height, width = config.data.image_shape
+        model_config(config.model, (height, width), channels)  # raises now, before images are decoded
         begun = begun_data(Path(config.out)) is not None
         self.images = load_images(config.data, begun=begun, together=True)
         self.rows = len(self.images.train)
@@ -229,7 +221,7 @@ class TokenizerTask(Task):
     def outcome(self, run: Path) -> str:
         """The tokenizer's folder, and the command that encodes images with it."""
         folder, tokens = (quote(str(path)) for path in (run / "tokenizer", f"{run}_tokens"))
-        return f"tokenizer: {folder}; next: smalti encode tokenizer={folder} out={tokens}"
+        return f"tokenizer: {folder}; next: smalti encode{as_asked()} tokenizer={folder} out={tokens}"
 
     def save(self, model: Any, run: Path, facts: dict[str, Any]) -> None:
         """The tokenizer's folder, with where its images came from."""
@@ -254,19 +246,17 @@ def defaults(given: dict[str, Any]) -> dict[str, Any]:
     return {"model": model, "data": data_beside(folder / PROVENANCE)}
 
 
-def loss_weights_of(loss: LossConfig, tokenizer: Tokenizer) -> dict[str, float]:
-    """The weight of each loss: those of pixels, and the tokenizer's own times `loss.nll` or `loss.quantizer`."""
-    own = {
-        name: weight * (loss.nll if name == "nll" else loss.quantizer)
-        for name, weight in tokenizer.loss_weights.items()
-    }
-    return {"l1": loss.l1, "l2": loss.l2, "gradient": loss.gradient, **own}
+def model_config(node: dict[str, Any], image_size: tuple[int, int], channels: int) -> ModelConfig:
+    """The configuration of a checked `{kind: ...}` node for images of this size. Raises `ConfigError`."""
+    choices = {key: value for key, value in node.items() if key != "kind"}
+    return Tokenizer.find(node["kind"]).Config(image_size=image_size, channels=channels, **choices)
 
 
 def build_tokenizer(node: dict[str, Any], image_size: tuple[int, int], channels: int) -> Tokenizer:
-    """The tokenizer of a checked `{kind: ...}` node for images of this size. Raises `ConfigError`."""
-    choices = {key: value for key, value in node.items() if key != "kind"}
-    return Tokenizer.create(node["kind"], image_size=image_size, channels=channels, **choices)
+    """The tokenizer of such a node. Raises `ConfigError`."""
+    member: Any = Tokenizer.find(node["kind"])
+    made: Tokenizer = member(model_config(node, image_size, channels))
+    return made
 
 
 def run(config: TrainTokenizerConfig) -> Path:

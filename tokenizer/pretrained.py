@@ -40,6 +40,7 @@ PROVENANCE = "provenance.json"  # beside a tokenizer, written by the verb that t
 SUBFOLDER = r"(?!\.\.?(/|$))[^/\\]+(/(?!\.\.?(/|$))[^/\\]+)*"  # no part of it is . or ..
 MAX_WEIGHT_BYTES = 16 << 30
 MAX_ENTRIES = 10_000
+OUTSIDE = "one of your own has to be imported first, as --import FILE does"
 
 N = TypeVar("N", bound="Named")
 M = TypeVar("M", bound="PretrainedModel")
@@ -60,11 +61,27 @@ class Named:
         if family:
             cls._members, cls._package = {}, family
         if name:
+            cls._require_free(name)
             if "Config" not in vars(cls):  # or the kind of the class that it extends would get this name
                 make: Any = type(cls.Config)
                 cls.Config = make(f"{cls.__name__}Config", (cls.Config,), {"__module__": cls.__module__})
             cls.name = cls.Config.kind = name
             cls._members[name] = cls
+
+    @classmethod
+    def _require_free(cls, name: str) -> None:
+        """Raise `ConfigError` if a model of another module has the name: files would mean another model by it."""
+        if not f"{cls.__module__}.".startswith(f"{cls._package}."):
+            cls.available()  # the package's own have theirs first
+        other = cls._members.get(name)
+        if other is not None and other.__module__ != cls.__module__:
+            family = next(base.__name__ for base in cls.__mro__ if "_members" in vars(base))
+            raise ConfigError(f"a {family} is called {shown(name)} already, in {other.__module__}; choose another name")
+
+    @classmethod
+    def unknown(cls, name: Any) -> str:
+        """What is wrong with a name that no member has."""
+        return f"no {cls.__name__} is called {shown(name)}; there are {', '.join(cls.available())}; {OUTSIDE}"
 
     @classmethod
     def available(cls) -> list[str]:
@@ -81,7 +98,7 @@ class Named:
         """The member called `name`. Raises `ConfigError` that lists the members."""
         names = cls.available()
         if name not in names:
-            raise ConfigError(f"no {cls.__name__} is called {shown(name)}; there are {', '.join(names)}")
+            raise ConfigError(cls.unknown(name))
         return cls._members[name]
 
     @classmethod
@@ -210,9 +227,8 @@ class PretrainedModel(Named, nn.Module):
         kind = data.pop("kind", None)
         try:
             if not isinstance(kind, str) or kind not in cls.available():
-                raise ConfigError(
-                    f"kind: no {cls._package} is called {shown(kind)}; there are {', '.join(cls.available())}"
-                )
+                known = ", ".join(cls.available())
+                raise ConfigError(f"kind: no {cls._package} is called {shown(kind)}; there are {known}; {OUTSIDE}")
             member: Any = cls.find(kind)
             if issubclass(cls, member) and cls.name == kind:  # a subclass of the user's, without a name of its own
                 member = cls

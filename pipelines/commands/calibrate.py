@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from functools import partial
 from pathlib import Path
+from typing import Annotated
 
 import numpy as np
 from pydantic import Field
@@ -12,20 +13,22 @@ from tokenizer.files.ownership import require_ours
 
 from ..anomaly.calibrating import calibrate, check_promise
 from ..anomaly.scores import METHODS, NEEDS
-from ..config import Config, UserError, choose_device, run_command
+from ..config import Config, Of, UserError, Within, choose_device, run_command
 from ..config.table import table
 from ..image_pipeline import ImagePipeline
 from ..images import DataConfig, check_shape, load_images
 from ..stages.calibration import Calibration
-from ..stages.index import PIPELINE
+from ..stages.index import INDEX, PIPELINE, PipelineFolder
 from ..stages.provenance import defaults
 
 
 class CalibrateConfig(Config):
     """What is normal, and how often it may be called an anomaly."""
 
-    pipeline: str = Field(description="pipeline folder; calibration.json is written into it")
-    data: DataConfig = Field(
+    examples = ("pipeline=runs/gpt_digits/pipeline",)
+
+    pipeline: PipelineFolder = Field(description="pipeline folder; calibration.json is written into it")
+    data: Annotated[DataConfig, Of("pipeline")] = Field(
         DataConfig(),
         description="normal images; a part of their held-out split is used (see `every`); defaults to those trained on",
     )
@@ -35,7 +38,7 @@ class CalibrateConfig(Config):
         description="calibrate with every n-th held-out image, from the first, and leave the others to "
         "`smalti detect`; 1: with all of them",
     )
-    background: str | None = Field(
+    background: Annotated[str | None, Within("pipeline", INDEX)] = Field(
         None, description="another pipeline folder, over the same tokens, whose prior becomes the background prior"
     )
     false_alarms: float = Field(

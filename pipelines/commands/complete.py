@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from functools import partial
 from pathlib import Path
+from typing import Annotated
 
 import numpy as np
 import torch
@@ -14,7 +15,7 @@ from torch import Tensor
 from prior import Prior
 from tokenizer.files.ownership import Inputs
 
-from ..config import Config, UserError, choose_device, run_command
+from ..config import Config, Of, UserError, choose_device, run_command
 from ..config.outputs import check_out_file, writing
 from ..config.table import table
 from ..image_pipeline import ImagePipeline
@@ -23,6 +24,7 @@ from ..images.decoding import flatten, open_image, try_decode
 from ..images.folders import find_images
 from ..images.pictures import SUFFIXES, grid_picture, save_picture
 from ..stages.completion import ConditionError, complete, conditional_log_prob, make_mask, sees_all_known
+from ..stages.index import PipelineFolder
 from ..stages.provenance import defaults
 from ..stages.sampling import settings_in
 
@@ -32,7 +34,13 @@ TINTS = ((0.15, 0.35, 0.65), (-0.2, 0.0, 0.35))  # of the hatching, RGB in [-1, 
 class CompleteConfig(Config):
     """What is hidden of which images, and how it is drawn."""
 
-    pipeline: str = Field(description="pipeline folder, or a Hub id")
+    examples = (
+        "pipeline=runs/gpt_digits/pipeline mask=bottom draws=4 out=completions.png",
+        "pipeline=runs/gpt_digits/pipeline mask=my-mask.png images=my-images",
+    )
+    often = "pipeline mask images num_images draws labels out temperature guidance_scale seed data.source"
+
+    pipeline: PipelineFolder = Field(description="pipeline folder, its run, or a Hub id")
     mask: str = Field(
         "bottom",
         description="what is hidden: top, bottom, left, right, box (the middle), scatter:SHARE of the patches, or a "
@@ -48,7 +56,9 @@ class CompleteConfig(Config):
     )
     seed: int = Field(0, ge=0, description="draw d of image k uses seed + k * draws + d")
     out: str = Field("completions.png", description="the picture to write")
-    data: DataConfig = Field(DataConfig(), description="the images; defaults to those the pipeline was trained on")
+    data: Annotated[DataConfig, Of("pipeline")] = Field(
+        DataConfig(), description="the images; defaults to those the pipeline was trained on"
+    )
     temperature: float | None = Field(None, ge=0, description="below 1 is safer, 0 is greedy; default: the pipeline's")
     top_k: int | None = Field(None, ge=1, description="draw from the k likeliest ids only")
     top_p: float | None = Field(None, gt=0, le=1, description="draw from the likeliest ids of this mass only")

@@ -27,12 +27,15 @@ from ..image_pipeline import ImagePipeline
 from ..images import to_float
 from ..images.decoding import open_image
 from ..images.folders import find_images, is_image_name
+from ..stages.index import PipelineFolder
 
 
 class CompressConfig(Config):
     """What is compressed, with what, and where to."""
 
-    pipeline: str = Field(description="pipeline folder, or a Hub id; decompressing needs the very same one")
+    examples = ("pipeline=runs/gpt_digits/pipeline images=my-images out=my-images.smalti",)
+
+    pipeline: PipelineFolder = Field(description="pipeline folder, or a Hub id; decompressing needs the very same one")
     images: str = Field(description="a folder of images of the pipeline's size, or one file; names are kept")
     out: str = Field("images.smalti", description="the file to write")
     lossless: bool = Field(

@@ -20,12 +20,15 @@ from ..config import Config, UserError, choose_device, run_command
 from ..config.outputs import check_out_folder
 from ..image_pipeline import ImagePipeline
 from ..images.pictures import convert_images, write_image
+from ..stages.index import PipelineFolder
 
 
 class DecompressConfig(Config):
     """What is decompressed, with what, and where to."""
 
-    pipeline: str = Field(description="the pipeline that compressed: folder or Hub id")
+    examples = ("pipeline=runs/gpt_digits/pipeline stream=my-images.smalti out=my-images-again",)
+
+    pipeline: PipelineFolder = Field(description="the pipeline that compressed: folder or Hub id")
     stream: str = Field(description="the file that `smalti compress` wrote")
     out: str = Field(
         "decompressed", description="a new or empty folder for PNG files, which appears whole or not at all"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -19,7 +19,7 @@ from ..anomaly.healing import anomaly_map, heal
 from ..anomaly.image_statistics import statistics
 from ..anomaly.scores import p_value_of, score_of
 from ..anomaly.separation import benjamini_hochberg, separation
-from ..config import Config, UserError, choose_device, run_command
+from ..config import Config, Of, UserError, choose_device, run_command
 from ..config.outputs import check_out_results, writing
 from ..config.table import table
 from ..image_pipeline import ImagePipeline
@@ -32,6 +32,7 @@ from ..images.pictures import grid_picture, save_picture
 from ..images.sources import open_source
 from ..images.splits import held_out_split, tell_splits
 from ..stages.calibration import Calibration, CalibrationError
+from ..stages.index import PipelineFolder
 from ..stages.provenance import defaults
 
 NAMES_AT_A_TIME = 256
@@ -40,7 +41,9 @@ NAMES_AT_A_TIME = 256
 class DetectConfig(Config):
     """Which images, against which calibrated pipeline."""
 
-    pipeline: str = Field(description="calibrated pipeline folder, or a Hub id")
+    examples = ("pipeline=runs/gpt_digits/pipeline images=my-images out=runs/detected",)
+
+    pipeline: PipelineFolder = Field(description="calibrated pipeline folder, or a Hub id")
     images: str | None = Field(
         None,
         description="what to look through: `digits`, a folder, parquet or a Hub id; default: data.source; images that "
@@ -72,7 +75,7 @@ class DetectConfig(Config):
     out: str = Field("anomalies", description="folder for scores.csv, sheet.png and, where measured, figures.json")
     num_shown: int = Field(8, ge=1, le=64, description="how many of the most and of the least anomalous are shown")
     seed: int = Field(0, ge=0, description="of healing and of the intervals")
-    data: DataConfig = Field(
+    data: Annotated[DataConfig, Of("pipeline")] = Field(
         DataConfig(),
         description="how images are read: of each source the split data.held_out, where it has one, else all of "
         "data.split, or of the source that was trained on what training held out of it; defaults to what the pipeline "

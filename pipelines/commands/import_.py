@@ -41,6 +41,8 @@ UNKNOWN_SOURCE = "(not known of imported weights: give data.source)"
 class ImportConfig(Config):
     """What is imported, and what its weights do not say."""
 
+    examples = ("source=vq_ds16_c2i.safetensors image_size=256 out=runs/llamagen_vq16",)
+
     source: str = Field(
         description="folder of a diffusers VQModel or of a transformers model with a VQVAE (Janus, Emu3), or a "
         ".safetensors file with the weights of taming-transformers, Chameleon, LlamaGen, MaskGIT-VQGAN, "

@@ -15,7 +15,7 @@ from tokenizer import Tokenizer
 
 from ..config import Config, choose_device, run_command
 from ..config.outputs import check_out_file, writing
-from ..images import DataConfig, ImageDataset, check_shape, load_images, to_uint8
+from ..images import ImageDataset, check_shape, load_images, to_uint8
 from ..images.pictures import SUFFIXES, save_picture
 from ..metrics.charts import GREY, RED, Pixels, bars, charts_in_row, histogram
 from ..metrics.codebook import HEIGHT, draw_distances, draw_usage, part_names
@@ -37,9 +37,8 @@ LISTED = 12  # so many ids are named in a line
 class InspectConfig(Config):
     """Which tokenizer, looking at which images."""
 
-    tokenizer: str = Field(description="folder of a tokenizer or of a pipeline, or a tokenizer's Hub id")
-    out: str = Field("inspection.png", description="the report to write, a picture")
-    data: DataConfig = Field(DataConfig(), description="the images; defaults to those the tokenizer was trained on")
+    examples = ("tokenizer=runs/vqvae_digits/tokenizer",)
+    often = "tokenizer out data.source num_images num_codes device inspection.png tokenizer"
     num_images: int = Field(24, ge=3, le=96, description="reconstructions shown: a third each of best, middle, worst")
     num_codes: int = Field(256, ge=1, le=1024, description="codes shown, the most used ones and a few unused")
     device: str = Field("auto", description="cpu, cuda, mps or auto")

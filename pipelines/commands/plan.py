@@ -1,8 +1,7 @@
 """Say what a training run will take before it is started: parameters, memory per GPU, FLOPs, hours, disk.
 
-It takes the command line of `smalti train_prior` or `smalti train_tokenizer` as it is (the model's kind says which) and
-the keys below: `smalti plan --config configs/prior/gpt_imagenet256.yaml grid=[16,16] vocab_size=16384 classes=1000
-rows=1281167 gpus=8 gpu=a100`. The model is run on paper: nothing is trained, no image is read, no memory is taken.
+It takes the command line of `smalti train_prior` or `smalti train_tokenizer` as it is (the model's kind says which),
+and the keys below. The model is run on paper: nothing is trained, no image is read, no memory is taken.
 """
 
 from __future__ import annotations
@@ -22,12 +21,13 @@ from tokenizer.files.opening import read_json
 from tokenizer.pretrained import CONFIG
 
 from ..config import Config, UserError, run_command
-from ..config.arguments import read_arguments
+from ..config.arguments import read_arguments, sorted_words
 from ..config.command import parse
+from ..config.importing import import_asked
 from ..image_pipeline import SAMPLED
 from ..metrics.likelihood import EVALUATED_ROWS, classes_of_table, rows_evaluated
 from ..metrics.reconstruction import images_at_a_time
-from ..planning.budget import EXPECTED, FLOAT32, GPUS, LABEL, parts_of_prior, parts_of_tokenizer, sizes_of
+from ..planning.budget import FLOAT32, LABEL, parts_of_prior, parts_of_tokenizer, sizes_of
 from ..planning.costs import (
     ALIGNED,
     Recipe,
@@ -40,17 +40,20 @@ from ..planning.costs import (
     tokenizer_turn,
 )
 from ..planning.facts import facts_of
-from ..planning.forecast import Forecast, Machine, schedule_of
+from ..planning.forecast import Forecast, schedule_of
+from ..planning.machine import machine_of, precision_of
 from ..planning.page import page_of
 from ..planning.paper import on_meta
 from ..planning.pauses import FORWARD, Looks
+from ..stages.provenance import tokenizer_folder
 from ..tokens.shards import bytes_per_row
 from ..train_prior import TrainPriorConfig
 from ..train_prior import defaults as of_pipeline
-from ..train_tokenizer import EVALUATED_IMAGES, Stage, TrainTokenizerConfig, build_tokenizer, loss_weights_of
+from ..train_tokenizer import EVALUATED_IMAGES, Stage, TrainTokenizerConfig, build_tokenizer
 from ..train_tokenizer import defaults as of_init
 from ..training.adversary import make_adversary
 from ..training.blocks import repeated_blocks
+from ..training.losses import loss_weights_of
 from ..training.optimizers import hidden_matrices
 
 RECONSTRUCTED = 96  # images of the two pictures of a tokenizer's preview
@@ -62,6 +65,12 @@ NO_MODEL = (
 
 class PlanConfig(Config):
     """Where the run will take place, and what its data will be like."""
+
+    often = "gpus gpu gpu_memory utilization precision tokenizer grid vocab_size classes rows"
+    examples = (
+        "--config gpt_digits tokenizer=vqvae_digits classes=10 rows=4000 gpus=1 gpu=rtx4090",
+        "--config vqgan_imagenet256 rows=1281167 gpus=8 gpu=a100",
+    )
 
     gpus: int = Field(8, ge=1, le=65536, description="GPUs, those of all machines together; a process for each")
     gpu: Literal["a100", "a100_40", "h100", "h100_pcie", "h200", "b200", "mi300x", "l40s", "l4", "rtx4090"] = Field(
@@ -106,6 +115,9 @@ class PlanTokenizerConfig(PlanConfig, TrainTokenizerConfig):
     out: str = Field("", description="run folder; not used")
 
 
+CONFIGS = (PlanConfig, PlanPriorConfig, PlanTokenizerConfig)
+
+
 def run(config: PlanConfig) -> Forecast:
     """Print the plan, and return its figures. Raises `UserError` and `ConfigError`."""
     if not isinstance(config, PlanPriorConfig | PlanTokenizerConfig):
@@ -115,29 +127,6 @@ def run(config: PlanConfig) -> Forecast:
     forecast = forecast_prior(config) if isinstance(config, PlanPriorConfig) else forecast_tokenizer(config)
     print(page_of(forecast))
     return forecast
-
-
-def precision_of(config: PlanPriorConfig | PlanTokenizerConfig) -> str:
-    """What layers compute in. Raises `UserError` if the run asks for another than the plan."""
-    asked = {"no": "float32", "bf16": "bf16"}.get(config.train.mixed_precision or "")
-    if config.precision and asked and config.precision != asked:
-        raise UserError(f"precision: {config.precision}, and train.mixed_precision={config.train.mixed_precision}")
-    return config.precision or asked or "bf16"
-
-
-def machine_of(config: PlanPriorConfig | PlanTokenizerConfig) -> Machine:
-    """The machine to plan for."""
-    kind, compiled = GPUS[config.gpu], config.train.compile
-    expected = f"expected {'when compiled' if compiled else 'without train.compile'}"
-    return Machine(
-        f"x {config.gpu}" if config.gpu_memory is None else "GPUs",
-        config.gpus,
-        config.gpu_memory or kind.memory,
-        config.peak_tflops or kind.tflops,
-        config.utilization or EXPECTED[compiled],
-        "given" if config.utilization else expected,
-        precision_of(config),
-    )
 
 
 # Priors -------------------------------------------------------------------------------------------
@@ -191,12 +180,14 @@ def stage_one(config: PlanPriorConfig) -> Tokenizer | None:
 
 def planned_tokenizer(source: str) -> Tokenizer:
     """The tokenizer of a preset, or of a folder. Raises `UserError` and `ConfigError`."""
-    if source.endswith((".yaml", ".yml")):
-        config = parse(TrainTokenizerConfig, ["--config", source], verb="train_tokenizer", description=None)
+    folder = Path(tokenizer_folder(source))
+    if not (folder / CONFIG).is_file():
+        try:
+            config = parse(TrainTokenizerConfig, ["--config", source], verb="train_tokenizer", description=None)
+        except UserError as error:
+            raise UserError(f"tokenizer: neither a tokenizer's folder nor a preset: {error}") from error
         return tokenizer_of(config)
-    if not (Path(source) / CONFIG).is_file():
-        raise UserError(f"tokenizer: {source!r} is neither a preset (.yaml) nor a tokenizer's folder")
-    data = read_json(Path(source) / CONFIG)
+    data = read_json(folder / CONFIG)
     member: Any = Tokenizer.find(data.pop("kind", ""))
     return member(member.Config.from_saved(data))
 
@@ -276,8 +267,10 @@ def micro_batch(config: Any) -> int:
 
 def config_for(argv: list[str]) -> type[PlanConfig]:
     """The configuration that the command line is of: a prior's, a tokenizer's, or neither."""
+    words = sorted_words(argv)
+    import_asked(words.imports)
     given: dict[str, Any] = {}
-    for part in read_arguments(argv)[0]:
+    for part in read_arguments(words)[0]:
         models = [node for node in (given.get("model"), part.get("model")) if isinstance(node, dict)]
         model = {key: value for node in models for key, value in node.items()}
         given = {**given, **part, "model": model}

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 from functools import partial
+from itertools import takewhile
 from pathlib import Path
 
 from pydantic import Field
 
 from ..config import Config, UserError, run_command
-from ..config.arguments import WIDTH, presets
-from ..config.help import table_row
+from ..config.arguments import presets
+from ..config.table import listed
+from ..config.terminal import width
 
 
 class PresetsConfig(Config):
     """Which presets, and what is told of them."""
+
+    examples = ("", "name=digits")
 
     name: str = Field("", description="only those whose names hold this text, as name=digits or name=prior/")
     paths: bool = Field(
@@ -37,12 +41,14 @@ def run(config: PresetsConfig) -> list[Path]:
 
 def listing(found: dict[str, Path]) -> str:
     """The names of presets, each beside the comment that its file begins with."""
-    width = max(map(len, found))
-    lines = []
-    for name, path in found.items():
-        comment = path.read_text(encoding="utf-8").partition("\n")[0].removeprefix("# ")
-        lines += table_row([name, comment], [width, WIDTH - width - 4])
-    return "\n".join(lines)
+    return "\n".join(listed([(name, about(path)) for name, path in found.items()], width()))
+
+
+def about(path: Path) -> str:
+    """The sentences that a preset's file begins with: its first comment, which may go on for lines."""
+    lines = path.read_text(encoding="utf-8").splitlines()
+    comment = [line.removeprefix("#").strip() for line in takewhile(lambda line: line.startswith("#"), lines)]
+    return " ".join(comment)
 
 
 main = partial(run_command, PresetsConfig, run, verb="presets", description=__doc__)

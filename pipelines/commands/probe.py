@@ -12,7 +12,7 @@ import warnings
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, NamedTuple
+from typing import TYPE_CHECKING, Annotated, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -21,7 +21,7 @@ from torch import Tensor
 
 from tokenizer.files.writing import results_folder
 
-from ..config import Config, UserError, choose_device, run_command
+from ..config import Config, Of, UserError, choose_device, run_command
 from ..config.outputs import check_out_results, writing
 from ..config.table import table
 from ..image_pipeline import ImagePipeline
@@ -29,6 +29,7 @@ from ..images import DataConfig, ImageDataset, check_shape, load_images
 from ..images.pictures import save_picture
 from ..metrics.charts import BLUE, INK, Pixels, render
 from ..shuffling.epochs import random_rows
+from ..stages.index import PipelineFolder
 from ..stages.provenance import defaults
 from ..stages.representation import choose_layer, embed, embed_layers
 
@@ -47,11 +48,15 @@ TITLES = {"pixels": "raw pixels", "codes": "bag of codes", "embeddings": "code e
 class ProbeConfig(Config):
     """Which pipeline, on what images."""
 
-    pipeline: str = Field(description="pipeline folder, or a Hub id")
+    examples = ("pipeline=runs/gpt_digits/pipeline",)
+
+    pipeline: PipelineFolder = Field(description="pipeline folder, its run, or a Hub id")
     out: str | None = Field(
         None, description="folder for probe.csv and probe.png; default: `probe` beside the pipeline folder"
     )
-    data: DataConfig = Field(DataConfig(), description="the images; defaults to those the pipeline was trained on")
+    data: Annotated[DataConfig, Of("pipeline")] = Field(
+        DataConfig(), description="the images; defaults to those the pipeline was trained on"
+    )
     num_train: int = Field(5000, ge=10, description="training images that probes are fitted to, or all if fewer")
     num_test: int = Field(2000, ge=1, description="held-out images that they are measured on, or all if fewer")
     layers: list[int] | None = Field(None, description="layers of the prior, from 0; default: all")

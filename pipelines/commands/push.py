@@ -14,7 +14,7 @@ from tokenizer.files.hub import HUB_ID, PushError, require_reachable
 from ..config import Config, UserError, run_command
 from ..config.outputs import check_out_folder
 from ..image_pipeline import ImagePipeline
-from ..stages.index import INDEX
+from ..stages.index import INDEX, PipelineFolder
 from ..tokens import TokenDataset, load_tokens
 from ..tokens.meta import META, TOKENS
 
@@ -22,7 +22,9 @@ from ..tokens.meta import META, TOKENS
 class PushConfig(Config):
     """What is uploaded, and to where."""
 
-    folder: str = Field(description="a pipeline (of a run: its `pipeline/`) or a token dataset")
+    examples = ("folder=runs/gpt_digits/pipeline to=owner/name",)
+
+    folder: PipelineFolder = Field(description="a pipeline, or the run that trained it, or a token dataset")
     to: str | None = Field(None, description="Hub id, owner/name; the repository is made if there is none")
     private: bool = Field(True, description="whether a repository that is made is private")
     out: str | None = Field(None, description="instead of uploading it, write here what would be (token datasets)")

@@ -11,7 +11,7 @@ from tokenizer import Tokenizer
 
 from ..config import Config, choose_device, run_command
 from ..config.outputs import check_out_file, writing
-from ..images import DataConfig, check_shape, load_images
+from ..images import check_shape, load_images
 from ..images.pictures import SUFFIXES, save_picture
 from ..metrics.reconstruction import SOME, evaluate_reconstruction, reconstruction_picture
 from ..metrics.texture import texture_line
@@ -21,9 +21,11 @@ from ..stages.provenance import tokenizer_defaults, tokenizer_folder
 class ReconstructConfig(Config):
     """Which images, through which tokenizer."""
 
-    tokenizer: str = Field(description="folder of a tokenizer or of a pipeline, or a tokenizer's Hub id")
-    out: str = Field("reconstructions.png", description="the picture to write")
-    data: DataConfig = Field(DataConfig(), description="the images; defaults to those the tokenizer was trained on")
+    examples = (
+        "tokenizer=runs/vqvae_digits/tokenizer",
+        "tokenizer=runs/vqvae_digits/tokenizer data.source=my-images num_images=8",
+    )
+    often = "tokenizer out data.source num_images device reconstructions.png tokenizer"
     num_images: int = Field(32, ge=1, le=1024, description="images in the picture")
     device: str = Field("auto", description="cpu, cuda, mps or auto")
 

@@ -5,14 +5,16 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import numpy as np
 import torch
 from pydantic import Field
 from torch import Tensor
 
-from ..config import Config, UserError, choose_device, run_command
+from tokenizer.settings.marks import Was
+
+from ..config import Config, Of, UserError, choose_device, run_command
 from ..config.outputs import check_out_file, writing
 from ..image_pipeline import ImagePipeline
 from ..images import DataConfig, ImageDataset, check_shape, load_images, to_float
@@ -20,6 +22,7 @@ from ..images.decoding import try_decode
 from ..images.folders import find_images
 from ..images.pictures import SUFFIXES, grid_picture, save_picture
 from ..shuffling.epochs import random_rows
+from ..stages.index import PipelineFolder
 from ..stages.provenance import defaults
 from ..stages.representation import choose_layer, choose_pool, embed, nearest_neighbours
 
@@ -27,16 +30,24 @@ from ..stages.representation import choose_layer, choose_pool, embed, nearest_ne
 class SearchConfig(Config):
     """What is searched for, among which images, and by what."""
 
-    pipeline: str = Field(description="pipeline folder, or a Hub id")
+    examples = (
+        "pipeline=runs/gpt_digits/pipeline",
+        "pipeline=runs/gpt_digits/pipeline images=my-images k=5 out=near.png",
+    )
+
+    pipeline: PipelineFolder = Field(description="pipeline folder, its run, or a Hub id")
     out: str = Field("neighbours.png", description="the picture to write: a row for each query, itself and its nearest")
-    data: DataConfig = Field(
+    data: Annotated[DataConfig, Of("pipeline")] = Field(
         DataConfig(), description="the images; its training split is searched; defaults to the pipeline's own"
     )
-    queries: int | str | list[int | str] | None = Field(
+    images: Annotated[int | str | list[int | str] | None, Was("queries", (int, str, list))] = Field(
         None,
-        description="image files, folders of them, or indices of the held-out split; default: num_queries of these",
+        description="what is searched for: image files, folders of them, or indices of the held-out split; default: "
+        "num_images of these",
     )
-    num_queries: int = Field(500, ge=1, description="how many held-out images, drawn by seed, or all if fewer")
+    num_images: Annotated[int, Was("num_queries", int)] = Field(
+        500, ge=1, description="how many held-out images, drawn by seed, or all if fewer"
+    )
     num_index: int | None = Field(
         10_000, ge=1, description="how many training images, drawn by seed, to search; null: all"
     )
@@ -65,7 +76,7 @@ class Queries:
 def run(config: SearchConfig) -> Tensor:
     """Search, print the nearest of each query, and write the picture; returns their indices `(n, k)` in the training
     split."""
-    files = config.queries if isinstance(config.queries, list) else [config.queries]
+    files = config.images if isinstance(config.images, list) else [config.images]
     inputs = [config.pipeline, config.data.path, *(file for file in files if isinstance(file, str))]
     check_out_file(config.out, inputs, SUFFIXES)
     pipeline = ImagePipeline.from_pretrained(config.pipeline, device=choose_device(config.device))
@@ -96,18 +107,18 @@ def run(config: SearchConfig) -> Tensor:
 
 
 def find_queries(config: SearchConfig, held_out: ImageDataset) -> Queries:
-    """The images that `config.queries` names: files, or else indices of the held-out split. Raises `UserError`."""
-    given = config.queries if isinstance(config.queries, list) else [config.queries]
+    """The images that `config.images` names: files, or else indices of the held-out split. Raises `UserError`."""
+    given = config.images if isinstance(config.images, list) else [config.images]
     paths = [part for part in given if isinstance(part, str)]
     if paths and len(paths) < len(given):
-        raise UserError("queries: give files and folders, or indices of the held-out split, not both")
+        raise UserError("images: give files and folders, or indices of the held-out split, not both")
     if paths:
         return read_queries(paths, config.data.image_shape)
     indices = [part for part in given if isinstance(part, int)] or random_rows(
-        len(held_out), config.num_queries, config.seed
+        len(held_out), config.num_images, config.seed
     ).tolist()
     if outside := [index for index in indices if not 0 <= index < len(held_out)]:
-        raise UserError(f"queries: indices of the held-out split go from 0 to {len(held_out) - 1} (got {outside[0]})")
+        raise UserError(f"images: indices of the held-out split go from 0 to {len(held_out) - 1} (got {outside[0]})")
     names = [f"held-out {index}" for index in indices]
     return Queries(held_out.pixels(indices), names, None if held_out.labels is None else held_out.labels[indices])
 
@@ -117,15 +128,15 @@ def read_queries(paths: list[str], shape: tuple[int, int, int]) -> Queries:
     files = []
     for path in map(Path, paths):
         if not path.exists():
-            raise UserError(f"queries: there is no file or folder {path}")
+            raise UserError(f"images: there is no file or folder {path}")
         files += sorted(find_images(path)) if path.is_dir() else [path]
     if not files:
-        raise UserError(f"queries: no images in {', '.join(paths)}")
+        raise UserError(f"images: no images in {', '.join(paths)}")
     images = []
     for file in files:
         pixels = try_decode(file, shape)
         if isinstance(pixels, str):
-            raise UserError(f"queries: {file}: {pixels}")
+            raise UserError(f"images: {file}: {pixels}")
         images.append(torch.from_numpy(pixels.copy()))
     return Queries(torch.stack(images), [str(file) for file in files], None)
 

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, fields
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from pydantic import Field
@@ -20,7 +20,7 @@ from tokenizer.files.errors import PathError
 from tokenizer.files.ownership import require_ours
 from tokenizer.files.writing import results_folder, write_json
 
-from ..config import Config, UserError, run_command
+from ..config import Config, Of, UserError, run_command
 from ..config.outputs import check_out_results
 from ..evaluate import KNOWN, check_classes, draw_samples, wanted_labels
 from ..image_pipeline import ImagePipeline
@@ -35,7 +35,7 @@ from ..metrics.tuning_chart import picture
 from ..processes.launched import joined
 from ..processes.sharing import Team
 from ..stages.card import OF_SAMPLES
-from ..stages.index import PIPELINE
+from ..stages.index import PIPELINE, PipelineFolder
 from ..stages.provenance import defaults
 
 RESULTS = ("tuning.json", "tuning.png")
@@ -48,11 +48,13 @@ SPARE = 0.85  # the share of the time that is planned for
 class TuneConfig(Config):
     """What is searched, on what, for how long."""
 
-    pipeline: str = Field(description="pipeline folder; the settings that are chosen are written into it")
+    examples = ("pipeline=runs/gpt_digits/pipeline minutes=10",)
+
+    pipeline: PipelineFolder = Field(description="pipeline folder; the settings that are chosen are written into it")
     out: str | None = Field(
         None, description="folder for tuning.json and tuning.png; default: `tuning` beside the pipeline folder"
     )
-    data: DataConfig = Field(
+    data: Annotated[DataConfig, Of("pipeline")] = Field(
         DataConfig(),
         description="the images, of which those for validation choose; defaults to those the pipeline was trained on",
     )

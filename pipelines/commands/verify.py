@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from functools import partial
 from pathlib import Path
+from typing import Annotated
 
 from pydantic import Field
 
 from tokenizer.files.reading import MANIFEST, verify_manifest
 
-from ..config import Config, run_command
+from ..config import Config, Within, run_command
 from ..tokens import load_tokens
 from ..tokens.meta import META
 from ..tokens.shards import chunks
@@ -18,7 +19,11 @@ from ..tokens.shards import chunks
 class VerifyConfig(Config):
     """What is read."""
 
-    folder: str = Field(description="a folder with a manifest.json: a token dataset, a pipeline, a resume state")
+    examples = ("folder=runs/gpt_digits/pipeline",)
+
+    folder: Annotated[str, Within("pipeline", MANIFEST)] = Field(
+        description="a folder with a manifest.json: a token dataset, a pipeline, or the run of one, a resume state"
+    )
 
 
 def run(config: VerifyConfig) -> Path:

@@ -7,14 +7,14 @@ import os
 import re
 from collections.abc import Hashable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import yaml
 
 from tokenizer.settings import Data
 from tokenizer.settings.mistakes import show
 
-WIDTH = 110  # of printed text, in characters
+WIDTH = 110  # of YAML that is printed or written, in characters
 
 
 class UserError(Exception):
@@ -25,24 +25,55 @@ class ToldElsewhere(UserError):
     """A mistake that the main process has found and tells; this is another process."""
 
 
-def read_arguments(argv: list[str]) -> tuple[list[Data], bool, list[str]]:
-    """The contents of the files and then the overrides, each a nested mapping; whether this is a dry run; and the
-    problems."""
+class CommandLine(NamedTuple):
+    """The words of a command line, sorted by what they are; a file or module that is missing is empty."""
+
+    files: list[str]
+    overrides: list[str]
+    imports: list[str]
+    help: str | None
+    """What help is asked about: a key or section, `all`, or nothing, for the short page. None: no help."""
+    dry_run: bool
+
+
+def sorted_words(argv: list[str]) -> CommandLine:
+    """What stands in a command line. `--config`, `--import` and `--help` take the next word, or `--config=FILE`."""
+    files: list[str] = []
+    overrides: list[str] = []
+    imports: list[str] = []
+    topic: str | None = None
+    words = list(argv)
+    while words:
+        word = words.pop(0)
+        option, equals, value = word.partition("=")
+        if option in ("--config", "--import"):
+            found = value if equals else words.pop(0) if words else ""
+            (files if option == "--config" else imports).append(found)
+        elif option in ("--help", "-h"):
+            takes_next = bool(words) and re.fullmatch(r"\w[\w.]*", words[0]) is not None
+            topic = value if equals else words.pop(0) if takes_next else topic or ""
+        elif word != "--dry-run":
+            overrides.append(word)
+    return CommandLine(files, overrides, imports, topic, "--dry-run" in argv)
+
+
+def read_arguments(words: CommandLine) -> tuple[list[Data], list[str]]:
+    """The contents of the files and then the overrides, each a nested mapping; and the problems."""
     files, problems, overrides = [], [], []
-    arguments = iter(argument for argument in argv if argument != "--dry-run")
-    for argument in arguments:
+    for path in words.files:
         try:
-            if argument == "--config" or argument.startswith("--config="):
-                path = argument[9:] or next(arguments, "")
-                if not path:
-                    raise UserError("--config: expected a file after it")
-                files.append(read_file(path if is_there(path) else str(find_preset(path))))
-            else:
-                overrides.append((kinds_first(argument), read_override(argument)))
+            if not path:
+                raise UserError("--config: expected a file after it")
+            files.append(read_file(path if is_there(path) else str(find_preset(path))))
+        except UserError as error:
+            problems.append(str(error))
+    for argument in words.overrides:
+        try:
+            overrides.append((kinds_first(argument), read_override(argument)))
         except UserError as error:
             problems.append(str(error))
     overrides.sort(key=lambda override: override[0])
-    return files + [data for _, data in overrides], "--dry-run" in argv, problems
+    return files + [data for _, data in overrides], problems
 
 
 def kinds_first(argument: str) -> float:
@@ -59,7 +90,7 @@ def read_override(argument: str) -> Data:
         bare = re.fullmatch(r"--?(\w[\w.-]*)(=.*)?", argument)
         hint = f"; write {bare[1]}{bare[2] or '=value'}" if bare else ""
         hint = f"; write --config {argument}" if argument.endswith((".yaml", ".yml")) and not equals else hint
-        raise UserError(f"{argument}: expected --config FILE, key=value, --dry-run or --help{hint}")
+        raise UserError(f"{argument}: expected --config FILE, key=value, --import FILE, --dry-run or --help{hint}")
     try:
         value = read_yaml(text)
     except UserError as error:

@@ -8,7 +8,7 @@ import select
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import NoReturn, TextIO, TypeVar
@@ -18,12 +18,15 @@ from pydantic import ValidationError
 
 from tokenizer.files.errors import PipelineLoadError
 from tokenizer.settings import Data, defaults_of, merge, with_defaults
+from tokenizer.settings.marks import mark_of
 from tokenizer.settings.mistakes import explain
 
-from .arguments import ToldElsewhere, UserError, read_arguments
-from .errors import search
-from .help import help_page
-from .schema import C, to_yaml
+from .arguments import ToldElsewhere, UserError, read_arguments, sorted_words
+from .errors import search, told_of
+from .help import Known, help_page
+from .importing import import_asked
+from .schema import C, Of, found_within, to_yaml
+from .terminal import error_label
 
 R = TypeVar("R")
 TELLING = 5.0  # seconds in which the main process has told its error and ended, and its launcher ends the others
@@ -46,16 +49,17 @@ def parse(
 
     `--help` and `--dry-run` print and raise `SystemExit(0)`. `defaults` maps what was given to further defaults.
     """
-    argv = sys.argv[1:] if argv is None else argv
-    if "--help" in argv or "-h" in argv:
-        leave_with(help_page(cls, verb, description))
-    parts, dry_run, problems = read_arguments(argv)
+    words = sorted_words(sys.argv[1:] if argv is None else argv)
+    import_asked(words.imports)
+    found_parts, problems = read_arguments(words)
+    parts = [found_within(cls, part) for part in found_parts]
     given: Data = {}
     for part in parts:
         given = merge(given, part)
-    data = defaults_of(cls)
-    for part in [defaults(given) if defaults else {}, *parts]:
-        data = with_defaults(cls, merge(data, part))
+    if words.help is not None:
+        known, more = known_before(cls, parts, given, defaults)
+        leave_with(help_page(cls, verb, description, known, words.help), [*problems, *more])
+    data = filled(cls, [defaults(given) if defaults else {}, *parts])
     try:
         config = cls.model_validate(data)
     except ValidationError as error:
@@ -64,9 +68,36 @@ def parse(
         problems += [line for line in found if not (problems and line.endswith(": missing"))]
     if problems:
         raise UserError("\n".join(problems))
-    if dry_run:
+    if words.dry_run:
         leave_with(to_yaml(config))
     return config
+
+
+def filled(cls: type[C], parts: list[Data]) -> Data:
+    """The defaults, and the parts merged into them one by one, each with those of the kinds that it names."""
+    data = defaults_of(cls)
+    for part in parts:
+        data = with_defaults(cls, merge(data, part))
+    return data
+
+
+def known_before(
+    cls: type[C], parts: list[Data], given: Data, defaults: Callable[[Data], Data] | None
+) -> tuple[Known, list[str]]:
+    """What help may show of a command line that need not be whole, and what is wrong with what it has."""
+    problems: list[str] = []
+    found: Data = {}
+    try:
+        found = defaults(given) if defaults else {}
+    except (UserError, PipelineLoadError) as error:
+        problems.append(str(error))
+    data = filled(cls, [found, *parts])
+    try:
+        cls.model_validate(data)
+    except ValidationError as error:
+        problems += [line for line in explain(cls, data, error, partial(search, cls)) if told_of(given, line)]
+    later = frozenset(name for name, field in cls.model_fields.items() if mark_of(field, Of) and not found.get(name))
+    return Known(data, given, later), problems
 
 
 def run_command(
@@ -142,30 +173,28 @@ def exit_codes(quiet: bool = False, kept: Callable[[], str] | None = None) -> It
     try:
         yield
     except ProcessLost as error:
-        print(f"error on process {os.environ.get('RANK', '0')}: {error}", file=sys.stderr, flush=True)
+        print(f"{label(each=True)} {error}", file=sys.stderr, flush=True)
         raise SystemExit(1) from error
     except (UserError, PipelineLoadError) as error:
         if isinstance(error, ToldElsewhere):
             time.sleep(TELLING)
-        label = "error" if is_first_process() else f"error on process {os.environ['RANK']}"
         if not quiet:
-            print(*(f"{label}: {line}" for line in str(error).splitlines()), sep="\n", file=sys.stderr)
+            print(*(f"{label()} {line}" for line in str(error).splitlines()), sep="\n", file=sys.stderr)
         raise SystemExit(2) from error
     except KeyboardInterrupt as error:
         if is_first_process() and not isinstance(error, Interrupted):
             below = "\n" if sys.stderr.isatty() else ""  # where ^C stands, and perhaps a progress bar
             left = kept() if kept else ""
-            print(f"{below}error: interrupted{f'; {left}' if left else ''}", file=sys.stderr, flush=True)
+            print(f"{below}{label()} interrupted{f'; {left}' if left else ''}", file=sys.stderr, flush=True)
         raise SystemExit(CTRL_C) from error
     except RunError as error:
         traceback.print_exception(error.__cause__)
-        print(f"error on process {os.environ.get('RANK', '0')}: {error}", file=sys.stderr, flush=True)
+        print(f"{label(each=True)} {error}", file=sys.stderr, flush=True)
         raise SystemExit(1) from error
     except OSError as error:
         if is_bug(error):
             raise
-        label = "error" if is_first_process() else f"error on process {os.environ['RANK']}"
-        print(f"{label}: {error.filename or 'disk full'}: {error.strerror}", file=sys.stderr, flush=True)
+        print(f"{label()} {error.filename or 'disk full'}: {error.strerror}", file=sys.stderr, flush=True)
         raise SystemExit(1) from error
 
 
@@ -174,10 +203,19 @@ def is_first_process() -> bool:
     return os.environ.get("RANK", "0") == "0"
 
 
-def leave_with(text: str) -> NoReturn:
-    """Print `text`, once however many processes there are, and exit with success."""
+def label(each: bool = False) -> str:
+    """What an error begins with; `each`: of a process as such, the first too."""
+    rank = os.environ.get("RANK", "0")
+    return error_label(f"error on process {rank}:" if each or rank != "0" else "error:")
+
+
+def leave_with(text: str, problems: Sequence[str] = ()) -> NoReturn:
+    """Print `text`, and on stderr what is not as it should be; once, however many processes there are. Exit with
+    success."""
     if is_first_process():
-        print(text.rstrip())
+        print(text.rstrip(), flush=True)
+        for problem in problems:
+            print(f"warning: {problem}", file=sys.stderr)
     raise SystemExit(0)
 
 

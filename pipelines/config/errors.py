@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 from typing import Any
 
-from .help import sections
+from .keys import sections
 from .schema import Config
 
 
@@ -20,3 +20,12 @@ def search(cls: type[Config], key: str, value: Any) -> list[str]:
     same_name = [row for row in rows if row.split(".")[-1] == key.split(".")[-1]]
     near = difflib.get_close_matches(key, known, 1, 0.75) or same_name or difflib.get_close_matches(key, known, 1, 0.6)
     return [f"{key}: unknown key; " + (f"did you mean {near[0]!r}?" if near else "--help lists what there is")]
+
+
+def told_of(given: Any, line: str) -> bool:
+    """Whether the line of an error is about something that was given."""
+    for part in line.partition(":")[0].split("."):
+        if not isinstance(given, dict) or part not in given:
+            return isinstance(given, dict) is False and given is not None
+        given = given[part]
+    return True

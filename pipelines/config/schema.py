@@ -7,11 +7,14 @@ Files merge left to right, then overrides do; a node whose `kind` changes is rep
 
 from __future__ import annotations
 
-from typing import TypeVar
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar, TypeVar
 
 from pydantic import BaseModel
 
 from tokenizer.settings import Data, Settings, plain
+from tokenizer.settings.marks import mark_of
 from tokenizer.settings.mistakes import show
 
 from .arguments import write_yaml
@@ -20,7 +23,42 @@ C = TypeVar("C", bound="Config")
 
 
 class Config(Settings):
-    """Base of every verb's configuration."""
+    """Base of every verb's configuration, and what its help shows first."""
+
+    examples: ClassVar[tuple[str, ...]] = ()
+    """Command lines, without `smalti` and the verb."""
+    often: ClassVar[str] = ""
+    """The keys that people change, in this order, between spaces; none: all that the verb has itself."""
+
+
+@dataclass(frozen=True)
+class Of:
+    """Marks settings whose defaults come from the model that the key `name` names: `Of("tokenizer")`."""
+
+    name: str
+
+
+@dataclass(frozen=True)
+class Within:
+    """Marks a text that names a folder which holds the file `holds`: `Within("tokenizer", "config.json")`. A folder
+    that has such a folder of this `name` inside, as the run that made it, stands for it too."""
+
+    name: str
+    holds: str
+
+    def found(self, value: Any) -> Any:
+        """`value`, or the folder inside of it that is meant."""
+        if not isinstance(value, str) or not value:
+            return value
+        outer = Path(value)
+        inner = outer / self.name
+        return str(inner) if (inner / self.holds).is_file() and not (outer / self.holds).exists() else value
+
+
+def found_within(cls: type[Config], data: Data) -> Data:
+    """`data`, in which runs that are named stand for what is in them."""
+    marks = {name: mark_of(field, Within) for name, field in cls.model_fields.items()}
+    return data | {name: mark.found(data[name]) for name, mark in marks.items() if mark and name in data}
 
 
 def to_yaml(config: BaseModel) -> str:

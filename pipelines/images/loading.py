@@ -117,13 +117,18 @@ def number_labels(parts: list[Rows]) -> tuple[list[NDArray[np.int64] | None], li
     for rows in parts:
         for row, label in enumerate(rows.labels or []):
             if not is_label(label) or label not in ids:
-                allowed = f"0 to {len(names) - 1}" if names is not None else "a string, or an integer from 0"
-                raise UserError(
-                    f"{rows.read([row])[0][0]}: the label is {label!r}, allowed is {allowed}; "
-                    f"data.label_column=null uses the images without labels"
-                )
+                raise UserError(f"{rows.read([row])[0][0]}: {wrong_label(label, names)}")
     numbered = [None if r.labels is None else np.array([ids[label] for label in r.labels], np.int64) for r in parts]
     return numbered, names or [str(label) for label in known]
+
+
+def wrong_label(label: Any, names: list[str] | None) -> str:
+    """What is wrong with what cannot be a class."""
+    way = "data.label_column=null uses all images without labels"
+    if label is None:
+        return f"no class, while other images have one: in folders, each image lies in that of its class; {way}"
+    allowed = f"0 to {len(names) - 1}" if names is not None else "a string, or an integer from 0"
+    return f"the label is {label!r}, allowed is {allowed}; {way}"
 
 
 def is_label(label: Any) -> bool:

@@ -12,6 +12,8 @@ from tokenizer import TokenGrid, Tokenizer
 from ..config import UserError
 from ..tokens.meta import META, read_meta
 
+EXAMPLE = {"grid": "grid=[16,16]", "vocab_size": "vocab_size=16384", "classes": "classes=1000"}
+
 
 @dataclass(frozen=True)
 class Facts:
@@ -47,9 +49,9 @@ def facts_of(config: Any, tokenizer: Tokenizer | None) -> Facts:
     there = {"grid": shape, "vocab_size": ids, "classes": classes}
     if missing := [name for name, value in there.items() if value is None]:
         place = f"token dataset {config.tokens!r} is not there yet" if config.tokens else "no token dataset is given"
-        hints = {"classes": "give it (0: no labels)"}
-        lines = [f"{name}: missing, as {place}; {hints.get(name, 'give it, or tokenizer=PRESET')}" for name in missing]
-        raise UserError("\n".join(lines))
+        example = " ".join(EXAMPLE[name] for name in missing)
+        shorter = "" if missing == ["classes"] else "; tokenizer=PRESET says grid and vocab_size"
+        raise UserError(f"{', '.join(missing)}: missing, as {place}; for example {example} (0: no labels){shorter}")
     assert shape is not None and ids is not None and classes is not None
     try:
         grid = TokenGrid(tuple(shape), ids)

@@ -30,12 +30,14 @@ class Machine:
 
 @dataclass(frozen=True)
 class Schedule:
-    """Images of a step, in how many micro-batches, how many steps (None: the run ends by the clock), how many between
-    evaluations, previews and saves, and whether blocks are checkpointed and compiled."""
+    """Images of a step, in how many micro-batches, how many steps and minutes, of which the first ends the run (None:
+    the other does), how many steps between evaluations, previews and saves, and whether blocks are checkpointed and
+    compiled."""
 
     batch_size: int
     accumulate: int
     steps: int | None
+    minutes: float | None
     every: Every
     checkpointing: bool
     compile: bool
@@ -44,7 +46,9 @@ class Schedule:
 def schedule_of(train: TrainConfig) -> Schedule:
     """What a run says of its steps."""
     every = Every(train.evaluate_every, train.preview_every, train.save_every)
-    return Schedule(train.batch_size, train.accumulate, train.steps, every, train.checkpointing, train.compile)
+    return Schedule(
+        train.batch_size, train.accumulate, train.steps, train.minutes, every, train.checkpointing, train.compile
+    )
 
 
 @dataclass(frozen=True)
@@ -121,10 +125,25 @@ class Forecast:
         return self.pauses.share(self.schedule.every, self.seconds_per_step)
 
     @property
+    def whole_step(self) -> float:
+        """Seconds from one step to the next, with a step's share of all that is done beside them."""
+        return self.seconds_per_step / (1 - self.beside)
+
+    @property
+    def steps_by_clock(self) -> int | None:
+        """About how many steps `minutes` allow; None without these."""
+        minutes = self.schedule.minutes
+        return None if minutes is None else max(1, round(60 * minutes / self.whole_step))
+
+    @property
+    def steps(self) -> int | None:
+        """Of the whole run, if it has an end."""
+        return min((count for count in (self.schedule.steps, self.steps_by_clock) if count is not None), default=None)
+
+    @property
     def hours(self) -> float | None:
-        """Of the whole run; None where it ends by the clock."""
-        steps = self.schedule.steps
-        return None if steps is None else steps * self.seconds_per_step / (1 - self.beside) / 3600
+        """Of the whole run, if it has an end."""
+        return None if self.steps is None else self.steps * self.whole_step / 3600
 
     def evaluating(self, way: str) -> int:
         """Bytes on the main process while it evaluates."""

@@ -5,8 +5,8 @@ from __future__ import annotations
 import textwrap
 from collections.abc import Iterable
 
-from ..config.arguments import WIDTH
 from ..config.table import table
+from ..config.terminal import heading, width
 from .budget import FULL, STATES, memory
 from .forecast import GB, WAYS, Forecast
 from .pauses import LAUNCH, MOST
@@ -27,14 +27,14 @@ def page_of(forecast: Forecast) -> str:
         section("beside the steps, on round numbers for disk and host", beside(forecast)),
         section("memory of a GPU, in GB of 10^9 bytes", memory_rows(forecast), numbers=compared),
         section("disk", disk(forecast)),
-        "\n".join(textwrap.fill(f"warning: {note}", WIDTH) for note in warnings(forecast)),
+        "\n".join(textwrap.fill(f"warning: {note}", width()) for note in warnings(forecast)),
     ]
     return "\n\n".join(parts).rstrip()
 
 
-def section(heading: str, rows: list[Row], numbers: Iterable[int] = (1,)) -> str:
+def section(title: str, rows: list[Row], numbers: Iterable[int] = (1,)) -> str:
     """A heading, and its rows below it; `numbers` are the columns of these."""
-    return f"{heading}\n{textwrap.indent(table(rows, right=numbers), '  ')}"
+    return f"{heading(title)}\n{textwrap.indent(table(rows, right=numbers), '  ')}"
 
 
 def parameters(forecast: Forecast) -> list[Row]:
@@ -53,11 +53,13 @@ def training(forecast: Forecast) -> list[Row]:
     size = schedule.batch_size
     parts = f" in {schedule.accumulate} parts" if schedule.accumulate > 1 else ""
     rows.append(("a step", f"{size:,}", f"images, {forecast.share:,} per GPU{parts}; {size * tokens:,} tokens"))
-    if schedule.steps is not None:
-        images = schedule.steps * size
+    if forecast.steps is not None:
+        images = forecast.steps * size
         epochs = "" if count is None else f", {images / count:,.1f} epochs"
         shown = f"steps{epochs}, {scaled(images)} images, {scaled(images * tokens)} tokens"
-        rows.append(("the run", f"{schedule.steps:,}", shown))
+        by_clock = schedule.minutes is not None and forecast.steps == forecast.steps_by_clock
+        shown += f"; about, in the {schedule.minutes:g} minutes that it has" if by_clock else ""
+        rows.append(("the run", f"{forecast.steps:,}", shown))
     return rows
 
 
@@ -77,9 +79,11 @@ def compute(forecast: Forecast) -> list[Row]:
             because,
         ),
     ]
-    if forecast.schedule.steps is not None and forecast.hours is not None:
-        rows.append(("the run", f"{scaled(forecast.flops_per_step * forecast.schedule.steps)}FLOP"))
-        rows.append(("the run takes", f"{forecast.hours:,.1f} h", f"{forecast.hours * machine.gpus:,.0f} GPU hours"))
+    if forecast.steps is not None and forecast.hours is not None:
+        hours, all_gpus = forecast.hours, forecast.hours * machine.gpus
+        taken = f"{hours:,.1f} h" if hours >= 1 else f"{60 * hours:.1f} min"
+        rows.append(("the run", f"{scaled(forecast.flops_per_step * forecast.steps)}FLOP"))
+        rows.append(("the run takes", taken, f"{all_gpus:,.0f} GPU hours" if all_gpus >= 1 else ""))
     if forecast.costs.checkpointed.flops > flops:
         more = forecast.costs.checkpointed.flops / flops
         rows.append(("checkpointed", f"x {more:.2f}", "as the blocks run forward twice"))
@@ -146,11 +150,9 @@ def warnings(forecast: Forecast) -> list[str]:
             f"train.batch_size: {size} is not a multiple of gpus x train.accumulate ({gpus} x "
             f"{schedule.accumulate}), which training refuses; {' or '.join(map(str, near))} is"
         )
-    if schedule.steps is None:
-        found.append(
-            "train.steps: null, so the run ends by train.minutes, and neither its FLOPs nor its hours are told"
-        )
-    if forecast.schedule.steps is not None and forecast.seconds_per_step and forecast.beside > MOST:
+    if forecast.steps is None:
+        found.append("train.steps: null needs train.minutes to end the run; its FLOPs and hours are not told")
+    if forecast.steps is not None and forecast.seconds_per_step and forecast.beside > MOST:
         enough = forecast.pauses.steps_between(forecast.seconds_per_step)
         found.append(
             f"evaluations, previews and saves take {forecast.beside:.1%} of the wall clock; at train.evaluate_every, "

@@ -23,6 +23,7 @@ from tokenizer.files.reading import MANIFEST, Folder
 from tokenizer.files.variants import weights_names
 from tokenizer.pretrained import CONFIG, PROVENANCE
 
+from ..config import Within
 from .card import FIGURES, TUNING
 
 INDEX, CARD, GRID = "model_index.json", "README.md", "samples.png"
@@ -37,6 +38,8 @@ FILES = [INDEX, PROVENANCE, CARD, GRID, CALIBRATION, MANIFEST] + [
 ]
 
 
+PipelineFolder = Annotated[str, Within("pipeline", INDEX)]
+"""A pipeline's folder, the run that it is in, or a Hub id."""
 PIPELINE = Kind("a pipeline", INDEX, lambda index: index.get("_class_name") == "ImagePipeline" and "prior" in index)
 
 

@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 from tokenizer import Tokenizer
 from tokenizer.files.opening import read_json
 from tokenizer.files.ownership import Inputs
 from tokenizer.files.writing import atomic_folder, write_json
-from tokenizer.pretrained import PROVENANCE
+from tokenizer.pretrained import CONFIG, PROVENANCE
 from tokenizer.settings import as_saved
 
+from ..config import Within
 from ..images import DataConfig
 from ..images.hub import fetched
 from .index import INDEX
 from .shipped import located
+
+TokenizerFolder = Annotated[str, Within("tokenizer", CONFIG)]
+"""A tokenizer's folder, the run or the pipeline that it is in, or a Hub id."""
 
 
 def defaults(given: dict[str, Any]) -> dict[str, Any]:

@@ -10,10 +10,13 @@ from torch import Tensor
 
 from tokenizer import Tokenizer
 from tokenizer.settings import as_saved
+from tokenizer.settings.mistakes import show
 
 from ..config import UserError
 from ..images import DataConfig, ImageDataset
+from ..images.splits import as_begun
 from .meta import Meta, read_meta, verify_files
+from .pieces import EncodeJob
 
 Data = dict[str, Any]
 
@@ -58,6 +61,38 @@ def same_images(one: Data, other: Data) -> bool:
     known = (as_saved(DataConfig, data) for data in (one, other))
     sides = ({key: value for key, value in data.items() if key not in ("augment", "cache_mb")} for data in known)
     return next(sides) == next(sides)
+
+
+def begun_with(out: Path, old: Meta | None) -> list[Data]:
+    """The settings of images that this encode may continue with: those of an unfinished encode, and those of the
+    dataset to which rows are added."""
+    begun = EncodeJob.unfinished(out)
+    parts = [] if begun is None else [begun]
+    if old is not None:
+        parts += [*old.parts, old.source]
+    return [data for part in parts if isinstance(data := part.get("data"), dict)]
+
+
+def data_as_begun(data: DataConfig, befores: list[Data], old: Meta | None) -> DataConfig:
+    """`data`, with the same images held out and kept for validation as before.
+
+    Further images add no validation split to a dataset that has none, unless one is asked for. Raises `UserError` for
+    the same images divided in another way: images for validation would become training images.
+    """
+    for before in befores:
+        begun = as_begun(data, before)
+        fraction = as_saved(DataConfig, before)["validation_fraction"]
+        alike = begun.model_copy(update={"validation_fraction": fraction})
+        if same_images(before, alike.model_dump(mode="json")):
+            if data.validation_fraction not in (None, fraction):
+                raise UserError(
+                    f"data.validation_fraction: {show(fraction)} of these images before, {data.validation_fraction} "
+                    "now: images for validation would be trained on; give what it was, or another out="
+                )
+            return alike
+    if old is not None and "validation" not in old.shards and data.validation_fraction is None:
+        return data.model_copy(update={"validation_fraction": 0.0})
+    return data
 
 
 def class_numbers(images: ImageDataset, old: Meta | None) -> Tensor | None:

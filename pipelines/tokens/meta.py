@@ -132,7 +132,9 @@ class MetaFile(BaseModel):
 def read_meta(folder: Path) -> Meta:
     """What `meta.json` says. Raises `PathError` where there is none, `FormatError` for one of another form."""
     if not (folder / META).is_file():
-        raise PathError(f"{folder}: not a token dataset (no {META}); make one with `smalti encode`")
+        near = next((path for path in (folder / "tokens", Path(f"{folder}_tokens")) if (path / META).is_file()), None)
+        hint = f"; did you mean {near}?" if near else "; make one with `smalti encode`"
+        raise PathError(f"{folder}: not a token dataset (no {META}){hint}")
     meta = Folder.at(folder).json(META)
     if meta.get("format_version") not in (ONE_FILE_VERSION, FORMAT_VERSION):
         raise FormatError(

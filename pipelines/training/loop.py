@@ -27,7 +27,7 @@ from .best import final_weights, keep_if_best
 from .extending import begun_precision, require_alike
 from .heartbeat import Heartbeat, told_where
 from .progress import agreed_progress, due_now, finished
-from .reporting import progress_bar, report, show, told_end
+from .reporting import progress_bar, report, show, tick, told_end
 from .run_folder import check_folder, claim_folder
 from .saving import require_room, save, whole_average
 from .schedule import learning_rate
@@ -156,7 +156,7 @@ def go_on(training: Training, stream: Iterator[list[Any]]) -> None:
         training.task.progress = progress
         take_step(training, next(stream), learning_rate(config, training.step, progress))
         training.minutes = (time.monotonic() - began) / 60
-        bar.update(1)
+        tick(bar, training)
     bar.close()
     training.writer.wait()
     training.heartbeat.beat(training.step, "end")

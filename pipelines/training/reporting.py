@@ -5,10 +5,13 @@ from __future__ import annotations
 import math
 import sys
 import time
+from collections.abc import Mapping
 from typing import Any, TextIO
 
 from .schedule import learning_rate
 from .state import Training
+
+SHOWN_EVERY = 0.5  # seconds
 
 
 def report(training: Training, progress: float, since: tuple[int, float]) -> dict[str, float]:
@@ -36,13 +39,36 @@ def progress_bar(training: Training, hidden: bool) -> Any:
         initial=training.step,
         unit="step",
         dynamic_ncols=True,
+        mininterval=SHOWN_EVERY,
+        miniters=1,
         disable=None if shown else True,
     )
 
 
+def tick(bar: Any, training: Training) -> None:
+    """Count a step in the bar. Every half second the bar shows the loss since the last report, as far as it is known
+    here: nobody waits for a GPU."""
+    if not bar.disable and time.time() - bar.last_print_t >= bar.mininterval:
+        known = {name: total / count for name, (total, count) in training.window.items() if count}
+        if known:
+            bar.set_postfix_str(f"loss {loss_of(known):.4f}{time_left(training)}", refresh=False)
+    bar.update(1)
+
+
+def loss_of(terms: Mapping[str, float]) -> float:
+    """The loss among logged terms: with several players, that of the first."""
+    return next((value for name, value in terms.items() if name.endswith("loss")), math.nan)
+
+
+def time_left(training: Training) -> str:
+    """How many minutes are left of a run that ends by the clock."""
+    minutes = training.config.minutes
+    return f", {max(0.0, minutes - training.minutes):.1f} of {minutes:g} min left" if minutes else ""
+
+
 def show(bar: Any, training: Training, record: dict[str, float]) -> None:
     """The report in the bar, or as a line where output goes to a file."""
-    loss = next((value for name, value in record.items() if name.endswith("loss")), math.nan)
+    loss = loss_of(record)
     if training.accelerator.is_main_process and bar.disable:
         print(
             f"step {training.step}: loss {loss:.4f}, {record['images_per_second']:.0f} images/s, "
@@ -50,9 +76,7 @@ def show(bar: Any, training: Training, record: dict[str, float]) -> None:
             file=lines_go_to(),
             flush=True,
         )
-    minutes = training.config.minutes
-    left = f", {max(0.0, minutes - training.minutes):.1f} of {minutes:g} min left" if minutes else ""
-    bar.set_postfix_str(f"loss {loss:.4f}{left}")
+    bar.set_postfix_str(f"loss {loss:.4f}{time_left(training)}")
 
 
 def lines_go_to() -> TextIO:

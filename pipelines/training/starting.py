@@ -91,10 +91,11 @@ def announce(training: Training, changes: list[str], reason: str = "") -> None:
     if finished(training) or not accelerator.is_main_process:
         return
     count = sum(p.numel() for p in task.model.parameters())
+    processes = f"{accelerator.num_processes} process{'es' * (accelerator.num_processes > 1)}"
     validating = f", {task.evaluated['validation']:,} for validation" if "validation" in task.evaluated else ""
     print(
         f"{training.run}: {f'continuing from step {step}' if step else 'starting'}; {count:,} parameters, "
-        f"{task.rows:,} training rows{validating}, {accelerator.num_processes} process(es) on {accelerator.device}, "
+        f"{task.rows:,} training rows{validating}, {processes} on {accelerator.device}, "
         f"{training.precision} mixed precision{reason and f' ({reason})'}"
         f"{', weights sharded' if training.sharded else ''}",
         flush=True,

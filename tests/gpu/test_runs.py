@@ -151,7 +151,7 @@ def launched(config: str, argv: list[str]) -> None:
     clean = {key: value for key, value in environment().items() if key != "ACCELERATE_USE_CPU"}
     done = subprocess.run(command, cwd=ROOT, env=clean, capture_output=True, text=True, timeout=280)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
-    assert "2 process(es) on cuda" in done.stdout
+    assert "2 processes on cuda" in done.stdout
 
 
 @pytest.mark.parametrize("config", ["two_gpus.yaml", "fsdp.yaml"])

@@ -266,6 +266,9 @@ def test_a_few_are_made_at_once_without_accelerate(pipeline, tmp_path, monkeypat
     monkeypatch.setattr(Job, "keep", lambda *_: pytest.fail("a piece was kept"))
     run(config(pipeline, tmp_path / "images", num_images=3))
     printed = capsys.readouterr().out
-    assert printed.startswith(f"3 images: {tmp_path}/images/00000.png ..., ") and "images per second\n" in printed
+    assert (
+        printed.startswith(f"3 images: {tmp_path}/images/00000.png ..., ")
+        and "images per second; next: smalti evaluate pipeline=" in printed
+    )
     assert sorted(path.name for path in tmp_path.rglob("*")) == ["00000.png", "00001.png", "00002.png", "images"]
     assert Image.open(tmp_path / "images" / "00002.png").size == SIZE

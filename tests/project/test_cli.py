@@ -56,6 +56,8 @@ def world(tmp_path_factory):
     rows = TokenSplit(torch.zeros(20, *grid.shape).to(smallest_type(grid.vocab_size)), torch.arange(20) % 10)
     TokenDataset(grid, names, {"train": rows, "test": rows}, tokenizer, {}).save(root / "tokens")
     TokenDataset(grid, names, {"train": rows}, tokenizer, {}).save(root / "tokens_without_test")
+    TokenDataset(grid, names, {"train": rows}, tokenizer, {}).save(root / "stage_one_tokens")
+    tokenizer.save_pretrained(root / "stage_one" / "tokenizer")
     write_pictures(root / "images" / "cat", 6)
     write_pictures(root / "corrupt" / "cat", 6)
     (root / "corrupt" / "cat" / "broken.png").write_bytes((root / "images" / "cat" / "0.png").read_bytes()[:60])
@@ -102,6 +104,7 @@ BAD = [
     (ENCODE, ["batch_size=0"], "batch_size: must be >= 1 (got 0)"),
     (PRIOR, ["tokens={world}/nowhere"], "make a token dataset with `smalti encode`"),
     (PRIOR, ["tokens={world}/images"], "make one with `smalti encode`"),
+    (PRIOR, ["tokens={world}/stage_one"], "not a token dataset (no meta.json); did you mean {world}/stage_one_tokens?"),
     (PRIOR, ["tokens={world}/tokens_without_test"], "no rows in its 'test' split"),
     (PRIOR, ["model.heads=3"], "heads: dim must be a multiple"),
     (PRIOR, ["model.order=zigzag"], "order"),
@@ -111,7 +114,7 @@ BAD = [
     (PRIOR, ["sampler.steps=3"], "sampler: 'steps' is no argument of sampling from a 'gpt' prior"),
     (PRIOR, ["model.kind=masked", "sampler.steps=50"], "sampler: steps must be a whole number from 1 to 49 (got 50)"),
     (GENERATE, ["pipeline={world}/nowhere"], "neither an existing folder nor a Hub id"),
-    (GENERATE, ["pipeline={world}/run"], "did you mean {world}/run/pipeline?"),
+    (GENERATE, ["pipeline={world}/mine"], "{world}/mine: not a pipeline folder (no model_index.json)"),
     (GENERATE, ["pipeline={world}/damaged"], "{world}/damaged/prior/model.safetensors: its sha256 differs"),
     (GENERATE, ["top_k=0"], "top_k: must be >= 1 (got 0)"),
     (GENERATE, ["top_p=1.5"], "top_p: must be <= 1 (got 1.5)"),
@@ -241,6 +244,69 @@ def test_evaluation_is_printed_written_and_put_on_the_card(world, tmp_path, caps
     assert torch.equal(loaded(3, seed=0).tokens, before(3, seed=0).tokens)
 
 
+def resolved(capsys, *argv):
+    """What a command would run with."""
+    with pytest.raises(SystemExit):
+        main([*argv, "--dry-run"])
+    return yaml.safe_load(capsys.readouterr().out)
+
+
+def test_a_run_stands_for_what_is_in_it(world, tmp_path, capsys, monkeypatch):
+    """A tokenizer is found in its run and in a pipeline, a pipeline in its run; what is named itself stays as it is."""
+    monkeypatch.chdir(world)
+    assert resolved(capsys, "encode", "tokenizer=stage_one", "out=x")["tokenizer"] == "stage_one/tokenizer"
+    found = resolved(capsys, "encode", "tokenizer=run/pipeline", "out=x")
+    assert (found["tokenizer"], found["data"]["limit"]) == ("run/pipeline/tokenizer", None)
+    found = resolved(capsys, "evaluate", "pipeline=run")  # whose data are then the defaults
+    assert (found["pipeline"], found["data"]["limit"]) == ("run/pipeline", 40)
+    for verb in ("generate", "complete", "calibrate", "tune", "probe", "search", "detect"):
+        assert resolved(capsys, verb, "pipeline=run")["pipeline"] == "run/pipeline"
+    assert resolved(capsys, "verify", "folder=run")["folder"] == "run/pipeline"
+    assert resolved(capsys, "push", "folder=run", "to=a/b")["folder"] == "run/pipeline"
+    for same in ("tokenizer", "stage_one/tokenizer", "nowhere", "owner/name", "tokens"):
+        assert resolved(capsys, "reconstruct", f"tokenizer={same}")["tokenizer"] in (same, "tokens/tokenizer")
+    main(["generate", "pipeline=run", f"out={tmp_path}/grid.png", "num_images=2"])
+    assert "next: smalti evaluate pipeline=run/pipeline\n" in capsys.readouterr().out
+
+
+def test_old_names_of_keys(world, capsys):
+    """They go on meaning what they did, and one of a wrong type is unknown."""
+    assert resolved(capsys, "evaluate", f"pipeline={world}/run", "num_samples=7")["num_images"] == 7
+    found = resolved(capsys, "search", f"pipeline={world}/run", "queries=[0, a.png]", "num_queries=3")
+    assert (found["images"], found["num_images"]) == ([0, "a.png"], 3) and "queries" not in found
+    assert resolved(capsys, "search", f"pipeline={world}/run", "queries=a.png")["images"] == "a.png"
+    assert "num_samples: unknown key" in fails(capsys, "evaluate", f"pipeline={world}/run", "num_samples=many")
+
+
+def test_a_size_that_does_not_divide_is_told_before_images_are_read(world, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("pipelines.train_tokenizer.load_images", None)
+    filled = [part.format(world=world, out=tmp_path / "out") for part in TRAIN]
+    assert "4 does not divide the image size 30x30" in fails(capsys, *filled, "data.image_size=30")
+
+
+def test_an_encode_that_is_finished(world, tmp_path, capsys):
+    """Nothing is made again, until an image, a setting or a file of the dataset changes."""
+    shutil.copytree(world / "images", tmp_path / "images")
+    out = tmp_path / "my_tokens"
+    argv = ["encode", f"tokenizer={world}/tokenizer", f"data.source={tmp_path}/images", f"out={out}"]
+    then = f"; next: smalti train_prior tokens={out} out={tmp_path}/my_prior\n"
+
+    def said(*more):
+        main([*argv, *more])
+        return capsys.readouterr().out.splitlines(keepends=True)[-1]
+
+    assert said().startswith(f"{out}: done: 5 train, 1 test rows of 7x7 ids below ") and (out / "meta.json").is_file()
+    made = contents(out)
+    again = said()
+    assert again.startswith(f"{out}: already finished: 5 train, 1 test rows of") and again.endswith(f"to do{then}")
+    assert contents(out) == made
+    assert ": done: " in said("data.held_out_fraction=0.4") and ": done: " in said() and ": already " in said()
+    assert ": done: " in said("rows_per_shard=2") and ": already " in said("rows_per_shard=2")
+    write_pictures(tmp_path / "images" / "cat", 6)  # the same names and number
+    os.utime(tmp_path / "images" / "cat" / "3.png", (1 << 32, 1 << 32))
+    assert ": done: " in said()
+
+
 @needs_digits
 @pytest.mark.parametrize("source", ["run/pipeline", "tokenizer"])
 def test_reconstructions_of_a_tokenizer_or_a_pipeline(world, tmp_path, capsys, source):
@@ -270,7 +336,7 @@ def config_class(verb):
 @pytest.mark.parametrize("verb", VERBS)
 def test_help_shows_every_key_with_a_sentence(verb, capsys):
     with pytest.raises(SystemExit) as caught:
-        main([verb, "--help"])
+        main([verb, "--help", "all"])
     assert caught.value.code == 0
     page = capsys.readouterr().out
     assert page.startswith(f"usage: smalti {verb}")
@@ -312,7 +378,7 @@ def test_unknown_verb_lists_what_there_is(capsys):
 
 
 PRINTING = [
-    ["pipelines.train_tokenizer", "--help"],  # more than is buffered
+    ["pipelines.train_tokenizer", "--help", "all"],  # more than is buffered
     ["pipelines.commands.verify", "folder={world}/run/pipeline"],
 ]
 

@@ -257,7 +257,7 @@ def test_run_goes_on(name, tmp_path):
     place(tmp_path, f"training/{name}", "tokens/plain")
     noted = facts("training")[name]
     printed = smalti(tmp_path, noted["verb"], *noted["arguments"])
-    assert " 1 process(es) on cpu" in printed
+    assert " 1 processes on cpu" in printed
     assert_went_on(tmp_path, name, printed)
 
 
@@ -269,7 +269,7 @@ def test_run_of_two_processes_goes_on(tmp_path):
     noted = facts("training")["sharded"]
     command = two_sharded_processes(noted["verb"], noted["arguments"])
     printed = output_of(start_in(tmp_path, command))
-    assert " 2 process(es) on cpu" in printed and ", weights sharded" in printed
+    assert " 2 processes on cpu" in printed and ", weights sharded" in printed
     assert_went_on(tmp_path, "sharded", printed)
     for state in (*states(FOLDER / "training" / "sharded"), *states(tmp_path / "sharded")):
         assert {path.name[:11] for path in (state / "model").iterdir()} == {"shard-00001", "shard-00002"}

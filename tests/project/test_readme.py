@@ -268,7 +268,7 @@ def keys() -> dict[str, str]:
     found = {}
     for verb in verbs():
         with contextlib.redirect_stdout(io.StringIO()) as page, pytest.raises(SystemExit):
-            main([verb, "--help"])
+            main([verb, "--help", "all"])
         found[verb] = page.getvalue()
     return found
 

@@ -109,7 +109,7 @@ class Node:
             return self.load().find(kind)
         if self.only:
             raise located(("kind", f"must be {' or '.join(kinds)} (got {shown(kind)})"))
-        raise located(("kind", f"no {self.load().__name__} is called {shown(kind)}; {there}"))
+        raise located(("kind", self.load().unknown(kind)))
 
     def config(self, value: Any) -> ModelConfig:
         """The configuration of the member that a node names."""

@@ -32,11 +32,15 @@ class Before:
 
 @dataclass(frozen=True)
 class Was:
-    """Marks a setting that had another name, `Was("head", int)`: what is of this type under that name is read as its
-    value. Fingerprints keep the name."""
+    """Marks a setting that had another name, `Was("head", int)`: what is of this type, or of one of several, under that
+    name is read as its value. Fingerprints keep the name."""
 
     name: str
-    type: type
+    type: type | tuple[type, ...]
+
+    def means(self, value: Any) -> bool:
+        """Whether this value under the name that was is one of the setting."""
+        return type(value) in (self.type if isinstance(self.type, tuple) else (self.type,))
 
 
 def mark_of(field: FieldInfo, mark: type[T]) -> T | None:
@@ -58,6 +62,6 @@ def renamed(fields: Mapping[str, FieldInfo], data: Mapping[str, Any]) -> dict[st
     found = dict(data)
     for name, field in fields.items():
         was = mark_of(field, Was)
-        if was and type(found.get(was.name)) is was.type:  # which nothing else under that name is
+        if was and was.means(found.get(was.name)):  # which nothing else under that name is
             found[name] = found.pop(was.name)
     return found

@@ -143,6 +143,25 @@ def test_parameters_of_the_published_tokenizer():
 # The page
 
 
+def test_a_run_that_ends_by_the_clock(capsys):
+    """About as many steps as the minutes allow, or those that are given, if they are fewer."""
+    argv = ["--config", "vqvae_digits", "rows=3800", "gpus=1", "train.minutes=5"]
+    forecast = planned(*argv, "train.steps=null")
+    page = capsys.readouterr().out
+    assert forecast.steps == round(300 / forecast.whole_step) and forecast.hours * 60 == pytest.approx(5, rel=1e-3)
+    assert f"{forecast.steps:,}  steps, " in page and "about, in the 5 minutes that it has" in page
+    assert re.search(r"the run takes +5\.0 min", page) and "warning: train.steps" not in page
+    fewer = planned(*argv, "train.steps=100")
+    assert fewer.steps == 100 and "minutes that it has" not in capsys.readouterr().out
+    assert planned(*argv[:4], "train.steps=null").hours is None
+    assert "warning: train.steps: null needs train.minutes" in capsys.readouterr().out
+
+
+def test_a_tokenizer_by_the_name_of_its_preset(capsys):
+    forecast = planned("--config", "gpt_digits", "tokenizer=vqvae_digits", "classes=10", "rows=100", "gpus=1")
+    assert forecast.tokens_per_image == 49 and "7x7 tokens of 128 ids" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("depth", [1, pytest.param(12, marks=pytest.mark.slow)])
 def test_page_of_a_prior(depth, capsys):
     forecast = planned("--config", GPT_PRESET, "gpus=8", "gpu=a100", f"model.depth={depth}", *IMAGENET)
@@ -299,10 +318,14 @@ def test_what_does_not_fit_and_what_does(capsys):
 BAD = [
     ([], "model.kind: nothing to plan; give the command line of train_prior or train_tokenizer"),
     (["model.kind=quantum"], "model.kind: no Prior is called 'quantum'; there are"),
-    (["model.kind=gpt"], "grid: missing, as no token dataset is given; give it, or tokenizer=PRESET"),
+    (
+        ["model.kind=gpt"],
+        "grid, vocab_size, classes: missing, as no token dataset is given; for example grid=[16,16] vocab_size=16384 "
+        "classes=1000 (0: no labels); tokenizer=PRESET says grid and vocab_size",
+    ),
     (
         ["--config", GPT_PRESET, "classes=10"],
-        "grid: missing, as token dataset 'runs/imagenet256_tokens' is not there yet",
+        "grid, vocab_size: missing, as token dataset 'runs/imagenet256_tokens' is not there yet",
     ),
     (["--config", GPT_PRESET, "grid=[16,16]", "vocab_size=4"], "classes: missing"),
     (["--config", GPT_PRESET, *IMAGENET, "gpus=0"], "gpus: must be >= 1 (got 0)"),
@@ -317,7 +340,10 @@ BAD = [
     ),
     (["--config", GPT_PRESET, *IMAGENET, "model.heads=7"], "heads: dim must be a multiple of 2 * heads"),
     (["--config", GPT_PRESET, *IMAGENET, "grid=[0,16]"], "grid: a grid needs positive whole sizes"),
-    (["--config", GPT_PRESET, "tokenizer=nowhere", "classes=2"], "tokenizer: 'nowhere' is neither a preset"),
+    (
+        ["--config", GPT_PRESET, "tokenizer=nowhere", "classes=2"],
+        "tokenizer: neither a tokenizer's folder nor a preset: nowhere",
+    ),
     (["--config", GPT_PRESET, "tokenizer=nowhere.yaml", "classes=2"], "nowhere.yaml: cannot be read"),
     (["--config", "nowhere.yaml"], "nowhere.yaml: cannot be read"),
     (["--config", VQGAN_PRESET, "data.image_size=250"], "widths: 5 levels halve 4 times"),

@@ -1,7 +1,7 @@
 """The grammar of every verb: what is read, what is refused and how it is said, and what the help page shows.
 
 Covers: pipelines/config/arguments.py, pipelines/config/command.py, pipelines/config/errors.py,
-pipelines/config/help.py.
+pipelines/config/help.py, pipelines/config/keys.py.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from pipelines.config.command import Interrupted, parse
 from pipelines.config.help import help_page
 from pipelines.config.schema import difference, to_yaml
 from tokenizer.files.errors import PathError
-from tokenizer.pretrained import Named
+from tokenizer.pretrained import OUTSIDE, Named
 from tokenizer.settings import ModelConfig, Node, merge
 from tokenizer.settings.marks import Fact
 
@@ -128,6 +128,7 @@ def write(path: Path, text: str) -> str:
 @pytest.fixture(autouse=True)
 def _one_process(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("RANK", raising=False)
+    monkeypatch.setenv("COLUMNS", "110")
 
 
 # What is read
@@ -249,14 +250,14 @@ def test_a_configuration_is_frozen_and_checked_without_a_command_line() -> None:
         ("model=3", "model: expected a mapping of keys (got 3)"),
         ("train.betas=[1]", "train.betas: too few values (got [1])"),
         ("train.betas=[1,2,3]", "train.betas: expected at most 2 values (got [1, 2, 3])"),
-        ("model.kind=cnv", "model.kind: no Net is called 'cnv'; there are conv, plain"),
+        ("model.kind=cnv", f"model.kind: no Net is called 'cnv'; there are conv, plain; {OUTSIDE}"),
         ("model.widht=9", "model.widht: unknown key; did you mean 'model.width'?"),
         ("model.width=4", "model.width: must be >= 8 (got 4)"),
         ("model.act=tanh", "model.act: must be one of 'silu', 'gelu' (got 'tanh')"),
         ("model.size=[8]", "model.size: a fact of the data, it cannot be set here"),
         ("model.coder.coeds=4", "model.coder.coeds: unknown key; did you mean 'model.coder.codes'?"),
         ("model.coder.codes=1", "model.coder.codes: must be >= 2 (got 1)"),
-        ("model.coder.kind=vq", "model.coder.kind: no Coder is called 'vq'; there are book, steps"),
+        ("model.coder.kind=vq", f"model.coder.kind: no Coder is called 'vq'; there are book, steps; {OUTSIDE}"),
     ],
 )
 def test_one_line_says_what_is_wrong(argument: str, problem: str) -> None:
@@ -344,8 +345,8 @@ def test_a_dry_run_prints_what_a_file_may_hold(tmp_path: Path, capsys: pytest.Ca
 
 
 def test_the_help_page_has_every_key_with_type_default_range_and_sentence() -> None:
-    page = help_page(Run, "try", "Try things.\n\nAnd more.")
-    assert page.startswith("usage: smalti try [--config FILE ...] [key=value ...]") and "Try things. And more." in page
+    page = help_page(Run, "try", "Try things.\n\nAnd more.", topic="all")
+    assert page.startswith("usage: smalti try [--config FILE ...] [key=value ...]") and "Try things.\nAnd more." in page
     for row in [
         r"out +text +required +where to",
         r"seed +int >= 0 +0 +chooses the noise",
@@ -375,7 +376,7 @@ def test_the_help_page_has_every_key_with_type_default_range_and_sentence() -> N
 
 
 def test_the_help_page_fits_and_lines_up() -> None:
-    lines = help_page(Run, "try", "Try. " * 50).splitlines()
+    lines = help_page(Run, "try", "Try. " * 50, topic="all").splitlines()
     assert max(map(len, lines)) <= 110
     sentences = ("where to", "chooses the noise", "learning rate", "how wide the net is", "how many updates")
     starts = {line.index(sentence) for line in lines for sentence in sentences if line.endswith(sentence)}
@@ -388,7 +389,7 @@ def test_the_help_page_fits_and_lines_up() -> None:
 def test_help_wins_over_everything_else(capsys: pytest.CaptureFixture[str]) -> None:
     for flag in ("--help", "-h"):
         with pytest.raises(SystemExit) as caught:
-            parse(Run, ["nonsense", flag], verb="try", description="Try.")
+            parse(Run, ["nonsense", flag, "all"], verb="try", description="Try.")
         assert caught.value.code == 0 and "train.steps" in capsys.readouterr().out
 
 

@@ -39,7 +39,7 @@ def test_folder_without_images(tmp_path):
 def test_image_outside_of_the_class_folders_has_no_label(tmp_path):
     write_folder(tmp_path)
     stray = write_image(tmp_path / "stray.png", noise(12, 12))
-    with pytest.raises(UserError, match=f"{stray}: the label is None"):
+    with pytest.raises(UserError, match=f"{stray}: no class, while other images have one: in folders, each"):
         load_images(config(tmp_path))
     assert load_images(config(tmp_path, label_column=None)).train.labels is None
 

@@ -208,7 +208,7 @@ def test_two_processes_meet_bad_images_and_end(tmp_path):
     options = streamed_options(data, train__steps=6, train__evaluate_every=3)
     argv = tokenizer_arguments(tmp_path / "run", **options, data__on_error="skip")
     printed = output_of(start(two_processes("train_tokenizer", argv), HF_HOME=str(tmp_path / "home")))
-    assert "2 process(es)" in printed
+    assert "2 processes" in printed
     assert sorted(line["row"] for line in read_report(tmp_path / "run")) == [3, 6, 9, 10]
     alone = train_tokenizer(tmp_path / "alone", **options, data__on_error="skip")
     assert losses(tmp_path / "run") == pytest.approx(losses(alone), rel=1e-4)

@@ -103,7 +103,7 @@ def test_two_processes_play_as_one_does(tmp_path):
     # Each process has its own draws.
     more = {**CRITIC, **STEPS, "critic__augment": None, "critic__adaptive": True, "critic__loss": "non_saturating"}
     printed = output_of(start(two_processes("train_tokenizer", tokenizer_arguments(tmp_path / "both", **more))))
-    assert printed.count("2 process(es) on cpu") == 1
+    assert printed.count("2 processes on cpu") == 1
     alone = train_tokenizer(tmp_path / "alone", **more)
     # Not the hinge: it gives the bias of the critic's last layer a gradient of 0 at first, hence steps of either sign
     # from Adam. (A vector between two codes may go to either. The adaptive weight is held to 1e-4 in test_critic.)

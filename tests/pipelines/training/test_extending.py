@@ -350,7 +350,7 @@ def test_two_processes_go_on_together_or_not_at_all(tmp_path):
     run, tokens = tmp_path / "run", make_tokens(tmp_path / "tokens")
     train_prior(run, tokens, train__steps=6)
     (code, printed), (other, _) = two(tmp_path, *2 * [{"train__steps": 9}])
-    assert (code, other) == (0, 0) and ", 2 process(es) on cpu" in printed, printed
+    assert (code, other) == (0, 0) and ", 2 processes on cpu" in printed, printed
     assert f"{run}: train.steps 6 -> 9: " in printed and steps(run) == list(range(1, 10))
     before = contents(run)
     for code, printed in two(tmp_path, {"train__steps": 9}, {"train__steps": 12, "train__log_every": 2}):

@@ -106,8 +106,8 @@ def test_shards_train_as_whole_weights_do(pair, alone, other):
     folder, _, printed = pair
     assert_same_figures(folder / "sharded", folder / other)
     assert_near_tensors(tensors(folder / "sharded" / "pipeline"), tensors(folder / other / "pipeline"))
-    assert "/sharded: starting; 28,420 parameters, 72 training rows, 24 for validation, 2 process(es) on " in printed
-    assert printed.count("weights sharded") == 7 and printed.count("2 process(es)") == 8  # but for the copied one
+    assert "/sharded: starting; 28,420 parameters, 72 training rows, 24 for validation, 2 processes on " in printed
+    assert printed.count("weights sharded") == 7 and printed.count("2 processes") == 8  # but for the copied one
     assert losses(alone)[-1] < losses(alone)[0]
 
 
@@ -324,7 +324,7 @@ def command(tokens: Path, run: Path, options: list[str], **more: Any) -> list[st
 def test_the_command_shards(pair, tmp_path):
     folder = pair[0]
     printed = output_of(start(command(folder / "tokens", tmp_path / "run", TWO)))
-    assert printed.count("2 process(es) on cpu:0, no mixed precision, weights sharded") == 1, printed
+    assert printed.count("2 processes on cpu:0, no mixed precision, weights sharded") == 1, printed
     assert exact(tmp_path / "run") == exact(folder / "sharded")
 
 
@@ -333,7 +333,7 @@ def test_the_configuration_of_the_project_shards(more, tmp_path):
     """bf16, as it says; two processes instead of eight GPUs."""
     options = ["--config_file", str(ROOT / "configs" / "accelerate" / "fsdp.yaml"), "--num_processes", "2"]
     printed = output_of(start(command(more[0] / "tokens", tmp_path / "run", options)))
-    assert printed.count("2 process(es) on cpu:0, bf16 mixed precision, weights sharded") == 1, printed
+    assert printed.count("2 processes on cpu:0, bf16 mixed precision, weights sharded") == 1, printed
     assert exact(tmp_path / "run") == exact(more[0] / "bf16")
 
 
@@ -354,7 +354,7 @@ def test_four_go_on_where_two_stopped(more, alone):
     """In pieces of other sizes, some of them empty."""
     run, four = more[0] / "two to four", [*TWO[:3], "--num_processes", "4", *MACHINE]
     printed = output_of(start(command(more[0] / "tokens", run, four)))
-    assert "continuing from step 8;" in printed and "4 process(es) on cpu:0" in printed
+    assert "continuing from step 8;" in printed and "4 processes on cpu:0" in printed
     assert_same_figures(run, alone)
     assert len(list((states(run)[-1] / "model").glob("shard-*"))) == 4
 

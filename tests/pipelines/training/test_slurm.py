@@ -57,6 +57,6 @@ def test_script_trains_on_two_nodes(tokens, tmp_path):
         printed = output_of(process, 120)
     finally:
         end(process)
-    assert "2 process(es) on cpu" in printed
+    assert "2 processes on cpu" in printed
     assert [line["step"] for line in metrics(run) if "loss" in line] == [1, 2, 3, 4]
     assert (run / "pipeline" / "model_index.json").is_file()

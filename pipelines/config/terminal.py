@@ -1,0 +1,41 @@
+"""What a terminal is like: how wide, and whether it shows colours."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sys
+from typing import TextIO
+
+USUAL, NARROWEST, WIDEST = 100, 40, 120  # columns
+BOLD, RED = "1", "1;31"
+
+
+def width() -> int:
+    """The columns to write into: those of the terminal, or of COLUMNS, within reason; 100 where there is neither."""
+    return min(WIDEST, max(NARROWEST, shutil.get_terminal_size((USUAL, 24)).columns))
+
+
+def shows_colors(stream: TextIO | None) -> bool:
+    """Whether to colour what is written there: on a terminal that can, unless NO_COLOR says no (https://no-color.org);
+    FORCE_COLOR says yes wherever it goes."""
+    if os.environ.get("NO_COLOR"):
+        return False
+    if os.environ.get("FORCE_COLOR"):
+        return True
+    return stream is not None and stream.isatty() and os.environ.get("TERM") != "dumb"
+
+
+def styled(text: str, style: str, stream: TextIO | None) -> str:
+    """`text` in a style, where `stream` shows such."""
+    return f"\033[{style}m{text}\033[0m" if text and shows_colors(stream) else text
+
+
+def heading(text: str) -> str:
+    """A heading of what is printed on stdout: bold."""
+    return styled(text, BOLD, sys.stdout)
+
+
+def error_label(text: str) -> str:
+    """What an error on stderr begins with: bold and red."""
+    return styled(text, RED, sys.stderr)

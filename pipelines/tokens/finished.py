@@ -1,0 +1,51 @@
+"""A token dataset that is there already, as an encode would make it again."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from tokenizer.files.errors import PipelineLoadError
+
+from .meta import META, Meta, read_meta, verify_files
+
+
+def made_before(
+    out: Path, part: Mapping[str, Any], class_names: Sequence[str], tokenizer: str, rows_per_shard: int | None
+) -> Meta | None:
+    """The dataset in `out`, if it is whole and of nothing but `part` (settings of the images, seed, variants and rows),
+    of these classes, made by the tokenizer of this fingerprint, in files of so many rows; None: of any number."""
+    if not (out / META).is_file():
+        return None
+    try:
+        meta = read_meta(out)
+        verify_files(out, meta, whole=False)
+    except PipelineLoadError:
+        return None
+    same = meta.parts == [part] and meta.tokenizer == tokenizer and list(meta.class_names) == list(class_names)
+    laid_out = rows_per_shard is None or all(
+        list(counts) == sizes(sum(counts), rows_per_shard) for counts in meta.shards.values()
+    )
+    return meta if same and laid_out else None
+
+
+def sizes(rows: int, each: int) -> list[int]:
+    """The rows of the files that `rows` are cut into."""
+    return [min(each, rows - start) for start in range(0, rows, each)]
+
+
+def changed_since(source: Path | None, out: Path) -> bool:
+    """Whether a file or folder of images was written after the dataset in `out` was."""
+    if source is None:
+        return False
+    when = (out / META).stat().st_mtime
+    below = (Path(place, name) for place, _, names in os.walk(source) for name in ("", *names))
+    return any(path.stat().st_mtime > when for path in (source, *below) if path.exists())
+
+
+def told(meta: Meta) -> str:
+    """What a dataset holds, in words."""
+    counts = ", ".join(f"{sum(counts)} {name}" for name, counts in meta.shards.items())
+    return f"{counts} rows of {'x'.join(map(str, meta.grid.shape))} ids below {meta.grid.vocab_size}"

@@ -1,0 +1,165 @@
+"""`--import`: models that lie outside the package are known to every verb, in every process, and to no file's word."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+import textwrap
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from command import errors_of, fails
+from small_pipelines import make_pipeline
+
+from pipelines import ImagePipeline
+from pipelines.__main__ import main
+from pipelines.config import importing
+from pipelines.tokens import TokenDataset, TokenSplit
+from pipelines.tokens.shards import smallest_type
+from prior import Prior
+from tokenizer.files.errors import ConfigError, IntegrityError
+
+MINE = '''
+"""A prior of frequencies."""
+import torch
+from pydantic import Field
+from torch import nn
+from prior import Prior
+from prior.base import PriorConfig
+
+
+class UnigramConfig(PriorConfig):
+    scale: float = Field(1.0, gt=0, description="of the logits")
+
+
+class Unigram(Prior, name="my_unigram"):
+    """The same logits everywhere."""
+
+    Config = UnigramConfig
+
+    def __init__(self, config: UnigramConfig) -> None:
+        super().__init__(config)
+        self.logits = nn.Parameter(torch.zeros(config.grid.vocab_size))
+
+    def forward(self, tokens, labels=None):
+        return self.config.scale * self.logits.expand(len(tokens), tokens[0].numel(), -1)
+'''
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A working folder with a prior of one's own, and tokens; what is imported is forgotten afterwards."""
+    monkeypatch.setattr(Prior, "_members", dict(Prior._members))
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    monkeypatch.setattr(importing, "IMPORTED", [])
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "my_prior.py").write_text(MINE)
+    pipe = make_pipeline(size=(28, 28))
+    grid = pipe.tokenizer.grid
+    rows = TokenSplit(torch.zeros(16, *grid.shape).to(smallest_type(grid.vocab_size)), torch.arange(16) % 2)
+    TokenDataset(grid, ["a", "b"], {"train": rows, "test": rows}, pipe.tokenizer, {}).save(tmp_path / "tokens")
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    yield tmp_path
+    for name in ("my_prior", "my_other", "broken"):
+        sys.modules.pop(name, None)
+
+
+TRAIN = [
+    "tokens=tokens",
+    "out=run",
+    "model.kind=my_unigram",
+    "train.steps=2",
+    "train.batch_size=4",
+    "track.wandb=disabled",
+]
+
+
+@pytest.mark.parametrize("name", ["my_prior", "my_prior.py", "./my_prior.py"])
+def test_a_model_of_ones_own_is_trained_loaded_and_told_of(
+    name: str, folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    main(["train_prior", "--import", name, *TRAIN, "model.scale=2"])
+    assert json.loads((folder / "run/pipeline/prior/config.json").read_text())["kind"] == "my_unigram"
+    told = capsys.readouterr().out.splitlines()[-1]
+    assert told.endswith(f"next: smalti generate --import {name} pipeline=run/pipeline")
+    main(["generate", f"--import={name}", "pipeline=run/pipeline", "num_images=2"])
+    assert (folder / "grid.png").is_file()
+
+
+def test_help_and_plan_know_it(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["train_prior", "--import", "my_prior", "model.kind=my_unigram", "--help", "model"])
+    assert re.search(r"^  model.scale +float > 0 ", capsys.readouterr().out, re.M)
+    main(["plan", "--import", "my_prior", "tokens=tokens", "model.kind=my_unigram", "gpus=1"])
+    assert "my_unigram over" in capsys.readouterr().out
+
+
+def test_every_process_of_a_launch_imports_it(folder: Path) -> None:
+    """Each is started with the same command line, as a module."""
+    code = subprocess.run(
+        [sys.executable, "-m", "pipelines.train_prior", "--import", "my_prior", *TRAIN, "--dry-run"],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[3]), "RANK": "1"},
+    )
+    assert (code.returncode, code.stdout, code.stderr) == (0, "", "")
+
+
+def test_without_it_the_error_hints_at_it(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    line = fails(capsys, "train_prior", *TRAIN)
+    assert "model.kind: no Prior is called 'my_unigram'; there are" in line
+    assert line.endswith("; one of your own has to be imported first, as --import FILE does")
+
+
+def test_what_a_file_says_is_never_imported(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A folder whose kind is the name of a module beside it stays unread, and says how to know the kind."""
+    pipe = make_pipeline(size=(28, 28))
+    pipe.save_pretrained(folder / "pipeline")
+    config = json.loads((folder / "pipeline/prior/config.json").read_text())
+    (folder / "pipeline/prior/config.json").write_text(json.dumps({**config, "kind": "my_prior"}))
+    (folder / "my_prior.py").write_text("raise SystemExit('imported')")
+    with pytest.raises(ConfigError, match="imported first"):
+        Prior.from_pretrained(folder / "pipeline/prior")
+    (folder / "mine.yaml").write_text("import: my_prior\n--import: my_prior\n")
+    lines = errors_of(capsys, "train_prior", "--config", "mine.yaml", "tokens=tokens", "out=run")
+    assert any("unknown key" in line for line in lines)
+    with pytest.raises(IntegrityError):
+        ImagePipeline.from_pretrained(folder / "pipeline")
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("my_piror", "--import my_piror: no such module in"),
+        ("my_piror.py", "--import my_piror.py: there is no Python file of this name"),
+        ("a b", "--import a b: neither a Python file (NAME.py) nor the name of a module"),
+        ("json.py", "--import json.py: a module is called 'json' already; give the file another name"),
+        ("", "--import: expected a Python file or a module after it"),
+    ],
+)
+def test_what_cannot_be_imported(name: str, message: str, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (folder / "json.py").write_text("")
+    assert message in fails(capsys, "verify", "folder=tokens", "--import", name)
+
+
+def test_a_bug_in_it_keeps_its_traceback(folder: Path) -> None:
+    """Also when it misses a module of its own; and it can be tried again."""
+    for text, error in ("1 / 0", ZeroDivisionError), ("import not_there", ModuleNotFoundError):
+        (folder / "broken.py").write_text(textwrap.dedent(text))
+        for name in ("broken.py", "broken"):
+            with pytest.raises(error):
+                main(["verify", "folder=tokens", "--import", name])
+        assert "broken" not in sys.modules
+
+
+def test_one_name_is_for_one_model(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A model of another module cannot take a name that there is."""
+    (folder / "my_other.py").write_text(MINE.replace("my_unigram", "gpt"))
+    line = fails(capsys, "verify", "folder=tokens", "--import", "my_other")
+    assert line == "error: a Prior is called 'gpt' already, in prior.gpt; choose another name"
+    assert Prior.find("gpt").__module__ == "prior.gpt"
