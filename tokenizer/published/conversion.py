@@ -14,14 +14,14 @@ from ..autoencoder import Autoencoder
 from ..files.errors import FormatError, WeightsError
 from ..quantizers.vq import VQ
 from .cosmos import COSMOS
-from .emu3 import EMU3
+from .emu3 import EMU3, EMU3_RELEASED
 from .layouts import Layout, Weights
 from .magvit2 import MAGVIT2
 from .maskgit import MASKGIT
 from .vqgans import DIFFUSERS, IBQ, JANUS, LLAMAGEN, TAMING
 
 # Those that share names with others come before them; which of two none of the weights tells is said by the user.
-LAYOUTS = (DIFFUSERS, LLAMAGEN, EMU3, MAGVIT2, MASKGIT, COSMOS, JANUS, TAMING)
+LAYOUTS = (DIFFUSERS, LLAMAGEN, EMU3, EMU3_RELEASED, MAGVIT2, MASKGIT, COSMOS, JANUS, TAMING)
 TOLD = {"ibq": IBQ}
 WITHIN = ("model.vqmodel.", "vqmodel.")
 """Before the names of the tokenizer's weights in a whole model of transformers."""

@@ -126,7 +126,7 @@ def sizes(shapes: Shapes) -> dict[str, Any]:
         raise WeightsError(f"{shapes.path}: encoder.conv_in.weight takes {found}")
     channels, patch = folded[network["channels"]]
     told = shapes.weights.get("quantizer._levels")
-    levels = LEVELS if told is None else tuple(told.flatten().tolist())
+    levels = list(LEVELS) if told is None else told.flatten().tolist()
     halvings = shapes.count("encoder.levels.{}.resample.1.weight")
     quantizer = {"kind": "fsq", "levels": levels}
     return {**network, "channels": channels, "patch": patch, "halvings": halvings, "quantizer": quantizer}

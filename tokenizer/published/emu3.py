@@ -27,7 +27,7 @@ from ..settings import ModelConfig, Node
 from ..vqgan import Attention, Block, NetworkConfig, conv3, encoder_layers, levels_of, named, norm
 from .layouts import Layout, Shapes, Weights
 from .settings import transformers_settings
-from .vqgans import network_sizes
+from .vqgans import FIRST, TAMING_NAMES, network_sizes
 
 BATCH_NORM_EPS = 1e-5
 
@@ -243,20 +243,28 @@ def sizes(shapes: Shapes) -> dict[str, Any]:
     return {**network_sizes(shapes), "frames": frames, "quantizer": shapes.codebook()}
 
 
+PLACED = (
+    (r"^((post_)?quant_conv)\.", r"\1.conv."),
+    (r"^(decoder.*)\.norm\.(weight|bias)$", r"\1.norm_layer.\2"),
+    (r"^(decoder.*)\.scale\.", r"\1.conv_y."),
+    (r"^(decoder.*)\.shift\.", r"\1.conv_b."),
+    (r"\.(shrink|grow)\.(\d+)\.", r".time_conv.\2.conv.conv."),
+    (r"\.stack\.(\d+)\.(conv\d)\.", r".time_res_stack.\1.\2.conv."),
+    (r"\.stack\.", ".time_res_stack."),
+)
 EMU3 = Layout(
     "transformers Emu3VQVAE",
     Emu3,
     lambda weights: "encoder.down_block.down.0.block.0.conv1.weight" in weights,
     sizes,
     (
-        (r"^((post_)?quant_conv)\.", r"\1.conv."),
+        *PLACED,
         (r"\.middle\.0\.", ".middle_block.block_1."),
         (r"\.middle\.2\.", ".middle_block.block_2."),
         (r"\.middle\.1\.norm\.", ".middle_block.attn_norm."),
         (r"\.middle\.1\.", ".middle_block.attn_1."),
-        (r"\.resample\.1\.", ".sample.conv."),
-        (r"^encoder\.levels\.(.*)\.sample\.", r"encoder.levels.\1.downsample."),
-        (r"^decoder\.levels\.(.*)\.sample\.", r"decoder.levels.\1.upsample."),
+        (r"^encoder\.(.*)\.resample\.1\.", r"encoder.\1.downsample.conv."),
+        (r"^decoder\.(.*)\.resample\.1\.", r"decoder.\1.upsample.conv."),
         (r"\.attention\.(\d+)\.norm\.", r".attn_norms.\1."),
         (r"\.attention\.", ".attn."),
         (r"(\.attn(_1|\.\d+))\.([qkv]|out)\.", r"\1.\3_proj."),
@@ -265,14 +273,17 @@ EMU3 = Layout(
         (r"\.blocks\.", ".block."),
         (r"\.skip\.", ".nin_shortcut."),
         (r"^(encoder|decoder)\.norm\.", r"\1.norm_out."),
-        (r"^(decoder.*)\.norm\.(weight|bias)$", r"\1.norm_layer.\2"),
-        (r"^(decoder.*)\.scale\.", r"\1.conv_y."),
-        (r"^(decoder.*)\.shift\.", r"\1.conv_b."),
-        (r"\.(shrink|grow)\.(\d+)\.", r".time_conv.\2.conv.conv."),
-        (r"\.stack\.(\d+)\.(conv\d)\.", r".time_res_stack.\1.\2.conv."),
-        (r"\.stack\.", ".time_res_stack."),
     ),
     finest_first=True,
     prepare=folded,
     settings=transformers_settings,
+)
+EMU3_RELEASED = Layout(
+    "BAAI Emu3-VisionTokenizer",
+    Emu3,
+    lambda weights: {FIRST, "encoder.time_res_stack.0.norm1.weight"} <= set(weights),
+    sizes,
+    (*PLACED, *TAMING_NAMES),
+    finest_first=True,
+    prepare=folded,
 )

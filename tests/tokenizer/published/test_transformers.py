@@ -6,6 +6,7 @@ Covers: tokenizer/published/emu3.py, tokenizer/published/settings.py.
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -162,6 +163,35 @@ def test_emu3_tokens_and_pictures_are_the_same(tmp_path, changes):
     images = random_images(3, tokenizer.image_shape)
     agree(tokenizer, images, *emu3_says(model, images))
     assert parameters_of(tokenizer) == parameters_of(model)
+
+
+def as_released(weights):
+    """By the names of BAAI's Emu3-VisionTokenizer, which are taming's."""
+    found = {}
+    for name, value in weights.items():
+        for theirs, released in (
+            ("down_block.", ""),
+            ("up_block.", ""),
+            ("middle_block.attn_norm.", "mid.attn_1.norm."),
+            ("middle_block.", "mid."),
+            ("out_proj.", "proj_out."),
+            *((f".{part}_proj.", f".{part}.") for part in "qkv"),
+        ):
+            name = name.replace(theirs, released)
+        name = re.sub(r"\.attn_norms\.(\d+)\.", r".attn.\1.norm.", name)
+        matrix = re.search(r"\.([qkv]|proj_out)\.weight$", name)
+        found[name] = value[..., None, None].contiguous() if matrix else value
+    return found
+
+
+def test_emu3_as_its_authors_released_it(tmp_path):
+    model = saved(tmp_path / "model", "Emu3VQVAE", EMU3)
+    save_file(as_released(model.state_dict()), tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "Emu3VisionVQ", "ch": 32}))
+    tokenizer = imported(tmp_path / "model.safetensors", tmp_path / "out", "image_size=16")
+    assert "BAAI" in json.loads((tmp_path / "out" / "provenance.json").read_text())["imported"]["layout"]
+    images = random_images(3, (3, 16, 16))
+    agree(tokenizer, images, *emu3_says(model, images))
 
 
 def test_every_weight_of_emu3_that_an_image_needs_has_a_gradient(tmp_path):
