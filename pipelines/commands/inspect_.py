@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import numpy as np
 import torch
@@ -13,9 +13,9 @@ from torch import Tensor
 
 from tokenizer import Tokenizer
 
-from ..config import Config, choose_device, run_command
+from ..config import Config, Of, choose_device, run_command
 from ..config.outputs import check_out_file, writing
-from ..images import ImageDataset, check_shape, load_images, to_uint8
+from ..images import DataConfig, ImageDataset, check_shape, load_images, to_uint8
 from ..images.pictures import SUFFIXES, save_picture
 from ..metrics.charts import GREY, RED, Pixels, bars, charts_in_row, histogram
 from ..metrics.codebook import HEIGHT, draw_distances, draw_usage, part_names
@@ -23,7 +23,7 @@ from ..metrics.inspection import Findings, examine
 from ..metrics.pages import mosaic, page
 from ..metrics.reconstruction import drafts
 from ..metrics.texture import texture_line
-from ..stages.provenance import tokenizer_defaults, tokenizer_folder
+from ..stages.provenance import TokenizerFolder, tokenizer_defaults, tokenizer_folder
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -38,7 +38,15 @@ class InspectConfig(Config):
     """Which tokenizer, looking at which images."""
 
     examples = ("tokenizer=runs/vqvae_digits/tokenizer",)
-    often = "tokenizer out data.source num_images num_codes device inspection.png tokenizer"
+    often = "tokenizer out data.source num_images num_codes device"
+
+    tokenizer: TokenizerFolder = Field(
+        description="folder of a tokenizer, a run or a pipeline, or a tokenizer's Hub id"
+    )
+    out: str = Field("inspection.png", description="the report to write, a picture")
+    data: Annotated[DataConfig, Of("tokenizer")] = Field(
+        DataConfig(), description="the images; defaults to those the tokenizer was trained on"
+    )
     num_images: int = Field(24, ge=3, le=96, description="reconstructions shown: a third each of best, middle, worst")
     num_codes: int = Field(256, ge=1, le=1024, description="codes shown, the most used ones and a few unused")
     device: str = Field("auto", description="cpu, cuda, mps or auto")

@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 from functools import partial
-from typing import Any
+from typing import Annotated, Any
 
 from pydantic import Field
 
 from tokenizer import Tokenizer
 
-from ..config import Config, choose_device, run_command
+from ..config import Config, Of, choose_device, run_command
 from ..config.outputs import check_out_file, writing
-from ..images import check_shape, load_images
+from ..images import DataConfig, check_shape, load_images
 from ..images.pictures import SUFFIXES, save_picture
 from ..metrics.reconstruction import SOME, evaluate_reconstruction, reconstruction_picture
 from ..metrics.texture import texture_line
-from ..stages.provenance import tokenizer_defaults, tokenizer_folder
+from ..stages.provenance import TokenizerFolder, tokenizer_defaults, tokenizer_folder
 
 
 class ReconstructConfig(Config):
@@ -25,7 +25,15 @@ class ReconstructConfig(Config):
         "tokenizer=runs/vqvae_digits/tokenizer",
         "tokenizer=runs/vqvae_digits/tokenizer data.source=my-images num_images=8",
     )
-    often = "tokenizer out data.source num_images device reconstructions.png tokenizer"
+    often = "tokenizer out data.source num_images device"
+
+    tokenizer: TokenizerFolder = Field(
+        description="folder of a tokenizer, a run or a pipeline, or a tokenizer's Hub id"
+    )
+    out: str = Field("reconstructions.png", description="the picture to write")
+    data: Annotated[DataConfig, Of("tokenizer")] = Field(
+        DataConfig(), description="the images; defaults to those the tokenizer was trained on"
+    )
     num_images: int = Field(32, ge=1, le=1024, description="images in the picture")
     device: str = Field("auto", description="cpu, cuda, mps or auto")
 

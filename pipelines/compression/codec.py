@@ -182,7 +182,7 @@ def constriction() -> Any:
     try:
         import constriction as library
     except ImportError as error:
-        raise CodecError("compression needs the package constriction: pip install 'smalti[compress]'") from error
+        raise CodecError('compression needs the package constriction: pip install "smalti[compress]"') from error
     if coder_answer(library) != CODER_ANSWER:
         raise CodecError("the installed constriction makes other bytes than the version this format was made with")
     return library

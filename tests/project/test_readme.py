@@ -7,7 +7,9 @@ import io
 import pkgutil
 import re
 import shlex
+import sys
 import tomllib
+from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 from types import CodeType
@@ -18,7 +20,7 @@ import torch
 from small import make_prior, make_tokenizer
 
 from pipelines import ImagePipeline
-from pipelines.__main__ import main, verbs
+from pipelines.__main__ import BESIDES, main, verbs
 from pipelines.tokens import TokenDataset, TokenSplit
 from prior import Prior
 from tokenizer import TokenGrid, Tokenizer
@@ -89,6 +91,22 @@ def test_figures_of_the_readme_are_those_of_the_results():
     assert len(figures) >= 20
     results = set(re.findall(r"(?<![\w.])\d*\.\d+", PAGES["docs/results.md"]))
     assert set(figures) <= results, set(figures) - results
+
+
+def test_what_so_many_images_give_is_that_of_the_gallery():
+    """Figures of a row are those of one section, whose first three times add up to its minutes."""
+    page = PAGES["docs/data.md"]
+    table = page[page.index("| images | size | presets |") : page.index("So half an hour")]
+    rows = [[cell.strip() for cell in row.split("|")[1:-1]] for row in table.splitlines()[2:] if row]
+    sections = PAGES["docs/gallery.md"].split("\n## ")[1:]
+    assert len(rows) == 5
+    for _, _, presets, minutes, psnr, agreement in rows:
+        names = re.findall(r"`(\w+)`", presets)
+        (section,) = (text for text in sections if all(f"/{name}.yaml" in text for name in names))
+        times = [float(re.search(rf"{part} (\d+\.\d)", section)[1]) for part in ("tokenizer", "tokens", "prior")]
+        assert float(minutes.split()[0]) == pytest.approx(sum(times)) and ("1 thread" in section) == ("core" in minutes)
+        assert f"| {psnr} / " in section
+        assert "class agreement | {}; real {},".format(*re.findall(r"[\d.]+%", agreement)) in section
 
 
 # Code
@@ -248,10 +266,22 @@ def verb_of(words: list[str]) -> tuple[str, list[str]]:
     return step, words[at + 2 :]
 
 
+@pytest.fixture
+def prior_outside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """The file with the prior of docs/extending.md that `--import` is shown with; it is forgotten afterwards."""
+    path = tmp_path / "my_prior.py"
+    path.write_text(blocks("docs/extending.md", "python")[0])
+    monkeypatch.setattr(Prior, "_members", dict(Prior._members))
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    yield path
+    sys.modules.pop("my_prior", None)
+
+
 @pytest.mark.parametrize("command", COMMANDS)
-def test_every_command_is_understood(command, monkeypatch, capsys):
+def test_every_command_is_understood(command, monkeypatch, capsys, prior_outside):
     """Verbs, keys, values, files and launch options exist: `make demo` runs those of the digits for real."""
     monkeypatch.chdir(ROOT)
+    command = command.replace("--import my_prior.py", f"--import {prior_outside}")
     words = [word for word in shlex.split(command) if not re.fullmatch(r"[A-Z_]+=\S+", word)]
     if words[0] not in ("smalti", "accelerate"):
         check_words(words)
@@ -288,9 +318,13 @@ def test_every_command_in_a_sentence_is_understood(command, keys):
     elif words[0] != "smalti":
         check_words([word for word in words if is_whole(word)])
     elif words[1] != "VERB" and not words[1].startswith("-"):
-        assert words[1] in verbs()
-        for argument in words[2:]:
+        assert words[1] in verbs() or words[1] in BESIDES
+        options = [word for word in words[2:] if words[1] in verbs()]
+        while options:
+            argument = options.pop(0)
             key = argument.partition("=")[0]
+            if argument in ("--help", "--import", "--config") and options:
+                options.pop(0)  # what it takes
             assert argument == "..." or key.startswith("--") or is_key(key, keys[words[1]]), argument
 
 

@@ -153,7 +153,7 @@ def test_a_run_that_ends_by_the_clock(capsys):
     assert re.search(r"the run takes +5\.0 min", page) and "warning: train.steps" not in page
     fewer = planned(*argv, "train.steps=100")
     assert fewer.steps == 100 and "minutes that it has" not in capsys.readouterr().out
-    assert planned(*argv[:4], "train.steps=null").hours is None
+    assert planned(*argv[:4], "train.steps=null", "train.minutes=null").hours is None
     assert "warning: train.steps: null needs train.minutes" in capsys.readouterr().out
 
 
