@@ -4,8 +4,10 @@ sentences."""
 from __future__ import annotations
 
 import html
+import math
 import sys
 import threading
+import time
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -19,6 +21,7 @@ from tokenizer.files.errors import one_line
 
 OURS = ("pipelines", "prior", "tokenizer")
 BROKEN = "Something went wrong on the server; what it was stands in its log."
+BETWEEN = 0.4  # seconds between two reports, each of which makes the browser look at the whole page
 MODEL = "model"
 """What all events share that use the pipeline: gradio then runs one of them at a time."""
 
@@ -29,21 +32,22 @@ class Stopped(Exception):
 
 @dataclass
 class Job:
-    """What is being done for one visitor, and how far it is."""
+    """What is being done for one visitor, and in what units that was last shown."""
 
     session: str
     report: Callable[..., Any]
     stop: threading.Event = field(default_factory=threading.Event)
-    done: int = 0
-    total: int = 0
     unit: str = ""
+    told: float = -math.inf
+    """When a step was last shown."""
 
     def step(self, done: int, total: int, unit: str) -> None:
-        """Show that `done` of `total` are made. Raises `Stopped` if that was asked for."""
-        self.done, self.total, self.unit = done, total, unit
+        """Show that `done` of `total` are made, unless one was shown just now. Raises `Stopped` if asked for."""
         if self.stop.is_set():
             raise Stopped(f"stopped after {done:,} of {total:,} {unit}")
-        self.report((done, total), unit=unit)
+        if unit != self.unit or time.monotonic() - self.told > BETWEEN:
+            self.unit, self.told = unit, time.monotonic()
+            self.report((done, total), unit=unit)
 
     def watch(self, pipeline: Any, step: int, rank: int, kwargs: dict[str, Tensor]) -> dict[str, Tensor]:
         """What a pipeline calls after each step of sampling (`callback_on_step_end`)."""

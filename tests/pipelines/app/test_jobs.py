@@ -85,6 +85,16 @@ def test_a_job_reports_its_steps_and_gives_its_result():
     assert seen == [((0, 1), "steps"), ((1, 3), "images"), ((2, 3), "tokens")] and jobs.current is None
 
 
+def test_steps_are_shown_a_few_times_a_second():
+    """However many there are: every report makes the browser look at the whole page."""
+    seen = []
+    job = Job("me", lambda at, unit: seen.append(at))
+    began = time.monotonic()
+    while time.monotonic() - began < 1:
+        job.step(len(seen), 9, "tokens")
+    assert 2 <= len(seen) <= 4
+
+
 def test_only_who_asked_for_a_job_stops_it(monkeypatch):
     told = []
     monkeypatch.setattr(gr, "Info", lambda text, **more: told.append(text))
