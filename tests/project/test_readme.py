@@ -330,7 +330,7 @@ def test_every_command_in_a_sentence_is_understood(command, keys):
 
 def test_every_setting_that_is_named_exists(keys):
     """`train.steps`, `data.source=folder`: of one verb or another."""
-    setting = re.compile(r"((?:train|data|track|model|critic|loss)\.(?!safetensors)[a-z_.0-9]+)(=.*)?")
+    setting = re.compile(r"((?:train|data|track|model|critic|loss)\.(?!safetensors|fp16|bf16)[a-z_.0-9]+)(=.*)?")
     words = {(page, word) for page in PAGES for span in spans(page) for word in span.split()}
     named = {(page, found[1]) for page, word in words if (found := setting.fullmatch(word))}
     assert len(named) >= 40

@@ -302,6 +302,9 @@ OPTIONAL: list[dict[str, Any]] = [  # arguments of methods that have them, tried
     {"labels": ["a", None, "b", 2]},
     {"output_type": "pt"},
     {"output_type": "np"},
+    {"callback_on_step_end": lambda *_: None},
+    {"num_images_per_label": 2, "labels": ["a", None]},
+    {"variant": "fp16"},
     {"cache": False},
     {"parallel": True},
     {"guidance_scale": 2.0, "labels": "a", "top_p": 0.9},
@@ -375,6 +378,7 @@ def required(pipe: ImagePipeline, method: str, folder: Path) -> dict[str, Callab
         "rows": lambda: images(count),
         "batch_size": lambda: 2,
         "known": lambda: known,
+        "ids": lambda: torch.arange(4, device=CUDA),
         "tokens": lambda: torch.randint(pipe.prior.grid.vocab_size, (count, *pipe.prior.grid.shape)),
         "data": lambda: pipe.compress(images(), progress=False),
         "folder": lambda: folder / "new",
@@ -393,6 +397,7 @@ def try_ability(able: Callable[[], ImagePipeline], name: str, more: dict[str, An
     method = getattr(pipe, name)
     takes = inspect.signature(method).parameters.values()
     wanted = [one.name for one in takes if one.default is one.empty and one.kind is one.POSITIONAL_OR_KEYWORD]
+    wanted += ["known"] if "mask" in optional(name) else []  # one of the two
     quiet = {"progress": False} if "progress" in optional(name) else {}
     with tempfile.TemporaryDirectory() as folder:
         values = required(pipe, name, Path(folder))
