@@ -59,7 +59,7 @@ def rewrite(
         if there is None:
             return found[0]
         text = found[1]
-        if text[1:-2] in (path, posixpath.basename(path)):
+        if text[1:-2].endswith(posixpath.basename(path)) and " " not in text:
             text = f"[{(titles or {}).get(there, text[1:-2])}]("
         return f"{text}{posixpath.relpath(there, posixpath.dirname(page) or '.')}{hash_}{anchor}{found[3]}"
 
