@@ -21,7 +21,7 @@ from tokenizer import TokenGrid
 from tokenizer.files.errors import ConfigError
 
 SIDE = 9
-PIXELS, CHANNELS, DECADES = 32, 3, 3
+PIXELS, CHANNELS, DECADES = 64, 3, 3
 PLANE = 96
 # Smaller than the defaults, where a model has such a setting.
 SMALL: dict[str, Any] = {
@@ -176,7 +176,7 @@ def tokenizer(member: Any) -> str:
 
 
 TOKENIZER = (
-    "Which pixels of a 32x32 image change with one token{place}: the darker, the more (random weights, a small model, "
+    "Which pixels of a 64x64 image change with one token{place}: the darker, the more (random weights, a small model, "
     "logarithmic over three decades)."
 )
 
