@@ -21,7 +21,7 @@ from tokenizer import TokenGrid
 from tokenizer.files.errors import ConfigError
 
 SIDE = 9
-PIXELS, CHANNELS = 32, 3
+PIXELS, CHANNELS, DECADES = 64, 3, 3
 PLANE = 96
 # Smaller than the defaults, where a model has such a setting.
 SMALL: dict[str, Any] = {
@@ -143,10 +143,10 @@ def maps(size: Tensor, sides: Any, target: int) -> str:
     return f'<svg viewBox="0 0 {left - cell} {height}" class="cells" role="img">{"".join(drawn)}</svg>'
 
 
-def ink(size: Tensor) -> Tensor:
-    """Shares of ink, logarithmic over six decades; nothing where nothing moves."""
+def ink(size: Tensor, decades: int = 6) -> Tensor:
+    """Shares of ink, logarithmic over so many decades; nothing where nothing moves."""
     seen = size > 1e-12
-    depth = (size.clamp(min=1e-30).log10() - size.max().clamp(min=1e-30).log10()) / 6 + 1
+    depth = (size.clamp(min=1e-30).log10() - size.max().clamp(min=1e-30).log10()) / decades + 1
     return torch.where(seen, depth.clamp(0.12, 1), torch.zeros_like(size))
 
 
@@ -163,20 +163,21 @@ def tokenizer(member: Any) -> str:
         return ""
     tokens = model.encode(images)
     flat, grid = tokens.flatten(), model.grid
-    target = len(grid) // 2 + (grid.shape[-1] // 2 if len(grid.shape) > 1 else 0)
+    rows, columns = grid.shape[0] // model.levels, grid.shape[-1]
+    target = rows // 2 * columns + columns // 2 if len(grid.shape) > 1 else len(grid) // 2
     other = flat.clone()
     other[target] = (other[target] + grid.vocab_size // 2) % grid.vocab_size
     moved = (model.decode(other.view_as(tokens)) - model.decode(tokens)).abs()[0].amax(0)
     if not float(moved.max()):
         return ""
-    shares = ink(moved.flatten()).view(PIXELS, PIXELS).numpy()
+    shares = ink(moved.flatten(), DECADES).view(PIXELS, PIXELS).numpy()
     picture = Image.fromarray(((1 - shares) * 255).astype(np.uint8)).resize((256, 256), Image.Resampling.NEAREST)
     return figure(png(picture), TOKENIZER.format(place=" in the middle" if len(grid.shape) > 1 else ""))
 
 
 TOKENIZER = (
-    "Which pixels of a 32x32 image change with one token{place}: the darker, the more (random weights, a small model, "
-    "logarithmic over six decades)."
+    "Which pixels of a 64x64 image change with one token{place}: the darker, the more (random weights, a small model, "
+    "logarithmic over three decades)."
 )
 
 

@@ -41,9 +41,14 @@ def refer(text: str, names: dict[str, str]) -> str:
     return KEPT.sub(linked, text)
 
 
-def rewrite(text: str, origin: str, page: str, find: Callable[[str], str | None]) -> str:
-    """Markdown of the repository's file `origin` with its links as they are on the site's page `page`. find: the page
-    of a path in the repository, or None; what is not found stays as it is, for the build to complain of."""
+def rewrite(
+    text: str, origin: str, page: str, find: Callable[[str], str | None], titles: dict[str, str] | None = None
+) -> str:
+    """Markdown of the repository's file `origin` with its links as they are on the site's page `page`.
+
+    find: the page of a path in the repository, or None; what is not found stays as it is, for the build to complain of.
+    titles: of pages; they take the place of a link's text that is but the name of a file.
+    """
 
     def moved(found: re.Match[str]) -> str:
         target = found[2]
@@ -53,6 +58,9 @@ def rewrite(text: str, origin: str, page: str, find: Callable[[str], str | None]
         there = find(posixpath.normpath(posixpath.join(posixpath.dirname(origin), path)))
         if there is None:
             return found[0]
-        return f"{found[1]}{posixpath.relpath(there, posixpath.dirname(page) or '.')}{hash_}{anchor}{found[3]}"
+        text = found[1]
+        if text[1:-2].endswith(posixpath.basename(path)) and " " not in text:
+            text = f"[{(titles or {}).get(there, text[1:-2])}]("
+        return f"{text}{posixpath.relpath(there, posixpath.dirname(page) or '.')}{hash_}{anchor}{found[3]}"
 
     return outside_code(text, lambda prose: LINK.sub(moved, prose))

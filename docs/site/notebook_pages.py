@@ -16,7 +16,7 @@ NOTE = '!!! note "Not run"\n    Text and code alone. `make notebooks` runs it; t
 def stage(pages: Path, root: Path, executed: Path, texts: dict[str, str]) -> list[Any]:
     """Write a page for each notebook; returns the navigation's entries."""
     entries: list[Any] = []
-    for source in sorted((root / "docs/notebooks").glob("[0-9]*_*.py")):
+    for source in scripts(root):
         ran = executed / f"{source.stem}.ipynb"
         if ran.is_file():
             cells = json.loads(ran.read_text(encoding="utf-8"))["cells"]
@@ -29,6 +29,11 @@ def stage(pages: Path, root: Path, executed: Path, texts: dict[str, str]) -> lis
         heading = re.search(r"^# (.+)$", text, re.MULTILINE)
         entries.append({heading[1] if heading else source.stem: page})
     return entries
+
+
+def scripts(root: Path) -> list[Path]:
+    """The notebooks as they are kept, in order."""
+    return sorted((root / "docs/notebooks").glob("[0-9]*_*.py"))
 
 
 def from_percent(text: str) -> list[str]:

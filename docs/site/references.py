@@ -99,7 +99,8 @@ def block(path: str) -> str:
 
 def in_order(cls: type) -> str:
     """Options that show the public members of a class, inherited ones included."""
-    return f"    options:\n      inherited_members: true\n      members: [{', '.join(members_of(cls))}]\n"
+    options = ["inherited_members: true", "group_by_category: false", f"members: [{', '.join(members_of(cls))}]"]
+    return "\n      ".join(["    options:", *options]) + "\n"
 
 
 def members_of(cls: type) -> list[str]:
@@ -107,7 +108,7 @@ def members_of(cls: type) -> list[str]:
     names = ["from_pretrained"]
     for each in cls.__mro__:
         if each.__module__.partition(".")[0] in PACKAGES:
-            own = [*vars(each), *vars(each).get("__annotations__", ())]
+            own = [*vars(each).get("__annotations__", ()), *vars(each)]
             names += [name for name in own if name == "__call__" or not name.startswith("_")]
     return list(dict.fromkeys(names))
 

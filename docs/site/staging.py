@@ -31,6 +31,13 @@ TITLES = {
     "formats.md": "Formats",
 }
 PROJECT = [{"Contributing": "contributing.md"}, {"Changelog": "changelog.md"}, {"Licence": "files/LICENSE.md"}]
+NAMES = {
+    **TITLES,
+    "gallery.md": "Gallery",
+    "results.md": "Results",
+    "contributing.md": "Contributing",
+    "changelog.md": "Changelog",
+}
 PAGES = {
     HOME: "index.md",
     "README.md": "overview.md",
@@ -43,14 +50,17 @@ PAGES = {
 def stage(pages: Path, root: Path, executed: Path) -> list[Any]:
     """Write every page below `pages`; returns the navigation. executed: where notebooks that have run may be."""
     texts: dict[str, str] = {}
-    for origin, page in PAGES.items():
-        source = (root / origin).read_text(encoding="utf-8")
-        texts[page] = links.rewrite(source, origin, page, lambda path: find(path, root, texts))
+    scripts = {f"docs/notebooks/{path.name}": f"notebooks/{path.stem}.md" for path in notebook_pages.scripts(root)}
+    entries = navigation(notebook_pages.stage(pages, root, executed, texts))
+    for origin, page in {**PAGES, **scripts}.items():
+        source = texts.get(page) or (root / origin).read_text(encoding="utf-8")
+        texts[page] = links.rewrite(
+            source, origin, page, lambda path: scripts.get(path) or find(path, root, texts), NAMES
+        )
     for path in (root / "docs").glob("*.md"):
         if f"docs/{path.name}" not in PAGES:
             raise SystemExit(f"docs/{path.name}: no place in the navigation; add it to docs/site/staging.py")
     find("LICENSE", root, texts)
-    entries = navigation(notebook_pages.stage(pages, root, executed, texts))
     names = references.documented()
     texts = {page: links.refer(text, names) for page, text in texts.items()}
     entries += [

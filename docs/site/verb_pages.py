@@ -62,11 +62,9 @@ def configs_of(module: Any) -> list[type[Any]]:
     """The configuration of a verb: that of its `main`, or those that its module defines, if it has several."""
     if isinstance(module.main, partial):
         return [module.main.args[0]]
-    return [
-        cls
-        for cls in vars(module).values()
-        if inspect.isclass(cls) and issubclass(cls, Config) and cls.__module__ == module.__name__
-    ]
+    own = [cls for cls in vars(module).values() if inspect.isclass(cls) and cls.__module__ == module.__name__]
+    configs = [cls for cls in own if issubclass(cls, Config)]
+    return [cls for cls in configs if not any(cls in other.__mro__[1:] for other in configs)]
 
 
 def presets(root: Path) -> str:
