@@ -12,7 +12,7 @@ READY  := $(VENV)/.demo-$(SUM)
 TESTS  := $(VENV)/.dev-$(SUM)
 GPU    := $(VENV)/.gpu-$(SUM)
 
-.PHONY: demo test slow gpu gallery check floors help
+.PHONY: demo test slow gpu gallery notebooks check floors help
 
 help:
 	@echo "make demo   install, train on digits, generate, evaluate (about 4 minutes on two cores, and the installation)"
@@ -20,6 +20,7 @@ help:
 	@echo "make slow   the measurements that take longer"
 	@echo "make gpu    checks and measures on this machine's GPU, and writes the table into docs/results.md"
 	@echo "make gallery trains every pair of presets, and draws docs/gallery.md (hours)"
+	@echo "make notebooks executes docs/notebooks, pictures included, into build/notebooks (minutes)"
 	@echo "make floors the tests with the lowest versions of pyproject.toml, then with the newest"
 
 demo: $(DONE)/evaluation
@@ -70,6 +71,10 @@ gpu: $(GPU)
 # A picture of what each pair of presets gives; it goes on where it was stopped. ARGS="only=digits share=0.1" and others.
 gallery: $(TESTS)
 	$(BIN)/python benchmarks/gallery.py $(ARGS)
+
+# ARGS="only=1,2" executes some. A cell that fails is told, and the others are executed all the same.
+notebooks: $(TESTS)
+	$(BIN)/python docs/notebooks/execute.py $(ARGS)
 
 # Each in an environment of its own, below build/. The second runs whatever the first has shown.
 floors:
