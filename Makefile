@@ -12,7 +12,7 @@ READY  := $(VENV)/.demo-$(SUM)
 TESTS  := $(VENV)/.dev-$(SUM)
 GPU    := $(VENV)/.gpu-$(SUM)
 
-.PHONY: demo test slow gpu gallery docs site check floors help
+.PHONY: demo test slow gpu gallery notebooks docs site check floors help
 
 help:
 	@echo "make demo   install, train on digits, generate, evaluate (about 4 minutes on two cores, and the installation)"
@@ -22,6 +22,7 @@ help:
 	@echo "make gallery trains every pair of presets, and draws docs/gallery.md (hours)"
 	@echo "make docs   these pages, the reference and the notebooks as a site in build/site; a dead link ends it"
 	@echo "make site   the same, served at http://127.0.0.1:8000"
+	@echo "make notebooks executes docs/notebooks, pictures included, into build/notebooks (minutes)"
 	@echo "make floors the tests with the lowest versions of pyproject.toml, then with the newest"
 
 demo: $(DONE)/evaluation
@@ -82,6 +83,10 @@ docs: $(TESTS)
 # Another port: ARGS=serve=9000.
 site: $(TESTS)
 	$(BIN)/python docs/site/build.py serve=8000 $(ARGS)
+
+# ARGS="only=1,2" executes some. A cell that fails is told, and the others are executed all the same.
+notebooks: $(TESTS)
+	$(BIN)/python docs/notebooks/execute.py $(ARGS)
 
 # Each in an environment of its own, below build/. The second runs whatever the first has shown.
 floors:

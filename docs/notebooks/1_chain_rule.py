@@ -13,13 +13,13 @@
 # %% [markdown]
 # # Autoregressive models from the chain rule
 #
-# What is the probability of an image? An image is many numbers, and there is no table of all images. The chain rule turns
-# the question into many small ones. For a grid of $N$ tokens $x_1 \dots x_N$, in any fixed order,
+# What is the probability of an image? An image is many numbers, and there is no table of all images. The chain rule
+# turns the question into many small ones. For a grid of $N$ tokens $x_1 \dots x_N$, in any fixed order,
 #
 # $$p(x) = \prod_{i=1}^{N} p(x_i \mid x_1, \dots, x_{i-1}).$$
 #
-# Nothing is approximated here. Each factor is a classifier: it sees the tokens that come earlier, and says how likely each
-# value of the next one is. A model of this kind is called *autoregressive*.
+# Nothing is approximated here. Each factor is a classifier: it sees the tokens that come earlier, and says how likely
+# each value of the next one is. A model of this kind is called *autoregressive*.
 #
 # All models of this notebook are such products. They differ in one thing: **how a network is kept from looking at what
 # comes later.** We write the first one by hand, and take the others from `prior/`, where each is one file.
@@ -40,13 +40,13 @@ from tokenizer import TokenGrid
 
 SHARE = float(os.environ.get("SMALTI_NOTEBOOK_SHARE", "1"))  # below 1, trainings are shorter
 plt.rcParams.update({"figure.dpi": 110, "image.cmap": "gray", "image.interpolation": "nearest"})
-torch.manual_seed(0);
+_ = torch.manual_seed(0)
 
 # %% [markdown]
 # ## Small binary digits
 #
-# We want models that train in seconds, so the images are small: digits of 12x12 pixels, black or white. A pixel is a token
-# with two values. `load_images` holds some digits out; on those we will measure.
+# We want models that train in seconds, so the images are small: digits of 12x12 pixels, black or white. A pixel is a
+# token with two values. `load_images` holds some digits out; on those we will measure.
 
 # %%
 images = load_images(DataConfig(source="digits", image_size=12))
@@ -59,7 +59,7 @@ def binary(split) -> Tensor:
 
 train_tokens, test_tokens = binary(images.train), binary(images.held_out)[:400]
 grid = TokenGrid((12, 12), 2)
-print(f"{len(train_tokens)} grids to train on, {len(test_tokens)} held out; {len(grid)} tokens of {grid.vocab_size} values")
+print(f"{len(train_tokens)} grids to train on, {len(test_tokens)} held out; {len(grid)} tokens each")
 
 
 # %%
@@ -79,13 +79,13 @@ show(test_tokens[:32], "held-out digits")
 # %% [markdown]
 # ## What is measured
 #
-# Training makes the training images likely: it minimises $-\log p(x)$. We report the same number on held-out images, per
-# token and in bits, so that it has a meaning by itself:
+# Training makes the training images likely: it minimises $-\log p(x)$. We report the same number on held-out images,
+# per token and in bits, so that it has a meaning by itself:
 #
 # $$\text{bits per token} = -\frac{1}{N \ln 2} \, \log p(x).$$
 #
-# A fair coin for each pixel costs 1 bit. That is the ceiling. A first floor is `marginal`, the frequency of white at each
-# position: it knows where digits are, but no pixel knows of another.
+# A fair coin for each pixel costs 1 bit. That is the ceiling. A first floor is `marginal`, the frequency of white at
+# each position: it knows where digits are, but no pixel knows of another.
 
 # %%
 bits = {"fair coins": 1.0}
@@ -138,8 +138,8 @@ class FullyVisible(nn.Module):
 
 
 # %% [markdown]
-# The loop is that of any classifier: the learning rate rises, then falls to zero. We will use it for all models, as all of
-# them have `log_prob`.
+# The loop is that of any classifier: the learning rate rises, then falls to zero. We will use it for all models, as all
+# of them have `log_prob`.
 
 
 # %%
@@ -163,9 +163,9 @@ bits["by hand"] = bits_per_token(by_hand)
 print(f"by hand: {bits['by hand']:.3f} bits per token, marginal: {bits['marginal']:.3f}")
 
 # %% [markdown]
-# What has it learned? Row $i$ of the matrix has a weight for each earlier pixel, so it can be looked at as an image. Red
-# makes a white pixel at the green square more likely, blue less likely. Near pixels matter most. Below and to the right of
-# the square there is nothing: these pixels come later.
+# What has it learned? Row $i$ of the matrix has a weight for each earlier pixel, so it can be looked at as an image.
+# Red makes a white pixel at the green square more likely, blue less likely. Near pixels matter most. Below and to the
+# right of the square there is nothing: these pixels come later.
 
 # %%
 figure, axes = plt.subplots(1, 4, figsize=(10, 2.9), layout="constrained")
@@ -174,11 +174,12 @@ for axis, (row, column) in zip(axes, [(3, 6), (5, 4), (7, 7), (9, 5)], strict=Tr
     drawn = axis.imshow(weights, cmap="RdBu_r", vmin=-3, vmax=3)
     axis.add_patch(plt.Rectangle((column - 0.5, row - 0.5), 1, 1, color="tab:green"))
     axis.set(title=f"row {row}, column {column}", xticks=[], yticks=[])
-figure.colorbar(drawn, ax=axes, label="weight", shrink=0.8);
+figure.colorbar(drawn, ax=axes, label="weight", shrink=0.8)
+plt.show()
 
 # %% [markdown]
-# **Sampling** follows the product from left to right: draw $x_1$, then $x_2$ given $x_1$, and so on. It takes $N$ steps,
-# because each pixel needs those before it.
+# **Sampling** follows the product from left to right: draw $x_1$, then $x_2$ given $x_1$, and so on. It takes $N$
+# steps, because each pixel needs those before it.
 
 
 # %%
@@ -195,8 +196,9 @@ torch.manual_seed(0)
 show(draw(by_hand, 32), "samples of the model by hand")
 
 # %% [markdown]
-# There are strokes now, but few digits. A logistic regression can say "white where the left neighbour is white". It cannot
-# say "white where the left neighbour is white *unless* the upper one is white as well". That takes hidden layers.
+# There are strokes now, but few digits. A logistic regression can say "white where the left neighbour is white". It
+# cannot say "white where the left neighbour is white *unless* the upper one is white as well". That takes hidden
+# layers.
 #
 # ## MADE: hidden layers with masks
 #
@@ -206,9 +208,9 @@ show(draw(by_hand, 32), "samples of the model by hand")
 # - the unit sees the tokens of rank $< d$ (ranks count from 0);
 # - the logit at rank $r$ sees the units of degree $\le r$.
 #
-# So what reaches logit $r$ has rank $< d \le r$: only earlier tokens. In the picture, white is kept and black is cut, for
-# 9 tokens and 16 hidden units. The product of both masks counts the paths from token to logit, and it has to be strictly
-# lower triangular, like the matrix above.
+# So what reaches logit $r$ has rank $< d \le r$: only earlier tokens. In the picture, white is kept and black is cut,
+# for 9 tokens and 16 hidden units. The product of both masks counts the paths from token to logit, and it has to be
+# strictly lower triangular, like the matrix above.
 
 # %%
 small_made = Prior.create("made", grid=TokenGrid((3, 3), 2), hidden=(16,))
@@ -231,8 +233,8 @@ figure.colorbar(drawn, ax=axes[2], shrink=0.8)
 assert torch.equal(paths > 0, small_made.receptive_field), "the model's own account is another"
 
 # %% [markdown]
-# The model says the same of itself: `receptive_field[i, j]` is True where logit $i$ sees token $j$, for every prior. The
-# last line compared it with the paths.
+# The model says the same of itself: `receptive_field[i, j]` is True where logit $i$ sees token $j$, for every prior.
+# The last line compared it with the paths.
 #
 # Now MADE on the digits, by the same loop. (For real work there is `smalti train_prior`; the loop is here to be seen.)
 
@@ -244,10 +246,10 @@ show(made.sample(32, generator=torch.Generator().manual_seed(0)), f"samples of M
 # %% [markdown]
 # ## Causal convolutions
 #
-# MADE has weights of its own for each pixel. A convolution shares them: an edge is an edge, wherever it is. Along a walk
-# over the grid, a *causal* convolution only looks back. With $k$ taps, a layer sees $k - 1$ steps farther than the one
-# below it. WaveNet (van den Oord et al. 2016) doubles the distance between the taps from layer to layer. Then the reach
-# grows as a power of two, for the same number of weights.
+# MADE has weights of its own for each pixel. A convolution shares them: an edge is an edge, wherever it is. Along a
+# walk over the grid, a *causal* convolution only looks back. With $k$ taps, a layer sees $k - 1$ steps farther than the
+# one below it. WaveNet (van den Oord et al. 2016) doubles the distance between the taps from layer to layer. Then the
+# reach grows as a power of two, for the same number of weights.
 
 # %%
 figure, axes = plt.subplots(2, 1, figsize=(10, 4.2), layout="constrained")
@@ -264,7 +266,8 @@ for axis, (title, dilations) in zip(
         nodes = {below for _, below in edges}
     axis.scatter(sorted(nodes), [0] * len(nodes), s=26, color="tab:red", zorder=3)
     axis.set(title=f"{title}: {len(nodes)} steps are seen", yticks=range(5), ylabel="layer", xlim=(-0.7, 23.7))
-axes[1].set_xlabel("step of the walk");
+axes[1].set_xlabel("step of the walk")
+plt.show()
 
 # %% [markdown]
 # Is that true of the network as well? We can ask it. The gradient of a logit by the embedding of each token says which
@@ -299,8 +302,8 @@ plt.show()
 print("tokens seen:", [int(seen.sum()) for seen in reach])
 
 # %% [markdown]
-# The reach doubles with each block: 2, 4, 8, 16, 32 inputs. On a grid the walk goes row by row, so the pixel above is 12
-# steps away. Seven blocks reach back 128 of the 144 steps.
+# The reach doubles with each block: 2, 4, 8, 16, 32 inputs. On a grid the walk goes row by row, so the pixel above is
+# 12 steps away. Seven blocks reach back 128 of the 144 steps.
 
 # %%
 causal_conv = train(Prior.create("causal_conv", grid=grid, depth=7, dim=24, skip=32), steps=250, lr=6e-3)
@@ -327,13 +330,13 @@ plt.yticks([])
 plt.show()
 
 # %% [markdown]
-# A stack of such layers looks further and further. But look at *where*: the kernel never goes to the right in its own row,
-# so a path that goes right has to go up as well. We ask the gradient again. Blue tokens reach the red one, grey ones come
-# later, and white ones come earlier **and are never seen**. They are the *blind spot*.
+# A stack of such layers looks further and further. But look at *where*: the kernel never goes to the right in its own
+# row, so a path that goes right has to go up as well. We ask the gradient again. Blue tokens reach the red one, grey
+# ones come later, and white ones come earlier **and are never seen**. They are the *blind spot*.
 #
-# The gated PixelCNN (van den Oord et al. 2016b) has two stacks. The *vertical* one sees the rows above, without any mask.
-# The *horizontal* one sees its own row to the left, and is told at each layer what the vertical one has found. Together
-# they see all.
+# The gated PixelCNN (van den Oord et al. 2016b) has two stacks. The *vertical* one sees the rows above, without any
+# mask. The *horizontal* one sees its own row to the left, and is told at each layer what the vertical one has found.
+# Together they see all.
 
 # %%
 SIDE, CENTRE = 15, 7 * 15 + 7
@@ -360,8 +363,9 @@ for line, name in zip(axes, ["pixelcnn", "gated_pixelcnn"], strict=True):
         picture[seen] = torch.tensor([0.2, 0.45, 0.75])
         picture[7, 7] = torch.tensor([0.84, 0.15, 0.15])
         axis.imshow(picture)
-        axis.set(title=f"{name}, depth {depth}\n{int((earlier & ~seen).sum())} earlier ones unseen", xticks=[], yticks=[])
-        axis.title.set_fontsize(9)
+        unseen = int((earlier & ~seen).sum())
+        axis.set_title(f"{name}, depth {depth}\n{unseen} earlier ones unseen", fontsize=9)
+        axis.set(xticks=[], yticks=[])
 
 # %% [markdown]
 # At depth 8 the gated one sees every earlier token. The wedge of the other one stays, however deep it is. Both give a
@@ -398,11 +402,11 @@ for axis, (title, picture, colors) in zip(axes, panels, strict=True):
 print("sums of the rows:", [round(total, 4) for total in weights.sum(-1).tolist()])
 
 # %% [markdown]
-# The diagonal is kept here, although a token must not see itself. The trick is a shift: the input at rank $r$ is the token
-# of rank $r - 1$, with a start vector at rank 0. "Itself" is the last known token.
+# The diagonal is kept here, although a token must not see itself. The trick is a shift: the input at rank $r$ is the
+# token of rank $r - 1$, with a start vector at rank 0. "Itself" is the last known token.
 #
-# Ranks need not be raster. The mask only says "earlier in the order", so any walk over the grid will do, and notebook 3 is
-# about that. In the picture, both axes are in raster order: on 4x4, row $i$ says which tokens logit $i$ sees.
+# Ranks need not be raster. The mask only says "earlier in the order", so any walk over the grid will do, and notebook 3
+# is about that. In the picture, both axes are in raster order: on 4x4, row $i$ says which tokens logit $i$ sees.
 
 # %%
 orders = ["raster", "snake", "spiral_in", "random:0"]
@@ -443,9 +447,9 @@ assert all(bits[name] < bits["marginal"] < 1 for name in names[2:])
 # %% [markdown]
 # ## Is it really a density?
 #
-# A density sums to one over *all* grids. For large grids nobody can check that, but for tiny ones we can: 3x3 binary tokens
-# make $2^9 = 512$ grids, and we add up $p$ of each. The weights are random, because the sum has to be one whatever the
-# weights are. It is a property of the masks.
+# A density sums to one over *all* grids. For large grids nobody can check that, but for tiny ones we can: 3x3 binary
+# tokens make $2^9 = 512$ grids, and we add up $p$ of each. The weights are random, because the sum has to be one
+# whatever the weights are. It is a property of the masks.
 
 # %%
 tiny = TokenGrid((3, 3), 2)
@@ -483,15 +487,16 @@ for name, p in chances.items():
 assert all(abs(p.sum() - 1) < 1e-4 for p in chances.values())
 
 # %% [markdown]
-# And without the masks? A pixel that may look at itself need only copy itself. We set the diagonal of the matrix by hand:
-# now each factor is near 1 for *every* grid, a loss like a dream, and training would find such weights at once. But it is
-# no density. It promises more than there is to give. The curves add up the grids from the likeliest on, and all end at
-# one, but for the model that peeks.
+# And without the masks? A pixel that may look at itself need only copy itself. We set the diagonal of the matrix by
+# hand: now each factor is near 1 for *every* grid, a loss like a dream, and training would find such weights at once.
+# But it is no density. It promises more than there is to give. The curves add up the grids from the likeliest on, and
+# all end at one, but for the model that peeks.
 
 # %%
 peek, bias = 6 * torch.eye(9), -3.0  # the diagonal is what tril(-1) has left out
 x = every_grid.flatten(1).float()
-chances["by hand, peeking"] = F.binary_cross_entropy_with_logits(x @ peek + bias, x, reduction="none").sum(1).neg().exp()
+nats = -F.binary_cross_entropy_with_logits(x @ peek + bias, x, reduction="none").sum(1)
+chances["by hand, peeking"] = nats.exp()
 
 plt.figure(figsize=(8, 3.2))
 for name, p in chances.items():
@@ -508,8 +513,8 @@ plt.show()
 print(f"with peeking the sum is {chances['by hand, peeking'].sum():.1f}")
 
 # %% [markdown]
-# The last check joins the two sides of a model. `log_prob` says how often a grid should come, and `sample` draws grids: in
-# 20,000 samples, each has to come as often as was said, but for the noise of counting.
+# The last check joins the two sides of a model. `log_prob` says how often a grid should come, and `sample` draws grids:
+# in 20,000 samples, each has to come as often as was said, but for the noise of counting.
 
 # %%
 torch.manual_seed(0)
@@ -534,6 +539,7 @@ print(f"on average a count is off by {off.mean():.2f} of its standard deviations
 # - The chain rule makes a density out of classifiers. It is exact, for any order.
 # - A model is known by its mask: a triangular matrix, degrees, causal kernels, two stacks, or $-\infty$ in a softmax.
 # - Training takes one pass for all tokens, sampling takes $N$ steps.
-# - What a model cannot see costs bits. What it should not see makes the bits a lie, and a sum over tiny grids finds out.
+# - What a model cannot see costs bits. What it should not see makes the bits a lie, and a sum over tiny grids finds
+#   out.
 #
 # [The next notebook](2_two_stages.py) puts a tokenizer before the prior, so that images can be large.

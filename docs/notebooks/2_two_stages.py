@@ -13,14 +13,14 @@
 # %% [markdown]
 # # Two stages
 #
-# [Notebook 1](1_chain_rule.py) modelled pixels one by one. A digit of 28x28 has 784 of them, a photograph a million, and
-# most say nothing new. So we do it in two stages:
+# [Notebook 1](1_chain_rule.py) modelled pixels one by one. A digit of 28x28 has 784 of them, a photograph a million,
+# and most say nothing new. So we do it in two stages:
 #
 # 1. a **tokenizer** learns to write an image as a small grid of ids, and to paint the image from it;
 # 2. a **prior** learns the distribution of such grids, $p(\text{tokens} \mid \text{class})$.
 #
-# A sample is a grid drawn from the prior, painted by the tokenizer. We train both here, with the commands that one uses for
-# real, for about a minute each. Longer trainings of the same presets are in [docs/results.md](../results.md).
+# A sample is a grid drawn from the prior, painted by the tokenizer. We train both here, with the commands that one uses
+# for real, for about a minute each. Longer trainings of the same presets are in [docs/results.md](../results.md).
 
 # %%
 import json
@@ -69,13 +69,13 @@ show(images, "held-out digits")
 # %% [markdown]
 # ## Stage one: VQ-VAE
 #
-# The VQ-VAE (van den Oord et al. 2017) is an autoencoder with a bottleneck of ids. Convolutions turn 28x28 pixels into a
-# grid of 7x7 vectors $z$. A **codebook** holds 128 vectors $e_k$, and each $z$ is replaced by the nearest one:
+# The VQ-VAE (van den Oord et al. 2017) is an autoencoder with a bottleneck of ids. Convolutions turn 28x28 pixels into
+# a grid of 7x7 vectors $z$. A **codebook** holds 128 vectors $e_k$, and each $z$ is replaced by the nearest one:
 #
 # $$\text{token}_{ij} = \arg\min_k \, \lVert z_{ij} - e_k \rVert .$$
 #
-# The decoder paints from the chosen codes. `argmin` has no gradient, so the decoder's gradient is handed to the encoder as
-# if nothing had happened in between, and a second loss keeps each $z$ near its code.
+# The decoder paints from the chosen codes. `argmin` has no gradient, so the decoder's gradient is handed to the encoder
+# as if nothing had happened in between, and a second loss keeps each $z$ near its code.
 #
 # Each verb of the command line is a function here: `train_tokenizer.main([...])` is `smalti train_tokenizer ...`. The
 # preset says what is trained, and what follows changes it.
@@ -104,7 +104,8 @@ left.semilogy(*read(stage_one, "l2"))
 left.set(xlabel="step", ylabel="mean squared error")
 right.plot(*read(stage_one, "codebook_perplexity"))
 right.axhline(128, color="0.6", ls="--")
-right.set(xlabel="step", ylabel="perplexity of the codebook", ylim=(0, 135));
+right.set(xlabel="step", ylabel="perplexity of the codebook", ylim=(0, 135))
+plt.show()
 
 # %% [markdown]
 # ## What the tokens keep
@@ -144,9 +145,9 @@ for axis in axes.flat:
 # %% [markdown]
 # ## The codebook
 #
-# What does a code stand for? We look where it is used: in 1,000 training digits we cut out what surrounds each token, 12x12
-# pixels with the token's own 4x4 in the middle, and take the mean for each code. The most frequent ones come first. Many
-# say "black, and a stroke begins over there"; others are strokes of a direction, ends and bends.
+# What does a code stand for? We look where it is used: in 1,000 training digits we cut out what surrounds each token,
+# 12x12 pixels with the token's own 4x4 in the middle, and take the mean for each code. The most frequent ones come
+# first. Many say "black, and a stroke begins over there"; others are strokes of a direction, ends and bends.
 
 # %%
 some = data.train.batch(range(1000))
@@ -164,11 +165,13 @@ figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.6), layout="constraine
 left.imshow(torch.cat([torch.cat(list(row), 1) for row in cells.split(16)]), vmin=-1, vmax=1)
 left.set(title="where each code is used, most frequent first", xticks=[], yticks=[])
 right.semilogy(counts[by_use].clamp(min=0.5))
-right.set(title="how often it is used", xlabel="code, by use", ylabel="count in 1,000 digits");
+right.set(title="how often it is used", xlabel="code, by use", ylabel="count in 1,000 digits")
+plt.show()
 
 # %% [markdown]
-# **A token belongs to a place.** We change the token in the middle of a digit into each of three others, and look at which
-# pixels move. The decoder's convolutions let a token paint a little beyond its own 4x4 pixels, which is how neighbours join.
+# **A token belongs to a place.** We change the token in the middle of a digit into each of three others, and look at
+# which pixels move. The decoder's convolutions let a token paint a little beyond its own 4x4 pixels, which is how
+# neighbours join.
 
 # %%
 ONE = 6  # a digit with a stroke in the middle
@@ -191,9 +194,7 @@ for (above, below), variant, token in zip(axes.T, variants, changed[:, 3, 3].tol
 # them. `augmentations=1` adds a slightly turned and scaled variant of each training image.
 
 # %%
-dataset = encode.main(
-    [f"tokenizer={stage_one / 'tokenizer'}", "out=runs/two_stages/tokens", "augmentations=1"]
-)
+dataset = encode.main([f"tokenizer={stage_one / 'tokenizer'}", "out=runs/two_stages/tokens", "augmentations=1"])
 written = load_tokens(dataset)
 for name, split in written.splits.items():
     print(f"{name:10} {len(split):5} grids, {split.tokens.dtype}")
@@ -226,8 +227,9 @@ print({name: round(value, 3) for name, value in bits.items()})
 # %% [markdown]
 # ## Stage two: a GPT over tokens
 #
-# The prior is a small causal transformer: it predicts each id from the class and the ids before it, row by row. In training
-# the class is dropped from a tenth of the images, so that the same network also knows $p(\text{tokens})$ without a class.
+# The prior is a small causal transformer: it predicts each id from the class and the ids before it, row by row. In
+# training the class is dropped from a tenth of the images, so that the same network also knows $p(\text{tokens})$
+# without a class.
 
 # %%
 steps = round(500 * SHARE)
@@ -254,8 +256,8 @@ print(pipe)
 assert bits["gpt"] < bits["marginal"] < bits["uniform"]
 
 # %% [markdown]
-# **Where are the bits?** `token_log_probs` has log p of each token. Its mean over held-out digits, by position, shows what
-# is hard to guess. Corners are nearly always black. The middle, where the strokes are, costs most.
+# **Where are the bits?** `token_log_probs` has log p of each token. Its mean over held-out digits, by position, shows
+# what is hard to guess. Corners are nearly always black. The middle, where the strokes are, costs most.
 
 # %%
 with torch.no_grad():
@@ -269,8 +271,8 @@ plt.show()
 # %% [markdown]
 # ## Samples
 #
-# Image $k$ uses the seed `seed + k`, so that it is the same in any batch. `guidance_scale` above 1 makes the class count for
-# more, at the price of variety. This preset has 1.5. Columns are classes.
+# Image $k$ uses the seed `seed + k`, so that it is the same in any batch. `guidance_scale` above 1 makes the class
+# count for more, at the price of variety. This preset has 1.5. Columns are classes.
 
 # %%
 columns = list(range(10))
@@ -279,7 +281,8 @@ show(out.images, f"samples, classes 0 to 9, {bits['gpt']:.2f} bits per token", c
 
 # %% [markdown]
 # The output holds the tokens as well, and `decode` turns them into the same images. The floors sample, too: here is
-# what the frequencies of `marginal` give, painted by the same decoder. The decoder cannot mend a grid that makes no sense.
+# what the frequencies of `marginal` give, painted by the same decoder. The decoder cannot mend a grid that makes no
+# sense.
 
 # %%
 assert torch.equal(pipe.decode(out.tokens, output_type="pt"), out.images)

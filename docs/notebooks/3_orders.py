@@ -13,18 +13,18 @@
 # %% [markdown]
 # # Orders
 #
-# The chain rule holds for any order of the tokens, and for more than that. Cut the grid into **blocks**, and say which block
-# comes first:
+# The chain rule holds for any order of the tokens, and for more than that. Cut the grid into **blocks**, and say which
+# block comes first:
 #
 # $$p(\text{tokens}) = \prod_{b} \; \prod_{i \in b} p(\text{token}_i \mid \text{tokens of the blocks before } b).$$
 #
-# With one token a block this is the chain rule of [notebook 1](1_chain_rule.py). With larger blocks, a whole block is drawn in
-# one pass, and its tokens do not see each other. That is no approximation: the model is *defined* so, and its density is
-# exact and sums to one. But tokens that would have liked to talk can no longer do so. This costs bits, and this notebook
-# measures how many.
+# With one token a block this is the chain rule of [notebook 1](1_chain_rule.py). With larger blocks, a whole block is
+# drawn in one pass, and its tokens do not see each other. That is no approximation: the model is *defined* so, and its
+# density is exact and sums to one. But tokens that would have liked to talk can no longer do so. This costs bits, and
+# this notebook measures how many.
 #
-# All trainings here are short, so differences of a few hundredths of a bit are noise. [docs/orders.md](../orders.md) has
-# longer ones.
+# All trainings here are short, so differences of a few hundredths of a bit are noise. [docs/orders.md](../orders.md)
+# has longer ones.
 
 # %%
 import contextlib
@@ -48,8 +48,9 @@ plt.rcParams.update({"figure.dpi": 110, "image.cmap": "gray", "image.interpolati
 # %% [markdown]
 # ## One token after the other
 #
-# `make_partition` knows orders by name, and returns `order`, where `order[r]` is the raster index of the token of rank r, and
-# the sizes of the blocks. Here each block is one token. The colour is the rank, dark first, and the line is the walk.
+# `make_partition` knows orders by name, and returns `order`, where `order[r]` is the raster index of the token of rank
+# r, and the sizes of the blocks. Here each block is one token. The colour is the rank, dark first, and the line is the
+# walk.
 
 # %%
 names = ["raster", "column", "snake", "hilbert", "z_curve", "spiral_in", "spiral_out", "random:0"]
@@ -64,7 +65,8 @@ for axis, name in zip(axes.flat, names, strict=True):
 # ## Several tokens at once
 #
 # Now the colour is the number of the block. Cells of one colour are drawn in the same pass. `rows` and `halton:8` take
-# about as many passes, but the neighbours of a cell are in its own block in the one, and in other blocks in the other.
+# about as many passes. In the one, the neighbours of a cell are in its own block, in the other they are in other
+# blocks.
 
 # %%
 names = ["diagonal", "wave:2", "rows", "regions:4", "halton:8", "spread:5", "dyadic", "raster/4"]
@@ -81,8 +83,8 @@ for axis, name in zip(axes.flat, names, strict=True):
 # %% [markdown]
 # ## The tokens
 #
-# A trained pipeline of digits comes with the package. We take its tokenizer, write the ids of all digits once, and then only
-# train priors.
+# A trained pipeline of digits comes with the package. We take its tokenizer, write the ids of all digits once, and then
+# only train priors.
 
 # %%
 shipped = ImagePipeline.from_pretrained("digits")
@@ -92,14 +94,14 @@ test = load_tokens(dataset).splits["test"]
 tokens, labels = test.tokens.long(), test.labels.long()
 
 # %% [markdown]
-# Each prior below is a small transformer, trained for as many steps on the same tokens. `gpt` draws one token at a time, in
-# any order. `blocks` is its sister that takes any ordered partition: only the mask differs.
+# Each prior below is a small transformer, trained for as many steps on the same tokens. `gpt` draws one token at a
+# time, in any order. `blocks` is its sister that takes any ordered partition: only the mask differs.
 
 
 # %%
 def trained(kind: str, order: str, steps: int = 250, **model: object) -> ImagePipeline:
     """A pipeline whose prior draws in this order."""
-    name = f"{kind}-{order}".replace(":", "-")
+    name = "-".join([kind, order.replace(":", "-"), *model])
     sizes = {"dim": 48, "depth": 3, "heads": 4, "order": order, **model}
     arguments = ["--config", "gpt_digits", f"tokens={dataset}", f"out=runs/orders/{name}", f"model.kind={kind}"]
     arguments += [f"model.{key}={str(value).lower()}" for key, value in sizes.items()]
@@ -121,9 +123,9 @@ def token_bits(pipe: ImagePipeline) -> Tensor:
 # %% [markdown]
 # ## Does the walk matter?
 #
-# First one token at a time. Every order has the same number of conditionals, and a perfect model would give the same density
-# in each. A learned one does not: a conditional is easier to learn if what it depends on is near. In a random order, the
-# first tokens are drawn with nothing near them.
+# First one token at a time. Every order has the same number of conditionals, and a perfect model would give the same
+# density in each. A learned one does not: a conditional is easier to learn if what it depends on is near. In a random
+# order, the first tokens are drawn with nothing near them.
 
 # %%
 one = {order: trained("gpt", order) for order in ["raster", "snake", "hilbert", "random:0"]}
@@ -132,7 +134,8 @@ figure, axes = plt.subplots(1, 4, figsize=(10, 2.9), layout="constrained")
 for axis, (order, found) in zip(axes, cost.items(), strict=True):
     drawn = axis.imshow(found, cmap="magma", vmin=0, vmax=7)
     axis.set(title=f"{order}: {found.mean():.2f} bits", xticks=[], yticks=[])
-figure.colorbar(drawn, ax=axes, label="bits of a token", shrink=0.9);
+figure.colorbar(drawn, ax=axes, label="bits of a token", shrink=0.9)
+plt.show()
 
 # %% [markdown]
 # A bright cell is a token that is hard to guess when its turn comes. In raster order the cost is spread evenly over the
@@ -144,7 +147,7 @@ figure.colorbar(drawn, ax=axes, label="bits of a token", shrink=0.9);
 # Now several tokens at a time. `blocks` in raster order is the fair beginning: the same network with one token a block.
 
 # %%
-names = ["raster", "diagonal", "halton:8", "rows"]
+names = ["raster", "diagonal", "spread:8", "rows"]
 several = {order: trained("blocks", order) for order in names}
 for order, pipe in several.items():
     cost[f"blocks, {order}"] = token_bits(pipe)
@@ -167,13 +170,15 @@ plt.show()
 assert cost["blocks, rows"].mean() > cost["blocks, diagonal"].mean()
 
 # %% [markdown]
-# Diagonals take a quarter of the passes, and cost little: the tokens of a diagonal touch only at corners. `rows` is dear,
-# because left and right neighbours are drawn without a look at each other. `halton:8` takes about as many passes, keeps the
-# tokens of a block apart, and is cheaper.
+# Diagonals take a quarter of the passes, and cost little: the tokens of a diagonal touch only at their corners. `rows`
+# and `spread:8` take even fewer, and cost several times as much.
 #
-# **Where is the price paid?** We subtract the cost in raster order from that of each block order. Red tokens have become
-# dearer, blue ones cheaper. With `halton:8` the first blocks are dear and the last ones cheap: in the end, a token has known
-# neighbours on all sides, which no raster order can give.
+# **Where is the price paid?** We subtract the cost in raster order from that of each block order. Red tokens have
+# become dearer, blue ones cheaper; the numbers are those of the blocks. `rows` pays a little everywhere, for the left
+# neighbour that it cannot see. `spread:8` pays in its first blocks, where hardly anything is known. Its last ones are
+# cheaper than in raster order, because there a token has known neighbours on all sides. What a network can make of far
+# neighbours it has to learn, so such orders gain from longer training: in [docs/orders.md](../orders.md#what-it-costs)
+# they are clearly ahead of `rows`.
 
 # %%
 figure, axes = plt.subplots(1, 3, figsize=(9, 3), layout="constrained")
@@ -184,7 +189,8 @@ for axis, order in zip(axes, names[1:], strict=True):
     for cell, number in enumerate(numbers.tolist()):
         axis.text(cell % 7, cell // 7, number, ha="center", va="center", fontsize=7)
     axis.set(title=f"{order}: {dearer.mean():+.2f} bits per token", xticks=[], yticks=[])
-figure.colorbar(drawn, ax=axes, label="bits more than raster", shrink=0.9);
+figure.colorbar(drawn, ax=axes, label="bits more than raster", shrink=0.9)
+plt.show()
 
 # %% [markdown]
 # ## Watch it being drawn
@@ -211,8 +217,7 @@ for axis, (order, pipe) in zip(axes, several.items(), strict=True):
     axis.set(xticks=[], yticks=[])
 
 # %% [markdown]
-# And finished ones, one class per column. Look at the rows of `rows`: where left and right could not talk, strokes do not
-# meet.
+# And finished ones, one class per column, with the time that 20 images took.
 
 # %%
 figure, axes = plt.subplots(4, 1, figsize=(9, 7.6), layout="constrained")
@@ -227,9 +232,9 @@ for axis, (order, pipe) in zip(axes, several.items(), strict=True):
 # %% [markdown]
 # ## Any order
 #
-# A prior may also learn all orders at once: in training, each image comes in a random one (`any_order=true`). It has more to
-# learn, so in each single order it is behind a prior that knows only that one. What it gains: it can look at *whatever is
-# known*.
+# A prior may also learn all orders at once: in training, each image comes in a random one (`any_order=true`). It has
+# more to learn, so in each single order it is behind a prior that knows only that one. What it gains: it can look at
+# *whatever is known*.
 
 # %%
 any_order = trained("gpt", "raster", steps=500, any_order=True)
@@ -239,9 +244,9 @@ with torch.no_grad():
         print(f"{order:10} {-nats.mean() / (49 * math.log(2)):.3f} bits per token")
 
 # %% [markdown]
-# So we keep the *lower* half of held-out digits and let it draw the upper one. The raster prior starts at the top, and cannot
-# look at what comes later in its order: its upper halves fit the class, but not the lower half. The prior of any order looks at
-# the known half first.
+# So we keep the *lower* half of held-out digits and let it draw the upper one. The raster prior starts at the top, and
+# cannot look at what comes later in its order: its upper halves fit the class, but not the lower half. The prior of any
+# order looks at the known half first.
 
 # %%
 images = load_images(DataConfig(source="digits")).held_out.batch(range(8))
@@ -262,9 +267,9 @@ for axis, (name, row) in zip(axes, rows.items(), strict=True):
 # %% [markdown]
 # ## For nothing: guess and check
 #
-# There is one way to fewer passes that costs no bits at all. `parallel=True` guesses all remaining tokens, checks them in one
-# pass with the noise that each image would have used, and goes on from the first wrong one. The images are the same, to the
-# token. It pays where a pass over many tokens takes as long as one over a few: on a GPU.
+# There is one way to fewer passes that costs no bits at all. `parallel=True` guesses all remaining tokens, checks them
+# in one pass with the noise that each image would have used, and goes on from the first wrong one. The images are the
+# same, to the token. It pays where a pass over many tokens takes as long as one over a few: on a GPU.
 
 # %%
 plain = shipped(4, labels=[0, 3, 5, 8], seed=0)

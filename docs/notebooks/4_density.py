@@ -13,9 +13,9 @@
 # %% [markdown]
 # # What a density is for
 #
-# A model that knows how probable an image is can do more than sample. This notebook takes a trained pipeline of digits, which
-# comes with the package, and asks it four things: what is missing here? is this image strange, and where? how few bytes are
-# enough? what is in this image?
+# A model that knows how probable an image is can do more than sample. This notebook takes a trained pipeline of digits,
+# which comes with the package, and asks it four things: what is missing here? is this image strange, and where? how few
+# bytes are enough? what is in this image?
 #
 # Nothing is trained. The theory is in [docs/density.md](../density.md).
 
@@ -40,8 +40,8 @@ pipe = ImagePipeline.from_pretrained("digits")
 print(pipe)
 
 # %% [markdown]
-# We only look at digits that it has not been trained on. Half of them, every other one, were used to calibrate its anomaly
-# scores, so we take the others.
+# We only look at digits that it has not been trained on. Half of them, every other one, were used to calibrate its
+# anomaly scores, so we take the others.
 
 # %%
 data = load_images(DataConfig(source="digits"))
@@ -69,8 +69,8 @@ def stack(rows: dict[str, Tensor], height: float = 0.95) -> list[plt.Axes]:
 # ## What is missing?
 #
 # `known` is True where a pixel is given. `complete` encodes what is known, and draws the other tokens from
-# $p(\text{hidden} \mid \text{known})$. There is more than one answer, so we ask for four draws of each. What is given comes
-# back as it was.
+# $p(\text{hidden} \mid \text{known})$. There is more than one answer, so we ask for four draws of each. What is given
+# comes back as it was.
 
 # %%
 known = torch.zeros(28, 28, dtype=torch.bool)
@@ -83,29 +83,30 @@ for axis in axes[1:]:
     axis.axhline(15.5, color="tab:red", lw=0.8)
 
 # %% [markdown]
-# The same conditional can be *evaluated*. We join the upper part of each of eight digits with the lower part of each of them,
-# and ask for $\log p(\text{lower} \mid \text{upper})$. If the model has understood digits, the lower part that belongs there
-# should be among the likeliest of its row.
+# The same conditional can be *evaluated*. We join the upper part of each of eight digits with the lower part of each of
+# them, and ask for $\log p(\text{lower} \mid \text{upper})$. If the model has understood digits, the lower part that
+# belongs there should be among the likeliest of its row.
 
 # %%
 eight = images[:8]
-pairs = torch.where(known, eight[:, None], eight[None, :]).flatten(0, 1)  # pair (i, j): upper part of i, lower part of j
-nats = pipe.conditional_log_prob(pairs, known).view(8, 8)
+pairs = torch.where(known, eight[:, None], eight[None, :])  # (i, j): upper part of i, lower part of j
+nats = pipe.conditional_log_prob(pairs.flatten(0, 1), known).view(8, 8)
 bits = -nats / math.log(2)
 
 figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4.2), layout="constrained")
-left.imshow(torch.cat([line(row) for row in pairs.view(8, 8, 1, 28, 28)]), vmin=-1, vmax=1)
+left.imshow(torch.cat([line(row) for row in pairs]), vmin=-1, vmax=1)
 left.set(title="upper part of the row, lower part of the column", xticks=[], yticks=[])
 drawn = right.imshow(bits - bits.min(1, keepdim=True).values, cmap="magma_r")
 right.plot(range(8), range(8), "o", mfc="none", mec="tab:green", ms=14)
 right.set(title="bits more than the best of the row; circles: the true pairs", xticks=[], yticks=[])
-figure.colorbar(drawn, ax=right, shrink=0.8);
+figure.colorbar(drawn, ax=right, shrink=0.8)
+plt.show()
 
 # %% [markdown]
 # ## Is this image strange?
 #
-# The first idea is: strange images are improbable, so look at $-\log p$. Here are a few images that are no digits, or damaged
-# ones, and the bits that each costs.
+# The first idea is: strange images are improbable, so look at $-\log p$. Here are a few images that are no digits, or
+# damaged ones, and the bits that each costs.
 
 
 # %%
@@ -161,16 +162,16 @@ plt.show()
 assert bits[[4, 7]].max() < digits.max(), "on its side, and black, are within the range of digits"
 
 # %% [markdown]
-# Noise, stripes and the inverted digit stand out. But the nine on its side and the black image cost no more than many a digit
-# does. This is no bug: each of their tokens is a frequent one, and simple images are likely under any model (Nalisnick et
-# al. 2019). Improbable and strange are different things.
+# Noise, stripes and the inverted digit stand out. But the nine on its side and the black image cost no more than many a
+# digit does. This is no bug: each of their tokens is a frequent one, and simple images are likely under any model
+# (Nalisnick et al. 2019). Improbable and strange are different things.
 #
-# The default score, `joint`, asks two other questions: how far are the prior's features from those of normal images, and are
-# the image's statistics (bits, error of reconstruction, surprise, ...) out of their usual range, *in either direction*? Both
-# are fitted to normal images alone, which is what a calibration is.
+# The default score, `joint`, asks two other questions: how far are the prior's features from those of normal images,
+# and are the image's statistics (bits, error of reconstruction, surprise, ...) out of their usual range, *in either
+# direction*? Both are fitted to normal images alone, which is what a calibration is.
 #
-# **p-values** make a score readable: the share of normal images that look at least as strange. Of new normal images, at most
-# 5 % have $p \le 0.05$, on average over calibrations.
+# **p-values** make a score readable: the share of normal images that look at least as strange. Of new normal images, at
+# most 5 % have $p \le 0.05$, on average over calibrations.
 
 # %%
 p_strange = pipe.anomaly_score(batch, p_values=True)
@@ -190,15 +191,16 @@ print(f"{(p_new <= 0.05).double().mean():.1%} of {count} new digits have p <= 0.
 assert p_strange[[3, 5, 6, 7]].max() < 0.05, "inverted, noise, stripes and black are found"
 
 # %% [markdown]
-# The black image is found now, like all that is no digit: no normal image is as strange. The nine on its side is not found:
-# its strokes are those of digits. Nor are the spot and the gap, which are small beside the whole image.
+# The black image is found now, like all that is no digit: no normal image is as strange. The nine on its side is not
+# found: its strokes are those of digits. Nor are the spot and the gap, which are small beside the whole image.
 #
-# The p-values of new digits spread evenly. How many of them are below 0.05 differs between calibrations. The promise of 5 % is
-# about their average, and 250 normal images stand behind this one. (`confidence=0.9` asks for thresholds that hold in nine
-# of ten calibrations.)
+# The p-values of new digits spread evenly. How many of them are below 0.05 differs between calibrations. The promise of
+# 5 % is about their average, and 250 normal images stand behind this one. (`confidence=0.9` asks for thresholds that
+# hold in nine of ten calibrations.)
 #
-# **Where** is an image strange? A token's surprise is $-\log_2 p$ of it, given those before. `anomaly_map` measures it against
-# what is usual *at this position*, and lays it over the pixels. Bright is strange.
+# **Where** is an image strange? Each token has its own $-\log_2 p$, given those before it. `anomaly_map` spreads these
+# bits over the pixels of the token's patch, so that all pixels sum to the bits of the image. The spot and the gap can
+# be seen: bright is surprising. (Of the inverted digit, the first row is a shock; after it, white ground is no news.)
 
 # %%
 maps = pipe.anomaly_map(batch[:4])
@@ -208,13 +210,15 @@ for (above, below), image, name, found in zip(axes.T, batch, strange, maps, stri
     above.set(title=name, xticks=[], yticks=[])
     drawn = below.imshow(found, cmap="magma", vmin=0, vmax=float(maps.max()))
     below.set(xticks=[], yticks=[])
-figure.colorbar(drawn, ax=axes[1], label="bits");
+figure.colorbar(drawn, ax=axes[1], label="bits")
+plt.show()
 
 # %% [markdown]
 # ## How few bytes?
 #
-# A density is a code. An event of probability $p$ can be written in $-\log_2 p$ bits, and an entropy coder comes within a few
-# of them. `compress` writes the tokens of all images into one stream; `decompress` returns the same tokens on any machine.
+# A density is a code. An event of probability $p$ can be written in $-\log_2 p$ bits, and an entropy coder comes within
+# a few of them. `compress` writes the tokens of all images into one stream; `decompress` returns the same tokens on any
+# machine.
 
 # %%
 count = max(60, round(200 * SHARE))
@@ -229,9 +233,9 @@ print(f"fixed-length ids would take {49 * 7 / 8:.1f}, and 8-bit pixels 784")
 print("what comes back is what the tokenizer keeps:", torch.equal(restored, stored))
 
 # %% [markdown]
-# What does it look like beside other coders? They are made for large pictures, so we put all digits on one sheet and give the
-# sheet to JPEG and WebP at many qualities, and to PNG, which loses nothing. PSNR says how near the result is to the
-# original.
+# What does it look like beside other coders? They are made for large pictures, so we put all digits on one sheet and
+# give the sheet to JPEG and WebP at many qualities, and to PNG, which loses nothing. PSNR says how near the result is
+# to the original.
 
 
 # %%
@@ -273,9 +277,9 @@ print(f"the pipeline: {ours[0]:.1f} bytes at {ours[1]:.1f} dB; PNG {png:.0f} byt
 assert len(stream) / count < png / 4
 
 # %% [markdown]
-# This is no fair race: our coder was made for digits, and JPEG for everything. It shows what it is worth to know the data.
-# (The model has to be on both sides, like JPEG's tables, only larger. With a decoder that has a likelihood of pixels,
-# `lossless=True` keeps every pixel: [docs/density.md](../density.md#compression).)
+# This is no fair race: our coder was made for digits, and JPEG for everything. It shows what it is worth to know the
+# data. (The model has to be on both sides, like JPEG's tables, only larger. With a decoder that has a likelihood of
+# pixels, `lossless=True` keeps every pixel: [docs/density.md](../density.md#compression).)
 #
 # ## What is in this image?
 #
@@ -310,9 +314,9 @@ right.set(title="the first mistakes: true class, and what it was taken for", xti
 assert accuracy > 0.85
 
 # %% [markdown]
-# **Representations.** To predict the next token well, the prior has to find out what is drawn. `embed` returns what a layer
-# makes of an image, as a vector. Near vectors are alike: on the left are new digits, on the right their nearest training
-# digits, by the cosine of the middle layer.
+# **Representations.** To predict the next token well, the prior has to find out what is drawn. `embed` returns what a
+# layer makes of an image, as a vector. Near vectors are alike: on the left are new digits, on the right their nearest
+# training digits, by the cosine of the middle layer.
 
 # %%
 size = max(400, round(1500 * SHARE))
@@ -325,12 +329,13 @@ figure, (left, right) = plt.subplots(1, 2, figsize=(8, 6), layout="constrained",
 left.imshow(torch.cat(list(images[:8, 0])), vmin=-1, vmax=1)
 left.set(title="new", xticks=[], yticks=[])
 right.imshow(torch.cat([line(library[row]) for row in nearest]), vmin=-1, vmax=1)
-right.set(title=f"nearest of {size} training digits", xticks=[], yticks=[]);
+right.set(title=f"nearest of {size} training digits", xticks=[], yticks=[])
+plt.show()
 
 # %% [markdown]
-# **Linear probes** say how plainly something stands in a representation. We fit one linear map from vectors to classes by least
-# squares, for each layer, and count how many new digits it gets right. No label was given to the prior here: it reads the
-# image without a class. A layer's vector is the mean over positions, as for `embed`.
+# **Linear probes** say how plainly something stands in a representation. We fit one linear map from vectors to classes
+# by least squares, for each layer, and count how many new digits it gets right. No label was given to the prior here:
+# it reads the image without a class. A layer's vector is the mean over positions, as for `embed`.
 
 # %%
 train_tokens = pipe.encode(library)
@@ -366,8 +371,8 @@ plt.xlabel(f"accuracy on {count} new digits, after {size} labels")
 plt.show()
 
 # %% [markdown]
-# `codes` only counts which ids occur, and forgets where. The layers of the prior were never asked for the class, and had to
-# find out.
+# `codes` only counts which ids occur, and forgets where. The layers of the prior were never asked for the class, and
+# had to find out.
 #
 # ## What to remember
 #

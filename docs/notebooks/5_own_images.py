@@ -13,11 +13,11 @@
 # %% [markdown]
 # # Your own images
 #
-# From a folder of images to a pipeline on the Hub, which others load by its name. The folder is made here, so that the notebook
-# runs anywhere. With images of your own, leave that cell out, and put the name of your folder into `FOLDER`.
+# From a folder of images to a pipeline on the Hub, which others load by its name. The folder is made here, so that the
+# notebook runs anywhere. With images of your own, leave that cell out, and put the name of your folder into `FOLDER`.
 #
-# The Hub is a small server on this machine, for the same reason. For the real one, leave the next cell out, and log in once
-# with `hf auth login`.
+# The Hub is a small server on this machine, for the same reason. For the real one, leave the next cell out, and log in
+# once with `hf auth login`.
 
 # %%
 from local_hub import start_hub  # beside this notebook
@@ -54,29 +54,28 @@ plt.rcParams.update({"figure.dpi": 110, "image.interpolation": "nearest"})
 # my-images/test/circle/0000.png
 # ```
 #
-# Folders `train` and `test` are optional: without `test`, a tenth is held out. So are the classes. PNG, JPEG, WEBP, BMP and GIF
-# of any size are read; they are resized and cropped to what you ask for. Ours are coloured shapes in four classes.
+# Folders `train` and `test` are optional: without `test`, a tenth is held out. So are the classes. PNG, JPEG, WEBP, BMP
+# and GIF of any size are read; they are resized and cropped to what you ask for. Ours are coloured shapes in four
+# classes.
 
 # %%
-COLORS = ["#e4572e", "#f3a712", "#a8c686", "#669bbc", "#29335c", "#9d4edd"]
+COLORS = ["#d1495b", "#edae49", "#00798c"]
+CORNERS = {"square": 4, "star": 10, "triangle": 3}
 
 
 def shape(kind: str, chance: np.random.Generator) -> Image.Image:
-    """A shape of random colour, size and place, 32x32, drawn large and made small for smooth edges."""
-    ground, color = chance.choice(COLORS, 2, replace=False)
-    image = Image.new("RGB", (128, 128), "white" if chance.random() < 0.5 else str(ground))
-    radius = chance.integers(30, 46)
-    x, y = chance.integers(radius + 6, 122 - radius, 2)
-    angles = {"triangle": 3, "square": 4, "star": 10}
+    """A shape on white, of random colour, size and place, 48x48; drawn large and made small for smooth edges."""
+    image, color = Image.new("RGB", (192, 192), "white"), str(chance.choice(COLORS))
+    radius, (x, y) = chance.integers(52, 76), chance.integers(84, 108, 2)
     if kind == "circle":
-        points = [(x - radius, y - radius), (x + radius, y + radius)]
-        ImageDraw.Draw(image).ellipse(points, fill=str(color))
+        ImageDraw.Draw(image).ellipse((x - radius, y - radius, x + radius, y + radius), fill=color)
     else:
-        turns = np.arange(angles[kind]) * 2 * np.pi / angles[kind] - np.pi / 2
-        radii = np.where((np.arange(len(turns)) % 2 == 1) & (kind == "star"), 0.45, 1) * radius
-        points = [(x + r * np.cos(t), y + r * np.sin(t)) for r, t in zip(radii, turns, strict=True)]
-        ImageDraw.Draw(image).polygon(points, fill=str(color))
-    return image.resize((32, 32), Image.Resampling.LANCZOS)
+        steps = np.arange(CORNERS[kind])
+        turns = 2 * np.pi * (steps + (0.5 if kind == "square" else 0)) / CORNERS[kind] - np.pi / 2
+        radii = np.where((steps % 2 == 1) & (kind == "star"), 0.45, 1) * radius
+        corners = zip(x + radii * np.cos(turns), y + radii * np.sin(turns), strict=True)
+        ImageDraw.Draw(image).polygon(list(corners), fill=color)
+    return image.resize((48, 48), Image.Resampling.LANCZOS)
 
 
 chance = np.random.default_rng(0)
@@ -90,23 +89,23 @@ for split, count in {"train": 200, "test": 40}.items():
 # %% [markdown]
 # ## Look before you train
 #
-# Real folders have surprises in them. We put one in: a file that is called PNG and is none. Smalti decodes all images before a
-# training starts, and says which one is bad. This takes seconds, and not an epoch.
+# Real folders have surprises in them. We put one in: a file that is called PNG and is none. Smalti decodes all images
+# before a training starts, and says which one is bad. This takes seconds, and not an epoch.
 
 # %%
 Path(FOLDER, "train", "star", "9999.png").write_text("I am no image")
 try:
-    load_images(DataConfig(source=FOLDER, image_size=32, channels=3))
+    load_images(DataConfig(source=FOLDER, image_size=24, channels=3))
 except UserError as error:
     print("error:", error)
 
 # %% [markdown]
-# We remove it. (`data.on_error=skip` would leave it out, count it, and list it in `bad_images.jsonl`.) Then we look at what is
-# there: how many of each class, in which splits, and the pictures themselves *as the model will see them*.
+# We remove it. (`data.on_error=skip` would leave it out, count it, and list it in `bad_images.jsonl`.) Then we look at
+# what is there: how many of each class, in which splits, and the pictures themselves *as the model will see them*.
 
 # %%
 Path(FOLDER, "train", "star", "9999.png").unlink()
-data = load_images(DataConfig(source=FOLDER, image_size=32, channels=3))
+data = load_images(DataConfig(source=FOLDER, image_size=24, channels=3))
 for name, split in data.named().items():
     counts = Counter(data.train.class_names[label] for label in split.labels.tolist())
     print(f"{name:10} {len(split):4} images, {dict(counts)}")
@@ -140,17 +139,17 @@ stack({name: of_class(data.train, label, 12) for label, name in enumerate(data.t
 # We begin with the preset of digits and say what differs: the source, the size, three channels. In a shell this is
 #
 # ```sh
-# smalti train_tokenizer --config vqvae_digits data.source=my-images data.image_size=32 data.channels=3 out=runs/mine
+# smalti train_tokenizer --config vqvae_digits data.source=my-images data.image_size=24 data.channels=3 out=runs/mine
 # ```
 #
-# and `accelerate launch -m pipelines.train_tokenizer ...` does the same on many devices. The image's side has to be a multiple of
-# the tokenizer's `factor`, which is 4 here: 32x32 pixels become 8x8 ids.
+# and `accelerate launch -m pipelines.train_tokenizer ...` does the same on many devices. The image's side has to be a
+# multiple of the tokenizer's `factor`, which is 4 here: 24x24 pixels become 6x6 ids.
 
 # %%
 steps = round(300 * SHARE)
 stage_one = train_tokenizer.main(
-    ["--config", "vqvae_digits", f"data.source={FOLDER}", "data.image_size=32", "data.channels=3", "out=runs/mine"]
-    + [f"train.steps={steps}", "train.minutes=1.5", "train.log_every=50", "track.wandb=disabled"]
+    ["--config", "vqvae_digits", f"data.source={FOLDER}", "data.image_size=24", "data.channels=3", "out=runs/mine"]
+    + [f"train.steps={steps}", "train.minutes=2", "train.log_every=50", "track.wandb=disabled"]
 )
 
 # %%
@@ -158,24 +157,24 @@ tokenizer = Tokenizer.from_pretrained(stage_one / "tokenizer")
 held_out = torch.cat([of_class(data.held_out, label, 3) for label in range(4)])
 with torch.no_grad():
     painted = tokenizer(held_out).images
-stack({"held out": held_out, "8x8 ids": painted})
+stack({"held out": held_out, "6x6 ids": painted})
 
 # %% [markdown]
-# If these are not good enough, no prior will help: train longer, take more codes (`model.quantizer.codes=256`) or a smaller
-# `model.factor`. [The guide](../guide.md#choose-a-tokenizer) says what else there is.
+# If these are not good enough, no prior will help: train longer, take more codes (`model.quantizer.codes=256`) or a
+# smaller `model.factor`. [The guide](../guide.md#choose-a-tokenizer) says what else there is.
 #
 # ## Stage two
 #
-# `augmentations=3` encodes three more variants of each image, a little turned and scaled, as the preset's `data.augment` says. Of
-# few images that is worth much: the prior sees more grids before it knows them by heart. The source of the images need not be
-# said again; the tokenizer remembers it.
+# `augmentations=3` encodes three more variants of each image, a little turned and scaled, as the preset's
+# `data.augment` says. Of few images that is worth much: the prior sees more grids before it knows them by heart. The
+# source of the images need not be said again; the tokenizer remembers it.
 
 # %%
 dataset = encode.main([f"tokenizer={stage_one / 'tokenizer'}", "out=runs/mine_tokens", "augmentations=3"])
-steps = round(350 * SHARE)
+steps = round(400 * SHARE)
 stage_two = train_prior.main(
     ["--config", "gpt_digits", f"tokens={dataset}", "out=runs/mine_gpt", "model.dim=48", "train.warmup_steps=20"]
-    + [f"train.steps={steps}", "train.minutes=1.5", "train.log_every=50", "track.wandb=disabled"]
+    + [f"train.steps={steps}", "train.minutes=2", "train.log_every=50", "track.wandb=disabled"]
 )
 
 # %% [markdown]
@@ -189,8 +188,9 @@ stack({name: pipe(12, labels=name, seed=0, output_type="pt").images for name in 
 # %% [markdown]
 # ## How good is it?
 #
-# `evaluate` measures on the held-out images what can be measured without opinions: the tokenizer's error, bits per token beside
-# their floors, and how often a small classifier, trained on your images, takes a sample for what it was asked to be.
+# `evaluate` measures on the held-out images what can be measured without opinions: the tokenizer's error, bits per
+# token beside their floors, and how often a small classifier, trained on your images, takes a sample for what it was
+# asked to be.
 
 # %%
 figures = evaluate.main(
@@ -200,8 +200,8 @@ figures = evaluate.main(
 # %% [markdown]
 # ## To the Hub
 #
-# `push` uploads the folder: weights as safetensors, configurations, the figures that were just measured, a model card with a
-# picture of samples. The path of your folder is left out, as it is nobody's business.
+# `push` uploads the folder: weights as safetensors, configurations, the figures that were just measured, a model card
+# with a picture of samples. The path of your folder is left out, as it is nobody's business.
 
 # %%
 push.main([f"folder={stage_two / 'pipeline'}", "to=me/mine", "private=false"])
@@ -209,8 +209,8 @@ for name, path in hub.files("me/mine").items():
     print(f"{path.stat().st_size:8,} bytes  {name}")
 
 # %% [markdown]
-# Anyone who can reach the Hub now loads it by its name. Every file is checked against the manifest, nothing is unpickled, and no
-# code of the repository runs. With the same seed, the same images come out.
+# Anyone who can reach the Hub now loads it by its name. Every file is checked against the manifest, nothing is
+# unpickled, and no code of the repository runs. With the same seed, the same images come out.
 
 # %%
 theirs = ImagePipeline.from_pretrained("me/mine")
@@ -221,12 +221,12 @@ stack({"before": ours, "from the Hub": loaded})
 assert torch.equal(ours, loaded)
 
 # %% [markdown]
-# And it can do what [notebook 4](4_density.py) did with digits. Here it completes held-out shapes from their upper half, three
-# times each.
+# And it can do what [notebook 4](4_density.py) did with digits. Here it completes held-out shapes from their upper
+# half, three times each.
 
 # %%
-known = torch.zeros(32, 32, dtype=torch.bool)
-known[:16] = True  # the upper half is given
+known = torch.zeros(24, 24, dtype=torch.bool)
+known[:12] = True  # the upper half is given
 draws = theirs.complete(held_out, known, draws=3, seed=0, output_type="pt").images
 rows = {"image": held_out, "known": torch.where(known, held_out, 0.6)}
 stack(rows | {f"draw {k + 1}": draws[:, k] for k in range(3)})

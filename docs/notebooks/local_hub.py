@@ -1,7 +1,8 @@
 """A Hub on this machine, so that a notebook can push and load without an account or a network.
 
-It speaks as much of the protocol of huggingface.co as `push_to_hub` and `from_pretrained` use: one branch, no passwords,
-files below a folder, `ROOT/owner/name`. It listens on 127.0.0.1 alone, and ends with the Python that started it.
+It speaks as much of the protocol of huggingface.co as `push_to_hub` and `from_pretrained` use: one branch, no
+passwords, files below a folder, `ROOT/owner/name`. It listens on 127.0.0.1 alone, and ends with the Python that started
+it.
 """
 
 from __future__ import annotations
