@@ -152,6 +152,7 @@ class ProvenanceFile(BaseModel):
     prior: TrainingFacts = TrainingFacts()
     evaluation: Figures = {}
     tuning: Tuning = {}
+    license: Text | None = None
 
 
 def read_provenance(files: Folder) -> dict[str, Any]:
