@@ -33,8 +33,9 @@ from .shuffling.ahead import made_ahead, pinned, sent
 from .stages.provenance import tokenizer_defaults
 from .tokens import Meta
 from .tokens.appending import class_numbers, existing, missing_variants, same_images
-from .tokens.meta import TOKENS
-from .tokens.pieces import EncodeJob, cut, manifest_hash, recover, shards_of
+from .tokens.meta import TOKENS, manifest_hash
+from .tokens.pieces import EncodeJob, cut, recover, shards_of
+from .tracking import note_encoding
 
 Raw = list[tuple[Tensor, ...]]
 """A batch as it travels, in one part or two, each as `ImageDataset.raw_batch` returns it."""
@@ -62,6 +63,7 @@ class EncodeConfig(Config):
     )
     batch_size: int = Field(256, ge=1, description="images at a time on each process")
     seed: int = Field(0, ge=0, description="chooses the augmentations")
+    lineage: bool = Field(False, description="note in W&B, by a short run, which tokenizer made these tokens")
 
 
 def run(config: EncodeConfig) -> Path:
@@ -90,6 +92,8 @@ def run(config: EncodeConfig) -> Path:
         encode_pieces(share, tokenizer.to(accelerator.device), images, numbers, config, job)
         accelerator.wait_for_everyone()
         team.first(lambda: publish(job, config, tokenizer.cpu(), images, old, variants))
+        if config.lineage:
+            team.first(lambda: note_encoding(out, tokenizer, manifest_hash(out)))
     accelerator.end_training()
     return out
 
@@ -164,7 +168,7 @@ def plan(config: EncodeConfig, images: Splits, variants: dict[str, tuple[int, in
 
 def depends_on(config: EncodeConfig, tokenizer: Tokenizer, pieces: list[Piece], device: str) -> dict[str, Any]:
     """All that the rows depend on, to the bit."""
-    settings = config.model_dump(mode="json", exclude={"out", "tokenizer"})
+    settings = config.model_dump(mode="json", exclude={"out", "tokenizer", "lineage"})
     counts = rows_by_split(pieces)
     rows = [counts.get("train", 0), counts.get("test", 0)]
     if "validation" in counts:
