@@ -26,7 +26,7 @@ from .shuffling.epochs import samples_of
 from .stages.index import INDEX, PIPELINE
 from .stages.starting import model_of, start_from
 from .tokens import TokenDataset, TokenSplit, load_tokens
-from .tracking import TrackConfig
+from .tracking import Mark, TrackConfig
 from .training.loop import train
 from .training.run_folder import model_as_begun
 from .training.schedule import TrainConfig
@@ -154,6 +154,7 @@ class PriorTask(Task):
         self.players = {"model": list(self.model.parameters())}
         self.rows, self.tokens_per_row = len(self.train_split), len(self.data.grid)
         self.evaluated = {split: rows_evaluated(self.model, len(rows)) for split, rows in self.judged.items()}
+        self.used = marks_of(self.data)
         self.pipeline(self.model)  # raises now, before training, what it would raise after it
 
     def make_objective(self, reference: Prior | None, device: torch.device | str) -> nn.Module:
@@ -247,6 +248,13 @@ def training_splits(data: TokenDataset) -> tuple[TokenSplit, dict[Split, TokenSp
     if len(data.splits.get("validation", ())):
         judged["validation"] = data.splits["validation"]
     return data.splits["train"], judged
+
+
+def marks_of(data: TokenDataset) -> list[Mark]:
+    """The tokens, and the tokenizer that made them, by their fingerprints."""
+    rows = {name: len(split) for name, split in data.splits.items()}
+    made = Mark("tokens", data.digest, {"rows": rows, "classes": data.num_classes})
+    return [made, Mark("tokenizer", data.tokenizer.fingerprint(), {"kind": data.tokenizer.name})]
 
 
 def build_prior(node: dict[str, Any], data: TokenDataset) -> Prior:

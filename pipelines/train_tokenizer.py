@@ -31,7 +31,7 @@ from .metrics.codebook import CodebookUse, part_names
 from .metrics.perceptual import Perceptual, weights_file
 from .metrics.reconstruction import evaluate_reconstruction, images_at_a_time, reconstruction_picture
 from .stages.provenance import data_beside, save_tokenizer
-from .tracking import TrackConfig
+from .tracking import Mark, TrackConfig
 from .training.adversary import Adversary, CriticConfig, make_adversary
 from .training.loop import train
 from .training.losses import LossConfig, loss_weights_of
@@ -91,8 +91,7 @@ class Stage(nn.Module):
 
 
 class TokenizerTask(Task):
-    """Two players at most: the tokenizer, if `initialize` leaves parameters to train, and then the critic, if there is
-    one."""
+    """Two players at most: the tokenizer, if `initialize` leaves parameters to train, and then the critic, if any."""
 
     model: Stage
     snapshots = {"tokenizer": Tokenizer.folder_kind()}
@@ -229,6 +228,7 @@ class TokenizerTask(Task):
         data = self.config.data
         known = {"data": data.model_dump(mode="json"), "local": is_local(data.source), "tokenizer": facts}
         save_tokenizer(model.tokenizer, run / "tokenizer", known)
+        self.made = [Mark("tokenizer", model.tokenizer.fingerprint(), {"kind": model.tokenizer.name})]
 
 
 def defaults(given: dict[str, Any]) -> dict[str, Any]:

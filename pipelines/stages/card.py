@@ -9,6 +9,7 @@ from prior import Prior
 from tokenizer import Tokenizer
 
 from ..images.origin import shareable, told_on_card
+from .metadata import header_of, run_links
 
 FIGURES = {
     "validation_psnr": "PSNR of reconstructions, validation images (dB)",
@@ -95,19 +96,7 @@ def model_card(
     counts = [sum(p.numel() for p in part.parameters()) for part in (tokenizer, prior)]
     facts = shareable(provenance)
     source = told_on_card(facts)
-    # The Hub has no task of images of a class, and one is not to be found among the unconditional ones.
-    task = [] if prior.num_classes else ["pipeline_tag: unconditional-image-generation"]
-    header = [
-        "---",
-        "library_name: smalti",
-        *task,
-        "tags:",
-        "- image-generation",
-        f"- {'class-conditional' if prior.num_classes else 'unconditional'}",
-        f"- {tokenizer.name}",
-        f"- {prior.name}",
-        "---",
-    ]
+    header = header_of(tokenizer, prior, facts, shown_figures(facts), has_grid)
     classes = f"{prior.num_classes} classes ({', '.join(labels)})" if prior.num_classes else "no classes"
     lines = [
         f"# {tokenizer.name} + {prior.name}",
@@ -126,20 +115,28 @@ def model_card(
         "",
         *tuned_lines(facts.get("tuning", {})),
         *figure_lines(facts, exact=prior.exact),
+        *run_links(facts),
     ]
-    return "\n".join([*header, "", *lines])
+    return "\n".join([header, "", *lines])
+
+
+def shown_figures(provenance: dict[str, Any]) -> dict[str, Any]:
+    """The figures of `smalti evaluate`, or those taken during training while there are no others."""
+    if evaluation := provenance.get("evaluation", {}):
+        return dict(evaluation)
+    stages = [provenance.get(stage, {}) for stage in ("tokenizer", "prior")]
+    return {name: value for facts in stages for name, value in facts.get("evaluation", {}).items()}
 
 
 def figure_lines(provenance: dict[str, Any], *, exact: bool) -> list[str]:
     """A table of the figures of `smalti evaluate`, or of those taken during training while there are no others. exact:
     whether the prior's bits are more than a bound."""
     training = {stage: provenance.get(stage, {}) for stage in ("tokenizer", "prior")}
-    figures = {name: value for facts in training.values() for name, value in facts.get("evaluation", {}).items()}
     counts = {name: count for facts in training.values() for name, count in counts_of(facts).items()}
     evaluation = provenance.get("evaluation", {})
     if evaluation:
         counts = {name: evaluation.get(count) for name, count in COUNTS.items()}
-    shown, bounds = evaluation or figures, () if exact else BOUNDS
+    shown, bounds = shown_figures(provenance), () if exact else BOUNDS
     space = shown.get("feature_space")
     lines = []
     for name, label in FIGURES.items():

@@ -176,6 +176,7 @@ class ProvenanceFile(BaseModel):
     prior: TrainingFacts = TrainingFacts()
     evaluation: Figures = {}
     tuning: Tuning = {}
+    license: Text | None = None
 
 
 def read_provenance(files: Folder) -> dict[str, Any]:

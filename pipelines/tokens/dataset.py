@@ -23,7 +23,7 @@ from tokenizer.files.errors import FormatError, IntegrityError
 from tokenizer.files.reading import steadily
 from tokenizer.files.writing import atomic_folder
 
-from .meta import META, TOKENS, Meta, check_count, check_labels, read_meta, seal, verify_files
+from .meta import META, TOKENS, Meta, check_count, check_labels, manifest_hash, read_meta, seal, verify_files
 from .parquet import local_folder, push, write_parquet
 from .shards import (
     MappedRows,
@@ -47,7 +47,8 @@ HASHED = 2 << 30  # bytes of tokens that are hashed when they are loaded, in abo
 class TokenDataset:
     """What `pipelines.encode` wrote and `pipelines.train_prior` reads.
 
-    `parts`: which images became rows, and how, in the order in which they were added.
+    `parts`: which images became rows, and how, in the order in which they were added. `digest`: sha256 of the manifest,
+    hence of every file, where it was loaded.
     """
 
     grid: TokenGrid
@@ -57,6 +58,7 @@ class TokenDataset:
     source: dict[str, Any]
     augmentations: int = 0
     parts: list[dict[str, Any]] = field(default_factory=list)
+    digest: str = ""
 
     @property
     def num_classes(self) -> int:
@@ -192,7 +194,8 @@ def _read_dataset(folder: Path, verify: bool | None, mapped: bool | None) -> Tok
     mapped = size > IN_MEMORY if mapped is None else mapped
     splits = {name: _load_split(folder, name, meta, mapped) for name in meta.shards}
     grid = tokenizer.grid  # which knows levels and channels, where `meta.json` is from before it said them
-    return TokenDataset(grid, meta.class_names, splits, tokenizer, meta.source, meta.augmentations, meta.parts)
+    kept = meta.source, meta.augmentations, meta.parts
+    return TokenDataset(grid, meta.class_names, splits, tokenizer, *kept, digest=manifest_hash(folder))
 
 
 def _load_split(folder: Path, split: str, meta: Meta, mapped: bool) -> TokenSplit:

@@ -75,6 +75,11 @@ def seal(folder: Path, meta: Meta, tokenizer: Tokenizer, entries: dict[str, dict
     write_json(folder / MANIFEST, {"files": dict(sorted(entries.items()))})
 
 
+def manifest_hash(folder: Path) -> str:
+    """What changes when anything in the dataset does."""
+    return hashlib.sha256((folder / MANIFEST).read_bytes()).hexdigest()
+
+
 def check_printable(name: str) -> str:
     """Raise `ValueError` for a name that a terminal would obey."""
     if not name.isprintable():

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 import shutil
 from dataclasses import dataclass, replace
@@ -21,7 +20,7 @@ from tokenizer.settings import as_saved
 from ..images import DataConfig
 from ..jobs import Job, Piece
 from ..jobs.pieces import cut as cut_rows
-from .meta import META, TOKENS, Meta, check_count, seal
+from .meta import META, TOKENS, Meta, check_count, manifest_hash, seal
 from .shards import ONE_FILE, ROWS_PER_SHARD, bytes_per_row, map_shard, shard_names, write_shard
 
 PIECES = 64  # of a split, if it is not too large or too small: many processes share them, and little is made twice
@@ -127,11 +126,6 @@ def shards_of(out: Path, meta: Meta) -> dict[str, list[TokenShard]]:
         ]
         for split, sizes in meta.shards.items()
     }
-
-
-def manifest_hash(out: Path) -> str:
-    """What changes when anything in the dataset does."""
-    return hashlib.sha256((out / MANIFEST).read_bytes()).hexdigest()
 
 
 def recover(out: Path) -> None:

@@ -57,7 +57,9 @@ class Mirror:
         self.label, self.advice, self.copied = label, advice, held
         self._reader, self._starts, self._between = Reader(record), starts, between
         self._ending = self._given_up = self._failed = False
-        self._last: Callable[[Any], None] | None = None
+        self.target: Any = None
+        """What it writes to, once that was started."""
+        self._last: dict[str, Callable[[Any], None]] = {}
         self._news = threading.Event()
         self._news.set()  # there may be a past
         self._thread = threading.Thread(target=self._work, name=f"mirror-{label}", daemon=True)
@@ -67,10 +69,10 @@ class Mirror:
         """There is something new in the record. Does not wait."""
         self._news.set()
 
-    def end(self, last: Callable[[Any], None] | None = None) -> None:
-        """Ask the thread to end once all of the record is copied and `last(target)`, an artifact, is done; does not
-        wait."""
-        self._last, self._ending = last, True
+    def end(self, last: dict[str, Callable[[Any], None]] | None = None) -> None:
+        """Ask the thread to end once all of the record is copied and what is `last` is done with the target, in order,
+        each under the words that its failure is told in; does not wait."""
+        self._last, self._ending = last or {}, True
         self._news.set()
 
     def join(self, deadline: float) -> None:
@@ -85,15 +87,15 @@ class Mirror:
         target = self._connect()
         if target is None:
             return
-        self.copied = max(self.copied, target.held)
+        self.target, self.copied = target, max(self.copied, target.held)
         ending = False
         while not ending:
             self._news.wait()
             self._news.clear()
             ending = self._ending  # before the record is read: all that was recorded until then is there
             self._copy(target, ending)
-        if self._last is not None:
-            self._attempt("the artifact was not made", partial(self._last, target))
+        for failure, act in self._last.items():
+            self._attempt(failure, partial(act, target))
         self._attempt("the run was not finished", target.finish)
 
     def _copy(self, target: Target, to_the_end: bool) -> None:

@@ -26,6 +26,7 @@ from tokenizer.files.writing import replace_file
 
 from ..config import Config, UserError
 from . import mirror
+from .lineage import Mark, note
 from .mirror import Mirror
 from .record import Record
 from .tensorboard_run import start_tensorboard
@@ -74,7 +75,8 @@ class Tracker:
         self.run, self.config = Path(run), named(config, Path(run))
         self.active = bool(accelerator.is_main_process)
         self._mirrors: dict[str, Mirror] = {}
-        self._last: Callable[[Any], None] | None = None
+        self._last: dict[str, Callable[[Any], None]] = {}  # what is done with W&B's run at its end
+        self._sends = False
         if not self.active:
             return
         self._record = Record(self.run, resume_step)
@@ -104,10 +106,25 @@ class Tracker:
             self._record.flush()
             self._wake_mirrors()
 
-    def artifact(self, step: int, evaluation: dict[str, float]) -> None:
+    @property
+    def run_url(self) -> str | None:
+        """Where W&B shows the run, once it has been started there; None offline."""
+        copy = self._mirrors.get("wandb")
+        return None if copy is None else getattr(copy.target, "url", None)
+
+    def conclude(self, step: int, summary: dict[str, Any], rows: list[list[Any]]) -> None:
+        """Have `close` tell W&B how the run has ended: figures for its table of runs, and rows of (weights, split,
+        figure, value) for a table of this one."""
+        if self.active and "wandb" in self._mirrors:
+            self._last["the summary was not made"] = lambda target: target.conclude(step, summary, rows)
+
+    def artifact(
+        self, step: int, evaluation: dict[str, float], used: Sequence[Mark] = (), made: Sequence[Mark] = ()
+    ) -> None:
         """Have `close` send the run's snapshot to W&B, if `track.artifact` asks for it, with its evaluation.
 
-        Once, at the end of a run: at every save it would fill a project with models that nobody asked for.
+        Once, at the end of a run: at every save it would fill a project with models that nobody asked for. used, made:
+        what the run began with, and what it made, by their fingerprints; see `lineage`.
         """
         if not (self.active and self.config.artifact):
             return
@@ -119,7 +136,10 @@ class Tracker:
         name = str(self.config.name)
         values = {key: _number(value) for key, value in evaluation.items()}
         print(f"W&B: {folder} as an artifact, which may take up to {mirror.LAST_SECONDS:.0f} s", flush=True)
-        self._last = lambda target: target.artifact(step, folder, name, values)
+        self._sends = True
+        if used or made:
+            self._last["what was made from what is not noted"] = lambda target: note(target, list(used), list(made))
+        self._last["the artifact was not made"] = lambda target: target.artifact(step, folder, name, values)
 
     def close(self) -> None:
         """Close the record and give the trackers some seconds to copy the rest of it; more for an artifact. Notes how
@@ -131,7 +151,7 @@ class Tracker:
         for name, copy in self._mirrors.items():
             copy.end(self._last if name == "wandb" else None)
         for name, copy in self._mirrors.items():
-            copy.join(began + (mirror.LAST_SECONDS if self._last and name == "wandb" else mirror.CLOSE_SECONDS))
+            copy.join(began + (mirror.LAST_SECONDS if self._sends and name == "wandb" else mirror.CLOSE_SECONDS))
         if self._mirrors:
             copied = {name: copy.copied for name, copy in self._mirrors.items()}
             try:

@@ -20,6 +20,18 @@ from . import mirror
 ANSWER_SECONDS = 20.0
 """For its server: less than a start may take, as it is cleaner if wandb gives up by itself."""
 HOSTS = ("api.wandb.ai", "api.forge.coreweave.com")  # the second is what newer clients call the first
+TABLE: list[str | int] = ["weights", "split", "figure", "value"]
+CAPTIONS = {
+    "reconstructions": "images that are not trained on, each row above its reconstructions",
+    "codebook": "how the ids are used",
+    "samples": "samples with the same seeds at every step, one class per column",
+}
+"""What a preview shows."""
+
+
+def caption(name: str, step: int) -> str:
+    """The text below a picture."""
+    return f"{CAPTIONS.get(name, name)}; step {step:,}"
 
 
 def wandb_mode(chosen: str | None) -> tuple[str, str]:
@@ -65,13 +77,33 @@ class WandbRun:
     held: int
     online: bool
 
+    @property
+    def run(self) -> Any:
+        """The run itself, wandb's."""
+        return self.tracker.tracker
+
+    @property
+    def url(self) -> str | None:
+        """Where it can be looked at; None offline."""
+        return self.run.url if self.online else None
+
     def log(self, step: int, values: dict[str, Any]) -> None:
         """Numbers by name."""
         self.tracker.log(values, step=step)
 
     def images(self, step: int, values: dict[str, Path]) -> None:
-        """PNG files by name."""
-        self.tracker.log_images({name: [str(path)] for name, path in values.items()}, step=step)
+        """PNG files by name, with what they show and of which step."""
+        import wandb
+
+        shown = {name: [wandb.Image(str(path), caption=caption(name, step))] for name, path in values.items()}
+        self.tracker.log(shown, step=step)
+
+    def conclude(self, step: int, summary: dict[str, Any], rows: list[list[Any]]) -> None:
+        """Figures for the table of runs, and the table `evaluation` of this one."""
+        import wandb
+
+        self.tracker.log({"evaluation": wandb.Table(columns=TABLE, data=rows)}, step=step)
+        self.run.summary.update(summary)
 
     def artifact(self, step: int, folder: Path, name: str, metadata: dict[str, Any]) -> None:
         """The folder as version `step-<step>` of an artifact of type `model`; online, waits until W&B has it.
@@ -84,7 +116,7 @@ class WandbRun:
         artifact = wandb.Artifact(title, type="model", metadata={"step": step, **metadata})
         # Immutable: sent from where it lies. It would be copied to the user's home first, whatever its size.
         artifact.add_dir(str(folder.resolve()), policy="immutable", skip_cache=True)
-        self.tracker.tracker.log_artifact(artifact, aliases=["latest", f"step-{step}"])
+        self.run.log_artifact(artifact, aliases=["latest", f"step-{step}"])
         if self.online:
             artifact.wait(timeout=int(mirror.LAST_SECONDS * 0.9))
 

@@ -27,7 +27,7 @@ from .best import final_weights, keep_if_best
 from .extending import begun_precision, require_alike
 from .heartbeat import Heartbeat, told_where
 from .progress import agreed_progress, due_now, finished
-from .reporting import progress_bar, report, show, tick, told_end
+from .reporting import conclusion, progress_bar, report, show, tick, told_end
 from .run_folder import check_folder, claim_folder
 from .saving import require_room, save, whole_average
 from .schedule import learning_rate
@@ -161,7 +161,9 @@ def go_on(training: Training, stream: Iterator[list[Any]]) -> None:
     training.writer.wait()
     training.heartbeat.beat(training.step, "end")
     if done:
-        training.tracker.artifact(training.step, training.reported)
+        if not before:
+            training.tracker.conclude(training.step, *conclusion(training))
+        training.tracker.artifact(training.step, training.reported, training.task.used, training.task.made)
     if training.accelerator.is_main_process and not training.unsaved:
         print(f"{training.run}: {told_end(training, done, before)}", flush=True)
 

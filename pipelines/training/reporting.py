@@ -84,6 +84,20 @@ def lines_go_to() -> TextIO:
     return sys.stdout if type(sys.stderr).__module__ == "ipykernel.iostream" else sys.stderr
 
 
+def conclusion(training: Training) -> tuple[dict[str, Any], list[list[Any]]]:
+    """How a run has ended, for a tracker's table of runs: steps, minutes, the best and the last figures; and the same
+    figures as rows of (weights, split, figure, value)."""
+    watched, best = training.task.watched, training.best
+    groups = [("last", watched, training.evaluation)]
+    groups += [("best", watched, best["evaluation"])] if best else []
+    summary: dict[str, Any] = {"steps": training.step, "minutes": training.minutes}
+    summary |= {f"{weights}/{name}": value for weights, _, found in groups for name, value in found.items()}
+    if best:
+        summary["best/step"] = best["step"]
+    groups.append((f"left at the end{', best' if best else ''}", "held_out", training.reported))
+    return summary, [[weights, split, name, value] for weights, split, found in groups for name, value in found.items()]
+
+
 def told_end(training: Training, done: bool, before: bool) -> str:
     """How far the run has come, what it has made, and what comes next. before: whether it had been finished before."""
     if not done:

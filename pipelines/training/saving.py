@@ -79,6 +79,8 @@ def save(training: Training, average: nn.Module | None, done: bool = False) -> N
     training.heartbeat.beat(training.step, "save")
     main, sharded = training.accelerator.is_main_process, training.sharded
     facts = {"steps": training.step, "minutes": round(training.minutes, 3), **figures_of(training, done)}
+    if url := training.tracker.run_url:
+        facts["run_url"] = url
     needed, free = room(training) if main else (0, 0)
     told = partial(told_if_unsaved, training, training.step, needed, free)
     with told():

@@ -23,6 +23,10 @@ from urllib.parse import unquote, urlsplit
 REFUSED = {"stranger": 401, "forbidden": 403, "missing": 404, "broken": 500}
 """What owners get who may not write."""
 
+EMPTY = {"title": "t", "owner": {"name": "me"}, "items": [], "private": True, "lastUpdated": "2026-01-01T00:00:00.000Z"}
+EMPTY |= {"position": 0, "theme": "blue", "upvotes": 0}
+"""What is told of any collection."""
+
 
 class FakeHub(ThreadingHTTPServer):
     """`url` is what `HF_ENDPOINT` should be; `requests` collects (path, Authorization header); with `secret`, requests
@@ -36,6 +40,7 @@ class FakeHub(ThreadingHTTPServer):
         self.requests: list[tuple[str, str | None]] = []
         self.created: list[dict[str, object]] = []
         self.commits: list[dict[str, object]] = []
+        self.collections: dict[str, list[str]] = {}
 
     @property
     def url(self) -> str:
@@ -55,6 +60,8 @@ class Handler(BaseHTTPRequestHandler):
         path = path.replace("/api/models/", "/api/")
         facts = re.fullmatch(r"/api/((?:(?:datasets|spaces)/)?[^/]+/[^/]+)(?:/revision/([^/]+))?", path)
         tree = re.fullmatch(r"/api/((?:(?:datasets|spaces)/)?[^/]+/[^/]+)/tree/([^/]+)", path)
+        if path.startswith("/api/collections/"):
+            return self.say({"slug": path.removeprefix("/api/collections/"), **EMPTY})
         asked = file or tree or facts
         if asked is None:
             return self.answer(404)
@@ -92,6 +99,8 @@ class Handler(BaseHTTPRequestHandler):
             return self.answer(401)
         if path == "/api/validate-yaml":
             return self.say({"errors": [], "warnings": []})
+        if path.startswith("/api/collections"):
+            return self.collect(path, json.loads(body))
         if path == "/api/repos/create":
             asked = json.loads(body)
             if asked["organization"] == "dropped":
@@ -141,6 +150,19 @@ class Handler(BaseHTTPRequestHandler):
         self.server.commits.append({"repository": found[1], "added": added, "deleted": deleted})
         request = {"pullRequestUrl": f"{self.server.url}/{found[1]}/discussions/1"} if as_request else {}
         return self.say({"commitUrl": f"{self.server.url}/{found[1]}/commit/x", "commitOid": commit(folder), **request})
+
+    def collect(self, path: str, asked: dict[str, Any]) -> None:
+        """Make a collection, or put a repository into one; either is a conflict if it is there."""
+        if path == "/api/collections":
+            slug = f"{asked['namespace']}/{asked['title'].lower().replace(' ', '-')}-1"
+            items = self.server.collections.setdefault(slug, [])
+            status = 409 if items else 200
+        else:
+            slug = path.removeprefix("/api/collections/").removesuffix("/items")
+            items, name = self.server.collections[slug], asked["item"]["id"]
+            status = 409 if name in items else 200
+            items += [name] if status == 200 else []
+        self.answer(status, {"Content-Type": "application/json"}, json.dumps({"slug": slug, **EMPTY}).encode())
 
     def body(self) -> bytes:
         """What was sent, whole or in chunks."""

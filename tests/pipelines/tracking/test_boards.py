@@ -14,7 +14,6 @@ import signal
 import sqlite3
 import struct
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -24,6 +23,7 @@ import pytest
 from accelerate import Accelerator
 from launch import CLOCK, exact, metrics, output_of, start, tokenizer_arguments, train_tokenizer, verb, wait_for
 from PIL import Image
+from wandb_log import wandb_records
 from wandb_server import WandbServer
 
 from pipelines.tracking.tensorboard_run import last_step, start_tensorboard
@@ -216,23 +216,6 @@ def test_tensorboard_goes_on_after_a_torn_file(tmp_path):
 
 
 # W&B's log
-
-
-def wandb_records(path: Path) -> Iterator[Any]:
-    """The records of a transaction log: LevelDB's log format, in blocks of 32 KiB, after a header of 7 bytes."""
-    from wandb.proto import wandb_internal_pb2
-
-    data, at, whole = path.read_bytes(), 7, b""
-    while at + 7 <= len(data):
-        if 32768 - at % 32768 < 7:  # no room for a header: the block's rest is empty
-            at += 32768 - at % 32768
-            continue
-        _, length, kind = struct.unpack("<IHB", data[at : at + 7])
-        whole += data[at + 7 : at + 7 + length]
-        at += 7 + length
-        if kind in (1, 4):  # a whole record, or its last part
-            yield wandb_internal_pb2.Record.FromString(whole)
-            whole = b""
 
 
 OFFLINE_RUN = """
