@@ -1,17 +1,12 @@
-"""A model with a name: found in its family, saved to a folder, loaded from a folder.
-
-A family (`Tokenizer`, `Quantizer`, `Prior`) finds its members by importing the modules of its own package, so a new
-model is one new file. A folder holds `config.json` (with the name) and `model.safetensors`; loading is strict.
-"""
+"""A model with a name, saved to a folder and loaded from a folder: `config.json` (with the name) and
+`model.safetensors`; loading is strict."""
 
 from __future__ import annotations
 
 import hashlib
-import importlib
 import itertools
 import json
 import os
-import pkgutil
 import re
 import warnings
 from pathlib import Path
@@ -21,6 +16,7 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
+from .family import OUTSIDE, Named
 from .files.errors import ConfigError, PathError, shown
 from .files.hub import resolve_folder
 from .files.ownership import Kind
@@ -29,7 +25,7 @@ from .files.reading import CODE, Folder, steadily
 from .files.variants import Dtype, chosen_dtype, find_weights, rounded, stored_dtype, weights_name, weights_names
 from .files.weights import check_header, expected_weights, fill, read_header
 from .files.writing import atomic_folder, write_json
-from .settings import Choices, ModelConfig, choices_of
+from .settings import ModelConfig
 from .settings import Node as Node
 from .settings.marks import Before as Before
 from .settings.marks import Fact as Fact
@@ -40,77 +36,8 @@ PROVENANCE = "provenance.json"  # beside a tokenizer, written by the verb that t
 SUBFOLDER = r"(?!\.\.?(/|$))[^/\\]+(/(?!\.\.?(/|$))[^/\\]+)*"  # no part of it is . or ..
 MAX_WEIGHT_BYTES = 16 << 30
 MAX_ENTRIES = 10_000
-OUTSIDE = "one of your own has to be imported first, as --import FILE does"
 
-N = TypeVar("N", bound="Named")
 M = TypeVar("M", bound="PretrainedModel")
-
-
-class Named:
-    """`class Tokenizer(Named, family="tokenizer")` opens a family whose members live in that package's modules;
-    `class VQVAE(Tokenizer, name="vqvae")` joins it, with a `Config` class of its own."""
-
-    Config: ClassVar[type[ModelConfig]]
-    name: ClassVar[str] = ""
-    _members: ClassVar[dict[str, type]]
-    _package: ClassVar[str]
-    _searched: ClassVar[set[str]] = set()
-
-    def __init_subclass__(cls, *, name: str | None = None, family: str | None = None, **kwargs: Any) -> None:
-        super().__init_subclass__(**kwargs)
-        if family:
-            cls._members, cls._package = {}, family
-        if name:
-            cls._require_free(name)
-            if "Config" not in vars(cls):  # or the kind of the class that it extends would get this name
-                make: Any = type(cls.Config)
-                cls.Config = make(f"{cls.__name__}Config", (cls.Config,), {"__module__": cls.__module__})
-            cls.name = cls.Config.kind = name
-            cls._members[name] = cls
-
-    @classmethod
-    def _require_free(cls, name: str) -> None:
-        """Raise `ConfigError` if a model of another module has the name: files would mean another model by it."""
-        if not f"{cls.__module__}.".startswith(f"{cls._package}."):
-            cls.available()  # the package's own have theirs first
-        other = cls._members.get(name)
-        if other is not None and other.__module__ != cls.__module__:
-            family = next(base.__name__ for base in cls.__mro__ if "_members" in vars(base))
-            raise ConfigError(f"a {family} is called {shown(name)} already, in {other.__module__}; choose another name")
-
-    @classmethod
-    def unknown(cls, name: Any) -> str:
-        """What is wrong with a name that no member has."""
-        return f"no {cls.__name__} is called {shown(name)}; there are {', '.join(cls.available())}; {OUTSIDE}"
-
-    @classmethod
-    def available(cls) -> list[str]:
-        """The names of the family, sorted."""
-        if cls._package not in Named._searched:
-            package = importlib.import_module(cls._package)
-            for module in pkgutil.iter_modules(package.__path__):
-                importlib.import_module(f"{cls._package}.{module.name}")
-            Named._searched.add(cls._package)
-        return sorted(cls._members)
-
-    @classmethod
-    def find(cls: type[N], name: str) -> type[N]:
-        """The member called `name`. Raises `ConfigError` that lists the members."""
-        names = cls.available()
-        if name not in names:
-            raise ConfigError(cls.unknown(name))
-        return cls._members[name]
-
-    @classmethod
-    def choices(cls) -> type[Choices]:
-        """The settings of this member that a preset may hold."""
-        return choices_of(cls.Config, cls.__doc__)
-
-    @classmethod
-    def create(cls: type[N], name: str, **config: Any) -> N:
-        """Build the member called `name`; keyword arguments are its configuration. Raises `ConfigError`."""
-        member: Any = cls.find(name)
-        return member(member.Config(**config))
 
 
 class PretrainedModel(Named, nn.Module):

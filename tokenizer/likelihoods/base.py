@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..family import Named
 from ..precision import at_least_float32
-from ..pretrained import Named
 from ..settings import ModelConfig
 
 LEVELS = 256

@@ -7,8 +7,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from ..family import Named
 from ..precision import full_float32
-from ..pretrained import Named
 from ..scales import Scales
 from ..settings import ModelConfig
 from .steps import Taken

@@ -25,8 +25,8 @@ from pipelines.config.arguments import ToldElsewhere
 from pipelines.config.command import Interrupted, parse
 from pipelines.config.help import help_page
 from pipelines.config.schema import difference, to_yaml
+from tokenizer.family import OUTSIDE, Named
 from tokenizer.files.errors import PathError
-from tokenizer.pretrained import OUTSIDE, Named
 from tokenizer.settings import ModelConfig, Node, merge
 from tokenizer.settings.marks import Fact
 

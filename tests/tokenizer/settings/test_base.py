@@ -13,8 +13,8 @@ from pydantic import Field, ValidationError
 
 from prior import Prior
 from tokenizer import TokenGrid
+from tokenizer.family import Named
 from tokenizer.files.errors import ConfigError
-from tokenizer.pretrained import Named
 from tokenizer.settings import ModelConfig, Node, as_begun, as_saved, choices_of, defaults_of, merge, with_defaults
 from tokenizer.settings.marks import Before, Fact, Was
 
