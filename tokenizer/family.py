@@ -19,8 +19,9 @@ N = TypeVar("N", bound="Named")
 
 
 class Named:
-    """`class Tokenizer(Named, family="tokenizer")` opens a family whose members live in that package's modules;
-    `class VQVAE(Tokenizer, name="vqvae")` joins it, with a `Config` class of its own."""
+    """`class Tokenizer(Named, family="tokenizer")` opens a family whose members live in that package's modules, and in
+    what the faces of its folders import; `class VQVAE(Tokenizer, name="vqvae")` joins it, with a `Config` class of its
+    own."""
 
     Config: ClassVar[type[ModelConfig]]
     name: ClassVar[str] = ""

@@ -30,12 +30,12 @@ NETWORKS = [
 def test_tokens_and_pictures_are_the_same(tmp_path, mult, halvings, choices):
     weights = random_weights(cosmos_shapes(32, mult, halvings, **choices))
     save_file(weights, tmp_path / "autoencoder.safetensors")
-    tokenizer = imported(tmp_path, tmp_path / "out", "image_size=[32, 16]")
+    tokenizer = imported(tmp_path, tmp_path / "out", "image_size=[64, 32]")
     patch = choices.get("patch", 4)
     assert tokenizer.config.patch == patch and tokenizer.config.halvings == halvings
-    assert tokenizer.grid.shape == (32 // patch // 2**halvings, 16 // patch // 2**halvings)
+    assert tokenizer.grid.shape == (64 // patch // 2**halvings, 32 // patch // 2**halvings)
     assert tokenizer.grid.vocab_size == 64_000
-    images = random_images(4, (choices.get("channels", 3), 32, 16))
+    images = random_images(4, (choices.get("channels", 3), 64, 32))
     agree_in_double(tokenizer, images, *cosmos_says(weights, len(mult), images, LEVELS, patch))
 
 
