@@ -105,8 +105,10 @@ def require_variant(index: dict[str, Any], variant: str | None, path: Path) -> N
 
 
 def known_settings(prior: type[Prior], settings: Any) -> dict[str, Any]:
-    """Of the defaults for sampling from another prior, those that this one has, too."""
-    return {name: value for name, value in dict(settings).items() if name in prior.Sampling.names()}
+    """Of the defaults for sampling from another prior, those that this one has, too. Raises `ConfigError`."""
+    if not isinstance(settings, dict):
+        raise ConfigError(f"{INDEX}: sampler: found {shown(settings)}, expected an object")
+    return {name: value for name, value in settings.items() if name in prior.Sampling.names()}
 
 
 def make_sampler(prior: type[Prior], settings: dict[str, Any], path: str | Path = INDEX) -> Sampler:

@@ -206,7 +206,9 @@ def test_nested_json_where_a_setting_belongs(folder, depth, error):
 @pytest.mark.parametrize(
     ("changes", "error", "needle"),
     [
-        ({"format_version": 2}, FormatError, "newer"),
+        ({"format_version": 3}, FormatError, "newer"),
+        ({"format_version": 2}, FormatError, "variant"),
+        ({"variant": "fp16"}, FormatError, "variant"),
         ({"format_version": "1"}, FormatError, "'1'"),
         ({"format_version": None}, FormatError, "format_version"),
         ({"_class_name": "StableDiffusionPipeline"}, FormatError, "StableDiffusionPipeline"),

@@ -222,6 +222,10 @@ def test_a_prior_of_an_unknown_kind_may_be_given(tmp_path):
     with pytest.raises(ConfigError, match="no prior is called 'mine'"):
         ImagePipeline.from_pretrained(tmp_path / "pipe")
     assert ImagePipeline.from_pretrained(tmp_path / "pipe", prior=pipe.prior).prior is pipe.prior
+    for sampler in (None, [], {"temperature": -1}):
+        reseal(path, {**json.loads(path.read_text()), "sampler": sampler})
+        with pytest.raises((ConfigError, FormatError), match="sampler"):
+            ImagePipeline.from_pretrained(tmp_path / "pipe", prior=pipe.prior)
 
 
 # Bars
