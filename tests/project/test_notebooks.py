@@ -20,6 +20,7 @@ import pytest
 pytest.importorskip("jupytext")
 pytest.importorskip("nbclient")
 pytest.importorskip("ipykernel")
+psutil = pytest.importorskip("psutil")
 
 import jupytext  # noqa: E402
 import nbformat.v4 as made  # noqa: E402
@@ -147,6 +148,7 @@ def test_a_notebook_runs_here_and_in_an_empty_folder(tmp_path, monkeypatch):
     lines += [f"assert pathlib.Path(pipelines.__file__).is_relative_to({str(ROOT)!r})", "assert os.listdir() == []"]
     lines += ["assert os.environ['SMALTI_NOTEBOOK_SHARE'] == '1.0'", "pathlib.Path('mine').write_text('x')"]
     _, problem = executed(tmp_path, "\n".join(lines))
+    assert not psutil.Process().children(recursive=True), "the kernel is still there"
     assert problem is None and [path.name for path in tmp_path.iterdir()] == ["1_small.py"]
 
 
