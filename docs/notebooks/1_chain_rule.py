@@ -147,7 +147,7 @@ def train(prior, steps: int, lr: float):
     """Make the training grids likely."""
     steps = round(steps * SHARE)
     optimizer = torch.optim.AdamW(prior.parameters(), lr=lr)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=steps)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=steps, pct_start=0.2)
     for _ in range(steps):
         batch = train_tokens[torch.randint(len(train_tokens), (32,))]
         loss = -prior.log_prob(batch).mean() / len(prior.grid)

@@ -50,7 +50,8 @@ def execute(path: Path, share: float = 1.0) -> tuple[Any, str | None]:
     notebook = jupytext.read(path)
     with tempfile.TemporaryDirectory() as folder:
         resources = {"metadata": {"path": folder}}
-        client = NotebookClient(notebook, km=kernel(), timeout=LIMIT, resources=resources, record_timing=False)
+        settings = {"timeout": LIMIT, "resources": resources, "record_timing": False}
+        client = NotebookClient(notebook, kernel_manager_class=kernel_class(), **settings)
         try:
             client.execute(env=environment(share))
         except (CellExecutionError, CellTimeoutError, DeadKernelError) as error:
@@ -58,17 +59,18 @@ def execute(path: Path, share: float = 1.0) -> tuple[Any, str | None]:
         return notebook, noise(notebook, folder)
 
 
-def kernel() -> Any:
-    """A kernel of this very Python, whatever others are installed on the machine."""
-    from jupyter_client.kernelspec import KernelSpec, KernelSpecManager
+def kernel_class() -> Any:
+    """What starts a kernel of this very Python, whatever others are installed on the machine."""
+    from jupyter_client.kernelspec import KernelSpec
     from jupyter_client.manager import AsyncKernelManager
 
-    class ThisPython(KernelSpecManager):
-        def get_kernel_spec(self, kernel_name: str) -> KernelSpec:
+    class ThisPython(AsyncKernelManager):
+        @property
+        def kernel_spec(self) -> KernelSpec:
             argv = [sys.executable, "-m", "ipykernel_launcher", "--log-level=ERROR", "-f", "{connection_file}"]
             return KernelSpec(argv=argv, display_name="Python 3", language="python")
 
-    return AsyncKernelManager(kernel_spec_manager=ThisPython())
+    return ThisPython
 
 
 def environment(share: float) -> dict[str, str]:
