@@ -81,6 +81,8 @@ def test_every_prior_draws_what_it_sees(built: Path) -> None:
         cells = text_of(built, f"models/priors/{name}.html").split('class="cells"')[1].split("</svg>")[0]
         seen = cells.count("<rect") - cells.count('fill-opacity="0.00"') - cells.count('class="target"')
         assert cells.count('class="target"') == 1, name
+        after = cells.split('class="target"')[1]
+        assert after.count("<rect") == after.count('fill-opacity="0.00"') >= 40, name
         assert seen <= 40 and (seen > 0) == (name != "marginal"), name
         assert (seen == 40) == (name not in ("marginal", "pixelcnn", "causal_conv", "next_scale")), name
 
