@@ -39,3 +39,10 @@ def heading(text: str) -> str:
 def error_label(text: str) -> str:
     """What an error on stderr begins with: bold and red."""
     return styled(text, RED, sys.stderr)
+
+
+def by_clause(text: str) -> str:
+    """A line for stdout, parted at its semicolons where it is wider than the terminal, so that what can be pasted stays
+    whole; a file gets one line."""
+    wide = sys.stdout is not None and sys.stdout.isatty() and len(text) > shutil.get_terminal_size((USUAL, 24)).columns
+    return text.replace("; ", "\n  ") if wide else text

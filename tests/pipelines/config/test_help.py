@@ -232,3 +232,18 @@ def test_colors_are_for_terminals(
     assert page.startswith("\033[1musage:\033[0m smalti" if colored else "usage: smalti")
     line = printed(capsys, "verify", "folder=1", code=2)[1]
     assert line.startswith("\033[1;31merror:\033[0m folder" if colored else "error: folder")
+
+
+# Long lines
+
+
+@pytest.mark.parametrize(
+    ("columns", "there", "parted"), [("40", True, True), ("40", False, False), ("99", True, False)]
+)
+def test_a_long_line_is_parted_at_its_semicolons_in_a_terminal(
+    columns: str, there: bool, parted: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", columns)
+    monkeypatch.setattr("sys.stdout", type("Out", (), {"isatty": lambda self: there})())
+    line = "runs/mine: done: 12 steps; next: smalti encode tokenizer=runs/mine"
+    assert terminal.by_clause(line) == (line.replace("; ", "\n  ") if parted else line)
