@@ -24,6 +24,7 @@ from tokenizer.pretrained import PROVENANCE
 from .config import Config, Of, UserError, run_command
 from .config.importing import as_asked
 from .config.outputs import check_out_folder
+from .config.terminal import by_clause
 from .images import DataConfig, ImageDataset, Splits, check_shape, load_images
 from .images.origin import is_local
 from .jobs import Piece
@@ -139,7 +140,8 @@ def end(accelerator: Accelerator, out: Path, text: str, leads: bool) -> Path:
     accelerator.end_training()
     if leads:
         run = quote(f"{str(out).removesuffix('_tokens')}_prior")
-        print(f"{out}: {text}; next: smalti train_prior{as_asked()} tokens={quote(str(out))} out={run}", flush=True)
+        then = f"smalti train_prior{as_asked()} tokens={quote(str(out))} out={run}"
+        print(by_clause(f"{out}: {text}; next: {then}"), flush=True)
     return out
 
 

@@ -14,6 +14,7 @@ from prior.requests import Walk
 
 from .config import Config, UserError, run_command
 from .config.importing import as_asked
+from .config.terminal import by_clause
 from .image_pipeline import ImagePipeline
 from .images.sets import Drawn, Facts, Part, check_out, form_of, save, told
 from .images.sets.pieces import GenerateJob
@@ -94,7 +95,7 @@ def run(config: GenerateConfig) -> Path:
             where = told(form_of(out), out, facts)
             rate = f", {speed:,.1f} images per second" if speed else ""
             then = f"smalti evaluate{as_asked()} pipeline={quote(config.pipeline)}"
-            print(f"{config.num_images} images{where}{rate}; next: {then}")
+            print(by_clause(f"{config.num_images} images{where}{rate}; next: {then}"))
     return out
 
 

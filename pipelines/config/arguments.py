@@ -89,7 +89,8 @@ def read_override(argument: str) -> Data:
     if not equals or not re.fullmatch(r"\w[\w-]*(\.\w[\w-]*)*", key):
         bare = re.fullmatch(r"--?(\w[\w.-]*)(=.*)?", argument)
         hint = f"; write {bare[1]}{bare[2] or '=value'}" if bare else ""
-        hint = f"; write --config {argument}" if argument.endswith((".yaml", ".yml")) and not equals else hint
+        named = argument.endswith((".yaml", ".yml")) or argument in {key.rpartition("/")[2] for key in presets()}
+        hint = f"; write --config {argument}" if named and not equals else hint
         raise UserError(f"{argument}: expected --config FILE, key=value, --import FILE, --dry-run or --help{hint}")
     try:
         value = read_yaml(text)

@@ -26,7 +26,7 @@ from .errors import search, told_of
 from .help import Known, help_page
 from .importing import import_asked
 from .schema import C, Of, found_within, to_yaml
-from .terminal import error_label
+from .terminal import error_line
 
 R = TypeVar("R")
 TELLING = 5.0  # seconds in which the main process has told its error and ended, and its launcher ends the others
@@ -173,28 +173,29 @@ def exit_codes(quiet: bool = False, kept: Callable[[], str] | None = None) -> It
     try:
         yield
     except ProcessLost as error:
-        print(f"{label(each=True)} {error}", file=sys.stderr, flush=True)
+        print(error_line(label(each=True), str(error)), file=sys.stderr, flush=True)
         raise SystemExit(1) from error
     except (UserError, PipelineLoadError) as error:
         if isinstance(error, ToldElsewhere):
             time.sleep(TELLING)
         if not quiet:
-            print(*(f"{label()} {line}" for line in str(error).splitlines()), sep="\n", file=sys.stderr)
+            print(*(error_line(label(), line) for line in str(error).splitlines()), sep="\n", file=sys.stderr)
         raise SystemExit(2) from error
     except KeyboardInterrupt as error:
         if is_first_process() and not isinstance(error, Interrupted):
             below = "\n" if sys.stderr.isatty() else ""  # where ^C stands, and perhaps a progress bar
             left = kept() if kept else ""
-            print(f"{below}{label()} interrupted{f'; {left}' if left else ''}", file=sys.stderr, flush=True)
+            print(below + error_line(label(), f"interrupted{left and f'; {left}'}"), file=sys.stderr, flush=True)
         raise SystemExit(CTRL_C) from error
     except RunError as error:
         traceback.print_exception(error.__cause__)
-        print(f"{label(each=True)} {error}", file=sys.stderr, flush=True)
+        print(error_line(label(each=True), str(error)), file=sys.stderr, flush=True)
         raise SystemExit(1) from error
     except OSError as error:
         if is_bug(error):
             raise
-        print(f"{label()} {error.filename or 'disk full'}: {error.strerror}", file=sys.stderr, flush=True)
+        line = error_line(label(), f"{error.filename or 'disk full'}: {error.strerror}")
+        print(line, file=sys.stderr, flush=True)
         raise SystemExit(1) from error
 
 
@@ -206,7 +207,7 @@ def is_first_process() -> bool:
 def label(each: bool = False) -> str:
     """What an error begins with; `each`: of a process as such, the first too."""
     rank = os.environ.get("RANK", "0")
-    return error_label(f"error on process {rank}:" if each or rank != "0" else "error:")
+    return f"error on process {rank}:" if each or rank != "0" else "error:"
 
 
 def leave_with(text: str, problems: Sequence[str] = ()) -> NoReturn:

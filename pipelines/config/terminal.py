@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 import shutil
 import sys
-from typing import TextIO
+import textwrap
+from typing import Any, TextIO
 
 USUAL, NARROWEST, WIDEST = 100, 40, 120  # columns
 BOLD, RED = "1", "1;31"
@@ -36,6 +37,16 @@ def heading(text: str) -> str:
     return styled(text, BOLD, sys.stdout)
 
 
-def error_label(text: str) -> str:
-    """What an error on stderr begins with: bold and red."""
-    return styled(text, RED, sys.stderr)
+def error_line(label: str, text: str) -> str:
+    """A line of error for stderr: its label bold and red, and in a terminal cut between words, not within."""
+    if sys.stderr is not None and sys.stderr.isatty():
+        options: dict[str, Any] = {"break_long_words": False, "break_on_hyphens": False, "subsequent_indent": "  "}
+        text = textwrap.fill(f"{label} {text}", width(), **options).removeprefix(label).lstrip()
+    return f"{styled(label, RED, sys.stderr)} {text}"
+
+
+def by_clause(text: str) -> str:
+    """A line for stdout, parted at its semicolons where it is wider than the terminal, so that what can be pasted stays
+    whole; a file gets one line."""
+    wide = sys.stdout is not None and sys.stdout.isatty() and len(text) > shutil.get_terminal_size((USUAL, 24)).columns
+    return text.replace("; ", "\n  ") if wide else text

@@ -19,6 +19,7 @@ from torch import nn
 
 from ..config import UserError
 from ..config.command import Interrupted
+from ..config.terminal import by_clause
 from ..processes.launched import apart, build_accelerator, team_of
 from ..processes.precision import choose_precision
 from ..shuffling.ahead import made_ahead, pinned, sent
@@ -165,7 +166,7 @@ def go_on(training: Training, stream: Iterator[list[Any]]) -> None:
             training.tracker.conclude(training.step, *conclusion(training))
         training.tracker.artifact(training.step, training.reported, training.task.used, training.task.made)
     if training.accelerator.is_main_process and not training.unsaved:
-        print(f"{training.run}: {told_end(training, done, before)}", flush=True)
+        print(by_clause(f"{training.run}: {told_end(training, done, before)}"), flush=True)
 
 
 def look(training: Training, due: set[str], record: dict[str, float], done: bool) -> None:

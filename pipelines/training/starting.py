@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.optim.swa_utils import AveragedModel
 
+from ..config.terminal import by_clause
 from ..processes.precision import told_precision
 from ..tracking import Tracker
 from .blocks import prepare_blocks
@@ -93,13 +94,13 @@ def announce(training: Training, changes: list[str], reason: str = "") -> None:
     count = sum(p.numel() for p in task.model.parameters())
     processes = f"{accelerator.num_processes} process{'es' * (accelerator.num_processes > 1)}"
     validating = f", {task.evaluated['validation']:,} for validation" if "validation" in task.evaluated else ""
-    print(
+    line = (
         f"{training.run}: {f'continuing from step {step}' if step else 'starting'}; {count:,} parameters, "
         f"{task.rows:,} training rows{validating}, {processes} on {accelerator.device}, "
         f"{training.precision} mixed precision{reason and f' ({reason})'}"
-        f"{', weights sharded' if training.sharded else ''}",
-        flush=True,
+        f"{', weights sharded' if training.sharded else ''}"
     )
+    print(by_clause(line), flush=True)
     gpu_has_bf16 = accelerator.device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
     if not reason and (line := told_precision(training.precision, gpu_has_bf16)):
         print(f"{training.run}: {line}", flush=True)

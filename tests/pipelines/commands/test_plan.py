@@ -1,6 +1,7 @@
 """The plan of a run as a user sees it: against published sizes, in words, and as the documentation shows it.
 
-Covers: pipelines/planning/facts.py, pipelines/planning/forecast.py, pipelines/planning/page.py.
+Covers: pipelines/planning/facts.py, pipelines/planning/forecast.py, pipelines/planning/machine.py,
+pipelines/planning/page.py.
 """
 
 from __future__ import annotations

@@ -155,6 +155,7 @@ VALUES = [
     ("smalti generate pipeline=ru", "pipeline=", ["runs"], ["mine.yaml"]),
     ("smalti generate pipeline=runs/w", "pipeline=", ["runs/with space"], []),
     ("smalti generate seed=", "seed=", [], ["runs"]),
+    ("smalti train_prior model.kind=vq", "model.kind=", [], ["vqvae"]),  # which `plan` takes
 ]
 
 

@@ -232,3 +232,29 @@ def test_colors_are_for_terminals(
     assert page.startswith("\033[1musage:\033[0m smalti" if colored else "usage: smalti")
     line = printed(capsys, "verify", "folder=1", code=2)[1]
     assert line.startswith("\033[1;31merror:\033[0m folder" if colored else "error: folder")
+
+
+# Long lines
+
+
+@pytest.mark.parametrize(
+    ("columns", "there", "parted"), [("40", True, True), ("40", False, False), ("99", True, False)]
+)
+def test_a_long_line_is_parted_at_its_semicolons_in_a_terminal(
+    columns: str, there: bool, parted: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", columns)
+    monkeypatch.setattr("sys.stdout", type("Out", (), {"isatty": lambda self: there})())
+    line = "runs/mine: done: 12 steps; next: smalti encode tokenizer=runs/mine"
+    assert terminal.by_clause(line) == (line.replace("; ", "\n  ") if parted else line)
+
+
+def test_an_error_in_a_narrow_terminal_is_cut_between_words(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "60")
+    monkeypatch.setenv("NO_COLOR", "1")
+    text = "runs/a-folder: not a token dataset (no meta.json); did you mean runs/another-folder_tokens?"
+    for there in (True, False):
+        monkeypatch.setattr("sys.stderr", type("Err", (), {"isatty": lambda self, there=there: there})())
+        lines = terminal.error_line("error:", text).splitlines()
+        assert " ".join(line.strip() for line in lines) == f"error: {text}" and (len(lines) > 1) == there
+        assert not there or max(map(len, lines)) <= 60

@@ -276,6 +276,7 @@ def test_hints_for_what_other_programs_take() -> None:
     assert problems("-train.steps=3")[0].endswith("write train.steps=3")
     assert problems("--train.steps")[0].endswith("write train.steps=value")
     assert problems("a.yaml")[0].endswith("write --config a.yaml")
+    assert problems("gpt_digits")[0].endswith("write --config gpt_digits")  # a preset
 
 
 def test_all_problems_are_told_at_once(tmp_path: Path) -> None:

@@ -1,6 +1,6 @@
 """The training loop, on runs of a second: how it ends, what it leaves on disk, and that every model trains.
 
-Covers: pipelines/train_tokenizer.py, pipelines/training/reporting.py,
+Covers: pipelines/train_tokenizer.py, pipelines/training/losses.py,
 pipelines/training/saving.py, pipelines/training/starting.py, pipelines/training/state.py, pipelines/training/task.py.
 """
 
