@@ -30,8 +30,8 @@ def build(served: Served, gallery: gr.HTML) -> None:
     with gr.Row():
         with gr.Column(scale=1, min_width=280):
             image = image_picker(served, "anomaly-image", gallery)
-            methods = [(f"{name}: {METHODS.get(name, '')}", name) for name in calibration.scores]
-            method = gr.Dropdown(methods, value=next(iter(calibration.scores)), label="Score")
+            methods = list(calibration.scores)
+            method = gr.Dropdown(methods, value=methods[0], label="Score", info="what is measured")
             button, stop = run_buttons("Score")
         with gr.Column(scale=2, min_width=300):
             facts = gr.Markdown(elem_id="anomaly-facts", min_height=120)
@@ -69,6 +69,7 @@ def verdict(calibration: Calibration, method: str, score: float, p_value: float,
     above = not score <= calibration.thresholds[method]
     lines = [
         f"### {'An anomaly' if above else 'Like the normal images'}",
+        f"- {method}: {METHODS.get(method, '')}",
         f"- score: **{score:.4g}**, threshold {calibration.thresholds[method]:.4g} ({calibration.promise})",
         f"- p-value: **{p_value:.3g}**, the share of normal images that are at least as unusual",
     ]

@@ -29,9 +29,9 @@ def build(served: Served, gallery: gr.HTML) -> None:
             label = classes_widget(pipeline, several=False) or gr.State(None)
             draws = gr.Slider(1, most, value=min(4, most), step=1, label="Draws")
             seed = seed_widget()
+            button, stop = run_buttons("Complete")
             with gr.Accordion("Settings", open=False):
                 widgets = [setting.widget(len(pipeline.prior.grid)) for setting in settings]
-            button, stop = run_buttons("Complete")
             completed = pictures("completed")
             line = code_widget(served)
 

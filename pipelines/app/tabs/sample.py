@@ -25,9 +25,9 @@ def build(served: Served) -> gr.HTML:
             number = gr.Slider(1, most, value=min(16, most), step=1, label="Images", elem_id="number")
             seed = seed_widget()
             order, passes = walk_widgets(served)
+            button, stop = run_buttons("Sample")
             with gr.Accordion("Settings", open=False):
                 widgets = [setting.widget(len(pipeline.prior.grid)) for setting in settings]
-            button, stop = run_buttons("Sample")
         with gr.Column(scale=2, min_width=300):
             gallery = pictures("samples")
             facts = gr.Markdown("Click a picture to choose it for the other tabs.", elem_id="sample-facts")
