@@ -101,6 +101,7 @@ def check_executed(name: str, share: float) -> None:
     assert len(executing.pictures(notebook)) >= PICTURES[name]
 
 
+@pytest.mark.timeout(900)
 @pytest.mark.parametrize("name", SHARES)
 def test_the_first_notebooks_run(name):
     """With a share of their trainings; what they claim has to hold all the same."""
