@@ -101,6 +101,7 @@ def check_executed(name: str, share: float) -> None:
     assert len(executing.pictures(notebook)) >= PICTURES[name]
 
 
+@pytest.mark.timeout(900)
 @pytest.mark.parametrize("name", SHARES)
 def test_the_first_notebooks_run(name):
     """With a share of their trainings; what they claim has to hold all the same."""
@@ -210,8 +211,8 @@ def test_the_hub_comes_before_its_client(tmp_path):
 def test_the_hub_keeps_files_inside_its_folder(tmp_path):
     """It listens on this machine alone, and a commit cannot lead out of its repository."""
     hub = loaded("local_hub").LocalHub(tmp_path / "hub")
+    assert hub.server_address[0] == "127.0.0.1"
     try:
-        assert hub.server_address[0] == "127.0.0.1"
         threading.Thread(target=hub.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
         content = base64.b64encode(b"x").decode()
         names = ["fine.txt", "../outside.txt", "../../outside.txt", f"{tmp_path}/outside.txt"]
