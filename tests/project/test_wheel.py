@@ -56,13 +56,14 @@ def wheel(tmp_path_factory):
     return path
 
 
-def test_wheel_holds_every_module_and_every_preset_and_nothing_else(wheel):
+def test_wheel_holds_every_module_every_preset_and_what_the_browser_runs_and_nothing_else(wheel):
     with zipfile.ZipFile(wheel) as file:
         held = {name for name in file.namelist() if ".dist-info/" not in name}
     modules = {path.relative_to(ROOT).as_posix() for name in PACKAGES for path in (ROOT / name).rglob("*.py")}
     presets = {f"pipelines/{path.relative_to(ROOT).as_posix()}" for path in (ROOT / "configs").rglob("*.yaml")}
-    assert len(modules) > 100 and len(presets) > 40
-    assert held == modules | presets
+    browser = {path.relative_to(ROOT).as_posix() for path in (ROOT / "pipelines" / "app" / "browser").iterdir()}
+    assert len(modules) > 100 and len(presets) > 40 and len(browser) > 3
+    assert held == modules | presets | browser
 
 
 @pytest.mark.slow
