@@ -274,15 +274,19 @@ def test_long_sampling_shows_its_steps_and_stops(page, server):
 
 
 def test_a_narrow_page_does_not_overflow(server, chromium):
+    """As on a phone, with pictures in it."""
     driver = Driver(chromium.new_page(viewport={"width": 390, "height": 844}), server.url)
-    for name in ("Complete", "Compare", "Anomaly", "Search", "Compress", "Sample"):
-        driver.tab(name)
-        driver.page.wait_for_timeout(100)
-        assert driver.page.evaluate("document.documentElement.scrollWidth") == 390, name
     driver.number("number input for Images", 6)
     driver.click("Sample")
     driver.wait("#samples figure >> nth=5")
-    assert driver.page.evaluate("document.documentElement.scrollWidth") == 390
+    for name in ("Complete", "Compare", "Anomaly", "Search", "Compress", "Sample"):
+        driver.tab(name)
+        if name == "Complete":
+            driver.click("Take the chosen sample")
+            driver.wait("#painting .filled canvas")
+        driver.page.wait_for_timeout(100)
+        assert driver.page.evaluate("document.documentElement.scrollWidth") == 390, name
+    driver.page.close()
 
 
 # What a visitor could do besides

@@ -158,7 +158,7 @@ def test_every_order_that_is_offered_can_be_sampled_in(kind):
 
 
 @pytest.mark.parametrize("name", ["", "raster", "halton", "spread", "random:0", "hilbert", "column"])
-@pytest.mark.parametrize("passes", [1, 3, 8, 24])
+@pytest.mark.parametrize("passes", [1, 3, 7, 8, 24])
 def test_as_many_passes_as_were_asked_for(name, passes):
     """`NAME/K` has blocks of one size, so that there may be a few passes less."""
     from prior.orders import make_partition

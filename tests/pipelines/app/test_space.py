@@ -158,7 +158,7 @@ def test_a_port_that_is_taken(place, capsys):
         port = taken.getsockname()[1]
         with pytest.raises(SystemExit) as caught:
             main(["app", f"pipeline={place / 'pipeline'}", f"port={port}"])
-    assert caught.value.code == 2 and dict(os.environ) == before
+    assert caught.value.code == 2 and dict(os.environ) == before and "GRADIO_TEMP_DIR" not in before
     assert f"error: port: {port} on 127.0.0.1 cannot be listened on" in capsys.readouterr().err
 
 
