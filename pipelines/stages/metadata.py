@@ -12,7 +12,7 @@ from prior import Prior
 from tokenizer import Tokenizer
 
 from ..config.arguments import write_yaml
-from ..images.origin import is_local, told_on_card
+from ..images.origin import told_on_card
 
 HUB_DATASET = r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*"
 HUB_LICENCE = r"[a-z0-9][a-z0-9.+-]{0,63}"
@@ -59,8 +59,8 @@ def header_of(tokenizer: Tokenizer, prior: Prior, facts: dict[str, Any], figures
 
 
 def is_on_hub(source: str) -> bool:
-    """Whether a source is the id of a data set, and no path of this machine."""
-    return bool(re.fullmatch(HUB_DATASET, source)) and not is_local(source)
+    """Whether a source is the id of a data set; of `shareable` facts, in which a path is none any more."""
+    return bool(re.fullmatch(HUB_DATASET, source))
 
 
 def task_of(prior: Prior) -> str:

@@ -85,7 +85,7 @@ class WandbRun:
     @property
     def url(self) -> str | None:
         """Where it can be looked at; None offline."""
-        return self.run.url if self.online else None
+        return self.run.url
 
     def log(self, step: int, values: dict[str, Any]) -> None:
         """Numbers by name."""

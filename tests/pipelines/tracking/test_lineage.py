@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -20,6 +21,7 @@ from pipelines import ImagePipeline, encode
 from pipelines.tokens import load_tokens
 from pipelines.tracking import Mark
 from pipelines.tracking.wandb_run import CAPTIONS
+from pipelines.training.reporting import conclusion
 from tokenizer import Tokenizer
 
 QUICK = {"train__steps": 4, "train__preview_every": 4, "train__evaluate_every": 2, "train__batch_size": 8}
@@ -111,6 +113,21 @@ def test_the_table_and_the_summary_hold_the_best_and_the_last_figures(chain: Pat
     assert rows["last", "validation", "psnr"] == pytest.approx(last["validation/psnr"])
     held_out = {figure: value for (_, split, figure), value in rows.items() if split == "held_out"}
     assert held_out == pytest.approx({key[9:]: value for key, value in last.items() if key.startswith("held_out/")})
+
+
+def test_the_best_figures_are_not_the_last_ones() -> None:
+    best = {"step": 2, "score": 20.0, "evaluation": {"psnr": 20.0}}
+    task = SimpleNamespace(watched="validation")
+    training = SimpleNamespace(
+        task=task, best=best, evaluation={"psnr": 18.0}, reported={"psnr": 19.0}, step=4, minutes=0.5
+    )
+    summary, rows = conclusion(training)
+    assert summary == {"steps": 4, "minutes": 0.5, "last/psnr": 18.0, "best/psnr": 20.0, "best/step": 2}
+    assert rows == [
+        ["last", "validation", "psnr", 18.0],
+        ["best", "validation", "psnr", 20.0],
+        ["left at the end, best", "held_out", "psnr", 19.0],
+    ]
 
 
 def test_nothing_that_is_told_names_a_folder(chain: Path) -> None:
