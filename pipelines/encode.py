@@ -129,7 +129,9 @@ def part_of(config: EncodeConfig, variants: dict[str, tuple[int, int]], pieces: 
 
 
 def there_already(config: EncodeConfig, tokenizer: Tokenizer, images: Splits, part: dict[str, Any]) -> Meta | None:
-    """The dataset, if this encode has made it before, of images that have not changed since."""
+    """The dataset, if this encode has made it before, of images that have not changed since, and none is under way."""
+    if EncodeJob.unfinished(Path(config.out)) is not None:
+        return None
     names = images.train.class_names if images.train.labels is not None else []
     meta = made_before(Path(config.out), part, names, tokenizer.fingerprint(), config.rows_per_shard)
     return None if meta is None or changed_since(config.data.path, Path(config.out)) else meta

@@ -27,7 +27,7 @@ from small_pipelines import make_pipeline
 from writers import DATA, TINY, WRITERS, of_kind, place, published_weights, run, snapshot
 
 import tokenizer.files.writing as storage
-from pipelines import ImagePipeline, train_tokenizer
+from pipelines import ImagePipeline, encode, train_tokenizer
 from pipelines.commands import calibrate, complete, compress, decompress
 from pipelines.config import UserError
 from pipelines.images.pictures import SUFFIXES as PICTURES
@@ -322,6 +322,7 @@ def test_what_comes_into_the_folder_while_it_works_is_never_lost(world, tmp_path
         with monkeypatch.context() as patch:
             patch.setattr(storage, "_put_in_place", put_late)
             patch.setattr(storage, "exchange", swap_late)
+            patch.setattr(encode, "there_already", lambda *_: None)  # one that is finished would not write
             refuses(world, name, out, "arrived.txt")
         assert (out / "arrived.txt").read_text() == "mine"
         assert not [
