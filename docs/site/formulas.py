@@ -16,7 +16,8 @@ def typeset(text: str) -> str:
 
     def change(prose: str) -> str:
         prose = SHOWN.sub(lambda found: f"\n\n<div class='formula'>{mathml(found[1], 'block')}</div>\n\n", prose)
-        return INLINE.sub(lambda found: mathml(found[1], "inline"), prose)
+        # In a span: a line that begins with <math> would be a paragraph of its own.
+        return INLINE.sub(lambda found: f"<span>{mathml(found[1], 'inline')}</span>", prose)
 
     return outside_code(text, change)
 

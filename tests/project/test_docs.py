@@ -211,6 +211,7 @@ def test_formulas_become_mathml_and_dollars_of_shells_do_not(site_module: Any) -
     typeset = site_module("formulas").typeset
     found = typeset(r"so $p(x_i \mid x_{<i})$ and $$\prod_i p_i$$ end")
     assert found.count("<math") == 2 and 'display="block"' in found and "$" not in found and "_" not in found
+    assert "\n<math" not in typeset("a line, and\n$p$ begins another")  # Markdown would make it a paragraph
     for kept in ("costs $5 and $6", "`$x$` of a shell", '```sh\necho "$HOME $PATH"\n```', r"\$x$"):
         assert typeset(kept) == kept
 
