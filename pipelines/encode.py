@@ -34,7 +34,7 @@ from .shuffling.ahead import made_ahead, pinned, sent
 from .stages.provenance import TokenizerFolder, tokenizer_defaults
 from .tokens import Meta
 from .tokens.appending import begun_with, class_numbers, data_as_begun, existing, missing_variants, same_images
-from .tokens.finished import changed_since, made_before, told
+from .tokens.finished import made_before, told
 from .tokens.meta import TOKENS, manifest_hash
 from .tokens.pieces import EncodeJob, cut, recover, shards_of
 from .tracking import note_encoding
@@ -129,12 +129,9 @@ def part_of(config: EncodeConfig, variants: dict[str, tuple[int, int]], pieces: 
 
 
 def there_already(config: EncodeConfig, tokenizer: Tokenizer, images: Splits, part: dict[str, Any]) -> Meta | None:
-    """The dataset, if this encode has made it before, of images that have not changed since, and none is under way."""
-    if EncodeJob.unfinished(Path(config.out)) is not None:
-        return None
+    """The dataset, if this encode has made it before."""
     names = images.train.class_names if images.train.labels is not None else []
-    meta = made_before(Path(config.out), part, names, tokenizer.fingerprint(), config.rows_per_shard)
-    return None if meta is None or changed_since(config.data.path, Path(config.out)) else meta
+    return made_before(Path(config.out), part, names, tokenizer.fingerprint(), config.rows_per_shard, config.data.path)
 
 
 def end(accelerator: Accelerator, out: Path, text: str, leads: bool) -> Path:

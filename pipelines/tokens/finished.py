@@ -10,14 +10,21 @@ from typing import Any
 from tokenizer.files.errors import PipelineLoadError
 
 from .meta import META, Meta, read_meta, verify_files
+from .pieces import EncodeJob
 
 
 def made_before(
-    out: Path, part: Mapping[str, Any], class_names: Sequence[str], tokenizer: str, rows_per_shard: int | None
+    out: Path,
+    part: Mapping[str, Any],
+    class_names: Sequence[str],
+    tokenizer: str,
+    rows_per_shard: int | None,
+    source: Path | None,
 ) -> Meta | None:
     """The dataset in `out`, if it is whole and of nothing but `part` (settings of the images, seed, variants and rows),
-    of these classes, made by the tokenizer of this fingerprint, in files of so many rows; None: of any number."""
-    if not (out / META).is_file():
+    of these classes, made by the tokenizer of this fingerprint, in files of so many rows (None: of any number), after
+    the images in `source` were written; and no encode is under way."""
+    if not (out / META).is_file() or EncodeJob.unfinished(out) is not None or changed_since(source, out):
         return None
     try:
         meta = read_meta(out)

@@ -73,6 +73,8 @@ def verdict(calibration: Calibration, method: str, score: float, p_value: float,
         f"- score: **{score:.4g}**, threshold {calibration.thresholds[method]:.4g} ({calibration.promise})",
         f"- p-value: **{p_value:.3g}**, the share of normal images that are at least as unusual",
     ]
+    if above:
+        lines.append("\nWhat a decoder has painted, a sample or a reconstruction, is found strange as well.")
     if known:
         lines.append("\nThe pipeline was calibrated with this very image, so that these figures hold no promise.")
     return "\n".join(lines)
