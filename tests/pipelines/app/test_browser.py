@@ -30,6 +30,14 @@ SIDE, IMAGES, MEGABYTES = 12, 400, 0.25
 LABELS = ["cat", "<b>dog</b>", "${7*7} {{eel}}"]  # a pipeline may come from anybody
 
 
+RIGHT = """() => {
+  const parts = document.querySelectorAll("button, img, canvas, input, .smalti-picker, .block");
+  const seen = [...parts].filter((part) => part.offsetParent && part.closest("[role=tabpanel]"));
+  return Math.max(...seen.map((part) => part.getBoundingClientRect().right));
+}"""
+"""How far to the right the parts of the tab that is shown reach, in pixels."""
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """A small calibrated pipeline that takes any order in blocks, and a folder of images to search."""
@@ -286,6 +294,7 @@ def test_a_narrow_page_does_not_overflow(server, chromium):
             driver.wait("#painting .filled canvas")
         driver.page.wait_for_timeout(100)
         assert driver.page.evaluate("document.documentElement.scrollWidth") == 390, name
+        assert driver.page.evaluate(RIGHT) <= 390, name  # also of what would be cut off
     driver.page.close()
 
 
