@@ -15,6 +15,7 @@ from types import ModuleType
 from typing import Any
 
 import pytest
+from chromium import browser
 from PIL import Image
 
 from pipelines.__main__ import verbs
@@ -23,7 +24,6 @@ from tokenizer import Tokenizer
 from tokenizer.quantizers import Quantizer
 
 ROOT = Path(__file__).parents[2]
-CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 WIDTHS = (1400, 390)
 PLANTED = {
     "guide.md": "[here](nowhere.md)",
@@ -300,14 +300,9 @@ def address(site_module: Any, built: Path) -> Iterator[str]:
 
 
 @pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    playwright = pytest.importorskip("playwright.sync_api")
-    if CHROMIUM is None:
-        pytest.skip("no Chromium here")
-    with playwright.sync_playwright() as started:
-        chromium = started.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
-        yield chromium
-        chromium.close()
+def chromium() -> Iterator[Any]:
+    with browser() as started:
+        yield started
 
 
 def test_it_is_served_to_this_machine(address: str) -> None:
@@ -316,11 +311,11 @@ def test_it_is_served_to_this_machine(address: str) -> None:
     assert address.startswith("http://127.0.0.1:")
 
 
-def look(browser: Any, address: str, pages: list[str]) -> list[str]:
+def look(chromium: Any, address: str, pages: list[str]) -> list[str]:
     """What a reader would see to be wrong with pages, wide and on a phone."""
     wrong: list[str] = []
     for width in WIDTHS:
-        context = browser.new_context(viewport={"width": width, "height": 900}, is_mobile=width < 500)
+        context = chromium.new_context(viewport={"width": width, "height": 900}, is_mobile=width < 500)
         tab = context.new_page()
         listen(tab, address, wrong)
         for page in pages:
@@ -344,33 +339,33 @@ def is_near(url: str, address: str) -> bool:
     return url.startswith((address, "data:", "blob:"))
 
 
-def test_a_browser_is_content_with_some_pages(browser: Any, address: str) -> None:
+def test_a_browser_is_content_with_some_pages(chromium: Any, address: str) -> None:
     pages = ["index", "results", "api/pipeline", "models/priors/gpt", "commands/train_tokenizer"]
-    assert look(browser, address, [f"{page}.html" for page in pages]) == []
+    assert look(chromium, address, [f"{page}.html" for page in pages]) == []
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
-def test_a_browser_is_content_with_every_page(browser: Any, address: str, built: Path) -> None:
+def test_a_browser_is_content_with_every_page(chromium: Any, address: str, built: Path) -> None:
     pages = sorted(path.relative_to(built / "site").as_posix() for path in (built / "site").rglob("*.html"))
     assert len(pages) > 70
-    assert look(browser, address, [page for page in pages if page != "404.html"]) == []
+    assert look(chromium, address, [page for page in pages if page != "404.html"]) == []
 
 
-def test_a_browser_would_say_so(browser: Any, address: str, built: Path) -> None:
+def test_a_browser_would_say_so(chromium: Any, address: str, built: Path) -> None:
     wrong = (
         '<body style="margin:0"><div style="width:2000px">x</div><img src="none.png">'
         '<script>console.error("planted")</script><img src="http://127.0.0.2:9/x.png"></body>'
     )
     (built / "site/planted.html").write_text(wrong)
-    found = "\n".join(look(browser, address, ["planted.html"]))
+    found = "\n".join(look(chromium, address, ["planted.html"]))
     (built / "site/planted.html").unlink()
     assert all(said in found for said in ("2000 wide of 390", "none.png", "planted", "asks for http://127.0.0.2"))
 
 
 @pytest.mark.parametrize("scheme", ["http", "file"])
-def test_search_finds_without_a_network(browser: Any, address: str, built: Path, scheme: str) -> None:
-    tab = browser.new_page()
+def test_search_finds_without_a_network(chromium: Any, address: str, built: Path, scheme: str) -> None:
+    tab = chromium.new_page()
     tab.goto(f"{address if scheme == 'http' else built.as_uri() + '/site/'}index.html")
     tab.keyboard.press("/")
     tab.keyboard.type("receptive field", delay=30)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 import signal
 import socket
 import subprocess
@@ -14,9 +13,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import pytest
-
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 SECONDS = 60.0  # for a server to start, on a machine that is busy
 ROOT = Path(__file__).parents[2]
 
@@ -116,15 +112,3 @@ class Driver:
         field = self.page.get_by_label(label).locator("visible=true").first
         field.fill(str(value))
         field.press("Enter")
-
-
-@contextmanager
-def browser() -> Iterator[Any]:
-    """A headless Chromium. Skips the test where there is none, or no driver."""
-    sync_api = pytest.importorskip("playwright.sync_api")
-    if CHROMIUM is None:
-        pytest.skip("no Chromium is installed")
-    with sync_api.sync_playwright() as playwright:
-        chromium = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
-        yield chromium
-        chromium.close()

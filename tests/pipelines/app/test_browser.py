@@ -18,7 +18,8 @@ import httpx
 import numpy as np
 import pytest
 import torch
-from app_server import Driver, app, browser
+from app_server import Driver, app
+from chromium import browser
 from PIL import Image
 from small_pipelines import make_pipeline, pixels_for
 

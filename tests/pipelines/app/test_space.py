@@ -15,7 +15,8 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from app_server import CHROMIUM, Driver, browser, free_port, running
+from app_server import Driver, free_port, running
+from chromium import CHROMIUM, browser
 from fake_hub import run_client, serve
 from small_pipelines import make_pipeline
 
