@@ -130,6 +130,10 @@ def test_the_cell_that_fails_is_told(tmp_path):
     assert len(executing.pictures(notebook)) == 1
 
 
+def test_a_kernel_that_dies_is_told(tmp_path):
+    assert "died" in executed(tmp_path, "import os\nos._exit(3)")[1]
+
+
 @pytest.mark.parametrize(
     ("cell", "told"),
     [
