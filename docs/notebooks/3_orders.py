@@ -138,9 +138,9 @@ figure.colorbar(drawn, ax=axes, label="bits of a token", shrink=0.9)
 plt.show()
 
 # %% [markdown]
-# A bright cell is a token that is hard to guess when its turn comes. In raster order the cost is spread evenly over the
-# digit. In the random order a few early tokens cost much: they decide what is drawn. The later ones fill in, and cost
-# little. The sum is what counts, and neighbours that are known help most.
+# A bright cell is a token that is hard to guess when its turn comes. Raster and snake always stand beside what they
+# drew last and below what they drew before. The curve jumps between regions, and in the random order the early tokens
+# have nothing near them: both cost more, after as many steps.
 #
 # ## The price of passes
 #
@@ -175,10 +175,10 @@ assert cost["blocks, rows"].mean() > cost["blocks, diagonal"].mean()
 #
 # **Where is the price paid?** We subtract the cost in raster order from that of each block order. Red tokens have
 # become dearer, blue ones cheaper; the numbers are those of the blocks. `rows` pays a little everywhere, for the left
-# neighbour that it cannot see. `spread:8` pays in its first blocks, where hardly anything is known. Its last ones are
-# cheaper than in raster order, because there a token has known neighbours on all sides. What a network can make of far
-# neighbours it has to learn, so such orders gain from longer training: in [docs/orders.md](../orders.md#what-it-costs)
-# they are clearly ahead of `rows`.
+# neighbour that it cannot see. `spread:8` pays in its first blocks, where hardly anything is known. Some of its last
+# ones are cheaper than in raster order, because a token then has known neighbours on all sides. What a network can make
+# of far neighbours it has to learn, so such orders gain from longer training: in
+# [docs/orders.md](../orders.md#what-it-costs) they are clearly ahead of `rows`.
 
 # %%
 figure, axes = plt.subplots(1, 3, figsize=(9, 3), layout="constrained")

@@ -28,7 +28,7 @@ import nbformat.v4 as made  # noqa: E402
 ROOT = Path(__file__).parents[2]
 FOLDER = ROOT / "docs" / "notebooks"
 NAMES = sorted(path.stem for path in FOLDER.glob("[0-9]_*.py"))
-PICTURES = {"1_chain_rule": 19, "2_two_stages": 10, "3_orders": 9, "4_density": 11, "5_own_images": 6}
+PICTURES = {"1_chain_rule": 19, "2_two_stages": 10, "3_orders": 8, "4_density": 11, "5_own_images": 6}
 SHARES = {"1_chain_rule": 0.25, "2_two_stages": 0.15}
 every_notebook = pytest.mark.parametrize("name", NAMES)
 
@@ -128,6 +128,10 @@ def test_the_cell_that_fails_is_told(tmp_path):
     notebook, problem = executed(tmp_path, *cells, "1 / 0")
     assert problem == "cell 2 failed: import sys\n  why\n  ValueError: a reason"
     assert len(executing.pictures(notebook)) == 1
+
+
+def test_a_kernel_that_dies_is_told(tmp_path):
+    assert "died" in executed(tmp_path, "import os\nos._exit(3)")[1]
 
 
 @pytest.mark.parametrize(
