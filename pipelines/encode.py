@@ -31,7 +31,7 @@ from .jobs import Piece
 from .jobs.sharing import Share, shared
 from .processes.launched import build_accelerator, team_of
 from .shuffling.ahead import made_ahead, pinned, sent
-from .stages.provenance import TokenizerFolder, tokenizer_defaults
+from .stages.provenance import TokenizerFolder, tokenizer_defaults, tokenizer_folder
 from .tokens import Meta
 from .tokens.appending import begun_with, class_numbers, data_as_begun, existing, missing_variants, same_images
 from .tokens.finished import made_before, told
@@ -92,7 +92,7 @@ def run(config: EncodeConfig) -> Path:
     """
     accelerator = build_accelerator()
     team = team_of(accelerator)
-    tokenizer, out = Tokenizer.from_pretrained(config.tokenizer), Path(config.out)
+    tokenizer, out = Tokenizer.from_pretrained(tokenizer_folder(config.tokenizer)), Path(config.out)
     check_settings(config, tokenizer, out)
     team.first(lambda: recover(out))
     old = existing(out, tokenizer) if config.append else None

@@ -30,7 +30,7 @@ from .images.splits import as_begun
 from .metrics.codebook import CodebookUse, part_names
 from .metrics.perceptual import Perceptual, weights_file
 from .metrics.reconstruction import evaluate_reconstruction, images_at_a_time, reconstruction_picture
-from .stages.provenance import data_beside, save_tokenizer
+from .stages.provenance import data_beside, save_tokenizer, tokenizer_folder
 from .tracking import Mark, TrackConfig
 from .training.adversary import Adversary, CriticConfig, make_adversary
 from .training.loop import train
@@ -128,7 +128,7 @@ class TokenizerTask(Task):
         channels, height, width = self.images.train.image_shape
         tokenizer = build_tokenizer(self.config.model, (height, width), channels)
         if self.config.init:
-            tokenizer.start_from(Tokenizer.from_pretrained(self.config.init))
+            tokenizer.start_from(Tokenizer.from_pretrained(tokenizer_folder(self.config.init)))
         count = min(self.rows, max(INITIAL_IMAGES, INITIAL_PIXELS // (height * width)))
         some, _ = self.samples(count, self.config.train.seed, 0)
         tokenizer.initialize(self.images.train.batch(some))

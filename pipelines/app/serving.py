@@ -42,7 +42,7 @@ def import_gradio() -> None:
     try:
         import gradio as gradio
     except ImportError as error:
-        raise UserError("the app needs the package gradio: pip install 'smalti[app]'") from error
+        raise UserError('the app needs the package gradio: pip install "smalti[app]"') from error
 
 
 def serve(served: Served, host: str, port: int) -> None:

@@ -8,17 +8,18 @@ from __future__ import annotations
 import re
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
 
 from pydantic import Field, model_validator
 
 from tokenizer.files.hub import HUB_ID, PushError, require_reachable
 
-from ..config import Config, UserError, choose_device, run_command
+from ..config import Config, Of, UserError, choose_device, run_command
 from ..config.outputs import check_out_folder, writing
 from ..generate import GenerateConfig
 from ..image_pipeline import ImagePipeline
 from ..images import DataConfig, check_shape, load_images
+from ..stages.index import PipelineFolder
 from ..stages.provenance import defaults
 
 if TYPE_CHECKING:
@@ -28,7 +29,14 @@ if TYPE_CHECKING:
 class AppConfig(Config):
     """What is shown, where, and what visitors may ask for."""
 
-    pipeline: str = Field(description="pipeline folder, or a Hub id")
+    examples = (
+        "pipeline=digits",
+        "pipeline=runs/gpt_digits/pipeline port=8000 max_images=16",
+        "pipeline=runs/gpt_digits/pipeline space=owner/digits out=digits_space",
+    )
+    often = "pipeline host port max_images max_upload_mb queue search space out push device"
+
+    pipeline: PipelineFolder = Field(description="pipeline folder, the run that it is in, or a Hub id")
     host: str = Field("127.0.0.1", description="address to listen on; 0.0.0.0 lets other machines in")
     port: int = Field(7860, ge=1, le=65535, description="port to listen on")
     max_images: int = Field(64, ge=1, le=4096, description="most images that a visitor asks for, or sends, at once")
@@ -38,7 +46,7 @@ class AppConfig(Config):
         None, description="a tab that finds the nearest training images; default: where they are on this machine"
     )
     num_index: int | None = Field(10_000, ge=1, description="how many training images, drawn by seed 0; null: all")
-    data: DataConfig = Field(
+    data: Annotated[DataConfig, Of("pipeline")] = Field(
         DataConfig(), description="the training images of that tab; defaults to what the pipeline was trained on"
     )
     space: str | None = Field(

@@ -19,7 +19,7 @@ from ..exports.tracing import PARTS, ExportError
 from ..images import to_float
 from ..images.decoding import open_image, pixels_of
 from ..images.folders import find_images
-from ..stages.provenance import tokenizer_folder
+from ..stages.provenance import TokenizerFolder, tokenizer_folder
 
 MOST = 32  # given images on which it is checked
 
@@ -27,7 +27,15 @@ MOST = 32  # given images on which it is checked
 class ExportConfig(Config):
     """Which tokenizer, and as what."""
 
-    tokenizer: str = Field(description="folder of a tokenizer or of a pipeline, or a tokenizer's Hub id")
+    examples = (
+        "tokenizer=runs/vqvae_digits/tokenizer out=digits_onnx",
+        "tokenizer=runs/gpt_digits/pipeline format=torch images=photos out=digits_pt2",
+    )
+    often = "tokenizer out format images"
+
+    tokenizer: TokenizerFolder = Field(
+        description="folder of a tokenizer, a run or a pipeline, or a tokenizer's Hub id"
+    )
     out: str = Field(description="the folder to write: encoder, decoder, and export.json, which describes them")
     format: Format = Field(
         "onnx", description="onnx (needs the extra `export`), or torch, which `torch.export.load` reads"

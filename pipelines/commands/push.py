@@ -6,17 +6,17 @@ import re
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 from pydantic import Field, field_validator, model_validator
 
 from tokenizer.files.hub import BUGS, HUB_ID, PushError, refusal, require_reachable, said
 from tokenizer.files.reading import verify_manifest
 
-from ..config import Config, UserError, run_command
+from ..config import Config, UserError, Within, run_command
 from ..config.outputs import check_out_folder
 from ..image_pipeline import ImagePipeline
-from ..stages.index import INDEX, PipelineFolder
+from ..stages.index import INDEX
 from ..stages.metadata import HUB_LICENCE
 from ..tokens import TokenDataset, load_tokens
 from ..tokens.meta import META, TOKENS
@@ -29,7 +29,7 @@ class PushConfig(Config):
 
     examples = ("folder=runs/gpt_digits/pipeline to=owner/name", "gallery=runs to=owner/prefix")
 
-    folder: PipelineFolder | None = Field(
+    folder: Annotated[str | None, Within("pipeline", INDEX)] = Field(
         None, description="a pipeline, or the run that trained it, or a token dataset"
     )
     gallery: str | None = Field(

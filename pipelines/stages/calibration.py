@@ -47,7 +47,7 @@ def read_digests(found: Any) -> NDArray[np.uint64] | None:
 Digests = Annotated[NDArray[np.uint64] | None, PlainValidator(read_digests)]
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Calibration:
     """What is known of held-out normal images. One half of them was fitted to, the other half gave the scores. Raises
     `FieldError` if its fields do not go together."""
@@ -85,6 +85,9 @@ class Calibration:
     """Mean |x - decode(encode(x))| per pixel, on a scale of 0 to 2, `(h, w)`: coarser than large images."""
     digests: Digests
     """Of the images of both halves, see `digests_of`; None if the calibration is older than these."""
+
+    def __repr__(self) -> str:
+        return f"Calibration({self.count} images, {', '.join(self.scores)}; {self.promise})"
 
     @property
     def promise(self) -> str:

@@ -210,8 +210,10 @@ def test_grid_of_every_class(world, tmp_path, capsys):
     main(["generate", f"pipeline={world}/run/pipeline", f"out={tmp_path}/a/grid.png", "num_images=20"])
     assert f"20 images in one grid: {tmp_path}/a/grid.png" in capsys.readouterr().out
     picture = Image.open(tmp_path / "a" / "grid.png")
-    assert picture.mode == "RGB" and picture.size == (10 * 58 + 2, 2 * 58 + 2)  # ten columns, 28 pixels enlarged to 56
-    main(["generate", f"pipeline={world}/run/pipeline", f"out={tmp_path}/b.JPG", "num_images=3", "columns=3"])
+    assert picture.mode == "RGB"
+    assert picture.size == (10 * 58 + 2, 16 + 2 * 58 + 2)  # ten columns with heads, 28 pixels enlarged to 56
+    plain = ["num_images=3", "columns=3", "captions=false"]
+    main(["generate", f"pipeline={world}/run/pipeline", f"out={tmp_path}/b.JPG", *plain])
     assert Image.open(tmp_path / "b.JPG").size == (3 * 58 + 2, 58 + 2)
 
 

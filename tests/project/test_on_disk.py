@@ -257,7 +257,7 @@ def test_run_goes_on(name, tmp_path):
     place(tmp_path, f"training/{name}", "tokens/plain")
     noted = facts("training")[name]
     printed = smalti(tmp_path, noted["verb"], *noted["arguments"])
-    assert " 1 processes on cpu" in printed
+    assert " 1 process on cpu" in printed
     assert_went_on(tmp_path, name, printed)
 
 

@@ -131,14 +131,15 @@ def of_kind(*kinds: str) -> Any:
 
 def published_weights(model: Any, folder: Path) -> None:
     """The model as LlamaGen publishes it: bare weights under its own names."""
-    from tokenizer.published import LAYOUTS
+    from tokenizer.published.vqgans import LLAMAGEN
 
-    layout = next(layout for layout in LAYOUTS if "LlamaGen" in layout.title)
     folder.mkdir()
     names = dict(model.named_parameters())
     save_file(
         {
-            layout.published(key, len(model.config.widths)): value.detach().clone(memory_format=torch.contiguous_format)
+            LLAMAGEN.published(key, len(model.config.widths)): value.detach().clone(
+                memory_format=torch.contiguous_format
+            )
             for key, value in names.items()
         },
         folder / "vq.safetensors",

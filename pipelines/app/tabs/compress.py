@@ -24,7 +24,7 @@ STREAM = "images.smalti"
 def build(served: Served, gallery: gr.HTML) -> None:
     """The tab; without the coder, how to get it."""
     if importlib.util.find_spec("constriction") is None:
-        gr.Markdown("Compression needs the package constriction where the app runs: `pip install 'smalti[compress]'`")
+        gr.Markdown('Compression needs the package constriction where the app runs: `pip install "smalti[compress]"`')
         return
     pipeline, bounds = served.pipeline, served.bounds
     _, height, width = served.shape

@@ -168,7 +168,7 @@ def test_without_gradio_the_extra_is_named(place, monkeypatch, capsys):
     with pytest.raises(SystemExit) as caught:
         main(["app", f"pipeline={place / 'pipeline'}"])
     assert caught.value.code == 2
-    assert capsys.readouterr().err == "error: the app needs the package gradio: pip install 'smalti[app]'\n"
+    assert capsys.readouterr().err == 'error: the app needs the package gradio: pip install "smalti[app]"\n'
 
 
 def client(pipeline: str, out: str) -> None:

@@ -419,7 +419,7 @@ def test_pil_images_come_back():
 def test_without_the_coder_it_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "constriction", None)
     pipe = pipeline_of()
-    with pytest.raises(CodecError, match="pip install 'smalti"):
+    with pytest.raises(CodecError, match='pip install "smalti'):
         compressed(pipe, images_of(pipe))
 
 

@@ -144,7 +144,7 @@ def test_sampling_works_in_inference_mode(cache):
         ({"seed": 1, "generator": torch.Generator()}, "not both"),
         ({"num_images": 3, "generator": [torch.Generator()]}, "1 generators for 3"),
         ({"batch_size": 0}, "batch_size"),
-        ({"output_type": "latent"}, "output_type"),
+        ({"output_type": "latents"}, "output_type"),
         ({"temperature": -1.0}, "temperature"),
         ({"top_k": 0}, "top_k"),
         ({"top_p": 1.5}, "top_p"),

@@ -60,6 +60,10 @@ def test_completes_scores_and_tells_noise_from_digits(pipe):
     assert (pipe.anomaly_score(noise, p_values=True) < 0.01).all()
 
 
+def test_what_it_knows_of_normal_images_is_told_in_a_line(pipe):
+    assert len(repr(pipe.calibration)) < 250 and "500 images, joint" in repr(pipe.calibration)
+
+
 def test_compresses(pipe):
     pytest.importorskip("constriction")
     images = pipe(num_images=4, labels=3, seed=0, progress=False).images
@@ -108,3 +112,5 @@ def test_its_tokenizer_and_its_data_are_found_by_the_name(tmp_path, monkeypatch,
     monkeypatch.chdir(tmp_path)
     smalti(["reconstruct", "tokenizer=digits", "num_images=4", "out=sheet.png"])
     assert Path("sheet.png").is_file() and "PSNR" in capsys.readouterr().out
+    smalti(["encode", "tokenizer=digits", "data.limit=40", "out=tokens"])
+    assert Path("tokens/meta.json").is_file()
