@@ -33,7 +33,9 @@ def defaults(given: dict[str, Any]) -> dict[str, Any]:
 
 def tokenizer_defaults(given: dict[str, Any]) -> dict[str, Any]:
     """The data that the tokenizer named on the command line, or the pipeline named there, was trained on."""
-    return {"data": data_beside(Path(located(str(given.get("tokenizer", "")))) / PROVENANCE)}
+    folder = Path(tokenizer_folder(str(given.get("tokenizer", ""))))
+    in_pipeline = (folder.parent / INDEX).is_file()  # which says it once, for both models
+    return {"data": data_beside((folder.parent if in_pipeline else folder) / PROVENANCE)}
 
 
 def data_beside(path: Path) -> dict[str, Any]:

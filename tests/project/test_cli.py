@@ -258,7 +258,7 @@ def test_a_run_stands_for_what_is_in_it(world, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(world)
     assert resolved(capsys, "encode", "tokenizer=stage_one", "out=x")["tokenizer"] == "stage_one/tokenizer"
     found = resolved(capsys, "encode", "tokenizer=run/pipeline", "out=x")
-    assert (found["tokenizer"], found["data"]["limit"]) == ("run/pipeline/tokenizer", None)
+    assert (found["tokenizer"], found["data"]["limit"]) == ("run/pipeline/tokenizer", 40)
     found = resolved(capsys, "evaluate", "pipeline=run")  # whose data are then the defaults
     assert (found["pipeline"], found["data"]["limit"]) == ("run/pipeline", 40)
     for verb in ("generate", "complete", "calibrate", "tune", "probe", "search", "detect"):

@@ -41,7 +41,7 @@ SMALL: dict[str, dict[str, Any]] = {
         "patch": 2,
         "halvings": 1,
         "z_channels": 8,
-        "quantizer": {"kind": "fsq", "levels": (5, 4, 3)},
+        "quantizer": {"kind": "fsq", "levels": (8, 8, 8)},
     },
     "emu3": {
         "widths": (8, 16),
@@ -114,7 +114,11 @@ def train_on(quantizer: Quantizer, z: Tensor) -> Quantized:
 
 def make_tokenizer(name: str, image_size: tuple[int, int] = (12, 8), channels: int = 3, **config: Any) -> Tokenizer:
     """A small tokenizer of the family."""
-    return Tokenizer.create(name, image_size=image_size, channels=channels, **{**SMALL.get(name, {}), **config})
+    made = Tokenizer.create(name, image_size=image_size, channels=channels, **{**SMALL.get(name, {}), **config})
+    if name == "emu3":  # what shrinks films leaves next to nothing of an image, as long as its weights are random
+        for layer in made.encoder.shrink:
+            layer.weight.data *= 8
+    return made
 
 
 PLACED = [name for name in TOKENIZERS if make_tokenizer(name).placed]

@@ -158,7 +158,7 @@ class Decoder(nn.Module):
             pair = block(pair)
         for conv in self.grow:  # which doubles the frames, and sees the first of them alone
             pair = F.silu(conv(pair))
-        x, codes = pair.squeeze(2).chunk(2)
+        x, codes = pair.squeeze(2).unflatten(0, (2, z.shape[0]))
         x = self.stem(x)
         for part in (*self.middle, *self.levels):
             x = part(x, codes)
