@@ -372,8 +372,8 @@ def test_a_load_that_meets_a_save_reads_again_and_one_that_does_not_fails_at_onc
     pipes[0].save_pretrained(tmp_path / "pipe")
     sealed, seen = reading.Folder.sealed, []
 
-    def saved_meanwhile(path: Path, sha256: str | None = None) -> Any:
-        found = sealed(path, sha256)
+    def saved_meanwhile(path: Path, *arguments: Any, **options: Any) -> Any:
+        found = sealed(path, *arguments, **options)
         if not seen:
             pipes[1].save_pretrained(tmp_path / "pipe")
         seen.append(path)

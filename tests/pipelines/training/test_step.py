@@ -105,7 +105,7 @@ def test_float32_on_a_gpu_that_has_bf16_is_said_once(tmp_path, monkeypatch, caps
 
 
 def test_fp16_is_refused(tmp_path, monkeypatch):
-    accelerator = SimpleNamespace(num_processes=1, mixed_precision="fp16")
+    accelerator = SimpleNamespace(num_processes=1, mixed_precision="fp16", device=torch.device("cpu"))
     monkeypatch.setattr("accelerate.Accelerator", lambda **_: accelerator)
     with pytest.raises(UserError, match="bf16"):
         train_tokenizer(tmp_path / "run")
