@@ -36,10 +36,11 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     **{f"vqvae, {name}": ("vqvae", {"likelihood": {"kind": name}}) for name in LIKELIHOODS},
 }
 every_format = pytest.mark.parametrize("format", FORMATS)
-RECORDED = [("onnx", case) for case in CASES] + [
+USUAL = ("klvae", "palette", "titok", "vqvae, ema", "vqvae, fsq", "vqvae, rvq")
+RECORDED = [pytest.param("onnx", case, marks=() if case in USUAL else pytest.mark.slow) for case in CASES] + [
     ("torch", case) for case in ("klvae", "titok", "vqvae, lfq", "vqvae, rvq")
 ]
-"""What ONNX can say has been recorded as torch's program: a few of these are run, too."""
+"""All in ONNX, most of them slow; what ONNX can say has been recorded as torch's program, of which a few are run, too."""
 
 
 def needs(format: str) -> None:

@@ -76,10 +76,13 @@ def test_plain_labels_are_numbered_in_order(tmp_path):
     assert train.class_names == ["7", "30", "100"] and train.labels[:3].tolist() == [1, 0, 2]
 
 
-@pytest.mark.parametrize("label", [-1, None])
-def test_bad_labels_are_named_by_row(tmp_path, label):
+@pytest.mark.parametrize(
+    ("label", "told"),
+    [(-1, "the label is -1, allowed is .*an integer from 0"), (None, "no class, while other images have one")],
+)
+def test_bad_labels_are_named_by_row(tmp_path, label, told):
     path = write_table(tmp_path / "a.parquet", PNGS, [0, 1, 2, label, 1, 0, 0, 0, 0, 0])
-    with pytest.raises(UserError, match=f"row 3 of train: the label is {label}, allowed is .*an integer from 0"):
+    with pytest.raises(UserError, match=f"row 3 of train: {told}"):
         load_images(config(path))
 
 

@@ -25,7 +25,7 @@ def launched(home: Path, out: Path) -> str:
 
 def test_the_basic_file_of_this_machine_works_unchanged(tmp_path: Path) -> None:
     write_basic_config(save_location=str(tmp_path / "home" / "accelerate" / "default_config.yaml"))
-    assert "1 process(es)" in launched(tmp_path / "home", tmp_path / "run")
+    assert "1 process on" in launched(tmp_path / "home", tmp_path / "run")
     assert metrics(tmp_path / "run")[-1]["step"] == 2
 
 
@@ -43,7 +43,7 @@ def test_the_file_for_several_gpus_works_unchanged(tmp_path: Path) -> None:
         gpu_ids="all",
         same_network=True,
     ).to_yaml_file(str(path))
-    assert "2 process(es)" in launched(tmp_path / "home", tmp_path / "run")
+    assert "2 processes on" in launched(tmp_path / "home", tmp_path / "run")
     assert metrics(tmp_path / "run")[-1]["step"] == 2
 
 
