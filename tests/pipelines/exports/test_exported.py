@@ -40,7 +40,7 @@ USUAL = ("klvae", "palette", "titok", "vqvae, ema", "vqvae, fsq", "vqvae, rvq")
 RECORDED = [pytest.param("onnx", case, marks=() if case in USUAL else pytest.mark.slow) for case in CASES] + [
     ("torch", case) for case in ("klvae", "titok", "vqvae, lfq", "vqvae, rvq")
 ]
-"""All in ONNX, most of them slow. What ONNX can say has been recorded as torch's program: a few of these are run, too."""
+"""All in ONNX, most of them slow; of what torch's programs say, which ONNX is made from, a few are run, too."""
 
 
 def needs(format: str) -> None:
