@@ -275,6 +275,7 @@ def prior_outside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[P
     path.write_text(blocks("docs/extending.md", "python")[0])
     monkeypatch.setattr(Prior, "_members", dict(Prior._members))
     monkeypatch.setattr(sys, "path", list(sys.path))
+    monkeypatch.setattr("pipelines.config.importing.IMPORTED", [])
     yield path
     sys.modules.pop("my_prior", None)
 
