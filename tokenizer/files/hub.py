@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import difflib
+import itertools
 import os
 import re
 import socket
@@ -18,6 +20,7 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntry
 from .errors import PathError, one_line
 
 SECONDS = 5.0  # to wait for an answer
+MOST_NAMES = 1000  # in a folder that are looked at for one that may have been meant
 BUGS = (TypeError, AttributeError, NameError, AssertionError)  # our own; the Hub never causes one
 HUB_ID = r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}"
 
@@ -110,10 +113,24 @@ def resolve_folder(source: str | Path, patterns: list[str], **options: Any) -> P
     """`source` as a local folder; a repository id is fetched from the Hub, see `snapshot`. Raises `PathError`."""
     if os.path.isdir(source):  # unlike Path.is_dir, also False for a name that no folder can have
         return Path(source)
+    near = near_folder(Path(source))
+    hint = f" (did you mean {near}?)" if near else ""
     if not re.fullmatch(HUB_ID, str(source)):
-        raise PathError(f"{str(source)[:200]!r} is neither an existing folder nor a Hub id of the form 'owner/name'")
-    told = f"{str(source)!r} is not an existing folder, and as a Hub id it could not be fetched"
+        raise PathError(
+            f"{str(source)[:200]!r} is neither an existing folder{hint} nor a Hub id of the form 'owner/name'"
+        )
+    told = f"{str(source)!r} is not an existing folder{hint}, and as a Hub id it could not be fetched"
     return snapshot(str(source), patterns, told, **options)
+
+
+def near_folder(path: Path) -> Path | None:
+    """A folder beside `path` whose name differs from its by a typing error, if there is one."""
+    try:
+        there = [each.name for each in itertools.islice(path.parent.glob("*"), MOST_NAMES) if each.is_dir()]
+    except (OSError, ValueError):  # a name that no folder can have
+        return None
+    found = difflib.get_close_matches(path.name, there, 1, 0.8)
+    return path.parent / found[0] if found else None
 
 
 def snapshot(repo_id: str, patterns: list[str], told: str, **options: Any) -> Path:

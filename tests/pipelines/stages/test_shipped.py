@@ -98,6 +98,17 @@ def test_a_name_that_is_not_there_lists_those_that_are():
         ImagePipeline.from_pretrained("digitz")
 
 
+def test_a_typing_error_in_a_folder_is_told(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("runs/photos_prior").mkdir(parents=True)
+    Path("runs/other").mkdir()
+    for name in ("runs/photo_prior", str(tmp_path / "runs" / "photo_prior")):
+        with pytest.raises(PathError, match=r"is n.* existing folder \(did you mean .*runs/photos_prior\?\)"):
+            ImagePipeline.from_pretrained(name)
+    with pytest.raises(PathError, match="is not an existing folder, and as a Hub id"):
+        ImagePipeline.from_pretrained("runs/nothing")
+
+
 def test_verbs_take_the_name(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     smalti(["generate", "pipeline=digits", "num_images=2", "out=grid.png"])
