@@ -11,9 +11,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from pipelines import ImagePipeline, from_unit
+from pipelines import ImagePipeline, PipelineOutput, from_unit
 from pipelines.images import DataConfig, load_images
-from pipelines.stages.sampling import PipelineOutput
 from pipelines.tokens import TokenDataset, load_tokens
 from prior import Prior
 from tokenizer import TokenGrid, Tokenizer
