@@ -135,6 +135,7 @@ def options(argv: list[str]) -> dict[str, str]:
 
 
 def main() -> None:
+    """The command line."""
     import nbformat
 
     given = options(sys.argv[1:])

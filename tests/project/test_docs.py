@@ -369,5 +369,6 @@ def test_search_finds_without_a_network(chromium: Any, address: str, built: Path
     tab.goto(f"{address if scheme == 'http' else built.as_uri() + '/site/'}index.html")
     tab.keyboard.press("/")
     tab.keyboard.type("receptive field", delay=30)
-    tab.wait_for_selector(r"text=/^\d+ results$/", timeout=20_000)
+    found = tab.wait_for_selector(r"text=/^\d+ results$/", timeout=20_000).inner_text()
     tab.close()
+    assert int(found.split()[0]) >= 3
