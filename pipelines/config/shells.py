@@ -1,8 +1,6 @@
 """The completion scripts of bash, zsh and fish, in which `completion` fills in the words."""
 
-BASH = r"""# Completion of smalti in bash. Write it once, and again after an update:
-#   smalti completion bash > ~/.local/share/bash-completion/completions/smalti
-_smalti_keys() {
+TABLES = r"""_smalti_keys() {
     case "$$1" in
 $keys
     esac
@@ -17,7 +15,15 @@ _smalti_values() {
 $values
     esac
 }
-_smalti_add() {  # the candidates of compgen's options $$1 that begin with $$2
+"""
+"""What both know of verbs, keys and values."""
+
+BASH = (
+    r"""# Completion of smalti in bash. Write it once, and again after an update:
+#   smalti completion bash > ~/.local/share/bash-completion/completions/smalti
+"""
+    + TABLES
+    + r"""_smalti_add() {  # the candidates of compgen's options $$1 that begin with $$2
     local found
     while IFS= read -r found; do
         COMPREPLY+=("$$3$$found$$4")
@@ -72,27 +78,16 @@ _smalti() {
 }
 complete -F _smalti smalti
 """
+)
 
-ZSH = r"""#compdef smalti
+ZSH = (
+    r"""#compdef smalti
 # Completion of smalti in zsh. Write it once, and again after an update, into a folder of $$fpath:
 #   mkdir -p ~/.zfunc && smalti completion zsh > ~/.zfunc/_smalti
 # and in ~/.zshrc, before compinit: fpath+=~/.zfunc
-_smalti_keys() {
-    case "$$1" in
-$keys
-    esac
-}
-_smalti_topics() {
-    case "$$1" in
-$topics
-    esac
-}
-_smalti_values() {
-    case "$$1:$$2" in
-$values
-    esac
-}
-_smalti() {
+"""
+    + TABLES
+    + r"""_smalti() {
     local verb="$${words[2]//-/_}" before="$${words[CURRENT-1]}" values
     if (( CURRENT == 2 )); then
         compadd -- $verbs
@@ -129,6 +124,7 @@ else
     compdef _smalti smalti
 fi
 """
+)
 
 FISH = r"""# Completion of smalti in fish. Write it once, and again after an update:
 #   smalti completion fish > ~/.config/fish/completions/smalti.fish

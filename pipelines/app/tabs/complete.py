@@ -60,10 +60,9 @@ def build(served: Served, gallery: gr.HTML) -> None:
         options_code = f"{labels_code(pipeline, labels)}{keywords(options)}"
         lines = [
             "from PIL import Image",
-            "import numpy as np",
-            'image = Image.open("image.png")  # Save, below the painting, writes both',
-            'known = np.asarray(Image.open("mask.png").convert("L")) < 128  # white is drawn again',
-            f"out = pipe.complete(image, known, seed={first}, draws={count}{options_code})",
+            "# Save, below the painting, writes both; white is drawn again",
+            'image, mask = Image.open("image.png"), Image.open("mask.png")',
+            f"out = pipe.complete(image, mask=mask, seed={first}, draws={count}{options_code})",
         ]
         return shown(found, [f"draw {k + 1}" for k in range(len(found))], side=LARGE), served.code(*lines)
 
