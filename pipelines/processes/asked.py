@@ -25,8 +25,13 @@ REFUSED = {
 DEVICES = ("cpu", "cuda", "mps", "xpu")
 
 
-def require_supported(environment: Mapping[str, str] = os.environ) -> None:
-    """Raise `UserError` for what the launcher asked for and the loop does not do."""
+def require_supported(environment: Mapping[str, str] | None = None) -> None:
+    """Raise `UserError` for what the launcher asked for and the loop does not do.
+
+    environment: that of this process unless given. It is looked up at each call: after a map in several processes,
+    `datasets` puts another object in the place of `os.environ`.
+    """
+    environment = os.environ if environment is None else environment
     for variable, (name, instead) in REFUSED.items():
         if environment.get(variable, "").lower() in ("1", "true", "yes"):
             raise UserError(f"{name} is not supported: {instead}")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import os
 from pathlib import Path
 
 import pytest
@@ -69,6 +71,14 @@ def test_fp8_is_refused_whatever_the_run_asks_for(config: dict, tmp_path: Path, 
         UserError, match=r"^fp8 is not supported \(no run was tested in it\).* use --mixed_precision bf16"
     ):
         train_tokenizer(tmp_path / "run", **config)
+
+
+def test_it_is_refused_after_os_environ_was_replaced(monkeypatch) -> None:
+    """As `datasets` replaces it, by a copy, after a map in several processes."""
+    monkeypatch.setattr(os, "environ", copy.deepcopy(os.environ))
+    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
+    with pytest.raises(UserError, match=r"^DeepSpeed is not supported"):
+        require_supported()
 
 
 def test_every_refusal_is_one_line_that_says_what_to_use() -> None:
