@@ -14,15 +14,17 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 
 from tokenizer import TokenGrid
-from tokenizer.files.errors import ConfigError
+from tokenizer.posthoc import Posthoc
 
 SIDE = 9
 PIXELS, CHANNELS, DECADES = 64, 3, 3
 PLANE = 96
+NO_TARGET = -1  # none of the cells is one of which the others are seen
 # Smaller than the defaults, where a model has such a setting.
 SMALL: dict[str, Any] = {
     "dim": 32,
@@ -49,6 +51,7 @@ def of(family: Any, name: str) -> str:
     """The figure of a model as HTML, or nothing where there is none."""
     drawers = {
         "prior": prior,
+        "prior.heads": head,
         "tokenizer": tokenizer,
         "tokenizer.quantizers": quantizer,
         "tokenizer.likelihoods": likelihood,
@@ -150,6 +153,29 @@ def ink(size: Tensor, decades: int = 6) -> Tensor:
     return torch.where(seen, depth.clamp(0.12, 1), torch.zeros_like(size))
 
 
+def head(member: Any) -> str:
+    """Which ids of a position reach the logits of which."""
+    for grid in (TokenGrid((4 * SIDE, SIDE), 5, levels=4), TokenGrid((3 * SIDE, SIDE), 256, channels=3)):
+        config = member.Config()
+        if member.problem(config, grid):
+            continue
+        model = stirred(member(config, grid))
+        outputs, ids = torch.randn(1, model.size).double(), torch.randint(grid.vocab_size, (1, grid.together))
+        size = torch.zeros(grid.together, grid.together)
+        for level in range(grid.together):
+            changed = ids.clone()
+            changed[:, level] = (ids[:, level] + grid.vocab_size // 2) % grid.vocab_size
+            size[:, level] = (model.logits(outputs, changed) - model.logits(outputs, ids))[0].abs().amax(-1)
+        return figure(maps(size.flatten(), (tuple(size.shape),), NO_TARGET), HEAD)
+    return ""
+
+
+HEAD = (
+    "Row by row the ids of one position, in the order in which they are drawn: the darker a cell, the more its "
+    "column's id moves the logits of its row's (random weights). Empty cells are not seen."
+)
+
+
 def tokenizer(member: Any) -> str:
     """Which pixels change with the token in the middle."""
     settings = smaller(member.Config, image_size=(PIXELS, PIXELS), channels=CHANNELS)
@@ -157,10 +183,9 @@ def tokenizer(member: Any) -> str:
         return ""
     model = member(member.Config(**settings)).eval()
     images = torch.rand(1, CHANNELS, PIXELS, PIXELS) * 2 - 1
-    try:
-        model.initialize(images)
-    except ConfigError:  # it starts from what another run has trained
-        return ""
+    if isinstance(model, Posthoc):  # which starts from what another run has trained
+        model.start_from(model.vae)
+    model.initialize(images)
     tokens = model.encode(images)
     flat, grid = tokens.flatten(), model.grid
     rows, columns = grid.shape[0] // model.levels, grid.shape[-1]
@@ -182,7 +207,9 @@ TOKENIZER = (
 
 
 def quantizer(member: Any) -> str:
-    """How a quantizer of two channels cuts the plane."""
+    """How a quantizer of two channels cuts the plane, or how one of several scales adds them up."""
+    if "scales" in member.Config.model_fields:
+        return sums(member)
     for settings in PLANES:
         try:
             model = member(member.Config(**settings))
@@ -203,6 +230,30 @@ def quantizer(member: Any) -> str:
 QUANTIZER = (
     "How two channels, each from -2 to 2, become ids: a colour is an id (a quantizer of few codes as it is before "
     "training)."
+)
+
+
+def sums(member: Any) -> str:
+    """A plane of one channel, and what the scales make of it, coarse to fine."""
+    model = member(member.Config(scales=SCALES, book={"kind": "ema", "codes": 16, "dim": 1}))
+    y, x = torch.meshgrid(torch.linspace(-1, 1, SCALES[-1]), torch.linspace(-1, 1, SCALES[-1]), indexing="ij")
+    plane = (2 * (3 * x + y).sin() + (x * x + y * y - 0.5))[None, None]
+    model.train().quantize(plane)  # which starts the codes
+    model.finish_step()
+    model.eval()
+    tokens = model.quantize(plane).tokens
+    shown = [model.lookup_scales(tokens, count) for count in range(1, len(SCALES) + 1)]
+    low, high = float(plane.min()), float(plane.max())
+    row = torch.cat([F.pad(part[0, 0], (0, 1), value=high) for part in (*shown, plane)], 1)[:, :-1]
+    grey = ((row - low) / (high - low)).clamp(0, 1).mul(255).round().to(torch.uint8).numpy()
+    picture = Image.fromarray(grey).resize((grey.shape[1] * 7, grey.shape[0] * 7), Image.Resampling.NEAREST)
+    return figure(png(picture), SUMS.format(scales=", ".join(f"{side}x{side}" for side in SCALES)))
+
+
+SCALES = (1, 2, 4, 8, 16)
+SUMS = (
+    "The sum of the codes up to each scale ({scales}), and on the right the plane itself: 16 codes of one number, "
+    "which all scales share, as they start."
 )
 
 

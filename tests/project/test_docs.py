@@ -20,6 +20,7 @@ from PIL import Image
 
 from pipelines.__main__ import verbs
 from prior import Marginal, Prior
+from prior.heads import Head
 from tokenizer import Tokenizer
 from tokenizer.quantizers import Quantizer
 
@@ -65,12 +66,13 @@ def text_of(built: Path, page: str) -> str:
 # What is there
 
 
-def test_every_model_has_its_page(built: Path) -> None:
-    families = {"priors": Prior, "tokenizers": Tokenizer, "quantizers": Quantizer}
+def test_every_model_has_its_page_with_a_figure(built: Path) -> None:
+    families = {"priors": Prior, "heads": Head, "tokenizers": Tokenizer, "quantizers": Quantizer}
     for folder, family in families.items():
         for name in family.available():
             page = text_of(built, f"models/{folder}/{name}.html")
             assert f"{family.find(name).__name__}" in page and 'class="keys"' in page or "None." in page
+            assert '<figure class="drawn">' in page, name
             assert f'href="{name}.html"' in text_of(built, f"models/{folder}/index.html")
 
 
