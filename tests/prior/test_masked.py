@@ -242,7 +242,7 @@ def test_the_course_of_guidance_is_of_what_each_image_knows():
         assert int(sampler.last_size(torch.tensor([unknown]))) == (sizes[-1] if sizes else 0)
 
 
-@pytest.mark.parametrize("steps", [1, 2, 4])
+@pytest.mark.parametrize("steps", [pytest.param(1, marks=pytest.mark.slow), 2, pytest.param(4, marks=pytest.mark.slow)])
 def test_where_tokens_are_independent_any_number_of_steps_is_right(steps):
     model, count = make(shape=(2, 2), vocab_size=2), 20_000
     with torch.no_grad():
@@ -260,7 +260,14 @@ def test_where_tokens_are_independent_any_number_of_steps_is_right(steps):
     assert ((found - expected).abs() < 5 * (expected * (1 - expected) / count).sqrt() + 1e-4).all()
 
 
-@pytest.mark.parametrize(("order", "steps"), [("raster", 1), ("column", 2), ("random:2", 3), ("snake", 4)])
+@pytest.mark.parametrize(
+    ("order", "steps"),
+    [
+        pytest.param("raster", 1, marks=pytest.mark.slow),
+        ("column", 2),
+        *(pytest.param(*way, marks=pytest.mark.slow) for way in (("random:2", 3), ("snake", 4))),
+    ],
+)
 def test_steps_along_an_order_are_exact(order, steps):
     """Frequencies of samples are those of the ordered partition's density, which sums to one; without an order, where
     confidence chooses, they are not."""

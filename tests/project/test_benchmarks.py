@@ -62,7 +62,7 @@ def test_a_mistake_on_the_command_line_is_one_line(arguments, message):
         run("rounding.py", *arguments)
 
 
-@pytest.mark.parametrize("name", ["blind_spot", "orders"])
+@pytest.mark.parametrize("name", ["blind_spot", pytest.param("orders", marks=pytest.mark.slow)])
 def test_the_picture_of_a_page_is_the_one_that_is_drawn(tmp_path, name):
     from PIL import Image
 
@@ -91,6 +91,7 @@ def test_classifiers_learn_and_judge_guidance_as_it_is_said(monkeypatch):
             classifiers.sampler_of(pipe, wrong)
 
 
+@pytest.mark.slow
 def test_the_onset_of_a_critic_is_drawn(tmp_path, monkeypatch, one_process):
     """From what two runs have left, before and after."""
     from launch import train_tokenizer
@@ -475,6 +476,7 @@ def written(folder, tokenizer):
     return folder
 
 
+@pytest.mark.slow
 def test_heads_are_compared_on_levels_and_on_pixels(tmp_path):
     """At the length of a few steps: a row for each case, of finite figures."""
     pytest.importorskip("constriction")

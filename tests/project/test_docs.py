@@ -149,6 +149,7 @@ def test_a_page_without_a_place_is_told(site_module: Any, tmp_path: Path) -> Non
 # What ends it
 
 
+@pytest.mark.slow
 def test_what_is_dead_ends_the_build(site_module: Any, built: Path, tmp_path: Path) -> None:
     """The pages that were fine are not with these in them, and each of them is named."""
     out = tmp_path / "out"

@@ -293,7 +293,7 @@ def test_a_run_saves_its_state_although_its_snapshot_is_not_replaced(world, tmp_
 # While it works
 
 
-@of_kind("whole", "new", "state")
+@of_kind("whole", "new", "state", slow=("export",))
 def test_what_comes_into_the_folder_while_it_works_is_never_lost(world, tmp_path, name, monkeypatch):
     """Before the names are exchanged, and between that and a last look: into a new folder, and into one of ours."""
     put, swap = storage._put_in_place, storage.exchange

@@ -124,9 +124,12 @@ WRITERS: dict[str, Writer] = {
 }
 
 
-def of_kind(*kinds: str) -> Any:
-    """All writers of these kinds."""
-    return pytest.mark.parametrize("name", [name for name, writer in WRITERS.items() if writer.kind in kinds])
+def of_kind(*kinds: str, slow: tuple[str, ...] = ()) -> Any:
+    """All writers of these kinds; those in `slow` take long at what is tested."""
+    names = [name for name, writer in WRITERS.items() if writer.kind in kinds]
+    return pytest.mark.parametrize(
+        "name", [pytest.param(name, marks=pytest.mark.slow if name in slow else ()) for name in names]
+    )
 
 
 def published_weights(model: Any, folder: Path) -> None:

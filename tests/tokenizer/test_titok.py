@@ -265,6 +265,7 @@ def test_bad_configurations_are_named(config, message):
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.slow
 def test_pictures_get_better_with_every_token_and_codes_are_used():
     tokenizer, images = trained_on_waves("titok", 250, dim=32, registers=8, keep="uniform")
     with torch.no_grad():

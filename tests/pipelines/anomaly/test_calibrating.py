@@ -54,6 +54,7 @@ def test_p_values_count_ties_against_detection_and_fall_with_the_score(trained):
 BLANK = torch.full((1, 1, SIZE, SIZE), 255, dtype=torch.uint8)
 
 
+@pytest.mark.slow
 def test_p_values_hold_where_many_normal_images_are_the_same(likely):
     """8 % of them are a blank page, and no copy of it is stranger than the others are: where it is the strangest image,
     p is .08, which rounding made 1 / (n + 1) by chance."""

@@ -384,6 +384,7 @@ def test_another_name_of_this_machine_is_refused(client):
     assert client.get("/config", headers={"Host": "evil.example:80"}).status_code == 403
 
 
+@pytest.mark.slow
 def test_a_full_queue_is_told(client, functions, page):
     """One request is worked on, two wait, and the next one is told to come back."""
     sessions = [f"full{number}" for number in range(4)]

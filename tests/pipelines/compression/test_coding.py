@@ -144,6 +144,7 @@ def test_a_stream_decodes_without_the_cache(prior, monkeypatch):
     assert torch.equal(decompressed(pipe, data), expected(pipe, images, False))
 
 
+@pytest.mark.slow
 def test_a_stream_decodes_with_other_instructions(tmp_path):
     """Of what the processor has: AVX2 here, and what torch chooses there."""
     pipe = pipeline_of("pixels given tokens")

@@ -35,10 +35,13 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "vqvae, directions": ("vqvae", {"quantizer": {"kind": "ema", "codes": 32, "dim": 8, "normalize": True}}),
     **{f"vqvae, {name}": ("vqvae", {"likelihood": {"kind": name}}) for name in LIKELIHOODS},
 }
-every_format = pytest.mark.parametrize("format", FORMATS)
-USUAL = ("klvae", "palette", "titok", "vqvae, ema", "vqvae, fsq", "vqvae, rvq")
+every_format = pytest.mark.parametrize(
+    "format", [pytest.param(name, marks=pytest.mark.slow if name == "onnx" else ()) for name in FORMATS]
+)
+USUAL = ("palette", "vqvae, ema")
 RECORDED = [pytest.param("onnx", case, marks=() if case in USUAL else pytest.mark.slow) for case in CASES] + [
-    ("torch", case) for case in ("klvae", "titok", "vqvae, lfq", "vqvae, rvq")
+    pytest.param("torch", case, marks=() if case == "klvae" else pytest.mark.slow)
+    for case in ("klvae", "titok", "vqvae, lfq", "vqvae, rvq")
 ]
 """All in ONNX, most of them slow; of what torch's programs say, which ONNX is made from, a few are run, too."""
 

@@ -209,6 +209,7 @@ class Watched:
         self.thread.join()
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
 def test_bombs_take_no_memory(tmp_path):
     with Watched() as plain:  # the control: what one of them takes that is opened without a look at its size

@@ -197,6 +197,7 @@ train_prior.main(sys.argv[1:])
 """A training whose evaluation, as one of a real run, takes longer than W&B takes to begin."""
 
 
+@pytest.mark.slow
 def test_a_card_links_the_run_of_a_server(tmp_path: Path, chain: Path) -> None:
     """The address, and nothing of this machine's folders."""
     run = tmp_path / "run"

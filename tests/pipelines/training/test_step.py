@@ -267,7 +267,9 @@ def test_the_first_step_may_be_sick(tmp_path, monkeypatch):
         assert metrics(run)[-1]["skipped_steps"] == 1 and losses(run)[-1] < losses(run)[0]
 
 
-@pytest.mark.parametrize(("how", "late"), [*((how, False) for how in SICK), ("nan gradient", True)])
+@pytest.mark.parametrize(
+    ("how", "late"), [*(pytest.param(how, False, marks=pytest.mark.slow) for how in SICK), ("nan gradient", True)]
+)
 def test_ten_sick_steps_in_a_row_end_the_run(tmp_path, monkeypatch, how, late):
     if late:
         read_late(monkeypatch)

@@ -327,6 +327,7 @@ def logged(run: Path, step: int) -> Any:
     return lambda: path.exists() and path.read_text().count("\n") >= step
 
 
+@pytest.mark.slow
 def test_ctrl_c_in_a_shell_ends_its_loop(tmp_path, command):
     loop = 'for name in a b; do "$@" out=$0/$name; done'
     argv = verb("train_tokenizer", tokenizer_arguments(tmp_path, train__steps=20000))
@@ -363,7 +364,11 @@ def test_ctrl_c_under_accelerate_launch_saves_once(tmp_path, command, processes)
 @pytest.mark.timeout(180)
 @pytest.mark.parametrize(
     ("launched", "saved"),
-    [pytest.param("alone", 0, marks=pytest.mark.slow), ("alone", 4), pytest.param("two", 4, marks=pytest.mark.slow)],
+    [
+        pytest.param("alone", 0, marks=pytest.mark.slow),
+        pytest.param("alone", 4, marks=pytest.mark.slow),
+        pytest.param("two", 4, marks=pytest.mark.slow),
+    ],
 )
 def test_a_second_ctrl_c_ends_at_once(tmp_path, command, launched, saved):
     """In a step that takes forever; with what is saved as the last word."""
@@ -390,6 +395,7 @@ def test_a_second_ctrl_c_ends_at_once(tmp_path, command, launched, saved):
     assert len(states(run)) == bool(saved)
 
 
+@pytest.mark.slow
 def test_a_closed_terminal_saves(tmp_path):
     """What is written to it from then on would be an error."""
     run, (master, terminal) = tmp_path / "run", pty.openpty()

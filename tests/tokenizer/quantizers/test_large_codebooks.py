@@ -69,13 +69,20 @@ def in_a_child(name: str) -> dict[str, float] | None:
     return json.loads(printed) if os.waitpid(child, 0)[1] == 0 else None
 
 
+USUAL = ("ema", "gumbel")  # nearest codes, and a softmax over all of them
 NAMES = [name for name in Quantizer.available() if large(name)]
 
 
+def asked(request: pytest.FixtureRequest) -> list[str]:
+    """Those of which a test is run."""
+    here = [item for item in request.session.items if item.path == request.path]
+    return [item.callspec.params["name"] for item in here if isinstance(item, pytest.Function)]
+
+
 @pytest.fixture(scope="module")
-def found() -> dict[str, Any]:
+def found(request: pytest.FixtureRequest) -> dict[str, Any]:
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.environ["PYTHONPATH"]}
-    command = [sys.executable, __file__, *NAMES]
+    command = [sys.executable, __file__, *asked(request)]
     printed = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert printed.returncode == 0, printed.stderr
     return json.loads(printed.stdout)
@@ -83,7 +90,7 @@ def found() -> dict[str, Any]:
 
 @pytest.mark.timeout(300)
 @pytest.mark.skipif(sys.platform != "linux", reason="memory is measured as Linux counts it")
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.slow if n not in USUAL else ()) for n in NAMES])
 def test_a_training_step_takes_little_memory(found, name):
     print(f"{name}: {found[name]['mib']:.0f} MiB, {found[name]['seconds']:.1f} s")
     assert found[name]["mib"] < LIMIT

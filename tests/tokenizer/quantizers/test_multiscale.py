@@ -266,6 +266,7 @@ def test_a_tokenizer_of_scales():
         make_tokenizer("vqvae").decode_scales(torch.zeros(1, 3, 2, dtype=torch.long), 1)
 
 
+@pytest.mark.slow
 def test_pictures_get_better_with_every_scale_and_the_coarsest_uses_its_codes():
     """With the running means, a quarter of them at least; without, the mean latent is most of what it sees."""
     tokenizer, images = trained_on_waves("vqvae", 150, quantizer=NODE)
