@@ -25,6 +25,7 @@ def launched(home: Path, out: Path) -> str:
     return output_of(start([*command, *argv], HF_HOME=str(home)), seconds=200)
 
 
+@pytest.mark.slow
 def test_the_basic_file_of_this_machine_works_unchanged(tmp_path: Path) -> None:
     write_basic_config(save_location=str(tmp_path / "home" / "accelerate" / "default_config.yaml"))
     assert "1 process on" in launched(tmp_path / "home", tmp_path / "run")
