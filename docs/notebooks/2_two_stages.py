@@ -83,7 +83,7 @@ show(images, "held-out digits")
 # %%
 steps = round(400 * SHARE)
 stage_one = train_tokenizer.main(
-    ["--config", "vqvae_digits", "out=runs/two_stages/vqvae", f"train.steps={steps}", "train.minutes=1.5"]
+    ["--config", "vqvae_digits", "out=runs/two_stages/vqvae", f"train.steps={steps}", "train.minutes=3"]
     + ["train.log_every=25", "track.wandb=disabled"]
 )
 
@@ -235,7 +235,7 @@ print({name: round(value, 3) for name, value in bits.items()})
 steps = round(500 * SHARE)
 stage_two = train_prior.main(
     ["--config", "gpt_digits", f"tokens={dataset}", "out=runs/two_stages/gpt", f"train.steps={steps}"]
-    + ["train.minutes=1.5", "train.log_every=25", "train.warmup_steps=20", "track.wandb=disabled"]
+    + ["train.minutes=3", "train.log_every=25", "train.warmup_steps=20", "track.wandb=disabled"]
 )
 
 # %% [markdown]

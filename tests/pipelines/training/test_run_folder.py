@@ -269,7 +269,7 @@ def test_a_second_run_in_the_same_folder_is_refused_while_the_first_goes_on(run,
 def test_two_processes_are_refused_together_and_at_once(run):
     with claimed(run):
         job = start(two_processes("train_tokenizer", tokenizer_arguments(run, **EVERY)))
-        printed = output_of(job, 60, code=1)
+        printed = output_of(job, 150, code=1)
     assert printed.count("one writer at a time") >= 1 and len(metrics(run)) == 2
 
 
