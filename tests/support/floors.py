@@ -4,13 +4,13 @@ it names, or with the newest on the newest Python that is here.
     python tests/support/floors.py lowest|newest [--python PYTHON] [arguments of pytest]
 
 Each has an environment of its own below build/, made anew when pyproject.toml changes; `newest` looks for newer
-versions every time. It takes gigabytes: on Linux, PyPI's torch is the one for CUDA.
+versions every time. It takes gigabytes: on Linux, PyPI's torch is the one for CUDA. `uv` on PATH makes them sooner, and
+of links. Several Pythons and versions of torch: `python tests/support/matrix.py`.
 """
 
 from __future__ import annotations
 
 import argparse
-import os
 import re
 import shutil
 import subprocess
@@ -58,22 +58,35 @@ def pythons() -> dict[int, str]:
     return found
 
 
-def prepare(which: str, python: str) -> Path:
-    """The Python of the environment, with everything installed."""
-    folder = ROOT / "build" / f"floors-{which}"
-    stamp, wanted = folder / "made-for", f"{python}\n{(ROOT / 'pyproject.toml').read_text(encoding='utf-8')}"
+def prepare(name: str, python: str, pins: list[str], newer: bool = False) -> Path:
+    """The Python of the environment called `name`, with everything installed at the versions of `pins`; newer: look
+    for newer versions, if it is there already."""
+    folder = ROOT / "build" / name
+    stamp, pinned = folder / "made-for", "\n".join(pins)
+    wanted = f"{python}\n{pinned}\n{(ROOT / 'pyproject.toml').read_text(encoding='utf-8')}"
     ours = folder / "bin" / "python"
     if not stamp.is_file() or stamp.read_text(encoding="utf-8") != wanted:
         subprocess.run([python, "-m", "venv", "--clear", str(folder)], check=True)
         constraints = folder / "constraints.txt"
-        constraints.write_text("\n".join(lowest()) if which == "lowest" else "", encoding="utf-8")
-        install = [str(ours), "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
-        subprocess.run([*install, "-c", str(constraints), "-e", f"{ROOT}[{EXTRA}]"], check=True)
+        constraints.write_text(pinned, encoding="utf-8")
+        install(ours, "-c", str(constraints))
         stamp.write_text(wanted, encoding="utf-8")
-    elif which == "newest":
-        install = [str(ours), "-m", "pip", "install", "--quiet", "--upgrade", "--upgrade-strategy", "eager"]
-        subprocess.run([*install, "-e", f"{ROOT}[{EXTRA}]"], check=True)
+    elif newer:
+        install(ours, "--upgrade", *([] if shutil.which("uv") else ["--upgrade-strategy", "eager"]))
     return ours
+
+
+def install(python: Path, *options: str) -> None:
+    """Install this checkout and all that its tests need."""
+    uv = shutil.which("uv")
+    command = [uv, "pip", "install", "--python", str(python)] if uv else [str(python), "-m", "pip", "install"]
+    subprocess.run([*command, "--quiet", *options, "-e", f"{ROOT}[{EXTRA}]"], check=True)
+
+
+def versions(python: Path) -> str:
+    """`Python 3.11.7, torch 2.10.0`, of an environment."""
+    code = "import sys, torch; print(f'Python {sys.version.split()[0]}, torch {torch.__version__}')"
+    return subprocess.check_output([python, "-c", code], text=True).strip()
 
 
 def main() -> int:
@@ -87,11 +100,10 @@ def main() -> int:
     python = chosen.python or there.get(minor)
     if python is None:
         parser.error(f"there is no python3.{minor} on PATH or in ~/.pyenv/versions; name one with --python")
-    ours = prepare(chosen.which, python)
-    versions = "import sys, torch; print(f'Python {sys.version.split()[0]}, torch {torch.__version__}')"
-    print(f"{chosen.which}:", subprocess.check_output([ours, "-c", versions], text=True).strip(), flush=True)
-    command = [str(ours), "-m", "pytest", *arguments]
-    return subprocess.run(command, cwd=ROOT, env={**os.environ, "PYTHONPATH": os.environ["PYTHONPATH"]}).returncode
+    newest = chosen.which == "newest"
+    ours = prepare(f"floors-{chosen.which}", python, [] if newest else lowest(), newer=newest)
+    print(f"{chosen.which}:", versions(ours), flush=True)
+    return subprocess.run([str(ours), "-m", "pytest", *arguments], cwd=ROOT).returncode
 
 
 if __name__ == "__main__":
