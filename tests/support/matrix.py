@@ -2,10 +2,10 @@
 
     python tests/support/matrix.py [ROW ...] [--tests PATH ...] [--keep]
 
-A row is `PYTHON:TORCH`, as 3.12:2.13.0, and all else is the newest that there is; 3.11:lowest has the lowest versions of
-everything. Without rows: the oldest Python with the lowest, one in the middle with the torch of uv.lock, and the newest
-with the newest. Each has an environment below build/, which is removed after its tests but for --keep, and a log. What
-is known stands in build/matrix.jsonl: a row that was tested with these versions, files and tests is not tested again.
+A row is `PYTHON:TORCH`, as 3.12:2.13.0, and all else is the newest that there is; 3.11:lowest has the lowest versions
+of everything. Without rows: the oldest Python with the lowest, one in the middle with the torch of uv.lock, and the
+newest with the newest. Each has an environment below build/, which is removed after its tests but for --keep, and a
+log. What is known stands in build/matrix.jsonl: a row that passed these tests at this commit is not tested again.
 """
 
 from __future__ import annotations
@@ -17,7 +17,6 @@ import shutil
 import subprocess
 import sys
 import time
-from pathlib import Path
 from typing import Any
 
 import floors
@@ -37,7 +36,7 @@ CORE = (
     "tests/pipelines/compression/test_streams.py",
     "tests/pipelines/exports",
 )
-"""The contracts of both stages, states and resuming, streams, files of old versions, weights and libraries of others."""
+"""The contracts of both stages, states, resuming, streams, files of old versions, weights and libraries of others."""
 
 
 def usual_rows() -> list[str]:
