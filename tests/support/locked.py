@@ -10,12 +10,14 @@ also checks the files' hashes is `uv sync --locked`.
 from __future__ import annotations
 
 import tomllib
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parents[2]
 
 
+@cache
 def packages() -> list[dict[str, Any]]:
     """The entries of uv.lock, this project's own among them."""
     return list(tomllib.loads((ROOT / "uv.lock").read_text(encoding="utf-8"))["package"])
