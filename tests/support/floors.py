@@ -2,10 +2,12 @@
 it names, or with the newest on the newest Python that is here.
 
     python tests/support/floors.py lowest|newest [--python PYTHON] [arguments of pytest]
+    python tests/support/floors.py resolve
 
 Each has an environment of its own below build/, made anew when pyproject.toml changes; `newest` looks for newer
 versions every time. It takes gigabytes: on Linux, PyPI's torch is the one for CUDA. `uv` on PATH makes them sooner, and
-of links. Several Pythons and versions of torch: `python tests/support/matrix.py`.
+of links. `resolve` installs nothing: it asks uv whether the lowest versions go together, and writes all that would be
+installed into build/lowest.txt. Several Pythons and versions of torch: `python tests/support/matrix.py`.
 """
 
 from __future__ import annotations
@@ -89,12 +91,27 @@ def versions(python: Path) -> str:
     return subprocess.check_output([python, "-c", code], text=True).strip()
 
 
+def resolve() -> int:
+    """Write what the lowest versions bring along into build/lowest.txt; returns uv's exit code, 1 where they exclude
+    each other, which it explains."""
+    constraints = ROOT / "build" / "lowest-constraints.txt"
+    constraints.parent.mkdir(exist_ok=True)
+    constraints.write_text("\n".join(lowest()), encoding="utf-8")
+    uv = shutil.which("uv") or str(ROOT / "build" / "supply" / "bin" / "uv")
+    command = [uv, "pip", "compile", "--quiet", "--no-annotate", "--no-header", "--extra", EXTRA, "pyproject.toml"]
+    options = ["--constraints", str(constraints), "--python-version", f"3.{oldest_minor()}"]
+    out = ["-o", str(ROOT / "build" / "lowest.txt")]
+    return subprocess.run([*command, *options, *out], cwd=ROOT, stdout=subprocess.DEVNULL).returncode
+
+
 def main() -> int:
     """The command line; returns pytest's exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("which", choices=["lowest", "newest"])
+    parser.add_argument("which", choices=["lowest", "newest", "resolve"])
     parser.add_argument("--python", help="instead of the one that is looked for")
     chosen, arguments = parser.parse_known_args()
+    if chosen.which == "resolve":
+        return resolve()
     there = pythons()
     minor = oldest_minor() if chosen.which == "lowest" else max(there, default=oldest_minor())
     python = chosen.python or there.get(minor)
