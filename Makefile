@@ -112,7 +112,7 @@ lock: $(SUPPLY)
 # which we do not call.
 AUDIT := build/supply/bin/pip-audit --no-deps --disable-pip --strict --progress-spinner off
 audit: $(SUPPLY)
-	$(PYTHON) tests/support/locked.py > build/locked.txt
+	$(PYTHON) tests/support/locked.py build/locked.txt
 	$(PYTHON) tests/support/floors.py resolve
 	$(AUDIT) -r build/locked.txt $(ARGS)
 	$(AUDIT) -r build/lowest.txt --ignore-vuln CVE-2026-4538 --ignore-vuln CVE-2025-3000 $(ARGS)

@@ -1,6 +1,6 @@
 """What uv.lock holds, as pip reads it: a line for each package, with a marker where Pythons or systems differ.
 
-    python tests/support/locked.py > pins.txt
+    python tests/support/locked.py pins.txt
     pip install -c pins.txt .
 
 As constraints they are what is locked, whichever index the files come from: a torch for CPUs has the same number. What
@@ -9,6 +9,7 @@ also checks the files' hashes is `uv sync --locked`.
 
 from __future__ import annotations
 
+import sys
 import tomllib
 from functools import cache
 from pathlib import Path
@@ -34,4 +35,4 @@ def pins() -> list[str]:
 
 
 if __name__ == "__main__":
-    print(*pins(), sep="\n")
+    Path(sys.argv[1]).write_text("\n".join([*pins(), ""]), encoding="utf-8")
