@@ -11,8 +11,9 @@ SUM    := $(shell cksum pyproject.toml | cut -d' ' -f1)
 READY  := $(VENV)/.demo-$(SUM)
 TESTS  := $(VENV)/.dev-$(SUM)
 GPU    := $(VENV)/.gpu-$(SUM)
+SUPPLY := build/supply/.made
 
-.PHONY: demo test slow gpu gallery notebooks docs site check floors help
+.PHONY: demo test slow gpu gallery notebooks docs site check floors matrix lock audit sbom wheel help
 
 help:
 	@echo "make demo   install, train on digits, generate, evaluate (about 4 minutes on two cores, and the installation)"
@@ -24,6 +25,11 @@ help:
 	@echo "make site   the same, served at http://127.0.0.1:8000"
 	@echo "make notebooks executes docs/notebooks, pictures included, into build/notebooks (minutes)"
 	@echo "make floors the tests with the lowest versions of pyproject.toml, then with the newest"
+	@echo "make matrix tests of what lies underneath, on several Pythons and torches: a table (an hour, gigabytes)"
+	@echo "make lock   brings uv.lock up to date with pyproject.toml; ARGS=--upgrade takes newer versions"
+	@echo "make audit  asks the advisories of PyPI about every version in uv.lock, and about the lowest ones"
+	@echo "make sbom   writes what is locked as build/sbom.cdx.json (CycloneDX)"
+	@echo "make wheel  builds build/dist: of one commit the same bytes wherever and whenever"
 
 demo: $(DONE)/evaluation
 	@cat $(RUNS)/gpt_digits/evaluation/evaluation.txt
@@ -91,6 +97,40 @@ notebooks: $(TESTS)
 # Each in an environment of its own, below build/. The second runs whatever the first has shown.
 floors:
 	$(PYTHON) tests/support/floors.py lowest $(ARGS); lowest=$$?; $(PYTHON) tests/support/floors.py newest $(ARGS) && exit $$lowest
+
+# ARGS="3.12:2.13.0 3.13:newest" chooses rows; it goes on where it was stopped.
+matrix:
+	$(PYTHON) tests/support/matrix.py $(ARGS)
+
+# The tools have an environment of their own: what they need is none of ours.
+lock: $(SUPPLY)
+	build/supply/bin/uv lock $(ARGS)
+	$(PYTHON) tests/support/floors.py resolve
+
+# --strict: a version that nothing could be learned about is an error, not a pass. ARGS="-s osv" asks OSV instead.
+# Of the lowest torch two are known: files of torch.export, of which we load none but our own, and torch.jit.script,
+# which we do not call.
+AUDIT := build/supply/bin/pip-audit --no-deps --disable-pip --strict --progress-spinner off
+audit: $(SUPPLY)
+	$(PYTHON) tests/support/locked.py build/locked.txt
+	$(PYTHON) tests/support/floors.py resolve
+	$(AUDIT) -r build/locked.txt $(ARGS)
+	$(AUDIT) -r build/lowest.txt --ignore-vuln CVE-2026-4538 --ignore-vuln CVE-2025-3000 $(ARGS)
+
+sbom: $(SUPPLY)
+	@mkdir -p build
+	build/supply/bin/uv export --frozen --quiet --all-extras --format cyclonedx1.5 -o build/sbom.cdx.json > /dev/null
+	@echo "build/sbom.cdx.json: $$(grep -c '"purl"' build/sbom.cdx.json) packages"
+
+# The time is the commit's, and files are as git has them.
+wheel: $(SUPPLY)
+	@rm -rf build/dist
+	build/supply/bin/python tests/support/built.py build/dist
+
+$(SUPPLY):
+	@$(PYTHON) -m venv --clear build/supply
+	@build/supply/bin/python -m pip install --quiet --disable-pip-version-check uv pip-audit 'setuptools>=77'
+	@touch $@
 
 # A stamp is made only after everything before it succeeded, so a half-failed install is repaired by the next call.
 $(READY): pyproject.toml

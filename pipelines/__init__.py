@@ -1,17 +1,21 @@
-"""Everything you run: the five steps of the method, `ImagePipeline`, and the other verbs in `commands`."""
+"""Everything you run: the five steps of the method, `ImagePipeline`, and the other verbs in `commands`.
 
-import importlib
+What needs torch is imported when it is first asked for: `smalti --help` does not.
+"""
+
 from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 
 def _check_siblings() -> None:
     """`tokenizer` and `prior` are common names: say so at once if something else has them."""
     here = Path(__file__).resolve().parent.parent
     for name in ("tokenizer", "prior"):
-        origin = getattr(importlib.import_module(name), "__file__", None)
-        if origin is None or Path(origin).resolve().parent.parent != here:
-            found = origin or f"a folder called {name!r} without an __init__.py"
+        spec = find_spec(name)
+        if spec is None or spec.origin is None or Path(spec.origin).resolve().parent.parent != here:
+            found = "nothing" if spec is None else spec.origin or f"a folder called {name!r} without an __init__.py"
             raise ImportError(
                 f"`{name}` should be Smalti's, beside {here / 'pipelines'}, but Python found {found}; "
                 "install Smalti into an environment of its own, or start from another folder"
@@ -40,11 +44,7 @@ from tokenizer.files.errors import (  # noqa: E402
     UnreadableError,
     WeightsError,
 )
-
-from .image_pipeline import ImagePipeline  # noqa: E402
-from .images.pictures import from_unit  # noqa: E402
-from .stages.output import PipelineOutput  # noqa: E402
-from .stages.watching import Interrupted  # noqa: E402
+from tokenizer.late import late  # noqa: E402
 
 __all__ = [
     "ConfigError",
@@ -61,3 +61,19 @@ __all__ = [
     "__version__",
     "from_unit",
 ]
+
+if TYPE_CHECKING:
+    from .image_pipeline import ImagePipeline
+    from .images.pictures import from_unit
+    from .stages.output import PipelineOutput
+    from .stages.watching import Interrupted
+else:  # a type checker would take any name for one of these
+    __getattr__, __dir__ = late(
+        __name__,
+        {
+            "ImagePipeline": "image_pipeline",
+            "Interrupted": "stages.watching",
+            "PipelineOutput": "stages.output",
+            "from_unit": "images.pictures",
+        },
+    )

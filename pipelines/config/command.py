@@ -11,9 +11,8 @@ import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import partial
-from typing import NoReturn, TextIO, TypeVar
+from typing import TYPE_CHECKING, NoReturn, TextIO, TypeVar
 
-import torch
 from pydantic import ValidationError
 
 from tokenizer.files.errors import PipelineLoadError
@@ -27,6 +26,9 @@ from .help import Known, help_page
 from .importing import import_asked
 from .schema import C, Of, found_within, to_yaml
 from .terminal import error_line
+
+if TYPE_CHECKING:
+    import torch
 
 R = TypeVar("R")
 TELLING = 5.0  # seconds in which the main process has told its error and ended, and its launcher ends the others
@@ -222,6 +224,8 @@ def leave_with(text: str, problems: Sequence[str] = ()) -> NoReturn:
 
 def choose_device(name: str) -> torch.device:
     """`auto` is the accelerator if there is one. Raises `UserError` for one that is not there."""
+    import torch  # not to list the verbs
+
     try:
         if name == "auto":
             return torch.device("cuda" if torch.cuda.is_available() else "cpu")

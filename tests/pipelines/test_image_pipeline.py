@@ -5,11 +5,6 @@ Covers: pipelines/stages/base.py.
 
 from __future__ import annotations
 
-import json
-import subprocess
-import sys
-from pathlib import Path
-
 import numpy as np
 import pytest
 import torch
@@ -233,25 +228,3 @@ def test_parts_that_do_not_belong_together_are_refused():
         ImagePipeline(pipe.tokenizer, pipe.prior, labels=["a", "b"])
     with pytest.raises(ValueError, match="temperature"):
         ImagePipeline(pipe.tokenizer, pipe.prior, sampler={"temperature": -1})
-
-
-# Importing
-
-
-def test_importing_is_light_and_quick():
-    code = """
-import json, sys, time
-began = time.perf_counter()
-import tokenizer, prior
-models, heavy = time.perf_counter() - began, ["accelerate", "datasets", "wandb", "torchvision"]
-loaded = [name for name in heavy if name in sys.modules]
-from pipelines import ImagePipeline
-seconds = time.perf_counter() - began
-print(json.dumps([models, seconds, loaded, [name for name in heavy[:3] if name in sys.modules]]))
-"""
-    root = Path(__file__).parents[2]
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=root)
-    models, seconds, by_models, by_pipeline = json.loads(result.stdout)
-    assert by_models == [] and by_pipeline == []
-    print(f"import tokenizer, prior: {models:.2f} s; with ImagePipeline: {seconds:.2f} s")
-    assert seconds < 10

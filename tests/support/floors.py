@@ -2,15 +2,17 @@
 it names, or with the newest on the newest Python that is here.
 
     python tests/support/floors.py lowest|newest [--python PYTHON] [arguments of pytest]
+    python tests/support/floors.py resolve
 
 Each has an environment of its own below build/, made anew when pyproject.toml changes; `newest` looks for newer
-versions every time. It takes gigabytes: on Linux, PyPI's torch is the one for CUDA.
+versions every time. It takes gigabytes: on Linux, PyPI's torch is the one for CUDA. `uv` on PATH makes them sooner, and
+of links. `resolve` installs nothing: it asks uv whether the lowest versions go together, and writes all that would be
+installed into build/lowest.txt. Several Pythons and versions of torch: `python tests/support/matrix.py`.
 """
 
 from __future__ import annotations
 
 import argparse
-import os
 import re
 import shutil
 import subprocess
@@ -58,40 +60,67 @@ def pythons() -> dict[int, str]:
     return found
 
 
-def prepare(which: str, python: str) -> Path:
-    """The Python of the environment, with everything installed."""
-    folder = ROOT / "build" / f"floors-{which}"
-    stamp, wanted = folder / "made-for", f"{python}\n{(ROOT / 'pyproject.toml').read_text(encoding='utf-8')}"
+def prepare(name: str, python: str, pins: list[str], newer: bool = False) -> Path:
+    """The Python of the environment called `name`, with everything installed at the versions of `pins`; newer: look
+    for newer versions, if it is there already."""
+    folder = ROOT / "build" / name
+    stamp, pinned = folder / "made-for", "\n".join(pins)
+    wanted = f"{python}\n{pinned}\n{(ROOT / 'pyproject.toml').read_text(encoding='utf-8')}"
     ours = folder / "bin" / "python"
     if not stamp.is_file() or stamp.read_text(encoding="utf-8") != wanted:
         subprocess.run([python, "-m", "venv", "--clear", str(folder)], check=True)
         constraints = folder / "constraints.txt"
-        constraints.write_text("\n".join(lowest()) if which == "lowest" else "", encoding="utf-8")
-        install = [str(ours), "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
-        subprocess.run([*install, "-c", str(constraints), "-e", f"{ROOT}[{EXTRA}]"], check=True)
+        constraints.write_text(pinned, encoding="utf-8")
+        install(ours, "-c", str(constraints))
         stamp.write_text(wanted, encoding="utf-8")
-    elif which == "newest":
-        install = [str(ours), "-m", "pip", "install", "--quiet", "--upgrade", "--upgrade-strategy", "eager"]
-        subprocess.run([*install, "-e", f"{ROOT}[{EXTRA}]"], check=True)
+    elif newer:
+        install(ours, "--upgrade", *([] if shutil.which("uv") else ["--upgrade-strategy", "eager"]))
     return ours
+
+
+def install(python: Path, *options: str) -> None:
+    """Install this checkout and all that its tests need."""
+    uv = shutil.which("uv")
+    command = [uv, "pip", "install", "--python", str(python)] if uv else [str(python), "-m", "pip", "install"]
+    subprocess.run([*command, "--quiet", *options, "-e", f"{ROOT}[{EXTRA}]"], check=True)
+
+
+def versions(python: Path) -> str:
+    """`Python 3.11.7, torch 2.10.0`, of an environment."""
+    code = "import sys, torch; print(f'Python {sys.version.split()[0]}, torch {torch.__version__}')"
+    return subprocess.check_output([python, "-c", code], text=True).strip()
+
+
+def resolve() -> int:
+    """Write what the lowest versions bring along into build/lowest.txt; returns uv's exit code, 1 where they exclude
+    each other, which it explains."""
+    constraints = ROOT / "build" / "lowest-constraints.txt"
+    constraints.parent.mkdir(exist_ok=True)
+    constraints.write_text("\n".join(lowest()), encoding="utf-8")
+    uv = shutil.which("uv") or str(ROOT / "build" / "supply" / "bin" / "uv")
+    command = [uv, "pip", "compile", "--quiet", "--no-annotate", "--no-header", "--extra", EXTRA, "pyproject.toml"]
+    options = ["--constraints", str(constraints), "--python-version", f"3.{oldest_minor()}"]
+    out = ["-o", str(ROOT / "build" / "lowest.txt")]
+    return subprocess.run([*command, *options, *out], cwd=ROOT, stdout=subprocess.DEVNULL).returncode
 
 
 def main() -> int:
     """The command line; returns pytest's exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("which", choices=["lowest", "newest"])
+    parser.add_argument("which", choices=["lowest", "newest", "resolve"])
     parser.add_argument("--python", help="instead of the one that is looked for")
     chosen, arguments = parser.parse_known_args()
+    if chosen.which == "resolve":
+        return resolve()
     there = pythons()
     minor = oldest_minor() if chosen.which == "lowest" else max(there, default=oldest_minor())
     python = chosen.python or there.get(minor)
     if python is None:
         parser.error(f"there is no python3.{minor} on PATH or in ~/.pyenv/versions; name one with --python")
-    ours = prepare(chosen.which, python)
-    versions = "import sys, torch; print(f'Python {sys.version.split()[0]}, torch {torch.__version__}')"
-    print(f"{chosen.which}:", subprocess.check_output([ours, "-c", versions], text=True).strip(), flush=True)
-    command = [str(ours), "-m", "pytest", *arguments]
-    return subprocess.run(command, cwd=ROOT, env={**os.environ, "PYTHONPATH": os.environ["PYTHONPATH"]}).returncode
+    newest = chosen.which == "newest"
+    ours = prepare(f"floors-{chosen.which}", python, [] if newest else lowest(), newer=newest)
+    print(f"{chosen.which}:", versions(ours), flush=True)
+    return subprocess.run([str(ours), "-m", "pytest", *arguments], cwd=ROOT).returncode
 
 
 if __name__ == "__main__":

@@ -1,0 +1,118 @@
+"""What an import costs and says: what is not imported before it is needed, and that no import warns."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+PACKAGES = ("tokenizer", "prior", "pipelines")
+MODULES = sorted(
+    path.relative_to(ROOT).with_suffix("").as_posix().replace("/", ".").removesuffix(".__init__")
+    for name in PACKAGES
+    for path in (ROOT / name).rglob("*.py")
+)
+LATE = {
+    *("accelerate", "aiohttp", "constriction", "datasets", "diffusers", "fsspec", "gradio", "matplotlib", "mlxtend"),
+    *("onnx", "onnxruntime", "pandas", "pyarrow", "scipy", "sklearn", "tensorboard", "torch_fidelity", "torchmetrics"),
+    *("torchvision", "torch._dynamo", "torch._inductor", "trackio", "transformers", "wandb"),
+}
+"""What takes long to import, beside torch: only what uses one of these imports it."""
+
+APP = {"pipelines.app", "pipelines.commands.app"}  # the page is gradio's, which takes as long as all else
+
+
+def said_by(code: str, *options: str) -> list[str]:
+    """The lines that a new Python prints that runs `code` in the checkout."""
+    command = [sys.executable, *options, "-c", code]
+    result = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    assert result.returncode == 0, result.stderr
+    return result.stdout.splitlines()
+
+
+def test_what_needs_no_torch_does_not_import_it() -> None:
+    """Help, the version, a mistake in a verb and `import pipelines` itself take half a second, as long as torch, NumPy
+    and the Hub's client are not imported; the error classes and the version are there all the same."""
+    code = f"""
+import sys, pipelines
+from pipelines import ConfigError, PathError, __version__
+from pipelines.__main__ import main
+for argv in ["--help"], ["--version"], [], ["trian_prior"], ["completion", "csh"]:
+    try:
+        main(argv)
+    except SystemExit as error:
+        print("exit", error.code)
+print(sorted({LATE | {"torch", "numpy", "PIL", "huggingface_hub", "safetensors"}!r} & set(sys.modules)))
+print(dir(pipelines).count("ImagePipeline"), dir(pipelines).count("PathError"))
+"""
+    lines = said_by(code)
+    assert [line for line in lines if line.startswith("exit")] == ["exit 0", "exit 0", "exit 2", "exit 2", "exit 2"]
+    assert lines[-2:] == ["[]", "1 1"]
+
+
+def imported(names: list[str]) -> dict[str, list[str]]:
+    """What of `LATE` is there after the names of the packages' faces were taken, and after each of the modules, all in
+    one process in which a warning is an error."""
+    code = f"""
+import importlib, json, sys
+late, seen, found = {sorted(LATE)!r}, set(), {{}}
+def look(name):
+    new = [each for each in late if each in sys.modules and each not in seen]
+    seen.update(new)
+    found.update({{name: new}} if new else {{}})
+for package in {PACKAGES!r}:
+    module = importlib.import_module(package)
+    for name in module.__all__:
+        getattr(module, name)
+look("faces")
+for name in {names!r}:
+    importlib.import_module(name)
+    look(name)
+print(json.dumps(found))
+"""
+    return dict(json.loads(said_by(code, "-W", "error")[-1]))
+
+
+def test_importing_takes_nothing_heavy_and_warns_of_nothing() -> None:
+    """Every name that users take from the faces needs torch alone, and so do all modules but two."""
+    names = [name for name in MODULES if not name.startswith(tuple(APP)) and not name.endswith("__main__")]
+    assert len(names) > 250
+    found = imported(names)
+    assert {name: set(late) for name, late in found.items()} == {
+        "pipelines.commands.plan": {"accelerate"},
+        "pipelines.images.shards.http_files": {"aiohttp", "fsspec"},
+    }
+
+
+@pytest.mark.slow
+def test_importing_the_page_warns_of_nothing() -> None:
+    pytest.importorskip("gradio")
+    assert "gradio" in {each for late in imported(MODULES).values() for each in late}
+
+
+def test_no_source_warns_when_it_is_compiled() -> None:
+    """As an escape that there is not does, once: compiled files are kept."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for name in PACKAGES:
+            for path in (ROOT / name).rglob("*.py"):
+                compile(path.read_bytes(), str(path), "exec")
+
+
+@pytest.mark.parametrize("face", ["raise RuntimeError('is not to be run')", None])
+def test_another_package_of_a_common_name_is_named(tmp_path: Path, face: str | None) -> None:
+    """Somebody's own `prior`, found first, and a folder of this name without an `__init__.py`."""
+    (tmp_path / "prior").mkdir()
+    for name in ("pipelines", "tokenizer"):
+        (tmp_path / name).symlink_to(ROOT / name)
+    if face:
+        (tmp_path / "prior" / "__init__.py").write_text(face)
+    code = f"import sys; sys.path[:0] = [{str(tmp_path)!r}]\ntry:\n    import pipelines\nexcept ImportError as error:\n"
+    (line,) = said_by(code + "    print(error)", "-I", "-S")
+    found = f"{tmp_path}/prior/__init__.py" if face else "a folder called 'prior' without an __init__.py"
+    assert line.startswith(f"`prior` should be Smalti's, beside {ROOT}/pipelines, but Python found {found}; install")
