@@ -304,7 +304,8 @@ class Names:
             now = vars(owner)
             for name, value in names.items():
                 if now.get(name) is not value and not by_itself(owner, now.get(name)):
-                    found.append(f"{getattr(owner, '__module__', '')} {owner.__name__}.{name} is replaced".strip())
+                    if type(value) is not bool:  # which says what was told once in a process
+                        found.append(f"{getattr(owner, '__module__', '')} {owner.__name__}.{name} is replaced".strip())
                     setattr(owner, name, value)
         for module in self.seen:
             if isinstance(module, ModuleType) and sys.modules.get(module.__name__) is not module:
