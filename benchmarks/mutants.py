@@ -48,6 +48,11 @@ pytest_add_cli_args = ["-p", "no:cacheprovider", "-p", "no:xdist"]
 process_isolation = "forkserver"
 debug = true
 """
+IN_CHILDREN = """import os
+
+if os.environ.get("MUTANT_UNDER_TEST") == "stats":
+    os.environ["MUTANT_UNDER_TEST"] = ""  # mutmut notes who calls whom in its own process, and not in another folder
+"""
 
 
 def main() -> None:
@@ -135,6 +140,7 @@ def prepared(name: str, tests: list[str]) -> Path:
         shutil.copytree(ROOT / each, folder / each, ignore=shutil.ignore_patterns("__pycache__"))
     for each in ("README.md", "CHANGELOG.md"):
         shutil.copy(ROOT / each, folder)
+    (folder / "tests" / "support" / "sitecustomize.py").write_text(IN_CHILDREN)
     settings = CONFIGURATION.format(modules=json.dumps([name]), tests=json.dumps(tests))
     (folder / "pyproject.toml").write_text((ROOT / "pyproject.toml").read_text() + settings)
     return folder

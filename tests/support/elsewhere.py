@@ -146,6 +146,7 @@ def told_by(limits: dict[str, str], threads: int) -> Row:
     more = {LIMITS[name]: value for name, value in limits.items()} | {"OMP_NUM_THREADS": str(threads)}
     path = os.pathsep.join((str(ROOT), str(ROOT / "tests" / "support")))
     environment = {**clean, **more, "PYTHONPATH": path, "HF_HUB_OFFLINE": "1", "WANDB_MODE": "offline"}
+    environment["OMP_WAIT_POLICY"] = "passive"  # a thread that waits leaves its core to others
     done = subprocess.run([sys.executable, __file__], env=environment, cwd=ROOT, capture_output=True, text=True)
     if done.returncode:
         raise RuntimeError(f"limits {limits}, {threads} thread(s): {done.stderr[-2000:]}")

@@ -55,6 +55,8 @@ SIGNALS = [getattr(signal, f"SIG{name}") for name in ["INT", "TERM", "HUP", "CHL
 LIMITS = [getattr(resource, f"RLIMIT_{name}") for name in ["AS", "NOFILE", "FSIZE", "CORE"]]
 FOR_LIFE = ("noise", "asyncio_", "AnyIO")
 """Threads of pools that are kept on purpose, ours (prior/sampling/buffers.py) and others'."""
+QUIET = {"accelerate's state", "hooks for exceptions"}
+"""Any verb that runs in this process sets up accelerate, and trackers their hooks: put back, and nobody is blamed."""
 SERVANTS = ("resource_tracker", "forkserver", "wandb-core", "wandb.sdk", "node")
 """Processes that libraries keep for as long as theirs lives."""
 CALLED = {FunctionType, BuiltinFunctionType, property, classmethod, staticmethod, functools.partial}
@@ -123,6 +125,8 @@ def figures() -> tuple[Any, list[int]]:
 
 def children() -> list[int]:
     """Processes that this one has started and that run, but for libraries' own."""
+    if not Path("/proc/self/task").is_dir():  # no Linux
+        return []
     try:
         os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)  # one call, which mostly says there is none
     except ChildProcessError:
@@ -151,7 +155,7 @@ def left(before: State) -> list[str]:
     found = []
     for name, value in before.items():
         if now[name] != value:
-            found += TOLD.get(name, told)(name, value, now[name])
+            found += [] if name in QUIET else TOLD.get(name, told)(name, value, now[name])
             if name in BACK:
                 BACK[name](value)
     return found
@@ -352,7 +356,9 @@ def is_called(name: str, value: Any) -> bool:
 
 def open_files() -> dict[str, str]:
     """Files that this process has open, by number; not those of libraries and devices."""
-    found = {}
+    found: dict[str, str] = {}
+    if not Path("/proc/self/fd").is_dir():
+        return found
     for number in os.listdir("/proc/self/fd"):
         try:
             path = os.readlink(f"/proc/self/fd/{number}")
