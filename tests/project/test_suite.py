@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import copy
 import gc
+import importlib
 import json
 import logging
+import math
 import os
 import re
 import resource
@@ -135,10 +137,13 @@ def test_what_libraries_do_is_nobodys_fault(monkeypatch):
     """`datasets` replaces the environment after a map in processes, and it is put back; so is accelerate's state."""
     import accelerate
 
+    monkeypatch.setenv("SMALTI_HERE", "1")
     before = leaks.quick()
     os.environ = copy.deepcopy(os.environ)  # noqa: B003
     os.environ["TORCHINDUCTOR_LEFT"] = "1"
-    assert leaks.left(before) == [] and os.environ is leaks.ENVIRON
+    os.environ.pop("SMALTI_HERE")
+    assert leaks.left(before) == ["os.environ: SMALTI_HERE"] and os.environ is leaks.ENVIRON
+    assert os.environ["SMALTI_HERE"] == "1" and leaks.left(before) == []
     del os.environ["TORCHINDUCTOR_LEFT"]
     accelerate.PartialState(cpu=True)
     sys.excepthook = print
@@ -193,3 +198,38 @@ def test_runs_in_random_order_find_who_needs_another(tmp_path):
     rows = [json.loads(line) for line in out.read_text().splitlines()]
     assert [row["seed"] for row in rows] == [1, 2, 3] and {row["outcome"] for row in rows} >= {"failed"}
     assert any("test_some.py::test_" in line for row in rows for line in row["failed"])
+
+
+# Mutants
+
+
+@pytest.fixture
+def mutants(monkeypatch):
+    """`benchmarks/mutants.py`."""
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    return importlib.import_module("mutants")
+
+
+def test_mutants_of_a_file_meet_its_own_tests(mutants):
+    """Those that mirror it, and those that say so; a star is for a folder, and not for those below it."""
+    assert mutants.tests_of("tokenizer/quantizers/fsq.py") == ["tests/tokenizer/quantizers/test_family.py"]
+    assert "tests/prior/sampling/test_noise.py" in mutants.tests_of("prior/sampling/noise.py")
+    assert "tests/pipelines/compression/test_coding.py" in mutants.tests_of("pipelines/compression/coder.py")
+    files = mutants.files_of("prior/*.py,prior/sampling/*.py,prior/gpt.py")
+    assert {"prior/gpt.py", "prior/sampling/noise.py"} < set(files) and len(files) == len(set(files))
+    assert "prior/heads/depth.py" not in files and not [name for name in files if "__init__" in name]
+    with pytest.raises(SystemExit, match="modules=prior/nothing.py: no file of ours"):
+        mutants.files_of("prior/nothing.py")
+
+
+def test_a_score_is_of_all_mutants_of_which_some_are_tried(mutants):
+    """Of 100 with half of 4 noticed, and of 300 with all of 300: 350 of 400, and the first file alone is uncertain."""
+    ends = [("a", "killed"), ("a", "ended"), ("a", "survived"), ("a", "no tests"), *[("b", "killed")] * 300]
+    rows = [{"file": name, "mutant": f"{name}_{k}", "outcome": end} for k, (name, end) in enumerate(ends)]
+    rows[2]["diff"] = ["-    a < b", "+    a <= b"]
+    rows += [{"file": name, "done": True, "mutants": count} for name, count in (("a", 100), ("b", 300), ("c", 0))]
+    said = mutants.report(rows)
+    assert "| a | 100 | 4 | 1 | 1 | 1 | 1 | 50.0% |" in said and "| b | 300 | 300 | 300 | 0 | 0 | 0 | 100.0% |" in said
+    deviation = 100 * math.sqrt(0.96 * 0.25 / 3) / 400
+    assert f"all: 87.5% +- {1.96 * deviation:.1%} of 400 mutants" in said
+    assert "survived: a_2\n    -    a < b\n    +    a <= b" in said and "nothing to change" in said

@@ -148,7 +148,11 @@ def runs(pid: int) -> bool:
 
 def left(before: State) -> list[str]:
     """What has changed since `before`, each in a few words; and all that can be is as it was again."""
-    os.environ = ENVIRON  # type: ignore[misc]  # noqa: B003
+    if os.environ is not ENVIRON:
+        copy, os.environ = os.environ, ENVIRON  # type: ignore[misc]
+        for key in set(ENVIRON) - set(copy):
+            del ENVIRON[key]
+        ENVIRON.update(copy)
     now = quick()
     if now == before:
         return []
