@@ -118,7 +118,8 @@ def test_recorded_bits_are_looked_up_and_compared(tmp_path):
     benchmarks/rounding.py elsewhere=here` does, and reports. Each setting has its row, and each difference is told."""
     rows = elsewhere.read_table()
     assert len({elsewhere.key_of(row) for row in rows}) == len(rows) >= len(elsewhere.SETTINGS)
-    first = rows[0]["bits"]
+    first, mine = rows[0]["bits"], elsewhere.machine()
+    assert all(row["machine"].keys() == mine.keys() for row in rows) and mine["threads"] == torch.get_num_threads()
     for row in rows:
         assert len(row["bits"]["tokenizer"]["losses"]) == len(row["bits"]["prior"]["losses"]) == elsewhere.STEPS
         ids, pixels = (elsewhere.unpacked(row["bits"][part]) for part in ("ids", "bytes"))
