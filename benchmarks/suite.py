@@ -25,7 +25,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from support.options import ROOT, read_options
+from support.options import ROOT, need, read_options
 
 Row = dict[str, Any]
 DEFAULTS = {"alone": False, "random": 0, "paths": "tests", "out": str, "seed": 1, "files": True}
@@ -91,6 +91,7 @@ def alone(options: Any, files: list[str], before: list[Row]) -> Iterator[Row]:
 
 def random_runs(options: Any, paths: list[str], before: list[Row]) -> Iterator[Row]:
     """A row for each run."""
+    need("pytest_randomly")
     for run in range(1 + sum("run" in row for row in before), options.random + 1):
         seed, began = options.seed + run - 1, time.monotonic()
         order = ["-p", "randomly", f"--randomly-seed={seed}", "--randomly-dont-reset-seed"]
