@@ -4,6 +4,9 @@
     python benchmarks/rounding.py threads=1 large=0
     python benchmarks/rounding.py pipeline=runs/gpt_digits/pipeline
     python benchmarks/rounding.py pipeline=runs/gpt_digits/pipeline dtype=bfloat16
+    python benchmarks/rounding.py elsewhere=here
+    ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 python benchmarks/rounding.py elsewhere=here threads=2
+    python benchmarks/rounding.py elsewhere=all
 
 Three computations of the same logits, of the same tokens, in float32: one pass over each image alone (which is what
 decides where a decision is close), one over the batch, and cached steps of the batch and of one image. Weights are
@@ -16,14 +19,20 @@ over the image alone was asked to decide, at temperature 1.
 `dtype`: how much samples of weights of that type differ from those of float32, for the same seeds: the share of images
 and of tokens (behind one that differs all may); and how likely both models think them, in bits per token. `decisions`:
 of all, given the tokens that float32 has drawn before and the same noise.
+
+`elsewhere=here`: which bits of 50 steps of each stage and of 64 samples differ from those that other machines have
+recorded (`tests/fixtures/elsewhere.json`), from which step on, and by how much. `all`: the same under the limits of
+instruction sets that were recorded, each in a process of its own, and for one thread and two. Needs the `dev` extra.
 """
 
 from __future__ import annotations
 
 import math
+import os
+import sys
 from typing import Any
 
-from support.options import read_options, use_threads
+from support.options import ROOT, read_options, use_threads
 from support.tables import table_head, table_row
 
 COLUMNS = (
@@ -173,9 +182,33 @@ def lower(folder: str, kind: str, count: int) -> None:
     print(f"\ndecisions that differ: {float((ids[0] != ids[1]).double().mean()):.2%} of {ids[0].numel()}")
 
 
+def elsewhere(which: str, threads: int) -> None:
+    """Print what differs from each recorded row."""
+    # Not this folder, whose `tokenizers.py` others would import.
+    sys.path[0:1] = [str(ROOT), str(ROOT / "tests" / "support")]
+    import elsewhere as table
+
+    if which not in ("here", "all"):
+        raise SystemExit(f"elsewhere={which}: expected here or all")
+    limits = {name: os.environ[variable] for name, variable in table.LIMITS.items() if os.environ.get(variable)}
+    for some, count in table.SETTINGS if which == "all" else [(limits, threads)]:
+        here = table.told_by(some, count)
+        print(f"\nhere: {table.name_of(here)}\n")
+        print(table_head("recorded", "what differs"))
+        for row in table.read_table():
+            same = " (the same machine and settings)" if table.key_of(row) == table.key_of(here) else ""
+            found = [f"{part}: {words}" for part, words in table.differences(here["bits"], row["bits"]).items()]
+            print(table_row([f"{table.name_of(row)}{same}", "<br>".join(found) or "nothing"]), flush=True)
+
+
 def main() -> None:
-    options = read_options(__doc__, {"threads": 1, "large": True, "pipeline": None, "dtype": None, "images": 100})
+    options = read_options(
+        __doc__,
+        {"threads": 1, "large": True, "pipeline": None, "dtype": None, "images": 100, "elsewhere": None},
+    )
     threads = use_threads(options.threads)
+    if options.elsewhere:
+        return elsewhere(options.elsewhere, threads)
     import torch
 
     from prior import Prior

@@ -2,6 +2,7 @@
 
 import gc
 import os
+import random
 import signal
 import sys
 
@@ -19,6 +20,8 @@ ROOT = Path(__file__).parents[1]
 PATHS = (str(ROOT), str(ROOT / "tests" / "support"), os.environ.get("PYTHONPATH", ""))
 os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, PATHS))
 
+import leaks  # noqa: E402
+import numpy as np  # noqa: E402
 import pytest  # noqa: E402
 import torch  # noqa: E402
 
@@ -63,10 +66,33 @@ def shared_data() -> Path:
     return folder
 
 
+@pytest.fixture(scope="session")
+def names_in_modules() -> leaks.Names:
+    """What modules and classes held when they were last looked at."""
+    return leaks.Names()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def leaves_modules_as_they_were(names_in_modules) -> Iterator[None]:
+    """A file of tests that leaves something replaced or open fails, at its last test, with the name of it."""
+    files = leaks.open_files()
+    yield
+    if found := [*names_in_modules.left(), *leaks.files_left(files)]:
+        pytest.fail(f"this file of tests leaves behind: {'; '.join(found)}", pytrace=False)
+
+
 @pytest.fixture(autouse=True)
-def seeded() -> None:
-    """Every test starts from the same global seed."""
-    torch.manual_seed(0)
+def leaves_nothing() -> Iterator[None]:
+    """Every test starts from the same global seeds; one that leaves something behind fails, with the name of it."""
+    random.seed(0)
+    np.random.seed(0)
+    torch.default_generator.manual_seed(0)  # a hundredth of the time of torch.manual_seed, which thinks of every device
+    if torch.cuda.is_initialized():
+        torch.cuda.manual_seed_all(0)
+    before = leaks.quick()
+    yield
+    if found := leaks.left(before):
+        pytest.fail(f"this test leaves behind: {'; '.join(found)}", pytrace=False)
 
 
 @pytest.fixture

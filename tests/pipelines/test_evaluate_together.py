@@ -85,7 +85,7 @@ def main(folder: Path, world: int) -> None:
     argv = [f"pipeline={folder}/pipeline", "feature_steps=2", "num_samples=70", "update_card=false"]
     argv += [f"inception_weights={folder}/weights.pth", "reference=train"]
 
-    def codes_of(name: str, world: int, *hooks: Any, device: str = "auto", seconds: float = 60) -> list[int]:
+    def codes_of(name: str, world: int, *hooks: Any, device: str = "auto", seconds: float = 200) -> list[int]:
         """The exit codes, where nobody ends another within so many seconds."""
         given = [*argv, f"out={folder / name}", f"device={device}"]
         attempt = start_verb("evaluate", world, folder / name, given, partial(few_at_a_time, folder / name), *hooks)

@@ -52,7 +52,7 @@ def test_a_benchmark_says_how_to_run_it(path):
     ("arguments", "message"),
     [
         (["threads"], "threads: expected key=value, or --help"),
-        (["thread=1"], "thread: unknown; there are threads, large, pipeline, dtype, images"),
+        (["thread=1"], "thread: unknown; there are threads, large, pipeline, dtype, images, elsewhere"),
         (["threads=two"], "threads=two: expected a whole number"),
         (["large=maybe"], "large=maybe: expected true or false"),
     ],

@@ -7,6 +7,7 @@ pretended (`other_rounding`), on which every layer depends on the batch.
 
 from __future__ import annotations
 
+import copy
 import itertools
 import json
 import os
@@ -15,6 +16,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import elsewhere
 import numpy as np
 import pytest
 import torch
@@ -106,6 +108,48 @@ def read_stream(folder: Path) -> dict[str, Any]:
     pipe.tokenizer.decode = lambda tokens: seen.append(tokens) or decode(tokens)
     pixels = pipe.decompress((folder / "stream").read_bytes(), output_type="np", progress=False)
     return {"tokens": torch.cat(seen).tolist(), "pixels": pixels.tolist()}
+
+
+# Elsewhere
+
+
+def test_recorded_bits_are_looked_up_and_compared(tmp_path):
+    """Rows of other machines are no promise, so that none is compared with this one here: `python
+    benchmarks/rounding.py elsewhere=here` does, and reports. Each setting has its row, and each difference is told."""
+    rows = elsewhere.read_table()
+    assert len({elsewhere.key_of(row) for row in rows}) == len(rows) >= len(elsewhere.SETTINGS)
+    first, mine = rows[0]["bits"], elsewhere.machine()
+    assert all(row["machine"].keys() == mine.keys() for row in rows) and mine["threads"] == torch.get_num_threads()
+    for row in rows:
+        assert len(row["bits"]["tokenizer"]["losses"]) == len(row["bits"]["prior"]["losses"]) == elsewhere.STEPS
+        ids, pixels = (elsewhere.unpacked(row["bits"][part]) for part in ("ids", "bytes"))
+        assert len(ids) == len(pixels) == elsewhere.SAMPLES and ids.max() > 50 and np.ptp(pixels) > 200
+        assert elsewhere.differences(row["bits"], row["bits"]) == {}
+    other = copy.deepcopy(first)
+    other["prior"]["losses"][6] = (float.fromhex(first["prior"]["losses"][6]) * 1.25).hex()
+    other["tokenizer"]["weights"] = "0"
+    floats = elsewhere.unpacked(first["floats"]).copy()
+    floats[0, 0, 0, 0] += 0.5
+    other["floats"] = elsewhere.packed(floats)
+    assert elsewhere.differences(other, first) == {
+        "weights of the tokenizer": "differ after 50 steps",
+        "losses of the prior": "from step 7 on, by up to 2.5e-01 of the loss",
+        "floats": f"1 of {floats.size} floats of 2 images, by up to 0.5",
+    }
+    mine = {"machine": {**rows[0]["machine"], "threads": 99}, "bits": other}
+    elsewhere.write_table(elsewhere.merged(rows, [mine, rows[0]]), tmp_path / "table.json")
+    assert elsewhere.read_table(tmp_path / "table.json") == [*rows, mine]
+
+
+@pytest.mark.slow
+def test_a_run_here_is_the_same_twice(capsys):
+    """In two processes, to the bit: what a row says is no accident."""
+    one, two = elsewhere.told_by({}, 1), elsewhere.told_by({}, 1)
+    assert one == two
+    for row in elsewhere.read_table():
+        if elsewhere.key_of(row) == elsewhere.key_of(one):
+            with capsys.disabled():
+                print("\nthis machine's row:", elsewhere.differences(one["bits"], row["bits"]) or "the same")
 
 
 # In a process with such a setting

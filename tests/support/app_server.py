@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-SECONDS = 60.0  # for a server to start, on a machine that is busy
+SECONDS = 200.0  # for a server to start, on a machine that is busy
 ROOT = Path(__file__).parents[2]
 
 

@@ -136,7 +136,7 @@ def start(command: list[str], **more: str) -> subprocess.Popen[str]:
     )
 
 
-def output_of(process: subprocess.Popen[str], seconds: float = 150, code: int | None = 0) -> str:
+def output_of(process: subprocess.Popen[str], seconds: float = 200, code: int | None = 0) -> str:
     """What it prints until it ends; fails if it hangs or ends with another exit code."""
     try:
         printed, _ = process.communicate(timeout=seconds)
@@ -248,7 +248,7 @@ def assert_equal_tensors(found: dict[str, torch.Tensor], expected: dict[str, tor
     assert not different, f"{len(different)} of {len(expected)} tensors differ: {different[:5]}"
 
 
-def wait_for(condition: Any, process: subprocess.Popen[str], seconds: float = 120) -> bool:
+def wait_for(condition: Any, process: subprocess.Popen[str], seconds: float = 200) -> bool:
     """Poll until `condition()` holds (True) or the process has ended (False); fails after `seconds`."""
     until = time.monotonic() + seconds
     while time.monotonic() < until:

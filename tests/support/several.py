@@ -33,7 +33,7 @@ class Side(Team):
 class Several:
     """`count` sides; put `joined`, or `accelerator` and `team_of`, in the place of those of a step, then `run` it."""
 
-    def __init__(self, count: int, seconds: float = 60) -> None:
+    def __init__(self, count: int, seconds: float = 200) -> None:
         self.count, self.barrier = count, threading.Barrier(count, timeout=seconds)
         self.local, self.told = threading.local(), [None] * count
 

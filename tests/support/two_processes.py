@@ -18,7 +18,7 @@ import torch.distributed as dist
 # From outside
 
 
-def run_together(commands: list[list[str]], seconds: float = 60, code: int | None = 0) -> list[tuple[int, str]]:
+def run_together(commands: list[list[str]], seconds: float = 200, code: int | None = 0) -> list[tuple[int, str]]:
     """The exit code and the output of each; fails if one hangs, or ends with another code than `code`."""
     from launch import end, free_port, output_of, start  # late: not for these, whom it would slow
 
@@ -32,7 +32,7 @@ def run_together(commands: list[list[str]], seconds: float = 60, code: int | Non
     return [(process.returncode, text) for process, text in zip(group, printed, strict=True)]
 
 
-def run_twice(*argv: str | Path, seconds: float = 60) -> None:
+def run_twice(*argv: str | Path, seconds: float = 200) -> None:
     """Run Python twice at once with these arguments; both have to end with success."""
     run_together([[sys.executable, *map(str, argv)]] * 2, seconds)
 

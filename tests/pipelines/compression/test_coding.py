@@ -332,8 +332,21 @@ def test_a_chunk_that_does_not_decode_is_stored_as_it_is(monkeypatch):
         with monkeypatch.context() as patch:
             patch.setattr(Coder, "decodes", lambda *arguments: False)
             data = compressed(pipe, images, lossless=lossless)
-        assert [chunk.profile for chunk in parse(data)] == [RAW]
+        stream = parse(data)
+        assert [chunk.profile for chunk in stream] == [RAW]
         assert torch.equal(decompressed(pipe, data), expected(pipe, images, lossless))
+        coder = Coder(Models(pipe, residual=lossless), stream.header)
+        found = [each for each in coder.decode(0, next(iter(stream))) if each is not None]
+        assert [each.dtype for each in found] == [torch.int64] * (2 if lossless else 1)
+
+
+def test_a_chunk_is_checked_in_batches_of_another_size_than_it_was_made_in(monkeypatch):
+    """By which rounding differs, as on another machine: so both halves of it come out before it is kept."""
+    sizes, decode = [], Coder.decode
+    monkeypatch.setattr(Coder, "decode", lambda *given, **how: sizes.append(how["batch_size"]) or decode(*given, **how))
+    pipe = pipeline_of()
+    compressed(pipe, images_of(pipe, 6))
+    assert sizes == [4]
 
 
 # What is refused

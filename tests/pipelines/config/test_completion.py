@@ -51,7 +51,7 @@ def in_bash(folder: Path, line: str, breaks: str = r"$' \t\n\"\'><=;|&(:'") -> l
     """What bash offers for a line that is not finished."""
     code = BASH_ASKS.format(script="smalti.bash", breaks=breaks, line=f"'{line}'")
     result = subprocess.run(
-        ["bash", "--norc", "-c", code], cwd=folder, capture_output=True, text=True, check=True, timeout=20
+        ["bash", "--norc", "-c", code], cwd=folder, capture_output=True, text=True, check=True, timeout=120
     )
     assert not result.stderr
     return [word for word in result.stdout.splitlines() if word]
@@ -61,7 +61,7 @@ def in_fish(folder: Path, line: str) -> list[str]:
     """What fish offers, by its own `complete -C`; a description follows a tab."""
     code = f"source smalti.fish; complete -C '{line}'"
     result = subprocess.run(
-        ["fish", "--no-config", "-c", code], cwd=folder, capture_output=True, text=True, check=True, timeout=20
+        ["fish", "--no-config", "-c", code], cwd=folder, capture_output=True, text=True, check=True, timeout=120
     )
     return [word.partition("\t")[0] for word in result.stdout.splitlines()]
 

@@ -81,7 +81,7 @@ TRAIN = [
 
 @pytest.mark.parametrize("name", ["my_prior", "my_prior.py", "./my_prior.py"])
 def test_a_model_of_ones_own_is_trained_loaded_and_told_of(
-    name: str, folder: Path, capsys: pytest.CaptureFixture[str]
+    name: str, folder: Path, capsys: pytest.CaptureFixture[str], one_process: None
 ) -> None:
     main(["train_prior", "--import", name, *TRAIN, "model.scale=2"])
     assert json.loads((folder / "run/pipeline/prior/config.json").read_text())["kind"] == "my_unigram"

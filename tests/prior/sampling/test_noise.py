@@ -5,6 +5,7 @@ Covers: prior/sampling/buffers.py.
 
 import os
 import threading
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -60,6 +61,32 @@ def test_threads_draw_the_same_and_no_more(ahead, cuts, by_threads, monkeypatch)
             assert torch.equal(noise.of(begin, end), expected[:, begin:end])
         assert len(noise.buffers) == (2 if ahead else 1)
     assert all(torch.equal(g.get_state(), state) for g, state in zip(own, states, strict=True))
+
+
+@pytest.mark.parametrize("ahead", [0, 12])
+def test_generators_of_a_device_draw_the_same_blocks(ahead, monkeypatch):
+    """One after another, on it; none is drawn ahead, and no buffer is kept."""
+    monkeypatch.setattr("prior.sampling.noise.NOISE_BLOCK", 3 * 5)
+    expected, states = defined(2, 12, 5, 3)
+    own = generators(2)
+    noise = GumbelNoise(own, 12, 5, CPU, ahead)
+    noise.on_cpu = False
+    assert torch.equal(noise.of(0, 4), expected[:, :4]) and torch.equal(noise.of(4, 12), expected[:, 4:12])
+    assert noise.buffers == [] and all(torch.equal(g.get_state(), s) for g, s in zip(own, states, strict=True))
+
+
+@pytest.mark.parametrize(("place", "kind"), [("mps", torch.float32), ("cuda", torch.float64)])
+def test_noise_is_drawn_on_the_device_of_its_generator_in_what_it_has(place, kind, monkeypatch):
+    asked, generator = {}, SimpleNamespace(device=torch.device(place))
+    monkeypatch.setattr(torch, "rand", lambda shape, **how: asked.update(how) or torch.full(shape, 0.5, dtype=kind))
+    assert gumbel((2, 3), generator).dtype == torch.float32
+    assert asked == {"generator": generator, "device": torch.device(place), "dtype": kind}
+
+
+def test_one_block_needs_one_buffer(by_threads):
+    """Also where all of it is asked for ahead."""
+    with GumbelNoise(generators(2), 6, 5, CPU, ahead=6) as noise:
+        assert noise.positions == 6 and noise.of(0, 6).shape == (2, 6, 5) and len(noise.buffers) == 1
 
 
 def test_blocks_are_drawn_while_the_last_is_used(by_threads, monkeypatch):

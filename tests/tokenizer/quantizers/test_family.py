@@ -266,6 +266,28 @@ def test_fsq_reaches_all_of_its_codes(levels):
         assert len(ids[:, channel].unique()) == size
 
 
+@pytest.mark.parametrize("size", [3, 4, 5, 8, 256])
+def test_fsq_keeps_zero_at_a_level_and_goes_past_the_outermost(size):
+    """What its docstring says of the shift, and why its reach has 1e-3 more: the outermost levels are inside."""
+    quantizer = Quantizer.create("fsq", levels=(size,)).eval()
+    low, zero, high = quantizer._bound(torch.tensor([[-1e9], [0.0], [1e9]])).flatten().tolist()
+    assert zero == pytest.approx(0, abs=1e-5)
+    assert (size - 1) // 2 < high < (size - 1) // 2 + 0.5 and -(size // 2) - 0.5 < low < -(size // 2)
+
+
+def test_fsq_has_nothing_to_save_and_its_levels_are_there_before_weights_are():
+    with torch.device("meta"):
+        quantizer = Quantizer.create("fsq", levels=(3, 4, 5))
+    assert quantizer.state_dict() == {} and quantizer.config.levels == (3, 4, 5)
+    assert quantizer.sizes.tolist() == [3, 4, 5] and quantizer.radix.tolist() == [1, 3, 12]
+
+
+def test_fsq_takes_so_many_ids_and_no_more():
+    assert Quantizer.create("fsq", levels=(256, 256, 4)).vocab_size == 262144
+    with pytest.raises(ValueError, match=r"at most 262144 \(got 327680\)"):
+        Quantizer.create("fsq", levels=(256, 256, 5))
+
+
 def test_fsq_ids_are_mixed_radix():
     quantizer = Quantizer.create("fsq", levels=(3, 4, 5))
     digits = list(itertools.product(range(5), range(4), range(3)))

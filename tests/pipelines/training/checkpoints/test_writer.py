@@ -39,7 +39,7 @@ def slow_writes(monkeypatch, steps: int) -> dict[str, list]:
 
     def writing(target, *rest):
         with moved:
-            assert moved.wait_for(lambda: seen["taken"][-1] >= min(12, step_of(target) + steps), timeout=30)
+            assert moved.wait_for(lambda: seen["taken"][-1] >= min(12, step_of(target) + steps), timeout=120)
         time.sleep(0.1)
         write(target, *rest)
         seen["complete"].append((step_of(target), seen["taken"][-1]))
