@@ -27,8 +27,9 @@ LIMITS = {"memory_mb": 1.0, "objects": 500.0, "threads": 0.0, "handles": 0.0, "c
 """By how much each may grow per thousand steps (per hundred rounds)."""
 FLAT = ("threads", "handles", "children", "states")
 """Counts: they may change by one between two looks, and have to come back."""
-SLOWER = 0.25
-"""By which share of it a step may take longer at the end than at the beginning."""
+SLOWER = 0.5
+"""By which share of it a step may take longer at the end than at the beginning, of the processor: on one that others use, caches
+are not always full."""
 
 
 def held(folder: Path | None = None) -> Row:
@@ -74,9 +75,11 @@ def lying_in(folder: Path) -> Row:
 
 class Soak:
     """Takes a row every so many steps (or rounds), into memory and a file of JSON lines; and counts what there is of
-    each type at the first row from step `begin` on, and at the last."""
+    each type at rows from step `begin` on, if it is given."""
 
-    def __init__(self, out: Path | None, case: str, every: int, folder: Path | None = None, begin: int = 0) -> None:
+    def __init__(
+        self, out: Path | None, case: str, every: int, folder: Path | None = None, begin: int | None = None
+    ) -> None:
         self.out, self.case, self.every, self.folder, self.warm_at = out, case, every, folder, begin
         self.first: Counter[str] | None = None
         self.last: Counter[str] = Counter()
@@ -100,7 +103,7 @@ class Soak:
         }
         row = {"case": self.case, "step": number, **held(self.folder), **times}
         self.rows.append(row)
-        if number >= self.warm_at:
+        if self.warm_at is not None and number >= self.warm_at:
             self.last = kinds()
             self.first = self.first or self.last
         if self.out is not None:
@@ -179,24 +182,10 @@ def kinds() -> Counter[str]:
     import torch
 
     gc.collect()
-    found: Counter[str] = Counter()
-    for each in gc.get_objects():
-        kind = type(each)
-        found[f"{kind.__module__}.{kind.__qualname__}"] += 1
-    for each in tensors_alive(torch.Tensor):
-        found[f"tensor {tuple(each.shape)} {each.dtype}"] += 1
-    return found
-
-
-def tensors_alive(kind: type) -> list[Any]:
-    """The tensors that Python holds: the collector does not know those that nothing but C++ and plain tuples hold."""
-    seen = {id(each): each for each in gc.get_objects() if type(each) is kind}
-    for each in gc.get_objects():
-        if type(each) in (list, tuple, dict):
-            inner = each.values() if type(each) is dict else each
-            with suppress(RuntimeError):  # it changes meanwhile
-                seen.update((id(one), one) for one in inner if type(one) is kind)
-    return list(seen.values())
+    every = gc.get_objects()
+    found = Counter({f"{kind.__module__}.{kind.__qualname__}": n for kind, n in Counter(map(type, every)).items()})
+    tensors = (each for each in every if type(each) in (torch.Tensor, torch.nn.Parameter))
+    return found + Counter(f"tensor {tuple(each.shape)} {each.dtype}" for each in tensors)
 
 
 def more_of(before: Counter[str], after: Counter[str], least: int = 20) -> list[str]:
