@@ -12,7 +12,8 @@ and 500 objects more per 1,000 steps; threads, file handles, child processes and
 no more time of the processor.
 
 `pipeline`: one process that samples, is interrupted, completes, scores, embeds, searches, detects, heals, compresses,
-saves and loads, with other seeds, classes and orders each time. A row every 10 rounds; the same per 100 rounds.
+saves and loads, with other seeds, classes and orders each time, three pipelines in turn. A row every 6 rounds; promised
+is the same per 1,000 rounds.
 
 `threads`: eight threads use one pipeline at once, of every prior, and get what each gets alone, to the bit.
 
@@ -49,8 +50,10 @@ DEFAULTS: dict[str, Any] = {
     "trackers": "wandb,trackio",
     "case": None,
 }
-ROUNDS = 10
+ROUNDS = 6
 """Between two rows of a pipeline."""
+PER = 1000
+"""Steps, or rounds, for which growth is told."""
 SHOWN = (
     "memory_mb",
     "before_mb",
@@ -123,22 +126,21 @@ def each_alone(options: Any, out: Path) -> bool:
         (out / f"{name}.txt").write_text(printed)
         rows = [json.loads(line) for line in (out / "rows.jsonl").read_text().splitlines()]
         kept, mine = rows, [row for row in rows if row["case"] == name]
-        per = 100 if name == "pipeline" else 1000
         print(f"\n{name}: {mine[-1]['step']:,} in {(time.monotonic() - began) / 60:.1f} minutes", flush=True)
-        print(table(mine, slopes(mine, per), per))
-        lines = grown(mine, per)
+        print(table(mine, slopes(mine, PER)))
+        lines = grown(mine, PER)
         print(*(f"NOT AS PROMISED: {name}: {line}" for line in lines), sep="\n", flush=True)
         broken |= bool(lines)
     draw(kept, out / "soak.png")
     return broken
 
 
-def table(rows: list[dict[str, Any]], rates: dict[str, float], per: int) -> str:
+def table(rows: list[dict[str, Any]], rates: dict[str, float]) -> str:
     """What was measured at the beginning and at the end, and how it grows."""
     from support.tables import table_head, table_row
 
     names = [*SHOWN, *(name for name in rates if name not in SHOWN)]
-    lines = [table_head("", "first row", "last row", f"per {per:,}")]
+    lines = [table_head("", "first row", "last row", f"per {PER:,}")]
     for name in names:
         if name in rates:
             ends = (f"{rows[at].get(name, 0):,.4g}" for at in (0, -1))

@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 SIZE = (1500, 300)
 """Pixels of a row."""
+MARGIN = 16
 CHARTS: tuple[tuple[str, str, dict[str, str]], ...] = (  # title, unit, what is shown under which name
     ("memory", "MB", {"own": "memory_mb", "with what is free": "before_mb", "children": "children_mb"}),
     ("handles, threads", "number", {"handles": "handles", "threads": "threads", "children": "children"}),
@@ -24,7 +25,8 @@ def picture(rows: list[dict[str, Any]]) -> NDArray[np.uint8]:
 
     cases = dict.fromkeys(row["case"] for row in rows)
     parts = [charts_in_row(charts(case, [row for row in rows if row["case"] == case]), *SIZE) for case in cases]
-    return np.concatenate(parts)
+    white = ((MARGIN, MARGIN), (MARGIN, MARGIN), (0, 0))
+    return np.pad(np.concatenate(parts), white, constant_values=255)
 
 
 def charts(case: str, rows: list[dict[str, Any]]) -> list[Any]:

@@ -64,10 +64,10 @@ class Everything:
         self.library = self.trained.embed(drawn.images)
 
     def __call__(self, number: int) -> None:
-        """A round."""
-        for pipe in self.pipelines:
-            for act in self.acts(pipe):
-                act(pipe, number)
+        """A round, of one of them in turn."""
+        pipe = self.pipelines[number % len(self.pipelines)]
+        for act in self.acts(pipe):
+            act(pipe, number)
 
     def acts(self, pipe: ImagePipeline) -> list[Callable[[ImagePipeline, int], Any]]:
         """What is done with a pipeline."""

@@ -38,11 +38,11 @@ def keeps_tensors(kept: list[Any], number: int) -> None:
 
 
 def keeps_objects(kept: list[Any], number: int) -> None:
-    kept.append({"step": [number]})
+    kept.append([{"step": [number]} for _ in range(20)])
 
 
 def remembers_seeds(kept: list[Any], number: int) -> None:
-    kept.append({number: {"seed": number, "drawn": [torch.zeros(3), {}]}})
+    kept.append({number: {"seed": number, "drawn": [torch.zeros(3) for _ in range(20)]}})
 
 
 def leaves_files_open(kept: list[Any], number: int) -> None:
