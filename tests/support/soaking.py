@@ -25,9 +25,10 @@ WARM = 0.25
 """The share of the rows that is left out: what is made once is made by then."""
 LIMITS = {"memory_mb": 1.0, "objects": 500.0, "threads": 0.0, "handles": 0.0, "children": 0.0, "states": 0.0}
 """By how much each may grow per thousand steps, or rounds."""
-LEAST = {"memory_mb": 1.0, "objects": 500.0}
+LEAST = {"memory_mb": 3.0, "objects": 500.0}
 """Growth by less, in all, is none that could be told from what comes and goes."""
 FLAT = ("threads", "handles", "children", "states")
+KEPT = 2
 """Counts: they may change by one between two looks, and have to come back."""
 SLOWER = 0.5
 """By which share of it a step may take longer of the processor at the end than at the beginning; others use it, too."""
@@ -167,6 +168,8 @@ def grown(rows: Sequence[Row], per: int) -> list[str]:
         first, last = (min(row.get(name, 0) for row in part) for part in (steady[:third], steady[-third:]))
         whole = rate / per * (steady[-1]["step"] - steady[0]["step"])
         more = last > first if name in FLAT else rate > limit and whole > LEAST[name]
+        if name == "states":
+            more = last > KEPT  # there are fewer until so many are saved
         if more:
             found.append(f"{name} grows by {rate:.3g} per {per:,}, from {first:.6g} to {last:.6g}")
     whole = slope(rows, "cpu_ms", steady[-1]["step"] - steady[0]["step"]) if len(steady) > 1 else 0.0
