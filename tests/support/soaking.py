@@ -25,7 +25,7 @@ WARM = 0.25
 """The share of the rows that is left out: what is made once is made by then."""
 LIMITS = {"memory_mb": 1.0, "objects": 500.0, "threads": 0.0, "handles": 0.0, "children": 0.0, "states": 0.0}
 """By how much each may grow per thousand steps, or rounds."""
-LEAST = {"memory_mb": 3.0, "objects": 500.0}
+LEAST = {"memory_mb": 3.0, "objects": 200.0}
 """Growth by less, in all, is none that could be told from what comes and goes."""
 FLAT = ("threads", "handles", "children", "states")
 KEPT = 2
