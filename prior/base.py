@@ -28,6 +28,7 @@ from .mixtures import Mixtures
 from .orders import Partition, blocks_problem, make_partition, order_problem
 from .requests import Order, Rows, Walk, check_labels, check_order, given_walk, make_rows
 from .sampling import Generators, Sampler
+from .sampling.graphs import Graphs
 from .sampling.stepping import Stepping
 from .sampling.watching import OnStep, Watch
 
@@ -112,6 +113,7 @@ class Prior(Positions, Features, Mixtures, Stepping, PretrainedModel, family="pr
         super().__init__(config)
         self.grid, self.num_classes = config.grid, config.num_classes
         self.readout = make_head(config)
+        self.graphs = Graphs()
         self.set_walk(config.partition())
 
     def outputs(self, tokens: Tensor, labels: Tensor | None = None) -> Tensor:

@@ -104,6 +104,8 @@ class Blocks(Prior, name="blocks"):
         self.register_buffer("cells", torch.cat([start, coordinates(shape)]), persistent=False)
         self.rotations = Rotations(config, self.cells)
         self.windows: Any = nn.ModuleList(self.windows_of(torch.arange(len(self.position_order), device="cpu")))
+        self.block_windows: list[list[Window]] = []
+        self.windows_on: torch.device | None = None  # for which these were made
         reset(self.parameters(), self.layers)
 
     def windows_of(self, at: Tensor) -> list[Window]:
@@ -124,7 +126,7 @@ class Blocks(Prior, name="blocks"):
         """Of each block, those of its queries; made once. Empty without a window."""
         if not len(self.windows):
             return []
-        if self.__dict__.get("windows_on") != self.device:
+        if self.windows_on != self.device:
             with torch.inference_mode(False):
                 self.block_windows = [self.windows_of(at) for at in self.position_order.split(self.position_blocks)]
             self.windows_on = self.device

@@ -6,6 +6,7 @@ close. They leave these decisions to one computation: a pass over the image alon
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -13,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tokenizer.base import full_float32
+from tokenizer.base import Held, full_float32
 
 from .parallel import parallel_rows, sample_parallel, settled
 from .requests import Model, Rows, Walk, choose_walk
@@ -27,22 +28,31 @@ FEW_ROWS = 4
 FINE = (torch.float32, torch.float64)
 """The types of weights for which it is promised that caches and batches do not matter: logits are precise enough."""
 
+NO_CUDNN = Held([(torch.backends.cuda.cudnn_sdp_enabled, torch.backends.cuda.enable_cudnn_sdp, False)])
+"""cuDNN's attention plans anew, for tens of milliseconds, whenever there is one more key."""
+MODES: dict[Any, tuple[int, bool]] = {}
+"""The priors that are drawn from: how many calls draw from each at once, and whether it was in training mode before."""
+LOCK = threading.Lock()
+
 
 @contextmanager
 def evaluating(prior: Any) -> Iterator[None]:
-    """Eval mode and full precision: with autocast or TF32, steps and whole passes would not agree.
-
-    cuDNN's attention is off as well: it plans anew, for tens of milliseconds, whenever there is one more key.
-    """
-    training, cudnn = prior.training, torch.backends.cuda.cudnn_sdp_enabled()
-    prior.eval()
-    torch.backends.cuda.enable_cudnn_sdp(False)
+    """Eval mode and full precision: with autocast or TF32, steps and whole passes would not agree. The mode is that
+    of all threads; the last call to end puts back the one that was."""
+    with LOCK:
+        count, training = MODES.get(prior, (0, prior.training))
+        MODES[prior] = count + 1, training
+        prior.eval()
     try:
-        with full_float32(), torch.autocast(prior.device.type, enabled=False):
+        with NO_CUDNN.inside(), full_float32(), torch.autocast(prior.device.type, enabled=False):
             yield
     finally:
-        torch.backends.cuda.enable_cudnn_sdp(cudnn)
-        prior.train(training)
+        with LOCK:
+            count, training = MODES.pop(prior)
+            if count > 1:
+                MODES[prior] = count - 1, training
+            else:
+                prior.train(training)
 
 
 def sent(drawn: Tensor, device: torch.device) -> Tensor:

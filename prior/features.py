@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -16,10 +17,13 @@ def outputs_of(
     modules: Sequence[nn.Module], layers: Sequence[int], arrange: Callable[[Any], Tensor], run: Callable[[], object]
 ) -> list[Tensor]:
     """The outputs of those of `modules` that `layers` counts, each as `arrange` returns it, while `run` calls all of
-    them in their order."""
+    them in their order. What other threads meanwhile have them put out is not looked at."""
     calls: list[Tensor | None] = []
+    own = threading.get_ident()
 
     def keep(module: nn.Module, args: Any, output: Any) -> None:
+        if threading.get_ident() != own:
+            return
         calls.append(arrange(output) if len(calls) in layers else None)
 
     hooks = [module.register_forward_hook(keep) for module in dict.fromkeys(modules)]

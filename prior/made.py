@@ -9,7 +9,7 @@ weights, which is what the agnostic ways of training draw from, and ensembles at
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Annotated, Any
 
@@ -22,7 +22,7 @@ from tokenizer.pretrained import Before
 
 from .base import Prior, PriorConfig
 from .drawing import sent
-from .masks import Connections, Sums, even_degrees, random_degrees, summed
+from .masks import Connections, Sums, chosen_degrees, degrees_of, even_degrees, random_degrees, summed
 from .orders import Partition, make_order
 from .requests import Rows, Walk, check_order
 from .sampling import Sampler
@@ -163,7 +163,7 @@ class MADE(Prior, name="made"):
 
     def degrees(self) -> list[Tensor]:
         """The degrees `(units,)` of each hidden layer, ascending, unless `connected`: what all but training uses."""
-        return list(self.all_degrees.split(self.config.hidden))
+        return list(degrees_of(self).split(self.config.hidden))
 
     @property
     def position_field(self) -> Tensor:
@@ -205,16 +205,11 @@ class MADE(Prior, name="made"):
             return [even_degrees(units, len(self.grid)) for units in self.config.hidden]
         return random_degrees(self.config.hidden, len(self.grid), torch.Generator().manual_seed(number))
 
-    @contextmanager
-    def connected(self, number: int) -> Iterator[None]:
-        """Have the degrees of connectivity `number` while the block lasts."""
-        own = self.all_degrees
-        if number:
-            self.all_degrees = torch.cat(self.numbered_degrees(number)).to(own.device)
-        try:
-            yield
-        finally:
-            self.all_degrees = own
+    def connected(self, number: int) -> AbstractContextManager[None]:
+        """Have the degrees of connectivity `number`, in this thread, while the block lasts; 0 leaves them."""
+        if not number:
+            return nullcontext()
+        return chosen_degrees(self, torch.cat(self.numbered_degrees(number)).to(self.device))
 
     def outputs(
         self,

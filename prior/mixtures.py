@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, ClassVar
 
 import torch
@@ -39,10 +38,10 @@ class Mixtures:
         check_mixture("num_masks", num_masks, self.any_connectivity, f"{self.name} as it was made has one connectivity")
         return range(num_masks)
 
-    @contextmanager
-    def connected(self, number: int) -> Iterator[None]:
-        """Be the model of this connectivity while the block lasts. Here there is none but the model's own."""
-        yield
+    def connected(self, number: int) -> AbstractContextManager[None]:
+        """Be the model of this connectivity, in this thread, while the block lasts. Here there is none but the model's
+        own."""
+        return nullcontext()
 
     def order_spread(self, tokens: Tensor, labels: Tensor | None = None, num_orders: int = 8) -> Tensor:
         """How much log p(tokens | labels) depends on the order, `(B,)` nats: its standard deviation over `orders`.

@@ -12,6 +12,7 @@ from pydantic import Field, PlainSerializer, PlainValidator
 from torch import Tensor, nn
 
 from .files.errors import ConfigError, shown
+from .precision import Held as Held
 from .precision import at_least_float32 as at_least_float32
 from .precision import full_float32 as full_float32
 from .pretrained import PretrainedModel

@@ -23,6 +23,7 @@ from .calibration import Calibration
 from .compiled import unwrapped
 from .index import BACKGROUND, FILES, INDEX, PARTS, check_labels, make_sampler
 from .shipped import resolve_pipeline
+from .watching import Calls
 
 Images = PILImage | Tensor | np.ndarray | Sequence[PILImage | Tensor | np.ndarray]
 Label = int | str | None
@@ -70,7 +71,7 @@ class Stages:
         self.background: Prior | None = None
         if background is not None:
             self.set_background(background)
-        self.interrupt = False
+        self._calls = Calls()
         self.progress_bar_config: dict[str, Any] = {}
 
     @property
@@ -98,9 +99,19 @@ class Stages:
         models = {"tokenizer": self.tokenizer, "prior": self.prior, BACKGROUND: self.background}
         return {name: model for name, model in models.items() if model is not None}
 
+    @property
+    def interrupt(self) -> bool:
+        """Whether sampling is to end. True, set by a callback, ends the call that it watches; set by a thread that does
+        not sample, all calls that are under way, in any thread. A call that begins later is not meant."""
+        return self._calls.interrupt
+
+    @interrupt.setter
+    def interrupt(self, told: bool) -> None:
+        self._calls.interrupt = told
+
     def set_progress_bar_config(self, **options: Any) -> None:
         """Arguments of `tqdm` for the bars of sampling: `disable`, `leave`, `desc`, ... A call replaces those before;
-        without any, the bars are as they were."""
+        without any, the bars are as they were. Calls that are under way keep theirs."""
         self.progress_bar_config = options
 
     def set_background(self, prior: Prior) -> None:

@@ -83,8 +83,8 @@ def sample(
     path draws the images: step counts from 0 over all batches; rank is how far along their order the images being drawn
     have come; tokens `(B, *grid.shape)` are those of all images so far (0 where none is drawn) and known says which
     these are. Both are copies, to look at: it returns the dictionary as it is, or None. What it raises ends the call,
-    and so does `pipe.interrupt = True`, from it or from another thread: then after the step that is under way
-    `Interrupted` is raised, which has the tokens so far. Each call sets `pipe.interrupt` to False when it begins.
+    and so does `pipe.interrupt = True`: from it this call, from a thread that does not sample all calls that are under
+    way. Then after the step that is under way `Interrupted` is raised, which has the tokens so far.
 
     options: how the grid is walked (`order`, `num_orders`, `cache`, `capture`, `parallel`, `guess`), as in
     `Prior.sample`; and the settings that the prior's `Sampling` declares, by name (`temperature`, `top_k`, `top_p`,
@@ -109,7 +109,8 @@ def sample(
     check_shapes(shape, tokens=tokens, known=known)
     given = (each.reshape(shape) for each in known_tokens(pipeline.prior, tokens, known, num_images))
     watcher = Watcher(pipeline, callback_on_step_end, *given)
-    drawn = draw_batches(pipeline, watcher, ids, generators, batch_size, walk, sampler, progress)
+    with pipeline._calls.watched(watcher):
+        drawn = draw_batches(pipeline, watcher, ids, generators, batch_size, walk, sampler, progress)
     images = drawn if output_type == LATENT else pipeline.decode(drawn, output_type=output_type)
     made = PipelineOutput(images, drawn, None if ids is None else pipeline.class_names(ids))
     return made if return_dict else made.to_tuple()

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from torch import Tensor
@@ -35,10 +37,10 @@ class Watcher:
 
     def __init__(self, pipeline: Any, callback: Callback | None, tokens: Tensor, known: Tensor) -> None:
         self.pipeline, self.callback = pipeline, callback
+        self.thread, self.interrupted = threading.get_ident(), False
         self.tokens, self.known = tokens.clone(), known.clone()  # they may be the caller's own memory
         self.steps = self.before = 0  # in all, and until this batch
         self.rows = slice(0)
-        pipeline.interrupt = False
 
     def begin(self, rows: slice) -> None:
         """These are drawn now."""
@@ -52,7 +54,7 @@ class Watcher:
             version = tokens._version
             found = self.callback(self.pipeline, self.steps - 1, step.rank, {"tokens": tokens, "known": known})
             check_returned(found, tokens, changed=tokens._version != version)
-        if self.pipeline.interrupt:
+        if self.interrupted:
             tokens, known = self.so_far(step)
             if not bool(known.all()):
                 raise Interrupted(tokens, known)
@@ -66,6 +68,51 @@ class Watcher:
     def end(self, drawn: Tensor) -> None:
         """Those are drawn."""
         self.tokens[self.rows], self.known[self.rows] = drawn, True
+
+
+class Calls:
+    """The calls of a pipeline that are under way, in all threads, and which of them are told to end.
+
+    No part of a pipeline's copies: these have calls of their own.
+    """
+
+    def __init__(self) -> None:
+        self.lock = threading.Lock()
+        self.under_way: list[Watcher] = []
+        self.told = False  # what was said last, since a call began
+
+    def __reduce__(self) -> tuple[type[Calls], tuple[()]]:
+        return Calls, ()
+
+    @contextmanager
+    def watched(self, watcher: Watcher) -> Iterator[None]:
+        """A call is under way, and not yet told to end."""
+        with self.lock:
+            self.under_way.append(watcher)
+            self.told = False
+        try:
+            yield
+        finally:
+            with self.lock:
+                self.under_way.remove(watcher)
+
+    def own(self) -> list[Watcher]:
+        """Those of this thread, the innermost last."""
+        return [call for call in self.under_way if call.thread == threading.get_ident()]
+
+    @property
+    def interrupt(self) -> bool:
+        """Of this thread's call whether it is told to end; in a thread without one, what was said last."""
+        own = self.own()
+        return own[-1].interrupted if own else self.told
+
+    @interrupt.setter
+    def interrupt(self, told: bool) -> None:
+        """Tell this thread's call to end, or not to; in a thread without one, all calls."""
+        with self.lock:
+            self.told = told
+            for call in self.own()[-1:] or self.under_way:
+                call.interrupted = told
 
 
 def check_returned(found: Any, tokens: Tensor, changed: bool) -> None:

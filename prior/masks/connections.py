@@ -2,11 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from types import MappingProxyType
 from typing import Any
 
 import torch
 from torch import Tensor
+
+CHOSEN: ContextVar[Mapping[int, Tensor]] = ContextVar("chosen degrees", default=MappingProxyType({}))
+"""The degrees of models, by their `id`, that are others than their own here: in this thread, in this block."""
+
+
+@contextmanager
+def chosen_degrees(model: Any, degrees: Tensor) -> Iterator[None]:
+    """Have `model` use these degrees of all layers, `(sum of units,)`, in this thread, while the block lasts."""
+    before = CHOSEN.set({**CHOSEN.get(), id(model): degrees})
+    try:
+        yield
+    finally:
+        CHOSEN.reset(before)
+
+
+def degrees_of(model: Any) -> Tensor:
+    """Those that `model` uses here, `(sum of units,)`: its own, or the chosen ones."""
+    return CHOSEN.get().get(id(model), model.all_degrees)
 
 
 def even_degrees(units: int, num_tokens: int) -> Tensor:
@@ -62,7 +83,7 @@ class Connections:
         """
         direct = [] if model.direct is None else [model.direct]
         weights = [model.input, *model.hidden, *direct, model.output]
-        chosen = [model.order if order is None else order, *(degrees or [model.all_degrees])]
+        chosen = [model.order if order is None else order, *(degrees or [degrees_of(model)])]
 
         def build() -> list[Tensor]:
             ranks = model.ranks if order is None else torch.argsort(order)
@@ -86,14 +107,15 @@ class Memory:
     """What was built last. It is built again only where the tensors that it is made of are others, or have changed."""
 
     def __init__(self) -> None:
-        self.made_of: list[Tensor] = []
-        self.versions: list[int] = []
-        self.built: list[Tensor] = []
+        self.last: tuple[list[Tensor], list[int], list[Tensor]] = ([], [], [])
+        """The tensors, their versions, and what was built: replaced as one, as other threads build other things."""
 
     def get(self, made_of: list[Tensor], build: Callable[[], list[Tensor]]) -> list[Tensor]:
         """What `build` gives for these tensors."""
         versions = [-1 if tensor.is_inference() else tensor._version for tensor in made_of]
-        same = len(made_of) == len(self.made_of) and all(a is b for a, b in zip(made_of, self.made_of, strict=True))
-        if not same or versions != self.versions:
-            self.made_of, self.versions, self.built = made_of, versions, build()
-        return self.built
+        before, their_versions, built = self.last
+        same = len(made_of) == len(before) and all(a is b for a, b in zip(made_of, before, strict=True))
+        if not same or versions != their_versions:
+            built = build()
+            self.last = made_of, versions, built
+        return built

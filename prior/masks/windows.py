@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
-from functools import cache, cached_property
+from functools import cache
 from importlib.util import find_spec
 from typing import Any, NamedTuple
 
@@ -88,6 +88,12 @@ class Window(nn.Module):
         sources: `(M, 3)` of the keys: when its token comes, which is below 0 for none, and where that stands."""
         super().__init__()
         self.window, self.dilation = window, dilation
+        # What is made later, once for a device; named here, as a copy may be made meanwhile.
+        self.kept_memory: Memory | None = None
+        self.slots_read: Sequence[Tensor] = ()
+        self.block_mask: Any = None
+        self.reads_on: torch.device | None = None
+        self.blocks_on: torch.device | None = None
         self.register_buffer("targets", targets, persistent=False)
         self.register_buffer("sources", sources, persistent=False)
         if targets.is_meta:  # an outline of a model, which has no order to cut up
@@ -157,7 +163,7 @@ class Window(nn.Module):
 
     def flex(self, q: Tensor, k: Tensor, v: Tensor, attention: Callable[..., Any]) -> Tensor:
         """`attend` by `flex_attention`, or that compiled."""
-        if self.__dict__.get("blocks_on") != q.device:
+        if self.blocks_on != q.device:
             from torch.nn.attention.flex_attention import create_block_mask
 
             sizes, sees = (len(self.targets), len(self.sources)), self.rule()
@@ -178,16 +184,24 @@ class Window(nn.Module):
     @property
     def reads(self) -> Sequence[Tensor]:
         """The slots of `memory` that the query at each rank sees; made once for a device."""
-        if self.__dict__.get("reads_on") != self.at.device:
+        if self.reads_on != self.at.device:
+            memory = self.memory
             with torch.inference_mode(False):
-                self.slots_read = self.memory.seen.to(self.at.device).split(self.memory.counts)
+                self.slots_read = memory.seen.to(self.at.device).split(memory.counts)
             self.reads_on = self.at.device
         return self.slots_read
 
-    @cached_property
-    @torch.inference_mode(False)
+    @property
     def memory(self) -> Memory:
-        """For queries and keys of the same ranks, taken one by one: a key's slot is free after its last query."""
+        """For queries and keys of the same ranks, taken one by one: a key's slot is free after its last query; made
+        once."""
+        if self.kept_memory is None:
+            self.kept_memory = self.make_memory()
+        return self.kept_memory
+
+    @torch.inference_mode(False)
+    def make_memory(self) -> Memory:
+        """`memory`."""
         at, mask = self.at.cpu(), self.mask.flatten(0, 1).cpu()[self.at.cpu()]
         rank, column = mask.nonzero(as_tuple=True)
         keys = self.keys.cpu()[at[rank] // self.queries.shape[1], column]

@@ -10,13 +10,15 @@ import os
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import cache
-from threading import Barrier
+from threading import Barrier, Lock
 
 import torch
 from torch import Tensor
 
 MANY = 1 << 18
 """With fewer numbers in a block than that, threads take longer to begin than to draw them."""
+BEGINNING = Lock()
+"""Held while threads begin, so that callers in several threads get the same ones."""
 
 
 class Buffer:
@@ -33,7 +35,8 @@ class Buffer:
         if self.drawn.numel() < MANY or cores() == 1:
             self.draw(generators, images)
             return
-        pool = threads(os.getpid())
+        with BEGINNING:
+            pool = threads(os.getpid())
         tasks = min(cores(), len(generators))
         self.tasks = [pool.submit(self.draw, generators, images) for _ in range(tasks)]
 

@@ -7,6 +7,7 @@ order, the same kernels do the same to the same memory. Nothing of it is saved, 
 
 from __future__ import annotations
 
+import threading
 import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Hashable
@@ -77,6 +78,8 @@ class Graphs:
         self.sets: OrderedDict[Hashable, Any] = OrderedDict()
         self.seen: OrderedDict[Hashable, bool] = OrderedDict()  # whether it may be captured
         self.weights: Hashable = None
+        self.busy = threading.Lock()
+        """Held by the call that draws from them: their memory is one call's at a time."""
 
     def __reduce__(self) -> tuple[type[Graphs], tuple[()]]:  # copies and pickles of a model have none
         return Graphs, ()
@@ -115,7 +118,8 @@ class Graphs:
 
 def graphs_of(model: Any) -> Graphs:
     """What `model` keeps."""
-    return vars(model).setdefault("graphs", Graphs())
+    graphs: Graphs = model.graphs
+    return graphs
 
 
 def places(model: Any) -> Hashable:

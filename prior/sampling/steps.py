@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ..requests import Model, Rows
-from .graphs import Recorder, bucket, graphs_of, places, recorder_for
+from .graphs import Graphs, Recorder, bucket, graphs_of, places, recorder_for
 from .noise import GumbelNoise
 from .settings import Sampler
 from .watching import Watch
@@ -126,12 +126,25 @@ def step_by_step(prior: Model, rows: Rows, sampler: Sampler, cache: bool, watch:
 
 
 def from_graphs(prior: Model, rows: Rows, sampler: Sampler, watch: Watch) -> tuple[Tensor, Tensor] | None:
-    """As `step_by_step` with a cache, from graphs; None where there are none. Then the rows' generators are as they
-    were."""
+    """As `step_by_step` with a cache, from graphs; None where there are none, or where another thread draws from them,
+    or this one, from whose `on_step` this is called. Then the rows' generators are as they were."""
     recorder = recorder_for(prior.device) if prior.captures and rows.path.ndim == 1 else None
     if recorder is None:
         return None
-    plan, kept = Plan.of(rows), graphs_of(prior)
+    kept = graphs_of(prior)
+    if not kept.busy.acquire(blocking=False):
+        return None
+    try:
+        return from_kept(kept, recorder, prior, rows, sampler, watch)
+    finally:
+        kept.busy.release()
+
+
+def from_kept(
+    kept: Graphs, recorder: Callable[[], Recorder], prior: Model, rows: Rows, sampler: Sampler, watch: Watch
+) -> tuple[Tensor, Tensor] | None:
+    """`from_graphs`, with those of the model, which nobody else uses."""
+    plan = Plan.of(rows)
     path = None if rows.own else tuple(rows.path.tolist())
     if not prior.recomputes:
         plan.all_keep = [False] * len(plan.all_keep)  # which tokens are kept is then no part of a graph

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import pickle
 import threading
 
@@ -114,6 +115,66 @@ def test_another_thread_may_interrupt():
     waited.set()
     thread.join(30)
     assert len(failures) == 1 and int(failures[0].known.sum()) == 2
+
+
+def call_beside(pipe, **asked):
+    """A call in another thread, at rest before its second step until `go_on` is set; its outcome comes to `found`."""
+    first, go_on, found = threading.Event(), threading.Event(), []
+
+    def rest(pipe, step, *_):
+        first.set()
+        assert go_on.wait(30)
+
+    def work():
+        try:
+            found.append(pipe(2, seed=7, callback_on_step_end=rest, **asked).tokens)
+        except Interrupted as error:
+            found.append(error)
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    assert first.wait(30)
+
+    def end():
+        go_on.set()
+        thread.join(30)
+        return found[0]
+
+    return end
+
+
+def test_a_callback_interrupts_its_own_call_alone():
+    """One that is under way in another thread goes on, and one that begins does not take the word back."""
+    pipe = make_pipeline()
+    wanted = pipe(2, seed=7).tokens
+    end = call_beside(pipe)
+
+    def stop(pipe, step, *_):
+        pipe.interrupt = True
+        pipe(1, seed=0)  # in the same thread
+        assert pipe.interrupt
+
+    with pytest.raises(Interrupted):
+        pipe(2, seed=1, callback_on_step_end=stop)
+    assert end().equal(wanted)
+
+
+def test_from_outside_all_calls_are_interrupted():
+    """A call that begins in between is not, and changes nothing for the others."""
+    pipe = make_pipeline()
+    ends = [call_beside(pipe), call_beside(pipe, labels=1)]
+    pipe.interrupt = True
+    assert pipe.interrupt and pipe(1, seed=0).tokens.shape == (1, 2, 3) and not pipe.interrupt
+    assert [type(end()) for end in ends] == [Interrupted, Interrupted]
+
+
+def test_a_copy_has_calls_of_its_own():
+    pipe = make_pipeline()
+    other = copy.deepcopy(pipe)
+    other.interrupt = True
+    end = call_beside(pipe)
+    other.interrupt = True
+    assert not pipe.interrupt and end().equal(other(2, seed=7).tokens)
 
 
 def test_an_interrupt_after_the_last_step_is_none():

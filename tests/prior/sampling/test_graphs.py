@@ -6,6 +6,7 @@ Covers: prior/sampling/steps.py.
 import contextlib
 import copy
 import pickle
+import threading
 import warnings
 from unittest import mock
 
@@ -214,6 +215,30 @@ def test_they_are_no_part_of_the_model(tmp_path):
     for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
         assert not graphs_of(other).sets and graphs_of(other) is not kept and torch.equal(*both(other, 4)[:2])
     model.save_pretrained(tmp_path / "prior")
+
+
+@pytest.mark.parametrize("beside", [False, True])
+def test_graphs_are_one_calls_at_a_time(beside):
+    """While a call draws from them, another of this thread (from `on_step`) or of one beside it does without."""
+    model = make_prior("gpt")
+    wanted, others = both(model, 4)[0], both(model, 4, temperature=0.5)[0]
+    both(model, 4), both(model, 4, temperature=0.5)
+    found = []
+
+    def again():
+        found.append(model.sample(4, torch.arange(4) % 3, generator=generators(4), temperature=0.5))
+
+    def look(step):
+        if step.number == 3:
+            thread = threading.Thread(target=again)
+            thread.start() if beside else again()
+            thread.join(30) if beside else None
+            assert Emulated.replayed == 5  # those of this call
+
+    Emulated.replayed = 0
+    drawn = model.sample(4, torch.arange(4) % 3, generator=generators(4), on_step=look)
+    assert torch.equal(drawn, wanted) and len(found) == 1 and torch.equal(found[0], others)
+    assert not graphs_of(model).busy.locked() and both(model, 4)[2] == (0, 13)
 
 
 def test_a_value_that_is_read_is_seen():
