@@ -100,15 +100,14 @@ class _Held:
     def take(self, gone: Collection[str]) -> None:
         """Raises `PathError`, see `claimed`."""
         try:
-            replaced = _take(self.place, self.own, gone, self.called)
+            _take(self.place, self.own, gone, self.called)
         except _HeldBy as error:
             since = shown(error.claim.since)[1:-1]
             raise PathError(
                 f"{self.called}: {error.claim.holder} has been writing here{since and f' since {since}'}; one writer "
                 "at a time, nothing was changed"
             ) from None
-        if replaced:
-            _remove_leftovers(self.place, self.own)
+        _remove_leftovers(self.place, self.own)
         threading.Thread(target=self._stay, name="claim", daemon=True).start()
 
     def release(self) -> None:
@@ -162,8 +161,8 @@ class _Held:
 # How a claim is taken
 
 
-def _take(place: Path, own: Claim, gone: Collection[str], called: Path | str) -> bool:
-    """Put `own` at the place; returns whether a stale one was there. Raises `_HeldBy`."""
+def _take(place: Path, own: Claim, gone: Collection[str], called: Path | str) -> None:
+    """Put `own` at the place, in that of a stale one if need be. Raises `_HeldBy`."""
     while not _put(place, own):
         if (found := _read(place)) is None:
             continue
@@ -175,8 +174,7 @@ def _take(place: Path, own: Claim, gone: Collection[str], called: Path | str) ->
         if state == "held":
             raise _HeldBy(found)
         if state == "gone" and _replaced(place, found, own, gone, called):
-            return True
-    return False
+            return
 
 
 def _watched(place: Path, first: Claim) -> State:
@@ -231,6 +229,10 @@ def _put(place: Path, own: Claim) -> bool:
             return True
         except FileExistsError:
             return _holds(place, own)  # over NFS: the answer to a request that was sent twice
+        except FileNotFoundError:  # who has the claim by now has tidied up
+            if not place.parent.is_dir():
+                raise
+            return False
         except OSError as error:
             if error.errno not in NO_LINKS:
                 raise
@@ -282,8 +284,10 @@ def _open(path: Path, flags: int) -> int:
 
 
 def _remove_leftovers(place: Path, own: Claim) -> None:
-    """Of processes that were killed while they took a claim."""
+    """Of processes that were killed while they took a claim, which this process has by now: what is not yet in place is
+    of no use to anybody."""
     for name in os.listdir(place.parent):
         path = place.with_name(name)
-        if TAIL.sub("", name) == place.name != name and path != _guard_of(place, own) and known_gone(path):
+        ours = TAIL.sub("", name) == place.name != name and path != _guard_of(place, own)
+        if ours and (name.startswith(f"{place.name}.") or known_gone(path)):
             path.unlink(missing_ok=True)

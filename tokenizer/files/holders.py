@@ -18,6 +18,7 @@ from typing import Any, Literal
 from .errors import shown
 
 SIZE = 1024  # bytes of a claim, which is written in place
+LONGEST_HOST = 64  # characters
 GONE = -1  # the start of a process that has ended
 State = Literal["held", "gone", "unknown", "changed"]
 
@@ -39,7 +40,7 @@ class Claim:
     def new(cls) -> Claim:
         """Of this process, from now on."""
         pid, here, since = os.getpid(), machine(), time.strftime("%Y-%m-%d %H:%M:%S %z")
-        return cls(uuid.uuid4().hex, pid, socket.gethostname(), since, here, (started(pid) or 0) if here else 0)
+        return cls(uuid.uuid4().hex, pid, host(), since, here, (started(pid) or 0) if here else 0)
 
     def to_bytes(self) -> bytes:
         """The file, which keeps its size."""
@@ -63,11 +64,8 @@ class Claim:
         """What this machine knows of the process. gone: the nonces of claims that other machines know of."""
         if self.nonce in gone:
             return "gone"
-        here = (self.machine, self.host) == (
-            machine() or None,
-            socket.gethostname(),
-        )  # a copy of a machine has its boot
-        now = started(self.pid) if here and self.pid else None
+        here = self.machine == machine() and self.host == host()  # a copy of a running machine has its boot, too
+        now = started(self.pid) if here and self.machine and self.pid else None
         if now is None:
             return "unknown"
         return "held" if now == self.start else "gone"
@@ -76,6 +74,11 @@ class Claim:
     def holder(self) -> str:
         """`process 4242 on desk`."""
         return f"process {self.pid} on {shown(self.host)[1:-1]}" if self.pid and self.host else "another process"
+
+
+def host() -> str:
+    """The name of this machine, or of this container."""
+    return socket.gethostname()[:LONGEST_HOST]
 
 
 def machine() -> str:
