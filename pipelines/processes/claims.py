@@ -69,8 +69,8 @@ def _alone(place: Path, called: Path, key: str, team: Team) -> Iterator[None]:
 def _made(folder: Path) -> Iterator[None]:
     """Make a folder, and those that it is in; remove those that are empty in the end."""
     missing = [path for path in (folder, *folder.parents) if not path.exists()]
-    folder.mkdir(parents=True, exist_ok=True)
     try:
+        folder.mkdir(parents=True, exist_ok=True)
         yield
     finally:
         for path in missing:

@@ -101,14 +101,17 @@ class _Held:
         """Raises `PathError`, see `claimed`."""
         try:
             _take(self.place, self.own, gone, self.called)
+            _remove_leftovers(self.place, self.own)
+            threading.Thread(target=self._stay, name="claim", daemon=True).start()
         except _HeldBy as error:
             since = shown(error.claim.since)[1:-1]
             raise PathError(
                 f"{self.called}: {error.claim.holder} has been writing here{since and f' since {since}'}; one writer "
                 "at a time, nothing was changed"
             ) from None
-        _remove_leftovers(self.place, self.own)
-        threading.Thread(target=self._stay, name="claim", daemon=True).start()
+        except BaseException:
+            self.release()
+            raise
 
     def release(self) -> None:
         """Remove the claim, if it is still there, and nobody is taking it over."""
@@ -143,7 +146,7 @@ class _Held:
             return None
         try:
             found = Claim.from_bytes(os.read(file, SIZE))
-            if found.nonce != self.own.nonce:
+            if found.nonce != self.own.nonce and found.pid:  # and not only damaged
                 return found
             os.lseek(file, 0, os.SEEK_SET)
             os.write(file, replace(self.own, count=count).to_bytes())

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import signal
+import time
 from pathlib import Path
 
 import psutil
@@ -89,7 +90,7 @@ def test_a_launcher_starts_the_processes_again_after_one_was_killed(tmp_path, ra
     options.insert(options.index("--num_processes"), "--max_restarts=1")
     job = start(options)
     try:
-        assert wait_for(lambda: states(tmp_path / "run"), job)
+        assert wait_for(lambda: time.sleep(0.1) or states(tmp_path / "run"), job, 200)
         held = Claim.from_bytes(inside(tmp_path / "run").read_bytes())
         workers = psutil.Process(job.pid).children(recursive=True)
         (one,) = [worker for worker in workers if worker.environ().get("RANK") == str(rank)]

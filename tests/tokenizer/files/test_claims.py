@@ -282,6 +282,23 @@ def test_one_of_eight_that_find_a_stale_claim_has_it(place, rounds):
         assert not list(place.parent.iterdir())
 
 
+def test_who_looked_before_another_claimed_is_refused(place, monkeypatch):
+    other = left(place)
+    monkeypatch.setattr(os.path, "lexists", lambda _: False)  # as it was a moment ago
+    assert not takes(place) and Claim.from_bytes(place.read_bytes()) == other
+    assert os.listdir(place.parent) == [".lock"]
+
+
+def test_a_place_that_is_taken_over_is_free_at_no_moment(place, monkeypatch):
+    """A third one, which has seen no stale claim, would have it."""
+    removed, unlink = [], Path.unlink
+    monkeypatch.setattr(Path, "unlink", lambda path, **options: removed.append(path) or unlink(path, **options))
+    left(place, start=1)
+    with claimed(place, "it"):
+        assert removed and place not in removed
+    assert place in removed
+
+
 def test_one_that_is_frozen_while_it_takes_over_is_named_and_not_waited_for(place, monkeypatch):
     """It lives; the stale claim stays."""
     monkeypatch.setattr(claims, "TRIES", 3)
@@ -334,6 +351,29 @@ def test_a_claim_that_somebody_removed_comes_back(place, monkeypatch):
         while not place.exists() and time.monotonic() < until:
             time.sleep(0.01)
         assert Claim.from_bytes(place.read_bytes()).pid == os.getpid()
+    assert not list(place.parent.iterdir())
+
+
+def test_a_claim_that_somebody_damaged_is_mended(place, monkeypatch):
+    """It is nobody else's: the process goes on."""
+    monkeypatch.setattr(claims, "PERIOD", 0.02)
+    with claimed(place, "it"):
+        place.write_bytes(b"")
+        until = time.monotonic() + 10
+        while not place.read_bytes() and time.monotonic() < until:
+            time.sleep(0.01)
+        assert Claim.from_bytes(place.read_bytes()).pid == os.getpid()
+    assert not list(place.parent.iterdir())
+
+
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt, OSError])
+def test_what_goes_wrong_on_the_way_leaves_no_claim(place, monkeypatch, error):
+    def fail(*_: object) -> None:
+        raise error("planted")
+
+    monkeypatch.setattr(claims, "_remove_leftovers", fail)
+    with pytest.raises(error), claimed(place, "it"):
+        pytest.fail("it was claimed")
     assert not list(place.parent.iterdir())
 
 
