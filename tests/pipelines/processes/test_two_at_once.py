@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import signal
+import sys
 import time
 from pathlib import Path
 
@@ -19,7 +20,6 @@ from launch import (
     start,
     states,
     tokenizer_arguments,
-    two_processes,
     verb,
     wait_for,
 )
@@ -83,12 +83,13 @@ def test_the_second_is_refused_and_the_first_is_as_if_alone(tmp_path, commands, 
 
 
 @pytest.mark.parametrize("rank", [0, 1])
-def test_a_launcher_starts_the_processes_again_after_one_was_killed(tmp_path, rank):
+def test_torchrun_starts_the_processes_again_after_one_was_killed(tmp_path, rank):
     """The claim of those before is nobody's, whichever was killed, and nobody waits to see whether it is."""
-    argv = tokenizer_arguments(tmp_path / "run", train__steps=400, train__save_every=20)
-    options = two_processes("train_tokenizer", argv)
-    options.insert(options.index("--num_processes"), "--max_restarts=1")
-    job = start(options)
+    argv = tokenizer_arguments(tmp_path / "run", train__steps=200, train__save_every=10)
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--max_restarts=1"]
+    job = start(
+        [*torchrun, "--rdzv_backend=c10d", "--rdzv_endpoint=localhost:0", "-m", "pipelines.train_tokenizer", *argv]
+    )
     try:
         assert wait_for(lambda: time.sleep(0.1) or states(tmp_path / "run"), job, 200)
         held = Claim.from_bytes(inside(tmp_path / "run").read_bytes())
@@ -100,4 +101,4 @@ def test_a_launcher_starts_the_processes_again_after_one_was_killed(tmp_path, ra
     finally:
         end(job)
     assert re.search(r"continuing from step \d+0; ", printed) and "may be writing here" not in printed, printed
-    assert metrics(tmp_path / "run")[-1]["step"] == 400 and not list((tmp_path / "run").glob(".lock*"))
+    assert metrics(tmp_path / "run")[-1]["step"] == 200 and not list((tmp_path / "run").glob(".lock*"))
