@@ -29,7 +29,8 @@ from .images import DataConfig, ImageDataset, Splits, check_shape, load_images
 from .images.origin import is_local
 from .jobs import Piece
 from .jobs.sharing import Share, shared
-from .processes.launched import build_accelerator, team_of
+from .processes.claims import alone_at
+from .processes.launched import apart, build_accelerator, team_of
 from .shuffling.ahead import made_ahead, pinned, sent
 from .stages.provenance import TokenizerFolder, tokenizer_defaults, tokenizer_folder
 from .tokens import Meta
@@ -94,27 +95,28 @@ def run(config: EncodeConfig) -> Path:
     team = team_of(accelerator)
     tokenizer, out = Tokenizer.from_pretrained(tokenizer_folder(config.tokenizer)), Path(config.out)
     check_settings(config, tokenizer, out)
-    team.first(lambda: recover(out))
-    old = existing(out, tokenizer) if config.append else None
-    config = config.model_copy(update={"data": data_as_begun(config.data, begun_with(out, old), old)})
-    images = load_images(config.data, together=True)
-    if len({part.labels is None for part in images.named().values()}) > 1:
-        raise UserError("data.label_column: some of the splits have labels and others do not; null uses all without")
-    variants = variants_to_make(config, images, old)
-    numbers = class_numbers(images.train, old)
-    pieces, began = plan(config, images, variants), time.monotonic()
-    part = part_of(config, variants, pieces)
-    if meta := None if old else team.first(lambda: there_already(config, tokenizer, images, part)):
-        return end(accelerator, out, f"already finished: {told(meta)}; nothing to do", team.leads)
-    job = EncodeJob(out, tokenizer.grid, pieces, depends_on(config, tokenizer, pieces, accelerator.device.type))
-    with shared(job, team) as share:
+    with apart(accelerator), alone_at(out, team):
+        team.first(lambda: recover(out))
+        old = existing(out, tokenizer) if config.append else None
+        config = config.model_copy(update={"data": data_as_begun(config.data, begun_with(out, old), old)})
+        images = load_images(config.data, together=True)
+        if len({part.labels is None for part in images.named().values()}) > 1:
+            raise UserError("data.label_column: some splits have labels and others do not; null uses all without")
+        variants = variants_to_make(config, images, old)
+        numbers = class_numbers(images.train, old)
+        pieces, began = plan(config, images, variants), time.monotonic()
+        part = part_of(config, variants, pieces)
+        if meta := None if old else team.first(lambda: there_already(config, tokenizer, images, part)):
+            return end(accelerator, out, f"already finished: {told(meta)}; nothing to do", team.leads)
+        job = EncodeJob(out, tokenizer.grid, pieces, depends_on(config, tokenizer, pieces, accelerator.device.type))
+        share = shared(job, team)
         encode_pieces(share, tokenizer.to(accelerator.device), images, numbers, config, job)
         accelerator.wait_for_everyone()
         meta = team.first(lambda: publish(job, config, tokenizer.cpu(), images, old, part))
         if config.lineage:
             team.first(lambda: note_encoding(out, tokenizer, manifest_hash(out)))
-    minutes = (time.monotonic() - began) / 60
-    return end(accelerator, out, f"done: {told(meta)} in {minutes:.1f} min", team.leads)
+        minutes = (time.monotonic() - began) / 60
+        return end(accelerator, out, f"done: {told(meta)} in {minutes:.1f} min", team.leads)
 
 
 def part_of(config: EncodeConfig, variants: dict[str, tuple[int, int]], pieces: list[Piece]) -> dict[str, Any]:
@@ -216,11 +218,9 @@ def encode_pieces(
     dataset."""
     from tqdm import tqdm
 
-    done = len(job.pieces) - len(share.missing)
-    if share.team.leads and done:
+    if share.team.leads and (done := len(job.pieces) - len(share.missing)):
         print(f"{config.out}: continuing, {done} of {len(job.pieces)} pieces are there", flush=True)
-    mine = share.mine
-    parts, device = by_split(images), tokenizer.device
+    mine, parts, device = share.mine, by_split(images), tokenizer.device
     hidden = None if share.team.leads else True
     total = sum(piece.rows for piece in mine)
     batches = [(parts[piece.split], rows) for piece in mine for rows in rows_of(piece, config.batch_size)]

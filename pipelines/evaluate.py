@@ -39,6 +39,7 @@ from .metrics.reconstruction import (
 )
 from .metrics.report import report
 from .metrics.samples import Samples
+from .processes.claims import alone_at
 from .processes.launched import joined
 from .processes.sharing import ALONE, Team
 from .stages.index import PipelineFolder
@@ -106,9 +107,11 @@ def run(config: EvaluateConfig) -> Figures:
     out = Path(config.out or (Path(config.pipeline).parent / "evaluation" if local else "evaluation"))
     with joined(config.device) as (team, device):
         pipeline, ruler = team.first_alone(lambda: prepare(config, out, device))
-        figures, pictures = measure(pipeline, config, ruler, team)
-        if team.leads:
-            publish(pipeline, config, out, figures, pictures)
+        card = config.pipeline if local and config.update_card else None
+        with alone_at(out, team), alone_at(card, team, "pipeline"):
+            figures, pictures = measure(pipeline, config, ruler, team)
+            if team.leads:
+                publish(pipeline, config, out, figures, pictures)
     return figures
 
 

@@ -20,6 +20,7 @@ from .images.sets import Drawn, Facts, Part, check_out, form_of, save, told
 from .images.sets.pieces import GenerateJob
 from .jobs.pieces import RESULT
 from .jobs.sharing import shared
+from .processes.claims import alone_at
 from .processes.launched import joined
 from .processes.sharing import Team
 from .stages.index import PipelineFolder
@@ -89,8 +90,9 @@ def run(config: GenerateConfig) -> Path:
         request = request_of(config, pipeline)
         _, height, width = pipeline.tokenizer.image_shape
         facts = Facts(config.num_images, height, width, request.class_names)
-        few = team.world == 1 and config.num_images <= AT_ONCE and GenerateJob.unfinished(out) is None
-        speed = at_once(config, request, facts) if few else in_pieces(config, request, facts, team)
+        with alone_at(out, team):
+            few = team.world == 1 and config.num_images <= AT_ONCE and GenerateJob.unfinished(out) is None
+            speed = at_once(config, request, facts) if few else in_pieces(config, request, facts, team)
         if team.leads:
             where = told(form_of(out), out, facts)
             rate = f", {speed:,.1f} images per second" if speed else ""
@@ -129,16 +131,16 @@ def in_pieces(config: GenerateConfig, request: Request, facts: Facts, team: Team
     made in a second."""
     out = Path(config.out)
     job = GenerateJob(out, form_of(out), config.num_images, team.first(request.depends_on))
-    with shared(job, team) as share:
-        if team.leads and share.rows < config.num_images:
-            there = config.num_images - share.rows
-            print(f"{out}: continuing, {there} of {config.num_images} images are there", flush=True)
-        began = time.monotonic()
-        job.make(share, config.batch_size, partial(request.draw, batch_size=config.batch_size))
-        seconds = time.monotonic() - began
-        team.first(lambda: publish(config, request, job.parts(), facts, job.work / RESULT))
-        if team.leads:  # and all have seen that all pieces are there
-            job.end()
+    share = shared(job, team)
+    if team.leads and share.rows < config.num_images:
+        there = config.num_images - share.rows
+        print(f"{out}: continuing, {there} of {config.num_images} images are there", flush=True)
+    began = time.monotonic()
+    job.make(share, config.batch_size, partial(request.draw, batch_size=config.batch_size))
+    seconds = time.monotonic() - began
+    team.first(lambda: publish(config, request, job.parts(), facts, job.work / RESULT))
+    if team.leads:  # and all have seen that all pieces are there
+        job.end()
     return share.rows / seconds
 
 

@@ -17,6 +17,7 @@ from ..config import Config, Of, UserError, Within, choose_device, run_command
 from ..config.table import table
 from ..image_pipeline import ImagePipeline
 from ..images import DataConfig, check_shape, load_images
+from ..processes.claims import alone_at
 from ..stages.calibration import Calibration
 from ..stages.index import INDEX, PIPELINE, PipelineFolder
 from ..stages.provenance import defaults
@@ -64,6 +65,12 @@ def run(config: CalibrateConfig) -> Calibration:
     if not Path(config.pipeline).is_dir():
         raise UserError(f"pipeline: {config.pipeline!r} is not a folder, and the calibration is written into it")
     require_ours(Path(config.pipeline), PIPELINE)
+    with alone_at(config.pipeline, key="pipeline"):
+        return calibrate_folder(config)
+
+
+def calibrate_folder(config: CalibrateConfig) -> Calibration:
+    """`run`, while no other process writes into the pipeline."""
     pipeline = ImagePipeline.from_pretrained(config.pipeline, device=choose_device(config.device))
     check_shape(config.data, pipeline.tokenizer.image_shape)
     if config.background is not None:

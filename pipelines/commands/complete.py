@@ -23,6 +23,7 @@ from ..images import DataConfig, check_shape, load_images, to_float
 from ..images.decoding import flatten, open_image, try_decode
 from ..images.folders import find_images
 from ..images.pictures import SUFFIXES, grid_picture, save_picture
+from ..processes.claims import alone_at
 from ..stages.completion import ConditionError, complete, conditional_log_prob, make_mask, sees_all_known
 from ..stages.index import PipelineFolder
 from ..stages.provenance import defaults
@@ -80,6 +81,12 @@ def run(config: CompleteConfig) -> dict[str, float]:
     """Draw, write the sheet and print what the draws are given and how near they come; returns the figures."""
     inputs = files_read(config)
     check_out_file(config.out, inputs, SUFFIXES)
+    with alone_at(config.out):
+        return draw(config, inputs)
+
+
+def draw(config: CompleteConfig, inputs: Inputs) -> dict[str, float]:
+    """`run`, while no other process writes the sheet."""
     pipeline = ImagePipeline.from_pretrained(config.pipeline, device=choose_device(config.device))
     known = read_mask(config.mask, pipeline)
     truth = to_float(choose_images(config, pipeline))

@@ -27,6 +27,7 @@ from ..image_pipeline import ImagePipeline
 from ..images import to_float
 from ..images.decoding import open_image
 from ..images.folders import find_images, is_image_name
+from ..processes.claims import alone_at
 from ..stages.index import PipelineFolder
 
 
@@ -69,7 +70,7 @@ def run(config: CompressConfig) -> Path:
 
     began = time.monotonic()
     try:
-        with writing("out", out), atomic_file(out, inputs=inputs) as half, open(half, "wb") as file:
+        with alone_at(out), writing("out", out), atomic_file(out, inputs=inputs) as half, open(half, "wb") as file:
             written = write_images(
                 pipeline, file, parts(), len(paths), lossless=config.lossless, names=names, checked=config.checked
             )

@@ -20,6 +20,7 @@ from ..config import Config, UserError, choose_device, run_command
 from ..config.outputs import check_out_folder
 from ..image_pipeline import ImagePipeline
 from ..images.pictures import convert_images, write_image
+from ..processes.claims import alone_at
 from ..stages.index import PipelineFolder
 
 
@@ -50,7 +51,7 @@ def run(config: DecompressConfig) -> Path:
     check_out_folder(out, None, inputs)
     pipeline = ImagePipeline.from_pretrained(config.pipeline, device=choose_device(config.device))
     try:
-        with open(path, "rb") as file, atomic_folder(out, kind=None, inputs=inputs) as folder:
+        with alone_at(out), open(path, "rb") as file, atomic_folder(out, kind=None, inputs=inputs) as folder:
             if not path.stat().st_size:
                 raise TruncatedStream("the file is empty")
             count = write_folder(pipeline, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ), folder, config)

@@ -31,6 +31,7 @@ from ..images.loading import choose_splits
 from ..images.pictures import grid_picture, save_picture
 from ..images.sources import open_source
 from ..images.splits import held_out_split, tell_splits
+from ..processes.claims import alone_at
 from ..stages.calibration import Calibration, CalibrationError
 from ..stages.index import PipelineFolder
 from ..stages.provenance import defaults
@@ -103,25 +104,26 @@ def run(config: DetectConfig) -> dict[str, Any]:
     sources = [config.images or config.data.source, *([config.normal] if config.normal else [])]
     out, inputs = Path(config.out), [config.pipeline, *(source_at(config.data, source).path for source in sources)]
     check_out_results(out, ["scores.csv", "sheet.png", "figures.json"], inputs)
-    found, anomalous = choose(config, pipeline, calibration)
-    try:
-        known = statistics(pipeline, found.pixels)
-        scores = score_of(config.method, known, calibration, labelled=False)
-        p = p_value_of(config.method, scores, calibration, labelled=False).numpy()
-    except CalibrationError as error:
-        raise UserError(str(error)) from error
-    above = ~(scores.numpy() <= calibration.thresholds[config.method])  # NaN is, too
-    flagged = above if config.fdr is None else benjamini_hochberg(p, config.fdr)
-    figures = {} if anomalous is None else separation(scores.numpy(), anomalous, config.seed)
-    columns = {"score": scores.numpy(), "p_value": p, "flagged": flagged.astype(int)}
-    columns |= {name: values.numpy() for name, values in known.items() if values.ndim == 1}
-    with writing("out", out), results_folder(out, inputs=inputs) as folder:
-        write_table(folder / "scores.csv", found, anomalous, columns)
-        save_picture(sheet(pipeline, found.pixels, scores, config.num_shown, config.seed), folder / "sheet.png")
-        if figures:
-            write_json(folder / "figures.json", figures)
-    print(report(config, pipeline, calibration, found, flagged, anomalous, figures))
-    return figures
+    with alone_at(out):
+        found, anomalous = choose(config, pipeline, calibration)
+        try:
+            known = statistics(pipeline, found.pixels)
+            scores = score_of(config.method, known, calibration, labelled=False)
+            p = p_value_of(config.method, scores, calibration, labelled=False).numpy()
+        except CalibrationError as error:
+            raise UserError(str(error)) from error
+        above = ~(scores.numpy() <= calibration.thresholds[config.method])  # NaN is, too
+        flagged = above if config.fdr is None else benjamini_hochberg(p, config.fdr)
+        figures = {} if anomalous is None else separation(scores.numpy(), anomalous, config.seed)
+        columns = {"score": scores.numpy(), "p_value": p, "flagged": flagged.astype(int)}
+        columns |= {name: values.numpy() for name, values in known.items() if values.ndim == 1}
+        with writing("out", out), results_folder(out, inputs=inputs) as folder:
+            write_table(folder / "scores.csv", found, anomalous, columns)
+            save_picture(sheet(pipeline, found.pixels, scores, config.num_shown, config.seed), folder / "sheet.png")
+            if figures:
+                write_json(folder / "figures.json", figures)
+        print(report(config, pipeline, calibration, found, flagged, anomalous, figures))
+        return figures
 
 
 # Images
@@ -184,8 +186,7 @@ def read(data: DataConfig, trained: bool) -> Found:
         raise UserError(f"{data.source}: there are no images")
     names = []
     for start in range(0, len(decoded.positions), NAMES_AT_A_TIME):
-        some = decoded.positions[start : start + NAMES_AT_A_TIME].tolist()
-        names += [name for name, _ in rows.read(some)]
+        names += [name for name, _ in rows.read(decoded.positions[start : start + NAMES_AT_A_TIME].tolist())]
     labels = rows.labels if data.label_column is not None else None
     called = rows.class_names
     classes = labels and [str(called[labels[i]] if called else labels[i]) for i in decoded.positions]

@@ -19,6 +19,7 @@ from ..exports.tracing import PARTS, ExportError
 from ..images import to_float
 from ..images.decoding import open_image, pixels_of
 from ..images.folders import find_images
+from ..processes.claims import alone_at
 from ..stages.provenance import TokenizerFolder, tokenizer_folder
 
 MOST = 32  # given images on which it is checked
@@ -53,7 +54,7 @@ def run(config: ExportConfig) -> Path:
     tokenizer = Tokenizer.from_pretrained(tokenizer_folder(config.tokenizer))
     images = given_images(config.images, tokenizer.image_shape) if config.images else None
     try:
-        with writing("out", config.out):
+        with alone_at(config.out), writing("out", config.out):
             compared = export_tokenizer(tokenizer, config.out, config.format, images, inputs=inputs)
     except ExportError as error:
         raise UserError(f"format: {config.format}: {error}; nothing was written") from error

@@ -19,6 +19,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
+from tokenizer.files.ownership import Inputs
 from tokenizer.files.writing import results_folder
 
 from ..config import Config, Of, UserError, choose_device, run_command
@@ -28,6 +29,7 @@ from ..image_pipeline import ImagePipeline
 from ..images import DataConfig, ImageDataset, check_shape, load_images
 from ..images.pictures import save_picture
 from ..metrics.charts import BLUE, INK, Pixels, render
+from ..processes.claims import alone_at
 from ..shuffling.epochs import random_rows
 from ..stages.index import PipelineFolder
 from ..stages.provenance import defaults
@@ -94,6 +96,12 @@ def run(config: ProbeConfig) -> list[Probe]:
     out = Path(config.out or (Path(config.pipeline).parent / "probe" if local else "probe"))
     inputs = [config.pipeline, config.data.path]
     check_out_results(out, ["probe.png", "probe.csv"], inputs)
+    with alone_at(out):
+        return measure(config, out, inputs)
+
+
+def measure(config: ProbeConfig, out: Path, inputs: Inputs) -> list[Probe]:
+    """`run`, while no other process writes there."""
     pipeline = ImagePipeline.from_pretrained(config.pipeline, device=choose_device(config.device))
     layers = prior_layers(pipeline, config.layers)
     check_shape(config.data, pipeline.tokenizer.image_shape)

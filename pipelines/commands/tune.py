@@ -32,6 +32,7 @@ from ..metrics.frechet import Moments, distance, moments
 from ..metrics.quality import AT_A_TIME, FeatureSpace, feature_space, neighbourhoods, shuffled
 from ..metrics.tuning import FINAL_TIMES, HEAD, RULE, UNITS, Scores, Search, Trial, line_of, told
 from ..metrics.tuning_chart import picture
+from ..processes.claims import alone_at
 from ..processes.launched import joined
 from ..processes.sharing import Team
 from ..stages.card import OF_SAMPLES
@@ -81,35 +82,36 @@ def run(config: TuneConfig) -> dict[str, Any]:
     out = Path(config.out or Path(config.pipeline).parent / "tuning")
     with joined(config.device) as (team, device):
         pipeline = team.first_alone(lambda: prepare(config, out, device))
-        images, origin = choosing_images(config, pipeline, team)
-        if team.leads:
-            print(f"making the feature space of {len(images.train):,} training images", flush=True)
-        ruler, own = Ruler.of(pipeline, images, config, team), pipeline.sampler
-        ends = time.monotonic() + 60 * config.minutes
+        with alone_at(out, team), alone_at(config.pipeline if config.store else None, team, "pipeline"):
+            images, origin = choosing_images(config, pipeline, team)
+            if team.leads:
+                print(f"making the feature space of {len(images.train):,} training images", flush=True)
+            ruler, own = Ruler.of(pipeline, images, config, team), pipeline.sampler
+            ends = time.monotonic() + 60 * config.minutes
 
-        def left() -> float:
-            return team.first(lambda: ends - time.monotonic())
+            def left() -> float:
+                return team.first(lambda: ends - time.monotonic())
 
-        num_images = config.num_images or affordable(ruler, own, left, config.minutes)
-        if team.leads:
-            print(f"{len(ruler.validation):,} {origin}; {num_images} samples a setting, in {ruler.space.name}")
-            if ruler.real_agreement is not None:
-                print(f"class agreement of real validation images: {ruler.real_agreement:.3f}")
-            print(HEAD, flush=True)
-        search = Search(
-            ruler.judge,
-            own,
-            guided=bool(pipeline.prior.num_classes),
-            vocab_size=pipeline.prior.grid.vocab_size,
-            num_images=num_images,
-            seed=config.seed,
-            real_agreement=ruler.real_agreement,
-            left=left,
-        )
-        best = search.run()
-        facts = facts_of(search, best, ruler, origin)
-        if team.leads:
-            publish(config, out, pipeline, search, best, facts)
+            num_images = config.num_images or affordable(ruler, own, left, config.minutes)
+            if team.leads:
+                print(f"{len(ruler.validation):,} {origin}; {num_images} samples a setting, in {ruler.space.name}")
+                if ruler.real_agreement is not None:
+                    print(f"class agreement of real validation images: {ruler.real_agreement:.3f}")
+                print(HEAD, flush=True)
+            search = Search(
+                ruler.judge,
+                own,
+                guided=bool(pipeline.prior.num_classes),
+                vocab_size=pipeline.prior.grid.vocab_size,
+                num_images=num_images,
+                seed=config.seed,
+                real_agreement=ruler.real_agreement,
+                left=left,
+            )
+            best = search.run()
+            facts = facts_of(search, best, ruler, origin)
+            if team.leads:
+                publish(config, out, pipeline, search, best, facts)
     return facts
 
 

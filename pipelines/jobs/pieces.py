@@ -11,13 +11,11 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tokenizer.files.claims import LOCK, claimed
+from tokenizer.files.claims import LOCK
 from tokenizer.files.errors import PathError, PipelineLoadError
 from tokenizer.files.opening import read_json
 from tokenizer.files.ownership import LITTER, named
@@ -59,9 +57,9 @@ def cut(split: str, first: int, rows: int, size: int) -> list[Piece]:
 class Job:
     """Work on these pieces for the result `out`.
 
-    with job.begin() as missing:    # on one process
-        job.keep(piece, data)       # for each missing one, on any process
-        job.read(piece)             # on one process, when all are kept
+    missing = job.begin()       # on one process, whose command has claimed `out`, see `processes.claims`
+    job.keep(piece, data)       # for each missing one, on any process
+    job.read(piece)             # on one process, when all are kept
     """
 
     verb = "work"
@@ -88,19 +86,16 @@ class Job:
         """What an unfinished job depends on, as this version would write it."""
         return begun
 
-    @contextmanager
-    def begin(self) -> Iterator[list[Piece]]:
-        """Make the work folder, which belongs to this job from now on, and to no other process while the block lasts;
-        gives the pieces that are not done. Raises `UserError` for a folder that another job began, `PathError` for one
-        that is not ours, or in which a process is at work."""
+    def begin(self) -> list[Piece]:
+        """Make the work folder, which belongs to this job from now on; returns the pieces that are not done. Raises
+        `UserError` for a folder that another job began, `PathError` for one that is not ours."""
         self._check_ours()
         self.work.mkdir(parents=True, exist_ok=True)
-        with claimed(self.work):
-            self._check_begun()
-            if self.unfinished(self.out) is None:
-                write_json(self.work / f".{JOB}", self.depends_on)
-                (self.work / f".{JOB}").replace(self.work / JOB)
-            yield [piece for piece in self.pieces if not self._is_done(piece)]
+        self._check_begun()
+        if self.unfinished(self.out) is None:
+            write_json(self.work / f".{JOB}", self.depends_on)
+            (self.work / f".{JOB}").replace(self.work / JOB)
+        return [piece for piece in self.pieces if not self._is_done(piece)]
 
     def _check_ours(self) -> None:
         """Only what a job has written is in a work folder, which goes at the end of the job."""

@@ -4,9 +4,8 @@ would give up."""
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -100,17 +99,15 @@ class Share:
             look()
 
 
-@contextmanager
-def shared(job: Job, team: Team) -> Iterator[Share]:
-    """This process's share in a job that the first process has while the block lasts. Raises, besides what `begin`
-    raises, `UserError` where the work folder cannot be written, or cannot be seen by all."""
-    with ExitStack() as stack:
+def shared(job: Job, team: Team) -> Share:
+    """This process's share in a job that the first process begins. Raises, besides what `begin` raises, `UserError`
+    where the work folder cannot be written, or cannot be seen by all."""
 
-        def begin() -> list[Piece]:
-            with writing("out", job.out):
-                return stack.enter_context(job.begin())
+    def begin() -> list[Piece]:
+        with writing("out", job.out):
+            return job.begin()
 
-        missing = team.first(begin)
-        if not job.work.is_dir():
-            raise UserError(f"out: {job.work} cannot be seen from here; all processes have to see the same disk")
-        yield Share(job, missing, team)
+    missing = team.first(begin)
+    if not job.work.is_dir():
+        raise UserError(f"out: {job.work} cannot be seen from here; all processes have to see the same disk")
+    return Share(job, missing, team)

@@ -47,9 +47,9 @@ class TokenShard:
 class EncodeJob(Job):
     """An encode of these pieces into the dataset `out`.
 
-    with job.begin() as missing:        # on one process
-        job.keep_rows(piece, ...)       # for each missing one, on any process
-        job.publish(...)                # on one process, when all are kept
+    missing = job.begin()           # on one process
+    job.keep_rows(piece, ...)       # for each missing one, on any process
+    job.publish(...)                # on one process, when all are kept
     """
 
     verb, title = "encode", "an encode"

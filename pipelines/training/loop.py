@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Generator, Iterator
-from contextlib import closing, nullcontext
+from contextlib import ExitStack, closing, nullcontext
 from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -29,7 +29,7 @@ from .extending import begun_precision, require_alike
 from .heartbeat import Heartbeat, told_where
 from .progress import agreed_progress, due_now, finished
 from .reporting import conclusion, progress_bar, report, show, tick, told_end
-from .run_folder import check_folder, claim_folder
+from .run_folder import claimed_folder, take_folder
 from .saving import require_room, save, whole_average
 from .schedule import learning_rate
 from .sharding import is_sharding, require_shardable
@@ -63,17 +63,19 @@ def train(build: Callable[[Accelerator], Task], config: Any) -> Path:
     if config.train.steps is None and config.train.minutes is None:
         raise UserError("train.steps: null needs train.minutes to end the run")
     require_installed(config.track.trackers)
-    with apart(accelerator):
-        require_alike({**config.train.model_dump(mode="json"), "mixed_precision": accelerator.mixed_precision})
-        changes = check_folder(run, config)
-    torch.manual_seed(config.train.seed)
-    sharded = is_sharding(accelerator)
-    task = build(accelerator)
-    if sharded:
-        require_shardable(task)
-    else:
-        task.team = team_of(accelerator)
-    with claim_folder(run, config, accelerator, task.snapshots):
+    with ExitStack() as stack:
+        with apart(accelerator):
+            require_alike({**config.train.model_dump(mode="json"), "mixed_precision": accelerator.mixed_precision})
+            changes = stack.enter_context(claimed_folder(run, config, accelerator))
+        torch.manual_seed(config.train.seed)
+        sharded = is_sharding(accelerator)
+        task = build(accelerator)
+        if sharded:
+            require_shardable(task)
+        else:
+            task.team = team_of(accelerator)
+        accelerator.wait_for_everyone()
+        take_folder(run, config, accelerator, task.snapshots)
         heartbeat = Heartbeat(run, accelerator.process_index, accelerator.num_processes, config.train.timeout)
         with told_where(heartbeat):
             training = set_up(task, config, run, accelerator, heartbeat, sharded)

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from tokenizer.files.claims import LOCK, claimed, require_unclaimed
+from tokenizer.files.claims import is_claim
 from tokenizer.files.opening import read_json
 from tokenizer.files.ownership import Kind, require_apart, require_ours
 from tokenizer.files.writing import replace_file
@@ -17,6 +17,7 @@ from tokenizer.settings import as_begun
 from ..config import UserError
 from ..config.arguments import read_file
 from ..config.schema import difference, to_yaml
+from ..processes.claims import alone_in
 from ..processes.launched import team_of
 from .checkpoints.rotation import latest_state
 from .checkpoints.states import STATE
@@ -27,8 +28,6 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
 
 T = TypeVar("T")
-BEGUN = (SIGNS, LOCK)
-"""All that a run may leave in its folder before it has written its configuration."""
 CONFIG = "config.yaml"
 BEGUN_WITH = "init.fingerprint"
 """Among the configuration that a state keeps: no setting, but what one of them meant."""
@@ -72,7 +71,7 @@ def check_folder(run: Path, config: Any) -> list[str]:
             )
         require_ahead(run, config, difference(chosen(old, END), chosen(new, END)))
         changes = difference(chosen(old, END + RHYTHM), chosen(new, END + RHYTHM))
-    elif run.is_dir() and (strange := sorted(entry.name for entry in run.iterdir() if entry.name not in BEGUN)):
+    elif run.is_dir() and (strange := strangers(run)):
         raise UserError(
             f"{run}: not empty ({', '.join(strange[:3])}) and not a run folder; choose another out=, nothing was "
             "overwritten"
@@ -80,29 +79,34 @@ def check_folder(run: Path, config: Any) -> list[str]:
     else:
         read = [config.data.path] if hasattr(config, "data") else [config.tokens]
         require_apart(run, [*read, config.init])
-    require_unclaimed(run)
     return changes
 
 
+def strangers(run: Path) -> list[str]:
+    """What is in a folder, and no run leaves there before it has written its configuration."""
+    return sorted(entry.name for entry in run.iterdir() if entry.name != SIGNS and not is_claim(entry.name))
+
+
 @contextmanager
-def claim_folder(run: Path, config: Any, accelerator: Accelerator, snapshots: Mapping[str, Kind]) -> Iterator[None]:
-    """Be the only run in this folder while the block lasts.
+def claimed_folder(run: Path, config: Any, accelerator: Accelerator) -> Iterator[list[str]]:
+    """Be the only run in this folder while the block lasts; yields what `check_folder` returns. Raises what that raises
+    before anything is touched, and `UserError`, on all processes, where another run is in it."""
+    team = team_of(accelerator)
+    team.first_alone(lambda: check_folder(run, config))
+    with alone_in(run, team):
+        yield team.first(lambda: check_folder(run, config))  # again: the other run has perhaps just ended
 
-    The main process writes `config.yaml` into it, once all have found it free. Raises `UserError`, on all processes,
-    where another run is in it, or something that is not ours is where a snapshot is to be.
-    """
-    accelerator.wait_for_everyone()
-    with ExitStack() as stack:
 
-        def claim() -> None:
-            run.mkdir(parents=True, exist_ok=True)
-            stack.enter_context(claimed(run))
-            for name, kind in snapshots.items():
-                require_ours(run / name, kind)
-            replace_file(run / CONFIG, to_yaml(config).encode())
+def take_folder(run: Path, config: Any, accelerator: Accelerator, snapshots: Mapping[str, Kind]) -> None:
+    """Write `config.yaml`, on the main process. Raises `PathError`, on all processes, where something that is not ours
+    is where a snapshot is to be."""
 
-        team_of(accelerator).first(claim)
-        yield
+    def take() -> None:
+        for name, kind in snapshots.items():
+            require_ours(run / name, kind)
+        replace_file(run / CONFIG, to_yaml(config).encode())
+
+    team_of(accelerator).first(take)
 
 
 def newest_state(run: Path, config: Any, accelerator: Accelerator, begun: dict[str, Any] | None = None) -> Path | None:

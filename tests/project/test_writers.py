@@ -10,6 +10,7 @@ from __future__ import annotations
 import ast
 import json
 import os
+import shutil
 import tarfile
 import zipfile
 from pathlib import Path
@@ -27,12 +28,13 @@ from small_pipelines import make_pipeline
 from writers import DATA, TINY, WRITERS, of_kind, place, published_weights, run, snapshot
 
 import tokenizer.files.writing as storage
-from pipelines import ImagePipeline, encode, train_tokenizer
-from pipelines.commands import calibrate, complete, compress, decompress
+from pipelines import ImagePipeline, encode, evaluate, train_tokenizer
+from pipelines.commands import calibrate, complete, compress, decompress, tune
 from pipelines.config import UserError
 from pipelines.images.pictures import SUFFIXES as PICTURES
 from pipelines.images.pictures import png_bytes
 from pipelines.images.sets.tar import add
+from tokenizer.files.claims import beside, claimed, inside
 from tokenizer.files.errors import PathError, PipelineLoadError
 from tokenizer.files.ownership import MARK
 
@@ -59,6 +61,23 @@ TRAPS: dict[str, dict[str, str]] = {
     },
     "one file": {"thesis.tex": "years of work"},
 }
+
+
+LONG = {
+    "train_tokenizer",
+    "train_prior",
+    "encode",
+    "generate",
+    "evaluate",
+    "tune",
+    "detect",
+    "probe",
+    "export",
+    "complete",
+    "compress",
+    "decompress",
+}
+"""Verbs that claim what they write. The others write one file or folder, quickly, and whole or not at all."""
 
 
 @pytest.fixture(scope="module")
@@ -396,8 +415,36 @@ def test_a_picture_of_ours_that_is_read_is_not_written_over(world, tmp_path):
 # Two at once
 
 
+CLAIMING = [name for name in WRITERS if name.partition(",")[0] in LONG]
+
+
+@pytest.mark.parametrize("name", CLAIMING)
+def test_who_writes_for_long_is_alone_there(world, tmp_path, monkeypatch, name):
+    """The second is refused before it reads more than it must, and leaves all as it is."""
+    monkeypatch.setattr("tokenizer.files.claims.PERIOD", 600.0)  # nothing is counted meanwhile
+    out = place(name, tmp_path)
+    claim = inside(out) if WRITERS[name].kind == "run" else beside(out)
+    if WRITERS[name].kind == "run":
+        out.mkdir()
+    with claimed(claim, out):
+        before = snapshot(tmp_path)
+        refuses(world, name, out, f"{out}: process {os.getpid()} on ", "one writer at a time, nothing was changed")
+        assert snapshot(tmp_path) == before
+
+
+@pytest.mark.parametrize("name", ["calibrate", "evaluate", "tune"])
+def test_of_two_that_write_into_a_pipeline_for_long_one_does(world, tmp_path, name):
+    """Each would drop what the other has found: they read it hours before they write."""
+    pipe = Path(shutil.copytree(world.calibrated, tmp_path / "pipeline"))
+    before = snapshot(tmp_path)
+    with claimed(beside(pipe), pipe), pytest.raises(REFUSED, match=f"{pipe}: process .* one writer at a time"):
+        module = {"calibrate": calibrate, "evaluate": evaluate, "tune": tune}[name]
+        run(module, [f"pipeline={pipe}", *(option.format(**vars(world)) for option in DATA)])
+    assert snapshot(tmp_path) == before and not list(tmp_path.glob(".*"))
+
+
 def test_two_streams_at_once_do_not_mix(world, tmp_path, monkeypatch):
-    """Both are written whole, under names of their own until they are: the last one stays."""
+    """One is refused, and the other is whole."""
     write, inner = compress.write_images, []
 
     def twice(pipeline: Any, file: Any, *arguments: Any, **options: Any) -> int:
@@ -405,7 +452,8 @@ def test_two_streams_at_once_do_not_mix(world, tmp_path, monkeypatch):
         if not inner:
             inner.append(True)
             other = world.images / "test" / "b"
-            run(compress, [f"pipeline={world.pipeline}", f"images={other}", f"out={tmp_path}/out.smalti"])
+            with pytest.raises(UserError, match="one writer at a time"):
+                run(compress, [f"pipeline={world.pipeline}", f"images={other}", f"out={tmp_path}/out.smalti"])
         return written
 
     monkeypatch.setattr(compress, "write_images", twice)
@@ -451,7 +499,8 @@ WRITING = {
     "pipelines/tracking/record.py": "the record of a run",
     "pipelines/tracking/tensorboard_run.py": "TensorBoard's files of a run",
     "pipelines/training/heartbeat.py": "the signs of a run's processes",
-    "tokenizer/files/claims.py": "the lock of a folder",
+    "tokenizer/files/claims.py": "the claim on what is written",
+    "pipelines/processes/claims.py": "the folder that a claim is in",
     "pipelines/images/bad.py": "the record of a run",
     "pipelines/metrics/perceptual.py": "the cache of weights",
     "pipelines/images/shards/reader.py": "the cache of indices",

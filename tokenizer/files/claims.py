@@ -1,79 +1,296 @@
-"""One writer at a time for each folder: a lock that ends with the process that holds it, even if it is killed."""
+"""One writer at a time for each folder or file: a claim, which is a file that says which process writes there.
+
+It needs no locks of the system, and so works where several machines share files. A claim is made by giving a finished
+file a second name (`link`), which one of all that try can do, also over NFS (open(2), O_EXCL). Its holder counts in it
+every few seconds. It is stale where its process is known to be gone (by pid and start, under the same boot and in the
+same pid namespace), or where it did not change for `SILENCE` seconds by the reader's own clock; clocks of two machines
+are never compared.
+
+Who takes a stale claim over first claims that claim, by a file whose name holds the stale one's nonce, and then looks
+again: so of all that find it stale one replaces it, and a holder that was only silent removes nobody else's.
+"""
 
 from __future__ import annotations
 
-import json
+import errno
+import hashlib
 import os
-import socket
+import re
+import stat
+import sys
+import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+import uuid
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import replace
 from pathlib import Path
 
-from .errors import PathError
-
-try:
-    import fcntl
-except ImportError:  # Windows, which has no such locks
-    fcntl = None  # type: ignore[assignment]
+from .errors import PathError, shown
+from .holders import SIZE, Claim, State
 
 LOCK = ".lock"
-"""The file is in the folder while a process writes there, or after that process was killed."""
+PERIOD, SILENCE, LOOK = 5.0, 120.0, 1.0
+"""Seconds between two signs of life of a holder; of silence, after which it is given up; between two looks at it."""
+TRIES, PAUSE = 200, 0.05  # for a stale claim that another process is taking over; seconds between two
+TAIL = re.compile(r"[.-][0-9a-f]{32}$")  # of the names of claims on claims, and of claims not yet in place
+LONGEST = 150  # bytes of the name of a file whose claim is called after it
+NO_LINKS = (errno.EPERM, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EINVAL, errno.EMLINK)
+LOST = 1  # exit code of a process whose claim another one has taken over
+
+
+def inside(folder: Path) -> Path:
+    """Where the claim on a folder is that stays, whatever becomes of its files."""
+    return folder / LOCK
+
+
+def beside(path: Path | str) -> Path:
+    """Where the claim is on a file, on a folder that is replaced as a whole, or on one that others look through."""
+    real = Path(os.path.realpath(path))
+    name = os.fsencode(real.name)
+    return real.parent / f".{real.name if len(name) <= LONGEST else hashlib.sha256(name).hexdigest()}{LOCK}"
+
+
+def is_claim(name: str) -> bool:
+    """Whether a file of this name in a folder can be of a claim on that folder."""
+    return TAIL.sub("", name) == LOCK
 
 
 @contextmanager
-def claimed(folder: Path) -> Iterator[None]:
-    """Keep all other processes from writing into `folder`, which must exist, during the block. Raises `PathError` that
-    names the process that writes there already."""
-    if fcntl is None:
-        yield
-        return
-    path = folder / LOCK
-    with path.open("a+b") as file:
-        # The lock of a deleted file (its process has just ended) keeps nobody out.
-        if not _locked(file.fileno(), fcntl.LOCK_EX) or not _is_still(file.fileno(), path):
-            raise PathError(taken(folder))
-        facts = {"pid": os.getpid(), "host": socket.gethostname(), "since": time.strftime("%Y-%m-%d %H:%M:%S")}
-        file.truncate(0)
-        file.write(json.dumps(facts).encode())
-        file.flush()
-        try:
-            yield
-        finally:
-            path.unlink(missing_ok=True)
+def claimed(place: Path, called: Path | str, gone: Collection[str] = ()) -> Iterator[Callable[[], None]]:
+    """Keep all other processes from writing what is `called` so during the block, by a claim at `place`, whose folder
+    exists; yields what removes it earlier. gone: the nonces of claims whose processes other machines of this run know
+    to be gone.
 
-
-def require_unclaimed(folder: Path) -> None:
-    """Raise `PathError` if another process is writing into `folder`; several processes may call this at once."""
-    if fcntl is None or not (folder / LOCK).is_file():
-        return
-    with (folder / LOCK).open("rb") as file:
-        if not _locked(file.fileno(), fcntl.LOCK_SH):
-            raise PathError(taken(folder))
-
-
-def _locked(descriptor: int, kind: int) -> bool:
+    Raises `PathError` that names the process that writes there already. Where this machine knows nothing of that
+    process, the claim is watched: some seconds where it is alive, `SILENCE` seconds where it is not. A process that was
+    silent for so long that another one has taken over ends at once, in a line.
+    """
+    held = _Held(place, called)
+    held.take(gone)
     try:
-        fcntl.flock(descriptor, kind | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    except OSError:  # a file system without locks
+        yield held.release
+    finally:
+        held.release()
+
+
+def known_gone(place: Path) -> str | None:
+    """The nonce of a claim whose process this machine knows to be gone; None where there is no such claim."""
+    with suppress(PathError):
+        found = _read(place)
+        return found.nonce if found is not None and found.state() == "gone" else None
+    return None
+
+
+class _HeldBy(Exception):
+    """Another process has the claim."""
+
+    def __init__(self, claim: Claim) -> None:
+        super().__init__(claim.holder)
+        self.claim = claim
+
+
+class _Held:
+    """This process's claim at a place, renewed by a thread between `take` and `release`."""
+
+    def __init__(self, place: Path, called: Path | str) -> None:
+        self.place, self.called, self.own = place, called, Claim.new()
+        self._ended = threading.Event()
+
+    def take(self, gone: Collection[str]) -> None:
+        """Raises `PathError`, see `claimed`."""
+        try:
+            _take(self.place, self.own, gone, self.called)
+            _remove_leftovers(self.place, self.own)
+            threading.Thread(target=self._stay, name="claim", daemon=True).start()
+        except _HeldBy as error:
+            since = shown(error.claim.since)[1:-1]
+            raise PathError(
+                f"{self.called}: {error.claim.holder} has been writing here{since and f' since {since}'}; one writer "
+                "at a time, nothing was changed"
+            ) from None
+        except BaseException:
+            self.release()
+            raise
+
+    def release(self) -> None:
+        """Remove the claim, if it is still there, and nobody is taking it over."""
+        if self._ended.is_set() or os.getpid() != self.own.pid:  # a forked process has claimed nothing
+            return
+        self._ended.set()
+        guard = _guard_of(self.place, self.own)
+        with suppress(OSError, PathError):
+            if _put(guard, self.own):
+                try:
+                    if _holds(self.place, self.own):
+                        self.place.unlink()
+                finally:
+                    guard.unlink(missing_ok=True)
+
+    def _stay(self) -> None:
+        count = 0
+        while not self._ended.wait(PERIOD):
+            count += 1
+            with suppress(OSError, PathError):  # the disk is full, or away: nothing can be said
+                if (other := self._renew(count)) is not None and not self._ended.is_set():
+                    self._end(other)
+
+    def _renew(self, count: int) -> Claim | None:
+        """Count in the file, and return None; or the claim that another has put there. The file is opened anew: what
+        was written is sent to other machines when it is closed."""
+        try:
+            file = _open(self.place, os.O_RDWR)
+        except FileNotFoundError:  # somebody has removed it
+            if not self._ended.is_set():
+                _put(self.place, self.own)
+            return None
+        try:
+            found = Claim.from_bytes(os.read(file, SIZE))
+            if found.nonce != self.own.nonce and found.pid:  # and not only damaged
+                return found
+            os.lseek(file, 0, os.SEEK_SET)
+            os.write(file, replace(self.own, count=count).to_bytes())
+        finally:
+            os.close(file)
+        return None
+
+    def _end(self, other: Claim) -> None:
+        """The main thread may be about to write, or wait where no exception reaches it."""
+        line = f"error: {self.called}: {other.holder} has taken over, as this process was silent for {SILENCE:g} s"
+        print(f"{line}; it ends, and leaves what is there to the other", file=sys.stderr, flush=True)
+        os._exit(LOST)
+
+
+# How a claim is taken
+
+
+def _take(place: Path, own: Claim, gone: Collection[str], called: Path | str) -> None:
+    """Put `own` at the place, in that of a stale one if need be. Raises `_HeldBy`."""
+    while not _put(place, own):
+        if (found := _read(place)) is None:
+            continue
+        state = found.state(gone)
+        if state == "unknown":
+            line = f"{called}: {found.holder} may be writing here; waiting {SILENCE:g} s at most for a sign of it"
+            print(line, file=sys.stderr, flush=True)
+            state = _watched(place, found)
+        if state == "held":
+            raise _HeldBy(found)
+        if state == "gone" and _replaced(place, found, own, gone, called):
+            return
+
+
+def _watched(place: Path, first: Claim) -> State:
+    """What becomes of a claim of which this machine cannot tell. Looks are counted: where this machine itself has
+    slept, the time is not the other's silence."""
+    for _ in range(max(1, round(SILENCE / LOOK))):
+        time.sleep(LOOK)
+        found = _read(place)
+        if found is None or found.nonce != first.nonce:
+            return "changed"
+        if found != first:
+            return "held"
+    return "gone"
+
+
+def _replaced(place: Path, stale: Claim, own: Claim, gone: Collection[str], called: Path | str) -> bool:
+    """Put `own` in the place of a stale claim, unless another process does. Raises `_HeldBy` where one has begun to,
+    and does not come to an end."""
+    guard = _guard_of(place, stale)
+    for left in reversed(range(TRIES)):
+        try:
+            _take(guard, own, gone, called)
+            break
+        except _HeldBy:
+            if not left:
+                raise
+            time.sleep(PAUSE)
+            if not _holds(place, stale):
+                return False
+    try:
+        if not _holds(place, stale):
+            return False
+        with _written(place, own) as temporary:
+            temporary.replace(place)
         return True
+    finally:
+        guard.unlink(missing_ok=True)
+
+
+def _guard_of(place: Path, claim: Claim) -> Path:
+    """Who has this file may remove or replace the claim: the holder, at its end, and who takes over."""
+    return place.with_name(f"{TAIL.sub('', place.name)}-{claim.nonce}")
+
+
+def _put(place: Path, own: Claim) -> bool:
+    """Give `own` the name, if nothing has it: of all that try at once, one does."""
+    if os.path.lexists(place):
+        return False
+    with _written(place, own) as temporary:
+        try:
+            os.link(temporary, place)
+            return True
+        except FileExistsError:
+            return _holds(place, own)  # over NFS: the answer to a request that was sent twice
+        except FileNotFoundError:  # who has the claim by now has tidied up
+            if not place.parent.is_dir():
+                raise
+            return False
+        except OSError as error:
+            if error.errno not in NO_LINKS:
+                raise
+    try:
+        file = _open(place, os.O_WRONLY | os.O_CREAT | os.O_EXCL)
+    except FileExistsError:
+        return False
+    with os.fdopen(file, "wb") as stream:
+        stream.write(own.to_bytes())
     return True
 
 
-def _is_still(descriptor: int, path: Path) -> bool:
+@contextmanager
+def _written(place: Path, own: Claim) -> Iterator[Path]:
+    temporary = place.with_name(f"{TAIL.sub('', place.name)}.{uuid.uuid4().hex}")
     try:
-        return os.path.samestat(os.fstat(descriptor), os.stat(path))
-    except FileNotFoundError:
-        return False
+        with os.fdopen(_open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL), "wb") as stream:
+            stream.write(own.to_bytes())
+        yield temporary
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
-def taken(folder: Path) -> str:
-    """The message that a process holds the folder, and which one if that is known."""
+def _holds(place: Path, claim: Claim) -> bool:
+    found = _read(place)
+    return found is not None and found.nonce == claim.nonce
+
+
+def _read(place: Path) -> Claim | None:
+    """The claim at a place. Raises `PathError` for what cannot be read, or is no file."""
     try:
-        facts = json.loads((folder / LOCK).read_text())
-        who = f"process {int(facts['pid'])} on {facts['host']} has been writing into this folder since {facts['since']}"
-    except (OSError, ValueError, KeyError, TypeError):
-        who = "another process is writing into this folder"
-    return f"{folder}: {who}; a folder takes one writer at a time, nothing was changed"
+        file = _open(place, os.O_RDONLY)
+        try:
+            if not stat.S_ISREG(os.fstat(file).st_mode):
+                raise PathError(f"{place}: it is to say who writes here, and is not a file; nothing was changed")
+            return Claim.from_bytes(os.read(file, SIZE))
+        finally:
+            os.close(file)
+    except OSError as error:
+        if isinstance(error, FileNotFoundError) or error.errno == errno.ESTALE:  # replaced meanwhile, over NFS
+            return None
+        what = f"it says who writes here, and cannot be read ({error.strerror})"
+        raise PathError(f"{place}: {what}; nothing was changed") from error
+
+
+def _open(path: Path, flags: int) -> int:
+    more = sum(getattr(os, name, 0) for name in ("O_NOFOLLOW", "O_NONBLOCK", "O_CLOEXEC", "O_BINARY"))
+    return os.open(path, flags | more, 0o666)
+
+
+def _remove_leftovers(place: Path, own: Claim) -> None:
+    """Of processes that were killed while they took a claim, which this process has by now: what is not yet in place is
+    of no use to anybody."""
+    for name in os.listdir(place.parent):
+        path = place.with_name(name)
+        ours = TAIL.sub("", name) == place.name != name and path != _guard_of(place, own)
+        if ours and (name.startswith(f"{place.name}.") or known_gone(path)):
+            path.unlink(missing_ok=True)

@@ -37,35 +37,25 @@ def test_pieces_cover_all_rows_once():
 
 
 def test_what_was_kept_is_there_after_a_restart(tmp_path):
-    with job_at(tmp_path).begin() as missing:
-        assert missing == PIECES
-        keep_all(job_at(tmp_path), PIECES[1:3])
+    assert job_at(tmp_path).begin() == PIECES
+    keep_all(job_at(tmp_path), PIECES[1:3])
     again = job_at(tmp_path)
-    with again.begin() as missing:
-        assert missing == [PIECES[0], PIECES[3]] and again.kept() == PIECES[1:3]
-        keep_all(again, missing)
-        assert [again.read(piece) for piece in PIECES] == [b"0 to 3", b"3 to 6", b"6 to 9", b"9 to 10"]
-
-
-def test_one_process_at_a_time_has_the_job(tmp_path):
-    with job_at(tmp_path).begin():
-        with pytest.raises(PathError, match="one writer at a time"), job_at(tmp_path).begin():
-            pytest.fail("two at once")
-        keep_all(job_at(tmp_path), PIECES)
+    missing = again.begin()
+    assert missing == [PIECES[0], PIECES[3]] and again.kept() == PIECES[1:3]
+    keep_all(again, missing)
+    assert [again.read(piece) for piece in PIECES] == [b"0 to 3", b"3 to 6", b"6 to 9", b"9 to 10"]
 
 
 def test_a_job_of_which_nothing_was_made_gives_way(tmp_path):
     """A request that the prior refuses must not be in the way of the right one; one with pieces is."""
-    with job_at(tmp_path).begin():
-        pass
-    with job_at(tmp_path, seed=1).begin():
-        keep_all(job_at(tmp_path), PIECES[:1])
+    job_at(tmp_path).begin()
+    job_at(tmp_path, seed=1).begin()
+    keep_all(job_at(tmp_path), PIECES[:1])
     before = contents(tmp_path)
     with pytest.raises(UserError, match=r"(?s)work with another configuration was begun here.*seed: 1 -> 2"):
-        job_at(tmp_path, seed=2).begin().__enter__()
+        job_at(tmp_path, seed=2).begin()
     assert contents(tmp_path) == before
-    with job_at(tmp_path, seed=1).begin() as missing:
-        assert missing == PIECES[1:]
+    assert job_at(tmp_path, seed=1).begin() == PIECES[1:]
 
 
 @pytest.mark.parametrize("found", ["thesis.tex", "a folder", "a link", "a file"])
@@ -80,23 +70,22 @@ def test_a_work_folder_of_somebody_is_refused(tmp_path, found):
         (work / ("sub" if found == "a folder" else "")).mkdir(parents=True)
         (work / ("sub/note" if found == "a folder" else found)).write_text("mine")
     before = contents(tmp_path)
-    with pytest.raises(PathError, match=work.name), job_at(tmp_path).begin():
-        pytest.fail("it was taken")
+    with pytest.raises(PathError, match=work.name):
+        job_at(tmp_path).begin()
     assert contents(tmp_path) == before and (not work.is_symlink() or not list((tmp_path / "elsewhere").iterdir()))
 
 
 def test_a_piece_that_was_changed_is_not_read(tmp_path):
     job = job_at(tmp_path)
-    with job.begin():
-        keep_all(job, PIECES)
-        (job.work / PIECES[1].name).write_bytes(b"3 to 7")
-        with pytest.raises(UserError, match="was changed"):
-            job.read(PIECES[1])
-        (job.work / PIECES[2].name).unlink()
-        with pytest.raises(UserError, match="the same disk"):
-            job.read(PIECES[2])
-    with job.begin() as missing:
-        assert missing == PIECES[1:3]
+    job.begin()
+    keep_all(job, PIECES)
+    (job.work / PIECES[1].name).write_bytes(b"3 to 7")
+    with pytest.raises(UserError, match="was changed"):
+        job.read(PIECES[1])
+    (job.work / PIECES[2].name).unlink()
+    with pytest.raises(UserError, match="the same disk"):
+        job.read(PIECES[2])
+    assert job.begin() == PIECES[1:3]
 
 
 # Shared
@@ -125,15 +114,15 @@ def test_batches_go_on_from_piece_to_piece_and_the_bar_over_all(tmp_path, monkey
     bars, batches, kept = [], [], []
     monkeypatch.setattr(tqdm, "tqdm", lambda **options: bars.append(Bar(**options)) or bars[0])
     job = job_at(tmp_path)
-    with job.begin() as missing:
-        first, second = (Share(job, missing, Team(index, 2)) for index in range(2))
-        keep_all(job, second.mine)
+    missing = job.begin()
+    first, second = (Share(job, missing, Team(index, 2)) for index in range(2))
+    keep_all(job, second.mine)
 
-        def keep(rows):
-            kept.extend(rows)
-            keep_all(job, [piece for piece in first.mine if set(range(piece.start, piece.stop)) <= set(kept)])
+    def keep(rows):
+        kept.extend(rows)
+        keep_all(job, [piece for piece in first.mine if set(range(piece.start, piece.stop)) <= set(kept)])
 
-        first.make(4, lambda rows: batches.append(rows) or rows, keep, "making", 5.0)
+    first.make(4, lambda rows: batches.append(rows) or rows, keep, "making", 5.0)
     assert batches == [[0, 1, 2, 6], [7, 8]] and kept == [0, 1, 2, 6, 7, 8]
     assert bars[0].total == 10 and bars[0] == sorted(bars[0]) and bars[0][0] == 0 and bars[0][-1] == 10
 
@@ -141,31 +130,31 @@ def test_batches_go_on_from_piece_to_piece_and_the_bar_over_all(tmp_path, monkey
 def test_what_is_there_is_not_counted_again(tmp_path, monkeypatch):
     bars, job = [], job_at(tmp_path)
     monkeypatch.setattr(tqdm, "tqdm", lambda **options: bars.append(Bar(**options)) or bars[0])
-    with job.begin():
-        keep_all(job, PIECES[:2])
-    with job.begin() as missing:
-        Share(job, missing).make(4, lambda rows: rows, lambda rows: keep_all(job, missing), "making", 5.0)
+    job.begin()
+    keep_all(job, PIECES[:2])
+    missing = job.begin()
+    Share(job, missing).make(4, lambda rows: rows, lambda rows: keep_all(job, missing), "making", 5.0)
     assert bars[0][0] == 6 and bars[0][-1] == 10
 
 
 def test_only_the_first_process_shows_a_bar(tmp_path, monkeypatch):
     bars, job = [], job_at(tmp_path)
     monkeypatch.setattr(tqdm, "tqdm", lambda **options: bars.append(Bar(**options)) or bars[-1])
-    with job.begin() as missing:
-        keep_all(job, missing)
-        for index in range(2):
-            Share(job, missing, Team(index, 2)).make(8, lambda rows: rows, lambda rows: None, "making", 5.0)
+    missing = job.begin()
+    keep_all(job, missing)
+    for index in range(2):
+        Share(job, missing, Team(index, 2)).make(8, lambda rows: rows, lambda rows: None, "making", 5.0)
     assert [bar.disable for bar in bars] == [False, True]
 
 
 def test_a_process_that_makes_nothing_is_given_up_and_named(tmp_path):
     job = job_at(tmp_path)
-    with job.begin() as missing:
-        keep_all(job, [PIECES[0], PIECES[3]])
-        began = time.monotonic()
-        with pytest.raises(ProcessLost, match=r"process 1 and 2 has made nothing for 0\.3 s"):
-            Share(job, missing, Team(0, 3)).wait(0.3)
-        assert 0.3 <= time.monotonic() - began < 3
+    missing = job.begin()
+    keep_all(job, [PIECES[0], PIECES[3]])
+    began = time.monotonic()
+    with pytest.raises(ProcessLost, match=r"process 1 and 2 has made nothing for 0\.3 s"):
+        Share(job, missing, Team(0, 3)).wait(0.3)
+    assert 0.3 <= time.monotonic() - began < 3
 
 
 def test_what_keeping_raises_ends_the_work(tmp_path, monkeypatch):
@@ -175,7 +164,8 @@ def test_what_keeping_raises_ends_the_work(tmp_path, monkeypatch):
     def keep(rows):
         raise OSError("full")
 
-    with job.begin() as missing, pytest.raises(OSError, match="full"):
+    missing = job.begin()
+    with pytest.raises(OSError, match="full"):
         Share(job, missing).make(1, lambda rows: made.append(rows), keep, "making", 5.0)
     assert len(made) <= 2
 
@@ -185,21 +175,16 @@ def test_a_folder_that_cannot_be_written_or_seen_is_a_mistake(tmp_path):
         def first(self, act):
             return PIECES  # made where this process does not look
 
-    with (
-        pytest.raises(UserError, match="all processes have to see the same disk"),
-        shared(job_at(tmp_path), Elsewhere(1, 2)),
-    ):
-        pytest.fail("it was taken")
+    with pytest.raises(UserError, match="all processes have to see the same disk"):
+        shared(job_at(tmp_path), Elsewhere(1, 2))
     (tmp_path / "file").touch()
-    with pytest.raises(UserError, match="out: .*/file/out cannot be written"), shared(job_at(tmp_path / "file"), ALONE):
-        pytest.fail("it was taken")
+    with pytest.raises(UserError, match="out: .*/file/out cannot be written"):
+        shared(job_at(tmp_path / "file"), ALONE)
 
 
-def test_one_has_the_job_while_all_share_it(tmp_path):
-    with shared(job_at(tmp_path), ALONE) as share:
-        assert share.missing == share.mine == PIECES and share.rows == 10
-        with pytest.raises(PathError, match="one writer at a time"), shared(job_at(tmp_path), ALONE):
-            pytest.fail("two at once")
-        keep_all(share.job, PIECES[1:])
-    with shared(job_at(tmp_path), ALONE) as share:
-        assert share.mine == PIECES[:1] and share.rows == 3
+def test_a_share_is_of_what_is_missing(tmp_path):
+    share = shared(job_at(tmp_path), ALONE)
+    assert share.missing == share.mine == PIECES and share.rows == 10
+    keep_all(share.job, PIECES[1:])
+    share = shared(job_at(tmp_path), ALONE)
+    assert share.mine == PIECES[:1] and share.rows == 3

@@ -63,6 +63,33 @@ def test_a_process_is_killed_and_another_goes_on(tokenizer, tmp_path, counted):
     assert contents(tmp_path / "killed") == contents(tmp_path / "whole")
 
 
+def test_of_two_encodes_at_once_one_is_refused_and_the_other_is_whole(tokenizer, images, tmp_path, monkeypatch):
+    """At any time, from before the pieces of a killed one are tidied up to after the dataset has its name."""
+    monkeypatch.setattr("tokenizer.files.claims.PERIOD", 600.0)  # nothing is counted meanwhile
+    run(config(tokenizer, tmp_path / "alone", images))
+    moments = ["recover", "load_images", "variants_of", "publish", "end"]
+
+    def second(name):
+        real = getattr(encode, name)
+
+        def act(*given, **options):
+            if name in moments:
+                moments.remove(name)
+                before = contents(tmp_path)
+                with pytest.raises(UserError, match=rf"{tmp_path}/out: process \d+ on .*one writer at a time"):
+                    run(config(tokenizer, tmp_path / "out", images))
+                assert contents(tmp_path) == before
+            return real(*given, **options)
+
+        monkeypatch.setattr(encode, name, act)
+
+    for name in list(moments):
+        second(name)
+    run(config(tokenizer, tmp_path / "out", images))
+    assert not moments and contents(tmp_path / "out") == contents(tmp_path / "alone")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["alone", "out"]
+
+
 @pytest.mark.parametrize("damage", ["flip", "truncate", "delete", "entry", "half"])
 def test_a_damaged_piece_is_made_again(tokenizer, images, tmp_path, monkeypatch, counted, damage):
     interrupted(monkeypatch, tokenizer, tmp_path / "parts", images)

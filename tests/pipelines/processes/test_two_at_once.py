@@ -1,0 +1,104 @@
+"""The same command started twice at once, and a run that its launcher starts again: real commands, in processes."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+from folders import contents, written
+from launch import (
+    end,
+    metrics,
+    output_of,
+    start,
+    states,
+    tokenizer_arguments,
+    verb,
+    wait_for,
+)
+from small_pipelines import make_pipeline
+from striped_sets import write_set
+
+from tokenizer.files.claims import beside, inside
+from tokenizer.files.holders import Claim
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
+CLOCK = re.compile(rb'"samples_per_second": [\d.]+')
+
+
+@pytest.fixture
+def commands(tmp_path: Path) -> dict[str, list[str]]:
+    """What takes some seconds, by its verb."""
+    data = write_set(tmp_path / "images", (8, 12))
+    torch.manual_seed(0)
+    pipe = make_pipeline(labels=["kind0", "kind1"])
+    pipe.provenance = {"data": data.model_dump(mode="json")}
+    pipe.save_pretrained(tmp_path / "pipeline")
+    pipe.tokenizer.save_pretrained(tmp_path / "tokenizer")
+    images = [f"data.source={data.source}", "data.image_size=[8,12]", "data.channels=1"]
+    return {
+        "encode": [f"tokenizer={tmp_path}/tokenizer", *images],
+        "generate": [f"pipeline={tmp_path}/pipeline", "num_images=40"],
+        "evaluate": [f"pipeline={tmp_path}/pipeline", "feature_steps=3", "num_images=40", "update_card=false"],
+        "train_tokenizer": tokenizer_arguments(tmp_path)[1:],
+    }
+
+
+def compared(out: Path) -> dict[str, bytes]:
+    """What two of the same have in common: neither how long it took, nor where it lies."""
+    folder = out / "state" / "step-00000012" if (out / "state").is_dir() else out
+    left = ("manifest.json", "state.json", "evaluation.txt")
+    return {name: CLOCK.sub(b"", data) for name, data in contents(folder).items() if name not in left}
+
+
+@pytest.mark.parametrize("name", ["encode", "generate", "evaluate", "train_tokenizer"])
+def test_the_second_is_refused_and_the_first_is_as_if_alone(tmp_path, commands, name):
+    """The first is held up where it has its claim, until the second has ended."""
+    alone, out = tmp_path / "alone", tmp_path / "out"
+    output_of(start(verb(name, [*commands[name], f"out={alone}"])))
+    command, claim = verb(name, [*commands[name], f"out={out}"]), inside(out) if "train" in name else beside(out)
+    first = start(command)
+    try:
+        assert wait_for(claim.exists, first)
+        os.kill(first.pid, signal.SIGSTOP)
+        there = written(out) if out.exists() else None
+        line = output_of(start(command), code=2)
+        assert (written(out) if out.exists() else None) == there
+        os.kill(first.pid, signal.SIGCONT)
+        output_of(first)
+    finally:
+        end(first)
+    host = re.escape(os.uname().nodename)
+    told = rf"error: {out}: process {first.pid} on {host} has been writing here since 2.*, nothing was changed\n"
+    assert re.fullmatch(told, line) and not claim.exists()
+    found, expected = (compared(folder) for folder in (out, alone))
+    assert list(found) == list(expected) and found == expected
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_torchrun_starts_the_processes_again_after_one_was_killed(tmp_path, rank):
+    """The claim of those before is nobody's, whichever was killed, and nobody waits to see whether it is."""
+    argv = tokenizer_arguments(tmp_path / "run", train__steps=200, train__save_every=10)
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--max_restarts=1"]
+    job = start(
+        [*torchrun, "--rdzv_backend=c10d", "--rdzv_endpoint=localhost:0", "-m", "pipelines.train_tokenizer", *argv]
+    )
+    try:
+        assert wait_for(lambda: time.sleep(0.1) or states(tmp_path / "run"), job, 200)
+        held = Claim.from_bytes(inside(tmp_path / "run").read_bytes())
+        workers = psutil.Process(job.pid).children(recursive=True)
+        (one,) = [worker for worker in workers if worker.environ().get("RANK") == str(rank)]
+        assert (one.pid == held.pid) == (rank == 0)
+        one.kill()
+        printed = output_of(job, 200)
+    finally:
+        end(job)
+    assert re.search(r"continuing from step \d+0; ", printed) and "may be writing here" not in printed, printed
+    assert metrics(tmp_path / "run")[-1]["step"] == 200 and not list((tmp_path / "run").glob(".lock*"))
