@@ -7,6 +7,7 @@ are what the decoder makes of the tokens here, to within one grey level of what 
 from __future__ import annotations
 
 import mmap
+import os
 from functools import partial
 from pathlib import Path
 
@@ -69,7 +70,7 @@ def write_folder(pipeline: ImagePipeline, data: mmap.mmap, folder: Path, config:
     for images in read_images(pipeline, stream, coder, batch_size=config.batch_size):
         for image in convert_images(images, "pil"):
             name = names[count] if names is not None else f"{count:08d}.png"
-            file = folder / (name if name.lower().endswith(".png") else f"{name}.png")
+            file = folder / (name if os.path.splitext(name)[1].lower() == ".png" else f"{name}.png")  # as for ..png
             file.parent.mkdir(parents=True, exist_ok=True)
             if file.exists():
                 raise StreamError(f"two images are called {name!r}")

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from tokenizer.files.errors import one_line
+
 from ..config import UserError, is_first_process
 from .base import DataConfig
 
@@ -77,10 +79,11 @@ def judge(reports: list[Report], config: DataConfig) -> None:
         )
     if is_first_process():
         first = problems[0]
-        print(f"warning: {counted} and are left out; the first is {first.path}: {first.reason}", file=sys.stderr)
+        line = one_line(f"warning: {counted} and are left out; the first is {first.path}: {first.reason}")
+        print(line, file=sys.stderr)
 
 
 def listed(problems: list[Problem]) -> str:
     """A line for each of the first ten problems, and the number of further ones."""
     more = f"\n  and {len(problems) - 10} more" if len(problems) > 10 else ""
-    return "".join(f"\n  {problem.path}: {problem.reason}" for problem in problems[:10]) + more
+    return "".join("\n  " + one_line(f"{problem.path}: {problem.reason}") for problem in problems[:10]) + more
