@@ -130,5 +130,6 @@ def read_yaml_text(text: str) -> Any:
     except yaml.MarkedYAMLError as error:
         line = f"line {error.problem_mark.line + 1}: " if error.problem_mark and "\n" in text.strip() else ""
         raise ValueError(f"{line}not readable as YAML: {error.problem or error.context}") from error
-    except (yaml.YAMLError, ValueError, TypeError) as error:  # ValueError: a date such as 2024-13-01
+    except (yaml.YAMLError, ValueError, TypeError, AttributeError, LookupError, OverflowError) as error:
+        # PyYAML raises any of these for a value that is none of its kind, such as the date 2024-13-01
         raise ValueError(f"not readable as YAML: {(str(error) or type(error).__name__).splitlines()[0]}") from error

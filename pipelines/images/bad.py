@@ -23,7 +23,7 @@ def append_report(folder: Path, split: str, problems: list[Problem]) -> None:
     """
     path = Path(folder) / REPORT
     try:
-        known = {(line["split"], line["row"]) for line in read_report(folder)}
+        known = [(line["split"], line["row"]) for line in read_report(folder)]
         with open(path, "a", encoding="utf-8") as file:
             for problem in problems:
                 if (split, problem.row) not in known:
@@ -34,13 +34,15 @@ def append_report(folder: Path, split: str, problems: list[Problem]) -> None:
 
 
 def read_report(folder: Path) -> list[dict[str, Any]]:
-    """The lines of a report, without half-written ones; none if there is no report."""
+    """The lines of a report, without those that are none, such as half-written ones; none if there is no report."""
     path, found = Path(folder) / REPORT, []
-    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else []:
+    for line in path.read_bytes().splitlines() if path.is_file() else []:
         try:
-            found.append(json.loads(line))
-        except ValueError:
+            facts = json.loads(line)
+        except (ValueError, RecursionError):
             continue
+        if isinstance(facts, dict) and {"split", "row"} <= set(facts):
+            found.append(facts)
     return found
 
 

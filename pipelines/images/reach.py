@@ -45,10 +45,11 @@ def values_below(text: str, key: str) -> list[str]:
     try:
         for event in yaml.parse(text, getattr(yaml, "CSafeLoader", yaml.SafeLoader)):
             if isinstance(event, yaml.ScalarEvent):
+                everywhere.append(event.value)
                 if depth == 1 and is_key:
                     inside = event.value == key
-                everywhere.append(event.value)
-                below += [event.value] if inside else []
+                elif inside:
+                    below.append(event.value)
             follows_alias |= inside and isinstance(event, yaml.AliasEvent)
             if isinstance(event, yaml.CollectionEndEvent):
                 depth -= 1

@@ -230,7 +230,7 @@ def unpacked(folder: Path, cache_dir: str | Path | None) -> Path:
 def unpack(folder: Path, out: Path) -> None:
     """Write the parquet dataset in `folder` as shards into `out`, all files checked."""
     files, meta = verify_manifest(folder)["files"], read_meta(folder)
-    tokenizer = Tokenizer.from_pretrained(folder / "tokenizer")
+    tokenizer: Tokenizer = Tokenizer.read_from(Folder.sealed(folder).part("tokenizer"))
     with atomic_folder(out, kind=TOKENS) as target:
         entries = {}
         for split, sizes in meta.shards.items():

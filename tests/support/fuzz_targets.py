@@ -431,7 +431,7 @@ def emu3_weights() -> Tree:
     from tokenizer.published.emu3 import EMU3
 
     model = make_tokenizer("emu3", (16, 16))
-    weights = {EMU3.published(key, 2): value.detach().clone() for key, value in model.named_parameters()}
+    weights = {EMU3.published(key, 2): value.detach().contiguous() for key, value in model.named_parameters()}
     return {"model.safetensors": save(weights)}
 
 

@@ -113,7 +113,7 @@ def work(target: Target, numbers: list[int], good: dict[str, Tree], seed: int, p
     os.dup2(silence, 2)
     watch = Watch(writable=str(place), connects=target.connects)
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    with limits():
+    with limits(8 << 30):
         for number in numbers:
             case = damaged(target, number, good, seed)
             write_tree(case.tree, place / "folder", place / f"{FOREIGN}-{case.base}")
@@ -242,6 +242,7 @@ class Campaign:
         pid = os.fork()
         if not pid:
             code = 1
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
             try:
                 for name, tree in self.good.items():
                     write_tree(tree, self.place / "folder", self.place)

@@ -210,10 +210,10 @@ def give_back() -> None:
 
 
 @contextmanager
-def limits() -> Iterator[None]:
-    """At most 2 GiB more of address space, as a bound that holds even for what is not touched."""
+def limits(more: int = 2 << 30) -> Iterator[None]:
+    """At most 2 GiB more of address space, as a bound that holds even for what is not touched; threads take some."""
     before = resource.getrlimit(resource.RLIMIT_AS)
-    resource.setrlimit(resource.RLIMIT_AS, (memory("VmSize") + (2 << 30), before[1]))
+    resource.setrlimit(resource.RLIMIT_AS, (memory("VmSize") + more, before[1]))
     alarm = signal.signal(signal.SIGALRM, too_slow)
     try:
         yield

@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 import torch
 from pieces import in_shards
+from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
@@ -445,3 +446,19 @@ def test_kill_leaves_a_verifying_state(tmp_path, stride, keep, exchange):
     done = subprocess.run([sys.executable, "-c", code, tmp_path], cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     verify_manifest(latest_state(tmp_path))
+
+
+def test_a_moment_of_another_shape_than_its_weight_is_refused(tmp_path):
+    """The state would load, and the next step fail."""
+    run = Run()
+    run.advance(0, 1)
+    folder = run.save(tmp_path, 1)
+    path = folder / "optimizer-model.safetensors"
+    tensors = load_file(path)
+    name = next(key for key, value in tensors.items() if value.ndim > 1)
+    path.unlink()
+    save_file({**tensors, name: tensors[name][:1].clone()}, path)
+    (folder / MANIFEST).unlink()
+    write_manifest(folder, step=1)
+    with pytest.raises(WeightsError, match="a tensor of shape .*, its parameter has"):
+        Run().load(folder)
