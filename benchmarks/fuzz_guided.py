@@ -9,7 +9,7 @@ Three parsers of bytes that come from strangers: `streams`, which `smalti decomp
 `--config`; and `weights`, the files of a pipeline folder (the header of a safetensors file, and the JSON beside it). An
 input is let past its checksums: they are made to fit. The corpus folder, one for each target below `corpus`, begins
 with good inputs and grows; the same command goes on from it. An input that ends in another exception than the parser
-promises, takes more than 2 s or 2 GiB, is kept as `crash-...`, `timeout-...` or `oom-...` beside it, and printed; the
+promises, or takes more than a minute or 2.5 GB, is kept beside it as `crash-...`, `timeout-...` or `oom-...`; the
 fuzzer goes on in a new process. Ends with 1 if there is one.
 """
 
@@ -167,7 +167,7 @@ def fuzz(target: str, seconds: int, corpus: Path) -> None:
     import fuzz_targets  # noqa: F401
 
     TARGETS[target](b"")
-    arguments = [f"-max_total_time={seconds}", "-timeout=20", "-rss_limit_mb=2500", f"-max_len={LONGEST}"]
+    arguments = [f"-max_total_time={seconds}", "-timeout=60", "-rss_limit_mb=2500", f"-max_len={LONGEST}"]
     arguments += [f"-artifact_prefix={corpus.parent}/{target}-found/", "-print_final_stats=1", str(corpus)]
     begun = Random(time.time_ns()).randrange(1 << 31)
     atheris.Setup([sys.argv[0], f"-seed={begun}", *arguments], TARGETS[target])

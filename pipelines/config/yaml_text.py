@@ -26,6 +26,13 @@ class Loader(yaml.SafeLoader):
 
     depth = made = 0
 
+    def fetch_flow_collection_start(self, token: Any) -> None:
+        """A bracket. Raises `ScannerError` for one that is nested too deep: the scanner reads a thousand ahead."""
+        if self.flow_level >= MAX_DEPTH:
+            problem = f"more than {MAX_DEPTH} levels deep"
+            raise yaml.scanner.ScannerError(problem=problem, problem_mark=self.get_mark())
+        super().fetch_flow_collection_start(token)
+
     def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
         """The next node. Raises `ComposerError` for one that is nested too deep, before Python does, and for too
         many."""

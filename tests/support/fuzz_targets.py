@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import mmap
 import os
 import shutil
 import struct
@@ -229,8 +228,7 @@ def use_stream(folder: Path) -> None:
     out.mkdir()
     pipe: Any = coders().get(data[8:24], next(iter(coders().values())))
     config: Any = SimpleNamespace(max_images=1 << 24, batch_size=None)
-    with open(folder / "stream", "rb") as file:
-        write_folder(pipe, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ), out, config)  # type: ignore[arg-type]
+    write_folder(pipe, data, out, config)
 
 
 # Configurations
