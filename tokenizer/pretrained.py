@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
 import torch
-from safetensors.torch import save_file
 from torch import nn
 
 from .family import OUTSIDE, Named
@@ -23,7 +22,7 @@ from .files.ownership import Kind
 from .files.pushing import CARD, model_card, push_model
 from .files.reading import CODE, Folder, steadily
 from .files.variants import Dtype, chosen_dtype, find_weights, rounded, stored_dtype, weights_name, weights_names
-from .files.weights import check_header, expected_weights, fill, read_header
+from .files.weights import check_header, expected_weights, fill, read_header, save_tensors
 from .files.writing import atomic_folder, write_json
 from .settings import ModelConfig
 from .settings import Node as Node
@@ -100,7 +99,7 @@ class PretrainedModel(Named, nn.Module):
             write_json(target / CONFIG, self.config.to_dict())
             weights = {key: value.detach().cpu().contiguous() for key, value in self.state_dict().items()}
             # Readers of other libraries require "format". Only one key: safetensors writes several in random order.
-            save_file(weights, target / name, metadata={"format": "pt"})
+            save_tensors(weights, target / name, {"format": "pt"})
 
     @classmethod
     def folder_kind(cls) -> Kind:

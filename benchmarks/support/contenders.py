@@ -145,7 +145,7 @@ def train_node(preset: Node, steps: int) -> Node:
 
 def write_node(node: Node, path: Path) -> str:
     """The configuration as a file for --config."""
-    from pipelines.config.arguments import write_yaml
+    from pipelines.config.yaml_text import write_yaml
 
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(write_yaml(node))

@@ -7,6 +7,7 @@ are what the decoder makes of the tokens here, to within one grey level of what 
 from __future__ import annotations
 
 import mmap
+import os
 from functools import partial
 from pathlib import Path
 
@@ -15,13 +16,16 @@ from pydantic import Field
 from tokenizer.files.writing import atomic_folder
 
 from ..compression.coding import open_stream, read_images
-from ..compression.header import Limits, StreamError, TruncatedStream
+from ..compression.header import Data, Limits, StreamError, TruncatedStream
 from ..config import Config, UserError, choose_device, run_command
 from ..config.outputs import check_out_folder
 from ..image_pipeline import ImagePipeline
 from ..images.pictures import convert_images, write_image
 from ..processes.claims import alone_at
 from ..stages.index import PipelineFolder
+
+IN_MEMORY = 256 << 20
+"""Bytes of a stream that is read as a whole; a larger one is mapped, and who reads it while it is cut is ended."""
 
 
 class DecompressConfig(Config):
@@ -52,9 +56,11 @@ def run(config: DecompressConfig) -> Path:
     pipeline = ImagePipeline.from_pretrained(config.pipeline, device=choose_device(config.device))
     try:
         with alone_at(out), open(path, "rb") as file, atomic_folder(out, kind=None, inputs=inputs) as folder:
-            if not path.stat().st_size:
+            if not (size := path.stat().st_size):
                 raise TruncatedStream("the file is empty")
-            count = write_folder(pipeline, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ), folder, config)
+            mapped = size > IN_MEMORY
+            data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) if mapped else file.read()
+            count = write_folder(pipeline, data, folder, config)
     except StreamError as error:
         raise UserError(f"stream: {path}: {error}") from error
     except OSError as error:
@@ -63,14 +69,14 @@ def run(config: DecompressConfig) -> Path:
     return out
 
 
-def write_folder(pipeline: ImagePipeline, data: mmap.mmap, folder: Path, config: DecompressConfig) -> int:
+def write_folder(pipeline: ImagePipeline, data: Data, folder: Path, config: DecompressConfig) -> int:
     """Write the images of a stream as PNG files, by their names or numbered; returns how many."""
     stream, coder = open_stream(pipeline, data, Limits(max_images=config.max_images))
     names, count = stream.names, 0
     for images in read_images(pipeline, stream, coder, batch_size=config.batch_size):
         for image in convert_images(images, "pil"):
             name = names[count] if names is not None else f"{count:08d}.png"
-            file = folder / (name if name.lower().endswith(".png") else f"{name}.png")
+            file = folder / (name if os.path.splitext(name)[1].lower() == ".png" else f"{name}.png")  # as for ..png
             file.parent.mkdir(parents=True, exist_ok=True)
             if file.exists():
                 raise StreamError(f"two images are called {name!r}")

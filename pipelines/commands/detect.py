@@ -219,8 +219,9 @@ def truth(found: Found, normal: list[int | str] | None) -> np.ndarray | None:
 
 
 def write_table(path: Path, found: Found, anomalous: np.ndarray | None, columns: dict[str, Any]) -> None:
-    """A row per image: its name, class and truth where known, and the columns."""
-    known: dict[str, Any] = {"file": found.names}
+    """A row per image: its name, class and truth where known, and the columns. Bytes of a name that are no UTF-8 are
+    escaped."""
+    known: dict[str, Any] = {"file": [name.encode("utf-8", "backslashreplace").decode() for name in found.names]}
     if found.classes is not None:
         known["class"] = found.classes
     if anomalous is not None:

@@ -18,7 +18,8 @@ from torch import Tensor
 from tokenizer import Tokenizer
 from tokenizer.autoencoder import Autoencoder
 from tokenizer.files.errors import ConfigError, FormatError, shown
-from tokenizer.files.opening import opened, read_json
+from tokenizer.files.opening import Roots, opened, roots_of
+from tokenizer.files.reading import Folder
 from tokenizer.files.weights import read_header, tensor_of
 from tokenizer.pretrained import MAX_WEIGHT_BYTES
 from tokenizer.published import Layout, Shapes, build, prefix_of, recognise
@@ -80,7 +81,8 @@ def run(config: ImportConfig) -> Path:
     """Convert, write the tokenizer's folder, print what it is, and return the folder."""
     path, out = find_weights(config.source), Path(config.out)
     check_out_folder(out, Tokenizer.folder_kind(), [path])
-    weights, digest = read_weights(path)
+    named = Path(config.source).expanduser().is_file()  # what a user names may be a link to anywhere
+    weights, digest = read_weights(path, () if named else roots_of(path.parent))
     layout = recognise(weights, path, config.layout)
     weights = layout.prepare(weights)
     sizes = layout.sizes(Shapes(weights, layout, path))
@@ -134,7 +136,7 @@ def find_weights(source: str) -> Path:
 def part_of(folder: Path) -> Path:
     """Of a whole model in several files, the one that has the tokenizer. Raises `UserError` or `FormatError`."""
     index = folder / INDEX
-    places = read_json(index).get("weight_map")
+    places = Folder.at(folder).json(INDEX).get("weight_map")
     if not isinstance(places, dict) or not all(isinstance(name, str) for name in places.values()):
         raise FormatError(f"{index}: weight_map: expected a file for each weight (found {shown(places)})")
     prefix = prefix_of(places)
@@ -180,11 +182,11 @@ def refuse_torchscript(path: Path) -> NoReturn:
     )
 
 
-def read_weights(path: Path) -> tuple[dict[str, Tensor], str]:
-    """The tokenizer's tensors of a safetensors file, and its sha256. Raises `LimitError`, `WeightsError` or
-    `PathError`."""
+def read_weights(path: Path, roots: Roots = ()) -> tuple[dict[str, Tensor], str]:
+    """The tokenizer's tensors of a safetensors file, and its sha256; roots: where it may be, see `opened`. Raises
+    `LimitError`, `WeightsError` or `PathError`."""
     digest, weights = hashlib.sha256(), {}
-    with opened(path, MAX_WEIGHT_BYTES) as file:
+    with opened(path, MAX_WEIGHT_BYTES, roots) as file:
 
         def read(count: int) -> bytes:
             data = file.read(count)
@@ -211,7 +213,7 @@ def settings_beside(layout: Layout, sizes: dict[str, Any], path: Path) -> dict[s
     place = path.parent / SETTINGS
     if layout.settings is None or not (layout.needs_settings or place.is_file()):
         return {}
-    return layout.settings(read_json(place), sizes, place)
+    return layout.settings(Folder.at(path.parent).json(SETTINGS), sizes, place)
 
 
 def describe(sizes: dict[str, Any], beside: dict[str, Any], layout: Layout, path: Path, told: ImportConfig) -> Any:

@@ -22,7 +22,7 @@ from ..images.decoding import pixels_of
 from .chunks import Chunk
 from .codec import Models
 from .coder import Coder
-from .header import DEFAULT_LIMITS, GUARD, RANGE_CODER, Data, Header, Limits, expect
+from .header import DEFAULT_LIMITS, GUARD, RANGE_CODER, Data, Header, Limits, StreamLimit, expect
 from .streams import Stream, parse, write_stream
 
 if TYPE_CHECKING:
@@ -152,6 +152,9 @@ def open_stream(pipeline: Stages, data: Data, limits: Limits = DEFAULT_LIMITS) -
         "image": models.image_shape,
     }
     expect(stream.header, **known, answer=stream.header.answer)  # whether it is the model at all, before it is run
+    most, announced = chunk_images(pipeline), min(stream.header.num_images, stream.header.chunk_images)
+    if announced > most:  # the states of the prior for all of a chunk are in memory at once
+        raise StreamLimit(f"header: announces {announced} images in a chunk, at most {most} are allowed by this model")
     expect(stream.header, **known, answer=models.answer())
     return stream, Coder(models, stream.header)
 

@@ -5,20 +5,22 @@ from __future__ import annotations
 import difflib
 import os
 import re
-from collections.abc import Hashable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import yaml
-
+from tokenizer.files.errors import PipelineLoadError, escaped
+from tokenizer.files.opening import read_bytes
 from tokenizer.settings import Data
 from tokenizer.settings.mistakes import show
 
-WIDTH = 110  # of YAML that is printed or written, in characters
+from .yaml_text import MAX_BYTES, read_yaml_text
 
 
 class UserError(Exception):
-    """A user's mistake. Each line of the message is one problem."""
+    """A user's mistake. Each line of the message is one problem; unprintable characters are escaped."""
+
+    def __init__(self, message: object = "") -> None:
+        super().__init__(escaped(str(message), keep="\n"))
 
 
 class ToldElsewhere(UserError):
@@ -86,7 +88,7 @@ def read_override(argument: str) -> Data:
     """`a.b=value` as `{"a": {"b": value}}`; so is `--a.b=value`, which is how other programs write it, a sweep of W&B
     among them. Raises `UserError`."""
     key, equals, text = argument.removeprefix("--").partition("=")
-    if not equals or not re.fullmatch(r"\w[\w-]*(\.\w[\w-]*)*", key):
+    if not equals or not re.fullmatch(r"\w[\w-]*(\.\w[\w-]*){,15}", key):
         bare = re.fullmatch(r"--?(\w[\w.-]*)(=.*)?", argument)
         hint = f"; write {bare[1]}{bare[2] or '=value'}" if bare else ""
         named = argument.endswith((".yaml", ".yml")) or argument in {key.rpartition("/")[2] for key in presets()}
@@ -137,52 +139,22 @@ def is_there(path: str) -> bool:
 # YAML ---------------------------------------------------------------------------------------------
 
 
-class Loader(yaml.SafeLoader):
-    """YAML in which 1e-3 is a number, as in YAML 1.2, and a repeated key is an error."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
-        """The mapping of `node`; raises `ConstructorError` at a repeated key."""
-        seen: set[str] = set()
-        for key, _ in node.value:
-            if str(key.value) in seen and key.tag != "tag:yaml.org,2002:merge":
-                problem = f"{key.value!r} appears twice"
-                raise yaml.constructor.ConstructorError(problem=problem, problem_mark=key.start_mark)
-            seen.add(str(key.value))
-        return super().construct_mapping(node, deep)
-
-
-class Dumper(yaml.SafeDumper):
-    """Writes YAML that `Loader` reads back: mappings with one key a line, lists in brackets."""
-
-
-FLOAT = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$")
-for _yaml in (Loader, Dumper):
-    _yaml.add_implicit_resolver("tag:yaml.org,2002:float", FLOAT, list("-+.0123456789"))
-Dumper.add_representer(list, lambda dumper, items: dumper.represent_sequence("tag:yaml.org,2002:seq", items, True))
-
-
-def write_yaml(data: Data) -> str:
-    """`data` as YAML text, which `read_yaml` reads back."""
-    return yaml.dump(data, Dumper=Dumper, sort_keys=False, allow_unicode=True, width=WIDTH)
-
-
 def read_yaml(text: str) -> Any:
     """The value of the YAML `text`. Raises `UserError` that names the line, if there are several."""
     try:
-        return yaml.load(text, Loader)  # a SafeLoader
-    except yaml.MarkedYAMLError as error:
-        line = f"line {error.problem_mark.line + 1}: " if error.problem_mark and "\n" in text.strip() else ""
-        raise UserError(f"{line}not readable as YAML: {error.problem or error.context}") from error
-    except (yaml.YAMLError, ValueError) as error:  # ValueError: a date such as 2024-13-01
-        raise UserError(f"not readable as YAML: {str(error).splitlines()[0]}") from error
+        return read_yaml_text(text)
+    except ValueError as error:
+        raise UserError(error) from error
 
 
 def read_file(path: str) -> Data:
-    """The mapping in a YAML file; raises `UserError`."""
+    """The mapping in a YAML file of at most 256 KiB; raises `UserError`."""
     try:
-        data = read_yaml(Path(path).read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: cannot be read ({getattr(error, 'strerror', None) or error})") from error
+        data = read_yaml(read_bytes(Path(path), MAX_BYTES).decode())
+    except PipelineLoadError as error:
+        raise UserError(f"{path}: cannot be read ({str(error).removeprefix(f'{path}: ')})") from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: cannot be read ({error})") from error
     except UserError as error:
         raise UserError(f"{path}, {error}") from error
     if not isinstance(data, dict | None):

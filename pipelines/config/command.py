@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, NoReturn, TextIO, TypeVar
 
 from pydantic import ValidationError
 
-from tokenizer.files.errors import PipelineLoadError
+from tokenizer.files.errors import PipelineLoadError, one_line
 from tokenizer.settings import Data, defaults_of, merge, with_defaults
 from tokenizer.settings.marks import mark_of
 from tokenizer.settings.mistakes import explain
@@ -69,7 +69,7 @@ def parse(
         found = explain(cls, data, error, partial(search, cls))
         problems += [line for line in found if not (problems and line.endswith(": missing"))]
     if problems:
-        raise UserError("\n".join(problems))
+        raise UserError("\n".join(map(one_line, problems)))
     if words.dry_run:
         leave_with(to_yaml(config))
     return config
@@ -196,9 +196,8 @@ def exit_codes(quiet: bool = False, kept: Callable[[], str] | None = None) -> It
     except OSError as error:
         if is_bug(error):
             raise
-        line = error_line(label(), f"{error.filename or 'disk full'}: {error.strerror}")
-        print(line, file=sys.stderr, flush=True)
-        raise SystemExit(1) from error
+        print(error_line(label(), one_line(f"{error.filename or 'disk full'}: {error.strerror}")), file=sys.stderr)
+        raise SystemExit(2 if error.errno == errno.ENAMETOOLONG else 1) from error
 
 
 def is_first_process() -> bool:
@@ -239,9 +238,10 @@ class RunError(Exception):
 
 
 def is_bug(error: BaseException) -> bool:
-    """Whether an error is neither a user's mistake, nor an interruption, nor a full disk."""
-    full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
-    return isinstance(error, Exception) and not full and not isinstance(error, (UserError, PipelineLoadError))
+    """Whether an error is neither a user's mistake, a name that is too long among them, nor an interruption, nor a full
+    disk."""
+    theirs = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.ENAMETOOLONG)
+    return isinstance(error, Exception) and not theirs and not isinstance(error, (UserError, PipelineLoadError))
 
 
 class ProcessLost(Exception):

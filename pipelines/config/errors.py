@@ -3,23 +3,48 @@
 from __future__ import annotations
 
 import difflib
+from collections.abc import Iterator
+from functools import cache
+from itertools import islice
 from typing import Any
+
+from tokenizer.files.errors import LONGEST_VALUE
+from tokenizer.settings.mistakes import MAX_PROBLEMS
 
 from .keys import sections
 from .schema import Config
 
 
 def search(cls: type[Config], key: str, value: Any) -> list[str]:
-    """A line for each unknown key at or below `key`, with the one that was probably meant."""
+    """A line for each unknown key at or below `key`, up to 20, with the one that was probably meant."""
+    return [one_key(cls, name) for name in islice(keys_below(key, value), MAX_PROBLEMS)]
+
+
+def keys_below(key: str, value: Any) -> Iterator[str]:
+    """`key`, or in its place those of the mapping that it holds."""
     if isinstance(value, dict) and value:
-        return [line for name, part in value.items() for line in search(cls, f"{key}.{name}", part)]
-    rows = [row.key for section in sections(cls, {}) for row in section.rows]
+        for name, part in value.items():
+            yield from keys_below(f"{key}.{name}", part)
+    else:
+        yield key
+
+
+@cache
+def keys_of(cls: type[Config]) -> list[str]:
+    """Every key of a verb."""
+    return [row.key for section in sections(cls, {}) for row in section.rows]
+
+
+def one_key(cls: type[Config], key: str) -> str:
+    """The line for one unknown key."""
+    rows = keys_of(cls)
+    key = key if len(key) <= 2 * LONGEST_VALUE else f"{key[: 2 * LONGEST_VALUE - 4]} ..."
     known = {".".join(row.split(".")[:depth]): None for row in rows for depth in range(1, row.count(".") + 2)}
     if key in known:
-        return [f"{key}: not a key of this kind, or dots where YAML wants nested keys"]
+        return f"{key}: not a key of this kind, or dots where YAML wants nested keys"
     same_name = [row for row in rows if row.split(".")[-1] == key.split(".")[-1]]
     near = difflib.get_close_matches(key, known, 1, 0.75) or same_name or difflib.get_close_matches(key, known, 1, 0.6)
-    return [f"{key}: unknown key; " + (f"did you mean {near[0]!r}?" if near else "--help lists what there is")]
+    return f"{key}: unknown key; " + (f"did you mean {near[0]!r}?" if near else "--help lists what there is")
 
 
 def told_of(given: Any, line: str) -> bool:

@@ -17,7 +17,7 @@ from tokenizer.settings import Data, Settings, plain
 from tokenizer.settings.marks import mark_of
 from tokenizer.settings.mistakes import show
 
-from .arguments import write_yaml
+from .yaml_text import write_yaml
 
 C = TypeVar("C", bound="Config")
 

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from tokenizer.files.errors import one_line
+
 from ..config import UserError, is_first_process
 from .base import DataConfig
 
@@ -21,7 +23,7 @@ def append_report(folder: Path, split: str, problems: list[Problem]) -> None:
     """
     path = Path(folder) / REPORT
     try:
-        known = {(line["split"], line["row"]) for line in read_report(folder)}
+        known = [(line["split"], line["row"]) for line in read_report(folder)]
         with open(path, "a", encoding="utf-8") as file:
             for problem in problems:
                 if (split, problem.row) not in known:
@@ -32,13 +34,15 @@ def append_report(folder: Path, split: str, problems: list[Problem]) -> None:
 
 
 def read_report(folder: Path) -> list[dict[str, Any]]:
-    """The lines of a report, without half-written ones; none if there is no report."""
+    """The lines of a report, without those that are none, such as half-written ones; none if there is no report."""
     path, found = Path(folder) / REPORT, []
-    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else []:
+    for line in path.read_bytes().splitlines() if path.is_file() else []:
         try:
-            found.append(json.loads(line))
-        except ValueError:
+            facts = json.loads(line)
+        except (ValueError, RecursionError):
             continue
+        if isinstance(facts, dict) and {"split", "row"} <= set(facts):
+            found.append(facts)
     return found
 
 
@@ -77,10 +81,11 @@ def judge(reports: list[Report], config: DataConfig) -> None:
         )
     if is_first_process():
         first = problems[0]
-        print(f"warning: {counted} and are left out; the first is {first.path}: {first.reason}", file=sys.stderr)
+        line = one_line(f"warning: {counted} and are left out; the first is {first.path}: {first.reason}")
+        print(line, file=sys.stderr)
 
 
 def listed(problems: list[Problem]) -> str:
     """A line for each of the first ten problems, and the number of further ones."""
     more = f"\n  and {len(problems) - 10} more" if len(problems) > 10 else ""
-    return "".join(f"\n  {problem.path}: {problem.reason}" for problem in problems[:10]) + more
+    return "".join("\n  " + one_line(f"{problem.path}: {problem.reason}") for problem in problems[:10]) + more

@@ -18,6 +18,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from tokenizer.files.errors import one_line
+
 from ..config import UserError, is_first_process
 from ..shuffling.epochs import samples_of
 from .augment import AugmentConfig, draw_changes, mirror_images, move_images
@@ -81,7 +83,7 @@ class ImageDataset:
     def _replaced(self, index: int, name: str, image: NDArray[np.uint8] | str) -> NDArray[np.uint8]:
         """The image; raises `UserError` if it cannot be decoded."""
         if isinstance(image, str):
-            raise UserError(f"{name}: {image}; it could be decoded when the run started")
+            raise UserError(one_line(f"{name}: {image}; it could be decoded when the run started"))
         return image
 
     def batch(self, indices: Indices, *, seed: int = 0, epoch: int = 0, augment: bool = False) -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -15,6 +15,7 @@ from ..config import UserError
 from .base import WORKERS, DataConfig, Payload, Rows, SplitRows
 from .stamps import KnownFile, Stamp, stamp_at
 
+DEEPEST = 100  # folders within folders
 STAMPED = 4096  # files whose stamps a thread takes at a time
 # More formats than are decoded, so that an image of another format is reported, not overlooked.
 SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".heic", ".avif", ".jp2", ".ppm"}
@@ -52,11 +53,25 @@ def folder_rows(folder: Path, config: DataConfig) -> Rows:
     return Rows(len(paths), read, labels if has_classes else None)
 
 
+def walk(folder: Path) -> Iterator[tuple[str, list[str], list[str]]]:
+    """What `os.walk` gives. Raises `UserError` for folders in folders without end, before Python or the system does."""
+    top = str(folder).count(os.sep)
+    for parent, folders, files in os.walk(folder):
+        if parent.count(os.sep) - top > DEEPEST:
+            raise UserError(f"{folder}: folders are nested more than {DEEPEST} deep in it")
+        yield parent, folders, files
+
+
+def files_below(folder: Path) -> Iterator[Path]:
+    """All files in a folder and those in it. Raises `UserError` as `walk` does."""
+    return (Path(parent, name) for parent, _, files in walk(folder) for name in files)
+
+
 def find_images(folder: Path) -> list[Path]:
     """All files with the name of an image, except dotfiles. Raises `UserError` for a link to a folder, which may lead
-    in circles."""
+    in circles, and as `walk` does."""
     found = []
-    for parent, folders, files in os.walk(folder):
+    for parent, folders, files in walk(folder):
         folders[:] = [name for name in folders if not name.startswith(".")]
         for name in folders:
             if (Path(parent) / name).is_symlink():

@@ -7,6 +7,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from tokenizer.files.errors import one_line
+
 from ..config import UserError
 from ..shuffling.hashing import splitmix64
 from ..shuffling.shards import drawn_by_blocks
@@ -117,7 +119,7 @@ def number_labels(parts: list[Rows]) -> tuple[list[NDArray[np.int64] | None], li
     for rows in parts:
         for row, label in enumerate(rows.labels or []):
             if not is_label(label) or label not in ids:
-                raise UserError(f"{rows.read([row])[0][0]}: {wrong_label(label, names)}")
+                raise UserError(one_line(f"{rows.read([row])[0][0]}: {wrong_label(label, names)}"))
     numbered = [None if r.labels is None else np.array([ids[label] for label in r.labels], np.int64) for r in parts]
     return numbered, names or [str(label) for label in known]
 

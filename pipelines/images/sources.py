@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import gzip
 import importlib.util
+import os
 import re
 from collections.abc import Sequence
 from functools import partial
@@ -19,9 +20,10 @@ from numpy.typing import NDArray
 from ..config import UserError
 from ..shuffling.hashing import splitmix64
 from .base import DataConfig, Payload, Rows, SplitRows, show_progress
-from .folders import image_folder, known_file, stamps_at
+from .folders import files_below, image_folder, known_file, stamps_at
 from .hub import offline_if_unreachable, reason_of
 from .origin import HUB_NAME, REMARK
+from .reach import check_card, check_files, is_below, places
 
 
 def open_source(config: DataConfig) -> SplitRows:
@@ -35,7 +37,7 @@ def open_source(config: DataConfig) -> SplitRows:
         return open_shards(config)
     if config.source == "digits":
         return digits()
-    if path.is_dir() and not any(map(is_table, path.rglob("*"))):
+    if path.is_dir() and not any(map(is_table, files_below(path))):
         return image_folder(path, config)
     if not path.exists() and not re.fullmatch(HUB_NAME, config.source):
         raise UserError(f"data.source: there is no file or folder {config.source}")
@@ -96,10 +98,13 @@ def tables(path: Path, config: DataConfig) -> SplitRows:
         if path.is_file():
             found = datasets.load_dataset("parquet", data_files=str(path))
         elif path.exists():
-            found = datasets.load_dataset(str(path))
+            check_card(path)
+            found = loaded(str(path))
         else:
             with offline_if_unreachable():
-                found = datasets.load_dataset(config.source)
+                found = loaded(config.source)
+    except UserError:
+        raise
     except Exception as error:  # anything from a lost network to a broken file
         reason = reason_of(error)
         if path.exists():
@@ -112,6 +117,16 @@ def tables(path: Path, config: DataConfig) -> SplitRows:
         if silent:
             datasets.enable_progress_bars()
     return {str(name): partial(table_rows, table, str(name), config) for name, table in found.items()}
+
+
+def loaded(source: str) -> Any:
+    """What `datasets.load_dataset` gives, of the source's own files. Raises `UserError` where it names others."""
+    import datasets
+
+    builder = datasets.load_dataset_builder(source)
+    check_files(builder, source)
+    builder.download_and_prepare()
+    return builder.as_dataset()
 
 
 def table_rows(table: Any, split: str, config: DataConfig) -> Rows:
@@ -132,7 +147,8 @@ def table_rows(table: Any, split: str, config: DataConfig) -> Rows:
         raise UserError(f"data.image_column: {config.image_column!r} does not hold images: {error}") from error
     files = files_in(images, config.image_column)
     stamps = stamps_at(files) if any(files) else None
-    return Rows(len(table), partial(read_table, images, config.image_column, split, stamps), labels, names)
+    own = places(os.path.expanduser(config.source))
+    return Rows(len(table), partial(read_table, images, config.image_column, split, stamps, own), labels, names)
 
 
 def files_in(table: Any, column: str) -> list[str]:
@@ -145,13 +161,21 @@ def files_in(table: Any, column: str) -> list[str]:
 
 
 def read_table(
-    table: Any, column: str, split: str, stamps: NDArray[np.int64] | None, indices: Sequence[int]
+    table: Any,
+    column: str,
+    split: str,
+    stamps: NDArray[np.int64] | None,
+    own: tuple[str, ...],
+    indices: Sequence[int],
 ) -> list[tuple[str, Payload]]:
-    """(path or row, encoded bytes or file) of each requested row. `stamps` `(n, 3)` are those of the files."""
+    """(path or row, encoded bytes or file) of each requested row. `stamps` `(n, 3)` are those of the files, which have
+    to be in the folders `own`."""
     named: list[tuple[str, Payload]] = []
     for row, value in zip(indices, table[list(indices)][column], strict=True):
         data, path = (value or {}).get("bytes"), (value or {}).get("path")
-        if data is None and path and stamps is not None:
+        if data is None and path and not is_below(path, own):
+            named.append((f"row {row} of {split}", f"it names a file that is not the data set's own, {path}"))
+        elif data is None and path and stamps is not None:
             named.append((path, known_file(Path(path), stamps[row])))
         else:
             named.append((f"row {row} of {split}" + (f" ({path})" if path else ""), data))

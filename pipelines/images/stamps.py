@@ -14,6 +14,8 @@ import os
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from tokenizer.files.errors import one_line
+
 from ..config import UserError
 
 TOLD = ("ETag", "etag", "blob_id", "Content-MD5", "md5Hash", "Digest", "Last-Modified", "LastModified", "mtime")
@@ -26,7 +28,7 @@ class FileChanged(UserError):
     """A file has changed since the run began. It does not count as a bad image, and nothing replaces it."""
 
     def __init__(self, name: str | Path) -> None:
-        super().__init__(f"{name}: it has changed since the run started; start the run again")
+        super().__init__(one_line(f"{name}: it has changed since the run started; start the run again"))
 
 
 class KnownFile(NamedTuple):

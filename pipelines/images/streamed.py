@@ -9,6 +9,8 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
+from tokenizer.files.errors import one_line
+
 from ..config import UserError, is_first_process
 from ..shuffling.shards import ShardOrder, blocks_among
 from .bad import Problem, Report, listed
@@ -100,8 +102,9 @@ class StreamedImages(ImageDataset):
             else np.flatnonzero(self.labels.numpy() == int(self.labels[index]))
         )
         alike = np.roll(alike, -int(np.searchsorted(alike, index)))[1:]  # those after it, then those before
-        for start in range(0, len(alike), TRIED):
-            some = alike[start : start + TRIED]
+        alike = alike[~np.isin(alike, list(self._problems))]
+        while len(alike):
+            some, alike = alike[:TRIED], alike[TRIED:]
             for candidate, (name, image) in zip(some.tolist(), self._decoded(some), strict=True):
                 if not isinstance(image, str):
                     return candidate, name, image
@@ -109,21 +112,25 @@ class StreamedImages(ImageDataset):
                 self._note(candidate, Problem(name, int(self._positions[candidate]), image))
                 self._judge()
         problem = self._problems[index]
-        raise UserError(f"{problem.path}: {problem.reason}; and no other image of its class can take its place")
+        raise UserError(
+            one_line(f"{problem.path}: {problem.reason}; and no other image of its class can take its place")
+        )
 
     def _note(self, index: int, problem: Problem) -> None:
         if index in self._problems:
             return
         self._problems[index] = problem
         if self._config.on_error == "fail":
-            raise UserError(f"{problem.path}: {problem.reason} (data.on_error=skip replaces it by another image)")
+            told = f"{problem.path}: {problem.reason} (data.on_error=skip replaces it by another image)"
+            raise UserError(one_line(told))
         if len(self._problems) == 1:
-            print(f"warning: {problem.path}: {problem.reason}; bad images are replaced by others", file=sys.stderr)
+            told = f"warning: {problem.path}: {problem.reason}; bad images are replaced by others"
+            print(one_line(told), file=sys.stderr)
 
     def _judge(self) -> None:
-        problems, allowed = list(self._problems.values()), self._config.max_bad_fraction
-        if len(problems) > allowed * max(FEW, min(self._seen, len(self))) and allowed < 1:
+        count, allowed = len(self._problems), self._config.max_bad_fraction
+        if count > allowed * max(FEW, min(self._seen, len(self))) and allowed < 1:
             raise UserError(
-                f"{len(problems)} of {min(self._seen, len(self))} images so far cannot be decoded, more than "
-                f"data.max_bad_fraction={allowed} allows:{listed(problems)}"
+                f"{count} of {min(self._seen, len(self))} images so far cannot be decoded, more than "
+                f"data.max_bad_fraction={allowed} allows:{listed(list(self._problems.values()))}"
             )

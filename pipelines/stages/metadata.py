@@ -11,7 +11,7 @@ from typing import Any
 from prior import Prior
 from tokenizer import Tokenizer
 
-from ..config.arguments import write_yaml
+from ..config.yaml_text import write_yaml
 from ..images.origin import told_on_card
 
 HUB_DATASET = r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*"

@@ -23,7 +23,8 @@ from torch import Tensor
 from tokenizer import TokenGrid, Tokenizer
 from tokenizer.files.errors import FormatError, IntegrityError, PathError, PipelineLoadError
 from tokenizer.files.hub import HUB_ID, is_reachable, replace_on_hub, require_reachable, snapshot
-from tokenizer.files.opening import read_json
+from tokenizer.files.json_text import MAX_JSON_BYTES
+from tokenizer.files.opening import read_bytes, read_json
 from tokenizer.files.reading import MANIFEST, Folder, verify_manifest
 from tokenizer.files.writing import atomic_folder, write_json, write_manifest
 
@@ -213,7 +214,9 @@ def unpacked(folder: Path, cache_dir: str | Path | None) -> Path:
     from huggingface_hub import constants
     from huggingface_hub.utils import WeakFileLock
 
-    name = hashlib.sha256((folder / MANIFEST).read_bytes()).hexdigest() if (folder / MANIFEST).is_file() else "unnamed"
+    name = "unnamed"
+    if (folder / MANIFEST).is_file():
+        name = hashlib.sha256(read_bytes(folder / MANIFEST, MAX_JSON_BYTES)).hexdigest()
     out = Path(cache_dir or constants.HF_HUB_CACHE) / "smalti-tokens" / name[:32]
     if (out / META).is_file():
         return out
@@ -227,7 +230,7 @@ def unpacked(folder: Path, cache_dir: str | Path | None) -> Path:
 def unpack(folder: Path, out: Path) -> None:
     """Write the parquet dataset in `folder` as shards into `out`, all files checked."""
     files, meta = verify_manifest(folder)["files"], read_meta(folder)
-    tokenizer = Tokenizer.from_pretrained(folder / "tokenizer")
+    tokenizer: Tokenizer = Tokenizer.read_from(Folder.sealed(folder).part("tokenizer"))
     with atomic_folder(out, kind=TOKENS) as target:
         entries = {}
         for split, sizes in meta.shards.items():

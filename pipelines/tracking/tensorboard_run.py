@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from ..config.arguments import write_yaml
+from ..config.yaml_text import write_yaml
 
 
 class TensorBoardRun:

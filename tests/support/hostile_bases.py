@@ -1,4 +1,4 @@
-"""Small good folders of every part that a pipeline, a resume state or a token dataset may have, and what loads them."""
+"""Small good folders of every part that a pipeline or a resume state may have, and what is looked at in them."""
 
 from __future__ import annotations
 
@@ -12,9 +12,7 @@ from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
 from pipelines import ImagePipeline
-from pipelines.tokens import TokenDataset, TokenSplit, load_tokens
-from pipelines.tokens.shards import smallest_type
-from pipelines.training.checkpoints.states import load_state, save_state
+from pipelines.training.checkpoints.states import save_state
 
 
 def save_pipeline(
@@ -88,33 +86,3 @@ def states(folder: Path) -> dict[str, Tree]:
     optimizers["model"].step()
     path = save_state(folder, 1, model=net, ema=average, optimizers=optimizers, counters={"skipped": 0})
     return {"state": read_tree(path)}
-
-
-def load_a_state(folder: Path) -> Any:
-    """Into fresh models."""
-    net, average, optimizers = make_net()
-    return load_state(folder, model=net, ema=average, optimizers=optimizers)
-
-
-def datasets(folder: Path) -> dict[str, Tree]:
-    """A token dataset with labels."""
-    tokenizer = make_tokenizer("vqvae", (8, 8), 1, widths=(8,)).eval()
-    grid = tokenizer.grid
-    tokens = torch.randint(grid.vocab_size, (6, *grid.shape)).to(smallest_type(grid.vocab_size))
-    splits = {name: TokenSplit(tokens, torch.randint(3, (6,))) for name in ("train", "test")}
-    data = TokenDataset(grid, ["cat", "dog", "eel"], splits, tokenizer, {"data": {"source": "here"}}, 1)
-    data.save(folder / "tokens")
-    return {"tokens": read_tree(folder / "tokens")}
-
-
-def load_dataset(folder: Path) -> Any:
-    """All rows, read."""
-    data = load_tokens(folder)
-    for split in data.splits.values():
-        data.grid.check(split.tokens[:].int())
-    return data
-
-
-def check_sealed(case: Case, loaded: Any, good: dict[str, Tree]) -> str:
-    """Only with a manifest that fits may anything differ."""
-    return "the damage was not noticed" if not case.sealed and case.changed(good) else ""

@@ -31,15 +31,19 @@ SECONDS, GROWTH = 2.0, 500 << 20
 PATIENCE = 20  # seconds by the clock, for what waits; what works is timed by its work
 FOREIGN, FOREIGN_PLACES = "foreign-files", ("/dev/zero", "/dev/tty", "/etc/passwd")
 FORBIDDEN = (
-    "socket.",
     "os.system",
     "os.exec",
     "os.posix_spawn",
     "subprocess.",
     "pickle.find_class",
-    "shutil.",
     "ftplib.",
 )
+WRITES = {  # which of their arguments are paths
+    "os.rename": 2,
+    "os.link": 2,
+    "os.symlink": 2,
+    **dict.fromkeys(("os.remove", "os.rmdir", "os.mkdir", "os.chmod", "os.chown", "os.truncate", "os.utime"), 1),
+}
 
 
 def read_tree(folder: Path) -> Tree:
@@ -140,22 +144,46 @@ class TooSlow(BaseException):
 
 
 class Watch:
-    """Python's own audit of what is opened, imported and connected to, while `on`."""
+    """Python's own audit of what is opened, imported, executed, written and connected to, while `on`.
 
-    def __init__(self) -> None:
+    writable: the folder that may be written into; None: nothing is looked at. connects: whether that is allowed.
+    """
+
+    def __init__(self, writable: str | None = None, connects: bool = False) -> None:
         self.on, self.seen = False, []
+        self.writable = writable
+        self.forbidden = FORBIDDEN + (() if connects else ("socket.",)) + (() if writable else ("shutil.",))
         sys.addaudithook(self.hear)
 
     def hear(self, event: str, arguments: tuple[Any, ...]) -> None:
         """Remember what must not happen."""
         if not self.on:
             return
-        if event.startswith(FORBIDDEN):
+        if event.startswith(self.forbidden):
             self.seen.append(f"{event} {arguments}"[:200])
         elif event == "open" and isinstance(arguments[0], (str, bytes)):
             path = os.fsdecode(arguments[0])
             if FOREIGN in path or os.path.basename(path) in CANARIES or path in FOREIGN_PLACES:
                 self.seen.append(f"open {path}"[:200])
+            if arguments[2] & (os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC):
+                self.written(event, path)
+        elif event in WRITES:
+            for path in arguments[: WRITES[event]]:
+                descriptor = arguments[-1] if event in ("os.remove", "os.rmdir", "os.mkdir") else -1
+                self.written(event, path, descriptor)
+        elif self.writable and event in ("exec", "import", "ctypes.dlopen"):
+            file = getattr(arguments[0], "co_filename", arguments[1] if event == "import" else arguments[0])
+            if isinstance(file, str) and file.startswith(self.writable):
+                self.seen.append(f"{event} {file}"[:200])
+
+    def written(self, event: str, path: Any, descriptor: int = -1) -> None:
+        """Remember what is written outside."""
+        if self.writable is None or not isinstance(path, (str, bytes, os.PathLike)):
+            return
+        folder = os.readlink(f"/proc/self/fd/{descriptor}") if descriptor not in (-1, None) else os.getcwd()
+        place = os.path.normpath(os.path.join(folder, os.fsdecode(path)))
+        if not place.startswith((self.writable, os.devnull)):
+            self.seen.append(f"{event} {place}"[:200])
 
 
 @dataclass(frozen=True)
@@ -182,10 +210,10 @@ def give_back() -> None:
 
 
 @contextmanager
-def limits() -> Iterator[None]:
-    """At most 2 GiB more of address space, as a bound that holds even for what is not touched."""
+def limits(more: int = 2 << 30) -> Iterator[None]:
+    """At most 2 GiB more of address space, as a bound that holds even for what is not touched; threads take some."""
     before = resource.getrlimit(resource.RLIMIT_AS)
-    resource.setrlimit(resource.RLIMIT_AS, (memory("VmSize") + (2 << 30), before[1]))
+    resource.setrlimit(resource.RLIMIT_AS, (memory("VmSize") + more, before[1]))
     alarm = signal.signal(signal.SIGALRM, too_slow)
     try:
         yield
@@ -198,8 +226,14 @@ def too_slow(*arguments: Any) -> None:
     raise TooSlow
 
 
-def attempt(load: Callable[[Path], Any], folder: Path, watch: Watch) -> tuple[Outcome, Any]:
-    """Load `folder`: what it ended in, and what was loaded."""
+def attempt(
+    load: Callable[[Path], Any],
+    folder: Path,
+    watch: Watch,
+    errors: tuple[type[BaseException], ...] = (PipelineLoadError,),
+    lines: bool = False,
+) -> tuple[Outcome, Any]:
+    """Load `folder`: what it ended in, and what was loaded. errors: those that are allowed; lines: of several lines."""
     give_back()
     Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
     before, start, loaded, problem = memory("VmRSS"), time.process_time(), None, ""
@@ -207,7 +241,7 @@ def attempt(load: Callable[[Path], Any], folder: Path, watch: Watch) -> tuple[Ou
     signal.setitimer(signal.ITIMER_REAL, PATIENCE)
     try:
         loaded, kind, message = load(folder), "loads", ""
-    except PipelineLoadError as error:
+    except errors as error:
         kind, message = type(error).__name__, str(error)
     except (Exception, TooSlow) as error:
         kind, message, problem = type(error).__name__, str(error), f"{type(error).__name__}: {error}"
@@ -217,7 +251,7 @@ def attempt(load: Callable[[Path], Any], folder: Path, watch: Watch) -> tuple[Ou
     seconds, growth = time.process_time() - start, memory("VmHWM") - before
     if watch.seen:
         problem = watch.seen[0]
-    elif len(message) >= 1000 or not message.isprintable():
+    elif len(message) >= (1000, 30_000)[lines] or not message.replace("\n", "" if lines else "\n").isprintable():
         problem = problem or f"message: {message!r}"
     elif seconds > SECONDS or growth > GROWTH:
         problem = problem or f"{seconds:.2f} s, {growth >> 20} MiB"

@@ -47,9 +47,14 @@ class LimitError(PipelineLoadError):
 
 
 def one_line(text: str) -> str:
-    """`text`, cut to 900 characters, with unprintable ones escaped: a terminal would obey them."""
-    escaped = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text[: LONGEST_MESSAGE + 1])
-    return escaped if len(escaped) <= LONGEST_MESSAGE else f"{escaped[: LONGEST_MESSAGE - 4]} ..."
+    """`text`, cut to 900 characters, with unprintable ones escaped."""
+    line = escaped(text[: LONGEST_MESSAGE + 1])
+    return line if len(line) <= LONGEST_MESSAGE else f"{line[: LONGEST_MESSAGE - 4]} ..."
+
+
+def escaped(text: str, keep: str = "") -> str:
+    """`text` with unprintable characters escaped, for a terminal would obey them; except for those in `keep`."""
+    return "".join(c if c.isprintable() or c in keep else ascii(c)[1:-1] for c in text)
 
 
 def shown(value: Any) -> str:

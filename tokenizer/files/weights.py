@@ -8,11 +8,15 @@ The format: 8 bytes, the length n of the header, little-endian; n bytes, the hea
 from __future__ import annotations
 
 import math
+import os
+import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
@@ -49,6 +53,16 @@ class Entry(NamedTuple):
     shape: tuple[int, ...]
     begin: int
     end: int
+
+
+def save_tensors(tensors: Mapping[str, Tensor], path: Path, metadata: dict[str, str] | None = None) -> None:
+    """Write a file. Raises `OSError`, also where safetensors has an error of its own: for a full disk."""
+    try:
+        save_file(dict(tensors), path, metadata)
+    except SafetensorError as error:
+        if code := re.search(r"os error (\d+)", str(error)):
+            raise OSError(int(code[1]), os.strerror(int(code[1])), str(path)) from error
+        raise
 
 
 def read_header(read: Callable[[int], bytes], size: int, path: Path) -> dict[str, Entry]:

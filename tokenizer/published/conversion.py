@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ..autoencoder import Autoencoder
 from ..files.errors import FormatError, WeightsError
+from ..files.weights import expected_weights
 from ..quantizers.vq import VQ
 from .cosmos import COSMOS
 from .emu3 import EMU3, EMU3_RELEASED
@@ -51,7 +52,8 @@ def prefix_of(names: Collection[str]) -> str:
 
 def build(config: Any, weights: Weights, layout: Layout, path: Path) -> tuple[Autoencoder, list[str]]:
     """The model with its weights in float32, and the names of those that only training needs. Raises `WeightsError`
-    naming what is missing, left over, misshapen or not finite."""
+    naming what is missing, left over, misshapen or not finite, and what `expected_weights` raises."""
+    expected_weights(lambda: layout.kind(config), path)
     with torch.device("meta"):
         expected = dict(layout.kind(config).named_parameters())
     names = {key: layout.published(key, len(config.widths)) for key in expected}

@@ -35,7 +35,6 @@ from .mistakes import explain, located
 from .values import merge, parsed_float
 
 MAX_ITEMS = 64  # of a list
-MAX_PROBLEMS = 20  # of a configuration that are reported
 
 Data = dict[str, Any]
 
@@ -156,9 +155,8 @@ class ModelConfig(Settings):
         try:
             super().__init__(**values)
         except ValidationError as error:
-            lines = explain(type(self), values, error)
-            lines = lines if len(lines) <= MAX_PROBLEMS else [*lines[:MAX_PROBLEMS], "and more"]
-            raise ConfigError(f"{self.kind or type(self).__name__}: " + "; ".join(lines)) from error
+            lines = "; ".join(explain(type(self), values, error))
+            raise ConfigError(f"{self.kind or type(self).__name__}: {lines}") from error
 
     @model_validator(mode="after")
     def _fits_together(self) -> ModelConfig:

@@ -13,6 +13,7 @@ from pydantic_core import ErrorDetails, InitErrorDetails, PydanticCustomError
 
 from ..files.errors import shown
 
+MAX_PROBLEMS = 20  # of a configuration that are reported
 SIGNS = {"gt": ">", "ge": ">=", "lt": "<", "le": "<="}
 WHOLE, NUMBER, TEXT, MAPPING = "a whole number", "a number", "text", "a mapping of keys"
 EXPECTED = {
@@ -34,8 +35,8 @@ def explain(
     error: ValidationError,
     search: Callable[[str, Any], list[str]] | None = None,
 ) -> list[str]:
-    """The errors that pydantic found in `data`, one line for each key. `search` returns the lines for an unknown key
-    outside of models."""
+    """The errors that pydantic found in `data`, one line for each key, of the first 20. `search` returns the lines for
+    an unknown key outside of models."""
     found: dict[str, list[ErrorDetails]] = {}
     owners: dict[str, type[Any]] = {}
     for detail in error.errors(include_url=False):
@@ -51,6 +52,8 @@ def explain(
             lines += search(key, details[0]["input"])
         else:
             lines += key_problems(key, details)
+        if len(lines) > MAX_PROBLEMS:
+            return [*lines[:MAX_PROBLEMS], "and more"]
     return lines
 
 

@@ -9,12 +9,13 @@ from __future__ import annotations
 import re
 from typing import Any
 
-from aiohttp import ClientResponse, ClientTimeout
+from aiohttp import ClientResponse, ClientTimeout, NonHttpUrlClientError
 from fsspec.asyn import sync_wrapper
 from fsspec.implementations.http import HTTPFileSystem
 from fsspec.spec import AbstractBufferedFile
 
 from ..stamps import FileChanged
+from .shard import Unable
 
 SILENCE = 30.0
 """Seconds that a server may send nothing."""
@@ -45,9 +46,13 @@ class HttpFiles(HTTPFileSystem):
         except FileNotFoundError as error:  # which `fsspec` raises for any failure
             if isinstance(error.__cause__, TimeoutError):
                 raise OSError("the server did not answer in time") from error
+            if isinstance(error.__cause__, NonHttpUrlClientError):
+                raise Unable(
+                    f"the server leads to {str(error.__cause__)[:200]!r}, which is not on a web server"
+                ) from error
             raise error.__cause__ or error from None
         if info["size"] is None:
-            raise OSError("the server does not say how large the file is")
+            raise Unable("the server does not say how large the file is")
         self.size = info["size"]
         self.validators = {name: info[name] for name in VALIDATORS if info.get(name)}
         return info
@@ -71,8 +76,10 @@ class HttpFiles(HTTPFileSystem):
                 self.check_part(answer, start, end)
                 data = await answer.content.readexactly(end - start)
                 if await answer.content.read(1):
-                    raise OSError(f"more bytes came than the {end - start} from byte {start}")
+                    raise Unable(f"more bytes came than the {end - start} from byte {start}")
                 return bytes(data)
+        except NonHttpUrlClientError as error:
+            raise Unable(f"the server leads to {str(error)[:200]!r}, which is not on a web server") from error
         except TimeoutError as error:
             raise OSError(f"the bytes from {start} to {end - 1} did not come in time") from error
         except EOFError as error:
@@ -103,12 +110,12 @@ class HttpFiles(HTTPFileSystem):
         """Raise `OSError` if an answer is another part than the bytes from `start` to `end`."""
         if answer.status != 206:
             if (start, end) != (0, self.size):
-                raise OSError("the server does not send parts of files")
+                raise Unable("the server does not send parts of files")
             return
         sent = re.match(r"bytes (\d+)-(\d+)/", answer.headers.get("Content-Range", ""))
         if sent is None or (int(sent[1]), int(sent[2])) != (start, end - 1):
             which = "does not say which" if sent is None else f"are those from {sent[1]} to {sent[2]}"
-            raise OSError(f"the bytes from {start} to {end - 1} were asked for, what came {which}")
+            raise Unable(f"the bytes from {start} to {end - 1} were asked for, what came {which}")
         self.sends_parts = True
 
 

@@ -11,8 +11,9 @@ from urllib.parse import urlsplit
 
 from ...config import UserError
 from ..base import DataConfig, Rows, SplitRows
-from ..folders import image_folder
+from ..folders import files_below, image_folder
 from ..hub import offline_if_unreachable, reason_of
+from ..reach import check_card, check_files
 from ..stamps import size_and_dates, stamp_told
 from .reader import shard_rows
 from .shard import Shard, attempt
@@ -29,7 +30,7 @@ def open_shards(config: DataConfig) -> SplitRows:
     if config.source == "digits":
         raise UserError("data.streaming: the digits are in memory; it is for shards (.parquet, .tar) and folders")
     path = Path(config.source).expanduser()
-    if path.is_dir() and not any(entry.suffix in KINDS for entry in path.rglob("*")):
+    if path.is_dir() and not any(entry.suffix in KINDS for entry in files_below(path)):
         return image_folder(path, config)
     found = {split: files for split, files in find_files(config, path).items() if files}
     return {split: partial(open_split, split, files, config) for split, files in found.items()}
@@ -109,10 +110,14 @@ def resolved(source: str, path: Path) -> dict[str, list[str]]:
 
     try:
         if path.exists():
+            check_card(path)
             builder = datasets.load_dataset_builder(str(path))
         else:
             with offline_if_unreachable():
                 builder = datasets.load_dataset_builder(source)
+        check_files(builder, str(path) if path.exists() else source)
+    except UserError:
+        raise
     except Exception as error:  # see `sources.tables`
         if path.exists():
             raise UserError(f"data.source: {path} cannot be read: {reason_of(error)}") from error

@@ -156,13 +156,31 @@ def cache_folder() -> Path:
 
 
 def load_index(path: Path) -> Index | None:
-    """The index in a file, or None for a file that is missing or cannot be read."""
+    """The index in a file, or None for a file that is missing, cannot be read, or is no index."""
     try:
         arrays = load_file(path)
         facts = json.loads(arrays.pop("facts").tobytes())
-        return Index(**arrays, labels=facts["labels"], class_names=facts["class_names"])
-    except (OSError, SafetensorError, ValueError, KeyError, TypeError):
+        index = Index(**arrays, labels=facts["labels"], class_names=facts["class_names"])
+        return index if is_whole(index) else None
+    except (OSError, SafetensorError, ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError):
         return None
+
+
+def is_whole(index: Index) -> bool:
+    """Whether the parts of an index fit each other: as many of each as there are rows or blocks, none negative."""
+    numbers = (index.starts, index.weights, index.offsets, index.sizes)
+    if any(part.ndim != 1 or part.dtype != np.int64 for part in numbers) or index.names.dtype != np.uint8:
+        return False
+    rows, of_rows = index.rows, (len(index.offsets), len(index.sizes), int((index.names == ord("\n")).sum()))
+    return (
+        index.starts[0] == 0
+        and bool((np.diff(index.starts) >= 0).all())
+        and len(index.weights) == len(index.starts) - 1
+        and of_rows in ((rows,) * 3, (0,) * 3)
+        and all(bool((part >= 0).all()) for part in numbers)
+        and (index.labels is None or isinstance(index.labels, list) and len(index.labels) == rows)
+        and (index.class_names is None or isinstance(index.class_names, list))
+    )
 
 
 def save_index(path: Path, index: Index) -> None:

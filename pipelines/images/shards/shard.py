@@ -13,6 +13,8 @@ from typing import Any, BinaryIO, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
+from tokenizer.files.errors import one_line
+
 from ...config import UserError
 from ..stamps import FileChanged, size_and_dates, stamp_told
 
@@ -102,6 +104,10 @@ class Index:
         return int(self.starts[-1])
 
 
+class Unable(OSError):
+    """A server does not do what reading a file in parts takes."""
+
+
 def attempt(shard: Shard, read: Callable[[], T]) -> T:
     """What `read` returns; a read from a server is retried a few times. Raises `UserError`, which names the shard."""
     for number in range(RETRIES + 1):
@@ -112,19 +118,20 @@ def attempt(shard: Shard, read: Callable[[], T]) -> T:
         except Exception as error:  # each file system has errors of its own, and so has pyarrow
             if shard.files is None or number == RETRIES or not may_pass(error):
                 reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-                raise UserError(f"{shard.name}: cannot be read: {reason}") from error
+                raise UserError(one_line(f"{shard.name}: cannot be read: {reason}")) from error
             time.sleep(FIRST_PAUSE * 2**number)
     raise AssertionError("unreachable")
 
 
 def may_pass(error: Exception) -> bool:
-    """Whether a failed request is worth a retry: not if the server says that the fault is ours."""
+    """Whether a failed request is worth a retry: not if the server says that the fault is ours, cannot do what we ask
+    of it, or leads to what is no web server (`ValueError`, of aiohttp)."""
     status = getattr(error, "status", None) or getattr(error, "code", None)
     if status is None:
         status = getattr(getattr(error, "response", None), "status_code", None)
     if isinstance(status, int):
         return status >= 500 or status in (408, 429)
-    return not isinstance(error, (FileNotFoundError, PermissionError))
+    return not isinstance(error, (FileNotFoundError, PermissionError, ValueError, Unable))
 
 
 def printable(name: str) -> str:

@@ -89,9 +89,12 @@ def _parameters(optimizer: Optimizer) -> list[Tensor]:
 
 
 def _laid_out_like(value: Tensor, parameter: Tensor) -> Tensor:
-    """A copy of `value`, with the strides of `parameter` (channels_last, say), which a fused kernel relies on."""
+    """A copy of `value`, with the strides of `parameter` (channels_last, say), which a fused kernel relies on. Raises
+    `ValueError` for another shape than its."""
+    if value.shape != parameter.shape and value.numel() == 1:
+        return value.clone()  # such as a count of steps
     if value.shape != parameter.shape:
-        return value.clone()
+        raise ValueError(f"a tensor of shape {list(value.shape)}, its parameter has {list(parameter.shape)}")
     return torch.empty_like(parameter, dtype=value.dtype, device=value.device, requires_grad=False).copy_(value)
 
 

@@ -5,12 +5,15 @@ Covers: pipelines/commands/decompress.py.
 
 import numpy as np
 import pytest
+import torch
 from coded import images_of, pipeline_of
 from command import fails
 from PIL import Image
 
+from pipelines.commands import decompress
 from pipelines.commands.compress import main as compress_verb
 from pipelines.commands.decompress import main as decompress_verb
+from pipelines.compression.coding import compress
 
 pytest.importorskip("constriction")
 
@@ -79,3 +82,30 @@ def test_verbs_say_what_is_wrong(tmp_path, capsys):
     pipeline_of("tokens", "made").save_pretrained(tmp_path / "pipeline")
     line = fails(capsys, "decompress", *arguments(tmp_path, f"stream={stream}", f"out={tmp_path / 'out'}"))
     assert "another model" in line
+
+
+def test_names_without_a_suffix_are_restored(tmp_path):
+    """`..png` has none, for it begins with dots."""
+    pipe = saved(tmp_path, channels=1, prior="marginal")
+    names = ["..png", ".png", "a/..png", ".b", "c.png.png"]
+    data = compress(pipe, torch.ones(len(names), *pipe.tokenizer.image_shape), names=names, progress=False)
+    (tmp_path / "a.smalti").write_bytes(data)
+    decompress_verb(arguments(tmp_path, f"stream={tmp_path}/a.smalti", f"out={tmp_path}/out"))
+    found = sorted(path.relative_to(tmp_path / "out").as_posix() for path in (tmp_path / "out").rglob("*.png"))
+    assert found == sorted(["..png.png", ".png.png", "a/..png.png", ".b.png", "c.png.png"])
+
+
+def test_a_stream_that_is_cut_while_it_is_read_comes_back_all_the_same(tmp_path, monkeypatch):
+    """A mapped file that is cut ends the process by SIGBUS."""
+    pipe = saved(tmp_path, channels=1, prior="marginal")
+    path = tmp_path / "a.smalti"
+    path.write_bytes(compress(pipe, torch.ones(3, *pipe.tokenizer.image_shape), progress=False))
+    write = decompress.write_folder
+
+    def cut(*arguments):
+        path.write_bytes(b"")
+        return write(*arguments)
+
+    monkeypatch.setattr(decompress, "write_folder", cut)
+    decompress_verb(arguments(tmp_path, f"stream={path}", f"out={tmp_path}/out"))
+    assert len(list((tmp_path / "out").iterdir())) == 3

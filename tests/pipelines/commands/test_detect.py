@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import csv
 import json
+import os
 import re
 import shutil
 from pathlib import Path
@@ -22,6 +23,7 @@ from stripes import SIZE, constant, older, stripes, uniform
 from pipelines import ImagePipeline
 from pipelines.__main__ import main
 from pipelines.anomaly.scores import METHODS
+from pipelines.commands.detect import Found, write_table
 from pipelines.images import DataConfig, load_images
 from tokenizer.files.writing import write_json, write_manifest
 
@@ -254,3 +256,10 @@ def test_what_is_wrong_is_said_in_a_line(world, capsys, argv, message):
     line = fails(capsys, argv[0], *own, *(part.format(world=world) for part in argv[1:]))
     assert message in line
     assert (world / "pipe" / "calibration.json").read_bytes() == before
+
+
+def test_a_table_holds_names_that_are_no_text(tmp_path):
+    """Found out only after all was scored."""
+    name = os.fsdecode(b"a/\xff\xfe.png")
+    write_table(tmp_path / "a.csv", Found([name], torch.zeros(1), None), None, {"score": np.array([0.5])})
+    assert rows_of(tmp_path / "a.csv") == [{"file": r"a/\udcff\udcfe.png", "score": "0.5"}]

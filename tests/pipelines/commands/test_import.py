@@ -218,3 +218,19 @@ def test_further_training_goes_on_from_the_codebook(small, tmp_path):
     for _ in range(2 * tokenizer.quantizer.config.revive_every):
         tokenizer(random_images(1, tokenizer.image_shape))
     assert torch.equal(tokenizer.quantizer.codebook, before)
+
+
+def test_sizes_that_no_grid_can_have_and_links_elsewhere_are_one_line(small, tmp_path, capsys):
+    """The network is outlined before it is made; a folder that was downloaded reads its own files."""
+    weights, write = small
+    source, out = write(weights), tmp_path / "out"
+    with pytest.raises(SystemExit):
+        main(["import", f"source={source}", f"out={out}", "image_size=4096", "groups=8"])
+    assert "no model has this configuration (a grid holds at most" in capsys.readouterr().err
+    folder = tmp_path / "downloaded"
+    folder.mkdir()
+    (folder / "model.safetensors").symlink_to(source)
+    with pytest.raises(SystemExit):
+        main(["import", f"source={folder}", f"out={out}"])
+    assert "a link that leads out of the folder" in capsys.readouterr().err
+    main(["import", f"source={folder}/model.safetensors", f"out={out}", "groups=8"])  # which is named

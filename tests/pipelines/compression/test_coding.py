@@ -468,3 +468,12 @@ def test_streams_are_written_one_chunk_at_a_time(monkeypatch):
     compression.write_images(pipe, file, parts(), 6, progress=False)
     assert sizes == sorted(set(sizes)) and len(sizes) == 3
     assert torch.equal(decompressed(pipe, file.getvalue()), expected(pipe, images, False))
+
+
+def test_a_chunk_is_no_larger_than_writers_make_it(monkeypatch):
+    """The states of the prior for all of a chunk are in memory at once: a header of 60 bytes may announce 65,535."""
+    pipe = pipeline_of()
+    data = pipe.compress(images_of(pipe, 3), progress=False)
+    monkeypatch.setattr(compression, "CHUNK_IMAGES", 2)
+    with pytest.raises(StreamLimit, match="announces 3 images in a chunk, at most 2 are allowed by this model"):
+        pipe.decompress(data)

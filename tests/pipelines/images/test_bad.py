@@ -7,6 +7,7 @@ Covers: pipelines/images/decoding.py, pipelines/images/streamed.py.
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import struct
@@ -26,7 +27,7 @@ from image_files import Row, encoded, noise, write_parquet, write_tar
 from PIL import Image
 
 from pipelines.images import DataConfig, Splits, decoding, load_images
-from pipelines.images.bad import read_report
+from pipelines.images.bad import REPORT, Problem, append_report, listed, read_report
 
 SIDE = 16
 SHAPE = (3, SIDE, SIDE)
@@ -321,3 +322,15 @@ def test_the_marks_can_be_read_and_would_tell(kind, count):
         assert upright(pixels) == seed
         for wrong in (255 - pixels, np.rot90(pixels, 1, (1, 2)), pixels[:, ::-1], pixels // 2, pixels * 0):
             assert upright(wrong) != seed
+
+
+def test_a_name_forges_no_line_and_a_report_holds_lines_of_problems_alone(tmp_path):
+    """Whatever is in the file: a line of a half, of another thing, of no text at all."""
+    told = listed([Problem("a\nerror: forged\x1b[2J.png", 0, "the file is empty")])
+    assert told == "\n  a\\nerror: forged\\x1b[2J.png: the file is empty"
+    good = {"split": "train", "path": "a", "row": 0, "reason": "b", "replaced_by": None}
+    lines = [json.dumps(good).encode(), b"\xff\xfe", b"[" * 5000, b"[]", b"3", b'{"split": "train"}', b'{"split":', b""]
+    (tmp_path / REPORT).write_bytes(b"\n".join(lines))
+    assert read_report(tmp_path) == [good]
+    append_report(tmp_path, "train", [Problem("a", 0, "b"), Problem("c", 1, "d")])
+    assert [line["row"] for line in read_report(tmp_path)] == [0, 1]

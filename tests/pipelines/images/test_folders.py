@@ -1,5 +1,8 @@
 """Folders of images: in which order they are read, which are classes, and what is refused."""
 
+import os
+import subprocess
+
 import numpy as np
 import pytest
 from image_files import noise
@@ -49,3 +52,16 @@ def test_linked_folder_is_refused(tmp_path):
     (tmp_path / "data/loop").symlink_to(tmp_path)
     with pytest.raises(UserError, match="loop: links"):
         load_images(config(tmp_path / "data"))
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_folders_without_end_are_told_in_a_line(tmp_path, streaming, monkeypatch):
+    """Deeper than Python can follow, and than a path can be."""
+    monkeypatch.chdir(tmp_path)
+    for _ in range(1100):
+        os.mkdir("deep")
+        os.chdir("deep")
+    monkeypatch.undo()
+    with pytest.raises(UserError, match=f"{tmp_path}: folders are nested more than 100 deep"):
+        load_images(config(tmp_path, streaming=streaming))
+    subprocess.run(["rm", "-rf", tmp_path / "deep"], check=True)  # which Python cannot

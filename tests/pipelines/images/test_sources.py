@@ -49,7 +49,7 @@ def test_unreachable_hub_id_names_both_readings(source, monkeypatch):
     def unreachable(*args, **kwargs):
         raise OSError("Couldn't reach it\nwith details")
 
-    monkeypatch.setattr("datasets.load_dataset", unreachable)
+    monkeypatch.setattr("datasets.load_dataset_builder", unreachable)
     with pytest.raises(UserError, match=f"no such folder here .*{source}.* Hub id '{source}'.*Couldn't reach it$"):
         load_images(config(source))
 

@@ -220,3 +220,15 @@ def test_two_processes_end_when_one_meets_a_bad_image(tmp_path):
     argv = tokenizer_arguments(tmp_path / "run", **streamed_options(data, train__steps=50), train__timeout=20)
     printed = output_of(start(two_processes("train_tokenizer", argv), HF_HOME=str(tmp_path / "home")), 120, code=None)
     assert re.search(r"error.*train-00000-of-00003\.tar: 000\d\d\.png: not an image", printed), printed
+
+
+def test_bad_images_are_looked_at_once_however_many_there_are(tmp_path, monkeypatch):
+    """Each of a batch among thousands of bad ones would else try them all again."""
+    rows = rows_of(60, classes=0)
+    train = load(write_tar(tmp_path / "a.tar", damaged(rows, *range(50))), on_error="skip", max_bad_fraction=1).train
+    tried: list[int] = []
+    decoded = train._decoded
+    monkeypatch.setattr(train, "_decoded", lambda indices: tried.extend(indices.tolist()) or decoded(indices))
+    bad = [k for k, position in enumerate(train._positions.tolist()) if position < 50]
+    assert len(set(identities(train.pixels(bad)))) == 1
+    assert max(tried.count(k) for k in bad) <= 2  # when it was due, and as a replacement for an earlier one

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import shutil
 import sys
 from pathlib import Path
@@ -23,7 +24,7 @@ from pipelines.config import UserError
 from pipelines.config.command import parse
 from pipelines.tokens import TokenDataset, TokenSplit, load_tokens, parquet
 from pipelines.tokens.meta import META
-from tokenizer.files.errors import FormatError, IntegrityError, PathError, PipelineLoadError
+from tokenizer.files.errors import FormatError, IntegrityError, LimitError, PathError, PipelineLoadError
 from tokenizer.files.writing import write_manifest
 
 SECRET = "hf_open_sesame"
@@ -286,3 +287,18 @@ def client(cache: str) -> None:
 
 if __name__ == "__main__":
     client(*sys.argv[1:])
+
+
+def test_a_manifest_without_end_and_a_tokenizer_elsewhere_are_refused(exported, tmp_path):
+    """Before either is read."""
+    folder = Path(shutil.copytree(exported[0], tmp_path / "large"))
+    os.truncate(folder / "manifest.json", 1 << 40)
+    with pytest.raises(LimitError, match=r"manifest\.json: 1099511627776 bytes"):
+        load_tokens(folder, cache_dir=tmp_path / "cache")
+    folder = Path(shutil.copytree(exported[0], tmp_path / "linked"))
+    shutil.move(folder / "tokenizer", tmp_path / "elsewhere")
+    (folder / "manifest.json").unlink()
+    write_manifest(folder)
+    (folder / "tokenizer").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(IntegrityError, match="does not list tokenizer/config.json"):
+        load_tokens(folder, cache_dir=tmp_path / "cache")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import shutil
 import struct
@@ -13,7 +14,9 @@ import pytest
 import torch
 from mutations import unpack
 from refusals import refused
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from small import make_tokenizer
 
 from prior import Prior
 from tokenizer import Tokenizer
@@ -191,3 +194,15 @@ def test_tables_and_layers_are_counted_before_they_are_made(sizes, error, needle
         assert expected_weights(lambda: Greedy(**sizes), path) == {}
     else:
         refused(path, error, "config.json: ", needle, load=lambda path: expected_weights(lambda: Greedy(**sizes), path))
+
+
+def test_a_full_disk_is_an_error_of_the_system(tmp_path, monkeypatch):
+    """safetensors has one of its own, which no command knows."""
+
+    def full(*_):
+        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr("tokenizer.files.weights.save_file", full)
+    with pytest.raises(OSError, match="No space left on device") as caught:
+        make_tokenizer("vqvae").save_pretrained(tmp_path / "a")
+    assert caught.value.errno == errno.ENOSPC and not list(tmp_path.iterdir())

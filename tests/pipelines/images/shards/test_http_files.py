@@ -308,3 +308,23 @@ def test_another_part_than_was_asked_for_is_refused(tmp_path, monkeypatch, told,
         rf"{message}.*",
         str(caught.value),
     )
+
+
+def test_what_no_retry_can_mend_is_told_at_once(tmp_path, monkeypatch):
+    """A server that leads to what is no web server, or cannot send parts: it would do the same a second later."""
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    monkeypatch.setattr(shard, "FIRST_PAUSE", 100)
+    path = write_tar(tmp_path / "a.tar", rows_of(40))
+    with path.open("ab") as file:
+        file.write(bytes(SCAN_AHEAD))
+
+    def leads_away(self: Ranges) -> None:
+        self.send_response(302)
+        self.send_header("Location", "ftp://127.0.0.1:9/a.tar")
+        self.send_header("Content-Length", "0")
+        self.end_headers()
+
+    with served(tmp_path, do_HEAD=leads_away, do_GET=leads_away) as url:
+        assert refusal(f"{url}/a.tar") == "the server leads to 'ftp://127.0.0.1:9/a.tar', which is not on a web server"
+    with served(tmp_path, gives_part=lambda self, validators: False) as url:
+        assert refusal(f"{url}/a.tar") == "the server does not send parts of files"

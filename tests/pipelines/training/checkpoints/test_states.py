@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from pieces import in_shards
 from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
@@ -319,33 +320,6 @@ def test_a_state_that_lies_is_a_load_error(tmp_path):
 # Shards
 
 
-def write_pieces(folder: Path, tensors: dict[str, torch.Tensor], count: int) -> None:
-    """Cut tensors along their first axis, as `count` processes hold them, and write a file for each."""
-    folder.mkdir()
-    for number in range(count):
-        pieces, offsets = {}, {}
-        for name, value in tensors.items():
-            if value.ndim == 0 and number:
-                continue  # the first has it
-            size = -(-len(value) // count) if value.ndim else 0
-            piece = value[number * size : (number + 1) * size] if value.ndim else value
-            at = min(number * size, len(value)) if value.ndim else 0
-            pieces[name], offsets[name] = piece.clone(), {"saved_offsets": [at, *[0] * (value.ndim - 1)][: value.ndim]}
-        header = {"DCP_SHARDING_INFO": json.dumps(offsets), "DCP_VERSION": "1.0", "format": "pt"}
-        save_file(pieces, folder / f"shard-{number + 1:05}-model-00001-of-00001.safetensors", metadata=header)
-
-
-def in_shards(state: Path, count: int = 3, **changes) -> Path:
-    """Turn a state into one that `count` processes wrote; `changes` are of the tensors of `model`."""
-    for path in list(state.glob("*.safetensors")):
-        tensors = load_file(path)
-        write_pieces(path.with_suffix(""), {**tensors, **changes} if path.stem == "model" else tensors, count)
-        path.unlink()
-    (state / MANIFEST).unlink()
-    write_manifest(state, step=int(state.name[5:]))
-    return state
-
-
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("count", [1, 3])
 def test_shards_are_read_as_what_they_are_pieces_of(tmp_path, kind, count):
@@ -472,3 +446,19 @@ def test_kill_leaves_a_verifying_state(tmp_path, stride, keep, exchange):
     done = subprocess.run([sys.executable, "-c", code, tmp_path], cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     verify_manifest(latest_state(tmp_path))
+
+
+def test_a_moment_of_another_shape_than_its_weight_is_refused(tmp_path):
+    """The state would load, and the next step fail."""
+    run = Run()
+    run.advance(0, 1)
+    folder = run.save(tmp_path, 1)
+    path = folder / "optimizer-model.safetensors"
+    tensors = load_file(path)
+    name = next(key for key, value in tensors.items() if value.ndim > 1)
+    path.unlink()
+    save_file({**tensors, name: tensors[name][:1].clone()}, path)
+    (folder / MANIFEST).unlink()
+    write_manifest(folder, step=1)
+    with pytest.raises(WeightsError, match="a tensor of shape .*, its parameter has"):
+        Run().load(folder)

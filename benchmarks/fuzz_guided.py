@@ -1,0 +1,198 @@
+"""Fuzzing that is led by coverage: inputs that reach new branches of a parser are kept, and changed further (atheris).
+
+    pip install atheris
+    python benchmarks/fuzz_guided.py target=streams minutes=60 corpus=fuzz-corpus
+    python benchmarks/fuzz_guided.py target=presets minutes=60 corpus=fuzz-corpus
+    python benchmarks/fuzz_guided.py target=weights minutes=60 corpus=fuzz-corpus
+
+Three parsers of bytes that come from strangers: `streams`, which `smalti decompress` reads; `presets`, the YAML of
+`--config`; and `weights`, the files of a pipeline folder (the header of a safetensors file, and the JSON beside it). An
+input is let past its checksums: they are made to fit. The corpus folder, one for each target below `corpus`, begins
+with good inputs and grows; the same command goes on from it. An input that ends in another exception than the parser
+promises, or takes more than a minute or 2.5 GB, is kept beside it as `crash-...`, `timeout-...` or `oom-...`; the
+fuzzer goes on in a new process. Ends with 1 if there is one.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+from random import Random
+from typing import Any
+
+from support.options import read_options
+
+os.environ.update(OMP_NUM_THREADS="1", OPENBLAS_NUM_THREADS="1", HF_HUB_OFFLINE="1")
+# Not this folder, whose `tokenizers.py` others would import.
+sys.path[0] = str(Path(__file__).parents[1] / "tests" / "support")
+
+FOUND = ("crash-*", "timeout-*", "oom-*", "leak-*")
+LONGEST = 1 << 14  # bytes of an input
+
+
+def try_stream(data: bytes) -> None:
+    """Checksums made to fit as far as the first chunk; then all of it is parsed, and every chunk and name."""
+    from made_streams import reseal
+
+    from pipelines.compression.chunks import unpack_bits
+    from pipelines.compression.header import HEADER_BYTES, RAW, StreamError
+    from pipelines.compression.streams import parse
+
+    if len(data) > HEADER_BYTES:
+        data = reseal(data, 0, HEADER_BYTES)
+    for whole in (data, reseal(data, HEADER_BYTES, len(data)) if len(data) > HEADER_BYTES + 8 else data):
+        try:
+            stream = parse(whole)
+            for chunk in stream:
+                if chunk.profile == RAW:
+                    header = stream.header
+                    unpack_bits(chunk.tokens, chunk.count * header.num_tokens, header.token_bits)
+        except StreamError as error:
+            require(str(error).isprintable() and len(str(error)) < 1000, error)
+
+
+def try_preset(data: bytes) -> None:
+    """As a file of `train_tokenizer` or of `train_prior`; a configuration that loads is written, and reads the same."""
+    from pipelines.config import UserError
+    from pipelines.config.arguments import read_yaml
+    from pipelines.config.command import parse
+    from pipelines.config.yaml_text import write_yaml
+    from pipelines.train_prior import TrainPriorConfig
+    from pipelines.train_tokenizer import TrainTokenizerConfig
+
+    place = Path(os.environ["SMALTI_FUZZ_PLACE"]) / "preset.yaml"
+    place.write_bytes(data)
+    try:
+        read_yaml(data.decode("utf-8", "replace"))
+        kind: Any = TrainTokenizerConfig if len(data) % 2 else TrainPriorConfig  # both would take twice as long
+        more = ["out=run"] if len(data) % 2 else ["out=run", "tokens=tokens"]
+        config = parse(kind, ["--config", str(place), *more], verb="train", description="")
+        again = kind.model_validate(read_yaml(write_yaml(config.model_dump(mode="json"))))
+        require(again == config, config)
+    except UserError as error:
+        require(str(error).replace("\n", "").isprintable(), error)
+
+
+def try_weights(data: bytes) -> None:
+    """JSON as a model's `config.json` and as a `calibration.json`; else a safetensors file, of ours or published."""
+    from tokenizer.files.errors import PipelineLoadError
+
+    for act in (read_config, read_calibration) if data.startswith(b"{") else (read_tensors,):
+        try:
+            act(data)
+        except PipelineLoadError as error:
+            require(str(error).isprintable() and len(str(error)) < 1000, error)
+
+
+def read_config(data: bytes) -> None:
+    """Of the tokenizer that it names."""
+    from tokenizer import Tokenizer
+    from tokenizer.files.json_text import parse_json
+
+    values = parse_json(data, Path("config.json"))
+    kind = values.pop("kind", None)
+    if isinstance(kind, str) and kind in Tokenizer.available():
+        member: Any = Tokenizer.find(kind)
+        member.Config.from_saved(values)
+
+
+def read_calibration(data: bytes) -> None:
+    """Of a pipeline."""
+    from pipelines.stages.calibration import Calibration
+    from tokenizer.files.json_text import parse_json
+
+    Calibration.from_dict(parse_json(data, Path("calibration.json")), Path("calibration.json"))
+
+
+def read_tensors(data: bytes) -> None:
+    """The header, every tensor, and what the shapes say of a published network."""
+    import torch
+
+    from tokenizer.files.weights import read_header, tensor_of
+    from tokenizer.published import Shapes, recognise
+
+    path, file = Path("model.safetensors"), io.BytesIO(data)
+    entries = read_header(file.read, len(data), path)
+    body = data[file.tell() :]
+    weights = {}
+    for name, entry in entries.items():
+        raw = torch.zeros(entry.end - entry.begin, dtype=torch.uint8)
+        raw.numpy()[:] = list(body[entry.begin : entry.end])
+        weights[name] = tensor_of(raw, entry)
+    layout = recognise(weights, path)
+    layout.sizes(Shapes(layout.prepare(weights), layout, path))
+
+
+def require(holds: bool, what: Any) -> None:
+    """Raise `AssertionError` otherwise."""
+    assert holds, repr(what)[:500]
+
+
+TARGETS = {"streams": try_stream, "presets": try_preset, "weights": try_weights}
+MODULES = {
+    "streams": ["pipelines.compression"],
+    "presets": ["pipelines.config", "tokenizer.settings", "yaml"],
+    "weights": ["tokenizer.files", "tokenizer.published", "tokenizer.settings", "pipelines.stages.calibration"],
+}
+
+
+def seeds(target: str, folder: Path) -> None:
+    """Good inputs, and some that are damaged, where the folder is new."""
+    from fuzz_targets import TARGETS as DAMAGED
+    from fuzzing import damaged
+
+    folder.mkdir(parents=True, exist_ok=True)
+    if any(folder.iterdir()):
+        return
+    good = DAMAGED[target].good(folder.parent / f".good-{target}")
+    trees = [*good.values(), *(damaged(DAMAGED[target], number, good).tree for number in range(200))]
+    for number, data in enumerate(data for tree in trees for data in tree.values() if isinstance(data, bytes)):
+        if len(data) <= LONGEST:
+            (folder / f"seed-{number:04d}").write_bytes(data)
+
+
+def fuzz(target: str, seconds: int, corpus: Path) -> None:
+    """For a process of its own, which libFuzzer ends."""
+    import importlib
+
+    import atheris
+
+    with atheris.instrument_imports(include=MODULES[target], enable_loader_override=False):
+        for name in MODULES[target]:
+            importlib.import_module(name)
+    import fuzz_targets  # noqa: F401
+
+    TARGETS[target](b"")
+    arguments = [f"-max_total_time={seconds}", "-timeout=60", "-rss_limit_mb=2500", f"-max_len={LONGEST}"]
+    arguments += [f"-artifact_prefix={corpus.parent}/{target}-found/", "-print_final_stats=1", str(corpus)]
+    begun = Random(time.time_ns()).randrange(1 << 31)
+    atheris.Setup([sys.argv[0], f"-seed={begun}", *arguments], TARGETS[target])
+    atheris.Fuzz()
+
+
+def main() -> None:
+    options = read_options(__doc__, {"target": str, "minutes": 60.0, "corpus": "fuzz-corpus", "inner": 0})
+    if options.target not in TARGETS:
+        raise SystemExit(f"target: there are {', '.join(TARGETS)}")
+    corpus = Path(options.corpus).absolute() / options.target
+    kept = corpus.parent / f"{options.target}-found"
+    if options.inner:
+        return fuzz(options.target, options.inner, corpus)
+    seeds(options.target, corpus)
+    kept.mkdir(exist_ok=True)
+    os.environ["SMALTI_FUZZ_PLACE"] = str(kept)
+    until = time.monotonic() + 60 * options.minutes
+    while (left := int(until - time.monotonic())) > 5:
+        again = [f"target={options.target}", f"corpus={options.corpus}", f"inner={left}"]
+        subprocess.run([sys.executable, __file__, *again], check=False)
+    found = sorted(path.name for pattern in FOUND for path in kept.glob(pattern))
+    print(f"{options.target}: {len(list(corpus.iterdir()))} inputs in {corpus}; found: {', '.join(found) or 'nothing'}")
+    raise SystemExit(bool(found))
+
+
+if __name__ == "__main__":
+    main()
