@@ -86,7 +86,7 @@ def train_prior(out: Path, tokens: Path, **more: Any) -> Path:
     return run_prior(parse(TrainPriorConfig, argv, verb="train_prior", description=None))
 
 
-def blank(*_: object) -> np.ndarray:
+def blank(*_: object, **__: object) -> np.ndarray:
     """A picture on which nothing is drawn: drawing is a third of a tiny run, and has tests of its own."""
     return np.full((8, 8, 3), 255, dtype=np.uint8)
 
