@@ -1,7 +1,7 @@
-"""Runs that are killed or stopped, by the hundred. Each function makes one run, which it interrupts `left` times at most.
+"""Runs that are killed or stopped, by the hundred.
 
-It returns what it counted, `tried` interruptions among it, and as `broken` what was wrong. What is drawn depends on the
-case and on the `number` of the run alone.
+Each function makes one run, which it interrupts `left` times at most. It returns what it counted, `tried` interruptions
+among it, and as `broken` what was wrong. What is drawn depends on the case and on the `number` of the run alone.
 """
 
 from __future__ import annotations

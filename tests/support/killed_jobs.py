@@ -161,11 +161,18 @@ def jobs(verb: str, folder: Path) -> list[Job]:
             "a folder": (common, [], ""),
             "a folder in place of another": (common, other, ""),
             "a tar in place of another": (common, other, ".tar"),
-            "parquet": (common, [], ".parquet"),
             "npz": (common, [], ".npz"),
         }
     return [
-        Job(f"{name}, {number} process{'es' * (number > 1)}", verb, number, folder / f"{verb}-{place}-{number}", argv, suffix, earlier)
+        Job(
+            f"{name}, {number} process{'es' * (number > 1)}",
+            verb,
+            number,
+            folder / f"{verb}-{place}-{number}",
+            argv,
+            suffix,
+            earlier,
+        )
         for place, (name, (argv, earlier, suffix)) in enumerate(kinds.items())
         for number in (1, 2)
     ]
@@ -222,7 +229,10 @@ def killed(job: Job, number: int, left: int) -> Found:
 def sound(now: dict[str, str], before: dict[str, str], after: dict[str, str], *, in_parts: bool) -> bool:
     """Whether a result is what was there or what comes; each file of it, if files come one by one."""
     if in_parts:
-        return all(value in (before.get(name), after.get(name)) for name, value in now.items()) and before.keys() <= now.keys()
+        return (
+            all(value in (before.get(name), after.get(name)) for name, value in now.items())
+            and before.keys() <= now.keys()
+        )
     return now in (before, after)
 
 

@@ -36,7 +36,9 @@ def lose_power(journal: Journal, operations: list[Operation], cut: int, draw: Ra
     pending = [
         place
         for place, operation in enumerate(done)
-        if "entries" in operation and place >= begun and not any(synced.get(f, -1) > place for f, *_ in operation["entries"])
+        if "entries" in operation
+        and place >= begun
+        and not any(synced.get(f, -1) > place for f, *_ in operation["entries"])
     ]
     lost = set(pending[draw.randrange(len(pending) + 1) :] if way == "as far as it came" else [])
     if way == "only what is durable":
@@ -53,7 +55,13 @@ def lose_power(journal: Journal, operations: list[Operation], cut: int, draw: Ra
                 if node is not None:
                     folders[folder][name] = node
     contents = {
-        node: kept(journal, [(p, o["sha256"]) for p, o in enumerate(done) if o.get("data") == node], synced.get(node, begun), draw, way)
+        node: kept(
+            journal,
+            [(p, o["sha256"]) for p, o in enumerate(done) if o.get("data") == node],
+            synced.get(node, begun),
+            draw,
+            way,
+        )
         for node in {operation["data"] for operation in done if "data" in operation}
     }
     clear(target)
