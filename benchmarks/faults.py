@@ -254,7 +254,7 @@ def work_off(name: str, count: int, options: Any, rows: Rows, folder: Path) -> N
             try:
                 row = campaign.unit(case, number, wanted)
             except AssertionError as error:  # it hung, or could not even begin
-                row = {"tried": 1, "broken": [f"number {number}: {str(error)[-1000:]}"]}
+                row = {"tried": 1, "broken": [f"number {number}: " + " ".join(str(error).split())[-300:]]}
             if not row["tried"] and not any(earlier["tried"] for earlier in there[-IDLE:]) and len(there) >= IDLE:
                 row = {"tried": left, "broken": [f"number {number}: nothing could be tried, again and again"]}
             spent = {"seconds": round(time.monotonic() - began, 1), "cpu": round(seconds_of_cpu() - cpu, 1)}

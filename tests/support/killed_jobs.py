@@ -111,7 +111,8 @@ def die_at_call(at_call: int, before: bool, counted: Path | None, rank: int, vic
         if calls == at_call and after != before:
             die()
         if counted is not None and after:
-            counted.write_bytes(b"%d" % calls) if not at_call else None
+            with open(counted, "w") as file:  # not by a call that counts
+                file.write(str(calls))
 
     if rank == victim:
         count_calls(called)

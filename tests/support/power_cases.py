@@ -53,13 +53,12 @@ def record(root: Path, place: Path) -> Journal:
 def lose_power_of_run(case: Case, number: int, left: int) -> Found:
     """Cut a run of a stage, which is killed at its middle and goes on: its states, its snapshot and its record."""
     case.ready()
-    recorded, out = recorded_run(case), case.folder / "power" / "runs" / "run"
+    recorded, out = recorded_run(case), case.folder / "power" / "run"
     draw = draws("power", case.name, number)
     cut = draw.choice(cut_points(recorded.operations))
     way = lose_power(recorded.journal, recorded.operations, cut, draw, case.folder / "power")
     what = f"cut {cut} of {len(recorded.operations)}, {way}"
     broken = [f"{what}: {text}" for text in state_of_run(out, recorded.marks(cut), recorded.marks())]
-    (out.parent).mkdir(exist_ok=True)  # for what the test writes beside the run
     broken += [f"{what}: {text}" for text in case.complete(out)]
     return {"tried": 1, way: 1, "broken": broken}
 
@@ -73,8 +72,7 @@ def recorded_run(case: Case) -> Recorded:
     if name not in RECORDED:
         root = case.folder / "power"
         root.mkdir()
-        journal, out = record(root, case.folder / "journal"), root / "runs" / "run"
-        (out.parent).mkdir()
+        journal, out = record(root, case.folder / "journal"), root / "run"
         samples = record_samples(out)
         codes = case.start(
             out, samples, partial(mark_saves, journal), partial(kill_at, case.more["train__steps"] // 2 + 1)
