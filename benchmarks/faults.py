@@ -1,5 +1,4 @@
-"""What runs go through: kill -9, SIGTERM, Ctrl-C, full disks, lost processes, bad images, losses that are not finite, and
-power loss.
+"""What runs go through: kills, signals, full disks, lost processes, bad images, losses that are no numbers, power loss.
 
     python benchmarks/faults.py kills=200 saves=200 sharded=200 threads=100 stops=80 ctrl_c=80 resumes=40 encodes=100
         generates=100 power=600 disks=20 matrix=24 sick=20 uneven=3 out=faults.jsonl

@@ -351,7 +351,8 @@ def samples_of_run(case: Case, out: Path) -> list[str]:
     counts = Counter(pair for times in taken.values() for pair in times[0])
     whole, rest = divmod(sum(counts.values()), case.rows)
     by_row = Counter(row for epoch, row in counts.elements() if epoch < whole)
-    if set(counts.values()) != {1} or set(by_row.values()) != {whole} or len(by_row) != case.rows:
+    uneven = whole > 0 and (set(by_row.values()) != {whole} or len(by_row) != case.rows)
+    if set(counts.values()) != {1} or uneven:
         wrong.append(f"rows did not come once an epoch for {whole} epochs and {rest} more")
     if len(taken) != case.processes * case.more["train__steps"]:
         wrong.append(f"{len(taken)} steps of {case.processes} processes were taken")

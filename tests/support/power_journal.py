@@ -29,6 +29,7 @@ RECENT = 30_000_000  # ns: the clock of files is so coarse that a second write m
 BESIDE = (".log", ".samples")
 """Files of the test itself, which are not looked at."""
 CALLS = ("rename", "replace", "link", "symlink", "unlink", "remove", "mkdir", "rmdir", "truncate", "ftruncate")
+SYNCS = ("fsync", "fdatasync")
 Operation = dict[str, Any]
 """`entries`: changes [folder, name, node before, node after], all at once; `data`: a content of a node; `fsync` of a
 node; `mark`: what a test says, at this moment."""
@@ -161,8 +162,21 @@ class Journal:
         for name in CALLS:
             setattr(os, name, self._recorded(getattr(os, name)))
         writing._renameat2 = self._recorded(writing._renameat2)
-        for name in ("fsync", "fdatasync"):
+        for name in SYNCS:
             setattr(os, name, self._synced(getattr(os, name)))
+
+    @contextmanager
+    def recorded(self) -> Iterator[None]:
+        """Record what this process does in the block."""
+        before = {name: getattr(os, name) for name in (*CALLS, *SYNCS)}
+        rename = writing._renameat2
+        self.patch()
+        try:
+            yield
+        finally:
+            writing._renameat2 = rename
+            for name, call in before.items():
+                setattr(os, name, call)
 
     def _recorded(self, call: Callable[..., Any]) -> Callable[..., Any]:
         @wraps(call)

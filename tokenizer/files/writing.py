@@ -213,15 +213,22 @@ def results_folder(target: Path | str, *, inputs: Inputs = (), temporary: Path |
                 texts[path.name] = {"sha256": _sha256(path), "size": path.stat().st_size}
             fsync(path)
         make_folder(target)
+        kept = read_json(target / MANIFEST)["files"] if listed is not None else {}
+        manifest = {"kind": RESULTS, "files": dict(sorted({**kept, **texts}.items()))}
+        replaced = {name: sha256 for name, sha256 in (listed or {}).items() if name in texts}
+        if texts:  # first, so that what is there is ours at any moment
+            _write_results(target, {**manifest, **({"replacing": replaced} if replaced else {})})
         for path in made:
             place_file(path, target / path.name, listed)
         fsync(target)
-        kept = read_json(target / MANIFEST)["files"] if listed is not None else {}
-        if texts:
-            manifest = {"kind": RESULTS, "files": dict(sorted({**kept, **texts}.items()))}
-            replace_file(target / MANIFEST, (json.dumps(manifest, indent=2) + "\n").encode())
+        if replaced:
+            _write_results(target, manifest)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _write_results(target: Path, manifest: dict[str, Any]) -> None:
+    replace_file(target / MANIFEST, (json.dumps(manifest, indent=2) + "\n").encode())
 
 
 def _results_in(target: Path) -> Names | None:

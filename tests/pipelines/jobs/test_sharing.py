@@ -47,6 +47,15 @@ def test_what_was_kept_is_there_after_a_restart(tmp_path):
         assert [again.read(piece) for piece in PIECES] == [b"0 to 3", b"3 to 6", b"6 to 9", b"9 to 10"]
 
 
+def test_pieces_of_which_nobody_knows_what_they_depend_on_are_made_again(tmp_path):
+    """A process that was killed while it removed the work folder may leave pieces, and no word of what they are."""
+    with job_at(tmp_path).begin() as missing:
+        keep_all(job_at(tmp_path), missing)
+    (job_at(tmp_path).work / "job.json").unlink()
+    with job_at(tmp_path, seed=1).begin() as missing:
+        assert missing == PIECES
+
+
 def test_one_process_at_a_time_has_the_job(tmp_path):
     with job_at(tmp_path).begin():
         with pytest.raises(PathError, match="one writer at a time"), job_at(tmp_path).begin():
