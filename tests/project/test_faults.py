@@ -40,9 +40,12 @@ def test_a_full_disk_costs_lines_and_at_most_the_end_of_the_run(found):
 
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
-@pytest.mark.parametrize("what", ["matrix=24", "disks=20", "sick=20", "uneven=3"])
+@pytest.mark.parametrize(
+    "what", ["matrix=24", "disks=20", "sick=20", "uneven=3", "encodes=100", "generates=100", "power=600"]
+)
 def test_dozens_of_faults(tmp_path, what):
-    """All under `accelerate launch`, all levels of free space, losses that are not finite, images that are none."""
+    """All under `accelerate launch`, all levels of free space, losses that are not finite, images that are none, killed
+    encodes and sets of images, power loss."""
     name, count = what.split("=")
     rows = faults(tmp_path, **{name: count})[name]
     print(*rows, sep="\n")

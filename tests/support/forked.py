@@ -244,11 +244,13 @@ def in_child(act: Callable[[], Any]) -> None:
     if not pid:
         code = 1
         try:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
             act()
             code = 0
         except BaseException:
             traceback.print_exc()
         finally:
+            sys.stdout.flush()
             sys.stderr.flush()
             os._exit(code)
     assert os.waitpid(pid, 0)[1] == 0, "a child has failed"

@@ -152,13 +152,15 @@ def state_of_run(out: Path, marks: list[str], ever: list[str]) -> list[str]:
 class Work:
     """Something that writes `out`, by `write(world, out)` in a process of its own.
 
-    there: whether it was written before. parts: whether files of the result come one by one. killed: after how many
-    calls it is killed, to go on. once: it refuses to write where its result is. reads: what of the world it changes.
+    there: whether something was written before, by `earlier` if that is given. parts: whether files of the result come
+    one by one. killed: after how many calls it is killed, to go on. once: it refuses to write where its result is.
+    reads: what of the world it changes.
     """
 
     name: str
     folder: Path
     write: Any
+    earlier: Any = None
     file: str = "out"
     there: bool = False
     parts: bool = False
@@ -174,15 +176,15 @@ class Work:
         """Where it writes: two folders deep, of which the second is new."""
         return self.folder / "power" / "results" / self.file
 
-    def start(self, *hooks: Hook) -> Attempt:
-        """Do it."""
+    def start(self, *hooks: Hook, write: Any = None) -> Attempt:
+        """Do it; or `write` in place of what is to be done."""
 
         def act(rank: int) -> None:
             in_small_pieces(rank)
             world = open_world(self.folder.parent / "world")
             for hook in hooks:
                 hook(rank)
-            self.write(world, self.out)
+            (write or self.write)(world, self.out)
 
         return fork(1, act, self.folder / "log")
 
@@ -194,7 +196,7 @@ class Work:
             if self.reads:
                 shutil.copytree(self.folder.parent / "world" / self.reads, self.out)
             else:
-                self.finish(partial(list_modules, listed))
+                self.finish(partial(list_modules, listed), write=self.earlier)
                 import_once(*json.loads(listed.read_text()))
             if not self.there:
                 clear(root)
@@ -208,9 +210,9 @@ class Work:
             self.after, self.recorded = files(self.out), Recorded(journal, journal.operations())
         return self.recorded
 
-    def finish(self, *hooks: Hook) -> None:
-        """Do it, to its end."""
-        codes = self.start(*hooks).end()
+    def finish(self, *hooks: Hook, write: Any = None) -> None:
+        """The same, to its end."""
+        codes = self.start(*hooks, write=write).end()
         assert codes == [0], (self.folder / "log").read_text()
 
 
@@ -294,10 +296,15 @@ IN_PIECES = {"encode": 30, "generate, a folder": 12, "generate, tar": 12}
 
 def works(folder: Path) -> list[Work]:
     """Every writer into nothing, and where something of its own is; and `calibrate`, which changes a pipeline."""
-    from writers import WRITERS, run
+    from writers import DATA, WRITERS, run, verb
 
-    from pipelines.commands import calibrate
+    from pipelines import encode, generate
+    from pipelines.commands import calibrate, compress
 
+    another = verb(generate, "pipeline={pipeline}", "num_images=2", "seed=7")
+    others = dict.fromkeys([name for name in NAMES if name.startswith("generate")], another)
+    others["encode"] = verb(encode, "tokenizer={tokenizer}", *DATA, "augmentations=1", "data.augment.rotate=8")
+    others["compress"] = verb(compress, "pipeline={pipeline}", "images={images}")
     if not (folder / "world").exists():
         in_child(partial(make_whole_world, folder / "world"))
     found = []
@@ -307,8 +314,8 @@ def works(folder: Path) -> list[Work]:
             place = folder / f"{number}-{'again' if there else 'new'}"
             title = f"{name}, {'over what is there' if there else 'new'}"
             killed = 0 if there else IN_PIECES.get(name, 0)
-            work = Work(title, place, writer.write, f"out{writer.suffix}", there, writer.kind == "results", killed)
-            work.once = writer.kind == "new"
+            work = Work(title, place, writer.write, others.get(name), f"out{writer.suffix}", there)
+            work.parts, work.killed, work.once = writer.kind == "results", killed, writer.kind == "new"
             found.append(work)
 
     def calibrated(world: Any, out: Path) -> None:

@@ -67,7 +67,9 @@ def test_sigterm_to_the_launcher_saves_and_ends(tmp_path, processes):
 
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
-@pytest.mark.parametrize("what", ["kills=200", "saves=200", "stops=80", "ctrl_c=80", "resumes=40"])
+@pytest.mark.parametrize(
+    "what", ["kills=200", "saves=200", "sharded=200", "threads=100", "stops=80", "ctrl_c=80", "resumes=40"]
+)
 def test_two_hundred_times(tmp_path, what):
     name, count = what.split("=")
     rows = faults(tmp_path, **{name: count})[name]
