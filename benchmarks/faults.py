@@ -38,7 +38,7 @@ os.environ.update(OMP_NUM_THREADS="1", OPENBLAS_NUM_THREADS="1", ACCELERATE_USE_
 sys.path[0] = str(Path(__file__).parents[1] / "tests" / "support")
 
 TIMEOUT, GRACE = 5, 40  # seconds for a frozen process, and what a launcher may take to end it
-IDLE = 5  # times in a row that nothing was tried: a run that ends before it is interrupted, say
+IDLE = 20  # times in a row that nothing was tried: a run that ends before it is interrupted, say
 
 Row = dict[str, Any]
 Unit = Callable[[Any, int, int], Row]

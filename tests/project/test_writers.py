@@ -473,6 +473,7 @@ CALLS = {
     "unlink",
     "rename",
     "mkdir",
+    "make_folder",
     "touch",
     "copyfile",
     "copytree",

@@ -146,6 +146,12 @@ def count_calls(called: Any) -> None:
         setattr(owner, name, counted(getattr(owner, name)))
 
 
+def is_time(calls: int, at_call: int, before: bool, after: bool) -> bool:
+    """Whether to die, `after` the `calls`-th call or not: before that number, or after it and those within it; never
+    for 0."""
+    return at_call > 0 and ((calls == at_call and not after) if before else (calls >= at_call and after))
+
+
 def die() -> None:
     """As by the hand of another."""
     os.kill(os.getpid(), signal.SIGKILL)
@@ -161,7 +167,7 @@ def tell_of_saves(pipe: int, victim: int, at_call: int, before: bool) -> Hook:
         def called(after: bool) -> None:
             nonlocal calls
             calls += inside and not after
-            if inside and rank == victim and calls == at_call and after != before:
+            if inside and rank == victim and is_time(calls, at_call, before, after):
                 die()
 
         def told(run: Any, *arguments: Any, **named: Any) -> None:
@@ -246,6 +252,7 @@ def strike_in_thread(told: signal.Signals, save: int, at_call: int, before: bool
     def hook(rank: int) -> None:
         take_step, prepare = training.take_step, saving.prepare
         number = calls = steps = 0
+        struck: list[int] = []
         thread, stepped = 0, threading.Event()
 
         def called(after: bool) -> None:
@@ -256,7 +263,8 @@ def strike_in_thread(told: signal.Signals, save: int, at_call: int, before: bool
                 calls += 1
                 stepped.clear()
                 stepped.wait(0.05)
-            if number == save and calls == at_call and after != before:
+            if number == save and not struck and is_time(calls, at_call, before, after):
+                struck.append(calls)
                 what = "steps were taken meanwhile" if steps else "before a step was"
                 with open(out.with_name(f"{out.name}.struck"), "w") as file:  # not by a call that counts
                     file.write(what)
