@@ -13,6 +13,7 @@ import signal
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from random import Random
 from types import SimpleNamespace
 from typing import Any
 
@@ -27,6 +28,10 @@ from pipelines.training import loop as training
 from pipelines.training import saving
 from tokenizer.files.reading import MANIFEST, verify_manifest
 
+LOOKS = (
+    8  # at what is left, each after another cut; only from the last one the same command goes on, which takes longer
+)
+
 
 @dataclass
 class Recorded:
@@ -34,6 +39,12 @@ class Recorded:
 
     journal: Journal
     operations: list[Operation]
+
+    def cut(self, draw: Random, target: Path) -> tuple[int, str]:
+        """Lose power somewhere: after how many operations, and in words."""
+        place = draw.choice(cut_points(self.operations))
+        way = lose_power(self.journal, self.operations, place, draw, target)
+        return place, f"cut {place} of {len(self.operations)}, {way}"
 
     def marks(self, until: int | None = None) -> list[str]:
         """What had happened by then."""
@@ -54,13 +65,12 @@ def lose_power_of_run(case: Case, number: int, left: int) -> Found:
     """Cut a run of a stage, which is killed at its middle and goes on: its states, its snapshot and its record."""
     case.ready()
     recorded, out = recorded_run(case), case.folder / "power" / "run"
-    draw = draws("power", case.name, number)
-    cut = draw.choice(cut_points(recorded.operations))
-    way = lose_power(recorded.journal, recorded.operations, cut, draw, case.folder / "power")
-    what = f"cut {cut} of {len(recorded.operations)}, {way}"
-    broken = [f"{what}: {text}" for text in state_of_run(out, recorded.marks(cut), recorded.marks())]
+    draw, broken = draws("power", case.name, number), []
+    for _ in range(LOOKS):
+        cut, what = recorded.cut(draw, case.folder / "power")
+        broken += [f"{what}: {text}" for text in state_of_run(out, recorded.marks(cut), recorded.marks())]
     broken += [f"{what}: {text}" for text in case.complete(out)]
-    return {"tried": 1, way: 1, "broken": broken}
+    return {"tried": 1, "cuts": LOOKS, "broken": broken}
 
 
 RECORDED: dict[str, Recorded] = {}
@@ -223,20 +233,22 @@ def patched(journal: Journal, rank: int) -> None:
 
 def lose_power_of_work(work: Work, number: int, left: int) -> Found:
     """Cut it somewhere."""
-    recorded, draw = work.ready(), draws("power", work.name, number)
-    cut = draw.choice(cut_points(recorded.operations))
-    way = lose_power(recorded.journal, recorded.operations, cut, draw, work.folder / "power")
-    what, now, wrong = f"cut {cut} of {len(recorded.operations)}, {way}", files(work.out), []
-    if "done" in recorded.marks(cut) and now != work.after:
-        wrong.append(f"it was done, and is damaged: {difference(now, work.after)}")
-    elif not sound(now, work.before, work.after, in_parts=work.parts):
-        wrong.append(f"neither what was there nor the result: {difference(now, work.before)}")
+    recorded, draw, wrong = work.ready(), draws("power", work.name, number), []
+    for _ in range(LOOKS):
+        cut, what = recorded.cut(draw, work.folder / "power")
+        now = files(work.out)
+        if "done" in recorded.marks(cut) and now != work.after:
+            wrong.append(f"{what}: it was done, and is damaged: {difference(now, work.after)}")
+        elif not sound(now, work.before, work.after, in_parts=work.parts):
+            wrong.append(f"{what}: neither what was there nor the result: {difference(now, work.before)}")
     codes = [0] if work.once and now == work.after else work.start().end()
     if codes != [0]:
-        wrong.append(f"the same command ends with {codes}: {(work.folder / 'log').read_text().splitlines()[-1]}")
+        wrong.append(
+            f"{what}: the same command ends with {codes}: {(work.folder / 'log').read_text().splitlines()[-1]}"
+        )
     elif files(work.out) != work.after:
-        wrong.append(f"the same command comes to another end: {difference(files(work.out), work.after)}")
-    return {"tried": 1, way: 1, "broken": [f"{what}: {text}" for text in wrong]}
+        wrong.append(f"{what}: the same command comes to another end: {difference(files(work.out), work.after)}")
+    return {"tried": 1, "cuts": LOOKS, "broken": wrong}
 
 
 def files(out: Path) -> dict[str, str]:
