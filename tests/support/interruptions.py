@@ -21,6 +21,7 @@ from launch import states
 from pipelines.training import loop as training
 from pipelines.training import saving
 from pipelines.training.checkpoints import states as checkpoint
+from pipelines.training.checkpoints.writer import Writer
 from tokenizer.files.errors import PipelineLoadError
 
 Found = dict[str, Any]
@@ -246,14 +247,14 @@ def threads(case: Case, number: int, left: int) -> Found:
 
 
 def strike_in_thread(told: signal.Signals, save: int, at_call: int, before: bool, out: Path) -> Hook:
-    """The signal at the `at_call`-th writing call of the thread that writes the `save`-th state. The thread goes on
-    from call to call only when a step was taken meanwhile, or none comes."""
+    """The signal at the `at_call`-th writing call of the thread that writes the `save`-th state. At its first call, and
+    now and then, the thread waits until a step was taken, unless none comes."""
 
     def hook(rank: int) -> None:
         take_step, prepare = training.take_step, saving.prepare
         number = calls = steps = 0
         struck: list[int] = []
-        thread, stepped = 0, threading.Event()
+        thread, stepped, blocked, wait = 0, threading.Event(), False, Writer.wait
 
         def called(after: bool) -> None:
             nonlocal calls
@@ -261,8 +262,9 @@ def strike_in_thread(told: signal.Signals, save: int, at_call: int, before: bool
                 return
             if not after:
                 calls += 1
-                stepped.clear()
-                stepped.wait(0.05)
+                if calls % 10 == 1 and not blocked:
+                    stepped.clear()
+                    stepped.wait(2)
             if number == save and not struck and is_time(calls, at_call, before, after):
                 struck.append(calls)
                 what = "steps were taken meanwhile" if steps else "before a step was"
@@ -289,9 +291,17 @@ def strike_in_thread(told: signal.Signals, save: int, at_call: int, before: bool
 
             return written
 
+        def waited(writer: Writer) -> None:
+            nonlocal blocked
+            blocked = True  # no step comes
+            stepped.set()
+            wait(writer)
+            blocked = False
+
         if not rank:
             count_calls(called)
             training.take_step, saving.prepare = step, prepared
+            Writer.wait = waited  # type: ignore[method-assign]
 
     return hook
 

@@ -186,6 +186,10 @@ class Work:
         """Where it writes: two folders deep, of which the second is new."""
         return self.folder / "power" / "results" / self.file
 
+    def comparable(self, found: dict[str, str]) -> dict[str, str]:
+        """Without the manifest of results, which says more while they are replaced."""
+        return {name: value for name, value in found.items() if not self.parts or Path(name).name != MANIFEST}
+
     def start(self, *hooks: Hook, write: Any = None) -> Attempt:
         """Do it; or `write` in place of what is to be done."""
 
@@ -239,7 +243,7 @@ def lose_power_of_work(work: Work, number: int, left: int) -> Found:
         now = files(work.out)
         if "done" in recorded.marks(cut) and now != work.after:
             wrong.append(f"{what}: it was done, and is damaged: {difference(now, work.after)}")
-        elif not sound(now, work.before, work.after, in_parts=work.parts):
+        elif not sound(*map(work.comparable, (now, work.before, work.after)), in_parts=work.parts):
             wrong.append(f"{what}: neither what was there nor the result: {difference(now, work.before)}")
     codes = [0] if work.once and now == work.after else work.start().end()
     if codes != [0]:
@@ -252,8 +256,9 @@ def lose_power_of_work(work: Work, number: int, left: int) -> Found:
 
 
 def files(out: Path) -> dict[str, str]:
-    """sha256 of the file, or of the files of the folder, but for locks."""
+    """sha256 of the file, or of the files of the folder, but for what a killed process may leave there."""
     paths = [out] if out.is_file() else [path for path in sorted(out.rglob("*")) if path.is_file()]
+    paths = [path for path in paths if not path.name.startswith(".tmp-manifest.json-")]
     return {str(path.relative_to(out.parent)): hashlib.sha256(path.read_bytes()).hexdigest() for path in paths}
 
 
