@@ -441,7 +441,7 @@ KILLED = """
     save(1)
     STEP = LAST = 1
     inside = 0
-    plans = [(0, random.uniform(0.0, 0.15)) for _ in range(8)] + [(n, 10.0) for n in range(1, 17)]
+    plans = [(0, random.uniform(0.0, 0.15)) for _ in range(3)] + [(n, 10.0) for n in range(1, 17)]
     for kill_at, delay in plans:
         pid = os.fork()
         if pid == 0:
