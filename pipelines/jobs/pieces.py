@@ -19,7 +19,7 @@ from tokenizer.files.claims import LOCK
 from tokenizer.files.errors import PathError, PipelineLoadError
 from tokenizer.files.opening import read_json
 from tokenizer.files.ownership import LITTER, named
-from tokenizer.files.writing import write_json
+from tokenizer.files.writing import fsync, make_folder, write_json
 
 from ..config import UserError
 from ..config.schema import difference
@@ -90,12 +90,22 @@ class Job:
         """Make the work folder, which belongs to this job from now on; returns the pieces that are not done. Raises
         `UserError` for a folder that another job began, `PathError` for one that is not ours."""
         self._check_ours()
-        self.work.mkdir(parents=True, exist_ok=True)
+        make_folder(self.work)
         self._check_begun()
         if self.unfinished(self.out) is None:
-            write_json(self.work / f".{JOB}", self.depends_on)
-            (self.work / f".{JOB}").replace(self.work / JOB)
+            self._begin_anew()
         return [piece for piece in self.pieces if not self._is_done(piece)]
+
+    def _begin_anew(self) -> None:
+        """Say, on the disk, what the pieces will depend on. Those of a job of which it is not known by now, as only a
+        part of it is left (it was killed while it tidied up, say), are forgotten."""
+        for piece in self.pieces:
+            self._entry_path(piece).unlink(missing_ok=True)
+        fsync(self.work)
+        write_json(self.work / f".{JOB}", self.depends_on)
+        fsync(self.work / f".{JOB}")
+        (self.work / f".{JOB}").replace(self.work / JOB)
+        fsync(self.work)
 
     def _check_ours(self) -> None:
         """Only what a job has written is in a work folder, which goes at the end of the job."""

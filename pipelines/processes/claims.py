@@ -17,6 +17,7 @@ from typing import Any
 
 from tokenizer.files.claims import beside, claimed, inside, known_gone
 from tokenizer.files.errors import PathError
+from tokenizer.files.writing import make_folder
 
 from ..config import UserError
 from ..config.outputs import writing
@@ -70,7 +71,7 @@ def _made(folder: Path) -> Iterator[None]:
     """Make a folder, and those that it is in; remove those that are empty in the end."""
     missing = [path for path in (folder, *folder.parents) if not path.exists()]
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        make_folder(folder)
         yield
     finally:
         for path in missing:

@@ -19,7 +19,7 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 
 from tokenizer.files.errors import PathError
-from tokenizer.files.writing import replace_file
+from tokenizer.files.writing import fsync, make_folder, replace_file
 
 from ..images.pictures import save_picture
 
@@ -41,7 +41,7 @@ class Record:
 
     def __init__(self, run: Path, resume_step: int) -> None:
         self.run, self.path = run, run / "metrics.jsonl"
-        run.mkdir(parents=True, exist_ok=True)
+        make_folder(run)
         self.highest = _rewind(self.path, resume_step)
         """The highest step that the process before this one has recorded, or -1."""
         if self.path.is_symlink():
@@ -49,6 +49,7 @@ class Record:
         self.pictures = _pictures_until(run / "previews", resume_step)
         """Step and files, in the order of steps; grows."""
         self._file, self._unwritten = self.path.open("ab", buffering=0), b""
+        fsync(run)  # a line that is flushed has a file
 
     def log(self, step: int, numbers: dict[str, int | float]) -> None:
         """Append a line; what a full disk does not take is kept for the next time."""

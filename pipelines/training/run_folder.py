@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from tokenizer.files.claims import is_claim
 from tokenizer.files.opening import read_json
 from tokenizer.files.ownership import Kind, require_apart, require_ours
-from tokenizer.files.writing import replace_file
+from tokenizer.files.writing import make_folder, replace_file
 from tokenizer.settings import as_begun
 
 from ..config import UserError
@@ -128,7 +128,7 @@ def newest_state(run: Path, config: Any, accelerator: Accelerator, begun: dict[s
                 f"{run}: there is {snapshot.name}/ and no state to continue from; nothing was overwritten. To begin "
                 f"again at zero, choose another out=, or delete {run}"
             )
-        (run / "state").mkdir(parents=True, exist_ok=True)  # from now on, if it is missing, somebody has removed it
+        make_folder(run / "state")  # from now on, if it is missing, somebody has removed it
         if state is not None:
             require_same_run(state, config, begun)
         return state

@@ -522,6 +522,7 @@ CALLS = {
     "unlink",
     "rename",
     "mkdir",
+    "make_folder",
     "touch",
     "copyfile",
     "copytree",

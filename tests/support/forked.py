@@ -1,10 +1,11 @@
 """Runs of the real verbs in forked children: everything is imported once, so that starting one takes no time.
 
-For a process that has started no threads, which is why the campaigns in `campaigns.py` are commands of their own.
+For a process that has started no threads, which is why `benchmarks/faults.py` is a command of its own.
 """
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import importlib
 import json
@@ -23,8 +24,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from launch import VQVAE, exact, free_port, make_tokens, prior_arguments, states, tokenizer_arguments
+from launch import VQVAE, blank, exact, free_port, make_tokens, prior_arguments, states, tokenizer_arguments
+from safetensors.numpy import load_file
 
+from pipelines import ImagePipeline
+from pipelines.metrics.codebook import CodebookUse
 from pipelines.train_prior import PriorTask
 from pipelines.train_tokenizer import TokenizerTask
 from pipelines.training import loop as training
@@ -48,6 +52,9 @@ PRIOR = {
     "train__optimizer": "muon",
     "model": {"kind": "gpt", "dim": 16, "depth": 2, "heads": 2, "dropout": 0.2, "attention_dropout": 0.1},
 }
+
+SHARDED = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
+"""What `accelerate launch --use_fsdp --fsdp_version 2` tells its processes, of all that a run reads."""
 
 Hook = Callable[[int], None]
 
@@ -105,6 +112,7 @@ class Case:
     folder: Path
     more: dict[str, Any]
     tokens: Path | None = None
+    sharded: bool = False
     rows: int = ROWS
     hooks: list[Hook] = field(default_factory=list)
     seconds: float = 0.0
@@ -113,7 +121,8 @@ class Case:
     @property
     def name(self) -> str:
         """As in a table."""
-        return f"{self.verb.removeprefix('train_')}, {self.processes} process{'es' if self.processes > 1 else ''}"
+        count = f"{self.processes} process{'es' if self.processes > 1 else ''}"
+        return f"{self.verb.removeprefix('train_')}, {count}{', sharded' * self.sharded}"
 
     def arguments(self, out: Path) -> list[str]:
         """The command line of its verb."""
@@ -122,7 +131,8 @@ class Case:
 
     def start(self, out: Path, *hooks: Hook) -> Attempt:
         """Start the run `out`, or continue it; each child first calls the hooks with its rank."""
-        return start_verb(self.verb, self.processes, out, self.arguments(out), *self.hooks, *hooks)
+        places = SHARDED if self.sharded else {}
+        return start_verb(self.verb, self.processes, out, self.arguments(out), *self.hooks, *hooks, places=places)
 
     def whole(self) -> Path:
         """The run that nobody interrupts, which the others are compared with."""
@@ -132,6 +142,11 @@ class Case:
         assert set(codes) == {0}, log_of(out).read_text()
         self.seconds, self.expected = time.monotonic() - began, fingerprint(out)
         return out
+
+    def ready(self) -> None:
+        """Have something to compare with."""
+        if not self.expected:
+            self.whole()
 
     def complete(self, out: Path) -> list[str]:
         """Run it to its end; what is not as it is in the uninterrupted run."""
@@ -147,24 +162,20 @@ class Case:
         return [f"{out.name}: {part}" for part in parts] + [f"{out.name}: {text}" for text in samples_of_run(self, out)]
 
 
-def new_case(verb: str, processes: int, folder: Path, **more: Any) -> Case:
-    """A case with a folder of its own, and tokens if it needs some."""
-    case = Case(verb, processes, folder / f"{verb}-{processes}", more)
+def new_case(verb: str, processes: int, folder: Path, sharded: bool = False, **more: Any) -> Case:
+    """A case with a folder of its own, and tokens if it needs some. sharded: whether processes share the weights."""
+    case = Case(verb, processes, folder / f"{verb}-{processes}{'-sharded' * sharded}", more, sharded=sharded)
     case.folder.mkdir(parents=True)
     if verb == "train_prior":
         case.tokens = case.folder / "tokens"
-        made = os.fork()  # what torch does here stays out of this process
-        if not made:
-            make_tokens(case.tokens, rows=ROWS)
-            os._exit(0)
-        assert os.waitpid(made, 0)[1] == 0
-    if verb not in WARM:
+        in_child(partial(make_tokens, case.tokens, rows=ROWS))
+    if (verb, sharded) not in WARM:
         import_what_runs_import(case)
-        WARM.add(verb)
+        WARM.add((verb, sharded))
     return case
 
 
-WARM: set[str] = set()
+WARM: set[tuple[str, bool]] = set()
 
 
 def import_what_runs_import(case: Case) -> None:
@@ -193,12 +204,19 @@ def import_once(*names: str) -> None:
             with suppress(Exception):  # some are made by others, or under another name
                 importlib.import_module(name)
     assert len(os.listdir("/proc/self/task")) == 1, "a thread was started, which children would lack"
+    gc.freeze()  # children look for garbage among their own alone
 
 
-def start_verb(verb: str, world: int, out: Path, argv: list[str], *hooks: Hook) -> Attempt:
-    """Start `smalti VERB` in so many processes; each first calls the hooks with its rank."""
+def start_verb(
+    verb: str, world: int, out: Path, argv: list[str], *hooks: Hook, places: dict[str, str] | None = None
+) -> Attempt:
+    """Start `smalti VERB` in so many processes; each first calls the hooks with its rank. places: more variables of
+    their environment. Charts and sample pictures are blank: drawing is half of a tiny run, and has tests of its own."""
 
     def act(rank: int) -> None:
+        os.environ.update(places or {})
+        CodebookUse.picture = blank  # type: ignore[method-assign]
+        ImagePipeline.sample_picture = blank  # type: ignore[method-assign]
         for hook in hooks:
             hook(rank)
         importlib.import_module(f"pipelines.{verb}").main(argv)
@@ -217,6 +235,25 @@ def fork(world: int, act: Hook, log: Path) -> Attempt:
             where = {**places, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "ACCELERATE_USE_CPU": "true"}
             child(partial(act, rank), log, where if world > 1 else {})
     return Attempt(pids)
+
+
+def in_child(act: Callable[[], Any]) -> None:
+    """Do it in a child, so that what torch does there stays out of this process. Raises `AssertionError`."""
+    sys.stdout.flush()
+    pid = os.fork()
+    if not pid:
+        code = 1
+        try:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+            act()
+            code = 0
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(code)
+    assert os.waitpid(pid, 0)[1] == 0, "a child has failed"
 
 
 def child(act: Callable[[], None], log: Path, places: dict[str, Any]) -> None:
@@ -316,7 +353,8 @@ def samples_of_run(case: Case, out: Path) -> list[str]:
     counts = Counter(pair for times in taken.values() for pair in times[0])
     whole, rest = divmod(sum(counts.values()), case.rows)
     by_row = Counter(row for epoch, row in counts.elements() if epoch < whole)
-    if set(counts.values()) != {1} or set(by_row.values()) != {whole} or len(by_row) != case.rows:
+    uneven = whole > 0 and (set(by_row.values()) != {whole} or len(by_row) != case.rows)
+    if set(counts.values()) != {1} or uneven:
         wrong.append(f"rows did not come once an epoch for {whole} epochs and {rest} more")
     if len(taken) != case.processes * case.more["train__steps"]:
         wrong.append(f"{len(taken)} steps of {case.processes} processes were taken")
@@ -332,12 +370,20 @@ def fingerprint(out: Path) -> dict[str, str]:
     verify_manifest(state)
     counters = json.loads((state / "state.json").read_text())
     counters["counters"].pop("minutes")
-    files = [path for path in state.iterdir() if path.name.split(".")[0] not in ("state", "manifest")]
+    files = [path for path in state.rglob("*") if path.is_file() and path.name not in ("state.json", "manifest.json")]
     files += [*out.glob("tokenizer/*.safetensors"), *out.glob("pipeline/*/*.safetensors"), *out.glob("previews/*")]
-    found = {str(path.relative_to(out)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+    found = {str(path.relative_to(out)): digest(path) for path in files}
     names = [path.name for place in (out, out / "state") for path in place.iterdir()]
     left = sorted(name for name in names if not name.startswith("step-"))
     return found | {"counters": json.dumps(counters), "metrics.jsonl": json.dumps(exact(out)), "files": str(left)}
+
+
+def digest(path: Path) -> str:
+    """sha256 of a file; of one with pieces of tensors, of these alone, as the rest of it comes in any order."""
+    data = path.read_bytes()
+    if path.name.startswith("shard-"):
+        data = b"".join(key.encode() + value.tobytes() for key, value in sorted(load_file(path).items()))
+    return hashlib.sha256(data).hexdigest()
 
 
 def verifying(out: Path) -> int:

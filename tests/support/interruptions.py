@@ -1,10 +1,15 @@
-"""Runs that are killed or stopped, by the hundred: each returns what it counted and, as `broken`, what was wrong."""
+"""Runs that are killed or stopped, by the hundred.
+
+Each function makes one run, which it interrupts `left` times at most. It returns what it counted, `tried` interruptions
+among it, and as `broken` what was wrong. What is drawn depends on the case and on the `number` of the run alone.
+"""
 
 from __future__ import annotations
 
 import os
 import shutil
 import signal
+import threading
 import time
 from collections import Counter
 from pathlib import Path
@@ -16,6 +21,7 @@ from launch import states
 from pipelines.training import loop as training
 from pipelines.training import saving
 from pipelines.training.checkpoints import states as checkpoint
+from pipelines.training.checkpoints.writer import Writer
 from tokenizer.files.errors import PipelineLoadError
 
 Found = dict[str, Any]
@@ -24,30 +30,33 @@ Found = dict[str, Any]
 # kill -9 at any moment
 
 
-def kills(case: Case, count: int) -> Found:
-    """Kill runs at moments uniform in time (one process, or all, by turns) and complete them, until `count` kills."""
-    draw, found = draws("kills", case.name), Counter[str]()
-    broken, slowest, number = [], 0.0, 0
-    case.whole()
-    while found["kills"] < count:
-        out = case.folder / f"killed-{(number := number + 1)}"
-        while found["kills"] < count:
-            attempt = case.start(out, record_samples(out))
-            if attempt.wait(draw.uniform(0, window(case))):
-                break  # it had come to its end
-            one = case.processes > 1 and not found["kills"] % 2
-            killed = time.monotonic()
-            attempt.send(signal.SIGKILL, [draw.randrange(case.processes)] if one else None)
-            codes = attempt.end()
-            if -signal.SIGKILL not in codes:
-                continue
-            found.update(["kills", where(out)])
-            if one and 0 in codes:  # of a process that was left alone
-                broken.append(f"{out.name}: ended with exit codes {codes}: {last_line(out)}")
-            slowest = max(slowest, *(at - killed for at in attempt.ended.values()))
-        broken += case.complete(out)
-        shutil.rmtree(out)
-    return {**found, "runs compared": number, "slowest end": slowest, "broken": broken}
+def kills(case: Case, number: int, left: int) -> Found:
+    """Kill a run at moments uniform in time (one process, or all, by turns), until it comes to its end."""
+    draw, found, out = draws("kills", case.name, number), Counter[str](tried=0), case.folder / f"killed-{number}"
+    broken, slowest = [], 0.0
+    case.ready()
+    while found["tried"] < left:
+        attempt = case.start(out, record_samples(out))
+        if attempt.wait(draw.uniform(0, window(case))):
+            break  # it had come to its end
+        one = case.processes > 1 and draw.random() < 0.5
+        killed = time.monotonic()
+        attempt.send(signal.SIGKILL, [draw.randrange(case.processes)] if one else None)
+        codes = attempt.end()
+        if -signal.SIGKILL not in codes:
+            continue
+        found.update(["tried", where(out)])
+        if one and 0 in codes:  # of a process that was left alone
+            broken.append(f"{out.name}: ended with exit codes {codes}: {last_line(out)}")
+        slowest = max(slowest, *(at - killed for at in attempt.ended.values()))
+    return completed(case, out, found, broken, slowest)
+
+
+def completed(case: Case, out: Path, found: Counter[str], broken: list[str], slowest: float | None = None) -> Found:
+    """Complete the run, and compare it with the one that nobody interrupts."""
+    broken = broken + case.complete(out)
+    shutil.rmtree(out)
+    return {**found, "runs compared": 1, **({} if slowest is None else {"slowest end": slowest}), "broken": broken}
 
 
 def window(case: Case) -> float:
@@ -65,74 +74,108 @@ def where(out: Path) -> str:
 # kill -9 within a save
 
 
-def saves(case: Case, count: int) -> Found:
-    """Kill runs within `save`: at a random moment of it, or before or after a random call that writes."""
-    draw, found, number, lengths = draws("saves", case.name), Counter[str](), 0, [0.02]
+def saves(case: Case, number: int, left: int) -> Found:
+    """Kill a run within `save`: at a random moment of it, or before or after a random call that writes. Of sharded
+    saves, in which all write, any process dies."""
+    draw, found, out = draws("saves", case.name, number), Counter[str](tried=0), case.folder / f"saved-{number}"
     broken: list[str] = []
-    case.whole()
-    while found["kills"] < count:
-        out = case.folder / f"saved-{(number := number + 1)}"
-        first = case.start(out, record_samples(out), stop_after(draw.randint(1, 2) * case.more["train__save_every"]))
-        assert first.end() == [0] and verifying(out)
-        had = False
-        while found["kills"] < count:
-            reading, writing = os.pipe()
-            at_call = draw.randint(1, 90) if draw.random() < 0.5 else 0
-            attempt = case.start(out, record_samples(out), tell_of_saves(writing, at_call, draw.random() < 0.5))
-            os.close(writing)
-            inside = wait_for_save(attempt, reading, draw.randint(1, 3), draw, lengths, at_call)
-            os.close(reading)
-            if attempt.end() == [0]:
-                break
-            if not inside:
-                continue
-            found.update(["kills", "at a call" if at_call else "at a moment"])
-            loads = snapshot_loads(out)
-            found["snapshot away"] += had and not loads  # between the two renames that replace it
-            had = had or loads
-            if not verifying(out):
-                broken.append(f"{out.name}: kill {found['kills']} left no state that verifies")
-        broken += case.complete(out)
-        shutil.rmtree(out)
-    return {**found, "runs compared": number, "broken": broken}
+    lengths = [0.02]
+    case.ready()
+    begin(case, out, draw)
+    had = False
+    while found["tried"] < left:
+        reading, writing = os.pipe()
+        at_call = draw.randint(1, 120) if draw.random() < 0.5 else 0
+        victim = draw.randrange(case.processes) if case.sharded else 0
+        attempt = case.start(out, record_samples(out), tell_of_saves(writing, victim, at_call, draw.random() < 0.5))
+        os.close(writing)
+        killed = [draw.randrange(case.processes)] if draw.random() < 0.5 else None
+        inside = wait_for_save(attempt, reading, draw.randint(1, 3), draw, lengths, at_call, killed)
+        os.close(reading)
+        codes = attempt.end()
+        if set(codes) == {0}:
+            break
+        if -signal.SIGKILL not in codes:
+            broken.append(f"{out.name}: exit codes {codes}: {last_line(out)}")
+            break
+        if not inside:
+            continue
+        found.update(["tried", "at a call" if at_call else "at a moment"])
+        loads = snapshot_loads(out)
+        found["snapshot away"] += had and not loads  # between the two renames that replace it
+        had = had or loads
+        if not verifying(out):
+            broken.append(f"{out.name}: kill {found['tried']} left no state that verifies")
+    return completed(case, out, found, broken)
+
+
+def begin(case: Case, out: Path, draw: Any) -> None:
+    """The run with a first state or two."""
+    first = case.start(out, record_samples(out), stop_after(draw.randint(1, 2) * case.more["train__save_every"]))
+    assert set(first.end()) == {0} and verifying(out), last_line(out)
 
 
 WRITERS = {
     "fsync": os,
     "open": os,
+    "link": os,
     "rename": Path,
+    "replace": Path,
     "mkdir": Path,
+    "unlink": Path,
     "write_text": Path,
+    "write_bytes": Path,
     "rmtree": shutil,
     "save_file": checkpoint,
 }
+"""Calls before and after which a process may die."""
 
 
-def tell_of_saves(pipe: int, at_call: int, before: bool) -> Hook:
-    """Write ( and ) to `pipe` around each save, to the end of the thread's part; die at the `at_call`-th writing call
-    within saves, if not 0."""
+def count_calls(called: Any) -> None:
+    """Make these calls, of this process, call `called` before and after, with False and True."""
+
+    def counted(call: Any) -> Any:
+        def wrapped(*arguments: Any, **named: Any) -> Any:
+            called(False)
+            result = call(*arguments, **named)
+            called(True)
+            return result
+
+        return wrapped
+
+    for name, owner in WRITERS.items():
+        setattr(owner, name, counted(getattr(owner, name)))
+
+
+def is_time(calls: int, at_call: int, before: bool, after: bool) -> bool:
+    """Whether to die, `after` the `calls`-th call or not: before that number, or after it and those within it; never
+    for 0."""
+    return at_call > 0 and ((calls == at_call and not after) if before else (calls >= at_call and after))
+
+
+def die() -> None:
+    """As by the hand of another."""
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def tell_of_saves(pipe: int, victim: int, at_call: int, before: bool) -> Hook:
+    """Write ( and ) to `pipe` around each save of the first process, to the end of the thread's part; the process
+    `victim` dies at the `at_call`-th writing call within saves, if that is not 0."""
 
     def hook(rank: int) -> None:
         save, prepare, inside, calls = training.save, saving.prepare, False, 0
 
-        def counted(call: Any) -> Any:
-            def wrapped(*arguments: Any, **named: Any) -> Any:
-                nonlocal calls
-                calls += inside
-                here = inside and calls == at_call
-                if here and before:
-                    os.kill(os.getpid(), signal.SIGKILL)
-                result = call(*arguments, **named)
-                if here:
-                    os.kill(os.getpid(), signal.SIGKILL)
-                return result
-
-            return wrapped
+        def called(after: bool) -> None:
+            nonlocal calls
+            calls += inside and not after
+            if inside and rank == victim and is_time(calls, at_call, before, after):
+                die()
 
         def told(run: Any, *arguments: Any, **named: Any) -> None:
             nonlocal inside
             run.writer.wait()
-            os.write(pipe, b"(")
+            if not rank:
+                os.write(pipe, b"(")
             inside = True
             save(run, *arguments, **named)
 
@@ -143,19 +186,22 @@ def tell_of_saves(pipe: int, at_call: int, before: bool) -> Hook:
                 nonlocal inside
                 write()
                 inside = False
-                os.write(pipe, b")")
+                if not rank:
+                    os.write(pipe, b")")
 
             return written
 
-        for name, owner in WRITERS.items():
-            setattr(owner, name, counted(getattr(owner, name)))
+        count_calls(called)
         training.save, saving.prepare = told, prepared
 
     return hook
 
 
-def wait_for_save(attempt: Attempt, pipe: int, wanted: int, draw: Any, lengths: list[float], at_call: int) -> bool:
-    """Kill the attempt at a moment of its `wanted`-th save, unless it does so itself; whether it died within a save."""
+def wait_for_save(
+    attempt: Attempt, pipe: int, wanted: int, draw: Any, lengths: list[float], at_call: int, ranks: list[int] | None
+) -> bool:
+    """Kill these processes (None: all) at a moment of the `wanted`-th save, unless one does so itself; whether it died
+    within a save."""
     told, began = b"", 0.0
     while letter := os.read(pipe, 1):
         told += letter
@@ -167,8 +213,97 @@ def wait_for_save(attempt: Attempt, pipe: int, wanted: int, draw: Any, lengths: 
             until = began + draw.uniform(0, sorted(lengths)[len(lengths) // 2])
             while time.monotonic() < until:
                 pass
-            attempt.send(signal.SIGKILL)
-    return told.endswith(b"(")
+            attempt.send(signal.SIGKILL, ranks)
+    return told.endswith(b"(") or (at_call > 0 and attempt.wait(30) and -signal.SIGKILL in attempt.codes.values())
+
+
+# While the thread writes
+
+
+def threads(case: Case, number: int, left: int) -> Found:
+    """Kill or stop a run while its thread writes a state and steps are taken."""
+    draw, found, out = draws("threads", case.name, number), Counter[str](tried=0), case.folder / f"thread-{number}"
+    broken: list[str] = []
+    case.ready()
+    begin(case, out, draw)
+    while found["tried"] < left:
+        told = signal.SIGTERM if draw.random() < 0.25 else signal.SIGKILL
+        hook = strike_in_thread(told, draw.randint(1, 2), draw.randint(1, 24), draw.random() < 0.5, out)
+        codes = case.start(out, record_samples(out), hook).end()
+        struck = out.with_name(f"{out.name}.struck")
+        if not struck.exists():
+            broken += [f"{out.name}: exit codes {codes}: {last_line(out)}"] if set(codes) != {0} else []
+            break
+        found.update(["tried", "stopped" if told == signal.SIGTERM else "killed", struck.read_text()])
+        struck.unlink()
+        saved = int(states(out)[-1].name[5:]) if states(out) else 0
+        if told == signal.SIGTERM and (set(codes) != {0} or saved != steps_taken(out)):
+            broken.append(f"{out.name}: exit codes {codes}, step {steps_taken(out)}, saved {saved}: {last_line(out)}")
+        if told == signal.SIGKILL and -signal.SIGKILL not in codes:
+            broken.append(f"{out.name}: exit codes {codes} of a run that was killed: {last_line(out)}")
+        if not verifying(out):
+            broken.append(f"{out.name}: strike {found['tried']} left no state that verifies")
+    return completed(case, out, found, broken)
+
+
+def strike_in_thread(told: signal.Signals, save: int, at_call: int, before: bool, out: Path) -> Hook:
+    """The signal at the `at_call`-th writing call of the thread that writes the `save`-th state. At its first call, and
+    now and then, the thread waits until a step was taken, unless none comes."""
+
+    def hook(rank: int) -> None:
+        take_step, prepare = training.take_step, saving.prepare
+        number = calls = steps = 0
+        struck: list[int] = []
+        thread, stepped, blocked, wait = 0, threading.Event(), False, Writer.wait
+
+        def called(after: bool) -> None:
+            nonlocal calls
+            if threading.get_ident() != thread:
+                return
+            if not after:
+                calls += 1
+                if calls % 10 == 1 and not blocked:
+                    stepped.clear()
+                    stepped.wait(2)
+            if number == save and not struck and is_time(calls, at_call, before, after):
+                struck.append(calls)
+                what = "steps were taken meanwhile" if steps else "before a step was"
+                with open(out.with_name(f"{out.name}.struck"), "w") as file:  # not by a call that counts
+                    file.write(what)
+                os.kill(os.getpid(), told)
+
+        def step(*arguments: Any) -> None:
+            nonlocal steps
+            take_step(*arguments)
+            steps += 1
+            stepped.set()
+
+        def prepared(run: Any) -> Any:
+            write = prepare(run)
+
+            def written() -> None:
+                nonlocal thread, number, calls, steps
+                thread, number, calls, steps = threading.get_ident(), number + 1, 0, 0
+                try:
+                    write()
+                finally:
+                    thread = 0
+
+            return written
+
+        def waited(writer: Writer) -> None:
+            nonlocal blocked
+            blocked = True  # no step comes
+            stepped.set()
+            wait(writer)
+            blocked = False
+
+        if not rank:
+            count_calls(called)
+            training.take_step, saving.prepare = step, prepared
+            Writer.wait = waited  # type: ignore[method-assign]
+
+    return hook
 
 
 def snapshot_loads(out: Path) -> bool:
@@ -210,53 +345,49 @@ SIGNALS = {signal.SIGTERM: 0, signal.SIGINT: 130}
 """With what exit code a run ends that one of them has told to."""
 
 
-def stops(case: Case, count: int, number: signal.Signals = signal.SIGTERM) -> Found:
+def stops(case: Case, number: int, left: int, told: signal.Signals = signal.SIGTERM) -> Found:
     """A signal at moments uniform in time, to one process, or all, by turns: each time saved at that step.
 
     Ctrl-C comes to all.
     """
-    draw, found, runs, slowest = draws("stops", case.name, number), Counter[str](), 0, 0.0
+    draw, found = draws("stops", case.name, number, told), Counter[str](tried=0)
+    out, slowest = case.folder / f"stopped-{number}", 0.0
     broken: list[str] = []
-    case.whole()
-    while found["stops"] < count:
-        out = case.folder / f"stopped-{(runs := runs + 1)}"
-        while found["stops"] < count:
-            before, attempt = steps_taken(out), case.start(out, record_samples(out))
-            if attempt.wait(draw.uniform(0, window(case))):
-                break
-            one = case.processes > 1 and not found["stops"] % 2 and number == signal.SIGTERM
-            told = time.monotonic()
-            attempt.send(number, [draw.randrange(case.processes)] if one else None)
-            codes = attempt.end()
-            if -signal.SIGTERM in codes or steps_taken(out) == before:
-                found["before training"] += 1  # as any process that does nothing about it
-                continue
-            found["stops"] += 1
-            slowest = max(slowest, *(at - told for at in attempt.ended.values()))
-            saved = int(states(out)[-1].name[5:]) if states(out) else 0
-            at_its_end = saved == case.more["train__steps"]  # one process may have ended before it could be told
-            wrong = set(codes) - {SIGNALS[number], *([0] if at_its_end else [])}
-            if wrong or SIGNALS[number] not in codes or saved != steps_taken(out) or not verifying(out):
-                where_at = f"step {steps_taken(out)}, saved {saved}"
-                broken.append(f"{out.name}: exit codes {codes}, {where_at}: {last_line(out)}")
-        broken += case.complete(out)
-        shutil.rmtree(out)
-    return {**found, "runs compared": runs, "slowest end": slowest, "broken": broken}
+    case.ready()
+    while found["tried"] < left:
+        before, attempt = steps_taken(out), case.start(out, record_samples(out))
+        if attempt.wait(draw.uniform(0, window(case))):
+            break
+        one = case.processes > 1 and draw.random() < 0.5 and told == signal.SIGTERM
+        since = time.monotonic()
+        attempt.send(told, [draw.randrange(case.processes)] if one else None)
+        codes = attempt.end()
+        if -signal.SIGTERM in codes or steps_taken(out) == before:
+            found["before training"] += 1  # as any process that does nothing about it
+            continue
+        found["tried"] += 1
+        slowest = max(slowest, *(at - since for at in attempt.ended.values()))
+        saved = int(states(out)[-1].name[5:]) if states(out) else 0
+        at_its_end = saved == case.more["train__steps"]  # one process may have ended before it could be told
+        wrong = set(codes) - {SIGNALS[told], *([0] if at_its_end else [])}
+        if wrong or SIGNALS[told] not in codes or saved != steps_taken(out) or not verifying(out):
+            where_at = f"step {steps_taken(out)}, saved {saved}"
+            broken.append(f"{out.name}: exit codes {codes}, {where_at}: {last_line(out)}")
+    return completed(case, out, found, broken, slowest)
 
 
-def ctrl_c(case: Case, count: int) -> Found:
+def ctrl_c(case: Case, number: int, left: int) -> Found:
     """The same of SIGINT."""
-    return stops(case, count, signal.SIGINT)
+    return stops(case, number, left, signal.SIGINT)
 
 
-def every_step(case: Case) -> Found:
+def every_step(case: Case, number: int, left: int) -> Found:
     """Stop and continue a run at every step that it has."""
-    case.whole()
-    out, resumes, broken = case.folder / "by-steps", 0, []
+    case.ready()
+    out, resumes = case.folder / f"by-steps-{number}", 0
     while steps_taken(out) < case.more["train__steps"]:
         before, codes = steps_taken(out), case.start(out, record_samples(out), stop_after(1)).end()
         resumes += 1
         if set(codes) != {0} or steps_taken(out) != before + 1:
-            return {"resumes": resumes, "broken": [f"exit codes {codes} at step {steps_taken(out)}: {last_line(out)}"]}
-    broken += case.differences(out)
-    return {"resumes": resumes, "broken": broken}
+            return {"tried": resumes, "broken": [f"exit codes {codes} at step {steps_taken(out)}: {last_line(out)}"]}
+    return {"tried": resumes, "runs compared": 1, "broken": case.differences(out)}

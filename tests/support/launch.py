@@ -86,7 +86,7 @@ def train_prior(out: Path, tokens: Path, **more: Any) -> Path:
     return run_prior(parse(TrainPriorConfig, argv, verb="train_prior", description=None))
 
 
-def blank(*_: object) -> np.ndarray:
+def blank(*_: object, **__: object) -> np.ndarray:
     """A picture on which nothing is drawn: drawing is a third of a tiny run, and has tests of its own."""
     return np.full((8, 8, 3), 255, dtype=np.uint8)
 
@@ -195,11 +195,15 @@ def kill_the_second(process: subprocess.Popen[str], ready: Any) -> list[psutil.P
 
 def faults(folder: Path, **counts: Any) -> dict[str, list[dict[str, Any]]]:
     """What `benchmarks/faults.py` finds, which forks: so it is a process of its own."""
-    out = folder / "found.json"
+    out = folder / "found.jsonl"
     argv = [f"{key}={value}" for key, value in {**counts, "out": out}.items()]
     printed = output_of(start([sys.executable, "benchmarks/faults.py", *argv]), 1800, code=None)
     assert out.exists(), printed
-    return json.loads(out.read_text())
+    rows = [json.loads(line) for line in out.read_text().splitlines()]
+    found = {name: [row for row in rows if row["campaign"] == name] for name in {row["campaign"] for row in rows}}
+    for name, count in counts.items():  # all of it was tried, or the command has failed
+        assert not str(count).isdigit() or name == "steps" or found.get(name), printed
+    return found
 
 
 def free_port() -> int:

@@ -29,6 +29,7 @@ from forked import (
     Case,
     Hook,
     draws,
+    in_child,
     last_line,
     log_of,
     new_case,
@@ -54,42 +55,42 @@ FULL_FROM, FULL_UNTIL = 6, 14  # steps; the run is saved before, meanwhile and a
 DISK = 16 << 20
 
 
-def full_disks(case: Case, levels: int) -> Found:
-    """A disk that fills up in mid-run, to the end or for some steps, at `levels` levels of free space.
+def full_disks(case: Case, number: int, levels: int) -> Found:
+    """A disk that fills up in mid-run, to the end or for some steps, at level `number` of `levels` of free space.
 
     From none to room for all that the run writes. The disk is a tmpfs: call `in_own_mounts` first.
     """
-    size = sum(path.stat().st_size for path in case.whole().rglob("*") if path.is_file())
+    case.ready()
+    size = sum(path.stat().st_size for path in (case.folder / "whole").rglob("*") if path.is_file())
     found, broken = Counter[str](), []
     lines: dict[str, list[str]] = {}
-    for level in range(levels):
-        free = int(1.25 * size * level / levels)
-        for until in (0, FULL_UNTIL) if levels > 3 else (FULL_UNTIL * (1 - level % 2),):
-            out = case.folder / f"full-{level}-{until}"
-            out.mkdir()
-            subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={DISK}", "none", str(out)], check=True)
-            codes = case.start(out, record_samples(out), fill_disk(out, free, until)).end()
-            what = f"{free:,} bytes free, {f'until step {until}' if until else 'to the end'}"
-            found["runs"] += 1
-            found["ended with 0"] += codes == [0] * case.processes
+    free, level = int(1.25 * size * (number % levels) / levels), number % levels
+    for until in (0, FULL_UNTIL) if levels > 3 else (FULL_UNTIL * (1 - level % 2),):
+        out = case.folder / f"full-{level}-{until}"
+        out.mkdir()
+        subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={DISK}", "none", str(out)], check=True)
+        codes = case.start(out, record_samples(out), fill_disk(out, free, until)).end()
+        what = f"{free:,} bytes free, {f'until step {until}' if until else 'to the end'}"
+        found["tried"] += 1
+        found["ended with 0"] += codes == [0] * case.processes
+        if not verifying(out):
+            broken.append(f"{what}: no state verifies")
+        told = warnings_of(out)
+        lines[what] = [f"{codes[0]} at step {steps_taken(out)}", *told]
+        if codes != [0] * case.processes:  # started again, with the disk as full as before
+            again = case.start(out, record_samples(out)).end()
+            lines[what] += ["again:", *warnings_of(out)[len(told) :]]
+            said = re.compile(r"error: .*/full-.*needs [\d,]+ .*[\d,]+ are free")
+            wrong = [line for line in (told[-1], last_line(out)) if not said.search(line)]
+            broken += [f"{what}: ended with {codes}, then {again}: {line}" for line in wrong]
             if not verifying(out):
-                broken.append(f"{what}: no state verifies")
-            told = warnings_of(out)
-            lines[what] = [f"{codes[0]} at step {steps_taken(out)}", *told]
-            if codes != [0]:  # started again, with the disk as full as before
-                codes += case.start(out, record_samples(out)).end()
-                lines[what] += ["again:", *warnings_of(out)[len(told) :]]
-                said = re.compile(r"error: .*/full-.*needs [\d,]+ .*[\d,]+ are free")
-                wrong = [line for line in (told[-1], last_line(out)) if not said.search(line)]
-                broken += [f"{what}: ended with {codes}: {line}" for line in wrong]
-                if not verifying(out):
-                    broken.append(f"{what}: started again, it left no state that verifies")
-            with suppress(FileNotFoundError):
-                (out / "filler").unlink()
-            left_out = [line.split()[1] for line in told if "is left out" in line]  # pictures, which nobody repeats
-            different = [text for text in case.complete(out) if not any(text.endswith(Path(p).name) for p in left_out)]
-            broken += [f"{what}: {text}" for text in different]
-            subprocess.run(["umount", str(out)], check=True)
+                broken.append(f"{what}: started again, it left no state that verifies")
+        with suppress(FileNotFoundError):
+            (out / "filler").unlink()
+        left_out = [line.split()[1] for line in told if "is left out" in line]  # pictures, which nobody repeats
+        different = [text for text in case.complete(out) if not any(text.endswith(Path(p).name) for p in left_out)]
+        broken += [f"{what}: {text}" for text in different]
+        subprocess.run(["umount", str(out)], check=True)
     return {**found, "lines": lines, "broken": broken}
 
 
@@ -205,41 +206,32 @@ def launched_fault(case: Case, cell: Cell) -> None:
 # What processes must agree on
 
 
-def uneven_data(folder: Path, runs: int, images: int = 1000, bad: int = 37) -> Found:
-    """Three processes, and images of which some cannot be decoded: the runs end, each good image once an epoch."""
+def uneven_data(folder: Path, number: int, images: int = 1000, bad: int = 37) -> Found:
+    """Three processes, and images of which some cannot be decoded: the run ends, each good image once an epoch."""
     source = folder / "images"
-    made = os.fork()
-    if not made:
-        write_split(source, images, bad)
-        os._exit(0)
-    assert os.waitpid(made, 0)[1] == 0
-    good, broken, began = images - bad, [], time.monotonic()
-    for number in range(runs):
-        more = {
-            "data__source": str(source),
-            "data__image_size": 16,
-            "data__channels": 1,
-            "data__limit": None,
-            "data__validation_fraction": 0,  # or the good images would not all be trained on
-            "data__max_bad_fraction": 0.05,
-            "data__on_error": "skip",
-            "train__steps": 2 * good // 15 + 1,
-            "train__batch_size": 15,
-            "train__accumulate": 1,
-            "train__seed": number,
-        }
-        case = new_case("train_tokenizer", 3, folder / str(number), **more)
-        case.rows = good
-        try:
-            codes = case.start(case.folder / "run", record_samples(case.folder / "run")).end()
-        except AssertionError as error:
-            broken.append(f"run {number}: {error}")
-            continue
-        printed = log_of(case.folder / "run").read_text()
-        if set(codes) != {0} or f"{good} training rows" not in printed:
-            broken.append(f"run {number}: exit codes {codes}: {last_line(case.folder / 'run')}")
-        broken += [f"run {number}: {text}" for text in samples_of_run(case, case.folder / "run")]
-    return {"runs": runs, "good images": good, "seconds": time.monotonic() - began, "broken": broken}
+    if not source.exists():
+        in_child(lambda: write_split(source, images, bad))
+    good = images - bad
+    more = {
+        "data__source": str(source),
+        "data__image_size": 16,
+        "data__channels": 1,
+        "data__limit": None,
+        "data__validation_fraction": 0,  # or the good images would not all be trained on
+        "data__max_bad_fraction": 0.05,
+        "data__on_error": "skip",
+        "train__steps": 2 * good // 15 + 1,
+        "train__batch_size": 15,
+        "train__accumulate": 1,
+        "train__seed": number,
+    }
+    case = new_case("train_tokenizer", 3, folder / str(number), **more)
+    case.rows, run = good, case.folder / "run"
+    codes, printed = case.start(run, record_samples(run)).end(), log_of(run).read_text()
+    broken = samples_of_run(case, run)
+    if set(codes) != {0} or f"{good} training rows" not in printed:
+        broken.append(f"exit codes {codes}: {last_line(run)}")
+    return {"tried": 1, "good images": good, "broken": [f"run {number}: {text}" for text in broken]}
 
 
 def write_split(source: Path, images: int, bad: int) -> None:
@@ -256,14 +248,14 @@ def write_split(source: Path, images: int, bad: int) -> None:
                 path.write_bytes([whole[: len(whole) // 2], b"", b"not a picture"][number % 3])
 
 
-def sick_steps(case: Case, count: int) -> Found:
+def sick_steps(case: Case, number: int, count: int) -> Found:
     """A loss that is not finite at `count` random (step, rank): the step changes nothing, on any process."""
-    draw, steps = draws("sick", case.name), case.more["train__steps"]
+    draw, steps = draws("sick", case.name, number), case.more["train__steps"]
     sick = {step: draw.randrange(case.processes) for step in draw.sample(range(1, steps - 1), count)}
-    out = case.folder / "sick"
+    out = case.folder / f"sick-{number}"
     codes = case.start(out, record_samples(out), partial(make_sick, sick, case.folder)).end()
     if set(codes) != {0}:
-        return {"sick steps": count, "steps": steps, "broken": [f"exit codes {codes}: {last_line(out)}"]}
+        return {"tried": count, "steps": steps, "broken": [f"exit codes {codes}: {last_line(out)}"]}
     kept = [json.loads((case.folder / f"weights-{rank}").read_text()) for rank in range(case.processes)]
     broken = []
     for step, hashes in enumerate(zip(*kept, strict=True)):
@@ -275,7 +267,7 @@ def sick_steps(case: Case, count: int) -> Found:
     skipped = metrics(out)[-1]["skipped_steps"]
     if not finite or skipped != count or len(kept[0]) != steps:
         broken.append(f"finite files: {finite}; {skipped} of {len(kept[0])} steps were counted as skipped")
-    return {"sick steps": count, "steps": steps, "broken": broken}
+    return {"tried": count, "steps": steps, "broken": broken}
 
 
 def make_sick(sick: dict[int, int], folder: Path, rank: int) -> None:

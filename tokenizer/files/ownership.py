@@ -98,11 +98,15 @@ def contents(folder: Path) -> list[str]:
 
 
 def listed_in(folder: Path) -> dict[str, str | None]:
-    """The files that `manifest.json` lists, with their sha256. Raises a `PipelineLoadError` if it lists none."""
-    files = read_json(folder / MANIFEST).get("files")
+    """The files that `manifest.json` lists, with their sha256: the one that is there, of a file that was `replacing`
+    another when its writer was killed. Raises a `PipelineLoadError` if it lists none."""
+    manifest = read_json(folder / MANIFEST)
+    files, before = manifest.get("files"), manifest.get("replacing")
     if not isinstance(files, dict):
         raise PathError(f"{folder / MANIFEST}: 'files' should list the files of the folder")
-    return {name: entry.get("sha256") if isinstance(entry, dict) else None for name, entry in files.items()}
+    listed = {name: entry.get("sha256") if isinstance(entry, dict) else None for name, entry in files.items()}
+    kept = before.items() if isinstance(before, dict) else ()
+    return listed | {name: sha256 for name, sha256 in kept if is_as_listed(folder / name, sha256)}
 
 
 def is_as_listed(path: Path, sha256: str | None) -> bool:

@@ -34,7 +34,7 @@ def write_json(path: Path, value: dict[str, Any]) -> None:
 
 
 def replace_file(path: Path, data: bytes) -> None:
-    """Write `path`, a file of a folder that is known to be ours, whole or not at all.
+    """Write `path`, a file of a folder that is known to be ours, whole or not at all, even if power is lost.
 
     Raises `PathError` for a link, and `OSError` that names the path, the bytes needed and the bytes free.
     """
@@ -45,7 +45,9 @@ def replace_file(path: Path, data: bytes) -> None:
     temporary = beside(path)
     try:
         temporary.write_bytes(data)
+        fsync(temporary)
         temporary.replace(path)
+        fsync(path.parent)
     except OSError as error:
         temporary.unlink(missing_ok=True)
         free = shutil.disk_usage(path.parent).free
@@ -66,6 +68,14 @@ def fsync(path: Path) -> None:
         os.close(handle)
 
 
+def make_folder(path: Path) -> None:
+    """Make a folder and those above it that are missing, so that power loss does not take them with what is in them."""
+    if not path.is_dir():
+        make_folder(path.parent)
+        path.mkdir(exist_ok=True)
+        fsync(path.parent)
+
+
 @contextmanager
 def atomic_folder(target: Path | str, *, kind: Kind | None, inputs: Inputs = ()) -> Iterator[Path]:
     """Yield a temporary folder that becomes `target` only when the block ends without an error.
@@ -73,7 +83,8 @@ def atomic_folder(target: Path | str, *, kind: Kind | None, inputs: Inputs = ())
     A folder at `target` is replaced as a whole if it is empty, or of this `kind` and holds nothing else, both at the
     beginning and when the names are exchanged; kind None: only if it is empty. Raises `PathError` otherwise, and if
     `target` is, contains or lies in one of the `inputs`. A killed process leaves at most a `.tmp-*` folder beside the
-    target. Everyone may read the files and only the owner may write them, unless the umask is stricter.
+    target; power loss leaves the old folder or the new one. Everyone may read the files and only the owner may write
+    them, unless the umask is stricter.
     """
     target = Path(target)
     require_apart(target, inputs)
@@ -86,7 +97,6 @@ def atomic_folder(target: Path | str, *, kind: Kind | None, inputs: Inputs = ())
             path.chmod(readable if path.is_dir() else readable & 0o644)  # safetensors makes its files private
             fsync(path)
         _put_in_place(temporary, target, kind)
-        fsync(target.parent)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
@@ -94,7 +104,7 @@ def atomic_folder(target: Path | str, *, kind: Kind | None, inputs: Inputs = ())
 def _made_beside(target: Path) -> Path:
     temporary = beside(target)
     try:
-        target.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(target.parent)
         temporary.mkdir()
     except OSError as error:
         if error.errno in (errno.ENAMETOOLONG, errno.ENOTDIR, errno.EEXIST):
@@ -109,6 +119,7 @@ def _put_in_place(temporary: Path, target: Path, kind: Kind | None) -> None:
     require_ours(target, kind)
     if not os.path.lexists(target):
         rename_new(temporary, target)
+        fsync(target.parent)
         return
     old = beside(target, ".del")
     swapped = exchange(temporary, target)
@@ -127,6 +138,7 @@ def _put_in_place(temporary: Path, target: Path, kind: Kind | None) -> None:
         raise
     if not swapped:
         temporary.rename(target)
+    fsync(target.parent)  # before anything goes: file systems may do what they are told in another order
     shutil.rmtree(old, ignore_errors=True)
 
 
@@ -138,19 +150,21 @@ def check_file(target: Path | str, inputs: Inputs = ()) -> None:
 
 @contextmanager
 def atomic_file(target: Path | str, *, inputs: Inputs = (), temporary: Path | None = None) -> Iterator[Path]:
-    """Yield the path of a temporary file that becomes `target` only when the block ends without an error. temporary:
-    where it is, on the same disk; what a killed process left there is written over.
+    """Yield the path of a temporary file that becomes `target` only when the block ends without an error, and then is
+    on the disk. temporary: where it is, on the same disk; what a killed process left there is written over.
 
     Raises `PathError` if the target, at the beginning or at the end, is a link or a file that is not ours, or if it is,
     contains or lies in one of the `inputs`.
     """
     target = Path(target)
     check_file(target, inputs)
-    target.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(target.parent)
     temporary = temporary or beside(target, suffix=target.suffix)
     try:
         yield temporary
+        fsync(temporary)
         place_file(temporary, target)
+        fsync(target.parent)
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -176,8 +190,8 @@ def check_results(target: Path | str, names: Iterable[str] = (), inputs: Inputs 
 @contextmanager
 def results_folder(target: Path | str, *, inputs: Inputs = (), temporary: Path | None = None) -> Iterator[Path]:
     """Yield a temporary folder whose files (it has no subfolders) are moved into `target` when the block ends without
-    an error; other files there are kept. temporary: where it is, on the same disk; what a killed process left there is
-    removed.
+    an error, and then are on the disk; other files there are kept. temporary: where it is, on the same disk; what a
+    killed process left there is removed.
 
     A file replaces one of the same name only if that is ours: a picture is marked, other files are listed with their
     sha256 in `manifest.json`. Raises `PathError` that names a file that is not ours, before any is replaced.
@@ -197,15 +211,24 @@ def results_folder(target: Path | str, *, inputs: Inputs = (), temporary: Path |
             require_own_file(target / path.name, listed)
             if not says_ours(path):
                 texts[path.name] = {"sha256": _sha256(path), "size": path.stat().st_size}
-        target.mkdir(parents=True, exist_ok=True)
+            fsync(path)
+        make_folder(target)
+        kept = read_json(target / MANIFEST)["files"] if listed is not None else {}
+        manifest = {"kind": RESULTS, "files": dict(sorted({**kept, **texts}.items()))}
+        replaced = {name: sha256 for name, sha256 in (listed or {}).items() if name in texts}
+        if texts:  # first, so that what is there is ours at any moment
+            _write_results(target, {**manifest, **({"replacing": replaced} if replaced else {})})
         for path in made:
             place_file(path, target / path.name, listed)
-        kept = read_json(target / MANIFEST)["files"] if listed is not None else {}
-        if texts:
-            manifest = {"kind": RESULTS, "files": dict(sorted({**kept, **texts}.items()))}
-            replace_file(target / MANIFEST, (json.dumps(manifest, indent=2) + "\n").encode())
+        fsync(target)
+        if replaced:
+            _write_results(target, manifest)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _write_results(target: Path, manifest: dict[str, Any]) -> None:
+    replace_file(target / MANIFEST, (json.dumps(manifest, indent=2) + "\n").encode())
 
 
 def _results_in(target: Path) -> Names | None:

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from tokenizer.files.ownership import Inputs
-from tokenizer.files.writing import atomic_file, fsync, results_folder
+from tokenizer.files.writing import atomic_file, results_folder
 
 from ...config import UserError
 from ...config.outputs import check_out_file, check_out_results, writing
@@ -116,4 +116,3 @@ def _write(form: Form, out: Path, parts: Iterable[Part], facts: Facts, inputs: I
     elif form.write is not None:
         with atomic_file(out, inputs=inputs, temporary=temporary) as path:
             form.write(path, parts, facts)
-            fsync(path)

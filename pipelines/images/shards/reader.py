@@ -27,6 +27,8 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 from tqdm import tqdm
 
+from tokenizer.files.writing import fsync
+
 from ...config import UserError
 from ..base import WORKERS, DataConfig, Payload, Rows, show_progress
 from .shard import VERSION, Index, Shard, attempt
@@ -193,6 +195,7 @@ def save_index(path: Path, index: Index) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         save_file({**arrays, "facts": np.frombuffer(facts, np.uint8)}, temporary)
+        fsync(temporary)
         temporary.replace(path)
     except (OSError, SafetensorError):
         with suppress(OSError):

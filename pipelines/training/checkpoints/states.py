@@ -25,7 +25,7 @@ from tokenizer.files.errors import FormatError, WeightsError, shown
 from tokenizer.files.opening import read_json
 from tokenizer.files.ownership import Kind
 from tokenizer.files.reading import verify_manifest
-from tokenizer.files.writing import atomic_folder, write_json, write_manifest
+from tokenizer.files.writing import atomic_folder, make_folder, write_json, write_manifest
 
 from .optimizers import pack_optimizer, parameter_of, unpack_optimizer
 from .rotation import NAME, require_space, rotate
@@ -125,7 +125,7 @@ def _save_together(
 
 def _prepare(target: Path, parts: dict[str, Tensors], step: int) -> None:
     """Find out what would go wrong before anything is written."""
-    target.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(target.parent)
     _require_finite(parts, step)
     require_space(target.parent, parts)
 

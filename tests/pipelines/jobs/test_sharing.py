@@ -46,6 +46,13 @@ def test_what_was_kept_is_there_after_a_restart(tmp_path):
     assert [again.read(piece) for piece in PIECES] == [b"0 to 3", b"3 to 6", b"6 to 9", b"9 to 10"]
 
 
+def test_pieces_of_which_nobody_knows_what_they_depend_on_are_made_again(tmp_path):
+    """A process that was killed while it removed the work folder may leave pieces, and no word of what they are."""
+    keep_all(job_at(tmp_path), job_at(tmp_path).begin())
+    (job_at(tmp_path).work / "job.json").unlink()
+    assert job_at(tmp_path, seed=1).begin() == PIECES
+
+
 def test_a_job_of_which_nothing_was_made_gives_way(tmp_path):
     """A request that the prior refuses must not be in the way of the right one; one with pieces is."""
     job_at(tmp_path).begin()

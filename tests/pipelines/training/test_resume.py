@@ -36,7 +36,7 @@ def found(tmp_path_factory) -> dict:
 def test_interrupted_equals_uninterrupted(found, what):
     """kill -9 at any moment, or within a save, after which a state always verifies. (SIGTERM and Ctrl-C, which save and
     end, are in test_stopping.py.)"""
-    assert all(row["kills"] and row["runs compared"] for row in found[what])
+    assert all(row["tried"] and row["runs compared"] for row in found[what])
     assert not broken(found[what])
 
 
@@ -67,10 +67,12 @@ def test_sigterm_to_the_launcher_saves_and_ends(tmp_path, processes):
 
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
-@pytest.mark.parametrize("what", ["kills=200", "saves=200", "stops=80", "ctrl_c=80", "resumes=40"])
+@pytest.mark.parametrize(
+    "what", ["kills=200", "saves=200", "sharded=200", "threads=100", "stops=80", "ctrl_c=80", "resumes=40"]
+)
 def test_two_hundred_times(tmp_path, what):
     name, count = what.split("=")
     rows = faults(tmp_path, **{name: count})[name]
     print(*rows, sep="\n")
     assert not broken(rows)
-    assert sum(row.get("kills", 0) + row.get("stops", 0) + row.get("resumes", 0) for row in rows) >= int(count)
+    assert sum(row["tried"] for row in rows) >= int(count)

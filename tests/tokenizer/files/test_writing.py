@@ -6,13 +6,15 @@ import os
 import stat
 import subprocess
 import sys
+from contextlib import suppress
 
 import pytest
 from small import make_prior, make_tokenizer
 
+import tokenizer.files.writing as writing
 from tokenizer.files.errors import PathError
 from tokenizer.files.reading import verify_manifest
-from tokenizer.files.writing import atomic_folder
+from tokenizer.files.writing import atomic_folder, results_folder
 
 
 @pytest.mark.parametrize(("mask", "mode"), [(0o000, 0o644), (0o022, 0o644), (0o077, 0o600), (0o027, 0o640)])
@@ -44,6 +46,37 @@ def test_nothing_is_saved_over_links_and_strangers(tmp_path, folder):
         (half / "a").write_text("x")
         raise ZeroDivisionError
     assert sorted(p.name for p in tmp_path.iterdir()) == sorted(["mine", "link", "dangling", "disguised", "pipeline"])
+
+
+@pytest.mark.parametrize("placed", [0, 1, 2])
+def test_results_that_a_killed_process_was_replacing_are_ours(tmp_path, monkeypatch, placed):
+    """Those that it has replaced, and those that it has not; of another's file nothing is lost."""
+
+    def write(text: str) -> None:
+        with results_folder(tmp_path / "out") as folder:
+            for name in ("a.csv", "b.csv"):
+                (folder / name).write_text(text)
+
+    def until(path, *rest):
+        if len(done) == placed:
+            raise KeyboardInterrupt
+        done.append(path)
+        place(path, *rest)
+
+    place = writing.place_file
+    for text in ("first", "second"):  # into nothing, and over what is there
+        done = []
+        with monkeypatch.context() as patch, suppress(KeyboardInterrupt):
+            patch.setattr(writing, "place_file", until)
+            write(text)
+        write(f"{text}, whole")
+        assert {path.name: path.read_text() for path in (tmp_path / "out").glob("*.csv")} == dict.fromkeys(
+            ("a.csv", "b.csv"), f"{text}, whole"
+        )
+        assert "replacing" not in (tmp_path / "out" / "manifest.json").read_text()
+    (tmp_path / "out" / "b.csv").write_text("mine")
+    with pytest.raises(PathError, match=r"b\.csv"):
+        write("third")
 
 
 @pytest.mark.slow

@@ -396,16 +396,17 @@ KILLED = """
                 p.fill_(step)
         save_state(run, step, model=model, ema=None, optimizers={"m": optimizer}, counters={}, keep=KEEP)
 
-    def child(before_rename):
+    def child(before_call):
         calls = [0]
         def counted(call):
             def count(*paths):
                 calls[0] += 1
-                if calls[0] == before_rename:
+                if calls[0] == before_call:
                     os.kill(os.getpid(), signal.SIGKILL)
                 return call(*paths)
             return count
         Path.rename, writing.exchange = counted(Path.rename), counted(writing.exchange)
+        writing.fsync = counted(writing.fsync)
         step = STEP
         while True:
             save(step)
@@ -414,7 +415,7 @@ KILLED = """
     save(1)
     STEP = LAST = 1
     inside = 0
-    plans = [(0, random.uniform(0.0, 0.15)) for _ in range(8)] + [(n, 10.0) for n in range(1, 9)]
+    plans = [(0, random.uniform(0.0, 0.15)) for _ in range(3)] + [(n, 10.0) for n in range(1, 17)]
     for kill_at, delay in plans:
         pid = os.fork()
         if pid == 0:

@@ -1,0 +1,192 @@
+"""Power loss at any moment: what was not fsynced may be gone, or there in part, in any order (see `power_loss`).
+
+Here are the ways of writing that all writers share, cut at every operation; runs and verbs are cut at random by
+`benchmarks/faults.py power=600`.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from random import Random
+from typing import Any
+
+import pytest
+from power_journal import Journal
+from power_loss import WAYS, cut_points, lose_power
+
+import tokenizer.files.writing as writing
+from pipelines.config import UserError
+from pipelines.jobs import Job
+from pipelines.jobs.pieces import cut
+from pipelines.tracking.record import Record
+from tokenizer.files.errors import PipelineLoadError
+from tokenizer.files.ownership import Kind
+from tokenizer.files.reading import verify_manifest
+
+OURS = Kind("a thing", "thing.json")
+PIECES = cut("images", 0, 4, 2)
+
+
+def lost(tmp_path: Path, write: Callable[[Path], Any], draws: int = 3) -> Iterator[tuple[Path, list[str]]]:
+    """The folder in which `write` has written, as it could be after each of its operations, and what it had marked."""
+    root, target = tmp_path / "root", tmp_path / "left"
+    journal = Journal(root, tmp_path / "journal")
+    journal.begin()
+    with journal.recorded():
+        write(root, journal)
+    operations, ways = journal.operations(), set()
+    target.mkdir()
+    for place in cut_points(operations):
+        for number in range(draws):
+            ways.add(lose_power(journal, operations, place, Random(f"{place} {number}"), target))
+            yield target, [operation["mark"] for operation in operations[:place] if "mark" in operation]
+    assert ways == set(WAYS)
+
+
+def write_thing(out: Path, text: str) -> None:
+    with writing.atomic_folder(out, kind=OURS) as folder:
+        (folder / "part").mkdir()
+        (folder / "part" / "a.bin").write_text(text * 100)
+        writing.write_json(folder / "thing.json", {"text": text})
+        writing.write_manifest(folder)
+
+
+def thing(out: Path) -> str | None:
+    """Which one is there, whole; None without any. Raises `PipelineLoadError` for one that is damaged."""
+    if not out.exists():
+        return None
+    verify_manifest(out)
+    return json.loads((out / "thing.json").read_text())["text"]
+
+
+@pytest.mark.parametrize("exchanges", [True, False])
+def test_a_folder_is_the_old_one_or_the_new_one(tmp_path, monkeypatch, exchanges):
+    """Where names cannot be exchanged, the old one is set aside for a moment, whole."""
+    (tmp_path / "root").mkdir()
+    write_thing(tmp_path / "root" / "out", "old")
+    if not exchanges:
+        monkeypatch.setattr(writing, "exchange", lambda one, other: False)
+
+    def write(root: Path, journal: Journal) -> None:
+        write_thing(root / "out", "new")
+        journal.mark("written")
+        write_thing(root / "runs" / "deep" / "out", "deep")
+        journal.mark("deep")
+
+    for left, marks in lost(tmp_path, write):
+        found = thing(left / "out")
+        if found is None and not exchanges:
+            (aside,) = left.glob(".del-out-*")
+            found = thing(aside)
+        assert found == "new" if "written" in marks else found in ("old", "new")
+        assert thing(left / "runs" / "deep" / "out") in (["deep"] if "deep" in marks else [None, "deep"])
+
+
+def write_tables(out: Path, text: str) -> None:
+    with writing.results_folder(out) as folder:
+        for name in ("a.csv", "b.csv"):
+            (folder / name).write_text(text)
+
+
+def test_files_and_results_are_old_or_new(tmp_path):
+    (tmp_path / "root" / "results").mkdir(parents=True)
+    write_tables(tmp_path / "root" / "tables", "old")
+    for name in ("file", "replaced", "results/a.smalti", "results/b.smalti"):
+        (tmp_path / "root" / name).write_text("VQC1 old")
+
+    def write(root: Path, journal: Journal) -> None:
+        with writing.atomic_file(root / "file") as path:
+            path.write_text("VQC1 new" * 50)
+        journal.mark("file")
+        writing.replace_file(root / "replaced", b"VQC1 new" * 50)
+        journal.mark("replaced")
+        with writing.results_folder(root / "results") as folder:
+            for name in ("a.smalti", "b.smalti", "c.smalti"):
+                (folder / name).write_text("VQC1 new" * 50)
+        journal.mark("results/a.smalti results/b.smalti results/c.smalti")
+        write_tables(root / "tables", "new")
+
+    for left, marks in lost(tmp_path, write):
+        with writing.results_folder(left / "tables") as folder:  # what is left is ours, whatever it is
+            (folder / "a.csv").write_text("newest")
+        for name in ("file", "replaced", "results/a.smalti", "results/b.smalti", "results/c.smalti"):
+            found = (left / name).read_text() if (left / name).exists() else ""
+            done = name in " ".join(marks).split()
+            assert found == "VQC1 new" * 50 or (not done and found == ("" if "c." in name else "VQC1 old"))
+
+
+def test_a_job_goes_on_or_begins_again(tmp_path):
+    """With what it depends on known, and of its pieces those that are whole; never with another job's."""
+    (tmp_path / "root").mkdir()
+
+    def write(root: Path, journal: Journal) -> None:
+        job = Job(root / "out", PIECES, {"seed": 0})
+        with job.begin() as missing:
+            for piece in missing:
+                job.keep(piece, f"seed 0, {piece.start}".encode())
+
+    for left, _ in lost(tmp_path, write):
+        for seed in (1, 0):
+            job = Job(left / "out", PIECES, {"seed": seed})
+            try:
+                with job.begin() as missing:
+                    kept = {job.read(piece) for piece in PIECES if piece not in missing}
+            except UserError:
+                assert seed == 1
+            else:
+                assert not kept or seed == 0 and kept <= {b"seed 0, 0", b"seed 0, 2"}
+
+
+def test_lines_that_a_record_has_flushed_are_there(tmp_path):
+    """From the first one on, after the lines were cut to where a state was, too."""
+    (tmp_path / "root").mkdir()
+
+    def write(root: Path, journal: Journal) -> None:
+        record = Record(root / "run", 0)
+        for step in (1, 2, 3):
+            record.log(step, {"loss": 0.5})
+        record.flush()
+        journal.mark("3")
+        record.log(4, {"loss": 0.5})
+        record.close()
+        again = Record(root / "run", 3)
+        again.log(4, {"loss": 0.25})
+        again.flush()
+        journal.mark("4")
+        again.close()
+
+    for left, marks in lost(tmp_path, write):
+        path = left / "run" / "metrics.jsonl"
+        lines = [line for line in path.read_text().split("\n") if '"loss"' in line] if path.exists() else []
+        assert len(lines) >= max([0, *(int(mark) for mark in marks if mark.isdigit())])
+
+
+PLANTED = {
+    "no file is fsynced": lambda path: path.is_dir(),
+    "no folder is fsynced": lambda path: path.is_file(),
+    "no manifest is fsynced": lambda path: path.name != "manifest.json",
+}
+
+
+@pytest.mark.parametrize("bug", PLANTED)
+def test_it_is_seen_when_nothing_reaches_the_disk(tmp_path, monkeypatch, bug):
+    """The same as above, with a bug planted."""
+    (tmp_path / "root").mkdir()
+    write_thing(tmp_path / "root" / "out", "old")
+    fsync = writing.fsync
+    monkeypatch.setattr(writing, "fsync", lambda path: fsync(path) if PLANTED[bug](path) else None)
+
+    def write(root: Path, journal: Journal) -> None:
+        write_thing(root / "out", "new")
+        journal.mark("written")
+
+    wrong = 0
+    for left, marks in lost(tmp_path, write):
+        try:
+            found = thing(left / "out")
+            wrong += found is None or ("written" in marks and found != "new")
+        except PipelineLoadError:
+            wrong += 1
+    assert wrong
