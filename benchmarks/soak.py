@@ -112,6 +112,8 @@ def each_alone(options: Any, out: Path) -> bool:
     names = ["pipeline"] if options.what == "pipeline" else choose(options.only, list(RUNS))
     given = {key: getattr(options, key) for key in DEFAULTS if key not in ("case", "only") and getattr(options, key)}
     broken, kept = False, list[dict[str, Any]]()
+    if there := [name for name in names if (out / name).exists()]:
+        raise SystemExit(f"out={out}: has a run {there[0]} already, which would go on; choose another folder")
     (out / "rows.jsonl").unlink(missing_ok=True)
     for name in names:
         began, command = time.monotonic(), [sys.executable, *sys.argv[:1]]

@@ -38,13 +38,13 @@ def held(folder: Path | None = None) -> Row:
     """What this process holds now. `memory_mb` is what is left of its own memory when garbage is collected and what is
     free is given back; `before_mb` what it was before that; `objects` are those of Python that can hold others."""
     process = psutil.Process()
-    before = process.memory_full_info().uss
+    before = memory_of(process)
     gc.collect()
     with suppress(OSError, AttributeError):  # not the C library of GNU
         ctypes.CDLL(None).malloc_trim(0)
     children = process.children(recursive=True)
     return {
-        "memory_mb": process.memory_full_info().uss / MB,
+        "memory_mb": memory_of(process) / MB,
         "before_mb": before / MB,
         "objects": len(gc.get_objects()),
         "threads": process.num_threads(),
@@ -56,9 +56,11 @@ def held(folder: Path | None = None) -> Row:
 
 
 def memory_of(process: psutil.Process) -> int:
-    """Bytes of its own; 0 if it has ended."""
+    """Bytes of its own, which are in no file; 0 if it has ended. Pages of libraries are left out, also those that no
+    other process uses: that changes whenever one begins or ends."""
     with suppress(psutil.Error):
-        return int(process.memory_full_info().uss)
+        info = process.memory_info()
+        return int(info.rss - getattr(info, "shared", 0))
     return 0
 
 
