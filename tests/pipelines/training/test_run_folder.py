@@ -273,11 +273,13 @@ def test_a_run_that_cannot_begin_leaves_no_folder(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.timeout(120)
-def test_two_processes_are_refused_together_and_at_once(run):
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_two_launched_processes_are_refused_together(run):
+    """`test_claims` of `processes` has the same without a launcher, and quickly."""
     with claimed(inside(run), run):
         job = start(two_processes("train_tokenizer", tokenizer_arguments(run, **EVERY)))
-        printed = output_of(job, 60, code=1)
+        printed = output_of(job, 240, code=1)
     assert printed.count("one writer at a time") == 1 and len(metrics(run)) == 2
     assert re.search(r"rank +: 0 .*\n +exitcode +: 2 ", printed), printed
 
