@@ -16,6 +16,7 @@ fuzzer goes on in a new process. Ends with 1 if there is one.
 from __future__ import annotations
 
 import io
+import json
 import os
 import subprocess
 import sys
@@ -140,6 +141,26 @@ MODULES = {
 }
 
 
+def changed(target: str, data: bytes, most: int, chance: Random) -> bytes:
+    """An input that is changed by its structure, as `fuzz_ways` does; or by its bytes, as libFuzzer does."""
+    import atheris
+    from fuzz_ways import damage_any_json, damage_chunks, damage_header, damage_yaml
+    from mutations import damage_weights
+
+    ways: dict[str, list[Any]] = {"streams": [damage_header, damage_chunks], "presets": [damage_yaml]}
+    ways["weights"] = [damage_any_json if data.startswith(b"{") else damage_weights]
+    name = {"streams": "stream", "presets": "a.yaml", "weights": "a.safetensors"}[target]
+    tree = {name: data}
+    if chance.random() < 0.5:
+        try:
+            chance.choice(ways[target])(tree, chance)
+        except Exception:  # what an earlier change has left is not what this one expects
+            tree = {name: data}
+    if tree[name] == data or len(tree[name]) > most:
+        return bytes(atheris.Mutate(data, most))
+    return tree[name]
+
+
 def seeds(target: str, folder: Path) -> None:
     """Good inputs, and some that are damaged, where the folder is new."""
     from fuzz_targets import TARGETS as DAMAGED
@@ -149,10 +170,29 @@ def seeds(target: str, folder: Path) -> None:
     if any(folder.iterdir()):
         return
     good = DAMAGED[target].good(folder.parent / f".good-{target}")
-    trees = [*good.values(), *(damaged(DAMAGED[target], number, good).tree for number in range(200))]
+    if target == "weights":
+        good = {"ours": own_weights(folder.parent / ".good-ours"), "settings": good["diffusers"]}
+    trees = [*good.values(), *(damaged(DAMAGED[target], number, good).tree for number in range(50))]
     for number, data in enumerate(data for tree in trees for data in tree.values() if isinstance(data, bytes)):
         if len(data) <= LONGEST:
             (folder / f"seed-{number:04d}").write_bytes(data)
+
+
+def own_weights(folder: Path) -> dict[str, bytes]:
+    """The configuration of a model of each kind, a calibration, and published weights of a width of one."""
+    import published_weights as published
+    from fuzz_targets import good_calibrations
+    from safetensors.torch import save
+    from small import TOKENIZERS, make_tokenizer
+
+    found = {f"{name}.json": json.dumps(make_tokenizer(name).config.to_dict()).encode() for name in TOKENIZERS}
+    for name, tree in good_calibrations(folder).items():
+        found |= {f"{name}-{path.replace('/', '-')}": data for path, data in tree.items() if path.endswith(".json")}
+    shapes = [published.taming_shapes(1, (1,), codes=2), published.llamagen_shapes(1, (1,), codes=2)]
+    shapes += [published.maskgit_shapes(1, (1,), codes=2), published.magvit2_shapes(1, (1,))]
+    for number, some in enumerate(shapes):
+        found[f"{number}.safetensors"] = save(published.random_weights(some))
+    return found
 
 
 def fuzz(target: str, seconds: int, corpus: Path) -> None:
@@ -170,7 +210,11 @@ def fuzz(target: str, seconds: int, corpus: Path) -> None:
     arguments = [f"-max_total_time={seconds}", "-timeout=60", "-rss_limit_mb=2500", f"-max_len={LONGEST}"]
     arguments += [f"-artifact_prefix={corpus.parent}/{target}-found/", "-print_final_stats=1", str(corpus)]
     begun = Random(time.time_ns()).randrange(1 << 31)
-    atheris.Setup([sys.argv[0], f"-seed={begun}", *arguments], TARGETS[target])
+
+    def mutate(data: bytes, most: int, seed: int) -> bytes:
+        return changed(target, data, most, Random(seed))
+
+    atheris.Setup([sys.argv[0], f"-seed={begun}", *arguments], TARGETS[target], custom_mutator=mutate)
     atheris.Fuzz()
 
 

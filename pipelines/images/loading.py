@@ -114,7 +114,8 @@ def number_labels(parts: list[Rows]) -> tuple[list[NDArray[np.int64] | None], li
     if names is not None:
         known: list[Any] = list(range(len(names)))
     else:
-        known = sorted({label for rows in parts for label in rows.labels or [] if is_label(label)})
+        found = {label for rows in parts for label in rows.labels or [] if is_label(label)}
+        known = sorted(found, key=lambda label: (isinstance(label, str), label))  # a tar may have numbers and words
     ids = {label: class_id for class_id, label in enumerate(known)}
     for rows in parts:
         for row, label in enumerate(rows.labels or []):

@@ -41,7 +41,6 @@ FORBIDDEN = (
 WRITES = {  # which of their arguments are paths
     "os.rename": 2,
     "os.link": 2,
-    "os.symlink": 2,
     **dict.fromkeys(("os.remove", "os.rmdir", "os.mkdir", "os.chmod", "os.chown", "os.truncate", "os.utime"), 1),
 }
 
@@ -167,6 +166,8 @@ class Watch:
                 self.seen.append(f"open {path}"[:200])
             if arguments[2] & (os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC):
                 self.written(event, path)
+        elif event == "os.symlink":  # what it leads to is only text
+            self.written(event, arguments[1], arguments[2])
         elif event in WRITES:
             for path in arguments[: WRITES[event]]:
                 descriptor = arguments[-1] if event in ("os.remove", "os.rmdir", "os.mkdir") else -1

@@ -21,6 +21,8 @@ class Answers(http.server.BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
     plan: list[dict[str, Any]]
     asked: list[str]
+    once: bool
+    """Whether a connection is for one request: a client that outlives this server would go on with it."""
     find: Callable[[str, Any], tuple[int, dict[str, str], bytes]]
 
     def do_GET(self) -> None:
@@ -29,6 +31,9 @@ class Answers(http.server.BaseHTTPRequestHandler):
         faults = [fault for fault in self.plan if fault["at"] <= number < fault["at"] + fault["for"]]
         status, headers, body = type(self).find(self.path, self.headers)
         headers = {"Content-Length": str(len(body)), **headers}
+        if self.once:
+            headers["Connection"] = "close"
+            self.close_connection = True
         for fault in faults:
             chance = random.Random(repr(fault))
             kind, detail = fault["fault"], fault["detail"]
@@ -115,7 +120,7 @@ def part_of(data: bytes, headers: Any) -> tuple[int, dict[str, str], bytes]:
 def served(find: Any, plan: list[dict[str, Any]], port: int = 0) -> Iterator[tuple[str, list[str]]]:
     """The server's address, and the paths that are asked for, which grow."""
     asked: list[str] = []
-    handler = type("Handler", (Answers,), {"plan": plan, "asked": asked, "find": staticmethod(find)})
+    handler = type("Handler", (Answers,), {"plan": plan, "asked": asked, "once": port > 0, "find": staticmethod(find)})
     server = http.server.ThreadingHTTPServer(("127.0.0.1", port), handler)
     server.daemon_threads = True
     server.block_on_close = False

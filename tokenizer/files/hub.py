@@ -15,7 +15,6 @@ from urllib.parse import urlsplit
 from urllib.request import getproxies
 
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, constants, snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
 from .errors import PathError, one_line
 
@@ -138,6 +137,6 @@ def snapshot(repo_id: str, patterns: list[str], told: str, **options: Any) -> Pa
     them. Raises `PathError`, which begins with what is `told`."""
     try:
         return Path(snapshot_download(repo_id, allow_patterns=patterns, **options))
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+    except Exception as error:  # what a server answers makes httpx, json and the client itself raise almost anything
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise PathError(f"{told}: {reason}") from error

@@ -62,6 +62,8 @@ def test_folders_without_end_are_told_in_a_line(tmp_path, streaming, monkeypatch
         os.mkdir("deep")
         os.chdir("deep")
     monkeypatch.undo()
-    with pytest.raises(UserError, match=f"{tmp_path}: folders are nested more than 100 deep"):
-        load_images(config(tmp_path, streaming=streaming))
-    subprocess.run(["rm", "-rf", tmp_path / "deep"], check=True)  # which Python cannot
+    try:
+        with pytest.raises(UserError, match=f"{tmp_path}: folders are nested more than 100 deep"):
+            load_images(config(tmp_path, streaming=streaming))
+    finally:
+        subprocess.run(["rm", "-rf", tmp_path / "deep"], check=True)  # which Python, hence pytest, cannot

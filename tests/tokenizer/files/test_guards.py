@@ -15,6 +15,7 @@ from refusals import refused
 
 from pipelines import ImagePipeline
 from prior import Prior
+from tokenizer import Tokenizer
 from tokenizer.files.errors import (
     ConfigError,
     FormatError,
@@ -158,3 +159,18 @@ def test_files_that_may_hold_code_are_named_in_one_line_and_not_opened(folder, o
         assert len(lines) == 1 and lines[0].isprintable() and "never opened" in lines[0]
     assert f"and {len(CANARIES)} more" in str(lines) or f"and {len(CANARIES) - 1} more" in str(lines)
     assert not {Path(path).name for path in opens} & set(CANARIES)
+
+
+@pytest.mark.parametrize(
+    "error", [RuntimeError("peer closed\nconnection"), KeyError("sha"), UnicodeDecodeError("a", b"", 0, 1, "b")]
+)
+def test_whatever_a_hub_answers_is_an_error_of_ours(monkeypatch, error):
+    """The client passes on what its libraries raise at answers that make no sense."""
+
+    def fails(*_, **__):
+        raise error
+
+    monkeypatch.setattr("tokenizer.files.hub.snapshot_download", fails)
+    with pytest.raises(PathError, match="as a Hub id it could not be fetched") as caught:
+        Tokenizer.from_pretrained("me/mine")
+    assert str(caught.value).isprintable()

@@ -147,3 +147,9 @@ def test_a_huge_member_is_not_read(tmp_path, monkeypatch):
     train = load(tmp_path, on_error="skip", max_bad_fraction=0.5).train
     assert len(train) == 10 and set(identities(train.pixels(range(10)))) == {0}
     assert [(p.row, p.reason) for p in train.report.problems] == [(1, "a file of 9000 bytes; the limit is 3000")]
+
+
+def test_labels_may_be_numbers_and_words(tmp_path):
+    """In one file; numbers come first."""
+    rows = [(key, data, ("cat", 7, 3)[k % 3]) for k, (key, data, _) in enumerate(rows_of(12))]
+    assert load(write_tar(tmp_path / "a.tar", rows)).train.class_names == ["3", "7", "cat"]
