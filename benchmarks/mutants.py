@@ -37,6 +37,7 @@ WORK = ROOT / "build" / "mutants"
 COPIED = ("tokenizer", "prior", "pipelines", "tests", "configs", "docs", "benchmarks")
 ENDS = {0: "survived", 1: "killed", 3: "killed", 5: "no tests", 33: "no tests", 34: "skipped", None: "not tried"}
 """What an exit code of pytest means; any other is a process that was killed, mostly at its limit of time."""
+TRIES = 6  # with one test less each time, where it does not pass in the copy
 NOTICED = ("killed", "ended")
 CONFIGURATION = """
 [tool.mutmut]
@@ -44,7 +45,7 @@ source_paths = ["tokenizer/", "prior/", "pipelines/"]
 only_mutate = {modules}
 also_copy = ["configs/", "docs/", "benchmarks/", "tests/", "pyproject.toml", "README.md", "CHANGELOG.md"]
 pytest_add_cli_args_test_selection = {tests}
-pytest_add_cli_args = ["-p", "no:cacheprovider", "-p", "no:xdist"]
+pytest_add_cli_args = {options}
 process_isolation = "forkserver"
 debug = true
 """
@@ -109,12 +110,19 @@ def mutated(name: str, sample: int, seed: int, workers: int) -> list[Row]:
     tests, began = tests_of(name), time.monotonic()
     if not tests:
         return [{"file": name, "done": True, "mutants": 0, "tried": 0, "note": "no tests of its own"}]
-    folder = prepared(name, tests)
-    log = folder / "log"
-    mutmut(folder, log, workers, "none.such")  # makes the mutants, finds which test reaches which function, tries none
+    left_out: list[str] = []
+    for _ in range(TRIES):
+        folder = prepared(name, tests, left_out)
+        log, stats = folder / "log", folder / "mutants" / "mutmut-stats.json"
+        mutmut(folder, log, workers, "none.such")  # makes mutants, finds which test reaches which function, tries none
+        said = log.read_text(errors="replace")
+        failed = re.findall(r"^FAILED (\S+?::.+?)(?: - |$)", said, re.M)
+        if stats.exists() or not failed:
+            break
+        left_out += failed  # as one does that kills a process which mutmut does not know of; it is told in the end
     meta = folder / "mutants" / f"{name}.meta"
-    if not (folder / "mutants" / "mutmut-stats.json").exists():
-        said = " ".join(log.read_text(errors="replace").split())[-400:]
+    if not stats.exists():
+        said = " ".join(said.split())[-400:]
         return [{"file": name, "done": True, "mutants": 0, "tried": 0, "note": f"its tests fail in the copy: {said}"}]
     every = sorted(json.loads(meta.read_text())["exit_code_by_key"]) if meta.exists() else []
     chosen = sorted(random.Random(f"{seed} {name}").sample(every, sample)) if 0 < sample < len(every) else every
@@ -127,11 +135,18 @@ def mutated(name: str, sample: int, seed: int, workers: int) -> list[Row]:
         row = {"file": name, "mutant": each, "outcome": outcome, "seconds": codes["durations_by_key"].get(each)}
         rows.append({**row, **({} if outcome in NOTICED else {"diff": shown(folder, each)})})
     shutil.rmtree(folder)
-    last = {"file": name, "done": True, "mutants": len(every), "tried": len(chosen), "tests": tests}
+    last = {
+        "file": name,
+        "done": True,
+        "mutants": len(every),
+        "tried": len(chosen),
+        "tests": tests,
+        "left out": left_out,
+    }
     return [*rows, {**last, "seconds": round(time.monotonic() - began, 1)}]
 
 
-def prepared(name: str, tests: list[str]) -> Path:
+def prepared(name: str, tests: list[str], left_out: list[str]) -> Path:
     """A copy of the tree, with mutmut's configuration; one that was left behind is replaced."""
     folder = WORK / name.replace("/", "-").removesuffix(".py")
     shutil.rmtree(folder, ignore_errors=True)
@@ -141,7 +156,8 @@ def prepared(name: str, tests: list[str]) -> Path:
     for each in ("README.md", "CHANGELOG.md"):
         shutil.copy(ROOT / each, folder)
     (folder / "tests" / "support" / "sitecustomize.py").write_text(IN_CHILDREN)
-    settings = CONFIGURATION.format(modules=json.dumps([name]), tests=json.dumps(tests))
+    options = ["-p", "no:cacheprovider", "-p", "no:xdist", *(f"--deselect={test}" for test in left_out)]
+    settings = CONFIGURATION.format(modules=json.dumps([name]), tests=json.dumps(tests), options=json.dumps(options))
     (folder / "pyproject.toml").write_text((ROOT / "pyproject.toml").read_text() + settings)
     return folder
 

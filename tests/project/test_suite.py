@@ -156,6 +156,17 @@ def test_what_libraries_do_is_nobodys_fault(monkeypatch):
     noise.join()
 
 
+def test_what_torch_does_to_a_class_of_optimizers_is_nobodys_fault(monkeypatch):
+    """It wraps the step of the class when the first of it is made, and marks it so."""
+    from pipelines.training.optimizers import Muon
+
+    names, step = leaks.Names(), Muon.step
+    wrapped = lambda *given: step(*given)  # noqa: E731
+    wrapped.hooked = True
+    monkeypatch.setattr(Muon, "step", wrapped)
+    assert names.left() == []
+
+
 def test_who_leaves_something_behind_fails_with_its_name(tmp_path):
     """And the test that comes after it does not."""
     lines = ["os.chdir('/')", "assert os.getcwd() != '/'", "KEPT.append(1)", "prior.sampling.noise.gumbel = print"]

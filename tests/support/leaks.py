@@ -347,7 +347,10 @@ class Names:
 
 
 def by_itself(owner: Any, value: Any) -> bool:
-    """Whether another's module has it replaced by one of its own, as torch does when more of it is imported."""
+    """Whether another's module has it replaced by one of its own, as torch does when more of it is imported; and the
+    step of an optimizer's class when the first of it is made."""
+    if getattr(value, "hooked", False) is True:
+        return True
     package = owner.__name__.partition(".")[0]
     return package not in OURS and str(getattr(value, "__module__", None)).partition(".")[0] == package
 

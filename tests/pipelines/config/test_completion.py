@@ -77,9 +77,10 @@ def in_zsh(folder: Path, line: str) -> str:
 
     def read_until(end: str) -> None:
         nonlocal told
-        limit = time.monotonic() + 20
-        while end not in told and time.monotonic() < limit and select.select([terminal], [], [], 1)[0]:
-            told += os.read(terminal, 65536).decode()
+        limit = time.monotonic() + 120  # a busy machine may be silent for seconds
+        while end not in told and time.monotonic() < limit:
+            if select.select([terminal], [], [], 1)[0]:
+                told += os.read(terminal, 65536).decode()
 
     def tell(text: str) -> None:
         os.write(terminal, text.encode())

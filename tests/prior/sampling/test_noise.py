@@ -83,10 +83,13 @@ def test_noise_is_drawn_on_the_device_of_its_generator_in_what_it_has(place, kin
     assert asked == {"generator": generator, "device": torch.device(place), "dtype": kind}
 
 
-def test_one_block_needs_one_buffer(by_threads):
-    """Also where all of it is asked for ahead."""
-    with GumbelNoise(generators(2), 6, 5, CPU, ahead=6) as noise:
-        assert noise.positions == 6 and noise.of(0, 6).shape == (2, 6, 5) and len(noise.buffers) == 1
+def test_one_block_ahead_needs_one_buffer(by_threads, monkeypatch):
+    """Which the next one is drawn into once it is used up."""
+    monkeypatch.setattr("prior.sampling.noise.NOISE_BLOCK", 6 * 5)
+    with GumbelNoise(generators(2), 12, 5, CPU, ahead=6) as noise:
+        assert noise.positions == 6
+        for begin in (0, 6):
+            assert noise.of(begin, begin + 6).shape == (2, 6, 5) and len(noise.buffers) == 1
 
 
 def test_blocks_are_drawn_while_the_last_is_used(by_threads, monkeypatch):
