@@ -118,7 +118,7 @@ def test_what_no_parser_may_do_is_seen_and_the_rest_goes_on(tmp_path):
         "removes": "os.rmdir /nowhere",
         "calls": "subprocess.Popen",
         "executes": "exec ",
-        "takes": "MiB for ",
+        "takes": "700 MiB",
         "hangs": "hangs",
     }
     assert all(count == 2 for count, _ in found.values()), found
