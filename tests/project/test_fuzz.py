@@ -96,10 +96,7 @@ PLANTED = """
     }
     found = {}
     for name, use in bugs.items():
-        def act(folder, use=use):
-            if b"bad" in (folder / "a").read_bytes()[:3]:
-                return use(folder)
-        target = Target(name, lambda folder: {"x": {"a": b"bad" + bytes(20)}}, act, (damage_bytes,))
+        target = Target(name, lambda folder: {"x": {"a": b"abc"}}, use, (damage_bytes,))
         fuzzing.HANGS = 2.0 if name == "hangs" else 60.0
         rows = Campaign(target, Path(sys.argv[1]) / name, kept=Path(sys.argv[1]) / "kept").run(range(2))
         found[name] = [len(rows), sorted({row["problem"] for row in rows} - {""})]
@@ -121,7 +118,7 @@ def test_what_no_parser_may_do_is_seen_and_the_rest_goes_on(tmp_path):
         "removes": "os.rmdir /nowhere",
         "calls": "subprocess.Popen",
         "executes": "exec ",
-        "takes": "MiB for ",
+        "takes": "700 MiB",
         "hangs": "hangs",
     }
     assert all(count == 2 for count, _ in found.values()), found
