@@ -200,6 +200,7 @@ def told_children(name: str, before: list[int], now: list[int]) -> list[str]:
     for pid in sorted(new & set(children())):
         found.append(f"{name}: {Path(f'/proc/{pid}/cmdline').read_bytes().decode(errors='replace')[:200]!r}")
         os.kill(pid, signal.SIGKILL)
+        os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)  # who started it may wait for it, too
     return found
 
 

@@ -20,6 +20,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
+from pipelines.training.checkpoints import rotation
 from pipelines.training.checkpoints import states as checkpoint
 from pipelines.training.checkpoints.rotation import latest_state
 from pipelines.training.checkpoints.states import load_state, save_state
@@ -463,3 +464,39 @@ def test_a_moment_of_another_shape_than_its_weight_is_refused(tmp_path):
     write_manifest(folder, step=1)
     with pytest.raises(WeightsError, match="a tensor of shape .*, its parameter has"):
         Run().load(folder)
+
+
+# What is set aside
+
+
+def whole_state(run: Path, step: int) -> Path:
+    """The folder of a small state."""
+    return save_state(run, step, model=nn.Linear(2, 2), ema=None, optimizers={}, counters={})
+
+
+def test_the_only_state_set_aside_by_a_kill_gets_its_name_back(tmp_path):
+    """Between two renames it has no other; its name may have more than eight digits."""
+    state = whole_state(tmp_path, 123456789)
+    state.rename(state.with_name(f".del-{state.name}-0123abcd"))
+    assert latest_state(tmp_path) == state and state.is_dir()
+    assert [path.name for path in state.parent.iterdir()] == [state.name]
+
+
+def test_states_are_in_the_order_of_their_steps(tmp_path):
+    """Which is not that of their names once a step has nine digits."""
+    for name in ("step-100000000", "step-99999999", "step-00000007"):
+        (tmp_path / name).mkdir()
+    assert [rotation.step_of(path) for path in rotation.states_in(tmp_path)] == [7, 99999999, 100000000]
+
+
+def test_what_cannot_be_deleted_now_is_deleted_at_the_next_start(tmp_path, monkeypatch):
+    """By the name under which it is left; and no error of deleting ends a run."""
+    asked = []
+    whole_state(tmp_path, 1)
+    saved = whole_state(tmp_path, 2)
+    with monkeypatch.context() as patch:
+        patch.setattr(rotation.shutil, "rmtree", lambda path, ignore_errors=False: asked.append(ignore_errors))
+        rotation.rotate(saved, 1)
+    left = [path.name for path in saved.parent.iterdir() if path != saved]
+    assert len(left) == 1 and asked == [True] and rotation.LEFT.fullmatch(left[0])
+    assert latest_state(tmp_path) == saved and [path.name for path in saved.parent.iterdir()] == [saved.name]
