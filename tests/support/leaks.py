@@ -141,9 +141,10 @@ def runs(pid: int) -> bool:
     """Whether it is neither over nor a library's own."""
     try:
         command = Path(f"/proc/{pid}/cmdline").read_bytes().decode(errors="replace")
+        over = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] in "ZX"
     except OSError:
         return False
-    return bool(command) and not any(name in command for name in SERVANTS)
+    return not over and not any(name in command for name in SERVANTS)  # one that has just begun has no command yet
 
 
 def left(before: State) -> list[str]:
