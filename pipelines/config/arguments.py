@@ -15,6 +15,8 @@ from tokenizer.settings.mistakes import show
 
 from .yaml_text import MAX_BYTES, read_yaml_text
 
+LONGEST_NAME = 400  # characters of the name of a preset in a message
+
 
 class UserError(Exception):
     """A user's mistake. Each line of the message is one problem; unprintable characters are escaped."""
@@ -128,7 +130,8 @@ def find_preset(name: str) -> Path:
     hint = f"did you mean {' or '.join(near)}?" if near else "`smalti presets` lists them"
     kind = "a folder, not a file" if os.path.isdir(name) else "no such file"
     reason = "several presets have this name" if named else f"{kind}, no such preset"
-    raise UserError(f"{name}: cannot be read ({reason}); {hint}")
+    called = name if len(name) <= LONGEST_NAME else f"{name[: LONGEST_NAME - 4]} ..."
+    raise UserError(f"{called}: cannot be read ({reason}); {hint}")
 
 
 def is_there(path: str) -> bool:

@@ -123,16 +123,15 @@ def test_a_job_goes_on_or_begins_again(tmp_path):
 
     def write(root: Path, journal: Journal) -> None:
         job = Job(root / "out", PIECES, {"seed": 0})
-        with job.begin() as missing:
-            for piece in missing:
-                job.keep(piece, f"seed 0, {piece.start}".encode())
+        for piece in job.begin():
+            job.keep(piece, f"seed 0, {piece.start}".encode())
 
     for left, _ in lost(tmp_path, write):
         for seed in (1, 0):
             job = Job(left / "out", PIECES, {"seed": seed})
             try:
-                with job.begin() as missing:
-                    kept = {job.read(piece) for piece in PIECES if piece not in missing}
+                missing = job.begin()
+                kept = {job.read(piece) for piece in PIECES if piece not in missing}
             except UserError:
                 assert seed == 1
             else:

@@ -495,7 +495,7 @@ def use_run(folder: Path) -> None:
     from pipelines.tracking.record import Reader, Record
     from pipelines.train_tokenizer import TrainTokenizerConfig
     from pipelines.training.run_folder import begun_data, check_folder
-    from tokenizer.files.claims import taken
+    from tokenizer.files.claims import inside, known_gone
     from tokenizer.files.writing import check_results, results_folder
 
     def record() -> None:
@@ -520,7 +520,7 @@ def use_run(folder: Path) -> None:
         partial(read_report, folder),
         partial(data_beside, folder / "tokenizer" / "provenance.json"),
         partial(tracker._identify, folder, ["wandb"], 2, 3),
-        partial(taken, folder),
+        partial(known_gone, inside(folder)),
         partial(listed, Report(0, []).problems),
         record,
         results,

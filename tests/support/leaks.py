@@ -60,7 +60,7 @@ QUIET = {"accelerate's state", "hooks for exceptions"}
 SERVANTS = ("resource_tracker", "forkserver", "wandb-core", "wandb.sdk", "node")
 """Processes that libraries keep for as long as theirs lives."""
 CALLED = {FunctionType, BuiltinFunctionType, property, classmethod, staticmethod, functools.partial}
-PATIENCE = 10.0  # seconds that a thread or process may take to end: none of it if there is none
+PATIENCE = 60.0  # seconds that a thread or process may take to end: none of it if there is none
 
 State = dict[str, Any]
 
@@ -373,7 +373,7 @@ def open_files() -> dict[str, str]:
             path = os.readlink(f"/proc/self/fd/{number}")
         except OSError:
             continue
-        if path.startswith(tempfile.gettempdir()):
+        if path.startswith(tempfile.gettempdir()) and not path.startswith(sys.prefix):  # fonts, of matplotlib
             found[number] = path
     return found
 

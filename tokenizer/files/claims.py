@@ -35,7 +35,7 @@ PERIOD, SILENCE, LOOK = 5.0, 120.0, 1.0
 TRIES, PAUSE = 200, 0.05  # for a stale claim that another process is taking over; seconds between two
 TAIL = re.compile(r"[.-][0-9a-f]{32}$")  # of the names of claims on claims, and of claims not yet in place
 LONGEST = 150  # bytes of the name of a file whose claim is called after it
-NO_LINKS = (errno.EPERM, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EINVAL, errno.EMLINK)
+NO_LINKS = (errno.EPERM, errno.EXDEV, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EINVAL, errno.EMLINK)
 LOST = 1  # exit code of a process whose claim another one has taken over
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 from types import SimpleNamespace
 
 import pytest
@@ -128,7 +129,7 @@ def test_killed_while_the_names_change_the_dataset_is_found_again(tokenizer, tmp
 
 def test_files_are_copied_where_they_can_not_be_linked(tokenizer, tmp_path, monkeypatch):
     def no_links(*paths):
-        raise OSError("not on this disk")
+        raise OSError(errno.EXDEV, "not on this disk")
 
     images = write_classes(tmp_path / "a", ["cat"], 5)
     run(config(tokenizer, tmp_path / "linked", images, rows_per_shard=2))
