@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -29,6 +30,8 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 CONFIG = "config.yaml"
+HALF = re.compile(rf"\.tmp-{re.escape(CONFIG)}-[0-9a-f]{{8}}")
+"""Names of configurations that were being written when a process was killed, or power was lost."""
 BEGUN_WITH = "init.fingerprint"
 """Among the configuration that a state keeps: no setting, but what one of them meant."""
 
@@ -84,7 +87,8 @@ def check_folder(run: Path, config: Any) -> list[str]:
 
 def strangers(run: Path) -> list[str]:
     """What is in a folder, and no run leaves there before it has written its configuration."""
-    return sorted(entry.name for entry in run.iterdir() if entry.name != SIGNS and not is_claim(entry.name))
+    names = [entry.name for entry in run.iterdir()]
+    return sorted(name for name in names if name != SIGNS and not is_claim(name) and not HALF.fullmatch(name))
 
 
 @contextmanager
@@ -104,6 +108,9 @@ def take_folder(run: Path, config: Any, accelerator: Accelerator, snapshots: Map
     def take() -> None:
         for name, kind in snapshots.items():
             require_ours(run / name, kind)
+        for path in run.iterdir():
+            if HALF.fullmatch(path.name):
+                path.unlink()
         replace_file(run / CONFIG, to_yaml(config).encode())
 
     team_of(accelerator).first(take)

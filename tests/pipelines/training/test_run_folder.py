@@ -323,6 +323,20 @@ def test_a_new_run_may_have_the_folder_that_a_killed_one_had_only_claimed(tmp_pa
     assert not list(run.glob(".lock*"))
 
 
+def test_a_new_run_may_have_the_folder_that_a_killed_one_had_only_begun(tmp_path):
+    """A configuration that is half written is nobody's; what only looks like one is somebody's."""
+    run, half = tmp_path / "run", tmp_path / "run" / ".tmp-config.yaml-94ed41e8"
+    run.mkdir()
+    half.write_text("train:")
+    train_tokenizer(run, train__steps=2)
+    assert not half.exists() and (run / "tokenizer").is_dir()
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / ".tmp-config.yaml-mine").write_text("train:")
+    with pytest.raises(UserError, match="not empty"):
+        train_tokenizer(tmp_path / "other", train__steps=2)
+    assert (tmp_path / "other" / ".tmp-config.yaml-mine").exists()
+
+
 # Where a run may lie
 
 
