@@ -118,6 +118,16 @@ def test_what_is_left_is_told_and_put_back(leak, released, monkeypatch):
     assert pyplot and VQ
 
 
+def test_a_thread_that_ends_while_it_is_looked_at_is_no_fault(monkeypatch):
+    """Threads of pools come and go, and with them what the kernel tells of them."""
+    with subprocess.Popen(["sleep", "60"]) as process:
+        threads = [Path("/proc/self/task/0"), *Path("/proc/self/task").iterdir()]
+        monkeypatch.setattr(leaks.Path, "iterdir", lambda folder: iter(threads))
+        while process.pid not in leaks.children():  # it has not begun
+            time.sleep(0.01)
+        process.kill()
+
+
 @pytest.mark.parametrize("leak", OF_A_FILE)
 def test_what_a_file_of_tests_replaces_is_told_and_put_back(leak):
     import prior.sampling.noise

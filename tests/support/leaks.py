@@ -6,6 +6,7 @@ put back is put back, so that the next test does not fail for another's fault.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import gc
 import logging
@@ -131,9 +132,10 @@ def children() -> list[int]:
         os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)  # one call, which mostly says there is none
     except ChildProcessError:
         return []
-    found = []
+    found: list[int] = []
     for task in Path("/proc/self/task").iterdir():
-        found += [int(pid) for pid in (task / "children").read_text().split()]
+        with contextlib.suppress(OSError):  # a thread that has just ended has none
+            found += [int(pid) for pid in (task / "children").read_text().split()]
     return sorted(pid for pid in found if runs(pid))
 
 
@@ -199,9 +201,10 @@ def told_children(name: str, before: list[int], now: list[int]) -> list[str]:
         time.sleep(0.01)
     found = []
     for pid in sorted(new & set(children())):
-        found.append(f"{name}: {Path(f'/proc/{pid}/cmdline').read_bytes().decode(errors='replace')[:200]!r}")
-        os.kill(pid, signal.SIGKILL)
-        os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)  # who started it may wait for it, too
+        with contextlib.suppress(OSError):  # it ended at last
+            found.append(f"{name}: {Path(f'/proc/{pid}/cmdline').read_bytes().decode(errors='replace')[:200]!r}")
+            os.kill(pid, signal.SIGKILL)
+            os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)  # who started it may wait for it, too
     return found
 
 
