@@ -20,6 +20,7 @@ from __future__ import annotations
 import json
 import os
 import resource
+import signal
 import sys
 import tempfile
 import time
@@ -302,6 +303,10 @@ def table(rows: list[Row]) -> str:
 
 
 def main() -> None:
+    if (
+        signal.getsignal(signal.SIGINT) == signal.SIG_IGN
+    ):  # as in the background, where all that it starts would be deaf
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     others = {"steps": 300, "start": 0, "launched": True, "out": None}
     options = read_options(__doc__, {**dict.fromkeys(CAMPAIGNS, 0), **others})
     counts = {name: count for name in CAMPAIGNS if (count := getattr(options, name))}
