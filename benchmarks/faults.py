@@ -303,9 +303,7 @@ def table(rows: list[Row]) -> str:
 
 
 def main() -> None:
-    if (
-        signal.getsignal(signal.SIGINT) == signal.SIG_IGN
-    ):  # as in the background, where all that it starts would be deaf
+    if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # as in the background; all that it starts would be deaf
         signal.signal(signal.SIGINT, signal.default_int_handler)
     others = {"steps": 300, "start": 0, "launched": True, "out": None}
     options = read_options(__doc__, {**dict.fromkeys(CAMPAIGNS, 0), **others})

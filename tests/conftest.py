@@ -23,6 +23,7 @@ os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, PATHS))
 import leaks  # noqa: E402
 import numpy as np  # noqa: E402
 import pytest  # noqa: E402
+import sparse  # noqa: E402
 import torch  # noqa: E402
 
 # A job in the background (or under nohup) is deaf to these, and so would be every process that a test starts and stops.
@@ -44,6 +45,12 @@ def leave_out_what_stays() -> None:
     """Later collections of garbage, of which accelerate makes one a run, do not look through what there is now."""
     gc.collect()
     gc.freeze()
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Before those that are slow are left out."""
+    sparse.thin_out(items)
 
 
 def pytest_collection_finish() -> None:

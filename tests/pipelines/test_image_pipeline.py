@@ -176,6 +176,7 @@ def test_masks_of_another_shape_or_type_are_refused(known):
 # Types and parts
 
 
+@pytest.mark.sparse
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @every_pair
 def test_another_type_can_be_used_saved_and_loaded(tokenizer, prior, dtype, tmp_path):

@@ -63,6 +63,7 @@ def test_an_order_per_image_equals_one_image_at_a_time(name, orders):
         assert torch.allclose(together[k], alone[0], atol=1e-5)
 
 
+@pytest.mark.sparse
 @every_model
 @pytest.mark.parametrize("order", ORDERS)
 def test_a_named_order_equals_the_model_built_with_it(name, order):
@@ -121,6 +122,7 @@ def test_where_all_orders_are_of_one_joint_there_is_no_spread():
     assert model.order_spread(torch.randint(5, (6, 3, 4))).max() < 1e-4
 
 
+@pytest.mark.sparse
 @every_model
 @pytest.mark.parametrize("cache", [True, False])
 def test_frequencies_of_a_mixture_match_its_log_prob(name, cache):
@@ -133,6 +135,7 @@ def test_frequencies_of_a_mixture_match_its_log_prob(name, cache):
     assert ((found - expected).abs() < 5 * deviation + 1e-4).all()
 
 
+@pytest.mark.sparse
 @every_model
 @pytest.mark.parametrize("path", [{}, {"cache": False}, {"parallel": True}])
 def test_completion_is_conditioned_on_all_known_tokens(name, path):

@@ -66,6 +66,7 @@ def test_a_prior_of_any_order_is_a_density_in_every_partition(name, order):
     assert abs(float(one) - 1) < 1e-12 and abs(float(mixed) - 1) < 1e-12
 
 
+@pytest.mark.sparse
 @pytest.mark.parametrize("name", ["blocks", "marginal", "masked"])
 @every_partition
 def test_sampling_makes_a_pass_per_block(name, order, monkeypatch):

@@ -6,6 +6,7 @@ from costs import Operations, all_steps, flops
 from small import ORDERS, draw_tokens, generators, make_prior, moved_by
 
 
+@pytest.mark.sparse
 @pytest.mark.parametrize("order", ORDERS)
 @pytest.mark.parametrize(
     ("sizes", "reach"),
@@ -64,6 +65,7 @@ def test_forward_is_wavenet_by_definition():
     assert (model(tokens, torch.tensor([label]))[0, walk] - expected).abs().max() < 1e-12
 
 
+@pytest.mark.sparse
 @pytest.mark.parametrize("shape", [(8, 8), (16, 16), (5,), (2, 3, 4)])
 @pytest.mark.parametrize("sizes", [{}, {"kernel": 3, "depth": 6}])
 def test_sampling_costs_exactly_one_forward_pass(shape, sizes):

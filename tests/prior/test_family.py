@@ -46,6 +46,7 @@ def test_every_model_is_found_and_takes_the_orders_it_says():
     assert taken == {name: ["raster"] if name in RASTER_ONLY else many[name] for name in PRIORS}
 
 
+@pytest.mark.sparse
 @every_order
 def test_logits_see_only_earlier_tokens(name, order):
     """Changing a token moves no logits of its block and of those before it, and of later ones all those whose model
@@ -66,6 +67,7 @@ def test_logits_see_only_earlier_tokens(name, order):
     assert moved.equal(field), "tokens are seen by other positions than the model says"
 
 
+@pytest.mark.sparse
 @every_order
 @pytest.mark.parametrize("label", [None, 1])
 def test_probabilities_sum_to_one(name, order, label):
@@ -94,6 +96,7 @@ def scale(settings, t):
     return start if end is None else start + weight * (end - start)
 
 
+@pytest.mark.sparse
 @every_order
 def test_cached_sampling_equals_uncached(name, order):
     model = make_prior(name, order=order)
@@ -109,6 +112,7 @@ def test_cached_sampling_equals_uncached(name, order):
     assert torch.equal(*course)
 
 
+@pytest.mark.sparse
 @every_order
 def test_step_logits_equal_forward_logits(name, order):
     model = make_prior(name, order=order).double()
@@ -157,6 +161,7 @@ def walked(model, walk, known):
     return {"block_of": torch.empty_like(walk).scatter_(0, walk, numbers)}
 
 
+@pytest.mark.sparse
 @some_orders
 @pytest.mark.parametrize(
     ("settings", "part"),
@@ -197,6 +202,7 @@ def test_a_token_is_the_argmax_of_its_own_logits_and_noise(name, order, settings
         assert torch.equal(drawn[k].flatten(), tokens[0])
 
 
+@pytest.mark.sparse
 @every_prior
 @pytest.mark.parametrize(
     "settings",
@@ -230,6 +236,7 @@ def test_what_rounding_could_turn_is_left_to_one_computation(name, settings, mon
     assert settings.get("temperature") == 0 or not torch.equal(turned, expected), "too little to test anything"
 
 
+@pytest.mark.sparse
 @every_prior
 @pytest.mark.parametrize(
     "settings", [{}, {"top_k": 3, "top_p": 0.8}, {"guidance_scale": 2.0}, {"temperature": 0.0}, COURSE]
@@ -296,6 +303,7 @@ def test_a_course_of_guidance_is_that_of_each_token(name):
     assert not torch.equal(drawn[0], drawn[2]) and not torch.equal(drawn[2], drawn[3])
 
 
+@pytest.mark.sparse
 @every_order
 def test_known_tokens_come_back_and_condition_the_rest(name, order):
     model = make_prior(name, order=order)
@@ -323,6 +331,7 @@ def test_sampling_costs_one_forward_pass(name):
     assert flops(lambda: model.next_logits_slow(state, None)) == whole
 
 
+@pytest.mark.sparse
 @every_prior
 @pytest.mark.parametrize("settings", [{}, {"top_k": 20}, {"top_p": 0.9}, {"top_k": 40, "top_p": 0.9}])
 def test_what_one_computation_decides_is_rare(name, settings, monkeypatch):
@@ -381,6 +390,7 @@ def test_other_grids(name):
             assert vocab_size > 1 or model.log_prob(drawn).abs().max() == 0
 
 
+@pytest.mark.sparse
 @every_prior
 @pytest.mark.parametrize(
     ("arguments", "message"),

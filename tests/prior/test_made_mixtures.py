@@ -80,6 +80,7 @@ def test_an_image_of_a_mixture_depends_on_its_generator_alone(name):
     assert (kept[:, known] == drawn[0][known]).all() and model.degrees()[0].equal(even_degrees(7, 4))
 
 
+@pytest.mark.sparse
 @pytest.mark.parametrize("walk", ["its own", "each its own"])
 @pytest.mark.parametrize("number", [0, 1, 2])
 @every_variant

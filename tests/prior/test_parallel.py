@@ -20,6 +20,7 @@ def test_all_exact_priors_are_tested():
     assert {"diagonal", "halton:4"} <= {order for name, order in EXACT_IN_ORDERS if name == "blocks"}
 
 
+@pytest.mark.sparse
 @every_order
 def test_parallel_equals_sequential(name, order):
     model = make_prior(name, order=order)

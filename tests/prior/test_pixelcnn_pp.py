@@ -95,6 +95,7 @@ def reference(model, tokens, labels):
     return model.head(F.elu(ul).movedim(1, -1)).flatten(1, 2)
 
 
+@pytest.mark.sparse
 @every_stages
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("depth", [1, 2])
@@ -119,6 +120,7 @@ def test_published_size():
 # What is seen
 
 
+@pytest.mark.sparse
 @every_stages
 @pytest.mark.parametrize("shape", [*SHAPES, (11, 6)])
 def test_receptive_field_is_what_moves(stages, shape):
@@ -188,6 +190,7 @@ def test_every_row_table_reaches_the_logits(table):
 # Steps
 
 
+@pytest.mark.sparse
 @every_stages
 @pytest.mark.parametrize("rows", [1, 5])
 @pytest.mark.parametrize("shape", [*SHAPES, (13, 6), (1, 1)])
@@ -203,6 +206,7 @@ def test_steps_are_the_forward_pass(stages, rows, shape):
         assert (model.next_logits(other, None) - whole[:, :1]).abs().max() < bound
 
 
+@pytest.mark.sparse
 @every_stages
 @pytest.mark.parametrize("head", [None, *HEADS])
 def test_steps_multiply_what_a_pass_does(stages, head):

@@ -85,6 +85,7 @@ def test_coordinates_are_told_apart():
 SIZES = [{}, {"residual": 1, "kernel": 5}, {"residual": 3, "heads": 1, "key": 8, "depth": 1}]
 
 
+@pytest.mark.sparse
 @pytest.mark.parametrize("rows", [1, 3, 4, 9])
 @pytest.mark.parametrize("shape", [(5, 3), (2, 7), (6, 1), (1, 1)])
 @pytest.mark.parametrize("sizes", SIZES)
@@ -111,6 +112,7 @@ def test_every_gate_hears_the_class(gate, block):
     assert (firsts - model(tokens, labels)[:, 0]).abs().max() < 1e-9
 
 
+@pytest.mark.sparse
 @pytest.mark.parametrize("shape", [(8, 8), (16, 16)])
 @pytest.mark.parametrize("sizes", [*SIZES, {"dim": 64, "depth": 1, "heads": 1, "value": 32}])
 def test_sampling_costs_one_forward_pass(shape, sizes):

@@ -9,13 +9,14 @@ from functools import cache
 from pathlib import Path
 
 import pytest
+from each import of_each
 
 ROOT = Path(__file__).parents[2]
 PACKAGES = ("tokenizer", "prior", "pipelines")
 MODULES = [path.relative_to(ROOT).as_posix() for name in PACKAGES for path in sorted((ROOT / name).rglob("*.py"))]
 MODELS = [name for name in MODULES if not name.startswith("pipelines/")]
-every_module = pytest.mark.parametrize("name", MODULES)
-every_model_module = pytest.mark.parametrize("name", MODELS)
+every_module = of_each(MODULES)
+every_model_module = of_each(MODELS)
 
 CONTRACT = ("prior", "tokenizer.base", "tokenizer.pretrained")
 LONGEST = 60  # lines of a function

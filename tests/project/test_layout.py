@@ -9,6 +9,7 @@ from functools import cache
 from pathlib import Path
 
 import pytest
+from each import of_each
 
 ROOT = Path(__file__).parents[2]
 PACKAGES = ("tokenizer", "prior", "pipelines")
@@ -155,7 +156,7 @@ def test_no_command_is_a_library_of_another() -> None:
     assert not [arrow for arrow in found if place_of(arrow[1]) == "commands"]
 
 
-@pytest.mark.parametrize("name", FILES)
+@of_each(FILES)
 def test_what_is_imported_is_there(name: str) -> None:
     for module, taken in imports_of(tree_of(name), name):
         if module.split(".")[0] in PACKAGES and taken:
@@ -191,7 +192,7 @@ def test_pipelines_shows_the_five_steps() -> None:
     assert files == {*STEPS, "image_pipeline", "__init__", "__main__"}
 
 
-@pytest.mark.parametrize("name", FILES)
+@of_each(FILES)
 def test_names_neither_repeat_the_folder_nor_shadow_the_standard_library(name: str) -> None:
     path = Path(name)
     assert path.stem not in sys.stdlib_module_names
@@ -232,7 +233,7 @@ def test_what_is_covered_may_take_several_lines() -> None:
     assert mirror_of("pipelines/commands/import_.py") == "tests/pipelines/commands/test_import.py"
 
 
-@pytest.mark.parametrize("name", [name for name in FILES if not Path(name).stem.startswith("__")])
+@of_each(name for name in FILES if not Path(name).stem.startswith("__"))
 def test_each_file_has_its_tests(name: str) -> None:
     own = (ROOT / mirror_of(name)).exists()
     assert own or name in {path for _, path in COVERED}, f"no {mirror_of(name)}, and no test file says `Covers: {name}`"

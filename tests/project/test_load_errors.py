@@ -119,6 +119,7 @@ def test_one_flipped_byte(folder, name):
         data[position] ^= 1
 
 
+@pytest.mark.sparse
 @pytest.mark.parametrize("name", FILES)
 @pytest.mark.parametrize("keep", [0.0, 0.5, 0.99])
 def test_truncated_file(folder, name, keep):
@@ -158,6 +159,7 @@ def test_manifest_of_another_form(folder, files):
     assert refused(folder, FormatError, folder / MANIFEST, seal=False)
 
 
+@pytest.mark.sparse
 @pytest.mark.parametrize("name", JSONS)
 @pytest.mark.parametrize(
     ("text", "error"),
@@ -262,6 +264,7 @@ HOSTILE = [
 ]
 
 
+@pytest.mark.sparse
 @pytest.mark.parametrize("part", ["tokenizer", "prior"])
 @pytest.mark.parametrize("name", HOSTILE, ids=ascii)
 def test_hostile_class_name(folder, part, name):

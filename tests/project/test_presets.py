@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from each import of_each
 
 from pipelines import encode, evaluate, generate, train_prior, train_tokenizer
 from pipelines.__main__ import main
@@ -38,7 +39,7 @@ TOKENIZER_PRESETS = [path for path in PRESETS if path.parent.name == "tokenizer"
 PRIOR_PRESETS = [path for path in PRESETS if path.parent.name == "prior"]
 MOST_LINES = 26
 
-every_preset = pytest.mark.parametrize("path", PRESETS, ids=lambda path: f"{path.parent.name}/{path.stem}")
+every_preset = of_each(PRESETS)
 
 
 def config_of(path: Path, *overrides: str) -> Config:

@@ -29,7 +29,7 @@ ROOT = Path(__file__).parents[2]
 ISAS, CAPABILITIES, THREADS = ("AVX2", "AVX512_CORE", ""), ("default", "avx2", "avx512"), (1, 2)
 """For oneDNN ("" is what the machine has), for ATen, and for OpenMP."""
 GRID = list(itertools.product(ISAS, CAPABILITIES, THREADS))
-QUICK = [("AVX2", "avx2", 2), ("", "pretended", 1)]
+QUICK = [pytest.param(("AVX2", "avx2", 2), marks=pytest.mark.slow), ("", "pretended", 1)]
 SIZES = (((12, 8), 3), ((28, 28), 1))
 IMAGES, BATCHES = 13, (1, 3, 13)
 
@@ -62,7 +62,7 @@ def check(found: dict[str, int]) -> None:
     assert found["ids"] == found["bytes"] == found["floats"] == found["tokens"] == 0
 
 
-@pytest.mark.parametrize("setting", QUICK, ids=map(str, QUICK))
+@pytest.mark.parametrize("setting", QUICK, ids=str)
 def test_an_image_does_not_depend_on_its_batch(setting):
     found = look(*setting)
     check(found)

@@ -26,6 +26,7 @@ from pathlib import Path
 import leaks
 import pytest
 import torch
+from each import of_each
 
 assert gc and logging and resource and signal and socket and tempfile and torch  # for the lines below
 
@@ -188,6 +189,47 @@ def test_who_leaves_something_behind_fails_with_its_name(tmp_path):
     assert "4 passed, 2 errors" in said and [name for name, _ in told] == ["test_0", "test_3"]
     assert told[0][1].startswith("this test leaves behind: the working folder: ")
     assert told[1][1] == "this file of tests leaves behind: prior.sampling.noise.gumbel is replaced"
+
+
+SPARSE = """
+
+@pytest.fixture(params=[True, False])
+def both(request):
+    return request.param
+
+
+@pytest.mark.sparse
+@pytest.mark.parametrize("order", ["raster", "snake", "column"])
+@pytest.mark.parametrize("name", ["gpt", "made", pytest.param("slow", marks=pytest.mark.slow)])
+def test_some(name, order, both):
+    print(f"<{name} {order} {both}>")
+"""
+
+
+def test_each_value_of_each_parameter_comes_and_the_rest_is_slow(tmp_path):
+    """None comes twice, and none never."""
+    path = file_of(tmp_path / "tests", "test_some.py", [])
+    path.write_text(path.read_text() + "import pytest" + SPARSE)
+    seen = {}
+    for marks in ("not slow", "slow"):
+        options = ("-p", "no:cacheprovider", "-c", ROOT / "pyproject.toml", "-m", marks)
+        seen[marks] = re.findall(r"<(\w+) (\w+) (\w+)>", run("-m", "pytest", "-q", "-s", *options, path, code=0))
+    for place, values in enumerate([{"gpt", "made"}, {"raster", "snake", "column"}, {"True", "False"}]):
+        assert {case[place] for case in seen["not slow"]} == values
+    assert len(seen["not slow"]) == 3 and len({*seen["not slow"], *seen["slow"]}) == len(sum(seen.values(), [])) == 18
+
+
+def test_a_test_of_each_tells_all_that_fail():
+    """And what is said of the first."""
+
+    @of_each(range(4))
+    def test_small(number):
+        """The doc."""
+        assert number < 2, f"{number} is large"
+
+    with pytest.raises(AssertionError, match="2 is large") as caught:
+        test_small()
+    assert caught.value.__notes__ == ["of: 2, 3"]
 
 
 @pytest.mark.slow

@@ -133,6 +133,7 @@ def refuses(world: Any, name: str, out: Path, *needles: str) -> None:
 # What is not ours
 
 
+@pytest.mark.sparse
 @pytest.mark.parametrize("trap", TRAPS)
 @of_kind("whole", "new", "state", "run")
 def test_a_folder_of_somebody_is_refused_and_left_as_it_was(world, tmp_path, name, trap):
@@ -163,6 +164,7 @@ def test_results_do_not_go_into_a_folder_with_another_manifest(world, tmp_path, 
     assert snapshot(tmp_path / "out") == before
 
 
+@pytest.mark.sparse
 @pytest.mark.parametrize("content", ["text", "a picture", "another's stream", "written by smalti, says a text"])
 @of_kind("file")
 def test_a_file_of_somebody_is_refused_and_left_as_it_was(world, tmp_path, name, content):

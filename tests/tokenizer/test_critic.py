@@ -237,6 +237,7 @@ def test_a_generator_step_raises_the_logits_of_fakes(kind):
     assert bool((moved.flatten(1).mean(1) > logits.flatten(1).mean(1)).all())
 
 
+@pytest.mark.sparse
 @every_loss
 @every_norm
 def test_a_critic_learns_to_tell_blurred_from_sharp(kind, norm):

@@ -103,6 +103,7 @@ def test_wrong_images_and_tokens_are_named(name):
         tokenizer.decode(torch.full((1, *tokenizer.grid.shape), tokenizer.grid.vocab_size))
 
 
+@pytest.mark.sparse
 @pytest.mark.parametrize("kind", QUANTIZERS)
 @pytest.mark.parametrize(
     ("size", "factor", "widths", "blocks", "attention"),

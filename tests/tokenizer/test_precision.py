@@ -111,6 +111,7 @@ def image_models() -> Iterator[Any]:
 # Where it holds
 
 
+@pytest.mark.sparse
 @pytest.mark.usefixtures("lowered")
 @pytest.mark.parametrize(("name", "config"), image_models())
 def test_tokenizers_are_precise(name, config):
@@ -148,6 +149,7 @@ def test_likelihoods_and_features_are_precise(name):
         assert {"bf16", "tf32"} <= seen_in(lambda: model(tokens)).rounded
 
 
+@pytest.mark.sparse
 @pytest.mark.usefixtures("lowered")
 @every_prior
 @pytest.mark.parametrize("path", [{}, {"cache": False}, {"parallel": True}], ids=str)

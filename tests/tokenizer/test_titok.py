@@ -40,6 +40,7 @@ def some_tokens(tokenizer: Tokenizer, count: int = 3) -> Tensor:
 # All tokens
 
 
+@pytest.mark.sparse
 @pytest.mark.parametrize("kind", [kind for kind in QUANTIZERS if kind != "multiscale"])
 @pytest.mark.parametrize("keep", [None, "uniform", "powers"])
 def test_every_quantizer(kind, keep):

@@ -27,6 +27,7 @@ def auroc(pipe, normal, anomalous, method="joint"):
     return float(((b[:, None] > a).double() + 0.5 * (b[:, None] == a)).mean())
 
 
+@pytest.mark.sparse
 @pytest.mark.parametrize("channels", [1, 3])
 @pytest.mark.parametrize("tokenizer", TOKENIZERS)
 def test_statistics_do_not_depend_on_the_batch(tokenizer, channels):

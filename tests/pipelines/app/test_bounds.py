@@ -52,6 +52,7 @@ def test_what_the_page_reads(path):
     assert asked(path)[0] == 200 and asked(path, "HEAD")[0] == 200
 
 
+@pytest.mark.sparse
 @pytest.mark.parametrize(
     "path",
     [

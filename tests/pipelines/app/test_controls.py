@@ -157,6 +157,7 @@ def test_every_order_that_is_offered_can_be_sampled_in(kind):
         assert pipe(1, seed=0, order=order, progress=False).tokens.shape == (1, *pipe.prior.grid.shape)
 
 
+@pytest.mark.sparse
 @pytest.mark.parametrize("name", ["", "raster", "halton", "spread", "random:0", "hilbert", "column"])
 @pytest.mark.parametrize("passes", [1, 3, 7, 8, 24])
 def test_as_many_passes_as_were_asked_for(name, passes):

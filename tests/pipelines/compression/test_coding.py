@@ -70,6 +70,7 @@ def test_every_order_codes(prior, order):
     assert torch.equal(decompressed(pipe, data), expected(pipe, images, False))
 
 
+@pytest.mark.sparse
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("channels", [1, 3])
 def test_every_kind_of_tokenizer_comes_back(kind, channels):
@@ -84,6 +85,7 @@ def test_every_kind_of_tokenizer_comes_back(kind, channels):
         assert torch.equal(((found + 1) * 127.5).round().to(torch.uint8), images)
 
 
+@pytest.mark.sparse
 @pytest.mark.parametrize("kind", ["tokens", "pixels given tokens"])
 @pytest.mark.parametrize("batch_size", [1, 7, 64])
 @pytest.mark.parametrize("threads", [1, 2])

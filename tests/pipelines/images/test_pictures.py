@@ -16,6 +16,7 @@ from pipelines import from_unit
 from pipelines.images import pictures
 
 
+@pytest.mark.sparse
 @every_tokenizer
 @pytest.mark.parametrize("channels", [1, 3])
 def test_images_come_in_four_kinds(tokenizer, channels):

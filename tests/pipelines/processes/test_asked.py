@@ -32,6 +32,7 @@ def test_the_basic_file_of_this_machine_works_unchanged(tmp_path: Path) -> None:
     assert metrics(tmp_path / "run")[-1]["step"] == 2
 
 
+@pytest.mark.slow
 def test_the_file_for_several_gpus_works_unchanged(tmp_path: Path) -> None:
     """As the dialogue of `accelerate config` writes it for two cards; here they are two processes on the CPU."""
     path = tmp_path / "home" / "accelerate" / "default_config.yaml"

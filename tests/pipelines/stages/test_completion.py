@@ -52,6 +52,7 @@ def grids(shape, vocab):
 # Drawing
 
 
+@pytest.mark.sparse
 @every_placed_tokenizer
 @pytest.mark.parametrize("mask", ["left", "box", "scatter:0.5", "ragged"])
 def test_hidden_pixels_do_not_leak_into_any_draw(tokenizer, mask):
@@ -111,6 +112,7 @@ def test_orders_and_generators_belong_to_images_and_completions():
     assert not torch.equal(many, complete(pipe, pixels, half(), draws=2, generator=generators(6, 9)).tokens)
 
 
+@pytest.mark.sparse
 @every_placed_tokenizer
 @every_prior
 def test_all_known_and_nothing_known(tokenizer, prior):
@@ -188,6 +190,7 @@ def test_paint_is_of_the_nearest_known_colours_and_of_no_other():
 # Scoring
 
 
+@pytest.mark.sparse
 @any_order
 @pytest.mark.parametrize("exact", [True, False])
 @pytest.mark.parametrize("known", [[0, 1, 1, 0], [1, 0, 0, 0], [0, 0, 0, 1], [0, 0, 0, 0]])
@@ -307,6 +310,7 @@ def test_named_masks_hide_what_they_say(shape):
     assert int(box.sum()) == rows * columns and (rows, columns) == (height - height // 4 * 2, width - width // 4 * 2)
 
 
+@pytest.mark.sparse
 @every_placed_tokenizer
 @pytest.mark.parametrize(("share", "count"), [("0.5", 0.5), ("1", 1.0), ("1e-9", 0.0)])
 def test_scattered_masks_hide_whole_tokens(tokenizer, share, count):

@@ -171,6 +171,7 @@ def test_vectors_depend_on_their_image_alone(name):
     assert all((each[0] - each[1]).abs().max() > 1e-3 for each in whole)
 
 
+@pytest.mark.sparse
 @pytest.mark.parametrize(("source", "pool"), ALL_POOLS)
 @pytest.mark.parametrize("tokenizer", TOKENIZERS)
 def test_pools(tokenizer, source, pool):

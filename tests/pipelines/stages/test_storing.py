@@ -26,6 +26,7 @@ def names_in(folder):
 # Variants
 
 
+@pytest.mark.sparse
 @pytest.mark.parametrize("tokenizer", TOKENIZERS)
 @pytest.mark.parametrize("variant", TYPES)
 def test_a_variant_is_rounded_weights_in_files_of_its_name(tokenizer, variant, tmp_path):

@@ -21,6 +21,7 @@ def recorder(seen):
     return look
 
 
+@pytest.mark.sparse
 @every_pair
 @pytest.mark.parametrize("batch_size", [64, 2])
 def test_a_callback_sees_every_step_of_every_batch(tokenizer, prior, batch_size):

@@ -11,7 +11,7 @@ import json
 import math
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -127,13 +127,13 @@ def codebooks(folder: Path) -> dict[str, Any]:
     return {"codebooks": seen, "learned": gathered(digest([learned.codebook]))}
 
 
-def trainings(folder: Path) -> None:
-    """Several runs in one process group, each watched after every step."""
+def watched_runs(found: dict[str, Any], sick: set[int]) -> Callable[[str, Callable[[], Any]], None]:
+    """watch(name, run): what `found` holds of a run, by its name, after every step, or the error it ended with. On rank
+    1, losses of tokenizers in `sick` steps are no numbers."""
     rank = int(os.environ["RANK"])
     Accelerator.end_training = lambda self: None  # type: ignore[method-assign]
-    take_step, loss, found = training.take_step, TokenizerTask.loss, {}
+    take_step, loss = training.take_step, TokenizerTask.loss
     log: list[Any] = []
-    sick: set[int] = set()
 
     def watched(run: Any, *rest: Any) -> None:
         take_step(run, *rest)
@@ -161,7 +161,7 @@ def trainings(folder: Path) -> None:
     training.take_step = watched
     TokenizerTask.loss = sick_on_rank_one  # type: ignore[method-assign]
 
-    def watch(name: str, run: Any) -> None:
+    def watch(name: str, run: Callable[[], Any]) -> None:
         log.clear()
         try:
             run()
@@ -169,14 +169,36 @@ def trainings(folder: Path) -> None:
             found[f"{name} error"] = gathered(str(error))
         found[name] = list(log)
 
+    return watch
+
+
+def leave(found: dict[str, Any], folder: Path) -> None:
+    """Write down what was found, and end."""
+    if dist.get_rank() == 0:
+        (folder / "found.json").write_text(json.dumps({"world": dist.get_world_size(), **found}))
+    leave_group()
+
+
+def kinds(folder: Path) -> None:
+    """A run with each kind of quantizer."""
+    found: dict[str, Any] = {}
+    watch = watched_runs(found, set())
+    for name in KINDS:
+        watch(name, lambda name=name: train_tokenizer(folder / name, **with_quantizer(name)))
+    leave(found, folder)
+
+
+def trainings(folder: Path) -> None:
+    """Several runs in one process group, each watched after every step."""
+    found: dict[str, Any] = {}
+    sick: set[int] = set()
+    watch = watched_runs(found, sick)
     watch("tokenizer", lambda: train_tokenizer(folder / "tokenizer", **TOKENIZER))
     sick |= {0, 5, 6, 11}
     watch("sick", lambda: train_tokenizer(folder / "sick", **TOKENIZER))
     sick |= set(range(30))
     watch("dying", lambda: train_tokenizer(folder / "dying", **TOKENIZER))
     sick.clear()
-    for name in KINDS:
-        watch(name, lambda name=name: train_tokenizer(folder / name, **with_quantizer(name)))
     watch("prior", lambda: train_prior(folder / "prior", folder / "tokens", **PRIOR))
     dropout = {**PRIOR, "train__accumulate": 2, "model": {**GPT, "dropout": 0.2}}
     watch("dropout", lambda: train_prior(folder / "dropout", folder / "tokens", **dropout))
@@ -185,10 +207,7 @@ def trainings(folder: Path) -> None:
         found[f"evaluated {stage}"] = gathered(evaluated(stage, folder / f"evaluated {stage}", folder / "tokens"))
     for rows in (1, 2):
         encode.run(encoding(folder / "tokenizer" / "tokenizer", folder / f"encoded{rows}", rows))
-    found |= codebooks(folder)
-    if rank == 0:
-        (folder / "found.json").write_text(json.dumps({"world": dist.get_world_size(), **found}))
-    leave_group()
+    leave({**found, **codebooks(folder)}, folder)
 
 
 @contextmanager
@@ -281,10 +300,27 @@ def test_a_learned_codebook_starts_alike(pair):
     assert one == two
 
 
-@pytest.mark.parametrize("name", ["tokenizer", "sick", "prior", "dropout", *KINDS])
+@pytest.mark.parametrize("name", ["tokenizer", "sick", "prior", "dropout"])
 def test_both_hold_the_same_model_at_every_step(pair, name):
-    steps = pair[1][name]
-    assert len(steps) == (6 if name in KINDS else STEPS)
+    assert_alike(pair[1][name], STEPS)
+
+
+@pytest.fixture(scope="module")
+def pair_of_kinds(tmp_path_factory) -> tuple[Path, dict[str, Any]]:
+    folder = tmp_path_factory.mktemp("kinds")
+    return folder, in_two_processes("kinds", folder)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", KINDS)
+def test_both_hold_the_same_quantizer_of_any_kind_at_every_step(pair_of_kinds, name):
+    """What two processes do to each kind by itself is in the tests of quantizers."""
+    assert_alike(pair_of_kinds[1][name], 6)
+
+
+def assert_alike(steps: list[Any], count: int) -> None:
+    """At each of so many, both processes hold the same."""
+    assert len(steps) == count
     for one, two in steps:
         assert one["wrapped"] and two["wrapped"]
         for part in ("weights", "average", "buffers", "codebook"):
@@ -311,12 +347,13 @@ def test_an_odd_batch_is_refused_by_both(pair):
     assert all("15 is not a multiple of processes x accumulate (2 x 1)" in m for m in pair[1]["odd batch error"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [name for name in KINDS if name != "gumbel"])
-def test_two_train_every_quantizer_as_one_does(pair, tmp_path, name):
+def test_two_train_every_quantizer_as_one_does(pair_of_kinds, tmp_path, name):
     """All but gumbel, whose noise is each process's own."""
     alone = train_tokenizer(tmp_path / "alone", **with_quantizer(name))
     for figure in ("loss", "l2", "gradient_norm", "codebook_usage"):
-        found, expected = losses(pair[0] / name, figure), losses(alone, figure)
+        found, expected = losses(pair_of_kinds[0] / name, figure), losses(alone, figure)
         assert len(found) == 6 and found == pytest.approx(expected, rel=1e-4), figure
 
 

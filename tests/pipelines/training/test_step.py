@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 import signal
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -161,35 +162,35 @@ def read_late(monkeypatch) -> list[int]:
 CRITIC = {"weight": 0.5, "start": 2, "width": 8, "layers": 1, "warmup": 2, "ramp": 2, "lecam": 0.01}
 
 
-def test_what_is_read_a_step_late_makes_no_difference(tmp_path, tokens, monkeypatch):
+OFTEN = {"train__log_every": 3, "train__save_every": 3, "train__evaluate_every": 6}
+
+
+@pytest.mark.parametrize("stage", ["tokenizer", pytest.param("prior", marks=pytest.mark.slow)])
+def test_what_is_read_a_step_late_makes_no_difference(stage, tmp_path, tokens, monkeypatch):
     """To no bit of figures, weights, averages and moments, with steps that are skipped, and stopped in the midst."""
     poison(monkeypatch, TokenizerTask, {3, 4, 8}, SICK["nan gradient"])
     poison(monkeypatch, PriorTask, {3, 4, 8}, SICK["nan loss"])
-    quantizer = {**EMA, "revive_every": 2, "revive_below": 0.3}
-    often = {"train__log_every": 3, "train__save_every": 3, "train__evaluate_every": 6}
-    for name, train in {
-        "tokenizer": lambda out: train_tokenizer(
-            out, model={**VQVAE, "quantizer": quantizer}, critic=CRITIC, train__accumulate=2, **often
-        ),
-        "prior": lambda out: train_prior(
-            out, tokens, model={**GPT, "any_order": True, "dropout": 0.1}, train__optimizer="muon", **often
-        ),
-    }.items():
-        at_once = train(tmp_path / f"{name} at once")
-        with monkeypatch.context() as patch:
-            waited = read_late(patch)
-            late = train(tmp_path / f"{name} late")
-            assert len(waited) == 12
-            for turn in (4, 1, 3):  # also right after a step that was skipped; the signal is known of a step later
-                with patch.context() as told:
-                    on_call(told, training, "take_step", turn, signal.SIGTERM)
-                    train(tmp_path / f"{name} stopped")
-            stopped = train(tmp_path / f"{name} stopped")
-        for run in (late, stopped):
-            assert exact(run) == exact(at_once)
-            assert_equal_tensors(tensors(run / "state"), tensors(at_once / "state"))
-        assert [path.name for path in states(late)] == ["step-00000009", "step-00000012"]  # the first after a sick step
-        assert metrics(late)[-1]["skipped_steps"] == 3
+    if stage == "tokenizer":
+        model = {**VQVAE, "quantizer": {**EMA, "revive_every": 2, "revive_below": 0.3}}
+        train = partial(train_tokenizer, model=model, critic=CRITIC, train__accumulate=2, **OFTEN)
+    else:
+        model = {**GPT, "any_order": True, "dropout": 0.1}
+        train = partial(train_prior, tokens=tokens, model=model, train__optimizer="muon", **OFTEN)
+    at_once = train(tmp_path / "at once")
+    with monkeypatch.context() as patch:
+        waited = read_late(patch)
+        late = train(tmp_path / "late")
+        assert len(waited) == 12
+        for turn in (4, 1, 3):  # also right after a step that was skipped; the signal is known of a step later
+            with patch.context() as told:
+                on_call(told, training, "take_step", turn, signal.SIGTERM)
+                train(tmp_path / "stopped")
+        stopped = train(tmp_path / "stopped")
+    for run in (late, stopped):
+        assert exact(run) == exact(at_once)
+        assert_equal_tensors(tensors(run / "state"), tensors(at_once / "state"))
+    assert [path.name for path in states(late)] == ["step-00000009", "step-00000012"]  # the first after a sick step
+    assert metrics(late)[-1]["skipped_steps"] == 3
 
 
 # What is not finite
@@ -224,9 +225,10 @@ SICK = {
 @pytest.mark.parametrize(
     ("quantizer", "how", "optimizer"),
     [
-        *((name, "nan gradient", "muon" if name == "fsq" else "adamw") for name in QUANTIZERS),
         ("ema", "nan loss", "muon"),
         ("ema", "infinite loss", "adamw"),
+        ("fsq", "nan gradient", "muon"),
+        *(pytest.param(name, "nan gradient", "adamw", marks=pytest.mark.slow) for name in QUANTIZERS if name != "fsq"),
     ],
 )
 def test_a_sick_step_changes_nothing_and_is_counted(tmp_path, monkeypatch, quantizer, how, optimizer):

@@ -342,8 +342,9 @@ def test_ctrl_c_in_a_shell_ends_its_loop(tmp_path, command):
     assert job.process.returncode == -signal.SIGINT and not (tmp_path / "b").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(180)
-@pytest.mark.parametrize("processes", [pytest.param(1, marks=pytest.mark.slow), 2])
+@pytest.mark.parametrize("processes", [1, 2])
 def test_ctrl_c_under_accelerate_launch_saves_once(tmp_path, command, processes):
     """The launcher of one ends before it; that of two passes Ctrl-C on, and waits."""
     run, launched = tmp_path / "run", {1: one_launched, 2: two_processes}[processes]

@@ -26,6 +26,7 @@ def test_every_head_is_found():
     assert taken >= set(TOGETHER)
 
 
+@pytest.mark.sparse
 @every_case
 def test_logits_see_what_the_receptive_field_says_and_that_comes_earlier(kind, head, facts, order):
     model = make_headed(kind, head, facts, order).double()
@@ -40,6 +41,7 @@ def test_logits_see_what_the_receptive_field_says_and_that_comes_earlier(kind, h
     assert earlier.all() and sum(model.blocks) == len(model.grid)
 
 
+@pytest.mark.sparse
 @every_case
 def test_a_position_sees_its_own_ids_before_each_and_nobody_else_of_its_block(kind, head, facts, order):
     model = make_headed(kind, head, facts, order)
@@ -53,6 +55,7 @@ def test_a_position_sees_its_own_ids_before_each_and_nobody_else_of_its_block(ki
             ), level
 
 
+@pytest.mark.sparse
 @every_case
 @pytest.mark.parametrize("label", [None, 1])
 def test_probabilities_sum_to_one(kind, head, facts, order, label):
@@ -67,6 +70,7 @@ def test_probabilities_sum_to_one(kind, head, facts, order, label):
     assert abs(float(total) - 1) < 1e-9
 
 
+@pytest.mark.sparse
 @every_case
 def test_the_logits_and_the_likelihood_agree(kind, head, facts, order):
     model = make_headed(kind, head, facts, order).double()
@@ -78,6 +82,7 @@ def test_the_logits_and_the_likelihood_agree(kind, head, facts, order):
         assert abs(float(loss.detach() + expected.mean().detach())) < 1e-5
 
 
+@pytest.mark.sparse
 @every_case
 def test_steps_give_the_logits_of_whole_passes(kind, head, facts, order):
     model = make_headed(kind, head, facts, order).double()
@@ -87,6 +92,7 @@ def test_steps_give_the_logits_of_whole_passes(kind, head, facts, order):
         assert (all_steps(model, tokens, labels) - whole).abs().max() < 1e-9
 
 
+@pytest.mark.sparse
 @every_case
 def test_all_ways_of_sampling_draw_the_same(kind, head, facts, order):
     model, labels = make_headed(kind, head, facts, order), torch.arange(5) % 4
@@ -116,6 +122,7 @@ def test_frequencies_match_log_prob(kind, head, facts):
     assert ((found - expected).abs() < 5 * deviation + 1e-4).all()
 
 
+@pytest.mark.sparse
 @raster_cases
 def test_sampling_takes_the_flops_of_one_pass(kind, head, facts):
     if kind == "masked":
@@ -126,6 +133,7 @@ def test_sampling_takes_the_flops_of_one_pass(kind, head, facts):
     assert sampled <= 1.1 * one_pass
 
 
+@pytest.mark.sparse
 @raster_cases
 def test_a_gradient_reaches_every_weight_and_training_helps(kind, head, facts):
     torch.manual_seed(0)
@@ -145,6 +153,7 @@ def test_a_gradient_reaches_every_weight_and_training_helps(kind, head, facts):
     assert sum(losses[-5:]) < sum(losses[:5])
 
 
+@pytest.mark.sparse
 @raster_cases
 def test_a_saved_prior_comes_back(kind, head, facts, tmp_path):
     model, tokens = make_headed(kind, head, facts), None

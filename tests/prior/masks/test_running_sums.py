@@ -7,6 +7,7 @@ from made_variants import ROWS, WIDE, every_variant, make_made
 from small import draw_tokens, generators, make_prior
 
 
+@pytest.mark.sparse
 @every_variant
 @pytest.mark.parametrize("walk", ["its own", "another", "each its own"])
 def test_steps_equal_a_whole_pass(variant, walk):

@@ -9,6 +9,7 @@ from prior.orders.curves import CURVES
 SHAPES = [(1, 1), (1, 6), (6, 1), (4, 4), (3, 5), (7, 7), (5, 8)]
 
 
+@pytest.mark.sparse
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("name", ["raster", *CURVES, "random:0"])
 def test_every_cell_once(name, shape):

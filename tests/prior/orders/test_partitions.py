@@ -20,6 +20,7 @@ def is_partition(partition: Partition, cells: int) -> bool:
     return whole and sum(blocks) == cells and min(blocks) >= 1
 
 
+@pytest.mark.sparse
 @every_shape
 @pytest.mark.parametrize("name", ONE_BY_ONE)
 def test_one_by_one(name, shape):
@@ -29,6 +30,7 @@ def test_one_by_one(name, shape):
     assert torch.equal(make_order(name, shape), partition.order)
 
 
+@pytest.mark.sparse
 @every_shape
 @pytest.mark.parametrize("name", ONE_BY_ONE)
 def test_blocks_of_so_many_tokens(name, shape):
@@ -39,6 +41,7 @@ def test_blocks_of_so_many_tokens(name, shape):
         assert name == "spread" or torch.equal(partition.order, make_order(name, shape))
 
 
+@pytest.mark.sparse
 @every_shape
 @pytest.mark.parametrize("name", ["halton", "spread", "random:3"])
 def test_so_many_blocks(name, shape):

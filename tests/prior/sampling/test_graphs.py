@@ -45,6 +45,7 @@ def test_all_but_made_are_captured():
     assert set(CAPTURED) == {*PRIORS, *VARIANTS} - {"made"}
 
 
+@pytest.mark.sparse
 @pytest.mark.parametrize("name", CAPTURED)
 @pytest.mark.parametrize(
     "settings",

@@ -10,6 +10,7 @@ from prior import parallel
 from prior.sampling.guesses import AT_ONCE, FREE, alternatives, guesses_at_once
 
 
+@pytest.mark.sparse
 @pytest.mark.parametrize("width", [2, 8, 100])
 @pytest.mark.parametrize(
     "name_and_order", [("gpt", "hilbert"), ("blocks", "halton:4"), ("marginal", "raster"), ("next_scale", "raster")]

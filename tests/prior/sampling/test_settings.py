@@ -70,6 +70,7 @@ def turned(model, sampler, ways, draws):
     return found
 
 
+@pytest.mark.sparse
 @pytest.mark.parametrize("name", PRIORS)
 @pytest.mark.parametrize("deviation", [1.0, 15.0])
 def test_rounding_turns_no_decision_with_a_lead_above_the_tolerance(name, deviation):
@@ -179,6 +180,7 @@ def flat(vocab_size):
 PATHS = [{}, {"cache": False}, {"parallel": True}]
 
 
+@pytest.mark.sparse
 @pytest.mark.parametrize("vocab_size", [*range(2, 9), 16, 33, 64, 257, 600])
 @pytest.mark.parametrize("temperature", [0.0, 1e-45, 1e-7])
 def test_the_first_of_equal_ids_is_taken(vocab_size, temperature):

@@ -40,6 +40,7 @@ def check(model, drawn, seen, given=None):
         before = there
 
 
+@pytest.mark.sparse
 @every_prior
 @pytest.mark.parametrize("path", PATHS)
 def test_each_step_shows_what_is_drawn(name, path):

@@ -19,6 +19,7 @@ def test_names_are_those_of_diffusers():
     assert weights_names("bf16") == ["model.bf16.safetensors"]
 
 
+@pytest.mark.sparse
 @pytest.mark.parametrize("name", PRIORS)
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_a_prior_in_a_variant_is_itself_rounded(name, variant, tmp_path):

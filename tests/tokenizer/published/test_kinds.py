@@ -14,6 +14,7 @@ from tokenizer.files.errors import ConfigError
 KINDS = ("cosmos", "emu3", "magvit2", "maskgit")
 
 
+@pytest.mark.sparse
 @pytest.mark.parametrize("quantizer", QUANTIZERS)
 @pytest.mark.parametrize("kind", KINDS)
 def test_any_quantizer_goes_with_it(kind, quantizer):

@@ -25,6 +25,7 @@ def with_running_means(weights):
     return {**last, **means, **rest, "loss.discriminator.main.0.weight": torch.zeros(3)}
 
 
+@pytest.mark.sparse
 @pytest.mark.parametrize("averaged", [False, True])
 @pytest.mark.parametrize(
     ("mult", "choices"),

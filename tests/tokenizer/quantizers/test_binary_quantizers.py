@@ -216,6 +216,7 @@ def test_bad_configurations_are_named(name, config, message):
 # Gradients
 
 
+@pytest.mark.sparse
 @both
 @pytest.mark.parametrize("bits", [6, 9, 18, 36])
 @pytest.mark.parametrize("loss", ["z_q", "commitment", "entropy", "diversity"])

@@ -24,6 +24,7 @@ def clusters(count=32, dim=8, points=2048, spread=0.02):
     return centres[torch.randint(count, (points,))] + spread * torch.randn(points, dim)
 
 
+@pytest.mark.sparse
 @every_quantizer
 @pytest.mark.parametrize("spatial", [(3, 5), (4,), (2, 3, 2)])
 def test_lookup_of_tokens_is_z_q(name, spatial):
@@ -36,6 +37,7 @@ def test_lookup_of_tokens_is_z_q(name, spatial):
     assert torch.equal(z_q, quantizer.lookup(tokens))
 
 
+@pytest.mark.sparse
 @every_quantizer
 @pytest.mark.parametrize("wrong", [-1, "vocab_size", 1 << 40])
 def test_ids_out_of_range_are_refused_in_one_line(name, wrong):

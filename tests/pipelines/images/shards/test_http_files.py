@@ -261,6 +261,7 @@ SERVERS: dict[str, dict[str, Any]] = {
 }
 
 
+@pytest.mark.sparse
 @pytest.mark.parametrize("server", SERVERS)
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_shard_that_changes_on_a_server_ends_the_run(tmp_path, monkeypatch, kind, server):
