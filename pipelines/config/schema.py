@@ -13,6 +13,7 @@ from typing import Any, ClassVar, TypeVar
 
 from pydantic import BaseModel
 
+from tokenizer.files.errors import shown
 from tokenizer.settings import Data, Settings, plain
 from tokenizer.settings.marks import mark_of
 from tokenizer.settings.mistakes import show
@@ -75,5 +76,6 @@ def difference(old: Data, new: Data, prefix: str = "") -> list[str]:
             lines += difference(before, after, f"{prefix}{key}.")
         elif key not in old or key not in new or plain(before) != plain(after):  # a tuple equals a list
             sides = (show(side[key]) if key in side else "(absent)" for side in (old, new))
-            lines.append(f"{prefix}{key}: {' -> '.join(sides)}")
+            name = f"{prefix}{key}"  # maybe of a file that is damaged
+            lines.append(f"{name if name.isprintable() and len(name) < 100 else shown(name)}: {' -> '.join(sides)}")
     return lines

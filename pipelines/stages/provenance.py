@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from tokenizer import Tokenizer
+from tokenizer.files.errors import FormatError, shown
 from tokenizer.files.opening import read_json
 from tokenizer.files.ownership import Inputs
 from tokenizer.files.writing import atomic_folder, write_json
@@ -39,8 +40,12 @@ def tokenizer_defaults(given: dict[str, Any]) -> dict[str, Any]:
 
 
 def data_beside(path: Path) -> dict[str, Any]:
-    """The settings of the images in the file `path`, a `provenance.json`; none where there is no such file."""
-    return as_saved(DataConfig, read_json(path).get("data", {})) if path.is_file() else {}
+    """The settings of the images in the file `path`, a `provenance.json`; none where there is no such file. Raises
+    `FormatError`."""
+    found = read_json(path).get("data", {}) if path.is_file() else {}
+    if not isinstance(found, dict):
+        raise FormatError(f"{path}: data: expected an object of settings, found {shown(found)}")
+    return as_saved(DataConfig, found)
 
 
 def tokenizer_folder(source: str) -> str:

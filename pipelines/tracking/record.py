@@ -148,7 +148,7 @@ def _step_of(line: bytes) -> int:
     """The step of a line, -1 for a torn one."""
     try:
         return int(json.loads(line)["step"])
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         return -1
 
 

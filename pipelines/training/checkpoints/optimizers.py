@@ -58,8 +58,16 @@ def _require_kinds(found: list[dict[str, Any]], expected: list[dict[str, Any]]) 
     """Raise `TypeError` for a setting of another kind: torch would take it, and fail at the next step."""
     for group, ours in zip(found, expected, strict=True):
         for name, value in ours.items():
-            if type(group[name]) is not type(value) and not {type(group[name]), type(value)} <= {int, float}:
-                raise TypeError(f"{name} is {group[name]!r:.80}, expected a {type(value).__name__}")
+            if not (isinstance(group[name], list) if name == "params" else _is_like(group[name], value)):
+                raise TypeError(f"{name} is {group[name]!r:.80}, expected a {type(value).__name__} like {value!r:.80}")
+
+
+def _is_like(found: Any, expected: Any) -> bool:
+    """Whether it is of the same kind, and so are its parts, as the two of `betas`; a number may be whole."""
+    if isinstance(expected, (list, tuple)):
+        alike = type(found) is type(expected) and len(found) == len(expected)
+        return alike and all(map(_is_like, found, expected))
+    return type(found) is type(expected) or {type(found), type(expected)} <= {int, float}
 
 
 def parameter_of(optimizer: Optimizer, key: str) -> Tensor | None:

@@ -152,6 +152,7 @@ def load_state(
     if parts - {BEST} != expected:
         missing, extra = sorted(expected - parts), sorted(parts - expected)
         raise FormatError(f"{folder}: not a state of this run: missing {missing}, unexpected {extra}")
+    _require_listed(folder, manifest["files"])
     state = read_json(folder / STATE)
     step, counters, version = state.get("step"), state.get("counters"), state.get("format_version", 1)
     if type(version) is not int or not 1 <= version <= FORMAT_VERSION:
@@ -170,6 +171,13 @@ def load_state(
         tensors = _read_tensors(path, partial(parameter_of, optimizer))
         unpack_optimizer(path, tensors, read_json(path.with_suffix(".json")), optimizer)
     return step, counters
+
+
+def _require_listed(folder: Path, listed: Mapping[str, Any]) -> None:
+    """Raise `FormatError` for a file that would be read, as all in a folder of shards are, but was not verified."""
+    names = [path.relative_to(folder).as_posix() for path in sorted(folder.rglob("*.safetensors"))]
+    if unlisted := [name for name in names if name not in listed]:
+        raise FormatError(f"{folder}: {shown(unlisted[0])} is not among the files that its manifest lists")
 
 
 def load_best(folder: Path, like: nn.Module, expected: bool) -> Tensors | None:

@@ -401,6 +401,8 @@ def test_difference_names_dotted_keys() -> None:
     ]
     assert difference(old, old) == []
     assert difference({"x": "a" * 999 + "b"}, {"x": "a" * 999 + "c"})
+    (line,) = difference({"\x1b" + "k" * 9999: 1}, {})
+    assert len(line) < 200 and line.startswith("'\\x1bkkk")
 
 
 # How it ends

@@ -24,6 +24,7 @@ from pipelines import encode
 from pipelines.config import UserError
 from pipelines.encode import EncodeConfig, run
 from pipelines.images import load_images
+from pipelines.stages.provenance import data_beside
 from pipelines.tokens import TokenDataset, TokenSplit, load_tokens
 from pipelines.tokens.shards import smallest_type
 from tokenizer import Tokenizer
@@ -266,6 +267,14 @@ def test_data_defaults_to_what_the_tokenizer_was_trained_on(tokenizer, tmp_path)
     encode.main([f"tokenizer={tmp_path / 'tokenizer'}", f"out={tmp_path / 'tokens'}"])
     data = load_tokens(tmp_path / "tokens")
     assert len(data.splits["train"]) == 12 and data.source["tokenizer"] == {"steps": 5}
+
+
+@pytest.mark.parametrize("data", [True, None, "digits", [1]])
+def test_data_that_is_no_object_of_settings_is_refused(data, tmp_path):
+    path = tmp_path / "provenance.json"
+    path.write_text(json.dumps({"data": data}))
+    with pytest.raises(FormatError, match="provenance.json: data: expected an object of settings, found "):
+        data_beside(path)
 
 
 def test_images_without_classes_have_no_labels(tokenizer, tmp_path):

@@ -69,6 +69,13 @@ def test_what_a_resumed_run_repeats_is_read_when_it_is_there_again(tmp_path):
     assert list(reader.read()) == [pictures(tmp_path, 3)] and second.highest == 3
 
 
+def test_lines_that_are_none_are_left_out_when_a_run_goes_on(tmp_path):
+    lines = ['{"step": 1, "loss": 0.5}', '{"step": 1, "loss":', "[" * 5000 + "]" * 5000, "[1]", '{"step": {}}']
+    (tmp_path / "metrics.jsonl").write_text("".join(line + "\n" for line in [*lines, '{"step": 2, "loss": 0.4}']))
+    record = Record(tmp_path, 2)
+    assert [entry.step for entry in Reader(record).read()] == [1, 2] and record.highest == 2
+
+
 @pytest.mark.parametrize("rows", [5000])
 def test_a_long_record_is_read_once(tmp_path, rows):
     (tmp_path / "metrics.jsonl").write_text("".join(f'{{"step": {step}}}\n' for step in range(1, rows + 1)))

@@ -5,12 +5,14 @@ Covers: pipelines/training/checkpoints/optimizers.py, pipelines/training/checkpo
 
 import errno
 import json
+import os
 import pickle
 import shutil
 import subprocess
 import sys
 import textwrap
 from collections import namedtuple
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -299,6 +301,11 @@ def test_mismatches_are_named(tmp_path):
     load(r"groups", optimizers={"model": torch.optim.AdamW(run.model.parameters())})
 
 
+def with_betas(betas: list) -> Callable[[dict], dict]:
+    """Other ones in a document of an optimizer."""
+    return lambda d: {**d, "param_groups": [{**group, "betas": {"$tuple": betas}} for group in d["param_groups"]]}
+
+
 def test_a_state_that_lies_is_a_load_error(tmp_path):
     """Consistent manifest, wrong content: what a hash cannot catch must still not escape as another exception."""
     run = Run()
@@ -307,6 +314,8 @@ def test_a_state_that_lies_is_a_load_error(tmp_path):
         [
             ("optimizer-model.json", lambda d: {**d, "param_groups": [{"params": {"$tensor": "no"}}]}),
             ("optimizer-model.json", lambda d: {**d, "param_groups": [{**g, "lr": "fast"} for g in d["param_groups"]]}),
+            ("optimizer-model.json", with_betas([0.9, [0.5]])),
+            ("optimizer-model.json", with_betas([[[1]]])),
             ("state.json", lambda d: {**d, "step": 7}),
         ]
     ):
@@ -356,6 +365,15 @@ def test_shards_are_as_strict(tmp_path):
         (folder / MANIFEST).unlink()
         write_manifest(folder, step=1)
         with pytest.raises(kind, match=message):
+            run.load(folder)
+
+    for name, put in {"pipe": os.mkfifo, "file": Path.touch}.items():
+        run = Run()
+        folder = in_shards(run.save(tmp_path / name, 1))
+        (folder / "ema" / ".DS_Store").touch()
+        assert run.load(folder)[0] == 1
+        put(folder / "ema" / "shard-9.safetensors")  # all that lies in a folder of shards is read
+        with pytest.raises(FormatError, match="'ema/shard-9.safetensors' is not among the files that its manifest"):
             run.load(folder)
 
     second = "shard-00002-model-00001-of-00001.safetensors"
