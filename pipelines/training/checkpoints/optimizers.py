@@ -12,6 +12,8 @@ from torch.optim import Optimizer
 from tokenizer.files.errors import WeightsError
 
 Tensors = dict[str, Tensor]
+OF_ITS_OWN = {"params", "lr", "foreach", "fused", "capturable", "differentiable", "bf16"}
+"""What differs from step to step, or from machine to machine."""
 
 
 def pack_optimizer(optimizer: Optimizer) -> tuple[Tensors, dict[str, Any]]:
@@ -44,30 +46,25 @@ def unpack_optimizer(path: Path, tensors: Tensors, document: dict[str, Any], opt
             state[int(index)] = _from_json(entry, tensors)
         for key, value in tensors.items():
             index, _, name = key.partition(".")
+            if name == "step" and not 0 <= float(value) < 2**53:
+                raise ValueError(f"{key} is {float(value)}, expected a count of steps")
             if index != "group":
                 state.setdefault(int(index), {})[name] = _laid_out_like(value, parameters[int(index)])
         groups = _from_json(document["param_groups"], tensors)
-        _require_kinds(groups, optimizer.param_groups)
+        _require_settings(groups, optimizer.param_groups)
         optimizer.load_state_dict({"state": state, "param_groups": groups})
         _restore_dtypes(optimizer, parameters, state)
     except (KeyError, IndexError, ValueError, TypeError, AttributeError) as error:
         raise WeightsError(f"{path}: not a state of this optimizer ({type(error).__name__}: {error})") from error
 
 
-def _require_kinds(found: list[dict[str, Any]], expected: list[dict[str, Any]]) -> None:
-    """Raise `TypeError` for a setting of another kind: torch would take it, and fail at the next step."""
+def _require_settings(found: list[dict[str, Any]], expected: list[dict[str, Any]]) -> None:
+    """Raise `ValueError` for settings of another run: torch would take any, and fail at the next step."""
     for group, ours in zip(found, expected, strict=True):
         for name, value in ours.items():
-            if not (isinstance(group[name], list) if name == "params" else _is_like(group[name], value)):
-                raise TypeError(f"{name} is {group[name]!r:.80}, expected a {type(value).__name__} like {value!r:.80}")
-
-
-def _is_like(found: Any, expected: Any) -> bool:
-    """Whether it is of the same kind, and so are its parts, as the two of `betas`; a number may be whole."""
-    if isinstance(expected, (list, tuple)):
-        alike = type(found) is type(expected) and len(found) == len(expected)
-        return alike and all(map(_is_like, found, expected))
-    return type(found) is type(expected) or {type(found), type(expected)} <= {int, float}
+            alike = type(group[name]) is type(value) or {type(group[name]), type(value)} <= {int, float}
+            if not alike or (name not in OF_ITS_OWN and group[name] != value):
+                raise ValueError(f"{name} is {group[name]!r:.80}, this run's is {value!r:.80}")
 
 
 def parameter_of(optimizer: Optimizer, key: str) -> Tensor | None:

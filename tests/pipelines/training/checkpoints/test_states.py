@@ -327,6 +327,31 @@ def test_a_state_that_lies_is_a_load_error(tmp_path):
             Run().load(folder)
 
 
+def test_settings_and_counts_of_another_run_are_refused(tmp_path):
+    """torch would take them, and fail or go wrong at the next step."""
+
+    def changed(name: str, message: str, settings: dict | None = None, step: float | None = None) -> None:
+        run = Run()
+        run.advance(0, 1)
+        folder = run.save(tmp_path / name, 1)
+        path = folder / "optimizer-model.json"
+        document = json.loads(path.read_text())
+        document["param_groups"][0] |= settings or {}
+        path.write_text(json.dumps(document))
+        if step is not None:
+            tensors = load_file(path.with_suffix(".safetensors"))
+            save_file({**tensors, "0.step": torch.tensor(step)}, path.with_suffix(".safetensors"))
+        (folder / MANIFEST).unlink()
+        write_manifest(folder, step=1)
+        with pytest.raises(WeightsError, match=message):
+            Run().load(folder)
+
+    changed("amsgrad", "amsgrad is True, this run's is False", {"amsgrad": True})
+    changed("decay", "weight_decay is 7, this run's is 0.01", {"weight_decay": 7})
+    changed("steps", r"0.step is -1e\+30, expected a count of steps", step=-1e30)
+    changed("no number", "0.step is nan, expected a count of steps", step=float("nan"))
+
+
 # Shards
 
 
