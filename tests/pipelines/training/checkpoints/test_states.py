@@ -5,6 +5,7 @@ Covers: pipelines/training/checkpoints/optimizers.py, pipelines/training/checkpo
 
 import errno
 import json
+import math
 import os
 import pickle
 import shutil
@@ -330,7 +331,7 @@ def test_a_state_that_lies_is_a_load_error(tmp_path):
 def test_settings_and_counts_of_another_run_are_refused(tmp_path):
     """torch would take them, and fail or go wrong at the next step."""
 
-    def changed(name: str, message: str, settings: dict | None = None, step: float | None = None) -> None:
+    def changed(name: str, message: str, settings: dict | None = None, tensors: dict | None = None) -> None:
         run = Run()
         run.advance(0, 1)
         folder = run.save(tmp_path / name, 1)
@@ -338,9 +339,8 @@ def test_settings_and_counts_of_another_run_are_refused(tmp_path):
         document = json.loads(path.read_text())
         document["param_groups"][0] |= settings or {}
         path.write_text(json.dumps(document))
-        if step is not None:
-            tensors = load_file(path.with_suffix(".safetensors"))
-            save_file({**tensors, "0.step": torch.tensor(step)}, path.with_suffix(".safetensors"))
+        saved = load_file(path.with_suffix(".safetensors"))
+        save_file({**saved, **(tensors or {})}, path.with_suffix(".safetensors"))
         (folder / MANIFEST).unlink()
         write_manifest(folder, step=1)
         with pytest.raises(WeightsError, match=message):
@@ -348,8 +348,10 @@ def test_settings_and_counts_of_another_run_are_refused(tmp_path):
 
     changed("amsgrad", "amsgrad is True, this run's is False", {"amsgrad": True})
     changed("decay", "weight_decay is 7, this run's is 0.01", {"weight_decay": 7})
-    changed("steps", r"0.step is -1e\+30, expected a count of steps", step=-1e30)
-    changed("no number", "0.step is nan, expected a count of steps", step=float("nan"))
+    changed("steps", r"0.step is -1e\+30, expected a count of steps", tensors={"0.step": torch.tensor(-1e30)})
+    changed("no number", "0.step is nan, expected a count of steps", tensors={"0.step": torch.tensor(math.nan)})
+    whole = torch.ones(4, 3, 3, 3).int()
+    changed("whole numbers", "a tensor of type torch.int32, its parameter has", tensors={"0.exp_avg": whole})
 
 
 # Shards
