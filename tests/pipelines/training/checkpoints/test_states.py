@@ -348,7 +348,7 @@ def test_settings_and_counts_of_another_run_are_refused(tmp_path):
 
     changed("amsgrad", "amsgrad is True, this run's is False", {"amsgrad": True})
     changed("decay", "weight_decay is 7, this run's is 0.01", {"weight_decay": 7})
-    changed("steps", r"0.step is -1e\+30, expected a count of steps", tensors={"0.step": torch.tensor(-1e30)})
+    changed("steps", "0.step is -4.0, expected a count of steps", tensors={"0.step": torch.tensor(-4.0)})
     changed("no number", "0.step is nan, expected a count of steps", tensors={"0.step": torch.tensor(math.nan)})
     whole = torch.ones(4, 3, 3, 3).int()
     changed("whole numbers", "a tensor of type torch.int32, its parameter has", tensors={"0.exp_avg": whole})
