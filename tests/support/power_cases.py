@@ -26,11 +26,14 @@ from power_loss import clear, cut_points, lose_power
 
 from pipelines.training import loop as training
 from pipelines.training import saving
+from tokenizer.files import claims
 from tokenizer.files.reading import MANIFEST, verify_manifest
 
 LOOKS = (
     8  # at what is left, each after another cut; only from the last one the same command goes on, which takes longer
 )
+
+WAIT = 2.0  # seconds for a claim of which nothing is left that says whose it was
 
 
 @dataclass
@@ -63,6 +66,7 @@ def record(root: Path, place: Path) -> Journal:
 
 def lose_power_of_run(case: Case, number: int, left: int) -> Found:
     """Cut a run of a stage, which is killed at its middle and goes on: its states, its snapshot and its record."""
+    claims.SILENCE = WAIT
     case.ready()
     recorded, out = recorded_run(case), case.folder / "power" / "run"
     draw, broken = draws("power", case.name, number), []
@@ -237,6 +241,7 @@ def patched(journal: Journal, rank: int) -> None:
 
 def lose_power_of_work(work: Work, number: int, left: int) -> Found:
     """Cut it somewhere."""
+    claims.SILENCE = WAIT
     recorded, draw, wrong = work.ready(), draws("power", work.name, number), []
     for _ in range(LOOKS):
         cut, what = recorded.cut(draw, work.folder / "power")
