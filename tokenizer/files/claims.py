@@ -145,10 +145,10 @@ class _Held:
         ended since. The file is opened anew: what was written is sent to other machines when it is closed."""
         try:
             file = open_claim(self.place, os.O_RDWR)
-        except FileNotFoundError:  # somebody has removed it
-            if silence > SILENCE:
+        except FileNotFoundError:
+            if silence > SILENCE and self.place.parent.is_dir():
                 return NOBODY
-            if not self._ended.is_set():
+            if self.place.parent.is_dir() and not self._ended.is_set():  # somebody has removed it
                 _put(self.place, self.own)
             return None
         try:

@@ -418,6 +418,22 @@ def test_a_claim_that_somebody_removed_comes_back(place, monkeypatch):
     assert not list(place.parent.iterdir())
 
 
+def test_a_folder_that_is_away_for_long_is_nobody_elses(tmp_path, quick, monkeypatch):
+    """It was moved, or its disk is not there: nobody was silent."""
+    monkeypatch.setattr(claims, "PERIOD", 0.02)
+    monkeypatch.setattr(claims._Held, "_end", lambda *_: ended.append(True))
+    place, ended = inside(tmp_path / "run"), list[bool]()
+    place.parent.mkdir()
+    with claimed(place, "it"):
+        place.parent.rename(tmp_path / "away")
+        time.sleep(0.5)
+        place.parent.mkdir()
+        until = time.monotonic() + 10
+        while not place.exists() and time.monotonic() < until:
+            time.sleep(0.01)
+    assert not ended and not list(place.parent.iterdir())
+
+
 def test_a_claim_that_somebody_damaged_is_mended(place, monkeypatch):
     """It is nobody else's: the process goes on."""
     monkeypatch.setattr(claims, "PERIOD", 0.02)
