@@ -23,6 +23,7 @@ import time
 import uuid
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from pathlib import Path
 
 from .errors import PathError, shown
@@ -128,20 +129,20 @@ class _Held:
                     guard.unlink(missing_ok=True)
         except (OSError, PathError):
             with suppress(OSError, PathError):  # the disk is full: what is there can say that it means nothing
-                self._renew(start=OVER)
+                self._renew(replace(self.own, start=OVER))
 
     def _stay(self) -> None:
         count, last = 0, (time.time(), time.monotonic())
         while not self._ended.wait(PERIOD):
             count += 1
             with suppress(OSError, PathError):  # the disk is full, or away: nothing can be said
-                other = self._renew(silence=_since(last), count=count)
+                other = self._renew(replace(self.own, count=count), _since(last))
                 if other is not None and not self._ended.is_set():
                     self._end(other)
                 last = time.time(), time.monotonic()
 
-    def _renew(self, silence: float = 0.0, **facts: int) -> Claim | None:
-        """Write these facts into the file, and return None; or the claim that another has put there, also where it has
+    def _renew(self, now: Claim, silence: float = 0.0) -> Claim | None:
+        """Write the claim as it is now, and return None; or the claim that another has put there, also where it has
         ended since. The file is opened anew: what was written is sent to other machines when it is closed."""
         try:
             file = open_claim(self.place, os.O_RDWR)
@@ -155,7 +156,7 @@ class _Held:
             found = Claim.from_bytes(os.read(file, SIZE))
             if found.nonce != self.own.nonce and found.pid:  # and not only damaged
                 return found
-            note(file, self.own, **facts)
+            note(file, now)
         finally:
             os.close(file)
         return None

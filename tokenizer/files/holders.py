@@ -61,8 +61,9 @@ class Claim:
         texts = {name: str(found.get(name) or "") for name in ("nonce", "host", "since", "machine")}
         if not re.fullmatch("[0-9a-f]{32}", texts["nonce"]):
             texts |= {"nonce": hashlib.sha256(data).hexdigest()[:32], "machine": ""}
-        numbers = {n: v if type(v := found.get(n)) is int else 0 for n in ("pid", "start", "count", "inode")}
-        return cls(**texts, **numbers | {"pid": max(0, numbers["pid"])})
+        numbers = ("pid", "start", "count", "inode")
+        pid, start, count, inode = (n if type(n := found.get(name)) is int else 0 for name in numbers)
+        return cls(**texts, pid=max(0, pid), start=start, count=count, inode=inode)
 
     def state(self, gone: Collection[str] = ()) -> State:
         """What this machine knows of the process. gone: the nonces of claims that other machines know of."""
@@ -107,10 +108,10 @@ def read_claim(place: Path) -> Claim | None:
     return replace(found, machine="") if copied and found.state() == "held" else found
 
 
-def note(file: int, claim: Claim, **facts: int) -> None:
-    """Write a claim, with these facts, at the beginning of an open file. Raises `OSError`."""
+def note(file: int, claim: Claim) -> None:
+    """Write a claim at the beginning of an open file. Raises `OSError`."""
     os.lseek(file, 0, os.SEEK_SET)
-    data = replace(claim, inode=os.fstat(file).st_ino, **facts).to_bytes()
+    data = replace(claim, inode=os.fstat(file).st_ino).to_bytes()
     if os.write(file, data) < len(data):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
