@@ -23,6 +23,7 @@ from prior.sampling import GUIDANCE
 from prior.sampling.confidence import SCHEDULES
 
 from ..image_pipeline import ImagePipeline
+from .uploads import whole
 
 UNCONDITIONAL = -1
 """The choice of no class, among ids of classes."""
@@ -186,7 +187,7 @@ def cuts_orders(prior: Prior) -> bool:
 
 def order_for(prior: Prior, order: Any, passes: Any) -> str | None:
     """The order in so many passes, where that is a choice. None: the prior's own. Raises `ValueError` for another name
-    than a prior takes."""
+    or number than a prior takes."""
     if not order and not passes:
         return None
     shape = prior.config.positions.shape
@@ -195,9 +196,10 @@ def order_for(prior: Prior, order: Any, passes: Any) -> str | None:
         raise ValueError(f"order should be one of {', '.join(orders_of(prior)) or prior.config.order}")
     if not passes:
         return name
+    count = whole(passes, "passes", 1, math.prod(shape))
     kind, numbers, _ = read_name(name)
     if kind in OWN_BLOCKS:
         raise ValueError(f"passes cannot be chosen for the order {name}, which has its own")
     if kind in CUT_BY_NUMBER:
-        return ":".join([kind, *numbers[: kind == "random"], str(int(passes))])
-    return f"{kind}/{-(-math.prod(shape) // int(passes))}"
+        return ":".join([kind, *numbers[: kind == "random"], str(count)])
+    return f"{kind}/{-(-math.prod(shape) // count)}"

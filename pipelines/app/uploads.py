@@ -9,6 +9,7 @@ from __future__ import annotations
 import base64
 import binascii
 import json
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -58,17 +59,16 @@ def images_of(value: Any, shape: Shape, most: int, count: int = 1) -> Tensor:
     return torch.stack(parts)
 
 
-def pictures_of(value: Any, most: int, count: int) -> list[Image.Image]:
-    """The images that were picked, decoded, of whatever size they are."""
-    found = []
+def pictures_of(value: Any, most: int, count: int) -> Iterator[Image.Image]:
+    """The images that were picked, of whatever size they are, each decoded when it is its turn: a file of a few bytes
+    may ask for a gigabyte, and many would not fit in memory together."""
     for number, data in enumerate(files_of(value, most, count), 1):
         try:
             image = open_image(data)
             image.load()
         except Exception as error:  # damaged files make Pillow raise almost anything
             raise ValueError(f"image {number} cannot be read: {error}") from error
-        found.append(image)
-    return found
+        yield image
 
 
 def painted(value: Any, shape: Shape, most: int) -> tuple[Tensor, Tensor]:

@@ -54,14 +54,19 @@ class Loader(yaml.SafeLoader):
         return node
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
-        """The mapping of `node`; raises `ConstructorError` at a repeated key."""
+        """The mapping of `node`; raises `ConstructorError` at a repeated key, and at one that JSON has none of: a date,
+        bytes."""
         seen: set[str] = set()
         for key, _ in node.value:
             if str(key.value) in seen and key.tag != "tag:yaml.org,2002:merge":
                 problem = f"{key.value!r} appears twice"
                 raise ConstructorError(problem=problem, problem_mark=key.start_mark)
             seen.add(str(key.value))
-        return super().construct_mapping(node, deep)
+        found: dict[Hashable, Any] = super().construct_mapping(node, deep)
+        if strange := [key for key in found if not isinstance(key, (str, int, float, type(None)))]:
+            problem = f"a key is {type(strange[0]).__name__}, and should be text"
+            raise ConstructorError(problem=problem, problem_mark=node.start_mark)
+        return found
 
     def construct_yaml_str(self, node: yaml.ScalarNode) -> str:
         """Text. Raises `ConstructorError` for one that no file can be called by."""
@@ -94,6 +99,10 @@ for _yaml in (Loader, Dumper):
     _yaml.add_implicit_resolver("tag:yaml.org,2002:float", FLOAT, list("-+.0123456789"))
 for _tag in ("str", "int", "float"):
     Loader.add_constructor(f"tag:yaml.org,2002:{_tag}", getattr(Loader, f"construct_yaml_{_tag}"))
+Dumper.add_representer(
+    str,  # PyYAML would fold U+0085, which it takes for the end of a line, into a space or another end
+    lambda dumper, text: dumper.represent_scalar("tag:yaml.org,2002:str", text, '"' if "\x85" in text else None),
+)
 Dumper.add_representer(list, lambda dumper, items: dumper.represent_sequence("tag:yaml.org,2002:seq", items, True))
 
 

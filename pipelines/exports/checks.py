@@ -35,11 +35,12 @@ def check(tokenizer: Tokenizer, encode: Run, decode: Run, images: Tensor) -> Che
     with torch.no_grad():
         expected = tokenizer.encode(images)
         pixels = tokenizer.decode(expected)
+        close, difference = 0, 0.0
         for size in sorted({1, len(images)}):
             found = torch.cat([encode(part.contiguous()) for part in images.split(size)])
             painted = torch.cat([decode(part.contiguous()) for part in expected.split(size)])
-            close = check_tokens(tokenizer, images, expected, found)
-            difference = check_pixels(pixels, painted)
+            close = max(close, check_tokens(tokenizer, images, expected, found))
+            difference = max(difference, check_pixels(pixels, painted))
     return Checked(len(images), expected.numel(), close, difference)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -34,11 +35,11 @@ def export_tokenizer(
     something else is in the folder.
     """
     require_installed(format)
-    tokenizer = tokenizer.cpu().eval()
+    tokenizer = copy.deepcopy(tokenizer).cpu().eval()  # the caller's stays on its device, beside its prior
     example = noise(tokenizer.image_shape)  # and no image of the user's: a .pt2 file holds what it was recorded on
     with torch.no_grad():
         examples: dict[Part, Tensor] = {"encoder": example, "decoder": tokenizer.encode(example)}
-    some = example if images is None else torch.cat([example, images])
+    some = example if images is None else torch.cat([example, images.cpu()])
     kind = FORMATS[format]
     with atomic_folder(folder, kind=EXPORT, inputs=inputs) as target:
         paths = {part: target / f"{part}{kind.suffix}" for part in PARTS}

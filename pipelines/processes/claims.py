@@ -24,6 +24,7 @@ from ..config.outputs import writing
 from .sharing import ALONE, Team
 
 SIGNALS = ("SIGTERM", "SIGHUP")
+TRIES = 3  # to make a folder that others remove
 
 
 @contextmanager
@@ -55,15 +56,30 @@ def _alone(place: Path, called: Path, key: str, team: Team) -> Iterator[None]:
 
         def claim() -> None:
             with writing(key, called):
-                stack.enter_context(_made(place.parent))
-                try:
-                    release = stack.enter_context(claimed(place, called, [nonce for nonce in found if nonce]))
-                except PathError as error:
-                    raise UserError(str(error)) from error
+                release = _claimed(place, called, [nonce for nonce in found if nonce], stack)
             stack.enter_context(_before_signals(release))
 
         team.first(claim)
         yield
+
+
+def _claimed(place: Path, called: Path, gone: list[str], stack: ExitStack) -> Callable[[], None]:
+    """Make the folder of the claim, and claim: for as long as `stack` lasts. Another process that had made the folder
+    may end, and remove it, between the two: then it is made again."""
+    left = TRIES
+    while True:
+        try:
+            with ExitStack() as both:
+                both.enter_context(_made(place.parent))
+                release = both.enter_context(claimed(place, called, gone))
+                stack.enter_context(both.pop_all())
+                return release
+        except PathError as error:
+            raise UserError(str(error)) from error
+        except FileNotFoundError:
+            left -= 1
+            if not left:
+                raise
 
 
 @contextmanager

@@ -59,6 +59,7 @@ class Stages:
             raise ConfigError(f"{INDEX}: labels: {len(labels)} names for {prior.num_classes} classes")
         check_labels(labels)
         self.tokenizer, self.prior = tokenizer.eval(), prior.eval()
+        self.found_to_fit = tokenizer, prior  # whatever becomes of their types
         self.labels = list(labels)
         self.sampler = make_sampler(type(prior), sampler or {})
         try:
@@ -178,7 +179,8 @@ class Stages:
         variant: "fp16" or "bf16" rounds the weights of all models to that type (but those that stay float32 in any),
         into files such as `tokenizer/model.fp16.safetensors`; a folder holds one variant. sample_grid: uint8 (H, W, 3),
         shown on the model card. Raises `PathError` if `folder` holds something else, `LimitError` for a grid that could
-        not be loaded again, `ValueError` for weights that the type cannot hold.
+        not be loaded again, `ValueError` for weights that the type cannot hold, `IntegrityError` where a part was
+        replaced by one that does not fit the other.
         """
         self.sample_grid = self.sample_grid if sample_grid is None else sample_grid
         storing.save(self, folder, variant)

@@ -70,6 +70,10 @@ def is_white(mask: Tensor) -> Tensor:
     """Where `mask`, of any shape, is True, or in the upper half of its range."""
     if mask.dtype == torch.bool:
         return mask
+    if not mask.dtype.is_floating_point and not mask.dtype.is_complex:
+        mask = mask.long()  # torch compares few of the unsigned types
+    elif mask.dtype.is_complex:
+        raise ValueError(f"mask should be bool, whole numbers of 0 to 255, or floats in [0, 1] (got {mask.dtype})")
     low, high = (float(value) for value in mask.aminmax())
     if not 0 <= low <= high <= (1 if mask.dtype.is_floating_point else 255):
         raise ValueError(

@@ -50,6 +50,7 @@ Dtypes = Dtype | Mapping[str, Dtype]
 
 def save(pipeline: Any, folder: str | Path, variant: str | None) -> None:
     """`Stages.save_pretrained`."""
+    require_fit(pipeline)
     if variant is not None:
         pipeline = in_variant(pipeline, variant)
     grid = pipeline.sample_grid
@@ -72,6 +73,14 @@ def save(pipeline: Any, folder: str | Path, variant: str | None) -> None:
         card = model_card(pipeline.tokenizer, pipeline.prior, pipeline.labels, pipeline.provenance, grid is not None)
         (target / CARD).write_text(card, encoding="utf-8")
         write_manifest(target)
+
+
+def require_fit(pipeline: Any) -> None:
+    """Raise `IntegrityError` for a tokenizer or prior that was put in the place of another since the pipeline was made,
+    and with which none could be made."""
+    tokenizer, prior = pipeline.found_to_fit
+    if pipeline.tokenizer is not tokenizer or pipeline.prior is not prior:
+        type(pipeline)(**pipeline.components, labels=pipeline.labels)
 
 
 def in_variant(pipeline: Any, variant: str) -> Any:

@@ -7,7 +7,8 @@ same pid namespace), or where it did not change for `SILENCE` seconds by the rea
 are never compared.
 
 Who takes a stale claim over first claims that claim, by a file whose name holds the stale one's nonce, and then looks
-again: so of all that find it stale one replaces it, and a holder that was only silent removes nobody else's.
+again: so of all that find it stale one replaces it, and a holder that was only silent removes nobody else's. Where its
+file is gone when it wakes up, another one has come and gone meanwhile: it does not go on.
 """
 
 from __future__ import annotations
@@ -16,7 +17,6 @@ import errno
 import hashlib
 import os
 import re
-import stat
 import sys
 import threading
 import time
@@ -27,7 +27,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from .errors import PathError, shown
-from .holders import SIZE, Claim, State
+from .holders import NOBODY, OVER, SIZE, Claim, State, note, open_claim, read_claim
 
 LOCK = ".lock"
 PERIOD, SILENCE, LOOK = 5.0, 120.0, 1.0
@@ -77,7 +77,7 @@ def claimed(place: Path, called: Path | str, gone: Collection[str] = ()) -> Iter
 def known_gone(place: Path) -> str | None:
     """The nonce of a claim whose process this machine knows to be gone; None where there is no such claim."""
     with suppress(PathError):
-        found = _read(place)
+        found = read_claim(place)
         return found.nonce if found is not None and found.state() == "gone" else None
     return None
 
@@ -95,7 +95,7 @@ class _Held:
 
     def __init__(self, place: Path, called: Path | str) -> None:
         self.place, self.called, self.own = place, called, Claim.new()
-        self._ended = threading.Event()
+        self._ended, self._released = threading.Event(), False
 
     def take(self, gone: Collection[str]) -> None:
         """Raises `PathError`, see `claimed`."""
@@ -115,41 +115,48 @@ class _Held:
 
     def release(self) -> None:
         """Remove the claim, if it is still there, and nobody is taking it over."""
-        if self._ended.is_set() or os.getpid() != self.own.pid:  # a forked process has claimed nothing
+        if self._released or os.getpid() != self.own.pid:  # a forked process has claimed nothing
             return
+        self._released = True  # first: a signal that releases, too, may come while the event's lock is held
         self._ended.set()
         guard = _guard_of(self.place, self.own)
-        with suppress(OSError, PathError):
+        try:
             if _put(guard, self.own):
                 try:
                     if _holds(self.place, self.own):
                         self.place.unlink()
                 finally:
                     guard.unlink(missing_ok=True)
+        except (OSError, PathError):
+            with suppress(OSError, PathError):  # the disk is full: what is there can say that it means nothing
+                self._renew(replace(self.own, start=OVER))
 
     def _stay(self) -> None:
-        count = 0
+        count, last = 0, (time.time(), time.monotonic())
         while not self._ended.wait(PERIOD):
             count += 1
             with suppress(OSError, PathError):  # the disk is full, or away: nothing can be said
-                if (other := self._renew(count)) is not None and not self._ended.is_set():
+                other = self._renew(replace(self.own, count=count), _since(last))
+                if other is not None and not self._ended.is_set():
                     self._end(other)
+                last = time.time(), time.monotonic()
 
-    def _renew(self, count: int) -> Claim | None:
-        """Count in the file, and return None; or the claim that another has put there. The file is opened anew: what
-        was written is sent to other machines when it is closed."""
+    def _renew(self, now: Claim, silence: float = 0.0) -> Claim | None:
+        """Write the claim as it is now, and return None; or the claim that another has put there, also where it has
+        ended since. The file is opened anew: what was written is sent to other machines when it is closed."""
         try:
-            file = _open(self.place, os.O_RDWR)
-        except FileNotFoundError:  # somebody has removed it
-            if not self._ended.is_set():
+            file = open_claim(self.place, os.O_RDWR)
+        except FileNotFoundError:
+            if silence > SILENCE and self.place.parent.is_dir():
+                return NOBODY
+            if self.place.parent.is_dir() and not self._ended.is_set():  # somebody has removed it
                 _put(self.place, self.own)
             return None
         try:
             found = Claim.from_bytes(os.read(file, SIZE))
             if found.nonce != self.own.nonce and found.pid:  # and not only damaged
                 return found
-            os.lseek(file, 0, os.SEEK_SET)
-            os.write(file, replace(self.own, count=count).to_bytes())
+            note(file, now)
         finally:
             os.close(file)
         return None
@@ -167,7 +174,7 @@ class _Held:
 def _take(place: Path, own: Claim, gone: Collection[str], called: Path | str) -> None:
     """Put `own` at the place, in that of a stale one if need be. Raises `_HeldBy`."""
     while not _put(place, own):
-        if (found := _read(place)) is None:
+        if (found := read_claim(place)) is None:
             continue
         state = found.state(gone)
         if state == "unknown":
@@ -185,10 +192,10 @@ def _watched(place: Path, first: Claim) -> State:
     slept, the time is not the other's silence."""
     for _ in range(max(1, round(SILENCE / LOOK))):
         time.sleep(LOOK)
-        found = _read(place)
+        found = read_claim(place)
         if found is None or found.nonce != first.nonce:
             return "changed"
-        if found != first:
+        if found.count != first.count:
             return "held"
     return "gone"
 
@@ -208,7 +215,7 @@ def _replaced(place: Path, stale: Claim, own: Claim, gone: Collection[str], call
             if not _holds(place, stale):
                 return False
     try:
-        if not _holds(place, stale):
+        if not _holds(place, stale, stale.count):
             return False
         with _written(place, own) as temporary:
             temporary.replace(place)
@@ -240,50 +247,44 @@ def _put(place: Path, own: Claim) -> bool:
             if error.errno not in NO_LINKS:
                 raise
     try:
-        file = _open(place, os.O_WRONLY | os.O_CREAT | os.O_EXCL)
+        _write(place, own)
     except FileExistsError:
         return False
-    with os.fdopen(file, "wb") as stream:
-        stream.write(own.to_bytes())
     return True
+
+
+def _write(path: Path, own: Claim) -> None:
+    """A new file, whole or not at all. Raises `FileExistsError`."""
+    file = open_claim(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL)
+    try:
+        try:
+            note(file, own)
+        finally:
+            os.close(file)
+    except BaseException:  # the disk is full
+        path.unlink(missing_ok=True)
+        raise
 
 
 @contextmanager
 def _written(place: Path, own: Claim) -> Iterator[Path]:
     temporary = place.with_name(f"{TAIL.sub('', place.name)}.{uuid.uuid4().hex}")
     try:
-        with os.fdopen(_open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL), "wb") as stream:
-            stream.write(own.to_bytes())
+        _write(temporary, own)
         yield temporary
     finally:
         temporary.unlink(missing_ok=True)
 
 
-def _holds(place: Path, claim: Claim) -> bool:
-    found = _read(place)
-    return found is not None and found.nonce == claim.nonce
+def _holds(place: Path, claim: Claim, count: int | None = None) -> bool:
+    """Whether the claim is there; count: and says so, as one does that its holder has left alone since."""
+    found = read_claim(place)
+    return found is not None and found.nonce == claim.nonce and count in (None, found.count)
 
 
-def _read(place: Path) -> Claim | None:
-    """The claim at a place. Raises `PathError` for what cannot be read, or is no file."""
-    try:
-        file = _open(place, os.O_RDONLY)
-        try:
-            if not stat.S_ISREG(os.fstat(file).st_mode):
-                raise PathError(f"{place}: it is to say who writes here, and is not a file; nothing was changed")
-            return Claim.from_bytes(os.read(file, SIZE))
-        finally:
-            os.close(file)
-    except OSError as error:
-        if isinstance(error, FileNotFoundError) or error.errno == errno.ESTALE:  # replaced meanwhile, over NFS
-            return None
-        what = f"it says who writes here, and cannot be read ({error.strerror})"
-        raise PathError(f"{place}: {what}; nothing was changed") from error
-
-
-def _open(path: Path, flags: int) -> int:
-    more = sum(getattr(os, name, 0) for name in ("O_NOFOLLOW", "O_NONBLOCK", "O_CLOEXEC", "O_BINARY"))
-    return os.open(path, flags | more, 0o666)
+def _since(then: tuple[float, float]) -> float:
+    """Seconds, by the clock that says more: one goes on while the machine sleeps, the other cannot be set."""
+    return max(time.time() - then[0], time.monotonic() - then[1])
 
 
 def _remove_leftovers(place: Path, own: Claim) -> None:

@@ -2,31 +2,34 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
 import re
 import socket
+import stat
 import time
 import uuid
 from collections.abc import Collection
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from .errors import shown
+from .errors import PathError, shown
 
 SIZE = 1024  # bytes of a claim, which is written in place
 LONGEST_HOST = 64  # characters
-GONE = -1  # the start of a process that has ended
+GONE, OVER = -1, -2  # the start of a process that has ended, and of one that has let go of its claim
 State = Literal["held", "gone", "unknown", "changed"]
 
 
 @dataclass(frozen=True)
 class Claim:
     """What is in the file. nonce: the name of this claim among all that there ever were. machine: where its pid means
-    this process; empty where that cannot be told. start: of the process, see `started`."""
+    this process; empty where that cannot be told. start: of the process, see `started`. inode: the number of the file,
+    which that of a copy is not; 0 if it is not known."""
 
     nonce: str
     pid: int
@@ -35,6 +38,7 @@ class Claim:
     machine: str
     start: int
     count: int = 0
+    inode: int = 0
 
     @classmethod
     def new(cls) -> Claim:
@@ -57,8 +61,9 @@ class Claim:
         texts = {name: str(found.get(name) or "") for name in ("nonce", "host", "since", "machine")}
         if not re.fullmatch("[0-9a-f]{32}", texts["nonce"]):
             texts |= {"nonce": hashlib.sha256(data).hexdigest()[:32], "machine": ""}
-        pid, start, count = (n if type(n := found.get(name)) is int else 0 for name in ("pid", "start", "count"))
-        return cls(**texts, pid=max(0, pid), start=start, count=count)
+        numbers = ("pid", "start", "count", "inode")
+        pid, start, count, inode = (n if type(n := found.get(name)) is int else 0 for name in numbers)
+        return cls(**texts, pid=max(0, pid), start=start, count=count, inode=inode)
 
     def state(self, gone: Collection[str] = ()) -> State:
         """What this machine knows of the process. gone: the nonces of claims that other machines know of."""
@@ -74,6 +79,47 @@ class Claim:
     def holder(self) -> str:
         """`process 4242 on desk`."""
         return f"process {self.pid} on {shown(self.host)[1:-1]}" if self.pid and self.host else "another process"
+
+
+NOBODY = Claim("", 0, "", "", "", 0)
+
+
+def read_claim(place: Path) -> Claim | None:
+    """The claim at a place. Raises `PathError` for what cannot be read, or is no file.
+
+    Of a copy, as of a folder that was copied while a process writes in it, it is not known whose it is: that process
+    lives, and counts in another file.
+    """
+    try:
+        file = open_claim(place, os.O_RDONLY)
+        try:
+            facts = os.fstat(file)
+            if not stat.S_ISREG(facts.st_mode):
+                raise PathError(f"{place}: it is to say who writes here, and is not a file; nothing was changed")
+            found = Claim.from_bytes(os.read(file, SIZE))
+        finally:
+            os.close(file)
+    except OSError as error:
+        if isinstance(error, FileNotFoundError) or error.errno == errno.ESTALE:  # replaced meanwhile, over NFS
+            return None
+        what = f"it says who writes here, and cannot be read ({error.strerror})"
+        raise PathError(f"{place}: {what}; nothing was changed") from error
+    copied = found.inode not in (0, facts.st_ino)
+    return replace(found, machine="") if copied and found.state() == "held" else found
+
+
+def note(file: int, claim: Claim) -> None:
+    """Write a claim at the beginning of an open file. Raises `OSError`."""
+    os.lseek(file, 0, os.SEEK_SET)
+    data = replace(claim, inode=os.fstat(file).st_ino).to_bytes()
+    if os.write(file, data) < len(data):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def open_claim(path: Path, flags: int) -> int:
+    """Open what is to be a claim: nothing that a link leads to, and no pipe that would block. Raises `OSError`."""
+    more = sum(getattr(os, name, 0) for name in ("O_NOFOLLOW", "O_NONBLOCK", "O_CLOEXEC", "O_BINARY"))
+    return os.open(path, flags | more, 0o666)
 
 
 def host() -> str:

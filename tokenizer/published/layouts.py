@@ -94,7 +94,8 @@ class Shapes:
     def stem_and_levels(self) -> dict[str, Any]:
         """`channels`, `widths`, `stem` and `blocks` of an encoder."""
         stem = self.of("encoder.stem.weight")
-        widths = tuple(self.of(f"encoder.levels.{level}.blocks.0.conv1.weight")[0] for level in range(self.levels))
+        levels = range(max(1, self.levels))  # of none the first is missing
+        widths = tuple(self.of(f"encoder.levels.{level}.blocks.0.conv1.weight")[0] for level in levels)
         return {
             "channels": stem[1],
             "widths": widths,

@@ -45,10 +45,9 @@ def build(served: Served, gallery: gr.HTML) -> None:
 
     def compress(job: Job, value: Any, lossless: Any) -> str:
         files = files_of(value, bounds.max_upload, bounds.max_images)
-        opened = pictures_of(value, bounds.max_upload, bounds.max_images)
         batch = []
-        for number, image in enumerate(opened, 1):
-            job.step(number - 1, len(opened), "images")
+        for number, image in enumerate(pictures_of(value, bounds.max_upload, bounds.max_images), 1):
+            job.step(number - 1, len(files), "images")
             try:
                 batch.append(exact_pixels(image, served.shape, bool(lossless)))
             except ValueError as error:

@@ -179,6 +179,13 @@ def test_an_order_with_its_own_blocks_has_its_own_passes():
         order_for(pipeline("blocks", any_order=True).prior, "dyadic", 3)
 
 
+@pytest.mark.parametrize("passes", [0.5, -3, 25, 1e300, float("nan"), "x", [3], True])
+def test_a_number_of_passes_that_there_cannot_be(passes):
+    """The slider has none of these, but a request can."""
+    with pytest.raises(ValueError, match="passes should be a whole number from 1 to 24"):
+        order_for(pipeline("blocks", any_order=True).prior, "raster", passes)
+
+
 @pytest.mark.parametrize("order", ["no", "halton:3", "raster/2", 3, "../x"])
 def test_an_order_that_is_not_offered(order):
     with pytest.raises(ValueError, match="order should be one of"):

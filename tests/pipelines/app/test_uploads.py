@@ -9,6 +9,7 @@ import json
 import numpy as np
 import pytest
 from PIL import Image
+from PIL.PngImagePlugin import PngImageFile
 
 from pipelines.app.uploads import files_of, images_of, painted, pictures_of, whole
 
@@ -33,6 +34,14 @@ def picked(*files: str) -> str:
 def test_files_come_as_they_were_sent():
     contents = [b"", b"one", bytes(range(256))]
     assert files_of(picked(*map(url, contents)), MOST, 3) == contents
+
+
+def test_images_of_any_size_are_not_in_memory_together(monkeypatch):
+    """34 bytes can be 8192 x 8192 pixels."""
+    loaded, load = [], Image.Image.load
+    monkeypatch.setattr(PngImageFile, "load", lambda image: loaded.append(image.size) or load(image))
+    for number, _ in enumerate(pictures_of(picked(*[url(png())] * 3), MOST, 3), 1):
+        assert len(loaded) == number
 
 
 def test_images_have_the_shape_of_the_pipeline():
@@ -68,7 +77,7 @@ def test_images_have_the_shape_of_the_pipeline():
     ],
 )
 def test_what_is_wrong_is_told(value, sentence):
-    for read in (lambda: images_of(value, SHAPE, MOST, 2), lambda: pictures_of(value, MOST, 2)):
+    for read in (lambda: images_of(value, SHAPE, MOST, 2), lambda: list(pictures_of(value, MOST, 2))):
         with pytest.raises(ValueError) as caught:
             read()
         assert sentence in str(caught.value) and "passwd" not in str(caught.value)

@@ -35,6 +35,8 @@ TOO_MUCH = {
     "no time": ("a: !!timestamp x", "not readable as YAML"),
     "no truth": ("a: !!bool x", "not readable as YAML"),
     "no such date": ("a: 2024-13-01", "not readable as YAML"),
+    "a date for a key": ("a: {2024-01-01: 1}", "a key is date, and should be text"),
+    "bytes for a key": ("!!binary aGk=: 1", "a key is bytes"),
     "code": ("a: !!python/object/apply:os.mkdir [b]", "could not determine a constructor"),
 }
 
@@ -52,7 +54,7 @@ def test_aliases_and_merges_of_reasonable_size_are_read():
     text = "base: &base {steps: 3, lr: 1e-3}\nmine: {<<: *base, steps: 4}\nlist: [*base, *base]"
     base = {"steps": 3, "lr": 0.001}
     assert read_yaml(text) == {"base": base, "mine": {"steps": 4, "lr": 0.001}, "list": [base, base]}
-    data = {"a": [1, 2.5, "x: y", None, True, (1 << 64) - 1, -(1 << 63)], "b": {"c": {"d": "1e-3"}}}
+    data = {"a": [1, 2.5, "x: y", None, True, (1 << 64) - 1, -(1 << 63)], "b": {"c": {"d": "1e-3"}, "a\x85b": "\x85"}}
     assert read_yaml(write_yaml(data)) == data
 
 

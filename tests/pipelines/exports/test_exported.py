@@ -211,6 +211,39 @@ def test_only_close_calls_may_differ() -> None:
         check(tokenizer, above(0.0), lambda tokens: decode(tokens) * float("nan"), images)
 
 
+def test_the_tokenizer_of_the_caller_stays_as_it_is(tmp_path: Path, monkeypatch) -> None:
+    """It may be trained on, or be a part of a pipeline on a GPU."""
+    tokenizer = tokenizer_of("pixels").train()
+
+    def load(path: Path) -> Run:
+        return tokenizer.encode if path.stem == "encoder" else tokenizer.decode
+
+    monkeypatch.setattr("pipelines.exports.writing.trace", lambda *_: None)
+    monkeypatch.setitem(FORMATS, "torch", FileFormat(".pt2", lambda program, part, path: path.touch(), load))
+    export_tokenizer(tokenizer, tmp_path / "out", "torch", images_for(tokenizer, 2))
+    assert tokenizer.training and all(module.training for module in tokenizer.modules())
+
+
+def test_what_is_told_is_the_worst_of_one_at_a_time_and_together() -> None:
+    """A program may round otherwise for one image than for many."""
+    tokenizer = tokenizer_of("pixels")
+    images = torch.full((2, *tokenizer.image_shape), 0.5)
+    images[0, 0, 0, 0] = 1e-6
+    threshold = {1: 1e-5, 2: 0.0}
+
+    class Signs:
+        def encode(self, given: Tensor) -> Tensor:
+            return (given > 0).long().flatten(1, 2)
+
+        decode = tokenizer.decode
+
+    def alone_otherwise(tokens: Tensor) -> Tensor:
+        return tokenizer.decode(tokens) + (TOLERANCE / 2 if len(tokens) == 1 else 0)
+
+    found = check(Signs(), lambda given: (given > threshold[len(given)]).long().flatten(1, 2), alone_otherwise, images)
+    assert found.close_calls == 1 and found.pixel_difference > TOLERANCE / 4
+
+
 def test_packages_that_are_missing_are_named(tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setattr("pipelines.exports.formats.find_spec", lambda name: None if name != "onnx" else object())
     with pytest.raises(

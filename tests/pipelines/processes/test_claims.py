@@ -45,6 +45,23 @@ def test_a_folder_is_made_and_goes_if_nothing_came_into_it(tmp_path):
     assert os.listdir(run) == ["config.yaml"]
 
 
+def test_a_folder_that_another_process_removes_as_it_ends_is_made_again(tmp_path, monkeypatch):
+    """It had made it, was refused, and leaves no empty folder."""
+    (tmp_path / "runs").mkdir()
+    tries: list[Path] = []
+
+    def interrupted(place: Path, *rest: Any) -> Any:
+        tries.append(place)
+        if len(tries) == 1:
+            place.parent.rmdir()
+        return claimed(place, *rest)
+
+    monkeypatch.setattr("pipelines.processes.claims.claimed", interrupted)
+    with alone_at(tmp_path / "runs" / "out"):
+        assert os.listdir(tmp_path / "runs") == [".out.lock"]
+    assert len(tries) == 2
+
+
 def test_the_claim_on_an_output_is_beside_it(tmp_path):
     """Whatever it becomes, there is nothing of it inside."""
     with alone_at(tmp_path / "set.npz"), alone_at(tmp_path / "tokens"), alone_at(None):

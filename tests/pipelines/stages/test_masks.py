@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 from small_pipelines import as_pil, make_pipeline, pixels_for
 
-from pipelines.stages.masks import known_pixels
+from pipelines.stages.masks import hidden_pixels, known_pixels
 
 HEIGHT, WIDTH = 8, 12
 
@@ -57,6 +57,18 @@ def test_one_mask_is_for_all_images():
     wanted = pipe.complete(images, ~mask[0], seed=0).tokens
     for given in (mask[0], mask, picture(mask[0]), [picture(mask[0])], picture(mask[0]).convert("RGBA")):
         assert pipe.complete(images, mask=given, seed=0).tokens.equal(wanted)
+
+
+@pytest.mark.parametrize("kind", [np.uint8, np.uint16, np.uint32, np.int8, np.int64])
+def test_whole_numbers_are_of_any_type(kind):
+    """A picture in 16 bits is one of uint16, in which torch compares nothing."""
+    mask = np.array([[0, 1], [1, 0]], kind)
+    assert hidden_pixels(mask, None, torch.zeros(1, 3, 2, 2)).tolist() == [[[False, True], [True, False]]]
+
+
+def test_complex_numbers_are_no_mask():
+    with pytest.raises(ValueError, match="mask should be bool"):
+        hidden_pixels(np.zeros((2, 2), complex), None, torch.zeros(1, 3, 2, 2))
 
 
 def test_scores_take_masks_too():

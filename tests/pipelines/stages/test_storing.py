@@ -207,6 +207,23 @@ def test_parts_that_do_not_fit_are_refused(tmp_path):
         ImagePipeline.from_pretrained(tmp_path / "pipe", prior=pipe.tokenizer)
 
 
+def test_a_part_that_was_replaced_has_to_fit_when_the_pipeline_is_saved(tmp_path):
+    """Or the prior would be said to know the tokens of a tokenizer that it has never seen."""
+    pipe, other = make_pipeline(), make_pipeline()
+    own = pipe.tokenizer
+    pipe.tokenizer = other.tokenizer
+    with pytest.raises(IntegrityError, match="another tokenizer"):
+        pipe.save_pretrained(tmp_path / "pipe")
+    assert not (tmp_path / "pipe").exists()
+    pipe.prior = other.prior
+    pipe.save_pretrained(tmp_path / "pipe")
+    pipe.tokenizer = own
+    with pytest.raises(IntegrityError, match="another tokenizer"):
+        pipe.save_pretrained(tmp_path / "pipe", variant="bf16")
+    other.to(torch.bfloat16).save_pretrained(tmp_path / "rounded")  # the same parts, of another type
+    assert ImagePipeline.from_pretrained(tmp_path / "rounded").prior.num_parameters() == other.prior.num_parameters()
+
+
 def test_settings_of_another_kind_of_prior_are_left_out(tmp_path):
     pipe = make_pipeline(prior="masked", sampler={"steps": 3, "top_k": 2})
     pipe.save_pretrained(tmp_path / "pipe")

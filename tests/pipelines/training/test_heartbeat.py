@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import errno
+import json
+import threading
+import time
+from dataclasses import asdict, replace
 
 import pytest
 
 from pipelines.config import UserError
 from pipelines.config.command import Interrupted, ProcessLost, RunError, exit_codes
-from pipelines.training.heartbeat import Heartbeat, told_where
+from pipelines.training.heartbeat import Heartbeat, Sign, told_where
 
 
 @pytest.fixture
@@ -41,6 +45,35 @@ def test_an_error_that_another_process_told_of_is_a_lost_process(heartbeat, caps
     assert ended.value.code == 1
     told = "error on process 0: step 12 (train): process 1 failed: ZeroDivisionError: no\n"
     assert capsys.readouterr().err == told
+
+
+@pytest.mark.parametrize("lives", [True, False])
+def test_a_process_whose_clock_is_behind_is_not_silent(tmp_path, monkeypatch, lives):
+    """Clocks of two machines need not agree: what counts is that its sign changes."""
+    monkeypatch.setattr("pipelines.training.heartbeat.PERIOD", 0.1)
+    heartbeat, ended = Heartbeat(tmp_path, 0, 2, 60.0), threading.Event()
+    other = Sign(1, 1, "elsewhere", 12, "train", time.time() - 1000, time.time() - 1000)
+
+    def write() -> None:
+        done = tmp_path / "other"
+        while True:
+            done.write_text(json.dumps(asdict(replace(other, alive=time.time() - 1000) if lives else other)))
+            done.replace(heartbeat.folder / "1")
+            if ended.wait(0.02):
+                return
+
+    writer = threading.Thread(target=write)
+    writer.start()
+    try:
+        until = time.monotonic() + 5
+        while not heartbeat.others() and time.monotonic() < until:
+            time.sleep(0.01)
+        told = heartbeat.explain(RuntimeError("gloo: connection closed"), 0.2)
+    finally:
+        ended.set()
+        writer.join()
+        heartbeat.close()
+    assert told is None if lives else told and "process 1 (elsewhere) is silent at step 12 (train)" in told
 
 
 @pytest.mark.parametrize(

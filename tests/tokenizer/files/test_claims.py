@@ -7,16 +7,19 @@ Covers: tokenizer/files/holders.py.
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -134,6 +137,47 @@ def test_a_claim_may_go_earlier_and_a_later_one_is_not_taken_for_it(place):
         assert not list(place.parent.iterdir())
         other = left(place)
     assert Claim.from_bytes(place.read_bytes()) == other
+
+
+def test_a_claim_that_cannot_be_removed_means_nothing_any_more(place, monkeypatch):
+    """On a full disk. The process may live on, and is not to be refused by itself."""
+    put = claims._put
+
+    def full(path: Path, own: Claim) -> bool:
+        if path != place:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return put(path, own)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(claims, "_put", full)
+        with claimed(place, "it"):
+            pass
+    assert os.listdir(place.parent) == [".lock"] and known_gone(place)
+    assert takes(place) and not os.listdir(place.parent)
+
+
+def test_a_signal_in_the_middle_of_a_release_does_not_hang(place):
+    """Its handler releases as well (`processes.claims`), while the event's lock is held."""
+    held = claims._Held(place, "it")
+    held.take(())
+    lock, again = held._ended._cond, []
+
+    class Interrupted:
+        notify_all = lock.notify_all
+
+        def __enter__(self) -> None:
+            lock.__enter__()
+            other = threading.Thread(target=held.release, daemon=True)  # so that a hang can be seen
+            other.start()
+            other.join(1)
+            again.append(other.is_alive())
+
+        def __exit__(self, *error: object) -> None:
+            lock.__exit__(*error)
+
+    held._ended._cond = Interrupted()
+    held.release()
+    assert again == [False] and not list(place.parent.iterdir())
 
 
 def test_a_forked_process_does_not_remove_the_claim_of_its_parent(place):
@@ -317,6 +361,26 @@ def test_who_comes_late_with_a_judgement_replaces_nobody(place, monkeypatch):
         assert place.read_bytes() == now and os.listdir(place.parent) == [".lock"]
 
 
+def test_a_claim_that_counts_while_it_is_taken_over_is_not_replaced(place):
+    """Its holder was silent, and is back before the other one replaces it."""
+    silent = left(place, machine=OTHER)
+    awake = left(place, **{**asdict(silent), "count": 7})
+    assert not claims._replaced(place, silent, Claim.new(), (), "it")
+    assert Claim.from_bytes(place.read_bytes()) == awake and os.listdir(place.parent) == [".lock"]
+
+
+def test_a_holder_that_wakes_up_when_the_other_has_ended_ends_too(place, quick):
+    """It was taken over while it was stopped, by a process of another machine that has worked and gone: what it knows
+    is old."""
+    with holder(place, ELSEWHERE + HOLD, PERIOD=0.1, SILENCE=0.3) as other:
+        os.kill(other.pid, signal.SIGSTOP)
+        assert takes(place) and not os.listdir(place.parent)
+        os.kill(other.pid, signal.SIGCONT)
+        assert other.wait(10) == claims.LOST
+        assert other.stderr.read().startswith("error: it: another process has taken over, as this process was silent")
+    assert not os.listdir(place.parent)
+
+
 def test_a_holder_that_was_only_silent_removes_nobody_elses(place):
     held = claims._Held(place, "it")
     held.take(())
@@ -352,6 +416,22 @@ def test_a_claim_that_somebody_removed_comes_back(place, monkeypatch):
             time.sleep(0.01)
         assert Claim.from_bytes(place.read_bytes()).pid == os.getpid()
     assert not list(place.parent.iterdir())
+
+
+def test_a_folder_that_is_away_for_long_is_nobody_elses(tmp_path, quick, monkeypatch):
+    """It was moved, or its disk is not there: nobody was silent."""
+    monkeypatch.setattr(claims, "PERIOD", 0.02)
+    monkeypatch.setattr(claims._Held, "_end", lambda *_: ended.append(True))
+    place, ended = inside(tmp_path / "run"), list[bool]()
+    place.parent.mkdir()
+    with claimed(place, "it"):
+        place.parent.rename(tmp_path / "away")
+        time.sleep(0.5)
+        place.parent.mkdir()
+        until = time.monotonic() + 10
+        while not place.exists() and time.monotonic() < until:
+            time.sleep(0.01)
+    assert not ended and not list(place.parent.iterdir())
 
 
 def test_a_claim_that_somebody_damaged_is_mended(place, monkeypatch):
@@ -392,6 +472,27 @@ def test_a_disk_without_links_will_do(place, monkeypatch):
     assert takes(place)
 
 
+def test_a_disk_without_links_that_is_full_keeps_no_half_claim(place, monkeypatch):
+    """The next one would wait for whose it is."""
+
+    def refuse(*_: object) -> None:
+        raise PermissionError(1, "Operation not permitted")
+
+    write, sizes = os.write, []
+
+    def full(file: int, data: bytes) -> int:
+        sizes.append(len(data))
+        if len(sizes) == 2:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return write(file, data)
+
+    monkeypatch.setattr(os, "link", refuse)
+    monkeypatch.setattr(os, "write", full)
+    with pytest.raises(OSError, match="No space"), claimed(place, "it"):
+        pytest.fail("it was claimed")
+    assert not os.listdir(place.parent)
+
+
 def test_an_answer_that_was_lost_is_no_refusal(place, monkeypatch):
     """Over NFS a request may be sent twice, and the second finds what the first has done."""
     link = os.link
@@ -409,6 +510,18 @@ def test_nothing_relies_on_locks_of_the_system():
     for package in ("tokenizer", "prior", "pipelines"):
         for path in (ROOT / package).rglob("*.py"):
             assert not re.search(r"\b(fcntl|flock|lockf)\b", path.read_text()), path
+
+
+def test_a_copy_of_a_folder_is_not_held_by_who_writes_in_the_first(tmp_path, quick, capfd):
+    """Nothing is said of it but that this has to be found out."""
+    place = inside(tmp_path / "run")
+    place.parent.mkdir()
+    with holder(place, PERIOD=0.05):
+        copy = inside(shutil.copytree(place.parent, tmp_path / "copy"))
+        assert not takes(place) and takes(copy) and not os.listdir(copy.parent)
+        assert "may be writing here" in capfd.readouterr().err
+    shutil.copytree(place.parent, copy.parent, dirs_exist_ok=True)
+    assert known_gone(copy) == Claim.from_bytes(copy.read_bytes()).nonce  # nobody waits for the dead
 
 
 # Names

@@ -77,6 +77,14 @@ def test_ibq_is_not_said_of_other_weights(tmp_path, capsys):
     assert "layout: the names of the weights are not those of SEED-Voken IBQ" in error
 
 
+def test_a_network_whose_first_level_is_missing_is_refused_by_name(tmp_path, capsys):
+    weights = random_weights(magvit2_shapes(32, (1, 2)))
+    del weights["encoder.down.0.block.0.conv1.weight"]  # by which levels are counted
+    save_file(weights, tmp_path / "magvit2.safetensors")
+    error = fails(capsys, "import", f"source={tmp_path}", f"out={tmp_path}/out")
+    assert "encoder.down.0.block.0.conv1.weight is missing" in error
+
+
 def test_the_defaults_are_the_published_network():
     """By the shapes of the weights of the published sizes, of which 16x16 ids of 256x256 pixels come."""
     shapes = magvit2_shapes(128, (1, 1, 2, 2, 4), blocks=4, bits=18)
