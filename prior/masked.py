@@ -119,7 +119,7 @@ class Masked(Prior, name="masked"):
             block_of = self.block_of if order is None else block_numbers(order, self.blocks)
         block_of = block_of.expand(count, size)
         numbers, found, parts = torch.unique(block_of), [], []
-        for part in numbers.split(max(1, self.rows_of_a_pass() // count)):
+        for part in numbers.split(max(1, self.rows_of_a_pass() // max(1, count))):
             ids = torch.where(block_of < part[:, None, None], tokens, self.mask).flatten(0, 1)  # per pass and image
             rows, cells = torch.nonzero((block_of == part[:, None, None]).flatten(0, 1), as_tuple=True)
             parts.append(self.one_pass(ids, labels.repeat(len(part)), (rows, cells)))

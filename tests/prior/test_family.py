@@ -390,6 +390,18 @@ def test_other_grids(name):
             assert vocab_size > 1 or model.log_prob(drawn).abs().max() == 0
 
 
+@every_prior
+def test_no_images_have_no_likelihoods(name):
+    """As torch's own layers do with an empty batch: what a mask selects may be nothing."""
+    model = make_prior(name)
+    tokens = draw_tokens(model, 0)
+    for labels in (None, torch.zeros(0, dtype=torch.long)):
+        assert model(tokens, labels).shape == (0, len(model.grid), 5)
+        assert model.token_log_probs(tokens, labels).shape == tokens.shape
+        assert model.log_prob(tokens, labels).shape == (0,)
+        assert not model.feature_layers or len(model.features(tokens, labels)) == 0
+
+
 @pytest.mark.sparse
 @every_prior
 @pytest.mark.parametrize(
