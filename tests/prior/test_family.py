@@ -414,6 +414,7 @@ def test_no_images_have_no_likelihoods(name):
         ({"top_p": 1.5}, "top_p"),
         ({"guidance_scale": -1.0}, "guidance_scale"),
         ({"num_images": 0}, "num_images"),
+        ({"num_images": 1.5}, "num_images must be a whole number"),
         ({"labels": torch.tensor([0, 1, 2, 9])}, "labels"),
         ({"labels": torch.tensor([0, 1])}, "labels"),
         ({"generator": [torch.Generator()]}, "generators"),
@@ -439,6 +440,8 @@ def test_bad_tokens_are_named(name):
         model.log_prob(torch.full((1, *shape), 5))
     with pytest.raises(ValueError, match="ids"):
         model.sample(4, known=torch.ones(shape, dtype=torch.bool), tokens=torch.full(shape, 9))
+    with pytest.raises(ValueError, match="tokens should be whole numbers of shape"):
+        model.sample(4, known=torch.ones(shape, dtype=torch.bool), tokens=torch.full(shape, 1.5))
     with pytest.raises(ValueError, match="shape"):
         model.log_prob(torch.zeros(1, 4, 3, dtype=torch.long))
     with pytest.raises(ValueError, match="labels"):
