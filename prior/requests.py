@@ -12,7 +12,7 @@ from torch import Tensor
 from tokenizer.base import TokenGrid
 
 from .orders import Partition, after_known, block_numbers, blocks_problem, known_first, make_partition
-from .sampling import Generators, Sampler, check_count, gumbel, image_generators
+from .sampling import Generators, Sampler, check_count, gumbel, image_generators, whole_number
 
 Order = Tensor | str | Partition | None
 """A name; `(N,)` or `(B, N)` raster indices, cut into the model's own blocks; such an order and its blocks; None is the
@@ -194,11 +194,11 @@ def given_walk(prior: Model, walk: Partition | None, known: Tensor | None = None
 
 
 def partition_of(prior: Model, order: Order) -> Partition:
-    """`order` and how it is cut, on the model's device."""
+    """`order` and how it is cut, on the model's device. Raises `ValueError` for sizes that are no whole numbers."""
     walk: Any = make_partition(order, prior.grid.shape) if isinstance(order, str) else order
     if not isinstance(walk, Partition):
         walk = Partition(prior.order if walk is None else torch.as_tensor(walk), prior.blocks)
-    return Partition(walk.order.to(prior.device), walk.blocks)
+    return Partition(walk.order.to(prior.device), tuple(whole_number("order: blocks", size) for size in walk.blocks))
 
 
 def order_of(order: Order, rows: slice | Sequence[int]) -> Order:
