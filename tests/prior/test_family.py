@@ -400,6 +400,9 @@ def test_no_images_have_no_likelihoods(name):
         assert model.token_log_probs(tokens, labels).shape == tokens.shape
         assert model.log_prob(tokens, labels).shape == (0,)
         assert not model.feature_layers or len(model.features(tokens, labels)) == 0
+    if name == "masked":
+        model.exact = False
+        assert model.log_prob(tokens).shape == (0,)
 
 
 @pytest.mark.sparse
