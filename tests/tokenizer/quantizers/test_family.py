@@ -314,3 +314,14 @@ def test_fsq_ids_are_mixed_radix():
 def test_bad_configurations_are_named(name, config, message):
     with pytest.raises(ValueError, match=message):
         Quantizer.create(name, **config)
+
+
+@every_quantizer
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_vectors_that_are_not_finite_have_ids_that_there_are(name, value):
+    """A run counts the ids of a step before it knows that the step is to be skipped."""
+    quantizer = make_quantizer(name, **({"levels": (8, 8, 8)} if name == "fsq" else {}))
+    for mode in (True, False):
+        tokens = quantizer.train(mode).quantize(torch.full_like(latents(quantizer, 2, 3, 4), value)).tokens
+        assert tokens.min() >= 0 and tokens.max() < quantizer.vocab_size
+        quantizer.finish_step(False)
