@@ -243,6 +243,14 @@ def test_the_first_codebook_comes_from_the_data():
         assert torch.isfinite(tiny.codebook).all() and len(tiny.codebook.unique(dim=0)) == 32
 
 
+@pytest.mark.parametrize("seed", [0, 1 << 32, 1 << 64, (1 << 70) + 3])
+@pytest.mark.parametrize("name", ["ema", "vq", "simvq", "ibq"])
+def test_a_codebook_starts_from_few_vectors_with_any_seed(name, seed):
+    quantizer = make_quantizer(name, seed=seed).train()
+    tokens = train_on(quantizer, latents(quantizer, 1, 2, 2)).tokens
+    assert tokens.shape == (1, 2, 2) and quantizer.started == 1 and quantizer.table().isfinite().all()
+
+
 def test_a_loaded_codebook_is_not_started_again():
     quantizer = make_quantizer("ema").train()
     train_on(quantizer, torch.randn(8, 8, 4, 4))
