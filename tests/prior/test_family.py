@@ -370,8 +370,12 @@ def test_state_of_training_does_not_change_shapes(name):
     logits = model(tokens)
     assert logits.shape == model.eval()(tokens).shape == (2, len(model.grid), 5)
     logits.square().mean().backward()
-    drawn = model.train().sample(4)
-    assert model.training and not drawn.is_inference()
+    model.train()
+    for part in model.children():  # as if these were not to be trained
+        part.eval()
+    modes = [module.training for module in model.modules()]
+    drawn = model.sample(4)
+    assert [module.training for module in model.modules()] == modes and not drawn.is_inference()
 
 
 @every_prior
