@@ -104,7 +104,7 @@ class ImagePipeline(Stages):
                 )
             parts.append(pixels)
         nats = self._token_log_prob(tokens, labels, order, num_orders, batch_size) + torch.cat(parts)
-        return -nats / (batch[0].numel() * np.log(2))
+        return -nats / (batch.shape[1:].numel() * np.log(2))
 
     # Finding anomalies
 

@@ -214,6 +214,10 @@ class Prior(Positions, Features, Mixtures, Stepping, PretrainedModel, family="pr
         num_images: int,
         labels: Tensor | None = None,
         *,
+        temperature: float = 1.0,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        guidance_scale: float = 1.0,
         generator: Generators = None,
         tokens: Tensor | None = None,
         known: Tensor | None = None,
@@ -229,24 +233,25 @@ class Prior(Positions, Features, Mixtures, Stepping, PretrainedModel, family="pr
     ) -> Tensor:
         """Draw tokens `(num_images, *grid.shape)`, one block of the order at a time.
 
-        settings: those of this prior's `Sampling`, by name: `temperature`, `top_k`, `top_p`, `guidance_scale`, and what
-        a model adds to them. generator: one, or a list with one per image; image k depends on its own generator alone,
-        not on its batch. tokens, known: where bool `known` (`grid.shape` or `(B, *grid.shape)`) holds, `tokens` is
-        kept. A model with `any_order` walks the known tokens first, so that all others are conditioned on all of them,
-        and the rest keeps its cuts; any other model conditions a drawn token on the known ones of earlier blocks.
-        order, num_orders: as for `log_prob`; each image is drawn in one of the orders, all equally likely; where tokens
-        are known, each as likely as it makes these when they come first (at temperature 1, without guidance), which
-        costs a pass per image: then images are of the mixture of these walks given what is known. cache: False
-        recomputes everything at every step; capture: False launches cached steps on a GPU kernel by kernel, not as
-        graphs. parallel: the same tokens from fewer passes over the whole grid (`prior.parallel`), and fewer still with
-        a `guess`, a cheap prior over the same tokens. progress: a bar, or `tqdm`'s arguments for one. on_step: called
-        with a `Step` (`sampling.watching`) after each; what it raises ends sampling.
+        temperature, top_k, top_p, guidance_scale, settings: those of this prior's `Sampling`, by name. generator: one,
+        or a list with one per image; image k depends on its own generator alone, not on its batch. tokens, known: where
+        bool `known` (`grid.shape` or `(B, *grid.shape)`) holds, `tokens` is kept. A model with `any_order` walks the
+        known tokens first, so that all others are conditioned on all of them, and the rest keeps its cuts; any other
+        model conditions a drawn token on the known ones of earlier blocks. order, num_orders: as for `log_prob`; each
+        image is drawn in one of the orders, all equally likely; where tokens are known, each as likely as it makes
+        these when they come first (at temperature 1, without guidance), which costs a pass per image: then images are
+        of the mixture of these walks given what is known. cache: False recomputes everything at every step; capture:
+        False launches cached steps on a GPU kernel by kernel, not as graphs. parallel: the same tokens from fewer
+        passes over the whole grid (`prior.parallel`), and fewer still with a `guess`, a cheap prior over the same
+        tokens. progress: a bar, or `tqdm`'s arguments for one. on_step: called with a `Step` (`sampling.watching`)
+        after each; what it raises ends sampling.
 
         That all these agree, in any batch, is promised for float32 and float64 weights as far as computations differ by
         no more than `rounding`; lower precision may draw other images in another way. Raises `ValueError` for arguments
         out of range, `TypeError` for a setting that this prior does not have.
         """
-        sampler = self.make_sampler(**settings)
+        common = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "guidance_scale": guidance_scale}
+        sampler = self.make_sampler(**common, **settings)
         sampler.check(self.grid)
         walk = Walk(order, num_orders, cache, parallel, guess, capture)
         walk.check(self)

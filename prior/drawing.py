@@ -30,8 +30,9 @@ FINE = (torch.float32, torch.float64)
 
 NO_CUDNN = Held([(torch.backends.cuda.cudnn_sdp_enabled, torch.backends.cuda.enable_cudnn_sdp, False)])
 """cuDNN's attention plans anew, for tens of milliseconds, whenever there is one more key."""
-MODES: dict[Any, tuple[int, bool]] = {}
-"""The priors that are drawn from: how many calls draw from each at once, and whether it was in training mode before."""
+MODES: dict[Any, tuple[int, list[tuple[torch.nn.Module, bool]]]] = {}
+"""The priors that are drawn from: how many calls draw from each at once, and which of its modules were in training mode
+before: somebody may train a part of it alone."""
 LOCK = threading.Lock()
 
 
@@ -40,19 +41,20 @@ def evaluating(prior: Any) -> Iterator[None]:
     """Eval mode and full precision: with autocast or TF32, steps and whole passes would not agree. The mode is that
     of all threads; the last call to end puts back the one that was."""
     with LOCK:
-        count, training = MODES.get(prior, (0, prior.training))
-        MODES[prior] = count + 1, training
+        count, before = MODES.get(prior) or (0, [(module, module.training) for module in prior.modules()])
+        MODES[prior] = count + 1, before
         prior.eval()
     try:
         with NO_CUDNN.inside(), full_float32(), torch.autocast(prior.device.type, enabled=False):
             yield
     finally:
         with LOCK:
-            count, training = MODES.pop(prior)
+            count, before = MODES.pop(prior)
             if count > 1:
-                MODES[prior] = count - 1, training
+                MODES[prior] = count - 1, before
             else:
-                prior.train(training)
+                for module, training in before:
+                    module.training = training
 
 
 def sent(drawn: Tensor, device: torch.device) -> Tensor:

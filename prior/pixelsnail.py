@@ -117,7 +117,7 @@ class Block(nn.Module):
     def forward(self, embedded: Tensor, x: Tensor, background: Tensor, labels: Tensor) -> Tensor:
         for residual in self.residuals:
             x = residual(x, labels)
-        attended = self.attention(embedded.flatten(1, 2), x.flatten(1, 2), background).view(*x.shape[:3], -1)
+        attended = self.attention(embedded.flatten(1, 2), x.flatten(1, 2), background).unflatten(1, x.shape[1:3])
         joined = self.dropout(F.elu(self.join(F.elu(torch.cat([x, attended], -1)))))
         return x + F.glu(self.gate(joined) + self.label(labels)[:, None, None])
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from tokenizer.base import TokenGrid
 
 from .orders import Partition, after_known, block_numbers, blocks_problem, known_first, make_partition
-from .sampling import Generators, Sampler, gumbel, image_generators
+from .sampling import Generators, Sampler, check_count, gumbel, image_generators, whole_number
 
 Order = Tensor | str | Partition | None
 """A name; `(N,)` or `(B, N)` raster indices, cut into the model's own blocks; such an order and its blocks; None is the
@@ -165,8 +165,7 @@ def make_rows(
     known: Tensor | None,
 ) -> Rows:
     """The rows of a request, in raster order. Raises `ValueError` for what is out of range."""
-    if num_images < 1:
-        raise ValueError(f"num_images must be at least 1 (got {num_images})")
+    num_images = check_count(num_images)
     labels = check_labels(prior, labels, num_images)
     if sampler.guides and (labels is None or bool((labels == prior.num_classes).all())):
         name = "guidance_scale" if sampler.guidance_scale != 1 else "guidance_end"
@@ -195,11 +194,11 @@ def given_walk(prior: Model, walk: Partition | None, known: Tensor | None = None
 
 
 def partition_of(prior: Model, order: Order) -> Partition:
-    """`order` and how it is cut, on the model's device."""
+    """`order` and how it is cut, on the model's device. Raises `ValueError` for sizes that are no whole numbers."""
     walk: Any = make_partition(order, prior.grid.shape) if isinstance(order, str) else order
     if not isinstance(walk, Partition):
         walk = Partition(prior.order if walk is None else torch.as_tensor(walk), prior.blocks)
-    return Partition(walk.order.to(prior.device), walk.blocks)
+    return Partition(walk.order.to(prior.device), tuple(whole_number("order: blocks", size) for size in walk.blocks))
 
 
 def order_of(order: Order, rows: slice | Sequence[int]) -> Order:
@@ -286,14 +285,15 @@ def known_tokens(prior: Model, tokens: Tensor | None, known: Tensor | None, coun
     if tokens is None or known is None:
         empty = torch.zeros(count, len(prior.grid), dtype=torch.long, device=prior.device)
         return empty, empty.bool()
-    shape = (count, *prior.grid.shape)
+    shape, tokens, known = (count, *prior.grid.shape), torch.as_tensor(tokens), torch.as_tensor(known)
     if known.dtype != torch.bool or tuple(known.shape) not in (shape, prior.grid.shape):
         raise ValueError(
             f"known should be bool of shape {prior.grid.shape} or {shape}, got {known.dtype} of {tuple(known.shape)}"
         )
-    if tuple(tokens.shape) not in (shape, prior.grid.shape):
-        raise ValueError(f"tokens should have shape {prior.grid.shape} or {shape}, got {tuple(tokens.shape)}")
-    known = known.to(prior.device).expand(shape).reshape(count, -1)
-    tokens = torch.where(known, tokens.to(prior.device).expand(shape).reshape(count, -1).long(), 0)
+    if tokens.dtype.is_floating_point or tuple(tokens.shape) not in (shape, prior.grid.shape):
+        found = f"{tokens.dtype} of {tuple(tokens.shape)}"
+        raise ValueError(f"tokens should be whole numbers of shape {prior.grid.shape} or {shape}, got {found}")
+    known = known.to(prior.device).expand(shape).flatten(1)
+    tokens = torch.where(known, tokens.to(prior.device).expand(shape).flatten(1).long(), 0)
     prior.grid.check(tokens.reshape(shape))
     return tokens, known

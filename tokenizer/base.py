@@ -81,9 +81,10 @@ class TokenGrid:
                 f"tokens should be whole numbers of shape (B, {', '.join(map(str, self.shape))}), "
                 f"got {tokens.dtype} of shape {tuple(tokens.shape)}"
             )
-        if tokens.numel() and (int(tokens.min()) < 0 or int(tokens.max()) >= self.vocab_size):
+        ids = tokens.long()  # torch finds no smallest one of uint16, which files of tokens hold
+        if ids.numel() and (int(ids.min()) < 0 or int(ids.max()) >= self.vocab_size):
             raise ValueError(
-                f"token ids should lie in [0, {self.vocab_size}), got {int(tokens.min())} to {int(tokens.max())}"
+                f"token ids should lie in [0, {self.vocab_size}), got {int(ids.min())} to {int(ids.max())}"
             )
 
 

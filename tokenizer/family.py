@@ -35,6 +35,8 @@ class Named:
             cls._members, cls._package = {}, family
         if name:
             cls._require_free(name)
+            if not hasattr(cls, "Config"):
+                raise ConfigError(f"{cls.__name__} has no settings: give it a class of them, as `Config`")
             if "Config" not in vars(cls):  # or the kind of the class that it extends would get this name
                 make: Any = type(cls.Config)
                 cls.Config = make(f"{cls.__name__}Config", (cls.Config,), {"__module__": cls.__module__})

@@ -184,6 +184,18 @@ def for_rows(numbers: Tensor) -> Tensor:
     return numbers.flatten(1).unsqueeze(1)
 
 
+class Unshuffle(nn.PixelUnshuffle):
+    """Patches `(B, C, H, W)` to channels, `(B, C f^2, H / f, W / f)`; of no images, too, which torch's own returns as
+    they are."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """The channels of each patch."""
+        if input.shape[0]:
+            return super().forward(input)
+        (_, channels, height, width), factor = input.shape, self.downscale_factor
+        return input.reshape(0, channels * factor**2, height // factor, width // factor)
+
+
 class Upsample(nn.Sequential):
     """Doubles height and width, then a 3x3 convolution."""
 
@@ -217,7 +229,7 @@ def norm(width: int) -> nn.GroupNorm:
 def encoder(channels: int, sizes: Sizes, dim: int) -> nn.Sequential:
     """`(B, channels, H, W)` to `(B, dim, H / f, W / f)`, f = patch * 2 ** (len(widths) - 1)."""
     widths, patch = sizes.widths, sizes.patch
-    layers: list[nn.Module] = [nn.PixelUnshuffle(patch), nn.Conv2d(channels * patch**2, widths[0], 3, padding=1)]
+    layers: list[nn.Module] = [Unshuffle(patch), nn.Conv2d(channels * patch**2, widths[0], 3, padding=1)]
     for level, (width, count) in enumerate(zip(widths, sizes.blocks, strict=True)):
         if level:
             layers.append(nn.Conv2d(widths[level - 1], width, 4, stride=2, padding=1))

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from .autoencoder import Autoencoder
 from .files.errors import ConfigError
+from .layers import Unshuffle
 from .precision import full_float32
 from .vit import Block, ViTConfig
 
@@ -136,7 +137,7 @@ class Encoder(Tower):
     def __init__(self, config: TiTokConfig, width: int) -> None:
         super().__init__(config, config.channels * config.factor**2, count_patches(config), config.registers, width)
         self.center = nn.Parameter(torch.zeros(config.registers, width))
-        self.unshuffle = nn.PixelUnshuffle(config.factor)
+        self.unshuffle = Unshuffle(config.factor)
 
     def forward(self, images: Tensor) -> Tensor:
         """`(B, C, H, W)` to `(B, width, K)`."""

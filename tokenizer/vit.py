@@ -19,6 +19,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from .autoencoder import Autoencoder, AutoencoderConfig
+from .layers import Unshuffle
 
 
 class ViTConfig(AutoencoderConfig):
@@ -47,7 +48,7 @@ class ViT(Autoencoder, name="vit"):
     def __init__(self, config: ViTConfig) -> None:
         super().__init__(config, config.factor)
         factor, area, width = config.factor, config.factor**2, self.quantizer.dim
-        self.encoder = nn.Sequential(nn.PixelUnshuffle(factor), Transformer(config, config.channels * area, width))
+        self.encoder = nn.Sequential(Unshuffle(factor), Transformer(config, config.channels * area, width))
         self.decoder = nn.Sequential(Transformer(config, width, self.outputs * area), nn.PixelShuffle(factor))
 
 

@@ -259,7 +259,7 @@ class Stages:
         values = list(values) if isinstance(values, Iterable) and not isinstance(values, str) else [values] * count
         if len(values) != count:
             raise ValueError(f"got {len(values)} labels for {count} images; give one, or one per image")
-        return torch.tensor([self._label_id(value) for value in values], device=self.device)
+        return torch.tensor([self._label_id(value) for value in values], dtype=torch.long, device=self.device)
 
     def class_names(self, ids: Tensor) -> list[str]:
         """The names of class ids `(B,)`, or their numbers where they have no names; "" for the null class."""
@@ -269,9 +269,10 @@ class Stages:
     def batches(
         self, rows: Tensor, labels: Label | Sequence[Label], batch_size: int
     ) -> Iterator[tuple[slice, Tensor, Tensor | None]]:
-        """Images or tokens, `batch_size` at a time: their place among all, themselves, and their class ids or None."""
+        """Images or tokens, `batch_size` at a time: their place among all, themselves, and their class ids or None.
+        None at all are one empty batch."""
         ids = self.label_ids(labels, len(rows))
-        for start in range(0, len(rows), batch_size):
+        for start in range(0, max(1, len(rows)), batch_size):
             place = slice(start, start + batch_size)
             yield place, rows[place], None if ids is None else ids[place]
 

@@ -12,7 +12,15 @@ from torch import Tensor
 
 from prior import Prior
 from prior.requests import Walk, choose_walk, known_tokens, make_rows
-from prior.sampling import GUIDANCE, Generators, Sampler, image_generators, progress_over
+from prior.sampling import (
+    GUIDANCE,
+    Generators,
+    Sampler,
+    check_count,
+    image_generators,
+    progress_over,
+    whole_number,
+)
 
 from ..images.pictures import check_output_type
 from .base import Label, Stages
@@ -21,6 +29,7 @@ from .synonyms import IN_A_CALL, check_names, named
 from .watching import Callback, Watcher
 
 LATENT = "latent"
+LOWEST_SEED, LAST_SEED = -(1 << 63), (1 << 64) - 1  # of torch
 
 
 @overload
@@ -189,12 +198,16 @@ def settings_in(keys: dict[str, Any]) -> dict[str, Any]:
 
 
 def seeded(seed: int | None, generator: Generators, count: int) -> list[torch.Generator]:
-    """A generator per image: of seed + k, or from `generator`. Raises `ValueError` if both are given."""
+    """A generator per image: of seed + k, or from `generator`. Raises `ValueError` if both are given, and for a seed
+    that torch does not take."""
     if seed is None:
         return image_generators(generator, count)
     if generator is not None:
         raise ValueError("give seed or generator, not both")
-    return [torch.Generator().manual_seed(seed + k) for k in range(count)]
+    first = whole_number("seed", seed)
+    if not LOWEST_SEED <= first <= LAST_SEED + 1 - count:
+        raise ValueError(f"seed: that of each image, seed + k, must be from -2^63 to 2^64 - 1 (got {first})")
+    return [torch.Generator().manual_seed(first + k) for k in range(count)]
 
 
 def count_images(num_images: int | None, labels: Any, per_label: int | None = None) -> tuple[int, Any]:
@@ -212,9 +225,7 @@ def count_images(num_images: int | None, labels: Any, per_label: int | None = No
         num_images = len(labels) if several else per_label
     if num_images is None:
         num_images = len(labels) if several else 1
-    if num_images < 1:
-        raise ValueError(f"num_images must be at least 1 (got {num_images})")
-    return num_images, labels
+    return check_count(num_images), labels
 
 
 def check_shapes(shape: tuple[int, ...], **tensors: Tensor | None) -> None:

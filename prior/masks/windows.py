@@ -159,7 +159,7 @@ class Window(nn.Module):
         tiled = (take(q, self.queries), take(k, self.keys), take(v, self.keys))
         attended = F.scaled_dot_product_attention(*tiled, attn_mask=self.mask[:, None], dropout_p=dropout)
         untiled = attended.transpose(1, 2).flatten(0, 1).index_select(0, self.at)
-        return untiled.unflatten(1, (len(q), -1)).transpose(0, 1)
+        return untiled.unflatten(1, (len(q), q.shape[2])).transpose(0, 1)
 
     def flex(self, q: Tensor, k: Tensor, v: Tensor, attention: Callable[..., Any]) -> Tensor:
         """`attend` by `flex_attention`, or that compiled."""

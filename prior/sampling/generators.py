@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from operator import index
+from typing import Any
 
 import torch
 
@@ -10,6 +12,25 @@ MAX_SEED = (1 << 62) - 1
 LOW_BITS = (1 << 32) - 1  # what torch's generator on a CPU keeps of a seed
 
 Generators = torch.Generator | Sequence[torch.Generator] | None
+
+
+def whole_number(name: str, value: Any) -> int:
+    """`value`, of the argument `name`, as an int. Raises `ValueError` for what is no whole number."""
+    try:
+        found = None if isinstance(value, bool) else index(value)
+    except TypeError:
+        found = None
+    if found is None:
+        raise ValueError(f"{name} must be a whole number (got {value!r})")
+    return found
+
+
+def check_count(num_images: Any) -> int:
+    """`num_images` as an int. Raises `ValueError` unless it is a whole number, at least 1."""
+    found = whole_number("num_images", num_images)
+    if found < 1:
+        raise ValueError(f"num_images must be at least 1 (got {found})")
+    return found
 
 
 def image_generators(generator: Generators, num_images: int) -> list[torch.Generator]:

@@ -87,6 +87,18 @@ def test_bits_per_dim_adds_tokens_and_pixels():
     torch.testing.assert_close(pipe.bits_per_dim(images, 0), expected)
 
 
+def test_no_images_are_scored_as_none():
+    """What a mask selects may be nothing."""
+    pipe = make_pipeline("pixels")
+    none = torch.zeros(0, 1, 8, 12)
+    known = torch.ones(8, 12, dtype=torch.bool)
+    for labels in (None, 1, []):
+        assert pipe.log_prob(none, labels).shape == pipe.bits_per_dim(none, labels).shape == (0,)
+        assert pipe.conditional_log_prob(none, known, labels).shape == (0,)
+        assert pipe.anomaly_map(none, labels).shape == (0, 8, 12)
+    assert pipe.reconstruct(none, output_type="pt").shape == none.shape
+
+
 def test_tokens_out_of_range_are_refused():
     pipe = make_pipeline()
     with pytest.raises(ValueError, match="ids should lie"):

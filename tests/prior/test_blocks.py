@@ -11,6 +11,7 @@ from small import PARTITIONS, draw_tokens, generators, make_prior
 from pipelines.stages.completion import region_log_prob
 from prior import Prior
 from prior.orders import Partition, after_known, block_numbers, make_partition
+from prior.requests import check_order
 from tokenizer import TokenGrid
 
 every_partition = pytest.mark.parametrize("order", PARTITIONS)
@@ -166,6 +167,7 @@ def test_bad_partitions_are_named(kind, config, message):
         (make_prior("blocks", order="rows"), "halton:4", "goes in one order, 'rows', as it was made"),
         (make_prior("gpt", any_order=True), "halton:4", "draws one token at a time"),
         (make(), Partition(torch.arange(12), (4, 4)), "sizes sum to 8, the grid has 12 tokens"),
+        (make(), Partition(torch.arange(12), (4.5, 7.5)), "order: blocks must be a whole number"),
         (make(), Partition(torch.zeros(12, dtype=torch.long), (12,)), "should hold each of 0 to 11 once"),
         (make(), "halton:13", "from 1 to 12 here"),
     ],
@@ -175,3 +177,15 @@ def test_bad_walks_are_named(model, order, message):
         model.sample(2, order=order)
     with pytest.raises(ValueError, match=message):
         model.log_prob(draw_tokens(model, 2), order=order)
+
+
+def test_sizes_of_blocks_may_come_in_a_list():
+    """The model's own, too, which a model of one order takes; and a key of graphs holds them, so they are hashed."""
+    for model in (make(), make_prior("gpt")):
+        own = Partition(model.order, list(model.blocks))
+        assert check_order(model, own, 2) is None
+        assert torch.equal(
+            model.sample(2, order=own, generator=generators(2)), model.sample(2, generator=generators(2))
+        )
+    found = check_order(make(), Partition(torch.arange(12), [3, 9]), 2)
+    assert found is not None and found.blocks == (3, 9)

@@ -370,8 +370,12 @@ def test_state_of_training_does_not_change_shapes(name):
     logits = model(tokens)
     assert logits.shape == model.eval()(tokens).shape == (2, len(model.grid), 5)
     logits.square().mean().backward()
-    drawn = model.train().sample(4)
-    assert model.training and not drawn.is_inference()
+    model.train()
+    for part in model.children():  # as if these were not to be trained
+        part.eval()
+    modes = [module.training for module in model.modules()]
+    drawn = model.sample(4)
+    assert [module.training for module in model.modules()] == modes and not drawn.is_inference()
 
 
 @every_prior
@@ -390,6 +394,21 @@ def test_other_grids(name):
             assert vocab_size > 1 or model.log_prob(drawn).abs().max() == 0
 
 
+@every_prior
+def test_no_images_have_no_likelihoods(name):
+    """As torch's own layers do with an empty batch: what a mask selects may be nothing."""
+    model = make_prior(name)
+    tokens = draw_tokens(model, 0)
+    for labels in (None, torch.zeros(0, dtype=torch.long)):
+        assert model(tokens, labels).shape == (0, len(model.grid), 5)
+        assert model.token_log_probs(tokens, labels).shape == tokens.shape
+        assert model.log_prob(tokens, labels).shape == (0,)
+        assert not model.feature_layers or len(model.features(tokens, labels)) == 0
+    if name == "masked":
+        model.exact = False
+        assert model.log_prob(tokens).shape == (0,)
+
+
 @pytest.mark.sparse
 @every_prior
 @pytest.mark.parametrize(
@@ -402,6 +421,7 @@ def test_other_grids(name):
         ({"top_p": 1.5}, "top_p"),
         ({"guidance_scale": -1.0}, "guidance_scale"),
         ({"num_images": 0}, "num_images"),
+        ({"num_images": 1.5}, "num_images must be a whole number"),
         ({"labels": torch.tensor([0, 1, 2, 9])}, "labels"),
         ({"labels": torch.tensor([0, 1])}, "labels"),
         ({"generator": [torch.Generator()]}, "generators"),
@@ -427,6 +447,8 @@ def test_bad_tokens_are_named(name):
         model.log_prob(torch.full((1, *shape), 5))
     with pytest.raises(ValueError, match="ids"):
         model.sample(4, known=torch.ones(shape, dtype=torch.bool), tokens=torch.full(shape, 9))
+    with pytest.raises(ValueError, match="tokens should be whole numbers of shape"):
+        model.sample(4, known=torch.ones(shape, dtype=torch.bool), tokens=torch.full(shape, 1.5))
     with pytest.raises(ValueError, match="shape"):
         model.log_prob(torch.zeros(1, 4, 3, dtype=torch.long))
     with pytest.raises(ValueError, match="labels"):

@@ -39,6 +39,16 @@ def test_decode_of_encode_is_forward(name, size, channels):
 
 
 @every_tokenizer
+def test_no_images_have_no_tokens(name):
+    """As torch's own layers do with an empty batch: what a mask selects may be nothing."""
+    tokenizer = make_tokenizer(name).eval()
+    images = images_for(tokenizer, 0)
+    tokens = tokenizer.encode(images)
+    assert tokens.shape == (0, *tokenizer.grid.shape) and tokens.dtype == torch.int64
+    assert tokenizer.decode(tokens).shape == tokenizer(images).images.shape == images.shape
+
+
+@every_tokenizer
 def test_images_of_a_batch_do_not_mix(name):
     tokenizer = make_tokenizer(name).eval()
     images = images_for(tokenizer, 4)

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from small import TOKENIZERS, make_tokenizer
+from small import TOKENIZERS, make_prior, make_tokenizer
 
 from tokenizer import TokenGrid
 from tokenizer.base import grid_to_dict, read_grid
@@ -71,3 +71,13 @@ def test_positions_that_cannot_be_are_refused(shape, facts, message):
     with pytest.raises(ValueError, match=message) as caught:
         TokenGrid(shape, 8, **facts)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("kind", [torch.uint8, torch.uint16, torch.uint32, torch.int32])
+def test_tokens_may_be_of_any_type_that_files_of_them_hold(kind):
+    tokenizer, prior = make_tokenizer("vqvae").eval(), make_prior("gpt")
+    for model, run in ((tokenizer, tokenizer.decode), (prior, prior.log_prob)):
+        tokens = torch.randint(model.grid.vocab_size, (2, *model.grid.shape))
+        assert torch.equal(run(tokens.to(kind)), run(tokens))
+        with pytest.raises(ValueError, match=f"got {model.grid.vocab_size} to {model.grid.vocab_size}"):
+            run(torch.full_like(tokens, model.grid.vocab_size).to(kind))

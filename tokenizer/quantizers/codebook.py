@@ -124,9 +124,8 @@ class Codebook(Stepped, Quantizer):
         sample = first_rows(rows, 32 * self.vocab_size, self.config.seed)
         if len(sample) < self.vocab_size:  # a tiny first batch: repeat its rows, slightly apart
             repeats = -(-self.vocab_size // len(sample))
-            noise = torch.randn(
-                len(sample) * repeats, self.dim, generator=torch.Generator().manual_seed(self.config.seed)
-            )
+            generator = torch.Generator().manual_seed(self.config.seed % (1 << 63))
+            noise = torch.randn(len(sample) * repeats, self.dim, generator=generator)
             sample = sample.repeat(repeats, 1) + 0.01 * sample.std().clamp(min=1e-3) * noise.to(sample)
         if not bool(torch.isfinite(sample).all()):  # alike on all ranks; a codebook of NaN would not recover
             return

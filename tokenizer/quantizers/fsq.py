@@ -54,7 +54,8 @@ class FSQ(Quantizer, name="fsq"):
         bounded = self._bound(z.movedim(1, -1))
         rounded = straight_through(bounded, bounded.round())
         half = self.sizes // 2
-        tokens = ((rounded.detach().long() + half) * self.radix).sum(-1)
+        digits = (rounded.detach().long() + half).clamp(min=0)  # of NaN, too, which as a whole number is the least
+        tokens = (digits * self.radix).sum(-1)
         return Quantized((rounded / half).movedim(-1, 1), tokens, {})
 
     def _bound(self, z: Tensor) -> Tensor:

@@ -157,6 +157,14 @@ def test_a_bug_in_it_keeps_its_traceback(folder: Path) -> None:
         assert "broken" not in sys.modules
 
 
+def test_a_model_without_settings_is_told_so(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """And has not joined its family."""
+    (folder / "my_bare.py").write_text("from prior import Prior\n\n\nclass Bare(Prior, name='bare'):\n    pass\n")
+    line = fails(capsys, "verify", "folder=tokens", "--import", "my_bare")
+    assert line == "error: Bare has no settings: give it a class of them, as `Config`"
+    assert "bare" not in Prior.available()
+
+
 def test_one_name_is_for_one_model(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """A model of another module cannot take a name that there is."""
     (folder / "my_other.py").write_text(MINE.replace("my_unigram", "gpt"))

@@ -135,6 +135,12 @@ def test_sampling_works_in_inference_mode(cache):
     ("arguments", "message"),
     [
         ({"num_images": 0}, "num_images"),
+        ({"num_images": 1.5}, "num_images must be a whole number (got 1.5)"),
+        ({"num_images": "2"}, "num_images must be a whole number (got '2')"),
+        ({"seed": 1.5}, "seed must be a whole number (got 1.5)"),
+        ({"seed": "7"}, "seed must be a whole number (got '7')"),
+        ({"seed": 2**64}, "must be from -2^63 to 2^64 - 1 (got 18446744073709551616)"),
+        ({"num_images": 2, "seed": 2**64 - 1}, "must be from -2^63 to 2^64 - 1"),
         ({"labels": []}, "num_images"),
         ({"num_images": 2, "labels": [1]}, "1 labels for 2"),
         ({"labels": 3}, "ids 0 to 2 or names cat, dog, eel"),
@@ -151,6 +157,7 @@ def test_sampling_works_in_inference_mode(cache):
         ({"guidance_scale": 2.0}, "labels"),
         ({"tokens": torch.zeros(2, 3, dtype=torch.long)}, "go together"),
         ({"tokens": torch.zeros(9, 2, 3).long(), "known": torch.ones(2, 3).bool()}, "tokens should have shape"),
+        ({"tokens": torch.rand(2, 3), "known": torch.ones(2, 3).bool()}, "tokens should be whole numbers"),
         ({"tokens": torch.zeros(2, 3).long(), "known": torch.ones(3, 3).bool()}, "known should have shape"),
         ({"tokens": torch.full((2, 3), 99), "known": torch.ones(2, 3).bool()}, "ids should lie"),
     ],
@@ -158,6 +165,15 @@ def test_sampling_works_in_inference_mode(cache):
 def test_bad_arguments_are_named(arguments, message):
     with pytest.raises(ValueError, match=re.escape(message)):
         make_pipeline()(**arguments)
+
+
+def test_numbers_and_masks_may_be_numpys():
+    pipe = make_pipeline()
+    tokens, known = np.full((2, 3), 1), np.ones((2, 3), bool)
+    known[1] = False
+    plain = pipe(2, seed=7, tokens=torch.from_numpy(tokens), known=torch.from_numpy(known)).tokens
+    assert torch.equal(pipe(np.int64(2), seed=np.int64(7), tokens=tokens, known=known).tokens, plain)
+    assert pipe(1, seed=2**64 - 1).tokens.shape == (1, 2, 3)
 
 
 def test_settings_of_the_sampler_are_defaults_that_travel(tmp_path):

@@ -3,6 +3,7 @@
 Covers: prior/sampling/filters.py, prior/sampling/generators.py, prior/sampling/progress.py.
 """
 
+import inspect
 import itertools
 import math
 
@@ -308,3 +309,16 @@ def test_weights_of_lower_precision_draw_from_nearly_the_same_distribution():
     first, second = (fine.log_prob(tokens).detach().double() for tokens in (drawn, other))
     assert (first - second).mean().abs() < 4 * (first - second).std() / count**0.5 + 1e-3
     assert (coarse.log_prob(drawn) - fine.log_prob(drawn)).abs().mean() < 0.02 * first.abs().mean()
+
+
+@pytest.mark.parametrize("name", PRIORS)
+def test_what_every_prior_takes_stands_in_the_signature_with_its_default(name):
+    """So that an editor shows it, and help() does; `Sampling` and the signature say the same."""
+    takes = inspect.signature(Prior.find(name).sample).parameters
+    own = Prior.find(name).make_sampler()
+    for setting in ("temperature", "top_k", "top_p", "guidance_scale"):
+        assert takes[setting].kind is inspect.Parameter.KEYWORD_ONLY
+        assert takes[setting].default == getattr(own, setting)
+    model = make_prior(name)
+    with pytest.raises(TypeError, match="'temprature' is no argument of sampling"):
+        model.sample(2, temprature=2.0)

@@ -243,6 +243,14 @@ def test_the_first_codebook_comes_from_the_data():
         assert torch.isfinite(tiny.codebook).all() and len(tiny.codebook.unique(dim=0)) == 32
 
 
+@pytest.mark.parametrize("seed", [0, 1 << 32, 1 << 64, (1 << 70) + 3])
+@pytest.mark.parametrize("name", ["ema", "vq", "simvq", "ibq"])
+def test_a_codebook_starts_from_few_vectors_with_any_seed(name, seed):
+    quantizer = make_quantizer(name, seed=seed).train()
+    tokens = train_on(quantizer, latents(quantizer, 1, 2, 2)).tokens
+    assert tokens.shape == (1, 2, 2) and quantizer.started == 1 and quantizer.table().isfinite().all()
+
+
 def test_a_loaded_codebook_is_not_started_again():
     quantizer = make_quantizer("ema").train()
     train_on(quantizer, torch.randn(8, 8, 4, 4))
@@ -314,3 +322,14 @@ def test_fsq_ids_are_mixed_radix():
 def test_bad_configurations_are_named(name, config, message):
     with pytest.raises(ValueError, match=message):
         Quantizer.create(name, **config)
+
+
+@every_quantizer
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_vectors_that_are_not_finite_have_ids_that_there_are(name, value):
+    """A run counts the ids of a step before it knows that the step is to be skipped."""
+    quantizer = make_quantizer(name, **({"levels": (8, 8, 8)} if name == "fsq" else {}))
+    for mode in (True, False):
+        tokens = quantizer.train(mode).quantize(torch.full_like(latents(quantizer, 2, 3, 4), value)).tokens
+        assert tokens.min() >= 0 and tokens.max() < quantizer.vocab_size
+        quantizer.finish_step(False)
