@@ -181,8 +181,11 @@ def run_batch(target: Target, numbers: list[int], good: dict[str, Tree], seed: i
         if at is not None:
             what = "hangs" if hangs else f"ended with {code}"
             rows.append({"number": at, "kind": "dead", "seconds": 0, "growth": 0, "problem": what, "message": ""})
+        elif code and code != 1 and rows and rows[-1]["number"] in left:
+            rows[-1]["problem"] = rows[-1]["problem"] or f"its worker ended with {code} after it"
         elif code:
-            raise RuntimeError(f"{target.name}: a worker ended with {code}: {(place / 'failed').read_text()}")
+            why = (place / "failed").read_text() if (place / "failed").exists() else "without a word"
+            raise RuntimeError(f"{target.name}: a worker ended with {code}: {why}")
         done = {row["number"] for row in rows}
         left = [number for number in left if number not in done]
     return rows

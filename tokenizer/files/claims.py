@@ -121,7 +121,7 @@ class _Held:
         self._ended.set()
         guard = _guard_of(self.place, self.own)
         try:
-            if _put(guard, self.own):
+            if _put(guard, replace(self.own, nonce=uuid.uuid4().hex)):  # with its own, the guard would guard itself
                 try:
                     if _holds(self.place, self.own):
                         self.place.unlink()

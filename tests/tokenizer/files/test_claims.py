@@ -198,6 +198,20 @@ def test_a_process_that_was_killed_is_replaced_at_once(place):
     assert not list(place.parent.iterdir())
 
 
+@pytest.mark.parametrize("calls", [0, 1, 2])
+def test_one_that_was_killed_as_it_let_go_is_replaced_at_once(place, calls):
+    """After it had said that it removes its claim; before and after it had done so."""
+    code = "left, unlink = [None] * CALLS, Path.unlink\n"
+    code += "def dying(*given, **more):\n"
+    code += "    left.pop() if left else os.kill(os.getpid(), 9)\n    unlink(*given, **more)\n"
+    code += "with claims.claimed(place, 'it'):\n    Path.unlink = dying\n"
+    process(place, code.replace("CALLS", str(calls))).communicate()
+    assert list(place.parent.iterdir())
+    with claimed(place, "it"):
+        assert claims.read_claim(place).pid == os.getpid()
+        assert [path for path in place.parent.iterdir() if path != place] == []
+
+
 def test_a_killed_process_that_nobody_has_waited_for_is_gone(place):
     with holder(place) as other:
         os.kill(other.pid, signal.SIGKILL)
