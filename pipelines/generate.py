@@ -51,7 +51,7 @@ class GenerateConfig(Config):
         description="classes (ids or names), taken in turn; default: every class in turn, or none if the pipeline is "
         "unconditional",
     )
-    seed: int = Field(0, ge=0, description="image k uses seed + k")
+    seed: int = Field(0, ge=0, lt=1 << 63, description="image k uses seed + k")
     temperature: float | None = Field(None, ge=0, description="below 1 is safer, 0 is greedy; default: the pipeline's")
     top_k: int | None = Field(None, ge=1, description="draw from the k likeliest ids only")
     top_p: float | None = Field(None, gt=0, le=1, description="draw from the likeliest ids of this mass only")

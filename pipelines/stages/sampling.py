@@ -189,11 +189,14 @@ def settings_in(keys: dict[str, Any]) -> dict[str, Any]:
 
 
 def seeded(seed: int | None, generator: Generators, count: int) -> list[torch.Generator]:
-    """A generator per image: of seed + k, or from `generator`. Raises `ValueError` if both are given."""
+    """A generator per image: of seed + k, or from `generator`. Raises `ValueError` if both are given,
+    and for a seed that torch does not take."""
     if seed is None:
         return image_generators(generator, count)
     if generator is not None:
         raise ValueError("give seed or generator, not both")
+    if not -(1 << 63) <= seed <= (1 << 64) - count:
+        raise ValueError(f"seed must be from -2^63 to 2^64 - {count}, as image k uses seed + k (got {seed})")
     return [torch.Generator().manual_seed(seed + k) for k in range(count)]
 
 

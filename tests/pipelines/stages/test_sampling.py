@@ -142,6 +142,8 @@ def test_sampling_works_in_inference_mode(cache):
         ({"labels": True}, "no class"),
         ({"labels": "cow"}, "'cow'"),
         ({"seed": 1, "generator": torch.Generator()}, "not both"),
+        ({"num_images": 2, "seed": (1 << 64) - 1}, "seed must be from -2^63 to 2^64 - 2, as image k uses seed + k"),
+        ({"seed": -(1 << 63) - 1}, "seed must be from -2^63"),
         ({"num_images": 3, "generator": [torch.Generator()]}, "1 generators for 3"),
         ({"batch_size": 0}, "batch_size"),
         ({"output_type": "latents"}, "output_type"),
