@@ -17,7 +17,7 @@ from tokenizer.files.errors import ConfigError, IntegrityError
 from tokenizer.files.reading import steadily
 from tokenizer.pretrained import MAX_WEIGHT_BYTES, warn_of_code
 
-from ..images.pictures import as_batch, convert_images, to_images, warn_if_unit
+from ..images.pictures import as_batch, check_batch_size, convert_images, to_images, warn_if_unit
 from . import storing
 from .calibration import Calibration
 from .compiled import unwrapped
@@ -144,6 +144,8 @@ class Stages:
     @torch.no_grad()
     def encode_batch(self, batch: Tensor, *, batch_size: int = 256) -> Tensor:
         """`encode` of images as `to_images` returns them: float `(B, C, H, W)` in [-1, 1]."""
+        if not len(batch):
+            raise ValueError("images: there are none")
         parts = self._parts(batch.to(self.device, self.dtype), batch_size)
         return torch.cat([self.tokenizer.encode(part) for part in parts])
 
@@ -159,7 +161,9 @@ class Stages:
 
     def _parts(self, rows: Tensor, batch_size: int) -> list[Tensor]:
         """Images or tokens in the batches that the tokenizer takes: on a CPU one at a time, as the libraries behind
-        torch choose kernels by the size of the batch, and kernels round differently: an 8-bit pixel could change."""
+        torch choose kernels by the size of the batch, and kernels round differently: an 8-bit pixel could change.
+        Raises `ValueError` for a size below 1."""
+        check_batch_size(batch_size)
         if self.device.type != "cpu":
             return list(rows.split(batch_size))
         return [row.clone() for row in rows.split(1)]  # a clone is aligned in memory, so all images are alike
@@ -268,6 +272,7 @@ class Stages:
         self, rows: Tensor, labels: Label | Sequence[Label], batch_size: int
     ) -> Iterator[tuple[slice, Tensor, Tensor | None]]:
         """Images or tokens, `batch_size` at a time: their place among all, themselves, and their class ids or None."""
+        check_batch_size(batch_size)
         ids = self.label_ids(labels, len(rows))
         for start in range(0, len(rows), batch_size):
             place = slice(start, start + batch_size)

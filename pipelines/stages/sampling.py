@@ -195,6 +195,9 @@ def seeded(seed: int | None, generator: Generators, count: int) -> list[torch.Ge
         return image_generators(generator, count)
     if generator is not None:
         raise ValueError("give seed or generator, not both")
+    if isinstance(seed, bool) or not isinstance(seed, (int, np.integer)):
+        raise ValueError(f"seed must be a whole number (got {seed!r})")
+    seed = int(seed)
     if not -(1 << 63) <= seed <= (1 << 64) - count:
         raise ValueError(f"seed must be from -2^63 to 2^64 - {count}, as image k uses seed + k (got {seed})")
     return [torch.Generator().manual_seed(seed + k) for k in range(count)]
@@ -215,9 +218,11 @@ def count_images(num_images: int | None, labels: Any, per_label: int | None = No
         num_images = len(labels) if several else per_label
     if num_images is None:
         num_images = len(labels) if several else 1
+    if isinstance(num_images, bool) or not isinstance(num_images, (int, np.integer)):
+        raise ValueError(f"num_images must be a whole number (got {num_images!r})")
     if num_images < 1:
         raise ValueError(f"num_images must be at least 1 (got {num_images})")
-    return num_images, labels
+    return int(num_images), labels
 
 
 def check_shapes(shape: tuple[int, ...], **tensors: Tensor | None) -> None:

@@ -144,6 +144,8 @@ def test_sampling_works_in_inference_mode(cache):
         ({"seed": 1, "generator": torch.Generator()}, "not both"),
         ({"num_images": 2, "seed": (1 << 64) - 1}, "seed must be from -2^63 to 2^64 - 2, as image k uses seed + k"),
         ({"seed": -(1 << 63) - 1}, "seed must be from -2^63"),
+        ({"seed": 1.5}, "seed must be a whole number (got 1.5)"),
+        ({"num_images": 2.0}, "num_images must be a whole number (got 2.0)"),
         ({"num_images": 3, "generator": [torch.Generator()]}, "1 generators for 3"),
         ({"batch_size": 0}, "batch_size"),
         ({"output_type": "latents"}, "output_type"),
@@ -160,6 +162,29 @@ def test_sampling_works_in_inference_mode(cache):
 def test_bad_arguments_are_named(arguments, message):
     with pytest.raises(ValueError, match=re.escape(message)):
         make_pipeline()(**arguments)
+
+
+def test_numbers_of_numpy_are_numbers():
+    pipe = make_pipeline()
+    ours, theirs = (pipe(number(3), seed=number(7), progress=False).tokens for number in (int, np.int64))
+    assert torch.equal(ours, theirs)
+
+
+@pytest.mark.parametrize(
+    "ask",
+    [
+        lambda pipe, images, size: pipe.encode(images, batch_size=size),
+        lambda pipe, images, size: pipe.log_prob(images, batch_size=size),
+        lambda pipe, images, size: pipe.conditional_log_prob(images, torch.zeros(8, 12).bool(), batch_size=size),
+    ],
+)
+def test_no_images_and_batches_of_none_are_named(ask):
+    pipe = make_pipeline()
+    images = torch.zeros(2, 1, 8, 12)
+    with pytest.raises(ValueError, match=r"^batch_size must be at least 1 .got 0.$"):
+        ask(pipe, images, 0)
+    with pytest.raises(ValueError, match="^images: there are none$"):
+        pipe.encode(images[:0])
 
 
 def test_settings_of_the_sampler_are_defaults_that_travel(tmp_path):
