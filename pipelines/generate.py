@@ -45,7 +45,7 @@ class GenerateConfig(Config):
         description="a picture file for a grid of all images; NAME.npz, NAME.parquet or NAME.tar (webdataset) for all "
         "images in one file; or a folder for one file each",
     )
-    num_images: int = Field(64, ge=1, description="how many")
+    num_images: int = Field(64, ge=1, le=10_000_000, description="how many")
     labels: int | str | list[int | str] | None = Field(
         None,
         description="classes (ids or names), taken in turn; default: every class in turn, or none if the pipeline is "
