@@ -32,7 +32,7 @@ from .jobs.sharing import Share, shared
 from .processes.claims import alone_at
 from .processes.launched import apart, build_accelerator, team_of
 from .shuffling.ahead import made_ahead, pinned, sent
-from .stages.provenance import TokenizerFolder, tokenizer_defaults, tokenizer_folder
+from .stages.provenance import TokenizerFolder, read_with, tokenizer_defaults, tokenizer_folder
 from .tokens import Meta
 from .tokens.appending import begun_with, class_numbers, data_as_begun, existing, missing_variants, same_images
 from .tokens.finished import made_before, told
@@ -161,7 +161,7 @@ def check_settings(config: EncodeConfig, tokenizer: Tokenizer, out: Path) -> Non
         )
     if config.only and not config.append:
         raise UserError("only: a new dataset has all splits; append=true adds to one of them")
-    check_out_folder(out, TOKENS, [config.tokenizer, config.data.path])
+    check_out_folder(out, TOKENS, [read_with(config.tokenizer), config.data.path])
 
 
 def variants_to_make(config: EncodeConfig, images: Splits, old: Meta | None) -> dict[str, tuple[int, int]]:

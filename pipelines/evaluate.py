@@ -95,7 +95,7 @@ class EvaluateConfig(Config):
         "a .npz file with `mu` and `sigma`, as ADM published them; the last two with num_images=50000",
     )
     num_orders: int = Field(1, ge=1, description="score a mixture of so many orders, with a prior that takes any")
-    seed: int = Field(0, ge=0, description="sample k uses seed + k")
+    seed: int = Field(0, ge=0, lt=1 << 63, description="sample k uses seed + k")
     device: str = Field("auto", description="cpu, cuda, mps or auto")
     update_card: bool = Field(True, description="write the figures into the pipeline's model card")
 

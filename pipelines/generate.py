@@ -45,13 +45,13 @@ class GenerateConfig(Config):
         description="a picture file for a grid of all images; NAME.npz, NAME.parquet or NAME.tar (webdataset) for all "
         "images in one file; or a folder for one file each",
     )
-    num_images: int = Field(64, ge=1, description="how many")
+    num_images: int = Field(64, ge=1, le=10_000_000, description="how many")
     labels: int | str | list[int | str] | None = Field(
         None,
         description="classes (ids or names), taken in turn; default: every class in turn, or none if the pipeline is "
         "unconditional",
     )
-    seed: int = Field(0, ge=0, description="image k uses seed + k")
+    seed: int = Field(0, ge=0, lt=1 << 63, description="image k uses seed + k")
     temperature: float | None = Field(None, ge=0, description="below 1 is safer, 0 is greedy; default: the pipeline's")
     top_k: int | None = Field(None, ge=1, description="draw from the k likeliest ids only")
     top_p: float | None = Field(None, gt=0, le=1, description="draw from the likeliest ids of this mass only")

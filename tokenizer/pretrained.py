@@ -217,13 +217,21 @@ def _rename(weights: dict[str, Any], prefix: str, names: dict[str, str]) -> None
         weights[renamed] = weights.pop(key)
 
 
+def some_entries(folder: Path) -> list[os.DirEntry[str]]:
+    """What is in a folder, up to 10,000 entries; nothing where there is none, or where it cannot be listed."""
+    try:
+        with os.scandir(folder) as entries:
+            return list(itertools.islice(entries, MAX_ENTRIES))
+    except OSError:  # whoever reads it says so
+        return []
+
+
 def warn_of_code(*folders: Path) -> None:
     """Warn, in one line, of files that can hold code; they are never opened. The first folder contains the others."""
     names = [
         os.path.relpath(entry.path, folders[0])
         for folder in folders
-        if folder.is_dir()
-        for entry in itertools.islice(os.scandir(folder), MAX_ENTRIES)
+        for entry in some_entries(folder)
         if entry.name.lower().endswith(CODE)
     ]
     if names:

@@ -122,7 +122,8 @@ def heal(
     resampled = (bits.flatten(1) > limit).reshape(tokens.shape)
     found, nats = [], []
     for draw in range(draws):
-        generators = [torch.Generator().manual_seed((seed + k) * draws + draw) for k in range(len(batch))]
+        seeds = [((seed + k) * draws + draw) % (1 << 64) for k in range(len(batch))]
+        generators = [torch.Generator().manual_seed(one) for one in seeds]
         found.append(pipeline.prior.sample(len(batch), ids, generator=generators, tokens=tokens, known=~resampled))
         nats.append(-pipeline.prior.log_prob(found[-1], ids))
     weights = (-SHARPNESS * torch.stack(nats).double()).softmax(0).float()

@@ -55,7 +55,7 @@ class CompleteConfig(Config):
     labels: int | str | list[int | str] | None = Field(
         None, description="classes (ids or names), one for all or one per image; default: the class is not told"
     )
-    seed: int = Field(0, ge=0, description="draw d of image k uses seed + k * draws + d")
+    seed: int = Field(0, ge=0, lt=1 << 63, description="draw d of image k uses seed + k * draws + d")
     out: str = Field("completions.png", description="the picture to write")
     data: Annotated[DataConfig, Of("pipeline")] = Field(
         DataConfig(), description="the images; defaults to those the pipeline was trained on"

@@ -54,7 +54,7 @@ def run(config: CompressConfig) -> Path:
     """Compress, and return the file written."""
     root = Path(config.images)
     paths, names = named_images(root)
-    out, inputs = Path(config.out), [Path(config.pipeline), *paths]
+    out, inputs = Path(config.out), [config.pipeline, root]
     check_out_file(out, inputs)
     pipeline = ImagePipeline.from_pretrained(config.pipeline, device=choose_device(config.device))
     size = chunk_images(pipeline)

@@ -75,7 +75,7 @@ class DetectConfig(Config):
     )
     out: str = Field("anomalies", description="folder for scores.csv, sheet.png and, where measured, figures.json")
     num_shown: int = Field(8, ge=1, le=64, description="how many of the most and of the least anomalous are shown")
-    seed: int = Field(0, ge=0, description="of healing and of the intervals")
+    seed: int = Field(0, ge=0, lt=1 << 63, description="of healing and of the intervals")
     data: Annotated[DataConfig, Of("pipeline")] = Field(
         DataConfig(),
         description="how images are read: of each source the split data.held_out, where it has one, else all of "

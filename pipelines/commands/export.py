@@ -20,7 +20,7 @@ from ..images import to_float
 from ..images.decoding import open_image, pixels_of
 from ..images.folders import find_images
 from ..processes.claims import alone_at
-from ..stages.provenance import TokenizerFolder, tokenizer_folder
+from ..stages.provenance import TokenizerFolder, read_with, tokenizer_folder
 
 MOST = 32  # given images on which it is checked
 
@@ -49,7 +49,7 @@ class ExportConfig(Config):
 def run(config: ExportConfig) -> Path:
     """Write both files, run them, print what was compared, and return the folder. Raises `UserError` for a tokenizer
     that cannot be written so, or whose files give something else; nothing is left then."""
-    inputs = [config.tokenizer, *([config.images] if config.images else [])]
+    inputs = [read_with(config.tokenizer), *([config.images] if config.images else [])]
     check_out_folder(config.out, EXPORT, inputs)
     tokenizer = Tokenizer.from_pretrained(tokenizer_folder(config.tokenizer))
     images = given_images(config.images, tokenizer.image_shape) if config.images else None

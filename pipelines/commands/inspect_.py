@@ -23,7 +23,7 @@ from ..metrics.inspection import Findings, examine
 from ..metrics.pages import mosaic, page
 from ..metrics.reconstruction import drafts
 from ..metrics.texture import texture_line
-from ..stages.provenance import TokenizerFolder, tokenizer_defaults, tokenizer_folder
+from ..stages.provenance import TokenizerFolder, read_with, tokenizer_defaults, tokenizer_folder
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -231,7 +231,7 @@ def stacked(pictures: list[Pixels]) -> Pixels:
 
 def run(config: InspectConfig) -> dict[str, Any]:
     """Write the report; print the findings and return them: see `figures_of`, `l1`, `l2`, `look_figures`."""
-    inputs = [config.tokenizer, config.data.path]
+    inputs = [read_with(config.tokenizer), config.data.path]
     check_out_file(config.out, inputs, SUFFIXES)
     tokenizer = Tokenizer.from_pretrained(tokenizer_folder(config.tokenizer), device=choose_device(config.device))
     check_shape(config.data, tokenizer.image_shape, "tokenizer")

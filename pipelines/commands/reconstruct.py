@@ -15,7 +15,7 @@ from ..images import DataConfig, check_shape, load_images
 from ..images.pictures import SUFFIXES, save_picture
 from ..metrics.reconstruction import SOME, evaluate_reconstruction, reconstruction_picture
 from ..metrics.texture import texture_line
-from ..stages.provenance import TokenizerFolder, tokenizer_defaults, tokenizer_folder
+from ..stages.provenance import TokenizerFolder, read_with, tokenizer_defaults, tokenizer_folder
 
 
 class ReconstructConfig(Config):
@@ -41,7 +41,7 @@ class ReconstructConfig(Config):
 def run(config: ReconstructConfig) -> dict[str, Any]:
     """Write the picture, print and return PSNR (dB), losses, codebook usage and perplexity on all held-out images, and
     the figures of `look_figures`."""
-    inputs = [config.tokenizer, config.data.path]
+    inputs = [read_with(config.tokenizer), config.data.path]
     check_out_file(config.out, inputs, SUFFIXES)
     tokenizer = Tokenizer.from_pretrained(tokenizer_folder(config.tokenizer), device=choose_device(config.device))
     check_shape(config.data, tokenizer.image_shape, "tokenizer")

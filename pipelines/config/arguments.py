@@ -100,9 +100,18 @@ def read_override(argument: str) -> Data:
         value = read_yaml(text)
     except UserError as error:
         raise UserError(f"{key}: {error} (got {text!r}; for plain text write {key}='\"...\"')") from error
+    value = value if "." in key else at_home(value)
     for part in reversed(key.split(".")):
         value = {part: value}
     return value
+
+
+def at_home(value: Any) -> Any:
+    """A text, or those in a list, that begins with `~/` as a path: after `key=` zsh leaves it as it is, and a folder
+    called ~ would be made here."""
+    if isinstance(value, list):
+        return [at_home(part) for part in value]
+    return os.path.expanduser(value) if isinstance(value, str) and value.startswith("~/") else value
 
 
 # Presets ------------------------------------------------------------------------------------------

@@ -32,6 +32,8 @@ if TYPE_CHECKING:
 
 R = TypeVar("R")
 TELLING = 5.0  # seconds in which the main process has told its error and ended, and its launcher ends the others
+FULL = (errno.ENOSPC, errno.EDQUOT)  # what the system says of a disk
+FORBIDDEN = (errno.EACCES, errno.EPERM, errno.EROFS)  # and of files and folders; of other things, too, without a name
 CTRL_C, CLOSED_PIPE = 130, 141  # the exit codes by which shells show SIGINT and SIGPIPE
 
 
@@ -197,7 +199,7 @@ def exit_codes(quiet: bool = False, kept: Callable[[], str] | None = None) -> It
         if is_bug(error):
             raise
         print(error_line(label(), one_line(f"{error.filename or 'disk full'}: {error.strerror}")), file=sys.stderr)
-        raise SystemExit(2 if error.errno == errno.ENAMETOOLONG else 1) from error
+        raise SystemExit(1 if error.errno in FULL else 2) from error
 
 
 def is_first_process() -> bool:
@@ -228,9 +230,12 @@ def choose_device(name: str) -> torch.device:
     try:
         if name == "auto":
             return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        return torch.zeros((), device=name).device
+        found = torch.zeros((), device=name).device
     except (RuntimeError, AssertionError) as error:
         raise UserError(f"device: {name!r} cannot be used here ({str(error).splitlines()[0]})") from error
+    if found.type == "meta":
+        raise UserError("device: 'meta' holds shapes and no numbers; there are cpu, cuda, mps and auto")
+    return found
 
 
 class RunError(Exception):
@@ -238,9 +243,11 @@ class RunError(Exception):
 
 
 def is_bug(error: BaseException) -> bool:
-    """Whether an error is neither a user's mistake, a name that is too long among them, nor an interruption, nor a full
-    disk."""
-    theirs = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.ENAMETOOLONG)
+    """Whether an error is neither a user's mistake, a name that is too long or may not be used among them, nor an
+    interruption, nor a full disk."""
+    theirs = isinstance(error, OSError) and (
+        error.errno in (*FULL, errno.ENAMETOOLONG) or (error.errno in FORBIDDEN and error.filename is not None)
+    )
     return isinstance(error, Exception) and not theirs and not isinstance(error, (UserError, PipelineLoadError))
 
 

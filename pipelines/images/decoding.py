@@ -18,7 +18,7 @@ from PIL import Image, ImageOps
 from torch import Tensor
 from tqdm import tqdm
 
-from tokenizer.files.errors import LimitError, PathError, PipelineLoadError
+from tokenizer.files.errors import LimitError, PathError, PipelineLoadError, UnreadableError
 from tokenizer.files.opening import opened
 
 from .bad import Problem, Report
@@ -122,6 +122,8 @@ def read_file(path: Path, stamp: Stamp | None = None) -> bytes:
     except PipelineLoadError as error:
         if stamp is not None and stamp_at(path) != stamp:
             raise FileChanged(path) from error
+        if isinstance(error, UnreadableError):
+            raise ValueError(str(error).removeprefix(f"{path}: ")) from None
         if isinstance(error, PathError):
             raise ValueError("no such file, or not a regular one") from None
         if isinstance(error, LimitError):

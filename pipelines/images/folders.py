@@ -54,9 +54,14 @@ def folder_rows(folder: Path, config: DataConfig) -> Rows:
 
 
 def walk(folder: Path) -> Iterator[tuple[str, list[str], list[str]]]:
-    """What `os.walk` gives. Raises `UserError` for folders in folders without end, before Python or the system does."""
+    """What `os.walk` gives. Raises `UserError` for folders in folders without end, before Python or the system does,
+    and for one that cannot be read, whose files would be missing without a word."""
+
+    def refuse(error: OSError) -> None:
+        raise UserError(f"{error.filename}: cannot be read ({error.strerror})") from error
+
     top = str(folder).count(os.sep)
-    for parent, folders, files in os.walk(folder):
+    for parent, folders, files in os.walk(folder, onerror=refuse):
         if parent.count(os.sep) - top > DEEPEST:
             raise UserError(f"{folder}: folders are nested more than {DEEPEST} deep in it")
         yield parent, folders, files

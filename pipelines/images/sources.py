@@ -41,6 +41,8 @@ def open_source(config: DataConfig) -> SplitRows:
         return image_folder(path, config)
     if not path.exists() and not re.fullmatch(HUB_NAME, config.source):
         raise UserError(f"data.source: there is no file or folder {config.source}")
+    if path.is_file() and not is_parquet(path):
+        raise UserError(f"data.source: {path} is not a parquet file; of pictures, give the folder that they are in")
     return tables(path, config)
 
 
@@ -81,6 +83,12 @@ def read_array(images: NDArray[np.uint8], split: str, indices: Sequence[int]) ->
 def is_table(path: Path) -> bool:
     """Whether a file is a table of images: parquet, or the metadata of a folder."""
     return path.suffix == ".parquet" or path.name in ("metadata.csv", "metadata.jsonl")
+
+
+def is_parquet(path: Path) -> bool:
+    """Whether a file begins as one of parquet."""
+    with path.open("rb") as file:
+        return file.read(4) == b"PAR1"
 
 
 def tables(path: Path, config: DataConfig) -> SplitRows:

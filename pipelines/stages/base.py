@@ -17,7 +17,7 @@ from tokenizer.files.errors import ConfigError, IntegrityError
 from tokenizer.files.reading import steadily
 from tokenizer.pretrained import MAX_WEIGHT_BYTES, warn_of_code
 
-from ..images.pictures import as_batch, convert_images, to_images, warn_if_unit
+from ..images.pictures import as_batch, check_batch_size, convert_images, to_images, warn_if_unit
 from . import storing
 from .calibration import Calibration
 from .compiled import unwrapped
@@ -160,7 +160,9 @@ class Stages:
 
     def _parts(self, rows: Tensor, batch_size: int) -> list[Tensor]:
         """Images or tokens in the batches that the tokenizer takes: on a CPU one at a time, as the libraries behind
-        torch choose kernels by the size of the batch, and kernels round differently: an 8-bit pixel could change."""
+        torch choose kernels by the size of the batch, and kernels round differently: an 8-bit pixel could change.
+        Raises `ValueError` for a size below 1."""
+        check_batch_size(batch_size)
         if self.device.type != "cpu":
             return list(rows.split(batch_size))
         return [row.clone() for row in rows.split(1)]  # a clone is aligned in memory, so all images are alike
@@ -271,6 +273,7 @@ class Stages:
     ) -> Iterator[tuple[slice, Tensor, Tensor | None]]:
         """Images or tokens, `batch_size` at a time: their place among all, themselves, and their class ids or None.
         None at all are one empty batch."""
+        check_batch_size(batch_size)
         ids = self.label_ids(labels, len(rows))
         for start in range(0, max(1, len(rows)), batch_size):
             place = slice(start, start + batch_size)

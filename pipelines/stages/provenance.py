@@ -54,6 +54,13 @@ def tokenizer_folder(source: str) -> str:
     return str(Path(source) / "tokenizer") if (Path(source) / INDEX).is_file() else source
 
 
+def read_with(tokenizer: str) -> str:
+    """What nothing may be written into while a tokenizer is read: its folder, or the pipeline that it is in, which
+    holds nothing but what its manifest lists."""
+    pipeline = Path(tokenizer_folder(tokenizer)).parent
+    return str(pipeline) if (pipeline / INDEX).is_file() else tokenizer
+
+
 def save_tokenizer(model: Any, folder: Path, provenance: dict[str, Any], inputs: Inputs = ()) -> None:
     """`save_pretrained`, and `provenance.json` beside the weights, from which later stages learn the data source."""
     with atomic_folder(folder, kind=Tokenizer.folder_kind(), inputs=inputs) as target:

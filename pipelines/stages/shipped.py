@@ -7,7 +7,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from tokenizer.files.errors import PathError
+from tokenizer.files.errors import PathError, UnreadableError
 from tokenizer.files.hub import resolve_folder
 
 from .index import INDEX
@@ -30,6 +30,8 @@ def resolve_pipeline(source: str | Path, names: list[str], **options: Any) -> Pa
     """`resolve_folder` of a pipeline, which may be one that comes with the package. Raises `PathError`."""
     try:
         return resolve_folder(located(source), names, **options)
+    except UnreadableError:
+        raise
     except PathError as error:
         bare = re.fullmatch(r"\w+", str(source))
         raise PathError(

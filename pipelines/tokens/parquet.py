@@ -22,7 +22,14 @@ from torch import Tensor
 
 from tokenizer import TokenGrid, Tokenizer
 from tokenizer.files.errors import FormatError, IntegrityError, PathError, PipelineLoadError
-from tokenizer.files.hub import HUB_ID, is_reachable, replace_on_hub, require_reachable, snapshot
+from tokenizer.files.hub import (
+    HUB_ID,
+    is_reachable,
+    replace_on_hub,
+    require_reachable,
+    require_searchable,
+    snapshot,
+)
 from tokenizer.files.json_text import MAX_JSON_BYTES
 from tokenizer.files.opening import read_bytes, read_json
 from tokenizer.files.reading import MANIFEST, Folder, verify_manifest
@@ -183,6 +190,7 @@ def local_folder(
                 "owner/name; make a token dataset with `smalti encode`"
             )
         folder = fetch(str(source), revision, token, cache_dir, local_files_only)
+    require_searchable(folder)
     if not (folder / META).is_file() or Folder.at(folder).json(META).get("layout") != LAYOUT:
         return folder
     return unpacked(folder, cache_dir)

@@ -206,6 +206,8 @@ def test_a_request_that_the_prior_refuses_leaves_nothing(pipeline, tmp_path, cap
         ("steps=3", "'steps' is no argument"),
         ("labels=[cow]", "no class is called 'cow'"),
         ("num_orders=2", "num_orders"),
+        (f"seed={1 << 63}", "seed: must be <"),
+        ("num_images=100000000000", "num_images: must be <= 10000000"),
     ):
         assert message in fails(capsys, *argv, wrong)
         assert list(tmp_path.iterdir()) == []

@@ -16,7 +16,7 @@ from urllib.request import getproxies
 
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, constants, snapshot_download
 
-from .errors import PathError, one_line
+from .errors import PathError, UnreadableError, one_line
 
 SECONDS = 5.0  # to wait for an answer
 MOST_NAMES = 1000  # in a folder that are looked at for one that may have been meant
@@ -111,6 +111,7 @@ def said(error: Exception) -> str:
 def resolve_folder(source: str | Path, patterns: list[str], **options: Any) -> Path:
     """`source` as a local folder; a repository id is fetched from the Hub, see `snapshot`. Raises `PathError`."""
     if os.path.isdir(source):  # unlike Path.is_dir, also False for a name that no folder can have
+        require_searchable(source)
         return Path(source)
     near = near_folder(Path(source))
     hint = f" (did you mean {near}?)" if near else ""
@@ -120,6 +121,14 @@ def resolve_folder(source: str | Path, patterns: list[str], **options: Any) -> P
         )
     told = f"{str(source)!r} is not an existing folder{hint}, and as a Hub id it could not be fetched"
     return snapshot(str(source), patterns, told, **options)
+
+
+def require_searchable(folder: str | Path) -> None:
+    """Raise `UnreadableError` for a folder whose files may not even be looked for."""
+    try:
+        os.stat(os.path.join(folder, os.curdir))
+    except PermissionError as error:
+        raise UnreadableError(f"{folder}: {error.strerror}") from error
 
 
 def near_folder(path: Path) -> Path | None:

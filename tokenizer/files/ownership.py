@@ -85,9 +85,14 @@ def require_ours(folder: Path, kind: Kind | None, *, called: Path | None = None)
 
 
 def contents(folder: Path) -> list[str]:
-    """The names of everything in a folder: files, links and empty folders, without litter."""
-    found = []
-    for parent, folders, files in os.walk(folder):
+    """The names of everything in a folder: files, links, empty folders and those that cannot be looked into, without
+    litter."""
+    found: list[str] = []
+
+    def keep(error: OSError) -> None:
+        found.append(os.path.relpath(error.filename, folder))
+
+    for parent, folders, files in os.walk(folder, onerror=keep):
         inside = os.path.relpath(parent, folder)
         links = [name for name in folders if os.path.islink(os.path.join(parent, name))]
         found += [os.path.normpath(os.path.join(inside, name)) for name in (*files, *links) if name not in LITTER]

@@ -59,7 +59,7 @@ def check_out(form: Form, out: Path, count: int, inputs: Inputs) -> None:
     """Raise `UserError` unless a set of so many images can be written as `out`; see `config.outputs`."""
     if form.is_folder:
         key = Facts(count, 0, 0).key
-        check_out_results(out, [f"{key(number)}.png" for number in range(count)], inputs)
+        check_out_results(out, (f"{key(number)}.png" for number in range(count)), inputs)
     else:
         check_out_file(out, inputs)
 

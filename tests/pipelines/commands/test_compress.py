@@ -61,6 +61,8 @@ def test_verbs_say_what_is_wrong(tmp_path, capsys):
     (tmp_path / "images" / "other.png").write_bytes(b"no image")
     assert "other.png" in fails(capsys, "compress", *arguments(tmp_path, folder, f"out={stream}"))
     assert [path.name for path in tmp_path.iterdir() if "smalti" in path.name] == []
+    line = fails(capsys, "compress", *arguments(tmp_path, folder, f"out={tmp_path / 'images' / 'some' / 'all.smalti'}"))
+    assert "it lies in what is read" in line
     (tmp_path / "images" / "other.png").unlink()
     compress_verb(arguments(tmp_path, folder, f"out={stream}"))
     capsys.readouterr()

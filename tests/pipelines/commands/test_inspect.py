@@ -10,6 +10,7 @@ import sys
 import numpy as np
 import pytest
 import torch
+from coded import pipeline_of
 from command import fails
 from launch import ROOT, environment
 from PIL import Image
@@ -397,3 +398,17 @@ def test_what_is_wrong_is_said_in_a_line(world, tmp_path, capsys, wrong, message
     line = fails(capsys, *[part.format(world=world, out=tmp_path / "out") for part in given])
     assert message.format(world=world) in line
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    "verb, out", [("inspect", "a.png"), ("reconstruct", "a.png"), ("encode", "a"), ("export", "a")]
+)
+def test_nothing_is_written_into_the_pipeline_that_a_tokenizer_is_in(tmp_path, capsys, verb, out):
+    """`calibrate` and all that replaces it would then refuse it."""
+    pipeline = tmp_path / "run" / "pipeline"
+    pipeline_of("tokens", "marginal").save_pretrained(pipeline)
+    before = sorted(pipeline.rglob("*"))
+    size = "format=torch" if verb == "export" else "data.image_size=8"
+    for named in (pipeline, pipeline / "tokenizer"):
+        line = fails(capsys, verb, f"tokenizer={named}", f"out={pipeline / out}", size)
+        assert "lies in what is read" in line and sorted(pipeline.rglob("*")) == before

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import pytest
+from command import fails
+from ordinary import as_others
 
 from pipelines import train_tokenizer
-from pipelines.config import UserError
+from pipelines.config import UserError, choose_device
+from pipelines.config.command import is_bug
 
 
 def lines_of(capsys, *argv):
@@ -40,3 +43,41 @@ def test_a_name_that_is_too_long_is_told_in_a_line(tmp_path, capsys):
     assert lines_of(capsys, f"out={name}", "data.source=digits") == [f"error: {name}/config.yaml: File name too long"]
     found = lines_of(capsys, f"out={tmp_path}/run", f"data.source={name}", "track.wandb=disabled")
     assert found == [f"error: {name}: File name too long"]
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("generate", "pipeline={closed}/pipeline"),
+        ("generate", "pipeline={closed}"),
+        ("generate", "pipeline=digits", "num_images=1", "out={closed}/images"),
+        ("complete", "pipeline=digits", "images={closed}/inner"),
+        ("reconstruct", "tokenizer={closed}"),
+        ("decompress", "pipeline=digits", "stream={closed}/stream", "out={tmp}/out"),
+        ("verify", "folder={closed}"),
+        ("push", "gallery={closed}", "to=owner"),
+        ("import", "source={closed}", "out={tmp}/out"),
+        ("train_tokenizer", "out={closed}/run"),
+        ("train_tokenizer", "out={tmp}/run", "data.source={closed}", "track.wandb=disabled"),
+        ("train_prior", "out={tmp}/run", "tokens={closed}", "track.wandb=disabled"),
+    ],
+)
+def test_a_folder_that_may_not_be_looked_into_is_told_in_a_line(tmp_path, capsys, words):
+    closed = tmp_path / "closed"
+    (closed / "inner").mkdir(parents=True)
+    closed.chmod(0)
+    with as_others():
+        line = fails(capsys, *(word.format(closed=closed, tmp=tmp_path) for word in words))
+    closed.chmod(0o755)
+    assert str(closed) in line and "Permission denied" in line
+    assert sorted(path.name for path in tmp_path.iterdir() if path.name != "run") == ["closed"]
+
+
+def test_a_refusal_that_names_no_file_is_a_bug():
+    assert is_bug(PermissionError(1, "Operation not permitted"))
+    assert not is_bug(PermissionError(13, "Permission denied", "folder/file"))
+
+
+def test_a_device_without_numbers_is_refused():
+    with pytest.raises(UserError, match=r"^device: 'meta' holds shapes and no numbers; there are cpu, [^\n]*auto$"):
+        choose_device("meta")

@@ -19,7 +19,7 @@ import pipelines
 from pipelines.__main__ import help_page as verb_page
 from pipelines.__main__ import main, module_of, verbs
 from pipelines.config import Config, UserError, command, run_command
-from pipelines.config.arguments import ToldElsewhere
+from pipelines.config.arguments import ToldElsewhere, read_override
 from pipelines.config.command import Interrupted, parse
 from pipelines.config.help import help_page
 from pipelines.config.schema import difference, to_yaml
@@ -174,6 +174,16 @@ def test_values_are_yaml() -> None:
         (0, 0.5),
         "a=b",
     )
+
+
+def test_home_is_found_also_where_the_shell_leaves_it_to_the_program(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/me")
+    assert read_override("out=~/run") == {"out": "/home/me/run"}
+    assert read_override("images=[~/a.png,3]") == {"images": ["/home/me/a.png", 3]}
+    for other in ("out=run~/a", "out=~run", "track.name=~/a"):  # the last is no path
+        key, _, text = other.partition("=")
+        assert str(read_override(other)).count(text) == 1
+    assert read_override("limit=~") == {"limit": None}
 
 
 def test_an_override_of_kind_replaces_the_node(tmp_path: Path) -> None:

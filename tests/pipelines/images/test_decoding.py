@@ -4,9 +4,11 @@ import numpy as np
 import pytest
 from image_files import encoded, noise
 from image_folders import config, write_image
+from ordinary import as_others
 from PIL import Image
 
 from pipelines.images import load_images
+from pipelines.images.decoding import try_decode
 
 
 def one(path, **options):
@@ -98,3 +100,11 @@ def test_resize_covers_the_shape_and_crops_the_centre(tmp_path):
     assert square.shape == (12, 12) and (square[:, 1:-1] > 235).all()
     write_image(tmp_path / "a.png", np.indices((64, 64)).sum(0).astype(np.uint8) % 2 * 255)
     assert np.abs(one(tmp_path / "a.png", image_size=8)[0].astype(int) - 127).max() < 20  # antialiased
+
+
+def test_an_image_that_may_not_be_read_is_not_called_missing(tmp_path):
+    write_image(tmp_path / "a.png", noise(12, 12))
+    (tmp_path / "a.png").chmod(0)
+    with as_others():
+        assert try_decode(tmp_path / "a.png", (1, 12, 12)) == "Permission denied"
+    assert try_decode(tmp_path / "b.png", (1, 12, 12)) == "no such file, or not a regular one"

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from image_files import noise
 from image_folders import config, write_folder, write_image
+from ordinary import as_others
 
 from pipelines.config import UserError
 from pipelines.images import load_images
@@ -67,3 +68,12 @@ def test_folders_without_end_are_told_in_a_line(tmp_path, streaming, monkeypatch
             load_images(config(tmp_path, streaming=streaming))
     finally:
         subprocess.run(["rm", "-rf", tmp_path / "deep"], check=True)  # which Python, hence pytest, cannot
+
+
+def test_a_folder_in_it_that_cannot_be_read_is_named(tmp_path):
+    """Its images would be missing without a word."""
+    write_folder(tmp_path, count=3, classes=("a", "b"))
+    (tmp_path / "b").chmod(0)
+    with as_others(), pytest.raises(UserError, match=f"^{tmp_path / 'b'}: cannot be read .Permission denied.$"):
+        load_images(config(tmp_path))
+    (tmp_path / "b").chmod(0o755)

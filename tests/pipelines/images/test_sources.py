@@ -117,3 +117,9 @@ def test_bad_rows_are_named_by_row(tmp_path):
     assert [problem.path for problem in problems] == ["row 12 of train", "row 4 of train", "row 5 of train"]
     kept = torch.cat([splits.train.labels, splits.held_out.labels]).tolist()
     assert sorted(kept) == [0, 1, 2, 3, 6, 7, 8, 9, 10, 11]
+
+
+def test_a_file_that_is_no_parquet_is_said_to_be_none(tmp_path):
+    (tmp_path / "a.png").write_bytes(PNGS[0])
+    with pytest.raises(UserError, match=f"^data.source: {tmp_path}/a.png is not a parquet file; .* folder .*$"):
+        load_images(config(tmp_path / "a.png"))

@@ -148,6 +148,8 @@ def test_sampling_works_in_inference_mode(cache):
         ({"labels": True}, "no class"),
         ({"labels": "cow"}, "'cow'"),
         ({"seed": 1, "generator": torch.Generator()}, "not both"),
+        ({"seed": -(1 << 63) - 1}, "must be from -2^63"),
+        ({"num_images": 2.0}, "num_images must be a whole number (got 2.0)"),
         ({"num_images": 3, "generator": [torch.Generator()]}, "1 generators for 3"),
         ({"batch_size": 0}, "batch_size"),
         ({"output_type": "latents"}, "output_type"),
@@ -174,6 +176,21 @@ def test_numbers_and_masks_may_be_numpys():
     plain = pipe(2, seed=7, tokens=torch.from_numpy(tokens), known=torch.from_numpy(known)).tokens
     assert torch.equal(pipe(np.int64(2), seed=np.int64(7), tokens=tokens, known=known).tokens, plain)
     assert pipe(1, seed=2**64 - 1).tokens.shape == (1, 2, 3)
+
+
+@pytest.mark.parametrize(
+    "ask",
+    [
+        lambda pipe, images, size: pipe.encode(images, batch_size=size),
+        lambda pipe, images, size: pipe.log_prob(images, batch_size=size),
+        lambda pipe, images, size: pipe.conditional_log_prob(images, torch.zeros(8, 12).bool(), batch_size=size),
+    ],
+)
+def test_batches_of_none_are_named(ask):
+    pipe = make_pipeline()
+    images = torch.zeros(2, 1, 8, 12)
+    with pytest.raises(ValueError, match=r"^batch_size must be at least 1 .got 0.$"):
+        ask(pipe, images, 0)
 
 
 def test_settings_of_the_sampler_are_defaults_that_travel(tmp_path):

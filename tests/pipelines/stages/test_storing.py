@@ -8,13 +8,16 @@ import shutil
 
 import pytest
 import torch
+from ordinary import as_others
 from safetensors.torch import load_file
 from small import TOKENIZERS, make_prior
 from small_pipelines import LABELS, PROVENANCE, make_pipeline, pixels_for
 
 from pipelines import ConfigError, FormatError, ImagePipeline, IntegrityError, PathError
+from pipelines.tokens import load_tokens
 from prior import Prior
 from tokenizer import Tokenizer
+from tokenizer.files.errors import UnreadableError
 
 TYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}
 
@@ -262,3 +265,17 @@ def test_bars_are_as_they_are_set(capsys):
     pipe.set_progress_bar_config(disable=True)
     pipe(2, seed=0)
     assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize("closed", [".", "tokenizer", "prior"])
+def test_a_folder_that_may_not_be_looked_into_is_a_loading_error(tmp_path, closed):
+    make_pipeline().save_pretrained(tmp_path / "pipeline")
+    folder = tmp_path / "pipeline" / closed
+    folder.chmod(0)
+    with as_others(), pytest.raises(UnreadableError, match="Permission denied"):
+        ImagePipeline.from_pretrained(tmp_path / "pipeline")
+    if closed == ".":
+        with as_others(), pytest.raises(UnreadableError, match="Permission denied"):
+            load_tokens(tmp_path / "pipeline")
+    folder.chmod(0o755)
+    ImagePipeline.from_pretrained(tmp_path / "pipeline")

@@ -9,6 +9,7 @@ import sys
 from contextlib import suppress
 
 import pytest
+from ordinary import as_others
 from small import make_prior, make_tokenizer
 
 import tokenizer.files.writing as writing
@@ -46,6 +47,19 @@ def test_nothing_is_saved_over_links_and_strangers(tmp_path, folder):
         (half / "a").write_text("x")
         raise ZeroDivisionError
     assert sorted(p.name for p in tmp_path.iterdir()) == sorted(["mine", "link", "dangling", "disguised", "pipeline"])
+
+
+@pytest.mark.parametrize("closed", ["mine", "mine/inner"])
+def test_a_folder_that_cannot_be_looked_into_is_not_empty(tmp_path, closed):
+    (tmp_path / "mine" / "inner").mkdir(parents=True)
+    (tmp_path / "mine" / "inner" / "thesis.tex").write_text("years of work")
+    (tmp_path / closed).chmod(0o300)
+    refused = pytest.raises(PathError, match=f"^{tmp_path}/mine is there and not empty: ")
+    with as_others(), refused, atomic_folder(tmp_path / "mine", kind=None):
+        pass
+    (tmp_path / closed).chmod(0o755)
+    assert [path.name for path in tmp_path.iterdir()] == ["mine"]
+    assert (tmp_path / "mine" / "inner" / "thesis.tex").read_text() == "years of work"
 
 
 @pytest.mark.parametrize("placed", [0, 1, 2])
