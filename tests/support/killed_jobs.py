@@ -139,9 +139,11 @@ def work_of(out: Path) -> list[str]:
 
 
 def pieces_of(out: Path) -> dict[str, int]:
-    """The pieces of a job that are done, as their entries say, and of each file which one it is."""
+    """The pieces of a job that are done, as their entries say, and of each file which one it is; 0 where it is gone, as
+    when they are removed one by one."""
     entries = [path for work in work_of(out) for path in (out.parent / work).glob("[a-z]*-*.json")]
-    return {path.stem: path.with_suffix(".safetensors").stat().st_ino for path in entries}
+    files = {path.stem: path.with_suffix(".safetensors") for path in entries}
+    return {name: path.stat().st_ino if path.exists() else 0 for name, path in files.items()}
 
 
 def jobs(verb: str, folder: Path) -> list[Job]:
