@@ -74,13 +74,16 @@ class Job:
 
     def complete(self, out: Path) -> list[str]:
         """Let it come to its end; what is not as in the one that nobody killed, and what is left beside it."""
-        there, codes, name = content(out) == self.expected, set(self.start(out).end()), out.parent.name
-        refused = there and self.again and codes == {2} and self.again in last_line(out)
-        if codes != {0} and not refused:
+        there, codes, name = content(out) == self.expected, self.start(out).end(), out.parent.name
+        if set(codes) != {0} and not (there and self.says_so(out, codes)):
             return [f"{name}: exit codes {codes}: {last_line(out)}"]
         found = content(out)
         parts = [part for part in sorted(self.expected | found) if found.get(part) != self.expected.get(part)]
         return [f"{name}: {part} differs" for part in parts] + [f"{name}: {left} is left" for left in work_of(out)]
+
+    def says_so(self, out: Path, codes: list[int]) -> bool:
+        """Whether the command ended as it does where its result is there."""
+        return bool(self.again) and set(codes) == {2} and self.again in last_line(out)
 
 
 def in_small_pieces(rank: int) -> None:
@@ -213,9 +216,9 @@ def killed(job: Job, number: int, left: int) -> Found:
     job.lay(out)
     before, broken, pieces = content(out), list[str](), dict[str, int]()
     while found["tried"] < left:
-        attempt, at_call = strike(job, out, draw)
+        there, (attempt, at_call) = content(out) == job.expected, strike(job, out, draw)
         codes = attempt.end()
-        if set(codes) == {0}:
+        if set(codes) == {0} or (there and job.says_so(out, codes)):
             break
         if -signal.SIGKILL not in codes:
             broken.append(f"{out.parent.name}: exit codes {codes}: {last_line(out)}")
