@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -12,6 +12,7 @@ from PIL.Image import Image as PILImage
 from torch import Tensor
 
 from prior import Prior
+from prior.sampling import progress_of_long
 from tokenizer import Tokenizer
 from tokenizer.files.errors import ConfigError, IntegrityError
 from tokenizer.files.reading import steadily
@@ -111,7 +112,7 @@ class Stages:
         self._calls.interrupt = told
 
     def set_progress_bar_config(self, **options: Any) -> None:
-        """Arguments of `tqdm` for the bars of sampling: `disable`, `leave`, `desc`, ... A call replaces those before;
+        """Arguments of `tqdm` for the bars of long calls: `disable`, `leave`, `desc`, ... A call replaces those before;
         without any, the bars are as they were. Calls that are under way keep theirs."""
         self.progress_bar_config = options
 
@@ -145,27 +146,27 @@ class Stages:
     @torch.no_grad()
     def encode_batch(self, batch: Tensor, *, batch_size: int = 256) -> Tensor:
         """`encode` of images as `to_images` returns them: float `(B, C, H, W)` in [-1, 1]."""
-        parts = self._parts(batch.to(self.device, self.dtype), batch_size)
+        parts = self._parts(batch.to(self.device, self.dtype), batch_size, "encoding", self.progress_bar_config)
         return torch.cat([self.tokenizer.encode(part) for part in parts])
 
     @torch.no_grad()
-    def decode(self, tokens: Tensor, *, output_type: str = "pil", batch_size: int = 256) -> Any:
+    def decode(self, tokens: Tensor, *, output_type: str = "pil", batch_size: int = 256, progress: bool = True) -> Any:
         """Images of `tokens` `(B, *grid.shape)`, or of the first k, `(B, k)`, where these decode (`titok` with `keep`).
         Raises `ValueError` for ids out of range.
 
         On a CPU image k has the same pixels in any batch; `batch_size`: images at a time on other devices.
         """
-        parts = self._parts(tokens.to(self.device), batch_size)
+        parts = self._parts(tokens.to(self.device), batch_size, "decoding", progress and self.progress_bar_config)
         return convert_images(torch.cat([self.tokenizer.decode(part) for part in parts]), output_type)
 
-    def _parts(self, rows: Tensor, batch_size: int) -> list[Tensor]:
+    def _parts(self, rows: Tensor, batch_size: int, what: str, bar: bool | Mapping[str, Any]) -> Iterable[Tensor]:
         """Images or tokens in the batches that the tokenizer takes: on a CPU one at a time, as the libraries behind
         torch choose kernels by the size of the batch, and kernels round differently: an 8-bit pixel could change.
         Raises `ValueError` for a size below 1."""
         check_batch_size(batch_size)
-        if self.device.type != "cpu":
-            return list(rows.split(batch_size))
-        return [row.clone() for row in rows.split(1)]  # a clone is aligned in memory, so all images are alike
+        one = self.device.type == "cpu"  # a clone is aligned in memory, so all images are alike
+        parts = [part.clone() if one else part for part in rows.split(1 if one else batch_size)]
+        return progress_of_long(parts, bar, what)
 
     def reconstruct(self, images: Any, *, output_type: str = "pil") -> Any:
         """`decode(encode(images))`: what the tokenizer keeps of them."""
@@ -275,7 +276,8 @@ class Stages:
         None at all are one empty batch."""
         check_batch_size(batch_size)
         ids = self.label_ids(labels, len(rows))
-        for start in range(0, max(1, len(rows)), batch_size):
+        starts = range(0, max(1, len(rows)), batch_size)
+        for start in progress_of_long(starts, self.progress_bar_config, "scoring"):
             place = slice(start, start + batch_size)
             yield place, rows[place], None if ids is None else ids[place]
 

@@ -120,7 +120,7 @@ def sample(
     watcher = Watcher(pipeline, callback_on_step_end, *given)
     with pipeline._calls.watched(watcher):
         drawn = draw_batches(pipeline, watcher, ids, generators, batch_size, walk, sampler, progress)
-    images = drawn if output_type == LATENT else pipeline.decode(drawn, output_type=output_type)
+    images = drawn if output_type == LATENT else pipeline.decode(drawn, output_type=output_type, progress=progress)
     made = PipelineOutput(images, drawn, None if ids is None else pipeline.class_names(ids))
     return made if return_dict else made.to_tuple()
 

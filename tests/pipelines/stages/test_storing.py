@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 import json
 import shutil
+from collections.abc import Callable
+from functools import partial
 
 import pytest
 import torch
@@ -16,6 +18,7 @@ from small_pipelines import LABELS, PROVENANCE, make_pipeline, pixels_for
 from pipelines import ConfigError, FormatError, ImagePipeline, IntegrityError, PathError
 from pipelines.tokens import load_tokens
 from prior import Prior
+from prior.sampling import progress
 from tokenizer import Tokenizer
 from tokenizer.files.errors import UnreadableError
 
@@ -250,6 +253,29 @@ def test_a_prior_of_an_unknown_kind_may_be_given(tmp_path):
 
 
 # Bars
+
+
+def test_calls_that_take_long_have_a_bar(monkeypatch, capsys):
+    """Once they have taken two seconds, in a terminal; none within another."""
+    pipe, images = make_pipeline(), torch.zeros(3, 1, 8, 12)
+
+    def told(*what: Callable[[], object]) -> list[str]:
+        for each in what:
+            each()
+        said = capsys.readouterr().err
+        return [word for word in ("encoding", "decoding", "scoring") if word in said]
+
+    encode, decode = partial(pipe.encode, images), partial(pipe.decode, torch.zeros(3, 2, 3).long())
+    score = partial(pipe.log_prob, images, batch_size=1)
+    assert told(encode, decode, score) == []  # no terminal
+    pipe.set_progress_bar_config(disable=False)
+    assert told(encode, decode, score) == []
+    monkeypatch.setattr(progress, "LONG", 0.0)
+    assert told(decode) == ["decoding"] and told(score) == ["encoding", "scoring"]
+    assert told(partial(decode, progress=False), lambda: pipe(3, progress=False)) == []
+    assert told(lambda: [encode() for _ in progress.progress_over([1, 2], {"disable": False})]) == []
+    pipe.set_progress_bar_config(disable=True)
+    assert told(encode, decode, score) == []
 
 
 def test_bars_are_as_they_are_set(capsys):
