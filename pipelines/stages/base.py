@@ -12,7 +12,7 @@ from PIL.Image import Image as PILImage
 from torch import Tensor
 
 from prior import Prior
-from prior.sampling import progress_of_long
+from prior.sampling.progress import progress_of_long
 from tokenizer import Tokenizer
 from tokenizer.files.errors import ConfigError, IntegrityError
 from tokenizer.files.reading import steadily

@@ -2,7 +2,7 @@
 
 from .generators import Generators, check_count, image_generators, image_seeds, whole_number
 from .noise import GumbelNoise, gumbel
-from .progress import progress_of_long, progress_over
+from .progress import progress_over
 from .settings import GUIDANCE, Sampler
 
 __all__ = [
@@ -14,7 +14,6 @@ __all__ = [
     "gumbel",
     "image_generators",
     "image_seeds",
-    "progress_of_long",
     "progress_over",
     "whole_number",
 ]
