@@ -230,7 +230,7 @@ def test_the_pipeline_is_no_place_for_images(pipeline, tmp_path, capsys):
 def test_a_full_disk_is_one_line_and_what_was_made_stays(pipeline, tmp_path, capsys, kept, moment):
     """The limit of a file's size stands for it."""
     argv = ["generate", f"pipeline={pipeline}", f"out={tmp_path}/set.npz", "num_images=700"]
-    limits, most = resource.getrlimit(resource.RLIMIT_FSIZE), 1000 if moment == "a piece" else 60_000
+    limits, most = resource.getrlimit(resource.RLIMIT_FSIZE), 1100 if moment == "a piece" else 60_000
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (most, limits[1]))
     try:
