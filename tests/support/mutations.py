@@ -223,10 +223,13 @@ def another(now: Any, chance: Random) -> Any:
 
 
 def places_in(value: Any) -> list[tuple[Any, Any]]:
-    """(container, key) of everything in `value`."""
-    found, rest = [], [value]
+    """(container, key) of everything in `value`; once of what it holds many times, as YAML's aliases do."""
+    found, rest, seen = [], [value], set[int]()
     while rest:
         item = rest.pop()
+        if id(item) in seen:
+            continue
+        seen.add(id(item))
         for key in list(item) if isinstance(item, dict) else range(len(item)):
             found.append((item, key))
             if isinstance(item[key], (dict, list)) and item[key]:
