@@ -12,8 +12,10 @@ from torch.optim import Optimizer
 from tokenizer.files.errors import WeightsError
 
 Tensors = dict[str, Tensor]
-OF_ITS_OWN = {"params", "lr", "foreach", "fused", "capturable", "differentiable", "bf16"}
-"""What differs from step to step, or from machine to machine."""
+OF_THE_STEP = {"params", "lr", "bf16"}
+OF_THE_MACHINE = {"foreach", "fused", "capturable", "differentiable"}
+"""Settings that may differ in a state from those of the run that goes on with it, and those that are never taken from
+there: how this machine computes a step."""
 
 
 def pack_optimizer(optimizer: Optimizer) -> tuple[Tensors, dict[str, Any]]:
@@ -51,19 +53,21 @@ def unpack_optimizer(path: Path, tensors: Tensors, document: dict[str, Any], opt
             if index != "group":
                 state.setdefault(int(index), {})[name] = _laid_out_like(value, parameters[int(index)])
         groups = _from_json(document["param_groups"], tensors)
-        _require_settings(groups, optimizer.param_groups)
+        _fit_settings(groups, optimizer.param_groups)
         optimizer.load_state_dict({"state": state, "param_groups": groups})
         _restore_dtypes(optimizer, parameters, state)
     except (KeyError, IndexError, ValueError, TypeError, AttributeError) as error:
         raise WeightsError(f"{path}: not a state of this optimizer ({type(error).__name__}: {error})") from error
 
 
-def _require_settings(found: list[dict[str, Any]], expected: list[dict[str, Any]]) -> None:
-    """Raise `ValueError` for settings of another run: torch would take any, and fail at the next step."""
+def _fit_settings(found: list[dict[str, Any]], expected: list[dict[str, Any]]) -> None:
+    """Raise `ValueError` for settings of another run: torch would take any, and fail at the next step. Those of the
+    machine are put in."""
     for group, ours in zip(found, expected, strict=True):
+        group |= {name: ours[name] for name in OF_THE_MACHINE & set(ours)}
         for name, value in ours.items():
             alike = type(group[name]) is type(value) or {type(group[name]), type(value)} <= {int, float}
-            if not alike or (name not in OF_ITS_OWN and group[name] != value):
+            if not alike or (name not in OF_THE_STEP and group[name] != value):
                 raise ValueError(f"{name} is {group[name]!r:.80}, this run's is {value!r:.80}")
 
 

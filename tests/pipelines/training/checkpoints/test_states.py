@@ -354,6 +354,25 @@ def test_settings_and_counts_of_another_run_are_refused(tmp_path):
     changed("whole numbers", "a tensor of type torch.int32, its parameter has", tensors={"0.exp_avg": whole})
 
 
+def test_how_a_machine_computes_a_step_is_its_own(tmp_path):
+    """A state of one with a GPU goes on here."""
+    run = Run()
+    run.advance(0, 2)
+    folder = run.save(tmp_path, 2)
+    path = folder / "optimizer-model.json"
+    document = json.loads(path.read_text())
+    document["param_groups"][0] |= {"capturable": True, "fused": True, "foreach": False}
+    path.write_text(json.dumps(document))
+    (folder / MANIFEST).unlink()
+    write_manifest(folder, step=2)
+    other = Run(seed=99)
+    names, own = ("capturable", "fused", "foreach"), dict(other.optimizers["model"].param_groups[0])
+    other.load(folder)
+    group = other.optimizers["model"].param_groups[0]
+    assert [group[name] for name in names] == [own[name] for name in names]
+    assert other.advance(2, 4) == run.advance(2, 4)
+
+
 # Shards
 
 
