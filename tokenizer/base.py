@@ -218,9 +218,12 @@ class Tokenizer(PretrainedModel, family="tokenizer"):
         return False
 
     def pixel_log_prob(self, images: Tensor, tokens: Tensor) -> Tensor | None:
-        """log p(images | tokens) of 8-bit images, `(B,)` nats; None without a likelihood."""
+        """log p(images | tokens) of 8-bit images, `(B,)` nats; None without a likelihood. Raises `ValueError` for other
+        numbers or shapes of images."""
         if not self.has_likelihood:
             return None
+        if images.shape != (wanted := (len(tokens), *self.image_shape)):
+            raise ValueError(f"images should have shape {wanted}, as there are tokens, got {tuple(images.shape)}")
         return self.pixel_log_probs(images, tokens).double().flatten(1).sum(1).float()
 
     def pixel_log_probs(self, images: Tensor, tokens: Tensor) -> Tensor:
