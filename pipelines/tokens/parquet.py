@@ -31,7 +31,7 @@ from tokenizer.files.hub import (
     snapshot,
 )
 from tokenizer.files.json_text import MAX_JSON_BYTES
-from tokenizer.files.opening import read_bytes, read_json
+from tokenizer.files.opening import read_json
 from tokenizer.files.reading import MANIFEST, Folder, verify_manifest
 from tokenizer.files.writing import atomic_folder, write_json, write_manifest
 
@@ -224,7 +224,7 @@ def unpacked(folder: Path, cache_dir: str | Path | None) -> Path:
 
     name = "unnamed"
     if (folder / MANIFEST).is_file():
-        name = hashlib.sha256(read_bytes(folder / MANIFEST, MAX_JSON_BYTES)).hexdigest()
+        name = hashlib.sha256(Folder.at(folder).read(MANIFEST, MAX_JSON_BYTES)).hexdigest()
     out = Path(cache_dir or constants.HF_HUB_CACHE) / "smalti-tokens" / name[:32]
     if (out / META).is_file():
         return out

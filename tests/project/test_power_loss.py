@@ -84,6 +84,19 @@ def test_a_folder_is_the_old_one_or_the_new_one(tmp_path, monkeypatch, exchanges
         assert thing(left / "runs" / "deep" / "out") in (["deep"] if "deep" in marks else [None, "deep"])
 
 
+def test_a_folder_that_a_killed_process_made_stays(tmp_path):
+    """It had no time to see to that itself."""
+    (tmp_path / "root").mkdir()
+
+    def write(root: Path, journal: Journal) -> None:
+        (root / "runs").mkdir()
+        write_thing(root / "runs" / "out", "new")
+        journal.mark("written")
+
+    for left, marks in lost(tmp_path, write):
+        assert thing(left / "runs" / "out") in (["new"] if "written" in marks else [None, "new"])
+
+
 def write_tables(out: Path, text: str) -> None:
     with writing.results_folder(out) as folder:
         for name in ("a.csv", "b.csv"):

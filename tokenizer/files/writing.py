@@ -15,7 +15,7 @@ import shutil
 import stat
 import uuid
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -69,8 +69,12 @@ def fsync(path: Path) -> None:
 
 
 def make_folder(path: Path) -> None:
-    """Make a folder and those above it that are missing, so that power loss does not take them with what is in them."""
-    if not path.is_dir():
+    """Make a folder and those above it that are missing, so that power loss does not take them with what is in them:
+    nor the first that is there, which a process may have made that was killed before it could see to that."""
+    if path.is_dir():
+        with suppress(OSError):  # it is another's, and may not be read
+            fsync(path.parent)
+    else:
         make_folder(path.parent)
         path.mkdir(exist_ok=True)
         fsync(path.parent)

@@ -99,8 +99,8 @@ def _parameters(optimizer: Optimizer) -> list[Tensor]:
 
 def _laid_out_like(value: Tensor, parameter: Tensor) -> Tensor:
     """A copy of `value`, with the strides of `parameter` (channels_last, say), which a fused kernel relies on. Raises
-    `ValueError` for another shape than its, and for whole numbers, in which nothing is averaged."""
-    if not value.is_floating_point():
+    `ValueError` for another shape than its, and for a type that is neither its own nor float32."""
+    if value.dtype not in (parameter.dtype, torch.float32):
         raise ValueError(f"a tensor of type {value.dtype}, its parameter has {parameter.dtype}")
     if value.shape != parameter.shape and value.numel() == 1:
         return value.clone()  # such as a count of steps

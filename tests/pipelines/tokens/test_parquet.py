@@ -289,7 +289,7 @@ if __name__ == "__main__":
     client(*sys.argv[1:])
 
 
-def test_a_manifest_without_end_and_a_tokenizer_elsewhere_are_refused(exported, tmp_path):
+def test_a_manifest_without_end_and_what_is_elsewhere_are_refused(exported, tmp_path, monkeypatch):
     """Before either is read."""
     folder = Path(shutil.copytree(exported[0], tmp_path / "large"))
     os.truncate(folder / "manifest.json", 1 << 40)
@@ -301,4 +301,10 @@ def test_a_manifest_without_end_and_a_tokenizer_elsewhere_are_refused(exported, 
     write_manifest(folder)
     (folder / "tokenizer").symlink_to(tmp_path / "elsewhere")
     with pytest.raises(IntegrityError, match="does not list tokenizer/config.json"):
+        load_tokens(folder, cache_dir=tmp_path / "cache")
+    folder = Path(shutil.copytree(exported[0], tmp_path / "listed elsewhere"))
+    shutil.move(folder / "manifest.json", tmp_path / "manifest")
+    (folder / "manifest.json").symlink_to(tmp_path / "manifest")
+    monkeypatch.setattr(parquet, "unpack", lambda *given: pytest.fail("it was read"))
+    with pytest.raises(PathError, match="a link that leads out of the folder"):
         load_tokens(folder, cache_dir=tmp_path / "cache")

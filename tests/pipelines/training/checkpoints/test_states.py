@@ -350,8 +350,9 @@ def test_settings_and_counts_of_another_run_are_refused(tmp_path):
     changed("decay", "weight_decay is 7, this run's is 0.01", {"weight_decay": 7})
     changed("steps", "0.step is -4.0, expected a count of steps", tensors={"0.step": torch.tensor(-4.0)})
     changed("no number", "0.step is nan, expected a count of steps", tensors={"0.step": torch.tensor(math.nan)})
-    whole = torch.ones(4, 3, 3, 3).int()
-    changed("whole numbers", "a tensor of type torch.int32, its parameter has", tensors={"0.exp_avg": whole})
+    for name in ("int32", "float64"):
+        other = torch.ones(4, 3, 3, 3).to(getattr(torch, name))
+        changed(name, f"a tensor of type torch.{name}, its parameter has", tensors={"0.exp_avg": other})
 
 
 def test_how_a_machine_computes_a_step_is_its_own(tmp_path):
