@@ -80,7 +80,7 @@ def full_disks(case: Case, number: int, levels: int) -> Found:
         if codes != [0] * case.processes:  # started again, with the disk as full as before
             again = case.start(out, record_samples(out)).end()
             lines[what] += ["again:", *warnings_of(out)[len(told) :]]
-            said = re.compile(r"error: .*/full-.*(needs [\d,]+ .*[\d,]+ are free|cannot be written \(No space left)")
+            said = re.compile(r"error.*: .*/full-.*(needs [\d,]+ .*[\d,]+ are free|cannot be written \(No space left)")
             wrong = [line for line in (told[-1], last_line(out)) if not said.search(line)]
             broken += [f"{what}: ended with {codes}, then {again}: {line}" for line in wrong]
             if not verifying(out):
