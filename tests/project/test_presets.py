@@ -37,7 +37,7 @@ LAUNCHERS = sorted((CONFIGS / "accelerate").glob("*.yaml"))
 PRESETS = sorted(path for path in CONFIGS.rglob("*.yaml") if path not in LAUNCHERS)
 TOKENIZER_PRESETS = [path for path in PRESETS if path.parent.name == "tokenizer"]
 PRIOR_PRESETS = [path for path in PRESETS if path.parent.name == "prior"]
-MOST_LINES = 26
+MOST_LINES = 25
 
 every_preset = of_each(PRESETS)
 
