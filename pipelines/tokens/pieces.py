@@ -61,8 +61,10 @@ class EncodeJob(Job):
 
     @classmethod
     def as_now(cls, begun: dict[str, Any]) -> dict[str, Any]:
-        """With the settings of images that earlier versions did not have."""
-        return {**begun, "data": as_saved(DataConfig, begun.get("data", {}))}
+        """With the settings of images that earlier versions did not have; with none, where the file is damaged, which
+        no job depends on."""
+        data = begun.get("data")
+        return {**begun, "data": as_saved(DataConfig, data) if isinstance(data, dict) else {}}
 
     def keep_rows(self, piece: Piece, tokens: Tensor, labels: Tensor | None) -> None:
         """Write a piece as a shard of the dataset."""

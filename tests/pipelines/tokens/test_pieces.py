@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from contextlib import suppress
 
 import pytest
@@ -135,6 +136,15 @@ def test_another_configuration_is_refused(tokenizer, images, tmp_path, monkeypat
         run(config(**{"tokenizer": tokenizer, "out": tmp_path / "parts", "data": images, **change}))
     run(config(tokenizer, tmp_path / "parts", images))
     assert len(load_tokens(tmp_path / "parts").splits["train"]) == 30
+
+
+@pytest.mark.parametrize("data", [3, "ab", [1], None])
+def test_what_was_begun_and_damaged_is_refused(tokenizer, images, tmp_path, monkeypatch, data):
+    interrupted(monkeypatch, tokenizer, tmp_path / "parts", images)
+    (path,) = tmp_path.glob(".tmp-parts-encode/job.json")
+    path.write_text(json.dumps({**json.loads(path.read_text()), "data": data}))
+    with pytest.raises(UserError, match=r"with another configuration was begun here"):
+        run(config(tokenizer, tmp_path / "parts", images))
 
 
 def together(monkeypatch, count, settings):
