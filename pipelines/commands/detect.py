@@ -79,8 +79,7 @@ class DetectConfig(Config):
     data: Annotated[DataConfig, Of("pipeline")] = Field(
         DataConfig(),
         description="how images are read: of each source the split data.held_out, where it has one, else all of "
-        "data.split, or of the source that was trained on what training held out of it; defaults to what the pipeline "
-        "was trained on",
+        "data.split, or of the source that was trained on what was held out of it; defaults to the pipeline's own",
     )
     device: str = Field("auto", description="cpu, cuda, mps or auto")
 

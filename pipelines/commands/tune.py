@@ -71,9 +71,7 @@ class TuneConfig(Config):
     feature_steps: int = Field(
         300, ge=0, description="training steps of the classifier in whose features samples are judged, as of `evaluate`"
     )
-    seed: int = Field(
-        0, ge=0, lt=1 << 63, description="sample k uses seed + k, for all settings; finalists use other seeds"
-    )
+    seed: int = Field(0, ge=0, lt=1 << 63, description="sample k uses seed + k; finalists use other seeds")
     store: bool = Field(True, description="write the best settings into the pipeline; false: only say which they are")
     device: str = Field("auto", description="cpu, cuda, mps or auto")
 

@@ -124,9 +124,12 @@ def test_a_thread_that_ends_while_it_is_looked_at_is_no_fault(monkeypatch):
     with subprocess.Popen(["sleep", "60"]) as process:
         threads = [Path("/proc/self/task/0"), *Path("/proc/self/task").iterdir()]
         monkeypatch.setattr(leaks.Path, "iterdir", lambda folder: iter(threads))
-        while process.pid not in leaks.children():  # it has not begun
+        until = time.monotonic() + 30
+        while process.pid not in leaks.children() and time.monotonic() < until:  # it has not begun
             time.sleep(0.01)
+        found = leaks.children()
         process.kill()
+    assert process.pid in found
 
 
 @pytest.mark.parametrize("leak", OF_A_FILE)
