@@ -18,7 +18,7 @@ from pipelines import encode, evaluate, generate, train_prior, train_tokenizer
 from pipelines.__main__ import main
 from pipelines.commands import reconstruct
 from pipelines.config import Config, UserError, arguments
-from pipelines.config.arguments import find_preset
+from pipelines.config.arguments import find_preset, read_file
 from pipelines.config.command import parse
 from pipelines.images import DataConfig
 from pipelines.train_tokenizer import TrainTokenizerConfig, build_tokenizer
@@ -88,6 +88,12 @@ def test_preset_is_short_and_says_what_it_is(path):
     lines = path.read_text(encoding="utf-8").splitlines()
     assert len(lines) <= MOST_LINES and max(map(len, lines)) <= 120
     assert re.match(r"# \S.{20,}", lines[0]), "the first line says what the preset is for"
+
+
+@of_each(TOKENIZER_PRESETS + PRIOR_PRESETS)
+def test_preset_names_its_kind_of_model(path):
+    """Also where it is the default: the benchmarks and readers look there."""
+    assert "kind" in read_file(str(path))["model"]
 
 
 @every_preset
