@@ -145,11 +145,12 @@ def _rewind(path: Path, resume_step: int) -> int:
 
 
 def _step_of(line: bytes) -> int:
-    """The step of a line, -1 for a torn one."""
+    """The step of a line, -1 for a torn or damaged one."""
     try:
-        return int(json.loads(line)["step"])
+        step = json.loads(line)["step"]
     except (ValueError, KeyError, TypeError, RecursionError):
         return -1
+    return step if isinstance(step, int) else -1
 
 
 def _pictures_until(folder: Path, resume_step: int) -> list[tuple[int, dict[str, Path]]]:

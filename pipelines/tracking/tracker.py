@@ -235,7 +235,9 @@ def _identify(run: Path, names: Sequence[str], resume_step: int, highest: int) -
             saved = read_json(path)
             held = {name: max(highest if name in saved["active"] else -1, step) for name, step in saved["sent"].items()}
             identity = str(saved["id"])
-        except (PipelineLoadError, KeyError, TypeError, AttributeError) as error:
+        except PipelineLoadError as error:
+            print(f"warning: trackers begin anew: {mirror.short(error)}", file=sys.stderr)
+        except (KeyError, TypeError, AttributeError) as error:
             print(f"warning: trackers begin anew: {path}: {mirror.short(error)}", file=sys.stderr)
             held = {}
     held = {name: held.get(name, -1) for name in dict.fromkeys([*held, *names])}

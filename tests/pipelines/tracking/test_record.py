@@ -51,6 +51,14 @@ def test_a_line_without_its_end_is_read_when_it_is_there(tmp_path):
     assert list(reader.read()) == [Entry(1, "log", {"loss": 2})]
 
 
+@pytest.mark.parametrize("step", ["1e999", "NaN", "null", '"3"', "[3]", "1.5"])
+def test_a_line_whose_step_is_no_whole_number_is_dropped(tmp_path, step):
+    first, bad, last = '{"step": 1, "loss": 2}\n', f'{{"step": {step}}}\n', '{"step": 2}\n'
+    (tmp_path / "metrics.jsonl").write_text(first + bad + last)
+    record = Record(tmp_path, 2)
+    assert record.highest == 2 and record.path.read_text() == first + last
+
+
 def test_what_a_resumed_run_repeats_is_read_when_it_is_there_again(tmp_path):
     """Lines after the step are gone; pictures after it are there, and may be about to be overwritten."""
     first = Record(tmp_path, 0)
