@@ -47,7 +47,8 @@ class DataConfig(Config):
         description="images of shards are shuffled within a window of this many, which `cache_mb` should hold",
     )
     split: str = Field(
-        default="train", description="the split to train on; in a folder of images, a folder of that name"
+        default="train",
+        description="the split to train on; in a folder of images, a folder of that name, or for `train` all of it",
     )
     held_out: str | None = Field(
         default=None,

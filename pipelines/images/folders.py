@@ -33,12 +33,12 @@ def image_folder(root: Path, config: DataConfig) -> SplitRows:
 
 def split_folders(root: Path, config: DataConfig) -> dict[str, Path]:
     """The folders of the splits: those that the configuration names and, if there is a folder for `split`, those with a
-    usual name. A folder without such folders is `split` as a whole: its folders are classes."""
+    usual name. A folder without such folders is `train` as a whole: its folders are classes."""
     names = [config.split, config.held_out or "test"]
     if (root / config.split).is_dir():
         names += SPLIT_FOLDERS
     found = {name: root / name for name in dict.fromkeys(names) if (root / name).is_dir()}
-    return found or {config.split: root}
+    return found or {"train": root}
 
 
 def folder_rows(folder: Path, config: DataConfig) -> Rows:

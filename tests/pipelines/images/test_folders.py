@@ -34,6 +34,13 @@ def test_folder_names_that_datasets_would_take_for_splits(tmp_path):
     assert splits.train.labels is None and splits.train.class_names == []
 
 
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_split_without_its_folder_is_not_the_whole(tmp_path, streaming):
+    write_folder(tmp_path)
+    with pytest.raises(UserError, match=r"^data.split: the source has no split 'tarin'; it has train$"):
+        load_images(config(tmp_path, split="tarin", streaming=streaming))
+
+
 def test_folder_without_images(tmp_path):
     write_image(tmp_path / "notes.txt", b"hello")
     with pytest.raises(UserError, match=f"{tmp_path}: no images"):
