@@ -49,6 +49,8 @@ def checked(cls: type[T], data: Any, path: Path) -> T:
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         raise FormatError(f"{path}: {_problem(first)}") from error
+    except UnicodeEncodeError as error:  # a `FieldError` that quotes half of a character, which pydantic cannot tell
+        raise FormatError(f"{path}: {error.object}") from error
 
 
 def _problem(detail: ErrorDetails) -> str:

@@ -1,5 +1,6 @@
 """What is wrong in a JSON file is said in one line: the file, the field, what was found, what is allowed."""
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -78,6 +79,29 @@ def test_the_first_thing_that_is_wrong_is_said_in_a_line(data, message):
     with pytest.raises(FormatError) as found:
         checked(Needy, {"wanted": data}, PATH)
     assert str(found.value) == f"{PATH}: wanted.{message}"
+
+
+@dataclass(frozen=True)
+class Ascending:
+    scores: dict[str, list[Number]]
+
+    def __post_init__(self) -> None:
+        for name, values in self.scores.items():
+            if values != sorted(values):
+                raise FieldError(f"scores.{name}", "should ascend")
+
+
+@pytest.mark.parametrize(
+    ("cls", "data", "problem"),
+    [
+        (Ascending, {"scores": {"\ud800": [2, 1]}}, r"scores.\ud800: should ascend"),
+        (Ascending, {"scores": {"\n": [2, 1]}}, r"scores.\n: should ascend"),
+        (Inner, {"low": 0, "high": 1, "\ud800": 1}, "Input should be a valid string, unable to parse raw data"),
+    ],
+)
+def test_half_of_a_character_is_told(cls, data, problem):
+    with pytest.raises(FormatError, match=re.escape(f"folder/file.json: {problem}")):
+        checked(cls, data, PATH)
 
 
 def test_a_long_value_is_cut():
