@@ -54,6 +54,7 @@ def unpack_optimizer(path: Path, tensors: Tensors, document: dict[str, Any], opt
                 state.setdefault(int(index), {})[name] = _laid_out_like(value, parameters[int(index)])
         groups = _from_json(document["param_groups"], tensors)
         _fit_settings(groups, optimizer.param_groups)
+        _require_moments(optimizer, state)
         optimizer.load_state_dict({"state": state, "param_groups": groups})
         _restore_dtypes(optimizer, parameters, state)
     except (KeyError, IndexError, ValueError, TypeError, AttributeError) as error:
@@ -63,12 +64,29 @@ def unpack_optimizer(path: Path, tensors: Tensors, document: dict[str, Any], opt
 def _fit_settings(found: list[dict[str, Any]], expected: list[dict[str, Any]]) -> None:
     """Raise `ValueError` for settings of another run: torch would take any, and fail at the next step. Those of the
     machine are put in."""
+    first = 0
     for group, ours in zip(found, expected, strict=True):
+        places = list(range(first, first := first + len(ours["params"])))
+        if group["params"] != places:
+            raise ValueError(f"params are {group['params']!r:.80}, expected {places!r:.80}")
         group |= {name: ours[name] for name in OF_THE_MACHINE & set(ours)}
         for name, value in ours.items():
             alike = type(group[name]) is type(value) or {type(group[name]), type(value)} <= {int, float}
             if not alike or (name not in OF_THE_STEP and group[name] != value):
                 raise ValueError(f"{name} is {group[name]!r:.80}, this run's is {value!r:.80}")
+
+
+def _require_moments(optimizer: Optimizer, state: dict[int, dict[str, Any]]) -> None:
+    """Raise `ValueError` for a parameter with more or less than its kind of optimizer keeps: Adam would fail at the
+    next step, and Muon begin anew. A parameter that never had a gradient has none of it."""
+    if not isinstance(getattr(optimizer, "optimizer", optimizer), (torch.optim.Adam, torch.optim.AdamW)):
+        return
+    groups = [group for group in optimizer.param_groups for _ in group["params"]]
+    for index, entry in state.items():
+        moments = {"exp_avg", "exp_avg_sq", "step"} | ({"max_exp_avg_sq"} if groups[index].get("amsgrad") else set())
+        expected = {"momentum"} if "momentum" in groups[index] else moments  # of our Muon
+        if entry and set(entry) != expected:
+            raise ValueError(f"parameter {index} has {sorted(entry)!r:.80}, expected {sorted(expected)}")
 
 
 def parameter_of(optimizer: Optimizer, key: str) -> Tensor | None:

@@ -25,8 +25,10 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from pipelines.training.checkpoints import rotation
 from pipelines.training.checkpoints import states as checkpoint
+from pipelines.training.checkpoints.optimizers import pack_optimizer, unpack_optimizer
 from pipelines.training.checkpoints.rotation import latest_state
 from pipelines.training.checkpoints.states import load_state, save_state
+from pipelines.training.optimizers import Muon
 from tokenizer.files.errors import FormatError, PipelineLoadError, WeightsError
 from tokenizer.files.reading import MANIFEST, verify_manifest
 from tokenizer.files.writing import write_manifest
@@ -331,7 +333,7 @@ def test_a_state_that_lies_is_a_load_error(tmp_path):
 def test_settings_and_counts_of_another_run_are_refused(tmp_path):
     """torch would take them, and fail or go wrong at the next step."""
 
-    def changed(name: str, message: str, settings: dict | None = None, tensors: dict | None = None) -> None:
+    def changed(name: str, message: str, settings: dict | None = None, tensors: dict | None = None, drop="") -> None:
         run = Run()
         run.advance(0, 1)
         folder = run.save(tmp_path / name, 1)
@@ -340,6 +342,7 @@ def test_settings_and_counts_of_another_run_are_refused(tmp_path):
         document["param_groups"][0] |= settings or {}
         path.write_text(json.dumps(document))
         saved = load_file(path.with_suffix(".safetensors"))
+        saved.pop(drop, None)
         save_file({**saved, **(tensors or {})}, path.with_suffix(".safetensors"))
         (folder / MANIFEST).unlink()
         write_manifest(folder, step=1)
@@ -350,9 +353,26 @@ def test_settings_and_counts_of_another_run_are_refused(tmp_path):
     changed("decay", "weight_decay is 7, this run's is 0.01", {"weight_decay": 7})
     changed("steps", "0.step is -4.0, expected a count of steps", tensors={"0.step": torch.tensor(-4.0)})
     changed("no number", "0.step is nan, expected a count of steps", tensors={"0.step": torch.tensor(math.nan)})
+    changed("places", r"params are \[1, 0\], expected \[0, 1\]", {"params": [1, 0]})
+    changed("less", r"parameter 0 has \['exp_avg', 'step'\], expected", drop="0.exp_avg_sq")
+    changed("more", r"parameter 1 has .*'other'.*, expected \['exp_avg", tensors={"1.other": torch.ones(5, 4)})
     for name in ("int32", "float64"):
         other = torch.ones(4, 3, 3, 3).to(getattr(torch, name))
         changed(name, f"a tensor of type torch.{name}, its parameter has", tensors={"0.exp_avg": other})
+
+
+def test_momenta_of_muon_are_there_by_their_name():
+    """It would begin anew without a word."""
+    linear, x = nn.Linear(16, 16), torch.ones(1, 16)
+    groups = [{"params": [linear.weight], "momentum": 0.9, "factor": 1.0, "bf16": False}, {"params": [linear.bias]}]
+    optimizer = Muon(groups, lr=0.1)
+    linear(x).sum().backward()
+    optimizer.step()
+    tensors, document = pack_optimizer(optimizer)
+    unpack_optimizer(Path("a"), tensors, document, optimizer)
+    tensors["0.moment"] = tensors.pop("0.momentum")
+    with pytest.raises(WeightsError, match=r"parameter 0 has \['moment'\], expected \['momentum'\]"):
+        unpack_optimizer(Path("a"), tensors, document, optimizer)
 
 
 def test_how_a_machine_computes_a_step_is_its_own(tmp_path):
