@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, PlainValidator
 
 from tokenizer.files.checked import Bool, FieldError, Number, Text, Whole, checked
+from tokenizer.files.errors import one_line
 
 from .conformal import tie_of_six_digits
 from .distances import Gaussian, Neighbours, Row, Table
@@ -31,6 +32,9 @@ LEVELS = (0.9, 0.95, 0.98, 0.99, 0.995)
 
 class CalibrationError(ValueError):
     """A score was asked for that this pipeline was not calibrated for."""
+
+    def __init__(self, message: object = "") -> None:
+        super().__init__(one_line(str(message)))  # which may quote what a file holds
 
 
 def read_digests(found: Any) -> NDArray[np.uint64] | None:

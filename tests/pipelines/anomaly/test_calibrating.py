@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -157,3 +158,12 @@ def test_with_labels_is_another_calibration():
     assert anomaly_score(pipe, stripes(4), labels=[0, 1, 2, 0]).shape == (4,)
     with pytest.raises(CalibrationError, match="labels: the pipeline was calibrated with them"):
         anomaly_score(pipe, stripes(4))
+
+
+def test_what_a_calibration_names_is_told_in_a_line():
+    pipe = make_pipeline(size=(SIZE, SIZE))
+    calibrate(pipe, stripes(60))
+    names = ["a\n\x1b[2J", *pipe.calibration.statistics[1:]]
+    pipe.calibration = replace(pipe.calibration, statistics=names)
+    with pytest.raises(CalibrationError, match=r"^the pipeline was calibrated with a\\n\\x1b\[2J, .*and now has"):
+        anomaly_score(pipe, stripes(4), "mahalanobis")
