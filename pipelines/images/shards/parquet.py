@@ -23,13 +23,16 @@ def make_index(shard: Shard, config: DataConfig) -> Index:
     """Row groups, labels and classes, from the footer and the label column. Raises `UserError`."""
     with shard.reading() as source:
         file = opened(source, shard)
-        leaf, schema = leaf_of(file.schema_arrow, config), file.schema_arrow
-        footer = file.metadata
+        require_images(file.schema_arrow, config)
+        schema, footer = file.schema_arrow, file.metadata
         groups = [footer.row_group(k) for k in range(footer.num_row_groups)]
-        weights = [group_bytes(group, leaf) for group in groups]
-        if any(group.num_rows < 0 for group in groups) or max(weights, default=0) > MAX_GROUP:
+        # Of all columns: at a damaged entry for one, pyarrow (26) ends the process.
+        weights = [int(group.total_byte_size) for group in groups]
+        if any(min(group.num_rows, weight) < 0 for group, weight in zip(groups, weights, strict=True)):
+            raise UserError(f"{shard.name}: damaged: a row group of a negative size")
+        if max(weights, default=0) > MAX_GROUP:
             raise UserError(
-                f"{shard.name}: a row group with {max(weights)} bytes of images; the limit is {MAX_GROUP}, "
+                f"{shard.name}: a row group with {max(weights)} bytes; the limit is {MAX_GROUP}, "
                 "write the file again with smaller row groups"
             )
         labels, column = None, config.label_column
@@ -76,8 +79,8 @@ def opened(source: Any, shard: Shard) -> pq.ParquetFile:
         raise UserError(f"{shard.name}: not a whole parquet file: {reason}") from error
 
 
-def leaf_of(schema: pa.Schema, config: DataConfig) -> str:
-    """The path of the column of bytes in which the images are. Raises `UserError`."""
+def require_images(schema: pa.Schema, config: DataConfig) -> None:
+    """Raise `UserError` without a column of bytes, or of structs with `bytes`, in which the images are."""
     import pyarrow as pa
 
     name = config.image_column
@@ -87,7 +90,6 @@ def leaf_of(schema: pa.Schema, config: DataConfig) -> str:
     inner = kind.field("bytes").type if is_struct(kind) and kind.get_field_index("bytes") >= 0 else kind
     if not (pa.types.is_binary(inner) or pa.types.is_large_binary(inner)):
         raise UserError(f"data.image_column: {name!r} does not hold images: it is {str(kind)[:100]}")
-    return f"{name}.bytes" if inner is not kind else name
 
 
 def is_struct(kind: pa.DataType) -> bool:
@@ -95,12 +97,6 @@ def is_struct(kind: pa.DataType) -> bool:
     import pyarrow as pa
 
     return bool(pa.types.is_struct(kind))
-
-
-def group_bytes(group: pq.RowGroupMetaData, leaf: str) -> int:
-    """Uncompressed bytes of a row group's images."""
-    columns = [group.column(k) for k in range(group.num_columns)]
-    return sum(int(column.total_uncompressed_size) for column in columns if column.path_in_schema == leaf)
 
 
 def labels_in(file: pq.ParquetFile, column: str) -> list[Any]:

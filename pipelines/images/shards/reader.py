@@ -86,7 +86,7 @@ class ShardReader:
             self.line_ends[owner] = np.flatnonzero(index.names == ord("\n"))
         ends = self.line_ends[owner]
         line = index.names[ends[place - 1] + 1 if place else 0 : ends[place]]
-        return f"{shard.name}: {line.tobytes().decode()}"
+        return f"{shard.name}: {line.tobytes().decode(errors='replace')}"
 
     def fetch(self, numbers: list[int]) -> dict[int, list[Payload]]:
         """Blocks by number, from the cache or read in parallel."""

@@ -6,23 +6,33 @@ Covers: pipelines/images/shards/parquet.py, pipelines/images/shards/places.py.
 from __future__ import annotations
 
 import io
+import os
 import re
 import tarfile
+from collections import Counter
+from dataclasses import replace
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from image_files import KINDS, identities, load, rows_of, write_parquet, write_shards, write_tar
 
 from pipelines.config import UserError
+from pipelines.images import DataConfig
 from pipelines.images.base import Rows
 from pipelines.images.loading import carve
 from pipelines.images.shards import parquet as parquet_shards
 from pipelines.images.shards import reader as image_shards
 from pipelines.images.shards import tar as tar_shards
+from pipelines.images.shards.shard import Shard, attempt
+from pipelines.images.stamps import size_and_dates
 
 # What is read, and when
 
@@ -244,8 +254,57 @@ def test_a_damaged_shard_ends_the_run_with_its_path(tmp_path, kind):
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="what would end the process is tried in a fork")
+def test_no_byte_of_a_parquet_file_ends_the_process(tmp_path):
+    """As pyarrow does where a footer's entry of a column is wrong."""
+    path = tmp_path / "a.parquet"
+    pq.write_table(pa.table({"image": pa.array([b"x", b"y"], pa.binary())}), path, store_schema=False)
+    good, config = path.read_bytes(), DataConfig(source=str(path))
+    child = os.fork()
+    if child == 0:
+        ends = Counter[str]()
+        for place in range(len(good)):
+            path.write_bytes(good[:place] + bytes([good[place] ^ 16]) + good[place + 1 :])
+            shard = Shard(str(path), *size_and_dates(os.stat(path)))
+            try:
+                index = attempt(shard, partial(parquet_shards.make_index, shard, config))
+                attempt(shard, partial(parquet_shards.read_block, shard, index, 0, "image"))
+                ends["read"] += 1
+            except UserError:
+                ends["refused"] += 1
+        os._exit(0 if min(ends["read"], ends["refused"]) > 9 else 1)
+    assert os.waitpid(child, 0)[1] == 0
+
+
+def test_a_negative_size_of_a_row_group_is_damage(tmp_path, monkeypatch):
+    path = write_parquet(tmp_path / "a.parquet", rows_of(4), group=2)
+    groups = [SimpleNamespace(num_rows=2, total_byte_size=size) for size in (90, -1)]
+    footer = SimpleNamespace(num_row_groups=2, row_group=groups.__getitem__)
+    schema = parquet_shards.opened(path, Shard(str(path), 0)).schema_arrow
+    file = SimpleNamespace(schema_arrow=schema, metadata=footer)
+    monkeypatch.setattr(parquet_shards, "opened", lambda *_: file)
+    with pytest.raises(UserError, match=r"a\.parquet: damaged: a row group of a negative size$"):
+        load(path)
+
+
 def test_a_row_group_too_large_is_refused_before_it_is_read(tmp_path, monkeypatch):
     monkeypatch.setattr(parquet_shards, "MAX_GROUP", 1000)
     path = write_parquet(tmp_path / "a.parquet", rows_of(20), group=20)
-    with pytest.raises(UserError, match=r"a\.parquet: a row group with \d+ bytes of images; the limit is 1000"):
+    with pytest.raises(UserError, match=r"a\.parquet: a row group with \d+ bytes; the limit is 1000"):
         load(path)
+
+
+def test_names_of_a_damaged_index_are_told(tmp_path, monkeypatch):
+    """It is a file of this machine, of which nothing depends but what a bad image is called."""
+    path = write_shards(tmp_path, "tar", rows_of(4), 1)
+    load(path)
+    kept = image_shards.load_index
+
+    def damaged(found):
+        index = kept(found)
+        return index and replace(index, names=np.where(index.names == ord("0"), 0xB0, index.names).astype(np.uint8))
+
+    monkeypatch.setattr(image_shards, "load_index", damaged)
+    train = load(path).train
+    names = [name for name, _ in train._rows.read([0, 1])]
+    assert all("\ufffd" in name for name in names)
