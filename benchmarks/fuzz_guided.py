@@ -10,14 +10,17 @@ Three parsers of bytes that come from strangers: `streams`, which `smalti decomp
 input is let past its checksums: they are made to fit. The corpus folder, one for each target below `corpus`, begins
 with good inputs and grows; the same command goes on from it. An input that ends in another exception than the parser
 promises, or takes more than a minute or 2.5 GB, is kept beside it as `crash-...`, `timeout-...` or `oom-...`; the
-fuzzer goes on in a new process. Ends with 1 if there is one.
+fuzzer goes on in a new process. Ends with 1 if there is one. A new corpus has to grow within seconds, or nothing leads.
 """
 
 from __future__ import annotations
 
+import contextlib
+import importlib
 import io
 import json
 import os
+import pkgutil
 import subprocess
 import sys
 import time
@@ -195,15 +198,23 @@ def own_weights(folder: Path) -> dict[str, bytes]:
     return found
 
 
+def parsers_of(target: str) -> list[str]:
+    """The modules that lead, each by name: the face of a folder imports nothing of it."""
+    found = []
+    for name in MODULES[target]:
+        folder = getattr(importlib.import_module(name), "__path__", [])
+        found += [name, *(module.name for module in pkgutil.walk_packages(folder, f"{name}."))]
+    return found
+
+
 def fuzz(target: str, seconds: int, corpus: Path) -> None:
     """For a process of its own, which libFuzzer ends."""
-    import importlib
-
     import atheris
 
     with atheris.instrument_imports(include=MODULES[target], enable_loader_override=False):
-        for name in MODULES[target]:
-            importlib.import_module(name)
+        for name in parsers_of(target):
+            with contextlib.suppress(ImportError):  # of the half of yaml that is C
+                importlib.import_module(name)
     import fuzz_targets  # noqa: F401
 
     TARGETS[target](b"")
@@ -228,13 +239,15 @@ def main() -> None:
         return fuzz(options.target, options.inner, corpus)
     seeds(options.target, corpus)
     kept.mkdir(exist_ok=True)
+    before = len(list(corpus.iterdir()))
     os.environ["SMALTI_FUZZ_PLACE"] = str(kept)
     until = time.monotonic() + 60 * options.minutes
     while (left := int(until - time.monotonic())) > 5:
         again = [f"target={options.target}", f"corpus={options.corpus}", f"inner={left}"]
         subprocess.run([sys.executable, __file__, *again], check=False)
     found = sorted(path.name for pattern in FOUND for path in kept.glob(pattern))
-    print(f"{options.target}: {len(list(corpus.iterdir()))} inputs in {corpus}; found: {', '.join(found) or 'nothing'}")
+    count = len(list(corpus.iterdir()))
+    print(f"{options.target}: {count} inputs in {corpus}, {count - before} new; found: {', '.join(found) or 'nothing'}")
     raise SystemExit(bool(found))
 
 

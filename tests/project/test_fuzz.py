@@ -134,3 +134,17 @@ def test_a_case_is_the_same_wherever_it_is_made(tmp_path):
         one, two = (damaged(TARGETS["runs"], number, good) for _ in range(2))
         assert one == two and one.ways
     assert damaged(TARGETS["runs"], 1, good) != damaged(TARGETS["runs"], 1, good, seed=1)
+
+
+def test_what_leads_is_every_module_of_a_parser():
+    """Coverage of the face of a folder, which imports nothing, would lead nowhere."""
+    code = "import sys; sys.path.insert(0, 'benchmarks'); import fuzz_guided as f\n"
+    code += "print(*sum(map(f.parsers_of, f.TARGETS), []))"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    expected = [
+        "pipelines.compression.streams",
+        "pipelines.config.yaml_text",
+        "tokenizer.files.json_text",
+        "yaml.parser",
+    ]
+    assert set(expected) <= set(done.stdout.split())
