@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 from forked import import_once, log_of, start_verb
-from launch import output_of, start
+from prepared import run_file
 from small_pipelines import make_pipeline
 from striped_sets import write_set
 
@@ -108,7 +108,7 @@ def found(request, tmp_path_factory) -> tuple[Path, int, dict[str, list[int]]]:
     pipe = make_pipeline("vqvae", "masked", size=SHAPE, labels=[], sizes=sizes, num_classes=2)
     pipe.provenance = {"data": config.model_dump(mode="json")}
     pipe.save_pretrained(folder / "pipeline")
-    output_of(start([sys.executable, __file__, str(folder), str(request.param)]))
+    run_file(__file__, folder, str(request.param))
     return folder, request.param, json.loads((folder / "codes.json").read_text())
 
 

@@ -17,6 +17,7 @@ import torch
 from folders import written
 from forked import Attempt, Hook, import_once, log_of, start_verb
 from launch import kill_the_second, output_of, start, two_processes
+from prepared import run_file
 from small_pipelines import make_pipeline
 
 from pipelines.generate import GenerateConfig, run
@@ -84,7 +85,7 @@ def pipeline(tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def found(pipeline) -> tuple[Path, dict[str, list[int]]]:
     folder = pipeline.parent
-    output_of(start([sys.executable, __file__, str(folder)]))
+    run_file(__file__, folder)
     return folder, json.loads((folder / "codes.json").read_text())
 
 

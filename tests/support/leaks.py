@@ -58,8 +58,8 @@ FOR_LIFE = ("noise", "asyncio_", "AnyIO")
 """Threads of pools that are kept on purpose, ours (prior/sampling/buffers.py) and others'."""
 QUIET = {"accelerate's state", "hooks for exceptions"}
 """Any verb that runs in this process sets up accelerate, and trackers their hooks: put back, and nobody is blamed."""
-SERVANTS = ("resource_tracker", "forkserver", "wandb-core", "wandb.sdk", "node")
-"""Processes that libraries keep for as long as theirs lives."""
+SERVANTS = ("resource_tracker", "forkserver", "wandb-core", "wandb.sdk", "node", "prepared.py")
+"""Processes that libraries keep for as long as theirs lives, and ours that forks for tests."""
 CALLED = {FunctionType, BuiltinFunctionType, property, classmethod, staticmethod, functools.partial}
 PATIENCE = 60.0  # seconds that a thread or process may take to end: none of it if there is none
 

@@ -1,6 +1,7 @@
 """Two processes of one group on this machine: how a test starts them, and how each of them meets the other and ends.
 
-A file that needs two starts itself twice (`run_twice(__file__, FOLDER)`), and each works under `__main__`.
+A file that needs two starts itself twice (`fork_twice(__file__, FOLDER)`, or `run_twice` where each has to be a new
+interpreter), and each works under `__main__`.
 """
 
 from __future__ import annotations
@@ -35,6 +36,18 @@ def run_together(commands: list[list[str]], seconds: float = 200, code: int | No
 def run_twice(*argv: str | Path, seconds: float = 200) -> None:
     """Run Python twice at once with these arguments; both have to end with success."""
     run_together([[sys.executable, *map(str, argv)]] * 2, seconds)
+
+
+def fork_twice(file: str, folder: Path, seconds: float = 200) -> None:
+    """Run a file twice at once, each in a fork of a process that has imported everything; both have to end with
+    success."""
+    import prepared
+
+    found = prepared.run(
+        [[file, str(folder)]] * 2, seconds, RANK=["0", "1"], LOCAL_RANK=["0", "1"], WORLD_SIZE=["2"] * 2
+    )
+    for code, printed in found:
+        assert code == 0, f"exit code {code}:\n{printed}"
 
 
 # In each of two processes

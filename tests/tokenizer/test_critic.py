@@ -17,7 +17,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.parametrizations import _SpectralNorm
-from two_processes import join_group, leave_group, run_twice
+from two_processes import fork_twice, join_group, leave_group
 
 from tokenizer.critic import (
     CRITIC_LOSSES,
@@ -443,7 +443,7 @@ def one_of_two(folder: Path) -> None:
 @pytest.fixture(scope="module")
 def pair(tmp_path_factory) -> list[dict]:
     folder = tmp_path_factory.mktemp("pair")
-    run_twice(__file__, folder)
+    fork_twice(__file__, folder)
     return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(2)]
 
 

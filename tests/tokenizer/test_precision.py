@@ -5,8 +5,6 @@ from __future__ import annotations
 import itertools
 import json
 import os
-import subprocess
-import sys
 import threading
 import traceback
 from collections.abc import Callable, Iterator
@@ -16,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from prepared import run_file
 from small import (
     PRIORS,
     QUANTIZERS,
@@ -299,13 +298,9 @@ def in_child(run: Callable[[], Any]) -> Any:
 
 def test_what_torch_was_told_is_as_it_was_afterwards():
     """By either of its APIs, also what is inherited; and sampling raises nothing, whatever it was."""
-    path = os.environ["PYTHONPATH"]
-    result = subprocess.run(
-        [sys.executable, __file__], capture_output=True, text=True, timeout=120, env={**os.environ, "PYTHONPATH": path}
-    )
-    assert result.returncode == 0, result.stderr
-    for name, (untouched, used) in json.loads(result.stdout).items():
-        assert used, f"{name}: {result.stderr}"
+    printed = run_file(__file__)
+    for name, (untouched, used) in json.loads(printed.splitlines()[-1]).items():
+        assert used, f"{name}: {printed}"
         assert used[0] == used[1], name
         assert used == untouched, name
 

@@ -1,13 +1,16 @@
 """What is counted of a codebook while it is trained, on one process or several, and the picture of it."""
 
 import math
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 from small import make_tokenizer
-from two_processes import run_twice
+from two_processes import fork_twice, join_group, leave_group
 
 from pipelines.metrics import charts, codebook
 from pipelines.metrics.codebook import CodebookUse, code_distances, count_tokens, nearest_other
@@ -129,26 +132,22 @@ def test_a_saved_state_goes_on_as_if_it_had_not_been(tmp_path):
     assert second.figures() == whole.figures()
 
 
-CHILD = """
-import sys, torch, torch.distributed as dist
-from safetensors.torch import load_file, save_file
-from two_processes import join_group, leave_group
-from pipelines.metrics.codebook import CodebookUse
-rank, use = join_group(sys.argv[1]), CodebookUse(24, (15, 15))
-assert dist.get_world_size() == 2
-totals = []
-for tokens in load_file(sys.argv[1] + "/batches.safetensors")["tokens"].chunk(2, 1)[rank]:
-    use.observe(tokens)
-    totals.append(use.finish_step())
-save_file({**use.state_dict(), "totals": torch.stack(totals)}, f"{sys.argv[1]}/{rank}.safetensors")
-leave_group()
-"""
+def one_of_two(folder: Path) -> None:
+    """Half of the images of each batch."""
+    rank, use = join_group(folder), CodebookUse(24, (15, 15))
+    assert dist.get_world_size() == 2
+    totals = []
+    for tokens in load_file(folder / "batches.safetensors")["tokens"].chunk(2, 1)[rank]:
+        use.observe(tokens)
+        totals.append(use.finish_step())
+    save_file({**use.state_dict(), "totals": torch.stack(totals)}, folder / f"{rank}.safetensors")
+    leave_group()
 
 
 def test_two_processes_count_what_one_does(tmp_path):
     batches = random_batches(24, 2)
     save_file({"tokens": torch.stack(batches)}, tmp_path / "batches.safetensors")
-    run_twice("-c", CHILD, tmp_path)
+    fork_twice(__file__, tmp_path)
     use = CodebookUse(24, (15, 15))
     totals = torch.stack([count(use, tokens) for tokens in batches])
     for rank in range(2):
@@ -256,3 +255,7 @@ def test_a_learned_codebook_has_a_panel_of_distances(titles):
     both = use.picture(model, torch.rand(4, 3, 12, 8))
     assert titles == [USE, AGES, FAR, USE, AGES, "How far apart vectors and codes lie"]
     assert alone.shape == both.shape and not np.array_equal(alone, both)
+
+
+if __name__ == "__main__":
+    one_of_two(Path(sys.argv[1]))

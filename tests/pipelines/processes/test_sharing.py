@@ -17,7 +17,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from forked import fork
-from launch import output_of, start
+from prepared import run_file
 from two_processes import join_group, leave_group
 
 from pipelines.config import UserError
@@ -102,7 +102,7 @@ def main(folder: Path) -> None:
 def teams(tmp_path_factory) -> Path:
     """Where each process of each team has written what it has found."""
     folder = tmp_path_factory.mktemp("teams")
-    output_of(start([sys.executable, __file__, str(folder)]))
+    run_file(__file__, folder)
     return folder
 
 

@@ -19,7 +19,7 @@ import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from two_processes import join_group, leave_group, run_twice
+from two_processes import fork_twice, join_group, leave_group
 
 from tokenizer import Tokenizer
 from tokenizer.quantizers import Quantizer
@@ -345,7 +345,7 @@ def one_of_two(folder: Path) -> None:
 def pair(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder that two processes left."""
     folder = tmp_path_factory.mktemp("pair")
-    run_twice(__file__, folder)
+    fork_twice(__file__, folder)
     return folder
 
 

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from small import make_tokenizer, train_on
 from torch import Tensor
-from two_processes import digest, gathered, join_group, leave_group, run_twice
+from two_processes import digest, fork_twice, gathered, join_group, leave_group
 from waves import trained_on_waves
 
 from tokenizer import Tokenizer
@@ -232,7 +232,7 @@ def work(folder: Path) -> None:
 
 
 def test_two_processes_hold_the_same(tmp_path):
-    run_twice(__file__, tmp_path)
+    fork_twice(__file__, tmp_path)
     zero, one = json.loads((tmp_path / "0.json").read_text())
     assert zero == one and set(zero) == {"ema", "vq", "fsq"}
     torch.manual_seed(0)

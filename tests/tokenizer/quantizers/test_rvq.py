@@ -20,7 +20,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from small import make_quantizer, make_tokenizer, train_on
 from torch import Tensor
-from two_processes import gathered, join_group, leave_group, run_twice
+from two_processes import fork_twice, gathered, join_group, leave_group
 
 from tokenizer.quantizers import Quantizer
 from tokenizer.quantizers.codebook import nearest
@@ -404,7 +404,7 @@ def in_one_of_two(folder: Path) -> None:
 @pytest.fixture(scope="module")
 def pair(tmp_path_factory) -> tuple[Path, dict[str, Any]]:
     folder = tmp_path_factory.mktemp("codebooks")
-    run_twice(__file__, folder)
+    fork_twice(__file__, folder)
     found = json.loads((folder / "found.json").read_text())
     assert found["world"] == 2
     return folder, found

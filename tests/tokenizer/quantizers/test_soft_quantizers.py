@@ -15,7 +15,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from small import make_quantizer, train_on
 from torch import nn
-from two_processes import join_group, leave_group, run_twice
+from two_processes import fork_twice, join_group, leave_group
 
 from tokenizer.quantizers import Quantizer, choice
 from tokenizer.quantizers import gumbel as gumbel_module
@@ -366,7 +366,7 @@ def one_of_two(folder: Path) -> None:
 
 
 def test_two_processes_have_the_gradients_of_one(tmp_path):
-    run_twice(__file__, tmp_path)
+    fork_twice(__file__, tmp_path)
     for case, (normalize, name) in enumerate(CASES):  # the files' names hold the world size
         alone = learn(normalize, name, slice(None))
         count = (len(alone) - 1) // 2
