@@ -6,6 +6,7 @@ import itertools
 import pytest
 import torch
 from costs import all_steps, flops
+from frequencies import as_frequent
 from small import PARTITIONS, draw_tokens, generators, make_prior
 
 from pipelines.stages.completion import region_log_prob
@@ -108,7 +109,7 @@ def test_known_tokens_come_first_and_leave_the_cuts(name, order):
 @takers
 def test_completions_have_the_density_that_is_said(name):
     """Frequencies of what is drawn, given two known tokens of six, against `region_log_prob`, which sums to one."""
-    model, count = make(name, shape=(2, 3), vocab_size=2, order="rows"), 20_000
+    model, count = make(name, shape=(2, 3), vocab_size=2, order="rows"), 6000
     known = torch.tensor([[False, True, False], [False, False, True]])
     grids = all_grids((2, 3), 2)
     grids = grids[(grids[:, known] == torch.tensor([1, 0])).all(1)]
@@ -117,8 +118,8 @@ def test_completions_have_the_density_that_is_said(name):
     drawn = model.sample(
         count, torch.ones(count).long(), generator=torch.Generator().manual_seed(3), tokens=grids[0], known=known
     )
-    found = (drawn[:, None] == grids).flatten(2).all(2).double().mean(0)
-    assert ((found - expected).abs() < 5 * (expected * (1 - expected) / count).sqrt() + 1e-4).all()
+    matches = (drawn[:, None] == grids).flatten(2).all(2)
+    assert matches.any(1).all() and as_frequent(matches.int().argmax(1), expected)
 
 
 @pytest.mark.parametrize("order", ["raster", "diagonal", "halton:8", "rows"])

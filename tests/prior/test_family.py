@@ -11,6 +11,7 @@ from itertools import accumulate
 import pytest
 import torch
 from costs import all_steps, flops
+from frequencies import as_frequent
 from small import (
     ORDERS,
     PARTITIONS,
@@ -142,14 +143,12 @@ def test_a_second_call_does_not_remember_the_first(name):
 @every_prior
 def test_frequencies_match_log_prob(name):
     model = make_prior(name, shape=(2, 2), vocab_size=2)
-    count, size = 20_000, len(model.grid)
+    count, size = 6000, len(model.grid)
     labels = torch.full((count,), 1)
     drawn = model.sample(count, labels, generator=torch.Generator().manual_seed(5)).flatten(1)
     grids = torch.tensor(list(itertools.product(range(2), repeat=size)))
-    found = torch.bincount((drawn * 2 ** torch.arange(size).flip(0)).sum(1), minlength=2**size) / count
     expected = model.log_prob(grids.reshape(-1, *model.grid.shape), torch.full((2**size,), 1)).exp()
-    deviation = (expected * (1 - expected) / count).sqrt()
-    assert ((found - expected).abs() < 5 * deviation + 1e-4).all()
+    assert as_frequent((drawn * 2 ** torch.arange(size).flip(0)).sum(1), expected)
 
 
 def walked(model, walk, known):
@@ -243,12 +242,12 @@ def test_what_rounding_could_turn_is_left_to_one_computation(name, settings, mon
 )
 def test_an_image_does_not_depend_on_its_batch(name, settings):
     model = make_prior(name, shape=(4, 4), vocab_size=17)
-    labels = torch.arange(9) % 3
-    together = model.sample(9, labels, generator=generators(9), **settings)
-    for size in (1, 2, 3, 5):
+    labels = torch.arange(7) % 3
+    together = model.sample(7, labels, generator=generators(7), **settings)
+    for size in (1, 2, 5):
         parts = [
-            model.sample(len(part), part, generator=[generators(9)[k] for k in at], **settings)
-            for part, at in zip(labels.split(size), torch.arange(9).split(size), strict=True)
+            model.sample(len(part), part, generator=[generators(7)[k] for k in at], **settings)
+            for part, at in zip(labels.split(size), torch.arange(7).split(size), strict=True)
         ]
         assert torch.equal(torch.cat(parts), together), f"batches of {size}"
 
@@ -260,7 +259,7 @@ def test_rows_at_once_do_not_show(name, monkeypatch):
     labels, known, tokens = torch.arange(11) % 3, draw_known(model, 11, 0.3), draw_tokens(model, 11)
     settings = {"tokens": tokens, "known": known}
     whole = [model.sample(11, labels, generator=generators(11), guidance_scale=s, **settings) for s in (1.0, 2.0)]
-    for rows in (1, 4, 5, 8):
+    for rows in (1, 10):  # parts of 4 and of 10, and of 4 and of 5 where each is computed with and without its class
         monkeypatch.setattr(model, "rows_at_once", lambda rows=rows: rows)
         cut = [model.sample(11, labels, generator=generators(11), guidance_scale=s, **settings) for s in (1.0, 2.0)]
         assert torch.equal(cut[0], whole[0]) and torch.equal(cut[1], whole[1])
@@ -385,7 +384,7 @@ def test_other_grids(name):
             with pytest.raises(ValueError, match="needs a grid of two axes|needs .*, without scales"):
                 make_prior(name, shape=shape)
             continue
-        for vocab_size, num_classes in ((5, 3), (1, 0), (2, 0)):
+        for vocab_size, num_classes in ((5, 3), (1, 0), (2, 0)) if shape in ((1, 1), (1, 6)) else ((5, 3),):
             model = make_prior(name, shape=shape, vocab_size=vocab_size, num_classes=num_classes)
             drawn = model.sample(4, generator=generators(4))
             assert drawn.shape == (4, *model.grid.shape) and drawn.max() < vocab_size
