@@ -66,7 +66,7 @@ def test_forward_is_wavenet_by_definition():
 
 
 @pytest.mark.sparse
-@pytest.mark.parametrize("shape", [(8, 8), (16, 16), (5,), (2, 3, 4)])
+@pytest.mark.parametrize("shape", [(8, 8), (5, 11), (5,), (2, 3, 4)])
 @pytest.mark.parametrize("sizes", [{}, {"kernel": 3, "depth": 6}])
 def test_sampling_costs_exactly_one_forward_pass(shape, sizes):
     model = make_prior("causal_conv", shape=shape, **sizes)
@@ -132,7 +132,7 @@ def test_it_learns_a_copy_at_a_distance():
             module.reset_parameters()
     model._reset_parameters()
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
-    for _ in range(200):
+    for _ in range(140):
         tokens = torch.randint(5, (64, 6)).repeat(1, 2).reshape(-1, 3, 4)
         optimizer.zero_grad()
         model.loss(model(tokens), tokens).backward()

@@ -210,16 +210,16 @@ def test_a_token_is_the_argmax_of_its_own_logits_and_noise(name, order, settings
 def test_what_rounding_could_turn_is_left_to_one_computation(name, settings, monkeypatch):
     """Steps and passes that round otherwise (here by far more than they do) make the same images."""
     model = make_prior(name, **({"order": "halton:4"} if name in BLOCKS else {}))
-    labels = torch.arange(40) % 4
+    labels = torch.arange(20) % 4
     monkeypatch.setattr(model, "rounding", 0.1)
-    expected = model.sample(40, labels, generator=generators(40), **settings)
+    expected = model.sample(20, labels, generator=generators(20), **settings)
     step, forward, plain = model.next_logits, type(model).forward, "guidance_scale" not in settings
 
     def rounded(logits):
         return logits + 0.05 * (2 * torch.rand(logits.shape) - 1) * (1 if plain else 0.3)
 
     monkeypatch.setattr(model, "next_logits", lambda state, token: rounded(step(state, token)))
-    drawn = [model.sample(40, labels, generator=generators(40), **settings)]
+    drawn = [model.sample(20, labels, generator=generators(20), **settings)]
     monkeypatch.setattr(
         type(model),
         "forward",
@@ -228,9 +228,9 @@ def test_what_rounding_could_turn_is_left_to_one_computation(name, settings, mon
         ),
     )
     for path in ({"cache": False}, {"parallel": True}):
-        drawn.append(model.sample(40, labels, generator=generators(40), **path, **settings))
+        drawn.append(model.sample(20, labels, generator=generators(20), **path, **settings))
     monkeypatch.setattr(model, "rounding", 0.0)
-    turned = model.sample(40, labels, generator=generators(40), **settings)
+    turned = model.sample(20, labels, generator=generators(20), **settings)
     assert all(torch.equal(each, expected) for each in drawn)
     assert settings.get("temperature") == 0 or not torch.equal(turned, expected), "too little to test anything"
 
@@ -322,7 +322,7 @@ def test_known_tokens_come_back_and_condition_the_rest(name, order):
 @every_prior
 def test_sampling_costs_one_forward_pass(name):
     """FLOPs of all steps, attention included, against those of one forward pass; without the cache, one per step."""
-    model = make_prior(name, shape=(8, 8), vocab_size=16)
+    model = make_prior(name, shape=(6, 6), vocab_size=16)
     tokens = draw_tokens(model, 4)
     whole = flops(lambda: model(tokens))
     assert flops(lambda: all_steps(model, tokens)) <= 1.1 * whole

@@ -113,7 +113,7 @@ def test_every_gate_hears_the_class(gate, block):
 
 
 @pytest.mark.sparse
-@pytest.mark.parametrize("shape", [(8, 8), (16, 16)])
+@pytest.mark.parametrize("shape", [(8, 8), (5, 11)])
 @pytest.mark.parametrize("sizes", [*SIZES, {"dim": 64, "depth": 1, "heads": 1, "value": 32}])
 def test_sampling_costs_one_forward_pass(shape, sizes):
     """Attention included. Masked taps and slots that are not there yet cost nothing, so it is less than one."""

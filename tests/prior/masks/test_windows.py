@@ -112,10 +112,10 @@ def test_flex_attention_is_given_the_same_window(case):
 def test_logits_move_with_what_the_receptive_field_says(case):
     """With both layers, and nothing that comes later in the order."""
     model = case.model().double()
-    tokens = draw_tokens(model, 16)
+    tokens = draw_tokens(model, 6)
     field, ranks = model.receptive_field, model.order.argsort()
     earlier = ranks < ranks[:, None]
-    assert moved_by(model, tokens, torch.arange(16) % 4, least=1e-12).equal(field)
+    assert moved_by(model, tokens, torch.arange(6) % 4, least=1e-12).equal(field)
     assert not (field & ~earlier).any() and not field.equal(earlier)
 
 
@@ -138,12 +138,12 @@ def test_steps_give_the_logits_of_the_pass(case):
 
 @some_cases
 def test_images_are_the_same_however_they_are_drawn(case):
-    model, labels = case.model(), torch.arange(6) % 3
+    model, labels = case.model(), torch.arange(4) % 3
     for settings in ({}, {"guidance_scale": 2.0, "top_p": 0.9}):
-        drawn = model.sample(6, labels, generator=generators(6), **settings)
+        drawn = model.sample(4, labels, generator=generators(4), **settings)
         for path in ({"cache": False}, {"parallel": True}):
-            assert torch.equal(drawn, model.sample(6, labels, generator=generators(6), **path, **settings))
-        alone = [model.sample(1, labels[[k]], generator=[generators(6)[k]], **settings) for k in range(6)]
+            assert torch.equal(drawn, model.sample(4, labels, generator=generators(4), **path, **settings))
+        alone = [model.sample(1, labels[[k]], generator=[generators(4)[k]], **settings) for k in range(4)]
         assert torch.equal(drawn, torch.cat(alone))
 
 
@@ -174,7 +174,7 @@ def test_a_window_that_covers_the_grid_is_none(monkeypatch):
 def test_a_layer_that_sees_everything_lets_all_through():
     """Beside one with a dilation, which does not."""
     model = make_prior("gpt", SHAPE, window=(4, 5), dilation=(2, 1)).double()
-    assert moved_by(model, draw_tokens(model, 16), least=1e-12).equal(model.receptive_field)
+    assert moved_by(model, draw_tokens(model, 6), least=1e-12).equal(model.receptive_field)
     assert [layer.window is None for layer in model.layers] == [False, True]
 
 
@@ -211,7 +211,7 @@ def test_sampling_keeps_what_later_steps_see(dilation):
 
 
 def test_sampling_costs_one_forward_pass():
-    model = make_prior("gpt", (12, 12), vocab_size=16, window=(2, 2))
+    model = make_prior("gpt", (8, 8), vocab_size=16, window=(2, 2))
     tokens = draw_tokens(model, 4)
     assert flops(lambda: all_steps(model, tokens)) <= 1.1 * flops(lambda: model(tokens))
 

@@ -75,7 +75,7 @@ def turned(model, sampler, ways, draws):
 @pytest.mark.parametrize("name", PRIORS)
 @pytest.mark.parametrize("deviation", [1.0, 15.0])
 def test_rounding_turns_no_decision_with_a_lead_above_the_tolerance(name, deviation):
-    """No noise whatever could: two logits of a row never differ by more. And in 100,000 draws none."""
+    """No noise whatever could: two logits of a row never differ by more. And in 30,000 draws none."""
     torch.manual_seed(0)
     model = sharpened(make_prior(name, shape=(4, 4), vocab_size=17), deviation)
     tokens, labels = torch.cat([draw_tokens(model, 4)] * 2), torch.tensor([0, 1, 2, 1, 3, 3, 3, 3])
@@ -87,7 +87,7 @@ def test_rounding_turns_no_decision_with_a_lead_above_the_tolerance(name, deviat
             off = sampler.guide(other, scale) - sampler.guide(ways[0], scale)
             assert (off.amax(-1) - off.amin(-1) <= allowed / 2).all(), "less than half is to spare"
     for settings in ({}, {"temperature": 0.5, "top_p": 0.9, "top_k": 12}, {"guidance_scale": 4.0, "guidance_end": 1.0}):
-        assert turned(model, Sampler(**settings), ways, 100)[1] == 0
+        assert turned(model, Sampler(**settings), ways, 30)[1] == 0
 
 
 @pytest.mark.slow
@@ -211,11 +211,7 @@ def test_next_to_no_temperature_takes_the_likeliest(temperature, settings):
 
 def test_no_two_images_of_one_generator_share_their_noise():
     """A generator on a CPU keeps the low 32 bits of a seed, of which 200,000 drawn seeds share some."""
-    drawn = [
-        int(torch.randint((1 << 62) - 1, (), generator=g))
-        for g in [torch.Generator().manual_seed(1)]
-        for _ in range(200_000)
-    ]
+    drawn = torch.randint((1 << 62) - 1, (200_000,), generator=torch.Generator().manual_seed(1)).tolist()
     assert len({seed & LOW_BITS for seed in drawn}) == 200_000 - 6
     seeds = image_seeds(torch.Generator().manual_seed(1), 200_000)
     assert len(seeds) == len({seed & LOW_BITS for seed in seeds}) == 200_000
@@ -249,11 +245,11 @@ def conditional(model, known, given, labels, orders):
     return joint.sum(0) / joint.sum(), (joint / joint.sum(1, keepdim=True)).mean(0)
 
 
-@pytest.mark.parametrize(("name", "seed", "hidden"), [("gpt", 5, (0, 2)), ("made", 4, (1, 2))])
+@pytest.mark.parametrize(("name", "seed", "hidden"), [("gpt", 5, (0, 2)), ("made", 21, (0, 2))])
 def test_an_order_is_as_likely_as_it_makes_what_is_known(name, seed, hidden):
     """Frequencies of the mixture's conditional, from all grids. The seeds are of models whose orders disagree much."""
     torch.manual_seed(seed)
-    model, count = make_prior(name, (1, 4), 3, **ANY_ORDER[name]), 1500
+    model, count = make_prior(name, (1, 4), 3, **ANY_ORDER[name]), 500
     if name == "gpt":
         model.head.weight.data *= 8
     given, known = torch.tensor([2, 0, 1, 1]), torch.ones(4, dtype=torch.bool)
@@ -274,8 +270,8 @@ def test_an_order_is_as_likely_as_it_makes_what_is_known(name, seed, hidden):
     def apart(one, other):
         return float((one - other).abs().sum() / 2)
 
-    assert apart(expected, alike) > 0.12, "too little to test anything"
-    assert apart(found, expected) < 0.05 < apart(found, alike)
+    assert apart(expected, alike) > 0.3, "too little to test anything"
+    assert apart(found, expected) < 0.1 < 0.2 < apart(found, alike)
 
 
 def test_where_nothing_is_known_orders_are_drawn_alike_and_as_ever():
