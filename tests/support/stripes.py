@@ -58,7 +58,7 @@ def trained_on_stripes() -> ImagePipeline:
     images = stripes(512, seed=1).float() / 127.5 - 1
     tokenizer = make_tokenizer("vqvae", (SIZE, SIZE), 1).train()
     optimizer = torch.optim.AdamW(tokenizer.parameters(), 4e-3)
-    for step in range(120):
+    for step in range(70):
         batch = images[torch.arange(64) + 64 * (step % 8)]
         out = tokenizer(batch)
         loss = (out.images - batch).square().mean() + sum(
@@ -73,7 +73,7 @@ def trained_on_stripes() -> ImagePipeline:
     for parameter in prior.parameters():
         torch.nn.init.normal_(parameter, std=0.1)
     optimizer = torch.optim.AdamW(prior.parameters(), 5e-3)
-    for step in range(150):
+    for step in range(100):
         batch = tokens[torch.arange(64) + 64 * (step % 8)]
         loss = prior.loss(prior(batch), batch)
         optimizer.zero_grad()

@@ -15,6 +15,7 @@ import pytest
 import torch
 from folders import files_in
 from image_files import write_pictures
+from launch import DIGITS as DIGITS_ONCE
 from optional import needs_digits
 from safetensors.torch import load_file
 from small import TOKENIZERS, make_tokenizer
@@ -23,7 +24,7 @@ from token_datasets import edit_split, make_dataset, refused
 from pipelines import encode
 from pipelines.config import UserError
 from pipelines.encode import EncodeConfig, run
-from pipelines.images import load_images
+from pipelines.images import load_images, sources
 from pipelines.stages.provenance import data_beside
 from pipelines.tokens import TokenDataset, TokenSplit, load_tokens
 from pipelines.tokens.shards import smallest_type
@@ -32,6 +33,12 @@ from tokenizer.files.errors import FormatError, IntegrityError, PathError, Pipel
 from tokenizer.files.writing import write_manifest
 
 META = "meta.json"
+
+
+@pytest.fixture(autouse=True)
+def parsed_once(monkeypatch):
+    """The digits, whatever the number of encodes."""
+    monkeypatch.setattr(sources, "digits", DIGITS_ONCE)
 
 
 @pytest.mark.parametrize("name", TOKENIZERS)

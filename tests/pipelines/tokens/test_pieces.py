@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import json
+import signal
+import sys
 from contextlib import suppress
+from pathlib import Path
 
 import pytest
 import torch
 from encodes import SHIFT, config, interrupted, write_classes
 from folders import contents
-from launch import output_of, start, two_processes, verb, wait_for
+from forked import log_of, start_verb
+from launch import output_of, start, two_processes
+from prepared import run_file
 from several import Several
 from small import make_tokenizer
 
@@ -22,7 +27,7 @@ from pipelines.tokens import load_tokens
 
 @pytest.mark.parametrize("size", [None, 7])
 def test_begun_and_killed_it_makes_what_is_missing(tokenizer, images, tmp_path, monkeypatch, counted, size):
-    """Interrupted at every third batch until it is done: each row once, but for the batches that were lost, and those
+    """Interrupted at every sixth batch until it is done: each row once, but for the batches that were lost, and those
     that had been read ahead."""
     options = {"augmentations": 2, "rows_per_shard": size}
     run(config(tokenizer, tmp_path / "whole", {**images, **SHIFT}, **options))
@@ -30,7 +35,7 @@ def test_begun_and_killed_it_makes_what_is_missing(tokenizer, images, tmp_path, 
     counted.clear()
 
     def lost(images, rows, seed):
-        if len(seen) % 4 == 3:
+        if len(seen) % 7 == 6:
             seen.append(None)
             raise KeyboardInterrupt
         seen.append(rows)
@@ -47,15 +52,21 @@ def test_begun_and_killed_it_makes_what_is_missing(tokenizer, images, tmp_path, 
     assert sorted(path.name for path in tmp_path.iterdir()) == ["parts", "whole"]
 
 
+def encode_until_killed(out: Path, argv: list[str]) -> None:
+    """Encode in another process, which is killed once there are five pieces."""
+    attempt, work = start_verb("encode", 1, out, argv), out.with_name(f".tmp-{out.name}-encode")
+    while len(list(work.glob("*[0-9].json"))) < 5:
+        assert not attempt.wait(0.0005), log_of(out).read_text()
+    attempt.send(signal.SIGKILL)
+    assert attempt.end() == [-signal.SIGKILL]
+
+
 def test_a_process_is_killed_and_another_goes_on(tokenizer, tmp_path, counted):
     """kill -9 while it writes its pieces; what it has made is not made again."""
     many = write_classes(tmp_path / "images", ["cat"], 40)
     argv = [f"tokenizer={tokenizer}", f"out={tmp_path / 'killed'}", f"data.source={many['source']}", "batch_size=2"]
-    process, work = start(verb("encode", [*argv, "rows_per_shard=2"])), tmp_path / ".tmp-killed-encode"
-    assert wait_for(lambda: len(list(work.glob("*[0-9].json"))) >= 5, process)
-    process.kill()
-    process.communicate()
-    there = len(list(work.glob("*[0-9].json")))
+    run_file(__file__, tmp_path / "killed", *argv, "rows_per_shard=2")
+    there = len(list((tmp_path / ".tmp-killed-encode").glob("*[0-9].json")))
     assert 5 <= there < 40 and not (tmp_path / "killed").exists()
     options = {"batch_size": 2, "rows_per_shard": 2}
     run(config(tokenizer, tmp_path / "killed", many, **options))
@@ -192,3 +203,7 @@ def test_processes_that_are_launched_write_the_same_files(tokenizer, images, tmp
     output_of(start(command))
     run(config(tokenizer, tmp_path / "alone", images, rows_per_shard=7))
     assert contents(tmp_path / "several") == contents(tmp_path / "alone")
+
+
+if __name__ == "__main__":
+    encode_until_killed(Path(sys.argv[1]), sys.argv[2:])
