@@ -1,6 +1,7 @@
 """A process that has imported everything and forks whatever Python files tests run: none has to import torch again.
 
     outcome = run([[__file__, FOLDER], [__file__, FOLDER]], RANK=["0", "1"])
+    printed = run_file("-m", "pipelines.train_prior", "--help")
 
 Each process of pytest has at most one, from its first use on; it ends when nobody can write to it any more. What is
 run begins as in a new interpreter, but that its modules are loaded and that those that run at once hash alike: what
@@ -30,8 +31,9 @@ SERVERS: dict[int, subprocess.Popen[str]] = {}
 
 
 def run(commands: list[list[str]], seconds: float = 200, **more: list[str]) -> list[tuple[int, str]]:
-    """Files with their arguments, all at once; the exit code and the output of each. more: variables of their
-    environment, a value for each. Raises `AssertionError` if one does not end."""
+    """Files with their arguments, or `-m` and modules, all at once, where this process works; the exit code and the
+    output of each. more: variables of their environment, a value for each. Raises `AssertionError` if one does not
+    end."""
     from launch import environment
 
     begun: list[tuple[int, Path]] = []
@@ -40,7 +42,8 @@ def run(commands: list[list[str]], seconds: float = 200, **more: list[str]) -> l
             for number, argv in enumerate(commands):
                 output = Path(folder, str(number))
                 variables = environment(**{name: values[number] for name, values in more.items()})
-                begun.append((ask(argv=argv, environment=variables, output=str(output)), output))
+                asked = {"argv": argv, "environment": variables, "output": str(output), "folder": os.getcwd()}
+                begun.append((ask(**asked), output))
             until = time.monotonic() + seconds
             codes = [ask(wait=pid, seconds=max(0.0, until - time.monotonic())) for pid, _ in begun]
             printed = [output.read_text(errors="replace") for _, output in begun]
@@ -51,9 +54,9 @@ def run(commands: list[list[str]], seconds: float = 200, **more: list[str]) -> l
     return list(zip(codes, printed, strict=True))
 
 
-def run_file(*argv: str | Path, seconds: float = 200) -> str:
-    """One file with its arguments, which has to end with success; its output."""
-    ((code, printed),) = run([[*map(str, argv)]], seconds)
+def run_file(*argv: str | Path, seconds: float = 200, **more: str) -> str:
+    """One file or module with its arguments, which has to end with success; its output."""
+    ((code, printed),) = run([[*map(str, argv)]], seconds, **{name: [value] for name, value in more.items()})
     assert code == 0, f"exit code {code}:\n{printed}"
     return printed
 
@@ -89,7 +92,7 @@ def main() -> None:
     """Do what is asked, line by line; in a fork, what the fork is for, and then end as any script does."""
     from forked import import_once
 
-    import_once("accelerate", "torchvision.utils", "pytest", "small_pipelines", "matplotlib.figure")
+    import_once("accelerate", "torchvision.utils", "pytest", "small_pipelines")
     running: set[int] = set()
     for line in sys.stdin:
         asked = json.loads(line)
@@ -106,17 +109,23 @@ def main() -> None:
         print(json.dumps(answer), flush=True)
 
 
-def become(argv: list[str], environment: dict[str, str], output: str) -> None:
-    """Run this file, with nothing to read and its output where it belongs."""
+def become(argv: list[str], environment: dict[str, str], output: str, folder: str) -> None:
+    """Run this file or module, with nothing to read and its output where it belongs."""
     file, nothing = os.open(output, os.O_WRONLY | os.O_CREAT), os.open(os.devnull, os.O_RDONLY)
     for number, into in enumerate((nothing, file, file)):
         os.dup2(into, number)
     os.environ.clear()
     os.environ.update(environment)
-    sys.argv, sys.path[0] = argv, str(Path(argv[0]).parent)
+    os.chdir(folder)
     random.seed()
     sys.modules["numpy"].random.seed()
-    runpy.run_path(argv[0], run_name="__main__")
+    if argv[0] == "-m":
+        sys.argv, sys.path[0] = argv[1:], folder
+        sys.modules.pop(argv[1], None)  # it becomes `__main__`, as in a new interpreter
+        runpy.run_module(argv[1], run_name="__main__", alter_sys=True)
+    else:
+        sys.argv, sys.path[0] = argv, str(Path(argv[0]).parent)
+        runpy.run_path(argv[0], run_name="__main__")
 
 
 def code_of(pid: int, seconds: float, running: set[int]) -> int | None:

@@ -13,9 +13,18 @@ LABELS = ["cat", "dog", "eel"]
 # Every tokenizer with a prior, and every prior with a tokenizer: they only meet in a grid of ids.
 PAIRS = [*((tokenizer, "gpt") for tokenizer in TOKENIZERS), *(("vqvae", prior) for prior in PRIORS if prior != "gpt")]
 every_pair = pytest.mark.parametrize(("tokenizer", "prior"), PAIRS)
+# For what a prior does, whatever its grid is of: each of them, two grids of one of them, and all others with -m slow.
+USUAL = ("vqvae", "titok")
+every_prior_pair = pytest.mark.parametrize(
+    ("tokenizer", "prior"), [pytest.param(*pair, marks=() if pair[0] in USUAL else pytest.mark.slow) for pair in PAIRS]
+)
 # Those that know which tokens the known pixels make known.
 PLACED_PAIRS = [pair for pair in PAIRS if pair[0] in PLACED and pair[1] != "next_scale"]
 placed_pairs = pytest.mark.parametrize(("tokenizer", "prior"), PLACED_PAIRS)
+placed_priors = pytest.mark.parametrize(
+    ("tokenizer", "prior"),
+    [pytest.param(*pair, marks=() if pair[0] in USUAL else pytest.mark.slow) for pair in PLACED_PAIRS],
+)
 every_tokenizer = pytest.mark.parametrize("tokenizer", TOKENIZERS)
 every_placed_tokenizer = pytest.mark.parametrize("tokenizer", PLACED)
 

@@ -108,7 +108,7 @@ def test_intensities_and_positions_come_back(prior, channels, head):
     """Of pixels under logistics, and of levels under a depth head."""
     kind, head = ("bytes", "logistic") if head else ("levels", "depth")
     pipe = pipeline_of(kind, prior, channels=channels, head=head)
-    images = images_of(pipe, 5)
+    images = images_of(pipe, 3)
     data = compressed(pipe, images, lossless=kind == "bytes")
     assert all(chunk.profile != RAW for chunk in parse(data))
     found = decompressed(pipe, data, batch_size=2)
@@ -193,7 +193,7 @@ def test_weights_of_another_type_are_coded_alike():
 @pytest.mark.parametrize("kind", ["tokens", "pixels given tokens", "bytes"])
 def test_streams_are_as_long_as_the_model_says(kind):
     pipe, lossless = pipeline_of(kind, "causal_conv", size=(16, 16)), KINDS[kind][2]
-    images = images_of(pipe, 64)
+    images = images_of(pipe, 24)
     nats = pipe.bits_per_dim(images) * 256 * np.log(2) if lossless else -pipe.log_prob(images)
     bits = float(nats.double().sum() / np.log(2))
     size = 8 * sum(
@@ -301,7 +301,7 @@ def test_what_was_decoded_is_checked_itself(kind):
 @pytest.mark.parametrize("kind", ["tokens", "pixels given tokens", "bytes"])
 def test_small_differences_decode_and_large_ones_are_found(kind, monkeypatch):
     pipe, lossless = pipeline_of(kind), KINDS[kind][2]
-    images = images_of(pipe, 40)
+    images = images_of(pipe, 16)
     data = compressed(pipe, images, lossless=lossless)
     with monkeypatch.context() as patch:
         shaken(patch, 1e-10)
@@ -323,7 +323,7 @@ def test_float32_would_not_do(monkeypatch):
     monkeypatch.setattr(codec, "doubled", lambda model, device: model.float().eval())
     monkeypatch.setattr(compression, "CHUNK_IMAGES", 8)
     pipe = pipeline_of("bytes", "gpt", size=(16, 16))
-    stream = parse(compressed(pipe, images_of(pipe, 64)))
+    stream = parse(compressed(pipe, images_of(pipe, 24)))
     assert any(chunk.profile == RAW for chunk in stream)
 
 
@@ -359,8 +359,7 @@ def test_another_model_is_told_apart(kind):
     pipe, lossless = pipeline_of(kind), KINDS[kind][2]
     data = compressed(pipe, images_of(pipe), lossless=lossless)
     parameters = [*pipe.prior.parameters(), *pipe.tokenizer.decoder.parameters()]
-    for index in range(50):
-        parameter = parameters[index % len(parameters)]
+    for parameter in parameters:
         with torch.no_grad():
             before = parameter.clone()
             parameter[(0,) * parameter.ndim] += 1e-4

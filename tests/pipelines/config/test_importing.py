@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import re
-import subprocess
 import sys
 import textwrap
 from collections.abc import Iterator
@@ -14,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from command import errors_of, fails
+from prepared import run_file
 from small_pipelines import make_pipeline
 
 from pipelines import ImagePipeline
@@ -101,13 +100,7 @@ def test_help_and_plan_know_it(folder: Path, capsys: pytest.CaptureFixture[str])
 
 def test_every_process_of_a_launch_imports_it(folder: Path) -> None:
     """Each is started with the same command line, as a module."""
-    code = subprocess.run(
-        [sys.executable, "-m", "pipelines.train_prior", "--import", "my_prior", *TRAIN, "--dry-run"],
-        capture_output=True,
-        text=True,
-        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[3]), "RANK": "1"},
-    )
-    assert (code.returncode, code.stdout, code.stderr) == (0, "", "")
+    assert run_file("-m", "pipelines.train_prior", "--import", "my_prior", *TRAIN, "--dry-run", RANK="1") == ""
 
 
 def test_without_it_the_error_hints_at_it(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -6,9 +6,12 @@ pipelines/exports/writing.py.
 
 from __future__ import annotations
 
+import functools
 import json
 import subprocess
 import sys
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +23,7 @@ from small import QUANTIZERS, TOKENIZERS, make_tokenizer, quantizer_of
 from torch import Tensor
 
 from pipelines.exports import export_tokenizer
-from pipelines.exports.checks import TOLERANCE, check
+from pipelines.exports.checks import TOLERANCE, Checked, check
 from pipelines.exports.formats import FORMATS, FileFormat, Run
 from pipelines.exports.tracing import PARTS, ExportError
 from tokenizer import TokenGrid, Tokenizer
@@ -39,6 +42,7 @@ every_format = pytest.mark.parametrize(
     "format", [pytest.param(name, marks=pytest.mark.slow if name == "onnx" else ()) for name in FORMATS]
 )
 USUAL = ("palette", "vqvae, ema")
+BLOCKS = 32 * 6  # elements of a matrix of distances: blocks of 6 rows
 RECORDED = [pytest.param("onnx", case, marks=() if case in USUAL else pytest.mark.slow) for case in CASES] + [
     pytest.param("torch", case, marks=() if case == "klvae" else pytest.mark.slow)
     for case in ("klvae", "titok", "vqvae, lfq", "vqvae, rvq")
@@ -71,15 +75,40 @@ def images_for(tokenizer: Tokenizer, count: int) -> Tensor:
     return torch.rand(count, *tokenizer.image_shape) * 2 - 1
 
 
+@dataclass
+class Exported:
+    """A tokenizer, its fingerprint before, images that were given, what was compared, and the folder."""
+
+    tokenizer: Tokenizer
+    before: str
+    given: Tensor
+    found: Checked
+    folder: Path
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Exported]:
+    """Of a format, a case and how many elements a matrix of distances may hold; each is made once."""
+
+    @functools.cache
+    def export(format: Any, case: str, held: int | None = None) -> Exported:
+        needs(format)
+        tokenizer, folder = tokenizer_of(case), tmp_path_factory.mktemp("exported") / "out"
+        before, mine = tokenizer.fingerprint(), images_for(tokenizer, 2)
+        with pytest.MonkeyPatch.context() as patch:
+            if held:
+                patch.setattr("tokenizer.quantizers.codebook.SEARCH_ELEMENTS", held)
+            return Exported(tokenizer, before, mine, export_tokenizer(tokenizer, folder, format, mine), folder)
+
+    return export
+
+
 @pytest.mark.parametrize(("format", "case"), RECORDED)
-def test_a_file_gives_the_tokens_and_pixels_of_the_tokenizer(format: Any, case: str, tmp_path: Path) -> None:
-    needs(format)
-    tokenizer = tokenizer_of(case)
-    found = export_tokenizer(tokenizer, tmp_path / "out", format)
-    assert (found.close_calls, found.tokens) == (0, 8 * len(tokenizer.grid))
-    encode, decode = (
-        FORMATS[format].load(next((tmp_path / "out").glob(f"{part}.*"))) for part in ("encoder", "decoder")
-    )
+def test_a_file_gives_the_tokens_and_pixels_of_the_tokenizer(format: Any, case: str, exported: Any) -> None:
+    export = exported(format, case)
+    tokenizer, found = export.tokenizer, export.found
+    assert (found.close_calls, found.tokens) == (0, 10 * len(tokenizer.grid))
+    encode, decode = loaded(export.folder, format)
     for count in (1, 5):  # neither is the number that it was recorded with
         images = images_for(tokenizer, count)
         with torch.no_grad():
@@ -90,22 +119,19 @@ def test_a_file_gives_the_tokens_and_pixels_of_the_tokenizer(format: Any, case: 
 
 @every_format
 def test_a_program_takes_more_images_than_a_matrix_of_distances_may_hold(
-    format: Any, tmp_path: Path, monkeypatch
+    format: Any, exported: Any, monkeypatch
 ) -> None:
     """The tokenizer cuts its rows into blocks there; the program, recorded on fewer, must not have their number."""
-    needs(format)
-    monkeypatch.setattr("tokenizer.quantizers.codebook.SEARCH_ELEMENTS", 32 * 6)  # blocks of 6 rows
-    tokenizer = tokenizer_of("vqvae, ema")
-    export_tokenizer(tokenizer, tmp_path / "out", format)
-    images = images_for(tokenizer, 11)
-    encode, _ = loaded(tmp_path / "out", format)
-    assert torch.equal(encode(images), tokenizer.encode(images))
+    export = exported(format, "vqvae, ema", BLOCKS)
+    monkeypatch.setattr("tokenizer.quantizers.codebook.SEARCH_ELEMENTS", BLOCKS)
+    images = images_for(export.tokenizer, 11)
+    encode, _ = loaded(export.folder, format)
+    assert torch.equal(encode(images), export.tokenizer.encode(images))
 
 
-def test_a_file_runs_where_neither_smalti_nor_torch_is(tmp_path: Path) -> None:
-    needs("onnx")
-    tokenizer = tokenizer_of("vqvae, ema")
-    export_tokenizer(tokenizer, tmp_path / "out", "onnx")
+def test_a_file_runs_where_neither_smalti_nor_torch_is(exported: Any) -> None:
+    export = exported("onnx", "vqvae, ema")
+    tokenizer, tmp_path = export.tokenizer, export.folder.parent
     images = images_for(tokenizer, 5)
     np.save(tmp_path / "images.npy", images.numpy())
     script = """
@@ -130,28 +156,27 @@ assert not {"torch", "tokenizer", "pipelines"} & set(sys.modules)
     assert np.abs(np.load(tmp_path / "decoder.npy") - tokenizer.decode(tokens).detach().numpy()).max() < TOLERANCE
 
 
-def test_a_program_has_its_own_weights_alone_and_no_image_of_anybody(tmp_path: Path) -> None:
-    tokenizer = tokenizer_of("vqvae, ema")
-    mine = images_for(tokenizer, 2)
-    export_tokenizer(tokenizer, tmp_path / "out", "torch", mine)
+def test_a_program_has_its_own_weights_alone_and_no_image_of_anybody(exported: Any) -> None:
+    export = exported("torch", "vqvae, ema", BLOCKS)
     for part, other in (PARTS, PARTS[::-1]):
-        program = torch.export.load(tmp_path / "out" / f"{part}.pt2")
+        program = torch.export.load(export.folder / f"{part}.pt2")
         names = set(program.state_dict)
         assert any(name.startswith(f"tokenizer.{part}.") for name in names)
         assert not [name for name in names if name.startswith(f"tokenizer.{other}.")]
-    data = b"".join((tmp_path / "out" / f"{part}.pt2").read_bytes() for part in PARTS)
-    assert mine[0].numpy().tobytes()[:64] not in data
+    data = b"".join((export.folder / f"{part}.pt2").read_bytes() for part in PARTS)
+    assert export.given[0].numpy().tobytes()[:64] not in data
 
 
-@every_format
-def test_exporting_leaves_the_tokenizer_as_it_was(format: Any, tmp_path: Path) -> None:
-    needs(format)
-    tokenizer = tokenizer_of("vqvae, rvq")
-    before = tokenizer.fingerprint()
-    export_tokenizer(tokenizer, tmp_path / "out", format)
-    assert tokenizer.fingerprint() == before and type(tokenizer.grid) is TokenGrid
+@pytest.mark.parametrize(
+    ("format", "case"),
+    [("torch", "klvae"), *(pytest.param(name, "vqvae, rvq", marks=pytest.mark.slow) for name in FORMATS)],
+)
+def test_exporting_leaves_the_tokenizer_as_it_was(format: Any, case: str, exported: Any) -> None:
+    export = exported(format, case)
+    tokenizer = export.tokenizer
+    assert tokenizer.fingerprint() == export.before and type(tokenizer.grid) is TokenGrid
     with pytest.raises(ValueError, match="token ids should lie in"):
-        tokenizer.decode(torch.full((1, *tokenizer.grid.shape), 99))
+        tokenizer.decode(torch.full((1, *tokenizer.grid.shape), tokenizer.grid.vocab_size))
 
 
 # What is refused

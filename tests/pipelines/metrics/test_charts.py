@@ -3,15 +3,15 @@
 Covers: pipelines/metrics/pages.py.
 """
 
+import importlib
 import math
-import subprocess
 import sys
 import warnings
 
 import numpy as np
 import pytest
-from launch import ROOT, environment
 from PIL import Image
+from prepared import run_file
 
 from pipelines.images.pictures import save_picture
 from pipelines.metrics import charts, pages
@@ -172,11 +172,12 @@ def test_a_saved_page_is_a_picture_of_ours(tmp_path):
 
 
 def test_matplotlib_is_imported_when_something_is_drawn():
-    code = (
-        "import sys, pipelines.train_tokenizer, pipelines.commands.inspect_, pipelines.commands.probe\n"
-        "assert 'matplotlib' not in sys.modules\n"
-        "from pipelines.metrics.pages import page\n"
-        "page('title', [], [])\n"
-        "assert 'matplotlib' in sys.modules and 'matplotlib.pyplot' not in sys.modules"
-    )
-    subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment(), check=True, timeout=120)
+    run_file(__file__)
+
+
+if __name__ == "__main__":
+    for module in ("train_tokenizer", "commands.inspect_", "commands.probe"):
+        importlib.import_module(f"pipelines.{module}")
+    assert "matplotlib" not in sys.modules
+    page("title", [], [])
+    assert "matplotlib" in sys.modules and "matplotlib.pyplot" not in sys.modules

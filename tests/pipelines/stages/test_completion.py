@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from command import fails
+from frequencies import as_frequent
 from optional import needs_digits
 from PIL import Image
 from small import ANY_ORDER, PRIORS, generators, make_prior, make_tokenizer
@@ -71,14 +72,14 @@ def test_hidden_pixels_do_not_leak_into_any_draw(tokenizer, mask):
 def test_each_draw_is_the_one_of_its_own_seed(prior):
     pipe = in_any_order(prior=prior)
     pixels, known, labels = pixels_for(pipe, 3), torch.rand(3, *SHAPE) < 0.97, [2, None, "dog"]
-    many = complete(pipe, pixels, known, labels, draws=4, seed=5, output_type="pt")
-    assert many.images.shape == (3, 4, 1, *SHAPE) and many.tokens.shape == (3, 4, 2, 3)
-    for k, d in itertools.product(range(3), range(4)):
+    many = complete(pipe, pixels, known, labels, draws=2, seed=5, output_type="pt")
+    assert many.images.shape == (3, 2, 1, *SHAPE) and many.tokens.shape == (3, 2, 2, 3)
+    for k, d in itertools.product(range(3), range(2)):
         rows = slice(k, k + 1)
-        one = complete(pipe, pixels[rows], known[k], labels[k], seed=5 + 4 * k + d, output_type="pt", progress=False)
+        one = complete(pipe, pixels[rows], known[k], labels[k], seed=5 + 2 * k + d, output_type="pt", progress=False)
         assert torch.equal(one.tokens[0], many.tokens[k, d])
         torch.testing.assert_close(one.images[0], many.images[k, d])
-    again = complete(pipe, pixels, known, labels, draws=4, seed=5, batch_size=5, output_type="pt", progress=False)
+    again = complete(pipe, pixels, known, labels, draws=2, seed=5, batch_size=5, output_type="pt", progress=False)
     assert torch.equal(again.tokens, many.tokens)
 
 
@@ -247,19 +248,18 @@ def test_a_refusal_says_what_is_allowed():
 @any_order
 def test_draws_are_as_frequent_as_their_probability(name):
     """Of a binary image with two hidden pixels: the sampler and the score are of one distribution."""
-    count = 4000
+    count = 2000
     pipe = in_any_order("pixels", name, size=(2, 3))
     pipe.tokenizer = make_tokenizer("pixels", (2, 3), 1, levels=2).eval()
     pipe.prior = make_prior(name, (2, 3), 2, **ANY_ORDER[name])
     known = torch.tensor([[False, True, True], [True, True, False]])
     image = torch.tensor([[0, 255, 255], [0, 0, 0]], dtype=torch.uint8)[None, None]
     drawn = complete(pipe, image, known, 2, draws=count, seed=0, batch_size=count, progress=False).tokens[0]
-    found = torch.bincount(drawn[:, 0, 0] * 2 + drawn[:, 1, 2], minlength=4) / count
     fills = image.repeat(4, 1, 1, 1)
     fills[:, 0, 0, 0], fills[:, 0, 1, 2] = torch.tensor([0, 0, 255, 255]), torch.tensor([0, 255, 0, 255])
     expected = conditional_log_prob(pipe, fills, known, 2).exp()
     assert abs(float(expected.sum()) - 1) < 1e-5
-    assert ((found - expected).abs() < 5 * (expected * (1 - expected) / count).sqrt() + 1e-4).all()
+    assert as_frequent(drawn[:, 0, 0] * 2 + drawn[:, 1, 2], expected)
 
 
 @every_placed_tokenizer

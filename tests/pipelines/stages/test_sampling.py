@@ -10,7 +10,7 @@ import pytest
 import torch
 from PIL import Image
 from small import PRIORS, make_prior
-from small_pipelines import every_pair, make_pipeline, pixels_for
+from small_pipelines import every_pair, every_prior_pair, make_pipeline, pixels_for
 
 from pipelines import ImagePipeline
 from pipelines.stages.sampling import settings_in
@@ -52,7 +52,7 @@ def test_image_k_is_the_one_of_its_own_seed(tokenizer, prior):
     labels = [0, "dog", 2, None, 1]
     together = pipe(5, labels, seed=7, output_type="pt")
     assert len({tuple(row.flatten().tolist()) for row in together.tokens}) > 1
-    for batch_size in (1, 2, 3):
+    for batch_size in (2, 3):
         parts = pipe(5, labels, seed=7, batch_size=batch_size, output_type="pt", progress=False)
         assert torch.equal(parts.tokens, together.tokens)
         torch.testing.assert_close(parts.images, together.images)
@@ -60,7 +60,7 @@ def test_image_k_is_the_one_of_its_own_seed(tokenizer, prior):
         assert torch.equal(pipe(1, [labels[k]], seed=7 + k).tokens[0], together.tokens[k])
 
 
-@every_pair
+@every_prior_pair
 def test_labels_are_ids_or_names_one_or_many(tokenizer, prior):
     pipe = make_pipeline(tokenizer, prior)
     wanted = pipe(3, [1, 1, 1], seed=0).tokens
@@ -68,8 +68,8 @@ def test_labels_are_ids_or_names_one_or_many(tokenizer, prior):
         assert torch.equal(pipe(3, labels, seed=0).tokens, wanted)
     without = pipe(3, seed=0).tokens
     assert torch.equal(pipe(3, [None] * 3, seed=0).tokens, without)
-    assert not torch.equal(pipe(24, seed=0).tokens, pipe(24, 1, seed=0).tokens)
-    assert not torch.equal(pipe(24, "cat", seed=0).tokens, pipe(24, 1, seed=0).tokens)
+    none, cat, dog = (pipe(24, labels, seed=0).tokens for labels in (None, "cat", 1))
+    assert not torch.equal(none, dog) and not torch.equal(cat, dog)
 
 
 def test_labels_say_how_many_images():
@@ -86,7 +86,7 @@ def test_unconditional_pipeline_has_no_classes():
         pipe(2, 0)
 
 
-@every_pair
+@every_prior_pair
 def test_generators_are_one_or_one_per_image(tokenizer, prior):
     pipe = make_pipeline(tokenizer, prior)
     wanted = pipe(3, seed=5).tokens

@@ -1,7 +1,7 @@
 """A codebook of 16,384 codes trains in little memory, whichever quantizer it belongs to.
 
-A matrix of vectors x codes would be 128 MB here, and a plain softmax over it, with its gradient, holds several. What one
-training step takes is measured in a process of its own, forked from one that has imported everything
+A matrix of vectors x codes would be 128 MB here, and a plain softmax over it, with its gradient, holds several. What
+one training step takes is measured in a process of its own, forked from one that has imported everything
 (`python test_large_codebooks.py NAME...`).
 """
 
