@@ -6,12 +6,9 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
-import os
 import re
 import shutil
 import socket
-import subprocess
-import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,6 +16,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlsplit
+
+from prepared import run_file
 
 REFUSED = {"stranger": 401, "forbidden": 403, "missing": 404, "broken": 500}
 """What owners get who may not write."""
@@ -225,8 +224,13 @@ def serve(root: Path, secret: str | None = None) -> Iterator[FakeHub]:
 
 def run_client(script: str, server: FakeHub, home: Path, *arguments: str, token: str | None = None) -> Any:
     """What a process of its own prints in its last line, as JSON: it runs `script`, and takes `server` for the Hub."""
-    environment = {
-        **os.environ,
+    environment = {**places_of(server, home), "HF_TOKEN": token}
+    return json.loads(run_file(script, *arguments, seconds=120, bare=True, **environment).splitlines()[-1])
+
+
+def places_of(server: FakeHub, home: Path) -> dict[str, str]:
+    """What makes a new process take `server` for the Hub."""
+    return {
         "HF_ENDPOINT": server.url,
         "HF_HUB_DISABLE_XET": "1",
         "HF_HUB_OFFLINE": "0",
@@ -234,10 +238,3 @@ def run_client(script: str, server: FakeHub, home: Path, *arguments: str, token:
         "HF_HUB_DISABLE_TELEMETRY": "1",
         "NO_PROXY": "127.0.0.1",
     }
-    environment.pop("HF_TOKEN", None)
-    if token is not None:
-        environment["HF_TOKEN"] = token
-    command = [sys.executable, script, *arguments]
-    result = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120)
-    assert result.returncode == 0, result.stderr
-    return json.loads(result.stdout.splitlines()[-1])

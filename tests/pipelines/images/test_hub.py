@@ -10,11 +10,12 @@ from pathlib import Path
 from urllib.parse import parse_qs
 
 import pytest
-from fake_hub import Handler, commit, serve
+from fake_hub import Handler, commit, places_of, serve
 from image_files import load, rows_of, write_shards
-from launch import output_of, start
+from prepared import run_file
 
 from pipelines.config import UserError
+from pipelines.images import DataConfig, load_images
 
 
 @pytest.mark.parametrize("streaming", [True, False])
@@ -64,15 +65,13 @@ class DatasetHandler(Handler):
         self.answer(206, {"X-Repo-Commit": commit(folder), "ETag": '"1"'}, part)
 
 
-HUB_CLIENT = """
-import sys
-from pipelines.images import DataConfig, load_images
-for source in ("me/shards", "hf://datasets/me/shards/train*"):
-    images = load_images(DataConfig(source=source, image_size=12, streaming=True))
-    print(len(images.train), len(images.held_out), images.train.labels.tolist()[:3],
-          images.train.pixels(range(18)).long().sum().item())
-    print(images.train._rows.read([0])[0][0], file=sys.stderr)
-"""
+def client() -> None:
+    """Read the data set by its id and by a URL, and say what it holds and where its first row is."""
+    for source in ("me/shards", "hf://datasets/me/shards/train*"):
+        images = load_images(DataConfig(source=source, image_size=12, streaming=True))
+        total = images.train.pixels(range(18)).long().sum().item()
+        print(len(images.train), len(images.held_out), images.train.labels.tolist()[:3], total)
+        print(images.train._rows.read([0])[0][0], file=sys.stderr)
 
 
 @pytest.mark.parametrize("kind", ["parquet", pytest.param("tar", marks=pytest.mark.slow)])
@@ -83,17 +82,7 @@ def test_a_data_set_on_the_hub_is_read_in_parts(tmp_path, kind):
     write_shards(folder, kind, rows_of(4), 1, split="test")
     with serve(tmp_path / "hub") as hub:
         hub.RequestHandlerClass = DatasetHandler
-        done = output_of(
-            start(
-                [sys.executable, "-c", HUB_CLIENT],
-                HF_ENDPOINT=hub.url,
-                HF_HUB_OFFLINE="0",
-                HF_HUB_DISABLE_XET="1",
-                HF_HOME=str(tmp_path / "home"),
-                NO_PROXY="127.0.0.1",
-                HF_HUB_DISABLE_TELEMETRY="1",
-            )
-        )
+        done = run_file(__file__, bare=True, **places_of(hub, tmp_path / "home"))
         ranges = [path for path, _ in hub.requests if path.startswith("train")]
     every, carved = (line for line in done.splitlines() if re.match(r"\d+ \d+ \[", line))
     assert every.startswith("20 4 [0, 1, 2]"), done
@@ -102,3 +91,7 @@ def test_a_data_set_on_the_hub_is_read_in_parts(tmp_path, kind):
     places = re.findall(r"hf://datasets/me/shards@(\w+)/train-00000-of-00002", done)
     assert places == [commit(folder)] * 2
     assert ranges and not list((tmp_path / "home").rglob(f"*.{kind}"))  # read, and not downloaded
+
+
+if __name__ == "__main__":
+    client()
