@@ -147,7 +147,7 @@ def test_vqvae_learns():
     images = torch.rand(16, 1, 2, 2).repeat_interleave(4, 2).repeat_interleave(4, 3) * 2 - 1
     optimizer = torch.optim.Adam(tokenizer.parameters(), 3e-3)
     losses = []
-    for _ in range(150):
+    for _ in range(70):
         loss, terms = total_loss(tokenizer(images), images, {"l1": 0.0, "l2": 1.0, **tokenizer.loss_weights})
         optimizer.zero_grad()
         loss.backward()

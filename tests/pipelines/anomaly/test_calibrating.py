@@ -93,7 +93,7 @@ def test_a_calibration_with_a_confidence_has_higher_thresholds_and_the_same_p_va
 
 def test_what_is_fitted_is_a_function_of_the_normal_images_alone(trained):
     pipe, again = (ImagePipeline(trained.tokenizer, trained.prior) for _ in range(2))
-    normal = stripes(300, seed=2)
+    normal = stripes(100, seed=2)
     calibrate(pipe, normal)
     anomaly_score(pipe, uniform(50))
     before = json.dumps(pipe.calibration.to_dict())
@@ -101,12 +101,12 @@ def test_what_is_fitted_is_a_function_of_the_normal_images_alone(trained):
     heal(pipe, constant()[:2], draws=1)
     calibrate(again, normal)
     assert json.dumps(pipe.calibration.to_dict()) == before == json.dumps(again.calibration.to_dict())
-    calibrate(again, normal, batch_size=300)  # which may round otherwise
+    calibrate(again, normal, batch_size=100)  # which may round otherwise
     for method, scores in pipe.calibration.scores.items():
         np.testing.assert_allclose(again.calibration.scores[method], scores, rtol=1e-4, atol=1e-4)
     other = calibrate(again, normal, seed=1)
     assert other.data == pipe.calibration.data and other.typical_bits != pipe.calibration.typical_bits
-    assert calibrate(again, stripes(300, seed=3)).data != other.data
+    assert calibrate(again, stripes(100, seed=3)).data != other.data
 
 
 def test_a_calibration_needs_images_enough(trained):

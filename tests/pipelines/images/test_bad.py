@@ -184,10 +184,10 @@ def verify_report(folder: Path, splits: Splits, names: list[str], problems: dict
 
 @pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
 @pytest.mark.parametrize("source", [pytest.param(name, marks=[pytest.mark.slow] * (" " in name)) for name in SOURCES])
-def test_a_thousand_of_which_a_quarter_are_altered(tmp_path, source):
-    """30 of each kind and 760 plain ones: each is read, or reported with its path and the reason."""
-    counts = check(tmp_path, source, collection(30, 760))
-    assert counts == {**dict.fromkeys((*BAD, *READ), 30), "plain": 760}
+def test_hundreds_of_which_a_quarter_are_altered(tmp_path, source):
+    """12 of each kind and 304 plain ones: each is read, or reported with its path and the reason."""
+    counts = check(tmp_path, source, collection(12, 304))
+    assert counts == {**dict.fromkeys((*BAD, *READ), 12), "plain": 304}
 
 
 class Watched:

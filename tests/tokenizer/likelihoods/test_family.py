@@ -243,7 +243,7 @@ def pipeline_of(tokenizer, kind="gpt"):
 
 
 def test_pixel_densities_of_all_images_sum_to_one():
-    pipe = pipeline_of(make_tokenizer("pixels", (1, 2), 1, levels=5))
+    pipe = pipeline_of(make_tokenizer("pixels", (1, 2), 1, levels=5), "marginal")
     values = torch.tensor(list(itertools.product(range(256), repeat=2)), dtype=torch.uint8).reshape(-1, 1, 1, 2)
     bits = pipe.bits_per_dim(values) * 2
     assert float(torch.exp2(-bits.double()).sum()) == pytest.approx(1, abs=1e-5)

@@ -271,7 +271,7 @@ def test_commitment_is_in_units_of_the_code():
 def usage(name: str, weight: float, offset: float) -> tuple[int, int]:
     """Codes that 64 clusters take before and after a linear encoder has learned from the quantizer's losses alone."""
     torch.manual_seed(0)
-    points = torch.randn(64, 16).repeat(16, 1) + 0.05 * torch.randn(1024, 16)
+    points = torch.randn(64, 16).repeat(8, 1) + 0.05 * torch.randn(512, 16)
     quantizer, encoder = make(name, diversity=weight), nn.Linear(16, 9)
     nn.init.constant_(encoder.bias, offset)
     optimizer, used = torch.optim.Adam(encoder.parameters(), 0.03), []
