@@ -143,7 +143,7 @@ def test_a_second_call_does_not_remember_the_first(name):
 @every_prior
 def test_frequencies_match_log_prob(name):
     model = make_prior(name, shape=(2, 2), vocab_size=2)
-    count, size = 6000, len(model.grid)
+    count, size = 8000, len(model.grid)
     labels = torch.full((count,), 1)
     drawn = model.sample(count, labels, generator=torch.Generator().manual_seed(5)).flatten(1)
     grids = torch.tensor(list(itertools.product(range(2), repeat=size)))

@@ -95,7 +95,11 @@ def ask(**what: Any) -> Any:
         )
         SERVERS[os.getpid()] = server
     assert server.stdin and server.stdout
-    return exchange(server.stdin, server.stdout, json.dumps(what) + "\n")
+    try:
+        return exchange(server.stdin, server.stdout, json.dumps(what) + "\n")
+    except BaseException:  # an answer that nobody has read is no answer to the next question
+        os.killpg(SERVERS.pop(os.getpid()).pid, signal.SIGKILL)
+        raise
 
 
 def exchange(questions: TextIO, answers: TextIO, line: str) -> Any:
