@@ -95,7 +95,10 @@ def circle_in(arrows: dict[str, set[str]]) -> list[str]:
     return next((found for node in sorted(arrows) if (found := walk(node, []))), [])
 
 
-ARROWS = arrows_of({name: tree_of(name) for name in FILES})
+@cache
+def all_arrows() -> dict[str, set[str]]:
+    """Those of all files; late, as only one of several workers needs them."""
+    return arrows_of({name: tree_of(name) for name in FILES})
 
 
 def place_of(module: str) -> str:
@@ -113,21 +116,21 @@ def test_late_and_type_only_imports_are_seen() -> None:
         "pipelines/c.py": "if TYPE_CHECKING:\n    import pipelines.a",
         "pipelines/e.py": "from .a import b, g",
     }
-    arrows = arrows_of({name: ast.parse(code) for name, code in codes.items()})
-    assert circle_in(arrows) == ["pipelines.a", "pipelines.b", "pipelines.c", "pipelines.a"]
-    assert arrows["pipelines.e"] == {"pipelines.a"}
+    found = arrows_of({name: ast.parse(code) for name, code in codes.items()})
+    assert circle_in(found) == ["pipelines.a", "pipelines.b", "pipelines.c", "pipelines.a"]
+    assert found["pipelines.e"] == {"pipelines.a"}
     assert circle_in({"a": {"b", "c"}, "b": {"c"}, "c": set()}) == []
 
 
 def test_no_file_imports_in_a_circle() -> None:
-    assert circle_in(ARROWS) == []
+    assert circle_in(all_arrows()) == []
 
 
 @pytest.mark.parametrize("folder", ALLOWED)
 def test_a_folder_imports_only_those_below_it(folder: str) -> None:
     found = {
         f"{module} -> {target}"
-        for module, targets in ARROWS.items()
+        for module, targets in all_arrows().items()
         for target in targets
         if module.startswith("pipelines.") and place_of(module) == folder and target.startswith("pipelines")
         if place_of(target) != folder and place_of(target) not in ALLOWED[folder]
@@ -146,14 +149,22 @@ def test_every_place_has_its_rule() -> None:
 
 def test_no_folder_imports_a_step_or_a_command() -> None:
     top = {"commands", "__main__", *STEPS}
-    below = {module: targets for module, targets in ARROWS.items() if place_of(module) in ALLOWED}
+    below = {module: targets for module, targets in all_arrows().items() if place_of(module) in ALLOWED}
     assert not [(module, target) for module, targets in below.items() for target in targets if place_of(target) in top]
 
 
 def test_no_command_is_a_library_of_another() -> None:
-    commands = {module: targets for module, targets in ARROWS.items() if place_of(module) == "commands"}
+    commands = {module: targets for module, targets in all_arrows().items() if place_of(module) == "commands"}
     found = {(module, target) for module, targets in commands.items() for target in targets}
     assert not [arrow for arrow in found if place_of(arrow[1]) == "commands"]
+
+
+@cache
+def names_in(name: str) -> set[str]:
+    """What a file makes or imports, at its top or in a function."""
+    tree = tree_of(name)
+    made = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name)}
+    return made | {getattr(node, "name", "") for node in tree.body} | {alias for _, alias in imports_of(tree, name)}
 
 
 @of_each(FILES)
@@ -161,10 +172,8 @@ def test_what_is_imported_is_there(name: str) -> None:
     for module, taken in imports_of(tree_of(name), name):
         if module.split(".")[0] in PACKAGES and taken:
             assert module in MODULES, module
-            there = {node.id for node in ast.walk(tree_of(MODULES[module])) if isinstance(node, ast.Name)}
-            there |= {getattr(node, "name", "") for node in tree_of(MODULES[module]).body}
-            there |= {alias for _, alias in imports_of(tree_of(MODULES[module]), MODULES[module])}
-            assert taken in there or f"{module}.{taken}" in MODULES, f"{module}.{taken}"
+            there = taken in names_in(MODULES[module]) or f"{module}.{taken}" in MODULES
+            assert there, f"{module}.{taken}"
 
 
 # Folders and their faces
@@ -215,11 +224,16 @@ def covered_by(docstring: str) -> list[str]:
     return [path.strip() for paths in said for path in paths.split(",")]
 
 
-COVERED = {
-    (test.relative_to(ROOT).as_posix(), path)
-    for test in (ROOT / "tests").rglob("test_*.py")
-    for path in covered_by(ast.get_docstring(ast.parse(test.read_text(encoding="utf-8"))) or "")
-}
+@cache
+def covered() -> set[tuple[str, str]]:
+    """(test file, file that it says it covers) of all. Only those that have the word are parsed."""
+    texts = {test: test.read_text(encoding="utf-8") for test in (ROOT / "tests").rglob("test_*.py")}
+    return {
+        (test.relative_to(ROOT).as_posix(), path)
+        for test, text in texts.items()
+        if "Covers: " in text
+        for path in covered_by(ast.get_docstring(ast.parse(text)) or "")
+    }
 
 
 def mirror_of(name: str) -> str:
@@ -235,9 +249,9 @@ def test_what_is_covered_may_take_several_lines() -> None:
 
 @of_each(name for name in FILES if not Path(name).stem.startswith("__"))
 def test_each_file_has_its_tests(name: str) -> None:
-    own = (ROOT / mirror_of(name)).exists()
-    assert own or name in {path for _, path in COVERED}, f"no {mirror_of(name)}, and no test file says `Covers: {name}`"
+    found = (ROOT / mirror_of(name)).exists() or name in {path for _, path in covered()}
+    assert found, f"no {mirror_of(name)}, and no test file says `Covers: {name}`"
 
 
 def test_what_is_said_to_be_covered_is_there() -> None:
-    assert not [f"{test} covers {path}" for test, path in sorted(COVERED) if path not in FILES]
+    assert not [f"{test} covers {path}" for test, path in sorted(covered()) if path not in FILES]

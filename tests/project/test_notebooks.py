@@ -11,19 +11,18 @@ import subprocess
 import sys
 import threading
 import urllib.request
+from importlib.util import find_spec
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
+import psutil
 import pytest
+from optional import Late
 
-pytest.importorskip("jupytext")
-pytest.importorskip("nbclient")
-pytest.importorskip("ipykernel")
-psutil = pytest.importorskip("psutil")
-
-import jupytext  # noqa: E402
-import nbformat.v4 as made  # noqa: E402
+jupytext, made = Late("jupytext"), Late("nbformat.v4")
+needed = [name for name in ("jupytext", "nbclient", "ipykernel") if find_spec(name) is None]
+pytestmark = pytest.mark.skipif(bool(needed), reason=f"not installed: {', '.join(needed)}")
 
 ROOT = Path(__file__).parents[2]
 FOLDER = ROOT / "docs" / "notebooks"

@@ -20,13 +20,14 @@ import pytest
 import torch
 from app_server import Driver, app
 from chromium import browser
+from optional import needs_gradio
 from PIL import Image
 from small_pipelines import make_pipeline, pixels_for
 
 from pipelines import ImagePipeline
 from pipelines.anomaly.calibrating import calibrate
 
-pytest.importorskip("gradio")
+pytestmark = needs_gradio
 SIDE, IMAGES, MEGABYTES = 12, 400, 0.25
 LABELS = ["cat", "<b>dog</b>", "${7*7} {{eel}}"]  # a pipeline may come from anybody
 

@@ -10,6 +10,7 @@ import os
 import socket
 import subprocess
 import sys
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -18,12 +19,13 @@ import yaml
 from app_server import Driver, free_port, running
 from chromium import CHROMIUM, browser
 from fake_hub import run_client, serve
+from optional import needs_gradio
 from small_pipelines import make_pipeline
 
 from pipelines import ImagePipeline
 from pipelines.__main__ import main
 
-gradio = pytest.importorskip("gradio")
+pytestmark = needs_gradio
 
 
 @pytest.fixture(scope="module")
@@ -49,7 +51,7 @@ def space(place):
 def test_the_card_tells_the_hub_how_to_run_it(space):
     _, front, text = (space / "README.md").read_text().split("---\n", 2)
     told = yaml.safe_load(front)
-    assert told["sdk"] == "gradio" and told["sdk_version"] == gradio.__version__ and told["app_file"] == "app.py"
+    assert told["sdk"] == "gradio" and told["sdk_version"] == version("gradio") and told["app_file"] == "app.py"
     assert told["python_version"] == f"{sys.version_info.major}.{sys.version_info.minor}"
     assert told["title"] == "digits" and "models" not in told and "8 x 8 pixels" in text
     needed = (space / "requirements.txt").read_text().splitlines()

@@ -17,13 +17,15 @@ import torch
 import torch.nn.functional as F
 import torchvision
 from huggingface_hub import constants
+from optional import Late, needs_torchmetrics
 from torch import nn
 
 from pipelines.config import UserError
 from pipelines.metrics import perceptual
 from pipelines.metrics.perceptual import WEIGHTS, Perceptual
 
-lpips = pytest.importorskip("torchmetrics.functional.image.lpips")
+lpips = Late("torchmetrics.functional.image.lpips")
+pytestmark = needs_torchmetrics
 
 
 @pytest.fixture(scope="module")
