@@ -141,7 +141,7 @@ def tokenizers() -> Iterator[Component]:
             choices += [{"likelihood": {"kind": kind}} for kind in Likelihood.available()]
         for config in choices:
             kind = "".join(f" with {node['kind']}" for node in config.values())
-            main = "main: " if name == "vqvae" and kind.endswith(("ema", "categorical")) else ""
+            main = "main: " if name == "vqvae" and kind.endswith("ema") else ""
             yield f"{main}tokenizer {name}{kind}", partial(try_tokenizer, name, config)
 
 
@@ -194,7 +194,7 @@ def check_gradients(model: torch.nn.Module, loss: Tensor) -> None:
 def priors() -> Iterator[Component]:
     """Each, also of any order: training steps, likelihoods, features, and every way of sampling."""
     for name, config in itertools.chain(((name, {}) for name in [*PRIORS, *VARIANTS]), ANY_ORDER.items(), headed()):
-        main = "main: " if name == "gpt" and config else ""
+        main = "main: " if name == "gpt" and "any_order" in config else ""
         words = [value["kind"] if key == "head" else key for key, value in config.items()]
         title = " ".join(["prior", name, *words])
         yield f"{main}{title}", partial(try_prior, name, config)
@@ -419,8 +419,8 @@ def try_raw_chunk() -> None:
     """A lossless stream of two chunks, the first of which could not be coded."""
     pipe = pipeline_of("vqvae", "gpt", **LIKELIHOOD)
     outcomes = iter((False, True))
-    with patch.object(Coder, "decodes", lambda *_: next(outcomes)), patch.object(compression, "CHUNK_IMAGES", 2):
-        given = images()
+    with patch.object(Coder, "decodes", lambda *_: next(outcomes)), patch.object(compression, "CHUNK_IMAGES", 1):
+        given = images(2)
         data = pipe.compress(given, lossless=True, progress=False)
         back = pipe.decompress(data, output_type="pt", progress=False)
     assert torch.allclose(back.cpu(), given, atol=1e-6)

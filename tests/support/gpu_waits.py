@@ -17,7 +17,7 @@ from small import node_of
 from pipelines.config import UserError
 from pipelines.training import loop
 
-STEADY, REVIVAL = range(3, 9), 9  # codes are revived after every tenth
+FIRST, REVIVAL = 3, 9  # of the steps that are alike; codes are revived after every tenth
 QUIET = {"train__log_every": 1000}
 CRITIC = {
     "model": {**node_of("vqgan"), "quantizer": {"kind": "vq", "codes": 16, "dim": 8}},
@@ -56,7 +56,8 @@ def components(folder: Path, fresh: Callable[[], None]) -> Iterator[tuple[str, C
         main = "main: " if name == "ema" else ""
         more = {**more, "train__optimizer": "muon"} if name in ("ema", "fsq") else more
         yield f"{main}waits of a tokenizer, {name}", partial(waits_of, run_of(more), folder / name, fresh)
-    yield "main: waits of a tokenizer with a critic", partial(waits_of, run_of(CRITIC), folder / "critic", fresh)
+    critic = partial(waits_of, run_of(CRITIC), folder / "critic", fresh, last=5)  # which revives no code
+    yield "main: waits of a tokenizer with a critic", critic
 
 
 def run_of(more: dict[str, Any]) -> Callable[[Path], Path]:
@@ -64,8 +65,9 @@ def run_of(more: dict[str, Any]) -> Callable[[Path], Path]:
     return lambda out: train_tokenizer(out, **QUIET, **more)
 
 
-def waits_of(train: Callable[[Path], Path], out: Path, fresh: Callable[[], None]) -> str:
-    """The most waits and launches of a step, and where the former are; those of a step that revives codes apart."""
+def waits_of(train: Callable[[Path], Path], out: Path, fresh: Callable[[], None], last: int = REVIVAL) -> str:
+    """The most waits and launches of a step, and where the former are; those of the last step apart, as it may revive
+    codes."""
     fresh()
     waits: dict[int, Counter[tuple[str, str]]] = {}
     launches: dict[int, int] = {}
@@ -73,14 +75,14 @@ def waits_of(train: Callable[[Path], Path], out: Path, fresh: Callable[[], None]
 
     def watched(run: Any, *rest: Any) -> None:
         waits[run.step], launches[run.step] = gpu_counts.waits.copy(), gpu_counts.launches.total()
-        if run.step > REVIVAL:
+        if run.step > last:
             raise Enough
         take_step(run, *rest)
 
     with patch.multiple(loop, take_step=watched, look=lambda *_: None), suppress(Enough):
         train(out)
-    each = {step: waits[step + 1] - waits[step] for step in (*STEADY, REVIVAL)}
-    worst = max((each[step] for step in STEADY), key=Counter.total)
-    most = max(launches[step + 1] - launches[step] for step in STEADY)
+    each = {step: waits[step + 1] - waits[step] for step in range(FIRST, last + 1)}
+    worst = max((each[step] for step in range(FIRST, last)), key=Counter.total)
+    most = max(launches[step + 1] - launches[step] for step in range(FIRST, last))
     where = ", ".join(f"{count} at {line} ({what})" for (line, what), count in worst.items())
-    return f"{worst.total()} waits, {most} launches a step; {each[REVIVAL].total()} waits in step {REVIVAL}: {where}"
+    return f"{worst.total()} waits, {most} launches a step; {each[last].total()} waits in step {last}: {where}"
