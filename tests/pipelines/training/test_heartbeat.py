@@ -1,4 +1,4 @@
-"""What is said of an error that comes up in a run. (Lost and late processes: `tests/project/test_faults.py`.)"""
+"""What is said of an error that comes up in a run. (Lost and late processes: `test_resume.py`.)"""
 
 from __future__ import annotations
 
