@@ -28,7 +28,7 @@ ROOT = Path(__file__).parents[2]
 FOLDER = ROOT / "docs" / "notebooks"
 NAMES = sorted(path.stem for path in FOLDER.glob("[0-9]_*.py"))
 PICTURES = {"1_chain_rule": 19, "2_two_stages": 10, "3_orders": 8, "4_density": 11, "5_own_images": 6}
-SHARES = {"1_chain_rule": 0.25, "2_two_stages": 0.15}
+SHARES = {"1_chain_rule": 0.2, "2_two_stages": 0.15}
 every_notebook = pytest.mark.parametrize("name", NAMES)
 
 

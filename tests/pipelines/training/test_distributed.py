@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock, patch
 
 import numpy as np
 import pytest
@@ -205,7 +206,7 @@ def trainings(folder: Path) -> None:
     watch("odd batch", lambda: train_tokenizer(folder / "odd", **{**TOKENIZER, "train__batch_size": 15}))
     for stage in ("prior", "tokenizer"):
         found[f"evaluated {stage}"] = gathered(evaluated(stage, folder / f"evaluated {stage}", folder / "tokens"))
-    for rows in (1, 2):
+    for rows in (1, 2, 37):
         encode.run(encoding(folder / "tokenizer" / "tokenizer", folder / f"encoded{rows}", rows))
     leave({**found, **codebooks(folder)}, folder)
 
@@ -444,13 +445,24 @@ def test_two_train_a_prior_by_command(pair, tmp_path):
     assert exact(tmp_path / "both") == exact(folder / "prior")
 
 
-def test_two_encode_what_one_does(launched, tmp_path):
+def assert_same_dataset(both: Path, tokenizer: Path, alone: Path) -> None:
+    """37 rows, each with two variants, to the bit."""
+    encode.run(encoding(tokenizer, alone, 37))
+    for name in ("train.safetensors", "test.safetensors", "meta.json", "manifest.json"):
+        assert (both / name).read_bytes() == (alone / name).read_bytes()
+    assert load_file(both / "train.safetensors")["tokens"].shape == (111, 7, 7)
+
+
+def test_two_encode_what_one_does(pair, tmp_path):
+    folder, _ = pair
+    assert_same_dataset(folder / "encoded37", folder / "tokenizer" / "tokenizer", tmp_path / "alone")
+
+
+@pytest.mark.slow
+def test_two_encode_by_command(launched, tmp_path):
     argv = encode_arguments(launched / "tokenizer", tmp_path / "both", 37)
     output_of(start(two_processes("encode", argv)))
-    encode.run(encoding(launched / "tokenizer", tmp_path / "alone", 37))
-    for name in ("train.safetensors", "test.safetensors", "meta.json", "manifest.json"):
-        assert (tmp_path / "both" / name).read_bytes() == (tmp_path / "alone" / name).read_bytes()
-    assert load_file(tmp_path / "both" / "train.safetensors")["tokens"].shape == (111, 7, 7)
+    assert_same_dataset(tmp_path / "both", launched / "tokenizer", tmp_path / "alone")
 
 
 @pytest.mark.slow
@@ -478,9 +490,27 @@ def test_accumulation_that_accelerate_was_asked_for_is_refused(steps, monkeypatc
         build_accelerator()
 
 
+STARTS_ONE = "--cpu --num_processes 2 --num_machines 1 --mixed_precision no --dynamo_backend no"
+
+
+def test_a_launcher_that_starts_one_is_found_out(tmp_path, monkeypatch):
+    """By what accelerate's own launcher tells the only process that it would start."""
+    from accelerate.commands import launch
+
+    command = [*STARTS_ONE.split(), "-m", "pipelines.train_tokenizer"]
+    with patch.object(launch.subprocess, "Popen", return_value=Mock(returncode=0)) as started:
+        launch.launch_command(launch.launch_command_parser().parse_args(command))
+    assert started.call_count == 1
+    for name, value in started.call_args.kwargs["env"].items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(UserError, match="only one was started") as refused:
+        train_tokenizer(tmp_path / "run")
+    assert TWO_PROCESSES in str(refused.value) and not (tmp_path / "run").exists()
+
+
+@pytest.mark.slow
 def test_the_command_that_starts_one_is_found_out(tmp_path):
-    options = "--cpu --num_processes 2 --num_machines 1 --mixed_precision no --dynamo_backend no"
-    command = ["accelerate", "launch", *options.split(), "-m", "pipelines.train_tokenizer"]
+    command = ["accelerate", "launch", *STARTS_ONE.split(), "-m", "pipelines.train_tokenizer"]
     printed = output_of(start([*command, *tokenizer_arguments(tmp_path / "run")]), code=None)
     (line,) = [line for line in printed.splitlines() if line.startswith("error:")]
     assert "only one was started" in line and TWO_PROCESSES in line
