@@ -13,12 +13,7 @@ import shutil
 import tempfile
 from pathlib import Path
 
-import torch
 from support.options import read_options
-
-from pipelines import ImagePipeline
-from pipelines.commands import calibrate
-from pipelines.evaluate import main as evaluate
 
 ROOT = Path(__file__).parents[1]
 MOST_BYTES = 3_000_000
@@ -27,6 +22,9 @@ MOST_BYTES = 3_000_000
 def main() -> None:
     out = ROOT / "pipelines" / "shipped" / "digits"
     chosen = read_options(__doc__, {"pipeline": "runs/gpt_digits/pipeline", "out": str(out)})
+    from pipelines.commands import calibrate
+    from pipelines.evaluate import main as evaluate
+
     with tempfile.TemporaryDirectory() as temporary:
         made = Path(temporary) / "pipeline"
         narrow(chosen.pipeline, made)
@@ -43,6 +41,10 @@ def main() -> None:
 
 def narrow(source: str | Path, out: Path) -> None:
     """Save a pipeline with weights of bfloat16; a second time changes nothing of what it computes."""
+    import torch
+
+    from pipelines import ImagePipeline
+
     ImagePipeline.from_pretrained(source).to(torch.bfloat16).save_pretrained(out)
 
 

@@ -97,7 +97,7 @@ PLANTED = """
     found = {}
     for name, use in bugs.items():
         target = Target(name, lambda folder: {"x": {"a": b"abc"}}, use, (damage_bytes,))
-        fuzzing.HANGS = 2.0 if name == "hangs" else 60.0
+        fuzzing.HANGS = 0.7 if name == "hangs" else 60.0
         rows = Campaign(target, Path(sys.argv[1]) / name, kept=Path(sys.argv[1]) / "kept").run(range(2))
         found[name] = [len(rows), sorted({row["problem"] for row in rows} - {""})]
     print(json.dumps([found, sorted(path.name for path in (Path(sys.argv[1]) / "kept").iterdir())]))

@@ -23,7 +23,7 @@ from tokenizer import Tokenizer
 from tokenizer.files.errors import PipelineLoadError
 
 pytestmark = pytest.mark.skipif(not os.path.exists("/proc/self/clear_refs"), reason="memory is measured as Linux does")
-CASES, MORE_CASES, FEW_CASES = 500, 20_000, 100
+CASES, MORE_CASES, FEW_CASES = 250, 20_000, 100
 
 
 @pytest.fixture(scope="module")

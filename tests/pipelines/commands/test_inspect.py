@@ -363,14 +363,13 @@ def test_run_returns_what_it_found(world, tmp_path):
     assert {"psnr", "codebook_usage", "codebook_perplexity", "unused_codes", "l1", "l2"} <= set(figures)
 
 
-def test_the_module_is_a_verb_and_does_not_hide_pythons_own(world, tmp_path):
+def test_the_module_is_a_verb_and_does_not_hide_pythons_own():
     """`inspect` is also a module of Python, which torch and pydantic rely on."""
     assert verbs()["inspect"].startswith("Look into a tokenizer")
-    argv = [f"tokenizer={world / 'tokenizer'}", f"out={tmp_path / 'page.png'}"]
-    command = [sys.executable, "-m", "pipelines.commands.inspect_", *argv]
+    command = [sys.executable, "-m", "pipelines.commands.inspect_", "--help"]
     result = subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True)
     assert result.returncode == 0, result.stderr[-2000:]
-    assert (tmp_path / "page.png").is_file() and "PSNR" in result.stdout
+    assert result.stdout.startswith("usage: smalti inspect")
     import inspect as python
 
     assert python.signature(main) and python is not inspect

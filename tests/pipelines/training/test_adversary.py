@@ -18,9 +18,11 @@ from launch import (
     train_tokenizer,
     two_processes,
 )
-from one_process import one_process
+from one_process import begin_anew, one_process
 
 from pipelines.config import UserError
+from pipelines.config.command import RunError
+from pipelines.training import loop
 from pipelines.training.adversary import Adversary, CriticConfig
 from tokenizer import Tokenizer
 from tokenizer.critic import PatchCritic
@@ -66,29 +68,25 @@ def test_its_weight_grows(whole):
     assert weights[: RAMP + 1] == pytest.approx([0.5 * share / RAMP for share in (1, 2, 3, 4, 4)])
 
 
-def test_a_continued_run_keeps_critic_and_optimizers(whole, tmp_path):
-    run = tmp_path / "run"
-    output_of(start([*stopping_at(9), *tokenizer_arguments(run, **CRITIC, **STEPS)]), code=None)
+def test_a_continued_run_keeps_critic_and_optimizers(whole, tmp_path, monkeypatch):
+    run, take_step = tmp_path / "run", loop.take_step
+
+    def ends(now, *rest):
+        if now.step == 9:
+            now.writer.wait()  # what is saved is written
+            raise InterruptedError
+        take_step(now, *rest)
+
+    with monkeypatch.context() as patch, pytest.raises(RunError, match="InterruptedError"):
+        patch.setattr(loop, "take_step", ends)
+        train_tokenizer(run, **CRITIC, **STEPS)
+    begin_anew()
     assert 8 in [int(path.name.split("-")[1]) for path in states(run)] and metrics(run)[-1]["step"] < 14
     train_tokenizer(run, **CRITIC, **STEPS)
     assert exact(run) == exact(whole)
     found = tensors(states(run)[-1])
     assert any("optimizer-critic" in name for name in found) and any("critic" in n and "ema" in n for n in found)
     assert_equal_tensors(found, tensors(states(whole)[-1]))
-
-
-def stopping_at(step: int) -> list[str]:
-    """The verb in a process that dies in a step, after what was saved is written."""
-    import sys
-
-    code = (
-        "import os, sys; from pipelines import train_tokenizer; from pipelines.training import loop as training\n"
-        "take = training.take_step\n"
-        f"training.take_step = lambda run, *rest: "
-        f"run.writer.wait() or os._exit(9) if run.step == {step} else take(run, *rest)\n"
-        "train_tokenizer.main(sys.argv[1:])"
-    )
-    return [sys.executable, "-c", code]
 
 
 def test_what_users_get_has_no_critic(whole):

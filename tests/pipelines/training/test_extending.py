@@ -41,7 +41,9 @@ from tokenizer import Tokenizer
 
 EVERY = {"train__log_every": 3, "train__evaluate_every": 4, "train__preview_every": 6, "train__save_every": 5}
 LR = {"train_tokenizer": 2e-3, "train_prior": 4e-3}
-STAGES = list(LR)
+EACH = pytest.mark.parametrize("stage", LR)
+OF_ONE = pytest.mark.parametrize("stage", ["train_tokenizer", pytest.param("train_prior", marks=pytest.mark.slow)])
+"""Both stages have one loop, which knows nothing of either."""
 
 
 pytestmark = pytest.mark.usefixtures("one_process")
@@ -77,7 +79,7 @@ def steps(run: Path, key: str = "loss") -> list[int]:
 # Another end
 
 
-@pytest.mark.parametrize("stage", STAGES)
+@EACH
 def test_a_finished_run_goes_on(tmp_path, train, capsys, stage):
     """What stands in the record stays, the old last step comes once, and the new schedule holds from there."""
     run = train(stage, tmp_path / "run")
@@ -109,7 +111,7 @@ def test_a_finished_run_goes_on(tmp_path, train, capsys, stage):
     assert "already finished: 20 steps" in capsys.readouterr().out and contents(run) == after
 
 
-@pytest.mark.parametrize("stage", STAGES)
+@OF_ONE
 def test_a_run_that_was_told_to_end_goes_on_to_another_end(tmp_path, train, monkeypatch, capsys, stage):
     """Told to end at a step where much was due, which is done once; a nearer end will do, too."""
     for name, total in (("longer", 16), ("shorter", 10)):
@@ -150,22 +152,22 @@ def test_minutes_may_grow(tmp_path, train, capsys):
     assert steps(run) == list(range(1, last["step"] + 4))
 
 
-@pytest.mark.parametrize("total", [12, 9, 3])
-def test_an_end_that_is_not_ahead_is_refused(tmp_path, train, total):
+def test_an_end_that_is_not_ahead_is_refused(tmp_path, train):
     run = train("train_tokenizer", tmp_path / "run", train__steps=14)
     with pytest.raises(UserError, match="lie ahead") as caught:
         train("train_tokenizer", run, train__steps=14, train__minutes=1e-6)
     before = contents(run)
-    with pytest.raises(UserError) as caught:
-        train("train_tokenizer", run, train__steps=total)
-    assert re.sub(r"\d\.\d minutes", "0.0 minutes", str(caught.value)) == (
-        f"train.steps: 14 -> {total}: {run} has done 14 steps in 0.0 minutes; its end may move, but has to lie ahead "
-        "of that; nothing was changed"
-    )
-    assert contents(run) == before
+    for total in (12, 9, 3):
+        with pytest.raises(UserError) as caught:
+            train("train_tokenizer", run, train__steps=total)
+        assert re.sub(r"\d\.\d minutes", "0.0 minutes", str(caught.value)) == (
+            f"train.steps: 14 -> {total}: {run} has done 14 steps in 0.0 minutes; its end may move, but has to lie "
+            "ahead of that; nothing was changed"
+        )
+        assert contents(run) == before
 
 
-@pytest.mark.parametrize("stage", STAGES)
+@OF_ONE
 def test_another_rhythm_changes_no_weight(tmp_path, train, monkeypatch, capsys, stage):
     whole = train(stage, tmp_path / "whole")
     run = tmp_path / "run"
