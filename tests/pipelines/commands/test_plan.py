@@ -146,7 +146,8 @@ def test_parameters_of_the_published_tokenizer():
 
 def test_a_run_that_ends_by_the_clock(capsys):
     """About as many steps as the minutes allow, or those that are given, if they are fewer."""
-    argv = ["--config", "vqvae_digits", "rows=3800", "gpus=1", "train.minutes=5"]
+    small = ["model.blocks=[0]", "model.tail=[16,8]", "train.optimizer=adamw"]
+    argv = ["--config", "vqvae_digits", "rows=3800", "gpus=1", *small, "train.minutes=5"]
     forecast = planned(*argv, "train.steps=null")
     page = capsys.readouterr().out
     assert forecast.steps == round(300 / forecast.whole_step) and forecast.hours * 60 == pytest.approx(5, rel=1e-3)
@@ -154,12 +155,13 @@ def test_a_run_that_ends_by_the_clock(capsys):
     assert re.search(r"the run takes +5\.0 min", page) and "warning: train.steps" not in page
     fewer = planned(*argv, "train.steps=100")
     assert fewer.steps == 100 and "minutes that it has" not in capsys.readouterr().out
-    assert planned(*argv[:4], "train.steps=null", "train.minutes=null").hours is None
+    assert planned(*argv[:-1], "train.steps=null", "train.minutes=null").hours is None
     assert "warning: train.steps: null needs train.minutes" in capsys.readouterr().out
 
 
 def test_a_tokenizer_by_the_name_of_its_preset(capsys):
-    forecast = planned("--config", "gpt_digits", "tokenizer=vqvae_digits", "classes=10", "rows=100", "gpus=1")
+    small = ["model.depth=1", "classes=10", "rows=100", "gpus=1"]
+    forecast = planned("--config", "gpt_digits", "tokenizer=vqvae_digits", *small)
     assert forecast.tokens_per_image == 49 and "7x7 tokens of 128 ids" in capsys.readouterr().out
 
 
