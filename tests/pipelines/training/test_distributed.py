@@ -1,6 +1,6 @@
 """Two processes train as one does: the same losses, the same codebook on both at every step, the same tokens.
 
-What needs no launcher runs in two processes that this file starts of itself (`python test_distributed.py NAME FOLDER`).
+`accelerate launch` starts this file in two processes (`test_distributed.py NAME FOLDER`), which do many things in turn.
 
 Covers: pipelines/processes/launched.py.
 """
@@ -24,11 +24,13 @@ import torch.distributed as dist
 from accelerate import Accelerator
 from launch import (
     GPT,
+    MACHINE,
     VQVAE,
     arguments,
     assert_equal_tensors,
     exact,
     kill_the_second,
+    launched,
     losses,
     make_tokens,
     metrics,
@@ -46,7 +48,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from small import QUANTIZERS, node_of, train_on
 from torch import nn
-from two_processes import digest, gathered, leave_group, run_twice
+from two_processes import digest, gathered, leave_group
 
 from pipelines import ImagePipeline, encode
 from pipelines.config import UserError
@@ -263,11 +265,12 @@ def encode_arguments(tokenizer: Path, out: Path, rows: int) -> list[str]:
 
 
 def in_two_processes(name: str, folder: Path) -> dict[str, Any]:
-    """Run a function of this file twice at once; what it left."""
-    run_twice(__file__, name, folder, seconds=200)
+    """Run a function of this file in two processes, by the documented command; what it left, and what they printed."""
+    command = launched(["--multi_gpu", "--num_processes", "2", *MACHINE], __file__, name, str(folder))
+    printed = output_of(start(command, PYTHONPATH=os.environ["PYTHONPATH"]))
     found = json.loads((folder / "found.json").read_text())
     assert found["world"] == 2
-    return found
+    return {**found, "printed": printed}
 
 
 @pytest.fixture(scope="module")
@@ -409,18 +412,28 @@ def test_fewer_rows_than_shares(pair, tmp_path, rows):
 
 
 @pytest.fixture(scope="module")
-def launched(tmp_path_factory) -> Path:
+def by_command(tmp_path_factory) -> Path:
     """A tokenizer that two processes trained."""
-    run = tmp_path_factory.mktemp("launched") / "run"
+    run = tmp_path_factory.mktemp("by_command") / "run"
     printed = output_of(start(two_processes("train_tokenizer", tokenizer_arguments(run, **TOKENIZER))))
     assert printed.count("2 processes on cpu") == 1, printed
     return run
 
 
-def test_two_train_a_tokenizer_as_one_does(launched, tmp_path):
-    alone = train_tokenizer(tmp_path / "alone", **TOKENIZER)
-    assert_same_figures(launched, alone, ["loss", "l2", "commitment", "gradient_norm"])
-    assert [line["learning_rate"] for line in metrics(launched)] == [line["learning_rate"] for line in metrics(alone)]
+def test_two_train_a_tokenizer_as_one_does(pair, tmp_path):
+    both, alone = pair[0] / "tokenizer", train_tokenizer(tmp_path / "alone", **TOKENIZER)
+    assert_same_figures(both, alone, ["loss", "l2", "commitment", "gradient_norm"])
+    assert [line["learning_rate"] for line in metrics(both)] == [line["learning_rate"] for line in metrics(alone)]
+
+
+def test_one_of_two_says_so(pair):
+    said = [line for line in pair[1]["printed"].splitlines() if f"{pair[0] / 'tokenizer'}: starting" in line]
+    assert len(said) == 1 and "2 processes on cpu" in said[0]
+
+
+@pytest.mark.slow
+def test_two_train_a_tokenizer_by_command(pair, by_command):
+    assert exact(by_command) == exact(pair[0] / "tokenizer")
 
 
 def assert_same_figures(both: Path, alone: Path, names: list[str]) -> None:
@@ -459,14 +472,14 @@ def test_two_encode_what_one_does(pair, tmp_path):
 
 
 @pytest.mark.slow
-def test_two_encode_by_command(launched, tmp_path):
-    argv = encode_arguments(launched / "tokenizer", tmp_path / "both", 37)
+def test_two_encode_by_command(by_command, tmp_path):
+    argv = encode_arguments(by_command / "tokenizer", tmp_path / "both", 37)
     output_of(start(two_processes("encode", argv)))
-    assert_same_dataset(tmp_path / "both", launched / "tokenizer", tmp_path / "alone")
+    assert_same_dataset(tmp_path / "both", by_command / "tokenizer", tmp_path / "alone")
 
 
 @pytest.mark.slow
-def test_a_run_of_two_is_killed_and_goes_on(launched, tmp_path):
+def test_a_run_of_two_is_killed_and_goes_on(by_command, tmp_path):
     """One of them dies; the other ends too, and the same command ends where the uninterrupted run did."""
     argv = tokenizer_arguments(tmp_path / "run", **TOKENIZER)
     process = start(two_processes("train_tokenizer", argv))
@@ -476,8 +489,8 @@ def test_a_run_of_two_is_killed_and_goes_on(launched, tmp_path):
     assert 5 <= metrics(tmp_path / "run")[-1]["step"] < STEPS
     printed = output_of(start(two_processes("train_tokenizer", argv)))
     assert "continuing from step" in printed and "2 processes" in printed
-    assert exact(tmp_path / "run") == exact(launched)
-    assert_equal_tensors(tensors(states(tmp_path / "run")[-1]), tensors(states(launched)[-1]))
+    assert exact(tmp_path / "run") == exact(by_command)
+    assert_equal_tensors(tensors(states(tmp_path / "run")[-1]), tensors(states(by_command)[-1]))
 
 
 @pytest.mark.parametrize("steps", ["2", "auto", ""])
