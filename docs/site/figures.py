@@ -127,7 +127,10 @@ def reach(model: Any, target: int) -> Tensor:
     at = torch.arange(len(grid))
     changed[at, at] = (changed[at, at] + 1) % grid.vocab_size
     both = torch.cat([tokens, changed]).view(-1, *grid.shape)
-    logits = model(both).flatten(1, -2).view(len(both), len(grid), -1)[:, target]
+    more: dict[str, Any] = {}
+    if model.likelihood_passes > 1:  # of a pass for each block, that of the target
+        more = {"known": (model.block_of < model.block_of[target]).expand(len(both), -1)}
+    logits = model(both, **more).flatten(1, -2).view(len(both), len(grid), -1)[:, target]
     return (logits[1:] - logits[:1]).abs().amax(1)
 
 
