@@ -178,8 +178,6 @@ class CountedCodebook(Codebook):
     def dead_codes(self) -> tuple[Tensor, Tensor]:
         """Ids `(k,)` of codes to revive after this step, and for each a vector `(k, dim)` of the step's on all ranks,
         chosen by (seed, step) alone. None while the step has vectors that are not finite. A GPU is waited for."""
-        if not self.candidates:
-            return self.counts.new_zeros(0, dtype=torch.long), self.counts.new_zeros(0, self.dim)
         rows = torch.cat(self.candidates)
         total = len(rows) * world_size()
         dead = (self.counts < self.config.revive_below * self.counts.mean()).nonzero().squeeze(1)[:total]

@@ -88,6 +88,15 @@ def test_entropies_of_far_apart_logits_are_finite():
     assert made.entropy.item() == pytest.approx(math.log(2)) == spread.item() and torch.isfinite(rows.grad).all()
 
 
+def test_a_block_is_of_so_many_logits_and_of_one_row_at_least(monkeypatch):
+    monkeypatch.setattr(choice, "BLOCK_ELEMENTS", 64)
+    sizes = {
+        codes: choice._rows_held(torch.empty(9, 3), torch.empty(codes, 3)) for codes in (1, 7, 32, 33, 64, 65, 5000)
+    }
+    assert sizes == {1: 64, 7: 9, 32: 2, 33: 1, 64: 1, 65: 1, 5000: 1}
+    assert choice._rows_held(torch.empty(9, 3, device="meta"), torch.empty(32, 3)) == 128  # elsewhere than on a CPU
+
+
 # Index backpropagation
 
 

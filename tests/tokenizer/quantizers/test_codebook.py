@@ -1,0 +1,358 @@
+"""What codebooks share: a search in parts, k-means, a start from few vectors or sick ones, revival, and rows of ranks.
+
+Ranks are threads here (`of_ranks`).
+Covers: tokenizer/quantizers/ema.py, tokenizer/quantizers/vq.py, tokenizer/quantizers/simvq.py.
+"""
+
+from __future__ import annotations
+
+import copy
+import itertools
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from ranks import of_ranks
+from small import QUANTIZERS, latents, make_quantizer, train_on
+from torch import Tensor
+
+from tokenizer.quantizers import Quantizer, codebook, gumbel
+from tokenizer.quantizers.codebook import (
+    Codebook,
+    CountedCodebook,
+    average,
+    first_rows,
+    gather_rows,
+    kmeans,
+    nearest,
+    rows_of,
+    seeded,
+)
+
+CODEBOOKS = [name for name in QUANTIZERS if issubclass(Quantizer.find(name), Codebook)]
+COUNTED = [name for name in CODEBOOKS if issubclass(Quantizer.find(name), CountedCodebook)]
+every_codebook = pytest.mark.parametrize("name", CODEBOOKS)
+every_counted = pytest.mark.parametrize("name", COUNTED)
+CPU = torch.device("cpu")
+
+
+def apart(some: Tensor, others: Tensor) -> Tensor:
+    """Their distances, (some, others), to the last digits also where they are small."""
+    return torch.cdist(some, others, compute_mode="donot_use_mm_for_euclid_dist")
+
+
+class OnGPU:
+    """Rows of which it is said that they are on a GPU."""
+
+    device = torch.device("cuda")
+
+    def __init__(self, rows: Tensor) -> None:
+        self.split = rows.split
+
+
+# The search
+
+
+@pytest.mark.parametrize(("held", "parts"), [(100 * 40, 1), (50 * 40, 2), (10 * 40 + 39, 10), (39, 100)])
+def test_so_many_distances_are_held_at_a_time(monkeypatch, held, parts):
+    calls: list[int] = []
+    plain = torch.addmm
+
+    def counted(bias, rows, *more, **options):
+        calls.append(len(rows))
+        return plain(bias, rows, *more, **options)
+
+    rows, codes = torch.randn(100, 6), torch.randn(40, 6)
+    monkeypatch.setattr(codebook, "SEARCH_ELEMENTS", held)
+    monkeypatch.setattr(torch, "addmm", counted)
+    assert torch.equal(nearest(rows, codes), torch.cdist(rows, codes).argmin(1))
+    assert calls == [100 // parts] * parts
+    calls.clear()
+    nearest(OnGPU(rows), codes)  # type: ignore[arg-type]
+    assert len(calls) == -(-parts // 64)
+
+
+@every_codebook
+def test_directions_are_normalized_on_both_sides(name):
+    for normalize in (False, True):
+        quantizer = make_quantizer(name, normalize=normalize).eval()
+        with torch.no_grad():
+            quantizer.codebook.mul_(5)
+        z, table = torch.randn(4, 8, 5, 3), quantizer.table().detach()
+        assert torch.allclose(table.norm(dim=1), torch.ones(32)) == normalize
+        found = quantizer.quantize(z)
+        assert torch.equal(found.z_q.detach(), F.embedding(found.tokens, table).movedim(-1, 1))
+        rows = F.normalize(rows_of(z), dim=1) if normalize else rows_of(z)
+        scores = rows @ table.t() if name == "ibq" else -torch.cdist(rows, table)
+        assert torch.equal(found.tokens.flatten(), scores.argmax(1))
+
+
+@every_codebook
+def test_a_direction_takes_two_dimensions(name):
+    with pytest.raises(ValueError, match=r"normalize: needs a dim of 2 or more \(got 1\)$"):
+        make_quantizer(name, normalize=True, dim=1)
+    assert make_quantizer(name, normalize=True, dim=2).dim == make_quantizer(name, dim=1).dim + 1
+
+
+# k-means
+
+
+def test_each_step_of_kmeans_moves_each_centre_to_the_mean_of_its_rows():
+    rows = torch.randn(60, 3)
+    assert torch.equal(kmeans(rows, 7, 0), rows[:7])
+    for steps in range(4):
+        centres = kmeans(rows, 7, steps)
+        near = torch.cdist(rows, centres).argmin(1)
+        expected = torch.stack([rows[near == code].mean(0) for code in range(7)])
+        torch.testing.assert_close(kmeans(rows, 7, steps + 1), expected)
+
+
+def test_a_cluster_of_one_row_is_that_row_and_an_empty_one_stays():
+    rows = torch.randn(5, 3)
+    torch.testing.assert_close(kmeans(rows, 5, 3), rows)
+    doubled = torch.cat([rows[:1], rows])  # of two centres at one place, the second is nobody's nearest
+    torch.testing.assert_close(kmeans(doubled, 6, 3), doubled)
+
+
+# The start
+
+
+@every_codebook
+def test_so_many_rows_start_a_codebook_chosen_by_its_seed(monkeypatch, name):
+    seen: list[Tensor] = []
+
+    def watched(rows: Tensor, clusters: int, iterations: int) -> Tensor:
+        assert (clusters, iterations) == (2, 3)
+        seen.append(rows)
+        return kmeans(rows, clusters, iterations)
+
+    monkeypatch.setattr(codebook, "kmeans", watched)
+    z = torch.randn(1, 8, 100)
+    for seed in (0, 0, 1):
+        made = make_quantizer(name, codes=2, kmeans_iterations=3, seed=seed).train()
+        made.quantize(z)
+        assert made.step == 0 and made.micro_batches == 1
+    rows = F.normalize(rows_of(z), dim=1) if name == "ibq" else rows_of(z)
+    for sample in seen:  # different ones of the rows
+        assert len(sample) == 64 and (apart(sample, rows).amin(1) < 1e-6).all()
+        assert len(sample.unique(dim=0)) == 64
+    assert torch.equal(seen[0], seen[1]) and not torch.equal(seen[0], seen[2])
+
+
+@pytest.mark.parametrize("count", [1, 5, 16, 31])
+def test_a_codebook_of_few_rows_is_those_rows_slightly_apart(count):
+    rows = torch.randn(count, 8) * 0.1 + 3
+    quantizer = make_quantizer("vq", kmeans_iterations=0)
+    quantizer.start(rows)
+    away = apart(quantizer.codebook.detach(), rows)
+    assert len(away.argmin(1).unique()) == count and len(quantizer.codebook.unique(dim=0)) == 32
+    spread = 0.01 * rows.std() * 8**0.5  # the expected distance
+    assert 0.2 * spread < away.amin(1).min() and away.amin(1).max() < 2.5 * spread
+    assert away.amin(1).mean() == pytest.approx(float(spread), rel=0.1)
+
+
+def test_codes_of_rows_that_are_all_alike_differ_a_little():
+    quantizer = make_quantizer("vq", kmeans_iterations=0)
+    quantizer.start(torch.zeros(4, 8))
+    assert len(quantizer.codebook.unique(dim=0)) == 32
+    assert float(quantizer.codebook.detach().std()) == pytest.approx(1e-5, rel=0.2)
+
+
+@every_codebook
+def test_as_many_rows_as_codes_start_it_as_they_are(name):
+    quantizer = make_quantizer(name).train()
+    z = F.normalize(torch.randn(1, 8, 32), dim=1)
+    tokens = train_on(quantizer, z).tokens
+    assert len(tokens.unique()) == 32
+    if name != "vq":  # whose codes do not move
+        torch.testing.assert_close(quantizer.lookup(tokens), z, atol=1e-3, rtol=0)
+
+
+@every_codebook
+def test_a_sick_first_batch_starts_nothing(name):
+    quantizer = make_quantizer(name).train()
+    before = quantizer.codebook.detach().clone()
+    assert float(before.norm(dim=1).mean()) < 8
+    for step in range(2):
+        quantizer.quantize(torch.full((4, 8, 4, 4), float("nan")))
+        assert quantizer.step == 0 and torch.equal(quantizer.codebook, before), step
+        quantizer.finish_step(taken=False)
+    quantizer.quantize(torch.randn(8, 8, 4, 4) + 5)
+    assert not torch.equal(quantizer.codebook, before)
+
+
+@every_codebook
+def test_an_untrained_code_is_about_as_long_as_the_vectors_of_its_kind(name):
+    """A code per channel of 1 (`ema`), of length 1 (`ibq`, `simvq`), or hardly any, as its paper has it (`vq`)."""
+    codes = make_quantizer(name, codes=512, dim=64).codebook.detach()
+    expected = {"ema": 8.0, "vq": 8 / 512 / 3**0.5}.get(name, 1.0)
+    assert float(codes.square().sum(1).mean().sqrt()) == pytest.approx(expected, rel=0.05)
+    assert codes.mean().abs() < 0.1 * codes.std()
+
+
+# Use, and revival
+
+
+@every_counted
+def test_all_codes_count_as_used_equally_often_at_the_start(name):
+    quantizer = make_quantizer(name).train()
+    quantizer.quantize(torch.randn(8, 8, 4, 4))
+    assert torch.equal(quantizer.counts, torch.full((32,), 4.0))
+
+
+@every_counted
+def test_every_so_many_steps_codes_are_revived(name):
+    quantizer = make_quantizer(name, revive_every=3)
+    assert [quantizer.revives(step) for step in range(7)] == [False, False, True, False, False, True, False]
+    assert [quantizer.matters(step) for step in range(7)] == [True, False, True, False, False, True, False]
+    quantizer.train()
+    for step in range(7):
+        for parts in (1, 2):
+            quantizer.quantize(torch.randn(8, 8, 4, 4))
+            assert len(quantizer.candidates) == parts * quantizer.revives(step)
+        assert float(quantizer.used.sum()) == 256
+        quantizer.finish_step()
+        assert quantizer.used is None and quantizer.candidates == [] and quantizer.micro_batches == 0
+
+
+@every_counted
+def test_dead_codes_become_vectors_of_the_step_of_mean_use(name):
+    quantizer = make_quantizer(name, decay=0.0, revive_every=1, revive_below=0.5).train()
+    train_on(quantizer, torch.randn(16, 8, 4, 4))
+    z = torch.randn(16, 8, 4, 4)
+    tokens = quantizer.quantize(z).tokens
+    use = torch.bincount(tokens.flatten(), minlength=32).float()
+    quantizer.finish_step()
+    dead = use < 0.5 * use.mean()
+    assert 3 < dead.sum() < 29 and torch.equal(quantizer.counts[~dead], use[~dead])
+    revived = quantizer.codebook.detach()[dead]
+    assert (apart(revived, rows_of(z)).amin(1) < 1e-6).all() and len(revived.unique(dim=0)) == len(revived)
+    counts = quantizer.counts[dead]
+    assert counts.min() == counts.max() == use.mean()
+    if name == "ema":
+        torch.testing.assert_close(quantizer.sums[dead], revived * use.mean())
+
+
+@every_counted
+def test_dead_codes_are_no_more_than_the_rows_and_no_row_is_sick(name):
+    quantizer = make_quantizer(name, revive_every=1)
+    quantizer.counts.copy_(torch.tensor([10.0] * 10 + [0.0] * 22))
+    rows = torch.randn(9, 8)
+    rows[3, 2], rows[5, 7] = torch.nan, torch.inf
+    quantizer.candidates = [rows[:3], rows[3:6], rows[6:]]
+    dead, vectors = quantizer.dead_codes()
+    assert len(dead) == 7 and dead.unique().tolist() == dead.tolist() and min(dead) >= 10 and max(dead) < 19
+    expected = rows[torch.isfinite(rows).all(1)]
+    assert torch.equal(vectors.unique(dim=0), expected.unique(dim=0))
+    quantizer.step += 1
+    assert not torch.equal(quantizer.dead_codes()[1], vectors)  # others the next time
+    quantizer.counts.fill_(1)
+    dead, vectors = quantizer.dead_codes()
+    assert dead.shape == (0,) and vectors.shape == (0, 8)
+
+
+def test_ema_counts_a_code_that_is_used_little_as_the_paper_smooths_it():
+    """Laplace: 1e-5 more for each code, and the sum is what it was."""
+    quantizer = make_quantizer("ema", decay=0.5, revive_below=0.0, revive_every=100).train()
+    train_on(quantizer, torch.randn(8, 8, 4, 4))
+    quantizer.counts.copy_(torch.linspace(0, 1e-4, 32))
+    quantizer.sums.normal_()
+    train_on(quantizer, torch.full((1, 8, 1, 1), 1e-4))
+    counts, sums = quantizer.counts.double(), quantizer.sums.double()
+    smoothed = counts + 1e-5
+    smoothed *= counts.sum() / smoothed.sum()
+    torch.testing.assert_close(quantizer.codebook.double(), sums / smoothed[:, None], rtol=1e-5, atol=0)
+
+
+# Ranks
+
+
+def test_seeded_numbers_differ_and_are_a_function_of_seed_and_step():
+    every = [
+        seeded(40, 9, seed, step, CPU).tolist() for seed, step in itertools.product((0, 3, (1 << 70) + 7), range(3))
+    ]
+    assert all(len(set(some)) == 9 and 0 <= min(some) and max(some) < 40 for some in every)
+    assert len({tuple(some) for some in every}) == 9
+    assert seeded(40, 40, 3, 1, CPU).tolist()[:9] == every[4] and sorted(seeded(5, 5, 0, 0, CPU).tolist()) == [
+        *range(5)
+    ]
+
+
+@pytest.mark.parametrize("micro_batches", [1, 2, 3])
+@pytest.mark.parametrize("world", [1, 2, 3])
+def test_rows_of_all_ranks_lie_end_to_end_one_micro_batch_after_the_other(world, micro_batches):
+    rows = torch.randn(micro_batches, world, 4, 5)
+    indices = torch.randperm(rows[..., 0].numel())[:10]
+    told = {} if micro_batches == 1 else {"micro_batches": micro_batches}
+    mine = [rows[:, rank].flatten(0, 1) for rank in range(world)]
+    everyone = of_ranks(world, lambda rank: gather_rows(mine[rank], indices, **told))
+    assert all(torch.equal(found, rows.flatten(0, 2)[indices]) for found in everyone)
+
+
+def test_first_rows_are_the_same_for_any_number_of_ranks():
+    rows = torch.randn(12, 5)
+    for most, count in ((7, 7), (12, 12), (40, 12)):
+        alone = first_rows(rows, most, 3)
+        assert alone.shape == (count, 5) and len(alone.unique(dim=0)) == count
+        found = of_ranks(2, lambda rank, most=most: first_rows(rows[6 * rank : 6 * rank + 6], most, 3))
+        assert torch.equal(found[0], alone) and torch.equal(found[1], alone)
+
+
+def test_an_average_is_over_ranks():
+    values = torch.randn(3, 4)
+    found = of_ranks(3, lambda rank: average(values[rank].clone()))
+    assert all(torch.allclose(each, values.mean(0)) and torch.equal(each, found[0]) for each in found)
+    assert torch.equal(average(values), values)
+
+
+BUSY = {"decay": 0.5, "revive_every": 3, "revive_below": 0.5}  # codes die and rise all the time
+
+
+def busy(name: str) -> Quantizer:
+    """A new one in training whose codebook will change much if it moves by itself."""
+    inside = {"book": {"kind": "ema", "codes": 32, "dim": 8, **BUSY}}
+    return make_quantizer(
+        name, **(BUSY if name in COUNTED else inside if name in ("multiscale", "rvq") else {})
+    ).train()
+
+
+@pytest.mark.parametrize("name", [name for name in QUANTIZERS if name != "gumbel"])  # whose noise is drawn for each
+def test_ranks_start_and_move_as_one_with_all_the_vectors_does(name):
+    """Ranks hold the same to the bit; from one process they differ by how sums are rounded."""
+    one = busy(name)
+    several = [copy.deepcopy(one) for _ in range(2)]
+    for step in range(7):
+        z = latents(one, 8, 4, 4) * (1 + step)
+        tokens = train_on(one, z).tokens
+        count = 1 if step == 0 else 2  # a codebook starts from the first micro-batch
+        parts = z.unflatten(0, (count, 2, -1))
+
+        def train(rank: int, count: int = count, parts: Tensor = parts) -> list[Tensor]:
+            found = [several[rank].quantize(parts[index, rank]).tokens for index in range(count)]
+            several[rank].finish_step()
+            return found
+
+        found = of_ranks(2, train)
+        assert torch.equal(torch.stack([torch.stack(mine) for mine in found], 1).flatten(0, 2), tokens), step
+        for key, value in one.state_dict().items():
+            mine, other = (rank.state_dict()[key] for rank in several)
+            assert torch.equal(mine, other), key
+            torch.testing.assert_close(mine, value, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", [*CODEBOOKS, "gumbel", "rvq", "multiscale"])
+def test_ranks_that_round_otherwise_start_from_the_first_ones_codes(monkeypatch, name):
+    def rounded(rows: Tensor, clusters: int, iterations: int) -> Tensor:
+        return kmeans(rows, clusters, iterations) + 1e-3 * dist.get_rank()
+
+    monkeypatch.setattr(codebook, "kmeans", rounded)
+    monkeypatch.setattr(gumbel, "kmeans", rounded)
+    quantizers = [make_quantizer(name).train() for _ in range(2)]
+    for quantizer in quantizers[1:]:
+        quantizer.load_state_dict(quantizers[0].state_dict())
+    z = latents(quantizers[0], 16, 4, 4)
+    of_ranks(2, lambda rank: quantizers[rank].quantize(z[8 * rank :][:8]))
+    one, two = (quantizer.state_dict() for quantizer in quantizers)
+    for key in one:
+        assert torch.equal(one[key], two[key]), key
