@@ -303,5 +303,36 @@ def test_vectors_of_another_size_are_named():
         multiscale().eval().quantize(torch.randn(2, 8, 4, 5))
 
 
+@pytest.mark.parametrize("count", [0, 4, -1])
+def test_as_many_scales_are_looked_up_as_there_are(count):
+    quantizer = multiscale().eval()
+    with pytest.raises(ValueError, match=rf"^count should be 1 to 3, the number of scales \(got {count}\)$"):
+        quantizer.lookup_scales(torch.zeros(2, 21, dtype=torch.long), count)
+
+
+@every_book
+@pytest.mark.parametrize("phi", [0, 2])
+def test_losses_are_those_that_have_a_weight(book, phi):
+    quantizer = multiscale(book, {"beta": 0.5} if book != "fsq" else {}, phi=phi)
+    weights, losses = quantizer.loss_weights, quantizer.quantize(batch(dim=quantizer.dim)).losses
+    assert set(losses) == set(weights) and ("codebook" in losses) == (phi > 0 or book in ("vq", "simvq"))
+    assert weights["commitment"] == (0.25 if book == "fsq" else 0.5) and weights.get("codebook", 1.0) == 1.0
+    own = quantizer.book.loss_weights
+    assert all(own[name] == weights[name] for name in weights if name not in ("commitment", "codebook"))
+
+
+def test_where_scales_are_cut_and_convolutions_shared_is_thought_of_on_the_host():
+    """Also while tensors are made on another device unless they are told: one of a model that is built there."""
+    quantizer = multiscale(truncate=1.0, phi=2)
+    sums = [torch.full((64, 8, 4, 4), float(scale)) for scale in range(3)]
+    with torch.device("meta"):
+        shared = [quantizer._phi_of(scale) for scale in range(3)]
+        torch.manual_seed(3)
+        shown = quantizer._shown(sums)
+    assert shared == [0, 0, 1] or shared == [0, 1, 1]
+    torch.manual_seed(3)
+    assert torch.equal(shown, quantizer._shown(sums)) and set(shown.unique().tolist()) == {0.0, 1.0}
+
+
 if __name__ == "__main__":
     work(Path(sys.argv[1]))

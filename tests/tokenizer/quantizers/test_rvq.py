@@ -228,6 +228,14 @@ def test_levels_revive_at_places_of_their_own():
     assert quantizer.config.book.seed == 0
 
 
+@pytest.mark.parametrize("rows", [1, 2])
+def test_tokens_of_fewer_levels_are_no_vectors(rows):
+    quantizer = residual().eval()
+    assert quantizer.lookup(torch.zeros(2, 3, 4, dtype=torch.long)).shape == (2, 8, 1, 4)
+    with pytest.raises(ValueError):
+        quantizer.lookup(torch.zeros(2, rows, 4, dtype=torch.long))
+
+
 def test_a_tokenizer_of_several_levels():
     node = {"kind": "rvq", "depth": 3, "book": {"kind": "simvq", "codes": 32, "dim": 8}}
     tokenizer: Any = make_tokenizer("vqvae", (12, 8), 3, quantizer=node).train()

@@ -55,3 +55,21 @@ def test_what_was_not_taken_stays_whatever_it_would_have_become():
     for no, yes in ((False, True), (torch.tensor(False), torch.tensor(True))):
         assert torch.equal(moved_if(no, sick, before), before)
         assert torch.equal(moved_if(yes, before + 1, before), before + 1)
+
+
+def test_only_where_it_matters_somebody_waits_to_hear_of_a_step():
+    counter = Every(5)
+    for step, waits in ((0, True), (1, False), (3, False), (4, True), (5, False)):
+        counter.step = step
+        for well in (torch.tensor(True), torch.tensor(False)):
+            found = counter.find_taken(well)
+            assert found is (bool(well) if waits else well), step
+
+
+def test_steps_are_counted_past_what_float32_counts():
+    counter = Every(10)
+    counter.started.fill_(1 << 24)
+    counter.count_step(torch.tensor(True))
+    counter.count_step(False)
+    counter.count_step(True)
+    assert counter.started.dtype == torch.int64 and int(counter.started) == (1 << 24) + 2 and counter.step == 2
