@@ -202,6 +202,18 @@ def test_all_codes_count_as_used_equally_often_at_the_start(name):
 
 
 @every_counted
+@pytest.mark.parametrize("told", [bool, torch.tensor], ids=["on the host", "on the device"])
+def test_use_is_a_running_mean(name, told):
+    quantizer = make_quantizer(name, decay=0.75, revive_every=100).train()
+    for step in range(4):
+        before = quantizer.counts.clone() if step else torch.full((32,), 4.0)
+        tokens = quantizer.quantize(torch.randn(8, 8, 4, 4)).tokens
+        use = torch.bincount(tokens.flatten(), minlength=32)
+        quantizer.finish_step(told(step != 2))
+        torch.testing.assert_close(quantizer.counts, before if step == 2 else 0.75 * before + 0.25 * use)
+
+
+@every_counted
 def test_every_so_many_steps_codes_are_revived(name):
     quantizer = make_quantizer(name, revive_every=3)
     assert [quantizer.revives(step) for step in range(7)] == [False, False, True, False, False, True, False]
