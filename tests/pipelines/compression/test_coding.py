@@ -5,6 +5,7 @@ Covers: pipelines/compression/codec.py, pipelines/compression/coder.py.
 
 import io
 import os
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -25,6 +26,7 @@ from pipelines.compression.coder import Coder
 from pipelines.compression.header import RAW, ModelMismatch, StreamError, StreamLimit
 from pipelines.compression.header import Limits as StreamLimits
 from pipelines.compression.streams import parse, write_stream
+from tokenizer import TokenGrid
 from tokenizer.base import LikelihoodError
 
 pytest.importorskip("constriction")
@@ -478,3 +480,150 @@ def test_a_chunk_is_no_larger_than_writers_make_it(monkeypatch):
     monkeypatch.setattr(compression, "CHUNK_IMAGES", 2)
     with pytest.raises(StreamLimit, match="announces 3 images in a chunk, at most 2 are allowed by this model"):
         pipe.decompress(data)
+
+
+# What is said, in full, and what else no stream shows
+
+
+def words(text):
+    return f"^{re.escape(text)}$"
+
+
+def test_what_is_not_compressed_is_told_in_full():
+    pipe, exact = pipeline_of(), compression.exact_pixels
+    with pytest.raises(
+        LikelihoodError,
+        match=words(
+            "lossless compression needs a decoder with a likelihood, and 'vqvae' as it was made has none; "
+            "lossless=False keeps the tokens alone"
+        ),
+    ):
+        compressed(pipe, images_of(pipe), lossless=True)
+    with pytest.raises(
+        ValueError,
+        match=words("lossless compression takes 8-bit images; these floats are not on the grid of 256 values"),
+    ):
+        compression.check_exact(torch.tensor([-1.0, 0.0]))
+    with pytest.raises(ValueError, match=words("the pipeline's images are 5 x 3 pixels, this is 3 x 5")):
+        exact(Image.new("L", (3, 5)), (1, 3, 5), False)
+    for channels, fits, other in ((1, "L", "RGB"), (3, "RGB", "L"), (3, "RGB", "1")):
+        said = words(f"the pipeline keeps images of mode {fits}, this is {other}")
+        with pytest.raises(ValueError, match=said):
+            exact(Image.new(other, (5, 3)), (channels, 3, 5), True)
+        assert exact(Image.new(other, (5, 3)), (channels, 3, 5), False).shape == (channels, 3, 5)
+    assert exact(Image.new("1", (5, 3), 1), (1, 3, 5), True).eq(255).all()
+
+
+def test_all_8_bit_values_are_exact_and_what_lies_between_is_not():
+    values = torch.arange(256).float() / 127.5 - 1
+    compression.check_exact(values)
+    compression.check_exact(values.double() + 1e-6)
+    for away in (2e-5, -2e-5, 1 / 255):
+        for at in (0, 100, 255):
+            shifted = values.clone()
+            shifted[at] += away
+            with pytest.raises(ValueError):
+                compression.check_exact(shifted)
+
+
+def test_a_grid_of_three_axes_is_refused(monkeypatch):
+    pipe = pipeline_of()
+    monkeypatch.setattr(pipe.prior, "grid", TokenGrid((2, 2, 1), pipe.prior.grid.vocab_size))
+    with pytest.raises(ValueError, match=words("compression takes grids of one or two axes, not 3")):
+        compression.write_images(pipe, io.BytesIO(), [], 0)
+    assert compression.axes_of((5,)) == (5, 1) and compression.axes_of((5, 3)) == (5, 3)
+
+
+def test_a_chunk_is_of_so_many_logits(monkeypatch):
+    pipe = pipeline_of()  # of 4 tokens among 32
+    each = len(pipe.prior.grid) * pipe.prior.grid.vocab_size
+    sizes = []
+    for numbers in (1, each - 1, each, 3 * each - 1, 3 * each, 256 * each, 1 << 26):
+        monkeypatch.setattr(compression, "CHUNK_NUMBERS", numbers)
+        sizes.append(compression.chunk_images(pipe))
+    assert sizes == [1, 1, 1, 2, 3, 256, 256]
+
+
+def test_a_progress_bar_is_of_chunks_where_there_are_several(monkeypatch):
+    seen = []
+    monkeypatch.setattr(
+        compression, "progress_over", lambda things, shown, **more: seen.append((shown, more)) or things
+    )
+    pipe = pipeline_of()
+    monkeypatch.setattr(compression, "CHUNK_IMAGES", 2)
+    for count, progress in ((2, True), (3, True), (3, False)):
+        data = compression.compress(pipe, pipe.to_images(images_of(pipe, count)), progress=progress)
+        compression.decompress(pipe, data, progress=progress)
+    shown = [False, False, True, True, False, False]
+    assert seen == [(each, {"unit": "chunk"}) for each in shown]
+    seen.clear()
+    compression.decompress(pipe, compression.compress(pipe, pipe.to_images(images_of(pipe, 3))))
+    assert [each for each, _ in seen] == [True, True]
+
+
+def test_what_compress_writes_is_checked_has_its_names_and_is_lossy_unless_it_is_told(monkeypatch):
+    checked, decodes = [], Coder.decodes
+    monkeypatch.setattr(Coder, "decodes", lambda *given: checked.append(1) or decodes(*given))
+    pipe = pipeline_of("pixels given tokens")
+    images = pipe.to_images(images_of(pipe, 2))
+    stream = parse(compression.compress(pipe, images))
+    assert checked == [1] and stream.names is None and not stream.header.lossless
+    stream = parse(compression.compress(pipe, images, lossless=True, names=["a", "b"], checked=False))
+    assert checked == [1] and stream.names == ["a", "b"] and stream.header.lossless
+    file = io.BytesIO()
+    size = compression.write_images(pipe, file, iter([images]), 2)
+    assert checked == [1, 1] and size == len(file.getvalue()) and not parse(file.getvalue()).header.lossless
+    compression.write_images(pipe, file, iter([images]), 2, checked=False)
+    assert checked == [1, 1]
+
+
+def test_the_coder_is_named_where_it_is_missing_or_another(monkeypatch):
+    monkeypatch.setattr(codec, "CODER_ANSWER", "0" * 16)
+    said = "the installed constriction makes other bytes than the version this format was made with"
+    with pytest.raises(CodecError, match=words(said)):
+        codec.constriction()
+    monkeypatch.setitem(sys.modules, "constriction", None)
+    said = 'compression needs the package constriction: pip install "smalti[compress]"'
+    with pytest.raises(CodecError, match=words(said)):
+        codec.constriction()
+
+
+def test_symbols_come_back_and_what_is_left_over_or_cut_off_is_told():
+    library, generator = codec.constriction(), np.random.default_rng(0)
+    weights = exponentials().numpy()[generator.integers(0, 300, (500, 9))].astype(np.float64)
+    symbols = generator.integers(0, 9, 500)
+    encoder = codec.Encoder(library)
+    encoder.add(symbols[:200], weights[:200])
+    encoder.add(symbols[200:], weights[200:])
+    data = encoder.bytes()
+    decoder = codec.Decoder(library, data)
+    with pytest.raises(
+        ModelMismatch, match=words("coded bytes are left over: this machine computes other probabilities")
+    ):
+        decoder.finish()
+    found = np.concatenate([decoder.take(weights[:300]), decoder.take(weights[300:])])
+    decoder.finish()
+    assert found.dtype == np.int64 and np.array_equal(found, symbols)
+    with pytest.raises(StreamError, match=words("5 bytes of coded symbols are no whole number of words")):
+        codec.Decoder(library, bytes(5))
+    with pytest.raises(ModelMismatch, match=r"^coded bytes make no sense under this machine's probabilities \(.+\)$"):
+        codec.Decoder(library, b"\xff" * 400).take(weights)
+
+
+def test_positions_of_doubts_are_counted_through_all_rows():
+    doubts = [torch.tensor([False, True, False]), torch.tensor([True, False]), torch.tensor([True])]
+    assert codec.positions(doubts) == (1, 3, 5) and codec.positions([]) == ()
+
+
+def test_a_model_is_known_by_its_parts_and_an_answer_by_its_prior():
+    pipe, other = pipeline_of(), pipeline_of(prior="made")
+    one, two = Models(pipe, residual=False), Models(other, residual=False)
+    assert len(one.model_id) == 16 and len(one.answer()) == 8 and one.device == torch.device("cpu")
+    assert one.model_id == Models(pipe, residual=False).model_id != two.model_id
+    assert one.answer() == Models(pipe, residual=False).answer() != two.answer()
+    assert one.pass_seconds < 60 and not one.residual and one.tokenizer is pipe.tokenizer
+    assert {p.dtype for p in one.prior.parameters()} == {torch.float64} and not one.prior.training
+    given = pipeline_of("pixels given tokens")
+    alone, both = (Models(given, residual=residual) for residual in (False, True))
+    assert alone.model_id == both.model_id and alone.answer() != both.answer()
+    assert {p.dtype for p in both.tokenizer.parameters()} == {torch.float64} and given.tokenizer.dtype == torch.float32

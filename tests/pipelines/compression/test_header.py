@@ -1,5 +1,6 @@
 """The header: what it may say, bombs that cost nothing, and the model that is expected."""
 
+import re
 import time
 import tracemalloc
 
@@ -11,6 +12,7 @@ from pipelines.compression.header import (
     RAW,
     DamagedStream,
     ForeignStream,
+    Header,
     Limits,
     ModelMismatch,
     StreamError,
@@ -145,3 +147,133 @@ def test_the_model_is_the_one_expected():
             expect(header, **{**right, name: value})
     with pytest.raises(ModelMismatch, match="grid is .3, 4. in the stream, .4, 3. here; .*vocab_size.*model_id"):
         expect(header, **wrong)
+
+
+# what it says
+
+
+def words(text):
+    """A pattern of this text and nothing else."""
+    return f"^{re.escape(text)}$"
+
+
+RANGES = {
+    "vocab_size": ("vocab_size", 1, 1 << 20),
+    "num_images": ("num_images", 0, (1 << 32) - 1),
+    "chunk_images": ("chunk_images", 1, (1 << 16) - 1),
+    "grid": ("a side of grid", 1, (1 << 16) - 1),
+    "image": ("a size of image", 1, (1 << 16) - 1),
+}
+
+
+@pytest.mark.parametrize("field", RANGES)
+def test_a_range_is_to_its_ends_and_told_in_full(field):
+    name, low, high = RANGES[field]
+
+    def headers(value):
+        if field not in ("grid", "image"):
+            return [{field: value}]
+        sides = (2, 3) if field == "grid" else (1, 2, 3)
+        return [{field: (*sides[:at], value, *sides[at + 1 :])} for at in range(len(sides))]
+
+    for value in (low, high):
+        assert all(Header.unpack(make_header(**fields).pack()) == make_header(**fields) for fields in headers(value))
+    for value in (low - 1, high + 1):
+        said = words(f"header: {name} is {value}, allowed are {low} to {high}")
+        for fields in headers(value):
+            with pytest.raises(DamagedStream, match=said):
+                make_header(**fields)
+
+
+@pytest.mark.parametrize(
+    ("fields", "error", "said"),
+    [
+        ({"profile": 3}, ForeignStream, "header: profile 3 is unknown; this version reads 0 and 1"),
+        ({"coder": 2}, ForeignStream, "header: coder 2 is unknown; this version reads 0, 1"),
+        ({"coder": 0}, DamagedStream, "header: profile 1 does not go with coder 0"),
+        ({"profile": 0}, DamagedStream, "header: profile 0 does not go with coder 1"),
+        *(
+            (wrong, DamagedStream, "header: model_id takes 16 bytes, answer 8, grid two sizes and image three")
+            for wrong in ({"model_id": bytes(15)}, {"answer": bytes(9)}, {"grid": (1,)}, {"image": (1, 2)})
+        ),
+    ],
+)
+def test_what_is_wrong_with_a_header_is_told_in_full(fields, error, said):
+    with pytest.raises(error, match=words(said)):
+        make_header(**fields)
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "said"),
+    [
+        ((0, b"\x89PNG"), ForeignStream, "not a stream of ours: begins with b'\\x89PNG', expected b'VQC1'"),
+        (
+            (4, b"\1"),
+            ForeignStream,
+            "header: version 1, which only smalti 0.1 reads; this smalti reads version 2: decompress it with smalti "
+            "0.1 and compress the images again",
+        ),
+        ((4, b"\3"), ForeignStream, "header: version 3 is unknown; this version of smalti reads 2"),
+        ((7, b"\6"), ForeignStream, "header: flags 0x6 are unknown; this version reads 0x3"),
+        ((9, b"?"), DamagedStream, "header: damaged (its checksum differs)"),
+    ],
+)
+def test_what_cannot_be_read_is_told_in_full(change, error, said):
+    at, value = change
+    data = bytearray(make_stream())
+    data[at : at + len(value)] = value
+    with pytest.raises(error, match=words(said)):
+        parse(bytes(data) if "damaged" in said else reseal(bytes(data), 0, HEADER_BYTES))
+
+
+def test_how_far_a_header_goes_is_told_in_full():
+    data = make_stream()
+    for size in (0, 1, 4, HEADER_BYTES - 1):
+        said = f"header: the stream ends after {size} bytes, a header takes 56"
+        with pytest.raises(TruncatedStream, match=words(said)):
+            parse(data[:size])
+
+
+def test_what_is_too_much_is_told_in_full():
+    header = make_header(num_images=5, chunk_images=3)
+    for fields, said in (
+        ({"max_images": 4}, "5 images, at most 4"),
+        ({"max_tokens": 59}, "60 tokens, at most 59"),
+        ({"max_pixels": 239}, "240 pixels, at most 239"),
+        ({"max_chunk": 179}, "180 tokens and pixels in a chunk, at most 179"),
+    ):
+        with pytest.raises(StreamLimit, match=words(f"header: announces {said} are allowed")):
+            Limits(**fields).check(header)
+    Limits(max_images=5, max_tokens=60, max_pixels=240, max_chunk=180).check(header)
+
+
+def test_another_model_is_told_in_full():
+    header = make_header()
+    right = {"model_id": MODEL, "vocab_size": 300, "grid": [3, 4], "image": [1, 6, 8], "answer": ANSWER}
+    wrong = {"model_id": bytes(16), "vocab_size": 301, "grid": [4, 3], "image": [3, 6, 8], "answer": bytes(8)}
+    told = {
+        "image": "image (c, h, w) is (1, 6, 8) in the stream, (3, 6, 8) here",
+        "grid": "grid is (3, 4) in the stream, (4, 3) here",
+        "vocab_size": "vocab_size is 300 in the stream, 301 here",
+        "model_id": f"model_id is {MODEL.hex()} in the stream, {'00' * 16} here",
+    }
+    for name, said in told.items():
+        with pytest.raises(ModelMismatch, match=words(f"made by another model: {said}")):
+            expect(header, **{**right, name: wrong[name]})
+    with pytest.raises(ModelMismatch, match=words(f"made by another model: {'; '.join(told.values())}")):
+        expect(header, **wrong)
+    said = (
+        "known-answer check: this machine computes other probabilities than the one that made the stream "
+        f"({'00' * 8} here, {ANSWER.hex()} there)"
+    )
+    with pytest.raises(ModelMismatch, match=words(said)):
+        expect(header, **{**right, "answer": bytes(8)})
+
+
+def test_a_header_counts_what_its_chunks_hold():
+    header = make_header(num_images=8, chunk_images=3, vocab_size=256)
+    assert (header.num_tokens, header.num_pixels, header.token_bits, header.num_chunks) == (12, 48, 8, 3)
+    assert [header.images_in(index) for index in range(3)] == [3, 3, 2]
+    assert header.symbols_in(2) == (24,) and make_header(lossless=True).symbols_in(2) == (24, 96)
+    assert [make_header(vocab_size=size).token_bits for size in (1, 2, 3, 257)] == [0, 1, 2, 9]
+    assert [make_header(num_images=count).num_chunks for count in (0, 1, 3, 4, 6)] == [0, 1, 1, 2, 2]

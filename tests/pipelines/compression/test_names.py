@@ -1,6 +1,7 @@
 """Names of images: bad ones are neither written nor read, good ones come back in order."""
 
 import io
+import re
 from zlib import crc32
 
 import pytest
@@ -8,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from made_streams import make_chunks, make_header, packed, quick
 
-from pipelines.compression.header import StreamError
+from pipelines.compression.header import DamagedStream, StreamError, TruncatedStream
 from pipelines.compression.names import check_names
 from pipelines.compression.streams import parse, write_stream
 
@@ -106,3 +107,43 @@ def test_any_names_are_refused_or_come_back(names):
             parse(forged(names))
         return
     assert parse(data).names == names and data == forged(names)
+
+
+@pytest.mark.parametrize(
+    ("names", "said"),
+    [
+        (["a" * 1025], f"name {'a' * 80!r}: takes 1025 bytes, allowed are 1 to 1024"),
+        ([""], "name '': takes 0 bytes, allowed are 1 to 1024"),
+        (["a\udc80"], "name 'a\\udc80': cannot be written as UTF-8"),
+        (["a\\b"], "name 'a\\\\b': holds a backslash or a control character"),
+        (["/a"], "name '/a': should be relative"),
+        (["z:a"], "name 'z:a': should be relative"),
+        (["Z:a"], "name 'Z:a': should be relative"),
+        (["a/./b"], "name 'a/./b': should not hold an empty part, . or .."),
+        (["b/a", "c", "b/a"], "name 'b/a': appears twice"),
+        (["b/a/d", "b/a", "b/a.c"], "name 'b/a': is a file and a folder"),
+        (["b" * 90 + "/c", "b" * 90], f"name {'b' * 80!r}: is a file and a folder"),
+    ],
+    ids=lambda value: "" if isinstance(value, list) else value[-30:],
+)
+def test_what_is_wrong_with_names_is_told_in_full(names, said):
+    with pytest.raises(StreamError, match=f"^{re.escape(said)}$"):
+        check_names(names)
+
+
+def test_where_names_end_early_is_told_in_full():
+    data, header = forged(["a", "bc"]), make_header(num_images=2, named=True)
+    at = len(data) - 4 - 7
+    assert header.num_chunks == 1
+    for end in (at + 1, at + 2, at + 5, at + 8):
+        said = f"names (at byte {at}): the stream ends early, after {end} bytes"
+        with pytest.raises(TruncatedStream, match=f"^{re.escape(said)}$"):
+            parse(data[:end])
+    damaged = bytearray(data)
+    damaged[at + 2] ^= 1
+    with pytest.raises(DamagedStream, match=rf"^names \(at byte {at}\): damaged \(its checksum differs\)$"):
+        parse(bytes(damaged))
+    with pytest.raises(StreamError, match=r"^names: b'\\xff\\xfe' is not UTF-8$"):
+        parse(forged(["good", b"\xff\xfe"]))
+    with pytest.raises(StreamError, match=rf"^names: {re.escape(repr(b'x' * 79 + b'_'))} is not UTF-8$"):
+        parse(forged([b"x" * 79 + b"_" + b"\xff" * 20]))

@@ -234,3 +234,34 @@ def test_needs_neither_torch_nor_ours():
     )
     result = subprocess.run([sys.executable, "-I", "-c", code], capture_output=True, text=True)
     assert result.stdout.strip() == "3", result.stderr
+
+
+@pytest.mark.parametrize("count", [2, 4])
+def test_how_many_chunks_there_should_be_is_told_in_full(count):
+    header = make_header()
+    chunks = (make_chunks(header) * 2)[:count]
+    said = "2 chunks, the header announces 3" if count == 2 else "more than the 3 chunks that the header announces"
+    with pytest.raises(StreamError, match=f"^{said}$"):
+        write_stream(io.BytesIO(), header, chunks)
+
+
+def test_how_many_names_there_should_be_is_told_in_full():
+    for named, names, said in ((True, None, "8 expected, got 0"), (False, ["a", "b"], "0 expected, got 2")):
+        header, file = make_header(named=named), io.BytesIO()
+        with pytest.raises(StreamError, match=f"^names: {said}$"):
+            write_stream(file, header, make_chunks(header), names)
+        assert not file.getvalue()
+
+
+def test_damage_that_came_after_the_first_look_is_told_in_full():
+    data = bytearray(make_stream())
+    stream, start = parse(data), len(make_header().pack())
+    assert [stream.chunk(index).count for index in (2, 0, 1)] == [2, 3, 3]
+    data[start + 9] ^= 1
+    with pytest.raises(DamagedStream, match=r"^chunk 0: damaged \(its checksum differs\)$"):
+        stream.chunk(0)
+    assert stream.chunk(1).count == 3
+    with pytest.raises(DamagedStream, match=rf"^chunk 0 \(at byte {start}\): damaged \(its checksum differs\)$"):
+        parse(data)
+    with pytest.raises(DamagedStream, match=rf"^2 bytes follow the end, at byte {len(data)}$"):
+        parse(make_stream() + b"ab")
