@@ -13,7 +13,7 @@ import copy
 import hashlib
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from decimal import Decimal, localcontext
 from functools import cache
 from itertools import islice
@@ -67,7 +67,7 @@ def grid_steps(logits: Tensor) -> tuple[Tensor, Tensor]:
     """How many grid steps each of `logits` (..., V) float64 is below the largest, int16, cut where the table ends; and
     bool `(...)`, whether any of those that count is too near a boundary to be sure of."""
     last = len(exponentials()) - 1
-    finite = logits.nan_to_num(nan=0.0, neginf=-1e9, posinf=1e9).clamp(-1e9, 1e9)
+    finite = logits.nan_to_num(nan=0.0).clamp(-1e9, 1e9)
     scaled = finite * STEPS + 0.5  # 0 lies in the middle of a cell
     nearest = scaled.floor().long()
     below = nearest.amax(-1, keepdim=True) - nearest
@@ -130,7 +130,7 @@ class Models:
         flat = tokens.flatten(1)[:, self.order]
         begin, size = time.perf_counter(), len(self.grid)
         whole = len(tokens) * self.pass_seconds if self.prior.exact else math.inf
-        for rank, found in enumerate(walk(self.prior, len(tokens), lambda rank, steps, unsure: flat[:, rank])):
+        for rank, found in enumerate(walk(self.prior, flat)):
             if rank >= size // PROBED and (time.perf_counter() - begin) / max(1, rank) * (size - rank) > whole:
                 yield from islice(self.passed_steps(tokens), rank, None)
                 return
@@ -159,19 +159,15 @@ def doubled(model: Any, device: torch.device) -> Any:
     return copy.deepcopy(model).to(device).double().eval()
 
 
-def walk(prior: Prior, count: int, choose: Callable[[int, Tensor, Tensor], Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
-    """Grid steps and doubts rank by rank, on the incremental path; `choose` returns each rank's tokens `(count,)`."""
-    state = prior.start(count, None)
+def walk(prior: Prior, ranked: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """Grid steps and doubts rank by rank, on the incremental path; `ranked` `(n, N)` are the tokens in the order of the
+    ranks."""
+    state = prior.start(len(ranked), None)
     tokens, rank = None, 0
-    for _ in prior.blocks:
-        chosen = []
-        for steps, unsure in zip(
-            *(each.unbind(1) for each in grid_steps(prior.next_logits(state, tokens))), strict=True
-        ):
-            yield steps, unsure
-            chosen.append(choose(rank, steps, unsure))
-            rank += 1
-        tokens = torch.stack(chosen, 1)
+    for size in prior.blocks:
+        steps, unsure = grid_steps(prior.next_logits(state, tokens))
+        yield from zip(steps.unbind(1), unsure.unbind(1), strict=True)
+        tokens, rank = ranked[:, rank : rank + size], rank + size
 
 
 # The coder

@@ -10,6 +10,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -627,3 +628,37 @@ def test_a_model_is_known_by_its_parts_and_an_answer_by_its_prior():
     alone, both = (Models(given, residual=residual) for residual in (False, True))
     assert alone.model_id == both.model_id and alone.answer() != both.answer()
     assert {p.dtype for p in both.tokenizer.parameters()} == {torch.float64} and given.tokenizer.dtype == torch.float32
+
+
+def test_logits_that_no_float_is_too_large_for_have_grid_steps():
+    """What is no number counts as 0."""
+    last = len(exponentials()) - 1
+    logits = torch.tensor(
+        [
+            [torch.nan, 0.0, -1.0],
+            [1e300, torch.inf, torch.nan],
+            [-torch.inf, -1e300, -torch.inf],
+            [-1e300, 0.0, -torch.inf],
+        ]
+    ).double()
+    steps, unsure = grid_steps(logits)
+    assert steps.dtype == torch.int16 and not unsure.any()
+    assert steps.tolist() == [[0, 0, 16], [0, 0, last], [0, 0, 0], [last, 0, last]]
+
+
+@pytest.mark.parametrize(("device", "used"), [("mps", "cpu"), ("cpu", "cpu"), ("meta", "meta")])
+def test_on_a_device_without_float64_the_processor_is_used(device, used):
+    pipe = pipeline_of()
+    given = SimpleNamespace(device=torch.device(device), prior=pipe.prior, tokenizer=pipe.tokenizer)
+    models = Models(given, residual=True)
+    assert {models.device.type, models.order.device.type} == {used}
+    assert {p.device.type for p in [*models.prior.parameters(), *models.tokenizer.parameters()]} == {used}
+
+
+def test_no_images_are_where_some_would_be(monkeypatch):
+    pipe = pipeline_of()
+    stream, coder = compression.open_stream(pipe, compressed(pipe, torch.zeros(0, 1, 8, 8)))
+    coder.models.device = torch.device("meta")
+    monkeypatch.setattr(compression, "open_stream", lambda *given: (stream, coder))
+    found = compression.decompress(pipe, b"")
+    assert found.shape == (0, 1, 8, 8) and found.is_meta
