@@ -1,7 +1,7 @@
 """Several ranks of one group as threads of this process, for what takes no time to compute.
 
 Tests of `torch.distributed` in processes of their own take seconds; here a rank that is in a collective waits for the
-others' threads. Only what the quantizers call is there. Torch's generators are shared by threads: draw outside.
+others' threads. Only what the product calls is there. Torch's generators are shared by threads: draw outside.
 """
 
 from __future__ import annotations
@@ -23,11 +23,12 @@ class _Group:
 
     def __init__(self, world: int) -> None:
         self.world, self.own = world, threading.local()
-        self.barrier, self.shown = threading.Barrier(world, timeout=SECONDS), [torch.empty(0)] * world
+        self.barrier: threading.Barrier = threading.Barrier(world, timeout=SECONDS)
+        self.shown: list[Any] = [None] * world
 
-    def meet(self, tensor: Tensor) -> list[Tensor]:
+    def meet(self, thing: Any) -> list[Any]:
         """Each rank's, once all are here."""
-        self.shown[self.own.rank] = tensor.detach().clone()
+        self.shown[self.own.rank] = thing
         self.barrier.wait()
         found = list(self.shown)
         self.barrier.wait()
@@ -35,11 +36,14 @@ class _Group:
 
     def all_reduce(self, tensor: Tensor) -> None:
         with torch.no_grad():
-            tensor.copy_(sum(self.meet(tensor)))  # in the same order on every rank
+            tensor.copy_(sum(self.meet(tensor.detach().clone())))  # in the same order on every rank
 
     def broadcast(self, tensor: Tensor, source: int) -> None:
         with torch.no_grad():
-            tensor.copy_(self.meet(tensor)[source])
+            tensor.copy_(self.meet(tensor.detach().clone())[source])
+
+    def all_gather_object(self, found: list[Any], thing: Any) -> None:
+        found[:] = self.meet(thing)
 
 
 def of_ranks(world: int, work: Callable[[int], Any]) -> list[Any]:
@@ -61,6 +65,7 @@ def of_ranks(world: int, work: Callable[[int], Any]) -> list[Any]:
         patch.setattr(dist, "get_rank", lambda: group.own.rank)
         patch.setattr(dist, "all_reduce", group.all_reduce)
         patch.setattr(dist, "broadcast", group.broadcast)
+        patch.setattr(dist, "all_gather_object", group.all_gather_object)
         for thread in threads:
             thread.start()
         for thread in threads:
