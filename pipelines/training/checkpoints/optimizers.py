@@ -50,7 +50,7 @@ def unpack_optimizer(path: Path, tensors: Tensors, document: dict[str, Any], opt
             index, _, name = key.partition(".")
             if name == "step" and not 0 <= float(value) < 2**53:
                 raise ValueError(f"{key} is {float(value)}, expected a count of steps")
-            if index != "group":
+            if index != "group" and "." not in name:  # what lies deeper is in the document's places
                 state.setdefault(int(index), {})[name] = _laid_out_like(value, parameters[int(index)])
         groups = _from_json(document["param_groups"], tensors)
         _fit_settings(groups, optimizer.param_groups)
