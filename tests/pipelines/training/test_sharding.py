@@ -1,7 +1,7 @@
 """Two processes that share the weights out train as two that copy them do, and as one does; and any of them goes on
 where another one stopped.
 
-Covers: pipelines/training/checkpoints/sharded.py.
+What one process can look at is in checkpoints/test_sharded.py.
 """
 
 from __future__ import annotations

@@ -3,11 +3,13 @@
 Covers: pipelines/training/checkpoints/optimizers.py, pipelines/training/checkpoints/rotation.py.
 """
 
+import copy
 import errno
 import json
 import math
 import os
 import pickle
+import re
 import shutil
 import subprocess
 import sys
@@ -585,3 +587,131 @@ def test_what_cannot_be_deleted_now_is_deleted_at_the_next_start(tmp_path, monke
     left = [path.name for path in saved.parent.iterdir() if path != saved]
     assert len(left) == 1 and asked == [True] and rotation.LEFT.fullmatch(left[0])
     assert latest_state(tmp_path) == saved and [path.name for path in saved.parent.iterdir()] == [saved.name]
+
+
+# What is said, in full
+
+
+def resealed(folder: Path, change: Callable[[dict], object]) -> Path:
+    """A state whose state.json says something else, and whose manifest lists it so."""
+    path = folder / "state.json"
+    document = json.loads(path.read_text())
+    change(document)
+    path.write_text(json.dumps(document))
+    (folder / MANIFEST).unlink()
+    write_manifest(folder, step=1)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda d: d.update(format_version=3), "format_version: found 3, this version reads 1 to 2"),
+        (lambda d: d.update(format_version=0), "format_version: found 0, this version reads 1 to 2"),
+        (lambda d: d.update(format_version=True), "format_version: found True, this version reads 1 to 2"),
+        (lambda d: d.update(step=2), "expected counters and step 1, found step 2"),
+        (lambda d: d.update(step=1.0), "expected counters and step 1, found step 1.0"),
+        (lambda d: d.pop("step"), "expected counters and step 1, found step None"),
+        (lambda d: d.update(counters=[]), "expected counters and step 1, found step 1"),
+    ],
+)
+def test_what_is_wrong_with_a_state_is_told_in_full(tmp_path, change, said):
+    folder = resealed(whole_state(tmp_path, 1), change)
+    with pytest.raises(FormatError, match=f"^{re.escape(f'{folder}/state.json: {said}')}$"):
+        load_state(folder, model=nn.Linear(2, 2), ema=None, optimizers={})
+
+
+@pytest.mark.parametrize("version", [None, 1, 2])
+def test_states_of_every_version_so_far_are_read(tmp_path, version):
+    folder = whole_state(tmp_path, 1)
+    resealed(folder, lambda d: d.pop("format_version") if version is None else d.update(format_version=version))
+    assert load_state(folder, model=nn.Linear(2, 2), ema=None, optimizers={}) == (1, {})
+
+
+def test_a_state_under_another_name_is_told_in_full(tmp_path):
+    folder = whole_state(tmp_path, 1)
+    other = folder.rename(folder.with_name("step-00000002"))
+    said = f"{other}: a state of step 1, which has another name; nothing was changed"
+    with pytest.raises(FormatError, match=f"^{re.escape(said)}$"):
+        load_state(other, model=nn.Linear(2, 2), ema=None, optimizers={})
+    other = other.rename(folder.with_name("copy"))  # whose name says nothing
+    assert load_state(other, model=nn.Linear(2, 2), ema=None, optimizers={}) == (1, {})
+
+
+def test_parts_that_are_missing_or_too_many_are_told_in_full(tmp_path):
+    model = nn.Linear(2, 2)
+    optimizers = {"a": torch.optim.SGD(model.parameters(), lr=1.0)}
+    plain, full = whole_state(tmp_path / "a", 1), Run().save(tmp_path / "b", 1)
+
+    def refused(folder: Path, said: str, **what) -> None:
+        with pytest.raises(FormatError, match=f"^{re.escape(f'{folder}: not a state of this run: {said}')}$"):
+            load_state(folder, **{"model": model, "ema": None, "optimizers": {}, **what})
+
+    refused(plain, "missing ['ema.safetensors'], unexpected []", ema=model)
+    missing = "['optimizer-a.json', 'optimizer-a.safetensors']"
+    refused(plain, f"missing {missing}, unexpected []", optimizers=optimizers)
+    extra = "['ema.safetensors', 'optimizer-model.json', 'optimizer-model.safetensors']"
+    refused(full, f"missing [], unexpected {extra}")
+    refused(
+        full,
+        f"missing {missing}, unexpected {extra[:-1].split(', ', 1)[1].join('[]')}",
+        ema=model,
+        optimizers=optimizers,
+    )
+
+
+def test_tensors_that_are_missing_or_too_many_are_told_in_full(tmp_path):
+    folder = whole_state(tmp_path, 1)
+
+    def refused(model: nn.Module, said: str) -> None:
+        with pytest.raises(WeightsError, match=f"^{re.escape(f'{folder}/model.safetensors: {said}')}$"):
+            load_state(folder, model=model, ema=None, optimizers={})
+
+    refused(nn.Linear(2, 3), "weight has shape [2, 2], expected [3, 2]")
+    refused(nn.Linear(2, 2).double(), "weight has type torch.float32, expected torch.float64")
+    refused(nn.Linear(2, 2, bias=False), "missing tensors [], unexpected tensors ['bias']")
+    many = nn.ModuleDict({f"m{number}": nn.Linear(2, 2, bias=False) for number in range(7)})
+    wanted = [f"m{number}.weight" for number in range(5)]  # no more of them than a line has room for
+    refused(many, f"missing tensors {wanted}, unexpected tensors ['bias', 'weight']")
+
+
+def test_what_is_not_finite_is_told_in_full_and_what_cannot_be_is_not_asked(tmp_path):
+    model = nn.BatchNorm2d(3)
+    model.running_mean[1] = math.inf
+    said = "step 7 is not saved: running_mean (model.safetensors) holds a value that is not finite"
+    with pytest.raises(WeightsError, match=f"^{re.escape(said)}$"):
+        save_state(tmp_path, 7, model=model, ema=None, optimizers={}, counters={})
+    best = {"weight": torch.tensor([1.0, math.nan])}
+    said = "step 7 is not saved: weight (best.safetensors) holds a value that is not finite"
+    with pytest.raises(WeightsError, match=f"^{re.escape(said)}$"):
+        save_state(tmp_path, 7, model=nn.Linear(2, 2), ema=None, optimizers={}, counters={}, best=best)
+    assert list((tmp_path / "state").iterdir()) == []
+    save_state(tmp_path, 7, model=nn.BatchNorm2d(3), ema=None, optimizers={}, counters={})  # it counts its batches
+
+
+def test_a_state_says_what_it_is_of_and_two_are_kept_unless_it_is_told(tmp_path):
+    for step in (1, 2, 3):
+        folder = whole_state(tmp_path, step)
+    assert [path.name for path in rotation.states_in(tmp_path / "state")] == ["step-00000002", "step-00000003"]
+    assert json.loads((folder / "state.json").read_text()) == {
+        "format_version": 2,
+        "step": 3,
+        "counters": {},
+        "config": None,
+    }
+    assert json.loads((folder / MANIFEST).read_text())["step"] == 3
+
+
+def test_what_was_prepared_is_a_copy(tmp_path):
+    """What training does meanwhile to weights, counters or configuration is not of that step."""
+    run, counters, config = Run(), {"window": {"loss": [1.0, 2]}}, {"a": {"b": 1}}
+    run.advance(0, 2)
+    held, names = held_by(run), {"model": run.model, "ema": run.ema, "optimizers": run.optimizers}
+    held = copy.deepcopy(held)
+    write = checkpoint.prepare_state(tmp_path, 2, **names, counters=counters, config=config)
+    run.advance(2, 4)
+    counters["window"]["loss"][1], config["a"]["b"] = 3, 2
+    folder, other = write(), Run(seed=9)
+    assert other.load(folder) == (2, {"window": {"loss": [1.0, 2]}})
+    assert_same(held_by(other), held)
+    assert json.loads((folder / "state.json").read_text())["config"] == {"a": {"b": 1}}
