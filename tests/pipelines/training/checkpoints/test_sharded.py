@@ -193,6 +193,24 @@ def test_what_cannot_be_read_or_written_is_named(tmp_path):
         write_shards(path / "below", {"weight": in_pieces(torch.zeros(6, 2), mesh)})
 
 
+def test_each_process_reads_for_itself(tmp_path, monkeypatch):
+    """As one that resumes may find that it has nothing to read."""
+    value = torch.randn(6, 2)
+    with group() as mesh:
+        write_shards(tmp_path / "model", {"weight": in_pieces(value, mesh)})
+        for name in ("gather_object", "scatter_object_list", "broadcast_object_list", "all_gather_object"):
+            monkeypatch.setattr(dist, name, lambda *given, **more: pytest.fail("it asked the others"))
+        assert torch.equal(read_shards(tmp_path / "model", lambda name: None)["weight"], value)
+
+
+def test_what_all_processes_have_is_written_by_the_first(tmp_path, monkeypatch):
+    """Or the files of a resumed run would hold other tensors."""
+    planned: list[Any] = []
+    monkeypatch.setattr(dist.checkpoint, "save", lambda tensors, **how: planned.append(how["planner"]))
+    write_shards(tmp_path, {})
+    assert planned[0].dedup_save_to_lowest_rank is True
+
+
 # States
 
 

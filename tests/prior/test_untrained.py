@@ -1,0 +1,93 @@
+"""Priors as they are made: what they know before they have weights, and that all ids are about as likely to them.
+
+Covers: prior/base.py, prior/blocks.py, prior/causal_conv.py, prior/gated_pixelcnn.py, prior/gpt.py, prior/layers.py,
+prior/made.py, prior/masked.py, prior/next_scale.py, prior/pixelcnn.py, prior/pixelcnn_pp.py, prior/pixelsnail.py,
+prior/transformer.py, prior/stages.py, prior/heads/positions.py, prior/heads/tokens.py, prior/masks/windows.py,
+prior/masks/connections.py, prior/orders/partitions.py.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from headed import HEADS, TOGETHER, grid_with
+from small import PRIORS, SMALL, VARIANTS, draw_tokens, grid_of
+
+from prior import Prior
+
+NAMES = [*PRIORS, *VARIANTS]
+every_prior = pytest.mark.parametrize("name", NAMES)
+
+
+def made(name: str, shape: tuple[int, int] = (4, 4), vocab_size: int = 16, **config: Any) -> Prior:
+    kind, settings = VARIANTS.get(name, (name, {}))
+    known = {"grid": grid_of(kind, shape, vocab_size), "num_classes": 3, **SMALL.get(kind, {}), **settings}
+    return Prior.create(kind, **{**known, **config}).eval()
+
+
+ELSEWHERE = {"mask", "background"}  # of convolutions: multiplied with weights, and wherever these are
+
+
+def assert_known_without_weights(plain: Prior, planned: Prior) -> None:
+    """All that decides where a network looks is computed on the CPU, whatever device tensors are made on."""
+    expected = dict(plain.named_buffers())
+    for name, value in planned.named_buffers():
+        if name.rpartition(".")[2] not in ELSEWHERE:
+            assert value.device.type == "cpu" and torch.equal(value, expected[name]), name
+    assert all(parameter.is_meta for parameter in planned.parameters())
+
+
+@every_prior
+def test_where_it_looks_is_known_before_it_has_weights(name):
+    plain = made(name)
+    with torch.device("meta"):
+        planned = made(name)
+    assert_known_without_weights(plain, planned)
+    if not any(value.is_meta for value in planned.buffers()):
+        planned.load_state_dict(plain.state_dict(), assign=True)
+        tokens, labels = draw_tokens(plain, 3), torch.arange(3)
+        assert torch.equal(planned(tokens, labels), plain(tokens, labels))
+
+
+@pytest.mark.parametrize("order", ["hilbert", "random:3", "halton", "spread", "spiral_in"])
+def test_an_order_is_known_before_there_are_weights(order):
+    with torch.device("meta"):
+        planned = made("gpt", order=order)
+    assert_known_without_weights(made("gpt", order=order), planned)
+
+
+@pytest.mark.parametrize("order", ["diagonal", "halton:4", "random:3:4", "regions:4", "raster/3"])
+def test_a_partition_is_known_before_there_are_weights(order):
+    with torch.device("meta"):
+        planned = made("blocks", order=order)
+    assert_known_without_weights(made("blocks", order=order), planned)
+
+
+@pytest.mark.parametrize("kind", TOGETHER)
+def test_the_ids_of_positions_are_known_before_there_are_weights(kind):
+    settings = {"grid": grid_with({"levels": 3}, (2, 4), 8), "head": HEADS["depth"]}
+    with torch.device("meta"):
+        planned = made(kind, **settings)
+    assert_known_without_weights(made(kind, **settings), planned)
+
+
+LIKELIER = {"marginal": 0.7, "made": 0.15, "pixelcnn_pp": 0.15}  # which begin further from it
+
+
+@every_prior
+def test_all_ids_are_about_as_likely_to_it_and_all_weights_are_moved(name):
+    """Neither so large that it has much to unlearn, nor so small that nothing reaches the logits."""
+    model = made(name).train()
+    tokens, labels = draw_tokens(model, 32), torch.arange(32) % 4
+    logits = model(tokens, labels)
+    nats = F.cross_entropy(logits.flatten(0, 1), tokens.flatten())
+    assert abs(float(nats.detach()) - math.log(16)) < LIKELIER.get(name, 0.04)
+    assert 0.05 < float(logits.detach().std()) < 1.5
+    assert float(logits.detach().std(1).mean()) > 0.02 or name == "marginal"  # positions differ
+    nats.backward()
+    still = [name for name, p in model.named_parameters() if p.grad is None or not bool(torch.isfinite(p.grad).all())]
+    assert still == []
