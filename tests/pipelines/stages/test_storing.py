@@ -16,11 +16,12 @@ from small import TOKENIZERS, make_prior
 from small_pipelines import LABELS, PROVENANCE, make_pipeline, pixels_for
 
 from pipelines import ConfigError, FormatError, ImagePipeline, IntegrityError, PathError
+from pipelines.stages import storing
 from pipelines.tokens import load_tokens
 from prior import Prior
 from prior.sampling import progress
 from tokenizer import Tokenizer
-from tokenizer.files.errors import UnreadableError
+from tokenizer.files.errors import LimitError, UnreadableError
 
 TYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}
 
@@ -305,3 +306,53 @@ def test_a_folder_that_may_not_be_looked_into_is_a_loading_error(tmp_path, close
             load_tokens(tmp_path / "pipeline")
     folder.chmod(0o755)
     ImagePipeline.from_pretrained(tmp_path / "pipeline")
+
+
+# What is known of the parts
+
+
+def test_all_that_is_known_of_a_pipeline_comes_back_and_none_of_it_with_another_part(tmp_path):
+    pipe = make_pipeline(prior="marginal", sampler={"temperature": 0.5})
+    pipe.provenance, pipe.sample_grid = {**PROVENANCE, "data": {"source": "größe"}}, pipe.sample_picture(2)
+    pipe.set_background(copy.deepcopy(pipe.prior))
+    pipe.calibrate(pixels_for(pipe, 40))
+    pipe.save_pretrained(tmp_path / "pipe")
+    assert names_in(tmp_path / "pipe") == {
+        *(f"{part}/{file}" for part in pipe.components for file in ("config.json", "model.safetensors")),
+        *("model_index.json", "manifest.json", "calibration.json", "provenance.json", "samples.png", "README.md"),
+    }
+    assert "größe" in (tmp_path / "pipe" / "README.md").read_bytes().decode()
+    index = json.loads((tmp_path / "pipe" / "model_index.json").read_text())
+    names = {"tokenizer": "vqvae", "prior": "marginal", "background": "marginal", "labels": LABELS}
+    assert index == {"_class_name": "ImagePipeline", "format_version": 1, "sampler": pipe.sampler.saved(), **names}
+    found = ImagePipeline.from_pretrained(tmp_path / "pipe")
+    assert found.provenance == pipe.provenance and (found.sample_grid == pipe.sample_grid).all()
+    assert found.calibration.to_json() == pipe.calibration.to_json() and found.sampler == pipe.sampler
+    assert found.background.fingerprint() == pipe.background.fingerprint()
+    other = ImagePipeline.from_pretrained(tmp_path / "pipe", prior=pipe.prior)
+    assert (other.provenance, other.sample_grid, other.calibration, other.background) == ({}, None, None, None)
+    assert other.sampler.temperature == 0.5
+
+
+def test_what_is_no_pipeline_is_told_in_full(tmp_path):
+    make_pipeline().save_pretrained(tmp_path / "run" / "pipeline")
+    for folder, hint in ((tmp_path, ""), (tmp_path / "run", f"; did you mean {tmp_path / 'run' / 'pipeline'}?")):
+        with pytest.raises(PathError) as caught:
+            ImagePipeline.from_pretrained(folder)
+        assert str(caught.value) == f"{folder}: not a pipeline folder (no model_index.json){hint}"
+    with pytest.raises(ValueError) as caught:
+        ImagePipeline.from_pretrained(tmp_path / "run" / "pipeline", dtype={"vae": None})
+    assert str(caught.value) == "dtype: no part is called 'vae'; there are tokenizer, prior, background and default"
+
+
+def test_a_picture_that_is_too_large_is_not_written(tmp_path, monkeypatch):
+    pipe = make_pipeline()
+    pipe.sample_grid = pipe.sample_picture(2)
+    height, width = pipe.sample_grid.shape[:2]
+    monkeypatch.setattr(storing, "MAX_GRID_PIXELS", height * width)
+    pipe.save_pretrained(tmp_path / "pipe")
+    monkeypatch.setattr(storing, "MAX_GRID_PIXELS", height * width - 1)
+    with pytest.raises(LimitError) as caught:
+        pipe.save_pretrained(tmp_path / "large")
+    assert str(caught.value) == f"sample_grid: {pipe.sample_grid.shape} is more than {height * width - 1} pixels"
+    assert not (tmp_path / "large").exists()

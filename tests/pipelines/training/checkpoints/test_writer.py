@@ -143,3 +143,18 @@ def test_what_the_thread_raised_is_raised_once():
         writer.wait()
     writer.wait()
     writer.close()
+
+
+def test_all_is_written_in_turn_by_a_thread_that_a_traceback_names():
+    writer, done, names = Writer(), [], set()
+    for number in range(3):
+
+        def write(number: int = number) -> None:
+            time.sleep(0.01 * (3 - number))
+            names.add(threading.current_thread().name)
+            done.append(number)
+
+        writer.start(write)
+        assert done == list(range(number))  # the one before is written
+    writer.close()
+    assert done == [0, 1, 2] and names == {"writer_0"}
