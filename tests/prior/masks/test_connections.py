@@ -2,6 +2,7 @@
 
 import copy
 import itertools
+import threading
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ from made_variants import earlier, every_variant, make_made, make_same
 from small import draw_tokens, make_prior
 
 from pipelines.training.schedule import move_average
-from prior.masks.connections import Memory, even_degrees, random_degrees
+from prior.masks.connections import Memory, build_masks, chosen_degrees, degrees_of, even_degrees, random_degrees
 
 # Degrees
 
@@ -123,3 +124,51 @@ def test_a_copy_keeps_nothing_of_the_original():
         assert not other._connections.masked.last[2] and not other._connections.masks.last[2]
         other.input.zero_()
         assert torch.equal(other(tokens), make_same(other)(tokens)) and not torch.equal(other(tokens), model(tokens))
+
+
+def test_degrees_are_chosen_for_one_model_in_one_thread_while_a_block_lasts():
+    one, two = make_prior("made"), make_prior("made")
+    own, given, other = degrees_of(one), torch.ones(253).long(), torch.full((253,), 2)
+    in_a_thread = []
+    with chosen_degrees(one, given):
+        assert degrees_of(one) is given and degrees_of(two) is two.all_degrees
+        with chosen_degrees(two, other):
+            assert degrees_of(one) is given and degrees_of(two) is other
+            with chosen_degrees(one, other):
+                assert degrees_of(one) is other
+            assert degrees_of(one) is given
+        assert degrees_of(two) is two.all_degrees
+        thread = threading.Thread(target=lambda: in_a_thread.append(degrees_of(one)))
+        thread.start()
+        thread.join()
+    assert degrees_of(one) is own is in_a_thread[0]
+
+
+def test_masks_are_where_a_path_may_be():
+    """From a token to units that see it, on to those of at least their degree, and out to places behind."""
+    ranks, degrees = torch.tensor([2, 0, 1, 3]), [torch.tensor([1, 2, 3]), torch.tensor([1, 3])]
+    masks = build_masks(ranks, degrees, 2, torch.float64)
+    assert [tuple(mask.shape) for mask in masks] == [(4, 1, 3), (2, 3), (4, 1, 8), (4, 1, 2)]
+    assert all(mask.dtype == torch.float64 and not mask.requires_grad for mask in masks)
+    for token, rank in enumerate(ranks.tolist()):
+        assert masks[0][token, 0].tolist() == [float(rank < degree) for degree in (1, 2, 3)]
+        assert masks[3][token, 0].tolist() == [float(degree <= rank) for degree in (1, 3)]
+        seen_by = [float(rank < other) for other in ranks.tolist() for _ in range(2)]
+        assert masks[2][token, 0].tolist() == seen_by
+    assert masks[1].tolist() == [[1, 0, 0], [1, 1, 1]]
+    assert len(build_masks(ranks, degrees, None, torch.float32)) == 3
+
+
+def test_what_was_built_is_kept_until_a_tensor_is_another_or_has_changed():
+    memory, one, two, counts = Memory(), torch.zeros(2), torch.zeros(2), itertools.count()
+
+    def built(*made_of: torch.Tensor) -> int:
+        return memory.get(list(made_of), lambda: [next(counts)])[0]
+
+    assert [built(one, two), built(one, two)] == [0, 0]
+    assert [built(two, one), built(two, one), built(two), built(two)] == [1, 1, 2, 2]
+    two.add_(1)
+    assert [built(two), built(two)] == [3, 3]
+    with torch.inference_mode():
+        kept = torch.zeros(2)
+        assert [built(kept), built(kept), built(two, kept), built(two, kept)] == [4, 4, 5, 5]

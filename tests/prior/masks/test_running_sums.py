@@ -6,6 +6,8 @@ from costs import Operations, all_steps, flops
 from made_variants import ROWS, WIDE, every_variant, make_made
 from small import draw_tokens, generators, make_prior
 
+from prior.masks.running_sums import of_units, summed
+
 
 @pytest.mark.sparse
 @every_variant
@@ -76,3 +78,33 @@ def test_a_step_is_few_operations_whatever_the_sizes():
                 counts.add(len(step.names))
                 assert step.largest <= rows * 512, "a step may not copy weights or maps"
     assert max(counts) <= 40
+
+
+@pytest.mark.parametrize("variant", ["three layers", *WIDE])
+def test_steps_equal_a_whole_pass_whatever_the_degrees(variant):
+    """Drawn ones are in no order: units are put into one, in every layer, with their weights and their bias."""
+    model = make_made(variant, connectivity_agnostic=True).double()
+    tokens, labels = draw_tokens(model, 3), torch.arange(3)
+    with torch.no_grad():
+        own = model(tokens, labels)
+        for number in (1, 2):
+            with model.connected(number):
+                whole = model(tokens, labels)
+                assert (all_steps(model, tokens, labels) - whole[:, model.order]).abs().max() < 1e-9
+            assert (whole - own).abs().max() > 1e-3
+
+
+def test_units_in_order_are_left_where_they_are():
+    weight = torch.randn(3, 4)
+    assert of_units(weight, 1, torch.arange(4)) is weight
+    assert torch.equal(of_units(weight, 1, torch.tensor([2, 0, 3, 1])), weight[:, [2, 0, 3, 1]])
+    assert torch.equal(of_units(weight, 0, torch.tensor([1, 0, 2])), weight[[1, 0, 2]])
+    assert torch.equal(of_units(weight, -1, torch.tensor([0, 1, 3, 2])), weight[:, [0, 1, 3, 2]])
+
+
+@pytest.mark.parametrize("ids", [False, True])
+def test_units_sum_over_all_positions(ids):
+    weight = torch.randn(5, 4, 6).double()
+    inputs = torch.randint(4, (3, 5)) if ids else torch.randn(3, 5, 4).double()
+    features = torch.nn.functional.one_hot(inputs, 4).double() if ids else inputs
+    torch.testing.assert_close(summed(inputs, weight), torch.einsum("bnw,nwu->bu", features, weight))
