@@ -159,3 +159,24 @@ def test_what_makes_a_partition_has_no_problem_and_the_rest_has_one(shape):
             problem = order_problem(f"{kind}:{number}", shape)
             assert problem is not None or is_partition(make_partition(f"{kind}:{number}", shape), cells)
             assert problem is not None or 1 <= number <= cells
+
+
+def test_the_words_are_these_to_the_last():
+    for name, said in PROBLEMS.items():
+        if said.endswith((")", "blocks")):
+            assert order_problem(name, (7, 7)) == said
+    kinds = "raster, column, snake, spiral_in, spiral_out, z_curve, hilbert, subsample, random:SEED, random:SEED:K, "
+    more = "halton, halton:K, spread, spread:K, diagonal, wave:S, rows, dyadic, regions:K"
+    said = f"there are {kinds}{more}, and NAME/K for blocks of K tokens"
+    assert order_problem("zigzag", (7, 7)) == f"no order is called 'zigzag'; {said}"
+    for length, shown in ((40, "x" * 40), (41, f"{'x' * 40}...")):
+        assert order_problem("x" * length, (7, 7)) == f"no order is called {shown!r}; {said}"
+    axes = "walks a grid of two axes, this one has {}; use raster or random:SEED"
+    assert order_problem("snake", (49,)) == f"'snake' {axes.format(1)}"
+    assert order_problem("halton:3", (7, 7, 2)) == f"'halton:3' {axes.format(3)}"
+    cut = f"'{'halton:8/' + '2' * 31}...': /K cuts an order of one token a block, and 'halton:8' has its own blocks"
+    assert order_problem("halton:8/" + "2" * 60, (7, 7)) == cut
+    for name in ("random:0", f"random:{(1 << 64) - 1}", "random:0:49", "wave:7", "regions:49", "raster/49", "wave:1"):
+        assert order_problem(name, (7, 7)) is None, name
+    assert order_problem(f"random:{1 << 64}", (7, 7)) is not None
+    assert order_problem("random:1:12", (12,)) is None and order_problem("raster/3", (2, 3, 4)) is None

@@ -7,6 +7,7 @@ import inspect
 import itertools
 import math
 
+import numpy as np
 import pytest
 import torch
 from costs import all_steps
@@ -16,7 +17,7 @@ from prior import Prior
 from prior.orders import make_order
 from prior.sampling import GumbelNoise, Sampler, gumbel, image_generators, image_seeds
 from prior.sampling.filters import Kept, keep_top_k, keep_top_p
-from prior.sampling.generators import LOW_BITS
+from prior.sampling.generators import LOW_BITS, check_count, whole_number
 from prior.sampling.settings import GREEDY
 from tokenizer import TokenGrid
 
@@ -318,3 +319,31 @@ def test_what_every_prior_takes_stands_in_the_signature_with_its_default(name):
     model = make_prior(name)
     with pytest.raises(TypeError, match="'temprature' is no argument of sampling"):
         model.sample(2, temprature=2.0)
+
+
+@pytest.mark.parametrize("value", [True, 1.0, "1", None, torch.tensor([1, 2])])
+def test_what_is_no_whole_number_is_told_in_full(value):
+    with pytest.raises(ValueError) as caught:
+        whole_number("steps", value)
+    assert str(caught.value) == f"steps must be a whole number (got {value!r})"
+
+
+def test_whole_numbers_of_any_kind_are_whole_numbers():
+    for value in (3, torch.tensor(3), np.int64(3)):
+        assert type(whole_number("steps", value)) is int and check_count(value) == 3
+    assert check_count(1) == 1
+    with pytest.raises(ValueError, match=r"^num_images must be at least 1 \(got 0\)$"):
+        check_count(0)
+
+
+def test_a_list_has_a_generator_for_each_image():
+    own = generators(3)
+    assert image_generators(own, 3) == own and image_generators(tuple(own), 3) is not own
+    for given, count in ((own, 2), (own, 4), ([own[0]] * 2, 2), ([own[0]] * 3, 1)):
+        said = f"got {len(set(map(id, given)))} generators for {count} images; each needs its own"
+        with pytest.raises(ValueError, match=f"^{said}$"):
+            image_generators(given, count)
+    torch.manual_seed(5)
+    first = [g.initial_seed() for g in image_generators(None, 2)]
+    torch.manual_seed(5)
+    assert first == image_seeds(None, 2) and all(seed < (1 << 62) - 1 for seed in first)
