@@ -116,3 +116,36 @@ def test_the_optimum_is_where_the_module_says(beta, classes):
     assert slope.abs().max() < 1e-6 * beta
     (elsewhere,) = torch.autograd.grad(alignment_loss(gained + 1, gained + 1, torch.ones(1), beta, weight), gained)
     assert elsewhere.abs().max() > 1e-3 * beta
+
+
+def test_why_a_prior_cannot_be_aligned_is_told_in_full():
+    one_pass = "needs a prior whose log p is exact in one pass, and 'masked' has it"
+    assert alignment_problem(make_prior("masked")) == f"{one_pass} in 12 passes"
+    assert alignment_problem(make_prior("masked", order="halton:3")) == f"{one_pass} in 3 passes"
+    assert alignment_problem(make_prior("masked", exact=False)) == f"{one_pass} as an estimate of a bound"
+    for count in (0, 1):
+        problem = alignment_problem(make_prior("gpt", num_classes=count))
+        assert problem == f"needs labels of two classes or more (got {count})"
+    assert alignment_problem(make_prior("gpt", num_classes=2)) is None
+
+
+def test_what_is_logged_is_of_images_with_their_label():
+    """And a large lambda is no large rate: the loss is divided by it, but never by less than one."""
+    prior, frozen = (make_prior("gpt", num_classes=3) for _ in range(2))
+    tokens = torch.randint(prior.grid.vocab_size, (6, *prior.grid.shape))
+    labels, others = torch.tensor([0, 1, 2, 3, 1, 3]), torch.tensor([1, 2, 0, 0, 0, 1])
+    with torch.no_grad():
+        own = prior.log_prob(tokens, labels) - frozen.log_prob(tokens, labels)
+        other = prior.log_prob(tokens, others) - frozen.log_prob(tokens, others)
+        gap, labelled = (own - other)[labels < 3], (labels < 3).float()
+        for negatives in (0.0, 0.5, 4.0):
+            loss, terms = Alignment(prior, frozen, 0.7, negatives)(tokens, labels, others, {})
+            expected = alignment_loss(own, other, labelled, 0.7, negatives)
+            bits = -prior.log_prob(tokens, labels).mean() / (12 * math.log(2))
+            found = {"cca": expected, "margin": gap.mean(), "above": (gap > 0).float().mean(), "bits_per_token": bits}
+            assert set(terms) == set(found)
+            for name, value in found.items():
+                assert float(terms[name]) == pytest.approx(float(value), rel=1e-4, abs=1e-5), name
+            assert float(loss) == pytest.approx(float(expected) / max(1.0, negatives), rel=1e-4)
+        _, terms = Alignment(prior, frozen, 0.7, 1.0)(tokens, torch.full((6,), 3), others, {})
+        assert float(terms["margin"]) == float(terms["above"]) == 0.0  # of none
