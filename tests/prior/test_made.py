@@ -296,3 +296,29 @@ def test_an_old_run_of_two_ids_goes_on_to_the_bit(tmp_path, one_process):
     )
     new = train_prior(tmp_path / "new", tmp_path / "tokens", model={"kind": "made", "hidden": [20]}, **command)
     assert load_file(new / "pipeline/prior/model.safetensors")["input"].shape == (16, 1, 20)
+
+
+@pytest.mark.parametrize(
+    "config", [{}, {"embedding": 24}, {"direct": True}, {"embedding": 24, "direct": True}, {"vocab_size": 2}], ids=str
+)
+def test_numbers_are_neither_larger_nor_much_smaller_behind_every_layer(config):
+    """He's variances, of the half of the inputs that a unit sees on average; a one-hot row counts once."""
+    grid = TokenGrid((8, 8), config.get("vocab_size", 8))
+    settings = {key: value for key, value in config.items() if key != "vocab_size"}
+    model = Prior.create("made", grid=grid, hidden=(768, 512, 640), **settings).eval()
+    seen = 64 * config.get("embedding", 1) / 2
+    halves = {"input": seen, "hidden.0": 768 / 2, "hidden.1": 512 / 2}
+    for name, half in halves.items():
+        assert float(model.get_parameter(name).detach().square().mean()) == pytest.approx(2 / half, rel=0.05), name
+    assert float(model.output.detach().square().mean()) == pytest.approx(1 / 640, rel=0.05)
+    if config.get("direct"):
+        assert float(model.direct.detach().square().mean()) == pytest.approx(0.5 / seen, rel=0.05)
+    if config.get("embedding"):
+        assert float(model.embedding.detach().square().mean()) == pytest.approx(1, rel=0.3)
+        assert float(model.head.detach().square().mean()) == pytest.approx(1 / 24, rel=0.3)
+    activated, tokens = [], draw_tokens(model, 64)
+    model.dropout.register_forward_hook(lambda module, inputs, output: activated.append(inputs[0]))
+    with torch.no_grad():
+        logits = model(tokens)
+    assert float(activated[0].square().mean()) == pytest.approx(1.0, abs=0.15)
+    assert all(0.2 < float(each.square().mean()) < 1.2 for each in activated) and 0.1 < float(logits.std()) < 1.2

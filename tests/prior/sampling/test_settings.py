@@ -6,6 +6,7 @@ Covers: prior/sampling/filters.py, prior/sampling/generators.py, prior/sampling/
 import inspect
 import itertools
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -347,3 +348,12 @@ def test_a_list_has_a_generator_for_each_image():
     first = [g.initial_seed() for g in image_generators(None, 2)]
     torch.manual_seed(5)
     assert first == image_seeds(None, 2) and all(seed < (1 << 62) - 1 for seed in first)
+
+
+def test_seeds_are_drawn_where_their_generator_is(monkeypatch):
+    asked, generator = [], SimpleNamespace(device=torch.device("cuda"))
+    monkeypatch.setattr(torch, "randint", lambda *given, **how: asked.append((given, how)) or torch.tensor(7))
+    assert image_seeds(generator, 1) == [7] and image_seeds(None, 1) == [7]
+    devices = (torch.device("cuda"), "cpu")
+    most = ((1 << 62) - 1, ())
+    assert asked == [(most, {"generator": g, "device": d}) for g, d in zip((generator, None), devices, strict=True)]

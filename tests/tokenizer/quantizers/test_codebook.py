@@ -1,7 +1,8 @@
 """What codebooks share: a search in parts, k-means, a start from few vectors or sick ones, revival, and rows of ranks.
 
 Ranks are threads here (`of_ranks`).
-Covers: tokenizer/quantizers/ema.py, tokenizer/quantizers/vq.py, tokenizer/quantizers/simvq.py.
+Covers: tokenizer/quantizers/ema.py, tokenizer/quantizers/vq.py, tokenizer/quantizers/simvq.py,
+tokenizer/quantizers/ibq.py, tokenizer/quantizers/gumbel.py.
 """
 
 from __future__ import annotations
