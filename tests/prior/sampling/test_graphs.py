@@ -8,6 +8,7 @@ import copy
 import pickle
 import threading
 import warnings
+from types import SimpleNamespace
 from unittest import mock
 
 import pytest
@@ -17,7 +18,7 @@ from small import PRIORS, VARIANTS, draw_known, draw_tokens, generators, make_pr
 
 from prior.drawing import State
 from prior.sampling import steps
-from prior.sampling.graphs import Graphs, bucket, graphs_of, recorder_for
+from prior.sampling.graphs import CUDARecorder, Graphs, bucket, graphs_of, places, recorder_for
 
 CAPTURED = [name for name in (*PRIORS, *VARIANTS) if make_prior(name).captures]
 
@@ -315,3 +316,65 @@ def test_how_graphs_of_cuda_are_made(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: True)
     assert recorder_for(here) is None
+
+
+def test_why_nothing_is_captured_is_the_first_line_of_the_error():
+    kept, text = Graphs(), "steps are not captured in CUDA graphs, so sampling takes longer: "
+    assert kept.find("key", "here", list) is None
+    for error, reason in ((RuntimeError("\n out of memory\nat 0x7f\n"), "out of memory"), (ValueError(), "")):
+        with pytest.warns(UserWarning) as warned:
+            kept.refuse("key", error)
+        assert [str(each.message) for each in warned] == [text + reason]
+        assert warned[0].filename == __file__  # whoever asked
+    assert kept.find("key", "here", list) is None and not kept.sets
+
+
+def test_the_least_recently_used_sets_go_first():
+    kept = Graphs()
+    for key in "abc":
+        kept.find(key, "here", list)
+    sets = {key: kept.find(key, "here", list) for key in "ab"}
+    assert kept.find("a", "here", list) is sets["a"] and list(kept.sets) == ["b", "a"]
+    kept.find("c", "here", list)
+    assert list(kept.sets) == ["a", "c"] and kept.find("a", "here", list) is sets["a"]
+    assert kept.find("b", "here", list) is not sets["b"]
+    kept.drop("b")
+    kept.drop("nothing")
+    assert list(kept.sets) == ["a"]
+
+
+def test_what_is_captured_waits_for_what_was_computed_and_is_waited_for(monkeypatch):
+    log, here = [], torch.device("cuda", 0)
+
+    class Stream:
+        def __init__(self, name):
+            self.name = name
+
+        def wait_stream(self, other):
+            log.append(f"{self.name} waits for {other.name}")
+
+    graph = SimpleNamespace(capture_begin=lambda **how: log.append("begin"), capture_end=lambda: log.append("end"))
+    others = Stream("others")
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: graph)
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: Stream(f"side of {device.index}"))
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: others)
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: "pool")
+    monkeypatch.setattr(
+        torch.cuda, "stream", lambda stream: log.append(f"in {stream.name}") or contextlib.nullcontext()
+    )
+    CUDARecorder(here).capture(lambda: log.append("run"))
+    assert log == [
+        *("side of 0 waits for others", "in side of 0", "begin", "run", "end", "others waits for side of 0"),
+    ]
+
+
+def test_places_are_those_of_all_weights_and_buffers():
+    model = make_prior("gpt")
+    before = places(model)
+    assert places(model) == before and len(before) == len([*model.parameters(), *model.buffers()])
+    assert {each[0] for each in before} >= {p.data_ptr() for p in model.parameters()}
+    with torch.no_grad():
+        model.head.weight.mul_(2)
+    assert places(model) == before  # the same memory
+    model.head.weight = torch.nn.Parameter(model.head.weight.clone())
+    assert places(model) != before
