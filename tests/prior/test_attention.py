@@ -3,12 +3,15 @@
 Covers: prior/transformer.py.
 """
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from costs import saved_elements
 from small import make_prior
 
-from prior import transformer
+from prior import Prior, transformer
+from tokenizer import TokenGrid
 from tokenizer.layers import SelfAttention, one_head_attention
 from tokenizer.vqgan import Attention
 
@@ -61,3 +64,82 @@ def test_a_turn_is_a_rotation_times_the_gain():
     )
     expected = gains[..., None] * (matrix @ x.unflatten(-1, (3, 2))[..., None])[..., 0]
     torch.testing.assert_close(transformer.rotate(x, turns), expected.flatten(-2))
+
+
+# Its sizes and its start
+
+
+@pytest.mark.parametrize("kind", ["gpt", "masked", "blocks"])
+def test_a_layer_is_eight_thirds_as_wide_rounded_up_to_32(kind):
+    for dim, hidden in ((8, 32), (12, 32), (14, 64), (36, 96), (38, 128), (128, 352)):
+        layer = make_prior(kind, dim=dim, heads=1, depth=1).layers[0]
+        assert layer.down.weight.shape == (dim, hidden) and layer.gate_up.weight.shape == (2 * hidden, dim)
+    assert make_prior(kind, dim=8, heads=1, depth=1, hidden=24).layers[0].down.weight.shape == (8, 24)
+
+
+@pytest.mark.parametrize("kind", ["gpt", "masked", "blocks"])
+def test_weights_begin_at_a_deviation_of_a_fiftieth_and_branches_smaller(kind):
+    """GPT-2's: divided by the root of the number of branches, two a layer. Norms and gains are not drawn."""
+    model = Prior.create(kind, grid=TokenGrid((8, 8), 300), num_classes=40, dim=96, depth=3, heads=2)
+    for name, parameter in model.named_parameters():
+        if "norm" in name:
+            assert (parameter == 1).all(), name
+        elif "gain" in name:
+            assert parameter.eq(parameter.new_tensor(1.2)).all(), name
+        else:
+            branch = name.endswith(("project.weight", "down.weight"))
+            expected, few = 0.02 / 6**0.5 if branch else 0.02, parameter.numel() < 1000
+            assert float(parameter.detach().std()) == pytest.approx(expected, rel=0.3 if few else 0.05), name
+
+
+def test_the_share_of_random_orders_falls_along_a_line():
+    def shares(anneal, least):
+        config = make_prior("gpt", any_order=True, anneal=anneal, random_share=least).config
+        return [config.random_share_at(progress) for progress in (0.0, 0.39, 0.4, 0.5, 0.6, 0.8, 0.9, 1.0)]
+
+    assert shares((0.4, 0.8), 0.2) == pytest.approx([1, 1, 1, 0.8, 0.6, 0.2, 0.2, 0.2])
+    assert shares((0.4, 0.4), 0.0) == pytest.approx([1, 1, 0, 0, 0, 0, 0, 0])  # at once
+    assert shares((0.0, 1.0), 0.0) == pytest.approx([1, 0.61, 0.6, 0.5, 0.4, 0.2, 0.1, 0])
+
+
+def test_rounding_grows_with_depth():
+    assert [transformer.deep_rounding(depth) for depth in (1, 2, 3, 10)] == pytest.approx([4e-6, 4e-6, 4.5e-6, 1.5e-5])
+
+
+def test_cells_are_in_raster_order():
+    assert transformer.coordinates((2, 3)).tolist() == [[0, 0], [0, 1], [0, 2], [1, 0], [1, 1], [1, 2]]
+    assert transformer.coordinates((3,)).tolist() == [[0], [1], [2]]
+    assert transformer.coordinates((2, 1, 2)).tolist() == [[0, 0, 0], [0, 0, 1], [1, 0, 0], [1, 0, 1]]
+
+
+@pytest.mark.parametrize("axes", [1, 2, 3])
+def test_pairs_of_a_head_turn_by_the_axes_in_turn_ever_more_slowly(axes):
+    """Angle = coordinate * base^(-k/K) for the k-th of the K pairs of its axis."""
+    config = SimpleNamespace(dim=24, heads=2, rope_base=50.0)
+    cells = transformer.coordinates((2, 3, 4)[:axes])
+    table = transformer.Rotations(config, cells).table.double()
+    assert table.shape == (len(cells), 6, 2)
+    for pair in range(6):
+        axis, number = pair % axes, pair // axes
+        angle = cells[:, axis].double() * 50.0 ** (-number / -(-6 // axes))
+        torch.testing.assert_close(table[:, pair], torch.stack([angle.cos(), angle.sin()], -1), atol=1e-6, rtol=0)
+
+
+def test_a_table_of_turns_is_never_below_float32():
+    made = transformer.Rotations(SimpleNamespace(dim=8, heads=1, rope_base=50.0), transformer.coordinates((3, 4)))
+    before = made.table.clone()
+    for dtype, kept in (
+        (torch.bfloat16, torch.float32),
+        (torch.float16, torch.float32),
+        (torch.float64, torch.float64),
+    ):
+        assert made.to(dtype) is made and made.table.dtype == kept and torch.equal(made.table.float(), before)
+    assert made.to("meta").table.is_meta and made.to(torch.float16).table.is_meta and not made.state_dict()
+
+
+def test_units_have_a_mean_square_of_one_at_least_in_float32():
+    for dtype, wide in ((torch.bfloat16, torch.float32), (torch.float64, torch.float64)):
+        found = transformer.unit(torch.randn(3, 5).to(dtype) * 7)
+        assert found.dtype == wide
+        torch.testing.assert_close(found.square().mean(-1), torch.ones(3).to(wide), rtol=1e-5, atol=0)
+    assert torch.equal(transformer.unit(torch.zeros(2, 4)), torch.zeros(2, 4))

@@ -7,10 +7,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 from costs import Operations, all_steps, flops
-from small import draw_tokens, make_prior, moved_by
+from small import SMALL, draw_tokens, make_prior, moved_by
 from torch import nn
 
-from prior.layers import CausalConv2d, MaskedConv, RowCache, see
+from prior import Prior
+from prior.layers import CausalConv2d, MaskedConv, RowBias, RowCache, see
+from tokenizer import TokenGrid
 
 BOTH = ("pixelcnn", "gated_pixelcnn")
 both = pytest.mark.parametrize("name", BOTH)
@@ -247,3 +249,27 @@ def test_published_sizes(name):
     model = make_prior(name, shape=(28, 28), vocab_size=2, num_classes=0, **config)
     count = sum(parameter.numel() for parameter in model.parameters())
     assert count // 1000 == (42 if name == "pixelcnn" else 3550)
+
+
+@pytest.mark.parametrize(("masked", "seen"), [(0, 15), (1, 14), (3, 12)])
+def test_a_convolution_begins_as_a_linear_layer_of_what_it_sees(masked, seen):
+    conv = CausalConv2d(16, 64, (-2, 0), (-2, 2), masked=masked)
+    bound, weight = (16 * seen) ** -0.5, conv.weight.detach()
+    assert weight.abs().max() <= bound and float(weight.std()) == pytest.approx(bound / 3**0.5, rel=0.05)
+    assert float(weight.mean()) == pytest.approx(0, abs=0.03 * bound) and not conv.bias.any()
+    assert len(conv.taps) == seen and conv.taps[0] == (-2, -2)
+    assert (conv.mask is None) == (masked == 0) and not conv.state_dict().keys() - {"weight", "bias"}
+
+
+@pytest.mark.parametrize("told", [True, False])
+@pytest.mark.parametrize("kind", ["pixelcnn", "gated_pixelcnn", "pixelcnn_pp"])
+def test_rows_are_told_apart_if_they_are_to_be_and_not_at_first(kind, told):
+    model = Prior.create(kind, grid=TokenGrid((4, 3), 5), row_embedding=told, **SMALL[kind]).eval()
+    rows = [module for module in model.modules() if isinstance(module, RowBias)]
+    assert rows and all(len(row.weight) == 4 and not row.weight.any() for row in rows)
+    assert all(isinstance(row.weight, torch.nn.Parameter) == told for row in rows)
+    bias = torch.randn(2, rows[0].weight.shape[1])
+    with torch.no_grad():
+        rows[0].weight[1] = 3.0
+    assert torch.equal(rows[0](bias)[:, :, 0], torch.stack([bias, bias + 3, bias, bias], 1))
+    assert rows[0](bias).shape == (2, 4, 1, bias.shape[1])

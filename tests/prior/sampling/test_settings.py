@@ -357,3 +357,72 @@ def test_seeds_are_drawn_where_their_generator_is(monkeypatch):
     devices = (torch.device("cuda"), "cpu")
     most = ((1 << 62) - 1, ())
     assert asked == [(most, {"generator": g, "device": d}) for g, d in zip((generator, None), devices, strict=True)]
+
+
+def test_rows_are_there_twice_where_guidance_needs_it():
+    plain, guiding = Sampler(), Sampler(guidance_scale=2.0)
+    labels, rows, order = torch.tensor([1, 2]), torch.arange(6).view(2, 3), torch.arange(3)
+    assert plain.doubled(rows) is rows and plain.doubled(labels, 9) is labels
+    assert guiding.doubled(None) is None and guiding.doubled(order) is order  # all rows share it
+    assert guiding.doubled(rows).tolist() == [[0, 1, 2], [3, 4, 5], [0, 1, 2], [3, 4, 5]]
+    assert guiding.doubled(labels, 9).tolist() == [1, 2, 9, 9]
+    assert guiding.doubled(rows, 7).tolist() == [[0, 1, 2], [3, 4, 5], [7, 7, 7], [7, 7, 7]]
+
+
+def test_guidance_goes_from_the_unconditional_logits_through_the_conditional_ones():
+    logits, guiding = torch.randn(4, 3, 5), Sampler(guidance_scale=2.0)
+    with_label, without = logits.chunk(2)
+    assert Sampler().guide(logits, 3.0) is logits
+    assert torch.equal(Sampler().largest(logits), logits.abs().amax(-1))
+    assert torch.equal(guiding.largest(logits), torch.maximum(with_label.abs().amax(-1), without.abs().amax(-1)))
+    for scale, by in ((0.0, 0.0), (1.0, 1.0), (2.5, 2.5), (torch.tensor([0.0, 1.0, 3.0]), [0.0, 1.0, 3.0])):
+        found = guiding.guide(logits, scale)
+        for at, each in enumerate(by if isinstance(by, list) else [by] * 3):
+            torch.testing.assert_close(found[:, at], without[:, at] + each * (with_label - without)[:, at])
+    each_image = guiding.guide(logits, torch.tensor([[0.0], [1.0]]))
+    torch.testing.assert_close(each_image, torch.stack([without[0], with_label[1]]))
+
+
+@pytest.mark.parametrize("power", [None, 1.0, 2.5])
+def test_the_scale_is_the_same_of_numbers_and_of_tensors(power):
+    sampler = Sampler(guidance_scale=1.5, guidance_end=4.0, guidance_power=power)
+    shares = [0.0, 0.25, 0.5, 1.0]
+    expected = [scale({"guidance_scale": 1.5, "guidance_end": 4.0, "guidance_power": power}, t) for t in shares]
+    assert [sampler.scale_at(t) for t in shares] == pytest.approx(expected)
+    torch.testing.assert_close(sampler.scale_at(torch.tensor(shares)), torch.tensor(expected))
+    assert sampler.scale_at(0.0) == 1.5 and sampler.scale_at(1.0) == pytest.approx(4.0)
+    blocks = (2, 1, 3)
+    assert sampler.scales(blocks) == pytest.approx([sampler.scale_at(t) for t in (0.0, 2 / 3, 1.0)])
+    by_rank = sampler.scales_by_rank(blocks, torch.device("cpu"))
+    assert by_rank.dtype == torch.float32
+    torch.testing.assert_close(by_rank, torch.tensor([sampler.scales(blocks)[block] for block in (0, 0, 1, 2, 2, 2)]))
+    assert sampler.scales((5,)) == [1.5]
+    assert Sampler(guidance_scale=3.0).scales(blocks) == [3.0] * 3
+    assert Sampler(guidance_scale=3.0).scales_by_rank(blocks, torch.device("cpu")) == 3.0
+
+
+def scale(settings, t):
+    """That of guidance after a share `t` of the tokens, by its definition."""
+    begin, end, power = settings["guidance_scale"], settings["guidance_end"], settings["guidance_power"]
+    weight = t if power is None else (1 - math.cos(math.pi * t**power)) / 2
+    return (1 - weight) * begin + weight * end
+
+
+def test_a_lead_is_safe_beyond_what_rounding_moves_both_by():
+    """Twice the rounding; in the units of the temperature, if that is below 1; and s + |s - 1| times with guidance."""
+    for temperature, times in ((1.0, 1), (2.0, 1), (0.5, 2), (0.0, 1)):
+        for guidance, more in ((1.0, 1), (0.0, 1), (3.0, 5), (0.5, 1)):
+            found = Sampler(temperature=temperature).tolerance(1e-3, guidance)
+            assert found == pytest.approx(2e-3 * times * more)
+    found = Sampler(temperature=0.5).tolerance(1e-3, torch.tensor([1.0, 3.0]))
+    torch.testing.assert_close(found, torch.tensor([4e-3, 2e-2]))
+
+
+def test_filters_that_keep_everything_keep_everything():
+    """Also an id whose share is lost in the rounding of the mass before it."""
+    logits, noise = torch.tensor([[50.0, 0.0, 0.0]]), torch.tensor([[0.0, 100.0, 0.0]])
+    for settings in ({}, {"top_p": 1.0}, {"top_k": 3}, {"top_k": 99}, {"top_k": 3, "top_p": 1.0}):
+        assert Sampler(**settings).choose(logits, noise).tolist() == [1], settings
+    for settings in ({"top_p": 0.9}, {"top_k": 1}, {"temperature": 0.0}, {"temperature": 0.0, "top_k": 3}):
+        assert Sampler(**settings).choose(logits, noise).tolist() == [0], settings
+    assert Sampler(temperature=0.25).choose(logits, noise).tolist() == [0]  # 200 against 100
