@@ -96,24 +96,24 @@ notebooks: $(TESTS)
 
 # Each in an environment of its own, below build/. The second runs whatever the first has shown.
 floors:
-	$(PYTHON) tests/support/floors.py lowest $(ARGS); lowest=$$?; $(PYTHON) tests/support/floors.py newest $(ARGS) && exit $$lowest
+	$(PYTHON) tests/support/supply/floors.py lowest $(ARGS); lowest=$$?; $(PYTHON) tests/support/supply/floors.py newest $(ARGS) && exit $$lowest
 
 # ARGS="3.12:2.13.0 3.13:newest" chooses rows; it goes on where it was stopped.
 matrix:
-	$(PYTHON) tests/support/matrix.py $(ARGS)
+	PYTHONPATH=tests/support $(PYTHON) -m supply.matrix $(ARGS)
 
 # The tools have an environment of their own: what they need is none of ours.
 lock: $(SUPPLY)
 	build/supply/bin/uv lock $(ARGS)
-	$(PYTHON) tests/support/floors.py resolve
+	$(PYTHON) tests/support/supply/floors.py resolve
 
 # --strict: a version that nothing could be learned about is an error, not a pass. ARGS="-s osv" asks OSV instead.
 # Of the lowest torch two are known: files of torch.export, of which we load none but our own, and torch.jit.script,
 # which we do not call.
 AUDIT := build/supply/bin/pip-audit --no-deps --disable-pip --strict --progress-spinner off
 audit: $(SUPPLY)
-	$(PYTHON) tests/support/locked.py build/locked.txt
-	$(PYTHON) tests/support/floors.py resolve
+	$(PYTHON) tests/support/supply/locked.py build/locked.txt
+	$(PYTHON) tests/support/supply/floors.py resolve
 	$(AUDIT) -r build/locked.txt $(ARGS)
 	$(AUDIT) -r build/lowest.txt --ignore-vuln CVE-2026-4538 --ignore-vuln CVE-2025-3000 $(ARGS)
 
@@ -125,7 +125,7 @@ sbom: $(SUPPLY)
 # The time is the commit's, and files are as git has them.
 wheel: $(SUPPLY)
 	@rm -rf build/dist
-	build/supply/bin/python tests/support/built.py build/dist
+	build/supply/bin/python tests/support/supply/built.py build/dist
 
 $(SUPPLY):
 	@$(PYTHON) -m venv --clear build/supply

@@ -28,6 +28,7 @@ from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from importlib import import_module
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -81,7 +82,7 @@ def runs(
     times, so few tries are of the case `first` and those after it. more(count, steps): their settings."""
 
     def cases(count: int, steps: int, launched: bool, folder: Path) -> list[Any]:
-        from forked import STAGES, new_case
+        from failures.forked import STAGES, new_case
 
         places = [(verb, number, sharded) for verb in STAGES[sharded:] for number in processes]
         places = [*places[first:], *places[:first]][: max(1, count // least)]
@@ -92,7 +93,7 @@ def runs(
 
 def one_run(folder: Path) -> list[Any]:
     """The run in which processes are lost."""
-    from forked import STAGES, new_case
+    from failures.forked import STAGES, new_case
 
     more = {
         "train__steps": 20,
@@ -117,7 +118,7 @@ def faults(count: int, steps: int, launched: bool, folder: Path) -> list[Any]:
 def matrix(count: int) -> list[tuple[str, str, int]]:
     """The first so many of fault x phase x rank: each fault in each phase on one of the ranks, then on the other; all
     faults, phases and ranks are among the first four."""
-    import faulty
+    from failures import faulty
 
     phases = len(faulty.PHASES)  # no divisor of the number of faults: so every pair comes, each at its turn
     pairs = [(place % len(faulty.FAULTS), place % phases) for place in range(len(faulty.FAULTS) * phases)]
@@ -130,7 +131,7 @@ def matrix(count: int) -> list[tuple[str, str, int]]:
 
 def jobs(verb: str, count: int, steps: int, launched: bool, folder: Path) -> list[Any]:
     """Encodes or sets of images."""
-    import killed_jobs
+    from failures import killed_jobs
 
     found = killed_jobs.jobs(verb, folder)
     return found[:: max(1, len(found) // count)][:count]
@@ -138,7 +139,7 @@ def jobs(verb: str, count: int, steps: int, launched: bool, folder: Path) -> lis
 
 def everything(count: int, steps: int, launched: bool, folder: Path) -> list[Any]:
     """Runs of both stages, on one process, on two, with shared weights; and all that writes."""
-    import power_cases
+    from failures import power_cases
 
     more = {**every(12, 3), "train__save_every": 4, "train__log_every": 1}
     settings = lambda count, steps: more  # noqa: E731
@@ -151,13 +152,13 @@ def everything(count: int, steps: int, launched: bool, folder: Path) -> list[Any
 
 
 def of(module: str, function: str) -> Unit:
-    """A function of a module of `tests/support`, which is imported late: it is slow."""
-    return lambda *arguments: getattr(__import__(module), function)(*arguments)
+    """A function of a module of `tests/support/failures`, which is imported late: it is slow."""
+    return lambda *arguments: getattr(import_module(f"failures.{module}"), function)(*arguments)
 
 
 def fault(cell: Any, number: int, left: int) -> Row:
     """A cell of the matrix."""
-    import mishaps
+    from failures import mishaps
 
     found = mishaps.Cell(*cell.place)
     (mishaps.launched_fault if cell.launched else mishaps.forked_fault)(cell.case, found)
@@ -168,14 +169,14 @@ def fault(cell: Any, number: int, left: int) -> Row:
 
 def uneven(case: Any, number: int, left: int) -> Row:
     """A run of three processes with bad images."""
-    import mishaps
+    from failures import mishaps
 
     return mishaps.uneven_data(case.folder, number)
 
 
 def power(case: Any, number: int, left: int) -> Row:
     """Cut a run, or something else that writes."""
-    import power_cases
+    from failures import power_cases
 
     function = power_cases.lose_power_of_work if isinstance(case, power_cases.Work) else power_cases.lose_power_of_run
     return function(case, number, left)
@@ -312,7 +313,7 @@ def main() -> None:
 
     torch.set_num_threads(1)
     if "disks" in counts:
-        import mishaps
+        from failures import mishaps
 
         mishaps.in_own_mounts()
     with tempfile.TemporaryDirectory() as temporary:

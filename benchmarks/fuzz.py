@@ -58,8 +58,8 @@ def lines_of(path: Path) -> list[Row]:
 
 def try_target(name: str, seed: int, numbers: range, out: Path) -> None:
     """Append a line for each 50 cases that has none yet."""
-    from fuzz_targets import TARGETS
-    from fuzzing import Campaign, summary
+    from fuzzing.campaign import Campaign, summary
+    from fuzzing.targets import TARGETS
 
     done = {(line["target"], line["seed"], line["first"], line["count"]) for line in lines_of(out)}
     parts = [range(first, min(first + LINE, numbers.stop)) for first in range(numbers.start, numbers.stop, LINE)]
@@ -110,7 +110,7 @@ def main() -> None:
         port = free_port()
         os.environ.update(SMALTI_FUZZ_PORT=str(port), HF_ENDPOINT=f"http://127.0.0.1:{port}")
         import torch
-        from fuzz_targets import TARGETS
+        from fuzzing.targets import TARGETS
 
         torch.set_num_threads(1)
         if options.target != "all" and options.target not in TARGETS:

@@ -40,7 +40,7 @@ LONGEST = 1 << 14  # bytes of an input
 
 def try_stream(data: bytes) -> None:
     """Checksums made to fit as far as the first chunk; then all of it is parsed, and every chunk and name."""
-    from made_streams import reseal
+    from fuzzing.made_streams import reseal
 
     from pipelines.compression.chunks import unpack_bits
     from pipelines.compression.header import HEADER_BYTES, RAW, StreamError
@@ -145,10 +145,10 @@ MODULES = {
 
 
 def changed(target: str, data: bytes, most: int, chance: Random) -> bytes:
-    """An input that is changed by its structure, as `fuzz_ways` does; or by its bytes, as libFuzzer does."""
+    """An input that is changed by its structure, as `fuzzing.ways` does; or by its bytes, as libFuzzer does."""
     import atheris
-    from fuzz_ways import damage_any_json, damage_chunks, damage_header, damage_yaml
-    from mutations import damage_weights
+    from fuzzing.mutations import damage_weights
+    from fuzzing.ways import damage_any_json, damage_chunks, damage_header, damage_yaml
 
     ways: dict[str, list[Any]] = {"streams": [damage_header, damage_chunks], "presets": [damage_yaml]}
     ways["weights"] = [damage_any_json if data.startswith(b"{") else damage_weights]
@@ -166,8 +166,8 @@ def changed(target: str, data: bytes, most: int, chance: Random) -> bytes:
 
 def seeds(target: str, folder: Path) -> None:
     """Good inputs, and some that are damaged, where the folder is new."""
-    from fuzz_targets import TARGETS as DAMAGED
-    from fuzzing import damaged
+    from fuzzing.campaign import damaged
+    from fuzzing.targets import TARGETS as DAMAGED
 
     folder.mkdir(parents=True, exist_ok=True)
     if any(folder.iterdir()):
@@ -183,8 +183,8 @@ def seeds(target: str, folder: Path) -> None:
 
 def own_weights(folder: Path) -> dict[str, bytes]:
     """The configuration of a model of each kind, a calibration, and published weights of a width of one."""
-    import published_weights as published
-    from fuzz_targets import good_calibrations
+    from fuzzing.targets import good_calibrations
+    from givens import published_weights as published
     from safetensors.torch import save
     from small import TOKENIZERS, make_tokenizer
 
@@ -215,7 +215,7 @@ def fuzz(target: str, seconds: int, corpus: Path) -> None:
         for name in parsers_of(target):
             with contextlib.suppress(ImportError):  # of the half of yaml that is C
                 importlib.import_module(name)
-    import fuzz_targets  # noqa: F401
+    import fuzzing.targets  # noqa: F401
 
     TARGETS[target](b"")
     arguments = [f"-max_total_time={seconds}", "-timeout=60", "-rss_limit_mb=2500", f"-max_len={LONGEST}"]

@@ -64,7 +64,7 @@ def make_jpeg(seed: int, height: int, width: int) -> bytes:
 def write_all(folder: Path, count: int, height: int, width: int) -> float:
     """The same images as files, as parquet with row groups of 100, and as tar shards; returns kB per image."""
     sys.path.insert(0, str(ROOT / "tests" / "support"))
-    from image_files import write_parquet, write_tar
+    from givens.image_files import write_parquet, write_tar
 
     rows = [(f"{k:06d}", make_jpeg(k, height, width), k % 10) for k in range(count)]
     for key, data, label in rows:

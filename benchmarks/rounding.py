@@ -186,7 +186,7 @@ def elsewhere(which: str, threads: int) -> None:
     """Print what differs from each recorded row."""
     # Not this folder, whose `tokenizers.py` others would import.
     sys.path[0:1] = [str(ROOT), str(ROOT / "tests" / "support")]
-    import elsewhere as table
+    from trust import elsewhere as table
 
     if which not in ("here", "all"):
         raise SystemExit(f"elsewhere={which}: expected here or all")

@@ -87,8 +87,8 @@ def main() -> None:
 
 def alone(options: Any, out: Path) -> None:
     """One case, in this process."""
-    from soak_cases import Everything, rank, soak_run
-    from soaking import Soak, repeat
+    from trust.soak_cases import Everything, rank, soak_run
+    from trust.soaking import Soak, repeat
 
     rows = out / "rows.jsonl" if rank() == 0 else out / "second.jsonl"
     if options.case == "pipeline":
@@ -106,8 +106,8 @@ def alone(options: Any, out: Path) -> None:
 def each_alone(options: Any, out: Path) -> bool:
     """Every case in processes of its own, then the table and the curves; whether anything is broken."""
     import two_processes
-    from soak_cases import RUNS
-    from soaking import grown, slopes
+    from trust.soak_cases import RUNS
+    from trust.soaking import grown, slopes
 
     names = ["pipeline"] if options.what == "pipeline" else choose(options.only, list(RUNS))
     given = {key: getattr(options, key) for key in DEFAULTS if key not in ("case", "only") and getattr(options, key)}
@@ -163,10 +163,10 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
 def at_once(options: Any, out: Path) -> bool:
     """Threads with one pipeline, of each prior; whether anything differs."""
     import torch
-    from at_once import acts_of, differences
     from small import PRIORS, VARIANTS
     from small_pipelines import make_pipeline
     from support.tables import table_head, table_row
+    from trust.at_once import acts_of, differences
 
     from pipelines import ImagePipeline
 

@@ -66,8 +66,8 @@ def alone(options: Any, files: list[str], before: list[Row]) -> Iterator[Row]:
     os.environ.update(OMP_NUM_THREADS="1", HF_HUB_OFFLINE="1", WANDB_MODE="offline")
     # Not this folder, whose `tokenizers.py` others would import.
     sys.path[0:1] = [str(ROOT), str(ROOT / "tests" / "support")]
-    import alone as each  # which imports torch once, for all that is forked
     import torch
+    from trust import alone as each  # which imports torch once, for all that is forked
 
     import pipelines
 

@@ -32,7 +32,7 @@ for number, handler in ((signal.SIGINT, signal.default_int_handler), (signal.SIG
         signal.signal(number, handler)
 torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
 if os.environ.get("SMALTI_ROUNDING"):
-    import other_rounding
+    from pretended import other_rounding
 
     other_rounding.install()
 

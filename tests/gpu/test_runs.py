@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 import torch
+from givens.plans import planned
 from launch import ROOT, dotted, environment, losses, make_tokens, prior_arguments, train_prior, train_stage
-from plans import planned
 
 from pipelines.config.command import parse
 from pipelines.train_prior import PriorTask, TrainPriorConfig

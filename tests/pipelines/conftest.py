@@ -19,7 +19,7 @@ def tokens(tmp_path_factory) -> Path:
 @pytest.fixture(scope="session")
 def trained():
     """A small pipeline trained on stripes, and calibrated."""
-    from stripes import trained_on_stripes
+    from givens.stripes import trained_on_stripes
 
     return trained_on_stripes()
 
@@ -27,7 +27,7 @@ def trained():
 @pytest.fixture(scope="session")
 def fresh(trained):
     """Statistics of normal images that neither training nor calibration has seen."""
-    from stripes import stripes
+    from givens.stripes import stripes
 
     from pipelines.anomaly.image_statistics import statistics
 
@@ -37,8 +37,8 @@ def fresh(trained):
 @pytest.fixture(scope="session")
 def likely():
     """An untrained pipeline with a likelihood of pixels, calibrated."""
+    from givens.stripes import SIZE, stripes
     from small_pipelines import make_pipeline
-    from stripes import SIZE, stripes
 
     from pipelines.anomaly.calibrating import calibrate
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 import threading
 from typing import Any
 
-import at_once
 import pytest
-from at_once import acts_of, differences, in_turns
 from small_pipelines import make_pipeline
+from trust import at_once
+from trust.at_once import acts_of, differences, in_turns
 
 QUICK = ("sampled", "watched", "interrupted", "scored", "represented")
 AGNOSTIC = {"order_agnostic": True, "connectivity_agnostic": True}

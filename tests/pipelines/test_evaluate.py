@@ -8,10 +8,10 @@ import json
 import numpy as np
 import pytest
 import torch
+from givens.striped_sets import write_set
 from optional import needs_torch_fidelity
 from PIL import Image
 from small_pipelines import make_pipeline
-from striped_sets import write_set
 
 from pipelines import ImagePipeline
 from pipelines import evaluate as evaluation

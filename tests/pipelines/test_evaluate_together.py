@@ -13,10 +13,10 @@ from typing import Any
 
 import pytest
 import torch
-from forked import import_once, log_of, start_verb
+from failures.forked import import_once, log_of, start_verb
+from givens.striped_sets import write_set
 from prepared import run_file
 from small_pipelines import make_pipeline
-from striped_sets import write_set
 
 from pipelines import evaluate as evaluation
 from pipelines.metrics import fid, likelihood, quality, reconstruction, samples, texture

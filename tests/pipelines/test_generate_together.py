@@ -14,8 +14,8 @@ from typing import Any
 
 import pytest
 import torch
+from failures.forked import Attempt, Hook, import_once, log_of, start_verb
 from folders import written
-from forked import Attempt, Hook, import_once, log_of, start_verb
 from launch import kill_the_second, output_of, start, two_processes
 from prepared import run_file
 from small_pipelines import make_pipeline

@@ -17,7 +17,7 @@ from urllib.request import urlopen
 
 import pytest
 import torch
-from fake_hub import commit, run_client, serve
+from servers.fake_hub import commit, run_client, serve
 from small import make_prior, make_tokenizer
 
 from pipelines import ImagePipeline

@@ -7,8 +7,17 @@ import shutil
 import pytest
 import torch
 import yaml
+from givens.made_variants import (
+    ROWS,
+    by_the_paper,
+    earlier,
+    every_variant,
+    keep_awake,
+    make_made,
+    make_same,
+    some_orders,
+)
 from launch import losses, train_prior
-from made_variants import ROWS, by_the_paper, earlier, every_variant, keep_awake, make_made, make_same, some_orders
 from safetensors.torch import load_file, save_file
 from small import draw_tokens, make_prior, moved_by
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from costs import all_steps
 from frequencies import as_frequent
-from made_variants import by_the_paper, every_variant, make_made
+from givens.made_variants import by_the_paper, every_variant, make_made
 from small import draw_tokens, generators, make_prior
 
 from pipelines import ImagePipeline

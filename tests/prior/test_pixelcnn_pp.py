@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from costs import Operations, all_steps, flops
-from headed import HEADS, make_headed
+from givens.headed import HEADS, make_headed
 from small import draw_tokens, make_prior, moved_by
 from torch import nn
 

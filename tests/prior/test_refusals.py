@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 import torch
-from headed import grid_with
+from givens.headed import grid_with
 from small import SMALL, draw_tokens, make_prior
 
 from prior import Prior

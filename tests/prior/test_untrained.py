@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from headed import HEADS, TOGETHER, grid_with
+from givens.headed import HEADS, TOGETHER, grid_with
 from small import PRIORS, SMALL, VARIANTS, draw_tokens, grid_of
 
 from prior import Prior

@@ -152,7 +152,7 @@ def test_a_ladder_of_seconds(tmp_path):
 @pytest.mark.timeout(900)
 def test_blocks_are_measured_beside_raster_order(tmp_path):
     """A few steps of small priors on random tokens: every column is filled, and a second call does nothing again."""
-    from token_datasets import make_dataset
+    from givens.token_datasets import make_dataset
 
     make_dataset("pixels").save(tmp_path / "tokens")
     command = ["blocks.py", f"tokens={tmp_path / 'tokens'}", f"out={tmp_path / 'runs'}", "orders=raster,halton:3"]

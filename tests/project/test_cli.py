@@ -21,8 +21,8 @@ import torch
 import yaml
 from command import errors_of, fails
 from folders import contents
-from image_files import write_pictures
-from image_folders import header_only
+from givens.image_files import write_pictures
+from givens.image_folders import header_only
 from optional import needs_digits
 from PIL import Image
 from small_pipelines import make_pipeline

@@ -15,8 +15,8 @@ from types import ModuleType
 from typing import Any
 
 import pytest
-from chromium import browser
 from PIL import Image
+from servers.chromium import browser
 
 from pipelines.__main__ import verbs
 from prior import Marginal, Prior

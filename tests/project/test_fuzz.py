@@ -16,9 +16,9 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
-from fuzz_targets import TARGETS
-from fuzzing import damaged, problem_of
-from hostility import Watch, attempt, limits, write_tree
+from fuzzing.campaign import damaged, problem_of
+from fuzzing.hostility import Watch, attempt, limits, write_tree
+from fuzzing.targets import TARGETS
 
 ROOT = Path(__file__).parents[2]
 QUICK = {
@@ -72,9 +72,9 @@ def test_damaged_inputs_load_or_are_refused_in_a_line(tmp_path, monkeypatch, cap
 PLANTED = """
     import os, signal, subprocess, sys, time, json
     from pathlib import Path
-    import fuzzing
-    from fuzzing import Campaign, Target
-    from mutations import damage_bytes
+    from fuzzing import campaign as fuzzing
+    from fuzzing.campaign import Campaign, Target
+    from fuzzing.mutations import damage_bytes
     from tokenizer.files.errors import PipelineLoadError
 
     fuzzing.BATCH = 4

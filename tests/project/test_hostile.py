@@ -12,10 +12,10 @@ from collections import Counter
 from functools import partial
 from pathlib import Path
 
-import hostile_bases as bases
 import pytest
-from hostility import FOREIGN, GROWTH, Watch, attempt, limits, make_case, run, table, write_tree
-from mutations import CANARIES, CANARY, Canary, damage_config
+from fuzzing import hostile_bases as bases
+from fuzzing.hostility import FOREIGN, GROWTH, Watch, attempt, limits, make_case, run, table, write_tree
+from fuzzing.mutations import CANARIES, CANARY, Canary, damage_config
 
 from pipelines import ImagePipeline
 from prior import Prior

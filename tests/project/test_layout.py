@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import re
 import sys
+from collections import Counter
 from functools import cache
 from pathlib import Path
 
@@ -194,6 +195,11 @@ def test_a_folder_is_neither_too_large_nor_without_a_face(folder: str) -> None:
         typed = [node for node in face.body if isinstance(node, ast.If)]  # what is late, for type checkers
         assert all(ast.unparse(node.test) == "TYPE_CHECKING" for node in typed)
         assert all(isinstance(node, (ast.Expr, ast.ImportFrom, ast.Assign, ast.If)) for node in face.body)
+
+
+def test_no_folder_of_the_tests_helpers_is_too_large() -> None:
+    sizes = Counter(path.parent.name for path in (ROOT / "tests" / "support").rglob("*.py"))
+    assert sizes and max(sizes.values()) <= 20, sizes
 
 
 def test_pipelines_shows_the_five_steps() -> None:

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from mutations import CANARIES, Canary
+from fuzzing.mutations import CANARIES, Canary
 from safetensors.torch import load_file, save_file
 from small import PRIORS, TOKENIZERS
 from small_pipelines import make_pipeline

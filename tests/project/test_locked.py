@@ -12,10 +12,8 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-import floors
-import locked
-import matrix
 import pytest
+from supply import floors, locked, matrix
 
 packaging = pytest.importorskip("packaging")
 from packaging.markers import Marker  # noqa: E402

@@ -13,8 +13,8 @@ from random import Random
 from typing import Any
 
 import pytest
-from power_journal import Journal
-from power_loss import WAYS, cut_points, lose_power
+from failures.power_journal import Journal
+from failures.power_loss import WAYS, cut_points, lose_power
 
 import tokenizer.files.writing as writing
 from pipelines.config import UserError

@@ -1,4 +1,4 @@
-"""Nothing mixes devices: components, abilities and whole runs on a pretended GPU (`pretended_gpu`)."""
+"""Nothing mixes devices: components, abilities and whole runs on a pretended GPU (`pretended.gpu`)."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def on_the_gpu(*words: str, seconds: int = 280) -> str:
     """What is said of the components whose names contain `words`; skips where nothing can be pretended."""
     path = os.environ["PYTHONPATH"]
     result = subprocess.run(
-        [sys.executable, str(ROOT / "tests" / "support" / "pretended_gpu.py"), *words],
+        [sys.executable, "-m", "pretended.gpu", *words],
         capture_output=True,
         text=True,
         timeout=seconds,

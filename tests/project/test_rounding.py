@@ -16,11 +16,11 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import elsewhere
 import numpy as np
 import pytest
 import torch
 from small import PRIORS, TOKENIZERS, make_prior, make_tokenizer
+from trust import elsewhere
 
 from pipelines import ImagePipeline
 from pipelines.images.pictures import convert_images
@@ -202,7 +202,7 @@ def drawn(prior, first: int, count: int, **options) -> torch.Tensor:
 if __name__ == "__main__":
     torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
     if sys.argv[1] == "pretended":
-        import other_rounding
+        from pretended import other_rounding
 
         other_rounding.install()
     print(json.dumps(read_stream(Path(sys.argv[2])) if sys.argv[1] == "stream" else found(int(sys.argv[2]))))

@@ -15,10 +15,9 @@ from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 
-import built
-import floors
 import pytest
 from optional import needs_digits
+from supply import built, floors
 
 ROOT = Path(__file__).parents[2]
 PACKAGES, SOURCES = ("tokenizer", "prior", "pipelines"), ("pyproject.toml", "README.md", "LICENSE")

@@ -22,10 +22,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from failures.writers import DATA, TINY, WRITERS, of_kind, place, published_weights, run, snapshot
 from PIL import Image
 from small import make_tokenizer
 from small_pipelines import make_pipeline
-from writers import DATA, TINY, WRITERS, of_kind, place, published_weights, run, snapshot
 
 import tokenizer.files.writing as storage
 from pipelines import ImagePipeline, encode, evaluate, train_tokenizer

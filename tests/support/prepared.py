@@ -153,7 +153,7 @@ class Forks:
             return False
         os.close(to[1]), os.close(back[0])
         os.dup2(2, 1)  # what an import says is no answer
-        from forked import import_once
+        from failures.forked import import_once
 
         import_once("accelerate", "torchvision.utils", "small_pipelines")
         self.questions, self.answers = os.fdopen(to[0]), os.fdopen(back[1], "w")

@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 import torch
+from givens.waves import trained_on_waves
 from small import QUANTIZERS, make_tokenizer, quantizer_of
 from torch import Tensor
-from waves import trained_on_waves
 
 from tokenizer import Tokenizer, titok
 from tokenizer.files.errors import ConfigError

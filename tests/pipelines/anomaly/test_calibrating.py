@@ -9,8 +9,8 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from givens.stripes import SIZE, constant, stripes, uniform
 from small_pipelines import make_pipeline
-from stripes import SIZE, constant, stripes, uniform
 
 from pipelines import ImagePipeline
 from pipelines.anomaly.calibrating import calibrate

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
+from givens.stripes import SIZE, constant, planted, stripes
 from small import PLACED, PRIORS, make_tokenizer
 from small_pipelines import make_pipeline
-from stripes import SIZE, constant, planted, stripes
 
 from pipelines.anomaly.calibrating import calibrate
 from pipelines.anomaly.healing import anomaly_map, heal, patches

@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from givens.stripes import SIZE, constant, planted, stripes, uniform
 from small import TOKENIZERS
 from small_pipelines import make_pipeline
-from stripes import SIZE, constant, planted, stripes, uniform
 
 from pipelines import ImagePipeline
 from pipelines.anomaly.calibrating import calibrate

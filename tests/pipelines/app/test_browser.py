@@ -18,10 +18,10 @@ import httpx
 import numpy as np
 import pytest
 import torch
-from app_server import Driver, app
-from chromium import browser
 from optional import needs_gradio
 from PIL import Image
+from servers.app_server import Driver, app
+from servers.chromium import browser
 from small_pipelines import make_pipeline, pixels_for
 
 from pipelines import ImagePipeline

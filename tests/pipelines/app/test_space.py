@@ -16,10 +16,10 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from app_server import Driver, free_port, running
-from chromium import CHROMIUM, browser
-from fake_hub import run_client, serve
 from optional import needs_gradio
+from servers.app_server import Driver, free_port, running
+from servers.chromium import CHROMIUM, browser
+from servers.fake_hub import run_client, serve
 from small_pipelines import make_pipeline
 
 from pipelines import ImagePipeline

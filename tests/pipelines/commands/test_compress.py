@@ -6,8 +6,8 @@ Covers: pipelines/commands/decompress.py.
 import numpy as np
 import pytest
 import torch
-from coded import images_of, pipeline_of
 from command import fails
+from givens.coded import images_of, pipeline_of
 from PIL import Image
 
 from pipelines.commands import decompress

@@ -16,9 +16,9 @@ import numpy as np
 import pytest
 import torch
 from command import fails
+from givens.stripes import SIZE, constant, older, stripes, uniform
 from PIL import Image
 from small_pipelines import make_pipeline
-from stripes import SIZE, constant, older, stripes, uniform
 
 from pipelines import ImagePipeline
 from pipelines.__main__ import main

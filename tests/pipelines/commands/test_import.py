@@ -12,8 +12,8 @@ from argparse import Namespace
 import pytest
 import torch
 from command import fails, printed_and_errors
-from image_files import write_pictures
-from published_weights import imported, llamagen_shapes, random_images, random_weights, taming_shapes
+from givens.image_files import write_pictures
+from givens.published_weights import imported, llamagen_shapes, random_images, random_weights, taming_shapes
 from safetensors.torch import load_file, save_file
 
 from pipelines.__main__ import find, main, verbs

@@ -10,8 +10,8 @@ import sys
 import numpy as np
 import pytest
 import torch
-from coded import pipeline_of
 from command import fails
+from givens.coded import pipeline_of
 from launch import ROOT, environment
 from PIL import Image
 from small import TOKENIZERS, make_tokenizer, quantizer_of

@@ -16,8 +16,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from givens.plans import TINY, planned
 from launch import prior_arguments
-from plans import TINY, planned
 from small import SMALL, TOKENIZERS, make_prior, make_tokenizer, quantizer_of
 
 from pipelines.__main__ import main

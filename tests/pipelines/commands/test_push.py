@@ -17,9 +17,9 @@ from typing import Any
 
 import pytest
 import torch
-from fake_hub import run_client, serve
+from givens.token_datasets import make_dataset
+from servers.fake_hub import run_client, serve
 from small import make_prior, make_tokenizer
-from token_datasets import make_dataset
 
 from pipelines import ImagePipeline
 from pipelines.__main__ import main

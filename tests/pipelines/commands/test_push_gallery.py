@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 import yaml
 from command import fails
-from fake_hub import run_client, serve
+from servers.fake_hub import run_client, serve
 from small_pipelines import make_pipeline
 
 from pipelines import ImagePipeline

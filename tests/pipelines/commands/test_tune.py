@@ -11,9 +11,9 @@ from dataclasses import replace
 
 import pytest
 import torch
+from givens.striped_sets import write_set
 from PIL import Image
 from small_pipelines import make_pipeline
-from striped_sets import write_set
 
 from pipelines import ImagePipeline
 from pipelines.__main__ import main

@@ -7,9 +7,9 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from fuzzing.made_streams import chunk_bytes, make_chunk, make_header, quick
 from hypothesis import given
 from hypothesis import strategies as st
-from made_streams import chunk_bytes, make_chunk, make_header, quick
 
 from pipelines.compression.chunks import Chunk, Reader, digest, pack_bits, read_chunk, unpack_bits, verify
 from pipelines.compression.header import GUARD, RAW, DamagedStream, ModelMismatch, StreamError, TruncatedStream

@@ -15,7 +15,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from coded import KINDS, images_of, pipeline_of
+from givens.coded import KINDS, images_of, pipeline_of
 from PIL import Image
 from small import PRIORS
 

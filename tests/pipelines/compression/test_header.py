@@ -5,7 +5,7 @@ import time
 import tracemalloc
 
 import pytest
-from made_streams import ANSWER, MODEL, chunk_bytes, make_header, make_stream, reseal
+from fuzzing.made_streams import ANSWER, MODEL, chunk_bytes, make_header, make_stream, reseal
 
 from pipelines.compression.header import (
     HEADER_BYTES,

@@ -5,9 +5,9 @@ import re
 from zlib import crc32
 
 import pytest
+from fuzzing.made_streams import make_chunks, make_header, packed, quick
 from hypothesis import given
 from hypothesis import strategies as st
-from made_streams import make_chunks, make_header, packed, quick
 
 from pipelines.compression.header import DamagedStream, StreamError, TruncatedStream
 from pipelines.compression.names import check_names

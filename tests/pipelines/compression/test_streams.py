@@ -10,9 +10,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from fuzzing.made_streams import make_chunk, make_chunks, make_header, make_names, make_stream, packed, quick, reseal
 from hypothesis import given
 from hypothesis import strategies as st
-from made_streams import make_chunk, make_chunks, make_header, make_names, make_stream, packed, quick, reseal
 
 from pipelines.compression import streams
 from pipelines.compression.chunks import Chunk, digest, pack_bits, unpack_bits, verify

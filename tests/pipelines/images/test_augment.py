@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 import torch
-from image_files import noise
-from image_folders import ALL, config, write_folder
+from givens.image_files import noise
+from givens.image_folders import ALL, config, write_folder
 
 from pipelines.images import load_images, to_float, to_uint8
 from pipelines.images.augment import AugmentConfig, affine_grid, draw_changes

@@ -22,8 +22,8 @@ import numpy as np
 import psutil
 import pytest
 import torch
-from hostility import give_back
-from image_files import Row, encoded, noise, write_parquet, write_tar
+from fuzzing.hostility import give_back
+from givens.image_files import Row, encoded, noise, write_parquet, write_tar
 from PIL import Image
 
 from pipelines.images import DataConfig, Splits, decoding, load_images

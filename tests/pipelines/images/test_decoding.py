@@ -2,8 +2,8 @@
 
 import numpy as np
 import pytest
-from image_files import encoded, noise
-from image_folders import config, write_image
+from givens.image_files import encoded, noise
+from givens.image_folders import config, write_image
 from ordinary import as_others
 from PIL import Image
 

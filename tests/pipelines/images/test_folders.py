@@ -5,8 +5,8 @@ import subprocess
 
 import numpy as np
 import pytest
-from image_files import noise
-from image_folders import config, write_folder, write_image
+from givens.image_files import noise
+from givens.image_folders import config, write_folder, write_image
 from ordinary import as_others
 
 from pipelines.config import UserError

@@ -10,9 +10,9 @@ from pathlib import Path
 from urllib.parse import parse_qs
 
 import pytest
-from fake_hub import Handler, commit, places_of, serve
-from image_files import load, rows_of, write_shards
+from givens.image_files import load, rows_of, write_shards
 from prepared import run_file
+from servers.fake_hub import Handler, commit, places_of, serve
 
 from pipelines.config import UserError
 from pipelines.images import DataConfig, load_images

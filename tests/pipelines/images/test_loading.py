@@ -10,8 +10,8 @@ import numpy as np
 import pydantic
 import pytest
 import torch
-from image_files import noise
-from image_folders import ALL, BAD, config, write_folder, write_image
+from givens.image_files import noise
+from givens.image_folders import ALL, BAD, config, write_folder, write_image
 
 from pipelines.config import UserError
 from pipelines.images import DataConfig, ImageDataset, load_images, to_float, to_uint8

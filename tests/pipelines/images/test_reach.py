@@ -8,7 +8,7 @@ import threading
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from image_files import rows_of, write_parquet, write_pictures
+from givens.image_files import rows_of, write_parquet, write_pictures
 
 from pipelines.config import UserError
 from pipelines.images import DataConfig, load_images

@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 import torch
-from image_files import noise
-from image_folders import BAD, PNGS, bytes_of_each, config, write_table
+from givens.image_files import noise
+from givens.image_folders import BAD, PNGS, bytes_of_each, config, write_table
 from optional import needs_digits
 
 from pipelines.config import UserError

@@ -5,8 +5,8 @@ from itertools import product
 import numpy as np
 import pytest
 import torch
-from image_files import noise
-from image_folders import PNGS, bytes_of_each, config, write_folder, write_image, write_splits, write_table
+from givens.image_files import noise
+from givens.image_folders import PNGS, bytes_of_each, config, write_folder, write_image, write_splits, write_table
 from optional import needs_digits
 
 from pipelines.config import UserError

@@ -7,8 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from image_files import CHANGES, change, noise
-from image_folders import PNGS, config, write_folder, write_image, write_table
+from givens.image_files import CHANGES, change, noise
+from givens.image_folders import PNGS, config, write_folder, write_image, write_table
 
 from pipelines.images import load_images
 from pipelines.images.stamps import FileChanged

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from image_files import KINDS, identities, load, noise, rows_of, write_shards, write_tar
+from givens.image_files import KINDS, identities, load, noise, rows_of, write_shards, write_tar
 from launch import (
     assert_equal_tensors,
     exact,

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from plans import prior_in_training
+from givens.plans import prior_in_training
 from small import make_tokenizer
 
 from pipelines.metrics.likelihood import bits_per_token, rows_at_a_time

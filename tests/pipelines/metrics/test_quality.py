@@ -8,8 +8,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from givens.striped_sets import write_set
 from optional import needs_torchmetrics
-from striped_sets import write_set
 
 from pipelines.images import load_images
 from pipelines.metrics.quality import (

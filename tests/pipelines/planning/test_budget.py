@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 import torch
+from givens.plans import TINY, on_meta, planned, prior_in_training
 from launch import prior_arguments, states, tokenizer_arguments, train_prior, train_tokenizer
 from one_process import begin_anew
-from plans import TINY, on_meta, planned, prior_in_training
 from torch import nn
 
 from pipelines.commands import plan

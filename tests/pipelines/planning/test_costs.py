@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from plans import TINY, on_meta, planned, prior_in_training
+from givens.plans import TINY, on_meta, planned, prior_in_training
 from small import PRIORS
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.attention import SDPBackend, sdpa_kernel

@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 
 import pytest
-from plans import TINY, planned
+from givens.plans import TINY, planned
 
 from pipelines.planning.pauses import MOST, Every, Looks, Pauses, pauses_of
 

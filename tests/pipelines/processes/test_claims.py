@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from forked import fork
+from failures.forked import fork
 from several import Several
 from two_processes import join_group
 

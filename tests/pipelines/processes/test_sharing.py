@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-from forked import fork
+from failures.forked import fork
 from prepared import run_file
 from two_processes import join_group, leave_group
 

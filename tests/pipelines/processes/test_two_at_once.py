@@ -13,6 +13,7 @@ import psutil
 import pytest
 import torch
 from folders import contents, written
+from givens.striped_sets import write_set
 from launch import (
     end,
     metrics,
@@ -24,7 +25,6 @@ from launch import (
     wait_for,
 )
 from small_pipelines import make_pipeline
-from striped_sets import write_set
 
 from tokenizer.files.claims import beside, inside
 from tokenizer.files.holders import Claim

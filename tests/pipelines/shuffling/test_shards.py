@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from streams import streams_of
+from givens.streams import streams_of
 
 from pipelines.shuffling.shards import ShardOrder, drawn_by_blocks
 from pipelines.training.schedule import TrainConfig

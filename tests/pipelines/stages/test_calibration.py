@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from stripes import constant, older, stripes, uniform
+from givens.stripes import constant, older, stripes, uniform
 
 from pipelines import ImagePipeline
 from pipelines.anomaly.image_statistics import statistics

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from encodes import write_classes
+from failures.encodes import write_classes
 from small import make_tokenizer
 
 from pipelines import encode

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from encodes import SHIFT, config, interrupted, write_classes
+from failures.encodes import SHIFT, config, interrupted, write_classes
 from folders import contents, files_in
 from small import make_tokenizer
 

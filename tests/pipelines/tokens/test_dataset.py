@@ -14,12 +14,12 @@ import numpy as np
 import pytest
 import torch
 from folders import files_in
-from image_files import write_pictures
+from givens.image_files import write_pictures
+from givens.token_datasets import edit_split, make_dataset, refused
 from launch import DIGITS as DIGITS_ONCE
 from optional import needs_digits
 from safetensors.torch import load_file
 from small import TOKENIZERS, make_tokenizer
-from token_datasets import edit_split, make_dataset, refused
 
 from pipelines import encode
 from pipelines.config import UserError

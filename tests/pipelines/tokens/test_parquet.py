@@ -15,8 +15,8 @@ from typing import Any
 
 import pytest
 import torch
-from fake_hub import run_client, serve
-from token_datasets import make_dataset
+from givens.token_datasets import make_dataset
+from servers.fake_hub import run_client, serve
 
 from pipelines.commands.push import PushConfig
 from pipelines.commands.push import run as push

@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from encodes import SHIFT, config, interrupted, write_classes
+from failures.encodes import SHIFT, config, interrupted, write_classes
+from failures.forked import log_of, start_verb
 from folders import contents
-from forked import log_of, start_verb
 from launch import output_of, start, two_processes
 from prepared import run_file
 from several import Several

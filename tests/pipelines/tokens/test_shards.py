@@ -14,10 +14,10 @@ import numpy as np
 import pytest
 import torch
 from folders import files_in
+from givens.token_datasets import edit_split, make_dataset, refused
 from launch import output_of, start
 from safetensors.torch import load_file, save_file
 from small import make_prior, make_tokenizer
-from token_datasets import edit_split, make_dataset, refused
 
 from pipelines import train_prior
 from pipelines.commands.verify import VerifyConfig

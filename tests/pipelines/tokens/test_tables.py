@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 import torch
 from datasets.fingerprint import Hasher
+from givens.token_datasets import make_dataset
 from launch import train_prior
 from PIL import Image
 from small_pipelines import make_pipeline
-from token_datasets import make_dataset
 
 from pipelines import ImagePipeline, encode
 from pipelines.config import UserError

@@ -23,8 +23,8 @@ import pytest
 from accelerate import Accelerator
 from launch import CLOCK, exact, metrics, output_of, start, tokenizer_arguments, train_tokenizer, verb, wait_for
 from PIL import Image
-from wandb_log import wandb_records
-from wandb_server import WandbServer
+from servers.wandb_log import wandb_records
+from servers.wandb_server import WandbServer
 
 from pipelines.tracking.tensorboard_run import last_step, start_tensorboard
 

@@ -14,8 +14,8 @@ from typing import Any
 import pytest
 from huggingface_hub import ModelCard
 from launch import arguments, metrics, output_of, prior_arguments, start, train_prior, train_tokenizer
-from wandb_log import wandb_records
-from wandb_server import WandbServer
+from servers.wandb_log import wandb_records
+from servers.wandb_server import WandbServer
 
 from pipelines import ImagePipeline, encode
 from pipelines.tokens import load_tokens

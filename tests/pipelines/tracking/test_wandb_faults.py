@@ -30,7 +30,7 @@ from launch import (
     train_tokenizer,
     wait_for,
 )
-from wandb_server import WandbServer
+from servers.wandb_server import WandbServer
 
 STEPS, SIZE, ROUNDS = 1000, 64, 2
 # The limits are constants, for nobody should need to set them: a program of the test's own makes them short.

@@ -21,7 +21,8 @@ import numpy as np
 import pytest
 import torch
 from folders import contents
-from image_files import write_pictures
+from givens.image_files import write_pictures
+from givens.streams import streams_of
 from launch import (
     EMA,
     GPT,
@@ -40,7 +41,6 @@ from one_process import one_process
 from PIL import Image
 from safetensors.torch import load_file
 from small import PRIORS, QUANTIZERS, TOKENIZERS, make_tokenizer, node_of
-from streams import streams_of
 
 from pipelines import ImagePipeline, encode
 from pipelines.config import UserError

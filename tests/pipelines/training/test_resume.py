@@ -8,6 +8,7 @@ from contextlib import suppress
 
 import psutil
 import pytest
+from failures.mishaps import can_mount
 from launch import (
     faults,
     metrics,
@@ -19,7 +20,6 @@ from launch import (
     two_processes,
     wait_for,
 )
-from mishaps import can_mount
 
 CELLS = 4  # which have every fault, phase and rank
 

@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import sharded_runs
 import torch
+from failures import sharded_runs
+from failures.sharded_runs import MUON, OTHERS, RUN, STEPS, TWO, until, with_prior
 from launch import (
     MACHINE,
     ROOT,
@@ -35,7 +36,6 @@ from launch import (
 from one_process import one_process
 from safetensors import safe_open
 from safetensors.torch import load_file
-from sharded_runs import MUON, OTHERS, RUN, STEPS, TWO, until, with_prior
 from torch.distributed.tensor import DTensor
 
 from pipelines import ImagePipeline

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 from launch import output_of, start, train_tokenizer
-from soaking import Soak, at_rest, grown, held, repeat, slope, watching_steps
+from trust.soaking import Soak, at_rest, grown, held, repeat, slope, watching_steps
 
 ROOT = Path(__file__).parents[3]
 OFTEN = {"train__steps": 24, "train__save_every": 3, "train__preview_every": 6, "train__batch_size": 4}

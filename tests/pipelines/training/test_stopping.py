@@ -373,7 +373,7 @@ def test_ctrl_c_under_accelerate_launch_saves_once(tmp_path, command, processes)
 )
 def test_a_second_ctrl_c_ends_at_once(tmp_path, command, launched, saved):
     """In a step that takes forever; with what is saved as the last word."""
-    run, argv = tmp_path / "run", ["tests/support/stuck.py", "6", "train_tokenizer"]
+    run, argv = tmp_path / "run", ["tests/support/failures/stuck.py", "6", "train_tokenizer"]
     argv += tokenizer_arguments(tmp_path / "run", train__steps=20000, **({"train__save_every": saved} if saved else {}))
     if launched == "alone":
         job = command([sys.executable, *argv])

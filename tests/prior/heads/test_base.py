@@ -9,7 +9,7 @@ import pytest
 import torch
 from costs import all_steps, flops
 from frequencies import as_frequent
-from headed import CASES, HEADS, TOGETHER, VOCAB, grid_with, make_headed
+from givens.headed import CASES, HEADS, TOGETHER, VOCAB, grid_with, make_headed
 from small import PRIORS, draw_tokens, generators, moved_by
 
 from prior import Prior

@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from headed import make_headed
+from givens.headed import make_headed
 from small import draw_tokens
 
 from prior.heads.logistic import FLOOR, Logistic, LogisticConfig

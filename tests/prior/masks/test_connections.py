@@ -6,7 +6,7 @@ import threading
 
 import pytest
 import torch
-from made_variants import earlier, every_variant, make_made, make_same
+from givens.made_variants import earlier, every_variant, make_made, make_same
 from small import draw_tokens, make_prior
 
 from pipelines.training.schedule import move_average

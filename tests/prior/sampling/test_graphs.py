@@ -13,7 +13,7 @@ from unittest import mock
 
 import pytest
 import torch
-from emulated_graphs import Emulated, HostRead
+from pretended.emulated_graphs import Emulated, HostRead
 from small import PRIORS, VARIANTS, draw_known, draw_tokens, generators, make_prior
 
 from prior.drawing import State

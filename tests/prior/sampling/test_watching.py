@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from emulated_graphs import Emulated
+from pretended.emulated_graphs import Emulated
 from small import ANY_ORDER, PRIORS, VARIANTS, draw_known, draw_tokens, generators, make_prior
 
 from prior.sampling import steps

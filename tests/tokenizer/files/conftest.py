@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from hostile_bases import save_pipeline
+from fuzzing.hostile_bases import save_pipeline
 
 
 @pytest.fixture(scope="module")

@@ -10,7 +10,7 @@ import warnings
 from pathlib import Path
 
 import pytest
-from mutations import CANARIES
+from fuzzing.mutations import CANARIES
 from refusals import refused
 
 from pipelines import ImagePipeline

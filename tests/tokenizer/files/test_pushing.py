@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from fake_hub import run_client, serve
+from servers.fake_hub import run_client, serve
 from small import make_prior, make_tokenizer
 
 from pipelines import ImagePipeline

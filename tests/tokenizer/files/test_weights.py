@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from mutations import unpack
+from fuzzing.mutations import unpack
 from prepared import run_file
 from refusals import refused
 from safetensors import SafetensorError

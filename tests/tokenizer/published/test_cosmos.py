@@ -7,10 +7,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from agreement import agree_in_double
 from command import fails, printed_and_errors
-from published_references import cosmos_says, from_wavelets, wavelets
-from published_weights import cosmos_shapes, imported, random_images, random_weights
+from givens.agreement import agree_in_double
+from givens.published_references import cosmos_says, from_wavelets, wavelets
+from givens.published_weights import cosmos_shapes, imported, random_images, random_weights
 from safetensors.torch import load_file, save_file
 from small import make_tokenizer
 

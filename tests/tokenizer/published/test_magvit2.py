@@ -7,10 +7,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from agreement import agree_in_double
 from command import fails
-from published_references import ibq_says, magvit2_says
-from published_weights import imported, magvit2_shapes, random_images, random_weights, taming_shapes
+from givens.agreement import agree_in_double
+from givens.published_references import ibq_says, magvit2_says
+from givens.published_weights import imported, magvit2_shapes, random_images, random_weights, taming_shapes
 from safetensors.torch import save_file
 from small import make_tokenizer
 

@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from agreement import agree_in_double
-from published_references import maskgit_says
-from published_weights import imported, maskgit_shapes, random_images, random_weights
+from givens.agreement import agree_in_double
+from givens.published_references import maskgit_says
+from givens.published_weights import imported, maskgit_shapes, random_images, random_weights
 from safetensors.torch import save_file
 from small import make_tokenizer
 

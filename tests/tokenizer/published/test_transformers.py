@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from agreement import agree
 from command import fails
-from published_weights import imported, random_images, random_weights, taming_shapes
+from givens.agreement import agree
+from givens.published_weights import imported, random_images, random_weights, taming_shapes
 from safetensors.torch import load_file, save_file
 
 from pipelines.commands.import_ import ImportConfig, describe

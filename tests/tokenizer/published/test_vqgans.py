@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from agreement import CLOSE, agree, agree_in_double
 from command import fails
-from published_references import llamagen_says, taming_says
-from published_weights import imported, llamagen_shapes, random_images, random_weights, taming_shapes
+from givens.agreement import CLOSE, agree, agree_in_double
+from givens.published_references import llamagen_says, taming_says
+from givens.published_weights import imported, llamagen_shapes, random_images, random_weights, taming_shapes
 from safetensors.torch import load_file, save_file
 
 from pipelines.commands.import_ import ImportConfig, describe

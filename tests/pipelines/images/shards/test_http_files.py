@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from image_files import (
+from givens.image_files import (
     CHANGED,
     KINDS,
     change,

@@ -22,7 +22,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from image_files import KINDS, identities, load, rows_of, write_parquet, write_shards, write_tar
+from givens.image_files import KINDS, identities, load, rows_of, write_parquet, write_shards, write_tar
 
 from pipelines.config import UserError
 from pipelines.images import DataConfig

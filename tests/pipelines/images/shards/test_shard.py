@@ -7,7 +7,7 @@ import io
 from typing import Any
 
 import pytest
-from image_files import (
+from givens.image_files import (
     CHANGED,
     CHANGES,
     KINDS,

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from image_files import identities, load, rows_of, write_tar
+from givens.image_files import identities, load, rows_of, write_tar
 
 from pipelines.images.shards import tar as tar_shards
 from pipelines.images.shards.tar_index import Member, TarError, scan

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from pieces import write_pieces
+from givens.pieces import write_pieces
 from ranks import of_ranks
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file

@@ -20,7 +20,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from pieces import in_shards
+from givens.pieces import in_shards
 from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn

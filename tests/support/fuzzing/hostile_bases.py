@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from hostility import Case, Tree, read_tree
+from fuzzing.hostility import Case, Tree, read_tree
 from small import make_prior, make_tokenizer
 from torch import nn
 from torch.optim.swa_utils import AveragedModel

@@ -21,15 +21,15 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
-import gpu_waits
 import numpy as np
 import torch
 import torch.distributed as dist
 from accelerate.state import AcceleratorState
-from emulated_graphs import Emulated
 from launch import train_prior, train_tokenizer
 from PIL import Image
-from pretended_gpu import CUDA, DeviceMix, Pretended
+from pretended import gpu_waits
+from pretended.emulated_graphs import Emulated
+from pretended.gpu import CUDA, DeviceMix, Pretended
 from small import (
     ANY_ORDER,
     PRIORS,

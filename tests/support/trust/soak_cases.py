@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from givens.striped_sets import write_set
 from launch import make_tokens, train_prior, train_tokenizer
 from small_pipelines import make_pipeline
-from soaking import Soak, watching_steps
-from striped_sets import write_set
+from trust.soaking import Soak, watching_steps
 
 from pipelines import ImagePipeline, Interrupted
 from pipelines.stages.representation import nearest_neighbours

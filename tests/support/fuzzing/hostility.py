@@ -23,7 +23,7 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
-from mutations import CANARIES, CANARY, MANIFEST, WAYS, Link, Special, Tree, damage_bytes, files_of
+from fuzzing.mutations import CANARIES, CANARY, MANIFEST, WAYS, Link, Special, Tree, damage_bytes, files_of
 
 from tokenizer.files.errors import PipelineLoadError
 

@@ -17,12 +17,12 @@ from random import Random
 from types import SimpleNamespace
 from typing import Any
 
-from forked import Attempt, Case, Hook, draws, fork, import_once, in_child, last_line, record_samples
-from interruptions import Found, snapshot_loads
-from killed_jobs import die_at_call, in_small_pieces, list_modules, make_world, sound
+from failures.forked import Attempt, Case, Hook, draws, fork, import_once, in_child, last_line, record_samples
+from failures.interruptions import Found, snapshot_loads
+from failures.killed_jobs import die_at_call, in_small_pieces, list_modules, make_world, sound
+from failures.power_journal import Journal, Operation
+from failures.power_loss import clear, cut_points, lose_power
 from launch import states
-from power_journal import Journal, Operation
-from power_loss import clear, cut_points, lose_power
 
 from pipelines.training import loop as training
 from pipelines.training import saving
@@ -285,7 +285,7 @@ def open_world(folder: Path) -> SimpleNamespace:
 
 def make_whole_world(folder: Path) -> None:
     """The same, with what encode, compress and calibrate make of it."""
-    from writers import WRITERS, run
+    from failures.writers import WRITERS, run
 
     from pipelines.commands import calibrate
 
@@ -318,7 +318,7 @@ IN_PIECES = {"encode": 30, "generate, a folder": 12, "generate, tar": 12}
 
 def works(folder: Path) -> list[Work]:
     """Every writer into nothing, and where something of its own is; and `calibrate`, which changes a pipeline."""
-    from writers import DATA, WRITERS, run, verb
+    from failures.writers import DATA, WRITERS, run, verb
 
     from pipelines import encode, generate
     from pipelines.commands import calibrate, compress

@@ -18,8 +18,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from forked import Attempt, Hook, draws, import_once, in_child, last_line, log_of, start_verb
-from interruptions import Found, count_calls, die, is_time
+from failures.forked import Attempt, Hook, draws, import_once, in_child, last_line, log_of, start_verb
+from failures.interruptions import Found, count_calls, die, is_time
 
 TRAIN, TEST, SIDE = 40, 44, 8
 IMAGES = 48

@@ -1,6 +1,6 @@
 """The tests that look at what lies underneath, on several Pythons with several versions of torch: a table.
 
-    python tests/support/matrix.py [ROW ...] [--tests PATH ...] [--keep]
+    PYTHONPATH=tests/support python -m supply.matrix [ROW ...] [--tests PATH ...] [--keep]
 
 A row is `PYTHON:TORCH`, as 3.12:2.13.0, and all else is the newest that there is; 3.11:lowest has the lowest versions
 of everything. Without rows: the oldest Python with the lowest, one in the middle with the torch of uv.lock, and the
@@ -19,8 +19,7 @@ import sys
 import time
 from typing import Any
 
-import floors
-import locked
+from supply import floors, locked
 
 ROOT = floors.ROOT
 KNOWN = ROOT / "build" / "matrix.jsonl"

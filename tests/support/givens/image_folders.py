@@ -3,7 +3,7 @@
 import struct
 import zlib
 
-from image_files import encoded, noise
+from givens.image_files import encoded, noise
 from PIL import Image
 
 from pipelines.images import DataConfig

@@ -1,6 +1,6 @@
 """The wheel and the source archive of a commit: the same bytes, wherever, whenever and by whom they are built.
 
-    python tests/support/built.py FOLDER
+    python tests/support/supply/built.py FOLDER
 
 What is built is what git has at HEAD, not what lies around; files get the time of the commit and the usual permissions,
 and no owner. The same setuptools is taken for granted: it writes its version into the wheel.
@@ -17,7 +17,7 @@ import tarfile
 import tempfile
 from pathlib import Path
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 BUILD = "import setuptools.build_meta as build; build.build_wheel({0!r}); build.build_sdist({0!r})"
 UMASK = 0o022
 

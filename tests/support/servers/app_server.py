@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 SECONDS = 200.0  # for a server to start, on a machine that is busy
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 
 
 class Server:

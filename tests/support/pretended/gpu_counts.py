@@ -15,7 +15,7 @@ from typing import Any
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
-ROOT, TESTS = Path(__file__).parents[2], Path(__file__).parents[1]
+ROOT, TESTS = Path(__file__).parents[3], Path(__file__).parents[2]
 READS = {
     "_local_scalar_dense": 1,
     "nonzero": 1,

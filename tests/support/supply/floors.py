@@ -1,13 +1,13 @@
 """Whether the versions that pyproject.toml names are true: the suite with the lowest of them on the oldest Python that
 it names, or with the newest on the newest Python that is here.
 
-    python tests/support/floors.py lowest|newest [--python PYTHON] [arguments of pytest]
-    python tests/support/floors.py resolve
+    python tests/support/supply/floors.py lowest|newest [--python PYTHON] [arguments of pytest]
+    python tests/support/supply/floors.py resolve
 
 Each has an environment of its own below build/, made anew when pyproject.toml changes; `newest` looks for newer
 versions every time. It takes gigabytes: on Linux, PyPI's torch is the one for CUDA. `uv` on PATH makes them sooner, and
 of links. `resolve` installs nothing: it asks uv whether the lowest versions go together, and writes all that would be
-installed into build/lowest.txt. Several Pythons and versions of torch: `python tests/support/matrix.py`.
+installed into build/lowest.txt. Several Pythons and versions of torch: `supply.matrix`.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import sys
 import tomllib
 from pathlib import Path
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 EXTRA = "dev"  # which has the others, but for those of the benchmarks
 NEWEST = 30  # as far as minor versions of Python are looked for

@@ -1,4 +1,4 @@
-"""A web server that serves a folder, and misbehaves at the requests that a plan names (`fuzz_ways.damage_answers`)."""
+"""A web server that serves a folder, and misbehaves at the requests that a plan names (`ways.damage_answers`)."""
 
 from __future__ import annotations
 

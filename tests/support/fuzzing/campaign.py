@@ -26,8 +26,8 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
-from hostility import FOREIGN, GROWTH, SECONDS, Outcome, Watch, attempt, content, limits, write_tree
-from mutations import MANIFEST, Tree, damage_bytes, files_of
+from fuzzing.hostility import FOREIGN, GROWTH, SECONDS, Outcome, Watch, attempt, content, limits, write_tree
+from fuzzing.mutations import MANIFEST, Tree, damage_bytes, files_of
 
 from tokenizer.files.errors import PipelineLoadError
 

@@ -1,6 +1,6 @@
 """What uv.lock holds, as pip reads it: a line for each package, with a marker where Pythons or systems differ.
 
-    python tests/support/locked.py pins.txt
+    python tests/support/supply/locked.py pins.txt
     pip install -c pins.txt .
 
 As constraints they are what is locked, whichever index the files come from: a torch for CPUs has the same number. What
@@ -15,7 +15,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 
 
 @cache

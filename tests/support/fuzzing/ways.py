@@ -12,9 +12,9 @@ from random import Random
 from typing import Any
 
 import yaml
-from hostility import seal
-from made_streams import reseal
-from mutations import MANIFEST, NUMBERS, TEXTS, Tree, change_value, dumped, files_of, flip
+from fuzzing.hostility import seal
+from fuzzing.made_streams import reseal
+from fuzzing.mutations import MANIFEST, NUMBERS, TEXTS, Tree, change_value, dumped, files_of, flip
 
 # JSON by any name
 

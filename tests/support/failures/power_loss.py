@@ -11,7 +11,7 @@ import shutil
 from pathlib import Path
 from random import Random
 
-from power_journal import BESIDE, ROOT, Journal, Operation
+from failures.power_journal import BESIDE, ROOT, Journal, Operation
 
 WAYS = ("only what is durable", "names without contents", "as far as it came", "some of it", "all names")
 """What becomes of names that are not durable: none, all, the first ones, any of them, all."""

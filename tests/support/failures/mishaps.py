@@ -22,10 +22,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import faulty
 import numpy as np
 import torch
-from forked import (
+from failures import faulty
+from failures.forked import (
     Case,
     Hook,
     draws,

@@ -15,7 +15,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from forked import Attempt, Case, Hook, draws, last_line, record_samples, steps_taken, verifying
+from failures.forked import Attempt, Case, Hook, draws, last_line, record_samples, steps_taken, verifying
 from launch import states
 
 from pipelines.training import loop as training

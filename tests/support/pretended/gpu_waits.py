@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
-import gpu_counts
 from launch import EMA, GPT, VQVAE, make_tokens, train_prior, train_tokenizer
+from pretended import gpu_counts
 from small import node_of
 
 from pipelines.config import UserError

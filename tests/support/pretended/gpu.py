@@ -8,8 +8,10 @@ How: a tensor subclass that wraps a CPU's, a dispatch mode that wraps what is ma
 autograd asks for the device's guard. Torch is changed for good, so it takes a process of its own, and comes before the
 project is imported.
 
-    python tests/support/pretended_gpu.py [WORD]    # tries what `gpu_components` says (of that name), a line for each
-    python tests/support/pretended_gpu.py waits     # how often the host waits for the GPU in a training step, and where
+With PYTHONPATH=.:tests/support
+
+    python -m pretended.gpu [WORD]    # tries what `gpu_components` says (of that name), a line for each
+    python -m pretended.gpu waits     # how often the host waits for the GPU in a training step, and where
 """
 
 from __future__ import annotations
@@ -29,11 +31,11 @@ from contextlib import nullcontext, redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import Any
 
-import gpu_counts
 import torch
 import torch.nn.functional as F
 import torch.optim.optimizer as optimizer
 import torch.utils._foreach_utils as foreach
+from pretended import gpu_counts
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode, return_and_correct_aliasing
 from torch.utils._pytree import tree_leaves, tree_map, tree_map_only
@@ -287,7 +289,7 @@ def pretend() -> None:
 
 def run(only: str) -> bool:
     """Try all components whose name contains `only`, a line for each; whether all went well."""
-    from gpu_components import components
+    from pretended.gpu_components import components
 
     failed, tried = 0, 0
     for name, component in components():
@@ -310,7 +312,7 @@ def run(only: str) -> bool:
 
 def place_of(error: BaseException) -> str:
     """The innermost line of the project."""
-    tests, lines = Path(__file__).parent, traceback.extract_tb(error.__traceback__)
+    tests, lines = Path(__file__).parents[2], traceback.extract_tb(error.__traceback__)
     ours = [(Path(line.filename), line.lineno) for line in lines if Path(line.filename).is_relative_to(tests.parent)]
     ours = [place for place in ours if "site-packages" not in place[0].parts]
     own = [place for place in ours if not place[0].is_relative_to(tests)] or ours
@@ -318,7 +320,7 @@ def place_of(error: BaseException) -> str:
 
 
 if __name__ == "__main__":
-    sys.modules["pretended_gpu"] = sys.modules["__main__"]  # one class of tensors, not two
+    sys.modules["pretended.gpu"] = sys.modules["__main__"]  # one class of tensors, not two
     torch.set_num_threads(1)
     warnings.filterwarnings("ignore")
     try:

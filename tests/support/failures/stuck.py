@@ -1,4 +1,4 @@
-"""A run whose processes never end a step: `python tests/support/stuck.py STEP VERB key=value ...`; each says so."""
+"""A run whose processes never end a step: `stuck.py STEP VERB key=value ...`; each says so."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """The bits of a short run of each stage and of 64 samples, recorded for kinds of machines, and how another's differ.
 
-    python tests/support/elsewhere.py     tells those of this process, in JSON
+    PYTHONPATH=.:tests/support python -m trust.elsewhere     tells those of this process, in JSON
 
 A row of the table has the torch it was made with, the processor, what limits its instruction sets (ATen's, oneDNN's and
 MKL's variables are read when a process begins) and the number of threads. Values that several rows share are kept once.
@@ -21,7 +21,7 @@ from typing import Any
 
 import numpy as np
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 TABLE = ROOT / "tests" / "fixtures" / "elsewhere.json"
 STEPS, SAMPLES, WHOLE = 50, 64, 2  # of so many samples pixels are kept as floats, of the others their sha256
 LIMITS = {"ATen": "ATEN_CPU_CAPABILITY", "oneDNN": "ONEDNN_MAX_CPU_ISA", "MKL": "MKL_ENABLE_INSTRUCTIONS"}

@@ -15,9 +15,12 @@ from random import Random
 from types import SimpleNamespace
 from typing import Any
 
-import hostile_bases as bases
 import torch
-from fuzz_ways import (
+from fuzzing import hostile_bases as bases
+from fuzzing.campaign import Target
+from fuzzing.hostility import read_tree
+from fuzzing.mutations import WAYS, Tree, damage_bytes, damage_files, damage_weights, pack, plant_pickles, unpack
+from fuzzing.ways import (
     cross_json,
     damage_answers,
     damage_any_json,
@@ -30,14 +33,11 @@ from fuzz_ways import (
     seal_png,
     seal_stream,
 )
-from fuzzing import Target
-from hostility import read_tree
-from mutations import WAYS, Tree, damage_bytes, damage_files, damage_weights, pack, plant_pickles, unpack
 
 from pipelines.config import UserError
 from tokenizer.files.errors import PipelineLoadError
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 PORT = int(os.environ.get("SMALTI_FUZZ_PORT", "0"))
 """Of the Hub that workers serve; `HF_ENDPOINT` has to name it before anything is imported."""
 
@@ -108,7 +108,7 @@ def use_calibration(folder: Path) -> None:
 
 def good_tokens(folder: Path) -> dict[str, Tree]:
     """In one file, in several, without labels, and as for the Hub."""
-    from token_datasets import make_dataset
+    from givens.token_datasets import make_dataset
 
     small: Any = {"widths": (8,)}
     make_dataset(**small).save(folder / "one")
@@ -153,7 +153,7 @@ def use_state(folder: Path, counters: bool = True) -> None:
 
 def good_shards_of_states(folder: Path) -> dict[str, Tree]:
     """As one, two and three processes write it."""
-    from pieces import in_shards
+    from givens.pieces import in_shards
 
     found = {}
     for count in (1, 2, 3):
@@ -165,7 +165,7 @@ def good_shards_of_states(folder: Path) -> dict[str, Tree]:
 
 def damage_sharding(tree: Tree, chance: Random) -> str:
     """What a file of pieces says of where they belong, or a file for another."""
-    from mutations import change_value, pack, unpack
+    from fuzzing.mutations import change_value, pack, unpack
 
     name = chance.choice([name for name in tree if "shard-" in name])
     header, body = unpack(tree[name])
@@ -266,7 +266,7 @@ def good_images(folder: Path) -> dict[str, Tree]:
     """Of every format and mode that is read."""
     import io
 
-    from image_files import encoded, noise
+    from givens.image_files import encoded, noise
     from PIL import Image
 
     grey, colour = Image.fromarray(noise(9, 12)), Image.fromarray(noise(9, 12, 3))
@@ -311,7 +311,7 @@ def use_image(folder: Path) -> None:
 
 def good_shards(folder: Path) -> dict[str, Tree]:
     """Each with the index that is kept of it, or without."""
-    from image_files import rows_of, write_parquet, write_tar
+    from givens.image_files import rows_of, write_parquet, write_tar
 
     rows = rows_of(12)
     made = {
@@ -395,7 +395,7 @@ def use_shard(folder: Path) -> None:
 
 def good_weights(folder: Path) -> dict[str, Tree]:
     """Random ones by the names of each project."""
-    import published_weights as published
+    from givens import published_weights as published
     from safetensors.torch import save
 
     torch.manual_seed(0)
@@ -548,7 +548,7 @@ def good_http(folder: Path) -> dict[str, Tree]:
 def use_http(folder: Path) -> None:
     """Read the shard from a server that does what the plan says: the right images, or an error; from one that sends
     others as if they were these, whatever came."""
-    from misbehaving import part_of, served
+    from fuzzing.misbehaving import part_of, served
 
     from pipelines.images.shards import http_files, shard, tar
 
@@ -576,9 +576,9 @@ def good_hub(folder: Path) -> dict[str, Tree]:
 
 def use_hub(folder: Path) -> None:
     """Load the pipeline from a Hub that does what the plan says."""
+    from fuzzing.misbehaving import served
     from huggingface_hub import constants
     from huggingface_hub.utils import _http
-    from misbehaving import served
 
     from pipelines import ImagePipeline
 
@@ -598,7 +598,7 @@ def use_hub(folder: Path) -> None:
 
 def hub_answer(files: dict[str, bytes], path: str, headers: Any) -> tuple[int, dict[str, str], bytes]:
     """What the Hub says of a repository, or a file of it."""
-    from misbehaving import part_of
+    from fuzzing.misbehaving import part_of
 
     commit = "0123456789abcdef0123456789abcdef01234567"
     if "/resolve/" in path:
