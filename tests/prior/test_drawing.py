@@ -111,3 +111,21 @@ def test_weights_are_laid_out_for_so_many_rows(rows):
     with torch.no_grad():
         expected = head(hidden(x.relu()).relu())
     torch.testing.assert_close(closing.outputs(x.clone()), expected)
+
+
+def test_graphs_are_asked_for_cached_steps_unless_a_caller_does_without(monkeypatch):
+    model, asked, watches = make_prior("gpt"), [], []
+
+    def none(prior: Any, rows: Any, sampler: Any, watch: Any) -> None:
+        asked.append((prior, len(rows), sampler.top_k))
+        watches.append(watch)
+
+    monkeypatch.setattr(drawing, "from_graphs", none)
+    model.sample(3, generator=generators(3), top_k=2, on_step=lambda step: None)
+    assert asked == [(model, 3, 2)] and watches[0].steps == 12
+    for without in ({"cache": False}, {"capture": False}, {"parallel": True}):
+        model.sample(3, generator=generators(3), **without)
+    assert len(asked) == 1
+    drawn = torch.zeros(3, 12).long(), torch.zeros(3, 12, dtype=torch.bool)
+    monkeypatch.setattr(drawing, "from_graphs", lambda *given: drawn)
+    assert not model.sample(3, generator=generators(3)).any()
