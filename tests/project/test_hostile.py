@@ -90,9 +90,9 @@ def test_damaged_models_are_refused_or_valid(good, place, watch, part, family):
 @pytest.mark.timeout(1800)
 def test_random_configurations_cost_little(good, place, watch, monkeypatch):
     """A thousand of them for each of the models, every number of an allowed kind."""
-    monkeypatch.setattr("hostility.WAYS", [damage_config])
-    monkeypatch.setattr("hostility.SECONDS", 0.5)
-    monkeypatch.setattr("hostility.GROWTH", 100 << 20)
+    monkeypatch.setattr("fuzzing.hostility.WAYS", [damage_config])
+    monkeypatch.setattr("fuzzing.hostility.SECONDS", 0.5)
+    monkeypatch.setattr("fuzzing.hostility.GROWTH", 100 << 20)
     for part, family in (("tokenizer/", Tokenizer), ("prior/", Prior)):
         found = run(range(1000), bases.part_of(good, part), family.from_pretrained, place, watch)
         print("", table(found), sep="\n")
@@ -168,7 +168,7 @@ def fails(folder):
     ],
 )
 def test_what_is_forbidden_is_seen(good, place, watch, monkeypatch, does, problem):
-    monkeypatch.setattr("hostility.PATIENCE", 0.5 if does is takes_time else 20)
+    monkeypatch.setattr("fuzzing.hostility.PATIENCE", 0.5 if does is takes_time else 20)
     write_tree(good["plain"], place / "folder", place)
     write_tree({"secret": b"?"}, place / f"{FOREIGN}-plain", place)
     with limits():

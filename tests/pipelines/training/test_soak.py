@@ -26,7 +26,9 @@ def test_a_run_ends_with_the_threads_and_handles_that_it_began_with(tmp_path, on
     before, soak = at_rest(), Soak(None, "run", 6, tmp_path / "run")
     with watching_steps(soak):
         train_tokenizer(tmp_path / "run", **OFTEN)
-    assert at_rest() == before
+    assert all(
+        now <= then for now, then in zip(at_rest(), before, strict=True)
+    )  # of earlier tests' some may have ended
     assert len(soak.rows) == 4 and soak.rows[-1]["states"] == 2 and soak.rows[-1]["files"] > 10
     assert [
         line for line in grown(soak.rows, 1000) if line.split()[0] in ("threads", "handles", "children", "states")

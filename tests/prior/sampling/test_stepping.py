@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from costs import all_steps
-from headed import make_headed
+from givens.headed import make_headed
 from small import draw_tokens, generators, make_prior
 
 from prior import Prior
