@@ -169,7 +169,7 @@ def run_batch(target: Target, numbers: list[int], good: dict[str, Tree], seed: i
     while left:
         at: int | None = None
         with worker(target, left, good, seed, place) as (pid, file):
-            for line in told(file, HANGS):
+            for line in told(file, HANGS * (5 if target.connects else 1)):
                 row = json.loads(line)
                 at = row.get("begins")
                 rows += [] if "begins" in row else [row]
