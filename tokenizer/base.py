@@ -43,15 +43,15 @@ class TokenGrid:
         object.__setattr__(self, "scales", tuple(map(tuple, self.scales)))
         whole = [*self.shape, self.vocab_size]
         if not self.shape or any(isinstance(n, bool) or not isinstance(n, int) or n < 1 for n in whole):
-            raise ValueError(
+            raise ConfigError(
                 f"a grid needs positive whole sizes (got shape {self.shape}, vocab_size {self.vocab_size})"
             )
         if math.prod(self.shape) > 1 << 20 or self.vocab_size > 1 << 20:
-            raise ValueError(f"a grid holds at most 2^20 tokens of 2^20 ids (got {self.shape}, {self.vocab_size})")
+            raise ConfigError(f"a grid holds at most 2^20 tokens of 2^20 ids (got {self.shape}, {self.vocab_size})")
         if self.scales and (problem := scales_problem(self.scales, self.shape)):
-            raise ValueError(f"scales: {problem}")
+            raise ConfigError(f"scales: {problem}")
         if problem := positions_problem(self):
-            raise ValueError(problem)
+            raise ConfigError(problem)
 
     @property
     def together(self) -> int:

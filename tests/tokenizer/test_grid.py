@@ -6,6 +6,7 @@ from small import TOKENIZERS, make_prior, make_tokenizer
 
 from tokenizer import TokenGrid
 from tokenizer.base import grid_to_dict, read_grid
+from tokenizer.files.errors import ConfigError
 
 LEVELS = {
     "rvq": ("vqvae", {"quantizer": {"kind": "rvq", "depth": 3, "book": {"kind": "ema", "codes": 32, "dim": 8}}}),
@@ -46,6 +47,13 @@ def test_a_grid_of_one_code_a_position_says_nothing(name):
     grid = make_tokenizer(name).grid
     assert (grid.levels, grid.channels) == (1, 0) and grid.positions == grid
     assert set(grid_to_dict(grid)) <= {"shape", "vocab_size", "scales"}
+
+
+@pytest.mark.parametrize("name", ["pixels", "palette", "klvae", "vqgan"])
+def test_images_of_more_tokens_than_a_grid_holds_are_a_wrong_configuration(name):
+    """Which verbs tell in a line: it is the user who asks for large images, and for a tokenizer of many tokens."""
+    with pytest.raises(ConfigError, match=r"^a grid holds at most 2\^20 tokens"):
+        make_tokenizer(name, (4096, 4096))
 
 
 @pytest.mark.parametrize("facts", [{"levels": 3}, {"channels": 1}, {"channels": 3}])
