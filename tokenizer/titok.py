@@ -14,6 +14,7 @@ anew, and a learned vector in place of the others. So the first tokens hold what
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Literal
@@ -48,9 +49,9 @@ class TiTokConfig(ViTConfig):
     def check(self) -> Iterator[str]:
         """Registers fit, and the quantizer's ids are not maps."""
         yield from super().check()
-        height, width = self.image_size
-        if self.registers > height * width:
-            yield f"registers: at most one per pixel, {height * width} (got {self.registers})"
+        pixels = math.prod(self.image_size)
+        if self.registers > pixels:
+            yield f"registers: at most one per pixel, {pixels} (got {self.registers})"
         if self.quantizer.kind == "multiscale":
             yield "quantizer.kind: must not be multiscale, whose scales are maps, and registers have no places"
 

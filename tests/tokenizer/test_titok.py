@@ -252,6 +252,7 @@ def test_a_prefix_is_checked_like_all_tokens():
     ("config", "message"),
     [
         ({"registers": 785}, r"registers: at most one per pixel, 784 \(got 785\)"),
+        ({"image_size": (28,)}, r"titok: image_size: expected \[height, width\] \(got \[28\]\)$"),
         ({"registers": 0}, r"registers: must be >= 1 \(got 0\)"),
         ({"factor": 8}, "factor: 8 does not divide the image size 28x28"),
         ({"heads": 3}, "heads: dim must be a multiple of heads"),
