@@ -44,7 +44,8 @@ class PosthocConfig(TokenizerConfig):
     @model_validator(mode="before")
     @classmethod
     def _sees_the_same_images(cls, values: dict[str, Any]) -> dict[str, Any]:
-        node = {"kind": KLVAE.name} if values.get("vae") is None else values["vae"]
+        node = KLVAE.name if values.get("vae") is None else values["vae"]
+        node = {"kind": node} if isinstance(node, str) else node
         facts = {name: values[name] for name in FACTS if name in values}
         return {**values, "vae": {**facts, **node} if isinstance(node, dict) else node}
 

@@ -396,6 +396,7 @@ def test_levels_are_rows(name):
         ("klvae", {"bins": 1}, "bins: must be >= 2"),
         ("klvae", {"quantizer": {"kind": "fsq"}}, "quantizer: unknown key"),
         ("posthoc", {"vae": {"kind": "vqvae"}}, "vae.kind: must be klvae .got 'vqvae'"),
+        ("posthoc", {"vae": "vqvae"}, "vae.kind: must be klvae .got 'vqvae'"),
         ("posthoc", {"vae": {"latent": 3}}, "vae.kind: missing"),
         ("posthoc", {"vae": {"kind": "klvae", "latents": 3}}, "did you mean 'vae.latent'"),
         ("posthoc", {"vae": {"kind": "klvae", "image_size": [8, 8]}}, r"vae.image_size: \[8, 8\], but the images have"),
@@ -405,6 +406,11 @@ def test_levels_are_rows(name):
 def test_bad_configurations_are_named(name, config, message):
     with pytest.raises(ConfigError, match=message):
         Tokenizer.create(name, **{"image_size": (28, 28), "channels": 1, **config})
+
+
+def test_a_text_is_the_kind_of_the_vae_alone():
+    model = Tokenizer.create("posthoc", image_size=(28, 28), channels=1, vae="klvae")
+    assert model.config == Tokenizer.create("posthoc", image_size=(28, 28), channels=1).config
 
 
 def test_rows_of_latents_are_vectors():
