@@ -138,6 +138,16 @@ def test_quantizers_are_precise_in_training(name):
 
 
 @pytest.mark.usefixtures("lowered")
+@pytest.mark.parametrize("name", QUANTIZERS)
+def test_lookups_are_precise(name):
+    model = make_quantizer(name, **({"book": {"kind": "simvq", "codes": 32, "dim": 8}} if name == "rvq" else {})).eval()
+    z_q, tokens, _ = model.quantize(latents(model, 4, 3, 2))
+    found = []
+    seen = seen_in(lambda: found.append(model.lookup(tokens)))
+    assert seen.rounded <= {"ieee"} and seen.autocast <= {False} and torch.equal(found[0], z_q)
+
+
+@pytest.mark.usefixtures("lowered")
 @every_prior
 def test_likelihoods_and_features_are_precise(name):
     model = make_prior(name)

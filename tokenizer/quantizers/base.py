@@ -81,7 +81,8 @@ class Quantizer(Named, nn.Module, family="tokenizer.quantizers"):
             low, high = torch.stack(tokens.aminmax()).tolist()  # a GPU is waited for once
             if low < 0 or high >= self.vocab_size:
                 raise ValueError(f"token ids should lie in [0, {self.vocab_size}), got {low} to {high}")
-        return self.lookup_checked(tokens)
+        with full_float32(), torch.autocast(tokens.device.type, enabled=False):
+            return self.lookup_checked(tokens)
 
     def lookup_scales(self, tokens: Tensor, count: int) -> Tensor:
         """`lookup_checked` of the first `count` of `scales` alone, `(B, dim, H, W)`. Raises `ValueError` for more than
