@@ -69,8 +69,13 @@ class Kind:
 
 def require_ours(folder: Path, kind: Kind | None, *, called: Path | None = None) -> None:
     """Raise `PathError` unless nothing is at `folder`, or an empty folder, or a folder of this kind without other
-    files; None: no kind is allowed. called: the name of the folder in the message."""
+    files, and it is called by its name; None: no kind is allowed. called: the name of the folder in the message."""
     called = called or folder
+    if folder.name in ("", ".."):  # `.`, too: what is beside a folder is by this name in it
+        raise PathError(
+            f"{called} cannot be written: a folder is replaced as a whole, by its name, which this is not; write "
+            f"{os.path.realpath(folder)} in its place"
+        )
     if not os.path.lexists(folder):
         return
     if folder.is_symlink() or not folder.is_dir():

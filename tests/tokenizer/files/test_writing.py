@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import stat
 import subprocess
 import sys
@@ -47,6 +48,20 @@ def test_nothing_is_saved_over_links_and_strangers(tmp_path, folder):
         (half / "a").write_text("x")
         raise ZeroDivisionError
     assert sorted(p.name for p in tmp_path.iterdir()) == sorted(["mine", "link", "dangling", "disguised", "pipeline"])
+
+
+@pytest.mark.parametrize("called", [".", "inner/.."])
+@pytest.mark.parametrize("filled", [False, True])
+def test_a_folder_that_is_not_called_by_its_name_is_refused_before_any_work(tmp_path, monkeypatch, called, filled):
+    """It is written beside its place, which of `.` is in it, and the names are exchanged."""
+    model, mine = make_prior("marginal"), tmp_path / "mine"
+    model.save_pretrained(mine) if filled else mine.mkdir()
+    monkeypatch.chdir(mine)
+    expected = rf"^{re.escape(called)} cannot be written: [^\n]*; write {mine} in its place$"
+    with pytest.raises(PathError, match=expected), atomic_folder(called, kind=model.folder_kind()):
+        pytest.fail("work was done")
+    assert len(list(mine.iterdir())) == 2 * filled
+    model.save_pretrained(mine)
 
 
 @pytest.mark.parametrize("closed", ["mine", "mine/inner"])
