@@ -52,10 +52,13 @@ def name_batch(model: Any) -> None:
 
 
 def load_onnx(path: Path) -> Run:
-    """Run by onnxruntime, on the CPU."""
+    """Run by onnxruntime, on the CPU. Raises `ExportError` for what it does not run: weights of some types."""
     import onnxruntime
 
-    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    try:
+        session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    except Exception as error:  # of many kinds, all of onnxruntime
+        raise ExportError(f"onnxruntime does not run its {path.stem}: {first_line(error)}") from error
     name = session.get_inputs()[0].name
     return lambda given: torch.from_numpy(session.run(None, {name: given.numpy()})[0])
 

@@ -32,14 +32,16 @@ def export_tokenizer(
 
     images: float `(B, C, H, W)` in [-1, 1], on which it is checked beside images of noise. Raises `ExportError` for a
     tokenizer that cannot be recorded, a package that is missing, and a file that gives something else; `PathError` if
-    something else is in the folder.
+    something else is in the folder; `ValueError` for images of another size or type.
     """
     require_installed(format)
     tokenizer = copy.deepcopy(tokenizer).cpu().eval()  # the caller's stays on its device, beside its prior
     example = noise(tokenizer.image_shape)  # and no image of the user's: a .pt2 file holds what it was recorded on
     with torch.no_grad():
         examples: dict[Part, Tensor] = {"encoder": example, "decoder": tokenizer.encode(example)}
-    some = example if images is None else torch.cat([example, images.cpu()])
+    if images is not None:
+        tokenizer.check_images(images)
+    some = example if images is None else torch.cat([example, images.to(example)])
     kind = FORMATS[format]
     with atomic_folder(folder, kind=EXPORT, inputs=inputs) as target:
         paths = {part: target / f"{part}{kind.suffix}" for part in PARTS}

@@ -277,6 +277,35 @@ def test_packages_that_are_missing_are_named(tmp_path: Path, monkeypatch) -> Non
         export_tokenizer(tokenizer_of("pixels"), tmp_path / "out", "onnx")
 
 
+def test_weights_that_onnxruntime_does_not_run_are_said_in_one_line(tmp_path: Path) -> None:
+    for package in FORMATS["onnx"].needs:
+        pytest.importorskip(package)
+    model = make_tokenizer("vqvae").eval().to(torch.bfloat16)
+    with pytest.raises(ExportError, match=r"^onnxruntime does not run its encoder: [^\n]+$"):
+        export_tokenizer(model, tmp_path / "out", "onnx")
+    assert contents(tmp_path) == {}
+
+
+@pytest.mark.parametrize(
+    ("images", "message"),
+    [
+        (torch.zeros(1, 3, 8, 8), r"of shape \(B, 3, 12, 8\), got torch.float32 of shape \(1, 3, 8, 8\)"),
+        (torch.zeros(1, 3, 12, 8, dtype=torch.uint8), "should be floats .* got torch.uint8"),
+    ],
+)
+def test_images_of_another_size_or_type_are_named(images: Any, message: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=message):
+        export_tokenizer(make_tokenizer("vqvae").eval(), tmp_path / "out", "torch", images)
+    assert contents(tmp_path) == {}
+
+
+def test_images_of_another_precision_are_images(tmp_path: Path) -> None:
+    found = export_tokenizer(
+        make_tokenizer("pixels").eval(), tmp_path / "out", "torch", torch.zeros(2, 3, 12, 8, dtype=torch.float64)
+    )
+    assert found.images == 10
+
+
 def test_an_export_is_replaced_and_nothing_else_is(tmp_path: Path) -> None:
     tokenizer = tokenizer_of("pixels")
     export_tokenizer(tokenizer, tmp_path / "out", "torch")
