@@ -153,6 +153,17 @@ def test_a_truncated_file_is_an_error_and_no_signal(sharded, mapped, keep):
             load_tokens(sharded[0], mapped=mapped, verify=False)
 
 
+@pytest.mark.parametrize("name", ["weights.npz", "app.PY"])
+def test_what_is_not_opened_is_not_said_to_be_as_it_was(sharded, capsys, name):
+    (sharded[0] / name).write_bytes(b"before")
+    write_manifest(sharded[0])
+    (sharded[0] / name).write_bytes(b"after!")
+    verify(VerifyConfig(folder=str(sharded[0])))
+    count = len(json.loads((sharded[0] / "manifest.json").read_text())["files"])
+    printed = capsys.readouterr().out
+    assert f": {count - 1} files of " in printed and f"; not opened, as they may hold code: '{name}'" in printed
+
+
 def test_what_is_noticed_without_hashing(sharded):
     """A large dataset's files are compared by size, what is small by hash, and ids as they are read."""
     folder, _ = sharded
