@@ -88,7 +88,9 @@ def unknown_setting(model: type[Any], key: str) -> str:
 
 
 def key_problems(key: str, details: list[ErrorDetails]) -> list[str]:
-    """The lines for one key. If every branch of a union failed, those that only want another type are left out."""
+    """The lines for one key. If every branch of a union failed, those that only want another type are left out. A
+    list of wrong values is also too short to pydantic, which counts those that are right."""
+    details = [detail for detail in details if detail["type"] != "too_short"] or details
     value = details[0]["input"]
     complaints = [complaint(detail) for detail in details if not expected(detail)]
     if complaints:

@@ -312,6 +312,9 @@ def test_fsq_ids_are_mixed_radix():
     [
         ("fsq", {"levels": (1, 5)}, "levels"),
         ("fsq", {"levels": (256, 256, 256)}, "product"),
+        ("fsq", {"levels": (8.5,)}, r"^fsq: levels: expected a whole number \(got 8.5\)$"),
+        ("fsq", {"levels": (2,)}, r"^fsq: levels: must be >= 3 \(got 2\)$"),
+        ("fsq", {"levels": ()}, r"^fsq: levels: too few values \(got \[\]\)$"),
         ("ema", {"codes": 1}, "codes"),
         ("ema", {"decay": 1.0}, "decay"),
         ("ema", {"codez": 64}, "did you mean 'codes'"),
