@@ -120,7 +120,7 @@ class PretrainedModel(Named, nn.Module):
         cache_dir: str | Path | None = None,
         local_files_only: bool = False,
         force_download: bool = False,
-        subfolder: str = "",
+        subfolder: str | Path | None = None,
         variant: str | None = None,
         dtype: Dtype = None,
         torch_dtype: Dtype = None,
@@ -136,7 +136,7 @@ class PretrainedModel(Named, nn.Module):
         Raises a `PipelineLoadError`: `PathError` (no such folder or file), `ConfigError` (unknown kind or key, bad
         value), `WeightsError` (missing, extra, misshapen or non-finite weight), `FormatError`, `LimitError`.
         """
-        subfolder = subfolder.rstrip("/")
+        subfolder = "" if subfolder is None else str(subfolder).rstrip("/")
         if subfolder and not re.fullmatch(SUBFOLDER, subfolder):
             raise PathError(f"subfolder: {shown(subfolder)} names no folder inside {shown(str(source))}")
         patterns = [f"{subfolder}/{name}" if subfolder else name for name in (CONFIG, *weights_names(variant))]

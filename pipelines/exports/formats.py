@@ -83,7 +83,9 @@ FORMATS: dict[Format, FileFormat] = {
 
 
 def require_installed(name: Format) -> None:
-    """Raise `ExportError` for a format that needs a package which is not there."""
+    """Raise `ExportError` for a format that there is not, or that needs a package which is not there."""
+    if name not in FORMATS:
+        raise ExportError(f"format: there are {' and '.join(FORMATS)} (got {name!r})")
     if missing := [package for package in FORMATS[name].needs if find_spec(package) is None]:
         verb = "is" if len(missing) == 1 else "are"
         raise ExportError(f'{" and ".join(missing)} {verb} not installed: pip install "smalti[export]"')

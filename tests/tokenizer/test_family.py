@@ -4,6 +4,7 @@ Covers: tokenizer/autoencoder.py, tokenizer/base.py, tokenizer/losses.py, tokeni
 """
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -248,6 +249,8 @@ def test_a_subfolder_lies_in_the_folder(subfolder, source, tmp_path):
 def test_a_subfolder_may_be_nested(tmp_path):
     make_tokenizer("vqvae").save_pretrained(tmp_path / "a" / "b")
     assert Tokenizer.from_pretrained(tmp_path, subfolder="a/b").name == "vqvae"
+    assert Tokenizer.from_pretrained(tmp_path, subfolder=Path("a", "b")).name == "vqvae"
+    assert Tokenizer.from_pretrained(tmp_path / "a" / "b", subfolder=None).name == "vqvae"
     assert Tokenizer.from_pretrained(tmp_path / "a", subfolder="b/").name == "vqvae"
     assert Tokenizer.from_pretrained(str(tmp_path / "a/b"), subfolder="").name == "vqvae"
 

@@ -120,16 +120,19 @@ class Codebook(Stepped, Quantizer):
 
     @torch.no_grad()
     def start(self, rows: Tensor) -> None:
-        """Set the codebook by k-means over rows of all ranks: run on rank 0, then broadcast."""
+        """Set the codebook by k-means over rows of all ranks: run on rank 0, then broadcast. Fewer rows than codes are
+        repeated, slightly apart, and are the codes as they are: each would be a cluster of its own."""
         sample = first_rows(rows, 32 * self.vocab_size, self.config.seed)
-        if len(sample) < self.vocab_size:  # a tiny first batch: repeat its rows, slightly apart
+        few = len(sample) < self.vocab_size
+        if few:
             repeats = -(-self.vocab_size // len(sample))
             generator = torch.Generator().manual_seed(self.config.seed % (1 << 63))
             noise = torch.randn(len(sample) * repeats, self.dim, generator=generator)
             sample = sample.repeat(repeats, 1) + 0.01 * sample.std().clamp(min=1e-3) * noise.to(sample)
         if not bool(torch.isfinite(sample).all()):  # alike on all ranks; a codebook of NaN would not recover
             return
-        self.codebook.copy_(kmeans(sample, self.vocab_size, self.config.kmeans_iterations))
+        iterations = 0 if few else self.config.kmeans_iterations
+        self.codebook.copy_(kmeans(sample, self.vocab_size, iterations))
         if world_size() > 1:
             dist.broadcast(self.codebook.data, 0)
 

@@ -269,6 +269,11 @@ def test_what_is_told_is_the_worst_of_one_at_a_time_and_together() -> None:
     assert found.close_calls == 1 and found.pixel_difference > TOLERANCE / 4
 
 
+def test_a_format_that_there_is_not_is_told(tmp_path: Path) -> None:
+    with pytest.raises(ExportError, match=r"^format: there are onnx and torch \(got 'tflite'\)$"):
+        export_tokenizer(make_tokenizer("vqvae"), tmp_path / "out", "tflite")
+
+
 def test_packages_that_are_missing_are_named(tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setattr("pipelines.exports.formats.find_spec", lambda name: None if name != "onnx" else object())
     with pytest.raises(

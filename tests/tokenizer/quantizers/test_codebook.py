@@ -153,6 +153,14 @@ def test_a_codebook_of_few_rows_is_those_rows_slightly_apart(count):
     assert away.amin(1).mean() == pytest.approx(float(spread), rel=0.1)
 
 
+def test_a_codebook_much_larger_than_the_first_batch_starts_without_a_search(monkeypatch):
+    """One of 100,000 codes took more than five minutes to find that each of its rows is nearest to itself."""
+    monkeypatch.setattr(codebook, "nearest", None)
+    quantizer = make_quantizer("vq", codes=4096)
+    quantizer.start(torch.randn(96, 8))
+    assert len(quantizer.codebook.unique(dim=0)) == 4096
+
+
 def test_codes_of_rows_that_are_all_alike_differ_a_little():
     quantizer = make_quantizer("vq", kmeans_iterations=0)
     quantizer.start(torch.zeros(4, 8))
