@@ -13,7 +13,8 @@ import torch
 from PIL.Image import Image as PILImage
 from torch import Tensor
 
-from prior.requests import Order, order_of
+from prior.orders import order_of
+from prior.requests import Order
 from tokenizer.base import LikelihoodError
 
 from .anomaly import calibrating, healing, scores
@@ -72,7 +73,7 @@ class ImagePipeline(Stages):
         num_masks: int = 1,
     ) -> Tensor:
         parts = [
-            self.prior.log_prob(part, ids, order_of(order, rows), num_orders, num_masks)
+            self.prior.log_prob(part, ids, order_of(order, rows, len(tokens)), num_orders, num_masks)
             for rows, part, ids in self.batches(tokens, labels, batch_size)
         ]
         return torch.cat(parts)

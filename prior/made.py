@@ -284,7 +284,7 @@ class MADE(Prior, name="made"):
         for number in sorted(set(chosen)):
             at = [row for row, one in enumerate(chosen) if one == number]
             with self.connected(number):
-                drawn[at] = super().draw(rows[at], sampler, walk.of(at), watch)
+                drawn[at] = super().draw(rows[at], sampler, walk.of(at, len(rows)), watch)
         return drawn
 
     def make_cache(self, labels: Tensor, walk: Partition | None) -> Sums:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from tokenizer.base import TokenGrid
 
-from .orders import Partition, after_known, block_numbers, blocks_problem, known_first, make_partition
+from .orders import Partition, after_known, block_numbers, blocks_problem, known_first, make_partition, order_of
 from .sampling import Generators, Sampler, check_count, gumbel, image_generators, whole_number
 
 Order = Tensor | str | Partition | None
@@ -82,9 +82,9 @@ class Walk:
         """Whether the caller says anything of it."""
         return self.order is not None or self.num_orders != 1 or self.parallel or not self.cache
 
-    def of(self, rows: slice | Sequence[int]) -> Walk:
-        """That of some of the images."""
-        return replace(self, order=order_of(self.order, rows))
+    def of(self, rows: slice | Sequence[int], count: int) -> Walk:
+        """That of some of `count` images. Raises `ValueError` as `order_of` does."""
+        return replace(self, order=order_of(self.order, rows, count))
 
     def check(self, prior: Model) -> None:
         """Raise `ValueError` for what does not go together."""
@@ -197,15 +197,9 @@ def partition_of(prior: Model, order: Order) -> Partition:
     """`order` and how it is cut, on the model's device. Raises `ValueError` for sizes that are no whole numbers."""
     walk: Any = make_partition(order, prior.grid.shape) if isinstance(order, str) else order
     if not isinstance(walk, Partition):
-        walk = Partition(prior.order if walk is None else torch.as_tensor(walk), prior.blocks)
-    return Partition(walk.order.to(prior.device), tuple(whole_number("order: blocks", size) for size in walk.blocks))
-
-
-def order_of(order: Order, rows: slice | Sequence[int]) -> Order:
-    """The part of `order` that belongs to some of the images, where each has its own."""
-    if isinstance(order, Partition):
-        return Partition(order.order if order.order.ndim < 2 else order.order[rows], order.blocks)
-    return order if order is None or isinstance(order, str) or torch.as_tensor(order).ndim < 2 else order[rows]
+        walk = Partition(prior.order if walk is None else walk, prior.blocks)
+    order = torch.as_tensor(walk.order, device=prior.device)
+    return Partition(order, tuple(whole_number("order: blocks", size) for size in walk.blocks))
 
 
 def check_labels(prior: Model, labels: Tensor | None, count: int) -> Tensor | None:

@@ -20,7 +20,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from prior import Prior
-from prior.requests import Order, known_tokens, order_of
+from prior.orders import order_of
+from prior.requests import Order, known_tokens
 
 from ..images.pictures import check_output_type, convert_images
 from .base import Images, Label, Stages
@@ -113,7 +114,7 @@ def complete(
     batch = pipeline.to_images(images)
     known = known_pixels(known, mask, images, batch)
     tokens, keep = visible_tokens(pipeline, batch, known)
-    order = order_of(order, [row for row in range(len(batch)) for _ in range(draws)])
+    order = order_of(order, [row for row in range(len(batch)) for _ in range(draws)], len(batch))
     made = sample(
         pipeline,
         len(batch) * draws,

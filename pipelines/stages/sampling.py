@@ -157,7 +157,7 @@ def draw_batches(
             known=known[rows] if some else None,
             progress=bar if len(batches) == 1 else False,
             on_step=watcher.saw,
-            **vars(walk.of(rows)),
+            **vars(walk.of(rows, count)),
             **vars(sampler),
         )
         watcher.end(drawn)

@@ -1,7 +1,7 @@
 """Orders: in which blocks, and in which order, the cells of a grid are drawn."""
 
 from .known import after_known, known_first
-from .partitions import Partition, block_numbers, make_order, make_partition, order_problem
+from .partitions import Partition, block_numbers, make_order, make_partition, order_of, order_problem
 from .sizes import blocks_problem, even, growing
 
 __all__ = [
@@ -14,5 +14,6 @@ __all__ = [
     "known_first",
     "make_order",
     "make_partition",
+    "order_of",
     "order_problem",
 ]

@@ -8,7 +8,8 @@ NAME/K        an order of one token a block, in blocks of K tokens: raster/4
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -159,6 +160,21 @@ def key_of(kind: str, numbers: tuple[str, ...], shape: tuple[int, int]) -> KeyOf
 def make_order(name: str, shape: tuple[int, ...]) -> Tensor:
     """The order called `name` over a grid of `shape`, without its blocks: int64 `(N,)`. Raises as `make_partition`."""
     return make_partition(name, shape).order
+
+
+def order_of(order: Any, rows: slice | Sequence[int], count: int) -> Any:
+    """The part of an order, in whichever form, that belongs to some of `count` images, where each has its own. Raises
+    `ValueError` for one of another number of images."""
+    if order is None or isinstance(order, str):
+        return order
+    if isinstance(order, Partition):
+        return Partition(order_of(order.order, rows, count), order.blocks)
+    walks = torch.as_tensor(order)
+    if walks.ndim < 2:
+        return walks
+    if len(walks) != count:
+        raise ValueError(f"order: got {len(walks)} for {count} images; give one, or one per image")
+    return walks[rows]
 
 
 def block_numbers(order: Tensor, blocks: tuple[int, ...]) -> Tensor:

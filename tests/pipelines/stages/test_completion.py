@@ -107,6 +107,8 @@ def test_orders_and_generators_belong_to_images_and_completions():
     pipe = in_any_order()
     pixels, orders = pixels_for(pipe, 3), torch.rand(3, 6).argsort(1)
     many = complete(pipe, pixels, half(), draws=2, order=orders, generator=generators(6, 9)).tokens
+    lists = complete(pipe, pixels, half(), draws=2, order=orders.tolist(), generator=generators(6, 9)).tokens
+    assert torch.equal(many, lists)
     for k in range(3):
         one = complete(pipe, pixels[[k, k]], half(), order=orders[k], generator=generators(2, 9 + 2 * k)).tokens
         assert torch.equal(one, many[k])

@@ -14,6 +14,7 @@ from small_pipelines import every_pair, every_prior_pair, make_pipeline, pixels_
 
 from pipelines import ImagePipeline
 from pipelines.stages.sampling import settings_in
+from prior.orders import Partition
 from tokenizer.files.errors import ConfigError
 
 
@@ -230,6 +231,24 @@ def test_orders_reach_the_prior():
     assert torch.equal(pipe(5, seed=0, order=orders.numpy(), batch_size=2).tokens, each.tokens)
     with pytest.raises(ValueError, match="one order"):
         make_pipeline()(2, order="column")
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 64])
+@pytest.mark.parametrize("number", [1, 3, 7])
+def test_as_many_orders_as_images_or_one_for_all(number, batch_size):
+    """Not those of the first batches, with the rest left out, nor an error after some were drawn."""
+    pipe = make_pipeline(any_order=True)
+    orders, pixels, seen = torch.rand(number, 6).argsort(1), pixels_for(pipe), []
+    said = re.escape(f"order: got {number} for 5 images; give one, or one per image")
+    partition = Partition(orders, (1,) * 6)
+    for order in (orders, orders.tolist(), partition):
+        with pytest.raises(ValueError, match=said):
+            pipe(5, order=order, batch_size=batch_size, callback_on_step_end=lambda *step: seen.append(step))
+        with pytest.raises(ValueError, match=said):
+            pipe.log_prob(pixels, order=order, batch_size=batch_size)
+        with pytest.raises(ValueError, match=said):
+            pipe.complete(pixels, torch.zeros(8, 12).bool(), order=order, batch_size=batch_size)
+    assert not seen
 
 
 def test_completion_hears_of_all_that_is_known_where_the_prior_takes_any_order():
