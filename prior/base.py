@@ -209,6 +209,10 @@ class Prior(Positions, Features, Mixtures, Stepping, PretrainedModel, family="pr
             raise TypeError(f"{unknown[0]!r} is no argument of sampling from a {cls.name!r} prior")
         return cls.Sampling(**settings)
 
+    def check_sampler(self, sampler: Any) -> None:
+        """Raise `ValueError` for settings of `Sampling` that do not fit this very prior."""
+        sampler.check(self.grid)
+
     def sample(
         self,
         num_images: int,
@@ -252,7 +256,7 @@ class Prior(Positions, Features, Mixtures, Stepping, PretrainedModel, family="pr
         """
         common = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "guidance_scale": guidance_scale}
         sampler = self.make_sampler(**common, **settings)
-        sampler.check(self.grid)
+        self.check_sampler(sampler)
         walk = Walk(order, num_orders, cache, parallel, guess, capture)
         walk.check(self)
         rows = make_rows(self, num_images, labels, sampler, generator, tokens, known)

@@ -273,6 +273,11 @@ class MADE(Prior, name="made"):
         logits = x if self.head is None else F.linear(x, self.head)
         return logits if bias is None else logits + bias
 
+    def check_sampler(self, sampler: MADESampler) -> None:
+        """As in `Prior`: other connectivities than its own are for a model that is made for them."""
+        super().check_sampler(sampler)
+        self.connectivities(sampler.num_masks)
+
     def draw(self, rows: Rows, sampler: MADESampler, walk: Walk, watch: Watch) -> Tensor:
         """As `Prior` does, each image in one of the connectivities, which its own generator draws."""
         numbers = self.connectivities(sampler.num_masks)

@@ -12,6 +12,7 @@ from tokenizer.base import TokenGrid
 
 from .orders import Partition, make_order
 from .requests import Order, partition_of
+from .sampling import whole_number
 
 
 class Mixtures:
@@ -61,6 +62,7 @@ class Mixtures:
 def check_mixture(name: str, count: int, allowed: bool, otherwise: str) -> None:
     """Raise `ValueError` unless `count`, the argument `name`, is 1, or more where that is `allowed`. otherwise: why it
     is not."""
+    count = whole_number(name, count)
     if count < 1:
         raise ValueError(f"{name} must be at least 1 (got {count})")
     if count > 1 and not allowed:

@@ -64,7 +64,7 @@ class Stages:
         self.labels = list(labels)
         self.sampler = make_sampler(type(prior), sampler or {})
         try:
-            self.sampler.check(prior.grid)
+            prior.check_sampler(self.sampler)
         except ValueError as error:
             raise ConfigError(f"{INDEX}: sampler: {error}") from error
         self.provenance: dict[str, Any] = {}

@@ -114,6 +114,8 @@ def known_settings(prior: type[Prior], settings: Any) -> dict[str, Any]:
 def make_sampler(prior: type[Prior], settings: dict[str, Any], path: str | Path = INDEX) -> Sampler:
     """The default settings of sampling from a prior of this kind. Raises `ConfigError`, naming the file, for one that
     the prior does not have or that is out of range."""
+    if not isinstance(settings, dict):
+        raise ConfigError(f"{path}: sampler: found {shown(settings)}, expected an object")
     try:
         return prior.make_sampler(**settings)
     except (TypeError, ValueError, OverflowError) as error:

@@ -184,7 +184,7 @@ def check_request(pipeline: Stages, settings: dict[str, Any], ids: Tensor | None
     """The settings with which these are sampled, without sampling. Raises what `sample` raises for a request that does
     not fit the prior, as far as a prior's own `draw` does not."""
     prior, sampler = pipeline.prior, choose_sampler(pipeline, settings, ids, walk)
-    sampler.check(prior.grid)
+    prior.check_sampler(sampler)
     walk.check(prior)
     rows = make_rows(prior, 1, None if ids is None else ids[:1], sampler, torch.Generator(), None, None)
     choose_walk(prior, walk.order, walk.num_orders, rows)

@@ -15,7 +15,7 @@ from tokenizer.base import TokenGrid
 
 from ..requests import Rows
 from .noise import GumbelNoise, gumbel
-from .settings import Sampler
+from .settings import Sampler, is_number
 from .watching import Watch
 
 SCHEDULES: dict[str, Callable[[Tensor], Tensor]] = {
@@ -52,9 +52,10 @@ class MaskedSampler(Sampler):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not 0 <= self.confidence_temperature < float("inf"):
-            raise ValueError(f"confidence_temperature must be a finite number >= 0 (got {self.confidence_temperature})")
-        if self.schedule not in SCHEDULES:
+        heat = self.confidence_temperature
+        if not (is_number(heat) and 0 <= heat < float("inf")):
+            raise ValueError(f"confidence_temperature must be a finite number >= 0 (got {heat})")
+        if self.schedule not in list(SCHEDULES):
             raise ValueError(f"schedule must be one of {', '.join(SCHEDULES)} (got {self.schedule!r})")
 
     def check(self, grid: TokenGrid) -> None:

@@ -57,18 +57,21 @@ class Sampler:
     guidance_power: float | None = None
 
     def __post_init__(self) -> None:
-        if not 0 <= self.temperature < float("inf"):
+        for name, value in vars(self).items():
+            object.__setattr__(self, name, plain(value))
+        if not (is_number(self.temperature) and 0 <= self.temperature < float("inf")):
             raise ValueError(f"temperature must be a finite number >= 0 (got {self.temperature})")
         if self.top_k is not None and (type(self.top_k) is not int or self.top_k < 1):
             raise ValueError(f"top_k must be a whole number >= 1, or None for all (got {self.top_k})")
-        if self.top_p is not None and not 0 < self.top_p <= 1:
+        if self.top_p is not None and not (is_number(self.top_p) and 0 < self.top_p <= 1):
             raise ValueError(f"top_p must be in (0, 1], or None for all (got {self.top_p})")
-        if not 0 <= self.guidance_scale < float("inf"):
+        if not (is_number(self.guidance_scale) and 0 <= self.guidance_scale < float("inf")):
             raise ValueError(f"guidance_scale must be a finite number >= 0 (got {self.guidance_scale})")
-        if self.guidance_end is not None and not 0 <= self.guidance_end < float("inf"):
-            raise ValueError(f"guidance_end must be a finite number >= 0, or None (got {self.guidance_end})")
-        if self.guidance_power is not None and not 0 < self.guidance_power < float("inf"):
-            raise ValueError(f"guidance_power must be a finite number > 0, or None (got {self.guidance_power})")
+        end, power = self.guidance_end, self.guidance_power
+        if end is not None and not (is_number(end) and 0 <= end < float("inf")):
+            raise ValueError(f"guidance_end must be a finite number >= 0, or None (got {end})")
+        if power is not None and not (is_number(power) and 0 < power < float("inf")):
+            raise ValueError(f"guidance_power must be a finite number > 0, or None (got {power})")
         if self.guidance_power is not None and self.guidance_end is None:
             raise ValueError("guidance_power needs a guidance_end for the scale to go to")
 
@@ -205,6 +208,16 @@ class Sampler:
         if self.top_p is not None and self.top_p < 1:
             kept = keep_top_p(logits, self.top_p, tolerance, kept)
         return kept
+
+
+def is_number(value: Any) -> bool:
+    """Whether a setting is a number."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def plain(value: Any) -> Any:
+    """A setting that is a single number of numpy or torch as one of Python, as files hold it; another one as it is."""
+    return value.item() if getattr(value, "ndim", None) == 0 else value
 
 
 def _best(scores: Tensor) -> tuple[Tensor, Tensor]:

@@ -8,10 +8,12 @@ prior/sampling/generators.py, prior/sampling/confidence.py, prior/orders/sizes.p
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from givens.headed import grid_with
@@ -167,6 +169,9 @@ REQUESTS: list[tuple[dict[str, Any], str]] = [
     ({"order": "strange"}, ""),
     ({"parallel": True, "cache": False}, ALONE),
     ({"num_orders": 2}, "num_orders: gpt as it was made has one order"),
+    ({"num_orders": 1.0}, "num_orders must be a whole number (got 1.0)"),
+    ({"num_orders": "2"}, "num_orders must be a whole number (got '2')"),
+    ({"num_orders": None}, "num_orders must be a whole number (got None)"),
     ({"num_orders": 0}, "num_orders must be at least 1 (got 0)"),
     ({"tokens": TOKENS}, "`tokens` and `known` go together: known says which of the tokens to keep"),
     ({"known": ALL}, "`tokens` and `known` go together: known says which of the tokens to keep"),
@@ -181,10 +186,18 @@ REQUESTS: list[tuple[dict[str, Any], str]] = [
     ({"generator": [torch.Generator()]}, "got 1 generators for 2 images; each needs its own"),
     ({"temperature": -1.0}, "temperature must be a finite number >= 0 (got -1.0)"),
     ({"temperature": torch.inf}, "temperature must be a finite number >= 0 (got inf)"),
+    ({"temperature": "hot"}, "temperature must be a finite number >= 0 (got hot)"),
+    ({"temperature": True}, "temperature must be a finite number >= 0 (got True)"),
+    ({"temperature": None}, "temperature must be a finite number >= 0 (got None)"),
+    ({"top_k": True}, "top_k must be a whole number >= 1, or None for all (got True)"),
     ({"top_k": 0}, "top_k must be a whole number >= 1, or None for all (got 0)"),
     ({"top_k": 2.0}, "top_k must be a whole number >= 1, or None for all (got 2.0)"),
     ({"top_p": 0.0}, "top_p must be in (0, 1], or None for all (got 0.0)"),
     ({"top_p": 1.1}, "top_p must be in (0, 1], or None for all (got 1.1)"),
+    ({"top_p": "0.9"}, "top_p must be in (0, 1], or None for all (got 0.9)"),
+    ({"guidance_scale": [1, 2]}, "guidance_scale must be a finite number >= 0 (got [1, 2])"),
+    ({"guidance_end": "2"}, "guidance_end must be a finite number >= 0, or None (got 2)"),
+    ({"guidance_end": 2, "guidance_power": "2"}, "guidance_power must be a finite number > 0, or None (got 2)"),
     ({"guidance_scale": -0.5}, "guidance_scale must be a finite number >= 0 (got -0.5)"),
     ({"guidance_scale": torch.inf}, "guidance_scale must be a finite number >= 0 (got inf)"),
     ({"guidance_end": -0.5}, "guidance_end must be a finite number >= 0, or None (got -0.5)"),
@@ -247,6 +260,10 @@ OTHERS: list[tuple[str, type[Exception], Callable[[Prior], Any], str]] = [
         "num_masks: gpt as it was made has one connectivity",
     ),
     ("gpt", ValueError, lambda m: m.log_prob(TOKENS, num_masks=0), "num_masks must be at least 1 (got 0)"),
+    ("gpt", ValueError, lambda m: m.log_prob(TOKENS, num_masks=2.5), "num_masks must be a whole number (got 2.5)"),
+    ("made", ValueError, lambda m: m.sample(2, num_masks=2.5), "num_masks must be a whole number (got 2.5)"),
+    ("made", ValueError, lambda m: m.sample(2, num_masks=None), "num_masks must be a whole number (got None)"),
+    ("made", ValueError, lambda m: m.sample(2, num_masks=2), "num_masks: made as it was made has one connectivity"),
     (
         "gpt",
         ValueError,
@@ -313,6 +330,18 @@ OTHERS: list[tuple[str, type[Exception], Callable[[Prior], Any], str]] = [
         lambda m: m.sample(2, steps=2, schedule="sine"),
         "schedule must be one of linear, cosine, arccos, square (got 'sine')",
     ),
+    (
+        "masked",
+        ValueError,
+        lambda m: m.sample(2, steps=2, schedule=["sine"]),
+        "schedule must be one of linear, cosine, arccos, square (got ['sine'])",
+    ),
+    (
+        "masked",
+        ValueError,
+        lambda m: m.sample(2, steps=2, confidence_temperature="1"),
+        "confidence_temperature must be a finite number >= 0 (got 1)",
+    ),
 ]
 
 
@@ -347,6 +376,19 @@ def test_walks_that_do_not_cut_a_grid_are_told_in_full():
     for name in ("rows", "halton:3"):
         drawn = many.sample(2, order=make_partition(name, (3, 4)), generator=torch.Generator().manual_seed(0))
         assert torch.equal(drawn, many.sample(2, order=name, generator=torch.Generator().manual_seed(0)))
+
+
+def test_numbers_of_numpy_and_torch_are_plain_numbers_in_settings(gpt):
+    """So that a pipeline can hold them as its defaults, and save them."""
+    given = {"temperature": np.float32(0.5), "top_k": np.int64(3), "top_p": torch.tensor(0.75)}
+    settings = MaskedSampler(**given, steps=np.int64(2))
+    assert settings == MaskedSampler(0.5, 3, 0.75, steps=2)
+    assert json.loads(json.dumps(settings.saved())) == settings.saved()
+    drawn = [
+        gpt.sample(2, generator=torch.Generator().manual_seed(0), **each)
+        for each in (given, {"temperature": 0.5, "top_k": 3, "top_p": 0.75})
+    ]
+    assert torch.equal(*drawn)
 
 
 def test_settings_say_what_they_are():

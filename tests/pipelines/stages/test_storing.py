@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import re
 import shutil
 from collections.abc import Callable
 from functools import partial
@@ -11,6 +12,7 @@ from functools import partial
 import pytest
 import torch
 from ordinary import as_others
+from refusals import refused
 from safetensors.torch import load_file
 from small import TOKENIZERS, make_prior
 from small_pipelines import LABELS, PROVENANCE, make_pipeline, pixels_for
@@ -251,6 +253,33 @@ def test_a_prior_of_an_unknown_kind_may_be_given(tmp_path):
         reseal(path, {**json.loads(path.read_text()), "sampler": sampler})
         with pytest.raises((ConfigError, FormatError), match="sampler"):
             ImagePipeline.from_pretrained(tmp_path / "pipe", prior=pipe.prior)
+
+
+@pytest.mark.parametrize(
+    ("kind", "sampler", "said"),
+    [
+        ("gpt", {"temperature": "hot"}, "temperature must be a finite number >= 0 (got hot)"),
+        ("gpt", {"temperature": True}, "temperature must be a finite number >= 0 (got True)"),
+        ("gpt", {"top_p": [1]}, "top_p must be in (0, 1], or None for all (got [1])"),
+        ("gpt", {"guidance_end": {}}, "guidance_end must be a finite number >= 0, or None (got {})"),
+        ("gpt", [["top_k", 3]], "found [['top_k', 3]], expected an object"),
+        ("masked", {"schedule": []}, "schedule must be one of linear, cosine, arccos, square (got [])"),
+        ("masked", {"confidence_temperature": "1"}, "confidence_temperature must be a finite number >= 0 (got 1)"),
+        ("masked", {"steps": "4"}, "steps must be a whole number from 1 to 6 (got 4)"),
+        ("made", {"num_masks": "4"}, "num_masks must be a whole number (got '4')"),
+        ("made", {"num_masks": -4}, "num_masks must be at least 1 (got -4)"),
+        ("made", {"num_masks": 4}, "num_masks: made as it was made has one connectivity"),
+    ],
+)
+def test_settings_of_sampling_that_a_file_holds_are_named(tmp_path, kind, sampler, said):
+    """The setting, what was found and what is allowed; when the pipeline is made, and not by its first call."""
+    pipe = make_pipeline(prior=kind)
+    pipe.save_pretrained(tmp_path / "pipe")
+    path = tmp_path / "pipe" / "model_index.json"
+    reseal(path, {**json.loads(path.read_text()), "sampler": sampler})
+    refused(tmp_path / "pipe", ConfigError, "sampler: ", said)
+    with pytest.raises(ConfigError, match=re.escape(f"sampler: {said}")):
+        ImagePipeline(**pipe.components, sampler=sampler)
 
 
 # Bars
