@@ -261,7 +261,7 @@ class Prior(Positions, Features, Mixtures, Stepping, PretrainedModel, family="pr
         walk.check(self)
         rows = make_rows(self, num_images, labels, sampler, generator, tokens, known)
         watch = Watch(progress, on_step, rows, self.grid.shape)
-        with torch.inference_mode(), evaluating(self), evaluating(guess or self):
+        with torch.inference_mode(), evaluating(self), evaluating(self if guess is None else guess):
             drawn = self.draw(rows, sampler, walk, watch)
         return drawn.reshape(num_images, *self.grid.shape).clone()  # no inference tensor: it may be trained on
 

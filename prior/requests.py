@@ -209,18 +209,20 @@ def check_labels(prior: Model, labels: Tensor | None, count: int) -> Tensor | No
     labels = torch.as_tensor(labels, device=prior.device)
     if labels.shape != (count,) or labels.dtype.is_floating_point:
         raise ValueError(f"labels should be {count} whole numbers, got {labels.dtype} of {tuple(labels.shape)}")
+    labels = labels.long()  # torch finds no smallest one of uint16
     if count and (int(labels.min()) < 0 or int(labels.max()) > prior.num_classes):
         raise ValueError(
             f"labels should lie in [0, {prior.num_classes}) (and {prior.num_classes} is the null class), "
             f"got {int(labels.min())} to {int(labels.max())}"
         )
-    return labels.long()
+    return labels
 
 
 def check_order(prior: Model, order: Order, count: int) -> Partition | None:
     """`order`, int64 `(N,)` or `(count, N)`, and its blocks, or None for the model's own. Raises `ValueError` for what
     is no ordered partition of this grid, or one that the model does not take."""
-    if order is None:
+    names_own = isinstance(order, str) and order == prior.config.order and prior.config.blocks is None
+    if order is None or (names_own and not prior.any_order):  # the name may be of positions, or of scales
         return None
     walk, blocks = partition_of(prior, order)
     size = len(prior.grid)

@@ -161,6 +161,12 @@ def test_a_good_guess_saves_passes(monkeypatch):
     assert mean["itself"] < mean["near"] < 0.8 * mean["none"], mean
 
 
+def test_a_guess_may_be_what_compile_has_wrapped():
+    model, guess = make_prior("gpt"), torch.compile(make_prior("marginal"), backend="eager")
+    drawn = model.sample(2, generator=generators(2), parallel=True, guess=guess)
+    assert torch.equal(drawn, model.sample(2, generator=generators(2)))
+
+
 def test_a_guess_over_other_tokens_is_refused():
     model = make_prior("gpt")
     for guess in (make_prior("gpt", shape=(4, 4)), make_prior("gpt", vocab_size=6), make_prior("gpt", num_classes=2)):

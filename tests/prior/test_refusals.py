@@ -226,7 +226,8 @@ def test_requests_that_cannot_be_drawn_are_told_in_full(gpt, request_, said):
 
 
 def test_what_lies_at_the_end_of_a_range_is_taken(gpt):
-    for labels in ([0, 3], torch.tensor([2, 0], dtype=torch.int32), None):
+    kinds = (torch.int32, torch.uint8, torch.uint16, torch.uint32)
+    for labels in ([0, 3], *(torch.tensor([2, 0], dtype=kind) for kind in kinds), None):
         assert gpt.sample(2, labels, tokens=TOKENS[0] + 4, known=ALL[0]).eq(4).all()
     for settings in (
         {"temperature": 0.0},
@@ -389,6 +390,32 @@ def test_numbers_of_numpy_and_torch_are_plain_numbers_in_settings(gpt):
         for each in (given, {"temperature": 0.5, "top_k": 3, "top_p": 0.75})
     ]
     assert torch.equal(*drawn)
+
+
+@pytest.mark.parametrize(
+    ("kind", "settings"),
+    [
+        ("gpt", {"order": "snake"}),
+        ("gpt", {"order": "snake", "grid": LEVELS, "head": "depth"}),
+        ("blocks", {"order": "halton:3", "grid": LEVELS, "head": "depth"}),
+        ("next_scale", {}),
+    ],
+)
+def test_a_prior_of_one_order_takes_it_by_its_name(kind, settings):
+    """Also where it names positions, of several ids each, or scales."""
+    model = make_prior(kind, **settings)
+    tokens, (plain, named) = draw_tokens(model, 2), ({}, {"order": model.config.order})
+    assert torch.equal(model.log_prob(tokens, **named), model.log_prob(tokens, **plain))
+    drawn = [model.sample(2, generator=torch.Generator().manual_seed(0), **each) for each in (plain, named)]
+    assert torch.equal(*drawn)
+    with pytest.raises(ValueError, match="goes in one order"):
+        model.sample(2, order="random:7")
+
+
+def test_an_order_that_the_prior_cuts_otherwise_than_its_name_says_is_another_one():
+    model = make_prior("blocks", blocks=(4, 4, 4))
+    with pytest.raises(ValueError, match="goes in one order"):
+        model.log_prob(TOKENS, order="raster")
 
 
 def test_settings_say_what_they_are():
