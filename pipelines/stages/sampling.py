@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, Literal, overload
 
 import numpy as np
@@ -115,7 +115,6 @@ def sample(
     check_output_type(output_type, LATENT)
     generators = seeded(seed, generator, num_images)
     shape = (num_images, *pipeline.prior.grid.shape)
-    check_shapes(shape, tokens=tokens, known=known)
     given = (each.reshape(shape) for each in known_tokens(pipeline.prior, tokens, known, num_images))
     watcher = Watcher(pipeline, callback_on_step_end, *given)
     with pipeline._calls.watched(watcher):
@@ -215,7 +214,8 @@ def count_images(num_images: int | None, labels: Any, per_label: int | None = No
     Raises `ValueError` below 1, and for both counts."""
     if isinstance(labels, (Tensor, np.ndarray)):
         labels = labels.tolist()
-    several = isinstance(labels, Sequence) and not isinstance(labels, str)
+    several = isinstance(labels, Iterable) and not isinstance(labels, str)
+    labels = list(labels) if several else labels
     if per_label is not None:
         if num_images is not None:
             raise ValueError("give num_images (of all) or num_images_per_label (of each label), not both")
@@ -226,10 +226,3 @@ def count_images(num_images: int | None, labels: Any, per_label: int | None = No
     if num_images is None:
         num_images = len(labels) if several else 1
     return check_count(num_images), labels
-
-
-def check_shapes(shape: tuple[int, ...], **tensors: Tensor | None) -> None:
-    """Raise `ValueError` naming a tensor whose shape is neither `(B, *grid.shape)` nor that of one image."""
-    for name, value in tensors.items():
-        if value is not None and tuple(value.shape) not in (shape, shape[1:]):
-            raise ValueError(f"{name} should have shape {shape[1:]} or {shape}, got {tuple(value.shape)}")

@@ -159,9 +159,12 @@ def test_sampling_works_in_inference_mode(cache):
         ({"top_p": 1.5}, "top_p"),
         ({"guidance_scale": 2.0}, "labels"),
         ({"tokens": torch.zeros(2, 3, dtype=torch.long)}, "go together"),
-        ({"tokens": torch.zeros(9, 2, 3).long(), "known": torch.ones(2, 3).bool()}, "tokens should have shape"),
+        (
+            {"tokens": torch.zeros(9, 2, 3).long(), "known": torch.ones(2, 3).bool()},
+            "tokens should be whole numbers of shape",
+        ),
         ({"tokens": torch.rand(2, 3), "known": torch.ones(2, 3).bool()}, "tokens should be whole numbers"),
-        ({"tokens": torch.zeros(2, 3).long(), "known": torch.ones(3, 3).bool()}, "known should have shape"),
+        ({"tokens": torch.zeros(2, 3).long(), "known": torch.ones(3, 3).bool()}, "known should be bool of shape"),
         ({"tokens": torch.full((2, 3), 99), "known": torch.ones(2, 3).bool()}, "ids should lie"),
     ],
 )
@@ -170,12 +173,22 @@ def test_bad_arguments_are_named(arguments, message):
         make_pipeline()(**arguments)
 
 
+def test_labels_are_counted_in_whatever_holds_them():
+    pipe, labels = make_pipeline(), ["eel", 0, None]
+    plain = pipe(labels=labels, seed=7)
+    for given in (iter(labels), (label for label in labels), dict.fromkeys(labels)):
+        found = pipe(labels=given, seed=7)
+        assert torch.equal(found.tokens, plain.tokens) and found.class_names == ["eel", "cat", ""]
+    assert pipe(labels=iter(labels), num_images_per_label=2).class_names == ["eel", "eel", "cat", "cat", "", ""]
+
+
 def test_numbers_and_masks_may_be_numpys():
     pipe = make_pipeline()
     tokens, known = np.full((2, 3), 1), np.ones((2, 3), bool)
     known[1] = False
     plain = pipe(2, seed=7, tokens=torch.from_numpy(tokens), known=torch.from_numpy(known)).tokens
     assert torch.equal(pipe(np.int64(2), seed=np.int64(7), tokens=tokens, known=known).tokens, plain)
+    assert torch.equal(pipe(2, seed=7, tokens=tokens.tolist(), known=known.tolist()).tokens, plain)
     assert pipe(1, seed=2**64 - 1).tokens.shape == (1, 2, 3)
 
 
