@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from prior import Prior
-from prior.requests import Walk, choose_walk, known_tokens, make_rows
+from prior.requests import Walk, check_guidance, choose_walk, known_tokens, make_rows
 from prior.sampling import (
     GUIDANCE,
     Generators,
@@ -168,7 +168,8 @@ def choose_sampler(pipeline: Stages, settings: dict[str, Any], ids: Tensor | Non
     """The sampling settings given, and the pipeline's own for the others. None stands for the pipeline's own of those
     that every prior has. Raises `TypeError` for a setting that the prior does not have, `ValueError` out of range."""
     own = pipeline.sampler.for_a_walk() if walk.is_chosen else pipeline.sampler
-    if ids is None or bool((ids == pipeline.prior.num_classes).all()):
+    labelled = ids is not None and bool((ids != pipeline.prior.num_classes).any())
+    if not labelled:
         own = own.unguided()  # the default guides towards a class, and none was named
     shared = Sampler.names()
     chosen = {name: value for name, value in settings.items() if value is not None or name not in shared}
@@ -176,7 +177,9 @@ def choose_sampler(pipeline: Stages, settings: dict[str, Any], ids: Tensor | Non
     for number, name in enumerate(GUIDANCE, 1):
         if name in chosen:  # the pipeline's course of guidance is not the one that is asked for
             kept.update(dict.fromkeys(GUIDANCE[number:]))
-    return pipeline.prior.make_sampler(**{**kept, **chosen})
+    sampler = pipeline.prior.make_sampler(**{**kept, **chosen})
+    check_guidance(sampler, labelled)
+    return sampler
 
 
 def check_request(pipeline: Stages, settings: dict[str, Any], ids: Tensor | None, walk: Walk) -> Sampler:

@@ -279,6 +279,10 @@ def test_guidance_scale_one_is_no_guidance(name):
     plain = model.sample(4, labels, generator=generators(4))
     assert torch.equal(plain, model.sample(4, labels, generator=generators(4), guidance_scale=1.0))
     assert not torch.equal(plain, model.sample(4, labels, generator=generators(4), guidance_scale=8.0))
+    null = torch.full((4,), 3)
+    assert torch.equal(
+        model.sample(4, generator=generators(4)), model.sample(4, null, generator=generators(4), guidance_scale=2.0)
+    )
     for settings in ({"guidance_scale": 2.0}, {"guidance_end": 2.0}, {"guidance_scale": 2.0, "guidance_end": 1.0}):
         with pytest.raises(ValueError, match="needs labels"):
             model.sample(4, **settings)

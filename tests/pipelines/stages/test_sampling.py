@@ -13,8 +13,10 @@ from small import PRIORS, make_prior
 from small_pipelines import every_pair, every_prior_pair, make_pipeline, pixels_for
 
 from pipelines import ImagePipeline
+from pipelines.stages.requests import Request
 from pipelines.stages.sampling import settings_in
 from prior.orders import Partition
+from prior.requests import Walk
 from tokenizer.files.errors import ConfigError
 
 
@@ -158,6 +160,7 @@ def test_sampling_works_in_inference_mode(cache):
         ({"top_k": 0}, "top_k"),
         ({"top_p": 1.5}, "top_p"),
         ({"guidance_scale": 2.0}, "labels"),
+        ({"guidance_scale": 2.0, "labels": [None, None]}, "labels"),
         ({"tokens": torch.zeros(2, 3, dtype=torch.long)}, "go together"),
         (
             {"tokens": torch.zeros(9, 2, 3).long(), "known": torch.ones(2, 3).bool()},
@@ -171,6 +174,18 @@ def test_sampling_works_in_inference_mode(cache):
 def test_bad_arguments_are_named(arguments, message):
     with pytest.raises(ValueError, match=re.escape(message)):
         make_pipeline()(**arguments)
+
+
+@pytest.mark.parametrize(("default", "settings"), [({"guidance_scale": 3.0}, {}), (None, {"guidance_scale": 3.0})])
+def test_a_batch_of_no_class_is_part_of_a_guided_call(default, settings):
+    """The call has classes to guide towards; which of its images stand in one batch is not the caller's affair."""
+    pipe, labels = make_pipeline(sampler=default), [1, None, None, "cat", None]
+    whole = pipe(labels=labels, seed=0, **settings).tokens
+    for size in (1, 2):
+        assert torch.equal(pipe(labels=labels, seed=0, batch_size=size, **settings).tokens, whole)
+    assert torch.equal(whole[[1, 2, 4]], torch.cat([pipe(seed=k).tokens for k in (1, 2, 4)]))
+    request = Request(pipe, [None, 1], 0, Walk(), settings)
+    assert request.depends_on()["sampler"]["guidance_scale"] == 3.0
 
 
 def test_labels_are_counted_in_whatever_holds_them():
