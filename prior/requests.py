@@ -167,19 +167,12 @@ def make_rows(
     """The rows of a request, in raster order. Raises `ValueError` for what is out of range."""
     num_images = check_count(num_images)
     labels = check_labels(prior, labels, num_images)
-    check_guidance(sampler, labels is not None)  # some of a larger request's images may all be of the null class
+    sampler.check_guidance(labels is not None)  # some of a larger request's images may all be of the null class
     given, keep = known_tokens(prior, tokens, known, num_images)
     raster = torch.arange(len(prior.grid), device=prior.device)
     generators = image_generators(generator, num_images)
     images = list(range(num_images))
     return Rows(prior.class_ids(labels, num_images), generators, given, keep, raster, prior.blocks, images)
-
-
-def check_guidance(sampler: Sampler, labelled: bool) -> None:
-    """Raise `ValueError` for guidance that has nothing to guide towards."""
-    if sampler.guides and not labelled:
-        name = "guidance_scale" if sampler.guidance_scale != 1 else "guidance_end"
-        raise ValueError(f"{name} other than 1 needs labels to guide towards")
 
 
 def given_walk(prior: Model, walk: Partition | None, known: Tensor | None = None) -> dict[str, Tensor]:

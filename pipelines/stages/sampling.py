@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from prior import Prior
-from prior.requests import Walk, check_guidance, choose_walk, known_tokens, make_rows
+from prior.requests import Walk, choose_walk, known_tokens, make_rows
 from prior.sampling import (
     GUIDANCE,
     Generators,
@@ -178,7 +178,7 @@ def choose_sampler(pipeline: Stages, settings: dict[str, Any], ids: Tensor | Non
         if name in chosen:  # the pipeline's course of guidance is not the one that is asked for
             kept.update(dict.fromkeys(GUIDANCE[number:]))
     sampler = pipeline.prior.make_sampler(**{**kept, **chosen})
-    check_guidance(sampler, labelled)
+    sampler.check_guidance(labelled)
     return sampler
 
 

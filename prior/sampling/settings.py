@@ -83,6 +83,12 @@ class Sampler:
     def check(self, grid: TokenGrid) -> None:
         """Raise `ValueError` for a setting that does not fit the grid."""
 
+    def check_guidance(self, labelled: bool) -> None:
+        """Raise `ValueError` for guidance that has nothing to guide towards."""
+        if self.guides and not labelled:
+            name = "guidance_scale" if self.guidance_scale != 1 else "guidance_end"
+            raise ValueError(f"{name} other than 1 needs labels to guide towards")
+
     def for_a_walk(self: S) -> S:
         """These settings for a caller who says how the grid is walked: without those that decide it themselves."""
         return self
