@@ -54,8 +54,7 @@ def parallel_rows(grid: TokenGrid, device: torch.device) -> int:
 
 def sample_parallel(prior: Model, rows: Rows, sampler: Sampler, guess: Model | None, watch: Watch) -> Parallel:
     """The tokens that step by step are drawn for `rows`, from passes over the whole grid."""
-    count, size = rows.given.shape
-    device = rows.given.device
+    (count, size), device = rows.given.shape, rows.given.device
     noise = GumbelNoise(rows.generators, size, prior.grid.vocab_size, device).of(0, size)  # (B, N, V)
     ranks = torch.arange(size, device=device)
     sizes = torch.tensor(rows.blocks, device=device)
@@ -82,7 +81,8 @@ def sample_parallel(prior: Model, rows: Rows, sampler: Sampler, guess: Model | N
         logits = walked_logits(prior, many, old, sampler)
         largest = sampler.largest(logits).cummax(1).values.clamp(min=1)
         guided = sampler.guide(logits, scale)
-        drawn, could_turn = sampler.decide(guided, their_noise, tolerance * largest)
+        unsteady = sampler.unsteady(largest, prior.readout.steepness(logits))
+        drawn, could_turn = sampler.decide(guided, their_noise, tolerance * unsteady)
         fresh = ranks >= their_final[:, None]
         drawn = torch.where(fresh & ~many.keep, drawn, old)
         changed = torch.cat([drawn != old, torch.ones_like(fresh[:, :1])], 1)

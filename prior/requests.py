@@ -28,6 +28,7 @@ class Model(Protocol):
     num_classes: int
     order: Tensor
     blocks: tuple[int, ...]
+    readout: Any
     any_order: bool
     captures: bool
     recomputes: bool

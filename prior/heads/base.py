@@ -50,6 +50,11 @@ class Head(Named, nn.Module, family="prior.heads"):
         found = at_least_float32(self.logits(outputs, ids)).log_softmax(-1)
         return found.gather(-1, ids[..., None])[..., 0]
 
+    def steepness(self, logits: Tensor) -> Tensor | None:
+        """How much more than numbers of their own size logits `(..., V)` change with what the network puts out,
+        `(...)`: what rounding does to the one, it does so many times to the other. None: not more."""
+        return None
+
     def nats(self, outputs: Tensor, ids: Tensor, label_smoothing: float = 0.0) -> Tensor:
         """-log p of each id, float32 `(B, P, together)`, for outputs `(B, P, size)` of any type, in training.
         label_smoothing: the share of the target that is spread over all ids, where a head is a softmax."""

@@ -101,6 +101,10 @@ class Logistic(Head, name="logistic"):
         total = (mixture.weights.exp()[..., None] * shares).sum(1)
         return (total * (1 - FLOOR) + FLOOR / self.vocab_size).log()
 
+    def steepness(self, logits: Tensor) -> Tensor:
+        """Of log P along the values, as a mean that moves takes it along: 1 / s of a narrow logistic, thousands."""
+        return logits.diff(dim=-1).abs().amax(-1) / self.h
+
     def log_probs(self, outputs: Tensor, ids: Tensor) -> Tensor:
         """From the true values alone: a table would have V times as many numbers."""
         found, _ = self.given(outputs, ids)

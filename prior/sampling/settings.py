@@ -169,6 +169,13 @@ class Sampler:
         sizes = logits.abs().amax(-1)
         return sizes if self.copies == 1 else torch.maximum(*sizes.chunk(2))
 
+    def unsteady(self, largest: Tensor, steepness: Tensor | None) -> Tensor:
+        """What `tolerance` is of, `(B, n)`: the largest |logit| of each image so far, and, at a position alone, how
+        steeply its head makes logits; guided: of both rows."""
+        if steepness is None:
+            return largest
+        return largest + (steepness if self.copies == 1 else torch.maximum(*steepness.chunk(2)))
+
     def tolerance(self, off: float, scale: Any) -> Any:
         """By how much rounding may move a lead if it moves logits by `off` before guidance with this `scale`, a number
         or `(n,)`: two logits are compared, and guidance multiplies their errors by s + |s - 1|."""

@@ -72,7 +72,7 @@ class Steps:
     reads and writes tensors alone, and decides nothing by what is in them: a graph can hold it."""
 
     def __init__(self, prior: Model, rows: Rows, sampler: Sampler, cache: bool = True) -> None:
-        self.rows, self.sampler = rows, sampler
+        self.rows, self.sampler, self.head = rows, sampler, prior.readout
         self.scales = sampler.scales(rows.blocks)  # numbers, which a graph of the block's step holds
         self.tolerances = [sampler.tolerance(prior.rounding, scale) for scale in self.scales]
         labels = sampler.doubled(rows.labels, prior.num_classes)
@@ -98,7 +98,8 @@ class Steps:
                 sizes = sizes.cummax(1).values
             block = len(self.could_turn)
             guided = self.sampler.guide(logits, self.scales[block])
-            chosen, close = self.sampler.decide(guided, noise, self.tolerances[block] * sizes)
+            unsteady = self.sampler.unsteady(sizes, self.head.steepness(logits))
+            chosen, close = self.sampler.decide(guided, noise, self.tolerances[block] * unsteady)
             self.largest = sizes[:, -1:]
             self.could_turn.append(close)
             if some_keep:

@@ -7,7 +7,9 @@ import torch
 from givens.headed import make_headed
 from small import draw_tokens
 
+from prior import Prior
 from prior.heads.logistic import FLOOR, Logistic, LogisticConfig
+from prior.sampling import Sampler, gumbel
 from tokenizer import TokenGrid
 
 VALUES = 256
@@ -123,3 +125,39 @@ def test_a_large_table_is_made_in_parts(monkeypatch):
     whole = head.logits(outputs, ids)
     monkeypatch.setattr("prior.heads.logistic.AT_ONCE", 4 * VALUES * 3)
     assert torch.equal(head.logits(outputs, ids), whole)
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("sharper", [0.0, 6.0])
+def test_rounding_that_a_narrow_logistic_multiplies_is_told(channels, sharper):
+    """What the network puts out differs by a rounding in each number; every decision that this turns is said to be
+    close. A mean of a narrow logistic moves log P thousands of times as far as itself."""
+    head = make(channels, components=5).float()
+    outputs = torch.randn(4000, head.size)
+    outputs[:, 5 * (1 + channels) : 5 * (1 + 2 * channels)] -= sharper
+    ids = torch.randint(VALUES, (4000, channels - 1))
+    others = outputs + Prior.rounding * (2 * torch.rand_like(outputs) - 1)
+    logits, moved = head.next_logits(outputs, ids), head.next_logits(others, ids)
+    sampler = Sampler()
+    largest = sampler.largest(logits)
+    tolerances = [
+        sampler.tolerance(Prior.rounding, 1.0) * sampler.unsteady(largest, steep)
+        for steep in (head.steepness(logits), None)
+    ]
+    turned, missed, close, generator = 0, [0, 0], 0, torch.Generator().manual_seed(0)
+    for _ in range(40):
+        noise = gumbel(logits.shape, generator)
+        other = sampler.choose(moved, noise)
+        for number, tolerance in enumerate(tolerances):
+            chosen, could_turn = sampler.decide(logits, noise, tolerance)
+            missed[number] += int(((chosen != other) & ~could_turn).sum())
+            close += 0 if number else int(could_turn.sum())
+        turned += int((chosen != other).sum())
+    assert missed[0] == 0 and close < 0.03 * 40 * 4000
+    assert not sharper or missed[1] > 0.5 * turned > 5, "too little to test anything"
+
+
+def test_guidance_goes_by_the_steeper_row():
+    sampler, largest, steep = Sampler(guidance_scale=2.0), torch.tensor([[3.0]]), torch.tensor([[5.0], [7.0]])
+    assert sampler.unsteady(largest, steep).tolist() == [[10.0]] and sampler.unsteady(largest, None) is largest
+    assert Sampler().unsteady(largest, steep[:1]).tolist() == [[8.0]]
