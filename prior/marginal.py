@@ -12,6 +12,7 @@ from .base import Prior, PriorConfig
 from .requests import Order
 
 CHUNK = 1 << 14  # rows counted at a time: there may be more than memory holds
+ONE_BY_ONE = 1 << 24  # rows: to a float32 that is larger nothing is added by adding 1
 
 
 class MarginalConfig(PriorConfig):
@@ -46,14 +47,20 @@ class Marginal(Prior, name="marginal"):
         tokens: a tensor, or rows on the disk whose slices are tensors.
         """
         counts, size = self.table.zero_(), self.table[0].numel()  # in place: the table may have gigabytes
+        before: Tensor | None = None
         places = torch.arange(len(self.grid), device=self.device) * self.grid.vocab_size
         for start in range(0, len(tokens), CHUNK):
+            if start and start % ONE_BY_ONE == 0:
+                before = counts.clone() if before is None else before.add_(counts)
+                counts.zero_()
             rows = tokens[start : start + CHUNK].flatten(1).long().to(self.device) + places
             ones = torch.ones_like(rows, dtype=counts.dtype).flatten()
             counts[-1].view(-1).scatter_add_(0, rows.flatten(), ones)
             if labels is not None and self.num_classes:
                 rows = rows + labels[start : start + CHUNK, None].long().to(self.device) * size
                 counts.view(-1).scatter_add_(0, rows.flatten(), ones)
+        if before is not None:
+            counts.add_(before)
         if labels is None:
             counts[:-1] = counts[-1]
         totals = counts.sum(-1, keepdim=True) + self.grid.vocab_size

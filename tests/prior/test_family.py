@@ -486,3 +486,21 @@ def test_rotary_positions_keep_their_precision(name):
     assert torch.equal(model.bfloat16().rotations.table, table) and model.head.weight.dtype == torch.bfloat16
     assert torch.equal(model.half().float().rotations.table, table)
     assert model.double().rotations.table.dtype == torch.float64
+
+
+class ManyRows:
+    """Rows of one token, of which nine in ten are 0."""
+
+    def __len__(self):
+        return 24_000_000
+
+    def __getitem__(self, part):
+        begin, end, _ = part.indices(len(self))
+        return (torch.arange(begin, end) % 10 == 0).long()[:, None]
+
+
+@pytest.mark.slow
+def test_marginal_counts_more_rows_than_a_float_counts_one_by_one():
+    model = Prior.create("marginal", grid=TokenGrid((1,), 2))
+    model.initialize(ManyRows(), None)
+    assert float(model.log_prob(torch.tensor([[0]])).detach().exp()) == pytest.approx(0.9, abs=1e-5)
