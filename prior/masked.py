@@ -259,11 +259,11 @@ def bound_masks(ids: Tensor, passes: int) -> Tensor:
     """What is known in each pass of the bound for `ids` (B, N), bool `(passes, B, N)`: counts spread evenly over 0 to
     N - 1 from a random start (stratified, and their mean unbiased), positions at random. An image's own tokens seed
     its masks: with the same ones for all, the mean over a data set was off by 4 % in 8 passes."""
-    size, masks = ids.shape[1], torch.empty(passes, *ids.shape, dtype=torch.bool)
+    size, masks = ids.shape[1], torch.empty(passes, *ids.shape, dtype=torch.bool, device="cpu")
     for image, row in enumerate(ids.cpu().numpy()):
         generator = torch.Generator().manual_seed(zlib.crc32(row.tobytes()))
-        start = torch.rand((), generator=generator, dtype=torch.float64)
-        visible = ((torch.arange(passes) + start) * size / passes).long().clamp(max=size - 1)
-        ranks = torch.rand(passes, size, generator=generator).argsort(1).argsort(1)
+        start = torch.rand((), generator=generator, dtype=torch.float64, device="cpu")
+        visible = ((torch.arange(passes, device="cpu") + start) * size / passes).long().clamp(max=size - 1)
+        ranks = torch.rand(passes, size, generator=generator, device="cpu").argsort(1).argsort(1)
         masks[:, image] = ranks < visible[:, None]
     return masks.to(ids.device)

@@ -71,7 +71,7 @@ class MaskedSampler(Sampler):
         """For each step the share of the unknown tokens that stays masked, and how much noise counts against
         confidence."""
         assert self.steps is not None
-        share = torch.arange(1, self.steps + 1, dtype=torch.float64) / self.steps
+        share = torch.arange(1, self.steps + 1, dtype=torch.float64, device="cpu") / self.steps
         masked = SCHEDULES[self.schedule](share).tolist()
         noise = (self.confidence_temperature * (1 - share)).tolist()
         return list(zip(masked, noise, strict=True))

@@ -198,6 +198,16 @@ def test_steps_are_passes_and_fill_everything(schedule, steps, monkeypatch):
     assert len(counts) == steps and (counts[0] == 12).all() and (counts.diff(dim=0) < 0).all()
 
 
+def test_numbers_of_a_generator_on_the_cpu_are_drawn_there_whatever_torchs_default_device():
+    """A generator of one device draws for no other. (There is no GPU here: `meta` is a device that holds nothing.)"""
+    model = make_prior("masked", exact=False)
+    tokens = draw_tokens(model, 2)
+    bound, drawn = model.log_prob(tokens), model.sample(2, steps=3, generator=generators(2))
+    with torch.device("meta"):
+        again, sampled = model.log_prob(tokens), model.sample(2, steps=3, generator=generators(2))
+    assert torch.equal(again, bound) and torch.equal(sampled, drawn)
+
+
 def test_known_tokens_are_kept_and_seen():
     model, tokens = make(shape=(3, 4), vocab_size=5), torch.randint(5, (8, 3, 4))
     known = torch.rand(8, 3, 4) < 0.5
