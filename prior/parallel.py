@@ -81,8 +81,8 @@ def sample_parallel(prior: Model, rows: Rows, sampler: Sampler, guess: Model | N
         logits = walked_logits(prior, many, old, sampler)
         largest = sampler.largest(logits).cummax(1).values.clamp(min=1)
         guided = sampler.guide(logits, scale)
-        unsteady = sampler.unsteady(largest, prior.readout.steepness(logits))
-        drawn, could_turn = sampler.decide(guided, their_noise, tolerance * unsteady)
+        widths = sampler.widths(tolerance, prior.readout.steepness(logits))
+        drawn, could_turn = sampler.decide(guided, their_noise, tolerance * largest, widths)
         fresh = ranks >= their_final[:, None]
         drawn = torch.where(fresh & ~many.keep, drawn, old)
         changed = torch.cat([drawn != old, torch.ones_like(fresh[:, :1])], 1)

@@ -51,8 +51,8 @@ class Head(Named, nn.Module, family="prior.heads"):
         return found.gather(-1, ids[..., None])[..., 0]
 
     def steepness(self, logits: Tensor) -> Tensor | None:
-        """How much more than numbers of their own size logits `(..., V)` change with what the network puts out,
-        `(...)`: what rounding does to the one, it does so many times to the other. None: not more."""
+        """How much more than numbers of their own size logits `(..., V)` change with what the network puts out, each
+        of them: what rounding does to the one, it does so many times to the other. None: not more."""
         return None
 
     def nats(self, outputs: Tensor, ids: Tensor, label_smoothing: float = 0.0) -> Tensor:

@@ -102,8 +102,11 @@ class Logistic(Head, name="logistic"):
         return (total * (1 - FLOOR) + FLOOR / self.vocab_size).log()
 
     def steepness(self, logits: Tensor) -> Tensor:
-        """Of log P along the values, as a mean that moves takes it along: 1 / s of a narrow logistic, thousands."""
-        return logits.diff(dim=-1).abs().amax(-1) / self.h
+        """That of log P along the values, as a mean that moves takes it along: its change to a neighbour per unit of
+        intensity, up to 1 / s of a narrow logistic, thousands; for each number that a mean is the sum of, and half as
+        much for its scale and weight."""
+        change = logits.diff(dim=-1).abs() * (self.together + 0.5) / (2 * self.h)
+        return torch.maximum(F.pad(change, (1, 0)), F.pad(change, (0, 1)))
 
     def log_probs(self, outputs: Tensor, ids: Tensor) -> Tensor:
         """From the true values alone: a table would have V times as many numbers."""

@@ -169,12 +169,13 @@ class Sampler:
         sizes = logits.abs().amax(-1)
         return sizes if self.copies == 1 else torch.maximum(*sizes.chunk(2))
 
-    def unsteady(self, largest: Tensor, steepness: Tensor | None) -> Tensor:
-        """What `tolerance` is of, `(B, n)`: the largest |logit| of each image so far, and, at a position alone, how
-        steeply its head makes logits; guided: of both rows."""
+    def widths(self, tolerance: Any, steepness: Tensor | None) -> Tensor | None:
+        """By how much more than others rounding may move each logit of a steep head, `(B, n, V)`, where it moves leads
+        of a logit of 1 by `tolerance`; guided: of both rows."""
         if steepness is None:
-            return largest
-        return largest + (steepness if self.copies == 1 else torch.maximum(*steepness.chunk(2)))
+            return None
+        steepest = steepness if self.copies == 1 else torch.maximum(*steepness.chunk(2))
+        return steepest * (tolerance[..., None] if isinstance(tolerance, Tensor) else tolerance) / 2
 
     def tolerance(self, off: float, scale: Any) -> Any:
         """By how much rounding may move a lead if it moves logits by `off` before guidance with this `scale`, a number
@@ -186,13 +187,17 @@ class Sampler:
         """The tokens `(...)` that follow from logits, after guidance, and Gumbel noise, both `(..., V)`."""
         return self.decide(logits, noise, logits.new_zeros(()))[0]
 
-    def decide(self, logits: Tensor, noise: Tensor, tolerance: Tensor) -> tuple[Tensor, Tensor]:
-        """The tokens of `choose`, and bool `(...)`: whether a token's lead is within `tolerance` (...), so that
-        rounding could turn the decision."""
+    def decide(
+        self, logits: Tensor, noise: Tensor, tolerance: Tensor, widths: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """The tokens of `choose`, and bool `(...)`: whether a token's lead is within `tolerance` (...), and what both
+        logits may move by themselves (`widths`), so that rounding could turn the decision."""
         if self.filters and self.temperature >= GREEDY:
+            if widths is not None:  # whoever is the rival
+                tolerance = tolerance + 2 * widths.amax(-1)
             ids, lead = self._best_of_some(self._tempered(logits), noise, tolerance)
         else:
-            ids, lead = _best(self.scores(logits, noise))
+            ids, lead = _best(self.scores(logits, noise), widths)
         return ids, lead <= tolerance
 
     def scores(self, logits: Tensor, noise: Tensor) -> Tensor:
@@ -233,8 +238,10 @@ def plain(value: Any) -> Any:
     return value.item() if getattr(value, "ndim", None) == 0 else value
 
 
-def _best(scores: Tensor) -> tuple[Tensor, Tensor]:
-    """Ids `(...)` of the highest of `scores` (..., V), of equal ones the first, and their lead over the second."""
+def _best(scores: Tensor, widths: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Ids `(...)` of the highest of `scores` (..., V), of equal ones the first, and their lead over the second, should
+    each be off by its width to the worse."""
     ids = scores.argmax(-1, keepdim=True)  # topk may take any that are equal, and takes longer
-    lead = scores.gather(-1, ids) - scores.scatter(-1, ids, -torch.inf).amax(-1, keepdim=True)
+    lowest, highest = (scores, scores) if widths is None else (scores - widths, scores + widths)
+    lead = lowest.gather(-1, ids) - highest.scatter(-1, ids, -torch.inf).amax(-1, keepdim=True)
     return ids[..., 0], lead[..., 0]

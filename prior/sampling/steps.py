@@ -98,8 +98,9 @@ class Steps:
                 sizes = sizes.cummax(1).values
             block = len(self.could_turn)
             guided = self.sampler.guide(logits, self.scales[block])
-            unsteady = self.sampler.unsteady(sizes, self.head.steepness(logits))
-            chosen, close = self.sampler.decide(guided, noise, self.tolerances[block] * unsteady)
+            tolerance = self.tolerances[block]
+            widths = self.sampler.widths(tolerance, self.head.steepness(logits))
+            chosen, close = self.sampler.decide(guided, noise, tolerance * sizes, widths)
             self.largest = sizes[:, -1:]
             self.could_turn.append(close)
             if some_keep:

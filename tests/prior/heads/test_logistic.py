@@ -139,17 +139,14 @@ def test_rounding_that_a_narrow_logistic_multiplies_is_told(channels, sharper):
     others = outputs + Prior.rounding * (2 * torch.rand_like(outputs) - 1)
     logits, moved = head.next_logits(outputs, ids), head.next_logits(others, ids)
     sampler = Sampler()
-    largest = sampler.largest(logits)
-    tolerances = [
-        sampler.tolerance(Prior.rounding, 1.0) * sampler.unsteady(largest, steep)
-        for steep in (head.steepness(logits), None)
-    ]
+    tolerance = sampler.tolerance(Prior.rounding, 1.0)
+    largest, widths = sampler.largest(logits), sampler.widths(tolerance, head.steepness(logits))
     turned, missed, close, generator = 0, [0, 0], 0, torch.Generator().manual_seed(0)
     for _ in range(40):
         noise = gumbel(logits.shape, generator)
         other = sampler.choose(moved, noise)
-        for number, tolerance in enumerate(tolerances):
-            chosen, could_turn = sampler.decide(logits, noise, tolerance)
+        for number, some in enumerate([widths, None]):
+            chosen, could_turn = sampler.decide(logits, noise, tolerance * largest, some)
             missed[number] += int(((chosen != other) & ~could_turn).sum())
             close += 0 if number else int(could_turn.sum())
         turned += int((chosen != other).sum())
@@ -158,6 +155,17 @@ def test_rounding_that_a_narrow_logistic_multiplies_is_told(channels, sharper):
 
 
 def test_guidance_goes_by_the_steeper_row():
-    sampler, largest, steep = Sampler(guidance_scale=2.0), torch.tensor([[3.0]]), torch.tensor([[5.0], [7.0]])
-    assert sampler.unsteady(largest, steep).tolist() == [[10.0]] and sampler.unsteady(largest, None) is largest
-    assert Sampler().unsteady(largest, steep[:1]).tolist() == [[8.0]]
+    sampler, steep = Sampler(guidance_scale=2.0), torch.tensor([[[5.0, 1.0]], [[3.0, 7.0]]])
+    assert sampler.widths(0.5, steep).tolist() == [[[1.25, 1.75]]] and sampler.widths(0.5, None) is None
+    assert Sampler().widths(torch.tensor([[0.5], [2.0]]), steep).tolist() == [[[1.25, 0.25]], [[3.0, 7.0]]]
+
+
+@pytest.mark.parametrize("filters", [{}, {"top_k": 3}])
+def test_a_decision_is_close_where_both_logits_may_move_as_far_as_their_lead(filters):
+    logits, nothing = torch.tensor([[1.0, 0.8, -5.0]]), torch.zeros(1, 3)
+    sampler = Sampler(**filters)
+    for widths, close in (([0.05, 0.05, 0.0], False), ([0.05, 0.2, 0.0], True), ([0.2, 0.05, 0.0], True)):
+        ids, turns = sampler.decide(logits, nothing, torch.tensor([0.01]), torch.tensor([widths]))
+        assert ids.tolist() == [0] and turns.tolist() == [close]
+    far = torch.tensor([[0.0, 0.0, 5.7]])  # moves further than others, but not so far
+    assert sampler.decide(logits, nothing, torch.tensor([0.01]), far)[1].tolist() == [bool(filters)]
