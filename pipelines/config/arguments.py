@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import os
 import re
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -73,16 +74,19 @@ def read_arguments(words: CommandLine) -> tuple[list[Data], list[str]]:
             problems.append(str(error))
     for argument in words.overrides:
         try:
-            overrides.append((kinds_first(argument), read_override(argument)))
+            overrides.append((kinds_first(argument, words.overrides), read_override(argument)))
         except UserError as error:
             problems.append(str(error))
     overrides.sort(key=lambda override: override[0])
     return files + [data for _, data in overrides], problems
 
 
-def kinds_first(argument: str) -> float:
-    """The sort key of an override: kinds come first, so that `a.kind=x` does not discard an `a.b=1` to its left."""
-    key = argument.removeprefix("--").partition("=")[0]
+def kinds_first(argument: str, others: Iterable[str] = ()) -> float:
+    """The sort key of an override: kinds come first, so that `a.kind=x`, or `a=x` alone, does not discard an `a.b=1`
+    among the others, to its left."""
+    key, _, text = argument.removeprefix("--").partition("=")
+    if re.fullmatch(r"\w+", text) and any(other.removeprefix("--").startswith(f"{key}.") for other in others):
+        key += ".kind"
     return key.count(".") if key.split(".")[-1] == "kind" else float("inf")
 
 

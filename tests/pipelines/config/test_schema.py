@@ -204,6 +204,17 @@ def test_a_kind_does_not_throw_away_what_stands_to_its_left() -> None:
     assert config.model["coder"] == {"kind": "steps", "levels": [3, 3]} and config.model["width"] == 32
 
 
+def test_a_kind_alone_does_what_a_kind_does(tmp_path: Path) -> None:
+    """Neither what stands to its left is thrown away, nor what a preset says of a node of the same kind."""
+    path = write(tmp_path / "a.yaml", "model: {width: 32, coder: {codes: 9}}\n")
+    for argv in (["coder=book"], ["coder.beta=1", "coder=book"], ["coder.levels=[3,3]", "coder=steps"]):
+        words = [f"model.{word}" for word in argv]
+        expected = read("--config", path, *(word.replace("coder=", "coder.kind=") for word in words))
+        assert read("--config", path, "model=conv", *words) == read("--config", path, *words, "model=conv") == expected
+    with pytest.raises(UserError, match=r"model\.kind"):
+        read("model=cnov")
+
+
 def test_merge_leaves_its_arguments_alone() -> None:
     old, new = {"a": {"b": 1}}, {"a": {"c": 2}}
     assert merge(old, new) == {"a": {"b": 1, "c": 2}}
