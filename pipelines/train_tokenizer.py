@@ -18,7 +18,7 @@ from tokenizer.base import codebook_usage
 from tokenizer.critic import PatchCritic
 from tokenizer.files.opening import read_json
 from tokenizer.losses import total_loss
-from tokenizer.pretrained import CONFIG, PROVENANCE
+from tokenizer.pretrained import CONFIG
 from tokenizer.settings import ModelConfig, Node, as_saved
 from tokenizer.settings.marks import Before
 
@@ -30,7 +30,7 @@ from .images.splits import as_begun
 from .metrics.codebook import CodebookUse, part_names
 from .metrics.perceptual import Perceptual, weights_file
 from .metrics.reconstruction import evaluate_reconstruction, images_at_a_time, reconstruction_picture
-from .stages.provenance import data_beside, save_tokenizer, tokenizer_folder
+from .stages.provenance import data_of, file_of, save_tokenizer, tokenizer_folder
 from .tracking import Mark, TrackConfig
 from .training.adversary import Adversary, CriticConfig, make_adversary
 from .training.loop import train
@@ -232,18 +232,18 @@ class TokenizerTask(Task):
 
 
 def defaults(given: dict[str, Any]) -> dict[str, Any]:
-    """The model and the data of the tokenizer in the folder `init`."""
-    folder = Path(str(given.get("init") or ""))
-    if not (folder / CONFIG).is_file():
-        return {}
-    family, saved = Tokenizer.available(), read_json(folder / CONFIG)
-    if saved.get("kind") not in family:
+    """The model and the data of the tokenizer `init`."""
+    source = str(given.get("init") or "")
+    path = file_of(tokenizer_folder(source), CONFIG) if source else None
+    saved = read_json(path) if path else {}
+    if saved.get("kind") not in Tokenizer.available():
         return {}  # loading it will say so
     choices = Tokenizer.find(saved["kind"]).choices()
     model = as_saved(choices, {key: value for key, value in saved.items() if key not in choices.facts})
-    if str(given.get("model", {}).get("kind")) == "posthoc" != model["kind"]:
+    node = given.get("model")
+    if isinstance(node, dict) and node.get("kind") == "posthoc" != model["kind"]:
         model = {"kind": "posthoc", "vae": model}
-    return {"model": model, "data": data_beside(folder / PROVENANCE)}
+    return {"model": model, "data": data_of(source)}
 
 
 def model_config(node: dict[str, Any], image_size: tuple[int, int], channels: int) -> ModelConfig:

@@ -24,7 +24,7 @@ from .arguments import ToldElsewhere, UserError, read_arguments, sorted_words
 from .errors import search, told_of
 from .help import Known, help_page
 from .importing import import_asked
-from .schema import C, Of, found_within, to_yaml
+from .schema import C, Of, as_meant, to_yaml
 from .terminal import error_line
 
 if TYPE_CHECKING:
@@ -56,7 +56,7 @@ def parse(
     words = sorted_words(sys.argv[1:] if argv is None else argv)
     import_asked(words.imports)
     found_parts, problems = read_arguments(words)
-    parts = [found_within(cls, part) for part in found_parts]
+    parts = [as_meant(cls, part) for part in found_parts]
     given: Data = {}
     for part in parts:
         given = merge(given, part)

@@ -14,7 +14,7 @@ from typing import Any, ClassVar, TypeVar
 from pydantic import BaseModel
 
 from tokenizer.files.errors import shown
-from tokenizer.settings import Data, Settings, plain
+from tokenizer.settings import Data, Node, Settings, plain
 from tokenizer.settings.marks import mark_of
 from tokenizer.settings.mistakes import show
 
@@ -56,10 +56,15 @@ class Within:
         return str(inner) if (inner / self.holds).is_file() and not (outer / self.holds).exists() else value
 
 
-def found_within(cls: type[Config], data: Data) -> Data:
-    """`data`, in which runs that are named stand for what is in them."""
-    marks = {name: mark_of(field, Within) for name, field in cls.model_fields.items()}
-    return data | {name: mark.found(data[name]) for name, mark in marks.items() if mark and name in data}
+def as_meant(cls: type[Config], data: Data) -> Data:
+    """`data`, in which runs that are named stand for what is in them, and the kind of a node for the node."""
+    found = dict(data)
+    for name, field in cls.model_fields.items():
+        if (mark := mark_of(field, Within)) and name in data:
+            found[name] = mark.found(data[name])
+        elif isinstance(data.get(name), str) and mark_of(field, Node):
+            found[name] = {"kind": data[name]}
+    return found
 
 
 def to_yaml(config: BaseModel) -> str:

@@ -25,24 +25,35 @@ TokenizerFolder = Annotated[str, Within("tokenizer", CONFIG)]
 
 def defaults(given: dict[str, Any]) -> dict[str, Any]:
     """The data that the pipeline named on the command line was trained on."""
-    source = str(located(str(given.get("pipeline", ""))))
-    path = Path(source) / PROVENANCE
-    if not Path(source).is_dir():
-        path = fetched(source, PROVENANCE) or path
-    return {"data": data_beside(path)}
+    return {"data": data_beside(file_of(str(located(str(given.get("pipeline") or ""))), PROVENANCE))}
 
 
 def tokenizer_defaults(given: dict[str, Any]) -> dict[str, Any]:
     """The data that the tokenizer named on the command line, or the pipeline named there, was trained on."""
-    folder = Path(tokenizer_folder(str(given.get("tokenizer", ""))))
-    in_pipeline = (folder.parent / INDEX).is_file()  # which says it once, for both models
-    return {"data": data_beside((folder.parent if in_pipeline else folder) / PROVENANCE)}
+    return {"data": data_of(str(given.get("tokenizer") or ""))}
 
 
-def data_beside(path: Path) -> dict[str, Any]:
+def data_of(tokenizer: str) -> dict[str, Any]:
+    """The settings of the images that a tokenizer was trained on, where it says so. Raises `FormatError`."""
+    source = tokenizer_folder(tokenizer)
+    pipeline = Path(source).parent
+    in_pipeline = (pipeline / INDEX).is_file()  # which says it once, for both models
+    return data_beside(file_of(str(pipeline) if in_pipeline else source, PROVENANCE))
+
+
+def file_of(source: str, name: str) -> Path | None:
+    """The file `name` of a model, in its folder or, of a Hub id, in the cache; None where it cannot be found: loading
+    the model will say why."""
+    if not source:
+        return None
+    path = Path(source) / name if Path(source).is_dir() else fetched(source, name)
+    return path if path is not None and path.is_file() else None
+
+
+def data_beside(path: Path | None) -> dict[str, Any]:
     """The settings of the images in the file `path`, a `provenance.json`; none where there is no such file. Raises
     `FormatError`."""
-    found = read_json(path).get("data", {}) if path.is_file() else {}
+    found = {} if path is None else read_json(path).get("data", {})
     if not isinstance(found, dict):
         raise FormatError(f"{path}: data: expected an object of settings, found {shown(found)}")
     return as_saved(DataConfig, found)

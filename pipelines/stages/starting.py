@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,8 +14,8 @@ from tokenizer.pretrained import CONFIG
 from tokenizer.settings import as_saved
 
 from ..config import UserError
-from ..images.hub import fetched
 from .base import Stages
+from .provenance import file_of
 
 FREE = ("dropout", "attention_dropout", "label_smoothing", "anneal", "random_share")
 """Settings of priors that say how they are trained, and not what they are."""
@@ -25,10 +24,8 @@ FREE = ("dropout", "attention_dropout", "label_smoothing", "anneal", "random_sha
 def model_of(source: str) -> dict[str, Any] | None:
     """The settings of the prior of the pipeline `source`, a folder or a Hub id, as a preset holds them; None where they
     cannot be read: loading the pipeline will say why."""
-    path = Path(source) / "prior" / CONFIG
-    if not Path(source).is_dir():
-        path = fetched(source, f"prior/{CONFIG}") or path
-    saved = read_json(path) if path.is_file() else {}
+    path = file_of(source, f"prior/{CONFIG}")
+    saved = read_json(path) if path else {}
     if saved.get("kind") not in Prior.available():
         return None
     member: Any = Prior.find(saved["kind"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from pipelines import encode
 from pipelines import train_tokenizer as verb
 from pipelines.config import UserError
 from pipelines.config.command import parse
+from pipelines.stages import provenance
 from pipelines.stages.provenance import tokenizer_defaults
 from tokenizer import Tokenizer
 from tokenizer.files.errors import ConfigError, PathError
@@ -43,6 +45,34 @@ def test_model_and_data_are_those_of_the_folder(trained, tmp_path):
     saved = json.loads((trained["vqvae"] / "config.json").read_text())
     assert config.model == {key: value for key, value in saved.items() if key not in ("image_size", "channels")}
     assert config.data.augment.rotate == 3 and config.data.limit == 60
+
+
+@pytest.mark.parametrize("place", ["hub", "pipeline", "package"])
+def test_they_are_also_those_of_what_is_no_folder_of_a_tokenizer(place, trained, tmp_path, monkeypatch):
+    """A Hub id, and a pipeline, which says for both of its models on which images they were trained."""
+    data = {"data": {"source": "mine", "augment": {"rotate": 3.0}}}
+    if place == "hub":
+        monkeypatch.setattr(provenance, "fetched", lambda source, name: {"me/it": trained["vqvae"]}[source] / name)
+        config, images = resolved(tmp_path / "run", init="me/it"), tokenizer_defaults({"tokenizer": "me/it"})["data"]
+        assert config.model["widths"] == [16] and images["augment"] == {**images["augment"], "rotate": 3.0}
+    elif place == "package":
+        config = resolved(tmp_path / "run", init="digits")
+        assert config.model["widths"] == [96]
+    else:
+        shutil.copytree(trained["vqvae"], tmp_path / "pipe" / "tokenizer")
+        (tmp_path / "pipe" / "tokenizer" / "provenance.json").unlink()
+        (tmp_path / "pipe" / "model_index.json").write_text("{}")
+        (tmp_path / "pipe" / "provenance.json").write_text(json.dumps(data))
+        config = resolved(tmp_path / "run", init=str(tmp_path / "pipe"))
+        assert config.data.source == "mine" and config.model["widths"] == [16]
+    assert config.data.augment.rotate == (8 if place == "package" else 3)
+
+
+@pytest.mark.parametrize("text", ["[1]", '{"kind": "pixels", "levels": 7}'])
+def test_a_configuration_in_the_working_folder_is_not_meant(text, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "config.json").write_text(text)
+    assert resolved("run").model["kind"] == "vqvae"
 
 
 @pytest.mark.parametrize(("kind", "becomes"), [("vqvae", "vqvae"), ("klvae", "posthoc")])
@@ -77,7 +107,9 @@ def test_a_tokenizer_of_other_sizes_is_refused(trained, tmp_path):
 
 def test_a_vae_becomes_ids(trained, tmp_path):
     """posthoc: nothing is trained, ids are used evenly, decoding is the VAE's, and `encode` takes it."""
-    run = verb.run(resolved(tmp_path / "run", init=str(trained["klvae"]), model__kind="posthoc", model__bins=6))
+    config = resolved(tmp_path / "run", init=str(trained["klvae"]), model="posthoc", model__bins=6)
+    assert config == resolved(tmp_path / "run", init=str(trained["klvae"]), model__kind="posthoc", model__bins=6)
+    run = verb.run(config)
     assert [line["step"] for line in metrics(run)] == [0]
     found, vae = Tokenizer.from_pretrained(run / "tokenizer"), Tokenizer.from_pretrained(trained["klvae"])
     assert found.name == "posthoc" and found.grid.vocab_size == 6 and found.grid.shape == (21, 7)
