@@ -17,6 +17,7 @@ from tokenizer.critic import CRITIC_LOSSES, GENERATOR_LOSSES, PatchCritic, adapt
 
 from ..config import Config, UserError
 from .augmentation import augmented
+from .schedule import Decay
 
 
 class CriticConfig(Config):
@@ -42,7 +43,7 @@ class CriticConfig(Config):
         description="random changes of all that it sees, for few images (DiffAugment): color, translation, cutout",
     )
     lr: float = Field(1.0, gt=0, description="the critic's learning rate as a share of train.lr")
-    betas: tuple[float, float] = Field(
+    betas: tuple[Decay, Decay] = Field(
         (0.5, 0.9), description="AdamW's decays for the critic; with slower ones it lags behind the tokenizer"
     )
     width: int = Field(64, ge=8, le=1024, description="channels of its first layer; they double with each")

@@ -15,6 +15,10 @@ from tokenizer.settings.marks import Before
 from ..config import Config
 
 
+Decay = Annotated[float, Field(ge=0, lt=1)]
+"""Of a running moment of Adam."""
+
+
 def no_as_text(value: Any) -> Any:
     """YAML takes a bare `no` for false."""
     return "no" if value is False else value
@@ -40,7 +44,7 @@ class TrainConfig(Config):
     )
     final_lr: float = Field(0.02, ge=0, le=1, description="learning rate at the end, as a share of the peak")
     warmup_steps: int = Field(100, ge=0, description="steps of linear warm-up; a cosine follows")
-    betas: tuple[float, float] = Field((0.9, 0.95), description="AdamW's decays of the running moments")
+    betas: tuple[Decay, Decay] = Field((0.9, 0.95), description="AdamW's decays of the running moments")
     weight_decay: float = Field(0.02, ge=0, description="AdamW's weight decay, on matrices only; Muon has none")
     clip: float = Field(1.0, gt=0, description="largest gradient norm; a larger one is scaled down")
     ema_decay: float = Field(
@@ -74,6 +78,7 @@ class TrainConfig(Config):
     timeout: float = Field(
         1800.0,
         ge=1,
+        le=1e6,
         description="seconds that processes wait for one that is silent, or that evaluates, before the run ends",
     )
 

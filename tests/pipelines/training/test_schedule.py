@@ -12,7 +12,9 @@ from small import make_tokenizer
 from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
-from pipelines.train_tokenizer import Stage
+from pipelines.config import UserError
+from pipelines.config.command import parse
+from pipelines.train_tokenizer import Stage, TrainTokenizerConfig
 from pipelines.training import loop as training
 from pipelines.training.schedule import TrainConfig, copy_buffers, learning_rate, move_average
 
@@ -28,6 +30,13 @@ def test_learning_rate():
     assert rates[100:] == pytest.approx([0.2] * 30)  # a cosine that went on would rise again
     assert learning_rate(TrainConfig(warmup_steps=0, lr=1.0), 0, 0.0) == 1.0
     assert learning_rate(TrainConfig(warmup_steps=0, final_lr=0.0), 5, 1.0) == 0.0
+
+
+@pytest.mark.parametrize("argument", ["train.betas=[1.5,0.9]", "critic.betas=[0.9,1]", "train.timeout=1e18"])
+def test_what_torch_would_refuse_is_refused_before_it(argument):
+    """Its errors would be tracebacks, after images were read."""
+    with pytest.raises(UserError, match=f"{argument.partition('=')[0]}: must be <"):
+        parse(TrainTokenizerConfig, ["out=x", argument], verb="train_tokenizer", description=None)
 
 
 def test_the_average_is_what_it_says_and_copies_buffers():
