@@ -7,8 +7,9 @@ import math
 import shutil
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError
@@ -42,9 +43,18 @@ def room(training: Training) -> tuple[int, int]:
     weights = [tensor.nbytes for module in modules for tensor in module.state_dict().values()]
     moments = [2 * p.nbytes for parameters in training.task.players.values() for p in parameters]
     last = states_in(training.run / "state")[-1:]
-    folders = [*last, training.run / "tokenizer", training.run / "pipeline"]
-    written = sum(512 * path.stat().st_blocks for folder in folders for path in folder.rglob("*"))
+    written = sum(map(bytes_in, [*last, training.run / "tokenizer", training.run / "pipeline"]))
     return int(SPARE * max(written, sum(weights + moments))), shutil.disk_usage(training.run).free
+
+
+def bytes_in(folder: Path) -> int:
+    """What a folder takes of the disk, about: another process may put its links there, or another folder in its
+    place."""
+    found = 0
+    with suppress(FileNotFoundError):
+        for path in folder.rglob("*"):
+            found += 512 * path.lstat().st_blocks
+    return found
 
 
 @contextmanager

@@ -10,6 +10,7 @@ from __future__ import annotations
 import ast
 import json
 import os
+import re
 import shutil
 import tarfile
 import zipfile
@@ -290,9 +291,12 @@ def test_a_table_that_somebody_edited_is_never_lost(world, tmp_path, name):
             path.write_bytes(data)
 
 
-def test_a_run_saves_its_state_although_its_snapshot_is_not_replaced(world, tmp_path, capsys):
-    """What somebody put into the snapshot stays; the run says so, and the same command ends it once that is away."""
+@pytest.mark.parametrize("name", ["notes.txt", ".#README.md"])
+def test_a_run_saves_its_state_although_its_snapshot_is_not_replaced(world, tmp_path, capsys, name):
+    """What somebody put into the snapshot stays, also a link to nothing, by which Emacs tells that it has a file open;
+    the run says so, and the same command ends it once that is away."""
     out, longer = tmp_path / "run", "train.save_every=1"
+    theirs = out / "tokenizer" / name
     arguments = [
         *(argument.format(**vars(world)) for argument in (*DATA, *TINY)),
         longer,
@@ -305,18 +309,18 @@ def test_a_run_saves_its_state_although_its_snapshot_is_not_replaced(world, tmp_
 
     def disturbed(task: Any, model: Any, run: Path, facts: dict[str, Any]) -> None:
         save(task, model, run, facts)
-        (run / "tokenizer" / "notes.txt").write_text("mine")
+        theirs.symlink_to("mine") if "#" in name else theirs.write_text("mine")
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(train_tokenizer.TokenizerTask, "save", disturbed)
-        with pytest.raises(UserError, match=r"not saved: step 2: .*notes\.txt"):
+        with pytest.raises(UserError, match=f"not saved: step 2: .*{re.escape(name)}"):
             run(train_tokenizer, arguments)
-    assert (out / "tokenizer" / "notes.txt").read_text() == "mine"
+    assert (os.readlink(theirs) if "#" in name else theirs.read_text()) == "mine"
     assert json.loads((out / "tokenizer" / "provenance.json").read_text())["tokenizer"]["steps"] == 1
     assert sorted(path.name for path in (out / "state").iterdir()) == ["step-00000001", "step-00000002"]
-    with pytest.raises(REFUSED, match=r"notes\.txt"):
+    with pytest.raises(REFUSED, match=re.escape(name)):
         run(train_tokenizer, arguments)
-    (out / "tokenizer" / "notes.txt").unlink()
+    theirs.unlink()
     run(train_tokenizer, arguments)
     assert json.loads((out / "tokenizer" / "provenance.json").read_text())["tokenizer"]["steps"] == 2
 
