@@ -208,7 +208,8 @@ class PriorTask(Task):
 
     def score(self, evaluation: dict[str, float]) -> float | None:
         """Fewer bits are better; of a prior that is to need no guidance, they say nothing."""
-        return None if self.config.objective == "cca" else -evaluation["bits_per_token"]
+        bits = evaluation.get("bits_per_token")
+        return None if bits is None or self.config.objective == "cca" else -bits
 
     def quality(self, evaluation: dict[str, float]) -> str:
         """Bits per token; an upper bound where the prior is not exact."""

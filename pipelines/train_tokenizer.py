@@ -211,7 +211,7 @@ class TokenizerTask(Task):
 
     def score(self, evaluation: dict[str, float]) -> float | None:
         """PSNR; None with a critic or LPIPS, which lower it for better looks, and no figure here measures these."""
-        return None if self.adversary or self.perceptual else evaluation["psnr"]
+        return None if self.adversary or self.perceptual else evaluation.get("psnr")
 
     def quality(self, evaluation: dict[str, float]) -> str:
         """The PSNR of reconstructions."""

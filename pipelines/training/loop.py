@@ -7,6 +7,8 @@ with the same command continues to the bit. `accelerate` owns devices, precision
 
 from __future__ import annotations
 
+import math
+import sys
 import time
 from collections.abc import Callable, Generator, Iterator
 from contextlib import ExitStack, closing, nullcontext
@@ -217,10 +219,16 @@ def judge(training: Training, final: nn.Module) -> dict[str, float]:
 
 
 def figures_on(training: Training, model: nn.Module, split: Split) -> dict[str, float]:
-    """What the task finds on a split: on a GPU in the mixed precision of training, which is several times as fast."""
+    """What the task finds on a split: on a GPU in the mixed precision of training, which is several times as fast. What
+    is no number, as weights have grown too large, is left out and told."""
     accelerator = training.accelerator
     with accelerator.autocast() if accelerator.device.type == "cuda" else nullcontext():
-        return training.task.evaluate(model, split)
+        found = training.task.evaluate(model, split)
+    strange = [name for name, value in found.items() if not math.isfinite(value)]
+    if strange and accelerator.is_main_process:
+        line = f"warning: step {training.step}: {', '.join(strange)} of {split}: not finite, and left out"
+        print(line, file=sys.stderr, flush=True)
+    return {name: value for name, value in found.items() if name not in strange}
 
 
 def preview(training: Training, average: nn.Module, due: set[str]) -> None:

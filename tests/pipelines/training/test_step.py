@@ -286,3 +286,15 @@ def test_ten_sick_steps_in_a_row_end_the_run(tmp_path, monkeypatch, how, late):
     assert_equal_tensors(second, first)
     with pytest.raises(UserError, match="step 22:"):  # started again, it still knows that the last eight were sick
         train_tokenizer(tmp_path / "run", train__steps=40, train__save_every=4)
+
+
+def test_figures_that_are_no_numbers_are_left_out(tmp_path, capsys):
+    """Weights that one step has made too large for arithmetic, and that are saved as they are: no steps come of them."""
+    sizes = {"train__lr": 1e25, "train__warmup_steps": 0, "train__evaluate_every": 1, "train__save_every": 1}
+    for begun in (1, 2):  # the second time the run goes on from what the first has saved
+        with pytest.raises(UserError, match="10 steps in a row were not finite"):
+            train_tokenizer(tmp_path / "run", train__steps=20, **sizes)
+        assert "step 1: psnr, l1, l2 of validation: not finite, and left out" in capsys.readouterr().err or begun == 2
+    figures = [value for line in metrics(tmp_path / "run") for value in line.values()]
+    assert all(map(math.isfinite, figures))
+    assert "validation/codebook_usage" in metrics(tmp_path / "run")[0]
