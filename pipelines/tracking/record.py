@@ -39,7 +39,7 @@ class Record:
     Raises `OSError` if the folder cannot be written, and `PathError` for a link in place of the file.
     """
 
-    def __init__(self, run: Path, resume_step: int) -> None:
+    def __init__(self, run: Path, resume_step: float) -> None:
         self.run, self.path = run, run / "metrics.jsonl"
         make_folder(run)
         self.highest = _rewind(self.path, resume_step)
@@ -134,7 +134,7 @@ class Reader:
             yield Entry(step, "images", paths)
 
 
-def _rewind(path: Path, resume_step: int) -> int:
+def _rewind(path: Path, resume_step: float) -> int:
     """Keep the lines up to `resume_step` (none for 0); return the highest step that stood in the file, or -1."""
     lines = path.read_bytes().split(b"\n") if path.exists() else []
     steps = [_step_of(line) for line in lines]
@@ -153,7 +153,7 @@ def _step_of(line: bytes) -> int:
     return step if isinstance(step, int) else -1
 
 
-def _pictures_until(folder: Path, resume_step: int) -> list[tuple[int, dict[str, Path]]]:
+def _pictures_until(folder: Path, resume_step: float) -> list[tuple[int, dict[str, Path]]]:
     """Pictures of earlier processes up to `resume_step` (none for 0); later ones are about to be written again."""
     found: dict[int, dict[str, Path]] = {}
     for path in sorted(folder.glob("*.png")) if resume_step > 0 else []:

@@ -69,7 +69,7 @@ class Tracker:
     """
 
     def __init__(
-        self, run: Path, config: TrackConfig, run_config: dict[str, Any], *, accelerator: Any, resume_step: int
+        self, run: Path, config: TrackConfig, run_config: dict[str, Any], *, accelerator: Any, resume_step: float
     ) -> None:
         require_installed(config.trackers)
         self.run, self.config = Path(run), named(config, Path(run))
@@ -222,7 +222,7 @@ def _number(value: Any) -> int | float:
     return value if isinstance(value, (int, float)) else float(value)  # numpy scalars, tensors of one element
 
 
-def _identify(run: Path, names: Sequence[str], resume_step: int, highest: int) -> tuple[str, dict[str, int]]:
+def _identify(run: Path, names: Sequence[str], resume_step: float, highest: int) -> tuple[str, dict[str, int]]:
     """The id that all resumes of this run share, and for each tracker the highest step that it may already have.
 
     W&B refuses steps that it has and cannot be asked offline. What it has is known if the process before this one was

@@ -15,18 +15,16 @@ SHOWN_EVERY = 0.5  # seconds
 
 
 def report(training: Training, progress: float, since: tuple[int, float]) -> dict[str, float]:
-    """Means of the logged terms since the last report, speed and learning rate; starts a new window."""
+    """Means of the logged terms since the last report, speed and learning rate; starts a new window. There is no speed
+    where this process has made no step, of a line that was due when the one before was told to end."""
     record = {name: total / count for name, (total, count) in training.window.items()}
     training.window = {}
+    record["learning_rate"] = learning_rate(training.config, training.step, progress)
     steps, seconds = training.step - since[0], max(1e-9, time.monotonic() - since[1])
-    images = steps * training.config.batch_size / seconds
-    return record | {
-        "learning_rate": learning_rate(training.config, training.step, progress),
-        "images_per_second": images,
-        "tokens_per_second": images * training.task.tokens_per_row,
-        "minutes": training.minutes,
-        "skipped_steps": training.skipped,
-    }
+    if steps:
+        record["images_per_second"] = images = steps * training.config.batch_size / seconds
+        record["tokens_per_second"] = images * training.task.tokens_per_row
+    return record | {"minutes": training.minutes, "skipped_steps": training.skipped}
 
 
 def progress_bar(training: Training, hidden: bool) -> Any:
@@ -70,12 +68,9 @@ def show(bar: Any, training: Training, record: dict[str, float]) -> None:
     """The report in the bar, or as a line where output goes to a file."""
     loss = loss_of(record)
     if training.accelerator.is_main_process and bar.disable:
-        print(
-            f"step {training.step}: loss {loss:.4f}, {record['images_per_second']:.0f} images/s, "
-            f"{training.minutes:.1f} min",
-            file=lines_go_to(),
-            flush=True,
-        )
+        speed = f"{record['images_per_second']:.0f} images/s, " if "images_per_second" in record else ""
+        line = f"step {training.step}: loss {loss:.4f}, {speed}{training.minutes:.1f} min"
+        print(line, file=lines_go_to(), flush=True)
     bar.set_postfix_str(f"loss {loss:.4f}{time_left(training)}")
 
 

@@ -60,7 +60,8 @@ def set_up(
         task.nets = {name: accelerator.prepare_model(net.to(accelerator.device)) for name, net in task.nets.items()}
         optimizers = {name: accelerator.prepare_optimizer(optimizer) for name, optimizer in optimizers.items()}
     began = counters.pop("precision", None)
-    logged = step - ("log" in counters.get("pending", []))  # the line of a pending log is written again
+    # The line of a pending log is written again, also that of step 1: the run goes on all the same.
+    logged = step - 0.5 * ("log" in counters.get("pending", []))
     tracker = Tracker(run, config.track, config.model_dump(mode="json"), accelerator=accelerator, resume_step=logged)
     heartbeat = heartbeat or Heartbeat(run, 0, 1, config.train.timeout)
     return Training(

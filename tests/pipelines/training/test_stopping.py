@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import json
 import os
 import pty
 import re
@@ -16,6 +17,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import psutil
 import pytest
@@ -189,6 +191,26 @@ def test_sighup_saves_as_sigterm_does(tmp_path, train, whole, monkeypatch, capsy
     assert "told to end at step 7" in capsys.readouterr().out
     train("train_tokenizer", tmp_path / "run")
     assert_the_same(tmp_path / "run", whole["train_tokenizer"])
+
+
+@pytest.mark.parametrize("step", [1, 3])
+def test_a_line_that_was_due_is_the_same_runs_and_knows_no_speed(tmp_path, train, monkeypatch, step):
+    """Also that of the first step, before which no line is kept: trackers go on with their run."""
+    sent: list[int] = []
+
+    def started(*_: Any, held: int, **__: Any) -> Any:
+        return Mock(held=held, url=None, log=lambda at, values: sent.append(at))
+
+    monkeypatch.setattr("pipelines.tracking.tracker.start_wandb", started)
+    settings = {"track__wandb": "offline", "train__log_every": 1, "train__steps": 4}
+    with monkeypatch.context() as patch:
+        on_call(patch, training, "take_step", step, signal.SIGTERM)
+        run = train("train_prior", tmp_path / "run", **settings)
+    identity = json.loads((run / "trackers.json").read_text())["id"]
+    train("train_prior", run, **settings)
+    assert json.loads((run / "trackers.json").read_text())["id"] == identity
+    assert sent == [line["step"] for line in metrics(run)] == [1, 2, 3, 4]
+    assert [line["step"] for line in metrics(run) if "images_per_second" not in line] == [step]
 
 
 # The signals
