@@ -13,6 +13,7 @@ import torch
 
 from ..config import UserError, choose_device
 from .asked import require_known, require_supported
+from .precision import VARIABLE
 from .sharing import ALONE, Team
 
 if TYPE_CHECKING:
@@ -46,7 +47,9 @@ def build_accelerator(timeout: float = TIMEOUT, mixed_precision: str | None = No
         AcceleratorState._reset_state()  # of an earlier run in this process, in another precision
     accelerator = Accelerator(kwargs_handlers=[ddp, group], mixed_precision=mixed_precision)
     require_known(accelerator.device)
-    asked = int(os.environ.get("WORLD_SIZE", "1")) > 1 or "MASTER_ADDR" in os.environ
+    world = os.environ.get("WORLD_SIZE")
+    # The launcher of accelerate that starts one process says by an address that several were asked for.
+    asked = int(world) > 1 if world else {"MASTER_ADDR", VARIABLE} <= set(os.environ)
     if accelerator.num_processes == 1 and asked:
         raise UserError(
             "several processes were asked for, but only one was started (accelerate's --cpu does that, and a machine "

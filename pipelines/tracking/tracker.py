@@ -15,6 +15,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
+from shlex import quote
 from typing import Any, Literal
 
 import numpy as np
@@ -209,12 +210,14 @@ def _announce(run: Path, config: TrackConfig) -> str:
     mode, reason = wandb_mode(config.wandb)
     if "wandb" not in config.trackers:
         mode, reason = "disabled", "not in track.trackers"
-    later = f"; sync later with: wandb sync {wandb_folder(run)}/wandb/offline-run-*" if mode == "offline" else ""
+    offline = f"{quote(str(wandb_folder(run)))}/wandb/offline-run-*"
+    later = f"; sync later with: wandb sync {offline}" if mode == "offline" else ""
     print(f"W&B: {mode} ({reason}){later}", flush=True)
     if "tensorboard" in config.trackers:
-        print(f"TensorBoard: tensorboard --logdir {run / 'tensorboard'}", flush=True)
+        print(f"TensorBoard: tensorboard --logdir {quote(str(run / 'tensorboard'))}", flush=True)
     if "trackio" in config.trackers:
-        print(f"trackio: TRACKIO_DIR={trackio_folder(run)} trackio show --project {config.project}", flush=True)
+        folder, project = quote(str(trackio_folder(run))), quote(str(config.project))
+        print(f"trackio: TRACKIO_DIR={folder} trackio show --project {project}", flush=True)
     return mode
 
 

@@ -11,7 +11,7 @@ import torch
 
 from pipelines.config import UserError
 from pipelines.processes import launched
-from pipelines.processes.launched import LAUNCHERS, joined, own_device
+from pipelines.processes.launched import LAUNCHERS, build_accelerator, joined, own_device
 from pipelines.processes.sharing import ALONE, Team
 
 
@@ -42,6 +42,17 @@ def test_a_process_that_no_launcher_started_is_alone(monkeypatch):
     monkeypatch.setitem(sys.modules, "accelerate", None)  # importing it would be an error
     with joined("cpu") as (team, device):
         assert team is ALONE and device == torch.device("cpu")
+
+
+@pytest.mark.parametrize("said", [{"WORLD_SIZE": "1"}, {}])
+def test_one_process_that_torchrun_starts_and_an_address_from_elsewhere_are_fine(said, one_process, monkeypatch):
+    """Many batch scripts export an address for all that they start."""
+    for name, value in {**said, "MASTER_ADDR": "node-1"}.items():
+        monkeypatch.setenv(name, value)
+    assert build_accelerator().num_processes == 1
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(UserError, match="only one was started"):
+        build_accelerator()
 
 
 @pytest.mark.parametrize("name", LAUNCHERS)

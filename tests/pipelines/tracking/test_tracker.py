@@ -147,6 +147,8 @@ def test_the_line_that_is_printed(tmp_path, monkeypatch, capsys):
     Tracker(tmp_path, TrackConfig(), {}, accelerator=MAIN, resume_step=0).close()
     expected = f"W&B: offline (no API key found); sync later with: wandb sync {tmp_path}/wandb/offline-run-*\n"
     assert capsys.readouterr() == (expected, "")
+    Tracker(tmp_path / "a b", TrackConfig(), {}, accelerator=MAIN, resume_step=0).close()
+    assert f"wandb sync '{tmp_path}/a b'/wandb/offline-run-*\n" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("config", [{}, {"project": None, "name": None}, {"project": "mine", "name": "first"}])
