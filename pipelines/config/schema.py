@@ -60,9 +60,9 @@ def as_meant(cls: type[Config], data: Data) -> Data:
     """`data`, in which runs that are named stand for what is in them, and the kind of a node for the node."""
     found = dict(data)
     for name, field in cls.model_fields.items():
-        if (mark := mark_of(field, Within)) and name in data:
-            found[name] = mark.found(data[name])
-        elif isinstance(data.get(name), str) and mark_of(field, Node):
+        if name in data and (within := mark_of(field, Within)):
+            found[name] = within.found(data[name])
+        elif isinstance(data.get(name), str) and mark_of(field, Node) is not None:
             found[name] = {"kind": data[name]}
     return found
 

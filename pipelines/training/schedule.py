@@ -14,7 +14,6 @@ from tokenizer.settings.marks import Before
 
 from ..config import Config
 
-
 Decay = Annotated[float, Field(ge=0, lt=1)]
 """Of a running moment of Adam."""
 

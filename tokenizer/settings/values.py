@@ -14,8 +14,8 @@ def parsed_float(text: str) -> float | str:
 
 
 def merge(old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
-    """`new` merged into `old`, mappings key by key; a node whose `kind` changes is replaced. Text in the place of a node
-    is its kind."""
+    """`new` merged into `old`, mappings key by key; a node whose `kind` changes is replaced. Text in the place of a
+    node is its kind."""
     if "kind" in old and new.get("kind", old["kind"]) != old["kind"]:
         old = {}
     nodes = [key for key, value in old.items() if isinstance(value, dict) and "kind" in value]

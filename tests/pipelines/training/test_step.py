@@ -289,7 +289,7 @@ def test_ten_sick_steps_in_a_row_end_the_run(tmp_path, monkeypatch, how, late):
 
 
 def test_figures_that_are_no_numbers_are_left_out(tmp_path, capsys):
-    """Weights that one step has made too large for arithmetic, and that are saved as they are: no steps come of them."""
+    """Of weights that one step has made too large for arithmetic; a run goes on with them, or ends by its own rule."""
     sizes = {"train__lr": 1e25, "train__warmup_steps": 0, "train__evaluate_every": 1, "train__save_every": 1}
     for begun in (1, 2):  # the second time the run goes on from what the first has saved
         with pytest.raises(UserError, match="10 steps in a row were not finite"):
