@@ -24,6 +24,7 @@ from .metrics.likelihood import bits_per_token, rows_evaluated
 from .shuffling.draws import DROPOUT, OTHER, by_row, other_labels, perturbed
 from .shuffling.epochs import samples_of
 from .stages.index import INDEX, PIPELINE
+from .stages.shipped import located
 from .stages.starting import model_of, start_from
 from .tokens import TokenDataset, TokenSplit, load_tokens
 from .tracking import Mark, TrackConfig
@@ -268,7 +269,7 @@ def build_prior(node: dict[str, Any], data: TokenDataset) -> Prior:
 
 def defaults(given: dict[str, Any]) -> dict[str, Any]:
     """The model of the pipeline `init`."""
-    model = model_of(str(given["init"])) if given.get("init") else None
+    model = model_of(str(located(str(given["init"])))) if given.get("init") else None
     return {} if model is None else {"model": model}
 
 

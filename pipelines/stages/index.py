@@ -16,6 +16,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PlainValidato
 from prior import Prior
 from prior.sampling import Sampler
 from tokenizer import Tokenizer
+from tokenizer.family import OUTSIDE
 from tokenizer.files.checked import FieldError, Text, checked
 from tokenizer.files.errors import ConfigError, FormatError, IntegrityError, LimitError, PathError, shown
 from tokenizer.files.ownership import Kind
@@ -88,7 +89,7 @@ def read_index(files: Folder, given: Collection[str] = ()) -> dict[str, Any]:
     for part, family in families + [(BACKGROUND, Prior)] * (BACKGROUND in index):
         if part not in given and index[part] not in family.available():
             kind, names = family.__name__.lower(), ", ".join(family.available())
-            raise ConfigError(f"{path}: {part}: no {kind} is called {index[part]!r}; there are {names}")
+            raise ConfigError(f"{path}: {part}: no {kind} is called {index[part]!r}; there are {names}; {OUTSIDE}")
     check_labels(index["labels"])
     if "prior" not in given:
         make_sampler(Prior.find(index["prior"]), index["sampler"], path)

@@ -60,9 +60,10 @@ def data_beside(path: Path | None) -> dict[str, Any]:
 
 
 def tokenizer_folder(source: str) -> str:
-    """`source`, or the tokenizer inside it when it is a pipeline: a folder, or the name of one in the package."""
+    """`source`, or the tokenizer in it when it is a pipeline: a folder, its run, or one that comes with the package."""
     source = str(located(source))
-    return str(Path(source) / "tokenizer") if (Path(source) / INDEX).is_file() else source
+    within = [path for path in (Path(source), Path(source) / "pipeline") if (path / INDEX).is_file()]
+    return str(within[0] / "tokenizer") if within else source
 
 
 def read_with(tokenizer: str) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -11,8 +12,9 @@ import torch
 from optional import needs_digits
 from safetensors import safe_open
 
-from pipelines import ImagePipeline
+from pipelines import ImagePipeline, train_prior
 from pipelines.__main__ import main as smalti
+from pipelines.stages.provenance import tokenizer_folder
 from pipelines.stages.shipped import HERE, located, shipped
 from tokenizer.files.errors import PathError
 
@@ -125,3 +127,19 @@ def test_its_tokenizer_and_its_data_are_found_by_the_name(tmp_path, monkeypatch,
     assert Path("sheet.png").is_file() and "PSNR" in capsys.readouterr().out
     smalti(["encode", "tokenizer=digits", "data.limit=40", "out=tokens"])
     assert Path("tokens/meta.json").is_file()
+
+
+def test_the_tokenizer_of_a_run_of_stage_two_is_found(tmp_path, monkeypatch):
+    """As its pipeline's is: a run stands for what is in it."""
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(HERE / "digits", "runs/gpt/pipeline")
+    assert tokenizer_folder("runs/gpt") == tokenizer_folder("runs/gpt/pipeline") == "runs/gpt/pipeline/tokenizer"
+    assert tokenizer_folder("runs/gpt/pipeline/tokenizer") == "runs/gpt/pipeline/tokenizer"
+    assert tokenizer_folder("runs") == "runs"
+
+
+def test_a_prior_can_start_from_it(pipe):
+    """As from a folder: the model need not be said again."""
+    found = train_prior.defaults({"init": "digits"})
+    assert found["model"]["dim"] == pipe.prior.config.dim
+    assert found == train_prior.defaults({"init": str(HERE / "digits")})

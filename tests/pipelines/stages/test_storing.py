@@ -246,7 +246,7 @@ def test_a_prior_of_an_unknown_kind_may_be_given(tmp_path):
     pipe.save_pretrained(tmp_path / "pipe")
     path = tmp_path / "pipe" / "model_index.json"
     reseal(path, {**json.loads(path.read_text()), "prior": "mine", "sampler": {"warmth": 3}})
-    with pytest.raises(ConfigError, match="no prior is called 'mine'"):
+    with pytest.raises(ConfigError, match="no prior is called 'mine'; .*; one of your own .* --import FILE"):
         ImagePipeline.from_pretrained(tmp_path / "pipe")
     assert ImagePipeline.from_pretrained(tmp_path / "pipe", prior=pipe.prior).prior is pipe.prior
     for sampler in (None, [], {"temperature": -1}):
