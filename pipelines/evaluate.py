@@ -65,7 +65,7 @@ class EvaluateConfig(Config):
         "inception_weights num_orders seed update_card device"
     )
 
-    pipeline: PipelineFolder = Field(description="pipeline folder, its run, or a Hub id")
+    pipeline: PipelineFolder = Field(description="pipeline folder, run, Hub id or `digits`")
     out: str | None = Field(
         None, description="folder for pictures and evaluation.json; default: `evaluation` beside the pipeline folder"
     )

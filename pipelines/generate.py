@@ -34,12 +34,12 @@ class GenerateConfig(Config):
     """How many images of what, and where to."""
 
     examples = (
-        "pipeline=runs/gpt_digits/pipeline",
+        "pipeline=digits",
         "pipeline=runs/gpt_digits/pipeline labels=[3,8] num_images=16 temperature=0.9 out=threes.png",
     )
     often = "pipeline out num_images labels seed temperature top_k top_p guidance_scale steps columns batch_size"
 
-    pipeline: PipelineFolder = Field(description="pipeline folder, its run, or a Hub id")
+    pipeline: PipelineFolder = Field(description="pipeline folder, run, Hub id or `digits`")
     out: str = Field(
         "grid.png",
         description="a picture file for a grid of all images; NAME.npz, NAME.parquet or NAME.tar (webdataset) for all "

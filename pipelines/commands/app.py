@@ -36,7 +36,7 @@ class AppConfig(Config):
     )
     often = "pipeline host port max_images max_upload_mb queue search space out push device"
 
-    pipeline: PipelineFolder = Field(description="pipeline folder, the run that it is in, or a Hub id")
+    pipeline: PipelineFolder = Field(description="pipeline folder, run, Hub id or `digits`")
     host: str = Field("127.0.0.1", description="address to listen on; 0.0.0.0 lets other machines in")
     port: int = Field(7860, ge=1, le=65535, description="port to listen on")
     max_images: int = Field(64, ge=1, le=4096, description="most images that a visitor asks for, or sends, at once")

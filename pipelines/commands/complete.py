@@ -41,7 +41,7 @@ class CompleteConfig(Config):
     )
     often = "pipeline mask images num_images draws labels out temperature guidance_scale seed data.source"
 
-    pipeline: PipelineFolder = Field(description="pipeline folder, its run, or a Hub id")
+    pipeline: PipelineFolder = Field(description="pipeline folder, run, Hub id or `digits`")
     mask: str = Field(
         "bottom",
         description="what is hidden: top, bottom, left, right, box (the middle), scatter:SHARE of the patches, or a "

@@ -52,7 +52,7 @@ class ProbeConfig(Config):
 
     examples = ("pipeline=runs/gpt_digits/pipeline",)
 
-    pipeline: PipelineFolder = Field(description="pipeline folder, its run, or a Hub id")
+    pipeline: PipelineFolder = Field(description="pipeline folder, run, Hub id or `digits`")
     out: str | None = Field(
         None, description="folder for probe.csv and probe.png; default: `probe` beside the pipeline folder"
     )

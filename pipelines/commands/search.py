@@ -35,7 +35,7 @@ class SearchConfig(Config):
         "pipeline=runs/gpt_digits/pipeline images=my-images k=5 out=near.png",
     )
 
-    pipeline: PipelineFolder = Field(description="pipeline folder, its run, or a Hub id")
+    pipeline: PipelineFolder = Field(description="pipeline folder, run, Hub id or `digits`")
     out: str = Field("neighbours.png", description="the picture to write: a row for each query, itself and its nearest")
     data: Annotated[DataConfig, Of("pipeline")] = Field(
         DataConfig(), description="the images; its training split is searched; defaults to the pipeline's own"
