@@ -44,7 +44,7 @@ plt.rcParams.update({"figure.dpi": 110, "image.cmap": "gray", "image.interpolati
 # %% [markdown]
 # ## The images
 #
-# 5,000 digits that come with a Python package. Smalti holds a tenth out, and a twentieth of the rest chooses the best
+# 5,000 digits that come with a Python package. 1,000 of them are held out, and a twentieth of the rest chooses the best
 # weights. `images` are floats in [-1, 1] of shape `(B, C, H, W)` everywhere.
 
 # %%

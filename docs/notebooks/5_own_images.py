@@ -194,7 +194,7 @@ stack({name: pipe(12, labels=name, seed=0, output_type="pt").images for name in 
 
 # %%
 figures = evaluate.main(
-    [f"pipeline={stage_two / 'pipeline'}", "num_samples=160", f"feature_steps={max(50, round(150 * SHARE))}"]
+    [f"pipeline={stage_two / 'pipeline'}", "num_images=160", f"feature_steps={max(50, round(150 * SHARE))}"]
 )
 
 # %% [markdown]

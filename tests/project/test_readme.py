@@ -22,8 +22,11 @@ from small import make_prior, make_tokenizer
 from pipelines import ImagePipeline
 from pipelines.__main__ import BESIDES, main, verbs
 from pipelines.tokens import TokenDataset, TokenSplit
+from pipelines.tokens.meta import TOKENS
 from prior import Prior
 from tokenizer import TokenGrid, Tokenizer
+from tokenizer.files.errors import PathError
+from tokenizer.files.ownership import require_ours
 from tokenizer.quantizers import Quantizer
 
 ROOT = Path(__file__).parents[2]
@@ -339,6 +342,21 @@ def test_every_setting_that_is_named_exists(keys):
     assert len(named) >= 40
     for page, name in named:
         assert any(is_key(name, help_page) for help_page in keys.values()), f"{page}: {name}"
+
+
+def test_the_refusal_that_the_guide_shows_is_what_is_said(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("my-thesis").mkdir()
+    for name in ("chapter1.tex", "chapter2.tex", "figures.pdf", "meta.json"):
+        Path("my-thesis", name).write_text("mine")
+    with pytest.raises(PathError) as refused:
+        require_ours(Path("my-thesis"), TOKENS)
+    assert f"error: out: {refused.value}\n" in PAGES["docs/guide.md"]
+
+
+def test_the_guide_counts_the_kinds_of_priors():
+    words = ["ten", "eleven", "twelve", "thirteen", "fourteen", "fifteen"]
+    assert f"There are {words[len(Prior.available()) - 10]} kinds over" in PAGES["docs/guide.md"]
 
 
 def test_every_verb_is_named_in_the_readme():
