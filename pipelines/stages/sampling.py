@@ -124,7 +124,7 @@ def sample(
     return made if return_dict else made.to_tuple()
 
 
-ARGUMENTS = [*inspect.signature(sample).parameters, *Walk.names()][1:-1]
+ARGUMENTS = [*list(inspect.signature(sample).parameters)[1:-1], *Walk.names()]
 """Names that a call knows beside the settings of sampling."""
 
 
