@@ -22,6 +22,7 @@ from torch import Tensor
 from prior import Prior
 from prior.orders import order_of
 from prior.requests import Order, known_tokens
+from prior.sampling import check_count
 
 from ..images.pictures import check_output_type, convert_images
 from .base import Images, Label, Stages
@@ -107,9 +108,7 @@ def complete(
     """
     several = None if type(draws) is int and draws == 1 else draws
     labels, mask, several = named(IN_A_COMPLETION, settings, labels=labels, mask=mask, draws=several)
-    draws = 1 if several is None else several
-    if type(draws) is not int or draws < 1:
-        raise ValueError(f"draws must be a whole number >= 1 (got {draws!r})")
+    draws = 1 if several is None else check_count(several, "draws")
     check_output_type(output_type, LATENT)
     batch = pipeline.to_images(images)
     known = known_pixels(known, mask, images, batch)

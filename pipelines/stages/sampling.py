@@ -222,8 +222,7 @@ def count_images(num_images: int | None, labels: Any, per_label: int | None = No
     if per_label is not None:
         if num_images is not None:
             raise ValueError("give num_images (of all) or num_images_per_label (of each label), not both")
-        if type(per_label) is not int or per_label < 1:
-            raise ValueError(f"num_images_per_label must be a whole number >= 1 (got {per_label!r})")
+        per_label = check_count(per_label, "num_images_per_label")
         labels = [label for label in labels for _ in range(per_label)] if several else labels
         num_images = len(labels) if several else per_label
     if num_images is None:

@@ -25,11 +25,11 @@ def whole_number(name: str, value: Any) -> int:
     return found
 
 
-def check_count(num_images: Any) -> int:
-    """`num_images` as an int. Raises `ValueError` unless it is a whole number, at least 1."""
-    found = whole_number("num_images", num_images)
+def check_count(count: Any, name: str = "num_images") -> int:
+    """`count`, the argument `name`, as an int. Raises `ValueError` unless it is a whole number, at least 1."""
+    found = whole_number(name, count)
     if found < 1:
-        raise ValueError(f"num_images must be at least 1 (got {found})")
+        raise ValueError(f"{name} must be at least 1 (got {found})")
     return found
 
 

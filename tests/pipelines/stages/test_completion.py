@@ -160,7 +160,7 @@ def test_masks_are_tensors_or_arrays_and_no_pictures(call):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"draws": 0}, "draws must be a whole number >= 1"),
+        ({"draws": 0}, "draws must be at least 1"),
         ({"draws": 1.5}, "draws must be"),
         ({"draws": True}, "draws must be"),
         ({"output_type": "jpg"}, "output_type must be"),
@@ -172,6 +172,11 @@ def test_bad_arguments_are_named(arguments, message):
     pipe = in_any_order()
     with pytest.raises(ValueError, match=message):
         complete(pipe, pixels_for(pipe, 3), half(), **arguments)
+
+
+def test_the_number_of_draws_may_be_of_numpy_as_the_number_of_images_may():
+    pipe = in_any_order()
+    assert complete(pipe, pixels_for(pipe, 1), half(), draws=np.int64(2), seed=0).tokens.shape[:2] == (1, 2)
 
 
 def test_paint_is_of_the_nearest_known_colours_and_of_no_other():

@@ -68,13 +68,13 @@ def test_so_many_images_per_label():
     for name in ("num_images_per_label", "num_images_per_prompt"):
         made = pipe(labels=["dog", "cat"], seed=4, **{name: 2})
         assert made.tokens.equal(wanted.tokens) and made.class_names == ["dog", "dog", "cat", "cat"]
-    assert pipe(labels=torch.tensor([1, 0]), num_images_per_label=2, seed=4).tokens.equal(wanted.tokens)
+    assert pipe(labels=torch.tensor([1, 0]), num_images_per_label=np.int64(2), seed=4).tokens.equal(wanted.tokens)
     assert pipe(labels="dog", num_images_per_label=3, seed=4).tokens.equal(pipe(3, "dog", seed=4).tokens)
     assert pipe(num_images_per_label=3, seed=4).tokens.equal(pipe(3, seed=4).tokens)
     with pytest.raises(ValueError, match="num_images .of all. or num_images_per_label"):
         pipe(4, ["dog", "cat"], num_images_per_label=2)
     for wrong in (0, 1.5, True):
-        with pytest.raises(ValueError, match="num_images_per_label must be a whole number >= 1"):
+        with pytest.raises(ValueError, match="num_images_per_label must be (a whole number|at least 1)"):
             pipe(labels="dog", num_images_per_label=wrong)
 
 
