@@ -112,7 +112,12 @@ class ImageDataset:
                 append_report(folder, split, new)
 
     def _check(self, indices: Indices) -> NDArray[np.int64]:
-        wanted = np.asarray(indices, dtype=np.int64).reshape(-1)
+        wanted = np.asarray(indices).reshape(-1)
+        if wanted.dtype == bool and len(wanted) == len(self):  # a mask, as torch and numpy take it
+            wanted = np.flatnonzero(wanted)
+        if len(wanted) and wanted.dtype.kind not in "iu":  # as numbers, those of a mask are 0 and 1
+            raise IndexError(f"indices should be whole numbers, or a bool for each of {len(self)} images")
+        wanted = wanted.astype(np.int64)
         if len(wanted) and (wanted.min() < 0 or wanted.max() >= len(self)):
             raise IndexError(f"indices go from {wanted.min()} to {wanted.max()}; there are {len(self)} images")
         return wanted

@@ -125,8 +125,12 @@ class MappedRows:
         return torch.from_numpy(found)
 
     def _positions(self, rows: Any) -> NDArray[np.int64]:
-        wanted = np.asarray(rows)
-        wanted = np.flatnonzero(wanted) if wanted.dtype == bool else wanted.astype(np.int64).reshape(-1)
+        wanted = np.asarray(rows).reshape(-1)
+        if wanted.dtype == bool and len(wanted) == len(self):
+            wanted = np.flatnonzero(wanted)
+        if len(wanted) and wanted.dtype.kind not in "iu":
+            raise IndexError(f"rows should be whole numbers, or a bool for each of {len(self)}")
+        wanted = wanted.astype(np.int64)
         wanted = np.where(wanted < 0, wanted + len(self), wanted)
         if len(wanted) and (wanted.min() < 0 or wanted.max() >= len(self)):
             raise IndexError(f"rows go from {wanted.min()} to {wanted.max()}; there are {len(self)}")

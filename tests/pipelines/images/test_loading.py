@@ -43,6 +43,18 @@ def test_batch_is_pixels_as_floats_in_any_order(tmp_path):
             train.pixels(wrong)
 
 
+def test_a_mask_chooses_images_and_other_numbers_than_whole_ones_are_refused(tmp_path):
+    """As numbers, those of a mask are 0 and 1: the first two images, again and again."""
+    write_folder(tmp_path)
+    train = load_images(config(tmp_path)).train
+    mask = train.labels == 1
+    assert torch.equal(train.pixels(mask), train.pixels(mask.nonzero()[:, 0])) and 0 < len(train.pixels(mask)) < len(mask)
+    assert torch.equal(train.batch(mask.numpy()), train.batch(mask.nonzero()[:, 0]))
+    for wrong in (mask[1:], [True], [0.5], torch.ones(2)):
+        with pytest.raises(IndexError, match=f"whole numbers, or a bool for each of {len(train)} images"):
+            train.pixels(wrong)
+
+
 # Bad images
 
 

@@ -78,7 +78,7 @@ def test_what_is_indexed_like_a_tensor(sharded):
     assert rows.shape == tuple(whole.shape) and rows.dtype == whole.dtype and len(rows) == 50
     for asked in ([-1, 0, -50], torch.arange(50) % 3 == 0, np.arange(50) > 30):
         assert torch.equal(rows[asked], whole[asked])
-    for wrong in ([50], [-51]):
+    for wrong in ([50], [-51], [0.5], torch.arange(9) > 3):
         with pytest.raises(IndexError, match="50"):
             rows[wrong]
 
