@@ -142,10 +142,9 @@ class ImagePipeline(Stages):
         (lossless: or of more than 8 bits), `LikelihoodError` where lossless cannot be, and `CodecError` without the
         package constriction.
         """
-        several = [images] if isinstance(images, PILImage) else images
-        if isinstance(several, (list, tuple)) and several and all(isinstance(image, PILImage) for image in several):
-            shape = self.tokenizer.image_shape
-            several = torch.stack([exact_pixels(image, shape, lossless) for image in several])
+        several, shape = [images] if isinstance(images, PILImage) else images, self.tokenizer.image_shape
+        if isinstance(several, (list, tuple)):
+            several = [exact_pixels(one, shape, lossless) if isinstance(one, PILImage) else one for one in several]
         return compress(self, self.to_images(several), lossless=lossless, checked=checked, progress=progress)
 
     def decompress(

@@ -11,6 +11,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, BinaryIO
 
 import torch
+from PIL import ImageOps
 from PIL.Image import Image as PILImage
 from torch import Tensor
 
@@ -40,15 +41,22 @@ def chunk_images(pipeline: Stages) -> int:
 
 
 def exact_pixels(image: PILImage, shape: tuple[int, int, int], lossless: bool) -> Tensor:
-    """uint8 `(C, H, W)` of an image that has this shape already. Raises `ValueError` for another size and, if lossless,
-    for a mode that does not fit into 8 bits a channel."""
+    """uint8 `(C, H, W)` of an image that, upright, has this shape already. Raises `ValueError` for another size and, if
+    lossless, for what does not fit into 8 bits a channel: another mode, a colour that is transparent, and 16 bits a
+    channel, of which Pillow keeps half (and tells nothing once the image is loaded)."""
     channels, height, width = shape
     modes = ("L", "1") if channels == 1 else ("RGB",)
-    if image.size != (width, height):
-        raise ValueError(f"the pipeline's images are {width} x {height} pixels, this is {image.width} x {image.height}")
+    halved = any(str(tile[3]).endswith(";16B") for tile in getattr(image, "tile", ()))
+    upright = ImageOps.exif_transpose(image)
+    if upright.size != (width, height):
+        found = f"{upright.width} x {upright.height}"
+        raise ValueError(f"the pipeline's images are {width} x {height} pixels, this is {found}")
     if lossless and image.mode not in modes:
         raise ValueError(f"the pipeline keeps images of mode {modes[0]}, this is {image.mode}")
-    return torch.from_numpy(pixels_of(image, shape).copy())
+    if lossless and (halved or "transparency" in image.info):
+        what = "16 bits a channel" if halved else "a colour that is transparent"
+        raise ValueError(f"the pipeline keeps 8 bits a channel, this has {what}")
+    return torch.from_numpy(pixels_of(upright, shape).copy())
 
 
 def check_exact(images: Tensor) -> None:

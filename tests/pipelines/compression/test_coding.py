@@ -6,8 +6,10 @@ Covers: pipelines/compression/codec.py, pipelines/compression/coder.py.
 import io
 import os
 import re
+import struct
 import subprocess
 import sys
+import zlib
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,6 +18,7 @@ import numpy as np
 import pytest
 import torch
 from givens.coded import KINDS, images_of, pipeline_of
+from givens.image_files import encoded
 from PIL import Image
 from small import PRIORS
 
@@ -425,6 +428,61 @@ def test_images_of_another_size_are_not_resized():
         compressed(pipe, torch.zeros(1, 3, 8, 8))
     with pytest.raises(ValueError, match="mode L, this is RGB"):
         compressed(pipeline_of("bytes"), [Image.new("RGB", (8, 8))], lossless=True)
+
+
+def test_each_image_of_a_list_is_taken_as_it_is_alone():
+    pipe = pipeline_of("bytes")
+    for other in (torch.zeros(1, 8, 8, dtype=torch.uint8), np.zeros((8, 8), np.uint8)):
+        with pytest.raises(ValueError, match="8 x 8 pixels, this is 9 x 8"):
+            compressed(pipe, [Image.new("L", (9, 8)), other])
+        with pytest.raises(ValueError, match="mode L, this is LA"):
+            compressed(pipe, [other, Image.new("LA", (8, 8))], lossless=True)
+        assert decompressed(pipe, compressed(pipe, [Image.new("L", (8, 8), 255), other]))[:, 0, 0, 0].tolist() == [1, -1]
+
+
+def test_an_image_is_as_large_as_it_is_upright():
+    """By its size as it is stored, a turned image was cropped, though every pixel was to be kept."""
+    pixels = np.arange(15, dtype=np.uint8).reshape(3, 5)
+    for stored, fits in ((np.rot90(pixels), True), (pixels, False)):  # both are turned clockwise
+        exif = Image.Exif()
+        exif[0x0112] = 6
+        image = Image.open(io.BytesIO(encoded(stored, exif=exif)))
+        if fits:
+            assert np.array_equal(compression.exact_pixels(image, (1, 3, 5), True)[0], pixels)
+        else:
+            with pytest.raises(ValueError, match="5 x 3 pixels, this is 3 x 5"):
+                compression.exact_pixels(image, (1, 3, 5), False)
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_what_8_bits_do_not_hold_is_not_kept(channels):
+    mode, clear = ("L", 7) if channels == 1 else ("RGB", (7, 7, 7))
+    image = Image.open(io.BytesIO(encoded(Image.new(mode, (5, 3), clear), transparency=clear)))
+    assert compression.exact_pixels(image, (channels, 3, 5), False).eq(255).all()  # clear is white
+    with pytest.raises(ValueError, match="8 bits a channel, this has a colour that is transparent"):
+        compression.exact_pixels(image, (channels, 3, 5), True)
+
+
+def test_colours_of_16_bits_are_not_kept():
+    """Pillow gives them as RGB of 8 bits, without a word."""
+    image = Image.open(io.BytesIO(deep_png(np.arange(45).reshape(3, 15) * 1000)))
+    assert image.mode == "RGB" and compression.exact_pixels(image, (3, 3, 5), False).shape == (3, 3, 5)
+    image = Image.open(io.BytesIO(deep_png(np.arange(45).reshape(3, 15) * 1000)))
+    with pytest.raises(ValueError, match="8 bits a channel, this has 16 bits a channel"):
+        compression.exact_pixels(image, (3, 3, 5), True)
+
+
+def deep_png(values):
+    """A PNG file of RGB in 16 bits, which Pillow does not write: of rows `(H, 3 * W)`."""
+    height, width = values.shape
+
+    def part(name, data):
+        return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
+
+    rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in values)
+    header = struct.pack(">IIBBBBB", width // 3, height, 16, 2, 0, 0, 0)
+    parts = part(b"IHDR", header), part(b"IDAT", zlib.compress(rows)), part(b"IEND", b"")
+    return b"\x89PNG\r\n\x1a\n" + b"".join(parts)
 
 
 def test_pil_images_come_back():
