@@ -63,12 +63,10 @@ def embed_layers(
     """`embed` of each of `layers`, from one pass."""
     chosen = [choose_layer(pipeline, layer) for layer in layers]
     pools = [choose_pool(source, pool) for source, _ in chosen]
-    if batch_size < 1:
-        raise ValueError(f"batch_size must be at least 1 (got {batch_size})")
-    if isinstance(images, (Tensor, list, tuple)) and not len(images):
-        raise ValueError("images: there are none")
     shape = pipeline.tokenizer.image_shape
     given = as_batch(images, shape)
+    if not len(given):
+        raise ValueError("images: there are none")
     if given.dtype != torch.uint8:
         given = pipeline.to_images(given)
     parts = []

@@ -179,6 +179,13 @@ def test_a_stream_decodes_with_other_instructions(tmp_path):
     assert done.stdout.strip() in ("AVX2", "DEFAULT", "NO AVX")
 
 
+@pytest.mark.parametrize("size", [0, -1])
+def test_a_batch_has_an_image_at_least(size):
+    pipe = pipeline_of()
+    with pytest.raises(ValueError, match=f"batch_size must be at least 1 .got {size}"):
+        decompressed(pipe, compressed(pipe, images_of(pipe, 2)), batch_size=size)
+
+
 def test_no_images_make_an_empty_stream():
     pipe = pipeline_of()
     data = compressed(pipe, torch.zeros(0, 1, 8, 8))

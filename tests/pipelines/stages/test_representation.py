@@ -230,6 +230,7 @@ def test_ways_to_name_the_same():
         ({"batch_size": 0}, "batch_size must be at least 1"),
         ({"labels": 3}, "no class is called 3"),
         ({"images": torch.zeros(0, 1, 8, 12)}, "images: there are none"),
+        ({"images": np.zeros((0, 8, 12), np.uint8)}, "images: there are none"),
         ({"images": np.zeros((2, 1, 8, 12))}, "images should be PIL images"),
         ({"images": torch.zeros(2, 1, 9, 9)}, r"float of shape \(B, 1, 8, 12\)"),
     ],
