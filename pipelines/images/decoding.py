@@ -103,6 +103,8 @@ def decode(payload: Payload, shape: Shape) -> NDArray[np.uint8]:
 def pixels_of(image: Image.Image, shape: Shape) -> NDArray[np.uint8]:
     """Pixels (C, H, W): the first frame, upright, on white, resized to cover the shape and cropped at the centre."""
     channels, height, width = shape
+    if not (image.width and image.height):
+        raise ValueError(f"{image.width} x {image.height} pixels: there is nothing in this image")
     image = flatten(ImageOps.exif_transpose(image)).convert("L" if channels == 1 else "RGB")
     if image.size != (width, height):
         image = ImageOps.fit(image, (width, height), Image.Resampling.LANCZOS)
@@ -155,7 +157,9 @@ def flatten(image: Image.Image) -> Image.Image:
     if image.mode.startswith("I"):
         values = np.asarray(image).astype(np.int64).clip(0, 65535)
         return Image.fromarray(((values * 255 + 32767) // 65535).astype(np.uint8))
+    if image.mode == "LAB":
+        return image.convert("RGB")  # Pillow has no other way from it
     if image.mode in ("LA", "La", "PA", "RGBA", "RGBa") or "transparency" in image.info:
-        image = image.convert("RGBA")
+        image = (image.convert("LA") if image.mode == "La" else image).convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
     return image

@@ -83,11 +83,11 @@ def to_images(images: Any, shape: Shape) -> Tensor:
     batch = as_batch(images, shape)
     if batch.dtype == torch.uint8:
         return to_float(batch)
-    if not batch.dtype.is_floating_point or not bool((batch.abs() <= 1 + 1e-3).all()):
-        raise ValueError(
-            f"float images should lie in [-1, 1] (uint8 ones in 0 to 255); got {batch.dtype}, "
-            f"{float(batch.min())} to {float(batch.max())}"
-        )
+    if not batch.dtype.is_floating_point:
+        raise ValueError(f"images should be uint8, 0 to 255, or float in [-1, 1]; got {batch.dtype}")
+    if not bool((batch.abs() <= 1 + 1e-3).all()):
+        found = f"{float(batch.min())} to {float(batch.max())}"
+        raise ValueError(f"float images should lie in [-1, 1] (uint8 ones in 0 to 255); got {batch.dtype}, {found}")
     return batch.float().clamp(-1, 1)
 
 

@@ -58,7 +58,7 @@ def hidden_pixels(mask: Any, images: Any, batch: Tensor) -> Tensor:
         each = several * count if len(several) == 1 else several
         parts = [white_in(one, image, (height, width)) for one, image in zip(each, given, strict=True)]
         return torch.stack(parts).to(batch.device)
-    mask = as_tensor(np.asarray(mask) if isinstance(mask, (list, tuple)) else mask, batch)
+    mask = as_tensor(mask, batch)
     mask = mask[:, 0] if mask.ndim == 4 and mask.shape[1] == 1 else mask
     shape = (count, height, width)
     if tuple(mask.shape) not in (shape, shape[1:], (1, *shape[1:])):
@@ -68,8 +68,8 @@ def hidden_pixels(mask: Any, images: Any, batch: Tensor) -> Tensor:
 
 def is_white(mask: Tensor) -> Tensor:
     """Where `mask`, of any shape, is True, or in the upper half of its range."""
-    if mask.dtype == torch.bool:
-        return mask
+    if mask.dtype == torch.bool or not mask.numel():
+        return mask.bool()
     if not mask.dtype.is_floating_point and not mask.dtype.is_complex:
         mask = mask.long()  # torch compares few of the unsigned types
     elif mask.dtype.is_complex:
@@ -97,5 +97,6 @@ def white_in(mask: Picture, image: Any, size: tuple[int, int]) -> Tensor:
 
 def as_tensor(values: Any, batch: Tensor) -> Tensor:
     """`values` as a tensor beside `batch`."""
-    values = np.ascontiguousarray(values) if isinstance(values, np.ndarray) else values  # torch takes none flipped
+    if isinstance(values, (np.ndarray, list, tuple)):
+        values = np.ascontiguousarray(values)  # torch takes no list of tensors, and no array that is flipped
     return torch.as_tensor(values, device=batch.device)

@@ -8,7 +8,7 @@ from ordinary import as_others
 from PIL import Image
 
 from pipelines.images import load_images
-from pipelines.images.decoding import try_decode
+from pipelines.images.decoding import pixels_of, try_decode
 
 
 def one(path, **options):
@@ -100,6 +100,24 @@ def test_resize_covers_the_shape_and_crops_the_centre(tmp_path):
     assert square.shape == (12, 12) and (square[:, 1:-1] > 235).all()
     write_image(tmp_path / "a.png", np.indices((64, 64)).sum(0).astype(np.uint8) % 2 * 255)
     assert np.abs(one(tmp_path / "a.png", image_size=8)[0].astype(int) - 127).max() < 20  # antialiased
+
+
+MODES = ["1", "L", "LA", "La", "P", "PA", "RGB", "RGBA", "RGBa", "CMYK", "YCbCr", "LAB", "HSV", "I", "F", "I;16"]
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("channels", [1, 3])
+def test_white_is_white_in_every_mode_of_pillow(mode, channels):
+    white = Image.new("L", (5, 3), 255)
+    if mode == "LAB":
+        image = Image.merge("LAB", [white, *[Image.new("L", white.size, 128)] * 2])
+    elif mode.startswith("I"):
+        image = Image.new(mode, white.size, 65535)
+    else:
+        for way in {"La": ["LA"], "RGBa": ["RGBA"], "PA": ["P"], "HSV": ["RGB"], "YCbCr": ["RGB"]}.get(mode, []):
+            white = white.convert(way)
+        image = white.convert(mode)
+    assert image.mode == mode and (pixels_of(image, (channels, 3, 5)) >= 254).all()
 
 
 def test_an_image_that_may_not_be_read_is_not_called_missing(tmp_path):

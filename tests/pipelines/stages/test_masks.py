@@ -37,6 +37,7 @@ FORMS = {
     "pictures of colours": lambda mask: [picture(one, "RGB") for one in mask],
     "pictures of bits": lambda mask: [picture(one, "1") for one in mask],
     "list of arrays": lambda mask: list(mask.numpy()),
+    "list of tensors": lambda mask: list(mask),
 }
 
 
@@ -64,6 +65,16 @@ def test_whole_numbers_are_of_any_type(kind):
     """A picture in 16 bits is one of uint16, in which torch compares nothing."""
     mask = np.array([[0, 1], [1, 0]], kind)
     assert hidden_pixels(mask, None, torch.zeros(1, 3, 2, 2)).tolist() == [[[False, True], [True, False]]]
+
+
+@pytest.mark.parametrize("form", ["bool tensor", "bool array", "list of arrays", "list of tensors"])
+def test_what_is_known_is_told_in_the_same_forms_of_bools(form):
+    mask = hidden()
+    assert known_pixels(FORMS[form](~mask), None, None, torch.zeros(2, 1, HEIGHT, WIDTH)).equal(~mask)
+
+
+def test_of_no_images_nothing_is_hidden():
+    assert hidden_pixels(np.zeros((0, 2, 2)), None, torch.zeros(0, 3, 2, 2)).shape == (0, 2, 2)
 
 
 def test_complex_numbers_are_no_mask():
