@@ -78,21 +78,21 @@ class Stages:
 
     @property
     def tokenizer(self) -> Tokenizer:
-        """Stage one. One that `torch.compile` has wrapped is taken, too; see `compiled`."""
+        """Stage one. Another may be put in its place (see `storing.instead`), also one that `torch.compile` wrapped."""
         return self._tokenizer
 
     @tokenizer.setter
     def tokenizer(self, model: Tokenizer) -> None:
-        self._tokenizer = unwrapped(model, Tokenizer, "tokenizer")
+        self._tokenizer = storing.instead(self, "_tokenizer", unwrapped(model, Tokenizer, "tokenizer"))
 
     @property
     def prior(self) -> Prior:
-        """Stage two. One that `torch.compile` has wrapped is taken, too; see `compiled`."""
+        """Stage two. Another may be put in its place (see `storing.instead`), also one that `torch.compile` wrapped."""
         return self._prior
 
     @prior.setter
     def prior(self, model: Prior) -> None:
-        self._prior = unwrapped(model, Prior, "prior")
+        self._prior = storing.instead(self, "_prior", unwrapped(model, Prior, "prior"))
 
     @property
     def components(self) -> dict[str, Any]:

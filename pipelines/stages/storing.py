@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from prior import Prior
 from tokenizer import Tokenizer
@@ -35,6 +35,7 @@ from .index import (
     VARIANT_VERSION,
     check_listed,
     known_settings,
+    make_sampler,
     parse_picture,
     read_index,
     read_provenance,
@@ -43,6 +44,8 @@ from .index import (
 
 Dtypes = Dtype | Mapping[str, Dtype]
 """A type for all parts, or one for each: `{"tokenizer": ..., "prior": ..., "background": ..., "default": ...}`."""
+
+M = TypeVar("M", Tokenizer, Prior)
 
 
 # Writing
@@ -86,7 +89,7 @@ def require_fit(pipeline: Any) -> None:
 def in_variant(pipeline: Any, variant: str) -> Any:
     """A copy whose models are rounded to the type of `variant`, so that they fit each other as they will be loaded."""
     smaller = copy.copy(pipeline)
-    smaller.tokenizer, smaller.prior = rounded(pipeline.tokenizer, variant), rounded(pipeline.prior, variant)
+    smaller._tokenizer, smaller._prior = rounded(pipeline.tokenizer, variant), rounded(pipeline.prior, variant)
     if pipeline.background is not None:
         smaller.background = rounded(pipeline.background, variant)
     return smaller
@@ -104,6 +107,21 @@ def index_of(pipeline: Any, variant: str | None) -> dict[str, Any]:
         **({} if pipeline.background is None else {"background": pipeline.background.name}),
         **({} if variant is None else {"variant": variant}),
     }
+
+
+# Parts of the caller's
+
+
+def instead(pipeline: Any, place: str, model: M) -> M:
+    """`model`, which comes in the place of another of the pipeline's models, if there is one, and is then in eval mode.
+    What is known of that one is forgotten, as where `from_pretrained` is given parts: calibration, provenance, sample
+    pictures. Of the settings of sampling those stay that a new prior has."""
+    if getattr(pipeline, place, model) is not model:
+        model.eval()
+        pipeline.calibration, pipeline.provenance, pipeline.sample_grid = None, {}, None
+        if isinstance(model, Prior):
+            pipeline.sampler = make_sampler(type(model), known_settings(type(model), pipeline.sampler.saved()))
+    return model
 
 
 # Reading

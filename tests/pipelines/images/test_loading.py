@@ -48,8 +48,9 @@ def test_a_mask_chooses_images_and_other_numbers_than_whole_ones_are_refused(tmp
     write_folder(tmp_path)
     train = load_images(config(tmp_path)).train
     mask = train.labels == 1
-    assert torch.equal(train.pixels(mask), train.pixels(mask.nonzero()[:, 0])) and 0 < len(train.pixels(mask)) < len(mask)
-    assert torch.equal(train.batch(mask.numpy()), train.batch(mask.nonzero()[:, 0]))
+    places = mask.nonzero()[:, 0]
+    assert 0 < len(places) < len(train) and torch.equal(train.pixels(mask), train.pixels(places))
+    assert torch.equal(train.batch(mask.numpy()), train.batch(places))
     for wrong in (mask[1:], [True], [0.5], torch.ones(2)):
         with pytest.raises(IndexError, match=f"whole numbers, or a bool for each of {len(train)} images"):
             train.pixels(wrong)

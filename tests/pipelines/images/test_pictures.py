@@ -164,7 +164,7 @@ def test_other_pil_images_are_made_to_fit():
         (torch.zeros(1, 8, 12), "(1, 8, 12)"),
         (torch.zeros(2, 3, 8, 12), "(2, 3, 8, 12)"),
         (torch.zeros(2, 1, 8, 12, dtype=torch.int64), "torch.int64"),
-        (torch.zeros(0, 1, 8, 12, dtype=torch.int64), "should be uint8, 0 to 255, or float in [-1, 1]; got torch.int64"),
+        (torch.zeros(0, 1, 8, 12, dtype=torch.int64), "uint8, 0 to 255, or float in [-1, 1]; got torch.int64"),
         (torch.zeros(2, 1, 8, 12, dtype=torch.complex64), "torch.complex64"),
         (Image.new("L", (0, 8)), "0 x 8 pixels"),
         (torch.full((2, 1, 8, 12), 255.0), "[-1, 1]"),

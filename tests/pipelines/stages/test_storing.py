@@ -233,6 +233,31 @@ def test_a_part_that_was_replaced_has_to_fit_when_the_pipeline_is_saved(tmp_path
     assert ImagePipeline.from_pretrained(tmp_path / "rounded").prior.num_parameters() == other.prior.num_parameters()
 
 
+def test_what_is_known_of_a_part_goes_with_it(tmp_path):
+    """Or a card would show the figures of another prior, and thresholds would be those of its scores."""
+    for part in ("prior", "tokenizer"):
+        pipe = make_pipeline(sampler={"top_k": 2})
+        pipe.calibrate(pixels_for(pipe, 40))
+        pipe.provenance, pipe.sample_grid = PROVENANCE, pipe.sample_picture(2)
+        known = pipe.calibration
+        setattr(pipe, part, getattr(pipe, part))  # the same one
+        pipe.save_pretrained(tmp_path / "same", variant="fp16")  # whose models are rounded copies
+        for same in (pipe, ImagePipeline.from_pretrained(tmp_path / "same")):
+            assert same.calibration.to_dict() == known.to_dict() and same.provenance and same.sample_grid is not None
+        setattr(pipe, part, copy.deepcopy(getattr(pipe, part)).train())
+        assert not getattr(pipe, part).training
+        assert pipe.calibration is None and not pipe.provenance and pipe.sample_grid is None
+        assert pipe.sampler.top_k == 2
+
+
+def test_a_prior_of_another_kind_is_sampled_with_settings_that_it_has(tmp_path):
+    pipe = make_pipeline(prior="masked", sampler={"steps": 3, "top_k": 2})
+    pipe.prior = make_prior("gpt", num_classes=3, grid=pipe.prior.grid, tokenizer=pipe.tokenizer.fingerprint()).eval()
+    assert pipe.sampler.top_k == 2 and len(pipe(2, seed=0).images) == 2
+    pipe.save_pretrained(tmp_path / "pipe")
+    assert ImagePipeline.from_pretrained(tmp_path / "pipe").sampler == pipe.sampler
+
+
 def test_settings_of_another_kind_of_prior_are_left_out(tmp_path):
     pipe = make_pipeline(prior="masked", sampler={"steps": 3, "top_k": 2})
     pipe.save_pretrained(tmp_path / "pipe")
