@@ -109,6 +109,8 @@ def complete(
     several = None if type(draws) is int and draws == 1 else draws
     labels, mask, several = named(IN_A_COMPLETION, settings, labels=labels, mask=mask, draws=several)
     draws = 1 if several is None else check_count(several, "draws")
+    if own := [name for name in ("num_images", "num_images_per_label", "tokens") if name in settings]:
+        raise TypeError(f"{own[0]!r} is no argument of a completion, whose images are those given, `draws` of each")
     check_output_type(output_type, LATENT)
     batch = pipeline.to_images(images)
     known = known_pixels(known, mask, images, batch)

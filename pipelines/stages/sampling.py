@@ -120,7 +120,8 @@ def sample(
     with pipeline._calls.watched(watcher):
         drawn = draw_batches(pipeline, watcher, ids, generators, batch_size, walk, sampler, progress)
     images = drawn if output_type == LATENT else pipeline.decode(drawn, output_type=output_type, progress=progress)
-    made = PipelineOutput(images, drawn, None if ids is None else pipeline.class_names(ids))
+    names = [] if ids is None else pipeline.class_names(ids)
+    made = PipelineOutput(images, drawn, names if any(names) else None)
     return made if return_dict else made.to_tuple()
 
 

@@ -82,6 +82,8 @@ def test_images_know_their_classes():
     pipe = make_pipeline()
     assert pipe(3, [2, None, "dog"], seed=0).class_names == ["eel", "", "dog"]
     assert pipe(3, seed=0).class_names is None
+    asked_for_none = pipe(3, [None] * 3, seed=0)
+    assert asked_for_none.class_names is None and asked_for_none.grid().size == pipe(3, seed=0).grid().size
     unnamed = make_pipeline(labels=[], num_classes=3)
     assert unnamed(2, [2, 0], seed=0).class_names == ["2", "0"]
     assert pipe.class_names(torch.arange(4)) == [*LABELS, ""]

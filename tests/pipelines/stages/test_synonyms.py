@@ -53,3 +53,6 @@ def test_a_completion_takes_each_argument_once():
     for given in ({"mask": known, "mask_image": known}, {"known": known, "draws": 2, "num_images_per_prompt": 2}):
         with pytest.raises(TypeError, match="is another name of"):
             pipe.complete(images, **given)
+    for name in ("num_images", "num_images_per_label", "tokens"):
+        with pytest.raises(TypeError, match=f"'{name}' is no argument of a completion, .* `draws` of each"):
+            pipe.complete(images, known, **{name: 2})
