@@ -44,6 +44,7 @@ from .processes.launched import joined
 from .processes.sharing import ALONE, Team
 from .stages.index import PipelineFolder
 from .stages.provenance import defaults
+from .stages.storing import save_again
 from .tokens import TokenSplit
 from .tokens.shards import smallest_type
 
@@ -171,7 +172,7 @@ def publish(
     if config.update_card and Path(config.pipeline).is_dir():
         pipeline.provenance = {**pipeline.provenance, "evaluation": figures}
         try:
-            pipeline.to(device="cpu").save_pretrained(config.pipeline, sample_grid=pictures["samples"])
+            save_again(pipeline, config.pipeline, pictures["samples"])
         except PathError as error:  # the figures are there all the same
             print(f"warning: the model card is as it was: {error}", file=sys.stderr)
     print(text + "\n")
@@ -230,8 +231,9 @@ def draw_samples(pipeline: ImagePipeline, labels: Tensor | None, count: int, see
 
     def draw(start: int, end: int) -> Tensor:
         given = None if labels is None else labels[start:end].tolist()
-        made = pipeline(num_images=end - start, labels=given, seed=seed + start, output_type="pt", progress=False)
-        return made.images
+        return pipeline(
+            num_images=end - start, labels=given, seed=seed + start, output_type="pt", progress=False
+        ).images
 
     return Samples(draw, count, team)
 

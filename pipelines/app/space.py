@@ -23,6 +23,7 @@ from tokenizer.files.writing import atomic_folder
 
 from ..image_pipeline import ImagePipeline
 from ..images.origin import shareable
+from ..stages.storing import variant_of
 from .served import Served
 
 PACKAGES = ("tokenizer", "prior", "pipelines")
@@ -80,7 +81,7 @@ def write_space(space: Space, served: Served, about: str, out: Path, inputs: Inp
         (folder / "requirements.txt").write_text(requirements(space), encoding="utf-8")
         (folder / "README.md").write_text(card(space, about), encoding="utf-8")
         if space.carries_pipeline:
-            carry_pipeline(served.pipeline, folder / CARRIED)
+            carry_pipeline(served.pipeline, folder / CARRIED, variant_of(space.source))
         if space.requirement is None:
             carry_code(folder)
 
@@ -115,11 +116,11 @@ def card(space: Space, about: str) -> str:
     )
 
 
-def carry_pipeline(pipeline: ImagePipeline, folder: Path) -> None:
+def carry_pipeline(pipeline: ImagePipeline, folder: Path, variant: str | None = None) -> None:
     """Save the pipeline, without the name of a folder that it was trained on."""
     shared = copy.copy(pipeline)
     shared.provenance = shareable(pipeline.provenance)
-    shared.save_pretrained(folder)
+    shared.save_pretrained(folder, variant=variant)
 
 
 def carry_code(folder: Path) -> None:

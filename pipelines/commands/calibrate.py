@@ -21,6 +21,7 @@ from ..processes.claims import alone_at
 from ..stages.calibration import Calibration
 from ..stages.index import INDEX, PIPELINE, PipelineFolder
 from ..stages.provenance import defaults
+from ..stages.storing import save_again
 
 
 class CalibrateConfig(Config):
@@ -88,7 +89,7 @@ def calibrate_folder(config: CalibrateConfig) -> Calibration:
         confidence=config.confidence,
         seed=config.seed,
     )
-    pipeline.to(device="cpu").save_pretrained(config.pipeline)
+    save_again(pipeline, config.pipeline)
     print(report(calibration))
     print(f"\n{config.pipeline}: calibrated with {len(chosen):,} of {len(images):,} images of {config.data.source}")
     return calibration

@@ -18,6 +18,7 @@ from ..config.outputs import check_out_folder
 from ..image_pipeline import ImagePipeline
 from ..stages.index import INDEX
 from ..stages.metadata import HUB_LICENCE
+from ..stages.storing import as_stored, variant_of
 from ..tokens import TokenDataset, load_tokens
 from ..tokens.meta import META, TOKENS
 
@@ -97,7 +98,7 @@ def push_one(config: PushConfig) -> str:
     if config.to is not None:
         require_reachable(config.to)  # before gigabytes are read
     item = pipeline_at(folder, config) if is_pipeline else load_tokens(folder, verify=True)
-    where = str(config.out) if config.to is None else upload(item, config.to, config.private)
+    where = str(config.out) if config.to is None else upload(item, folder, config.to, config.private)
     if isinstance(item, TokenDataset) and config.out is not None:
         item.to_parquet(config.out)
     print(where)
@@ -105,8 +106,11 @@ def push_one(config: PushConfig) -> str:
 
 
 def pipeline_at(folder: Path, config: PushConfig) -> ImagePipeline:
-    """The pipeline, with the licence that was asked for."""
+    """The pipeline with its sample picture, its weights as they are stored, and the licence that was asked for."""
     pipeline = ImagePipeline.from_pretrained(folder)
+    if pipeline.sample_grid is None:
+        pipeline.sample_grid = pipeline.sample_picture()
+    as_stored(pipeline)
     if config.license is not None:
         pipeline.provenance = {**pipeline.provenance, "license": config.license}
     return pipeline
@@ -126,7 +130,7 @@ def push_gallery(config: PushConfig) -> list[str]:
     places: list[str] = []
     for name, folder in found.items():
         try:
-            places.append(upload(pipeline_at(folder, config), ids[name], config.private))
+            places.append(upload(pipeline_at(folder, config), folder, ids[name], config.private))
         except PushError as error:
             sent = f"{len(places)} of {len(found)} pipelines are there; the same command sends the rest"
             raise UserError(f"to: {error}; {sent}") from error
@@ -164,12 +168,13 @@ def collect(title: str, owner: str, repo_ids: list[str], private: bool) -> str:
     return str(collection.url)
 
 
-def upload(item: Any, repo_id: str, private: bool) -> str:
-    """Push a pipeline or token dataset; returns its address. Raises `PushError`."""
+def upload(item: Any, folder: Path, repo_id: str, private: bool) -> str:
+    """Push the pipeline, or token dataset, that is in `folder`; returns its address. Raises `PushError`."""
     from huggingface_hub import constants
 
-    item.push_to_hub(repo_id, private=private)
-    kind = "" if isinstance(item, ImagePipeline) else "datasets/"
+    is_pipeline = isinstance(item, ImagePipeline)
+    item.push_to_hub(repo_id, private=private, **({"variant": variant_of(folder)} if is_pipeline else {}))
+    kind = "" if is_pipeline else "datasets/"
     return f"{constants.ENDPOINT}/{kind}{repo_id}"
 
 

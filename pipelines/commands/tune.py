@@ -38,6 +38,7 @@ from ..processes.sharing import Team
 from ..stages.card import OF_SAMPLES
 from ..stages.index import PIPELINE, PipelineFolder
 from ..stages.provenance import defaults
+from ..stages.storing import save_again
 
 RESULTS = ("tuning.json", "tuning.png")
 LEAST_VALIDATION, FEW_VALIDATION = 30, 300
@@ -289,8 +290,7 @@ def store(pipeline: ImagePipeline, folder: Path, own: Sampler, best: Trial, fact
         left = {name: value for name, value in evaluation.items() if name not in OF_SAMPLES}
         if evaluation:
             pipeline.provenance["evaluation"] = left
-    grid = pipeline.sample_picture() if pipeline.sample_grid is not None else None
-    pipeline.to(device="cpu").save_pretrained(folder, sample_grid=grid)
+    save_again(pipeline, folder, None if pipeline.sample_grid is None else pipeline.sample_picture())
 
 
 main = partial(run_command, TuneConfig, run, verb="tune", description=__doc__, defaults=defaults)

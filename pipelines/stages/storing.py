@@ -109,6 +109,25 @@ def index_of(pipeline: Any, variant: str | None) -> dict[str, Any]:
     }
 
 
+def save_again(pipeline: Any, folder: str | Path, sample_grid: Any = None) -> None:
+    """Write a pipeline that was loaded from `folder` into it again, with what has become known of it: no weight
+    changes, nor its type, nor the folder's variant. The pipeline is then `as_stored`."""
+    as_stored(pipeline).save_pretrained(folder, variant=variant_of(folder), sample_grid=sample_grid)
+
+
+def as_stored(pipeline: Any) -> Any:
+    """The pipeline, its weights now on the CPU and of the types that its files have."""
+    for model in pipeline.components.values():
+        model.to(device="cpu", dtype=model.stored_dtype)
+    return pipeline
+
+
+def variant_of(folder: str | Path) -> str | None:
+    """That of the weights in a pipeline's folder."""
+    variant: str | None = Folder.at(Path(folder)).json(INDEX).get("variant")
+    return variant
+
+
 # Parts of the caller's
 
 

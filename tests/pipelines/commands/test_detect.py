@@ -70,6 +70,17 @@ def test_calibrating_writes_into_the_folder(world, capsys):
     assert ImagePipeline.from_pretrained(world / "bare").calibration is None
 
 
+@pytest.mark.parametrize("variant", [None, "fp16"])
+def test_calibrating_leaves_the_weights_as_they_are_stored(world, tmp_path, variant):
+    """They became float32: of a variant, whose name then loads no more, and of smaller weights without one."""
+    pipe = ImagePipeline.from_pretrained(world / "bare", dtype=torch.float32 if variant else torch.bfloat16)
+    pipe.save_pretrained(tmp_path / "pipe", variant=variant)
+    files = {path: path.read_bytes() for path in (tmp_path / "pipe").rglob("*.safetensors")}
+    main(["calibrate", f"pipeline={tmp_path}/pipe"])
+    assert {path: path.read_bytes() for path in (tmp_path / "pipe").rglob("*.safetensors")} == files
+    assert ImagePipeline.from_pretrained(tmp_path / "pipe", variant=variant).calibration is not None
+
+
 def test_detect_two_sources(world, tmp_path, capsys):
     main(
         [

@@ -23,6 +23,7 @@ from small import make_prior, make_tokenizer
 
 from pipelines import ImagePipeline
 from pipelines.__main__ import main
+from pipelines.commands import push
 from pipelines.images.origin import LOCAL, is_local, public_source, shareable
 from pipelines.stages.card import model_card
 from pipelines.tokens import TokenDataset, load_tokens, parquet
@@ -250,6 +251,24 @@ def test_without_the_hub_it_is_said_at_once(tmp_path, monkeypatch, capsys, item)
             main(["push", f"folder={tmp_path / item}", "to=me/it"])
         assert ended.value.code == 2 and time.monotonic() - began < hub.SECONDS
         assert capsys.readouterr().err == f"error: to: me/it cannot be written to: {reason}\n"
+
+
+@pytest.mark.parametrize("variant", [None, "bf16"])
+@pytest.mark.parametrize("of", ["folder", "gallery"])
+def test_weights_are_pushed_as_they_are_stored(tmp_path, monkeypatch, variant, of):
+    pipe = pipeline_to_push(rich=True) if variant else pipeline_to_push(rich=True).to(torch.bfloat16)
+    pipe.save_pretrained(tmp_path / "runs/it/pipeline", variant=variant)
+    files = {path.name: path.read_bytes() for path in tmp_path.glob("runs/it/pipeline/prior/*")}
+    pushed = []
+
+    def take(folder, repo_id, *_, **__):
+        pushed.append({path.name: path.read_bytes() for path in (folder / "prior").iterdir()})
+
+    monkeypatch.setattr(hub, "require_reachable", lambda repo_id: None)
+    monkeypatch.setattr(push, "require_reachable", lambda repo_id: None)
+    monkeypatch.setattr(hub, "replace_on_hub", take)
+    main(["push", f"{of}={tmp_path / 'runs'}" + "/it" * (of == "folder"), "to=me/it"])
+    assert pushed == [files]
 
 
 def test_a_hub_id_has_an_owner(tmp_path, capsys):
