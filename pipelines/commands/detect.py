@@ -209,8 +209,8 @@ def truth(found: Found, normal: list[int | str] | None) -> np.ndarray | None:
             f"normal_labels: none of the images is a {sorted(unknown)[0]!r}; there are "
             f"{', '.join(sorted(set(found.classes))[:20])}"
         )
-    if wanted == set(found.classes):
-        raise UserError("normal_labels: all images are normal, so there is nothing to tell apart")
+    if wanted in (set(), set(found.classes)):
+        raise UserError("normal_labels: all images are normal, or none is, so there is nothing to tell apart")
     return np.array([label not in wanted for label in found.classes])
 
 

@@ -249,6 +249,7 @@ def test_detect_looks_where_the_other_verbs_do(world, tmp_path, capsys):
             "normal_labels: none of the images is a 'round'",
         ),
         (["detect", "images={world}/classes", "normal_labels=[flat, stripes]"], "nothing to tell apart"),
+        (["detect", "images={world}/classes", "normal_labels=[]"], "nothing to tell apart"),
         (["detect", "normal={world}/fresh", "normal_labels=[a]"], "give one of the two"),
         (["detect", "method=guess"], "method: must be one of"),
         (["detect", "out={world}/fresh/000.png"], "out: "),
