@@ -75,10 +75,12 @@ def judge(reports: list[Report], config: DataConfig) -> None:
     counted = f"{len(problems)} of {found} images cannot be decoded"
     if config.on_error == "fail":
         raise UserError(f"{counted} (data.on_error=skip leaves them out):{listed(problems)}")
-    if len(problems) > config.max_bad_fraction * found or any(r.found == r.bad for r in reports):
+    if len(problems) > config.max_bad_fraction * found:
         raise UserError(
             f"{counted}, more than data.max_bad_fraction={config.max_bad_fraction} allows:{listed(problems)}"
         )
+    if any(r.found == r.bad for r in reports):
+        raise UserError(f"{counted}, all of a part that is trained on or held out:{listed(problems)}")
     if is_first_process():
         first = problems[0]
         line = one_line(f"warning: {counted} and are left out; the first is {first.path}: {first.reason}")

@@ -107,7 +107,7 @@ def tables(path: Path, config: DataConfig) -> SplitRows:
             found = datasets.load_dataset("parquet", data_files=str(path))
         elif path.exists():
             check_card(path)
-            found = loaded(str(path))
+            found = loaded(os.path.abspath(path))  # `datasets` calls it by the last part of the path, which "." has not
         else:
             with offline_if_unreachable():
                 found = loaded(config.source)

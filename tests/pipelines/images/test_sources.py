@@ -95,6 +95,12 @@ def test_unlabelled_rows_of_a_class_column(tmp_path):
         load_images(config(path))
 
 
+def test_the_working_folder_is_a_source(tmp_path, monkeypatch):
+    write_table(tmp_path / "a.parquet", PNGS, list(range(10)))
+    monkeypatch.chdir(tmp_path)
+    assert len(load_images(config(".")).train) == 9
+
+
 def test_columns_are_named_when_one_is_missing(tmp_path):
     path = write_table(tmp_path / "a.parquet", PNGS, list(range(10)), columns=("img", "fine"))
     with pytest.raises(UserError, match=r"no column 'image'; there are \['img', 'fine'\]"):
@@ -117,6 +123,12 @@ def test_bad_rows_are_named_by_row(tmp_path):
     assert [problem.path for problem in problems] == ["row 12 of train", "row 4 of train", "row 5 of train"]
     kept = torch.cat([splits.train.labels, splits.held_out.labels]).tolist()
     assert sorted(kept) == [0, 1, 2, 3, 6, 7, 8, 9, 10, 11]
+
+
+def test_where_all_are_bad_no_share_of_them_is_too_many(tmp_path):
+    path = write_table(tmp_path / "a.parquet", [BAD["text"][0]] * 3, [0, 1, 2])
+    with pytest.raises(UserError, match="^3 of 3 images cannot be decoded, all of a part that is trained on or held"):
+        load_images(config(path, on_error="skip", max_bad_fraction=1))
 
 
 def test_a_file_that_is_no_parquet_is_said_to_be_none(tmp_path):
