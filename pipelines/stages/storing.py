@@ -117,8 +117,8 @@ def save_again(pipeline: Any, folder: str | Path, sample_grid: Any = None) -> No
 
 def as_stored(pipeline: Any) -> Any:
     """The pipeline, its weights now on the CPU and of the types that its files have."""
-    for model in pipeline.components.values():
-        model.to(device="cpu", dtype=model.stored_dtype)
+    for model in pipeline.to(device="cpu").components.values():
+        model.to(dtype=model.stored_dtype)
     return pipeline
 
 
