@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import ImageOps
+from PIL import Image, ImageOps
 from PIL.Image import Image as Picture
 from torch import Tensor
 
@@ -84,14 +84,15 @@ def is_white(mask: Tensor) -> Tensor:
 
 def white_in(mask: Picture, image: Any, size: tuple[int, int]) -> Tensor:
     """Where the picture `mask` of `image` is white, bool `(H, W)`."""
-    height, width = size
-    found = ImageOps.exif_transpose(mask).size
+    (height, width), mask = size, ImageOps.exif_transpose(mask)
+    if mask.mode in ("I", "F"):  # numbers, as those of an array; of a picture's 32 bits there is no white
+        mask = Image.fromarray(255 * is_white(torch.from_numpy(np.array(mask))).byte().numpy())
     allowed = [(width, height)]
     if isinstance(image, Picture):
         allowed.append(ImageOps.exif_transpose(image).size)
-    if found not in allowed:
+    if mask.size not in allowed:
         sizes = " or ".join(f"{w} x {h}" for w, h in dict.fromkeys(allowed))
-        raise ValueError(f"mask has {found[0]} x {found[1]} pixels; it should have {sizes}, as its image")
+        raise ValueError(f"mask has {mask.width} x {mask.height} pixels; it should have {sizes}, as its image")
     return torch.from_numpy(pixels_of(mask, (1, height, width))[0] >= WHITE)
 
 

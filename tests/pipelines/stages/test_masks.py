@@ -36,6 +36,8 @@ FORMS = {
     "pictures": lambda mask: [picture(one) for one in mask],
     "pictures of colours": lambda mask: [picture(one, "RGB") for one in mask],
     "pictures of bits": lambda mask: [picture(one, "1") for one in mask],
+    "pictures of numbers": lambda mask: [picture(one).convert("I") for one in mask],
+    "pictures of fractions": lambda mask: [Image.fromarray(one.float().numpy()) for one in mask],
     "list of arrays": lambda mask: list(mask.numpy()),
     "list of tensors": lambda mask: list(mask),
 }
