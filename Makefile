@@ -76,11 +76,11 @@ slow: $(TESTS)
 gpu: $(GPU)
 	$(BIN)/python -c 'import sys, torch; sys.exit(not torch.cuda.is_available() and "make gpu: torch sees no GPU here")'
 	$(BIN)/python -m pytest -m gpu tests/gpu $(ARGS); checked=$$?; \
-	  $(BIN)/python benchmarks/gpu.py docs=docs/results.md && exit $$checked
+	  $(BIN)/python -m benchmarks.speed.gpu docs=docs/results.md && exit $$checked
 
 # A picture of what each pair of presets gives; it goes on where it was stopped. ARGS="only=digits share=0.1" and others.
 gallery: $(TESTS)
-	$(BIN)/python benchmarks/gallery.py $(ARGS)
+	$(BIN)/python -m benchmarks.uses.gallery $(ARGS)
 
 # Shows notebooks with their outputs where build/notebooks has them. `make test` builds it, too (tests/project/test_docs.py).
 docs: $(TESTS)

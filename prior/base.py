@@ -107,7 +107,7 @@ class Prior(Positions, Features, Mixtures, Stepping, PretrainedModel, family="pr
     """(N,) int64: the number of each token's block, raster order."""
     rounding: float = 4e-6
     """How far apart two computations of the same float32 logits may be, as a multiple of the image's largest |logit| so
-    far (at least 1: a row's own may be tiny). Well above what `python benchmarks/rounding.py` measures."""
+    far (at least 1: a row's own may be tiny). Well above what `python -m benchmarks.trust.rounding` measures."""
 
     def __init__(self, config: PriorConfig) -> None:
         super().__init__(config)

@@ -67,6 +67,11 @@ def need(*packages: str) -> None:
         raise SystemExit(f"{absent[0]}: not installed; pip install {absent[0].replace('_', '-')}")
 
 
+def with_helpers_of_tests() -> None:
+    """Let what lies in `tests/support` be imported, too."""
+    sys.path.insert(1, str(ROOT / "tests" / "support"))
+
+
 def use_threads(count: int = 0) -> int:
     """Let torch and all that is started from here use `count` threads; 0: what OMP_NUM_THREADS says, or a thread for
     each processor. Returns how many."""

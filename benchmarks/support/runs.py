@@ -6,7 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from support.options import ROOT
+from benchmarks.support.options import ROOT
 
 NEVER = 1_000_000  # steps: for what a run is to do only at its end
 

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from support.options import ROOT
+from benchmarks.support.options import ROOT
 
 TIMED_STEPS = 20
 

@@ -16,7 +16,7 @@ AGNOSTIC = {"order_agnostic": True, "connectivity_agnostic": True}
 
 @pytest.mark.parametrize(("prior", "config"), [("gpt", {}), ("made", AGNOSTIC)], ids=["gpt", "made"])
 def test_threads_get_what_each_gets_alone(prior, config):
-    """The other acts, priors, and more threads: `python benchmarks/soak.py what=threads`."""
+    """The other acts, priors, and more threads: `python -m benchmarks.trust.soak what=threads`."""
     pipe = make_pipeline(prior=prior, size=(8, 8), **config)
     acts = {name: act for name, act in acts_of(pipe).items() if name in QUICK}
     assert len(acts) == len(QUICK)

@@ -1,6 +1,5 @@
 """On grids whose rows are channels or levels, a prior is told which row it paints."""
 
-import importlib.util
 from pathlib import Path
 
 import launch
@@ -224,11 +223,9 @@ def test_a_run_that_was_begun_before_goes_on_as_it_was(tmp_path, one_process):
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 @both
-def test_a_prior_that_is_told_reaches_the_entropy(name, monkeypatch):
-    monkeypatch.syspath_prepend(ROOT / "benchmarks")  # as when it is run
-    spec = importlib.util.spec_from_file_location("benchmark_of_rows", ROOT / "benchmarks" / "rows.py")
-    rows = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(rows)
+def test_a_prior_that_is_told_reaches_the_entropy(name):
+    from benchmarks.priors import rows
+
     task, found = rows.task_of_levels(), {}
     for label, (kind, config) in rows.contenders([name], {}).items():
         model = rows.fitted(kind, config, task, steps=400, lr=5e-3, seed=0)

@@ -4,7 +4,6 @@ import ast
 import importlib
 import json
 import math
-import os
 import re
 import subprocess
 import sys
@@ -15,37 +14,53 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from benchmarks.support import mistaken_tokens
+from benchmarks.support.cards import card
+from benchmarks.support.contenders import nodes, peers, quantizers, rows, table, times
 from tokenizer import TokenGrid, Tokenizer
 
 ROOT = Path(__file__).parents[2]
-BENCHMARKS = sorted((ROOT / "benchmarks").glob("*.py"))
+FOLDERS = [path.parent for path in sorted((ROOT / "benchmarks").glob("*/__init__.py")) if path.parent.name != "support"]
+BENCHMARKS = [f"{path.parent.name}.{path.stem}" for folder in FOLDERS for path in sorted(folder.glob("[!_]*.py"))]
 
 
-def run(script: str, *arguments: str) -> str:
-    """What `python benchmarks/script arguments` prints."""
-    environment = {**os.environ, "PYTHONPATH": os.environ["PYTHONPATH"], "HF_HUB_OFFLINE": "1"}
-    done = subprocess.run(
-        [sys.executable, f"benchmarks/{script}", *arguments], cwd=ROOT, env=environment, text=True, capture_output=True
-    )
+def ended(name: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """`python -m benchmarks.NAME ARGUMENTS`, from the root."""
+    command = [sys.executable, "-m", f"benchmarks.{name}", *arguments]
+    return subprocess.run(command, cwd=ROOT, text=True, capture_output=True)
+
+
+def run(name: str, *arguments: str) -> str:
+    """What it prints."""
+    done = ended(name, *arguments)
     assert done.returncode == 0, done.stderr[-2000:]
     return done.stdout
 
 
-@pytest.mark.parametrize("path", BENCHMARKS, ids=lambda path: path.stem)
-def test_commands_of_a_benchmark_exist(path):
-    commands = re.findall(r"^    python (benchmarks/\w+\.py)(.*)$", path.read_text(), re.M)
-    assert any(script == f"benchmarks/{path.name}" for script, _ in commands)
-    assert all((ROOT / script).is_file() for script, _ in commands)
-    by_preset = [options for script, options in commands if "ladder" in script or "tokenizers" in script]
+def file_of(name: str) -> Path:
+    return ROOT / "benchmarks" / f"{name.replace('.', '/')}.py"
+
+
+def test_every_benchmark_is_listed():
+    """Once, in the table of those who work on it."""
+    listed = re.findall(r"^\| `python -m benchmarks\.([\w.]+)` \| \S", (ROOT / "CONTRIBUTING.md").read_text(), re.M)
+    assert sorted(listed) == sorted(BENCHMARKS) and len(listed) > 30
+
+
+@pytest.mark.parametrize("name", BENCHMARKS)
+def test_commands_of_a_benchmark_exist(name):
+    commands = re.findall(r"^    (?:[A-Z_]+=\S+ )*python -m benchmarks\.(\S+)(.*)$", file_of(name).read_text(), re.M)
+    assert name in [command for command, _ in commands] and {command for command, _ in commands} <= set(BENCHMARKS)
+    by_preset = [options for command, options in commands if command in ("priors.ladder", "tokenizers.equal_bits")]
     for data in re.findall(r"data=(\w+)", " ".join(by_preset)):
         assert list((ROOT / "configs" / "prior").glob(f"*_{data}.yaml")), f"no presets for data={data}"
         assert [kind for kind in ("vqvae", "pixels") if (ROOT / f"configs/tokenizer/{kind}_{data}.yaml").is_file()]
 
 
-@pytest.mark.parametrize("path", BENCHMARKS, ids=lambda path: path.stem)
-def test_a_benchmark_says_how_to_run_it(path):
-    said = ast.get_docstring(ast.parse(path.read_text()))
-    assert run(path.name, "--help").split() == said.split()
+@pytest.mark.parametrize("name", BENCHMARKS)
+def test_a_benchmark_says_how_to_run_it(name):
+    said = ast.get_docstring(ast.parse(file_of(name).read_text()))
+    assert run(name, "--help").split() == said.split()
 
 
 @pytest.mark.parametrize(
@@ -59,26 +74,24 @@ def test_a_benchmark_says_how_to_run_it(path):
 )
 def test_a_mistake_on_the_command_line_is_one_line(arguments, message):
     with pytest.raises(AssertionError, match=f"^{re.escape(message)}\n"):
-        run("rounding.py", *arguments)
+        run("trust.rounding", *arguments)
 
 
 @pytest.mark.parametrize("name", ["blind_spot", pytest.param("orders", marks=pytest.mark.slow)])
 def test_the_picture_of_a_page_is_the_one_that_is_drawn(tmp_path, monkeypatch, name):
     from PIL import Image
 
-    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
     monkeypatch.setattr(sys, "argv", [name, f"out={tmp_path / 'drawn.png'}"])
-    importlib.import_module(name).main()
+    importlib.import_module(f"benchmarks.priors.{name}").main()
     drawn, kept = (Image.open(path) for path in (tmp_path / "drawn.png", ROOT / f"docs/images/{name}.png"))
     assert drawn.size == kept.size
 
 
-def test_classifiers_learn_and_judge_guidance_as_it_is_said(monkeypatch):
+def test_classifiers_learn_and_judge_guidance_as_it_is_said():
     """Of images with a bright half or none; scales are a number, or two."""
+    from benchmarks.uses import classifiers
     from prior.sampling import Sampler
 
-    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
-    classifiers = importlib.import_module("classifiers")
     labels = torch.arange(1280) % 2
     images = torch.rand(1280, 1, 8, 8, generator=torch.Generator().manual_seed(0)) * 0.5
     images[labels == 1, :, 4:] += 0.5
@@ -105,7 +118,7 @@ def test_the_onset_of_a_critic_is_drawn(tmp_path, monkeypatch, one_process):
         train_tokenizer(tmp_path / "with", **more, **critic, critic__layers=2),
         train_tokenizer(tmp_path / "w", **more),
     ]
-    printed = run("onset.py", f"run={runs[0]}", f"beside={runs[1]}", f"out={tmp_path / 'onset.png'}")
+    printed = run("tokenizers.onset", f"run={runs[0]}", f"beside={runs[1]}", f"out={tmp_path / 'onset.png'}")
     assert re.search(r"step 2: held-out PSNR \d+\.\d\d dB", printed) and "step 8: held-out PSNR" in printed
     with Image.open(tmp_path / "onset.png") as picture:
         assert picture.width > 1200 and picture.height > 600
@@ -117,7 +130,7 @@ def test_training_steps_stand_beside_those_of_others():
     """Tiny ones of both stages: as many parameters as diffusers' network has, and no more kept than by GPT-2."""
     pytest.importorskip("diffusers")
     pytest.importorskip("transformers")
-    printed = run("train.py", "threads=1", "repeats=2", "peak=128", "only=gpt tiny, vqgan tiny")
+    printed = run("speed.train", "threads=1", "repeats=2", "peak=128", "only=gpt tiny, vqgan tiny")
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in printed.splitlines() if line.startswith("| ")]
     head, gpt, gpt2, vqgan, vq_model = rows
     assert [row[0] for row in rows[1:]] == ["gpt tiny", "GPT2LMHeadModel", "vqgan tiny", "VQModel"]
@@ -132,7 +145,7 @@ def test_training_steps_stand_beside_those_of_others():
 @pytest.mark.timeout(1800)
 def test_a_ladder_of_seconds(tmp_path):
     """All presets of the digits, trained for a second each; a second call does nothing again; then its guesses."""
-    command = ("ladder.py", "data=digits", "minutes=0.02", "seeds=2", "speed=1", f"out={tmp_path}")
+    command = ("priors.ladder", "data=digits", "minutes=0.02", "seeds=2", "speed=1", f"out={tmp_path}")
     printed = run(*command)
     rows = [line for line in printed.splitlines() if line.startswith("| ")]
     kinds = {path.stem.removesuffix("_digits") for path in (ROOT / "configs/prior").glob("*_digits.yaml")}
@@ -143,7 +156,7 @@ def test_a_ladder_of_seconds(tmp_path):
     assert len(trained) == len(kinds) and all("+-" in row for row in trained) and "+-" not in head
     assert {"cached", "uncached"} <= set(json.loads((tmp_path / "digits/gpt/seed0/speed.json").read_text()))
     assert run(*command).splitlines()[-8:] == printed.splitlines()[-8:]
-    guesses = run("parallel.py", f"ladder={tmp_path / 'digits'}")
+    guesses = run("priors.parallel", f"ladder={tmp_path / 'digits'}")
     differ = [row.split(" | ")[-1] for row in guesses.splitlines() if " passes | " in row or "output" in row]
     assert len(differ) >= 15 and all(cell.strip(" |") == "0" for cell in differ)
 
@@ -155,7 +168,7 @@ def test_blocks_are_measured_beside_raster_order(tmp_path):
     from givens.token_datasets import make_dataset
 
     make_dataset("pixels").save(tmp_path / "tokens")
-    command = ["blocks.py", f"tokens={tmp_path / 'tokens'}", f"out={tmp_path / 'runs'}", "orders=raster,halton:3"]
+    command = ["priors.blocks", f"tokens={tmp_path / 'tokens'}", f"out={tmp_path / 'runs'}", "orders=raster,halton:3"]
     command += ["steps=2", "seeds=2", "samples=64", "masked=3", "model.dim=16", "model.depth=1", "model.heads=2"]
     command += [f"plot={tmp_path / 'plot.png'}"]
     printed = run(*command)
@@ -168,22 +181,14 @@ def test_blocks_are_measured_beside_raster_order(tmp_path):
     assert run(*command).splitlines()[-9:] == printed.splitlines()[-9:]
 
 
-@pytest.fixture
-def support(monkeypatch):
-    """What the benchmarks share, by the name of its module."""
-    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
-    return lambda name: importlib.import_module(f"support.{name}")
-
-
 @pytest.mark.parametrize("data", ["digits", "fashion_mnist", "openmoji"])
-def test_contenders_have_equal_bits(support, data, tmp_path):
+def test_contenders_have_equal_bits(data, tmp_path):
     """To the bit; but for 7 bits a position, which two ids cannot share evenly."""
-    contenders, times = support("contenders"), support("contender_times")
-    presets = contenders.read_presets(data, [])
+    presets = nodes.read_presets(data, [])
     bits = {}
-    for name, spec in contenders.contenders(presets["tokenizer"], tmp_path).items():
-        if contenders.missing(spec) is None:
-            node = contenders.tokenizer_node(presets["tokenizer"], spec, None, None, 1, tmp_path / name)
+    for name, spec in quantizers.contenders(presets["tokenizer"], tmp_path).items():
+        if nodes.missing(spec) is None:
+            node = nodes.tokenizer_node(presets["tokenizer"], spec, None, None, 1, tmp_path / name)
             with torch.device("meta"):
                 grid = times.untrained(node, tmp_path).grid
             bits[name] = len(grid) * math.log2(grid.vocab_size)
@@ -193,19 +198,10 @@ def test_contenders_have_equal_bits(support, data, tmp_path):
     assert all(abs(value / bits["ema"] - 1) < 0.02 for value in bits.values())
 
 
-def test_times_of_a_later_pass_are_in_units_of_the_first(support):
-    scaled = support("contender_times").scaled
-    first = scaled({}, {"ema": 0.2, "lfq": 0.1}, "ema")
+def test_times_of_a_later_pass_are_in_units_of_the_first():
+    first = times.scaled({}, {"ema": 0.2, "lfq": 0.1}, "ema")
     assert first == {"ema": 0.2, "lfq": 0.1}
-    assert scaled(first, {"ema": 0.4, "fsq": 0.6}, "ema") == pytest.approx({**first, "fsq": 0.3})
-
-
-def test_the_benchmark_of_tokenizers_does_not_hide_the_package_tokenizers():
-    pytest.importorskip("transformers")
-    code = "import tokenizers; from transformers import PreTrainedTokenizerFast; import sampling; tokenizers.Tokenizer"
-    environment = {**os.environ, "PYTHONPATH": str(ROOT / "benchmarks")}
-    done = subprocess.run([sys.executable, "-c", code], env=environment, text=True, capture_output=True)
-    assert done.returncode == 0, done.stderr[-2000:]
+    assert times.scaled(first, {"ema": 0.4, "fsq": 0.6}, "ema") == pytest.approx({**first, "fsq": 0.3})
 
 
 @pytest.mark.slow
@@ -222,7 +218,7 @@ def test_all_tokenizers_for_seconds(tmp_path):
         "gpt.model.depth=1",
         "gpt.model.dim=32",
     ]
-    command = ("tokenizers.py", "data=digits", "minutes=0.002", "gpt_minutes=0.002", f"out={tmp_path}", *small)
+    command = ("tokenizers.equal_bits", "data=digits", "minutes=0.002", "gpt_minutes=0.002", f"out={tmp_path}", *small)
     assert "ms per step, gpt: 7x7x128" in run(*command, "only=")
     times = json.loads((tmp_path / "digits" / "steps.json").read_text())
     assert "critic" in times["tokenizer"] and "posthoc" not in times["tokenizer"]
@@ -248,12 +244,12 @@ def test_all_tokenizers_for_seconds(tmp_path):
 @pytest.mark.parametrize(
     ("data", "size", "channels", "codes"), [("openmoji", (64, 64), 3, 512), ("fashion_mnist", (28, 28), 1, 256)]
 )
-def test_peers_have_equal_bits_and_three_sizes(support, monkeypatch, data, size, channels, codes):
+def test_peers_have_equal_bits_and_three_sizes(monkeypatch, data, size, channels, codes):
     """Each has the preset's grid, and grows with its size; diffusers' is tried in a process of its own."""
-    module, counts = support("contender_peers"), dict[str, list[int]]()
-    monkeypatch.setattr(module, "find_spec", lambda _: None)  # it would be in the family from here on
-    preset = support("contenders").read_presets(data, [])["tokenizer"]
-    for name, spec in module.peers(preset, Path("out")).items():
+    counts = dict[str, list[int]]()
+    monkeypatch.setattr(peers, "find_spec", lambda _: None)  # it would be in the family from here on
+    preset = nodes.read_presets(data, [])["tokenizer"]
+    for name, spec in peers.peers(preset, Path("out")).items():
         node = dict(spec["model"])
         if node["kind"] != "diffusers":
             with torch.device("meta"):
@@ -265,9 +261,9 @@ def test_peers_have_equal_bits_and_three_sizes(support, monkeypatch, data, size,
 
 
 @pytest.mark.parametrize(("data", "size", "channels"), [("openmoji", (64, 64), 3), ("fashion_mnist", (28, 28), 1)])
-def test_a_row_of_tokens_and_a_grid_of_them_have_equal_bits(support, data, size, channels):
-    preset, grids = support("contenders").read_presets(data, [])["tokenizer"], {}
-    found = support("contender_rows").rows(preset, Path("out"))
+def test_a_row_of_tokens_and_a_grid_of_them_have_equal_bits(data, size, channels):
+    preset, grids = nodes.read_presets(data, [])["tokenizer"], {}
+    found = rows.rows(preset, Path("out"))
     for name, spec in found.items():
         node = dict(spec["model"])
         with torch.device("meta"):
@@ -275,12 +271,12 @@ def test_a_row_of_tokens_and_a_grid_of_them_have_equal_bits(support, data, size,
         grids[name] = len(model.grid), model.grid.vocab_size
         assert spec["critic"] == {"weight": 0.0} and bool(model.prefixes) == (name == "titok")
     assert set(grids) == {"vqvae", "vit", "titok", "titok-whole"} and len(set(grids.values())) == 1
-    ours = support("contenders").tokenizer_node(preset, found["titok"], None, None, 7, Path("run"))["train"]
+    ours = nodes.tokenizer_node(preset, found["titok"], None, None, 7, Path("run"))["train"]
     assert ours["muon_lr"] == found["titok"]["train"]["muon_lr"] != preset["train"]["muon_lr"] and ours["steps"] == 7
-    theirs = support("contenders").tokenizer_node(preset, found["vqvae"], None, None, 7, Path("run"))["train"]
+    theirs = nodes.tokenizer_node(preset, found["vqvae"], None, None, 7, Path("run"))["train"]
     assert theirs["muon_lr"] == preset["train"]["muon_lr"]
     with pytest.raises(SystemExit, match=r"^data=nothing: there is no preset configs/tokenizer/titok_nothing.yaml$"):
-        support("contender_rows").rows({**preset, "out": "runs/vqvae_nothing"}, Path("out"))
+        rows.rows({**preset, "out": "runs/vqvae_nothing"}, Path("out"))
 
 
 @pytest.mark.slow
@@ -289,9 +285,9 @@ def test_prefixes_for_seconds(tmp_path):
     """A few steps of a titok and of the GPT on its tokens; then what its first tokens hold."""
     small = ["limit=64", "train.batch_size=8", "gpt.model.dim=16", "gpt.model.depth=1", "gpt.model.heads=2"]
     brief = ["minutes=0.002", "gpt_minutes=0.002", "augmentations=1", "only=titok,titok-whole", f"out={tmp_path}"]
-    run("tokenizers.py", "set=rows", "data=digits", *brief, *small)
+    run("tokenizers.equal_bits", "set=rows", "data=digits", *brief, *small)
     folder, picture = tmp_path / "digits_rows" / "seed0", tmp_path / "strip.png"
-    printed = run("prefixes.py", f"run={folder / 'titok'}", f"picture={picture}", "images=3")
+    printed = run("tokenizers.prefixes", f"run={folder / 'titok'}", f"picture={picture}", "images=3")
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in printed.splitlines() if line.startswith("|")][
         2:
     ]
@@ -303,17 +299,15 @@ def test_prefixes_for_seconds(tmp_path):
     assert [float(row[1]) for row in rows[:5]] == [7 * k for k in (1, 2, 4, 8, 16)]
     bits = [float(row[2]) for row in rows[:5]]
     assert bits == sorted(bits) and rows[4][2:] == rows[5][2:] and picture.is_file()
-    environment = {**os.environ, "PYTHONPATH": os.environ["PYTHONPATH"]}
-    command = [sys.executable, "benchmarks/prefixes.py", f"run={folder / 'titok-whole'}"]
-    done = subprocess.run(command, cwd=ROOT, env=environment, text=True, capture_output=True)
+    done = ended("tokenizers.prefixes", f"run={folder / 'titok-whole'}")
     assert done.returncode == 1 and done.stderr.strip().endswith("its first tokens alone do not decode (model.keep)")
 
 
-def test_the_best_size_of_each_network_is_shown(support):
-    made, psnr = support("contender_table"), {"vit-small": 15.0, "vit-large": 14.0, "ema": 13.0, "vqgan-medium": 16.0}
+def test_the_best_size_of_each_network_is_shown():
+    psnr = {"vit-small": 15.0, "vit-large": 14.0, "ema": 13.0, "vqgan-medium": 16.0}
     found = {name: [{"psnr": value}] for name, value in psnr.items()}
-    assert list(made.best_sizes(found)) == ["vqgan-medium", "vit-small", "ema"]
-    assert made.table(found).splitlines()[0] == "| tokenizer | PSNR, dB |"  # no column without a figure
+    assert list(table.best_sizes(found)) == ["vqgan-medium", "vit-small", "ema"]
+    assert table.table(found).splitlines()[0] == "| tokenizer | PSNR, dB |"  # no column without a figure
 
 
 @pytest.mark.slow
@@ -329,7 +323,7 @@ def test_peers_for_seconds(tmp_path):
         *(["diffusers-small"] if find_spec("diffusers") else []),
     ]
     options = ("set=peers", "data=digits", "minutes=0.002", f"only={','.join(names)}", f"out={tmp_path}")
-    printed = run("tokenizers.py", *options, *small)
+    printed = run("tokenizers.equal_bits", *options, *small)
     rows = [row.split(" | ")[0].removeprefix("| ") for row in printed.splitlines() if row.startswith("| ")]
     assert set(names) <= set(rows) and "each network at its best size" in printed and "GPT: bits" not in printed
     assert (tmp_path / "digits_peers" / "reconstructions.png").is_file()
@@ -337,7 +331,7 @@ def test_peers_for_seconds(tmp_path):
 
 @pytest.mark.slow
 def test_made_is_raced():
-    table = run("made.py", "source=digits", "minutes=0.01", "steps=2")
+    table = run("priors.made", "source=digits", "minutes=0.01", "steps=2")
     rows = re.findall(r"^\| (ours|plain loop) \| ([\d,]+) \| ([\d.]+) \|$", table, re.M)
     assert [name for name, *_ in rows] == ["ours", "plain loop"] and re.search(r"^\| 128 \|", table, re.M)
     assert all(int(images.replace(",", "")) > 0 and 0 < float(nats) < 700 for _, images, nats in rows)
@@ -349,17 +343,18 @@ def test_made_is_raced():
 @pytest.mark.slow
 def test_the_measurements_of_a_gpu_are_rehearsed(tmp_path):
     pytest.importorskip("transformers")
-    run("gpu.py", "device=cpu", "tiny=true", "repeats=1", f"out={tmp_path / 'gpu.md'}")
+    run("speed.gpu", "device=cpu", "tiny=true", "repeats=1", f"out={tmp_path / 'gpu.md'}")
     rows = [line for line in (tmp_path / "gpu.md").read_text().splitlines() if line.startswith("|")]
     names = [row.split("|")[1].strip() for row in rows]
     assert {"gpt_imagenet256, compiled", "diffusers VQModel", "gpt, bfloat16", "vqgan, bf16 autocast"} <= set(names)
     assert all(row.count("|") == rows[0].count("|") for row in rows[:10])
 
 
-def test_a_page_gets_its_section(tmp_path, monkeypatch):
+def test_a_page_gets_its_section(tmp_path):
     """And keeps all others."""
-    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
-    gpu, page = importlib.import_module("gpu"), tmp_path / "page.md"
+    from benchmarks.speed import gpu
+
+    page = tmp_path / "page.md"
     for rest in ("## After\n\nlast\n", ""):
         page.write_text(f"# Page\n\n## Before\n\nfirst\n\n{gpu.HEADING}\n\nNot run yet.\n\n{rest}")
         gpu.put_into(page, "| a table |\n")
@@ -372,9 +367,7 @@ def test_a_page_gets_its_section(tmp_path, monkeypatch):
         gpu.put_into(page, "")
 
 
-def test_cards_are_known_by_the_names_that_torch_gives(monkeypatch):
-    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
-    names = importlib.import_module("support.cards").NAMES
+def test_cards_are_known_by_the_names_that_torch_gives():
     told = {
         "NVIDIA H100 80GB HBM3": "h100",
         "NVIDIA H100 PCIe": "h100_pcie",
@@ -385,7 +378,7 @@ def test_cards_are_known_by_the_names_that_torch_gives(monkeypatch):
         "NVIDIA L40S": "l40s",
         "NVIDIA GeForce RTX 4090": "rtx4090",
     }
-    found = {name: next(kind for part, kind in names.items() if part in name.lower()) for name in told}
+    found = {name: next(kind for part, kind in card.NAMES.items() if part in name.lower()) for name in told}
     assert found == told
 
 
@@ -404,9 +397,9 @@ def small_pipeline():
     )
 
 
-def test_a_decoder_is_shown_near_codes_of_some_tokens(support, monkeypatch):
+def test_a_decoder_is_shown_near_codes_of_some_tokens(monkeypatch):
     """Of the share asked for; encoder and codebook learn as if it were not, and outside of training it is not."""
-    tokenizer, perturbed = small_pipeline().tokenizer.train(), support("mistaken_tokens").perturbed
+    tokenizer, perturbed = small_pipeline().tokenizer.train(), mistaken_tokens.perturbed
     images, shown = torch.rand(512, 1, 8, 8) * 2 - 1, []
     plain_decoded = tokenizer._decoded
     monkeypatch.setattr(tokenizer, "_decoded", lambda z: shown.append(z) or plain_decoded(z))
@@ -429,20 +422,20 @@ def test_a_decoder_is_shown_near_codes_of_some_tokens(support, monkeypatch):
     assert shown[2].requires_grad and torch.autograd.grad(found.images.sum(), weight)[0].abs().sum() > 0
 
 
-def test_a_prior_draws_some_tokens_and_only_the_decoder_learns(support):
+def test_a_prior_draws_some_tokens_and_only_the_decoder_learns():
     """It draws none, or about the share that it should, and leaves the others as they are."""
     from types import SimpleNamespace
 
-    pipe, mistaken = small_pipeline(), support("mistaken_tokens")
+    pipe = small_pipeline()
     labels, tokens = torch.arange(300) % 3, torch.randint(32, (300, 2, 2))
     shares = {"real": (0.0, 0.0), "near": (0.2, 0.3), "drawn": (0.42, 0.54), "sampled": (0.22, 0.36)}
     for kind, (least, most) in shares.items():
-        given = mistaken.mistaken(pipe, kind, tokens, labels, torch.Generator().manual_seed(0), 2.0)
+        given = mistaken_tokens.mistaken(pipe, kind, tokens, labels, torch.Generator().manual_seed(0), 2.0)
         assert least <= (given != tokens).double().mean() <= most, kind
     images = SimpleNamespace(batch=lambda rows: torch.rand(len(rows), 1, 8, 8) * 2 - 1, labels=labels)
     images = type("Images", (SimpleNamespace,), {"__len__": lambda self: 300})(**vars(images))
     before = {name: value.clone() for name, value in pipe.tokenizer.state_dict().items()}
-    assert mistaken.finetuned(pipe, "sampled", 0, images, steps=3, guidance=2.0) > 0
+    assert mistaken_tokens.finetuned(pipe, "sampled", 0, images, steps=3, guidance=2.0) > 0
     moved = {
         name.split(".")[0]
         for name, value in pipe.tokenizer.state_dict().items()
@@ -455,8 +448,8 @@ def test_a_prior_draws_some_tokens_and_only_the_decoder_learns(support):
 @pytest.mark.timeout(600)
 def test_robustness_is_measured(tmp_path):
     """A few steps of each: all columns are filled, and a second call does nothing again."""
-    command = ["robustness.py", "source=digits", "limit=300", "steps=3", "prior_steps=3", "more=3", "samples=20"]
-    command += ["features=2", "seeds=2", "threads=1", f"out={tmp_path}"]
+    command = ["tokenizers.robustness", "source=digits", "limit=300", "steps=3", "prior_steps=3", "more=3"]
+    command += ["samples=20", "features=2", "seeds=2", "threads=1", f"out={tmp_path}"]
     printed = run(*command)
     rows = {line.split(" | ")[0][2:]: line.split(" | ")[1:] for line in printed.splitlines() if line.startswith("| ")}
     assert {"none", "swap", "swap-strong", *(f"decoder-{kind}" for kind in ("real", "near", "drawn", "sampled"))} < set(
@@ -486,12 +479,12 @@ def test_heads_are_compared_on_levels_and_on_pixels(tmp_path):
 
     rvq = {"kind": "rvq", "depth": 2, "book": {"kind": "ema", "codes": 32, "dim": 8}}
     levels = written(tmp_path / "levels", make_tokenizer("vqvae", (8, 8), 1, quantizer=rvq))
-    printed = run("levels.py", f"tokens={levels}", "minutes=0.005", "seeds=1", "rows=8")
+    printed = run("priors.levels", f"tokens={levels}", "minutes=0.005", "seeds=1", "rows=8")
     rows = [line.split("|")[1].strip() for line in printed.splitlines() if "+-" in line]
     assert rows == ["gpt, unfolded", "gpt, depth", "blocks, unfolded", "blocks, depth"] and "nan" not in printed
 
     bytes_ = written(tmp_path / "bytes", make_tokenizer("pixels", (8, 8), 1, levels=256))
-    printed = run("intensities.py", f"tokens={bytes_}", "minutes=0.005", "rows=8", "images=3", "only=pixelcnn_pp")
+    printed = run("priors.intensities", f"tokens={bytes_}", "minutes=0.005", "rows=8", "images=3", "only=pixelcnn_pp")
     rows = [
         [cell.strip() for cell in line.split("|")[1:-1]] for line in printed.splitlines() if "pixelcnn_pp |" in line
     ]

@@ -1,4 +1,4 @@
-"""Every parser of what may come from anyone: a few dozen damaged inputs each, as `benchmarks/fuzz.py` tries thousands.
+"""Every parser of what may come from anyone: a few dozen damaged inputs each, of thousands of `benchmarks.trust.fuzz`.
 
 Here in this process, which is watched alike; and in workers, of parsers that do what none may.
 """
@@ -138,7 +138,7 @@ def test_a_case_is_the_same_wherever_it_is_made(tmp_path):
 
 def test_what_leads_is_every_module_of_a_parser():
     """Coverage of the face of a folder, which imports nothing, would lead nowhere."""
-    code = "import sys; sys.path.insert(0, 'benchmarks'); import fuzz_guided as f\n"
+    code = "import benchmarks.trust.fuzz_guided as f\n"
     code += "print(*sum(map(f.parsers_of, f.TARGETS), []))"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     expected = [

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import io
 import json
 import os
@@ -17,14 +16,11 @@ import pytest
 from PIL import Image
 from small_pipelines import make_pipeline
 
+from benchmarks.support.gallery import pairs, pictures
+from benchmarks.support.gallery.page import page
+from benchmarks.uses import gallery
+
 ROOT = Path(__file__).parents[2]
-
-
-@pytest.fixture
-def support(monkeypatch):
-    """A module of the benchmarks by its name."""
-    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
-    return importlib.import_module
 
 
 # Pictures
@@ -46,8 +42,7 @@ def drawn(side: int, channels: int, noise: int, columns: int = 3) -> dict[str, l
 
 
 @pytest.mark.parametrize(("side", "channels"), [(64, 3), (28, 1)])
-def test_every_image_is_in_its_place(support, side, channels):
-    pictures = support("support.gallery_pictures")
+def test_every_image_is_in_its_place(side, channels):
     rows = drawn(side, channels, noise=90)
     board = pictures.compose(rows, ["one", "two", "three"])
     times = -(-56 // side)
@@ -78,8 +73,7 @@ def test_every_image_is_in_its_place(support, side, channels):
     assert len(bare) == len(board) - pictures.HEADER
 
 
-def test_a_picture_that_would_be_large_has_fewer_rows_then_fewer_colours(support, tmp_path, monkeypatch):
-    pictures = support("support.gallery_pictures")
+def test_a_picture_that_would_be_large_has_fewer_rows_then_fewer_colours(tmp_path, monkeypatch):
     monkeypatch.setattr(pictures, "compose", lambda rows, labels: sum(map(len, rows.values())))
     monkeypatch.setattr(pictures, "encoded", lambda count, colors: b"x" * count * {0: 3, 256: 2, 64: 1}[colors])
     rows, path = drawn(2, 3, noise=90), tmp_path / "images" / "a.png"
@@ -101,8 +95,7 @@ def test_a_picture_that_would_be_large_has_fewer_rows_then_fewer_colours(support
         pictures.write_small(rows, [], path, 2)
 
 
-def test_few_colours_make_a_smaller_file(support):
-    pictures = support("support.gallery_pictures")
+def test_few_colours_make_a_smaller_file():
     board = np.random.default_rng(0).integers(0, 99, (48, 48, 3)).astype(np.uint8)
     whole, fewer = (pictures.encoded(board, colors) for colors in (0, 256))
     with Image.open(io.BytesIO(whole)) as kept:
@@ -112,8 +105,7 @@ def test_few_colours_make_a_smaller_file(support):
     assert len(fewer) < 0.6 * len(whole)
 
 
-def test_grey_pictures_keep_their_values(support):
-    pictures = support("support.gallery_pictures")
+def test_grey_pictures_keep_their_values():
     board = np.repeat(np.arange(256, dtype=np.uint8).reshape(16, 16, 1), 3, 2)
     with Image.open(io.BytesIO(pictures.encoded(board, 64))) as kept:
         assert kept.mode == "L" and np.array_equal(np.asarray(kept), board[..., 0])
@@ -135,10 +127,9 @@ class Held:
 
 
 @pytest.mark.parametrize("labelled", [True, False])
-def test_rows_are_the_first_of_each_class_and_the_first_samples(support, labelled):
+def test_rows_are_the_first_of_each_class_and_the_first_samples(labelled):
     import torch
 
-    pictures = support("support.gallery_pictures")
     names = ["a", "b", "nowhere", "c", "d"] if labelled else []
     pipe = make_pipeline("pixels", "marginal", 1, size=(8, 12), labels=names, num_classes=len(names))
     labels = torch.tensor([4, 0, 0, 1, 3, 1, 4, 4, 0, 1, 3, 3]) if labelled else None
@@ -156,8 +147,8 @@ def test_rows_are_the_first_of_each_class_and_the_first_samples(support, labelle
     assert np.array_equal(np.stack(rows["reconstructed"][0]), kept)
 
 
-def test_a_label_has_two_lines_where_it_has_two_parts(support):
-    in_two = support("support.gallery_pictures").in_two
+def test_a_label_has_two_lines_where_it_has_two_parts():
+    in_two = pictures.in_two
     assert [*map(in_two, ("T-shirt / top", "animals-nature", "7"))] == [
         ["T-shirt", "top"],
         ["animals", "nature"],
@@ -188,8 +179,7 @@ def record(**more: Any) -> dict[str, Any]:
     return {**base, "commands": ["smalti train_tokenizer a", "smalti tune b"], **more}
 
 
-def test_the_page_tells_what_made_a_picture(support):
-    page = support("support.gallery_page").page
+def test_the_page_tells_what_made_a_picture():
     tuned = record(chosen_on={"images": 76, "ended": "the time was up"})
     text = page([tuned, record(name="digits", title="Digits")])
     assert text.index("images/gallery/openmoji.png") < text.index("images/gallery/digits.png")
@@ -209,8 +199,7 @@ def test_the_page_tells_what_made_a_picture(support):
     assert "trial" not in text and "256 colours" not in text and "enlarged" not in text
 
 
-def test_the_page_says_what_is_less_than_it_seems(support):
-    page = support("support.gallery_page").page
+def test_the_page_says_what_is_less_than_it_seems():
     minutes = {"train_tokenizer": 4.0}
     text = page([record(share=0.1, limit=300, picture={"colors": 256}, enlarged_from=64, minutes=minutes)])
     for said in ("0.1 of the presets' training", "300 training images at most", "256 colours", "64 pixels a side"):
@@ -222,8 +211,7 @@ def test_the_page_says_what_is_less_than_it_seems(support):
 # Commands
 
 
-def test_commands_are_those_of_the_presets_and_shorter_for_a_trial(support, tmp_path):
-    pairs = support("support.gallery_pairs")
+def test_commands_are_those_of_the_presets_and_shorter_for_a_trial(tmp_path):
     for pair in pairs.PAIRS.values():
         if not pairs.missing(pair, pairs.Choices(tmp_path, tmp_path)) or pair.data is None:
             whole = pairs.stages(pair, pairs.Choices(tmp_path))
@@ -240,8 +228,7 @@ def test_commands_are_those_of_the_presets_and_shorter_for_a_trial(support, tmp_
     assert "num_samples=100" in told["evaluate"] and str(tmp_path) not in " ".join(told.values())
 
 
-def test_what_cannot_be_made_is_told(support, tmp_path):
-    pairs = support("support.gallery_pairs")
+def test_what_cannot_be_made_is_told(tmp_path):
     choices = pairs.Choices(tmp_path, tmp_path)
     assert pairs.missing(pairs.PAIRS["digits"], choices) is None
     assert "there are no images in data/openmoji" in pairs.missing(pairs.PAIRS["openmoji"], choices)
@@ -249,8 +236,8 @@ def test_what_cannot_be_made_is_told(support, tmp_path):
     assert pairs.missing(strange, choices) == "there is no preset configs/tokenizer/nothing.yaml"
 
 
-def test_a_stage_is_run_once_and_adds_its_attempts_up(support, tmp_path, monkeypatch):
-    gallery, codes, calls = support("gallery"), [1, 0], []
+def test_a_stage_is_run_once_and_adds_its_attempts_up(tmp_path, monkeypatch):
+    codes, calls = [1, 0], []
 
     def verb(command, cwd):
         calls.append(command)
@@ -272,7 +259,7 @@ def test_a_stage_is_run_once_and_adds_its_attempts_up(support, tmp_path, monkeyp
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_the_gallery_is_made_and_not_made_again(tmp_path):
-    command = [sys.executable, "benchmarks/gallery.py", "only=digits", "share=0.01", "limit=100"]
+    command = [sys.executable, "-m", "benchmarks.uses.gallery", "only=digits", "share=0.01", "limit=100"]
     command += [f"out={tmp_path}/runs", f"docs={tmp_path}/docs"]
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "WANDB_MODE": "offline"}
     done = [subprocess.run(command, cwd=ROOT, env=environment, text=True, capture_output=True) for _ in range(2)]

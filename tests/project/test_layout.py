@@ -202,6 +202,15 @@ def test_no_folder_of_the_tests_helpers_is_too_large() -> None:
     assert sizes and max(sizes.values()) <= 20, sizes
 
 
+def test_folders_of_benchmarks_are_small_and_have_faces() -> None:
+    """One sentence each, and nothing else, as none is imported from."""
+    sizes = Counter(path.parent for path in (ROOT / "benchmarks").rglob("*.py") if path.name != "__init__.py")
+    assert len(sizes) > 5 and max(sizes.values()) <= 20, sizes
+    for folder in {ROOT / "benchmarks", *sizes}:
+        (sentence,) = ast.parse((folder / "__init__.py").read_text()).body
+        assert isinstance(sentence, ast.Expr) and len(ast.unparse(sentence).splitlines()) == 1, folder
+
+
 def test_pipelines_shows_the_five_steps() -> None:
     files = {Path(name).stem for name in FILES if Path(name).parent.as_posix() == "pipelines"}
     assert files == {*STEPS, "image_pipeline", "__init__", "__main__"}

@@ -1,7 +1,7 @@
 """Power loss at any moment: what was not fsynced may be gone, or there in part, in any order (see `power_loss`).
 
 Here are the ways of writing that all writers share, cut at every operation; runs and verbs are cut at random by
-`benchmarks/faults.py power=600`.
+`benchmarks/trust/faults.py power=600`.
 """
 
 from __future__ import annotations

@@ -115,8 +115,8 @@ def read_stream(folder: Path) -> dict[str, Any]:
 
 
 def test_recorded_bits_are_looked_up_and_compared(tmp_path):
-    """Rows of other machines are no promise, so that none is compared with this one here: `python
-    benchmarks/rounding.py elsewhere=here` does, and reports. Each setting has its row, and each difference is told."""
+    """Rows of other machines are no promise, so that none is compared with this one here, as
+    `benchmarks.trust.rounding elsewhere=here` does. Each setting has its row, and each difference is told."""
     rows = elsewhere.read_table()
     assert len({elsewhere.key_of(row) for row in rows}) == len(rows) >= len(elsewhere.SETTINGS)
     first, mine = rows[0]["bits"], elsewhere.machine()

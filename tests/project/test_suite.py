@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import copy
 import gc
-import importlib
 import json
 import logging
 import math
@@ -27,6 +26,8 @@ import leaks
 import pytest
 import torch
 from each import of_each
+
+from benchmarks.trust import mutants
 
 assert gc and logging and resource and signal and socket and tempfile and torch  # for the lines below
 
@@ -240,7 +241,7 @@ def test_each_test_runs_alone_and_what_was_told_is_not_run_again(tmp_path):
     lines = ["KEPT.append(1)", "assert KEPT", "time.sleep(60)", "os._exit(3)", "import pytest; pytest.skip('no')"]
     path = file_of(tmp_path / "tests", "test_some.py", lines)
     out = tmp_path / "out.jsonl"
-    command = ("benchmarks/suite.py", "alone=true", f"paths={path}", f"out={out}", "files=false", "limit=5")
+    command = ("-m", "benchmarks.trust.suite", "alone=true", f"paths={path}", f"out={out}", "files=false", "limit=5")
     run(*command, code=1)
     rows = [json.loads(line) for line in out.read_text().splitlines()]
     outcomes = [row["outcome"] for row in rows if "test" in row]
@@ -257,7 +258,7 @@ def test_runs_in_random_order_find_who_needs_another(tmp_path):
     pytest.importorskip("pytest_randomly")
     lines = ["KEPT.append(1)", *["assert KEPT"] * 3]
     path, out = file_of(tmp_path / "tests", "test_some.py", lines), tmp_path / "out.jsonl"
-    command = ("benchmarks/suite.py", f"paths={path}", f"out={out}", "workers=0")
+    command = ("-m", "benchmarks.trust.suite", f"paths={path}", f"out={out}", "workers=0")
     run(*command, "random=2", code=1)
     run(*command, "random=3", code=1)
     rows = [json.loads(line) for line in out.read_text().splitlines()]
@@ -268,14 +269,7 @@ def test_runs_in_random_order_find_who_needs_another(tmp_path):
 # Mutants
 
 
-@pytest.fixture
-def mutants(monkeypatch):
-    """`benchmarks/mutants.py`."""
-    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
-    return importlib.import_module("mutants")
-
-
-def test_mutants_of_a_file_meet_its_own_tests(mutants):
+def test_mutants_of_a_file_meet_its_own_tests():
     """Those that mirror it, and those that say so; a star is for a folder, and not for those below it."""
     assert mutants.tests_of("tokenizer/quantizers/fsq.py") == ["tests/tokenizer/quantizers/test_family.py"]
     assert "tests/prior/sampling/test_noise.py" in mutants.tests_of("prior/sampling/noise.py")
@@ -287,7 +281,7 @@ def test_mutants_of_a_file_meet_its_own_tests(mutants):
         mutants.files_of("prior/nothing.py")
 
 
-def test_a_score_is_of_all_mutants_of_which_some_are_tried(mutants):
+def test_a_score_is_of_all_mutants_of_which_some_are_tried():
     """Of 100 with half of 4 noticed, and of 300 with all of 300: 350 of 400, and the first file alone is uncertain."""
     ends = [("a", "killed"), ("a", "ended"), ("a", "survived"), ("a", "no tests"), *[("b", "killed")] * 300]
     rows = [{"file": name, "mutant": f"{name}_{k}", "outcome": end} for k, (name, end) in enumerate(ends)]

@@ -194,10 +194,10 @@ def kill_the_second(process: subprocess.Popen[str], ready: Any) -> list[psutil.P
 
 
 def faults(folder: Path, **counts: Any) -> dict[str, list[dict[str, Any]]]:
-    """What `benchmarks/faults.py` finds, which forks: so it is a process of its own."""
+    """What `benchmarks/trust/faults.py` finds, which forks: so it is a process of its own."""
     out = folder / "found.jsonl"
     argv = [f"{key}={value}" for key, value in {**counts, "out": out}.items()]
-    printed = output_of(start([sys.executable, "benchmarks/faults.py", *argv]), 1800, code=None)
+    printed = output_of(start([sys.executable, "-m", "benchmarks.trust.faults", *argv]), 1800, code=None)
     assert out.exists(), printed
     rows = [json.loads(line) for line in out.read_text().splitlines()]
     found = {name: [row for row in rows if row["campaign"] == name] for name in {row["campaign"] for row in rows}}

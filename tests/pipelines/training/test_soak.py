@@ -1,6 +1,6 @@
 """A run holds on to nothing: threads, handles and memory are at its end what they were; and growth would be seen.
 
-The long ones: `python benchmarks/soak.py`.
+The long ones: `python -m benchmarks.trust.soak`.
 """
 
 from __future__ import annotations
@@ -99,5 +99,6 @@ def test_growth_is_told_by_the_median_of_all_pairs():
 )
 def test_nothing_grows_in_a_while(argv, tmp_path):
     """The campaign, shorter; it ends with 1 where something is not as promised."""
-    printed = output_of(start([sys.executable, "benchmarks/soak.py", *argv, f"out={tmp_path}"]), 3000, code=None)
+    command = [sys.executable, "-m", "benchmarks.trust.soak", *argv, f"out={tmp_path}"]
+    printed = output_of(start(command), 3000, code=None)
     assert "NOT AS PROMISED" not in printed and "|" in printed, printed[-3000:]

@@ -1,6 +1,6 @@
 """Runs of the real verbs in forked children: everything is imported once, so that starting one takes no time.
 
-For a process that has started no threads, which is why `benchmarks/faults.py` is a command of its own.
+For a process that has started no threads, which is why `benchmarks/trust/faults.py` is a command of its own.
 """
 
 from __future__ import annotations

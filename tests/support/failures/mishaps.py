@@ -122,7 +122,7 @@ def in_own_mounts() -> None:
     """Start this command again where it may mount a file system that nobody else sees; unless it was."""
     if os.environ.get("OWN_MOUNTS"):
         return
-    command = ["unshare", "--map-root-user", "--mount", sys.executable, *sys.argv]
+    command = ["unshare", "--map-root-user", "--mount", sys.executable, *sys.orig_argv[1:]]
     os.execvpe("unshare", command, {**os.environ, "OWN_MOUNTS": "1"})
 
 
@@ -194,7 +194,7 @@ def launched_fault(case: Case, cell: Cell) -> None:
     command = two_processes(case.verb, case.arguments(place / "run"))
     at = command.index("-m")
     script = [str(Path(faulty.__file__)), cell.fault, cell.phase, str(cell.rank), str(place), case.verb]
-    job = start([*command[:at], *script, *command[at + 2 :]], PYTHONPATH=os.environ["PYTHONPATH"])
+    job = start([*command[:at], *script, *command[at + 2 :]])
     try:
         output_of(job, 120, code=None)
     finally:

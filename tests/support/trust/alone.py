@@ -1,6 +1,6 @@
 """Each test of a file alone: the file is collected once, and every test runs in a fork of that process.
 
-For a process that has started no threads: `benchmarks/suite.py` is a command of its own.
+For a process that has started no threads: `benchmarks/trust/suite.py` is a command of its own.
 """
 
 from __future__ import annotations

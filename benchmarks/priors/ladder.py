@@ -1,0 +1,294 @@
+"""Every prior on the same tokens for the same time, in one table.
+
+    pip install -e ".[dev]"
+    python -m benchmarks.priors.ladder data=digits augmentations=4 minutes=1     # 7x7 ids of 128; needs no other data
+    python -m benchmarks.priors.ladder data=fashion_mnist minutes=2 seeds=3      # 7x7 ids of 256
+    python -m benchmarks.priors.ladder data=fashion_binary minutes=2 seeds=3     # 28x28 pixels, black or white (static)
+
+Each preset `configs/prior/*_{data}.yaml` is trained by `smalti train_prior` on the tokens of
+`configs/tokenizer/{vqvae,pixels}_{data}.yaml` (`source=FOLDER`: with the images of that folder), from `seeds` seeds,
+for as many steps as fit into `minutes` of CPU time, whatever it says of its end. A step of each is timed once, in turn,
+and kept as `steps.json`; so what else the machine does while they train changes no figure. What is done is kept under
+`out` and not done again; `only=gpt,made` looks at these.
+
+bits: -log2 p per token of the held-out split (`rows=2000`: of so many of its images, evenly spread), given its labels;
+nats: the same per image. A `<=` is a bound. Means over seeds, +- half of the 95 % t-interval.
+Agreement: how many of 1,000 samples a 1-nearest-neighbour classifier on decoded training tokens gives the class that
+was asked for; the last row has it for the held-out images.
+
+`speed=1` adds a table of what sampling takes, of the first seed. 64 samples: seconds for 64 images, one per class in
+turn, without guidance; the median of three. Uncached is one whole pass per token: where that takes over a minute it is
+worked out from 16 passes. Parallel gives the same images from fewer passes: seconds, passes per image (rows through the
+network / images) and those as a share of the tokens; guessed: with `made` of the same ladder as the guessing prior.
+Four orders mixed: how many fewer bits per token that takes, of 2,000 images.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+from benchmarks.support.options import ROOT, choose, read_options, use_threads
+from benchmarks.support.runs import smalti, train_once
+from benchmarks.support.tables import table_head, table_row, with_interval, write_whole
+from benchmarks.support.timing import prior_presets, prior_seconds, seconds_of, steps_within
+
+NEIGHBOURS, SAMPLES, TIMED, SLOW = 20_000, 1000, 64, 60.0
+TOKENIZER_STEPS, MIXED_ROWS = 1500, 2000
+OPTIONS = {
+    "data": "fashion_mnist",
+    "source": None,
+    "augmentations": 0,
+    "minutes": 2.0,
+    "seeds": 1,
+    "rows": 0,
+    "only": None,
+    "speed": False,
+    "threads": 0,
+    "out": "runs/ladder",
+}
+
+
+def tokens_of(data: str, source: str | None, variants: int, out: Path) -> Path:
+    """The token dataset, made by the data's VQ-VAE preset, or the one of its pixels."""
+    folder, images = out / "tokens", [f"data.source={source}"] if source else []
+    if not (folder / "manifest.json").is_file():
+        presets = [ROOT / "configs" / "tokenizer" / f"{kind}_{data}.yaml" for kind in ("vqvae", "pixels")]
+        preset = next(preset for preset in presets if preset.is_file())
+        ends = ["train.minutes=null", f"train.steps={TOKENIZER_STEPS}", "track.wandb=disabled"]
+        smalti("train_tokenizer", "--config", str(preset), f"out={out / 'tokenizer'}", *ends, *images)
+        smalti("encode", f"tokenizer={out / 'tokenizer' / 'tokenizer'}", f"out={folder}", f"augmentations={variants}")
+    return folder
+
+
+def timed(presets: dict[str, Path], tokens: Path, path: Path) -> dict[str, float]:
+    """CPU seconds of a training step of each preset, all timed in one pass, kept in `path`."""
+    if not path.is_file():
+        print(f"timing a step of {', '.join(presets)}", file=sys.stderr, flush=True)
+        fixed = [f"tokens={tokens}", f"out={path.parent}", "track.wandb=disabled"]
+        arguments = {kind: ["--config", str(preset), *fixed] for kind, preset in presets.items()}
+        write_whole(prior_seconds(arguments), path)
+    return json.loads(path.read_text())
+
+
+def train(preset: Path, tokens: Path, steps: int, seed: int, run: Path) -> Path:
+    """The pipeline of a preset, trained for so many steps."""
+    more = (f"tokens={tokens}", f"train.seed={seed}")
+    train_once("train_prior", preset, steps, run, *more, never=("preview", "save"))
+    return run / "pipeline"
+
+
+def uncached_seconds(prior: Any, labels: Any) -> tuple[float, bool]:
+    """Seconds of sampling by one whole pass per token, and whether they were worked out from some of the passes."""
+    import torch
+
+    tokens = torch.zeros(len(labels), *prior.grid.shape, dtype=torch.long)
+    with torch.inference_mode():
+        (one_pass,) = seconds_of([lambda: prior(tokens, labels)], 3)
+        if one_pass * len(prior.grid) > SLOW:
+            return len(prior.grid) * seconds_of([lambda: prior(tokens, labels)], 16)[0], True
+    return seconds_of([lambda: prior.sample(len(labels), labels, cache=False)], 1)[0], False
+
+
+def sampling(pipe: Any, guess: Any) -> dict[str, Any]:
+    """Seconds per 64 samples and passes per image."""
+    import torch
+
+    prior, labels = pipe.prior, torch.arange(TIMED) % pipe.prior.num_classes
+    figures: dict[str, Any] = {"passes": pipe.sampler.steps}
+    if pipe.sampler.steps:  # a masked-token prior: every pass is a whole one
+        (figures["cached"],) = seconds_of([lambda: prior.sample(TIMED, labels, steps=pipe.sampler.steps)], 3)
+        return figures
+    (figures["cached"],) = seconds_of([lambda: prior.sample(TIMED, labels)], 3)
+    figures["uncached"], figures["extrapolated"] = uncached_seconds(prior, labels)
+    for name, given in (("parallel", {}), ("guessed", {"guess": guess})):
+        if name == "guessed" and guess is None:
+            continue
+        rows: list[int] = []
+        hook = prior.register_forward_pre_hook(lambda _, inputs, rows=rows: rows.append(len(inputs[0])))
+        (figures[name],) = seconds_of([lambda given=given: prior.sample(TIMED, labels, parallel=True, **given)], 3)
+        hook.remove()
+        figures[f"{name}_passes"] = sum(rows) / TIMED / 4  # of three timed runs and the one before them
+    return figures
+
+
+def likelihood(pipe: Any, split: Any, rows: int) -> dict[str, Any]:
+    """Held-out bits per token in the prior's own order; `rows`: of so many images, evenly spread."""
+    from pipelines.metrics.likelihood import bits_per_token
+
+    return {"bits": bits_per_token(pipe.prior, split, rows or None), "exact": pipe.prior.exact}
+
+
+def mixture_gain(pipe: Any, split: Any) -> float | None:
+    """How many fewer bits per token a mixture of four orders needs than the own order, where the prior takes any."""
+    from pipelines.metrics.likelihood import bits_per_token
+
+    if not (pipe.prior.any_order and pipe.prior.exact):
+        return None
+    one, four = (bits_per_token(pipe.prior, split, MIXED_ROWS, num_orders=count) for count in (1, 4))
+    return one - four
+
+
+def agreement(pipe: Any, data: Any) -> dict[str, float]:
+    """Class agreement of samples, and of the held-out split's decoded tokens."""
+    import torch
+
+    from pipelines.metrics.agreement import nearest_label
+
+    train, test = data.splits["train"], data.splits["test"]
+    known = pipe.decode(train.tokens[:NEIGHBOURS].long(), output_type="pt")
+    real = pipe.decode(test.tokens[:SAMPLES].long(), output_type="pt")
+    wanted = torch.arange(SAMPLES) % pipe.prior.num_classes
+    drawn = pipe(SAMPLES, wanted.tolist(), seed=0, guidance_scale=1.0, output_type="pt", progress=False).images
+    shares = [
+        float((nearest_label(images, known, train.labels[:NEIGHBOURS]) == labels).double().mean())
+        for images, labels in ((drawn, wanted), (real, test.labels[:SAMPLES]))
+    ]
+    return {"agreement": shares[0], "real_agreement": shares[1]}
+
+
+def measure(pipe: Any, data: Any, rows: int, run: Path) -> dict[str, Any]:
+    """Likelihood and agreement of a pipeline, kept in `run`; and a sheet of samples."""
+    from pipelines.images.pictures import save_picture
+
+    path = run / "ladder.json"
+    if not path.is_file():
+        figures = {"parameters": sum(p.numel() for p in pipe.prior.parameters())}
+        figures |= likelihood(pipe, data.splits["test"], rows) | agreement(pipe, data)
+        save_picture(pipe.sample_picture(), run / "samples.png")
+        write_whole(figures, path)
+    return json.loads(path.read_text())
+
+
+def measure_speed(pipe: Any, data: Any, guess: Any, run: Path) -> dict[str, Any]:
+    """What sampling takes, and what mixing orders gives, kept in `run`."""
+    path = run / "speed.json"
+    if not path.is_file():
+        write_whole({**sampling(pipe, guess), "mixture_gain": mixture_gain(pipe, data.splits["test"])}, path)
+    return json.loads(path.read_text())
+
+
+def marginal(data: Any) -> Any:
+    """The floor of the table: counted, not trained."""
+    from pipelines import ImagePipeline
+    from prior import Prior
+
+    prior = Prior.create("marginal", grid=data.grid, num_classes=data.num_classes)
+    prior.initialize(data.splits["train"].tokens, data.splits["train"].labels)
+    return ImagePipeline(data.tokenizer, prior, labels=data.class_names)
+
+
+def sheet(kinds: list[str], out: Path) -> Path:
+    """Two rows of each prior's samples, a class per column, with its name above."""
+    from PIL import Image, ImageDraw, ImageFont
+
+    grids = [Image.open(out / kind / "seed0" / "samples.png").convert("RGB") for kind in kinds]
+    width, height, title, columns = grids[0].width, grids[0].height // 4, 22, 2
+    rows = -(-len(grids) // columns)
+    picture = Image.new("RGB", (columns * (width + 12) - 12, rows * (height + title)), "white")
+    draw, font = ImageDraw.Draw(picture), ImageFont.load_default(15)
+    for index, (kind, grid) in enumerate(zip(kinds, grids, strict=True)):
+        left, top = index % columns * (width + 12), index // columns * (height + title)
+        draw.text((left, top + 2), kind, fill="black", font=font)
+        picture.paste(grid.crop((0, 0, width, height)), (left, top + title))
+    picture.save(out / "samples.png")
+    return out / "samples.png"
+
+
+def passes(f: dict[str, Any], name: str, tokens: int) -> str:
+    """Seconds and passes per image of a way to sample in parallel."""
+    if name not in f:
+        return ""
+    return f"{f[name]:.2f}, {f[f'{name}_passes']:.1f} ({f[f'{name}_passes'] / tokens:.1%})"
+
+
+def line(name: str, runs: list[dict[str, Any]], seconds: float | None, steps: int | None, tokens: int) -> str:
+    """A row of the table: `runs` are the figures of each seed."""
+    import math
+
+    bound = "" if runs[0]["exact"] else "<= "
+    nats = [run["bits"] * tokens * math.log(2) for run in runs]
+    cells = [
+        name,
+        f"{runs[0]['parameters']:,}",
+        f"{1e3 * seconds:.1f}" if seconds else "",
+        f"{steps:,}" if steps else "",
+        bound + with_interval([run["bits"] for run in runs], 4),
+        bound + with_interval(nats, 2),
+        with_interval([100 * run["agreement"] for run in runs], 1) + " %",
+    ]
+    return table_row(cells)
+
+
+def speed_line(name: str, f: dict[str, Any], tokens: int) -> str:
+    """A row of the table of sampling."""
+    rough = "~" if f.get("extrapolated") else ""
+    cells = [
+        name,
+        f"{f['cached']:.2f}" + (f" ({f['passes']} passes)" if f["passes"] else ""),
+        f"{rough}{f['uncached']:.0f}" if "uncached" in f else "",
+        passes(f, "parallel", tokens),
+        passes(f, "guessed", tokens),
+        f"{f['mixture_gain']:+.4f}" if f["mixture_gain"] is not None else "",
+    ]
+    return table_row(cells)
+
+
+def speed_table(pipes: dict[str, Any], data: Any, out: Path) -> None:
+    """What sampling takes, of each."""
+    guess = pipes["made"].prior if "made" in pipes else None
+    print(f"\n64 samples, seconds, on {os.environ['OMP_NUM_THREADS']} thread(s)\n")
+    print(table_head("prior", "cached", "uncached", "parallel: s, passes", "guessed by `made`", "four orders mixed"))
+    for kind, pipe in pipes.items():
+        found = measure_speed(pipe, data, None if pipe.prior is guess else guess, out / kind / "seed0")
+        print(speed_line(kind, found, len(data.grid)), flush=True)
+
+
+def compare(data: Any, tokens: Path, presets: dict[str, Path], options: SimpleNamespace, out: Path) -> None:
+    """Time, train and measure; then the tables."""
+    from pipelines import ImagePipeline
+
+    minutes, seeds, rows = options.minutes, options.seeds, options.rows
+    seconds = timed(presets, tokens, out / "steps.json")
+    only = choose(",".join(presets) if options.only is None else options.only, list(seconds))
+    steps = {kind: steps_within(minutes, seconds[kind]) for kind in only}
+    pipes, found = {"marginal": marginal(data)}, {}
+    (out / "marginal" / "seed0").mkdir(parents=True, exist_ok=True)
+    found["marginal"] = [measure(pipes["marginal"], data, rows, out / "marginal" / "seed0")]
+    for seed in range(seeds):
+        for kind in only:
+            run = out / kind / f"seed{seed}"
+            pipe = ImagePipeline.from_pretrained(train(presets[kind], tokens, steps[kind], seed, run))
+            pipes.setdefault(kind, pipe)
+            found.setdefault(kind, []).append(measure(pipe, data, rows, run))
+            print(line(kind, found[kind][-1:], seconds[kind], steps[kind], len(data.grid)), flush=True)
+    shape = "x".join(map(str, data.grid.shape))
+    of = f"{len(data.splits['train']):,} training rows of {shape} ids of {data.grid.vocab_size}"
+    print(f"\n{out.name}: {of}, {minutes:g} CPU minutes each, {seeds} seed(s)\n")
+    print(table_head("prior", "parameters", "ms per step", "steps", "bits per token", "nats per image", "agreement"))
+    ranked = sorted(found, key=lambda kind: -sum(run["bits"] for run in found[kind]) / len(found[kind]))
+    for kind in ranked:
+        print(line(kind, found[kind], seconds.get(kind), steps.get(kind), len(data.grid)))
+    print(f"| held-out images | | | | | | {100 * found['marginal'][0]['real_agreement']:.1f} % |")
+    if options.speed:
+        speed_table({kind: pipes[kind] for kind in ranked}, data, out)
+    print(f"\nsamples of each, two per class: {sheet(ranked, out)}")
+
+
+def main() -> None:
+    options = read_options(__doc__, OPTIONS)
+    presets = prior_presets(options.data)
+    out = Path(options.out).absolute() / options.data
+    use_threads(options.threads)
+    from pipelines.tokens import load_tokens
+
+    tokens = tokens_of(options.data, options.source, options.augmentations, out)
+    compare(load_tokens(str(tokens)), tokens, presets, options, out)
+
+
+if __name__ == "__main__":
+    main()

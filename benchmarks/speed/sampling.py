@@ -1,0 +1,77 @@
+"""Tokens per second of `GPT.sample` against transformers' GPT-2 `generate`, same sizes, same machine, same run.
+
+    pip install -e ".[dev,benchmarks]"
+    python -m benchmarks.speed.sampling threads=1
+
+Both draw 256 tokens of 512 ids with a KV cache, at temperature 1, without top-k or top-p, with random weights, in
+float32. Each figure is the median of `repeats` runs after a warm-up; the two are run in turn. The third column is our
+path without a cache, for few rows only (it costs N times as much).
+"""
+
+from __future__ import annotations
+
+from benchmarks.support.options import need, read_options, use_threads
+from benchmarks.support.timing import seconds_of
+
+SIZES = [  # width, depth, heads, batch, target ratio
+    (128, 4, 4, 1, 6.0),
+    (128, 4, 4, 64, 1.8),
+    (512, 8, 8, 1, 1.4),
+    (512, 8, 8, 16, 1.4),
+]
+TOKENS, VOCAB = 256, 512
+
+
+def measure(width: int, depth: int, heads: int, batch: int, repeats: int) -> tuple[float, float, float | None]:
+    """Tokens per second of ours, of theirs, and (for one row) of ours without a cache."""
+    import torch
+    import transformers
+
+    from prior import Prior
+    from tokenizer import TokenGrid
+
+    ours = Prior.create("gpt", grid=TokenGrid((16, 16), VOCAB), dim=width, depth=depth, heads=heads).eval()
+    config = transformers.GPT2Config(
+        vocab_size=VOCAB,
+        n_positions=TOKENS + 1,
+        n_embd=width,
+        n_layer=depth,
+        n_head=heads,
+        bos_token_id=0,
+        eos_token_id=None,
+    )
+    theirs = transformers.GPT2LMHeadModel(config).eval()
+    prompt = torch.zeros(batch, 1, dtype=torch.long)
+    mask = torch.ones_like(prompt)
+    settings = {"max_new_tokens": TOKENS, "min_new_tokens": TOKENS, "do_sample": True, "top_k": 0, "pad_token_id": 0}
+
+    def peer() -> torch.Tensor:
+        return theirs.generate(prompt, attention_mask=mask, **settings)
+
+    assert peer().shape == (batch, TOKENS + 1)
+    mine, other = seconds_of([lambda: ours.sample(batch), peer], repeats)
+    slow = seconds_of([lambda: ours.sample(batch, cache=False)], 1)[0] if batch == 1 else None
+    return batch * TOKENS / mine, batch * TOKENS / other, batch * TOKENS / slow if slow else None
+
+
+def main() -> None:
+    options = read_options(__doc__, {"threads": 1, "repeats": 5})
+    need("transformers")
+    threads = use_threads(options.threads)
+    import torch
+    import transformers
+
+    transformers.logging.set_verbosity_error()
+    print(f"torch {torch.__version__}, transformers {transformers.__version__}, {threads} thread(s); tokens per second")
+    print("width depth batch     smalti      gpt-2  ratio  target  no cache")
+    for width, depth, heads, batch, target in SIZES:
+        mine, other, slow = measure(width, depth, heads, batch, options.repeats)
+        uncached = f"{slow:9.0f}" if slow else ""
+        print(
+            f"{width:5} {depth:5} {batch:5} {mine:10.0f} {other:10.0f} {mine / other:6.2f}  {target:6.1f} {uncached}",
+            flush=True,
+        )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,270 @@
+"""Training steps of both stages against plain references of the same shapes, in one process and in turn.
+
+    pip install -e ".[dev,benchmarks]"
+    python -m benchmarks.speed.train threads=2
+    python -m benchmarks.speed.train threads=2 repeats=3 only="gpt 16x16, vqgan 64x64"    # some of the rows
+    python -m benchmarks.speed.train threads=1 repeats=2 peak=256 only="gpt tiny, vqgan tiny"    # does it run?
+
+Stage two: transformers' `GPT2LMHeadModel` of the same width, depth, heads, vocabulary and length, dropout off; its
+hidden layers are 4 times as wide, where ours are two of 8/3. Stage one: diffusers' `VQModel`, for `vqgan` the same
+network, for `vqvae` one of about as many parameters, with the same grid of ids. Random weights, float32.
+
+model: forward, loss, backward and a fused AdamW step of the bare model; reference: likewise. in the loop: the step that
+the verbs take (`pipelines.training.step`), with data, augmentation, clipping, checks, averaged weights and counts of
+codes.
+Medians of `repeats` rounds, in which all are run in turn. faster: the reference's time over the model's.
+
+of peak: FLOPs over time, as a share of the best that a float32 matrix product of side `peak` got, before and in every
+round: by `torch.mm` for stage two, as a 1x1 convolution for stage one. (On x86 these are two libraries, and on some
+processors one is twice as fast; the last line says what each got.) FLOPs are counted by torch; attention, which it does
+not see on a CPU, as its two products forward and twice that backward, and half of it where it is causal. data wait:
+share of the time for which the loop waits for its next batch, in `repeats` steps without a break. saved: what is kept
+for the backward pass. memory: by how much resident memory rises in a step, above weights and moments.
+"""
+
+from __future__ import annotations
+
+import copy
+import gc
+import json
+import os
+import platform
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from benchmarks.support.options import ROOT, choose, need, read_options, use_threads
+from benchmarks.support.references import Reference, gpt2, vq_model
+from benchmarks.support.runs import NEVER
+from benchmarks.support.step_costs import Products, count_flops, resident_rise, saved_bytes
+from benchmarks.support.tables import table_head, table_row
+from benchmarks.support.timing import seconds_of, stepper
+
+ROWS = 512  # of the token datasets and images that are made for this
+CHANGES = {
+    "track.wandb": "disabled",
+    "train.save_every": NEVER,
+    "train.preview_every": NEVER,
+    "train.evaluate_every": NEVER,
+    "train.minutes": "null",
+    "train.steps": NEVER,
+}
+
+Changes = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Case:
+    """A row: a preset and changes to it, and the reference's sizes."""
+
+    preset: str
+    changes: Changes
+    grid: tuple[int, int] = (0, 0)  # of stage two: side and vocabulary
+    reference: Any = None  # of stage one: widths, blocks, groups
+
+
+def gpt(side: int, vocab_size: int, dim: int, depth: int, batch: int) -> Case:
+    """A GPT of stage two, heads 64 wide."""
+    changes = {"model.dim": dim, "model.depth": depth, "model.heads": max(1, dim // 64), "train.batch_size": batch}
+    return Case("prior/gpt_digits.yaml", changes, (side, vocab_size))
+
+
+def vqgan(size: int, widths: tuple[int, ...], groups: int, codes: int, batch: int) -> Case:
+    """A VQGAN of stage one with a block per level, and attention between the two at the token resolution."""
+    quantizer = {"kind": "vq", "codes": codes, "dim": widths[-1] // 2}
+    model = {
+        "kind": "vqgan",
+        "widths": list(widths),
+        "blocks": 1,
+        "groups": groups,
+        "z_channels": widths[-1] // 2,
+        "encoder_attention": None,
+        "decoder_attention": None,
+        "quantizer": quantizer,
+    }
+    changes = {"model": model, "data.image_size": size, "data.channels": 3, "train.batch_size": batch}
+    return Case("tokenizer/vqvae_digits.yaml", changes, reference=(widths, 1, groups))
+
+
+CASES = {
+    "gpt digits": Case("prior/gpt_digits.yaml", {}, (7, 128)),
+    "gpt 16x16": gpt(16, 1024, dim=256, depth=6, batch=8),
+    "gpt 16x16 wide": gpt(16, 1024, dim=512, depth=4, batch=8),
+    "vqvae digits": Case("tokenizer/vqvae_digits.yaml", {}, reference=((32, 56, 72), 1, 8)),
+    "vqgan 64x64": vqgan(64, (32, 64, 64, 128), groups=16, codes=512, batch=8),
+    "vqgan 32x32 wide": vqgan(32, (64, 128, 256), groups=32, codes=1024, batch=8),
+}
+TINY = {"gpt tiny": gpt(3, 16, dim=64, depth=1, batch=4), "vqgan tiny": vqgan(8, (8, 16), groups=4, codes=16, batch=4)}
+
+
+# What is trained ----------------------------------------------------------------------------------
+
+
+def configure(case: Case, folder: Path) -> Any:
+    """The checked configuration of the verb."""
+    from pipelines.config.command import parse
+    from pipelines.train_prior import TrainPriorConfig
+    from pipelines.train_tokenizer import TrainTokenizerConfig
+
+    given = {**CHANGES, **case.changes, "out": str(folder / "run")}
+    if case.grid[0]:
+        given["tokens"] = str(folder / "tokens")
+    else:
+        given |= {"data.limit": ROWS}
+    argv = ["--config", str(ROOT / "configs" / case.preset)]
+    argv += [f"{key}={value if isinstance(value, str) else json.dumps(value)}" for key, value in given.items()]
+    return parse(TrainPriorConfig if case.grid[0] else TrainTokenizerConfig, argv, verb="benchmark", description="")
+
+
+def write_tokens(case: Case, folder: Path) -> None:
+    """A token dataset of random ids, in 10 classes."""
+    import torch
+
+    from pipelines.tokens import TokenDataset, TokenSplit
+    from tokenizer import Tokenizer
+
+    side, vocab_size = case.grid
+    tokenizer = Tokenizer.create(
+        "vqvae",
+        image_size=(4 * side, 4 * side),
+        channels=1,
+        widths=(8,),
+        blocks=(1,),
+        quantizer={"kind": "ema", "codes": vocab_size, "dim": 8},
+    )
+    split = TokenSplit(torch.randint(vocab_size, (ROWS, side, side)), torch.randint(10, (ROWS,)))
+    classes, both = [str(k) for k in range(10)], {"train": split, "test": split}
+    TokenDataset(tokenizer.grid, classes, both, tokenizer, {}).save(folder / "tokens")
+
+
+def make_task(case: Case, config: Any, folder: Path) -> Any:
+    """The task of the verb."""
+    from pipelines.train_prior import PriorTask
+    from pipelines.train_tokenizer import TokenizerTask
+
+    if not case.grid[0]:
+        return TokenizerTask(config)
+    write_tokens(case, folder)
+    return PriorTask(config)
+
+
+def loss_of_ours(task: Any, batch: Any) -> Callable[[], Any]:
+    """The bare model's loss on a batch, without what the loop logs."""
+    from tokenizer.losses import total_loss
+
+    if hasattr(task, "tokenizer"):
+        return lambda: total_loss(task.tokenizer(batch[0]), batch[0], task.weights)[0]
+    return lambda: task.model.loss(task.model(*batch), batch[0])
+
+
+def reference(case: Case, task: Any, batch: Any) -> Reference:
+    """The other model, and its loss on the same batch."""
+    if case.grid[0]:
+        return gpt2(task.model.config, batch[0])
+    return vq_model(case.reference, task.tokenizer.config, batch[0])
+
+
+def step_of(model: Any, loss: Callable[[], Any]) -> Callable[[], None]:
+    """Forward, backward and AdamW at each call."""
+    import torch
+
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True)
+
+    def step() -> None:
+        loss().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return step
+
+
+# The table ----------------------------------------------------------------------------------------
+
+
+def measure(name: str, case: Case, repeats: int, products: Products, folder: Path) -> list[str]:
+    """The two lines of a case: ours and the reference's."""
+    import torch
+
+    torch.manual_seed(0)
+    config = configure(case, folder)
+    task = make_task(case, config, folder)
+    bare, batch = copy.deepcopy(task), task.prepare(task.batch(*task.samples(config.train.batch_size, 0, 0), 0))
+    models = {name: (bare.model, loss_of_ours(bare, batch))}
+    other, loss = reference(case, task, batch)
+    models[type(other).__name__] = (other, loss)
+    steps = [step_of(*pair) for pair in models.values()]
+    waits: list[float] = []
+    with stepper(task, config, waits) as looped:
+        *seconds, in_loop, _ = seconds_of([*steps, looped, products], repeats)
+        waits.clear()
+        began = time.perf_counter()
+        for _ in range(repeats):
+            looped()
+        waiting = sum(waits) / (time.perf_counter() - began)
+    peak = products.best["mm" if case.grid[0] else "conv"]
+    lines, ours = [], [f"{seconds[1] / seconds[0]:.2f}", f"{1e3 * in_loop:.1f}", f"{waiting:.2%}"]
+    for (label, (model, loss)), step, taken in zip(models.items(), steps, seconds, strict=True):
+        rise, flops = resident_rise(step), count_flops(loss)
+        cells = [
+            label,
+            f"{sum(p.numel() for p in model.parameters()):,}",
+            f"{flops / 1e9:.2f}",
+            f"{1e3 * taken:.1f}",
+            f"{flops / taken / peak:.0%}",
+            f"{saved_bytes(model, loss) / 2**20:.1f}",
+            "" if rise is None else f"{rise / 2**20:.0f}",
+            *ours,
+        ]
+        lines.append(table_row(cells))
+        ours = [""] * len(ours)
+    return lines
+
+
+def main() -> None:
+    options = read_options(__doc__, {"threads": 2, "repeats": 15, "peak": 2048, "only": ",".join(CASES)})
+    known = {**CASES, **TINY}
+    only = choose(options.only, list(known))
+    need("transformers", "diffusers")
+    threads = use_threads(options.threads)
+    os.environ["ACCELERATE_USE_CPU"] = "true"
+    from importlib.metadata import version
+
+    import torch
+
+    products = Products(options.peak)
+    for _ in range(5):
+        products()
+    print(
+        f"{platform.machine()}, {os.cpu_count()} CPUs, {threads} thread(s), torch {torch.__version__}, transformers "
+        f"{version('transformers')}, diffusers {version('diffusers')}\n"
+    )
+    print(
+        table_head(
+            "model",
+            "parameters",
+            "GFLOP",
+            "step, ms",
+            "of peak",
+            "saved, MiB",
+            "memory, MiB",
+            "faster",
+            "in the loop, ms",
+            "data wait",
+        )
+    )
+    for name in only:
+        with tempfile.TemporaryDirectory() as folder:
+            for line in measure(name, known[name], options.repeats, products, Path(folder)):
+                print(line, flush=True)
+        gc.collect()
+    print(
+        f"\nfloat32 matrix product of side {options.peak}, GFLOP/s: {products.best['mm'] / 1e9:.0f} by torch.mm, "
+        f"{products.best['conv'] / 1e9:.0f} as a convolution"
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""A GPU, or the CPU in a rehearsal, and what is measured of it."""

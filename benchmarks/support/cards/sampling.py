@@ -1,0 +1,101 @@
+"""Sampling, encoding and decoding on a card, beside others' models of the same sizes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from benchmarks.support.cards.card import Card
+from benchmarks.support.cards.training import Sizes
+
+ROWS = (1, 16, 64, 256)
+SAMPLING_HEAD = (
+    "sampling",
+    "images",
+    "tokens/s",
+    "images/s",
+    "ms a token step",
+    "without graphs, ms",
+    "GPT-2, tokens/s",
+    "times faster",
+)
+CODING_HEAD = ("network", "images", "encoded/s", "decoded/s", "VQModel encoded/s", "decoded/s")
+
+
+def sampling_rows(card: Card, config: Any, sizes: Sizes, repeats: int) -> Iterator[list[str]]:
+    """Of a prior of this configuration with random weights, in float32 and bf16, replayed from graphs and launched step
+    by step, beside GPT-2's `generate`."""
+    import torch
+
+    from prior import Prior
+
+    kind = config.kind if hasattr(config, "kind") else "gpt"
+    prior = Prior.create(kind, **dict(config)).to(card.device).eval()
+    for dtype in (torch.float32, torch.bfloat16):
+        ours, theirs = prior.to(dtype), generator_of(card, config, dtype)
+        for count in (rows for rows in ROWS if rows <= 8 * sizes.images):
+            labels = torch.zeros(count, dtype=torch.long, device=card.device)
+            mine, _ = card.times(lambda: ours.sample(count, labels), repeats)  # noqa: B023
+            launched, _ = card.times(lambda: ours.sample(count, labels, capture=False), max(1, repeats // 2), ahead=1)  # noqa: B023
+            other, _ = card.times(lambda: theirs(count), max(1, repeats // 2), ahead=1)  # noqa: B023
+            tokens = count * len(prior.grid)
+            yield [
+                f"gpt, {str(dtype).removeprefix('torch.')}",
+                f"{count}",
+                f"{tokens / mine:,.0f}",
+                f"{count / mine:.1f}",
+                f"{1e3 * mine / len(prior.grid):.2f}",
+                f"{1e3 * launched / len(prior.grid):.2f}",
+                f"{tokens / other:,.0f}",
+                f"{other / mine:.1f}",
+            ]
+
+
+def generator_of(card: Card, config: Any, dtype: Any) -> Callable[[int], Any]:
+    """`generate` of transformers' GPT-2 of the same sizes: as many tokens as a grid has, with its cache."""
+    import torch
+    import transformers
+
+    size = len(config.grid)
+    shape = transformers.GPT2Config(
+        vocab_size=config.grid.vocab_size,
+        n_positions=size + 1,
+        n_embd=config.dim,
+        n_layer=config.depth,
+        n_head=config.heads,
+        bos_token_id=0,
+        eos_token_id=None,
+    )
+    model = transformers.GPT2LMHeadModel(shape).to(card.device, dtype).eval()
+    settings = {"max_new_tokens": size, "min_new_tokens": size, "do_sample": True, "top_k": 0, "pad_token_id": 0}
+
+    def generate(count: int) -> Any:
+        prompt = torch.zeros(count, 1, dtype=torch.long, device=card.device)
+        return model.generate(prompt, attention_mask=torch.ones_like(prompt), **settings)
+
+    return generate
+
+
+def coding_rows(card: Card, config: Any, sizes: Sizes, repeats: int) -> Iterator[list[str]]:
+    """Of a tokenizer of this configuration, in float32 and under bf16 autocast, beside `VQModel`."""
+    import torch
+
+    from benchmarks.support.cards.training import peer_of_tokenizer
+    from tokenizer import Tokenizer
+
+    count = sizes.images
+    ours = Tokenizer.create("vqgan", **dict(config)).to(card.device).eval()
+    theirs = peer_of_tokenizer(card, config, 1)[0].eval()
+    images = torch.rand(count, *ours.image_shape, device=card.device) * 2 - 1
+    tokens = ours.encode(images)
+    latents = theirs.encode(images).latents
+    for name, cast in (("float32", False), ("bf16 autocast", True)):
+        runs = [
+            lambda: ours.encode(images),
+            lambda: ours.decode(tokens),
+            lambda: theirs.encode(images),
+            lambda: theirs.decode(latents),
+        ]
+        with torch.inference_mode(), torch.autocast(card.device.type, torch.bfloat16, enabled=cast):
+            seconds = [card.times(run, repeats)[0] for run in runs]
+        yield [f"vqgan, {name}", f"{count}", *(f"{count / taken:.0f}" for taken in seconds)]

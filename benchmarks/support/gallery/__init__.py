@@ -1,0 +1,1 @@
+"""The pairs of presets in the gallery, their pictures, and the page around them."""
