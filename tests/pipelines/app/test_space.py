@@ -161,7 +161,9 @@ def test_a_port_that_is_taken(place, capsys):
         port = taken.getsockname()[1]
         with pytest.raises(SystemExit) as caught:
             main(["app", f"pipeline={place / 'pipeline'}", f"port={port}"])
-    assert caught.value.code == 2 and dict(os.environ) == before and "GRADIO_TEMP_DIR" not in before
+    changed = {name for name in {*before, *os.environ} if before.get(name) != os.environ.get(name)}
+    assert changed <= {"TORCHINDUCTOR_CACHE_DIR"}, "what torch sets, where this is the first to import it"
+    assert caught.value.code == 2 and "GRADIO_TEMP_DIR" not in before
     assert f"error: port: {port} on 127.0.0.1 cannot be listened on" in capsys.readouterr().err
 
 
