@@ -7,6 +7,7 @@ size of the images, groups of the normalisation, whether codes are directions) a
 from __future__ import annotations
 
 import hashlib
+import os
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NoReturn
@@ -81,7 +82,7 @@ def run(config: ImportConfig) -> Path:
     """Convert, write the tokenizer's folder, print what it is, and return the folder."""
     path, out = find_weights(config.source), Path(config.out)
     check_out_folder(out, Tokenizer.folder_kind(), [path])
-    named = Path(config.source).expanduser().is_file()  # what a user names may be a link to anywhere
+    named = Path(os.path.expanduser(config.source)).is_file()  # what a user names may be a link to anywhere
     weights, digest = read_weights(path, () if named else roots_of(path.parent))
     layout = recognise(weights, path, config.layout)
     weights = layout.prepare(weights)
@@ -104,7 +105,7 @@ def run(config: ImportConfig) -> Path:
 def find_weights(source: str) -> Path:
     """The safetensors file that `source` is or holds. Raises `UserError`, for a pickle after printing what converts
     it."""
-    path = Path(source).expanduser()
+    path = Path(os.path.expanduser(source))
     if path.is_file():
         if path.suffix.lower() in PICKLES:
             refuse_pickle(path)

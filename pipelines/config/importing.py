@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import os
 import re
 import shlex
 import sys
@@ -34,7 +35,7 @@ def import_asked(names: list[str]) -> None:
 
 def import_file(name: str) -> None:
     """Import a file under its own name; it may import the files beside it."""
-    path = Path(name).expanduser().resolve()
+    path = Path(os.path.expanduser(name)).resolve()
     if not path.is_file() or path.suffix != ".py":
         raise UserError(f"--import {name}: there is no Python file of this name")
     there = sys.modules.get(path.stem)

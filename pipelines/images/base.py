@@ -93,7 +93,7 @@ class DataConfig(Config):
     @property
     def path(self) -> Path | None:
         """The path of the source on this machine; None for the digits, a Hub id or a URL."""
-        path = Path(self.source).expanduser()
+        path = Path(os.path.expanduser(self.source))
         return path if self.source != "digits" and path.exists() else None
 
     @property

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import glob
 import os
 import re
 from pathlib import Path
@@ -19,6 +20,13 @@ CARDS = ("README.md", ".huggingface.yaml")
 MAX_CARD = 4 << 20  # bytes
 METADATA = re.compile(r"\s*---[\r\n]+([\S\s]*?)[\r\n]+---(\r\n|\n|$)")
 """The YAML at the beginning of a card, as `huggingface_hub` finds it."""
+
+
+def check_folder(folder: Path) -> None:
+    """Raise `UserError` for a folder that `datasets` would read as others: by a pattern in its name, or by its card."""
+    if glob.has_magic(place := os.path.abspath(folder)):
+        raise UserError(f"data.source: {place}: a folder of tables cannot have *, ? or [ in its name; rename it")
+    check_card(folder)
 
 
 def check_card(folder: Path) -> None:

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import glob
 import gzip
 import importlib.util
 import os
@@ -23,12 +24,12 @@ from .base import DataConfig, Payload, Rows, SplitRows, show_progress
 from .folders import files_below, image_folder, known_file, stamps_at
 from .hub import offline_if_unreachable, reason_of
 from .origin import HUB_NAME, REMARK
-from .reach import check_card, check_files, is_below, places
+from .reach import check_files, check_folder, is_below, places
 
 
 def open_source(config: DataConfig) -> SplitRows:
     """The splits of `config.source` by name. A path that exists wins over a Hub id of the same name."""
-    path = Path(config.source).expanduser()
+    path = Path(os.path.expanduser(config.source))
     if config.source.startswith(REMARK) and not path.exists():
         raise UserError(f"data.source: there is no file or folder {config.source}")
     if config.streaming:
@@ -104,9 +105,9 @@ def tables(path: Path, config: DataConfig) -> SplitRows:
         datasets.disable_progress_bars()
     try:
         if path.is_file():
-            found = datasets.load_dataset("parquet", data_files=str(path))
+            found = datasets.load_dataset("parquet", data_files=glob.escape(str(path)))
         elif path.exists():
-            check_card(path)
+            check_folder(path)
             found = loaded(os.path.abspath(path))  # `datasets` calls it by the last part of the path, which "." has not
         else:
             with offline_if_unreachable():

@@ -54,7 +54,7 @@ def _key_source() -> str | None:
         return "WANDB_API_KEY"
     host = urlsplit(os.environ.get("WANDB_BASE_URL", "")).netloc
     files = [os.environ["NETRC"]] if os.environ.get("NETRC") else ["~/.netrc", "~/_netrc"]
-    for path in (Path(name).expanduser() for name in files):
+    for path in (Path(os.path.expanduser(name)) for name in files):
         try:
             entries = netrc.netrc(path)
         except (OSError, netrc.NetrcParseError, UnicodeDecodeError):

@@ -13,7 +13,7 @@ from ...config import UserError
 from ..base import DataConfig, Rows, SplitRows
 from ..folders import files_below, image_folder
 from ..hub import offline_if_unreachable, reason_of
-from ..reach import check_card, check_files
+from ..reach import check_files, check_folder
 from ..stamps import size_and_dates, stamp_told
 from .reader import shard_rows
 from .shard import Shard, attempt
@@ -29,7 +29,7 @@ def open_shards(config: DataConfig) -> SplitRows:
     """
     if config.source == "digits":
         raise UserError("data.streaming: the digits are in memory; it is for shards (.parquet, .tar) and folders")
-    path = Path(config.source).expanduser()
+    path = Path(os.path.expanduser(config.source))
     if path.is_dir() and not any(entry.suffix in KINDS for entry in files_below(path)):
         return image_folder(path, config)
     found = {split: files for split, files in find_files(config, path).items() if files}
@@ -54,7 +54,7 @@ def find_files(config: DataConfig, path: Path) -> dict[str, list[str]]:
         return {config.split: remote_files(source)}
     if path.is_file():
         return {config.split: [str(path)]}
-    if glob.has_magic(source):
+    if glob.has_magic(source) and not path.exists():
         files = sorted(glob.glob(str(path), recursive=True), key=os.fsencode)
         if not files:
             raise UserError(f"data.source: no file is called like {source}")
@@ -110,8 +110,8 @@ def resolved(source: str, path: Path) -> dict[str, list[str]]:
 
     try:
         if path.exists():
-            check_card(path)
-            builder = datasets.load_dataset_builder(str(path))
+            check_folder(path)
+            builder = datasets.load_dataset_builder(os.path.abspath(path))  # see `sources.tables`
         else:
             with offline_if_unreachable():
                 builder = datasets.load_dataset_builder(source)

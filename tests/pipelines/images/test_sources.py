@@ -38,7 +38,7 @@ def test_digits_without_their_package_says_what_to_install(monkeypatch):
 # What cannot be opened
 
 
-@pytest.mark.parametrize("source", ["/no/such/folder", "./missing", "a/b/c", "~/nothing here"])
+@pytest.mark.parametrize("source", ["/no/such/folder", "./missing", "a/b/c", "~/nothing here", "~no-such-user/x"])
 def test_missing_path_is_said_to_be_missing(source):
     with pytest.raises(UserError, match="there is no file or folder"):
         load_images(config(source))
@@ -99,6 +99,24 @@ def test_the_working_folder_is_a_source(tmp_path, monkeypatch):
     write_table(tmp_path / "a.parquet", PNGS, list(range(10)))
     monkeypatch.chdir(tmp_path)
     assert len(load_images(config(".")).train) == 9
+    assert len(load_images(config(".", streaming=True)).train) == 9
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_name_that_is_there_is_no_pattern(tmp_path, streaming):
+    """As patterns, both files are also `a1.parquet`."""
+    write_table(tmp_path / "a1.parquet", PNGS, [0, 1] * 5)
+    for name in ("a?.parquet", "a[1].parquet"):
+        path = write_table(tmp_path / name, PNGS[:4], [0, 1, 0, 1])
+        assert len(load_images(config(path, streaming=streaming)).train) == 3
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_folder_of_tables_that_would_be_a_pattern_is_refused(tmp_path, streaming):
+    write_table(tmp_path / "a1" / "a.parquet", PNGS, [0, 1] * 5)
+    write_table(tmp_path / "a?" / "a.parquet", PNGS[:4], [0, 1, 0, 1])
+    with pytest.raises(UserError, match=r"a\?: a folder of tables cannot have \*, \? or \[ in its name; rename it"):
+        load_images(config(tmp_path / "a?", streaming=streaming))
 
 
 def test_columns_are_named_when_one_is_missing(tmp_path):
