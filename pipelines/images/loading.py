@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 from numpy.typing import NDArray
-
-from tokenizer.files.errors import one_line
 
 from ..config import UserError
 from ..shuffling.hashing import splitmix64
@@ -16,6 +12,7 @@ from .bad import judge
 from .base import DataConfig, Rows, SplitRows
 from .dataset import ImageDataset, Splits
 from .decoding import decode_all
+from .labels import number_labels
 from .sources import open_source
 from .splits import held_out_split, tell_splits, validation_count
 
@@ -105,35 +102,3 @@ def carve(rows: Rows, held_out: int, validation: int) -> dict[str, NDArray[np.in
 def drawn(size: int) -> NDArray[np.int64]:
     """The positions below `size` in a fixed random order."""
     return np.argsort(splitmix64(np.arange(size, dtype=np.uint64)), kind="stable")
-
-
-def number_labels(parts: list[Rows]) -> tuple[list[NDArray[np.int64] | None], list[str]]:
-    """The class ids of the rows of every part, and the names of the classes, which all parts share. Raises
-    `UserError`."""
-    names = parts[0].class_names
-    if names is not None:
-        known: list[Any] = list(range(len(names)))
-    else:
-        found = {label for rows in parts for label in rows.labels or [] if is_label(label)}
-        known = sorted(found, key=lambda label: (isinstance(label, str), label))  # a tar may have numbers and words
-    ids = {label: class_id for class_id, label in enumerate(known)}
-    for rows in parts:
-        for row, label in enumerate(rows.labels or []):
-            if not is_label(label) or label not in ids:
-                raise UserError(one_line(f"{rows.read([row])[0][0]}: {wrong_label(label, names)}"))
-    numbered = [None if r.labels is None else np.array([ids[label] for label in r.labels], np.int64) for r in parts]
-    return numbered, names or [str(label) for label in known]
-
-
-def wrong_label(label: Any, names: list[str] | None) -> str:
-    """What is wrong with what cannot be a class."""
-    way = "data.label_column=null uses all images without labels"
-    if label is None:
-        return f"no class, while other images have one: in folders, each image lies in that of its class; {way}"
-    allowed = f"0 to {len(names) - 1}" if names is not None else "a string, or an integer from 0"
-    return f"the label is {label!r}, allowed is {allowed}; {way}"
-
-
-def is_label(label: Any) -> bool:
-    """Whether a value can be a class: a string, or an integer from 0."""
-    return isinstance(label, str) or (isinstance(label, int) and label >= 0)

@@ -25,6 +25,7 @@ from tokenizer.files.variants import weights_names
 from tokenizer.pretrained import CONFIG, PROVENANCE
 
 from ..config import Within
+from ..images.labels import LONGEST, is_class_name
 from .card import FIGURES, TUNING
 
 INDEX, CARD, GRID = "model_index.json", "README.md", "samples.png"
@@ -32,7 +33,6 @@ BACKGROUND, CALIBRATION = "background", "calibration.json"
 FORMAT_VERSION, VARIANT_VERSION = 1, 2  # 2: whose weights are those of a variant
 MAX_PICTURE_BYTES, MAX_GRID_PIXELS = 64 << 20, 32 << 20
 MAX_REST_BYTES = 1 << 30  # of listed files that are none of these
-LONGEST_LABEL, JOINER = 200, "\u200d"  # a joiner, which is not printable by itself, makes one emoji of two
 PARTS = ("tokenizer", "prior", BACKGROUND)
 FILES = [INDEX, PROVENANCE, CARD, GRID, CALIBRATION, MANIFEST] + [
     f"{part}/{name}" for part in PARTS for name in (CONFIG, *weights_names(), PROVENANCE)
@@ -134,10 +134,8 @@ def check_listed(files: Folder) -> None:
 def check_labels(labels: Sequence[str]) -> None:
     """Raise `ConfigError` for a name that cannot be printed as it is: a terminal would obey it."""
     for label in labels:
-        if len(label) > LONGEST_LABEL or not label.replace(JOINER, "").isprintable():
-            raise ConfigError(
-                f"{INDEX}: labels: {shown(label)} is no name: at most {LONGEST_LABEL} printable characters"
-            )
+        if not is_class_name(label):
+            raise ConfigError(f"{INDEX}: labels: {shown(label)} is no name: at most {LONGEST} printable characters")
 
 
 def check_figures(found: dict[str, Any], names: Iterable[str] = FIGURES) -> dict[str, Any]:

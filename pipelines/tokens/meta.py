@@ -19,6 +19,7 @@ from tokenizer.files.ownership import Kind
 from tokenizer.files.reading import MANIFEST, Folder
 from tokenizer.files.writing import write_json
 
+from ..images.labels import is_printable
 from .shards import MAX_SHARDS, shard_names
 
 META, FORMAT_VERSION = "meta.json", 2
@@ -82,7 +83,7 @@ def manifest_hash(folder: Path) -> str:
 
 def check_printable(name: str) -> str:
     """Raise `ValueError` for a name that a terminal would obey."""
-    if not name.isprintable():
+    if not is_printable(name):
         raise ValueError(f"should be a printable name (found {shown(name)})")
     return name
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Iterator
 from itertools import groupby
 from typing import Any, BinaryIO
@@ -115,7 +116,7 @@ def label_of(file: BinaryIO, parts: dict[str, Member], config: DataConfig) -> An
     member = parts.get(column.lower()) or (parts.get("cls") if column == LABEL else None)
     if member is not None:
         text = read_text(file, member).strip()
-        return int(text) if text.lstrip("-").isdecimal() and len(text) < 19 else text or None
+        return int(text) if re.fullmatch(r"-?\d{1,18}", text) else text or None
     if "json" not in parts:
         return None
     try:

@@ -86,6 +86,13 @@ def test_bad_labels_are_named_by_row(tmp_path, label, told):
         load_images(config(path))
 
 
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_column_of_no_class_is_said_to_have_none(tmp_path, streaming):
+    path = write_table(tmp_path / "a.parquet", PNGS, [None] * 10)
+    with pytest.raises(UserError, match="no class, as no image has one; data.label_column=null uses all"):
+        load_images(config(path, streaming=streaming))
+
+
 def test_unlabelled_rows_of_a_class_column(tmp_path):
     import datasets
 
