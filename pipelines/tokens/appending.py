@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +15,14 @@ from tokenizer.settings.mistakes import show
 
 from ..config import UserError
 from ..images import DataConfig, ImageDataset
+from ..images.origin import is_local
 from ..images.splits import as_begun
 from .meta import Meta, read_meta, verify_files
 from .pieces import EncodeJob
 
 Data = dict[str, Any]
+NO_CHOICE = ("augment", "cache_mb", "shuffle_window", "on_error", "max_bad_fraction")
+"""Settings of images that do not change which ones are encoded, but whether any are."""
 
 
 def existing(out: Path, tokenizer: Tokenizer) -> Meta:
@@ -39,6 +43,8 @@ def missing_variants(old: Meta | None, data: Data, seed: int, wanted: dict[str, 
     """
     if old is None:
         return {split: (0, count) for split, count in wanted.items()}
+    if not wanted:
+        raise UserError("only: of these images none are kept for validation (data.validation_fraction)")
     if not old.parts and same_images(old.source.get("data") or {}, data):
         raise UserError("append: this dataset does not say which augmentations it has; encode it again")
     found = {}
@@ -58,9 +64,19 @@ def missing_variants(old: Meta | None, data: Data, seed: int, wanted: dict[str, 
 
 def same_images(one: Data, other: Data) -> bool:
     """Whether two data configurations name the same images, before they are augmented."""
-    known = (as_saved(DataConfig, data) for data in (one, other))
-    sides = ({key: value for key, value in data.items() if key not in ("augment", "cache_mb")} for data in known)
-    return next(sides) == next(sides)
+    first, second = (
+        {
+            **{key: value for key, value in data.items() if key not in NO_CHOICE},
+            "source": place_of(str(data.get("source"))),
+        }
+        for data in (as_saved(DataConfig, one), as_saved(DataConfig, other))
+    )
+    return first == second
+
+
+def place_of(source: str) -> str:
+    """A source by its full path, if it is one here; another as it is."""
+    return os.path.realpath(os.path.expanduser(source)) if is_local(source) else source
 
 
 def begun_with(out: Path, old: Meta | None) -> list[Data]:

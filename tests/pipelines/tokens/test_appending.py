@@ -100,6 +100,33 @@ def test_what_can_not_be_added(tokenizer, tmp_path):
         run(config(tokenizer, tmp_path / "plain", other, append=True))
 
 
+def test_settings_that_choose_no_images_do_not_make_them_others(tokenizer, tmp_path, monkeypatch):
+    """They were encoded once more, and images for validation became training images."""
+    first = write_classes(tmp_path / "a", ["cat", "dog"], 10)
+    run(config(tokenizer, tmp_path / "tokens", {**first, "validation_fraction": 0.2}))
+    monkeypatch.chdir(tmp_path)
+    for changes in (
+        {"on_error": "skip"},
+        {"max_bad_fraction": 0.5},
+        {"shuffle_window": 7},
+        {"source": "a"},
+        {"source": f"{tmp_path}/a/../a/"},
+    ):
+        with pytest.raises(UserError, match="has these rows already"):
+            data = {**first, "validation_fraction": 0.2, **changes}
+            run(config(tokenizer, tmp_path / "tokens", data, append=True))
+        with pytest.raises(UserError, match="images for validation would be trained on"):
+            data = {**first, "validation_fraction": 0.4, **changes}
+            run(config(tokenizer, tmp_path / "tokens", data, append=True))
+
+
+def test_a_split_that_the_images_do_not_have_is_said_to_be_missing(tokenizer, tmp_path):
+    first = write_classes(tmp_path / "a", ["cat"])
+    run(config(tokenizer, tmp_path / "tokens", first))
+    with pytest.raises(UserError, match="^only: of these images none are kept for validation"):
+        run(config(tokenizer, tmp_path / "tokens", first, append=True, only="validation"))
+
+
 def test_killed_after_its_last_step_rows_are_not_added_twice(tokenizer, tmp_path, monkeypatch):
     """The dataset has them, and the pieces are still there; nor do they stand in the way of others."""
     first, second, third = (write_classes(tmp_path / n, ["cat"], 3, k) for k, n in enumerate("abc"))
