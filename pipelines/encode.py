@@ -133,7 +133,7 @@ def part_of(config: EncodeConfig, variants: dict[str, tuple[int, int]], pieces: 
 def there_already(config: EncodeConfig, tokenizer: Tokenizer, images: Splits, part: dict[str, Any]) -> Meta | None:
     """The dataset, if this encode has made it before."""
     names = images.train.class_names if images.train.labels is not None else []
-    return made_before(Path(config.out), part, names, tokenizer.fingerprint(), config.rows_per_shard, config.data.path)
+    return made_before(Path(config.out), part, names, tokenizer.fingerprint(), config.rows_per_shard, config.data)
 
 
 def end(accelerator: Accelerator, out: Path, text: str, leads: bool) -> Path:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any
 
 from tokenizer.files.errors import PipelineLoadError
 
+from ..images import DataConfig
 from .meta import META, Meta, read_meta, verify_files
 from .pieces import EncodeJob
 
@@ -19,12 +21,12 @@ def made_before(
     class_names: Sequence[str],
     tokenizer: str,
     rows_per_shard: int | None,
-    source: Path | None,
+    data: DataConfig,
 ) -> Meta | None:
     """The dataset in `out`, if it is whole and of nothing but `part` (settings of the images, seed, variants and rows),
     of these classes, made by the tokenizer of this fingerprint, in files of so many rows (None: of any number), after
-    the images in `source` were written; and no encode is under way."""
-    if not (out / META).is_file() or EncodeJob.unfinished(out) is not None or changed_since(source, out):
+    the images of `data` were written; and no encode is under way."""
+    if not (out / META).is_file() or EncodeJob.unfinished(out) is not None or changed_since(data, out):
         return None
     try:
         meta = read_meta(out)
@@ -43,13 +45,13 @@ def sizes(rows: int, each: int) -> list[int]:
     return [min(each, rows - start) for start in range(0, rows, each)]
 
 
-def changed_since(source: Path | None, out: Path) -> bool:
-    """Whether a file or folder of images was written after the dataset in `out` was."""
-    if source is None:
-        return False
+def changed_since(data: DataConfig, out: Path) -> bool:
+    """Whether a file or folder of images here was written after the dataset in `out` was."""
+    pattern = os.path.expanduser(data.source) if glob.has_magic(data.source) else ""
+    sources = [data.path] if data.path else [Path(name) for name in glob.glob(pattern, recursive=True)]
     when = (out / META).stat().st_mtime
-    below = (Path(place, name) for place, _, names in os.walk(source) for name in ("", *names))
-    return any(path.stat().st_mtime > when for path in (source, *below) if path.exists())
+    below = (Path(place, name) for top in sources for place, _, names in os.walk(top) for name in ("", *names))
+    return any(path.stat().st_mtime > when for path in (*sources, *below) if path.exists())
 
 
 def told(meta: Meta) -> str:

@@ -13,6 +13,7 @@ import torch
 from failures.encodes import SHIFT, config, interrupted, write_classes
 from failures.forked import log_of, start_verb
 from folders import contents
+from givens.image_files import rows_of, write_tar
 from launch import output_of, start, two_processes
 from prepared import run_file
 from several import Several
@@ -203,6 +204,17 @@ def test_processes_that_are_launched_write_the_same_files(tokenizer, images, tmp
     output_of(start(command))
     run(config(tokenizer, tmp_path / "alone", images, rows_per_shard=7))
     assert contents(tmp_path / "several") == contents(tmp_path / "alone")
+
+
+@pytest.mark.parametrize("name", ["a.tar", "*.tar"])
+def test_shards_that_were_written_again_are_encoded_again(tokenizer, tmp_path, name):
+    """Of the same number of images: a pattern names files as much as a name does."""
+    found = []
+    for first in (0, 40):
+        write_tar(tmp_path / "a.tar", [(key, image, None) for key, image, _ in rows_of(50, size=28)[first:][:10]])
+        run(config(tokenizer, tmp_path / "tokens", {"source": str(tmp_path / name), "streaming": True}))
+        found.append(contents(tmp_path / "tokens"))
+    assert found[0] != found[1]
 
 
 if __name__ == "__main__":
