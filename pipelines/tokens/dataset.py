@@ -23,7 +23,18 @@ from tokenizer.files.errors import FormatError, IntegrityError
 from tokenizer.files.reading import steadily
 from tokenizer.files.writing import atomic_folder
 
-from .meta import META, TOKENS, Meta, check_count, check_labels, manifest_hash, read_meta, seal, verify_files
+from .meta import (
+    META,
+    TOKENS,
+    Meta,
+    check_count,
+    check_labels,
+    check_meta,
+    manifest_hash,
+    read_meta,
+    seal,
+    verify_files,
+)
 from .parquet import local_folder, push, write_parquet
 from .shards import (
     MappedRows,
@@ -66,8 +77,9 @@ class TokenDataset:
         return len(self.class_names)
 
     def meta(self, shards: dict[str, list[int]]) -> Meta:
-        """What `meta.json` is to say of files of these rows."""
-        return Meta(
+        """What `meta.json` is to say of files of these rows. Raises a `PipelineLoadError` for what could not be loaded
+        again: names of splits or classes that are none, and labels that are no class."""
+        found = Meta(
             self.grid,
             self.class_names,
             shards,
@@ -76,11 +88,16 @@ class TokenDataset:
             self.tokenizer.fingerprint(),
             self.parts,
         )
+        check_meta(found, Path(META))
+        for name, split in self.splits.items():
+            check_labels(Path(name), split.labels, self.num_classes)
+        return found
 
     def save(self, folder: str | Path, rows_per_shard: int | None = None) -> None:
         """Write everything; the folder appears whole or not at all. rows_per_shard: of a file; None: one file for a
         split below 64 MiB. Raises `PathError` if something else is there, `ValueError` for ids out of range."""
         cuts = self._cuts(rows_per_shard)
+        meta = self.meta(sizes_of(cuts))
         check_count(sum(map(len, cuts.values())))
         with atomic_folder(folder, kind=TOKENS) as target:
             entries = {}
@@ -89,7 +106,7 @@ class TokenDataset:
                 for name, (start, stop) in zip(shard_names(split, len(parts)), parts, strict=True):
                     some = None if labels is None else labels[start:stop]
                     entries[name] = write_shard(target / name, tokens[start:stop], some, self.grid)
-            seal(target, self.meta(sizes_of(cuts)), self.tokenizer, entries)
+            seal(target, meta, self.tokenizer, entries)
 
     def to_parquet(self, folder: str | Path) -> None:
         """Write everything as it is uploaded to the Hub; see `parquet.write_parquet`."""

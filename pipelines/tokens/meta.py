@@ -159,6 +159,11 @@ def read_meta(folder: Path) -> Meta:
     )
 
 
+def check_meta(meta: Meta, path: Path) -> None:
+    """Raise `FormatError` for what `read_meta` would refuse in the file `path`."""
+    checked(MetaFile, meta.to_dict(), path)
+
+
 def verify_files(folder: Path, meta: Meta, *, whole: bool) -> Folder:
     """Compare all files with `manifest.json`: by sha256, or, unless `whole`, the shards by their size alone."""
     files, shards = Folder.sealed(folder), set(meta.files())  # which compares the sizes

@@ -246,7 +246,7 @@ def unpack(folder: Path, out: Path) -> None:
                 folder / name for name in sorted(files) if re.fullmatch(rf"data/{split}-\d+-of-\d+\.parquet", name)
             ]
             batches = (batch for path in paths for batch in read_parquet(path, meta))
-            groups = regrouped(batches, [*sizes, 1])  # the last one is to be empty
+            groups = regrouped(batches, [*sizes, 1], meta)  # the last one is to be empty
             for name, size in zip([*shard_names(split, len(sizes)), ""], [*sizes, 0], strict=True):
                 tokens, labels = next(groups)
                 if len(tokens) != size:
@@ -288,9 +288,10 @@ def read_parquet(path: Path, meta: Meta) -> Batches:
         raise FormatError(f"{path}: not readable as a parquet file of tokens ({error})") from error
 
 
-def regrouped(batches: Batches, sizes: list[int]) -> Batches:
+def regrouped(batches: Batches, sizes: list[int], meta: Meta) -> Batches:
     """The same rows in batches of these sizes, as far as there are rows."""
-    tokens, labels = torch.empty(0), None
+    tokens = torch.empty(0, *meta.grid.shape, dtype=torch.int64)
+    labels = torch.empty(0, dtype=torch.int64) if meta.class_names else None
     for size in sizes:
         while len(tokens) < size and (batch := next(batches, None)) is not None:
             tokens = torch.cat([tokens, batch[0]]) if len(tokens) else batch[0]

@@ -47,7 +47,10 @@ def shard_names(split: str, count: int) -> list[str]:
 
 
 def spans(rows: int, grid: TokenGrid, rows_per_shard: int | None) -> list[tuple[int, int]]:
-    """First row and end of each file of a split; `rows_per_shard` None: one file if it is small."""
+    """First row and end of each file of a split; `rows_per_shard` None: one file if it is small. Raises `ValueError`
+    below 1."""
+    if rows_per_shard is not None and rows_per_shard < 1:
+        raise ValueError(f"rows_per_shard should be at least 1 (got {rows_per_shard})")
     if rows_per_shard is None:
         rows_per_shard = max(1, rows) if rows * bytes_per_row(grid) <= ONE_FILE else ROWS_PER_SHARD
     return [(start, min(start + rows_per_shard, rows)) for start in range(0, max(1, rows), rows_per_shard)]
@@ -94,6 +97,23 @@ def map_shard(path: Path, rows: int, grid: TokenGrid) -> tuple[Tensor, Tensor | 
     return tokens, None if labels is None else labels.clone()
 
 
+def positions_of(rows: Any, size: int) -> NDArray[np.int64]:
+    """The rows asked for, `(B,)` from 0, of `size`: numbers, which count from the end where they are negative, a bool
+    for each row, or a slice. Raises `IndexError`."""
+    if isinstance(rows, slice):
+        return np.arange(*rows.indices(size))
+    wanted = np.asarray(rows.cpu() if isinstance(rows, Tensor) else rows).reshape(-1)
+    if wanted.dtype == bool and len(wanted) == size:
+        wanted = np.flatnonzero(wanted)
+    if len(wanted) and wanted.dtype.kind not in "iu":
+        raise IndexError(f"rows should be whole numbers, or a bool for each of {size}")
+    wanted = wanted.astype(np.int64)
+    wanted = np.where(wanted < 0, wanted + size, wanted)
+    if len(wanted) and (wanted.min() < 0 or wanted.max() >= size):
+        raise IndexError(f"rows go from {wanted.min()} to {wanted.max()}; there are {size}")
+    return wanted
+
+
 class MappedRows:
     """The tokens of a split on the disk, indexed like a tensor `(n, *grid.shape)`: what is asked for is read.
 
@@ -114,27 +134,15 @@ class MappedRows:
         in the vocabulary."""
         if isinstance(rows, slice):
             start, stop, step = rows.indices(len(self))
-            found = self._between(start, stop) if step == 1 else self._gather(np.arange(start, stop, step))
+            found = self._between(start, stop) if step == 1 else self._gather(positions_of(rows, len(self)))
         else:
-            found = self._gather(self._positions(rows))
+            found = self._gather(positions_of(rows, len(self)))
         if found.size and int(found.max()) >= self._vocab_size:
             raise IntegrityError(
                 f"{self._folder}: an id of {int(found.max())}, ids should lie in [0, "
                 f"{self._vocab_size}); a file was changed after writing"
             )
         return torch.from_numpy(found)
-
-    def _positions(self, rows: Any) -> NDArray[np.int64]:
-        wanted = np.asarray(rows).reshape(-1)
-        if wanted.dtype == bool and len(wanted) == len(self):
-            wanted = np.flatnonzero(wanted)
-        if len(wanted) and wanted.dtype.kind not in "iu":
-            raise IndexError(f"rows should be whole numbers, or a bool for each of {len(self)}")
-        wanted = wanted.astype(np.int64)
-        wanted = np.where(wanted < 0, wanted + len(self), wanted)
-        if len(wanted) and (wanted.min() < 0 or wanted.max() >= len(self)):
-            raise IndexError(f"rows go from {wanted.min()} to {wanted.max()}; there are {len(self)}")
-        return wanted
 
     def _between(self, start: int, stop: int) -> NDArray[Any]:
         pairs = zip(self._shards, self._starts, strict=False)
@@ -169,11 +177,12 @@ class TokenSplit:
 
     def rows(self, indices: Indices) -> Tensor:
         """Tokens `(B, *grid.shape)` int64 of the rows asked for; raises `IndexError` for one that is not there."""
-        if isinstance(self.tokens, MappedRows) or isinstance(indices, slice):
+        if isinstance(self.tokens, MappedRows):
             return self.tokens[indices].long()
+        wanted = positions_of(indices, len(self))
         if self.tokens.device.type != "cpu":
-            return self.tokens[torch.as_tensor(indices)].long()
-        return torch.from_numpy(self.tokens.numpy()[np.asarray(indices)].astype(np.int64))
+            return self.tokens[torch.from_numpy(wanted)].long()
+        return torch.from_numpy(self.tokens.numpy()[wanted].astype(np.int64))
 
 
 def chunks(rows: int, size: int = ROWS_PER_SHARD) -> Iterator[slice]:

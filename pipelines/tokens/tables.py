@@ -66,6 +66,10 @@ def from_tables(
 ) -> tuple[dict[str, TokenSplit], list[str]]:
     """The splits of tables, and the names of their classes. Raises `UserError` for columns that are missing, ids that
     the tokenizer does not have, another shape, and labels that are no `ClassLabel` or not the same in all."""
+    if not isinstance(tables, Mapping):
+        raise UserError(
+            f"tables should be one for each split, {{'train': ..., 'test': ...}} (got {type(tables).__name__})"
+        )
     names = {split: class_names_of(split, table, label) for split, table in tables.items()}
     if len(set(map(tuple, names.values()))) > 1:
         told = "; ".join(f"{split}: {', '.join(found) or 'none'}" for split, found in names.items())

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -89,6 +90,28 @@ def test_ids_of_every_width_survive(levels, tmp_path):
     assert torch.equal(loaded.tokens[rows].long(), tokens[rows])  # as training reads them
     size = (tmp_path / "tokens" / "train.safetensors").stat().st_size
     assert size < 9 * len(data.grid) * smallest_type(data.grid.vocab_size).itemsize + 9 * 8 + 300
+
+
+@pytest.mark.parametrize(
+    ("changes", "split", "options", "message"),
+    [
+        ({}, "train.clean", {}, "'train.clean' is not a name"),
+        ({}, "a/b", {}, "'a/b' is not a name"),
+        ({"class_names": ["a\n", "b", "c"]}, "train", {}, "should be a printable name"),
+        ({"class_names": ["cat"]}, "train", {}, r"train: labels should lie in \[0, 1\)"),
+        ({}, "train", {"rows_per_shard": 0}, "rows_per_shard should be at least 1"),
+        ({}, "train", {"rows_per_shard": -1}, "rows_per_shard should be at least 1"),
+    ],
+)
+def test_what_could_not_be_loaded_is_not_saved(tmp_path, changes, split, options, message):
+    data = make_dataset()
+    data = replace(data, **changes, splits={split: data.splits["train"]})
+    with pytest.raises(ValueError, match=message):
+        data.save(tmp_path / "tokens", **options)
+    if not options:
+        with pytest.raises(ValueError, match=message):
+            data.to_parquet(tmp_path / "parquet")
+    assert not any(tmp_path.iterdir())
 
 
 # Damage

@@ -66,6 +66,14 @@ def test_what_is_written_is_what_is_read(tmp_path, monkeypatch, labelled, levels
     assert_same(load_tokens(tmp_path / "parquet", cache_dir=tmp_path / "cache"), data)
 
 
+@pytest.mark.parametrize("labelled", [True, False])
+def test_a_split_of_no_rows_comes_back(tmp_path, labelled):
+    """As `filter` may leave one."""
+    data = make_dataset(labelled=labelled, rows=0)
+    data.to_parquet(tmp_path / "parquet")
+    assert_same(load_tokens(tmp_path / "parquet", cache_dir=tmp_path / "cache"), data)
+
+
 def test_rows_of_a_mapped_dataset_are_written_some_at_a_time(tmp_path, monkeypatch):
     data = make_dataset(rows=40)
     data.save(tmp_path / "tokens", rows_per_shard=9)

@@ -66,8 +66,18 @@ def test_rows_are_the_same_however_they_are_kept(tmp_path, size, mapped, labelle
             assert found.dtype == torch.int64 and torch.equal(found, whole[torch.from_numpy(rows)])
     for rows in (slice(None), slice(5, 23), slice(48, 90), slice(9, 9), slice(3, 40, 5)):
         assert torch.equal(split.rows(rows), whole[rows]) and torch.equal(split.tokens[rows].long(), whole[rows])
-    with pytest.raises(IndexError):
-        split.rows(np.array([3, 50]))
+    every_third = np.arange(50) % 3 == 0
+    for asked, meant in (
+        ([], whole[:0]),
+        ([-1, 0], whole[[49, 0]]),
+        (3, whole[3:4]),
+        (slice(None, None, -7), whole.flip(0)[::7]),
+        (every_third, whole[torch.from_numpy(every_third)]),
+    ):
+        assert torch.equal(split.rows(asked), meant)
+    for wrong in (np.array([3, 50]), [-51], [0.5], every_third[1:]):
+        with pytest.raises(IndexError, match="50"):
+            split.rows(wrong)
     assert split.labels is None if not labelled else torch.equal(split.labels, data.splits["train"].labels)
 
 

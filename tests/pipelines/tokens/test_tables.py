@@ -163,6 +163,12 @@ def test_tables_that_are_not_the_tokenizers_are_refused_in_a_line() -> None:
 # Names of classes, from `datasets` to a pipeline
 
 
+def test_a_table_without_its_split_is_refused_in_a_line() -> None:
+    data = make_dataset()
+    with pytest.raises(UserError, match=r"^tables should be one for each split, .* \(got Dataset\)$"):
+        TokenDataset.from_datasets(data.to_datasets()["train"], data.tokenizer)
+
+
 def test_names_of_classes_go_from_datasets_to_the_pipeline(tmp_path: Path) -> None:
     for split, count in (("train", 12), ("test", 6)):
         pictures(count).to_parquet(tmp_path / "images" / f"{split}-00000-of-00001.parquet")
