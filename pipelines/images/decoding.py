@@ -156,10 +156,12 @@ def flatten(image: Image.Image) -> Image.Image:
     """The image in 8 bits a channel without transparency: 16-bit grey is scaled, alpha is composited on white."""
     if image.mode.startswith("I"):
         values = np.asarray(image).astype(np.int64).clip(0, 65535)
+        if isinstance(clear := image.info.get("transparency"), int):  # one grey of a PNG
+            values = np.where(values == clear, 65535, values)
         return Image.fromarray(((values * 255 + 32767) // 65535).astype(np.uint8))
     if image.mode == "LAB":
         return image.convert("RGB")  # Pillow has no other way from it
-    if image.mode in ("LA", "La", "PA", "RGBA", "RGBa") or "transparency" in image.info:
+    if image.has_transparency_data:
         image = (image.convert("LA") if image.mode == "La" else image).convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
     return image

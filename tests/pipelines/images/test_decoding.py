@@ -62,6 +62,24 @@ def test_transparency_is_composited_on_white(tmp_path, mode):
     assert tuple(pixels[:, 5, 9]) == solid
 
 
+def test_transparency_of_a_palette_is_composited_as_in_a_file(tmp_path):
+    """A picture that was quantized and not saved has no `transparency`; its palette has alpha."""
+    image = Image.new("RGBA", (12, 12), (10, 20, 30, 255))
+    image.paste((0, 0, 0, 0), (0, 0, 6, 12))
+    image = image.quantize(2, method=Image.Quantize.FASTOCTREE)
+    write_image(tmp_path / "a.png", encoded(image))
+    pixels = pixels_of(image, (3, 12, 12))
+    assert (pixels[:, :, :6] == 255).all() and (pixels[:, :, 6:] < 40).all()
+    assert np.array_equal(pixels, one(tmp_path / "a.png", channels=3))
+
+
+def test_a_transparent_grey_of_sixteen_bits_is_white(tmp_path):
+    levels = np.arange(144, dtype=np.uint16).reshape(12, 12) * 257
+    write_image(tmp_path / "a.png", encoded(Image.fromarray(levels), transparency=40 * 257))
+    pixels = one(tmp_path / "a.png")[0].flatten()
+    assert pixels[40] == 255 and np.array_equal(np.delete(pixels, 40), np.delete(np.arange(144), 40))
+
+
 def test_sixteen_bits_are_scaled_to_eight(tmp_path):
     levels = np.arange(144, dtype=np.uint16).reshape(12, 12)
     write_image(tmp_path / "a.png", encoded(Image.fromarray(levels * 257)))
