@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from ..config import UserError
 from ..shuffling.hashing import splitmix64
 from .base import DataConfig, Payload, Rows, SplitRows, show_progress
-from .folders import files_below, image_folder, known_file, stamps_at
+from .folders import STREAM, files_below, image_folder, known_file, stamps_at
 from .hub import offline_if_unreachable, reason_of
 from .origin import HUB_NAME, REMARK
 from .reach import check_files, check_folder, is_below, places
@@ -41,9 +41,11 @@ def open_source(config: DataConfig) -> SplitRows:
     if path.is_dir() and not any(map(is_table, files_below(path))):
         return image_folder(path, config)
     if not path.exists() and not re.fullmatch(HUB_NAME, config.source):
-        raise UserError(f"data.source: there is no file or folder {config.source}")
+        hint = STREAM if "://" in config.source or glob.has_magic(config.source) else ""
+        raise UserError(f"data.source: there is no file or folder {config.source}{hint}")
     if path.is_file() and not is_parquet(path):
-        raise UserError(f"data.source: {path} is not a parquet file; of pictures, give the folder that they are in")
+        hint = STREAM if path.suffix == ".tar" else "; of pictures, give the folder that they are in"
+        raise UserError(f"data.source: {path} is not a parquet file{hint}")
     return tables(path, config)
 
 

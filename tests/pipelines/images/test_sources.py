@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from givens.image_files import noise
+from givens.image_files import noise, rows_of, write_tar
 from givens.image_folders import BAD, PNGS, bytes_of_each, config, write_table
 from optional import needs_digits
 
@@ -42,6 +42,21 @@ def test_digits_without_their_package_says_what_to_install(monkeypatch):
 def test_missing_path_is_said_to_be_missing(source):
     with pytest.raises(UserError, match="there is no file or folder"):
         load_images(config(source))
+
+
+@pytest.mark.parametrize(
+    ("source", "told"),
+    [
+        ("https://example.org/a.tar", "there is no file or folder https://example.org/a.tar"),
+        ("{}/*.tar", r"there is no file or folder .*/\*.tar"),
+        ("{}/a.tar", "a.tar is not a parquet file"),
+        ("{}", r"no images here \(.*\)"),
+    ],
+)
+def test_what_only_streaming_reads_is_told_so(tmp_path, source, told):
+    write_tar(tmp_path / "a.tar", rows_of(10))
+    with pytest.raises(UserError, match=f"{told}; data.streaming=true reads .tar shards, patterns and URLs$"):
+        load_images(config(source.format(tmp_path)))
 
 
 @pytest.mark.parametrize("source", ["owner/name", "cifar"])
