@@ -109,6 +109,7 @@ def run(config: EncodeConfig) -> Path:
         if meta := None if old else team.first(lambda: there_already(config, tokenizer, images, part)):
             return end(accelerator, out, f"already finished: {told(meta)}; nothing to do", team.leads)
         job = EncodeJob(out, tokenizer.grid, pieces, depends_on(config, tokenizer, pieces, accelerator.device.type))
+        job.sizes({} if old is None else old.shards, merge=config.rows_per_shard is None)  # before the work
         share = shared(job, team)
         encode_pieces(share, tokenizer.to(accelerator.device), images, numbers, config, job)
         accelerator.wait_for_everyone()
@@ -166,9 +167,8 @@ def check_settings(config: EncodeConfig, tokenizer: Tokenizer, out: Path) -> Non
 
 def variants_to_make(config: EncodeConfig, images: Splits, old: Meta | None) -> dict[str, tuple[int, int]]:
     """For each split that gets rows, its first variant and the end; see `missing_variants`."""
-    wanted = {split: 1 + config.augmentations * (split == "train") for split in by_split(images)}
-    if config.only is not None:
-        wanted = {split: count for split, count in wanted.items() if split == config.only}
+    splits = [split for split in by_split(images) if config.only in (None, split)]
+    wanted = {split: 1 + config.augmentations * (split == "train") for split in splits}
     return missing_variants(old, config.data.model_dump(mode="json"), config.seed, wanted)
 
 

@@ -17,6 +17,7 @@ from tokenizer.files.reading import MANIFEST
 from tokenizer.files.writing import atomic_folder
 from tokenizer.settings import as_saved
 
+from ..config import UserError
 from ..images import DataConfig
 from ..jobs import Job, Piece
 from ..jobs.pieces import cut as cut_rows
@@ -70,6 +71,21 @@ class EncodeJob(Job):
         """Write a piece as a shard of the dataset."""
         self.enter(piece, write_shard(self.work / piece.name, tokens, labels, self.grid))
 
+    def sizes(self, before: dict[str, list[int]], merge: bool) -> dict[str, list[int]]:
+        """The rows of each file of each split, after those that were there `before`; see `publish`. Raises `UserError`
+        for more files than a dataset may have."""
+        found = {split: list(sizes) for split, sizes in before.items()}
+        for piece in self.pieces:
+            found.setdefault(piece.split, []).append(piece.rows)
+        if merge:
+            small = {split for split, sizes in found.items() if sum(sizes) * bytes_per_row(self.grid) <= ONE_FILE}
+            found = {split: [sum(sizes)] if split in small else sizes for split, sizes in found.items()}
+        try:
+            check_count(sum(map(len, found.values())))
+        except ValueError as error:
+            raise UserError(str(error)) from error
+        return found
+
     def publish(self, meta: Meta, before: dict[str, list[TokenShard]], tokenizer: Tokenizer, merge: bool) -> Meta:
         """Give the dataset of all pieces, after the shards that were there `before`, its name in one step; what was
         there is replaced, and the work folder goes. merge: a split below 64 MiB becomes one file. Returns its meta.
@@ -79,19 +95,13 @@ class EncodeJob(Job):
         splits = {split: list(shards) for split, shards in before.items()}
         for piece in self.pieces:
             splits.setdefault(piece.split, []).append(self._shard(piece))
-        rows = {split: sum(shard.rows for shard in shards) for split, shards in splits.items()}
-        merged = [split for split in splits if merge and rows[split] * bytes_per_row(meta.grid) <= ONE_FILE]
-        sizes = {
-            split: [rows[split]] if split in merged else [shard.rows for shard in shards]
-            for split, shards in splits.items()
-        }
-        check_count(sum(map(len, sizes.values())))
+        sizes = self.sizes({split: [shard.rows for shard in shards] for split, shards in before.items()}, merge)
         meta = replace(meta, shards=sizes)
         with atomic_folder(self.out, kind=TOKENS) as target:
             entries = {}
             for split, shards in splits.items():
                 names = shard_names(split, len(sizes[split]))
-                if split in merged and len(shards) > 1:
+                if len(names) < len(shards):
                     entries[names[0]] = _merged(target / names[0], shards, meta.grid)
                     continue
                 for name, shard in zip(names, shards, strict=True):

@@ -206,6 +206,21 @@ def test_processes_that_are_launched_write_the_same_files(tokenizer, images, tmp
     assert contents(tmp_path / "several") == contents(tmp_path / "alone")
 
 
+@pytest.mark.parametrize("append", [False, True])
+def test_more_files_than_a_dataset_may_have_are_refused_before_the_work(
+    tokenizer, images, tmp_path, monkeypatch, counted, append
+):
+    """With append=true, together with those that are there."""
+    monkeypatch.setattr("pipelines.tokens.meta.MAX_SHARDS", 9)
+    data, size = {**images, **SHIFT}, 7
+    if append:
+        run(config(tokenizer, tmp_path / "tokens", data, rows_per_shard=14))
+    counted.clear()
+    with pytest.raises(UserError, match="^rows_per_shard: makes 1[0-9] files, at most 9 are allowed; choose a larger"):
+        run(config(tokenizer, tmp_path / "tokens", data, rows_per_shard=size, append=append, augmentations=int(append)))
+    assert not counted and not list(tmp_path.glob(".*"))
+
+
 @pytest.mark.parametrize("name", ["a.tar", "*.tar"])
 def test_shards_that_were_written_again_are_encoded_again(tokenizer, tmp_path, name):
     """Of the same number of images: a pattern names files as much as a name does."""
