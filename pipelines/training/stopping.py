@@ -102,7 +102,10 @@ def heeded(stop: Stop, alone: bool) -> Iterator[None]:
 
 def what_is_saved(run: Path) -> str:
     """What is left of a run that ends now."""
-    states = states_in(run / "state")
+    try:
+        states = states_in(run / "state")
+    except OSError as error:
+        return f"what is saved cannot be seen ({error.strerror})"
     if not states:
         return "nothing was saved yet"
     return f"step {step_of(states[-1])} is saved, the same command continues from there"

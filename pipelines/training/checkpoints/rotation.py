@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import errno
+import os
 import re
 import shutil
+import stat
 import sys
 import uuid
 from pathlib import Path
@@ -27,11 +29,15 @@ def latest_state(run: Path) -> Path | None:
     """The newest state whose manifest verifies, or None where there is none; what killed processes left is removed.
 
     A newer state that does not verify is passed over with a warning on stderr. Raises `IntegrityError` where there are
-    states and none verifies, and `UnreadableError` where the system does not let one be read, which may be a good one:
-    nothing begins at zero over good work. Call it on the main process only.
+    states and none verifies, and `UnreadableError` where the system does not let one be read, or looked for, which may
+    be a good one: nothing begins at zero over good work. Call it on the main process only.
     """
     folder = Path(run) / "state"
-    states = states_in(folder)
+    try:
+        states = states_in(folder)
+    except OSError as error:
+        told = f"{folder}: cannot be read, so it is not known which states there are; nothing was changed ({error})"
+        raise UnreadableError(told) from error
     newest = next((path for path in reversed(states) if _verifies(path)), None) or _restore_set_aside(folder)
     if newest is None and states:
         raise IntegrityError(
@@ -62,9 +68,20 @@ def require_space(folder: Path, parts: dict[str, Tensors]) -> None:
 
 
 def states_in(folder: Path) -> list[Path]:
-    """The step folders, oldest first."""
-    found = [path for path in folder.glob("step-*") if NAME.fullmatch(path.name) and path.is_dir()]
-    return sorted(found, key=step_of)
+    """The step folders, oldest first. Raises `OSError` where the system does not let them be looked at, of which glob
+    and `Path.is_dir` would say that there are none."""
+    try:
+        names = os.listdir(folder)
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+    return sorted((folder / name for name in names if NAME.fullmatch(name) and _is_folder(folder / name)), key=step_of)
+
+
+def _is_folder(path: Path) -> bool:
+    try:
+        return stat.S_ISDIR(os.stat(path).st_mode)
+    except FileNotFoundError:  # deleted meanwhile
+        return False
 
 
 def step_of(state: Path) -> int:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from ordinary import as_others
 
 from pipelines.training.checkpoints import rotation
 from pipelines.training.checkpoints.rotation import latest_state, require_space, rotate, states_in
@@ -68,6 +69,20 @@ def test_one_that_cannot_be_read_now_ends_it(tmp_path, monkeypatch, error):
     )
     with pytest.raises(UnreadableError, match=f"^{re.escape(said)}$"):
         latest_state(tmp_path)
+
+
+@pytest.mark.parametrize("mode", [0o000, 0o300, 0o600])
+def test_states_that_may_not_be_looked_at_are_not_none(tmp_path, mode):
+    """A run would begin at zero, and put its snapshot in the place of the good one."""
+    state = make_state(tmp_path, 1)
+    state.parent.chmod(mode)
+    refused = pytest.raises(UnreadableError, match=f"^{tmp_path}/state: cannot be read, so it is not known which")
+    try:
+        with as_others(), refused:
+            latest_state(tmp_path)
+    finally:
+        state.parent.chmod(0o755)
+    assert latest_state(tmp_path) == state
 
 
 def test_what_a_killed_process_left_is_deleted_and_nothing_else(tmp_path):
