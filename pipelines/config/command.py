@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, NoReturn, TextIO, TypeVar
 
 from pydantic import ValidationError
 
+from tokenizer.files.calls import FULL
 from tokenizer.files.errors import PipelineLoadError, one_line
 from tokenizer.settings import Data, defaults_of, merge, with_defaults
 from tokenizer.settings.marks import mark_of
@@ -32,8 +33,7 @@ if TYPE_CHECKING:
 
 R = TypeVar("R")
 TELLING = 5.0  # seconds in which the main process has told its error and ended, and its launcher ends the others
-FULL = (errno.ENOSPC, errno.EDQUOT)  # what the system says of a disk
-FORBIDDEN = (errno.EACCES, errno.EPERM, errno.EROFS)  # and of files and folders; of other things, too, without a name
+FORBIDDEN = (errno.EACCES, errno.EPERM, errno.EROFS)  # of files and folders; of other things, too, without a name
 CTRL_C, CLOSED_PIPE = 130, 141  # the exit codes by which shells show SIGINT and SIGPIPE
 
 

@@ -385,7 +385,7 @@ def test_a_file_that_comes_while_it_works_is_never_lost(world, tmp_path, name, m
 
 
 def test_without_the_call_that_swaps_names_the_same_holds(world, tmp_path, monkeypatch):
-    monkeypatch.setattr(storage, "_renameat2", lambda one, other, flags: None)
+    monkeypatch.setattr(storage, "renameat2", lambda one, other, flags: None)
     world.pipe.save_pretrained(tmp_path / "pipe")
     world.pipe.save_pretrained(tmp_path / "pipe")
     ImagePipeline.from_pretrained(tmp_path / "pipe")
@@ -500,6 +500,7 @@ def test_a_folder_of_our_own_work_is_not_taken_by_another_run(world, tmp_path):
 
 
 WRITING = {
+    "tokenizer/files/calls.py": "the rule",
     "tokenizer/files/writing.py": "the rule",
     "pipelines/images/pictures.py": "write_image, of a new file",
     "pipelines/tokens/shards.py": "a shard, in a folder that is being made",

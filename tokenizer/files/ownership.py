@@ -8,6 +8,7 @@ is replaced, nothing is written through a link, and inputs are never written to.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 from collections.abc import Callable, Iterable, Mapping
@@ -76,7 +77,7 @@ def require_ours(folder: Path, kind: Kind | None, *, called: Path | None = None)
             f"{called} cannot be written: a folder is replaced as a whole, by its name, which this is not; write "
             f"{os.path.realpath(folder)} in its place"
         )
-    if not os.path.lexists(folder):
+    if not is_there(folder):
         return
     if folder.is_symlink() or not folder.is_dir():
         what = "a link" if folder.is_symlink() else "a file"
@@ -127,6 +128,18 @@ def is_as_listed(path: Path, sha256: str | None) -> bool:
         return False
 
 
+def is_there(path: Path) -> bool:
+    """Whether anything has this name. Raises `PathError` for one that is too long for anything, before hours of
+    work."""
+    try:
+        os.lstat(path)
+        return True
+    except OSError as error:
+        if error.errno == errno.ENAMETOOLONG:
+            raise PathError(f"{path}: cannot be written ({error.strerror})") from error
+        return False
+
+
 def named(names: list[str]) -> str:
     """The first name, and the number of further ones."""
     more = f" and {len(names) - 1} more" if len(names) > 1 else ""
@@ -139,7 +152,7 @@ def named(names: list[str]) -> str:
 def require_own_file(path: Path, listed: Names | None = None) -> None:
     """Raise `PathError` unless nothing is at `path`, or a file that is ours by its bytes, or that `listed` holds with
     its present sha256."""
-    if not os.path.lexists(path):
+    if not is_there(path):
         return
     if path.is_symlink():
         raise PathError(f"{path} cannot be written: it is a link, and nothing is written through a link")

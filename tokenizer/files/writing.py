@@ -6,7 +6,6 @@ Nothing here unpickles, and nothing is imported by a name found in a file. What 
 
 from __future__ import annotations
 
-import ctypes
 import errno
 import hashlib
 import json
@@ -19,12 +18,22 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from .calls import FULL, LONGEST, NEW, NOT_KNOWN, SWAP, renameat2
 from .errors import PathError
 from .opening import read_json
-from .ownership import Inputs, Kind, Names, listed_in, require_apart, require_ours, require_own_file, says_ours
+from .ownership import (
+    Inputs,
+    Kind,
+    Names,
+    is_there,
+    listed_in,
+    require_apart,
+    require_ours,
+    require_own_file,
+    says_ours,
+)
 from .reading import MANIFEST
 
-SWAP, NEW = 2, 1  # flags of renameat2: RENAME_EXCHANGE, RENAME_NOREPLACE
 RESULTS = "results"  # kind in the manifest of a folder of figures and tables
 
 
@@ -36,7 +45,7 @@ def write_json(path: Path, value: dict[str, Any]) -> None:
 def replace_file(path: Path, data: bytes) -> None:
     """Write `path`, a file of a folder that is known to be ours, whole or not at all, even if power is lost.
 
-    Raises `PathError` for a link, and `OSError` that names the path, the bytes needed and the bytes free.
+    Raises `PathError` for a link, and `OSError` that names the path and, of a full disk, the bytes needed and free.
     """
     if path.is_symlink():
         raise PathError(f"{path}: a link, and nothing is written through a link")
@@ -49,21 +58,30 @@ def replace_file(path: Path, data: bytes) -> None:
         temporary.replace(path)
         fsync(path.parent)
     except OSError as error:
-        temporary.unlink(missing_ok=True)
+        if error.errno not in FULL:
+            raise OSError(error.errno, error.strerror, str(path)) from error
         free = shutil.disk_usage(path.parent).free
         raise OSError(error.errno, f"{path} needs {len(data):,} bytes, {free:,} are free ({error.strerror})") from error
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def beside(path: Path, prefix: str = ".tmp", suffix: str = "") -> Path:
-    """An unused name in the same folder, for what will become `path`, or was `path`."""
-    return path.parent / f"{prefix}-{path.name}-{uuid.uuid4().hex[:8]}{suffix}"
+    """An unused name in the same folder, for what will become `path`, or was it: with as much of its name as fits."""
+    name, end = path.name, f"-{uuid.uuid4().hex[:8]}{suffix}"
+    while name and len(os.fsencode(f"{prefix}-{name}{end}")) > LONGEST:
+        name = name[:-1]
+    return path.parent / f"{prefix}-{name}{end}"
 
 
 def fsync(path: Path) -> None:
-    """Ask the operating system to write a file or folder to the disk."""
+    """Ask the operating system to write a file or folder to the disk; not every file system does so with folders."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
+    except OSError as error:
+        if error.errno not in NOT_KNOWN or not path.is_dir():
+            raise
     finally:
         os.close(handle)
 
@@ -98,7 +116,8 @@ def atomic_folder(target: Path | str, *, kind: Kind | None, inputs: Inputs = ())
         yield temporary
         readable = stat.S_IMODE(temporary.stat().st_mode) & 0o755
         for path in [temporary, *sorted(temporary.rglob("*"))]:
-            path.chmod(readable if path.is_dir() else readable & 0o644)  # safetensors makes its files private
+            with suppress(PermissionError):  # a file system that keeps no modes
+                path.chmod(readable if path.is_dir() else readable & 0o644)  # safetensors makes its files private
             fsync(path)
         _put_in_place(temporary, target, kind)
     finally:
@@ -210,7 +229,7 @@ def results_folder(target: Path | str, *, inputs: Inputs = (), temporary: Path |
         temporary.mkdir()
     try:
         yield temporary
-        made, texts = sorted(temporary.iterdir()), {}
+        made, texts, listed = sorted(temporary.iterdir()), {}, _results_in(target)  # which may have come meanwhile
         for path in made:
             require_own_file(target / path.name, listed)
             if not says_ours(path):
@@ -238,7 +257,7 @@ def _write_results(target: Path, manifest: dict[str, Any]) -> None:
 def _results_in(target: Path) -> Names | None:
     """The results that the folder's manifest lists; None without a manifest. Raises `PathError` for a folder with a
     manifest of another kind: a model, a pipeline, a token dataset."""
-    if target.is_symlink() or (os.path.lexists(target) and not target.is_dir()):
+    if is_there(target) and (target.is_symlink() or not target.is_dir()):
         what = "a link" if target.is_symlink() else "a file"
         raise PathError(f"{target} cannot be written: {what} has this name; nothing was overwritten")
     if not os.path.lexists(target / MANIFEST):
@@ -252,35 +271,17 @@ def _results_in(target: Path) -> Names | None:
 
 def rename_new(one: Path, other: Path) -> None:
     """Rename `one` to `other`. Raises `PathError` if `other` exists by now."""
-    done = _renameat2(one, other, NEW)
+    done = renameat2(one, other, NEW)
     if done is None and not os.path.lexists(other):
         one.rename(other)
-        done = True
-    if not done:
+    elif not done:
         raise PathError(f"{other}: something came to have this name meanwhile; nothing was overwritten")
 
 
 def exchange(one: Path, other: Path) -> bool:
     """Swap the names of two folders in one step, so that a kill leaves all or nothing; False if the system or its file
     system cannot (Linux can)."""
-    return bool(_renameat2(one, other, SWAP))
-
-
-def _renameat2(one: Path, other: Path, flags: int) -> bool | None:
-    """Whether the rename was done; None if the system or its file system has no such call. Raises `OSError`."""
-    try:
-        rename = ctypes.CDLL(None, use_errno=True).renameat2
-    except (OSError, AttributeError):
-        return None
-    here = -100  # AT_FDCWD
-    if rename(here, os.fsencode(one), here, os.fsencode(other), flags) == 0:
-        return True
-    code = ctypes.get_errno()
-    if code in (errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP):
-        return None
-    if code in (errno.EEXIST, errno.ENOTEMPTY):
-        return False
-    raise OSError(code, os.strerror(code), str(one))
+    return bool(renameat2(one, other, SWAP))
 
 
 def write_manifest(folder: Path, **facts: Any) -> None:

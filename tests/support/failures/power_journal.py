@@ -161,7 +161,7 @@ class Journal:
         """Record what this process does from now on."""
         for name in CALLS:
             setattr(os, name, self._recorded(getattr(os, name)))
-        writing._renameat2 = self._recorded(writing._renameat2)
+        writing.renameat2 = self._recorded(writing.renameat2)
         for name in SYNCS:
             setattr(os, name, self._synced(getattr(os, name)))
 
@@ -169,12 +169,12 @@ class Journal:
     def recorded(self) -> Iterator[None]:
         """Record what this process does in the block."""
         before = {name: getattr(os, name) for name in (*CALLS, *SYNCS)}
-        rename = writing._renameat2
+        rename = writing.renameat2
         self.patch()
         try:
             yield
         finally:
-            writing._renameat2 = rename
+            writing.renameat2 = rename
             for name, call in before.items():
                 setattr(os, name, call)
 
