@@ -66,6 +66,7 @@ class Heartbeat:
         self.folder, self.world, self.timeout = run / FOLDER, world, timeout
         now = time.time()
         self.sign = Sign(rank, os.getpid(), socket.gethostname(), since=now, alive=now)
+        self._came = time.monotonic()  # to its phase, by a clock that neither is set nor runs while the machine sleeps
         self._closed = threading.Event()
         self._lock = threading.Lock()
         self._file: int | None = None
@@ -79,6 +80,7 @@ class Heartbeat:
         """This process has come to `phase` of `step`."""
         with self._lock:
             self.sign = replace(self.sign, step=step, phase=phase, since=time.time())
+            self._came = time.monotonic()
         self._write()
 
     def close(self, cause: str = "", *, last: bool = False) -> None:
@@ -137,7 +139,7 @@ class Heartbeat:
 
     def _late(self) -> str | None:
         """Which process this one has been waiting for longer than the timeout."""
-        if time.time() - self.sign.since < self.timeout:
+        if time.monotonic() - self._came < self.timeout:
             return None
         signs = self.others()
         for sign in signs:

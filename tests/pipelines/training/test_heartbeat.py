@@ -76,6 +76,26 @@ def test_a_process_whose_clock_is_behind_is_not_silent(tmp_path, monkeypatch, li
     assert told is None if lives else told and "process 1 (elsewhere) is silent at step 12 (train)" in told
 
 
+@pytest.mark.parametrize("slept", [True, False])
+def test_a_process_that_this_one_has_not_waited_for_is_not_late(tmp_path, monkeypatch, slept):
+    """After a machine has slept, or its clock was set, all came to where they are long ago; what counts is how long
+    this one has waited."""
+    heartbeat = Heartbeat(tmp_path, 0, 1, 60.0)
+    heartbeat.beat(12, "train")
+    monkeypatch.setattr(heartbeat, "world", 2)
+    monkeypatch.setattr("pipelines.training.heartbeat.PERIOD", 0.0)
+    heartbeat.folder.mkdir()
+    now, steady = time.time() + 3600, time.monotonic() + (0 if slept else 3600)
+    other = Sign(1, 1, "elsewhere", 12, "validate", now - 3600, now)
+    (heartbeat.folder / "1").write_text(json.dumps(asdict(other)))
+    monkeypatch.setattr(time, "time", lambda: now)
+    monkeypatch.setattr(time, "monotonic", lambda: steady)
+    late = heartbeat._late()
+    monkeypatch.undo()
+    expected = "process 1 (elsewhere) has been at step 12 (validate) for 3600 s; train.timeout=60 allows no more"
+    assert late == (None if slept else expected)
+
+
 @pytest.mark.parametrize(
     ("error", "code", "line"),
     [
