@@ -60,7 +60,8 @@ class Record:
             print(f"warning: {error}; these lines are kept for later", file=sys.stderr, flush=True)
 
     def images(self, step: int, images: dict[str, np.ndarray]) -> None:
-        """Write uint8 `(H, W, C)` arrays to `previews/<name>-<step>.png`; a full disk costs the picture and a line."""
+        """Write uint8 `(H, W, C)` arrays to `previews/<name>-<step>.png`; a disk that is full, or gone, costs the
+        picture and a line."""
         paths = {}
         for name, pixels in images.items():
             path = self.run / "previews" / f"{name}-{step:08d}.png"
@@ -68,8 +69,7 @@ class Record:
                 save_picture(pixels[..., 0] if pixels.shape[-1] == 1 else pixels, path)
                 paths[name] = path
             except (OSError, PathError) as error:
-                free = shutil.disk_usage(self.run).free
-                print(f"warning: {path} is left out: {error}; {free:,} bytes are free", file=sys.stderr, flush=True)
+                print(f"warning: {path} is left out: {error}; {_room(self.run)}", file=sys.stderr, flush=True)
         if paths:
             self.pictures.append((step, paths))
 
@@ -92,8 +92,8 @@ class Record:
                 raise OSError(errno.ENOSPC, "only a part was written")
         except OSError as error:
             os.ftruncate(self._file.fileno(), size)  # a line in two parts would be two broken lines
-            needed, free = len(self._unwritten), shutil.disk_usage(self.run).free
-            raise OSError(error.errno, f"{self.path}: {needed:,} bytes are needed, {free:,} are free") from error
+            needed = len(self._unwritten)
+            raise OSError(error.errno, f"{self.path}: {needed:,} bytes are needed, {_room(self.run)}") from error
         self._unwritten = b""
 
 
@@ -132,6 +132,14 @@ class Reader:
             step, paths = pictures[self._shown]
             self._shown += 1
             yield Entry(step, "images", paths)
+
+
+def _room(run: Path) -> str:
+    """What is free on the disk."""
+    try:
+        return f"{shutil.disk_usage(run).free:,} bytes are free"
+    except OSError as error:
+        return f"the disk is gone ({error.strerror})"
 
 
 def _rewind(path: Path, resume_step: float) -> int:

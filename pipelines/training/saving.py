@@ -91,7 +91,10 @@ def save(training: Training, average: nn.Module | None, done: bool = False) -> N
     facts = {"steps": training.step, "minutes": round(training.minutes, 3), **figures_of(training, done)}
     if url := training.tracker.run_url:
         facts["run_url"] = url
-    needed, free = room(training) if main else (0, 0)
+    needed, free = 0, 0
+    if main:
+        with suppress(OSError):  # the disk is gone, as writing will tell
+            needed, free = room(training)
     told = partial(told_if_unsaved, training, training.step, needed, free)
     with told():
         with agreed(together=sharded):

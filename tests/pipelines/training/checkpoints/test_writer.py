@@ -5,14 +5,17 @@ from __future__ import annotations
 import errno
 import json
 import os
+import shutil
 import threading
 import time
 
+import numpy as np
 import pytest
 from launch import assert_equal_tensors, exact, states, tensors, train_tokenizer
 
 from pipelines.config import UserError
 from pipelines.config.command import RunError
+from pipelines.tracking import record
 from pipelines.training import loop as training
 from pipelines.training.checkpoints import states as checkpoint
 from pipelines.training.checkpoints.rotation import step_of
@@ -117,6 +120,29 @@ def test_a_disk_that_fails_while_training_goes_on_is_told(tmp_path, monkeypatch,
     assert [path.name for path in states(tmp_path / "run")] == [
         f"step-{step:08d}" for step in sorted({4, 8, 12} - {failing})
     ]
+
+
+def test_a_disk_that_is_gone_for_a_while_costs_no_more_than_what_was_to_be_written(tmp_path, monkeypatch, capsys):
+    """Not even what is free can be asked: as of a server of files that is away."""
+    save, usage = training.save, shutil.disk_usage
+
+    def gone(*_, **__):
+        raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
+
+    def save_late(run, *rest, **options):
+        with monkeypatch.context() as patch:
+            if run.step == 8:
+                patch.setattr(shutil, "disk_usage", gone)
+                patch.setattr(record, "save_picture", gone)
+                run.tracker.images(8, {"lost": np.zeros((2, 2, 3), np.uint8)})
+            save(run, *rest, **options)
+
+    monkeypatch.setattr(training, "save", save_late)
+    train_tokenizer(tmp_path / "run", **SAVES)
+    told = capsys.readouterr()
+    assert "lost-00000008.png is left out: [Errno 116] Stale file handle; the disk is gone" in told.err
+    assert told.err.count("warning: not saved: step 8: ") == 1 and ": done: 12 steps" in told.out
+    assert [step_of(path) for path in states(tmp_path / "run")] == [4, 12] and shutil.disk_usage is usage
 
 
 def test_a_bug_of_the_thread_ends_the_run(tmp_path, monkeypatch):
