@@ -21,6 +21,7 @@ from tokenizer.files.writing import atomic_file
 
 from ..compression.coding import chunk_images, exact_pixels, write_images
 from ..compression.header import StreamError
+from ..compression.names import check_restorable
 from ..config import Config, UserError, choose_device, run_command
 from ..config.outputs import check_out_file, writing
 from ..image_pipeline import ImagePipeline
@@ -56,6 +57,10 @@ def run(config: CompressConfig) -> Path:
     paths, names = named_images(root)
     out, inputs = Path(config.out), [config.pipeline, root]
     check_out_file(out, inputs)
+    try:
+        check_restorable(names)
+    except StreamError as error:
+        raise UserError(f"images: {error}") from error
     pipeline = ImagePipeline.from_pretrained(config.pipeline, device=choose_device(config.device))
     size = chunk_images(pipeline)
 

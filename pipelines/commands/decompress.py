@@ -7,7 +7,6 @@ are what the decoder makes of the tokens here, to within one grey level of what 
 from __future__ import annotations
 
 import mmap
-import os
 from functools import partial
 from pathlib import Path
 
@@ -17,8 +16,9 @@ from tokenizer.files.writing import atomic_folder
 
 from ..compression.coding import open_stream, read_images
 from ..compression.header import Data, Limits, StreamError, TruncatedStream
+from ..compression.names import restored
 from ..config import Config, UserError, choose_device, run_command
-from ..config.outputs import check_out_folder
+from ..config.outputs import check_out_folder, writing
 from ..image_pipeline import ImagePipeline
 from ..images.pictures import convert_images, write_image
 from ..processes.claims import alone_at
@@ -55,12 +55,13 @@ def run(config: DecompressConfig) -> Path:
     check_out_folder(out, None, inputs)
     pipeline = ImagePipeline.from_pretrained(config.pipeline, device=choose_device(config.device))
     try:
-        with alone_at(out), open(path, "rb") as file, atomic_folder(out, kind=None, inputs=inputs) as folder:
+        with alone_at(out), open(path, "rb") as file:
             if not (size := path.stat().st_size):
                 raise TruncatedStream("the file is empty")
             mapped = size > IN_MEMORY
             data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) if mapped else file.read()
-            count = write_folder(pipeline, data, folder, config)
+            with writing("out", out), atomic_folder(out, kind=None, inputs=inputs) as folder:
+                count = write_folder(pipeline, data, folder, config)
     except StreamError as error:
         raise UserError(f"stream: {path}: {error}") from error
     except OSError as error:
@@ -76,7 +77,7 @@ def write_folder(pipeline: ImagePipeline, data: Data, folder: Path, config: Deco
     for images in read_images(pipeline, stream, coder, batch_size=config.batch_size):
         for image in convert_images(images, "pil"):
             name = names[count] if names is not None else f"{count:08d}.png"
-            file = folder / (name if os.path.splitext(name)[1].lower() == ".png" else f"{name}.png")  # as for ..png
+            file = folder / restored(name)
             file.parent.mkdir(parents=True, exist_ok=True)
             if file.exists():
                 raise StreamError(f"two images are called {name!r}")

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import re
 import struct
 from collections.abc import Sequence
 from itertools import pairwise
+
+from tokenizer.files.calls import LONGEST
 
 from .chunks import Reader
 from .header import CRC, StreamError, sealed
@@ -40,6 +43,24 @@ def _problem_with(name: str) -> str | None:
     if {"", ".", ".."} & set(name.split("/")):
         return "should not hold an empty part, . or .."
     return None
+
+
+def restored(name: str) -> str:
+    """The name of the PNG file that an image of this name is restored to."""
+    return name if os.path.splitext(name)[1].lower() == ".png" else f"{name}.png"  # as for ..png
+
+
+def check_restorable(names: Sequence[str]) -> None:
+    """Raise a `StreamError` for bad names, and for those that could not all be restored: two as one file, one as
+    none."""
+    check_names(names)
+    files: dict[str, str] = {}
+    for name in names:
+        if (other := files.setdefault(restored(name), name)) != name:
+            raise StreamError(f"{other!r} and {name!r} would both come back as {restored(name)!r}; rename one")
+        if any(len(part.encode()) > LONGEST for part in restored(name).split("/")):
+            raise StreamError(f"{name!r} would come back as a PNG file whose name is too long; rename it")
+    check_names(list(files))
 
 
 def pack_names(names: Sequence[str]) -> bytes:

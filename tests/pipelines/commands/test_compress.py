@@ -3,6 +3,9 @@
 Covers: pipelines/commands/decompress.py.
 """
 
+import errno
+import os
+
 import numpy as np
 import pytest
 import torch
@@ -95,6 +98,37 @@ def test_names_without_a_suffix_are_restored(tmp_path):
     decompress_verb(arguments(tmp_path, f"stream={tmp_path}/a.smalti", f"out={tmp_path}/out"))
     found = sorted(path.relative_to(tmp_path / "out").as_posix() for path in (tmp_path / "out").rglob("*.png"))
     assert found == sorted(["..png.png", ".png.png", "a/..png.png", ".b.png", "c.png.png"])
+
+
+@pytest.mark.parametrize(
+    ("names", "said"),
+    [
+        (["a.bmp", "a.bmp.png"], "'a.bmp' and 'a.bmp.png' would both come back as 'a.bmp.png'; rename one"),
+        (["a.bmp", "a.bmp.png/b.png"], "name 'a.bmp.png': is a file and a folder"),
+        (["a" * 251 + ".bmp"], f"'{'a' * 251}.bmp' would come back as a PNG file whose name is too long; rename it"),
+    ],
+)
+def test_names_that_could_not_be_restored_are_refused_before_the_originals_are_gone(tmp_path, capsys, names, said):
+    saved(tmp_path, channels=1, prior="marginal")
+    for name in names:
+        (tmp_path / "mine" / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.new("L", (8, 8)).save(tmp_path / "mine" / name)
+    stream = tmp_path / "mine.smalti"
+    line = fails(capsys, "compress", *arguments(tmp_path, f"images={tmp_path / 'mine'}", f"out={stream}"))
+    assert line == f"error: images: {said}" and not stream.exists()
+
+
+def test_a_disk_that_is_full_is_said_of_the_folder_and_not_of_the_stream(tmp_path, monkeypatch, capsys):
+    pipe = saved(tmp_path, channels=1, prior="marginal")
+    path, out = tmp_path / "a.smalti", tmp_path / "out"
+    path.write_bytes(compress(pipe, torch.ones(3, *pipe.tokenizer.image_shape), progress=False))
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))  # of a write, which knows no name
+
+    monkeypatch.setattr(decompress, "write_image", full)
+    line = fails(capsys, "decompress", *arguments(tmp_path, f"stream={path}", f"out={out}"))
+    assert line == f"error: out: {out} cannot be written (No space left on device)" and not out.exists()
 
 
 def test_a_stream_that_is_cut_while_it_is_read_comes_back_all_the_same(tmp_path, monkeypatch):
