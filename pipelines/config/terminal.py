@@ -45,6 +45,17 @@ def error_line(label: str, text: str) -> str:
     return f"{styled(label, RED, sys.stderr)} {text}"
 
 
+def tell(line: str, stream: TextIO | None = None) -> None:
+    """Print a line, on stderr unless told where. One that cannot be written, to a log on a full disk, say, is lost, and
+    what is told of goes on; but for a pipe that nobody reads any more. Raises `BrokenPipeError`."""
+    try:
+        print(line, file=sys.stderr if stream is None else stream, flush=True)
+    except BrokenPipeError:
+        raise
+    except OSError:
+        pass
+
+
 def by_clause(text: str) -> str:
     """A line for stdout, parted at its semicolons where it is wider than the terminal, so that what can be pasted stays
     whole; a file gets one line."""

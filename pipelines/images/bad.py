@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -11,6 +10,7 @@ from typing import Any, NamedTuple
 from tokenizer.files.errors import one_line
 
 from ..config import UserError, is_first_process
+from ..config.terminal import tell
 from .base import DataConfig
 
 REPORT = "bad_images.jsonl"
@@ -30,7 +30,7 @@ def append_report(folder: Path, split: str, problems: list[Problem]) -> None:
                     file.write(json.dumps({"split": split, **problem._asdict()}) + "\n")
                     file.flush()
     except OSError as error:
-        print(f"warning: {path} cannot be written: {error}", file=sys.stderr)
+        tell(f"warning: {path} cannot be written: {error}")
 
 
 def read_report(folder: Path) -> list[dict[str, Any]]:
@@ -84,7 +84,7 @@ def judge(reports: list[Report], config: DataConfig) -> None:
     if is_first_process():
         first = problems[0]
         line = one_line(f"warning: {counted} and are left out; the first is {first.path}: {first.reason}")
-        print(line, file=sys.stderr)
+        tell(line)
 
 
 def listed(problems: list[Problem]) -> str:

@@ -8,7 +8,6 @@ and ending have limits, every failure stays in the thread, and what is not copie
 from __future__ import annotations
 
 import queue
-import sys
 import threading
 import time
 from collections.abc import Callable
@@ -16,6 +15,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
+from ..config.terminal import tell
 from .record import Entry, Reader, Record
 
 INIT_SECONDS = 30.0
@@ -173,7 +173,7 @@ def within(seconds: float, function: Callable[[], Any]) -> Any:
 
 def warn(label: str, message: str) -> None:
     """One line on stderr."""
-    print(f"warning: {label}: {message}", file=sys.stderr, flush=True)
+    tell(f"warning: {label}: {message}")
 
 
 def short(error: BaseException) -> str:

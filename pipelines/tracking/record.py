@@ -11,7 +11,6 @@ import math
 import os
 import re
 import shutil
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -21,6 +20,7 @@ import numpy as np
 from tokenizer.files.errors import PathError
 from tokenizer.files.writing import fsync, make_folder, replace_file
 
+from ..config.terminal import tell
 from ..images.pictures import save_picture
 
 
@@ -57,7 +57,7 @@ class Record:
         try:
             self._write()
         except OSError as error:
-            print(f"warning: {error}; these lines are kept for later", file=sys.stderr, flush=True)
+            tell(f"warning: {error}; these lines are kept for later")
 
     def images(self, step: int, images: dict[str, np.ndarray]) -> None:
         """Write uint8 `(H, W, C)` arrays to `previews/<name>-<step>.png`; a disk that is full, or gone, costs the
@@ -69,7 +69,7 @@ class Record:
                 save_picture(pixels[..., 0] if pixels.shape[-1] == 1 else pixels, path)
                 paths[name] = path
             except (OSError, PathError) as error:
-                print(f"warning: {path} is left out: {error}; {_room(self.run)}", file=sys.stderr, flush=True)
+                tell(f"warning: {path} is left out: {error}; {_room(self.run)}")
         if paths:
             self.pictures.append((step, paths))
 

@@ -162,9 +162,11 @@ class Heartbeat:
             self._write()
             if text := self._late():
                 # The main thread waits in a collective, which no exception can reach.
-                print(f"error on process {self.sign.rank}: {self.sign.place}: {text}", file=sys.stderr, flush=True)
-                sys.stdout.flush()
-                os._exit(1)
+                try:
+                    print(f"error on process {self.sign.rank}: {self.sign.place}: {text}", file=sys.stderr, flush=True)
+                    sys.stdout.flush()
+                finally:  # the terminal may be gone, or a log's disk full
+                    os._exit(1)
 
     def _write(self) -> None:
         with self._lock:

@@ -8,7 +8,6 @@ with the same command continues to the bit. `accelerate` owns devices, precision
 from __future__ import annotations
 
 import math
-import sys
 import time
 from collections.abc import Callable, Generator, Iterator
 from contextlib import ExitStack, closing, nullcontext
@@ -21,7 +20,7 @@ from torch import nn
 
 from ..config import UserError
 from ..config.command import Interrupted
-from ..config.terminal import by_clause
+from ..config.terminal import by_clause, tell
 from ..processes.launched import apart, build_accelerator, team_of
 from ..processes.precision import choose_precision
 from ..shuffling.ahead import made_ahead, pinned, sent
@@ -227,7 +226,7 @@ def figures_on(training: Training, model: nn.Module, split: Split) -> dict[str, 
     strange = [name for name, value in found.items() if not math.isfinite(value)]
     if strange and accelerator.is_main_process:
         line = f"warning: step {training.step}: {', '.join(strange)} of {split}: not finite, and left out"
-        print(line, file=sys.stderr, flush=True)
+        tell(line)
     return {name: value for name, value in found.items() if name not in strange}
 
 

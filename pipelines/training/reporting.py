@@ -8,6 +8,7 @@ import time
 from collections.abc import Mapping
 from typing import Any, TextIO
 
+from ..config.terminal import tell
 from .schedule import learning_rate
 from .state import Training
 
@@ -70,7 +71,7 @@ def show(bar: Any, training: Training, record: dict[str, float]) -> None:
     if training.accelerator.is_main_process and bar.disable:
         speed = f"{record['images_per_second']:.0f} images/s, " if "images_per_second" in record else ""
         line = f"step {training.step}: loss {loss:.4f}, {speed}{training.minutes:.1f} min"
-        print(line, file=lines_go_to(), flush=True)
+        tell(line, lines_go_to())
     bar.set_postfix_str(f"loss {loss:.4f}{time_left(training)}")
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 import math
 import shutil
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from functools import partial
@@ -18,6 +17,7 @@ from torch import nn
 from tokenizer.files.errors import PathError
 
 from ..config import UserError
+from ..config.terminal import tell
 from .best import figures_of
 from .checkpoints.rotation import SPARE, states_in
 from .checkpoints.sharded import agreed, gather
@@ -137,7 +137,7 @@ def told_if_unsaved(training: Training, step: int, needed: int, free: int) -> It
             training.unsaved = (
                 f"step {step}: {training.run}: a save needs {needed:,} bytes, {free:,} are free ({error})"
             )
-            print(f"warning: not saved: {training.unsaved}; older states are kept", file=sys.stderr, flush=True)
+            tell(f"warning: not saved: {training.unsaved}; older states are kept")
 
 
 def save_snapshot(training: Training, average: nn.Module, facts: dict[str, Any]) -> None:
@@ -149,4 +149,4 @@ def save_snapshot(training: Training, average: nn.Module, facts: dict[str, Any])
     except PathError as error:
         training.pending = ["save"]
         training.unsaved = f"step {training.step}: {error}"
-        print(f"warning: no snapshot: {error}", file=sys.stderr, flush=True)
+        tell(f"warning: no snapshot: {error}")

@@ -164,8 +164,10 @@ class _Held:
     def _end(self, other: Claim) -> None:
         """The main thread may be about to write, or wait where no exception reaches it."""
         line = f"error: {self.called}: {other.holder} has taken over, as this process was silent for {SILENCE:g} s"
-        print(f"{line}; it ends, and leaves what is there to the other", file=sys.stderr, flush=True)
-        os._exit(LOST)
+        try:
+            print(f"{line}; it ends, and leaves what is there to the other", file=sys.stderr, flush=True)
+        finally:  # the terminal may be gone, or a log's disk full
+            os._exit(LOST)
 
 
 # How a claim is taken

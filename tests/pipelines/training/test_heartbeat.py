@@ -6,6 +6,7 @@ import errno
 import json
 import threading
 import time
+from contextlib import suppress
 from dataclasses import asdict, replace
 
 import pytest
@@ -74,6 +75,26 @@ def test_a_process_whose_clock_is_behind_is_not_silent(tmp_path, monkeypatch, li
         writer.join()
         heartbeat.close()
     assert told is None if lives else told and "process 1 (elsewhere) is silent at step 12 (train)" in told
+
+
+def test_a_process_that_waits_for_a_late_one_ends_also_where_it_cannot_say_so(heartbeat, monkeypatch):
+    """Its terminal is gone, or its log is on a full disk: it would wait for ever."""
+
+    def full(*_, **__):
+        raise OSError(errno.ENOSPC, "No space left")
+
+    def end(code):
+        ended.append(code)
+        heartbeat._closed.set()
+
+    ended: list[int] = []
+    monkeypatch.setattr("builtins.print", full)
+    monkeypatch.setattr("os._exit", end)
+    monkeypatch.setattr(heartbeat, "timeout", 0.1)
+    monkeypatch.setattr(heartbeat, "_late", lambda: "process 1 is gone")
+    with suppress(OSError):
+        heartbeat._watch()
+    assert ended == [1]
 
 
 @pytest.mark.parametrize("slept", [True, False])

@@ -421,6 +421,15 @@ def test_a_holder_that_was_replaced_ends_in_a_line(place):
     assert place.exists()
 
 
+def test_a_holder_that_was_replaced_ends_also_where_it_cannot_say_so(place):
+    """Its terminal is gone, or its log is on a full disk: it would write beside the other for ever."""
+    code = f"os.dup2(os.open('/dev/full', os.O_WRONLY), 2)\n{HOLD}"
+    with holder(place, code, PERIOD=0.05) as other:
+        left(place, host="quicker")
+        assert other.wait(10) == claims.LOST
+    assert place.exists()
+
+
 def test_a_claim_that_somebody_removed_comes_back(place, monkeypatch):
     monkeypatch.setattr(claims, "PERIOD", 0.02)
     with claimed(place, "it"):

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import errno
+import io
 import json
 import os
 import shutil
+import sys
 import threading
 import time
 
@@ -143,6 +145,26 @@ def test_a_disk_that_is_gone_for_a_while_costs_no_more_than_what_was_to_be_writt
     assert "lost-00000008.png is left out: [Errno 116] Stale file handle; the disk is gone" in told.err
     assert told.err.count("warning: not saved: step 8: ") == 1 and ": done: 12 steps" in told.out
     assert [step_of(path) for path in states(tmp_path / "run")] == [4, 12] and shutil.disk_usage is usage
+
+
+def test_a_log_on_a_full_disk_does_not_end_the_run(tmp_path, monkeypatch):
+    """Its lines, and warnings of what is not written, are lost."""
+
+    class Full(io.StringIO):
+        def write(self, text):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    write = checkpoint.write_manifest
+
+    def broken(folder, **facts):
+        if facts["step"] == 8:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        write(folder, **facts)
+
+    monkeypatch.setattr(checkpoint, "write_manifest", broken)
+    monkeypatch.setattr(sys, "stderr", Full())
+    run = train_tokenizer(tmp_path / "run", **SAVES)
+    assert [step_of(path) for path in states(run)] == [4, 12]
 
 
 def test_a_bug_of_the_thread_ends_the_run(tmp_path, monkeypatch):
