@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 from dataclasses import dataclass, replace
+from glob import escape
 from pathlib import Path
 from typing import Any
 
@@ -143,7 +144,7 @@ def shards_of(out: Path, meta: Meta) -> dict[str, list[TokenShard]]:
 def recover(out: Path) -> None:
     """Tidy up after a process that was killed at the very end: give a dataset that was being replaced its name back,
     and drop pieces that have been added to it."""
-    lost = sorted(out.parent.glob(f".del-{out.name}-????????"))
+    lost = sorted(out.parent.glob(f".del-{escape(out.name)}-????????"))
     if not out.exists() and len(lost) == 1 and (lost[0] / META).is_file():
         lost[0].rename(out)
     added_to = (EncodeJob.unfinished(out) or {}).get("added_to")

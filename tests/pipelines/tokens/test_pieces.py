@@ -24,6 +24,7 @@ from pipelines.config import UserError
 from pipelines.encode import run
 from pipelines.shuffling.ahead import AHEAD
 from pipelines.tokens import load_tokens
+from pipelines.tokens.pieces import recover
 
 
 @pytest.mark.parametrize("size", [None, 7])
@@ -234,3 +235,13 @@ def test_shards_that_were_written_again_are_encoded_again(tokenizer, tmp_path, n
 
 if __name__ == "__main__":
     encode_until_killed(Path(sys.argv[1]), sys.argv[2:])
+
+
+@pytest.mark.parametrize("name", ["tokens", "tokens[v2]", "what?"])
+def test_a_dataset_that_lost_its_name_to_a_kill_gets_it_back_whatever_it_is_called(tmp_path, name):
+    """Between the two renames of a file system that cannot exchange names."""
+    aside = tmp_path / f".del-{name}-0123abcd"
+    aside.mkdir()
+    (aside / "meta.json").write_text("{}")
+    recover(tmp_path / name)
+    assert [path.name for path in tmp_path.iterdir()] == [name]
