@@ -146,21 +146,19 @@ def _put_in_place(temporary: Path, target: Path, kind: Kind | None) -> None:
         return
     old = beside(target, ".del")
     swapped = exchange(temporary, target)
-    if swapped:
-        temporary.rename(old)
-    else:
-        target.rename(old)
     try:
+        (temporary if swapped else target).rename(old)
         require_ours(old, kind, called=target)
-    except PathError:
+        if not swapped:
+            temporary.rename(target)
+    except BaseException:  # at Ctrl-C, too, what was there is there
         if swapped:
-            exchange(old, target)
-            old.rename(temporary)
-        else:
+            aside = old if os.path.lexists(old) else temporary
+            exchange(aside, target)
+            aside.rename(temporary)
+        elif not os.path.lexists(target):
             old.rename(target)
         raise
-    if not swapped:
-        temporary.rename(target)
     fsync(target.parent)  # before anything goes: file systems may do what they are told in another order
     shutil.rmtree(old, ignore_errors=True)
 

@@ -19,6 +19,7 @@ from small import make_prior, make_tokenizer
 
 import tokenizer.files.writing as writing
 from tokenizer.files.errors import PathError
+from tokenizer.files.ownership import Kind
 from tokenizer.files.reading import verify_manifest
 from tokenizer.files.writing import atomic_file, atomic_folder, check_file, check_results, replace_file, results_folder
 
@@ -183,6 +184,34 @@ def test_a_file_that_is_not_replaced_leaves_nothing_and_is_told_by_its_name(tmp_
         assert [path.name for path in tmp_path.iterdir()] == ["a.json"]
     assert str(caught.value) == f"[Errno 30] Read-only file system: '{tmp_path / 'a.json'}'"
     assert (tmp_path / "a.json").read_text() == "before"
+
+
+@pytest.mark.parametrize("moment", [1, 2, 3])
+@pytest.mark.parametrize("swaps", [True, False])
+def test_ctrl_c_while_names_are_exchanged_leaves_one_whole_folder(tmp_path, monkeypatch, swaps, moment):
+    """What was there or what comes, under its name and no other."""
+    kind = Kind("a folder of a test", None, names=lambda name: name == "a")
+    with atomic_folder(tmp_path / "out", kind=kind) as folder:
+        (folder / "a").write_text("before")
+    calls = []
+
+    def interrupted(function):
+        def call(*arguments, **options):
+            calls.append(function)
+            if len(calls) == moment:
+                raise KeyboardInterrupt
+            return function(*arguments, **options)
+
+        return call
+
+    with pytest.raises(KeyboardInterrupt), atomic_folder(tmp_path / "out", kind=kind) as folder:
+        (folder / "a").write_text("after")
+        if not swaps:
+            monkeypatch.setattr(writing, "exchange", lambda *_: False)
+        monkeypatch.setattr(writing, "require_ours", interrupted(writing.require_ours))
+        monkeypatch.setattr(type(tmp_path), "rename", interrupted(type(tmp_path).rename))
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    assert (tmp_path / "out" / "a").read_text() == "before"
 
 
 @pytest.mark.slow
