@@ -24,14 +24,14 @@ from .calibration import Calibration
 from .compiled import unwrapped
 from .index import BACKGROUND, FILES, INDEX, PARTS, check_labels, make_sampler
 from .shipped import resolve_pipeline
-from .watching import Calls
+from .watching import Calls, Interruptible
 
 Images = PILImage | Tensor | np.ndarray | Sequence[PILImage | Tensor | np.ndarray]
 Label = int | str | None
 S = TypeVar("S", bound="Stages")
 
 
-class Stages:
+class Stages(Interruptible):
     """A tokenizer and a prior that fit each other, saved and loaded as one folder; `ImagePipeline` says what for.
 
     labels: the names of the classes, in the order of their ids. sampler: defaults for the settings of sampling, those
@@ -100,16 +100,6 @@ class Stages:
         another pipeline of the same models."""
         models = {"tokenizer": self.tokenizer, "prior": self.prior, BACKGROUND: self.background}
         return {name: model for name, model in models.items() if model is not None}
-
-    @property
-    def interrupt(self) -> bool:
-        """Whether sampling is to end. True, set by a callback, ends the call that it watches; set by a thread that does
-        not sample, all calls that are under way, in any thread. A call that begins later is not meant."""
-        return self._calls.interrupt
-
-    @interrupt.setter
-    def interrupt(self, told: bool) -> None:
-        self._calls.interrupt = told
 
     def set_progress_bar_config(self, **options: Any) -> None:
         """Arguments of `tqdm` for the bars of long calls: `disable`, `leave`, `desc`, ... A call replaces those before;

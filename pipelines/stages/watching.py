@@ -71,10 +71,7 @@ class Watcher:
 
 
 class Calls:
-    """The calls of a pipeline that are under way, in all threads, and which of them are told to end.
-
-    No part of a pipeline's copies: these have calls of their own.
-    """
+    """The calls of a pipeline that are under way, in all threads, and which of them are told to end."""
 
     def __init__(self) -> None:
         self.lock = threading.Lock()
@@ -113,6 +110,26 @@ class Calls:
             self.told = told
             for call in self.own()[-1:] or self.under_way:
                 call.interrupted = told
+
+
+class Interruptible:
+    """What a pipeline is told of its calls. Its copies, shallow ones too, have calls of their own."""
+
+    _calls: Calls
+
+    @property
+    def interrupt(self) -> bool:
+        """Whether sampling is to end. True, set by a callback, ends the call that it watches; set by a thread that does
+        not sample, all calls that are under way, in any thread. A call that begins later is not meant."""
+        return self._calls.interrupt
+
+    @interrupt.setter
+    def interrupt(self, told: bool) -> None:
+        self._calls.interrupt = told
+
+    def __getstate__(self) -> dict[str, Any]:
+        """All but the calls that are under way."""
+        return {**vars(self), "_calls": Calls()}
 
 
 def check_returned(found: Any, tokens: Tensor, changed: bool) -> None:

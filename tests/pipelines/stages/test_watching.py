@@ -169,9 +169,10 @@ def test_from_outside_all_calls_are_interrupted():
     assert [type(end()) for end in ends] == [Interrupted, Interrupted]
 
 
-def test_a_copy_has_calls_of_its_own():
+@pytest.mark.parametrize("copied", [copy.copy, copy.deepcopy])
+def test_a_copy_has_calls_of_its_own(copied):
     pipe = make_pipeline()
-    other = copy.deepcopy(pipe)
+    other = copied(pipe)
     other.interrupt = True
     end = call_beside(pipe)
     other.interrupt = True
