@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from prior.sampling import check_count, whole_number
 from tokenizer import Tokenizer
 
 from ..stages.calibration import LEVELS, Calibration, CalibrationError
@@ -106,10 +107,9 @@ def heal(
     softmax(3 / mean |x - decoded|), the nearer to the image the more; here by exp(-0.1 nats), the likelier the more.
     """
     calibration = calibrated(pipeline.calibration)
-    if quantile not in LEVELS or draws < 1:
-        raise ValueError(
-            f"quantile should be one of {', '.join(map(str, LEVELS))} and draws at least 1 (got {quantile}, {draws})"
-        )
+    draws, seed = check_count(draws, "draws"), whole_number("seed", seed)
+    if quantile not in LEVELS:
+        raise ValueError(f"quantile should be one of {', '.join(map(str, LEVELS))} (got {quantile})")
     batch = pipeline.to_images(images)
     ids, tokens = pipeline.label_ids(labels, len(batch)), pipeline.encode_batch(batch)
     bits = -pipeline.prior.token_log_probs(tokens, ids) / math.log(2)

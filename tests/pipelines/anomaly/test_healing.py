@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 from givens.stripes import SIZE, constant, planted, stripes
@@ -103,6 +104,15 @@ def test_healing_keeps_the_other_tokens_and_is_a_function_of_the_seed(trained):
     heal(trained, images[:2], draws=3, seed=(1 << 63) - 1)  # the last one that a verb takes
     with pytest.raises(ValueError, match="quantile should be one of 0.9, 0.95"):
         heal(trained, images, quantile=0.97)
+    numpys = heal(trained, images[:2], draws=np.int64(2), seed=np.int64(3))
+    assert torch.equal(numpys.tokens, heal(trained, images[:2], draws=2, seed=3).tokens)
+    for wrong, told in (
+        ({"draws": 0}, "draws must be at least 1 .got 0."),
+        ({"draws": 2.0}, "draws must be a whole number .got 2.0."),
+        ({"seed": 1.5}, "seed must be a whole number .got 1.5."),
+    ):
+        with pytest.raises(ValueError, match=told):
+            heal(trained, images[:2], **wrong)
 
 
 def test_a_calibration_of_another_grid_is_noticed(trained):
