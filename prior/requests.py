@@ -12,6 +12,7 @@ from torch import Tensor
 from tokenizer.base import TokenGrid
 
 from .orders import Partition, after_known, block_numbers, blocks_problem, known_first, make_partition, order_of
+from .orders.partitions import as_tensor
 from .sampling import Generators, Sampler, check_count, gumbel, image_generators, whole_number
 
 Order = Tensor | str | Partition | None
@@ -91,7 +92,8 @@ class Walk:
         """Raise `ValueError` for what does not go together."""
         guess = self.guess
         if guess is not None:
-            alike = (guess.grid, guess.num_classes) == (prior.grid, prior.num_classes)
+            grid, classes = getattr(guess, "grid", None), getattr(guess, "num_classes", None)
+            alike = (grid, classes) == (prior.grid, prior.num_classes)
             if not alike or not self.parallel:
                 raise ValueError("guess should be a prior over the same grid and classes, and goes with parallel=True")
         if self.parallel and not self.cache:
@@ -197,7 +199,7 @@ def partition_of(prior: Model, order: Order) -> Partition:
     walk: Any = make_partition(order, prior.grid.shape) if isinstance(order, str) else order
     if not isinstance(walk, Partition):
         walk = Partition(prior.order if walk is None else walk, prior.blocks)
-    order = torch.as_tensor(walk.order, device=prior.device)
+    order = as_tensor(walk.order, prior.device)
     return Partition(order, tuple(whole_number("order: blocks", size) for size in walk.blocks))
 
 
@@ -205,7 +207,7 @@ def check_labels(prior: Model, labels: Tensor | None, count: int) -> Tensor | No
     """`labels` as int64 `(count,)` on the model's device. Raises `ValueError` out of `[0, num_classes]`."""
     if labels is None:
         return None
-    labels = torch.as_tensor(labels, device=prior.device)
+    labels = as_tensor(labels, prior.device)
     if labels.shape != (count,) or labels.dtype.is_floating_point:
         raise ValueError(f"labels should be {count} whole numbers, got {labels.dtype} of {tuple(labels.shape)}")
     labels = labels.long()  # torch finds no smallest one of uint16
@@ -227,6 +229,7 @@ def check_order(prior: Model, order: Order, count: int) -> Partition | None:
     size = len(prior.grid)
     is_whole = not walk.dtype.is_floating_point and walk.dtype != torch.bool
     fits = is_whole and tuple(walk.shape) in ((size,), (count, size))
+    walk = walk.long() if fits else walk  # torch sorts no uint16
     if not fits or not bool((walk.sort(-1).values == torch.arange(size, device=walk.device)).all()):
         raise ValueError(f"order should hold each of 0 to {size - 1} once, for all images or for each of {count}")
     if problem := blocks_problem(blocks, size):
@@ -237,7 +240,7 @@ def check_order(prior: Model, order: Order, count: int) -> Partition | None:
         raise ValueError(f"order: this {prior.name} prior goes in one order, {prior.config.order!r}, as it was made")
     if max(blocks) > 1 and not prior.config.takes_blocks:
         raise ValueError(f"order: this {prior.name} draws one token at a time; blocks are for kinds that take them")
-    return Partition(walk.long(), blocks)
+    return Partition(walk, blocks)
 
 
 def choose_walk(prior: Model, order: Order, num_orders: int, rows: Rows) -> Partition | None:
@@ -280,7 +283,7 @@ def known_tokens(prior: Model, tokens: Tensor | None, known: Tensor | None, coun
     if tokens is None or known is None:
         empty = torch.zeros(count, len(prior.grid), dtype=torch.long, device=prior.device)
         return empty, empty.bool()
-    shape, tokens, known = (count, *prior.grid.shape), torch.as_tensor(tokens), torch.as_tensor(known)
+    shape, tokens, known = (count, *prior.grid.shape), as_tensor(tokens), as_tensor(known)
     if known.dtype != torch.bool or tuple(known.shape) not in (shape, prior.grid.shape):
         raise ValueError(
             f"known should be bool of shape {prior.grid.shape} or {shape}, got {known.dtype} of {tuple(known.shape)}"

@@ -15,12 +15,11 @@ from PIL import ImageOps
 from PIL.Image import Image as PILImage
 from torch import Tensor
 
-from prior.sampling import progress_over
+from prior.sampling import check_count, progress_over
 from tokenizer.base import LikelihoodError
 from tokenizer.likelihoods.base import to_values
 
 from ..images.decoding import pixels_of
-from ..images.pictures import check_batch_size
 from .chunks import Chunk
 from .codec import Models
 from .coder import Coder
@@ -188,7 +187,7 @@ def decompress(
     """All images of a stream, float `(B, C, H, W)` in [-1, 1]; all of them or an error. Raises a `StreamError`, and
     `ValueError` for a batch size below 1."""
     if batch_size is not None:
-        check_batch_size(batch_size)
+        check_count(batch_size, "batch_size")
     stream, coder = open_stream(pipeline, data, limits)
     parts = list(read_images(pipeline, stream, coder, batch_size=batch_size, progress=progress))
     return torch.cat(parts) if parts else torch.empty(0, *pipeline.tokenizer.image_shape, device=coder.models.device)

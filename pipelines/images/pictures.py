@@ -207,12 +207,6 @@ def check_output_type(output_type: str, *others: str) -> None:
         raise ValueError(f"output_type must be {', '.join(most)} or {last} (got {output_type!r})")
 
 
-def check_batch_size(batch_size: int) -> None:
-    """Raise `ValueError` below 1."""
-    if batch_size < 1:
-        raise ValueError(f"batch_size must be at least 1 (got {batch_size})")
-
-
 def convert_images(images: Tensor, output_type: str) -> Any:
     """Float `(B, C, H, W)` in [-1, 1] as PIL images, uint8 (B, H, W, C), or as they are."""
     check_output_type(output_type)

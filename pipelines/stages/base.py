@@ -12,13 +12,15 @@ from PIL.Image import Image as PILImage
 from torch import Tensor
 
 from prior import Prior
+from prior.orders.partitions import as_tensor
+from prior.sampling import check_count
 from prior.sampling.progress import progress_of_long
 from tokenizer import Tokenizer
 from tokenizer.files.errors import ConfigError, IntegrityError
 from tokenizer.files.reading import steadily
 from tokenizer.pretrained import MAX_WEIGHT_BYTES, warn_of_code
 
-from ..images.pictures import as_batch, check_batch_size, convert_images, to_images, warn_if_unit
+from ..images.pictures import as_batch, convert_images, to_images, warn_if_unit
 from . import storing
 from .calibration import Calibration
 from .compiled import unwrapped
@@ -140,20 +142,22 @@ class Stages(Interruptible):
         return torch.cat([self.tokenizer.encode(part) for part in parts])
 
     @torch.no_grad()
-    def decode(self, tokens: Tensor, *, output_type: str = "pil", batch_size: int = 256, progress: bool = True) -> Any:
-        """Images of `tokens` `(B, *grid.shape)`, or of the first k, `(B, k)`, where these decode (`titok` with `keep`).
+    def decode(self, tokens: Any, *, output_type: str = "pil", batch_size: int = 256, progress: bool = True) -> Any:
+        """Images of `tokens` `(B, *grid.shape)`, a tensor, an array or lists; or of the first k, `(B, k)`, where these
+        decode (`titok` with `keep`).
         Raises `ValueError` for ids out of range.
 
         On a CPU image k has the same pixels in any batch; `batch_size`: images at a time on other devices.
         """
-        parts = self._parts(tokens.to(self.device), batch_size, "decoding", progress and self.progress_bar_config)
+        rows = as_tensor(tokens, self.device)
+        parts = self._parts(rows, batch_size, "decoding", progress and self.progress_bar_config)
         return convert_images(torch.cat([self.tokenizer.decode(part) for part in parts]), output_type)
 
     def _parts(self, rows: Tensor, batch_size: int, what: str, bar: bool | Mapping[str, Any]) -> Iterable[Tensor]:
         """Images or tokens in the batches that the tokenizer takes: on a CPU one at a time, as the libraries behind
         torch choose kernels by the size of the batch, and kernels round differently: an 8-bit pixel could change.
         Raises `ValueError` for a size below 1."""
-        check_batch_size(batch_size)
+        check_count(batch_size, "batch_size")
         one = self.device.type == "cpu"  # a clone is aligned in memory, so all images are alike
         parts = [part.clone() if one else part for part in rows.split(1 if one else batch_size)]
         return progress_of_long(parts, bar, what)
@@ -264,7 +268,7 @@ class Stages(Interruptible):
     ) -> Iterator[tuple[slice, Tensor, Tensor | None]]:
         """Images or tokens, `batch_size` at a time: their place among all, themselves, and their class ids or None.
         None at all are one empty batch."""
-        check_batch_size(batch_size)
+        check_count(batch_size, "batch_size")
         ids = self.label_ids(labels, len(rows))
         starts = range(0, max(1, len(rows)), batch_size)
         for start in progress_of_long(starts, self.progress_bar_config, "scoring"):

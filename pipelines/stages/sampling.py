@@ -22,7 +22,7 @@ from prior.sampling import (
     whole_number,
 )
 
-from ..images.pictures import check_batch_size, check_output_type
+from ..images.pictures import check_output_type
 from .base import Label, Stages
 from .output import PipelineOutput
 from .synonyms import IN_A_CALL, check_names, named
@@ -106,7 +106,7 @@ def sample(
     """
     labels, num_images_per_label = named(IN_A_CALL, options, labels=labels, num_images_per_label=num_images_per_label)
     num_images, labels = count_images(num_images, labels, num_images_per_label)
-    check_batch_size(batch_size)
+    check_count(batch_size, "batch_size")
     ids = pipeline.label_ids(labels, num_images)
     walk = Walk(**{name: options.pop(name) for name in Walk.names() if name in options})
     check_names(options, pipeline.prior.Sampling.names(), ARGUMENTS, pipeline.prior.name)

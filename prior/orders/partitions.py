@@ -169,12 +169,18 @@ def order_of(order: Any, rows: slice | Sequence[int], count: int) -> Any:
         return order
     if isinstance(order, Partition):
         return Partition(order_of(order.order, rows, count), order.blocks)
-    walks = torch.as_tensor(order)
+    walks = as_tensor(order)
     if walks.ndim < 2:
         return walks
     if len(walks) != count:
         raise ValueError(f"order: got {len(walks)} for {count} images; give one, or one per image")
     return walks[rows]
+
+
+def as_tensor(values: Any, device: torch.device | None = None) -> Tensor:
+    """Numbers, in whatever holds them, as a tensor."""
+    flipped = any(step < 0 for step in getattr(values, "strides", ()))  # an array, as torch takes none
+    return torch.as_tensor(values.copy() if flipped else values, device=device)
 
 
 def block_numbers(order: Tensor, blocks: tuple[int, ...]) -> Tensor:

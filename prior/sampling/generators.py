@@ -35,7 +35,10 @@ def check_count(count: Any, name: str = "num_images") -> int:
 
 def image_generators(generator: Generators, num_images: int) -> list[torch.Generator]:
     """One generator per image. A single generator (or None, torch's global one) seeds them in turn, so image k is the
-    same however many follow it. Raises `ValueError` unless a list holds one for each."""
+    same however many follow it. Raises `ValueError` unless a list holds one for each, `TypeError` for what is none."""
+    each = generator if isinstance(generator, Sequence) else [] if generator is None else [generator]
+    if others := [type(one).__name__ for one in each if not isinstance(one, torch.Generator)]:
+        raise TypeError(f"generator should be a torch.Generator, or a list of them (got {others[0]})")
     if isinstance(generator, Sequence):
         different = len(set(map(id, generator)))
         if different != num_images or len(generator) != num_images:

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from small import PRIORS, make_prior
+from small import PRIORS, generators, make_prior
 from small_pipelines import every_pair, every_prior_pair, make_pipeline, pixels_for
 
 from pipelines import ImagePipeline
@@ -207,6 +207,23 @@ def test_numbers_and_masks_may_be_numpys():
     assert pipe(1, seed=2**64 - 1).tokens.shape == (1, 2, 3)
 
 
+def test_arrays_may_be_flipped_and_of_any_whole_numbers():
+    """torch takes no array that is flipped, and sorts no uint16, which files of tokens hold."""
+    pipe = make_pipeline(prior="masked")
+    order, tokens, known = np.arange(6), pipe(2, seed=0).tokens.numpy(), np.arange(12).reshape(2, 2, 3) % 2 > 0
+    labels = np.array([0, 2])
+    flipped = {"order": order[::-1], "tokens": tokens[::-1], "known": known[::-1]}
+    whole = {name: torch.from_numpy(value.copy()) for name, value in flipped.items()}
+    plain = pipe(2, labels[::-1], seed=7, **whole).tokens
+    assert torch.equal(pipe(2, labels[::-1], seed=7, **flipped).tokens, plain)
+    assert torch.equal(pipe.prior.sample(2, labels[::-1], generator=generators(2, 7), **flipped), plain)
+    small = {name: flipped[name].astype(np.uint16) for name in ("order", "tokens")}
+    assert torch.equal(pipe(2, labels[::-1], seed=7, **{**flipped, **small}).tokens, plain)
+    images = pipe.decode(torch.from_numpy(tokens), output_type="pt")
+    for given in (tokens[::-1], tokens[::-1].astype(np.uint16), tokens[::-1].tolist()):
+        assert torch.equal(pipe.decode(given, output_type="pt"), images.flip(0))
+
+
 @pytest.mark.parametrize(
     "ask",
     [
@@ -220,6 +237,21 @@ def test_batches_of_none_are_named(ask):
     images = torch.zeros(2, 1, 8, 12)
     with pytest.raises(ValueError, match=r"^batch_size must be at least 1 .got 0.$"):
         ask(pipe, images, 0)
+    with pytest.raises(ValueError, match=r"^batch_size must be a whole number .got 2.5.$"):
+        ask(pipe, images, 2.5)
+
+
+@pytest.mark.parametrize(("given", "found"), [(3, "int"), ([3, 4], "int"), ([None, None], "NoneType"), ("ab", "str")])
+def test_what_is_no_generator_is_told(given, found):
+    told = f"generator should be a torch.Generator, or a list of them .got {found}.$"
+    with pytest.raises(TypeError, match=told):
+        make_pipeline()(2, generator=given)
+
+
+def test_a_pipeline_is_no_guess():
+    pipe = make_pipeline()
+    with pytest.raises(ValueError, match="guess should be a prior over the same grid"):
+        pipe(2, parallel=True, guess=pipe)
 
 
 def test_settings_of_the_sampler_are_defaults_that_travel(tmp_path):
