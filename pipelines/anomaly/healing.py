@@ -55,7 +55,7 @@ def anomaly_map(
     for _, part, given in pipeline.batches(batch, labels, batch_size):
         tokens = pipeline.encode_batch(part)
         bits = -pipeline.prior.token_log_probs(tokens, given).flatten(1) / math.log(2)
-        spread = (bits[:, None] * rows) @ columns.T  # (B, H, N) @ (N, W)
+        spread = (bits[:, None] * rows.to(bits)) @ columns.to(bits).T  # (B, H, N) @ (N, W)
         if pipeline.tokenizer.has_likelihood:
             spread = spread - pipeline.tokenizer.pixel_log_probs(part, tokens).sum(1) / math.log(2)
         maps.append(spread)

@@ -42,6 +42,13 @@ def test_every_prior_has_scores_and_maps(prior):
     assert heal(pipe, images[:2], draws=2).images.shape == (2, 1, 8, 12)
 
 
+def test_a_map_of_float64_weights_is_that_of_float32():
+    pipe = make_pipeline(prior="masked")
+    images = torch.zeros(2, 1, 8, 12)
+    plain = anomaly_map(pipe, images)
+    torch.testing.assert_close(anomaly_map(pipe.to(torch.float64), images).float(), plain, rtol=1e-4, atol=1e-4)
+
+
 def test_registers_have_no_map_but_scores_and_healing():
     pipe = make_pipeline("titok", labels=[])
     images = torch.randint(0, 256, (43, 1, 8, 12), dtype=torch.uint8)
