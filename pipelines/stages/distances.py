@@ -15,6 +15,8 @@ from .conformal import Floats
 NEAREST = 5
 KEPT_AXES = 64
 """How many principal axes of features are kept."""
+NO_SPREAD = 1e-5
+"""Of the largest deviation: along an axis of less, rows differ by rounding."""
 
 
 def numbers_along(axes: int, found: Any) -> Floats:
@@ -101,10 +103,13 @@ class Neighbours:
     @classmethod
     def fit(cls, rows: Floats) -> Neighbours:
         """Of `rows` (n, d): the axes are their principal ones, those of little variance held back from counting as much
-        as the others."""
+        as the others. Those of none are kept only if all are: some of them alone would be chosen by rounding."""
         mean = rows.mean(0)
         _, scales, axes = np.linalg.svd(rows - mean, full_matrices=False)
-        variances, axes = np.square(scales[:KEPT_AXES]) / len(rows), axes[:KEPT_AXES]
+        count = min(KEPT_AXES, len(axes))
+        if count < rows.shape[1]:
+            count = max(1, int((scales[:count] > NO_SPREAD * scales[0]).sum()))
+        variances, axes = np.square(scales[:count]) / len(rows), axes[:count]
         axes = axes / np.sqrt(variances + 0.01 * variances.max() + 1e-12)[:, None]
         mean, axes = rounded(mean), rounded(axes)
         return cls(mean, axes, rounded((rows - mean) @ axes.T))

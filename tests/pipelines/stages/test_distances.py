@@ -37,3 +37,14 @@ def test_neighbours_measure_to_the_fifth_nearest_of_white_points():
 def test_few_axes_of_many_features_are_kept():
     fitted = Neighbours.fit(np.random.default_rng(0).normal(size=(200, 100)))
     assert fitted.axes.shape == (64, 100) and fitted.points.shape == (200, 64)
+
+
+def test_rounding_chooses_no_axes_of_fewer_points_than_features():
+    """They lie in fewer dimensions, and new ones were measured along any one of the others."""
+    chance = np.random.default_rng(0)
+    rows, others = chance.normal(size=(10, 16)), chance.normal(size=(20, 16))
+    fitted, again = (Neighbours.fit(each) for each in (rows, rows + 1e-7 * chance.normal(size=rows.shape)))
+    np.testing.assert_allclose(fitted.distance(others), again.distance(others), rtol=1e-4)
+    flat = Neighbours.fit(np.concatenate([rows[:, :3], np.ones((10, 2))], 1))  # all five: far from ones is far
+    assert len(flat.axes) == 5 and flat.distance(np.array([[0.0, 0, 0, 1, 9]])) > 10
+    assert len(Neighbours.fit(np.ones((10, 16))).axes) == 1
