@@ -39,6 +39,18 @@ def test_a_compiled_prior_is_the_prior_and_its_passes_are_compiled(tmp_path):
     torch.save(pipe.prior.state_dict(), io.BytesIO())
 
 
+@pytest.mark.parametrize("prior", ["made", "pixelcnn_pp"])
+def test_a_compiled_prior_has_its_features_after_other_passes(prior):
+    """What was compiled without hooks called none that came later."""
+    pipe = make_pipeline(prior=prior)
+    images = pixels_for(pipe, 3)
+    plain, scores = pipe.embed(images), pipe.log_prob(images)
+    pipe.prior.compile(backend="eager")
+    for _ in range(2):
+        torch.testing.assert_close(pipe.log_prob(images), scores)
+        torch.testing.assert_close(pipe.embed(images), plain)
+
+
 def test_a_compiled_tokenizer_has_compiled_networks():
     pipe, counter = make_pipeline(), CompileCounter()
     images = pixels_for(pipe, 2)
