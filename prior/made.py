@@ -84,7 +84,8 @@ class MADEConfig(PriorConfig):
 
 @dataclass(frozen=True)
 class MADESampler(Sampler):
-    """num_masks: as for `log_prob`; each image is drawn in one of so many connectivities."""
+    """num_masks: as for `log_prob`; each image is drawn in one of so many connectivities, all equally likely also where
+    tokens are known: a completion is then not of the mixture's conditional, as that of `num_orders` is."""
 
     num_masks: int = 1
 
