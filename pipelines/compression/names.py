@@ -8,12 +8,10 @@ import struct
 from collections.abc import Sequence
 from itertools import pairwise
 
-from tokenizer.files.calls import LONGEST
-
 from .chunks import Reader
 from .header import CRC, StreamError, sealed
 
-MAX_NAME = 1024  # bytes
+MAX_NAME, MAX_PART = 1024, 255  # bytes, of all of it and of what a file system takes as one name
 _NAME_LENGTH = struct.Struct("<H")
 
 
@@ -58,7 +56,7 @@ def check_restorable(names: Sequence[str]) -> None:
     for name in names:
         if (other := files.setdefault(restored(name), name)) != name:
             raise StreamError(f"{other!r} and {name!r} would both come back as {restored(name)!r}; rename one")
-        if any(len(part.encode()) > LONGEST for part in restored(name).split("/")):
+        if any(len(part.encode()) > MAX_PART for part in restored(name).split("/")):
             raise StreamError(f"{name!r} would come back as a PNG file whose name is too long; rename it")
     check_names(list(files))
 
