@@ -231,9 +231,7 @@ def draw_samples(pipeline: ImagePipeline, labels: Tensor | None, count: int, see
 
     def draw(start: int, end: int) -> Tensor:
         given = None if labels is None else labels[start:end].tolist()
-        return pipeline(
-            num_images=end - start, labels=given, seed=seed + start, output_type="pt", progress=False
-        ).images
+        return pipeline(end - start, given, seed=seed + start, output_type="pt", progress=False).images
 
     return Samples(draw, count, team)
 
