@@ -17,7 +17,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from tokenizer.base import Grid, TokenGrid, full_float32
+from tokenizer.base import Grid, TokenGrid, full_float32, in_finest
 from tokenizer.pretrained import Fact, ModelConfig, Node, PretrainedModel
 
 from .drawing import draw, evaluating
@@ -193,7 +193,7 @@ class Prior(Positions, Features, Mixtures, Stepping, PretrainedModel, family="pr
         for number in self.connectivities(num_masks):
             with self.connected(number):
                 each += [self.token_log_probs(tokens, labels, one).flatten(1) for one in orders]
-        members = torch.stack([nats.double().sum(1) for nats in each])
+        members = torch.stack([in_finest(nats).sum(1) for nats in each])
         return (members.logsumexp(0) - math.log(len(each))).to(each[0].dtype)
 
     def likelihood_pass(self, tokens: Tensor, labels: Tensor | None = None) -> None:

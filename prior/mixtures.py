@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from tokenizer.base import TokenGrid
+from tokenizer.base import TokenGrid, in_finest
 
 from .orders import Partition, make_order
 from .requests import Order, partition_of
@@ -55,7 +55,7 @@ class Mixtures:
         if num_orders < 2:
             raise ValueError(f"num_orders must be at least 2 to see a spread (got {num_orders})")
         orders = self.orders(num_orders)
-        each = [self.chain_log_probs(tokens, labels, order).flatten(1).double().sum(1) for order in orders]
+        each = [in_finest(self.chain_log_probs(tokens, labels, order).flatten(1)).sum(1) for order in orders]
         return torch.stack(each).std(0).float()
 
 

@@ -9,7 +9,7 @@ from typing import Any, ClassVar, Protocol
 import torch
 from torch import Tensor
 
-from tokenizer.base import TokenGrid
+from tokenizer.base import TokenGrid, in_finest
 
 from .orders import Partition, after_known, block_numbers, blocks_problem, known_first, make_partition, order_of
 from .orders.partitions import as_tensor
@@ -271,7 +271,7 @@ def draw_order(prior: Model, row: Rows, ways: Partition) -> int:
         return int(torch.randint(count, (), generator=generator, device=generator.device))
     tokens = row.given.expand(count, -1).reshape(count, *prior.grid.shape)
     each = prior.chain_log_probs(tokens, row.labels.expand(count), ways)
-    scores = each.flatten(1)[:, keep].double().sum(1).float()
+    scores = in_finest(each.flatten(1)[:, keep]).sum(1).float()
     return int((scores + gumbel((count,), generator).to(scores.device)).argmax())
 
 

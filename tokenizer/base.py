@@ -14,7 +14,9 @@ from torch import Tensor, nn
 from .files.errors import ConfigError, shown
 from .precision import Held as Held
 from .precision import at_least_float32 as at_least_float32
+from .precision import finest as finest
 from .precision import full_float32 as full_float32
+from .precision import in_finest as in_finest
 from .pretrained import PretrainedModel
 from .scales import Resize as Resize
 from .scales import Scales, areas, scales_problem
@@ -224,7 +226,7 @@ class Tokenizer(PretrainedModel, family="tokenizer"):
             return None
         if images.shape != (wanted := (len(tokens), *self.image_shape)):
             raise ValueError(f"images should have shape {wanted}, as there are tokens, got {tuple(images.shape)}")
-        return self.pixel_log_probs(images, tokens).double().flatten(1).sum(1).float()
+        return in_finest(self.pixel_log_probs(images, tokens)).flatten(1).sum(1).float()
 
     def pixel_log_probs(self, images: Tensor, tokens: Tensor) -> Tensor:
         """log p of each pixel channel of 8-bit images, given the tokens and the channels before it: `(B, C, H, W)`
@@ -288,6 +290,6 @@ def codebook_usage(counts: Tensor) -> dict[str, Tensor]:
 
     counts: how often each id occurred, `(vocab_size,)`.
     """
-    p = counts.double() / counts.sum().clamp(min=1)
+    p = in_finest(counts) / counts.sum().clamp(min=1)
     entropy = -(p * p.clamp(min=torch.finfo(p.dtype).tiny).log()).sum()
-    return {"usage": (counts > 0).double().mean(), "perplexity": entropy.exp()}
+    return {"usage": in_finest(counts > 0).mean(), "perplexity": entropy.exp()}

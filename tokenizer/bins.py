@@ -11,6 +11,7 @@ import math
 import torch
 from torch import Tensor
 
+from .precision import in_finest
 from .quantizers import Quantizer
 from .quantizers.base import Quantized
 from .quantizers.gradients import straight_through
@@ -51,10 +52,10 @@ class Bins(Quantizer):
         ordered = rows.to(self.edges).t().contiguous().sort(1).values
         edges = ordered[:, torch.arange(1, bins, device=ordered.device) * count // bins]
         self.edges.copy_(edges)
-        ids, values = self._ids(ordered), ordered.double()
+        ids, values = self._ids(ordered), in_finest(ordered)
         totals = values.new_zeros(self.dim, bins)
         sums, counts = totals.scatter_add(1, ids, values), totals.scatter_add(1, ids, torch.ones_like(values))
-        empty = torch.cat([edges[:, :1], edges], 1).double()
+        empty = in_finest(torch.cat([edges[:, :1], edges], 1))
         self.centres.copy_(torch.where(counts > 0, sums / counts.clamp(min=1), empty))
         for before, centre in zip(self.centres.t(), self.centres.t()[1:], strict=False):
             torch.maximum(centre, before.nextafter(torch.full_like(before, math.inf)), out=centre)

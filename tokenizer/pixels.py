@@ -7,7 +7,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from .base import Reconstruction, TokenGrid, Tokenizer, TokenizerConfig
+from .base import Reconstruction, TokenGrid, Tokenizer, TokenizerConfig, in_finest
 
 
 class PixelsConfig(TokenizerConfig):
@@ -71,7 +71,7 @@ class Pixels(Tokenizer, name="pixels"):
     def pixel_log_probs(self, images: Tensor, tokens: Tensor) -> Tensor:
         """Minus the log of the number of bytes that the id stands for, 0 with 256 levels; -inf where the id is not that
         of the image. `(B, C, H, W)` nats."""
-        inside = -self.sizes.double().log()[tokens.long()]
+        inside = -in_finest(self.sizes).log()[tokens.long()]
         found = torch.where(self.encode(images) == tokens, inside, -torch.inf).float()
         return self._to_channels(found)
 
@@ -79,7 +79,7 @@ class Pixels(Tokenizer, name="pixels"):
         """`(B, 256, H, W)` nats, -inf for bytes of other ids; channels do not depend on each other."""
         ids = self._to_channels(tokens.long())[:, channel, None]
         every = self._nearest(torch.arange(256, device=ids.device) / 127.5 - 1)[None, :, None, None]
-        return torch.where(every == ids, -self.sizes.double().log()[ids], -torch.inf)
+        return torch.where(every == ids, -in_finest(self.sizes).log()[ids], -torch.inf)
 
     def known_tokens(self, known: Tensor) -> Tensor:
         """True for each channel of each known pixel, `(B, C * H, W)`, given bool `(B, H, W)`."""

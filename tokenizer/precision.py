@@ -75,3 +75,16 @@ def full_float32() -> Iterator[None]:
 def at_least_float32(x: Tensor) -> Tensor:
     """`x` in float32, or in float64 if it is in that."""
     return x if x.dtype == torch.float64 else x.float()
+
+
+WITHOUT_FLOAT64 = {"mps"}  # types of devices: Apple's GPUs
+
+
+def finest(device: torch.device) -> torch.dtype:
+    """The type with most digits that `device` has: float64, or float32 on an Apple GPU."""
+    return torch.float32 if device.type in WITHOUT_FLOAT64 else torch.float64
+
+
+def in_finest(x: Tensor) -> Tensor:
+    """`x` in the type with most digits that its device has, for sums of many numbers."""
+    return x.to(finest(x.device))

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from prior.sampling import check_count, whole_number
 from tokenizer import Tokenizer
+from tokenizer.base import in_finest
 
 from ..stages.calibration import LEVELS, Calibration, CalibrationError
 
@@ -126,7 +127,7 @@ def heal(
         generators = [torch.Generator().manual_seed(one) for one in seeds]
         found.append(pipeline.prior.sample(len(batch), ids, generator=generators, tokens=tokens, known=~resampled))
         nats.append(-pipeline.prior.log_prob(found[-1], ids))
-    weights = (-SHARPNESS * torch.stack(nats).double()).softmax(0).float()
+    weights = (-SHARPNESS * in_finest(torch.stack(nats))).softmax(0).float()
     pixels = [pipeline.decode(restored, output_type="pt") for restored in found]
     difference = torch.stack([(x - batch).abs().mean(1) for x in pixels])
     difference = (difference * weights[:, :, None, None]).sum(0) - error_map(calibration, batch)

@@ -25,6 +25,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from prior import Prior
+from tokenizer.base import finest
 
 from .header import ModelMismatch, StreamError
 
@@ -92,7 +93,7 @@ class Models:
     """
 
     def __init__(self, pipeline: Stages, *, residual: bool) -> None:
-        device = torch.device("cpu") if pipeline.device.type == "mps" else pipeline.device
+        device = pipeline.device if finest(pipeline.device) == torch.float64 else torch.device("cpu")
         self.prior = doubled(pipeline.prior, device)
         self.tokenizer = doubled(pipeline.tokenizer, device) if residual else pipeline.tokenizer
         self.residual = residual

@@ -16,7 +16,7 @@ from PIL.Image import Image as PILImage
 from torch import Tensor
 
 from prior.sampling import check_count, progress_over
-from tokenizer.base import LikelihoodError
+from tokenizer.base import LikelihoodError, in_finest
 from tokenizer.likelihoods.base import to_values
 
 from ..images.decoding import pixels_of
@@ -61,7 +61,7 @@ def exact_pixels(image: PILImage, shape: tuple[int, int, int], lossless: bool) -
 
 def check_exact(images: Tensor) -> None:
     """Raise `ValueError` unless all of `images`, float in [-1, 1], are 8-bit values."""
-    scaled = (images.double() + 1) * 127.5
+    scaled = (in_finest(images) + 1) * 127.5
     if not bool(((scaled - scaled.round()).abs() < 1e-3).all()):
         raise ValueError("lossless compression takes 8-bit images; these floats are not on the grid of 256 values")
 

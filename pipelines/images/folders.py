@@ -34,12 +34,26 @@ def image_folder(root: Path, config: DataConfig) -> SplitRows:
 
 def split_folders(root: Path, config: DataConfig) -> dict[str, Path]:
     """The folders of the splits: those that the configuration names and, if there is a folder for `split`, those with a
-    usual name. A folder without such folders is `train` as a whole: its folders are classes."""
+    usual name. A folder without such folders is `train` as a whole: its folders are classes. Raises `UserError` if
+    these are called as splits are."""
     names = [config.split, config.held_out or "test"]
     if (root / config.split).is_dir():
         names += SPLIT_FOLDERS
     found = {name: root / name for name in dict.fromkeys(names) if (root / name).is_dir()}
+    if not found:
+        require_classes(root)
     return found or {"train": root}
+
+
+def require_classes(root: Path) -> None:
+    """Raise `UserError` if all folders of `root` are called `Train`, `Test` and so on: as classes, test images would be
+    trained on."""
+    folders = sorted(name for name in next(walk(root))[1] if not name.startswith("."))
+    if len(folders) > 1 and all(name.lower() in SPLIT_FOLDERS for name in folders):
+        raise UserError(
+            f"{root}: {', '.join(folders)} are folders of splits, it seems, and not of classes; call them train, test "
+            "and validation, or say data.split= and data.held_out="
+        )
 
 
 def folder_rows(folder: Path, config: DataConfig) -> Rows:

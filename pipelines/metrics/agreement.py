@@ -24,7 +24,7 @@ def agreement(
     """The share of the images `(n, C, H, W)` of all parts that the classifier, on `known` `(m, C, H, W)` of `labels`
     `(m,)`, gives the class `wanted` `(n,)`."""
     found = team.map(lambda part: nearest_label(images_of(part), known, labels), parts)
-    return float((torch.cat(found) == wanted).double().mean())
+    return float((torch.cat(found) == wanted).cpu().double().mean())
 
 
 def nearest_label(images: Tensor, known: Tensor, labels: Tensor) -> Tensor:

@@ -23,6 +23,7 @@ from prior import Prior
 from prior.orders import order_of
 from prior.requests import Order, known_tokens
 from prior.sampling import check_count
+from tokenizer.base import in_finest
 
 from ..images.pictures import check_output_type, convert_images
 from .base import Images, Label, Stages
@@ -236,7 +237,7 @@ def region_log_prob(prior: Prior, tokens: Tensor, known: Tensor, labels: Tensor 
             "or a prior that takes any order (masked, blocks or gpt with any_order, made with order_agnostic)"
         )
     each = prior.chain_log_probs(tokens, labels, known=keep)
-    return each.flatten(1).double().masked_fill(keep, 0).sum(1).float()
+    return in_finest(each.flatten(1)).masked_fill(keep, 0).sum(1).float()
 
 
 def sees_all_known(prior: Prior, keep: Tensor) -> Tensor:

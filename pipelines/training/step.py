@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from tokenizer.base import in_finest
+
 from ..config import UserError
 from .checkpoints.sharded import whole
 from .schedule import copy_buffers, move_average
@@ -54,7 +56,7 @@ def play_turn(training: Training, player: str, micro_batches: list[Any], lr: flo
     optimizer.zero_grad()
     found = task.finish_step(player, taken)
     if found:
-        values = torch.cat([values, torch.stack([value.float() for value in found.values()]).double()])
+        values = torch.cat([values, torch.stack([value.to(values) for value in found.values()])])
     return Turn(player, [*terms, *found], len(terms), values, culprit)
 
 
@@ -141,7 +143,7 @@ def agree(training: Training, terms: dict[str, Tensor], told: bool) -> Tensor:
     """
     device = training.accelerator.device
     values = [torch.full((), float(told), device=device), *(value.to(device) for value in terms.values())]
-    stacked = torch.stack(values).double()
+    stacked = in_finest(torch.stack(values))
     if training.accelerator.num_processes > 1:
         torch.distributed.all_reduce(stacked)
         stacked /= training.accelerator.num_processes

@@ -7,6 +7,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from tokenizer.base import in_finest
+
 
 class Kept(NamedTuple):
     """bool `(..., V)`: the ids that a filter keeps; those that it keeps or might keep if rounding moved logits within
@@ -40,13 +42,14 @@ def keep_top_p(logits: Tensor, p: float, tolerance: Tensor, among: Kept) -> Kept
     0.5 > 0.7 - 0.25. Besides, ids whose logits are within the tolerance may change places at either boundary.
     """
     ordered, ids = logits.masked_fill(~among.kept, -torch.inf).sort(dim=-1, descending=True, stable=True)
-    probabilities = ordered.double().softmax(-1)
+    precise = in_finest(ordered)
+    probabilities = precise.softmax(-1)
     mass_before = (probabilities.cumsum(-1) - probabilities).masked_fill(ordered == -torch.inf, torch.inf)
 
     def below(limit: float | Tensor) -> Tensor:
         return torch.zeros_like(among.kept).scatter(-1, ids, mass_before < limit)
 
-    shares = (logits.double() - ordered.double().logsumexp(-1, keepdim=True)).exp()
+    shares = (in_finest(logits) - precise.logsumexp(-1, keepdim=True)).exp()
     slack = tolerance + (shares * (among.near & ~among.certain)).sum(-1, keepdim=True)
     likely = below(p + slack)
     sure = below(p - slack)

@@ -7,6 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from tokenizer.base import finest
+
 from .buffers import Buffer, make_buffer
 
 NOISE_BLOCK = 1 << 16  # numbers drawn at a time for one image; a function of nothing else, so that batches agree
@@ -92,6 +94,6 @@ class GumbelNoise:
 
 def gumbel(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
     """Gumbel variates, float32, on the generator's device (which may have no float64)."""
-    kind = torch.float32 if generator.device.type == "mps" else torch.float64
-    uniform = torch.rand(shape, generator=generator, device=generator.device, dtype=kind)
+    device = generator.device
+    uniform = torch.rand(shape, generator=generator, device=device, dtype=finest(device))
     return uniform.log_().neg_().float().log_().neg_()

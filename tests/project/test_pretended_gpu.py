@@ -49,6 +49,11 @@ def test_what_matters_most_goes_through():
     assert said.startswith("ok    main: what a GPU refuses") and said.count("ok  ") >= 10
 
 
+def test_a_gpu_without_float64_does_too():
+    """Apple's GPUs have none."""
+    assert on_the_gpu("--float32", "main").count("ok  ") >= 10
+
+
 def test_a_training_step_hardly_waits_for_the_gpu():
     """Which would have nothing to do meanwhile."""
     waits = waits_in(on_the_gpu("main"))
@@ -64,3 +69,9 @@ def test_everything_goes_through():
     assert len(waits["tokenizer"]) > 5 and max(waits["tokenizer"]) <= 2
     assert len(waits["tokenizer with a critic"]) == 1 and max(waits["tokenizer with a critic"]) <= 3
     print(said)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+def test_everything_goes_through_without_float64():
+    on_the_gpu("--float32", seconds=3500)

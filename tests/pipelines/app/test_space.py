@@ -24,6 +24,7 @@ from small_pipelines import make_pipeline
 
 from pipelines import ImagePipeline
 from pipelines.__main__ import main
+from pipelines.stages.storing import variant_of
 
 pytestmark = needs_gradio
 
@@ -64,6 +65,14 @@ def test_nothing_of_this_machine_is_carried(space, place):
     text.append((space / "app.py").read_text())
     assert not [part for part in text if str(place) in part or "my photos" in part]
     assert not list(space.rglob("__pycache__")) and (space / "pipelines" / "app" / "browser" / "page.css").is_file()
+
+
+def test_weights_of_lower_precision_stay_so(place, tmp_path):
+    ImagePipeline.from_pretrained(place / "pipeline").save_pretrained(tmp_path / "half", variant="fp16")
+    main(["app", f"pipeline={tmp_path / 'half'}", "space=me/half", f"out={tmp_path / 'space'}"])
+    whole, half = place / "pipeline", tmp_path / "space/pipeline"
+    sizes = [sum(path.stat().st_size for path in root.rglob("*.safetensors")) for root in (whole, half)]
+    assert variant_of(half) == "fp16" and sizes[1] < 0.7 * sizes[0]
 
 
 @pytest.mark.slow  # starts twice: 20 s of a processor

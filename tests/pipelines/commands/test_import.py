@@ -17,6 +17,7 @@ from givens.published_weights import imported, llamagen_shapes, random_images, r
 from safetensors.torch import load_file, save_file
 
 from pipelines.__main__ import find, main, verbs
+from pipelines.commands.import_ import ImportConfig, run
 from tokenizer import Tokenizer
 
 # What is left out, what is refused
@@ -57,6 +58,16 @@ def test_the_verb_is_called_import(small, tmp_path, capsys):
     assert find("import") == "import" and "import_" not in verbs()
     main(["import", f"source={write(weights)}", f"out={tmp_path}/out", "groups=4"])
     assert capsys.readouterr().out.startswith(f"{tmp_path}/model.safetensors: taming-transformers VQGAN\n")
+    assert Tokenizer.from_pretrained(tmp_path / "out").grid.shape == (128, 128)
+
+
+@pytest.mark.parametrize("source", ["~/model.safetensors", "~"])
+def test_the_home_is_found(small, tmp_path, monkeypatch, source):
+    """`source=~` is no `~/`, which every argument may begin with."""
+    weights, write = small
+    write(weights)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert run(ImportConfig(source=source, out=str(tmp_path / "out"), groups=4)) == tmp_path / "out"
     assert Tokenizer.from_pretrained(tmp_path / "out").grid.shape == (128, 128)
 
 

@@ -8,6 +8,7 @@ import sys
 import textwrap
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -88,6 +89,13 @@ def test_a_model_of_ones_own_is_trained_loaded_and_told_of(
     assert told.endswith(f"next: smalti generate --import {name} pipeline=run/pipeline")
     main(["generate", f"--import={name}", "pipeline=run/pipeline", "num_images=2"])
     assert (folder / "grid.png").is_file()
+
+
+def test_a_file_of_the_home_is_found(folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: Any) -> None:
+    """A shell leaves the `~` of `--import=~/my_prior.py` as it is."""
+    monkeypatch.setenv("HOME", str(folder))
+    main(["plan", "--import=~/my_prior.py", "tokens=tokens", "model.kind=my_unigram", "gpus=1"])
+    assert "my_unigram over" in capsys.readouterr().out
 
 
 def test_help_and_plan_know_it(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

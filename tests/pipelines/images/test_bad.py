@@ -7,10 +7,13 @@ Covers: pipelines/images/decoding.py, pipelines/images/streamed.py.
 
 from __future__ import annotations
 
+import errno
+import io
 import json
 import os
 import re
 import struct
+import sys
 import threading
 import zlib
 from collections import Counter
@@ -27,7 +30,7 @@ from givens.image_files import Row, encoded, noise, write_parquet, write_tar
 from PIL import Image
 
 from pipelines.images import DataConfig, Splits, decoding, load_images
-from pipelines.images.bad import REPORT, Problem, append_report, listed, read_report
+from pipelines.images.bad import REPORT, Problem, Report, append_report, judge, listed, read_report
 
 SIDE = 16
 SHAPE = (3, SIDE, SIDE)
@@ -334,3 +337,16 @@ def test_a_name_forges_no_line_and_a_report_holds_lines_of_problems_alone(tmp_pa
     assert read_report(tmp_path) == [good]
     append_report(tmp_path, "train", [Problem("a", 0, "b"), Problem("c", 1, "d")])
     assert [line["row"] for line in read_report(tmp_path)] == [0, 1]
+
+
+def test_what_cannot_be_reported_on_a_full_disk_is_left_at_that(tmp_path, monkeypatch):
+    """Neither the report nor, as the log is on the same disk, the warning ends what goes on."""
+
+    class Full(io.StringIO):
+        def write(self, text):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    (tmp_path / REPORT).mkdir()
+    monkeypatch.setattr(sys, "stderr", Full())
+    append_report(tmp_path, "train", [Problem("a", 0, "b")])
+    judge([Report(100, [Problem("a", 0, "b")])], DataConfig(on_error="skip", max_bad_fraction=0.5))

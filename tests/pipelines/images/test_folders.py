@@ -41,6 +41,24 @@ def test_a_split_without_its_folder_is_not_the_whole(tmp_path, streaming):
         load_images(config(tmp_path, split="tarin", streaming=streaming))
 
 
+@pytest.mark.parametrize("names", [("Train", "Test"), ("TRAIN", "Val"), ("testing", "training")])
+@pytest.mark.parametrize("streaming", [False, True])
+def test_folders_that_must_be_splits_are_not_read_as_classes(tmp_path, names, streaming):
+    """Else test images would be trained on."""
+    for name in names:
+        write_folder(tmp_path / name, count=3, classes=("a", "b"))
+    told = f"^{tmp_path}: {names[0]}, {names[1]}|^{tmp_path}: {names[1]}, {names[0]}"
+    with pytest.raises(UserError, match=told):
+        load_images(config(tmp_path, streaming=streaming))
+    splits = load_images(config(tmp_path, split=names[0], held_out=names[1], streaming=streaming))
+    assert splits.train.class_names == splits.held_out.class_names == ["a", "b"]
+
+
+def test_classes_may_be_called_as_splits_are(tmp_path):
+    write_folder(tmp_path, count=3, classes=("Bus", "Train"))
+    assert load_images(config(tmp_path)).train.class_names == ["Bus", "Train"]
+
+
 def test_folder_without_images(tmp_path):
     write_image(tmp_path / "notes.txt", b"hello")
     with pytest.raises(UserError, match=f"{tmp_path}: no images"):

@@ -131,6 +131,12 @@ def test_mode_and_reason(tmp_path, monkeypatch):
     (tmp_path / "netrc").write_text("machine api.wandb.ai login user password secret\n")
     monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
     assert wandb_mode(None) == ("online", f"API key found in {tmp_path / 'netrc'}")
+    monkeypatch.setenv("NETRC", "~/mine")
+    assert wandb_mode(None)[0] == "offline"
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "mine").write_text((tmp_path / "netrc").read_text())
+    assert wandb_mode(None) == ("online", f"API key found in {tmp_path / 'mine'}")
+    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
     monkeypatch.setenv("WANDB_BASE_URL", "https://wandb.example.org")  # the key of one server is none for another
     assert wandb_mode(None)[0] == "offline"
     (tmp_path / "netrc").write_text("machine {{{ nonsense")

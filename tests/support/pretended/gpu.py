@@ -10,8 +10,9 @@ project is imported.
 
 With PYTHONPATH=.:tests/support
 
-    python -m pretended.gpu [WORD]    # tries what `gpu_components` says (of that name), a line for each
-    python -m pretended.gpu waits     # how often the host waits for the GPU in a training step, and where
+    python -m pretended.gpu [WORD]              # tries what `gpu_components` says (of that name), a line for each
+    python -m pretended.gpu waits               # how often the host waits for the GPU in a training step, and where
+    python -m pretended.gpu --float32 [WORD]    # the same on a GPU that has no float64, as Apple's
 """
 
 from __future__ import annotations
@@ -89,6 +90,7 @@ class Pretended(Tensor):
     """A tensor that says it is on the GPU."""
 
     elem: Tensor
+    float32 = False  # whether the GPU has no float64
 
     @staticmethod
     def __new__(cls, elem: Tensor) -> Pretended:
@@ -147,6 +149,7 @@ def compute(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     out = func(*tree_map(unwrapped, args), **plain)
     if not on_gpu:
         return gpu_counts.send(out) if ours and kwargs.get("non_blocking") else out
+    require_known(out)
     out = tree_map_only(Tensor, Pretended, out)
     return return_and_correct_aliasing(func, args, kwargs, out) if ours else out
 
@@ -174,6 +177,12 @@ def judge(func: Any, args: Any, ours: list[Tensor], others: list[Tensor]) -> Non
     if mixed:
         shapes = [[list(tensor.shape) for tensor in some] for some in (ours, others)]
         raise DeviceMix(f"{func}: tensors of two devices: {shapes[0]} on the GPU, {shapes[1]} on the CPU")
+
+
+def require_known(made: Any) -> None:
+    """Raise `DeviceMix` for what is made on the GPU in a type that it has not."""
+    if Pretended.float32 and any(one.dtype == torch.float64 for one in tree_leaves(made) if isinstance(one, Tensor)):
+        raise DeviceMix("the GPU has no float64")
 
 
 class Idle:
@@ -291,6 +300,10 @@ def run(only: str) -> bool:
     """Try all components whose name contains `only`, a line for each; whether all went well."""
     from pretended.gpu_components import components
 
+    from tokenizer import precision
+
+    if Pretended.float32:
+        precision.WITHOUT_FLOAT64.add("cuda")
     failed, tried = 0, 0
     for name, component in components():
         if only not in name:
@@ -328,4 +341,6 @@ if __name__ == "__main__":
     except NoCompiler as reason:
         print(reason)
         sys.exit(2)
-    sys.exit(0 if run(" ".join(sys.argv[1:])) else 1)
+    words = [word for word in sys.argv[1:] if word != "--float32"]
+    Pretended.float32 = words != sys.argv[1:]
+    sys.exit(0 if run(" ".join(words)) else 1)

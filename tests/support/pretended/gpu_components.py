@@ -97,6 +97,8 @@ def refused() -> None:
         lambda: torch.rand(3, generator=torch.Generator("cuda")),
         lambda: torch.nn.Linear(3, 2)(x),
     ]
+    if Pretended.float32:
+        mixes += [lambda: x.double(), lambda: torch.zeros(3, device=CUDA, dtype=torch.float64)]
     for number, mix in enumerate(mixes):
         with contextlib.suppress(DeviceMix):
             mix()
