@@ -210,7 +210,7 @@ def truth_log_prob(
 ) -> tuple[float | None, str]:
     """The mean of log p of the hidden tokens given the known ones, in nats; or None, and why the prior has none."""
     try:
-        return float(conditional_log_prob(pipeline, truth, known, labels).double().mean()), ""
+        return float(conditional_log_prob(pipeline, truth, known, labels).cpu().double().mean()), ""
     except ConditionError as error:
         return None, str(error)
 

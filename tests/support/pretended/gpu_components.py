@@ -519,7 +519,8 @@ def try_verb(verb: str, main: Callable[[list[str]], Any], fields: dict[str, Any]
         "stream": HERE / "compress.smalti",
         "mask": "bottom",
         "every": 1,
-        "num_images": 4,
+        "num_images": 50 if verb == "tune" else 4,
+        "minutes": 0.5,
         "num_samples": 20,
         "feature_steps": 2,
         "num_train": 60,
@@ -534,4 +535,6 @@ def try_verb(verb: str, main: Callable[[list[str]], Any], fields: dict[str, Any]
     if unknown := {name for name, field in fields.items() if field.is_required()} - set(settings):
         raise LookupError(f"say in `settings` what to give {verb} for {unknown}")
     given = {name: value for name, value in settings.items() if name in fields}
-    main(["data.limit=72" if name == "data" else f"{name}={value}" for name, value in given.items()])
+    with patch("pipelines.app.serving.serve", lambda *_: None):  # which ends when somebody ends it
+        limit = 720 if verb == "tune" else 72  # of which some are for validation
+        main([f"data.limit={limit}" if name == "data" else f"{name}={value}" for name, value in given.items()])
