@@ -35,7 +35,7 @@ def image_folder(root: Path, config: DataConfig) -> SplitRows:
 def split_folders(root: Path, config: DataConfig) -> dict[str, Path]:
     """The folders of the splits: those that the configuration names and, if there is a folder for `split`, those with a
     usual name. A folder without such folders is `train` as a whole: its folders are classes. Raises `UserError` if
-    these are called as splits are."""
+    these are called as splits are, but for capitals."""
     names = [config.split, config.held_out or "test"]
     if (root / config.split).is_dir():
         names += SPLIT_FOLDERS
@@ -46,10 +46,11 @@ def split_folders(root: Path, config: DataConfig) -> dict[str, Path]:
 
 
 def require_classes(root: Path) -> None:
-    """Raise `UserError` if all folders of `root` are called `Train`, `Test` and so on: as classes, test images would be
-    trained on."""
+    """Raise `UserError` if all folders of `root` are called as splits are, but for capitals, as `Train` and `Test`: taken
+    for classes, test images would be trained on."""
     folders = sorted(name for name in next(walk(root))[1] if not name.startswith("."))
-    if len(folders) > 1 and all(name.lower() in SPLIT_FOLDERS for name in folders):
+    capitals = any(name != name.lower() for name in folders)
+    if capitals and len(folders) > 1 and {name.lower() for name in folders} <= set(SPLIT_FOLDERS):
         raise UserError(
             f"{root}: {', '.join(folders)} are folders of splits, it seems, and not of classes; call them train, test "
             "and validation, or say data.split= and data.held_out="
