@@ -8,6 +8,7 @@ pipelines/app/tabs/anomaly.py, pipelines/app/tabs/search.py, pipelines/app/tabs/
 from __future__ import annotations
 
 import base64
+import contextlib
 import io
 import json
 import struct
@@ -74,9 +75,9 @@ def chromium():
         yield found
 
 
-@pytest.fixture(scope="module")
-def page(server, chromium):
-    """A page on which images were sampled. Whatever is done with it, its console stays without errors, and it asks
+@contextlib.contextmanager
+def sampled(server, chromium):
+    """A page on which six images were sampled. Whatever is done with it, its console stays without errors, and it asks
     nothing of another machine."""
     driver = Driver(chromium.new_page(viewport={"width": 1280, "height": 900}), server.url)
     driver.number("number input for Images", 6)
@@ -85,6 +86,27 @@ def page(server, chromium):
     yield driver
     assert not driver.problems, driver.problems
     assert {url.split("/")[2] for url in driver.asked if not url.startswith("data:")} == {server.url.split("/")[2]}
+    driver.page.close()
+
+
+@pytest.fixture(scope="module")
+def shared_page(server, chromium):
+    with sampled(server, chromium) as driver:
+        yield driver
+
+
+@pytest.fixture
+def page(shared_page):
+    """A page that others have used, with its first tab in front. Its samples and their settings stay as they are."""
+    shared_page.tab("Sample")
+    return shared_page
+
+
+@pytest.fixture
+def own_page(server, chromium):
+    """For a test that looks at the settings of samples, or changes them."""
+    with sampled(server, chromium) as driver:
+        yield driver
 
 
 def shown(driver, name):
@@ -117,14 +139,14 @@ def hostile_png(path):
 # What a visitor does
 
 
-def test_samples_are_those_of_the_python_lines(page, folder):
+def test_samples_are_those_of_the_python_lines(own_page, folder):
     """What the page shows is what the lines beside it make; names of classes are text, whatever is in them."""
-    code = page.page.locator(".cm-content").first.inner_text()
+    code = own_page.page.locator(".cm-content").first.inner_text()
     assert "pipe(6, seed=0, labels=(pipe.labels * 2)[:6])" in code and str(folder / "pipeline") in code
     pipe = ImagePipeline.from_pretrained(folder / "pipeline")
     expected = pipe(6, seed=0, labels=(pipe.labels * 2)[:6], progress=False, output_type="np").images[..., 0]
-    assert np.array_equal(np.stack(shown(page, "samples")), expected)
-    assert captions(page, "samples")[:3] == [f"{label} · seed {seed}" for seed, label in enumerate(LABELS)]
+    assert np.array_equal(np.stack(shown(own_page, "samples")), expected)
+    assert captions(own_page, "samples")[:3] == [f"{label} · seed {seed}" for seed, label in enumerate(LABELS)]
 
 
 def test_small_images_are_shown_large_and_crisp(page):
@@ -133,17 +155,16 @@ def test_small_images_are_shown_large_and_crisp(page):
     assert style == [9, "pixelated"]
 
 
-def test_fewer_passes_by_the_slider(page, folder):
-    page.number("number input for Passes", 3)
-    page.click("Sample")
-    page.page.wait_for_selector("text=order=")
-    code = page.page.locator(".cm-content").first.inner_text()
+def test_fewer_passes_by_the_slider(own_page, folder):
+    own_page.number("number input for Passes", 3)
+    own_page.click("Sample")
+    own_page.page.wait_for_selector("text=order=")
+    code = own_page.page.locator(".cm-content").first.inner_text()
     assert f"order='raster/{SIDE * SIDE // 3}'" in code
-    page.number("number input for Passes", 0)
     pipe = ImagePipeline.from_pretrained(folder / "pipeline")
     options = {"order": f"raster/{SIDE * SIDE // 3}", "progress": False, "output_type": "np"}
     expected = pipe(6, seed=0, labels=(pipe.labels * 2)[:6], **options).images[..., 0]
-    assert np.array_equal(np.stack(shown(page, "samples")), expected)
+    assert np.array_equal(np.stack(shown(own_page, "samples")), expected)
 
 
 def test_paint_and_complete(page):
@@ -269,18 +290,17 @@ def test_compress_and_decompress(page, tmp_path):
     assert "not a stream of ours" in page.toast()
 
 
-def test_long_sampling_shows_its_steps_and_stops(page, server):
-    page.tab("Sample")
-    before = captions(page, "samples")
-    page.number("number input for Images", IMAGES)
-    page.click("Sample")
-    page.wait(".progress-text:has-text('/57.6k tokens')")
-    page.click("Stop")
-    assert "stopped after" in page.toast()
-    page.number("number input for Images", 6)
-    page.click("Sample")
-    page.wait("text=6 images in")
-    assert captions(page, "samples") == before
+def test_long_sampling_shows_its_steps_and_stops(own_page, server):
+    before = captions(own_page, "samples")
+    own_page.number("number input for Images", IMAGES)
+    own_page.click("Sample")
+    own_page.wait(".progress-text:has-text('/57.6k tokens')")
+    own_page.click("Stop")
+    assert "stopped after" in own_page.toast()
+    own_page.number("number input for Images", 6)
+    own_page.click("Sample")
+    own_page.wait("text=6 images in")
+    assert captions(own_page, "samples") == before
 
 
 def test_a_narrow_page_does_not_overflow(server, chromium):
@@ -386,7 +406,7 @@ def test_another_name_of_this_machine_is_refused(client):
 
 
 @pytest.mark.slow
-def test_a_full_queue_is_told(client, functions, page):
+def test_a_full_queue_is_told(client, functions, own_page):
     """One request is worked on, two wait, and the next one is told to come back."""
     sessions = [f"full{number}" for number in range(4)]
     found = [joined(client, functions, "sample", sample_data(functions, IMAGES), name) for name in sessions]
@@ -395,12 +415,11 @@ def test_a_full_queue_is_told(client, functions, page):
         sessions.append(f"full{len(sessions)}")
         found.append(joined(client, functions, "sample", sample_data(functions, IMAGES), sessions[-1]))
     assert found[-1].status_code == 503 and "full" in found[-1].json()["detail"]
-    page.tab("Sample")
-    page.click("Sample")
-    assert "busy" in page.toast()
+    own_page.click("Sample")
+    assert "busy" in own_page.toast()
     stopped = functions["stop"]["id"]
     for _ in range(40):  # each as soon as it is worked on
         for name in sessions:
             client.post("/gradio_api/run/predict", json={"data": [], "fn_index": stopped, "session_hash": name})
         time.sleep(0.05)
-    page.problems[:] = [text for text in page.problems if "503" not in text]
+    own_page.problems[:] = [text for text in own_page.problems if "503" not in text]
