@@ -225,6 +225,7 @@ class Campaign:
             try:
                 import pickle
 
+                os.chdir(folder)  # some keep a cache in the current folder
                 made = self.target.good(folder)
                 (self.place / "good.pickle").write_bytes(pickle.dumps(made))
                 code = 0
