@@ -46,8 +46,8 @@ def split_folders(root: Path, config: DataConfig) -> dict[str, Path]:
 
 
 def require_classes(root: Path) -> None:
-    """Raise `UserError` if all folders of `root` are called as splits are, but for capitals, as `Train` and `Test`: taken
-    for classes, test images would be trained on."""
+    """Raise `UserError` if all folders of `root` are called as splits are, but for capitals, as `Train` and `Test`:
+    taken for classes, test images would be trained on."""
     folders = sorted(name for name in next(walk(root))[1] if not name.startswith("."))
     capitals = any(name != name.lower() for name in folders)
     if capitals and len(folders) > 1 and {name.lower() for name in folders} <= set(SPLIT_FOLDERS):
