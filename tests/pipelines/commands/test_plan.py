@@ -16,6 +16,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from givens.plans import TINY, planned
 from launch import prior_arguments
 from small import SMALL, TOKENIZERS, make_prior, make_tokenizer, quantizer_of
@@ -224,10 +225,22 @@ def test_page_of_a_tokenizer_with_critic_and_perceptual_network(capsys):
     assert f"| {forecast.flops_per_step * 400_000 / 1e18:.1f} EFLOP | 16% |" in SCALING
 
 
+def facts_for(path):
+    """What a plan of a prior's preset has to be told: a tokenizer, where its tokens have scales, levels or channels."""
+    preset = yaml.safe_load(path.read_text())
+    name = preset["tokens"].removeprefix("runs/").removesuffix("_tokens")
+    kind, headed = preset["model"]["kind"], "head" in preset["model"]
+    if kind == "pixelcnn_pp":
+        return [f"tokenizer=pixels_{name}", "classes=10"]
+    if kind == "next_scale" or headed:
+        return [f"tokenizer={name}", "classes=10"]
+    return ["grid=[7,7]", "vocab_size=64", "classes=10"]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("[pt]*/*.yaml")), ids=lambda path: path.stem)
 def test_every_preset_has_a_plan(path, capsys):
-    facts = ["grid=[7,7]", "vocab_size=64", "classes=10"] if path.parent.name == "prior" else []
+    facts = facts_for(path) if path.parent.name == "prior" else []
     try:
         planned("--config", str(path), "train.accumulate=1", "gpus=1", *facts)
     except SystemExit:
