@@ -162,6 +162,7 @@ def test_figures_are_torch_fidelitys_on_the_same_pictures(tmp_path, monkeypatch)
         cuda=False,
         cache=False,
         verbose=False,
+        save_cpu_ram=True,  # else images are read in processes, and torch looks after these for good
         feature_extractor_weights_path=str(tmp_path / "weights.pth"),
     )
     net = load_inception(str(tmp_path / "weights.pth"), CPU)
