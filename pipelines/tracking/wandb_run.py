@@ -102,8 +102,8 @@ class WandbRun:
         """Figures for the table of runs, and the table `evaluation` of this one."""
         import wandb
 
-        self.tracker.log({"evaluation": wandb.Table(columns=TABLE, data=rows)}, step=step)
         self.run.summary.update(summary)
+        self.tracker.log({"evaluation": wandb.Table(columns=TABLE, data=rows)}, step=step)
 
     def artifact(self, step: int, folder: Path, name: str, metadata: dict[str, Any]) -> None:
         """The folder as version `step-<step>` of an artifact of type `model`; online, waits until W&B has it.

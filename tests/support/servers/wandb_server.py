@@ -64,6 +64,11 @@ class WandbServer:
                 return {"model": {**project, "bucket": self.resumed(name)}}
             case "Viewer":
                 return {"viewer": {"id": "v", "entity": "someone", "username": "someone", "flags": "{}"}}
+            case "ArtifactType":  # of a table, which is sent as an artifact
+                return {"project": None}
+            case "CreateArtifact":  # whose files are here already, it says
+                artifact = {"id": "a", "state": "COMMITTED", "artifactSequence": {"id": "s", "latestArtifact": None}}
+                return {"createArtifact": {"artifact": artifact}}
             case "CreateRunFiles":
                 return {"createRunFiles": {"runID": "b", "uploadHeaders": [], "files": []}}
         return {}
