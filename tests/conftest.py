@@ -103,6 +103,18 @@ def leaves_nothing() -> Iterator[None]:
 
 
 @pytest.fixture
+def compiler(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Torch's compiler, which leaves threads, a folder in `sys.path` and a higher limit of recursion."""
+    from torch._inductor import config
+
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    limit = sys.getrecursionlimit()
+    with config.patch(compile_threads=1):
+        yield
+    sys.setrecursionlimit(limit)
+
+
+@pytest.fixture
 def one_process() -> Iterator[None]:
     """Accelerate is set up anew for the test, and again after it: one process, on the CPU."""
     from one_process import one_process  # late: most tests do without accelerate

@@ -46,6 +46,7 @@ LIBRARIES = (
     "KMP_",
     "MPL",
     "TORCH",
+    "_TORCH",
     "PYTORCH_",
     "TF_",
     "WANDB_",

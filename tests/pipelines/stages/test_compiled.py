@@ -7,7 +7,6 @@ import io
 
 import pytest
 import torch
-from prepared import run_file
 from small_pipelines import make_pipeline, pixels_for
 from torch._dynamo.testing import CompileCounter
 
@@ -82,18 +81,8 @@ def test_what_is_no_model_is_refused_in_a_line():
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(600)
-def test_the_compiler_of_torch_draws_the_same():
-    """In a process of its own, which it leaves with threads, paths and limits."""
-    run_file(__file__, seconds=500)
-
-
-def compiled():
+def test_the_compiler_of_torch_draws_the_same(compiler):
     pipe = make_pipeline()
     drawn = pipe(3, "dog", seed=0, cache=False).tokens
     pipe.prior = torch.compile(pipe.prior)
     assert pipe(3, "dog", seed=0, cache=False).tokens.equal(drawn)
-
-
-if __name__ == "__main__":
-    compiled()

@@ -207,7 +207,7 @@ def test_a_model_without_blocks_is_refused(tmp_path, name):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["gpt", "gated_pixelcnn", "vit", "titok", "vqgan"])
-def test_a_compiled_model_computes_the_same(name):
+def test_a_compiled_model_computes_the_same(name, compiler):
     """But for rounding, and for the numbers that dropout draws; checkpointed or not."""
     model = model_of(name)
     for module in model.modules():
@@ -239,7 +239,7 @@ def test_a_compiled_model_computes_the_same(name):
 
 
 @pytest.mark.slow
-def test_a_compiled_run_learns_and_goes_on(tmp_path):
+def test_a_compiled_run_learns_and_goes_on(tmp_path, compiler):
     """Its weights have their names, so that a run is loaded, and continued, as any other."""
     tokens = make_tokens(tmp_path / "tokens")
     settings = {"train__steps": 8, "train__save_every": 4}

@@ -56,6 +56,7 @@ PRIOR = {
 SHARDED = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
 """What `accelerate launch --use_fsdp --fsdp_version 2` tells its processes, of all that a run reads."""
 
+ENDING = {signal.SIGINT, signal.SIGTERM}
 Hook = Callable[[int], None]
 
 
@@ -228,12 +229,14 @@ def fork(world: int, act: Hook, log: Path) -> Attempt:
     """`act` in each of so many processes, with its rank; several find each other as those of a launcher do."""
     port, pids = free_port(), []
     sys.stdout.flush()
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, ENDING)  # libraries that look after forks would swallow one
     for rank in range(world):
         pids.append(os.fork())
         if not pids[-1]:
             places = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world}
             where = {**places, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "ACCELERATE_USE_CPU": "true"}
-            child(partial(act, rank), log, where if world > 1 else {})
+            child(partial(act, rank), log, where if world > 1 else {}, before)
+    signal.pthread_sigmask(signal.SIG_SETMASK, before)
     return Attempt(pids)
 
 
@@ -256,10 +259,11 @@ def in_child(act: Callable[[], Any]) -> None:
     assert os.waitpid(pid, 0)[1] == 0, "a child has failed"
 
 
-def child(act: Callable[[], None], log: Path, places: dict[str, Any]) -> None:
-    """Become a process that does this; does not return."""
+def child(act: Callable[[], None], log: Path, places: dict[str, Any], signals: set[signal.Signals]) -> None:
+    """Become a process that does this, with these signals blocked; does not return."""
     code = 1
     try:
+        signal.pthread_sigmask(signal.SIG_SETMASK, signals)
         output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         os.dup2(output, 1)
         os.dup2(output, 2)
