@@ -230,9 +230,10 @@ def test_what_rounding_could_turn_is_left_to_one_computation(name, settings, mon
     for path in ({"cache": False}, {"parallel": True}):
         drawn.append(model.sample(20, labels, generator=generators(20), **path, **settings))
     monkeypatch.setattr(model, "rounding", 0.0)
-    turned = model.sample(20, labels, generator=generators(20), **settings)
     assert all(torch.equal(each, expected) for each in drawn)
-    assert settings.get("temperature") == 0 or not torch.equal(turned, expected), "too little to test anything"
+    if settings.get("temperature") != 0:
+        again = (model.sample(20, labels, generator=generators(20), **settings) for _ in range(5))
+        assert any(not torch.equal(each, expected) for each in again), "too little to test anything"
 
 
 @pytest.mark.sparse
