@@ -220,7 +220,7 @@ def test_a_likelihood_is_as_precise_as_the_weights(name):
 
 
 @pytest.mark.parametrize("backend", ["eager", pytest.param("inductor", marks=pytest.mark.slow)])
-@pytest.mark.usefixtures("lowered")
+@pytest.mark.usefixtures("lowered", "compiler")
 def test_compiled_blocks_sample(backend):
     """They are compiled again inside, for a sampler asks for no gradients."""
     model = make_prior("gpt")

@@ -274,7 +274,7 @@ def test_pictures_get_better_with_every_token_and_codes_are_used():
         tokens = tokenizer.encode(images)
         usage = len(tokens.unique()) / tokenizer.grid.vocab_size
         found = [float(psnr(tokenizer.decode(tokens[:, :count]), images).mean()) for count in tokenizer.prefixes]
-    assert tokenizer.prefixes == (1, 2, 4, 8) and found == sorted(found) and found[-1] > found[0] + 2
+    assert tokenizer.prefixes == (1, 2, 4, 8) and found == sorted(found) and found[-1] > found[0] + 1.5
     mean = float(psnr(images.mean(0).expand_as(images), images).mean())
     assert found[-1] > mean + 1.5 and usage >= 0.75
 
