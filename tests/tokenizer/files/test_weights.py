@@ -166,7 +166,8 @@ def test_a_small_config_can_not_ask_for_much(good, tmp_path):
         folder = Path(shutil.copytree(good / "prior", tmp_path / str(number)))
         write_json(folder / "config.json", json.loads((folder / "config.json").read_text()) | changes)
     folders = [str(tmp_path / str(number)) for number in range(len(GREEDY))]
-    lines = run_file(__file__, good / "prior", *folders).splitlines()[-len(GREEDY) :]
+    told = run_file(__file__, good / "prior", *folders).splitlines()
+    lines = [line for line in told if line[:1].isdigit()]  # at the end, a library may tell of leaks of its own
     assert len(lines) == len(GREEDY)
     for line, needle in zip(lines, GREEDY, strict=True):
         grown, seconds, message = line.split(" ", 2)
