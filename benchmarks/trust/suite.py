@@ -66,7 +66,7 @@ def alone(options: Any, files: list[str], before: list[Row]) -> Iterator[Row]:
     os.environ.update(OMP_NUM_THREADS="1", HF_HUB_OFFLINE="1", WANDB_MODE="offline")
     with_helpers_of_tests()
     import torch
-    from trust import alone as each  # which imports torch once, for all that is forked
+    from trust import alone as trust_alone  # which imports torch once, for all that is forked
 
     import pipelines
 
@@ -83,8 +83,8 @@ def alone(options: Any, files: list[str], before: list[Row]) -> Iterator[Row]:
         with tempfile.TemporaryDirectory() as temporary:
             folder = Path(temporary)
             if options.files and path not in whole:
-                yield each.file_alone(path, arguments, folder, options.limit)
-            yield from each.tests_alone(path, arguments, folder, options.limit, told)
+                yield trust_alone.file_alone(path, arguments, folder, options.limit)
+            yield from trust_alone.each_alone(path, arguments, folder, options.limit, told)
         yield {"file": path, "outcome": "passed", "done": True}
 
 

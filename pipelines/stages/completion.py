@@ -52,7 +52,8 @@ def complete(
     *,
     return_dict: Literal[False],
     **settings: Any,
-) -> tuple[Any, Tensor]: ...
+) -> tuple[Any, Tensor]:
+    """Images and tokens."""
 
 
 @overload
@@ -68,7 +69,8 @@ def complete(
     order: Order = None,
     return_dict: Literal[True] = True,
     **settings: Any,
-) -> PipelineOutput: ...
+) -> PipelineOutput:
+    """Images and tokens, by name."""
 
 
 @torch.no_grad()

@@ -40,7 +40,8 @@ def sample(
     *,
     return_dict: Literal[False],
     **options: Any,
-) -> tuple[Any, Tensor]: ...
+) -> tuple[Any, Tensor]:
+    """Images and tokens."""
 
 
 @overload
@@ -60,7 +61,8 @@ def sample(
     progress: bool = True,
     callback_on_step_end: Callback | None = None,
     **options: Any,
-) -> PipelineOutput: ...
+) -> PipelineOutput:
+    """Images and tokens, by name."""
 
 
 def sample(

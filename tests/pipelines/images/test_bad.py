@@ -342,11 +342,15 @@ def test_a_name_forges_no_line_and_a_report_holds_lines_of_problems_alone(tmp_pa
 def test_what_cannot_be_reported_on_a_full_disk_is_left_at_that(tmp_path, monkeypatch):
     """Neither the report nor, as the log is on the same disk, the warning ends what goes on."""
 
+    tried = []
+
     class Full(io.StringIO):
         def write(self, text):
+            tried.append(text)
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     (tmp_path / REPORT).mkdir()
     monkeypatch.setattr(sys, "stderr", Full())
     append_report(tmp_path, "train", [Problem("a", 0, "b")])
     judge([Report(100, [Problem("a", 0, "b")])], DataConfig(on_error="skip", max_bad_fraction=0.5))
+    assert f"{tmp_path / REPORT} cannot be written" in tried[0] and "1 of 100 images" in tried[1] and len(tried) == 2

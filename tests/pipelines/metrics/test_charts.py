@@ -172,12 +172,12 @@ def test_a_saved_page_is_a_picture_of_ours(tmp_path):
 
 
 def test_matplotlib_is_imported_when_something_is_drawn():
-    run_file(__file__)
+    assert run_file(__file__).split() == ["False", "True", "False"]
 
 
 if __name__ == "__main__":
     for module in ("train_tokenizer", "commands.inspect_", "commands.probe"):
         importlib.import_module(f"pipelines.{module}")
-    assert "matplotlib" not in sys.modules
+    print("matplotlib" in sys.modules)
     page("title", [], [])
-    assert "matplotlib" in sys.modules and "matplotlib.pyplot" not in sys.modules
+    print("matplotlib" in sys.modules, "matplotlib.pyplot" in sys.modules)

@@ -64,7 +64,7 @@ def state_of_files() -> str:
     return subprocess.check_output(["git", "describe", "--always", "--dirty"], cwd=ROOT, text=True).strip()
 
 
-def tested(row: str, tests: list[str], keep: bool) -> dict[str, Any]:
+def try_row(row: str, tests: list[str], keep: bool) -> dict[str, Any]:
     """Make the environment of a row, test there, and say how it went."""
     minor, torch = int(row.split(":")[0].removeprefix("3.")), row.split(":")[1]
     python = floors.pythons().get(minor)
@@ -115,7 +115,7 @@ def main() -> int:
     done = {each["row"]: each for each in known if key.items() <= each.items() and each["result"] == "ok"}
     for row in rows:
         if row not in done:
-            done[row] = tested(row, chosen.tests, chosen.keep)
+            done[row] = try_row(row, chosen.tests, chosen.keep)
             with KNOWN.open("a", encoding="utf-8") as file:
                 print(json.dumps({**key, **done[row]}), file=file)
         print(line(done[row]), flush=True)

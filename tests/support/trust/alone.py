@@ -151,7 +151,7 @@ def file_alone(path: str, arguments: list[str], folder: Path, seconds: float) ->
     return row
 
 
-def tests_alone(path: str, arguments: list[str], folder: Path, seconds: float, skip: set[str]) -> Iterator[Row]:
+def each_alone(path: str, arguments: list[str], folder: Path, seconds: float, skip: set[str]) -> Iterator[Row]:
     """Each test of the file alone, but for those told of before."""
     log = folder / "tests.log"
     # The inner limit is the one that is reached; the outer one is for a process that collects without end.

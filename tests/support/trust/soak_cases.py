@@ -61,7 +61,7 @@ class Everything:
             make_pipeline(prior="gpt", size=(8, 8), any_order=True),
         ]
         drawn = self.trained(32, seed=0, output_type="pt", progress=False)
-        self.library = self.trained.embed(drawn.images)
+        self.embedded = self.trained.embed(drawn.images)
 
     def __call__(self, number: int) -> None:
         """A round, of one of them in turn."""
@@ -76,7 +76,7 @@ class Everything:
 
     def search(self, pipe: ImagePipeline, number: int) -> None:
         """The nearest of those that were embedded before."""
-        nearest_neighbours(self.library, pipe.embed(random_images(pipe, number)), 3)
+        nearest_neighbours(self.embedded, pipe.embed(random_images(pipe, number)), 3)
 
 
 def random_images(pipe: ImagePipeline, number: int) -> torch.Tensor:
