@@ -22,6 +22,7 @@ from tokenizer.files.errors import one_line
 
 from ..config import UserError, is_first_process
 from ..shuffling.epochs import samples_of
+from ..shuffling.rows import positions_of
 from .augment import AugmentConfig, draw_changes, mirror_images, move_images
 from .bad import Report, append_report
 from .base import WORKERS, DataConfig, Rows
@@ -67,7 +68,7 @@ class ImageDataset:
 
     def pixels(self, indices: Indices) -> Tensor:
         """The images as uint8 (B, C, H, W). Raises IndexError, or UserError if a file has changed since the start."""
-        wanted = self._check(indices)
+        wanted = positions_of(indices, len(self))
         if self._pixels is not None:
             return self._pixels[torch.from_numpy(wanted)]
         images = [self._replaced(k, *found) for k, found in zip(wanted.tolist(), self._decoded(wanted), strict=True)]
@@ -95,7 +96,7 @@ class ImageDataset:
     ) -> tuple[Tensor, ...]:
         """What `prepare` makes a batch of: the images as uint8 (B, C, H, W) and, where they are augmented in their
         `epochs`, (B,) or one for all, what happens to them."""
-        pixels, wanted = self.pixels(indices), self._check(indices)
+        pixels, wanted = self.pixels(indices), positions_of(indices, len(self))
         changes = draw_changes(wanted, epochs, self._augment, seed) if augment else None
         return (pixels,) if changes is None else (pixels, changes)
 
@@ -110,17 +111,6 @@ class ImageDataset:
             new, self._reported = problems[self._reported :], len(problems)
             if self.finds_alone or is_first_process():
                 append_report(folder, split, new)
-
-    def _check(self, indices: Indices) -> NDArray[np.int64]:
-        wanted = np.asarray(indices).reshape(-1)
-        if wanted.dtype == bool and len(wanted) == len(self):  # a mask, as torch and numpy take it
-            wanted = np.flatnonzero(wanted)
-        if len(wanted) and wanted.dtype.kind not in "iu":  # as numbers, those of a mask are 0 and 1
-            raise IndexError(f"indices should be whole numbers, or a bool for each of {len(self)} images")
-        wanted = wanted.astype(np.int64)
-        if len(wanted) and (wanted.min() < 0 or wanted.max() >= len(self)):
-            raise IndexError(f"indices go from {wanted.min()} to {wanted.max()}; there are {len(self)} images")
-        return wanted
 
 
 def prepare_images(pixels: Tensor, changes: Tensor | None, config: AugmentConfig) -> Tensor:

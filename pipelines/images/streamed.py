@@ -12,6 +12,7 @@ from torch import Tensor
 from tokenizer.files.errors import one_line
 
 from ..config import UserError, is_first_process
+from ..shuffling.rows import positions_of
 from ..shuffling.shards import ShardOrder, blocks_among
 from .bad import Problem, Report, listed
 from .base import DataConfig, Rows
@@ -70,7 +71,7 @@ class StreamedImages(ImageDataset):
 
     def pixels(self, indices: Indices) -> Tensor:
         """See `ImageDataset.pixels`."""
-        self._seen += len(self._check(indices))
+        self._seen += len(positions_of(indices, len(self)))
         return super().pixels(indices)
 
     def _replaced(self, index: int, name: str, image: NDArray[np.uint8] | str) -> NDArray[np.uint8]:

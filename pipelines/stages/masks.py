@@ -11,6 +11,8 @@ from PIL import Image, ImageOps
 from PIL.Image import Image as Picture
 from torch import Tensor
 
+from prior.orders.partitions import as_tensor
+
 from ..images.decoding import pixels_of
 
 Known = Tensor | np.ndarray | None
@@ -37,7 +39,7 @@ def check_known(known: Any, batch: Tensor) -> Tensor:
             "known should be a bool tensor or array, True = keep this pixel, and not a picture; give mask=picture if "
             "it is white where pixels are to be drawn"
         )
-    known = as_tensor(known, batch)
+    known = as_tensor(known, batch.device)
     shape = (len(batch), *batch.shape[2:])
     if known.dtype != torch.bool or tuple(known.shape) not in (shape, shape[1:]):
         raise ValueError(
@@ -58,7 +60,7 @@ def hidden_pixels(mask: Any, images: Any, batch: Tensor) -> Tensor:
         each = several * count if len(several) == 1 else several
         parts = [white_in(one, image, (height, width)) for one, image in zip(each, given, strict=True)]
         return torch.stack(parts).to(batch.device)
-    mask = as_tensor(mask, batch)
+    mask = as_tensor(mask, batch.device)
     mask = mask[:, 0] if mask.ndim == 4 and mask.shape[1] == 1 else mask
     shape = (count, height, width)
     if tuple(mask.shape) not in (shape, shape[1:], (1, *shape[1:])):
@@ -94,10 +96,3 @@ def white_in(mask: Picture, image: Any, size: tuple[int, int]) -> Tensor:
         sizes = " or ".join(f"{w} x {h}" for w, h in dict.fromkeys(allowed))
         raise ValueError(f"mask has {mask.width} x {mask.height} pixels; it should have {sizes}, as its image")
     return torch.from_numpy(pixels_of(mask, (1, height, width))[0] >= WHITE)
-
-
-def as_tensor(values: Any, batch: Tensor) -> Tensor:
-    """`values` as a tensor beside `batch`."""
-    if isinstance(values, (np.ndarray, list, tuple)):
-        values = np.ascontiguousarray(values)  # torch takes no list of tensors, and no array that is flipped
-    return torch.as_tensor(values, device=batch.device)

@@ -24,6 +24,8 @@ from tokenizer import TokenGrid
 from tokenizer.files.errors import FormatError, IntegrityError
 from tokenizer.files.writing import fsync
 
+from ..shuffling.rows import positions_of
+
 ROWS_PER_SHARD = 1 << 14
 ONE_FILE = 64 << 20  # a split of fewer bytes is one file
 MAX_SHARDS = 4096  # of a dataset: what a manifest of 1 MiB can list
@@ -95,23 +97,6 @@ def map_shard(path: Path, rows: int, grid: TokenGrid) -> tuple[Tensor, Tensor | 
     if labels is not None and (labels.shape != (rows,) or labels.dtype != torch.int64):
         raise FormatError(f"{path}: labels: should be {rows} numbers of type int64, one per row of tokens")
     return tokens, None if labels is None else labels.clone()
-
-
-def positions_of(rows: Any, size: int) -> NDArray[np.int64]:
-    """The rows asked for, `(B,)` from 0, of `size`: numbers, which count from the end where they are negative, a bool
-    for each row, or a slice. Raises `IndexError`."""
-    if isinstance(rows, slice):
-        return np.arange(*rows.indices(size))
-    wanted = np.asarray(rows.cpu() if isinstance(rows, Tensor) else rows).reshape(-1)
-    if wanted.dtype == bool and len(wanted) == size:
-        wanted = np.flatnonzero(wanted)
-    if len(wanted) and wanted.dtype.kind not in "iu":
-        raise IndexError(f"rows should be whole numbers, or a bool for each of {size}")
-    wanted = wanted.astype(np.int64)
-    wanted = np.where(wanted < 0, wanted + size, wanted)
-    if len(wanted) and (wanted.min() < 0 or wanted.max() >= size):
-        raise IndexError(f"rows go from {wanted.min()} to {wanted.max()}; there are {size}")
-    return wanted
 
 
 class MappedRows:

@@ -11,6 +11,7 @@ import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -179,8 +180,10 @@ def order_of(order: Any, rows: slice | Sequence[int], count: int) -> Any:
 
 def as_tensor(values: Any, device: torch.device | None = None) -> Tensor:
     """Numbers, in whatever holds them, as a tensor."""
-    flipped = any(step < 0 for step in getattr(values, "strides", ()))  # an array, as torch takes none
-    return torch.as_tensor(values.copy() if flipped else values, device=device)
+    listed = isinstance(values, (list, tuple)) and any(isinstance(one, (Tensor, np.ndarray)) for one in values)
+    if listed or isinstance(values, np.ndarray):
+        values = np.asarray(values, order="C")  # torch takes no list of tensors, and no array that is flipped
+    return torch.as_tensor(values, device=device)
 
 
 def block_numbers(order: Tensor, blocks: tuple[int, ...]) -> Tensor:
