@@ -15,6 +15,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
+from prior.checks import NotCausalError, is_built_in, require_causal
 from tokenizer.files.errors import PathError
 from tokenizer.files.writing import results_folder, write_json
 from tokenizer.settings.marks import Was
@@ -134,6 +135,11 @@ def measure(
     figures: Figures = {"num_images": len(images.held_out)}
     figures |= evaluate_reconstruction(pipeline.tokenizer, images.held_out, team=team, looks=SOME)
     train, test = (encode_all(pipeline, part, team) for part in (images.train, images.held_out))
+    if not is_built_in(pipeline.prior):
+        try:
+            require_causal(pipeline.prior, test.tokens[:1].long())
+        except NotCausalError as error:
+            raise UserError(f"pipeline: {error}; its likelihoods mean nothing") from error
     figures |= evaluate_likelihood(
         pipeline.tokenizer, pipeline.prior, train, test, images.held_out, config.num_orders, team
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from shlex import quote
@@ -13,6 +14,7 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from prior import Prior
+from prior.checks import NotCausalError, is_built_in, require_causal, with_random_weights
 from prior.objectives import Alignment, Likelihood, alignment_problem
 from prior.sampling import GUIDANCE, Sampler
 from tokenizer.settings import Node
@@ -114,7 +116,8 @@ class TrainPriorConfig(Config):
         0.1,
         ge=0,
         le=1,
-        description="share of images trained without their label, which unconditional sampling and guidance need",
+        description="share of images trained without their label, which unconditional sampling and guidance need; with "
+        "1 the prior has no classes",
     )
     perturb: float = Field(
         0.0,
@@ -145,8 +148,12 @@ class PriorTask(Task):
 
     def __init__(self, config: TrainPriorConfig, device: torch.device | str = "cpu") -> None:
         self.config, self.data = config, load_tokens(config.tokens, revision=config.revision)
+        if config.label_dropout == 1:  # no class would ever be trained
+            self.data = without_labels(self.data)
         self.train_split, self.judged = training_splits(self.data)
         self.model: Prior = build_prior(config.model, self.data)
+        if not is_built_in(self.model):
+            self.require_causal(with_random_weights(self.model))
         start = start_from(self.model, self.data.class_names, config.init) if config.init else None
         if start is None:
             self.model.initialize(cast(Tensor, self.train_split.tokens), self.train_split.labels)
@@ -203,8 +210,18 @@ class PriorTask(Task):
         """Samples, one class per column, with the same seeds at every step."""
         return {"samples": self.pipeline(model).sample_picture(team=self.team)}
 
+    def require_causal(self, model: Prior) -> None:
+        """Raise `UserError` for a prior whose logits depend on tokens that it has still to predict."""
+        labels = self.train_split.labels
+        try:
+            require_causal(model, self.train_split.rows(np.zeros(1, np.int64)), None if labels is None else labels[0])
+        except NotCausalError as error:
+            raise UserError(f"model: {error}") from error
+
     def evaluate(self, model: nn.Module, split: Split) -> dict[str, float]:
         """Bits per token on a split."""
+        if not is_built_in(self.model):
+            self.require_causal(cast(Prior, model))
         return {"bits_per_token": bits_per_token(model, self.judged[split], self.evaluated[split], team=self.team)}
 
     def score(self, evaluation: dict[str, float]) -> float | None:
@@ -250,6 +267,12 @@ def training_splits(data: TokenDataset) -> tuple[TokenSplit, dict[Split, TokenSp
     if len(data.splits.get("validation", ())):
         judged["validation"] = data.splits["validation"]
     return data.splits["train"], judged
+
+
+def without_labels(data: TokenDataset) -> TokenDataset:
+    """Return the same tokens without classes."""
+    splits = {name: TokenSplit(split.tokens, None) for name, split in data.splits.items()}
+    return replace(data, class_names=[], splits=splits)
 
 
 def marks_of(data: TokenDataset) -> list[Mark]:

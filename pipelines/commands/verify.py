@@ -1,38 +1,71 @@
-"""Read every byte of a pipeline or token dataset, and say whether it is what was written."""
+"""Check a folder against its manifest, byte by byte; or models of your own against their family's promises."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 from pydantic import Field
 
 from tokenizer.files.ownership import named
 from tokenizer.files.reading import CODE, MANIFEST, verify_manifest
 
-from ..config import Config, Within, run_command
+from ..config import Config, UserError, Within, importing, run_command
 from ..tokens import load_tokens
 from ..tokens.meta import META
 from ..tokens.shards import chunks
 
 
 class VerifyConfig(Config):
-    """What is read."""
+    """What is checked."""
 
-    examples = ("folder=runs/gpt_digits/pipeline",)
+    examples = ("folder=runs/gpt_digits/pipeline", "--import my_prior.py", "--import my_prior.py grid=4,4")
 
-    folder: Annotated[str, Within("pipeline", MANIFEST)] = Field(
-        description="a folder with a manifest.json: a token dataset, a pipeline, or the run of one, a resume state"
+    folder: Annotated[str | None, Within("pipeline", MANIFEST)] = Field(
+        None,
+        description="a folder with a manifest.json: a token dataset, a pipeline, or the run of one, a resume state; "
+        "null: the models that --import brings are checked instead",
+    )
+    grid: list[Annotated[int, Field(ge=1, le=64)]] = Field(
+        [2, 3], min_length=1, max_length=3, description="grid of the tokens on which an imported prior is checked"
+    )
+    vocab_size: int = Field(3, ge=2, description="number of ids on which an imported prior is checked")
+    image_size: list[Annotated[int, Field(ge=1, le=256)]] = Field(
+        [16, 16], min_length=2, max_length=2, description="images on which an imported tokenizer is checked"
     )
 
 
-def run(config: VerifyConfig) -> Path:
-    """Hash every file that cannot hold code, and look at every id of a token dataset; returns the folder.
+def run(config: VerifyConfig) -> Path | None:
+    """Verify the folder, and return it; without one, check the imported models.
 
-    Raises a `PipelineLoadError` that names the first file that is missing or changed.
+    Raises a `PipelineLoadError` that names the first file that is missing or changed, `UserError` for a model that
+    breaks a promise.
     """
-    folder = Path(config.folder)
+    if config.folder is not None:
+        return verify_folder(Path(config.folder))
+    if not importing.IMPORTED:
+        raise UserError("folder: missing; give folder=FOLDER, or --import FILE for models of your own")
+    checked, broken = 0, []
+    for name, checks in checks_of_imported(config):
+        print(name)
+        for promise, problem in checks:
+            checked += 1
+            print(
+                f"  {'ok    ' if problem is None else 'BROKEN'}  {promise}{'' if problem is None else f': {problem}'}"
+            )
+            broken += [] if problem is None else [f"{name}: {promise}"]
+    if not checked:
+        raise UserError("--import: registers no prior, quantizer or tokenizer")
+    if broken:
+        raise UserError(f"--import: {len(broken)} of {checked} promises broken, first: {broken[0]}")
+    print(f"all {checked} promises hold")
+    return None
+
+
+def verify_folder(folder: Path) -> Path:
+    """Hash every file that cannot hold code, and look at every id of a token dataset; returns the folder."""
     files = verify_manifest(folder)["files"]
     if (folder / META).is_file():
         data = load_tokens(folder, verify=False, mapped=True)
@@ -44,6 +77,32 @@ def run(config: VerifyConfig) -> Path:
     rest = f"; not opened, as they may hold code: {named(unread)}" if unread else ""
     print(f"{folder}: {len(files) - len(unread)} files of {size:,} bytes are as {MANIFEST} says{rest}")
     return folder
+
+
+def checks_of_imported(config: VerifyConfig) -> Iterator[tuple[str, Iterator[tuple[str, str | None]]]]:
+    """Yield the name of each model that lies outside of the package, built with its defaults, and its checks."""
+    from prior import Prior
+    from prior.checks import check_prior
+    from tokenizer import TokenGrid, Tokenizer
+    from tokenizer.checks import check_quantizer, check_tokenizer
+    from tokenizer.quantizers import Quantizer
+
+    grid = TokenGrid(tuple(config.grid), config.vocab_size)
+    families: list[tuple[Any, dict[str, Any], Any]] = [
+        (Prior, {"grid": grid, "num_classes": 2}, check_prior),
+        (Quantizer, {}, check_quantizer),
+        (Tokenizer, {"image_size": tuple(config.image_size), "channels": 1}, check_tokenizer),
+    ]
+    for family, facts, check in families:
+        for name in family.available():
+            if not family.find(name).__module__.startswith(("prior.", "tokenizer.")):
+                try:
+                    model = family.create(name, **facts)
+                except Exception as error:  # of somebody's model: whatever it raises is what is wrong with it
+                    problem = f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"
+                    yield f"{family.__name__} {name}", iter([("it can be built with its defaults", problem)])
+                else:
+                    yield f"{family.__name__} {name}", check(model)
 
 
 main = partial(run_command, VerifyConfig, run, verb="verify", description=__doc__)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import pytest
 import torch
@@ -90,7 +92,7 @@ def labels_of(tokens, rows, epochs, tmp_path, seed=0, **more):
 def test_label_dropout(tmp_path_factory, tmp_path):
     tokens = make_tokens(tmp_path_factory.mktemp("many") / "tokens", rows=4000)
     rows, zeros = np.arange(4000), np.zeros(4000, np.int64)
-    for share in (0.0, 0.3, 1.0):
+    for share in (0.0, 0.3, 0.9):
         found, labels = labels_of(tokens, rows, zeros, tmp_path, label_dropout=share)
         dropped = found == 3
         assert abs(float(dropped.float().mean()) - share) < 4 * (share * (1 - share) / 4000) ** 0.5 + 1e-9
@@ -102,6 +104,20 @@ def test_label_dropout(tmp_path_factory, tmp_path):
     for other in ({"epochs": zeros + 1}, {"epochs": zeros, "seed": 1}):
         differs, _ = labels_of(tokens, rows, tmp_path=tmp_path, label_dropout=0.3, **other)
         assert 0.3 < float(((differs == 3) != (found == 3)).float().mean()) < 0.54  # independent: 2 x 0.3 x 0.7
+
+
+def test_a_prior_that_is_trained_without_any_label_has_no_classes(tmp_path):
+    """It is judged, chosen, saved and sampled as it was trained: without class rows that were never moved."""
+    tokens = make_tokens(tmp_path / "tokens")
+    run = train_prior(tmp_path / "run", tokens, label_dropout=1.0)
+    pipe = ImagePipeline.from_pretrained(run / "pipeline")
+    assert (pipe.prior.num_classes, pipe.labels) == (0, [])
+    task = task_of(tokens, tmp_path / "again", label_dropout=1.0)
+    rows, labels = task.judged["held_out"].tokens[:].long(), task.judged["held_out"].labels
+    pipe.prior.eval()
+    bits = -float(pipe.prior.log_prob(rows).detach().double().mean()) / (math.log(2) * len(pipe.prior.grid))
+    assert labels is None and task.evaluate(pipe.prior, "held_out")["bits_per_token"] == pytest.approx(bits, abs=1e-6)
+    assert len(pipe(num_images=2, seed=0, progress=False).images) == 2
 
 
 def test_without_labels_every_row_is_of_the_null_class(tmp_path_factory, tmp_path):

@@ -91,6 +91,62 @@ def test_a_model_of_ones_own_is_trained_loaded_and_told_of(
     assert (folder / "grid.png").is_file()
 
 
+PEEKS = """
+import torch
+from torch import nn
+from prior.base import Prior, PriorConfig
+
+
+class Peeks(Prior, name="peeks"):
+    Config = PriorConfig
+
+    def __init__(self, config):
+        super().__init__(config)
+        size = config.grid.vocab_size
+        self.seen, self.scale = nn.Embedding(size, size), nn.Parameter(torch.zeros(()))
+
+    def forward(self, tokens, labels=None):
+        return self.scale * self.seen(tokens.flatten(1))
+"""
+
+
+@pytest.fixture
+def peeks(folder: Path) -> Iterator[str]:
+    """A prior that sees the token it predicts, which its output layer of zero hides at first."""
+    (folder / "peeks.py").write_text(PEEKS)
+    yield "peeks.py"
+    sys.modules.pop("peeks", None)
+
+
+def test_a_prior_that_looks_ahead_is_not_trained(peeks: str, folder: Path, capsys: Any, one_process: None) -> None:
+    line = fails(capsys, "train_prior", "--import", peeks, *TRAIN, "model.kind=peeks")
+    assert "peeks" in line and "looks ahead" in line and not (folder / "run/pipeline").exists()
+
+
+def test_a_prior_that_learns_to_look_ahead_is_noticed(
+    peeks: str, folder: Path, capsys: Any, one_process: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By training and by `evaluate`, each of which looks at the weights that it judges."""
+    monkeypatch.setattr("pipelines.train_prior.with_random_weights", lambda model: model)
+    with pytest.raises(SystemExit) as caught:
+        main(["train_prior", "--import", peeks, *TRAIN, "model.kind=peeks", "train.lr=0.1", "train.steps=20"])
+    assert caught.value.code == 2 and "looks ahead" in capsys.readouterr().err.splitlines()[-1]
+    pipe = make_pipeline(size=(28, 28))
+    prior = Prior.create("peeks", grid=pipe.tokenizer.grid, tokenizer=pipe.tokenizer.fingerprint())
+    torch.nn.init.ones_(prior.scale)
+    ImagePipeline(pipe.tokenizer, prior).save_pretrained(folder / "pipeline")
+    evaluate = ["evaluate", "--import", peeks, "pipeline=pipeline", "num_images=0", "data.limit=80"]
+    assert "looks ahead" in fails(capsys, *evaluate)
+
+
+def test_models_of_ones_own_are_verified(peeks: str, folder: Path, capsys: Any) -> None:
+    assert "folder" in fails(capsys, "verify")
+    main(["verify", "--import", "my_prior.py"])
+    assert "my_unigram" in (text := capsys.readouterr().out) and "BROKEN" not in text
+    line = fails(capsys, "verify", "--import", peeks, "vocab_size=2")
+    assert "peeks" in line and "promises broken" in line
+
+
 def test_a_file_of_the_home_is_found(folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: Any) -> None:
     """A shell leaves the `~` of `--import=~/my_prior.py` as it is."""
     monkeypatch.setenv("HOME", str(folder))

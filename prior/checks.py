@@ -1,0 +1,191 @@
+"""Checks of what a prior promises, for models that come from outside of this package.
+
+A prior that sees the token it predicts reaches a loss of zero, so its likelihood means nothing. `require_causal` is
+cheap enough to run before training; `check_prior` tries every promise on a grid that is small enough to enumerate.
+"""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import math
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tokenizer.checks import expect, problem_of
+
+from .base import Prior
+
+MOST_CHANGED = 16
+"""How many tokens `require_causal` changes, one at a time, where the grid has more."""
+MOST_GRIDS = 4096
+"""The largest number of grids that `check_prior` enumerates."""
+TOLERANCE = 1e-4
+"""How far float32 logits may move by rounding, as a share of the largest |logit|."""
+
+
+class NotCausalError(ValueError):
+    """The logits of a token depend on that token, or on one of its block or of a later block."""
+
+
+def is_built_in(prior: Prior | type[Prior]) -> bool:
+    """Return whether the model is one of this package, whose tests check all that is checked here."""
+    kind = prior if isinstance(prior, type) else type(prior)
+    return kind.__module__.startswith("prior.")
+
+
+def with_random_weights(prior: Prior, seed: int = 0) -> Prior:
+    """Return a copy in eval mode, on the CPU, whose weights are all random: an output layer that starts at zero would
+    hide what the network sees."""
+    model = copy.deepcopy(prior).to("cpu", torch.float32).eval()
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for weight in model.parameters():
+            noise = torch.randn(weight.shape, generator=generator)
+            if weight.ndim > 1:
+                weight.copy_(noise * (weight.shape[0] / weight.numel()) ** 0.5)
+            else:
+                weight.add_(0.3 * noise)
+    return model
+
+
+@torch.no_grad()
+def require_causal(prior: Prior, tokens: Tensor, labels: Tensor | None = None) -> None:
+    """Raise `NotCausalError` if changing one token moves logits of its own block or of an earlier one.
+
+    tokens: one grid, `grid.shape` or `(1, *grid.shape)`; labels: its class, `()`. Up to 16 of its tokens are changed
+    one at a time, the first and the last in the order among them. The prior is used as it is, in eval mode.
+    """
+    size, vocab_size, order = len(prior.grid), prior.grid.vocab_size, prior.order.tolist()
+    if vocab_size == 1:
+        return
+    ranks = torch.linspace(0, size - 1, min(size, MOST_CHANGED)).round().long().tolist()
+    rows = tokens.to(prior.device).flatten().repeat(len(ranks) + 1, 1)
+    for row, rank in enumerate(ranks, start=1):
+        rows[row, order[rank]] = (rows[row, order[rank]] + 1 + rank % (vocab_size - 1)) % vocab_size
+    given = None if labels is None else labels.to(prior.device).expand(len(rows))
+    was_training = prior.training
+    prior.eval()
+    try:
+        logits = prior(rows.reshape(-1, *prior.grid.shape), given).float()
+    finally:
+        prior.train(was_training)
+    if logits.shape != (len(rows), size, vocab_size):
+        raise ValueError(
+            f"forward of the prior {prior.name!r} should return logits of shape {(len(rows), size, vocab_size)}, "
+            f"got {tuple(logits.shape)}"
+        )
+    if not bool(logits.isfinite().all()):
+        raise ValueError(f"forward of the prior {prior.name!r} should return finite logits")
+    limit = TOLERANCE * max(1.0, float(logits.abs().max()))
+    moved = (logits[1:] - logits[:1]).abs().amax(-1) > limit
+    for rank, seen in zip(ranks, moved, strict=True):
+        changed = order[rank]
+        later = prior.block_of[changed] >= prior.block_of
+        if bool((seen & later).any()):
+            where = int(torch.nonzero(seen & later)[0])
+            what = "the very token that they predict" if where == changed else "a token that is not yet known there"
+            raise NotCausalError(
+                f"the prior {prior.name!r} looks ahead: its logits at position {where} depend on the token at position "
+                f"{changed}, {what}; logits may depend on tokens of earlier blocks only"
+            )
+
+
+def check_prior(prior: Prior) -> Iterator[tuple[str, str | None]]:
+    """Yield (promise, what is wrong or None) for each promise of a prior, tried with random weights.
+
+    Promises about the distribution are tried by enumeration and are left out where the grid has more than 4,096 values.
+    """
+    torch.manual_seed(0)
+    model = with_random_weights(prior)
+    grid, classes = model.grid, model.num_classes
+    tokens = torch.randint(grid.vocab_size, (8, *grid.shape))
+    labels = torch.arange(8) % (classes + 1)
+
+    def causality() -> None:
+        for k in range(len(tokens)):
+            require_causal(model, tokens[k], labels[k])
+
+    def null_class() -> None:
+        expect_close(
+            model(tokens), model(tokens, torch.full((8,), classes)), "logits without labels and of the null class"
+        )
+
+    def steps() -> None:
+        whole, state, last, begin = model(tokens, labels), model.start(8, labels), None, 0
+        for block in model.blocks:
+            at = model.order[begin : begin + block]
+            expect_close(model.next_logits(state, last), whole[:, at], f"cached and whole logits at rank {begin}")
+            begin, last = begin + block, tokens.flatten(1)[:, at]
+
+    def batches() -> None:
+        expect_close(
+            model(tokens[:1], labels[:1]), model(tokens, labels)[:1], "logits of an image alone and in a batch"
+        )
+        together = model.sample(4, generator=generators(range(4)))
+        alone = model.sample(1, generator=generators([2]))
+        expect(torch.equal(together[2:3], alone), "an image differs when it is drawn alone")
+
+    def saved() -> None:
+        weights = {key: value.clone() for key, value in model.state_dict().items()}
+        again = type(model)(model.config)
+        again.load_state_dict(weights)
+        expect_close(
+            again.eval()(tokens, labels), model(tokens, labels), "logits of a model built anew with its weights"
+        )
+
+    def known_tokens() -> None:
+        known = torch.rand(8, *grid.shape) < 0.5
+        drawn = model.sample(8, labels, tokens=tokens, known=known, generator=generators(range(8)))
+        expect(torch.equal(drawn[known], tokens[known]), "a known token was drawn anew")
+
+    promises: dict[str, Callable[[], None]] = {
+        "logits see earlier blocks only": causality,
+        "no label is the null class": null_class,
+        "cached steps equal forward": steps,
+        "an image does not depend on its batch": batches,
+        "known tokens are kept": known_tokens,
+        "configuration and weights are the whole model": saved,
+    }
+    if grid.vocab_size ** len(grid) <= MOST_GRIDS:
+        every = torch.tensor(list(itertools.product(range(grid.vocab_size), repeat=len(grid))))
+        every = every.reshape(-1, *grid.shape)
+        density = torch.cat([model.log_prob(part) for part in every.split(256)]).double().exp()
+
+        def sums_to_one() -> None:
+            total = float(density.sum())
+            expect(not model.exact or abs(total - 1) < 1e-3, f"the probabilities of all grids sum to {total:.4g}")
+
+        def frequencies() -> None:
+            drawn = model.sample(4000, generator=torch.Generator().manual_seed(1)).flatten(1)
+            place = torch.tensor([grid.vocab_size**k for k in reversed(range(len(grid)))])
+            found = torch.bincount((drawn * place).sum(1), minlength=len(density)).double()
+            expect(not model.exact or fits(found, density * 4000), "samples do not have the frequencies of log_prob")
+
+        promises |= {"probabilities sum to one": sums_to_one, "samples follow log_prob": frequencies}
+    for promise, check in promises.items():
+        yield promise, problem_of(check)
+
+
+def expect_close(one: Tensor, other: Tensor, what: str) -> None:
+    """Raise `ValueError` unless two computations of the same logits agree to within rounding."""
+    expect(one.shape == other.shape, f"{what} have shapes {tuple(one.shape)} and {tuple(other.shape)}")
+    apart = float((one - other).abs().max())
+    expect(apart <= TOLERANCE * max(1.0, float(other.abs().max())), f"{what} differ by up to {apart:.3g}")
+
+
+def fits(found: Tensor, expected: Tensor) -> bool:
+    """Return whether counts agree with what is expected, by chi-squared at six deviations; rare outcomes are pooled."""
+    rare = expected < 5
+    found = torch.cat([found[~rare], found[rare].sum()[None]])
+    expected = torch.cat([expected[~rare], expected[rare].sum()[None]]).clamp(min=1e-3)
+    free = max(1, len(found) - 1)
+    return float(((found - expected).square() / expected).sum()) < free + 6 * math.sqrt(2 * free)
+
+
+def generators(seeds: Any) -> list[torch.Generator]:
+    """Return one generator for each image."""
+    return [torch.Generator().manual_seed(int(seed)) for seed in seeds]

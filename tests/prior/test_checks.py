@@ -1,0 +1,116 @@
+"""The checks that a prior from outside of the package can be held to: no false alarm, and each broken promise found."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from small import PRIORS, SMALL, VARIANTS, grid_of
+from torch import Tensor, nn
+
+from prior import Prior
+from prior.base import PriorConfig
+from prior.checks import NotCausalError, check_prior, is_built_in, require_causal, with_random_weights
+from tokenizer import TokenGrid
+
+
+class Table(nn.Module):
+    """Logits of each position, whatever the tokens: the simplest prior that keeps all promises."""
+
+    def __init__(self, size: int, ids: int, classes: int) -> None:
+        super().__init__()
+        self.logits = nn.Parameter(torch.zeros(classes + 1, size, ids))
+
+
+def make_broken(fault: str, shape: tuple[int, ...] = (2, 3)) -> Prior:
+    """A prior with one fault; it registers no name."""
+
+    class Broken(Prior):
+        Config = PriorConfig
+        name = "broken"
+
+        def __init__(self, config: PriorConfig) -> None:
+            super().__init__(config)
+            self.table = Table(len(config.grid), config.grid.vocab_size, config.num_classes)
+            self.seen = nn.Parameter(torch.zeros(config.grid.vocab_size, config.grid.vocab_size))
+            self.extra = {"scale": 1.0}
+
+        def forward(self, tokens: Tensor, labels: Tensor | None = None, *_: Any, **__: Any) -> Tensor:
+            null = self.num_classes if fault != "null class" else 0
+            rows = torch.full((len(tokens),), null) if labels is None else labels
+            logits = self.table.logits[rows]
+            if fault == "peeks":
+                logits = logits + self.seen[tokens.flatten(1)]
+            if fault == "sees the next":
+                logits = logits + self.seen[tokens.flatten(1)].roll(-1, 1)
+            if fault == "sees all":
+                logits = logits + self.seen[tokens.flatten(1)].mean(1, keepdim=True)
+            if fault == "batch":
+                logits = logits + self.seen[tokens.flatten(1)].mean((0, 1)) * (len(tokens) > 1) * self.seen.sum()
+            return logits * self.extra["scale"]
+
+    if fault == "unnormalised":
+        Broken.log_prob = lambda self, tokens, *a, **k: 0.5 * Prior.log_prob(self, tokens, *a, **k)  # type: ignore
+    if fault == "state outside of weights":
+        config_init = Broken.__init__
+
+        def init(self: Any, config: PriorConfig) -> None:
+            config_init(self, config)
+            self.extra["scale"] = float(torch.rand(()))
+
+        Broken.__init__ = init  # type: ignore
+    return Broken(PriorConfig(grid=TokenGrid(shape, 3), num_classes=2))
+
+
+@pytest.mark.parametrize("name", [*PRIORS, *VARIANTS])
+def test_priors_of_the_package_keep_every_promise(name: str) -> None:
+    kind, settings = VARIANTS.get(name, (name, {}))
+    shape, ids = ((2, 2), 3) if name == "next_scale" else ((2, 3), 3)
+    prior = Prior.create(kind, grid=grid_of(kind, shape, ids), num_classes=2, **{**SMALL.get(kind, {}), **settings})
+    found = dict(check_prior(prior))
+    assert is_built_in(prior) and len(found) == 8 and set(found.values()) == {None}, found
+
+
+@pytest.mark.parametrize(
+    ("fault", "promise"),
+    [
+        ("peeks", "logits see earlier blocks only"),
+        ("sees the next", "logits see earlier blocks only"),
+        ("sees all", "logits see earlier blocks only"),
+        ("batch", "an image does not depend on its batch"),
+        ("null class", "no label is the null class"),
+        ("unnormalised", "probabilities sum to one"),
+        ("unnormalised", "samples follow log_prob"),
+        ("state outside of weights", "configuration and weights are the whole model"),
+    ],
+)
+def test_a_broken_promise_is_found(fault: str, promise: str) -> None:
+    assert dict(check_prior(make_broken(fault)))[promise]
+    assert not any(dict(check_prior(make_broken("none"))).values())
+
+
+def test_what_raises_is_a_broken_promise() -> None:
+    prior = make_broken("none")
+    type(prior).sample = lambda self, *a, **k: 1 / 0  # type: ignore
+    assert "ZeroDivisionError" in str(dict(check_prior(prior))["samples follow log_prob"])
+
+
+@pytest.mark.parametrize("fault", ["peeks", "sees the next", "sees all"])
+def test_an_output_layer_of_zeros_hides_nothing(fault: str) -> None:
+    """On a large grid too, where only some of the tokens are changed."""
+    prior = make_broken(fault, (12, 12))
+    tokens = torch.randint(3, (12, 12))
+    require_causal(prior, tokens)  # what it sees is multiplied by zero
+    with pytest.raises(NotCausalError, match="broken"):
+        require_causal(with_random_weights(prior), tokens, torch.tensor(1))
+    require_causal(with_random_weights(make_broken("none", (12, 12))), tokens, torch.tensor(1))
+
+
+def test_random_weights_are_a_copy() -> None:
+    prior = make_broken("peeks").train()
+    before = {key: value.clone() for key, value in prior.state_dict().items()}
+    assert all(bool((weight != 0).any()) for weight in with_random_weights(prior).parameters())
+    assert all(torch.equal(value, before[key]) for key, value in prior.state_dict().items())
+    require_causal(prior, torch.zeros(2, 3, dtype=torch.long))
+    assert prior.training

@@ -1,0 +1,111 @@
+"""Checks of what a tokenizer and a quantizer promise, for models that come from outside of this package."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+
+from .base import Tokenizer
+from .quantizers.base import Quantizer
+
+
+def check_tokenizer(tokenizer: Tokenizer) -> Iterator[tuple[str, str | None]]:
+    """Yield (promise, what is wrong or None) for each promise of a tokenizer, tried on random images."""
+    generator = torch.Generator().manual_seed(0)
+    images = torch.rand(4, *tokenizer.image_shape, generator=generator) * 2 - 1
+    problem = problem_of(lambda: tokenizer.initialize(images))
+    yield "it can be initialized from images", problem
+    tokenizer.eval()
+
+    def tokens_fit() -> None:
+        tokens = tokenizer.encode(images)
+        wanted = (len(images), *tokenizer.grid.shape)
+        expect(tokens.dtype == torch.int64, f"encode returns {tokens.dtype}, not int64")
+        expect(tuple(tokens.shape) == wanted, f"encode returns tokens of shape {tuple(tokens.shape)}, not {wanted}")
+        tokenizer.grid.check(tokens)
+
+    def images_fit() -> None:
+        decoded = tokenizer.decode(tokenizer.encode(images))
+        expect(decoded.shape == images.shape, f"decode returns images of shape {tuple(decoded.shape)}")
+        expect(float(decoded.abs().max()) <= 1, "decode returns images beyond [-1, 1]")
+
+    def forward_agrees() -> None:
+        result, tokens = tokenizer(images), tokenizer.encode(images)
+        expect(torch.equal(result.tokens, tokens), "forward and encode give different tokens")
+        apart = float((result.images.clamp(-1, 1) - tokenizer.decode(tokens)).abs().max())
+        expect(apart < 1e-4, f"decode(encode(images)) and forward differ by up to {apart:.3g}")
+
+    def batches_agree() -> None:
+        expect(torch.equal(tokenizer.encode(images[:1]), tokenizer.encode(images)[:1]), "tokens depend on the batch")
+
+    def losses_are_scalars() -> None:
+        losses = tokenizer(images).losses
+        wrong = [name for name, loss in losses.items() if loss.ndim or not bool(loss.isfinite())]
+        expect(not wrong, f"losses that are no finite scalars: {', '.join(wrong)}")
+
+    checks = {
+        "tokens have the shape and range of the grid": tokens_fit,
+        "decode returns images in [-1, 1]": images_fit,
+        "decode(encode(x)) equals forward(x).images": forward_agrees,
+        "tokens do not depend on the batch": batches_agree,
+        "losses are finite scalars": losses_are_scalars,
+    }
+    for promise, check in checks.items():
+        yield promise, problem_of(check)
+
+
+def check_quantizer(quantizer: Quantizer) -> Iterator[tuple[str, str | None]]:
+    """Yield (promise, what is wrong or None) for each promise of a quantizer, tried on random vectors."""
+    quantizer.eval()
+    size = quantizer.scales[-1] if quantizer.scales else (4, 4)
+    z = torch.randn(4, quantizer.dim, *size, generator=torch.Generator().manual_seed(0))
+
+    def tokens_fit() -> None:
+        tokens = quantizer.quantize(z).tokens
+        expect(tokens.dtype == torch.int64, f"quantize returns tokens of {tokens.dtype}, not int64")
+        expect(
+            bool(((tokens >= 0) & (tokens < quantizer.vocab_size)).all()),
+            f"quantize returns ids out of [0, {quantizer.vocab_size})",
+        )
+
+    def lookup_inverts() -> None:
+        result = quantizer.quantize(z)
+        apart = float((quantizer.lookup(result.tokens) - result.z_q).abs().max())
+        expect(apart < 1e-4, f"lookup(tokens) and z_q differ by up to {apart:.3g}")
+
+    def gradients_arrive() -> None:
+        quantizer.train()
+        given = z.clone().requires_grad_()
+        with torch.enable_grad():
+            result = quantizer.quantize(given)
+            (result.z_q.square().sum() + sum(result.losses.values(), torch.zeros(()))).backward()
+        quantizer.eval()
+        reached = torch.zeros(quantizer.dim) if given.grad is None else given.grad.abs().amax((0, 2, 3))
+        expect(bool((reached > 0).all()), "no gradient reaches some channels of z")
+
+    checks: dict[str, Callable[[], None]] = {
+        "tokens are ids of the codebook": tokens_fit,
+        "lookup inverts quantize": lookup_inverts,
+        "a gradient reaches every channel": gradients_arrive,
+    }
+    for promise, check in checks.items():
+        yield promise, problem_of(check)
+
+
+def problem_of(check: Callable[[], Any]) -> str | None:
+    """Run a check without gradients; return what is wrong, in one line, or None."""
+    try:
+        with torch.no_grad():
+            check()
+    except Exception as error:  # of somebody's model: whatever it raises is what is wrong with it
+        first = (str(error).strip().splitlines() or [""])[0]
+        return first if isinstance(error, ValueError) else f"{type(error).__name__}: {first}"
+    return None
+
+
+def expect(holds: bool, problem: str) -> None:
+    """Raise `ValueError` with `problem` unless it holds."""
+    if not holds:
+        raise ValueError(problem)
