@@ -1,67 +1,82 @@
-"""The contract of stage two: an ordered partition, logits for every position, hence `log_prob` and `sample`.
+"""The contract of stage two: an ordered partition of the grid, logits for every position, hence `log_prob` and
+`sample`.
 
     p(tokens | labels) = prod_b prod_{i in block b} p(tokens[i] | tokens of the blocks before b, labels)
 
 Blocks of one token are the chain rule; larger ones are parallel decoding by definition of the model. The base class
-owns the slow, obviously right algorithms; a model writes `forward`, and may have a `make_cache` that gives the same
-logits, block by block, for less.
-"""
+owns the slow, obviously right algorithms; a model writes `forward` (or `outputs`, of which an output head makes
+logits), and may have a `make_cache` that gives the same logits, block by block, for less."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Annotated, Any, ClassVar
 
 import torch
 from pydantic import Field
-from torch import Tensor
+from torch import Tensor, nn
 
 from tokenizer.base import Grid, TokenGrid, full_float32, in_finest
 from tokenizer.pretrained import Fact, ModelConfig, Node, PretrainedModel
 
-from .drawing import draw, evaluating
-from .features import Features
-from .heads import head_problem, make_head
-from .heads.tokens import Positions
-from .mixtures import Mixtures
-from .orders import Partition, blocks_problem, make_partition, order_problem
-from .requests import Order, Rows, Walk, check_labels, check_order, given_walk, make_rows
-from .sampling import Generators, Sampler
-from .sampling.graphs import Graphs
-from .sampling.stepping import Stepping
-from .sampling.watching import OnStep, Watch
+from .heads import Head, PositionSteps, Softmax, head_problem, make_head
+from .orders import (
+    Partition,
+    as_tensor,
+    block_numbers,
+    blocks_problem,
+    known_first,
+    make_order,
+    make_partition,
+    order_problem,
+)
+from .parallel import rows_per_pass, sample_parallel
+from .sampling import (
+    DecodingOptions,
+    Generators,
+    Monitor,
+    OnStep,
+    Order,
+    SampleBatch,
+    SamplingOptions,
+    UncachedState,
+    check_labels,
+    choose_orders,
+    make_batch,
+    sample_blocks,
+    whole_number,
+)
 
 
 class PriorConfig(ModelConfig):
-    """What every prior is told."""
+    """Settings shared by all priors."""
 
     grid: Fact[Grid] = Field(description="shape and vocabulary of the tokens")
     num_classes: Fact[int] = Field(0, ge=0, le=1 << 20, description="number of classes; 0 is unconditional")
     tokenizer: Fact[str] = Field("", description="fingerprint of the tokenizer whose tokens it was trained on")
     order: str = Field(
         "raster",
-        description="how the grid is walked: raster, column, snake, spiral_in, spiral_out, z_curve, hilbert, "
+        description="order in which tokens are drawn: raster, column, snake, spiral_in, spiral_out, z_curve, hilbert, "
         "subsample, halton, spread or random:SEED; several tokens at once, where the model takes them: diagonal, "
         "wave:S, rows, dyadic, regions:K, halton:K, spread:K, random:SEED:K (K blocks) or NAME/K (blocks of K)",
     )
     blocks: tuple[Annotated[int, Field(ge=1)], ...] | None = Field(
         None, description="sizes that cut the order into blocks, whose tokens are drawn at once; null: the order's own"
     )
-
     head: Annotated[ModelConfig | None, Node("prior.heads:Head")] = Field(
         None,
-        description="what is made of the numbers that the network puts out: null, a logit for each id; depth, for "
-        "grids of levels, whose ids at a position are then drawn one after the other from one pass; logistic, for "
-        "pixels",
+        description="output head: null, one logit for each id; depth, for grids of levels, whose ids at a position are "
+        "drawn one after the other from one pass; logistic, for pixels",
     )
 
     takes_blocks: ClassVar[bool] = False
     """Whether the model draws blocks of several tokens."""
     takes_heads: ClassVar[bool] = False
-    """Whether the model writes `outputs`, of which a head makes logits."""
+    """Whether the model writes `outputs`, of which an output head makes logits."""
     takes_positions: ClassVar[bool] = False
-    """Whether it sees positions, of several ids each, where a head draws these together."""
+    """Whether the network sees positions, of several ids each, where an output head draws these together."""
 
     def check(self) -> Iterator[str]:
         """The head has to fit the grid; the order has to exist for it, and its blocks have to sum to it."""
@@ -74,13 +89,13 @@ class PriorConfig(ModelConfig):
         elif max(self.partition().blocks) > 1 and not self.takes_blocks:
             kinds: list[Any] = [Prior.find(name) for name in Prior.available()]
             takers = ", ".join(kind.name for kind in kinds if kind.Config.takes_blocks)
-            named = "order" if self.blocks is None else "blocks"
-            yield f"{named}: this kind draws one token at a time; kinds that draw blocks of several are {takers}"
+            key = "order" if self.blocks is None else "blocks"
+            yield f"{key}: this kind draws one token at a time; kinds that draw blocks of several are {takers}"
 
     @property
     def positions(self) -> TokenGrid:
         """The grid that the network sees: of positions, where the head draws the ids of each; else of tokens."""
-        return self.grid if self.head is None or self.grid.together == 1 else self.grid.positions
+        return self.grid if self.head is None or self.grid.ids_per_position == 1 else self.grid.positions
 
     def partition(self) -> Partition:
         """The ordered partition of `positions`, which `order` and `blocks` name."""
@@ -88,56 +103,85 @@ class PriorConfig(ModelConfig):
         return partition if self.blocks is None else Partition(partition.order, self.blocks)
 
 
-class Prior(Positions, Features, Mixtures, Stepping, PretrainedModel, family="prior"):
-    """A distribution over grids of ids; `forward` is the only method that trains."""
+class Prior(PretrainedModel, family="prior"):
+    """A distribution over grids of ids; `forward` is the only method that trains.
 
-    Sampling: ClassVar[type[Sampler]] = Sampler
-    """The settings that `sample` takes, of which a model may declare more."""
+    N is the number of tokens, P that of the positions that the network sees: where an output head draws several ids at
+    each position, P is smaller.
+    """
+
+    Sampling: ClassVar[type[SamplingOptions]] = SamplingOptions
+    """The settings that `sample` takes; a model may declare more."""
     exact: bool = True
     """False where `log_prob` of an image is an unbiased estimate of a lower bound: the mean over images is a bound."""
-    captures: bool = True
-    """Whether a graph can hold `start` and the cached steps: the host decides nothing in them."""
-    recomputes: bool = False
-    """Whether `start` returns a `State`, which has nothing to compute for tokens that all images keep."""
+    any_order: bool = False
+    """Whether `forward`, `log_prob` and `sample` take any other `order` than the model's own."""
+    any_connectivity: bool = False
+    """Whether the model is one of many with the same weights, which `connected` chooses from (MADE's masks)."""
+    supports_cuda_graphs: bool = True
+    """Whether cached decoding can be captured in a CUDA graph (no decisions on the host)."""
     order: Tensor
     """(N,) int64; `order[r]` is the raster index of the r-th token."""
     blocks: tuple[int, ...]
     """The sizes that cut `order` into blocks; they sum to N."""
     block_of: Tensor
     """(N,) int64: the number of each token's block, raster order."""
-    rounding: float = 4e-6
-    """How far apart two computations of the same float32 logits may be, as a multiple of the image's largest |logit| so
-    far (at least 1: a row's own may be tiny). Well above what `python -m benchmarks.trust.rounding` measures."""
+    position_order: Tensor
+    """(P,) int64: the order of positions. Where a position has one id, this is `order`."""
+    position_blocks: tuple[int, ...]
+    """The sizes that cut `position_order` into blocks."""
+    position_block_of: Tensor
+    """(P,) int64: the number of each position's block, raster order."""
+    position_cells: Tensor
+    """(P, ids_per_position) int64: the raster indices of each position's ids, where there are several."""
+    token_places: Tensor
+    """(N,) int64: where each token, in raster order, stands among the ids of all positions, one after the other."""
 
     def __init__(self, config: PriorConfig) -> None:
         super().__init__(config)
         self.grid, self.num_classes = config.grid, config.num_classes
-        self.readout = make_head(config)
-        self.graphs = Graphs()
-        self.set_walk(config.partition())
+        self.output_head: Head = make_head(config)
+        self.set_partition(config.partition())
+
+    def set_partition(self, partition: Partition) -> None:
+        """Set the order and blocks of positions, and those of tokens that follow from them."""
+        several = self.output_head.ids_per_position > 1
+        order, self.blocks = order_levels(partition, self.grid) if several else partition
+        self.position_blocks = partition.blocks
+        for name, cells in (("order", order), ("position_order", partition.order)):
+            self.register_buffer(name, cells, persistent=False)
+        self.register_buffer("block_of", block_numbers(order, self.blocks), persistent=False)
+        self.register_buffer("position_block_of", block_numbers(*partition), persistent=False)
+        if several:
+            self.register_buffer("position_cells", self.grid.cells, persistent=False)
+            self.register_buffer("token_places", self.grid.cells.flatten().argsort(), persistent=False)
 
     def outputs(self, tokens: Tensor, labels: Tensor | None = None) -> Tensor:
-        """What the network puts out, teacher-forced: `(B, P, readout.size)` at positions in raster order; at i it sees
-        only tokens of positions in earlier blocks. What a model writes; the arguments are those of `forward`."""
+        """Return the network's outputs, teacher-forced: `(B, P, output_head.size)` at positions in raster order; those
+        at i see only tokens of positions in earlier blocks. A model writes this, or `forward`."""
         raise NotImplementedError
 
     def forward(
-        self, tokens: Tensor, labels: Tensor | None = None, *walk: Any, raw: bool = False, **inputs: Any
+        self, tokens: Tensor, labels: Tensor | None = None, *order: Any, raw: bool = False, **inputs: Any
     ) -> Tensor:
-        """Teacher-forced logits `(B, N, vocab_size)`, raster order; `logits[:, i]` sees only tokens of earlier blocks.
+        """Return teacher-forced logits `(B, N, vocab_size)`, raster order; `logits[:, i]` sees only tokens of earlier
+        blocks.
 
-        tokens: `(B, *grid.shape)`; labels: `(B,)`, where `num_classes` is the null class; None is the null class.
-        A model with `any_order` has a third argument, None for its own: `order`, `(N,)` or `(B, N)`; or, if it takes
-        blocks, `block_of`, the number of each token's block in raster order, `(N,)` or `(B, N)`. raw: return `outputs`,
-        which `loss` takes; without a head they are the logits.
+        tokens: `(B, *grid.shape)`; labels: `(B,)`, where `num_classes` is the null class; None is the null class. A
+        model with `any_order` has a third argument, None for its own: `order`, `(N,)` or `(B, N)`; or, if it takes
+        blocks, `block_of`, the number of each token's block in raster order, `(N,)` or `(B, N)`. raw: return `outputs`
+        instead, which `loss_from_outputs` takes.
         """
-        outputs = self.outputs(tokens, labels, *walk, **inputs)
-        return outputs if raw else self.to_raster(self.readout.logits(outputs, self.ids_of(tokens)))
+        outputs = self.outputs(tokens, labels, *order, **inputs)
+        return outputs if raw else self.to_raster(self.output_head.logits(outputs, self.position_ids(tokens)))
 
-    @property
-    def likelihood_passes(self) -> int:
-        """How many passes over the grid `log_prob` of an image takes."""
-        return 1
+    def forward_outputs(self, tokens: Tensor, labels: Tensor | None = None, **inputs: Any) -> Tensor:
+        """Call the model for what `loss_from_outputs` takes: its outputs, or the logits where no head makes them."""
+        return self(tokens, labels, **inputs, **({} if isinstance(self.output_head, Softmax) else {"raw": True}))
+
+    def labels_or_null(self, labels: Tensor | None, count: int) -> Tensor:
+        """Return `labels` `(count,)`, or the null class for all."""
+        return torch.full((count,), self.num_classes, device=self.device) if labels is None else labels
 
     # Training
 
@@ -145,44 +189,70 @@ class Prior(Positions, Features, Mixtures, Stepping, PretrainedModel, family="pr
         """Called once before training with the whole training set, for models that start from its statistics."""
 
     def training_inputs(self, tokens: Tensor, progress: float) -> dict[str, Any]:
-        """Further arguments of `forward` and `loss` in a training step on `tokens`: a model may draw orders or masks.
+        """Draw further arguments of `forward` for a training step on `tokens`: orders or masks, in some models.
 
         Randomness comes from torch's global generator, which the loop seeds by (seed, rank, step). progress: the share
         of training that is done, in [0, 1].
         """
         return {}
 
-    def loss(self, outputs: Tensor, tokens: Tensor, **inputs: Any) -> Tensor:
-        """What training minimises, in nats per token: the mean negative log-likelihood. outputs: `put_out`;
-        inputs: `training_inputs`."""
-        return self.readout.mean_nats(outputs, self.ids_of(tokens))
+    def loss(self, tokens: Tensor, labels: Tensor | None = None, *, progress: float = 0.0, **inputs: Any) -> Tensor:
+        """Return the training loss, a scalar in nats per token, from one forward pass: the mean negative log-likelihood
+        of `tokens` `(B, *grid.shape)` given `labels` `(B,)` (None: the null class for all).
+
+        inputs: further arguments of `forward`. Without any, those that `training_inputs` draws: a model that draws
+        orders or masks has another loss at each call, and `progress`, the share of training that is done, may matter.
+        Raises `ValueError` for tokens or labels out of range, or of another shape or type.
+        """
+        tokens = as_tensor(tokens, self.device)
+        self.grid.check(tokens)
+        labels = check_labels(self, labels, len(tokens))
+        inputs = inputs or self.training_inputs(tokens, progress)
+        return self.loss_from_outputs(self.forward_outputs(tokens, labels, **inputs), tokens, **inputs)
+
+    def loss_from_outputs(self, outputs: Tensor, tokens: Tensor, **inputs: Any) -> Tensor:
+        """Return `loss`, given `forward_outputs` for `tokens` and `inputs`."""
+        return self.output_head.mean_nats(outputs, self.position_ids(tokens))
 
     # Likelihood
 
+    @property
+    def likelihood_passes(self) -> int:
+        """How many passes over the grid `log_prob` of an image takes."""
+        return 1
+
+    def likelihood_pass(self, tokens: Tensor, labels: Tensor | None = None) -> None:
+        """Run one of the passes that `log_prob` takes, to measure its cost."""
+        self.log_prob(tokens, labels)
+
     def token_log_probs(self, tokens: Tensor, labels: Tensor | None = None, order: Order = None) -> Tensor:
-        """log p of each token, `(B, *grid.shape)` nats in float32, or in float64 for float64 weights: what
-        `chain_log_probs` returns, unless a model estimates a bound instead. Raises `ValueError` as that does."""
+        """Return log p of each token, `(B, *grid.shape)` nats in float32 (float64 for float64 weights): those of
+        `chain_log_probs`, unless a model estimates a bound instead. Raises `ValueError` as that does."""
         return self.chain_log_probs(tokens, labels, order)
 
     @full_float32()
     def chain_log_probs(
         self, tokens: Tensor, labels: Tensor | None = None, order: Order = None, known: Tensor | None = None
     ) -> Tensor:
-        """log p of each token given the blocks before its own, `(B, *grid.shape)` nats. The likelihood, written once.
+        """Return log p of each token given the blocks before its own, `(B, *grid.shape)` nats.
 
         order: a name, `(N,)` or `(B, N)` (cut into the model's own blocks), or a `Partition`, for a model with
         `any_order`; None is its own. known: bool `(B, N)`, raster order: such a model takes these tokens first, as
         `sample` does. Raises `ValueError` for tokens, labels or an order out of range.
         """
         self.grid.check(tokens)
-        walk, labels = check_order(self, order, len(tokens)), check_labels(self, labels, len(tokens))
-        outputs = self.put_out(tokens, labels, **given_walk(self, walk, known))
-        return self.to_raster(self.readout.log_probs(outputs, self.ids_of(tokens))).reshape(tokens.shape)
+        partition, labels = self.check_order(order, len(tokens)), check_labels(self, labels, len(tokens))
+        if known is not None and self.any_order:
+            partition = partition or Partition(self.order, self.blocks)
+            partition = Partition(known_first(partition.order, known), partition.blocks)
+        inputs = {} if partition is None else self.order_inputs(partition, known)
+        outputs = self.forward_outputs(tokens, labels, **inputs)
+        return self.to_raster(self.output_head.log_probs(outputs, self.position_ids(tokens))).reshape(tokens.shape)
 
     def log_prob(
         self, tokens: Tensor, labels: Tensor | None = None, order: Order = None, num_orders: int = 1, num_masks: int = 1
     ) -> Tensor:
-        """log p(tokens | labels), `(B,)` nats.
+        """Return log p(tokens | labels), `(B,)` nats.
 
         num_orders, num_masks: K and M > 1 are the density of a mixture, log (1/KM) sum_km p(tokens | order_k, mask_m):
         of `order` and K - 1 random ones (`orders`), which needs `any_order`, times the model's own connectivity and
@@ -196,22 +266,222 @@ class Prior(Positions, Features, Mixtures, Stepping, PretrainedModel, family="pr
         members = torch.stack([in_finest(nats).sum(1) for nats in each])
         return (members.logsumexp(0) - math.log(len(each))).to(each[0].dtype)
 
-    def likelihood_pass(self, tokens: Tensor, labels: Tensor | None = None) -> None:
-        """One pass of those that `log_prob` takes, for a plan that counts what it costs. Here there is only one."""
-        self.log_prob(tokens, labels)
+    # Orders, and mixtures of them
+
+    def to_partition(self, order: Order) -> Partition:
+        """Return `order` and its blocks, on the model's device. Raises `ValueError` for sizes that are no whole
+        numbers."""
+        found: Any = make_partition(order, self.grid.shape) if isinstance(order, str) else order
+        if not isinstance(found, Partition):
+            found = Partition(self.order if found is None else found, self.blocks)
+        blocks = tuple(whole_number("order: blocks", size) for size in found.blocks)
+        return Partition(as_tensor(found.order, self.device), blocks)
+
+    def check_order(self, order: Order, count: int) -> Partition | None:
+        """Return `order`, int64 `(N,)` or `(count, N)`, and its blocks; None for the model's own. Raises `ValueError`
+        for anything that is no ordered partition of this grid, or that the model does not take."""
+        is_own_name = isinstance(order, str) and order == self.config.order and self.config.blocks is None
+        if order is None or (is_own_name and not self.any_order):  # the name may be of positions, or of scales
+            return None
+        indices, blocks = self.to_partition(order)
+        size = len(self.grid)
+        is_whole = not indices.dtype.is_floating_point and indices.dtype != torch.bool
+        fits = is_whole and tuple(indices.shape) in ((size,), (count, size))
+        indices = indices.long() if fits else indices  # torch cannot sort uint16
+        if not fits or not bool((indices.sort(-1).values == torch.arange(size, device=indices.device)).all()):
+            raise ValueError(f"order should hold each of 0 to {size - 1} once, for all images or for each of {count}")
+        if problem := blocks_problem(blocks, size):
+            raise ValueError(f"order: {problem}")
+        if blocks == self.blocks and bool((indices == self.order).all()):
+            return None
+        if not self.any_order:
+            raise ValueError(f"order: this {self.name} prior has one order, {self.config.order!r}, and takes no other")
+        if max(blocks) > 1 and not self.config.takes_blocks:
+            raise ValueError(f"order: this {self.name} draws one token at a time; blocks are for kinds that take them")
+        return Partition(indices, blocks)
+
+    def order_inputs(self, partition: Partition, known: Tensor | None = None) -> dict[str, Tensor]:
+        """Return the arguments of `forward` for another order than the model's own. known: bool `(B, N)`, raster order,
+        tokens that come first, as one block where blocks hold several."""
+        if not self.config.takes_blocks:
+            return {"order": partition.order}
+        block_of = block_numbers(*partition)
+        if known is not None and max(partition.blocks) > 1:
+            block_of = block_of.masked_fill(known, -1)
+        return {"block_of": block_of}
+
+    def orders(self, num_orders: int, order: Order = None) -> list[Order]:
+        """Return the orders of a mixture: `order` (None: the model's own), then random:1, random:2, ... in its
+        blocks."""
+        check_mixture("num_orders", num_orders, self.any_order, f"this {self.name} prior has one order")
+        blocks = self.to_partition(order).blocks
+        others = [make_order(f"random:{index}", self.grid.shape) for index in range(1, num_orders)]
+        return [order, *(Partition(other, blocks) for other in others)]
+
+    def connectivities(self, num_masks: int) -> range:
+        """Return the numbers of a mixture's connectivities; 0 is the model's own."""
+        check_mixture("num_masks", num_masks, self.any_connectivity, f"this {self.name} prior has one connectivity")
+        return range(num_masks)
+
+    def connected(self, number: int) -> AbstractContextManager[None]:
+        """Be the model of connectivity `number` while the context lasts."""
+        return nullcontext()
+
+    def order_spread(self, tokens: Tensor, labels: Tensor | None = None, num_orders: int = 8) -> Tensor:
+        """Return how much log p(tokens | labels) depends on the order, `(B,)` nats: its standard deviation over
+        `orders`.
+
+        It is 0 where all orders' conditionals come from one joint distribution. The larger it is, the less a statement
+        about one order holds for another: `conditional_log_prob` and completions take known tokens first, `log_prob`
+        takes the model's own order. It is exact even where `log_prob` is a bound. Raises `ValueError` for a model of
+        one order, for fewer than two orders, and for tokens or labels out of range.
+        """
+        if num_orders < 2:
+            raise ValueError(f"num_orders must be at least 2 to see a spread (got {num_orders})")
+        orders = self.orders(num_orders)
+        each = [in_finest(self.chain_log_probs(tokens, labels, order).flatten(1)).sum(1) for order in orders]
+        return torch.stack(each).std(0).float()
+
+    # Positions
+
+    def position_ids(self, tokens: Tensor) -> Tensor:
+        """Return the ids of each position, `(B, P, ids_per_position)`, of tokens `(B, ...)`."""
+        flat = tokens.flatten(1).long()
+        return flat[..., None] if self.output_head.ids_per_position == 1 else flat[:, self.position_cells]
+
+    def position_id_map(self, tokens: Tensor) -> Tensor:
+        """Return `position_ids` as a map, `(B, *positions.shape, ids_per_position)`."""
+        return self.position_ids(tokens).unflatten(1, self.config.positions.shape)
+
+    def to_raster(self, values: Tensor) -> Tensor:
+        """Return values of each position's ids, `(B, P, ids_per_position, ...)`, as `(B, N, ...)` in raster order."""
+        flat = values.flatten(1, 2)
+        return flat if self.output_head.ids_per_position == 1 else flat[:, self.token_places]
+
+    @property
+    def receptive_field(self) -> Tensor:
+        """bool `(N, N)`, raster order: row i is True at the tokens that `logits[:, i]` sees in the model's own order:
+        those of the positions of `position_field`, and the earlier ids of its own position."""
+        field, several = self.position_field, self.output_head.ids_per_position
+        if several == 1:
+            return field
+        own = torch.eye(len(field), dtype=torch.bool, device=field.device)[:, None, :, None]
+        earlier = torch.ones(several, several, dtype=torch.bool, device=field.device).tril(-1)[:, None]
+        places = self.token_places.to(field.device)
+        return (field[:, None, :, None] | own & earlier).flatten(0, 1).flatten(1, 2)[places[:, None], places]
+
+    @property
+    def position_field(self) -> Tensor:
+        """bool `(P, P)`, raster order: the positions whose tokens the network sees at each; by default all of earlier
+        blocks."""
+        return self.position_block_of < self.position_block_of[:, None]
+
+    # Features
+
+    @property
+    def feature_modules(self) -> list[nn.Module]:
+        """The modules whose outputs `features` returns, in the order in which `forward` calls them; a module that is
+        called twice is listed twice. Empty for a model without layers."""
+        return []
+
+    @property
+    def feature_layers(self) -> int:
+        """The number of layers that `features` can return."""
+        return len(self.feature_modules)
+
+    def arrange_features(self, output: Any) -> Tensor:
+        """Return the output of one of `feature_modules` as `(B, N, dim)`, raster order. By default the output is a map
+        or a row in that order, channels last; or `(B, dim)` for the whole grid, which becomes `(B, 1, dim)`."""
+        return output.flatten(1, -2) if output.ndim > 2 else output[:, None]
+
+    def features(self, tokens: Tensor, labels: Tensor | None = None, layer: int | None = None) -> Tensor:
+        """Return activations after a layer in the teacher-forced pass, `(B, N, dim)` in raster order.
+
+        Those at i, like `logits[:, i]`, depend on tokens of earlier blocks (in early layers on fewer than
+        `receptive_field` says); pooled over positions they depend on all but the last block. Models that differ say so.
+        layer: 0 to `feature_layers` - 1; None is the middle one. Raises `ValueError` for another layer, and for tokens
+        or labels out of range.
+        """
+        return self.layer_features(tokens, labels, [self.feature_layers // 2 if layer is None else layer])[0]
+
+    @full_float32()
+    def layer_features(
+        self, tokens: Tensor, labels: Tensor | None, layers: Sequence[int], **inputs: Any
+    ) -> list[Tensor]:
+        """Return `features` of each of `layers`, from one pass. inputs: further arguments of `forward`."""
+        self.grid.check(tokens)
+        modules, calls = self.feature_modules, list[Tensor | None]()
+        for layer in layers:
+            if not modules:
+                raise ValueError(f"layer: a {self.name} prior has no layers, hence no features")
+            if type(layer) is not int or not 0 <= layer < len(modules):
+                last = len(modules) - 1
+                raise ValueError(f"layer must be a whole number from 0 to {last} of this {self.name} (got {layer!r})")
+
+        def keep(module: nn.Module, args: Any, output: Any) -> None:
+            calls.append(self.arrange_features(output) if len(calls) in layers else None)
+
+        hooks = [module.register_forward_hook(keep) for module in dict.fromkeys(modules)]
+        try:
+            self._call_impl(tokens, check_labels(self, labels, len(tokens)), **inputs)  # a compiled pass has no hooks
+        finally:
+            for hook in hooks:
+                hook.remove()
+        return [output for layer in layers if (output := calls[layer]) is not None]
+
+    # Decoding, one block a step
+
+    def start(self, num_images: int, labels: Tensor | None, order: Order = None) -> Any:
+        """Begin to decode `num_images` rows; returns the state that `next_logits` advances. order: as for
+        `chain_log_probs`, for a model with `any_order`."""
+        partition = None if order is None else self.to_partition(order)
+        with torch.no_grad():
+            cache = self.make_cache(self.labels_or_null(labels, num_images), partition)
+        if isinstance(self.output_head, Softmax) or isinstance(cache, UncachedState):
+            return cache
+        return PositionSteps(self.output_head, cache, self.config.takes_blocks)
+
+    def next_logits(self, state: Any, tokens: Tensor | None) -> Tensor:
+        """Return logits `(B, n, vocab_size)` of the next block's positions, in their order, given the last block's
+        `tokens` `(B, m)`, or None at the first."""
+        if isinstance(state, UncachedState):
+            return self.next_logits_uncached(state, tokens)
+        if self.config.takes_blocks or isinstance(state, PositionSteps):
+            return state.step(tokens)
+        return state.step(None if tokens is None else tokens[:, 0]).unsqueeze(1)
+
+    def make_cache(self, labels: Tensor, partition: Partition | None) -> Any:
+        """Make what a model's fast path remembers between steps, for labels `(B,)` and an order other than its own: an
+        object whose `step` takes the last positions' ids and returns the outputs at the next ones (`PositionSteps`):
+        without a head logits `(B, vocab_size)`, given `(B,)`. By default there is no fast path."""
+        return self.start_uncached(len(labels), labels, partition)
+
+    def start_uncached(self, num_images: int, labels: Tensor | None, order: Order = None) -> UncachedState:
+        """`start` of the path that recomputes everything: right by construction."""
+        partition = self.to_partition(order)
+        tokens = torch.zeros(num_images, len(self.grid), dtype=torch.long, device=self.device)
+        inputs = {} if order is None else self.order_inputs(partition)
+        return UncachedState(tokens, self.labels_or_null(labels, num_images), *partition, inputs)
+
+    def next_logits_uncached(self, state: UncachedState, tokens: Tensor | None) -> Tensor:
+        """`next_logits` by one forward pass over the whole grid."""
+        at = state.advance(tokens)
+        logits = self(state.tokens.unflatten(1, self.grid.shape), state.labels, **state.inputs)
+        return logits.take_along_dim(at[..., None], 1)
 
     # Sampling
 
     @classmethod
-    def make_sampler(cls, **settings: Any) -> Sampler:
-        """`Sampling` of these settings. Raises `TypeError` for one that it does not have, `ValueError` out of range."""
+    def make_sampling_options(cls, **settings: Any) -> SamplingOptions:
+        """Return `Sampling` of these settings. Raises `TypeError` for a setting that this kind does not have,
+        `ValueError` out of range."""
         if unknown := sorted(set(settings) - set(cls.Sampling.names())):
             raise TypeError(f"{unknown[0]!r} is no argument of sampling from a {cls.name!r} prior")
         return cls.Sampling(**settings)
 
-    def check_sampler(self, sampler: Any) -> None:
-        """Raise `ValueError` for settings of `Sampling` that do not fit this very prior."""
-        sampler.check(self.grid)
+    def check_sampling_options(self, options: Any) -> None:
+        """Raise `ValueError` for settings that do not fit this very prior."""
+        options.check(self.grid)
 
     def sample(
         self,
@@ -229,8 +499,6 @@ class Prior(Positions, Features, Mixtures, Stepping, PretrainedModel, family="pr
         num_orders: int = 1,
         cache: bool = True,
         parallel: bool = False,
-        guess: Prior | None = None,
-        capture: bool = True,
         progress: bool | Mapping[str, Any] = False,
         on_step: OnStep | None = None,
         **settings: Any,
@@ -238,37 +506,88 @@ class Prior(Positions, Features, Mixtures, Stepping, PretrainedModel, family="pr
         """Draw tokens `(num_images, *grid.shape)`, one block of the order at a time.
 
         temperature, top_k, top_p, guidance_scale, settings: those of this prior's `Sampling`, by name. generator: one,
-        or a list with one per image; image k depends on its own generator alone, not on its batch. tokens, known: where
-        bool `known` (`grid.shape` or `(B, *grid.shape)`) holds, `tokens` is kept. A model with `any_order` walks the
-        known tokens first, so that all others are conditioned on all of them, and the rest keeps its cuts; any other
-        model conditions a drawn token on the known ones of earlier blocks. order, num_orders: as for `log_prob`; each
-        image is drawn in one of the orders, all equally likely; where tokens are known, each as likely as it makes
-        these when they come first (at temperature 1, without guidance), which costs a pass per image: then images are
-        of the mixture of these walks given what is known. cache: False recomputes everything at every step; capture:
-        False launches cached steps on a GPU kernel by kernel, not as graphs. parallel: the same tokens from fewer
-        passes over the whole grid (`prior.parallel`), and fewer still with a `guess`, a cheap prior over the same
-        tokens. progress: a bar, or `tqdm`'s arguments for one. on_step: called with a `Step` (`sampling.watching`)
-        after each; what it raises ends sampling.
+        or a list with one per image; image k depends on the key drawn from its generator, not on its batch. tokens,
+        known: where bool `known` (`grid.shape` or `(B, *grid.shape)`) holds, `tokens` is kept. A model with `any_order`
+        takes the known tokens first, so that all others are conditioned on all of them, and the rest keeps its cuts;
+        any other model conditions a drawn token on the known ones of earlier blocks. order, num_orders: as for
+        `log_prob`; each image is drawn in one of the orders, all equally likely; where tokens are known and blocks are
+        of one token, in proportion to the probability that the order gives to these (at temperature 1, without
+        guidance), for a pass in each order: images are then samples of the mixture given what is known. cache: False
+        recomputes everything at every step. parallel: the same tokens from fewer passes over the whole grid
+        (`prior.parallel`). progress: show a bar, or arguments of `tqdm` for one. on_step: called with a `Step` after
+        each; an error that it raises ends sampling.
 
-        That all these agree, in any batch, is promised for float32 and float64 weights as far as computations differ by
-        no more than `rounding`; lower precision may draw other images in another way. Raises `ValueError` for arguments
-        out of range, `TypeError` for a setting that this prior does not have.
+        All modes and batches give the same tokens unless two candidates tie within rounding. Raises `ValueError` for
+        arguments out of range, `TypeError` for a setting that this prior does not have.
         """
         common = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "guidance_scale": guidance_scale}
-        sampler = self.make_sampler(**common, **settings)
-        self.check_sampler(sampler)
-        walk = Walk(order, num_orders, cache, parallel, guess, capture)
-        walk.check(self)
-        rows = make_rows(self, num_images, labels, sampler, generator, tokens, known)
-        watch = Watch(progress, on_step, rows, self.grid.shape)
-        with torch.inference_mode(), evaluating(self), evaluating(self if guess is None else guess):
-            drawn = self.draw(rows, sampler, walk, watch)
-        return drawn.reshape(num_images, *self.grid.shape).clone()  # no inference tensor: it may be trained on
+        options = self.make_sampling_options(**common, **settings)
+        self.check_sampling_options(options)
+        decoding = DecodingOptions(order, num_orders, cache, parallel)
+        decoding.check()
+        with torch.inference_mode(), evaluation_mode(self):
+            batch = make_batch(self, num_images, labels, options, generator, tokens, known)
+            monitor = Monitor(progress, on_step, batch, self.grid)
+            self.draw(batch, options, decoding, monitor)
+        return monitor.tokens.reshape(num_images, *self.grid.shape).clone()  # no inference tensor: it may be trained on
 
-    def draw(self, rows: Rows, sampler: Any, walk: Walk, watch: Watch) -> Tensor:
-        """`sample` of what has been checked: tokens `(B, N)` for `rows`, both in raster order, by a `Sampling`."""
-        return draw(self, rows, sampler, walk, watch)
+    def draw(self, batch: SampleBatch, options: Any, decoding: DecodingOptions, monitor: Monitor) -> None:
+        """Draw the images of a checked request, which is in raster order; `monitor` collects their tokens."""
+        batch = batch.in_order(choose_orders(self, decoding, batch), self)
+        rows = rows_per_pass(self.grid, self.device) if decoding.parallel else self.rows_at_once()
+        at_once = len(batch) if rows is None else max(1, rows // options.rows_per_image)
+        for group in batch.group_by_blocks():
+            for part in group.split(at_once):
+                if decoding.parallel:
+                    sample_parallel(self, part, options, monitor)
+                else:
+                    sample_blocks(self, part, options, decoding.cache, monitor)
 
     def rows_at_once(self) -> int | None:
         """The number of rows to sample together, where that is faster than all at once; None is all at once."""
         return None
+
+
+FEW_ROWS = 4
+"""With fewer rows, a matrix product is bound by reading the weights, which caches then lay out row by row."""
+
+
+def order_levels(partition: Partition, grid: TokenGrid) -> Partition:
+    """Return the order of ids, given that of positions: a block's first ids are a block, then its second ones, ..."""
+    parts = grid.cells[partition.order].split(partition.blocks)
+    blocks = tuple(size for size in partition.blocks for _ in range(grid.ids_per_position))
+    return Partition(torch.cat([part.t().flatten() for part in parts]), blocks)
+
+
+def check_mixture(name: str, count: int, allowed: bool, otherwise: str) -> None:
+    """Raise `ValueError` unless `count`, the argument `name`, is 1, or more where that is `allowed`."""
+    count = whole_number(name, count)
+    if count < 1:
+        raise ValueError(f"{name} must be at least 1 (got {count})")
+    if count > 1 and not allowed:
+        raise ValueError(f"{name}: {otherwise}")
+
+
+@contextmanager
+def evaluation_mode(model: PretrainedModel) -> Iterator[None]:
+    """Put a model into eval mode, with full float32 precision and no autocast; restores each module's own mode.
+
+    cuDNN attention is off: it plans anew (tens of milliseconds) each time there is one more key.
+    """
+    in_training = [module for module in model.modules() if module.training]
+    uses_cudnn = torch.backends.cuda.cudnn_sdp_enabled()
+    model.eval()
+    torch.backends.cuda.enable_cudnn_sdp(False)
+    try:
+        with full_float32(), torch.autocast(model.device.type, enabled=False):
+            yield
+    finally:
+        torch.backends.cuda.enable_cudnn_sdp(uses_cudnn)
+        for module in in_training:
+            module.training = True
+
+
+def to_device_async(x: Tensor, device: torch.device) -> Tensor:
+    """Return `x` on `device`; from the CPU to a GPU through pinned memory, so that the host does not wait."""
+    pinned = device.type == "cuda" and x.device.type == "cpu"
+    return x.pin_memory().to(device, non_blocking=True) if pinned else x.to(device)

@@ -1,13 +1,13 @@
 """The transformer that takes any ordered partition of the grid: several tokens per pass, exactly.
 
-Everything stays in raster order, and only a mask depends on the partition. The stream at a position starts from a mask
-embedding and the place, and never gets the position's own token; keys and values are those of the stream plus the
-token's embedding, and are seen from later blocks alone. So the tokens of a block do not see each other, as in the
+Everything stays in raster order, and only a mask depends on the partition. The stream at a position starts from a query
+embedding and its place, and never gets the position's own token; keys and values are those of the stream plus the
+token's embedding, and are visible to later blocks only. So the tokens of a block do not see each other, as in the
 parallel decoding of RandAR (Pang et al. 2024), ARPG (Li et al. 2025) and LPD (Zhang et al. 2025). Here the partition
 belongs to the model: p(a block | those before it) is a product over its tokens by definition, and no approximation.
 
-Kept of two forms. In the other (ARPG's) half of the layers read the tokens, and the other half answered queries from
-what had been read: as good at 49 tokens, slower to learn at 256 (docs/orders.md).
+ARPG's form, in which half of the layers read the tokens and the other half answer queries, was as good at 49 tokens and
+slower to learn at 256 (docs/orders.md).
 """
 
 from __future__ import annotations
@@ -19,14 +19,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .base import Prior
-from .drawing import sent
+from .base import Prior, to_device_async
 from .heads import IdEmbedding
 from .masks import Window
 from .orders import Partition, block_numbers, growing
-from .transformer import EPS, OrderedConfig, Rotations, coordinates, deep_rounding, reset, rotate, unit
+from .transformer import EPS, OrderedConfig, Rotations, coordinates, reset, rotate, unit
 
-COUNTS = 16  # about how many numbers of blocks training with any_order draws from
+COUNTS = 16  # training with any_order draws from about this many numbers of blocks
 
 
 class BlocksConfig(OrderedConfig):
@@ -36,8 +35,7 @@ class BlocksConfig(OrderedConfig):
 
 
 class Layer(nn.Module):
-    """Attention from a stream `(B, n, dim)` to keys and values of rows, and SwiGLU, each normalised before and added to
-    the stream."""
+    """Pre-normalised attention from a stream `(B, n, dim)` to keys and values of rows, and SwiGLU, both residual."""
 
     def __init__(self, config: BlocksConfig) -> None:
         super().__init__()
@@ -45,27 +43,28 @@ class Layer(nn.Module):
         self.heads, self.attention_dropout = config.heads, config.attention_dropout
         self.attention_norm, self.mlp_norm = nn.RMSNorm(dim, eps=EPS), nn.RMSNorm(dim, eps=EPS)
         self.q, self.kv = nn.Linear(dim, dim, bias=False), nn.Linear(dim, 2 * dim, bias=False)
-        self.gain = nn.Parameter(torch.full((config.heads, 1), 1.2))  # how sharp a head may attend
+        self.gain = nn.Parameter(torch.full((config.heads, 1), 1.2))  # scale of the normalised queries
         self.project = nn.Linear(dim, dim, bias=False)
         self.gate_up = nn.Linear(dim, 2 * hidden, bias=False)
         self.down = nn.Linear(hidden, dim, bias=False)
         self.dropout = nn.Dropout(config.dropout)
 
-    def keys_values(self, rows: Tensor, turns: Tensor) -> Tensor:
-        """Of rows `(B, m, dim)` whose places are turned by `([B,] m, width / 2, 2)`: `(2, B, m, heads, width)`."""
+    def keys_values(self, rows: Tensor, rotations: Tensor) -> Tensor:
+        """Return keys and values `(2, B, m, heads, width)` of rows `(B, m, dim)` with rotations
+        `([B,] m, width / 2, 2)`."""
         k, v = (t.unflatten(-1, (self.heads, -1)) for t in self.kv(self.attention_norm(rows)).chunk(2, -1))
-        return torch.stack([rotate(unit(k), turns.unsqueeze(-3)).to(v.dtype), v])
+        return torch.stack([rotate(unit(k), rotations.unsqueeze(-3)).to(v.dtype), v])
 
-    def forward(self, x: Tensor, rows: Tensor, turns: Tensor, sees: Tensor | Window) -> Tensor:
-        """`answer` of a stream `(B, N, dim)` to rows `(B, 1 + N, dim)`, turned by `(1 + N, width / 2, 2)`: all of a
-        layer, so that it can be compiled, checkpointed and sharded."""
-        return self.answer(x, turns[1:], self.keys_values(rows, turns), sees)
+    def forward(self, x: Tensor, rows: Tensor, rotations: Tensor, sees: Tensor | Window) -> Tensor:
+        """Attend from a stream `(B, N, dim)` to rows `(B, 1 + N, dim)` with rotations `(1 + N, width / 2, 2)`: the
+        whole layer in one call, so that it can be compiled, checkpointed and sharded."""
+        return self.attend(x, rotations[1:], self.keys_values(rows, rotations), sees)
 
-    def answer(self, x: Tensor, turns: Tensor, keys_values: Tensor, sees: Tensor | Window | None = None) -> Tensor:
-        """`(B, n, dim)` to the same. sees: bool `([B, 1,] n, m)`, True may attend, or a window; None is all."""
+    def attend(self, x: Tensor, rotations: Tensor, keys_values: Tensor, sees: Tensor | Window | None = None) -> Tensor:
+        """Map `(B, n, dim)` to the same. sees: bool `([B, 1,] n, m)`, True may attend, or a window; None is all."""
         keys, values = keys_values
         queries = self.q(self.attention_norm(x)).unflatten(-1, (self.heads, -1))
-        queries = rotate(unit(queries), turns.unsqueeze(-3) * self.gain.unsqueeze(-1)).to(x.dtype)
+        queries = rotate(unit(queries), rotations.unsqueeze(-3) * self.gain.unsqueeze(-1)).to(x.dtype)
         dropout = self.attention_dropout if self.training else 0.0
         if isinstance(sees, Window):
             attended = sees.attend(queries, keys, values, dropout)
@@ -79,19 +78,18 @@ class Layer(nn.Module):
 
 
 class Blocks(Prior, name="blocks"):
-    """One stream, masked attention, and a start row that all see, with the class. Positions are 1 to N below, row 0 is
-    the start."""
+    """One stream, masked attention, and a start row with the class that all positions see. Row 0 is the start, rows 1
+    to P are the positions."""
 
     Config = BlocksConfig
     cells: Tensor
-    """(1 + N, axes): where the start row and the tokens stand."""
+    """(1 + P, axes): coordinates of the start row and the positions."""
 
     def __init__(self, config: BlocksConfig) -> None:
         super().__init__(config)
         dim, shape = config.dim, config.positions.shape
         self.any_order = config.any_order
-        self.rounding = deep_rounding(config.depth)
-        self.token_embedding = IdEmbedding(config.grid, self.readout.together, dim)
+        self.token_embedding = IdEmbedding(config.grid, self.output_head.ids_per_position, dim)
         self.class_embedding = nn.Embedding(config.num_classes + 1, dim)  # the last is the null class
         self.start_embedding = nn.Parameter(torch.empty(1, dim))
         self.query_embedding = nn.Parameter(torch.empty(1, dim))
@@ -99,23 +97,23 @@ class Blocks(Prior, name="blocks"):
         self.dropout = nn.Dropout(config.dropout)
         self.layers: Any = nn.ModuleList(Layer(config) for _ in range(config.depth))
         self.norm = nn.RMSNorm(dim, eps=EPS)
-        self.head = nn.Linear(dim, self.readout.size, bias=False)
+        self.head = nn.Linear(dim, self.output_head.size, bias=False)
         start = torch.full((1, len(shape)), -1, device="cpu")
         self.register_buffer("cells", torch.cat([start, coordinates(shape)]), persistent=False)
         self.rotations = Rotations(config, self.cells)
-        self.windows: Any = nn.ModuleList(self.windows_of(torch.arange(len(self.position_order), device="cpu")))
+        self.windows: Any = nn.ModuleList(self.make_windows(torch.arange(len(self.position_order), device="cpu")))
         self.block_windows: list[list[Window]] = []
-        self.windows_on: torch.device | None = None  # for which these were made
+        self.windows_on: torch.device | None = None  # the device that `block_windows` are on
         reset(self.parameters(), self.layers)
 
-    def windows_of(self, at: Tensor) -> list[Window]:
-        """Of each layer, for the queries at raster indices `at` (n,); none without a window."""
+    def make_windows(self, at: Tensor) -> list[Window]:
+        """Make the window of each layer, for the queries at raster indices `at` (n,); none without a window."""
         if self.config.window is None:
             return []
         when = F.pad(self.position_block_of, (1, 0), value=-1)[:, None]  # the start row comes before all
         sources = torch.cat([when, self.cells], 1)
         home = sources.device
-        if home.type == "cuda":  # they are cut up on the CPU
+        if home.type == "cuda":  # tiles are made on the CPU
             sources, at = sources.cpu(), at.cpu()
         targets, dilations = sources[at + 1], set(self.config.dilations)
         made = {d: Window(targets, sources, self.config.window, d).to(home) for d in dilations}
@@ -123,37 +121,37 @@ class Blocks(Prior, name="blocks"):
 
     @property
     def stepwise_windows(self) -> list[list[Window]]:
-        """Of each block, those of its queries; made once. Empty without a window."""
+        """The windows of each block's queries, made once; empty without a window."""
         if not len(self.windows):
             return []
         if self.windows_on != self.device:
             with torch.inference_mode(False):
-                self.block_windows = [self.windows_of(at) for at in self.position_order.split(self.position_blocks)]
+                self.block_windows = [self.make_windows(at) for at in self.position_order.split(self.position_blocks)]
             self.windows_on = self.device
         return self.block_windows
 
     @property
-    def places(self) -> Tensor:
-        """`(N, dim)`: the sum of each position's embedding along every axis."""
+    def position_embeddings(self) -> Tensor:
+        """`(P, dim)`: the sum of each position's embeddings along the axes."""
         axes = zip(self.axis_embeddings, self.cells[1:].t(), strict=True)
         return torch.stack([table[at] for table, at in axes]).sum(0)
 
     def outputs(
         self, tokens: Tensor, labels: Tensor | None = None, order: Tensor | None = None, block_of: Tensor | None = None
     ) -> Tensor:
-        """As in `Prior`. The blocks are the model's own, those that it cuts an `order` into, or given by number,
-        `block_of` each token; `(N,)` or `(B, N)`, both."""
+        """Return the outputs; see `Prior.outputs`. order: cut into the model's own blocks; block_of: the number of each
+        token's block; `(N,)` or `(B, N)`. Without either, the model's own."""
         if block_of is None:
             block_of = self.position_block_of if order is None else block_numbers(order, self.blocks)
-        label = self.class_embedding(self.class_ids(labels, len(tokens)))[:, None]
-        start, ids = self.start_embedding + label, self.token_embedding(self.ids_of(tokens))
-        x, turns = self.dropout(self.query_embedding + self.places + label), self.rotations.table
-        for layer, sees in zip(self.layers, self.sights(block_of), strict=True):
-            x = layer(x, torch.cat([start, x + ids], 1), turns, sees)
+        label = self.class_embedding(self.labels_or_null(labels, len(tokens)))[:, None]
+        start, ids = self.start_embedding + label, self.token_embedding(self.position_ids(tokens))
+        x, rotations = self.dropout(self.query_embedding + self.position_embeddings + label), self.rotations.table
+        for layer, sees in zip(self.layers, self.visibility(block_of), strict=True):
+            x = layer(x, torch.cat([start, x + ids], 1), rotations, sees)
         return self.head(self.norm(x))
 
-    def sights(self, block_of: Tensor) -> list[Any]:
-        """What each layer sees: a window, or bool `([B, 1,] N, 1 + N)`."""
+    def visibility(self, block_of: Tensor) -> list[Any]:
+        """Return what each layer sees: a window, or bool `([B, 1,] P, 1 + P)`."""
         if len(self.windows):
             return list(self.windows)
         earlier = F.pad(block_of[..., None, :] < block_of[..., :, None], (1, 0), value=True)
@@ -161,23 +159,23 @@ class Blocks(Prior, name="blocks"):
 
     @property
     def position_field(self) -> Tensor:
-        """As in `Prior`. With windows: what is near, what is near that, and so on for each layer."""
+        """See `Prior`. With windows: what is near, what is near that, and so on for each layer."""
         if not len(self.windows):
             return super().position_field
         own = torch.eye(len(self.position_order), dtype=torch.bool, device=self.device)
-        field = torch.zeros_like(own)  # what is in the stream at each position
+        field = torch.zeros_like(own)  # the tokens that reach the stream at each position
         for window in self.windows:
             field = field | window.seen(F.pad(field | own, (0, 0, 1, 0)))
         return field
 
     @property
     def feature_modules(self) -> list[nn.Module]:
-        """The layers: the stream, `(B, N, dim)`."""
+        """The layers: the stream, `(B, P, dim)`."""
         return list(self.layers)
 
     def training_inputs(self, tokens: Tensor, progress: float) -> dict[str, Any]:
-        """With `any_order`, a partition per image: a random order in growing blocks, any number of them; or, in ever
-        more images, the model's own."""
+        """With `any_order`, draw a partition per image: a random order in growing blocks, any number of them; or, in
+        ever more images, the model's own."""
         if not self.any_order:
             return {}
         count, size = len(tokens), len(self.grid)
@@ -185,57 +183,60 @@ class Blocks(Prior, name="blocks"):
         shuffled = torch.empty(count, size, dtype=torch.long)
         shuffled.scatter_(1, torch.rand(count, size).argsort(1), numbers[torch.randint(len(numbers), (count,))])
         random = torch.rand(count, 1) < self.config.random_share_at(progress)
-        return {"block_of": torch.where(sent(random, tokens.device), sent(shuffled, tokens.device), self.block_of)}
+        random, shuffled = (to_device_async(each, tokens.device) for each in (random, shuffled))
+        return {"block_of": torch.where(random, shuffled, self.block_of)}
 
-    def make_cache(self, labels: Tensor, walk: Partition | None) -> Cache:
-        """Keys and values of the tokens so far."""
-        return Cache(self, labels, walk or Partition(self.position_order, self.position_blocks))
+    def make_cache(self, labels: Tensor, partition: Partition | None) -> Cache:
+        """Make an empty key/value cache."""
+        return Cache(self, labels, partition or Partition(self.position_order, self.position_blocks))
 
 
 @cache
 def growing_numbers(size: int) -> Tensor:
-    """The number of the block at each rank, `(k, size)`, for k numbers of growing blocks, from 1 to `size`, each about
-    as many times the one before."""
+    """Return the number of each rank's block, `(k, size)`, for k counts of growing blocks, from 1 to `size` in about
+    equal ratios."""
     counts = sorted({round(size ** (step / COUNTS)) for step in range(COUNTS + 1)})
     sizes = [torch.tensor(growing(size, count), device="cpu") for count in counts]
     return torch.stack([torch.arange(len(each), device="cpu").repeat_interleave(each) for each in sizes])
 
 
 class Cache:
-    """What sampling remembers: keys and values of each layer, allocated once; and what each layer was given for the
-    last block, to which its tokens are added when they are known.
+    """Keys and values of each layer, allocated once; and each layer's stream at the last block, to which the block's
+    tokens are added when they are known.
 
-    Rows stand there in the order of the walk; with windows in raster order, where these look for them.
+    Rows are in the sequence of the order; with windows in raster order, where these look for them.
     """
 
-    def __init__(self, model: Blocks, labels: Tensor, walk: Partition) -> None:
+    def __init__(self, model: Blocks, labels: Tensor, partition: Partition) -> None:
         self.model, self.label = model, model.class_embedding(labels)[:, None]
-        self.places, self.turns, self.windows = model.places, model.rotations.table, model.stepwise_windows
-        cells = walk.order.shape[-1]
+        self.embeddings, self.rotations = model.position_embeddings, model.rotations.table
+        self.windows = model.stepwise_windows
+        cells = partition.order.shape[-1]
         shape = (2, len(labels), 1 + cells, model.config.heads, model.config.dim // model.config.heads)
-        # Zeros: windows gather what is not there yet, and mask it.
+        # Zeros, as windows gather rows that are not written yet, and mask them.
         self.keys_values = [self.label.new_zeros(shape) for _ in model.layers]
-        self.at = list(walk.order.view(-1, cells).split(walk.blocks, 1))  # of each block, (1, n) or (B, n)
+        self.at = list(partition.order.view(-1, cells).split(partition.blocks, 1))  # of each block, (1, n) or (B, n)
         self.streams = [model.start_embedding + self.label] * len(model.layers)
-        self.rows = torch.zeros_like(self.at[0][:, :1])  # where the streams belong: the start row
+        self.rows = torch.zeros_like(self.at[0][:, :1])  # of the streams: the start row
         self.block = self.length = 0
 
     def step(self, tokens: Tensor | None) -> Tensor:
-        """What is put out at the next block's positions, `(B, n, size)`, given the last ones' `tokens`, `(B, m)` or
-        `(B, m, together)`."""
+        """Return the outputs at the next block's positions, `(B, n, size)`, given the last ones' `tokens`, `(B, m)` or
+        `(B, m, ids_per_position)`."""
         model, at = self.model, self.at[self.block]
-        together = model.readout.together
-        ids = 0 if tokens is None else model.token_embedding(tokens[..., None] if together == 1 else tokens)
+        if tokens is not None and model.output_head.ids_per_position == 1:
+            tokens = tokens[..., None]
+        ids = 0 if tokens is None else model.token_embedding(tokens)
         begin, self.length = self.length, self.length + self.rows.shape[1]
         written = self.rows[0] if self.windows else slice(begin, self.length)
-        there = slice(None) if self.windows else slice(self.length)
+        seen = slice(None) if self.windows else slice(self.length)
         windows = self.windows[self.block] if self.windows else [None] * len(model.layers)
-        x, turns = model.query_embedding + self.places[at] + self.label, self.turns[at + 1]
+        x, rotations = model.query_embedding + self.embeddings[at] + self.label, self.rotations[at + 1]
         streams = []
-        for layer, kept, stream, window in zip(model.layers, self.keys_values, self.streams, windows, strict=True):
-            kept[:, :, written] = layer.keys_values(stream + ids, self.turns[self.rows])
+        for layer, cached, stream, window in zip(model.layers, self.keys_values, self.streams, windows, strict=True):
+            cached[:, :, written] = layer.keys_values(stream + ids, self.rotations[self.rows])
             streams.append(x)
-            x = layer.answer(x, turns, kept[:, :, there], window)
+            x = layer.attend(x, rotations, cached[:, :, seen], window)
         self.streams, self.rows = streams, at + 1
         self.block += 1
         return model.head(model.norm(x))

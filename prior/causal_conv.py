@@ -1,10 +1,9 @@
-"""Dilated causal convolutions along the walk over a grid of ids, in any fixed order.
+"""Dilated causal convolutions over a grid of ids, along any fixed order.
 
 WaveNet (van den Oord et al. 2016): gated residual blocks, tanh(a) * sigmoid(b) of a convolution whose dilation doubles
-from block to block, skip connections from every block into a two-layer head. The input at rank r is the token of rank
-r - 1 (a start vector at rank 0) plus the embedding of the position to be predicted: a walk over a grid has one
-axis, and has to be told where it is on the others.
-"""
+from block to block, and skip connections from every block into a two-layer head. The input at rank r is the token of
+rank r - 1 (a start vector at rank 0) plus the embedding of the position to be predicted: ranks have one axis, and the
+network would not know where it is on the grid."""
 
 from __future__ import annotations
 
@@ -38,7 +37,7 @@ class CausalConvConfig(PriorConfig):
     dropout: float = Field(0.0, ge=0, lt=1, description="dropout on each block's gated output")
 
     def check(self) -> Iterator[str]:
-        """Dilations double, and the order has to exist."""
+        """Dilations double."""
         yield from super().check()
         if self.max_dilation & (self.max_dilation - 1):
             yield f"max_dilation: must be a power of two (got {self.max_dilation})"
@@ -50,8 +49,8 @@ class CausalConvConfig(PriorConfig):
 
 
 class Block(nn.Module):
-    """A gated dilated convolution and what it adds: `(B, dim, N)` to the residual stream (the last block: nothing, as
-    no block follows that would read it) and `(B, skip, N)` to the skip connections."""
+    """A gated dilated convolution. It returns what it adds to the residual stream, `(B, dim, N)` (empty in the last
+    block, as no block reads it), and to the skip connections, `(B, skip, N)`."""
 
     def __init__(self, config: CausalConvConfig, dilation: int, last: bool) -> None:
         super().__init__()
@@ -69,7 +68,6 @@ class CausalConv(Prior, name="causal_conv"):
     """WaveNet over the tokens in `order`: rank r sees the `reach` ranks before it."""
 
     Config = CausalConvConfig
-    stored_names = {"layers": "blocks"}
     ranks: Tensor
     cells: Tensor
     """Coordinates `(axes, N)` of the grid's cells, in the order."""
@@ -77,7 +75,7 @@ class CausalConv(Prior, name="causal_conv"):
     def __init__(self, config: CausalConvConfig) -> None:
         super().__init__(config)
         dim, depth = config.dim, config.depth
-        self.token_embedding = IdEmbedding(config.grid, self.readout.together, dim)
+        self.token_embedding = IdEmbedding(config.grid, self.output_head.ids_per_position, dim)
         self.start_embedding = nn.Parameter(torch.empty(1, dim))
         self.axis_embeddings = nn.ParameterList(nn.Parameter(torch.empty(size, dim)) for size in config.positions.shape)
         self.class_embedding = nn.Embedding(config.num_classes + 1, depth * 2 * dim)  # the last is the null class
@@ -86,7 +84,7 @@ class CausalConv(Prior, name="causal_conv"):
         self.reach = 1 + sum(block.past for block in blocks)
         self.skip_bias = nn.Parameter(torch.zeros(config.skip))
         self.hidden = nn.Linear(config.skip, config.skip)
-        self.head = nn.Linear(config.skip, self.readout.size)
+        self.head = nn.Linear(config.skip, self.output_head.size)
         self.register_buffer("ranks", torch.argsort(self.position_order), persistent=False)
         cells = coordinates(config.positions.shape)[self.position_order]
         self.register_buffer("cells", cells.t().contiguous(), persistent=False)
@@ -99,7 +97,7 @@ class CausalConv(Prior, name="causal_conv"):
 
     @property
     def position_field(self) -> Tensor:
-        """bool `(P, P)`, raster order: of the earlier positions, the `reach` last ones in the walk."""
+        """See `Prior`: the `reach` last positions in the order."""
         behind = self.ranks[:, None] - self.ranks
         return (behind > 0) & (behind <= self.reach)
 
@@ -108,11 +106,11 @@ class CausalConv(Prior, name="causal_conv"):
         return sum(table[at] for table, at in zip(self.axis_embeddings, self.cells, strict=True))
 
     def outputs(self, tokens: Tensor, labels: Tensor | None = None) -> Tensor:
-        """As in `Prior`."""
-        labels = self.class_ids(labels, len(tokens))
-        walked = self.ids_of(tokens)[:, self.position_order[:-1]]
+        """Return the outputs; see `Prior.outputs`."""
+        labels = self.labels_or_null(labels, len(tokens))
+        previous = self.position_ids(tokens)[:, self.position_order[:-1]]
         start = self.start_embedding.expand(len(tokens), 1, -1)
-        x = (torch.cat([start, self.token_embedding(walked)], 1) + self.positions()).transpose(1, 2)  # (B, dim, N)
+        x = (torch.cat([start, self.token_embedding(previous)], 1) + self.positions()).transpose(1, 2)  # (B, dim, N)
         label_terms = self.class_embedding(labels).unflatten(1, (len(self.layers), -1, 1)).unbind(1)
         skips = self.skip_bias[:, None]
         for block, label_term in zip(self.layers[:-1], label_terms[:-1], strict=True):
@@ -124,21 +122,20 @@ class CausalConv(Prior, name="causal_conv"):
 
     @property
     def feature_modules(self) -> list[nn.Module]:
-        """Each block's gated output, which the residual stream and the skip connections read; the last block adds to
-        no stream."""
+        """Each block's gated output, which the residual stream and the skip connections read."""
         return [block.dropout for block in self.layers]
 
-    def arrange(self, output: Any) -> Tensor:
-        """`(B, dim, N)` in the order as `(B, N, dim)`, raster order."""
+    def arrange_features(self, output: Any) -> Tensor:
+        """Return `(B, dim, N)` in the order as `(B, N, dim)` in raster order."""
         return output.transpose(1, 2)[:, self.ranks]
 
-    def make_cache(self, labels: Tensor, walk: Partition | None) -> Buffers:
-        """Each block's inputs so far."""
+    def make_cache(self, labels: Tensor, partition: Partition | None) -> Buffers:
+        """Make buffers of each block's inputs."""
         return Buffers(self, labels)
 
 
 class Layer(NamedTuple):
-    """One block of `Buffers`: what it reads and writes, and its weights."""
+    """One block of `Buffers`: its inputs, outputs and weights."""
 
     inputs: Tensor  # (1 + N, B, dim), time first
     earlier: tuple[int, ...]  # how far back its taps reach, the farthest first
@@ -150,12 +147,13 @@ class Layer(NamedTuple):
 
 
 class Buffers:
-    """What sampling remembers: each block's inputs so far, time first behind a row of zeros that stands for all ranks
-    before the first, and the weights laid out for one-token steps.
+    """Each block's inputs so far, time first, behind a row of zeros that stands for all ranks before the first; and
+    weights laid out for one-token steps.
 
     A step on few rows is bound by the number of operations, so products are written where they are read next: the
     residual stream into the next block's inputs, the gated outputs side by side, so that all skip connections are one
-    product. sigmoid(b) = (1 + tanh(b / 2)) / 2 makes a gate one tanh over both halves; the factors go into weights.
+    product. As sigmoid(b) = (1 + tanh(b / 2)) / 2, a gate is one tanh over both halves, with the factors folded into
+    the weights.
     """
 
     def __init__(self, model: CausalConv, labels: Tensor) -> None:
@@ -178,7 +176,7 @@ class Buffers:
         halved = torch.cat([torch.ones_like(self.content[0]), torch.full_like(self.content[0], 0.5)])
         gates, label_terms = self.gates.split(dim, 1), label_terms.split(2 * dim, 1)
         for at, (block, dilation) in enumerate(zip(model.layers, model.config.dilations, strict=True)):
-            taps = block.gated.weight.transpose(1, 2).flatten(1) * halved[:, None]  # a tap after the other
+            taps = block.gated.weight.transpose(1, 2).flatten(1) * halved[:, None]  # one tap after the other
             bias = (block.gated.bias.detach() + label_terms[at]) * halved
             last = at == len(model.layers) - 1
             residual = None if last else pack(block.out.weight[:dim, :, 0] / 2, rows)
@@ -188,9 +186,10 @@ class Buffers:
         return layers
 
     def step(self, token: Tensor | None) -> Tensor:
-        """What is put out at the next position, `(B, size)`, given the last one's ids, `(B,)` or `(B, together)`."""
+        """Return the outputs at the next position, `(B, size)`, given the last one's ids, `(B,)` or
+        `(B, ids_per_position)`."""
         at = 1 + self.rank
-        x = self.start if token is None else self.token_embedding.of_rows(token)
+        x = self.start if token is None else self.token_embedding.embed_rows(token)
         x = torch.add(x, self.positions[self.rank], out=self.inputs[at])
         for inputs, earlier, taps, bias, gates, residual, outputs in self.layers:
             window = torch.cat([*(inputs[max(0, at - back)] for back in earlier), x], 1)

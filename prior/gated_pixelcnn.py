@@ -1,25 +1,22 @@
 """Gated PixelCNN: two stacks of causal convolutions, which together see every earlier position.
 
 van den Oord et al. 2016, "Conditional Image Generation with PixelCNN Decoders" (arXiv 1606.05328), section 2 and fig.
-2: the vertical stack sees all rows above and no masks are needed; the horizontal stack sees the current row to the left
-and, through a 1x1 convolution, the vertical stack. Units are gated, y = tanh(a) * sigmoid(b), and the class is added
-inside the gates of both stacks (eq. 4). The first layer leaves out the position to be predicted, hence has no residual.
+2: the vertical stack sees all rows above and needs no masks; the horizontal stack sees the current row to the left and,
+through a 1x1 convolution, the vertical stack. Units are gated, y = tanh(a) * sigmoid(b), and the class is added inside
+the gates of both stacks (eq. 4). The first layer leaves out the position to be predicted, hence has no residual.
 
-Channels are rows of the grid, and masks between them come out of the order; what differs from the paper's says
-`prior.pixelcnn`. Both stacks are told the row in every gate (`row_embedding`).
-"""
+Channels are rows of the grid, as in `prior.pixelcnn`, which lists the differences from the paper. A bias for each row
+is added in every gate (`row_embedding`)."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Annotated, Any
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
-
-from tokenizer.pretrained import Was
 
 from .base import Prior
 from .heads import IdEmbedding
@@ -34,23 +31,23 @@ class GatedPixelCNNConfig(RowsConfig):
     depth: int = Field(10, ge=1, le=256, description="number of gated layers after the first")
     first_kernel: int = Field(7, ge=3, le=63, description="side of the first layer's convolutions, odd")
     kernel: int = Field(3, ge=3, le=63, description="side of the other layers' convolutions, odd")
-    hidden: Annotated[int, Was("head", int)] = Field(32, ge=1, le=65536, description="channels before the last layer")
+    hidden: int = Field(32, ge=1, le=65536, description="channels before the last layer")
 
     def check(self) -> Iterator[str]:
-        """Kernels are odd, the grid has two axes, the order is raster."""
+        """Kernels are odd."""
         yield from super().check()
         yield from odd_kernels(self, "first_kernel", "kernel")
 
 
 def gate(x: Tensor) -> Tensor:
-    """tanh of the first half of the channels times sigmoid of the second."""
+    """Return tanh of the first half of the channels times sigmoid of the second."""
     a, b = x.chunk(2, -1)
     return a.tanh() * b.sigmoid()
 
 
 class Layer(nn.Module):
-    """One layer of both stacks, on maps `(B, H, W, C)`. The vertical map's row i knows of rows above i only, so all
-    layers but the first look at its row i, too."""
+    """One layer of both stacks, on maps `(B, H, W, C)`. Row i of the vertical map depends on rows above i only, so all
+    layers but the first may look at its row i."""
 
     def __init__(self, config: GatedPixelCNNConfig, inputs: int, size: int, *, first: bool) -> None:
         super().__init__()
@@ -66,7 +63,7 @@ class Layer(nn.Module):
         nn.init.zeros_(self.horizontal_label.weight)
 
     def forward(self, vertical: Tensor, horizontal: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """Both stacks' maps to the vertical one before its gate and the horizontal one."""
+        """Map both stacks to the vertical map before its gate and the horizontal map."""
         above = self.vertical(vertical) + self.vertical_row(self.vertical_label(labels))
         left = self.horizontal(horizontal) + self.horizontal_row(self.horizontal_label(labels))
         out = self.out(gate(left + self.across(above)))
@@ -76,7 +73,7 @@ class Layer(nn.Module):
 class GatedPixelCNN(Prior, name="gated_pixelcnn"):
     """A vertical and a horizontal stack, with row caches for sampling.
 
-    With depth enough for its grid it sees every earlier token; `receptive_field` says.
+    With enough depth for its grid it sees every earlier token: see `receptive_field`.
     """
 
     Config = GatedPixelCNNConfig
@@ -84,13 +81,13 @@ class GatedPixelCNN(Prior, name="gated_pixelcnn"):
     def __init__(self, config: GatedPixelCNNConfig) -> None:
         super().__init__(config)
         vocab_size, dim = config.grid.vocab_size, config.dim
-        channels = min(dim, vocab_size)  # more than one per id cannot say more
-        self.embedding = IdEmbedding(config.grid, self.readout.together, channels)
+        channels = min(dim, vocab_size)  # more than one per id are redundant
+        self.embedding = IdEmbedding(config.grid, self.output_head.ids_per_position, channels)
         first = Layer(config, channels, config.first_kernel, first=True)
         rest = [Layer(config, dim, config.kernel, first=False) for _ in range(config.depth)]
         self.layers: Any = nn.ModuleList([first, *rest])
         self.hidden = nn.Linear(dim, config.hidden)
-        self.head = nn.Linear(config.hidden, self.readout.size)
+        self.head = nn.Linear(config.hidden, self.output_head.size)
 
     @property
     def position_field(self) -> Tensor:
@@ -105,9 +102,9 @@ class GatedPixelCNN(Prior, name="gated_pixelcnn"):
         return horizontal.flatten(0, 1)
 
     def outputs(self, tokens: Tensor, labels: Tensor | None = None) -> Tensor:
-        """As in `Prior`."""
-        labels = self.class_ids(labels, len(tokens))
-        vertical = horizontal = self.embedding(self.map_of_ids(tokens))
+        """Return the outputs; see `Prior.outputs`."""
+        labels = self.labels_or_null(labels, len(tokens))
+        vertical = horizontal = self.embedding(self.position_id_map(tokens))
         for layer in self.layers:
             vertical = vertical if layer.first else gate(vertical)
             vertical, horizontal = layer(vertical, horizontal, labels)
@@ -115,20 +112,21 @@ class GatedPixelCNN(Prior, name="gated_pixelcnn"):
 
     @property
     def feature_modules(self) -> list[nn.Module]:
-        """The layers, of which `arrange` takes the horizontal map: it knows what the vertical one does."""
+        """The layers, of which `arrange_features` takes the horizontal map, which depends on the vertical one."""
         return list(self.layers)
 
-    def arrange(self, output: Any) -> Tensor:
-        """The horizontal map `(B, H, W, dim)` as `(B, N, dim)`."""
-        return super().arrange(output[1])
+    def arrange_features(self, output: Any) -> Tensor:
+        """Return the horizontal map `(B, H, W, dim)` as `(B, P, dim)`."""
+        return super().arrange_features(output[1])
 
-    def make_cache(self, labels: Tensor, walk: Partition | None) -> Cache:
-        """The last rows that each stack looks at; a row of the vertical one is made before its first position."""
+    def make_cache(self, labels: Tensor, partition: Partition | None) -> Cache:
+        """Make caches of the last rows that each stack looks at."""
         return Cache(self, labels)
 
 
 class LayerCache:
-    """One layer's packed weights, and the rows it looks at: of the vertical map, and the horizontal map's current one.
+    """One layer's packed weights and the rows it looks at: of the vertical map, and the current one of the horizontal
+    map.
 
     The two stacks of the first layer look at the same embedding, so they share its rows.
     """
@@ -148,14 +146,14 @@ class LayerCache:
         self.across = pack(layer.across.weight, width * batch)
         self.weight = pack(horizontal.weight, batch)
         self.out = pack(layer.out.weight, batch)
-        self.sums_above = like.new_empty(width, batch, outputs)  # what the vertical stack adds to each column
+        self.sums_above = like.new_empty(width, batch, outputs)  # from the vertical stack, for each column
         self.above = self.sums_above.unbind(0)
 
     def start_row(self, before: Tensor | None) -> Tensor:
-        """This row's vertical map before its gate, `(W, B, 2 * dim)`, given that of the layer `before` (None in the
-        first layer, which looks at finished rows of the embedding)."""
+        """Return this row of the vertical map before its gate, `(W, B, 2 * dim)`, given that of the layer `before`
+        (None in the first layer, which looks at finished rows of the embedding)."""
         if before is not None:
-            self.vertical.turn()
+            self.vertical.next_row()
             before[..., : before.shape[-1] // 2].tanh_()
             self.vertical.row.copy_(F.glu(before))  # glu: the first half times sigmoid of the second
         vertical_row_bias, row_bias = next(self.row_biases)
@@ -164,15 +162,15 @@ class LayerCache:
         torch.mm(vertical.flatten(0, 1), self.across, out=self.sums_above.flatten(0, 1))
         self.sums_above += self.bias + row_bias
         if before is None:
-            self.vertical.turn()
+            self.vertical.next_row()
         return vertical
 
 
 class Cache:
-    """What sampling remembers: the rows that each layer looks at, and the weights laid out for one position.
+    """The rows that each layer looks at, and weights laid out for one position.
 
-    The vertical stack never looks at the current row, so it runs once per row, for all columns and layers; it leaves
-    what the horizontal stack adds to, biases and labels included. A step then takes four operations per layer.
+    The vertical stack never looks at the current row, so it runs once per row, for all columns and layers; its sums,
+    biases and labels included, are where the horizontal stack starts. A step then takes four operations per layer.
     """
 
     def __init__(self, model: GatedPixelCNN, labels: Tensor) -> None:
@@ -181,17 +179,18 @@ class Cache:
         self.rank = 0
         self.embedding, like = model.embedding, model.head.weight.detach()
         self.layers = [LayerCache(layer, self.width, labels) for layer in model.layers]
-        self.nothing, last = like.new_zeros(2, rows, dim)  # the first layer adds to nothing: no residual
+        self.nothing, last = like.new_zeros(2, rows, dim)  # the first layer has no residual
         self.outputs = [layer.horizontal.cells for layer in self.layers[1:]] + [(last,) * self.width]
         self.gates = like.new_empty(rows, 2 * dim)
         self.tanhs = self.gates[:, :dim]
         self.head = ClosingLayers(model.hidden, model.head, rows, torch.relu_)
 
     def step(self, token: Tensor | None) -> Tensor:
-        """What is put out at the next position, `(B, size)`, given the last one's ids, `(B,)` or `(B, together)`."""
+        """Return the outputs at the next position, `(B, size)`, given the last one's ids, `(B,)` or
+        `(B, ids_per_position)`."""
         column = self.rank % self.width
         if token is not None:
-            self.layers[0].horizontal.cells[column - 1].copy_(self.embedding.of_rows(token))
+            self.layers[0].horizontal.cells[column - 1].copy_(self.embedding.embed_rows(token))
         if column == 0:
             vertical = None
             for layer in self.layers:

@@ -1,68 +1,64 @@
 """Causal convolutions over a grid in raster order, and the rows of their inputs as sampling keeps them.
 
-Maps are channels last, `(B, H, W, C)`, so that a 1x1 convolution is an `nn.Linear`. A k x k kernel (k odd, r = k // 2)
-looks at r rows above and, in its own row, at r columns to the left: van den Oord et al. 2016 ("Pixel Recurrent Neural
-Networks", fig. 2) multiply the rest with zero. Here the rows below are not in the kernel to begin with, and only the
-end of its last row is masked.
+Maps are channels last, `(B, H, W, C)`, so a 1x1 convolution is an `nn.Linear`. A k x k kernel (k odd, r = k // 2) looks
+at r rows above and, in its own row, at r columns to the left: van den Oord et al. 2016 ("Pixel Recurrent Neural
+Networks", fig. 2) multiply the rest by zero. Here the rows below are not part of the kernel, and only the end of its
+last row is masked.
 
-Sampling computes one position at a time. Of a 5 x 5 kernel at position x, the two rows above are complete before its
-own row begins, and of its own row what is to the left of x (type B: and x itself) is known:
+Sampling computes one position at a time. For a 5 x 5 kernel at position x, the two rows above are complete before its
+own row begins, and in its own row everything to the left of x (type B: and x itself) is known:
 
-    a a a a a      a: `RowCache.start_row` multiplies these for all columns of the row at once, and keeps the sums in
+    a a a a a      a: `RowCache.start_row` multiplies these for all columns of the row at once, and stores the sums in
     a a a a a         `above[column]`
     w w x - -      w: `RowCache.read` multiplies these, the `window` of x, and adds `above[column]`
                    -: masked; not stored anywhere
 
-`MapRows` stores the rows that a kernel looks at, with columns of zeros at both ends. It is a ring: `turn` makes the
-oldest row the current one, which is then written over from left to right.
+`MapRows` stores the rows that a kernel looks at, with columns of zeros at both ends. It is a ring: `next_row` makes the
+oldest row the current one, which is then overwritten from left to right.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from typing import Annotated
 
 import torch
 import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
-from tokenizer.pretrained import Before
-
-from .base import PriorConfig
-from .drawing import FEW_ROWS
+from .base import FEW_ROWS, PriorConfig
 
 Pair = tuple[int, int]
 
 
 class RasterConfig(PriorConfig):
-    """What priors made of causal convolutions require of their grid."""
+    """What causal convolutions require of the grid."""
 
     takes_heads = takes_positions = True
 
     def check(self) -> Iterator[str]:
-        """The grid has two axes and is walked row by row."""
+        """The grid has two axes and raster order."""
         yield from super().check()
         if self.order != "raster":
-            yield f"order: {self.kind} walks the grid in raster order only (got {self.order!r})"
+            yield f"order: {self.kind} takes raster order only (got {self.order!r})"
         if len(self.grid.shape) != 2:
             yield f"grid: {self.kind} needs a grid of two axes (got {self.grid.shape})"
 
 
 class RowsConfig(RasterConfig):
-    """What convolutions that have no other notion of where they are may be told."""
+    """Settings of convolutions that would not know their row otherwise."""
 
-    row_embedding: Annotated[bool, Before(False)] = Field(
+    row_embedding: bool = Field(
         True,
-        description="tell each layer its row, by a learned bias: what is painted, where rows are channels or levels",
+        description="add a learned bias for each row to every layer, for grids whose rows are channels or levels",
     )
 
 
 class RowBias(nn.Module):
-    """A learned vector for each row of the grid, `(H, channels)`, which starts at zero; without it, zeros.
+    """A learned vector for each row of the grid, `(H, channels)`, initially zero; zeros without `row_embedding`.
 
-    A convolution is the same everywhere, but a grid's rows may be the channels of an image in turn, or one level of a
-    quantizer below the other. A grid does not say which, so the vectors are of rows: they hold for both.
+    A convolution is the same everywhere, but the rows of a grid may be the channels of an image in turn, or the levels
+    of a quantizer one below the other.
     """
 
     weight: Tensor
@@ -76,22 +72,22 @@ class RowBias(nn.Module):
             self.register_buffer("weight", rows, persistent=False)
 
     def forward(self, bias: Tensor) -> Tensor:
-        """A bias `(B, channels)` of each image, as one of each of its rows too: `(B, H, 1, channels)`."""
+        """Add the rows' biases to a bias `(B, channels)` of each image: `(B, H, 1, channels)`."""
         return bias[:, None, None] + self.weight[:, None]
 
 
 def odd_kernels(config: PriorConfig, *names: str) -> Iterator[str]:
-    """A complaint for each of the configuration's kernels whose side is even."""
+    """Yield a problem for each of the configuration's kernels whose side is even."""
     for name in names:
         if getattr(config, name) % 2 == 0:
             yield f"{name}: must be odd (got {getattr(config, name)})"
 
 
 class CausalConv2d(nn.Module):
-    """A convolution whose kernel covers `rows` and `columns`, each (first, last) offsets from the position it writes.
+    """A convolution whose kernel covers `rows` and `columns`, each (first, last) offsets from the output's position.
 
-    Maps `(B, H, W, inputs)` to `(B, H, W, outputs)`; outside the grid everything is zero. The last `masked` columns of
-    the kernel's last row are multiplied with zero. stride: only every so many-th row and column is written.
+    Maps `(B, H, W, inputs)` to `(B, H, W, outputs)`, with zeros outside the grid. The last `masked` columns of the
+    kernel's last row are multiplied by zero.
     """
 
     mask: Tensor | None
@@ -102,7 +98,7 @@ class CausalConv2d(nn.Module):
         mask = torch.ones(rows[1] - rows[0] + 1, columns[1] - columns[0] + 1)
         mask[-1, mask.shape[1] - masked :] = 0
         self.register_buffer("mask", mask if masked else None, persistent=False)
-        bound = (inputs * max(1, mask.numel() - masked)) ** -0.5  # as nn.Linear has it, counting what is seen
+        bound = (inputs * max(1, mask.numel() - masked)) ** -0.5  # as in nn.Linear, counting visible inputs
         self.weight = nn.Parameter(torch.empty(outputs, inputs, *mask.shape).uniform_(-bound, bound))
         self.bias = nn.Parameter(torch.zeros(outputs))
         offsets = [(row, column) for row in range(rows[0], rows[1] + 1) for column in range(columns[0], columns[1] + 1)]
@@ -110,15 +106,15 @@ class CausalConv2d(nn.Module):
         """The offsets (row, column) that the kernel looks at."""
 
     def forward(self, x: Tensor) -> Tensor:
-        """`(B, H, W, inputs)` to `(B, H, W, outputs)`, or by stride smaller maps, sides rounded up."""
+        """Map `(B, H, W, inputs)` to `(B, H, W, outputs)`; with a stride to smaller maps, sides rounded up."""
         (top, bottom), (left, right) = self.rows, self.columns
-        padded = F.pad(x, (0, 0, -left, right, -top, bottom))  # a negative bottom leaves the last rows out
+        padded = F.pad(x, (0, 0, -left, right, -top, bottom))  # a negative bottom cuts off the last rows
         weight = self.weight if self.mask is None else self.weight * self.mask
         return F.conv2d(padded.movedim(-1, 1), weight, self.bias, self.stride).movedim(1, -1)
 
 
 class MaskedConv(CausalConv2d):
-    """PixelCNN's masked k x k convolution: type A, or (with `sees_itself`) type B, which sees its own position too."""
+    """PixelCNN's masked k x k convolution: type A, or with `sees_itself` type B, which sees its own position too."""
 
     def __init__(self, inputs: int, outputs: int, size: int, *, sees_itself: bool) -> None:
         self_and_right = size // 2 + 1
@@ -127,9 +123,9 @@ class MaskedConv(CausalConv2d):
 
 
 def pack(weight: Tensor, rows: int) -> Tensor:
-    """The weights of an `nn.Linear` `(outputs, inputs)`, or a kernel `(outputs, inputs, rows, columns)`, as the matrix
-    `(taps * inputs, outputs)` in the layout that is fastest for `rows` rows: row by row for few, else column by
-    column."""
+    """Return the weights of an `nn.Linear` `(outputs, inputs)`, or a kernel `(outputs, inputs, rows, columns)`, as a
+    matrix `(taps * inputs, outputs)` in the layout that is fastest for `rows` rows: row-major for few, else
+    column-major."""
     matrix = weight.detach()
     if matrix.ndim == 4:
         matrix = matrix.flatten(2).transpose(1, 2).flatten(1)
@@ -137,10 +133,10 @@ def pack(weight: Tensor, rows: int) -> Tensor:
 
 
 class ClosingLayers:
-    """A model's two last layers, one position at a time: `head(activate(hidden(activate(x))))`."""
+    """The last two layers of a model, one position at a time: `head(activate(hidden(activate(x))))`."""
 
     def __init__(self, hidden: nn.Linear, head: nn.Linear, rows: int, activate_: Callable[[Tensor], Tensor]) -> None:
-        """activate_: the activation that works in place."""
+        """activate_: the activation, in place."""
         self.activate_ = activate_
         self.hidden = pack(hidden.weight, rows)
         self.hidden_bias = hidden.bias.detach()
@@ -148,7 +144,7 @@ class ClosingLayers:
         self.head_bias = head.bias.detach()
 
     def outputs(self, x: Tensor) -> Tensor:
-        """`(B, dim)`, which is overwritten, to `(B, size)`."""
+        """Map `(B, dim)`, which is overwritten, to `(B, size)`."""
         hidden = torch.addmm(self.hidden_bias, self.activate_(x), self.hidden)
         return torch.addmm(self.head_bias, self.activate_(hidden), self.head)
 
@@ -156,14 +152,13 @@ class ClosingLayers:
 class MapRows:
     """The last `count` rows of a map `(B, H, W, C)`, zero outside the grid; allocated once, written in place.
 
-    The current row is `row`, `(W, B, C)`, and `cells[j]` is its column j, `(B, C)`, both to write to. `windows[j]` are
-    its `taps` columns from j - left on (with a stride: from j * stride - left on), `(B, taps * C)`. All are views.
-    Columns not written yet hold those of an older row: nothing may look at them.
-    """
+    The current row is `row`, `(W, B, C)`, and `cells[j]` is its column j, `(B, C)`, both to be written. `windows[j]`
+    are its `taps` columns from j - left on (with a stride: from j * stride - left on), `(B, taps * C)`. All are views.
+    Columns that are not written yet hold those of an older row, which nothing may read."""
 
     def __init__(self, like: Tensor, count: int, width: int, reach: Pair, taps: int, stride: int = 1) -> None:
-        """like: `(B, C)` zeros; reach: the columns (first, last) that a whole kernel covers, as offsets; stride: of the
-        columns that it writes."""
+        """like: `(B, C)` zeros; reach: the columns (first, last) that the kernel covers, as offsets; stride: of the
+        kernel's outputs."""
         (batch, channels), (left, right) = like.shape, (-reach[0], reach[1])
         self.size = left + 1 + right
         stored = like.new_zeros(count, batch, left + width + right, channels)
@@ -173,17 +168,18 @@ class MapRows:
         self.row_patches = [row.unfold(1, self.size, stride).permute(1, 0, 3, 2) for row in stored]  # (W, B, size, C)
         self.patch = like.new_empty(len(self.row_patches[0]), batch, count, self.size, channels)
         self.current = count - 1
-        self.turn()
+        self.next_row()
 
-    def turn(self) -> None:
-        """Go on to the next row; the oldest is forgotten."""
+    def next_row(self) -> None:
+        """Make the oldest row the current one."""
         self.current = (self.current + 1) % len(self.rows)
         self.row = self.rows[self.current]
         self.cells = self.row_cells[self.current]
         self.windows = self.row_windows[self.current]
 
     def patches(self) -> Tensor:
-        """What a kernel of `count` rows sees from each column, oldest row first: `(W * B, count * size * C)`."""
+        """Return the inputs of a kernel of `count` rows at each column, oldest row first: `(W * B, count * size *
+        C)`."""
         oldest = self.current + 1
         torch.stack(self.row_patches[oldest:] + self.row_patches[:oldest], 2, out=self.patch)
         return self.patch.view(-1, self.patch[0, 0].numel())
@@ -193,18 +189,18 @@ class RowCache:
     """A `MaskedConv` one position at a time, in raster order, for the multiplications of one `forward`.
 
     The part of its sum that comes from the rows above is known for a whole row before the row begins: `start_row`
-    computes it with one matrix product and keeps it. What remains is one product with the columns to the left.
+    computes it with one matrix product. What remains is one product with the columns to the left.
 
         cache.start_row()               # before each row, the first included
         cache.cells[column].copy_(x)    # the input `(B, inputs)`: type B before read, type A after it
         cache.read(column)              # the output `(B, outputs)`
 
-    Of a convolution with a stride, `start_row` is for the rows that it writes, and `read` counts its own columns; a
-    kernel of one row above the current one is all that it may have then.
+    With a stride, `start_row` is called for the output's rows, and `read` counts the output's columns; the kernel may
+    then have only one row above the current one.
     """
 
     def __init__(self, conv: CausalConv2d, width: int, bias: Tensor, row_bias: Tensor | None = None) -> None:
-        """bias: `(B, outputs)`, added besides the convolution's own; row_bias: `(H, outputs)`, added in each row."""
+        """bias: `(B, outputs)`, added to the convolution's own; row_bias: `(H, outputs)`, added in each row."""
         batch, inputs, outputs = len(bias), conv.weight.shape[1], len(conv.weight)
         above = sum(row < 0 for row, _ in conv.taps)
         taps = len(conv.taps) - above
@@ -217,39 +213,39 @@ class RowCache:
         self.above = self.sums_above.unbind(0)
 
     def start_row(self) -> None:
-        """Go on to the next row."""
+        """Begin the next row."""
         torch.mm(self.map.patches(), self.weight_above, out=self.sums_above.flatten(0, 1))
         self.sums_above += self.bias if self.row_bias is None else self.bias + next(self.row_bias)
-        self.map.turn()
+        self.map.next_row()
         self.cells = self.map.cells
 
     def read(self, column: int, out: Tensor | None = None) -> Tensor:
-        """The output `(B, outputs)` at a column of the current row, written to `out` if given."""
+        """Return the output `(B, outputs)` at a column of the current row, written to `out` if given."""
         return torch.addmm(self.above[column], self.map.windows[column], self.weight, out=out)
 
 
 class WholeRows:
-    """A `CausalConv2d` of two rows, a row at a time."""
+    """A `CausalConv2d` of two rows, one row at a time."""
 
     def __init__(self, conv: CausalConv2d, width: int, bias: Tensor) -> None:
-        """bias: `(B, outputs)`, added besides the convolution's own."""
+        """bias: `(B, outputs)`, added to the convolution's own."""
         self.bias = (bias + conv.bias).detach()
         like = bias.new_zeros(len(bias), conv.weight.shape[1])
         self.map = MapRows(like, 2, width, conv.columns, 1, conv.stride)
         self.weight = pack(conv.weight, width * len(bias))
 
-    def turn(self) -> Tensor:
-        """The next row, `(W, B, inputs)`, to write to."""
-        self.map.turn()
+    def next_row(self) -> Tensor:
+        """Begin the next row and return it, `(W, B, inputs)`, to be written."""
+        self.map.next_row()
         return self.map.row
 
     def read(self) -> Tensor:
-        """What is made of this row and the last one, `(W, B, outputs)`."""
+        """Return the output row, `(W, B, outputs)`, for this row and the last one."""
         return torch.mm(self.map.patches(), self.weight).view(-1, *self.bias.shape).add_(self.bias)
 
 
 def see(field: Tensor, taps: Iterable[Pair]) -> Tensor:
-    """Which tokens reach a convolution's output, given which reach its input: bool `(H, W, N)` to the same."""
+    """Return which tokens reach a convolution's output, given which reach its input: bool `(H, W, N)` to the same."""
     height, width = field.shape[:2]
     seen = torch.zeros_like(field)
     for row, column in taps:

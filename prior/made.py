@@ -1,16 +1,15 @@
 """The masked autoencoder: a perceptron whose connections are cut so that each output sees only earlier inputs.
 
-MADE (Germain et al. 2015): of two ids, one number goes in and one logit comes out per token; of more ids, one-hot rows
-and a softmax. Every hidden unit has a degree d in 1 .. N - 1: it sees the tokens of rank < d, and what is predicted at
-rank r sees the units of degree <= r. Any choice of degrees and any order of the grid gives such masks for the same
-weights, which is what the agnostic ways of training draw from, and ensembles at test time.
-"""
+MADE (Germain et al. 2015). With two ids, one number goes in and one logit comes out per token; with more, one-hot rows
+and a softmax. Every hidden unit has a degree d in 1 .. N - 1: it sees the tokens of rank < d, and the output at rank r
+sees the units of degree <= r. Any degrees and any order of the grid give such masks for the same weights; order- and
+connectivity-agnostic training draws from these, and so do ensembles at test time."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, replace
+from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Annotated, Any
 
 import torch
@@ -18,18 +17,12 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
-from tokenizer.pretrained import Before
-
-from .base import Prior, PriorConfig
-from .drawing import sent
-from .masks import Connections, Sums, chosen_degrees, degrees_of, even_degrees, random_degrees, summed
+from .base import Prior, PriorConfig, to_device_async
 from .orders import Partition, make_order
-from .requests import Rows, Walk, check_order
-from .sampling import Sampler
-from .sampling.watching import Watch
+from .sampling import MASKS, DecodingOptions, Monitor, SampleBatch, SamplingOptions, draw_numbers
 
-DENSE_WIDTH = 32  # up to so many ids, multiplying one-hot rows is faster than picking rows of weights and adding them
-MAX_DIRECT = 1 << 28  # weights of the direct connections: the square of what the hidden layers need per unit
+DENSE_WIDTH = 32  # up to this many ids, multiplying one-hot rows is faster than adding rows of weights
+MAX_DIRECT = 1 << 28  # weights of the direct connections
 
 
 class MADEConfig(PriorConfig):
@@ -57,42 +50,38 @@ class MADEConfig(PriorConfig):
         None,
         ge=1,
         le=1 << 20,
-        description="draw so many orders and degrees to train with once for all, not new ones at every step",
+        description="number of orders and degrees to train with; null: new ones at every step",
     )
-    sigmoid: Annotated[bool, Before(False)] = Field(
+    sigmoid: bool = Field(
         True, description="one logit per token where there are two ids; false: one-hot rows and a softmax"
     )
 
     @property
     def binary(self) -> bool:
-        """Whether a token is one number, and so is what is predicted of it."""
+        """Whether a token is one number, and its prediction one logit."""
         return self.sigmoid and self.grid.vocab_size == 2 and self.embedding is None
 
-    def identity(self) -> dict[str, Any]:
-        """Without `sigmoid` where it makes no difference."""
-        return {key: value for key, value in super().identity().items() if key != "sigmoid" or self.binary}
-
     def check(self) -> Iterator[str]:
-        """The order has to exist, and direct connections have to be few enough."""
+        """Direct connections have to be few enough."""
         yield from super().check()
         if self.masks and not (self.order_agnostic or self.connectivity_agnostic):
-            yield "masks: needs order_agnostic or connectivity_agnostic, which draw them"
+            yield "masks: needs order_agnostic or connectivity_agnostic"
         outputs = len(self.grid) * (1 if self.binary else self.embedding or self.grid.vocab_size)
         if self.direct and outputs**2 > MAX_DIRECT:
             yield f"direct: needs {outputs} squared weights; set a smaller embedding"
 
 
 @dataclass(frozen=True)
-class MADESampler(Sampler):
-    """num_masks: as for `log_prob`; each image is drawn in one of so many connectivities, all equally likely also where
-    tokens are known: a completion is then not of the mixture's conditional, as that of `num_orders` is."""
+class MADEOptions(SamplingOptions):
+    """num_masks: as for `log_prob`; each image is drawn in one of this many connectivities, all equally likely, also
+    where tokens are known: unlike with `num_orders`, completions are then not from the mixture's conditional."""
 
     num_masks: int = 1
 
 
 class ClassBias(nn.Module):
-    """A bias and what each class (the last is the null class) adds to it: labels `(B,)` to `(B, size)`, or `(size,)`
-    where there are no classes."""
+    """A bias for each class (the last is the null class): labels `(B,)` to `(B, size)`, or `(size,)` without
+    classes."""
 
     def __init__(self, num_classes: int, size: int) -> None:
         super().__init__()
@@ -100,21 +89,21 @@ class ClassBias(nn.Module):
         self.own = nn.Parameter(torch.zeros(num_classes + 1, size)) if num_classes else None
 
     def forward(self, labels: Tensor) -> Tensor:
-        # A copy, for torch's FLOP counter fails at modules that give a parameter.
+        # A copy, as torch's FLOP counter fails at modules that return a parameter.
         return self.shared.clone() if self.own is None else self.shared + F.embedding(labels, self.own)
 
 
 class MADE(Prior, name="made"):
     """Masked hidden layers from all tokens to all logits at once, and running sums for sampling.
 
-    An input (of two ids -1 or 1, of more a row of weights for each) is told apart from one that is masked, which is
-    what the paper conditions on connectivity for. Every later position sees every earlier token, unless a hidden layer
-    is so narrow that some degrees are missing and no direct connections make up for it: `receptive_field` says.
+    A masked input differs from every id (-1 and 1 for two ids, a row of weights for each of more), which the paper
+    achieves by conditioning on the connectivity. Every later position sees every earlier token, unless a hidden layer
+    is so narrow that some degrees are missing and there are no direct connections: see `receptive_field`.
     """
 
     Config = MADEConfig
-    Sampling = MADESampler
-    captures = False  # the host knows which units are finished; a step takes about six kernels
+    Sampling = MADEOptions
+    supports_cuda_graphs = False  # the host decides which units are finished; a step takes about six kernels
     ranks: Tensor
     all_degrees: Tensor
     embedding: Tensor | None
@@ -124,29 +113,30 @@ class MADE(Prior, name="made"):
         super().__init__(config)
         size, vocab, hidden = len(config.grid), config.grid.vocab_size, config.hidden
         self.any_order, self.any_connectivity = config.order_agnostic, config.connectivity_agnostic
-        self.width = 1 if config.binary else config.embedding or vocab  # numbers that go in for a token
-        self.width_out = 1 if config.binary else config.embedding or self.readout.size  # and that come out
+        self.width = 1 if config.binary else config.embedding or vocab  # numbers per token at the input
+        self.width_out = 1 if config.binary else config.embedding or self.output_head.size  # and at the output
         self.input = nn.Parameter(torch.empty(size, self.width, hidden[0]))
         self.hidden = nn.ParameterList(torch.empty(*sizes) for sizes in zip(hidden[1:], hidden, strict=False))
         self.output = nn.Parameter(torch.empty(size, self.width_out, hidden[-1]))
         sizes = [*hidden, size * self.width_out]
         self.biases: Any = nn.ModuleList(ClassBias(config.num_classes, units) for units in sizes)
         self.direct = nn.Parameter(torch.empty(size, self.width, size * self.width_out)) if config.direct else None
-        if config.binary:  # -1 and 1 go in, and of z come the logits -z/2 and z/2
+        if config.binary:  # the inputs are -1 and 1, and z becomes the logits -z/2 and z/2
             self.register_buffer("embedding", torch.tensor([[-1.0], [1.0]]), persistent=False)
             self.register_buffer("head", torch.tensor([[-0.5], [0.5]]), persistent=False)
         else:
             self.embedding = nn.Parameter(torch.empty(vocab, self.width)) if config.embedding else None
-            self.head = nn.Parameter(torch.empty(self.readout.size, self.width)) if config.embedding else None
-        self.head_bias = nn.Parameter(torch.zeros(size, self.readout.size)) if config.embedding else None
+            self.head = nn.Parameter(torch.empty(self.output_head.size, self.width)) if config.embedding else None
+        self.head_bias = nn.Parameter(torch.zeros(size, self.output_head.size)) if config.embedding else None
         self.dropout = nn.Dropout(config.dropout)
         self.register_buffer("ranks", torch.argsort(self.order), persistent=False)
         self.register_buffer("all_degrees", torch.cat(self.numbered_degrees(0)), persistent=False)
+        self.chosen_degrees: Tensor | None = None  # those of `connected`
         self._connections = Connections()
         self._reset_parameters()
 
     def _reset_parameters(self) -> None:
-        """He's variances (2015), for the half of the inputs that a unit sees on average."""
+        """Use He's variances (2015) for the half of the inputs that a unit sees on average."""
         active = len(self.grid) * (1 if self.embedding is None else self.width)  # a one-hot row counts once
         nn.init.normal_(self.input, std=(4 / active) ** 0.5)
         for weight in self.hidden:
@@ -159,32 +149,37 @@ class MADE(Prior, name="made"):
             nn.init.normal_(self.head, std=self.width**-0.5)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
-        self._connections = Connections()  # a move keeps the tensors, and changes what is in them
+        self._connections = Connections()  # a move changes tensors in place
         return super()._apply(fn, recurse)
 
     def degrees(self) -> list[Tensor]:
-        """The degrees `(units,)` of each hidden layer, ascending, unless `connected`: what all but training uses."""
-        return list(degrees_of(self).split(self.config.hidden))
+        """Return the degrees `(units,)` of each hidden layer: the model's own, ascending, or those of `connected`."""
+        return list(self.current_degrees.split(self.config.hidden))
+
+    @property
+    def current_degrees(self) -> Tensor:
+        """The degrees of all layers, `(sum of units,)`."""
+        return self.all_degrees if self.chosen_degrees is None else self.chosen_degrees
 
     @property
     def position_field(self) -> Tensor:
-        """bool `(N, N)`, raster order: row i is True at the tokens that `logits[:, i]` sees."""
+        """See `Prior`."""
         if self.direct is not None:
             return super().position_field
-        reach = torch.arange(len(self.grid), device=self.device)  # of what is predicted at each rank
+        reach = torch.arange(len(self.grid), device=self.device)  # of the output at each rank
         for degrees in self.degrees()[::-1]:
             below = torch.searchsorted(degrees, reach, right=True)
             reach = torch.where(below > 0, degrees[below - 1], 0)
         return self.ranks < reach[self.ranks][:, None]
 
     def training_inputs(self, tokens: Tensor, progress: float) -> dict[str, Any]:
-        """A random order `(N,)` and random degrees, where the model is to be agnostic of them: new ones, or any of
-        `masks` of each, which are those of a mixture of so many."""
+        """Draw a random order `(N,)` and random degrees, where training is agnostic of them: new ones, or one of the
+        `masks` that a mixture of that many has."""
         inputs: dict[str, Any] = {}
         if self.config.order_agnostic:
-            inputs["order"] = sent(self._draw_order(), tokens.device)
+            inputs["order"] = to_device_async(self._draw_order(), tokens.device)
         if self.config.connectivity_agnostic:
-            inputs["degrees"] = [sent(each, tokens.device) for each in self._draw_degrees()]
+            inputs["degrees"] = [to_device_async(each, tokens.device) for each in self._draw_degrees()]
         return inputs
 
     def _draw_order(self) -> Tensor:
@@ -201,16 +196,21 @@ class MADE(Prior, name="made"):
         return self.numbered_degrees(int(torch.randint(masks, ())))
 
     def numbered_degrees(self, number: int) -> list[Tensor]:
-        """The degrees `(units,)` of each layer in connectivity `number`: the model's own, then random ones."""
+        """Return the degrees `(units,)` of each layer in connectivity `number`: 0 is the model's own, others are
+        random."""
         if not number:
             return [even_degrees(units, len(self.grid)) for units in self.config.hidden]
         return random_degrees(self.config.hidden, len(self.grid), torch.Generator().manual_seed(number))
 
-    def connected(self, number: int) -> AbstractContextManager[None]:
-        """Have the degrees of connectivity `number`, in this thread, while the block lasts; 0 leaves them."""
-        if not number:
-            return nullcontext()
-        return chosen_degrees(self, torch.cat(self.numbered_degrees(number)).to(self.device))
+    @contextmanager
+    def connected(self, number: int) -> Iterator[None]:
+        """Use the degrees of connectivity `number` while the context lasts."""
+        before = self.chosen_degrees
+        self.chosen_degrees = torch.cat(self.numbered_degrees(number)).to(self.device) if number else None
+        try:
+            yield
+        finally:
+            self.chosen_degrees = before
 
     def outputs(
         self,
@@ -219,43 +219,43 @@ class MADE(Prior, name="made"):
         order: Tensor | None = None,
         degrees: Sequence[Tensor] | None = None,
     ) -> Tensor:
-        """As in `Prior`.
+        """Return the outputs; see `Prior.outputs`.
 
         order: `(N,)`, None for the model's own, or `(B, N)`, which takes a pass per different order; degrees:
         `(units,)` of each hidden layer, in 1 .. N - 1.
         """
-        labels = self.class_ids(labels, len(tokens))
+        labels = self.labels_or_null(labels, len(tokens))
         if order is not None and order.ndim == 2:
             return self._outputs_by_order(tokens, labels, order, degrees)
         first, *hidden, last = self._connections.weights(self, order, degrees)
         inputs = self._inputs(tokens.flatten(1))
-        x = self._unit(self.biases[0](labels) + summed(inputs, first))
+        x = self._unit(self.biases[0](labels) + sum_inputs(inputs, first))
         direct = hidden.pop() if self.direct is not None else None
         for weight, bias in zip(hidden, self.biases[1:], strict=False):
             x = self._unit(torch.addmm(bias(labels), x, weight.t()))
         x = torch.addmm(self.biases[-1](labels), x, last.flatten(0, 1).t())
         if direct is not None:
-            x = x + summed(inputs, direct)
-        return self.read_out(x.unflatten(1, (-1, self.width_out)), self.head_bias)
+            x = x + sum_inputs(inputs, direct)
+        return self.to_outputs(x.unflatten(1, (-1, self.width_out)), self.head_bias)
 
     def _outputs_by_order(
         self, tokens: Tensor, labels: Tensor, order: Tensor, degrees: Sequence[Tensor] | None
     ) -> Tensor:
-        """`outputs` for orders `(B, N)`: images of the same order share their masks."""
+        """Return `outputs` for orders `(B, N)`: images of the same order share their masks."""
         distinct, which = torch.unique(order, dim=0, return_inverse=True)
         rows = [torch.nonzero(which == index)[:, 0] for index in range(len(distinct))]
         parts = [self.outputs(tokens[at], labels[at], one, degrees) for at, one in zip(rows, distinct, strict=True)]
         return torch.cat(parts)[torch.argsort(torch.cat(rows))]
 
-    def loss(self, outputs: Tensor, tokens: Tensor, **inputs: Any) -> Tensor:
-        """The mean negative log-likelihood in nats per token; of two ids by the sigmoid, which is faster."""
+    def loss_from_outputs(self, outputs: Tensor, tokens: Tensor, **inputs: Any) -> Tensor:
+        """See `Prior`; with two ids by the sigmoid, which is faster."""
         if not self.config.binary:
-            return super().loss(outputs, tokens, **inputs)
+            return super().loss_from_outputs(outputs, tokens, **inputs)
         zero, one = outputs.float().unbind(-1)
         return F.binary_cross_entropy_with_logits(one - zero, tokens.flatten(1).float())
 
     def _inputs(self, tokens: Tensor) -> Tensor:
-        """What `summed` takes: embedded ids `(B, N, width)`, one-hot ones where there are few ids, else ids."""
+        """The inputs of `sum_inputs`: embedded ids `(B, N, width)`, one-hot ones where there are few ids, else ids."""
         if self.embedding is not None:
             return F.embedding(tokens.long(), self.embedding)
         return F.one_hot(tokens.long(), self.width).to(self.input.dtype) if self.width <= DENSE_WIDTH else tokens.long()
@@ -269,30 +269,216 @@ class MADE(Prior, name="made"):
     def _unit(self, x: Tensor) -> Tensor:
         return self.dropout(F.relu(x))
 
-    def read_out(self, x: Tensor, bias: Tensor | None) -> Tensor:
-        """What is put out of `x` (..., width_out): `x` itself, or by the table that all positions share."""
+    def to_outputs(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        """Return the outputs for `x` (..., width_out): `x` itself, or its product with the table that positions
+        share."""
         logits = x if self.head is None else F.linear(x, self.head)
         return logits if bias is None else logits + bias
 
-    def check_sampler(self, sampler: MADESampler) -> None:
-        """As in `Prior`: other connectivities than its own are for a model that is made for them."""
-        super().check_sampler(sampler)
-        self.connectivities(sampler.num_masks)
+    def check_sampling_options(self, options: MADEOptions) -> None:
+        """See `Prior`: other connectivities need a model that was trained with them."""
+        super().check_sampling_options(options)
+        self.connectivities(options.num_masks)
 
-    def draw(self, rows: Rows, sampler: MADESampler, walk: Walk, watch: Watch) -> Tensor:
-        """As `Prior` does, each image in one of the connectivities, which its own generator draws."""
-        numbers = self.connectivities(sampler.num_masks)
-        if len(numbers) == 1:
-            return super().draw(rows, sampler, walk, watch)
-        walk = replace(walk, order=check_order(self, walk.order, len(rows)))
-        chosen = [int(torch.randint(len(numbers), (), generator=g, device=g.device)) for g in rows.generators]
-        drawn = torch.empty_like(rows.given)
-        for number in sorted(set(chosen)):
-            at = [row for row, one in enumerate(chosen) if one == number]
+    def draw(self, batch: SampleBatch, options: MADEOptions, decoding: DecodingOptions, monitor: Monitor) -> None:
+        """See `Prior`: each image is drawn in one of the connectivities, chosen by its key."""
+        if options.num_masks == 1:
+            return super().draw(batch, options, decoding, monitor)
+        chosen = draw_numbers(batch.keys, MASKS, options.num_masks)
+        for number in chosen.unique().tolist():
+            at = torch.nonzero(chosen == number)[:, 0]
             with self.connected(number):
-                drawn[at] = super().draw(rows[at], sampler, walk.of(at, len(rows)), watch)
-        return drawn
+                super().draw(batch[at], options, decoding.select(at.tolist(), len(batch)), monitor)
 
-    def make_cache(self, labels: Tensor, walk: Partition | None) -> Sums:
-        """Running sums, to which each step adds a token, in the walk's order, or each image in its own."""
-        return Sums(self, labels, self.order if walk is None else walk.order)
+    def make_cache(self, labels: Tensor, partition: Partition | None) -> RunningSums:
+        """Start running sums, to which each step adds a token."""
+        return RunningSums(self, labels, self.order if partition is None else partition.order)
+
+
+# Connections
+
+
+def even_degrees(units: int, num_tokens: int) -> Tensor:
+    """Return ascending degrees `(units,)`: each of 1 .. N - 1 equally often; the last unit sees all but the last
+    token."""
+    steps = torch.arange(1, units + 1, device="cpu") * (num_tokens - 1)
+    return ((steps + units - 1) // units).clamp(min=1)
+
+
+def random_degrees(hidden: Sequence[int], num_tokens: int, generator: torch.Generator | None = None) -> list[Tensor]:
+    """Draw uniform degrees of each layer, none below the smallest of the layer before, so that every unit sees
+    something."""
+    degrees, smallest = [], 1
+    for units in hidden:
+        degrees.append(torch.randint(smallest, max(2, num_tokens), (units,), generator=generator, device="cpu"))
+        smallest = int(degrees[-1].min())
+    return degrees
+
+
+@torch.inference_mode(False)
+@torch.no_grad()
+def build_masks(ranks: Tensor, degrees: Sequence[Tensor], direct: int | None, dtype: torch.dtype) -> list[Tensor]:
+    """Return the masks of the weights of input, hidden layers, direct connections (if any) and output: one where a
+    connection is allowed, else zero; in the weights' type, which is fastest.
+
+    ranks: `(N,)`, of each raster index; direct: outputs per token of the direct connections, None without any.
+    """
+    seen = ranks[:, None]
+    masks = [(seen < degrees[0])[:, None]]
+    masks += [below <= own[:, None] for below, own in zip(degrees, degrees[1:], strict=False)]
+    if direct is not None:
+        masks.append((seen < ranks.repeat_interleave(direct))[:, None])
+    masks.append((degrees[-1] <= seen)[:, None])
+    return [mask.to(dtype) for mask in masks]
+
+
+class Connections:
+    """The masked weights of a `MADE`. Masks and masked weights are cached while nothing changes; neither is copied or
+    saved with the model."""
+
+    def __init__(self) -> None:
+        self.masks, self.masked = LastResult(), LastResult()
+
+    def __reduce__(self) -> tuple[type, tuple[()]]:
+        return Connections, ()
+
+    def weights(self, model: Any, order: Tensor | None, degrees: Sequence[Tensor] | None) -> list[Tensor]:
+        """Return the masked weights of input, hidden layers, direct connections (if any) and output. order and degrees:
+        see `MADE.outputs`.
+
+        Masked weights are cached only while nothing is trained: a fused optimizer changes weights without changing
+        their version, so a pass that may lead to a step drops the cache.
+        """
+        direct = [] if model.direct is None else [model.direct]
+        weights = [model.input, *model.hidden, *direct, model.output]
+        chosen = [model.order if order is None else order, *(degrees or [model.current_degrees])]
+
+        def build() -> list[Tensor]:
+            ranks = model.ranks if order is None else torch.argsort(order)
+            return build_masks(
+                ranks, degrees or model.degrees(), model.width_out if direct else None, model.input.dtype
+            )
+
+        masks = self.masks.get(chosen, build)
+
+        def apply_masks() -> list[Tensor]:
+            return [weight * mask for weight, mask in zip(weights, masks, strict=True)]
+
+        trained = model.training or torch.is_grad_enabled()
+        if trained or any(weight.is_inference() or weight.grad is not None for weight in weights):
+            self.masked = LastResult()
+            return apply_masks()
+        return self.masked.get([*weights, *masks], apply_masks)
+
+
+class LastResult:
+    """The last result of a computation, and the tensors that it was computed from."""
+
+    def __init__(self) -> None:
+        self.inputs: list[Tensor] = []
+        self.versions: list[int] = []
+        self.result: list[Tensor] = []
+
+    def get(self, inputs: list[Tensor], compute: Callable[[], list[Tensor]]) -> list[Tensor]:
+        """Return the last result, or a new one where `inputs` are other tensors or have changed."""
+        versions = [-1 if tensor.is_inference() else tensor._version for tensor in inputs]
+        same = len(inputs) == len(self.inputs) and all(a is b for a, b in zip(inputs, self.inputs, strict=True))
+        if not same or versions != self.versions:
+            self.result = compute()
+            self.inputs, self.versions = inputs, versions
+        return self.result
+
+
+# Decoding
+
+
+def sum_inputs(inputs: Tensor, weight: Tensor) -> Tensor:
+    """Return the sums `(B, U)` of units over all positions.
+
+    inputs: features `(B, N, width)`, or ids `(B, N)` that stand for one-hot features; weight: `(N, width, U)`.
+    """
+    if inputs.is_floating_point():
+        return inputs.flatten(1) @ weight.flatten(0, 1)
+    first_rows = torch.arange(len(weight), device=weight.device) * weight.shape[1]
+    return F.embedding_bag(inputs + first_rows, weight.flatten(0, 1), mode="sum")
+
+
+class RunningSums:
+    """The first layer's sums over the tokens so far, and the units that are finished: a unit is finished once all of
+    its tokens are in.
+
+    Units are sorted by degree, so all masks are prefixes: the token of rank r is added to the units of degree > r,
+    those of degree r + 1 are then finished, and the next position reads all finished ones. Each weight is used once,
+    masked ones never."""
+
+    def __init__(self, model: Any, labels: Tensor, order: Tensor) -> None:
+        """model: a `MADE`; labels: `(B,)`; order: `(N,)`, or `(B, N)` where each image has its own."""
+        self.model = model
+        self.rank = 0
+        self.order = (
+            order.tolist() if order.ndim == 1 else order.t()
+        )  # the position at each rank, of all images or of each
+        ranks = torch.arange(len(model.grid), device="cpu")
+        degrees = [each.cpu().sort(stable=True) for each in model.degrees()]
+        units = [each.indices for each in degrees]
+        finished = [torch.searchsorted(each.values, ranks, right=True) for each in degrees]
+        self.ends = [each.tolist() for each in finished]  # how many units of each layer are finished at each rank
+        self.input = select_units(model.input, -1, units[0])
+        self.output = select_units(model.output, -1, units[-1])
+        layers_below = zip(model.hidden, units, units[1:], strict=False)
+        self.hidden = [select_units(select_units(weight, 0, own), 1, below) for weight, below, own in layers_below]
+        *layers, outputs = [bias(labels).expand(len(labels), -1).clone() for bias in model.biases]
+        self.layers = [select_units(sums, 1, own) for sums, own in zip(layers, units, strict=True)]  # then activations
+        self.outputs = outputs.unflatten(1, (-1, model.width_out))
+        self.images = torch.arange(len(labels), device=labels.device)
+
+    def step(self, token: Tensor | None) -> Tensor:
+        """Return the outputs at the next position, `(B, size)`, given the last one's `token` `(B,)`."""
+        model, rank, layers = self.model, self.rank, self.layers
+        if token is not None:
+            self._add(token, self.order[rank - 1])
+            self._finish(rank)
+        at, end = self.order[rank], self.ends[-1][rank]
+        outputs = self.outputs[slice(None) if isinstance(at, int) else self.images, at]
+        outputs = outputs + multiply(layers[-1][:, :end], at_position(self.output[..., :end], at).mT)
+        self.rank += 1
+        return model.to_outputs(outputs, None if model.head_bias is None else model.head_bias[at])
+
+    def _add(self, token: Tensor, at: Any) -> None:
+        """Add the token at position `at` to all units that see it."""
+        model, begin = self.model, self.ends[0][self.rank - 1]
+        weights = [(self.layers[0][:, begin:], self.input[..., begin:])]
+        if model.direct is not None:
+            weights.append((self.outputs.flatten(1), model.direct))
+        for sums, weight in weights:
+            if model.embedding is None:
+                sums += weight.flatten(0, 1).index_select(0, at * model.width + token)
+            else:
+                sums += multiply(model.embedding.index_select(0, token), at_position(weight, at))
+
+    def _finish(self, rank: int) -> None:
+        """Activate the units of degree `rank`, layer by layer."""
+        for depth, (layer, ends) in enumerate(zip(self.layers, self.ends, strict=True)):
+            begin, end = ends[rank - 1], ends[rank]
+            if begin == end:
+                continue
+            if depth:
+                below = self.ends[depth - 1][rank]
+                weight = self.hidden[depth - 1][begin:end, :below]
+                layer[:, begin:end].add_(multiply(self.layers[depth - 1][:, :below], weight.t()))
+            layer[:, begin:end].relu_()
+
+
+def select_units(weight: Tensor, axis: int, units: Tensor) -> Tensor:
+    """Return `weight` with its `units` in this sequence, without a copy where they are already."""
+    return weight if bool((units.diff() > 0).all()) else weight.index_select(axis, units.to(weight.device))
+
+
+def at_position(weight: Tensor, at: int | Tensor) -> Tensor:
+    """Return the weights `(...)` of one position, or `(B, ...)` of each image's position."""
+    return weight[at] if isinstance(at, int) else weight.index_select(0, at)
+
+
+def multiply(x: Tensor, weight: Tensor) -> Tensor:
+    """Multiply `x` (B, in) by `weight`, (in, out) for all rows or (B, in, out) for each."""
+    return torch.bmm(x[:, None], weight)[:, 0] if weight.ndim == 3 else x @ weight

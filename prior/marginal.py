@@ -1,4 +1,4 @@
-"""Each position's own frequencies, whatever the others are: the floor of every table, and the shortest prior.
+"""Frequencies of ids at each position, whatever the others are: the baseline of every table, and the shortest prior.
 
 Initialised in closed form from counts with add-one smoothing (Laplace), once per class and once over all classes.
 """
@@ -9,14 +9,14 @@ import torch
 from torch import Tensor, nn
 
 from .base import Prior, PriorConfig
-from .requests import Order
+from .sampling import Order
 
-CHUNK = 1 << 14  # rows counted at a time: there may be more than memory holds
-ONE_BY_ONE = 1 << 24  # rows: to a float32 that is larger nothing is added by adding 1
+CHUNK = 1 << 14  # rows counted at a time
+ONE_BY_ONE = 1 << 24  # adding 1 to a larger float32 changes nothing
 
 
 class MarginalConfig(PriorConfig):
-    """Nothing to choose."""
+    """No settings of its own."""
 
     takes_blocks = True
 
@@ -32,19 +32,19 @@ class Marginal(Prior, name="marginal"):
 
     @property
     def position_field(self) -> Tensor:
-        """bool `(N, N)`, all False."""
+        """See `Prior`: all False."""
         return torch.zeros(len(self.grid), len(self.grid), dtype=torch.bool, device=self.device)
 
     def outputs(self, tokens: Tensor, labels: Tensor | None = None) -> Tensor:
-        """Logits `(B, N, vocab_size)`; the tokens are not looked at."""
-        labels = self.class_ids(labels, len(tokens))
+        """Return logits `(B, N, vocab_size)`, whatever the tokens are."""
+        labels = self.labels_or_null(labels, len(tokens))
         return self.table[labels]
 
     @torch.no_grad()
     def initialize(self, tokens: Tensor, labels: Tensor | None) -> None:
-        """Set the table to the smoothed log frequencies of `tokens` (n, *grid.shape), per class and overall.
+        """Set the table to the smoothed log frequencies of `tokens` (n, *grid.shape), for each class and overall.
 
-        tokens: a tensor, or rows on the disk whose slices are tensors.
+        tokens: a tensor, or rows on disk whose slices are tensors.
         """
         counts, size = self.table.zero_(), self.table[0].numel()  # in place: the table may have gigabytes
         before: Tensor | None = None
@@ -67,10 +67,10 @@ class Marginal(Prior, name="marginal"):
         counts.add_(1).div_(totals).log_()
 
     def start(self, num_images: int, labels: Tensor | None, order: Order = None) -> list[Tensor]:
-        """The remaining blocks' logits, each `(B, n, vocab_size)`."""
+        """Return the blocks' logits, each `(B, n, vocab_size)`, the last block first."""
         empty = torch.empty(num_images, 0, device=self.device)
         return list(self(empty, labels)[:, self.order].split(self.blocks, 1))[::-1]
 
     def next_logits(self, state: list[Tensor], tokens: Tensor | None) -> Tensor:
-        """The next block's logits."""
+        """Return the next block's logits."""
         return state.pop()

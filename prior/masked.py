@@ -1,16 +1,16 @@
 """A bidirectional transformer that fills in masked tokens: any order of them, or many at once.
 
-MaskGIT (Chang et al. 2022), which trains BERT's objective at every share of masked tokens. With the shares drawn evenly
-and an image's loss averaged over its masked tokens it is an order-agnostic model (Uria et al. 2014; ARDM, Hoogeboom et
-al. 2021): the same network gives p(a token | any others), hence a density along each ordered partition, for a pass per
-block.
-"""
+MaskGIT (Chang et al. 2022) trains BERT's objective at every share of masked tokens. With shares drawn evenly and an
+image's loss averaged over its masked tokens it is an order-agnostic model (Uria et al. 2014; ARDM, Hoogeboom et al.
+2021): the same network gives p(a token | any others), hence a density for each ordered partition, with a pass per
+block."""
 
 from __future__ import annotations
 
+import math
 import zlib
-from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, Literal
 
@@ -18,20 +18,107 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from tokenizer.base import full_float32
+from tokenizer.base import TokenGrid, at_least_float32, full_float32, in_finest
 
-from .base import Prior
-from .drawing import FEW_ROWS, State, sent
+from .base import Prior, to_device_async
 from .orders import Partition, block_numbers
-from .parallel import parallel_rows
-from .requests import Order, Rows, Walk, check_labels, partition_of
-from .sampling.confidence import SCHEDULES, MaskedSampler, fill_in
-from .sampling.watching import Watch
-from .transformer import EPS, Block, Rotations, TransformerConfig, coordinates, deep_rounding, reset
+from .parallel import rows_per_pass
+from .sampling import (
+    CONFIDENCE,
+    DecodingOptions,
+    Monitor,
+    Order,
+    SampleBatch,
+    SamplingOptions,
+    TokenNoise,
+    UncachedState,
+    check_labels,
+    gumbel_noise,
+    is_number,
+)
+from .transformer import EPS, Block, Rotations, TransformerConfig, coordinates, reset
 
-MIDPOINTS = 1 << 12  # over which the schedules' mean is taken
-CPU_TOKENS = 1 << 13  # of one pass on a CPU, in whose cache its activations then fit
-GPU_TOKENS = 1 << 16
+MIDPOINTS = 1 << 12  # for the mean of a schedule
+CPU_TOKENS, GPU_TOKENS = 1 << 13, 1 << 16  # of one pass; on a CPU its activations then fit into the cache
+ROUNDS_DOWN = 1e-9  # added before rounding down, as a whole number may come out a hair below
+
+SCHEDULES: dict[str, Callable[[Tensor], Tensor]] = {
+    "linear": lambda u: 1 - u,
+    "cosine": lambda u: (u * (math.pi / 2)).cos(),
+    "arccos": lambda u: u.acos() * (2 / math.pi),
+    "square": lambda u: 1 - u**2,
+}
+"""The share of tokens that is masked, from 1 at u = 0 to 0 at u = 1. All are concave, so each of K steps of sampling
+reveals a token."""
+
+
+@dataclass(frozen=True)
+class MaskedOptions(SamplingOptions):
+    """steps: draw in this many passes; None takes a pass per block of the order. `schedule` says how many tokens stay
+    masked after each.
+
+    With an `order`, a pass draws the next tokens of it. **This is exact**: it is an ordered partition of the grid
+    (`Masked.make_steps`), whose density `log_prob` has.
+
+    Without one, each pass draws all unknown tokens and keeps the most confident ones, as MaskGIT does, by log p plus
+    Gumbel noise times `confidence_temperature`, which falls to 0. Known tokens stay as they are, and all others see
+    them. **This is not exact**: which tokens are kept depends on what was drawn, so the samples do not follow any
+    `log_prob`; more steps, and a higher `confidence_temperature` (random orders), come closer. A position has the same
+    noise in all steps, so where tokens are independent the distribution is right for any number of steps. A step is a
+    block: guidance with an end uses the share of tokens known before the step.
+    """
+
+    steps: int | None = None
+    confidence_temperature: float = 4.5
+    schedule: str = "cosine"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        temperature = self.confidence_temperature
+        if not (is_number(temperature) and 0 <= temperature < float("inf")):
+            raise ValueError(f"confidence_temperature must be a finite number >= 0 (got {temperature})")
+        if self.schedule not in list(SCHEDULES):
+            raise ValueError(f"schedule must be one of {', '.join(SCHEDULES)} (got {self.schedule!r})")
+
+    def check(self, grid: TokenGrid) -> None:
+        """Raise `ValueError` for more steps than tokens."""
+        if self.steps is not None and (type(self.steps) is not int or not 1 <= self.steps <= len(grid)):
+            raise ValueError(f"steps must be a whole number from 1 to {len(grid)} (got {self.steps})")
+
+    def for_given_order(self) -> MaskedOptions:
+        """See `SamplingOptions`: without `steps`, which choose an order, or cut one."""
+        return replace(self, steps=None)
+
+    def passes(self) -> list[tuple[float, float]]:
+        """Return for each step the share of the unknown tokens that stays masked, and the temperature of confidence."""
+        assert self.steps is not None
+        share = torch.arange(1, self.steps + 1, dtype=torch.float64, device="cpu") / self.steps
+        masked = SCHEDULES[self.schedule](share).tolist()
+        temperatures = (self.confidence_temperature * (1 - share)).tolist()
+        return list(zip(masked, temperatures, strict=True))
+
+    def sizes(self, unknown: int) -> tuple[int, ...]:
+        """Return how many of `unknown` tokens each step draws, without steps that draw none."""
+        left, sizes = unknown, []
+        for share, _ in self.passes():
+            still = max(0, min(left - 1, int(unknown * share + ROUNDS_DOWN)))
+            sizes.append(left - still)
+            left = still
+        return tuple(size for size in sizes if size)
+
+    def last_size(self, unknown: Tensor) -> Tensor:
+        """Return how many of `unknown` (B,) tokens the last step draws that draws any."""
+        left = last = unknown
+        for share, _ in self.passes():
+            left = still_masked(left, unknown, share)
+            last = torch.where(left > 0, left, last)
+        return last
+
+
+def still_masked(left: Tensor, unknown: Tensor, share: float) -> Tensor:
+    """Return how many tokens stay masked, `(B,)`, if `share` of the `unknown` should and `left` were before the step.
+    At least one is revealed, until none is left."""
+    return torch.minimum(left - 1, (in_finest(unknown) * share + ROUNDS_DOWN).long()).clamp(min=0)
 
 
 class MaskedConfig(TransformerConfig):
@@ -51,50 +138,49 @@ class MaskedConfig(TransformerConfig):
     bound_passes: int = Field(8, ge=1, le=65536, description="passes of that estimate; more is closer to the bound")
 
     def check(self) -> Iterator[str]:
-        """Labels are smoothed over the ids of a softmax."""
+        """Label smoothing needs a softmax."""
         yield from super().check()
         if self.head is not None and self.label_smoothing:
             yield f"label_smoothing: must be 0 with head {self.head.kind!r} (got {self.label_smoothing})"
 
 
 class Masked(Prior, name="masked"):
-    """Every masked token from all visible ones. `exact` says what `log_prob` is, and may be set at any time."""
+    """Predicts every masked token from all visible ones. `exact` says what `log_prob` is, and may be set at any
+    time."""
 
     Config = MaskedConfig
-    stored_names = {"layers": "blocks"}
-    Sampling = MaskedSampler
-    any_order = recomputes = True
+    Sampling = MaskedOptions
+    any_order = True
     coordinates: Tensor
 
     def __init__(self, config: MaskedConfig) -> None:
         super().__init__(config)
         dim, shape = config.dim, config.grid.shape
         self.exact, self.mask = config.exact, config.grid.vocab_size
-        self.rounding = deep_rounding(config.depth)
         self.token_embedding = nn.Embedding(config.grid.vocab_size + 1, dim)  # the last is the mask
         self.class_embedding = nn.Embedding(config.num_classes + 1, dim)  # the last is the null class
         self.axis_embeddings: Any = nn.ParameterList(nn.Parameter(torch.empty(size, dim)) for size in shape)
         self.dropout = nn.Dropout(config.dropout)
         self.layers: Any = nn.ModuleList(Block(config, causal=False) for _ in range(config.depth))
         self.norm = nn.RMSNorm(dim, eps=EPS)
-        self.head = nn.Linear(dim, self.readout.size, bias=False)
+        self.head = nn.Linear(dim, self.output_head.size, bias=False)
         self.register_buffer("coordinates", coordinates(shape).t().contiguous(), persistent=False)
         self.rotations = Rotations(config, coordinates(shape))
         reset(self.parameters(), self.layers)
 
     def predict(self, ids: Tensor, labels: Tensor, at: tuple[Tensor, Tensor] | None = None) -> Tensor:
-        """Logits `(B, N, V)` from one pass over `ids` (B, N), where `self.mask` is a masked token; or only those `at`
-        these rows and raster indices, `(..., V)` for two of `(...)`."""
-        outputs = self.one_pass(ids, labels, at)
-        return self.readout.next_logits(outputs, ids.new_zeros(*outputs.shape[:-1], 0))
+        """Return logits `(B, N, V)` from one pass over `ids` (B, N), where `self.mask` is a masked token; or only those
+        `at` rows and raster indices, two of `(...)`: `(..., V)`."""
+        outputs = self.outputs_of_pass(ids, labels, at)
+        return self.output_head.next_logits(outputs, ids.new_zeros(*outputs.shape[:-1], 0))
 
-    def one_pass(self, ids: Tensor, labels: Tensor, at: tuple[Tensor, Tensor] | None = None) -> Tensor:
-        """What the network puts out at the same places, `(B, N, size)` or `(..., size)`."""
-        places = sum(table[index] for table, index in zip(self.axis_embeddings, self.coordinates, strict=True))
-        x = self.dropout(self.token_embedding(ids) + self.class_embedding(labels)[:, None] + places)
-        turns = self.rotations.table[:, None].expand(-1, 2, -1, -1)  # queries and keys stand at the same place
+    def outputs_of_pass(self, ids: Tensor, labels: Tensor, at: tuple[Tensor, Tensor] | None = None) -> Tensor:
+        """Return the network's outputs for `predict`, `(B, N, size)` or `(..., size)`."""
+        positions = sum(table[index] for table, index in zip(self.axis_embeddings, self.coordinates, strict=True))
+        x = self.dropout(self.token_embedding(ids) + self.class_embedding(labels)[:, None] + positions)
+        rotations = self.rotations.table[:, None].expand(-1, 2, -1, -1)  # the same for queries and keys
         for block in self.layers:
-            x = block(x, turns)
+            x = block(x, rotations)
         if at is not None:
             x = x[at]
         return self.head(self.norm(x))
@@ -107,57 +193,58 @@ class Masked(Prior, name="masked"):
         known: Tensor | None = None,
         block_of: Tensor | None = None,
     ) -> Tensor:
-        """As in `Prior`. With bool `known`, `(B, N)` or `(B, *grid.shape)`: one pass that sees the tokens where it
-        holds, and nothing of the others. Without: teacher-forced, which takes a pass per block. These are the model's
-        own; or those that it cuts an `order` into; or given by number, `block_of` each token; `(N,)` or `(B, N)`,
-        both."""
+        """Return the outputs; see `Prior.outputs`. With bool `known`, `(B, N)` or `(B, *grid.shape)`: from one pass
+        that sees these tokens and no others. Without: teacher-forced, with a pass per block; order: cut into the
+        model's own blocks; block_of: the number of each token's block; `(N,)` or `(B, N)`."""
         tokens, (count, size) = tokens.flatten(1).long(), (len(tokens), len(self.grid))
-        labels = self.class_ids(labels, count)
+        labels = self.labels_or_null(labels, count)
         if known is not None:
-            return self.one_pass(torch.where(known.flatten(1), tokens, self.mask), labels)
+            return self.outputs_of_pass(torch.where(known.flatten(1), tokens, self.mask), labels)
         if block_of is None:
             block_of = self.block_of if order is None else block_numbers(order, self.blocks)
         block_of = block_of.expand(count, size)
         numbers, found, parts = torch.unique(block_of), [], []
-        for part in numbers.split(max(1, self.rows_of_a_pass() // max(1, count))):
+        for part in numbers.split(max(1, self.rows_per_pass() // max(1, count))):
             ids = torch.where(block_of < part[:, None, None], tokens, self.mask).flatten(0, 1)  # per pass and image
             rows, cells = torch.nonzero((block_of == part[:, None, None]).flatten(0, 1), as_tuple=True)
-            parts.append(self.one_pass(ids, labels.repeat(len(part)), (rows, cells)))
+            parts.append(self.outputs_of_pass(ids, labels.repeat(len(part)), (rows, cells)))
             found.append(rows % count * size + cells)
         return torch.cat(parts)[torch.cat(found).argsort()].unflatten(0, (count, size))
 
-    def rows_of_a_pass(self) -> int:
-        """How many rows go through the network together in many passes, and in sampling on a CPU."""
+    def rows_per_pass(self) -> int:
+        """Return how many rows go through the network together where there are many passes, and in sampling on a
+        CPU."""
         return max(1, (CPU_TOKENS if self.device.type == "cpu" else GPU_TOKENS) // len(self.grid))
 
     # Training
 
     def masked_counts(self, u: Tensor) -> Tensor:
-        """How many tokens the schedule masks at `u` in [0, 1], `(...)` whole numbers from 1 to N."""
+        """Return how many tokens the schedule masks at `u` in [0, 1], `(...)` whole numbers from 1 to N."""
         return (SCHEDULES[self.config.schedule](u) * len(self.grid)).ceil().clamp(1, len(self.grid))
 
     @cached_property
     def mean_masked(self) -> Tensor:
-        """How many tokens the schedule masks on average, `()`: no float, which tensors without data could not give."""
+        """How many tokens the schedule masks on average, `()`: a tensor, so that it can be a meta tensor."""
         midpoints = (torch.arange(MIDPOINTS, device="cpu") + 0.5) / MIDPOINTS
         return self.masked_counts(midpoints).mean()
 
     def training_inputs(self, tokens: Tensor, progress: float) -> dict[str, Any]:
-        """`known` `(B, N)`: per image a share of tokens, drawn by the schedule, is masked; at least one token is."""
+        """Draw `known` `(B, N)`: a share of each image's tokens, drawn by the schedule, is masked, at least one
+        token."""
         masked = self.masked_counts(torch.rand(len(tokens), 1))
         ranks = torch.rand(len(tokens), len(self.grid)).argsort(1).argsort(1)
-        return {"known": sent(ranks >= masked, tokens.device)}
+        return {"known": to_device_async(ranks >= masked, tokens.device)}
 
-    def loss(self, outputs: Tensor, tokens: Tensor, **inputs: Any) -> Tensor:
-        """Cross-entropy over the masked positions (not `known`), in nats per token.
+    def loss_from_outputs(self, outputs: Tensor, tokens: Tensor, **inputs: Any) -> Tensor:
+        """Return the cross-entropy over the masked positions (not `known`), in nats per token.
 
-        Under the linear schedule the mean over each image's own, which is ARDM's objective: its expectation is the
-        negative bound on the log-likelihood per token. Any other schedule gives up likelihood for samples, as MaskGIT
-        does, and weighs all masked tokens alike: it divides by the number that the schedule masks on average. (Dividing
-        by the number that happens to be masked would make another objective of a batch in parts.)
+        Under the linear schedule it is the mean over each image's own masked tokens, ARDM's objective: its expectation
+        is the negative bound on the log-likelihood per token. Any other schedule gives up likelihood for samples, as
+        MaskGIT does, and gives all masked tokens the same weight: it divides by the number that the schedule masks on
+        average. (Dividing by the number actually masked would make the objective depend on how a batch is divided.)
         """
         masked = ~inputs["known"].flatten(1)
-        nats = self.readout.nats(outputs, self.ids_of(tokens), self.config.label_smoothing)[..., 0]
+        nats = self.output_head.nats(outputs, self.position_ids(tokens), self.config.label_smoothing)[..., 0]
         counts = masked.sum(1, keepdim=True) if self.config.schedule == "linear" else self.mean_masked
         return (nats * masked / counts).sum(1).mean()
 
@@ -165,14 +252,14 @@ class Masked(Prior, name="masked"):
 
     @full_float32()
     def token_log_probs(self, tokens: Tensor, labels: Tensor | None = None, order: Order = None) -> Tensor:
-        """As in `Prior` where `exact`. Else each token's share of an estimate of a bound, in `bound_passes` passes,
-        `(B, *grid.shape)`.
+        """See `Prior`, where `exact`. Else return each token's share of an estimate of a bound, from `bound_passes`
+        passes, `(B, *grid.shape)`.
 
-        It sums to an unbiased estimate of E_order log p(tokens | order) <= log E_order p(tokens | order) (ARDM, eq. 4).
-        An image's own may lie above the right side; the mean over many images bounds. Passes with n tokens visible, n
-        spread evenly over 0 to N - 1, weigh each masked token N / (N - n). The masks follow from the image's tokens:
-        its value is always the same, and errors average out over a data set. Raises `ValueError` for an order, as the
-        bound is over all of them.
+        The shares sum to an unbiased estimate of E_order log p(tokens | order) <= log E_order p(tokens | order) (ARDM,
+        eq. 4). The estimate of one image may lie above the right side; the mean over many images is a bound. Passes
+        with n tokens visible, n spread evenly over 0 to N - 1, weigh each masked token by N / (N - n). The masks follow
+        from the image's tokens, so its value is always the same, and errors average out over a data set. Raises
+        `ValueError` for an order, as the bound is over all of them.
         """
         if self.exact:
             return super().token_log_probs(tokens, labels, order)
@@ -182,7 +269,8 @@ class Masked(Prior, name="masked"):
         labels, ids = check_labels(self, labels, len(tokens)), tokens.flatten(1).long()
         total = torch.zeros(ids.shape, device=ids.device)
         for known in bound_masks(ids, self.config.bound_passes):
-            found = self.readout.log_probs(self.put_out(tokens, labels, known=known), ids[..., None])[..., 0]
+            outputs = self.forward_outputs(tokens, labels, known=known)
+            found = self.output_head.log_probs(outputs, ids[..., None])[..., 0]
             weights = ~known / (~known).float().mean(1, keepdim=True) / self.config.bound_passes
             total += found * weights
         return total.reshape(tokens.shape)
@@ -206,59 +294,84 @@ class Masked(Prior, name="masked"):
     def layer_features(
         self, tokens: Tensor, labels: Tensor | None, layers: Sequence[int], **inputs: Any
     ) -> list[Tensor]:
-        """One pass over the clean tokens, no mask among them: the features at every position see all tokens, its own
-        included. (Teacher-forced ones would take N passes, and see half as much.)"""
+        """See `Prior`. One pass over the clean tokens, without masks: features at every position see all tokens, their
+        own included. (Teacher-forced features would take N passes, and see half as much.)"""
         known = torch.ones_like(tokens, dtype=torch.bool)
         return super().layer_features(tokens, labels, layers, **{"known": known, **inputs})
 
     # Sampling
 
     def rows_at_once(self) -> int | None:
-        """On a CPU, as many rows as have their activations in its cache."""
-        return self.rows_of_a_pass() if self.device.type == "cpu" else None
+        """See `Prior`: on a CPU, as many rows as have their activations in its cache."""
+        return self.rows_per_pass() if self.device.type == "cpu" else None
 
-    def stepwise(self, order: Order, steps: int, schedule: str = "cosine") -> Partition:
-        """`order` in so many blocks, whose sizes follow the schedule: what `sample(order=order, steps=steps)` walks,
-        and `log_prob` scores. Raises `ValueError` for an order that has larger blocks than of one token."""
-        walk, blocks = partition_of(self, order)
+    def make_steps(self, order: Order, steps: int, schedule: str = "cosine") -> Partition:
+        """Cut `order` into `steps` blocks, whose sizes follow the schedule: the partition that
+        `sample(order=order, steps=steps)` draws in, and that `log_prob` scores. Raises `ValueError` for an order that
+        has blocks of several tokens itself."""
+        order, blocks = self.to_partition(order)
         if max(blocks) > 1:
             raise ValueError("steps: the order has blocks of its own; give one of them, not both")
-        sampler = MaskedSampler(steps=steps, schedule=schedule)
-        sampler.check(self.grid)
-        return Partition(walk, sampler.sizes(len(self.grid)))
+        options = MaskedOptions(steps=steps, schedule=schedule)
+        options.check(self.grid)
+        return Partition(order, options.sizes(len(self.grid)))
 
-    def start(self, num_images: int, labels: Tensor | None, order: Order = None) -> State:
-        """All tokens masked. Each step is a pass over the whole grid: what all see of each other cannot be cached."""
+    def start(self, num_images: int, labels: Tensor | None, order: Order = None) -> UncachedState:
+        """See `Prior`: all tokens are masked. Each step is a pass over the whole grid: as all tokens see each other,
+        nothing can be cached."""
         tokens = torch.full((num_images, len(self.grid)), self.mask, device=self.device)
-        return State(tokens, self.class_ids(labels, num_images), *partition_of(self, order))
+        return UncachedState(tokens, self.labels_or_null(labels, num_images), *self.to_partition(order))
 
-    def next_logits(self, state: State, tokens: Tensor | None) -> Tensor:
-        """Reveal the last block's tokens, and predict the next."""
+    def next_logits(self, state: UncachedState, tokens: Tensor | None) -> Tensor:
+        """See `Prior`: reveal the last block's tokens, and predict the next."""
         at = state.advance(tokens)
         return self.predict(state.tokens, state.labels, (torch.arange(len(at), device=at.device)[:, None], at))
 
-    def draw(self, rows: Rows, sampler: MaskedSampler, walk: Walk, watch: Watch) -> Tensor:
-        """A block per pass, as `Prior` does, or in `steps`. (With `parallel` every pass of `Prior.sample` is one pass
-        of the network per block, so that it is of no use for speed.) Raises `ValueError` for a walk that does not go
-        with `steps`."""
-        if sampler.steps is None:
-            return super().draw(rows, sampler, walk, watch)
-        if walk.order is not None:
-            steps = self.stepwise(walk.order, sampler.steps, sampler.schedule)
-            return super().draw(rows, sampler, replace(walk, order=steps), watch)
-        if walk.is_chosen:
+    def draw(self, batch: SampleBatch, options: MaskedOptions, decoding: DecodingOptions, monitor: Monitor) -> None:
+        """See `Prior`: a block per pass, or in `steps`. (With `parallel` a pass of `Prior.sample` is one pass of the
+        network per block, so it does not help speed.) Raises `ValueError` for options that `steps` exclude."""
+        if options.steps is None:
+            return super().draw(batch, options, decoding, monitor)
+        if decoding.order is not None:
+            steps = self.make_steps(decoding.order, options.steps, options.schedule)
+            return super().draw(batch, options, replace(decoding, order=steps), monitor)
+        if not decoding.is_default:
             raise ValueError(
-                "steps without an order finds one of its own: num_orders, parallel and cache=False do not go with it"
+                "`steps` chooses an order of its own; it cannot be combined with num_orders, parallel and cache=False"
             )
-        most = min(self.rows_at_once() or len(rows) * sampler.copies, parallel_rows(self.grid, self.device))
-        parts = rows.cut(max(FEW_ROWS, most // sampler.copies))
-        return torch.cat([fill_in(self, part, sampler, watch) for part in parts])
+        most = min(self.rows_at_once() or len(batch) * options.rows_per_image, rows_per_pass(self.grid, self.device))
+        for part in batch.split(max(1, most // options.rows_per_image)):
+            self.draw_by_confidence(part, options, monitor)
+
+    def draw_by_confidence(self, batch: SampleBatch, options: MaskedOptions, monitor: Monitor) -> None:
+        """Draw all masked tokens, keep those that the model is surest of, and again (MaskGIT, Chang et al. 2022)."""
+        size = len(self.grid)
+        labels = options.with_unconditional(batch.labels, self.num_classes)
+        noise = TokenNoise(batch.keys, size, self.grid.vocab_size).of_ranks(0, size)
+        ids = torch.where(batch.known, batch.tokens, self.mask)
+        left = unknown = (~batch.known).sum(1)
+        before_last = (size - options.last_size(unknown)).clamp(min=1)
+        for step, (share, temperature) in enumerate(monitor.iterate(options.passes())):
+            if not bool(left.any()):
+                break
+            decided = ((size - left) / before_last).clamp(max=1)
+            logits = at_least_float32(self.predict(options.with_unconditional(ids), labels))
+            logits = options.guide(logits, options.scale_at(decided[:, None]))
+            drawn = options.choose(logits, noise)
+            confidence = logits.log_softmax(-1).gather(-1, drawn[..., None])[..., 0]
+            jitter = gumbel_noise(batch.keys, CONFIDENCE, step * size, size)
+            confidence = (confidence + temperature * jitter).masked_fill(ids != self.mask, torch.inf)
+            left = still_masked(left, unknown, share)
+            ranks = confidence.argsort(dim=1, descending=True, stable=True).argsort(1)
+            ids = torch.where((ids == self.mask) & (ranks < (size - left)[:, None]), drawn, ids)
+            monitor.report(batch, ids, ids != self.mask)
+        monitor.finish(batch, ids)
 
 
 def bound_masks(ids: Tensor, passes: int) -> Tensor:
-    """What is known in each pass of the bound for `ids` (B, N), bool `(passes, B, N)`: counts spread evenly over 0 to
-    N - 1 from a random start (stratified, and their mean unbiased), positions at random. An image's own tokens seed
-    its masks: with the same ones for all, the mean over a data set was off by 4 % in 8 passes."""
+    """Return what is known in each pass of the bound for `ids` (B, N), bool `(passes, B, N)`: counts spread evenly over
+    0 to N - 1 from a random start (stratified, and their mean unbiased), positions at random. An image's tokens seed
+    its masks: with the same masks for all images the mean over a data set was off by 4 % in 8 passes."""
     size, masks = ids.shape[1], torch.empty(passes, *ids.shape, dtype=torch.bool, device="cpu")
     for image, row in enumerate(ids.cpu().numpy()):
         generator = torch.Generator().manual_seed(zlib.crc32(row.tobytes()))

@@ -1,12 +1,11 @@
 """The transformer that draws a picture from coarse to fine: a whole map of ids in each pass, small ones first.
 
 VAR (Tian et al. 2024). The blocks are the scales of a tokenizer whose quantizer is `multiscale`. The input of a scale
-is what all earlier scales add up to, made as small as it is: so a position is told what is known of its place. Tokens
-of one scale are independent given the coarser ones, by definition of the model.
+is the sum of all earlier scales, resized to it, so a position sees what is known of its place. Tokens of one scale are
+independent given the coarser ones, by definition of the model.
 
-Ids have an embedding of the prior's own, which is added up and resized as the quantizer does with its codes: the prior
-knows nothing of these. Positions of all scales stand on one map, so that rotations know who lies over whom.
-"""
+Ids have embeddings of the prior's own, which are resized and added up as the quantizer does with its codes. Positions
+of all scales have coordinates on one map, so that rotary positions know which of them lie over each other."""
 
 from __future__ import annotations
 
@@ -23,10 +22,10 @@ from tokenizer.base import Resize
 
 from .base import Prior
 from .orders import Partition
-from .transformer import EPS, Block, Rotations, TransformerConfig, coordinates, deep_rounding, reset, rotate, unit
+from .transformer import EPS, Block, Rotations, TransformerConfig, coordinates, reset, rotate, unit
 
 Modulation = tuple[Tensor, ...] | None
-"""Scale, shift and gate of a branch, each `(B, 1, dim)`; None for none."""
+"""Scale, shift and gate of a branch, each `(B, 1, dim)`; None without modulation."""
 Ranges = list[tuple[int, int]]
 
 
@@ -45,7 +44,7 @@ class NextScaleConfig(TransformerConfig):
     takes_blocks: ClassVar[bool] = True
 
     def check(self) -> Iterator[str]:
-        """The grid has to be one of scales, which are the order."""
+        """The grid has scales, which are the order."""
         if not self.grid.scales:
             shape = "x".join(map(str, self.grid.shape))
             yield f"grid: needs a tokenizer with quantizer.kind=multiscale (got tokens of {shape}, without scales)"
@@ -57,7 +56,7 @@ class NextScaleConfig(TransformerConfig):
             yield from super().check()
 
     def partition(self) -> Partition:
-        """The scales."""
+        """Return the scales as blocks."""
         blocks = tuple(height * width for height, width in self.grid.scales)
         return Partition(torch.arange(len(self.grid), device="cpu"), blocks)
 
@@ -70,7 +69,6 @@ class NextScale(Prior, name="next_scale"):
     def __init__(self, config: NextScaleConfig) -> None:
         super().__init__(config)
         dim, scales = config.dim, config.grid.scales
-        self.rounding = deep_rounding(config.depth)
         ends = [0, *accumulate(self.blocks)]
         self.ranges = list(zip(ends, ends[1:], strict=False))
         self.token_embedding = nn.Embedding(config.grid.vocab_size, config.channels)
@@ -91,45 +89,45 @@ class NextScale(Prior, name="next_scale"):
         nn.init.normal_(self.lift.weight, std=config.channels**-0.5)  # the ids' embedding is small already
 
     def outputs(self, tokens: Tensor, labels: Tensor | None = None) -> Tensor:
-        """As in `Prior`: at a scale the network sees coarser ones alone."""
-        label = self.class_embedding(self.class_ids(labels, len(tokens)))
+        """Return the outputs; see `Prior.outputs`. At a scale the network sees coarser ones alone."""
+        label = self.class_embedding(self.labels_or_null(labels, len(tokens)))
         canvas, inputs = None, []
         for k, ids in enumerate(self.resize.split(tokens.long())):
-            inputs.append(self.inputs(canvas, k, len(tokens)))
-            canvas = self.painted(canvas, ids, k) if k + 1 < len(self.blocks) else None
+            inputs.append(self.scale_inputs(canvas, k, len(tokens)))
+            canvas = self.add_scale(canvas, ids, k) if k + 1 < len(self.blocks) else None
         x = self.dropout(torch.cat(inputs, 1) + self.positions + label[:, None])
         for layer in self.layers:
-            x = layer(x, self.turns, label, self.ranges)
+            x = layer(x, self.position_rotations, label, self.ranges)
         return self.head(self.norm(x))
 
     @property
-    def turns(self) -> Tensor:
-        """Rotations of queries and keys, which stand at the same place: `(L, 2, width / 2, 2)`."""
+    def position_rotations(self) -> Tensor:
+        """The rotations of queries and keys, which are the same: `(N, 2, width / 2, 2)`."""
         return self.rotations.table[:, None].expand(-1, 2, -1, -1)
 
-    def inputs(self, canvas: Tensor | None, k: int, count: int) -> Tensor:
-        """`(B, h w, dim)` of scale `k`, given the sum of the earlier ones."""
+    def scale_inputs(self, canvas: Tensor | None, k: int, count: int) -> Tensor:
+        """Return the inputs `(B, h w, dim)` of scale `k`, given the sum of the earlier ones."""
         if canvas is None:
             return self.start_embedding.expand(count, self.blocks[k], -1)
         return self.lift(self.resize.down(canvas, k).flatten(2).transpose(1, 2))
 
-    def painted(self, canvas: Tensor | None, ids: Tensor, k: int) -> Tensor:
-        """The sum `(B, channels, H, W)` with scale `k`, whose `ids` `(B, h, w)` are given."""
+    def add_scale(self, canvas: Tensor | None, ids: Tensor, k: int) -> Tensor:
+        """Return the sum `(B, channels, H, W)` with scale `k`, whose `ids` are `(B, h, w)`."""
         added = self.resize.up(self.token_embedding(ids).movedim(-1, 1), k)
         return added if canvas is None else canvas + added
 
     @property
     def feature_modules(self) -> list[nn.Module]:
-        """The blocks: their residual stream, `(B, L, dim)`."""
+        """The blocks: their residual stream, `(B, N, dim)`."""
         return list(self.layers)
 
-    def make_cache(self, labels: Tensor, walk: Partition | None) -> Cache:
-        """The canvas, and with full attention keys and values of the scales so far."""
+    def make_cache(self, labels: Tensor, partition: Partition | None) -> Cache:
+        """Make an empty cache."""
         return Cache(self, labels)
 
 
 class ScaleBlock(Block):
-    """The transformer's block, in which a scale attends to itself and to coarser ones, or to itself alone."""
+    """A transformer block in which a scale attends to itself and to coarser ones, or to itself alone."""
 
     def __init__(self, config: NextScaleConfig) -> None:
         super().__init__(config, causal=False)
@@ -137,36 +135,37 @@ class ScaleBlock(Block):
         self.modulate = nn.Linear(config.dim, 6 * config.dim) if config.adaln else None
 
     def forward(  # type: ignore[override]
-        self, x: Tensor, turns: Tensor, label: Tensor, ranges: Ranges, kept: Tensor | None = None
+        self, x: Tensor, rotations: Tensor, label: Tensor, ranges: Ranges, cached: Tensor | None = None
     ) -> Tensor:
-        """`(B, n, dim)` to the same. label: `(B, dim)`; ranges: where each scale of `x` begins and ends among all
-        tokens; kept: keys and values `(2, B, heads, L, width)` of the scales so far, where those of `x` are added."""
+        """Map `(B, n, dim)` to the same. label: `(B, dim)`; ranges: where each scale of `x` begins and ends among all
+        tokens; cached: keys and values `(2, B, heads, N, width)` of the scales so far, to which those of `x` are
+        added."""
         attention, mlp = self.modulations(label)
-        y = modulated(self.attention_norm(x), attention)
+        y = scale_and_shift(self.attention_norm(x), attention)
         q, k, v = (t.unflatten(-1, (self.heads, -1)) for t in self.qkv(y).chunk(3, -1))
-        turns = turns.unsqueeze(-4)
-        q = rotate(unit(q), turns[..., 0, :, :] * self.gain.unsqueeze(-1)).to(v.dtype)
-        k = rotate(unit(k), turns[..., 1, :, :]).to(v.dtype)
+        rotations = rotations.unsqueeze(-4)
+        q = rotate(unit(q), rotations[..., 0, :, :] * self.gain.unsqueeze(-1)).to(v.dtype)
+        k = rotate(unit(k), rotations[..., 1, :, :]).to(v.dtype)
         q, k, v = (t.transpose(1, 2) for t in (q, k, v))
-        attended = self.attend_scales(q, k, v, ranges, kept)
-        x = x + gated(self.dropout(self.project(attended.transpose(1, 2).flatten(2))), attention)
-        gate, up = self.gate_up(modulated(self.mlp_norm(x), mlp)).chunk(2, -1)
-        return x + gated(self.dropout(self.down(F.silu(gate) * up)), mlp)
+        attended = self.attend_scales(q, k, v, ranges, cached)
+        x = x + apply_gate(self.dropout(self.project(attended.transpose(1, 2).flatten(2))), attention)
+        gate, up = self.gate_up(scale_and_shift(self.mlp_norm(x), mlp)).chunk(2, -1)
+        return x + apply_gate(self.dropout(self.down(F.silu(gate) * up)), mlp)
 
     def modulations(self, label: Tensor) -> tuple[Modulation, Modulation]:
-        """How the class `(B, dim)` changes the two branches: not at all without `adaln`, nor before training."""
+        """Return how the class `(B, dim)` changes the two branches: not at all without `adaln`, nor before training."""
         if self.modulate is None:
             return None, None
         six = self.modulate(F.silu(label))[:, None].chunk(6, -1)
         return six[:3], six[3:]
 
-    def attend_scales(self, q: Tensor, k: Tensor, v: Tensor, ranges: Ranges, kept: Tensor | None) -> Tensor:
-        """Attention of `(B, heads, n, width)` each, scale by scale: none needs a mask."""
+    def attend_scales(self, q: Tensor, k: Tensor, v: Tensor, ranges: Ranges, cached: Tensor | None) -> Tensor:
+        """Attend, `(B, heads, n, width)` each, scale by scale: no mask is needed."""
         first, last = ranges[0][0], ranges[-1][1]
         origin = first
-        if kept is not None:
-            kept[..., first:last, :] = torch.stack([k, v])
-            (k, v), origin = kept, 0
+        if cached is not None:
+            cached[..., first:last, :] = torch.stack([k, v])
+            (k, v), origin = cached, 0
         dropout, parts = self.attention_dropout if self.training else 0.0, []
         for begin, end in ranges:
             seen = slice((begin if self.markov else 0) - origin, end - origin)
@@ -176,40 +175,38 @@ class ScaleBlock(Block):
 
 
 class Cache:
-    """What sampling remembers: the sum of the scales so far, and keys and values where later scales attend to them."""
+    """The sum of the scales so far, and keys and values where later scales attend to them."""
 
     def __init__(self, model: NextScale, labels: Tensor) -> None:
         heads, weight = model.config.heads, model.head.weight
         shape = (2, len(labels), heads, len(model.grid), model.config.dim // heads)
         self.model, self.k = model, 0
         self.canvas: Tensor | None = None
-        self.label, self.turns = model.class_embedding(labels), model.turns
-        self.kept = [None if layer.markov else weight.new_empty(shape) for layer in model.layers]
+        self.label, self.rotations = model.class_embedding(labels), model.position_rotations
+        self.keys_values = [None if layer.markov else weight.new_empty(shape) for layer in model.layers]
 
     def step(self, tokens: Tensor | None) -> Tensor:
-        """Logits `(B, n, vocab_size)` of the next scale, given the last one's `tokens` `(B, m)`."""
+        """Return logits `(B, n, vocab_size)` of the next scale, given the last one's `tokens` `(B, m)`."""
         model, (begin, end) = self.model, self.model.ranges[self.k]
         if tokens is not None:
             ids = tokens.unflatten(1, model.grid.scales[self.k - 1])
-            self.canvas = model.painted(self.canvas, ids, self.k - 1)
-        x = model.inputs(self.canvas, self.k, len(self.label)) + model.positions[begin:end] + self.label[:, None]
-        for layer, kept in zip(model.layers, self.kept, strict=True):
-            x = layer(x, self.turns[begin:end], self.label, [(begin, end)], kept)
+            self.canvas = model.add_scale(self.canvas, ids, self.k - 1)
+        x = model.scale_inputs(self.canvas, self.k, len(self.label)) + model.positions[begin:end] + self.label[:, None]
+        for layer, cached in zip(model.layers, self.keys_values, strict=True):
+            x = layer(x, self.rotations[begin:end], self.label, [(begin, end)], cached)
         self.k += 1
         return model.head(model.norm(x))
 
 
-def modulated(x: Tensor, by: Modulation) -> Tensor:
-    """`x` scaled and shifted."""
+def scale_and_shift(x: Tensor, by: Modulation) -> Tensor:
     return x if by is None else x * (1 + by[0]) + by[1]
 
 
-def gated(branch: Tensor, by: Modulation) -> Tensor:
-    """`branch` times the gate."""
+def apply_gate(branch: Tensor, by: Modulation) -> Tensor:
     return branch if by is None else (1 + by[2]) * branch
 
 
 def centres(sides: tuple[int, int], whole: tuple[int, int]) -> Tensor:
-    """Where the positions of a scale lie on the `whole` map, in its cells: `(h w, 2)`."""
+    """Return where the positions of a scale lie on the `whole` map, in its cells: `(h w, 2)`."""
     small, large = torch.tensor(sides, device="cpu"), torch.tensor(whole, device="cpu")
     return (coordinates(sides) + 0.5) * (large / small) - 0.5

@@ -2,28 +2,25 @@
 
 van den Oord et al. 2016, "Pixel Recurrent Neural Networks" (arXiv 1601.06759), section 3.5 and table 1: a large masked
 convolution of type A, then residual blocks of type B (1x1, k x k, 1x1), then two 1x1 layers. A stack of masked k x k
-convolutions never sees a wedge to the upper right of each position, whatever its depth: its blind spot (van den Oord et
-al. 2016b, fig. 1), which `receptive_field` spells out and `gated_pixelcnn` does not have.
+convolutions never sees a wedge to the upper right of each position, at any depth: its blind spot (van den Oord et al.
+2016b, fig. 1; see `receptive_field`), which `gated_pixelcnn` does not have.
 
-The paper has the channels of a pixel side by side and masks the one from the other. Here they are rows of the grid, one
-below the other (`tokenizer.pixels`), and the same dependencies come out of the raster order: green sees the red of its
-pixel, blue sees both. The differences: a whole row is painted in red, then in green, then in blue, so red sees no green
-or blue to its left, and green sees the red to its right; all channels share one kernel, and a bias of each row
-(`row_embedding`, with the label's in every layer) tells them apart; a kernel of k rows covers k / 3 rows of the image,
-so that an image in colour wants deeper stacks or larger kernels than a grey one.
-"""
+The paper has the channels of a pixel side by side and masks one from another. Here they are rows of the grid, one below
+the other (`tokenizer.pixels`), and the same dependencies follow from raster order: green sees the red of its pixel,
+blue sees both. The differences: a whole row is drawn in red, then in green, then in blue, so red sees no green or blue
+to its left, and green sees the red to its right; all channels share one kernel, and a bias for each row
+(`row_embedding`) distinguishes them; a kernel of k rows covers k / 3 rows of the image, so colour images need deeper
+stacks or larger kernels."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Annotated, Any
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
-
-from tokenizer.pretrained import Was
 
 from .base import Prior
 from .heads import IdEmbedding
@@ -38,16 +35,16 @@ class PixelCNNConfig(RowsConfig):
     depth: int = Field(15, ge=1, le=256, description="number of residual blocks")
     first_kernel: int = Field(7, ge=3, le=63, description="side of the first (type A) convolution, odd")
     kernel: int = Field(3, ge=3, le=63, description="side of the blocks' (type B) convolutions, odd")
-    hidden: Annotated[int, Was("head", int)] = Field(32, ge=1, le=65536, description="channels before the last layer")
+    hidden: int = Field(32, ge=1, le=65536, description="channels before the last layer")
 
     def check(self) -> Iterator[str]:
-        """Kernels are odd, the grid has two axes, the order is raster."""
+        """Kernels are odd."""
         yield from super().check()
         yield from odd_kernels(self, "first_kernel", "kernel")
 
 
 class Block(nn.Module):
-    """A residual block on maps `(B, H, W, 2 * dim)`: narrow, look around, widen."""
+    """A residual block on maps `(B, H, W, 2 * dim)`: narrow, masked convolution, widen."""
 
     def __init__(self, config: PixelCNNConfig) -> None:
         super().__init__()
@@ -64,28 +61,26 @@ class Block(nn.Module):
 
 
 class PixelCNN(Prior, name="pixelcnn"):
-    """A stack of masked convolutions, with row caches for sampling. It has a blind spot; see `receptive_field`."""
+    """A stack of masked convolutions, with row caches for sampling. It has a blind spot: see `receptive_field`."""
 
     Config = PixelCNNConfig
-    stored_names = {"layers": "blocks"}
 
     def __init__(self, config: PixelCNNConfig) -> None:
         super().__init__(config)
         vocab_size, dim = config.grid.vocab_size, config.dim
-        channels = min(2 * dim, vocab_size)  # more than one per id cannot say more
-        self.embedding = IdEmbedding(config.grid, self.readout.together, channels)
+        channels = min(2 * dim, vocab_size)  # more than one per id are redundant
+        self.embedding = IdEmbedding(config.grid, self.output_head.ids_per_position, channels)
         self.first = MaskedConv(channels, 2 * dim, config.first_kernel, sees_itself=False)
         self.label = nn.Embedding(config.num_classes + 1, 2 * dim)
         self.row = RowBias(config, 2 * dim)
         self.layers: Any = nn.ModuleList(Block(config) for _ in range(config.depth))
         self.hidden = nn.Linear(2 * dim, config.hidden)
-        self.head = nn.Linear(config.hidden, self.readout.size)
+        self.head = nn.Linear(config.hidden, self.output_head.size)
         nn.init.zeros_(self.label.weight)
 
     @property
     def position_field(self) -> Tensor:
-        """bool `(P, P)`: whether the network sees position j at i; not all earlier ones, unless the first kernel covers
-        the grid."""
+        """See `Prior`; not all earlier positions, unless the first kernel covers the grid."""
         height, width = self.config.positions.shape
         field = torch.eye(height * width, dtype=torch.bool, device="cpu").view(height, width, -1)
         field = see(field, self.first.taps)
@@ -94,9 +89,9 @@ class PixelCNN(Prior, name="pixelcnn"):
         return field.flatten(0, 1)
 
     def outputs(self, tokens: Tensor, labels: Tensor | None = None) -> Tensor:
-        """As in `Prior`."""
-        labels = self.class_ids(labels, len(tokens))
-        x = self.first(self.embedding(self.map_of_ids(tokens))) + self.row(self.label(labels))
+        """Return the outputs; see `Prior.outputs`."""
+        labels = self.labels_or_null(labels, len(tokens))
+        x = self.first(self.embedding(self.position_id_map(tokens))) + self.row(self.label(labels))
         for block in self.layers:
             x = block(x, labels)
         return self.head(F.relu(self.hidden(F.relu(x)))).flatten(1, 2)
@@ -106,17 +101,16 @@ class PixelCNN(Prior, name="pixelcnn"):
         """The blocks: maps `(B, H, W, 2 * dim)`."""
         return list(self.layers)
 
-    def make_cache(self, labels: Tensor, walk: Partition | None) -> Cache:
-        """The last rows that each convolution looks at."""
+    def make_cache(self, labels: Tensor, partition: Partition | None) -> Cache:
+        """Make caches of the last rows that each convolution looks at."""
         return Cache(self, labels)
 
 
 class Cache:
-    """What sampling remembers: for each convolution its last rows, and the weights laid out for one position.
+    """The last rows of each convolution's input, and weights laid out for one position.
 
-    A step is bound by the number of operations, so biases and labels are folded into what `RowCache` stores, and
-    results are written where the next product reads them.
-    """
+    A step is bound by the number of operations, so biases and labels are folded into the sums of `RowCache`, and
+    results are written where the next product reads them."""
 
     def __init__(self, model: PixelCNN, labels: Tensor) -> None:
         self.width = model.config.positions.shape[1]
@@ -132,10 +126,11 @@ class Cache:
         return block.narrow.bias.detach(), narrow, cache, widen
 
     def step(self, token: Tensor | None) -> Tensor:
-        """What is put out at the next position, `(B, size)`, given the last one's ids, `(B,)` or `(B, together)`."""
+        """Return the outputs at the next position, `(B, size)`, given the last one's ids, `(B,)` or
+        `(B, ids_per_position)`."""
         column = self.rank % self.width
         if token is not None:
-            self.first.cells[column - 1].copy_(self.embedding.of_rows(token))
+            self.first.cells[column - 1].copy_(self.embedding.embed_rows(token))
         if column == 0:
             for cache in (self.first, *(cache for _, _, cache, _ in self.layers)):
                 cache.start_row()

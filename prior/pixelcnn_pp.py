@@ -1,17 +1,25 @@
 """PixelCNN++: two streams of shifted convolutions at several resolutions, with short-cuts between them.
 
-Salimans et al. 2017 (arXiv:1701.05517), sections 2.3 to 2.5; the network's parts are in `prior.stages`. What is put in
-is intensities, where ids are (`TokenGrid.channels`), else embeddings, and a channel of ones, which tells the border
-from black. The paper's mixture of logistics is a head, `logistic`; any other goes as well.
+Salimans et al. 2017 (arXiv:1701.05517), sections 2.3 to 2.5, figure 2. The inputs are intensities where ids are
+intensities (`TokenGrid.channels`), else embeddings, and a channel of ones, which distinguishes the border from black.
+The paper's mixture of logistics is the output head `logistic`; the others work as well. Unlike in the authors' code
+(github.com/openai/pixel-cnn) there is no weight normalisation with data-dependent initialisation; where a stream
+begins, the border has the convolution's bias; and both streams may have a bias for each row (`row_embedding`), for
+grids whose rows are channels or levels.
 
-What differs from the authors' code (github.com/openai/pixel-cnn): there is no weight normalisation, whose beginning
-looks at data; weights begin as those of an `nn.Linear` do. Where a stream begins, the border has the convolution's
-bias. And both streams may be told the row (`row_embedding`), which grids need whose rows are channels or levels.
+A stage is a way down of gated residual blocks, the next stage at half the resolution, and a way up, whose blocks take
+the maps of the way down in reverse order by short-cuts. Maps are `(B, H, W, dim)`. At a position that of the vertical
+stream, `above`, depends on the rows above; that of the horizontal stream, `left`, on everything before the position.
+Kernels that reach up and aside only keep it so, without masks. Position (y, x) of a coarse map depends on what (2y, 2x)
+of the finer one does, and is read on the way back by rows 2y and 2y + 1: in the horizontal stream by columns 2x and 2x
++ 1, in the vertical one by 2x - 1, too. Sides are rounded up and cropped on the way back, so any size is possible.
+`see` of each part follows which tokens a position depends on: it is `forward` over maps of sets of tokens, bool `(H, W,
+N)`.
 
-Sampling: the vertical stream never looks at the row at hand, so all resolutions of it that begin a row make it whole,
-before its first position. The horizontal stream goes on position by position: at full resolution at each, at half the
-resolution at every other one of every other row, when all that a coarse position sees is complete, and so on.
-"""
+Sampling: the vertical stream never looks at the current row, so each of its resolutions that begins a row computes it
+as a whole, before the first position. The horizontal stream goes position by position: at full resolution at each, at
+half the resolution at every other one of every other row, when everything that a coarse position sees is complete, and
+so on."""
 
 from __future__ import annotations
 
@@ -19,34 +27,176 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from pydantic import Field
 from torch import Tensor, nn
 
 from .base import Prior
 from .heads import IdEmbedding
-from .layers import CausalConv2d, MapRows, RowBias, RowCache, WholeRows, pack, see
+from .layers import CausalConv2d, MapRows, Pair, RowBias, RowCache, RowsConfig, WholeRows, pack, see
 from .orders import Partition
-from .stages import Block, Coarser, Stage, StagesConfig, concat_elu
+
+ABOVE, LEFT = (-1, 1), (-1, 0)
+"""The columns of the two streams' kernels, which have two rows: the one above and the position's own."""
+
+
+class PixelCNNPPConfig(RowsConfig):
+    """Sizes of the network."""
+
+    dim: int = Field(64, ge=1, le=8192, description="channels of each stream; the paper has 160")
+    depth: int = Field(3, ge=1, le=64, description="gated residual blocks of a stage on the way down; the paper has 5")
+    stages: int = Field(3, ge=1, le=8, description="resolutions, each half of the one before; the paper has 3")
+    dropout: float = Field(0.0, ge=0, lt=1, description="dropout inside each residual block; the paper has 0.5")
+
+
+def concat_elu(x: Tensor) -> Tensor:
+    """Apply elu to the channels and to their negatives: `(..., dim)` to `(..., 2 * dim)`."""
+    return F.elu_(torch.cat([x, -x], -1))
+
+
+class Gated(nn.Module):
+    """A residual block of one stream on maps `(B, H, W, dim)`: two convolutions, a gate with a class bias, and 1x1
+    layers that read `count` other maps."""
+
+    def __init__(self, config: PixelCNNPPConfig, columns: Pair, count: int) -> None:
+        super().__init__()
+        dim = config.dim
+        self.first = CausalConv2d(2 * dim, dim, (-1, 0), columns)
+        self.second = CausalConv2d(2 * dim, 2 * dim, (-1, 0), columns)
+        self.beside: Any = nn.ModuleList(nn.Linear(2 * dim, dim, bias=False) for _ in range(count))
+        self.label = nn.Embedding(config.num_classes + 1, 2 * dim)  # the last is the null class
+        self.dropout = nn.Dropout(config.dropout)
+        nn.init.zeros_(self.label.weight)
+
+    def forward(self, x: Tensor, labels: Tensor, *beside: Tensor) -> Tensor:
+        inner = self.first(concat_elu(x))
+        for layer, other in zip(self.beside, beside, strict=True):
+            inner = inner + layer(concat_elu(other))
+        inner = self.dropout(concat_elu(inner))
+        return x + F.glu(self.second(inner) + self.label(labels)[:, None, None])
+
+    def see(self, x: Tensor, *beside: Tensor) -> Tensor:
+        """Return what a position sees, given what its inputs see: bool `(H, W, N)` each."""
+        inner = see(x, self.first.taps)
+        for other in beside:
+            inner = inner | other
+        return see(inner, self.second.taps)  # itself included
+
+
+class Block(nn.Module):
+    """A residual block of both streams; on the way up it also takes the maps of the way down, `skips`."""
+
+    def __init__(self, config: PixelCNNPPConfig, *, up: bool) -> None:
+        super().__init__()
+        self.vertical, self.horizontal = Gated(config, ABOVE, up), Gated(config, LEFT, 1 + up)
+
+    def forward(self, above: Tensor, left: Tensor, labels: Tensor, *skips: Tensor) -> tuple[Tensor, Tensor]:
+        above = self.vertical(above, labels, *skips[:1])
+        return above, self.horizontal(left, labels, above, *skips[1:])
+
+    def see(self, above: Tensor, left: Tensor, *skips: Tensor) -> tuple[Tensor, Tensor]:
+        """Return what positions of both streams see."""
+        above = self.vertical.see(above, *skips[:1])
+        return above, self.horizontal.see(left, above, *skips[1:])
+
+
+class Grow(nn.Module):
+    """Double the resolution by a transposed convolution with a stride of 2."""
+
+    def __init__(self, dim: int, columns: Pair) -> None:
+        super().__init__()
+        self.right, width = columns[1], columns[1] - columns[0] + 1
+        self.conv: Any = nn.ConvTranspose2d(dim, dim, (2, width), stride=2)
+        bound = (dim * width / 2) ** -0.5  # as in nn.Linear: a position sees one row, and every other column
+        nn.init.uniform_(self.conv.weight, -bound, bound)
+        self.taps = [(row, column) for row in (-1, 0) for column in range(columns[0], columns[1] + 1)]
+
+    def forward(self, x: Tensor, height: int, width: int) -> Tensor:
+        """Map `(B, h, w, dim)` to `(B, height, width, dim)`, at most twice as high and wide."""
+        grown = self.conv(x.movedim(-1, 1)).movedim(1, -1)
+        return grown[:, :height, self.right : self.right + width]
+
+    def see(self, x: Tensor, height: int, width: int) -> Tensor:
+        """Return what positions see."""
+        stretched = x.new_zeros(2 * x.shape[0], 2 * x.shape[1], x.shape[2])
+        stretched[::2, ::2] = x
+        return see(stretched, self.taps)[:height, :width]
+
+
+class Coarser(nn.Module):
+    """A stage at half the resolution, sides rounded up, with the ways there and back."""
+
+    def __init__(self, config: PixelCNNPPConfig, stages: int) -> None:
+        super().__init__()
+        dim = config.dim
+        self.shrink_above, self.shrink_left = (
+            CausalConv2d(dim, dim, (-1, 0), columns, stride=2) for columns in (ABOVE, LEFT)
+        )
+        self.stage = Stage(config, stages)
+        self.grow_above, self.grow_left = Grow(dim, ABOVE), Grow(dim, LEFT)
+
+    def forward(self, above: Tensor, left: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        height, width = left.shape[1:3]
+        above, left = self.stage(self.shrink_above(above), self.shrink_left(left), labels)
+        return self.grow_above(above, height, width), self.grow_left(left, height, width)
+
+    def see(self, above: Tensor, left: Tensor) -> tuple[Tensor, Tensor]:
+        """Return what positions of both streams see."""
+        height, width = left.shape[:2]
+        above, left = see(above, self.shrink_above.taps)[::2, ::2], see(left, self.shrink_left.taps)[::2, ::2]
+        above, left = self.stage.see(above, left)
+        return self.grow_above.see(above, height, width), self.grow_left.see(left, height, width)
+
+
+class Stage(nn.Module):
+    """One resolution and all coarser ones: down, there and back, up. The way up has a block for each map of the way
+    down, its input included, except that the coarsest stage continues from its last one."""
+
+    def __init__(self, config: PixelCNNPPConfig, stages: int) -> None:
+        super().__init__()
+        self.down: Any = nn.ModuleList(Block(config, up=False) for _ in range(config.depth))
+        self.coarser: Any = Coarser(config, stages - 1) if stages > 1 else None
+        self.up: Any = nn.ModuleList(Block(config, up=True) for _ in range(config.depth + (stages > 1)))
+
+    def forward(self, above: Tensor, left: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        maps = [(above, left)]
+        for block in self.down:
+            maps.append(block(*maps[-1], labels))
+        above, left = self.coarser(*maps[-1], labels) if self.coarser else maps.pop()
+        for block in self.up:
+            above, left = block(above, left, labels, *maps.pop())
+        return above, left
+
+    def see(self, above: Tensor, left: Tensor) -> tuple[Tensor, Tensor]:
+        """Return what positions of both streams see."""
+        fields = [(above, left)]
+        for block in self.down:
+            fields.append(block.see(*fields[-1]))
+        above, left = self.coarser.see(*fields[-1]) if self.coarser else fields.pop()
+        for block in self.up:
+            above, left = block.see(above, left, *fields.pop())
+        return above, left
 
 
 class PixelCNNPP(Prior, name="pixelcnn_pp"):
-    """Stages within stages; `receptive_field` says what a position sees."""
+    """Stages within stages; see `receptive_field` for what a position sees."""
 
-    Config = StagesConfig
+    Config = PixelCNNPPConfig
 
-    def __init__(self, config: StagesConfig) -> None:
+    def __init__(self, config: PixelCNNPPConfig) -> None:
         super().__init__(config)
-        grid, dim, together = config.grid, config.dim, self.readout.together
-        channels = together if grid.channels else min(dim, grid.vocab_size)  # more than one per id cannot say more
+        grid, dim, together = config.grid, config.dim, self.output_head.ids_per_position
+        channels = together if grid.channels else min(dim, grid.vocab_size)  # more than one per id are redundant
         self.embedding = None if grid.channels else IdEmbedding(grid, together, channels)
         self.first_above = CausalConv2d(channels + 1, dim, (-2, -1), (-1, 1))
         self.first_over = CausalConv2d(channels + 1, dim, (-1, -1), (-1, 1))
         self.first_left = CausalConv2d(channels + 1, dim, (-1, 0), (-1, -1))
         self.above_row, self.left_row = RowBias(config, dim), RowBias(config, dim)
         self.stage = Stage(config, config.stages)
-        self.head = nn.Linear(dim, self.readout.size)
+        self.head = nn.Linear(dim, self.output_head.size)
 
     def embed(self, ids: Tensor) -> Tensor:
-        """Ids `(..., together)` as the network's input `(..., channels + 1)`, with the channel of ones."""
+        """Return the network's input `(..., channels + 1)` for ids `(..., ids_per_position)`, with the channel of
+        ones."""
         if self.embedding is None:
             x = ids.to(self.dtype) * (2 / max(1, self.grid.vocab_size - 1)) - 1
         else:
@@ -54,16 +204,16 @@ class PixelCNNPP(Prior, name="pixelcnn_pp"):
         return F.pad(x, (0, 1), value=1.0)
 
     def outputs(self, tokens: Tensor, labels: Tensor | None = None) -> Tensor:
-        """As in `Prior`."""
-        x = self.embed(self.map_of_ids(tokens))
+        """Return the outputs; see `Prior.outputs`."""
+        x = self.embed(self.position_id_map(tokens))
         above = self.first_above(x) + self.above_row.weight[:, None]
         left = self.first_over(x) + self.first_left(x) + self.left_row.weight[:, None]
-        _, left = self.stage(above, left, self.class_ids(labels, len(tokens)))
+        _, left = self.stage(above, left, self.labels_or_null(labels, len(tokens)))
         return self.head(F.elu(left)).flatten(1, 2)
 
     @property
     def position_field(self) -> Tensor:
-        """bool `(P, P)`: whether the network sees position j at i."""
+        """See `Prior`."""
         height, width = self.config.positions.shape
         x = torch.eye(height * width, dtype=torch.bool, device="cpu").view(height, width, -1)
         left = see(x, self.first_over.taps) | see(x, self.first_left.taps)
@@ -71,17 +221,16 @@ class PixelCNNPP(Prior, name="pixelcnn_pp"):
 
     @property
     def feature_modules(self) -> list[nn.Module]:
-        """The blocks at full resolution (a position has no features of its own in the others), of which `arrange` takes
-        the horizontal map: it knows what the vertical one does."""
+        """The blocks at full resolution (a position has no features of its own in the others), of which
+        `arrange_features` takes the horizontal map, which depends on the vertical one."""
         return [*self.stage.down, *self.stage.up]
 
-    def arrange(self, output: Any) -> Tensor:
-        """The horizontal map `(B, H, W, dim)` as `(B, N, dim)`."""
-        return super().arrange(output[1])
+    def arrange_features(self, output: Any) -> Tensor:
+        """Return the horizontal map `(B, H, W, dim)` as `(B, P, dim)`."""
+        return super().arrange_features(output[1])
 
-    def make_cache(self, labels: Tensor, walk: Partition | None) -> Cache:
-        """The last rows that each convolution looks at; a row of the vertical stream is made before its first
-        position, and a coarse map's position once, when what it sees is complete."""
+    def make_cache(self, labels: Tensor, partition: Partition | None) -> Cache:
+        """Make caches of the last rows that each convolution looks at."""
         return Cache(self, labels)
 
 
@@ -91,7 +240,7 @@ def add_product(sums: Tensor, x: Tensor, weight: Tensor) -> None:
 
 
 class BlockCache:
-    """A `Block`: the vertical stream a row at a time, the horizontal one position by position."""
+    """A `Block`: the vertical stream one row at a time, the horizontal one position by position."""
 
     def __init__(self, block: Block, width: int, labels: Tensor) -> None:
         vertical, horizontal = block.vertical, block.horizontal
@@ -103,18 +252,19 @@ class BlockCache:
         self.across = pack(across.weight, width * batch)
         self.skip_above = [pack(layer.weight, width * batch) for layer in vertical.beside]
         self.skip_left = [pack(layer.weight, batch) for layer in skip]
-        self.inputs, inner = (cache.map.cells for cache in self.left)  # concat_elu of what comes in, and of the inside
+        self.inputs, inner = (cache.map.cells for cache in self.left)  # concat_elu of the input, and of the inner map
         self.halves = [[cell.unflatten(1, (2, -1)) for cell in cells] for cells in (self.inputs, inner)]
         self.inner, self.signs = inner, torch.cat([torch.ones_like(left[:1, :1]), -torch.ones_like(left[:1, :1])])
 
     def start_row(self, x: Tensor, *skip: Tensor) -> Tensor:
-        """The vertical map's next row, `(W, B, dim)`, of that of its input and concat_elu of that of the skip."""
+        """Return the next row of the vertical map, `(W, B, dim)`, from that of its input and concat_elu of the
+        skip's."""
         first, second = self.above
-        first.turn().copy_(concat_elu(x))
+        first.next_row().copy_(concat_elu(x))
         inner = first.read()
         for other, weight in zip(skip, self.skip_above, strict=True):
             add_product(inner.flatten(0, 1), other.flatten(0, 1), weight)
-        second.turn().copy_(concat_elu(inner))
+        second.next_row().copy_(concat_elu(inner))
         x = x + F.glu(second.read())
         for cache in self.left:
             cache.start_row()
@@ -122,7 +272,7 @@ class BlockCache:
         return x
 
     def step(self, x: Tensor, column: int, *skip: Tensor) -> Tensor:
-        """The horizontal map's next position, `(B, dim)`, likewise."""
+        """Return the next position of the horizontal map, `(B, dim)`, likewise."""
         first, second = self.left
         torch.mul(x.unsqueeze(1), self.signs, out=self.halves[0][column])
         F.elu_(self.inputs[column])
@@ -135,7 +285,7 @@ class BlockCache:
 
 
 class CoarserCache:
-    """A `Coarser`: every other row and position go down, and what comes back is kept for four positions."""
+    """A `Coarser`: every other row and position go down, and a result is kept for four positions."""
 
     def __init__(self, coarser: Coarser, width: int, labels: Tensor) -> None:
         weight = coarser.grow_left.conv.weight.detach()  # (inputs, outputs, 2, 2)
@@ -152,8 +302,8 @@ class CoarserCache:
         self.left = [[quarters[at // 2, :, row, at % 2] for at in range(width)] for row in (0, 1)]
 
     def start_row(self, above: Tensor, row: int) -> Tensor:
-        """The vertical map that comes back to this row, `(W, B, dim)`, and the one that goes down from it."""
-        self.shrink_above.turn().copy_(above)
+        """Send this row of the vertical map, `(W, B, dim)`, down, and return the row that comes back."""
+        self.shrink_above.next_row().copy_(above)
         if row % 2 == 0:
             self.shrink_left.start_row()
             found = self.stage.start_row(self.shrink_above.read(), row // 2).transpose(0, 1)[:, None]
@@ -161,7 +311,7 @@ class CoarserCache:
         return self.above[row % 2]
 
     def step(self, x: Tensor, row: int, column: int) -> Tensor:
-        """The horizontal map that comes back to this position, `(B, dim)`, and the one that goes down from it."""
+        """Send this position of the horizontal map, `(B, dim)`, down, and return what comes back to it."""
         self.shrink_left.map.cells[column].copy_(x)
         if row % 2 == 0 and column % 2 == 0:
             half = column // 2
@@ -171,14 +321,14 @@ class CoarserCache:
 
 
 class StageCache:
-    """A `Stage`, whose skips are what the blocks of the way down keep of their inputs."""
+    """A `Stage`, whose skips are the inputs that the blocks of the way down store."""
 
     def __init__(self, stage: Stage, width: int, labels: Tensor) -> None:
         self.down, self.up = ([BlockCache(block, width, labels) for block in way] for way in (stage.down, stage.up))
         self.coarser = CoarserCache(stage.coarser, width, labels) if stage.coarser else None
 
     def start_row(self, above: Tensor, row: int) -> Tensor:
-        """The vertical map's next row, `(W, B, dim)`."""
+        """Return the next row of the vertical map, `(W, B, dim)`."""
         for block in self.down:
             above = block.start_row(above)
         skips = [block.above[0].map.row for block in self.down]
@@ -190,7 +340,7 @@ class StageCache:
         return above
 
     def step(self, x: Tensor, row: int, column: int) -> Tensor:
-        """The horizontal map's next position, `(B, dim)`."""
+        """Return the next position of the horizontal map, `(B, dim)`."""
         for block in self.down:
             x = block.step(x, column)
         skips = [block.inputs[column] for block in self.down]
@@ -203,7 +353,7 @@ class StageCache:
 
 
 class Cache:
-    """What sampling remembers: the rows that each convolution looks at, and the weights laid out for one position."""
+    """The rows that each convolution looks at, and weights laid out for one position."""
 
     def __init__(self, model: PixelCNNPP, labels: Tensor) -> None:
         rows, over, left = len(labels), model.first_over.weight, model.first_left.weight
@@ -221,16 +371,17 @@ class Cache:
         self.head_bias, self.head = model.head.bias.detach(), pack(model.head.weight, rows)
 
     def start_row(self, row: int) -> None:
-        """Make the vertical stream's row, and what the horizontal one sees of the row above."""
+        """Compute the vertical stream's row, and the horizontal stream's sums from the row above."""
         patches = self.inputs.patches()
         above = torch.addmm(next(self.biases), patches, self.first_above).view_as(self.sums_over)
         last = patches[:, patches.shape[1] // 2 :]  # of the two rows
         torch.addmm(next(self.left_biases), last, self.first_over, out=self.sums_over.flatten(0, 1))
-        self.inputs.turn()
+        self.inputs.next_row()
         self.stage.start_row(above, row)
 
     def step(self, token: Tensor | None) -> Tensor:
-        """What is put out at the next position, `(B, size)`, given the last one's ids, `(B,)` or `(B, together)`."""
+        """Return the outputs at the next position, `(B, size)`, given the last one's ids, `(B,)` or
+        `(B, ids_per_position)`."""
         row, column = divmod(self.rank, self.width)
         if token is not None:
             self.inputs.cells[column - 1].copy_(self.model.embed(token.view(len(token), -1)).detach())

@@ -1,36 +1,32 @@
 """Causal convolutions with causal attention in every block, over a grid of ids in raster order.
 
-PixelSNAIL (Chen et al. 2018, arXiv 1712.09763, fig. 3): convolutions know the neighbourhood well but not far, attention
-reaches every earlier token but blurs them; a block has both. Gated residual convolutions make features of each
-position; keys and values are made of a token, its features and its coordinates, queries of features and coordinates;
-a gated 1x1 layer joins what was attended to with the features.
+PixelSNAIL (Chen et al. 2018, arXiv 1712.09763, fig. 3): convolutions resolve the neighbourhood but do not reach far,
+attention reaches every earlier token but blurs them; a block has both. Gated residual convolutions compute features of
+each position; keys and values are computed from a token, its features and its coordinates, queries from features and
+coordinates; a gated 1x1 layer joins the result of attention with the features.
 
-Features at a position may hold all tokens before it, as the first convolution (type A) leaves out its own. The key of a
-token is therefore one for later positions only: slot t of the keys holds token t - 1, and slot 0 a learned "nothing",
-so that causal attention (slots <= t) never lacks something to attend to.
+Features at a position depend on all tokens before it, as the first convolution (type A) leaves out its own. A token's
+key is therefore visible to later positions only: slot t of the keys holds token t - 1, and slot 0 a learned "nothing",
+so that causal attention (slots <= t) always has something to attend to.
 
-The idea is the paper's; the parts are plainer than those of its authors' code (github.com/neocxi/pixelsnail-public).
-There, keys, values and queries each come from a gated residual network of 1x1 convolutions; activations are concat_elu
-and layers have weight normalisation; shifted convolutions in two streams (the rows above; above and to the left) take
-the place of masks; the output is a mixture of discretised logistics. Here keys, values and queries are linear maps,
-activations are elu, nothing is normalised, one stream of masked k x k convolutions looks at both, and the output is a
-softmax over ids. Published figures are not this model's.
-"""
+The idea is the paper's; the parts are simpler than in its authors' code (github.com/neocxi/pixelsnail-public). There,
+keys, values and queries each come from a gated residual network of 1x1 convolutions; activations are concat_elu and
+layers have weight normalisation; shifted convolutions in two streams (the rows above; above and to the left) replace
+masks; the output is a mixture of discretised logistics. Here keys, values and queries are linear maps, activations are
+elu, nothing is normalised, one stream of masked k x k convolutions looks at both, and the output is a softmax over ids.
+Published figures do not apply to this model."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Annotated, Any
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
-from tokenizer.pretrained import Was
-
-from .base import Prior
-from .drawing import FEW_ROWS
+from .base import FEW_ROWS, Prior
 from .heads import IdEmbedding
 from .layers import ClosingLayers, MaskedConv, RasterConfig, RowCache, odd_kernels, pack
 from .orders import Partition
@@ -46,11 +42,11 @@ class PixelSNAILConfig(RasterConfig):
     heads: int = Field(1, ge=1, le=256, description="attention heads")
     key: int = Field(4, ge=1, le=8192, description="channels of a head's queries and keys")
     value: int = Field(32, ge=1, le=8192, description="channels of a head's values, no fewer than its keys have")
-    hidden: Annotated[int, Was("head", int)] = Field(64, ge=1, le=65536, description="channels before the last layer")
+    hidden: int = Field(64, ge=1, le=65536, description="channels before the last layer")
     dropout: float = Field(0.0, ge=0, lt=1, description="dropout inside each gated residual branch")
 
     def check(self) -> Iterator[str]:
-        """The kernel is odd, values are as wide as keys, the grid has two axes, the order is raster."""
+        """The kernel is odd, and values are at least as wide as keys."""
         yield from super().check()
         yield from odd_kernels(self, "kernel")
         if self.key > self.value:
@@ -58,7 +54,7 @@ class PixelSNAILConfig(RasterConfig):
 
 
 class Residual(nn.Module):
-    """Two causal convolutions and a gate that hears the class, on maps `(B, H, W, dim)`."""
+    """Two causal convolutions and a gate with a class bias, on maps `(B, H, W, dim)`."""
 
     def __init__(self, config: PixelSNAILConfig) -> None:
         super().__init__()
@@ -74,10 +70,10 @@ class Residual(nn.Module):
 
 
 class Attention(nn.Module):
-    """What each position finds among the earlier tokens, `(B, N, heads * value)`.
+    """Causal attention to the earlier tokens, `(B, N, heads * value)`.
 
-    The fused kernel wants keys as wide as values. A slot holds key and value side by side, and a query is zero beyond
-    its width, so whatever the slot's next channels are, they may pass for the rest of the key.
+    The fused kernel needs keys as wide as values. A slot holds key and value side by side, and a query is padded with
+    zeros, so the slot's next channels can stand in for the rest of the key.
     """
 
     def __init__(self, config: PixelSNAILConfig, embedded: int) -> None:
@@ -126,25 +122,24 @@ class PixelSNAIL(Prior, name="pixelsnail"):
     """Blocks of masked convolutions and attention, with row caches and a cache of keys and values for sampling."""
 
     Config = PixelSNAILConfig
-    stored_names = {"layers": "blocks"}
     background: Tensor
 
     def __init__(self, config: PixelSNAILConfig) -> None:
         super().__init__(config)
         vocab_size, (height, width) = config.grid.vocab_size, config.positions.shape
-        channels = min(config.dim, vocab_size)  # more than one per id cannot say more
-        self.embedding = IdEmbedding(config.grid, self.readout.together, channels)
+        channels = min(config.dim, vocab_size)  # more than one per id are redundant
+        self.embedding = IdEmbedding(config.grid, self.output_head.ids_per_position, channels)
         self.first = MaskedConv(channels, config.dim, config.kernel, sees_itself=False)
         self.layers: Any = nn.ModuleList(Block(config, channels) for _ in range(config.depth))
         self.hidden = nn.Linear(config.dim, config.hidden)
-        self.head = nn.Linear(config.hidden, self.readout.size)
+        self.head = nn.Linear(config.hidden, self.output_head.size)
         rows, columns = torch.arange(height) / height - 0.5, torch.arange(width) / width - 0.5
         self.register_buffer("background", torch.cartesian_prod(rows, columns), persistent=False)  # (N, 2)
 
     def outputs(self, tokens: Tensor, labels: Tensor | None = None) -> Tensor:
-        """As in `Prior`."""
-        labels = self.class_ids(labels, len(tokens))
-        embedded = self.embedding(self.map_of_ids(tokens))
+        """Return the outputs; see `Prior.outputs`."""
+        labels = self.labels_or_null(labels, len(tokens))
+        embedded = self.embedding(self.position_id_map(tokens))
         x = self.first(embedded)
         for block in self.layers:
             x = block(embedded, x, self.background, labels)
@@ -155,8 +150,8 @@ class PixelSNAIL(Prior, name="pixelsnail"):
         """The blocks: maps `(B, H, W, dim)`."""
         return list(self.layers)
 
-    def make_cache(self, labels: Tensor, walk: Partition | None) -> Cache:
-        """The last rows that each convolution looks at, and the slots of attention."""
+    def make_cache(self, labels: Tensor, partition: Partition | None) -> Cache:
+        """Make caches of the last rows that each convolution looks at, and of attention's slots."""
         return Cache(self, labels)
 
 
@@ -169,17 +164,17 @@ class ResidualCache:
         self.second = RowCache(residual.second, width, label)
 
     def step(self, x: Tensor, column: int, out: Tensor | None) -> Tensor:
-        """`(B, dim)` to `(B, dim)`, written to `out` if given."""
+        """Map `(B, dim)` to the same, written to `out` if given."""
         self.first.cells[column].copy_(F.elu(x))
         F.elu_(self.first.read(column, out=self.second.cells[column]))
         return torch.add(x, F.glu(self.second.read(column)), out=out)
 
 
 class BlockCache:
-    """A `Block` one position at a time, but for its slots; biases hold coordinates and labels."""
+    """A `Block` one position at a time, without its slots; biases include coordinates and labels."""
 
     def __init__(self, block: Block, model: PixelSNAIL, labels: Tensor, features: Tensor) -> None:
-        """features: `(B, dim)`, where the next position finds those of this one."""
+        """features: `(B, dim)`, where this position's features are written for the next one."""
         config, rows, attention = model.config, len(labels), block.attention
         width = model.config.positions.shape[1]
         self.residuals = [ResidualCache(residual, width, labels) for residual in block.residuals]
@@ -192,7 +187,7 @@ class BlockCache:
         self.gate = block.gate.bias + block.label(labels), pack(block.gate.weight, rows)
 
     def step(self, x: Tensor, rank: int, column: int, keys: Tensor, values: Tensor) -> Tensor:
-        """`(B, dim)` to `(B, dim)`; keys, values: `(B, heads, rank + 1, value)`."""
+        """Map `(B, dim)` to the same; keys, values: `(B, heads, rank + 1, value)`."""
         for residual, target in zip(self.residuals, self.targets, strict=True):
             x = residual.step(x, column, target)
         self.queries.copy_(torch.addmm(self.query_at[rank], x, self.query).view_as(self.queries))
@@ -204,10 +199,10 @@ class BlockCache:
 
 
 class Cache:
-    """What sampling remembers: the last rows that each convolution looks at, and the slots of each block's attention.
+    """The last rows that each convolution looks at, and the slots of each block's attention.
 
-    The slot of position t is made of the token and the features of position t - 1, which at step t are known in all
-    blocks: one product makes all slots. A step is bound by the number of operations, so products are written where
+    The slot of position t depends on the token and the features of position t - 1, which at step t are known in all
+    blocks: one product computes all slots. A step is bound by the number of operations, so products are written where
     they are read next.
     """
 
@@ -219,14 +214,14 @@ class Cache:
         embedded = self.embedding.embedding_dim
         self.sources = like.new_zeros(config.depth, rows, embedded + config.dim)
         self.tokens, features = self.sources.split([embedded, config.dim], 2)
-        self._slots(config, [block.attention for block in model.layers], model.background)
+        self._make_slots(config, [block.attention for block in model.layers], model.background)
         self.first = RowCache(model.first, self.width, torch.zeros_like(features[0]))
         self.layers = [BlockCache(block, model, labels, features[at]) for at, block in enumerate(model.layers)]
         residuals = [residual for block in self.layers for residual in block.residuals]
         self.row_caches = [self.first, *(cache for each in residuals for cache in (each.first, each.second))]
         self.head = ClosingLayers(model.hidden, model.head, rows, F.elu_)
 
-    def _slots(self, config: PixelSNAILConfig, attentions: list[Attention], background: Tensor) -> None:
+    def _make_slots(self, config: PixelSNAILConfig, attentions: list[Attention], background: Tensor) -> None:
         depth, rows = self.sources.shape[:2]
         self.slot_at = torch.stack([a.slot_at(background) for a in attentions], 1)[:, :, None]  # (N, depth, 1, slot)
         weights = torch.stack([a.slot.weight.detach() for a in attentions])
@@ -236,10 +231,11 @@ class Cache:
         self.keys, self.values = self.slots[..., : config.value], self.slots[..., config.key :]
 
     def step(self, token: Tensor | None) -> Tensor:
-        """What is put out at the next position, `(B, size)`, given the last one's ids, `(B,)` or `(B, together)`."""
+        """Return the outputs at the next position, `(B, size)`, given the last one's ids, `(B,)` or
+        `(B, ids_per_position)`."""
         rank, column = self.rank, self.rank % self.width
         if token is not None:
-            self.tokens.copy_(self.embedding.of_rows(token))
+            self.tokens.copy_(self.embedding.embed_rows(token))
             self.first.cells[column - 1].copy_(self.tokens[0])
             slot, made = self.slots.select(3, rank), torch.baddbmm(self.slot_at[rank - 1], self.sources, self.slot)
             slot.copy_(made.view_as(slot))

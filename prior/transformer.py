@@ -1,4 +1,4 @@
-"""The transformer that `gpt` and `masked` are made of: its sizes, its block, its positions.
+"""The transformer of `gpt`, `masked`, `blocks` and `next_scale`: its sizes, its block, its positions.
 
 As image priors have it (LlamaGen, Sun et al. 2024): RMSNorm, SwiGLU, no biases, rotary positions on grid coordinates,
 queries and keys normalised per head.
@@ -16,12 +16,12 @@ from torch import Tensor, nn
 
 from tokenizer.base import at_least_float32
 
-from .base import Prior, PriorConfig
+from .base import PriorConfig
 from .masks import Window, window_problem
 
-EPS = 1e-12  # only keeps zero from being divided by zero
+EPS = 1e-12  # against division of zero by zero
 Reach = Annotated[int, Field(le=1 << 20)]
-MAX_ROTATIONS = 1 << 24  # tokens times head width: the table of rotary positions is built before weights are read
+MAX_ROTATIONS = 1 << 24  # tokens times head width, the size of the table of rotations
 
 
 class TransformerConfig(PriorConfig):
@@ -42,7 +42,7 @@ class TransformerConfig(PriorConfig):
     )
 
     def check(self) -> Iterator[str]:
-        """Heads have to be of an even width, and the order has to exist."""
+        """Heads need an even width."""
         yield from super().check()
         if self.dim % (2 * self.heads):
             yield f"heads: dim must be a multiple of 2 * heads (got dim {self.dim}, heads {self.heads})"
@@ -74,40 +74,39 @@ class OrderedConfig(TransformerConfig):
     )
 
     def check(self) -> Iterator[str]:
-        """Annealing begins before it ends; a window has a size that goes with the grid, and one order to look back
-        along."""
+        """Annealing begins before it ends; a window fits the grid and needs one order."""
         yield from super().check()
         if len(self.anneal) != 2 or self.anneal[0] > self.anneal[1]:
             yield f"anneal: expected two ascending shares (got {list(self.anneal)})"
-        if self.any_order and self.head is not None and self.grid.together > 1:
-            yield f"any_order: does not go with head {self.head.kind!r} of several ids at a position"
+        if self.any_order and self.head is not None and self.grid.ids_per_position > 1:
+            yield f"any_order: cannot be combined with head {self.head.kind!r} of several ids at a position"
         if self.window is None:
             if self.dilation is not None:
-                yield f"dilation: only a window has one; set window, too (got {list(self.dilation)})"
+                yield f"dilation: needs a window (got {list(self.dilation)})"
             return
         if self.dilation is not None and len(self.dilation) != self.depth:
             yield f"dilation: expected one for each of the {self.depth} layers (got {list(self.dilation)})"
         if self.any_order:
-            yield "window: does not go with any_order, where what is near would have another past in each order"
+            yield "window: cannot be combined with any_order"
         if problem := window_problem(self.window, self.dilations, self.positions.shape):
             yield f"window: {problem}"
 
     @property
     def dilations(self) -> tuple[int, ...]:
-        """Of the window of each layer."""
+        """The dilation of each layer's window."""
         return self.dilation or (1,) * self.depth
 
     def random_share_at(self, progress: float) -> float:
-        """The share of images in random orders when that share of training is done (RAR, Yu et al. 2024, eq. 4)."""
+        """Return the share of images in random orders at `progress`, the share of training done (RAR, eq. 4)."""
         begin, end = self.anneal
         left = 1.0 if progress < begin else max(0.0, (end - progress) / max(end - begin, 1e-9))
         return self.random_share + (1 - self.random_share) * left
 
 
 class Block(nn.Module):
-    """Attention and SwiGLU, each normalised before and added to the residual stream `(B, N, dim)`.
+    """Pre-normalised attention and SwiGLU on a residual stream `(B, N, dim)`.
 
-    causal: whether a position attends to earlier ones and itself, or to all; window: to these of them alone.
+    causal: attend to earlier positions and oneself, else to all; window: only to those near.
     """
 
     def __init__(self, config: TransformerConfig, *, causal: bool, window: Window | None = None) -> None:
@@ -117,25 +116,25 @@ class Block(nn.Module):
         self.causal, self.heads, self.attention_dropout = causal, config.heads, config.attention_dropout
         self.attention_norm, self.mlp_norm = nn.RMSNorm(dim, eps=EPS), nn.RMSNorm(dim, eps=EPS)
         self.qkv = nn.Linear(dim, 3 * dim, bias=False)
-        self.gain = nn.Parameter(torch.full((config.heads, 1), 1.2))  # how sharp a head may attend
+        self.gain = nn.Parameter(torch.full((config.heads, 1), 1.2))  # scale of the normalised queries
         self.project = nn.Linear(dim, dim, bias=False)
         self.gate_up = nn.Linear(dim, 2 * hidden, bias=False)
         self.down = nn.Linear(hidden, dim, bias=False)
         self.dropout = nn.Dropout(config.dropout)
 
-    def forward(self, x: Tensor, turns: Tensor) -> Tensor:
-        """`(B, N, dim)` to the same; turns: of queries and keys, `([B,] N, 2, dim / heads / 2, 2)`."""
+    def forward(self, x: Tensor, rotations: Tensor) -> Tensor:
+        """Map `(B, N, dim)` to the same; rotations: of queries and keys, `([B,] N, 2, dim / heads / 2, 2)`."""
         q, k, v = (t.unflatten(-1, (self.heads, -1)) for t in self.qkv(self.attention_norm(x)).chunk(3, -1))
-        turns = turns.unsqueeze(-4)  # ([B,] N, 1, 2, width / 2, 2): alike for all heads, but for the gain
-        q = rotate(unit(q), turns[..., 0, :, :] * self.gain.unsqueeze(-1)).to(v.dtype)
-        k = rotate(unit(k), turns[..., 1, :, :]).to(v.dtype)
+        rotations = rotations.unsqueeze(-4)  # ([B,] N, 1, 2, width / 2, 2): the same for all heads
+        q = rotate(unit(q), rotations[..., 0, :, :] * self.gain.unsqueeze(-1)).to(v.dtype)
+        k = rotate(unit(k), rotations[..., 1, :, :]).to(v.dtype)
         dropout = self.attention_dropout if self.training else 0.0
         x = x + self.dropout(self.project(self.attend(q, k, v, dropout).flatten(2)))
         gate, up = self.gate_up(self.mlp_norm(x)).chunk(2, -1)
         return x + self.dropout(self.down(F.silu(gate) * up))
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, dropout: float) -> Tensor:
-        """Attention of `(B, N, heads, width)` each, to the same."""
+        """Attend; `(B, N, heads, width)` each, to the same."""
         if self.window is not None:
             return self.window.attend(q, k, v, dropout)
         q, k, v = (t.transpose(1, 2) for t in (q, k, v))
@@ -143,23 +142,23 @@ class Block(nn.Module):
 
 
 def unit(x: Tensor) -> Tensor:
-    """`x` scaled to a root mean square of 1 along its last axis, at least in float32."""
+    """Scale `x` to a root mean square of 1 along its last axis, at least in float32."""
     return F.rms_norm(at_least_float32(x), x.shape[-1:], eps=EPS)
 
 
-def rotate(x: Tensor, turns: Tensor) -> Tensor:
-    """Turn each pair of `x` (B, N, heads, width) by its angle, and scale it: `turns` ([B,] N, 1 or heads, width / 2, 2)
-    holds cos and sin times the scale."""
+def rotate(x: Tensor, rotations: Tensor) -> Tensor:
+    """Rotate and scale each pair of `x` (B, N, heads, width): `rotations` ([B,] N, 1 or heads, width / 2, 2) holds cos
+    and sin times the scale."""
     pairs = x.unflatten(-1, (-1, 2))
     if not torch.compiler.is_compiling():  # a complex product is a single pass over memory
-        return torch.view_as_real(torch.view_as_complex(pairs) * torch.view_as_complex(turns)).flatten(-2)
-    (a, b), (cos, sin) = pairs.unbind(-1), turns.unbind(-1)  # which the compiler cannot make of it, but of these
+        return torch.view_as_real(torch.view_as_complex(pairs) * torch.view_as_complex(rotations)).flatten(-2)
+    (a, b), (cos, sin) = pairs.unbind(-1), rotations.unbind(-1)  # the compiler has no complex numbers
     return torch.stack([a * cos - b * sin, a * sin + b * cos], -1).flatten(-2)
 
 
 class Rotations(nn.Module):
-    """cos and sin of each cell's angles, `(cells, width / 2, 2)`, the pairs of a head shared out among the axes (2-D
-    RoPE). Never below float32, whatever the weights are."""
+    """Rotary positions (2-D RoPE): cos and sin of each cell's angles, `(cells, width / 2, 2)`. The pairs of a head are
+    divided among the axes. Never below float32, whatever the weights are."""
 
     table: Tensor
 
@@ -179,20 +178,14 @@ class Rotations(nn.Module):
         return self
 
 
-def deep_rounding(depth: int) -> float:
-    """`Prior.rounding` of a transformer: each block adds to it, most of all by the sums over `dim` terms, one after
-    another, of a step on few rows."""
-    return max(Prior.rounding, 1.5e-6 * depth)
-
-
 def coordinates(shape: tuple[int, ...]) -> Tensor:
-    """The coordinates `(N, axes)` of a grid's cells, raster order."""
+    """Return the coordinates `(N, axes)` of a grid's cells, raster order."""
     return torch.cartesian_prod(*(torch.arange(size, device="cpu") for size in shape)).reshape(-1, len(shape))
 
 
 def reset(parameters: Iterable[nn.Parameter], blocks: Any) -> None:
-    """Normal weights of deviation 0.02. Branches start smaller, so that depth does not blow the residual stream up
-    (GPT-2)."""
+    """Draw normal weights of deviation 0.02, and smaller ones at the end of each branch, so that the residual stream
+    does not grow with depth (GPT-2)."""
     for parameter in parameters:
         if parameter.ndim == 2 and parameter.shape[1] > 1:
             nn.init.normal_(parameter, std=0.02)

@@ -12,7 +12,6 @@ from pydantic import Field, PlainSerializer, PlainValidator
 from torch import Tensor, nn
 
 from .files.errors import ConfigError, shown
-from .precision import Held as Held
 from .precision import at_least_float32 as at_least_float32
 from .precision import finest as finest
 from .precision import full_float32 as full_float32
@@ -56,18 +55,18 @@ class TokenGrid:
             raise ConfigError(problem)
 
     @property
-    def together(self) -> int:
+    def ids_per_position(self) -> int:
         """Number of ids of a position: levels, or channels of a pixel."""
         return max(self.levels, self.channels)
 
     @property
     def positions(self) -> TokenGrid:
         """The grid of positions, which has one id for each."""
-        return TokenGrid((self.shape[0] // self.together, *self.shape[1:]), self.vocab_size)
+        return TokenGrid((self.shape[0] // self.ids_per_position, *self.shape[1:]), self.vocab_size)
 
     @property
     def cells(self) -> Tensor:
-        """The raster indices of each position's ids, int64 `(P, together)`."""
+        """The raster indices of each position's ids, int64 `(P, ids_per_position)`."""
         every = torch.arange(len(self), device="cpu")
         if not self.channels:
             return every.view(self.levels, -1).t().contiguous()
@@ -98,8 +97,8 @@ def positions_problem(grid: TokenGrid) -> str | None:
             return f"{name}: expected a whole number (got {count!r})"
     if grid.levels > 1 and (grid.channels or grid.scales):
         return f"levels: ids of {grid.levels} levels are neither pixels nor maps of scales"
-    if grid.shape[0] % grid.together:
-        return f"a grid of {grid.shape[0]} rows has no {grid.together} ids for each position"
+    if grid.shape[0] % grid.ids_per_position:
+        return f"a grid of {grid.shape[0]} rows has no {grid.ids_per_position} ids for each position"
     return None
 
 

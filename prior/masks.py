@@ -1,9 +1,9 @@
-"""Attention to a window of the grid: a query sees the tokens near the cell that it predicts.
+"""Windows of attention: a query sees the tokens near the cell that it predicts.
 
 Image Transformer (Parmar et al. 2018, section 3.2.1): queries go in tiles of cells, and each tile looks at the keys
 that any of its queries sees, with a mask for the rest. Time and memory then grow with N times the window, not with N
-squared. Causality is that of the order. (NATTEN's, Hassani et al. 2023, is of each axis, which would hide the rows
-above to the right.)
+squared. Causality follows the order. (NATTEN's, Hassani et al. 2023, follows each axis, which would hide the rows above
+to the right.)
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
 TILE = (4, 16)
-"""Rows and columns of a tile of queries: of those tried on a CPU, best or near it at 28x28 and at 64x64 positions."""
+"""Rows and columns of a tile of queries: the best of those tried on a CPU at 28x28 and at 64x64 positions, or close."""
 MAX_MASKS = 1 << 27  # queries times keys of their tiles: the masks are built before weights are read
 FLEX_TYPES, MIN_FLEX_WIDTH = (torch.float32, torch.bfloat16, torch.float16), 16
 
@@ -28,7 +28,7 @@ Pair = tuple[int, int]
 
 
 def window_problem(window: Pair, dilations: Sequence[int], shape: tuple[int, ...]) -> str | None:
-    """What is wrong with a window of so many rows and columns on this grid, or None."""
+    """Return what is wrong with a window of these rows and columns on this grid, or None."""
     if len(shape) != 2:
         return f"needs a grid of two axes (got {shape})"
     if min(window) < 1:
@@ -41,23 +41,22 @@ def window_problem(window: Pair, dilations: Sequence[int], shape: tuple[int, ...
 
 
 def covers(window: Pair, dilation: int, shape: tuple[int, ...]) -> bool:
-    """Whether every cell is in every window."""
+    """Return whether every window holds every cell."""
     return dilation == 1 and all(reach >= size - 1 for reach, size in zip(window, shape, strict=True))
 
 
 def make_windows(
     targets: Tensor, sources: Tensor, window: Pair, dilations: Sequence[int], shape: tuple[int, ...]
 ) -> list[Window | None]:
-    """The window of each layer, given its dilation; layers of one dilation share it. None where it covers the grid.
-    Arguments: as of `Window`."""
+    """Make the window of each layer, given its dilation; layers of the same dilation share it. None where it covers the
+    grid. Arguments: see `Window`."""
     made = {d: None if covers(window, d, shape) else Window(targets, sources, window, d) for d in set(dilations)}
     return [made[dilation] for dilation in dilations]
 
 
 class Memory(NamedTuple):
-    """Where sampling keeps the keys of the tokens that later queries see: the key at rank r in `slots[r]`, one of
-    `size`, which a key that nobody sees any more has left. The query at rank r sees `counts[r]` slots, the next ones in
-    `seen`."""
+    """Slots for the keys that sampling still needs. The key at rank r is kept in slot `slots[r]` of `size`, which is
+    reused once no later query sees that key. The query at rank r sees `counts[r]` slots, the next ones in `seen`."""
 
     size: int
     slots: list[int]
@@ -66,7 +65,7 @@ class Memory(NamedTuple):
 
 
 class Window(nn.Module):
-    """Which keys the queries see: those that come before them, no more than so many rows and columns away.
+    """The keys that each query sees: those that come before it and are at most `window` rows and columns away.
 
     With a dilation d, offsets in rows and columns are multiples of d, up to d times as far. Keys that come before
     everything, such as a start token, are seen by all.
@@ -75,20 +74,20 @@ class Window(nn.Module):
     targets: Tensor
     sources: Tensor
     queries: Tensor
-    """int64 `(tiles, q)`: the queries of each tile, filled up with any."""
+    """int64 `(tiles, q)`: the queries of each tile, padded with arbitrary ones."""
     keys: Tensor
-    """int64 `(tiles, k)`: the keys that a tile looks at, filled up with any."""
+    """int64 `(tiles, k)`: the keys of each tile, padded with arbitrary ones."""
     mask: Tensor
-    """bool `(tiles, q, k)`: which of these a query sees."""
+    """bool `(tiles, q, k)`: whether a query sees a key."""
     at: Tensor
-    """int64 `(N,)`: where each query is among all tiles' queries."""
+    """int64 `(N,)`: the place of each query among the queries of all tiles."""
 
     def __init__(self, targets: Tensor, sources: Tensor, window: Pair, dilation: int = 1) -> None:
-        """targets: `(N, 3)` of the queries: when it comes, and the row and column of the cell that it predicts;
-        sources: `(M, 3)` of the keys: when its token comes, which is below 0 for none, and where that stands."""
+        """targets: `(N, 3)`, for each query its time and the row and column of the cell that it predicts; sources:
+        `(M, 3)`, for each key the time of its token (negative: before everything), its row and its column."""
         super().__init__()
         self.window, self.dilation = window, dilation
-        # What is made later, once for a device; named here, as a copy may be made meanwhile.
+        # Made when they are needed, once for each device.
         self.kept_memory: Memory | None = None
         self.slots_read: Sequence[Tensor] = ()
         self.block_mask: Any = None
@@ -96,12 +95,12 @@ class Window(nn.Module):
         self.blocks_on: torch.device | None = None
         self.register_buffer("targets", targets, persistent=False)
         self.register_buffer("sources", sources, persistent=False)
-        if targets.is_meta:  # an outline of a model, which has no order to cut up
+        if targets.is_meta:  # a model without data has no order to cut up
             return
         queries, keys, masks = (list(each) for each in zip(*self.tiles(), strict=True))
         most, many = max(map(len, queries)), max(map(len, keys))
         masks = [F.pad(mask, (0, many - mask.shape[1])) for mask in masks]
-        masks = [F.pad(mask, (0, 0, 0, most - len(mask)), value=True) for mask in masks]  # or a softmax has no key
+        masks = [F.pad(mask, (0, 0, 0, most - len(mask)), value=True) for mask in masks]  # a softmax needs some key
         numbers = [most * tile + torch.arange(len(each), device="cpu") for tile, each in enumerate(queries)]
         at = torch.empty(len(targets), dtype=torch.long, device="cpu").scatter_(
             0, torch.cat(queries), torch.cat(numbers)
@@ -112,7 +111,7 @@ class Window(nn.Module):
         self.register_buffer("at", at, persistent=False)
 
     def rule(self) -> Callable[[Any, Any], Tensor]:
-        """Whether a query sees a key, given indices of both that broadcast."""
+        """Return the function that says whether a query sees a key, given indices of both that broadcast."""
         (time, row, column), (since, from_row, from_column) = self.targets.unbind(1), self.sources.unbind(1)
         (rows, columns), d = self.window, self.dilation
 
@@ -126,8 +125,8 @@ class Window(nn.Module):
         return sees
 
     def tiles(self) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        """The queries of each tile, the keys that any of these sees, and whether each query sees each key. With a
-        dilation d, a tile has every d-th cell of every d-th row: their windows overlap."""
+        """Yield for each tile its queries, the keys that any of them sees, and which query sees which key. With a
+        dilation d, a tile has every d-th cell of every d-th row: the windows of these overlap."""
         d, sees, cells = self.dilation, self.rule(), self.targets[:, 1:]
         placed = (self.sources[:, 0] >= 0).nonzero()[:, 0]
         extent = torch.cat([cells, self.sources[placed, 1:]]).amax(0) + 1
@@ -149,10 +148,10 @@ class Window(nn.Module):
             yield queries, keys[mask.any(0)], mask[:, mask.any(0)]
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, dropout: float = 0.0) -> Tensor:
-        """Attention of queries `(B, N, heads, width)`, as they are, to keys and values `(B, M, heads, width)`.
+        """Attend from queries `(B, N, heads, width)` to keys and values `(B, M, heads, width)`.
 
-        On CUDA, training is FlexAttention's where that can do it. All else, and so all that is scored or sampled, goes
-        through the tiles: what is drawn does not depend on a compiler.
+        Training on CUDA uses FlexAttention where it can. Everything else, hence all scores and samples, goes through
+        the tiles, so that results do not depend on a compiler.
         """
         if self.training and not dropout and can_flex(q):
             return self.flex(q, k, v, compiled_flex())
@@ -162,7 +161,7 @@ class Window(nn.Module):
         return untiled.unflatten(1, (len(q), q.shape[2])).transpose(0, 1)
 
     def flex(self, q: Tensor, k: Tensor, v: Tensor, attention: Callable[..., Any]) -> Tensor:
-        """`attend` by `flex_attention`, or that compiled."""
+        """Do what `attend` does by `attention`, which is `flex_attention` or its compiled form."""
         if self.blocks_on != q.device:
             from torch.nn.attention.flex_attention import create_block_mask
 
@@ -173,17 +172,18 @@ class Window(nn.Module):
         return attention(*(x.transpose(1, 2) for x in (q, k, v)), block_mask=self.block_mask).transpose(1, 2)
 
     def seen(self, field: Tensor) -> Tensor:
-        """What reaches each query from its keys: bool `(N, tokens)`, given what has reached these, `(M, tokens)`."""
+        """Return which tokens reach each query, bool `(N, tokens)`, given which tokens reach each key, `(M,
+        tokens)`."""
         seen = [mask.float() @ field[keys].float() > 0 for mask, keys in zip(self.mask, self.keys, strict=True)]
         return torch.cat(seen)[self.at]
 
     def spread(self, field: Tensor) -> Tensor:
-        """What is in a stream once each rank has seen its keys, which are those of the stream: bool `(N, tokens)`."""
+        """Return which tokens reach each rank of a stream that attends to itself once: bool `(N, tokens)`."""
         return field | self.seen(field)
 
     @property
     def reads(self) -> Sequence[Tensor]:
-        """The slots of `memory` that the query at each rank sees; made once for a device."""
+        """The slots of `memory` that the query at each rank sees, made once for each device."""
         if self.reads_on != self.at.device:
             memory = self.memory
             with torch.inference_mode(False):
@@ -193,15 +193,14 @@ class Window(nn.Module):
 
     @property
     def memory(self) -> Memory:
-        """For queries and keys of the same ranks, taken one by one: a key's slot is free after its last query; made
-        once."""
+        """The slots for decoding, where queries and keys have the same ranks; made once."""
         if self.kept_memory is None:
             self.kept_memory = self.make_memory()
         return self.kept_memory
 
     @torch.inference_mode(False)
     def make_memory(self) -> Memory:
-        """`memory`."""
+        """Assign a slot to each key; it is free again after the last query that sees the key."""
         at, mask = self.at.cpu(), self.mask.flatten(0, 1).cpu()[self.at.cpu()]
         rank, column = mask.nonzero(as_tuple=True)
         keys = self.keys.cpu()[at[rank] // self.queries.shape[1], column]
@@ -218,21 +217,21 @@ class Window(nn.Module):
 
 
 def take(x: Tensor, index: Tensor) -> Tensor:
-    """The rows `index` (tiles, n) of `x` (B, N, heads, width), as `(tiles, B * heads, n, width)`: tiles are a batch, so
-    that all images share their masks."""
+    """Gather the rows `index` (tiles, n) of `x` (B, N, heads, width) as `(tiles, B * heads, n, width)`: tiles are the
+    batch, so that all images share the masks."""
     rows = x.transpose(0, 1).index_select(0, index.flatten())
     return rows.flatten(1, 2).unflatten(0, index.shape).transpose(1, 2)
 
 
 def can_flex(q: Tensor) -> bool:
-    """Whether FlexAttention has a kernel for these queries, and may compile it."""
+    """Return whether FlexAttention has a kernel for these queries and may compile it."""
     fits = q.is_cuda and q.dtype in FLEX_TYPES and q.shape[-1] >= MIN_FLEX_WIDTH
     return fits and not torch.compiler.is_compiling() and find_spec("triton") is not None
 
 
 @cache
 def compiled_flex() -> Callable[..., Any]:
-    """`flex_attention`, which is fast only when it is compiled."""
+    """Return the compiled `flex_attention`, which is slow otherwise."""
     from torch.nn.attention.flex_attention import flex_attention
 
     return torch.compile(flex_attention)

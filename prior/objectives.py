@@ -1,0 +1,172 @@
+"""Objectives: modules that turn a batch into a loss, for any prior."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+LARGE = 1 << 25
+"""From this number of logits on, `SomeAtATime` avoids copies of them."""
+AT_ONCE = 1 << 24
+"""About how many logits `SomeAtATime` holds in float32."""
+
+
+class Likelihood(nn.Module):
+    """A prior and its own loss in one call, for DDP and autocast to wrap: accelerate casts what a module returns to
+    float32, and logits are the largest tensor of a step. It is `Prior.loss` without checks, which wait for a GPU."""
+
+    def __init__(self, prior: Any) -> None:
+        super().__init__()
+        self.prior = prior
+
+    def forward(self, tokens: Tensor, labels: Tensor, inputs: dict[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
+        """Return the loss of `tokens` `(B, *grid.shape)`, a scalar in nats per token, and scalars to log. inputs:
+        `Prior.training_inputs`."""
+        loss = self.prior.loss_from_outputs(self.prior.forward_outputs(tokens, labels, **inputs), tokens, **inputs)
+        return loss, {"bits_per_token": loss.detach() / math.log(2)}
+
+
+def mean_nats(logits: Tensor, tokens: Tensor) -> Tensor:
+    """Return the mean of `token_nats`, a scalar; `tokens` are `(B, ...)`."""
+    if logits.numel() < LARGE:
+        return F.cross_entropy(logits.float().flatten(0, 1), tokens.flatten())
+    return token_nats(logits, tokens).mean()
+
+
+def token_nats(logits: Tensor, tokens: Tensor, label_smoothing: float = 0.0) -> Tensor:
+    """Return -log p of each token, float32 `(B, N)`, for logits `(B, N, V)` of any type. label_smoothing: the share of
+    the target that is spread over all ids."""
+    ids = tokens.flatten(1)
+    if logits.numel() < LARGE:
+        by_id = logits.float().transpose(1, 2)
+        return F.cross_entropy(by_id, ids, reduction="none", label_smoothing=label_smoothing)
+    return SomeAtATime.apply(logits.flatten(0, 1), ids.flatten(), label_smoothing).view_as(ids)
+
+
+class SomeAtATime(torch.autograd.Function):
+    """Cross-entropy of logits `(rows, V)` and ids `(rows,)`, float32 `(rows,)`, without copies of all logits.
+
+    The plain way keeps a float32 copy of the logits and their log-softmax for the backward pass, and makes gradients of
+    the same size: 537 MB each for 32 images of 256 ids below 16,384. Here the logits are kept as the model made them;
+    some rows at a time are cast and normalised, and again in the backward pass, whose gradient has their own type. (Hsu
+    et al. 2024, "Liger Kernel", do so in one kernel.)
+    """
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, ids: Tensor, smoothing: float) -> Tensor:
+        ctx.save_for_backward(logits, ids)
+        ctx.smoothing = smoothing
+        parts = zip(logits.split(rows_at_once(logits)), ids.split(rows_at_once(logits)), strict=True)
+        nats = [F.cross_entropy(part.float(), at, reduction="none", label_smoothing=smoothing) for part, at in parts]
+        return torch.cat(nats)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        """Return the gradient of the logits, in their type: softmax minus target."""
+        logits, ids = ctx.saved_tensors
+        found, smoothing = torch.empty_like(logits), ctx.smoothing
+        every = [tensor.split(rows_at_once(logits)) for tensor in (logits, ids[:, None], grad[:, None], found)]
+        for part, at, by, place in zip(*every, strict=True):
+            shares = part.softmax(-1, dtype=torch.float32)
+            if smoothing:
+                shares.sub_(smoothing / logits.shape[1])
+            shares.scatter_(1, at, shares.gather(1, at) - (1 - smoothing))
+            place.copy_(shares.mul_(by))
+        return found, None, None
+
+
+def rows_at_once(logits: Tensor) -> int:
+    """Return how many rows to cast to float32 at a time."""
+    return max(1, AT_ONCE // logits.shape[1])
+
+
+class Alignment(nn.Module):
+    """Condition Contrastive Alignment (CCA, Chen et al. 2024, arXiv:2410.09347): guidance trained into a prior.
+
+    Fine-tuning makes an image likelier under its own label c than under a wrong one c', both compared with a frozen
+    copy of the prior:
+
+        -log sigma(beta log p(x | c) / p_ref(x | c)) - lambda log sigma(-beta log p(x | c') / p_ref(x | c'))
+
+    Its optimum is p_ref(x | c) (p(x | c) / q(x | c))^(1 / beta) / lambda^(1 / beta), where q(x | c) are the images that
+    have c as a wrong label. In the paper wrong labels are drawn from all classes, q is p(x), and the optimum is what
+    guidance of scale 1 + 1 / beta aims at, in the full model and not token by token. Here a wrong label is never the
+    image's own, so q is p(x | not c) for classes of equal size: nearly the same for many classes, stronger for few.
+    Images without their label take part in the first term alone. Neither prior uses dropout: the change of an image's
+    likelihood would be dropout noise for the most part.
+
+    The frozen `reference` is no part of the module: it is not trained, averaged, saved or sent between processes, and
+    stays in eval mode. beta: as above; negatives: lambda.
+    """
+
+    def __init__(self, prior: Any, reference: Any, beta: float, negatives: float) -> None:
+        super().__init__()
+        self.prior, self.beta, self.negatives = without_dropout(prior), beta, negatives
+        self.frozen = (reference.eval().requires_grad_(False),)  # a tuple hides it from torch
+
+    def forward(
+        self, tokens: Tensor, labels: Tensor, others: Tensor, inputs: dict[str, Any]
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Return the loss of `tokens` `(B, *grid.shape)`, a scalar, and scalars to log.
+
+        labels: `(B,)`, the null class where dropped; others: `(B,)`, a label that each image does not have. inputs:
+        `Prior.training_inputs`, the same for the prior and its reference. Logged: `cca`, the loss of the paper;
+        `margin`, by how many nats more the own label has gained than the other; `above`, the share of images where it
+        has; `bits_per_token`. `margin` and `above` are means over images with their label, the others over all.
+        """
+        labelled = (labels != self.prior.num_classes).float()
+        nats = image_nats(self.prior, tokens, labels, inputs)
+        own = self.reference_nats(tokens, labels, inputs) - nats
+        other = self.reference_nats(tokens, others, inputs) - image_nats(self.prior, tokens, others, inputs)
+        loss = alignment_loss(own, other, labelled, self.beta, self.negatives)
+        with torch.no_grad():
+            count, gap = labelled.sum().clamp(min=1), own - other
+            terms = {
+                "cca": loss.detach(),
+                "margin": (gap * labelled).sum() / count,
+                "above": ((gap > 0) * labelled).sum() / count,
+                "bits_per_token": nats.mean() / (len(self.prior.grid) * math.log(2)),
+            }
+        return loss / max(self.negatives, 1.0), terms  # so that a large lambda is no large learning rate
+
+    @torch.no_grad()
+    def reference_nats(self, tokens: Tensor, labels: Tensor, inputs: dict[str, Any]) -> Tensor:
+        """Return `image_nats` of the frozen prior."""
+        return image_nats(self.frozen[0], tokens, labels, inputs)
+
+
+def without_dropout(prior: Any) -> Any:
+    """Switch off dropout in `prior`, for good, and return it."""
+    for module in prior.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        if hasattr(module, "attention_dropout"):
+            module.attention_dropout = 0.0
+    return prior
+
+
+def image_nats(prior: Any, tokens: Tensor, labels: Tensor, inputs: dict[str, Any]) -> Tensor:
+    """Return -log p(tokens | labels) of an exact prior, float32 `(B,)`, in the orders that `inputs` hold."""
+    outputs = prior.forward_outputs(tokens, labels, **inputs)
+    return prior.output_head.nats(outputs, prior.position_ids(tokens)).flatten(1).sum(1)
+
+
+def alignment_loss(own: Tensor, other: Tensor, labelled: Tensor, beta: float, negatives: float) -> Tensor:
+    """Return the mean of the paper's loss (eq. 12) over images. own, other: log p / p_ref under the own label and under
+    the other, `(B,)` nats; labelled: 0 for images without their label, which have no negative, else 1."""
+    wrong = negatives * labelled * F.logsigmoid(-beta * other)
+    return -(F.logsigmoid(beta * own) + wrong).mean()
+
+
+def alignment_problem(prior: Any) -> str | None:
+    """Return why this prior cannot be aligned, or None: its log p has to be exact, in one pass, and have labels."""
+    if not prior.exact or prior.likelihood_passes > 1:
+        passes = f"in {prior.likelihood_passes} passes" if prior.exact else "as an estimate of a bound"
+        return f"needs a prior whose log p is exact in one pass, and {prior.name!r} has it {passes}"
+    return None if prior.num_classes > 1 else f"needs labels of two classes or more (got {prior.num_classes})"

@@ -1,0 +1,630 @@
+"""Sampling: settings, noise, and the loop that draws one block of tokens after another.
+
+A token is argmax(logits / temperature + Gumbel noise) (Gumbel 1954), a function of its logits and of noise that belongs
+to its image: the noise of (key, use, rank, id) is a hash of these numbers, so it is the same on every device, in any
+batch and for any part of an image. Different ways of computing the same logits therefore draw the same tokens, unless
+two ids are so close that rounding decides."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
+from functools import cached_property
+from itertools import accumulate
+from operator import index
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from tokenizer.base import TokenGrid, at_least_float32, finest, in_finest
+
+from .orders import Partition, as_tensor, blocks_after_known, known_first, select_order
+
+if TYPE_CHECKING:
+    from .base import Prior
+
+T = TypeVar("T")
+S = TypeVar("S", bound="SamplingOptions")
+
+Order = Tensor | str | Partition | None
+"""A name; `(N,)` or `(B, N)` raster indices, cut into the model's own blocks; an order with its blocks; None is the
+model's own."""
+
+# Noise
+
+TOKENS, ORDERS, CONFIDENCE, MASKS = range(4)
+"""What noise is used for: each use of an image's key has noise of its own."""
+GOLDEN, MIX_1, MIX_2 = -0x61C8864680B583EB, -0x40A7B892E31B1A47, -0x6B2FB644ECCEEE15  # splitmix64, as signed numbers
+USE = 0x5851F42D4C957F2D
+NUMBERS_AT_ONCE = 1 << 20
+
+Generators = torch.Generator | Sequence[torch.Generator] | None
+
+
+def draw_keys(generator: Generators, num_images: int) -> Tensor:
+    """Draw the key of each image, int64 `(num_images,)` on the CPU: from its own generator, or from a single one (None:
+    torch's global one) in turn. Generators advance, so a second call gives other images. Raises `ValueError` unless a
+    list has one for each image, `TypeError` for anything that is no generator."""
+    each = list(generator) if isinstance(generator, Sequence) else [generator] * num_images
+    if others := [type(one).__name__ for one in each if not (one is None or isinstance(one, torch.Generator))]:
+        raise TypeError(f"generator should be a torch.Generator, or a list of them (got {others[0]})")
+    if len(each) != num_images:
+        raise ValueError(f"got {len(each)} generators for {num_images} images; give one, or one per image")
+    keys = [
+        torch.randint((1 << 63) - 1, (), generator=one, device="cpu" if one is None else one.device).cpu()
+        for one in each
+    ]
+    return torch.stack(keys)
+
+
+def hash_counters(keys: Tensor, use: int, first: int, count: int) -> Tensor:
+    """Hash (key, use, first), ..., (key, use, first + count - 1) to int64 `(B, count)`: the numbers of a splitmix64
+    generator (Steele et al. 2014) seeded by key and use, each computed by itself."""
+    counters = torch.arange(first + 1, first + count + 1, device=keys.device).mul_(GOLDEN)
+    return _mix(_mix(keys + (use + 1) * USE)[:, None] + counters)
+
+
+def _mix(x: Tensor) -> Tensor:
+    """Scramble int64 numbers in place. (torch shifts with the sign, which the masks take away.)"""
+    x ^= (x >> 30) & ((1 << 34) - 1)
+    x *= MIX_1
+    x ^= (x >> 27) & ((1 << 37) - 1)
+    x *= MIX_2
+    x ^= (x >> 31) & ((1 << 33) - 1)
+    return x
+
+
+def uniform_noise(keys: Tensor, use: int, first: int, count: int) -> Tensor:
+    """Return uniform variates in (0, 1), float64 `(B, count)`; on the CPU where the device of `keys` has no float64."""
+    if finest(keys.device) != torch.float64:
+        keys = keys.cpu()
+    bits = (hash_counters(keys, use, first, count) >> 12) & ((1 << 52) - 1)
+    return bits.double().add_(0.5).mul_(2.0**-52)
+
+
+def gumbel_noise(keys: Tensor, use: int, first: int, count: int) -> Tensor:
+    """Return Gumbel variates, float32 `(B, count)`, on the device of `keys`."""
+    noise = uniform_noise(keys, use, first, count).log_().neg_().log_().neg_()
+    return noise.float().to(keys.device)
+
+
+def draw_numbers(keys: Tensor, use: int, count: int) -> Tensor:
+    """Draw a number from 0 to `count` - 1 for each image, all equally likely: int64 `(B,)`."""
+    drawn = (uniform_noise(keys, use, 0, 1)[:, 0] * count).long().clamp(max=count - 1)
+    return drawn.to(keys.device)
+
+
+class TokenNoise:
+    """The Gumbel noise of a batch's tokens by rank, computed many ranks at a time."""
+
+    def __init__(self, keys: Tensor, num_tokens: int, vocab_size: int) -> None:
+        self.keys, self.num_tokens, self.vocab_size = keys, num_tokens, vocab_size
+        self.at_once = max(1, NUMBERS_AT_ONCE // (max(1, len(keys)) * vocab_size))
+        self.begin = self.end = 0
+        self.noise = torch.empty(0)
+
+    def of_ranks(self, begin: int, end: int) -> Tensor:
+        """Return noise `(B, end - begin, V)` of the ranks from `begin` to `end` - 1."""
+        if begin < self.begin or end > self.end:
+            self.begin, self.end = begin, max(end, min(begin + self.at_once, self.num_tokens))
+            count = (self.end - begin) * self.vocab_size
+            noise = gumbel_noise(self.keys, TOKENS, begin * self.vocab_size, count)
+            self.noise = noise.view(len(self.keys), -1, self.vocab_size)
+        return self.noise[:, begin - self.begin : end - self.begin]
+
+
+# Settings
+
+GREEDY = 1e-6
+"""A temperature below this takes the likeliest id: noise would be lost in the rounding of logits / temperature."""
+GUIDANCE = ("guidance_scale", "guidance_end", "guidance_power")
+"""The settings of guidance: one that is given, and those after it, are one choice."""
+
+
+@dataclass(frozen=True)
+class SamplingOptions:
+    """Settings of sampling, and how they choose a token.
+
+    `temperature` 0 (or below `GREEDY`) takes the likeliest id, the first of equal ones; `top_k` keeps the k likeliest;
+    `top_p` keeps the likeliest until their mass reaches p (Holtzman et al. 2019); `guidance_scale` s gives uncond + s
+    (cond - uncond) (Ho & Salimans 2022).
+
+    With `guidance_end` the scale goes from `guidance_scale` to that value along the order: (1 - w) scale + w end, where
+    w = t, or (1 - cos(pi t^power)) / 2 with a `guidance_power` (power-cosine: MDT, Gao et al. 2023; RAR, Yu et al.
+    2024, arXiv:2411.00776). t is the number of tokens decided before the token's block, known ones included, as a share
+    of those decided before the last block: 0 at the first block, 1 at the last.
+
+    A prior with more settings declares a subclass as its `Sampling`. Raises `ValueError` out of range.
+    """
+
+    temperature: float = 1.0
+    top_k: int | None = None
+    top_p: float | None = None
+    guidance_scale: float = 1.0
+    guidance_end: float | None = None
+    guidance_power: float | None = None
+
+    def __post_init__(self) -> None:
+        for name, value in vars(self).items():
+            object.__setattr__(self, name, value.item() if getattr(value, "ndim", None) == 0 else value)
+        if not (is_number(self.temperature) and 0 <= self.temperature < float("inf")):
+            raise ValueError(f"temperature must be a finite number >= 0 (got {self.temperature})")
+        if self.top_k is not None and (type(self.top_k) is not int or self.top_k < 1):
+            raise ValueError(f"top_k must be a whole number >= 1, or None for all (got {self.top_k})")
+        if self.top_p is not None and not (is_number(self.top_p) and 0 < self.top_p <= 1):
+            raise ValueError(f"top_p must be in (0, 1], or None for all (got {self.top_p})")
+        if not (is_number(self.guidance_scale) and 0 <= self.guidance_scale < float("inf")):
+            raise ValueError(f"guidance_scale must be a finite number >= 0 (got {self.guidance_scale})")
+        end, power = self.guidance_end, self.guidance_power
+        if end is not None and not (is_number(end) and 0 <= end < float("inf")):
+            raise ValueError(f"guidance_end must be a finite number >= 0, or None (got {end})")
+        if power is not None and not (is_number(power) and 0 < power < float("inf")):
+            raise ValueError(f"guidance_power must be a finite number > 0, or None (got {power})")
+        if self.guidance_power is not None and self.guidance_end is None:
+            raise ValueError("guidance_power needs guidance_end, the scale to go to")
+
+    @classmethod
+    def names(cls) -> list[str]:
+        """Return the names of the settings."""
+        return [field.name for field in fields(cls)]
+
+    def check(self, grid: TokenGrid) -> None:
+        """Raise `ValueError` for a setting that does not fit the grid."""
+
+    def check_guidance(self, labelled: bool) -> None:
+        """Raise `ValueError` for guidance without labels."""
+        if self.guides and not labelled:
+            name = "guidance_scale" if self.guidance_scale != 1 else "guidance_end"
+            raise ValueError(f"{name} other than 1 needs labels to guide towards")
+
+    def for_given_order(self: S) -> S:
+        """Return these settings for a caller who chooses the order: without those that choose one themselves."""
+        return self
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the settings as a pipeline's index holds them: without those of None."""
+        return {name: value for name, value in vars(self).items() if value is not None}
+
+    # Guidance
+
+    @property
+    def has_constant_scale(self) -> bool:
+        """Whether all tokens have the same guidance scale."""
+        return self.guidance_end is None or self.guidance_end == self.guidance_scale
+
+    @property
+    def guides(self) -> bool:
+        """Whether some token is guided."""
+        return self.guidance_scale != 1 or not self.has_constant_scale
+
+    def unguided(self: S) -> S:
+        """Return these settings without guidance."""
+        return replace(self, guidance_scale=1.0, guidance_end=None, guidance_power=None)
+
+    def scale_at(self, t: Any) -> Any:
+        """Return the guidance scale at t in [0, 1], a number or a float tensor `(...)`."""
+        if self.guidance_end is None or self.has_constant_scale:
+            return self.guidance_scale
+        power, cosine = self.guidance_power, torch.cos if isinstance(t, Tensor) else math.cos
+        weight = t if power is None else (1 - cosine(math.pi * t**power)) / 2
+        return (1 - weight) * self.guidance_scale + weight * self.guidance_end
+
+    def scale_by_block(self, blocks: Sequence[int]) -> list[float]:
+        """Return the guidance scale of each block."""
+        before = [0, *accumulate(blocks[:-1])]
+        return [self.scale_at(count / max(1, before[-1])) for count in before]
+
+    def scale_by_rank(self, blocks: Sequence[int], device: torch.device) -> float | Tensor:
+        """Return the guidance scale of each rank, `(N,)`; a number where it is the same for all."""
+        if self.has_constant_scale:
+            return self.guidance_scale
+        ranks = [scale for scale, size in zip(self.scale_by_block(blocks), blocks, strict=True) for _ in range(size)]
+        return torch.tensor(ranks, dtype=torch.float32, device=device)
+
+    @property
+    def rows_per_image(self) -> int:
+        """How many rows an image takes: guidance needs a second one, without the label."""
+        return 2 if self.guides else 1
+
+    def with_unconditional(self, rows: Tensor, null: int | None = None) -> Tensor:
+        """Append the unconditional rows to `rows` (B, ...), if guidance needs them: copies, or filled with `null`."""
+        if not self.guides:
+            return rows
+        return torch.cat([rows, rows if null is None else torch.full_like(rows, null)])
+
+    def guide(self, logits: Tensor, scale: float | Tensor) -> Tensor:
+        """Return guided logits `(B, n, V)` from those of B conditional rows and then B unconditional ones.
+
+        scale: of guidance, a number, or `(n,)` or `(B, 1)`. An id that either row rules out by a logit of -inf stays
+        ruled out at any scale.
+        """
+        if not self.guides:
+            return logits
+        conditional, unconditional = logits.chunk(2)
+        by = scale[..., None] if isinstance(scale, Tensor) else scale
+        guided = unconditional + by * (conditional - unconditional)
+        ruled_out = (conditional == -torch.inf) | (unconditional == -torch.inf)
+        return guided.masked_fill(ruled_out, -torch.inf)  # -inf - -inf is NaN, which argmax takes for the highest
+
+    # Choosing
+
+    def choose(self, logits: Tensor, noise: Tensor) -> Tensor:
+        """Return the tokens `(...)` for guided logits and Gumbel noise, both `(..., V)`."""
+        if self.temperature < GREEDY:
+            return logits.argmax(-1)
+        tempered = logits if self.temperature == 1 else logits / self.temperature
+        scores = tempered + noise
+        if self.top_k is not None and self.top_k < logits.shape[-1]:
+            lowest = tempered.topk(self.top_k).values[..., -1:]
+            scores = scores.masked_fill(tempered < lowest, -torch.inf)
+            tempered = tempered.masked_fill(tempered < lowest, -torch.inf)
+        if self.top_p is not None and self.top_p < 1:
+            scores = scores.masked_fill(~likeliest(tempered, self.top_p), -torch.inf)
+        return scores.argmax(-1)
+
+
+def likeliest(logits: Tensor, mass: float) -> Tensor:
+    """Return which ids are the likeliest until their probabilities reach `mass`, bool `(..., V)`; of equal ones the
+    first. An id is kept where the probabilities before it sum to less: 0.5, 0.3, 0.2 keep two ids for 0.7."""
+    ordered, ids = in_finest(logits).sort(dim=-1, descending=True, stable=True)
+    probabilities = ordered.softmax(-1)
+    before = (probabilities.cumsum(-1) - probabilities).masked_fill(ordered == -torch.inf, torch.inf)
+    return torch.zeros_like(logits, dtype=torch.bool).scatter(-1, ids, before < mass)
+
+
+def is_number(value: Any) -> bool:
+    """Return whether `value` is an int or a float, and no bool."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def whole_number(name: str, value: Any) -> int:
+    """Return `value`, of the argument `name`, as an int. Raises `ValueError` for anything that is no whole number."""
+    try:
+        found = None if isinstance(value, bool) else index(value)
+    except TypeError:
+        found = None
+    if found is None:
+        raise ValueError(f"{name} must be a whole number (got {value!r})")
+    return found
+
+
+def check_count(count: Any, name: str = "num_images") -> int:
+    """Return `count`, the argument `name`, as an int. Raises `ValueError` unless it is a whole number, at least 1."""
+    found = whole_number(name, count)
+    if found < 1:
+        raise ValueError(f"{name} must be at least 1 (got {found})")
+    return found
+
+
+@dataclass(frozen=True)
+class DecodingOptions:
+    """How tokens are decoded: in an `order`, or each image in one of `num_orders`; step by step, with or without a
+    `cache`; or in `parallel` passes over the whole grid. See `Prior.sample`."""
+
+    order: Order = None
+    num_orders: int = 1
+    cache: bool = True
+    parallel: bool = False
+
+    @classmethod
+    def names(cls) -> list[str]:
+        """Return the names of the options."""
+        return [field.name for field in fields(cls)]
+
+    @property
+    def is_default(self) -> bool:
+        """Whether the caller chose nothing."""
+        return self.order is None and self.num_orders == 1 and self.cache and not self.parallel
+
+    def select(self, rows: slice | Sequence[int], count: int) -> DecodingOptions:
+        """Return the options of the images `rows` out of `count`. Raises `ValueError` as `select_order` does."""
+        return replace(self, order=select_order(self.order, rows, count))
+
+    def check(self) -> None:
+        """Raise `ValueError` for options that exclude each other."""
+        if self.parallel and not self.cache:
+            raise ValueError("cache=False does not go with parallel=True: whole passes have no cache")
+
+
+# A batch
+
+
+@dataclass
+class SampleBatch:
+    """Images to draw, a row each: labels `(B,)`, noise keys `(B,)`, and tokens to keep where bool `known`, both
+    `(B, N)` in the sequence of `order`, `(N,)` or `(B, N)`, which `blocks` cut. rows: which of the request's images
+    they are; own_order: whether order and blocks are the model's."""
+
+    labels: Tensor
+    keys: Tensor
+    tokens: Tensor
+    known: Tensor
+    order: Tensor
+    blocks: tuple[int, ...]
+    rows: Tensor
+    own_order: bool = True
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, at: slice | Tensor) -> SampleBatch:
+        return replace(
+            self,
+            labels=self.labels[at],
+            keys=self.keys[at],
+            tokens=self.tokens[at],
+            known=self.known[at],
+            order=self.order if self.order.ndim == 1 else self.order[at],
+            rows=self.rows[at],
+        )
+
+    def in_order(self, partition: Partition | None, prior: Prior) -> SampleBatch:
+        """Arrange a batch in raster order in the order and blocks of `partition`; None: in the model's own."""
+        order, blocks = (prior.order, prior.blocks) if partition is None else partition
+        wide = order.expand(self.tokens.shape)
+        tokens, known = self.tokens.gather(1, wide), self.known.gather(1, wide)
+        own = partition is None
+        return replace(self, tokens=tokens, known=known, order=order, blocks=blocks, own_order=own)
+
+    def to_raster(self, values: Tensor) -> Tensor:
+        """Return `values` `(B, N)`, which are in the sequence of `order`, in raster order."""
+        return torch.empty_like(values).scatter_(1, self.order.expand(values.shape), values)
+
+    def partition(self) -> Partition | None:
+        """Return order and blocks; None for the model's own."""
+        return None if self.own_order else Partition(self.order, self.blocks)
+
+    def group_by_blocks(self) -> Iterator[SampleBatch]:
+        """Yield the images that have the same blocks: all of them, unless known tokens come first. These are then one
+        block, so that images with the same number of known tokens are decoded together."""
+        if max(self.blocks) == 1 or self.own_order or not bool(self.known.any()):
+            yield self
+            return
+        counts = self.known.sum(1)
+        for count in counts.unique().tolist():
+            group = self[torch.nonzero(counts == count)[:, 0]]
+            yield replace(group, blocks=blocks_after_known(self.blocks, count))
+
+    def split(self, size: int) -> Iterator[SampleBatch]:
+        """Yield parts of at most `size` images."""
+        for start in range(0, len(self), size):
+            yield self[start : start + size]
+
+
+def make_batch(
+    prior: Prior,
+    num_images: int,
+    labels: Tensor | None,
+    options: SamplingOptions,
+    generator: Generators,
+    tokens: Tensor | None,
+    known: Tensor | None,
+) -> SampleBatch:
+    """Check a request and return its images in raster order. Raises `ValueError` for what is out of range."""
+    num_images = check_count(num_images)
+    labels = check_labels(prior, labels, num_images)
+    options.check_guidance(labels is not None)
+    tokens, known = check_known(prior, tokens, known, num_images)
+    raster, rows = torch.arange(len(prior.grid), device=prior.device), torch.arange(num_images, device=prior.device)
+    keys = draw_keys(generator, num_images).to(prior.device)
+    return SampleBatch(prior.labels_or_null(labels, num_images), keys, tokens, known, raster, prior.blocks, rows)
+
+
+def check_labels(prior: Prior, labels: Tensor | None, count: int) -> Tensor | None:
+    """Return `labels` as int64 `(count,)` on the model's device. Raises `ValueError` out of `[0, num_classes]`."""
+    if labels is None:
+        return None
+    labels = as_tensor(labels, prior.device)
+    if labels.shape != (count,) or labels.dtype.is_floating_point:
+        raise ValueError(f"labels should be {count} whole numbers, got {labels.dtype} of {tuple(labels.shape)}")
+    labels = labels.long()  # torch has no minimum of uint16
+    if count and (int(labels.min()) < 0 or int(labels.max()) > prior.num_classes):
+        raise ValueError(
+            f"labels should lie in [0, {prior.num_classes}) (and {prior.num_classes} is the null class), "
+            f"got {int(labels.min())} to {int(labels.max())}"
+        )
+    return labels
+
+
+def check_known(prior: Prior, tokens: Tensor | None, known: Tensor | None, count: int) -> tuple[Tensor, Tensor]:
+    """Return the known tokens (0 elsewhere) and bool `known`, both `(count, N)`. Raises `ValueError` for one without
+    the other, another shape or type, and ids out of range."""
+    if (tokens is None) != (known is None):
+        raise ValueError("`tokens` and `known` go together: known says which of the tokens to keep")
+    if tokens is None or known is None:
+        empty = torch.zeros(count, len(prior.grid), dtype=torch.long, device=prior.device)
+        return empty, empty.bool()
+    shape, tokens, known = (count, *prior.grid.shape), as_tensor(tokens), as_tensor(known)
+    if known.dtype != torch.bool or tuple(known.shape) not in (shape, prior.grid.shape):
+        raise ValueError(
+            f"known should be bool of shape {prior.grid.shape} or {shape}, got {known.dtype} of {tuple(known.shape)}"
+        )
+    if tokens.dtype.is_floating_point or tuple(tokens.shape) not in (shape, prior.grid.shape):
+        found = f"{tokens.dtype} of {tuple(tokens.shape)}"
+        raise ValueError(f"tokens should be whole numbers of shape {prior.grid.shape} or {shape}, got {found}")
+    known = known.to(prior.device).expand(shape).flatten(1)
+    tokens = torch.where(known, tokens.to(prior.device).expand(shape).flatten(1).long(), 0)
+    prior.grid.check(tokens.reshape(shape))
+    return tokens, known
+
+
+def choose_orders(prior: Prior, options: DecodingOptions, batch: SampleBatch) -> Partition | None:
+    """Return the order of each image and its blocks, None for the model's own. batch: in raster order.
+
+    A model of any order decodes known tokens first. Of several orders each image goes in one that is drawn by its key:
+    with blocks of one token, in proportion to the probability that the order gives to the known tokens when they come
+    first; else uniformly, as known tokens are then one block, whose probability is the same in all orders.
+    """
+    orders = [prior.check_order(one, len(batch)) for one in prior.orders(options.num_orders, options.order)]
+    order, blocks = orders[0] or (prior.order, prior.blocks)
+    if len(orders) > 1:
+        each = [prior.order if one is None else one.order for one in orders]
+        candidates = torch.stack([known_first(one, batch.known) for one in each])  # (orders, B, N)
+        if max(blocks) > 1 or not bool(batch.known.any()):
+            chosen = draw_numbers(batch.keys, ORDERS, len(orders))
+        else:
+            chosen = choose_by_known(prior, batch, candidates, blocks)
+        order = candidates[chosen, torch.arange(len(batch), device=chosen.device)]
+    elif prior.any_order and bool(batch.known.any()):
+        order = known_first(order, batch.known)
+    elif orders[0] is None:
+        return None
+    if order.ndim == 2 and bool((order == order[:1]).all()):
+        order = order[0]
+    return Partition(order, blocks)
+
+
+def choose_by_known(prior: Prior, batch: SampleBatch, candidates: Tensor, blocks: tuple[int, ...]) -> Tensor:
+    """Draw an order `(B,)` for each image, in proportion to the probability of its known tokens in each of its
+    `candidates` (orders, B, N), in which these come first."""
+    scores = []
+    for order in candidates:
+        tokens = batch.tokens.unflatten(1, prior.grid.shape)
+        each = prior.chain_log_probs(tokens, batch.labels, Partition(order, blocks)).flatten(1)
+        scores.append(in_finest(each).masked_fill(~batch.known, 0).sum(1).float())
+    return (torch.stack(scores, 1) + gumbel_noise(batch.keys, ORDERS, 0, len(candidates))).argmax(1)
+
+
+# Progress
+
+
+class Step:
+    """A decoding step, as `on_step` sees it. Nothing is copied, and a GPU is not waited for, unless it is read.
+
+    number: counted from 0, over all parts of a request.
+    """
+
+    def __init__(self, number: int, decided: int | Tensor, read: Callable[[], tuple[Tensor, Tensor]]) -> None:
+        self.number, self._decided, self._read = number, decided, read
+
+    @property
+    def rank(self) -> int:
+        """How many tokens of each image being drawn are decided or known, along its order."""
+        return self._decided if isinstance(self._decided, int) else int(self._decided.sum(1).min())
+
+    @cached_property
+    def _state(self) -> tuple[Tensor, Tensor]:
+        with torch.inference_mode(False):  # the caller may train on copies
+            return self._read()
+
+    @property
+    def tokens(self) -> Tensor:
+        """A copy of all images' tokens so far, `(B, *grid.shape)`; 0 where none is decided."""
+        return self._state[0]
+
+    @property
+    def known(self) -> Tensor:
+        """Which tokens are decided or were given, bool `(B, *grid.shape)`."""
+        return self._state[1]
+
+
+OnStep = Callable[[Step], Any]
+
+
+class Monitor:
+    """Reports the progress of one request: a bar (bar: True, or arguments of `tqdm`), and `on_step` after each step.
+    batch: all images, in raster order."""
+
+    def __init__(
+        self, bar: bool | Mapping[str, Any], on_step: OnStep | None, batch: SampleBatch, grid: TokenGrid
+    ) -> None:
+        self.bar, self.on_step, self.shape = bar, on_step, grid.shape
+        self.tokens, self.known = batch.tokens.clone(), batch.known.clone()
+        self.num_steps = 0
+
+    def iterate(self, steps: Sequence[T]) -> Iterable[T]:
+        """Iterate over `steps` with the bar."""
+        return progress_bar(steps, self.bar, unit="pass")
+
+    def report(self, batch: SampleBatch, drawn: Tensor, decided: int | Tensor) -> None:
+        """Report a step: of `drawn` `(b, N)`, in the sequence of `batch`, the first `decided` are decided, or those
+        where bool `(b, N)` holds. An error of `on_step` ends sampling."""
+        if self.on_step is None:
+            return
+
+        def read() -> tuple[Tensor, Tensor]:
+            ranks = torch.arange(drawn.shape[1], device=drawn.device)
+            known = batch.known | (decided if isinstance(decided, Tensor) else ranks < decided)
+            tokens, every = self.tokens.clone(), self.known.clone()
+            tokens[batch.rows] = batch.to_raster(torch.where(known, drawn, 0))
+            every[batch.rows] = batch.to_raster(known)
+            return tokens.unflatten(1, self.shape), every.unflatten(1, self.shape)
+
+        step = Step(self.num_steps, decided, read)
+        self.num_steps += 1
+        with torch.inference_mode(False), torch.no_grad():
+            self.on_step(step)
+
+    def finish(self, batch: SampleBatch, drawn: Tensor) -> None:
+        """Store the tokens of images that are finished."""
+        self.tokens[batch.rows] = batch.to_raster(drawn)
+        self.known[batch.rows] = True
+
+
+def progress_bar(steps: Sequence[T], bar: bool | Mapping[str, Any], unit: str = "token") -> Iterable[T]:
+    """Iterate over `steps`, with a bar on a terminal if `bar` is True or holds arguments of `tqdm`."""
+    if bar is False:
+        return steps
+    from tqdm import tqdm
+
+    own = {"desc": "sampling", "unit": unit, "leave": False, "disable": None}
+    return tqdm(steps, **{**own, **({} if bar is True else bar)})
+
+
+# The loop
+
+
+@dataclass
+class UncachedState:
+    """The state of decoding without a cache: tokens so far `(B, N)`, raster order. inputs: further arguments of
+    `forward`."""
+
+    tokens: Tensor
+    labels: Tensor
+    order: Tensor
+    blocks: tuple[int, ...]
+    inputs: dict[str, Tensor] = field(default_factory=dict)
+    block: int = 0
+    rank: int = 0
+
+    def advance(self, tokens: Tensor | None) -> Tensor:
+        """Write the last block's `tokens` `(B, m)`; returns the next block's raster indices `(B, n)`."""
+        order = self.order.expand(self.tokens.shape)
+        if tokens is not None:
+            self.tokens.scatter_(1, order[:, self.rank - tokens.shape[1] : self.rank], tokens)
+        begin, self.rank = self.rank, self.rank + self.blocks[self.block]
+        self.block += 1
+        return order[:, begin : self.rank]
+
+
+def sample_blocks(prior: Prior, batch: SampleBatch, options: SamplingOptions, cache: bool, monitor: Monitor) -> Tensor:
+    """Draw tokens `(B, N)`, in the sequence of the batch's order, one block a step."""
+    noise = TokenNoise(batch.keys, len(prior.grid), prior.grid.vocab_size)
+    scales, ends = options.scale_by_block(batch.blocks), list(accumulate(batch.blocks))
+    some_known, all_known = batch.known.any(0).tolist(), batch.known.all(0).tolist()
+    last = max((rank for rank, known in enumerate(all_known) if not known), default=-1)
+    cuts = [(begin, end) for begin, end in zip([0, *ends], ends, strict=False) if begin <= last]
+    labels = options.with_unconditional(batch.labels, prior.num_classes)
+    partition = batch.partition()
+    if partition is not None and partition.order.ndim == 2:
+        partition = Partition(options.with_unconditional(partition.order), partition.blocks)
+    start, next_logits = (
+        (prior.start, prior.next_logits) if cache else (prior.start_uncached, prior.next_logits_uncached)
+    )
+    state: Any = start(len(labels), labels, partition)
+    drawn, tokens = batch.tokens.clone(), None
+    for (begin, end), scale in zip(monitor.iterate(cuts), scales, strict=False):
+        if isinstance(state, UncachedState) and all(all_known[begin:end]):
+            state.advance(tokens)
+        else:
+            logits = options.guide(at_least_float32(next_logits(state, tokens)), scale)
+            chosen = options.choose(logits, noise.of_ranks(begin, end))
+            if any(some_known[begin:end]):
+                chosen = torch.where(batch.known[:, begin:end], drawn[:, begin:end], chosen)
+            drawn[:, begin:end] = chosen
+        tokens = options.with_unconditional(drawn[:, begin:end])
+        monitor.report(batch, drawn, end)
+    monitor.finish(batch, drawn)
+    return drawn
