@@ -242,11 +242,12 @@ class Prior(Positions, Features, Mixtures, Stepping, PretrainedModel, family="pr
         bool `known` (`grid.shape` or `(B, *grid.shape)`) holds, `tokens` is kept. A model with `any_order` walks the
         known tokens first, so that all others are conditioned on all of them, and the rest keeps its cuts; any other
         model conditions a drawn token on the known ones of earlier blocks. order, num_orders: as for `log_prob`; each
-        image is drawn in one of the orders, all equally likely; where tokens are known, each as likely as it makes
-        these when they come first (at temperature 1, without guidance), which costs a pass per image: then images are
-        of the mixture of these walks given what is known. cache: False recomputes everything at every step; capture:
-        False launches cached steps on a GPU kernel by kernel, not as graphs. parallel: the same tokens from fewer
-        passes over the whole grid (`prior.parallel`), and fewer still with a `guess`, a cheap prior over the same
+        image is drawn in one of the orders, all equally likely; where tokens are known and blocks are of one token,
+        each as likely as it makes these when they come first (at temperature 1, without guidance), which costs a pass
+        per image (known tokens before larger blocks are one block, whose probability is the same in all orders): then
+        images are of the mixture of these walks given what is known. cache: False recomputes everything at every step;
+        capture: False launches cached steps on a GPU kernel by kernel, not as graphs. parallel: the same tokens from
+        fewer passes over the whole grid (`prior.parallel`), and fewer still with a `guess`, a cheap prior over the same
         tokens. progress: a bar, or `tqdm`'s arguments for one. on_step: called with a `Step` (`sampling.watching`)
         after each; what it raises ends sampling.
 
