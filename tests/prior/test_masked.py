@@ -13,7 +13,7 @@ from small import draw_tokens, generators, make_prior
 
 from prior import Prior
 from prior.masked import SCHEDULES, bound_masks
-from prior.sampling.confidence import MaskedSampler
+from prior.sampling.confidence import MaskedSampler, still_masked
 
 
 def make(shape=(2, 3), vocab_size=3, **config):
@@ -196,6 +196,24 @@ def test_steps_are_passes_and_fill_everything(schedule, steps, monkeypatch):
     assert drawn.shape == (6, 3, 4) and drawn.min() >= 0 and drawn.max() < 5
     counts = torch.stack(masked)
     assert len(counts) == steps and (counts[0] == 12).all() and (counts.diff(dim=0) < 0).all()
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_a_step_reveals_as_many_tokens_by_confidence_as_along_an_order(schedule):
+    """For all numbers of tokens at once and for each one alone; of an even schedule as many in each."""
+    several = [*range(1, 66), 81, 96, 100, 128, 196, 225, 256, 300, 400, 512, 576, 784, 1000, 1024]
+    unknown = torch.tensor(several)
+    for steps in range(1, 65):
+        sampler, left, by_step = MaskedSampler(steps=steps, schedule=schedule), unknown, []
+        for share, _ in sampler.passes():
+            still = still_masked(left, unknown, share)
+            by_step.append(left - still)
+            left = still
+        assert not left.any()
+        for number, sizes in zip(several, torch.stack(by_step, 1).tolist(), strict=True):
+            assert tuple(size for size in sizes if size) == sampler.sizes(number)
+            if schedule == "linear" and number % steps == 0:
+                assert sizes == [number // steps] * steps
 
 
 def test_numbers_of_a_generator_on_the_cpu_are_drawn_there_whatever_torchs_default_device():
