@@ -208,7 +208,8 @@ def check_labels(prior: Model, labels: Tensor | None, count: int) -> Tensor | No
     if labels is None:
         return None
     labels = as_tensor(labels, prior.device)
-    if labels.shape != (count,) or labels.dtype.is_floating_point:
+    whole = not (labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool)
+    if not whole or labels.shape != (count,):
         raise ValueError(f"labels should be {count} whole numbers, got {labels.dtype} of {tuple(labels.shape)}")
     labels = labels.long()  # torch finds no smallest one of uint16
     if count and (int(labels.min()) < 0 or int(labels.max()) > prior.num_classes):

@@ -87,7 +87,7 @@ def test_the_loss_is_the_bound():
         mask = torch.tensor([known])
         if (masked := 3 - sum(known)) == 0:
             continue
-        loss = model.loss(model(tokens, label, known=mask), tokens, known=mask)
+        loss = model.loss_from_outputs(model(tokens, label, known=mask), tokens, known=mask)
         losses.append(float(loss.detach()))
         weights.append(1 / 3 / math.comb(3, masked))  # the number is uniform, then the set
     assert sum(weights) == pytest.approx(1)
@@ -99,9 +99,9 @@ def test_the_loss_is_the_bound():
 def test_the_linear_loss_is_a_mean_per_image_and_then_over_images():
     model, tokens = make(shape=(1, 3)), torch.tensor([[[2, 0, 1]]])
     masks = [torch.tensor([known]) for known in ([True, False, False], [False, True, True])]
-    apart = [model.loss(model(tokens, known=known), tokens, known=known).detach() for known in masks]
+    apart = [model.loss_from_outputs(model(tokens, known=known), tokens, known=known).detach() for known in masks]
     pair, known = tokens.expand(2, 1, 3), torch.cat(masks)
-    together = model.loss(model(pair, known=known), pair, known=known).detach()
+    together = model.loss_from_outputs(model(pair, known=known), pair, known=known).detach()
     assert torch.allclose(together, torch.stack(apart).mean(), atol=1e-6)
 
 
@@ -114,10 +114,10 @@ def test_other_schedules_weigh_each_masked_token_alike(schedule):
     logits = model(tokens, known=known)
     mean = torch.nn.functional.cross_entropy(logits[~known], tokens.flatten(1)[~known])
     drawn = (~model.training_inputs(torch.zeros(50_000, 2, 3), 0.0)["known"]).sum(1).float().mean()
-    loss = float(model.loss(logits, tokens, known=known).detach())
+    loss = float(model.loss_from_outputs(logits, tokens, known=known).detach())
     assert loss == pytest.approx(float(mean.detach() * (~known).sum() / 5 / drawn), rel=0.01)
     smooth = make(shape=(2, 3), schedule=schedule, label_smoothing=0.3)
-    assert abs(float(smooth.loss(logits, tokens, known=known).detach()) - loss) > 1e-3
+    assert abs(float(smooth.loss_from_outputs(logits, tokens, known=known).detach()) - loss) > 1e-3
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
@@ -128,7 +128,7 @@ def test_a_batch_in_parts_has_the_same_gradient(schedule):
 
     def gradient(rows):
         model.zero_grad()
-        model.loss(model(tokens[rows], known=known[rows]), tokens[rows], known=known[rows]).backward()
+        model.loss_from_outputs(model(tokens[rows], known=known[rows]), tokens[rows], known=known[rows]).backward()
         return torch.cat([parameter.grad.flatten() for parameter in model.parameters()])
 
     whole, parts = gradient(slice(8)), [gradient(slice(k, k + 2)) for k in range(0, 8, 2)]
