@@ -26,6 +26,7 @@ from .heads import head_problem, make_head
 from .heads.tokens import Positions
 from .mixtures import Mixtures
 from .orders import Partition, blocks_problem, make_partition, order_problem
+from .orders.partitions import as_tensor
 from .requests import Order, Rows, Walk, check_labels, check_order, given_walk, make_rows
 from .sampling import Generators, Sampler
 from .sampling.graphs import Graphs
@@ -129,7 +130,7 @@ class Prior(Positions, Features, Mixtures, Stepping, PretrainedModel, family="pr
         tokens: `(B, *grid.shape)`; labels: `(B,)`, where `num_classes` is the null class; None is the null class.
         A model with `any_order` has a third argument, None for its own: `order`, `(N,)` or `(B, N)`; or, if it takes
         blocks, `block_of`, the number of each token's block in raster order, `(N,)` or `(B, N)`. raw: return `outputs`,
-        which `loss` takes; without a head they are the logits.
+        which `loss_from_outputs` takes; without a head they are the logits.
         """
         outputs = self.outputs(tokens, labels, *walk, **inputs)
         return outputs if raw else self.to_raster(self.readout.logits(outputs, self.ids_of(tokens)))
@@ -145,16 +146,30 @@ class Prior(Positions, Features, Mixtures, Stepping, PretrainedModel, family="pr
         """Called once before training with the whole training set, for models that start from its statistics."""
 
     def training_inputs(self, tokens: Tensor, progress: float) -> dict[str, Any]:
-        """Further arguments of `forward` and `loss` in a training step on `tokens`: a model may draw orders or masks.
+        """Further arguments of `forward` in a training step on `tokens`: a model may draw orders or masks.
 
         Randomness comes from torch's global generator, which the loop seeds by (seed, rank, step). progress: the share
         of training that is done, in [0, 1].
         """
         return {}
 
-    def loss(self, outputs: Tensor, tokens: Tensor, **inputs: Any) -> Tensor:
-        """What training minimises, in nats per token: the mean negative log-likelihood. outputs: `put_out`;
-        inputs: `training_inputs`."""
+    def loss(self, tokens: Tensor, labels: Tensor | None = None, *, progress: float = 0.0, **inputs: Any) -> Tensor:
+        """What training minimises, a scalar in nats per token, from one forward pass: the mean negative log-likelihood
+        of `tokens` `(B, *grid.shape)` given `labels` `(B,)`, where `num_classes` is the null class; None is the null
+        class for all.
+
+        inputs: further arguments of `forward`. Without any, those that `training_inputs` draws: a model that draws
+        orders or masks has another loss at each call, and `progress`, the share of training that is done, may matter.
+        Raises `ValueError` for tokens or labels out of range, or of another shape or type.
+        """
+        tokens = as_tensor(tokens, self.device)
+        self.grid.check(tokens)
+        labels = check_labels(self, labels, len(tokens))
+        inputs = inputs or self.training_inputs(tokens, progress)
+        return self.loss_from_outputs(self.put_out(tokens, labels, **inputs), tokens, **inputs)
+
+    def loss_from_outputs(self, outputs: Tensor, tokens: Tensor, **inputs: Any) -> Tensor:
+        """`loss`, given what the network puts out (`put_out`) for `tokens` and `inputs`."""
         return self.readout.mean_nats(outputs, self.ids_of(tokens))
 
     # Likelihood
@@ -242,11 +257,12 @@ class Prior(Positions, Features, Mixtures, Stepping, PretrainedModel, family="pr
         bool `known` (`grid.shape` or `(B, *grid.shape)`) holds, `tokens` is kept. A model with `any_order` walks the
         known tokens first, so that all others are conditioned on all of them, and the rest keeps its cuts; any other
         model conditions a drawn token on the known ones of earlier blocks. order, num_orders: as for `log_prob`; each
-        image is drawn in one of the orders, all equally likely; where tokens are known, each as likely as it makes
-        these when they come first (at temperature 1, without guidance), which costs a pass per image: then images are
-        of the mixture of these walks given what is known. cache: False recomputes everything at every step; capture:
-        False launches cached steps on a GPU kernel by kernel, not as graphs. parallel: the same tokens from fewer
-        passes over the whole grid (`prior.parallel`), and fewer still with a `guess`, a cheap prior over the same
+        image is drawn in one of the orders, all equally likely; where tokens are known and blocks are of one token,
+        each as likely as it makes these when they come first (at temperature 1, without guidance), which costs a pass
+        per image (known tokens before larger blocks are one block, whose probability is the same in all orders): then
+        images are of the mixture of these walks given what is known. cache: False recomputes everything at every step;
+        capture: False launches cached steps on a GPU kernel by kernel, not as graphs. parallel: the same tokens from
+        fewer passes over the whole grid (`prior.parallel`), and fewer still with a `guess`, a cheap prior over the same
         tokens. progress: a bar, or `tqdm`'s arguments for one. on_step: called with a `Step` (`sampling.watching`)
         after each; what it raises ends sampling.
 

@@ -247,10 +247,10 @@ class MADE(Prior, name="made"):
         parts = [self.outputs(tokens[at], labels[at], one, degrees) for at, one in zip(rows, distinct, strict=True)]
         return torch.cat(parts)[torch.argsort(torch.cat(rows))]
 
-    def loss(self, outputs: Tensor, tokens: Tensor, **inputs: Any) -> Tensor:
+    def loss_from_outputs(self, outputs: Tensor, tokens: Tensor, **inputs: Any) -> Tensor:
         """The mean negative log-likelihood in nats per token; of two ids by the sigmoid, which is faster."""
         if not self.config.binary:
-            return super().loss(outputs, tokens, **inputs)
+            return super().loss_from_outputs(outputs, tokens, **inputs)
         zero, one = outputs.float().unbind(-1)
         return F.binary_cross_entropy_with_logits(one - zero, tokens.flatten(1).float())
 

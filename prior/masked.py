@@ -148,7 +148,7 @@ class Masked(Prior, name="masked"):
         ranks = torch.rand(len(tokens), len(self.grid)).argsort(1).argsort(1)
         return {"known": sent(ranks >= masked, tokens.device)}
 
-    def loss(self, outputs: Tensor, tokens: Tensor, **inputs: Any) -> Tensor:
+    def loss_from_outputs(self, outputs: Tensor, tokens: Tensor, **inputs: Any) -> Tensor:
         """Cross-entropy over the masked positions (not `known`), in nats per token.
 
         Under the linear schedule the mean over each image's own, which is ARDM's objective: its expectation is the
@@ -156,6 +156,8 @@ class Masked(Prior, name="masked"):
         does, and weighs all masked tokens alike: it divides by the number that the schedule masks on average. (Dividing
         by the number that happens to be masked would make another objective of a batch in parts.)
         """
+        if "known" not in inputs:
+            raise ValueError("known: missing; the loss of a masked prior is that of the tokens which are not known")
         masked = ~inputs["known"].flatten(1)
         nats = self.readout.nats(outputs, self.ids_of(tokens), self.config.label_smoothing)[..., 0]
         counts = masked.sum(1, keepdim=True) if self.config.schedule == "linear" else self.mean_masked

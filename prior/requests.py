@@ -208,7 +208,8 @@ def check_labels(prior: Model, labels: Tensor | None, count: int) -> Tensor | No
     if labels is None:
         return None
     labels = as_tensor(labels, prior.device)
-    if labels.shape != (count,) or labels.dtype.is_floating_point:
+    whole = not (labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool)
+    if not whole or labels.shape != (count,):
         raise ValueError(f"labels should be {count} whole numbers, got {labels.dtype} of {tuple(labels.shape)}")
     labels = labels.long()  # torch finds no smallest one of uint16
     if count and (int(labels.min()) < 0 or int(labels.max()) > prior.num_classes):
@@ -246,7 +247,7 @@ def check_order(prior: Model, order: Order, count: int) -> Partition | None:
 def choose_walk(prior: Model, order: Order, num_orders: int, rows: Rows) -> Partition | None:
     """The order of each image and its blocks, None for the model's own: one of several, known tokens first. rows: in
     raster order. Of several orders an image goes in one that its own generator draws, with the probability that the
-    mixture's known tokens have come from it."""
+    mixture's known tokens have come from it (`draw_order`)."""
     orders = [check_order(prior, one, len(rows)) for one in prior.orders(num_orders, order)]
     walk, blocks = orders[0] or (prior.order, prior.blocks)
     if len(orders) > 1:
@@ -265,9 +266,13 @@ def choose_walk(prior: Model, order: Order, num_orders: int, rows: Rows) -> Part
 
 def draw_order(prior: Model, row: Rows, ways: Partition) -> int:
     """Which of `ways`, orders (K, N), one image goes: each as probable as it makes the known tokens, which come first
-    in it (alike where nothing is known). One pass over the image in K orders, so that its batch has no say."""
+    in it. One pass over the image in K orders, so that its batch has no say.
+
+    All orders are equally probable where nothing is known, and where blocks hold several tokens: known tokens are then
+    one block (`after_known`), which sees nothing, so their probability does not depend on the order.
+    """
     (generator,), (keep,), count = row.generators, row.keep, len(ways.order)
-    if not bool(keep.any()):
+    if not bool(keep.any()) or max(ways.blocks) > 1:
         return int(torch.randint(count, (), generator=generator, device=generator.device))
     tokens = row.given.expand(count, -1).reshape(count, *prior.grid.shape)
     each = prior.chain_log_probs(tokens, row.labels.expand(count), ways)

@@ -51,8 +51,8 @@ class Positions:
             self.register_buffer("places_of_tokens", self.grid.cells.flatten().argsort(), persistent=False)
 
     def put_out(self: Any, tokens: Tensor, labels: Tensor | None = None, **inputs: Any) -> Tensor:
-        """What `loss` takes: `forward`, raw. Without a head these are the logits, of a model too that writes `forward`
-        in place of `outputs`."""
+        """What `loss_from_outputs` takes: `forward`, raw. Without a head these are the logits, of a model too that
+        writes `forward` in place of `outputs`."""
         return self(tokens, labels, **inputs, **({} if isinstance(self.readout, Softmax) else {"raw": True}))
 
     def ids_of(self, tokens: Tensor) -> Tensor:

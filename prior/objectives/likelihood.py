@@ -24,7 +24,7 @@ AT_ONCE = 1 << 24
 
 class Likelihood(nn.Module):
     """A prior and its own loss in one call, which DDP wraps and autocast covers: accelerate casts what a module returns
-    to float32, and logits are the largest tensor of a step."""
+    to float32, and logits are the largest tensor of a step. `Prior.loss` without its checks, which wait for a GPU."""
 
     def __init__(self, prior: Any) -> None:
         super().__init__()
@@ -33,7 +33,7 @@ class Likelihood(nn.Module):
     def forward(self, tokens: Tensor, labels: Tensor, inputs: dict[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
         """`Prior.loss` of `tokens` `(B, *grid.shape)`, a scalar in nats per token, and what to log of it. inputs:
         `Prior.training_inputs`."""
-        loss = self.prior.loss(self.prior.put_out(tokens, labels, **inputs), tokens, **inputs)
+        loss = self.prior.loss_from_outputs(self.prior.put_out(tokens, labels, **inputs), tokens, **inputs)
         return loss, {"bits_per_token": loss.detach() / math.log(2)}
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tokenizer.base import TokenGrid
+from tokenizer.base import TokenGrid, in_finest
 
 from ..requests import Rows
 from .noise import GumbelNoise, gumbel
@@ -97,7 +97,7 @@ class MaskedSampler(Sampler):
 def still_masked(left: Tensor, unknown: Tensor, share: float) -> Tensor:
     """How many tokens stay masked, `(B,)`, where `share` of the `unknown` should, and before the step `left` were. At
     least one is revealed, until none is left."""
-    return torch.minimum(left - 1, (unknown * share + ROUNDS_DOWN).long()).clamp(min=0)
+    return torch.minimum(left - 1, (in_finest(unknown) * share + ROUNDS_DOWN).long()).clamp(min=0)
 
 
 def fill_in(prior: Any, rows: Rows, sampler: MaskedSampler, watch: Watch) -> Tensor:

@@ -40,6 +40,7 @@ class GumbelNoise:
         self.block: Tensor = torch.empty(0)
         self.drawn = 0
         self.buffers: list[Buffer] = []  # one, or two that take turns where one block is drawn ahead
+        self.current: Buffer | None = None  # holds `block`
         self.next: Buffer | None = None
 
     def __enter__(self) -> GumbelNoise:
@@ -70,10 +71,10 @@ class GumbelNoise:
 
     def _next_block(self) -> None:  # (positions, B, V)
         if self.on_cpu:
-            if self.buffers:
-                self.buffers[0].leave()
-            current = self._begun() if self.next is None else self.next
-            self.block = current.receive()
+            if self.current is not None:
+                self.current.leave()
+            self.current = self._begun() if self.next is None else self.next
+            self.block = self.current.receive()
             self.next = None
         else:
             rows = [gumbel((self.positions, self.shape[2]), generator) for generator in self.generators]

@@ -157,16 +157,19 @@ class Sampler:
 
     def guide(self, logits: Tensor, scale: float | Tensor) -> Tensor:
         """Logits `(B, n, V)` from those of B conditional and then B unconditional rows; as they are without guidance.
-        scale: of guidance, for all, or `(n,)` or `(B, 1)` for each position or image (`scales`, `scales_by_rank`)."""
+        scale: of guidance, for all, or `(n,)` or `(B, 1)` for each position or image (`scales`, `scales_by_rank`). An
+        id that either row rules out by a logit of -inf stays ruled out, at any scale."""
         if self.copies == 1:
             return logits
         conditional, unconditional = logits.chunk(2)
         by = scale[..., None] if isinstance(scale, Tensor) else scale
-        return unconditional + by * (conditional - unconditional)
+        guided = unconditional + by * (conditional - unconditional)
+        ruled_out = (conditional == -torch.inf) | (unconditional == -torch.inf)
+        return guided.masked_fill(ruled_out, -torch.inf)  # -inf - -inf is NaN, which argmax takes for the highest
 
     def largest(self, logits: Tensor) -> Tensor:
-        """The largest |logit| of each of `logits` (..., V), `(...)`; guided: of both rows that make one."""
-        sizes = logits.abs().amax(-1)
+        """The largest |logit| but -inf of each of `logits` (..., V), `(...)`; guided: of both rows that make one."""
+        sizes = logits.abs().masked_fill(logits == -torch.inf, 0).amax(-1)
         return sizes if self.copies == 1 else torch.maximum(*sizes.chunk(2))
 
     def widths(self, tolerance: Any, steepness: Tensor | None) -> Tensor | None:

@@ -255,7 +255,7 @@ def test_detect_looks_where_the_other_verbs_do(world, tmp_path, capsys):
         (["detect", "out={world}/fresh/000.png"], "out: "),
         (["calibrate", "pipeline=some/hub-id"], "is not a folder"),
         (["calibrate", "data.image_size=20"], "data.image_size, data.channels"),
-        (["calibrate", "data.limit=12"], "data: calibrating for a share of 0.05 false alarms needs at least 40"),
+        (["calibrate", "data.limit=12"], "data: calibrating for a share of 0.05 false alarms needs at least 38"),
         (["calibrate", "false_alarms=0"], "false_alarms: must be > 0"),
         (["calibrate", "background={world}/other"], "background/config.json: not a prior over the same tokens"),
     ],

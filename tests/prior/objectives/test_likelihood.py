@@ -90,7 +90,7 @@ def test_every_prior_has_the_same_loss_in_parts(name, monkeypatch):
             monkeypatch.setattr(likelihood, "LARGE", large)
             torch.manual_seed(1)
             with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
-                loss = model.loss(model(tokens, labels, **inputs), tokens, **inputs)
+                loss = model.loss_from_outputs(model(tokens, labels, **inputs), tokens, **inputs)
             gradients = torch.autograd.grad(loss, [p for p in model.parameters() if p.requires_grad], allow_unused=True)
             found.append([loss, *(gradient for gradient in gradients if gradient is not None)])
         scale = max(float(part.detach().abs().max()) for part in found[0])
@@ -108,7 +108,9 @@ def test_bf16_logits_are_computed_with_in_float32(name):
     tokens, labels = draw_tokens(model, 8), torch.arange(8) % 4
     inputs = model.training_inputs(tokens, 0.3)
     logits = 3 * torch.randn_like(model(tokens, labels, **inputs)).bfloat16()
-    assert torch.equal(model.loss(logits, tokens, **inputs), model.loss(logits.float(), tokens, **inputs))
+    assert torch.equal(
+        model.loss_from_outputs(logits, tokens, **inputs), model.loss_from_outputs(logits.float(), tokens, **inputs)
+    )
 
 
 def test_it_compiles(in_parts):
