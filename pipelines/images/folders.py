@@ -17,8 +17,9 @@ from .stamps import KnownFile, Stamp, stamp_at
 
 DEEPEST = 100  # folders within folders
 STAMPED = 4096  # files whose stamps a thread takes at a time
-# More formats than are decoded, so that an image of another format is reported, not overlooked.
-SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".heic", ".avif", ".jp2", ".ppm"}
+READ_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
+SUFFIXES = READ_SUFFIXES | {".heic", ".avif", ".jp2", ".ppm"}
+"""More formats than are decoded, so that an image of another format is reported, not overlooked."""
 STREAM = "; data.streaming=true reads .tar shards, patterns and URLs"
 SPLIT_FOLDERS = ("train", "training", "test", "testing", "held_out", "validation", "val", "valid", "dev")
 
@@ -62,7 +63,7 @@ def folder_rows(folder: Path, config: DataConfig) -> Rows:
     paths = sorted(find_images(folder), key=os.fsencode)  # the same order on every file system
     if not paths:
         hint = STREAM if any(path.suffix == ".tar" for path in files_below(folder)) else ""
-        raise UserError(f"{folder}: no images here (looked for {', '.join(sorted(SUFFIXES))}){hint}")
+        raise UserError(f"{folder}: no images here (looked for {', '.join(sorted(READ_SUFFIXES))}){hint}")
     inner = [path.relative_to(folder).parts for path in paths]
     labels = [parts[0] if len(parts) > 1 else None for parts in inner]
     has_classes = config.label_column is not None and any(label is not None for label in labels)
