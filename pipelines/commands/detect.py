@@ -166,7 +166,8 @@ def held_out_rows(data: DataConfig, trained: bool) -> tuple[Rows, NDArray[np.int
     """The source's held-out split, and which of its images. Where it has none: its only one, or what training held out
     of that. Raises `UserError`."""
     splits = open_source(data)
-    held_out = held_out_split(splits, data)
+    one_only = not trained and set(splits) <= {data.split}  # whose name need not be that of the images trained on
+    held_out = None if one_only else held_out_split(splits, data)
     if (name := held_out or data.split) not in splits:
         raise UserError(f"data.split: {data.source} has no split {data.split!r}; it has {', '.join(sorted(splits))}")
     if trained and held_out is None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -96,7 +95,7 @@ def decode_chunk(rows: Rows, shape: Shape, indices: list[int]) -> list[tuple[str
     return [(name, try_decode(payload, shape)) for name, payload in rows.read(indices)]
 
 
-def try_decode(payload: Payload, shape: Shape, formats: Sequence[str] = FORMATS) -> NDArray[np.uint8] | str:
+def try_decode(payload: Payload, shape: Shape, formats: tuple[str, ...] = FORMATS) -> NDArray[np.uint8] | str:
     """The pixels (C, H, W), or the reason why there are none. Raises `FileChanged`, as a changed image is not bad."""
     try:
         return decode(payload, shape, formats)
@@ -106,7 +105,7 @@ def try_decode(payload: Payload, shape: Shape, formats: Sequence[str] = FORMATS)
         return str(error) or type(error).__name__
 
 
-def decode(payload: Payload, shape: Shape, formats: Sequence[str] = FORMATS) -> NDArray[np.uint8]:
+def decode(payload: Payload, shape: Shape, formats: tuple[str, ...] = FORMATS) -> NDArray[np.uint8]:
     """The pixels (C, H, W) of an image as its source gives it."""
     image = Image.fromarray(payload) if isinstance(payload, np.ndarray) else open_image(payload, formats)
     return pixels_of(image, shape)
@@ -145,7 +144,7 @@ def read_file(path: Path, stamp: Stamp | None = None) -> bytes:
         raise
 
 
-def open_image(payload: bytes | Path | KnownFile | str | None, formats: Sequence[str] = FORMATS) -> Image.Image:
+def open_image(payload: bytes | Path | KnownFile | str | None, formats: tuple[str, ...] = FORMATS) -> Image.Image:
     """Open an image of one of these formats and of reasonable size. Raises `FileChanged`, `ValueError`, and what Pillow
     raises."""
     known = KnownFile(payload, None) if isinstance(payload, Path) else payload
