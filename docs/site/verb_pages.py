@@ -33,7 +33,7 @@ BEFORE = "`smalti VERB` on the command line. A page has every key of its verb, a
 GRAMMAR = """All verbs have one grammar:
 
 - `--config FILE`: a YAML file, or the name of [a preset](presets_of_models.md). Several merge left to right.
-- `key.path=value`: sets one key, whatever the files say. The value is YAML, as in `train.lr=1e-3` or `sizes=[1,2]`.
+- `key.path=value`: sets one key, whatever the files say. The value is YAML, as in `train.lr=1e-3` or `sizes=1,2`.
 - `--dry-run`: prints the configuration that would run, itself a file for `--config`, and stops.
 
 The five steps are also modules, which `accelerate launch -m pipelines.STEP` starts on one or several devices:
