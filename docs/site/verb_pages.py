@@ -29,7 +29,7 @@ def stage(texts: dict[str, str], root: Path) -> list[Any]:
     return ["commands/index.md", *named, {"All presets": "commands/presets_of_models.md"}]
 
 
-BEFORE = "`smalti VERB` on the command line. A page has every key of its verb, as `smalti VERB --help` prints them."
+BEFORE = "`smalti VERB` on the command line. A page has every key of its verb, as `smalti VERB --help all` prints them."
 GRAMMAR = """All verbs have one grammar:
 
 - `--config FILE`: a YAML file, or the name of [a preset](presets_of_models.md). Several merge left to right.

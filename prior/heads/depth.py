@@ -1,10 +1,10 @@
 """The ids of a position from coarse to fine, without longer sequences: a small network beside the large one.
 
 RQ-Transformer (Lee et al. 2022, arXiv:2203.01941, section 3.2.2): the large network sees a position as the sum of its
-ids' embeddings and runs once for all of its ids; a small one draws them one after the other. As in the paper, its input
-at a level is what the large network puts out, plus the sum of the embeddings of the ids drawn already. In the paper it
-attends to its inputs at the levels before, too; here it does not: the sum holds the same ids, and a step needs no
-memory.
+ids' embeddings and runs once for all of its ids; a small one draws them one after the other. In the paper what the
+large network puts out is the input of the first level alone; that of a later level is the sum of the embeddings of the
+ids drawn already, and attends to all inputs before. Here there is no attention, and a step needs no memory: the input
+of every level is what the large network puts out plus that sum.
 """
 
 from __future__ import annotations

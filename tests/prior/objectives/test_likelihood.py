@@ -142,6 +142,28 @@ def test_a_prior_and_its_loss_are_one_call():
     assert float(logged["bits_per_token"]) == pytest.approx(float(loss.detach()) / 0.6931471805599453)
 
 
+@pytest.mark.parametrize(
+    ("config", "is_bound"),
+    [
+        ({}, True),
+        ({"schedule": "cosine"}, False),
+        ({"schedule": "arccos"}, False),
+        ({"label_smoothing": 0.1}, False),
+        ({"schedule": "square", "label_smoothing": 0.1}, False),
+    ],
+)
+def test_a_loss_that_bounds_no_likelihood_is_not_logged_as_bits(config, is_bound):
+    """The loss itself is what is minimised, whatever it is."""
+    model = make_prior("masked", **config).train()
+    tokens, labels = draw_tokens(model, 6), torch.zeros(6, dtype=torch.long)
+    inputs = model.training_inputs(tokens, 0.0)
+    loss, logged = likelihood.Likelihood(model)(tokens, labels, inputs)
+    assert loss.requires_grad and torch.isfinite(loss)
+    assert ("bits_per_token" in logged) == is_bound
+    if is_bound:
+        assert float(logged["bits_per_token"]) == pytest.approx(float(loss.detach()) / 0.6931471805599453)
+
+
 def test_so_many_rows_are_in_float32_at_a_time(monkeypatch):
     monkeypatch.setattr(likelihood, "AT_ONCE", 100)
     assert [likelihood.rows_at_once(torch.empty(9, ids)) for ids in (1, 33, 50, 51, 100, 101)] == [100, 3, 2, 1, 1, 1]
