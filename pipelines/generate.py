@@ -35,7 +35,7 @@ class GenerateConfig(Config):
 
     examples = (
         "pipeline=digits",
-        "pipeline=runs/gpt_digits/pipeline labels=[3,8] num_images=16 temperature=0.9 out=threes.png",
+        "pipeline=runs/gpt_digits/pipeline labels=3,8 num_images=16 temperature=0.9 out=threes.png",
     )
     often = "pipeline out num_images labels seed temperature top_k top_p guidance_scale steps columns batch_size"
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal, NamedTuple
 
 import torch
-from pydantic import Field, PlainSerializer, PlainValidator
+from pydantic import Field, PlainSerializer, PlainValidator, field_validator
 from torch import Tensor, nn
 
 from .files.errors import ConfigError, shown
@@ -77,7 +77,8 @@ class TokenGrid:
 
     def check(self, tokens: Tensor) -> None:
         """Raise `ValueError` unless `tokens` is an integer `(B, *shape)` with ids in `[0, vocab_size)`."""
-        if tokens.dtype.is_floating_point or tuple(tokens.shape[1:]) != self.shape:
+        whole = not (tokens.is_floating_point() or tokens.is_complex() or tokens.dtype == torch.bool)
+        if not whole or tuple(tokens.shape[1:]) != self.shape:
             raise ValueError(
                 f"tokens should be whole numbers of shape (B, {', '.join(map(str, self.shape))}), "
                 f"got {tokens.dtype} of shape {tuple(tokens.shape)}"
@@ -148,9 +149,19 @@ class TokenizerConfig(ModelConfig):
     """Settings that every tokenizer of whole images has."""
 
     image_size: Fact[tuple[Annotated[int, Field(ge=1, le=4096)], ...]] = Field(
-        description="height and width of the images"
+        description="height and width of the images; a single number is both"
     )
     channels: Fact[Literal[1, 3]] = Field(description="1 for grey, 3 for RGB")
+
+    @field_validator("image_size", mode="before")
+    @classmethod
+    def _of_one_side(cls, value: Any) -> Any:
+        """A number is the side of square images."""
+        if isinstance(value, int) and not isinstance(value, bool):
+            return (value, value)
+        if not isinstance(value, (list, tuple)):
+            raise ValueError(f"expected a whole number or [height, width] (got {shown(value)})")
+        return value
 
     def check(self) -> Iterator[str]:
         """The image size has two sides."""

@@ -127,7 +127,7 @@ def fitted(kind: str, config: dict[str, Any], task: Task, steps: int, lr: float,
         warmed = min(1.0, (step + 1) / 50)
         optimizer.param_groups[0]["lr"] = lr * warmed * 0.5 * (1 + math.cos(math.pi * step / steps))
         tokens = task.batch(generator)
-        loss = model.loss(model(tokens), tokens)
+        loss = model.loss(tokens)
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)

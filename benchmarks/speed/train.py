@@ -157,7 +157,7 @@ def loss_of_ours(task: Any, batch: Any) -> Callable[[], Any]:
 
     if hasattr(task, "tokenizer"):
         return lambda: total_loss(task.tokenizer(batch[0]), batch[0], task.weights)[0]
-    return lambda: task.model.loss(task.model(*batch), batch[0])
+    return lambda: task.model.loss_from_outputs(task.model(*batch), batch[0])
 
 
 def reference(case: Case, task: Any, batch: Any) -> Reference:

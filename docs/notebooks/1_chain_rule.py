@@ -84,8 +84,8 @@ show(test_tokens[:32], "held-out digits")
 #
 # $$\text{bits per token} = -\frac{1}{N \ln 2} \, \log p(x).$$
 #
-# A fair coin for each pixel costs 1 bit. That is the ceiling. A first floor is `marginal`, the frequency of white at
-# each position: it knows where digits are, but no pixel knows of another.
+# Fewer bits are better. A fair coin for each pixel costs 1 bit, which any model should beat. The first baseline is
+# `marginal`, the frequency of white at each position: it knows where digits are, but no pixel knows of another.
 
 # %%
 bits = {"fair coins": 1.0}

@@ -201,7 +201,7 @@ for name, split in written.splits.items():
 print(sorted(path.name for path in dataset.iterdir()))
 
 # %% [markdown]
-# ## Two floors
+# ## Two baselines
 #
 # What can be known of a token without any network?
 #
@@ -280,8 +280,8 @@ out = pipe(num_images=50, labels=columns * 5, seed=0, output_type="pt")
 show(out.images, f"samples, classes 0 to 9, {bits['gpt']:.2f} bits per token", columns=10)
 
 # %% [markdown]
-# The output holds the tokens as well, and `decode` turns them into the same images. The floors sample, too: here is
-# what the frequencies of `marginal` give, painted by the same decoder. The decoder cannot mend a grid that makes no
+# The output holds the tokens as well, and `decode` turns them into the same images. The baselines sample, too: here
+# is what the frequencies of `marginal` give, painted by the same decoder. The decoder cannot mend a grid that makes no
 # sense.
 
 # %%

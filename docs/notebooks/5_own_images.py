@@ -189,7 +189,7 @@ stack({name: pipe(12, labels=name, seed=0, output_type="pt").images for name in 
 # ## How good is it?
 #
 # `evaluate` measures on the held-out images what can be measured without opinions: the tokenizer's error, bits per
-# token beside their floors, and how often a small classifier, trained on your images, takes a sample for what it was
+# token beside their baselines, and how often a small classifier, trained on your images, takes a sample for what it was
 # asked to be.
 
 # %%

@@ -29,11 +29,11 @@ def stage(texts: dict[str, str], root: Path) -> list[Any]:
     return ["commands/index.md", *named, {"All presets": "commands/presets_of_models.md"}]
 
 
-BEFORE = "`smalti VERB` on the command line. A page has every key of its verb, as `smalti VERB --help` prints them."
+BEFORE = "`smalti VERB` on the command line. A page has every key of its verb, as `smalti VERB --help all` prints them."
 GRAMMAR = """All verbs have one grammar:
 
 - `--config FILE`: a YAML file, or the name of [a preset](presets_of_models.md). Several merge left to right.
-- `key.path=value`: sets one key, whatever the files say. The value is YAML, as in `train.lr=1e-3` or `sizes=[1,2]`.
+- `key.path=value`: sets one key, whatever the files say. The value is YAML, as in `train.lr=1e-3` or `sizes=1,2`.
 - `--dry-run`: prints the configuration that would run, itself a file for `--config`, and stops.
 
 The five steps are also modules, which `accelerate launch -m pipelines.STEP` starts on one or several devices:

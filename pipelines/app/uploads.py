@@ -17,7 +17,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from ..images.decoding import Shape, open_image, try_decode
+from ..images.decoding import WEB_FORMATS, Shape, open_image, try_decode
 
 MEGABYTE = 2**20
 
@@ -52,7 +52,7 @@ def images_of(value: Any, shape: Shape, most: int, count: int = 1) -> Tensor:
     """uint8 `(n, C, H, W)` of the images that were picked, resized and cropped to the shape."""
     parts = []
     for number, data in enumerate(files_of(value, most, count), 1):
-        pixels = try_decode(data, shape)
+        pixels = try_decode(data, shape, WEB_FORMATS)
         if isinstance(pixels, str):
             raise ValueError(f"{f'image {number}' if count > 1 else 'the image'} cannot be read: {pixels}")
         parts.append(torch.from_numpy(pixels.copy()))
@@ -64,7 +64,7 @@ def pictures_of(value: Any, most: int, count: int) -> Iterator[Image.Image]:
     may ask for a gigabyte, and many would not fit in memory together."""
     for number, data in enumerate(files_of(value, most, count), 1):
         try:
-            image = open_image(data)
+            image = open_image(data, WEB_FORMATS)
             image.load()
         except Exception as error:  # damaged files make Pillow raise almost anything
             raise ValueError(f"image {number} cannot be read: {error}") from error

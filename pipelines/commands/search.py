@@ -12,6 +12,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
+from tokenizer.files.errors import escaped
 from tokenizer.settings.marks import Was
 
 from ..config import Config, Of, UserError, choose_device, run_command
@@ -119,7 +120,7 @@ def find_queries(config: SearchConfig, held_out: ImageDataset) -> Queries:
     ).tolist()
     if outside := [index for index in indices if not 0 <= index < len(held_out)]:
         raise UserError(f"images: indices of the held-out split go from 0 to {len(held_out) - 1} (got {outside[0]})")
-    names = [f"held-out {index}" for index in indices]
+    names = [f"held-out {index}, {name}" for index, name in zip(indices, held_out.names(indices), strict=True)]
     return Queries(held_out.pixels(indices), names, None if held_out.labels is None else held_out.labels[indices])
 
 
@@ -142,12 +143,16 @@ def read_queries(paths: list[str], shape: tuple[int, int, int]) -> Queries:
 
 
 def report(queries: Queries, train: ImageDataset, found: Tensor, distances: Tensor, rows: int) -> str:
-    """The nearest of the first `rows` queries with their distances and classes, and how often the class is the same."""
+    """The nearest of the first `rows` queries by name, with their classes and distances, and how often the class is the
+    same."""
     lines = []
-    for number, name in enumerate(queries.names[:rows]):
-        pairs = zip(found[number].tolist(), distances[number].tolist(), strict=True)
-        near = [f"{index}{class_of(train, train.labels, index)} {distance:.3f}" for index, distance in pairs]
-        lines.append(f"{name}{class_of(train, queries.labels, number)}: {', '.join(near)}")
+    for number, query in enumerate(queries.names[:rows]):
+        names = train.names(found[number])
+        near = [
+            f"{name}{class_of(train, train.labels, index)} {distance:.3f}"
+            for name, index, distance in zip(names, found[number].tolist(), distances[number].tolist(), strict=True)
+        ]
+        lines.append(escaped(f"{query}{class_of(train, queries.labels, number)}: {', '.join(near)}"))
     if queries.labels is None or train.labels is None:
         return "\n".join(lines)
     same = (train.labels[found] == queries.labels[:, None]).double()

@@ -30,6 +30,11 @@ class ToldElsewhere(UserError):
     """A mistake that the main process has found and tells; this is another process."""
 
 
+class CommaText(str):
+    """A text of the command line with commas and without quotes, such as `3,8`: a list for a key that takes one, see
+    `lists`."""
+
+
 class CommandLine(NamedTuple):
     """The words of a command line, sorted by what they are; a file or module that is missing is empty."""
 
@@ -104,7 +109,10 @@ def read_override(argument: str) -> Data:
         value = read_yaml(text)
     except UserError as error:
         raise UserError(f"{key}: {error} (got {text!r}; for plain text write {key}='\"...\"')") from error
-    value = value if "." in key else at_home(value)
+    if isinstance(value, str) and "," in value and value == text.strip():  # quotes in the YAML keep it a text
+        value = CommaText(value)
+    else:
+        value = value if "." in key else at_home(value)
     for part in reversed(key.split(".")):
         value = {part: value}
     return value

@@ -25,6 +25,7 @@ from .arguments import ToldElsewhere, UserError, read_arguments, sorted_words
 from .errors import search, told_of
 from .help import Known, help_page
 from .importing import import_asked
+from .lists import split_lists
 from .schema import C, Of, as_meant, to_yaml
 from .terminal import error_line
 
@@ -82,7 +83,7 @@ def filled(cls: type[C], parts: list[Data]) -> Data:
     data = defaults_of(cls)
     for part in parts:
         data = with_defaults(cls, merge(data, part))
-    return data
+    return split_lists(cls, data)
 
 
 def known_before(

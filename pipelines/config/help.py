@@ -19,7 +19,7 @@ OPTIONS = (
     ("--config FILE", "a YAML file, or the name of a preset (`smalti presets`); several merge left to right"),
     (
         "key=value",
-        "set one key, whatever the files say; the value is YAML, as in train.lr=1e-3 or sizes=[1,2]; "
+        "set one key, whatever the files say; the value is YAML, as in train.lr=1e-3 or sizes=1,2; "
         "another kind replaces its node with all that was set below it",
     ),
     ("--import FILE", "a Python file, or a module, with models of your own, whose kinds are then known"),

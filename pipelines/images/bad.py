@@ -77,7 +77,8 @@ def judge(reports: list[Report], config: DataConfig) -> None:
         raise UserError(f"{counted} (data.on_error=skip leaves them out):{listed(problems)}")
     if len(problems) > config.max_bad_fraction * found:
         raise UserError(
-            f"{counted}, more than data.max_bad_fraction={config.max_bad_fraction} allows:{listed(problems)}"
+            f"{counted}, more than data.max_bad_fraction={config.max_bad_fraction} allows (raise it to leave them all "
+            f"out):{listed(problems)}"
         )
     if any(r.found == r.bad for r in reports):
         raise UserError(f"{counted}, all of a part that is trained on or held out:{listed(problems)}")

@@ -7,6 +7,7 @@ read only when they are needed, and bad ones are replaced (`streamed`).
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -52,6 +53,8 @@ class ImageDataset:
         self._positions = decoded.positions
         self._pixels = decoded.pixels
         self._augment = config.augment
+        path = config.path
+        self._folder = path if path is None or path.is_dir() else path.parent
         self._reported = 0
 
     @property
@@ -65,6 +68,14 @@ class ImageDataset:
     def samples(self, batch_size: int, seed: int, step: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """Indices and epochs, each `(batch_size,)`, of one step's global batch: a function of the arguments."""
         return samples_of(len(self), batch_size, seed, step)
+
+    def names(self, indices: Indices) -> list[str]:
+        """What each image is called: the path of its file within the source, or its row of a table."""
+        rows = self._positions[positions_of(indices, len(self))].tolist()
+        folders = () if self._folder is None else (str(self._folder), os.path.abspath(self._folder))
+        roots = [os.path.join(folder, "") for folder in folders]
+        names = [name for name, _ in self._rows.read(rows)]
+        return [next((name.removeprefix(root) for root in roots if name.startswith(root)), name) for name in names]
 
     def pixels(self, indices: Indices) -> Tensor:
         """The images as uint8 (B, C, H, W). Raises IndexError, or UserError if a file has changed since the start."""

@@ -15,6 +15,13 @@ import torch
 import torch.distributed as dist
 from numpy.typing import NDArray
 from PIL import Image, ImageOps
+from PIL.TiffImagePlugin import (
+    BITSPERSAMPLE,
+    PHOTOMETRIC_INTERPRETATION,
+    TILELENGTH,
+    TILEWIDTH,
+    TiffImageFile,
+)
 from torch import Tensor
 from tqdm import tqdm
 
@@ -25,8 +32,11 @@ from .bad import Problem, Report
 from .base import MAX_FILE, WORKERS, Payload, Rows, show_progress
 from .stamps import FileChanged, KnownFile, Stamp, require_stamp, stamp_at
 
-FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF")
+WEB_FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF")
+"""What browsers show; nothing else is read of what somebody uploads."""
+FORMATS = (*WEB_FORMATS, "TIFF")
 MAX_PIXELS, MAX_SIDE = 64 * 2**20, 16_384
+WHITE_IS_ZERO = 0  # of PHOTOMETRIC_INTERPRETATION
 CHUNK = 64  # images that one thread reads and decodes at a time
 
 Shape = tuple[int, int, int]
@@ -85,19 +95,20 @@ def decode_chunk(rows: Rows, shape: Shape, indices: list[int]) -> list[tuple[str
     return [(name, try_decode(payload, shape)) for name, payload in rows.read(indices)]
 
 
-def try_decode(payload: Payload, shape: Shape) -> NDArray[np.uint8] | str:
+def try_decode(payload: Payload, shape: Shape, formats: tuple[str, ...] = FORMATS) -> NDArray[np.uint8] | str:
     """The pixels (C, H, W), or the reason why there are none. Raises `FileChanged`, as a changed image is not bad."""
     try:
-        return decode(payload, shape)
+        return decode(payload, shape, formats)
     except FileChanged:
         raise
     except Exception as error:  # damaged files make Pillow raise almost anything, and each is one bad image
         return str(error) or type(error).__name__
 
 
-def decode(payload: Payload, shape: Shape) -> NDArray[np.uint8]:
+def decode(payload: Payload, shape: Shape, formats: tuple[str, ...] = FORMATS) -> NDArray[np.uint8]:
     """The pixels (C, H, W) of an image as its source gives it."""
-    return pixels_of(Image.fromarray(payload) if isinstance(payload, np.ndarray) else open_image(payload), shape)
+    image = Image.fromarray(payload) if isinstance(payload, np.ndarray) else open_image(payload, formats)
+    return pixels_of(image, shape)
 
 
 def pixels_of(image: Image.Image, shape: Shape) -> NDArray[np.uint8]:
@@ -133,8 +144,8 @@ def read_file(path: Path, stamp: Stamp | None = None) -> bytes:
         raise
 
 
-def open_image(payload: bytes | Path | KnownFile | str | None) -> Image.Image:
-    """Open an image of a known format and reasonable size. Raises `FileChanged`, `ValueError`, and what Pillow
+def open_image(payload: bytes | Path | KnownFile | str | None, formats: tuple[str, ...] = FORMATS) -> Image.Image:
+    """Open an image of one of these formats and of reasonable size. Raises `FileChanged`, `ValueError`, and what Pillow
     raises."""
     known = KnownFile(payload, None) if isinstance(payload, Path) else payload
     data = read_file(known.path, known.stamp) if isinstance(known, KnownFile) else known
@@ -143,13 +154,29 @@ def open_image(payload: bytes | Path | KnownFile | str | None) -> Image.Image:
     if not data:
         raise ValueError("no image" if data is None else "the file is empty")
     try:
-        image = Image.open(io.BytesIO(data), formats=FORMATS)
+        image = Image.open(io.BytesIO(data), formats=formats)
     except Image.UnidentifiedImageError:  # its own message names a memory address
-        raise ValueError(f"not an image in one of the formats {', '.join(FORMATS)}") from None
+        raise ValueError(f"not an image in one of the formats {', '.join(formats)}") from None
     width, height = image.size  # from the header: a file of 20 kB may ask for 1 GB
     if width * height > MAX_PIXELS or max(width, height) > MAX_SIDE:
         raise ValueError(f"{width} x {height} pixels; the limit is {MAX_PIXELS} in all and {MAX_SIDE} a side")
+    if isinstance(image, TiffImageFile):
+        require_plain_tiff(image)
     return image
+
+
+def require_plain_tiff(image: TiffImageFile) -> None:
+    """Raise `ValueError` for a TIFF that is more than one picture, or whose values have no fixed black and white:
+    numbers of 12 or 32 bits, signed ones and fractions."""
+    if getattr(image, "is_animated", False):
+        raise ValueError("a TIFF of several pages; save each as a file of its own")
+    bits = {int(depth) for depth in image.tag_v2.get(BITSPERSAMPLE, (1,))}
+    inverted = image.mode.startswith("I;16") and image.tag_v2.get(PHOTOMETRIC_INTERPRETATION) == WHITE_IS_ZERO
+    if image.mode in ("I", "F") or not bits <= {1, 2, 4, 8, 16} or inverted:
+        raise ValueError("a TIFF of other values than 8 or 16 bits from black to white; convert it to PNG")
+    width, height = (int(image.tag_v2.get(side, 0)) for side in (TILEWIDTH, TILELENGTH))
+    if max(width, height) > MAX_SIDE or width * height > MAX_PIXELS:
+        raise ValueError(f"tiles of {width} x {height}; the limit is {MAX_PIXELS} pixels in all and {MAX_SIDE} a side")
 
 
 def flatten(image: Image.Image) -> Image.Image:

@@ -11,14 +11,18 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from ..config import UserError
+from tokenizer.files.errors import one_line
+
+from ..config import UserError, is_first_process
+from ..config.terminal import tell
 from .base import WORKERS, DataConfig, Payload, Rows, SplitRows
 from .stamps import KnownFile, Stamp, stamp_at
 
 DEEPEST = 100  # folders within folders
 STAMPED = 4096  # files whose stamps a thread takes at a time
-# More formats than are decoded, so that an image of another format is reported, not overlooked.
-SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".heic", ".avif", ".jp2", ".ppm"}
+READ_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
+SUFFIXES = READ_SUFFIXES | {".heic", ".avif", ".jp2", ".ppm"}
+"""More formats than are decoded, so that an image of another format is reported, not overlooked."""
 STREAM = "; data.streaming=true reads .tar shards, patterns and URLs"
 SPLIT_FOLDERS = ("train", "training", "test", "testing", "held_out", "validation", "val", "valid", "dev")
 
@@ -33,12 +37,13 @@ def image_folder(root: Path, config: DataConfig) -> SplitRows:
 
 
 def split_folders(root: Path, config: DataConfig) -> dict[str, Path]:
-    """The folders of the splits: those that the configuration names and, if there is a folder for `split`, those with a
-    usual name. A folder without such folders is `train` as a whole: its folders are classes. Raises `UserError` if
-    these are called as splits are, but for capitals."""
+    """The folders of the splits: those that the configuration names and, if there is a folder for `split`, all others
+    that hold images. A folder without such folders is `train` as a whole: its folders are classes. Raises `UserError`
+    if these are called as splits are, but for capitals."""
     names = [config.split, config.held_out or "test"]
     if (root / config.split).is_dir():
-        names += SPLIT_FOLDERS
+        others = [path for path in root.iterdir() if path.is_dir() and not path.name.startswith(".")]
+        names += [*SPLIT_FOLDERS, *sorted(path.name for path in others if has_images(path))]
     found = {name: root / name for name in dict.fromkeys(names) if (root / name).is_dir()}
     if not found:
         require_classes(root)
@@ -62,12 +67,28 @@ def folder_rows(folder: Path, config: DataConfig) -> Rows:
     paths = sorted(find_images(folder), key=os.fsencode)  # the same order on every file system
     if not paths:
         hint = STREAM if any(path.suffix == ".tar" for path in files_below(folder)) else ""
-        raise UserError(f"{folder}: no images here (looked for {', '.join(sorted(SUFFIXES))}){hint}")
+        raise UserError(f"{folder}: no images here (looked for {', '.join(sorted(READ_SUFFIXES))}){hint}")
     inner = [path.relative_to(folder).parts for path in paths]
     labels = [parts[0] if len(parts) > 1 else None for parts in inner]
     has_classes = config.label_column is not None and any(label is not None for label in labels)
+    if has_classes:
+        tell_merged(folder, inner)
     read = partial(read_paths, paths, stamps_at(paths))
     return Rows(len(paths), read, labels if has_classes else None)
+
+
+def tell_merged(folder: Path, inner: list[tuple[str, ...]]) -> None:
+    """Print one line about classes that take in images of several folders. inner: the parts of each image's path."""
+    within: dict[str, set[str]] = {}
+    for parts in inner:
+        within.setdefault(parts[0], set()).add("/".join(parts[1:-1]))
+    merged = {name: sorted(folders) for name, folders in within.items() if len(folders) > 1}
+    if merged and is_first_process():
+        name, folders = next(iter(merged.items()))
+        some = ", ".join(f"{name}/{part}".rstrip("/") for part in folders[:3]) + (", ..." if len(folders) > 3 else "")
+        more = f"; and {len(merged) - 1:,} more such classes" if len(merged) > 1 else ""
+        line = f"data.source: {folder}: only its own folders are classes: {name!r} is all of {some}{more}"
+        tell(one_line(line))
 
 
 def walk(folder: Path) -> Iterator[tuple[str, list[str], list[str]]]:
@@ -100,6 +121,11 @@ def find_images(folder: Path) -> list[Path]:
                 raise UserError(f"{Path(parent) / name}: links to folders are not followed; use the folder itself")
         found += [Path(parent) / name for name in files if not name.startswith(".") and is_image_name(name)]
     return found
+
+
+def has_images(folder: Path) -> bool:
+    """Whether there is a file with the name of an image in a folder or below it."""
+    return any(not path.name.startswith(".") and is_image_name(path.name) for path in files_below(folder))
 
 
 def is_image_name(name: str) -> bool:

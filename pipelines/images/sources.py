@@ -10,7 +10,9 @@ import gzip
 import importlib.util
 import os
 import re
-from collections.abc import Sequence
+import unicodedata
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,13 +20,17 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ..config import UserError
+from tokenizer.files.errors import one_line
+
+from ..config import UserError, is_first_process
+from ..config.terminal import tell
 from ..shuffling.hashing import splitmix64
 from .base import DataConfig, Payload, Rows, SplitRows, show_progress
-from .folders import STREAM, files_below, image_folder, known_file, stamps_at
+from .folders import STREAM, files_below, find_images, image_folder, known_file, split_folders, stamps_at
 from .hub import offline_if_unreachable, reason_of
 from .origin import HUB_NAME, REMARK
 from .reach import check_files, check_folder, is_below, places
+from .splits import tell_unused
 
 
 def open_source(config: DataConfig) -> SplitRows:
@@ -38,8 +44,8 @@ def open_source(config: DataConfig) -> SplitRows:
         return open_shards(config)
     if config.source == "digits":
         return digits()
-    if path.is_dir() and not any(map(is_table, files_below(path))):
-        return image_folder(path, config)
+    if path.is_dir() and not any(file.suffix == ".parquet" and not is_sheet(file) for file in files_below(path)):
+        return open_folder(path, config)
     if not path.exists() and not re.fullmatch(HUB_NAME, config.source):
         hint = STREAM if "://" in config.source or glob.has_magic(config.source) else ""
         raise UserError(f"data.source: there is no file or folder {config.source}{hint}")
@@ -80,12 +86,94 @@ def read_array(images: NDArray[np.uint8], split: str, indices: Sequence[int]) ->
     return [(f"row {i} of {split}", images[i]) for i in indices]
 
 
+# sheets -------------------------------------------------------------------------------------------
+
+SHEETS = ("metadata.csv", "metadata.jsonl", "metadata.parquet")
+
+
+def is_sheet(path: Path) -> bool:
+    """Whether a file lists the images of its folder, with their classes in a column, as `datasets` reads it."""
+    return path.name in SHEETS
+
+
+def open_folder(root: Path, config: DataConfig) -> SplitRows:
+    """The splits of a folder of images: by the sheets in it, if there are any, else by its folders of classes."""
+    return sheet_folder(root, config) if any(map(is_sheet, files_below(root))) else image_folder(root, config)
+
+
+def sheet_folder(root: Path, config: DataConfig) -> SplitRows:
+    """The splits of a folder of images with sheets: folders named after splits, if any. Raises `UserError` for a sheet
+    beside these."""
+    check_folder(root)
+    folders = split_folders(root, config)
+    if beside := [name for name in SHEETS if (root / name).exists() and root not in folders.values()]:
+        raise UserError(
+            f"data.source: {root / beside[0]}: a sheet lists the images of its own folder, and the splits are "
+            f"{', '.join(folders)}; put one into each of them"
+        )
+    return {name: partial(sheet_rows, folder, name, config) for name, folder in folders.items()}
+
+
+def sheet_rows(folder: Path, split: str, config: DataConfig) -> Rows:
+    """The images of one split that the sheets below `folder` list. Raises `UserError` for images without a row."""
+    folder = folder.absolute()
+    sheets = sorted(path for path in files_below(folder) if is_sheet(path))
+    images = sorted(find_images(folder), key=os.fsencode)
+    table = sheet_table(folder) if sheets else None
+    listed = set[str]() if table is None else listed_files(table)
+    missing = [path for path in images if same_spelling(str(path)) not in listed]
+    if table is None or missing:
+        sheet = sheets[0].relative_to(folder) if sheets else "a sheet (metadata.jsonl or metadata.csv), as others have"
+        rows = f"{len(missing):,} of {len(images):,} images have no row" if images else "no images have a row"
+        first = f", the first is {missing[0].relative_to(folder)}" if missing else ""
+        raise UserError(
+            f"data.source: {folder}: {rows} in {sheet}{first}; add rows for them, or move them elsewhere; without any "
+            "sheet, folders are classes"
+        )
+    column, default = config.label_column, DataConfig.model_fields["label_column"].default
+    if column == default and column not in table.column_names and is_first_process():
+        there = ", ".join(name for name in table.column_names if name != config.image_column) or "none"
+        line = f"data.label_column: {sheets[0]} has no column {column!r}, so there are no classes; others: {there}"
+        tell(one_line(line))
+    return table_rows(table, split, config)
+
+
+def sheet_table(folder: Path) -> Any:
+    """The table that `datasets` makes of a folder with sheets. Raises `UserError`."""
+    import datasets
+
+    try:
+        with quiet_datasets():
+            builder = datasets.load_dataset_builder(
+                "imagefolder", data_files={"train": f"{glob.escape(str(folder))}/**"}
+            )
+            check_files(builder, str(folder))
+            builder.download_and_prepare()
+            return builder.as_dataset()["train"]
+    except UserError:
+        raise
+    except Exception as error:  # whatever is wrong with a sheet
+        raise UserError(f"data.source: {folder} cannot be read: {reason_of(error)}") from error
+
+
+def listed_files(table: Any) -> set[str]:
+    """The paths of all images in a table that a sheet became, those of other columns than the first too."""
+    import datasets
+
+    found = set[str]()
+    for name, feature in table.features.items():
+        if isinstance(feature, datasets.Image):
+            paths = files_in(table.select_columns([name]).cast_column(name, datasets.Image(decode=False)), name)
+            found |= {same_spelling(os.path.normpath(path)) for path in paths if path}
+    return found
+
+
+def same_spelling(path: str) -> str:
+    """A path in which an accented letter is one character, which some file systems write as two."""
+    return unicodedata.normalize("NFC", path)
+
+
 # tables -------------------------------------------------------------------------------------------
-
-
-def is_table(path: Path) -> bool:
-    """Whether a file is a table of images: parquet, or the metadata of a folder."""
-    return path.suffix == ".parquet" or path.name in ("metadata.csv", "metadata.jsonl")
 
 
 def is_parquet(path: Path) -> bool:
@@ -102,18 +190,17 @@ def tables(path: Path, config: DataConfig) -> SplitRows:
     """
     import datasets
 
-    silent = not show_progress() and not datasets.are_progress_bars_disabled()
-    if silent:
-        datasets.disable_progress_bars()
     try:
-        if path.is_file():
-            found = datasets.load_dataset("parquet", data_files=glob.escape(str(path)))
-        elif path.exists():
-            check_folder(path)
-            found = loaded(os.path.abspath(path))  # `datasets` calls it by the last part of the path, which "." has not
-        else:
-            with offline_if_unreachable():
-                found = loaded(config.source)
+        with quiet_datasets():
+            if path.is_file():
+                found = datasets.load_dataset("parquet", data_files=glob.escape(str(path)))
+            elif path.exists():
+                check_folder(path)
+                # `datasets` calls it by the last part of the path, which "." has not.
+                found = loaded(os.path.abspath(path))
+            else:
+                with offline_if_unreachable():
+                    found = loaded(config.source)
     except UserError:
         raise
     except Exception as error:  # anything from a lost network to a broken file
@@ -124,10 +211,22 @@ def tables(path: Path, config: DataConfig) -> SplitRows:
             f"data.source={config.source}: there is no such folder here ({path.absolute()}), and the Hub id "
             f"'{config.source}' cannot be loaded: {reason}"
         ) from error
+    return {str(name): partial(table_rows, table, str(name), config) for name, table in found.items()}
+
+
+@contextmanager
+def quiet_datasets() -> Iterator[None]:
+    """Without the progress bars of `datasets` where nobody sees them."""
+    import datasets
+
+    silent = not show_progress() and not datasets.are_progress_bars_disabled()
+    if silent:
+        datasets.disable_progress_bars()
+    try:
+        yield
     finally:
         if silent:
             datasets.enable_progress_bars()
-    return {str(name): partial(table_rows, table, str(name), config) for name, table in found.items()}
 
 
 def loaded(source: str) -> Any:
@@ -136,6 +235,8 @@ def loaded(source: str) -> Any:
 
     builder = datasets.load_dataset_builder(source)
     check_files(builder, source)
+    if os.path.isdir(source):
+        tell_unused(Path(source), ".parquet", getattr(builder.config, "data_files", None) or {})
     builder.download_and_prepare()
     return builder.as_dataset()
 

@@ -7,14 +7,18 @@ reported results use the held-out images.
 from __future__ import annotations
 
 import difflib
-import sys
+import os
 from collections.abc import Collection
+from pathlib import Path
 from typing import Any
 
 from tokenizer import settings
+from tokenizer.files.errors import one_line
 
 from ..config import UserError, is_first_process
+from ..config.terminal import tell
 from .base import DataConfig
+from .folders import files_below
 
 STAND_INS = ("validation", "val", "valid", "dev")
 """Names of a split to evaluate on if there is no `test`."""
@@ -26,9 +30,8 @@ chance, and figures while training use at most 2,000."""
 def held_out_split(names: Collection[str], config: DataConfig, *, begun: bool = False) -> str | None:
     """The split among `names` to evaluate on; None if part of `config.split` is to be held out.
 
-    Raises `UserError` if `config.held_out` names a split that does not exist although other splits do. Two cases are
-    allowed: `test`, which asks for part of `config.split`, and a run that was `begun` earlier, when any missing name
-    silently meant that part.
+    Raises `UserError` if `config.held_out` names a split that does not exist. Two cases are allowed: `test`, which asks
+    for part of `config.split`, and a run that was `begun` earlier, when any missing name silently meant that part.
     """
     others, wanted = [name for name in names if name != config.split], config.held_out
     if wanted is None:
@@ -36,7 +39,7 @@ def held_out_split(names: Collection[str], config: DataConfig, *, begun: bool = 
         return found[0] if len(found) == 1 else None
     if wanted in others:
         return wanted
-    if others and wanted != "test" and not begun:
+    if wanted != "test" and not begun:
         near = nearest_name(wanted, others)
         hint = f"; did you mean {near!r}?" if near else ""
         part = "" if "test" in others else f" (data.held_out=test holds out part of {config.split!r})"
@@ -67,7 +70,19 @@ def tell_splits(names: Collection[str], config: DataConfig, found: str | None, p
     rest = f"; not used: {', '.join(left)}" if left else ""
     remedy = " (data.held_out=NAME takes another)" if left else ""
     taken = part if found is None else repr(found)
-    print(f"data.held_out: {config.source}: {why}{taken} is {how}{rest}{remedy}", file=sys.stderr, flush=True)
+    tell(one_line(f"data.held_out: {config.source}: {why}{taken} is {how}{rest}{remedy}"))
+
+
+def tell_unused(root: Path, suffix: str, used: dict[Any, Any]) -> None:
+    """Print one line about files with this suffix below `root` that are in none of the splits `used`, by whose names
+    `datasets` found them."""
+    inside = {os.path.abspath(str(file)) for files in used.values() for file in files}
+    left = sorted(str(path.relative_to(root)) for path in files_below(root) if path.suffix == suffix)
+    left = [name for name in left if os.path.abspath(root / name) not in inside]
+    if left and is_first_process():
+        more = f" and {len(left) - 1:,} more" if len(left) > 1 else ""
+        splits = ", ".join(map(str, used))
+        tell(one_line(f"data.source: {root}: not used: {left[0]}{more}, of no split by name (splits: {splits})"))
 
 
 def validation_count(size: int, fraction: float | None) -> int:

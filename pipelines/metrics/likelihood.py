@@ -73,7 +73,8 @@ def evaluate_likelihood(
 ) -> dict[str, Any]:
     """Bits per token of the prior on held-out images, whose tokens are `test`, beside those of `Marginal` fitted to the
     training images' tokens; bits per dim, where the decoder has a likelihood; and what the order has to do with it,
-    where the prior takes any."""
+    where the prior takes any. All of a prior that has classes is given the class of each image, but for
+    `unconditional_bits_per_token`."""
     grid = prior.grid
     unlabelled = TokenSplit(test.tokens, None)
     known = test if prior.num_classes else unlabelled
@@ -116,7 +117,11 @@ def evaluate_bits(
     tokenizer: Tokenizer, held_out: ImageDataset, test: TokenSplit, nats: Tensor, team: Team = ALONE
 ) -> dict[str, Any]:
     """Bits per dim of held-out images, with the standard error over images; and the parts of it, of the tokens, whose
-    log p are `nats` `(n,)`, and of the pixels given the tokens. Nothing if the decoder has no likelihood."""
+    log p are `nats` `(n,)`, and of the pixels given the tokens. Nothing if the decoder has no likelihood.
+
+    Where `nats` are given the class, so are the bits: a code would have to send it as well, up to log2(classes) bits an
+    image.
+    """
     if not tokenizer.has_likelihood:
         return {}
 

@@ -18,6 +18,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from tokenizer.base import in_finest
+
 from ..images import ImageDataset
 from ..processes.sharing import ALONE, Team
 from ..shuffling.epochs import samples_of
@@ -137,7 +139,11 @@ def shuffled(count: int) -> Tensor:
 
 def ssim(images: Tensor, others: Tensor) -> Tensor:
     """Structural similarity of each pair, `(B,)`, of `(B, C, H, W)` in [-1, 1]: the mean over channels and Gaussian
-    windows (11 x 11, sigma 1.5; the largest odd size that fits smaller images) that lie within the image."""
+    windows (11 x 11, sigma 1.5; the largest odd size that fits smaller images) that lie within the image. At most 1.
+
+    In float64: variances are differences of means of squares, which cancel where an image is flat.
+    """
+    kind, images, others = images.dtype, in_finest(images), in_finest(others)
     channels, size = images.shape[1], min(11, *images.shape[2:])
     size -= 1 - size % 2
     offsets = torch.arange(size, dtype=images.dtype, device=images.device) - size // 2
@@ -151,7 +157,7 @@ def ssim(images: Tensor, others: Tensor) -> Tensor:
     variances = mean(a * a) - mean_a**2 + mean(b * b) - mean_b**2
     covariance = mean(a * b) - mean_a * mean_b
     light = (2 * mean_a * mean_b + 0.01**2) / (mean_a**2 + mean_b**2 + 0.01**2)
-    return (light * (2 * covariance + 0.03**2) / (variances + 0.03**2)).flatten(1).mean(1)
+    return (light * (2 * covariance + 0.03**2) / (variances + 0.03**2)).flatten(1).mean(1).clamp(max=1).to(kind)
 
 
 # Sets of rows -------------------------------------------------------------------------------------

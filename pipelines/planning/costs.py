@@ -69,7 +69,7 @@ def prior_turn(model: Prior, count: int, bf16: bool, frozen: Prior | None = None
         yield "activations", ledger.now - outputs.untyped_storage().nbytes()
         yield "logits", outputs.untyped_storage().nbytes()
         with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
-            loss = model.loss(outputs, tokens, **inputs)
+            loss = model.loss_from_outputs(outputs, tokens, **inputs)
         del outputs
         loss.backward()
 

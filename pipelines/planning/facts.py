@@ -12,7 +12,7 @@ from tokenizer import TokenGrid, Tokenizer
 from ..config import UserError
 from ..tokens.meta import META, read_meta
 
-EXAMPLE = {"grid": "grid=[16,16]", "vocab_size": "vocab_size=16384", "classes": "classes=1000"}
+EXAMPLE = {"grid": "grid=16,16", "vocab_size": "vocab_size=16384", "classes": "classes=1000"}
 
 
 @dataclass(frozen=True)

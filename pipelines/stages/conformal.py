@@ -67,13 +67,15 @@ def allowed_above(count: int, share: float, confidence: float | None = None) -> 
 
 
 def least_scores(share: float, confidence: float | None = None) -> int:
-    """The fewest normal scores for which there is a threshold: with n of them, all are below a share of (1 - share)^n
-    of calibrations."""
-    least = math.ceil(1 / share)
-    if confidence is not None:
-        least = max(least, math.ceil(math.log1p(-confidence) / math.log1p(-share)))
-        while allowed_above(least, share, confidence) < 0:  # where rounding decides
-            least += 1
+    """The fewest normal scores for which there is a `threshold`: those for which none above it will do.
+
+    On average a new score is above all n with probability 1 / (n + 1); with a confidence, more than `share` of new ones
+    are above all n in (1 - share)^n of calibrations.
+    """
+    found = 1 / share - 1 if confidence is None else math.log1p(-confidence) / math.log1p(-share)
+    least = max(1, math.ceil(found) - 1)  # one below, as rounding may decide
+    while allowed_above(least, share, confidence) < 0:
+        least += 1
     return least
 
 

@@ -30,25 +30,36 @@ QUINTIC, ROUNDS = (3.4445, -4.7750, 2.0315), 5  # of Newton and Schulz, as by Jo
 TINY = 1e-7  # the norm below which a matrix counts as zero
 MOST = 1 << 26  # numbers that are orthogonalized together: a quarter of a GB
 LAYERS = (nn.Linear, _ConvNd, CausalConv2d)
-APART = {"head", "quantizer"}  # what priors call their layer to logits, and `vqgan` its last ones; what chooses codes
+APART = {"head", "quantizer"}
+"""Modules whose weights stay with AdamW: what a model calls its head (a prior's layer to logits; the last layers of the
+encoder and decoder of `vit`, `titok`, `vqgan` and the kinds that are built like it), and what chooses codes."""
 
 
 def make_optimizer(
     parameters: list[nn.Parameter],
     matrices: set[nn.Parameter],
+    decaying: set[nn.Parameter],
     config: TrainConfig,
     betas: tuple[float, float],
     bf16: bool = False,
+    sizes: list[int] | None = None,
 ) -> AdamW:
-    """The optimizer that `config` asks for; biases, norms and other vectors do not decay. Where none of `matrices` (see
-    `hidden_matrices`) is among the parameters, that is AdamW. bf16: whether matrices are made orthogonal in bfloat16,
-    which is precise enough, and, where it is fast, takes a fourth of the time."""
+    """The optimizer that `config` asks for. Of what AdamW moves, only `decaying` (see `decaying_weights`) decays. Where
+    none of `matrices` (see `hidden_matrices`) is among the parameters, that is AdamW. bf16: whether matrices are made
+    orthogonal in bfloat16, which is precise enough, and, where it is fast, takes a fourth of the time.
+
+    sizes: of the groups in the state of a run that goes on. In one from before `decaying_weights`, all that has two
+    dimensions decays, and it goes on as it began.
+    """
     muon = config.optimizer == "muon"
     hidden = [p for p in parameters if muon and p in matrices]
     rest = [p for p in parameters if not (muon and p in matrices)]
+    decay = {p for p in rest if p.ndim > 1}
+    if sizes != [size for size in (len(decay), len(rest) - len(decay), len(hidden)) if size]:
+        decay &= decaying
     groups: list[dict[str, Any]] = [
-        {"params": [p for p in rest if p.ndim > 1], "weight_decay": config.weight_decay},
-        {"params": [p for p in rest if p.ndim <= 1], "weight_decay": 0.0},
+        {"params": [p for p in rest if p in decay], "weight_decay": config.weight_decay},
+        {"params": [p for p in rest if p not in decay], "weight_decay": 0.0},
         {"params": hidden, "weight_decay": 0.0, "momentum": MOMENTUM, "bf16": bf16},
     ]
     groups[-1]["factor"] = config.muon_lr / config.lr  # of the learning rate, which all have in common
@@ -63,6 +74,19 @@ def hidden_matrices(model: nn.Module) -> set[nn.Parameter]:
     layers = [module for name, module in model.named_modules() if APART.isdisjoint(name.split("."))]
     weights = [getattr(layer, "weight", None) for layer in layers if isinstance(layer, LAYERS)]
     return {weight for weight in weights if isinstance(weight, nn.Parameter) and is_matrix(weight)}
+
+
+def decaying_weights(model: nn.Module) -> set[nn.Parameter]:
+    """The weights that decay: matrices, kernels and tables. Not vectors, of whatever shape (the gain of a norm of
+    queries and keys is `(heads, 1)`, an embedding of one row `(1, dim)`), and not biases, also where there is a table
+    of them, one for each position, row or class: what has `bias` in its name, or in that of its module's class."""
+    found = set()
+    for name, module in model.named_modules():
+        for key, weight in module.named_parameters(recurse=False):
+            is_bias = "bias" in f"{name}.{key} {type(module).__name__}".lower()
+            if weight.ndim > 1 and min(rows_and_columns(weight)) > 1 and not is_bias:
+                found.add(weight)
+    return found
 
 
 def is_matrix(weight: Tensor) -> bool:

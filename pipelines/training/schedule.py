@@ -44,7 +44,11 @@ class TrainConfig(Config):
     final_lr: float = Field(0.02, ge=0, le=1, description="learning rate at the end, as a share of the peak")
     warmup_steps: int = Field(100, ge=0, description="steps of linear warm-up; a cosine follows")
     betas: tuple[Decay, Decay] = Field((0.9, 0.95), description="AdamW's decays of the running moments")
-    weight_decay: float = Field(0.02, ge=0, description="AdamW's weight decay, on matrices only; Muon has none")
+    weight_decay: float = Field(
+        0.02,
+        ge=0,
+        description="AdamW's weight decay, of matrices and tables; biases, norms and what Muon moves have none",
+    )
     clip: float = Field(1.0, gt=0, description="largest gradient norm; a larger one is scaled down")
     ema_decay: float = Field(
         0.999, ge=0, lt=1, description="decay of the averaged weights that are evaluated and saved"

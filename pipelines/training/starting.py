@@ -13,6 +13,7 @@ from ..processes.precision import told_precision
 from ..tracking import Tracker
 from .blocks import prepare_blocks
 from .checkpoints.counters import check_counters
+from .checkpoints.optimizers import sizes_of_groups
 from .checkpoints.states import STATE, load_best, load_state
 from .extending import told_changes
 from .heartbeat import Heartbeat
@@ -44,12 +45,21 @@ def set_up(
     prepare_blocks(task.nets.values(), config.train)
     gathered = shard(task, averaged, accelerator) if sharded else None
     betas = {name: task.betas.get(name, config.train.betas) for name in task.players}
-    matrices, bf16 = task.matrices(), accelerator.device.type == "cuda" or accelerator.mixed_precision == "bf16"
+    matrices, decaying = task.matrices(), task.decaying()
+    bf16 = accelerator.device.type == "cuda" or accelerator.mixed_precision == "bf16"
+    state = newest_state(run, config, accelerator, task.begun)
     optimizers = {
-        name: make_optimizer(players, matrices, config.train, betas[name], bf16)
+        name: make_optimizer(
+            players,
+            matrices,
+            decaying,
+            config.train,
+            betas[name],
+            bf16,
+            sizes_of_groups(state, name) if state else None,
+        )
         for name, players in task.players.items()
     }
-    state = newest_state(run, config, accelerator, task.begun)
     step, counters = load_state(state, model=task.model, ema=averaged, optimizers=optimizers) if state else (0, {})
     best = None
     if state:

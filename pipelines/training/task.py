@@ -14,7 +14,7 @@ from tokenizer.files.ownership import Kind
 from ..processes.sharing import ALONE, Team
 from ..shuffling.epochs import samples_of
 from ..tracking import Mark
-from .optimizers import hidden_matrices
+from .optimizers import decaying_weights, hidden_matrices
 
 Split = Literal["validation", "held_out"]
 """Of images that are not trained on: `validation` chooses the best weights, `held_out` is evaluated at the end."""
@@ -93,6 +93,10 @@ class Task:
     def matrices(self) -> set[nn.Parameter]:
         """What `train.optimizer=muon` moves by Muon."""
         return hidden_matrices(self.model)
+
+    def decaying(self) -> set[nn.Parameter]:
+        """What has a weight decay, of all players."""
+        return set().union(*(decaying_weights(net) for net in self.nets.values()))
 
     def preview(self, model: nn.Module) -> dict[str, np.ndarray]:
         """Pictures of what `model` (averaged weights) can do, uint8 (H, W, 3); the `team` may share the work."""

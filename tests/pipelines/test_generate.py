@@ -24,6 +24,7 @@ from small_pipelines import make_pipeline
 from pipelines import ImagePipeline, generate
 from pipelines.config import UserError
 from pipelines.generate import GenerateConfig, run
+from pipelines.images import DataConfig, load_images
 from pipelines.images.sets.pieces import GenerateJob
 from pipelines.jobs import Job
 from pipelines.stages import requests
@@ -119,6 +120,20 @@ def test_the_images_are_those_of_the_pipeline(pipeline, tmp_path, monkeypatch, k
     assert torch.equal(torch.stack([drawn[seed] for seed in range(11, 31)]), expected.tokens)
     with np.load(tmp_path / "set.npz") as found:
         assert np.array_equal(found["arr_0"], expected.images.repeat(3, -1)) and found["arr_1"].tolist() == [2, 0] * 10
+
+
+def test_a_folder_of_images_is_read_with_their_classes(pipeline, tmp_path, kept):
+    """By `data.source`: each image has the name of the class that was asked for."""
+    run(config(pipeline, out := tmp_path / "images", labels=["eel", 0], seed=11))
+    expected = ImagePipeline.from_pretrained(pipeline)(20, [2, 0] * 10, seed=11, output_type="np").images
+    wanted: dict[bytes, set[str]] = {}
+    for k, image in enumerate(expected):
+        wanted.setdefault(image.tobytes(), set()).add(["eel", "cat"][k % 2])
+    images = load_images(DataConfig(source=str(out), image_size=SIZE[0], channels=expected.shape[-1]))
+    assert sum(map(len, images.named().values())) == 20 and images.train.class_names == ["cat", "eel"]
+    for part in images.named().values():
+        for pixels, label in zip(part.pixels(range(len(part))), part.labels, strict=True):
+            assert part.class_names[label] in wanted[pixels.movedim(0, -1).numpy().tobytes()]
 
 
 def test_unconditional_images_have_no_labels(tmp_path, kept):
@@ -272,5 +287,6 @@ def test_a_few_are_made_at_once_without_accelerate(pipeline, tmp_path, monkeypat
         printed.startswith(f"3 images: {tmp_path}/images/00000.png ..., ")
         and "images per second; next: smalti evaluate pipeline=" in printed
     )
-    assert sorted(path.name for path in tmp_path.rglob("*")) == ["00000.png", "00001.png", "00002.png", "images"]
+    images = ["00000.png", "00001.png", "00002.png"]
+    assert sorted(path.name for path in (tmp_path / "images").iterdir()) == [*images, "manifest.json", "metadata.jsonl"]
     assert Image.open(tmp_path / "images" / "00002.png").size == SIZE

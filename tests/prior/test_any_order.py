@@ -12,7 +12,8 @@ from costs import all_steps
 from frequencies import as_frequent
 from small import ANY_ORDER, ORDERS, PRIORS, generators, make_prior
 
-from prior.orders import make_order
+from prior.orders import Partition, after_known, known_first, make_order
+from prior.requests import partition_of
 
 every_model = pytest.mark.parametrize("name", sorted(set(ANY_ORDER) & set(PRIORS)))
 
@@ -150,6 +151,38 @@ def test_completion_is_conditioned_on_all_known_tokens(name, path):
         assert torch.equal(drawn[:, known], tokens[known].expand(count, -1))
         found = drawn[:, 0, hole].float().mean()
         assert abs(found - expected) < 5 * (expected * (1 - expected) / count).sqrt() + 1e-3
+
+
+@pytest.mark.parametrize(
+    ("name", "blocks", "path"),
+    [
+        ("blocks", (1, 1, 2, 2), {}),
+        ("blocks", (1, 1, 2, 2), {"parallel": True}),
+        ("masked", (1, 1, 2, 2), {}),
+    ],
+    ids=["blocks", "blocks, parallel", "masked"],
+)
+def test_completions_of_a_mixture_are_of_the_walks_that_are_drawn(name, blocks, path):
+    """Frequencies against all completions, enumerated: each walk takes the known tokens first, as one block if blocks
+    hold several tokens, and is as probable as it makes them."""
+    torch.manual_seed(0)
+    model, count, orders = make(name, shape=(2, 3), vocab_size=2, blocks=blocks, order="random:7"), 2000, 3
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=1.0)
+    known = torch.tensor([[True, True, False], [False, True, False]])
+    grids = torch.tensor(list(itertools.product(range(2), repeat=6))).reshape(-1, 2, 3)
+    rows = grids[(grids[:, known] == 0).all(1)]
+    joint = []
+    for one in model.orders(orders):
+        order = known_first(partition_of(model, one).order, known.flatten()[None])[0]
+        walk = Partition(order, after_known(blocks, 3) if max(blocks) > 1 else blocks)
+        joint.append(model.log_prob(rows, order=walk).detach().double().exp())
+    expected = torch.stack(joint).sum(0) / torch.stack(joint).sum()
+    drawn = model.sample(
+        count, generator=torch.Generator().manual_seed(1), tokens=rows[0], known=known, num_orders=orders, **path
+    )
+    matches = (drawn[:, None] == rows).flatten(2).all(2)
+    assert matches.any(1).all() and as_frequent(matches.int().argmax(1), expected)
 
 
 @every_model

@@ -77,7 +77,7 @@ def test_what_is_drawn_is_the_callers_to_train_on():
     model = make_prior("gpt")
     drawn = model.sample(2, generator=generators(2))
     assert drawn.shape == (2, 3, 4) and drawn.dtype == torch.int64 and not drawn.is_inference()
-    model.loss(model(drawn), drawn).backward()
+    model.loss_from_outputs(model(drawn), drawn).backward()
     assert all(parameter.grad is not None for name, parameter in model.named_parameters() if "class" not in name)
 
 

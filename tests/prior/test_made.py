@@ -79,7 +79,7 @@ def test_gradients_reach_exactly_what_is_not_masked():
     model = make_made("three layers", num_classes=0).double()
     keep_awake(model)
     tokens = draw_tokens(model, 500)
-    model.loss(model(tokens), tokens).backward()
+    model.loss_from_outputs(model(tokens), tokens).backward()
     (first, second, last), ranks = model.degrees(), model.ranks[:, None]
     assert (model.input.grad != 0).any(1).equal(ranks < first)
     assert (model.hidden[0].grad != 0).equal(first <= second[:, None])
@@ -150,7 +150,7 @@ def test_training_draws_come_from_the_seed():
     assert set(draw(0, make_same(model, order_agnostic=False))) == {"degrees"}
     assert draw(0, make_same(model, order_agnostic=False, connectivity_agnostic=False)) == {}
     assert not make_same(model, order_agnostic=False).any_order and model.any_order
-    model.loss(model(tokens, **one), tokens, **one).backward()
+    model.loss_from_outputs(model(tokens, **one), tokens, **one).backward()
     assert all(parameter.grad is not None for parameter in model.parameters())
 
 
@@ -195,7 +195,7 @@ def test_the_loss_is_the_cross_entropy(variant):
     tokens = draw_tokens(model, 4)
     logits = model(tokens)
     expected = torch.nn.functional.cross_entropy(logits.flatten(0, 1), tokens.flatten())
-    assert model.loss(logits, tokens).item() == pytest.approx(expected.item(), abs=1e-6)
+    assert model.loss_from_outputs(logits, tokens).item() == pytest.approx(expected.item(), abs=1e-6)
 
 
 OLD = {  # of two ids, saved when there was no `sigmoid`: configuration, shapes; log p, sample and fingerprint then

@@ -13,7 +13,7 @@ from small import draw_tokens, generators, make_prior
 
 from prior import Prior
 from prior.masked import SCHEDULES, bound_masks
-from prior.sampling.confidence import MaskedSampler
+from prior.sampling.confidence import MaskedSampler, still_masked
 
 
 def make(shape=(2, 3), vocab_size=3, **config):
@@ -87,7 +87,7 @@ def test_the_loss_is_the_bound():
         mask = torch.tensor([known])
         if (masked := 3 - sum(known)) == 0:
             continue
-        loss = model.loss(model(tokens, label, known=mask), tokens, known=mask)
+        loss = model.loss_from_outputs(model(tokens, label, known=mask), tokens, known=mask)
         losses.append(float(loss.detach()))
         weights.append(1 / 3 / math.comb(3, masked))  # the number is uniform, then the set
     assert sum(weights) == pytest.approx(1)
@@ -99,9 +99,9 @@ def test_the_loss_is_the_bound():
 def test_the_linear_loss_is_a_mean_per_image_and_then_over_images():
     model, tokens = make(shape=(1, 3)), torch.tensor([[[2, 0, 1]]])
     masks = [torch.tensor([known]) for known in ([True, False, False], [False, True, True])]
-    apart = [model.loss(model(tokens, known=known), tokens, known=known).detach() for known in masks]
+    apart = [model.loss_from_outputs(model(tokens, known=known), tokens, known=known).detach() for known in masks]
     pair, known = tokens.expand(2, 1, 3), torch.cat(masks)
-    together = model.loss(model(pair, known=known), pair, known=known).detach()
+    together = model.loss_from_outputs(model(pair, known=known), pair, known=known).detach()
     assert torch.allclose(together, torch.stack(apart).mean(), atol=1e-6)
 
 
@@ -114,10 +114,10 @@ def test_other_schedules_weigh_each_masked_token_alike(schedule):
     logits = model(tokens, known=known)
     mean = torch.nn.functional.cross_entropy(logits[~known], tokens.flatten(1)[~known])
     drawn = (~model.training_inputs(torch.zeros(50_000, 2, 3), 0.0)["known"]).sum(1).float().mean()
-    loss = float(model.loss(logits, tokens, known=known).detach())
+    loss = float(model.loss_from_outputs(logits, tokens, known=known).detach())
     assert loss == pytest.approx(float(mean.detach() * (~known).sum() / 5 / drawn), rel=0.01)
     smooth = make(shape=(2, 3), schedule=schedule, label_smoothing=0.3)
-    assert abs(float(smooth.loss(logits, tokens, known=known).detach()) - loss) > 1e-3
+    assert abs(float(smooth.loss_from_outputs(logits, tokens, known=known).detach()) - loss) > 1e-3
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
@@ -128,7 +128,7 @@ def test_a_batch_in_parts_has_the_same_gradient(schedule):
 
     def gradient(rows):
         model.zero_grad()
-        model.loss(model(tokens[rows], known=known[rows]), tokens[rows], known=known[rows]).backward()
+        model.loss_from_outputs(model(tokens[rows], known=known[rows]), tokens[rows], known=known[rows]).backward()
         return torch.cat([parameter.grad.flatten() for parameter in model.parameters()])
 
     whole, parts = gradient(slice(8)), [gradient(slice(k, k + 2)) for k in range(0, 8, 2)]
@@ -196,6 +196,24 @@ def test_steps_are_passes_and_fill_everything(schedule, steps, monkeypatch):
     assert drawn.shape == (6, 3, 4) and drawn.min() >= 0 and drawn.max() < 5
     counts = torch.stack(masked)
     assert len(counts) == steps and (counts[0] == 12).all() and (counts.diff(dim=0) < 0).all()
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_a_step_reveals_as_many_tokens_by_confidence_as_along_an_order(schedule):
+    """For all numbers of tokens at once and for each one alone; of an even schedule as many in each."""
+    several = [*range(1, 66), 81, 96, 100, 128, 196, 225, 256, 300, 400, 512, 576, 784, 1000, 1024]
+    unknown = torch.tensor(several)
+    for steps in range(1, 65):
+        sampler, left, by_step = MaskedSampler(steps=steps, schedule=schedule), unknown, []
+        for share, _ in sampler.passes():
+            still = still_masked(left, unknown, share)
+            by_step.append(left - still)
+            left = still
+        assert not left.any()
+        for number, sizes in zip(several, torch.stack(by_step, 1).tolist(), strict=True):
+            assert tuple(size for size in sizes if size) == sampler.sizes(number)
+            if schedule == "linear" and number % steps == 0:
+                assert sizes == [number // steps] * steps
 
 
 def test_numbers_of_a_generator_on_the_cpu_are_drawn_there_whatever_torchs_default_device():

@@ -138,7 +138,7 @@ def test_it_learns_that_a_fine_scale_follows_from_a_coarse_one():
     optimizer = torch.optim.AdamW(model.train().parameters(), 1e-2)
     for step in range(60):
         batch = tokens[(step * 64 + torch.arange(64)) % 512]
-        loss = model.loss(model(batch), batch)
+        loss = model.loss_from_outputs(model(batch), batch)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()

@@ -4,6 +4,7 @@ Covers: tokenizer/autoencoder.py, tokenizer/base.py, tokenizer/losses.py, tokeni
 """
 
 import json
+import traceback
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ from huggingface_hub import load_state_dict_from_file
 from safetensors.torch import save_file
 from small import QUANTIZERS, TOKENIZERS, make_prior, make_tokenizer, quantizer_of
 
+from prior import Prior
 from tokenizer import TokenGrid, Tokenizer
 from tokenizer.base import Reconstruction, codebook_usage
 from tokenizer.files.errors import ConfigError, PathError, PipelineLoadError, WeightsError
@@ -175,6 +177,47 @@ def test_vqvae_learns():
 def test_bad_configurations_are_named(config, message):
     with pytest.raises(ConfigError, match=message):
         Tokenizer.create("vqvae", **{"image_size": (28, 28), "channels": 1, **config})
+
+
+@every_tokenizer
+def test_square_images_may_be_given_by_one_side(name, tmp_path):
+    """The file holds both sides, whichever way they were given."""
+    by_side, by_sides = (make_tokenizer(name, size, 1) for size in (16, (16, 16)))
+    assert by_side.config == by_sides.config and by_side.image_shape == (1, 16, 16)
+    by_side.save_pretrained(tmp_path / "saved")
+    assert json.loads((tmp_path / "saved" / "config.json").read_text())["image_size"] == [16, 16]
+
+
+@pytest.mark.parametrize(
+    "size", [0, -1, 28.0, True, "28", None, {}, (16,), (16, 16, 16), (16, 0), (16, "a"), (True, 16), 1 << 20], ids=str
+)
+def test_what_is_no_size_of_images_is_refused(size):
+    with pytest.raises(ConfigError, match="^vqvae: image_size: ") as refusal:
+        make_tokenizer("vqvae", size, 1)
+    assert "\n" not in str(refusal.value)
+
+
+WRONG = [
+    (Tokenizer, "vqvae", {"image_size": (16, 16)}, "channels"),
+    (Tokenizer, "vqvae", {"image_size": (16, 16), "channels": 2}, "channels"),
+    (Tokenizer, "vqvae", {"image_size": (16, 16), "channels": 1, "quantizer": {"kind": "ema", "codes": -1}}, "codes"),
+    (Tokenizer, "vqvae", {"image_size": (16, 16), "channels": 1, "width": 16}, "width"),
+    (Tokenizer, "vqvae", {"image_size": (16, 15), "channels": 1}, "factor"),
+    (Prior, "gpt", {}, "grid"),
+    (Prior, "gpt", {"grid": (3, 4)}, "grid"),
+    (Prior, "gpt", {"grid": TokenGrid((3, 4), 5), "dim": "64"}, "dim"),
+    (Prior, "gpt", {"grid": TokenGrid((3, 4), 5), "dim": 36, "heads": 4}, "heads"),
+]
+
+
+@pytest.mark.parametrize(("family", "name", "config", "key"), WRONG, ids=str)
+def test_a_wrong_setting_is_one_line_of_a_traceback_too(family, name, config, key):
+    """Python prints what an error came from before the error itself: here that is nothing."""
+    with pytest.raises(ConfigError) as refusal:
+        family.create(name, **config)
+    assert key in str(refusal.value) and "\n" not in str(refusal.value)
+    printed = "".join(traceback.format_exception(refusal.value))
+    assert printed.count("Traceback") == 1 and "ValidationError" not in printed
 
 
 def test_loading_is_strict(tmp_path):

@@ -31,7 +31,10 @@ class UnreadableError(PathError):
 
 
 class ConfigError(PipelineLoadError):
-    """A configuration value is unknown, of the wrong type or out of range."""
+    """A configuration value is unknown, of the wrong type or out of range. details: what pydantic found, with the
+    places of wrong values, where a configuration was made."""
+
+    details: Exception | None = None
 
 
 class IntegrityError(PipelineLoadError):

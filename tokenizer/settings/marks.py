@@ -40,7 +40,8 @@ class Was:
 
     def means(self, value: Any) -> bool:
         """Whether this value under the name that was is one of the setting."""
-        return type(value) in (self.type if isinstance(self.type, tuple) else (self.type,))
+        types = self.type if isinstance(self.type, tuple) else (self.type,)
+        return type(value) in types or (str in types and isinstance(value, str))
 
 
 def mark_of(field: FieldInfo, mark: type[T]) -> T | None:

@@ -37,9 +37,9 @@ class Index:
         return torch.cat(self.parts)
 
     def named(self, row: int) -> str:
-        """The class of a training image, if it has one, and its number."""
-        labels = self.train.labels
-        return f"no. {row}" if labels is None else f"{self.train.class_names[int(labels[row])]}, no. {row}"
+        """The class of a training image, if it has one, and what it is called in the source."""
+        labels, (name,) = self.train.labels, self.train.names([row])
+        return name if labels is None else f"{self.train.class_names[int(labels[row])]}, {name}"
 
 
 def build(served: Served, gallery: gr.HTML, train: ImageDataset) -> None:

@@ -15,6 +15,7 @@ from ...config import UserError
 from ...config.outputs import check_out_file, check_out_results, writing
 from ..grids import class_grid
 from ..pictures import SUFFIXES, png_bytes, save_picture
+from .folder import SHEET, rows_there, write_folder
 from .npz import raw_pixels, write_npz
 from .parquet import write_parquet
 from .parts import Facts, Part
@@ -59,7 +60,7 @@ def check_out(form: Form, out: Path, count: int, inputs: Inputs) -> None:
     """Raise `UserError` unless a set of so many images can be written as `out`; see `config.outputs`."""
     if form.is_folder:
         key = Facts(count, 0, 0).key
-        check_out_results(out, (f"{key(number)}.png" for number in range(count)), inputs)
+        check_out_results(out, [SHEET, *(f"{key(number)}.png" for number in range(count))], inputs)
     else:
         check_out_file(out, inputs)
 
@@ -110,9 +111,7 @@ def grid_of(parts: Iterable[Part], facts: Facts, columns: int | None, captions: 
 def _write(form: Form, out: Path, parts: Iterable[Part], facts: Facts, inputs: Inputs, temporary: Path | None) -> None:
     if form.is_folder:
         with results_folder(out, inputs=inputs, temporary=temporary) as folder:
-            for part in parts:
-                for number, image in enumerate(part.images, part.first):
-                    (folder / f"{facts.key(number)}.png").write_bytes(image)
+            write_folder(folder, parts, facts, rows_there(out))
     elif form.write is not None:
         with atomic_file(out, inputs=inputs, temporary=temporary) as path:
             form.write(path, parts, facts)

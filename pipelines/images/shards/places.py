@@ -11,9 +11,11 @@ from urllib.parse import urlsplit
 
 from ...config import UserError
 from ..base import DataConfig, Rows, SplitRows
-from ..folders import files_below, image_folder
+from ..folders import files_below
 from ..hub import offline_if_unreachable, reason_of
 from ..reach import check_files, check_folder
+from ..sources import is_sheet, open_folder
+from ..splits import tell_unused
 from ..stamps import size_and_dates, stamp_told
 from .reader import shard_rows
 from .shard import Shard, attempt
@@ -30,8 +32,8 @@ def open_shards(config: DataConfig) -> SplitRows:
     if config.source == "digits":
         raise UserError("data.streaming: the digits are in memory; it is for shards (.parquet, .tar) and folders")
     path = Path(os.path.expanduser(config.source))
-    if path.is_dir() and not any(entry.suffix in KINDS for entry in files_below(path)):
-        return image_folder(path, config)
+    if path.is_dir() and not any(entry.suffix in KINDS and not is_sheet(entry) for entry in files_below(path)):
+        return open_folder(path, config)
     found = {split: files for split, files in find_files(config, path).items() if files}
     return {split: partial(open_split, split, files, config) for split, files in found.items()}
 
@@ -126,6 +128,9 @@ def resolved(source: str, path: Path) -> dict[str, list[str]]:
             f"cannot be loaded: {reason_of(error)}"
         ) from error
     given: dict[Any, Any] = getattr(builder.config, "data_files", None) or {}
+    if path.is_dir():
+        for suffix in KINDS:
+            tell_unused(path, suffix, given)
     return {str(split): sorted(map(str, files), key=os.fsencode) for split, files in given.items()}
 
 

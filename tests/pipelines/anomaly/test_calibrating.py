@@ -111,12 +111,12 @@ def test_what_is_fitted_is_a_function_of_the_normal_images_alone(trained):
 
 def test_a_calibration_needs_images_enough(trained):
     pipe = ImagePipeline(trained.tokenizer, trained.prior)
-    with pytest.raises(ValueError, match="at least 40 images"):
-        calibrate(pipe, stripes(39))
+    with pytest.raises(ValueError, match="at least 38 images"):
+        calibrate(pipe, stripes(37))
     with pytest.raises(ValueError, match="false_alarms"):
         calibrate(pipe, stripes(40), false_alarms=1.0)
     assert pipe.calibration is None
-    calibrate(pipe, stripes(40))
+    calibrate(pipe, stripes(38))
     with pytest.raises(ValueError, match="at least one image"):
         anomaly_score(pipe, stripes(1)[:0])
     with pytest.raises(ValueError, match="at most 50,000 images"):

@@ -236,6 +236,23 @@ def test_detect_looks_where_the_other_verbs_do(world, tmp_path, capsys):
     assert "no split 'vla'; it has train, val; did you mean 'val'?" in fails(capsys, *argv, "data.held_out=vla")
 
 
+def test_detect_says_which_images_it_looks_through(world, tmp_path, capsys):
+    main(["detect", f"pipeline={world}/pipe", f"out={tmp_path}/a"])
+    assert f"looked through 40 images: the split 'test' of {world}/normal\n" in words(capsys.readouterr().out)
+    main(["detect", f"pipeline={world}/pipe", f"images={world}/noise", f"normal={world}/fresh", f"out={tmp_path}/b"])
+    printed = words(capsys.readouterr().out)
+    for count, name in ((12, "noise"), (30, "fresh")):
+        assert f"looked through {count} images: the split 'train' of {world}/{name}\n" in printed
+
+
+def test_the_split_held_out_in_training_need_not_be_in_other_folders(world, tmp_path, capsys):
+    argv = ["detect", f"pipeline={world}/pipe", f"images={world}/fresh", "data.held_out=val"]
+    main([*argv, f"out={tmp_path}/found"])
+    assert len(rows_of(tmp_path / "found/scores.csv")) == 30
+    line = fails(capsys, *argv, f"images={world}/normal", f"out={tmp_path}/not")
+    assert "data.held_out: " in line and "no split 'val'; it has train, test" in line
+
+
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
@@ -255,7 +272,7 @@ def test_detect_looks_where_the_other_verbs_do(world, tmp_path, capsys):
         (["detect", "out={world}/fresh/000.png"], "out: "),
         (["calibrate", "pipeline=some/hub-id"], "is not a folder"),
         (["calibrate", "data.image_size=20"], "data.image_size, data.channels"),
-        (["calibrate", "data.limit=12"], "data: calibrating for a share of 0.05 false alarms needs at least 40"),
+        (["calibrate", "data.limit=12"], "data: calibrating for a share of 0.05 false alarms needs at least 38"),
         (["calibrate", "false_alarms=0"], "false_alarms: must be > 0"),
         (["calibrate", "background={world}/other"], "background/config.json: not a prior over the same tokens"),
     ],

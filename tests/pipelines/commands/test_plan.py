@@ -336,7 +336,7 @@ BAD = [
     (["model.kind=quantum"], "model.kind: no Prior is called 'quantum'; there are"),
     (
         ["model.kind=gpt"],
-        "grid, vocab_size, classes: missing, as no token dataset is given; for example grid=[16,16] vocab_size=16384 "
+        "grid, vocab_size, classes: missing, as no token dataset is given; for example grid=16,16 vocab_size=16384 "
         "classes=1000 (0: no labels); tokenizer=PRESET says grid and vocab_size",
     ),
     (

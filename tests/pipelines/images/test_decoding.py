@@ -7,8 +7,10 @@ from givens.image_folders import config, write_image
 from ordinary import as_others
 from PIL import Image
 
+from pipelines.config import UserError
 from pipelines.images import load_images
-from pipelines.images.decoding import pixels_of, try_decode
+from pipelines.images.decoding import WEB_FORMATS, pixels_of, try_decode
+from pipelines.images.folders import READ_SUFFIXES
 
 
 def one(path, **options):
@@ -22,7 +24,7 @@ def one(path, **options):
     raise AssertionError("the image is in neither part")
 
 
-@pytest.mark.parametrize("format", ["PNG", "BMP", "GIF", "WEBP", "JPEG"])
+@pytest.mark.parametrize("format", ["PNG", "BMP", "GIF", "WEBP", "JPEG", "TIFF"])
 def test_formats_in_grey_and_colour(tmp_path, format):
     smooth = np.linspace(0, 255, 144).reshape(12, 12).astype(np.uint8)
     options = {"lossless": True} if format == "WEBP" else {"quality": 100} if format == "JPEG" else {}
@@ -33,6 +35,51 @@ def test_formats_in_grey_and_colour(tmp_path, format):
         pixels = one(path, channels=channels)
         assert pixels.shape == (channels, 12, 12)
         assert np.abs(pixels.astype(int) - smooth).max() <= tolerance
+
+
+GREY = np.arange(144, dtype=np.uint8).reshape(12, 12)
+
+
+@pytest.mark.parametrize("compression", [None, "tiff_lzw", "tiff_adobe_deflate", "packbits", "group4"])
+def test_a_tiff_is_read_as_a_png_is(compression):
+    options = {} if compression is None else {"compression": compression}
+    image = Image.fromarray(GREY)
+    for each in [image.convert("1")] if compression == "group4" else [image, image.convert("RGBA"), image.convert("P")]:
+        found = try_decode(encoded(each, "TIFF", **options), (3, 12, 12))
+        assert np.array_equal(found, try_decode(encoded(each), (3, 12, 12)))
+
+
+def test_a_tiff_of_sixteen_bits_is_scaled_as_a_png_is():
+    levels = GREY.astype(np.uint16) * 257
+    for format in ("PNG", "TIFF"):
+        assert np.array_equal(try_decode(encoded(Image.fromarray(levels), format), (1, 12, 12))[0], GREY)
+
+
+@pytest.mark.parametrize(
+    ("image", "options", "reason"),
+    [
+        (Image.fromarray(GREY), {"save_all": True, "append_images": [Image.fromarray(GREY)]}, "several pages"),
+        (Image.fromarray(GREY.astype(np.float32)), {}, "8 or 16 bits"),
+        (Image.fromarray(GREY.astype(np.int32)), {}, "8 or 16 bits"),
+        (Image.fromarray(GREY.astype(np.uint16)), {"tiffinfo": {262: 0}}, "8 or 16 bits"),  # 0 is white
+    ],
+)
+def test_a_tiff_without_one_picture_or_without_a_known_white_is_refused(image, options, reason):
+    assert reason in try_decode(encoded(image, "TIFF", **options), (1, 12, 12))
+
+
+def test_a_tiff_is_not_read_of_what_somebody_uploads():
+    assert "not an image in one of" in try_decode(encoded(Image.fromarray(GREY), "TIFF"), (1, 12, 12), WEB_FORMATS)
+
+
+def test_every_suffix_that_is_looked_for_is_of_a_format_that_is_read(tmp_path):
+    with pytest.raises(UserError) as caught:
+        load_images(config(tmp_path))
+    asked = str(caught.value).partition("looked for ")[2].strip(")").split(", ")
+    assert set(asked) == READ_SUFFIXES
+    for suffix in asked:
+        data = encoded(Image.fromarray(GREY), Image.registered_extensions()[suffix])
+        assert not isinstance(try_decode(data, (1, 12, 12)), str), suffix
 
 
 def test_colour_becomes_grey_and_stays_colour(tmp_path):

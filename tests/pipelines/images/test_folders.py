@@ -59,6 +59,24 @@ def test_classes_may_be_called_as_splits_are(tmp_path):
     assert load_images(config(tmp_path)).train.class_names == ["Bus", "Train"]
 
 
+@pytest.mark.parametrize("streaming", [False, True])
+def test_folders_within_a_class_are_said_to_be_of_it(tmp_path, capsys, streaming):
+    write_folder(tmp_path / "animals", count=5, classes=("cats", "dogs"))
+    write_folder(tmp_path, count=5, classes=("things",))
+    assert load_images(config(tmp_path, streaming=streaming)).train.class_names == ["animals", "things"]
+    told = capsys.readouterr().err
+    assert told.startswith(f"data.source: {tmp_path}: ") and told.count("\n") == 1
+    assert "'animals'" in told and "animals/cats, animals/dogs" in told and "things" not in told
+    load_images(config(tmp_path, streaming=streaming, label_column=None))
+    assert capsys.readouterr().err == ""
+
+
+def test_one_folder_within_each_class_is_nothing_to_tell(tmp_path, capsys):
+    for name in ("cat", "dog"):
+        write_folder(tmp_path / name, count=5, classes=("images",))
+    assert load_images(config(tmp_path)).train.class_names == ["cat", "dog"] and capsys.readouterr().err == ""
+
+
 def test_folder_without_images(tmp_path):
     write_image(tmp_path / "notes.txt", b"hello")
     with pytest.raises(UserError, match=f"{tmp_path}: no images"):

@@ -1,10 +1,13 @@
 """Digits, tables and names: what a source holds, and what is said where it cannot be opened."""
 
+import csv
+import json
+
 import numpy as np
 import pytest
 import torch
 from givens.image_files import noise, rows_of, write_tar
-from givens.image_folders import BAD, PNGS, bytes_of_each, config, write_table
+from givens.image_folders import BAD, PNGS, bytes_of_each, config, write_image, write_table
 from optional import needs_digits
 
 from pipelines.config import UserError
@@ -175,3 +178,108 @@ def test_a_file_that_is_no_parquet_is_said_to_be_none(tmp_path):
     (tmp_path / "a.png").write_bytes(PNGS[0])
     with pytest.raises(UserError, match=f"^data.source: {tmp_path}/a.png is not a parquet file; .* folder .*$"):
         load_images(config(tmp_path / "a.png"))
+
+
+# Sheets
+
+
+def write_sheet(folder, rows, name="metadata.jsonl"):
+    """A sheet of the images in `folder`, whose `rows` are mappings with `file_name`."""
+    with open(folder / name, "w", newline="") as file:
+        if name.endswith(".csv"):
+            writer = csv.DictWriter(file, rows[0])
+            writer.writeheader()
+            writer.writerows(rows)
+        else:
+            file.writelines(json.dumps(row) + "\n" for row in rows)
+
+
+def sheet_of(folder, count, name="metadata.jsonl", *, listed=None, column="label"):
+    """`count` images in a folder and a sheet of the first `listed` of them, of the classes x and y in turn."""
+    for k in range(count):
+        write_image(folder / f"{k:02}.png", noise(12, 12, seed=k))
+    rows = [{"file_name": f"{k:02}.png", column: "xy"[k % 2]} for k in range(count if listed is None else listed)]
+    write_sheet(folder, rows, name)
+
+
+def images_of(splits):
+    """The class name of each image by its pixels, whatever split it is in."""
+    names = splits.train.class_names
+    return {
+        pixels: names[int(label)]
+        for part in splits.named().values()
+        for pixels, label in zip(bytes_of_each(part), part.labels, strict=True)
+    }
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize("name", ["metadata.jsonl", "metadata.csv"])
+def test_a_sheet_gives_each_image_its_class(tmp_path, name, streaming):
+    sheet_of(tmp_path, 12, name)
+    expected = {noise(1, 12, 12, seed=k).tobytes(): "xy"[k % 2] for k in range(12)}
+    assert images_of(load_images(config(tmp_path, streaming=streaming))) == expected
+    sheet_of(tmp_path, 12, name, column="kind")
+    assert images_of(load_images(config(tmp_path, streaming=streaming, label_column="kind"))) == expected
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize("name", ["metadata.jsonl", "metadata.csv"])
+def test_images_that_a_sheet_does_not_list_are_not_left_out_in_silence(tmp_path, name, streaming):
+    sheet_of(tmp_path, 12, name, listed=5)
+    with pytest.raises(UserError) as caught:
+        load_images(config(tmp_path, streaming=streaming))
+    message = str(caught.value)
+    assert message.startswith("data.source: ") and f"7 of 12 images have no row in {name}" in message
+    assert "05.png" in message and "\n" not in message
+
+
+def test_every_split_of_a_folder_with_sheets_needs_one(tmp_path):
+    sheet_of(tmp_path / "train", 12)
+    sheet_of(tmp_path / "test", 4)
+    assert len(load_images(config(tmp_path)).held_out) == 4
+    (tmp_path / "test/metadata.jsonl").unlink()
+    with pytest.raises(UserError, match=f"data.source: {tmp_path}/test: 4 of 4 images have no row"):
+        load_images(config(tmp_path))
+    (tmp_path / "train/metadata.jsonl").rename(tmp_path / "metadata.jsonl")
+    with pytest.raises(UserError, match=f"data.source: {tmp_path}/metadata.jsonl: .* train, test"):
+        load_images(config(tmp_path))
+
+
+def test_images_of_any_split_and_of_any_name_are_found_by_their_sheet(tmp_path, capsys):
+    """`datasets` takes `my_test.png` for a split, and knows no `holdout`."""
+    sheet_of(tmp_path / "train", 12)
+    sheet_of(tmp_path / "holdout", 3)
+    (tmp_path / "train/00.png").rename(tmp_path / "train/my_test.png")
+    write_sheet(tmp_path / "train", [{"file_name": path.name} for path in sorted(tmp_path.glob("train/*.png"))])
+    assert len(load_images(config(tmp_path, held_out="holdout", label_column=None)).train) == 12
+    assert capsys.readouterr().err == ""
+    load_images(config(tmp_path, label_column=None))
+    assert "not used: holdout" in capsys.readouterr().err
+
+
+def test_a_sheet_may_name_other_files_of_a_row(tmp_path):
+    """Masks, which are no images of the set by themselves."""
+    sheet_of(tmp_path, 4)
+    for k in range(4):
+        write_image(tmp_path / f"masks/{k}.png", noise(12, 12, seed=50 + k))
+    rows = [{"file_name": f"{k:02}.png", "mask_file_name": f"masks/{k}.png", "label": k % 2} for k in range(4)]
+    write_sheet(tmp_path, rows)
+    splits = load_images(config(tmp_path))
+    assert len(splits.train) + len(splits.held_out) == 4
+
+
+def test_a_sheet_without_classes_is_said_to_have_none(tmp_path, capsys):
+    sheet_of(tmp_path, 4, column="author")
+    assert load_images(config(tmp_path)).train.labels is None
+    told = capsys.readouterr().err
+    assert told.startswith("data.label_column: ") and "author" in told and told.count("\n") == 1
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_tables_of_no_split_are_said_to_be_unused(tmp_path, capsys, streaming):
+    for name in ("train-0.parquet", "test-0.parquet", "holdout-0.parquet"):
+        write_table(tmp_path / name, PNGS, [0, 1] * 5)
+    capsys.readouterr()  # a progress bar
+    load_images(config(tmp_path, streaming=streaming))
+    told = capsys.readouterr().err
+    assert told.startswith("data.source: ") and "not used: holdout-0.parquet" in told and told.count("\n") == 1

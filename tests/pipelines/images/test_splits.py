@@ -85,7 +85,19 @@ def test_only_the_first_process_tells(tmp_path, capsys, monkeypatch):
             (9, 1),
             "there is no 'test', so 10% of 'test' is held out; not used: train (data.held_out=NAME takes another)",
         ),
-        (("train", "notes", "cat"), {}, (9, 1), ""),
+        (
+            ("train", "holdout"),
+            {},
+            (9, 1),
+            "there is no 'test', so 10% of 'train' is held out; not used: holdout (data.held_out=NAME takes another)",
+        ),
+        (("train", "holdout"), {"held_out": "holdout"}, (10, 3), ""),
+        (
+            ("train", "test", "cat", "bus"),
+            {},
+            (10, 3),
+            "'test' is held out; not used: bus, cat (data.held_out=NAME takes another)",
+        ),
         (("my-split", "val"), {"split": "my-split"}, (10, 3), "there is no 'test', so 'val' is held out"),
     ],
 )
@@ -124,9 +136,24 @@ def test_a_split_that_is_not_there_is_no_reason_to_carve(tmp_path, folders, held
     assert len(load_images(config(tmp_path, held_out=held_out), begun=True).held_out) == 1  # as it was done before
 
 
-def test_a_name_means_nothing_where_there_is_one_split(tmp_path, capsys):
-    write_folder(tmp_path)
-    assert len(load_images(config(tmp_path, held_out="vla")).held_out) == 4 and capsys.readouterr().err == ""
+@pytest.mark.parametrize("folders", [("train",), ("cat", "dog")])
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_misspelt_split_is_refused_where_there_is_only_one(tmp_path, folders, streaming):
+    options = {"streaming": streaming}
+    write_splits(tmp_path, *folders)
+    with pytest.raises(UserError, match="^data.held_out: .* no split 'vla'; it has train .data.held_out=test holds"):
+        load_images(config(tmp_path, held_out="vla", **options))
+    for held_out in (None, "test"):
+        assert len(load_images(config(tmp_path, held_out=held_out, **options)).held_out) == 1
+    assert len(load_images(config(tmp_path, held_out="vla", **options), begun=True).held_out) == 1
+
+
+def test_a_folder_without_images_is_no_split(tmp_path, capsys):
+    write_splits(tmp_path, "train", "test")
+    write_image(tmp_path / "notes/a.txt", b"hello")
+    write_image(tmp_path / ".cache/a.png", PNGS[0])
+    load_images(config(tmp_path))
+    assert capsys.readouterr().err == ""
 
 
 @pytest.mark.parametrize("streaming", [False, True])

@@ -56,6 +56,23 @@ def test_ssim_of_flat_images_is_that_of_their_light():
     torch.testing.assert_close(ssim(a[:1], a[:1]), torch.ones(1))
 
 
+def test_ssim_of_flat_areas_is_never_above_one():
+    """Where variances cancel: flat images a grey level apart, and drawings that are off by a little noise."""
+    levels = torch.arange(256).reshape(-1, 1, 1, 1) / 127.5 - 1
+    flat = levels.expand(256, 1, 16, 16)
+    light, other = (flat[:, 0, 0, 0] + 1) / 2, (flat[:, 0, 0, 0] + 1) / 2 + 1 / 255
+    found = ssim(flat, flat + 1 / 127.5)
+    assert found.dtype == torch.float32 and float(found.max()) <= 1
+    expected = (2 * light * other + 1e-4) / (light**2 + other**2 + 1e-4)
+    torch.testing.assert_close(found, expected, atol=2e-7, rtol=0)
+    disc = ((torch.arange(64) - 32) ** 2 + (torch.arange(64)[:, None] - 32) ** 2 < 300).expand(20, 3, 64, 64)
+    drawings = torch.where(disc, torch.rand(20, 3, 1, 1) * 2 - 1, torch.ones(()))
+    noisy = (drawings + 0.01 * torch.randn_like(drawings)).clamp(-1, 1)
+    found = ssim(drawings, noisy)
+    assert float(found.max()) <= 1
+    torch.testing.assert_close(found, ssim(drawings.double(), noisy.double()).float(), atol=1e-7, rtol=0)
+
+
 @needs_torchmetrics
 @pytest.mark.parametrize("shape", [(1, 28, 28), (3, 20, 13)])
 def test_ssim_is_torchmetrics_ssim_within_the_image(shape):

@@ -92,7 +92,7 @@ def test_the_peak_is_that_of_the_allocator(bf16):
         tokens = torch.zeros(16, 8, 8, dtype=torch.long)
         with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
             logits = model(tokens, torch.zeros(16, dtype=torch.long))
-            loss = model.loss(logits, tokens)
+            loss = model.loss_from_outputs(logits, tokens)
         del logits
         loss.backward()
 
@@ -167,7 +167,7 @@ def test_checkpointing_changes_neither_gradients_nor_kernels():
     gradients = []
     for _ in range(2):
         with CUDAKernels():
-            model.loss(model(tokens, labels), tokens).backward()
+            model.loss_from_outputs(model(tokens, labels), tokens).backward()
         gradients.append([parameter.grad.clone() for parameter in model.parameters()])
         model.zero_grad()
         checkpoint_blocks(list(model.layers))
@@ -181,7 +181,7 @@ def test_flops_are_those_of_a_real_run(name, config):
         tokens = torch.zeros(1, *model.grid.shape, dtype=torch.long)
         inputs = model.training_inputs(tokens, 0.5)
         logits = model(tokens, torch.zeros(1, dtype=torch.long), **inputs)
-        model.loss(logits, tokens, **inputs).backward()
+        model.loss_from_outputs(logits, tokens, **inputs).backward()
     with on_paper(paper := on_meta(name, **config)):
         assert flops_of(lambda: prior_turn(paper, 1, True)) == counter.get_total_flops()
 

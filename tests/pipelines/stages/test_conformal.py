@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from pipelines.anomaly.separation import benjamini_hochberg
-from pipelines.stages.conformal import kept, least_scores, p_values_of, threshold, tie_of_six_digits
+from pipelines.stages.conformal import allowed_above, kept, least_scores, p_values_of, threshold, tie_of_six_digits
 
 
 @pytest.mark.parametrize("scale", [(0, 1), (1_234_567.8, 3), (0, 1e-9), (-5e8, 2e4)], ids=str)
@@ -74,6 +74,39 @@ def test_the_least_number_of_scores_is_the_least(share, confidence, least):
     assert threshold(normal, 0, share, confidence) == normal[-1]
     with pytest.raises(ValueError, match=f"{least - 1} normal scores are too few"):
         threshold(normal[1:], 0, share, confidence)
+
+
+@pytest.mark.parametrize("confidence", [None, 0.01, 0.3, 0.5, 0.9, 0.95, 0.999])
+def test_with_fewer_scores_than_the_least_number_there_is_no_threshold(confidence):
+    """For each share the first number, from 1 on, of which `threshold` accepts the scores."""
+    for share in (
+        0.001,
+        0.005,
+        0.01,
+        0.02,
+        0.03,
+        1 / 30,
+        0.05,
+        0.07,
+        0.1,
+        1 / 7,
+        0.2,
+        0.25,
+        1 / 3,
+        0.4,
+        0.5,
+        0.75,
+        0.99,
+    ):
+        first = 1
+        while allowed_above(first, share, confidence) < 0:
+            first += 1
+        assert least_scores(share, confidence) == first
+        threshold(np.arange(first, dtype=float), 0, share, confidence)
+        if first > 1:
+            with pytest.raises(ValueError, match="too few"):
+                threshold(np.arange(first - 1, dtype=float), 0, share, confidence)
+    assert (least_scores(0.05), least_scores(0.01), least_scores(0.1)) == (19, 99, 9)
 
 
 def test_scores_that_were_kept_to_six_digits_are_not_compared_as_if_they_were_exact():

@@ -4,6 +4,7 @@ Covers: pipelines/commands/probe.py, pipelines/commands/search.py.
 """
 
 import csv
+import re
 import shutil
 import sys
 
@@ -12,6 +13,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from command import fails
+from givens.image_folders import write_table
 from PIL import Image
 from small import PRIORS, PRIORS_IN_ORDERS, TOKENIZERS, draw_tokens, make_prior
 from small_pipelines import make_pipeline, pixels_for
@@ -371,13 +373,39 @@ def test_search_finds_an_image_itself_first(world, tmp_path, capsys, layer):
     out, query = tmp_path / "near.png", world / "images" / "train" / "above" / "03.png"
     main(["search", f"pipeline={world}/run/pipeline", f"queries={query}", f"out={out}", "k=3", *layer])
     line = capsys.readouterr().out.splitlines()[0]
-    assert line.startswith(f"{query}: 1 (above) 0.000, "), "of the sorted files above/03.png has index 1"
+    assert line.startswith(f"{query}: train/above/03.png (above) 0.000, train/")
     with Image.open(out) as picture:
         pixels = np.asarray(picture)
     side, gap = 58, 2 + 8  # 56 pixels and a border; another border and white
     assert pixels.shape == (60, 4 * side + 2 + gap, 3)
     query, first = pixels[:, 2:side], pixels[:, side + gap + 2 : 2 * side + gap]
     assert np.array_equal(query, first) and query[2:-2].std() > 0
+
+
+@pytest.mark.parametrize(
+    ("source", "name"),
+    [
+        (["{world}/table.parquet"], r"row \d+ of train"),
+        (["{world}/table.parquet", "data.streaming=true"], r"table\.parquet: row \d+"),
+        (["{world}/sheet"], r"\d\d\.png"),
+        (["sheet"], r"\d\d\.png"),
+        (["images/../images/train"], r"(above|below)/\d\d\.png"),
+    ],
+)
+def test_search_answers_with_what_images_are_called(world, tmp_path, capsys, monkeypatch, source, name):
+    """Rows of a table, and files of a folder, also of one with a sheet or by a path from here."""
+    paths = sorted((world / "images/train").rglob("*.png"))[:20]
+    write_table(world / "table.parquet", [path.read_bytes() for path in paths], [k % 2 for k in range(20)])
+    (world / "sheet").mkdir(exist_ok=True)
+    for k, path in enumerate(paths):
+        shutil.copy(path, world / f"sheet/{k:02d}.png")
+    rows = "".join(f"{k:02d}.png,{'xy'[k % 2]}\n" for k in range(20))
+    (world / "sheet/metadata.csv").write_text(f"file_name,label\n{rows}")
+    monkeypatch.chdir(world)
+    given = ["data.held_out_fraction=0.5", f"data.source={source[0].format(world=world)}", *source[1:]]
+    main(["search", f"pipeline={world}/run/pipeline", f"out={tmp_path}/near.png", "k=2", "images=0", *given])
+    line, near = capsys.readouterr().out.splitlines()[0], rf"{name} \(\w+\) \d\.\d+"
+    assert re.fullmatch(rf"held-out 0, {name} \(\w+\): {near}, {near}", line), line
 
 
 def test_search_prints_how_often_classes_agree(world, tmp_path, capsys):
@@ -397,7 +425,11 @@ def test_search_prints_how_often_classes_agree(world, tmp_path, capsys):
         ]
     )
     printed = capsys.readouterr().out
-    assert printed.startswith("held-out 3: ") and "precision" not in printed and "of 7 images" in printed
+    assert (
+        printed.startswith("held-out 3, test/above/07.png: train/")
+        and "precision" not in printed
+        and "of 7 images" in printed
+    )
 
 
 @pytest.mark.parametrize(

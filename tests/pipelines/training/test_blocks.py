@@ -70,7 +70,7 @@ def step(model: Any) -> dict[str, torch.Tensor]:
     if isinstance(model, Prior):
         tokens, labels = draw_tokens(model, 6), torch.randint(3, (6,))
         inputs = model.training_inputs(tokens, 0.1)
-        loss = model.loss(model(tokens, labels, **inputs), tokens, **inputs)
+        loss = model.loss_from_outputs(model(tokens, labels, **inputs), tokens, **inputs)
     else:
         images = torch.rand(3, 3, 12, 8) * 2 - 1
         output = model(images)
@@ -149,7 +149,7 @@ def held_for_backward(model: Any, tokens: torch.Tensor) -> int:
         return value
 
     with saved_tensors_hooks(note, lambda value: value):
-        loss = model.loss(model(tokens), tokens)
+        loss = model.loss_from_outputs(model(tokens), tokens)
     return sum(size for size, _ in kept.values()) + 0 * int(loss.ndim)
 
 

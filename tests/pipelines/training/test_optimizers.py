@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import re
 
@@ -18,6 +19,7 @@ from pipelines.training.optimizers import (
     LEAST,
     Muon,
     alike,
+    decaying_weights,
     hidden_matrices,
     make_optimizer,
     newton_schulz,
@@ -29,6 +31,7 @@ from prior.layers import CausalConv2d
 
 pytestmark = pytest.mark.usefixtures("one_process")
 CONFIG = TrainConfig(optimizer="muon", lr=1e-2, muon_lr=0.05, weight_decay=0.1)
+WIDE = {"vqvae": {"quantizer": {"kind": "ema", "codes": 32, "dim": 16}}, "klvae": {"latent": 8}}
 SHAPES = [(32, 16), (16, 64), (32, 16), (24, 24), (16, 64), (32, 16)]
 
 
@@ -55,7 +58,7 @@ def test_on_matrices_it_takes_the_step_of_torch(bf16):
     """Which is in bfloat16: so is what is between the two, where ours is not."""
     ours, theirs = weights_of(SHAPES), weights_of(SHAPES)
     start = weights_of(SHAPES)
-    move(make_optimizer(ours, set(ours), CONFIG, (0.9, 0.95), bf16), ours)
+    move(make_optimizer(ours, set(ours), set(), CONFIG, (0.9, 0.95), bf16), ours)
     move(torch.optim.Muon(theirs, lr=0.05, weight_decay=0.0), theirs)
     for found, expected, before in zip(ours, theirs, start, strict=True):
         moved = (expected - before).norm()
@@ -79,7 +82,7 @@ def test_a_kernel_is_the_matrix_of_its_outputs():
     kernel, matrix = weights_of([(16, 8, 3, 3)]), weights_of([(16, 72)])
     with torch.no_grad():
         matrix[0].copy_(kernel[0].flatten(1))
-    optimizers = [make_optimizer(one, set(one), CONFIG, (0.9, 0.95)) for one in (kernel, matrix)]
+    optimizers = [make_optimizer(one, set(one), set(), CONFIG, (0.9, 0.95)) for one in (kernel, matrix)]
     for step in range(3):
         gradient = torch.randn(16, 72, generator=torch.Generator().manual_seed(step))
         kernel[0].grad, matrix[0].grad = gradient.view(16, 8, 3, 3), gradient.clone()
@@ -91,9 +94,9 @@ def test_a_kernel_is_the_matrix_of_its_outputs():
 def test_each_moves_as_if_it_were_alone():
     """Whatever is computed together, and in whatever order."""
     together, apart, turned = weights_of(SHAPES), weights_of(SHAPES), weights_of(SHAPES)
-    move(make_optimizer(together, set(together), CONFIG, (0.9, 0.95)), together)
-    optimizers = [make_optimizer([one], {one}, CONFIG, (0.9, 0.95)) for one in apart]
-    reverse = make_optimizer(turned[::-1], set(turned), CONFIG, (0.9, 0.95))
+    move(make_optimizer(together, set(together), set(), CONFIG, (0.9, 0.95)), together)
+    optimizers = [make_optimizer([one], {one}, set(), CONFIG, (0.9, 0.95)) for one in apart]
+    reverse = make_optimizer(turned[::-1], set(turned), set(), CONFIG, (0.9, 0.95))
     for step in range(5):
         for number in range(len(SHAPES)):
             gradient = torch.randn(SHAPES[number], generator=torch.Generator().manual_seed(100 * step + number))
@@ -124,7 +127,7 @@ def test_a_skipped_step_changes_nothing():
     """Neither weights nor momenta, whatever the gradients are; nor does a first one, which only makes the state."""
     for sick in (0, 2):
         skipped, without = weights_of(SHAPES), weights_of(SHAPES)
-        skipping, plain = (make_optimizer(w, set(w), CONFIG, (0.9, 0.95)) for w in (skipped, without))
+        skipping, plain = (make_optimizer(w, set(w), set(), CONFIG, (0.9, 0.95)) for w in (skipped, without))
         move(skipping, skipped, steps=3, sick=sick)
         for step in {0, 1, 2} - {sick}:
             for number, weight in enumerate(without):
@@ -168,6 +171,26 @@ def test_of_every_model_tables_and_codebooks_are_left_to_adamw(name):
     assert large - muon <= tables | {"input", "output", "hidden.0"}, "what MADE has are masked parameters, not layers"
 
 
+@pytest.mark.parametrize("name", TOKENIZERS)
+def test_last_layers_that_are_called_heads_are_left_to_adamw(name):
+    """Of encoder and decoder, whatever their size; kinds whose last layers have no name of their own have no head."""
+    model = make_tokenizer(name)
+    heads = {key for key, _ in model.named_parameters() if "head" in key.split(".")}
+    assert not heads & {key for key, weight in model.named_parameters() if weight in hidden_matrices(model)}
+    if name in ("vit", "titok", "vqgan", "maskgit", "magvit2", "cosmos", "emu3"):
+        assert {key.partition(".")[0] for key in heads} == {"encoder", "decoder"}
+    else:
+        assert not heads
+
+
+@pytest.mark.parametrize("kind", ["vqvae", "klvae"])
+def test_a_large_last_layer_without_that_name_moves_by_muon(kind):
+    """As other matrices do."""
+    model = make_tokenizer(kind, image_size=(16, 16), channels=1, **WIDE[kind])
+    *_, last = [weight for key, weight in model.named_parameters() if key.startswith("encoder") and weight.ndim > 1]
+    assert min(rows_and_columns(last)) >= LEAST and last in hidden_matrices(model)
+
+
 @pytest.mark.parametrize("name", QUANTIZERS)
 def test_of_a_quantizer_nothing_moves_by_muon(name):
     model = nn.ModuleDict({"quantizer": make_quantizer(name)})
@@ -177,12 +200,17 @@ def test_of_a_quantizer_nothing_moves_by_muon(name):
 def test_what_is_left_is_adamws():
     """With its decay; a model without matrices has AdamW alone."""
     model = Everything()
-    optimizer = make_optimizer(list(model.parameters()), hidden_matrices(model), CONFIG, (0.9, 0.99))
+    optimizer = make_optimizer(
+        list(model.parameters()), hidden_matrices(model), decaying_weights(model), CONFIG, (0.9, 0.99)
+    )
     assert isinstance(optimizer, Muon) and [len(group["params"]) for group in optimizer.param_groups] == [6, 9, 3]
     assert [group["weight_decay"] for group in optimizer.param_groups] == [0.1, 0.0, 0.0]
     assert {group["betas"] for group in optimizer.param_groups} == {(0.9, 0.99)}
     for parameters, config in ((list(nn.Linear(8, 8).parameters()), CONFIG), (list(model.parameters()), TrainConfig())):
-        assert type(make_optimizer(parameters, hidden_matrices(model), config, (0.9, 0.95))) is AdamW
+        assert (
+            type(make_optimizer(parameters, hidden_matrices(model), decaying_weights(model), config, (0.9, 0.95)))
+            is AdamW
+        )
     plain = Everything()
     plain.load_state_dict(model.state_dict())
     theirs = AdamW(plain.norm.parameters(), lr=1e-2, betas=(0.9, 0.99), weight_decay=0.0)
@@ -196,9 +224,77 @@ def test_what_is_left_is_adamws():
     assert not any(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
+VECTORS = re.compile(r"gain$|start_embedding$|query_embedding$|bias|(^|[._])row\.weight$|(^|\.)norm")
+"""Of priors, what is a vector: whatever its shape, or however many of them a table holds."""
+MORE = {
+    "made": {"embedding": 3, "direct": True},
+    "gated_pixelcnn": {"row_embedding": True},
+    "pixelcnn": {"row_embedding": True},
+    "pixelcnn_pp": {"row_embedding": True},
+}
+
+
+def decayed(model: nn.Module, config: TrainConfig) -> set[str]:
+    """The names of what decays."""
+    optimizer = make_optimizer(
+        list(model.parameters()), hidden_matrices(model), decaying_weights(model), config, (0.9, 0.95)
+    )
+    some = {id(p) for group in optimizer.param_groups if group["weight_decay"] for p in group["params"]}
+    return {name for name, parameter in model.named_parameters() if id(parameter) in some}
+
+
+@pytest.mark.parametrize("name", PRIORS)
+def test_vectors_and_biases_of_a_prior_do_not_decay(name):
+    """Whatever their shape, also where there is one for each row, position or class; matrices and tables do."""
+    model = make_prior(name, (4, 4), 8, **MORE.get(name, {}))
+    found = decayed(model, TrainConfig())
+    assert not {key for key in found if VECTORS.search(key)}
+    tables = {
+        key for key in dict(model.named_parameters()) if re.search(r"(token|class|axis)_embedding|head\.weight", key)
+    }
+    matrices = {key for key, weight in model.named_parameters() if weight in hidden_matrices(model)}
+    assert found >= tables | matrices and found
+    assert found - matrices == decayed(model, CONFIG), "Muon's have none"
+
+
+@pytest.mark.parametrize(
+    ("kind", "key"),
+    [
+        ("gpt", "layers.0.gain"),
+        ("gpt", "start_embedding"),
+        ("blocks", "query_embedding"),
+        ("made", "head_bias"),
+        ("made", "biases.0.own"),
+        ("gated_pixelcnn", "layers.0.vertical_row.weight"),
+        ("pixelcnn_pp", "above_row.weight"),
+    ],
+)
+def test_a_vector_of_two_dimensions_does_not_decay(kind, key):
+    """Nor do biases of which there is a table. The names are those of the models."""
+    model = make_prior(kind, (4, 4), 8, **MORE.get(kind, {}))
+    assert dict(model.named_parameters())[key].ndim == 2
+    assert key not in decayed(model, TrainConfig())
+
+
+def test_a_run_that_began_with_another_decay_goes_on_with_it():
+    """Its state has groups of other sizes: all that has two dimensions, and the rest."""
+    model = make_prior("gpt")
+    parameters = list(model.parameters())
+    what = (parameters, hidden_matrices(model), decaying_weights(model), TrainConfig(), (0.9, 0.95))
+    now = [len(group["params"]) for group in make_optimizer(*what).param_groups]
+    many = sum(p.ndim > 1 for p in parameters)
+    former = [many, len(parameters) - many]
+    assert now != former and sum(now) == sum(former)
+    for sizes, expected in ((None, now), (now, now), (former, former), ([1, 2], now)):
+        groups = make_optimizer(*what, sizes=sizes).param_groups
+        assert [len(group["params"]) for group in groups] == expected
+
+
 def test_a_matrix_has_one_moment():
     model = nn.Linear(32, 16)
-    optimizer = make_optimizer(list(model.parameters()), hidden_matrices(model), CONFIG, (0.9, 0.95))
+    optimizer = make_optimizer(
+        list(model.parameters()), hidden_matrices(model), decaying_weights(model), CONFIG, (0.9, 0.95)
+    )
     model(torch.ones(1, 32)).sum().backward()
     optimizer.step()
     assert set(optimizer.state[model.weight]) == {"momentum"}
@@ -211,7 +307,9 @@ def test_a_matrix_has_one_moment():
 def test_the_rate_of_muon_follows_that_of_adamw():
     """Warm-up, cosine, and all; also that of a player with a rate of its own."""
     model = Everything()
-    optimizer = make_optimizer(list(model.parameters()), hidden_matrices(model), CONFIG, (0.9, 0.95))
+    optimizer = make_optimizer(
+        list(model.parameters()), hidden_matrices(model), decaying_weights(model), CONFIG, (0.9, 0.95)
+    )
     for lr in (1e-2, 4e-3, 1e-6):
         set_learning_rate(optimizer, lr)
         rates = [group["lr"] * group.get("factor", 1.0) for group in optimizer.param_groups]
@@ -236,4 +334,7 @@ def test_a_run_goes_on_to_the_bit(tmp_path, tokens, monkeypatch):
     assert exact(resumed) == exact(whole)
     assert_equal_tensors(tensors(resumed), tensors(whole))
     assert any(key.endswith(".momentum") for key in tensors(whole / "state"))
+    document = json.loads(next((whole / "state").glob("step-*/optimizer-model.json")).read_text())
+    decaying = document["parameters"][: document["groups"][0]]
+    assert document["param_groups"][0]["weight_decay"] == 0.02 and not any("[2, 1]" in shape for shape in decaying)
     assert losses(whole)[-1] < losses(whole)[0]

@@ -71,13 +71,13 @@ def test_clipping_bounds_the_norm_that_is_applied(tmp_path, monkeypatch):
 
 def test_bfloat16_trains(tmp_path, tokens, monkeypatch, capsys):
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
-    full, types, objective = {}, set(), Prior.loss
+    full, types, objective = {}, set(), Prior.loss_from_outputs
 
     def watched(prior, logits, *rest, **inputs):
         types.add(logits.dtype)
         return objective(prior, logits, *rest, **inputs)
 
-    monkeypatch.setattr(Prior, "loss", watched)
+    monkeypatch.setattr(Prior, "loss_from_outputs", watched)
     for name, train in {"tokenizer": train_tokenizer, "prior": lambda out, **m: train_prior(out, tokens, **m)}.items():
         run = train(tmp_path / name, train__steps=20)
         found = losses(run)

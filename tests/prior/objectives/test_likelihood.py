@@ -90,7 +90,7 @@ def test_every_prior_has_the_same_loss_in_parts(name, monkeypatch):
             monkeypatch.setattr(likelihood, "LARGE", large)
             torch.manual_seed(1)
             with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
-                loss = model.loss(model(tokens, labels, **inputs), tokens, **inputs)
+                loss = model.loss_from_outputs(model(tokens, labels, **inputs), tokens, **inputs)
             gradients = torch.autograd.grad(loss, [p for p in model.parameters() if p.requires_grad], allow_unused=True)
             found.append([loss, *(gradient for gradient in gradients if gradient is not None)])
         scale = max(float(part.detach().abs().max()) for part in found[0])
@@ -108,7 +108,9 @@ def test_bf16_logits_are_computed_with_in_float32(name):
     tokens, labels = draw_tokens(model, 8), torch.arange(8) % 4
     inputs = model.training_inputs(tokens, 0.3)
     logits = 3 * torch.randn_like(model(tokens, labels, **inputs)).bfloat16()
-    assert torch.equal(model.loss(logits, tokens, **inputs), model.loss(logits.float(), tokens, **inputs))
+    assert torch.equal(
+        model.loss_from_outputs(logits, tokens, **inputs), model.loss_from_outputs(logits.float(), tokens, **inputs)
+    )
 
 
 def test_it_compiles(in_parts):
@@ -138,6 +140,28 @@ def test_a_prior_and_its_loss_are_one_call():
     assert float(loss.detach()) == pytest.approx(float(expected.detach()), rel=1e-5) and loss.requires_grad
     assert set(logged) == {"bits_per_token"} and not logged["bits_per_token"].requires_grad
     assert float(logged["bits_per_token"]) == pytest.approx(float(loss.detach()) / 0.6931471805599453)
+
+
+@pytest.mark.parametrize(
+    ("config", "is_bound"),
+    [
+        ({}, True),
+        ({"schedule": "cosine"}, False),
+        ({"schedule": "arccos"}, False),
+        ({"label_smoothing": 0.1}, False),
+        ({"schedule": "square", "label_smoothing": 0.1}, False),
+    ],
+)
+def test_a_loss_that_bounds_no_likelihood_is_not_logged_as_bits(config, is_bound):
+    """The loss itself is what is minimised, whatever it is."""
+    model = make_prior("masked", **config).train()
+    tokens, labels = draw_tokens(model, 6), torch.zeros(6, dtype=torch.long)
+    inputs = model.training_inputs(tokens, 0.0)
+    loss, logged = likelihood.Likelihood(model)(tokens, labels, inputs)
+    assert loss.requires_grad and torch.isfinite(loss)
+    assert ("bits_per_token" in logged) == is_bound
+    if is_bound:
+        assert float(logged["bits_per_token"]) == pytest.approx(float(loss.detach()) / 0.6931471805599453)
 
 
 def test_so_many_rows_are_in_float32_at_a_time(monkeypatch):

@@ -108,6 +108,56 @@ def test_blocks_are_drawn_while_the_last_is_used(by_threads, monkeypatch):
     assert begun[0] is not begun[1] and begun[0] is begun[2]
 
 
+class Lagging(buffers_of.Buffer):
+    """Of a GPU that does nothing until it must: steps that read the block wait in `queue`, those given before `leave`
+    are done when the next block is copied over it, and no others."""
+
+    queue: list = []
+
+    def __init__(self, shape, device):
+        super().__init__(shape, device)
+        self.used, self.left, self.sent = torch.empty(shape), 0, False
+
+    def begin(self, generators):
+        self.sent = False
+        super().begin(generators)
+
+    def send(self):
+        if not self.sent and all(task.done() for task in self.tasks):
+            self.wait()
+            for number in range(self.left):
+                self.queue[number]()
+            self.used.copy_(self.drawn)
+            self.sent = True
+
+    def receive(self):
+        self.wait()
+        self.send()
+        return self.used
+
+    def leave(self):
+        self.left = len(self.queue)
+
+
+@pytest.mark.parametrize("ahead", [0, 2, 7, 11, 12])
+@pytest.mark.parametrize("positions", [1, 2, 5, 12])
+@pytest.mark.parametrize("cuts", [range(13), [0, 1, 4, 12]], ids=["tokens", "blocks"])
+def test_no_block_is_copied_over_one_that_is_still_to_be_read(ahead, positions, cuts, monkeypatch):
+    """However far a GPU is behind: each step finds the noise of its own ranks when it is done at last."""
+    monkeypatch.setattr("prior.sampling.noise.NOISE_BLOCK", positions * 5)
+    monkeypatch.setattr("prior.sampling.noise.make_buffer", Lagging)
+    monkeypatch.setattr(Lagging, "queue", queue := [])
+    expected, found, cuts = defined(2, 12, 5, positions)[0], {}, list(cuts)
+    with GumbelNoise(generators(2), 12, 5, CPU, ahead) as noise:
+        for begin, end in zip(cuts, cuts[1:], strict=False):
+            block = noise.of(begin, end)
+            queue.append(lambda at=begin, block=block: found.setdefault(at, block.clone()))
+    for step in queue:
+        step()
+    for begin, end in zip(cuts, cuts[1:], strict=False):
+        assert torch.equal(found[begin], expected[:, begin:end])
+
+
 def test_nobody_draws_once_it_is_left(by_threads, monkeypatch):
     monkeypatch.setattr("prior.sampling.noise.NOISE_BLOCK", 700)
     own = generators(30)

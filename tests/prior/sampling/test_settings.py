@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from costs import all_steps
+from frequencies import as_frequent
 from small import ANY_ORDER, PRIORS, draw_tokens, generators, make_prior
 
 from prior import Prior
@@ -206,6 +207,61 @@ def test_next_to_no_temperature_takes_the_likeliest(temperature, settings):
     likeliest = model.sample(6, temperature=0.0)
     for path in PATHS:
         assert torch.equal(model.sample(6, temperature=temperature, **settings, **path), likeliest)
+
+
+# Ids that are ruled out
+
+RULED_OUT = [
+    {},
+    {"guidance_scale": 0.0},
+    {"guidance_scale": 0.5},
+    {"guidance_scale": 2.0},
+    {"guidance_scale": 2.0, "temperature": 0.0},
+    {"guidance_scale": 2.0, "top_k": 4},
+    {"guidance_scale": 2.0, "top_p": 0.9},
+    {"guidance_end": 3.0},
+    {"top_k": 4, "top_p": 0.9},
+]
+
+
+@pytest.mark.parametrize("settings", RULED_OUT, ids=str)
+def test_an_id_whose_logit_is_minus_infinity_is_never_drawn(settings):
+    """4 with and without the class, 3 with it, 2 without it: what either rules out, guidance draws no more."""
+    model, count = make_prior("marginal", shape=(2, 2), vocab_size=6), 500
+    with torch.no_grad():
+        model.table[..., 4] = model.table[1, :, 3] = model.table[-1, :, 2] = -torch.inf
+    for path in PATHS:
+        labels, seed = torch.ones(count, dtype=torch.long), torch.Generator().manual_seed(0)
+        drawn = model.sample(count, labels, generator=seed, **settings, **path)
+        allowed = {0, 1, 5} if "guidance_scale" in settings or "guidance_end" in settings else {0, 1, 2, 5}
+        assert set(drawn.unique().tolist()) <= allowed
+
+
+@pytest.mark.parametrize("scale", [0.5, 2.0])
+def test_ids_that_are_not_ruled_out_are_as_frequent_as_ever(scale):
+    model, count = make_prior("marginal", shape=(1, 1), vocab_size=5), 4000
+    with torch.no_grad():
+        model.table[..., 4] = -torch.inf
+    drawn = model.sample(
+        count, torch.ones(count).long(), guidance_scale=scale, generator=torch.Generator().manual_seed(0)
+    )
+    with_class, without = model.table[1, 0, :4], model.table[-1, 0, :4]
+    expected = torch.zeros(5)
+    expected[:4] = (without + scale * (with_class - without)).softmax(0)
+    assert as_frequent(drawn.flatten(), expected)
+
+
+@pytest.mark.parametrize("settings", [{}, {"guidance_scale": 2.0}, {"guidance_scale": 2.0, "steps": 2}], ids=str)
+def test_what_a_network_rules_out_is_never_drawn(settings):
+    """By each way of sampling; no decision counts as close for an infinite logit, so none is made again."""
+    model, labels = make_prior("masked", vocab_size=5), torch.arange(20) % 3
+    model.head.register_forward_hook(
+        lambda module, given, put_out: put_out.index_fill(-1, torch.tensor([4]), -torch.inf)
+    )
+    for path in [{}] if "steps" in settings else PATHS:
+        assert int(model.sample(20, labels, generator=generators(20), **settings, **path).max()) < 4
+    sampler, logits = Sampler(**{"guidance_scale": 2.0}), torch.tensor([[[1.0, -torch.inf]], [[-3.0, -torch.inf]]])
+    assert sampler.largest(logits).tolist() == [[3.0]]
 
 
 # Generators

@@ -289,6 +289,9 @@ def good_images(folder: Path) -> dict[str, Tree]:
         "exact.webp": encoded(transparent, "WEBP", lossless=True),
         "colour.bmp": encoded(colour, "BMP"),
         "film.gif": film.getvalue(),
+        "plain.tif": encoded(transparent, "TIFF"),
+        "packed.tif": encoded(colour, "TIFF", compression="tiff_lzw"),
+        "photo.tif": encoded(colour, "TIFF", compression="jpeg"),
     }
     return {name: {name: data} for name, data in made.items()}
 

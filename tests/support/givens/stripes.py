@@ -75,7 +75,7 @@ def trained_on_stripes() -> ImagePipeline:
     optimizer = torch.optim.AdamW(prior.parameters(), 5e-3)
     for step in range(100):
         batch = tokens[torch.arange(64) + 64 * (step % 8)]
-        loss = prior.loss(prior(batch), batch)
+        loss = prior.loss(batch)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()

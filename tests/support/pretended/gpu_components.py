@@ -220,7 +220,7 @@ def try_prior(name: str, config: dict[str, Any]) -> None:
         inputs = model.training_inputs(tokens, 0.3)
         with torch.autocast("cuda", dtype=torch.bfloat16, enabled=dtype == torch.bfloat16):
             outputs = model.put_out(tokens, labels, **inputs)
-        check_gradients(model, model.loss(outputs, tokens, **inputs))
+        check_gradients(model, model.loss_from_outputs(outputs, tokens, **inputs))
     model.eval()
     with torch.no_grad():
         model.log_prob(tokens)

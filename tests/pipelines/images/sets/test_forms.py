@@ -19,7 +19,7 @@ from PIL import Image
 
 from pipelines.config import UserError
 from pipelines.images import DataConfig, load_images
-from pipelines.images.sets import Drawn, Facts, Part, form_of, save
+from pipelines.images.sets import Drawn, Facts, Part, check_out, form_of, save
 from pipelines.images.sets.parts import regrouped
 from tokenizer.files.errors import PathError
 
@@ -86,7 +86,53 @@ def test_a_folder_is_one_of_pictures(tmp_path):
     write(tmp_path / "set", pixels, [2, 0, 1, 2, 0, 1, 1])
     rows = loaded("imagefolder", tmp_path, data_dir=str(tmp_path / "set"))
     assert np.array_equal(np.stack([np.asarray(image) for image in rows["image"]])[..., None], pixels)
-    assert sorted(path.name for path in (tmp_path / "set").iterdir()) == [f"{k:05d}.png" for k in range(7)]
+    assert rows["label"] == [NAMES[label] for label in [2, 0, 1, 2, 0, 1, 1]]
+    write(tmp_path / "bare", pixels, None)
+    assert sorted(path.name for path in (tmp_path / "bare").iterdir()) == [f"{k:05d}.png" for k in range(7)]
+
+
+def classes_read(folder: Path) -> dict[int, str | None]:
+    """The class of each image by its first pixel, which differs, as `data.source` reads a folder."""
+    images = load_images(DataConfig(source=str(folder), image_size=[8, 12], held_out_fraction=0.2))
+    return {
+        int(pixels[0, 0, 0]): None if part.labels is None else part.class_names[int(part.labels[k])]
+        for part in images.named().values()
+        for k, pixels in enumerate(part.pixels(range(len(part))))
+    }
+
+
+def marked(*marks: int) -> np.ndarray:
+    """Grey images that are told apart by their grey."""
+    return np.stack([np.full((8, 12, 1), mark, np.uint8) for mark in marks])
+
+
+@pytest.mark.parametrize("names", [NAMES, ["10", "01", "1"], ["NA", "true", "null"], ["кошка", "a/b", 'x, "y"']])
+def test_a_folder_has_the_class_of_each_image(tmp_path, names, monkeypatch):
+    monkeypatch.setitem(globals(), "NAMES", names)
+    write(tmp_path / "set", marked(0, 1, 2, 3, 4), [2, 0, 1, 2, 2])
+    assert classes_read(tmp_path / "set") == {0: names[2], 1: names[0], 2: names[1], 3: names[2], 4: names[2]}
+
+
+def test_images_that_join_a_folder_leave_the_others_their_classes(tmp_path):
+    out = tmp_path / "set"
+    write(out, marked(0, 1, 2, 3, 4), [0, 0, 0, 1, 1])
+    write(out, marked(10, 11), [2, 2])
+    assert classes_read(out) == {10: "eel", 11: "eel", 2: "cat", 3: "dog", 4: "dog"}
+    (out / "00004.png").unlink()
+    write(out, marked(20), [1])
+    assert classes_read(out) == {20: "dog", 11: "eel", 2: "cat", 3: "dog"}
+    write(out, marked(30, 31, 32, 33), None)  # without classes, and no image has that of the one before
+    assert classes_read(out) == dict.fromkeys((30, 31, 32, 33))
+
+
+def test_somebodys_sheet_is_not_replaced(tmp_path):
+    (tmp_path / "set").mkdir()
+    (tmp_path / "set/metadata.jsonl").write_text('{"file_name": "mine.png", "label": "mine"}\n')
+    with pytest.raises(UserError, match="^out: "):
+        check_out(form_of(tmp_path / "set"), tmp_path / "set", 3, [])
+    with pytest.raises(PathError):
+        write(tmp_path / "set", marked(0, 1), [0, 1])
+    assert "mine.png" in (tmp_path / "set/metadata.jsonl").read_text() and len(list((tmp_path / "set").iterdir())) == 1
 
 
 @pytest.mark.parametrize("suffix", [".parquet", ".tar"])
