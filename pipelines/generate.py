@@ -10,7 +10,7 @@ from shlex import quote
 
 from pydantic import Field
 
-from prior.requests import Walk
+from prior.sampling import DecodingOptions
 
 from .config import Config, UserError, run_command
 from .config.importing import as_asked
@@ -62,7 +62,7 @@ class GenerateConfig(Config):
     guidance_power: float | None = Field(
         None, gt=0, description="and does so by a power-cosine: the higher, the later; default: in a straight line"
     )
-    order: str | None = Field(None, description="walk the grid in this order, with a prior that takes any")
+    order: str | None = Field(None, description="decoding the grid in this order, with a prior that takes any")
     num_orders: int = Field(1, ge=1, description="draw each image in one of so many orders: from their mixture")
     parallel: bool = Field(False, description="guess the rest and check it in whole passes: the same images")
     steps: int | None = Field(
@@ -113,8 +113,8 @@ def request_of(config: GenerateConfig, pipeline: ImagePipeline) -> Request:
     """What is asked of the pipeline."""
     chosen = config.labels if config.labels is None or isinstance(config.labels, list) else [config.labels]
     classes = chosen or list(range(pipeline.prior.num_classes)) or None
-    walk = Walk(config.order, config.num_orders, parallel=config.parallel)
-    return Request(pipeline, classes, config.seed, walk, settings_in(config.model_dump()))
+    decoding = DecodingOptions(config.order, config.num_orders, parallel=config.parallel)
+    return Request(pipeline, classes, config.seed, decoding, settings_in(config.model_dump()))
 
 
 def at_once(config: GenerateConfig, request: Request, facts: Facts) -> float:

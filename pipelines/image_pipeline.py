@@ -13,8 +13,8 @@ import torch
 from PIL.Image import Image as PILImage
 from torch import Tensor
 
-from prior.orders import order_of
-from prior.requests import Order
+from prior.orders import select_order
+from prior.sampling import Order
 from tokenizer.base import LikelihoodError
 
 from .anomaly import calibrating, healing, scores
@@ -73,7 +73,7 @@ class ImagePipeline(Stages):
         num_masks: int = 1,
     ) -> Tensor:
         parts = [
-            self.prior.log_prob(part, ids, order_of(order, rows, len(tokens)), num_orders, num_masks)
+            self.prior.log_prob(part, ids, select_order(order, rows, len(tokens)), num_orders, num_masks)
             for rows, part, ids in self.batches(tokens, labels, batch_size)
         ]
         return torch.cat(parts)

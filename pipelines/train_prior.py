@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from prior import Prior
 from prior.checks import NotCausalError, is_built_in, require_causal, with_random_weights
 from prior.objectives import Alignment, Likelihood, alignment_problem
-from prior.sampling import GUIDANCE, Sampler
+from prior.sampling import GUIDANCE, SamplingOptions
 from tokenizer.settings import Node
 
 from .config import Config, UserError, Within, run_command
@@ -66,7 +66,7 @@ class SamplerConfig(Config):
 
     @model_validator(mode="after")
     def _fits_together(self) -> SamplerConfig:
-        Sampler(**self.model_dump(exclude={"steps"}))  # raises
+        SamplingOptions(**self.model_dump(exclude={"steps"}))  # raises
         return self
 
 

@@ -214,6 +214,11 @@ class Prior(PretrainedModel, family="prior"):
         """Return `loss`, given `forward_outputs` for `tokens` and `inputs`."""
         return self.output_head.mean_nats(outputs, self.position_ids(tokens))
 
+    @property
+    def loss_is_likelihood(self) -> bool:
+        """Whether `loss` is the negative log-likelihood per token, or a bound on it."""
+        return True
+
     # Likelihood
 
     @property

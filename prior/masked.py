@@ -248,6 +248,11 @@ class Masked(Prior, name="masked"):
         counts = masked.sum(1, keepdim=True) if self.config.schedule == "linear" else self.mean_masked
         return (nats * masked / counts).sum(1).mean()
 
+    @property
+    def loss_is_likelihood(self) -> bool:
+        """See `Prior`: not under a schedule that masks more tokens than the linear one, nor with label smoothing."""
+        return self.config.schedule == "linear" and not self.config.label_smoothing
+
     # Likelihood
 
     @full_float32()

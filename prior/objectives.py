@@ -26,16 +26,9 @@ class Likelihood(nn.Module):
 
     def forward(self, tokens: Tensor, labels: Tensor, inputs: dict[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the loss of `tokens` `(B, *grid.shape)`, a scalar in nats per token, and scalars to log:
-        `bits_per_token`, where the loss `is_likelihood`. inputs: `Prior.training_inputs`."""
+        `bits_per_token`, where the loss is one (`Prior.loss_is_likelihood`). inputs: `Prior.training_inputs`."""
         loss = self.prior.loss_from_outputs(self.prior.forward_outputs(tokens, labels, **inputs), tokens, **inputs)
-        return loss, {"bits_per_token": loss.detach() / math.log(2)} if is_likelihood(self.prior) else {}
-
-
-def is_likelihood(prior: Any) -> bool:
-    """Return whether a prior's loss is its negative log-likelihood per token, or a bound on it. That of `masked` is not
-    under a schedule that masks more tokens than the linear one, nor with label smoothing."""
-    schedule = getattr(prior.config, "schedule", "linear")
-    return schedule == "linear" and not getattr(prior.config, "label_smoothing", 0.0)
+        return loss, {"bits_per_token": loss.detach() / math.log(2)} if self.prior.loss_is_likelihood else {}
 
 
 def mean_nats(logits: Tensor, tokens: Tensor) -> Tensor:

@@ -40,7 +40,7 @@ def fitted(
         optimizer.param_groups[0]["lr"] = lr * min(1.0, (steps + 1) / 50) * 0.5 * (1 + math.cos(math.pi * done))
         tokens = train.rows(torch.randint(len(train), (batch,), generator=generator).numpy())
         inputs = model.training_inputs(tokens, done)
-        loss = model.loss_from_outputs(model.put_out(tokens, **inputs), tokens, **inputs)
+        loss = model.loss_from_outputs(model.forward_outputs(tokens, **inputs), tokens, **inputs)
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)

@@ -111,7 +111,7 @@ def draw(pair: Pair, folder: Path, picture: Path, choices: Choices) -> Node:
 
 def sampler_of(pipe: Any) -> str:
     """The settings of sampling that the pipeline stores, in words."""
-    return ", ".join(f"{name}={value}" for name, value in pipe.sampler.saved().items() if value is not None)
+    return ", ".join(f"{name}={value}" for name, value in pipe.sampler.to_dict().items() if value is not None)
 
 
 def chosen_on(results: Path) -> Node | None:

@@ -163,9 +163,9 @@ def head(member: Any) -> str:
         if member.problem(config, grid):
             continue
         model = stirred(member(config, grid))
-        outputs, ids = torch.randn(1, model.size).double(), torch.randint(grid.vocab_size, (1, grid.together))
-        size = torch.zeros(grid.together, grid.together)
-        for level in range(grid.together):
+        outputs, ids = torch.randn(1, model.size).double(), torch.randint(grid.vocab_size, (1, grid.ids_per_position))
+        size = torch.zeros(grid.ids_per_position, grid.ids_per_position)
+        for level in range(grid.ids_per_position):
             changed = ids.clone()
             changed[:, level] = (ids[:, level] + grid.vocab_size // 2) % grid.vocab_size
             size[:, level] = (model.logits(outputs, changed) - model.logits(outputs, ids))[0].abs().amax(-1)

@@ -53,7 +53,7 @@ PAGES = [
         "adds one. [Orders](../orders.md) has the names of orders.",
         [
             "prior.base.Prior",
-            "prior.sampling.settings.Sampler",
+            "prior.sampling.settings.SamplingOptions",
             "prior.orders.partitions.Partition",
             "prior.orders.partitions.make_partition",
             "prior.orders.partitions.make_order",

@@ -16,11 +16,9 @@ import gradio as gr
 from pydantic.fields import FieldInfo
 
 from prior import Prior
-from prior.orders import make_partition, order_problem
-from prior.orders.curves import CURVES
-from prior.orders.partitions import OWN_BLOCKS, read_name
+from prior.masked import SCHEDULES
+from prior.orders import CURVES, OWN_BLOCKS, make_partition, order_problem, parse_name
 from prior.sampling import GUIDANCE
-from prior.sampling.confidence import SCHEDULES
 
 from ..image_pipeline import ImagePipeline
 from .uploads import whole
@@ -197,7 +195,7 @@ def order_for(prior: Prior, order: Any, passes: Any) -> str | None:
     if not passes:
         return name
     count = whole(passes, "passes", 1, math.prod(shape))
-    kind, numbers, _ = read_name(name)
+    kind, numbers, _ = parse_name(name)
     if kind in OWN_BLOCKS:
         raise ValueError(f"passes cannot be chosen for the order {name}, which has its own")
     if kind in CUT_BY_NUMBER:

@@ -15,7 +15,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from prior.sampling import Sampler
+from prior.sampling import SamplingOptions
 from tokenizer.files.errors import PathError
 from tokenizer.files.ownership import require_ours
 from tokenizer.files.writing import results_folder, write_json
@@ -183,7 +183,7 @@ class Ruler:
             agreed = agreement(parts, validation.batch, validation.labels[torch.cat(parts)], *known, team)
         return cls(pipeline, team, space, rows, moments(rows), labels, known, agreed)
 
-    def scores(self, sampler: Sampler, count: int, seed: int) -> Scores:
+    def scores(self, sampler: SamplingOptions, count: int, seed: int) -> Scores:
         """Of `count` samples drawn with these settings, the k-th from seed + k."""
         self.pipeline.sampler = sampler
         labels = None if self.labels is None else self.labels[torch.arange(count) % len(self.labels)]
@@ -196,7 +196,7 @@ class Ruler:
             agreed = agreement(samples.parts, samples.images, labels, *self.known, self.team)
         return Scores(distance(moments(rows), self.real), recall, agreed)
 
-    def judge(self, stage: str, sampler: Sampler, count: int, seed: int) -> Trial:
+    def judge(self, stage: str, sampler: SamplingOptions, count: int, seed: int) -> Trial:
         """A trial, which is told in a line."""
         began = time.monotonic()
         scores = self.scores(sampler, count, seed)
@@ -214,12 +214,12 @@ def known_pixels(train: ImageDataset) -> tuple[Tensor, Tensor]:
     return train.batch(seen), train.labels[seen]
 
 
-def affordable(ruler: Ruler, own: Sampler, left: Callable[[], float], minutes: float) -> int:
+def affordable(ruler: Ruler, own: SamplingOptions, left: Callable[[], float], minutes: float) -> int:
     """How many samples of each setting the time allows. Raises `UserError` if these are too few."""
     both = 2 if ruler.labels is not None else 1  # guided images are two rows each
     began = time.monotonic()
     ruler.scores(own, WARM_UP, 0)
-    each = ruler.team.first(lambda: (time.monotonic() - began) / WARM_UP) * both / own.copies
+    each = ruler.team.first(lambda: (time.monotonic() - began) / WARM_UP) * both / own.rows_per_image
     count = int(SPARE * left() / UNITS / each)
     if count < LEAST_IMAGES:
         enough = minutes + (LEAST_IMAGES * UNITS * each / SPARE - left()) / 60
@@ -237,7 +237,7 @@ def facts_of(search: Search, best: Trial, ruler: Ruler, origin: str) -> dict[str
     """What `tuning.json` holds."""
     before = search.final_of(search.own)
     return {
-        "chosen": best.sampler.saved(),
+        "chosen": best.sampler.to_dict(),
         "told": told(best.sampler),
         "before": told(search.own),
         "rule": RULE,
@@ -257,7 +257,7 @@ def facts_of(search: Search, best: Trial, ruler: Ruler, origin: str) -> dict[str
 def row_of(trial: Trial) -> dict[str, Any]:
     """A trial, flat."""
     own = {field.name: getattr(trial, field.name) for field in fields(trial) if field.name not in ("sampler", "scores")}
-    return {**own, "settings": trial.sampler.saved(), **vars(trial.scores)}
+    return {**own, "settings": trial.sampler.to_dict(), **vars(trial.scores)}
 
 
 def publish(
@@ -279,7 +279,7 @@ def publish(
         print(f"warning: the pipeline is as it was: {error}", file=sys.stderr)
 
 
-def store(pipeline: ImagePipeline, folder: Path, own: Sampler, best: Trial, facts: dict[str, Any]) -> None:
+def store(pipeline: ImagePipeline, folder: Path, own: SamplingOptions, best: Trial, facts: dict[str, Any]) -> None:
     """Keep the settings, with their figures, in the pipeline folder; figures and pictures of samples at other settings
     go."""
     pipeline.sampler = best.sampler

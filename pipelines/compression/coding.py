@@ -15,7 +15,7 @@ from PIL import ImageOps
 from PIL.Image import Image as PILImage
 from torch import Tensor
 
-from prior.sampling import check_count, progress_over
+from prior.sampling import check_count, progress_bar
 from tokenizer.base import LikelihoodError, in_finest
 from tokenizer.likelihoods.base import to_values
 
@@ -195,4 +195,4 @@ def decompress(
 
 def chunks_of(header: Header, progress: bool) -> Iterable[int]:
     """The number of each chunk; progress: with a bar if there are several."""
-    return progress_over(range(header.num_chunks), progress and header.num_chunks > 1, unit="chunk")
+    return progress_bar(range(header.num_chunks), progress and header.num_chunks > 1, unit="chunk")

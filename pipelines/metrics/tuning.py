@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 
-from prior.sampling import Sampler
+from prior.sampling import SamplingOptions
 
 CONSTANTS = (1.0, 1.5, 2.0, 2.5, 3.0, 4.0)
 ENDS = {"linear": (2.0, 3.0, 4.0, 6.0), "power-cosine": (3.0, 4.5, 7.0, 10.0)}
@@ -47,7 +47,7 @@ class Trial:
     """Settings that were tried, with so many images of these seeds on, and how long that took."""
 
     stage: str
-    sampler: Sampler
+    sampler: SamplingOptions
     num_images: int
     seed: int
     scores: Scores
@@ -61,7 +61,7 @@ class Trial:
 
 HEAD = f"{'stage':<12} {'settings':<46} {'Frechet':>8} {'recall':>7} {'agreement':>9} {'seconds':>8}"
 
-Judge = Callable[[str, Sampler, int, int], Trial]
+Judge = Callable[[str, SamplingOptions, int, int], Trial]
 """Tries settings in a stage, with so many images, from a seed on."""
 
 
@@ -69,22 +69,22 @@ class OutOfTime(Exception):
     """There is no time for another trial before the finals."""
 
 
-def plain(sampler: Sampler) -> Sampler:
+def plain(sampler: SamplingOptions) -> SamplingOptions:
     """`sampler` at temperature 1, without guidance and filters: the model as it is."""
     return replace(sampler.unguided(), temperature=1.0, top_k=None, top_p=None)
 
 
-def course_of(sampler: Sampler) -> str:
+def course_of(sampler: SamplingOptions) -> str:
     """How its guidance goes."""
     if sampler.guidance_end is None:
         return "constant"
     return "linear" if sampler.guidance_power is None else "power-cosine"
 
 
-def told(sampler: Sampler) -> str:
+def told(sampler: SamplingOptions) -> str:
     """The settings in words."""
     words = [f"guidance {sampler.guidance_scale:.4g}"] if sampler.guides else []
-    if not sampler.constant:
+    if not sampler.has_constant_scale:
         words = [f"{words[0]} to {sampler.guidance_end:.4g}"]
         words += [] if sampler.guidance_power is None else [f"power {sampler.guidance_power:.4g}"]
     words += [] if sampler.temperature == 1 else [f"temperature {sampler.temperature:.4g}"]
@@ -123,7 +123,7 @@ class Search:
     def __init__(
         self,
         judge: Judge,
-        own: Sampler,
+        own: SamplingOptions,
         *,
         guided: bool,
         vocab_size: int,
@@ -152,7 +152,7 @@ class Search:
             self.ended = "the time was up before all of the search was done"
         return self.decide()
 
-    def tried(self, stage: str, sampler: Sampler) -> Trial:
+    def tried(self, stage: str, sampler: SamplingOptions) -> Trial:
         """The trial of these settings, which may have been made before. Raises `OutOfTime`."""
         for trial in self.trials:
             if trial.sampler == sampler:
@@ -227,19 +227,19 @@ class Search:
             self.finals.append(self.judge("final", sampler, images, seed))
         return best_of(self.finals, self.finals[0].scores.recall, self.real_agreement)[0]
 
-    def final_of(self, sampler: Sampler) -> Trial:
+    def final_of(self, sampler: SamplingOptions) -> Trial:
         """The trial of these settings in the finals."""
         return next(trial for trial in self.finals if trial.sampler == sampler)
 
 
-def with_course(base: Sampler, course: str, value: float) -> Sampler:
+def with_course(base: SamplingOptions, course: str, value: float) -> SamplingOptions:
     """`base` with constant guidance of this scale, or with guidance from 1 to it."""
     if course == "constant":
         return replace(base, guidance_scale=value)
     return replace(base, guidance_end=value, guidance_power=POWER if course == "power-cosine" else None)
 
 
-def strength(sampler: Sampler) -> float:
+def strength(sampler: SamplingOptions) -> float:
     """The scale of guidance, or that at its end."""
     return sampler.guidance_scale if sampler.guidance_end is None else sampler.guidance_end
 

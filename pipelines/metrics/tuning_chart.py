@@ -7,7 +7,7 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
-from prior.sampling import Sampler
+from prior.sampling import SamplingOptions
 
 from .charts import Chart, Pixels, charts_in_row, lines
 from .pages import page
@@ -60,7 +60,7 @@ def courses_in(trials: Sequence[Trial]) -> dict[str, list[Trial]]:
     return {name: those if name == "constant" else unguided + those for name, those in found.items() if those}
 
 
-def chosen_in(series: Mapping[str, Sequence[Trial]], sampler: Sampler) -> list[Trial]:
+def chosen_in(series: Mapping[str, Sequence[Trial]], sampler: SamplingOptions) -> list[Trial]:
     """The trial of these settings, if a curve has it."""
     return [trial for those in series.values() for trial in those if trial.sampler == sampler][:1]
 
@@ -70,13 +70,18 @@ def is_on_a_course(trial: Trial) -> bool:
     sampler = trial.sampler
     begins = sampler.guidance_end is None or sampler.guidance_scale == 1
     usual = sampler.guidance_power in (None, POWER)
-    return sampler.temperature == 1 and not sampler.filters and begins and usual
+    return sampler.temperature == 1 and not has_filters(sampler) and begins and usual
+
+
+def has_filters(sampler: SamplingOptions) -> bool:
+    """Return whether some ids may be ruled out."""
+    return sampler.top_k is not None or sampler.top_p is not None
 
 
 def is_temperature(trial: Trial) -> bool:
     """Whether nothing but its temperature is chosen."""
     sampler = trial.sampler
-    return trial.stage in ("reference", "temperature") and not sampler.guides and not sampler.filters
+    return trial.stage in ("reference", "temperature") and not sampler.guides and not has_filters(sampler)
 
 
 def points(trials: Sequence[Trial], over: Any, name: str) -> Points:

@@ -65,7 +65,7 @@ def prior_turn(model: Prior, count: int, bf16: bool, frozen: Prior | None = None
         tokens = torch.zeros(count, *model.grid.shape, dtype=torch.long)
         inputs = model.training_inputs(tokens, 0.5)
         with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
-            outputs = model.put_out(tokens, torch.zeros(count, dtype=torch.long), **inputs)
+            outputs = model.forward_outputs(tokens, torch.zeros(count, dtype=torch.long), **inputs)
         yield "activations", ledger.now - outputs.untyped_storage().nbytes()
         yield "logits", outputs.untyped_storage().nbytes()
         with torch.autocast("cpu", torch.bfloat16, enabled=bf16):

@@ -12,9 +12,8 @@ from PIL.Image import Image as PILImage
 from torch import Tensor
 
 from prior import Prior
-from prior.orders.partitions import as_tensor
+from prior.orders import as_tensor
 from prior.sampling import check_count
-from prior.sampling.progress import progress_of_long
 from tokenizer import Tokenizer
 from tokenizer.files.errors import ConfigError, IntegrityError
 from tokenizer.files.reading import steadily
@@ -26,7 +25,7 @@ from .calibration import Calibration
 from .compiled import unwrapped
 from .index import BACKGROUND, FILES, INDEX, PARTS, check_labels, make_sampler
 from .shipped import resolve_pipeline
-from .watching import Calls, Interruptible
+from .watching import Calls, Interruptible, progress_of_long
 
 Images = PILImage | Tensor | np.ndarray | Sequence[PILImage | Tensor | np.ndarray]
 Label = int | str | None
@@ -66,7 +65,7 @@ class Stages(Interruptible):
         self.labels = list(labels)
         self.sampler = make_sampler(type(prior), sampler or {})
         try:
-            prior.check_sampler(self.sampler)
+            prior.check_sampling_options(self.sampler)
         except ValueError as error:
             raise ConfigError(f"{INDEX}: sampler: {error}") from error
         self.provenance: dict[str, Any] = {}

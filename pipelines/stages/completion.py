@@ -20,9 +20,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from prior import Prior
-from prior.orders import order_of
-from prior.requests import Order, known_tokens
-from prior.sampling import check_count
+from prior.orders import select_order
+from prior.sampling import Order, check_count, check_known
 from tokenizer.base import in_finest
 
 from ..images.pictures import check_output_type, convert_images
@@ -118,7 +117,7 @@ def complete(
     batch = pipeline.to_images(images)
     known = known_pixels(known, mask, images, batch)
     tokens, keep = visible_tokens(pipeline, batch, known)
-    order = order_of(order, [row for row in range(len(batch)) for _ in range(draws)], len(batch))
+    order = select_order(order, [row for row in range(len(batch)) for _ in range(draws)], len(batch))
     made = sample(
         pipeline,
         len(batch) * draws,
@@ -231,7 +230,7 @@ def region_log_prob(prior: Prior, tokens: Tensor, known: Tensor, labels: Tensor 
     `ConditionError` for a prior of one order in which a known token looks at one that is not, `ValueError` for what is
     out of range.
     """
-    _, keep = known_tokens(prior, tokens, known, len(tokens))
+    _, keep = check_known(prior, tokens, known, len(tokens))
     if blocked := int((~sees_all_known(prior, keep)).sum()):
         raise ConditionError(
             f"no exact conditional: this {prior.name} prior goes in one order, {prior.config.order!r}, and in "

@@ -14,7 +14,7 @@ from PIL import Image
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PlainValidator, model_validator
 
 from prior import Prior
-from prior.sampling import Sampler
+from prior.sampling import SamplingOptions
 from tokenizer import Tokenizer
 from tokenizer.family import OUTSIDE
 from tokenizer.files.checked import FieldError, Text, checked
@@ -112,13 +112,13 @@ def known_settings(prior: type[Prior], settings: Any) -> dict[str, Any]:
     return {name: value for name, value in settings.items() if name in prior.Sampling.names()}
 
 
-def make_sampler(prior: type[Prior], settings: dict[str, Any], path: str | Path = INDEX) -> Sampler:
+def make_sampler(prior: type[Prior], settings: dict[str, Any], path: str | Path = INDEX) -> SamplingOptions:
     """The default settings of sampling from a prior of this kind. Raises `ConfigError`, naming the file, for one that
     the prior does not have or that is out of range."""
     if not isinstance(settings, dict):
         raise ConfigError(f"{path}: sampler: found {shown(settings)}, expected an object")
     try:
-        return prior.make_sampler(**settings)
+        return prior.make_sampling_options(**settings)
     except (TypeError, ValueError, OverflowError) as error:
         raise ConfigError(f"{path}: sampler: {error}") from error
 

@@ -11,7 +11,7 @@ from PIL import Image, ImageOps
 from PIL.Image import Image as Picture
 from torch import Tensor
 
-from prior.orders.partitions import as_tensor
+from prior.orders import as_tensor
 
 from ..images.decoding import pixels_of
 

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from prior.requests import Walk
+from prior.sampling import DecodingOptions
 
 from ..config import UserError
 from .base import Label, Stages
@@ -24,7 +24,7 @@ class Request:
     pipeline: Stages
     classes: Sequence[Label] | None
     seed: int
-    walk: Walk
+    decoding: DecodingOptions
     settings: dict[str, Any]
 
     @property
@@ -48,7 +48,7 @@ class Request:
                 batch_size=batch_size,
                 output_type="np",
                 progress=progress,
-                **vars(self.walk),
+                **vars(self.decoding),
                 **self.settings,
             )
         except (ValueError, TypeError) as error:
@@ -61,7 +61,7 @@ class Request:
         pipeline = self.pipeline
         try:
             ids = pipeline.label_ids(self.classes, len(self.classes)) if self.classes else None
-            sampler = check_request(pipeline, self.settings, ids, self.walk)
+            sampler = check_request(pipeline, self.settings, ids, self.decoding)
         except (ValueError, TypeError) as error:
             raise UserError(str(error)) from error
         return {
@@ -69,8 +69,8 @@ class Request:
             "prior": pipeline.prior.fingerprint(),
             "labels": None if ids is None else ids.tolist(),
             "seed": self.seed,
-            "order": self.walk.order,
-            "num_orders": self.walk.num_orders,
-            "sampler": sampler.told(),
+            "order": self.decoding.order,
+            "num_orders": self.decoding.num_orders,
+            "sampler": sampler.to_dict(),
             "device": pipeline.device.type,
         }

@@ -11,14 +11,16 @@ import torch
 from torch import Tensor
 
 from prior import Prior
-from prior.requests import Walk, choose_walk, known_tokens, make_rows
 from prior.sampling import (
     GUIDANCE,
+    DecodingOptions,
     Generators,
-    Sampler,
+    SamplingOptions,
     check_count,
-    image_generators,
-    progress_over,
+    check_known,
+    choose_orders,
+    make_batch,
+    progress_bar,
     whole_number,
 )
 
@@ -97,7 +99,7 @@ def sample(
     and so does `pipe.interrupt = True`: from it this call, from a thread that does not sample all calls that are under
     way. Then after the step that is under way `Interrupted` is raised, which has the tokens so far.
 
-    options: how the grid is walked (`order`, `num_orders`, `cache`, `capture`, `parallel`, `guess`), as in
+    options: how the grid is walked (`order`, `num_orders`, `cache`, `parallel`), as in
     `Prior.sample`; and the settings that the prior's `Sampling` declares, by name (`temperature`, `top_k`, `top_p`,
     `guidance_scale`, `guidance_end`, `guidance_power`; `steps`, `confidence_temperature` and `schedule` of a
     masked-token prior). Settings default to the pipeline's own (`pipeline.sampler`), `steps` only where none of
@@ -110,23 +112,23 @@ def sample(
     num_images, labels = count_images(num_images, labels, num_images_per_label)
     check_count(batch_size, "batch_size")
     ids = pipeline.label_ids(labels, num_images)
-    walk = Walk(**{name: options.pop(name) for name in Walk.names() if name in options})
+    decoding = DecodingOptions(**{name: options.pop(name) for name in DecodingOptions.names() if name in options})
     check_names(options, pipeline.prior.Sampling.names(), ARGUMENTS, pipeline.prior.name)
-    sampler = choose_sampler(pipeline, options, ids, walk)
+    sampler = choose_sampler(pipeline, options, ids, decoding)
     check_output_type(output_type, LATENT)
-    generators = seeded(seed, generator, num_images)
+    generator = seeded(seed, generator, num_images)
     shape = (num_images, *pipeline.prior.grid.shape)
-    given = (each.reshape(shape) for each in known_tokens(pipeline.prior, tokens, known, num_images))
+    given = (each.reshape(shape) for each in check_known(pipeline.prior, tokens, known, num_images))
     watcher = Watcher(pipeline, callback_on_step_end, *given)
     with pipeline._calls.watched(watcher):
-        drawn = draw_batches(pipeline, watcher, ids, generators, batch_size, walk, sampler, progress)
+        drawn = draw_batches(pipeline, watcher, ids, num_images, generator, batch_size, decoding, sampler, progress)
     images = drawn if output_type == LATENT else pipeline.decode(drawn, output_type=output_type, progress=progress)
     names = [] if ids is None else pipeline.class_names(ids)
     made = PipelineOutput(images, drawn, names if any(names) else None)
     return made if return_dict else made.to_tuple()
 
 
-ARGUMENTS = [*list(inspect.signature(sample).parameters)[1:-1], *Walk.names()]
+ARGUMENTS = [*list(inspect.signature(sample).parameters)[1:-1], *DecodingOptions.names()]
 """Names that a call knows beside the settings of sampling."""
 
 
@@ -134,31 +136,32 @@ def draw_batches(
     pipeline: Stages,
     watcher: Watcher,
     ids: Tensor | None,
-    generators: list[torch.Generator],
+    count: int,
+    generator: Generators,
     batch_size: int,
-    walk: Walk,
-    sampler: Sampler,
+    decoding: DecodingOptions,
+    sampler: SamplingOptions,
     progress: bool,
 ) -> Tensor:
     """Tokens `(B, *grid.shape)`, from what the watcher knows; a bar over the batches, or over the steps of one."""
-    count, parts = len(generators), []
+    parts = []
     batches = range(0, count, batch_size)
     bar: Any = pipeline.progress_bar_config if progress else False
     # A part is a copy: the watcher goes on writing in its own.
     tokens, known = watcher.tokens.clone(), watcher.known.clone()
     some = bool(known.any())
-    for start in progress_over(batches, bar if len(batches) > 1 else False, unit="batch"):
+    for start in progress_bar(batches, bar if len(batches) > 1 else False, unit="batch"):
         rows = slice(start, min(start + batch_size, count))
         watcher.begin(rows)
         drawn = pipeline.prior.sample(
             rows.stop - rows.start,
             None if ids is None else ids[rows],
-            generator=generators[rows],
+            generator=generator[rows] if isinstance(generator, Sequence) else generator,
             tokens=tokens[rows] if some else None,
             known=known[rows] if some else None,
             progress=bar if len(batches) == 1 else False,
             on_step=watcher.saw,
-            **vars(walk.of(rows, count)),
+            **vars(decoding.select(rows, count)),
             **vars(sampler),
         )
         watcher.end(drawn)
@@ -166,32 +169,36 @@ def draw_batches(
     return torch.cat(parts)
 
 
-def choose_sampler(pipeline: Stages, settings: dict[str, Any], ids: Tensor | None, walk: Walk) -> Sampler:
+def choose_sampler(
+    pipeline: Stages, settings: dict[str, Any], ids: Tensor | None, decoding: DecodingOptions
+) -> SamplingOptions:
     """The sampling settings given, and the pipeline's own for the others. None stands for the pipeline's own of those
     that every prior has. Raises `TypeError` for a setting that the prior does not have, `ValueError` out of range."""
-    own = pipeline.sampler.for_a_walk() if walk.is_chosen else pipeline.sampler
+    own = pipeline.sampler.for_given_order() if not decoding.is_default else pipeline.sampler
     labelled = ids is not None and bool((ids != pipeline.prior.num_classes).any())
     if not labelled:
         own = own.unguided()  # the default guides towards a class, and none was named
-    shared = Sampler.names()
+    shared = SamplingOptions.names()
     chosen = {name: value for name, value in settings.items() if value is not None or name not in shared}
     kept = dict(vars(own))
     for number, name in enumerate(GUIDANCE, 1):
         if name in chosen:  # the pipeline's course of guidance is not the one that is asked for
             kept.update(dict.fromkeys(GUIDANCE[number:]))
-    sampler = pipeline.prior.make_sampler(**{**kept, **chosen})
+    sampler = pipeline.prior.make_sampling_options(**{**kept, **chosen})
     sampler.check_guidance(labelled)
     return sampler
 
 
-def check_request(pipeline: Stages, settings: dict[str, Any], ids: Tensor | None, walk: Walk) -> Sampler:
+def check_request(
+    pipeline: Stages, settings: dict[str, Any], ids: Tensor | None, decoding: DecodingOptions
+) -> SamplingOptions:
     """The settings with which these are sampled, without sampling. Raises what `sample` raises for a request that does
     not fit the prior, as far as a prior's own `draw` does not."""
-    prior, sampler = pipeline.prior, choose_sampler(pipeline, settings, ids, walk)
-    prior.check_sampler(sampler)
-    walk.check(prior)
-    rows = make_rows(prior, 1, None if ids is None else ids[:1], sampler, torch.Generator(), None, None)
-    choose_walk(prior, walk.order, walk.num_orders, rows)
+    prior, sampler = pipeline.prior, choose_sampler(pipeline, settings, ids, decoding)
+    prior.check_sampling_options(sampler)
+    decoding.check()
+    batch = make_batch(prior, 1, None if ids is None else ids[:1], sampler, torch.Generator(), None, None)
+    choose_orders(prior, decoding, batch)
     return sampler
 
 
@@ -201,11 +208,13 @@ def settings_in(keys: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in keys.items() if name in declared and value is not None}
 
 
-def seeded(seed: int | None, generator: Generators, count: int) -> list[torch.Generator]:
-    """A generator per image: of seed + k, or from `generator`. Raises `ValueError` if both are given, and for a seed
-    that torch does not take."""
+def seeded(seed: int | None, generator: Generators, count: int) -> Generators:
+    """Return a generator per image, of seed + k; without a seed, `generator`. Raises `ValueError` if both are given,
+    for a seed that torch does not take, and for a list of another length."""
     if seed is None:
-        return image_generators(generator, count)
+        if isinstance(generator, Sequence) and len(generator) != count:
+            raise ValueError(f"got {len(generator)} generators for {count} images; give one, or one per image")
+        return generator
     if generator is not None:
         raise ValueError("give seed or generator, not both")
     first = whole_number("seed", seed)

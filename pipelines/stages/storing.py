@@ -103,7 +103,7 @@ def index_of(pipeline: Any, variant: str | None) -> dict[str, Any]:
         "tokenizer": pipeline.tokenizer.name,
         "prior": pipeline.prior.name,
         "labels": pipeline.labels,
-        "sampler": pipeline.sampler.saved(),
+        "sampler": pipeline.sampler.to_dict(),
         **({} if pipeline.background is None else {"background": pipeline.background.name}),
         **({} if variant is None else {"variant": variant}),
     }
@@ -139,7 +139,7 @@ def instead(pipeline: Any, place: str, model: M) -> M:
         model.eval()
         pipeline.calibration, pipeline.provenance, pipeline.sample_grid = None, {}, None
         if isinstance(model, Prior):
-            pipeline.sampler = make_sampler(type(model), known_settings(type(model), pipeline.sampler.saved()))
+            pipeline.sampler = make_sampler(type(model), known_settings(type(model), pipeline.sampler.to_dict()))
     return model
 
 

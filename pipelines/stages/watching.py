@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 from torch import Tensor
 
-from prior.sampling.watching import Step
+from prior.sampling import Step, progress_bar
 
+T = TypeVar("T")
 Callback = Callable[[Any, int, int, dict[str, Any]], dict[str, Any] | None]
 """`callback_on_step_end`: takes the pipeline, the step (from 0), the rank that the images being drawn have reached in
 their order, and `{"tokens": (B, *grid), "known": bool (B, *grid)}`; returns that, or None."""
@@ -130,6 +131,15 @@ class Interruptible:
     def __getstate__(self) -> dict[str, Any]:
         """All but the calls that are under way."""
         return {**vars(self), "_calls": Calls()}
+
+
+def progress_of_long(parts: Sequence[T], bar: bool | Mapping[str, Any], what: str) -> Iterable[T]:
+    """Iterate over `parts`, with a bar if they take longer than two seconds, unless another bar is shown."""
+    from tqdm import tqdm
+
+    if bar is False or len(parts) < 2 or len(getattr(tqdm, "_instances", ())):
+        return parts
+    return progress_bar(parts, {"desc": what, "delay": 2.0, **({} if bar is True else bar)}, unit="part")
 
 
 def check_returned(found: Any, tokens: Tensor, changed: bool) -> None:

@@ -55,7 +55,7 @@ def checkpoint_blocks(blocks: Sequence[nn.Module]) -> None:
 
 
 def _blocks(module: nn.Module) -> Iterator[nn.Module]:
-    """Walk down until a block is found; nothing inside a block is one."""
+    """DecodingOptions down until a block is found; nothing inside a block is one."""
     kinds = Counter(type(child) for child in module.children())
     for child in module.children():
         repeated = isinstance(module, nn.ModuleList) or (isinstance(module, nn.Sequential) and kinds[type(child)] > 1)
