@@ -163,6 +163,14 @@ class TokenizerConfig(ModelConfig):
             raise ValueError(f"expected a whole number or [height, width] (got {shown(value)})")
         return value
 
+    @classmethod
+    def from_saved(cls, data: dict[str, Any]) -> ModelConfig:
+        """As in `ModelConfig`; a file holds both sides of the images."""
+        size = data.get("image_size")
+        if isinstance(size, int):
+            raise ConfigError(f"{cls.kind}: image_size: expected [height, width] (got {shown(size)})")
+        return super().from_saved(data)
+
     def check(self) -> Iterator[str]:
         """The image size has two sides."""
         if len(self.image_size) != 2:
