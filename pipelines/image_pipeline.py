@@ -26,6 +26,7 @@ from .images.pictures import check_output_type, convert_images
 from .processes.sharing import ALONE, Team
 from .stages import Label, Stages, completion, representation, sampling
 from .stages.index import FILES
+from .stages.watching import serialized
 
 SAMPLED = 80  # images of a sample picture
 
@@ -39,11 +40,12 @@ class ImagePipeline(Stages):
 
     # Making images
 
-    __call__ = sampling.sample
-    complete = completion.complete
+    __call__ = serialized(sampling.sample)
+    complete = serialized(completion.complete)
 
     # Scoring images
 
+    @serialized
     @torch.no_grad()
     def log_prob(
         self,
@@ -78,8 +80,9 @@ class ImagePipeline(Stages):
         ]
         return torch.cat(parts)
 
-    conditional_log_prob = completion.conditional_log_prob
+    conditional_log_prob = serialized(completion.conditional_log_prob)
 
+    @serialized
     @torch.no_grad()
     def bits_per_dim(
         self,
@@ -109,10 +112,11 @@ class ImagePipeline(Stages):
 
     # Finding anomalies
 
-    calibrate = calibrating.calibrate
-    anomaly_score = scores.anomaly_score
-    anomaly_map = healing.anomaly_map
+    calibrate = serialized(calibrating.calibrate)
+    anomaly_score = serialized(scores.anomaly_score)
+    anomaly_map = serialized(healing.anomaly_map)
 
+    @serialized
     def heal(
         self,
         images: Any,
@@ -128,10 +132,11 @@ class ImagePipeline(Stages):
 
     # Representing images
 
-    embed = representation.embed
+    embed = serialized(representation.embed)
 
     # Storing images
 
+    @serialized
     def compress(self, images: Any, *, lossless: bool = False, checked: bool = True, progress: bool = True) -> bytes:
         """A stream from which this pipeline, and no other, decodes the same tokens, in any batch, on any machine.
 
@@ -147,6 +152,7 @@ class ImagePipeline(Stages):
             several = [exact_pixels(one, shape, lossless) if isinstance(one, PILImage) else one for one in several]
         return compress(self, self.to_images(several), lossless=lossless, checked=checked, progress=progress)
 
+    @serialized
     def decompress(
         self,
         data: bytes,

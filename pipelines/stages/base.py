@@ -25,7 +25,7 @@ from .calibration import Calibration
 from .compiled import unwrapped
 from .index import BACKGROUND, FILES, INDEX, PARTS, check_labels, make_sampler
 from .shipped import resolve_pipeline
-from .watching import Calls, Interruptible, progress_of_long
+from .watching import Interruptible, progress_of_long, serialized
 
 Images = PILImage | Tensor | np.ndarray | Sequence[PILImage | Tensor | np.ndarray]
 Label = int | str | None
@@ -49,6 +49,7 @@ class Stages(Interruptible):
         labels: Sequence[str] = (),
         sampler: dict[str, Any] | None = None,
     ) -> None:
+        super().__init__()
         tokenizer, prior = unwrapped(tokenizer, Tokenizer, "tokenizer"), unwrapped(prior, Prior, "prior")
         if tokenizer.grid != prior.grid:
             raise IntegrityError(f"prior/config.json: grid: {prior.grid} is not the tokenizer's, {tokenizer.grid}")
@@ -74,7 +75,6 @@ class Stages(Interruptible):
         self.background: Prior | None = None
         if background is not None:
             self.set_background(background)
-        self._calls = Calls()
         self.progress_bar_config: dict[str, Any] = {}
 
     @property
@@ -125,6 +125,7 @@ class Stages(Interruptible):
 
     # Between images and tokens
 
+    @serialized
     @torch.no_grad()
     def encode(self, images: Any, *, batch_size: int = 256) -> Tensor:
         """Tokens `(B, *grid.shape)` of PIL images, or of uint8 or float in [-1, 1]: tensors `(B, C, H, W)`, arrays
@@ -134,12 +135,14 @@ class Stages(Interruptible):
         """
         return self.encode_batch(self.to_images(images), batch_size=batch_size)
 
+    @serialized
     @torch.no_grad()
     def encode_batch(self, batch: Tensor, *, batch_size: int = 256) -> Tensor:
         """`encode` of images as `to_images` returns them: float `(B, C, H, W)` in [-1, 1]."""
         parts = self._parts(batch.to(self.device, self.dtype), batch_size, "encoding", self.progress_bar_config)
         return torch.cat([self.tokenizer.encode(part) for part in parts])
 
+    @serialized
     @torch.no_grad()
     def decode(self, tokens: Any, *, output_type: str = "pil", batch_size: int = 256, progress: bool = True) -> Any:
         """Images of `tokens` `(B, *grid.shape)`, a tensor, an array or lists; or of the first k, `(B, k)`, where these
@@ -161,12 +164,14 @@ class Stages(Interruptible):
         parts = [part.clone() if one else part for part in rows.split(1 if one else batch_size)]
         return progress_of_long(parts, bar, what)
 
+    @serialized
     def reconstruct(self, images: Any, *, output_type: str = "pil") -> Any:
         """`decode(encode(images))`: what the tokenizer keeps of them."""
         return self.decode(self.encode(images), output_type=output_type)
 
     # Saving and loading
 
+    @serialized
     def save_pretrained(
         self, folder: str | Path, *, variant: str | None = None, sample_grid: np.ndarray | None = None
     ) -> None:
@@ -222,6 +227,7 @@ class Stages(Interruptible):
         storing.convert(pipeline, parts, dtype, torch_dtype)
         return pipeline.to(device=device)
 
+    @serialized
     def to(
         self: S, device: str | int | torch.device | torch.dtype | None = None, dtype: torch.dtype | None = None
     ) -> S:

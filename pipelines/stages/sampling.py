@@ -96,8 +96,8 @@ def sample(
     path draws the images: step counts from 0 over all batches; rank is how far along their order the images being drawn
     have come; tokens `(B, *grid.shape)` are those of all images so far (0 where none is drawn) and known says which
     these are. Both are copies, to look at: it returns the dictionary as it is, or None. What it raises ends the call,
-    and so does `pipe.interrupt = True`: from it this call, from a thread that does not sample all calls that are under
-    way. Then after the step that is under way `Interrupted` is raised, which has the tokens so far.
+    and so does `pipe.interrupt = True`, from it or from another thread: after the current step `Interrupted` is raised,
+    which has the tokens so far.
 
     options: how the grid is walked (`order`, `num_orders`, `cache`, `parallel`), as in
     `Prior.sample`; and the settings that the prior's `Sampling` declares, by name (`temperature`, `top_k`, `top_p`,
@@ -120,7 +120,7 @@ def sample(
     shape = (num_images, *pipeline.prior.grid.shape)
     given = (each.reshape(shape) for each in check_known(pipeline.prior, tokens, known, num_images))
     watcher = Watcher(pipeline, callback_on_step_end, *given)
-    with pipeline._calls.watched(watcher):
+    with pipeline._watched(watcher):
         drawn = draw_batches(pipeline, watcher, ids, num_images, generator, batch_size, decoding, sampler, progress)
     images = drawn if output_type == LATENT else pipeline.decode(drawn, output_type=output_type, progress=progress)
     names = [] if ids is None else pipeline.class_names(ids)

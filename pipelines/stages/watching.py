@@ -5,13 +5,17 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, TypeVar
+from functools import wraps
+from typing import Any, Concatenate, ParamSpec, TypeVar
 
 from torch import Tensor
 
 from prior.sampling import Step, progress_bar
 
 T = TypeVar("T")
+A = ParamSpec("A")
+R = TypeVar("R")
+P = TypeVar("P", bound="Interruptible")
 Callback = Callable[[Any, int, int, dict[str, Any]], dict[str, Any] | None]
 """`callback_on_step_end`: takes the pipeline, the step (from 0), the rank that the images being drawn have reached in
 their order, and `{"tokens": (B, *grid), "known": bool (B, *grid)}`; returns that, or None."""
@@ -38,7 +42,7 @@ class Watcher:
 
     def __init__(self, pipeline: Any, callback: Callback | None, tokens: Tensor, known: Tensor) -> None:
         self.pipeline, self.callback = pipeline, callback
-        self.thread, self.interrupted = threading.get_ident(), False
+        self.interrupted = False
         self.tokens, self.known = tokens.clone(), known.clone()  # they may be the caller's own memory
         self.steps = self.before = 0  # in all, and until this batch
         self.rows = slice(0)
@@ -71,66 +75,53 @@ class Watcher:
         self.tokens[self.rows], self.known[self.rows] = drawn, True
 
 
-class Calls:
-    """The calls of a pipeline that are under way, in all threads, and which of them are told to end."""
+class Interruptible:
+    """Calls of a pipeline: those from several threads wait for each other, and `interrupt` ends one.
+
+    A callback may call the pipeline again: the lock is reentrant.
+    """
 
     def __init__(self) -> None:
-        self.lock = threading.Lock()
-        self.under_way: list[Watcher] = []
-        self.told = False  # what was said last, since a call began
+        self._lock = threading.RLock()
+        self._calls: list[Watcher] = []  # a callback's own calls are the later ones
 
-    def __reduce__(self) -> tuple[type[Calls], tuple[()]]:
-        return Calls, ()
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave out the lock and the calls under way: a copy has its own."""
+        return {key: value for key, value in vars(self).items() if key not in ("_lock", "_calls")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        Interruptible.__init__(self)
+        vars(self).update(state)
 
     @contextmanager
-    def watched(self, watcher: Watcher) -> Iterator[None]:
-        """A call is under way, and not yet told to end."""
-        with self.lock:
-            self.under_way.append(watcher)
-            self.told = False
+    def _watched(self, watcher: Watcher) -> Iterator[None]:
+        self._calls.append(watcher)
         try:
             yield
         finally:
-            with self.lock:
-                self.under_way.remove(watcher)
-
-    def own(self) -> list[Watcher]:
-        """Those of this thread, the innermost last."""
-        return [call for call in self.under_way if call.thread == threading.get_ident()]
+            self._calls.remove(watcher)
 
     @property
     def interrupt(self) -> bool:
-        """Of this thread's call whether it is told to end; in a thread without one, what was said last."""
-        own = self.own()
-        return own[-1].interrupted if own else self.told
+        """Whether the sampling call under way is to end. Set it to True from a callback or from another thread; a later
+        call is not affected."""
+        return bool(self._calls) and self._calls[-1].interrupted
 
     @interrupt.setter
-    def interrupt(self, told: bool) -> None:
-        """Tell this thread's call to end, or not to; in a thread without one, all calls."""
-        with self.lock:
-            self.told = told
-            for call in self.own()[-1:] or self.under_way:
-                call.interrupted = told
+    def interrupt(self, value: bool) -> None:
+        if self._calls:
+            self._calls[-1].interrupted = value
 
 
-class Interruptible:
-    """What a pipeline is told of its calls. Its copies, shallow ones too, have calls of their own."""
+def serialized(method: Callable[Concatenate[P, A], R]) -> Callable[Concatenate[P, A], R]:
+    """Let a method of an `Interruptible` run in one thread at a time."""
 
-    _calls: Calls
+    @wraps(method)
+    def call(self: P, *args: A.args, **kwargs: A.kwargs) -> R:
+        with self._lock:
+            return method(self, *args, **kwargs)
 
-    @property
-    def interrupt(self) -> bool:
-        """Whether sampling is to end. True, set by a callback, ends the call that it watches; set by a thread that does
-        not sample, all calls that are under way, in any thread. A call that begins later is not meant."""
-        return self._calls.interrupt
-
-    @interrupt.setter
-    def interrupt(self, told: bool) -> None:
-        self._calls.interrupt = told
-
-    def __getstate__(self) -> dict[str, Any]:
-        """All but the calls that are under way."""
-        return {**vars(self), "_calls": Calls()}
+    return call
 
 
 def progress_of_long(parts: Sequence[T], bar: bool | Mapping[str, Any], what: str) -> Iterable[T]:
