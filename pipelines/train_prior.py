@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from prior import Prior
 from prior.checks import NotCausalError, is_built_in, require_causal, with_random_weights
+from prior.cuda_graph import release_graph
 from prior.objectives import Alignment, Likelihood, alignment_problem
 from prior.sampling import GUIDANCE, SamplingOptions
 from tokenizer.settings import Node
@@ -208,7 +209,10 @@ class PriorTask(Task):
 
     def preview(self, model: nn.Module) -> dict[str, np.ndarray]:
         """Samples, one class per column, with the same seeds at every step."""
-        return {"samples": self.pipeline(model).sample_picture(team=self.team)}
+        try:
+            return {"samples": self.pipeline(model).sample_picture(team=self.team)}
+        finally:
+            release_graph()  # training needs the memory
 
     def require_causal(self, model: Prior) -> None:
         """Raise `UserError` for a prior whose logits depend on tokens that it has still to predict."""

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from tokenizer.base import TokenGrid, at_least_float32, finest, in_finest
 
+from .cuda_graph import can_capture, compute_by_graph
 from .orders import Partition, as_tensor, blocks_after_known, known_first, select_order
 
 if TYPE_CHECKING:
@@ -601,30 +602,55 @@ class UncachedState:
 
 def sample_blocks(prior: Prior, batch: SampleBatch, options: SamplingOptions, cache: bool, monitor: Monitor) -> Tensor:
     """Draw tokens `(B, N)`, in the sequence of the batch's order, one block a step."""
-    noise = TokenNoise(batch.keys, len(prior.grid), prior.grid.vocab_size)
-    scales, ends = options.scale_by_block(batch.blocks), list(accumulate(batch.blocks))
-    some_known, all_known = batch.known.any(0).tolist(), batch.known.all(0).tolist()
-    last = max((rank for rank, known in enumerate(all_known) if not known), default=-1)
-    cuts = [(begin, end) for begin, end in zip([0, *ends], ends, strict=False) if begin <= last]
-    labels = options.with_unconditional(batch.labels, prior.num_classes)
-    partition = batch.partition()
+    drawn = None
+    if cache and monitor.on_step is None and prior.supports_cuda_graphs and can_capture(prior.device):
+        inputs = {name: getattr(batch, name) for name in ("labels", "keys", "tokens", "known", "order")}
+        key = (options, batch.blocks, batch.own_order, *(tensor.shape for tensor in inputs.values()))
+
+        def draw(inputs: dict[str, Any]) -> Tensor:
+            return draw_blocks(prior, replace(batch, **inputs), options, cache)
+
+        drawn = compute_by_graph(prior, key, inputs, draw)
+    if drawn is None:
+        drawn = draw_blocks(prior, batch, options, cache, monitor)
+    monitor.finish(batch, drawn)
+    return drawn
+
+
+def draw_blocks(
+    prior: Prior, batch: SampleBatch, options: SamplingOptions, cache: bool, monitor: Monitor | None = None
+) -> Tensor:
+    """Draw tokens `(B, N)`, kernel by kernel. Without a monitor no decision depends on the contents of a tensor, so
+    that a CUDA graph can capture all of it."""
+    ends = list(accumulate(batch.blocks))
+    cuts = list(zip([0, *ends], ends, strict=False))
+    skipped, some_known = set[int](), True  # where blocks begin of which all images know all tokens
+    if monitor is not None:
+        some_known = bool(batch.known.any())
+        unknown = (~batch.known).any(0).tolist()
+        last = max((rank for rank, drawn in enumerate(unknown) if drawn), default=-1)
+        cuts = [(begin, end) for begin, end in cuts if begin <= last]
+        skipped = {begin for begin, end in cuts if not any(unknown[begin:end])}
+    labels, partition = options.with_unconditional(batch.labels, prior.num_classes), batch.partition()
     if partition is not None and partition.order.ndim == 2:
         partition = Partition(options.with_unconditional(partition.order), partition.blocks)
     start, next_logits = (
         (prior.start, prior.next_logits) if cache else (prior.start_uncached, prior.next_logits_uncached)
     )
     state: Any = start(len(labels), labels, partition)
+    noise = TokenNoise(batch.keys, len(prior.grid), prior.grid.vocab_size)
     drawn, tokens = batch.tokens.clone(), None
-    for (begin, end), scale in zip(monitor.iterate(cuts), scales, strict=False):
-        if isinstance(state, UncachedState) and all(all_known[begin:end]):
+    steps = cuts if monitor is None else monitor.iterate(cuts)
+    for (begin, end), scale in zip(steps, options.scale_by_block(batch.blocks), strict=False):
+        if begin in skipped and isinstance(state, UncachedState):  # a cache needs the block's keys and values
             state.advance(tokens)
         else:
             logits = options.guide(at_least_float32(next_logits(state, tokens)), scale)
             chosen = options.choose(logits, noise.of_ranks(begin, end))
-            if any(some_known[begin:end]):
+            if some_known:
                 chosen = torch.where(batch.known[:, begin:end], drawn[:, begin:end], chosen)
             drawn[:, begin:end] = chosen
         tokens = options.with_unconditional(drawn[:, begin:end])
-        monitor.report(batch, drawn, end)
-    monitor.finish(batch, drawn)
+        if monitor is not None:
+            monitor.report(batch, drawn, end)
     return drawn

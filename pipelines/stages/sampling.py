@@ -150,6 +150,8 @@ def draw_batches(
     # A part is a copy: the watcher goes on writing in its own.
     tokens, known = watcher.tokens.clone(), watcher.known.clone()
     some = bool(known.any())
+    # On a GPU a batch without a callback is one CUDA graph: an interrupt then takes effect after the batch.
+    by_step = watcher.callback is not None or pipeline.device.type != "cuda"
     for start in progress_bar(batches, bar if len(batches) > 1 else False, unit="batch"):
         rows = slice(start, min(start + batch_size, count))
         watcher.begin(rows)
@@ -160,7 +162,7 @@ def draw_batches(
             tokens=tokens[rows] if some else None,
             known=known[rows] if some else None,
             progress=bar if len(batches) == 1 else False,
-            on_step=watcher.saw,
+            on_step=watcher.saw if by_step else None,
             **vars(decoding.select(rows, count)),
             **vars(sampler),
         )

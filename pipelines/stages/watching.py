@@ -71,8 +71,10 @@ class Watcher:
         return tokens, known
 
     def end(self, drawn: Tensor) -> None:
-        """Those are drawn."""
+        """Store a finished batch. Raises `Interrupted` as `saw` does."""
         self.tokens[self.rows], self.known[self.rows] = drawn, True
+        if self.interrupted and not bool(self.known.all()):
+            raise Interrupted(self.tokens, self.known)
 
 
 class Interruptible:

@@ -1,0 +1,80 @@
+"""A whole computation as one CUDA graph: hundreds of small kernels are bound by launching them, a graph is launched
+once.
+
+A graph reads and writes the memory that it was captured with, so its inputs are copied there. It holds what the
+computation allocates, a key/value cache for one, so only the last graph is kept, as long as its model lives."""
+
+from __future__ import annotations
+
+import warnings
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+class Graph:
+    """A computation of a model for inputs of the same shapes, which `key` identifies."""
+
+    last: Graph | None = None
+
+    def __init__(self, model: nn.Module, key: Any) -> None:
+        self.model, self.key, self.failed = weakref.ref(model), key, False
+        self.inputs: dict[str, Tensor] = {}
+        self.replay: Callable[[], None] | None = None
+
+    def compute(self, inputs: dict[str, Tensor], compute: Callable[[dict[str, Tensor]], Tensor]) -> Tensor:
+        """Return `compute(inputs)`; it is captured when this is called first."""
+        if self.replay is None:
+            self.inputs = {name: tensor.clone() for name, tensor in inputs.items()}
+
+            def run() -> None:
+                self.output = compute(self.inputs)
+
+            self.replay = capture(run)
+        for name, tensor in inputs.items():
+            self.inputs[name].copy_(tensor)
+        self.replay()
+        return self.output.clone()
+
+
+def compute_by_graph(
+    model: nn.Module, key: Any, inputs: dict[str, Tensor], compute: Callable[[dict[str, Tensor]], Tensor]
+) -> Tensor | None:
+    """Return `compute(inputs)` by a CUDA graph, or None where the caller should compute without one: the first time, to
+    warm up, and after a capture that failed, for which there is a warning."""
+    weights = [tensor.data_ptr() for tensor in (*model.parameters(), *model.buffers())]
+    key, graph = (key, tuple(weights)), Graph.last
+    if graph is None or graph.model() is not model or graph.key != key:
+        Graph.last = Graph(model, key)
+        return None
+    if graph.failed:
+        return None
+    try:
+        return graph.compute(inputs, compute)
+    except RuntimeError as error:
+        graph.failed, graph.replay = True, None
+        warnings.warn(f"not captured in a CUDA graph, so sampling takes longer: {error}", stacklevel=2)
+        return None
+
+
+def release_graph() -> None:
+    """Free the memory of the last graph."""
+    Graph.last = None
+
+
+def can_capture(device: torch.device) -> bool:
+    """Return whether graphs can be captured on this device now."""
+    if device.type != "cuda" or torch.are_deterministic_algorithms_enabled():
+        return False
+    return not torch.cuda.is_current_stream_capturing()
+
+
+def capture(run: Callable[[], None]) -> Callable[[], None]:
+    """Record the kernels that `run` launches; returns what launches them again."""
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+        run()
+    return graph.replay

@@ -1,0 +1,79 @@
+"""Sampling as one CUDA graph, on emulated graphs: the same tokens, for any weights, labels and known tokens."""
+
+from __future__ import annotations
+
+import gc
+import weakref
+from collections.abc import Iterator
+
+import pytest
+import torch
+from pretended.emulated_graphs import Emulated
+from small import PRIORS, draw_known, draw_tokens, generators, make_prior
+
+from prior import cuda_graph, sampling
+from prior.cuda_graph import Graph, release_graph
+
+
+@pytest.fixture(autouse=True)
+def emulated(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Graphs are captured on the CPU, as lists of operations."""
+    monkeypatch.setattr(sampling, "can_capture", lambda device: True)
+    monkeypatch.setattr(cuda_graph, "capture", Emulated().capture)
+    Emulated.captured = Emulated.replayed = 0
+    release_graph()
+    yield
+    release_graph()
+
+
+@pytest.mark.parametrize("name", [name for name in PRIORS if make_prior(name).supports_cuda_graphs])
+@pytest.mark.parametrize("settings", [{}, {"guidance_scale": 2.0, "guidance_end": 3.0, "top_p": 0.9}])
+def test_a_graph_draws_the_same_tokens(name: str, settings: dict[str, float]) -> None:
+    """Whose labels, noise and known tokens are other ones at each call, after weights have changed too."""
+    model = make_prior(name)
+    for call in range(4):
+        labels, tokens, known = torch.arange(5) % (call + 1), draw_tokens(model, 5), draw_known(model, 5, 0.4)
+        request = {"tokens": tokens, "known": known, **settings}
+        drawn = model.sample(5, labels, generator=generators(5, call), **request)
+        eager = model.sample(5, labels, generator=generators(5, call), on_step=lambda step: None, **request)
+        assert torch.equal(drawn, eager)
+        with torch.no_grad():
+            next(iter(model.parameters())).mul_(1.1)
+    assert (Emulated.captured, Emulated.replayed) == (1, 3)  # the first call warms up
+
+
+def test_orders_of_images_are_inputs_of_a_graph() -> None:
+    model = make_prior("gpt", any_order=True)
+    for call in range(3):
+        request = {"generator": generators(6, call), "num_orders": 3}
+        drawn = model.sample(6, **request)
+        assert torch.equal(drawn, model.sample(6, generator=generators(6, call), num_orders=3, cache=False))
+    assert Emulated.captured == 1
+
+
+def test_only_the_last_graph_is_kept_and_it_does_not_keep_its_model() -> None:
+    model = make_prior("gpt")
+    for count in (2, 2, 3, 3, 2, 2):
+        model.sample(count)
+    assert Emulated.captured == 3
+    alive = weakref.ref(model)
+    del model
+    gc.collect()
+    assert alive() is None
+
+
+def test_moved_weights_and_a_failed_capture_are_drawn_without_a_graph(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = make_prior("gpt")
+    expected = model.sample(3, generator=generators(3))
+    model.sample(3)
+    model.double().float()
+    assert torch.equal(model.sample(3, generator=generators(3)), expected) and Emulated.captured == 1
+
+    def fails(run: object) -> None:
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+    monkeypatch.setattr(cuda_graph, "capture", fails)
+    with pytest.warns(UserWarning, match="not captured in a CUDA graph"):
+        assert torch.equal(model.sample(3, generator=generators(3)), expected)
+    assert Graph.last is not None and Graph.last.failed
+    assert torch.equal(model.sample(3, generator=generators(3)), expected)
