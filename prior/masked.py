@@ -128,7 +128,7 @@ class MaskedConfig(TransformerConfig):
 
     schedule: Literal["linear", "cosine", "arccos", "square"] = Field(
         "linear",
-        description="how the masked share is drawn in training: linear (all alike) maximises the "
+        description="how the masked share is drawn in training: linear (all equally likely) maximises the "
         "likelihood; cosine, arccos and square mask more",
     )
     label_smoothing: float = Field(

@@ -83,7 +83,7 @@ def order_problem(name: str, shape: tuple[int, ...]) -> str | None:
     if kind == "random" and not (numbers and is_number(numbers[0], 0, LAST_SEED)):
         return f"'random' needs a seed, 0 to {LAST_SEED}, as in random:0 (got {quoted})"
     if kind not in ANY_AXES and len(shape) != 2:
-        return f"{quoted} walks a grid of two axes, this one has {len(shape)}; use raster or random:SEED"
+        return f"{quoted} needs a grid of two axes, and this one has {len(shape)}; use raster or random:SEED"
     if len(numbers) not in [len(form.split(":")) if form else 0 for form in FORMS[kind]]:
         return f"{kind!r} is written {' or '.join(name_forms(kind))} (got {quoted})"
     if problem := number_problem(kind, numbers, shape):
@@ -179,12 +179,12 @@ def select_order(order: Any, rows: slice | Sequence[int], count: int) -> Any:
         return order
     if isinstance(order, Partition):
         return Partition(select_order(order.order, rows, count), order.blocks)
-    walks = as_tensor(order)
-    if walks.ndim < 2:
-        return walks
-    if len(walks) != count:
-        raise ValueError(f"order: got {len(walks)} for {count} images; give one, or one per image")
-    return walks[rows]
+    indices = as_tensor(order)
+    if indices.ndim < 2:
+        return indices
+    if len(indices) != count:
+        raise ValueError(f"order: got {len(indices)} for {count} images; give one, or one per image")
+    return indices[rows]
 
 
 def as_tensor(values: Any, device: torch.device | None = None) -> Tensor:
