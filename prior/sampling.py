@@ -64,7 +64,8 @@ def hash_counters(keys: Tensor, use: int, first: int, count: int) -> Tensor:
     """Hash (key, use, first), ..., (key, use, first + count - 1) to int64 `(B, count)`: the numbers of a splitmix64
     generator (Steele et al. 2014) seeded by key and use, each computed by itself."""
     counters = torch.arange(first + 1, first + count + 1, device=keys.device).mul_(GOLDEN)
-    return _mix(_mix(keys + (use + 1) * USE)[:, None] + counters)
+    own = ((use + 1) * USE + (1 << 63)) % (1 << 64) - (1 << 63)  # as a signed number
+    return _mix(_mix(keys + own)[:, None] + counters)
 
 
 def _mix(x: Tensor) -> Tensor:

@@ -8,7 +8,6 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from prior.requests import partition_of
 
 VIEWS = {
     "_unsafe_view",
@@ -93,7 +92,7 @@ def saved_elements(run):
 
 def all_steps(model, tokens, labels=None, order=None):
     """Logits `(B, N, V)` of the incremental path on `tokens`, in the order (a name, given, or the model's own)."""
-    path, blocks = partition_of(model, order)
+    path, blocks = model.to_partition(order)
     walked = tokens.flatten(1).gather(1, path.expand(len(tokens), -1)).split(blocks, 1)
     state = model.start(len(tokens), labels, order)
     return torch.cat([model.next_logits(state, last) for last in (None, *walked[:-1])], 1)
