@@ -38,7 +38,6 @@ model's own."""
 TOKENS, ORDERS, CONFIDENCE, MASKS = range(4)
 """What noise is used for: each use of an image's key has noise of its own."""
 GOLDEN, MIX_1, MIX_2 = -0x61C8864680B583EB, -0x40A7B892E31B1A47, -0x6B2FB644ECCEEE15  # splitmix64, as signed numbers
-USE = 0x5851F42D4C957F2D
 NUMBERS_AT_ONCE = 1 << 20
 
 Generators = torch.Generator | Sequence[torch.Generator] | None
@@ -64,8 +63,8 @@ def hash_counters(keys: Tensor, use: int, first: int, count: int) -> Tensor:
     """Hash (key, use, first), ..., (key, use, first + count - 1) to int64 `(B, count)`: the numbers of a splitmix64
     generator (Steele et al. 2014) seeded by key and use, each computed by itself."""
     counters = torch.arange(first + 1, first + count + 1, device=keys.device).mul_(GOLDEN)
-    own = ((use + 1) * USE + (1 << 63)) % (1 << 64) - (1 << 63)  # as a signed number
-    return _mix(_mix(keys + own)[:, None] + counters)
+    seeds = _mix(_mix(keys.clone()) + use)
+    return _mix(seeds[:, None] + counters)
 
 
 def _mix(x: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 WORD = (1 << 64) - 1
-GOLDEN, USE = 0x9E3779B97F4A7C15, 0x5851F42D4C957F2D
+GOLDEN = 0x9E3779B97F4A7C15
 
 
 def mix(x: int) -> int:
@@ -26,7 +26,7 @@ def splitmix64(seed: int, first: int, count: int) -> list[int]:
 
 def hashes(key: int, use: int, first: int, count: int) -> list[int]:
     """Unsigned hashes of (key, use, counter)."""
-    return splitmix64(mix(key + (use + 1) * USE), first, count)
+    return splitmix64(mix(mix(key) + use), first, count)
 
 
 def uniforms(key: int, use: int, first: int, count: int) -> list[float]:

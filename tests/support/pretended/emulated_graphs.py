@@ -1,0 +1,108 @@
+"""CUDA graphs without a GPU: what is captured is recorded operation by operation, with the very tensors.
+
+As in a graph, numbers of Python are frozen when it is captured, nothing is computed until it is replayed, and reading a
+tensor's value meanwhile is an error. Replayed, the same operations read and write the same memory.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+READS = {"_local_scalar_dense", "equal", "is_nonzero", "masked_select", "nonzero", "_unique2", "unique_dim", "item"}
+
+
+class HostRead(RuntimeError):
+    """A value was read, or sent, while a graph was captured."""
+
+
+def forbidden(*_: Any, **__: Any) -> Any:
+    """Takes the place of what reads a tensor past the dispatcher."""
+    raise HostRead("operation not permitted when stream is capturing")
+
+
+def memory_of(tensor: Tensor) -> Any:
+    """What two views of the same memory have in common."""
+    return getattr(tensor, "elem", tensor).untyped_storage()._cdata
+
+
+def tensors_in(values: Any) -> list[Tensor]:
+    """All tensors of a nest."""
+    return [leaf for leaf in tree_leaves(values) if isinstance(leaf, Tensor)]
+
+
+class Recording(TorchDispatchMode):
+    """Computes and records operations; `undo` makes memory that was there before what it was, and the rest useless."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.operations: list[tuple[Any, Any, Any, list[Tensor]]] = []
+        self.before: dict[Any, tuple[Tensor, Tensor]] = {}
+        self.new: dict[Any, Tensor] = {}
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        name = function._schema.name.partition("::")[2]
+        given = tensors_in((args, kwargs))
+        if name in READS or (name == "index" and any(each.dtype == torch.bool for each in tensors_in(args[1]))):
+            raise HostRead(f"{name} while a graph is captured")
+        places = {"cuda" if hasattr(each, "elem") else "cpu" for each in given}  # a pretended GPU
+        places |= {torch.device(kwargs["device"]).type} if kwargs.get("device") and given else set()
+        if name in ("copy_", "_to_copy") and len(places) > 1:
+            raise HostRead(f"{name} from or to the host's memory while a graph is captured")
+        self.keep(function, args, kwargs)
+        out = function(*args, **kwargs)
+        there = {memory_of(each) for each in given}
+        fresh = [each for each in tensors_in(out) if memory_of(each) not in there]
+        self.new |= {memory_of(each): each for each in fresh}
+        if fresh or function._schema.is_mutable:  # not a view
+            self.operations.append((function, args, kwargs, tensors_in(out) if fresh else []))
+        return out
+
+    def keep(self, function: Any, args: Any, kwargs: Any) -> None:
+        """Remember what is about to be written over, if it was there before."""
+        named = zip(function._schema.arguments, args, strict=False)
+        written = [value for argument, value in named if argument.alias_info and argument.alias_info.is_write]
+        written += [kwargs[each.name] for each in function._schema.arguments if each.is_out and each.name in kwargs]
+        for tensor in tensors_in(written):
+            if memory_of(tensor) not in self.before and memory_of(tensor) not in self.new:
+                whole = getattr(tensor, "elem", tensor)
+                whole = torch.empty(0, dtype=torch.uint8).set_(whole.untyped_storage())
+                self.before[memory_of(tensor)] = whole, whole.clone()
+
+    def undo(self) -> None:
+        """As if nothing had been computed."""
+        for tensor, before in self.before.values():
+            tensor.copy_(before)
+        for tensor in self.new.values():
+            tensor = getattr(tensor, "elem", tensor)
+            tensor.fill_(torch.nan if tensor.dtype.is_floating_point or tensor.dtype.is_complex else 0)
+
+
+class Emulated:
+    """A recorder whose graphs are lists of operations. `captured` and `replayed` count those of all."""
+
+    captured = replayed = 0
+
+    def capture(self, run: Callable[[], None]) -> Callable[[], None]:
+        """Record `run`."""
+        readers = {name: forbidden for name in ("tolist", "numpy", "cpu")}
+        with mock.patch.multiple(Tensor, **readers), Recording() as recording:
+            run()
+        recording.undo()
+        Emulated.captured += 1
+
+        def replay() -> None:
+            Emulated.replayed += 1
+            for function, args, kwargs, outs in recording.operations:
+                found = function(*args, **kwargs)
+                for out, new in zip(outs, tensors_in(found) if outs else [], strict=True):
+                    out.copy_(new)
+
+        return replay
