@@ -61,6 +61,7 @@ class Autoencoder(Tokenizer):
             self.likelihood = Likelihood.find(config.likelihood.kind)(config.likelihood, config.channels)
         self.outputs = config.channels if self.likelihood is None else self.likelihood.num_parameters
 
+    @torch.no_grad()
     @full_float32()
     def encode(self, images: Tensor) -> Tensor:
         """Tokens `(B, *grid.shape)` of `images`; raises `ValueError` for images of another size."""
@@ -92,10 +93,6 @@ class Autoencoder(Tokenizer):
             losses = {**losses, "nll": -self.likelihood.log_prob(painted, to_values(images)).mean()}
         reconstruction = self._image(painted)
         return Reconstruction(reconstruction if self.training else reconstruction.clamp(-1, 1), tokens, losses)
-
-    def finish_step(self, taken: bool | Tensor = True) -> None:
-        """Let the quantizer update itself."""
-        self.quantizer.finish_step(taken)
 
     @property
     def figures(self) -> dict[str, Tensor]:

@@ -107,9 +107,7 @@ def latents(quantizer: Quantizer, count: int, *spatial: int) -> Tensor:
 
 def train_on(quantizer: Quantizer, z: Tensor) -> Quantized:
     """A step of training without an optimizer: what moves by itself moves."""
-    quantized = quantizer.quantize(z)
-    quantizer.finish_step()
-    return quantized
+    return quantizer.quantize(z)
 
 
 def make_tokenizer(name: str, image_size: tuple[int, int] = (12, 8), channels: int = 3, **config: Any) -> Tokenizer:
