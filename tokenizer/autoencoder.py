@@ -9,8 +9,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from .base import LikelihoodError, Reconstruction, TokenGrid, Tokenizer, TokenizerConfig
-from .likelihoods import Likelihood
-from .likelihoods.base import to_values
+from .likelihoods import Likelihood, to_values
 from .precision import at_least_float32, full_float32
 from .quantizers import Quantizer
 from .quantizers.ema import EMAConfig
