@@ -50,7 +50,7 @@ def test_a_likelihood_is_of_what_the_decoder_puts_out():
 
 
 def test_wrong_sizes_are_named():
-    with pytest.raises(ConfigError, match="widths: 2 levels halve 1 times, which the image size 13x8 does not allow"):
+    with pytest.raises(ConfigError, match="widths: .*13x8"):
         make_tokenizer("maskgit", (13, 8))
     with pytest.raises(ConfigError, match="groups: 3 does not divide the width 8"):
         make_tokenizer("maskgit", groups=3)
