@@ -45,7 +45,7 @@ def some_tokens(tokenizer: Tokenizer, count: int = 3) -> Tensor:
 @pytest.mark.parametrize("keep", [None, "uniform", "powers"])
 def test_every_quantizer(kind, keep):
     if keep and kind not in SINGLE:
-        with pytest.raises(ConfigError, match=r"^keep: needs a quantizer of one id per register[^\n]*$"):
+        with pytest.raises(ConfigError, match=r"^keep: needs a quantizer[^\n]*$"):
             make_tokenizer("titok", quantizer=quantizer_of(kind, 1, 1), keep=keep)
         return
     tokenizer = make_tokenizer("titok", quantizer=quantizer_of(kind, 1, 1), keep=keep).train()
@@ -228,7 +228,7 @@ def test_training_draws_for_each_image_from_the_generator_that_a_step_seeds():
         (
             {"keep": None, "quantizer": quantizer_of("rvq", 1, 1)},
             5,
-            r"takes all 15 tokens of an image, got 5; prefixes need [^\n]* and a quantizer of one id per register",
+            r"takes all 15 tokens of an image, got 5; prefixes need [^\n]* quantizer with one id per register",
         ),
     ],
 )
@@ -256,7 +256,7 @@ def test_a_prefix_is_checked_like_all_tokens():
         ({"factor": 8}, "factor: 8 does not divide the image size 28x28"),
         ({"heads": 3}, "heads: dim must be a multiple of heads"),
         ({"keep": "nested"}, "keep: must be one of 'uniform', 'powers'"),
-        ({"quantizer": {"kind": "multiscale"}}, "quantizer.kind: must not be multiscale, whose scales are maps, and"),
+        ({"quantizer": {"kind": "multiscale"}}, "quantizer.kind: must not be multiscale"),
         ({"register": 4}, "did you mean 'registers'"),
     ],
 )

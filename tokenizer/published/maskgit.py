@@ -44,9 +44,9 @@ class MaskGIT(Autoencoder, name="maskgit"):
     def _embed(self, images: Tensor) -> Tensor:
         return super()._embed((images + 1) / 2)
 
-    def _decoded(self, z_q: Tensor) -> Tensor:
-        painted = super()._decoded(z_q)
-        return painted if self.has_likelihood else 2 * painted - 1
+    def _decode_vectors(self, z_q: Tensor) -> Tensor:
+        outputs = super()._decode_vectors(z_q)
+        return outputs if self.has_likelihood else 2 * outputs - 1
 
 
 class MaskGITBlock(Block):

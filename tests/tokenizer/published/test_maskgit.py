@@ -46,7 +46,7 @@ def test_a_likelihood_is_of_what_the_decoder_puts_out():
     tokenizer = make_tokenizer("maskgit", likelihood={"kind": "discretized_logistic", "components": 2}).eval()
     tokens = torch.zeros(1, *tokenizer.grid.shape, dtype=torch.long)
     expected = tokenizer.decoder(tokenizer.quantizer.lookup(tokens))
-    assert torch.equal(tokenizer._paint(tokens), expected)
+    assert torch.equal(tokenizer._decode_tokens(tokens), expected)
 
 
 def test_wrong_sizes_are_named():
