@@ -170,19 +170,11 @@ class TokenizerTask(Task):
             loss, terms = loss + added, {**terms, **parts}
             if self.adversary.plays(step):
                 self.reconstructions.append(output.images.detach())
-        self.model.use.observe(output.tokens)
-        return loss, terms
+        return loss, {**terms, **self.codebook_figures(output.tokens)}
 
-    def finish_step(self, player: str, taken: Tensor) -> dict[str, Tensor]:
-        """Codebooks and the critic's running means move; returns how much of the codebook the step used."""
-        if self.adversary is not None:  # both turns call the critic
-            self.adversary.critic.finish_step(taken)
-        if player == "critic":
-            return {}
-        self.tokenizer.finish_step(taken)
-        counts = self.model.use.finish_step(taken)
-        if counts is None:
-            return {}
+    def codebook_figures(self, tokens: Tensor) -> dict[str, Tensor]:
+        """Count `tokens` of a training batch; how much of the codebook all ranks' batches used."""
+        counts = self.model.use.count(tokens)
         figures = codebook_usage(counts.sum(0)) | {"dead": self.model.use.dead().sum()}
         for scale, uses in zip(part_names(self.tokenizer), counts, strict=True) if self.tokenizer.grid.scales else ():
             figures |= {f"{name}_{scale}": value for name, value in codebook_usage(uses).items()}

@@ -1,4 +1,4 @@
-"""What tokenizers with a network share: an encoder, a quantizer and a decoder (van den Oord et al. 2017)."""
+"""The base of tokenizers with networks: encoder, quantizer and decoder (van den Oord et al. 2017)."""
 
 from __future__ import annotations
 
@@ -9,8 +9,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from .base import LikelihoodError, Reconstruction, TokenGrid, Tokenizer, TokenizerConfig
-from .likelihoods import Likelihood
-from .likelihoods.base import to_values
+from .likelihoods import Likelihood, to_values
 from .precision import at_least_float32, full_float32
 from .quantizers import Quantizer
 from .quantizers.ema import EMAConfig
@@ -23,7 +22,7 @@ class DecoderConfig(TokenizerConfig):
     likelihood: Annotated[ModelConfig | None, Node("tokenizer.likelihoods:Likelihood")] = Field(
         None,
         description="distribution over a pixel's 256 values, needed for bits per dim and lossless compression; "
-        "null: the decoder gives a single value",
+        "null: the decoder predicts a single value",
     )
 
 
@@ -31,7 +30,7 @@ class AutoencoderConfig(DecoderConfig):
     """The decoder's settings and the quantizer."""
 
     quantizer: Annotated[ModelConfig, Node("tokenizer.quantizers:Quantizer")] = Field(
-        EMAConfig(), description="how vectors are turned into ids"
+        EMAConfig(), description="turns vectors into ids"
     )
 
 
@@ -45,10 +44,10 @@ class Autoencoder(Tokenizer):
     encoder: nn.Module
     decoder: nn.Module
     outputs: int
-    """Number of channels that the decoder puts out: those of the image, or the likelihood's parameters."""
+    """The decoder's output channels: those of the image, or the likelihood's parameters."""
 
     def __init__(self, config: Any, factor: int, quantizer: Quantizer | None = None) -> None:
-        """`factor`: image pixels per position along each side; `quantizer`: replaces the configured one."""
+        """factor: image pixels per position along each side. quantizer: replaces the configured one."""
         super().__init__(config)
         height, width = config.image_size
         self.image_shape = (config.channels, height, width)
@@ -61,24 +60,25 @@ class Autoencoder(Tokenizer):
             self.likelihood = Likelihood.find(config.likelihood.kind)(config.likelihood, config.channels)
         self.outputs = config.channels if self.likelihood is None else self.likelihood.num_parameters
 
+    @torch.no_grad()
     @full_float32()
     def encode(self, images: Tensor) -> Tensor:
-        """Tokens `(B, *grid.shape)` of `images`; raises `ValueError` for images of another size."""
+        """Tokens `(B, *grid.shape)` of `images`. Raises `ValueError` for images of another size."""
         self.check_images(images)
         return self.quantizer.quantize(self._embed(images)).tokens
 
     @full_float32()
     def decode(self, tokens: Tensor) -> Tensor:
-        """Images of `tokens`, clamped to [-1, 1]; raises `ValueError` for ids out of range."""
+        """Images of `tokens`, clamped to [-1, 1]. Raises `ValueError` for ids out of range."""
         self.grid.check(tokens)
-        return self._image(self._paint(tokens)).clamp(-1, 1)
+        return self._image(self._decode_tokens(tokens)).clamp(-1, 1)
 
     @full_float32()
     def decode_scales(self, tokens: Tensor, count: int) -> Tensor:
         """Images of the first `count` of `grid.scales` alone, coarse to fine. Raises `ValueError` as `decode` does, and
-        without scales."""
+        for a quantizer without scales."""
         self.grid.check(tokens)
-        return self._image(self._decoded(self.quantizer.lookup_scales(tokens.long(), count))).clamp(-1, 1)
+        return self._image(self._decode_vectors(self.quantizer.lookup_scales(tokens.long(), count))).clamp(-1, 1)
 
     def forward(self, images: Tensor) -> Reconstruction:
         """Reconstruction, tokens and losses; images are clamped in eval mode only."""
@@ -86,46 +86,36 @@ class Autoencoder(Tokenizer):
         return self._reconstruction(images, z_q, tokens, losses)
 
     def _reconstruction(self, images: Tensor, z: Tensor, tokens: Tensor, losses: dict[str, Tensor]) -> Reconstruction:
-        """What `forward` returns where the decoder is given `z`: `losses`, and with a likelihood `nll`."""
-        painted = self._decoded(z)
+        """Decode `z`; adds `nll` to `losses` with a likelihood."""
+        outputs = self._decode_vectors(z)
         if self.likelihood is not None:
-            losses = {**losses, "nll": -self.likelihood.log_prob(painted, to_values(images)).mean()}
-        reconstruction = self._image(painted)
+            losses = {**losses, "nll": -self.likelihood.log_prob(outputs, to_values(images)).mean()}
+        reconstruction = self._image(outputs)
         return Reconstruction(reconstruction if self.training else reconstruction.clamp(-1, 1), tokens, losses)
-
-    def finish_step(self, taken: bool | Tensor = True) -> None:
-        """Let the quantizer update itself."""
-        self.quantizer.finish_step(taken)
 
     @property
     def figures(self) -> dict[str, Tensor]:
-        """The quantizer's."""
         return self.quantizer.figures
 
     @property
     def has_likelihood(self) -> bool:
-        """Whether the configuration has a likelihood."""
         return self.likelihood is not None
 
     @property
     def last_layer(self) -> nn.Parameter:
-        """The decoder's last matrix."""
         return [parameter for parameter in self.decoder.parameters() if parameter.ndim > 1][-1]
 
     @full_float32()
     def pixel_log_probs(self, images: Tensor, tokens: Tensor) -> Tensor:
-        """log p of each pixel channel given the tokens, `(B, C, H, W)` nats. Raises `LikelihoodError` without a
-        likelihood."""
-        return self._likelihood().log_prob(self._paint(tokens), to_values(images))
+        return self._likelihood().log_prob(self._decode_tokens(tokens), to_values(images))
 
     @full_float32()
     def value_log_probs(self, tokens: Tensor, values: Tensor, channel: int) -> Tensor:
-        """`(B, 256, H, W)` nats: the likelihood's whole table."""
-        return self._likelihood().table(self._paint(tokens), values, channel)
+        return self._likelihood().table(self._decode_tokens(tokens), values, channel)
 
     def _likelihood(self) -> Likelihood:
         if self.likelihood is None:
-            raise LikelihoodError(f"this {self.name} was made without a likelihood (model.likelihood)")
+            raise LikelihoodError(f"this {self.name} has no likelihood; train it with model.likelihood")
         return self.likelihood
 
     @property
@@ -137,14 +127,14 @@ class Autoencoder(Tokenizer):
         dtype = next(self.decoder.parameters()).dtype
         return self.encoder(images.to(dtype=dtype, memory_format=torch.channels_last))
 
-    def _paint(self, tokens: Tensor) -> Tensor:
-        return self._decoded(self.quantizer.lookup_checked(tokens.long()))
+    def _decode_tokens(self, tokens: Tensor) -> Tensor:
+        return self._decode_vectors(self.quantizer.lookup_checked(tokens.long()))
 
-    def _decoded(self, z_q: Tensor) -> Tensor:
-        """What the decoder puts out, at least in float32: images, or the likelihood's parameters."""
+    def _decode_vectors(self, z_q: Tensor) -> Tensor:
+        """The decoder's output, at least in float32: images, or the likelihood's parameters."""
         dtype = next(self.decoder.parameters()).dtype
         out = self.decoder(z_q.to(dtype))
         return at_least_float32(out)
 
-    def _image(self, painted: Tensor) -> Tensor:
-        return (painted if self.likelihood is None else self.likelihood.mean(painted)).float()
+    def _image(self, outputs: Tensor) -> Tensor:
+        return (outputs if self.likelihood is None else self.likelihood.mean(outputs)).float()

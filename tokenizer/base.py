@@ -17,6 +17,7 @@ from .precision import finest as finest
 from .precision import full_float32 as full_float32
 from .precision import in_finest as in_finest
 from .pretrained import PretrainedModel
+from .quantizers.updates import one_training_forward
 from .scales import Resize as Resize
 from .scales import Scales, areas, scales_problem
 from .settings import MAX_ITEMS, ModelConfig
@@ -183,8 +184,8 @@ class Tokenizer(PretrainedModel, family="tokenizer"):
     `encode`, `decode` and the likelihoods compute in `full_float32`: a GPU and a CPU give the same up to rounding.
     `forward` computes in the precision that the user chose for training.
 
-    A training loop calls `initialize` once; then, for each step, `forward` (once for each micro-batch), the
-    optimizer, and `finish_step`. `forward` itself updates nothing, so that a step can be skipped without a trace.
+    A training loop calls `initialize` once, then the tokenizer itself, which runs `forward`. In training mode and with
+    gradients enabled, a codebook that moves without gradients moves after each call (see `quantizers/updates.py`).
     """
 
     grid: TokenGrid
@@ -194,6 +195,12 @@ class Tokenizer(PretrainedModel, family="tokenizer"):
     """Number of ids per position: the grid has this many rows for each row of positions."""
     prefixes: tuple[int, ...] = ()
     """Where the first tokens alone decode to an image: so many of them to show, the last being all; else none."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if not self.training:
+            return super().__call__(*args, **kwargs)
+        with one_training_forward():
+            return super().__call__(*args, **kwargs)
 
     def encode(self, images: Tensor) -> Tensor:
         """Tokens of `images`."""
@@ -211,12 +218,6 @@ class Tokenizer(PretrainedModel, family="tokenizer"):
         """Called once before training with training images `(B, C, H, W)` in [-1, 1], for tokenizers that start from
         (or consist of) their statistics. Raises `ConfigError` if the images do not allow what the configuration asks
         for."""
-
-    def finish_step(self, taken: bool | Tensor = True) -> None:  # noqa: B027 (most models have nothing to update)
-        """Called after each optimizer step, on all processes together. Updates what has no gradient (a codebook of
-        running means, dead codes) once, from all that `forward` has collected since the last call. taken: whether the
-        optimizer took the step, a bool, or one `()` on the device; if not (it was not finite), what was collected is
-        dropped."""
 
     def start_from(self, other: Tokenizer) -> None:
         """Copy the weights of `other`, which has the same configuration. Raises `ConfigError` naming what differs."""

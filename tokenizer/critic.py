@@ -7,13 +7,11 @@ ranks, so that a run means the same on one process and on several.
 from __future__ import annotations
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.parametrizations import spectral_norm
 
-from .quantizers.codebook import world_size
-from .quantizers.steps import Taken, moved_if
+from .quantizers.updates import mean_over_ranks, updates_now
 
 NORMS = ("spectral", "batch", "none")
 KERNEL = 4  # of every convolution, with one row of zeros around its input
@@ -73,17 +71,11 @@ class PatchCritic(nn.Module):
         self.body = nn.Sequential(*body[:-1])
         for name in ("real_mean", "fake_mean"):
             self.register_buffer(name, torch.zeros(()))
-        self.register_buffer("tracked", torch.zeros((), dtype=torch.long))  # number of steps that updated the two
-        self.seen: list[Tensor] = []  # means of this step's logits
-        self.vectors: dict[str, Tensor] = {}  # of power iterations, as they were before this step
+        self.register_buffer("tracked", torch.zeros((), dtype=torch.long))  # how often these two were updated
 
     def forward(self, images: Tensor) -> Tensor:
         """Logits; raises `ValueError` for images that are too small for one patch."""
         self.map_size(*images.shape[2:])
-        if self.training and not self.vectors:
-            self.vectors = {
-                name: value.clone() for name, value in self.named_buffers() if name.endswith(("._u", "._v"))
-            }
         return self.body(images).float()
 
     @property
@@ -113,32 +105,20 @@ class PatchCritic(nn.Module):
             height, width = ((side + 2 - KERNEL) // stride + 1 for side in (height, width))
         return height, width
 
-    @torch.no_grad()
     def track(self, real: Tensor, fake: Tensor) -> Tensor:
-        """The running means `(2,)`, real and fake, updated by these logits of all ranks; `finish_step` keeps them."""
-        means = mean_over_ranks(torch.stack([real.float().mean(), fake.float().mean()]))
-        self.seen.append(means)
-        return self._moved(means)
-
-    @torch.no_grad()
-    def finish_step(self, taken: Taken = True) -> None:
-        """Called after each step that used the critic: move the running means towards those of all logits tracked
-        since the last call. taken: whether the optimizer took the step; if not, the logits are dropped, and spectral
-        normalisation goes back to its state before the step."""
-        for name, value in self.vectors.items() if taken is not True else ():
-            buffer = self.get_buffer(name)
-            buffer.copy_(moved_if(taken, buffer, value))
-        if self.seen:
-            moved = self._moved(torch.stack(self.seen).mean(0))
-            self.real_mean.copy_(moved_if(taken, moved[0], self.real_mean))
-            self.fake_mean.copy_(moved_if(taken, moved[1], self.fake_mean))
-            self.tracked += taken
-        self.seen, self.vectors = [], {}
-
-    def _moved(self, means: Tensor) -> Tensor:
-        """The running means moved towards `means`; the first ones set them."""
-        share = torch.where(self.tracked == 0, 1.0, 1 - DECAY)  # no look at its value: that would wait for the GPU
-        return torch.stack([self.real_mean, self.fake_mean]).lerp(means, share)
+        """The running means `(2,)` of real and fake logits, after these logits of all ranks; the first ones set them.
+        They are stored in training with gradients enabled, unless they are not finite."""
+        stores = updates_now(self)
+        with torch.no_grad():
+            means = mean_over_ranks(torch.stack([real.float().mean(), fake.float().mean()]))
+            share = torch.where(self.tracked == 0, 1.0, 1 - DECAY)  # on the device: no wait for a GPU
+            moved = torch.stack([self.real_mean, self.fake_mean]).lerp(means, share)
+            if stores:
+                finite = torch.isfinite(moved).all()
+                self.real_mean.copy_(torch.where(finite, moved[0], self.real_mean))
+                self.fake_mean.copy_(torch.where(finite, moved[1], self.fake_mean))
+                self.tracked += finite
+        return moved
 
 
 # What is minimised ----------------------------------------------------------------------------------
@@ -186,11 +166,3 @@ def adaptive_weight(reconstruction_loss: Tensor, adversarial_loss: Tensor, last_
     gradients = [torch.autograd.grad(loss, last_layer, retain_graph=True)[0].float() for loss in losses]
     norms = mean_over_ranks(torch.stack(gradients)).flatten(1).norm(dim=1)
     return (norms[0] / (norms[1] + 1e-6)).clamp(0, LARGEST_WEIGHT).detach()
-
-
-def mean_over_ranks(value: Tensor) -> Tensor:
-    """`value` averaged over all processes, in place."""
-    if world_size() > 1:
-        dist.all_reduce(value)
-        value /= world_size()
-    return value

@@ -63,7 +63,7 @@ class Named:
         """The names of the family, sorted."""
         if cls._package not in Named._searched:
             package = importlib.import_module(cls._package)
-            for module in pkgutil.iter_modules(getattr(package, "__path__", [])):  # a family may be one file
+            for module in pkgutil.iter_modules(getattr(package, "__path__", ())):  # none of a family in one file
                 importlib.import_module(f"{cls._package}.{module.name}")
             Named._searched.add(cls._package)
         return sorted(cls._members)

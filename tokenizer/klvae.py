@@ -1,14 +1,16 @@
-"""VAE (Kingma & Welling 2014): Gaussian latents on a grid, as latent diffusion has them (Rombach et al. 2022).
+"""VAE (Kingma & Welling 2014) with Gaussian latents on a grid, as in latent diffusion (Rombach et al. 2022).
 
 Training decodes a sample of q(z | x) = N(mean, variance) and keeps q near N(0, 1). The tokens are the means, each
 dimension in equally probable bins of N(0, 1); `posthoc` fits the bins to the trained latents.
 
 The loss `kl` is in nats per pixel channel, like `nll`. With a likelihood and `beta` 1, nll + kl is the negative ELBO
 (with `free_bits`, an upper bound of it). Against the squared error `l2`, beta = 2 sigma^2 makes it the ELBO of Gaussian
-pixels of deviation sigma; the best sigma^2 is the squared error that remains (Rybkin et al. 2021).
+pixels with standard deviation sigma; the best sigma^2 is the squared error that remains (Rybkin et al. 2021).
 """
 
 from __future__ import annotations
+
+import math
 
 import torch
 from pydantic import Field
@@ -16,9 +18,11 @@ from torch import Tensor
 
 from .autoencoder import Autoencoder, DecoderConfig
 from .base import Reconstruction
-from .bins import Bins
 from .layers import ConvolutionsConfig, decoder, encoder
-from .precision import at_least_float32
+from .precision import at_least_float32, in_finest
+from .quantizers import Quantized, Quantizer
+from .quantizers.gradients import straight_through
+from .settings import ModelConfig
 
 LOG_VARIANCES = (-30.0, 20.0)
 
@@ -26,24 +30,24 @@ LOG_VARIANCES = (-30.0, 20.0)
 class KLVAEConfig(DecoderConfig, ConvolutionsConfig):
     """Sizes of the networks and of the latents, and the weight of the KL."""
 
-    latent: int = Field(4, ge=1, le=256, description="numbers in a latent vector, each of which becomes a token")
+    latent: int = Field(4, ge=1, le=256, description="dimensions of a latent vector, each of which becomes a token")
     beta: float = Field(
         0.02,
         ge=0,
-        description="weight of the KL in nats per pixel channel; 1 beside a likelihood, twice the "
-        "remaining squared error beside l2",
+        description="weight of the KL in nats per pixel channel; 1 with a likelihood, twice the remaining squared "
+        "error with l2",
     )
     free_bits: float = Field(
         0.0,
         ge=0,
-        description="nats of each latent dimension, on average over a batch, that cost nothing (Kingma et al. 2016), "
-        "so that no dimension collapses",
+        description="nats per latent dimension, averaged over a batch, that cost nothing (Kingma et al. 2016), so that "
+        "no dimension collapses",
     )
-    bins: int = Field(16, ge=2, le=4096, description="ids of each number, equally probable under N(0, 1)")
+    bins: int = Field(16, ge=2, le=4096, description="ids of each dimension, equally probable under N(0, 1)")
 
 
 class KLVAE(Autoencoder, name="klvae"):
-    """Continuous Gaussian latents in training, their means in bins of N(0, 1) in use."""
+    """Decodes samples of continuous latents in training, and the binned means in use."""
 
     Config = KLVAEConfig
     quantizer: Bins
@@ -56,7 +60,7 @@ class KLVAE(Autoencoder, name="klvae"):
 
     def forward(self, images: Tensor) -> Reconstruction:
         """Reconstruction, tokens of the means, and losses `kl` and, with a likelihood, `nll`, both in nats per pixel
-        channel. Training decodes a sample, with noise from torch's own generator; eval decodes the binned mean."""
+        channel. Training decodes a sample, with noise from torch's global generator; eval decodes the binned mean."""
         mean, log_variance = self.posterior(images)
         z_q, tokens, _ = self.quantizer.quantize(mean)
         z = sample(mean, log_variance) if self.training else z_q
@@ -82,12 +86,80 @@ class KLVAE(Autoencoder, name="klvae"):
         return self.posterior(images)[0]
 
 
+class Bins(Quantizer):
+    """Scalar quantization into bins of equal probability (TokenBridge, Wang et al. 2025), `bins` ids per dimension.
+
+    Id k of dimension d covers edges[d, k - 1] <= z < edges[d, k] and looks up centres[d, k], the mean of the values in
+    the bin, which minimises the squared error. The initial bins are those of the standard normal; `fit` takes the
+    quantiles of given vectors. Dimension d of row r is row `d * rows + r` of the tokens.
+    """
+
+    edges: Tensor
+    centres: Tensor
+
+    def __init__(self, dim: int, bins: int) -> None:
+        super().__init__(ModelConfig())
+        self.dim = self.levels = dim
+        self.vocab_size = bins
+        edges, centres = gaussian_bins(bins)
+        self.register_buffer("edges", edges.float().repeat(dim, 1))  # (dim, bins - 1)
+        self.register_buffer("centres", centres.float().repeat(dim, 1))  # (dim, bins)
+
+    @torch.no_grad()
+    def fit(self, rows: Tensor) -> None:
+        """Choose the bins so that each holds equally many of the vectors `rows` (n, dim), per dimension; centres are
+        the means of the bins.
+
+        Equal values are never split: they share the bin that begins with them, and the bins before it that they would
+        also have filled stay empty. So a constant dimension has a single id. The centre of an empty bin is its edge.
+        Equal centres are moved apart by the smallest possible amount, so that ids stay distinct.
+        Raises `ValueError` for fewer vectors than bins.
+        """
+        count, bins = len(rows), self.vocab_size
+        if count < bins:
+            raise ValueError(f"{bins} bins need at least {bins} vectors (got {count})")
+        ordered = rows.to(self.edges).t().contiguous().sort(1).values
+        edges = ordered[:, torch.arange(1, bins, device=ordered.device) * count // bins]
+        self.edges.copy_(edges)
+        ids, values = self._ids(ordered), in_finest(ordered)
+        totals = values.new_zeros(self.dim, bins)
+        sums, counts = totals.scatter_add(1, ids, values), totals.scatter_add(1, ids, torch.ones_like(values))
+        empty = in_finest(torch.cat([edges[:, :1], edges], 1))
+        self.centres.copy_(torch.where(counts > 0, sums / counts.clamp(min=1), empty))
+        for before, centre in zip(self.centres.t(), self.centres.t()[1:], strict=False):
+            torch.maximum(centre, before.nextafter(torch.full_like(before, math.inf)), out=centre)
+
+    def _quantize(self, z: Tensor) -> Quantized:
+        rows = z.detach().transpose(0, 1)
+        ids = self._ids(rows.reshape(self.dim, -1)).reshape(rows.shape)
+        tokens = ids.transpose(0, 1).flatten(1, 2)
+        return Quantized(straight_through(z, self.lookup_checked(tokens)), tokens, {})
+
+    def _ids(self, rows: Tensor) -> Tensor:
+        """The bins of `rows` (dim, n): the number of edges at or below each value."""
+        return torch.searchsorted(self.edges, rows.contiguous(), right=True)
+
+    def lookup_checked(self, tokens: Tensor) -> Tensor:
+        """The centres `(B, dim, *spatial)` of `tokens` `(B, dim * rows, ...)`."""
+        ids = tokens.unflatten(1, (self.dim, -1)).transpose(0, 1)
+        return self.centres.gather(1, ids.flatten(1)).reshape(ids.shape).transpose(0, 1).contiguous()
+
+
+def gaussian_bins(bins: int) -> tuple[Tensor, Tensor]:
+    """Edges `(bins - 1,)` between equally probable parts of N(0, 1), and the mean of each part `(bins,)`, float64:
+    E[z | a < z < b] = (phi(a) - phi(b)) / P(a < z < b), with the density phi."""
+    edges = torch.special.ndtri(torch.arange(1, bins, dtype=torch.float64) / bins)
+    density = (-edges.square() / 2).exp() / math.sqrt(2 * math.pi)
+    ends = density.new_zeros(1)
+    return edges, bins * (torch.cat([ends, density]) - torch.cat([density, ends]))
+
+
 def gaussian_kl(mean: Tensor, log_variance: Tensor) -> Tensor:
     """KL(N(mean, variance) || N(0, 1)) of each element, in nats (Kingma & Welling 2014, appendix B)."""
     return (mean.square() + torch.expm1(log_variance) - log_variance) / 2
 
 
 def sample(mean: Tensor, log_variance: Tensor, generator: torch.Generator | None = None) -> Tensor:
-    """A differentiable draw from N(mean, variance); without a generator, the noise comes from torch's own."""
+    """A differentiable draw from N(mean, variance). Without a generator, torch's global one is used."""
     noise = torch.randn(mean.shape, generator=generator, dtype=mean.dtype, device=mean.device)
     return mean + (log_variance / 2).exp() * noise

@@ -1,4 +1,4 @@
-"""What a tokenizer minimises: pixel losses and the quantizer's own terms."""
+"""Training losses of tokenizers: pixel losses and the quantizer's terms."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ def pixel_losses(reconstruction: Tensor, images: Tensor) -> dict[str, Tensor]:
 
 
 def gradient_loss(reconstruction: Tensor, images: Tensor) -> Tensor:
-    """The mean absolute error of the differences between neighbouring pixels, down and across, a scalar (Mathieu et
-    al. 2016, arXiv:1511.05440, equation 6, with alpha 1 and signs kept): an error of one level costs nothing within an
-    area, but a woven one costs at every pixel."""
+    """Mean absolute error of the differences between neighbouring pixels, down and across, a scalar (Mathieu et al.
+    2016, arXiv:1511.05440, equation 6, with alpha 1 and with signs). A constant error within an area costs nothing, a
+    checkerboard one costs at every pixel."""
     error = (reconstruction - images).float()
     return (error.diff(dim=2).abs().mean() + error.diff(dim=3).abs().mean()) / 2
 

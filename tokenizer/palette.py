@@ -1,5 +1,5 @@
-"""A palette: the id of a pixel is the nearest of some hundred colours, which k-means finds in the training images.
-ImageGPT (Chen et al. 2020) models pixels in this way, with 512 colours in place of 2^24."""
+"""Colour palette (ImageGPT, Chen et al. 2020): a pixel's id is its nearest of 512 colours, found by k-means in the
+training images."""
 
 from __future__ import annotations
 
@@ -18,16 +18,13 @@ class PaletteConfig(TokenizerConfig):
     """The size of the palette and the settings of k-means."""
 
     colors: int = Field(512, ge=2, le=1 << 16, description="size of the palette")
-    iterations: int = Field(50, ge=0, description="maximum number of k-means steps; it ends when no colour moves")
-    seed: int = Field(0, ge=0, description="chooses the colours that k-means starts from")
+    iterations: int = Field(50, ge=0, description="maximum number of k-means steps; fewer if no colour moves")
+    seed: int = Field(0, ge=0, description="seed of the initial colours")
 
 
 class Palette(Tokenizer, name="palette"):
-    """Maps pixels to the nearest colours of `table`, (colors, C), from dark to light; an even lattice before
-    `initialize`.
-
-    `pixel_log_prob` is None: an id stands for all colours near it, and has no distribution over them.
-    """
+    """Maps pixels to the nearest colours of `table`, (colors, C), sorted from dark to light; a regular lattice before
+    `initialize`. It has no likelihood of pixels."""
 
     Config = PaletteConfig
     table: Tensor
@@ -41,38 +38,38 @@ class Palette(Tokenizer, name="palette"):
 
     @torch.no_grad()
     def initialize(self, images: Tensor) -> None:
-        """Fit the palette to `images` `(B, C, H, W)`. Raises `ConfigError` if they have fewer colours than that."""
+        """Fit the palette to `images` `(B, C, H, W)`. Raises `ConfigError` if they have too few colours."""
         self.check_images(images)
         points, counts = distinct_colors(images)
         if len(points) < self.config.colors:
             raise ConfigError(
-                f"palette: colors: {self.config.colors} were asked for, and the {len(images)} training images that "
-                f"were looked at have {len(points)} different ones"
+                f"palette: colors: must be at most {len(points)}, the number of colours in {len(images)} training "
+                f"images (got {self.config.colors})"
             )
-        found = weighted_kmeans(points, counts, self.config.colors, self.config.iterations, self.config.seed)
-        self.table.copy_(found[found.sum(1).argsort(stable=True)])
+        colors = weighted_kmeans(points, counts, self.config.colors, self.config.iterations, self.config.seed)
+        self.table.copy_(colors[colors.sum(1).argsort(stable=True)])
 
     def encode(self, images: Tensor) -> Tensor:
-        """Ids of the nearest colours, `(B, H, W)`; raises `ValueError` for images of another size."""
+        """Ids of the nearest colours, `(B, H, W)`. Raises `ValueError` for images of another size."""
         self.check_images(images)
-        with full_float32(), torch.autocast(images.device.type, enabled=False):  # keeps similar colours apart
-            found = nearest(rows_of(images.float()), self.table.float())
-        return found.reshape(images.shape[0], *self.grid.shape)
+        with full_float32(), torch.autocast(images.device.type, enabled=False):  # separates similar colours
+            ids = nearest(rows_of(images.float()), self.table.float())
+        return ids.reshape(images.shape[0], *self.grid.shape)
 
     def decode(self, tokens: Tensor) -> Tensor:
-        """The colours of `tokens`, `(B, C, H, W)`; raises `ValueError` for ids out of range."""
+        """The colours of `tokens`, `(B, C, H, W)`. Raises `ValueError` for ids out of range."""
         self.grid.check(tokens)
         return F.embedding(tokens.long(), self.table).movedim(-1, 1).float().clamp(-1, 1)
 
     def forward(self, images: Tensor) -> Reconstruction:
-        """The nearest colours; nothing is trained by gradients, so there are no losses."""
+        """The nearest colours, without losses."""
         tokens = self.encode(images)
         return Reconstruction(self.decode(tokens), tokens, {})
 
 
 def lattice(count: int, channels: int) -> Tensor:
-    """`count` different colours `(count, channels)` in [-1, 1], evenly spread over the smallest regular grid that holds
-    as many."""
+    """`count` distinct colours `(count, channels)` in [-1, 1], evenly chosen from the smallest regular grid that has as
+    many."""
     side = next(side for side in range(2, count + 1) if side**channels >= count)
     axes = torch.linspace(-1, 1, side).expand(channels, side)
     points = torch.cartesian_prod(*axes).reshape(-1, channels)
@@ -80,7 +77,7 @@ def lattice(count: int, channels: int) -> Tensor:
 
 
 def distinct_colors(images: Tensor) -> tuple[Tensor, Tensor]:
-    """The 8-bit colours that occur in `images`, (n, C) in [-1, 1], and how often each does, `(n,)` float64."""
+    """The 8-bit colours in `images`, (n, C) in [-1, 1], and their counts `(n,)` float64."""
     values = ((rows_of(images.float().cpu()) + 1) * 127.5).round().long()
     places = 256 ** torch.arange(values.shape[1])
     codes, counts = (values * places).sum(1).unique(return_counts=True)
@@ -88,12 +85,12 @@ def distinct_colors(images: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def weighted_kmeans(points: Tensor, counts: Tensor, clusters: int, iterations: int, seed: int) -> Tensor:
-    """Lloyd's algorithm over distinct `points` (n, C), each occurring `counts` (n,) times; (clusters, C).
+    """Lloyd's algorithm over distinct `points` (n, C) with `counts` (n,); returns centres (clusters, C).
 
-    A centre that is nearest to no point moves to the point that adds most to the error. This is also the last step, so
-    that all centres are different: of two equal centres, the second would be nearest to no point.
+    The centre of an empty cluster moves to the point with the largest error, also after the last step: of two equal
+    centres the second would have an empty cluster, so all centres differ.
     """
-    centres = spread(points, counts, clusters, torch.Generator().manual_seed(seed % (1 << 63)))
+    centres = kmeans_plus_plus(points, counts, clusters, torch.Generator().manual_seed(seed % (1 << 63)))
     for step in range(iterations + 1):
         ids = nearest(points, centres)
         unused = torch.bincount(ids, minlength=clusters) == 0
@@ -108,16 +105,15 @@ def weighted_kmeans(points: Tensor, counts: Tensor, clusters: int, iterations: i
 
 
 def means(points: Tensor, counts: Tensor, ids: Tensor, clusters: int) -> Tensor:
-    """The mean of each cluster's points, (clusters, C); no cluster may be empty. Sums in float64, in the points'
-    order."""
+    """The mean of each cluster's points, (clusters, C), summed in float64; no cluster may be empty."""
     totals = torch.bincount(ids, counts, minlength=clusters)
     sums = [torch.bincount(ids, counts * column, minlength=clusters) for column in points.unbind(1)]
     return (torch.stack(sums, 1) / totals.unsqueeze(1)).to(points.dtype)
 
 
-def spread(points: Tensor, counts: Tensor, clusters: int, generator: torch.Generator) -> Tensor:
-    """k-means++ (Arthur & Vassilvitskii 2007): points (clusters, C), all different, each drawn in proportion to its
-    count and to its squared distance from those before it."""
+def kmeans_plus_plus(points: Tensor, counts: Tensor, clusters: int, generator: torch.Generator) -> Tensor:
+    """k-means++ (Arthur & Vassilvitskii 2007): distinct points (clusters, C), each drawn in proportion to its count and
+    to its squared distance from the earlier ones."""
     columns = points.t().contiguous()
     chosen: list[Tensor] = []
     weights, distances = counts, torch.full_like(columns[0], torch.inf)

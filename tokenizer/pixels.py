@@ -17,8 +17,8 @@ class PixelsConfig(TokenizerConfig):
         256,
         ge=2,
         le=256,
-        description="number of intensities of each channel; 256 keep an 8-bit image as it is, 2 threshold it at mid "
-        "grey",
+        description="number of intensities of each channel; 256 represent an 8-bit image exactly, 2 threshold it at "
+        "mid grey",
     )
 
 
@@ -39,44 +39,44 @@ class Pixels(Tokenizer, name="pixels"):
         ids = self._nearest(torch.arange(256) / 127.5 - 1)
         sizes = (ids == torch.arange(config.levels).unsqueeze(1)).sum(1)
         self.register_buffer("sizes", sizes, persistent=False)
-        self.sizes: Tensor  # (levels,): how many of the 256 values of a byte each id stands for
+        self.sizes: Tensor  # (levels,): number of 8-bit values that share an id
 
     def encode(self, images: Tensor) -> Tensor:
-        """Ids `(B, C * H, W)`; a value halfway between two levels gets the brighter one. Raises `ValueError` for images
-        of another size."""
+        """Ids `(B, C * H, W)`; a value halfway between two levels is rounded up. Raises `ValueError` for images of
+        another size."""
         self.check_images(images)
         return self._nearest(images.float()).transpose(1, 2).flatten(1, 2)
 
     def decode(self, tokens: Tensor) -> Tensor:
-        """The levels' intensities, `(B, C, H, W)` from -1 to 1; raises `ValueError` for ids out of range."""
+        """The levels' intensities, `(B, C, H, W)` from -1 to 1. Raises `ValueError` for ids out of range."""
         self.grid.check(tokens)
         return self._to_channels(tokens).float() * 2 / (self.grid.vocab_size - 1) - 1
 
     def forward(self, images: Tensor) -> Reconstruction:
-        """The nearest levels; nothing is learned, so there are no losses."""
+        """The nearest levels, without losses."""
         tokens = self.encode(images)
         return Reconstruction(self.decode(tokens), tokens, {})
 
     @property
     def has_likelihood(self) -> bool:
-        """All bytes that an id stands for are equally likely; with a prior over tokens this is an exact distribution of
-        8-bit images, for any number of levels."""
+        """8-bit values that share an id are equally likely. With a prior over tokens this is an exact distribution of
+        8-bit images for any number of levels."""
         return True
 
     @property
     def reversible(self) -> bool:
-        """With 256 levels an id is the byte."""
+        """With 256 levels an id is the 8-bit value."""
         return self.config.levels == 256
 
     def pixel_log_probs(self, images: Tensor, tokens: Tensor) -> Tensor:
-        """Minus the log of the number of bytes that the id stands for, 0 with 256 levels; -inf where the id is not that
-        of the image. `(B, C, H, W)` nats."""
+        """Minus the log of the number of 8-bit values that share the id, 0 with 256 levels; -inf where it is not the
+        image's id. `(B, C, H, W)` nats."""
         inside = -in_finest(self.sizes).log()[tokens.long()]
         found = torch.where(self.encode(images) == tokens, inside, -torch.inf).float()
         return self._to_channels(found)
 
     def value_log_probs(self, tokens: Tensor, values: Tensor, channel: int) -> Tensor:
-        """`(B, 256, H, W)` nats, -inf for bytes of other ids; channels do not depend on each other."""
+        """`(B, 256, H, W)` nats, -inf for values of other ids; channels are independent."""
         ids = self._to_channels(tokens.long())[:, channel, None]
         every = self._nearest(torch.arange(256, device=ids.device) / 127.5 - 1)[None, :, None, None]
         return torch.where(every == ids, -in_finest(self.sizes).log()[ids], -torch.inf)
@@ -92,6 +92,6 @@ class Pixels(Tokenizer, name="pixels"):
         return rows.unflatten(1, (height, channels)).transpose(1, 2)
 
     def _nearest(self, intensities: Tensor) -> Tensor:
-        """Ids of intensities in [-1, 1], rounded half up. (No byte lies halfway between two levels: 255 is odd.)"""
+        """Ids of intensities in [-1, 1], rounded half up. (No 8-bit value is halfway between levels: 255 is odd.)"""
         top = self.config.levels - 1
         return ((intensities + 1) * (top / 2) + 0.5).floor().long().clamp(0, top)

@@ -1,11 +1,10 @@
-"""A trained VAE made discrete (TokenBridge, Wang et al. 2025): each dimension of its latent vectors is divided into
-bins that are equally probable under the aggregate posterior, q(z) = mean of q(z | x) over training images.
+"""Post-training quantization of a VAE (TokenBridge, Wang et al. 2025): each latent dimension is divided into bins that
+are equally probable under the aggregate posterior, q(z) = mean of q(z | x) over training images.
 
-The VAE is not changed; only the bins are fitted, once, to samples of q(z | x). They are not fitted to the means, though
-the means are what is encoded: in a collapsed dimension the means hardly differ and do not matter, so bins that each
-hold equally many of them would turn them into random ids, which cost a prior full price. Under bins of samples, such
-means share a few ids. On the digits (8 dimensions in 16 bins) samples give 22.7 dB for 26.3 bits per vector, means
-22.4 dB for 32 bits.
+The VAE is frozen; only the bins are fitted, once, to samples of q(z | x). Encoding uses the means, but bins are not
+fitted to them: in a collapsed dimension the means hardly differ and do not matter, so equally filled bins would turn
+them into random ids, at full cost to a prior. With bins of samples, such means share a few ids. On the digits (8
+dimensions in 16 bins) samples give 22.7 dB for 26.3 bits per vector, means 22.4 dB for 32 bits.
 """
 
 from __future__ import annotations
@@ -35,7 +34,7 @@ class PosthocConfig(TokenizerConfig):
         16,
         ge=2,
         le=4096,
-        description="ids of each latent dimension, equally probable over training images; replaces the VAE's own",
+        description="ids of each latent dimension, equally probable over training images; replaces the VAE's setting",
     )
     vae: Annotated[ModelConfig | None, Node("tokenizer:Tokenizer", only=("klvae",))] = Field(
         None, description="the VAE; null: one of default sizes"
@@ -43,29 +42,28 @@ class PosthocConfig(TokenizerConfig):
 
     @model_validator(mode="before")
     @classmethod
-    def _sees_the_same_images(cls, values: dict[str, Any]) -> dict[str, Any]:
+    def _copy_image_shape(cls, values: dict[str, Any]) -> dict[str, Any]:
         node = KLVAE.name if values.get("vae") is None else values["vae"]
         node = {"kind": node} if isinstance(node, str) else node
         facts = {name: values[name] for name in FACTS if name in values}
         return {**values, "vae": {**facts, **node} if isinstance(node, dict) else node}
 
     def to_dict(self) -> dict[str, Any]:
-        """The configuration as JSON values; the facts of the images are in it only once."""
+        """The configuration as JSON values; the image size and channels are not repeated for the VAE."""
         values = super().to_dict()
         return {**values, "vae": {key: value for key, value in values["vae"].items() if key not in FACTS}}
 
     def check(self) -> Iterator[str]:
-        """Both configurations describe the same images."""
         yield from super().check()
         ours = super().to_dict()
         theirs = ours["vae"]
         for name in FACTS:
             if ours[name] != theirs[name]:
-                yield f"vae.{name}: {theirs[name]}, but the images have {ours[name]}"
+                yield f"vae.{name}: is {theirs[name]}, but the tokenizer's is {ours[name]}"
 
 
 class Posthoc(Tokenizer, name="posthoc"):
-    """A trained `klvae` with bins of its own; nothing in it is trained any further.
+    """A frozen `klvae` with fitted bins.
 
     Call `start_from(vae)`, then `initialize(images)`. It has a likelihood if the VAE has one.
     """
@@ -78,32 +76,32 @@ class Posthoc(Tokenizer, name="posthoc"):
         assert isinstance(config.vae, KLVAEConfig)
         self.vae = KLVAE(config.vae.model_copy(update={"bins": config.bins})).requires_grad_(False).eval()
         self.grid, self.levels, self.image_shape = self.vae.grid, self.vae.levels, self.vae.image_shape
-        self.register_buffer("started", torch.zeros((), dtype=torch.long))  # whether the VAE is trained
+        self.register_buffer("started", torch.zeros((), dtype=torch.long))  # 1 if the VAE is trained
 
     def start_from(self, other: Tokenizer) -> None:
         """Copy the weights of `other`, a trained `klvae` or a `posthoc` tokenizer. Raises `ConfigError` for another
         kind or other sizes."""
         vae = other.vae if isinstance(other, Posthoc) else other
         if not isinstance(vae, KLVAE):
-            raise ConfigError(f"posthoc: starts from a trained {KLVAE.name}, not from a {other.name!r} tokenizer")
+            raise ConfigError(f"posthoc: needs a trained {KLVAE.name} to start from, got a {other.name!r} tokenizer")
         theirs, ours = vae.config.to_dict(), self.vae.config.to_dict()
         differing = [
-            f"vae.{name} {theirs[name]} there, {ours[name]} here" for name in SIZES if theirs[name] != ours[name]
+            f"vae.{name} is {theirs[name]} there, {ours[name]} here" for name in SIZES if theirs[name] != ours[name]
         ]
         if differing:
-            raise ConfigError(f"posthoc: cannot start from a {KLVAE.name} of other sizes: {', '.join(differing)}")
+            raise ConfigError(f"posthoc: the {KLVAE.name} to start from has other sizes: {', '.join(differing)}")
         bins = {f"quantizer.{key}": value for key, value in self.vae.quantizer.state_dict().items()}
         self.vae.load_state_dict({**vae.state_dict(), **bins})
         self.started.fill_(1)
 
     @torch.no_grad()
     def initialize(self, images: Tensor) -> None:
-        """Fit the bins to the latents of `images` `(B, C, H, W)`; the noise of the samples is fixed. Raises
-        `ConfigError` if the VAE is untrained, and for more bins than latent vectors."""
+        """Fit the bins to posterior samples of `images` `(B, C, H, W)`, with fixed noise. Raises `ConfigError` if the
+        VAE is untrained, and for more bins than latent vectors."""
         self.check_images(images)
         if not self.started:
             raise ConfigError(
-                f"posthoc: its VAE is untrained; pass init=FOLDER with the folder of a trained {KLVAE.name} tokenizer"
+                f"posthoc: the VAE is untrained; pass init=FOLDER with the folder of a trained {KLVAE.name} tokenizer"
             )
         generator = torch.Generator(self.device).manual_seed(0)
         rows = [
@@ -113,7 +111,7 @@ class Posthoc(Tokenizer, name="posthoc"):
         try:
             self.vae.quantizer.fit(torch.cat(rows))
         except ValueError as error:
-            raise ConfigError(f"posthoc: bins: {error} in the {len(images)} training images looked at") from error
+            raise ConfigError(f"posthoc: bins: {error} from {len(images)} training images") from error
 
     def encode(self, images: Tensor) -> Tensor:
         """Tokens `(B, *grid.shape)` of the means; raises `ValueError` for images of another size."""
@@ -128,26 +126,21 @@ class Posthoc(Tokenizer, name="posthoc"):
         return self.vae(images)._replace(losses={})
 
     def train(self, mode: bool = True) -> Posthoc:
-        """The VAE stays in eval mode, so that latents are binned, not sampled."""
+        """Keep the VAE in eval mode, so that latents are binned, not sampled."""
         super().train(mode)
         self.vae.eval()
         return self
 
     @property
     def has_likelihood(self) -> bool:
-        """Whether the VAE has one."""
         return self.vae.has_likelihood
 
     @property
     def last_layer(self) -> nn.Parameter:
-        """The decoder's last matrix."""
         return self.vae.last_layer
 
     def pixel_log_probs(self, images: Tensor, tokens: Tensor) -> Tensor:
-        """log p of each pixel channel given the tokens, `(B, C, H, W)` nats. Raises `LikelihoodError` without a
-        likelihood."""
         return self.vae.pixel_log_probs(images, tokens)
 
     def value_log_probs(self, tokens: Tensor, values: Tensor, channel: int) -> Tensor:
-        """`(B, 256, H, W)` nats: the likelihood's whole table."""
         return self.vae.value_log_probs(tokens, values, channel)

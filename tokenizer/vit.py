@@ -4,7 +4,7 @@ A linear map of each factor x factor patch, transformer blocks, and a linear map
 mirrors it and ends in pixels. Every position sees the whole image from the first layer on. The paper's codes are
 directions of few dimensions: `quantizer: {kind: vq, codes: 8192, dim: 32, normalize: true}`.
 
-The output of an untrained transformer varies little, and soon varies a lot, so a codebook has to follow quickly: on
+The output of an untrained transformer varies little at first and soon a lot, so the codebook has to follow quickly: on
 digits, `ema` with a decay of 0.99 left three quarters of 128 codes unused, with 0.9 none.
 """
 
@@ -23,7 +23,7 @@ from .layers import Unshuffle
 
 
 class ViTConfig(AutoencoderConfig):
-    """Sizes of the two transformers, which have the same shape."""
+    """Sizes of the two transformers."""
 
     factor: Literal[2, 4, 7, 8, 14, 16] = Field(4, description="side of a patch in pixels; a patch is one position")
     dim: int = Field(128, ge=8, le=4096, description="width of the residual stream")
@@ -32,7 +32,6 @@ class ViTConfig(AutoencoderConfig):
     mlp: int = Field(4, ge=1, le=16, description="width of a block's hidden layer, as a multiple of dim")
 
     def check(self) -> Iterator[str]:
-        """Sizes have to divide."""
         yield from super().check()
         if any(side % self.factor for side in self.image_size):
             yield f"factor: {self.factor} does not divide the image size {'x'.join(map(str, self.image_size))}"
@@ -65,17 +64,16 @@ class Transformer(nn.Module):
         self.norm, self.head = nn.LayerNorm(config.dim), nn.Linear(config.dim, outputs)
 
     def forward(self, x: Tensor) -> Tensor:
-        """`(B, inputs, h, w)` to `(B, outputs, h, w)`."""
-        # Contiguous, whatever the memory format: another layout may be multiplied in another order and round otherwise.
+        # Contiguous, so that products round the same in every memory format.
         rows = x.movedim(1, -1).flatten(1, 2).contiguous()
         rows = self.blocks(self.embed(rows) + self.positions)
         return self.head(self.norm(rows)).unflatten(1, x.shape[2:]).movedim(-1, 1)
 
 
 class Block(nn.Module):
-    """Pre-normalised attention and a hidden layer, each added to the residual stream `(B, N, dim)`.
+    """Pre-normalised attention and MLP on the residual stream `(B, N, dim)`.
 
-    `nn.TransformerEncoderLayer` is not used: it takes another path in eval mode, which rounds otherwise.
+    `nn.TransformerEncoderLayer` has a fast path in eval mode that rounds differently, so it is not used.
     """
 
     def __init__(self, config: ViTConfig) -> None:
@@ -87,15 +85,14 @@ class Block(nn.Module):
         self.mlp = nn.Sequential(nn.Linear(dim, hidden), nn.GELU(approximate="tanh"), nn.Linear(hidden, dim))
 
     def forward(self, x: Tensor) -> Tensor:
-        """Takes and returns `(B, N, dim)`."""
         q, k, v = self.qkv(self.attention_norm(x)).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
         x = x + self.project(attention(q, k, v).transpose(1, 2).flatten(2))
         return x + self.mlp(self.mlp_norm(x))
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Attention over `(B, heads, N, width)`, returned in that shape. Under a CPU's autocast it is computed in float32:
-    in bfloat16, torch's backward pass takes five times as long there."""
+    """Attention over `(B, heads, N, width)`, same shape. Under a CPU's autocast it is computed in float32, because
+    torch's bfloat16 backward pass is five times slower there."""
     if q.device.type != "cpu" or not torch.is_autocast_enabled("cpu"):
         return F.scaled_dot_product_attention(q, k, v)
     with torch.autocast("cpu", enabled=False):

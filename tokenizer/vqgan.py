@@ -54,12 +54,12 @@ class NetworkConfig(AutoencoderConfig):
     )
     groups: int = Field(32, ge=1, le=4096, description="groups of each group normalisation")
     quantizer: Annotated[ModelConfig, Node("tokenizer.quantizers:Quantizer")] = Field(
-        VQConfig(codes=1024, dim=256), description="how vectors become ids"
+        VQConfig(codes=1024, dim=256), description="turns vectors into ids"
     )
 
     @property
     def halved(self) -> int:
-        """How many levels halve height and width: those of the encoder after their blocks, from the finest on."""
+        """Number of levels that halve height and width; the encoder's finest ones."""
         return len(self.widths) - 1
 
     @property
@@ -68,7 +68,6 @@ class NetworkConfig(AutoencoderConfig):
         return 2**self.halved
 
     def check(self) -> Iterator[str]:
-        """Sizes have to divide, and levels have to exist."""
         yield from super().check()
         yield from size_problems(self)
         levels = len(self.widths)
@@ -78,10 +77,11 @@ class NetworkConfig(AutoencoderConfig):
 
 
 class VQGANConfig(NetworkConfig):
-    """Sizes of the networks, and how codes come to the decoder."""
+    """Sizes of the networks, and the length of codes at the decoder."""
 
     unit_codes: Annotated[bool, Before(False)] = Field(
-        False, description="the decoder sees codes at length 1, however they are compared (transformers' JanusVQVAE)"
+        False,
+        description="scale codes to length 1 before the decoder, however they are compared (transformers' JanusVQVAE)",
     )
 
 
@@ -93,14 +93,16 @@ class VQGAN(Autoencoder, name="vqgan"):
     def __init__(self, config: VQGANConfig) -> None:
         super().__init__(config, config.factor)
         dim = self.quantizer.dim
-        self.encoder = named(**encoder_layers(config, config.channels), project=nn.Conv2d(config.z_channels, dim, 1))
+        self.encoder = named_sequential(
+            **encoder_layers(config, config.channels), project=nn.Conv2d(config.z_channels, dim, 1)
+        )
         unit = {"unit": UnitLength()} if config.unit_codes else {}
-        self.decoder = named(**unit, **decoder_layers(config, dim, self.outputs))
+        self.decoder = named_sequential(**unit, **decoder_layers(config, dim, self.outputs))
         self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
 
 def encoder_layers(config: NetworkConfig, channels: int) -> dict[str, nn.Module]:
-    """`(B, channels, H, W)` to `(B, z_channels, H / f, W / f)`, f = 2 ** halved, in turn."""
+    """Layers by name from `(B, channels, H, W)` to `(B, z_channels, H / f, W / f)`, f = 2 ** halved."""
     width, groups, levels = config.stem or config.widths[0], config.groups, []
     stem = conv3(channels, width)
     for level, wide in enumerate(config.widths):
@@ -119,8 +121,7 @@ def encoder_layers(config: NetworkConfig, channels: int) -> dict[str, nn.Module]
 
 
 def decoder_layers(config: NetworkConfig, dim: int, outputs: int) -> dict[str, nn.Module]:
-    """`(B, dim, H / f, W / f)` to `(B, outputs, H, W)`, in turn; levels are in the order in which they run, coarsest
-    first."""
+    """Layers by name from `(B, dim, H / f, W / f)` to `(B, outputs, H, W)`; the coarsest level comes first."""
     width, groups, last = config.widths[-1], config.groups, len(config.widths) - 1
     project, stem = nn.Conv2d(dim, config.z_channels, 1), conv3(config.z_channels, width)
     between, levels = middle(width, config.mid_attention, groups), []
@@ -141,7 +142,7 @@ def decoder_layers(config: NetworkConfig, dim: int, outputs: int) -> dict[str, n
 
 
 class Level(nn.Module):
-    """Residual blocks of one width, each followed by attention if wanted, then a change of resolution."""
+    """Residual blocks of one width, each with optional attention, then a change of resolution."""
 
     def __init__(self, width: int, wide: int, blocks: int, attention: bool, groups: int, resample: nn.Module) -> None:
         super().__init__()
@@ -156,8 +157,8 @@ class Level(nn.Module):
 
 
 class Block(nn.Module):
-    """Two normalised 3x3 convolutions added to their input `(B, width, H, W)`, which a 1x1 convolution widens if
-    needed."""
+    """Two normalised 3x3 convolutions added to their input `(B, width, H, W)`, which a 1x1 convolution widens if `wide`
+    differs."""
 
     def __init__(self, width: int, wide: int, groups: int) -> None:
         super().__init__()
@@ -179,16 +180,13 @@ class Attention(nn.Module):
         self.q, self.k, self.v, self.out = (nn.Conv2d(width, width, 1) for _ in range(4))
 
     def forward(self, x: Tensor) -> Tensor:
-        return x + self.attend(self.norm(x))
-
-    def attend(self, h: Tensor) -> Tensor:
-        """What each position of `(B, width, H, W)` finds, the same shape."""
+        h = self.norm(x)
         q, k, v = (project(h).flatten(2).transpose(1, 2) for project in (self.q, self.k, self.v))
-        return self.out(one_head_attention(q, k, v).transpose(1, 2).reshape(h.shape))
+        return x + self.out(one_head_attention(q, k, v).transpose(1, 2).reshape(x.shape))
 
 
 class UnitLength(nn.Module):
-    """Vectors `(B, width, H, W)` at length 1."""
+    """Scales vectors `(B, width, H, W)` to length 1."""
 
     def forward(self, x: Tensor) -> Tensor:
         return F.normalize(x, dim=1)
@@ -202,10 +200,10 @@ class Downsample(nn.Sequential):
 
 
 def size_problems(config: Any) -> Iterator[str]:
-    """What is wrong with `widths` and `stem`, given `halved`, `groups` and the image size."""
+    """Problems of `widths` and `stem`, given `halved`, `groups` and the image size."""
     levels, size = len(config.widths), "x".join(map(str, config.image_size))
     if levels > 12 or any(side % 2**config.halved for side in config.image_size):
-        yield f"widths: {levels} levels halve {config.halved} times, which the image size {size} does not allow"
+        yield f"widths: {levels} levels halve the image {config.halved} times, but its size is {size}"
     wrong = [width for width in (config.stem or config.widths[0], *config.widths) if width % config.groups]
     if wrong:
         yield f"groups: {config.groups} does not divide the width {wrong[0]}"
@@ -223,7 +221,6 @@ def middle(width: int, attention: bool, groups: int) -> nn.Sequential:
 
 
 def norm(width: int, groups: int) -> nn.GroupNorm:
-    """Group normalisation."""
     return GroupNorm(groups, width, eps=1e-6)
 
 
@@ -232,6 +229,5 @@ def conv3(width: int, wide: int) -> nn.Conv2d:
     return nn.Conv2d(width, wide, 3, padding=1)
 
 
-def named(**layers: nn.Module) -> nn.Sequential:
-    """A sequence of layers with names."""
+def named_sequential(**layers: nn.Module) -> nn.Sequential:
     return nn.Sequential(OrderedDict(layers))

@@ -13,7 +13,7 @@ class VQVAEConfig(AutoencoderConfig, ConvolutionsConfig):
 
 
 class VQVAE(Autoencoder, name="vqvae"):
-    """Encoder and decoder of `layers.py`."""
+    """The convolutional encoder and decoder of `layers.py` with a quantizer."""
 
     Config = VQVAEConfig
 

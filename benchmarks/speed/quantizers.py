@@ -88,7 +88,6 @@ def ours(quantizer: Any, z: Any) -> Callable[[], None]:
         for name, weight in quantizer.loss_weights.items():
             total = total + weight * losses[name]
         total.backward()
-        quantizer.finish_step()
 
     quantizer.train()
     return run

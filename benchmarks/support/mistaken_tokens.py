@@ -68,7 +68,7 @@ def finetuned(pipe: Any, kind: str, seed: int, images: Any, steps: int, guidance
         began = time.process_time()
         for wanted, given in zip(batch.split(BATCH), tokens.split(BATCH), strict=True):
             with torch.autocast("cpu", torch.bfloat16):
-                painted = pipe.tokenizer._paint(given)
+                painted = pipe.tokenizer._decode_tokens(given)
             F.mse_loss(painted.float(), wanted).backward()
             torch.nn.utils.clip_grad_norm_(parameters, 1.0)
             optimizer.step()

@@ -242,7 +242,6 @@ def sums(member: Any) -> str:
     y, x = torch.meshgrid(torch.linspace(-1, 1, SCALES[-1]), torch.linspace(-1, 1, SCALES[-1]), indexing="ij")
     plane = (2 * (3 * x + y).sin() + (x * x + y * y - 0.5))[None, None]
     model.train().quantize(plane)  # which starts the codes
-    model.finish_step()
     model.eval()
     tokens = model.quantize(plane).tokens
     shown = [model.lookup_scales(tokens, count) for count in range(1, len(SCALES) + 1)]

@@ -46,8 +46,8 @@ class ImportConfig(Config):
     examples = ("source=vq_ds16_c2i.safetensors image_size=256 out=runs/llamagen_vq16",)
 
     source: str = Field(
-        description="folder of a diffusers VQModel or of a transformers model with a VQVAE (Janus, Emu3), or a "
-        ".safetensors file with the weights of taming-transformers, Chameleon, LlamaGen, MaskGIT-VQGAN, "
+        description="folder of a diffusers VQModel or of a transformers model with a VQVAE (Janus), or a "
+        ".safetensors file with the weights of taming-transformers, LlamaGen, MaskGIT-VQGAN, "
         "Open-MAGVIT2, IBQ or Cosmos DI, or the folder it is in"
     )
     out: str = Field(description="the tokenizer's folder")

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from prior.sampling import check_count, progress_bar
 from tokenizer.base import LikelihoodError, in_finest
-from tokenizer.likelihoods.base import to_values
+from tokenizer.likelihoods import to_values
 
 from ..images.decoding import pixels_of
 from .chunks import Chunk

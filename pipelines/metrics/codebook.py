@@ -13,11 +13,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
-from tokenizer.quantizers.codebook import Codebook, rows_of, uses, world_size
-from tokenizer.quantizers.steps import Taken, moved_if
+from tokenizer.quantizers.codebook import Codebook, rows_of, uses
+from tokenizer.quantizers.updates import sum_over_ranks
 
 from .charts import GAP, RED, bars, charts_in_row, curves, histogram, legend, three_digits
 from .pages import page
@@ -34,8 +33,8 @@ WIDTH, HEIGHT = 400, 270  # of a chart, in pixels
 
 
 class CodebookUse(nn.Module):
-    """Counts of the tokens of all ranks. All state is in buffers, alike on all ranks; it is saved with a run's state so
-    that a resumed run goes on counting. A batch is that of a step: all that `observe` was given before `finish_step`.
+    """Counts of the tokens of all ranks. All state is in buffers, equal on all ranks; it is saved with a run's state so
+    that a resumed run goes on counting. A batch is what one call of `count` is given.
 
     A part is a level or a scale; `parts` is the number of tokens of each.
     uses: `(parts, vocab_size)`, how often each id occurred, decayed by 0.99 at each batch: mostly the last 100.
@@ -53,28 +52,16 @@ class CodebookUse(nn.Module):
         self.register_buffer("uses", torch.zeros(shape))  # float32: some devices have no doubles
         self.register_buffer("last_used", torch.zeros(shape, dtype=torch.long))
         self.register_buffer("steps", torch.zeros((), dtype=torch.long))
-        self.observed: Tensor | None = None  # counts of this rank, in this step
 
     @torch.no_grad()
-    def observe(self, tokens: Tensor) -> None:
-        """Note this rank's `tokens` (B, *grid), part after part, for `finish_step` to count."""
-        counts = count_tokens(tokens, self.parts, self.uses.shape[1])
-        self.observed = counts if self.observed is None else self.observed + counts
-
-    @torch.no_grad()
-    def finish_step(self, taken: Taken = True) -> Tensor | None:
-        """Count what was observed since the last call; all ranks have to call it. Returns how often each id occurred in
-        the batch of all ranks, `(parts, vocab_size)` int64; None where nothing was observed. A step that was not
-        `taken` leaves no trace."""
-        counts, self.observed = self.observed, None
-        if counts is None or taken is False:
-            return None
-        if world_size() > 1:
-            dist.all_reduce(counts)
+    def count(self, tokens: Tensor) -> Tensor:
+        """Count this rank's `tokens` (B, *grid), part after part; all ranks have to call it. Returns how often each id
+        occurs in the batch of all ranks, `(parts, vocab_size)` int64."""
+        counts = sum_over_ranks(count_tokens(tokens, self.parts, self.uses.shape[1]))
         here = counts.to(self.uses.device)
-        self.steps += taken
-        self.uses.copy_(moved_if(taken, self.uses * DECAY + here, self.uses))
-        self.last_used.masked_fill_(moved_if(taken, here, torch.zeros_like(here)) > 0, self.steps)
+        self.steps += 1
+        self.uses.mul_(DECAY).add_(here)
+        self.last_used.masked_fill_(here > 0, self.steps)
         return counts
 
     def ages(self) -> Tensor:

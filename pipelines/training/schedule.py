@@ -102,7 +102,7 @@ def move_average(averaged: AveragedModel, model: nn.Module, decay: float) -> Non
 
 @torch.no_grad()
 def copy_buffers(averaged: AveragedModel, model: nn.Module) -> None:
-    """Buffers are not averaged, but those of the last step. One that was skipped has left them as they were."""
+    """Copy buffers, which are not averaged."""
     for buffer, current in zip(averaged.module.buffers(), model.buffers(), strict=True):
         buffer.copy_(current)
 

@@ -22,11 +22,10 @@ from .task import Task
 
 class Turn(NamedTuple):
     """What came of a player's turn. `values` `(1 + len(names),)` are on the device: whether any process was told to
-    end, and what is logged, of which the first `judged` numbers are not finite if the turn was skipped."""
+    end, and what is logged, of which some numbers are not finite if the turn was skipped."""
 
     player: str
     names: list[str]
-    judged: int
     values: Tensor
     culprit: str = ""
     """The first gradient that was not finite, where it was looked for."""

@@ -1,8 +1,8 @@
 """One step of training: every player's turn, the same on all processes, and nothing at all where it is not finite.
 
-A turn changes nothing before all processes have found it finite: forward passes only collect what moves by itself (a
-codebook, running means), and `finish_step` moves it. So a turn that is not finite is skipped by forgetting it. Whether
-it is, a GPU decides by itself, and goes on: the host learns it a step later, and does then what can wait (`settle`).
+The optimizer takes no step before all processes have found the turn finite. (A codebook has moved by then, in the
+forward pass.) Whether it is, a GPU decides by itself, and goes on: the host learns it a step later, and does then what
+can wait (`settle`).
 """
 
 from __future__ import annotations
@@ -54,10 +54,7 @@ def play_turn(training: Training, player: str, micro_batches: list[Any], lr: flo
     set_learning_rate(optimizer, lr * task.rates.get(player, 1.0))
     step_if(taken, optimizer)
     optimizer.zero_grad()
-    found = task.finish_step(player, taken)
-    if found:
-        values = torch.cat([values, torch.stack([value.to(values) for value in found.values()])])
-    return Turn(player, [*terms, *found], len(terms), values, culprit)
+    return Turn(player, list(terms), values, culprit)
 
 
 def sent(turns: list[Turn]) -> Unread:
@@ -83,9 +80,7 @@ def settle(training: Training) -> None:
     for turn, values in zip(unread.turns, unread.values.split(sizes), strict=True):
         told, *numbers = values.tolist()
         training.stopping |= told > 0
-        sick = [
-            name for name, value in zip(turn.names[: turn.judged], numbers, strict=False) if not math.isfinite(value)
-        ]
+        sick = [name for name, value in zip(turn.names, numbers, strict=True) if not math.isfinite(value)]
         if sick:
             culprit = turn.culprit or sick[0]
         else:

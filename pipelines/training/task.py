@@ -83,13 +83,6 @@ class Task:
         """A scalar to minimise for `player`, and scalars to log."""
         raise NotImplementedError
 
-    def finish_step(self, player: str, taken: Tensor) -> dict[str, Tensor]:
-        """Called after each turn of `player`, on all processes together: what moves by itself (a codebook, running
-        means) moves now, by what `loss` has collected in all micro-batches of the turn; further scalars to log, the
-        same on all processes. taken: whether the optimizer took a step, a bool on the device, which a GPU would have to
-        be waited for to tell; if not, what was collected is forgotten, and what is returned is not logged."""
-        return {}
-
     def matrices(self) -> set[nn.Parameter]:
         """What `train.optimizer=muon` moves by Muon."""
         return hidden_matrices(self.model)

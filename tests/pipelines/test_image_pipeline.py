@@ -167,7 +167,7 @@ def test_a_tokenizer_of_scales_completes_nothing():
 
 def test_a_row_of_registers_completes_nothing_and_says_so_in_a_line():
     pipe, known = make_pipeline("titok"), torch.arange(12).expand(8, 12) < 5
-    message = r"^a register's token belongs to no part of the image: known pixels make no token known, [^\n]*$"
+    message = r"^a register's token belongs to no part of the image[^\n]*$"
     with pytest.raises(ValueError, match=message):
         pipe.complete(pixels_for(pipe), known)
     with pytest.raises(ValueError, match=message):

@@ -401,8 +401,8 @@ def test_a_decoder_is_shown_near_codes_of_some_tokens(monkeypatch):
     """Of the share asked for; encoder and codebook learn as if it were not, and outside of training it is not."""
     tokenizer, perturbed = small_pipeline().tokenizer.train(), mistaken_tokens.perturbed
     images, shown = torch.rand(512, 1, 8, 8) * 2 - 1, []
-    plain_decoded = tokenizer._decoded
-    monkeypatch.setattr(tokenizer, "_decoded", lambda z: shown.append(z) or plain_decoded(z))
+    plain_decoded = tokenizer._decode_vectors
+    monkeypatch.setattr(tokenizer, "_decode_vectors", lambda z: shown.append(z) or plain_decoded(z))
     tokenizer(images)
     plain = tokenizer(images)
     with perturbed(0.5, 0.2):

@@ -43,13 +43,6 @@ SMALL: dict[str, dict[str, Any]] = {
         "z_channels": 8,
         "quantizer": {"kind": "fsq", "levels": (8, 8, 8)},
     },
-    "emu3": {
-        "widths": (8, 16),
-        "blocks": 1,
-        "groups": 4,
-        "z_channels": 8,
-        "quantizer": {"kind": "vq", "codes": 32, "dim": 8},
-    },
     "maskgit": {"widths": (8, 16), "blocks": 1, "groups": 4, "quantizer": {"kind": "vq", "codes": 32, "dim": 8}},
     "magvit2": {"widths": (8, 16), "blocks": 1, "groups": 4, "quantizer": {"kind": "lfq", "bits": 8}},
     "ema": {"codes": 32, "dim": 8},
@@ -107,18 +100,12 @@ def latents(quantizer: Quantizer, count: int, *spatial: int) -> Tensor:
 
 def train_on(quantizer: Quantizer, z: Tensor) -> Quantized:
     """A step of training without an optimizer: what moves by itself moves."""
-    quantized = quantizer.quantize(z)
-    quantizer.finish_step()
-    return quantized
+    return quantizer.quantize(z)
 
 
 def make_tokenizer(name: str, image_size: tuple[int, int] = (12, 8), channels: int = 3, **config: Any) -> Tokenizer:
     """A small tokenizer of the family."""
-    made = Tokenizer.create(name, image_size=image_size, channels=channels, **{**SMALL.get(name, {}), **config})
-    if name == "emu3":  # what shrinks films leaves next to nothing of an image, as long as its weights are random
-        for layer in made.encoder.shrink:
-            layer.weight.data *= 8
-    return made
+    return Tokenizer.create(name, image_size=image_size, channels=channels, **{**SMALL.get(name, {}), **config})
 
 
 PLACED = [name for name in TOKENIZERS if make_tokenizer(name).placed]

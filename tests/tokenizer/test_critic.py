@@ -55,12 +55,6 @@ def blurred(images: Tensor, seed: int = 1) -> Tensor:
     return F.avg_pool2d(images, 3, stride=1, padding=1, count_include_pad=False) + noise
 
 
-def track(critic: PatchCritic, real: Tensor, fake: Tensor) -> None:
-    """A step in which these logits are tracked."""
-    critic.track(real, fake)
-    critic.finish_step()
-
-
 # The network
 
 
@@ -172,7 +166,7 @@ def test_what_a_state_dict_holds_is_all_there_is(norm):
     critic, fresh = (PatchCritic(1, width=4, layers=1, norm=norm) for _ in range(2))
     images = torch.randn(2, 1, 12, 12)
     for _ in range(3):
-        track(critic, critic(images), critic(-images))
+        critic.track(critic(images), critic(-images))
     fresh.load_state_dict(critic.state_dict())
     assert torch.equal(fresh(images), critic(images)) and torch.equal(fresh.real_mean, critic.real_mean)
 
@@ -279,40 +273,29 @@ def test_lecam_pulls_each_side_to_the_mean_of_the_other():
 
 def test_running_means_begin_at_the_first_logits():
     critic = PatchCritic(1, width=2, layers=1)
-    track(critic, REAL.requires_grad_(), FAKE)
+    critic.track(REAL.requires_grad_(), FAKE)
     assert float(critic.real_mean) == pytest.approx(0.5) and float(critic.fake_mean) == pytest.approx(-1.75 / 4)
-    track(critic, torch.full((5,), 10.5), torch.zeros(2))
+    critic.track(torch.full((5,), 10.5), torch.zeros(2))
     assert float(critic.real_mean) == pytest.approx(0.5 + (1 - DECAY) * 10, rel=1e-5)
     assert float(critic.fake_mean) == pytest.approx(DECAY * -1.75 / 4, rel=1e-5)
     assert int(critic.tracked) == 2 and not critic.real_mean.requires_grad
 
 
-def test_micro_batches_move_the_running_means_as_their_whole_does():
-    one, two = (PatchCritic(1, width=2, layers=1) for _ in range(2))
-    for step in range(3):
-        real, fake = torch.randn(6, generator=torch.Generator().manual_seed(step)).chunk(2)
-        track(one, torch.cat([real, real + 1]), torch.cat([fake, 2 * fake]))
-        two.track(real, fake)
-        two.track(real + 1, 2 * fake)
-        two.finish_step()
-    torch.testing.assert_close(two.state_dict()["real_mean"], one.real_mean)
-    torch.testing.assert_close(two.state_dict()["fake_mean"], one.fake_mean)
-    assert int(two.tracked) == int(one.tracked) == 3
-
-
-@pytest.mark.parametrize("told", [bool, torch.tensor], ids=["on the host", "on the device"])
-def test_a_step_that_is_not_taken_leaves_no_trace(told):
-    """Neither in the running means nor in the power iterations, whichever turns the critic was asked in."""
-    critic, images = PatchCritic(1, width=4, layers=1), torch.randn(2, 1, 12, 12)
-    track(critic, critic(images), critic(-images))
+def test_logits_that_are_not_finite_move_no_running_mean():
+    critic = PatchCritic(1, width=2, layers=1)
+    critic.track(REAL, FAKE)
     before = {name: value.clone() for name, value in critic.state_dict().items()}
-    for taken in (False, True):
-        critic(images)
-        critic.track(critic(images), critic(-images) * math.nan if not taken else critic(-images))
-        critic.finish_step(told(taken))
-        changed = [name for name, value in critic.state_dict().items() if not torch.equal(value, before[name])]
-        assert bool(changed) == taken
-    assert {"real_mean", "fake_mean", "tracked"} < set(changed) and any(name.endswith("_u") for name in changed)
+    critic.track(REAL, FAKE * math.nan)
+    critic.track(REAL * math.inf, FAKE)
+    assert all(torch.equal(value, before[name]) for name, value in critic.state_dict().items())
+
+
+def test_running_means_move_in_training_only():
+    critic = PatchCritic(1, width=2, layers=1)
+    with torch.no_grad():
+        found = critic.track(REAL, FAKE)
+    assert torch.equal(critic.eval().track(REAL, FAKE), found) and found.tolist() == [0.5, -1.75 / 4]
+    assert int(critic.tracked) == 0 and float(critic.real_mean) == 0
 
 
 # The adaptive weight
@@ -426,7 +409,7 @@ def one_of_two(folder: Path) -> None:
     weight = adaptive_weight(reconstruction, adversarial, generator[-1].weight)
     (reconstruction + weight * adversarial).backward()
     for _ in range(2):
-        track(critic, critic(mine), critic(-mine))
+        critic.track(critic(mine), critic(-mine))
     means = [float(critic.real_mean), float(critic.fake_mean)]
     wrapped = nn.parallel.DistributedDataParallel(critic.train().requires_grad_(), broadcast_buffers=False)
     found = {
@@ -460,7 +443,7 @@ def test_two_processes_weigh_as_one_does(pair):
 def test_two_processes_track_as_one_does(pair):
     _, critic = new_pair()
     for _ in range(2):
-        track(critic, critic(batch()), critic(-batch()))
+        critic.track(critic(batch()), critic(-batch()))
     expected = [float(critic.real_mean), float(critic.fake_mean)]
     assert pair[0]["means"] == pair[1]["means"] == pytest.approx(expected, rel=1e-4)
 

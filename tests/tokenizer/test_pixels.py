@@ -25,7 +25,7 @@ from pipelines.stages.provenance import tokenizer_defaults
 from tokenizer import Tokenizer
 from tokenizer.files.errors import ConfigError
 from tokenizer.losses import psnr
-from tokenizer.palette import distinct_colors, lattice, spread, weighted_kmeans
+from tokenizer.palette import distinct_colors, kmeans_plus_plus, lattice, weighted_kmeans
 from tokenizer.quantizers import codebook
 
 LEVELS = [2, 3, 4, 7, 16, 100, 255, 256]
@@ -189,7 +189,7 @@ def test_a_palette_of_all_colors_is_exact(channels):
     assert torch.equal(tokenizer.decode(tokenizer.encode(images)), images)
     more = make_tokenizer("palette", (8, 16), channels, colors=count + 1)
     before = more.table.clone()
-    with pytest.raises(ConfigError, match=rf"colors: {count + 1} were asked for, .* {count} different"):
+    with pytest.raises(ConfigError, match=rf"colors: .*{count}\D.*{count + 1}"):
         more.initialize(images)
     assert torch.equal(more.table, before)
 
@@ -269,13 +269,13 @@ def test_every_color_is_used_and_different():
 def test_a_color_without_pixels_moves_to_where_the_error_is(monkeypatch):
     points = torch.tensor([[0.0], [0.1], [0.9], [1.0]])
     counts = torch.tensor([1.0, 1, 1, 5]).double()
-    monkeypatch.setattr("tokenizer.palette.spread", lambda *_: torch.tensor([[0.05], [7.0], [7.0]]))
+    monkeypatch.setattr("tokenizer.palette.kmeans_plus_plus", lambda *_: torch.tensor([[0.05], [7.0], [7.0]]))
     assert weighted_kmeans(points, counts, 3, 0, 0)[1:].flatten().sort().values.tolist() == pytest.approx([0.9, 1.0])
     found = weighted_kmeans(points, counts, 3, 10, 0).flatten().sort().values
     assert found.tolist() == pytest.approx([0.05, 0.9, 1.0])
-    monkeypatch.setattr("tokenizer.palette.spread", lambda *_: torch.tensor([[1.0], [7.0], [7.0]]))
+    monkeypatch.setattr("tokenizer.palette.kmeans_plus_plus", lambda *_: torch.tensor([[1.0], [7.0], [7.0]]))
     assert weighted_kmeans(points, counts, 3, 0, 0).flatten().sort().values.tolist() == pytest.approx([0.0, 0.1, 1.0])
-    monkeypatch.setattr("tokenizer.palette.spread", lambda *_: torch.tensor([[0.05], [0.9]]))
+    monkeypatch.setattr("tokenizer.palette.kmeans_plus_plus", lambda *_: torch.tensor([[0.05], [0.9]]))
     assert weighted_kmeans(points, counts, 2, 10, 0).flatten().tolist() == pytest.approx(
         [0.05, 5.9 / 6]
     )  # counts are weights
@@ -285,8 +285,8 @@ def test_a_spread_start_never_takes_a_color_twice():
     points = torch.randn(50, 3)
     counts = torch.ones(50).double().index_fill(0, torch.tensor([3]), 1e6)
     for seed in range(20):
-        assert len(spread(points, counts, 50, torch.Generator().manual_seed(seed)).unique(dim=0)) == 50
-    first = [spread(points, counts, 2, torch.Generator().manual_seed(seed)) for seed in range(20)]
+        assert len(kmeans_plus_plus(points, counts, 50, torch.Generator().manual_seed(seed)).unique(dim=0)) == 50
+    first = [kmeans_plus_plus(points, counts, 2, torch.Generator().manual_seed(seed)) for seed in range(20)]
     assert sum(torch.equal(pair[0], points[3]) for pair in first) >= 19  # drawn in proportion to the counts
 
 
@@ -373,7 +373,7 @@ def test_bad_configurations_are_named(kind, config, message):
         (["model.kind=pixels", "model.levels=257"], "model.levels: must be <= 256 (got 257)"),
         (["model.kind=pixels", "model.channels=3"], "model.channels: a fact of the data"),
         (["model.kind=palette", "model.colors=0"], "model.colors: must be >= 2 (got 0)"),
-        (["model.kind=palette", "data.limit=100"], "colors: 512 were asked for, and the 100 training images"),
+        (["model.kind=palette", "data.limit=100"], "palette: colors: "),
     ],
 )
 def test_mistakes_are_said_in_a_line(tmp_path, capsys, wrong, message):

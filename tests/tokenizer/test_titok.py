@@ -45,7 +45,7 @@ def some_tokens(tokenizer: Tokenizer, count: int = 3) -> Tensor:
 @pytest.mark.parametrize("keep", [None, "uniform", "powers"])
 def test_every_quantizer(kind, keep):
     if keep and kind not in SINGLE:
-        with pytest.raises(ConfigError, match=r"^keep: needs a quantizer of one id per register[^\n]*$"):
+        with pytest.raises(ConfigError, match=r"^keep: needs a quantizer[^\n]*$"):
             make_tokenizer("titok", quantizer=quantizer_of(kind, 1, 1), keep=keep)
         return
     tokenizer = make_tokenizer("titok", quantizer=quantizer_of(kind, 1, 1), keep=keep).train()
@@ -55,7 +55,6 @@ def test_every_quantizer(kind, keep):
     loss, _ = total_loss(tokenizer(images), images, {"l1": 1.0, "l2": 1.0, **tokenizer.loss_weights})
     loss.backward()
     assert all(parameter.grad is not None for parameter in tokenizer.parameters())
-    tokenizer.finish_step()
     tokenizer.eval()
     tokens, output = tokenizer.encode(images), tokenizer(images)
     assert tokens.shape == (3, *tokenizer.grid.shape) and torch.equal(tokens, output.tokens)
@@ -195,11 +194,11 @@ def test_training_draws_for_each_image_from_the_generator_that_a_step_seeds():
     tokenizer = make_tokenizer("titok", keep="uniform").train()
     images = images_for(tokenizer, 1).expand(8, -1, -1, -1)
 
+    @torch.no_grad()  # so that the codebook stays as it is
     def forward(seed: int) -> Tensor:
         torch.manual_seed(seed)
-        return tokenizer(images).images.detach()
+        return tokenizer(images).images
 
-    tokenizer(images)  # the codebook starts
     made = forward(0)
     assert torch.equal(made, forward(0)) and not torch.equal(made, forward(1))
     assert len(made.flatten(1).unique(dim=0)) > 1, "images of a batch have numbers of their own"
@@ -229,7 +228,7 @@ def test_training_draws_for_each_image_from_the_generator_that_a_step_seeds():
         (
             {"keep": None, "quantizer": quantizer_of("rvq", 1, 1)},
             5,
-            r"takes all 15 tokens of an image, got 5; prefixes need [^\n]* and a quantizer of one id per register",
+            r"takes all 15 tokens of an image, got 5; prefixes need [^\n]* quantizer with one id per register",
         ),
     ],
 )
@@ -257,7 +256,7 @@ def test_a_prefix_is_checked_like_all_tokens():
         ({"factor": 8}, "factor: 8 does not divide the image size 28x28"),
         ({"heads": 3}, "heads: dim must be a multiple of heads"),
         ({"keep": "nested"}, "keep: must be one of 'uniform', 'powers'"),
-        ({"quantizer": {"kind": "multiscale"}}, "quantizer.kind: must not be multiscale, whose scales are maps, and"),
+        ({"quantizer": {"kind": "multiscale"}}, "quantizer.kind: must not be multiscale"),
         ({"register": 4}, "did you mean 'registers'"),
     ],
 )

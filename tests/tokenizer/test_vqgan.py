@@ -121,7 +121,7 @@ def test_it_learns():
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        ({"image_size": (30, 32)}, "widths: 3 levels halve 2 times, which the image size 30x32 does not allow"),
+        ({"image_size": (30, 32)}, "widths: .*30x32"),
         ({"widths": (8,) * 13}, "widths: 13 levels"),
         ({"widths": (8, 18, 8)}, "groups: 4 does not divide the width 18"),
         ({"stem": 6}, "groups: 4 does not divide the width 6"),

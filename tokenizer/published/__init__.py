@@ -1,6 +1,6 @@
-"""Networks of others whose weights `smalti import` reads, one a file, and how each project names them."""
+"""Published networks of other projects, one a file, and how each project names its weights for `smalti import`."""
 
-from .conversion import TOLD, build, prefix_of, recognise
+from .conversion import build, prefix_of, recognise
 from .layouts import Layout, Shapes
 
-__all__ = ["TOLD", "Layout", "Shapes", "build", "prefix_of", "recognise"]
+__all__ = ["Layout", "Shapes", "build", "prefix_of", "recognise"]

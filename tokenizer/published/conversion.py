@@ -1,4 +1,4 @@
-"""Published weights become a model of ours: whose they are, what is missing, left over or misshapen."""
+"""Turn published weights into a model of ours: recognise the project, check names and shapes, copy."""
 
 from __future__ import annotations
 
@@ -15,44 +15,43 @@ from ..files.errors import FormatError, WeightsError
 from ..files.weights import expected_weights
 from ..quantizers.vq import VQ
 from .cosmos import COSMOS
-from .emu3 import EMU3, EMU3_RELEASED
 from .layouts import Layout, Weights
 from .magvit2 import MAGVIT2
 from .maskgit import MASKGIT
 from .vqgans import DIFFUSERS, IBQ, JANUS, LLAMAGEN, TAMING
 
-# Those that share names with others come before them; which of two none of the weights tells is said by the user.
-LAYOUTS = (DIFFUSERS, LLAMAGEN, EMU3, EMU3_RELEASED, MAGVIT2, MASKGIT, COSMOS, JANUS, TAMING)
-TOLD = {"ibq": IBQ}
-WITHIN = ("model.vqmodel.", "vqmodel.")
-"""Before the names of the tokenizer's weights in a whole model of transformers."""
+# The first one that fits is taken: TAMING also fits weights of those before it.
+LAYOUTS = (DIFFUSERS, LLAMAGEN, MAGVIT2, MASKGIT, COSMOS, JANUS, TAMING)
+TAMING_VARIANTS = {"ibq": IBQ}
+"""Layouts with the names of TAMING, by the option `layout` with which a user chooses them."""
+PREFIXES = ("model.vqmodel.", "vqmodel.")
+"""Of the tokenizer's weights in a whole model of transformers."""
 
 
-def recognise(weights: Weights, path: Path, told: str | None = None) -> Layout:
-    """The layout that the weights have, by their names; `told`: the one of `TOLD` that it is. Raises `FormatError`."""
-    found = next((layout for layout in LAYOUTS if layout.fits(weights)), None)
-    if told and found is not TAMING:
-        raise FormatError(f"{path}: layout: the names of the weights are not those of {TOLD[told].title}")
-    if found is None:
-        titles = ", ".join(layout.title for layout in (*LAYOUTS, *TOLD.values()))
+def recognise(weights: Weights, path: Path, variant: str | None = None) -> Layout:
+    """The layout of `weights`, by their names and shapes. variant: a key of `TAMING_VARIANTS`. Raises `FormatError`."""
+    layout = next((layout for layout in LAYOUTS if layout.fits(weights)), None)
+    if variant and layout is not TAMING:
+        title = TAMING_VARIANTS[variant].title
+        raise FormatError(f"{path}: layout: the weights do not have the names of {title}")
+    if layout is None:
+        titles = ", ".join(layout.title for layout in (*LAYOUTS, *TAMING_VARIANTS.values()))
         names = ", ".join(sorted(weights)[:3]) or "none"
-        raise FormatError(f"{path}: the names of the weights are not those of {titles} (found {names[:300]}, ...)")
-    if found is TAMING and not any(name.startswith("decoder.") for name in weights):
-        raise FormatError(
-            f"{path}: there is no decoder, as in the ChameleonVQVAE of transformers; Chameleon's own release has both "
-            "halves in its vqgan.ckpt, which can be imported"
-        )
-    return TOLD[told] if told else found
+        raise FormatError(f"{path}: the weights do not have the names of {titles} (found {names[:300]}, ...)")
+    return TAMING_VARIANTS[variant] if variant else layout
 
 
 def prefix_of(names: Collection[str]) -> str:
-    """What the names of the tokenizer's weights begin with in a whole model; nothing, if these are a tokenizer's."""
-    return next((prefix for prefix in WITHIN if any(name.startswith(prefix) for name in names)), "")
+    """The prefix of the tokenizer's weights in a whole model; empty for a tokenizer's own file."""
+    return next((prefix for prefix in PREFIXES if any(name.startswith(prefix) for name in names)), "")
 
 
 def build(config: Any, weights: Weights, layout: Layout, path: Path) -> tuple[Autoencoder, list[str]]:
-    """The model with its weights in float32, and the names of those that only training needs. Raises `WeightsError`
-    naming what is missing, left over, misshapen or not finite, and what `expected_weights` raises."""
+    """The model with its weights in float32, and the names of weights that only training needs.
+
+    Raises `WeightsError` that lists missing, unexpected, misshapen or non-finite weights, and what `expected_weights`
+    raises.
+    """
     expected_weights(lambda: layout.kind(config), path)
     with torch.device("meta"):
         expected = dict(layout.kind(config).named_parameters())
@@ -66,13 +65,13 @@ def build(config: Any, weights: Weights, layout: Layout, path: Path) -> tuple[Au
     model: Autoencoder = layout.kind(config)
     with torch.no_grad():
         for key, parameter in model.named_parameters():
-            parameter.copy_(fitted(weights[names[key]], parameter, names[key], path))
-        start(model)
+            parameter.copy_(convert(weights[names[key]], parameter, names[key], path))
+        mark_as_trained(model)
     return model.eval(), unused
 
 
-def start(model: Autoencoder) -> None:
-    """A codebook is not to be started anew by further training, nor is any of its codes dead yet."""
+def mark_as_trained(model: Autoencoder) -> None:
+    """Keep further training from starting the codebook anew, and from counting its codes as dead."""
     buffers = dict(model.quantizer.named_buffers())
     if "started" in buffers:
         buffers["started"].fill_(1)
@@ -80,17 +79,18 @@ def start(model: Autoencoder) -> None:
         model.quantizer.counts.fill_(1)
 
 
-def fitted(found: Tensor, expected: Tensor, name: str, path: Path) -> Tensor:
-    """`found` in float32, checked. (Some 1x1 convolutions are matrices to others.)"""
-    if matrix_shape(found) != matrix_shape(expected):
-        raise WeightsError(f"{path}: {name} has shape {list(found.shape)}, expected {list(expected.shape)}")
-    if not found.is_floating_point():
-        raise WeightsError(f"{path}: {name} has type {found.dtype}, expected a floating-point one")
-    if not bool(torch.isfinite(found.float()).all()):
+def convert(weight: Tensor, expected: Tensor, name: str, path: Path) -> Tensor:
+    """`weight` in float32 and in the shape of `expected`. (Some 1x1 convolutions are matrices elsewhere.) Raises
+    `WeightsError`."""
+    if matrix_shape(weight) != matrix_shape(expected):
+        raise WeightsError(f"{path}: {name} has shape {list(weight.shape)}, expected {list(expected.shape)}")
+    if not weight.is_floating_point():
+        raise WeightsError(f"{path}: {name} has dtype {weight.dtype}, expected a floating-point one")
+    if not bool(torch.isfinite(weight.float()).all()):
         raise WeightsError(f"{path}: {name} holds a value that is not finite")
-    return found.float().reshape(expected.shape)
+    return weight.float().reshape(expected.shape)
 
 
 def matrix_shape(weight: Tensor) -> tuple[int, ...]:
-    """Its shape, without the two axes of a 1x1 convolution."""
+    """The shape without the two axes of a 1x1 convolution."""
     return tuple(weight.shape[:2] if weight.shape[2:] == (1, 1) else weight.shape)

@@ -1,7 +1,7 @@
 """Cosmos' discrete image tokenizer (NVIDIA 2025, arXiv:2501.03575): VQGAN's network on Haar wavelets.
 
-A transform without weights folds patches into channels: of each 2x2 block its mean and three differences, and again of
-these. So the network has fewer halvings than levels. The vectors are rounded (`fsq`): 8x8x8x5x5x5 is 64,000 ids.
+A fixed transform folds patches into channels: the mean and three differences of each 2x2 block, repeated on its own
+output. So the network has fewer halvings than levels. Vectors are rounded (`fsq`): 8x8x8x5x5x5 gives 64,000 ids.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from ..autoencoder import Autoencoder
 from ..files.errors import WeightsError
 from ..quantizers.fsq import FSQConfig
 from ..settings import ModelConfig, Node
-from ..vqgan import NetworkConfig, decoder_layers, encoder_layers, named
+from ..vqgan import NetworkConfig, decoder_layers, encoder_layers, named_sequential
 from .layouts import Layout, Shapes, Weights
-from .vqgans import FIRST, TAMING_NAMES, network_sizes
+from .vqgans import TAMING_FIRST, TAMING_NAMES, network_sizes
 
-LEVELS = (8, 8, 8, 5, 5, 5)  # of all that is published
+LEVELS = (8, 8, 8, 5, 5, 5)  # of all published models
 BUFFERS = r"(encoder\.patcher|decoder\.unpatcher)\.(wavelets|_arange)$|quantizer\.(_levels|_basis|implicit_codebook)$"
 
 
@@ -34,7 +34,9 @@ class CosmosConfig(NetworkConfig):
     stem: int | None = Field(
         128, ge=1, le=4096, description="channels of the encoder's first convolution; null: those of the finest level"
     )
-    patch: Literal[1, 2, 4, 8, 16] = Field(4, description="pixels along a side of what the wavelets fold into channels")
+    patch: Literal[1, 2, 4, 8, 16] = Field(
+        4, description="side in pixels of the patches that the wavelets fold into channels"
+    )
     halvings: int = Field(
         2,
         ge=0,
@@ -48,28 +50,25 @@ class CosmosConfig(NetworkConfig):
         None, min_length=1, description="levels of the decoder with self-attention after every block, 0 the finest"
     )
     quantizer: Annotated[ModelConfig, Node("tokenizer.quantizers:Quantizer")] = Field(
-        FSQConfig(levels=LEVELS), description="how vectors become ids"
+        FSQConfig(levels=LEVELS), description="turns vectors into ids"
     )
 
     @property
     def halved(self) -> int:
-        """How many levels halve height and width."""
         return self.halvings
 
     @property
     def factor(self) -> int:
-        """Image pixels per token along each side."""
         return self.patch * 2**self.halvings
 
     def check(self) -> Iterator[str]:
-        """There is a level for each halving."""
         yield from super().check()
         if self.halvings > len(self.widths):
             yield f"halvings: at most one a level, {len(self.widths)} (got {self.halvings})"
         halved = all(side % 2**self.halvings == 0 for side in self.image_size)
         if halved and any(side % self.factor for side in self.image_size):
             size = "x".join(map(str, self.image_size))
-            yield f"patch: {self.factor} pixels for each token do not divide the image size {size}"
+            yield f"patch: {self.factor} pixels per token do not divide the image size {size}"
 
 
 class Cosmos(Autoencoder, name="cosmos"):
@@ -81,14 +80,16 @@ class Cosmos(Autoencoder, name="cosmos"):
         super().__init__(config, config.factor)
         dim, area = self.quantizer.dim, config.patch**2
         layers = encoder_layers(config, config.channels * area)
-        self.encoder = named(haar=Haar(config.patch), **layers, project=nn.Conv2d(config.z_channels, dim, 1))
-        self.decoder = named(**decoder_layers(config, dim, self.outputs * area), haar=InverseHaar(config.patch))
+        self.encoder = named_sequential(haar=Haar(config.patch), **layers, project=nn.Conv2d(config.z_channels, dim, 1))
+        self.decoder = named_sequential(
+            **decoder_layers(config, dim, self.outputs * area), haar=InverseHaar(config.patch)
+        )
         self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
 
 class Haar(nn.Module):
-    """`(B, C, H, W)` to `(B, C * patch ** 2, H / patch, W / patch)`; of a 2x2 block the mean comes first, then what its
-    rows differ by, its columns, its diagonals."""
+    """`(B, C, H, W)` to `(B, C * patch ** 2, H / patch, W / patch)`: the mean of a 2x2 block, then the differences of
+    its rows, columns and diagonals."""
 
     def __init__(self, patch: int) -> None:
         super().__init__()
@@ -118,23 +119,25 @@ class InverseHaar(nn.Module):
 
 
 def sizes(shapes: Shapes) -> dict[str, Any]:
-    """Of a `cosmos`. Raises `WeightsError` for wavelets of neither grey nor colour."""
+    """The configuration of a `cosmos`. Raises `WeightsError` for wavelets of neither grey nor RGB images."""
     network = network_sizes(shapes)
     folded = {channels * patch**2: (channels, patch) for channels in (1, 3) for patch in (2, 4, 8, 16)}
     if network["channels"] not in folded:
-        found = f"{network['channels']} channels, allowed are {', '.join(map(str, sorted(folded)))}"
-        raise WeightsError(f"{shapes.path}: encoder.conv_in.weight takes {found}")
+        allowed = ", ".join(map(str, sorted(folded)))
+        raise WeightsError(
+            f"{shapes.path}: encoder.conv_in.weight has {network['channels']} input channels, allowed are {allowed}"
+        )
     channels, patch = folded[network["channels"]]
-    told = shapes.weights.get("quantizer._levels")
-    levels = list(LEVELS) if told is None else told.flatten().tolist()
+    stored = shapes.weights.get("quantizer._levels")
+    levels = list(LEVELS) if stored is None else stored.flatten().tolist()
     halvings = shapes.count("encoder.levels.{}.resample.1.weight")
     quantizer = {"kind": "fsq", "levels": levels}
     return {**network, "channels": channels, "patch": patch, "halvings": halvings, "quantizer": quantizer}
 
 
 def fits(weights: Weights) -> bool:
-    """Names of taming-transformers, wavelets in place of pixels, and no codebook."""
-    pixels = FIRST in weights and "encoder.conv_in.weight" in weights
+    """Whether weights have the names of taming-transformers, wavelets as inputs, and no codebook."""
+    pixels = TAMING_FIRST in weights and "encoder.conv_in.weight" in weights
     wavelets = pixels and weights["encoder.conv_in.weight"].shape[1:2] not in ((1,), (3,))
     return wavelets and not any(name.startswith("quantize.") for name in weights)
 

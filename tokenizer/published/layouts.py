@@ -1,4 +1,4 @@
-"""How a project names the weights of its network, and what the shapes of the weights say of its sizes."""
+"""Layout: how a project names the weights of its network, and how sizes follow from their shapes."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from torch import Tensor
 from ..files.errors import WeightsError
 
 Weights = dict[str, Tensor]
-Reader = Callable[[dict[str, Any], dict[str, Any], Path], dict[str, Any]]
-"""Of settings that lie beside the weights, and the sizes that the weights have: what else a configuration has to say.
-Raises `FormatError` or `ConfigError` where the two do not fit, or the settings mean another network."""
+SettingsReader = Callable[[dict[str, Any], dict[str, Any], Path], dict[str, Any]]
+"""(settings of a `config.json`, sizes that the weights have, its path) to further configuration. Raises `FormatError`
+or `ConfigError` if the two disagree or a setting is not supported."""
 
 SHARED = (
     (r"^encoder\.project\.", "quant_conv."),
@@ -27,37 +27,37 @@ SHARED = (
 )
 
 
-def as_they_are(weights: Weights) -> Weights:
-    """For a layout that needs no other `prepare`."""
+def unchanged(weights: Weights) -> Weights:
+    """The default of `Layout.prepare`."""
     return weights
 
 
 @dataclass(frozen=True)
 class Layout:
-    """A project's names: the substitutions `names`, one after the other, turn our names of weights into its."""
+    """A project's names. The regular-expression substitutions `SHARED` and `names`, in turn, map our names to its."""
 
     title: str
     kind: Any
-    """Our network that its weights fit, a class of `Autoencoder`."""
+    """Our network for its weights, a class of `Autoencoder`."""
     fits: Callable[[Weights], bool]
-    """Whether weights have names, and the first of them shapes, as this project's have."""
+    """Whether weights have this project's names and, for the first layers, shapes."""
     sizes: Callable[[Shapes], dict[str, Any]]
-    """The configuration, as far as shapes say it. Raises `WeightsError`."""
+    """The configuration, as far as shapes determine it. Raises `WeightsError`."""
     names: tuple[tuple[str, str], ...]
     training: str = r"(?!)"
-    """Pattern of its weights that only training needs."""
+    """Pattern of weights that only training needs."""
     finest_first: bool = False
-    """Whether it numbers the decoder's levels from the finest, that is, against the order in which they run."""
-    prepare: Callable[[Weights], Weights] = as_they_are
-    """Its weights in the form of ours, by its names."""
-    settings: Reader | None = None
-    """Reads the `config.json` beside the weights; None: it has none."""
+    """Whether the decoder's levels are numbered from the finest, against the order in which they run."""
+    prepare: Callable[[Weights], Weights] = unchanged
+    """Convert weights to our form, under the project's names."""
+    settings: SettingsReader | None = None
+    """Reads the `config.json` beside the weights, if the project writes one."""
     needs_settings: bool = False
     more: dict[str, Any] = field(default_factory=dict)
-    """What of its configuration shapes do not say."""
+    """Configuration that shapes do not determine."""
 
     def published(self, key: str, levels: int) -> str:
-        """Its name for our weight `key`, in a network of `levels` levels."""
+        """The project's name of our weight `key`, in a network of `levels` levels."""
         if self.finest_first:
             numbered = r"^(decoder\.(?:levels|adaptive))\.(\d+)"
             key = re.sub(numbered, lambda found: f"{found[1]}.{levels - 1 - int(found[2])}", key)
@@ -67,34 +67,34 @@ class Layout:
 
 
 class Shapes:
-    """Shapes of a project's weights, by our names of them."""
+    """Shapes of a project's weights, by our names."""
 
     def __init__(self, weights: Weights, layout: Layout, path: Path) -> None:
         self.weights, self.layout, self.path = weights, layout, path
-        self.levels = 0  # all layouts number the encoder's levels from the finest
+        self.levels = 0  # unknown while they are counted: all layouts number the encoder's levels from the finest
         self.levels = self.count("encoder.levels.{}.blocks.0.conv1.weight")
 
     def of(self, key: str, axes: int = 4) -> tuple[int, ...]:
-        """The shape of `key`. Raises `WeightsError` if it is not there or has another number of axes."""
+        """The shape of `key`. Raises `WeightsError` if it is missing or has another number of axes."""
         name = self.layout.published(key, self.levels)
-        found = tuple(self.weights[name].shape) if name in self.weights else ()
-        if len(found) != axes:
-            problem = f"has shape {list(found)}, expected {axes} axes" if name in self.weights else "is missing"
+        shape = tuple(self.weights[name].shape) if name in self.weights else ()
+        if len(shape) != axes:
+            problem = f"has shape {list(shape)}, expected {axes} axes" if name in self.weights else "is missing"
             raise WeightsError(f"{self.path}: {name} {problem}")
-        return found
+        return shape
 
-    def there(self, key: str) -> bool:
+    def has(self, key: str) -> bool:
         """Whether there is such a weight."""
         return self.layout.published(key, self.levels) in self.weights
 
     def count(self, key: str) -> int:
-        """How many weights there are of the name `key`, which has {} in place of a number."""
-        return next(index for index in range(len(self.weights) + 1) if not self.there(key.format(index)))
+        """How many consecutive numbers in place of the {} in `key`, from 0 on, name a weight."""
+        return next(index for index in range(len(self.weights) + 1) if not self.has(key.format(index)))
 
     def stem_and_levels(self) -> dict[str, Any]:
         """`channels`, `widths`, `stem` and `blocks` of an encoder."""
         stem = self.of("encoder.stem.weight")
-        levels = range(max(1, self.levels))  # of none the first is missing
+        levels = range(max(1, self.levels))  # with zero levels, report level 0 as missing
         widths = tuple(self.of(f"encoder.levels.{level}.blocks.0.conv1.weight")[0] for level in levels)
         return {
             "channels": stem[1],
@@ -104,6 +104,6 @@ class Shapes:
         }
 
     def codebook(self) -> dict[str, Any]:
-        """`codes` and `dim`, and that they are the `vq` quantizer's."""
+        """The configuration of a `vq` quantizer."""
         codes, dim = self.of("quantizer.codebook", axes=2)
         return {"kind": "vq", "codes": codes, "dim": dim}

@@ -1,8 +1,8 @@
 """Open-MAGVIT2 (Luo et al. 2024, arXiv:2409.04410; SEED-Voken), after MAGVIT-2 (Yu et al. 2023, arXiv:2310.05737).
 
-No attention; strided convolutions halve the sides, and channels become pixels to double them. Each level of the decoder
-begins with a normalisation that the codes of the whole image scale and shift, by their deviation and mean in each
-channel. The id is the signs of the vector's 18 channels (`lfq`).
+No attention; strided convolutions halve the sides, and pixel shuffles double them. Each level of the decoder begins
+with a group normalisation whose scale and shift depend on the standard deviation and mean of the image's codes. The id
+is the signs of the vector's 18 channels (`lfq`).
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from ..quantizers.lfq import LFQConfig
 from ..settings import ModelConfig, Node
 from ..vqgan import conv3
 from .layouts import Layout, Shapes, Weights
-from .plain import PLAIN_NAMES, Block, Level, PlainConfig, blocks_of, encoder, ends, plain_sizes
-from .vqgans import averaged
+from .plain import PLAIN_NAMES, Block, Level, PlainConfig, decoder_ends, encoder, level_blocks
+from .vqgans import take_averages
 
 EPS = 1e-6
 
@@ -29,9 +29,9 @@ EPS = 1e-6
 class MAGVIT2Config(PlainConfig):
     """Sizes of the networks; the defaults are those of the ImageNet models."""
 
-    blocks: int = Field(4, ge=1, le=64, description="residual blocks at each level, and between the two halves of each")
+    blocks: int = Field(4, ge=1, le=64, description="residual blocks at each level, and at the token resolution")
     quantizer: Annotated[ModelConfig, Node("tokenizer.quantizers:Quantizer")] = Field(
-        LFQConfig(bits=18), description="how vectors become ids"
+        LFQConfig(bits=18), description="turns vectors into ids"
     )
 
 
@@ -48,18 +48,18 @@ class OpenMAGVIT2(Autoencoder, name="magvit2"):
 
 
 class Decoder(nn.Module):
-    """`(B, dim, H / f, W / f)` to `(B, outputs, H, W)`; levels are in the order in which they run, coarsest first."""
+    """`(B, dim, H / f, W / f)` to `(B, outputs, H, W)`; coarsest level first."""
 
     def __init__(self, config: MAGVIT2Config, dim: int, outputs: int) -> None:
         super().__init__()
-        before, after = ends(config, dim, outputs, Block)
+        before, after = decoder_ends(config, dim, outputs, Block)
         self.stem, self.middle = before["stem"], before["middle"]
         self.adaptive, self.levels = nn.ModuleList(), nn.ModuleList()
         width = config.widths[-1]
         for level, wide in reversed(list(enumerate(config.widths))):
             self.adaptive.append(AdaptiveNorm(width, config.groups, dim))
-            blocks = blocks_of(config, Block, width, wide)
-            self.levels.append(Level(blocks, Grow(wide) if level else nn.Identity()))
+            blocks = level_blocks(config, Block, width, wide)
+            self.levels.append(Level(blocks, Double(wide) if level else nn.Identity()))
             width = wide
         self.norm, self.head = after["norm"], after["head"]
 
@@ -71,7 +71,7 @@ class Decoder(nn.Module):
 
 
 class AdaptiveNorm(nn.Module):
-    """Group normalisation of `(B, width, H, W)`, each channel scaled and shifted by what the codes of the image are."""
+    """Group normalisation of `(B, width, H, W)` with scale and shift from statistics of the image's codes."""
 
     ones: Tensor
     zeros: Tensor
@@ -85,37 +85,36 @@ class AdaptiveNorm(nn.Module):
 
     def forward(self, x: Tensor, codes: Tensor) -> Tensor:
         """codes: `(B, dim, h, w)`."""
-        rows = codes.flatten(2).contiguous()  # whatever its memory format: in another order, sums would round otherwise
+        rows = codes.flatten(2).contiguous()  # so that sums round alike in every memory format
         deviation = (rows.var(2, correction=min(1, rows.shape[2] - 1)) + EPS).sqrt()
         scale, shift = self.scale(deviation), self.shift(rows.mean(2))
         normalised = group_norm(x, self.groups, self.ones, self.zeros, EPS)
         return normalised * scale[..., None, None] + shift[..., None, None]
 
 
-class Grow(nn.Sequential):
-    """Doubles height and width: a 3x3 convolution, whose channels become pixels."""
+class Double(nn.Sequential):
+    """Doubles height and width: a 3x3 convolution and a pixel shuffle."""
 
     def __init__(self, width: int) -> None:
         super().__init__(conv3(width, 4 * width), nn.PixelShuffle(2))
 
 
-# Its weights
+# Weights
 
 
-def shuffled(weights: Weights) -> Weights:
-    """Running means in place of weights; and what becomes a pixel's four parts in our order, in which those of one
-    channel come one after another, where there all channels of a part do."""
-    found = averaged(weights)
-    for name, value in found.items():
+def prepare(weights: Weights) -> Weights:
+    """Take running means, and reorder outputs of upsampling convolutions from (sub-pixel, channel) to torch's (channel,
+    sub-pixel)."""
+    prepared = take_averages(weights)
+    for name, value in prepared.items():
         if ".upsample.conv1." in name and value.ndim and value.shape[0] % 4 == 0:
-            found[name] = value.unflatten(0, (4, -1)).transpose(0, 1).flatten(0, 1)
-    return found
+            prepared[name] = value.unflatten(0, (4, -1)).transpose(0, 1).flatten(0, 1)
+    return prepared
 
 
 def sizes(shapes: Shapes) -> dict[str, Any]:
-    """Of a `magvit2`."""
-    network, bits = plain_sizes(shapes)
-    return {**network, "quantizer": {"kind": "lfq", "bits": bits}}
+    """The configuration of a `magvit2`."""
+    return {**shapes.stem_and_levels(), "quantizer": {"kind": "lfq", "bits": shapes.of("encoder.head.weight")[0]}}
 
 
 MAGVIT2 = Layout(
@@ -133,5 +132,5 @@ MAGVIT2 = Layout(
     ),
     training=r"loss\.|model_ema\.",
     finest_first=True,
-    prepare=shuffled,
+    prepare=prepare,
 )

@@ -1,8 +1,8 @@
-"""MaskGIT's VQGAN (Chang et al. 2022, arXiv:2202.04200), as open-muse gave it to torch; RAR, TiTok and MAGE use it.
+"""MaskGIT's VQGAN (Chang et al. 2022, arXiv:2202.04200), as ported to torch by open-muse; RAR, TiTok and MAGE use it.
 
-It has no attention; means of 2x2 pixels halve the sides. Its images lie in [0, 1], which is between it and ours. Where
-a block of the published network widens, the 1x1 convolution of its short cut sees what the block adds, not what comes
-in: so it is here, as the weights were trained with it.
+It has no attention, halves by average pooling, and its images lie in [0, 1]. Where a block of the published network
+widens, the 1x1 convolution of its shortcut is applied to the block's residual, not to its input. The weights were
+trained with this, so it is reproduced here.
 """
 
 from __future__ import annotations
@@ -17,16 +17,16 @@ from ..autoencoder import Autoencoder
 from ..layers import Upsample
 from ..quantizers.vq import VQConfig
 from ..settings import ModelConfig, Node
-from ..vqgan import named
+from ..vqgan import named_sequential
 from .layouts import Layout, Shapes
-from .plain import PLAIN_NAMES, Block, Level, PlainConfig, blocks_of, encoder, ends, plain_sizes
+from .plain import PLAIN_NAMES, Block, Level, PlainConfig, decoder_ends, encoder, level_blocks
 
 
 class MaskGITConfig(PlainConfig):
     """Sizes of the networks; the defaults are those of the ImageNet model with 16x16 ids."""
 
     quantizer: Annotated[ModelConfig, Node("tokenizer.quantizers:Quantizer")] = Field(
-        VQConfig(codes=1024, dim=256), description="how vectors become ids"
+        VQConfig(codes=1024, dim=256), description="turns vectors into ids"
     )
 
 
@@ -37,44 +37,43 @@ class MaskGIT(Autoencoder, name="maskgit"):
 
     def __init__(self, config: MaskGITConfig) -> None:
         super().__init__(config, config.factor)
-        self.encoder = encoder(config, self.quantizer.dim, ShortBlock, lambda width: nn.AvgPool2d(2))
+        self.encoder = encoder(config, self.quantizer.dim, MaskGITBlock, lambda width: nn.AvgPool2d(2))
         self.decoder = decoder(config, self.quantizer.dim, self.outputs)
         self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
     def _embed(self, images: Tensor) -> Tensor:
         return super()._embed((images + 1) / 2)
 
-    def _decoded(self, z_q: Tensor) -> Tensor:
-        painted = super()._decoded(z_q)
-        return painted if self.has_likelihood else 2 * painted - 1
+    def _decode_vectors(self, z_q: Tensor) -> Tensor:
+        outputs = super()._decode_vectors(z_q)
+        return outputs if self.has_likelihood else 2 * outputs - 1
 
 
-class ShortBlock(Block):
-    """Where it widens, what it adds is all there is: itself, and a 1x1 convolution of it."""
+class MaskGITBlock(Block):
+    """Where it widens, the output is the residual plus a 1x1 convolution of the residual."""
 
-    def short_cut(self, width: int, wide: int) -> nn.Module:
+    def shortcut(self, width: int, wide: int) -> nn.Module:
         return nn.Conv2d(wide, wide, 1, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        change = self.change(x)
-        return change + (x if isinstance(self.skip, nn.Identity) else self.skip(change))
+        residual = self.residual(x)
+        return residual + (x if isinstance(self.skip, nn.Identity) else self.skip(residual))
 
 
 def decoder(config: MaskGITConfig, dim: int, outputs: int) -> nn.Sequential:
-    """`(B, dim, H / f, W / f)` to `(B, outputs, H, W)`; levels are in the order in which they run, coarsest first."""
+    """`(B, dim, H / f, W / f)` to `(B, outputs, H, W)`; coarsest level first."""
     width, levels = config.widths[-1], []
-    before, after = ends(config, dim, outputs, ShortBlock)
+    before, after = decoder_ends(config, dim, outputs, MaskGITBlock)
     for level, wide in reversed(list(enumerate(config.widths))):
-        blocks = blocks_of(config, ShortBlock, width, wide)
+        blocks = level_blocks(config, MaskGITBlock, width, wide)
         levels.append(Level(blocks, Upsample(wide, wide) if level else nn.Identity()))
         width = wide
-    return named(**before, levels=nn.Sequential(*levels), **after)
+    return named_sequential(**before, levels=nn.Sequential(*levels), **after)
 
 
 def sizes(shapes: Shapes) -> dict[str, Any]:
-    """Of a `maskgit`."""
-    network, _ = plain_sizes(shapes)
-    return {**network, "quantizer": shapes.codebook()}
+    """The configuration of a `maskgit`."""
+    return {**shapes.stem_and_levels(), "quantizer": shapes.codebook()}
 
 
 MASKGIT = Layout(

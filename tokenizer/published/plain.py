@@ -1,23 +1,22 @@
-"""What the networks of MaskGIT and MAGVIT-2 share: VQGAN without attention, most of its convolutions without biases."""
+"""VQGAN without attention and mostly without biases, as MaskGIT and MAGVIT-2 have it."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import Annotated, Any
+from typing import Annotated
 
 import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
 from ..autoencoder import AutoencoderConfig
-from ..vqgan import conv3, named, norm, size_problems
-from .layouts import Shapes
+from ..vqgan import conv3, named_sequential, norm, size_problems
 
 Resample = Callable[[int], nn.Module]
 
 
 class PlainConfig(AutoencoderConfig):
-    """Sizes of both halves."""
+    """Sizes of encoder and decoder."""
 
     widths: tuple[Annotated[int, Field(ge=1, le=4096)], ...] = Field(
         (128, 128, 256, 256, 512),
@@ -27,12 +26,12 @@ class PlainConfig(AutoencoderConfig):
     stem: int | None = Field(
         None, ge=1, le=4096, description="channels of the encoder's first convolution; null: those of the finest level"
     )
-    blocks: int = Field(2, ge=1, le=64, description="residual blocks at each level, and between the two halves of each")
+    blocks: int = Field(2, ge=1, le=64, description="residual blocks at each level, and at the token resolution")
     groups: int = Field(32, ge=1, le=4096, description="groups of each group normalisation")
 
     @property
     def halved(self) -> int:
-        """How many levels halve height and width."""
+        """Number of levels that halve height and width."""
         return len(self.widths) - 1
 
     @property
@@ -48,29 +47,29 @@ class PlainConfig(AutoencoderConfig):
 
 class Block(nn.Module):
     """Two normalised 3x3 convolutions added to their input `(B, width, H, W)`, which a 1x1 convolution widens if
-    needed."""
+    `wide` differs."""
 
     def __init__(self, width: int, wide: int, groups: int) -> None:
         super().__init__()
         self.norm1, self.conv1 = norm(width, groups), bare_conv3(width, wide)
         self.norm2, self.conv2 = norm(wide, groups), bare_conv3(wide, wide)
-        self.skip = nn.Identity() if width == wide else self.short_cut(width, wide)
+        self.skip = nn.Identity() if width == wide else self.shortcut(width, wide)
 
-    def short_cut(self, width: int, wide: int) -> nn.Module:
-        """Of a block that widens."""
+    def shortcut(self, width: int, wide: int) -> nn.Module:
+        """The layer that widens the input."""
         return nn.Conv2d(width, wide, 1, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.skip(x) + self.change(x)
+        return self.skip(x) + self.residual(x)
 
-    def change(self, x: Tensor) -> Tensor:
-        """What is added, `(B, wide, H, W)`."""
+    def residual(self, x: Tensor) -> Tensor:
+        """The two convolutions, `(B, wide, H, W)`."""
         h = self.conv1(F.silu(self.norm1(x)))
         return self.conv2(F.silu(self.norm2(h)))
 
 
 class Level(nn.Module):
-    """Residual blocks of one width, between what comes before and after them."""
+    """Residual blocks of one width, then a change of resolution."""
 
     def __init__(self, blocks: list[nn.Module], resample: nn.Module) -> None:
         super().__init__()
@@ -85,21 +84,21 @@ def encoder(config: PlainConfig, dim: int, block: type[Block], halve: Resample) 
     width, groups, levels = config.stem or config.widths[0], config.groups, []
     stem = bare_conv3(config.channels, width)
     for level, wide in enumerate(config.widths):
-        blocks = blocks_of(config, block, width, wide)
+        blocks = level_blocks(config, block, width, wide)
         levels.append(Level(blocks, halve(wide) if level < config.halved else nn.Identity()))
         width = wide
-    return named(
+    return named_sequential(
         stem=stem,
         levels=nn.Sequential(*levels),
-        middle=nn.Sequential(*blocks_of(config, block, width, width)),
+        middle=nn.Sequential(*level_blocks(config, block, width, width)),
         norm=norm(width, groups),
         swish=nn.SiLU(),
         head=nn.Conv2d(width, dim, 1),
     )
 
 
-def blocks_of(config: PlainConfig, block: type[Block], width: int, wide: int) -> list[nn.Module]:
-    """Those of a level, of which the first widens."""
+def level_blocks(config: PlainConfig, block: type[Block], width: int, wide: int) -> list[nn.Module]:
+    """Blocks of a level; the first one widens."""
     return [block(wide if index else width, wide, config.groups) for index in range(config.blocks)]
 
 
@@ -108,18 +107,15 @@ def bare_conv3(width: int, wide: int) -> nn.Conv2d:
     return nn.Conv2d(width, wide, 3, padding=1, bias=False)
 
 
-def ends(config: PlainConfig, dim: int, outputs: int, block: type[Block]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """What comes before a decoder's levels, and what after them."""
+def decoder_ends(
+    config: PlainConfig, dim: int, outputs: int, block: type[Block]
+) -> tuple[dict[str, nn.Module], dict[str, nn.Module]]:
+    """Layers before and after a decoder's levels."""
     coarsest, finest = config.widths[-1], config.widths[0]
-    middle = nn.Sequential(*blocks_of(config, block, coarsest, coarsest))
+    middle = nn.Sequential(*level_blocks(config, block, coarsest, coarsest))
     before = {"stem": conv3(dim, coarsest), "middle": middle}
     after = {"norm": norm(finest, config.groups), "swish": nn.SiLU(), "head": conv3(finest, outputs)}
     return before, after
-
-
-def plain_sizes(shapes: Shapes) -> tuple[dict[str, Any], int]:
-    """Sizes of such a network, and the width of its codes."""
-    return shapes.stem_and_levels(), shapes.of("encoder.head.weight")[0]
 
 
 PLAIN_NAMES = (

@@ -1,13 +1,14 @@
-"""Whose weights fit `vqgan`: diffusers, taming-transformers, LlamaGen, IBQ (SEED-Voken), Janus of transformers."""
+"""Layouts for `vqgan`: diffusers, taming-transformers, LlamaGen, IBQ (SEED-Voken) and Janus of transformers."""
 
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
+from ..files.errors import ConfigError, FormatError
 from ..vqgan import VQGAN
 from .layouts import Layout, Shapes, Weights
-from .settings import diffusers_settings, transformers_settings
 
 # Our pattern, and the names of diffusers, taming-transformers and LlamaGen.
 PARTS = (
@@ -25,50 +26,50 @@ PARTS = (
     (r"\.skip\.", ".conv_shortcut.", ".nin_shortcut.", ".nin_shortcut."),
 )
 TAMING_NAMES = tuple((ours, name) for ours, _, name, _ in PARTS)
-FIRST = "encoder.down.0.block.0.conv1.weight"  # of all that call them as taming-transformers does
-# Attention as diffusers named it before version 0.15.
-FORMER = {".query.": ".to_q.", ".key.": ".to_k.", ".value.": ".to_v.", ".proj_attn.": ".to_out.0."}
+TAMING_FIRST = "encoder.down.0.block.0.conv1.weight"  # in every layout with taming-transformers' names
+# Attention before diffusers 0.15.
+OLD_ATTENTION = {".query.": ".to_q.", ".key.": ".to_k.", ".value.": ".to_v.", ".proj_attn.": ".to_out.0."}
+
+# Weights
 
 
-def modern(weights: Weights) -> Weights:
-    """By the names that diffusers gives them today."""
-    found = {}
+def rename_old_attention(weights: Weights) -> Weights:
+    """Use diffusers' current names."""
+    renamed = {}
     for key, value in weights.items():
-        for former, name in FORMER.items():
-            key = key.replace(former, name)
-        found[key] = value
-    return found
+        for old, new in OLD_ATTENTION.items():
+            key = key.replace(old, new)
+        renamed[key] = value
+    return renamed
 
 
-def averaged(weights: Weights) -> Weights:
-    """Each weight as its running mean, where the file has these beside it (SEED-Voken): it is them that are evaluated.
-    They have the names of the weights, without dots."""
+def take_averages(weights: Weights) -> Weights:
+    """Replace weights by their running means, which SEED-Voken's files have beside them, named without dots; its
+    evaluation uses them."""
     return {key: weights.get(f"model_ema.{key.replace('.', '')}", value) for key, value in weights.items()}
 
 
 def network_sizes(shapes: Shapes) -> dict[str, Any]:
-    """Those of a network with attention, but for its quantizer."""
+    """Sizes of a network with attention, without its quantizer."""
     numbers = range(shapes.levels)
     attention = {
-        "encoder": [level for level in numbers if shapes.there(f"encoder.levels.{level}.attention.0.q.weight")],
+        "encoder": [level for level in numbers if shapes.has(f"encoder.levels.{level}.attention.0.q.weight")],
         "decoder": [
-            level
-            for level in numbers
-            if shapes.there(f"decoder.levels.{shapes.levels - 1 - level}.attention.0.q.weight")
+            level for level in numbers if shapes.has(f"decoder.levels.{shapes.levels - 1 - level}.attention.0.q.weight")
         ],
     }
     return {
         **shapes.stem_and_levels(),
-        **{f"{part}_attention": tuple(found) or None for part, found in attention.items()},
-        "mid_attention": shapes.there("encoder.middle.1.q.weight"),
+        **{f"{part}_attention": tuple(levels) or None for part, levels in attention.items()},
+        "mid_attention": shapes.has("encoder.middle.1.q.weight"),
         "z_channels": shapes.of("encoder.head.weight")[0],
     }
 
 
 def sizes(shapes: Shapes) -> dict[str, Any]:
-    """Of a `vqgan`."""
+    """The configuration of a `vqgan`."""
     quantizer: dict[str, Any] = {"kind": "gumbel"}
-    if shapes.there("quantizer.proj.weight"):
+    if shapes.has("quantizer.proj.weight"):
         quantizer["codes"], quantizer["dim"] = shapes.of("quantizer.embed.weight", axes=2)
     else:
         quantizer = shapes.codebook()
@@ -76,10 +77,82 @@ def sizes(shapes: Shapes) -> dict[str, Any]:
     return {**network_sizes(shapes), "quantizer": {**quantizer, **more.pop("quantizer", {})}, **more}
 
 
-def numbered_as_run(weights: Weights) -> bool:
-    """Whether the decoder's level 0, by taming's names, is the coarsest: it is all but the finest that grow."""
-    return FIRST in weights and "decoder.up.0.upsample.conv.weight" in weights
+def is_coarsest_first(weights: Weights) -> bool:
+    """Whether the decoder's level 0, under taming's names, is the coarsest: every level but the finest upsamples."""
+    return TAMING_FIRST in weights and "decoder.up.0.upsample.conv.weight" in weights
 
+
+# The `config.json` beside the weights
+
+Settings = dict[str, Any]
+
+
+def diffusers_settings(settings: Settings, sizes: Settings, path: Path) -> Settings:
+    """`image_size` and `groups` of diffusers' `VQModel`. Raises `FormatError` or `ConfigError`, also for an unknown
+    setting, which may change what the weights mean."""
+    name = settings.get("_class_name")
+    if name != "VQModel":
+        raise FormatError(f"{path}: _class_name: must be VQModel (found {name!r})")
+    allowed = {
+        "act_fn": ("silu", "swish"),
+        "norm_type": ("group",),
+        "down_block_types": ("DownEncoderBlock2D", "AttnDownEncoderBlock2D"),
+        "up_block_types": ("UpDecoderBlock2D", "AttnUpDecoderBlock2D"),
+    }
+    counted = {
+        "in_channels": sizes["channels"],
+        "out_channels": sizes["channels"],
+        "block_out_channels": list(sizes["widths"]),
+        "layers_per_block": sizes["blocks"],
+        "latent_channels": sizes["z_channels"],
+        "num_vq_embeddings": sizes["quantizer"]["codes"],
+        "vq_embed_dim": sizes["quantizer"]["dim"],
+        "mid_block_add_attention": sizes["mid_attention"],
+    }
+    harmless = {"sample_size", "norm_num_groups", "scaling_factor", "lookup_from_codebook", "force_upcast"}
+    check_settings(settings, allowed, counted, path)
+    for key in settings:
+        if key not in allowed.keys() | counted.keys() | harmless and not key.startswith("_"):
+            raise ConfigError(f"{path}: {key}: an unknown setting, which may change what the weights mean")
+    return {"image_size": settings.get("sample_size", 32), "groups": settings.get("norm_num_groups", 32)}
+
+
+def transformers_settings(settings: Settings, sizes: Settings, path: Path) -> Settings:
+    """`image_size` of transformers' `JanusVQVAE`, or of a whole model with one, if it is known; settings of other
+    models are ignored. Raises `ConfigError`."""
+    settings = settings.get("vq_config", settings)
+    if not isinstance(settings, dict) or settings.get("model_type") != "janus_vqgan":
+        return {}
+    quantizer, stem, factor = sizes["quantizer"], sizes["stem"] or sizes["widths"][0], 2 ** (len(sizes["widths"]) - 1)
+    counted = {
+        "in_channels": sizes["channels"],
+        "out_channels": sizes["channels"],
+        "base_channels": stem,
+        "channel_multiplier": [width // stem for width in sizes["widths"]],
+        "num_res_blocks": sizes["blocks"],
+        "latent_channels": sizes["z_channels"],
+        "num_embeddings": quantizer["codes"],
+        "embed_dim": quantizer["dim"],
+    }
+    check_settings(settings, {"num_attention_heads": (1,), "double_latent": (False,)}, counted, path)
+    patches = settings.get("num_patches")
+    return {"image_size": patches * factor} if isinstance(patches, int) else {}
+
+
+def check_settings(settings: Settings, allowed: dict[str, tuple[Any, ...]], counted: Settings, path: Path) -> None:
+    """Raise `ConfigError` unless settings in `allowed` have one of its values, and those in `counted` agree with the
+    weights."""
+    for key, value in settings.items():
+        if key in allowed:
+            wrong = [part for part in (value if isinstance(value, list) else [value]) if part not in allowed[key]]
+            if wrong:
+                choices = ", ".join(map(str, allowed[key]))
+                raise ConfigError(f"{path}: {key}: only {choices} can be imported (found {wrong[0]!r})")
+        elif key in counted and value not in (counted[key], None):
+            raise ConfigError(f"{path}: {key}: is {value!r}, but the weights have {counted[key]!r}")
+
+
+# Layouts
 
 DIFFUSERS = Layout(
     "diffusers VQModel",
@@ -91,26 +164,26 @@ DIFFUSERS = Layout(
         (r"(\.attentions\.\d+)\.norm\.", r"\1.group_norm."),
         (r"(\.attentions\.\d+)\.([qkv])\.", r"\1.to_\2."),
     ),
-    prepare=modern,
+    prepare=rename_old_attention,
     settings=diffusers_settings,
     needs_settings=True,
 )
 TAMING = Layout(
     "taming-transformers VQGAN",
     VQGAN,
-    lambda weights: FIRST in weights,
+    lambda weights: TAMING_FIRST in weights,
     sizes,
     TAMING_NAMES,
     training=r"loss\.|model_ema\.|quantize\.embedding\.(cluster_size|embed_avg)$",
     finest_first=True,
-    settings=transformers_settings,
 )
-IBQ = replace(TAMING, title="SEED-Voken IBQ", prepare=averaged, settings=None, more={"quantizer": {"kind": "ibq"}})
+IBQ = replace(TAMING, title="SEED-Voken IBQ", prepare=take_averages, more={"quantizer": {"kind": "ibq"}})
 JANUS = replace(
     TAMING,
     title="transformers JanusVQVAE",
-    fits=numbered_as_run,
+    fits=is_coarsest_first,
     finest_first=False,
+    settings=transformers_settings,
     more={"unit_codes": True},
 )
 LLAMAGEN = Layout(

@@ -11,7 +11,7 @@ from ..family import Named
 from ..precision import full_float32
 from ..scales import Scales
 from ..settings import ModelConfig
-from .steps import Taken
+from .updates import one_training_forward
 
 
 class Quantized(NamedTuple):
@@ -26,17 +26,17 @@ class Quantized(NamedTuple):
 class Quantizer(Named, nn.Module, family="tokenizer.quantizers"):
     """Vectors to ids and back, always in full float32.
 
-    `quantize` computes with the codebook as it was before the step. In training mode it may also collect what a
-    codebook that moves by itself follows; `finish_step` then moves it, once a step.
+    `quantize` uses the codebook as it was before the training batch. A codebook that moves by itself follows the batch
+    afterwards (see `updates.SelfUpdating`).
     """
 
     vocab_size: int
     dim: int
     levels: int = 1
-    """Ids per position: level `l` of row `r` stands in row `l * rows + r` of the token grid, coarse levels first."""
+    """Ids per position: level `l` of row `r` is row `l * rows + r` of the token grid, coarse levels first."""
     scales: Scales = ()
-    """(height, width) of each map of ids, coarse to fine, where an image's ids are several maps; its vectors are a map
-    of the last one's size."""
+    """(height, width) of each map of ids, coarse to fine, if an image has several; its vectors are a map of the last
+    size."""
 
     def __init__(self, config: ModelConfig) -> None:
         nn.Module.__init__(self)
@@ -49,46 +49,44 @@ class Quantizer(Named, nn.Module, family="tokenizer.quantizers"):
 
     @property
     def figures(self) -> dict[str, Tensor]:
-        """Numbers of the last steps that a log of training shows beside the losses."""
+        """Running statistics that a training log shows beside the losses."""
         return {}
 
     def grid_shape(self, height: int, width: int) -> tuple[int, ...]:
-        """The shape of the ids of `height` x `width` vectors. Raises `ConfigError` for a size that it does not take."""
+        """The shape of the ids of `height` x `width` vectors. Raises `ConfigError` for an unsupported size."""
         return (self.levels * height, width)
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
-        """Move with the model, but stay float32 when the model changes its type."""
+        """Move with the model, but stay float32 when the model changes its dtype."""
         return super()._apply(lambda t: t.to(fn(t).device) if t.is_floating_point() else fn(t), recurse)
 
     def quantize(self, z: Tensor) -> Quantized:
-        """The codes of `z` `(B, dim, *spatial)`; raises `ValueError` for another number of channels."""
+        """Quantize `z` `(B, dim, *spatial)`. Raises `ValueError` for another number of channels."""
         if z.shape[1] != self.dim:
             raise ValueError(f"z should have {self.dim} channels, got {z.shape[1]}")
         with full_float32(), torch.autocast(z.device.type, enabled=False):
-            return self._quantize(z.float())
+            if not self.training:
+                return self._quantize(z.float())
+            with one_training_forward():
+                return self._quantize(z.float())
 
     def _quantize(self, z: Tensor) -> Quantized:
         raise NotImplementedError
 
-    def finish_step(self, taken: Taken = True) -> None:
-        """Called after each optimizer step of training, on all processes: move by what `quantize` has collected since
-        the last call, in however many micro-batches. taken: whether the step was; if not, what was collected is
-        forgotten."""
-
     def lookup(self, tokens: Tensor) -> Tensor:
-        """The vectors `(B, dim, *spatial)` of `tokens`; raises `ValueError` for ids out of range."""
+        """The vectors `(B, dim, *spatial)` of `tokens`. Raises `ValueError` for ids out of range."""
         if tokens.numel():
-            low, high = torch.stack(tokens.aminmax()).tolist()  # a GPU is waited for once
+            low, high = torch.stack(tokens.aminmax()).tolist()  # one synchronisation with a GPU
             if low < 0 or high >= self.vocab_size:
                 raise ValueError(f"token ids should lie in [0, {self.vocab_size}), got {low} to {high}")
         with full_float32(), torch.autocast(tokens.device.type, enabled=False):
             return self.lookup_checked(tokens)
 
     def lookup_scales(self, tokens: Tensor, count: int) -> Tensor:
-        """`lookup_checked` of the first `count` of `scales` alone, `(B, dim, H, W)`. Raises `ValueError` for more than
-        there are."""
+        """`lookup_checked` of the first `count` of `scales` alone, `(B, dim, H, W)`. Raises `ValueError` if there are
+        fewer."""
         raise ValueError(f"a {self.name!r} quantizer has no scales")
 
     def lookup_checked(self, tokens: Tensor) -> Tensor:
-        """`lookup` of ids that were looked at before: for any others it may return anything."""
+        """`lookup` without the range check; ids out of range give undefined vectors."""
         raise NotImplementedError

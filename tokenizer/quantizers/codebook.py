@@ -16,7 +16,7 @@ from ..settings import ModelConfig
 from ..settings.marks import Before
 from .base import Quantized, Quantizer
 from .gradients import Gradient, pass_gradient
-from .steps import Stepped, Taken
+from .updates import SelfUpdating, sum_over_ranks, world_size
 
 # Distances held at a time on a CPU, which re-uses small blocks of memory; on a GPU 64 times as many.
 SEARCH_ELEMENTS = 1 << 20
@@ -47,10 +47,10 @@ class CodebookConfig(ModelConfig):
             yield f"normalize: needs a dim of 2 or more (got {self.dim})"
 
 
-class Codebook(Stepped, Quantizer):
+class Codebook(SelfUpdating, Quantizer):
     """Nearest of `codes` vectors (van den Oord et al. 2017). Subclasses own `codebook` (codes, dim) and its losses.
 
-    With `normalize` it is the codes' direction that is compared and looked up (Yu et al. 2021, ViT-VQGAN).
+    With `normalize`, directions are compared and looked up (Yu et al. 2021, ViT-VQGAN).
     """
 
     Config: ClassVar[type[ModelConfig]] = CodebookConfig
@@ -59,11 +59,12 @@ class Codebook(Stepped, Quantizer):
     def __init__(self, config: CodebookConfig) -> None:
         super().__init__(config)
         self.vocab_size, self.dim = config.codes, config.dim
-        self.micro_batches = 0  # of this step so far
 
     def table(self) -> Tensor:
         """The codes as they are looked up, (codes, dim)."""
-        return F.normalize(self.codebook, dim=1) if self.config.normalize else self.codebook
+        if not self.config.normalize:
+            return self.codebook
+        return F.normalize(self.codebook.clone(), dim=1)  # `update` may write to the codebook before a backward pass
 
     def lookup_checked(self, tokens: Tensor) -> Tensor:
         """The codes `(B, dim, *spatial)` of `tokens` `(B, *spatial)`."""
@@ -71,15 +72,14 @@ class Codebook(Stepped, Quantizer):
 
     def _quantize(self, z: Tensor) -> Quantized:
         rows = self.comparable(rows_of(z))
-        if self.training:
-            self.begin(rows.detach())
+        recorded = self.may_record(rows.detach())
         table = self.table()
         tokens = nearest(rows.detach(), table.detach())
         codes = F.embedding(tokens, table)
         losses = self.losses(rows, codes)
         z_q = pass_gradient(self.config.gradient, rows, codes)
-        if self.training:
-            self.collect(rows.detach(), tokens)
+        if recorded:
+            self.record(rows.detach(), tokens)
         return Quantized(map_of(z_q, z), tokens.reshape(z.shape[0], *z.shape[2:]), losses)
 
     def comparable(self, rows: Tensor) -> Tensor:
@@ -90,66 +90,30 @@ class Codebook(Stepped, Quantizer):
         """Unweighted scalars from rows `(n, dim)` and their codes `(n, dim)`."""
         raise NotImplementedError
 
-    def begin(self, rows: Tensor) -> None:
-        """At the first micro-batch of a step, learn which step it is; at that of training, start from its rows."""
-        if self.micro_batches:
-            return
-        self.find_step()
-        if self.step == 0:
-            self.start(rows)
-
-    def collect(self, rows: Tensor, tokens: Tensor) -> None:
-        """Keep what `move` needs of a micro-batch: rows `(n, dim)` and the ids `(n,)` of their codes."""
-        self.micro_batches += 1
-
-    def move(self, taken: Taken) -> None:
-        """Change the codebook by what was collected, if the step was `taken`."""
-
-    def forget(self) -> None:
-        """Drop what was collected."""
-        self.micro_batches = 0
-
-    @torch.no_grad()
-    def finish_step(self, taken: Taken = True) -> None:
-        """Move once, and count the step."""
-        taken = self.find_taken(taken)
-        if self.micro_batches and taken is not False:
-            self.move(taken)
-            self.count_step(taken)
-        self.forget()
-
     @torch.no_grad()
     def start(self, rows: Tensor) -> None:
-        """Set the codebook by k-means over rows of all ranks: run on rank 0, then broadcast. Fewer rows than codes are
-        repeated, slightly apart, and are the codes as they are: each would be a cluster of its own."""
+        """Run k-means over rows `(n, dim)` of all ranks, on rank 0's result. With fewer rows than codes, repeat them
+        with a little noise and skip k-means."""
         sample = first_rows(rows, 32 * self.vocab_size, self.config.seed)
-        few = len(sample) < self.vocab_size
-        if few:
-            repeats = -(-self.vocab_size // len(sample))
+        iterations = self.config.kmeans_iterations
+        if len(sample) < self.vocab_size:
+            iterations, repeats = 0, -(-self.vocab_size // len(sample))
             generator = torch.Generator().manual_seed(self.config.seed % (1 << 63))
             noise = torch.randn(len(sample) * repeats, self.dim, generator=generator)
             sample = sample.repeat(repeats, 1) + 0.01 * sample.std().clamp(min=1e-3) * noise.to(sample)
-        if not bool(torch.isfinite(sample).all()):  # alike on all ranks; a codebook of NaN would not recover
-            return
-        iterations = 0 if few else self.config.kmeans_iterations
         self.codebook.copy_(kmeans(sample, self.vocab_size, iterations))
         if world_size() > 1:
             dist.broadcast(self.codebook.data, 0)
 
 
 class CountedCodebook(Codebook):
-    """Counts how often each code is used, and revives those that are hardly used at vectors of the step.
+    """Counts how often each code is used, and revives rarely used codes at vectors of the batch.
 
     `config` has `decay`, `revive_below` and `revive_every`.
     """
 
     counts: Tensor
-    """Running mean of each code's use per step, (codes,)."""
-
-    def __init__(self, config: CodebookConfig) -> None:
-        super().__init__(config)
-        self.used: Tensor | None = None
-        self.candidates: list[Tensor] = []
+    """Running mean of each code's use per batch, (codes,)."""
 
     @torch.no_grad()
     def start(self, rows: Tensor) -> None:
@@ -157,37 +121,17 @@ class CountedCodebook(Codebook):
         super().start(rows)
         self.counts.fill_(len(rows) * world_size() / self.vocab_size)
 
-    def collect(self, rows: Tensor, tokens: Tensor) -> None:
-        """Count the codes used; keep the rows if codes may be revived after this step."""
-        super().collect(rows, tokens)
-        use = uses(tokens, self.vocab_size).float()
-        self.used = use if self.used is None else self.used + use
-        if self.revives(self.step):
-            self.candidates.append(rows)
-
     def revives(self, step: int) -> bool:
-        """Whether codes are revived after this step."""
+        """Whether dead codes are revived after this step."""
         return (step + 1) % self.config.revive_every == 0
 
-    def matters(self, step: int) -> bool:
-        """Also whether codes are revived after it."""
-        return super().matters(step) or self.revives(step)
-
-    def forget(self) -> None:
-        """Drop counts and rows."""
-        super().forget()
-        self.used, self.candidates = None, []
-
-    def dead_codes(self) -> tuple[Tensor, Tensor]:
-        """Ids `(k,)` of codes to revive after this step, and for each a vector `(k, dim)` of the step's on all ranks,
-        chosen by (seed, step) alone. None while the step has vectors that are not finite. A GPU is waited for."""
-        rows = torch.cat(self.candidates)
+    def dead_codes(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """Ids `(k,)` of codes to revive, and a vector for each, `(k, dim)`: one of the batch's rows `(n, dim)` of all
+        ranks, chosen by (seed, step) alone. Waits for a GPU."""
         total = len(rows) * world_size()
         dead = (self.counts < self.config.revive_below * self.counts.mean()).nonzero().squeeze(1)[:total]
         chosen = seeded(total, len(dead), self.config.seed, self.step + 1, rows.device)
-        vectors = gather_rows(rows, chosen, len(self.candidates)) if len(dead) else rows[:0]
-        finite = torch.isfinite(vectors).all(1)
-        return dead[finite], vectors[finite]
+        return dead, gather_rows(rows, chosen) if len(dead) else rows[:0]
 
 
 def rows_of(z: Tensor) -> Tensor:
@@ -226,19 +170,6 @@ def kmeans(rows: Tensor, clusters: int, iterations: int) -> Tensor:
     return centres
 
 
-def world_size() -> int:
-    """Number of processes that train together."""
-    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
-
-
-def average(values: Tensor) -> Tensor:
-    """The mean of `values` over all ranks, which hold equally many images."""
-    if world_size() > 1:
-        dist.all_reduce(values)
-        values = values / world_size()
-    return values
-
-
 def seeded(total: int, count: int, seed: int, step: int, device: torch.device) -> Tensor:
     """`count` different whole numbers below `total`, a function of (seed, step) alone."""
     generator = torch.Generator().manual_seed((seed * 1_000_003 + step) % (1 << 63))
@@ -251,14 +182,10 @@ def first_rows(rows: Tensor, most: int, seed: int) -> Tensor:
     return gather_rows(rows, seeded(total, min(total, most), seed, 0, rows.device))
 
 
-def gather_rows(rows: Tensor, indices: Tensor, micro_batches: int = 1) -> Tensor:
-    """Rows `(len(indices), D)` of the rows of all ranks, the same on every rank: each rank fills in its own, and their
-    sum has them all. Indices count the ranks' rows laid end to end, one micro-batch after the other, so that they mean
-    the same for any number of either. Every rank holds equally many rows, every micro-batch too."""
+def gather_rows(rows: Tensor, indices: Tensor) -> Tensor:
+    """Rows `(len(indices), D)` of the rows of all ranks laid end to end, the same on every rank: each rank fills in its
+    own, and their sum has them all. Ranks hold equally many rows."""
     if world_size() == 1:
         return rows[indices]
-    size = len(rows) // micro_batches
-    batch, rank, row = indices // size // world_size(), indices // size % world_size(), indices % size
-    filled = torch.where((rank == dist.get_rank()).unsqueeze(1), rows[batch * size + row], 0)
-    dist.all_reduce(filled)
-    return filled
+    rank, row = indices // len(rows), indices % len(rows)
+    return sum_over_ranks(torch.where((rank == dist.get_rank()).unsqueeze(1), rows[row], 0))

@@ -8,13 +8,12 @@ micro-batches together.
 from __future__ import annotations
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor
 
-from .codebook import CodebookConfig, CountedCodebook, world_size
-from .steps import Taken, moved_if
+from .codebook import CodebookConfig, CountedCodebook, uses
+from .updates import sum_over_ranks
 
 
 class EMAConfig(CodebookConfig):
@@ -44,7 +43,6 @@ class EMA(CountedCodebook, name="ema"):
         self.register_buffer("codebook", torch.randn(config.codes, config.dim))
         self.register_buffer("counts", torch.zeros(config.codes))
         self.register_buffer("sums", torch.zeros(config.codes, config.dim))
-        self.added: Tensor | None = None
 
     @property
     def loss_weights(self) -> dict[str, float]:
@@ -61,39 +59,19 @@ class EMA(CountedCodebook, name="ema"):
         super().start(rows)
         self.sums.copy_(self.codebook * self.counts.unsqueeze(1))
 
-    def collect(self, rows: Tensor, tokens: Tensor) -> None:
-        """Also add up the rows of each code."""
-        super().collect(rows, tokens)
-        if self.added is None:
-            self.added = torch.zeros_like(self.sums)
-        self.added.index_add_(0, tokens, rows)
-
-    def forget(self) -> None:
-        """Also drop the sums."""
-        super().forget()
-        self.added = None
-
-    def move(self, taken: Taken) -> None:
-        """N <- decay N + (1 - decay) n;  m <- decay m + (1 - decay) sum z;  e = m / N."""
-        assert self.used is not None and self.added is not None
-        sums, counts = self.added, self.used
-        if world_size() > 1:
-            both = torch.cat([sums, counts.unsqueeze(1)], 1)
-            dist.all_reduce(both)
-            sums, counts = both[:, :-1], both[:, -1]
-        weight = 1 - self.config.decay
-        self.counts.lerp_(moved_if(taken, counts, self.counts), weight)  # towards itself: it stays, to the bit
-        self.sums.lerp_(moved_if(taken, sums, self.sums), weight)
+    def update(self, rows: Tensor, tokens: Tensor) -> None:  # type: ignore[override]
+        """N <- decay N + (1 - decay) n;  m <- decay m + (1 - decay) sum z;  e = m / N. A batch that is not finite
+        changes nothing."""
+        sums = torch.zeros_like(self.sums).index_add_(0, tokens, rows)
+        totals = sum_over_ranks(torch.cat([sums, uses(tokens, self.vocab_size).float().unsqueeze(1)], 1))
+        finite, weight = torch.isfinite(totals).all(), 1 - self.config.decay
+        self.counts.lerp_(torch.where(finite, totals[:, -1], self.counts), weight)  # towards itself: unchanged
+        self.sums.lerp_(torch.where(finite, totals[:, :-1], self.sums), weight)
         total = self.counts.sum()
         smoothed = (self.counts + 1e-5) * (total / (total + self.vocab_size * 1e-5))
-        self.codebook.copy_(moved_if(taken, self.sums / smoothed.unsqueeze(1), self.codebook))
-        if self.candidates:
-            self._revive()
-
-    def _revive(self) -> None:
-        """Put each dead code on a vector of the step, as if of mean use."""
-        mean = self.counts.mean()
-        dead, vectors = self.dead_codes()
-        self.codebook[dead] = vectors
-        self.counts[dead] = mean
-        self.sums[dead] = vectors * mean
+        self.codebook.copy_(torch.where(finite, self.sums / smoothed.unsqueeze(1), self.codebook))
+        if self.revives(self.step) and bool(finite):
+            dead, vectors = self.dead_codes(rows)
+            mean = self.counts.mean()
+            self.codebook[dead], self.counts[dead], self.sums[dead] = vectors, mean, vectors * mean
+        super().update()

@@ -24,12 +24,11 @@ from __future__ import annotations
 import math
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-from .codebook import world_size
 from .gradients import straight_through
+from .updates import mean_over_ranks, world_size
 
 
 def bit_entropy(logits: Tensor) -> Tensor:
@@ -53,9 +52,7 @@ def diversity(mean: Tensor, *, share: bool = False) -> Tensor:
     does, it is the gradient of one process that has all rows.
     """
     if share and world_size() > 1:
-        everyone = mean.detach().clone()
-        dist.all_reduce(everyone)
-        mean = straight_through(mean, everyone / world_size())
+        mean = straight_through(mean, mean_over_ranks(mean.detach().clone()))
     tiny = torch.finfo(mean.dtype).tiny  # at 0, where saturated bits are, p log p has no slope
     return (mean * (mean * len(mean)).clamp(min=tiny).log()).sum().clamp(min=0)
 

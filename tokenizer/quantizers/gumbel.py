@@ -19,8 +19,8 @@ from torch import Tensor, nn
 from ..settings import ModelConfig
 from .base import Quantized, Quantizer
 from .choice import How, choose
-from .codebook import first_rows, kmeans, map_of, nearest, rows_of, world_size
-from .steps import Stepped, Taken
+from .codebook import first_rows, kmeans, map_of, nearest, rows_of
+from .updates import SelfUpdating, world_size
 
 
 class GumbelConfig(ModelConfig):
@@ -41,7 +41,7 @@ class GumbelConfig(ModelConfig):
     seed: int = Field(0, ge=0, description="chooses the first codes")
 
 
-class Gumbel(Stepped, Quantizer, name="gumbel"):
+class Gumbel(SelfUpdating, Quantizer, name="gumbel"):
     """Logits `proj(z)` over codes, of which code k is row k of `embed`."""
 
     Config = GumbelConfig
@@ -50,7 +50,6 @@ class Gumbel(Stepped, Quantizer, name="gumbel"):
         super().__init__(config)
         self.vocab_size, self.dim = config.codes, config.dim
         self.proj, self.embed = nn.Linear(config.dim, config.codes), nn.Embedding(config.codes, config.dim)
-        self.micro_batches = 0  # of this step so far
 
     @property
     def loss_weights(self) -> dict[str, float]:
@@ -63,17 +62,6 @@ class Gumbel(Stepped, Quantizer, name="gumbel"):
         share = min(1.0, step / steps) if steps else 1.0
         return last + (first - last) * (1 + math.cos(math.pi * share)) / 2
 
-    @torch.no_grad()
-    def finish_step(self, taken: Taken = True) -> None:
-        """Count the step, which the temperature follows."""
-        if self.micro_batches and taken is not False:
-            self.count_step(taken)
-        self.micro_batches = 0
-
-    def matters(self, step: int) -> bool:
-        """Until the temperature is the last one; and once more, as the step before may have been skipped."""
-        return step <= self.config.anneal_steps + 1
-
     def lookup_checked(self, tokens: Tensor) -> Tensor:
         """The codes `(B, dim, *spatial)` of `tokens` `(B, *spatial)`."""
         return self.embed(tokens).movedim(-1, 1)
@@ -83,11 +71,8 @@ class Gumbel(Stepped, Quantizer, name="gumbel"):
         function."""
         rows, seed = rows_of(z), None
         if self.training:
-            if self.micro_batches == 0:
-                self.find_step()
-                if self.step == 0:
-                    self.start(rows.detach())
-            self.micro_batches += 1
+            if self.may_record(rows.detach()):
+                self.record()
             seed = int(torch.randint(1 << 62, (), device="cpu"))
         how = How(self.temperature_at(self.step), hard=self.config.hard or not self.training, seed=seed)
         values, tokens, entropy, _ = choose(rows, self.proj.weight, self.proj.bias, self.embed.weight, how)
@@ -100,7 +85,7 @@ class Gumbel(Stepped, Quantizer, name="gumbel"):
         around them: logits -|z - c|^2 / (2 s), with s the mean square of z - c per channel. (|z|^2 does not matter to a
         softmax, so this is linear in z.) Random weights stay where there are fewer rows than codes."""
         sample = first_rows(rows, 32 * self.vocab_size, self.config.seed)
-        if len(sample) < self.vocab_size or not bool(torch.isfinite(sample).all()):  # alike on all ranks
+        if len(sample) < self.vocab_size:
             return
         centres = kmeans(sample, self.vocab_size, self.config.kmeans_iterations)
         spread = F.mse_loss(sample, centres[nearest(sample, centres)])

@@ -11,15 +11,15 @@ from __future__ import annotations
 from typing import Literal
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
 from .base import Quantized
 from .choice import How, choose
-from .codebook import Codebook, CodebookConfig, map_of, rows_of, world_size
+from .codebook import Codebook, CodebookConfig, map_of, rows_of
 from .entropy import diversity
+from .updates import mean_over_ranks
 
 
 class IBQConfig(CodebookConfig):
@@ -68,14 +68,13 @@ class IBQ(Codebook, name="ibq"):
 
     def _quantize(self, z: Tensor) -> Quantized:
         rows = self.comparable(rows_of(z))
-        if self.training:
-            self.begin(rows.detach())
+        recorded = self.may_record(rows.detach())
         table, how = self.table(), How(self.config.temperature, self.config.entropy_temperature)
         passed, tokens, entropy, mean = choose(rows, table, table.new_zeros(len(table)), table, how)
-        entropies = {"entropy": entropy, "diversity": diversity(mean, share=self.training)}
+        entropies = {"entropy": entropy, "diversity": diversity(mean, share=self.training and torch.is_grad_enabled())}
         losses = {"index": F.mse_loss(passed, rows), **self.losses(rows, F.embedding(tokens, table)), **entropies}
-        if self.training:
-            self.collect(rows.detach(), tokens)
+        if recorded:
+            self.record()
         return Quantized(map_of(passed, z), tokens.reshape(z.shape[0], *z.shape[2:]), losses)
 
     def losses(self, rows: Tensor, codes: Tensor) -> dict[str, Tensor]:
@@ -88,9 +87,5 @@ class IBQ(Codebook, name="ibq"):
         """k-means of directions, at the mean length of all ranks' vectors: of codes of many lengths, inner products
         would choose only the long ones."""
         super().start(F.normalize(rows, dim=1))
-        length = rows.norm(dim=1).mean()
-        if world_size() > 1:
-            dist.all_reduce(length)
-            length /= world_size()
-        if bool(torch.isfinite(length)):
-            self.codebook.copy_(F.normalize(self.codebook, dim=1) * length)
+        length = mean_over_ranks(rows.norm(dim=1).mean())
+        self.codebook.copy_(F.normalize(self.codebook, dim=1) * length)

@@ -94,7 +94,7 @@ class LFQ(Quantizer, name="lfq"):
         return {
             "commitment": F.mse_loss(rows / self.size, codes / self.size),
             "entropy": bit_entropy(logits),
-            "diversity": bit_diversity(logits, self.config.group, share=self.training),
+            "diversity": bit_diversity(logits, self.config.group, share=self.training and torch.is_grad_enabled()),
         }
 
     def lookup_checked(self, tokens: Tensor) -> Tensor:

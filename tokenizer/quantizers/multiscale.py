@@ -22,10 +22,10 @@ from ..precision import full_float32
 from ..scales import Resize, Scales, areas, by, scales_problem
 from ..settings import ModelConfig, Node
 from .base import Quantized, Quantizer
-from .codebook import Codebook, average, map_of, nearest, rows_of
+from .codebook import Codebook, map_of, nearest, rows_of
 from .ema import EMAConfig
 from .gradients import pass_gradient
-from .steps import Stepped, Taken, moved_if
+from .updates import SelfUpdating, mean_over_ranks
 
 BOOKS = ("bsq", "ema", "fsq", "lfq", "simvq", "vq")
 ROUNDS = 2  # of k-means over what real codes leave over, after one over what perfect ones would
@@ -89,7 +89,7 @@ class Descent(NamedTuple):
     losses: list[dict[str, Tensor]]
 
 
-class MultiScale(Stepped, Quantizer, name="multiscale"):
+class MultiScale(SelfUpdating, Quantizer, name="multiscale"):
     """Grid `(L,)`, scale after scale, each in raster order. z_q is the sum of what the scales' codes add.
 
     `commitment` and `codebook`, the latter where codes or convolutions are learned, are those of every partial sum,
@@ -115,7 +115,6 @@ class MultiScale(Stepped, Quantizer, name="multiscale"):
         self.register_buffer("squares", torch.ones(len(self.scales)))
         self.register_buffer("left", torch.ones(len(self.scales)))
         self.decay = getattr(config.book, "decay", DECAY)
-        self.seen: list[Tensor] = []  # of each micro-batch of this step
         self.learned = any(parameter.requires_grad for parameter in self.parameters())
 
     @property
@@ -178,13 +177,12 @@ class MultiScale(Stepped, Quantizer, name="multiscale"):
         return int((ticks - k / max(1, len(self.scales) - 1)).abs().argmin())
 
     def _quantize(self, z: Tensor) -> Quantized:
-        if self.training and not self.seen:
-            self._begin(z.detach())
+        recorded = self.may_record(z.detach())
         found = self._descend(z)
         kind = getattr(self.config.book, "gradient", "straight_through")
         z_q = pass_gradient(kind, rows_of(z), rows_of(self._shown(found.sums)))
-        if self.training:
-            self._collect(z.detach(), found)
+        if recorded:
+            self._record(z.detach(), found)
         tokens = torch.cat([ids.flatten(1) for ids in found.tokens], 1)
         return Quantized(map_of(z_q, z), tokens, self._losses(z, found))
 
@@ -226,22 +224,16 @@ class MultiScale(Stepped, Quantizer, name="multiscale"):
             parts.append({"commitment": F.mse_loss(z, total.detach()), **learned, **more})
         return {name: torch.stack([part[name] for part in parts]).mean() for name in parts[0]}
 
-    # What moves by itself
-
-    def matters(self, step: int) -> bool:
-        """Also what matters to the book."""
-        return super().matters(step) or (isinstance(self.book, Codebook) and self.book.matters(step))
+    # Running means and the first codebook
 
     @torch.no_grad()
-    def _begin(self, z: Tensor) -> None:
-        """At the first micro-batch of a step, tell the book which step it is; at that of training, start from `z`."""
-        self.find_step()
-        if isinstance(self.book, Codebook):
-            self.book.step = self.step
-        if self.step == 0 and self.config.center:
-            self._set(self.mean, average(z.mean((0, 2, 3))))
-        for attempt in range(1 + ROUNDS) if self.step == 0 else ():
-            self._start(self._perfect(z) if attempt == 0 else self._descend(z).residuals)
+    def start(self, z: Tensor) -> None:
+        """Set mean, root mean squares and codebook by latents `z` `(B, dim, H, W)`."""
+        if self.config.center:
+            self.mean.copy_(mean_over_ranks(z.mean((0, 2, 3))))
+        self._start(self._perfect(z))
+        for _ in range(ROUNDS):
+            self._start(self._descend(z).residuals)
 
     def _perfect(self, z: Tensor) -> list[Tensor]:
         """Residuals `(B, dim, h, w)` of each scale of `z`, if every vector were a code."""
@@ -252,10 +244,11 @@ class MultiScale(Stepped, Quantizer, name="multiscale"):
         return rests
 
     def _start(self, rests: list[Tensor]) -> None:
-        """Set each scale's root mean square, and the codebook by k-means over residuals in units of it: as many of each
-        scale, as far as its map has them. (Between centres on one vector, taken twice, rounding would decide.)"""
+        """Set each scale's root mean square, and the codebook by k-means over residuals in units of it: equally many of
+        each scale, as far as its map has them. (A vector taken twice would lie between two centres, where rounding
+        decides.)"""
         if self.config.rms:
-            self._set(self.squares, average(torch.stack([rest.square().mean() for rest in rests])))
+            self.squares.copy_(mean_over_ranks(torch.stack([rest.square().mean() for rest in rests])))
         if not isinstance(self.book, Codebook):
             return
         each, taken = -(-sum(areas(self.scales)) // len(rests)), []
@@ -265,36 +258,28 @@ class MultiScale(Stepped, Quantizer, name="multiscale"):
             taken.append(rows[..., torch.arange(count, device=rows.device) * rows.shape[2] // count])
         self.book.start(torch.cat(taken, 2).transpose(1, 2).flatten(0, 1))
 
-    def _set(self, mean: Tensor, value: Tensor) -> None:
-        """Start a running mean, but not from what is not finite, which it would not recover from."""
-        if bool(torch.isfinite(value).all()):  # alike on all ranks
-            mean.copy_(value)
-
     @torch.no_grad()
-    def _collect(self, z: Tensor, found: Descent) -> None:
-        """Keep, of each image, what the running means need; and for a codebook the vectors of all scales."""
+    def _record(self, z: Tensor, found: Descent) -> None:
+        """Record the statistics of each image, and for a codebook the vectors of all scales."""
         squares = [rest.detach().square().flatten(1).mean(1) for rest in found.residuals]
         errors = [(z - total.detach()).square().flatten(1).mean(1) for total in found.sums]
         power, means = z.flatten(2).square().mean((1, 2)), z.flatten(2).mean(2)
-        self.seen.append(torch.cat([torch.stack([*squares, *errors, power], 1), means], 1))
+        self.record(torch.cat([torch.stack([*squares, *errors, power], 1), means], 1))
         if isinstance(self.book, Codebook):
             sigma = self.sigma()
             rows = [(rest.detach() / sigma[k]).flatten(2) for k, rest in enumerate(found.residuals)]
             ids = torch.cat([part.flatten(1) for part in found.tokens], 1)
-            self.book.collect(torch.cat(rows, 2).transpose(1, 2).flatten(0, 1), ids.flatten())
+            self.book.record(torch.cat(rows, 2).transpose(1, 2).flatten(0, 1), ids.flatten())
 
-    @torch.no_grad()
-    def finish_step(self, taken: Taken = True) -> None:
-        """The book and the running means move, once."""
-        seen, self.seen, taken = self.seen, [], self.find_taken(taken)
-        self.book.finish_step(taken)
-        if not seen or taken is False:
-            return
-        squares, errors, power, means = average(torch.cat(seen).mean(0)).split([*[len(self.scales)] * 2, 1, self.dim])
-        shares = errors / (power - means.square().mean()).clamp(min=1e-12)
+    def update(self, statistics: Tensor) -> None:  # type: ignore[override]
+        """Move the running means towards those of the batch, unless they are not finite."""
+        means = mean_over_ranks(statistics.mean(0))
+        finite = torch.isfinite(means).all()
+        squares, errors, power, center = means.split([len(self.scales), len(self.scales), 1, self.dim])
+        left = errors / (power - center.square().mean()).clamp(min=1e-12)
         if self.config.center:
-            self.mean.lerp_(moved_if(taken, means, self.mean), 1 - self.decay)
+            self.mean.lerp_(torch.where(finite, center, self.mean), 1 - self.decay)
         if self.config.rms:
-            self.squares.lerp_(moved_if(taken, squares, self.squares), 1 - self.decay)
-        self.left.lerp_(moved_if(taken, shares, self.left), 1 - self.decay if self.step else 1.0)
-        self.count_step(taken)
+            self.squares.lerp_(torch.where(finite, squares, self.squares), 1 - self.decay)
+        self.left.lerp_(torch.where(finite, left, self.left), 1 - self.decay if self.step else 1.0)
+        super().update()

@@ -20,7 +20,6 @@ from .base import Quantized, Quantizer
 from .codebook import CodebookConfig, map_of, nearest, rows_of
 from .ema import EMAConfig
 from .gradients import pass_gradient
-from .steps import Taken
 
 BOOKS = ("ema", "simvq", "vq")
 SHARED_STARTS = 2  # the first takes 15 to 90 % off the error, the second up to 30 % more, a third nothing
@@ -84,13 +83,12 @@ class RVQ(Quantizer, name="rvq"):
 
     def _quantize(self, z: Tensor) -> Quantized:
         rows = rows_of(z)
-        if self.training:
-            self._begin(rows.detach())
+        recorded = self.books[0].may_record(rows.detach(), self.start)
         left, tokens, codes = self._descend(rows, self.tables())
         losses = self._losses(left, codes)
         z_q = pass_gradient(self.config.book.gradient, rows, add_up(codes))
-        if self.training:
-            self._collect(left, tokens)
+        if recorded:
+            self._record(left, tokens)
         ids = [part.reshape(z.shape[0], *z.shape[2:]) for part in tokens]
         return Quantized(map_of(z_q, z), torch.cat(ids, 1), losses)
 
@@ -116,31 +114,14 @@ class RVQ(Quantizer, name="rvq"):
             book.start(left)
             left = left - self._descend(left, [book.table()])[2][0]
         for _ in range(SHARED_STARTS if self.config.shared else 0):
-            self.books[0].start(laid_out(self._descend(rows, self.tables())[0]))
+            self.books[0].start(interleave(self._descend(rows, self.tables())[0]))
 
-    def _begin(self, rows: Tensor) -> None:
-        """At the first micro-batch of a step, tell the books which step it is; at that of training, start."""
-        first = self.books[0]
-        if first.micro_batches:
-            return
-        first.find_step()
-        for book in self.books:
-            book.step = first.step
-        if first.step == 0:
-            self.start(rows)
-
-    def _collect(self, left: list[Tensor], tokens: list[Tensor]) -> None:
+    def _record(self, left: list[Tensor], tokens: list[Tensor]) -> None:
         """For each book, the vectors of all the levels that it serves."""
         each = self.levels // len(self.books)
         for index, book in enumerate(self.books):
             levels = slice(index * each, (index + 1) * each)
-            book.collect(laid_out(left[levels]).detach(), laid_out(tokens[levels]))
-
-    def finish_step(self, taken: Taken = True) -> None:
-        """Each book moves, once."""
-        taken = self.books[0].find_taken(taken)
-        for book in self.books:
-            book.finish_step(taken)
+            book.record(interleave(left[levels]).detach(), interleave(tokens[levels]))
 
 
 def add_up(codes: Iterable[Tensor]) -> Tensor:
@@ -148,7 +129,7 @@ def add_up(codes: Iterable[Tensor]) -> Tensor:
     return reduce(torch.add, codes)
 
 
-def laid_out(levels: list[Tensor]) -> Tensor:
+def interleave(levels: list[Tensor]) -> Tensor:
     """Levels' `(n, ...)` as one `(n * levels, ...)`, position by position: so the rows of all ranks laid end to end are
     those of one process with all the positions, and codes start and are revived from the same ones."""
     return torch.stack(levels, 1).flatten(0, 1)

@@ -10,14 +10,13 @@ from __future__ import annotations
 from typing import Annotated
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
 from ..settings.marks import Before
-from .codebook import CodebookConfig, CountedCodebook, world_size
-from .steps import Taken, moved_if
+from .codebook import CodebookConfig, CountedCodebook, uses
+from .updates import sum_over_ranks
 
 
 class VQConfig(CodebookConfig):
@@ -55,13 +54,14 @@ class VQ(CountedCodebook, name="vq"):
         """Means over elements of |sg(z) - e|^2 and |z - sg(e)|^2."""
         return {"codebook": F.mse_loss(codes, rows.detach()), "commitment": F.mse_loss(rows, codes.detach())}
 
-    def move(self, taken: Taken) -> None:
-        """Put each dead code on a vector of the step, as if of mean use."""
-        assert self.used is not None
-        if world_size() > 1:
-            dist.all_reduce(self.used)
-        self.counts.lerp_(moved_if(taken, self.used, self.counts), 1 - self.config.decay)
-        if self.candidates:
-            dead, vectors = self.dead_codes()
+    def update(self, rows: Tensor, tokens: Tensor) -> None:  # type: ignore[override]
+        """Count the codes used, and put each dead code on a vector of the batch, as if of mean use."""
+        strange = torch.isfinite(rows).logical_not().any().float().unsqueeze(0)
+        totals = sum_over_ranks(torch.cat([uses(tokens, self.vocab_size).float(), strange]))
+        used, finite = totals[:-1], totals[-1] == 0
+        self.counts.lerp_(torch.where(finite, used, self.counts), 1 - self.config.decay)
+        if self.revives(self.step) and bool(finite):
+            dead, vectors = self.dead_codes(rows)
             self.codebook[dead] = vectors
             self.counts[dead] = self.counts.mean()
+        super().update()

@@ -54,7 +54,7 @@ def test_registers_have_no_map_but_scores_and_healing():
     images = torch.randint(0, 256, (43, 1, 8, 12), dtype=torch.uint8)
     calibrate(pipe, images[3:])
     assert anomaly_score(pipe, images[:3], p_values=True).shape == (3,)
-    with pytest.raises(ValueError, match=r"^a register's token belongs to no part of the image: [^\n]* at no pixel$"):
+    with pytest.raises(ValueError, match=r"^a register's token belongs to no part of the image[^\n]*$"):
         anomaly_map(pipe, images[:3])
     healed = heal(pipe, images[:2], draws=2)
     assert healed.images.shape == (2, 1, 8, 12) and healed.tokens.shape == healed.resampled.shape == (2, 5)

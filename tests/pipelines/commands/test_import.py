@@ -91,14 +91,14 @@ CONV = "decoder.up.1.block.0.conv1.weight"
         (lambda w: w.update(colorize=torch.zeros(3)), "missing weights [], unexpected weights ['colorize']"),
         (lambda w: w.update({CONV: w[CONV][:, :3]}), f"{CONV} has shape [16, 3, 3, 3], expected [16, 16, 3, 3]"),
         (lambda w: w.update({CONV: w[CONV] / 0}), f"{CONV} holds a value that is not finite"),
-        (lambda w: w.update({CONV: w[CONV].long()}), f"{CONV} has type torch.int64, expected a floating-point one"),
+        (lambda w: w.update({CONV: w[CONV].long()}), f"{CONV} has dtype torch.int64, expected a floating-point one"),
         (lambda w: w.update({"encoder.conv_out.weight": torch.zeros(3)}), "has shape [3], expected 4 axes"),
         (lambda w: w.update({"encoder.conv_in.weight": torch.zeros(8, 4, 3, 3)}), "channels: must be one of 1, 3"),
         (
             lambda w: w.pop("encoder.down.0.block.0.conv1.weight"),
-            "the names of the weights are not those of diffusers VQModel",
+            "the weights do not have the names of diffusers VQModel",
         ),
-        (lambda w: w.clear(), "the names of the weights are not those of"),
+        (lambda w: w.clear(), "the weights do not have the names of"),
         (lambda w: w.update({"quantize.proj.weight": torch.zeros(32, 8, 1, 1)}), "quantize.embed.weight is missing"),
     ],
 )
@@ -115,7 +115,7 @@ def test_what_the_weights_can_not_do_is_named(small, tmp_path, capsys):
     command = [f"source={write(weights)}", f"out={tmp_path}/out"]
     assert "groups: 32 does not divide the width 8" in fails(capsys, "import", *command)
     error = fails(capsys, "import", *command, "groups=4", "image_size=[17, 16]")
-    assert "which the image size 17x16 does not allow" in error
+    assert "widths: " in error and "17x16" in error
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.tex").write_text("years of work")
     assert "nothing was overwritten" in fails(capsys, "import", command[0], f"out={tmp_path}/mine", "groups=4")
@@ -228,7 +228,6 @@ def test_further_training_goes_on_from_the_codebook(small, tmp_path):
     assert torch.equal(before, weights["quantize.embedding.weight"])
     for _ in range(2 * tokenizer.quantizer.config.revive_every):
         tokenizer(random_images(1, tokenizer.image_shape))
-        tokenizer.finish_step()
     assert torch.equal(tokenizer.quantizer.codebook, before)
 
 

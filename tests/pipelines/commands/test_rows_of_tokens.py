@@ -28,7 +28,7 @@ TITOK = {
     "heads": 2,
     "quantizer": {"kind": "ema", "codes": 16, "dim": 8},
 }
-NO_PLACE = "a register's token belongs to no part of the image: known pixels make no token known, and its bits are at "
+NO_PLACE = "a register's token belongs to no part of the image"
 
 
 @pytest.fixture(scope="module")

@@ -62,7 +62,6 @@ def tokenizer_of(case: str) -> Tokenizer:
     torch.manual_seed(0)
     model = make_tokenizer(kind, SIZE, 3, **config)
     model.train()(images_for(model, 8))
-    model.finish_step()
     return model.eval()
 
 

@@ -24,9 +24,8 @@ def random_batches(vocab, levels, count=40, seed=0):
 
 
 def count(use, tokens):
-    """A step of a batch."""
-    use.observe(tokens)
-    return use.finish_step()
+    """A batch."""
+    return use.count(tokens)
 
 
 def observed(vocab, levels, batches):
@@ -99,20 +98,6 @@ def test_a_few_batches_without_a_common_code_do_not_kill_it():
     assert use.dead().tolist() == [[False, True]]
 
 
-def test_micro_batches_are_counted_as_one_and_a_step_that_is_not_taken_is_not():
-    one, two = observed(24, 2, random_batches(24, 2)), CodebookUse(24, (15, 15))
-    for tokens in random_batches(24, 2):
-        two.observe(tokens // 2)
-        assert two.finish_step(taken=False) is None
-        two.observe(tokens // 2)
-        two.finish_step(taken=torch.tensor(False))  # as a GPU says it, for which nobody waits
-        for part in tokens.split(1):
-            two.observe(part)
-        assert two.finish_step().sum() == tokens.numel() and two.finish_step() is None
-    for name, value in one.state_dict().items():
-        assert torch.equal(two.state_dict()[name], value), name
-
-
 def test_before_the_first_batch_nothing_is_dead():
     use = CodebookUse(8, (4,))
     assert use.figures() == {"usage": 0.0, "perplexity": 1.0, "dead": 0.0, "oldest": 0.0}
@@ -138,8 +123,7 @@ def one_of_two(folder: Path) -> None:
     assert dist.get_world_size() == 2
     totals = []
     for tokens in load_file(folder / "batches.safetensors")["tokens"].chunk(2, 1)[rank]:
-        use.observe(tokens)
-        totals.append(use.finish_step())
+        totals.append(use.count(tokens))
     save_file({**use.state_dict(), "totals": torch.stack(totals)}, folder / f"{rank}.safetensors")
     leave_group()
 

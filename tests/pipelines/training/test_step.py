@@ -113,16 +113,15 @@ def test_fp16_is_refused(tmp_path, monkeypatch):
 
 
 def test_micro_batches_train_what_one_batch_does(tmp_path):
-    """With codes that die and rise all the time. The first codebook is made from the first micro-batch, so both begin
-    with one that is there."""
-    quantizer = {**EMA, "revive_every": 2, "revive_below": 0.3}
-    model = {**VQVAE, "quantizer": quantizer}
-    first = train_tokenizer(tmp_path / "first", model=model, train__steps=2)
-    more = {"model": model, "init": str(first / "tokenizer"), "train__steps": 12}
-    one, four = (train_tokenizer(tmp_path / str(n), **more, train__accumulate=n) for n in (1, 4))
-    for name in ("loss", "l2", "commitment", "codebook_usage", "codebook_perplexity", "codebook_dead"):
+    model = {**VQVAE, "quantizer": {"kind": "fsq", "levels": (5, 5)}}
+    one, four = (train_tokenizer(tmp_path / str(n), model=model, train__steps=12, train__accumulate=n) for n in (1, 4))
+    for name in ("loss", "l2"):
         assert losses(four, name) == pytest.approx(losses(one, name), rel=1e-3), name
-    assert int(tensors(four / "tokenizer")["model.safetensors:quantizer.started"]) == 14
+
+
+def test_a_codebook_follows_each_micro_batch(tmp_path):
+    run = train_tokenizer(tmp_path / "run", model={**VQVAE, "quantizer": EMA}, train__steps=3, train__accumulate=4)
+    assert int(tensors(run / "tokenizer")["model.safetensors:quantizer.started"]) == 12
 
 
 # What a GPU is not waited for
@@ -196,12 +195,18 @@ def test_what_is_read_a_step_late_makes_no_difference(stage, tmp_path, tokens, m
 # What is not finite
 
 
+def is_learned(key: str) -> bool:
+    """Whether an optimizer moves it: no count, and no codebook, which has moved before a step is skipped."""
+    return not any(part in key for part in ("use.", "quantizer.", ".power_iteration", "n_averaged"))
+
+
 def all_that_a_step_changes(run) -> dict[str, torch.Tensor]:
-    """Copies of all that a step may change."""
+    """Copies of all that an optimizer step may change."""
     optimizer = run.optimizers["model"].state_dict()["state"]
     moments = {f"{index}.{name}": value for index, entry in optimizer.items() for name, value in entry.items()}
     parts = {"model": run.task.model.state_dict(), "average": run.averaged.state_dict(), "optimizer": moments}
-    return {f"{part} {key}": value.clone() for part, values in parts.items() for key, value in values.items()}
+    named = {f"{part} {key}": value.clone() for part, values in parts.items() for key, value in values.items()}
+    return {key: value for key, value in named.items() if is_learned(key)}
 
 
 def poison(monkeypatch, task, steps, how) -> None:
@@ -282,7 +287,9 @@ def test_ten_sick_steps_in_a_row_end_the_run(tmp_path, monkeypatch, how, late):
     kept = [path.name for path in states(tmp_path / "run")]
     assert kept == ["step-00000016", "step-00000020"]
     assert all(torch.isfinite(value.float()).all() for value in tensors(tmp_path / "run").values())
-    (first, second) = (tensors(path) for path in states(tmp_path / "run"))
+    (first, second) = (
+        {key: value for key, value in tensors(path).items() if is_learned(key)} for path in states(tmp_path / "run")
+    )
     assert_equal_tensors(second, first)
     with pytest.raises(UserError, match="step 22:"):  # started again, it still knows that the last eight were sick
         train_tokenizer(tmp_path / "run", train__steps=40, train__save_every=4)

@@ -413,7 +413,7 @@ def good_weights(folder: Path) -> dict[str, Tree]:
     found: dict[str, Tree] = {
         name: {"model.safetensors": save(published.random_weights(some))} for name, some in shapes.items()
     }
-    return found | {"diffusers": diffusers_weights(folder), "emu3": emu3_weights()}
+    return found | {"diffusers": diffusers_weights(folder)}
 
 
 def diffusers_weights(folder: Path) -> Tree:
@@ -424,18 +424,6 @@ def diffusers_weights(folder: Path) -> Tree:
     sizes = {"block_out_channels": (8, 16), "norm_num_groups": 4, "latent_channels": 4, "num_vq_embeddings": 16}
     VQModel(**blocks, **sizes, layers_per_block=1, vq_embed_dim=4, sample_size=16).save_pretrained(folder / "diffusers")
     return read_tree(folder / "diffusers")
-
-
-def emu3_weights() -> Tree:
-    """By the names that our own weights have there."""
-    from safetensors.torch import save
-    from small import make_tokenizer
-
-    from tokenizer.published.emu3 import EMU3
-
-    model = make_tokenizer("emu3", (16, 16))
-    weights = {EMU3.published(key, 2): value.detach().contiguous() for key, value in model.named_parameters()}
-    return {"model.safetensors": save(weights)}
 
 
 def use_weights(folder: Path) -> None:

@@ -26,5 +26,5 @@ def agree_in_double(tokenizer, images, tokens, pictures, different=3):
     agree(tokenizer, images, tokens, pictures, different)
     twin = copy.deepcopy(tokenizer).double()
     with torch.no_grad():
-        exact = twin._decoded(twin.quantizer.lookup(tokens.reshape(len(images), *tokenizer.grid.shape)).double())
+        exact = twin._decode_vectors(twin.quantizer.lookup(tokens.reshape(len(images), *tokenizer.grid.shape)).double())
     assert (exact - pictures).abs().max() < SAME * pictures.abs().max().clamp(min=1)

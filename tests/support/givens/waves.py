@@ -25,5 +25,4 @@ def trained_on_waves(name: str, steps: int, **config: Any) -> tuple[Any, Tensor]
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        tokenizer.finish_step()
     return tokenizer.eval(), images

@@ -74,7 +74,7 @@ def test_ibqs_tokens_and_pictures_are_the_same(tmp_path, averaged):
 def test_ibq_is_not_said_of_other_weights(tmp_path, capsys):
     save_file(random_weights(magvit2_shapes(32, (1, 2))), tmp_path / "magvit2.safetensors")
     error = fails(capsys, "import", f"source={tmp_path}", f"out={tmp_path}/out", "layout=ibq")
-    assert "layout: the names of the weights are not those of SEED-Voken IBQ" in error
+    assert "layout: " in error and "SEED-Voken IBQ" in error
 
 
 def test_a_network_whose_first_level_is_missing_is_refused_by_name(tmp_path, capsys):

@@ -46,11 +46,11 @@ def test_a_likelihood_is_of_what_the_decoder_puts_out():
     tokenizer = make_tokenizer("maskgit", likelihood={"kind": "discretized_logistic", "components": 2}).eval()
     tokens = torch.zeros(1, *tokenizer.grid.shape, dtype=torch.long)
     expected = tokenizer.decoder(tokenizer.quantizer.lookup(tokens))
-    assert torch.equal(tokenizer._paint(tokens), expected)
+    assert torch.equal(tokenizer._decode_tokens(tokens), expected)
 
 
 def test_wrong_sizes_are_named():
-    with pytest.raises(ConfigError, match="widths: 2 levels halve 1 times, which the image size 13x8 does not allow"):
+    with pytest.raises(ConfigError, match="widths: .*13x8"):
         make_tokenizer("maskgit", (13, 8))
     with pytest.raises(ConfigError, match="groups: 3 does not divide the width 8"):
         make_tokenizer("maskgit", groups=3)

@@ -22,7 +22,6 @@ from tokenizer.quantizers import Quantizer, codebook, gumbel
 from tokenizer.quantizers.codebook import (
     Codebook,
     CountedCodebook,
-    average,
     first_rows,
     gather_rows,
     kmeans,
@@ -30,6 +29,7 @@ from tokenizer.quantizers.codebook import (
     rows_of,
     seeded,
 )
+from tokenizer.quantizers.updates import mean_over_ranks
 
 CODEBOOKS = [name for name in QUANTIZERS if issubclass(Quantizer.find(name), Codebook)]
 COUNTED = [name for name in CODEBOOKS if issubclass(Quantizer.find(name), CountedCodebook)]
@@ -133,7 +133,7 @@ def test_so_many_rows_start_a_codebook_chosen_by_its_seed(monkeypatch, name):
     for seed in (0, 0, 1):
         made = make_quantizer(name, codes=2, kmeans_iterations=3, seed=seed).train()
         made.quantize(z)
-        assert made.step == 0 and made.micro_batches == 1
+        assert made.step == 1
     rows = F.normalize(rows_of(z), dim=1) if name == "ibq" else rows_of(z)
     for sample in seen:  # different ones of the rows
         assert len(sample) == 64 and (apart(sample, rows).amin(1) < 1e-6).all()
@@ -186,7 +186,6 @@ def test_a_sick_first_batch_starts_nothing(name):
     for step in range(2):
         quantizer.quantize(torch.full((4, 8, 4, 4), float("nan")))
         assert quantizer.step == 0 and torch.equal(quantizer.codebook, before), step
-        quantizer.finish_step(taken=False)
     quantizer.quantize(torch.randn(8, 8, 4, 4) + 5)
     assert not torch.equal(quantizer.codebook, before)
 
@@ -206,35 +205,28 @@ def test_an_untrained_code_is_about_as_long_as_the_vectors_of_its_kind(name):
 @every_counted
 def test_all_codes_count_as_used_equally_often_at_the_start(name):
     quantizer = make_quantizer(name).train()
-    quantizer.quantize(torch.randn(8, 8, 4, 4))
+    quantizer.start(torch.randn(128, 8))
     assert torch.equal(quantizer.counts, torch.full((32,), 4.0))
 
 
 @every_counted
-@pytest.mark.parametrize("told", [bool, torch.tensor], ids=["on the host", "on the device"])
-def test_use_is_a_running_mean(name, told):
+def test_use_is_a_running_mean(name):
     quantizer = make_quantizer(name, decay=0.75, revive_every=100).train()
     for step in range(4):
         before = quantizer.counts.clone() if step else torch.full((32,), 4.0)
         tokens = quantizer.quantize(torch.randn(8, 8, 4, 4)).tokens
         use = torch.bincount(tokens.flatten(), minlength=32)
-        quantizer.finish_step(told(step != 2))
-        torch.testing.assert_close(quantizer.counts, before if step == 2 else 0.75 * before + 0.25 * use)
+        torch.testing.assert_close(quantizer.counts, 0.75 * before + 0.25 * use)
 
 
 @every_counted
-def test_every_so_many_steps_codes_are_revived(name):
-    quantizer = make_quantizer(name, revive_every=3)
-    assert [quantizer.revives(step) for step in range(7)] == [False, False, True, False, False, True, False]
-    assert [quantizer.matters(step) for step in range(7)] == [True, False, True, False, False, True, False]
-    quantizer.train()
-    for step in range(7):
-        for parts in (1, 2):
-            quantizer.quantize(torch.randn(8, 8, 4, 4))
-            assert len(quantizer.candidates) == parts * quantizer.revives(step)
-        assert float(quantizer.used.sum()) == 256
-        quantizer.finish_step()
-        assert quantizer.used is None and quantizer.candidates == [] and quantizer.micro_batches == 0
+def test_every_so_many_steps_codes_are_revived(monkeypatch, name):
+    quantizer, steps = make_quantizer(name, revive_every=3).train(), []
+    plain = quantizer.dead_codes
+    monkeypatch.setattr(quantizer, "dead_codes", lambda rows: (steps.append(quantizer.step), plain(rows))[1])
+    for _ in range(7):
+        train_on(quantizer, torch.randn(8, 8, 4, 4))
+    assert steps == [2, 5]
 
 
 @every_counted
@@ -244,7 +236,6 @@ def test_dead_codes_become_vectors_of_the_step_of_mean_use(name):
     z = torch.randn(16, 8, 4, 4)
     tokens = quantizer.quantize(z).tokens
     use = torch.bincount(tokens.flatten(), minlength=32).float()
-    quantizer.finish_step()
     dead = use < 0.5 * use.mean()
     assert 3 < dead.sum() < 29 and torch.equal(quantizer.counts[~dead], use[~dead])
     revived = quantizer.codebook.detach()[dead]
@@ -256,20 +247,17 @@ def test_dead_codes_become_vectors_of_the_step_of_mean_use(name):
 
 
 @every_counted
-def test_dead_codes_are_no_more_than_the_rows_and_no_row_is_sick(name):
+def test_dead_codes_are_no_more_than_the_rows(name):
     quantizer = make_quantizer(name, revive_every=1)
     quantizer.counts.copy_(torch.tensor([10.0] * 10 + [0.0] * 22))
     rows = torch.randn(9, 8)
-    rows[3, 2], rows[5, 7] = torch.nan, torch.inf
-    quantizer.candidates = [rows[:3], rows[3:6], rows[6:]]
-    dead, vectors = quantizer.dead_codes()
-    assert len(dead) == 7 and dead.unique().tolist() == dead.tolist() and min(dead) >= 10 and max(dead) < 19
-    expected = rows[torch.isfinite(rows).all(1)]
-    assert torch.equal(vectors.unique(dim=0), expected.unique(dim=0))
-    quantizer.step += 1
-    assert not torch.equal(quantizer.dead_codes()[1], vectors)  # others the next time
+    dead, vectors = quantizer.dead_codes(rows)
+    assert dead.tolist() == list(range(10, 19))
+    assert torch.equal(vectors.unique(dim=0), rows.unique(dim=0))
+    quantizer.train().started.add_(1)
+    assert not torch.equal(quantizer.dead_codes(rows)[1], vectors)  # others the next time
     quantizer.counts.fill_(1)
-    dead, vectors = quantizer.dead_codes()
+    dead, vectors = quantizer.dead_codes(rows)
     assert dead.shape == (0,) and vectors.shape == (0, 8)
 
 
@@ -300,15 +288,12 @@ def test_seeded_numbers_differ_and_are_a_function_of_seed_and_step():
     ]
 
 
-@pytest.mark.parametrize("micro_batches", [1, 2, 3])
 @pytest.mark.parametrize("world", [1, 2, 3])
-def test_rows_of_all_ranks_lie_end_to_end_one_micro_batch_after_the_other(world, micro_batches):
-    rows = torch.randn(micro_batches, world, 4, 5)
-    indices = torch.randperm(rows[..., 0].numel())[:10]
-    told = {} if micro_batches == 1 else {"micro_batches": micro_batches}
-    mine = [rows[:, rank].flatten(0, 1) for rank in range(world)]
-    everyone = of_ranks(world, lambda rank: gather_rows(mine[rank], indices, **told))
-    assert all(torch.equal(found, rows.flatten(0, 2)[indices]) for found in everyone)
+def test_rows_of_all_ranks_lie_end_to_end(world):
+    rows = torch.randn(world, 4, 5)
+    indices = torch.randperm(4 * world)[:10]
+    everyone = of_ranks(world, lambda rank: gather_rows(rows[rank], indices))
+    assert all(torch.equal(found, rows.flatten(0, 1)[indices]) for found in everyone)
 
 
 def test_first_rows_are_the_same_for_any_number_of_ranks():
@@ -322,9 +307,9 @@ def test_first_rows_are_the_same_for_any_number_of_ranks():
 
 def test_an_average_is_over_ranks():
     values = torch.randn(3, 4)
-    found = of_ranks(3, lambda rank: average(values[rank].clone()))
+    found = of_ranks(3, lambda rank: mean_over_ranks(values[rank].clone()))
     assert all(torch.allclose(each, values.mean(0)) and torch.equal(each, found[0]) for each in found)
-    assert torch.equal(average(values), values)
+    assert torch.equal(mean_over_ranks(values), values)
 
 
 BUSY = {"decay": 0.5, "revive_every": 3, "revive_below": 0.5}  # codes die and rise all the time
@@ -346,16 +331,9 @@ def test_ranks_start_and_move_as_one_with_all_the_vectors_does(name):
     for step in range(7):
         z = latents(one, 8, 4, 4) * (1 + step)
         tokens = train_on(one, z).tokens
-        count = 1 if step == 0 else 2  # a codebook starts from the first micro-batch
-        parts = z.unflatten(0, (count, 2, -1))
-
-        def train(rank: int, count: int = count, parts: Tensor = parts) -> list[Tensor]:
-            found = [several[rank].quantize(parts[index, rank]).tokens for index in range(count)]
-            several[rank].finish_step()
-            return found
-
-        found = of_ranks(2, train)
-        assert torch.equal(torch.stack([torch.stack(mine) for mine in found], 1).flatten(0, 2), tokens), step
+        parts = z.chunk(2)
+        found = of_ranks(2, lambda rank, parts=parts: train_on(several[rank], parts[rank]).tokens)
+        assert torch.equal(torch.cat(found), tokens), step
         for key, value in one.state_dict().items():
             mine, other = (rank.state_dict()[key] for rank in several)
             assert torch.equal(mine, other), key

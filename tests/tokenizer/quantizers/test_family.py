@@ -4,7 +4,6 @@ Covers: tokenizer/quantizers/base.py, tokenizer/quantizers/codebook.py, tokenize
 tokenizer/quantizers/fsq.py, tokenizer/quantizers/vq.py.
 """
 
-import copy
 import itertools
 import math
 
@@ -13,7 +12,7 @@ import torch
 from small import QUANTIZERS, latents, make_quantizer, train_on
 
 from tokenizer.quantizers import Quantizer
-from tokenizer.quantizers.codebook import CountedCodebook, kmeans, nearest
+from tokenizer.quantizers.codebook import kmeans, nearest
 
 every_quantizer = pytest.mark.parametrize("name", QUANTIZERS)
 
@@ -91,65 +90,6 @@ def test_eval_changes_nothing(name):
     before = {key: value.clone() for key, value in quantizer.state_dict().items()}
     quantizer.quantize(latents(quantizer, 4, 4, 4))
     assert all(torch.equal(value, before[key]) for key, value in quantizer.state_dict().items())
-
-
-def assert_equal_states(one, two):
-    for key, value in one.state_dict().items():
-        assert torch.equal(value, two.state_dict()[key]), key
-
-
-BUSY = {"decay": 0.5, "revive_every": 3, "revive_below": 0.5}  # codes die and rise all the time
-
-
-def busy(name):
-    """A quantizer in training that has taken a step, and whose codebook changes much if it moves by itself."""
-    counted = issubclass(Quantizer.find(name), CountedCodebook)
-    inside = {"book": {"kind": "ema", "codes": 32, "dim": 8, **BUSY}}
-    more = BUSY if counted else inside if name in ("multiscale", "rvq") else {}
-    quantizer = make_quantizer(name, **more).train()
-    train_on(quantizer, latents(quantizer, 8, 4, 4))
-    return quantizer
-
-
-@every_quantizer
-def test_micro_batches_move_it_as_their_whole_does(name):
-    """To the bit: with the codes of before the step, and revived from the same vectors."""
-    one = busy(name)
-    two, start = copy.deepcopy(one), copy.deepcopy(one)
-    for step in range(7):
-        z = latents(one, 8, 4, 4) * (1 + step)
-        tokens = train_on(one, z).tokens
-        parts = [two.quantize(part).tokens for part in z.chunk(4)]
-        two.finish_step()
-        assert name == "gumbel" or torch.equal(torch.cat(parts), tokens)  # whose noise is drawn for each
-        assert_equal_states(one, two)
-    if name in ("ema", "multiscale", "rvq"):
-        shape = (59,) if one.scales else (one.levels, 1)
-        assert not torch.equal(*[q.lookup(torch.zeros(1, *shape, dtype=torch.long)) for q in (start, one)])
-
-
-@pytest.mark.parametrize("told", [bool, torch.tensor], ids=["on the host", "on the device"])
-@every_quantizer
-def test_quantizing_moves_nothing_and_a_step_that_is_not_taken_is_forgotten(name, told):
-    """Whether a bool says so or, for which nobody has to wait, a tensor."""
-    quantizer = busy(name)
-    before, other = copy.deepcopy(quantizer), copy.deepcopy(quantizer)
-    for z in (latents(quantizer, 4, 4, 4) * math.nan, latents(quantizer, 4, 4, 4)):
-        quantizer.quantize(z)
-        assert_equal_states(quantizer, before)
-        quantizer.finish_step(taken=told(False))
-        assert_equal_states(quantizer, before)
-    for step in range(9):
-        torch.manual_seed(step)
-        z = latents(quantizer, 8, 4, 4)
-        quantizer.quantize(z)
-        quantizer.finish_step(taken=told(True))
-        torch.manual_seed(step)
-        train_on(other, latents(other, 8, 4, 4))
-        assert_equal_states(quantizer, other)
-        quantizer.quantize(z * math.nan)
-        quantizer.finish_step(taken=told(False))
-        assert_equal_states(quantizer, other)
 
 
 @every_quantizer
@@ -330,9 +270,8 @@ def test_bad_configurations_are_named(name, config, message):
 @every_quantizer
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 def test_vectors_that_are_not_finite_have_ids_that_there_are(name, value):
-    """A run counts the ids of a step before it knows that the step is to be skipped."""
+    """A run counts the ids of a batch before it knows that it is not finite."""
     quantizer = make_quantizer(name, **({"levels": (8, 8, 8)} if name == "fsq" else {}))
     for mode in (True, False):
         tokens = quantizer.train(mode).quantize(torch.full_like(latents(quantizer, 2, 3, 4), value)).tokens
         assert tokens.min() >= 0 and tokens.max() < quantizer.vocab_size
-        quantizer.finish_step(False)

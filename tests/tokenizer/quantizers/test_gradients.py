@@ -228,6 +228,5 @@ def test_revived_codes_learn():
             optimizer.zero_grad()
             losses["codebook"].backward()
             optimizer.step()
-            quantizer.finish_step()
         errors[below] = losses["codebook"].item()
     assert errors[0.05] < 0.3 * errors[0.0]

@@ -141,10 +141,10 @@ def test_bits_keep_their_entropies():
 
 def test_truncation_shows_the_decoder_fewer_scales_in_training_only():
     quantizer, all_of_them = trained(3, truncate=0.5), trained(3)
-    z = batch(9, 400)
+    z, before = batch(9, 400), copy.deepcopy(quantizer)
     shown, whole = quantizer.quantize(z), all_of_them.quantize(z)
     assert torch.equal(shown.tokens, whole.tokens) and shown.losses == whole.losses
-    sums = [quantizer.lookup_scales(shown.tokens, count) for count in (1, 2, 3)]
+    sums = [before.lookup_scales(shown.tokens, count) for count in (1, 2, 3)]
     same = torch.stack([(shown.z_q == total).flatten(1).all(1) for total in sums])
     assert (same.sum(0) == 1).all()  # each image sees one of the sums
     shares = same.double().mean(1).tolist()
@@ -192,7 +192,7 @@ def test_the_first_codebook_serves_all_scales():
 def test_a_first_batch_that_is_not_finite_starts_nothing():
     quantizer = multiscale()
     quantizer.quantize(torch.full((8, 8, 4, 4), torch.nan))
-    quantizer.finish_step(taken=False)
+    assert int(quantizer.started) == 0
     train_on(quantizer, batch(0))
     assert all(torch.isfinite(value).all() for value in quantizer.state_dict().values())
     assert float(quantizer.sigma()[0]) > 0.2 and int(quantizer.started) == 1
@@ -253,7 +253,6 @@ def test_a_tokenizer_of_scales():
     tokenizer: Any = make_tokenizer("vqvae", (16, 16), 1, quantizer=NODE).train()
     images = torch.rand(4, 1, 16, 16) * 2 - 1
     tokenizer(images)
-    tokenizer.finish_step()
     tokenizer.eval()
     tokens = tokenizer.encode(images)
     assert tokenizer.grid.shape == (21,) and tokenizer.grid.scales == ((1, 1), (2, 2), (4, 4))
@@ -282,7 +281,7 @@ def test_pictures_get_better_with_every_scale_and_the_coarsest_uses_its_codes():
     ("config", "message"),
     [
         ({"scales": (1, 2, 4)}, r"scales: must end at the latents' size 7x7 \(got 1x1, 2x2, 4x4\)"),
-        ({"scales": (1, 4, 2, 7)}, r"scales: must not become smaller \(1x1, 4x4, 2x2, 7x7\)"),
+        ({"scales": (1, 4, 2, 7)}, r"scales: .*1x1, 4x4, 2x2, 7x7\)"),
         ({"scales": (1, "7x")}, r"scales: a size is a side or HEIGHTxWIDTH, as in 4 or 3x4 \(got '7x'\)"),
         ({"scales": (0, 7)}, "scales: must be >= 1"),
         ({"scales": ()}, "scales: too few values"),

@@ -1,7 +1,6 @@
 """What a decoder says of pixels: distributions over 256 values, trained, saved, and the bits that come of them.
 
-Covers: tokenizer/likelihoods/base.py, tokenizer/likelihoods/categorical.py,
-tokenizer/likelihoods/discretized_logistic.py.
+Covers: tokenizer/likelihoods.py.
 """
 
 import itertools
@@ -15,8 +14,7 @@ from pipelines import ImagePipeline
 from pipelines.train_tokenizer import TokenizerTask, TrainTokenizerConfig
 from tokenizer import Tokenizer
 from tokenizer.base import LikelihoodError
-from tokenizer.likelihoods import Likelihood
-from tokenizer.likelihoods.base import to_intensities, to_values
+from tokenizer.likelihoods import Likelihood, to_intensities, to_values
 
 LIKELIHOODS = Likelihood.available()
 every_likelihood = pytest.mark.parametrize("name", LIKELIHOODS)

@@ -1,0 +1,160 @@
+"""Distributions over a pixel's 256 values, whose parameters the decoder puts out."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from pydantic import Field
+from torch import Tensor, nn
+
+from .family import Named
+from .precision import at_least_float32
+from .settings import ModelConfig
+
+LEVELS = 256
+HALF_BIN = 1 / (LEVELS - 1)  # of intensities from -1 to 1
+FLOOR = 2.0**-16
+"""The share of the mass that is uniform. It bounds the cost of a value at 24 bits per channel, and adds 2e-5 bits
+elsewhere."""
+
+
+class Likelihood(Named, nn.Module, family="tokenizer.likelihoods"):
+    """P(image | parameters) = prod_c P(channel c | channels before c, parameters), pixel by pixel."""
+
+    num_parameters: int
+    """Number of the decoder's outputs per pixel."""
+
+    def __init__(self, config: ModelConfig, channels: int) -> None:
+        nn.Module.__init__(self)
+        self.config: Any = config
+        self.channels = channels
+
+    def log_prob(self, parameters: Tensor, values: Tensor) -> Tensor:
+        """log P of int64 `values` (B, C, H, W), each given the channels before it; returns the same shape, in nats.
+
+        parameters: (B, num_parameters, H, W); the result has their dtype, at least float32.
+        """
+        parts = [
+            self._floored(parameters, values, channel, values[:, channel, None]) for channel in range(self.channels)
+        ]
+        return torch.cat(parts, 1)
+
+    def table(self, parameters: Tensor, values: Tensor, channel: int) -> Tensor:
+        """log P of each of the 256 values of one channel, `(B, 256, H, W)`, given the earlier channels of `values`."""
+        candidates = torch.arange(LEVELS, device=parameters.device)[None, :, None, None]
+        return self._floored(parameters, values, channel, candidates)
+
+    def mean(self, parameters: Tensor) -> Tensor:
+        """The image to show, `(B, C, H, W)` in [-1, 1]: the mean, or an approximation of it."""
+        raise NotImplementedError
+
+    def _floored(self, parameters: Tensor, values: Tensor, channel: int, candidates: Tensor) -> Tensor:
+        logs = self._channel_log_prob(at_least_float32(parameters), values, channel, candidates)
+        return torch.logaddexp(logs + math.log1p(-FLOOR), torch.full_like(logs, math.log(FLOOR / LEVELS)))
+
+    def _channel_log_prob(self, parameters: Tensor, values: Tensor, channel: int, candidates: Tensor) -> Tensor:
+        """log P `(B, V, H, W)` of `candidates`, which broadcast to that shape, before the floor."""
+        raise NotImplementedError
+
+
+def to_values(images: Tensor) -> Tensor:
+    """Images in [-1, 1] as the nearest of 256 values, int64."""
+    return ((images.float() + 1) * 127.5).round().long().clamp(0, LEVELS - 1)
+
+
+def to_intensities(values: Tensor, dtype: torch.dtype) -> Tensor:
+    """The inverse of `to_values`."""
+    return values.to(dtype) / 127.5 - 1
+
+
+class CategoricalConfig(ModelConfig):
+    """No settings."""
+
+
+class Categorical(Likelihood, name="categorical"):
+    """A softmax over a channel's 256 values (van den Oord et al. 2016): any shape, also spikes at black or white.
+
+    Channels are independent given the tokens.
+    """
+
+    Config = CategoricalConfig
+
+    def __init__(self, config: CategoricalConfig, channels: int) -> None:
+        super().__init__(config, channels)
+        self.num_parameters = channels * LEVELS
+
+    def mean(self, parameters: Tensor) -> Tensor:
+        """The expected image, `(B, C, H, W)` in [-1, 1]."""
+        shares = parameters.float().unflatten(1, (self.channels, LEVELS)).softmax(2)
+        intensities = to_intensities(torch.arange(LEVELS, device=parameters.device), shares.dtype)
+        with torch.autocast(parameters.device.type, enabled=False):  # autocast would compute the mean in bfloat16
+            return torch.einsum("bcvhw,v->bchw", shares, intensities)
+
+    def _channel_log_prob(self, parameters: Tensor, values: Tensor, channel: int, candidates: Tensor) -> Tensor:
+        logs = parameters.unflatten(1, (self.channels, LEVELS))[:, channel].log_softmax(1)
+        return logs.gather(1, candidates.expand(len(logs), -1, *logs.shape[2:]))
+
+
+class DiscretizedLogisticConfig(ModelConfig):
+    """The size of the mixture and its smallest scale."""
+
+    components: int = Field(5, ge=1, le=64, description="number of logistics in each channel's mixture")
+    min_log_scale: float = Field(
+        -7.0, le=0, description="log of the narrowest scale, in units of intensities from -1 to 1"
+    )
+
+
+class DiscretizedLogistic(Likelihood, name="discretized_logistic"):
+    """A mixture of discretized logistics per channel (Salimans et al. 2017): few parameters, smooth in intensity.
+
+    P(v) = sum_k w_k (cdf_k(v + half a bin) - cdf_k(v - half a bin)); black and white take the whole tails. The means of
+    green and blue depend linearly on the true values of the channels before them. In PixelCNN++ the channels of a pixel
+    share one set of mixture weights, so that the component of one tells about the others; here each has its own.
+    """
+
+    Config = DiscretizedLogisticConfig
+
+    def __init__(self, config: DiscretizedLogisticConfig, channels: int) -> None:
+        super().__init__(config, channels)
+        count = config.components
+        self.sizes = [(3 + channel) * count for channel in range(channels)]  # weights, means, scales, coefficients
+        self.num_parameters = sum(self.sizes)
+        spread = torch.linspace(-1, 1, count) if count > 1 else torch.zeros(1)
+        self.register_buffer("spread", spread.reshape(1, -1, 1, 1), persistent=False)
+        self.spread: Tensor
+
+    def mean(self, parameters: Tensor) -> Tensor:
+        """The mixture's clamped means, `(B, C, H, W)` in [-1, 1]: green given the mean of red, blue given both.
+
+        This approximates the expected image: black and white take the tails, so wide logistics near them have another
+        mean, and green is linear in the true red only until it is clamped.
+        """
+        channels: list[Tensor] = []
+        for channel in range(self.channels):
+            weights, means, _ = self._mixture(parameters.float(), channel, channels)
+            channels.append((weights.softmax(1) * means.clamp(-1, 1)).sum(1))
+        return torch.stack(channels, 1)
+
+    def _channel_log_prob(self, parameters: Tensor, values: Tensor, channel: int, candidates: Tensor) -> Tensor:
+        before = [to_intensities(values[:, earlier], parameters.dtype) for earlier in range(channel)]
+        weights, means, scales = (part.unsqueeze(2) for part in self._mixture(parameters, channel, before))
+        candidates = candidates.unsqueeze(1)  # (B, 1, V, H, W) against (B, K, 1, H, W)
+        distance = to_intensities(candidates, parameters.dtype) - means
+        inverse = (-scales).exp()
+        upper, lower = F.logsigmoid((distance + HALF_BIN) * inverse), F.logsigmoid((HALF_BIN - distance) * inverse)
+        # cdf(u) - cdf(l) = cdf(u) (1 - cdf(l)) (1 - exp(l - u)), exactly
+        inside = upper + lower + (-torch.expm1(-2 * HALF_BIN * inverse)).log()
+        logs = torch.where(candidates == 0, upper, torch.where(candidates == LEVELS - 1, lower, inside))
+        return (weights.log_softmax(1) + logs).logsumexp(1)
+
+    def _mixture(self, parameters: Tensor, channel: int, before: list[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+        """Weights, means and log scales `(B, K, H, W)`, given the intensities `(B, H, W)` of the channels before."""
+        own = parameters.split(self.sizes, 1)[channel].unflatten(1, (3 + channel, -1))
+        weights, means, scales, *coefficients = own.unbind(1)
+        means = means + self.spread.to(means.dtype)
+        for coefficient, intensity in zip(coefficients, before, strict=True):
+            means = means + coefficient.tanh() * intensity.unsqueeze(1)
+        return weights, means, (scales - 2).clamp(min=self.config.min_log_scale)
